@@ -1,0 +1,1 @@
+"""The command line and everything that starts processes. Imports ``pipeline``; nothing in ``pipeline`` imports this."""

@@ -1,0 +1,308 @@
+"""The command ``fovea``. Each verb imports what it needs only when it runs, so that help is instant."""
+
+from __future__ import annotations
+
+import sys
+import traceback
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+
+from pipeline.errors import ConfigError, FoveaError
+
+if TYPE_CHECKING:
+    from pipeline.config import Loaded
+    from pipeline.settings import DataSettings
+
+app = typer.Typer(
+    name="fovea",
+    no_args_is_help=True,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help="Pretrain vision models from tar shards.\n\n"
+    "[b]See it work:[/b]          fovea demo\n\n"
+    "[b]Train on your shards:[/b] fovea train dinov2/cifar10_vit_tiny data.shards='/data/train-{000..099}.tar'\n\n"
+    "[b]Change any setting:[/b]   fovea train my.yaml optim.lr=1e-3 train.global_batch=512\n\n"
+    "[b]Which settings are there?[/b]  fovea config show dinov2/cifar10_vit_tiny",
+)
+shards = typer.Typer(no_args_is_help=True, help="Look at, index and make WebDataset shards.")
+config = typer.Typer(no_args_is_help=True, help="Look at and check configurations.")
+app.add_typer(shards, name="shards")
+app.add_typer(config, name="config")
+
+ConfigArgument = Annotated[
+    str, typer.Argument(metavar="CONFIG", help="A YAML file, or the name of one of fovea's own: dinov2/cifar10_vit_tiny.")
+]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(
+        metavar="[KEY=VALUE]...", help="Settings to change, by dotted key: optim.lr=1e-3 evaluation.knn.k='[10, 20]'."
+    ),
+]
+_debug = False
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        from importlib.metadata import version
+
+        print(f"fovea {version('fovea')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version and leave.")
+    ] = False,
+) -> None:
+    global _debug
+    _debug = _debug or debug
+
+
+@app.command()
+def train(config: ConfigArgument, overrides: Overrides = None) -> None:
+    """Train, or go on training: a run that was stopped goes on from its newest checkpoint.
+
+    [b]Examples[/b]
+
+    fovea train dinov2/cifar10_vit_tiny data.shards='cifar10/train-{00000..00009}.tar'
+
+    fovea train my.yaml launch.ranks=2 train.length='10 epochs' run.name=trial
+
+    Stop it with Ctrl-C, SIGTERM or SIGUSR1: it saves, and the same command goes on. Start anew with checkpoint.resume=never.
+    """
+    loaded = _load(config, overrides)
+    from launch.train import run
+
+    raise typer.Exit(run(loaded))
+
+
+@app.command()
+def demo(
+    minutes: Annotated[float, typer.Option(min=0.1, help="About how long to train.")] = 5.0,
+    method: Annotated[str, typer.Option(help="The pretraining method.")] = "dinov2",
+    data: Annotated[str | None, typer.Option(metavar="SHARDS", help="Your own shards instead of the drawn scenes.")] = None,
+    val: Annotated[str | None, typer.Option(metavar="SHARDS", help="Labelled shards to judge on, beside --data.")] = None,
+    directory: Annotated[Path, typer.Option(help="Where everything is written.")] = Path("runs/demo"),
+) -> None:
+    """Draw a data set, train on it, stop and resume before your eyes, and show what was learnt.
+
+    [b]Examples[/b]
+
+    fovea demo
+
+    fovea demo --minutes 2
+
+    fovea demo --data 'cifar10/train-{00000..00009}.tar' --val 'cifar10/val-{00000..00001}.tar'
+    """
+    from pipeline.settings import RECIPES
+
+    if method not in RECIPES:
+        raise ConfigError(f"there is no method {method!r}", where="--method", mend=f"Choose of {', '.join(sorted(RECIPES))}.")
+    from launch.demo import run
+
+    run(minutes=minutes, method=method, data=data, directory=directory, val=val)
+
+
+@app.command("eval")
+def evaluate(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="A run's directory.")],
+    overrides: Overrides = None,
+) -> None:
+    """Judge the weights of a run's newest checkpoint: k-NN, beside the untrained network and raw pixels.
+
+    [b]Examples[/b]
+
+    fovea eval runs/cifar10_vit_tiny
+
+    fovea eval runs/cifar10_vit_tiny evaluation.knn.k='[5, 10, 20]'
+    """
+    resolved = run / "config.yaml"
+    if not resolved.is_file():
+        raise ConfigError("is no run's directory", where=str(run), mend="It should hold the config.yaml that a training wrote.")
+    loaded = _load(str(resolved), overrides)
+    from launch.evaluate import run as judge
+
+    raise typer.Exit(judge(run, loaded))
+
+
+@shards.command("index")
+def index(
+    patterns: Annotated[list[str], typer.Argument(metavar="SHARDS...", help="Paths or URLs, with {000..123} or *.")],
+    directory: Annotated[
+        Path | None, typer.Option("--index", help="Folder of the index; by default in your cache, where training looks for it.")
+    ] = None,
+    workers: Annotated[int | None, typer.Option(min=1, help="Processes; by default one for each core with work.")] = None,
+    image: Annotated[str | None, typer.Option(help="Extensions of the picture, comma-separated.")] = None,
+    caption: Annotated[str | None, typer.Option(help="Extension of the caption.")] = None,
+    label: Annotated[str | None, typer.Option(help="Extension of the class number.")] = None,
+    damaged: Annotated[str, typer.Option(help="A shard cut short: refuse it, or use what is whole.")] = "refuse",
+) -> None:
+    """Read every shard once: which samples it has, which can be used, and why the others cannot.
+
+    Training does this by itself; do it ahead for large data. An index is reused until its shard changes.
+
+    [b]Example[/b]
+
+    fovea shards index '/data/train-{000..099}.tar'
+    """
+    from pipeline.settings import DataSettings
+
+    if damaged not in ("refuse", "use"):
+        raise ConfigError(f"{damaged!r} is neither refuse nor use", where="--damaged", mend="Choose one of the two.")
+    chosen = {"index": directory, "image": image.split(",") if image else None, "caption": caption, "label": label}
+    settings = DataSettings.model_validate(
+        {"shards": patterns, "damaged": damaged, **{key: value for key, value in chosen.items() if value is not None}}
+    )
+    _index(settings, patterns, workers)
+
+
+def _index(settings: DataSettings, patterns: Sequence[str], workers: int | None) -> None:
+    from pipeline.data.index import build
+    from pipeline.data.manifest import Fields, Shard
+    from pipeline.data.storage import expand
+
+    fields = Fields(
+        images=settings.image,
+        caption=settings.caption,
+        label=settings.label,
+        min_side=settings.min_side,
+        max_pixels=settings.max_pixels,
+    )
+    urls = expand(list(patterns))
+    folder = settings.index_folder(urls)
+
+    def tell(done: int, total: int, shard: Shard) -> None:
+        print(f"{done}/{total} {shard.url}: {shard.samples} samples", file=sys.stderr)
+
+    manifest = build(urls, folder, fields=fields, workers=workers, damaged=settings.damaged, progress=tell)
+    print(f"{manifest.total} samples in {len(urls)} shards, {manifest.classes} classes; index in {folder}")
+    for status, number in manifest.counts.items():
+        print(f"  {status:<12} {number}")
+
+
+@shards.command("pack")
+def pack(
+    source: Annotated[
+        Path, typer.Argument(metavar="SOURCE", help="A folder of pictures, or a table (.csv, .jsonl) of their paths.")
+    ],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder for the shards.")],
+    prefix: Annotated[str, typer.Option(help="Beginning of the shards' names.")] = "train",
+    size: Annotated[int, typer.Option(min=1, help="Largest size of a shard, MB.")] = 400,
+    samples: Annotated[int, typer.Option(min=1, help="Most samples in a shard.")] = 10_000,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the shuffled order.")] = 0,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace shards of the same prefix.")] = False,
+) -> None:
+    """Make WebDataset shards of pictures, shuffled.
+
+    The subfolders of a folder are its classes. A table has the columns path and, if wanted, label and caption.
+
+    [b]Examples[/b]
+
+    fovea shards pack photos/ shards/
+
+    fovea shards pack table.csv shards/ --prefix val --size 200
+    """
+    from pipeline.data.pack import pack_folder
+
+    report = pack_folder(
+        source, out, prefix=prefix, samples_per_shard=samples, bytes_per_shard=size * 1_000_000, seed=seed, overwrite=overwrite
+    )
+    for path in report.shards:
+        print(path)
+    print(f"packed {report.packed} samples in {len(report.shards)} shards, {len(report.classes)} classes")
+    for reason, number in report.reasons.items():
+        print(f"left out {number}: {reason}")
+
+
+@shards.command("preview")
+def preview(
+    config: ConfigArgument,
+    overrides: Overrides = None,
+    out: Annotated[Path, typer.Option("--out", "-o", help="The page to write.")] = Path("preview.html"),
+) -> None:
+    """Draw a page of the very crops that training would see: a look before the GPU hours.
+
+    [b]Example[/b]
+
+    fovea shards preview dinov2/cifar10_vit_tiny data.shards='/data/train-{000..099}.tar' -o preview.html
+    """
+    loaded = _load(config, overrides)
+    from launch.preview import write
+
+    write(loaded, out)
+    print(f"wrote {out}")
+
+
+@config.command("show")
+def config_show(
+    config: Annotated[str | None, typer.Argument(metavar="[CONFIG]", help="A file or a name; none lists all names.")] = None,
+    overrides: Overrides = None,
+) -> None:
+    """Print the whole effective configuration, each value with where it came from; it can be saved and used as a config.
+
+    [b]Examples[/b]
+
+    fovea config show
+
+    fovea config show dinov2/cifar10_vit_tiny optim.lr=1e-3 > mine.yaml
+    """
+    from pipeline.config import available, headline, show
+
+    if config is None:
+        names = available()
+        width = max(map(len, names), default=0)
+        for name, file in names.items():
+            print(f"{name:<{width}}  {headline(file)}")
+        return
+    print(show(_load(config, overrides)), end="")
+
+
+@config.command("check")
+def config_check(config: ConfigArgument, overrides: Overrides = None) -> None:
+    """Check a configuration without starting anything; all that is wrong is told at once, and the exit code is 2.
+
+    [b]Example[/b]
+
+    fovea config check my.yaml train.global_batch=512
+    """
+    from pipeline.config import fingerprint
+
+    loaded = _load(config, overrides)
+    print(f"{loaded.source} is in order; fingerprint {fingerprint(loaded.config)[:12]}")
+
+
+def _load(name: str, overrides: Sequence[str] | None) -> Loaded:
+    from pipeline.config import load
+
+    return load(name, overrides or ())
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Entry point. A :class:`FoveaError` becomes one message on stderr and the error's exit code."""
+    global _debug
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    _debug = "--debug" in words
+    try:
+        app([word for word in words if word != "--debug"], prog_name="fovea")
+    except FoveaError as error:
+        if _debug:
+            traceback.print_exc()
+        Console(stderr=True, soft_wrap=True, highlight=False).print(f"[bold red]fovea:[/] {escape(str(error))}")
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except BrokenPipeError:
+        sys.stderr.close()
+        sys.exit(141)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,213 @@
+"""Starts ranks on this machine, watches them, and leaves no process behind.
+
+Rank 0 writes to the terminal, every other rank to ``<log_directory>/rank-<n>.log``. SIGTERM, SIGINT, SIGUSR1 and SIGUSR2
+are passed on to every rank, and the launcher waits for what they make of it; the third SIGINT (Ctrl-C) kills them. When a
+rank fails, the others get ``grace`` seconds to end by themselves, then SIGTERM, then SIGKILL. The kernel kills the ranks if
+this process dies, even by SIGKILL: each asks for that before it does anything else. Imports no torch.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import random
+import secrets
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import IO
+
+from launch.ranks import RankEnvironment
+from pipeline.errors import LaunchError
+
+FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
+
+# Head of every rank: die with the launcher (PR_SET_PDEATHSIG = 1), then become the wanted program in the same process.
+# If the launcher died before the request took effect, its child has already been handed to another parent.
+_HEAD = (
+    "import ctypes, os, sys\n"
+    "if ctypes.CDLL(None, use_errno=True).prctl(1, 9, 0, 0, 0) or os.getppid() != int(sys.argv[1]): os._exit(143)\n"
+    "os.execvp(sys.argv[2], sys.argv[2:])\n"
+)
+
+
+@dataclass
+class _Rank:
+    number: int
+    process: subprocess.Popen[bytes]
+    log: Path | None
+    code: int | None = None
+
+
+def free_port() -> int:
+    """A TCP port nobody listens on, above the range from which the kernel takes ports of outgoing connections.
+
+    Raises:
+        LaunchError: none could be bound.
+    """
+    for port in random.SystemRandom().sample(range(61001, 65536), 200):
+        with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
+    raise LaunchError("no free TCP port between 61001 and 65535", where="127.0.0.1", mend="End what listens there.")
+
+
+def start(
+    argv_of_rank: Sequence[str],
+    ranks: int,
+    *,
+    log_directory: Path,
+    environment: Mapping[str, str] | None = None,
+    threads: int | None = None,
+    grace: float = 10.0,
+) -> int:
+    """Runs ``ranks`` copies of a program and returns when all have ended.
+
+    Args:
+        argv_of_rank: the program and its arguments, the same for all ranks; ``sys.executable`` is a good first one.
+        ranks: number of processes.
+        log_directory: made if need be; receives ``rank-<n>.log`` of every rank but 0, appended to.
+        environment: the ranks' environment (default: this process's); each rank's own variables are added.
+        threads: compute threads of a rank (``OMP_NUM_THREADS``); default shares the cores out, unless the variable is set.
+        grace: seconds that the other ranks get to end after one failed, and again after SIGTERM.
+
+    Returns:
+        0 if every rank returned 0; else the code of the rank that failed first, 128 + n if signal n ended it.
+
+    Raises:
+        LaunchError: the program cannot be started.
+    """
+    if ranks < 1:
+        raise LaunchError(f"cannot start {ranks} ranks", where="launch.ranks", mend="Give 1 or more.")
+    base = dict(os.environ if environment is None else environment)
+    base.setdefault("OMP_NUM_THREADS", str(threads or max(1, _cores() // ranks)))
+    if threads is not None:
+        base["OMP_NUM_THREADS"] = str(threads)
+    if shutil.which(argv_of_rank[0]) is None:
+        raise LaunchError("the ranks' program cannot be run", where=argv_of_rank[0], mend="Is it installed, and executable?")
+    port, key = free_port(), secrets.token_hex(8)
+    log_directory.mkdir(parents=True, exist_ok=True)
+    started: list[_Rank] = []
+    with _forwarding(started) as forward:
+        try:
+            for number in range(ranks):
+                place = RankEnvironment(number, ranks, number, ranks, "127.0.0.1", port, "torchrun", key)
+                log = log_directory / f"rank-{number}.log" if number else None
+                started.append(_spawn(argv_of_rank, number, base | place.variables(), log))
+            forward()
+            return _wait(started, grace)
+        finally:
+            for rank in started:
+                if rank.process.poll() is None:
+                    rank.process.kill()
+                rank.process.wait()
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0))
+
+
+def _spawn(argv: Sequence[str], number: int, environment: Mapping[str, str], log: Path | None) -> _Rank:
+    sink: IO[bytes] | None = log.open("ab", buffering=0) if log is not None else None
+    command = [sys.executable, "-I", "-S", "-c", _HEAD, str(os.getpid()), *argv]
+    try:
+        # A session of its own: Ctrl-C in the terminal reaches the launcher only, which passes it on once.
+        process = subprocess.Popen(
+            command,
+            env=dict(environment),
+            stdin=subprocess.DEVNULL,
+            stdout=sink,
+            stderr=subprocess.STDOUT if sink is not None else None,
+            start_new_session=True,
+        )
+    except OSError as error:
+        raise LaunchError(f"rank {number} cannot be started: {error.strerror}", mend="Give fewer ranks.") from error
+    finally:
+        if sink is not None:
+            sink.close()
+    return _Rank(number, process, log)
+
+
+@contextlib.contextmanager
+def _forwarding(ranks: list[_Rank]) -> Iterator[Callable[[], None]]:
+    """Passes signals on while the body runs, from the moment it calls what it is given: until then they are kept.
+
+    Only the main thread may set handlers; elsewhere signals stay as they are.
+    """
+    kept: list[int] = []
+    seen: Counter[int] = Counter()
+    complete = False
+
+    def forward(number: int, frame: FrameType | None) -> None:
+        if not complete:
+            kept.append(number)
+            return
+        seen[number] += 1
+        for rank in ranks:
+            with contextlib.suppress(ProcessLookupError):
+                rank.process.send_signal(signal.SIGKILL if seen[signal.SIGINT] > 2 else number)
+
+    def begin() -> None:
+        nonlocal complete
+        complete = True
+        for number in kept:
+            forward(number, None)
+
+    if threading.current_thread() is not threading.main_thread():
+        yield begin
+        return
+    before = {number: signal.signal(number, forward) for number in FORWARDED}
+    try:
+        yield begin
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _wait(ranks: list[_Rank], grace: float) -> int:
+    first: _Rank | None = None
+    deadline, strength = float("inf"), 0
+    while any(rank.code is None for rank in ranks):
+        for rank in ranks:
+            if rank.code is None and (code := rank.process.poll()) is not None:
+                rank.code = code if code >= 0 else 128 - code
+                if rank.code and first is None:
+                    first, deadline = rank, time.monotonic() + grace
+        if time.monotonic() >= deadline:
+            strength, deadline = strength + 1, time.monotonic() + grace
+            for rank in ranks:
+                if rank.code is None:
+                    rank.process.send_signal(signal.SIGTERM if strength == 1 else signal.SIGKILL)
+        time.sleep(0.02)
+    if first is None:
+        return 0
+    _report(first, len(ranks))
+    return first.code or 1
+
+
+def _report(rank: _Rank, ranks: int, lines: int = 20) -> None:
+    code = rank.code or 0
+    ended = f"was ended by {signal.Signals(code - 128).name}" if code - 128 in set(signal.Signals) else f"ended with code {code}"
+    print(f"fovea: rank {rank.number} of {ranks} {ended}", file=sys.stderr, end="")
+    if rank.log is None:
+        print("; its messages are above.", file=sys.stderr, flush=True)
+        return
+    tail = _tail(rank.log, lines)
+    print(f"; the end of {rank.log}:" if tail else f"; {rank.log} is empty.", file=sys.stderr)
+    print("".join(f"  | {line}\n" for line in tail), file=sys.stderr, end="", flush=True)
+
+
+def _tail(log: Path, lines: int) -> list[str]:
+    with log.open("rb") as file:
+        size = file.seek(0, os.SEEK_END)
+        file.seek(max(0, size - 65536))
+        return file.read().decode(errors="replace").splitlines()[-lines:]

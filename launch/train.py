@@ -1,0 +1,84 @@
+"""``fovea train``: refuse what cannot work, then start the ranks, or be one of them."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from launch import local
+from launch.ranks import RankEnvironment
+from launch.resume import check_identity, choose_checkpoint
+from pipeline.config import Loaded, check_ranks, show
+from pipeline.errors import ConfigError, LaunchError
+from pipeline.training.inputs import prepare
+from pipeline.training.run import RunDirectory
+
+
+def gpus() -> int:
+    """GPUs of this machine, counted without loading torch."""
+    return sum(1 for path in Path("/dev").glob("nvidia[0-9]*") if path.name[6:].isdigit())
+
+
+@contextlib.contextmanager
+def alone(run: RunDirectory) -> Iterator[None]:
+    """Hold the run's lock: a run directory has one live attempt.
+
+    Raises:
+        LaunchError: another attempt holds it.
+    """
+    run.path.mkdir(parents=True, exist_ok=True)
+    with (run.path / ".lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise LaunchError(
+                "another attempt of this run is alive",
+                where=str(run.path),
+                mend="wait for it, stop it, or choose another run.directory",
+            ) from None
+        yield
+
+
+def _indexing(done: int, total: int, shard: Any) -> None:
+    bad = {status: count for status, count in getattr(shard, "counts", {}).items() if status != "ok" and count}
+    note = f"  {bad}" if bad else ""
+    if bad or done == total:
+        print(f"indexed {done}/{total} shards{note}", file=sys.stderr, flush=True)
+
+
+def run(loaded: Loaded) -> int:
+    """Train; returns the exit code.
+
+    Raises:
+        FoveaError: whatever can be refused before a process group exists.
+    """
+    config = loaded.config
+    here = RankEnvironment.read()
+    if here.source != "single":
+        from launch.worker import be_rank
+
+        return be_rank(config, here)
+    ranks = config.launch.ranks or gpus() or 1
+    if broken := check_ranks(config, ranks):
+        raise ConfigError(broken[0][1])
+    directory = RunDirectory(config.run.folder)
+    with alone(directory):
+        if directory.config.exists():
+            check_identity(config, json.loads(directory.config.read_text()), directory.config)
+        inputs = prepare(config, ranks, _indexing)
+        found, complaints = choose_checkpoint(config, directory, inputs)
+        for complaint in complaints:
+            print(complaint, file=sys.stderr)
+        attempt = directory.next_attempt()
+        directory.write("config.json", config.model_dump(mode="json"))
+        (directory.path / "config.yaml").write_text(show(loaded))
+        directory.note("start", attempt=attempt, ranks=ranks, resumed_from=found.step if found else None)
+        argv = [sys.executable, "-m", "launch.worker", str(directory.config), str(attempt), str(found.path) if found else "-"]
+        code = local.start(argv, ranks, log_directory=directory.logs(attempt), threads=config.train.threads)
+        directory.note("end", attempt=attempt, code=code)
+    return code

@@ -1,0 +1,82 @@
+"""What a person sees while a run goes on: one live line on a terminal, plain lines everywhere else."""
+
+from __future__ import annotations
+
+import sys
+import time
+from typing import Any
+
+
+def clock(seconds: float) -> str:
+    """``1:02:03``, or ``2:03`` below an hour."""
+    whole = int(max(seconds, 0))
+    hours, rest = divmod(whole, 3600)
+    return f"{hours}:{rest // 60:02d}:{rest % 60:02d}" if hours else f"{rest // 60}:{rest % 60:02d}"
+
+
+class Silent:
+    """The watcher of all ranks but 0; speaks only when something is wrong."""
+
+    def step(self, done: int, total: int, loss: float, rate: float, scores: dict[str, float]) -> None:
+        """Nothing."""
+
+    def say(self, text: str) -> None:
+        """To this rank's log."""
+        print(text, flush=True)
+
+
+class Lines:
+    """Plain lines, for logs.
+
+    Args:
+        global_batch: samples of a step, for the time left.
+    """
+
+    def __init__(self, global_batch: int) -> None:
+        self._batch, self._rate = global_batch, 0.0
+
+    def _text(self, done: int, total: int, loss: float, rate: float, scores: dict[str, float]) -> str:
+        self._rate = rate if not self._rate else 0.8 * self._rate + 0.2 * rate
+        left = clock((total - done) * self._batch / max(self._rate, 1e-9))
+        knn = "".join(f"  {name} {value:.3f}" for name, value in scores.items() if name.startswith("knn/"))
+        return f"step {done:>6}/{total}  loss {loss:8.4f}  {rate:6.0f} img/s{knn}  left {left}"
+
+    def step(self, done: int, total: int, loss: float, rate: float, scores: dict[str, float]) -> None:
+        """One line."""
+        print(self._text(done, total, loss, rate, scores), flush=True)
+
+    def say(self, text: str) -> None:
+        """One line."""
+        print(text, flush=True)
+
+
+class Live(Lines):
+    """One line that rewrites itself, with a bar; messages scroll above it."""
+
+    def __init__(self, global_batch: int) -> None:
+        super().__init__(global_batch)
+        self._shown = 0.0
+
+    def _bar(self, done: int, total: int) -> str:
+        full = round(24 * done / max(total, 1))
+        return "━" * full + "╌" * (24 - full)
+
+    def step(self, done: int, total: int, loss: float, rate: float, scores: dict[str, float]) -> None:
+        """Rewrite the line, at most ten times a second."""
+        text = self._text(done, total, loss, rate, scores)
+        if time.monotonic() - self._shown > 0.1 or done == total:
+            self._shown = time.monotonic()
+            sys.stdout.write(f"\r\x1b[2K{self._bar(done, total)} {text}" + ("\n" if done == total else ""))
+            sys.stdout.flush()
+
+    def say(self, text: str) -> None:
+        """Above the line."""
+        sys.stdout.write(f"\r\x1b[2K{text}\n")
+        sys.stdout.flush()
+
+
+def watcher(rank: int, global_batch: int) -> Any:
+    """The right one for this rank and this output."""
+    if rank:
+        return Silent()
+    return Live(global_batch) if sys.stdout.isatty() else Lines(global_batch)

@@ -1,0 +1,167 @@
+"""One rank of a run: ``python -m launch.worker CONFIG.json ATTEMPT CHECKPOINT``, started by ``fovea train``."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+import traceback
+import warnings
+from pathlib import Path
+
+from launch.ranks import RankEnvironment
+from launch.resume import check_identity, choose_checkpoint
+from launch.watch import watcher
+from pipeline.config import fingerprint, flatten
+from pipeline.errors import FoveaError
+from pipeline.settings import Config
+from pipeline.training import saved
+from pipeline.training.run import RunDirectory
+from pipeline.training.saved import Saved
+
+
+def be_rank(config: Config, here: RankEnvironment) -> int:
+    """Be a rank that torchrun, accelerate or srun started: agree on the attempt and the checkpoint, then train."""
+    from pipeline.training.inputs import prepare
+
+    run = RunDirectory(config.run.folder)
+    if run.config.exists():
+        check_identity(config, json.loads(run.config.read_text()), run.config)
+    inputs = prepare(config, here.world_size)
+    found, complaints = choose_checkpoint(config, run, inputs)
+    if here.rank == 0:
+        for complaint in complaints:
+            print(complaint, file=sys.stderr)
+    return train(config, here, None, found)
+
+
+def train(config: Config, here: RankEnvironment, attempt: int | None, found: Saved | None) -> int:
+    """Join the others, assemble, train, leave.
+
+    Args:
+        config: the settings.
+        here: this rank's place.
+        attempt: number of the attempt, or ``None`` to let rank 0 count it.
+        found: the checkpoint to start from.
+    """
+    begin = time.time()
+    os.environ.setdefault("OMP_NUM_THREADS", str(config.train.threads or 1))
+    import torch
+    import torch.distributed as dist
+
+    from pipeline.tracking import Journal, Shipper
+    from pipeline.training import distributed
+    from pipeline.training.assemble import assemble
+    from pipeline.training.control import Stop, StopRequests
+    from pipeline.training.inputs import prepare
+
+    warnings.filterwarnings("ignore", category=UserWarning, module=r"torch\.distributed")
+    requests = StopRequests()
+    requests.listen()
+    if here.source != "torchrun" or attempt is not None:
+        torch.set_num_threads(config.train.threads or int(os.environ["OMP_NUM_THREADS"]))
+    world = distributed.join(
+        rank=here.rank,
+        size=here.world_size,
+        local_rank=here.local_rank,
+        address=here.address,
+        port=here.port or 29500,
+        key=here.key,
+        backend=config.launch.backend,
+        timeout=config.launch.timeout,
+    )
+    run = RunDirectory(config.run.folder)
+    chosen = [attempt, str(found.path) if found else None]
+    if attempt is None:
+        chosen[0] = run.next_attempt() if here.rank == 0 else None
+        dist.broadcast_object_list(chosen, group=world.control)
+        found = saved.read(Path(str(chosen[1]))) if chosen[1] else None
+        if here.rank == 0:
+            run.write("config.json", config.model_dump(mode="json"))
+            run.note("start", attempt=chosen[0], ranks=world.size, resumed_from=found.step if found else None)
+    number = int(chosen[0] or 0)
+    show = watcher(here.rank, config.train.global_batch)
+    journal = shipper = None
+    if here.rank == 0:
+        journal = Journal(run.journal(number))
+        journal.params({**flatten(config), "fingerprint": fingerprint(config)})
+        journal.tags(
+            {"fovea.state": "running", "fovea.attempt": number, "fovea.ranks": world.size, "fovea.run": run.path.resolve()}
+        )
+        if config.tracking.enabled:
+            uri = config.tracking.uri or f"sqlite:///{(run.path / 'mlflow.db').resolve()}"
+            shipper = Shipper(run.tracking, uri=uri, experiment=config.tracking.experiment, name=config.run.name, log=show.say)
+            shipper.start()
+    inputs = prepare(config, world.size)
+    trainer = assemble(
+        config,
+        inputs,
+        world,
+        run,
+        attempt=number,
+        resume=found,
+        facts={"config": config.model_dump(mode="json"), "fingerprint": fingerprint(config), "run": config.run.name},
+        requests=requests,
+        journal=journal,
+        watcher=show,
+    )
+    if here.rank == 0:
+        total, batch = trainer.plan.steps, config.train.global_batch
+        parameters = sum(p.numel() for p in trainer.recipe.parameters())
+        start = f"resuming at step {trainer.progress.step}" if found else "starting"
+        show.say(
+            f"{start} · attempt {number} · {world.size} ranks on {world.device.type} · {parameters / 1e6:.1f} M parameters · "
+            f"{inputs.train.total} samples · {total} steps of {batch} · {time.time() - begin:.0f} s to start"
+        )
+    stop = trainer.run()
+    if here.rank == 0 and journal is not None:
+        finished = stop is Stop.FINISHED
+        journal.tags({"fovea.state": "finished" if finished else "stopped", "fovea.stop": stop.name})
+        outcome = {
+            "stop": stop.name,
+            "step": trainer.progress.step,
+            "steps": trainer.plan.steps,
+            "attempt": number,
+            "samples_seen": trainer.progress.step * config.train.global_batch,
+            "scores": trainer.progress.scores,
+            "skipped": trainer.progress.skipped,
+            "seconds": trainer.progress.seconds,
+            "data": trainer.data_counts,
+        }
+        journal.close()
+        run.write("outcome.json", outcome)
+        if not finished:
+            show.say(f"stopped by {stop.name} at step {trainer.progress.step}, saved; the same command resumes")
+        if shipper is not None and not shipper.close():
+            show.say("MLflow has not taken everything yet; the next attempt sends the rest")
+        if attempt is None:
+            run.note("end", attempt=number, code=0)
+    trainer.engine.close()
+    distributed.leave()
+    return 0
+
+
+def main() -> int:
+    """Entry of ``python -m launch.worker``."""
+    config_path, attempt, checkpoint = sys.argv[1:4]
+    config = Config.model_validate(json.loads(Path(config_path).read_text()))
+    found = saved.read(Path(checkpoint)) if checkpoint != "-" else None
+    try:
+        return train(config, RankEnvironment.read(), int(attempt), found)
+    except FoveaError as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        return error.exit_code
+    except BaseException:
+        traceback.print_exc()
+        return 1
+
+
+if __name__ == "__main__":
+    code = main()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if code:
+        # A failed rank must not wait for its peers or for threads: they learn of it from the broken connection.
+        os._exit(code)
+    sys.exit(code)

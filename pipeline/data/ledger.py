@@ -1,0 +1,90 @@
+"""What could not be used, written down: one JSON line for each bad sample, counters by reason, and a budget.
+
+Silent rot is worse than a stop, so a run that loses too large a share of its samples ends with a message.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter, deque
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from pipeline.errors import TrainingError
+
+
+@dataclass(frozen=True)
+class Event:
+    """A sample that was replaced.
+
+    Attributes:
+        step: global step that wanted it.
+        id: its number, ``shard << 32 | row``.
+        key: its name.
+        shard: the shard's file name.
+        reason: what was wrong, one word.
+        substitute: number of the sample shown in its place, -1 for a blank image.
+    """
+
+    step: int
+    id: int
+    key: str
+    shard: str
+    reason: str
+    substitute: int
+
+
+class Ledger:
+    """Counts samples, records the bad ones, and stops a run that loses too many.
+
+    Args:
+        path: JSON-lines file, appended to; ``None`` keeps the events in memory only.
+        budget: largest share of bad samples in the window.
+        window: samples over which the share is taken.
+    """
+
+    def __init__(self, path: Path | None, *, budget: float = 0.01, window: int = 10_000) -> None:
+        self._path, self._budget, self._window = path, budget, window
+        self.seen = 0
+        self.reasons: Counter[str] = Counter()
+        self.quarantine: dict[int, str] = {}
+        self._recent: deque[int] = deque()
+        if path is not None:
+            path.parent.mkdir(parents=True, exist_ok=True)
+
+    def saw(self, samples: int) -> None:
+        """Count samples delivered, good and substituted alike."""
+        self.seen += samples
+        while self._recent and self._recent[0] <= self.seen - self._window:
+            self._recent.popleft()
+
+    def record(self, event: Event) -> None:
+        """Write one event.
+
+        Raises:
+            TrainingError: more than ``budget`` of the last ``window`` samples were bad.
+        """
+        self.reasons[event.reason] += 1
+        self.quarantine[event.id] = event.reason
+        self._recent.append(self.seen)
+        if self._path is not None:
+            with self._path.open("a") as file:
+                file.write(json.dumps(asdict(event)) + "\n")
+        if len(self._recent) > max(1, self._budget * self._window):
+            worst = ", ".join(f"{reason} {count}" for reason, count in self.reasons.most_common(3))
+            raise TrainingError(
+                f"{len(self._recent)} of the last {min(self.seen + 1, self._window)} samples could not be used ({worst})",
+                where=f"shard {event.shard}, sample {event.key}",
+                mend=f"see {self._path} for every one; repair the shards, or allow more with data.bad_budget",
+            )
+
+    def state(self) -> dict[str, object]:
+        """Counters and quarantine, for the checkpoint."""
+        return {"seen": self.seen, "reasons": dict(self.reasons), "quarantine": {str(k): v for k, v in self.quarantine.items()}}
+
+    def load(self, state: dict[str, object]) -> None:
+        """Take counters and quarantine from a checkpoint."""
+        self.seen = int(state["seen"])  # type: ignore[call-overload]
+        self.reasons = Counter(state["reasons"])  # type: ignore[arg-type]
+        self.quarantine = {int(k): v for k, v in state["quarantine"].items()}  # type: ignore[attr-defined]
+        self._recent.clear()

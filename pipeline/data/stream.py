@@ -1,0 +1,182 @@
+"""From step numbers to batches on the device: decode, replace what is bad, augment, hand over; always some steps ahead.
+
+Everything random was decided by number (``order``, ``plan``, ``masks``), so the only state is the number of the next step, and the
+trainer owns that: what was produced but not trained on leaves no trace.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from pipeline.data.dali import Augmenter, Hue
+from pipeline.data.decode import Decoder
+from pipeline.data.feeder import Portion, Portions, portions
+from pipeline.data.ledger import Event, Ledger
+from pipeline.data.plan import ViewPlan, make_plan
+from pipeline.data.reader import Record
+from pipeline.data.views import Batch, Masks
+
+_SUBSTITUTES = 8
+_BLANK = 64
+
+
+@dataclass(frozen=True)
+class StreamOptions:
+    """How the stream runs; nothing here changes what it yields.
+
+    Attributes:
+        micro_batch: samples of one forward pass on this rank; divides the rank's share of the global batch.
+        workers: reader processes, 0 for none.
+        threads: decode and augmentation threads.
+        prefetch: steps prepared ahead.
+        hue: how hue is turned (this one does change pixels).
+    """
+
+    micro_batch: int
+    workers: int = 1
+    threads: int = 1
+    prefetch: int = 2
+    hue: Hue = "hsv"
+
+
+class BatchStream:
+    """Iterates over ``(step, micro-batches)`` from a given step on.
+
+    Args:
+        dataset: what a step holds.
+        device: where batches go; decoding and augmenting run there too.
+        options: how to run.
+        ledger: where bad samples are recorded.
+        first: the first step to yield.
+        last: one past the last step, ``None`` for no end.
+    """
+
+    def __init__(
+        self,
+        dataset: Portions,
+        *,
+        device: torch.device,
+        options: StreamOptions,
+        ledger: Ledger,
+        first: int = 0,
+        last: int | None = None,
+    ) -> None:
+        self._dataset, self._device, self._options, self._ledger = dataset, device, options, ledger
+        self._first, self._last = first, last
+        device_id = device.index or 0 if device.type == "cuda" else None
+        self._decoder = Decoder(threads=options.threads, device_id=device_id)
+        self._augmenter = Augmenter(
+            dataset.specs, batch_size=options.micro_batch, threads=options.threads, device_id=device_id, hue=options.hue
+        )
+        self._queue: queue.Queue[tuple[int, list[Batch]] | BaseException | None] = queue.Queue(maxsize=options.prefetch)
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._produce, name="fovea-data", daemon=True)
+        self.seconds_waited = 0.0
+
+    def __iter__(self) -> Iterator[tuple[int, list[Batch]]]:
+        """Yield steps in order; errors of the producing thread are raised here."""
+        self._thread.start()
+        try:
+            while True:
+                begin = time.perf_counter()
+                item = self._queue.get()
+                self.seconds_waited += time.perf_counter() - begin
+                if item is None:
+                    return
+                if isinstance(item, BaseException):
+                    raise item
+                yield item
+        finally:
+            self.close()
+
+    def close(self) -> None:
+        """Stop preparing batches."""
+        self._stop.set()
+        while not self._queue.empty():
+            self._queue.get_nowait()
+        if self._thread.is_alive():
+            self._thread.join(timeout=10)
+
+    def _put(self, item: tuple[int, list[Batch]] | BaseException | None) -> None:
+        while not self._stop.is_set():
+            try:
+                return self._queue.put(item, timeout=0.1)
+            except queue.Full:
+                continue
+
+    def _produce(self) -> None:
+        try:
+            o = self._options
+            source = portions(self._dataset, first=self._first, last=self._last, workers=o.workers, prefetch=o.prefetch)
+            for portion in source:
+                if self._stop.is_set():
+                    return
+                self._put((portion.step, self._batches(portion)))
+            self._put(None)
+        except BaseException as error:  # the consumer raises it
+            self._put(error)
+
+    def _batches(self, portion: Portion) -> list[Batch]:
+        images = self._decoder.decode([r.image if self._usable(r) and r.image is not None else b"" for r in portion.records])
+        records = list(portion.records)
+        for row, image in enumerate(images):
+            record = records[row]
+            if image is None or tuple(image.shape[:2]) != (record.height, record.width):
+                images[row], records[row] = self._substitute(portion, row)
+        self._ledger.saw(len(records))
+        size = self._options.micro_batch
+        return [self._micro(portion, records, images, slice(lo, lo + size)) for lo in range(0, len(records), size)]
+
+    def _usable(self, record: Record) -> bool:
+        return record.status == "ok" and record.id not in self._ledger.quarantine
+
+    def _substitute(self, portion: Portion, row: int) -> tuple[Any, Record]:
+        """Another sample of the same shard in the same place, so that the stream does not shift."""
+        bad, epoch = portion.records[row], int(portion.epochs[row])
+        data = self._dataset
+        reason = bad.status if bad.status != "ok" else self._ledger.quarantine.get(bad.id, "undecodable")
+        for attempt in range(_SUBSTITUTES):
+            other = data.reader.substitute(bad.id, epoch, data.seed, attempt)
+            record = data.reader.fetch(np.array([other], dtype=np.uint64))[0]
+            image = self._decoder.decode([record.image])[0] if self._usable(record) and record.image is not None else None
+            if image is not None and tuple(image.shape[:2]) == (record.height, record.width):
+                break
+        else:
+            image = np.full((_BLANK, _BLANK, 3), 128, dtype=np.uint8)
+            record, other = Record(**{**vars(bad), "height": _BLANK, "width": _BLANK}), -1
+        sizes = np.array([(record.height, record.width)], dtype=np.int64)
+        ids = np.array([bad.id], dtype=np.uint64)
+        fresh = make_plan(data.specs, ids=ids, epochs=portion.epochs[row : row + 1], sizes=sizes, seed=data.seed)
+        for whole, one in zip(portion.plan, fresh, strict=True):
+            whole.replace_row(row, one)
+        self._ledger.record(Event(portion.step, bad.id, bad.key, bad.shard_name, reason, int(other)))
+        return image, record
+
+    def _micro(self, portion: Portion, records: list[Record], images: list[Any], rows: slice) -> Batch:
+        plan: list[ViewPlan] = [view.take(rows) for view in portion.plan]
+        views = self._augmenter.run(images[rows], plan)
+        chosen = records[rows]
+        return Batch(
+            views={name: [view.to(self._device, non_blocking=True) for view in group] for name, group in views.items()},
+            labels=torch.tensor([r.label for r in chosen], dtype=torch.int64, device=self._device),
+            keys=[r.key for r in chosen],
+            ids=[int(r.id) for r in chosen],
+            position=portion.step * self._dataset.order.global_batch,
+            masks={name: self._masks(grid[:, rows]) for name, grid in portion.masks.items()},
+            captions=[r.caption or "" for r in chosen],
+        )
+
+    def _masks(self, grid: np.ndarray[Any, np.dtype[np.bool_]]) -> Masks:
+        flat = grid.reshape(-1, grid.shape[-1])
+        counts = flat.sum(axis=1)
+        weight = np.repeat(1.0 / np.maximum(counts, 1), counts).astype(np.float32)
+        to: Callable[[Any], torch.Tensor] = lambda array: torch.from_numpy(array).to(self._device, non_blocking=True)  # noqa: E731
+        return Masks(grid=to(flat.copy()), index=to(np.flatnonzero(flat).astype(np.int64)), weight=to(weight))

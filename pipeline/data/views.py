@@ -1,0 +1,125 @@
+"""The contract between the data side and the methods: what a recipe asks for, and what it is given.
+
+Nothing here decodes, trains or knows a method. A recipe describes its views with :class:`ViewSpec`; the data side answers
+with a :class:`Batch`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+
+@dataclass(frozen=True)
+class Augment:
+    """What happens to one crop after it was cut and resized, in this order: flip, jitter, gray, blur, solarize, normalise.
+
+    Jitter runs in the fixed order brightness, contrast, saturation, hue. Ranges follow torchvision's ColorJitter: a factor
+    is uniform in ``[1 - v, 1 + v]``, the hue shift uniform in ``[-v, v]`` turns of the colour circle.
+
+    Attributes:
+        flip_p: probability of a horizontal flip.
+        jitter_p: probability that colour is jittered at all.
+        gray_p: probability of grayscale (three equal channels, ITU-R 601 luma).
+        blur_p: probability of a Gaussian blur; ``blur_kernel`` pixels wide, sigma uniform in ``blur_sigma`` pixels.
+        solarize_p: probability that values of ``solarize_threshold`` (0..255) and above are inverted.
+    """
+
+    flip_p: float = 0.5
+    jitter_p: float = 0.0
+    brightness: float = 0.0
+    contrast: float = 0.0
+    saturation: float = 0.0
+    hue: float = 0.0
+    gray_p: float = 0.0
+    blur_p: float = 0.0
+    blur_sigma: tuple[float, float] = (0.1, 2.0)
+    blur_kernel: int = 9
+    solarize_p: float = 0.0
+    solarize_threshold: int = 128
+
+
+@dataclass(frozen=True)
+class MaskSpec:
+    """Block masks over the patches of a view (masked image modelling).
+
+    Attributes:
+        patch: patch side in pixels.
+        probability: share of the crops of a global batch that are masked at all.
+        ratio: least and largest share of patches hidden in a masked crop; stratified over the global batch.
+    """
+
+    patch: int
+    probability: float = 0.5
+    ratio: tuple[float, float] = (0.1, 0.5)
+
+
+@dataclass(frozen=True)
+class ViewSpec:
+    """All that a recipe tells the data side about one kind of view.
+
+    Attributes:
+        name: ``global``, ``local``, ``image``…
+        count: how many such views of each sample.
+        size: side of the square view, pixels.
+        crop_scale: least and largest share of the image's area; ``None`` means the evaluation view: a centred square.
+        centre: side of that square as a share of the image's shorter side (224 of 256 in most protocols).
+        crop_ratio: least and largest width/height of the crop.
+        augment: one per view, cycled when there are fewer than ``count`` (BYOL's and DINO's asymmetry).
+        mask: block masks to draw for each view, if the method hides patches.
+    """
+
+    name: str
+    count: int
+    size: int
+    crop_scale: tuple[float, float] | None
+    augment: tuple[Augment, ...] = (Augment(flip_p=0.0),)
+    crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    centre: float = 1.0
+    mask: MaskSpec | None = None
+
+
+@dataclass(frozen=True)
+class Masks:
+    """Masks of all views of one name, crop-major: row ``v * batch + i`` is view ``v`` of sample ``i``.
+
+    Attributes:
+        grid: bool ``[views * batch, patches]``, true where hidden.
+        index: int64 ``[masked]``, positions of the hidden patches in ``grid.flatten()``, ascending.
+        weight: float32 ``[masked]``, one over the number of hidden patches of the same crop.
+    """
+
+    grid: Tensor
+    index: Tensor
+    weight: Tensor
+
+
+@dataclass(frozen=True)
+class Batch:
+    """All that the data side tells a recipe: one rank's (micro-)batch, on the device.
+
+    Attributes:
+        views: for each view name its views, each float ``[batch, 3, size, size]``, normalised.
+        masks: for each view name with a ``MaskSpec``.
+        labels: int64 ``[batch]``, -1 where a sample has none. Never read by self-supervised recipes.
+        keys: the samples' own names, in order.
+        ids: the samples' numbers, ``shard << 32 | row``, in order.
+        position: samples of the run consumed before this global batch.
+        tokens: int64 ``[batch, context]`` of caption tokens, if the recipe reads text.
+        captions: caption texts, if the shards have them.
+    """
+
+    views: dict[str, list[Tensor]]
+    labels: Tensor
+    keys: list[str]
+    ids: list[int]
+    position: int
+    masks: dict[str, Masks] = field(default_factory=dict)
+    tokens: Tensor | None = None
+    captions: list[str] | None = None

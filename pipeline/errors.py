@@ -1,0 +1,44 @@
+"""The errors a user can meet. Each message says what is wrong, where, and how to mend it."""
+
+from __future__ import annotations
+
+
+class FoveaError(Exception):
+    """A mistake or a state of the world that the user can mend.
+
+    Args:
+        what: what is wrong, with the offending value.
+        where: config key, file, shard, member or rank.
+        mend: what to do about it.
+
+    The command line prints ``str(error)`` without a traceback and exits with ``exit_code``.
+    """
+
+    exit_code = 2
+
+    def __init__(self, what: str, *, where: str = "", mend: str = "") -> None:
+        self.what, self.where, self.mend = what, where, mend
+        text = f"{where}: {what}" if where else what
+        super().__init__(f"{text}. {mend}" if mend else text)
+
+
+class ConfigError(FoveaError):
+    """A setting that is unknown, of the wrong type, out of range or at odds with another."""
+
+
+class DataError(FoveaError):
+    """Shards, samples or an index that cannot be used."""
+
+
+class CheckpointError(FoveaError):
+    """A checkpoint that is missing, damaged, or of another run."""
+
+
+class LaunchError(FoveaError):
+    """Ranks that cannot be started or cannot find each other."""
+
+
+class TrainingError(FoveaError):
+    """A run that must stop: too many bad samples, too many non-finite steps."""
+
+    exit_code = 1

@@ -1,0 +1,1 @@
+"""Towers, heads, and how their parameters are grouped. Knows timm and torch, no method and no data."""

@@ -1,0 +1,94 @@
+"""What a method is to the trainer: views it wants, named loss terms it returns, state that no gradient moves.
+
+The trainer knows no method and a method knows no trainer. The order of one step is the trainer's: schedules, batch,
+``forward`` (teacher, student, terms), finite check, backward of the sum, optimiser step, ``after_step``.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import Self
+
+import torch
+from torch import Tensor, nn
+
+from pipeline.data.views import Batch, ViewSpec
+from pipeline.models.groups import ParameterGroup
+from pipeline.recipes.teacher import Teacher
+
+
+@dataclass(frozen=True)
+class Step:
+    """Where the run is, and what the schedules say there. Evaluated by the trainer, passed in explicitly.
+
+    Attributes:
+        index: number of the step, from 0.
+        samples_seen: samples of the run consumed before this step.
+        epoch: ``samples_seen`` in units of the training set.
+        lr: learning rate, before each group's own multiplier.
+        last_layer_lr: learning rate of groups marked ``last_layer`` (0 while they are frozen).
+        weight_decay: weight decay, before each group's own multiplier.
+        momentum: share of the old teacher kept by ``after_step``.
+        teacher_temperature: temperature of the targets.
+    """
+
+    index: int = 0
+    samples_seen: int = 0
+    epoch: float = 0.0
+    lr: float = 0.0
+    last_layer_lr: float = 0.0
+    weight_decay: float = 0.0
+    momentum: float = 1.0
+    teacher_temperature: float = 0.07
+
+
+class Recipe(nn.Module, ABC):
+    """One pretraining method: its student networks are submodules, all other state is plain.
+
+    Attributes:
+        views: what the data side must deliver.
+        teacher: slow copy of student networks, or ``None``. Not a submodule: no engine sees it.
+        memory: fp32 tensors that are neither parameters nor the teacher's (centres, queues), saved with each checkpoint
+            under their names. Equal on all ranks. Not buffers, because an engine may cast buffers to bf16.
+        metrics: what the last ``forward`` wants logged: detached scalars that never enter the loss.
+        batch_coupled: whether the loss of a sample depends on the other samples of its (micro-)batch, so that gradient
+            accumulation is not the same as a larger batch.
+    """
+
+    views: tuple[ViewSpec, ...] = ()
+    batch_coupled: bool = False
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.teacher: Teacher | None = None
+        self.memory: dict[str, Tensor] = {}
+        self.metrics: dict[str, Tensor] = {}
+
+    @abstractmethod
+    def forward(self, batch: Batch, step: Step) -> dict[str, Tensor]:
+        """Named scalar loss terms, already weighted; their sum is the loss."""
+
+    def after_step(self, step: Step) -> None:
+        """Moves what no gradient moves. Called once after each applied optimiser step, never after a skipped one."""
+        if self.teacher is not None:
+            self.teacher.update(step.momentum)
+
+    def networks(self) -> dict[str, nn.Module]:
+        """Sub-networks by name, each clipped by its own gradient norm."""
+        return dict(self.named_children())
+
+    @abstractmethod
+    def parameter_groups(self) -> list[ParameterGroup]:
+        """All trainable parameters, each in exactly one group."""
+
+    @abstractmethod
+    def export(self) -> dict[str, nn.Module]:
+        """The networks worth keeping, by name: what evaluation and export read."""
+
+    def place(self, device: torch.device | str) -> Self:
+        """Moves teacher and memory, which ``nn.Module.to`` does not see; the student is the engine's to move."""
+        if self.teacher is not None:
+            self.teacher.to(device)
+        self.memory = {name: tensor.to(device) for name, tensor in self.memory.items()}
+        return self

@@ -1,0 +1,106 @@
+"""The slow copy of the student: an exponential moving average in fp32.
+
+In bf16 or fp16 the average stands still: at momentum 0.992 one step moves a weight by less than half a unit in its last
+place. So the teacher is fp32 whatever the student is, and it follows fp32 masters.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Mapping
+from typing import Self
+
+import torch
+from torch import Tensor, nn
+
+from pipeline.errors import CheckpointError
+
+
+class Teacher:
+    """Frozen fp32 copies of student modules, in evaluation mode.
+
+    A plain object on purpose: a module attribute would be registered with the student and handed to the optimiser.
+
+    Args:
+        modules: student modules by the names of the recipe's attributes, so that the teacher's parameter names are the
+            student's.
+
+    Example::
+
+        self.teacher = Teacher(backbone=self.backbone, head=self.head)
+        targets = self.teacher.modules["head"](self.teacher.modules["backbone"](images).cls)
+    """
+
+    def __init__(self, **modules: nn.Module) -> None:
+        self._students = modules
+        self.modules: dict[str, nn.Module] = {}
+        for name, module in modules.items():
+            frozen = copy.deepcopy(module).float().eval()
+            frozen.requires_grad_(False)
+            self.modules[name] = frozen
+
+    @torch.no_grad()
+    def update(self, momentum: float, masters: Mapping[str, Tensor] | None = None) -> None:
+        """Moves every weight to ``momentum * teacher + (1 - momentum) * student``; buffers are copied.
+
+        Args:
+            momentum: share of the old teacher kept, 0..1.
+            masters: fp32 student weights by name, where the modules themselves hold a rounded copy of them.
+        """
+        students = dict(self._student_tensors(parameters=True)) if masters is None else masters
+        names, weights = zip(*self.named_parameters(), strict=True)
+        targets = [students[name].detach().to(weight) for name, weight in zip(names, weights, strict=True)]
+        torch._foreach_lerp_(list(weights), targets, 1.0 - momentum)
+        buffers = dict(self._student_tensors(parameters=False))
+        for name, buffer in self.named_buffers():
+            buffer.copy_(buffers[name])
+
+    @torch.no_grad()
+    def reset(self, masters: Mapping[str, Tensor] | None = None) -> None:
+        """Makes the teacher equal to the student: after loading weights, or after an engine broadcast rank 0's."""
+        self.update(0.0, masters)
+
+    def to(self, device: torch.device | str) -> Self:
+        """Moves the copies; the type stays fp32."""
+        for module in self.modules.values():
+            module.to(device)
+        return self
+
+    def named_parameters(self) -> Iterator[tuple[str, Tensor]]:
+        """Weights under the student's names."""
+        for name, module in self.modules.items():
+            for inner, parameter in module.named_parameters():
+                yield f"{name}.{inner}", parameter
+
+    def named_buffers(self) -> Iterator[tuple[str, Tensor]]:
+        """Buffers under the student's names."""
+        for name, module in self.modules.items():
+            for inner, buffer in module.named_buffers():
+                yield f"{name}.{inner}", buffer
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """All weights and buffers, fp32, under the student's names."""
+        return {name: tensor.detach() for name, tensor in (*self.named_parameters(), *self.named_buffers())}
+
+    @torch.no_grad()
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Strict inverse of :meth:`state_dict`.
+
+        Raises:
+            CheckpointError: names or shapes differ.
+        """
+        own = self.state_dict()
+        wrong = sorted(own.keys() ^ state.keys()) or [name for name in own if own[name].shape != state[name].shape]
+        if wrong:
+            raise CheckpointError(
+                f"{len(wrong)} tensors do not fit, the first is {wrong[0]!r}",
+                where="teacher",
+                mend="load the checkpoint with the model settings it was written with",
+            )
+        for name, tensor in own.items():
+            tensor.copy_(state[name])
+
+    def _student_tensors(self, *, parameters: bool) -> Iterator[tuple[str, Tensor]]:
+        for name, module in self._students.items():
+            for inner, tensor in module.named_parameters() if parameters else module.named_buffers():
+                yield f"{name}.{inner}", tensor

@@ -1,0 +1,475 @@
+"""Every setting of a run: one tree of frozen pydantic models. Each field carries its meaning, its unit and its limits.
+
+Any floor may import this module: it needs pydantic and the standard library only. Loading YAML, merging, overrides and the
+checks that span several sections are in :mod:`pipeline.config`.
+
+A new method adds its settings by subclassing :class:`RecipeSettings` under ``@register``; ``recipe.name`` then selects it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self, TypeVar
+
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, GetCoreSchemaHandler, SerializeAsAny
+from pydantic_core import CoreSchema, core_schema
+
+# A field marked so changes neither the samples nor the mathematics of a run: a resume may change it freely.
+RUNTIME: dict[str, Any] = {"runtime": True}
+
+
+@dataclass(frozen=True)
+class Length:
+    """A stretch of training: a number of samples, of optimizer steps, or of passes over the data.
+
+    In a config: ``1500000``, ``1.5M samples``, ``500 steps`` or ``3 epochs``. ``k``, ``M`` and ``G`` are 1e3, 1e6 and 1e9.
+    """
+
+    amount: float
+    unit: Literal["samples", "steps", "epochs"] = "samples"
+
+    SYNTAX = "a number of samples, or text such as '3 epochs', '500 steps', '1.5M samples'"
+
+    @classmethod
+    def parse(cls, value: object) -> Length:
+        """Reads what a person wrote.
+
+        Raises:
+            ValueError: if it is no length, negative, or a fraction of a sample or of a step.
+        """
+        if isinstance(value, Length):
+            return value
+        if isinstance(value, bool) or not isinstance(value, int | float | str):
+            raise ValueError(f"should be {cls.SYNTAX}")
+        match = re.fullmatch(r"\s*([0-9.]+(?:[eE][+-]?[0-9]+)?)\s*([kMG]?)\s*(samples?|steps?|epochs?)?\s*", str(value))
+        try:
+            amount = float(match[1]) * {"": 1.0, "k": 1e3, "M": 1e6, "G": 1e9}[match[2]] if match else -1.0
+        except ValueError:
+            amount = -1.0
+        if match is None or not 0 <= amount < 1e18:
+            raise ValueError(f"should be {cls.SYNTAX}")
+        unit = ((match[3] or "samples").rstrip("s") + "s").strip()
+        if unit != "epochs" and abs(amount - round(amount)) > 1e-6:
+            raise ValueError(f"should be a whole number of {unit}")
+        return cls(amount if unit == "epochs" else float(round(amount)), unit)  # type: ignore[arg-type]
+
+    def samples(self, epoch_samples: int, global_batch: int) -> int:
+        """The length in samples, rounded to the nearest.
+
+        Args:
+            epoch_samples: samples of one pass over the data.
+            global_batch: samples of one optimizer step over all ranks.
+        """
+        return round(self.amount * {"samples": 1, "steps": global_batch, "epochs": epoch_samples}[self.unit])
+
+    def steps(self, epoch_samples: int, global_batch: int) -> int:
+        """The least whole number of optimizer steps that covers the length."""
+        return -(-self.samples(epoch_samples, global_batch) // global_batch)
+
+    def __str__(self) -> str:
+        number = repr(self.amount).removesuffix(".0") if self.amount < 1e15 else str(int(self.amount))
+        return number if self.unit == "samples" else f"{number} {self.unit}"
+
+    def plain(self) -> int | str:
+        """The form a config holds: an integer for samples, text otherwise."""
+        return int(self.amount) if self.unit == "samples" else str(self)
+
+    @classmethod
+    def __get_pydantic_core_schema__(cls, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        return core_schema.no_info_plain_validator_function(
+            cls.parse, serialization=core_schema.plain_serializer_function_ser_schema(cls.plain)
+        )
+
+
+def _ordered(pair: tuple[float, float]) -> tuple[float, float]:
+    if pair[0] > pair[1]:
+        raise ValueError(f"should be [least, largest], but {pair[0]} is above {pair[1]}")
+    return pair
+
+
+def _texts(value: object) -> object:
+    return (value,) if isinstance(value, str) else tuple(value) if isinstance(value, list) else value
+
+
+Probability = Annotated[float, Field(ge=0, le=1)]
+Share = Annotated[float, Field(gt=0, le=1)]
+Positive = Annotated[float, Field(gt=0)]
+NonNegative = Annotated[float, Field(ge=0)]
+Count = Annotated[int, Field(ge=1)]
+ShareRange = Annotated[tuple[Share, Share], AfterValidator(_ordered)]
+Texts = Annotated[tuple[str, ...], BeforeValidator(_texts)]
+
+
+class Settings(BaseModel):
+    """Base of all sections: frozen, unknown keys refused, no infinities."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, protected_namespaces=())
+
+
+class RunSettings(Settings):
+    """Which run this is."""
+
+    name: str = Field(
+        default="run", pattern=r"^[A-Za-z0-9][\w.+-]*$", description="name of the run; the config file's name if not given"
+    )
+    directory: Path | None = Field(
+        default=None, json_schema_extra=RUNTIME, description="folder of everything the run writes; null means runs/<name>"
+    )
+    seed: int = Field(default=0, ge=0, lt=2**63, description="seed of order, crops, masks and initial weights")
+
+    @property
+    def folder(self) -> Path:
+        """The run's directory, resolved."""
+        return self.directory if self.directory is not None else Path("runs") / self.name
+
+
+class ViewSettings(Settings):
+    """The crops of a picture."""
+
+    global_count: Literal[2] = Field(default=2, description="global crops of a sample")
+    global_size: int = Field(default=224, ge=8, le=4096, description="side of a global crop, pixels")
+    global_scale: ShareRange = Field(
+        default=(0.32, 1.0), description="least and largest share of the picture's area in a global crop"
+    )
+    local_count: int = Field(default=8, ge=0, le=64, description="local crops of a sample")
+    local_size: int = Field(default=98, ge=8, le=4096, description="side of a local crop, pixels")
+    local_scale: ShareRange = Field(
+        default=(0.05, 0.32), description="least and largest share of the picture's area in a local crop"
+    )
+
+
+class AugmentSettings(Settings):
+    """What happens to a crop's colours and sharpness."""
+
+    blur: Literal["as_released", "paper"] = Field(
+        default="as_released",
+        description="probabilities of blur for global 1, global 2, local: as_released (0, 0.9, 0.5) trained the public weights, "
+        "paper (1, 0.1, 0.5) is what the text says",
+    )
+    hue: Literal["hsv", "yiq", "off"] = Field(
+        default="hsv", description="how the hue is shifted: exact (hsv), as a rotation (yiq, faster), not at all"
+    )
+    flip_probability: Probability = Field(default=0.5, description="probability of a horizontal flip")
+    jitter_probability: Probability = Field(default=0.8, description="probability of any colour jitter")
+    brightness: Probability = Field(default=0.4, description="brightness factor is uniform in 1 ± this")
+    contrast: Probability = Field(default=0.4, description="contrast factor is uniform in 1 ± this")
+    saturation: Probability = Field(default=0.2, description="saturation factor is uniform in 1 ± this")
+    hue_shift: float = Field(
+        default=0.1, ge=0, le=0.5, description="hue shift is uniform in ± this, in turns of the colour circle"
+    )
+    gray_probability: Probability = Field(default=0.2, description="probability of grayscale")
+    solarize_probability: Probability = Field(default=0.2, description="probability of solarizing the second global crop")
+
+
+class RecipeSettings(Settings):
+    """Base of every method's settings; subclasses narrow ``name`` to a literal and are registered."""
+
+    name: str = Field(description="the method")
+
+
+R = TypeVar("R", bound=type[RecipeSettings])
+RECIPES: dict[str, type[RecipeSettings]] = {}
+
+
+def register(name: str) -> Callable[[R], R]:
+    """Class decorator: makes a method's settings known as ``recipe.name: <name>``.
+
+    Raises:
+        ValueError: if another class holds the name.
+    """
+
+    def enter(cls: R) -> R:
+        if RECIPES.setdefault(name, cls) is not cls:
+            raise ValueError(f"two recipes are called {name!r}")
+        return cls
+
+    return enter
+
+
+@register("dinov2")
+class Dinov2Settings(RecipeSettings):
+    """DINOv2 (arXiv 2304.07193): self-distillation of class and patch tokens."""
+
+    name: Literal["dinov2"] = Field(default="dinov2", description="the method")
+    views: ViewSettings = Field(default=ViewSettings(), description="the crops of a picture")
+    augment: AugmentSettings = Field(default=AugmentSettings(), description="what happens to a crop")
+    mask_probability: Probability = Field(default=0.5, description="share of the global crops that are masked")
+    mask_ratio: ShareRange = Field(default=(0.1, 0.5), description="least and largest share of patches hidden in a masked crop")
+    prototypes: int = Field(default=65536, gt=1, description="outputs of the projection head")
+    head_hidden: Count = Field(default=2048, description="width of the head's hidden layers")
+    head_bottleneck: Count = Field(default=256, description="width before the prototypes")
+    head_layers: int = Field(default=3, ge=1, le=8, description="linear layers of the head before the prototypes")
+    shared_heads: bool = Field(default=False, description="class and patch tokens share one head")
+    head_norm: Literal["weight_norm", "plain"] = Field(
+        default="weight_norm", description="prototype layer: weight-normalised (v2) or plain (v3)"
+    )
+    dino_weight: NonNegative = Field(default=1.0, description="weight of the class-token term")
+    ibot_weight: NonNegative = Field(default=1.0, description="weight of the masked-patch term")
+    koleo_weight: NonNegative = Field(default=0.1, description="weight of the spreading term")
+    student_temperature: Positive = Field(default=0.1, description="temperature of the student's softmax")
+    targets: Literal["sinkhorn", "centering"] = Field(default="sinkhorn", description="how the teacher's outputs become targets")
+    sinkhorn_iterations: int = Field(default=3, ge=1, le=100, description="normalisation rounds of the Sinkhorn targets")
+    center_momentum: Probability = Field(
+        default=0.9, description="share of the old centre kept each step, if targets are centred"
+    )
+    layer_decay: Share = Field(default=1.0, description="learning-rate factor from one block to the block below")
+    patch_embed_lr_scale: NonNegative = Field(default=0.2, description="learning-rate factor of the patch embedding")
+    freeze_last_layer: Length = Field(
+        default=Length(1250, "steps"), description="how long the prototype layer's learning rate is 0"
+    )
+    clip_norm: Positive | None = Field(default=3.0, description="largest L2 norm of the gradient; null means no clipping")
+    clip_scope: Literal["network", "global"] = Field(
+        default="network", description="clip backbone and heads apart, or all together"
+    )
+
+
+class ModelSettings(Settings):
+    """The vision tower: a timm name, or an architecture spelled out by width, depth, heads and patch."""
+
+    timm: str | None = Field(
+        default=None, description="name of a timm vision transformer; then the architecture's fields stay unset"
+    )
+    width: Count | None = Field(default=None, description="width of a token")
+    depth: Count | None = Field(default=None, description="transformer blocks")
+    heads: Count | None = Field(default=None, description="attention heads of a block")
+    patch: Count | None = Field(default=None, description="side of a patch, pixels")
+    mlp_ratio: Positive = Field(default=4.0, description="hidden width of a block's MLP over the token width")
+    registers: int = Field(default=0, ge=0, le=64, description="register tokens")
+    stem: Literal["patch", "conv"] = Field(
+        default="patch", description="patch embedding: one convolution, or a stack of 3x3 ones"
+    )
+    ffn: Literal["mlp", "swiglu"] = Field(default="mlp", description="kind of feed-forward layer")
+    layer_scale: Positive | None = Field(default=1e-5, description="initial scale of a block's branches; null means none")
+    drop_path: float = Field(default=0.0, ge=0, lt=1, description="probability of skipping a branch of the student")
+
+    @property
+    def patch_side(self) -> int | None:
+        """Patch side in pixels, read from the timm name if need be; None where the name does not tell."""
+        found = re.search(r"patch(\d+)", self.timm) if self.timm else None
+        return int(found[1]) if found else self.patch
+
+
+class DataSettings(Settings):
+    """Where samples come from and how they are read."""
+
+    shards: Texts = Field(
+        min_length=1,
+        json_schema_extra=RUNTIME,
+        description="training shards: a path or URL with {000..123} or *, or a list of them",
+    )
+    index: Path | None = Field(
+        default=None, json_schema_extra=RUNTIME, description="folder of the shard index; null means the user's cache"
+    )
+    lanes: Count | None = Field(default=None, description="shards read side by side; null chooses from the data set")
+    block: Count = Field(default=16384, description="samples shuffled together")
+    image: Texts = Field(
+        default=("jpg", "jpeg", "png", "webp", "tif", "tiff", "bmp", "jp2", "ppm"),
+        min_length=1,
+        description="extensions of a sample's picture, the preferred one first",
+    )
+    caption: str = Field(default="txt", description="extension of a sample's caption")
+    label: str = Field(default="cls", description="extension of a sample's class number")
+    min_side: Count = Field(default=16, description="smallest accepted side, pixels")
+    max_pixels: Count = Field(default=50_000_000, description="largest accepted area, pixels")
+    damaged: Literal["refuse", "use"] = Field(default="refuse", description="pictures that decode only in part")
+    workers: int = Field(
+        default=1, ge=0, le=64, json_schema_extra=RUNTIME, description="feeder processes of a rank; 0 reads in the rank itself"
+    )
+    decode_threads: int = Field(default=2, ge=1, le=256, json_schema_extra=RUNTIME, description="decoding threads of a rank")
+    prefetch: int = Field(default=2, ge=1, le=64, json_schema_extra=RUNTIME, description="batches prepared ahead")
+    bad_budget: Probability = Field(
+        default=0.01, json_schema_extra=RUNTIME, description="share of unusable samples that stops the run"
+    )
+    bad_window: Count = Field(default=10_000, json_schema_extra=RUNTIME, description="samples over which bad_budget is counted")
+    crc: bool = Field(
+        default=True, json_schema_extra=RUNTIME, description="compare each picture's bytes with the index's checksum"
+    )
+
+    def index_folder(self, urls: Sequence[str]) -> Path:
+        """Where the index of these shards is kept: ``index``, or a folder of the user's cache named after them."""
+        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+        name = hashlib.sha256("\n".join(os.path.abspath(url) if "://" not in url else url for url in urls).encode()).hexdigest()
+        return self.index or cache / "fovea" / "index" / name[:16]
+
+
+class OptimSettings(Settings):
+    """The optimizer."""
+
+    name: Literal["adamw"] = Field(default="adamw", description="the optimizer")
+    lr: Positive = Field(default=2e-4, description="base learning rate, before lr_rule")
+    lr_rule: Literal["sqrt1024", "linear256", "none"] = Field(
+        default="sqrt1024", description="peak rate: lr * sqrt(global batch / 1024), lr * global batch / 256, or lr"
+    )
+    betas: tuple[Probability, Probability] = Field(default=(0.9, 0.999), description="decay of the two moments")
+    eps: Positive = Field(default=1e-8, description="added to the root of the second moment")
+
+    def peak_lr(self, global_batch: int) -> float:
+        """The learning rate after warm-up, for a global batch of so many samples."""
+        factor = {"sqrt1024": (global_batch / 1024) ** 0.5, "linear256": global_batch / 256, "none": 1.0}
+        return self.lr * factor[self.lr_rule]
+
+
+class LearningRateCurve(Settings):
+    """The learning rate over the run: a linear warm-up from ``start`` to the optimizer's peak, then ``shape`` to ``end``."""
+
+    start: NonNegative = Field(default=0.0, description="learning rate at the first sample")
+    end: NonNegative = Field(default=1e-6, description="learning rate at the last sample")
+    warmup: Length = Field(default=Length(0), description="length of the rise from start to the peak")
+    shape: Literal["cosine", "linear", "constant"] = Field(
+        default="cosine", description="way from the peak to end; constant stays at the peak"
+    )
+
+
+class Curve(Settings):
+    """A value over the run: linear from ``start`` to ``peak`` during ``warmup``, then ``shape`` from ``peak`` to ``end``."""
+
+    start: NonNegative = Field(description="value at the first sample")
+    peak: NonNegative | None = Field(default=None, description="value after warm-up; null means start")
+    end: NonNegative | None = Field(default=None, description="value at the last sample; null means the peak")
+    warmup: Length = Field(default=Length(0), description="length of the way from start to peak")
+    shape: Literal["cosine", "linear", "constant"] = Field(
+        default="cosine", description="way from the peak to end; constant stays at the peak"
+    )
+
+
+class ScheduleSettings(Settings):
+    """What changes while a run goes on, all in samples seen."""
+
+    lr: LearningRateCurve = Field(default=LearningRateCurve(), description="learning rate")
+    weight_decay: Curve = Field(default=Curve(start=0.04, end=0.2), description="weight decay")
+    momentum: Curve = Field(default=Curve(start=0.994, end=1.0), description="share of the old teacher kept each step")
+    teacher_temperature: Curve = Field(
+        default=Curve(start=0.04, peak=0.07, warmup=Length(37500, "steps"), shape="constant"),
+        description="temperature of the teacher's targets",
+    )
+
+
+class TrainSettings(Settings):
+    """The loop."""
+
+    global_batch: Count = Field(default=1024, description="samples of one optimizer step over all ranks")
+    micro_batch: Count | None = Field(
+        default=None, description="samples of one forward pass of a rank; null means the rank's whole share"
+    )
+    length: Length = Field(default=Length(125_000, "steps"), description="length of the run")
+    precision: Literal["fp32", "bf16"] = Field(
+        default="bf16", description="number format of the student's forward and backward pass"
+    )
+    zero: Literal[1, 2] = Field(
+        default=1, json_schema_extra=RUNTIME, description="DeepSpeed ZeRO stage: shard optimizer state (1), gradients too (2)"
+    )
+    log_every: Count = Field(default=10, json_schema_extra=RUNTIME, description="steps between two logged lines")
+    threads: Count | None = Field(
+        default=None, json_schema_extra=RUNTIME, description="compute threads of a rank; null shares the cores out"
+    )
+    record_batches: bool = Field(
+        default=False,
+        json_schema_extra=RUNTIME,
+        description="write every step's sample keys, pixel digest and terms of each rank to <run>/batches (slow; for audits)",
+    )
+    deterministic: bool = Field(default=False, description="refuse operations whose result varies from run to run")
+    max_nonfinite: Count = Field(default=10, json_schema_extra=RUNTIME, description="non-finite steps in a row that stop the run")
+
+
+class CheckpointSettings(Settings):
+    """What is saved, and what a start takes up again."""
+
+    every: Length = Field(default=Length(3750, "steps"), description="distance of two checkpoints")
+    keep_last: Count = Field(default=3, description="checkpoints kept")
+    resume: str = Field(
+        default="auto",
+        min_length=1,
+        description="auto takes the run's newest whole checkpoint, never starts anew, or a checkpoint's path",
+    )
+
+
+class TrackingSettings(Settings):
+    """What is told to MLflow."""
+
+    enabled: bool = Field(default=True, description="log to MLflow")
+    uri: str | None = Field(default=None, description="MLflow tracking URI; null means a SQLite file in the run's directory")
+    experiment: str = Field(default="fovea", min_length=1, description="MLflow experiment")
+
+
+class KnnSettings(Settings):
+    """Nearest neighbours on the teacher's features."""
+
+    enabled: bool = Field(default=False, description="run this evaluation")
+    every: Length = Field(default=Length(10, "epochs"), description="distance of two evaluations")
+    train_shards: Texts | None = Field(default=None, description="labelled shards to vote; null means the training shards")
+    val_shards: Texts | None = Field(
+        default=None, description="labelled shards to judge; null means val-*.tar beside the training shards"
+    )
+    k: tuple[Count, ...] = Field(default=(10, 20), min_length=1, description="neighbours that vote")
+    temperature: Positive = Field(default=0.07, description="temperature of the votes' weights")
+    max_train: Count | None = Field(default=None, description="voters used at most; null means all")
+    max_val: Count | None = Field(default=None, description="judged samples at most; null means all")
+    size: int | None = Field(default=None, ge=8, le=4096, description="side of the picture, pixels; null means a global crop's")
+    batch: Count = Field(default=256, description="pictures of one forward pass")
+    baselines: bool = Field(default=True, description="judge the untrained network and raw pixels too, once")
+
+
+class EvaluationSettings(Settings):
+    """What the weights are worth, measured as training goes."""
+
+    knn: KnnSettings = Field(default=KnnSettings(), description="nearest neighbours")
+
+
+class LaunchSettings(Settings):
+    """How ranks are started on this machine."""
+
+    ranks: Count | None = Field(default=None, description="processes; null means one for each GPU, or one")
+    backend: Literal["auto", "gloo", "nccl"] = Field(
+        default="auto", description="collective library; auto is nccl with GPUs, else gloo"
+    )
+    timeout: Positive = Field(default=600.0, description="seconds a collective may take")
+
+
+def _known_recipe(value: object) -> object:
+    if isinstance(value, dict) and value.get("name") in RECIPES:
+        return RECIPES[value["name"]].model_validate(value)
+    return value
+
+
+class Config(Settings):
+    """The whole tree. ``recipe`` holds the class registered under ``recipe.name``."""
+
+    run: RunSettings = Field(default=RunSettings(), description="which run this is")
+    recipe: Annotated[SerializeAsAny[RecipeSettings], BeforeValidator(_known_recipe)] = Field(
+        default=Dinov2Settings(), description="the method"
+    )
+    model: ModelSettings = Field(description="the vision tower")
+    data: DataSettings = Field(description="where samples come from")
+    optim: OptimSettings = Field(default=OptimSettings(), description="the optimizer")
+    schedule: ScheduleSettings = Field(default=ScheduleSettings(), description="what changes while a run goes on")
+    train: TrainSettings = Field(default=TrainSettings(), description="the loop")
+    checkpoint: CheckpointSettings = Field(
+        default=CheckpointSettings(), json_schema_extra=RUNTIME, description="what is saved and resumed"
+    )
+    tracking: TrackingSettings = Field(
+        default=TrackingSettings(), json_schema_extra=RUNTIME, description="what is told to MLflow"
+    )
+    evaluation: EvaluationSettings = Field(
+        default=EvaluationSettings(), json_schema_extra=RUNTIME, description="what the weights are worth"
+    )
+    launch: LaunchSettings = Field(default=LaunchSettings(), json_schema_extra=RUNTIME, description="how ranks are started")
+
+    @property
+    def voting_shards(self) -> tuple[str, ...]:
+        """Patterns of the shards whose labels vote in the k-NN evaluation."""
+        return self.evaluation.knn.train_shards or self.data.shards
+
+    @property
+    def validation_shards(self) -> tuple[str, ...]:
+        """Patterns of the shards that evaluations judge; ``val-*.tar`` beside the training shards if none are named."""
+        folder = re.split(r"[{*?\[]", self.data.shards[0])[0].rpartition("/")[0]
+        return self.evaluation.knn.val_shards or (f"{folder}/val-*.tar" if folder else "val-*.tar",)
+
+    def replace(self, **sections: Any) -> Self:
+        """A copy with whole sections exchanged. Not checked again: call :func:`pipeline.config.check` where that matters."""
+        return self.model_copy(update=sections)

@@ -1,0 +1,6 @@
+"""What is told about a run: a journal on disk, and a shipper that copies it to MLflow."""
+
+from pipeline.tracking.journal import Journal
+from pipeline.tracking.shipper import Shipper
+
+__all__ = ["Journal", "Shipper"]

@@ -1,0 +1,258 @@
+"""Settings in, a trainer out: the wiring of one rank, in the order in which a sample travels."""
+
+from __future__ import annotations
+
+import platform
+from dataclasses import replace
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from pipeline.data.dali import Hue
+from pipeline.data.feeder import Portions
+from pipeline.data.ledger import Ledger
+from pipeline.data.order import Order
+from pipeline.data.plan import PLAN_VERSION
+from pipeline.data.reader import Reader
+from pipeline.data.stream import BatchStream, StreamOptions
+from pipeline.errors import CheckpointError
+from pipeline.evaluation.online import OnlineKnn, Pictures, raw_pixels
+from pipeline.recipes.base import Recipe
+from pipeline.recipes.registry import build_recipe
+from pipeline.settings import Config, Dinov2Settings
+from pipeline.settings import Curve as CurveSettings
+from pipeline.tracking import Journal
+from pipeline.training import schedules
+from pipeline.training.checkpoint import Checkpoints, load
+from pipeline.training.control import StopRequests
+from pipeline.training.distributed import World
+from pipeline.training.engine import Engine, EngineOptions
+from pipeline.training.inputs import DATA_STATE_VERSION, Inputs, check_data
+from pipeline.training.run import RunDirectory
+from pipeline.training.saved import Saved
+from pipeline.training.trainer import Plan, Progress, Trainer, Watcher
+
+
+def make_schedules(config: Config, order: Order) -> schedules.Schedules:
+    """The curves of a run, all lengths in samples."""
+    batch, epoch = config.train.global_batch, order.samples_per_epoch
+    total = config.train.length.steps(epoch, batch) * batch
+
+    def curve(s: CurveSettings) -> schedules.Curve:
+        peak = s.start if s.peak is None else s.peak
+        end = peak if s.end is None else s.end
+        warmup = min(s.warmup.samples(epoch, batch), total)
+        return schedules.Curve(s.start, peak, end, warmup, total, s.shape)
+
+    rate = config.schedule.lr
+    freeze = config.recipe.freeze_last_layer.samples(epoch, batch) if isinstance(config.recipe, Dinov2Settings) else 0
+    return schedules.Schedules(
+        global_batch=batch,
+        epoch_samples=epoch,
+        lr=schedules.Curve(
+            rate.start, config.optim.peak_lr(batch), rate.end, min(rate.warmup.samples(epoch, batch), total), total, rate.shape
+        ),
+        weight_decay=curve(config.schedule.weight_decay),
+        momentum=curve(config.schedule.momentum),
+        teacher_temperature=curve(config.schedule.teacher_temperature),
+        last_layer_freeze=freeze,
+    )
+
+
+def make_plan(config: Config, order: Order, run: RunDirectory, attempt: int, rank: int) -> Plan:
+    """Lengths and distances in optimizer steps."""
+    batch, epoch = config.train.global_batch, order.samples_per_epoch
+    record = run.batches(attempt, rank) if config.train.record_batches else None
+    if record is not None:
+        record.parent.mkdir(parents=True, exist_ok=True)
+    return Plan(
+        steps=config.train.length.steps(epoch, batch),
+        log_every=config.train.log_every,
+        evaluate_every=config.evaluation.knn.every.steps(epoch, batch) if config.evaluation.knn.enabled else 0,
+        checkpoint_every=config.checkpoint.every.steps(epoch, batch),
+        max_nonfinite=config.train.max_nonfinite,
+        seed=config.run.seed,
+        record=record,
+    )
+
+
+def make_recipe(config: Config, device: torch.device) -> Recipe:
+    """The method with its initial weights, a function of ``run.seed`` alone, on the device."""
+    torch.manual_seed(config.run.seed)
+    return build_recipe(config).to(device).place(device)
+
+
+def _autocast(config: Config, device: torch.device) -> torch.autocast:
+    return torch.autocast(device.type, torch.bfloat16, enabled=config.train.precision == "bf16")
+
+
+class Evaluations:
+    """All evaluations of a run, called at step 0 and then as often as the settings say.
+
+    The untrained network and raw pixels are judged once, at step 0, by the same code.
+    """
+
+    def __init__(self, config: Config, inputs: Inputs, recipe: Recipe, world: World, fresh: bool) -> None:
+        if inputs.bank is None or inputs.queries is None:
+            raise CheckpointError("evaluation without data", where="evaluation.knn")
+        knn = config.evaluation.knn
+        self._backbone, self._config, self._device = recipe.export()["backbone"], config, world.device
+        size = knn.size or recipe.views[0].size
+        self._first = fresh and knn.baselines
+
+        def pictures(manifest: Any, most: int | None) -> Pictures:
+            return Pictures(
+                manifest, size=size, most=most, batch=knn.batch, rank=world.rank, world=world.size, device=world.device
+            )
+
+        self._knn = OnlineKnn(
+            pictures(inputs.bank, knn.max_train),
+            pictures(inputs.queries, knn.max_val),
+            ks=knn.k,
+            temperature=knn.temperature,
+            group=world.control,
+        )
+
+    def _features(self, images: Tensor) -> Tensor:
+        with _autocast(self._config, self._device):
+            features: Tensor = self._backbone(images).cls
+        return features
+
+    def __call__(self) -> dict[str, float]:
+        """Scores by metric name, the same on all ranks."""
+        scores = {f"knn/k{k}": value for k, value in self._knn(self._features).items()}
+        if self._first:
+            self._first = False
+            scores |= {f"{name.replace('knn', 'untrained')}": value for name, value in list(scores.items())}
+            scores |= {f"pixels/k{k}": value for k, value in self._knn(raw_pixels).items()}
+        return scores
+
+
+def assemble(
+    config: Config,
+    inputs: Inputs,
+    world: World,
+    run: RunDirectory,
+    *,
+    attempt: int,
+    resume: Saved | None,
+    facts: dict[str, Any],
+    requests: StopRequests,
+    journal: Journal | None,
+    watcher: Watcher,
+) -> Trainer:
+    """Everything one rank needs, brought to the state of ``resume`` if there is one.
+
+    Raises:
+        CheckpointError: the checkpoint does not fit this run.
+    """
+    if config.train.deterministic:
+        torch.use_deterministic_algorithms(True)
+    if config.train.threads:
+        torch.set_num_threads(config.train.threads)
+    recipe = make_recipe(config, world.device)
+    share = config.train.global_batch // world.size
+    micro = config.train.micro_batch or share
+    clip = config.recipe if isinstance(config.recipe, Dinov2Settings) else Dinov2Settings()
+    engine = Engine(
+        recipe,
+        EngineOptions(
+            zero=config.train.zero,
+            precision=config.train.precision,
+            micro_batch=micro,
+            accumulation=share // micro,
+            betas=config.optim.betas,
+            eps=config.optim.eps,
+            clip_norm=clip.clip_norm,
+            clip_scope=clip.clip_scope,
+        ),
+        world.device,
+    )
+    ledger = Ledger(run.ledger(world.rank), budget=config.data.bad_budget, window=config.data.bad_window)
+    progress = Progress()
+    if resume is not None:
+        progress = _restore(resume, engine, recipe, ledger, inputs)
+    wants = ("image", "label", "caption")
+    reader = Reader(inputs.train, wants=wants, checksum=config.data.crc)
+    dataset = Portions(reader, inputs.order, recipe.views, seed=config.run.seed, world=world.size, rank=world.rank)
+    options = StreamOptions(
+        micro_batch=micro,
+        workers=config.data.workers,
+        threads=config.data.decode_threads,
+        prefetch=config.data.prefetch,
+        hue=_hue(config),
+    )
+
+    def stream(first: int, last: int) -> BatchStream:
+        return BatchStream(dataset, device=world.device, options=options, ledger=ledger, first=first, last=last)
+
+    evaluate = Evaluations(config, inputs, recipe, world, resume is None) if inputs.bank is not None else None
+    return Trainer(
+        world=world,
+        recipe=recipe,
+        engine=engine,
+        schedules=make_schedules(config, inputs.order),
+        stream=stream,
+        checkpoints=Checkpoints(run.checkpoints, keep_last=config.checkpoint.keep_last, group=world.control),
+        evaluate=evaluate,
+        data_state=lambda: _data_state(config, inputs, ledger, world),
+        facts={**facts, "world": world.size, "torch": torch.__version__, "python": platform.python_version()},
+        journal=journal,
+        watcher=watcher,
+        plan=make_plan(config, inputs.order, run, attempt, world.rank),
+        requests=requests,
+        progress=progress,
+    )
+
+
+def _hue(config: Config) -> Hue:
+    return config.recipe.augment.hue if isinstance(config.recipe, Dinov2Settings) else "hsv"
+
+
+def _data_state(config: Config, inputs: Inputs, ledger: Ledger, world: World) -> dict[str, Any]:
+    """The data plane's state: constants that must not change, and what each rank could not use."""
+    states: list[dict[str, Any] | None] = [None] * world.size
+    dist.all_gather_object(states, ledger.state(), group=world.control)
+    reasons: dict[str, int] = {}
+    quarantine: dict[str, str] = {}
+    seen = 0
+    for state in states:
+        if state is not None:
+            seen += state["seen"]
+            quarantine |= state["quarantine"]
+            for reason, count in state["reasons"].items():
+                reasons[reason] = reasons.get(reason, 0) + count
+    return {
+        "version": DATA_STATE_VERSION,
+        "plan": PLAN_VERSION,
+        "fingerprint": inputs.train.fingerprint,
+        "samples": inputs.train.total,
+        "seed": config.run.seed,
+        "global_batch": config.train.global_batch,
+        "lanes": inputs.order.lanes,
+        "block": inputs.order.block,
+        "seen": seen,
+        "substituted": reasons,
+        "quarantine": quarantine,
+    }
+
+
+def _restore(saved: Saved, engine: Engine, recipe: Recipe, ledger: Ledger, inputs: Inputs) -> Progress:
+    check_data(saved, inputs)
+    load(saved, engine, recipe)
+    data = saved.manifest["data"]
+    # The totals live on rank 0 from here on; the others count what they see themselves.
+    first = dist.get_rank() == 0
+    ledger.load(
+        {
+            "seen": data["seen"] if first else 0,
+            "reasons": data["substituted"] if first else {},
+            "quarantine": data["quarantine"],
+        }
+    )
+    m = saved.manifest
+    return replace(
+        Progress(), step=m["step"], applied=m["applied"], skipped=m["skipped"], scores=dict(m["scores"]), seconds=float(m["seconds"])
+    )

@@ -1,0 +1,240 @@
+"""Checkpoints that are whole or not there.
+
+Layout, one directory a checkpoint, below ``<run>/checkpoints``::
+
+    step_000000120/
+      rank_00000.safetensors   this rank's fragments: master/<name>, exp_avg/<name>, exp_avg_sq/<name>, teacher/<name>, fp32, 1-D
+      rank_00001.safetensors   …
+      whole.safetensors        what is the same on all ranks: memory/<name>, frozen/<name>, teacher/<buffer name>
+      manifest.json            written last: counters, data state, config, fragment table, and size and checksum of every file
+
+A checkpoint is written to ``.tmp-step_…``, every file synced, and becomes current by one rename. A directory without that rename is
+rubbish and is swept away by the next save. Fragments carry their place in the whole parameter, so any number of ranks can read what
+any other number wrote.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from pipeline.errors import CheckpointError
+from pipeline.recipes.base import Recipe
+from pipeline.training.engine import Engine
+from pipeline.training.saved import FORMAT, MANIFEST, Saved, entry, listed
+
+_WHOLE = "whole.safetensors"
+_MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+def _sync_directory(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+class Checkpoints:
+    """The checkpoints of one run.
+
+    Args:
+        directory: ``<run>/checkpoints``.
+        keep_last: how many are kept; at least the newest two whole ones survive whatever happens to the newest.
+        group: a gloo group for agreement between ranks, ``None`` for the default group.
+    """
+
+    def __init__(self, directory: Path, *, keep_last: int = 3, group: dist.ProcessGroup | None = None) -> None:
+        self.directory, self._keep, self._group = directory, max(keep_last, 1), group
+
+    def save(self, engine: Engine, recipe: Recipe, facts: dict[str, Any]) -> Path:
+        """Write a checkpoint with all ranks and make it current.
+
+        Args:
+            engine: whose fragments to write.
+            recipe: whose teacher, memory and frozen parameters to write.
+            facts: what goes into the manifest; must hold ``step``.
+
+        Raises:
+            CheckpointError: on all ranks, if any rank could not write; the checkpoints before are untouched.
+        """
+        name = f"step_{facts['step']:09d}"
+        temporary, final = self.directory / f".tmp-{name}", self.directory / name
+        rank = dist.get_rank()
+        self._agree(lambda: self._prepare(temporary) if rank == 0 else None, temporary)
+        tables = self._agree(lambda: _write_rank(temporary, rank, engine, recipe), temporary)
+        self._agree(lambda: self._commit(temporary, final, recipe, facts, tables) if rank == 0 else None, temporary)
+        return final
+
+    def _prepare(self, temporary: Path) -> None:
+        self.directory.mkdir(parents=True, exist_ok=True)
+        for stale in self.directory.glob(".tmp-*"):
+            shutil.rmtree(stale)
+        temporary.mkdir()
+
+    def _commit(self, temporary: Path, final: Path, recipe: Recipe, facts: dict[str, Any], tables: list[Any]) -> None:
+        save_file(_whole(recipe), temporary / _WHOLE)
+        files = [table["file"] for table in tables] + [entry(temporary / _WHOLE)]
+        manifest = {
+            "format": FORMAT,
+            **facts,
+            "world": len(tables),
+            "shapes": {name: list(p.shape) for name, p in recipe.named_parameters() if p.requires_grad},
+            "fragments": [table["fragments"] for table in tables],
+            "files": files,
+        }
+        with (temporary / MANIFEST).open("w") as file:
+            json.dump(manifest, file)
+            file.flush()
+            os.fsync(file.fileno())
+        _sync_directory(temporary)
+        if final.exists():  # a step that was saved before; the same run wrote the same bytes
+            shutil.rmtree(final)
+        temporary.rename(final)
+        _sync_directory(self.directory)
+        for old in listed(self.directory)[: -self._keep]:
+            shutil.rmtree(old.path)
+
+    def _agree(self, action: Any, where: Path) -> list[Any]:
+        """Run the action here, then learn how it went everywhere; all ranks raise if one failed."""
+        result: Any = None
+        failure = ""
+        try:
+            result = action()
+        except (OSError, SafetensorError) as error:
+            failure = f"rank {dist.get_rank()}: {error}"
+        results: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(results, (failure, result), group=self._group)
+        failures = [f for f, _ in results if f]
+        if failures:
+            raise CheckpointError(
+                f"the checkpoint could not be written ({failures[0]})",
+                where=str(where),
+                mend="free space or mend the directory; the last good checkpoint is untouched and the run resumes from it",
+            )
+        return [r for _, r in results]
+
+
+def _write_rank(directory: Path, rank: int, engine: Engine, recipe: Recipe) -> dict[str, Any]:
+    teacher = dict(recipe.teacher.named_parameters()) if recipe.teacher is not None else {}
+    tensors: dict[str, Tensor] = {}
+    table: dict[str, list[int]] = {}
+    for f in engine.fragments():
+        table[f.name] = [f.start, f.master.numel()]
+        tensors[f"master/{f.name}"] = f.master
+        tensors.update({f"{moment}/{f.name}": f.moments[moment] for moment in _MOMENTS})
+        if f.name in teacher:
+            tensors[f"teacher/{f.name}"] = teacher[f.name].detach().flatten()[f.start : f.start + f.master.numel()]
+    path = directory / f"rank_{rank:05d}.safetensors"
+    save_file({name: tensor.detach().cpu().clone() for name, tensor in tensors.items()}, path)
+    return {"file": entry(path), "fragments": table}
+
+
+def _whole(recipe: Recipe) -> dict[str, Tensor]:
+    tensors = {f"memory/{name}": tensor for name, tensor in recipe.memory.items()}
+    trainable = {name for name, p in recipe.named_parameters() if p.requires_grad}
+    frozen = {**dict(recipe.named_parameters()), **dict(recipe.named_buffers())}
+    tensors.update({f"frozen/{name}": t for name, t in frozen.items() if name not in trainable})
+    if recipe.teacher is not None:
+        rest = recipe.teacher.state_dict()
+        tensors.update({f"teacher/{name}": t for name, t in rest.items() if name not in trainable})
+    return {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
+
+
+class _Pieces:
+    """Reads any range of any saved tensor out of the rank files."""
+
+    def __init__(self, saved: Saved) -> None:
+        self._files = [
+            safe_open(saved.path / f"rank_{rank:05d}.safetensors", framework="pt") for rank in range(len(saved.manifest["fragments"]))
+        ]
+        self._where: dict[str, list[tuple[int, int, int]]] = {}
+        for rank, table in enumerate(saved.manifest["fragments"]):
+            for name, (start, length) in table.items():
+                self._where.setdefault(name, []).append((start, length, rank))
+
+    def read(self, kind: str, name: str, start: int, length: int) -> Tensor:
+        """Elements ``start`` to ``start + length`` of a flattened tensor, fp32 ``[length]``."""
+        out = torch.empty(length, dtype=torch.float32)
+        done = 0
+        for begin, size, rank in self._where.get(name, []):
+            low, high = max(begin, start), min(begin + size, start + length)
+            if low < high:
+                out[low - start : high - start] = self._files[rank].get_slice(f"{kind}/{name}")[low - begin : high - begin]
+                done += high - low
+        if done != length:
+            raise CheckpointError(f"{length - done} elements of {kind}/{name} are not in it", where="checkpoint")
+        return out
+
+
+def load(saved: Saved, engine: Engine, recipe: Recipe) -> None:
+    """Bring student, moments, teacher and memory to what they were, on any number of ranks.
+
+    Raises:
+        CheckpointError: the checkpoint is of another architecture; the first parameters that differ are named.
+    """
+    ours = {name: list(p.shape) for name, p in recipe.named_parameters() if p.requires_grad}
+    theirs = saved.manifest["shapes"]
+    different = sorted(name for name in ours.keys() | theirs.keys() if ours.get(name) != theirs.get(name))
+    if different:
+        name = different[0]
+        raise CheckpointError(
+            f"{len(different)} parameters differ, first {name}: {theirs.get(name)} in the checkpoint, {ours.get(name)} in this run",
+            where=str(saved.path),
+            mend="resume with the config it was written with, or start a new run",
+        )
+    pieces = _Pieces(saved)
+    for f in engine.fragments():
+        f.master.copy_(pieces.read("master", f.name, f.start, f.master.numel()))
+        for moment in _MOMENTS:
+            f.moments[moment].copy_(pieces.read(moment, f.name, f.start, f.master.numel()))
+    engine.set_optimizer_steps(int(saved.manifest["applied"]))
+    engine.refresh()
+    _load_whole(saved, recipe)
+    if recipe.teacher is not None:
+        for name, tensor in recipe.teacher.named_parameters():
+            if name in ours:
+                tensor.detach().copy_(pieces.read("teacher", name, 0, tensor.numel()).view_as(tensor))
+
+
+def _load_whole(saved: Saved, recipe: Recipe) -> None:
+    targets: dict[str, Tensor] = {f"memory/{name}": tensor for name, tensor in recipe.memory.items()}
+    own = {**dict(recipe.named_parameters()), **dict(recipe.named_buffers())}
+    targets.update({f"frozen/{name}": tensor for name, tensor in own.items()})
+    if recipe.teacher is not None:
+        targets.update({f"teacher/{name}": tensor for name, tensor in recipe.teacher.state_dict().items()})
+    with safe_open(saved.path / _WHOLE, framework="pt") as file:
+        for name in file.keys():  # noqa: SIM118 - not a dict
+            if name not in targets:
+                raise CheckpointError(f"{name} has no place in this run", where=str(saved.path / _WHOLE))
+            targets[name].detach().copy_(file.get_tensor(name))
+
+
+def read_teacher(saved: Saved) -> Iterator[tuple[str, Tensor]]:
+    """The whole teacher out of a checkpoint, without an engine: names as in the recipe, fp32."""
+    pieces = _Pieces(saved)
+    for name, shape in saved.manifest["shapes"].items():
+        if f"teacher/{name}" in _keys(saved, name):
+            yield name, pieces.read("teacher", name, 0, int(torch.Size(shape).numel())).view(shape)
+    with safe_open(saved.path / _WHOLE, framework="pt") as file:
+        for key in file.keys():  # noqa: SIM118
+            if key.startswith("teacher/"):
+                yield key.removeprefix("teacher/"), file.get_tensor(key)
+
+
+def _keys(saved: Saved, name: str) -> set[str]:
+    for rank, table in enumerate(saved.manifest["fragments"]):
+        if name in table:
+            with safe_open(saved.path / f"rank_{rank:05d}.safetensors", framework="pt") as file:
+                return set(file.keys())
+    return set()

@@ -1,0 +1,76 @@
+"""The process group: set up from explicit addresses, checked, and taken down in the order that does not crash."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+from pipeline.errors import LaunchError
+
+
+@dataclass(frozen=True)
+class World:
+    """Where this process stands among the ranks of a run.
+
+    Attributes:
+        rank, size: global rank and number of ranks.
+        local_rank: rank on this node.
+        device: this rank's device.
+        control: a gloo group for small host-side agreements, whatever the main backend is.
+    """
+
+    rank: int
+    size: int
+    local_rank: int
+    device: torch.device
+    control: dist.ProcessGroup
+
+
+def join(
+    *, rank: int, size: int, local_rank: int, address: str, port: int, key: str, backend: str = "auto", timeout: float = 600.0
+) -> World:
+    """Meet the other ranks.
+
+    Args:
+        rank, size, local_rank: this process's place.
+        address, port: where rank 0 listens.
+        key: names the attempt; ranks of another job on the same port are found out and refused.
+        backend: ``auto`` (NCCL with GPUs, else gloo), ``nccl`` or ``gloo``.
+        timeout: seconds a collective may take.
+
+    Raises:
+        LaunchError: the ranks do not meet, or belong to different runs.
+    """
+    gpus = torch.cuda.device_count()
+    chosen = backend if backend != "auto" else ("nccl" if gpus else "gloo")
+    if chosen == "nccl" and not gpus:
+        raise LaunchError("NCCL needs a GPU and there is none", where="launch.backend", mend="set launch.backend=gloo")
+    device = torch.device("cuda", local_rank % gpus) if chosen == "nccl" else torch.device("cpu")
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    limit = timedelta(seconds=timeout)
+    try:
+        store = dist.TCPStore(address, port, size, is_master=rank == 0, timeout=limit, wait_for_workers=False)
+        prefixed = dist.PrefixStore(key, store)
+        dist.init_process_group(chosen, store=prefixed, rank=rank, world_size=size, timeout=limit)
+        control = dist.new_group(backend="gloo", timeout=limit) if chosen != "gloo" else dist.group.WORLD
+        keys: list[str | None] = [None] * size
+        dist.all_gather_object(keys, key, group=control)
+    except (RuntimeError, dist.DistError) as error:
+        raise LaunchError(
+            f"rank {rank} of {size} did not meet the others ({str(error).splitlines()[0]})",
+            where=f"{address}:{port}",
+            mend="see the other ranks' logs; the port must be free and reachable",
+        ) from error
+    if set(keys) != {key}:
+        raise LaunchError(f"ranks of different runs met: {sorted(set(map(str, keys)))}", where=f"{address}:{port}", mend="use another port")
+    return World(rank, size, local_rank, device, control)
+
+
+def leave() -> None:
+    """Take the process group down after a clean end; call it after the engine was closed."""
+    dist.barrier()
+    dist.destroy_process_group()

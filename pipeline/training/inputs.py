@@ -1,0 +1,119 @@
+"""Everything about the data that can be known, and refused, before a rank is started: shards, indexes, order, batch arithmetic."""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pipeline.data import storage
+from pipeline.data.index import build
+from pipeline.data.manifest import Fields, Manifest
+from pipeline.data.order import Order
+from pipeline.data.plan import PLAN_VERSION
+from pipeline.errors import CheckpointError, ConfigError
+from pipeline.settings import Config
+from pipeline.training.saved import Saved
+
+DATA_STATE_VERSION = 1
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """Indexed data sets of a run.
+
+    Attributes:
+        train: what is trained on.
+        bank, queries: labelled data of the k-NN evaluation, ``None`` if it is off.
+        order: which sample comes when.
+    """
+
+    train: Manifest
+    bank: Manifest | None
+    queries: Manifest | None
+    order: Order
+
+
+def fields(config: Config) -> Fields:
+    """What makes a sample, as the settings say."""
+    d = config.data
+    return Fields(images=d.image, caption=d.caption, label=d.label, min_side=d.min_side, max_pixels=d.max_pixels)
+
+
+def index_directory(config: Config, urls: Sequence[str]) -> Path:
+    """Where the index of these shards lies: ``data.index``, or a folder of the user's cache named after the shards."""
+    root = config.data.index
+    if root is None:
+        root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fovea" / "index"
+    return root / hashlib.blake2b("\n".join(urls).encode(), digest_size=8).hexdigest()
+
+
+def indexed(config: Config, patterns: Sequence[str], progress: Callable[[int, int, Any], None] | None = None) -> Manifest:
+    """Find and index shards; what was indexed before and has not changed is reused.
+
+    Raises:
+        DataError: no shard matches, or shards cannot be used.
+    """
+    urls = storage.expand(patterns)
+    directory = index_directory(config, urls)
+    directory.mkdir(parents=True, exist_ok=True)
+    with (directory / ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        return build(urls, directory, fields=fields(config), damaged=config.data.damaged, progress=progress)
+
+
+def prepare(config: Config, world: int, progress: Callable[[int, int, Any], None] | None = None) -> Inputs:
+    """Check and index everything a run reads.
+
+    Args:
+        config: the settings.
+        world: number of ranks.
+        progress: told of each shard indexed.
+
+    Raises:
+        DataError, ConfigError: with what is wrong and how to mend it.
+    """
+    train = indexed(config, config.data.shards, progress)
+    batch, micro = config.train.global_batch, config.train.micro_batch
+    order = Order(train.sizes, config.run.seed, batch, config.data.lanes, config.data.block)
+    order.check_world(world)
+    if micro is not None and batch % (world * micro):
+        raise ConfigError(
+            f"{batch} samples do not divide by {world} ranks times {micro}",
+            where="train.micro_batch",
+            mend=f"choose a divisor of {batch // world}",
+        )
+    knn = config.evaluation.knn
+    if not knn.enabled:
+        return Inputs(train, None, None, order)
+    bank = indexed(config, config.voting_shards, progress) if knn.train_shards else train
+    return Inputs(train, bank, indexed(config, config.validation_shards, progress), order)
+
+
+def check_data(saved: Saved, inputs: Inputs) -> None:
+    """Refuse to resume over other data or in another order.
+
+    Raises:
+        CheckpointError: what the checkpoint was trained on, and what the shards hold now.
+    """
+    data = saved.manifest["data"]
+    now = {
+        "version": DATA_STATE_VERSION,
+        "plan": PLAN_VERSION,
+        "fingerprint": inputs.train.fingerprint,
+        "seed": inputs.order.seed,
+        "global_batch": inputs.order.global_batch,
+        "lanes": inputs.order.lanes,
+        "block": inputs.order.block,
+    }
+    changed = [f"{name} was {data.get(name)!r} and is {value!r}" for name, value in now.items() if data.get(name) != value]
+    if changed:
+        raise CheckpointError(
+            f"the data of this run have changed ({'; '.join(changed)})",
+            where=str(saved.path),
+            mend=f"resume over the {data['samples']} samples it was trained on, or start a new run in another run.directory",
+        )

@@ -1,0 +1,88 @@
+"""The run directory: everything a run writes, and the identity that its attempts share.
+
+    <run>/config.json            the resolved settings of the first attempt
+    <run>/checkpoints/           see checkpoint.py
+    <run>/tracking/              journals, cursor, the MLflow run's id
+    <run>/logs/attempt-0/        output of each rank
+    <run>/ledger/rank-0.jsonl    samples that could not be used
+    <run>/attempts.jsonl         one line when an attempt starts, one when it ends
+    <run>/outcome.json           how the last attempt ended
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+
+@dataclass(frozen=True)
+class RunDirectory:
+    """Paths and small records of one run.
+
+    Attributes:
+        path: the directory.
+    """
+
+    path: Path
+
+    @property
+    def config(self) -> Path:
+        """Resolved settings of the run."""
+        return self.path / "config.json"
+
+    @property
+    def checkpoints(self) -> Path:
+        """Directory of checkpoints."""
+        return self.path / "checkpoints"
+
+    @property
+    def tracking(self) -> Path:
+        """Directory of journals."""
+        return self.path / "tracking"
+
+    def journal(self, attempt: int) -> Path:
+        """Journal of an attempt."""
+        return self.tracking / f"journal-{attempt:04d}.jsonl"
+
+    def ledger(self, rank: int) -> Path:
+        """Ledger of bad samples of a rank."""
+        return self.path / "ledger" / f"rank-{rank}.jsonl"
+
+    def batches(self, attempt: int, rank: int) -> Path:
+        """Record of every batch's keys, if asked for."""
+        return self.path / "batches" / f"attempt-{attempt:04d}-rank-{rank}.jsonl"
+
+    def logs(self, attempt: int) -> Path:
+        """Directory of the ranks' output."""
+        return self.path / "logs" / f"attempt-{attempt:04d}"
+
+    def attempts(self) -> list[dict[str, Any]]:
+        """All lines of ``attempts.jsonl``."""
+        try:
+            lines = (self.path / "attempts.jsonl").read_text().splitlines()
+        except FileNotFoundError:
+            return []
+        return [json.loads(line) for line in lines if line.endswith("}")]
+
+    def next_attempt(self) -> int:
+        """Number of the attempt that starts now."""
+        return sum(row["event"] == "start" for row in self.attempts())
+
+    def note(self, event: str, **facts: Any) -> None:
+        """Append a line about this attempt, synced."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        with (self.path / "attempts.jsonl").open("a") as file:
+            file.write(json.dumps({"event": event, "t": round(time.time(), 3), **facts}) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+
+    def write(self, name: str, value: Any) -> None:
+        """Replace a JSON file of the run in one act."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        temporary = self.path / f".{name}.{os.getpid()}"
+        temporary.write_text(json.dumps(value, indent=1))
+        temporary.replace(self.path / name)

@@ -1,0 +1,153 @@
+"""What changes over a run, as functions of the samples seen.
+
+Lengths are in samples, so that another world size or batch leaves the curves where they were. Values at whole steps equal
+those of the per-iteration tables of DINO and DINOv2 (``linspace`` warm-up with both end points, then a half cosine that
+reaches its end one step after the last).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal, Self
+
+from pipeline import settings
+from pipeline.errors import ConfigError
+from pipeline.recipes.base import Step
+
+
+@dataclass(frozen=True)
+class Curve:
+    """A straight warm-up from ``start`` to ``peak``, then a way to ``end``.
+
+    Attributes:
+        start: value at sample 0 (unused without warm-up).
+        peak: value at the end of the warm-up; reached on its last step and held on the next.
+        end: value at ``length`` and beyond.
+        warmup: length of the warm-up, samples.
+        length: length of the whole curve, samples.
+        shape: the way from ``peak`` to ``end``: half a cosine, a line, or ``constant`` (stays at ``peak``).
+
+    Raises:
+        ConfigError: a negative length, or a warm-up longer than the curve.
+    """
+
+    start: float
+    peak: float
+    end: float
+    warmup: int = 0
+    length: int = 0
+    shape: Literal["cosine", "linear", "constant"] = "cosine"
+
+    def __post_init__(self) -> None:
+        if self.warmup < 0 or self.length < 0 or (self.shape != "constant" and self.warmup > self.length):
+            raise ConfigError(
+                f"a warm-up of {self.warmup} samples in a curve of {self.length}",
+                mend="make the warm-up shorter or the run longer",
+            )
+
+    def at(self, samples_seen: int, global_batch: int) -> float:
+        """The value for the step that begins after ``samples_seen`` samples.
+
+        Args:
+            samples_seen: samples consumed before the step.
+            global_batch: samples of one step; the warm-up is complete on its last step, not one later.
+        """
+        if samples_seen < self.warmup:
+            whole = self.warmup - global_batch
+            share = min(samples_seen / whole, 1.0) if whole > 0 else 0.0
+            return self.start + (self.peak - self.start) * share
+        if self.shape == "constant":
+            return self.peak
+        if samples_seen >= self.length:
+            return self.end
+        share = (samples_seen - self.warmup) / (self.length - self.warmup)
+        if self.shape == "linear":
+            return self.peak + (self.end - self.peak) * share
+        return self.end + 0.5 * (self.peak - self.end) * (1.0 + math.cos(math.pi * share))
+
+
+def constant(value: float) -> Curve:
+    """A curve that never moves."""
+    return Curve(start=value, peak=value, end=value, shape="constant")
+
+
+@dataclass(frozen=True)
+class Schedules:
+    """All curves of a run.
+
+    Attributes:
+        global_batch: samples of one step, over all ranks and micro-batches.
+        epoch_samples: samples of the training set.
+        lr: learning rate.
+        weight_decay: weight decay.
+        momentum: the teacher's momentum.
+        teacher_temperature: temperature of the targets.
+        last_layer_freeze: samples during which groups marked ``last_layer`` have learning rate 0.
+    """
+
+    global_batch: int
+    epoch_samples: int
+    lr: Curve
+    weight_decay: Curve
+    momentum: Curve = constant(1.0)  # noqa: RUF009 - frozen
+    teacher_temperature: Curve = constant(0.07)  # noqa: RUF009 - frozen
+    last_layer_freeze: int = 0
+
+    @classmethod
+    def from_config(cls, config: settings.Config, *, epoch_samples: int) -> Self:
+        """The curves a config describes, over its whole run.
+
+        Args:
+            config: the run's settings.
+            epoch_samples: samples of the training set.
+
+        Raises:
+            ConfigError: a warm-up longer than the run.
+        """
+        batch, schedule = config.train.global_batch, config.schedule
+        length = config.train.length.samples(epoch_samples, batch)
+
+        def curve(key: str, start: float, peak: float, end: float, rest: settings.Curve | settings.LearningRateCurve) -> Curve:
+            warmup = rest.warmup.samples(epoch_samples, batch)
+            if warmup > length and rest.shape != "constant":
+                raise ConfigError(
+                    f"a warm-up of {warmup} samples in a run of {length}",
+                    where=f"schedule.{key}.warmup",
+                    mend="make it shorter, or train.length longer",
+                )
+            return Curve(start, peak, end, warmup, length, rest.shape)
+
+        def plain(key: str, s: settings.Curve) -> Curve:
+            peak = s.start if s.peak is None else s.peak
+            return curve(key, s.start, peak, peak if s.end is None else s.end, s)
+
+        freeze = getattr(config.recipe, "freeze_last_layer", settings.Length(0))
+        return cls(
+            global_batch=batch,
+            epoch_samples=epoch_samples,
+            lr=curve("lr", schedule.lr.start, config.optim.peak_lr(batch), schedule.lr.end, schedule.lr),
+            weight_decay=plain("weight_decay", schedule.weight_decay),
+            momentum=plain("momentum", schedule.momentum),
+            teacher_temperature=plain("teacher_temperature", schedule.teacher_temperature),
+            last_layer_freeze=freeze.samples(epoch_samples, batch),
+        )
+
+    def at(self, samples_seen: int) -> Step:
+        """The step that begins after ``samples_seen`` samples."""
+        lr = self.lr.at(samples_seen, self.global_batch)
+        return Step(
+            index=samples_seen // self.global_batch,
+            samples_seen=samples_seen,
+            epoch=samples_seen / self.epoch_samples,
+            lr=lr,
+            last_layer_lr=0.0 if samples_seen < self.last_layer_freeze else lr,
+            weight_decay=self.weight_decay.at(samples_seen, self.global_batch),
+            momentum=self.momentum.at(samples_seen, self.global_batch),
+            teacher_temperature=self.teacher_temperature.at(samples_seen, self.global_batch),
+        )
+
+
+def square_root_lr(base: float, global_batch: int, *, reference: int = 1024) -> float:
+    """DINOv2's rule: ``base * sqrt(global_batch / 1024)``."""
+    return base * math.sqrt(global_batch / reference)

@@ -1,0 +1,293 @@
+"""The loop. It knows no method: it reads in the order of one step, and that order is fixed here once.
+
+    schedules, batch, teacher and student forward, terms, finite check, backward, step, after_step, log, evaluate, checkpoint
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from pipeline.data.random import mix
+from pipeline.data.stream import BatchStream
+from pipeline.data.views import Batch
+from pipeline.errors import TrainingError
+from pipeline.recipes.base import Recipe, Step
+from pipeline.tracking import Journal
+from pipeline.training.checkpoint import Checkpoints
+from pipeline.training.control import Stop, StopRequests
+from pipeline.training.distributed import World
+from pipeline.training.engine import Engine
+from pipeline.training.schedules import Schedules
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Where the run begins and ends, and what it does on the way; all in optimizer steps.
+
+    Attributes:
+        steps: the step at which the run is finished.
+        log_every, evaluate_every, checkpoint_every: distances, 0 for never.
+        max_nonfinite: non-finite steps in a row that stop the run.
+        seed: the run's seed.
+        record: file that takes each step's keys and terms of this rank, or ``None``.
+    """
+
+    steps: int
+    log_every: int
+    evaluate_every: int
+    checkpoint_every: int
+    max_nonfinite: int
+    seed: int
+    record: Path | None = None
+
+
+@dataclass
+class Progress:
+    """What a checkpoint has to bring back besides tensors.
+
+    Attributes:
+        step: steps done, which is also the number of the next one.
+        applied: steps whose gradients were applied.
+        skipped: steps left out because something was not finite.
+        scores: the last evaluation, by metric.
+        seconds: wall time that advanced training, over all attempts.
+    """
+
+    step: int = 0
+    applied: int = 0
+    skipped: int = 0
+    scores: dict[str, float] = field(default_factory=dict)
+    seconds: float = 0.0
+
+
+class Watcher(Protocol):
+    """What shows progress to a person; only rank 0 has one that does anything."""
+
+    def step(self, done: int, total: int, loss: float, rate: float, scores: dict[str, float]) -> None:
+        """After a logged step: steps done and in all, loss, images per second, last scores."""
+        ...
+
+    def say(self, text: str) -> None:
+        """One line worth reading."""
+        ...
+
+
+@dataclass
+class Trainer:
+    """Everything one rank needs to train; see :func:`pipeline.training.assemble.assemble`.
+
+    Attributes:
+        world: this rank's place.
+        recipe: the method.
+        engine: DeepSpeed around it.
+        schedules: what changes over the run.
+        stream: opens the batches from a step on.
+        checkpoints: where to save.
+        evaluate: runs all evaluations with all ranks and returns their scores.
+        data_state: the data side's part of a checkpoint, gathered from all ranks.
+        facts: constant parts of every checkpoint's manifest.
+        journal: where rank 0 writes numbers, ``None`` elsewhere.
+        watcher: where rank 0 shows progress.
+        plan: how far and how often.
+        requests: signals asking to stop.
+        progress: where we are.
+        data_counts: samples seen, substituted and available, as of the last checkpoint.
+    """
+
+    world: World
+    recipe: Recipe
+    engine: Engine
+    schedules: Schedules
+    stream: Callable[[int, int], BatchStream]
+    checkpoints: Checkpoints
+    evaluate: Callable[[], dict[str, float]] | None
+    data_state: Callable[[], dict[str, Any]]
+    facts: dict[str, Any]
+    journal: Journal | None
+    watcher: Watcher
+    plan: Plan
+    requests: StopRequests
+    progress: Progress = field(default_factory=Progress)
+    data_counts: dict[str, Any] = field(default_factory=dict)
+
+    def run(self) -> Stop:
+        """Train until the plan is fulfilled or all ranks agree to stop; a checkpoint is on disk in either case.
+
+        Raises:
+            TrainingError: too many non-finite steps in a row, or too many bad samples.
+            CheckpointError: the last checkpoint could not be written.
+        """
+        p = self.progress
+        meter = _Meter(self.world)
+        in_a_row = 0
+        saved_at = p.step if p.step else -1
+        if p.step == 0 and self.evaluate is not None:
+            self._evaluate()
+        stop = self.requests.agreed(self.world.control)
+        batches = self.stream(p.step, self.plan.steps)
+        begin = time.perf_counter()
+        with self.plan.record.open("a") if self.plan.record else nullcontext() as record:
+            for number, micro_batches in batches:
+                if number != p.step:
+                    raise TrainingError(f"the data side delivered step {number} instead of {p.step}", where=f"rank {self.world.rank}")
+                step = self.schedules.at(p.step * self.schedules.global_batch)
+                # Whatever a method draws on the device depends on the step and the rank alone, so nothing of it needs saving.
+                torch.manual_seed(mix(self.plan.seed, 0x57E9, number, self.world.rank)[0])
+
+                terms = _mean([self.engine.forward_backward(batch, step) for batch in micro_batches])
+                finite = torch.stack(list(terms.values())).isfinite().all()
+                applied, norms = self.engine.step(step, finite)
+                if applied:
+                    self.recipe.after_step(step)
+
+                p.step += 1
+                p.applied += applied
+                p.skipped += not applied
+                in_a_row = 0 if applied else in_a_row + 1
+                p.seconds += time.perf_counter() - begin
+                begin = time.perf_counter()
+                if record is not None:
+                    record.write(json.dumps(_line(number, micro_batches, terms, applied)) + "\n")
+                if not applied:
+                    self._skipped(number, micro_batches, terms, in_a_row)
+                meter.add(terms, self.recipe.metrics if applied else {}, self.schedules.global_batch)
+                if _due(p.step, self.plan.log_every, self.plan.steps):
+                    self._log(step, meter, norms, batches)
+                if self.evaluate is not None and _due(p.step, self.plan.evaluate_every, self.plan.steps):
+                    self._evaluate()
+                stop = self.requests.agreed(self.world.control)
+                if stop or _due(p.step, self.plan.checkpoint_every, self.plan.steps):
+                    saved_at = self._save()
+                if stop:
+                    break
+                begin = time.perf_counter()
+        batches.close()
+        if saved_at != p.step:
+            self._save()
+        return stop or Stop.FINISHED
+
+    def _skipped(self, number: int, batches: list[Batch], terms: dict[str, Tensor], in_a_row: int) -> None:
+        bad = [name for name, term in terms.items() if not bool(term.isfinite())] or ["gradient"]
+        keys = [key for batch in batches for key in batch.keys]
+        self.watcher.say(f"step {number}: {', '.join(bad)} not finite, step skipped; rank {self.world.rank} held {keys[:4]}…")
+        if self.journal is not None:
+            self.journal.metrics(number, {"train/skipped": self.progress.skipped})
+        if in_a_row >= self.plan.max_nonfinite:
+            raise TrainingError(
+                f"{in_a_row} steps in a row were not finite ({', '.join(bad)})",
+                where=f"step {number}, first keys on rank {self.world.rank}: {keys[:4]}",
+                mend="lower optim.lr or optim.betas, lengthen schedule.lr.warmup, or train.precision=fp32; then resume",
+            )
+
+    def _log(self, step: Step, meter: _Meter, norms: dict[str, Tensor], batches: BatchStream) -> None:
+        values = meter.flush()
+        p = self.progress
+        rate = values.pop("rate")
+        if self.journal is not None:
+            share = batches.seconds_waited / max(p.seconds, 1e-9)
+            self.journal.metrics(
+                p.step,
+                {
+                    **{f"train/{name}": value for name, value in values.items()},
+                    **{f"gradient_norm/{name}": float(norm) for name, norm in norms.items()},
+                    "train/lr": step.lr,
+                    "train/weight_decay": step.weight_decay,
+                    "train/momentum": step.momentum,
+                    "train/teacher_temperature": step.teacher_temperature,
+                    "train/epoch": step.epoch,
+                    "perf/samples_seen": float(p.step * self.schedules.global_batch),
+                    "perf/images_per_second": rate,
+                    "perf/data_wait_share": share,
+                    "train/skipped_steps": float(p.skipped),
+                },
+            )
+        self.watcher.step(p.step, self.plan.steps, values["loss"], rate, p.scores)
+
+    def _evaluate(self) -> None:
+        if self.evaluate is None:
+            return
+        scores = self.evaluate()
+        self.progress.scores.update(scores)
+        if self.journal is not None:
+            self.journal.metrics(self.progress.step, scores)
+
+    def _save(self) -> int:
+        p = self.progress
+        facts = {
+            **self.facts,
+            "step": p.step,
+            "applied": p.applied,
+            "skipped": p.skipped,
+            "samples_seen": p.step * self.schedules.global_batch,
+            "scores": p.scores,
+            "seconds": p.seconds,
+            "data": self.data_state(),
+        }
+        self.data_counts = {name: facts["data"][name] for name in ("seen", "substituted", "samples", "fingerprint")}
+        path = self.checkpoints.save(self.engine, self.recipe, facts)
+        if self.journal is not None:
+            self.journal.tags({"fovea.checkpoint": path, "fovea.samples_seen": facts["samples_seen"]})
+            self.journal.sync()
+        return p.step
+
+
+def _due(step: int, every: int, last: int) -> bool:
+    return every > 0 and (step % every == 0 or step == last)
+
+
+def _mean(terms: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    return {name: torch.stack([t[name] for t in terms]).mean() for name in terms[0]}
+
+
+def _line(step: int, batches: list[Batch], terms: dict[str, Tensor], applied: bool) -> dict[str, Any]:
+    keys = [key for batch in batches for key in batch.keys]
+    pixels = hashlib.blake2b(digest_size=8)
+    for batch in batches:
+        for views in batch.views.values():
+            for view in views:
+                pixels.update(view.cpu().numpy().tobytes())
+    return {
+        "step": step,
+        "keys": keys,
+        "pixels": pixels.hexdigest(),
+        "terms": {name: float(term).hex() for name, term in terms.items()},
+        "applied": applied,
+    }
+
+
+class _Meter:
+    """Means since the last log line, kept on the device and averaged over ranks only when read."""
+
+    def __init__(self, world: World) -> None:
+        self._world = world
+        self._sums: dict[str, Tensor] = {}
+        self._counts: dict[str, int] = {}
+        self._samples, self._since = 0, time.perf_counter()
+
+    def add(self, terms: dict[str, Tensor], metrics: dict[str, Tensor], samples: int) -> None:
+        total = torch.stack(list(terms.values())).sum()
+        for name, value in {"loss": total, **terms, **metrics}.items():
+            self._sums[name] = self._sums[name] + value.detach().float() if name in self._sums else value.detach().float()
+            self._counts[name] = self._counts.get(name, 0) + 1
+        self._samples += samples
+
+    def flush(self) -> dict[str, float]:
+        names = sorted(self._sums)
+        means = torch.stack([self._sums[n] / self._counts[n] for n in names])
+        dist.all_reduce(means)
+        means /= self._world.size
+        now = time.perf_counter()
+        rate = self._samples / max(now - self._since, 1e-9)
+        self._sums, self._counts, self._samples, self._since = {}, {}, 0, now
+        return {**dict(zip(names, means.tolist(), strict=True)), "rate": rate}

@@ -1,0 +1,70 @@
+"""Losses whose global batch is spread over ranks: two real gloo processes against one."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+from pipeline.losses import batch_center, centered_targets, moved_center, sinkhorn, sinkhorn_potential
+from tests.losses.test_sinkhorn import WARM, X
+
+
+def _rank(rank: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
+    half, ragged, one_sided = X[2 * rank : 2 * rank + 2], (X[:3], X[3:])[rank], (X, X[:0])[rank]
+    out = {
+        "half": sinkhorn(half, 0.07),
+        "ragged": sinkhorn(ragged, 0.07),
+        "one_sided": sinkhorn(one_sided, 0.07),
+        "potential": sinkhorn_potential(ragged, 0.07),
+        "nothing": sinkhorn(X[:0], 0.07),
+        "ibot_center": moved_center(torch.zeros(3), batch_center(ragged)),
+    }
+    center = torch.zeros(3)
+    for factor in (1, 2, 3):
+        out[f"targets_{factor}"] = centered_targets(factor * half, center, 0.07)
+        center = moved_center(center, batch_center(factor * half))
+    out["center"] = center
+    torch.save(out, f"{folder}/{rank}.pt")
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[dict[str, torch.Tensor]]]:
+    folder: Path = tmp_path_factory.mktemp("gloo")
+    mp.start_processes(_rank, args=(str(folder),), nprocs=2, start_method="spawn")
+    yield [torch.load(folder / f"{rank}.pt") for rank in range(2)]
+
+
+@pytest.mark.parametrize("split", ["half", "ragged", "one_sided"])
+def test_sinkhorn_of_two_ranks_equals_that_of_one(ranks: list[dict[str, torch.Tensor]], split: str) -> None:
+    together = torch.cat([rank[split] for rank in ranks])
+    torch.testing.assert_close(together, WARM, atol=1e-6, rtol=0)
+    rank_local = torch.tensor([[0.235419, 0.139323, 0.625258], [0.423471, 0.511935, 0.064595]])
+    assert (together[:2] - rank_local).abs().max() > 0.03
+
+
+def test_every_rank_holds_the_same_potential(ranks: list[dict[str, torch.Tensor]]) -> None:
+    assert torch.equal(ranks[0]["potential"], ranks[1]["potential"])
+
+
+def test_a_step_without_any_masked_patch_gives_no_targets(ranks: list[dict[str, torch.Tensor]]) -> None:
+    assert [tuple(rank["nothing"].shape) for rank in ranks] == [(0, 3), (0, 3)]
+
+
+def test_centres_follow_the_reference(ranks: list[dict[str, torch.Tensor]]) -> None:
+    expected = torch.tensor([[0.926121, 0.012521, 0.061358], [0.946401, 0.053392, 0.000207]])
+    torch.testing.assert_close(ranks[0]["targets_2"], expected, atol=1e-6, rtol=0)
+    for rank in ranks:
+        torch.testing.assert_close(rank["center"], torch.tensor([0.049088, 0.056100, -0.007013]), atol=1e-6, rtol=0)
+
+
+def test_the_patch_centre_is_the_mean_of_rank_means(ranks: list[dict[str, torch.Tensor]]) -> None:
+    torch.testing.assert_close(ranks[0]["ibot_center"], torch.tensor([0.0025, 0.016667, 0.0025]), atol=1e-6, rtol=0)

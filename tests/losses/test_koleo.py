@@ -1,0 +1,43 @@
+"""KoLeo: reference vectors, types and degenerate inputs."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from pipeline.losses import koleo
+
+SQUARE = [[1.0, 0.0], [0.0, 1.0], [-1.0, 0.0], [0.6, 0.8]]
+SPREAD = [[3.0, 4, 0], [0, 5, 12], [1, 2, 2], [2, -1, 2], [-4, 0, 3]]
+
+
+@pytest.mark.parametrize(("features", "expected"), [(SQUARE, 0.1703222206), (SPREAD, 0.3439188120)])
+def test_equals_the_reference(features: list[list[float]], expected: float) -> None:
+    assert float(koleo(torch.tensor(features))) == pytest.approx(expected, abs=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_identical_features_are_finite_in_every_type(dtype: torch.dtype) -> None:
+    same = torch.ones(8, 1024, dtype=dtype)
+    assert float(koleo(same)) == pytest.approx(14.924172, abs=1e-4)
+
+
+def test_autocast_does_not_reach_it() -> None:
+    x = torch.randn(64, 1024, generator=torch.Generator().manual_seed(0))
+    with torch.autocast("cpu", torch.bfloat16):
+        inside = koleo(x)
+    assert inside.dtype == torch.float32
+    assert float(inside) == float(koleo(x)) == pytest.approx(-0.31, abs=0.02)
+
+
+def test_gradient_flows_to_both_ends_of_a_pair() -> None:
+    x = torch.tensor(SQUARE, requires_grad=True)
+    koleo(x).backward()
+    assert x.grad is not None
+    assert (x.grad.abs().sum(1) > 0).all()
+
+
+def test_one_feature_alone_costs_nothing() -> None:
+    x = torch.ones(1, 4, requires_grad=True)
+    koleo(x).backward()
+    assert float(koleo(x)) == 0.0

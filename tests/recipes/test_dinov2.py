@@ -1,0 +1,247 @@
+"""DINOv2 as a whole: what meets what, what is trained, and that it learns."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from pipeline.data.masks import block_masks, mask_counts
+from pipeline.data.views import Batch, Masks
+from pipeline.models.tokens import Tokens
+from pipeline.models.vision import build_tower
+from pipeline.recipes.base import Step
+from pipeline.recipes.dinov2 import DINOv2, dinov2_views
+from pipeline.settings import AugmentSettings, Dinov2Settings, ModelSettings, ViewSettings
+
+BATCH, LOCALS, K = 6, 3, 24
+SMALL = Dinov2Settings(
+    views=ViewSettings(global_size=16, local_size=8, local_count=LOCALS), prototypes=K, head_hidden=16, head_bottleneck=8
+)
+STEP = Step(momentum=0.9, teacher_temperature=0.05)
+
+
+def recipe(**changes: Any) -> DINOv2:
+    torch.manual_seed(0)
+    model = ModelSettings(width=16, depth=2, heads=2, patch=4, layer_scale=None, registers=1)
+    return DINOv2(build_tower(model, image_size=16), SMALL.model_copy(update=changes))
+
+
+def masks(grid: Tensor) -> Masks:
+    counts = grid.sum(1, keepdim=True).clamp(min=1)
+    return Masks(grid, grid.flatten().nonzero().flatten(), (1.0 / counts).expand(grid.shape)[grid])
+
+
+def batch(n: int = BATCH, crops: int = LOCALS, seed: int = 0) -> Batch:
+    generator = torch.Generator().manual_seed(seed)
+    spec = dinov2_views(SMALL, patch=4)[0].mask
+    assert spec is not None
+    grid = block_masks(mask_counts(2 * n, 16, spec, seed), 4, 4, np.arange(2 * n, dtype=np.uint64), seed, 1)
+    scenes = torch.randn(n, 3, 16, 16, generator=generator)
+
+    def noisy(images: Tensor) -> Tensor:
+        return images + 0.2 * torch.randn(images.shape, generator=generator)
+
+    return Batch(
+        views={"global": [noisy(scenes) for _ in range(2)], "local": [noisy(scenes[..., 4:12, 4:12]) for _ in range(crops)]},
+        masks={"global": masks(torch.from_numpy(grid))},
+        labels=torch.full((n,), -1),
+        keys=[str(i) for i in range(n)],
+        ids=list(range(n)),
+        position=0,
+    )
+
+
+@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize("targets", ["sinkhorn", "centering"])
+def test_terms_are_finite_named_scalars_and_metrics_stay_apart(shared: bool, targets: str) -> None:
+    method = recipe(shared_heads=shared, targets=targets)
+    terms = method(batch(), STEP)
+    assert list(terms) == ["dino_local", "dino_global", "ibot", "koleo"]
+    assert all(term.ndim == 0 and term.dtype == torch.float32 and torch.isfinite(term) for term in terms.values())
+    assert all(term.requires_grad for term in terms.values())
+    assert not any(metric.requires_grad for metric in method.metrics.values())
+    assert all(0.0 <= float(method.metrics[name]) <= 1.0 + 1e-5 for name in ("target_entropy", "prototype_use", "agreement"))
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_gradient_reaches_every_trainable_parameter_and_no_other(shared: bool) -> None:
+    method = recipe(shared_heads=shared)
+    sum(method(batch(), STEP).values()).backward()
+    assert [name for name, p in method.named_parameters() if p.grad is None] == []
+    assert all(p.grad is None for _, p in method.teacher.named_parameters())
+    grouped = [p for group in method.parameter_groups() for p in group.params]
+    assert len(grouped) == len({id(p) for p in grouped}) == len(list(method.parameters()))
+    assert set(method.networks()) == {"backbone", "dino_head"} | (set() if shared else {"ibot_head"})
+
+
+def test_each_network_runs_as_often_as_the_paper_says() -> None:
+    method = recipe()
+    calls: list[tuple[str, int]] = []
+
+    def count(name: str) -> Callable[..., None]:
+        return lambda module, args: calls.append((name, len(args[0])))
+
+    for name, module in method.networks().items():
+        module.register_forward_pre_hook(count(f"student {name}"))
+    for name, module in method.teacher.modules.items():
+        module.register_forward_pre_hook(count(f"teacher {name}"))
+    data = batch()
+    method(data, STEP)
+    hidden = len(data.masks["global"].index)
+    assert calls == [
+        ("teacher backbone", 2 * BATCH),
+        ("teacher dino_head", 2 * BATCH),
+        ("teacher ibot_head", hidden),
+        ("student backbone", 2 * BATCH),
+        ("student backbone", LOCALS * BATCH),
+        ("student dino_head", (2 + LOCALS) * BATCH),
+        ("student ibot_head", hidden),
+    ]
+
+
+def test_the_teacher_sees_whole_crops_and_the_student_masked_ones() -> None:
+    method = recipe()
+    seen: dict[str, Any] = {}
+
+    def note(name: str) -> Callable[..., None]:
+        return lambda module, args: None if name in seen else seen.update({name: args[1:]})
+
+    method.backbone.register_forward_pre_hook(note("student"))
+    method.teacher.modules["backbone"].register_forward_pre_hook(note("teacher"))
+    data = batch()
+    method(data, STEP)
+    assert seen["teacher"] == ()
+    assert seen["student"][0] is data.masks["global"].grid
+
+
+def test_uniform_outputs_cost_ln_k() -> None:
+    method = recipe(koleo_weight=0.0)
+    with torch.no_grad():
+        for head in (*list(method.networks().values())[1:], *list(method.teacher.modules.values())[1:]):
+            head.last.gain.zero_()
+    data = batch()
+    terms = method(data, STEP)
+    masked = float((data.masks["global"].grid.any(1)).float().mean())
+    assert float(terms["dino_local"] + terms["dino_global"]) == pytest.approx(math.log(K), abs=1e-5)
+    assert float(terms["dino_local"]) == pytest.approx(math.log(K) * LOCALS / (1 + LOCALS), abs=1e-5)
+    assert float(terms["ibot"]) == pytest.approx(math.log(K) * masked, abs=1e-5)
+    assert float(method.metrics["dino_below_uniform"]) == pytest.approx(0.0, abs=1e-5)
+    assert float(method.metrics["target_entropy"]) == pytest.approx(1.0, abs=1e-5)
+
+
+def test_weights_scale_their_own_term_only() -> None:
+    plain = recipe()(batch(), STEP)
+    heavy = recipe(dino_weight=2.0, ibot_weight=3.0, koleo_weight=0.4)(batch(), STEP)
+    factors = {"dino_local": 2.0, "dino_global": 2.0, "ibot": 3.0, "koleo": 4.0}
+    for name, factor in factors.items():
+        torch.testing.assert_close(heavy[name], plain[name] * factor)
+
+
+def test_patches_in_sight_get_no_gradient_from_ibot() -> None:
+    method = recipe()
+    kept: list[Tensor] = []
+
+    def keep(module: torch.nn.Module, args: Any, out: Tokens) -> None:
+        out.patches.retain_grad()
+        kept.append(out.patches)
+
+    method.backbone.register_forward_hook(keep)
+    data = batch()
+    method(data, STEP)["ibot"].backward()
+    grid = data.masks["global"].grid
+    assert kept[0].grad is not None
+    assert not kept[0].grad[~grid].any()
+    assert (kept[0].grad[grid].abs().sum(-1) > 0).all()
+
+
+def test_permuting_the_images_leaves_every_term() -> None:
+    method, data = recipe(), batch()
+    order = torch.randperm(BATCH, generator=torch.Generator().manual_seed(3))
+    grid = data.masks["global"].grid.unflatten(0, (2, BATCH))[:, order].flatten(0, 1)
+    views = {name: [view[order] for view in kind] for name, kind in data.views.items()}
+    shuffled = replace(data, views=views, masks={"global": masks(grid)})
+    for one, other in zip(method(data, STEP).values(), method(shuffled, STEP).values(), strict=True):
+        torch.testing.assert_close(one, other)
+
+
+def test_without_masks_or_local_crops_it_still_runs() -> None:
+    method = recipe()
+    data = replace(batch(crops=0), masks={"global": masks(torch.zeros(2 * BATCH, 16, dtype=torch.bool))})
+    terms = method(data, STEP)
+    sum(terms.values()).backward()
+    assert float(terms["ibot"]) == float(terms["dino_local"]) == 0.0
+
+
+@pytest.mark.parametrize("targets", ["sinkhorn", "centering"])
+def test_twenty_steps_on_one_batch_teach_the_student(targets: str) -> None:
+    method, data = recipe(targets=targets), batch()
+    start = copy.deepcopy(method.state_dict())
+    optimizer = torch.optim.AdamW(method.parameters(), lr=3e-3)
+    step = replace(STEP, momentum=0.99)
+    for _ in range(20):
+        loss = torch.stack(list(method(data, step).values())).sum()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        method.after_step(step)
+    with torch.no_grad():
+        trained = method(data, step)
+        method.load_state_dict(start)
+        untrained = method(data, step)
+    assert all(float(trained[name]) < float(untrained[name]) for name in trained)
+    assert sum(map(float, trained.values())) < 0.8 * sum(map(float, untrained.values()))
+
+
+def test_centres_move_after_the_step_and_only_then() -> None:
+    method, data = recipe(targets="centering"), batch()
+    tokens = method.teacher.modules["backbone"](torch.cat(data.views["global"]))
+    said = method.teacher.modules["dino_head"](tokens.cls).mean(0)
+    method(data, STEP)
+    assert not method.memory["dino_center"].any()
+    method.after_step(STEP)
+    torch.testing.assert_close(method.memory["dino_center"], 0.1 * said)
+    method.after_step(STEP)
+    torch.testing.assert_close(method.memory["dino_center"], 0.1 * said)
+
+
+def test_the_teacher_follows_under_the_students_names() -> None:
+    method = recipe()
+    student = dict(method.named_parameters())
+    assert [name for name, _ in method.teacher.named_parameters()] == list(student)
+    before = {name: tensor.clone() for name, tensor in method.teacher.named_parameters()}
+    with torch.no_grad():
+        for parameter in student.values():
+            parameter.add_(1.0)
+    method.after_step(STEP)
+    for name, tensor in method.teacher.named_parameters():
+        torch.testing.assert_close(tensor, before[name] + 0.1)
+    assert method.export()["backbone"] is method.teacher.modules["backbone"]
+
+
+@pytest.mark.parametrize(("blur", "expected"), [("as_released", (0.0, 0.9, 0.5)), ("paper", (1.0, 0.1, 0.5))])
+def test_views_are_those_of_the_paper(blur: Any, expected: tuple[float, float, float]) -> None:
+    large, small = dinov2_views(Dinov2Settings(augment=AugmentSettings(blur=blur)), patch=14)
+    assert (large.name, large.count, large.size, large.crop_scale) == ("global", 2, 224, (0.32, 1.0))
+    assert (small.name, small.count, small.size, small.crop_scale) == ("local", 8, 98, (0.05, 0.32))
+    first, second, local = *large.augment, *small.augment
+    assert (first.blur_p, second.blur_p, local.blur_p) == expected
+    assert (first.solarize_p, second.solarize_p, local.solarize_p) == (0.0, 0.2, 0.0)
+    for augment in (first, second, local):
+        assert (augment.flip_p, augment.jitter_p, augment.gray_p) == (0.5, 0.8, 0.2)
+        assert (augment.brightness, augment.contrast, augment.saturation, augment.hue) == (0.4, 0.4, 0.2, 0.1)
+    assert large.mask is not None
+    assert (large.mask.patch, large.mask.probability, large.mask.ratio) == (14, 0.5, (0.1, 0.5))
+    assert small.mask is None
+
+
+def test_without_local_crops_none_are_asked_for() -> None:
+    views = dinov2_views(Dinov2Settings(views=ViewSettings(local_count=0)), patch=14)
+    assert [view.name for view in views] == ["global"]

@@ -1,0 +1,31 @@
+#!/usr/bin/env bash
+# Installs fovea with what its tests need (first call only) and runs the tests.
+set -uo pipefail
+
+usage() {
+    cat <<'TEXT'
+bash tests/run.sh [--fast] [pytest arguments]
+
+  bash tests/run.sh                            everything this machine can run
+  bash tests/run.sh --fast                     without the tests marked slow
+  bash tests/run.sh tests/test_config.py -k typo
+  bash tests/run.sh -m gpu                     only the tests that need a CUDA device
+
+Tests on real pictures look for them in FOVEA_TEST_DATA, else in ../shared/data beside the checkout, and skip without them.
+  FOVEA_VENV=DIR   the virtual environment's folder (default .venv)
+  PYTHON=FILE      the python 3.11 or newer to make it with
+TEXT
+}
+
+arguments=()
+for word in "$@"; do
+    case "$word" in
+        -h | --help) usage; exit 0 ;;
+        --fast) arguments+=(-m "not slow") ;;
+        *) arguments+=("$word") ;;
+    esac
+done
+. "$(dirname "${BASH_SOURCE[0]}")/../launch/setup.sh"
+fovea_setup test || exit 1
+cd "$FOVEA_ROOT" || exit 1
+exec "$FOVEA_PYTHON" -m pytest ${arguments[@]+"${arguments[@]}"} </dev/null

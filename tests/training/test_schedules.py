@@ -1,0 +1,131 @@
+"""Schedules against the per-iteration tables of DINOv2's short recipe (batch 2048, 125 000 iterations)."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pipeline.errors import ConfigError
+from pipeline.settings import Config, DataSettings, LearningRateCurve, Length, ModelSettings, ScheduleSettings, TrainSettings
+from pipeline.settings import Curve as CurveSettings
+from pipeline.training.schedules import Curve, Schedules, constant, square_root_lr
+
+BATCH, TOTAL = 2048, 125_000
+
+
+def its(n: int) -> int:
+    return n * BATCH
+
+
+SHORT = Schedules(
+    global_batch=BATCH,
+    epoch_samples=its(1250),
+    lr=Curve(0.0, square_root_lr(4e-3, BATCH), 1e-6, warmup=its(12_500), length=its(TOTAL)),
+    weight_decay=Curve(0.04, 0.04, 0.4, length=its(TOTAL)),
+    momentum=Curve(0.992, 0.992, 1.0, length=its(TOTAL)),
+    teacher_temperature=Curve(0.04, 0.07, 0.07, warmup=its(37_500), length=its(TOTAL), shape="constant"),
+    last_layer_freeze=its(1250),
+)
+
+
+@pytest.mark.parametrize(
+    ("iteration", "lr", "weight_decay", "momentum", "temperature"),
+    [
+        (0, 0.0, 0.04, 0.992, 0.04),
+        (1, 4.52584547e-7, 0.0400000001, 0.992, 0.0400008),
+        (1249, 5.65278099e-4, 0.0400886771, 0.992001971, 0.0409992266),
+        (6250, 0.00282865342, 0.0422160987, 0.992049247, 0.0450001333),
+        (12_499, 0.00565685425, 0.0488084292, 0.992195743, 0.0499994667),
+        (12_500, 0.00565685425, 0.0488098271, 0.992195774, 0.0500002667),
+        (37_499, 0.00499529574, 0.114194995, 0.993648778, 0.07),
+        (62_500, 0.00331999152, 0.22, 0.996, 0.07),
+        (93_750, 0.00101117061, 0.347279221, 0.998828427, 0.07),
+        (124_999, 1.0000011e-6, 0.4, 1.0, 0.07),
+        (125_000, 1e-6, 0.4, 1.0, 0.07),
+        (200_000, 1e-6, 0.4, 1.0, 0.07),
+    ],
+)
+def test_short_recipe_equals_the_reference_table(
+    iteration: int, lr: float, weight_decay: float, momentum: float, temperature: float
+) -> None:
+    step = SHORT.at(its(iteration))
+    assert step.index == iteration
+    assert step.epoch == pytest.approx(iteration / 1250)
+    assert step.lr == pytest.approx(lr, rel=2e-8, abs=1e-15)
+    assert step.weight_decay == pytest.approx(weight_decay, rel=2e-8)
+    assert step.momentum == pytest.approx(momentum, rel=2e-9)
+    assert step.teacher_temperature == pytest.approx(temperature, rel=2e-8)
+
+
+def test_last_layer_stands_still_at_first_then_follows() -> None:
+    assert SHORT.at(its(1249)).last_layer_lr == 0.0
+    assert SHORT.at(its(1250)).last_layer_lr == SHORT.at(its(1250)).lr == pytest.approx(5.65730683e-4, rel=2e-8)
+
+
+@pytest.mark.parametrize(("iteration", "lr"), [(50_000, 1.73206813e-4), (362_500, 1.73705081e-4), (624_999, 1.000000003e-6)])
+def test_long_recipe_equals_the_reference_table(iteration: int, lr: float) -> None:
+    peak = square_root_lr(2e-4, 3072)
+    assert peak == pytest.approx(3.46410162e-4, rel=1e-8)
+    curve = Curve(0.0, peak, 1e-6, warmup=100_000 * 3072, length=625_000 * 3072)
+    assert curve.at(iteration * 3072, 3072) == pytest.approx(lr, rel=2e-8)
+
+
+@given(st.integers(0, 3_000_000), st.sampled_from([1, 7, 512, 4096]), st.sampled_from(["cosine", "linear", "constant"]))
+def test_values_stay_between_the_corners_for_any_batch(samples: int, batch: int, shape: str) -> None:
+    curve = Curve(0.5, 2.0, 1.0, warmup=100_000, length=2_000_000, shape=shape)  # type: ignore[arg-type]
+    assert 0.5 <= curve.at(samples, batch) <= 2.0
+    if samples >= 2_000_000:
+        assert curve.at(samples, batch) == (2.0 if shape == "constant" else 1.0)
+
+
+@given(st.integers(0, 1_000_000))
+def test_after_the_warm_up_the_batch_size_changes_nothing(samples: int) -> None:
+    curve = Curve(0.0, 1.0, 0.1, warmup=100_000, length=1_000_000)
+    if samples >= 100_000:
+        assert curve.at(samples, 64) == curve.at(samples, 4096)
+
+
+def test_a_warm_up_of_one_step_starts_at_start() -> None:
+    curve = Curve(0.25, 1.0, 0.1, warmup=64, length=640)
+    assert curve.at(0, 64) == 0.25
+    assert curve.at(64, 64) == 1.0
+
+
+def test_constant_never_moves() -> None:
+    assert {constant(0.3).at(n, 32) for n in (0, 1, 10**9)} == {0.3}
+
+
+def test_a_warm_up_longer_than_the_curve_is_refused() -> None:
+    with pytest.raises(ConfigError, match="warm-up"):
+        Curve(0.0, 1.0, 0.0, warmup=11, length=10)
+
+
+def _config(schedule: ScheduleSettings) -> Config:
+    return Config(
+        model=ModelSettings(width=32, depth=1, heads=1, patch=4),
+        data=DataSettings(shards=("a.tar",)),
+        train=TrainSettings(global_batch=100, length=Length(10, "epochs")),
+        schedule=schedule,
+    )
+
+
+def test_config_lengths_become_samples() -> None:
+    schedule = ScheduleSettings(
+        lr=LearningRateCurve(warmup=Length(1, "epochs")),
+        momentum=CurveSettings(start=0.9, end=1.0),
+        teacher_temperature=CurveSettings(start=0.04, peak=0.07, warmup=Length(30, "steps"), shape="constant"),
+    )
+    schedules = Schedules.from_config(_config(schedule), epoch_samples=1000)
+    assert (schedules.lr.warmup, schedules.lr.length) == (1000, 10_000)
+    assert schedules.lr.peak == pytest.approx(2e-4 * (100 / 1024) ** 0.5)
+    assert schedules.at(5000).momentum == pytest.approx(0.95)
+    assert schedules.at(0).teacher_temperature == 0.04
+    assert schedules.at(3000).teacher_temperature == 0.07
+    assert schedules.last_layer_freeze == 125_000
+
+
+def test_a_config_whose_warm_up_does_not_fit_names_the_key() -> None:
+    schedule = ScheduleSettings(lr=LearningRateCurve(warmup=Length(11, "epochs")))
+    with pytest.raises(ConfigError, match=r"schedule\.lr\.warmup"):
+        Schedules.from_config(_config(schedule), epoch_samples=1000)
