@@ -47,7 +47,7 @@ def alone(run: RunDirectory) -> Iterator[None]:
 def _indexing(done: int, total: int, shard: Any) -> None:
     bad = {status: count for status, count in getattr(shard, "counts", {}).items() if status != "ok" and count}
     note = f"  {bad}" if bad else ""
-    if bad or done == total:
+    if bad:
         print(f"indexed {done}/{total} shards{note}", file=sys.stderr, flush=True)
 
 

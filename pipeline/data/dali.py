@@ -60,7 +60,8 @@ def _scalar(index: int, field: str, dtype: Any) -> Any:
 
 def _jitter(x: Any, index: int, hue: str) -> Any:
     brightness, contrast = _scalar(index, "brightness", types.FLOAT), _scalar(index, "contrast", types.FLOAT)
-    saturation, turns = _scalar(index, "saturation", types.FLOAT), _scalar(index, "hue", types.FLOAT)
+    saturation = _scalar(index, "saturation", types.FLOAT)
+    turns = _scalar(index, "hue", types.FLOAT) if hue != "off" else None
     jittered = _scalar(index, "jitter", types.BOOL)
     if jittered:
         x = _byte(x * brightness)
@@ -131,11 +132,12 @@ def _graph(views: list[tuple[ViewSpec, Augment]], hue: str, device: str) -> Any:
     return tuple(_view(images, spec, augment, index, hue) for index, (spec, augment) in enumerate(views))
 
 
-def _fields(augment: Augment) -> list[str]:
+def _fields(augment: Augment, hue: str) -> list[str]:
     """The plan fields that the graph of a view reads; inputs nobody reads would be an error in DALI."""
     fields = ["start", "end", "flip"]
     if augment.jitter_p > 0:
-        fields += ["jitter", "brightness", "contrast", "saturation", "hue"]
+        fields += ["jitter", "brightness", "contrast", "saturation"]
+        fields += ["hue"] if hue != "off" else []
     fields += ["gray"] if augment.gray_p > 0 else []
     fields += ["sigma"] if augment.blur_p > 0 else []
     fields += ["solarize"] if augment.solarize_p > 0 else []
@@ -158,12 +160,7 @@ class Augmenter:
     ) -> None:
         self.specs = specs
         views = [(spec, spec.augment[v % len(spec.augment)]) for spec in specs for v in range(spec.count)]
-        self._feeds = [(i, field) for i, (_, augment) in enumerate(views) for field in _fields(augment) if hue != "off" or field != "hue"]
-        self._build(views, batch_size, threads, device_id, hue)
-
-    def _build(
-        self, views: list[tuple[ViewSpec, Augment]], batch_size: int, threads: int, device_id: int | None, hue: str
-    ) -> None:
+        self._feeds = [(i, field) for i, (_, augment) in enumerate(views) for field in _fields(augment, hue)]
         self._pipeline = _graph(
             views,
             hue,

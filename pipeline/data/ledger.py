@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import json
 from collections import Counter, deque
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from pipeline.errors import TrainingError
 
@@ -48,43 +50,45 @@ class Ledger:
         self.seen = 0
         self.reasons: Counter[str] = Counter()
         self.quarantine: dict[int, str] = {}
-        self._recent: deque[int] = deque()
+        self._recent: deque[tuple[int, int]] = deque()
         if path is not None:
             path.parent.mkdir(parents=True, exist_ok=True)
 
-    def saw(self, samples: int) -> None:
-        """Count samples delivered, good and substituted alike."""
-        self.seen += samples
-        while self._recent and self._recent[0] <= self.seen - self._window:
-            self._recent.popleft()
-
-    def record(self, event: Event) -> None:
-        """Write one event.
+    def saw(self, samples: int, bad: Sequence[Event] = ()) -> None:
+        """Count one step: all its samples, good and substituted alike, and what was written in place of the bad ones.
 
         Raises:
             TrainingError: more than ``budget`` of the last ``window`` samples were bad.
         """
-        self.reasons[event.reason] += 1
-        self.quarantine[event.id] = event.reason
-        self._recent.append(self.seen)
+        self.seen += samples
+        self._recent.append((samples, len(bad)))
+        if not bad:
+            return
+        for event in bad:
+            self.reasons[event.reason] += 1
+            self.quarantine[event.id] = event.reason
         if self._path is not None:
             with self._path.open("a") as file:
-                file.write(json.dumps(asdict(event)) + "\n")
-        if len(self._recent) > max(1, self._budget * self._window):
+                file.writelines(json.dumps(asdict(event)) + "\n" for event in bad)
+        lately = sum(n for n, _ in self._recent)
+        while lately - self._recent[0][0] >= self._window:
+            lately -= self._recent.popleft()[0]
+        lost = sum(n for _, n in self._recent)
+        if lost > self._budget * max(lately, self._window):
             worst = ", ".join(f"{reason} {count}" for reason, count in self.reasons.most_common(3))
             raise TrainingError(
-                f"{len(self._recent)} of the last {min(self.seen + 1, self._window)} samples could not be used ({worst})",
-                where=f"shard {event.shard}, sample {event.key}",
+                f"{lost} of the last {lately} samples could not be used ({worst})",
+                where=f"shard {bad[-1].shard}, sample {bad[-1].key}",
                 mend=f"see {self._path} for every one; repair the shards, or allow more with data.bad_budget",
             )
 
-    def state(self) -> dict[str, object]:
+    def state(self) -> dict[str, Any]:
         """Counters and quarantine, for the checkpoint."""
         return {"seen": self.seen, "reasons": dict(self.reasons), "quarantine": {str(k): v for k, v in self.quarantine.items()}}
 
-    def load(self, state: dict[str, object]) -> None:
+    def load(self, state: dict[str, Any]) -> None:
         """Take counters and quarantine from a checkpoint."""
-        self.seen = int(state["seen"])  # type: ignore[call-overload]
-        self.reasons = Counter(state["reasons"])  # type: ignore[arg-type]
-        self.quarantine = {int(k): v for k, v in state["quarantine"].items()}  # type: ignore[attr-defined]
+        self.seen = int(state["seen"])
+        self.reasons = Counter(state["reasons"])
+        self.quarantine = {int(k): v for k, v in state["quarantine"].items()}
         self._recent.clear()

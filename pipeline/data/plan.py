@@ -16,7 +16,7 @@ from pipeline.data.views import Augment, ViewSpec
 
 _ATTEMPTS = 10
 _BOX_DRAWS = 2 * _ATTEMPTS + 2
-_COLOUR_DRAWS = 11
+_COLOUR_DRAWS = 10
 PLAN_VERSION = 1
 
 
@@ -103,7 +103,14 @@ def _factor(draw: NDArray[np.float64], strength: float) -> NDArray[np.float32]:
 
 
 def plan_view(
-    spec: ViewSpec, view: int, stream: int, *, ids: NDArray[np.uint64], epochs: NDArray[np.int64], sizes: NDArray[np.int64], seed: int
+    spec: ViewSpec,
+    view: int,
+    stream: int,
+    *,
+    ids: NDArray[np.uint64],
+    epochs: NDArray[np.int64],
+    sizes: NDArray[np.int64],
+    seed: int,
 ) -> ViewPlan:
     """Plan one view of a set of samples.
 

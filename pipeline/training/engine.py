@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -20,7 +21,13 @@ from torch import Tensor
 
 os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
 
-import deepspeed
+# DeepSpeed's autotuner loads MLflow wherever it is installed: seconds of each rank's start, for something never used here.
+_tracker = sys.modules.get("mlflow")
+sys.modules["mlflow"] = _tracker  # type: ignore[assignment]
+import deepspeed  # noqa: E402
+
+if _tracker is None:
+    del sys.modules["mlflow"]
 
 from pipeline.data.views import Batch
 from pipeline.errors import TrainingError

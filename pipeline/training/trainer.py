@@ -137,7 +137,7 @@ class Trainer:
         stop = self.requests.agreed(self.world.control)
         batches = self.stream(p.step, self.plan.steps)
         begin = time.perf_counter()
-        with self.plan.record.open("a") if self.plan.record else nullcontext() as record:
+        with self.plan.record.open("a", buffering=1) if self.plan.record else nullcontext() as record:
             for number, micro_batches in batches:
                 if number != p.step:
                     raise TrainingError(f"the data side delivered step {number} instead of {p.step}", where=f"rank {self.world.rank}")

@@ -1,0 +1,119 @@
+"""Kill it anywhere, run the same command again: as if nothing had happened, bit for bit."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+
+from pipeline.data import scenes
+from tests.runs import ROOT, TOY, command, environment, recorded, train, weights
+
+STEPS = 24
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> str:
+    folder = tmp_path_factory.mktemp("scenes")
+    scenes.write(folder, train=120, val=24, size=32, seed=3, samples_per_shard=40)
+    return str(folder / "*train-*.tar")
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("config") / "toy.yaml"
+    path.write_text(TOY)
+    return path
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory, shards: str, config: Path) -> Path:
+    directory = tmp_path_factory.mktemp("undisturbed") / "run"
+    done = train(config, shards, directory)
+    assert done.returncode == 0, done.stderr + done.stdout
+    return directory
+
+
+def _start(config: Path, shards: str, directory: Path, *overrides: str) -> subprocess.Popen[bytes]:
+    return subprocess.Popen(
+        command(config, shards, directory, *overrides),
+        env=environment(),
+        cwd=ROOT,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+
+
+def _wait_for_step(directory: Path, step: int, seconds: float = 200) -> None:
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        if recorded(directory, 0) and max(recorded(directory, 0)) >= step:
+            return
+        time.sleep(0.02)
+    raise AssertionError(f"step {step} was not reached in {seconds} s")
+
+
+def _rank_processes(directory: Path) -> list[int]:
+    found = []
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            try:
+                words = (entry / "cmdline").read_bytes().split(b"\0")
+            except OSError:
+                continue
+            if b"launch.worker" in words and str(directory / "config.json").encode() in words:
+                found.append(int(entry.name))
+    return found
+
+
+def _assert_same(run: Path, reference: Path) -> None:
+    for rank in (0, 1):
+        ours, theirs = recorded(run, rank), recorded(reference, rank)
+        assert sorted(ours) == sorted(theirs) == list(range(STEPS))
+        for step in range(STEPS):
+            assert ours[step]["keys"] == theirs[step]["keys"], f"other samples at step {step} on rank {rank}"
+            assert ours[step]["pixels"] == theirs[step]["pixels"], f"other crops at step {step} on rank {rank}"
+            assert ours[step]["terms"] == theirs[step]["terms"], f"other losses at step {step} on rank {rank}"
+    assert weights(run, STEPS) == weights(reference, STEPS)
+
+
+@pytest.mark.slow
+def test_killed_with_minus_nine_and_resumed_is_bitwise_the_undisturbed_run(
+    undisturbed: Path, shards: str, config: Path, tmp_path: Path
+) -> None:
+    directory = tmp_path / "run"
+    launcher = _start(config, shards, directory)
+    _wait_for_step(directory, random.Random(0).randint(8, 11))
+    victim = random.Random(1).choice(_rank_processes(directory))
+    os.kill(victim, signal.SIGKILL)
+    assert launcher.wait(timeout=60) != 0
+    assert not _rank_processes(directory), "ranks were left behind"
+    done = train(config, shards, directory)
+    assert done.returncode == 0, done.stderr + done.stdout
+    assert "resuming at step 6" in done.stdout
+    _assert_same(directory, undisturbed)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1"])
+def test_a_signal_saves_at_a_step_boundary_and_the_same_command_goes_on_exactly(
+    undisturbed: Path, shards: str, config: Path, tmp_path: Path, name: str
+) -> None:
+    directory = tmp_path / "run"
+    launcher = _start(config, shards, directory)
+    _wait_for_step(directory, 9)
+    launcher.send_signal(getattr(signal, name))
+    assert launcher.wait(timeout=60) == 0
+    stopped_at = max(recorded(directory, 0)) + 1
+    assert 10 <= stopped_at < STEPS
+    assert (directory / "checkpoints" / f"step_{stopped_at:09d}" / "manifest.json").exists()
+    done = train(config, shards, directory)
+    assert done.returncode == 0, done.stderr + done.stdout
+    assert f"resuming at step {stopped_at}" in done.stdout
+    _assert_same(directory, undisturbed)
