@@ -41,7 +41,8 @@ def shards_of(data: str | None, val: str | None, directory: Path) -> list[str]:
     begin = time.monotonic()
     folder = directory / "scenes"
     written = scenes.write(folder, train=TRAIN, val=VALIDATION, size=SIZE, seed=0, samples_per_shard=1000)
-    say(f"1. The data: {TRAIN + VALIDATION} scenes of {SIZE} x {SIZE} pixels in {len(written)} tar shards ({time.monotonic() - begin:.0f} s)")
+    seconds = time.monotonic() - begin
+    say(f"1. The data: {TRAIN + VALIDATION} scenes of {SIZE} x {SIZE} pixels in {len(written)} tar shards ({seconds:.0f} s)")
     train = next(Path(path) for path in written if "train" in Path(path).name)
     return [
         f"data.shards={json.dumps(str(train.parent / '*train-*.tar'))}",
@@ -50,7 +51,7 @@ def shards_of(data: str | None, val: str | None, directory: Path) -> list[str]:
 
 
 def images_per_second(config: Config, ranks: int) -> float:
-    """A first guess, from a few training steps of one rank on made-up pictures; the data side and the ranks' talk are allowed for."""
+    """A first guess, from a few training steps of one rank on made-up pictures; data and communication are allowed for."""
     import torch
 
     from pipeline.data.views import Batch, Masks
@@ -76,7 +77,7 @@ def images_per_second(config: Config, ranks: int) -> float:
         if done == 1:
             begin = time.monotonic()  # the first one warms up
         with torch.autocast(device.type, torch.bfloat16, enabled=config.train.precision == "bf16"):
-            sum(recipe(batch, Step()).values()).backward()  # type: ignore[union-attr]
+            sum(recipe(batch, Step()).values()).backward()
         float(next(recipe.parameters()).sum())
         done += 1
     return 0.6 * ranks * share * (done - 1) / (time.monotonic() - begin)
@@ -117,7 +118,9 @@ def _train(words: list[str], run: Path, stop_at: int | None) -> None:
         process.wait()
         raise
     if code:
-        raise LaunchError(f"the run ended with code {code}", where=str(run), mend="its last lines above say why; the same command resumes it")
+        raise LaunchError(
+            f"the run ended with code {code}", where=str(run), mend="its last lines above say why; the same command resumes it"
+        )
 
 
 def _outcome(run: Path) -> dict[str, Any]:
@@ -135,7 +138,11 @@ def _table(run: Path, wall: float) -> dict[str, str]:
     attempts = json.loads("[" + ",".join((run / "attempts.jsonl").read_text().splitlines()) + "]")
     best = max((int(name.split("/k")[1]) for name in scores if name.startswith("knn/")), default=0)
     facts = {}
-    for name, label in (("knn", "k-NN, trained teacher"), ("untrained", "k-NN, same network untrained"), ("pixels", "k-NN, raw pixels")):
+    for name, label in (
+        ("knn", "k-NN, trained teacher"),
+        ("untrained", "k-NN, same network untrained"),
+        ("pixels", "k-NN, raw pixels"),
+    ):
         if f"{name}/k{best}" in scores:
             facts[label] = f"{100 * scores[f'{name}/k{best}']:.1f} %"
     facts |= {
@@ -176,13 +183,14 @@ def run(*, minutes: float, method: str, data: str | None, directory: Path, val: 
         f"run.directory={json.dumps(str(run_directory))}",
         f"launch.ranks={ranks}",
         f"tracking.uri={json.dumps('sqlite:///' + str((directory / 'mlflow.db').resolve()))}",
-        f"tracking.experiment=fovea demo",
+        "tracking.experiment=fovea demo",
     ]
     loaded = load(_CONFIGS[method], words)
     words += _length(loaded, ranks, minutes - (time.monotonic() - begin) / 60)
     config = load(_CONFIGS[method], words).config
     steps = int(config.train.length.amount)
-    say(f"2. The run: {method} with {ranks} ranks, {steps} steps; the same as\n\n   fovea train {_CONFIGS[method]} {' '.join(map(_quoted, words))}\n")
+    typed = f"fovea train {_CONFIGS[method]} {' '.join(map(_quoted, words))}"
+    say(f"2. The run: {method} with {ranks} ranks, {steps} steps; the same as\n\n   {typed}\n")
     _train([_CONFIGS[method], *words], run_directory, stop_at=steps // 2)
     say("3. Stopped in the middle, as a preemption would. Now the same command again:")
     _train([_CONFIGS[method], *words], run_directory, stop_at=None)
@@ -194,7 +202,8 @@ def run(*, minutes: float, method: str, data: str | None, directory: Path, val: 
 
     page = write(run_directory, config, run_directory / "page.html", facts=facts)
     print(f"\npictures, curves, neighbours   {page.resolve()}")
-    print(f"MLflow                         {sys.executable} -m mlflow ui --backend-store-uri sqlite:///{(directory / 'mlflow.db').resolve()}")
+    store = f"sqlite:///{(directory / 'mlflow.db').resolve()}"
+    print(f"MLflow                         {sys.executable} -m mlflow ui --backend-store-uri {store}")
     print("                               then open http://127.0.0.1:5000, experiment “fovea demo”")
     print(f"the run                        {run_directory.resolve()}")
     print("your own data                  fovea train dinov2/cifar10_vit_tiny data.shards='/data/train-{000..099}.tar'")
@@ -214,7 +223,6 @@ def _length(loaded: Loaded, ranks: int, minutes: float) -> list[str]:
         f"checkpoint.every={max(steps // 4, 1)} steps",
         f"train.log_every={max(steps // 100, 1)}",
         f"schedule.lr.warmup={max(steps // 10, 1)} steps",
-        f"schedule.teacher_temperature.warmup={max(steps // 3, 1)} steps",
         f"recipe.freeze_last_layer={max(steps // 50, 1)} steps",
     ]
 

@@ -13,6 +13,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from launch.local import free_port
 from pipeline.config import Loaded
 from pipeline.errors import CheckpointError, DataError
@@ -24,7 +27,10 @@ from pipeline.training.saved import Saved
 
 if TYPE_CHECKING:
     import torch
+    from torch import Tensor
 
+    from pipeline.data.manifest import Manifest
+    from pipeline.data.views import Batch
     from pipeline.recipes.base import Recipe
     from pipeline.training.distributed import World
 
@@ -233,3 +239,118 @@ def _print(found: dict[str, dict[int, float]], about: dict[str, Any]) -> None:
         f"{about['classes']} classes: guessing is right in {100 / max(about['classes'], 1):.1f} %",
         highlight=False,
     )
+
+
+# ---- pictures to look at -------------------------------------------------------------------------------------------------
+
+
+def varied(manifest: Manifest, count: int, among: int = 20_000) -> NDArray[np.uint64]:
+    """The first samples of a data set that differ in class, then the first again: no choice by eye or by score.
+
+    Args:
+        manifest: the data set.
+        count: how many samples.
+        among: how many of the first samples to choose from.
+
+    Returns:
+        uint64 ``[count]`` sample numbers, fewer if the set is smaller.
+    """
+    ids = manifest.ids()[:among]
+    labels = [int(manifest.column(int(number) >> 32, "label")[int(number) & 0xFFFFFFFF]) for number in ids]
+    turns: dict[int, int] = {}
+    keys = []
+    for place, label in enumerate(labels):
+        turns[label] = turns.get(label, -1) + 1
+        keys.append((turns[label], place))
+    return ids[[place for _, place in sorted(keys)[:count]]]
+
+
+def shown(config: Config, manifest: Manifest, ids: NDArray[np.uint64], size: int, device: torch.device) -> Iterator[Batch]:
+    """Evaluation views (a centred square) of some samples, decoded and cut as in every evaluation.
+
+    Args:
+        config: the settings.
+        manifest: the data set.
+        ids: sample numbers.
+        size: side of the square, pixels.
+        device: where the views go.
+    """
+    from pipeline.data.feeder import Portions
+    from pipeline.data.ledger import Ledger
+    from pipeline.data.reader import Reader
+    from pipeline.data.stream import BatchStream, StreamOptions
+    from pipeline.data.views import ViewSpec
+    from pipeline.evaluation.online import FixedList
+
+    order = FixedList(ids, config.evaluation.knn.batch)
+    reader = Reader(manifest, wants=("image", "label", "caption"), checksum=config.data.crc)
+    dataset = Portions(reader, order, (ViewSpec("image", 1, size, None),), seed=0, world=1, rank=0)
+    options = StreamOptions(micro_batch=order.global_batch, workers=0, threads=config.data.decode_threads, hue="off")
+    for _, batches in BatchStream(dataset, device=device, options=options, ledger=Ledger(None, budget=1.0), last=len(order)):
+        yield from batches
+
+
+def principal(tokens: Tensor) -> tuple[NDArray[np.float32], float]:
+    """The three directions in which tokens differ most, as colours.
+
+    Args:
+        tokens: ``[pictures, patches, width]``; the directions are fitted over all pictures together.
+
+    Returns:
+        float32 ``[pictures, patches, 3]`` in 0..1 (1st to 99th percentile of each direction), and the share of the variance
+        that the three explain.
+    """
+    import torch
+
+    flat = tokens.detach().double().cpu().flatten(0, 1)
+    flat = flat - flat.mean(0)
+    values, vectors = torch.linalg.eigh(flat.T @ flat / max(len(flat) - 1, 1))
+    three = flat @ vectors[:, -3:].flip(1)
+    three = three * torch.where((three**3).sum(0) < 0, -1.0, 1.0)  # eigenvectors have no sign of their own
+    low, high = torch.quantile(three, 0.01, dim=0), torch.quantile(three, 0.99, dim=0)
+    colours = ((three - low) / (high - low).clamp_min(1e-12)).clamp(0, 1)
+    share = float(values[-3:].sum() / values.sum().clamp_min(1e-300))
+    return colours.view(*tokens.shape[:2], -1).float().numpy(), share
+
+
+class Gallery:
+    """Evaluation views of chosen samples, and the towers to show them to.
+
+    Args:
+        config: the run's settings.
+        inputs: its indexed data sets; without any for evaluation, the training data serve.
+        towers: the networks, ``trained`` among them.
+        size: side of the views, pixels.
+        device: where the towers are.
+
+    Attributes:
+        bank, queries: where neighbours are looked for, and what they are looked for to.
+        judged: what the queries are, in a word.
+    """
+
+    def __init__(self, config: Config, inputs: Inputs, towers: dict[str, Any], size: int, device: torch.device) -> None:
+        self._config, self._device = config, device
+        self.towers, self.size = towers, size
+        self.bank, self.queries = inputs.bank or inputs.train, inputs.queries or inputs.train
+        self.judged = "validation" if self.queries is not self.bank else "training"
+
+    def pictures(self, manifest: Manifest, ids: NDArray[np.uint64], size: int) -> tuple[Tensor, list[str]]:
+        """Views ``[n, 3, size, size]`` of some samples, and their captions."""
+        import torch
+
+        batches = list(shown(self._config, manifest, ids, size, self._device))
+        captions = [caption for batch in batches for caption in batch.captions or [""] * len(batch.keys)]
+        return torch.cat([batch.views["image"][0] for batch in batches]), captions
+
+    def classes(self, manifest: Manifest, ids: NDArray[np.uint64]) -> tuple[Tensor, list[int]]:
+        """Normalised class tokens ``[n, width]`` of the trained tower, float64, and class numbers."""
+        import torch
+        from torch.nn import functional as F
+
+        found, labels = [], []
+        with torch.inference_mode():
+            for batch in shown(self._config, manifest, ids, self.size, self._device):
+                # In double precision: early in training all class tokens are alike to seven digits.
+                found.append(F.normalize(self.towers["trained"](batch.views["image"][0]).cls.double().cpu(), dim=1))
+                labels += batch.labels.tolist()
+        return torch.cat(found), labels

@@ -146,10 +146,10 @@ class ViewSettings(Settings):
 class AugmentSettings(Settings):
     """What happens to a crop's colours and sharpness."""
 
-    blur: Literal["as_released", "paper"] = Field(
+    blur: Literal["as_released", "paper", "off"] = Field(
         default="as_released",
         description="probabilities of blur for global 1, global 2, local: as_released (0, 0.9, 0.5) trained the public weights, "
-        "paper (1, 0.1, 0.5) is what the text says",
+        "paper (1, 0.1, 0.5) is what the text says, off is for crops too small to blur",
     )
     hue: Literal["hsv", "yiq", "off"] = Field(
         default="hsv", description="how the hue is shifted: exact (hsv), as a rotation (yiq, faster), not at all"

@@ -61,7 +61,7 @@ def _scalar(index: int, field: str, dtype: Any) -> Any:
 def _jitter(x: Any, index: int, hue: str) -> Any:
     brightness, contrast = _scalar(index, "brightness", types.FLOAT), _scalar(index, "contrast", types.FLOAT)
     saturation = _scalar(index, "saturation", types.FLOAT)
-    turns = _scalar(index, "hue", types.FLOAT) if hue != "off" else None
+    turns: Any = _scalar(index, "hue", types.FLOAT) if hue != "off" else None
     jittered = _scalar(index, "jitter", types.BOOL)
     if jittered:
         x = _byte(x * brightness)

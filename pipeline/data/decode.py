@@ -14,7 +14,10 @@ from nvidia import nvimgcodec
 
 
 class Decoder:
-    """Decodes JPEG, PNG, WebP, TIFF, BMP, PNM and JPEG 2000 to RGB, orientation applied.
+    """Decodes JPEG, PNG, WebP, TIFF, BMP, PNM and JPEG 2000 to RGB, orientation applied, alpha dropped.
+
+    A JPEG 2000 file that is cut short brings nvImageCodec 0.9 down with the process; index and reader let none through
+    (:func:`pipeline.data.index.whole`).
 
     Args:
         threads: CPU threads.
@@ -53,3 +56,8 @@ class Decoder:
             if image is not None and tuple(image.shape)[-1] == 3:
                 images[row] = np.asarray(image) if self._on_cpu else image
         return images
+
+    def blank(self, side: int) -> Any:
+        """A uniform gray picture, of the kind that :meth:`decode` returns."""
+        picture = np.full((side, side, 3), 128, dtype=np.uint8)
+        return picture if self._on_cpu else nvimgcodec.as_image(picture).cuda()

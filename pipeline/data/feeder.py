@@ -1,12 +1,13 @@
 """Steps in, encoded samples with their plans out: the stateless half of the loader, in worker processes.
 
-A torch ``DataLoader`` runs over step *numbers*. What a step holds is a pure function of its number, so a worker has nothing to save,
-a dead one can be replaced, and resuming means starting the count elsewhere.
+A torch ``DataLoader`` runs over step *numbers*. What a step holds is a pure function of its number, so a worker has nothing to
+save, a dead one is replaced, and resuming means starting the count elsewhere.
 """
 
 from __future__ import annotations
 
 import ctypes
+import logging
 import signal
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from itertools import count
 from typing import Any, Protocol
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch.utils.data import DataLoader, Dataset
 
@@ -21,9 +23,12 @@ from pipeline.data.masks import block_masks, mask_counts
 from pipeline.data.order import GlobalBatch
 from pipeline.data.plan import ViewPlan, make_plan
 from pipeline.data.reader import Reader, Record
-from pipeline.data.views import ViewSpec
+from pipeline.data.views import MaskSpec, ViewSpec
+from pipeline.errors import FoveaError
 
 _MASK_STREAM = 1_000_003
+_REPLACEMENTS = 3
+_log = logging.getLogger(__name__)
 
 
 class Ordering(Protocol):
@@ -80,19 +85,34 @@ class Portions(Dataset[Portion]):
         records = self.reader.fetch(batch.ids)
         sizes = np.array([(max(r.height, 1), max(r.width, 1)) for r in records], dtype=np.int64)
         plan = make_plan(self.specs, ids=batch.ids, epochs=batch.epochs, sizes=sizes, seed=self.seed)
-        masks = {spec.name: self._masks(spec, batch.ids, step) for spec in self.specs if spec.mask is not None}
+        masks = {
+            spec.name: self._masks(spec, spec.mask, _MASK_STREAM + number, batch.ids, step)
+            for number, spec in enumerate(self.specs)
+            if spec.mask is not None
+        }
         return Portion(step, records, batch.epochs, plan, masks)
 
-    def _masks(self, spec: ViewSpec, ids: NDArray[np.uint64], step: int) -> NDArray[np.bool_]:
-        if spec.mask is None:
-            raise ValueError(f"view {spec.name} has no masks")
-        side = spec.size // spec.mask.patch
+    def _masks(self, spec: ViewSpec, mask: MaskSpec, stream: int, ids: NDArray[np.uint64], step: int) -> NDArray[np.bool_]:
+        side = spec.size // mask.patch
         total = self.order.global_batch
         # Dealt over the whole global batch, so that another number of ranks deals the same.
-        counts = mask_counts(spec.count * total, side * side, spec.mask, self.seed, _MASK_STREAM, step).reshape(total, spec.count)
+        counts = mask_counts(spec.count * total, side * side, mask, self.seed, stream, step).reshape(total, spec.count)
         share = total // self.world
         mine = counts[self.rank * share : (self.rank + 1) * share]
-        return np.stack([block_masks(mine[:, v], side, side, ids, self.seed, _MASK_STREAM, step, v) for v in range(spec.count)])
+        return np.stack([block_masks(mine[:, v], side, side, ids, self.seed, stream, step, v) for v in range(spec.count)])
+
+
+class _Told(Dataset[Portion | FoveaError]):
+    """Hands our errors over as values: raised in a worker, the loader would bury their sentence in its traceback."""
+
+    def __init__(self, dataset: Portions) -> None:
+        self._dataset = dataset
+
+    def __getitem__(self, step: int) -> Portion | FoveaError:
+        try:
+            return self._dataset[step]
+        except FoveaError as error:
+            return error
 
 
 def _quiet_worker(_: int) -> None:
@@ -109,25 +129,47 @@ def portions(dataset: Portions, *, first: int, last: int | None, workers: int, p
         dataset: what to read.
         first: the first step.
         last: one past the last step, or ``None`` for no end.
-        workers: reader processes; 0 reads in the calling thread.
+        workers: reader processes; 0 reads in the calling thread. When one dies (out of memory, by hand) all are started
+            again at the step that is due.
         prefetch: steps each worker reads ahead.
+
+    Raises:
+        DataError: a shard is gone or was changed.
+        RuntimeError: workers die again and again at the same step.
     """
-    steps: Any = count(first) if last is None else range(first, last)
+    step, deaths = first, 0
+    while last is None or step < last:
+        try:
+            for portion in _read(dataset, count(step) if last is None else range(step, last), workers, prefetch):
+                yield portion
+                step, deaths = step + 1, 0
+        except RuntimeError as error:
+            deaths += 1
+            if deaths > _REPLACEMENTS or "exited unexpectedly" not in str(error):
+                raise
+            _log.warning("a reader process died (%s); reading goes on at step %d with new ones", error, step)
+
+
+def _read(dataset: Portions, steps: Any, workers: int, prefetch: int) -> Iterator[Portion]:
     if workers == 0:
-        return (dataset[step] for step in steps)
-    return iter(
-        DataLoader(
-            dataset,
-            batch_size=None,
-            sampler=steps,
-            num_workers=workers,
-            prefetch_factor=prefetch,
-            multiprocessing_context="forkserver",
-            worker_init_fn=_quiet_worker,
-            collate_fn=_as_is,
-        )
+        yield from (dataset[step] for step in steps)
+        return
+    loader = DataLoader(
+        _Told(dataset),
+        batch_size=None,
+        sampler=steps,
+        num_workers=workers,
+        prefetch_factor=prefetch,
+        multiprocessing_context="forkserver",
+        worker_init_fn=_quiet_worker,
+        collate_fn=_as_is,
+        generator=torch.Generator(),  # the loader draws a seed; it must not be from the training's random numbers
     )
+    for portion in loader:
+        if isinstance(portion, FoveaError):
+            raise portion
+        yield portion
 
 
-def _as_is(portion: Portion) -> Portion:
+def _as_is(portion: Any) -> Any:
     return portion

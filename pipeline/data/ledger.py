@@ -50,18 +50,19 @@ class Ledger:
         self.seen = 0
         self.reasons: Counter[str] = Counter()
         self.quarantine: dict[int, str] = {}
-        self._recent: deque[tuple[int, int]] = deque()
+        self._steps: deque[tuple[int, int]] = deque()  # samples and bad ones of each step in the window, and their sums
+        self._recent = self._lost = 0
         if path is not None:
             path.parent.mkdir(parents=True, exist_ok=True)
 
     def saw(self, samples: int, bad: Sequence[Event] = ()) -> None:
-        """Count one step: all its samples, good and substituted alike, and what was written in place of the bad ones.
+        """Count one step: its samples, good and substituted alike, and what became of the bad ones.
 
         Raises:
             TrainingError: more than ``budget`` of the last ``window`` samples were bad.
         """
         self.seen += samples
-        self._recent.append((samples, len(bad)))
+        self._slide(samples, len(bad))
         if not bad:
             return
         for event in bad:
@@ -70,17 +71,21 @@ class Ledger:
         if self._path is not None:
             with self._path.open("a") as file:
                 file.writelines(json.dumps(asdict(event)) + "\n" for event in bad)
-        lately = sum(n for n, _ in self._recent)
-        while lately - self._recent[0][0] >= self._window:
-            lately -= self._recent.popleft()[0]
-        lost = sum(n for _, n in self._recent)
-        if lost > self._budget * max(lately, self._window):
+        if self._lost > self._budget * max(self._recent, self._window):
             worst = ", ".join(f"{reason} {count}" for reason, count in self.reasons.most_common(3))
             raise TrainingError(
-                f"{lost} of the last {lately} samples could not be used ({worst})",
+                f"{self._lost} of the last {self._recent} samples could not be used ({worst})",
                 where=f"shard {bad[-1].shard}, sample {bad[-1].key}",
                 mend=f"see {self._path} for every one; repair the shards, or allow more with data.bad_budget",
             )
+
+    def _slide(self, samples: int, bad: int) -> None:
+        """Move the window on: the fewest last steps that hold ``window`` samples."""
+        self._steps.append((samples, bad))
+        self._recent, self._lost = self._recent + samples, self._lost + bad
+        while self._recent - self._steps[0][0] >= self._window:
+            old, lost = self._steps.popleft()
+            self._recent, self._lost = self._recent - old, self._lost - lost
 
     def state(self) -> dict[str, Any]:
         """Counters and quarantine, for the checkpoint."""
@@ -91,4 +96,5 @@ class Ledger:
         self.seen = int(state["seen"])
         self.reasons = Counter(state["reasons"])
         self.quarantine = {int(k): v for k, v in state["quarantine"].items()}
-        self._recent.clear()
+        self._steps.clear()
+        self._recent = self._lost = 0

@@ -51,9 +51,7 @@ def mix(*words: int) -> tuple[int, int]:
     return state & 0xFFFFFFFF, state >> 32
 
 
-def uniforms(
-    ids: NDArray[np.uint64], count: int, *key: int, epochs: NDArray[np.int64] | int = 0
-) -> NDArray[np.float64]:
+def uniforms(ids: NDArray[np.uint64], count: int, *key: int, epochs: NDArray[np.int64] | int = 0) -> NDArray[np.float64]:
     """Uniform numbers in [0, 1) that depend on nothing but a sample's id and the key.
 
     Args:

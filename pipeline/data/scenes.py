@@ -2,8 +2,9 @@
 
 A picture shows several *dominant* objects of one kind, the class, and one or two smaller objects of other kinds, on a ground.
 A kind is a texture with a shape; each texture comes with two shapes and each shape with two textures, so neither alone names
-the class. Colours, places, sizes, rotations, light, ground and noise are drawn for each picture and say nothing about it: raw
-pixels are of little use, and what carries the class survives crops, flips and colour jitter.
+the class. A texture is woven of two opposite colours of its own, which cancel in the mean; brightness, places, sizes, rotations,
+light, ground and noise are drawn for each picture and say nothing about the class. So raw pixels are of little use, and what
+carries the class survives crops, flips and mild colour jitter.
 
 Every picture has a class, captions that tell how two of its objects stand to each other, and a segmentation: 0 for the
 ground, otherwise the kind of the object a pixel belongs to plus one.
@@ -40,15 +41,17 @@ GROUNDS = ("smooth", "rough", "misty", "grainy")
 # How hard the set is. Lengths are shares of the picture's side, densities are periods per object radius.
 DOMINANT = (3, 5)
 """Fewest and most objects of the picture's class."""
-DOMINANT_RADIUS = (0.16, 0.27)
+DOMINANT_RADIUS = (0.2, 0.32)
 DISTRACTORS = (1, 2)
 """Fewest and most objects of other kinds."""
 DISTRACTOR_RADIUS = (0.08, 0.13)
 TEXTURE_PERIODS = (1.4, 2.2)
-CONTRAST = (0.35, 0.8)
+CONTRAST = (0.1, 0.5)
 """Least and largest difference in brightness between the two colours of a texture, of 1."""
-CHROMA = 0.5
-"""How far colours may stray from gray, of 1."""
+CHROMA = 0.3
+"""How far the ground's colour may stray from gray, of 1."""
+OPPOSITION = 0.4
+"""How far a texture's two colours lie from gray, on opposite sides, of 1."""
 GROUND_RELIEF = 0.25
 """Brightness of the ground's own structure, of 1."""
 LIGHT = 0.35
@@ -59,7 +62,7 @@ INSIDE_P = 0.25
 """Share of the pictures in which the first distractor lies on the largest object."""
 
 JPEG_QUALITY = 92
-VERSION = 1
+VERSION = 2
 """Raise it when pictures change: written sets are then made anew."""
 
 _VALIDATION = 1 << 40  # validation pictures have indices from here on
@@ -191,7 +194,7 @@ def write(
 
 def _look() -> list[Any]:
     knobs = (DOMINANT, DOMINANT_RADIUS, DISTRACTORS, DISTRACTOR_RADIUS, TEXTURE_PERIODS, CONTRAST)
-    return [*map(list, knobs), CHROMA, GROUND_RELIEF, LIGHT, NOISE, INSIDE_P, JPEG_QUALITY]
+    return [*map(list, knobs), CHROMA, OPPOSITION, GROUND_RELIEF, LIGHT, NOISE, INSIDE_P, JPEG_QUALITY]
 
 
 def _already(stamp: Path, wanted: dict[str, Any]) -> list[str] | None:
@@ -314,6 +317,15 @@ def _color(brightness: float, u: list[float]) -> Plane:
     return np.clip(np.float32(brightness) + np.float32(CHROMA) * stray, 0, 1)
 
 
+def _opposites(texture: int, low: float, high: float, u: float, v: float) -> tuple[Plane, Plane]:
+    """The texture's two colours, opposite each other; which of them is the brighter one is drawn."""
+    angle = math.pi * texture / len(TEXTURES)
+    axis = np.array([2, -1, -1]) * (math.cos(angle) / math.sqrt(6)) + np.array([0, 1, -1]) * (math.sin(angle) / math.sqrt(2))
+    axis = (axis - axis @ np.array([0.299, 0.587, 0.114])).astype(np.float32)
+    axis *= np.float32(OPPOSITION * (0.7 + 0.6 * v) * (1 if u < 0.5 else -1))
+    return np.clip(np.float32(low) + axis, 0, 1), np.clip(np.float32(high) - axis, 0, 1)
+
+
 def _draw(image: Plane, segmentation: NDArray[np.uint8], thing: Thing, axis: Plane, u: list[float]) -> None:
     size = len(axis)
     reach = thing.radius * 1.25 + 1 / size
@@ -332,9 +344,7 @@ def _draw(image: Plane, segmentation: NDArray[np.uint8], thing: Thing, axis: Pla
     weave = np.clip(np.float32(0.5) + sharp * _weave(TEXTURES[texture], x * periods, y * periods, u[6]), 0, 1)
     low = u[7] * (1 - CONTRAST[1])
     high = low + _between(u[8], CONTRAST)
-    dark, bright = _color(low, u[10:13]), _color(high, u[13:16])
-    if u[9] < 0.5:
-        dark, bright = bright, dark
+    dark, bright = _opposites(texture, low, high, u[9], u[10])
     paint = dark + weave[:, :, None] * (bright - dark)
     region = image[top:bottom, left:right]
     region += cover[:, :, None] * (paint - region)

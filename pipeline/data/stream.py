@@ -1,7 +1,7 @@
 """From step numbers to batches on the device: decode, replace what is bad, augment, hand over; always some steps ahead.
 
-Everything random was decided by number (``order``, ``plan``, ``masks``), so the only state is the number of the next step, and the
-trainer owns that: what was produced but not trained on leaves no trace.
+Everything random was decided by number (``order``, ``plan``, ``masks``), so the only state is the number of the next step, and
+the trainer owns that: what was produced but not taken leaves no trace, in the ledger neither.
 """
 
 from __future__ import annotations
@@ -9,12 +9,13 @@ from __future__ import annotations
 import queue
 import threading
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from pipeline.data.dali import Augmenter, Hue
 from pipeline.data.decode import Decoder
@@ -47,6 +48,16 @@ class StreamOptions:
     hue: Hue = "hsv"
 
 
+@dataclass(frozen=True)
+class _Ready:
+    """A step that waits to be taken: its micro-batches, its samples, and what had to be replaced."""
+
+    step: int
+    batches: list[Batch]
+    samples: int
+    bad: list[Event]
+
+
 class BatchStream:
     """Iterates over ``(step, micro-batches)`` from a given step on.
 
@@ -76,13 +87,18 @@ class BatchStream:
         self._augmenter = Augmenter(
             dataset.specs, batch_size=options.micro_batch, threads=options.threads, device_id=device_id, hue=options.hue
         )
-        self._queue: queue.Queue[tuple[int, list[Batch]] | BaseException | None] = queue.Queue(maxsize=options.prefetch)
+        self._queue: queue.Queue[_Ready | BaseException | None] = queue.Queue(maxsize=options.prefetch)
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._produce, name="fovea-data", daemon=True)
         self.seconds_waited = 0.0
 
     def __iter__(self) -> Iterator[tuple[int, list[Batch]]]:
-        """Yield steps in order; errors of the producing thread are raised here."""
+        """Yield steps in order, once.
+
+        Raises:
+            TrainingError: too many samples could not be used.
+            DataError: a shard is gone or was changed. It, and any other error of the producing thread, is raised here.
+        """
         self._thread.start()
         try:
             while True:
@@ -93,7 +109,8 @@ class BatchStream:
                     return
                 if isinstance(item, BaseException):
                     raise item
-                yield item
+                self._ledger.saw(item.samples, item.bad)
+                yield item.step, item.batches
         finally:
             self.close()
 
@@ -105,7 +122,7 @@ class BatchStream:
         if self._thread.is_alive():
             self._thread.join(timeout=10)
 
-    def _put(self, item: tuple[int, list[Batch]] | BaseException | None) -> None:
+    def _put(self, item: _Ready | BaseException | None) -> None:
         while not self._stop.is_set():
             try:
                 return self._queue.put(item, timeout=0.1)
@@ -119,46 +136,51 @@ class BatchStream:
             for portion in source:
                 if self._stop.is_set():
                     return
-                self._put((portion.step, self._batches(portion)))
+                self._put(self._ready(portion))
             self._put(None)
         except BaseException as error:  # the consumer raises it
             self._put(error)
 
-    def _batches(self, portion: Portion) -> list[Batch]:
-        images = self._decoder.decode([r.image if self._usable(r) and r.image is not None else b"" for r in portion.records])
-        records = list(portion.records)
+    def _ready(self, portion: Portion) -> _Ready:
+        images, records = self._decode(portion.records), list(portion.records)
+        bad: list[Event] = []
         for row, image in enumerate(images):
-            record = records[row]
-            if image is None or tuple(image.shape[:2]) != (record.height, record.width):
-                images[row], records[row] = self._substitute(portion, row)
-        self._ledger.saw(len(records))
+            if image is None:
+                images[row], records[row], event = self._substitute(portion, row)
+                bad.append(event)
         size = self._options.micro_batch
-        return [self._micro(portion, records, images, slice(lo, lo + size)) for lo in range(0, len(records), size)]
+        batches = [self._micro(portion, records, images, slice(low, low + size)) for low in range(0, len(records), size)]
+        return _Ready(portion.step, batches, len(records), bad)
 
-    def _usable(self, record: Record) -> bool:
-        return record.status == "ok" and record.id not in self._ledger.quarantine
+    def _decode(self, records: list[Record]) -> list[Any]:
+        """Pictures of the size the index says, which the plan was made for; ``None`` for everything else."""
+        known = self._ledger.quarantine
+        images = self._decoder.decode([b"" if r.image is None or r.id in known else r.image for r in records])
+        return [
+            image if image is not None and tuple(image.shape[:2]) == (record.height, record.width) else None
+            for image, record in zip(images, records, strict=True)
+        ]
 
-    def _substitute(self, portion: Portion, row: int) -> tuple[Any, Record]:
+    def _substitute(self, portion: Portion, row: int) -> tuple[Any, Record, Event]:
         """Another sample of the same shard in the same place, so that the stream does not shift."""
         bad, epoch = portion.records[row], int(portion.epochs[row])
         data = self._dataset
         reason = bad.status if bad.status != "ok" else self._ledger.quarantine.get(bad.id, "undecodable")
         for attempt in range(_SUBSTITUTES):
             other = data.reader.substitute(bad.id, epoch, data.seed, attempt)
-            record = data.reader.fetch(np.array([other], dtype=np.uint64))[0]
-            image = self._decoder.decode([record.image])[0] if self._usable(record) and record.image is not None else None
-            if image is not None and tuple(image.shape[:2]) == (record.height, record.width):
+            (record,) = data.reader.fetch(np.array([other], dtype=np.uint64))
+            (image,) = self._decode([record])
+            if image is not None:
                 break
         else:
-            image = np.full((_BLANK, _BLANK, 3), 128, dtype=np.uint8)
-            record, other = Record(**{**vars(bad), "height": _BLANK, "width": _BLANK}), -1
+            image = self._decoder.blank(_BLANK)
+            record, other = replace(bad, height=_BLANK, width=_BLANK, caption=None, label=-1), -1
         sizes = np.array([(record.height, record.width)], dtype=np.int64)
         ids = np.array([bad.id], dtype=np.uint64)
         fresh = make_plan(data.specs, ids=ids, epochs=portion.epochs[row : row + 1], sizes=sizes, seed=data.seed)
         for whole, one in zip(portion.plan, fresh, strict=True):
             whole.replace_row(row, one)
-        self._ledger.record(Event(portion.step, bad.id, bad.key, bad.shard_name, reason, int(other)))
-        return image, record
+        return image, record, Event(portion.step, bad.id, bad.key, bad.shard_name, reason, other)
 
     def _micro(self, portion: Portion, records: list[Record], images: list[Any], rows: slice) -> Batch:
         plan: list[ViewPlan] = [view.take(rows) for view in portion.plan]
@@ -174,9 +196,11 @@ class BatchStream:
             captions=[r.caption or "" for r in chosen],
         )
 
-    def _masks(self, grid: np.ndarray[Any, np.dtype[np.bool_]]) -> Masks:
-        flat = grid.reshape(-1, grid.shape[-1])
+    def _masks(self, grid: NDArray[np.bool_]) -> Masks:
+        flat = np.ascontiguousarray(grid).reshape(-1, grid.shape[-1])
         counts = flat.sum(axis=1)
         weight = np.repeat(1.0 / np.maximum(counts, 1), counts).astype(np.float32)
-        to: Callable[[Any], torch.Tensor] = lambda array: torch.from_numpy(array).to(self._device, non_blocking=True)  # noqa: E731
-        return Masks(grid=to(flat.copy()), index=to(np.flatnonzero(flat).astype(np.int64)), weight=to(weight))
+        grid_, index, weight_ = (
+            torch.from_numpy(array).to(self._device, non_blocking=True) for array in (flat, np.flatnonzero(flat), weight)
+        )
+        return Masks(grid=grid_, index=index, weight=weight_)

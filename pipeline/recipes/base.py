@@ -74,6 +74,9 @@ class Recipe(nn.Module, ABC):
         if self.teacher is not None:
             self.teacher.update(step.momentum)
 
+    def after_skip(self) -> None:
+        """Drops what ``forward`` kept for :meth:`after_step`. Called instead of it when a step was not applied."""
+
     def networks(self) -> dict[str, nn.Module]:
         """Sub-networks by name, each clipped by its own gradient norm."""
         return dict(self.named_children())

@@ -24,7 +24,7 @@ from pipeline.settings import AugmentSettings, Dinov2Settings
 
 # Probability of blur for the first global, the second global and the local crops. The public weights were trained with the
 # first row (the code's blur wrapper inverted its argument); the paper's text means the second.
-BLUR = {"as_released": (0.0, 0.9, 0.5), "paper": (1.0, 0.1, 0.5)}
+BLUR = {"as_released": (0.0, 0.9, 0.5), "paper": (1.0, 0.1, 0.5), "off": (0.0, 0.0, 0.0)}
 
 
 class DINOv2(Recipe):
@@ -85,6 +85,10 @@ class DINOv2(Recipe):
             for name, mean in zip(("dino_center", "ibot_center"), means, strict=True):
                 self.memory[name] = losses.moved_center(self.memory[name], mean, self.settings.center_momentum)
             self._seen.clear()
+
+    def after_skip(self) -> None:
+        """Forgets the skipped batch: its means may not be finite."""
+        self._seen.clear()
 
     def parameter_groups(self) -> list[ParameterGroup]:
         """Layer-wise learning rates in the tower, the prototype layers marked, vectors without weight decay."""

@@ -1,7 +1,8 @@
 """Copies journals to MLflow from a thread of its own: a dead, slow or full server costs training nothing, and nothing is lost.
 
-The cursor file says how far each journal has been accepted, and the last step shipped. A resumed attempt repeats the steps after its
-checkpoint bit for bit, so points of a step that was shipped already are left out rather than sent twice.
+The cursor file says which MLflow run the journals go to, how far each was accepted, and the last step of each metric. A resumed
+attempt repeats the steps after its checkpoint bit for bit, so points of a step that was shipped already are left out rather than
+sent twice.
 """
 
 from __future__ import annotations
@@ -12,33 +13,40 @@ import os
 import threading
 import time
 from collections.abc import Callable
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from pipeline.tracking.journal import read
 
 _BATCH = 900
+_LIMITS = {"metrics": 900, "params": 100, "tags": 100}
 _PARAM_LIMIT, _TAG_LIMIT = 6000, 5000
 _PAUSES = (1.0, 30.0)
+_ENDS = {"finished": "FINISHED", "stopped": "KILLED", "failed": "FAILED"}
+_GONE = "RESOURCE_DOES_NOT_EXIST"
+_REFUSED = "INVALID_PARAMETER_VALUE"
 
 
 class Shipper:
     """Ships all journals of a run to one MLflow run.
 
     Args:
-        folder: ``<run>/tracking``, with ``journal-*.jsonl``; cursor and run id are kept there.
+        folder: ``<run>/tracking``, with ``journal-*.jsonl``; the cursor is kept there.
         uri: MLflow tracking URI.
         experiment: MLflow experiment, made if it is not there.
         name: the run's name.
-        log: where to say that the server is away; at most once an outage.
+        log: where to say that the server is away, once an outage, and what it refuses, once a name.
     """
 
-    def __init__(self, folder: Path, *, uri: str, experiment: str, name: str, log: Callable[[str], None] = lambda _: None) -> None:
+    def __init__(
+        self, folder: Path, *, uri: str, experiment: str, name: str, log: Callable[[str], None] = lambda _: None
+    ) -> None:
         self._folder, self._uri, self._experiment, self._name, self._log = folder, uri, experiment, name, log
-        self._cursor_path, self._run_path = folder / "cursor.json", folder / "run.json"
-        self._cursor: dict[str, Any] = _load(self._cursor_path, {"offsets": {}, "steps": {}})
+        self._cursor_path = folder / "cursor.json"
+        self._cursor = {**_cursor("", ""), **_load(self._cursor_path)}
         self._client: Any = None
-        self._run_id: str | None = None
+        self._refused: set[str] = set()
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="fovea-mlflow", daemon=True)
 
@@ -50,17 +58,21 @@ class Shipper:
         """Ship what is left, for at most so long.
 
         Returns:
-            Whether everything was accepted; if not, the next attempt or ``fovea track sync`` sends the rest.
+            Whether everything was accepted; if not, the next attempt sends the rest.
         """
         self._stop.set()
         self._thread.join(timeout=seconds)
         return not self._thread.is_alive() and not self._pending()
 
     def _pending(self) -> bool:
-        return any(path.stat().st_size > self._cursor["offsets"].get(path.name, 0) for path in self._journals())
+        unsent = (next(read(path, self._offset(path)), None) for path in self._journals())
+        return bool(self._cursor["artifacts"]) or any(unsent)
 
     def _journals(self) -> list[Path]:
         return sorted(self._folder.glob("journal-*.jsonl"))
+
+    def _offset(self, path: Path) -> int:
+        return int(self._cursor["offsets"].get(path.name, 0))
 
     def _run(self) -> None:
         pause, away = _PAUSES[0], False
@@ -70,8 +82,9 @@ class Shipper:
                 self.ship()
                 pause, away = _PAUSES[0], False
             except Exception as error:  # the boundary: whatever MLflow raises must not reach training
+                self._client = None
                 if not away:
-                    self._log(f"MLflow at {self._uri} does not answer ({str(error).splitlines()[0][:160]}); the journal keeps everything")
+                    self._log(f"MLflow at {self._uri} takes nothing now ({_line(error)}); the journal keeps everything")
                 pause, away = min(2 * pause, _PAUSES[1]), True
             if last:
                 return
@@ -85,18 +98,31 @@ class Shipper:
         """
         if not self._pending():
             return
-        client, run_id = self._connect()
+        client = self._connect()
         for path in self._journals():
-            records = list(read(path, self._cursor["offsets"].get(path.name, 0)))
-            while records:
-                chunk, records = records[:_BATCH], records[_BATCH:]
-                self._send(client, run_id, [record for _, record in chunk])
+            records = read(path, self._offset(path))
+            while chunk := list(islice(records, _BATCH)):
+                self._send(client, [record for _, record in chunk])
                 self._cursor["offsets"][path.name] = chunk[-1][0]
-                _store(self._cursor_path, self._cursor)
+                self._remember()
+        while self._cursor["artifacts"]:  # last, so that a broken artifact store holds up nothing else
+            artifact = Path(self._cursor["artifacts"][0])
+            if artifact.exists():
+                client.log_artifact(self._cursor["run_id"], str(artifact))
+            else:
+                self._log(f"{artifact} is gone and cannot be sent to MLflow")
+            del self._cursor["artifacts"][0]
+            self._remember()
 
-    def _connect(self) -> tuple[Any, str]:
-        if self._client is not None and self._run_id is not None:
-            return self._client, self._run_id
+    def _remember(self) -> None:
+        temporary = self._cursor_path.with_suffix(f".tmp{os.getpid()}-{time.monotonic_ns()}")
+        temporary.write_text(json.dumps(self._cursor))
+        temporary.replace(self._cursor_path)
+
+    def _connect(self) -> Any:
+        """A client whose run exists; a run that was deleted is replaced by a new one, to which everything is sent again."""
+        if self._client is not None:
+            return self._client
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "5")
         os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
@@ -104,78 +130,100 @@ class Shipper:
         logging.getLogger("mlflow").setLevel(logging.WARNING)
         logging.getLogger("alembic").setLevel(logging.WARNING)
         from mlflow import MlflowClient
-        from mlflow.exceptions import MlflowException
 
         client = MlflowClient(tracking_uri=self._uri)
-        known = _load(self._run_path, {})
-        run_id = known.get("run_id") if known.get("uri") == self._uri else None
-        if run_id is not None:
-            try:
-                if client.get_run(run_id).info.lifecycle_stage == "deleted":
-                    run_id = None
-            except MlflowException as error:
-                if error.error_code != "RESOURCE_DOES_NOT_EXIST":
-                    raise
-                run_id = None
-        if run_id is None:
+        if self._cursor["uri"] != self._uri or not _exists(client, self._cursor["run_id"]):
             experiment = client.get_experiment_by_name(self._experiment)
-            experiment_id = experiment.experiment_id if experiment else client.create_experiment(
-                self._experiment, artifact_location=self._artifacts()
-            )
-            run_id = client.create_run(experiment_id, run_name=self._name).info.run_id
-            _store(self._run_path, {"run_id": run_id, "uri": self._uri})
-            self._cursor = {"offsets": {}, "steps": {}}
-        client.update_run(run_id, status="RUNNING")
-        self._client, self._run_id = client, run_id
-        return client, run_id
+            if experiment is None:
+                place = str((self._folder / "artifacts").resolve()) if self._uri.startswith("sqlite") else None
+                number = client.create_experiment(self._experiment, artifact_location=place)
+            else:
+                number = experiment.experiment_id
+            self._cursor = _cursor(self._uri, client.create_run(number, run_name=self._name).info.run_id)
+            self._remember()
+        self._client = client
+        return client
 
-    def _artifacts(self) -> str | None:
-        return str((self._folder / "artifacts").resolve()) if self._uri.startswith("sqlite") else None
-
-    def _send(self, client: Any, run_id: str, records: list[dict[str, Any]]) -> None:
+    def _send(self, client: Any, records: list[dict[str, Any]]) -> None:
         from mlflow.entities import Metric, Param, RunTag
 
+        run_id, steps = self._cursor["run_id"], self._cursor["steps"]
         metrics: list[Any] = []
         params: dict[str, str] = {}
         tags: dict[str, str] = {}
-        steps = dict(self._cursor["steps"])
+        changed = 0.0
+        newest = dict(steps)
         for record in records:
-            kind = record["kind"]
+            kind, values = record["kind"], record.get("values", {})
             if kind == "metrics":
-                for key, value in record["values"].items():
-                    if record["step"] > steps.get(key, -1):
-                        metrics.append(Metric(key, float(value), int(record["t"] * 1000), record["step"]))
-                        steps[key] = record["step"]
+                fresh = {key: value for key, value in values.items() if record["step"] > newest.get(key, -1)}
+                metrics += [Metric(key, float(value), int(record["t"] * 1000), record["step"]) for key, value in fresh.items()]
+                newest.update(dict.fromkeys(fresh, record["step"]))
             elif kind == "params":
-                params.update({k: v[:_PARAM_LIMIT] for k, v in record["values"].items()})
+                params.update({key: value[:_PARAM_LIMIT] for key, value in values.items()})
             elif kind == "tags":
-                tags.update({k: v[:_TAG_LIMIT] for k, v in record["values"].items()})
-            elif kind == "artifact" and Path(record["path"]).exists():
-                client.log_artifact(run_id, record["path"])
+                tags.update({key: value[:_TAG_LIMIT] for key, value in values.items()})
+                changed = record["t"] if "fovea.state" in values else changed
+            elif kind == "artifact" and record["path"] not in self._cursor["artifacts"]:
+                self._cursor["artifacts"].append(record["path"])
         have = client.get_run(run_id).data.params if params else {}
-        fresh = [Param(k, v) for k, v in params.items() if k not in have]
-        tags.update({f"changed.{k}": v for k, v in params.items() if k in have and have[k] != v})
-        for low in range(0, len(metrics), _BATCH):
-            client.log_batch(run_id, metrics=metrics[low : low + _BATCH])
-        for low in range(0, len(fresh), 100):
-            client.log_batch(run_id, params=fresh[low : low + 100])
-        if tags:
-            client.log_batch(run_id, tags=[RunTag(k, v) for k, v in tags.items()])
-            if "fovea.state" in tags:
-                status = {"finished": "FINISHED", "failed": "FAILED"}.get(tags["fovea.state"], "RUNNING")
-                client.update_run(run_id, status=status)
-        self._cursor["steps"] = steps
+        tags.update({f"changed.{key}": value[:_TAG_LIMIT] for key, value in params.items() if have.get(key, value) != value})
+        for low in range(0, len(metrics), _LIMITS["metrics"]):
+            part = metrics[low : low + _LIMITS["metrics"]]
+            self._offer(client, "metrics", part)
+            steps.update({metric.key: metric.step for metric in part})
+            self._remember()
+        self._offer(client, "params", [Param(key, value) for key, value in params.items() if key not in have])
+        self._offer(client, "tags", [RunTag(key, value) for key, value in tags.items()])
+        state = tags.get("fovea.state")
+        if state in _ENDS:
+            client.set_terminated(run_id, _ENDS[state], int(changed * 1000))
+        elif state is not None:
+            client.update_run(run_id, status="RUNNING")
+
+    def _offer(self, client: Any, kind: str, items: list[Any]) -> None:
+        """Send items; what the server refuses for good is named and left out, so that it holds up nothing else."""
+        from mlflow.exceptions import MlflowException
+
+        run_id = self._cursor["run_id"]
+        for low in range(0, len(items), _LIMITS[kind]):
+            part = items[low : low + _LIMITS[kind]]
+            try:
+                client.log_batch(run_id, **{kind: part}, synchronous=True)
+            except MlflowException as error:
+                if error.error_code != _REFUSED or not _exists(client, run_id):
+                    raise
+                if len(part) > 1:
+                    self._offer(client, kind, part[: len(part) // 2])
+                    self._offer(client, kind, part[len(part) // 2 :])
+                elif part[0].key not in self._refused:
+                    self._refused.add(part[0].key)
+                    self._log(f"MLflow refuses {kind} {part[0].key!r} ({_line(error)}); they stay in the journal only")
 
 
-def _load(path: Path, default: dict[str, Any]) -> dict[str, Any]:
+def _exists(client: Any, run_id: str) -> bool:
+    """Whether a run is there and not deleted."""
+    from mlflow.exceptions import MlflowException
+
+    try:
+        return bool(client.get_run(run_id).info.lifecycle_stage == "active")
+    except MlflowException as error:
+        if error.error_code != _GONE:
+            raise
+        return False
+
+
+def _line(error: Exception) -> str:
+    return (str(error) or type(error).__name__).splitlines()[0][:160]
+
+
+def _cursor(uri: str, run_id: str) -> dict[str, Any]:
+    return {"uri": uri, "run_id": run_id, "offsets": {}, "steps": {}, "artifacts": []}
+
+
+def _load(path: Path) -> dict[str, Any]:
     try:
         loaded: dict[str, Any] = json.loads(path.read_text())
         return loaded
     except (OSError, ValueError):
-        return default
-
-
-def _store(path: Path, value: dict[str, Any]) -> None:
-    temporary = path.with_suffix(f".tmp{os.getpid()}-{time.monotonic_ns()}")
-    temporary.write_text(json.dumps(value))
-    temporary.replace(path)
+        return {}

@@ -174,8 +174,7 @@ def assemble(
     progress = Progress()
     if resume is not None:
         progress = _restore(resume, engine, recipe, ledger, inputs)
-    wants = ("image", "label", "caption")
-    reader = Reader(inputs.train, wants=wants, checksum=config.data.crc)
+    reader = Reader(inputs.train, wants=("image", "label", "caption"), checksum=config.data.crc)
     dataset = Portions(reader, inputs.order, recipe.views, seed=config.run.seed, world=world.size, rank=world.rank)
     options = StreamOptions(
         micro_batch=micro,
@@ -254,5 +253,10 @@ def _restore(saved: Saved, engine: Engine, recipe: Recipe, ledger: Ledger, input
     )
     m = saved.manifest
     return replace(
-        Progress(), step=m["step"], applied=m["applied"], skipped=m["skipped"], scores=dict(m["scores"]), seconds=float(m["seconds"])
+        Progress(),
+        step=m["step"],
+        applied=m["applied"],
+        skipped=m["skipped"],
+        scores=dict(m["scores"]),
+        seconds=float(m["seconds"]),
     )

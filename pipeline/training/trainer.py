@@ -1,6 +1,6 @@
 """The loop. It knows no method: it reads in the order of one step, and that order is fixed here once.
 
-    schedules, batch, teacher and student forward, terms, finite check, backward, step, after_step, log, evaluate, checkpoint
+schedules, batch, teacher and student forward, terms, finite check, backward, step, after_step, log, evaluate, checkpoint
 """
 
 from __future__ import annotations
@@ -140,7 +140,9 @@ class Trainer:
         with self.plan.record.open("a", buffering=1) if self.plan.record else nullcontext() as record:
             for number, micro_batches in batches:
                 if number != p.step:
-                    raise TrainingError(f"the data side delivered step {number} instead of {p.step}", where=f"rank {self.world.rank}")
+                    raise TrainingError(
+                        f"the data side delivered step {number} instead of {p.step}", where=f"rank {self.world.rank}"
+                    )
                 step = self.schedules.at(p.step * self.schedules.global_batch)
                 # Whatever a method draws on the device depends on the step and the rank alone, so nothing of it needs saving.
                 torch.manual_seed(mix(self.plan.seed, 0x57E9, number, self.world.rank)[0])
@@ -150,6 +152,8 @@ class Trainer:
                 applied, norms = self.engine.step(step, finite)
                 if applied:
                     self.recipe.after_step(step)
+                else:
+                    self.recipe.after_skip()
 
                 p.step += 1
                 p.applied += applied
