@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 CROPS, PCA, QUERIES, NEIGHBOURS = 4, 8, 6, 6
 """Samples shown with their crops, pictures in the PCA, and rows and columns of the neighbours."""
 _BANK = 4000  # pictures searched at most
-_THUMB = 216  # pixels of a picture in the file, shown at half of that
+_THUMB = 216  # most pixels of a small picture in the file; the page shows it at half of that
 _CHOICE = 0xE7A1  # names the draw, the one of the k-NN evaluation
 _SERIES = {"knn": "trained", "untrained": "untrained", "pixels": "pixels"}
 _SCHEDULES = {"lr", "weight_decay", "momentum", "teacher_temperature", "epoch", "skipped", "skipped_steps", "loss"}
@@ -339,7 +339,8 @@ def _patches(look: Gallery) -> str:
 
 
 def _tile(picture: pictures.Pixels, about: str, *, sharp: bool = False) -> str:
-    return pictures.tag(pictures.fitted(picture, _THUMB, sharp=sharp), about, width=_THUMB // 2)
+    image = pictures.fitted(picture, min(_THUMB, max(picture.shape)))  # the reader's browser enlarges small ones
+    return pictures.tag(image, about, width=_THUMB // 2, kind="sharp" if sharp else "")
 
 
 def _neighbours(look: Gallery, most: int) -> str:

@@ -78,25 +78,26 @@ def veiled(image: Image.Image, hidden: NDArray[np.bool_]) -> Image.Image:
     return out
 
 
-def boxed(image: Image.Image, boxes: Sequence[tuple[tuple[float, float, float, float], str, str]]) -> Image.Image:
+def boxed(image: Image.Image, boxes: Sequence[tuple[tuple[float, float, float, float], str, str, int]]) -> Image.Image:
     """A picture with named frames drawn on it, rimmed in white so that they show on any ground.
 
     Args:
         image: the picture.
-        boxes: of each frame left, top, right and bottom as shares of the sides, its colour, and its name of a letter or two.
+        boxes: of each frame left, top, right and bottom as shares of the sides, its colour, its name of a letter or two, and its
+            width in pixels.
     """
     out = image.copy()
     draw = ImageDraw.Draw(out)
     tags = []
-    for (left, top, right, bottom), colour, name in boxes:
+    for (left, top, right, bottom), colour, name, width in boxes:
         x0, y0, x1, y1 = (
             left * (image.width - 1),
             top * (image.height - 1),
             right * (image.width - 1),
             bottom * (image.height - 1),
         )
-        draw.rectangle((x0 - 1, y0 - 1, max(x1 + 1, x0), max(y1 + 1, y0)), outline="white", width=6)
-        draw.rectangle((x0, y0, max(x1, x0), max(y1, y0)), outline=colour, width=4)
+        draw.rectangle((x0 - 1, y0 - 1, max(x1 + 1, x0), max(y1 + 1, y0)), outline="white", width=width + 2)
+        draw.rectangle((x0, y0, max(x1, x0), max(y1, y0)), outline=colour, width=width)
         tags.append((x0, y0, colour, name))
     for x0, y0, colour, name in tags:
         x, y = min(max(x0, 0), image.width - 22), min(max(y0, 0), image.height - 22)
@@ -119,7 +120,7 @@ def font(size: int) -> Any:
 def embedded(image: Image.Image) -> str:
     """A picture as the text of an ``src`` attribute: PNG in base64."""
     buffer = io.BytesIO()
-    image.convert("RGB").save(buffer, "PNG", optimize=True)
+    image.convert("RGB").save(buffer, "PNG")
     return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
@@ -337,6 +338,7 @@ figcaption{color:var(--soft);font-size:14px;max-width:100ch;margin-top:10px}
 figcaption b{color:var(--ink);font-weight:600}
 footer{margin-top:56px;border-top:1px solid var(--rule);padding-top:12px;color:var(--soft);font-size:13px}
 img{display:block;max-width:100%;height:auto;border-radius:3px}
+img.sharp{image-rendering:pixelated}
 .scroll{overflow-x:auto}
 .pair{display:grid;gap:28px;grid-template-columns:repeat(auto-fit,minmax(min(460px,100%),1fr));align-items:start}
 .small{display:grid;gap:18px 24px;grid-template-columns:repeat(auto-fit,minmax(min(220px,100%),1fr));margin-top:22px}

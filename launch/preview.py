@@ -147,7 +147,7 @@ def gather(config: Config, inputs: Inputs, specs: tuple[ViewSpec, ...], count: i
                 views.append(View(name, _done(plan, place), image, float(mask.mean()) if mask is not None else 0.0, sign, colour))
                 (top, left), (bottom, right) = plan.start[place], plan.end[place]
                 box = (left / record.width, top / record.height, right / record.width, bottom / record.height)
-                frames.append((box, colour, sign))
+                frames.append((box, colour, sign, 4 if number < 2 else 2))
                 number += 1
         image = pictures.boxed(pictures.fitted(decoded[row], _ORIGINAL), frames)
         samples.append(Sample(record.key, record.label, record.caption or "", about, image, tuple(views)))

@@ -57,7 +57,7 @@ class RankEnvironment:
                 address=env.get("MASTER_ADDR", "127.0.0.1"),
                 port=_number(env, "MASTER_PORT", "0"),
                 source="torchrun",
-                key=env.get("FOVEA_KEY") or env.get("TORCHELASTIC_RUN_ID") or "torchrun",
+                key=env.get("FOVEA_KEY") or _elastic_key(env),
             )
         elif env.get("SLURM_STEP_ID", "").isdigit() and "SLURM_PROCID" in env:
             found = cls._of_slurm(env)
@@ -117,6 +117,11 @@ def _number(env: Mapping[str, str], name: str, default: str | None = None) -> in
             f"{name} = {text!r} is no number", where="environment", mend=f"Unset {name}, or let the launcher set it."
         )
     return int(text)
+
+
+def _elastic_key(env: Mapping[str, str]) -> str:
+    """torchrun's store outlives a restart of the ranks, so each restart needs a name of its own in it."""
+    return f"{env.get('TORCHELASTIC_RUN_ID') or 'torchrun'}.{env.get('TORCHELASTIC_RESTART_COUNT') or 0}"
 
 
 def _tasks_per_node(text: str) -> list[int]:

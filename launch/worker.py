@@ -8,6 +8,7 @@ import sys
 import time
 import traceback
 import warnings
+from importlib.metadata import version
 from pathlib import Path
 
 from launch.ranks import RankEnvironment
@@ -89,6 +90,8 @@ def train(config: Config, here: RankEnvironment, attempt: int | None, found: Sav
         journal.tags(
             {"fovea.state": "running", "fovea.attempt": number, "fovea.ranks": world.size, "fovea.run": run.path.resolve()}
         )
+        if (run.path / "config.yaml").exists():
+            journal.artifact((run.path / "config.yaml").resolve())
         if config.tracking.enabled:
             uri = config.tracking.uri or f"sqlite:///{(run.path / 'mlflow.db').resolve()}"
             shipper = Shipper(run.tracking, uri=uri, experiment=config.tracking.experiment, name=config.run.name, log=show.say)
@@ -101,7 +104,13 @@ def train(config: Config, here: RankEnvironment, attempt: int | None, found: Sav
         run,
         attempt=number,
         resume=found,
-        facts={"config": config.model_dump(mode="json"), "fingerprint": fingerprint(config), "run": config.run.name},
+        facts={
+            "config": config.model_dump(mode="json"),
+            "fingerprint": fingerprint(config),
+            "run": config.run.name,
+            "attempt": number,
+            "fovea": version("fovea"),
+        },
         requests=requests,
         journal=journal,
         watcher=show,

@@ -291,10 +291,10 @@ class DataSettings(Settings):
     )
 
     def index_folder(self, urls: Sequence[str]) -> Path:
-        """Where the index of these shards is kept: ``index``, or a folder of the user's cache named after them."""
+        """Where the index of these shards is kept: a folder named after them in ``index`` or in the user's cache."""
         cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
         name = hashlib.sha256("\n".join(os.path.abspath(url) if "://" not in url else url for url in urls).encode()).hexdigest()
-        return self.index or cache / "fovea" / "index" / name[:16]
+        return (self.index or cache / "fovea" / "index") / name[:16]
 
 
 class OptimSettings(Settings):

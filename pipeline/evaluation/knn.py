@@ -13,7 +13,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 
-def votes(similarities: Tensor, labels: Tensor, *, classes: int, ks: Sequence[int], temperature: float = 0.07) -> dict[int, Tensor]:
+def votes(
+    similarities: Tensor, labels: Tensor, *, classes: int, ks: Sequence[int], temperature: float = 0.07
+) -> dict[int, Tensor]:
     """Class scores from the nearest neighbours.
 
     Args:

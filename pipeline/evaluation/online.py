@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -81,7 +81,7 @@ class Pictures:
         self._keep = len(self._order.ids) * size * size * 12 <= _CACHE_BYTES
         self._cached: list[tuple[Tensor, Tensor]] | None = None
 
-    def __iter__(self):  # type: ignore[no-untyped-def]
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield ``(images [n, 3, size, size], labels [n])``; samples without a label are left out."""
         if self._cached is not None:
             yield from self._cached
@@ -119,29 +119,36 @@ class OnlineKnn:
         self._bank, self._queries, self._ks, self._temperature, self._group = bank, queries, tuple(ks), temperature, group
 
     def __call__(self, features: Features) -> dict[int, float]:
-        """Accuracy in 0..1 for each k, the same on all ranks."""
-        bank, labels = self._gathered(*_extract(self._bank, features))
-        queries, answers = _extract(self._queries, features)
-        local = knn_accuracy(queries, answers, bank, labels, ks=self._ks, temperature=self._temperature)
-        counts = torch.tensor([[round(local[k] * len(queries)) if len(queries) else 0 for k in self._ks] + [len(queries)]])
-        dist.all_reduce(counts, group=self._group)
-        return {k: int(counts[0, i]) / int(counts[0, -1]) for i, k in enumerate(self._ks)}
+        """Accuracy in 0..1 for each k, the same on all ranks.
 
-    def _gathered(self, features: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        parts: list[tuple[Tensor, Tensor] | None] = [None] * dist.get_world_size()
-        dist.all_gather_object(parts, (features, labels), group=self._group)
-        return torch.cat([p[0] for p in parts if p is not None]), torch.cat([p[1] for p in parts if p is not None])
+        Raises:
+            DataError: on all ranks, if no sample of the bank or of the queries has a label.
+        """
+        parts: list[list[tuple[Tensor, Tensor]]] = [[]] * dist.get_world_size()
+        dist.all_gather_object(parts, _extract(self._bank, features), group=self._group)
+        bank = [batch for part in parts for batch in part]
+        queries = _extract(self._queries, features)
+        # A rank may have no query of its own; what all ranks together lack, all ranks refuse.
+        counts = torch.zeros(len(self._ks) + 1, dtype=torch.int64)
+        if bank and queries:
+            answers = torch.cat([labels for _, labels in queries])
+            known, voters = torch.cat([found for found, _ in bank]), torch.cat([labels for _, labels in bank])
+            found = torch.cat([found for found, _ in queries])
+            shares = knn_accuracy(found, answers, known, voters, ks=self._ks, temperature=self._temperature)
+            counts = torch.tensor([*(round(shares[k] * len(answers)) for k in self._ks), len(answers)])
+        dist.all_reduce(counts, group=self._group)
+        *right, asked = counts.tolist()
+        if not asked:
+            raise DataError(
+                "the evaluation shards have no labelled sample", where="evaluation.knn", mend="give shards with .cls members"
+            )
+        return {k: right[i] / asked for i, k in enumerate(self._ks)}
 
 
 @torch.inference_mode()
-def _extract(pictures: Pictures, features: Features) -> tuple[Tensor, Tensor]:
-    found, labels = [], []
-    for images, classes in pictures:
-        found.append(features(images).float().cpu())
-        labels.append(classes.cpu())
-    if not found or not sum(map(len, labels)):
-        raise DataError("the evaluation shards have no labelled sample", where="evaluation.knn", mend="give shards with .cls members")
-    return torch.cat(found), torch.cat(labels)
+def _extract(pictures: Pictures, features: Features) -> list[tuple[Tensor, Tensor]]:
+    """Features and labels of this rank's share, batch by batch; batches without a label are left out."""
+    return [(features(images).float().cpu(), labels.cpu()) for images, labels in pictures if len(labels)]
 
 
 def raw_pixels(images: Tensor) -> Tensor:

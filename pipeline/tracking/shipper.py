@@ -44,7 +44,8 @@ class Shipper:
     ) -> None:
         self._folder, self._uri, self._experiment, self._name, self._log = folder, uri, experiment, name, log
         self._cursor_path = folder / "cursor.json"
-        self._cursor = {**_cursor("", ""), **_load(self._cursor_path)}
+        known = _load(self._cursor_path)
+        self._cursor = known if known.get("uri") == uri else _cursor(uri, "")
         self._client: Any = None
         self._refused: set[str] = set()
         self._stop = threading.Event()
@@ -132,7 +133,7 @@ class Shipper:
         from mlflow import MlflowClient
 
         client = MlflowClient(tracking_uri=self._uri)
-        if self._cursor["uri"] != self._uri or not _exists(client, self._cursor["run_id"]):
+        if not self._cursor["run_id"] or not _exists(client, self._cursor["run_id"]):
             experiment = client.get_experiment_by_name(self._experiment)
             if experiment is None:
                 place = str((self._folder / "artifacts").resolve()) if self._uri.startswith("sqlite") else None

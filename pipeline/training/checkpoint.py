@@ -3,22 +3,23 @@
 Layout, one directory a checkpoint, below ``<run>/checkpoints``::
 
     step_000000120/
-      rank_00000.safetensors   this rank's fragments: master/<name>, exp_avg/<name>, exp_avg_sq/<name>, teacher/<name>, fp32, 1-D
+      rank_00000.safetensors   a rank's fragments: master/<name>, exp_avg/<name>, exp_avg_sq/<name>, teacher/<name>, fp32, 1-D
       rank_00001.safetensors   …
       whole.safetensors        what is the same on all ranks: memory/<name>, frozen/<name>, teacher/<buffer name>
       manifest.json            written last: counters, data state, config, fragment table, and size and checksum of every file
 
-A checkpoint is written to ``.tmp-step_…``, every file synced, and becomes current by one rename. A directory without that rename is
-rubbish and is swept away by the next save. Fragments carry their place in the whole parameter, so any number of ranks can read what
-any other number wrote.
+A checkpoint is written to ``.tmp-step_…``, every file synced, and becomes current by one rename; it is pruned by another rename
+back to such a name, then deleted. A directory of that name is rubbish and is swept away by the next save. Fragments carry their
+place in the whole parameter, so any number of ranks can read what any other number wrote.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -35,9 +36,11 @@ from pipeline.training.saved import FORMAT, MANIFEST, Saved, entry, listed
 
 _WHOLE = "whole.safetensors"
 _MOMENTS = ("exp_avg", "exp_avg_sq")
+_TEMPORARY = ".tmp-"
 
 
-def _sync_directory(path: Path) -> None:
+def _sync(path: Path) -> None:
+    """Force a file or a directory to disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -45,17 +48,24 @@ def _sync_directory(path: Path) -> None:
         os.close(handle)
 
 
+def _write(path: Path, tensors: dict[str, Tensor]) -> dict[str, Any]:
+    """A file of tensors, on disk; its line in the manifest."""
+    save_file({name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}, path)
+    _sync(path)
+    return entry(path)
+
+
 class Checkpoints:
     """The checkpoints of one run.
 
     Args:
         directory: ``<run>/checkpoints``.
-        keep_last: how many are kept; at least the newest two whole ones survive whatever happens to the newest.
+        keep_last: how many are kept, but never fewer than two: the newest may turn out to be damaged.
         group: a gloo group for agreement between ranks, ``None`` for the default group.
     """
 
     def __init__(self, directory: Path, *, keep_last: int = 3, group: dist.ProcessGroup | None = None) -> None:
-        self.directory, self._keep, self._group = directory, max(keep_last, 1), group
+        self.directory, self._keep, self._group = directory, max(keep_last, 2), group
 
     def save(self, engine: Engine, recipe: Recipe, facts: dict[str, Any]) -> Path:
         """Write a checkpoint with all ranks and make it current.
@@ -69,7 +79,7 @@ class Checkpoints:
             CheckpointError: on all ranks, if any rank could not write; the checkpoints before are untouched.
         """
         name = f"step_{facts['step']:09d}"
-        temporary, final = self.directory / f".tmp-{name}", self.directory / name
+        temporary, final = self.directory / f"{_TEMPORARY}{name}", self.directory / name
         rank = dist.get_rank()
         self._agree(lambda: self._prepare(temporary) if rank == 0 else None, temporary)
         tables = self._agree(lambda: _write_rank(temporary, rank, engine, recipe), temporary)
@@ -78,34 +88,38 @@ class Checkpoints:
 
     def _prepare(self, temporary: Path) -> None:
         self.directory.mkdir(parents=True, exist_ok=True)
-        for stale in self.directory.glob(".tmp-*"):
+        for stale in self.directory.glob(f"{_TEMPORARY}*"):
             shutil.rmtree(stale)
         temporary.mkdir()
 
     def _commit(self, temporary: Path, final: Path, recipe: Recipe, facts: dict[str, Any], tables: list[Any]) -> None:
-        save_file(_whole(recipe), temporary / _WHOLE)
-        files = [table["file"] for table in tables] + [entry(temporary / _WHOLE)]
+        whole = _write(temporary / _WHOLE, _whole(recipe))
         manifest = {
             "format": FORMAT,
             **facts,
             "world": len(tables),
             "shapes": {name: list(p.shape) for name, p in recipe.named_parameters() if p.requires_grad},
             "fragments": [table["fragments"] for table in tables],
-            "files": files,
+            "files": [*(table["file"] for table in tables), whole],
         }
         with (temporary / MANIFEST).open("w") as file:
             json.dump(manifest, file)
             file.flush()
             os.fsync(file.fileno())
-        _sync_directory(temporary)
-        if final.exists():  # a step that was saved before; the same run wrote the same bytes
-            shutil.rmtree(final)
+        _sync(temporary)
+        if final.exists():  # an earlier attempt came as far, and its checkpoint was damaged since
+            self._discard(final)
         temporary.rename(final)
-        _sync_directory(self.directory)
+        _sync(self.directory)
         for old in listed(self.directory)[: -self._keep]:
-            shutil.rmtree(old.path)
+            self._discard(old.path)
 
-    def _agree(self, action: Any, where: Path) -> list[Any]:
+    def _discard(self, path: Path) -> None:
+        rubbish = self.directory / f"{_TEMPORARY}old-{path.name}"
+        path.rename(rubbish)
+        shutil.rmtree(rubbish, ignore_errors=True)  # what cannot be deleted now is swept away by the next save
+
+    def _agree(self, action: Callable[[], Any], where: Path) -> list[Any]:
         """Run the action here, then learn how it went everywhere; all ranks raise if one failed."""
         result: Any = None
         failure = ""
@@ -135,12 +149,15 @@ def _write_rank(directory: Path, rank: int, engine: Engine, recipe: Recipe) -> d
         tensors.update({f"{moment}/{f.name}": f.moments[moment] for moment in _MOMENTS})
         if f.name in teacher:
             tensors[f"teacher/{f.name}"] = teacher[f.name].detach().flatten()[f.start : f.start + f.master.numel()]
-    path = directory / f"rank_{rank:05d}.safetensors"
-    save_file({name: tensor.detach().cpu().clone() for name, tensor in tensors.items()}, path)
-    return {"file": entry(path), "fragments": table}
+    return {"file": _write(directory / _rank_file(rank), tensors), "fragments": table}
+
+
+def _rank_file(rank: int) -> str:
+    return f"rank_{rank:05d}.safetensors"
 
 
 def _whole(recipe: Recipe) -> dict[str, Tensor]:
+    """The tensors themselves, by their names in the file, of everything that has no fragments."""
     tensors = {f"memory/{name}": tensor for name, tensor in recipe.memory.items()}
     trainable = {name for name, p in recipe.named_parameters() if p.requires_grad}
     frozen = {**dict(recipe.named_parameters()), **dict(recipe.named_buffers())}
@@ -148,20 +165,24 @@ def _whole(recipe: Recipe) -> dict[str, Tensor]:
     if recipe.teacher is not None:
         rest = recipe.teacher.state_dict()
         tensors.update({f"teacher/{name}": t for name, t in rest.items() if name not in trainable})
-    return {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
+    return tensors
 
 
 class _Pieces:
     """Reads any range of any saved tensor out of the rank files."""
 
     def __init__(self, saved: Saved) -> None:
-        self._files = [
-            safe_open(saved.path / f"rank_{rank:05d}.safetensors", framework="pt") for rank in range(len(saved.manifest["fragments"]))
-        ]
+        ranks = range(len(saved.manifest["fragments"]))
+        self._path, self._files = saved.path, [safe_open(saved.path / _rank_file(rank), framework="pt") for rank in ranks]
         self._where: dict[str, list[tuple[int, int, int]]] = {}
         for rank, table in enumerate(saved.manifest["fragments"]):
             for name, (start, length) in table.items():
                 self._where.setdefault(name, []).append((start, length, rank))
+
+    def names(self, kind: str) -> set[str]:
+        """Which tensors there are of a kind."""
+        start = f"{kind}/"
+        return {key.removeprefix(start) for file in self._files for key in file.keys() if key.startswith(start)}  # noqa: SIM118
 
     def read(self, kind: str, name: str, start: int, length: int) -> Tensor:
         """Elements ``start`` to ``start + length`` of a flattened tensor, fp32 ``[length]``."""
@@ -173,7 +194,9 @@ class _Pieces:
                 out[low - start : high - start] = self._files[rank].get_slice(f"{kind}/{name}")[low - begin : high - begin]
                 done += high - low
         if done != length:
-            raise CheckpointError(f"{length - done} elements of {kind}/{name} are not in it", where="checkpoint")
+            raise CheckpointError(
+                f"{length - done} elements of {kind}/{name} are not in it", where=str(self._path), mend="resume from another one"
+            )
         return out
 
 
@@ -184,15 +207,7 @@ def load(saved: Saved, engine: Engine, recipe: Recipe) -> None:
         CheckpointError: the checkpoint is of another architecture; the first parameters that differ are named.
     """
     ours = {name: list(p.shape) for name, p in recipe.named_parameters() if p.requires_grad}
-    theirs = saved.manifest["shapes"]
-    different = sorted(name for name in ours.keys() | theirs.keys() if ours.get(name) != theirs.get(name))
-    if different:
-        name = different[0]
-        raise CheckpointError(
-            f"{len(different)} parameters differ, first {name}: {theirs.get(name)} in the checkpoint, {ours.get(name)} in this run",
-            where=str(saved.path),
-            mend="resume with the config it was written with, or start a new run",
-        )
+    _compare(ours, saved.manifest["shapes"], saved.path)
     pieces = _Pieces(saved)
     for f in engine.fragments():
         f.master.copy_(pieces.read("master", f.name, f.start, f.master.numel()))
@@ -208,33 +223,35 @@ def load(saved: Saved, engine: Engine, recipe: Recipe) -> None:
 
 
 def _load_whole(saved: Saved, recipe: Recipe) -> None:
-    targets: dict[str, Tensor] = {f"memory/{name}": tensor for name, tensor in recipe.memory.items()}
-    own = {**dict(recipe.named_parameters()), **dict(recipe.named_buffers())}
-    targets.update({f"frozen/{name}": tensor for name, tensor in own.items()})
-    if recipe.teacher is not None:
-        targets.update({f"teacher/{name}": tensor for name, tensor in recipe.teacher.state_dict().items()})
+    targets = _whole(recipe)
     with safe_open(saved.path / _WHOLE, framework="pt") as file:
-        for name in file.keys():  # noqa: SIM118 - not a dict
-            if name not in targets:
-                raise CheckpointError(f"{name} has no place in this run", where=str(saved.path / _WHOLE))
-            targets[name].detach().copy_(file.get_tensor(name))
+        stored = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
+    _compare({k: list(t.shape) for k, t in targets.items()}, {k: list(t.shape) for k, t in stored.items()}, saved.path)
+    for name, tensor in stored.items():
+        targets[name].detach().copy_(tensor)
+
+
+def _compare(ours: dict[str, list[int]], theirs: dict[str, list[int]], where: Path) -> None:
+    """Refuse tensors of other names or shapes than this run's."""
+    different = sorted(name for name in ours.keys() | theirs.keys() if ours.get(name) != theirs.get(name))
+    if different:
+        first = different[0]
+        there, here = theirs.get(first, "nothing"), ours.get(first, "nothing")
+        raise CheckpointError(
+            f"{len(different)} tensors differ, the first is {first}: {there} in the checkpoint, {here} in this run",
+            where=str(where),
+            mend="resume with the config it was written with, or start a new run",
+        )
 
 
 def read_teacher(saved: Saved) -> Iterator[tuple[str, Tensor]]:
     """The whole teacher out of a checkpoint, without an engine: names as in the recipe, fp32."""
     pieces = _Pieces(saved)
+    sharded = pieces.names("teacher")
     for name, shape in saved.manifest["shapes"].items():
-        if f"teacher/{name}" in _keys(saved, name):
-            yield name, pieces.read("teacher", name, 0, int(torch.Size(shape).numel())).view(shape)
+        if name in sharded:
+            yield name, pieces.read("teacher", name, 0, math.prod(shape)).view(shape)
     with safe_open(saved.path / _WHOLE, framework="pt") as file:
         for key in file.keys():  # noqa: SIM118
             if key.startswith("teacher/"):
                 yield key.removeprefix("teacher/"), file.get_tensor(key)
-
-
-def _keys(saved: Saved, name: str) -> set[str]:
-    for rank, table in enumerate(saved.manifest["fragments"]):
-        if name in table:
-            with safe_open(saved.path / f"rank_{rank:05d}.safetensors", framework="pt") as file:
-                return set(file.keys())
-    return set()

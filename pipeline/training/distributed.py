@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import cast
 
 import torch
 import torch.distributed as dist
@@ -19,14 +20,14 @@ class World:
         rank, size: global rank and number of ranks.
         local_rank: rank on this node.
         device: this rank's device.
-        control: a gloo group for small host-side agreements, whatever the main backend is.
+        control: a gloo group for small host-side agreements; ``None`` (the default group) where that is gloo itself.
     """
 
     rank: int
     size: int
     local_rank: int
     device: torch.device
-    control: dist.ProcessGroup
+    control: dist.ProcessGroup | None
 
 
 def join(
@@ -37,12 +38,13 @@ def join(
     Args:
         rank, size, local_rank: this process's place.
         address, port: where rank 0 listens.
-        key: names the attempt; ranks of another job on the same port are found out and refused.
+        key: names this set of ranks and this start of it; ranks with another key on the same port never meet these, nor
+            what an earlier start left behind there.
         backend: ``auto`` (NCCL with GPUs, else gloo), ``nccl`` or ``gloo``.
         timeout: seconds a collective may take.
 
     Raises:
-        LaunchError: the ranks do not meet, or belong to different runs.
+        LaunchError: the ranks do not meet in time, the port is taken, or there is no GPU for NCCL.
     """
     gpus = torch.cuda.device_count()
     chosen = backend if backend != "auto" else ("nccl" if gpus else "gloo")
@@ -54,19 +56,15 @@ def join(
     limit = timedelta(seconds=timeout)
     try:
         store = dist.TCPStore(address, port, size, is_master=rank == 0, timeout=limit, wait_for_workers=False)
-        prefixed = dist.PrefixStore(key, store)
-        dist.init_process_group(chosen, store=prefixed, rank=rank, world_size=size, timeout=limit)
-        control = dist.new_group(backend="gloo", timeout=limit) if chosen != "gloo" else dist.group.WORLD
-        keys: list[str | None] = [None] * size
-        dist.all_gather_object(keys, key, group=control)
-    except (RuntimeError, dist.DistError) as error:
+        dist.init_process_group(chosen, store=dist.PrefixStore(key, store), rank=rank, world_size=size, timeout=limit)
+        control = None if chosen == "gloo" else cast(dist.ProcessGroup, dist.new_group(backend="gloo", timeout=limit))
+        dist.barrier(group=control)
+    except RuntimeError as error:
         raise LaunchError(
             f"rank {rank} of {size} did not meet the others ({str(error).splitlines()[0]})",
             where=f"{address}:{port}",
             mend="see the other ranks' logs; the port must be free and reachable",
         ) from error
-    if set(keys) != {key}:
-        raise LaunchError(f"ranks of different runs met: {sorted(set(map(str, keys)))}", where=f"{address}:{port}", mend="use another port")
     return World(rank, size, local_rank, device, control)
 
 

@@ -1,9 +1,9 @@
 """One engine around DeepSpeed: the only file that imports it, and the only one that knows where it keeps things.
 
-DeepSpeed shards the optimizer's state (ZeRO 1) and the gradients (ZeRO 2) over the ranks. Everything the trainer needs beyond forward,
-backward and step goes through :meth:`Engine.fragments`: for each parameter the flat piece of its fp32 master and of its moments that
-this rank owns. Checkpoints, per-network clipping and parameter export are written in terms of fragments, so that DeepSpeed's private
-attributes appear here and nowhere else; ``tests/training/test_engine.py`` is their contract.
+DeepSpeed shards the optimizer's state (ZeRO 1) and the gradients (ZeRO 2) over the ranks. Everything the trainer needs beyond
+forward, backward and step goes through :meth:`Engine.fragments`: for each parameter the flat piece of its fp32 master and of its
+moments that this rank owns. Checkpoints, per-network clipping and parameter export are written in terms of fragments, so that
+DeepSpeed's private attributes appear here and nowhere else; ``tests/training/test_engine.py`` is their contract.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 import logging
 import os
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -18,6 +19,11 @@ from typing import Any, Literal
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from pipeline.data.views import Batch
+from pipeline.errors import TrainingError
+from pipeline.models.groups import ParameterGroup
+from pipeline.recipes.base import Recipe, Step
 
 os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
 
@@ -29,15 +35,11 @@ import deepspeed  # noqa: E402
 if _tracker is None:
     del sys.modules["mlflow"]
 
-from pipeline.data.views import Batch
-from pipeline.errors import TrainingError
-from pipeline.models.groups import ParameterGroup
-from pipeline.recipes.base import Recipe, Step
-
 logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
 # Its shared-memory all-reduce serves inference only, and would be compiled here, with a compiler that users may not have.
 deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 _MOMENTS = ("exp_avg", "exp_avg_sq")
+_OUTSIDE = "other"  # the network of parameters that belong to none, such as a logit scale
 
 
 @dataclass(frozen=True)
@@ -113,6 +115,8 @@ class Engine:
             model=recipe, optimizer=optimizer, config=_configuration(options, dist.get_world_size(), device)
         )
         self._network = {id(p): name for name, module in recipe.networks().items() for p in module.parameters()}
+        for p in recipe.parameters():
+            self._network.setdefault(id(p), _OUTSIDE)
         self._make_state()
 
     def _make_state(self) -> None:
@@ -120,7 +124,7 @@ class Engine:
         state = self._zero.optimizer.state
         for flat in self._zero.single_partition_of_fp32_groups:
             if not state[flat]:
-                state[flat] = {"step": torch.zeros((), dtype=torch.float32, device=flat.device if flat.is_cuda else "cpu")}
+                state[flat] = {"step": torch.zeros((), dtype=torch.float32, device=flat.device)}
                 state[flat].update({moment: torch.zeros_like(flat) for moment in _MOMENTS})
 
     def forward_backward(self, batch: Batch, step: Step) -> dict[str, Tensor]:
@@ -141,13 +145,14 @@ class Engine:
             finite: bool scalar, whether this rank's terms were all finite.
 
         Returns:
-            Whether the step was applied, and the gradient norm of each network before clipping.
+            Whether the step was applied, and the gradient norm of each network before clipping; parameters outside all
+            networks count as one more, ``other``.
         """
         for group, ours in zip(self._zero.optimizer.param_groups, self._groups, strict=True):
             group["lr"] = (step.last_layer_lr if ours.last_layer else step.lr) * ours.lr_scale
             group["weight_decay"] = step.weight_decay * ours.wd_scale
         pieces = [(self._network[id(p)], f.gradient) for p, f in self._owned(gradients=True) if f.gradient is not None]
-        names = sorted(self.recipe.networks())
+        names = sorted(set(self._network.values()))
         squares = torch.zeros(len(names) + 1, dtype=torch.float64, device=self.device)
         for network, gradient in pieces:
             squares[names.index(network)] += gradient.double().square().sum()
@@ -169,28 +174,22 @@ class Engine:
 
     def _owned(self, *, gradients: bool = False) -> Iterator[tuple[Tensor, Fragment]]:
         state = self._zero.optimizer.state
-        for group in self._groups:
-            for p in group.params:
-                mapping = p._hp_mapping
-                if mapping is None:
-                    continue
-                flat = self._zero.single_partition_of_fp32_groups[mapping.param_group_index]
-                where = mapping.hp_fragment_address
-                gradient = None
-                if gradients:
-                    gradient = mapping.get_lp_grad_fragment(p._index_in_param_group)
-                moments = {m: state[flat][m].narrow(0, where.start, where.numel) for m in _MOMENTS}
-                yield (
-                    p,
-                    Fragment(
-                        name=self._names[id(p)],
-                        start=mapping.lp_fragment_address.start,
-                        shape=tuple(p.shape),
-                        master=flat.detach().narrow(0, where.start, where.numel),
-                        moments=moments,
-                        gradient=gradient,
-                    ),
-                )
+        parameters: list[Any] = [p for group in self._groups for p in group.params]
+        for p in parameters:
+            mapping = p._hp_mapping
+            if mapping is None:
+                continue
+            flat = self._zero.single_partition_of_fp32_groups[mapping.param_group_index]
+            where = mapping.hp_fragment_address
+            fragment = Fragment(
+                name=self._names[id(p)],
+                start=mapping.lp_fragment_address.start,
+                shape=tuple(p.shape),
+                master=flat.detach().narrow(0, where.start, where.numel),
+                moments={m: state[flat][m].narrow(0, where.start, where.numel) for m in _MOMENTS},
+                gradient=mapping.get_lp_grad_fragment(p._index_in_param_group) if gradients else None,
+            )
+            yield p, fragment
 
     def fragments(self) -> Iterator[Fragment]:
         """This rank's pieces of all trainable parameters, in the order of the parameter groups."""
@@ -212,7 +211,7 @@ class Engine:
 
 
 def _check(recipe: Recipe, groups: list[ParameterGroup]) -> None:
-    grouped = [id(p) for g in groups for p in g.params]
+    grouped = Counter(id(p) for g in groups for p in g.params)
     for name, p in recipe.named_parameters():
         if p.dim() == 0 or not p.is_contiguous():
             raise TrainingError(
@@ -220,11 +219,11 @@ def _check(recipe: Recipe, groups: list[ParameterGroup]) -> None:
                 where=f"parameter {name}",
                 mend="give it shape [1], or call .contiguous() in the recipe",
             )
-        if p.requires_grad and grouped.count(id(p)) != 1:
+        if grouped[id(p)] != p.requires_grad:
             raise TrainingError(
-                f"a trainable parameter is in {grouped.count(id(p))} parameter groups",
+                f"a {'trainable' if p.requires_grad else 'frozen'} parameter is in {grouped[id(p)]} parameter groups",
                 where=f"parameter {name}",
-                mend="parameter_groups() of the recipe must list each exactly once",
+                mend="parameter_groups() of the recipe must list each trainable one exactly once, and no other",
             )
 
 

@@ -1,13 +1,10 @@
-"""Everything about the data that can be known, and refused, before a rank is started: shards, indexes, order, batch arithmetic."""
+"""All about the data that can be known, and refused, before a rank is started: shards, indexes, order, batch arithmetic."""
 
 from __future__ import annotations
 
 import fcntl
-import hashlib
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from pipeline.data import storage
@@ -15,7 +12,7 @@ from pipeline.data.index import build
 from pipeline.data.manifest import Fields, Manifest
 from pipeline.data.order import Order
 from pipeline.data.plan import PLAN_VERSION
-from pipeline.errors import CheckpointError, ConfigError
+from pipeline.errors import CheckpointError, ConfigError, DataError
 from pipeline.settings import Config
 from pipeline.training.saved import Saved
 
@@ -44,14 +41,6 @@ def fields(config: Config) -> Fields:
     return Fields(images=d.image, caption=d.caption, label=d.label, min_side=d.min_side, max_pixels=d.max_pixels)
 
 
-def index_directory(config: Config, urls: Sequence[str]) -> Path:
-    """Where the index of these shards lies: ``data.index``, or a folder of the user's cache named after the shards."""
-    root = config.data.index
-    if root is None:
-        root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fovea" / "index"
-    return root / hashlib.blake2b("\n".join(urls).encode(), digest_size=8).hexdigest()
-
-
 def indexed(config: Config, patterns: Sequence[str], progress: Callable[[int, int, Any], None] | None = None) -> Manifest:
     """Find and index shards; what was indexed before and has not changed is reused.
 
@@ -59,9 +48,17 @@ def indexed(config: Config, patterns: Sequence[str], progress: Callable[[int, in
         DataError: no shard matches, or shards cannot be used.
     """
     urls = storage.expand(patterns)
-    directory = index_directory(config, urls)
-    directory.mkdir(parents=True, exist_ok=True)
-    with (directory / ".lock").open("w") as lock:
+    directory = config.data.index_folder(urls)
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        lock = (directory / ".lock").open("w")
+    except OSError as error:
+        raise DataError(
+            f"the index of the shards cannot be kept here ({error.strerror})",
+            where=str(directory),
+            mend="set data.index to a folder",
+        ) from error
+    with lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         return build(urls, directory, fields=fields(config), damaged=config.data.damaged, progress=progress)
 

@@ -1,12 +1,13 @@
 """The run directory: everything a run writes, and the identity that its attempts share.
 
-    <run>/config.json            the resolved settings of the first attempt
-    <run>/checkpoints/           see checkpoint.py
-    <run>/tracking/              journals, cursor, the MLflow run's id
-    <run>/logs/attempt-0/        output of each rank
-    <run>/ledger/rank-0.jsonl    samples that could not be used
-    <run>/attempts.jsonl         one line when an attempt starts, one when it ends
-    <run>/outcome.json           how the last attempt ended
+<run>/config.json            the resolved settings of the last attempt
+<run>/checkpoints/           see checkpoint.py
+<run>/tracking/              journals, and how far MLflow has them
+<run>/logs/attempt-0000/     output of each rank
+<run>/batches/               every step's keys, if asked for
+<run>/ledger/rank-0.jsonl    samples that could not be used
+<run>/attempts.jsonl         one line when an attempt starts, one when it ends
+<run>/outcome.json           how the last attempt ended
 """
 
 from __future__ import annotations
@@ -61,12 +62,18 @@ class RunDirectory:
         return self.path / "logs" / f"attempt-{attempt:04d}"
 
     def attempts(self) -> list[dict[str, Any]]:
-        """All lines of ``attempts.jsonl``."""
+        """All lines of ``attempts.jsonl`` that are whole."""
         try:
             lines = (self.path / "attempts.jsonl").read_text().splitlines()
         except FileNotFoundError:
             return []
-        return [json.loads(line) for line in lines if line.endswith("}")]
+        found = []
+        for line in lines:
+            try:
+                found.append(json.loads(line))
+            except ValueError:  # torn by a crash of the machine
+                continue
+        return found
 
     def next_attempt(self) -> int:
         """Number of the attempt that starts now."""

@@ -1,10 +1,9 @@
-"""Checkpoints as files: which there are, whether they are whole. Knows no torch, so a launcher can look before it starts ranks."""
+"""Checkpoints as files: which there are, whether they are whole. Knows no torch: a launcher looks before it starts ranks."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,10 +33,9 @@ class Saved:
 
 
 def entry(path: Path) -> dict[str, Any]:
-    """Name, size and checksum of a file, after forcing it to disk."""
+    """Name, size and checksum of a file, as the manifest lists it."""
     with path.open("rb") as file:
-        os.fsync(file.fileno())
-        digest = hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()  # type: ignore[arg-type]
+        digest = hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
     return {"name": path.name, "size": path.stat().st_size, "blake2b": digest}
 
 
@@ -45,14 +43,18 @@ def read(path: Path) -> Saved:
     """One checkpoint by its directory.
 
     Raises:
-        CheckpointError: there is no manifest in it.
+        CheckpointError: there is no manifest of a checkpoint in it.
     """
     try:
-        return Saved(path, json.loads((path / MANIFEST).read_text()))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(
-            "this is no whole checkpoint: its manifest cannot be read", where=str(path / MANIFEST), mend="name a directory step_… of a run"
-        ) from error
+        manifest = json.loads((path / MANIFEST).read_text())
+        if {"format", "step", "files"} <= manifest.keys():
+            return Saved(path, manifest)
+        problem = "its manifest is of something else"
+    except (OSError, ValueError, AttributeError):
+        problem = "its manifest cannot be read"
+    raise CheckpointError(
+        f"this is no whole checkpoint: {problem}", where=str(path / MANIFEST), mend="name a directory step_… of a run"
+    )
 
 
 def listed(directory: Path) -> list[Saved]:

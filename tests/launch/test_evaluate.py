@@ -121,7 +121,13 @@ def test_eval_prints_a_table_and_writes_the_numbers_down(
     run = loaded.config.run.folder
     assert evaluate.run(run, loaded) == 0
     told = json.loads((run / "evaluation.json").read_text())
-    assert (told["checkpoint"], told["step"], told["voters"], told["judged"], told["classes"]) == ("step_000000024", 24, 40, 20, 10)
+    assert (told["checkpoint"], told["step"], told["voters"], told["judged"], told["classes"]) == (
+        "step_000000024",
+        24,
+        40,
+        20,
+        10,
+    )
     out = capsys.readouterr().out
     for source, words in evaluate.SOURCES.items():
         row = next(line for line in out.splitlines() if words in line)
@@ -138,7 +144,9 @@ def test_a_run_without_a_checkpoint_is_refused(tmp_path: Path) -> None:
 def test_a_checkpoint_of_another_architecture_is_refused_by_name_and_shapes(judged: tuple[Loaded, Recipe]) -> None:
     config = judged[0].config
     wider = config.replace(model=config.model.model_copy(update={"width": 48}))
-    with pytest.raises(CheckpointError, match=r"backbone\.mask_token: \[1, 1, 32\] in the checkpoint, \[1, 1, 48\] by the settings"):
+    with pytest.raises(
+        CheckpointError, match=r"backbone\.mask_token: \[1, 1, 32\] in the checkpoint, \[1, 1, 48\] by the settings"
+    ):
         evaluate.load_teacher(wider, evaluate.newest(config.run.folder), CPU)
     deeper = config.replace(model=config.model.model_copy(update={"depth": 2}))
     with pytest.raises(CheckpointError, match=r"blocks\.1\..*absent in the checkpoint"):

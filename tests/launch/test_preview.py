@@ -83,7 +83,7 @@ def test_hidden_patches_are_veiled_and_no_others() -> None:
 
 def test_frames_stand_where_the_boxes_are() -> None:
     image = Image.new("RGB", (200, 100), "black")
-    out = pictures.boxed(image, [((0.25, 0.2, 0.75, 0.9), "#0072B2", "7")])
+    out = pictures.boxed(image, [((0.25, 0.2, 0.75, 0.9), "#0072B2", "7", 4)])
     blue = np.argwhere((np.asarray(out) == (0x00, 0x72, 0xB2)).all(-1))
     assert np.abs(blue.min(0) - [20, 50]).max() <= 2 and np.abs(blue.max(0) - [89, 149]).max() <= 2
     assert np.asarray(out)[60, 100].sum() == 0, "the inside stays as it was"
@@ -104,8 +104,8 @@ def test_a_png_is_one_picture_with_all_samples(loaded: Loaded, samples: list[pre
     preview.write(loaded, tmp_path / "sheet.PNG")
     sheet = Image.open(tmp_path / "sheet.PNG")
     assert sheet.format == "PNG" and sheet.height > preview.SAMPLES * samples[0].image.height
-    drawn = np.asarray(preview.sheet(samples))
-    for sample in samples:
+    drawn = np.asarray(preview.sheet(samples[:2]))
+    for sample in samples[:2]:
         for view in (sample, *sample.views):
             assert _contains(drawn, np.asarray(view.image)), f"a picture of {sample.key} is not on the sheet"
 
