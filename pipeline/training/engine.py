@@ -111,6 +111,8 @@ class Engine:
             eps=options.eps,
             fused=device.type == "cuda",
         )
+        # DeepSpeed insists on this variable and takes it for the device's number, whoever started the ranks.
+        os.environ["LOCAL_RANK"] = str(device.index or 0)
         self._engine, self._zero, _, _ = deepspeed.initialize(
             model=recipe, optimizer=optimizer, config=_configuration(options, dist.get_world_size(), device)
         )

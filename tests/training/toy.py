@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any, Literal
@@ -135,8 +134,9 @@ def by_torch(
         if index in skipped:
             continue
         if clip is not None:
-            for part in parts.values() if scope == "network" else [sum(parts.values(), [])]:
-                nn.utils.clip_grad_norm_(part, clip)
+            everything = [p for part in parts.values() for p in part]
+            for clipped in parts.values() if scope == "network" else [everything]:
+                nn.utils.clip_grad_norm_(clipped, clip)
         for ours, group in zip(groups, optimizer.param_groups, strict=True):
             group["lr"] = (step.last_layer_lr if ours.last_layer else step.lr) * ours.lr_scale
             group["weight_decay"] = step.weight_decay * ours.wd_scale
@@ -204,8 +204,8 @@ def snapshot(recipe: Toy, engine: Any) -> dict[str, Any]:
         replace(f, master=f.master.clone(), moments={name: m.clone() for name, m in f.moments.items()})
         for f in engine.fragments()
     ]
-    steps = [float(engine._zero.optimizer.state[flat]["step"]) for flat in engine._zero.single_partition_of_fp32_groups]
-    return {"fragments": fragments, "steps": steps, **copy.deepcopy(state_of(recipe))}
+    adam = [float(engine._zero.optimizer.state[flat]["step"]) for flat in engine._zero.single_partition_of_fp32_groups]
+    return {"fragments": fragments, "adam": adam, **state_of(recipe)}
 
 
 def assembled(ranks: list[dict[str, Any]], moment: str | None = None) -> dict[str, Tensor]:
