@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
+
 from pipeline.config import difference
 from pipeline.errors import CheckpointError
 from pipeline.settings import Config
@@ -20,7 +22,15 @@ def check_identity(config: Config, old: dict[str, Any], where: Path) -> None:
     Raises:
         CheckpointError: the settings that differ, old and new.
     """
-    changed = difference(Config.model_validate(old), config)
+    try:
+        changed = difference(Config.model_validate(old), config)
+    except ValidationError as error:
+        raise CheckpointError(
+            f"its settings cannot be read by this version of fovea ({error.error_count()} of them, the first is "
+            f"{'.'.join(map(str, error.errors()[0]['loc']))})",
+            where=str(where),
+            mend="use the version that wrote it, or choose another run.directory",
+        ) from error
     if changed:
         shown = "; ".join(f"{key} was {was!r} and is {now!r}" for key, (was, now) in list(changed.items())[:5])
         raise CheckpointError(

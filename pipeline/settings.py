@@ -403,7 +403,7 @@ class KnnSettings(Settings):
     every: Length = Field(default=Length(10, "epochs"), description="distance of two evaluations")
     train_shards: Texts | None = Field(default=None, description="labelled shards to vote; null means the training shards")
     val_shards: Texts | None = Field(
-        default=None, description="labelled shards to judge; null means val-*.tar beside the training shards"
+        default=None, description="labelled shards to judge; null means *val-*.tar beside the training shards"
     )
     k: tuple[Count, ...] = Field(default=(10, 20), min_length=1, description="neighbours that vote")
     temperature: Positive = Field(default=0.07, description="temperature of the votes' weights")
@@ -466,9 +466,9 @@ class Config(Settings):
 
     @property
     def validation_shards(self) -> tuple[str, ...]:
-        """Patterns of the shards that evaluations judge; ``val-*.tar`` beside the training shards if none are named."""
+        """Patterns of the shards that evaluations judge; ``*val-*.tar`` beside the training shards if none are named."""
         folder = re.split(r"[{*?\[]", self.data.shards[0])[0].rpartition("/")[0]
-        return self.evaluation.knn.val_shards or (f"{folder}/val-*.tar" if folder else "val-*.tar",)
+        return self.evaluation.knn.val_shards or (f"{folder}/*val-*.tar" if folder else "*val-*.tar",)
 
     def replace(self, **sections: Any) -> Self:
         """A copy with whole sections exchanged. Not checked again: call :func:`pipeline.config.check` where that matters."""

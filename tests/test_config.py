@@ -404,8 +404,8 @@ def test_another_method_brings_its_settings_under_its_name(tmp_path: Path, monke
 
 def test_validation_shards_lie_beside_the_training_shards(tmp_path: Path) -> None:
     path = write(tmp_path, MINIMAL)
-    assert load(path).config.validation_shards == ("val-*.tar",)
-    assert load(path, ["data.shards=/x/train-{00..09}.tar"]).config.validation_shards == ("/x/val-*.tar",)
+    assert load(path).config.validation_shards == ("*val-*.tar",)
+    assert load(path, ["data.shards=/x/train-{00..09}.tar"]).config.validation_shards == ("/x/*val-*.tar",)
     assert load(path, ["evaluation.knn.val_shards=v.tar"]).config.validation_shards == ("v.tar",)
     assert load(path).config.voting_shards == ("a.tar",)
 

@@ -14,7 +14,6 @@ from pipeline.data.dali import Hue
 from pipeline.data.feeder import Portions
 from pipeline.data.ledger import Ledger
 from pipeline.data.order import Order
-from pipeline.data.plan import PLAN_VERSION
 from pipeline.data.reader import Reader
 from pipeline.data.stream import BatchStream, StreamOptions
 from pipeline.errors import CheckpointError
@@ -29,7 +28,7 @@ from pipeline.training.checkpoint import Checkpoints, load
 from pipeline.training.control import StopRequests
 from pipeline.training.distributed import World
 from pipeline.training.engine import Engine, EngineOptions
-from pipeline.training.inputs import DATA_STATE_VERSION, Inputs, check_data
+from pipeline.training.inputs import Inputs, check_data, data_identity
 from pipeline.training.run import RunDirectory
 from pipeline.training.saved import Saved
 from pipeline.training.trainer import Plan, Progress, Trainer, Watcher
@@ -196,7 +195,7 @@ def assemble(
         stream=stream,
         checkpoints=Checkpoints(run.checkpoints, keep_last=config.checkpoint.keep_last, group=world.control),
         evaluate=evaluate,
-        data_state=lambda: _data_state(config, inputs, ledger, world),
+        data_state=lambda: _data_state(inputs, ledger, world),
         facts={**facts, "world": world.size, "torch": torch.__version__, "python": platform.python_version()},
         journal=journal,
         watcher=watcher,
@@ -210,7 +209,7 @@ def _hue(config: Config) -> Hue:
     return config.recipe.augment.hue if isinstance(config.recipe, Dinov2Settings) else "hsv"
 
 
-def _data_state(config: Config, inputs: Inputs, ledger: Ledger, world: World) -> dict[str, Any]:
+def _data_state(inputs: Inputs, ledger: Ledger, world: World) -> dict[str, Any]:
     """The data plane's state: constants that must not change, and what each rank could not use."""
     states: list[dict[str, Any] | None] = [None] * world.size
     dist.all_gather_object(states, ledger.state(), group=world.control)
@@ -224,14 +223,8 @@ def _data_state(config: Config, inputs: Inputs, ledger: Ledger, world: World) ->
             for reason, count in state["reasons"].items():
                 reasons[reason] = reasons.get(reason, 0) + count
     return {
-        "version": DATA_STATE_VERSION,
-        "plan": PLAN_VERSION,
-        "fingerprint": inputs.train.fingerprint,
+        **data_identity(inputs),
         "samples": inputs.train.total,
-        "seed": config.run.seed,
-        "global_batch": config.train.global_batch,
-        "lanes": inputs.order.lanes,
-        "block": inputs.order.block,
         "seen": seen,
         "substituted": reasons,
         "quarantine": quarantine,

@@ -130,13 +130,15 @@ class Engine:
                 state[flat].update({moment: torch.zeros_like(flat) for moment in _MOMENTS})
 
     def forward_backward(self, batch: Batch, step: Step) -> dict[str, Tensor]:
-        """One micro-batch: terms, and the gradient of their sum.
+        """One micro-batch: terms, and the gradient of their sum. To be called ``accumulation`` times before :meth:`step`.
 
         Returns:
             The recipe's terms, detached, on the device.
         """
         terms = self._engine(batch, step)
         self._engine.backward(torch.stack([term.float() for term in terms.values()]).sum())
+        if not self._engine.is_gradient_accumulation_boundary():
+            self._engine.step()  # counts the micro-batch, applies nothing
         return {name: term.detach().float() for name, term in terms.items()}
 
     def step(self, step: Step, finite: Tensor) -> tuple[bool, dict[str, Tensor]]:

@@ -91,14 +91,9 @@ def prepare(config: Config, world: int, progress: Callable[[int, int, Any], None
     return Inputs(train, bank, indexed(config, config.validation_shards, progress), order)
 
 
-def check_data(saved: Saved, inputs: Inputs) -> None:
-    """Refuse to resume over other data or in another order.
-
-    Raises:
-        CheckpointError: what the checkpoint was trained on, and what the shards hold now.
-    """
-    data = saved.manifest["data"]
-    now = {
+def data_identity(inputs: Inputs) -> dict[str, Any]:
+    """What decides which samples come when and how they look: part of every checkpoint, and the same in all attempts."""
+    return {
         "version": DATA_STATE_VERSION,
         "plan": PLAN_VERSION,
         "fingerprint": inputs.train.fingerprint,
@@ -107,6 +102,16 @@ def check_data(saved: Saved, inputs: Inputs) -> None:
         "lanes": inputs.order.lanes,
         "block": inputs.order.block,
     }
+
+
+def check_data(saved: Saved, inputs: Inputs) -> None:
+    """Refuse to resume over other data or in another order.
+
+    Raises:
+        CheckpointError: what the checkpoint was trained on, and what the shards hold now.
+    """
+    data = saved.manifest["data"]
+    now = data_identity(inputs)
     changed = [f"{name} was {data.get(name)!r} and is {value!r}" for name, value in now.items() if data.get(name) != value]
     if changed:
         raise CheckpointError(

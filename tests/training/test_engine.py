@@ -15,7 +15,7 @@ from tests.pool import pool
 from tests.training.toy import SAMPLES, Toy, advance, assembled, batch_at, build, by_torch, options, snapshot, step_at
 
 STEPS = 6
-LOSS, WEIGHT, TEACHER = 2e-6, 2e-7, 5e-8
+LOSS, WEIGHT, TEACHER, ULP = 2e-6, 2e-7, 5e-8, 1.2e-7
 
 
 def _train(steps: int = STEPS, headless: tuple[int, ...] = (), **chosen: Any) -> dict[str, Any]:
@@ -43,14 +43,14 @@ def plain(request: pytest.FixtureRequest) -> list[dict[str, Any]]:
 def compare(ranks: list[dict[str, Any]], reference: dict[str, Any]) -> None:
     masters = assembled(ranks)
     for name, weight in masters.items():
-        torch.testing.assert_close(weight, reference["weights"][name], atol=WEIGHT, rtol=0)
+        torch.testing.assert_close(weight, reference["weights"][name], atol=WEIGHT, rtol=ULP)
     for rank in ranks:
         for name, weight in masters.items():
             assert torch.equal(rank["weights"][name], weight), f"{name} is not what the masters say"
         for kind in ("teacher", "memory", "buffers"):
             assert rank[kind].keys() == reference[kind].keys()
             for name, tensor in reference[kind].items():
-                torch.testing.assert_close(rank[kind][name], tensor, atol=TEACHER, rtol=0)
+                torch.testing.assert_close(rank[kind][name], tensor, atol=TEACHER, rtol=ULP)
     for name in masters.keys() & ranks[0]["teacher"].keys():
         assert torch.equal(ranks[0]["teacher"][name], ranks[1]["teacher"][name])
 
@@ -95,7 +95,7 @@ def test_two_micro_batches_are_one_batch(zero: int) -> None:
     compare(train(zero=zero, accumulation=2), by_torch(STEPS, clip=None, scope="network"))
 
 
-@pytest.mark.parametrize(("zero", "scope", "clip"), [(1, "network", 0.05), (2, "network", 0.05), (2, "global", 0.3)])
+@pytest.mark.parametrize(("zero", "scope", "clip"), [(1, "network", 0.05), (2, "network", 0.05), (2, "global", 0.05)])
 def test_clipping_is_torchs_for_each_network_or_for_all(zero: int, scope: str, clip: float) -> None:
     reference = by_torch(STEPS, clip=clip, scope=scope)
     ranks = train(zero=zero, scope=scope, clip=clip)
@@ -108,7 +108,7 @@ def test_clipping_is_torchs_for_each_network_or_for_all(zero: int, scope: str, c
 
 
 def test_a_network_without_gradient_in_a_step_is_like_one_with_zeroes() -> None:
-    compare(train(zero=2, headless=(3,)), by_torch(STEPS, clip=None, scope="network", headless={3}))
+    compare(train(zero=2, headless=(3,)), by_torch(STEPS, clip=None, scope="network", headless=frozenset({3})))
 
 
 def _with_poison(kind: str, zero: int, **chosen: Any) -> dict[str, Any]:
@@ -145,7 +145,7 @@ def test_what_is_not_finite_on_one_rank_skips_the_step_on_all_and_leaves_no_trac
         assert [applied for applied, _ in rank["seen"]] == [True, True, True, False, True, True]
         assert [same for _, same in rank["seen"]] == [False, False, False, True, False, False]
         assert set(rank["adam"]) == {STEPS - 1}
-    compare(ranks, by_torch(STEPS, clip=0.5, scope="network", skipped={3}))
+    compare(ranks, by_torch(STEPS, clip=0.5, scope="network", skipped=frozenset({3})))
 
 
 class ZeroDimensional(Toy):
@@ -221,7 +221,7 @@ def test_bf16_computes_in_bf16_and_keeps_everything_else_in_fp32() -> None:
     initial = {name: p.detach() for name, p in Toy().named_parameters()}
     for name, weight in assembled([rank["start"] for rank in ranks]).items():
         assert torch.equal(weight, initial[name]), "the initial weights were rounded"
-    reference = by_torch(STEPS, clip=3.0, scope="network")
+    reference = by_torch(STEPS, clip=3.0, scope="network", bf16=True)
     for rank in ranks:
         assert rank["compute"] == {torch.bfloat16}
         assert rank["gradients"] == {torch.float32}
@@ -231,4 +231,4 @@ def test_bf16_computes_in_bf16_and_keeps_everything_else_in_fp32() -> None:
         assert {f.master.dtype for f in rank["fragments"]} == {torch.float32}
     for index in range(STEPS):
         for name, value in mean_terms(ranks, index).items():
-            assert value == pytest.approx(reference["terms"][index][name], rel=0.05)
+            assert value == pytest.approx(reference["terms"][index][name], abs=0.01)

@@ -37,7 +37,7 @@ class Toy(Recipe):
         self.register_buffer("seen", torch.zeros((), dtype=torch.int64))
         self.teacher = Teacher(backbone=self.backbone, head=self.head)
         self.memory = {"center": torch.zeros(CLASSES)}
-        self.batch_mean = torch.zeros(CLASSES)
+        self.means: list[Tensor] = []
         self.poison: str | None = None
         self.without_head = False
 
@@ -49,7 +49,7 @@ class Toy(Recipe):
             with torch.no_grad():
                 logits = self.teacher.modules["head"](self.teacher.modules["backbone"](images))
                 targets = ((logits - self.memory["center"]) / step.teacher_temperature).softmax(1)
-                self.batch_mean = logits.mean(0)
+                self.means.append(logits.mean(0))
             terms["dino"] = -(targets * F.log_softmax(self.head(features) / 0.1, dim=1)).sum(1).mean()
         if self.poison == "loss":
             terms["size"] = terms["size"] * float("nan")
@@ -59,14 +59,19 @@ class Toy(Recipe):
         return terms
 
     def after_step(self, step: Step) -> None:
-        mean = self.batch_mean.clone()
-        if dist.is_initialized():
-            dist.all_reduce(mean)
-            mean /= dist.get_world_size()
-        self.memory["center"].mul_(0.9).add_(mean, alpha=0.1)
+        if self.means:
+            mean = torch.stack(self.means).mean(0)
+            if dist.is_initialized():
+                dist.all_reduce(mean)
+                mean /= dist.get_world_size()
+            self.memory["center"].mul_(0.9).add_(mean, alpha=0.1)
+            self.means.clear()
         self.seen += 1
         self.backbone.steps += 1
         super().after_step(step)
+
+    def after_skip(self) -> None:
+        self.means.clear()
 
     def networks(self) -> dict[str, nn.Module]:
         return {"backbone": self.backbone, "head": self.head}
@@ -113,7 +118,13 @@ def batch_at(index: int, rows: slice = slice(None)) -> Batch:
 
 
 def by_torch(
-    steps: int, *, clip: float | None, scope: str, skipped: set[int] = frozenset(), headless: set[int] = frozenset()
+    steps: int,
+    *,
+    clip: float | None,
+    scope: str,
+    skipped: frozenset[int] = frozenset(),
+    headless: frozenset[int] = frozenset(),
+    bf16: bool = False,
 ) -> dict[str, Any]:
     """What training is: one process, the whole batch, torch's own AdamW and clipping."""
     recipe = Toy()
@@ -122,16 +133,18 @@ def by_torch(
     history, norms = [], []
     for index in range(steps):
         step, recipe.without_head = step_at(index), index in headless
-        terms = recipe(batch_at(index), step)
+        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+            terms = recipe(batch_at(index), step)
         history.append({name: float(term.detach()) for name, term in terms.items()})
         optimizer.zero_grad(set_to_none=False)
-        torch.stack(list(terms.values())).sum().backward()
+        torch.stack([term.float() for term in terms.values()]).sum().backward()
         for p in recipe.parameters():
             if p.requires_grad and p.grad is None:
                 p.grad = torch.zeros_like(p)
         parts = {name: list(module.parameters()) for name, module in recipe.networks().items()} | {"other": [recipe.scale]}
         norms.append({name: float(nn.utils.clip_grad_norm_(part, float("inf"))) for name, part in parts.items()})
         if index in skipped:
+            recipe.after_skip()
             continue
         if clip is not None:
             everything = [p for part in parts.values() for p in part]
@@ -191,6 +204,8 @@ def advance(recipe: Toy, engine: Any, index: int) -> dict[str, Any]:
     applied, norms = engine.step(step, torch.stack(list(terms.values())).isfinite().all())
     if applied:
         recipe.after_step(step)
+    else:
+        recipe.after_skip()
     return {
         "terms": {name: float(term) for name, term in terms.items()},
         "applied": applied,

@@ -1,0 +1,202 @@
+"""k-NN: the vote by hand, the accuracy by brute force, and the same number on one rank and on two."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from pipeline.data import scenes
+from pipeline.data.index import build
+from pipeline.data.manifest import Manifest
+from pipeline.data.pack import ShardWriter
+from pipeline.errors import DataError
+from pipeline.evaluation.knn import knn_accuracy, votes
+from pipeline.evaluation.online import OnlineKnn, Pictures, raw_pixels
+from tests.pool import pool
+
+CPU = torch.device("cpu")
+KS = (1, 5, 20)
+
+
+def test_the_vote_is_weighted_by_the_softmax_over_the_largest_k() -> None:
+    similarities, labels = torch.tensor([[0.9, 0.85, 0.8, 0.5]]), torch.tensor([[0, 1, 1, 2]])
+    scores = votes(similarities, labels, classes=3, ks=(1, 3, 4), temperature=0.07)
+    torch.testing.assert_close(scores[1], torch.tensor([[0.577204, 0.0, 0.0]]), atol=1e-6, rtol=0)
+    torch.testing.assert_close(scores[3], torch.tensor([[0.577204, 0.420893, 0.0]]), atol=1e-6, rtol=0)
+    torch.testing.assert_close(scores[4], torch.tensor([[0.577204, 0.420893, 0.001904]]), atol=1e-6, rtol=0)
+    assert int(scores[3].argmax()) == 0
+    assert int(votes(similarities, labels, classes=3, ks=(3,), temperature=1.0)[3].argmax()) == 1
+
+
+def by_hand(queries: Tensor, answers: Tensor, bank: Tensor, labels: Tensor, k: int, most: int, temperature: float) -> float:
+    """One query after the other, in double precision, without any of the tricks."""
+    right = 0
+    for query, answer in zip(queries.double().numpy(), answers.tolist(), strict=True):
+        similarity = [float(query @ one / np.linalg.norm(query) / np.linalg.norm(one)) for one in bank.double().numpy()]
+        nearest = sorted(range(len(bank)), key=lambda i: -similarity[i])[:most]
+        tally: dict[int, float] = {}
+        for i in nearest[:k]:
+            tally[int(labels[i])] = tally.get(int(labels[i]), 0.0) + math.exp(similarity[i] / temperature)
+        right += max(tally, key=lambda label: tally[label]) == answer
+    return right / len(queries)
+
+
+@pytest.mark.parametrize("temperature", [0.07, 1.0])
+def test_accuracy_is_that_of_brute_force(temperature: float) -> None:
+    generator = torch.Generator().manual_seed(0)
+    centres = torch.randn(4, 8, generator=generator)
+    labels, answers = torch.randint(4, (90,), generator=generator), torch.randint(4, (40,), generator=generator)
+    bank = (centres[labels] + 1.5 * torch.randn(90, 8, generator=generator)) * torch.rand(90, 1, generator=generator)
+    queries = centres[answers] + 1.5 * torch.randn(40, 8, generator=generator)
+    found = knn_accuracy(queries, answers, bank, labels, ks=KS, temperature=temperature, chunk=7)
+    expected = {k: by_hand(queries, answers, bank, labels, k, max(KS), temperature) for k in KS}
+    assert found == pytest.approx(expected)
+    assert len(set(found.values())) > 1
+    assert all(0.3 < value < 1.0 for value in found.values())
+
+
+def test_features_of_any_length_and_type_count_by_their_direction() -> None:
+    generator = torch.Generator().manual_seed(1)
+    bank, queries = torch.randn(30, 6, generator=generator), torch.randn(20, 6, generator=generator)
+    labels, answers = torch.arange(30) % 3, torch.arange(20) % 3
+    plain = knn_accuracy(queries, answers, bank, labels, ks=(5,))
+    assert knn_accuracy(1000 * queries, answers, 0.001 * bank, labels, ks=(5,)) == plain
+    assert knn_accuracy(queries.double(), answers, bank.double(), labels, ks=(5,)) == plain
+
+
+def test_more_neighbours_than_there_are_means_all_and_nothing_gives_no_number() -> None:
+    bank, labels = torch.eye(3), torch.tensor([0, 1, 2])
+    assert knn_accuracy(bank, labels, bank, labels, ks=(1, 50)) == {1: 1.0, 50: 1.0}
+    assert math.isnan(knn_accuracy(bank[:0], labels[:0], bank, labels, ks=(1,))[1])
+    assert math.isnan(knn_accuracy(bank, labels, bank[:0], labels[:0], ks=(1,))[1])
+
+
+# ---- on shards --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def manifests(tmp_path_factory: pytest.TempPathFactory) -> tuple[Manifest, Manifest]:
+    """45 scenes that vote, 21 to judge; every seventh has no label."""
+    folder = tmp_path_factory.mktemp("labelled")
+    made = []
+    for name, first, count in (("bank", 0, 45), ("queries", 1000, 21)):
+        with ShardWriter(folder, name, samples_per_shard=20) as writer:
+            for number in range(count):
+                sample = {"__key__": f"{number:04d}", **scenes._sample(scenes.render(1, first + number, 32))}
+                if number % 7 == 6:
+                    del sample["cls"], sample["json"]
+                writer.write(sample)
+        made.append(build(writer.shards, folder / f"index-{name}"))
+    return made[0], made[1]
+
+
+@pytest.fixture
+def alone(tmp_path: Path) -> Iterator[None]:
+    """A process group of this process."""
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/meet", rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+def pictures(manifest: Manifest, rank: int = 0, world: int = 1, most: int | None = None, seed: int = 0) -> Pictures:
+    return Pictures(manifest, size=16, most=most, batch=8, rank=rank, world=world, device=CPU, seed=seed)
+
+
+def everything(of: Pictures) -> tuple[Tensor, Tensor]:
+    batches = list(of)
+    return torch.cat([images for images, _ in batches]), torch.cat([labels for _, labels in batches])
+
+
+def test_pictures_are_the_labelled_samples_in_order_and_ranks_share_them(manifests: tuple[Manifest, Manifest]) -> None:
+    bank = manifests[0]
+    images, labels = everything(pictures(bank))
+    stored = np.concatenate([bank.column(shard, "label") for shard in range(len(bank.shards))])
+    assert labels.tolist() == [label for label in stored.tolist() if label >= 0]
+    assert len(labels) == 45 - 6
+    assert images.shape == (39, 3, 16, 16)
+    parts = [everything(pictures(bank, rank, 3)) for rank in range(3)]
+    assert sum(len(part) for _, part in parts) == 39
+    theirs = sorted(image.numpy().tobytes() for part, _ in parts for image in part)
+    assert theirs == sorted(image.numpy().tobytes() for image in images)
+
+
+def test_a_part_is_chosen_by_the_seed_alone(manifests: tuple[Manifest, Manifest]) -> None:
+    bank = manifests[0]
+    chosen, same, other = (everything(pictures(bank, most=12, seed=seed))[0] for seed in (0, 0, 1))
+    assert pictures(bank, most=12).total == 12
+    assert torch.equal(chosen, same)
+    assert chosen.shape != other.shape or not torch.equal(chosen, other)
+    assert pictures(bank, most=1000).total == 45
+
+
+def test_pictures_are_decoded_once_and_the_random_state_is_left_alone(
+    manifests: tuple[Manifest, Manifest], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    state = torch.random.get_rng_state()
+    shown = pictures(manifests[1])
+    first = everything(shown)
+    monkeypatch.setattr("pipeline.evaluation.online.BatchStream", None)
+    second = everything(shown)
+    assert torch.equal(first[0], second[0])
+    assert torch.equal(first[1], second[1])
+    assert torch.equal(torch.random.get_rng_state(), state)
+
+
+def test_the_online_number_is_the_plain_one(manifests: tuple[Manifest, Manifest], alone: None) -> None:
+    bank, queries = (everything(pictures(manifest)) for manifest in manifests)
+    expected = knn_accuracy(raw_pixels(queries[0]), queries[1], raw_pixels(bank[0]), bank[1], ks=KS)
+    knn = OnlineKnn(pictures(manifests[0]), pictures(manifests[1]), ks=KS, temperature=0.07, group=None)
+    assert knn(raw_pixels) == expected
+    assert knn(raw_pixels) == expected
+    by_itself = OnlineKnn(pictures(manifests[0]), pictures(manifests[0]), ks=(1,), temperature=0.07, group=None)
+    assert by_itself(raw_pixels) == {1: 1.0}
+
+
+def test_features_are_computed_without_gradient(manifests: tuple[Manifest, Manifest], alone: None) -> None:
+    network = torch.nn.Linear(3 * 16 * 16, 4)
+    knn = OnlineKnn(pictures(manifests[0]), pictures(manifests[1]), ks=(1,), temperature=0.07, group=None)
+    seen = []
+
+    def features(images: Tensor) -> Tensor:
+        out: Tensor = network(images.flatten(1))
+        seen.append(out.requires_grad)
+        return out
+
+    knn(features)
+    assert set(seen) == {False}
+
+
+def test_shards_without_any_label_are_refused(tmp_path: Path, manifests: tuple[Manifest, Manifest], alone: None) -> None:
+    with ShardWriter(tmp_path, "bare") as writer:
+        writer.write({"__key__": "one", "jpg": scenes._sample(scenes.render(1, 0, 32))["jpg"]})
+    bare = build(writer.shards, tmp_path / "index")
+    for bank, queries in ((bare, manifests[1]), (manifests[0], bare)):
+        with pytest.raises(DataError, match="no labelled sample"):
+            OnlineKnn(pictures(bank), pictures(queries), ks=(1,), temperature=0.07, group=None)(raw_pixels)
+
+
+def _on_ranks(bank: Manifest, queries: Manifest, most: int | None) -> Any:
+    rank, world = dist.get_rank(), dist.get_world_size()
+    knn = OnlineKnn(pictures(bank, rank, world), pictures(queries, rank, world, most), ks=KS, temperature=0.07, group=None)
+    try:
+        return knn(raw_pixels)
+    except DataError as error:
+        return str(error)
+
+
+@pytest.mark.parametrize("most", [None, 1])
+def test_two_ranks_give_the_number_of_one_even_if_one_has_nothing_to_judge(
+    manifests: tuple[Manifest, Manifest], alone: None, most: int | None
+) -> None:
+    knn = OnlineKnn(pictures(manifests[0]), pictures(manifests[1], most=most), ks=KS, temperature=0.07, group=None)
+    expected = knn(raw_pixels)
+    ranks = pool(2).run(_on_ranks, bank=manifests[0], queries=manifests[1], most=most)
+    assert ranks == [expected, expected]
