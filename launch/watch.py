@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
 import time
-from typing import Any
 
 
 def clock(seconds: float) -> str:
@@ -51,22 +51,24 @@ class Lines:
 
 
 class Live(Lines):
-    """One line that rewrites itself, with a bar; messages scroll above it."""
+    """One line that rewrites itself, with a bar as far as there is room; messages scroll above it."""
 
     def __init__(self, global_batch: int) -> None:
         super().__init__(global_batch)
         self._shown = 0.0
 
-    def _bar(self, done: int, total: int) -> str:
-        full = round(24 * done / max(total, 1))
-        return "━" * full + "╌" * (24 - full)
+    def _line(self, done: int, total: int, text: str) -> str:
+        columns = shutil.get_terminal_size().columns - 1  # a line that wraps cannot be rewritten
+        width = max(min(24, columns - len(text) - 1), 0)
+        full = round(width * done / max(total, 1))
+        return f"{'━' * full}{'╌' * (width - full)} {text}".lstrip()[:columns]
 
     def step(self, done: int, total: int, loss: float, rate: float, scores: dict[str, float]) -> None:
         """Rewrite the line, at most ten times a second."""
         text = self._text(done, total, loss, rate, scores)
         if time.monotonic() - self._shown > 0.1 or done == total:
             self._shown = time.monotonic()
-            sys.stdout.write(f"\r\x1b[2K{self._bar(done, total)} {text}" + ("\n" if done == total else ""))
+            sys.stdout.write(f"\r\x1b[2K{self._line(done, total, text)}" + ("\n" if done == total else ""))
             sys.stdout.flush()
 
     def say(self, text: str) -> None:
@@ -75,7 +77,7 @@ class Live(Lines):
         sys.stdout.flush()
 
 
-def watcher(rank: int, global_batch: int) -> Any:
+def watcher(rank: int, global_batch: int) -> Silent | Lines:
     """The right one for this rank and this output."""
     if rank:
         return Silent()

@@ -2,7 +2,7 @@
 
 A picture shows several *dominant* objects of one kind, the class, and one or two smaller objects of other kinds, on a ground.
 A kind is a texture with a shape; each texture comes with two shapes and each shape with two textures, so neither alone names
-the class. A texture is woven of two opposite colours of its own, which cancel in the mean; brightness, places, sizes, rotations,
+the class. A kind is woven of two opposite colours of its own, which cancel in the mean; brightness, places, sizes, rotations,
 light, ground and noise are drawn for each picture and say nothing about the class. So raw pixels are of little use, and what
 carries the class survives crops, flips and mild colour jitter.
 
@@ -51,7 +51,7 @@ CONTRAST = (0.1, 0.5)
 CHROMA = 0.3
 """How far the ground's colour may stray from gray, of 1."""
 OPPOSITION = 0.4
-"""How far a texture's two colours lie from gray, on opposite sides, of 1."""
+"""How far a kind's two colours lie from gray, on opposite sides, of 1."""
 GROUND_RELIEF = 0.25
 """Brightness of the ground's own structure, of 1."""
 LIGHT = 0.35
@@ -62,7 +62,7 @@ INSIDE_P = 0.25
 """Share of the pictures in which the first distractor lies on the largest object."""
 
 JPEG_QUALITY = 92
-VERSION = 2
+VERSION = 3
 """Raise it when pictures change: written sets are then made anew."""
 
 _VALIDATION = 1 << 40  # validation pictures have indices from here on
@@ -317,9 +317,10 @@ def _color(brightness: float, u: list[float]) -> Plane:
     return np.clip(np.float32(brightness) + np.float32(CHROMA) * stray, 0, 1)
 
 
-def _opposites(texture: int, low: float, high: float, u: float, v: float) -> tuple[Plane, Plane]:
-    """The texture's two colours, opposite each other; which of them is the brighter one is drawn."""
-    angle = math.pi * texture / len(TEXTURES)
+def _opposites(kind: int, low: float, high: float, u: float, v: float) -> tuple[Plane, Plane]:
+    """The kind's two colours, opposite each other; which of them is the brighter one is drawn."""
+    # The two kinds of a texture lie at right angles, so that a network has to tell more than textures.
+    angle = math.pi * (kind // 2 / len(KINDS) + kind % 2 / 2)
     axis = np.array([2, -1, -1]) * (math.cos(angle) / math.sqrt(6)) + np.array([0, 1, -1]) * (math.sin(angle) / math.sqrt(2))
     axis = (axis - axis @ np.array([0.299, 0.587, 0.114])).astype(np.float32)
     axis *= np.float32(OPPOSITION * (0.7 + 0.6 * v) * (1 if u < 0.5 else -1))
@@ -344,7 +345,7 @@ def _draw(image: Plane, segmentation: NDArray[np.uint8], thing: Thing, axis: Pla
     weave = np.clip(np.float32(0.5) + sharp * _weave(TEXTURES[texture], x * periods, y * periods, u[6]), 0, 1)
     low = u[7] * (1 - CONTRAST[1])
     high = low + _between(u[8], CONTRAST)
-    dark, bright = _opposites(texture, low, high, u[9], u[10])
+    dark, bright = _opposites(thing.kind, low, high, u[9], u[10])
     paint = dark + weave[:, :, None] * (bright - dark)
     region = image[top:bottom, left:right]
     region += cover[:, :, None] * (paint - region)

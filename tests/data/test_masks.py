@@ -50,7 +50,7 @@ def test_counts_are_hit_exactly_on_any_grid(height: int, width: int, data: st.Da
 @settings(max_examples=30, deadline=None)
 @given(st.permutations(list(range(12))), st.integers(1, 12))
 def test_a_mask_does_not_depend_on_its_neighbours_in_the_batch(order: list[int], size: int) -> None:
-    counts = np.arange(12, dtype=np.int64) * 9
+    counts = np.arange(12, dtype=np.int64) * 17  # the fullest need many single patches
     whole = block_masks(counts, 14, 14, ids(12), 7, 1)
     chosen = np.array(order[:size])
     assert (block_masks(counts[chosen], 14, 14, ids(12)[chosen], 7, 1) == whole[chosen]).all()
@@ -80,12 +80,12 @@ def test_masks_are_blocks_not_salt() -> None:
     assert _neighbours(blocks, 14) > 2.2
 
 
-def test_all_places_are_hidden_about_equally_often() -> None:
-    share = block_masks(np.full(2000, 58), 14, 14, ids(2000), 3).mean(0).reshape(14, 14)
-    assert share.min() > 0.1
-    assert share.max() < 0.5
-    assert abs(share[:7].mean() - share[7:].mean()) < 0.02
-    assert abs(share[:, :7].mean() - share[:, 7:].mean()) < 0.02
+def test_every_place_is_hidden_at_times_and_no_side_is_favoured() -> None:
+    share = block_masks(np.full(4000, 58), 14, 14, ids(4000), 3).mean(0).reshape(14, 14)
+    assert share.min() > 0.02
+    assert share.max() < 0.6
+    for mirrored in (share[::-1], share[:, ::-1], share.T):
+        assert np.abs(share - mirrored).max() < 0.05
 
 
 def test_an_unmasked_batch_is_all_false() -> None:

@@ -242,6 +242,12 @@ def test_torchruns_variables_win_over_slurms() -> None:
     assert RankEnvironment.read(place.variables()) == place.__class__(**{**place.__dict__, "key": place.key})
 
 
+def test_each_restart_of_torchrun_has_a_key_of_its_own() -> None:
+    torchrun = {"RANK": "0", "WORLD_SIZE": "1", "TORCHELASTIC_RUN_ID": "job"}
+    keys = [RankEnvironment.read({**torchrun, "TORCHELASTIC_RESTART_COUNT": count}).key for count in ("0", "1")]
+    assert keys == ["job.0", "job.1"]
+
+
 @pytest.mark.parametrize(
     "environment",
     [

@@ -36,7 +36,13 @@ def refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capt
     monkeypatch.setattr(local, "start", never)
 
     def refuse(shards: Path | str, *overrides: str) -> str:
-        words = ["train", str(config), f"data.shards={shards}", f"run.directory={tmp_path / 'run'}", f"data.index={tmp_path / 'index'}"]
+        words = [
+            "train",
+            str(config),
+            f"data.shards={shards}",
+            f"run.directory={tmp_path / 'run'}",
+            f"data.index={tmp_path / 'index'}",
+        ]
         monkeypatch.setattr(sys, "argv", ["fovea", *words, *overrides])
         with pytest.raises(SystemExit) as stop:
             sys.exit(cli.main())
