@@ -44,18 +44,9 @@ class Decoder:
         Returns:
             One uint8 ``[height, width, 3]`` array (or device image) each, ``None`` for what cannot be decoded.
         """
-        streams, rows = [], []
-        for row, data in enumerate(encoded):
-            try:
-                streams.append(nvimgcodec.CodeStream(data))
-            except RuntimeError:
-                continue
-            rows.append(row)
-        images: list[Any] = [None] * len(encoded)
-        for row, image in zip(rows, self._decoder.decode(streams, params=self._params) if streams else [], strict=True):
-            if image is not None and tuple(image.shape)[-1] == 3:
-                images[row] = np.asarray(image) if self._on_cpu else image
-        return images
+        images = self._decoder.decode(encoded, params=self._params)
+        usable = [image if image is not None and tuple(image.shape)[-1] == 3 else None for image in images]
+        return [np.asarray(image) if image is not None and self._on_cpu else image for image in usable]
 
     def blank(self, side: int) -> Any:
         """A uniform gray picture, of the kind that :meth:`decode` returns."""

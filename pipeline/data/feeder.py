@@ -147,7 +147,7 @@ def portions(dataset: Portions, *, first: int, last: int | None, workers: int, p
             deaths += 1
             if deaths > _REPLACEMENTS or "exited unexpectedly" not in str(error):
                 raise
-            _log.warning("a reader process died (%s); reading goes on at step %d with new ones", error, step)
+            _log.warning("a reader process died (%s); reading goes on at step %d with new ones", str(error), step)
 
 
 def _read(dataset: Portions, steps: Any, workers: int, prefetch: int) -> Iterator[Portion]:
@@ -165,10 +165,14 @@ def _read(dataset: Portions, steps: Any, workers: int, prefetch: int) -> Iterato
         collate_fn=_as_is,
         generator=torch.Generator(),  # the loader draws a seed; it must not be from the training's random numbers
     )
-    for portion in loader:
-        if isinstance(portion, FoveaError):
-            raise portion
-        yield portion
+    try:
+        for portion in loader:
+            if isinstance(portion, FoveaError):
+                raise portion
+            yield portion
+    except Exception as error:
+        # The frames it came through hold the loader, whose processes would live, deaf to SIGTERM, as long as the error does.
+        raise error.with_traceback(None) from None
 
 
 def _as_is(portion: Any) -> Any:

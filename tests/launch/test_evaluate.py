@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 from launch import evaluate
 from pipeline.config import Loaded, load
 from pipeline.data import scenes
+from pipeline.data.storage import expand
 from pipeline.data.pack import ShardWriter
 from pipeline.errors import CheckpointError, DataError
 from pipeline.evaluation.knn import knn_accuracy
@@ -153,10 +154,13 @@ def test_a_checkpoint_of_another_architecture_is_refused_by_name_and_shapes(judg
         evaluate.load_teacher(deeper, evaluate.newest(config.run.folder), CPU)
 
 
-def test_without_validation_shards_their_setting_is_named(judged: tuple[Loaded, Recipe]) -> None:
+def test_without_validation_shards_their_setting_is_named(judged: tuple[Loaded, Recipe], tmp_path: Path) -> None:
     config = judged[0].config
+    for shard in expand(config.data.shards):
+        (tmp_path / Path(shard).name).symlink_to(shard)
     knn = config.evaluation.knn.model_copy(update={"val_shards": None})
-    nowhere = config.replace(evaluation=config.evaluation.model_copy(update={"knn": knn}))
+    data = config.data.model_copy(update={"shards": (f"{tmp_path}/*train-*.tar",)})
+    nowhere = config.replace(data=data, evaluation=config.evaluation.model_copy(update={"knn": knn}))
     with pytest.raises(DataError, match=r"evaluation\.knn\.val_shards: there are no validation shards .*val-\*\.tar"):
         evaluate.scores(nowhere, config.run.folder)
 
