@@ -15,8 +15,8 @@ from safetensors.torch import save_file
 from launch import evaluate
 from pipeline.config import Loaded, load
 from pipeline.data import scenes
-from pipeline.data.storage import expand
 from pipeline.data.pack import ShardWriter
+from pipeline.data.storage import expand
 from pipeline.errors import CheckpointError, DataError
 from pipeline.evaluation.knn import knn_accuracy
 from pipeline.recipes.base import Recipe
