@@ -322,7 +322,7 @@ def test_settings_that_cannot_be_are_refused_with_key_and_mend(override: str, wo
 
 
 def test_ranks_are_checked_again_once_their_number_is_known() -> None:
-    config = load(NAME).config
+    config = load(NAME, ["train.global_batch=256"]).config
     assert not check_ranks(config, 4)
     assert check_ranks(config, 3) == [
         ("train.global_batch", "train.global_batch = 256: does not divide by 3 ranks; 255 or 258 would")
@@ -348,7 +348,7 @@ def test_the_fingerprint_knows_what_is_computed_and_nothing_else() -> None:
     for change in (
         "optim.lr=1",
         "run.seed=1",
-        "recipe.views.local_count=2",
+        "recipe.views.local_count=3",
         "train.length=9 epochs",
         "data.block=1",
         "model.stem=patch",
@@ -416,7 +416,7 @@ def test_the_run_is_called_after_its_file(tmp_path: Path) -> None:
 
 
 def test_peak_learning_rate_follows_the_rule() -> None:
-    optim = load(NAME, ["optim.lr=4e-3"]).config.optim
+    optim = load(NAME, ["optim.lr=4e-3", "optim.lr_rule=sqrt1024"]).config.optim
     assert optim.peak_lr(2048) == pytest.approx(5.657e-3, rel=1e-4)
     assert load(NAME, ["optim.lr=1", "optim.lr_rule=linear256"]).config.optim.peak_lr(128) == 0.5
 
