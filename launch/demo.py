@@ -80,7 +80,7 @@ def images_per_second(config: Config, ranks: int) -> float:
             sum(recipe(batch, Step()).values()).backward()
         float(next(recipe.parameters()).detach().sum())
         done += 1
-    return 0.6 * ranks * share * (done - 1) / (time.monotonic() - begin)
+    return 0.5 * ranks * share * (done - 1) / (time.monotonic() - begin)
 
 
 def _start(words: list[str]) -> subprocess.Popen[bytes]:

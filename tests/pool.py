@@ -15,10 +15,10 @@ import time
 import traceback
 from collections.abc import Callable
 from functools import cache
-from multiprocessing.connection import Connection
+from multiprocessing.connection import Connection, wait
 from typing import Any
 
-TIMEOUT = 120.0
+TIMEOUT, GRACE = 120.0, 3.0  # seconds
 
 
 def _serve(rank: int, size: int, folder: str, orders: Connection) -> None:
@@ -67,19 +67,20 @@ class Pool:
         """
         for pipe in self._pipes:
             pipe.send((function, arguments))
-        end, results, failures = time.monotonic() + TIMEOUT, [], []
-        for rank, pipe in enumerate(self._pipes):
-            try:
-                if not pipe.poll(max(end - time.monotonic(), 0.5)):
-                    failures.append(f"rank {rank} hangs")
-                    continue
-                failure, result = pipe.recv()
-            except EOFError:
-                failure, result = "died", None
-            results.append(result)
-            if failure:
-                failures.append(f"rank {rank}: {failure}")
-                end = min(end, time.monotonic() + 5)
+        end, pending = time.monotonic() + TIMEOUT, {pipe: rank for rank, pipe in enumerate(self._pipes)}
+        results: list[Any] = [None] * len(pending)
+        failures = []
+        while pending and (ready := wait(list(pending), max(end - time.monotonic(), 0.0))):
+            for pipe in ready:
+                rank = pending.pop(pipe)  # type: ignore[call-overload]
+                try:
+                    failure, results[rank] = pipe.recv()  # type: ignore[union-attr]
+                except EOFError:
+                    failure = "died"
+                if failure:
+                    failures.append(f"rank {rank}: {failure}")
+                    end = min(end, time.monotonic() + GRACE)  # the others may wait for it for ever
+        failures += [f"rank {rank} hangs" for rank in pending.values()]
         if failures:
             self.close()
             pool.cache_clear()

@@ -135,7 +135,7 @@ def _same(first: dict[str, Any], second: dict[str, Any]) -> bool:
 
 
 @pytest.mark.parametrize(
-    ("kind", "zero", "accumulation"), [("loss", 2, 1), ("gradient", 2, 1), ("loss", 1, 2), ("gradient", 1, 1)]
+    ("kind", "zero", "accumulation"), [("loss", 2, 1), ("term", 2, 1), ("gradient", 2, 1), ("loss", 1, 2), ("gradient", 1, 1)]
 )
 def test_what_is_not_finite_on_one_rank_skips_the_step_on_all_and_leaves_no_trace(
     kind: str, zero: int, accumulation: int

@@ -53,6 +53,8 @@ class Toy(Recipe):
             terms["dino"] = -(targets * F.log_softmax(self.head(features) / 0.1, dim=1)).sum(1).mean()
         if self.poison == "loss":
             terms["size"] = terms["size"] * float("nan")
+        if self.poison == "term":
+            terms["size"] = terms["size"] + float("inf")  # its slope is as it was
         if self.poison == "gradient":
             terms["size"] = terms["size"] + (features - features.detach()).abs().sqrt().sum()  # 0, and its slope is infinite
         self.metrics = {"norm": features.detach().norm()}
