@@ -1,7 +1,7 @@
 """Real ranks for tests: a few processes joined by gloo, started once and given one function after another.
 
-Loading DeepSpeed takes each process seconds, so all tests of a session share the pools: ``pool(2)`` is two ranks, ``pool(1)``
-one.
+Loading DeepSpeed takes seconds, so it is done once in a process from which all ranks are forked, and all tests of a session share
+the pools: ``pool(2)`` is two ranks, ``pool(1)`` one.
 """
 
 from __future__ import annotations
@@ -17,12 +17,14 @@ from collections.abc import Callable
 from functools import cache
 from multiprocessing.connection import Connection, wait
 from typing import Any
+from unittest import mock
 
+ENVIRONMENT = {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
 TIMEOUT, GRACE = 120.0, 3.0  # seconds
 
 
 def _serve(rank: int, size: int, folder: str, orders: Connection) -> None:
-    os.environ.update(OMP_NUM_THREADS="1", DS_ACCELERATOR="cpu")
+    os.environ.update(ENVIRONMENT)
     import torch
     import torch.distributed as dist
 
@@ -47,14 +49,16 @@ class Pool:
     """
 
     def __init__(self, size: int) -> None:
-        context = multiprocessing.get_context("spawn")
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(["pipeline.training.engine"])  # loaded once, for the ranks of all pools
         self._folder = tempfile.TemporaryDirectory()
         self._pipes: list[Connection] = []
         self._ranks = []
         for rank in range(size):
             ours, theirs = context.Pipe()
             process = context.Process(target=_serve, args=(rank, size, self._folder.name, theirs), daemon=True)
-            process.start()
+            with mock.patch.dict(os.environ, ENVIRONMENT):  # for the process they are forked from, if this one starts it
+                process.start()
             theirs.close()
             self._pipes.append(ours)
             self._ranks.append(process)

@@ -120,6 +120,7 @@ class Trainer:
     requests: StopRequests
     progress: Progress = field(default_factory=Progress)
     data_counts: dict[str, Any] = field(default_factory=dict)
+    _seconds_before: float = 0.0
 
     def run(self) -> Stop:
         """Train until the plan is fulfilled or all ranks agree to stop; a checkpoint is on disk in either case.
@@ -129,6 +130,7 @@ class Trainer:
             CheckpointError: the last checkpoint could not be written.
         """
         p = self.progress
+        self._seconds_before = p.seconds  # earlier attempts did not wait for this one's data
         meter = _Meter(self.world)
         in_a_row = 0
         saved_at = p.step if p.step else -1
@@ -199,7 +201,7 @@ class Trainer:
         p = self.progress
         rate = values.pop("rate")
         if self.journal is not None:
-            share = batches.seconds_waited / max(p.seconds, 1e-9)
+            share = batches.seconds_waited / max(p.seconds - self._seconds_before, 1e-9)
             self.journal.metrics(
                 p.step,
                 {
