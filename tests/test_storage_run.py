@@ -1,4 +1,4 @@
-"""Training from a bucket that misbehaves, on any number of ranks, killed while it downloads: the same samples as if from a disk."""
+"""Training from a bucket that misbehaves, on any number of ranks, killed in a download: the samples are those of a disk."""
 
 from __future__ import annotations
 
@@ -52,6 +52,19 @@ def door(s3_port: int, monkeypatch: pytest.MonkeyPatch) -> Iterator[Proxy]:
         yield found
 
 
+def _children(parent: int) -> list[int]:
+    found = []
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            try:
+                ours = int((entry / "stat").read_text().rpartition(")")[2].split()[1]) == parent
+            except OSError:
+                continue
+            if ours:
+                found += [int(entry.name), *_children(int(entry.name))]
+    return found
+
+
 def settings(door: Proxy, directory: Path, *more: str) -> list[str]:
     cache = f"data.storage.cache={directory.parent / 'cache'}"
     return [f"data.storage.endpoint={door.endpoint}", cache, "data.storage.timeout=3", "data.storage.grace=60", *more]
@@ -89,11 +102,9 @@ def test_a_bucket_in_trouble_gives_the_batches_of_a_disk(
     undisturbed: Path, door: Proxy, config: Path, tmp_path: Path, mode: str
 ) -> None:
     directory = tmp_path / "run"
-    # The index costs each of the eight shards two requests; everything later is training.
-    door.troubles = [
-        Trouble(kind, times=2, match="train-", after=18 + 2 * number)
-        for number, kind in enumerate(("503", "cut", "stall", "403"))
-    ]
+    # Indexing asks once for each of the eight shards; everything later is training.
+    kinds = ("503", "cut", "stall", "403")
+    door.troubles = [Trouble(kind, times=2, match="train-", after=9 + number) for number, kind in enumerate(kinds)]
     done = train(
         config, "s3://training/*train-*.tar", directory, *settings(door, directory, f"data.storage.mode={mode}", "data.workers=1")
     )
@@ -131,12 +142,14 @@ def test_killed_while_downloading_and_prefetching_the_batches_are_the_same(
 ) -> None:
     directory = tmp_path / "run"
     words = command(config, "s3://training/*train-*.tar", directory, *settings(door, directory))
-    for when in (10, 14):  # in the middle of a download of the index's, then of the cache's shards
+    cache = tmp_path / "cache"
+    for begun in ("index", "cache"):  # what is being filled when it happens
         kill = False
 
-        def watch(method: str, path: str, when: int = when) -> None:
+        def watch(method: str, path: str, begun: str = begun) -> None:
             nonlocal kill
-            kill = kill or (method == "GET" and "train-" in path and door.total("GET") > when)
+            asked = door.total("GET") if begun == "index" else len(list(cache.glob("*.tar")))
+            kill = kill or (method == "GET" and "train-" in path and asked >= 3)
 
         door.seen.clear()
         door.on_request, door.delay = watch, 0.3
@@ -146,13 +159,16 @@ def test_killed_while_downloading_and_prefetching_the_batches_are_the_same(
         end = time.monotonic() + 200
         while not kill and launcher.poll() is None and time.monotonic() < end:
             time.sleep(0.01)
-        os.killpg(launcher.pid, signal.SIGKILL)
+        assert launcher.poll() is None, f"it ended before it was killed while filling the {begun}"
+        ranks = _children(launcher.pid)
+        for process in [launcher.pid, *ranks]:
+            os.kill(process, signal.SIGKILL)
         launcher.wait()
     door.on_request, door.delay = None, 0.0
     done = train(config, "s3://training/*train-*.tar", directory, *settings(door, directory))
     assert done.returncode == 0, done.stderr + done.stdout
     assert batches(directory) == batches(undisturbed)
-    assert not list((tmp_path / "cache").glob(".*.part"))
+    assert not list(cache.glob(".*.part"))
 
 
 @pytest.mark.slow
