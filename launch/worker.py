@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import sys
 import time
@@ -118,7 +119,7 @@ def train(config: Config, here: RankEnvironment, attempt: int | None, found: Sav
     )
     if here.rank == 0:
         total, batch = trainer.plan.steps, config.train.global_batch
-        parameters = sum(p.numel() for p in trainer.recipe.parameters())
+        parameters = sum(math.prod(shape) for shape in trainer.engine.shapes.values())
         start = f"resuming at step {trainer.progress.step}" if found else "starting"
         show.say(
             f"{start} · attempt {number} · {world.size} ranks on {world.device.type} · {parameters / 1e6:.1f} M parameters · "

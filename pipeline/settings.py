@@ -384,8 +384,10 @@ class TrainSettings(Settings):
     precision: Literal["fp32", "bf16"] = Field(
         default="bf16", description="number format of the student's forward and backward pass"
     )
-    zero: Literal[1, 2] = Field(
-        default=1, json_schema_extra=RUNTIME, description="DeepSpeed ZeRO stage: shard optimizer state (1), gradients too (2)"
+    zero: Literal[0, 1, 2, 3] = Field(
+        default=1,
+        json_schema_extra=RUNTIME,
+        description="DeepSpeed ZeRO stage: shard nothing (0), optimizer state (1), also gradients (2), also all weights (3)",
     )
     log_every: Count = Field(default=10, json_schema_extra=RUNTIME, description="steps between two logged lines")
     threads: Count | None = Field(

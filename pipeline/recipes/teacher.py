@@ -38,6 +38,15 @@ class Teacher:
             frozen = copy.deepcopy(module).float().eval()
             frozen.requires_grad_(False)
             self.modules[name] = frozen
+        self._pairs: list[tuple[Tensor, Tensor]] | None = None
+
+    def follow(self, pairs: list[tuple[Tensor, Tensor]]) -> None:
+        """From now on move these tensors after those: this rank's pieces of weights that an engine has cut.
+
+        Args:
+            pairs: the teacher's piece and the student's, fp32, of equal shape.
+        """
+        self._pairs = pairs
 
     @torch.no_grad()
     def update(self, momentum: float, masters: Mapping[str, Tensor] | None = None) -> None:
@@ -47,10 +56,13 @@ class Teacher:
             momentum: share of the old teacher kept, 0..1.
             masters: fp32 student weights by name, where the modules themselves hold a rounded copy of them.
         """
-        students = dict(self._student_tensors(parameters=True)) if masters is None else masters
-        names, weights = zip(*self.named_parameters(), strict=True)
-        targets = [students[name].detach().to(weight) for name, weight in zip(names, weights, strict=True)]
-        torch._foreach_lerp_(list(weights), targets, 1.0 - momentum)
+        if self._pairs is not None and masters is None:
+            weights, targets = [weight for weight, _ in self._pairs], [student.detach() for _, student in self._pairs]
+        else:
+            students = dict(self._student_tensors(parameters=True)) if masters is None else masters
+            named = dict(self.named_parameters())
+            weights, targets = list(named.values()), [students[name].detach().to(weight) for name, weight in named.items()]
+        torch._foreach_lerp_(weights, targets, 1.0 - momentum)
         buffers = dict(self._student_tensors(parameters=False))
         for name, buffer in self.named_buffers():
             buffer.copy_(buffers[name])

@@ -32,10 +32,10 @@ from torch import Tensor
 from pipeline.errors import CheckpointError
 from pipeline.recipes.base import Recipe
 from pipeline.training.engine import Engine
+from pipeline.training.layout import MOMENTS
 from pipeline.training.saved import FORMAT, MANIFEST, Saved, entry, listed
 
 _WHOLE = "whole.safetensors"
-_MOMENTS = ("exp_avg", "exp_avg_sq")
 _TEMPORARY = ".tmp-"
 
 
@@ -81,9 +81,12 @@ class Checkpoints:
         name = f"step_{facts['step']:09d}"
         temporary, final = self.directory / f"{_TEMPORARY}{name}", self.directory / name
         rank = dist.get_rank()
+        with engine.gathered():
+            whole = _whole(recipe, engine) if rank == 0 else {}
+            whole = {name: tensor.detach().clone() for name, tensor in whole.items()}
         self._agree(lambda: self._prepare(temporary) if rank == 0 else None, temporary)
-        tables = self._agree(lambda: _write_rank(temporary, rank, engine, recipe), temporary)
-        self._agree(lambda: self._commit(temporary, final, recipe, facts, tables) if rank == 0 else None, temporary)
+        tables = self._agree(lambda: _write_rank(temporary, rank, engine), temporary)
+        self._agree(lambda: self._commit(temporary, final, whole, engine, facts, tables) if rank == 0 else None, temporary)
         return final
 
     def _prepare(self, temporary: Path) -> None:
@@ -92,15 +95,17 @@ class Checkpoints:
             shutil.rmtree(stale)
         temporary.mkdir()
 
-    def _commit(self, temporary: Path, final: Path, recipe: Recipe, facts: dict[str, Any], tables: list[Any]) -> None:
-        whole = _write(temporary / _WHOLE, _whole(recipe))
+    def _commit(
+        self, temporary: Path, final: Path, whole: dict[str, Tensor], engine: Engine, facts: dict[str, Any], tables: list[Any]
+    ) -> None:
+        rest = _write(temporary / _WHOLE, whole)
         manifest = {
             "format": FORMAT,
             **facts,
             "world": len(tables),
-            "shapes": {name: list(p.shape) for name, p in recipe.named_parameters() if p.requires_grad},
+            "shapes": {name: list(shape) for name, shape in engine.shapes.items()},
             "fragments": [table["fragments"] for table in tables],
-            "files": [*(table["file"] for table in tables), whole],
+            "files": [*(table["file"] for table in tables), rest],
         }
         with (temporary / MANIFEST).open("w") as file:
             json.dump(manifest, file)
@@ -139,16 +144,15 @@ class Checkpoints:
         return [r for _, r in results]
 
 
-def _write_rank(directory: Path, rank: int, engine: Engine, recipe: Recipe) -> dict[str, Any]:
-    teacher = dict(recipe.teacher.named_parameters()) if recipe.teacher is not None else {}
+def _write_rank(directory: Path, rank: int, engine: Engine) -> dict[str, Any]:
     tensors: dict[str, Tensor] = {}
     table: dict[str, list[int]] = {}
     for f in engine.fragments():
         table[f.name] = [f.start, f.master.numel()]
         tensors[f"master/{f.name}"] = f.master
-        tensors.update({f"{moment}/{f.name}": f.moments[moment] for moment in _MOMENTS})
-        if f.name in teacher:
-            tensors[f"teacher/{f.name}"] = teacher[f.name].detach().flatten()[f.start : f.start + f.master.numel()]
+        tensors.update({f"{moment}/{f.name}": f.moments[moment] for moment in MOMENTS})
+    for name, _, piece in engine.teacher_pieces(owned=True):
+        tensors[f"teacher/{name}"] = piece
     return {"file": _write(directory / _rank_file(rank), tensors), "fragments": table}
 
 
@@ -156,10 +160,10 @@ def _rank_file(rank: int) -> str:
     return f"rank_{rank:05d}.safetensors"
 
 
-def _whole(recipe: Recipe) -> dict[str, Tensor]:
+def _whole(recipe: Recipe, engine: Engine) -> dict[str, Tensor]:
     """The tensors themselves, by their names in the file, of everything that has no fragments."""
     tensors = {f"memory/{name}": tensor for name, tensor in recipe.memory.items()}
-    trainable = {name for name, p in recipe.named_parameters() if p.requires_grad}
+    trainable = engine.shapes
     frozen = {**dict(recipe.named_parameters()), **dict(recipe.named_buffers())}
     tensors.update({f"frozen/{name}": t for name, t in frozen.items() if name not in trainable})
     if recipe.teacher is not None:
@@ -206,24 +210,23 @@ def load(saved: Saved, engine: Engine, recipe: Recipe) -> None:
     Raises:
         CheckpointError: the checkpoint is of another architecture; the first parameters that differ are named.
     """
-    ours = {name: list(p.shape) for name, p in recipe.named_parameters() if p.requires_grad}
+    ours = {name: list(shape) for name, shape in engine.shapes.items()}
     _compare(ours, saved.manifest["shapes"], saved.path)
     pieces = _Pieces(saved)
-    for f in engine.fragments():
+    for f in engine.held():
         f.master.copy_(pieces.read("master", f.name, f.start, f.master.numel()))
-        for moment in _MOMENTS:
+        for moment in MOMENTS:
             f.moments[moment].copy_(pieces.read(moment, f.name, f.start, f.master.numel()))
     engine.set_optimizer_steps(int(saved.manifest["applied"]))
     engine.refresh()
-    _load_whole(saved, recipe)
-    if recipe.teacher is not None:
-        for name, tensor in recipe.teacher.named_parameters():
-            if name in ours:
-                tensor.detach().copy_(pieces.read("teacher", name, 0, tensor.numel()).view_as(tensor))
+    with engine.gathered(write=True):
+        _load_whole(saved, recipe, engine)
+    for name, start, piece in engine.teacher_pieces(owned=False):
+        piece.copy_(pieces.read("teacher", name, start, piece.numel()))
 
 
-def _load_whole(saved: Saved, recipe: Recipe) -> None:
-    targets = _whole(recipe)
+def _load_whole(saved: Saved, recipe: Recipe, engine: Engine) -> None:
+    targets = _whole(recipe, engine)
     with safe_open(saved.path / _WHOLE, framework="pt") as file:
         stored = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
     _compare({k: list(t.shape) for k, t in targets.items()}, {k: list(t.shape) for k, t in stored.items()}, saved.path)

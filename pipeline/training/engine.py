@@ -1,29 +1,35 @@
-"""One engine around DeepSpeed: the only file that imports it, and the only one that knows where it keeps things.
+"""One engine around DeepSpeed: the only file that imports it.
 
-DeepSpeed shards the optimizer's state (ZeRO 1) and the gradients (ZeRO 2) over the ranks. Everything the trainer needs beyond
-forward, backward and step goes through :meth:`Engine.fragments`: for each parameter the flat piece of its fp32 master and of its
-moments that this rank owns. Checkpoints, per-network clipping and parameter export are written in terms of fragments, so that
-DeepSpeed's private attributes appear here and nowhere else; ``tests/training/test_engine.py`` is their contract.
+DeepSpeed shards the optimizer's state (ZeRO 1), the gradients (ZeRO 2) and the parameters (ZeRO 3) over the ranks; stage 0 shards
+nothing. Everything the trainer needs beyond forward, backward and step goes through :meth:`Engine.fragments`: for each parameter
+the flat piece of its fp32 master and of its moments that this rank owns. Checkpoints, per-network clipping and the teacher are
+written in terms of fragments, so that where DeepSpeed keeps them is known here and in ``layout.py`` alone;
+``tests/training/test_engine.py`` is their contract.
+
+The teacher is sharded where the student is: whole on every rank up to stage 2, cut like the student's parameters in stage 3. In
+either case it is moved locally, by the piece of the student that lies beside it.
 """
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import sys
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from pipeline.data.views import Batch
 from pipeline.errors import TrainingError
 from pipeline.models.groups import ParameterGroup
 from pipeline.recipes.base import Recipe, Step
+from pipeline.training.layout import Flat, Fragment, Layout, Partitioned, Whole, piece_of
 
 os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
 
@@ -38,7 +44,7 @@ if _tracker is None:
 logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
 # Its shared-memory all-reduce serves inference only, and would be compiled here, with a compiler that users may not have.
 deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-_MOMENTS = ("exp_avg", "exp_avg_sq")
+_LAYOUTS: dict[int, Callable[..., Layout]] = {0: Whole, 1: Flat, 2: Flat, 3: Partitioned}
 _OUTSIDE = "other"  # the network of parameters that belong to none, such as a logit scale
 
 
@@ -47,7 +53,7 @@ class EngineOptions:
     """What shapes the engine.
 
     Attributes:
-        zero: ZeRO stage, 1 or 2.
+        zero: ZeRO stage, 0 to 3.
         precision: ``fp32``, or ``bf16`` for bf16 compute over fp32 parameters (autocast), fp32 gradients and masters.
         micro_batch: samples of one forward pass of a rank.
         accumulation: forward passes of one optimizer step.
@@ -56,7 +62,7 @@ class EngineOptions:
         clip_scope: ``network`` clips each of the recipe's networks by its own norm, ``global`` all together.
     """
 
-    zero: Literal[1, 2]
+    zero: Literal[0, 1, 2, 3]
     precision: Literal["fp32", "bf16"]
     micro_batch: int
     accumulation: int
@@ -64,27 +70,6 @@ class EngineOptions:
     eps: float
     clip_norm: float | None
     clip_scope: Literal["network", "global"]
-
-
-@dataclass(frozen=True)
-class Fragment:
-    """The piece of one parameter that this rank owns, as views into the optimizer's own memory.
-
-    Attributes:
-        name: the parameter's name in the recipe.
-        start: first element of the piece in the flattened parameter.
-        shape: the whole parameter's shape.
-        master: fp32 ``[elements]``, the weights that the optimizer moves.
-        moments: fp32 ``[elements]`` each, ``exp_avg`` and ``exp_avg_sq``.
-        gradient: the averaged gradient, after backward and before the step.
-    """
-
-    name: str
-    start: int
-    shape: tuple[int, ...]
-    master: Tensor
-    moments: dict[str, Tensor]
-    gradient: Tensor | None
 
 
 class Engine:
@@ -102,6 +87,7 @@ class Engine:
     def __init__(self, recipe: Recipe, options: EngineOptions, device: torch.device) -> None:
         self.recipe, self.options, self.device = recipe, options, device
         self._names = {id(p): name for name, p in recipe.named_parameters()}
+        self.shapes = {name: tuple(p.shape) for name, p in recipe.named_parameters() if p.requires_grad}
         self._groups = recipe.parameter_groups()
         _check(recipe, self._groups)
         optimizer = torch.optim.AdamW(
@@ -113,21 +99,28 @@ class Engine:
         )
         # DeepSpeed insists on this variable and takes it for the device's number, whoever started the ranks.
         os.environ["LOCAL_RANK"] = str(device.index or 0)
-        self._engine, self._zero, _, _ = deepspeed.initialize(
-            model=recipe, optimizer=optimizer, config=_configuration(options, dist.get_world_size(), device)
-        )
+        config = _configuration(options, dist.get_world_size(), device)
+        self._engine, _, _, _ = deepspeed.initialize(model=recipe, optimizer=optimizer, config=config)
+        # DeepSpeed wraps it, but in stage 0; the learning rates are the inner one's.
+        self._optimizer = getattr(self._engine.optimizer, "optimizer", self._engine.optimizer)
+        parameters = [p for group in self._groups for p in group.params]
+        self.layout: Layout = _LAYOUTS[options.zero](self._engine, parameters, self._names)
+        self._teacher_engine = self._shard_teacher(config) if options.zero == 3 else None
         self._network = {id(p): name for name, module in recipe.networks().items() for p in module.parameters()}
         for p in recipe.parameters():
             self._network.setdefault(id(p), _OUTSIDE)
-        self._make_state()
 
-    def _make_state(self) -> None:
-        """Moments from the start, so that a checkpoint of step 0 is like any other."""
-        state = self._zero.optimizer.state
-        for flat in self._zero.single_partition_of_fp32_groups:
-            if not state[flat]:
-                state[flat] = {"step": torch.zeros((), dtype=torch.float32, device=flat.device)}
-                state[flat].update({moment: torch.zeros_like(flat) for moment in _MOMENTS})
+    def _shard_teacher(self, config: dict[str, Any]) -> Any:
+        """Cut the teacher's parameters exactly as the student's are, so that each piece lies beside its student's piece."""
+        teacher = self.recipe.teacher
+        if teacher is None:
+            return None
+        students: dict[str, Any] = dict(self.recipe.named_parameters())
+        weights: dict[str, Any] = dict(teacher.named_parameters())
+        engine, _, _, _ = deepspeed.initialize(model=nn.ModuleDict(teacher.modules), config=config)
+        teacher.follow([(weight.ds_tensor, students[name].ds_tensor) for name, weight in weights.items()])
+        self._teacher_weights = weights
+        return engine
 
     def forward_backward(self, batch: Batch, step: Step) -> dict[str, Tensor]:
         """One micro-batch: terms, and the gradient of their sum. To be called ``accumulation`` times before :meth:`step`.
@@ -152,65 +145,97 @@ class Engine:
             Whether the step was applied, and the gradient norm of each network before clipping; parameters outside all
             networks count as one more, ``other``.
         """
-        for group, ours in zip(self._zero.optimizer.param_groups, self._groups, strict=True):
+        for group, ours in zip(self._optimizer.param_groups, self._groups, strict=True):
             group["lr"] = (step.last_layer_lr if ours.last_layer else step.lr) * ours.lr_scale
             group["weight_decay"] = step.weight_decay * ours.wd_scale
-        pieces = [(self._network[id(p)], f.gradient) for p, f in self._owned(gradients=True) if f.gradient is not None]
         names = sorted(set(self._network.values()))
         squares = torch.zeros(len(names) + 1, dtype=torch.float64, device=self.device)
-        for network, gradient in pieces:
-            squares[names.index(network)] += gradient.double().square().sum()
+        for p, fragment in self.layout.owned(gradients=True):
+            if fragment.gradient is not None:
+                squares[names.index(self._network[id(p)])] += fragment.gradient.double().square().sum()
         squares[-1] = (~finite).double()
         dist.all_reduce(squares)
         norms = dict(zip(names, squares[:-1].sqrt().float().unbind(), strict=True))
         applied = bool((squares[-1] == 0) & squares.isfinite().all())
         if applied and self.options.clip_norm is not None:
             whole = squares[:-1].sum().sqrt().float()
-            for network, gradient in pieces:
-                norm = whole if self.options.clip_scope == "global" else norms[network]
+            for p, gradient in self.layout.gradients():
+                norm = whole if self.options.clip_scope == "global" else norms[self._network[id(p)]]
                 gradient.mul_((self.options.clip_norm / (norm + 1e-6)).clamp(max=1.0))
         elif not applied:
-            for _, gradient in pieces:
-                gradient.fill_(float("nan"))
-        # DeepSpeed drops a non-finite gradient together with its buffers: a skipped step leaves nothing behind.
+            self.layout.drop()
         self._engine.step()
+        if isinstance(self.layout, Partitioned):
+            self.layout.clean()
         return applied, norms
-
-    def _owned(self, *, gradients: bool = False) -> Iterator[tuple[Tensor, Fragment]]:
-        state = self._zero.optimizer.state
-        parameters: list[Any] = [p for group in self._groups for p in group.params]
-        for p in parameters:
-            mapping = p._hp_mapping
-            if mapping is None:
-                continue
-            flat = self._zero.single_partition_of_fp32_groups[mapping.param_group_index]
-            where = mapping.hp_fragment_address
-            fragment = Fragment(
-                name=self._names[id(p)],
-                start=mapping.lp_fragment_address.start,
-                shape=tuple(p.shape),
-                master=flat.detach().narrow(0, where.start, where.numel),
-                moments={m: state[flat][m].narrow(0, where.start, where.numel) for m in _MOMENTS},
-                gradient=mapping.get_lp_grad_fragment(p._index_in_param_group) if gradients else None,
-            )
-            yield p, fragment
 
     def fragments(self) -> Iterator[Fragment]:
         """This rank's pieces of all trainable parameters, in the order of the parameter groups."""
-        for _, fragment in self._owned():
+        for _, fragment in self.layout.owned():
             yield fragment
 
+    def held(self) -> Iterator[Fragment]:
+        """What a checkpoint has to give this rank: its fragments, and in stage 0 the whole of each parameter."""
+        for _, fragment in self.layout.held():
+            yield fragment
+
+    def teacher_pieces(self, *, owned: bool) -> Iterator[tuple[str, int, Tensor]]:
+        """Name, first element and fp32 memory ``[elements]`` of the teacher's weights on this rank.
+
+        Args:
+            owned: only the pieces beside this rank's fragments, so that every element is in one rank's; else all it holds.
+        """
+        teacher = self.recipe.teacher
+        if teacher is None:
+            return
+        if self._teacher_engine is not None:
+            for name, weight in self._teacher_weights.items():
+                start, length = piece_of(weight)
+                if length > 0 and name in self.shapes:
+                    yield name, start, weight.ds_tensor.narrow(0, 0, length)
+            return
+        weights = {name: tensor.detach().view(-1) for name, tensor in teacher.named_parameters() if name in self.shapes}
+        if owned:
+            for f in self.fragments():
+                if f.name in weights:
+                    yield f.name, f.start, weights[f.name].narrow(0, f.start, f.master.numel())
+        else:
+            yield from ((name, 0, weight) for name, weight in weights.items())
+
+    @contextlib.contextmanager
+    def gathered(self, *, teacher: bool = False, write: bool = False) -> Iterator[None]:
+        """Within it the parameters that no optimizer moves are whole on every rank; all ranks must take part.
+
+        Args:
+            teacher: the teacher's weights and the student's trainable ones too.
+            write: what rank 0 writes to them becomes everybody's.
+        """
+        if self.options.zero < 3:
+            yield
+            return
+        chosen: list[Tensor] = [p for p in self.recipe.parameters() if teacher or not p.requires_grad]
+        if self.recipe.teacher is not None:
+            chosen += [p for name, p in self.recipe.teacher.named_parameters() if teacher or name not in self.shapes]
+        with deepspeed.zero.GatheredParameters(chosen, modifier_rank=0 if write else None):
+            yield
+
     def set_optimizer_steps(self, steps: int) -> None:
-        """Set AdamW's own count of steps, which its bias correction needs, in every group."""
-        for flat in self._zero.single_partition_of_fp32_groups:
-            self._zero.optimizer.state[flat]["step"].fill_(float(steps))
+        """Set AdamW's own count of steps, which its bias correction needs, for every tensor it has a state for."""
+        for flat in self.layout.flats():
+            self._optimizer.state[flat]["step"] = torch.full((), float(steps), device=flat.device)
+
+    def optimizer_steps(self) -> list[float]:
+        """AdamW's own counts of steps."""
+        return [float(self._optimizer.state[flat]["step"]) for flat in self.layout.flats()]
 
     def refresh(self) -> None:
-        """After fragments were written: bring every rank's full parameters up to date."""
-        self._zero.update_lp_params()
+        """After fragments were written: bring every rank's parameters up to date."""
+        self.layout.refresh()
 
     def close(self) -> None:
         """Release DeepSpeed's hooks and buffers; before the process group is destroyed."""
+        if self._teacher_engine is not None:
+            self._teacher_engine.destroy()
         self._engine.destroy()
 
 
@@ -242,6 +267,10 @@ def _configuration(options: EngineOptions, world: int, device: torch.device) -> 
             "contiguous_gradients": True,
             "reduce_bucket_size": 100_000_000,
             "allgather_bucket_size": 100_000_000,
+            # No parameter stays whole: the teacher's pieces lie beside the student's. The other computes linear layers' gradients
+            # otherwise than torch does.
+            "stage3_param_persistence_threshold": 0,
+            "memory_efficient_linear": False,
         },
         # Parameters stay fp32 and only compute is bf16: initial weights are exact and gradients are reduced in fp32.
         "torch_autocast": {"enabled": options.precision == "bf16", "dtype": "bfloat16", "lower_precision_safe_modules": []},

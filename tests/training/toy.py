@@ -174,7 +174,7 @@ def state_of(recipe: Toy) -> dict[str, Any]:
 
 
 def options(
-    zero: Literal[1, 2] = 2,
+    zero: Literal[0, 1, 2, 3] = 2,
     *,
     accumulation: int = 1,
     clip: float | None = None,
@@ -221,8 +221,9 @@ def snapshot(recipe: Toy, engine: Any) -> dict[str, Any]:
         replace(f, master=f.master.clone(), moments={name: m.clone() for name, m in f.moments.items()})
         for f in engine.fragments()
     ]
-    adam = [float(engine._zero.optimizer.state[flat]["step"]) for flat in engine._zero.single_partition_of_fp32_groups]
-    return {"fragments": fragments, "adam": adam, **state_of(recipe)}
+    with engine.gathered(teacher=True):
+        state = state_of(recipe)
+    return {"fragments": fragments, "adam": engine.optimizer_steps(), **state}
 
 
 def assembled(ranks: list[dict[str, Any]], moment: str | None = None) -> dict[str, Tensor]:

@@ -1,0 +1,254 @@
+"""Where DeepSpeed keeps the pieces of a parameter, for each ZeRO stage: the engine's other half.
+
+A *fragment* is the piece of one parameter that one rank owns. Every element of every trainable parameter is in exactly one
+rank's fragments, whatever the stage. DeepSpeed's private attributes appear here and in ``engine.py`` and nowhere else.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from typing_extensions import override
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+@dataclass(frozen=True)
+class Fragment:
+    """The piece of one parameter that this rank owns, as views into the optimizer's own memory.
+
+    Attributes:
+        name: the parameter's name in the recipe.
+        start: first element of the piece in the flattened parameter.
+        shape: the whole parameter's shape.
+        master: fp32 ``[elements]``, the weights that the optimizer moves.
+        moments: fp32 ``[elements]`` each, ``exp_avg`` and ``exp_avg_sq``.
+        gradient: the averaged gradient, after backward and before the step.
+    """
+
+    name: str
+    start: int
+    shape: tuple[int, ...]
+    master: Tensor
+    moments: dict[str, Tensor]
+    gradient: Tensor | None
+
+
+class Layout(ABC):
+    """What the engine asks of a stage."""
+
+    @abstractmethod
+    def owned(self, *, gradients: bool = False) -> Iterator[tuple[Tensor, Fragment]]:
+        """This rank's fragments with their parameters, in the order of the parameter groups."""
+
+    @abstractmethod
+    def held(self) -> Iterator[tuple[Tensor, Fragment]]:
+        """All that this rank has to be given when a checkpoint is loaded: its fragments, or more."""
+
+    @abstractmethod
+    def gradients(self) -> list[tuple[Tensor, Tensor]]:
+        """Parameters with all gradient memory of this rank that the optimizer will read: scaled when gradients are clipped."""
+
+    @abstractmethod
+    def flats(self) -> list[Tensor]:
+        """The tensors that the optimizer has states for."""
+
+    @abstractmethod
+    def refresh(self) -> None:
+        """After masters were written: make what the forward pass reads equal to them."""
+
+    @abstractmethod
+    def drop(self) -> None:
+        """Makes the next optimizer step one that changes nothing."""
+
+
+class Whole(Layout):
+    """Stage 0: every rank has every parameter, gradient and moment; by convention it owns an equal share of each."""
+
+    def __init__(self, engine: Any, parameters: Sequence[Tensor], names: dict[int, str]) -> None:
+        self._engine, self._parameters, self._names = engine, parameters, names
+        self._optimizer = engine.optimizer
+        for p in parameters:
+            self._optimizer.state[p] = {"step": torch.zeros((), dtype=torch.float32, device=p.device)}
+            self._optimizer.state[p].update({moment: torch.zeros_like(p) for moment in MOMENTS})
+
+    @override
+    def owned(self, *, gradients: bool = False) -> Iterator[tuple[Tensor, Fragment]]:
+        rank, world = dist.get_rank(), dist.get_world_size()
+        for p in self._parameters:
+            share = -(-p.numel() // world)
+            start = min(rank * share, p.numel())
+            length = min(share, p.numel() - start)
+            if length:
+                yield p, self._piece(p, start, length, gradients)
+
+    @override
+    def held(self) -> Iterator[tuple[Tensor, Fragment]]:
+        for p in self._parameters:
+            yield p, self._piece(p, 0, p.numel(), False)
+
+    def _piece(self, p: Tensor, start: int, length: int, gradients: bool) -> Fragment:
+        state = self._optimizer.state[p]
+        return Fragment(
+            name=self._names[id(p)],
+            start=start,
+            shape=tuple(p.shape),
+            master=p.detach().view(-1).narrow(0, start, length),
+            moments={m: state[m].view(-1).narrow(0, start, length) for m in MOMENTS},
+            gradient=self._gradient(p).view(-1).narrow(0, start, length) if gradients else None,
+        )
+
+    @staticmethod
+    def _gradient(p: Tensor) -> Tensor:
+        if p.grad is None:  # AdamW would leave the parameter out, weight decay and all
+            p.grad = torch.zeros_like(p)
+        return p.grad
+
+    @override
+    def gradients(self) -> list[tuple[Tensor, Tensor]]:
+        return [(p, self._gradient(p)) for p in self._parameters]
+
+    @override
+    def flats(self) -> list[Tensor]:
+        return list(self._parameters)
+
+    @override
+    def refresh(self) -> None:
+        pass
+
+    @override
+    def drop(self) -> None:
+        for p in self._parameters:
+            p.grad = None
+
+
+class Flat(Layout):
+    """Stages 1 and 2: parameters are whole on every rank; masters, moments and gradients are cut from one flat tensor a group."""
+
+    def __init__(self, engine: Any, parameters: Sequence[Tensor], names: dict[int, str]) -> None:
+        self._zero: Any = engine.optimizer
+        self._parameters: Sequence[Any] = parameters
+        self._names = names
+        _fill(self._zero.optimizer.state, self.flats())
+
+    @override
+    def owned(self, *, gradients: bool = False) -> Iterator[tuple[Tensor, Fragment]]:
+        state = self._zero.optimizer.state
+        for p in self._parameters:
+            mapping = p._hp_mapping
+            if mapping is None:
+                continue
+            flat = self._zero.single_partition_of_fp32_groups[mapping.param_group_index]
+            where = mapping.hp_fragment_address
+            fragment = Fragment(
+                name=self._names[id(p)],
+                start=mapping.lp_fragment_address.start,
+                shape=tuple(p.shape),
+                master=flat.detach().narrow(0, where.start, where.numel),
+                moments={m: state[flat][m].narrow(0, where.start, where.numel) for m in MOMENTS},
+                gradient=mapping.get_lp_grad_fragment(p._index_in_param_group) if gradients else None,
+            )
+            yield p, fragment
+
+    @override
+    def held(self) -> Iterator[tuple[Tensor, Fragment]]:
+        return self.owned()
+
+    @override
+    def gradients(self) -> list[tuple[Tensor, Tensor]]:
+        return [(p, f.gradient) for p, f in self.owned(gradients=True) if f.gradient is not None]
+
+    @override
+    def flats(self) -> list[Tensor]:
+        return list(self._zero.single_partition_of_fp32_groups)
+
+    @override
+    def refresh(self) -> None:
+        self._zero.update_lp_params()
+
+    @override
+    def drop(self) -> None:
+        # DeepSpeed drops a non-finite gradient together with its buffers: a skipped step leaves nothing behind.
+        for _, gradient in self.gradients():
+            gradient.fill_(float("nan"))
+
+
+class Partitioned(Layout):
+    """Stage 3: parameters are cut too; rank ``r`` has the ``r``-th of equal pieces of each, the last ones padded."""
+
+    def __init__(self, engine: Any, parameters: Sequence[Tensor], names: dict[int, str]) -> None:
+        self._zero: Any = engine.optimizer
+        self._parameters: Sequence[Any] = parameters
+        self._names = names
+        _fill(self._zero.optimizer.state, self.flats())
+
+    @override
+    def owned(self, *, gradients: bool = False) -> Iterator[tuple[Tensor, Fragment]]:
+        state, z = self._zero.optimizer.state, self._zero
+        for p in self._parameters:
+            start, length = piece_of(p)
+            if length <= 0:
+                continue
+            group, offset, _ = z.grad_position[z.get_param_id(p)]
+            flat = z.fp32_partitioned_groups_flat[group]
+            fragment = Fragment(
+                name=self._names[id(p)],
+                start=start,
+                shape=tuple(p.ds_shape),
+                master=flat.detach().narrow(0, offset, length),
+                moments={m: state[flat][m].narrow(0, offset, length) for m in MOMENTS},
+                gradient=self._buffers()[p.ds_id].narrow(0, 0, length) if gradients else None,
+            )
+            yield p, fragment
+
+    @override
+    def held(self) -> Iterator[tuple[Tensor, Fragment]]:
+        return self.owned()
+
+    def _buffers(self) -> dict[int, Tensor]:
+        buffers: dict[int, Tensor] = self._zero._DeepSpeedZeroOptimizer_Stage3__param_id_to_grad_partition
+        return buffers
+
+    @override
+    def gradients(self) -> list[tuple[Tensor, Tensor]]:
+        return [(p, f.gradient) for p, f in self.owned(gradients=True) if f.gradient is not None]
+
+    @override
+    def flats(self) -> list[Tensor]:
+        return list(self._zero.fp32_partitioned_groups_flat)
+
+    @override
+    def refresh(self) -> None:
+        for number, flat in enumerate(self._zero.fp32_partitioned_groups_flat):
+            self._zero.fp16_partitioned_groups_flat[number].data.copy_(flat.data)
+            self._zero._unflatten_partitioned_parameters(number)
+
+    @override
+    def drop(self) -> None:
+        for _, gradient in self.gradients():
+            gradient.fill_(float("nan"))
+
+    def clean(self) -> None:
+        """Empties the gradient memory: what a step does not touch would otherwise be applied again in the next."""
+        for buffer in self._buffers().values():
+            buffer.zero_()
+
+
+def piece_of(parameter: Any) -> tuple[int, int]:
+    """First element and number of elements of this rank's piece of a parameter that stage 3 has cut, without padding."""
+    size = parameter.ds_tensor.ds_numel
+    start = dist.get_rank() * size
+    return start, min(size, parameter.ds_numel - start)
+
+
+def _fill(state: Any, flats: list[Tensor]) -> None:
+    """Moments from the start, so that a checkpoint of step 0 is like any other."""
+    for flat in flats:
+        state[flat] = {"step": torch.zeros((), dtype=torch.float32, device=flat.device)}
+        state[flat].update({moment: torch.zeros_like(flat) for moment in MOMENTS})
