@@ -21,7 +21,7 @@ from pipeline.config import Loaded
 from pipeline.errors import CheckpointError, DataError
 from pipeline.settings import Config
 from pipeline.training import saved as files
-from pipeline.training.inputs import Inputs, prepare
+from pipeline.training.inputs import Inputs, open_storage, prepare
 from pipeline.training.run import RunDirectory
 from pipeline.training.saved import Saved
 
@@ -283,7 +283,7 @@ def shown(config: Config, manifest: Manifest, ids: NDArray[np.uint64], size: int
     from pipeline.evaluation.online import FixedList
 
     order = FixedList(ids, config.evaluation.knn.batch)
-    reader = Reader(manifest, wants=("image", "label", "caption"), checksum=config.data.crc)
+    reader = Reader(manifest, wants=("image", "label", "caption"), checksum=config.data.crc, store=open_storage(config))
     dataset = Portions(reader, order, (ViewSpec("image", 1, size, None),), seed=0, world=1, rank=0)
     options = StreamOptions(micro_batch=order.global_batch, workers=0, threads=config.data.decode_threads, hue="off")
     for _, batches in BatchStream(dataset, device=device, options=options, ledger=Ledger(None, budget=1.0), last=len(order)):

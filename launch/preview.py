@@ -20,7 +20,7 @@ from launch.pictures import BLUE, GREEN, ORANGE, PURPLE, SKY, VERMILLION
 from pipeline.config import Loaded
 from pipeline.errors import DataError
 from pipeline.settings import Config
-from pipeline.training.inputs import Inputs, prepare
+from pipeline.training.inputs import Inputs, open_storage, prepare
 
 if TYPE_CHECKING:
     from pipeline.data.plan import ViewPlan
@@ -104,7 +104,7 @@ def gather(config: Config, inputs: Inputs, specs: tuple[ViewSpec, ...], count: i
     order = inputs.order
     # The first rank of as many as still get enough each: so little is read, and yet it is what that rank would read.
     ranks = max(n for n in divisors(order.lanes) if order.global_batch // n >= min(count, order.global_batch))
-    reader = Reader(inputs.train, wants=("image", "caption", "label"), checksum=config.data.crc)
+    reader = Reader(inputs.train, wants=("image", "caption", "label"), checksum=config.data.crc, store=open_storage(config))
     portion = Portions(reader, order, specs, seed=config.run.seed, world=ranks, rank=0)[0]
     records = portion.records[:count]
     decoded = Decoder(threads=config.data.decode_threads).decode([record.image or b"" for record in records])

@@ -17,6 +17,7 @@ from pipeline.data.manifest import Manifest
 from pipeline.data.order import GlobalBatch
 from pipeline.data.random import permutation
 from pipeline.data.reader import Reader
+from pipeline.data.storage import Storage
 from pipeline.data.stream import BatchStream, StreamOptions
 from pipeline.data.views import ViewSpec
 from pipeline.errors import DataError
@@ -55,6 +56,11 @@ class Pictures:
         device: where views go.
         seed: of the choice.
         threads: decode threads.
+        store: how to reach the shards.
+
+    Attributes:
+        passes: forward passes that every rank makes, those over a blank picture included: an engine that has cut the weights
+            gathers them with all ranks.
     """
 
     def __init__(
@@ -70,6 +76,7 @@ class Pictures:
         centre: float = 1.0,
         seed: int = 0,
         threads: int = 1,
+        store: Storage | None = None,
     ) -> None:
         ids = manifest.ids()
         if most is not None and most < len(ids):
@@ -77,9 +84,15 @@ class Pictures:
         self.total = len(ids)
         self._spec = ViewSpec("image", 1, size, None, centre=centre)
         self._order = FixedList(ids[rank::world], batch)
-        self._reader, self._device, self._threads = Reader(manifest, wants=("image", "label")), device, threads
+        self.passes = -(-len(ids[::world]) // batch)
+        self._reader = Reader(manifest, wants=("image", "label"), store=store)
+        self._device, self._threads = device, threads
         self._keep = len(self._order.ids) * size * size * 12 <= _CACHE_BYTES
         self._cached: list[tuple[Tensor, Tensor]] | None = None
+
+    def blank(self) -> Tensor:
+        """One gray picture, ``[1, 3, size, size]``."""
+        return torch.zeros(1, 3, self._spec.size, self._spec.size, device=self._device)
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield ``(images [n, 3, size, size], labels [n])``; samples without a label are left out."""
@@ -148,7 +161,16 @@ class OnlineKnn:
 @torch.inference_mode()
 def _extract(pictures: Pictures, features: Features) -> list[tuple[Tensor, Tensor]]:
     """Features and labels of this rank's share, batch by batch; batches without a label are left out."""
-    return [(features(images).float().cpu(), labels.cpu()) for images, labels in pictures if len(labels)]
+    found, passes = [], 0
+    for images, labels in pictures:
+        passes += 1
+        if len(labels):
+            found.append((features(images).float().cpu(), labels.cpu()))
+        else:
+            features(pictures.blank())
+    for _ in range(pictures.passes - passes):
+        features(pictures.blank())
+    return found
 
 
 def raw_pixels(images: Tensor) -> Tensor:

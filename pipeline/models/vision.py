@@ -1,7 +1,7 @@
 """Vision towers: timm's VisionTransformer, with a mask token, behind one surface.
 
-The timm model is held whole and unchanged as ``tower.vit``: its state dict loads, strictly, into the model that
-``timm.create_model(*tower.timm_name, **tower.timm_args)`` makes.
+The timm model is held whole as ``tower.vit``, only its ``forward`` returns all tokens and takes masks: its state dict loads,
+strictly, into the model that ``timm.create_model(*tower.timm_name, **tower.timm_args)`` makes.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from functools import partial
+from types import MethodType
 from typing import Any
 
 import timm
@@ -44,6 +45,7 @@ class VisionTower(nn.Module):
                 where=f"model.timm={timm_name!r}",
                 mend="choose a timm ViT with a class token, such as vit_small_patch16_224",
             )
+        vit.forward = MethodType(_walk, vit)
         self.vit = vit
         self.timm_name, self.timm_args = timm_name, dict(timm_args or {})
         self.width = vit.embed_dim
@@ -59,19 +61,27 @@ class VisionTower(nn.Module):
             images: float ``[batch, 3, height, width]``, sides multiples of the patch.
             mask: bool ``[batch, patches]``, true where the mask token takes a patch's place, before positions are added.
         """
-        x = self.vit.patch_embed(images)
-        if mask is not None:
-            hidden = mask.reshape(x.shape[:3]).unsqueeze(-1)
-            x = torch.where(hidden, self.mask_token.to(x.dtype), x)
-        x = self.vit.norm_pre(self.vit.patch_drop(self.vit._pos_embed(x)))
         # torch's fused attention has no fast bf16 backward on CPUs: 118 ms a block where plain products need 10.
         fused = self._fused and not (images.device.type == "cpu" and torch.is_autocast_enabled("cpu"))
         for block in self.vit.blocks:
             block.attn.fused_attn = fused
-            x = checkpoint(block, x, use_reentrant=False) if self.checkpointing else block(x)
-        x = self.vit.norm(x)
+        x = self.vit(images, mask, self.mask_token, self.checkpointing)
         prefix = self.vit.num_prefix_tokens
         return Tokens(cls=x[:, 0], registers=x[:, 1:prefix], patches=x[:, prefix:])
+
+
+def _walk(vit: VisionTransformer, images: Tensor, mask: Tensor | None, mask_token: Tensor, checkpointing: bool) -> Tensor:
+    """All tokens ``[batch, prefix + patches, width]``. The model's own forward, so that an engine that cuts parameters (ZeRO 3)
+    knows when the class token and the positions are wanted."""
+    x = vit.patch_embed(images)
+    if mask is not None:
+        hidden = mask.reshape(x.shape[:3]).unsqueeze(-1)
+        x = torch.where(hidden, mask_token.to(x.dtype), x)
+    x = vit.norm_pre(vit.patch_drop(vit._pos_embed(x)))
+    for block in vit.blocks:
+        x = checkpoint(block, x, use_reentrant=False) if checkpointing else block(x)
+    tokens: Tensor = vit.norm(x)
+    return tokens
 
 
 def build_tower(settings: ModelSettings, *, image_size: int) -> VisionTower:

@@ -104,7 +104,14 @@ class Evaluations:
 
         def pictures(manifest: Any, most: int | None) -> Pictures:
             return Pictures(
-                manifest, size=size, most=most, batch=knn.batch, rank=world.rank, world=world.size, device=world.device
+                manifest,
+                size=size,
+                most=most,
+                batch=knn.batch,
+                rank=world.rank,
+                world=world.size,
+                device=world.device,
+                store=open_storage(config),
             )
 
         self._knn = OnlineKnn(
