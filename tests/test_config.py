@@ -446,7 +446,9 @@ TWO = "[{name: a, shards: /x/a-*.tar, weight: 2}, {name: b, shards: [b.tar, c.ta
 
 
 def test_several_data_sets_stand_in_the_place_of_shards(tmp_path: Path) -> None:
-    path = write(tmp_path, f"model: {{timm: vit_tiny_patch16_224}}\nrecipe: {{views: {{local_size: 96}}}}\ndata: {{sources: {TWO}}}\n")
+    path = write(
+        tmp_path, f"model: {{timm: vit_tiny_patch16_224}}\nrecipe: {{views: {{local_size: 96}}}}\ndata: {{sources: {TWO}}}\n"
+    )
     loaded = load(path)
     config = loaded.config
     assert config.data.sources is not None and [source.weight for source in config.data.sources] == [2, 1e-4]

@@ -218,7 +218,7 @@ def test_a_bad_sample_is_replaced_in_its_place_and_nothing_else_changes(
         "reason": "corrupt",
         "substitute": other.id,
     }
-    assert ledger.state() == {"seen": 3 * BATCH, "reasons": {"corrupt": 1}, "quarantine": {str(bad): "corrupt"}}
+    assert ledger.state() == {"seen": 3 * BATCH, "reasons": {"corrupt": 1}, "counts": {}, "quarantine": {str(bad): "corrupt"}}
 
 
 class Doctored(Reader):
@@ -264,7 +264,12 @@ def test_a_sample_once_bad_stays_out_after_a_resume(clean: dict[int, Batch], man
     ((_, (batch,)),) = stream(portions(manifest), 2, 3, ledger=ledger)
     assert bad not in batch.ids
     assert_same(batch, clean[2], [row for row in range(BATCH) if row != 6])
-    assert ledger.state() == {"seen": 16 + BATCH, "reasons": {"unreadable": 2}, "quarantine": {str(bad): "unreadable"}}
+    assert ledger.state() == {
+        "seen": 16 + BATCH,
+        "reasons": {"unreadable": 2},
+        "counts": {},
+        "quarantine": {str(bad): "unreadable"},
+    }
 
 
 def test_samples_count_when_they_are_taken_not_when_they_are_prepared(clean: dict[int, Batch], manifest: Manifest) -> None:
