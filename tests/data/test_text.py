@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import pickle
 import subprocess
@@ -46,7 +47,7 @@ def test_the_tokens_are_those_of_open_clip() -> None:
     assert ours[1, :3].tolist() == [START, END, 0]
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(st.lists(st.text(max_size=300), max_size=4), st.sampled_from([3, 8, 77]))
 def test_every_row_starts_ends_once_and_is_padded_whatever_the_text(texts: list[str], context: int) -> None:
     tokens = tokenizer(TextSpec(context=context))(texts)
@@ -104,8 +105,6 @@ def test_every_process_makes_the_same_tokens_offline_and_without_the_whole_packa
         "assert 'open_clip' not in sys.modules\n"
         "print(json.dumps(made.tolist()))"
     )
-    import json
-
     expected = tokenizer(TextSpec())(TEXTS).tolist()
     done = subprocess.run(
         [sys.executable, "-c", code, json.dumps(TEXTS)],
