@@ -251,16 +251,10 @@ class DataSettings(Settings):
         """Patterns of all training shards, of one data set or of several."""
         return self.shards or tuple(pattern for source in self.sources or () for pattern in source.shards)
 
-    def index_folder(self, urls: Sequence[str], variant: str = "") -> Path:
-        """Where the index of these shards is kept: a folder named after them in ``index`` or in the user's cache.
-
-        Args:
-            urls: the shards.
-            variant: names other rules for the same shards, so that two indexes do not overwrite each other.
-        """
+    def index_folder(self, urls: Sequence[str]) -> Path:
+        """Where the index of these shards is kept: a folder named after them in ``index`` or in the user's cache."""
         cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-        places = [os.path.abspath(url) if "://" not in url else url for url in urls]
-        name = hashlib.sha256("\n".join([*places, *([variant] if variant else [])]).encode()).hexdigest()
+        name = hashlib.sha256("\n".join(os.path.abspath(url) if "://" not in url else url for url in urls).encode()).hexdigest()
         return (self.index or cache / "fovea" / "index") / name[:16]
 
 

@@ -13,6 +13,7 @@ from pipeline.data import storage
 from pipeline.data.index import build
 from pipeline.data.manifest import Fields, Manifest, Shard
 from pipeline.data.mixture import Mixture, Source
+from pipeline.data.narrow import narrow
 from pipeline.data.order import Order
 from pipeline.data.plan import PLAN_VERSION
 from pipeline.errors import CheckpointError, ConfigError, DataError
@@ -42,15 +43,14 @@ class Inputs:
     sources: tuple[Source, ...] = ()
 
 
-def fields(config: Config, require: tuple[str, ...] = ()) -> Fields:
-    """What makes a sample, as the settings say; ``require`` names parts without which it is left out."""
+def fields(config: Config) -> Fields:
+    """What makes a sample, as the settings say."""
     d = config.data
     return Fields(
         images=d.image,
         caption=d.caption,
         caption_lines=d.caption_lines,
         label=d.label,
-        require=require,
         min_side=d.min_side,
         max_pixels=d.max_pixels,
     )
@@ -80,7 +80,7 @@ def indexed(
 def _index(
     config: Config, urls: Sequence[str], progress: Callable[[int, int, Any], None] | None, require: tuple[str, ...]
 ) -> Manifest:
-    directory = config.data.index_folder(urls, ",".join(require))
+    directory = config.data.index_folder(urls)
     try:
         directory.mkdir(parents=True, exist_ok=True)
         lock = (directory / ".lock").open("w")
@@ -92,7 +92,8 @@ def _index(
         ) from error
     with lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        return build(urls, directory, fields=fields(config, require), damaged=config.data.damaged, progress=progress)
+        manifest = build(urls, directory, fields=fields(config), damaged=config.data.damaged, progress=progress)
+        return narrow(manifest, directory / f"with-{'-'.join(require)}", require) if require else manifest
 
 
 def prepare(config: Config, world: int, progress: Callable[[int, int, Any], None] | None = None) -> Inputs:

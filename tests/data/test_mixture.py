@@ -274,6 +274,13 @@ def test_the_shards_of_some_steps_are_told_and_few_others(
         assert set(told) <= set((np.concatenate(near) >> np.uint64(32)).tolist()), each
 
 
+@pytest.mark.parametrize("seed", range(6))
+def test_a_block_that_runs_over_the_end_of_the_shards_goes_on_at_their_beginning(seed: int) -> None:
+    order = Order([3, 0, 2, 1] * 3, seed, 8, lanes=4, block=5)
+    for step in range(10):
+        assert set((order.batch(step).ids >> np.uint64(32)).tolist()) <= set(order.shards(step, step + 1))
+
+
 def test_shards_come_in_the_order_of_their_first_use() -> None:
     order = Order([50] * 40, 1, 8, lanes=4, block=50)
     told = order.shards(0, order.steps_per_epoch)
