@@ -372,17 +372,24 @@ def test_captions_are_chosen_by_epoch_tokenised_and_counted_the_same_on_any_rank
 def test_a_substitute_brings_its_own_caption_and_tokens(said: Manifest) -> None:
     dataset = reading(said)
     ((_, (before,)),) = stream(dataset, 0, 1)
-    bad = before.ids[2]
-    damage(said, bad)
+
+    def substitute(bad: int) -> Record:
+        (record,) = dataset.reader.fetch(np.array([dataset.reader.substitute(bad, 0, SEED, 0)], dtype=np.uint64))
+        return record
+
+    def spoken(record: Record) -> str:
+        return choose(record.captions, record.id, 0, SEED)
+
+    row = next(row for row, bad in enumerate(before.ids) if spoken(substitute(bad)) not in ("", substitute(bad).caption))
+    other = substitute(before.ids[row])
+    damage(said, before.ids[row])
     ledger = Ledger(None, budget=1.0)
     ((_, (after,)),) = stream(dataset, 0, 1, ledger=ledger)
-    (other,) = dataset.reader.fetch(np.array([dataset.reader.substitute(bad, 0, SEED, 0)], dtype=np.uint64))
     assert after.captions is not None
     assert before.captions is not None
     assert after.tokens is not None
-    assert after.ids[2] == other.id
-    assert after.captions[2] == choose(other.captions, other.id, 0, SEED) != before.captions[2]
-    assert [*after.captions[:2], *after.captions[3:]] == [*before.captions[:2], *before.captions[3:]]
+    assert (after.ids[row], after.captions[row]) == (other.id, spoken(other))
+    assert [c for r, c in enumerate(after.captions) if r != row] == [c for r, c in enumerate(before.captions) if r != row]
     assert torch.equal(after.tokens, torch.from_numpy(tokenizer(TEXT)(after.captions)))
     assert ledger.counts.get("blank_caption", 0) == after.captions.count("")
 
