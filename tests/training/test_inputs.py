@@ -173,12 +173,12 @@ def test_samples_without_a_caption_are_left_out_where_the_method_reads_text(
     excluded = prepare(settings(silent, tmp_path), 2).train
     assert excluded.counts == {"ok": 20, "missing_caption": 20}
     assert prepare(settings(silent, tmp_path, "data.missing_caption=blank"), 2).train.total == 40
-    evaluated = ["evaluation.knn.enabled=true", f"evaluation.knn.train_shards={shards}/scenes-train-*.tar"]
-    inputs = prepare(settings(shards, tmp_path, *evaluated), 2)
+    evaluated = ["evaluation.knn.enabled=true", f"evaluation.knn.train_shards={silent}/scenes-train-*.tar"]
+    inputs = prepare(settings(silent, tmp_path, *evaluated), 2)
     assert inputs.bank is not None
     # The same shards by two rules are two indexes, made by reading them once: one must not overwrite the other.
     assert (inputs.train.fields.require, inputs.bank.fields.require) == (("caption",), ())
-    assert len(inputs.train.rows(0).keys) == len(inputs.bank.rows(0).keys) == 20
+    assert (len(inputs.train.rows(0).keys), len(inputs.bank.rows(0).keys)) == (10, 20)
     lines = prepare(settings(shards, tmp_path, "data.caption_lines=true"), 2)
     assert lines.train.fields.caption_lines
 
