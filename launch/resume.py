@@ -41,7 +41,7 @@ def check_identity(config: Config, old: dict[str, Any], where: Path) -> None:
 
 
 def choose_checkpoint(config: Config, run: RunDirectory, inputs: Inputs) -> tuple[Saved | None, list[str]]:
-    """What this attempt starts from, verified, and sentences about damaged checkpoints that were passed over.
+    """What this attempt starts from, verified, and sentences worth saying: damaged ones passed over, changed data accepted.
 
     Raises:
         CheckpointError: nothing whole is there, or it belongs to another run or other data.
@@ -63,5 +63,6 @@ def choose_checkpoint(config: Config, run: RunDirectory, inputs: Inputs) -> tupl
         saved.verify(found)
     if found is not None:
         check_identity(config, found.manifest["config"], found.path)
-        check_data(found, inputs)
+        if accepted := check_data(found, inputs, allow=config.checkpoint.allow_data_change):
+            complaints.append(accepted)
     return found, complaints

@@ -28,7 +28,7 @@ from pydantic.fields import FieldInfo
 
 from pipeline.errors import ConfigError
 from pipeline.layers import Branch, Leaf, Problem, display, merge, origin_of, override, read, scalar, unwrap
-from pipeline.settings import RECIPES, Config, Dinov2Settings, Length, RecipeSettings, Settings
+from pipeline.settings import RECIPES, Config, DataSettings, Dinov2Settings, Length, RecipeSettings, Settings, SourceSettings
 
 DEFAULT = "default"
 
@@ -173,6 +173,8 @@ def _position(origin: str) -> tuple[str, int, int]:
 
 def _problem(detail: Any, prefix: list[str], fields: Mapping[str, FieldInfo], tree: Branch, shown: str) -> Problem:
     location = [*prefix, *detail["loc"]]
+    if detail["type"] in ("shards", "sources"):
+        location.append(detail["type"])
     names = [str(part) for part in location if not isinstance(part, int)]
     index = "".join(f"[{part}]" for part in location if isinstance(part, int))
     path = ".".join(names)
@@ -193,6 +195,8 @@ def _problem(detail: Any, prefix: list[str], fields: Mapping[str, FieldInfo], tr
         return Problem(path, f"{path} has too few values{meaning}", origin)
     if detail["type"] == "missing":
         return Problem(path, f"{path} is required{meaning}", origin)
+    if detail["type"] in ("shards", "sources"):
+        return Problem(path, f"{path} {reason}{meaning}", origin)
     return Problem(path, f"{path}{index} = {_quote(detail['input'])}: {reason}{meaning}", origin)
 
 
@@ -231,6 +235,8 @@ def schema(recipe: str = "dinov2") -> dict[str, FieldInfo]:
         for name, info in kind.model_fields.items():
             yield prefix + name, info
             inner = RECIPES[recipe] if info.annotation is RecipeSettings or name == "recipe" else info.annotation
+            if info.annotation == DataSettings.model_fields["sources"].annotation:
+                inner = SourceSettings  # so that a wrong key in an entry is told with the right ones
             if isinstance(inner, type) and issubclass(inner, Settings):
                 yield from walk(inner, f"{prefix}{name}.")
 
@@ -282,7 +288,7 @@ def check(config: Config) -> list[tuple[str, str]]:
     elif config.train.micro_batch and config.train.global_batch % config.train.micro_batch:
         found.append(("train.global_batch", _indivisible(config, 1)))
     knn = config.evaluation.knn
-    if knn.enabled and knn.val_shards is not None and set(knn.val_shards) & set(knn.train_shards or config.data.shards):
+    if knn.enabled and knn.val_shards is not None and set(knn.val_shards) & set(config.voting_shards):
         found.append(("evaluation.knn.val_shards", "evaluation.knn.val_shards names the very shards that vote; judge others"))
     if knn.max_train is not None and max(knn.k) > knn.max_train:
         found.append(
@@ -415,6 +421,8 @@ def _comment(origin: str) -> str:
 def _dump(value: Any) -> str:
     if isinstance(value, list):
         return "[" + ", ".join(map(_dump, value)) + "]"
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{key}: {_dump(inner)}" for key, inner in value.items()) + "}"
     if not isinstance(value, str):
         return json.dumps(value)
     if re.fullmatch(r"[A-Za-z/][\w./+-]*( [a-z]+)?", value, re.ASCII) and scalar(value) is value:

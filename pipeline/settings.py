@@ -12,103 +12,13 @@ import hashlib
 import os
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self, TypeVar
+from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, GetCoreSchemaHandler, SerializeAsAny
-from pydantic_core import CoreSchema, core_schema
+from pydantic import BeforeValidator, Field, SerializeAsAny, model_validator
+from pydantic_core import PydanticCustomError
 
-# A field marked so changes neither the samples nor the mathematics of a run: a resume may change it freely.
-RUNTIME: dict[str, Any] = {"runtime": True}
-
-
-@dataclass(frozen=True)
-class Length:
-    """A stretch of training: a number of samples, of optimizer steps, or of passes over the data.
-
-    In a config: ``1500000``, ``1.5M samples``, ``500 steps`` or ``3 epochs``. ``k``, ``M`` and ``G`` are 1e3, 1e6 and 1e9.
-    """
-
-    amount: float
-    unit: Literal["samples", "steps", "epochs"] = "samples"
-
-    SYNTAX = "a number of samples, or text such as '3 epochs', '500 steps', '1.5M samples'"
-
-    @classmethod
-    def parse(cls, value: object) -> Length:
-        """Reads what a person wrote.
-
-        Raises:
-            ValueError: if it is no length, negative, or a fraction of a sample or of a step.
-        """
-        if isinstance(value, Length):
-            return value
-        if isinstance(value, bool) or not isinstance(value, int | float | str):
-            raise ValueError(f"should be {cls.SYNTAX}")
-        match = re.fullmatch(r"\s*([0-9.]+(?:[eE][+-]?[0-9]+)?)\s*([kMG]?)\s*(samples?|steps?|epochs?)?\s*", str(value))
-        try:
-            amount = float(match[1]) * {"": 1.0, "k": 1e3, "M": 1e6, "G": 1e9}[match[2]] if match else -1.0
-        except ValueError:
-            amount = -1.0
-        if match is None or not 0 <= amount < 1e18:
-            raise ValueError(f"should be {cls.SYNTAX}")
-        unit = ((match[3] or "samples").rstrip("s") + "s").strip()
-        if unit != "epochs" and abs(amount - round(amount)) > 1e-6:
-            raise ValueError(f"should be a whole number of {unit}")
-        return cls(amount if unit == "epochs" else float(round(amount)), unit)  # type: ignore[arg-type]
-
-    def samples(self, epoch_samples: int, global_batch: int) -> int:
-        """The length in samples, rounded to the nearest.
-
-        Args:
-            epoch_samples: samples of one pass over the data.
-            global_batch: samples of one optimizer step over all ranks.
-        """
-        return round(self.amount * {"samples": 1, "steps": global_batch, "epochs": epoch_samples}[self.unit])
-
-    def steps(self, epoch_samples: int, global_batch: int) -> int:
-        """The least whole number of optimizer steps that covers the length."""
-        return -(-self.samples(epoch_samples, global_batch) // global_batch)
-
-    def __str__(self) -> str:
-        number = repr(self.amount).removesuffix(".0") if self.amount < 1e15 else str(int(self.amount))
-        return number if self.unit == "samples" else f"{number} {self.unit}"
-
-    def plain(self) -> int | str:
-        """The form a config holds: an integer for samples, text otherwise."""
-        return int(self.amount) if self.unit == "samples" else str(self)
-
-    @classmethod
-    def __get_pydantic_core_schema__(cls, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
-        return core_schema.no_info_plain_validator_function(
-            cls.parse, serialization=core_schema.plain_serializer_function_ser_schema(cls.plain)
-        )
-
-
-def _ordered(pair: tuple[float, float]) -> tuple[float, float]:
-    if pair[0] > pair[1]:
-        raise ValueError(f"should be [least, largest], but {pair[0]} is above {pair[1]}")
-    return pair
-
-
-def _texts(value: object) -> object:
-    return (value,) if isinstance(value, str) else tuple(value) if isinstance(value, list) else value
-
-
-Probability = Annotated[float, Field(ge=0, le=1)]
-Share = Annotated[float, Field(gt=0, le=1)]
-Positive = Annotated[float, Field(gt=0)]
-NonNegative = Annotated[float, Field(ge=0)]
-Count = Annotated[int, Field(ge=1)]
-ShareRange = Annotated[tuple[Share, Share], AfterValidator(_ordered)]
-Texts = Annotated[tuple[str, ...], BeforeValidator(_texts)]
-
-
-class Settings(BaseModel):
-    """Base of all sections: frozen, unknown keys refused, no infinities."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, protected_namespaces=())
+from pipeline.fields import RUNTIME, Count, Length, NonNegative, Positive, Probability, Settings, Share, ShareRange, Texts
 
 
 class RunSettings(Settings):
@@ -168,6 +78,8 @@ class AugmentSettings(Settings):
 
 class RecipeSettings(Settings):
     """Base of every method's settings; subclasses narrow ``name`` to a literal and are registered."""
+
+    reads_text: ClassVar[bool] = False  # whether the method wants captions
 
     name: str = Field(description="the method")
 
@@ -275,13 +187,31 @@ class StorageSettings(Settings):
     grace: NonNegative = Field(default=600.0, description="seconds a training waits for a storage that is away, before it stops")
 
 
+class SourceSettings(Settings):
+    """One of several data sets that are mixed."""
+
+    name: str = Field(min_length=1, max_length=64, pattern=r"^[\w.+-]+$", description="what the data set is called in counts")
+    shards: Texts = Field(min_length=1, description="its shards: a path or URL with {000..123} or *, or a list of them")
+    weight: Positive | None = Field(
+        default=None, description="share of the samples, relative to the other sets' weights; null means by size and repeat"
+    )
+    repeat: Positive | None = Field(
+        default=None, description="how often its samples come while a set with repeat 1 is seen once; null means 1"
+    )
+
+
 class DataSettings(Settings):
     """Where samples come from and how they are read."""
 
     shards: Texts = Field(
-        min_length=1,
+        default=(),
         json_schema_extra=RUNTIME,
         description="training shards: a path or URL with {000..123} or *, or a list of them",
+    )
+    sources: tuple[SourceSettings, ...] | None = Field(
+        default=None,
+        json_schema_extra=RUNTIME,
+        description="several data sets instead of shards, each with name, shards, and weight or repeat",
     )
     index: Path | None = Field(
         default=None, json_schema_extra=RUNTIME, description="folder of the shard index; null means the user's cache"
@@ -297,6 +227,12 @@ class DataSettings(Settings):
         description="extensions of a sample's picture, the preferred one first",
     )
     caption: str = Field(default="txt", description="extension of a sample's caption")
+    caption_lines: bool = Field(
+        default=False, description="each line of a caption member is a caption, of which an epoch shows one"
+    )
+    missing_caption: Literal["exclude", "blank"] = Field(
+        default="exclude", description="samples without a caption, where the method reads text: left out, or with an empty one"
+    )
     label: str = Field(default="cls", description="extension of a sample's class number")
     min_side: Count = Field(default=16, description="smallest accepted side, pixels")
     max_pixels: Count = Field(default=50_000_000, description="largest accepted area, pixels")
@@ -313,6 +249,31 @@ class DataSettings(Settings):
     crc: bool = Field(
         default=True, json_schema_extra=RUNTIME, description="compare each picture's bytes with the index's checksum"
     )
+
+    @model_validator(mode="after")
+    def _one_or_the_other(self) -> Self:
+        if not self.shards and self.sources is None:
+            raise PydanticCustomError("shards", "is required")
+        if self.shards and self.sources is not None:
+            raise PydanticCustomError(
+                "shards", "and data.sources are both given; give one of them (data.shards=[] takes it back)"
+            )
+        sources = self.sources or ()
+        if self.sources is not None and not sources:
+            raise PydanticCustomError("sources", "names no data set")
+        if len({source.name for source in sources}) < len(sources):
+            raise PydanticCustomError("sources", "has two data sets of one name")
+        for source in sources:
+            if source.weight is not None and source.repeat is not None:
+                raise PydanticCustomError("sources", "gives {name} both weight and repeat", {"name": source.name})
+            if (source.weight is None) != (sources[0].weight is None):
+                raise PydanticCustomError("sources", "gives some data sets a weight and others none")
+        return self
+
+    @property
+    def patterns(self) -> tuple[str, ...]:
+        """Patterns of all training shards, of one data set or of several."""
+        return self.shards or tuple(pattern for source in self.sources or () for pattern in source.shards)
 
     def index_folder(self, urls: Sequence[str]) -> Path:
         """Where the index of these shards is kept: a folder named after them in ``index`` or in the user's cache."""
@@ -412,6 +373,10 @@ class CheckpointSettings(Settings):
         min_length=1,
         description="auto takes the run's newest whole checkpoint, never starts anew, or a checkpoint's path",
     )
+    allow_data_change: bool = Field(
+        default=False,
+        description="go on over other data than the checkpoint was trained on: at the same step, in the new data's order",
+    )
 
 
 class TrackingSettings(Settings):
@@ -488,12 +453,12 @@ class Config(Settings):
     @property
     def voting_shards(self) -> tuple[str, ...]:
         """Patterns of the shards whose labels vote in the k-NN evaluation."""
-        return self.evaluation.knn.train_shards or self.data.shards
+        return self.evaluation.knn.train_shards or self.data.patterns
 
     @property
     def validation_shards(self) -> tuple[str, ...]:
         """Patterns of the shards that evaluations judge; ``*val-*.tar`` beside the training shards if none are named."""
-        folder = re.split(r"[{*?\[]", self.data.shards[0])[0].rpartition("/")[0]
+        folder = re.split(r"[{*?\[]", self.data.patterns[0])[0].rpartition("/")[0]
         return self.evaluation.knn.val_shards or (f"{folder}/*val-*.tar" if folder else "*val-*.tar",)
 
     def replace(self, **sections: Any) -> Self:

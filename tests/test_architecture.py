@@ -17,6 +17,7 @@ FLOORS = {
     "pipeline": 0,
     "pipeline.errors": 0,
     "pipeline.settings": 0,
+    "pipeline.fields": 0,
     "pipeline.data": 1,
     "pipeline.models": 1,
     "pipeline.losses": 1,
@@ -33,6 +34,7 @@ FLOORS = {
 
 # Neighbours on one floor that may be used nevertheless: config.py is read layer by layer, and tracking and data know nobody.
 NEIGHBOURS = {
+    ("pipeline.settings", "pipeline.fields"),
     ("pipeline.config", "pipeline.layers"),
     ("pipeline.export", "pipeline.config"),
     ("pipeline.bench", "pipeline.config"),
@@ -179,7 +181,16 @@ def test_no_import_runs_in_a_circle() -> None:
 
 
 @pytest.mark.parametrize(
-    "module", ["pipeline.settings", "pipeline.errors", "pipeline.layers", "pipeline.config", "launch.ranks", "launch.local"]
+    "module",
+    [
+        "pipeline.fields",
+        "pipeline.settings",
+        "pipeline.errors",
+        "pipeline.layers",
+        "pipeline.config",
+        "launch.ranks",
+        "launch.local",
+    ],
 )
 def test_what_runs_before_torch_never_names_it(module: str) -> None:
     path = next(path for path in FILES if module_of(path) == module)

@@ -440,3 +440,48 @@ def test_every_section_is_a_strict_settings_class() -> None:
     tree = ast.parse((ROOT / "pipeline" / "settings.py").read_text())
     names = [node.name for node in tree.body if isinstance(node, ast.ClassDef) and node.name.endswith("Settings")]
     assert len(names) > 10 and all(issubclass(getattr(__import__("pipeline.settings", fromlist=[n]), n), Settings) for n in names)
+
+
+TWO = "[{name: a, shards: /x/a-*.tar, weight: 2}, {name: b, shards: [b.tar, c.tar], weight: 1e-4}]"
+
+
+def test_several_data_sets_stand_in_the_place_of_shards(tmp_path: Path) -> None:
+    path = write(
+        tmp_path, f"model: {{timm: vit_tiny_patch16_224}}\nrecipe: {{views: {{local_size: 96}}}}\ndata: {{sources: {TWO}}}\n"
+    )
+    loaded = load(path)
+    config = loaded.config
+    assert config.data.sources is not None and [source.weight for source in config.data.sources] == [2, 1e-4]
+    assert config.data.patterns == config.voting_shards == ("/x/a-*.tar", "b.tar", "c.tar")
+    assert config.validation_shards == ("/x/*val-*.tar",)
+    assert load(write(tmp_path, show(loaded), "again.yaml")).config == config
+    assert Config.model_validate(config.model_dump(mode="json")) == config
+    moved = load(path, [f"data.sources={TWO.replace('/x/', '/y/')}"]).config
+    assert fingerprint(moved) == fingerprint(config)
+    plain = load(NAME, ["data.shards=[]", f"data.sources={TWO}"]).config
+    assert plain.data.patterns == config.data.patterns
+
+
+@pytest.mark.parametrize(
+    ("sources", "text"),
+    [
+        ("null", "data.shards is required"),
+        ("[]", "data.sources names no data set"),
+        ("[{name: a, shards: a.tar}, {name: a, shards: b.tar}]", "two data sets of one name"),
+        ("[{name: a, shards: a.tar, weight: 1, repeat: 2}]", "gives a both weight and repeat"),
+        ("[{name: a, shards: a.tar, weight: 1}, {name: b, shards: b.tar}]", "a weight and others none"),
+        ("[{name: a, shards: a.tar, wieght: 1}]", "did you mean 'data.sources.weight'"),
+        ("[{name: a, shards: a.tar, weight: 0}]", "greater than 0"),
+        ("[{name: a, shards: []}]", "at least 1 item"),
+        ("[{shards: a.tar}]", "data.sources.name"),
+    ],
+)
+def test_data_sets_that_do_not_go_together_are_refused(tmp_path: Path, sources: str, text: str) -> None:
+    path = write(tmp_path, MINIMAL)
+    (problem,) = refused(path, "data.shards=[]", f"data.sources={sources}").problems
+    assert text in problem.message
+
+
+def test_shards_and_data_sets_together_are_refused(tmp_path: Path) -> None:
+    (problem,) = refused(write(tmp_path, MINIMAL), f"data.sources={TWO}").problems
+    assert problem.message.startswith("data.shards and data.sources are both given")

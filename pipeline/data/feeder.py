@@ -9,8 +9,8 @@ from __future__ import annotations
 import ctypes
 import logging
 import signal
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from itertools import count
 from typing import Any, Protocol
 
@@ -21,10 +21,12 @@ from torch.utils.data import DataLoader, Dataset
 
 from pipeline.data import storage
 from pipeline.data.masks import block_masks, mask_counts
+from pipeline.data.mixture import Source
 from pipeline.data.order import GlobalBatch
 from pipeline.data.plan import ViewPlan, make_plan
 from pipeline.data.reader import Reader, Record
-from pipeline.data.views import MaskSpec, ViewSpec
+from pipeline.data.text import choose, tokenizer
+from pipeline.data.views import MaskSpec, TextSpec, ViewSpec
 from pipeline.errors import FoveaError
 
 _MASK_STREAM = 1_000_003
@@ -56,6 +58,8 @@ class Portion:
         plan: one :class:`ViewPlan` a view; rows of bad samples are made again once their substitute is known.
         masks: for each masked view name bool ``[count, n, patches]``.
         usage: what reading it took of storage, see :meth:`pipeline.data.storage.Storage.usage`.
+        tokens: int64 ``[n, context]``, if text is wanted.
+        counts: samples of each data set, as ``seen/<name>``.
     """
 
     step: int
@@ -64,6 +68,8 @@ class Portion:
     plan: list[ViewPlan]
     masks: dict[str, NDArray[np.bool_]]
     usage: dict[str, float] = field(default_factory=dict)
+    tokens: NDArray[np.int64] | None = None
+    counts: dict[str, int] = field(default_factory=dict)
 
 
 class Portions(Dataset[Portion]):
@@ -76,17 +82,35 @@ class Portions(Dataset[Portion]):
         seed: the run's seed.
         world: number of ranks.
         rank: this rank.
+        text: what to make of captions, if the method reads them.
+        sources: the data sets, for counting; none counts nothing.
     """
 
-    def __init__(self, reader: Reader, order: Ordering, specs: tuple[ViewSpec, ...], *, seed: int, world: int, rank: int) -> None:
+    def __init__(
+        self,
+        reader: Reader,
+        order: Ordering,
+        specs: tuple[ViewSpec, ...],
+        *,
+        seed: int,
+        world: int,
+        rank: int,
+        text: TextSpec | None = None,
+        sources: Sequence[Source] = (),
+    ) -> None:
         self.reader, self.order, self.specs = reader, order, specs
         self.seed, self.world, self.rank = seed, world, rank
+        self.text, self._names = text, [source.name for source in sources]
+        self._ends = np.cumsum([source.shards for source in sources])
+        if text is not None:
+            tokenizer(text)  # refuses here what it would refuse in a worker
 
     def __getitem__(self, step: int) -> Portion:
         """Read and plan one step."""
         batch = self.order.rank_batch(step, self.world, self.rank)
+        epochs = batch.epochs.tolist()
         before = self.reader.store.usage()
-        records = self.reader.fetch(batch.ids)
+        records = [self.told(record, epoch) for record, epoch in zip(self.reader.fetch(batch.ids), epochs, strict=True)]
         usage = {name: value - before.get(name, 0.0) for name, value in self.reader.store.usage().items()}
         storage.forget_deleted()  # the cache may have evicted shards since the last step
         sizes = np.array([(max(r.height, 1), max(r.width, 1)) for r in records], dtype=np.int64)
@@ -96,7 +120,19 @@ class Portions(Dataset[Portion]):
             for number, spec in enumerate(self.specs)
             if spec.mask is not None
         }
-        return Portion(step, records, batch.epochs, plan, masks, usage)
+        tokens = tokenizer(self.text)([record.caption or "" for record in records]) if self.text is not None else None
+        return Portion(step, records, batch.epochs, plan, masks, usage, tokens, self._counts(batch.ids))
+
+    def told(self, record: Record, epoch: int) -> Record:
+        """The sample with the caption that an epoch shows."""
+        if len(record.captions) < 2:
+            return record
+        return replace(record, caption=choose(record.captions, record.id, epoch, self.seed))
+
+    def _counts(self, ids: NDArray[np.uint64]) -> dict[str, int]:
+        which = np.searchsorted(self._ends, (ids >> np.uint64(32)).astype(np.int64), side="right")
+        found = np.bincount(which, minlength=len(self._names)) if self._names else ()
+        return {f"seen/{name}": int(count) for name, count in zip(self._names, found, strict=False) if count}
 
     def _masks(self, spec: ViewSpec, mask: MaskSpec, stream: int, ids: NDArray[np.uint64], step: int) -> NDArray[np.bool_]:
         side = spec.size // mask.patch

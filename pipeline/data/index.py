@@ -47,7 +47,7 @@ from pipeline.data.manifest import (
 )
 from pipeline.errors import DataError, FoveaError
 
-__all__ = ["Fields", "Judgement", "build", "index_shard", "judge", "whole"]
+__all__ = ["Fields", "Judgement", "build", "captions_of", "index_shard", "judge", "whole"]
 
 Damaged = Literal["refuse", "use"]
 _OPENERS: dict[str, Callable[[io.BytesIO], Image.Image]] = {
@@ -107,6 +107,12 @@ def judge(data: bytes, *, min_side: int = 16, max_pixels: int = 50_000_000) -> J
     if not _decodable(data, kind):
         return Judgement("unsupported", kind, *size)
     return Judgement("ok", kind, *size)
+
+
+def captions_of(said: Any) -> tuple[str, ...]:
+    """The captions in a JSON value, a text or a list of texts, without those that are empty."""
+    texts = said if isinstance(said, list) else [said]
+    return tuple(text.strip() for text in texts if isinstance(text, str) and text.strip())
 
 
 def whole(data: bytes, kind: str) -> bool:
@@ -381,7 +387,7 @@ def _add_caption(
     text, said = others.get(fields.caption, b""), document.get(fields.json_caption)
     if text.strip():
         source, member = "text", members[fields.caption]
-    elif isinstance(said, str) and said.strip():
+    elif captions_of(said):
         source, member = "json", members[fields.json]
     else:
         return

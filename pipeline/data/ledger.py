@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter, deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -49,19 +49,26 @@ class Ledger:
         self._path, self._budget, self._window = path, budget, window
         self.seen = 0
         self.reasons: Counter[str] = Counter()
+        self.counts: Counter[str] = Counter()
         self.quarantine: dict[int, str] = {}
         self._steps: deque[tuple[int, int]] = deque()  # samples and bad ones of each step in the window, and their sums
         self._recent = self._lost = 0
         if path is not None:
             path.parent.mkdir(parents=True, exist_ok=True)
 
-    def saw(self, samples: int, bad: Sequence[Event] = ()) -> None:
+    def saw(self, samples: int, bad: Sequence[Event] = (), counts: Mapping[str, int] | None = None) -> None:
         """Count one step: its samples, good and substituted alike, and what became of the bad ones.
+
+        Args:
+            samples: how many samples it had.
+            bad: those that were replaced.
+            counts: other things worth counting, such as samples of a data set and empty captions.
 
         Raises:
             TrainingError: more than ``budget`` of the last ``window`` samples were bad.
         """
         self.seen += samples
+        self.counts.update(counts or {})
         self._slide(samples, len(bad))
         if not bad:
             return
@@ -89,12 +96,18 @@ class Ledger:
 
     def state(self) -> dict[str, Any]:
         """Counters and quarantine, for the checkpoint."""
-        return {"seen": self.seen, "reasons": dict(self.reasons), "quarantine": {str(k): v for k, v in self.quarantine.items()}}
+        return {
+            "seen": self.seen,
+            "reasons": dict(self.reasons),
+            "counts": dict(self.counts),
+            "quarantine": {str(k): v for k, v in self.quarantine.items()},
+        }
 
     def load(self, state: dict[str, Any]) -> None:
         """Take counters and quarantine from a checkpoint."""
         self.seen = int(state["seen"])
         self.reasons = Counter(state["reasons"])
+        self.counts = Counter(state.get("counts", {}))
         self.quarantine = {int(k): v for k, v in state["quarantine"].items()}
         self._steps.clear()
         self._recent = self._lost = 0

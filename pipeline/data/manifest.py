@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 from pipeline.data import storage
 from pipeline.errors import DataError
 
-FORMAT = 1
+FORMAT = 2  # 2: lists of captions in JSON
 STATUSES = (
     "ok",
     "missing_image",
@@ -70,10 +70,11 @@ class Fields:
     Attributes:
         images: extensions of the image, the preferred one first.
         caption: extension of the caption, UTF-8 text.
+        caption_lines: whether each line of that member is a caption of its own.
         label: extension of the class number, decimal text.
         segmentation: extension of the class map (one byte a pixel, PNG).
         json: extension of a JSON object, read for what has no member of its own.
-        json_caption: key of the caption in it.
+        json_caption: key of the caption in it: a text, or a list of texts of which each is a caption.
         json_label: key of the class number in it.
         require: of ``caption``, ``label``, ``segmentation`` those without which a sample is refused.
         min_side: least width and height, pixels.
@@ -90,6 +91,7 @@ class Fields:
     require: tuple[str, ...] = ()
     min_side: int = 16
     max_pixels: int = 50_000_000
+    caption_lines: bool = False
 
     def __post_init__(self) -> None:
         unknown = sorted(set(self.require) - {"caption", "label", "segmentation"})

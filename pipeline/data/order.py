@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -59,19 +59,7 @@ class Order:
     """
 
     def __init__(self, counts: Sequence[int], seed: int, global_batch: int, lanes: int | None = None, block: int = 16384) -> None:
-        if global_batch < 1 or block < 1:
-            raise ConfigError(
-                f"global batch {global_batch} and block {block} must be positive",
-                where="data",
-                mend="Give whole numbers from 1 on.",
-            )
-        lanes = math.gcd(global_batch, _DEFAULT_LANES) if lanes is None else lanes
-        if lanes < 1 or global_batch % lanes:
-            raise ConfigError(
-                f"{lanes} lanes do not divide the global batch of {global_batch}",
-                where="data.lanes",
-                mend=f"Choose of {_listed(divisors(global_batch))}.",
-            )
+        lanes = lanes_of(global_batch, lanes, block)
         self._counts = np.asarray(counts, dtype=np.int64)
         self._total = int(self._counts.sum())
         if self._total < global_batch:
@@ -114,12 +102,7 @@ class Order:
         Raises:
             ConfigError: with the numbers that do.
         """
-        if world < 1 or self.lanes % world:
-            raise ConfigError(
-                f"{world} ranks cannot share {self.lanes} lanes evenly",
-                where="data.lanes",
-                mend=f"Use {_listed(divisors(self.lanes))} ranks, or a global batch with a suitable divisor.",
-            )
+        share_of(self.lanes, world, 0)
 
     def batch(self, step: int) -> GlobalBatch:
         """The whole global batch of a step, lane by lane: ``[global_batch]``."""
@@ -131,35 +114,103 @@ class Order:
         Raises:
             ConfigError: an illegal number of ranks, or no such rank.
         """
-        self.check_world(world)
-        if not 0 <= rank < world:
-            raise ConfigError(
-                f"rank {rank} does not exist among {world}", where="rank", mend=f"Ranks count from 0 to {world - 1}."
-            )
-        share = self.lanes // world
-        return self._of_lanes(step, rank * share, (rank + 1) * share)
+        share = share_of(self.lanes, world, rank)
+        return self._of_lanes(step, share.start, share.stop)
 
-    def shards(self, first: int, last: int, lanes: range) -> list[int]:
-        """Numbers of the shards that some lanes read in steps ``first`` to ``last`` (not included), in order of first use.
+    def steps_of(self, number: int, first: int, last: int) -> list[int]:
+        """The steps from ``first`` to before ``last`` that hold a sample; found by inverting each epoch, not by drawing it.
 
-        Whole blocks are looked at, no sample is drawn, so it costs microseconds a block.
+        Args:
+            number: the sample, ``shard << 32 | row``.
+            first: the first step looked at.
+            last: one past the last.
+
+        Raises:
+            DataError: there is no such sample.
         """
-        found: dict[int, None] = {}
-        start, stop = first * self._each, last * self._each
-        while start < stop:
-            epoch, position = divmod(start, self._span)
+        steps = (position // self._each for position, _ in self.positions_of(number, first * self._each, last * self._each))
+        return sorted(steps)
+
+    def shards(self, first: int, last: int, lanes: range | None = None) -> list[int]:
+        """The shards that steps ``first`` to before ``last`` read, in the order of first use.
+
+        Told from the blocks that the steps touch, without drawing a sample: so a shard may be listed that only other steps
+        of the same block read, but never is one missing.
+
+        Args:
+            first: the first step.
+            last: one past the last.
+            lanes: those of interest, such as a rank's or a node's; None: all.
+        """
+        lanes = range(self.lanes) if lanes is None else lanes
+        return in_order(self.uses(first * self._each, last * self._each, lanes))
+
+    def lane_samples(self, lanes: Sequence[int], starts: Sequence[int], counts: Sequence[int]) -> GlobalBatch:
+        """Some runs of samples of lanes' endless streams, one after the other.
+
+        Args:
+            lanes: the lane of each run.
+            starts: the position in that lane at which a run begins, from 0 over all epochs.
+            counts: the length of each run.
+        """
+        places: dict[int, list[NDArray[np.int64]]] = {}
+        where: dict[int, list[NDArray[np.int64]]] = {}
+        done = 0
+        for lane, start, count in zip(lanes, starts, counts, strict=True):
+            end = start + count
+            while start < end:
+                epoch, position = divmod(start, self._span)
+                take = min(end - start, self._span - position)
+                places.setdefault(epoch, []).append(self._places(epoch, lane, position, take))
+                where.setdefault(epoch, []).append(np.arange(done, done + take))
+                start, done = start + take, done + take
+        ids, epochs = np.empty(done, dtype=np.uint64), np.empty(done, dtype=np.int64)
+        for epoch in sorted(places):
+            rows = np.concatenate(where[epoch])
+            ids[rows] = self._ids(epoch, np.concatenate(places[epoch]))
+            epochs[rows] = epoch
+        return GlobalBatch(ids, epochs)
+
+    def positions_of(self, number: int, first: int, last: int) -> list[tuple[int, int]]:
+        """Where a sample stands in the lanes' endless streams: pairs of position and lane, positions in ``[first, last)``.
+
+        Raises:
+            DataError: there is no such sample.
+        """
+        shard, row = number >> 32, number & 0xFFFFFFFF
+        if shard >= len(self._counts) or row >= self._counts[shard]:
+            raise DataError(f"there is no sample {number}", where="order", mend="Use numbers of this manifest.")
+        found = []
+        for epoch in range(first // self._span, -(-last // self._span)):
+            shards, ends, shift = remember(self._epochs, epoch, 3, self._epoch)
+            slot = int(np.flatnonzero(shards == shard)[0])
+            lane, place = divmod((int(ends[slot] - self._counts[shard]) + row - shift) % self._total, self._span)
+            if lane >= self.lanes:
+                continue  # part of this epoch's remainder
+            block, index = divmod(place, self.block)
+            within = int(np.flatnonzero(self._shuffled(epoch, lane, block) == index)[0])
+            position = epoch * self._span + block * self.block + within
+            if first <= position < last:
+                found.append((position, lane))
+        return found
+
+    def uses(self, first: int, last: int, lanes: range) -> Iterator[tuple[int, int]]:
+        """Shards with the position at which their block begins, for positions ``[first, last)`` of some lanes.
+
+        Pairs of position (not below ``first``) and shard, by position; a shard comes once for each block and lane.
+        """
+        while first < last:
+            epoch, position = divmod(first, self._span)
             number = position // self.block
-            end = min((number + 1) * self.block, self._span)
-            shards, ends, shift = _remember(self._epochs, epoch, 3, self._epoch)
+            size = min(self.block, self._span - number * self.block)
+            shards, ends, shift = remember(self._epochs, epoch, 3, self._epoch)
             for lane in lanes:
-                low = (lane * self._span + number * self.block + shift) % self._total
-                high = low + end - number * self.block
-                for begin, stop_at in ((low, min(high, self._total)), (0, high - self._total)):
-                    if begin < stop_at:
-                        slots = np.searchsorted(ends, [begin, stop_at - 1], side="right")
-                        found.update((int(shard), None) for shard in shards[slots[0] : slots[1] + 1] if self._counts[shard])
-            start += end - position
-        return list(found)
+                begin = (lane * self._span + number * self.block + shift) % self._total
+                for low, high in ((begin, min(begin + size, self._total)), (0, begin + size - self._total)):
+                    if low < high:
+                        slots = slice(np.searchsorted(ends, low, side="right"), np.searchsorted(ends, high - 1, side="right") + 1)
+                        yield from ((first, int(shard)) for shard in shards[slots] if self._counts[shard])
+            first = epoch * self._span + number * self.block + size
 
     def _of_lanes(self, step: int, first: int, last: int) -> GlobalBatch:
         if step < 0:
@@ -187,7 +238,7 @@ class Order:
         return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
     def _ids(self, epoch: int, places: NDArray[np.int64]) -> NDArray[np.uint64]:
-        shards, ends, shift = _remember(self._epochs, epoch, 3, self._epoch)
+        shards, ends, shift = remember(self._epochs, epoch, 3, self._epoch)
         places = (places + shift) % self._total
         slot = np.searchsorted(ends, places, side="right")
         shard = shards[slot]
@@ -204,7 +255,47 @@ class Order:
             size = min(self.block, self._span - number * self.block)
             return permutation(size, self.seed, *key, _BLOCK).astype(np.min_scalar_type(size))
 
-        return _remember(self._blocks, (epoch, lane, number), 2 * self.lanes + 2, draw)
+        return remember(self._blocks, (epoch, lane, number), 2 * self.lanes + 2, draw)
+
+
+def lanes_of(global_batch: int, lanes: int | None, block: int) -> int:
+    """The number of lanes: the one asked for, or the greatest common divisor of the global batch and 256.
+
+    Raises:
+        ConfigError: it does not divide the global batch, or a size is not positive.
+    """
+    if global_batch < 1 or block < 1:
+        raise ConfigError(
+            f"global batch {global_batch} and block {block} must be positive",
+            where="data",
+            mend="Give whole numbers from 1 on.",
+        )
+    lanes = math.gcd(global_batch, _DEFAULT_LANES) if lanes is None else lanes
+    if lanes < 1 or global_batch % lanes:
+        raise ConfigError(
+            f"{lanes} lanes do not divide the global batch of {global_batch}",
+            where="data.lanes",
+            mend=f"Choose of {_listed(divisors(global_batch))}.",
+        )
+    return lanes
+
+
+def share_of(lanes: int, world: int, rank: int) -> range:
+    """The lanes of a rank.
+
+    Raises:
+        ConfigError: an illegal number of ranks, or no such rank.
+    """
+    if world < 1 or lanes % world:
+        raise ConfigError(
+            f"{world} ranks cannot share {lanes} lanes evenly",
+            where="data.lanes",
+            mend=f"Use {_listed(divisors(lanes))} ranks, or a global batch with a suitable divisor.",
+        )
+    if not 0 <= rank < world:
+        raise ConfigError(f"rank {rank} does not exist among {world}", where="rank", mend=f"Ranks count from 0 to {world - 1}.")
+    share = lanes // world
+    return range(rank * share, (rank + 1) * share)
 
 
 def divisors(n: int) -> list[int]:
@@ -213,7 +304,13 @@ def divisors(n: int) -> list[int]:
     return sorted({*small, *(n // d for d in small)})
 
 
-def _remember(cache: OrderedDict[_Key, _Value], key: _Key, limit: int, make: Callable[[_Key], _Value]) -> _Value:
+def in_order(uses: Iterable[tuple[float, int]]) -> list[int]:
+    """The shards of (time, shard) pairs that are sorted by time, each once."""
+    return list(dict.fromkeys(shard for _, shard in uses))
+
+
+def remember(cache: OrderedDict[_Key, _Value], key: _Key, limit: int, make: Callable[[_Key], _Value]) -> _Value:
+    """What ``make`` gives for a key; the last ``limit`` answers are kept."""
     if key in cache:
         cache.move_to_end(key)
         return cache[key]

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.data import storage
-from pipeline.data.index import whole
+from pipeline.data.index import captions_of, whole
 from pipeline.data.manifest import CAPTION_SOURCES, FORMATS, Manifest, Rows
 from pipeline.data.random import uniforms
 from pipeline.errors import DataError
@@ -33,11 +33,12 @@ class Record:
         image: encoded bytes; None if not wanted or not readable.
         width: pixels after EXIF orientation, by the index.
         height: likewise.
-        caption: text; None if not wanted or not there.
+        caption: text, the first of ``captions``; None if not wanted or not there.
         label: class number, -1 if not wanted or not there.
         segmentation: bytes of the PNG class map; None if not wanted or not there.
         status: ``ok``; ``unreadable`` (the shard ends too early or cannot be read), ``corrupt`` (checksum) or ``truncated``
             (no end marker): then ``image`` is None.
+        captions: all its captions that are not empty.
     """
 
     id: int
@@ -50,6 +51,7 @@ class Record:
     label: int
     segmentation: bytes | None
     status: str = "ok"
+    captions: tuple[str, ...] = ()
 
 
 class Reader:
@@ -126,6 +128,7 @@ class Reader:
         if image is not None:
             status = self._verdict(image, rows, row)
         columns = rows.columns
+        captions = self._captions(parts.get("caption"), rows, row)
         return Record(
             id=number,
             key=rows.keys[row],
@@ -133,10 +136,11 @@ class Reader:
             image=image if status == "ok" else None,
             width=int(columns["width"][row]),
             height=int(columns["height"][row]),
-            caption=self._caption(parts.get("caption"), rows, row),
+            caption=captions[0] if captions else None,
             label=int(columns["label"][row]) if "label" in self.wants else -1,
             segmentation=parts.get("segmentation"),
             status=status,
+            captions=captions,
         )
 
     def _verdict(self, image: bytes, rows: Rows, row: int) -> str:
@@ -144,16 +148,17 @@ class Reader:
             return "corrupt"
         return "ok" if whole(image, FORMATS[rows.columns["format"][row]]) else "truncated"
 
-    def _caption(self, data: bytes | None, rows: Rows, row: int) -> str | None:
+    def _captions(self, data: bytes | None, rows: Rows, row: int) -> tuple[str, ...]:
         if data is None:
-            return None
+            return ()
+        fields = self.manifest.fields
         if CAPTION_SOURCES[rows.columns["caption_source"][row]] == "text":
-            return data.decode("utf-8", "replace").strip()
+            text = data.decode("utf-8", "replace")
+            return captions_of(text.splitlines() if fields.caption_lines else text)
         try:
-            said = json.loads(data)[self.manifest.fields.json_caption]
+            return captions_of(json.loads(data)[fields.json_caption])
         except (ValueError, KeyError, TypeError, RecursionError):
-            return None
-        return said.strip() if isinstance(said, str) else None
+            return ()
 
     def _check(self, about: storage.ObjectStat) -> None:
         if storage.is_remote(about.url):

@@ -25,6 +25,7 @@ from pipeline.data.ledger import Event, Ledger
 from pipeline.data.plan import ViewPlan, make_plan
 from pipeline.data.prefetch import Prefetcher
 from pipeline.data.reader import Record
+from pipeline.data.text import tokenizer
 from pipeline.data.views import Batch, Masks
 
 _SUBSTITUTES = 8
@@ -59,6 +60,7 @@ class _Ready:
     samples: int
     bad: list[Event]
     usage: dict[str, float]
+    counts: dict[str, int]
 
 
 class BatchStream:
@@ -118,7 +120,7 @@ class BatchStream:
                     return
                 if isinstance(item, BaseException):
                     raise item
-                self._ledger.saw(item.samples, item.bad)
+                self._ledger.saw(item.samples, item.bad, item.counts)
                 self.usage.update(item.usage)
                 if self._prefetcher is not None:
                     self._prefetcher.advance(item.step)
@@ -162,9 +164,14 @@ class BatchStream:
             if image is None:
                 images[row], records[row], event = self._substitute(portion, row)
                 bad.append(event)
+                if portion.tokens is not None and self._dataset.text is not None:
+                    portion.tokens[row] = tokenizer(self._dataset.text)([records[row].caption or ""])[0]
+        counts = dict(portion.counts)
+        if portion.tokens is not None and (silent := sum(not record.caption for record in records)):
+            counts["blank_caption"] = silent
         size = self._options.micro_batch
         batches = [self._micro(portion, records, images, slice(low, low + size)) for low in range(0, len(records), size)]
-        return _Ready(portion.step, batches, len(records), bad, portion.usage)
+        return _Ready(portion.step, batches, len(records), bad, portion.usage, counts)
 
     def _decode(self, records: list[Record]) -> list[Any]:
         """Pictures of the size the index says, which the plan was made for; ``None`` for everything else."""
@@ -183,12 +190,13 @@ class BatchStream:
         for attempt in range(_SUBSTITUTES):
             other = data.reader.substitute(bad.id, epoch, data.seed, attempt)
             (record,) = data.reader.fetch(np.array([other], dtype=np.uint64))
+            record = data.told(record, epoch)
             (image,) = self._decode([record])
             if image is not None:
                 break
         else:
             image = self._decoder.blank(_BLANK)
-            record, other = replace(bad, height=_BLANK, width=_BLANK, caption=None, label=-1), -1
+            record, other = replace(bad, height=_BLANK, width=_BLANK, caption=None, captions=(), label=-1), -1
         sizes = np.array([(record.height, record.width)], dtype=np.int64)
         ids = np.array([bad.id], dtype=np.uint64)
         fresh = make_plan(data.specs, ids=ids, epochs=portion.epochs[row : row + 1], sizes=sizes, seed=data.seed)
@@ -207,6 +215,7 @@ class BatchStream:
             ids=[int(r.id) for r in chosen],
             position=portion.step * self._dataset.order.global_batch,
             masks={name: self._masks(grid[:, rows]) for name, grid in portion.masks.items()},
+            tokens=None if portion.tokens is None else torch.from_numpy(portion.tokens[rows]).to(self._device, non_blocking=True),
             captions=[r.caption or "" for r in chosen],
         )
 

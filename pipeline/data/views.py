@@ -86,6 +86,19 @@ class ViewSpec:
 
 
 @dataclass(frozen=True)
+class TextSpec:
+    """All that a recipe tells the data side about the text it reads: one caption of each sample, as numbers.
+
+    Attributes:
+        tokenizer: name of an open_clip architecture, whose tokenizer is meant.
+        context: tokens of a row, start and end marks included; longer captions are cut, the end mark stays.
+    """
+
+    tokenizer: str = "ViT-B-32"
+    context: int = 77
+
+
+@dataclass(frozen=True)
 class Masks:
     """Masks of all views of one name, crop-major: row ``v * batch + i`` is view ``v`` of sample ``i``.
 
@@ -111,8 +124,8 @@ class Batch:
         keys: the samples' own names, in order.
         ids: the samples' numbers, ``shard << 32 | row``, in order.
         position: samples of the run consumed before this global batch.
-        tokens: int64 ``[batch, context]`` of caption tokens, if the recipe reads text.
-        captions: caption texts, if the shards have them.
+        tokens: int64 ``[batch, context]`` of caption tokens, if the recipe reads text; padded with 0 after the end mark.
+        captions: the caption of each sample that was chosen for this epoch; empty where there is none.
     """
 
     views: dict[str, list[Tensor]]

@@ -13,7 +13,7 @@ from typing import Self
 import torch
 from torch import Tensor, nn
 
-from pipeline.data.views import Batch, ViewSpec
+from pipeline.data.views import Batch, TextSpec, ViewSpec
 from pipeline.models.groups import ParameterGroup
 from pipeline.recipes.teacher import Teacher
 
@@ -48,6 +48,8 @@ class Recipe(nn.Module, ABC):
 
     Attributes:
         views: what the data side must deliver.
+        text: what the data side must make of captions, or ``None`` if the method reads none. Its settings must say the same
+            (``RecipeSettings.reads_text``).
         teacher: slow copy of student networks, or ``None``. Not a submodule: no engine sees it.
         memory: fp32 tensors that are neither parameters nor the teacher's (centres, queues), saved with each checkpoint
             under their names. Equal on all ranks. Not buffers, because an engine may cast buffers to bf16.
@@ -57,6 +59,7 @@ class Recipe(nn.Module, ABC):
     """
 
     views: tuple[ViewSpec, ...] = ()
+    text: TextSpec | None = None
     batch_coupled: bool = False
 
     def __init__(self) -> None:

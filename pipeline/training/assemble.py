@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+from collections import Counter
 from dataclasses import replace
 from typing import Any
 
@@ -13,11 +14,12 @@ from torch import Tensor
 from pipeline.data.dali import Hue
 from pipeline.data.feeder import Portions
 from pipeline.data.ledger import Ledger
+from pipeline.data.mixture import Mixture
 from pipeline.data.order import Order
 from pipeline.data.prefetch import Prefetcher
 from pipeline.data.reader import Reader
 from pipeline.data.stream import BatchStream, StreamOptions
-from pipeline.errors import CheckpointError
+from pipeline.errors import CheckpointError, ConfigError
 from pipeline.evaluation.online import OnlineKnn, Pictures, raw_pixels
 from pipeline.recipes.base import Recipe
 from pipeline.recipes.registry import build_recipe
@@ -29,13 +31,13 @@ from pipeline.training.checkpoint import Checkpoints, load
 from pipeline.training.control import StopRequests
 from pipeline.training.distributed import World
 from pipeline.training.engine import Engine, EngineOptions
-from pipeline.training.inputs import Inputs, check_data, data_identity, open_storage
+from pipeline.training.inputs import Inputs, check_data, data_identity, open_storage, record_data
 from pipeline.training.run import RunDirectory
 from pipeline.training.saved import Saved
 from pipeline.training.trainer import Plan, Progress, Trainer, Watcher
 
 
-def make_schedules(config: Config, order: Order) -> schedules.Schedules:
+def make_schedules(config: Config, order: Order | Mixture) -> schedules.Schedules:
     """The curves of a run, all lengths in samples."""
     batch, epoch = config.train.global_batch, order.samples_per_epoch
     total = config.train.length.steps(epoch, batch) * batch
@@ -61,7 +63,7 @@ def make_schedules(config: Config, order: Order) -> schedules.Schedules:
     )
 
 
-def make_plan(config: Config, order: Order, run: RunDirectory, attempt: int, rank: int) -> Plan:
+def make_plan(config: Config, order: Order | Mixture, run: RunDirectory, attempt: int, rank: int) -> Plan:
     """Lengths and distances in optimizer steps."""
     batch, epoch = config.train.global_batch, order.samples_per_epoch
     record = run.batches(attempt, rank) if config.train.record_batches else None
@@ -180,9 +182,26 @@ def assemble(
     ledger = Ledger(run.ledger(world.rank), budget=config.data.bad_budget, window=config.data.bad_window)
     progress = Progress()
     if resume is not None:
-        progress = _restore(resume, engine, recipe, ledger, inputs)
+        progress = _restore(resume, engine, recipe, ledger, inputs, config.checkpoint.allow_data_change)
+    if world.rank == 0:
+        record_data(run.data, inputs)
     reader = Reader(inputs.train, wants=("image", "label", "caption"), checksum=config.data.crc, store=open_storage(config))
-    dataset = Portions(reader, inputs.order, recipe.views, seed=config.run.seed, world=world.size, rank=world.rank)
+    if (recipe.text is not None) != config.recipe.reads_text:
+        raise ConfigError(
+            f"the method {'reads' if recipe.text else 'does not read'} text, but its settings say otherwise",
+            where=f"{type(config.recipe).__name__}.reads_text",
+            mend="Both must agree: the settings decide before the start which samples are left out for want of a caption.",
+        )
+    dataset = Portions(
+        reader,
+        inputs.order,
+        recipe.views,
+        seed=config.run.seed,
+        world=world.size,
+        rank=world.rank,
+        text=recipe.text,
+        sources=inputs.sources,
+    )
     options = StreamOptions(
         micro_batch=micro,
         workers=config.data.workers,
@@ -235,26 +254,28 @@ def _data_state(inputs: Inputs, ledger: Ledger, world: World) -> dict[str, Any]:
     """The data plane's state: constants that must not change, and what each rank could not use."""
     states: list[dict[str, Any] | None] = [None] * world.size
     dist.all_gather_object(states, ledger.state(), group=world.control)
-    reasons: dict[str, int] = {}
+    reasons: Counter[str] = Counter()
+    counts: Counter[str] = Counter()
     quarantine: dict[str, str] = {}
     seen = 0
     for state in states:
         if state is not None:
             seen += state["seen"]
             quarantine |= state["quarantine"]
-            for reason, count in state["reasons"].items():
-                reasons[reason] = reasons.get(reason, 0) + count
+            reasons.update(state["reasons"])
+            counts.update(state["counts"])
     return {
         **data_identity(inputs),
         "samples": inputs.train.total,
         "seen": seen,
-        "substituted": reasons,
+        "substituted": dict(reasons),
+        "counts": dict(counts),
         "quarantine": quarantine,
     }
 
 
-def _restore(saved: Saved, engine: Engine, recipe: Recipe, ledger: Ledger, inputs: Inputs) -> Progress:
-    check_data(saved, inputs)
+def _restore(saved: Saved, engine: Engine, recipe: Recipe, ledger: Ledger, inputs: Inputs, allow: bool) -> Progress:
+    changed = check_data(saved, inputs, allow=allow)
     load(saved, engine, recipe)
     data = saved.manifest["data"]
     # The totals live on rank 0 from here on; the others count what they see themselves.
@@ -263,7 +284,8 @@ def _restore(saved: Saved, engine: Engine, recipe: Recipe, ledger: Ledger, input
         {
             "seen": data["seen"] if first else 0,
             "reasons": data["substituted"] if first else {},
-            "quarantine": data["quarantine"],
+            "counts": data.get("counts", {}) if first else {},
+            "quarantine": {} if changed else data["quarantine"],  # in other data its numbers are other samples
         }
     )
     m = saved.manifest

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import fcntl
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from pipeline.data import storage
 from pipeline.data.index import build
-from pipeline.data.manifest import Fields, Manifest
+from pipeline.data.manifest import Fields, Manifest, Shard
+from pipeline.data.mixture import Mixture, Source
+from pipeline.data.narrow import narrow
 from pipeline.data.order import Order
 from pipeline.data.plan import PLAN_VERSION
 from pipeline.errors import CheckpointError, ConfigError, DataError
@@ -18,6 +22,8 @@ from pipeline.training.saved import Saved
 
 DATA_STATE_VERSION = 1
 _START_GRACE = 20.0  # seconds
+_ACCEPTABLE = {"fingerprint", "sources"}  # what may change knowingly; all else is a setting that can be put back
+_NAMED = 5
 
 
 @dataclass(frozen=True)
@@ -28,18 +34,27 @@ class Inputs:
         train: what is trained on.
         bank, queries: labelled data of the k-NN evaluation, ``None`` if it is off.
         order: which sample comes when.
+        sources: the data sets that ``train`` consists of, in the order of their shards; empty if it is a single unnamed one.
     """
 
     train: Manifest
     bank: Manifest | None
     queries: Manifest | None
-    order: Order
+    order: Order | Mixture
+    sources: tuple[Source, ...] = ()
 
 
 def fields(config: Config) -> Fields:
     """What makes a sample, as the settings say."""
     d = config.data
-    return Fields(images=d.image, caption=d.caption, label=d.label, min_side=d.min_side, max_pixels=d.max_pixels)
+    return Fields(
+        images=d.image,
+        caption=d.caption,
+        caption_lines=d.caption_lines,
+        label=d.label,
+        min_side=d.min_side,
+        max_pixels=d.max_pixels,
+    )
 
 
 def open_storage(config: Config, *, at_start: bool = False) -> storage.Storage:
@@ -48,14 +63,30 @@ def open_storage(config: Config, *, at_start: bool = False) -> storage.Storage:
     return storage.Storage(settings.model_copy(update={"grace": min(settings.grace, _START_GRACE)}) if at_start else settings)
 
 
-def indexed(config: Config, patterns: Sequence[str], progress: Callable[[int, int, Any], None] | None = None) -> Manifest:
+def indexed(
+    config: Config,
+    patterns: Sequence[str],
+    progress: Callable[[int, int, Any], None] | None = None,
+    *,
+    require: tuple[str, ...] = (),
+) -> Manifest:
     """Find and index shards; what was indexed before and has not changed is reused.
+
+    Args:
+        config: the settings.
+        patterns: paths or URLs of shards.
+        progress: told of each shard indexed.
+        require: parts without which a sample is left out, of ``caption``, ``label`` and ``segmentation``.
 
     Raises:
         DataError: no shard matches, or shards cannot be used.
     """
-    store = open_storage(config, at_start=True)
-    urls = storage.expand(patterns, store)
+    return _index(config, storage.expand(patterns, open_storage(config, at_start=True)), progress, require)
+
+
+def _index(
+    config: Config, urls: Sequence[str], progress: Callable[[int, int, Any], None] | None, require: tuple[str, ...]
+) -> Manifest:
     directory = config.data.index_folder(urls)
     try:
         directory.mkdir(parents=True, exist_ok=True)
@@ -68,7 +99,9 @@ def indexed(config: Config, patterns: Sequence[str], progress: Callable[[int, in
         ) from error
     with lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        return build(urls, directory, fields=fields(config), damaged=config.data.damaged, progress=progress, store=store)
+        store = open_storage(config, at_start=True)
+        manifest = build(urls, directory, fields=fields(config), damaged=config.data.damaged, progress=progress, store=store)
+        return narrow(manifest, directory / f"with-{'-'.join(require)}", require) if require else manifest
 
 
 def prepare(config: Config, world: int, progress: Callable[[int, int, Any], None] | None = None) -> Inputs:
@@ -82,9 +115,15 @@ def prepare(config: Config, world: int, progress: Callable[[int, int, Any], None
     Raises:
         DataError, ConfigError: with what is wrong and how to mend it.
     """
-    train = indexed(config, config.data.shards, progress)
+    require = ("caption",) if config.recipe.reads_text and config.data.missing_caption == "exclude" else ()
+    urls, sources = _found(config)
+    train = _index(config, urls, progress, require)
     batch, micro = config.train.global_batch, config.train.micro_batch
-    order = Order(train.sizes, config.run.seed, batch, config.data.lanes, config.data.block)
+    order: Order | Mixture
+    if len(sources) > 1:
+        order = Mixture(train.sizes, sources, config.run.seed, batch, config.data.lanes, config.data.block)
+    else:
+        order = Order(train.sizes, config.run.seed, batch, config.data.lanes, config.data.block)
     order.check_world(world)
     if micro is not None and batch % (world * micro):
         raise ConfigError(
@@ -94,13 +133,40 @@ def prepare(config: Config, world: int, progress: Callable[[int, int, Any], None
         )
     knn = config.evaluation.knn
     if not knn.enabled:
-        return Inputs(train, None, None, order)
+        return Inputs(train, None, None, order, sources)
     bank = indexed(config, config.voting_shards, progress) if knn.train_shards else train
-    return Inputs(train, bank, indexed(config, config.validation_shards, progress), order)
+    return Inputs(train, bank, indexed(config, config.validation_shards, progress), order, sources)
+
+
+def _found(config: Config) -> tuple[list[str], tuple[Source, ...]]:
+    """The training shards in order, and which of them make which data set.
+
+    Raises:
+        DataError: no shard matches a pattern, or two data sets share a shard.
+    """
+    store = open_storage(config, at_start=True)
+    if config.data.sources is None:
+        return storage.expand(config.data.shards, store), ()
+    urls: list[str] = []
+    owner: dict[str, str] = {}
+    sources = []
+    for given in config.data.sources:
+        own = storage.expand(given.shards, store)
+        for url in own:
+            if owner.setdefault(storage.absolute(url), given.name) != given.name:
+                raise DataError(
+                    f"the data sets {owner[storage.absolute(url)]!r} and {given.name!r} share a shard",
+                    where=url,
+                    mend="Give each shard to one set of data.sources; repeat or weight say how often it is seen.",
+                )
+        sources.append(Source(given.name, len(urls), len(own), given.weight, given.repeat or 1.0))
+        urls += own
+    return urls, tuple(sources)
 
 
 def data_identity(inputs: Inputs) -> dict[str, Any]:
     """What decides which samples come when and how they look: part of every checkpoint, and the same in all attempts."""
+    mixed = isinstance(inputs.order, Mixture)
     return {
         "version": DATA_STATE_VERSION,
         "plan": PLAN_VERSION,
@@ -109,21 +175,83 @@ def data_identity(inputs: Inputs) -> dict[str, Any]:
         "global_batch": inputs.order.global_batch,
         "lanes": inputs.order.lanes,
         "block": inputs.order.block,
+        "sources": [[s.name, s.shards, s.weight, s.repeat] for s in inputs.sources] if mixed else None,
     }
 
 
-def check_data(saved: Saved, inputs: Inputs) -> None:
+def record_data(folder: Path, inputs: Inputs) -> None:
+    """Keep what a run was trained on, so that a later attempt can tell what has changed.
+
+    Args:
+        folder: the run's folder for it, see :meth:`pipeline.training.run.RunDirectory.data`.
+        inputs: the data sets.
+    """
+    place = folder / inputs.train.fingerprint
+    if not (place / "manifest.json").exists():
+        place.mkdir(parents=True, exist_ok=True)
+        inputs.train.save(place)
+
+
+def check_data(saved: Saved, inputs: Inputs, *, allow: bool = False) -> str:
     """Refuse to resume over other data or in another order.
+
+    Args:
+        saved: the checkpoint.
+        inputs: what there is now.
+        allow: accept other shards and other shares of them. The step number stays; the order is the new data's.
+
+    Returns:
+        Empty if nothing has changed, else what was accepted.
 
     Raises:
         CheckpointError: what the checkpoint was trained on, and what the shards hold now.
     """
-    data = saved.manifest["data"]
-    now = data_identity(inputs)
-    changed = [f"{name} was {data.get(name)!r} and is {value!r}" for name, value in now.items() if data.get(name) != value]
-    if changed:
-        raise CheckpointError(
-            f"the data of this run have changed ({'; '.join(changed)})",
-            where=str(saved.path),
-            mend=f"resume over the {data['samples']} samples it was trained on, or start a new run in another run.directory",
-        )
+    data, now = saved.manifest["data"], data_identity(inputs)
+    changed = [name for name, value in now.items() if data.get(name) != value]
+    if not changed:
+        return ""
+    told = "; ".join(f"{name} was {data.get(name)!r} and is {now[name]!r}" for name in changed)
+    if "fingerprint" in changed:
+        told += f"; {_difference(saved, inputs.train)}"
+    acceptable = set(changed) <= _ACCEPTABLE
+    if allow and acceptable:
+        return f"{saved.path}: goes on at step {saved.step} over other data, as checkpoint.allow_data_change says ({told})"
+    consent = "; or checkpoint.allow_data_change=true goes on at the same step over the new data" if acceptable else ""
+    raise CheckpointError(
+        f"the data of this run have changed ({told})",
+        where=str(saved.path),
+        mend=f"resume over the {data['samples']} samples it was trained on, or start a new run in another run.directory{consent}",
+    )
+
+
+def _difference(saved: Saved, now: Manifest) -> str:
+    """Which shards are gone, new and changed since a checkpoint, with numbers."""
+    try:
+        old = Manifest.load(saved.path.parent.parent / "data" / str(saved.manifest["data"].get("fingerprint")))
+    except DataError:
+        return f"{saved.manifest['data']['samples']} samples then, {now.total} in {len(now.shards)} shards now"
+    then, here = _by_name(old), _by_name(now)
+    parts = [f"{old.total} samples in {len(old.shards)} shards then, {now.total} in {len(now.shards)} now"]
+    gone = [f"{shard.name} ({shard.samples})" for key, shard in then.items() if key not in here]
+    new = [f"{shard.name} ({shard.samples})" for key, shard in here.items() if key not in then]
+    both = [(then[key], here[key]) for key in then if key in here]
+    altered = [
+        f"{a.name} ({a.samples} samples, {a.size} bytes then; {b.samples} samples, {b.size} bytes now)"
+        for a, b in both
+        if (a.size, a.digest) != (b.size, b.digest)
+    ]
+    for word, names in (("gone", gone), ("new", new), ("changed", altered)):
+        if names:
+            more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
+            parts.append(f"{len(names)} {word}: {', '.join(names[:_NAMED])}{more}")
+    return "; ".join(parts if len(parts) > 1 else [*parts, "the same shards in another order"])
+
+
+def _by_name(manifest: Manifest) -> dict[tuple[str, int], Shard]:
+    """Shards by base name; several of one name, in different folders, are told apart by their turn."""
+    turns: Counter[str] = Counter()
+    found = {}
+    for shard in manifest.shards:
+        found[shard.name, turns[shard.name]] = shard
+        turns[shard.name] += 1
+    return found

@@ -6,6 +6,7 @@
 <run>/logs/attempt-0000/     output of each rank
 <run>/batches/               every step's keys, if asked for
 <run>/ledger/rank-0.jsonl    samples that could not be used
+<run>/data/<fingerprint>/    manifest of the data trained on, for telling what has changed
 <run>/attempts.jsonl         one line when an attempt starts, one when it ends
 <run>/outcome.json           how the last attempt ended
 """
@@ -52,6 +53,11 @@ class RunDirectory:
     def ledger(self, rank: int) -> Path:
         """Ledger of bad samples of a rank."""
         return self.path / "ledger" / f"rank-{rank}.jsonl"
+
+    @property
+    def data(self) -> Path:
+        """Manifests of the data that attempts were trained on, each in a folder of its fingerprint."""
+        return self.path / "data"
 
     def batches(self, attempt: int, rank: int) -> Path:
         """Record of every batch's keys, if asked for."""

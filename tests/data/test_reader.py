@@ -15,7 +15,7 @@ from PIL import Image
 
 from pipeline.data import storage
 from pipeline.data.index import build
-from pipeline.data.manifest import Manifest
+from pipeline.data.manifest import Fields, Manifest
 from pipeline.data.reader import Reader
 from pipeline.errors import DataError
 
@@ -134,3 +134,37 @@ def test_substitutes_are_other_samples_of_the_shard_and_always_the_same(manifest
         assert {one >> 32 for one in chosen} == {number >> 32}
         assert {one & 0xFFFFFFFF for one in chosen} == {row for row in range(4) if row != number & 0xFFFFFFFF}
         assert chosen == [Reader(manifest).substitute(number, epoch, 3, attempt) for epoch in range(8) for attempt in range(4)]
+
+
+def captioned(folder: Path, *, lines: bool = False, require: tuple[str, ...] = ()) -> Manifest:
+    said = [
+        {"txt": b"one\n\n  two \n three"},
+        {"json": json.dumps({"caption": ["a", "", "b", 3, None, "  "]}).encode()},
+        {"json": json.dumps({"caption": ["", None, 7]}).encode()},
+        {"json": b'{"caption": "single \\ud800"}'},
+        {"txt": b" \n\n", "json": json.dumps({"caption": ["instead"]}).encode()},
+        {},
+        {"txt": b"\xff\xfe broken"},
+    ]
+    path = folder / "captions.tar"
+    with tarfile.open(path, "w") as writer:
+        for number, members in enumerate(said):
+            for extension, data in {"jpg": jpeg(number), **members}.items():
+                entry = tarfile.TarInfo(f"{number}.{extension}")
+                entry.size = len(data)
+                writer.addfile(entry, io.BytesIO(data))
+    return build([str(path)], folder / "index", fields=Fields(caption_lines=lines, require=require))
+
+
+def test_a_sample_may_have_several_captions_and_no_empty_ones(tmp_path: Path) -> None:
+    def said(manifest: Manifest) -> list[tuple[str, ...]]:
+        records = Reader(manifest).fetch(manifest.ids())
+        assert [record.caption for record in records] == [record.captions[0] if record.captions else None for record in records]
+        return [record.captions for record in records]
+
+    rest = [("a", "b"), (), ("single \ud800",), ("instead",), (), ("\ufffd\ufffd broken",)]
+    assert said(captioned(tmp_path)) == [("one\n\n  two \n three",), *rest]
+    assert said(captioned(tmp_path, lines=True)) == [("one", "two", "three"), *rest]
+    required = captioned(tmp_path, require=("caption",))
+    assert required.counts == {"ok": 5, "missing_caption": 2}
+    assert all(said(required))

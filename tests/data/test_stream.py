@@ -23,12 +23,14 @@ from pipeline.data.index import build
 from pipeline.data.ledger import Event, Ledger
 from pipeline.data.manifest import Manifest
 from pipeline.data.masks import mask_counts
+from pipeline.data.mixture import Mixture, Source
 from pipeline.data.order import Order
 from pipeline.data.pack import ShardWriter
 from pipeline.data.plan import make_plan
 from pipeline.data.reader import Reader, Record
 from pipeline.data.stream import BatchStream, StreamOptions
-from pipeline.data.views import Augment, Batch, MaskSpec, ViewSpec
+from pipeline.data.text import choose, tokenizer
+from pipeline.data.views import Augment, Batch, MaskSpec, TextSpec, ViewSpec
 from pipeline.errors import DataError, TrainingError
 
 BATCH, SEED = 8, 5
@@ -218,7 +220,7 @@ def test_a_bad_sample_is_replaced_in_its_place_and_nothing_else_changes(
         "reason": "corrupt",
         "substitute": other.id,
     }
-    assert ledger.state() == {"seen": 3 * BATCH, "reasons": {"corrupt": 1}, "quarantine": {str(bad): "corrupt"}}
+    assert ledger.state() == {"seen": 3 * BATCH, "reasons": {"corrupt": 1}, "counts": {}, "quarantine": {str(bad): "corrupt"}}
 
 
 class Doctored(Reader):
@@ -264,7 +266,12 @@ def test_a_sample_once_bad_stays_out_after_a_resume(clean: dict[int, Batch], man
     ((_, (batch,)),) = stream(portions(manifest), 2, 3, ledger=ledger)
     assert bad not in batch.ids
     assert_same(batch, clean[2], [row for row in range(BATCH) if row != 6])
-    assert ledger.state() == {"seen": 16 + BATCH, "reasons": {"unreadable": 2}, "quarantine": {str(bad): "unreadable"}}
+    assert ledger.state() == {
+        "seen": 16 + BATCH,
+        "reasons": {"unreadable": 2},
+        "counts": {},
+        "quarantine": {str(bad): "unreadable"},
+    }
 
 
 def test_samples_count_when_they_are_taken_not_when_they_are_prepared(clean: dict[int, Batch], manifest: Manifest) -> None:
@@ -307,6 +314,88 @@ def test_leaving_early_ends_the_thread_and_the_torch_generator_is_not_touched(ma
             break
     assert "fovea-data" not in {thread.name for thread in threading.enumerate() if thread.is_alive()}
     assert torch.equal(torch.random.get_rng_state(), state)
+
+
+# ---- text and data sets -------------------------------------------------------------------------------------------------
+
+TEXT = TextSpec(context=12)
+SOURCES = (Source("first", 0, 1), Source("second", 1, 1))
+
+
+@pytest.fixture
+def said(tmp_path: Path) -> Manifest:
+    """Samples with three captions, one or none."""
+    with ShardWriter(tmp_path / "said", "train", samples_per_shard=12) as writer:
+        for number in range(24):
+            sample = scenes._sample(scenes.render(1, number, 33))
+            captions = [[f"{number} a", "", f"{number} b", f"{number} c"], [f"only {number}"], []][number % 3]
+            about = {"caption": captions, "label": number}
+            writer.write({"__key__": f"{number:04d}", "jpg": sample["jpg"], "json": json.dumps(about).encode()})
+    return build(sorted(str(path) for path in (tmp_path / "said").glob("*.tar")), tmp_path / "said-index")
+
+
+def reading(manifest: Manifest, *, world: int = 1, rank: int = 0) -> Portions:
+    order = Mixture(manifest.sizes, SOURCES, SEED, BATCH, lanes=4, block=8)
+    reader = Reader(manifest, wants=("image", "label", "caption"))
+    return Portions(reader, order, SPECS, seed=SEED, world=world, rank=rank, text=TEXT, sources=SOURCES)
+
+
+def test_captions_are_chosen_by_epoch_tokenised_and_counted_the_same_on_any_rank_and_after_a_resume(said: Manifest) -> None:
+    dataset, ledger = reading(said), Ledger(None, budget=1.0)
+    steps = {step: batch for step, (batch,) in stream(dataset, 0, 9, ledger=ledger)}
+    chosen: dict[int, set[str]] = {}
+    blank = 0
+    for step, batch in steps.items():
+        drawn = dataset.order.rank_batch(step, 1, 0)
+        assert batch.ids == drawn.ids.tolist()
+        assert batch.captions is not None
+        assert batch.tokens is not None
+        assert torch.equal(batch.tokens, torch.from_numpy(tokenizer(TEXT)(batch.captions)))
+        for record, epoch, caption in zip(dataset.reader.fetch(drawn.ids), drawn.epochs.tolist(), batch.captions, strict=True):
+            assert caption == choose(record.captions, record.id, epoch, SEED)
+            chosen.setdefault(record.label, set()).add(caption)
+            blank += not caption
+    assert {label: len(captions) for label, captions in chosen.items() if label % 3} == {n: 1 for n in range(24) if n % 3}
+    assert len([label for label, captions in chosen.items() if len(captions) > 1]) >= 5
+    assert blank > 10
+    assert ledger.counts == {"seen/first": 9 * BATCH // 2, "seen/second": 9 * BATCH // 2, "blank_caption": blank}
+    ranks = [dict(stream(reading(said, world=2, rank=rank), 5, 7, micro=2)) for rank in range(2)]
+    for step in (5, 6):
+        parts = [part for rank in ranks for part in rank[step]]
+        assert (
+            torch.cat([part.tokens for part in parts if part.tokens is not None]).tolist()
+            == tokenizer(TEXT)(steps[step].captions or []).tolist()
+        )
+        assert [caption for part in parts for caption in part.captions or []] == steps[step].captions
+
+
+def test_a_substitute_brings_its_own_caption_and_tokens(said: Manifest) -> None:
+    dataset = reading(said)
+    ((_, (before,)),) = stream(dataset, 0, 1)
+
+    def substitute(bad: int) -> Record:
+        (record,) = dataset.reader.fetch(np.array([dataset.reader.substitute(bad, 0, SEED, 0)], dtype=np.uint64))
+        return record
+
+    def spoken(record: Record) -> str:
+        return choose(record.captions, record.id, 0, SEED)
+
+    row = next(row for row, bad in enumerate(before.ids) if spoken(substitute(bad)) not in ("", substitute(bad).caption))
+    other = substitute(before.ids[row])
+    damage(said, before.ids[row])
+    ledger = Ledger(None, budget=1.0)
+    ((_, (after,)),) = stream(dataset, 0, 1, ledger=ledger)
+    assert after.captions is not None
+    assert before.captions is not None
+    assert after.tokens is not None
+    assert (after.ids[row], after.captions[row]) == (other.id, spoken(other))
+    assert [c for r, c in enumerate(after.captions) if r != row] == [c for r, c in enumerate(before.captions) if r != row]
+    assert torch.equal(after.tokens, torch.from_numpy(tokenizer(TEXT)(after.captions)))
+    assert ledger.counts.get("blank_caption", 0) == after.captions.count("")
+
+
+def test_a_method_without_text_gets_no_tokens(clean: dict[int, Batch]) -> None:
+    assert all(batch.tokens is None for batch in clean.values())
 
 
 # ---- ledger ---------------------------------------------------------------------------------------------------------------
