@@ -307,7 +307,7 @@ class _State:
             torn.unlink()
         pieces: list[Piece] = []
         complete = False
-        if not overwrite and document is not None and document["settings"] == self._settings:
+        if not overwrite and document is not None:
             for piece in (Piece(**entry) for entry in document["shards"]):
                 path = self._out / piece.name
                 if not path.is_file() or path.stat().st_size != piece.bytes:

@@ -150,7 +150,7 @@ def _check_downloads(path: Path) -> None:
 # ---- pictures with a class and a caption ----------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Picture:
     """A file that a folder or a table names.
 
@@ -237,7 +237,7 @@ def _of_table(source: Path) -> tuple[list[Picture], tuple[str, ...], str]:
 # ---- samples of several members ---------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)  # there is one for each member of each sample
 class Part:
     """Where a member's bytes lie.
 

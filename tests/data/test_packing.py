@@ -22,7 +22,7 @@ from PIL import Image
 from pipeline.data.index import build
 from pipeline.data.packing import Packing, PackReport, pack
 from pipeline.data.reader import Reader
-from pipeline.data.sources import open_source
+from pipeline.data.sources import Pictures, open_source
 from pipeline.errors import DataError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -125,29 +125,35 @@ class Stop(BaseException):
     """Ends a packing like a signal would."""
 
 
-@settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(stops=st.lists(st.integers(0, 5), max_size=4), each=st.integers(1, 6))
+class Interrupted(Pictures):
+    """A source that ends the packing at its ``left``-th sample."""
+
+    left = 0
+
+    def key(self, position: int, number: int) -> str:
+        type(self).left -= 1
+        if self.left < 0:
+            raise Stop
+        return super().key(position, number)
+
+
+@settings(max_examples=10, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(stops=st.lists(st.integers(0, 12), max_size=4), each=st.integers(1, 6))
 def test_stopped_anywhere_any_number_of_times_it_ends_with_the_same_bytes(
     folder: Path, tmp_path: Path, stops: list[int], each: int
 ) -> None:
     for name in ("whole", "parts"):
         shutil.rmtree(tmp_path / name, ignore_errors=True)
     how = Packing(samples_per_shard=each, transcode="png")
-    pack(open_source(folder), tmp_path / "whole", how)
-    for shards in stops:
-        left = [shards]
-
-        def tell(done: int, total: int, line: str, left: list[int] = left) -> None:
-            if line:
-                left[0] -= 1
-                if left[0] < 0:
-                    raise Stop
-
+    source = open_source(folder)
+    assert isinstance(source, Pictures)
+    pack(source, tmp_path / "whole", how)
+    for Interrupted.left in stops:
         try:
-            pack(open_source(folder), tmp_path / "parts", how, progress=tell)
+            pack(Interrupted(source.entries, source.classes, source.digest), tmp_path / "parts", how)
         except Stop:
             (tmp_path / "parts" / ".train-00099.tar.1.tmp").write_bytes(b"left behind")
-    report = pack(open_source(folder), tmp_path / "parts", how)
+    report = pack(source, tmp_path / "parts", how)
     assert contents(tmp_path / "parts") == contents(tmp_path / "whole")
     assert report.packed == 13 and report.rewritten == 1 and len(report.skipped) == 2
 

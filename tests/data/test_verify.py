@@ -151,3 +151,15 @@ def test_two_verifications_of_one_index_do_not_mix(tmp_path: Path) -> None:
     manifest = shards(tmp_path, [picture(0)])
     with module._Notebook(tmp_path / "index" / "verify.jsonl", "x"), pytest.raises(DataError, match="another verification"):
         verify(manifest, workers=1)
+
+
+class Upright:
+    """Gives every picture the sides the other way round, like a decoder that leaves the orientation alone."""
+
+    def decode(self, encoded: list[bytes]) -> list[Any]:
+        return [np.zeros((24, 20, 3), np.uint8) for _ in encoded]
+
+
+def test_pixels_of_another_size_than_the_index_says_are_a_failure(tmp_path: Path) -> None:
+    manifest = shards(tmp_path, [picture(n) for n in range(2)])
+    assert verify(manifest, workers=1, decoder=Upright).reasons == {"wrong_size": 2}
