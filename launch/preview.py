@@ -117,7 +117,7 @@ def gather(config: Config, inputs: Inputs, specs: tuple[ViewSpec, ...], count: i
         raise DataError(
             f"none of the first {len(records)} pictures can be decoded",
             where=", ".join(sorted({record.shard_name for record in records})),
-            mend="Look at the shards with `fovea shards index`.",
+            mend="`fovea shards verify` names every picture that cannot be decoded.",
         )
     augmenter = Augmenter(specs, batch_size=len(fine), threads=config.data.decode_threads, hue=_hue(config))
     plans = [_rows(plan, fine) for plan in portion.plan]

@@ -272,8 +272,9 @@ def ls(
     config: ConfigArgument,
     overrides: Overrides = None,
     step: Annotated[int | None, typer.Option(min=0, help="The samples of this step.")] = None,
-    key: Annotated[str | None, typer.Option(help="The steps in which this sample is seen.")] = None,
-    epochs: Annotated[int | None, typer.Option(min=1, help="How many epochs to look through for --key.")] = None,
+    key: Annotated[str | None, typer.Option(help="The steps in which this sample is seen; shard.tar/key for one shard.")] = None,
+    epochs: Annotated[float, typer.Option(min=0, help="How far to look for --key, in epochs.")] = 1.0,
+    until: Annotated[int | None, typer.Option(min=0, help="One past the last step to look at, instead of --epochs.")] = None,
     ranks: Annotated[int | None, typer.Option(min=1, help="Say which of so many ranks reads each sample.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
@@ -288,7 +289,7 @@ def ls(
     from launch.ls import run
     from pipeline.config import load
 
-    run(load(config, overrides or ()), step=step, key=key, epochs=epochs, ranks=ranks, json=as_json)
+    run(load(config, overrides or ()), step=step, key=key, epochs=epochs, until=until, ranks=ranks, as_json=as_json)
 
 
 # ---- what the verbs share -------------------------------------------------------------------------------------------------

@@ -7,12 +7,11 @@ from __future__ import annotations
 
 import json
 import math
-import multiprocessing
 import os
 import re
 import zlib
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import as_completed
 from pathlib import Path
 from typing import Any, Literal
 
@@ -30,6 +29,7 @@ from pipeline.data.manifest import (
     make_columns,
     sidecar_name,
 )
+from pipeline.data.processes import process_pool
 from pipeline.errors import DataError, FoveaError
 
 __all__ = ["Fields", "Judgement", "UnusableShards", "build", "index_shard", "judge", "whole"]
@@ -163,7 +163,7 @@ def _index_all(
         for _, url in pending:
             yield url, _index_one(url, folder, fields, damaged)
         return
-    with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("forkserver")) as pool:
+    with process_pool(workers) as pool:
         largest_first = sorted(pending, reverse=True)
         jobs = {pool.submit(_index_one, url, folder, fields, damaged): url for _, url in largest_first}
         for job in as_completed(jobs):

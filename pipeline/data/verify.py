@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import fcntl
 import json
-import multiprocessing
 import os
 from collections import Counter, deque
 from collections.abc import Callable, Iterator
@@ -22,6 +21,7 @@ from typing import IO, Any, Protocol
 import numpy as np
 
 from pipeline.data.manifest import STATUSES, Manifest, Shard, load_sidecar
+from pipeline.data.processes import process_pool
 from pipeline.data.reader import Reader
 from pipeline.errors import DataError
 
@@ -230,8 +230,7 @@ def _started() -> bool:
 
 
 def _pool(workers: int, setup: tuple[str, Callable[[], Decodes]]) -> ProcessPoolExecutor:
-    context = multiprocessing.get_context("forkserver")
-    return ProcessPoolExecutor(workers, mp_context=context, initializer=_begin, initargs=setup)
+    return process_pool(workers, _begin, *setup)
 
 
 def _begin(directory: str, decoder: Callable[[], Decodes]) -> None:

@@ -147,6 +147,15 @@ def test_a_table_gives_labels_captions_and_facts(tmp_path: Path, kind: str) -> N
     assert "classes.txt" in contents(tmp_path / "out")
 
 
+def test_several_captions_are_a_list_in_json_and_one_is_a_text(tmp_path: Path) -> None:
+    (tmp_path / "a.jpg").write_bytes(picture(1))
+    table = tmp_path / "t.jsonl"
+    table.write_text('{"path": "a.jpg", "caption": ["one", "two"]}\n{"path": "a.jpg", "caption": ["one"]}\n')
+    several, single = (open_source(table).load(n).members for n in range(2))
+    assert several["json"]["caption"] == ["one", "two"] and "txt" not in several
+    assert single["txt"] == "one" and "caption" not in single["json"]
+
+
 def test_what_is_no_source_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file.bin").write_bytes(b"")
     cases = {"gone": "does not exist", "file.bin": "neither a folder nor a table", "x-*.tar": "no shard matches"}

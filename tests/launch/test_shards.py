@@ -138,7 +138,7 @@ def test_ls_asks_the_order(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> N
     stand_in.run = lambda loaded, **what: asked.append(what)  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "launch.ls", stand_in)
     assert fovea("shards", "ls", "dinov2/cifar10_vit_tiny", "data.shards=a.tar", "--step", "1234", "--ranks", "4", "--json") == 0
-    assert asked == [{"step": 1234, "key": None, "epochs": None, "ranks": 4, "json": True}]
+    assert asked == [{"step": 1234, "key": None, "epochs": 1.0, "until": None, "ranks": 4, "as_json": True}]
 
 
 def test_a_terminal_gets_a_bar_and_a_file_gets_lines(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
