@@ -44,9 +44,12 @@ def gather(manifest: Manifest, count: int, seed: int = 0) -> list[tuple[Image.Im
     """Picture, key and a line about each of some samples, in the order of the shards; gray where a picture cannot be decoded."""
     from pipeline.data.decode import Decoder
     from pipeline.data.reader import Reader
+    from pipeline.data.storage import Storage
+    from pipeline.settings import StorageSettings
 
     chosen = np.sort(permutation(manifest.total, seed, _DRAW)[:count])
-    records = Reader(manifest, wants=("image", "caption", "label")).fetch(manifest.ids()[chosen])
+    near = Storage(StorageSettings(mode="direct", grace=20.0))  # a few samples are no reason to download whole shards
+    records = Reader(manifest, wants=("image", "caption", "label"), store=near).fetch(manifest.ids()[chosen])
     decoder, cells = Decoder(), []
     for record in records:
         pixels = decoder.decode([record.image])[0] if record.image is not None else None

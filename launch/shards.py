@@ -14,6 +14,7 @@ from pipeline.errors import ConfigError
 
 if TYPE_CHECKING:
     from pipeline.data.manifest import Manifest, Shard
+    from pipeline.data.storage import Storage
     from pipeline.settings import DataSettings
 
 app = typer.Typer(no_args_is_help=True, help="Look at, index, check and make WebDataset shards.")
@@ -36,6 +37,7 @@ ImageOption = Annotated[str | None, typer.Option(help="Extensions of the picture
 CaptionOption = Annotated[str | None, typer.Option(help="Extension of the caption.")]
 LabelOption = Annotated[str | None, typer.Option(help="Extension of the class number.")]
 DamagedOption = Annotated[str, typer.Option(help="A shard cut short: refuse it, or use what is whole.")]
+_GRACE = 20.0  # seconds that object storage may be away
 _NAMED = 20  # shards or samples that a screen shows before it points to the file
 
 
@@ -100,7 +102,7 @@ def verify(
 
     manifest, folder = _index(_settings(patterns, directory, image, caption, label, damaged), workers, None)
     with meter("decoding") as tell:
-        verdict = verification.verify(manifest, workers=workers, progress=tell)
+        verdict = verification.verify(manifest, workers=workers, progress=tell, store=_store())
     found = [
         {"reason": f.reason, "shard": manifest.shards[f.shard].url, "key": manifest.rows(f.shard).keys[f.row]}
         for f in verdict.failures
@@ -190,7 +192,7 @@ def pack(
         max_side=max_side,
     )
     with meter("packing") as tell:
-        listing = open_source(source, layout=kind, use_damaged=_damaged(damaged) == "use")
+        listing = open_source(source, layout=kind, use_damaged=_damaged(damaged) == "use", store=_store())
         report = write(listing, out, packing, overwrite=overwrite, threads=threads, progress=tell)
     classes = f", {len(report.classes)} classes" if report.classes else ""
     kept = f" ({report.kept} of them were there already)" if report.kept else ""
@@ -331,7 +333,8 @@ def _index(settings: DataSettings, workers: int | None, report: Path | None, *, 
         min_side=settings.min_side,
         max_pixels=settings.max_pixels,
     )
-    urls = expand(list(settings.shards))
+    store = _store()
+    urls = expand(list(settings.shards), store)
     folder = settings.index_folder(urls)
     place = report or folder / "report.json"
     try:
@@ -340,7 +343,7 @@ def _index(settings: DataSettings, workers: int | None, report: Path | None, *, 
             def told(done: int, total: int, shard: Shard) -> None:
                 tell(done, total, f"{shard.url}: {shard.samples} samples")
 
-            manifest = build(urls, folder, fields=fields, workers=workers, damaged=settings.damaged, progress=told)
+            manifest = build(urls, folder, fields=fields, workers=workers, damaged=settings.damaged, progress=told, store=store)
     except UnusableShards as error:
         found = index_report(folder, error.shards, error.problems)
         found.save(place)
@@ -351,6 +354,14 @@ def _index(settings: DataSettings, workers: int | None, report: Path | None, *, 
     if (found.findings or found.damaged) and not quiet:
         print(f"{found.text(most_shards=_NAMED)}\nall of it: {place.with_suffix('.txt')}\n")
     return manifest, folder
+
+
+def _store() -> Storage:
+    """The door to the shards, with the patience of somebody who waits before a screen."""
+    from pipeline.data.storage import Storage
+    from pipeline.settings import StorageSettings
+
+    return Storage(StorageSettings(grace=_GRACE))
 
 
 def _check_out(source: str, out: Path) -> None:

@@ -71,6 +71,7 @@ def train(config: Config, here: RankEnvironment, attempt: int | None, found: Sav
         key=here.key,
         backend=config.launch.backend,
         timeout=config.launch.timeout,
+        local_size=here.local_world_size,
     )
     run = RunDirectory(config.run.folder)
     chosen = [attempt, str(found.path) if found else None]

@@ -254,6 +254,27 @@ class ModelSettings(Settings):
         return int(found[1]) if found else self.patch
 
 
+class StorageSettings(Settings):
+    """How shards in object storage are reached, and what a node keeps of them."""
+
+    endpoint: str | None = Field(default=None, description="URL of an S3-compatible or Azure server; null means AWS_ENDPOINT_URL")
+    region: str | None = Field(default=None, description="region of the bucket; null means AWS_REGION")
+    anonymous: bool = Field(default=False, description="read public buckets without credentials")
+    mode: Literal["cache", "direct"] = Field(
+        default="cache", description="keep whole shards on the node's disk, or read each sample by range"
+    )
+    cache: Path | None = Field(
+        default=None, description="folder of kept shards; null means FOVEA_CACHE, SLURM_TMPDIR or the temporary folder"
+    )
+    cache_gb: Positive | None = Field(default=None, description="most GB kept; null means four fifths of the free disk")
+    free_gb: NonNegative = Field(default=2.0, description="GB of the disk that stay free")
+    part_mb: Count = Field(default=16, description="MB of one request of a download")
+    parallel: int = Field(default=8, ge=1, le=256, description="requests of a download at a time")
+    timeout: Positive = Field(default=60.0, description="seconds one request may take")
+    retries: int = Field(default=5, ge=0, le=100, description="quick retries of one request")
+    grace: NonNegative = Field(default=600.0, description="seconds a training waits for a storage that is away, before it stops")
+
+
 class DataSettings(Settings):
     """Where samples come from and how they are read."""
 
@@ -264,6 +285,9 @@ class DataSettings(Settings):
     )
     index: Path | None = Field(
         default=None, json_schema_extra=RUNTIME, description="folder of the shard index; null means the user's cache"
+    )
+    storage: StorageSettings = Field(
+        default=StorageSettings(), json_schema_extra=RUNTIME, description="object storage and the node's cache"
     )
     lanes: Count | None = Field(default=None, description="shards read side by side; null chooses from the data set")
     block: Count = Field(default=16384, description="samples shuffled together")

@@ -43,8 +43,8 @@ ONLY_IN = {
     "deepspeed": ("pipeline/training/engine.py",),
     "nvidia.dali": ("pipeline/data/dali.py",),
     "mlflow": ("pipeline/tracking/",),
-    "obstore": ("pipeline/data/storage.py",),
-    "boto3": ("pipeline/data/storage.py",),
+    "obstore": ("pipeline/data/storage/",),
+    "boto3": ("pipeline/data/storage/",),
 }
 
 # What each room of the ground floors may know of the house.

@@ -10,7 +10,7 @@ import ctypes
 import logging
 import signal
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import count
 from typing import Any, Protocol
 
@@ -19,6 +19,7 @@ import torch
 from numpy.typing import NDArray
 from torch.utils.data import DataLoader, Dataset
 
+from pipeline.data import storage
 from pipeline.data.masks import block_masks, mask_counts
 from pipeline.data.order import GlobalBatch
 from pipeline.data.plan import ViewPlan, make_plan
@@ -54,6 +55,7 @@ class Portion:
         epochs: int64 ``[n]``, the epoch each sample belongs to.
         plan: one :class:`ViewPlan` a view; rows of bad samples are made again once their substitute is known.
         masks: for each masked view name bool ``[count, n, patches]``.
+        usage: what reading it took of storage, see :meth:`pipeline.data.storage.Storage.usage`.
     """
 
     step: int
@@ -61,6 +63,7 @@ class Portion:
     epochs: NDArray[np.int64]
     plan: list[ViewPlan]
     masks: dict[str, NDArray[np.bool_]]
+    usage: dict[str, float] = field(default_factory=dict)
 
 
 class Portions(Dataset[Portion]):
@@ -82,7 +85,10 @@ class Portions(Dataset[Portion]):
     def __getitem__(self, step: int) -> Portion:
         """Read and plan one step."""
         batch = self.order.rank_batch(step, self.world, self.rank)
+        before = self.reader.store.usage()
         records = self.reader.fetch(batch.ids)
+        usage = {name: value - before.get(name, 0.0) for name, value in self.reader.store.usage().items()}
+        storage.forget_deleted()  # the cache may have evicted shards since the last step
         sizes = np.array([(max(r.height, 1), max(r.width, 1)) for r in records], dtype=np.int64)
         plan = make_plan(self.specs, ids=batch.ids, epochs=batch.epochs, sizes=sizes, seed=self.seed)
         masks = {
@@ -90,7 +96,7 @@ class Portions(Dataset[Portion]):
             for number, spec in enumerate(self.specs)
             if spec.mask is not None
         }
-        return Portion(step, records, batch.epochs, plan, masks)
+        return Portion(step, records, batch.epochs, plan, masks, usage)
 
     def _masks(self, spec: ViewSpec, mask: MaskSpec, stream: int, ids: NDArray[np.uint64], step: int) -> NDArray[np.bool_]:
         side = spec.size // mask.patch

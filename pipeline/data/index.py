@@ -54,24 +54,36 @@ Damaged = Literal["refuse", "use"]
 _SMALL_WORK = 48 << 20  # below this many bytes starting processes takes longer than indexing
 
 
-def index_shard(url: str, *, fields: Fields, damaged: Damaged = "refuse") -> ShardIndex:
+def index_shard(
+    shard: str | storage.ObjectStat, *, fields: Fields, damaged: Damaged = "refuse", store: storage.Storage | None = None
+) -> ShardIndex:
     """Walks one shard and judges each of its samples.
 
     Args:
-        url: the shard.
+        shard: the shard, or what storage said of it.
         fields: what makes a sample.
         damaged: ``use`` keeps the whole samples before a cut; ``refuse`` raises.
+        store: how to reach it.
 
     Raises:
         DataError: the shard cannot be read, is no tar or is damaged.
     """
-    about = storage.stat(url)
+    store = store or storage.Storage()
+    about = store.stat(shard) if isinstance(shard, str) else shard
+    source = store.open(about)
+    try:
+        return _walked(source, about, fields, damaged)
+    finally:
+        source.close()
+
+
+def _walked(source: storage.Source, about: storage.ObjectStat, fields: Fields, damaged: Damaged) -> ShardIndex:
     notes = tar.Notes()
-    runs, damage = tar.runs(url, notes, use_damaged=damaged == "use")
+    runs, damage = tar.runs(source, notes, use_damaged=damaged == "use")
     doubts = tar.doubts([(key, set(members)) for key, members in runs])
-    rows = [_row(url, key, members, fields, doubt, notes) for (key, members), doubt in zip(runs, doubts, strict=True)]
+    rows = [_row(source, key, members, fields, doubt, notes) for (key, members), doubt in zip(runs, doubts, strict=True)]
     return ShardIndex(
-        url=url,
+        url=about.url,
         size=about.size,
         tag=about.tag,
         fields=fields,
@@ -91,6 +103,7 @@ def build(
     workers: int | None = None,
     damaged: Damaged = "refuse",
     progress: Callable[[int, int, Shard], None] | None = None,
+    store: storage.Storage | None = None,
 ) -> Manifest:
     """Indexes shards, or reuses what is already there, and writes the manifest.
 
@@ -104,6 +117,7 @@ def build(
         workers: processes; None: as many as there are processors and work for them.
         damaged: ``use`` keeps the whole samples before a cut, ``refuse`` stops.
         progress: called after each shard with (shards done, shards in all, its summary).
+        store: how to reach them.
 
     Raises:
         UnusableShards: shards cannot be used (all are looked at first, up to five are named), or no sample can.
@@ -115,25 +129,24 @@ def build(
     _make(folder)
     found: dict[str, Shard] = {}
     problems: dict[str, FoveaError] = {}
-    pending: list[tuple[int, str]] = []
+    pending: list[storage.ObjectStat] = []
+    store = store or storage.Storage()
 
     def tell(shard: Shard) -> None:
         found[shard.url] = shard
         if progress is not None:
             progress(len(found) + len(problems), len(urls), shard)
 
-    for url in urls:
-        try:
-            about = storage.stat(url)
-            kept = _reusable(folder / sidecar_name(url), about, fields, damaged)
-        except DataError as error:
-            problems[url] = error
+    for url, about in zip(urls, store.stats(urls), strict=True):
+        if isinstance(about, DataError):
+            problems[url] = about
             continue
+        kept = _reusable(folder / sidecar_name(url), about, fields, damaged)
         if kept is None:
-            pending.append((about.size, url))
+            pending.append(about)
         else:
             tell(Shard.of(kept))
-    for url, result in _index_all(pending, folder, fields, damaged, workers):
+    for url, result in _index_all(pending, folder, fields, damaged, workers, store):
         if isinstance(result, Shard):
             tell(result)
         else:
@@ -154,30 +167,35 @@ def build(
 
 
 def _index_all(
-    pending: list[tuple[int, str]], folder: Path, fields: Fields, damaged: Damaged, workers: int | None
+    pending: list[storage.ObjectStat],
+    folder: Path,
+    fields: Fields,
+    damaged: Damaged,
+    workers: int | None,
+    store: storage.Storage,
 ) -> Iterator[tuple[str, Shard | FoveaError]]:
     if workers is None:
-        workers = min(len(os.sched_getaffinity(0)), math.ceil(sum(size for size, _ in pending) / _SMALL_WORK))
+        workers = min(len(os.sched_getaffinity(0)), math.ceil(sum(about.size for about in pending) / _SMALL_WORK))
     workers = min(workers, len(pending))
     if workers <= 1:
-        for _, url in pending:
-            yield url, _index_one(url, folder, fields, damaged)
+        for about in pending:
+            yield about.url, _index_one(about, folder, fields, damaged, store)
         return
     with process_pool(workers) as pool:
-        largest_first = sorted(pending, reverse=True)
-        jobs = {pool.submit(_index_one, url, folder, fields, damaged): url for _, url in largest_first}
+        largest_first = sorted(pending, key=lambda about: about.size, reverse=True)
+        jobs = {pool.submit(_index_one, about, folder, fields, damaged, store): about.url for about in largest_first}
         for job in as_completed(jobs):
             yield jobs[job], job.result()
 
 
-def _index_one(url: str, folder: Path, fields: Fields, damaged: Damaged) -> Shard | FoveaError:
+def _index_one(
+    about: storage.ObjectStat, folder: Path, fields: Fields, damaged: Damaged, store: storage.Storage
+) -> Shard | FoveaError:
     try:
-        index = index_shard(url, fields=fields, damaged=damaged)
+        index = index_shard(about, fields=fields, damaged=damaged, store=store)
     except FoveaError as error:
         return error
-    finally:
-        storage.forget(url)
-    index.save(folder / sidecar_name(url))
+    index.save(folder / sidecar_name(about.url))
     return Shard.of(index)
 
 
@@ -215,7 +233,9 @@ def _refusal(problems: list[FoveaError], found: list[Shard]) -> UnusableShards:
     return UnusableShards(what, mend=mend, shards=found, problems=problems)
 
 
-def _row(url: str, key: str, members: dict[str, tar.Member], fields: Fields, doubt: str, notes: tar.Notes) -> dict[str, int]:
+def _row(
+    source: storage.Source, key: str, members: dict[str, tar.Member], fields: Fields, doubt: str, notes: tar.Notes
+) -> dict[str, int]:
     image = next((extension for extension in fields.images if extension in members), None)
     row = dict.fromkeys(
         ("image_offset", "image_size", "width", "height", "caption_offset", "caption_size", "segmentation_offset"), 0
@@ -223,7 +243,7 @@ def _row(url: str, key: str, members: dict[str, tar.Member], fields: Fields, dou
     row |= {"segmentation_size": 0, "label": -1, "crc32": 0, "other_crc32": 0, "extension": 0, "format": 0, "caption_source": 0}
     status = "missing_image"
     if image is not None:
-        data = _data(url, members[image])
+        data = _data(source, members[image])
         verdict = judge(data, min_side=fields.min_side, max_pixels=fields.max_pixels)
         status = verdict.status
         row |= {
@@ -235,14 +255,14 @@ def _row(url: str, key: str, members: dict[str, tar.Member], fields: Fields, dou
             "extension": fields.images.index(image),
             "format": FORMATS.index(verdict.format),
         }
-    others = {name: _data(url, members[name]) for name in (fields.caption, fields.label, fields.json) if name in members}
+    others = {name: _data(source, members[name]) for name in (fields.caption, fields.label, fields.json) if name in members}
     document = _json_object(others.get(fields.json), key, notes)
     _add_label(row, others.get(fields.label), document.get(fields.json_label), key, notes)
     _add_caption(row, members, others, document, fields)
     if fields.segmentation in members:
         member = members[fields.segmentation]
         row |= {"segmentation_offset": member.offset, "segmentation_size": member.size}
-        others[fields.segmentation] = _data(url, member)
+        others[fields.segmentation] = _data(source, member)
     for data in others.values():
         row["other_crc32"] = zlib.crc32(data, row["other_crc32"])
     missing = {"caption": not row["caption_source"], "label": row["label"] < 0, "segmentation": not row["segmentation_size"]}
@@ -252,8 +272,8 @@ def _row(url: str, key: str, members: dict[str, tar.Member], fields: Fields, dou
     return row
 
 
-def _data(url: str, member: tar.Member) -> bytes:
-    return storage.read(url, member.offset, member.size)
+def _data(source: storage.Source, member: tar.Member) -> bytes:
+    return source.read(member.offset, member.size) if member.size else b""
 
 
 def _json_object(data: bytes | None, key: str, notes: tar.Notes) -> dict[str, Any]:

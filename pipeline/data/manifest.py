@@ -14,7 +14,6 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-import os
 import zipfile
 from collections import OrderedDict
 from dataclasses import asdict, dataclass, field
@@ -137,7 +136,7 @@ class ShardIndex:
     @property
     def name(self) -> str:
         """Base name of the shard."""
-        return os.path.basename(storage.local_path(self.url))
+        return storage.base_name(self.url)
 
     @property
     def counts(self) -> dict[str, int]:
@@ -191,7 +190,7 @@ def make_columns(rows: list[dict[str, int]]) -> dict[str, NDArray[Any]]:
 def sidecar_name(url: str) -> str:
     """File name of a shard's sidecar: equal base names in different folders do not collide."""
     place = hashlib.blake2b(storage.absolute(url).encode("utf-8", "surrogateescape"), digest_size=6).hexdigest()
-    return f"{os.path.basename(storage.local_path(url))}-{place}.npz"
+    return f"{storage.base_name(url)}-{place}.npz"
 
 
 def load_sidecar(path: Path) -> ShardIndex:
@@ -249,7 +248,12 @@ class Shard:
     @property
     def name(self) -> str:
         """Base name of the shard."""
-        return os.path.basename(storage.local_path(self.url))
+        return storage.base_name(self.url)
+
+    @property
+    def about(self) -> storage.ObjectStat:
+        """The version that was indexed."""
+        return storage.ObjectStat(self.url, self.size, self.tag)
 
     @classmethod
     def of(cls, index: ShardIndex) -> Shard:

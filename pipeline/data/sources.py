@@ -85,7 +85,9 @@ class Source(Protocol):
         """
 
 
-def open_source(source: str | Path, *, layout: Layout = "auto", use_damaged: bool = False) -> Source:
+def open_source(
+    source: str | Path, *, layout: Layout = "auto", use_damaged: bool = False, store: storage.Storage | None = None
+) -> Source:
     """Finds out what a source is, and lists its samples.
 
     Args:
@@ -94,22 +96,23 @@ def open_source(source: str | Path, *, layout: Layout = "auto", use_damaged: boo
             ``00000/000000000.jpg`` with ``.txt`` and ``.json`` beside it, as img2dataset writes. ``shards``: tars. ``auto``: what
             it looks like.
         use_damaged: take the whole samples of tars that are cut.
+        store: how to reach shards.
 
     Raises:
         DataError: it is none of these, holds nothing, or is not finished.
     """
-    path = Path(source)
+    path, store = Path(source), store or storage.Storage()
     found = _look(path, str(source)) if layout == "auto" else layout
     if found == "table":
         return Pictures(*_of_table(path))
     if found == "folder":
         return Pictures(*_of_folder(path))
     if found == "files":
-        return Members(*_of_files(path))
-    urls = storage.expand(str(source))
+        return Members(store, *_of_files(path))
+    urls = storage.expand(str(source), store)
     if layout == "auto":
         _check_downloads(path)
-    return Members(*_of_tars(urls, use_damaged))
+    return Members(store, *_of_tars(store, urls, use_damaged))
 
 
 def _look(path: Path, source: str) -> Layout:
@@ -242,25 +245,28 @@ class Part:
     """Where a member's bytes lie.
 
     Attributes:
-        url: the shard, or the file itself.
+        about: the shard, or the file itself.
         offset: first byte; -1: the whole file.
         size: bytes.
     """
 
-    url: str
+    about: storage.ObjectStat
     offset: int
     size: int
 
-    def read(self) -> bytes:
+    def read(self, store: storage.Storage) -> bytes:
         """The bytes.
 
         Raises:
             LeftOut: they cannot be read.
+            StorageAway, ShardChanged: that is no fault of the sample.
         """
         if self.offset < 0:
-            return _read(Path(self.url))
+            return _read(Path(self.about.url))
         try:
-            return storage.read(self.url, self.offset, self.size)
+            return store.read(self.about, self.offset, self.size)
+        except (storage.StorageAway, storage.ShardChanged):
+            raise
         except DataError as error:
             raise LeftOut("unreadable") from error
 
@@ -269,6 +275,7 @@ class Part:
 class Members:
     """Samples that have a key already and keep it, with all that belongs to it."""
 
+    store: storage.Storage
     keys: Sequence[str]
     parts: Sequence[dict[str, Part]]
     names: Sequence[str]
@@ -292,27 +299,35 @@ class Members:
         image = next((extension for extension in IMAGES if extension in parts), None)
         if image is None:
             raise LeftOut("missing_image")
-        members = {extension: part.read() for extension, part in parts.items() if extension != image}
-        return Raw(parts[image].read(), members, image)
+        members = {extension: part.read(self.store) for extension, part in parts.items() if extension != image}
+        return Raw(parts[image].read(self.store), members, image)
 
 
-def _of_tars(urls: Sequence[str], use_damaged: bool) -> tuple[list[str], list[dict[str, Part]], list[str], str]:
+def _of_tars(
+    store: storage.Storage, urls: Sequence[str], use_damaged: bool
+) -> tuple[list[str], list[dict[str, Part]], list[str], str]:
     found: list[tuple[str, str, dict[str, Part]]] = []
     versions = []
-    for url in urls:
-        about = storage.stat(url)
+    for about in store.stats(urls):
+        if isinstance(about, DataError):
+            raise about
+        url = about.url
         versions.append(f"{url}\0{about.size}\0{about.tag}")
         places: dict[str, list[int]] = {}
-        for key, members in tar.runs(url, tar.Notes(), use_damaged=use_damaged)[0]:
-            parts = {extension: Part(url, member.offset, member.size) for extension, member in members.items()}
+        shard = store.open(about)
+        try:
+            runs, _ = tar.runs(shard, tar.Notes(), use_damaged=use_damaged)
+        finally:
+            shard.close()
+        for key, members in runs:
+            parts = {extension: Part(about, member.offset, member.size) for extension, member in members.items()}
             # Members of one key that lie apart are one sample; a second copy of a member makes another sample.
             open_ones = [place for place in places.get(key, []) if not found[place][2].keys() & parts.keys()]
             if open_ones:
                 found[open_ones[0]][2].update(parts)
             else:
                 places.setdefault(key, []).append(len(found))
-                found.append((key, f"{Path(url).name}: {key}", parts))
-        storage.forget(url)
+                found.append((key, f"{storage.base_name(url)}: {key}", parts))
     keys = _unique(key for key, _, _ in found)
     return keys, [parts for _, _, parts in found], [name for _, name, _ in found], _digest("shards", versions)
 
@@ -326,7 +341,7 @@ def _of_files(source: Path) -> tuple[list[str], list[dict[str, Part]], list[str]
             if split is None or not path.is_file():
                 continue
             size = path.stat().st_size
-            groups.setdefault((folder.name, split[0]), {})[split[1]] = Part(str(path), -1, size)
+            groups.setdefault((folder.name, split[0]), {})[split[1]] = Part(storage.ObjectStat(str(path), size, ""), -1, size)
             listing.append(f"{folder.name}/{path.name}\0{size}")
     keys = _unique(key for _, key in groups)
     return keys, list(groups.values()), [f"{folder}/{key}" for folder, key in groups], _digest("files", listing)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import queue
 import threading
 import time
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
@@ -22,6 +23,7 @@ from pipeline.data.decode import Decoder
 from pipeline.data.feeder import Portion, Portions, portions
 from pipeline.data.ledger import Event, Ledger
 from pipeline.data.plan import ViewPlan, make_plan
+from pipeline.data.prefetch import Prefetcher
 from pipeline.data.reader import Record
 from pipeline.data.views import Batch, Masks
 
@@ -56,6 +58,7 @@ class _Ready:
     batches: list[Batch]
     samples: int
     bad: list[Event]
+    usage: dict[str, float]
 
 
 class BatchStream:
@@ -68,6 +71,7 @@ class BatchStream:
         ledger: where bad samples are recorded.
         first: the first step to yield.
         last: one past the last step, ``None`` for no end.
+        prefetcher: fills the node's cache ahead of the readers; begun and ended with the stream.
     """
 
     def __init__(
@@ -79,6 +83,7 @@ class BatchStream:
         ledger: Ledger,
         first: int = 0,
         last: int | None = None,
+        prefetcher: Prefetcher | None = None,
     ) -> None:
         self._dataset, self._device, self._options, self._ledger = dataset, device, options, ledger
         self._first, self._last = first, last
@@ -90,7 +95,9 @@ class BatchStream:
         self._queue: queue.Queue[_Ready | BaseException | None] = queue.Queue(maxsize=options.prefetch)
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._produce, name="fovea-data", daemon=True)
+        self._prefetcher = prefetcher
         self.seconds_waited = 0.0
+        self.usage: Counter[str] = Counter()
 
     def __iter__(self) -> Iterator[tuple[int, list[Batch]]]:
         """Yield steps in order, once.
@@ -99,6 +106,8 @@ class BatchStream:
             TrainingError: too many samples could not be used.
             DataError: a shard is gone or was changed. It, and any other error of the producing thread, is raised here.
         """
+        if self._prefetcher is not None:
+            self._prefetcher.start(self._first)
         self._thread.start()
         try:
             while True:
@@ -110,6 +119,9 @@ class BatchStream:
                 if isinstance(item, BaseException):
                     raise item
                 self._ledger.saw(item.samples, item.bad)
+                self.usage.update(item.usage)
+                if self._prefetcher is not None:
+                    self._prefetcher.advance(item.step)
                 yield item.step, item.batches
         finally:
             self.close()
@@ -121,6 +133,8 @@ class BatchStream:
             self._queue.get_nowait()
         if self._thread.is_alive():
             self._thread.join(timeout=10)
+        if self._prefetcher is not None:
+            self._prefetcher.close()
 
     def _put(self, item: _Ready | BaseException | None) -> None:
         while not self._stop.is_set():
@@ -150,7 +164,7 @@ class BatchStream:
                 bad.append(event)
         size = self._options.micro_batch
         batches = [self._micro(portion, records, images, slice(low, low + size)) for low in range(0, len(records), size)]
-        return _Ready(portion.step, batches, len(records), bad)
+        return _Ready(portion.step, batches, len(records), bad, portion.usage)
 
     def _decode(self, records: list[Record]) -> list[Any]:
         """Pictures of the size the index says, which the plan was made for; ``None`` for everything else."""

@@ -107,24 +107,28 @@ def split_name(name: str) -> tuple[str, str] | None:
     return None if match is None else (match[1], match[2].lower())
 
 
-def walk(url: str) -> Iterator[Member]:
+def walk(shard: str | storage.Source) -> Iterator[Member]:
     """All members of an archive, in order.
+
+    Args:
+        shard: a local path, or whatever :meth:`pipeline.data.storage.Storage.open` opened.
 
     Raises:
         TarDamage: the file is no tar, is compressed, is cut, has a broken header, or goes on after its end marker.
         DataError: the file cannot be read.
     """
-    size = storage.stat(url).size
+    source = _opened(shard)
+    url, size = source.url, source.size
     at = 0
     shared: dict[str, str] = {}
     own: dict[str, str] = {}
     long_name: str | None = None
     while True:
-        block = _block(url, at, size)
+        block = _block(source, at)
         if block == _ZEROS:
             if own or long_name is not None:
                 raise _broken(url, at, "a long-name header is followed by no member")
-            _check_end(url, at, size)
+            _check_end(source, at)
             return
         try:
             header = tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape")
@@ -134,12 +138,12 @@ def walk(url: str) -> Iterator[Member]:
             raise _broken(url, at, "the header is damaged (wrong checksum or fields)") from error
         data = at + BLOCK
         if header.type in (tarfile.XHDTYPE, tarfile.SOLARIS_XHDTYPE, tarfile.XGLTYPE):
-            records = _pax(url, at, _extra(url, at, header.size, size))
+            records = _pax(url, at, _extra(source, at, header.size))
             (shared if header.type == tarfile.XGLTYPE else own).update(records)
             at = data + _padded(header.size)
             continue
         if header.type in (tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK):
-            text = _extra(url, at, header.size, size).split(b"\0", 1)[0].decode("utf-8", "surrogateescape")
+            text = _extra(source, at, header.size).split(b"\0", 1)[0].decode("utf-8", "surrogateescape")
             if header.type == tarfile.GNUTYPE_LONGNAME:
                 long_name = text
             at = data + _padded(header.size)
@@ -155,7 +159,7 @@ def walk(url: str) -> Iterator[Member]:
         if any(name.startswith("GNU.sparse.") for name in records):
             kind = "sparse"
         if header.type == tarfile.GNUTYPE_SPARSE:
-            data = _after_sparse_map(url, at, block, size)
+            data = _after_sparse_map(source, at, block)
         # Readers must not skip the "size" of links and directories: it is not stored for them.
         stored = member_size if kind in ("file", "sparse", "unknown") else 0
         if data + stored > size:
@@ -165,11 +169,11 @@ def walk(url: str) -> Iterator[Member]:
         own, long_name = {}, None
 
 
-def samples(url: str, notes: Notes) -> Iterator[tuple[str, dict[str, Member]]]:
+def samples(shard: str | storage.Source, notes: Notes) -> Iterator[tuple[str, dict[str, Member]]]:
     """The samples of an archive: runs of neighbouring members with one key; a repeated extension begins a new run.
 
     Args:
-        url: the archive.
+        shard: the archive, as for :func:`walk`.
         notes: counts what is no part of a sample: links, devices…, and ``no_extension``.
 
     Yields:
@@ -181,7 +185,7 @@ def samples(url: str, notes: Notes) -> Iterator[tuple[str, dict[str, Member]]]:
     key: str | None = None
     members: dict[str, Member] = {}
     try:
-        for member in walk(url):
+        for member in walk(shard):
             if member.kind != "file":
                 if member.kind != "directory":
                     notes.note(member.kind, member.name)
@@ -203,11 +207,13 @@ def samples(url: str, notes: Notes) -> Iterator[tuple[str, dict[str, Member]]]:
         yield key, members
 
 
-def runs(url: str, notes: Notes, *, use_damaged: bool = False) -> tuple[list[tuple[str, dict[str, Member]]], str]:
+def runs(
+    shard: str | storage.Source, notes: Notes, *, use_damaged: bool = False
+) -> tuple[list[tuple[str, dict[str, Member]]], str]:
     """The runs of :func:`samples` as a list, and why the archive could be used in part only (empty: it is whole).
 
     Args:
-        url: the archive.
+        shard: see :func:`walk`.
         notes: see :func:`samples`; ``cut_sample`` is the one before a cut, which is left out.
         use_damaged: keep the whole samples before a cut or a broken header, rather than raise.
 
@@ -215,7 +221,7 @@ def runs(url: str, notes: Notes, *, use_damaged: bool = False) -> tuple[list[tup
         TarDamage: the archive is damaged, and may not be used or cannot.
     """
     found: list[tuple[str, dict[str, Member]]] = []
-    walker = samples(url, notes)
+    walker = samples(shard, notes)
     while True:
         try:
             found.append(next(walker))
@@ -255,22 +261,28 @@ def _damage(what: str, where: str, mend: str, reason: Reason, at: int) -> TarDam
     return TarDamage(what, where=where, mend=mend, reason=reason, at=at)
 
 
-def _block(url: str, at: int, size: int) -> bytes:
+def _opened(shard: str | storage.Source) -> storage.Source:
+    return storage.Storage().open(storage.stat(shard)) if isinstance(shard, str) else shard
+
+
+def _block(source: storage.Source, at: int) -> bytes:
+    url, size = source.url, source.size
     if at + BLOCK <= size:
-        return storage.read(url, at, BLOCK)
+        return source.read(at, BLOCK)
     if size == 0:
         raise TarDamage("is an empty file", where=url, mend="Write or copy the shard again.", reason="empty_file", at=0)
     if at == 0:
-        raise _no_tar(url, storage.read(url, 0, size))
+        raise _no_tar(url, source.read(0, size))
     raise _cut(url, at, "the end marker is missing")
 
 
-def _extra(url: str, at: int, length: int, size: int) -> bytes:
+def _extra(source: storage.Source, at: int, length: int) -> bytes:
+    url, size = source.url, source.size
     if not 0 <= length <= _HEADER_LIMIT:
         raise _broken(url, at, f"a long-name header claims {length} bytes")
     if at + BLOCK + length > size:
         raise _cut(url, at, "a long-name header is incomplete")
-    return storage.read(url, at + BLOCK, length)
+    return source.read(at + BLOCK, length)
 
 
 def _pax(url: str, at: int, data: bytes) -> dict[str, str]:
@@ -289,25 +301,26 @@ def _pax(url: str, at: int, data: bytes) -> dict[str, str]:
     return records
 
 
-def _after_sparse_map(url: str, at: int, block: bytes, size: int) -> int:
+def _after_sparse_map(source: storage.Source, at: int, block: bytes) -> int:
     """Where the data of an old GNU sparse member begins: its map may go on over further blocks."""
     position, more = at + BLOCK, block[482]
     while more:
-        if position + BLOCK > size:
-            raise _cut(url, at, "the map of a sparse member is incomplete")
-        more = storage.read(url, position, BLOCK)[504]
+        if position + BLOCK > source.size:
+            raise _cut(source.url, at, "the map of a sparse member is incomplete")
+        more = source.read(position, BLOCK)[504]
         position += BLOCK
     return position
 
 
-def _check_end(url: str, at: int, size: int) -> None:
+def _check_end(source: storage.Source, at: int) -> None:
     """Nothing but zeros may follow the end marker, which is two blocks of zeros."""
+    url, size = source.url, source.size
     if at + 2 * BLOCK > size:
         raise _cut(url, at, "half of the end marker is missing")
     position = at + BLOCK
     while position < size:
         length = min(1 << 20, size - position)
-        if any(storage.read(url, position, length)):
+        if any(source.read(position, length)):
             raise TarDamage(
                 f"holds more data after its end marker at byte {at}",
                 where=url,

@@ -20,6 +20,7 @@ from typing import IO, Any, Protocol
 
 import numpy as np
 
+from pipeline.data import storage
 from pipeline.data.manifest import STATUSES, Manifest, Shard, load_sidecar
 from pipeline.data.processes import process_pool
 from pipeline.data.reader import Reader
@@ -95,6 +96,7 @@ class _Worker:
     decoder: Decodes
 
 
+_Setup = tuple[str, Callable[[], Decodes], storage.Storage]
 _here: list[_Worker] = []  # the one of this process
 
 
@@ -111,6 +113,7 @@ def verify(
     workers: int | None = None,
     decoder: Callable[[], Decodes] = cpu_decoder,
     progress: Callable[[int, int, str], None] | None = None,
+    store: storage.Storage | None = None,
 ) -> Verdict:
     """Reads and decodes every accepted sample, and compares checksum and size with the index.
 
@@ -119,6 +122,7 @@ def verify(
         workers: processes; None: as many as there are processors and tasks for them.
         decoder: makes each process its decoder; a function of a module.
         progress: called with (samples done, samples in all, a line after the last sample of a shard).
+        store: how to reach the shards.
 
     Raises:
         DataError: another verification of this index is running, or the index cannot be read.
@@ -136,7 +140,7 @@ def verify(
         checked = resumed
         pending = deque(task for task in tasks if task not in done)
         workers = max(1, min(workers or len(os.sched_getaffinity(0)), len(pending)))
-        for task, failures in _run(pending, workers, (manifest.directory, decoder)):
+        for task, failures in _run(pending, workers, (manifest.directory, decoder, store or storage.Storage())):
             done[task] = failures
             notebook.add(task, failures)
             checked += task.last - task.first
@@ -182,9 +186,7 @@ def exclude(manifest: Manifest, failures: tuple[Failure, ...]) -> Manifest:
 # ---- processes ----------------------------------------------------------------------------------------------------------
 
 
-def _run(
-    pending: deque[_Task], workers: int, setup: tuple[str, Callable[[], Decodes]]
-) -> Iterator[tuple[_Task, tuple[Failure, ...]]]:
+def _run(pending: deque[_Task], workers: int, setup: _Setup) -> Iterator[tuple[_Task, tuple[Failure, ...]]]:
     """Each task with its failures, in the order in which they are done."""
     while pending:
         flying: dict[Future[tuple[Failure, ...]], _Task] = {}
@@ -204,7 +206,7 @@ def _run(
             yield task, job.result() if job.done() and job.exception() is None else _carefully(task, setup)
 
 
-def _carefully(task: _Task, setup: tuple[str, Callable[[], Decodes]]) -> tuple[Failure, ...]:
+def _carefully(task: _Task, setup: _Setup) -> tuple[Failure, ...]:
     """A task sample by sample, each crash in a process of its own."""
     failures: list[Failure] = []
     row = task.first
@@ -229,12 +231,12 @@ def _started() -> bool:
     return bool(_here)
 
 
-def _pool(workers: int, setup: tuple[str, Callable[[], Decodes]]) -> ProcessPoolExecutor:
+def _pool(workers: int, setup: _Setup) -> ProcessPoolExecutor:
     return process_pool(workers, _begin, *setup)
 
 
-def _begin(directory: str, decoder: Callable[[], Decodes]) -> None:
-    _here[:] = [_Worker(Reader(Manifest.load(directory), wants=("image",)), decoder())]
+def _begin(directory: str, decoder: Callable[[], Decodes], store: storage.Storage) -> None:
+    _here[:] = [_Worker(Reader(Manifest.load(directory), wants=("image",), store=store), decoder())]
     with open(os.devnull, "wb") as nowhere:
         os.dup2(nowhere.fileno(), 2)  # the decoder's own words on each bad picture: the verdict says it better
 
@@ -250,6 +252,8 @@ def _check(task: _Task) -> tuple[Failure, ...]:
         last = row + max(int(within.sum()), 1)
         try:
             records = reader.fetch((np.uint64(task.shard) << np.uint64(32)) | np.arange(row, last, dtype=np.uint64))
+        except storage.StorageAway:
+            raise
         except DataError:
             failures += [Failure(task.shard, bad, "changed_shard") for bad in range(row, task.last)]
             break

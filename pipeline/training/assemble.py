@@ -14,6 +14,7 @@ from pipeline.data.dali import Hue
 from pipeline.data.feeder import Portions
 from pipeline.data.ledger import Ledger
 from pipeline.data.order import Order
+from pipeline.data.prefetch import Prefetcher
 from pipeline.data.reader import Reader
 from pipeline.data.stream import BatchStream, StreamOptions
 from pipeline.errors import CheckpointError
@@ -28,7 +29,7 @@ from pipeline.training.checkpoint import Checkpoints, load
 from pipeline.training.control import StopRequests
 from pipeline.training.distributed import World
 from pipeline.training.engine import Engine, EngineOptions
-from pipeline.training.inputs import Inputs, check_data, data_identity
+from pipeline.training.inputs import Inputs, check_data, data_identity, open_storage
 from pipeline.training.run import RunDirectory
 from pipeline.training.saved import Saved
 from pipeline.training.trainer import Plan, Progress, Trainer, Watcher
@@ -173,7 +174,7 @@ def assemble(
     progress = Progress()
     if resume is not None:
         progress = _restore(resume, engine, recipe, ledger, inputs)
-    reader = Reader(inputs.train, wants=("image", "label", "caption"), checksum=config.data.crc)
+    reader = Reader(inputs.train, wants=("image", "label", "caption"), checksum=config.data.crc, store=open_storage(config))
     dataset = Portions(reader, inputs.order, recipe.views, seed=config.run.seed, world=world.size, rank=world.rank)
     options = StreamOptions(
         micro_batch=micro,
@@ -184,7 +185,21 @@ def assemble(
     )
 
     def stream(first: int, last: int) -> BatchStream:
-        return BatchStream(dataset, device=world.device, options=options, ledger=ledger, first=first, last=last)
+        prefetcher = None
+        if Prefetcher.useful(inputs.train, reader.store):
+            prefetcher = Prefetcher(
+                inputs.train,
+                inputs.order,
+                reader.store,
+                world=world.size,
+                rank=world.rank,
+                last=last,
+                horizon=2 * inputs.order.block * inputs.order.lanes // inputs.order.global_batch,
+                share=1 / world.local_size,
+            )
+        return BatchStream(
+            dataset, device=world.device, options=options, ledger=ledger, first=first, last=last, prefetcher=prefetcher
+        )
 
     evaluate = Evaluations(config, inputs, recipe, world, resume is None) if inputs.bank is not None else None
     return Trainer(

@@ -21,6 +21,7 @@ class World:
         local_rank: rank on this node.
         device: this rank's device.
         control: a gloo group for small host-side agreements; ``None`` (the default group) where that is gloo itself.
+        local_size: number of ranks on this node.
     """
 
     rank: int
@@ -28,10 +29,20 @@ class World:
     local_rank: int
     device: torch.device
     control: dist.ProcessGroup | None
+    local_size: int = 1
 
 
 def join(
-    *, rank: int, size: int, local_rank: int, address: str, port: int, key: str, backend: str = "auto", timeout: float = 600.0
+    *,
+    rank: int,
+    size: int,
+    local_rank: int,
+    address: str,
+    port: int,
+    key: str,
+    backend: str = "auto",
+    timeout: float = 600.0,
+    local_size: int = 1,
 ) -> World:
     """Meet the other ranks.
 
@@ -42,6 +53,7 @@ def join(
             what an earlier start left behind there.
         backend: ``auto`` (NCCL with GPUs, else gloo), ``nccl`` or ``gloo``.
         timeout: seconds a collective may take.
+        local_size: number of ranks on this node.
 
     Raises:
         LaunchError: the ranks do not meet in time, the port is taken, or there is no GPU for NCCL.
@@ -65,7 +77,7 @@ def join(
             where=f"{address}:{port}",
             mend="see the other ranks' logs; the port must be free and reachable",
         ) from error
-    return World(rank, size, local_rank, device, control)
+    return World(rank, size, local_rank, device, control, local_size)
 
 
 def leave() -> None:

@@ -17,6 +17,7 @@ from pipeline.settings import Config
 from pipeline.training.saved import Saved
 
 DATA_STATE_VERSION = 1
+_START_GRACE = 20.0  # seconds
 
 
 @dataclass(frozen=True)
@@ -41,13 +42,20 @@ def fields(config: Config) -> Fields:
     return Fields(images=d.image, caption=d.caption, label=d.label, min_side=d.min_side, max_pixels=d.max_pixels)
 
 
+def open_storage(config: Config, *, at_start: bool = False) -> storage.Storage:
+    """The door to a run's shards. At the start there is little patience: nothing is lost yet, and somebody waits."""
+    settings = config.data.storage
+    return storage.Storage(settings.model_copy(update={"grace": min(settings.grace, _START_GRACE)}) if at_start else settings)
+
+
 def indexed(config: Config, patterns: Sequence[str], progress: Callable[[int, int, Any], None] | None = None) -> Manifest:
     """Find and index shards; what was indexed before and has not changed is reused.
 
     Raises:
         DataError: no shard matches, or shards cannot be used.
     """
-    urls = storage.expand(patterns)
+    store = open_storage(config, at_start=True)
+    urls = storage.expand(patterns, store)
     directory = config.data.index_folder(urls)
     try:
         directory.mkdir(parents=True, exist_ok=True)
@@ -60,7 +68,7 @@ def indexed(config: Config, patterns: Sequence[str], progress: Callable[[int, in
         ) from error
     with lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        return build(urls, directory, fields=fields(config), damaged=config.data.damaged, progress=progress)
+        return build(urls, directory, fields=fields(config), damaged=config.data.damaged, progress=progress, store=store)
 
 
 def prepare(config: Config, world: int, progress: Callable[[int, int, Any], None] | None = None) -> Inputs:

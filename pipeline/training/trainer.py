@@ -216,6 +216,7 @@ class Trainer:
                     "perf/images_per_second": rate,
                     "perf/data_wait_share": share,
                     "train/skipped_steps": float(p.skipped),
+                    **{f"storage/{name}": value for name, value in batches.usage.items()},
                 },
             )
         self.watcher.step(p.step, self.plan.steps, values["loss"], rate, p.scores)

@@ -21,6 +21,7 @@ from pipeline.data.index import build
 from tests.data.test_packing import contents, picture
 from tests.data.test_sources import downloaded, write_tar
 from tests.data.test_verify import damaged_png
+from tests.s3 import KEYS, upload
 
 
 def fovea(*words: str | Path) -> int:
@@ -157,3 +158,24 @@ def test_a_terminal_gets_a_bar_and_a_file_gets_lines(monkeypatch: pytest.MonkeyP
 def test_a_range_of_shards_is_one_pattern() -> None:
     assert _range([]) == "" and _range(["a/x-00000.tar"]) == "a/x-00000.tar"
     assert _range([f"a b/x-{n:05d}.tar" for n in range(12)]) == "'a b/x-{00000..00011}.tar'"
+
+
+def test_every_verb_takes_shards_from_a_bucket(
+    s3_port: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name, value in {**KEYS, "AWS_ENDPOINT_URL": f"http://127.0.0.1:{s3_port}", "FOVEA_CACHE": str(tmp_path / "kept")}.items():
+        monkeypatch.setenv(name, value)
+    write_tar(tmp_path / "0.tar", [("1.jpg", picture(1)), ("1.cls", b"1"), ("2.jpg", b"<html>")])
+    write_tar(tmp_path / "1.tar", [("3.jpg", picture(3)), ("odd.png", damaged_png())])
+    upload(s3_port, "tools", {f"data/{n}.tar": tmp_path / f"{n}.tar" for n in range(2)})
+    there = "s3://tools/data/{0..1}.tar"
+    assert fovea("shards", "index", there) == 0
+    assert "3 samples in 2 shards" in capsys.readouterr().out
+    assert fovea("shards", "verify", there) == 1
+    assert "s3://tools/data/1.tar  odd" in capsys.readouterr().out
+    assert fovea("shards", "stats", there, "--json") == 0
+    assert json.loads(capsys.readouterr().out)["samples"] == 3
+    assert fovea("shards", "preview", "s3://tools/data/0.tar", "-o", tmp_path / "sheet.png") == 0
+    assert fovea("shards", "pack", there, tmp_path / "far", "--min-side", "20") == 0
+    assert fovea("shards", "pack", str(tmp_path / "{0..1}.tar"), tmp_path / "near", "--min-side", "20") == 0
+    assert (tmp_path / "far" / "train-00000.tar").read_bytes() == (tmp_path / "near" / "train-00000.tar").read_bytes()

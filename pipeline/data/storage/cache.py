@@ -1,0 +1,240 @@
+"""A folder of whole shards that the ranks and jobs of a node share.
+
+A shard is downloaded into ``.<name>.part``, whose lock says that somebody is at it and is freed by the kernel when that
+somebody dies; then it is synced and renamed, so every file under its own name is whole. Readers keep descriptors, so a
+shard may be evicted from under them. What a running job is going to read is written down in ``.needs-…``, whose lock says
+that the job lives; everything else may be evicted, the longest unused first.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import hashlib
+import json
+import logging
+import os
+import shutil
+import socket
+import uuid
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+
+from pipeline.data.storage.names import ObjectStat, base_name
+from pipeline.errors import DataError
+
+_log = logging.getLogger(__name__)
+Fetch = Callable[[ObjectStat, int], None]
+
+
+class CacheFull(Exception):
+    """There is no room for a shard without evicting what a running job needs."""
+
+
+class ShardCache:
+    """The folder.
+
+    Args:
+        folder: on a disk of this node; made if it is not there.
+        limit: most bytes of shards to keep; ``None`` for four fifths of what is free and cached now.
+        floor: bytes of the disk that stay free.
+
+    Raises:
+        DataError: the folder cannot be written.
+    """
+
+    def __init__(self, folder: Path, *, limit: int | None = None, floor: int = 0) -> None:
+        self.folder = folder
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            with self._alone():
+                self._sweep()
+        except OSError as error:
+            raise DataError(
+                f"cannot keep shards ({error.strerror})",
+                where=str(folder),
+                mend="Set data.storage.cache to a folder on a local disk.",
+            ) from error
+        self.floor = floor
+        held = sum(size for _, size, _ in self._files())
+        self.limit = (shutil.disk_usage(folder).free + held) * 4 // 5 if limit is None else limit
+        self._needs: int | None = None
+
+    def path(self, about: ObjectStat) -> Path:
+        """Where this version of a shard is kept."""
+        return self.folder / self.name(about)
+
+    @staticmethod
+    def name(about: ObjectStat) -> str:
+        """File name for this version of a shard."""
+        text = f"{about.url}\0{about.size}\0{about.tag}".encode("utf-8", "surrogateescape")
+        return f"{hashlib.blake2b(text, digest_size=10).hexdigest()}-{base_name(about.url)[-80:]}"
+
+    def has(self, about: ObjectStat) -> bool:
+        """Whether a shard is here, whole."""
+        return self.path(about).exists()
+
+    def ensure(self, about: ObjectStat, fetch: Fetch) -> Path:
+        """The path of a shard, downloaded first if need be; of several who ask at once one downloads and the others wait.
+
+        Args:
+            about: the shard.
+            fetch: writes its bytes to a descriptor.
+
+        Raises:
+            CacheFull: there is no room.
+            DataError: what ``fetch`` raises.
+        """
+        final = self.path(about)
+        while not final.exists():
+            with self._part(final) as descriptor:
+                if final.exists():
+                    break
+                self._reserve(descriptor, about.size)
+                try:
+                    fetch(about, descriptor)
+                    os.fsync(descriptor)
+                except OSError as error:
+                    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+                        raise CacheFull(str(error)) from error
+                    raise
+                if os.fstat(descriptor).st_size != about.size:
+                    raise DataError("download has the wrong size", where=about.url, mend="Try again.")
+                os.replace(self._temporary(final), final)
+        with contextlib.suppress(OSError):
+            os.utime(final)
+        return final
+
+    def need(self, abouts: Iterable[ObjectStat]) -> None:
+        """Tells the other users of the folder which shards this process is going to read; replaces what it said before."""
+        names = sorted({self.name(about) for about in abouts})
+        if self._needs is None:
+            path = self.folder / f".needs-{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex[:8]}"
+            self._needs = os.open(path, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o666)
+            fcntl.flock(self._needs, fcntl.LOCK_EX)
+        with self._alone():
+            data = json.dumps(names).encode()
+            os.ftruncate(self._needs, 0)
+            os.pwrite(self._needs, data, 0)
+
+    def close(self) -> None:
+        """Takes back what :meth:`need` said."""
+        if self._needs is not None:
+            os.close(self._needs)
+            self._needs = None
+
+    def held(self) -> int:
+        """Bytes of shards here, those being downloaded included."""
+        return sum(size for _, size, _ in self._files())
+
+    @contextlib.contextmanager
+    def _alone(self) -> Iterator[None]:
+        with (self.folder / ".lock").open("a") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            yield
+
+    @staticmethod
+    def _temporary(final: Path) -> Path:
+        return final.with_name(f".{final.name}.part")
+
+    @contextlib.contextmanager
+    def _part(self, final: Path) -> Iterator[int]:
+        """The locked, empty file to download into; waits while another process downloads the same shard."""
+        path = self._temporary(final)
+        while True:
+            descriptor = os.open(path, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o666)
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX)
+                if not _still(descriptor, path):
+                    continue  # it was finished, or swept, while we waited
+                try:
+                    yield descriptor
+                finally:
+                    if _still(descriptor, path):
+                        path.unlink(missing_ok=True)
+                return
+            finally:
+                os.close(descriptor)
+
+    def _reserve(self, descriptor: int, size: int) -> None:
+        """Makes room for a shard and takes it, so that the disk cannot fill up half way."""
+        with self._alone():
+            self._evict(size)
+            try:
+                os.posix_fallocate(descriptor, 0, max(size, 1))
+            except OSError as error:
+                if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+                    raise CacheFull(str(error)) from error
+            os.ftruncate(descriptor, size)
+
+    def _evict(self, size: int) -> None:
+        files = self._files()
+        excess = max(
+            sum(held for _, held, _ in files) + size - self.limit, size + self.floor - shutil.disk_usage(self.folder).free
+        )
+        if excess <= 0:
+            return
+        needed = self._needed()
+        for path, held, _ in sorted(files, key=lambda file: file[2]):
+            if excess <= 0:
+                break
+            if path.name in needed or path.name.startswith("."):
+                continue
+            path.unlink(missing_ok=True)
+            excess -= held
+            _log.debug("evicted %s", path)
+        if excess > 0:
+            raise CacheFull(f"{excess} bytes too few")
+
+    def _files(self) -> list[tuple[Path, int, float]]:
+        """Path, bytes and time of last use of every shard, begun ones too."""
+        found = []
+        with os.scandir(self.folder) as entries:
+            for entry in entries:
+                if entry.name.startswith(".") and not entry.name.endswith(".part"):
+                    continue
+                with contextlib.suppress(FileNotFoundError):
+                    info = entry.stat()
+                    found.append((Path(entry.path), info.st_size, info.st_mtime))
+        return found
+
+    def _needed(self) -> set[str]:
+        names: set[str] = set()
+        for path in self.folder.glob(".needs-*"):
+            if not _abandoned(path):
+                with contextlib.suppress(OSError, ValueError):
+                    names.update(json.loads(path.read_bytes()))
+        return names
+
+    def _sweep(self) -> None:
+        """Removes what dead processes left."""
+        for pattern in (".needs-*", ".*.part"):
+            for path in self.folder.glob(pattern):
+                _abandoned(path)
+
+
+def _still(descriptor: int, path: Path) -> bool:
+    """Whether the path names the very file that is open."""
+    try:
+        return os.path.samestat(os.fstat(descriptor), os.stat(path))
+    except FileNotFoundError:
+        return False
+
+
+def _abandoned(path: Path) -> bool:
+    """Whether nobody holds a file's lock; then it is removed."""
+    try:
+        descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+    except OSError:
+        return True
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    else:
+        if _still(descriptor, path):
+            path.unlink(missing_ok=True)
+        return True
+    finally:
+        os.close(descriptor)

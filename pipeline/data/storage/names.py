@@ -1,0 +1,117 @@
+"""What a shard is called: a path, or a URL whose scheme says which storage holds it."""
+
+from __future__ import annotations
+
+import os
+import posixpath
+import re
+from dataclasses import dataclass
+
+from pipeline.errors import DataError
+
+_SCHEME = re.compile(r"^([A-Za-z][A-Za-z0-9+.-]*):(//)?")
+REMOTE = {
+    "s3": "s3",
+    "s3a": "s3",
+    "gs": "gs",
+    "gcs": "gs",
+    "az": "az",
+    "azure": "az",
+    "abfs": "az",
+    "https": "https",
+    "http": "https",
+}
+
+
+@dataclass(frozen=True)
+class ObjectStat:
+    """What storage knows of a shard without opening it.
+
+    Attributes:
+        url: as it was asked for.
+        size: bytes.
+        tag: changes whenever the content may have changed (local files: modification time in nanoseconds; objects: ETag).
+    """
+
+    url: str
+    size: int
+    tag: str
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where an object lies.
+
+    Attributes:
+        kind: ``s3``, ``gs``, ``az`` or ``https``.
+        root: what a connection is made to, such as ``s3://bucket``.
+        key: name of the object below the root, without a leading slash.
+    """
+
+    kind: str
+    root: str
+    key: str
+
+
+def is_remote(url: str) -> bool:
+    """Whether a shard lies in object storage or behind a web server.
+
+    Raises:
+        DataError: a scheme that is not known.
+    """
+    match = _SCHEME.match(url)
+    if match is None or not match[2] or match[1].lower() == "file":
+        return False
+    if match[1].lower() in REMOTE:
+        return True
+    raise DataError(
+        f"the scheme {match[1]!r} is not known", where=url, mend="Name a path, or a URL with s3://, gs://, az:// or https://."
+    )
+
+
+def split(url: str) -> Place:
+    """The parts of a remote URL.
+
+    Raises:
+        DataError: no bucket, container or host is named.
+    """
+    scheme, _, rest = url.partition("://")
+    kind = REMOTE[scheme.lower()]
+    depth = 2 if kind == "az" and scheme.lower() in ("az", "azure") else 1
+    parts = rest.split("/", depth)
+    if len(parts) < depth or not all(parts[:depth]):
+        wanted = {"s3": "s3://bucket/path", "gs": "gs://bucket/path", "az": "az://account/container/path"}
+        raise DataError("names no bucket", where=url, mend=f"Write {wanted.get(kind, 'https://host/path')}.")
+    head = scheme.lower() if kind in ("https", "az") else kind
+    return Place(kind, f"{head}://{'/'.join(parts[:depth])}", parts[depth] if len(parts) > depth else "")
+
+
+def local_path(url: str) -> str:
+    """The path of a local file or of a ``file://`` URL.
+
+    Raises:
+        DataError: it is a URL of another scheme.
+    """
+    match = _SCHEME.match(url)
+    if match is None:
+        return url
+    if match[1].lower() == "file" and match[2]:
+        return url[len(match[0]) :]
+    if match[2]:
+        is_remote(url)
+        raise DataError("lies in object storage; a local path is wanted here", where=url, mend="Name a local path.")
+    return url
+
+
+def absolute(url: str) -> str:
+    """The same shard by a name that holds in any working directory.
+
+    Raises:
+        DataError: a scheme that is not known.
+    """
+    return url if is_remote(url) else os.path.abspath(local_path(url))
+
+
+def base_name(url: str) -> str:
+    """The last part of a shard's name."""
+    return posixpath.basename(split(url).key) if is_remote(url) else os.path.basename(local_path(url))

@@ -1,0 +1,368 @@
+"""Object storage and web servers: the only file that imports obstore.
+
+obstore resumes a body that was cut or has stalled by asking for the rest alone, and it refuses if the object was replaced
+meanwhile. Above it stands one more loop: what a storage that is away for minutes needs is patience, not an exception.
+"""
+
+from __future__ import annotations
+
+import glob
+import logging
+import os
+import re
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import TimeoutError as Late
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, TypeVar
+
+from pipeline.data.storage.names import ObjectStat, Place, split
+from pipeline.errors import DataError
+from pipeline.settings import StorageSettings
+
+_FIRST_CONTACT = 8.0  # seconds; a refusal has to come before anyone wonders whether the program hangs
+_LONGEST_PAUSE = 30.0
+_CREDENTIAL_WORDS = ("169.254.169.254", "169.254.170.2", "metadata.google", "NoCredentials", "redentialProvider")
+_KEY_NAMES = ("AWS_ACCESS_KEY_ID", "AWS_WEB_IDENTITY_TOKEN_FILE", "AWS_CONTAINER_CREDENTIALS_RELATIVE_URI")
+_log = logging.getLogger(__name__)
+_Value = TypeVar("_Value")
+
+
+class StorageAway(DataError):
+    """Storage did not answer, or refused, for as long as patience lasts. Not a fault of one sample: no substitute is taken."""
+
+
+class ShardChanged(DataError):
+    """The object is not the one that was indexed."""
+
+
+class Remote:
+    """Reads objects by range. Cheap to make: connections are opened when they are needed, one client a bucket.
+
+    A process that has used it must not be forked: the client's threads would be missing in the child.
+
+    Args:
+        settings: endpoint, patience and parallelism.
+
+    Attributes:
+        counters: ``bytes`` read, ``requests``, ``retries`` and whole ``seconds`` spent waiting in them.
+    """
+
+    def __init__(self, settings: StorageSettings) -> None:
+        self._settings = settings
+        self._stores: dict[tuple[str, bool], Any] = {}
+        self._lock = threading.Lock()
+        self._pid = os.getpid()
+        self.counters = {"bytes": 0.0, "requests": 0.0, "retries": 0.0, "seconds": 0.0}
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Remote, (self._settings,)
+
+    def check(self, url: str) -> None:
+        """First contact with a bucket: one request, one retry, an answer within ten seconds.
+
+        Raises:
+            DataError: no credentials, wrong ones, no such bucket, or nobody there; with the mend.
+        """
+        place = split(url)
+        if place.kind == "https" and (glob.has_magic(place.key) or url.endswith("/")):
+            raise _no_listing(url)
+        pool = ThreadPoolExecutor(1)
+        job = pool.submit(self._contact, url, place)
+        try:
+            job.result(timeout=_FIRST_CONTACT)
+        except Late:
+            raise self._explained(url, TimeoutError("no answer"), place) from None
+        finally:
+            pool.shutdown(wait=False)
+
+    def stat(self, url: str) -> ObjectStat:
+        """Size and ETag of an object.
+
+        Raises:
+            DataError: it does not exist.
+            StorageAway: storage did not answer.
+        """
+        import obstore
+
+        place = split(url)
+        return _stat(url, self._patiently(url, place, lambda store: obstore.head(store, place.key)))
+
+    def stats(self, urls: list[str]) -> list[ObjectStat | DataError]:
+        """:meth:`stat` of many, side by side, errors as values; folders with many of them are listed instead."""
+        known: dict[str, ObjectStat] = {}
+        folders = Counter(url.rpartition("/")[0] for url in urls)
+        for folder, wanted in folders.items():
+            if wanted >= 32 and split(folder).kind != "https":
+                known.update((about.url, about) for about in self.list(f"{folder}/"))
+        with ThreadPoolExecutor(16) as pool:
+            return list(pool.map(lambda url: known.get(url) or self._stat_or_error(url), urls))
+
+    def _stat_or_error(self, url: str) -> ObjectStat | DataError:
+        try:
+            return self.stat(url)
+        except DataError as error:
+            return error
+
+    def list(self, prefix: str) -> list[ObjectStat]:
+        """All objects directly or deeper below a URL that ends with a slash, sorted by name.
+
+        Raises:
+            DataError: a web server cannot be listed, or there is no such bucket.
+        """
+        import obstore
+
+        place = split(prefix)
+        if place.kind == "https":
+            raise _no_listing(prefix)
+        found = self._patiently(prefix, place, lambda store: obstore.list(store, place.key or None).collect())
+        return sorted((_stat(f"{place.root}/{meta['path']}", meta) for meta in found), key=lambda about: about.url)
+
+    def read(self, about: ObjectStat, offset: int, length: int) -> bytes:
+        """``length`` bytes of that version of an object. Safe to call from several threads.
+
+        Raises:
+            ShardChanged: another version lies there now, or it is shorter.
+            StorageAway: storage did not answer for as long as the settings' grace.
+        """
+        import obstore
+
+        place = split(about.url)
+        options: dict[str, Any] = {"range": (offset, offset + length)}
+        if _strong(about.tag):
+            options["if_match"] = about.tag
+        data = self._patiently(about.url, place, lambda store: bytes(obstore.get(store, place.key, options=options).bytes()))
+        if len(data) != length:
+            raise _changed(about.url)
+        self.counters["bytes"] += length
+        return data
+
+    def download(self, about: ObjectStat, descriptor: int) -> None:
+        """Writes a whole object to an open file, in ranges side by side.
+
+        Raises:
+            ShardChanged, StorageAway: as :meth:`read`.
+            OSError: the disk is full.
+        """
+        part = self._settings.part_mb << 20
+
+        def one(offset: int) -> None:
+            data = memoryview(self.read(about, offset, min(part, about.size - offset)))
+            while data:
+                written = os.pwrite(descriptor, data, offset)
+                data, offset = data[written:], offset + written
+
+        with ThreadPoolExecutor(self._settings.parallel) as pool:
+            for _ in pool.map(one, range(0, about.size, part)):
+                pass
+
+    def scan(self, about: ObjectStat) -> Scan:
+        """Reads an object from front to back in large pieces, for callers that ask for small ones."""
+        return Scan(self, about, self._settings.part_mb << 20)
+
+    def _contact(self, url: str, place: Place) -> None:
+        import obstore
+
+        store = self._store(place, hasty=True)
+        try:
+            if place.kind == "https" or (place.key and not glob.has_magic(place.key) and not place.key.endswith("/")):
+                try:
+                    obstore.head(store, place.key)
+                    return
+                except FileNotFoundError:
+                    if place.kind == "https":
+                        raise
+            # Of a missing object storage does not say whether its bucket exists; a listing tells.
+            folder = re.split(r"[*?\[]", place.key)[0].rpartition("/")[0]
+            next(iter(obstore.list(store, folder or None, chunk_size=1)), None)
+        except Exception as error:
+            raise self._explained(url, error, place) from error
+
+    def _patiently(self, url: str, place: Place, act: Callable[[Any], _Value]) -> _Value:
+        """Acts, and goes on trying while storage is away: back-off up to half a minute, until the grace is used up."""
+        if os.getpid() != self._pid:
+            raise DataError("object storage was used before this process was forked", where=url, mend="Start processes by spawn.")
+        begin, pause = time.monotonic(), 0.5
+        while True:
+            try:
+                self.counters["requests"] += 1
+                value = act(self._store(place))
+                self.counters["seconds"] += time.monotonic() - begin
+                return value
+            except Exception as error:
+                if isinstance(error, FileNotFoundError) or type(error).__name__ == "PreconditionError":
+                    raise self._explained(url, error, place) from error
+                waited = time.monotonic() - begin
+                if waited + pause > self._settings.grace:
+                    raise self._explained(url, error, place, waited) from error
+                _log.warning("%s: %s; trying again in %.0f s (after %.0f s)", url, _short(error), pause, waited)
+                self.counters["retries"] += 1
+                time.sleep(pause)
+                pause = min(2 * pause, _LONGEST_PAUSE)
+
+    def _store(self, place: Place, hasty: bool = False) -> Any:
+        with self._lock:
+            store = self._stores.get((place.root, hasty))
+            if store is None:
+                store = self._stores[place.root, hasty] = self._connect(place, hasty)
+            return store
+
+    def _connect(self, place: Place, hasty: bool) -> Any:
+        from obstore.store import AzureStore, GCSStore, HTTPStore, S3Store
+
+        s = self._settings
+        endpoint = s.endpoint or (os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL") or "")
+        plain = place.root.startswith("http://") or (place.kind == "s3" and endpoint.startswith("http://"))
+        common: dict[str, Any] = {
+            "client_options": {
+                "connect_timeout": timedelta(seconds=3 if hasty else 5),
+                "timeout": timedelta(seconds=4 if hasty else s.timeout),
+                "allow_http": plain or bool(s.endpoint and s.endpoint.startswith("http://")),
+            },
+            "retry_config": {
+                "max_retries": 1 if hasty else s.retries,
+                "retry_timeout": timedelta(seconds=5 if hasty else 180),
+                "backoff": {
+                    "init_backoff": timedelta(milliseconds=100),
+                    "max_backoff": timedelta(seconds=1 if hasty else 15),
+                    "base": 2,
+                },
+            },
+        }
+        name = place.root.partition("://")[2]
+        if place.kind == "s3":
+            extra: dict[str, Any] = {"endpoint": endpoint} if endpoint else {}
+            region = s.region or os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION")
+            extra |= {"region": region} if region else {}
+            extra |= {"skip_signature": True} if s.anonymous else {}
+            provider = None if s.anonymous else _profile_credentials()
+            return S3Store(name, **extra, **common, **({"credential_provider": provider} if provider else {}))
+        if place.kind == "gs":
+            extra = {"skip_signature": True} if s.anonymous else {}
+            return GCSStore(name, **extra, **common)
+        if place.kind == "az":
+            extra = {"skip_signature": True} if s.anonymous else {}
+            extra |= {"endpoint": s.endpoint} if s.endpoint else {}
+            return AzureStore.from_url(place.root, **extra, **common)
+        return HTTPStore(place.root, **common)
+
+    def _explained(self, url: str, error: Exception, place: Place, waited: float | None = None) -> DataError:
+        """The sentence a person can act on, from what the client library says."""
+        text, kind = str(error), type(error).__name__
+        if kind == "PreconditionError":
+            return _changed(url)
+        if "NoSuchBucket" in text:
+            return DataError(f"bucket {place.root} does not exist", where=url, mend="Check its name and the endpoint.")
+        if isinstance(error, FileNotFoundError):
+            return DataError("shard does not exist", where=url, mend="Check the path and the range of the pattern.")
+        away = StorageAway if waited is not None else DataError
+        spent = f" for {waited:.0f} s" if waited else ""
+        keys = {
+            "s3": "Set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY or AWS_PROFILE; for public data data.storage.anonymous=true.",
+            "gs": "Set GOOGLE_APPLICATION_CREDENTIALS, or data.storage.anonymous=true for public data.",
+            "az": "Set AZURE_STORAGE_ACCOUNT_KEY or another Azure credential, or data.storage.anonymous=true for public data.",
+        }.get(place.kind, "Check that the server lets you read it.")
+        if any(
+            word in text for word in ("169.254.169.254", "169.254.170.2", "metadata.google", "NoCredentials", "redentialProvider")
+        ):
+            return away(f"no credentials were found for {place.root}{spent}", where=url, mend=keys)
+        if kind in ("PermissionDeniedError", "UnauthenticatedError") or "status code: 403" in text or "status code: 401" in text:
+            return away(f"access was refused{spent} ({_short(error)})", where=url, mend=keys)
+        endpoint = self._settings.endpoint or os.environ.get("AWS_ENDPOINT_URL")
+        through = f" (endpoint {endpoint})" if endpoint and place.kind == "s3" else ""
+        mend = "Check the network, data.storage.endpoint or AWS_ENDPOINT_URL, and the region."
+        if isinstance(error, TimeoutError) and place.kind == "s3" and not through and not _has_keys():
+            return away("no credentials were found and nobody answered", where=url, mend=keys)
+        return away(f"{place.root}{through} did not answer{spent} ({_short(error)})", where=url, mend=mend)
+
+
+class Scan:
+    """An object read from front to back; pieces are large, two are kept, and the next is fetched while one is used."""
+
+    def __init__(self, remote: Remote, about: ObjectStat, piece: int) -> None:
+        self._remote, self._about, self._piece = remote, about, piece
+        self.url, self.size = about.url, about.size
+        self._pool = ThreadPoolExecutor(1)
+        self._jobs: dict[int, Any] = {}
+
+    def read(self, offset: int, length: int) -> bytes:
+        """Bytes of the object; see :meth:`Remote.read`."""
+        first, last = offset // self._piece, (offset + length - 1) // self._piece
+        parts = []
+        for number in range(first, last + 1):
+            begin = number * self._piece
+            data = self._get(number)
+            parts.append(data[max(offset - begin, 0) : offset + length - begin])
+        return b"".join(parts)
+
+    def close(self) -> None:
+        """Forgets the pieces."""
+        self._jobs.clear()
+        self._pool.shutdown(wait=False, cancel_futures=True)
+
+    def _get(self, number: int) -> bytes:
+        for wanted in (number, number + 1):
+            begin = wanted * self._piece
+            if wanted not in self._jobs and begin < self.size:
+                self._jobs[wanted] = self._pool.submit(self._remote.read, self._about, begin, min(self._piece, self.size - begin))
+        for old in [n for n in self._jobs if n < number - 1 or n > number + 1]:
+            del self._jobs[old]
+        data: bytes = self._jobs[number].result()
+        return data
+
+
+def _stat(url: str, meta: Any) -> ObjectStat:
+    return ObjectStat(url, int(meta["size"]), str(meta.get("e_tag") or meta["last_modified"].isoformat()))
+
+
+def _strong(tag: str) -> bool:
+    """Whether an ETag can be a condition; weak ones and times cannot."""
+    return tag.startswith('"')
+
+
+def _no_listing(url: str) -> DataError:
+    return DataError("a web server cannot be listed", where=url, mend="Name the shards with {00000..00099}.")
+
+
+def _changed(url: str) -> ShardChanged:
+    return ShardChanged(
+        "was replaced since it was indexed",
+        where=url,
+        mend="Start again: the shard is indexed anew, and the run goes on if its samples are the same.",
+    )
+
+
+def _short(error: Exception) -> str:
+    text = str(error).split("\n", 1)[0]
+    for mark in ("Server returned non-2xx status code: ", "HTTP error: "):
+        if mark in text:
+            text = text.split(mark, 1)[1]
+    return text.strip(": ")[:160] or type(error).__name__
+
+
+def _has_keys() -> bool:
+    return any(name in os.environ for name in _KEY_NAMES)
+
+
+def _profile_credentials() -> Any:
+    """Keys of ``~/.aws`` and single sign-on, which need boto3; ``None`` where the environment has keys or no such file."""
+    places = {"AWS_SHARED_CREDENTIALS_FILE": "~/.aws/credentials", "AWS_CONFIG_FILE": "~/.aws/config"}
+    files = [Path(os.environ.get(name, usual)).expanduser() for name, usual in places.items()]
+    if _has_keys() or not ("AWS_PROFILE" in os.environ or any(file.exists() for file in files)):
+        return None
+    try:
+        from obstore.auth.boto3 import Boto3CredentialProvider
+    except ImportError as error:
+        raise DataError(
+            "credentials of ~/.aws need boto3", where="AWS_PROFILE", mend="pip install boto3, or set AWS_ACCESS_KEY_ID."
+        ) from error
+    try:
+        return Boto3CredentialProvider()
+    except Exception as error:
+        raise DataError(
+            f"~/.aws gave no credentials ({_short(error)})", where="AWS_PROFILE", mend="Log in, or set keys."
+        ) from error

@@ -1,0 +1,188 @@
+"""One door to all shards: local files, objects read by range, and objects kept in the node's cache."""
+
+from __future__ import annotations
+
+import getpass
+import logging
+import os
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+from pipeline.data.storage import local
+from pipeline.data.storage.cache import CacheFull, ShardCache
+from pipeline.data.storage.names import ObjectStat, is_remote, split
+from pipeline.data.storage.remote import Remote
+from pipeline.errors import DataError
+from pipeline.settings import StorageSettings
+
+_FULL_FOR = 60.0  # seconds until room is looked for again
+_log = logging.getLogger(__name__)
+
+
+class Source(Protocol):
+    """One shard, opened to be read from front to back: its name and its size in bytes."""
+
+    url: str
+    size: int
+
+    def read(self, offset: int, length: int) -> bytes:
+        """Bytes of the shard."""
+        ...
+
+    def close(self) -> None:
+        """Lets go of it."""
+        ...
+
+
+class Storage:
+    """Reads shards wherever they lie. Sent to another process it arrives without connections and opens its own.
+
+    Args:
+        settings: how to reach object storage, and where to keep shards.
+
+    Attributes:
+        counters: bytes and seconds of reading since the start, by name.
+    """
+
+    def __init__(self, settings: StorageSettings | None = None) -> None:
+        self.settings = settings or StorageSettings()
+        self.remote = Remote(self.settings)
+        self._cache: ShardCache | None = None
+        self._full: dict[str, float] = {}
+        self.counters: Counter[str] = Counter()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Storage, (self.settings,)
+
+    @property
+    def cache(self) -> ShardCache | None:
+        """The node's cache, made at the first call; ``None`` where objects are read by range.
+
+        Raises:
+            DataError: it cannot be written and was asked for by name.
+        """
+        s = self.settings
+        if s.mode == "direct":
+            return None
+        if self._cache is None:
+            limit = None if s.cache_gb is None else int(s.cache_gb * 1e9)
+            self._cache = ShardCache(cache_folder(s), limit=limit, floor=int(s.free_gb * 1e9))
+        return self._cache
+
+    def check(self, urls: Sequence[str]) -> None:
+        """First contact with every bucket that is named; quick, and with a message that helps.
+
+        Raises:
+            DataError: what is wrong and how to mend it.
+        """
+        seen = set()
+        for url in urls:
+            if is_remote(url) and (root := split(url).root) not in seen:
+                seen.add(root)
+                self.remote.check(url)
+
+    def stat(self, url: str) -> ObjectStat:
+        """Size and version of a shard.
+
+        Raises:
+            DataError: it is not there, or is no file.
+        """
+        return self.remote.stat(url) if is_remote(url) else local.stat(url)
+
+    def stats(self, urls: Sequence[str]) -> list[ObjectStat | DataError]:
+        """:meth:`stat` of many, errors as values; objects are asked for side by side."""
+        far = [url for url in urls if is_remote(url)]
+        known = dict(zip(far, self.remote.stats(far), strict=True)) if far else {}
+        return [known[url] if url in known else _or_error(local.stat, url) for url in urls]
+
+    def read(self, about: ObjectStat, offset: int, length: int) -> bytes:
+        """``length`` bytes from ``offset`` on of that version of a shard. Safe to call from several threads.
+
+        Raises:
+            DataError: it cannot be read or ends too early.
+            StorageAway: object storage did not answer for as long as the grace lasts.
+        """
+        if length <= 0:
+            return b""
+        if not is_remote(about.url):
+            return local.read(about.url, offset, length)
+        kept = self._kept(about)
+        if kept is not None:
+            self.counters["cache_bytes"] += length
+            return local.read(str(kept), offset, length)
+        return self.remote.read(about, offset, length)
+
+    def open(self, about: ObjectStat) -> Source:
+        """A shard to be read once from front to back, past the cache."""
+        if not is_remote(about.url):
+            return _File(about)
+        kept = None if self.settings.mode == "direct" or self._cache is None else self._cache.path(about)
+        if kept is not None and kept.exists():
+            return _File(about, str(kept))
+        return self.remote.scan(about)
+
+    def fetch(self, about: ObjectStat) -> bool:
+        """Downloads a shard into the cache ahead of its use; whether it is there now."""
+        return not is_remote(about.url) or self._kept(about) is not None
+
+    def usage(self) -> dict[str, float]:
+        """Counters of reading, by name: bytes, requests, retries, seconds, cache hits and misses."""
+        return {**self.counters, **self.remote.counters}
+
+    def _kept(self, about: ObjectStat) -> Path | None:
+        cache = self.cache
+        if cache is None:
+            return None
+        path = cache.path(about)
+        if path.exists():
+            return path
+        if time.monotonic() < self._full.get(path.name, 0.0):
+            return None
+        self.counters["cache_misses"] += 1
+        try:
+            return cache.ensure(about, self.remote.download)
+        except CacheFull as full:
+            self._full[path.name] = time.monotonic() + _FULL_FOR
+            self.counters["cache_full"] += 1
+            _log.warning(
+                "%s: no room in %s (%s): this shard is read by ranges; data.storage.cache_gb is %.1f GB",
+                about.url,
+                cache.folder,
+                full,
+                cache.limit / 1e9,
+            )
+            return None
+
+
+def _or_error(ask: Callable[[str], ObjectStat], url: str) -> ObjectStat | DataError:
+    try:
+        return ask(url)
+    except DataError as error:
+        return error
+
+
+class _File:
+    """A local shard."""
+
+    def __init__(self, about: ObjectStat, path: str = "") -> None:
+        self.url, self.size, self._path = about.url, about.size, path or about.url
+
+    def read(self, offset: int, length: int) -> bytes:
+        return local.read(self._path, offset, length)
+
+    def close(self) -> None:
+        local.forget(self._path)
+
+
+def cache_folder(settings: StorageSettings) -> Path:
+    """Where a node keeps shards: as set, else ``$FOVEA_CACHE``, the job's scratch folder, or the system's temporary folder."""
+    if settings.cache is not None:
+        return settings.cache.expanduser()
+    for name in ("FOVEA_CACHE", "SLURM_TMPDIR", "LOCAL_SCRATCH"):
+        if os.environ.get(name):
+            return Path(os.environ[name]) / "fovea-shards"
+    return Path(tempfile.gettempdir()) / f"fovea-shards-{getpass.getuser()}"

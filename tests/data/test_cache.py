@@ -1,0 +1,227 @@
+"""The node's cache: bounded, whole, shared, and in order again after every way to die."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from pipeline.data.storage import ObjectStat
+from pipeline.data.storage.cache import CacheFull, ShardCache
+from pipeline.errors import DataError
+from tests.runs import ROOT, environment
+
+SIZE = 100_000
+
+
+def shard(name: str, size: int = SIZE, tag: str = '"1"') -> ObjectStat:
+    return ObjectStat(f"s3://bucket/{name}.tar", size, tag)
+
+
+def content(about: ObjectStat) -> bytes:
+    return (about.url.encode() * (about.size // len(about.url) + 1))[: about.size]
+
+
+class Source:
+    """Where shards come from; counts downloads."""
+
+    def __init__(self, seconds: float = 0.0) -> None:
+        self.asked: list[str] = []
+        self._seconds = seconds
+
+    def __call__(self, about: ObjectStat, descriptor: int) -> None:
+        self.asked.append(about.url)
+        time.sleep(self._seconds)
+        os.pwrite(descriptor, content(about), 0)
+
+
+def test_a_shard_is_downloaded_once_and_is_whole(tmp_path: Path) -> None:
+    cache, source = ShardCache(tmp_path, limit=10**7), Source()
+    for _ in range(3):
+        assert cache.ensure(shard("a"), source).read_bytes() == content(shard("a"))
+    assert source.asked == [shard("a").url]
+    assert cache.has(shard("a"))
+    assert not cache.has(shard("a", tag='"2"'))
+
+
+def test_equal_names_in_different_folders_do_not_collide(tmp_path: Path) -> None:
+    cache, source = ShardCache(tmp_path, limit=10**7), Source()
+    one, two = ObjectStat("s3://b/x/0.tar", SIZE, ""), ObjectStat("s3://b/y/0.tar", SIZE, "")
+    assert cache.ensure(one, source) != cache.ensure(two, source)
+
+
+def test_it_never_holds_more_than_its_limit_and_evicts_the_longest_unused(tmp_path: Path) -> None:
+    cache, source = ShardCache(tmp_path, limit=3 * SIZE), Source()
+    for number, name in enumerate("abc"):
+        os.utime(cache.ensure(shard(name), source), (number, number))
+    cache.ensure(shard("a"), source)  # used again
+    cache.ensure(shard("d"), source)
+    assert cache.held() <= 3 * SIZE
+    assert [name for name in "abcd" if cache.has(shard(name))] == ["a", "c", "d"]
+
+
+def test_what_a_living_job_needs_is_not_evicted_and_what_a_dead_one_needed_is(tmp_path: Path) -> None:
+    mine, other, source = ShardCache(tmp_path, limit=2 * SIZE), ShardCache(tmp_path, limit=2 * SIZE), Source()
+    for name in "ab":
+        mine.ensure(shard(name), source)
+    mine.need([shard("a"), shard("b")])
+    with pytest.raises(CacheFull):
+        other.ensure(shard("c"), source)
+    mine.need([shard("b")])
+    other.ensure(shard("c"), source)
+    assert mine.has(shard("b"))
+    assert not mine.has(shard("a"))
+    mine.close()
+    other.ensure(shard("d"), source)
+    assert not mine.has(shard("b"))
+
+
+def test_a_reader_keeps_what_it_opened_when_the_shard_is_evicted(tmp_path: Path) -> None:
+    cache, source = ShardCache(tmp_path, limit=SIZE), Source()
+    with cache.ensure(shard("a"), source).open("rb") as file:
+        cache.ensure(shard("b"), source)
+        assert not cache.has(shard("a"))
+        assert file.read() == content(shard("a"))
+
+
+def test_several_who_want_the_same_shard_get_it_by_one_download(tmp_path: Path) -> None:
+    source = Source(seconds=0.2)
+    caches = [ShardCache(tmp_path, limit=10**7) for _ in range(4)]
+    threads = [threading.Thread(target=cache.ensure, args=(shard("a"), source)) for cache in caches]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert source.asked == [shard("a").url]
+    assert not list(tmp_path.glob(".*.part"))
+
+
+def _endless(about: ObjectStat, descriptor: int) -> None:
+    os.pwrite(descriptor, b"half", 0)
+    time.sleep(600)
+
+
+def _download_forever(folder: Path) -> None:
+    cache = ShardCache(folder, limit=10**7)
+    cache.need([shard("z")])
+    cache.ensure(shard("a"), _endless)
+
+
+def test_killed_in_the_middle_of_a_download_nothing_half_is_ever_read_and_nothing_is_left(tmp_path: Path) -> None:
+    child = multiprocessing.get_context("fork").Process(target=_download_forever, args=(tmp_path,))
+    child.start()
+    while not [part for part in tmp_path.glob(".*.part") if part.stat().st_size]:
+        time.sleep(0.01)
+    waiting, source, got = ShardCache(tmp_path, limit=10**7), Source(), []
+    thread = threading.Thread(target=lambda: got.append(waiting.ensure(shard("a"), source).read_bytes()))
+    thread.start()
+    time.sleep(0.1)
+    assert not got, "a half shard was taken for a whole one"
+    assert child.pid is not None
+    os.kill(child.pid, signal.SIGKILL)
+    child.join()
+    thread.join(timeout=20)
+    assert got == [content(shard("a"))]
+    ShardCache(tmp_path, limit=10**7)
+    assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == [".lock"]
+
+
+def test_a_download_that_fails_leaves_nothing(tmp_path: Path) -> None:
+    def fails(about: ObjectStat, descriptor: int) -> None:
+        raise DataError("is away", where=about.url)
+
+    cache = ShardCache(tmp_path, limit=10**7)
+    with pytest.raises(DataError, match="is away"):
+        cache.ensure(shard("a"), fails)
+    assert [path.name for path in tmp_path.iterdir()] == [".lock"]
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of half a megabyte, where the machine lets us have one."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mount = [shutil.which("mount") or "false", "-t", "tmpfs", "-o", "size=512k", "tmpfs", str(folder)]
+    if subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("mounting a small file system needs root")
+    yield folder
+    subprocess.run(["umount", "--lazy", str(folder)], check=True)
+
+
+def test_a_full_disk_is_found_before_the_download_and_old_shards_make_room(small_disk: Path) -> None:
+    cache, source = ShardCache(small_disk, limit=10**9), Source()
+    for name in "abcdefgh":
+        cache.ensure(shard(name), source)
+    assert cache.has(shard("h"))
+    cache.need([shard(name) for name in "abcdefgh"])
+    with pytest.raises(CacheFull):
+        cache.ensure(shard("i"), source)
+    assert shard("i").url not in source.asked
+
+
+def test_a_folder_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("no folder")
+    with pytest.raises(DataError, match=r"data\.storage\.cache"):
+        ShardCache(tmp_path / "file" / "below")
+
+
+HAMMER = """
+import os, random, sys, time
+from pathlib import Path
+from tests.data.test_cache import SIZE, Source, content, shard
+from pipeline.data.storage.cache import CacheFull, ShardCache
+folder, seed = Path(sys.argv[1]), int(sys.argv[2])
+draw, cache, source = random.Random(seed), ShardCache(Path(folder), limit=6 * SIZE), Source(0.001)
+while True:
+    names = draw.sample("abcdefghijkl", 2)
+    cache.need([shard(name) for name in names])
+    for name in names:
+        try:
+            path = cache.ensure(shard(name), source)
+        except CacheFull:
+            continue
+        try:
+            data = path.read_bytes()
+        except FileNotFoundError:
+            print("BAD: needed but evicted", flush=True)
+            continue
+        print("ok" if data == content(shard(name)) else "BAD: other bytes", flush=True)
+"""
+
+
+def test_many_processes_killed_at_random_moments_never_see_a_half_shard(tmp_path: Path) -> None:
+    folder, logs = tmp_path / "cache", []
+    for seed in range(6):
+        log = (tmp_path / f"{seed}.log").open("w")
+        words = [sys.executable, "-c", HAMMER, str(folder), str(seed)]
+        logs.append((subprocess.Popen(words, cwd=ROOT, env=environment(), stdout=log, stderr=log), tmp_path / f"{seed}.log"))
+    end = time.monotonic() + 30
+    while time.monotonic() < end and not all(path.read_text().count("ok") > 10 for _, path in logs):
+        time.sleep(0.1)
+    for process, _ in logs[:5]:
+        process.kill()
+        process.wait()
+        time.sleep(0.05)
+    last, log = logs[5]
+    after = log.read_text().count("ok")
+    end = time.monotonic() + 20
+    while time.monotonic() < end and log.read_text().count("ok") < after + 10:
+        time.sleep(0.1)
+    assert log.read_text().count("ok") >= after + 10, "the survivor stands still"
+    last.kill()
+    last.wait()
+    for _, path in logs:
+        text = path.read_text()
+        assert "BAD" not in text, text
+        assert "Error" not in text, text
+    ShardCache(folder, limit=6 * SIZE)
+    assert sum(path.stat().st_size for path in folder.iterdir()) <= 6 * SIZE

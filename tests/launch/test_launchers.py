@@ -1,0 +1,100 @@
+"""Whoever starts the ranks, it is the same run."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from pipeline.data import scenes
+from tests.runs import ROOT, TOY, command, environment, recorded, train, weights
+from tests.s3 import free_port
+
+STEPS = 8
+LENGTH = f"train.length={STEPS} steps"
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> str:
+    folder = tmp_path_factory.mktemp("scenes")
+    scenes.write(folder, train=120, val=24, size=32, seed=3, samples_per_shard=40)
+    return str(folder / "*train-*.tar")
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("config") / "toy.yaml"
+    path.write_text(TOY)
+    return path
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory: pytest.TempPathFactory, shards: str, config: Path) -> Path:
+    directory = tmp_path_factory.mktemp("plain") / "run"
+    done = train(config, shards, directory, LENGTH)
+    assert done.returncode == 0, done.stderr + done.stdout
+    return directory
+
+
+def _torchrun(words: list[str]) -> list[list[str]]:
+    module = ["torch.distributed.run", "--nproc-per-node=2", "--master-addr=127.0.0.1", f"--master-port={free_port()}"]
+    return [[sys.executable, "-m", *module, "-m", *words[2:]]]
+
+
+def _torchrun_standalone(words: list[str]) -> list[list[str]]:
+    return [[sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", *words[2:]]]
+
+
+def _accelerate(words: list[str]) -> list[list[str]]:
+    module = ["accelerate.commands.launch", "--cpu", "--num_processes=2", "--num_machines=1", "--mixed_precision=no"]
+    return [[sys.executable, "-m", *module, "--dynamo_backend=no", f"--main_process_port={free_port()}", "-m", *words[2:]]]
+
+
+def _slurm(words: list[str]) -> list[list[str]]:
+    step = {"SLURM_JOB_ID": "7", "SLURM_STEP_ID": "0", "SLURM_NTASKS": "2", "SLURM_STEP_NUM_TASKS": "2", "SLURM_NODEID": "0"}
+    step |= {"SLURM_STEP_TASKS_PER_NODE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    tasks = []
+    for rank in range(2):
+        own = {**step, "SLURM_PROCID": str(rank), "SLURM_LOCALID": str(rank)}
+        tasks.append(["env", *(f"{name}={value}" for name, value in own.items()), *words])
+    return tasks
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("launcher", [_torchrun, _torchrun_standalone, _accelerate, _slurm], ids=lambda f: f.__name__[1:])
+def test_every_launcher_gives_the_run_that_fovea_train_gives(
+    plain: Path, shards: str, config: Path, tmp_path: Path, launcher: Callable[[list[str]], list[list[str]]]
+) -> None:
+    directory = tmp_path / "run"
+    started = [
+        subprocess.Popen(
+            words,
+            env=environment(),
+            cwd=ROOT,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for words in launcher(command(config, shards, directory, LENGTH))
+    ]
+    said = [process.communicate(timeout=200)[0] for process in started]
+    assert [process.returncode for process in started] == [0] * len(started), "\n".join(said)
+    for rank in (0, 1):
+        ours, theirs = recorded(directory, rank), recorded(plain, rank)
+        assert sorted(ours) == list(range(STEPS))
+        assert ours == theirs
+    assert weights(directory, STEPS) == weights(plain, STEPS)
+
+
+def test_a_mistake_is_told_once_and_ends_all_ranks(shards: str, config: Path, tmp_path: Path) -> None:
+    words = command(config, shards, tmp_path / "run", "optim.lrr=1")
+    (torchrun,) = _torchrun_standalone(words)
+    done = subprocess.run(torchrun, env=environment(), cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode != 0
+    assert "optim.lrr" in done.stderr
+    assert not os.path.exists(tmp_path / "run")
