@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from pipeline.data import storage, tar
-from pipeline.data.headers import Judgement, judge, whole
+from pipeline.data.judge import Judgement, judge, whole
 from pipeline.data.manifest import (
     CAPTION_SOURCES,
     FORMATS,

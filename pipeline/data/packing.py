@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from pipeline.data import storage
-from pipeline.data.headers import judge
+from pipeline.data.judge import judge
 from pipeline.data.pack import ShardWriter
 from pipeline.data.random import permutation
 from pipeline.data.sources import LeftOut, Source

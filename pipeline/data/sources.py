@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Literal, Protocol
 
 from pipeline.data import storage, tables, tar
-from pipeline.data.headers import Judgement
+from pipeline.data.judge import Judgement
 from pipeline.data.manifest import Fields
 from pipeline.errors import DataError
 

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from pipeline.data import report as module
-from pipeline.data.headers import judge
 from pipeline.data.index import UnusableShards, build
+from pipeline.data.judge import judge
 from pipeline.data.manifest import STATUSES
 from pipeline.data.report import MEANING, index_report
 from pipeline.errors import DataError

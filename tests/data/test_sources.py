@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.data.headers import judge
+from pipeline.data.judge import judge
 from pipeline.data.sources import LeftOut, Members, Pictures, _unique, open_source
 from pipeline.errors import DataError
 from tests.data.test_packing import contents, packed, picture

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from pipeline.data.headers import judge
+from pipeline.data.judge import judge
 from pipeline.data.transcode import transcode
 
 

@@ -1,6 +1,6 @@
-"""A picture judged by its first bytes and its header: format, size, whole or cut, and whether the decoder reads it.
+"""What a picture's first bytes say: what it is, how large, whole or cut, fit for the decoder or not. Nothing is decoded.
 
-Nothing is decoded here, so a picture that claims a gigapixel costs nothing.
+This is the guard before the decoder: what would bring it down, take gigabytes or come out wrong is refused here.
 """
 
 from __future__ import annotations
@@ -22,6 +22,8 @@ from PIL import (
     WebPImagePlugin,
 )
 
+__all__ = ["Judgement", "judge", "open_header", "orientation", "sniff", "whole"]
+
 _OPENERS: dict[str, Callable[[io.BytesIO], Image.Image]] = {
     "jpeg": JpegImagePlugin.JpegImageFile,
     "png": PngImagePlugin.PngImageFile,
@@ -34,6 +36,8 @@ _OPENERS: dict[str, Callable[[io.BytesIO], Image.Image]] = {
 _OTHER_IMAGES = (b"GIF8", b"8BPS", b"DDS ", b"qoif", b"\0\0\1\0", b"\0\0\2\0", b"icns", b"\xff\x0a", b"<svg", b"\x76\x2f\x31\1")
 _ORIENTATION = 0x0112
 _EXIF_SWAPS = (5, 6, 7, 8)
+_MODES = {"1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr", "LAB", "I;16", "I;16B", "I;16L"}
+_SIXTEEN_BIT = {"png", "pnm"}  # Pillow opens their 16-bit grays as I, which elsewhere means 32 bits of unknown range
 
 
 @dataclass(frozen=True)
@@ -58,13 +62,13 @@ def judge(data: bytes, *, min_side: int = 16, max_pixels: int = 50_000_000) -> J
 
     Only formats that the decoder reads are looked into; the file's name plays no part.
     """
-    kind = _sniff(data)
+    kind = sniff(data)
     if kind in ("none", "other"):
         return Judgement("unsupported" if kind == "other" else "not_image")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            size = _oriented_size(data, kind)
+            size, known = _header(data, kind)
     except Exception:  # a hostile header can make a parser raise anything at all
         return Judgement("not_image" if whole(data, kind) else "truncated", kind)
     if min(size) <= 0:
@@ -75,7 +79,7 @@ def judge(data: bytes, *, min_side: int = 16, max_pixels: int = 50_000_000) -> J
         return Judgement("too_small", kind, *size)
     if not whole(data, kind):
         return Judgement("truncated", kind, *size)
-    if not _decodable(data, kind):
+    if not known:
         return Judgement("unsupported", kind, *size)
     return Judgement("ok", kind, *size)
 
@@ -98,8 +102,8 @@ def whole(data: bytes, kind: str) -> bool:
     return True
 
 
-def _sniff(data: bytes) -> str:
-    """The format by its first bytes: one that is read, ``other`` for known pictures that are not, ``none``."""
+def sniff(data: bytes) -> str:
+    """The format by a file's first bytes: one that is read, ``other`` for known pictures that are not, ``none``."""
     if data.startswith(b"\xff\xd8\xff"):
         return "jpeg"
     if data.startswith(b"\x89PNG\r\n\x1a\n"):
@@ -117,27 +121,47 @@ def _sniff(data: bytes) -> str:
     return "other" if data.startswith(_OTHER_IMAGES) or data[4:8] == b"ftyp" else "none"
 
 
-def _oriented_size(data: bytes, kind: str) -> tuple[int, int]:
+def open_header(data: bytes, kind: str) -> Image.Image:
+    """A picture of a known format, its header read by Pillow, its pixels not yet.
+
+    Raises:
+        Exception: anything at all, if the header is broken.
+    """
     # Not Image.open: its own limit of pixels is global state, and it would try other formats.
-    with _OPENERS[kind](io.BytesIO(data)) as image:
+    return _OPENERS[kind](io.BytesIO(data))
+
+
+def orientation(image: Image.Image) -> int:
+    """The EXIF orientation 1..8 still to be applied; 1 if there is none, or none that can be read."""
+    if image.format == "TIFF":
+        return 1  # Pillow turns these itself
+    exif = Image.Exif()
+    try:
+        exif.load(image.info.get("exif") or b"")
+        found = exif.get(_ORIENTATION)
+    except Exception:  # broken EXIF is no reason to lose a picture
+        return 1
+    return found if isinstance(found, int) and 1 <= found <= 8 else 1
+
+
+def _header(data: bytes, kind: str) -> tuple[tuple[int, int], bool]:
+    """Width and height as shown, and whether the decoder knows this kind of pixels."""
+    with open_header(data, kind) as image:
         width, height = image.size
-        if kind == "tiff":
-            return width, height  # Pillow has turned it already
-        exif = Image.Exif()
-        try:
-            exif.load(image.info.get("exif") or b"")
-            turned = exif.get(_ORIENTATION) in _EXIF_SWAPS
-        except Exception:  # broken EXIF is no reason to lose a picture
-            turned = False
-        return (height, width) if turned else (width, height)
+        known = image.mode in _MODES or (image.mode == "I" and kind in _SIXTEEN_BIT)
+        if kind == "jpeg":
+            _, frame, precision = _jpeg_frame(data)  # baseline, extended or progressive, Huffman coded
+            known = known and frame in (0xC0, 0xC1, 0xC2) and precision == 8
+        if kind == "jpeg2000":
+            known = known and _codestream_size(data) == (width, height)
+        return (height, width) if orientation(image) in _EXIF_SWAPS else (width, height), known
 
 
-def _decodable(data: bytes, kind: str) -> bool:
-    """JPEG only: baseline, extended or progressive Huffman coding with 8 bits a channel."""
-    if kind != "jpeg":
-        return True
-    _, frame, precision = _jpeg_frame(data)
-    return frame in (0xC0, 0xC1, 0xC2) and precision == 8
+def _codestream_size(data: bytes) -> tuple[int, int]:
+    """Width and height by the codestream itself, which is what takes memory, not by the box around it."""
+    at = data.find(b"\xff\x4f\xff\x51")
+    right, bottom, left, top = struct.unpack_from(">4I", data, at + 8)
+    return right - left, bottom - top
 
 
 def _jpeg_frame(data: bytes) -> tuple[int, int, int]:
