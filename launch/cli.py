@@ -12,11 +12,11 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
+from launch import shards
 from pipeline.errors import ConfigError, FoveaError
 
 if TYPE_CHECKING:
     from pipeline.config import Loaded
-    from pipeline.settings import DataSettings
 
 app = typer.Typer(
     name="fovea",
@@ -30,20 +30,12 @@ app = typer.Typer(
     "[b]Change any setting:[/b]   fovea train my.yaml optim.lr=1e-3 train.global_batch=512\n\n"
     "[b]Which settings are there?[/b]  fovea config show dinov2/cifar10_vit_tiny",
 )
-shards = typer.Typer(no_args_is_help=True, help="Look at, index and make WebDataset shards.")
 config = typer.Typer(no_args_is_help=True, help="Look at and check configurations.")
-app.add_typer(shards, name="shards")
+app.add_typer(shards.app, name="shards")
 app.add_typer(config, name="config")
 
-ConfigArgument = Annotated[
-    str, typer.Argument(metavar="CONFIG", help="A YAML file, or the name of one of fovea's own: dinov2/cifar10_vit_tiny.")
-]
-Overrides = Annotated[
-    list[str] | None,
-    typer.Argument(
-        metavar="[KEY=VALUE]...", help="Settings to change, by dotted key: optim.lr=1e-3 evaluation.knn.k='[10, 20]'."
-    ),
-]
+ConfigArgument = shards.ConfigArgument
+Overrides = shards.Overrides
 _debug = False
 
 
@@ -131,114 +123,6 @@ def evaluate(
     from launch.evaluate import run as judge
 
     raise typer.Exit(judge(run, loaded))
-
-
-@shards.command("index")
-def index(
-    patterns: Annotated[list[str], typer.Argument(metavar="SHARDS...", help="Paths or URLs, with {000..123} or *.")],
-    directory: Annotated[
-        Path | None, typer.Option("--index", help="Folder of the index; by default in your cache, where training looks for it.")
-    ] = None,
-    workers: Annotated[int | None, typer.Option(min=1, help="Processes; by default one for each core with work.")] = None,
-    image: Annotated[str | None, typer.Option(help="Extensions of the picture, comma-separated.")] = None,
-    caption: Annotated[str | None, typer.Option(help="Extension of the caption.")] = None,
-    label: Annotated[str | None, typer.Option(help="Extension of the class number.")] = None,
-    damaged: Annotated[str, typer.Option(help="A shard cut short: refuse it, or use what is whole.")] = "refuse",
-) -> None:
-    """Read every shard once: which samples it has, which can be used, and why the others cannot.
-
-    Training does this by itself; do it ahead for large data. An index is reused until its shard changes.
-
-    [b]Example[/b]
-
-    fovea shards index '/data/train-{000..099}.tar'
-    """
-    from pipeline.settings import DataSettings
-
-    if damaged not in ("refuse", "use"):
-        raise ConfigError(f"{damaged!r} is neither refuse nor use", where="--damaged", mend="Choose one of the two.")
-    chosen = {"index": directory, "image": image.split(",") if image else None, "caption": caption, "label": label}
-    settings = DataSettings.model_validate(
-        {"shards": patterns, "damaged": damaged, **{key: value for key, value in chosen.items() if value is not None}}
-    )
-    _index(settings, patterns, workers)
-
-
-def _index(settings: DataSettings, patterns: Sequence[str], workers: int | None) -> None:
-    from pipeline.data.index import build
-    from pipeline.data.manifest import Fields, Shard
-    from pipeline.data.storage import expand
-
-    fields = Fields(
-        images=settings.image,
-        caption=settings.caption,
-        label=settings.label,
-        min_side=settings.min_side,
-        max_pixels=settings.max_pixels,
-    )
-    urls = expand(list(patterns))
-    folder = settings.index_folder(urls)
-
-    def tell(done: int, total: int, shard: Shard) -> None:
-        print(f"{done}/{total} {shard.url}: {shard.samples} samples", file=sys.stderr)
-
-    manifest = build(urls, folder, fields=fields, workers=workers, damaged=settings.damaged, progress=tell)
-    print(f"{manifest.total} samples in {len(urls)} shards, {manifest.classes} classes; index in {folder}")
-    for status, number in manifest.counts.items():
-        print(f"  {status:<12} {number}")
-
-
-@shards.command("pack")
-def pack(
-    source: Annotated[
-        Path, typer.Argument(metavar="SOURCE", help="A folder of pictures, or a table (.csv, .jsonl) of their paths.")
-    ],
-    out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder for the shards.")],
-    prefix: Annotated[str, typer.Option(help="Beginning of the shards' names.")] = "train",
-    size: Annotated[int, typer.Option(min=1, help="Largest size of a shard, MB.")] = 400,
-    samples: Annotated[int, typer.Option(min=1, help="Most samples in a shard.")] = 10_000,
-    seed: Annotated[int, typer.Option(min=0, help="Seed of the shuffled order.")] = 0,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace shards of the same prefix.")] = False,
-) -> None:
-    """Make WebDataset shards of pictures, shuffled.
-
-    The subfolders of a folder are its classes. A table has the columns path and, if wanted, label and caption.
-
-    [b]Examples[/b]
-
-    fovea shards pack photos/ shards/
-
-    fovea shards pack table.csv shards/ --prefix val --size 200
-    """
-    from pipeline.data.pack import pack_folder
-
-    report = pack_folder(
-        source, out, prefix=prefix, samples_per_shard=samples, bytes_per_shard=size * 1_000_000, seed=seed, overwrite=overwrite
-    )
-    for path in report.shards:
-        print(path)
-    print(f"packed {report.packed} samples in {len(report.shards)} shards, {len(report.classes)} classes")
-    for reason, number in report.reasons.items():
-        print(f"left out {number}: {reason}")
-
-
-@shards.command("preview")
-def preview(
-    config: ConfigArgument,
-    overrides: Overrides = None,
-    out: Annotated[Path, typer.Option("--out", "-o", help="The page to write.")] = Path("preview.html"),
-) -> None:
-    """Draw a page of the very crops that training would see: a look before the GPU hours.
-
-    [b]Example[/b]
-
-    fovea shards preview dinov2/cifar10_vit_tiny data.shards='/data/train-{000..099}.tar' -o preview.html
-    """
-    loaded = _load(config, overrides)
-    from launch.preview import write
-
-    write(loaded, out)
-    print(f"wrote {out}")
 
 
 @config.command("show")

@@ -117,7 +117,7 @@ def gather(config: Config, inputs: Inputs, specs: tuple[ViewSpec, ...], count: i
         raise DataError(
             f"none of the first {len(records)} pictures can be decoded",
             where=", ".join(sorted({record.shard_name for record in records})),
-            mend="Look at the shards with `fovea shards index`.",
+            mend="`fovea shards verify` names every picture that cannot be decoded.",
         )
     augmenter = Augmenter(specs, batch_size=len(fine), threads=config.data.decode_threads, hue=_hue(config))
     plans = [_rows(plan, fine) for plan in portion.plan]
@@ -174,12 +174,13 @@ def _done(plan: ViewPlan, row: int) -> str:
 # ---- the sheet ----------------------------------------------------------------------------------------------------------
 
 
-def write(loaded: Loaded, out: Path) -> None:
+def write(loaded: Loaded, out: Path, count: int = SAMPLES) -> None:
     """Draw the first samples of a configuration's training data with all views.
 
     Args:
         loaded: the configuration.
         out: the file; a picture if its name ends in ``.png``, else an HTML page that holds everything.
+        count: how many samples; no more than a global batch has.
 
     Raises:
         FoveaError: shards that cannot be used, or a file that cannot be written.
@@ -188,7 +189,7 @@ def write(loaded: Loaded, out: Path) -> None:
     knn = loaded.config.evaluation.knn.model_copy(update={"enabled": False})
     config = loaded.config.replace(evaluation=loaded.config.evaluation.model_copy(update={"knn": knn}))
     inputs, specs = prepare(config, 1), views_of(config)
-    samples = gather(config, inputs, specs)
+    samples = gather(config, inputs, specs, count)
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         if out.suffix.lower() == ".png":

@@ -40,6 +40,7 @@ STATUSES = (
     "too_small",
     "duplicate_key",
     "not_adjacent",
+    "undecodable",
 )
 FORMATS = ("none", "jpeg", "png", "webp", "tiff", "bmp", "jpeg2000", "pnm")
 CAPTION_SOURCES = ("none", "text", "json")
@@ -121,6 +122,7 @@ class ShardIndex:
         keys: the samples' keys, ``[n]``.
         columns: one array ``[n]`` for each name of the format; offsets and sizes are bytes in the shard, 0 size if absent;
             ``width`` and ``height`` are pixels after EXIF orientation; ``label`` is -1 if there is none.
+        examples: the first few names behind each note.
     """
 
     url: str
@@ -131,6 +133,7 @@ class ShardIndex:
     notes: dict[str, int]
     keys: tuple[str, ...]
     columns: dict[str, NDArray[Any]]
+    examples: dict[str, tuple[str, ...]] = field(default_factory=dict)
 
     @property
     def name(self) -> str:
@@ -169,6 +172,7 @@ class ShardIndex:
             "fields": asdict(self.fields),
             "damage": self.damage,
             "notes": self.notes,
+            "examples": self.examples,
         }
         arrays: dict[str, Any] = {
             **self.columns,
@@ -211,7 +215,8 @@ def load_sidecar(path: Path) -> ShardIndex:
         raise DataError(f"sidecar is damaged ({error})", where=str(path), mend=mend) from error
     keys = tuple(part.decode("utf-8", "surrogateescape") for part in blob.split(b"\0")[:-1])
     fields = Fields.of(meta["fields"])
-    return ShardIndex(meta["url"], meta["size"], meta["tag"], fields, meta["damage"], meta["notes"], keys, columns)
+    examples = {kind: tuple(names) for kind, names in meta.get("examples", {}).items()}
+    return ShardIndex(meta["url"], meta["size"], meta["tag"], fields, meta["damage"], meta["notes"], keys, columns, examples)
 
 
 @dataclass(frozen=True)

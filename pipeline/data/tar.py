@@ -74,6 +74,27 @@ class Member:
     kind: Kind = "file"
 
 
+class Notes(Counter[str]):
+    """Counts of things that are no sample, or that a sample lacks, by kind.
+
+    Attributes:
+        examples: the first few names of each kind.
+    """
+
+    most_examples = 5
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.examples: dict[str, list[str]] = {}
+
+    def note(self, kind: str, name: str) -> None:
+        """Counts one of a kind."""
+        self[kind] += 1
+        named = self.examples.setdefault(kind, [])
+        if len(named) < self.most_examples:
+            named.append(name)
+
+
 def split_name(name: str) -> tuple[str, str] | None:
     """Key and lower-case extension of a member, by WebDataset's rule.
 
@@ -148,7 +169,7 @@ def walk(shard: str | storage.Source) -> Iterator[Member]:
         own, long_name = {}, None
 
 
-def samples(shard: str | storage.Source, notes: Counter[str]) -> Iterator[tuple[str, dict[str, Member]]]:
+def samples(shard: str | storage.Source, notes: Notes) -> Iterator[tuple[str, dict[str, Member]]]:
     """The samples of an archive: runs of neighbouring members with one key; a repeated extension begins a new run.
 
     Args:
@@ -167,11 +188,11 @@ def samples(shard: str | storage.Source, notes: Counter[str]) -> Iterator[tuple[
         for member in walk(shard):
             if member.kind != "file":
                 if member.kind != "directory":
-                    notes[member.kind] += 1
+                    notes.note(member.kind, member.name)
                 continue
             parts = split_name(member.name)
             if parts is None:
-                notes["no_extension"] += 1
+                notes.note("no_extension", member.name)
                 continue
             if parts[0] != key or parts[1] in members:
                 if key is not None:
@@ -184,6 +205,34 @@ def samples(shard: str | storage.Source, notes: Counter[str]) -> Iterator[tuple[
         raise
     if key is not None:
         yield key, members
+
+
+def runs(
+    shard: str | storage.Source, notes: Notes, *, use_damaged: bool = False
+) -> tuple[list[tuple[str, dict[str, Member]]], str]:
+    """The runs of :func:`samples` as a list, and why the archive could be used in part only (empty: it is whole).
+
+    Args:
+        shard: see :func:`walk`.
+        notes: see :func:`samples`; ``cut_sample`` is the one before a cut, which is left out.
+        use_damaged: keep the whole samples before a cut or a broken header, rather than raise.
+
+    Raises:
+        TarDamage: the archive is damaged, and may not be used or cannot.
+    """
+    found: list[tuple[str, dict[str, Member]]] = []
+    walker = samples(shard, notes)
+    while True:
+        try:
+            found.append(next(walker))
+        except StopIteration:
+            return found, ""
+        except TarDamage as error:
+            if not use_damaged or error.reason not in ("truncated", "corrupt", "trailing"):
+                raise
+            if error.reason != "trailing" and found:
+                notes.note("cut_sample", found.pop()[0])  # its next members may be what was lost
+            return found, str(error)
 
 
 def doubts(runs: Sequence[tuple[str, set[str]]]) -> list[str]:

@@ -206,7 +206,7 @@ def test_a_second_build_walks_nothing_and_a_changed_shard_is_walked_again(
     import pipeline.data.index as module
 
     real = module.index_shard
-    monkeypatch.setattr(module, "index_shard", lambda url, **rest: walked.append(url) or real(url, **rest))
+    monkeypatch.setattr(module, "index_shard", lambda about, **rest: walked.append(about.url) or real(about, **rest))
     first = build(urls, tmp_path / "index")
     assert walked == urls
     walked.clear()

@@ -100,6 +100,11 @@ def test_the_page_holds_everything_and_names_each_sample(loaded: Loaded, tmp_pat
     assert "2 global views of 32 pixels" in page and "2 local views of 16 pixels" in page
 
 
+def test_as_many_samples_are_drawn_as_asked_for(loaded: Loaded, tmp_path: Path) -> None:
+    preview.write(loaded, tmp_path / "sheet.html", 3)
+    assert (tmp_path / "sheet.html").read_text(encoding="utf-8").count("<img ") == 3 * (1 + VIEWS)
+
+
 def test_a_png_is_one_picture_with_all_samples(loaded: Loaded, samples: list[preview.Sample], tmp_path: Path) -> None:
     preview.write(loaded, tmp_path / "sheet.PNG")
     sheet = Image.open(tmp_path / "sheet.PNG")

@@ -1,0 +1,67 @@
+"""Pictures that the decoder does not read, or that are needlessly large, written anew with Pillow."""
+
+from __future__ import annotations
+
+import io
+import warnings
+from typing import Literal
+
+import numpy as np
+from PIL import Image, ImageOps
+
+Form = Literal["jpg", "png"]
+FORMS: tuple[Form, ...] = ("jpg", "png")
+_FORMATS = (
+    *("JPEG", "PNG", "GIF", "WEBP", "AVIF", "TIFF", "BMP", "JPEG2000", "PPM", "HEIF"),
+    *("TGA", "ICO", "ICNS", "PSD", "DDS", "PCX", "SGI", "QOI", "DIB"),
+)
+
+
+def transcode(data: bytes, form: Form, *, max_pixels: int = 50_000_000, max_side: int | None = None) -> bytes | None:
+    """The first frame of a picture as 8-bit RGB, orientation applied, alpha dropped: what the decoder does with its own formats.
+
+    Args:
+        data: a picture of any format that Pillow reads.
+        form: ``jpg`` (quality 95, full chroma) or ``png`` (lossless).
+        max_pixels: larger pictures, by their header, are not decoded.
+        max_side: scale down so that the longer side has no more pixels.
+
+    Returns:
+        The new file, or None if Pillow cannot read the picture or its values have no natural range.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            with Image.open(io.BytesIO(data), formats=_readable()) as image:
+                if image.width * image.height > max_pixels:
+                    return None
+                picture = _eight_bits(ImageOps.exif_transpose(image))
+    except Exception:  # a hostile file can make a parser raise anything at all
+        return None
+    if picture is None:
+        return None
+    if max_side is not None and max(picture.size) > max_side:
+        scale = max_side / max(picture.size)
+        size = max(round(picture.width * scale), 1), max(round(picture.height * scale), 1)
+        picture = picture.resize(size, Image.Resampling.LANCZOS)
+    out = io.BytesIO()
+    if form == "jpg":
+        picture.save(out, "JPEG", quality=95, subsampling=0)
+    else:
+        picture.save(out, "PNG")
+    return out.getvalue()
+
+
+def _readable() -> list[str]:
+    """Plain picture formats: some of Pillow's others start programs (EPS) or are no pictures at all."""
+    Image.init()
+    return [form for form in _FORMATS if form in Image.OPEN]
+
+
+def _eight_bits(image: Image.Image) -> Image.Image | None:
+    """RGB; 16 bits are scaled down, which Pillow's own conversion would clip."""
+    if image.mode.startswith("I;16"):
+        image = Image.fromarray((np.asarray(image).astype(np.uint16) >> 8).astype(np.uint8))
+    elif image.mode in ("I", "F"):
+        return None
+    return image.convert("RGB")
