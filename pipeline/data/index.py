@@ -5,34 +5,20 @@ Pictures are judged by their headers alone: nothing is decoded here, so a pictur
 
 from __future__ import annotations
 
-import io
 import json
 import math
 import multiprocessing
 import os
 import re
-import struct
-import warnings
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from PIL import (
-    BmpImagePlugin,
-    Image,
-    Jpeg2KImagePlugin,
-    JpegImagePlugin,
-    PngImagePlugin,
-    PpmImagePlugin,
-    TiffImagePlugin,
-    WebPImagePlugin,
-)
-
 from pipeline.data import storage, tar
+from pipeline.data.judge import Judgement, judge, whole
 from pipeline.data.manifest import (
     CAPTION_SOURCES,
     FORMATS,
@@ -50,81 +36,7 @@ from pipeline.errors import DataError, FoveaError
 __all__ = ["Fields", "Judgement", "build", "index_shard", "judge", "whole"]
 
 Damaged = Literal["refuse", "use"]
-_OPENERS: dict[str, Callable[[io.BytesIO], Image.Image]] = {
-    "jpeg": JpegImagePlugin.JpegImageFile,
-    "png": PngImagePlugin.PngImageFile,
-    "webp": WebPImagePlugin.WebPImageFile,
-    "tiff": TiffImagePlugin.TiffImageFile,
-    "bmp": BmpImagePlugin.BmpImageFile,
-    "jpeg2000": Jpeg2KImagePlugin.Jpeg2KImageFile,
-    "pnm": PpmImagePlugin.PpmImageFile,
-}
-_OTHER_IMAGES = (b"GIF8", b"8BPS", b"DDS ", b"qoif", b"\0\0\1\0", b"\0\0\2\0", b"icns", b"\xff\x0a", b"<svg", b"\x76\x2f\x31\1")
-_ORIENTATION = 0x0112
 _SMALL_WORK = 48 << 20  # below this many bytes starting processes takes longer than indexing
-_EXIF_SWAPS = (5, 6, 7, 8)
-
-
-@dataclass(frozen=True)
-class Judgement:
-    """What a picture's header says.
-
-    Attributes:
-        status: ``ok``, ``not_image``, ``unsupported``, ``truncated``, ``too_large`` or ``too_small``.
-        format: one of :data:`pipeline.data.manifest.FORMATS`.
-        width: pixels, after EXIF orientation; 0 if unknown.
-        height: likewise.
-    """
-
-    status: str
-    format: str = "none"
-    width: int = 0
-    height: int = 0
-
-
-def judge(data: bytes, *, min_side: int = 16, max_pixels: int = 50_000_000) -> Judgement:
-    """Judges the bytes of a picture without decoding it.
-
-    Only formats that the decoder reads are looked into; the file's name plays no part.
-    """
-    kind = _sniff(data)
-    if kind in ("none", "other"):
-        return Judgement("unsupported" if kind == "other" else "not_image")
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            size = _oriented_size(data, kind)
-    except Exception:  # a hostile header can make a parser raise anything at all
-        return Judgement("not_image" if whole(data, kind) else "truncated", kind)
-    if min(size) <= 0:
-        return Judgement("not_image", kind)
-    if size[0] * size[1] > max_pixels:
-        return Judgement("too_large", kind, *size)
-    if min(size) < min_side:
-        return Judgement("too_small", kind, *size)
-    if not whole(data, kind):
-        return Judgement("truncated", kind, *size)
-    if not _decodable(data, kind):
-        return Judgement("unsupported", kind, *size)
-    return Judgement("ok", kind, *size)
-
-
-def whole(data: bytes, kind: str) -> bool:
-    """Whether a picture's bytes reach its end marker (a matter of microseconds; formats without one pass).
-
-    JPEG, JPEG 2000: an end marker after the start of the data, though other bytes may follow it. PNG: the last chunk is there.
-    WebP: the length that the header announces.
-    """
-    if kind == "jpeg":
-        scan = _jpeg_frame(data)[0]
-        return scan > 0 and data.rfind(b"\xff\xd9", scan) >= 0
-    if kind == "png":
-        return data.rfind(b"IEND", 33) >= 0
-    if kind == "jpeg2000":  # packets never hold two bytes above FF8F, so this is the end of the codestream and no accident
-        return data.rfind(b"\xff\xd9", max(data.find(b"\xff\x4f"), 0)) >= 0
-    if kind == "webp":
-        return len(data) >= 12 and len(data) >= struct.unpack_from("<I", data, 4)[0] + 8
-    return True
 
 
 def index_shard(url: str, *, fields: Fields, damaged: Damaged = "refuse") -> ShardIndex:
@@ -366,64 +278,3 @@ def _add_caption(
     else:
         return
     row |= {"caption_source": CAPTION_SOURCES.index(source), "caption_offset": member.offset, "caption_size": member.size}
-
-
-def _sniff(data: bytes) -> str:
-    """The format by its first bytes: one that is read, ``other`` for known pictures that are not, ``none``."""
-    if data.startswith(b"\xff\xd8\xff"):
-        return "jpeg"
-    if data.startswith(b"\x89PNG\r\n\x1a\n"):
-        return "png"
-    if data[:4] == b"RIFF" and data[8:12] == b"WEBP":
-        return "webp"
-    if data[:4] in (b"II*\0", b"MM\0*"):
-        return "tiff"
-    if data[:2] == b"BM":
-        return "bmp"
-    if data[:12] == b"\0\0\0\x0cjP  \r\n\x87\n" or data[:4] == b"\xff\x4f\xff\x51":
-        return "jpeg2000"
-    if len(data) > 2 and data[:1] == b"P" and data[1:2] in b"123456" and data[2:3].isspace():
-        return "pnm"
-    return "other" if data.startswith(_OTHER_IMAGES) or data[4:8] == b"ftyp" else "none"
-
-
-def _oriented_size(data: bytes, kind: str) -> tuple[int, int]:
-    # Not Image.open: its own limit of pixels is global state, and it would try other formats.
-    with _OPENERS[kind](io.BytesIO(data)) as image:
-        width, height = image.size
-        if kind == "tiff":
-            return width, height  # Pillow has turned it already
-        exif = Image.Exif()
-        try:
-            exif.load(image.info.get("exif") or b"")
-            turned = exif.get(_ORIENTATION) in _EXIF_SWAPS
-        except Exception:  # broken EXIF is no reason to lose a picture
-            turned = False
-        return (height, width) if turned else (width, height)
-
-
-def _decodable(data: bytes, kind: str) -> bool:
-    """JPEG only: baseline, extended or progressive Huffman coding with 8 bits a channel."""
-    if kind != "jpeg":
-        return True
-    _, frame, precision = _jpeg_frame(data)
-    return frame in (0xC0, 0xC1, 0xC2) and precision == 8
-
-
-def _jpeg_frame(data: bytes) -> tuple[int, int, int]:
-    """Where the first scan begins (0: nowhere), the frame marker and its bits per channel, by walking the segments."""
-    at, frame, precision = 2, 0, 0
-    while at + 4 <= len(data):
-        if data[at] != 0xFF:
-            return 0, frame, precision
-        marker = data[at + 1]
-        if marker in (0xFF, 0x00, 0x01) or 0xD0 <= marker <= 0xD8:
-            at += 1 if marker == 0xFF else 2
-            continue
-        length = data[at + 2] << 8 | data[at + 3]
-        if marker == 0xDA:
-            return at + 2 + length, frame, precision
-        if 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC) and at + 5 <= len(data):
-            frame, precision = marker, data[at + 4]
-        at += 2 + length
-    return 0, frame, precision
