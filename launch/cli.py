@@ -12,6 +12,7 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
+from launch.bench import app as bench
 from pipeline.errors import ConfigError, FoveaError
 
 if TYPE_CHECKING:
@@ -34,6 +35,7 @@ shards = typer.Typer(no_args_is_help=True, help="Look at, index and make WebData
 config = typer.Typer(no_args_is_help=True, help="Look at and check configurations.")
 app.add_typer(shards, name="shards")
 app.add_typer(config, name="config")
+app.add_typer(bench, name="bench")
 
 ConfigArgument = Annotated[
     str, typer.Argument(metavar="CONFIG", help="A YAML file, or the name of one of fovea's own: dinov2/cifar10_vit_tiny.")

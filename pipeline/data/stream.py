@@ -23,7 +23,7 @@ from pipeline.data.feeder import Portion, Portions, portions
 from pipeline.data.ledger import Event, Ledger
 from pipeline.data.plan import ViewPlan, make_plan
 from pipeline.data.reader import Record
-from pipeline.data.views import Batch, Masks
+from pipeline.data.views import Batch, Boxes, Masks
 
 _SUBSTITUTES = 8
 _BLANK = 64
@@ -194,7 +194,17 @@ class BatchStream:
             position=portion.step * self._dataset.order.global_batch,
             masks={name: self._masks(grid[:, rows]) for name, grid in portion.masks.items()},
             captions=[r.caption or "" for r in chosen],
+            boxes=self._boxes(plan),
         )
+
+    def _boxes(self, plan: list[ViewPlan]) -> dict[str, Boxes]:
+        views, found = iter(plan), {}
+        for spec in self._dataset.specs:
+            own = [next(views) for _ in range(spec.count)]
+            if spec.boxes:
+                corners = [torch.from_numpy(np.concatenate([view.start, view.end], axis=1)).to(self._device) for view in own]
+                found[spec.name] = Boxes(corners, [torch.from_numpy(view.flip > 0).to(self._device) for view in own])
+        return found
 
     def _masks(self, grid: NDArray[np.bool_]) -> Masks:
         flat = np.ascontiguousarray(grid).reshape(-1, grid.shape[-1])
