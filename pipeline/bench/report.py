@@ -9,7 +9,7 @@ from pathlib import Path
 from pipeline.bench.data import Result, rows
 from pipeline.bench.machine import describe
 
-_FED = ("read", "plan", "hand over")
+_FED = ("read", "plan", "hand over")  # what it costs beside decoding and augmenting
 
 
 def markdown(result: Result, machine: dict[str, str], command: str) -> str:
@@ -26,7 +26,7 @@ def markdown(result: Result, machine: dict[str, str], command: str) -> str:
         lines += [f"| {name} | {cost:.2f} | {ratios[0]} times | {ratios[1]} times |" for name, cost, ratios in rows(result)]
     if result.stages:
         total = sum(result.stages.values())
-        fed = sum(result.stages[stage] for stage in _FED)
+        fed = sum(result.stages.get(stage, 0.0) for stage in _FED)
         lines += ["", "Ours without hue, by stage:", "", "| stage | CPU ms a picture | share |", "|---|---:|---:|"]
         lines += [f"| {stage} | {cost:.3f} | {cost / total:.1%} |" for stage, cost in result.stages.items()]
         lines += ["", f"Reading and feeding ({', '.join(_FED)}) take {fed / total:.1%}."]
