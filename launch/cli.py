@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from launch import shards
+from launch.bench import app as bench
 from pipeline.errors import ConfigError, FoveaError
 
 if TYPE_CHECKING:
@@ -33,6 +34,7 @@ app = typer.Typer(
 config = typer.Typer(no_args_is_help=True, help="Look at and check configurations.")
 app.add_typer(shards.app, name="shards")
 app.add_typer(config, name="config")
+app.add_typer(bench, name="bench")
 
 ConfigArgument = shards.ConfigArgument
 Overrides = shards.Overrides

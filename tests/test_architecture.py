@@ -43,7 +43,7 @@ NEIGHBOURS = {
 # Where a part of the outside world may be imported at all.
 ONLY_IN = {
     "deepspeed": ("pipeline/training/engine.py",),
-    "nvidia.dali": ("pipeline/data/dali.py",),
+    "nvidia.dali": ("pipeline/data/dali.py", "pipeline/bench/"),
     "mlflow": ("pipeline/tracking/",),
     "obstore": ("pipeline/data/storage/",),
     "boto3": ("pipeline/data/storage/",),

@@ -7,14 +7,15 @@ contrast is done by arithmetic around the image's mean gray and hue, unless ``hu
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
 import torch
-from nvidia.dali import fn, math, pipeline_def, types
+from nvidia.dali import fn, math, pipeline_def, tensors, types
 
 from pipeline.data.plan import ViewPlan
-from pipeline.data.views import IMAGENET_MEAN, IMAGENET_STD, Augment, ViewSpec
+from pipeline.data.views import Normalize, ViewSpec
 
 Hue = Literal["hsv", "yiq", "off"]
 
@@ -26,7 +27,8 @@ def _byte(image: Any) -> Any:
 def _hue_channel(sixths: Any, value: Any, chroma: Any, offset: float) -> Any:
     k = sixths + np.float32(offset + 12)
     k = k - math.floor(k * np.float32(1 / 6)) * np.float32(6)
-    return value - chroma * math.clamp(math.min(k, np.float32(4) - k), np.float32(0), np.float32(1))
+    # clamp() would do, but is many times slower on a CPU.
+    return value - chroma * math.min(math.max(math.min(k, np.float32(4) - k), np.float32(0)), np.float32(1))
 
 
 def _turn_hue(image: Any, turns: Any) -> Any:
@@ -50,23 +52,28 @@ def _turn_hue(image: Any, turns: Any) -> Any:
     return _byte(fn.cat(*channels, axis=2) * np.float32(255))
 
 
-def _input(index: int, field: str) -> str:
-    return f"v{index}_{field}"
+def _scalar(field: str, dtype: Any) -> Any:
+    return fn.external_source(name=field, ndim=0, dtype=dtype, batch=True)
 
 
-def _scalar(index: int, field: str, dtype: Any) -> Any:
-    return fn.external_source(name=_input(index, field), ndim=0, dtype=dtype, batch=True)
+def _luma(image: Any) -> Any:
+    return fn.color_space_conversion(image, image_type=types.RGB, output_type=types.GRAY)
 
 
-def _jitter(x: Any, index: int, hue: str) -> Any:
-    brightness, contrast = _scalar(index, "brightness", types.FLOAT), _scalar(index, "contrast", types.FLOAT)
-    saturation = _scalar(index, "saturation", types.FLOAT)
-    turns: Any = _scalar(index, "hue", types.FLOAT) if hue != "off" else None
-    jittered = _scalar(index, "jitter", types.BOOL)
+def _jitter(x: Any, hue: str, device: str) -> Any:
+    brightness, contrast = _scalar("brightness", types.FLOAT), _scalar("contrast", types.FLOAT)
+    saturation = _scalar("saturation", types.FLOAT)
+    turns: Any = _scalar("hue", types.FLOAT) if hue != "off" else None
+    jittered = _scalar("jitter", types.BOOL)
     if jittered:
-        x = _byte(x * brightness)
-        mean = fn.reductions.mean(fn.color_space_conversion(x, image_type=types.RGB, output_type=types.GRAY))
-        x = _byte(x * contrast + mean * (np.float32(1) - contrast))
+        x = fn.brightness_contrast(x, brightness=brightness)
+        mean = fn.reductions.mean(_luma(x))
+        # One operator is six times as fast as arithmetic, with the same pixels, but takes its arguments from the CPU only.
+        x = (
+            fn.brightness_contrast(x, contrast=contrast, contrast_center=mean)
+            if device == "cpu"
+            else _byte(x * contrast + mean * (np.float32(1) - contrast))
+        )
         if hue == "yiq":
             x = fn.color_twist(x, saturation=saturation, hue=turns * np.float32(360))
         else:
@@ -76,81 +83,104 @@ def _jitter(x: Any, index: int, hue: str) -> Any:
     return x
 
 
-def _gray(x: Any, index: int) -> Any:
-    grayed = _scalar(index, "gray", types.BOOL)
+def _gray(x: Any) -> Any:
+    grayed = _scalar("gray", types.BOOL)
     if grayed:
-        gray = fn.color_space_conversion(x, image_type=types.RGB, output_type=types.GRAY)
-        x = fn.cat(gray, gray, gray, axis=2)
+        x = fn.color_space_conversion(_luma(x), image_type=types.GRAY, output_type=types.RGB)
     return x
 
 
-def _blur(x: Any, index: int, kernel: int) -> Any:
-    sigma = _scalar(index, "sigma", types.FLOAT)
+def _blur(x: Any, kernel: int | str) -> Any:
+    sigma = _scalar("sigma", types.FLOAT)
     if sigma > 0:
-        x = fn.gaussian_blur(x, window_size=kernel, sigma=sigma)
+        x = fn.gaussian_blur(x, window_size=0 if kernel == "auto" else kernel, sigma=sigma)
     return x
 
 
-def _solarize(x: Any, index: int, threshold: int) -> Any:
-    solarized = _scalar(index, "solarize", types.BOOL)
+def _solarize(x: Any, threshold: int) -> Any:
+    solarized = _scalar("solarize", types.BOOL)
     if solarized:
         values = [v if v < threshold else 255 - v for v in range(256)]
         x = fn.lookup_table(x, keys=list(range(256)), values=values, dtype=types.UINT8)
     return x
 
 
-def _view(images: Any, spec: ViewSpec, augment: Augment, index: int, hue: str) -> Any:
+@dataclass(frozen=True)
+class _Group:
+    """Views that one graph makes as one long batch, view after view: what they differ in stands in their plans.
+
+    Attributes:
+        views: their places in the plan.
+        size, normalize: as in :class:`ViewSpec`.
+        kernel, threshold: of blur and solarization.
+        fields: what the graph reads of the plan; an input that nobody reads is an error in DALI.
+    """
+
+    views: tuple[int, ...]
+    size: int
+    normalize: Normalize
+    kernel: int | str
+    threshold: int
+    fields: tuple[str, ...]
+
+
+def _groups(specs: tuple[ViewSpec, ...], hue: str) -> list[_Group]:
+    """The views by what the graph must be built for; views that are never blurred go with any blur."""
+    views = [(spec, spec.augment[v % len(spec.augment)]) for spec in specs for v in range(spec.count)]
+    found: dict[Any, list[int]] = {}
+    for index, (spec, augment) in enumerate(views):
+        found.setdefault((spec.size, spec.normalize, augment.blur_kernel, augment.solarize_threshold), []).append(index)
+    groups = []
+    for (size, normalize, kernel, threshold), members in found.items():
+        augments = [views[index][1] for index in members]
+        fields = ["start", "end", "flip"]
+        if any(augment.jitter_p > 0 for augment in augments):
+            fields += ["jitter", "brightness", "contrast", "saturation", *(["hue"] if hue != "off" else [])]
+        for field, name in (("gray", "gray_p"), ("sigma", "blur_p"), ("solarize", "solarize_p")):
+            fields += [field] if any(getattr(augment, name) > 0 for augment in augments) else []
+        groups.append(_Group(tuple(members), size, normalize, kernel, threshold, tuple(fields)))
+    return groups
+
+
+@pipeline_def(enable_conditionals=True)
+def _graph(group: _Group, hue: str, device: str) -> Any:
+    # Each picture is fed once for each of its views, always the same bytes: they must not be copied.
+    images = fn.external_source(name="images", device=device, layout="HWC", ndim=3, dtype=types.UINT8, batch=True, no_copy=True)
     x = fn.resize(
         images,
-        roi_start=fn.external_source(name=_input(index, "start"), ndim=1, dtype=types.FLOAT, batch=True),
-        roi_end=fn.external_source(name=_input(index, "end"), ndim=1, dtype=types.FLOAT, batch=True),
-        size=[spec.size, spec.size],
+        roi_start=fn.external_source(name="start", ndim=1, dtype=types.FLOAT, batch=True),
+        roi_end=fn.external_source(name="end", ndim=1, dtype=types.FLOAT, batch=True),
+        size=[group.size, group.size],
         interp_type=types.INTERP_CUBIC,
         antialias=True,
     )
-    if augment.jitter_p > 0:
-        x = _jitter(x, index, hue)
-    if augment.gray_p > 0:
-        x = _gray(x, index)
-    if augment.blur_p > 0:
-        x = _blur(x, index, augment.blur_kernel)
-    if augment.solarize_p > 0:
-        x = _solarize(x, index, augment.solarize_threshold)
+    if "jitter" in group.fields:
+        x = _jitter(x, hue, device)
+    if "gray" in group.fields:
+        x = _gray(x)
+    if "sigma" in group.fields:
+        x = _blur(x, group.kernel)
+    if "solarize" in group.fields:
+        x = _solarize(x, group.threshold)
     return fn.crop_mirror_normalize(
         x,
         dtype=types.FLOAT,
         output_layout="CHW",
-        mean=[255 * m for m in IMAGENET_MEAN],
-        std=[255 * s for s in IMAGENET_STD],
-        mirror=_scalar(index, "flip", types.INT32),
+        mean=[255 * m for m in group.normalize.mean],
+        std=[255 * s for s in group.normalize.std],
+        mirror=_scalar("flip", types.INT32),
     )
-
-
-@pipeline_def(enable_conditionals=True)
-def _graph(views: list[tuple[ViewSpec, Augment]], hue: str, device: str) -> Any:
-    images = fn.external_source(name="images", device=device, layout="HWC", ndim=3, dtype=types.UINT8, batch=True)
-    return tuple(_view(images, spec, augment, index, hue) for index, (spec, augment) in enumerate(views))
-
-
-def _fields(augment: Augment, hue: str) -> list[str]:
-    """The plan fields that the graph of a view reads; inputs nobody reads would be an error in DALI."""
-    fields = ["start", "end", "flip"]
-    if augment.jitter_p > 0:
-        fields += ["jitter", "brightness", "contrast", "saturation"]
-        fields += ["hue"] if hue != "off" else []
-    fields += ["gray"] if augment.gray_p > 0 else []
-    fields += ["sigma"] if augment.blur_p > 0 else []
-    fields += ["solarize"] if augment.solarize_p > 0 else []
-    return fields
 
 
 class Augmenter:
     """Cuts, resizes, distorts and normalises the views of a batch as its plan says.
 
+    Views of one size pass through one DALI pipeline together: half of the time of small views is overhead of operators.
+
     Args:
         specs: the views a recipe asked for.
         batch_size: the largest batch that :meth:`run` will be given.
-        threads: CPU threads of the DALI pipeline.
+        threads: CPU threads of each DALI pipeline.
         device_id: a CUDA device, or ``None`` for the CPU operators.
         hue: ``hsv`` turns hue exactly, ``yiq`` is DALI's faster approximation, ``off`` leaves hue alone.
     """
@@ -159,19 +189,27 @@ class Augmenter:
         self, specs: tuple[ViewSpec, ...], *, batch_size: int, threads: int = 1, device_id: int | None = None, hue: Hue = "hsv"
     ) -> None:
         self.specs = specs
-        views = [(spec, spec.augment[v % len(spec.augment)]) for spec in specs for v in range(spec.count)]
-        self._feeds = [(i, field) for i, (_, augment) in enumerate(views) for field in _fields(augment, hue)]
-        self._pipeline = _graph(
-            views,
+        self._on_cpu, self._device_id = device_id is None, device_id
+        self._fed: list[Any] = []
+        self._pipelines = [
+            (group, self._build(group, batch_size * len(group.views), threads, device_id, hue)) for group in _groups(specs, hue)
+        ]
+
+    @staticmethod
+    def _build(group: _Group, batch_size: int, threads: int, device_id: int | None, hue: str) -> Any:
+        pipeline = _graph(
+            group,
             hue,
             "cpu" if device_id is None else "gpu",
             batch_size=batch_size,
             num_threads=threads,
             device_id=device_id,
             prefetch_queue_depth=1,
+            exec_dynamic=True,
             seed=0,
         )
-        self._pipeline.build()
+        pipeline.build()
+        return pipeline
 
     def run(self, images: list[Any], plan: list[ViewPlan]) -> dict[str, list[torch.Tensor]]:
         """Make the views.
@@ -181,13 +219,23 @@ class Augmenter:
             plan: one :class:`ViewPlan` a view, in the order of the specs.
 
         Returns:
-            For each spec's name its views, float32 ``[batch, 3, size, size]``, normalised with ImageNet's mean and deviation.
+            For each spec's name its views, float32 ``[batch, 3, size, size]``, normalised as the spec says.
         """
-        self._pipeline.feed_input("images", images)
-        for index, field in self._feeds:
-            self._pipeline.feed_input(_input(index, field), np.ascontiguousarray(getattr(plan[index], field)))
-        outputs = [torch.from_dlpack(out.as_tensor()).clone() for out in self._pipeline.run()]
-        views: dict[str, list[torch.Tensor]] = {}
-        for spec in self.specs:
-            views[spec.name] = [outputs.pop(0) for _ in range(spec.count)]
-        return views
+        tensor = tensors.TensorCPU if self._on_cpu else tensors.TensorGPU
+        # Read in place, so they must be there already, and stay until the pipelines have read them.
+        self._fed = fed = [tensor(image, "HWC") for image in images]
+        if not self._on_cpu:
+            torch.cuda.current_stream(self._device_id).synchronize()
+        for group, pipeline in self._pipelines:
+            pipeline.feed_input("images", fed * len(group.views))
+            for field in group.fields:
+                pipeline.feed_input(field, np.concatenate([getattr(plan[view], field) for view in group.views]))
+            pipeline.schedule_run()
+        made: dict[int, torch.Tensor] = {}
+        for group, pipeline in self._pipelines:
+            (out,) = pipeline.outputs()
+            joint = torch.from_dlpack(out.as_tensor())
+            # The executor hands its buffers over and never writes to them again; on a GPU the copy also orders the streams.
+            made |= zip(group.views, (joint if self._on_cpu else joint.clone()).split(len(images)), strict=True)
+        numbers = iter(range(len(plan)))
+        return {spec.name: [made[next(numbers)] for _ in range(spec.count)] for spec in self.specs}

@@ -26,7 +26,7 @@ from pipeline.data.plan import ViewPlan, make_plan
 from pipeline.data.prefetch import Prefetcher
 from pipeline.data.reader import Record
 from pipeline.data.text import tokenizer
-from pipeline.data.views import Batch, Masks
+from pipeline.data.views import Batch, Boxes, Masks
 
 _SUBSTITUTES = 8
 _BLANK = 64
@@ -217,7 +217,17 @@ class BatchStream:
             masks={name: self._masks(grid[:, rows]) for name, grid in portion.masks.items()},
             tokens=None if portion.tokens is None else torch.from_numpy(portion.tokens[rows]).to(self._device, non_blocking=True),
             captions=[r.caption or "" for r in chosen],
+            boxes=self._boxes(plan),
         )
+
+    def _boxes(self, plan: list[ViewPlan]) -> dict[str, Boxes]:
+        views, found = iter(plan), {}
+        for spec in self._dataset.specs:
+            own = [next(views) for _ in range(spec.count)]
+            if spec.boxes:
+                corners = [torch.from_numpy(np.concatenate([view.start, view.end], axis=1)).to(self._device) for view in own]
+                found[spec.name] = Boxes(corners, [torch.from_numpy(view.flip > 0).to(self._device) for view in own])
+        return found
 
     def _masks(self, grid: NDArray[np.bool_]) -> Masks:
         flat = np.ascontiguousarray(grid).reshape(-1, grid.shape[-1])

@@ -151,9 +151,11 @@ def walk(shard: str | storage.Source) -> Iterator[Member]:
         member_size = header.size
         records = {**shared, **own}
         if "size" in records:
-            if not records["size"].isdecimal():
-                raise _broken(url, at, f"the PAX size {records['size']!r} is no number")
+            if re.fullmatch(r"[0-9]{1,19}", records["size"]) is None:
+                raise _broken(url, at, f"the PAX size {_shown(records['size'])} is no number")
             member_size = int(records["size"])
+        if member_size < 0:
+            raise _broken(url, at, f"a header claims {member_size} bytes")
         name = long_name or records.get("path") or header.name
         kind = _KINDS.get(header.type, "unknown")
         if any(name.startswith("GNU.sparse.") for name in records):

@@ -7,13 +7,23 @@ with a :class:`Batch`.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
+OPENAI_MEAN = (0.48145466, 0.4578275, 0.40821073)
+OPENAI_STD = (0.26862954, 0.26130258, 0.27577711)
+
+
+@dataclass(frozen=True)
+class Normalize:
+    """What is subtracted from, and what divides, the red, green and blue of a view, as shares of full intensity."""
+
+    mean: tuple[float, float, float] = IMAGENET_MEAN
+    std: tuple[float, float, float] = IMAGENET_STD
 
 
 @dataclass(frozen=True)
@@ -27,7 +37,9 @@ class Augment:
         flip_p: probability of a horizontal flip.
         jitter_p: probability that colour is jittered at all.
         gray_p: probability of grayscale (three equal channels, ITU-R 601 luma).
-        blur_p: probability of a Gaussian blur; ``blur_kernel`` pixels wide, sigma uniform in ``blur_sigma`` pixels.
+        blur_p: probability of a Gaussian blur, sigma uniform in ``blur_sigma`` pixels.
+        blur_kernel: width of the blur's window in pixels, odd; ``auto`` lets it grow with sigma, which is near to a blur by
+            Pillow's radius (DINO, SLIP, DetailCLIP).
         solarize_p: probability that values of ``solarize_threshold`` (0..255) and above are inverted.
     """
 
@@ -40,7 +52,7 @@ class Augment:
     gray_p: float = 0.0
     blur_p: float = 0.0
     blur_sigma: tuple[float, float] = (0.1, 2.0)
-    blur_kernel: int = 9
+    blur_kernel: int | Literal["auto"] = 9
     solarize_p: float = 0.0
     solarize_threshold: int = 128
 
@@ -73,6 +85,8 @@ class ViewSpec:
         crop_ratio: least and largest width/height of the crop.
         augment: one per view, cycled when there are fewer than ``count`` (BYOL's and DINO's asymmetry).
         mask: block masks to draw for each view, if the method hides patches.
+        normalize: with which numbers; CLIP has its own.
+        boxes: whether the batch tells where in the picture each view was cut.
     """
 
     name: str
@@ -83,6 +97,8 @@ class ViewSpec:
     crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)
     centre: float = 1.0
     mask: MaskSpec | None = None
+    normalize: Normalize = Normalize()
+    boxes: bool = False
 
 
 @dataclass(frozen=True)
@@ -114,6 +130,19 @@ class Masks:
 
 
 @dataclass(frozen=True)
+class Boxes:
+    """Where the views of one name were cut, one tensor a view.
+
+    Attributes:
+        corners: float32 ``[batch, 4]`` each: top, left, bottom, right, pixels of the picture as shown (EXIF applied).
+        flipped: bool ``[batch]`` each: whether the view was mirrored after it was cut.
+    """
+
+    corners: list[Tensor]
+    flipped: list[Tensor]
+
+
+@dataclass(frozen=True)
 class Batch:
     """All that the data side tells a recipe: one rank's (micro-)batch, on the device.
 
@@ -126,6 +155,7 @@ class Batch:
         position: samples of the run consumed before this global batch.
         tokens: int64 ``[batch, context]`` of caption tokens, if the recipe reads text; padded with 0 after the end mark.
         captions: the caption of each sample that was chosen for this epoch; empty where there is none.
+        boxes: for each view name whose ``ViewSpec`` asks for them.
     """
 
     views: dict[str, list[Tensor]]
@@ -136,3 +166,4 @@ class Batch:
     masks: dict[str, Masks] = field(default_factory=dict)
     tokens: Tensor | None = None
     captions: list[str] | None = None
+    boxes: dict[str, Boxes] = field(default_factory=dict)

@@ -1,0 +1,267 @@
+"""How much processor time a picture costs before it is trained on: ours against torchvision's DataLoader and DALI's own reader.
+
+All paths make DINOv2's views of the same pictures in the same process, one after the other, round after round, and each is given
+its best round: processor time hardly depends on what else the machine does, wall time does.
+"""
+
+from __future__ import annotations
+
+import io
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from functools import partial
+from itertools import islice
+from pathlib import Path
+from typing import Any, get_args
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+
+from pipeline.bench import rivals
+from pipeline.bench.machine import cpu_seconds
+from pipeline.data import storage
+from pipeline.data.dali import Augmenter, Hue
+from pipeline.data.decode import Decoder
+from pipeline.data.feeder import Portions, portions
+from pipeline.data.index import build
+from pipeline.data.ledger import Ledger
+from pipeline.data.manifest import Manifest
+from pipeline.data.order import Order
+from pipeline.data.pack import ShardWriter
+from pipeline.data.plan import make_plan
+from pipeline.data.reader import Reader
+from pipeline.data.scenes import render
+from pipeline.data.stream import BatchStream, StreamOptions
+from pipeline.errors import DataError
+
+SIZE = (500, 375)
+_PER_SHARD = 128
+_SEED = 0
+_STAGES = ("read", "plan", "decode", "augment", "hand over")
+
+
+@dataclass(frozen=True)
+class Options:
+    """What is measured.
+
+    Attributes:
+        shards: patterns of WebDataset shards; none: pictures are packed for the occasion.
+        photos: folder of photographs to pack; none: drawn scenes.
+        images: pictures that each path processes in a round.
+        rounds: of which the best counts.
+        batch: pictures of a micro-batch.
+        threads: of the decoder and of DALI.
+        workers: processes of torchvision's DataLoader; ours reads in the process that is measured.
+        world: ranks that share a global batch of ``world * batch``; the first one is measured.
+    """
+
+    shards: tuple[str, ...] = ()
+    photos: Path | None = None
+    images: int = 512
+    rounds: int = 3
+    batch: int = 32
+    threads: int = 1
+    workers: int = 0
+    world: int = 1
+
+
+@dataclass
+class Result:
+    """What was found.
+
+    Attributes:
+        options: as asked for, and what the pictures were.
+        milliseconds: processor milliseconds a picture, by path, one for each round.
+        stages: of our path without hue, by stage.
+        rates: on a GPU, pictures a second and shares, by what was measured.
+    """
+
+    options: dict[str, Any]
+    milliseconds: dict[str, list[float]] = field(default_factory=dict)
+    stages: dict[str, float] = field(default_factory=dict)
+    rates: dict[str, float] = field(default_factory=dict)
+
+    def best(self, path: str) -> float:
+        """The cheapest round of a path, ms a picture."""
+        return min(self.milliseconds[path])
+
+
+def measure(options: Options, *, tell: Callable[[str], None] = lambda _: None) -> Result:
+    """Runs all paths on the CPU.
+
+    Args:
+        options: what to measure.
+        tell: called with a sentence about what is done now.
+
+    Raises:
+        DataError: there are no shards or pictures, or too few.
+    """
+    torch.set_num_threads(1)
+    with ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="fovea-bench-")))
+        manifest, about = prepare(options, folder)
+        o, steps = options, max(options.images // options.batch, 1)
+        result = Result({**{k: str(v) for k, v in vars(options).items() if k not in ("shards", "photos")}, "pictures": about})
+        paths: dict[str, Callable[[], float]] = {}
+        for label, hue in (("", False), (", hue", True)):
+            for kind in ("classic", "v2"):
+                paths[f"torchvision {kind}{label}"] = _pull(
+                    rivals.torchvision_batches(manifest, batch=o.batch, hue=hue, kind=kind, workers=o.workers), steps
+                )
+            paths[f"DALI's reader{label}"] = _pull(
+                rivals.dali_batches(manifest, folder, batch=o.batch, hue=hue, threads=o.threads), steps
+            )
+        for hue_kind in get_args(Hue):
+            paths[f"fovea, hue {hue_kind}"] = partial(_ours, manifest, o, hue_kind, steps)
+        for number in range(o.rounds):
+            for name, run in paths.items():
+                tell(f"round {number + 1} of {o.rounds}: {name}")
+                result.milliseconds.setdefault(name, []).append(run() / (steps * o.batch) * 1000)
+        tell("where our time goes")
+        result.stages = _stages(manifest, o, steps)
+        return result
+
+
+def prepare(options: Options, folder: Path) -> tuple[Manifest, str]:
+    """The index of the shards to measure on, packed into ``folder`` if none are named, and a few words about them."""
+    if options.shards:
+        urls, about = storage.expand(list(options.shards)), "of the shards " + " ".join(options.shards)
+    else:
+        pictures, about = _pictures(options)
+        with ShardWriter(folder / "shards", "bench", samples_per_shard=_PER_SHARD) as writer:
+            for number, data in enumerate(pictures):
+                sample = {"__key__": f"{number:06d}", "jpg": data, "txt": f"picture {number}", "cls": number % 10}
+                writer.write({**sample, "json": {"number": number}})
+        urls = list(writer.shards)
+    manifest = build(urls, folder / "index")
+    if manifest.total < options.batch * options.world:
+        raise DataError(
+            f"{manifest.total} pictures do not fill a batch of {options.batch * options.world}",
+            where="fovea bench data",
+            mend="name more shards, or make --batch smaller",
+        )
+    return manifest, about
+
+
+def _pictures(options: Options) -> tuple[Iterator[bytes], str]:
+    about = f"{options.images} JPEGs of {SIZE[0]}x{SIZE[1]}, quality 90, "
+    if options.photos is None:
+        return (_jpeg(Image.fromarray(render(_SEED, n, SIZE[0]).image)) for n in range(options.images)), about + "drawn scenes"
+    files = sorted(path for path in options.photos.iterdir() if path.suffix.lower() in (".jpg", ".jpeg", ".png"))
+    if not files:
+        raise DataError("holds no .jpg, .jpeg or .png", where=str(options.photos), mend="name another folder")
+
+    def made() -> Iterator[bytes]:
+        for number in range(options.images):
+            with Image.open(files[number % len(files)]) as image:
+                picture = image.convert("RGB")
+                yield _jpeg(ImageOps.mirror(picture) if number // len(files) % 2 else picture)
+
+    return made(), about + f"from {len(files)} photographs"
+
+
+def _jpeg(image: Image.Image) -> bytes:
+    buffer = io.BytesIO()
+    ImageOps.fit(image, SIZE).save(buffer, "JPEG", quality=90)
+    return buffer.getvalue()
+
+
+def _pull(batches: Iterator[Any], steps: int) -> Callable[[], float]:
+    """CPU seconds of the next ``steps`` batches; the first call takes one more before, to warm up."""
+    warm: list[bool] = []
+
+    def run() -> float:
+        if not warm:
+            next(batches)
+            warm.append(True)
+        begin = cpu_seconds()
+        for _ in islice(batches, steps):
+            pass
+        return cpu_seconds() - begin
+
+    return run
+
+
+def dataset(manifest: Manifest, options: Options) -> Portions:
+    """What our stream reads: the order and views of a training."""
+    order = Order(manifest.sizes, _SEED, options.batch * options.world)
+    reader = Reader(manifest, wants=("image", "label", "caption"))
+    return Portions(reader, order, rivals.specs(), seed=_SEED, world=options.world, rank=0)
+
+
+def _ours(manifest: Manifest, options: Options, hue: Hue, steps: int) -> float:
+    """CPU seconds of ``steps`` batches of the very stream that training reads."""
+    stream = BatchStream(
+        dataset(manifest, options),
+        device=torch.device("cpu"),
+        options=StreamOptions(micro_batch=options.batch, workers=0, threads=options.threads, prefetch=1, hue=hue),
+        ledger=Ledger(None),
+        first=0,
+        last=steps,
+    )
+    begin = cpu_seconds()
+    for _ in stream:
+        pass
+    return cpu_seconds() - begin
+
+
+def _stages(manifest: Manifest, options: Options, steps: int) -> dict[str, float]:
+    """Milliseconds of CPU a picture by stage, the least of the rounds of each; a worker process reads in the last one."""
+    best = dict.fromkeys(_STAGES, float("inf"))
+    for _ in range(options.rounds):
+        for stage, seconds in {**_serial(manifest, options, steps), "hand over": _loader(manifest, options, steps)}.items():
+            best[stage] = min(best[stage], seconds / (steps * options.batch) * 1000)
+    best["hand over"] = max(best["hand over"] - best["read"] - best["plan"], 0.0)
+    return best
+
+
+def _serial(manifest: Manifest, options: Options, steps: int) -> dict[str, float]:
+    source = dataset(manifest, options)
+    decoder = Decoder(threads=options.threads)
+    augmenter = Augmenter(source.specs, batch_size=options.batch, threads=options.threads, hue="off")
+    spent = dict.fromkeys(_STAGES[:-1], 0.0)
+    for step in range(steps):
+        marks = [time.process_time()]
+        chosen = source.order.rank_batch(step, options.world, 0)
+        records = source.reader.fetch(chosen.ids)
+        marks.append(time.process_time())
+        sizes = np.array([(record.height, record.width) for record in records], dtype=np.int64)
+        plan = make_plan(source.specs, ids=chosen.ids, epochs=chosen.epochs, sizes=sizes, seed=_SEED)
+        marks.append(time.process_time())
+        images = decoder.decode([record.image or b"" for record in records])
+        marks.append(time.process_time())
+        augmenter.run(images, plan)
+        marks.append(time.process_time())
+        for stage, low, high in zip(spent, marks[:-1], marks[1:], strict=True):
+            spent[stage] += high - low
+    return spent
+
+
+def _loader(manifest: Manifest, options: Options, steps: int) -> float:
+    """CPU seconds in all processes to read and plan ``steps`` steps and hand them to the process that trains."""
+    many = 8 * steps  # one step costs a clock tick or less
+    source = portions(dataset(manifest, options), first=0, last=None, workers=1, prefetch=2)
+    for _ in islice(source, 8):
+        pass
+    begin = cpu_seconds()
+    for _ in islice(source, many):
+        pass
+    seconds = cpu_seconds() - begin
+    source.close()  # type: ignore[attr-defined]
+    return seconds / 8
+
+
+def rows(result: Result) -> list[tuple[str, float, Sequence[str]]]:
+    """The table: path, ms a picture, and how many times its cost each rival takes at the same task."""
+    found: list[tuple[str, float, Sequence[str]]] = []
+    for name in result.milliseconds:
+        with_hue = "hue" in name and not name.endswith("off")
+        suffix = ", hue" if with_hue else ""
+        torchvision = min(result.best(f"torchvision {kind}{suffix}") for kind in ("classic", "v2"))
+        ratios = [f"{rival / result.best(name):.2f}" for rival in (torchvision, result.best(f"DALI's reader{suffix}"))]
+        found.append((name, result.best(name), ratios))
+    return found

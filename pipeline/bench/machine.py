@@ -1,0 +1,61 @@
+"""What a number was measured on, and how much processor time was spent for it."""
+
+from __future__ import annotations
+
+import os
+import platform
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+_PACKAGES = ("torch", "torchvision", "nvidia-dali-cuda130", "nvidia-nvimgcodec-cu13", "pillow", "numpy")
+_TICK = os.sysconf("SC_CLK_TCK")
+
+
+def cpu_seconds() -> float:
+    """User and system time of this process and all its descendants, living and dead, seconds; in steps of a clock tick."""
+    children: dict[int, list[int]] = {}
+    times: dict[int, int] = {}
+    for entry in Path("/proc").iterdir():
+        if not entry.name.isdigit():
+            continue
+        try:
+            fields = (entry / "stat").read_text().rpartition(")")[2].split()
+        except OSError:  # it has ended meanwhile
+            continue
+        number = int(entry.name)
+        children.setdefault(int(fields[1]), []).append(number)
+        times[number] = sum(int(field) for field in fields[11:15])
+    total, pending = 0, [os.getpid()]
+    while pending:
+        number = pending.pop()
+        total += times.get(number, 0)
+        pending += children.get(number, [])
+    return total / _TICK
+
+
+def describe() -> dict[str, str]:
+    """Date, processor, number of usable cores, load, system and versions of the packages that matter."""
+    models = [line.partition(":")[2].strip() for line in _lines("/proc/cpuinfo") if line.startswith("model name")]
+    return {
+        "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
+        "processor": models[0] if models else platform.processor() or platform.machine(),
+        "cores": str(len(os.sched_getaffinity(0))),
+        "load": f"{os.getloadavg()[0]:.1f}",
+        "system": f"{platform.system()} {platform.release()}, Python {platform.python_version()}",
+        **{name: _version(name) for name in _PACKAGES},
+    }
+
+
+def _lines(path: str) -> list[str]:
+    try:
+        return Path(path).read_text().splitlines()
+    except OSError:
+        return []
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "not installed"
