@@ -99,6 +99,8 @@ def train(config: Config, here: RankEnvironment, attempt: int | None, found: Sav
             shipper = Shipper(run.tracking, uri=uri, experiment=config.tracking.experiment, name=config.run.name, log=show.say)
             shipper.start()
     inputs = prepare(config, world.size)
+    if journal is not None:
+        journal.tags({"fovea.data": inputs.train.fingerprint, "fovea.data_samples": inputs.train.total})
     trainer = assemble(
         config,
         inputs,
@@ -140,6 +142,9 @@ def train(config: Config, here: RankEnvironment, attempt: int | None, found: Sav
             "seconds": trainer.progress.seconds,
             "data": trainer.data_counts,
         }
+        for rank in range(world.size):
+            if run.ledger(rank).exists():
+                journal.artifact(run.ledger(rank).resolve())
         journal.close()
         run.write("outcome.json", outcome)
         if not finished:

@@ -241,10 +241,14 @@ class Trainer:
             "seconds": p.seconds,
             "data": self.data_state(),
         }
-        self.data_counts = {name: facts["data"][name] for name in ("seen", "substituted", "samples", "fingerprint")}
+        data = facts["data"]
+        self.data_counts = {name: data[name] for name in ("seen", "substituted", "counts", "samples", "fingerprint")}
         path = self.checkpoints.save(self.engine, self.recipe, facts)
         if self.journal is not None:
             self.journal.tags({"fovea.checkpoint": path, "fovea.samples_seen": facts["samples_seen"]})
+            lost = {f"substituted/{reason}": count for reason, count in data["substituted"].items()}
+            told = {"seen": data["seen"], "quarantined": len(data["quarantine"]), **lost, **data["counts"]}
+            self.journal.metrics(p.step, {f"data/{name}": float(count) for name, count in told.items()})
             self.journal.sync()
         return p.step
 

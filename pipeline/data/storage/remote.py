@@ -358,7 +358,7 @@ def _profile_credentials() -> Any:
         from obstore.auth.boto3 import Boto3CredentialProvider
     except ImportError as error:
         raise DataError(
-            "credentials of ~/.aws need boto3", where="AWS_PROFILE", mend="pip install boto3, or set AWS_ACCESS_KEY_ID."
+            "credentials of ~/.aws need boto3", where="AWS_PROFILE", mend="pip install 'fovea[aws]', or set AWS_ACCESS_KEY_ID."
         ) from error
     try:
         return Boto3CredentialProvider()
