@@ -87,19 +87,29 @@ def judge(data: bytes, *, min_side: int = 16, max_pixels: int = 50_000_000) -> J
 def whole(data: bytes, kind: str) -> bool:
     """Whether a picture's bytes reach its end marker (a matter of microseconds; formats without one pass).
 
-    JPEG, JPEG 2000: an end marker after the start of the data, though other bytes may follow it. PNG: the last chunk is there.
+    JPEG, JPEG 2000: an end marker after the start of the data, though other bytes may follow it. PNG: chunk by chunk to the last
+    one, as a length that reaches beyond the file makes the decoder ask for gigabytes.
     WebP: the length that the header announces.
     """
     if kind == "jpeg":
         scan = _jpeg_frame(data)[0]
         return scan > 0 and data.rfind(b"\xff\xd9", scan) >= 0
     if kind == "png":
-        return data.rfind(b"IEND", 33) >= 0
+        return _png_ends(data)
     if kind == "jpeg2000":  # packets never hold two bytes above FF8F, so this is the end of the codestream and no accident
         return data.rfind(b"\xff\xd9", max(data.find(b"\xff\x4f"), 0)) >= 0
     if kind == "webp":
         return len(data) >= 12 and len(data) >= struct.unpack_from("<I", data, 4)[0] + 8
     return True
+
+
+def _png_ends(data: bytes) -> bool:
+    at = 8
+    while at + 12 <= len(data):
+        if data[at + 4 : at + 8] == b"IEND":
+            return True
+        at += 12 + int.from_bytes(data[at : at + 4], "big")
+    return False
 
 
 def sniff(data: bytes) -> str:

@@ -28,7 +28,7 @@ from PIL import Image, ImageFilter
 from pipeline.data import storage, tar
 from pipeline.data.feeder import Portions
 from pipeline.data.index import Fields, build, index_shard
-from pipeline.data.judge import judge
+from pipeline.data.judge import judge, whole
 from pipeline.data.ledger import Ledger
 from pipeline.data.manifest import STATUSES
 from pipeline.data.order import Order
@@ -243,6 +243,15 @@ def test_a_small_box_around_a_large_codestream_is_refused() -> None:
 )
 def test_what_is_hardly_a_file_has_a_status(junk: bytes) -> None:
     assert judge(junk).status in ("not_image", "truncated")
+
+
+def test_a_png_whose_chunk_claims_gigabytes_is_refused() -> None:
+    """The decoder would ask for them before it looks how long the file is."""
+    data = bytearray(encode("PNG"))
+    data[data.index(b"IDAT") - 4] = 0xFF
+    assert judge(bytes(data)).status != "ok"
+    assert not whole(bytes(data), "png")
+    assert whole(encode("PNG") + b"bytes after the end", "png")
 
 
 def cut(files: dict[str, bytes], points: int) -> dict[str, bytes]:
