@@ -304,7 +304,7 @@ def test_overrides_take_lists_mappings_and_quoted_text(tmp_path: Path) -> None:
         ("evaluation.knn.max_train=5", "more neighbours"),
         ("schedule.lr.warmup=60 epochs", "longer than the run"),
         ("checkpoint.every=0", "longer than nothing"),
-        ("train.zero=3", "1 or 2"),
+        ("train.zero=4", "0, 1, 2 or 3"),
         ("run.name=../up", "pattern"),
         ("optim.lr=true", "valid number"),
         ("data.crc=yes", "true or false"),

@@ -198,6 +198,7 @@ while True:
 """
 
 
+@pytest.mark.slow
 def test_many_processes_killed_at_random_moments_never_see_a_half_shard(tmp_path: Path) -> None:
     folder, logs = tmp_path / "cache", []
     for seed in range(6):

@@ -396,7 +396,7 @@ def signed(data: bytearray, at: int) -> None:
 
 def test_the_archive_is_read_whole(tmp_path: Path) -> None:
     url = put(tmp_path, ARCHIVE)
-    notes: Counter[str] = Counter()
+    notes = tar.Notes()
     keys = [key for key, _ in tar.samples(url, notes)]
     assert keys == [
         *("0", LONG[:-4], "1", "dup", "dup", "far", "between", "far"),

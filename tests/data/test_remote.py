@@ -65,6 +65,7 @@ def test_ranges_of_an_object_are_its_bytes(door: Proxy, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("kind", ["503", "cut", "stall", "403"])
 @pytest.mark.parametrize("mode", ["direct", "cache"])
+@pytest.mark.slow
 def test_trouble_that_passes_costs_time_and_nothing_else(door: Proxy, tmp_path: Path, kind: str, mode: str) -> None:
     store = Storage(settings(door, tmp_path, mode=mode))
     about = store.stat("s3://remote/data/big.tar")
@@ -165,6 +166,7 @@ def test_patterns_in_a_bucket_name_what_they_name_on_a_disk(door: Proxy, tmp_pat
     assert len(everything) == len(list(Path(bucket, "scenes").glob("*.tar")))
 
 
+@pytest.mark.slow
 def test_a_remote_index_has_the_fingerprint_of_the_local_one(door: Proxy, tmp_path: Path, bucket: str) -> None:
     far = build(
         storage.expand("s3://remote/scenes/", Storage(settings(door, tmp_path))),

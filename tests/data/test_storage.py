@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.data import storage
+from pipeline.data.storage import local
 from pipeline.errors import DataError
 
 
@@ -91,7 +92,7 @@ def test_the_tag_changes_with_the_file(shards: Path) -> None:
 
 
 def test_many_threads_read_more_files_than_stay_open(tmp_path: Path) -> None:
-    paths = [tmp_path / f"{number}.bin" for number in range(storage._OPEN_FILES + 20)]
+    paths = [tmp_path / f"{number}.bin" for number in range(local._OPEN_FILES + 20)]
     for number, path in enumerate(paths):
         path.write_bytes(number.to_bytes(4, "little") * 64)
     wrong: list[int] = []

@@ -92,6 +92,7 @@ def test_going_on_from_a_checkpoint_is_as_if_nothing_had_happened(
 
 
 @pytest.mark.parametrize("source", [0, 1, 2, 3])
+@pytest.mark.slow
 def test_any_number_of_ranks_and_every_stage_read_what_any_other_wrote(source: int, tmp_path: Path) -> None:
     through = pool(2).run(_train, directory=str(tmp_path), until=6, save=(3,), zero=source)
     before = pool(2).run(_train, directory=str(tmp_path), load=3, until=3, zero=source, seed=1)
