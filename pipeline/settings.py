@@ -285,7 +285,11 @@ class DataSettings(Settings):
 class OptimSettings(Settings):
     """The optimizer."""
 
-    name: Literal["adamw"] = Field(default="adamw", description="the optimizer")
+    name: Literal["adamw", "lamb", "lars"] = Field(
+        default="adamw", description="the optimizer; lars has its uses for convolutions with batch norm, not for transformers"
+    )
+    momentum: Probability = Field(default=0.9, description="LARS: share of the old velocity kept")
+    trust: Positive = Field(default=1e-3, description="LARS: the trust coefficient eta")
     lr: Positive = Field(default=2e-4, description="base learning rate, before lr_rule")
     lr_rule: Literal["sqrt1024", "linear256", "none"] = Field(
         default="sqrt1024", description="peak rate: lr * sqrt(global batch / 1024), lr * global batch / 256, or lr"
@@ -358,6 +362,14 @@ class TrainSettings(Settings):
         default=False,
         json_schema_extra=RUNTIME,
         description="write every step's sample keys, pixel digest and terms of each rank to <run>/batches (slow; for audits)",
+    )
+    recompute: bool = Field(
+        default=False,
+        json_schema_extra=RUNTIME,
+        description="activation checkpointing: forget a block's activations and compute them again (less memory, a third slower)",
+    )
+    compile: bool = Field(
+        default=False, json_schema_extra=RUNTIME, description="torch.compile each transformer block; needs a C++ compiler on CPU"
     )
     deterministic: bool = Field(default=False, description="refuse operations whose result varies from run to run")
     max_nonfinite: Count = Field(default=10, json_schema_extra=RUNTIME, description="non-finite steps in a row that stop the run")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+import shutil
 from collections import Counter
 from dataclasses import replace
 from typing import Any
@@ -21,6 +22,7 @@ from pipeline.data.reader import Reader
 from pipeline.data.stream import BatchStream, StreamOptions
 from pipeline.errors import CheckpointError, ConfigError
 from pipeline.evaluation.online import OnlineKnn, Pictures, raw_pixels
+from pipeline.models.vision import VisionTower
 from pipeline.recipes.base import Recipe
 from pipeline.recipes.registry import build_recipe
 from pipeline.settings import Config, Dinov2Settings
@@ -84,6 +86,25 @@ def make_recipe(config: Config, device: torch.device) -> Recipe:
     """The method with its initial weights, a function of ``run.seed`` alone, on the device."""
     torch.manual_seed(config.run.seed)
     return build_recipe(config).to(device).place(device)
+
+
+def prepare_towers(recipe: Recipe, config: Config) -> None:
+    """Switches recomputation and compilation on where the settings say so.
+
+    Raises:
+        ConfigError: ``train.compile`` without the compiler that it needs on a CPU.
+    """
+    teachers = list(recipe.teacher.modules.values()) if recipe.teacher is not None else []
+    towers = [m for root in (recipe, *teachers) for m in root.modules() if isinstance(m, VisionTower)]
+    for tower in towers:
+        tower.checkpointing = config.train.recompute
+    if not config.train.compile:
+        return
+    if not torch.cuda.is_available() and shutil.which("g++") is None and shutil.which("c++") is None:
+        raise ConfigError("there is no C++ compiler", where="train.compile", mend="install g++, or set train.compile=false")
+    for tower in towers:
+        for block in tower.vit.blocks:
+            block.compile()
 
 
 def _autocast(config: Config, device: torch.device) -> torch.autocast:
@@ -162,6 +183,7 @@ def assemble(
     if config.train.threads:
         torch.set_num_threads(config.train.threads)
     recipe = make_recipe(config, world.device)
+    prepare_towers(recipe, config)
     share = config.train.global_batch // world.size
     micro = config.train.micro_batch or share
     clip = config.recipe if isinstance(config.recipe, Dinov2Settings) else Dinov2Settings()
@@ -176,6 +198,9 @@ def assemble(
             eps=config.optim.eps,
             clip_norm=clip.clip_norm,
             clip_scope=clip.clip_scope,
+            optimizer=config.optim.name,
+            momentum=config.optim.momentum,
+            trust=config.optim.trust,
         ),
         world.device,
     )

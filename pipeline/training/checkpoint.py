@@ -32,7 +32,6 @@ from torch import Tensor
 from pipeline.errors import CheckpointError
 from pipeline.recipes.base import Recipe
 from pipeline.training.engine import Engine
-from pipeline.training.layout import MOMENTS
 from pipeline.training.saved import FORMAT, MANIFEST, Saved, entry, listed
 
 _WHOLE = "whole.safetensors"
@@ -150,7 +149,7 @@ def _write_rank(directory: Path, rank: int, engine: Engine) -> dict[str, Any]:
     for f in engine.fragments():
         table[f.name] = [f.start, f.master.numel()]
         tensors[f"master/{f.name}"] = f.master
-        tensors.update({f"{moment}/{f.name}": f.moments[moment] for moment in MOMENTS})
+        tensors.update({f"{moment}/{f.name}": tensor for moment, tensor in f.moments.items()})
     for name, _, piece in engine.teacher_pieces(owned=True):
         tensors[f"teacher/{name}"] = piece
     return {"file": _write(directory / _rank_file(rank), tensors), "fragments": table}
@@ -215,8 +214,8 @@ def load(saved: Saved, engine: Engine, recipe: Recipe) -> None:
     pieces = _Pieces(saved)
     for f in engine.held():
         f.master.copy_(pieces.read("master", f.name, f.start, f.master.numel()))
-        for moment in MOMENTS:
-            f.moments[moment].copy_(pieces.read(moment, f.name, f.start, f.master.numel()))
+        for moment, tensor in f.moments.items():
+            tensor.copy_(pieces.read(moment, f.name, f.start, f.master.numel()))
     engine.set_optimizer_steps(int(saved.manifest["applied"]))
     engine.refresh()
     with engine.gathered(write=True):

@@ -29,7 +29,8 @@ from pipeline.data.views import Batch
 from pipeline.errors import TrainingError
 from pipeline.models.groups import ParameterGroup
 from pipeline.recipes.base import Recipe, Step
-from pipeline.training.layout import Flat, Fragment, Layout, Partitioned, Whole, piece_of
+from pipeline.training.layout import ADAM, Flat, Fragment, Layout, Partitioned, Whole, piece_of
+from pipeline.training.optimizers import Lamb, Lars, Layerwise
 
 os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
 
@@ -60,6 +61,8 @@ class EngineOptions:
         betas, eps: AdamW's.
         clip_norm: largest L2 norm of a gradient, ``None`` for no clipping.
         clip_scope: ``network`` clips each of the recipe's networks by its own norm, ``global`` all together.
+        optimizer: ``adamw``, ``lamb`` or ``lars``.
+        momentum, trust: LARS's.
     """
 
     zero: Literal[0, 1, 2, 3]
@@ -70,6 +73,9 @@ class EngineOptions:
     eps: float
     clip_norm: float | None
     clip_scope: Literal["network", "global"]
+    optimizer: Literal["adamw", "lamb", "lars"] = "adamw"
+    momentum: float = 0.9
+    trust: float = 1e-3
 
 
 class Engine:
@@ -90,13 +96,7 @@ class Engine:
         self.shapes = {name: tuple(p.shape) for name, p in recipe.named_parameters() if p.requires_grad}
         self._groups = recipe.parameter_groups()
         _check(recipe, self._groups)
-        optimizer = torch.optim.AdamW(
-            [{"params": g.params, "lr": 0.0, "weight_decay": 0.0} for g in self._groups],
-            lr=0.0,
-            betas=options.betas,
-            eps=options.eps,
-            fused=device.type == "cuda",
-        )
+        optimizer = _optimizer(options, self._groups, device)
         # DeepSpeed insists on this variable and takes it for the device's number, whoever started the ranks.
         os.environ["LOCAL_RANK"] = str(device.index or 0)
         config = _configuration(options, dist.get_world_size(), device)
@@ -104,7 +104,13 @@ class Engine:
         # DeepSpeed wraps it, but in stage 0; the learning rates are the inner one's.
         self._optimizer = getattr(self._engine.optimizer, "optimizer", self._engine.optimizer)
         parameters = [p for group in self._groups for p in group.params]
-        self.layout: Layout = _LAYOUTS[options.zero](self._engine, parameters, self._names)
+        layerwise = optimizer if isinstance(optimizer, Layerwise) else None
+        self.layout: Layout = _LAYOUTS[options.zero](
+            self._engine, parameters, self._names, layerwise.moments if layerwise else ADAM
+        )
+        if layerwise is not None:
+            layerwise.segments, layerwise.parameters = self.layout.segments(), len(parameters)
+            layerwise.sharded = options.zero > 0
         self._teacher_engine = self._shard_teacher(config) if options.zero == 3 else None
         self._network = {id(p): name for name, module in recipe.networks().items() for p in module.parameters()}
         for p in recipe.parameters():
@@ -220,12 +226,12 @@ class Engine:
             yield
 
     def set_optimizer_steps(self, steps: int) -> None:
-        """Set AdamW's own count of steps, which its bias correction needs, for every tensor it has a state for."""
+        """Set the optimizer's own count of steps, which Adam's bias correction needs, for every tensor it has a state for."""
         for flat in self.layout.flats():
             self._optimizer.state[flat]["step"] = torch.full((), float(steps), device=flat.device)
 
     def optimizer_steps(self) -> list[float]:
-        """AdamW's own counts of steps."""
+        """The optimizer's own counts of steps."""
         return [float(self._optimizer.state[flat]["step"]) for flat in self.layout.flats()]
 
     def refresh(self) -> None:
@@ -237,6 +243,15 @@ class Engine:
         if self._teacher_engine is not None:
             self._teacher_engine.destroy()
         self._engine.destroy()
+
+
+def _optimizer(options: EngineOptions, groups: list[ParameterGroup], device: torch.device) -> torch.optim.Optimizer:
+    chosen = [{"params": list(g.params), "lr": 0.0, "weight_decay": 0.0, "adapt": g.wd_scale > 0} for g in groups]
+    if options.optimizer == "lars":
+        return Lars(chosen, momentum=options.momentum, trust=options.trust)
+    if options.optimizer == "lamb":
+        return Lamb(chosen, betas=options.betas, eps=options.eps)
+    return torch.optim.AdamW(chosen, lr=0.0, betas=options.betas, eps=options.eps, fused=device.type == "cuda")
 
 
 def _check(recipe: Recipe, groups: list[ParameterGroup]) -> None:
@@ -274,6 +289,7 @@ def _configuration(options: EngineOptions, world: int, device: torch.device) -> 
         },
         # Parameters stay fp32 and only compute is bf16: initial weights are exact and gradients are reduced in fp32.
         "torch_autocast": {"enabled": options.precision == "bf16", "dtype": "bfloat16", "lower_precision_safe_modules": []},
+        "zero_allow_untested_optimizer": True,  # LARS and LAMB are ours, and tested
         "communication_data_type": "fp32",
         "data_types": {"grad_accum_dtype": "fp32"},
         "gradient_clipping": 0.0,

@@ -16,7 +16,9 @@ import torch.distributed as dist
 from torch import Tensor
 from typing_extensions import override
 
-MOMENTS = ("exp_avg", "exp_avg_sq")
+from pipeline.training.optimizers import Segment
+
+ADAM = ("exp_avg", "exp_avg_sq")
 
 
 @dataclass(frozen=True)
@@ -28,7 +30,7 @@ class Fragment:
         start: first element of the piece in the flattened parameter.
         shape: the whole parameter's shape.
         master: fp32 ``[elements]``, the weights that the optimizer moves.
-        moments: fp32 ``[elements]`` each, ``exp_avg`` and ``exp_avg_sq``.
+        moments: fp32 ``[elements]`` each: AdamW's and LAMB's ``exp_avg`` and ``exp_avg_sq``, LARS's ``momentum_buffer``.
         gradient: the averaged gradient, after backward and before the step.
     """
 
@@ -59,6 +61,22 @@ class Layout(ABC):
     def flats(self) -> list[Tensor]:
         """The tensors that the optimizer has states for."""
 
+    def segments(self) -> dict[int, list[Segment]]:
+        """For the ``id`` of each of :meth:`flats` the pieces of parameters that it holds."""
+        numbers = {id(p): number for number, p in enumerate(self.order())}
+        starts = [(flat.data_ptr(), flat.data_ptr() + flat.numel() * flat.element_size(), flat) for flat in self.flats()]
+        found: dict[int, list[Segment]] = {id(flat): [] for _, _, flat in starts}
+        for p, fragment in self.held():
+            at, length = fragment.master.data_ptr(), fragment.master.numel()
+            for low, high, flat in starts:
+                if low <= at < high:
+                    found[id(flat)].append(Segment(numbers[id(p)], (at - low) // flat.element_size(), length))
+        return found
+
+    @abstractmethod
+    def order(self) -> Sequence[Tensor]:
+        """All trainable parameters, in an order that is the same on all ranks."""
+
     @abstractmethod
     def refresh(self) -> None:
         """After masters were written: make what the forward pass reads equal to them."""
@@ -71,12 +89,13 @@ class Layout(ABC):
 class Whole(Layout):
     """Stage 0: every rank has every parameter, gradient and moment; by convention it owns an equal share of each."""
 
-    def __init__(self, engine: Any, parameters: Sequence[Tensor], names: dict[int, str]) -> None:
+    def __init__(self, engine: Any, parameters: Sequence[Tensor], names: dict[int, str], moments: tuple[str, ...] = ADAM) -> None:
+        self._moments = moments
         self._engine, self._parameters, self._names = engine, parameters, names
         self._optimizer = engine.optimizer
         for p in parameters:
             self._optimizer.state[p] = {"step": torch.zeros((), dtype=torch.float32, device=p.device)}
-            self._optimizer.state[p].update({moment: torch.zeros_like(p) for moment in MOMENTS})
+            self._optimizer.state[p].update({moment: torch.zeros_like(p) for moment in moments})
 
     @override
     def owned(self, *, gradients: bool = False) -> Iterator[tuple[Tensor, Fragment]]:
@@ -100,7 +119,7 @@ class Whole(Layout):
             start=start,
             shape=tuple(p.shape),
             master=p.detach().view(-1).narrow(0, start, length),
-            moments={m: state[m].view(-1).narrow(0, start, length) for m in MOMENTS},
+            moments={m: state[m].view(-1).narrow(0, start, length) for m in self._moments},
             gradient=self._gradient(p).view(-1).narrow(0, start, length) if gradients else None,
         )
 
@@ -113,6 +132,10 @@ class Whole(Layout):
     @override
     def gradients(self) -> list[tuple[Tensor, Tensor]]:
         return [(p, self._gradient(p)) for p in self._parameters]
+
+    @override
+    def order(self) -> Sequence[Tensor]:
+        return self._parameters
 
     @override
     def flats(self) -> list[Tensor]:
@@ -131,11 +154,12 @@ class Whole(Layout):
 class Flat(Layout):
     """Stages 1 and 2: parameters are whole on every rank; masters, moments and gradients are cut from one flat tensor a group."""
 
-    def __init__(self, engine: Any, parameters: Sequence[Tensor], names: dict[int, str]) -> None:
+    def __init__(self, engine: Any, parameters: Sequence[Tensor], names: dict[int, str], moments: tuple[str, ...] = ADAM) -> None:
+        self._moments = moments
         self._zero: Any = engine.optimizer
         self._parameters: Sequence[Any] = parameters
         self._names = names
-        _fill(self._zero.optimizer.state, self.flats())
+        _fill(self._zero.optimizer.state, self.flats(), moments)
 
     @override
     def owned(self, *, gradients: bool = False) -> Iterator[tuple[Tensor, Fragment]]:
@@ -151,7 +175,7 @@ class Flat(Layout):
                 start=mapping.lp_fragment_address.start,
                 shape=tuple(p.shape),
                 master=flat.detach().narrow(0, where.start, where.numel),
-                moments={m: state[flat][m].narrow(0, where.start, where.numel) for m in MOMENTS},
+                moments={m: state[flat][m].narrow(0, where.start, where.numel) for m in self._moments},
                 gradient=mapping.get_lp_grad_fragment(p._index_in_param_group) if gradients else None,
             )
             yield p, fragment
@@ -163,6 +187,10 @@ class Flat(Layout):
     @override
     def gradients(self) -> list[tuple[Tensor, Tensor]]:
         return [(p, f.gradient) for p, f in self.owned(gradients=True) if f.gradient is not None]
+
+    @override
+    def order(self) -> Sequence[Tensor]:
+        return self._parameters
 
     @override
     def flats(self) -> list[Tensor]:
@@ -182,11 +210,12 @@ class Flat(Layout):
 class Partitioned(Layout):
     """Stage 3: parameters are cut too; rank ``r`` has the ``r``-th of equal pieces of each, the last ones padded."""
 
-    def __init__(self, engine: Any, parameters: Sequence[Tensor], names: dict[int, str]) -> None:
+    def __init__(self, engine: Any, parameters: Sequence[Tensor], names: dict[int, str], moments: tuple[str, ...] = ADAM) -> None:
+        self._moments = moments
         self._zero: Any = engine.optimizer
         self._parameters: Sequence[Any] = parameters
         self._names = names
-        _fill(self._zero.optimizer.state, self.flats())
+        _fill(self._zero.optimizer.state, self.flats(), moments)
 
     @override
     def owned(self, *, gradients: bool = False) -> Iterator[tuple[Tensor, Fragment]]:
@@ -202,7 +231,7 @@ class Partitioned(Layout):
                 start=start,
                 shape=tuple(p.ds_shape),
                 master=flat.detach().narrow(0, offset, length),
-                moments={m: state[flat][m].narrow(0, offset, length) for m in MOMENTS},
+                moments={m: state[flat][m].narrow(0, offset, length) for m in self._moments},
                 gradient=self._buffers()[p.ds_id].narrow(0, 0, length) if gradients else None,
             )
             yield p, fragment
@@ -218,6 +247,10 @@ class Partitioned(Layout):
     @override
     def gradients(self) -> list[tuple[Tensor, Tensor]]:
         return [(p, f.gradient) for p, f in self.owned(gradients=True) if f.gradient is not None]
+
+    @override
+    def order(self) -> Sequence[Tensor]:
+        return self._parameters
 
     @override
     def flats(self) -> list[Tensor]:
@@ -247,8 +280,8 @@ def piece_of(parameter: Any) -> tuple[int, int]:
     return start, min(size, parameter.ds_numel - start)
 
 
-def _fill(state: Any, flats: list[Tensor]) -> None:
+def _fill(state: Any, flats: list[Tensor], moments: tuple[str, ...]) -> None:
     """Moments from the start, so that a checkpoint of step 0 is like any other."""
     for flat in flats:
         state[flat] = {"step": torch.zeros((), dtype=torch.float32, device=flat.device)}
-        state[flat].update({moment: torch.zeros_like(flat) for moment in MOMENTS})
+        state[flat].update({moment: torch.zeros_like(flat) for moment in moments})

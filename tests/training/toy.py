@@ -127,11 +127,12 @@ def by_torch(
     skipped: frozenset[int] = frozenset(),
     headless: frozenset[int] = frozenset(),
     bf16: bool = False,
+    optimizer_name: str = "adamw",
 ) -> dict[str, Any]:
     """What training is: one process, the whole batch, torch's own AdamW and clipping."""
     recipe = Toy()
     groups = recipe.parameter_groups()
-    optimizer = torch.optim.AdamW([{"params": g.params} for g in groups], betas=BETAS, eps=EPS, foreach=False)
+    optimizer = _optimizer(optimizer_name, groups)
     history, norms = [], []
     for index in range(steps):
         step, recipe.without_head = step_at(index), index in headless
@@ -160,6 +161,19 @@ def by_torch(
     return {"terms": history, "norms": norms, **state_of(recipe)}
 
 
+def _optimizer(name: str, groups: list[ParameterGroup]) -> torch.optim.Optimizer:
+    from pipeline.training.optimizers import Lamb, Lars, Segment
+
+    if name == "adamw":
+        return torch.optim.AdamW([{"params": g.params} for g in groups], betas=BETAS, eps=EPS, foreach=False)
+    chosen = [{"params": g.params, "adapt": g.wd_scale > 0} for g in groups]
+    optimizer = Lars(chosen) if name == "lars" else Lamb(chosen, betas=BETAS, eps=EPS)
+    parameters = [p for g in groups for p in g.params]
+    optimizer.segments = {id(p): [Segment(number, 0, p.numel())] for number, p in enumerate(parameters)}
+    optimizer.parameters = len(parameters)
+    return optimizer
+
+
 def state_of(recipe: Toy) -> dict[str, Any]:
     """Copies of everything that a step moves, apart from the optimizer."""
     return {
@@ -180,11 +194,12 @@ def options(
     clip: float | None = None,
     scope: Literal["network", "global"] = "network",
     precision: Literal["fp32", "bf16"] = "fp32",
+    optimizer: Literal["adamw", "lamb", "lars"] = "adamw",
 ) -> Any:
     from pipeline.training.engine import EngineOptions
 
     micro = SAMPLES // dist.get_world_size() // accumulation
-    return EngineOptions(zero, precision, micro, accumulation, BETAS, EPS, clip, scope)
+    return EngineOptions(zero, precision, micro, accumulation, BETAS, EPS, clip, scope, optimizer)
 
 
 def build(seed: int = 0, **chosen: Any) -> tuple[Toy, Any]:
