@@ -177,7 +177,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     words = list(sys.argv[1:] if arguments is None else arguments)
     _debug = "--debug" in words
     try:
-        app([word for word in words if word != "--debug"], prog_name="fovea")
+        # DeepSpeed's launcher says the rank a second time, in front of the verb; the environment has it too.
+        app([word for word in words if word != "--debug" and not word.startswith("--local_rank=")], prog_name="fovea")
     except FoveaError as error:
         if _debug:
             traceback.print_exc()

@@ -12,6 +12,7 @@ import warnings
 from importlib.metadata import version
 from pathlib import Path
 
+from launch import accelerate
 from launch.ranks import RankEnvironment
 from launch.resume import check_identity, choose_checkpoint
 from launch.watch import watcher
@@ -27,6 +28,7 @@ def be_rank(config: Config, here: RankEnvironment) -> int:
     """Be a rank that torchrun, accelerate or srun started: agree on the attempt and the checkpoint, then train."""
     from pipeline.training.inputs import prepare
 
+    accelerate.check(config, here.world_size)
     run = RunDirectory(config.run.folder)
     if run.config.exists():
         check_identity(config, json.loads(run.config.read_text()), run.config)
@@ -49,6 +51,8 @@ def train(config: Config, here: RankEnvironment, attempt: int | None, found: Sav
     """
     begin = time.time()
     os.environ.setdefault("OMP_NUM_THREADS", str(config.train.threads or 1))
+    if config.train.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it once, when it is loaded
     import torch
     import torch.distributed as dist
 

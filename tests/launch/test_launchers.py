@@ -54,6 +54,11 @@ def _accelerate(words: list[str]) -> list[list[str]]:
     return [[sys.executable, "-m", *module, "--dynamo_backend=no", f"--main_process_port={free_port()}", "-m", *words[2:]]]
 
 
+def _deepspeed(words: list[str]) -> list[list[str]]:
+    module = ["deepspeed.launcher.runner", "--num_accelerators=2", f"--master_port={free_port()}", "--module"]
+    return [["env", "DS_ACCELERATOR=cpu", sys.executable, "-m", *module, *words[2:]]]
+
+
 def _slurm(words: list[str]) -> list[list[str]]:
     step = {"SLURM_JOB_ID": "7", "SLURM_STEP_ID": "0", "SLURM_NTASKS": "2", "SLURM_STEP_NUM_TASKS": "2", "SLURM_NODEID": "0"}
     step |= {"SLURM_STEP_TASKS_PER_NODE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
@@ -65,7 +70,9 @@ def _slurm(words: list[str]) -> list[list[str]]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("launcher", [_torchrun, _torchrun_standalone, _accelerate, _slurm], ids=lambda f: f.__name__[1:])
+@pytest.mark.parametrize(
+    "launcher", [_torchrun, _torchrun_standalone, _accelerate, _deepspeed, _slurm], ids=lambda f: f.__name__[1:]
+)
 def test_every_launcher_gives_the_run_that_fovea_train_gives(
     plain: Path, shards: str, config: Path, tmp_path: Path, launcher: Callable[[list[str]], list[list[str]]]
 ) -> None:
