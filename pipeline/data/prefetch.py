@@ -109,6 +109,7 @@ class Prefetcher:
             except DataError as error:  # the reader that needs the shard will wait, or say it
                 _log.warning("prefetching: %s", error)
                 self._stop.wait(_RETRY)
+                continue
             begun = time.monotonic()
             # Looking again after each step would cost more than it brings: an eighth of the way is soon enough.
             while not self._stop.is_set() and self._step < step + max(self._horizon // 8, 1):
