@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from typing import Any
 
 import pytest
@@ -135,3 +136,24 @@ def test_no_parameter_is_a_bare_number_or_strided() -> None:
 def test_what_cannot_be_built_is_refused_in_words(settings: ModelSettings, match: str) -> None:
     with pytest.raises(ConfigError, match=match):
         build_tower(settings, image_size=16)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on a CPU")
+def test_compiled_blocks_compute_what_the_blocks_compute() -> None:
+    images = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    results = []
+    for compiled in (False, True):
+        tower = tiny(depth=1)
+        spread(tower)
+        if compiled:
+            for block in tower.vit.blocks:
+                block.compile()
+        cls = tower(images).cls
+        cls.square().mean().backward()
+        results.append((cls.detach(), [p.grad for p in tower.parameters() if p.grad is not None]))
+    (plain, gradients), (fast, others) = results
+    torch.testing.assert_close(fast, plain, atol=1e-5, rtol=1e-4)
+    assert len(gradients) == len(others)
+    for gradient, other in zip(gradients, others, strict=True):
+        torch.testing.assert_close(other, gradient, atol=1e-5, rtol=1e-3)
