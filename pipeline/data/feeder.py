@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import ctypes
 import logging
+import os
 import signal
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import count
 from typing import Any, Protocol
 
@@ -24,6 +26,7 @@ from pipeline.data.masks import block_masks, mask_counts
 from pipeline.data.mixture import Source
 from pipeline.data.order import GlobalBatch
 from pipeline.data.plan import ViewPlan, make_plan
+from pipeline.data.processes import adopt
 from pipeline.data.reader import Reader, Record
 from pipeline.data.text import choose, tokenizer
 from pipeline.data.views import MaskSpec, TextSpec, ViewSpec
@@ -157,8 +160,9 @@ class _Told(Dataset[Portion | FoveaError]):
             return error
 
 
-def _quiet_worker(_: int) -> None:
+def _quiet_worker(environment: dict[str, str], _: int) -> None:
     """Signals are the trainer's business; a worker ends with its parent, even one killed with -9."""
+    adopt(environment)
     for name in ("SIGINT", "SIGTERM", "SIGUSR1", "SIGUSR2"):
         signal.signal(getattr(signal, name), signal.SIG_IGN)
     ctypes.CDLL(None).prctl(1, signal.SIGKILL)
@@ -203,7 +207,7 @@ def _read(dataset: Portions, steps: Any, workers: int, prefetch: int) -> Iterato
         num_workers=workers,
         prefetch_factor=prefetch,
         multiprocessing_context="forkserver",
-        worker_init_fn=_quiet_worker,
+        worker_init_fn=partial(_quiet_worker, dict(os.environ)),
         collate_fn=_as_is,
         generator=torch.Generator(),  # the loader draws a seed; it must not be from the training's random numbers
     )

@@ -20,10 +20,17 @@ def process_pool(workers: int, begin: Callable[..., None] | None = None, *argume
         arguments: must be picklable.
     """
     context = multiprocessing.get_context("forkserver")
-    return ProcessPoolExecutor(workers, mp_context=context, initializer=_begin, initargs=(begin, arguments))
+    return ProcessPoolExecutor(workers, mp_context=context, initializer=_begin, initargs=(dict(os.environ), begin, arguments))
 
 
-def _begin(begin: Callable[..., None] | None, arguments: tuple[Any, ...]) -> None:
+def adopt(environment: dict[str, str]) -> None:
+    """Takes over the variables of the process that asks for help: it may have set keys after the server of helpers began."""
+    os.environ.clear()
+    os.environ.update(environment)
+
+
+def _begin(environment: dict[str, str], begin: Callable[..., None] | None, arguments: tuple[Any, ...]) -> None:
+    adopt(environment)
     threading.Thread(target=_leave_with_parent, daemon=True).start()
     if begin is not None:
         begin(*arguments)
