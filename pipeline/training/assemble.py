@@ -34,7 +34,9 @@ from pipeline.training.engine import Engine, EngineOptions
 from pipeline.training.inputs import Inputs, check_data, data_identity, open_storage, record_data
 from pipeline.training.run import RunDirectory
 from pipeline.training.saved import Saved
+from pipeline.training.timing import Phases, peak_tflops
 from pipeline.training.trainer import Plan, Progress, Trainer, Watcher
+from pipeline.training.watchdog import Watchdog
 
 
 def make_schedules(config: Config, order: Order | Mixture) -> schedules.Schedules:
@@ -151,6 +153,7 @@ def assemble(
     requests: StopRequests,
     journal: Journal | None,
     watcher: Watcher,
+    watchdog: Watchdog,
 ) -> Trainer:
     """Everything one rank needs, brought to the state of ``resume`` if there is one.
 
@@ -242,8 +245,14 @@ def assemble(
         watcher=watcher,
         plan=make_plan(config, inputs.order, run, attempt, world.rank),
         requests=requests,
+        phases=Phases(world, watchdog, _peak(config, world.device)),
         progress=progress,
     )
+
+
+def _peak(config: Config, device: torch.device) -> float | None:
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
+    return config.health.peak_tflops or peak_tflops(name, config.train.precision)
 
 
 def _hue(config: Config) -> Hue:

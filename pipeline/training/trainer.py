@@ -29,6 +29,8 @@ from pipeline.training.control import Stop, StopRequests
 from pipeline.training.distributed import World
 from pipeline.training.engine import Engine
 from pipeline.training.schedules import Schedules
+from pipeline.training.timing import Phases, memory_now
+from pipeline.training.watchdog import CHECKPOINT, COMPUTE, DATA, END, EVALUATE, LOG, STEP, TEACHER
 
 
 @dataclass(frozen=True)
@@ -101,6 +103,7 @@ class Trainer:
         watcher: where rank 0 shows progress.
         plan: how far and how often.
         requests: signals asking to stop.
+        phases: who is told what this rank does, and counts the time.
         progress: where we are.
         data_counts: samples seen, substituted and available, as of the last checkpoint.
     """
@@ -118,6 +121,7 @@ class Trainer:
     watcher: Watcher
     plan: Plan
     requests: StopRequests
+    phases: Phases
     progress: Progress = field(default_factory=Progress)
     data_counts: dict[str, Any] = field(default_factory=dict)
     _seconds_before: float = 0.0
@@ -137,6 +141,7 @@ class Trainer:
         if p.step == 0 and self.evaluate is not None:
             self._evaluate()
         stop = self.requests.agreed(self.world.control)
+        self.phases.enter(DATA, p.step)
         batches = self.stream(p.step, self.plan.steps)
         begin = time.perf_counter()
         with self.plan.record.open("a", buffering=1) if self.plan.record else nullcontext() as record:
@@ -149,13 +154,18 @@ class Trainer:
                 # Whatever a method draws on the device depends on the step and the rank alone, so nothing of it needs saving.
                 torch.manual_seed(mix(self.plan.seed, 0x57E9, number, self.world.rank)[0])
 
-                terms = _mean([self.engine.forward_backward(batch, step) for batch in micro_batches])
+                self.phases.enter(COMPUTE)
+                forward_backward = self.phases.counted(self.engine.forward_backward, len(micro_batches))
+                terms = _mean([forward_backward(batch, step) for batch in micro_batches])
                 finite = torch.stack(list(terms.values())).isfinite().all()
+                self.phases.enter(STEP)
                 applied, norms = self.engine.step(step, finite)
+                self.phases.enter(TEACHER)
                 if applied:
                     self.recipe.after_step(step)
                 else:
                     self.recipe.after_skip()
+                self.phases.enter(LOG)
 
                 p.step += 1
                 p.applied += applied
@@ -177,7 +187,9 @@ class Trainer:
                     saved_at = self._save()
                 if stop:
                     break
+                self.phases.enter(DATA, p.step)
                 begin = time.perf_counter()
+        self.phases.enter(END)
         batches.close()
         if saved_at != p.step:
             self._save()
@@ -200,6 +212,7 @@ class Trainer:
         values = meter.flush()
         p = self.progress
         rate = values.pop("rate")
+        seconds = self.phases.read()
         if self.journal is not None:
             share = batches.seconds_waited / max(p.seconds - self._seconds_before, 1e-9)
             self.journal.metrics(
@@ -215,21 +228,35 @@ class Trainer:
                     "perf/samples_seen": float(p.step * self.schedules.global_batch),
                     "perf/images_per_second": rate,
                     "perf/data_wait_share": share,
+                    **{f"perf/{name}": value for name, value in seconds.items()},
+                    **self._memory(),
                     "train/skipped_steps": float(p.skipped),
                     **{f"storage/{name}": value for name, value in batches.usage.items()},
                 },
             )
         self.watcher.step(p.step, self.plan.steps, values["loss"], rate, p.scores)
 
+    def _memory(self) -> dict[str, float]:
+        parts = self.engine.memory()
+        now = memory_now(self.world.device)
+        if "peak" in now:
+            now["activations_peak"] = max(now["peak"] - sum(parts.values()), 0.0)
+        return {f"memory/{name}_gb": size / 1e9 for name, size in (parts | now).items()}
+
     def _evaluate(self) -> None:
         if self.evaluate is None:
             return
-        scores = self.evaluate()
+        with self.phases.phase(EVALUATE):
+            scores = self.evaluate()
         self.progress.scores.update(scores)
         if self.journal is not None:
             self.journal.metrics(self.progress.step, scores)
 
     def _save(self) -> int:
+        with self.phases.phase(CHECKPOINT):
+            return self._write()
+
+    def _write(self) -> int:
         p = self.progress
         facts = {
             **self.facts,
