@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -11,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.data import scenes
-from tests.runs import ROOT, TOY, command, environment
+from tests.runs import ROOT, TOY, command, environment, recorded
 from tests.s3 import free_port
 
 RESTART = 75
@@ -142,3 +143,37 @@ def test_a_mistake_of_ours_shows_its_traceback_once(config: Path, shards: str, t
     assert done.returncode == 1
     assert done.stderr.count("Traceback") == 1 and "error: rank 0, step, step 3: KeyError" in done.stderr
     assert "Traceback" not in (directory / "logs" / "attempt-0000" / "rank-1.log").read_text()
+
+
+@pytest.mark.slow
+def test_a_broken_loss_sends_the_run_back_and_its_batches_are_left_out_for_good(
+    config: Path, shards: str, tmp_path: Path
+) -> None:
+    directory = tmp_path / "run"
+    words = ("train.length=14 steps", "health.rewind_after=3", "health.rewind_margin=1", "checkpoint.keep_last=5")
+    done = broken(config, shards, directory, "1 8 forward nan 10", *words)
+    assert done.returncode == 0, done.stderr + done.stdout
+    assert json.loads((directory / "left_out.json").read_text()) == {"steps": [[7, 10]]}
+    outcome = json.loads((directory / "outcome.json").read_text())
+    assert outcome["step"] == 14 and outcome["skipped"] == 4
+    for rank in range(2):
+        lines = (directory / "batches" / f"attempt-0000-rank-{rank}.jsonl").read_text().splitlines()
+        steps = [json.loads(line)["step"] for line in lines]
+        assert steps == [*range(11), 6, 11, 12, 13]
+        recorded(directory, rank)  # step 6 was the same again, so the state of the checkpoint was
+    sixth = directory / "checkpoints" / "step_000000006"
+    again = broken(config, shards, directory, "9 0 forward none", *words, f"checkpoint.resume={sixth}")
+    assert again.returncode == 0, again.stderr
+    lines = (directory / "batches" / "attempt-0001-rank-0.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == [6, 11, 12, 13]
+
+
+@pytest.mark.slow
+def test_a_run_goes_back_only_so_often(config: Path, shards: str, tmp_path: Path) -> None:
+    directory = tmp_path / "run"
+    words = ("health.rewind_after=2", "health.rewind_margin=1", "health.max_rewinds=1", "train.max_nonfinite=3")
+    done = broken(config, shards, directory, "1 8 forward nan 40", *words)
+    assert done.returncode == 1
+    (message,) = errors(done)
+    assert "3 steps in a row were not finite" in message and "step 12" in message
+    assert json.loads((directory / "left_out.json").read_text()) == {"steps": [[7, 9]]}

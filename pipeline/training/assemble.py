@@ -5,6 +5,7 @@ from __future__ import annotations
 import platform
 from collections import Counter
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ from pipeline.data.order import Order
 from pipeline.data.prefetch import Prefetcher
 from pipeline.data.reader import Reader
 from pipeline.data.stream import BatchStream, StreamOptions
-from pipeline.errors import CheckpointError, ConfigError
+from pipeline.errors import CheckpointError, ConfigError, TrainingError
 from pipeline.evaluation.online import OnlineKnn, Pictures, raw_pixels
 from pipeline.recipes.base import Recipe
 from pipeline.recipes.registry import build_recipe
@@ -32,8 +33,9 @@ from pipeline.training.control import StopRequests
 from pipeline.training.distributed import World
 from pipeline.training.engine import Engine, EngineOptions
 from pipeline.training.inputs import Inputs, check_data, data_identity, open_storage, record_data
+from pipeline.training.rewind import LeftOut
 from pipeline.training.run import RunDirectory
-from pipeline.training.saved import Saved
+from pipeline.training.saved import Saved, newest, read
 from pipeline.training.timing import Phases, peak_tflops
 from pipeline.training.trainer import Plan, Progress, Trainer, Watcher
 from pipeline.training.watchdog import Watchdog
@@ -79,6 +81,9 @@ def make_plan(config: Config, order: Order | Mixture, run: RunDirectory, attempt
         max_nonfinite=config.train.max_nonfinite,
         seed=config.run.seed,
         record=record,
+        rewind_after=config.health.rewind_after,
+        rewind_margin=config.health.rewind_margin,
+        max_rewinds=config.health.max_rewinds,
     )
 
 
@@ -230,6 +235,20 @@ def assemble(
             dataset, device=world.device, options=options, ledger=ledger, first=first, last=last, prefetcher=prefetcher
         )
 
+    def go_back() -> Progress:
+        chosen: list[str | None] = [None]
+        if world.rank == 0:
+            found, _ = newest(run.checkpoints)
+            chosen = [str(found.path) if found else None]
+        dist.broadcast_object_list(chosen, group=world.control)
+        if chosen[0] is None:
+            raise TrainingError(
+                "the loss is not finite and there is no checkpoint to go back to",
+                where=str(run.checkpoints),
+                mend="lower optim.lr or lengthen schedule.lr.warmup, or save more often with checkpoint.every",
+            )
+        return _restore(read(Path(chosen[0])), engine, recipe, ledger, inputs, config.checkpoint.allow_data_change)
+
     evaluate = Evaluations(config, inputs, recipe, world, resume is None) if inputs.bank is not None else None
     return Trainer(
         world=world,
@@ -246,6 +265,8 @@ def assemble(
         plan=make_plan(config, inputs.order, run, attempt, world.rank),
         requests=requests,
         phases=Phases(world, watchdog, _peak(config, world.device)),
+        left_out=LeftOut(run.path / "left_out.json"),
+        go_back=go_back,
         progress=progress,
     )
 
