@@ -20,7 +20,7 @@ from pipeline.training.distributed import World
 from pipeline.training.watchdog import CHECKPOINT, COMPUTE, DATA, END, EVALUATE, LOG, START, STEP, TEACHER, Watchdog
 
 T = TypeVar("T")
-_LOOP = {DATA: "data", COMPUTE: "forward_backward", STEP: "step", TEACHER: "teacher", LOG: "log"}
+_LOOP = {DATA: "data", COMPUTE: "forward_backward", STEP: "update", TEACHER: "teacher", LOG: "log"}
 _ASIDE = {EVALUATE: "evaluation", CHECKPOINT: "checkpoint", START: "start", END: "end"}
 
 # Dense bf16 TFLOP/s of the makers' data sheets, without sparsity; the first name found in the device's name counts.
@@ -111,9 +111,11 @@ class Phases:
         return first
 
     def read(self) -> dict[str, float]:
-        """Mean seconds of a step by phase since the last call, those of the slowest and fastest rank, FLOP/s; all ranks call it.
+        """What happened since the last call; all ranks call it. What a GPU has not finished yet counts next time.
 
-        What a GPU has not finished yet counts next time.
+        Returns:
+            Mean seconds of a step, whole (``step_seconds``) and by phase, of which ``update`` is clipping, the optimizer and its
+            collectives; all seconds of what happened aside; FLOP/s; time before the collectives on the slowest and fastest rank.
         """
         self._collect()
         steps = max(self._steps, 1)

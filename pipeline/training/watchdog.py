@@ -25,6 +25,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import IO
 
+BACKSTOP = 60.0  # seconds beyond a limit after which a process is ended whose Python runs no thread any more
 RESTART = 75  # the exit code of what a new attempt may mend (EX_TEMPFAIL of sysexits.h)
 START, DATA, COMPUTE, STEP, TEACHER, LOG = "start", "data", "forward and backward", "step", "teacher", "log"
 EVALUATE, CHECKPOINT, END = "evaluation", "checkpoint", "end"
@@ -218,7 +219,7 @@ class Watchdog:
             _, phase, _, since = self._now
             seconds, limit = self._clock() - since, self.limit(phase)
             # If Python itself is stuck this thread does not run either; a timer outside of Python then ends the process.
-            faulthandler.dump_traceback_later(limit + 60 + 20 * self.interval, exit=True, file=self._stacks or sys.stderr)
+            faulthandler.dump_traceback_later(limit + BACKSTOP + 20 * self.interval, exit=True, file=self._stacks or sys.stderr)
             self._pulse(stalled=seconds > limit)
             if seconds > limit or (seconds > limit / 2 and any(pulse.stalled for pulse in self.pulses().values())):
                 self._stalled()
