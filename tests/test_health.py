@@ -175,5 +175,5 @@ def test_a_run_goes_back_only_so_often(config: Path, shards: str, tmp_path: Path
     done = broken(config, shards, directory, "1 8 forward nan 40", *words)
     assert done.returncode == 1
     (message,) = errors(done)
-    assert "3 steps in a row were not finite" in message and "step 12" in message
+    assert "3 steps in a row were not finite" in message and "step 12, first keys on rank 1: [" in message
     assert json.loads((directory / "left_out.json").read_text()) == {"steps": [[7, 9]]}

@@ -87,7 +87,7 @@ def tell(error: BaseException, watchdog: Watchdog, facts: dict[str, Any]) -> int
             logs = f"; see the log of rank {known[0]} and of its machine" if known else ""
             reason = "a collective took longer than launch.timeout" if timed_out else "the connection to another rank broke"
             what, mend = f"{reason}: {sentence}", f"the same command resumes{logs}"
-    own: dict[str, Any] = {"rank": watchdog.rank, "what": what, "code": failure.code}
+    own: dict[str, Any] = {"rank": watchdog.rank, "what": what, "code": failure.code, "kind": type(error).__name__, "step": step}
     if cause is None and _claim(watchdog, own):
         if not failure.expected:
             traceback.print_exception(error)
@@ -97,7 +97,8 @@ def tell(error: BaseException, watchdog: Watchdog, facts: dict[str, Any]) -> int
     with contextlib.suppress(OSError), watchdog.stacks.open("a") as file:
         file.write(f"--- {place}\n{''.join(traceback.format_exception(error))}")
     time.sleep(0.5)  # the launcher shall see the first failure first
-    if failure.because_of_others or cause["what"] == what:
+    same = isinstance(error, FoveaError) and (cause["kind"], cause["step"]) == (own["kind"], own["step"])  # agreed on by all
+    if failure.because_of_others or cause["what"] == what or same:
         _say(f"rank {watchdog.rank} ends because of rank {cause['rank']}: {cause['what']}")
         return int(cause["code"])
     _say(f"error: {place}, after rank {cause['rank']} had failed: {what}" + (f". {mend}" if mend else ""))

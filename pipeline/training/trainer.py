@@ -250,9 +250,13 @@ class Trainer:
             self.journal.metrics(number, {"train/skipped": self.progress.skipped})
         rewinds = self.plan.rewind_after is not None and self.left_out.rewinds < self.plan.max_rewinds
         if in_a_row >= self.plan.max_nonfinite and not rewinds:
+            # All ranks are here together, and the message is to name the samples of the one whose terms broke.
+            found: list[tuple[int, list[str], list[str]]] = [(0, [], [])] * self.world.size
+            dist.all_gather_object(found, (self.world.rank, bad, keys[:4]), group=self.world.control)
+            rank, terms_there, keys_there = next((f for f in found if f[1] != ["gradient"]), found[0])
             raise TrainingError(
-                f"{in_a_row} steps in a row were not finite ({', '.join(bad)})",
-                where=f"step {number}, first keys on rank {self.world.rank}: {keys[:4]}",
+                f"{in_a_row} steps in a row were not finite ({', '.join(terms_there)})",
+                where=f"step {number}, first keys on rank {rank}: {keys_there}",
                 mend="lower optim.lr or optim.betas, lengthen schedule.lr.warmup, or train.precision=fp32; then resume",
             )
 
