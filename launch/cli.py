@@ -127,6 +127,27 @@ def evaluate(
     raise typer.Exit(judge(run, loaded))
 
 
+@app.command()
+def plan(
+    config: ConfigArgument,
+    overrides: Overrides = None,
+    gpus: Annotated[
+        int | None, typer.Option("--gpus", min=1, help="GPUs of the run; as configured or found if not given.")
+    ] = None,
+    gb: Annotated[float, typer.Option("--gb", min=0.1, help="Memory of one GPU, GB.")] = 80.0,
+) -> None:
+    """Tell what a configuration needs of a GPU's memory, by ZeRO stage and number of GPUs, and what to choose.
+
+    [b]Example[/b]
+
+    fovea plan dinov2/cifar10_vit_tiny data.shards=/data/train.tar --gpus 8 --gb 80
+    """
+    loaded = _load(config, overrides)
+    from launch.plan import run
+
+    raise typer.Exit(run(loaded.config, ranks=gpus, gigabytes=gb))
+
+
 @config.command("show")
 def config_show(
     config: Annotated[str | None, typer.Argument(metavar="[CONFIG]", help="A file or a name; none lists all names.")] = None,

@@ -11,6 +11,7 @@ import traceback
 import warnings
 from importlib.metadata import version
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from launch import accelerate
 from launch.ranks import RankEnvironment
@@ -22,6 +23,11 @@ from pipeline.settings import Config
 from pipeline.training import saved
 from pipeline.training.run import RunDirectory
 from pipeline.training.saved import Saved
+
+if TYPE_CHECKING:
+    from pipeline.training.control import StopRequests
+    from pipeline.training.distributed import World
+    from pipeline.training.watchdog import Watchdog
 
 
 def be_rank(config: Config, here: RankEnvironment) -> int:
@@ -37,7 +43,17 @@ def be_rank(config: Config, here: RankEnvironment) -> int:
     if here.rank == 0:
         for complaint in complaints:
             print(complaint, file=sys.stderr)
-    return train(config, here, None, found)
+    code = train(config, here, None, found)
+    if code:
+        _leave(code)
+    return code
+
+
+def _leave(code: int) -> None:
+    """A failed rank must not wait for its peers or for threads: they learn of it from the broken connection."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def train(config: Config, here: RankEnvironment, attempt: int | None, found: Saved | None) -> int:
@@ -48,6 +64,9 @@ def train(config: Config, here: RankEnvironment, attempt: int | None, found: Sav
         here: this rank's place.
         attempt: number of the attempt, or ``None`` to let rank 0 count it.
         found: the checkpoint to start from.
+
+    Returns:
+        The exit code. Whatever went wrong after the ranks had met has been told.
     """
     begin = time.time()
     os.environ.setdefault("OMP_NUM_THREADS", str(config.train.threads or 1))
@@ -56,11 +75,10 @@ def train(config: Config, here: RankEnvironment, attempt: int | None, found: Sav
     import torch
     import torch.distributed as dist
 
-    from pipeline.tracking import Journal, Shipper
     from pipeline.training import distributed
-    from pipeline.training.assemble import assemble
-    from pipeline.training.control import Stop, StopRequests
-    from pipeline.training.inputs import prepare
+    from pipeline.training.control import StopRequests
+    from pipeline.training.failure import tell
+    from pipeline.training.watchdog import Limits, Watchdog
 
     warnings.filterwarnings("ignore", category=UserWarning, module=r"torch\.distributed")
     requests = StopRequests()
@@ -88,9 +106,52 @@ def train(config: Config, here: RankEnvironment, attempt: int | None, found: Sav
             run.write("config.json", config.model_dump(mode="json"))
             run.note("start", attempt=chosen[0], ranks=world.size, resumed_from=found.step if found else None)
     number = int(chosen[0] or 0)
-    show = watcher(here.rank, config.train.global_batch)
+    health = config.health
+    away = config.data.storage.grace + 60 if any("://" in pattern for pattern in config.data.patterns) else 0.0
+    watchdog = Watchdog(
+        run.logs(number),
+        world.rank,
+        world.size,
+        Limits(
+            factor=health.stall_factor,
+            floor=max(health.stall_floor, away),  # a storage that is away is waited for
+            start=health.start_limit,
+            evaluate=health.evaluate_limit,
+            checkpoint=health.checkpoint_limit,
+        ),
+    )
+    watchdog.start()
+    try:
+        _train(config, world, run, number, found, requests, watchdog, begin, alone=attempt is None)
+    except Exception as error:
+        return tell(error, watchdog, {"micro_batch": config.train.micro_batch or "all", "zero": config.train.zero})
+    finally:
+        watchdog.stop()
+    return 0
+
+
+def _train(
+    config: Config,
+    world: World,
+    run: RunDirectory,
+    number: int,
+    found: Saved | None,
+    requests: StopRequests,
+    watchdog: Watchdog,
+    begin: float,
+    *,
+    alone: bool,
+) -> None:
+    """From the meeting of the ranks to their leaving; ``alone`` if no launcher of ours notes the attempt's end."""
+    from pipeline.tracking import Journal, Shipper
+    from pipeline.training import distributed
+    from pipeline.training.assemble import assemble
+    from pipeline.training.control import Stop
+    from pipeline.training.inputs import prepare
+
+    show = watcher(world.rank, config.train.global_batch)
     journal = shipper = None
-    if here.rank == 0:
+    if world.rank == 0:
         journal = Journal(run.journal(number))
         journal.params({**flatten(config), "fingerprint": fingerprint(config)})
         journal.tags(
@@ -122,8 +183,9 @@ def train(config: Config, here: RankEnvironment, attempt: int | None, found: Sav
         requests=requests,
         journal=journal,
         watcher=show,
+        watchdog=watchdog,
     )
-    if here.rank == 0:
+    if world.rank == 0:
         total, batch = trainer.plan.steps, config.train.global_batch
         parameters = sum(math.prod(shape) for shape in trainer.engine.shapes.values())
         start = f"resuming at step {trainer.progress.step}" if found else "starting"
@@ -132,7 +194,7 @@ def train(config: Config, here: RankEnvironment, attempt: int | None, found: Sav
             f"{inputs.train.total} samples · {total} steps of {batch} · {time.time() - begin:.0f} s to start"
         )
     stop = trainer.run()
-    if here.rank == 0 and journal is not None:
+    if world.rank == 0 and journal is not None:
         finished = stop is Stop.FINISHED
         journal.tags({"fovea.state": "finished" if finished else "stopped", "fovea.stop": stop.name})
         outcome = {
@@ -155,11 +217,10 @@ def train(config: Config, here: RankEnvironment, attempt: int | None, found: Sav
             show.say(f"stopped by {stop.name} at step {trainer.progress.step}, saved; the same command resumes")
         if shipper is not None and not shipper.close():
             show.say("MLflow has not taken everything yet; the next attempt sends the rest")
-        if attempt is None:
+        if alone:
             run.note("end", attempt=number, code=0)
     trainer.engine.close()
     distributed.leave()
-    return 0
 
 
 def main() -> int:
@@ -179,9 +240,6 @@ def main() -> int:
 
 if __name__ == "__main__":
     code = main()
-    sys.stdout.flush()
-    sys.stderr.flush()
     if code:
-        # A failed rank must not wait for its peers or for threads: they learn of it from the broken connection.
-        os._exit(code)
+        _leave(code)
     sys.exit(code)

@@ -433,6 +433,31 @@ class LaunchSettings(Settings):
     timeout: Positive = Field(default=600.0, description="seconds a collective may take")
 
 
+class HealthSettings(Settings):
+    """What is done when a rank stands still, and when the loss is no longer a number."""
+
+    stall_factor: float = Field(
+        default=20.0, gt=1, description="a phase of a step that lasts this many median steps has stalled, and ends the attempt"
+    )
+    stall_floor: Positive = Field(
+        default=300.0, description="seconds that a phase of a step may always take; should be less than launch.timeout"
+    )
+    start_limit: Positive = Field(default=3600.0, description="seconds the start and the first three steps may take, each")
+    evaluate_limit: Positive = Field(default=7200.0, description="seconds an evaluation may take")
+    checkpoint_limit: Positive = Field(default=3600.0, description="seconds a checkpoint may take")
+    rewind_after: Count | None = Field(
+        default=None,
+        description="non-finite steps in a row after which training goes back to the last checkpoint; null means never",
+    )
+    rewind_margin: int = Field(
+        default=100, ge=0, description="steps before the first non-finite one that are left out too after going back"
+    )
+    max_rewinds: Count = Field(default=2, description="times a run goes back before it stops instead")
+    peak_tflops: Positive | None = Field(
+        default=None, description="TFLOP/s of a GPU that MFU is measured against; null reads a table by the GPU's name"
+    )
+
+
 def _known_recipe(value: object) -> object:
     if isinstance(value, dict) and value.get("name") in RECIPES:
         return RECIPES[value["name"]].model_validate(value)
@@ -461,6 +486,11 @@ class Config(Settings):
         default=EvaluationSettings(), json_schema_extra=RUNTIME, description="what the weights are worth"
     )
     launch: LaunchSettings = Field(default=LaunchSettings(), json_schema_extra=RUNTIME, description="how ranks are started")
+    health: HealthSettings = Field(
+        default=HealthSettings(),
+        json_schema_extra=RUNTIME,
+        description="stalled ranks and broken losses",
+    )
 
     @property
     def voting_shards(self) -> tuple[str, ...]:

@@ -6,6 +6,7 @@ import platform
 import shutil
 from collections import Counter
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,7 +21,7 @@ from pipeline.data.order import Order
 from pipeline.data.prefetch import Prefetcher
 from pipeline.data.reader import Reader
 from pipeline.data.stream import BatchStream, StreamOptions
-from pipeline.errors import CheckpointError, ConfigError
+from pipeline.errors import CheckpointError, ConfigError, TrainingError
 from pipeline.evaluation.online import OnlineKnn, Pictures, raw_pixels
 from pipeline.models.vision import VisionTower
 from pipeline.recipes.base import Recipe
@@ -34,9 +35,12 @@ from pipeline.training.control import StopRequests
 from pipeline.training.distributed import World
 from pipeline.training.engine import Engine, EngineOptions
 from pipeline.training.inputs import Inputs, check_data, data_identity, open_storage, record_data
+from pipeline.training.rewind import LeftOut
 from pipeline.training.run import RunDirectory
-from pipeline.training.saved import Saved
+from pipeline.training.saved import Saved, newest, read
+from pipeline.training.timing import Phases, peak_tflops
 from pipeline.training.trainer import Plan, Progress, Trainer, Watcher
+from pipeline.training.watchdog import Watchdog
 
 
 def make_schedules(config: Config, order: Order | Mixture) -> schedules.Schedules:
@@ -79,6 +83,9 @@ def make_plan(config: Config, order: Order | Mixture, run: RunDirectory, attempt
         max_nonfinite=config.train.max_nonfinite,
         seed=config.run.seed,
         record=record,
+        rewind_after=config.health.rewind_after,
+        rewind_margin=config.health.rewind_margin,
+        max_rewinds=config.health.max_rewinds,
     )
 
 
@@ -172,6 +179,7 @@ def assemble(
     requests: StopRequests,
     journal: Journal | None,
     watcher: Watcher,
+    watchdog: Watchdog,
 ) -> Trainer:
     """Everything one rank needs, brought to the state of ``resume`` if there is one.
 
@@ -252,6 +260,20 @@ def assemble(
             dataset, device=world.device, options=options, ledger=ledger, first=first, last=last, prefetcher=prefetcher
         )
 
+    def go_back() -> Progress:
+        chosen: list[str | None] = [None]
+        if world.rank == 0:
+            found, _ = newest(run.checkpoints)
+            chosen = [str(found.path) if found else None]
+        dist.broadcast_object_list(chosen, group=world.control)
+        if chosen[0] is None:
+            raise TrainingError(
+                "the loss is not finite and there is no checkpoint to go back to",
+                where=str(run.checkpoints),
+                mend="lower optim.lr or lengthen schedule.lr.warmup, or save more often with checkpoint.every",
+            )
+        return _restore(read(Path(chosen[0])), engine, recipe, ledger, inputs, config.checkpoint.allow_data_change)
+
     evaluate = Evaluations(config, inputs, recipe, world, resume is None) if inputs.bank is not None else None
     return Trainer(
         world=world,
@@ -267,8 +289,16 @@ def assemble(
         watcher=watcher,
         plan=make_plan(config, inputs.order, run, attempt, world.rank),
         requests=requests,
+        phases=Phases(world, watchdog, _peak(config, world.device)),
+        left_out=LeftOut(run.path / "left_out.json"),
+        go_back=go_back,
         progress=progress,
     )
+
+
+def _peak(config: Config, device: torch.device) -> float | None:
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
+    return config.health.peak_tflops or peak_tflops(name, config.train.precision)
 
 
 def _hue(config: Config) -> Hue:

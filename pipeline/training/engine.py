@@ -234,6 +234,21 @@ class Engine:
         """The optimizer's own counts of steps."""
         return [float(self._optimizer.state[flat]["step"]) for flat in self.layout.flats()]
 
+    def memory(self) -> dict[str, float]:
+        """Bytes that last on this rank: ``parameters``, ``gradients``, ``masters``, ``moments``, ``frozen``, ``teacher``."""
+        parts = self.layout.parts()
+        frozen: list[Any] = [p for p in self.recipe.parameters() if not p.requires_grad]
+        parts["frozen"] = [getattr(p, "ds_tensor", p) for p in frozen]
+        teacher: list[Any] = [p for _, p in self.recipe.teacher.named_parameters()] if self.recipe.teacher is not None else []
+        parts["teacher"] = [getattr(p, "ds_tensor", p) for p in teacher]
+        counted: set[int] = set()
+        sizes = {}
+        for name, tensors in parts.items():
+            storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
+            sizes[name] = float(sum(size for place, size in storages.items() if place not in counted))
+            counted |= storages.keys()
+        return sizes
+
     def refresh(self) -> None:
         """After fragments were written: bring every rank's parameters up to date."""
         self.layout.refresh()

@@ -78,6 +78,10 @@ class Layout(ABC):
         """All trainable parameters, in an order that is the same on all ranks."""
 
     @abstractmethod
+    def parts(self) -> dict[str, list[Tensor]]:
+        """All lasting memory of this rank by what it is for: ``parameters``, ``gradients``, ``masters``, ``moments``."""
+
+    @abstractmethod
     def refresh(self) -> None:
         """After masters were written: make what the forward pass reads equal to them."""
 
@@ -142,6 +146,11 @@ class Whole(Layout):
         return list(self._parameters)
 
     @override
+    def parts(self) -> dict[str, list[Tensor]]:
+        gradients = [p.grad for p in self._parameters if p.grad is not None]
+        return {"parameters": list(self._parameters), "gradients": gradients, "masters": [], "moments": _held(self._optimizer, self._moments)}
+
+    @override
     def refresh(self) -> None:
         pass
 
@@ -195,6 +204,18 @@ class Flat(Layout):
     @override
     def flats(self) -> list[Tensor]:
         return list(self._zero.single_partition_of_fp32_groups)
+
+    @override
+    def parts(self) -> dict[str, list[Tensor]]:
+        gradients = [p.grad for p in self._parameters if p.grad is not None]
+        for pieces in self._zero.averaged_gradients.values():
+            gradients += [pieces] if isinstance(pieces, Tensor) else pieces or []
+        return {
+            "parameters": [p.data for p in self._parameters],
+            "gradients": gradients,
+            "masters": self.flats(),
+            "moments": _held(self._zero.optimizer, self._moments),
+        }
 
     @override
     def refresh(self) -> None:
@@ -257,6 +278,15 @@ class Partitioned(Layout):
         return list(self._zero.fp32_partitioned_groups_flat)
 
     @override
+    def parts(self) -> dict[str, list[Tensor]]:
+        return {
+            "parameters": [p.ds_tensor for p in self._parameters],
+            "gradients": list(self._buffers().values()),
+            "masters": self.flats(),
+            "moments": _held(self._zero.optimizer, self._moments),
+        }
+
+    @override
     def refresh(self) -> None:
         for number, flat in enumerate(self._zero.fp32_partitioned_groups_flat):
             self._zero.fp16_partitioned_groups_flat[number].data.copy_(flat.data)
@@ -278,6 +308,10 @@ def piece_of(parameter: Any) -> tuple[int, int]:
     size = parameter.ds_tensor.ds_numel
     start = dist.get_rank() * size
     return start, min(size, parameter.ds_numel - start)
+
+
+def _held(optimizer: Any, moments: tuple[str, ...]) -> list[Tensor]:
+    return [state[moment] for state in optimizer.state.values() for moment in moments if moment in state]
 
 
 def _fill(state: Any, flats: list[Tensor], moments: tuple[str, ...]) -> None:

@@ -3,7 +3,8 @@
 <run>/config.json            the resolved settings of the last attempt
 <run>/checkpoints/           see checkpoint.py
 <run>/tracking/              journals, and how far MLflow has them
-<run>/logs/attempt-0000/     output of each rank
+<run>/logs/attempt-0000/     output of each rank, its pulse, its stacks if it stalled, the first failure
+<run>/left_out.json          steps that are not trained on since the run went back (rewind.py)
 <run>/batches/               every step's keys, if asked for
 <run>/ledger/rank-0.jsonl    samples that could not be used
 <run>/data/<fingerprint>/    manifest of the data trained on, for telling what has changed

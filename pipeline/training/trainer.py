@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -28,7 +28,10 @@ from pipeline.training.checkpoint import Checkpoints
 from pipeline.training.control import Stop, StopRequests
 from pipeline.training.distributed import World
 from pipeline.training.engine import Engine
+from pipeline.training.rewind import LeftOut
 from pipeline.training.schedules import Schedules
+from pipeline.training.timing import Phases, memory_now
+from pipeline.training.watchdog import CHECKPOINT, COMPUTE, DATA, END, EVALUATE, LOG, STEP, TEACHER
 
 
 @dataclass(frozen=True)
@@ -41,6 +44,9 @@ class Plan:
         max_nonfinite: non-finite steps in a row that stop the run.
         seed: the run's seed.
         record: file that takes each step's keys and terms of this rank, or ``None``.
+        rewind_after: non-finite steps in a row that send the run back to its last checkpoint, ``None`` for never.
+        rewind_margin: steps before them that are left out as well.
+        max_rewinds: how often.
     """
 
     steps: int
@@ -50,6 +56,9 @@ class Plan:
     max_nonfinite: int
     seed: int
     record: Path | None = None
+    rewind_after: int | None = None
+    rewind_margin: int = 0
+    max_rewinds: int = 0
 
 
 @dataclass
@@ -101,6 +110,9 @@ class Trainer:
         watcher: where rank 0 shows progress.
         plan: how far and how often.
         requests: signals asking to stop.
+        phases: who is told what this rank does, and counts the time.
+        left_out: steps that are not trained on.
+        go_back: loads the last checkpoint on all ranks.
         progress: where we are.
         data_counts: samples seen, substituted and available, as of the last checkpoint.
     """
@@ -118,9 +130,13 @@ class Trainer:
     watcher: Watcher
     plan: Plan
     requests: StopRequests
+    phases: Phases
+    left_out: LeftOut
+    go_back: Callable[[], Progress]
     progress: Progress = field(default_factory=Progress)
     data_counts: dict[str, Any] = field(default_factory=dict)
     _seconds_before: float = 0.0
+    _went_back: bool = False
 
     def run(self) -> Stop:
         """Train until the plan is fulfilled or all ranks agree to stop; a checkpoint is on disk in either case.
@@ -137,25 +153,34 @@ class Trainer:
         if p.step == 0 and self.evaluate is not None:
             self._evaluate()
         stop = self.requests.agreed(self.world.control)
-        batches = self.stream(p.step, self.plan.steps)
+        self.phases.enter(DATA, p.step)
         begin = time.perf_counter()
         with self.plan.record.open("a", buffering=1) if self.plan.record else nullcontext() as record:
-            for number, micro_batches in batches:
+            for number, micro_batches, batches in self._batches():
                 if number != p.step:
                     raise TrainingError(
                         f"the data side delivered step {number} instead of {p.step}", where=f"rank {self.world.rank}"
                     )
+                if number in self.left_out:
+                    p.step += 1
+                    p.skipped += 1
+                    continue
                 step = self.schedules.at(p.step * self.schedules.global_batch)
                 # Whatever a method draws on the device depends on the step and the rank alone, so nothing of it needs saving.
                 torch.manual_seed(mix(self.plan.seed, 0x57E9, number, self.world.rank)[0])
 
-                terms = _mean([self.engine.forward_backward(batch, step) for batch in micro_batches])
+                self.phases.enter(COMPUTE)
+                forward_backward = self.phases.counted(self.engine.forward_backward, len(micro_batches))
+                terms = _mean([forward_backward(batch, step) for batch in micro_batches])
                 finite = torch.stack(list(terms.values())).isfinite().all()
+                self.phases.enter(STEP)
                 applied, norms = self.engine.step(step, finite)
+                self.phases.enter(TEACHER)
                 if applied:
                     self.recipe.after_step(step)
                 else:
                     self.recipe.after_skip()
+                self.phases.enter(LOG)
 
                 p.step += 1
                 p.applied += applied
@@ -167,6 +192,10 @@ class Trainer:
                     record.write(json.dumps(_line(number, micro_batches, terms, applied)) + "\n")
                 if not applied:
                     self._skipped(number, micro_batches, terms, in_a_row)
+                    if in_a_row == self.plan.rewind_after and self.left_out.rewinds < self.plan.max_rewinds:
+                        self._rewind(number, in_a_row)
+                        in_a_row, saved_at = 0, p.step
+                        continue
                 meter.add(terms, self.recipe.metrics if applied else {}, self.schedules.global_batch)
                 if _due(p.step, self.plan.log_every, self.plan.steps):
                     self._log(step, meter, norms, batches)
@@ -177,11 +206,41 @@ class Trainer:
                     saved_at = self._save()
                 if stop:
                     break
+                self.phases.enter(DATA, p.step)
                 begin = time.perf_counter()
-        batches.close()
+        self.phases.enter(END)
         if saved_at != p.step:
             self._save()
         return stop or Stop.FINISHED
+
+    def _batches(self) -> Iterator[tuple[int, list[Batch], BatchStream]]:
+        """Batches from the next step on, and the stream they come from; opened anew whenever the run went back."""
+        going = True
+        while going:
+            self._went_back = False
+            batches = self.stream(self.progress.step, self.plan.steps)
+            try:
+                for number, micro_batches in batches:
+                    yield number, micro_batches, batches
+                    if self._went_back:
+                        break
+            finally:
+                batches.close()
+            going = self._went_back
+
+    def _rewind(self, number: int, in_a_row: int) -> None:
+        """Back to the last checkpoint; this rank's part of what all ranks do now, for all have seen the same steps skipped."""
+        p, first = self.progress, max(number - in_a_row + 1 - self.plan.rewind_margin, 0)
+        self.left_out.add(first, number, write=self.world.rank == 0)
+        with self.phases.phase(CHECKPOINT):
+            before = self.go_back()
+        p.step, p.applied, p.skipped, p.scores = before.step, before.applied, before.skipped, before.scores
+        self._went_back = True
+        self.phases.enter(DATA, p.step)
+        if self.world.rank == 0:
+            self.watcher.say(f"back to step {p.step}; steps {first} to {number} are left out from now on")
+        if self.journal is not None:
+            self.journal.metrics(p.step, {"train/rewinds": float(self.left_out.rewinds)})
 
     def _skipped(self, number: int, batches: list[Batch], terms: dict[str, Tensor], in_a_row: int) -> None:
         bad = [name for name, term in terms.items() if not bool(term.isfinite())] or ["gradient"]
@@ -189,10 +248,15 @@ class Trainer:
         self.watcher.say(f"step {number}: {', '.join(bad)} not finite, step skipped; rank {self.world.rank} held {keys[:4]}…")
         if self.journal is not None:
             self.journal.metrics(number, {"train/skipped": self.progress.skipped})
-        if in_a_row >= self.plan.max_nonfinite:
+        rewinds = self.plan.rewind_after is not None and self.left_out.rewinds < self.plan.max_rewinds
+        if in_a_row >= self.plan.max_nonfinite and not rewinds:
+            # All ranks are here together, and the message is to name the samples of the one whose terms broke.
+            found: list[tuple[int, list[str], list[str]]] = [(0, [], [])] * self.world.size
+            dist.all_gather_object(found, (self.world.rank, bad, keys[:4]), group=self.world.control)
+            rank, terms_there, keys_there = next((f for f in found if f[1] != ["gradient"]), found[0])
             raise TrainingError(
-                f"{in_a_row} steps in a row were not finite ({', '.join(bad)})",
-                where=f"step {number}, first keys on rank {self.world.rank}: {keys[:4]}",
+                f"{in_a_row} steps in a row were not finite ({', '.join(terms_there)})",
+                where=f"step {number}, first keys on rank {rank}: {keys_there}",
                 mend="lower optim.lr or optim.betas, lengthen schedule.lr.warmup, or train.precision=fp32; then resume",
             )
 
@@ -200,6 +264,7 @@ class Trainer:
         values = meter.flush()
         p = self.progress
         rate = values.pop("rate")
+        seconds = self.phases.read()
         if self.journal is not None:
             share = batches.seconds_waited / max(p.seconds - self._seconds_before, 1e-9)
             self.journal.metrics(
@@ -215,21 +280,35 @@ class Trainer:
                     "perf/samples_seen": float(p.step * self.schedules.global_batch),
                     "perf/images_per_second": rate,
                     "perf/data_wait_share": share,
+                    **{f"perf/{name}": value for name, value in seconds.items()},
+                    **self._memory(),
                     "train/skipped_steps": float(p.skipped),
                     **{f"storage/{name}": value for name, value in batches.usage.items()},
                 },
             )
         self.watcher.step(p.step, self.plan.steps, values["loss"], rate, p.scores)
 
+    def _memory(self) -> dict[str, float]:
+        parts = self.engine.memory()
+        now = memory_now(self.world.device)
+        if "peak" in now:
+            now["activations_peak"] = max(now["peak"] - sum(parts.values()), 0.0)
+        return {f"memory/{name}_gb": size / 1e9 for name, size in (parts | now).items()}
+
     def _evaluate(self) -> None:
         if self.evaluate is None:
             return
-        scores = self.evaluate()
+        with self.phases.phase(EVALUATE):
+            scores = self.evaluate()
         self.progress.scores.update(scores)
         if self.journal is not None:
             self.journal.metrics(self.progress.step, scores)
 
     def _save(self) -> int:
+        with self.phases.phase(CHECKPOINT):
+            return self._write()
+
+    def _write(self) -> int:
         p = self.progress
         facts = {
             **self.facts,

@@ -1,0 +1,182 @@
+"""``fovea plan``: what a configuration needs of a GPU's memory, by ZeRO stage and number of GPUs, before any GPU is asked for."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from rich.box import SIMPLE
+from rich.console import Console
+from rich.table import Table
+
+from launch.train import gpus
+from pipeline.errors import ConfigError
+from pipeline.settings import Config
+from pipeline.training.memory import Held, activations, held
+
+_SLACK = 0.92  # share of a GPU that may be filled: the rest is CUDA's context, NCCL and the allocator's gaps
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Elements of each parameter of a recipe.
+
+    Attributes:
+        groups: trained ones by parameter group.
+        frozen: not trained ones of the student.
+        teacher: the teacher's.
+        networks: trained elements by sub-network.
+        tokens: tokens of all student crops of a sample.
+        logits: rows of logits of a sample times prototypes, student and teacher.
+        width, depth: of the tower.
+    """
+
+    groups: list[list[int]]
+    frozen: list[int]
+    teacher: list[int]
+    networks: dict[str, int]
+    tokens: float
+    logits: float
+    width: int
+    depth: int
+
+    @property
+    def trained(self) -> int:
+        """All trained elements."""
+        return sum(map(sum, self.groups))
+
+
+def measure(config: Config) -> Sizes:
+    """Builds the recipe without memory and counts it."""
+    import torch
+
+    from pipeline.recipes.registry import build_recipe
+
+    with torch.device("meta"):
+        recipe = build_recipe(config)
+    settings: Any = config.recipe
+    tower: Any = recipe.export().get("backbone", recipe)
+    vit = getattr(tower, "vit", tower)
+    patch = int(getattr(tower, "patch", 0) or config.model.patch_side or 16)
+    grids = [(view.count, (view.size // patch) ** 2, view.mask) for view in recipe.views]
+    prefix = int(getattr(vit, "num_prefix_tokens", 1))
+    rows: float = sum(count for count, _, _ in grids)
+    for count, patches, mask in grids:
+        if mask is not None:
+            rows += count * patches * mask.probability * sum(mask.ratio) / 2
+    return Sizes(
+        groups=[[p.numel() for p in group.params] for group in recipe.parameter_groups()],
+        frozen=[p.numel() for p in recipe.parameters() if not p.requires_grad],
+        teacher=[p.numel() for _, p in recipe.teacher.named_parameters()] if recipe.teacher is not None else [],
+        networks={
+            name: sum(p.numel() for p in module.parameters() if p.requires_grad) for name, module in recipe.networks().items()
+        },
+        tokens=sum(count * (patches + prefix) for count, patches, _ in grids),
+        logits=2.0 * rows * getattr(settings, "prototypes", 0),
+        width=int(getattr(vit, "embed_dim", config.model.width or 0)),
+        depth=len(getattr(vit, "blocks", ())) or (config.model.depth or 0),
+    )
+
+
+def needed(config: Config, sizes: Sizes, stage: int, ranks: int) -> tuple[Held, float]:
+    """Bytes held on one GPU, and its activations."""
+    share = max(config.train.global_batch // ranks, 1)
+    micro = min(config.train.micro_batch or share, share)
+    bf16 = config.train.precision == "bf16"
+    memory = held(
+        sizes.groups,
+        frozen=sizes.frozen,
+        teacher=sizes.teacher,
+        stage=stage,
+        ranks=ranks,
+        accumulation=max(share // micro, 1),
+        bf16=bf16,
+    )
+    live = activations(
+        tokens=micro * sizes.tokens,
+        width=sizes.width,
+        depth=sizes.depth,
+        mlp_ratio=config.model.mlp_ratio,
+        logits=micro * sizes.logits,
+        bf16=bf16,
+    )
+    return memory, live
+
+
+def advice(config: Config, sizes: Sizes, ranks: int, capacity: float) -> str:
+    """What to choose, in a sentence."""
+    for stage in (1, 2, 3):
+        memory, live = needed(config, sizes, stage, ranks)
+        if memory.total + live <= capacity:
+            taken = f"{(memory.total + live) / 1e9:.1f} of {capacity / 1e9:.0f} GB"
+            return f"Choose train.zero={stage}: {taken} on each of {ranks} GPUs."
+    share = max(config.train.global_batch // ranks, 1)
+    micro = min(config.train.micro_batch or share, share)
+    while micro > 1:
+        micro = max(divisor for divisor in range(1, micro // 2 + 1) if share % divisor == 0)
+        smaller = config.replace(train=config.train.model_copy(update={"micro_batch": micro}))
+        for stage in (2, 3):
+            memory, live = needed(smaller, sizes, stage, ranks)
+            if memory.total + live <= capacity:
+                return (
+                    f"Choose train.zero={stage} and train.micro_batch={micro}: {(memory.total + live) / 1e9:.1f} GB; or use "
+                    "activation checkpointing, or more GPUs."
+                )
+    memory, _ = needed(config, sizes, 3, ranks)
+    enough = next((r for r in (2**n for n in range(20)) if r > ranks and needed(config, sizes, 3, r)[0].total < capacity), None)
+    more = f"{enough} GPUs with train.zero=3 hold the states" if enough else "no number of such GPUs holds it"
+    return f"Does not fit: its states alone are {memory.total / 1e9:.1f} GB at stage 3 on {ranks} GPUs; {more}."
+
+
+def run(config: Config, *, ranks: int | None, gigabytes: float, console: Console | None = None) -> int:
+    """Print the table and the advice; 0 if something fits, 1 if nothing does.
+
+    Raises:
+        ConfigError: the global batch cannot be shared by so many GPUs.
+    """
+    out = console or Console()
+    ranks = ranks or config.launch.ranks or gpus() or 1
+    if config.train.global_batch % ranks:
+        raise ConfigError(
+            f"{config.train.global_batch} samples cannot be shared by {ranks} GPUs",
+            where="train.global_batch",
+            mend="Change --gpus.",
+        )
+    sizes, capacity = measure(config), gigabytes * 1e9 * _SLACK
+    parts = ", ".join(f"{name} {count / 1e6:.1f} M" for name, count in sizes.networks.items())
+    out.print(f"Student {sizes.trained / 1e6:.1f} M parameters ({parts}); teacher {sum(sizes.teacher) / 1e6:.1f} M, in fp32.")
+    table = Table(
+        title=f"GB on one GPU; {config.train.global_batch} samples a step, compute in {config.train.precision}", box=SIMPLE
+    )
+    for name in ("GPUs", "ZeRO", "weights", "grads", "Adam", "teacher", "buffers", "activ.", "all", "fits"):
+        table.add_column(name, justify="right")
+    fits = False
+    counts = sorted({ranks, *(r for r in (1, 2, 4, 8, 64, 256) if r < ranks and config.train.global_batch % r == 0)})
+    for count in counts:
+        for stage in range(4):
+            memory, live = needed(config, sizes, stage, count)
+            good = memory.total + live <= capacity
+            fits |= good and count == ranks
+            row = (
+                memory.parameters + memory.frozen,
+                memory.gradients,
+                memory.masters + memory.moments,
+                memory.teacher,
+                memory.buckets + memory.gathered + memory.rounded,
+                live,
+                memory.total + live,
+            )
+            table.add_row(str(count), str(stage), *(f"{size / 1e9:.2f}" for size in row), "yes" if good else "no")
+        table.add_section()
+    out.print(table)
+    memory, live = needed(config, sizes, config.train.zero, ranks)
+    share = memory.teacher / (memory.total + live)
+    out.print(f"The teacher takes {share:.0%} of a GPU's memory at train.zero={config.train.zero} on {ranks} GPUs.")
+    out.print(advice(config, sizes, ranks, capacity))
+    out.print(
+        f"Weights, gradients, optimizer and teacher are exact to a few percent; activations are an estimate, buffers a bound; "
+        f"{math.floor(_SLACK * 100)} % of {gigabytes:g} GB counts as usable.",
+        style="dim",
+    )
+    return 0 if fits else 1

@@ -1,0 +1,148 @@
+"""How many bytes a rank holds, by formula: what the engine of this project keeps in each ZeRO stage.
+
+Parameters are fp32 and only compute is bf16, so that per trained parameter, R ranks::
+
+    stage   parameters  gradients  masters  AdamW's moments   teacher
+    0       4           4          -        8                 4
+    1, 2    4           4/R        4/R      8/R               4
+    3       4/R         4/R        4/R      8/R               4/R
+
+Stages 1 and 2 differ while gradients of several micro-batches are gathered: stage 1 then holds them whole. Both keep gradients by
+whole parameters: one that lies across the border of two ranks' shares is held by both. Besides there are DeepSpeed's buckets, in
+stage 3 what is gathered for computing, with bf16 the rounded weights of a forward pass, and activations.
+``tests/training/test_memory.py`` compares the lasting part with an engine's tensors.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+
+BUCKET = 100_000_000  # elements of a bucket of gradients, as the engine sets it
+_LIVE = 1_000_000_000  # elements that DeepSpeed keeps gathered in stage 3
+_WHOLE_BUCKET = 500_000_000  # elements that stage 0 reduces at a time
+FP32, MOMENTS = 4, 8  # bytes of an element, and of AdamW's two
+
+
+@dataclass(frozen=True)
+class Held:
+    """Bytes on one rank.
+
+    Attributes:
+        parameters, gradients, masters, moments, frozen, teacher: what lasts, with gradients at their peak.
+        buckets: for communication.
+        gathered: stage 3's whole parameters of student and teacher while they compute, at most.
+        rounded: bf16 copies of weights while the student computes.
+    """
+
+    parameters: float
+    gradients: float
+    masters: float
+    moments: float
+    frozen: float
+    teacher: float
+    buckets: float = 0.0
+    gathered: float = 0.0
+    rounded: float = 0.0
+
+    @property
+    def total(self) -> float:
+        """All of it."""
+        return float(sum(getattr(self, field.name) for field in fields(self)))
+
+
+def held(
+    groups: Sequence[Sequence[int]],
+    *,
+    frozen: Sequence[int] = (),
+    teacher: Sequence[int] = (),
+    stage: int,
+    ranks: int,
+    accumulation: int = 1,
+    bf16: bool = True,
+    overlap: bool = True,
+) -> Held:
+    """Bytes on the rank that holds most.
+
+    Args:
+        groups: elements of each trained parameter, by parameter group.
+        frozen: elements of each parameter that is not trained.
+        teacher: elements of each of the teacher's.
+        stage: ZeRO stage, 0 to 3.
+        ranks: number of ranks.
+        accumulation: micro-batches of a step.
+        bf16: compute in bf16.
+        overlap: reduce gradients while others are computed, as on GPUs.
+    """
+    trained = [size for group in groups for size in group]
+    whole = sum(trained)
+    rounded = 2.0 * whole if bf16 else 0.0
+    if stage == 0:
+        return Held(
+            parameters=FP32 * whole,
+            gradients=FP32 * whole,
+            masters=0,
+            moments=MOMENTS * whole,
+            frozen=FP32 * sum(frozen),
+            teacher=FP32 * sum(teacher),
+            buckets=FP32 * min(whole, _WHOLE_BUCKET) if ranks > 1 else 0,
+            rounded=rounded,
+        )
+    if stage == 3:
+        pieces = sum(math.ceil(size / ranks) for size in trained)
+        return Held(
+            parameters=FP32 * pieces,
+            gradients=FP32 * pieces,
+            masters=FP32 * pieces,
+            moments=MOMENTS * pieces,
+            frozen=FP32 * sum(math.ceil(size / ranks) for size in frozen),
+            teacher=FP32 * sum(math.ceil(size / ranks) for size in teacher),
+            buckets=FP32 * BUCKET * (1 + overlap),
+            gathered=FP32 * (min(whole, _LIVE) + min(sum(teacher), _LIVE)),
+            rounded=rounded,
+        )
+    padded = [2 * ranks * math.ceil(sum(group) / (2 * ranks)) for group in groups]
+    share = sum(padded) // ranks
+    gradients = FP32 * max(
+        sum(_touched(group, size // ranks, rank) for group, size in zip(groups, padded, strict=True)) for rank in range(ranks)
+    )
+    if stage == 1 and accumulation > 1:
+        gradients += FP32 * whole
+    return Held(
+        parameters=FP32 * sum(padded),
+        gradients=gradients,
+        masters=FP32 * share,
+        moments=MOMENTS * share,
+        frozen=FP32 * sum(frozen),
+        teacher=FP32 * sum(teacher),
+        buckets=FP32 * BUCKET * (1 + overlap),
+        rounded=rounded,
+    )
+
+
+def _touched(group: Sequence[int], share: int, rank: int) -> int:
+    """Elements of all parameters of which the rank's share of the group has a piece."""
+    low, high = rank * share, (rank + 1) * share
+    begin = elements = 0
+    for size in group:
+        if begin < high and begin + size > low:
+            elements += size
+        begin += size
+    return elements
+
+
+def activations(*, tokens: float, width: int, depth: int, mlp_ratio: float, logits: float, bf16: bool) -> float:
+    """Bytes that a forward pass keeps for the backward pass, without activation checkpointing: an estimate, good to a third.
+
+    Per token and block: inputs of two norms, of the query-key-value, output and two MLP products, of the activation function,
+    query, key and value, and the two branches before their scaling; attention itself is recomputed by fused kernels.
+
+    Args:
+        tokens: tokens of all the student's crops in a micro-batch.
+        width, depth, mlp_ratio: of the tower.
+        logits: rows times prototypes, over all heads, of student and teacher together.
+        bf16: 2 bytes instead of 4 for what a block keeps; norms and losses stay fp32.
+    """
+    block = (2 if bf16 else 4) * (9 + 2 * mlp_ratio) + (8 if bf16 else 0)
+    return block * width * depth * tokens + 3 * 4 * logits

@@ -1,0 +1,167 @@
+"""Where the time of a step goes, told without making the host wait for the device.
+
+On a GPU each phase begins with an event in the stream, and events are read only when they have passed: what is measured is the
+device's own time line, so "data" is the time in which it had nothing to do for want of a batch. On a CPU it is the host's clock.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections import Counter, deque
+from collections.abc import Callable, Iterator
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch.utils.flop_counter import FlopCounterMode
+
+from pipeline.training.distributed import World
+from pipeline.training.watchdog import CHECKPOINT, COMPUTE, DATA, END, EVALUATE, LOG, START, STEP, TEACHER, Watchdog
+
+T = TypeVar("T")
+_LOOP = {DATA: "data", COMPUTE: "forward_backward", STEP: "update", TEACHER: "teacher", LOG: "log"}
+_ASIDE = {EVALUATE: "evaluation", CHECKPOINT: "checkpoint", START: "start", END: "end"}
+
+# Dense bf16 TFLOP/s of the makers' data sheets, without sparsity; the first name found in the device's name counts.
+_PEAKS = (
+    ("B200", 2250.0),
+    ("H100 PCIe", 756.0),
+    ("H100 NVL", 835.0),
+    ("H200", 989.0),
+    ("H100", 989.0),
+    ("GH200", 989.0),
+    ("A100", 312.0),
+    ("A40", 150.0),
+    ("A30", 165.0),
+    ("A10G", 70.0),
+    ("A10", 125.0),
+    ("L40S", 362.0),
+    ("L40", 181.0),
+    ("L4", 121.0),
+    ("RTX 4090", 165.0),
+    ("MI300X", 1307.0),
+    ("MI250X", 383.0),
+)
+
+
+def peak_tflops(device: str, precision: str) -> float | None:
+    """Dense TFLOP/s of a GPU by its name, ``None`` where unknown: only bf16 is in the table."""
+    if precision != "bf16":
+        return None
+    return next((peak for name, peak in _PEAKS if name in device), None)
+
+
+class Phases:
+    """Tells the watchdog what the rank does, and counts how long each phase takes.
+
+    Args:
+        world: this rank's place.
+        watchdog: who is told.
+        peak: TFLOP/s of the device for MFU, ``None`` for no MFU.
+    """
+
+    def __init__(self, world: World, watchdog: Watchdog, peak: float | None = None) -> None:
+        self.watchdog, self._world, self._peak = watchdog, world, peak
+        self._cuda = world.device.type == "cuda"
+        self._marks: deque[tuple[str, Any]] = deque()
+        self._totals: Counter[str] = Counter()
+        self._steps = 0
+        self._flops: int | None = None
+        self._batches = 1
+
+    def enter(self, phase: str, step: int | None = None) -> None:
+        """A phase begins, and the one before ends."""
+        self.watchdog.enter(phase, step)
+        mark: Any = time.perf_counter()
+        if self._cuda:
+            mark = torch.cuda.Event(enable_timing=True)
+            mark.record()
+        self._marks.append((phase, mark))
+        if not self._cuda:
+            self._collect()
+
+    @contextlib.contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """A phase inside another, which it goes back to."""
+        before = self.watchdog.place[0]
+        self.enter(name)
+        yield
+        self.enter(before)
+
+    def counted(self, function: Callable[..., T], micro_batches: int) -> Callable[..., T]:
+        """The function; the first call ever is done under torch's FLOP counter, which changes no result.
+
+        Args:
+            function: forward and backward pass of one micro-batch.
+            micro_batches: how often a step calls it.
+        """
+        self._batches = micro_batches
+        if self._flops is not None:
+            return function
+
+        def first(*arguments: Any) -> T:
+            if self._flops is not None:
+                return function(*arguments)
+            with FlopCounterMode(display=False) as counter:
+                result = function(*arguments)
+            self._flops = int(counter.get_total_flops())
+            return result
+
+        return first
+
+    def read(self) -> dict[str, float]:
+        """What happened since the last call; all ranks call it. What a GPU has not finished yet counts next time.
+
+        Returns:
+            Mean seconds of a step, whole (``step_seconds``) and by phase, of which ``update`` is clipping, the optimizer and its
+            collectives; all seconds of what happened aside; FLOP/s; time before the collectives on the slowest and fastest rank.
+        """
+        self._collect()
+        steps = max(self._steps, 1)
+        parts = {f"{name}_seconds": self._totals[phase] / steps for phase, name in _LOOP.items()}
+        step = sum(parts.values())
+        values = {"step_seconds": step, **parts}
+        values |= {f"{name}_seconds": self._totals[phase] for phase, name in _ASIDE.items() if self._totals[phase]}
+        if self._flops and step > 0:
+            achieved = self._flops * self._batches / step / 1e12
+            values["tflops_per_rank"] = achieved
+            if self._peak:
+                values["mfu"] = achieved / self._peak
+        # Others wait for the slowest rank inside the step's collectives, so that only what comes before them tells ranks apart.
+        own = torch.tensor([self._totals[DATA] / steps, self._totals[COMPUTE] / steps], dtype=torch.float64)
+        everyone = [torch.zeros_like(own) for _ in range(self._world.size)]
+        dist.all_gather(everyone, own, group=self._world.control)
+        busy = torch.stack(everyone).sum(1)
+        values |= {"busy_seconds_max": float(busy.max()), "busy_seconds_min": float(busy.min())}
+        values["slowest_rank"] = float(busy.argmax())
+        self._totals.clear()
+        self._steps = 0
+        return values
+
+    def _collect(self) -> None:
+        while len(self._marks) > 1:
+            (phase, begin), (_, end) = self._marks[0], self._marks[1]
+            if self._cuda:
+                if not end.query():
+                    return
+                self._totals[phase] += begin.elapsed_time(end) / 1000
+            else:
+                self._totals[phase] += end - begin
+            self._steps += phase == STEP
+            self._marks.popleft()
+
+
+def memory_now(device: torch.device) -> dict[str, float]:
+    """Bytes this rank uses: resident on the CPU; allocated, peak since the last call, and reserved on a GPU."""
+    if device.type == "cuda":
+        stats = torch.cuda.memory_stats(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        return {
+            "allocated": float(stats["allocated_bytes.all.current"]),
+            "peak": float(stats["allocated_bytes.all.peak"]),
+            "reserved": float(stats["reserved_bytes.all.current"]),
+        }
+    with open("/proc/self/statm") as file:
+        pages = int(file.read().split()[1])
+    return {"resident": float(pages * 4096)}

@@ -1,0 +1,57 @@
+"""``fovea plan`` counts a recipe without building it and says what to choose."""
+
+from __future__ import annotations
+
+from io import StringIO
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from launch.plan import advice, measure, needed, run
+from pipeline.config import load
+from pipeline.errors import ConfigError
+from pipeline.recipes.registry import build_recipe
+from pipeline.settings import Config
+from tests.runs import TOY
+
+LARGE = """
+recipe: {name: dinov2, prototypes: 131072}
+model: {timm: vit_giant_patch14_dinov2}
+data: {shards: /x/a.tar}
+train: {global_batch: 1024}
+"""
+
+
+def loaded(tmp_path: Path, text: str, *overrides: str) -> Config:
+    path = tmp_path / "a.yaml"
+    path.write_text(text)
+    return load(path, overrides).config
+
+
+def test_a_recipe_is_counted_as_it_is_built(tmp_path: Path) -> None:
+    config = loaded(tmp_path, TOY, "data.shards=/x/a.tar")
+    sizes, recipe = measure(config), build_recipe(config)
+    assert sizes.trained == sum(p.numel() for p in recipe.parameters() if p.requires_grad)
+    assert recipe.teacher is not None and sum(sizes.teacher) == sum(p.numel() for _, p in recipe.teacher.named_parameters())
+    assert sizes.tokens == 2 * (16 + 1) + 2 * (4 + 1) and (sizes.width, sizes.depth) == (32, 1)
+
+
+def test_the_table_the_teachers_share_and_the_advice_are_told(tmp_path: Path) -> None:
+    out = StringIO()
+    assert run(loaded(tmp_path, TOY, "data.shards=/x/a.tar"), ranks=2, gigabytes=80, console=Console(file=out, width=120)) == 0
+    text = out.getvalue()
+    assert "Choose train.zero=1" in text and "The teacher takes" in text and text.count("yes") == 8
+
+
+def test_a_model_too_large_for_its_gpus_is_told_so_with_the_mend(tmp_path: Path) -> None:
+    config = loaded(tmp_path, LARGE)
+    sizes = measure(config)
+    assert 1.1e9 < sizes.trained < 1.5e9
+    memory, _ = needed(config, sizes, 2, 8)
+    assert memory.teacher == 4 * sum(sizes.teacher)
+    assert "train.micro_batch=" in advice(config, sizes, 8, 40e9)
+    assert advice(config, sizes, 1, 20e9).startswith("Does not fit")
+    assert run(config, ranks=1, gigabytes=8, console=Console(file=StringIO())) == 1
+    with pytest.raises(ConfigError, match="cannot be shared by 3"):
+        run(config, ranks=3, gigabytes=80)

@@ -1,0 +1,179 @@
+"""What a run says and does when one of its ranks stands still, breaks, or is killed: real ranks, broken on purpose."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from pipeline.data import scenes
+from tests.runs import ROOT, TOY, command, environment, recorded
+from tests.s3 import free_port
+
+RESTART = 75
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> str:
+    folder = tmp_path_factory.mktemp("scenes")
+    scenes.write(folder, train=120, val=24, size=32, seed=3, samples_per_shard=40)
+    return str(folder / "*train-*.tar")
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("config") / "toy.yaml"
+    path.write_text(TOY)
+    return path
+
+
+def living(directory: Path) -> list[str]:
+    """Processes that have this run's directory among their words."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit() and int(entry.name) != os.getpid():
+            try:
+                words = (entry / "cmdline").read_bytes().decode(errors="replace")
+            except OSError:
+                continue
+            if str(directory) in words:
+                found.append(words)
+    return found
+
+
+def broken(
+    config: Path, shards: str, directory: Path, fault: str, *overrides: str, torchrun: bool = False
+) -> subprocess.CompletedProcess[str]:
+    words = command(config, shards, directory, *overrides)[2:]
+    head = [sys.executable, "-m", "tests.faulty"]
+    if torchrun:
+        head = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", f"--master-port={free_port()}"]
+        head += ["-m", "tests.faulty"]
+    return subprocess.run(
+        [*head, *words[1:]],
+        env=environment() | {"FAULT": fault},
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=150,
+        check=False,
+        stdin=subprocess.DEVNULL,
+    )
+
+
+def errors(done: subprocess.CompletedProcess[str]) -> list[str]:
+    """Messages; the launcher shows the last lines of a failed rank's log behind a bar."""
+    return [line.strip().removeprefix("| ") for line in done.stderr.splitlines() if "error: " in line]
+
+
+QUICK = ("health.stall_floor=1.5", "health.stall_factor=5", "train.length=12 steps")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("place", "phase"), [("data", "data"), ("forward", "forward and backward"), ("step", "step")])
+def test_a_rank_that_stands_still_is_named_with_its_phase_and_all_end(
+    config: Path, shards: str, tmp_path: Path, place: str, phase: str
+) -> None:
+    directory = tmp_path / "run"
+    begin = time.monotonic()
+    done = broken(config, shards, directory, f"1 7 {place} sleep", *QUICK)
+    assert done.returncode == RESTART, done.stderr + done.stdout
+    (message,) = errors(done)
+    assert f"rank 1 has been in {phase} at step 7 for " in message and "the others wait for it in" in message
+    folder = directory / "logs" / "attempt-0000"
+    assert "_break" in (folder / "stacks-rank-1.txt").read_text()  # where it sleeps
+    assert "stall of rank 0" in (folder / "stacks-rank-0.txt").read_text()
+    assert not living(directory)
+    assert time.monotonic() - begin < 90
+
+
+@pytest.mark.slow
+def test_a_frozen_rank_is_named_by_another(config: Path, shards: str, tmp_path: Path) -> None:
+    directory = tmp_path / "run"
+    done = broken(config, shards, directory, "1 7 forward freeze", *QUICK)
+    assert done.returncode == RESTART, done.stderr + done.stdout
+    (message,) = errors(done)
+    assert "rank 1 gives no sign of life; last heard of in " in message
+    assert not living(directory)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("torchrun", [False, True], ids=["fovea", "torchrun"])
+def test_out_of_memory_is_one_message_with_the_mend(config: Path, shards: str, tmp_path: Path, torchrun: bool) -> None:
+    directory = tmp_path / "run"
+    done = broken(config, shards, directory, "1 7 forward oom", "train.length=12 steps", torchrun=torchrun)
+    assert done.returncode == 1, done.stderr + done.stdout
+    (message,) = errors(done)
+    assert message.startswith("error: rank 1, forward and backward, step 7: out of GPU memory: CUDA out of memory. Tried")
+    assert "lower train.micro_batch" in message and "raise train.zero (now 1)" in message
+    assert "rank 0 ends because of rank 1: out of GPU memory" in done.stderr
+    assert "Connection" not in done.stderr and ("Traceback" not in done.stderr or torchrun)
+    assert not living(directory)
+
+
+@pytest.mark.slow
+def test_a_killed_rank_is_named_by_the_one_that_is_left(config: Path, shards: str, tmp_path: Path) -> None:
+    directory = tmp_path / "run"
+    done = broken(config, shards, directory, "1 7 forward kill", "train.length=12 steps")
+    assert done.returncode == 137, done.stderr + done.stdout
+    (message,) = errors(done)
+    assert "the connection to another rank broke: rank 1 is gone; last heard of in" in message and "log of rank 1" in message
+    assert not living(directory)
+
+
+@pytest.mark.slow
+def test_a_collective_that_takes_too_long_names_who_is_missing(config: Path, shards: str, tmp_path: Path) -> None:
+    directory = tmp_path / "run"
+    done = broken(config, shards, directory, "1 7 data sleep", "train.length=12 steps", "launch.timeout=5")
+    assert done.returncode == RESTART, done.stderr + done.stdout
+    (message,) = errors(done)
+    assert "a collective took longer than launch.timeout: rank 1 has been in data at step 7" in message
+    assert not living(directory)
+
+
+@pytest.mark.slow
+def test_a_mistake_of_ours_shows_its_traceback_once(config: Path, shards: str, tmp_path: Path) -> None:
+    directory = tmp_path / "run"
+    done = broken(config, shards, directory, "0 3 step bug", "train.length=12 steps")
+    assert done.returncode == 1
+    assert done.stderr.count("Traceback") == 1 and "error: rank 0, step, step 3: KeyError" in done.stderr
+    assert "Traceback" not in (directory / "logs" / "attempt-0000" / "rank-1.log").read_text()
+
+
+@pytest.mark.slow
+def test_a_broken_loss_sends_the_run_back_and_its_batches_are_left_out_for_good(
+    config: Path, shards: str, tmp_path: Path
+) -> None:
+    directory = tmp_path / "run"
+    words = ("train.length=14 steps", "health.rewind_after=3", "health.rewind_margin=1", "checkpoint.keep_last=5")
+    done = broken(config, shards, directory, "1 8 forward nan 10", *words)
+    assert done.returncode == 0, done.stderr + done.stdout
+    assert json.loads((directory / "left_out.json").read_text()) == {"steps": [[7, 10]]}
+    outcome = json.loads((directory / "outcome.json").read_text())
+    assert outcome["step"] == 14 and outcome["skipped"] == 4
+    for rank in range(2):
+        lines = (directory / "batches" / f"attempt-0000-rank-{rank}.jsonl").read_text().splitlines()
+        steps = [json.loads(line)["step"] for line in lines]
+        assert steps == [*range(11), 6, 11, 12, 13]
+        recorded(directory, rank)  # step 6 was the same again, so the state of the checkpoint was
+    sixth = directory / "checkpoints" / "step_000000006"
+    again = broken(config, shards, directory, "9 0 forward none", *words, f"checkpoint.resume={sixth}")
+    assert again.returncode == 0, again.stderr
+    lines = (directory / "batches" / "attempt-0001-rank-0.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == [6, 11, 12, 13]
+
+
+@pytest.mark.slow
+def test_a_run_goes_back_only_so_often(config: Path, shards: str, tmp_path: Path) -> None:
+    directory = tmp_path / "run"
+    words = ("health.rewind_after=2", "health.rewind_margin=1", "health.max_rewinds=1", "train.max_nonfinite=3")
+    done = broken(config, shards, directory, "1 8 forward nan 40", *words)
+    assert done.returncode == 1
+    (message,) = errors(done)
+    assert "3 steps in a row were not finite" in message and "step 12, first keys on rank 1: [" in message
+    assert json.loads((directory / "left_out.json").read_text()) == {"steps": [[7, 9]]}

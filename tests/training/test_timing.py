@@ -1,0 +1,72 @@
+"""Where a step's time goes."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pipeline.training.timing import peak_tflops
+from tests.pool import pool
+
+
+def timed(slow: int, folder: str) -> dict[str, Any]:
+    """On a rank: three steps, in which one rank is slow with its data."""
+    import torch
+    import torch.distributed as dist
+
+    from pipeline.training.distributed import World
+    from pipeline.training.timing import Phases
+    from pipeline.training.watchdog import CHECKPOINT, COMPUTE, DATA, LOG, STEP, TEACHER, Watchdog
+
+    rank, size = dist.get_rank(), dist.get_world_size()
+    world = World(rank, size, rank, torch.device("cpu"), None)
+    phases = Phases(world, Watchdog(Path(folder), rank, size), peak=1e-3)
+    a, b = torch.randn(64, 32, requires_grad=True), torch.randn(32, 16, requires_grad=True)
+
+    def work(x: torch.Tensor) -> float:
+        loss = (x @ b).sum()
+        loss.backward()
+        return float(loss.detach())
+
+    results = []
+    for step in range(3):
+        phases.enter(DATA, step)
+        time.sleep(0.2 if rank == slow else 0.02)
+        phases.enter(COMPUTE)
+        results.append(phases.counted(work, 2)(a))
+        phases.enter(STEP)
+        dist.barrier()
+        phases.enter(TEACHER)
+        phases.enter(LOG)
+    with phases.phase(CHECKPOINT):
+        time.sleep(0.1)
+    return {**phases.read(), "results": results}
+
+
+def test_the_slowest_rank_its_data_and_the_flops_are_told(tmp_path: Path) -> None:
+    ranks = pool(2).run(timed, slow=1, folder=str(tmp_path))
+    for rank, values in enumerate(ranks):
+        assert values["slowest_rank"] == 1
+        assert values["busy_seconds_max"] > values["busy_seconds_min"] + 0.1
+        assert values["checkpoint_seconds"] >= 0.1
+        assert values["step_seconds"] == pytest.approx(
+            sum(values[f"{name}_seconds"] for name in ("data", "forward_backward", "update", "teacher", "log"))
+        )
+        assert len(set(values["results"])) == 1  # counting changes nothing
+        flops = 3 * 2 * 64 * 32 * 16 * 2  # forward, two products backward; two micro-batches
+        assert values["tflops_per_rank"] == pytest.approx(flops / values["step_seconds"] / 1e12)
+        assert values["mfu"] == pytest.approx(values["tflops_per_rank"] / 1e-3)
+        assert (values["data_seconds"] > 0.19) == (rank == 1)
+        assert (values["step_seconds"] - values["data_seconds"] > 0.1) == (rank == 0)  # rank 0 waits in the step
+
+
+def test_peaks_are_found_by_name_and_only_for_the_precision_of_the_table() -> None:
+    assert peak_tflops("NVIDIA H200", "bf16") == 989
+    assert peak_tflops("NVIDIA H100 PCIe", "bf16") == 756
+    assert peak_tflops("NVIDIA A100-SXM4-80GB", "bf16") == 312
+    assert peak_tflops("NVIDIA L40S", "bf16") == 362
+    assert peak_tflops("NVIDIA H200", "fp32") is None
+    assert peak_tflops("Voodoo 2", "bf16") is None
