@@ -203,7 +203,7 @@ def _method(options: Options, device: torch.device) -> tuple[DINOv2, Batch]:
 def markdown(result: Result, options: Options, machine: dict[str, str], command: str) -> str:
     """The page that a person reads."""
     about = {
-        "model": f"{MODELS[options.model]}, two heads of {options.prototypes} prototypes, {result.parameters / 1e6:.1f} M parameters",
+        "model": f"{MODELS[options.model]}, heads of {options.prototypes} prototypes, {result.parameters / 1e6:.1f} M parameters",
         "a step": f"{options.batch} samples, 2 crops of {options.side} and 4 of {options.side // 2} pixels, {result.step:.3f} s",
         "a checkpoint": f"{result.size / 1e6:,.0f} MB; medians of {options.saves}, the JSON beside has all",
     }
