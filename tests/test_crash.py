@@ -105,3 +105,53 @@ def test_a_run_that_is_killed_again_and_again_ends_bitwise_like_one_that_never_w
         assert sorted(ours) == sorted(theirs) == list(range(STEPS))
         assert ours == theirs
     assert weights(directory, STEPS) == weights(reference, STEPS)
+
+
+@pytest.mark.slow
+def test_a_node_that_lost_its_disk_goes_on_from_the_copy_as_if_nothing_had_happened(tmp_path: Path) -> None:
+    scenes.write(tmp_path / "scenes", train=120, val=24, size=32, seed=3, samples_per_shard=40)
+    shards = str(tmp_path / "scenes" / "*train-*.tar")
+    config = tmp_path / "toy.yaml"
+    config.write_text(TOY)
+    reference, first, second = tmp_path / "undisturbed", tmp_path / "first", tmp_path / "second"
+    words = ("train.length=12 steps", "checkpoint.every=3 steps")
+    copied = (*words, f"checkpoint.copy_to={tmp_path / 'bucket'}")
+    assert train(config, shards, reference, *words).returncode == 0
+    launcher = subprocess.Popen(
+        command(config, shards, first, *copied),
+        env=environment(),
+        cwd=ROOT,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    end = time.monotonic() + 200
+    while _last(first) < 4 and launcher.poll() is None and time.monotonic() < end:
+        time.sleep(0.02)
+    launcher.send_signal(signal.SIGTERM)
+    assert launcher.wait(timeout=60) == 0
+    reached = max(one.step for one in saved.listed(first / "checkpoints"))
+    assert 5 <= reached < 12
+    done = train(config, shards, second, *copied)  # another directory: nothing of the first is there
+    assert done.returncode == 0, done.stderr + done.stdout
+    assert f"resuming at step {reached}" in done.stdout
+    assert "was fetched from" in done.stderr
+    assert weights(second, 12) == weights(reference, 12)
+    assert (tmp_path / "bucket" / "toy" / "step_000000012" / "manifest.json").exists()
+
+
+@pytest.mark.slow
+def test_a_disk_that_takes_no_checkpoint_is_told_and_stops_the_run_only_after_several(tmp_path: Path) -> None:
+    scenes.write(tmp_path / "scenes", train=120, val=24, size=32, seed=3, samples_per_shard=40)
+    config = tmp_path / "toy.yaml"
+    config.write_text(TOY)
+    directory = tmp_path / "run"
+    directory.mkdir()
+    (directory / "checkpoints").write_text("a file where a folder should be")
+    words = ("checkpoint.every=3 steps", "checkpoint.most_failures=2")
+    done = train(config, str(tmp_path / "scenes" / "*train-*.tar"), directory, *words)
+    assert done.returncode == 2, done.stderr + done.stdout
+    assert "no checkpoint of step 3" in done.stdout
+    assert "training goes on" in done.stdout
+    assert "could not be written (rank 0" in done.stderr + done.stdout
+    assert 5 <= _last(directory) < 24
