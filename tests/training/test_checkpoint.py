@@ -281,12 +281,14 @@ def _kill_everywhere(directory: str, beside: bool) -> list[tuple[str, list[int],
                         inner.unlink()
                 elif real.__name__ == "write_tensors":
                     args[0].write_bytes(b"some bytes did get there")
+                elif real.__name__ == "dump":
+                    args[1].write('{"some')
                 raise _Killed
             return real(*args, **kwargs)
 
         return call
 
-    operations = [(os, "fsync"), (Path, "rename"), (Path, "mkdir"), (Path, "replace"), (shutil, "rmtree")]
+    operations = [(os, "fsync"), (Path, "rename"), (Path, "mkdir"), (Path, "replace"), (json, "dump"), (shutil, "rmtree")]
     with pytest.MonkeyPatch.context() as patch:
         for owner, name in [*operations, (checkpoint, "write_tensors")]:
             patch.setattr(owner, name, counted(getattr(owner, name)))
@@ -304,6 +306,7 @@ def _kill_everywhere(directory: str, beside: bool) -> list[tuple[str, list[int],
                 for one in saved.listed(folder):
                     saved.verify(one)
                     whole.append(one.step)
+                assert len(whole) == len(list(folder.glob("step_*"))), "a directory is there that is not whole"
                 best = retention.read_best(folder).get("checkpoint")
                 last = max(saved.listed(folder), key=lambda one: one.serial).step
                 seen.append((outcome, whole, newest is not None and newest.step == last, (folder / str(best)).is_dir()))
