@@ -15,11 +15,6 @@ from pipeline.errors import ConfigError
 app = typer.Typer(no_args_is_help=True, help="Measure how fast the parts are, against their rivals in the same run.")
 
 
-@app.callback()
-def _bench() -> None:
-    """Keeps ``data`` a verb of its own while it is the only one."""
-
-
 @app.command()
 def data(
     shards: Annotated[list[str] | None, typer.Option(help="Shards to measure on; by default pictures are packed for it.")] = None,
@@ -62,5 +57,36 @@ def data(
         result = measure(options, tell=tell)
     stem = out or Path("bench-results") / f"data-{device}-{datetime.now(UTC):%Y%m%d-%H%M}"
     document, page = save(result, stem, shlex.join(["fovea", *sys.argv[1:]]))
+    print(page.read_text())
+    print(f"wrote {document} and {page}", file=sys.stderr)
+
+
+@app.command()
+def checkpoint(
+    model: Annotated[str, typer.Option(help="Size of the ViT: tiny, small, base or large.")] = "small",
+    batch: Annotated[int, typer.Option(min=1, help="Samples of a step.")] = 16,
+    side: Annotated[int, typer.Option(min=32, help="Side of the global crops, pixels; a multiple of 16.")] = 224,
+    prototypes: Annotated[int, typer.Option(min=16, help="Prototypes of each head.")] = 65536,
+    saves: Annotated[int, typer.Option(min=1, help="Checkpoints of each kind, of which the median counts.")] = 3,
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    directory: Annotated[Path | None, typer.Option(help="Folder on the disk to be measured.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Where the results go, without ending.")] = None,
+) -> None:
+    """How long training stands still for a checkpoint, waiting for it or going on beside it, and how long loading takes.
+
+    [b]Examples[/b]
+
+    fovea bench checkpoint
+
+    fovea bench checkpoint --model large --device cuda --batch 32 --directory /scratch
+    """
+    if device not in ("cpu", "cuda"):
+        raise ConfigError(f"{device!r} is neither cpu nor cuda", where="--device", mend="Choose one of the two.")
+    from pipeline.bench.checkpoint import Options, measure, save
+
+    options = Options(model, batch, side, prototypes, saves, "cuda" if device == "cuda" else "cpu", directory)
+    result = measure(options, tell=lambda sentence: print(sentence, file=sys.stderr))
+    stem = out or Path("bench-results") / f"checkpoint-{device}-{datetime.now(UTC):%Y%m%d-%H%M}"
+    document, page = save(result, options, stem, shlex.join(["fovea", *sys.argv[1:]]))
     print(page.read_text())
     print(f"wrote {document} and {page}", file=sys.stderr)

@@ -14,6 +14,7 @@ from rich.markup import escape
 
 from launch import shards
 from launch.bench import app as bench
+from launch.checkpoint import app as checkpoint
 from pipeline.errors import ConfigError, FoveaError
 
 if TYPE_CHECKING:
@@ -35,6 +36,7 @@ config = typer.Typer(no_args_is_help=True, help="Look at and check configuration
 app.add_typer(shards.app, name="shards")
 app.add_typer(config, name="config")
 app.add_typer(bench, name="bench")
+app.add_typer(checkpoint, name="checkpoint")
 
 ConfigArgument = shards.ConfigArgument
 Overrides = shards.Overrides

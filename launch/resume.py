@@ -10,8 +10,8 @@ from pydantic import ValidationError
 from pipeline.config import difference
 from pipeline.errors import CheckpointError
 from pipeline.settings import Config
-from pipeline.training import saved
-from pipeline.training.inputs import Inputs, check_data
+from pipeline.training import copies, saved
+from pipeline.training.inputs import Inputs, check_data, open_storage
 from pipeline.training.run import RunDirectory
 from pipeline.training.saved import Saved
 
@@ -40,8 +40,33 @@ def check_identity(config: Config, old: dict[str, Any], where: Path) -> None:
         )
 
 
-def choose_checkpoint(config: Config, run: RunDirectory, inputs: Inputs) -> tuple[Saved | None, list[str]]:
+def copies_of(config: Config) -> str | None:
+    """Where the run's checkpoints are copied to; the run's name keeps those of several runs apart."""
+    target = config.checkpoint.copy_to
+    return f"{target.rstrip('/')}/{config.run.name}" if target else None
+
+
+def origins(found: Saved | None, config: Config) -> list[dict[str, str]]:
+    """``id`` and ``path`` of the checkpoints that ``checkpoint.resume`` named for this attempt and those before it."""
+    if found is None:
+        return []
+    wanted = Path(config.checkpoint.resume).resolve()
+    begun = config.checkpoint.resume not in ("auto", "never") and found.path.resolve() == wanted
+    return [*found.origins, {"id": found.id, "path": str(wanted)}] if begun else found.origins
+
+
+def choose_checkpoint(config: Config, run: RunDirectory, inputs: Inputs, *, fetch: bool = True) -> tuple[Saved | None, list[str]]:
     """What this attempt starts from, verified, and sentences worth saying: damaged ones passed over, changed data accepted.
+
+    ``auto`` takes the checkpoint that the run wrote last; if the run has none, its newest copy is fetched.
+    A path is where the run begins, or goes back to: once the run has written checkpoints that came of it, the last of those is
+    taken, so the same command goes on as often as it is repeated.
+
+    Args:
+        config: the settings.
+        run: the run's directory.
+        inputs: the indexed data.
+        fetch: whether this process may fetch a copy.
 
     Raises:
         CheckpointError: nothing whole is there, or it belongs to another run or other data.
@@ -58,9 +83,16 @@ def choose_checkpoint(config: Config, run: RunDirectory, inputs: Inputs) -> tupl
         return None, complaints
     if wanted == "auto":
         found, complaints = saved.newest(run.checkpoints)
+        target = copies_of(config)
+        if found is None and target is not None and fetch:
+            found, complaints = copies.fetch(target, run.checkpoints, open_storage(config, at_start=True))
     else:
-        found = saved.read(Path(wanted))
-        saved.verify(found)
+        found, complaints = saved.newest(run.checkpoints, begun_at=Path(wanted))
+        if found is None:
+            found = saved.read(Path(wanted))
+            saved.verify(found)
+        else:
+            complaints.append(f"going on from {found.path}, which came of {wanted}; move it away to go back there once more")
     if found is not None:
         check_identity(config, found.manifest["config"], found.path)
         if accepted := check_data(found, inputs, allow=config.checkpoint.allow_data_change):

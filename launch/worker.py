@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 from launch import accelerate
 from launch.ranks import RankEnvironment
-from launch.resume import check_identity, choose_checkpoint
+from launch.resume import check_identity, choose_checkpoint, copies_of, origins
 from launch.watch import watcher
 from pipeline.config import fingerprint, flatten
 from pipeline.errors import FoveaError
@@ -39,7 +39,7 @@ def be_rank(config: Config, here: RankEnvironment) -> int:
     if run.config.exists():
         check_identity(config, json.loads(run.config.read_text()), run.config)
     inputs = prepare(config, here.world_size)
-    found, complaints = choose_checkpoint(config, run, inputs)
+    found, complaints = choose_checkpoint(config, run, inputs, fetch=here.rank == 0)
     if here.rank == 0:
         for complaint in complaints:
             print(complaint, file=sys.stderr)
@@ -147,7 +147,9 @@ def _train(
     from pipeline.training import distributed
     from pipeline.training.assemble import assemble
     from pipeline.training.control import Stop
-    from pipeline.training.inputs import prepare
+    from pipeline.training.copies import Copies
+    from pipeline.training.inputs import open_storage, prepare
+    from pipeline.training.retention import Retention
 
     show = watcher(world.rank, config.train.global_batch)
     journal = shipper = None
@@ -166,6 +168,13 @@ def _train(
     inputs = prepare(config, world.size)
     if journal is not None:
         journal.tags({"fovea.data": inputs.train.fingerprint, "fovea.data_samples": inputs.train.total})
+    target = copies_of(config)
+    copies = None
+    if world.rank == 0 and target is not None:
+        c = config.checkpoint
+        every = c.keep_every.steps(inputs.order.samples_per_epoch, config.train.global_batch) if c.keep_every else 0
+        copies = Copies(target, open_storage(config), Retention(c.keep_last, every, c.keep_best), show.say)
+        copies.start(saved.listed(run.checkpoints))
     trainer = assemble(
         config,
         inputs,
@@ -179,11 +188,13 @@ def _train(
             "run": config.run.name,
             "attempt": number,
             "fovea": version("fovea"),
+            "origins": origins(found, config),
         },
         requests=requests,
         journal=journal,
         watcher=show,
         watchdog=watchdog,
+        copies=copies,
     )
     if world.rank == 0:
         total, batch = trainer.plan.steps, config.train.global_batch
@@ -194,6 +205,8 @@ def _train(
             f"{inputs.train.total} samples · {total} steps of {batch} · {time.time() - begin:.0f} s to start"
         )
     stop = trainer.run()
+    if copies is not None and not copies.close():
+        show.say("not all checkpoints are copied yet; the next attempt copies the rest")
     if world.rank == 0 and journal is not None:
         finished = stop is Stop.FINISHED
         journal.tags({"fovea.state": "finished" if finished else "stopped", "fovea.stop": stop.name})

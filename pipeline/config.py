@@ -303,8 +303,17 @@ def check(config: Config) -> list[tuple[str, str]]:
     warmup = config.schedule.lr.warmup
     if warmup.unit == whole.unit and warmup.amount > whole.amount:
         found.append(("schedule.lr.warmup", f"schedule.lr.warmup = {warmup}: longer than the run, train.length = {whole}"))
-    for key, length in (("checkpoint.every", config.checkpoint.every), ("evaluation.knn.every", knn.every)):
-        if length.amount == 0:
+    best, scores = config.checkpoint.keep_best, [f"knn/k{k}" for k in knn.k] if knn.enabled else []
+    if best is not None and best not in scores:
+        hint = f"choose of {', '.join(scores)}" if scores else "set evaluation.knn.enabled=true for knn/k10 and the like"
+        found.append(("checkpoint.keep_best", f"checkpoint.keep_best = {best}: no evaluation of this run gives it; {hint}"))
+    distances = (
+        ("checkpoint.every", config.checkpoint.every),
+        ("checkpoint.keep_every", config.checkpoint.keep_every),
+        ("evaluation.knn.every", knn.every),
+    )
+    for key, length in distances:
+        if length is not None and length.amount == 0:
             found.append((key, f"{key} = 0: should be longer than nothing"))
     return found
 

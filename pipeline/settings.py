@@ -19,6 +19,7 @@ from pydantic import BeforeValidator, Field, SerializeAsAny, model_validator
 from pydantic_core import PydanticCustomError
 
 from pipeline.fields import RUNTIME, Count, Length, NonNegative, Positive, Probability, Settings, Share, ShareRange, Texts
+from pipeline.sections import HealthSettings, SourceSettings, StorageSettings
 
 
 class RunSettings(Settings):
@@ -164,40 +165,6 @@ class ModelSettings(Settings):
         """Patch side in pixels, read from the timm name if need be; None where the name does not tell."""
         found = re.search(r"patch(\d+)", self.timm) if self.timm else None
         return int(found[1]) if found else self.patch
-
-
-class StorageSettings(Settings):
-    """How shards in object storage are reached, and what a node keeps of them."""
-
-    endpoint: str | None = Field(default=None, description="URL of an S3-compatible or Azure server; null means AWS_ENDPOINT_URL")
-    region: str | None = Field(default=None, description="region of the bucket; null means AWS_REGION")
-    anonymous: bool = Field(default=False, description="read public buckets without credentials")
-    mode: Literal["cache", "direct"] = Field(
-        default="cache", description="keep whole shards on the node's disk, or read each sample by range"
-    )
-    cache: Path | None = Field(
-        default=None, description="folder of kept shards; null means FOVEA_CACHE, SLURM_TMPDIR or the temporary folder"
-    )
-    cache_gb: Positive | None = Field(default=None, description="most GB kept; null means four fifths of the free disk")
-    free_gb: NonNegative = Field(default=2.0, description="GB of the disk that stay free")
-    part_mb: Count = Field(default=16, description="MB of one request of a download")
-    parallel: int = Field(default=8, ge=1, le=256, description="requests of a download at a time")
-    timeout: Positive = Field(default=60.0, description="seconds one request may take")
-    retries: int = Field(default=5, ge=0, le=100, description="quick retries of one request")
-    grace: NonNegative = Field(default=600.0, description="seconds a training waits for a storage that is away, before it stops")
-
-
-class SourceSettings(Settings):
-    """One of several data sets that are mixed."""
-
-    name: str = Field(min_length=1, max_length=64, pattern=r"^[\w.+-]+$", description="what the data set is called in counts")
-    shards: Texts = Field(min_length=1, description="its shards: a path or URL with {000..123} or *, or a list of them")
-    weight: Positive | None = Field(
-        default=None, description="share of the samples, relative to the other sets' weights; null means by size and repeat"
-    )
-    repeat: Positive | None = Field(
-        default=None, description="how often its samples come while a set with repeat 1 is seen once; null means 1"
-    )
 
 
 class DataSettings(Settings):
@@ -379,11 +346,24 @@ class CheckpointSettings(Settings):
     """What is saved, and what a start takes up again."""
 
     every: Length = Field(default=Length(3750, "steps"), description="distance of two checkpoints")
-    keep_last: Count = Field(default=3, description="checkpoints kept")
+    asynchronous: bool = Field(default=True, description="write while training goes on, from a copy in host memory")
+    most_failures: Count = Field(default=3, description="checkpoints in a row that may fail before the run stops")
+    keep_last: Count = Field(default=3, description="checkpoints kept, the newest")
+    keep_every: Length | None = Field(default=None, description="distance of checkpoints that are kept for ever; null for none")
+    keep_best: str | None = Field(
+        default=None,
+        min_length=1,
+        description="metric whose highest checkpoint is kept, such as knn/k20; each evaluation is then saved; null for none",
+    )
+    copy_to: str | None = Field(
+        default=None,
+        min_length=1,
+        description="bucket or folder that each checkpoint is copied to, below the run's name, and fetched from; null for none",
+    )
     resume: str = Field(
         default="auto",
         min_length=1,
-        description="auto takes the run's newest whole checkpoint, never starts anew, or a checkpoint's path",
+        description="auto takes the run's newest whole checkpoint, never starts anew, or a checkpoint's path to begin from",
     )
     allow_data_change: bool = Field(
         default=False,
@@ -431,37 +411,6 @@ class LaunchSettings(Settings):
         default="auto", description="collective library; auto is nccl with GPUs, else gloo"
     )
     timeout: Positive = Field(default=600.0, description="seconds a collective may take")
-
-
-class HealthSettings(Settings):
-    """What is done when a rank stands still, and when the loss is no longer a number."""
-
-    stall_factor: float = Field(
-        default=20.0, gt=1, description="a phase of a step that lasts this many median steps has stalled, and ends the attempt"
-    )
-    stall_floor: Positive = Field(
-        default=300.0, description="seconds that a phase of a step may always take; should be less than launch.timeout"
-    )
-    start_limit: Positive = Field(default=3600.0, description="seconds the start and the first three steps may take, each")
-    evaluate_limit: Positive = Field(default=7200.0, description="seconds an evaluation may take")
-    checkpoint_limit: Positive = Field(default=3600.0, description="seconds a checkpoint may take")
-    rewind_after: Count | None = Field(
-        default=None,
-        description="non-finite steps in a row after which training goes back to the last checkpoint; null means never",
-    )
-    rewind_margin: int = Field(
-        default=100, ge=0, description="steps before the first non-finite one that are left out too after going back"
-    )
-    max_rewinds: Count = Field(default=2, description="times a run goes back before it stops instead")
-    peak_tflops: Positive | None = Field(
-        default=None, description="TFLOP/s of a GPU that MFU is measured against; null reads a table by the GPU's name"
-    )
-
-
-def _known_recipe(value: object) -> object:
-    if isinstance(value, dict) and value.get("name") in RECIPES:
-        return RECIPES[value["name"]].model_validate(value)
-    return value
 
 
 class Config(Settings):

@@ -123,6 +123,8 @@ def proxy(port: int) -> Iterator[Proxy]:
             path = self.path.partition("?")[0]
             if door.on_request is not None:
                 door.on_request(self.command, path)
+            length = int(self.headers.get("Content-Length") or 0)
+            sent = self.rfile.read(length) if length else None  # in any case: the next request comes over the same connection
             kind = door.trouble(self.command, path)
             if door.delay:
                 time.sleep(door.delay)
@@ -135,8 +137,7 @@ def proxy(port: int) -> Iterator[Proxy]:
                     self.wfile.write(body)
                 return
             upstream = http.client.HTTPConnection(*door.upstream, timeout=60)
-            length = int(self.headers.get("Content-Length") or 0)
-            upstream.request(self.command, self.path, self.rfile.read(length) if length else None, dict(self.headers))
+            upstream.request(self.command, self.path, sent, dict(self.headers))
             answer = upstream.getresponse()
             body = answer.read()
             self.send_response(answer.status)

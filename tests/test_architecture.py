@@ -18,6 +18,7 @@ FLOORS = {
     "pipeline.errors": 0,
     "pipeline.settings": 0,
     "pipeline.fields": 0,
+    "pipeline.sections": 0,
     "pipeline.data": 1,
     "pipeline.models": 1,
     "pipeline.losses": 1,
@@ -35,6 +36,8 @@ FLOORS = {
 # Neighbours on one floor that may be used nevertheless: config.py is read layer by layer, and tracking and data know nobody.
 NEIGHBOURS = {
     ("pipeline.settings", "pipeline.fields"),
+    ("pipeline.settings", "pipeline.sections"),
+    ("pipeline.sections", "pipeline.fields"),
     ("pipeline.config", "pipeline.layers"),
     ("pipeline.export", "pipeline.config"),
     ("pipeline.bench", "pipeline.config"),
@@ -184,6 +187,7 @@ def test_no_import_runs_in_a_circle() -> None:
     "module",
     [
         "pipeline.fields",
+        "pipeline.sections",
         "pipeline.settings",
         "pipeline.errors",
         "pipeline.layers",

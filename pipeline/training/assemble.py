@@ -32,6 +32,7 @@ from pipeline.tracking import Journal
 from pipeline.training import schedules
 from pipeline.training.checkpoint import Checkpoints, load
 from pipeline.training.control import StopRequests
+from pipeline.training.copies import Copies
 from pipeline.training.distributed import World
 from pipeline.training.engine import Engine, EngineOptions
 from pipeline.training.inputs import Inputs, check_data, data_identity, open_storage, record_data
@@ -86,6 +87,8 @@ def make_plan(config: Config, order: Order | Mixture, run: RunDirectory, attempt
         rewind_after=config.health.rewind_after,
         rewind_margin=config.health.rewind_margin,
         max_rewinds=config.health.max_rewinds,
+        asynchronous=config.checkpoint.asynchronous,
+        save_evaluated=config.checkpoint.keep_best is not None and config.evaluation.knn.enabled,
     )
 
 
@@ -180,6 +183,7 @@ def assemble(
     journal: Journal | None,
     watcher: Watcher,
     watchdog: Watchdog,
+    copies: Copies | None = None,
 ) -> Trainer:
     """Everything one rank needs, brought to the state of ``resume`` if there is one.
 
@@ -281,7 +285,7 @@ def assemble(
         engine=engine,
         schedules=make_schedules(config, inputs.order),
         stream=stream,
-        checkpoints=Checkpoints(run.checkpoints, keep_last=config.checkpoint.keep_last, group=world.control),
+        checkpoints=_checkpoints(config, inputs, run, world, copies),
         evaluate=evaluate,
         data_state=lambda: _data_state(inputs, ledger, world),
         facts={**facts, "world": world.size, "torch": torch.__version__, "python": platform.python_version()},
@@ -289,7 +293,7 @@ def assemble(
         watcher=watcher,
         plan=make_plan(config, inputs.order, run, attempt, world.rank),
         requests=requests,
-        phases=Phases(world, watchdog, _peak(config, world.device)),
+        phases=Phases(world, watchdog, _peak(config, world.device), count=not config.train.compile),
         left_out=LeftOut(run.path / "left_out.json"),
         go_back=go_back,
         progress=progress,
@@ -299,6 +303,20 @@ def assemble(
 def _peak(config: Config, device: torch.device) -> float | None:
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
     return config.health.peak_tflops or peak_tflops(name, config.train.precision)
+
+
+def _checkpoints(config: Config, inputs: Inputs, run: RunDirectory, world: World, copies: Copies | None) -> Checkpoints:
+    c = config.checkpoint
+    return Checkpoints(
+        run.checkpoints,
+        keep_last=c.keep_last,
+        keep_every=c.keep_every.steps(inputs.order.samples_per_epoch, config.train.global_batch) if c.keep_every else 0,
+        keep_best=c.keep_best,
+        most_failures=c.most_failures,
+        group=world.control,
+        on_commit=copies.offer if copies else None,
+        pinned=copies.pinned if copies else set,
+    )
 
 
 def _hue(config: Config) -> Hue:
@@ -350,5 +368,6 @@ def _restore(saved: Saved, engine: Engine, recipe: Recipe, ledger: Ledger, input
         applied=m["applied"],
         skipped=m["skipped"],
         scores=dict(m["scores"]),
+        scored=int(m.get("scored", -1)),
         seconds=float(m["seconds"]),
     )

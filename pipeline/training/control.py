@@ -30,10 +30,16 @@ _SIGNALS = {
 
 
 class StopRequests:
-    """Flag-only signal handlers: nothing is saved inside a handler."""
+    """Flag-only signal handlers: nothing is saved inside a handler.
+
+    Attributes:
+        asked: what this rank was asked for.
+        saving: after :meth:`agreed`, the largest state that any rank told of its part of a save.
+    """
 
     def __init__(self) -> None:
         self.asked = Stop.NO
+        self.saving = 0
 
     def listen(self) -> None:
         """Install the handlers (main thread only)."""
@@ -43,8 +49,14 @@ class StopRequests:
     def _note(self, number: int, _: FrameType | None) -> None:
         self.asked = max(self.asked, _SIGNALS[signal.Signals(number)])
 
-    def agreed(self, group: dist.ProcessGroup | None) -> Stop:
-        """What all ranks do now: one small all-reduce on the host, the same answer everywhere."""
-        code = torch.tensor([int(self.asked)], dtype=torch.int32)
+    def agreed(self, group: dist.ProcessGroup | None, saving: int = 0) -> Stop:
+        """What all ranks do now: one small all-reduce on the host, the same answer everywhere.
+
+        Args:
+            group: the ranks' group on the host.
+            saving: this rank's part of a save; what all make of it is in :attr:`saving` afterwards.
+        """
+        code = torch.tensor([int(self.asked), saving], dtype=torch.int32)
         dist.all_reduce(code, op=dist.ReduceOp.MAX, group=group)
-        return Stop(int(code))
+        self.saving = int(code[1])
+        return Stop(int(code[0]))

@@ -148,7 +148,12 @@ class Whole(Layout):
     @override
     def parts(self) -> dict[str, list[Tensor]]:
         gradients = [p.grad for p in self._parameters if p.grad is not None]
-        return {"parameters": list(self._parameters), "gradients": gradients, "masters": [], "moments": _held(self._optimizer, self._moments)}
+        return {
+            "parameters": list(self._parameters),
+            "gradients": gradients,
+            "masters": [],
+            "moments": _held(self._optimizer, self._moments),
+        }
 
     @override
     def refresh(self) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from pipeline.errors import CheckpointError
 
 FORMAT = 1
 MANIFEST = "manifest.json"
+DIGEST_BYTES = 16
 
 
 @dataclass(frozen=True)
@@ -31,11 +33,36 @@ class Saved:
         """Optimizer steps done, skipped ones included."""
         return int(self.manifest["step"])
 
+    @property
+    def serial(self) -> int:
+        """The how-manieth checkpoint of its run it is; 0 if that was not counted yet when it was written."""
+        return int(self.manifest.get("serial", 0))
+
+    @property
+    def id(self) -> str:
+        """Equal for copies of one checkpoint and for no others: a digest of its step and its files' checksums."""
+        text = json.dumps([self.step, self.manifest["files"]], sort_keys=True)
+        return hashlib.blake2b(text.encode(), digest_size=DIGEST_BYTES).hexdigest()
+
+    @property
+    def origins(self) -> list[dict[str, str]]:
+        """``id`` and ``path`` of the checkpoints that ``checkpoint.resume`` named for attempts that led here, oldest first."""
+        return list(self.manifest.get("origins", []))
+
+
+def sync(path: Path) -> None:
+    """Force a file or a directory to disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
 
 def entry(path: Path) -> dict[str, Any]:
     """Name, size and checksum of a file, as the manifest lists it."""
     with path.open("rb") as file:
-        digest = hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
+        digest = hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=DIGEST_BYTES)).hexdigest()
     return {"name": path.name, "size": path.stat().st_size, "blake2b": digest}
 
 
@@ -58,7 +85,7 @@ def read(path: Path) -> Saved:
 
 
 def listed(directory: Path) -> list[Saved]:
-    """Committed checkpoints of a run, oldest first; unreadable manifests are left out."""
+    """Committed checkpoints of a run by step; unreadable manifests are left out."""
     found = []
     for path in sorted(directory.glob("step_*")):
         try:
@@ -68,14 +95,25 @@ def listed(directory: Path) -> list[Saved]:
     return found
 
 
-def newest(directory: Path) -> tuple[Saved | None, list[str]]:
+def newest(directory: Path, *, begun_at: Path | None = None) -> tuple[Saved | None, list[str]]:
     """The newest checkpoint whose files all verify, and a sentence for each newer one that was passed over.
+
+    The newest is the one that was written last: a run that went back to an earlier step goes on from there.
+
+    Args:
+        directory: ``<run>/checkpoints``.
+        begun_at: only such as came of an attempt that ``checkpoint.resume`` started from this checkpoint.
 
     Raises:
         CheckpointError: checkpoints exist, but not one is whole.
     """
     complaints: list[str] = []
-    saved = sorted(listed(directory), key=lambda s: s.step, reverse=True)
+    saved = sorted(listed(directory), key=lambda s: (s.serial, s.step), reverse=True)
+    if begun_at is not None:
+        saved = [s for s in saved if _came_of(s, begun_at)]
+    unreadable = sorted({path for path in directory.glob("step_*") if path.is_dir()} - {s.path for s in listed(directory)})
+    if begun_at is None:
+        complaints += [f"{path}: its manifest cannot be read, so it is passed over" for path in unreadable]
     for candidate in saved:
         try:
             verify(candidate)
@@ -83,13 +121,25 @@ def newest(directory: Path) -> tuple[Saved | None, list[str]]:
             complaints.append(str(error))
             continue
         return candidate, complaints
-    if complaints:
+    if complaints and begun_at is None:
         raise CheckpointError(
-            f"none of the {len(saved)} checkpoints is whole; the newest: {complaints[0]}",
+            f"none of the {len(saved) + len(unreadable)} checkpoints is whole; the newest: {complaints[-len(saved)]}",
             where=str(directory),
             mend="restore one from a copy, or start anew in another run.directory",
         )
     return None, complaints
+
+
+def _came_of(saved: Saved, begun_at: Path) -> bool:
+    """Whether a checkpoint came of an attempt that was begun at this path, and what lies there is still what was begun with."""
+    try:
+        there = read(begun_at).id
+    except CheckpointError:  # pruned since
+        there = None
+    where = str(begun_at.resolve())
+    return str(saved.path.resolve()) != where and any(
+        origin["path"] == where and there in (None, origin["id"]) for origin in saved.origins
+    )
 
 
 def verify(saved: Saved) -> None:

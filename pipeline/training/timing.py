@@ -59,15 +59,16 @@ class Phases:
         world: this rank's place.
         watchdog: who is told.
         peak: TFLOP/s of the device for MFU, ``None`` for no MFU.
+        count: whether FLOPs are counted; not where blocks are compiled, which the counter would run otherwise.
     """
 
-    def __init__(self, world: World, watchdog: Watchdog, peak: float | None = None) -> None:
+    def __init__(self, world: World, watchdog: Watchdog, peak: float | None = None, *, count: bool = True) -> None:
         self.watchdog, self._world, self._peak = watchdog, world, peak
         self._cuda = world.device.type == "cuda"
         self._marks: deque[tuple[str, Any]] = deque()
         self._totals: Counter[str] = Counter()
         self._steps = 0
-        self._flops: int | None = None
+        self._flops: int | None = None if count else 0
         self._batches = 1
 
     def enter(self, phase: str, step: int | None = None) -> None:

@@ -24,7 +24,7 @@ from pipeline.data.views import Batch
 from pipeline.errors import TrainingError
 from pipeline.recipes.base import Recipe, Step
 from pipeline.tracking import Journal
-from pipeline.training.checkpoint import Checkpoints
+from pipeline.training.checkpoint import Checkpoints, Outcome
 from pipeline.training.control import Stop, StopRequests
 from pipeline.training.distributed import World
 from pipeline.training.engine import Engine
@@ -47,6 +47,8 @@ class Plan:
         rewind_after: non-finite steps in a row that send the run back to its last checkpoint, ``None`` for never.
         rewind_margin: steps before them that are left out as well.
         max_rewinds: how often.
+        asynchronous: whether checkpoints are written while training goes on.
+        save_evaluated: whether each evaluation is followed by a checkpoint, so that the best one can be kept.
     """
 
     steps: int
@@ -59,6 +61,8 @@ class Plan:
     rewind_after: int | None = None
     rewind_margin: int = 0
     max_rewinds: int = 0
+    asynchronous: bool = False
+    save_evaluated: bool = False
 
 
 @dataclass
@@ -70,6 +74,7 @@ class Progress:
         applied: steps whose gradients were applied.
         skipped: steps left out because something was not finite.
         scores: the last evaluation, by metric.
+        scored: the step it was made at, -1 for none.
         seconds: wall time that advanced training, over all attempts.
     """
 
@@ -77,6 +82,7 @@ class Progress:
     applied: int = 0
     skipped: int = 0
     scores: dict[str, float] = field(default_factory=dict)
+    scored: int = -1
     seconds: float = 0.0
 
 
@@ -143,8 +149,14 @@ class Trainer:
 
         Raises:
             TrainingError: too many non-finite steps in a row, or too many bad samples.
-            CheckpointError: the last checkpoint could not be written.
+            CheckpointError: the last checkpoint could not be written, or too many in a row could not.
         """
+        try:
+            return self._run()
+        finally:
+            self.checkpoints.close()
+
+    def _run(self) -> Stop:
         p = self.progress
         self._seconds_before = p.seconds  # earlier attempts did not wait for this one's data
         meter = _Meter(self.world)
@@ -201,9 +213,11 @@ class Trainer:
                     self._log(step, meter, norms, batches)
                 if self.evaluate is not None and _due(p.step, self.plan.evaluate_every, self.plan.steps):
                     self._evaluate()
-                stop = self.requests.agreed(self.world.control)
-                if stop or _due(p.step, self.plan.checkpoint_every, self.plan.steps):
-                    saved_at = self._save()
+                stop = self.requests.agreed(self.world.control, self.checkpoints.state)
+                self._tell(self.checkpoints.poll(self.requests.saving))
+                evaluated = self.plan.save_evaluated and p.scored == p.step
+                if stop or evaluated or _due(p.step, self.plan.checkpoint_every, self.plan.steps):
+                    saved_at = self._save(beside=self.plan.asynchronous and not stop and p.step < self.plan.steps)
                 if stop:
                     break
                 self.phases.enter(DATA, p.step)
@@ -211,6 +225,7 @@ class Trainer:
         self.phases.enter(END)
         if saved_at != p.step:
             self._save()
+        self._tell(self.checkpoints.finish())
         return stop or Stop.FINISHED
 
     def _batches(self) -> Iterator[tuple[int, list[Batch], BatchStream]]:
@@ -233,6 +248,7 @@ class Trainer:
         p, first = self.progress, max(number - in_a_row + 1 - self.plan.rewind_margin, 0)
         self.left_out.add(first, number, write=self.world.rank == 0)
         with self.phases.phase(CHECKPOINT):
+            self._tell(self.checkpoints.finish())
             before = self.go_back()
         p.step, p.applied, p.skipped, p.scores = before.step, before.applied, before.skipped, before.scores
         self._went_back = True
@@ -301,14 +317,15 @@ class Trainer:
         with self.phases.phase(EVALUATE):
             scores = self.evaluate()
         self.progress.scores.update(scores)
+        self.progress.scored = self.progress.step
         if self.journal is not None:
             self.journal.metrics(self.progress.step, scores)
 
-    def _save(self) -> int:
+    def _save(self, *, beside: bool = False) -> int:
         with self.phases.phase(CHECKPOINT):
-            return self._write()
+            return self._write(beside)
 
-    def _write(self) -> int:
+    def _write(self, beside: bool) -> int:
         p = self.progress
         facts = {
             **self.facts,
@@ -316,20 +333,35 @@ class Trainer:
             "applied": p.applied,
             "skipped": p.skipped,
             "samples_seen": p.step * self.schedules.global_batch,
-            "scores": p.scores,
+            "scores": dict(p.scores),
+            "scored": p.scored,
             "seconds": p.seconds,
             "data": self.data_state(),
         }
         data = facts["data"]
         self.data_counts = {name: data[name] for name in ("seen", "substituted", "counts", "samples", "fingerprint")}
-        path = self.checkpoints.save(self.engine, self.recipe, facts)
+        if beside:
+            self._tell(self.checkpoints.begin(self.engine, self.recipe, facts))
+        else:
+            self._tell(self.checkpoints.finish())
+            self._tell(Outcome(p.step, self.checkpoints.save(self.engine, self.recipe, facts)))
         if self.journal is not None:
-            self.journal.tags({"fovea.checkpoint": path, "fovea.samples_seen": facts["samples_seen"]})
             lost = {f"substituted/{reason}": count for reason, count in data["substituted"].items()}
             told = {"seen": data["seen"], "quarantined": len(data["quarantine"]), **lost, **data["counts"]}
             self.journal.metrics(p.step, {f"data/{name}": float(count) for name, count in told.items()})
-            self.journal.sync()
         return p.step
+
+    def _tell(self, outcome: Outcome | None) -> None:
+        """Say and record how a save ended."""
+        if outcome is None or self.journal is None:
+            return
+        if outcome.problem is None:
+            samples = outcome.step * self.schedules.global_batch
+            self.journal.tags({"fovea.checkpoint": outcome.path, "fovea.samples_seen": samples})
+        else:
+            self.watcher.say(f"no checkpoint of step {outcome.step}: {outcome.problem}; training goes on")
+        self.journal.metrics(outcome.step, {"checkpoint/failures_in_a_row": float(outcome.in_a_row)})
+        self.journal.sync()
 
 
 def _due(step: int, every: int, last: int) -> bool:

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from launch.resume import check_identity, choose_checkpoint
+from launch.resume import check_identity, choose_checkpoint, origins
 from pipeline.config import load
 from pipeline.data import scenes
 from pipeline.errors import CheckpointError
@@ -169,6 +169,85 @@ def test_a_path_names_one_checkpoint_of_any_run(
     with pytest.raises(CheckpointError, match="manifest cannot be read") as caught:
         choose_checkpoint(nowhere, run, inputs)
     assert "step_" in caught.value.mend
+
+
+def test_a_path_is_where_the_run_begins_and_what_came_of_it_is_gone_on_with(
+    text: Path, shards: Path, config: Config, inputs: Inputs, run: RunDirectory, tmp_path: Path
+) -> None:
+    start = save(tmp_path / "other", 10, config, inputs)
+    save(run.checkpoints, 50, config, inputs, serial=1)  # of the run's own, but it did not come of that one
+    named = settings(text, shards, f"checkpoint.resume={start}")
+    found, complaints = choose_checkpoint(named, run, inputs)
+    assert found is not None
+    assert (found.path, complaints) == (start, [])
+    lineage = origins(found, named)
+    assert lineage == [{"id": found.id, "path": str(start)}]
+
+    for step, serial in ((20, 2), (30, 3)):
+        save(run.checkpoints, step, config, inputs, serial=serial, origins=lineage)
+    found, (told,) = choose_checkpoint(named, run, inputs)
+    assert found is not None
+    assert found.step == 30
+    assert "going on from" in told
+    assert origins(found, named) == lineage, "an attempt that goes on begins nothing"
+    found, _ = choose_checkpoint(config, run, inputs)
+    assert found is not None
+    assert found.step == 30, "auto takes what was written last, not what is furthest"
+
+    (run.checkpoints / "step_000000030" / "rank_00000.safetensors").write_bytes(b"")
+    found, complaints = choose_checkpoint(named, run, inputs)
+    assert found is not None
+    assert found.step == 20
+    assert "damaged" in complaints[0]
+
+    for file in start.iterdir():
+        file.unlink()
+    found, _ = choose_checkpoint(named, run, inputs)
+    assert found is not None
+    assert found.step == 20, "what it was begun with may be gone by now"
+
+
+def test_another_checkpoint_at_the_same_path_is_another_beginning(
+    text: Path, shards: Path, config: Config, inputs: Inputs, run: RunDirectory, tmp_path: Path
+) -> None:
+    start = save(tmp_path / "other", 10, config, inputs)
+    named = settings(text, shards, f"checkpoint.resume={start}")
+    lineage = [{"id": "of another", "path": str(start)}]
+    save(run.checkpoints, 20, config, inputs, serial=1, origins=lineage)
+    found, complaints = choose_checkpoint(named, run, inputs)
+    assert found is not None
+    assert (found.path, complaints) == (start, [])
+
+
+def test_a_run_without_checkpoints_fetches_its_newest_copy(
+    text: Path, shards: Path, config: Config, inputs: Inputs, run: RunDirectory, tmp_path: Path
+) -> None:
+    copied = settings(text, shards, f"checkpoint.copy_to={tmp_path / 'copies'}")
+    assert choose_checkpoint(copied, run, inputs) == (None, [])
+    for step in (10, 20):
+        save(tmp_path / "copies" / "toy", step, config, inputs)
+    assert choose_checkpoint(copied, run, inputs, fetch=False) == (None, [])
+    found, (told,) = choose_checkpoint(copied, run, inputs)
+    assert found is not None
+    assert found.path == run.checkpoints / "step_000000020"
+    assert "fetched" in told
+    save(run.checkpoints, 15, config, inputs, serial=9)
+    found, _ = choose_checkpoint(copied, run, inputs)
+    assert found is not None
+    assert found.step == 15, "what is here comes first"
+
+
+def test_a_manifest_that_cannot_be_read_is_told_and_alone_it_refuses_to_start_anew(
+    config: Config, inputs: Inputs, run: RunDirectory
+) -> None:
+    (save(run.checkpoints, 20, config, inputs) / "manifest.json").write_text("{")
+    with pytest.raises(CheckpointError, match="none of the 1 checkpoints is whole"):
+        choose_checkpoint(config, run, inputs)
+    save(run.checkpoints, 10, config, inputs)
+    found, (told,) = choose_checkpoint(config, run, inputs)
+    assert found is not None
+    assert found.step == 10
+    assert "step_000000020" in told
 
 
 def test_only_damaged_ones_refuse_to_start_anew_in_silence(config: Config, inputs: Inputs, run: RunDirectory) -> None:

@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import shutil
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from pipeline.training import saved
 from tests.pool import pool
 from tests.training.toy import Toy, advance, assembled, build, options, snapshot
 
-FACTS = {"data": {}, "config": {}, "scores": {}}
+FACTS = {"data": {}, "config": {}, "scores": {"score": 0.5}}
 
 
 def _facts(step: int) -> dict[str, Any]:
@@ -185,22 +186,22 @@ def _fail_then_save(directory: str, victim: int, file: str) -> dict[str, Any]:
 
     recipe, engine = build(zero=2)
     store = checkpoint.Checkpoints(Path(directory))
-    real = checkpoint.save_file
+    real = checkpoint.write_tensors
 
-    def full(tensors: Any, path: Path) -> None:
+    def full(path: Path, tensors: Any) -> Any:
         if dist.get_rank() == victim and path.name.startswith(file):
-            real(dict(list(tensors.items())[:1]), path)  # some bytes did get there
+            real(path, dict(list(tensors.items())[:1]))  # some bytes did get there
             raise OSError(errno.ENOSPC, "No space left on device")
-        real(tensors, path)
+        return real(path, tensors)
 
-    checkpoint.save_file = full
+    checkpoint.write_tensors = full
     try:
         store.save(engine, recipe, _facts(9))
         told = "accepted"
     except CheckpointError as error:
         told = str(error)
     finally:
-        checkpoint.save_file = real
+        checkpoint.write_tensors = real
     left = sorted(path.name for path in Path(directory).iterdir())
     dist.barrier()
     store.save(engine, recipe, _facts(9))
@@ -244,15 +245,31 @@ class _Killed(BaseException):
     """What a kill looks like from inside: nothing after it is done."""
 
 
-def _kill_everywhere(directory: str) -> list[tuple[str, list[int], int]]:
+def _attempt(store: Any, recipe: Any, engine: Any, step: int, beside: bool) -> None:
+    """One save; if it is beside the training, the training goes on meanwhile."""
+    if not beside:
+        store.save(engine, recipe, _facts(step))
+        return
+    store.begin(engine, recipe, _facts(step))
+    advance(recipe, engine, step)
+    outcome = None
+    while outcome is None:
+        outcome = store.poll(store.state)
+    assert outcome.problem is None
+
+
+def _kill_everywhere(directory: str, beside: bool) -> list[tuple[str, list[int], int, bool]]:
     """Save over an existing step again and again, each time dying one file operation later."""
-    from pipeline.training import checkpoint
+    from pipeline.training import checkpoint, retention
 
     recipe, engine = build(zero=2)
     folder = Path(directory)
-    store = checkpoint.Checkpoints(folder, keep_last=2)
+
+    def store() -> Any:
+        return checkpoint.Checkpoints(folder, keep_last=2, keep_best="score")
+
     for step in (1, 2, 3):
-        store.save(engine, recipe, _facts(step))
+        store().save(engine, recipe, _facts(step))
     left, seen, remove = 0, [], shutil.rmtree
 
     def counted(real: Any) -> Any:
@@ -261,51 +278,176 @@ def _kill_everywhere(directory: str) -> list[tuple[str, list[int], int]]:
             left -= 1
             if left < 0:
                 if real is remove:  # it dies half-way
-                    next(Path(args[0]).iterdir()).unlink()
+                    for inner in list(Path(args[0]).iterdir())[:1]:
+                        inner.unlink()
+                elif real.__name__ == "write_tensors":
+                    args[0].write_bytes(b"some bytes did get there")
+                elif real.__name__ == "dump":
+                    args[1].write('{"some')
                 raise _Killed
             return real(*args, **kwargs)
 
         return call
 
+    operations = [(os, "fsync"), (Path, "rename"), (Path, "mkdir"), (Path, "replace"), (json, "dump"), (shutil, "rmtree")]
     with pytest.MonkeyPatch.context() as patch:
-        for owner, name in ((os, "fsync"), (Path, "rename"), (Path, "mkdir"), (shutil, "rmtree"), (checkpoint, "save_file")):
+        for owner, name in [*operations, (checkpoint, "write_tensors")]:
             patch.setattr(owner, name, counted(getattr(owner, name)))
         for allowed in range(100):
             for step in (3, 4):  # a step that is there already, and one that is not
                 left = allowed
                 try:
-                    store.save(engine, recipe, _facts(step))
+                    _attempt(store(), recipe, engine, step, beside)
                     outcome = "saved"
                 except _Killed:
                     outcome = "killed"
+                left = 1000
                 newest, _ = saved.newest(folder)
                 whole = []
                 for one in saved.listed(folder):
                     saved.verify(one)
                     whole.append(one.step)
-                seen.append((outcome, whole, newest.step if newest else -1))
-                left = 1000
+                assert len(whole) == len(list(folder.glob("step_*"))), "a directory is there that is not whole"
+                best = retention.read_best(folder).get("checkpoint")
+                last = max(saved.listed(folder), key=lambda one: one.serial).step
+                seen.append((outcome, whole, newest is not None and newest.step == last, (folder / str(best)).is_dir()))
                 if 4 in whole and step == 4:
                     remove(folder / "step_000000004")
-                    store.save(engine, recipe, _facts(2))
-                    store.save(engine, recipe, _facts(3))
+                    store().save(engine, recipe, _facts(2))
+                    store().save(engine, recipe, _facts(3))
             if seen[-1][0] == seen[-2][0] == "saved":
                 break
     engine.close()
     return seen
 
 
-def test_killed_at_any_point_of_a_save_every_directory_that_is_there_is_whole(tmp_path: Path) -> None:
-    (seen,) = pool(1).run(_kill_everywhere, directory=str(tmp_path))
+@pytest.mark.parametrize("beside", [False, True], ids=["waiting", "beside the training"])
+def test_killed_at_any_point_of_a_save_every_directory_that_is_there_is_whole(tmp_path: Path, beside: bool) -> None:
+    (seen,) = pool(1).run(_kill_everywhere, directory=str(tmp_path), beside=beside)
     assert seen[0][0] == "killed"
     assert seen[-1][0] == "saved"
-    assert len(seen) > 16
-    for _, whole, newest in seen:
+    assert len(seen) > 20
+    for _, whole, last, best in seen:
         assert whole
-        assert newest == max(whole)
-    again, fresh = seen[::2], seen[1::2]
-    assert all(2 in whole for _, whole, _ in again), "the older checkpoint was touched"
-    assert all(newest in (3, 4) for outcome, _, newest in fresh if outcome == "saved")
+        assert last
+        assert best, "best.json names a checkpoint that is not there"
+    again = seen[::2]
+    assert all(set(whole) & {1, 2} for _, whole, _, _ in again), "the older checkpoint was touched"
+
+
+# ---- beside the training --------------------------------------------------------------------------------------------------
+
+
+def _beside(directory: str, *, slow: bool = True, zero: int = 2) -> list[Any]:
+    """Nine steps saved at three, six and nine beside the training, and nothing is written before two more steps are done."""
+    from pipeline.training import checkpoint
+
+    recipe, engine = build(zero=zero)
+    store = checkpoint.Checkpoints(Path(directory), keep_last=9)
+    real, gate, told = checkpoint.write_tensors, threading.Event(), []
+
+    def late(path: Path, tensors: Any) -> Any:
+        gate.wait(timeout=60)
+        return real(path, tensors)
+
+    checkpoint.write_tensors = late
+    try:
+        for index in range(9):
+            advance(recipe, engine, index)
+            states = torch.tensor(int(store.state))
+            dist.all_reduce(states, op=dist.ReduceOp.MAX)
+            told.append(store.poll(int(states)))
+            if (index + 1) % 3 == 0:
+                gate.clear() if index < 8 else gate.set()
+                told.append(store.begin(engine, recipe, _facts(index + 1)))
+            elif (index + 1) % 3 == 2:
+                gate.set()
+        told.append(store.finish())
+    finally:
+        checkpoint.write_tensors = real
+    engine.close()
+    return [one.step for one in told if one is not None and one.problem is None]
+
+
+@pytest.mark.parametrize("zero", [0, 2, 3])
+def test_what_is_written_beside_the_training_is_the_moment_it_was_asked_for(zero: int, tmp_path: Path) -> None:
+    told = pool(2).run(_beside, directory=str(tmp_path / "beside"), zero=zero)
+    pool(2).run(_train, directory=str(tmp_path / "waiting"), until=9, save=(3, 6, 9), zero=zero)
+    assert told == [[3, 6, 9], [3, 6, 9]]
+    for step in (3, 6, 9):
+        ours, theirs = (tmp_path / how / f"step_{step:09d}" for how in ("beside", "waiting"))
+        assert [path.name for path in sorted(ours.iterdir())] == [path.name for path in sorted(theirs.iterdir())]
+        for path in ours.iterdir():
+            assert path.read_bytes() == (theirs / path.name).read_bytes(), path
+
+
+def _often_full(directory: str, full: tuple[int, ...]) -> dict[str, Any]:
+    """Saves beside the training, of which some find the disk of rank 1 full."""
+    from pipeline.training import checkpoint
+
+    recipe, engine = build(zero=2)
+    store = checkpoint.Checkpoints(Path(directory), most_failures=3)
+    real, told = checkpoint.write_tensors, []
+
+    def sometimes(path: Path, tensors: Any) -> Any:
+        if dist.get_rank() == 1 and any(f"step_{step:09d}" in str(path) for step in full):
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return real(path, tensors)
+
+    checkpoint.write_tensors = sometimes
+    stopped = ""
+    try:
+        for step in range(1, 7):
+            advance(recipe, engine, step)
+            store.begin(engine, recipe, _facts(step))
+            outcome = store.finish()
+            told.append((outcome.step, str(outcome.problem or ""), outcome.in_a_row))
+    except CheckpointError as error:
+        stopped = str(error)
+    finally:
+        checkpoint.write_tensors = real
+    engine.close()
+    return {"told": told, "stopped": stopped}
+
+
+def test_a_save_that_fails_beside_the_training_is_told_on_all_ranks_and_several_in_a_row_stop_it(tmp_path: Path) -> None:
+    for rank in pool(2).run(_often_full, directory=str(tmp_path / "few"), full=(2, 3, 5)):
+        assert [bool(problem) for _, problem, _ in rank["told"]] == [False, True, True, False, True, False]
+        assert [times for _, _, times in rank["told"]] == [0, 1, 2, 0, 1, 0]
+        assert "rank 1" in rank["told"][1][1]
+        assert "No space left" in rank["told"][1][1]
+        assert not rank["stopped"]
+    assert [one.step for one in saved.listed(tmp_path / "few")] == [1, 4, 6]
+    assert len(list((tmp_path / "few").iterdir())) == 3, "what failed was not swept away"
+    for rank in pool(2).run(_often_full, directory=str(tmp_path / "many"), full=(2, 3, 4, 5, 6)):
+        assert "No space left" in rank["stopped"]
+        assert len(rank["told"]) == 3
+    found, _ = saved.newest(tmp_path / "many")
+    assert found is not None
+    assert found.step == 1
+
+
+def test_the_files_are_what_the_safetensors_package_writes_and_reads(tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    from pipeline.training.tensorfile import write_tensors
+
+    torch.manual_seed(0)
+    tensors = {
+        "b": torch.randn(3, 5),
+        "a/half": torch.randn(7).bfloat16(),
+        "count": torch.tensor(3),
+        "none": torch.zeros(0, 4),
+        "flags": torch.tensor([True, False, True]),
+        "turned": torch.randn(4, 6).t(),
+    }
+    told = write_tensors(tmp_path / "ours.safetensors", tensors)
+    assert told == saved.entry(tmp_path / "ours.safetensors")
+    back = load_file(tmp_path / "ours.safetensors")
+    assert back.keys() == tensors.keys()
+    assert all(torch.equal(back[name], tensors[name]) and back[name].dtype == tensors[name].dtype for name in tensors)
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, tmp_path / "theirs.safetensors")
+    assert (tmp_path / "ours.safetensors").stat().st_size == (tmp_path / "theirs.safetensors").stat().st_size
 
 
 # ---- reading what was spoiled ---------------------------------------------------------------------------------------------

@@ -6,6 +6,7 @@ meanwhile. Above it stands one more loop: what a storage that is away for minute
 
 from __future__ import annotations
 
+import contextlib
 import glob
 import logging
 import os
@@ -34,6 +35,10 @@ _Value = TypeVar("_Value")
 
 class StorageAway(DataError):
     """Storage did not answer, or refused, for as long as patience lasts. Not a fault of one sample: no substitute is taken."""
+
+
+class NotThere(DataError):
+    """The object does not exist."""
 
 
 class ShardChanged(DataError):
@@ -160,6 +165,37 @@ class Remote:
             for _ in pool.map(one, range(0, about.size, part)):
                 pass
 
+    def put(self, path: Path, url: str) -> None:
+        """Make an object of a file, in parts side by side if it is large; it is there whole or not at all.
+
+        Raises:
+            StorageAway: storage did not answer, or refused, for as long as the settings' grace.
+            DataError: the file cannot be read, or a web server is named.
+        """
+        import obstore
+
+        place, part = split(url), self._settings.part_mb << 20
+        if place.kind == "https":
+            raise DataError("a web server takes no files", where=url, mend="Name a bucket or a folder.")
+        if not path.is_file():
+            raise DataError("is no file that could be copied", where=str(path), mend="Was it deleted meanwhile?")
+        parallel = self._settings.parallel
+        self._patiently(
+            url, place, lambda store: obstore.put(store, place.key, path, chunk_size=max(part, 5 << 20), max_concurrency=parallel)
+        )
+
+    def delete(self, url: str) -> None:
+        """Remove an object; one that is not there is removed already.
+
+        Raises:
+            StorageAway: as :meth:`put`.
+        """
+        import obstore
+
+        place = split(url)
+        with contextlib.suppress(NotThere):
+            self._patiently(url, place, lambda store: obstore.delete(store, place.key))
+
     def scan(self, about: ObjectStat) -> Scan:
         """Reads an object from front to back in large pieces, for callers that ask for small ones."""
         return Scan(self, about, self._settings.part_mb << 20)
@@ -258,7 +294,7 @@ class Remote:
         if "NoSuchBucket" in text:
             return DataError(f"bucket {place.root} does not exist", where=url, mend="Check its name and the endpoint.")
         if isinstance(error, FileNotFoundError):
-            return DataError("shard does not exist", where=url, mend="Check the path and the range of the pattern.")
+            return NotThere("shard does not exist", where=url, mend="Check the path and the range of the pattern.")
         away = StorageAway if waited is not None else DataError
         spent = f" for {waited:.0f} s" if waited else ""
         keys = {

@@ -5,6 +5,7 @@ from __future__ import annotations
 import getpass
 import logging
 import os
+import shutil
 import tempfile
 import time
 from collections import Counter
@@ -14,8 +15,8 @@ from typing import Any, Protocol
 
 from pipeline.data.storage import local
 from pipeline.data.storage.cache import CacheFull, ShardCache
-from pipeline.data.storage.names import ObjectStat, is_remote, split
-from pipeline.data.storage.remote import Remote
+from pipeline.data.storage.names import ObjectStat, is_remote, local_path, split
+from pipeline.data.storage.remote import NotThere, Remote
 from pipeline.errors import DataError
 from pipeline.settings import StorageSettings
 
@@ -128,6 +129,74 @@ class Storage:
     def fetch(self, about: ObjectStat) -> bool:
         """Downloads a shard into the cache ahead of its use; whether it is there now."""
         return not is_remote(about.url) or self._kept(about) is not None
+
+    def put(self, path: Path, url: str) -> None:
+        """Copy a local file to an object or to another path; there it is whole or not at all.
+
+        Raises:
+            DataError: it cannot be written.
+            StorageAway: object storage did not answer for as long as the grace lasts.
+        """
+        if is_remote(url):
+            self.remote.put(path, url)
+            return
+        target = Path(local_path(url))
+        temporary = target.with_name(f".{target.name}.part")
+        try:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            with path.open("rb") as source, temporary.open("wb") as copy:
+                shutil.copyfileobj(source, copy, 16 << 20)
+                copy.flush()
+                os.fsync(copy.fileno())
+            temporary.replace(target)
+        except OSError as error:
+            raise DataError(
+                f"cannot be written ({error.strerror})", where=url, mend="Free space, or check the permissions."
+            ) from error
+
+    def get(self, url: str, path: Path) -> None:
+        """Copy an object, or another path's file, to a local file.
+
+        Raises:
+            NotThere: there is no such object.
+            DataError: the file cannot be written.
+            StorageAway: object storage did not answer for as long as the grace lasts.
+        """
+        try:
+            if not is_remote(url):
+                shutil.copyfile(local_path(url), path)
+                return
+            with path.open("wb") as file:
+                self.remote.download(self.remote.stat(url), file.fileno())
+                os.fsync(file.fileno())
+        except FileNotFoundError as error:
+            raise NotThere("does not exist", where=url, mend="Name another.") from error
+        except OSError as error:
+            raise DataError(f"cannot be copied ({error.strerror})", where=url, mend=f"Can {path} be written?") from error
+
+    def delete(self, url: str) -> None:
+        """Remove an object or a file; one that is not there is removed already.
+
+        Raises:
+            DataError, StorageAway: as :meth:`put`.
+        """
+        if is_remote(url):
+            self.remote.delete(url)
+            return
+        try:
+            Path(local_path(url)).unlink(missing_ok=True)
+        except OSError as error:
+            raise DataError(f"cannot be deleted ({error.strerror})", where=url, mend="Check the folder's permissions.") from error
+
+    def list(self, folder: str) -> list[str]:
+        """URLs of all files below a folder, at any depth, sorted; none if there is no such folder.
+
+        Raises:
+            StorageAway: object storage did not answer for as long as the grace lasts.
+        """
+        if is_remote(folder):
+            return [about.url for about in self.remote.list(f"{folder.rstrip('/')}/")]
+        return sorted(str(path) for path in Path(local_path(folder)).rglob("*") if path.is_file())
 
     def usage(self) -> dict[str, float]:
         """Counters of reading, by name: bytes, requests, retries, seconds, cache hits and misses."""

@@ -1,0 +1,246 @@
+"""How long training stands still for a checkpoint, written while it waits or while it goes on, and how long loading takes.
+
+One rank, DINOv2 on random pictures, on the CPU or the first CUDA device. What a save costs is counted twice: the time in which
+the loop stands still, and the time that its steps take longer while something is being written beside them.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from pipeline.bench.machine import describe
+from pipeline.data.masks import block_masks, mask_counts
+from pipeline.data.views import Batch, Masks
+from pipeline.errors import ConfigError
+from pipeline.models.vision import build_tower
+from pipeline.recipes.base import Step
+from pipeline.recipes.dinov2 import DINOv2, dinov2_views
+from pipeline.settings import Dinov2Settings, ModelSettings, ViewSettings
+from pipeline.training import checkpoint, saved
+from pipeline.training.engine import Engine, EngineOptions
+
+MODELS = {name: f"vit_{name}_patch16_224" for name in ("tiny", "small", "base", "large")}
+_TARGET = 0.05
+
+
+@dataclass(frozen=True)
+class Options:
+    """What is measured.
+
+    Attributes:
+        model: one of :data:`MODELS`.
+        batch: samples of a step.
+        side: of the two global crops, pixels; there are four local ones of half of it.
+        prototypes: of each of the two heads.
+        saves: checkpoints of each kind.
+        device: ``cpu`` or ``cuda``.
+        directory: on the disk to be measured; by default a temporary folder.
+    """
+
+    model: str = "small"
+    batch: int = 16
+    side: int = 224
+    prototypes: int = 65536
+    saves: int = 3
+    device: Literal["cpu", "cuda"] = "cpu"
+    directory: Path | None = None
+
+
+@dataclass
+class Result:
+    """What was found, in seconds, the medians of all saves; shares are of one step.
+
+    Attributes:
+        parameters: of the student.
+        size: bytes of a checkpoint.
+        step: a step beside which nothing happens.
+        waiting: the loop stands still for a save that it waits for.
+        beside: the loop stands still for a save beside it: the copy to host memory, and all that is asked at later steps.
+        slower: what the steps beside a save take longer in all.
+        until_current: from the copy until the checkpoint is current.
+        verify, load: of one checkpoint.
+    """
+
+    parameters: int = 0
+    size: int = 0
+    step: float = 0.0
+    waiting: float = 0.0
+    beside: float = 0.0
+    slower: float = 0.0
+    until_current: float = 0.0
+    verify: float = 0.0
+    load: float = 0.0
+    samples: dict[str, list[float]] = field(default_factory=dict)
+
+
+def measure(options: Options, *, tell: Callable[[str], None] = lambda _: None) -> Result:
+    """Trains, saves and loads.
+
+    Raises:
+        ConfigError: no such model, or no CUDA device.
+    """
+    if options.model not in MODELS:
+        raise ConfigError(f"{options.model!r} is no size", where="--model", mend=f"Choose of {', '.join(MODELS)}.")
+    if options.device == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("there is no CUDA device here", where="--device", mend="Run it where there is one, or measure cpu.")
+    with tempfile.TemporaryDirectory(prefix="fovea-bench-", dir=options.directory) as folder:
+        backend = "nccl" if options.device == "cuda" else "gloo"
+        dist.init_process_group(backend, init_method=f"file://{folder}/meet", rank=0, world_size=1)
+        try:
+            control: Any = dist.new_group(backend="gloo")
+            return _measure(options, Path(folder) / "checkpoints", control, tell)
+        finally:
+            dist.destroy_process_group()
+
+
+def _measure(options: Options, folder: Path, control: Any, tell: Callable[[str], None]) -> Result:
+    device = torch.device(options.device, 0) if options.device == "cuda" else torch.device("cpu")
+    recipe, batch = _method(options, device)
+    precision: Literal["fp32", "bf16"] = "bf16" if options.device == "cuda" else "fp32"
+    engine = Engine(recipe, EngineOptions(2, precision, options.batch, 1, (0.9, 0.999), 1e-8, 3.0, "network"), device)
+    store = checkpoint.Checkpoints(folder, keep_last=2, group=control)
+    number = 0
+
+    def step() -> float:
+        nonlocal number
+        begin = time.perf_counter()
+        at = Step(index=number, lr=1e-4, last_layer_lr=1e-4, momentum=0.99)
+        terms = engine.forward_backward(batch, at)
+        engine.step(at, torch.stack(list(terms.values())).isfinite().all())
+        recipe.after_step(at)
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        number += 1
+        return time.perf_counter() - begin
+
+    def facts() -> dict[str, Any]:
+        return {"step": number, "applied": number, "skipped": 0, "scores": {}, "config": {}, "data": {}}
+
+    def timed(act: Callable[[], Any]) -> float:
+        begin = time.perf_counter()
+        act()
+        return time.perf_counter() - begin
+
+    result = Result(parameters=sum(p.numel() for p in recipe.parameters()))
+    lists: dict[str, list[float]] = {name: [] for name in ("step", "waiting", "beside", "slower", "until_current")}
+    tell("steps")
+    for _ in range(3):
+        step()
+    lists["step"] = [step() for _ in range(6)]
+    plain = statistics.median(lists["step"])
+    tell("saves that the loop waits for")
+    for _ in range(options.saves):
+        step()
+        lists["waiting"].append(timed(lambda: store.save(engine, recipe, facts())))
+    tell("saves beside the loop")
+    for number_of in range(options.saves + 1):
+        begin, slower = time.perf_counter(), 0.0
+        still = timed(lambda: store.begin(engine, recipe, facts()))
+        done = False
+        while not done:
+            slower += step() - plain
+            poll = time.perf_counter()
+            done = store.poll(store.state) is not None
+            still += time.perf_counter() - poll
+        if number_of:  # the first one gets its host memory
+            lists["beside"].append(still)
+            lists["slower"].append(slower)
+            lists["until_current"].append(time.perf_counter() - begin)
+    last = saved.listed(folder)[-1]
+    result.size = sum(file["size"] for file in last.manifest["files"])
+    tell("loading")
+    result.verify = timed(lambda: saved.verify(last))
+    result.load = timed(lambda: checkpoint.load(last, engine, recipe))
+    for name, values in lists.items():
+        setattr(result, name, statistics.median(values))
+    result.samples = lists
+    engine.close()
+    return result
+
+
+def _method(options: Options, device: torch.device) -> tuple[DINOv2, Batch]:
+    torch.manual_seed(0)
+    local = max(options.side // 2 // 16 * 16, 16)
+    views = ViewSettings(global_size=options.side, local_size=local, local_count=4)
+    settings = Dinov2Settings(views=views, prototypes=options.prototypes)
+    tower = build_tower(ModelSettings(timm=MODELS[options.model]), image_size=options.side)
+    recipe = DINOv2(tower, settings).to(device).place(device)
+    spec = dinov2_views(settings, patch=16)[0].mask
+    grid, rows = options.side // 16, 2 * options.batch
+    hidden = np.zeros((rows, grid * grid), dtype=bool)
+    if spec is not None:
+        hidden = block_masks(mask_counts(rows, grid * grid, spec, 0), grid, grid, np.arange(rows, dtype=np.uint64), 0, 1)
+    mask = torch.from_numpy(hidden).reshape(rows, -1)
+    weight = (1.0 / mask.sum(1, keepdim=True).clamp(min=1)).expand(mask.shape)[mask]
+    masks = Masks(mask.to(device), mask.flatten().nonzero().flatten().to(device), weight.to(device))
+
+    def pictures(side: int) -> torch.Tensor:
+        return torch.randn(options.batch, 3, side, side).to(device)
+
+    batch = Batch(
+        views={"global": [pictures(options.side) for _ in range(2)], "local": [pictures(local) for _ in range(4)]},
+        masks={"global": masks},
+        labels=torch.full((options.batch,), -1),
+        keys=[str(n) for n in range(options.batch)],
+        ids=list(range(options.batch)),
+        position=0,
+    )
+    return recipe, batch
+
+
+def markdown(result: Result, options: Options, machine: dict[str, str], command: str) -> str:
+    """The page that a person reads."""
+    about = {
+        "model": f"{MODELS[options.model]}, heads of {options.prototypes} prototypes, {result.parameters / 1e6:.1f} M parameters",
+        "a step": f"{options.batch} samples, 2 crops of {options.side} and 4 of {options.side // 2} pixels, {result.step:.3f} s",
+        "a checkpoint": f"{result.size / 1e6:,.0f} MB; medians of {options.saves}, the JSON beside has all",
+    }
+    rate = result.size / 1e6
+    rows = [
+        ("the loop stands still, save that it waits for", result.waiting),
+        ("the loop stands still, save beside it", result.beside),
+        ("steps beside a save take longer, in all", result.slower),
+        ("from the copy until the checkpoint is current", result.until_current),
+        ("verify", result.verify),
+        ("load", result.load),
+    ]
+    lines = ["# What a checkpoint costs", "", f"`{command}`", ""]
+    lines += [f"- {name}: {value}" for name, value in {**machine, **about}.items()]
+    lines += ["", "| | seconds | of a step | MB/s |", "|---|---:|---:|---:|"]
+    lines += [
+        f"| {name} | {seconds:.3f} | {seconds / result.step:.1%} | {rate / seconds if seconds > 0 else 0:,.0f} |"
+        for name, seconds in rows
+    ]
+    share = result.beside / result.step
+    verdict = "below" if share < _TARGET else "not below"
+    lines += ["", f"The loop stands still for {share:.1%} of a step, {verdict} the {_TARGET:.0%} aimed at."]
+    return "\n".join(lines) + "\n"
+
+
+def save(result: Result, options: Options, path: Path, command: str) -> list[Path]:
+    """Writes ``path`` with the endings ``.json`` and ``.md``, and returns both."""
+    machine = {**describe(), "threads": str(torch.get_num_threads()), "device": _device(options)}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    document, page = path.with_suffix(".json"), path.with_suffix(".md")
+    plain = {**asdict(options), "directory": str(options.directory) if options.directory else None}
+    document.write_text(
+        json.dumps({"command": command, "machine": machine, "options": plain, **asdict(result)}, indent=2) + os.linesep
+    )
+    page.write_text(markdown(result, options, machine, command))
+    return [document, page]
+
+
+def _device(options: Options) -> str:
+    return torch.cuda.get_device_name(0) if options.device == "cuda" else "cpu"

@@ -1,0 +1,75 @@
+"""Sections of the settings that stand for themselves: storage, mixed data sets, health. Collected in :mod:`pipeline.settings`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field
+
+from pipeline.fields import Count, NonNegative, Positive, Settings, Texts
+
+
+class StorageSettings(Settings):
+    """How shards in object storage are reached, and what a node keeps of them."""
+
+    endpoint: str | None = Field(default=None, description="URL of an S3-compatible or Azure server; null means AWS_ENDPOINT_URL")
+    region: str | None = Field(default=None, description="region of the bucket; null means AWS_REGION")
+    anonymous: bool = Field(default=False, description="read public buckets without credentials")
+    mode: Literal["cache", "direct"] = Field(
+        default="cache", description="keep whole shards on the node's disk, or read each sample by range"
+    )
+    cache: Path | None = Field(
+        default=None, description="folder of kept shards; null means FOVEA_CACHE, SLURM_TMPDIR or the temporary folder"
+    )
+    cache_gb: Positive | None = Field(default=None, description="most GB kept; null means four fifths of the free disk")
+    free_gb: NonNegative = Field(default=2.0, description="GB of the disk that stay free")
+    part_mb: Count = Field(default=16, description="MB of one request of a download")
+    parallel: int = Field(default=8, ge=1, le=256, description="requests of a download at a time")
+    timeout: Positive = Field(default=60.0, description="seconds one request may take")
+    retries: int = Field(default=5, ge=0, le=100, description="quick retries of one request")
+    grace: NonNegative = Field(default=600.0, description="seconds a training waits for a storage that is away, before it stops")
+
+
+class SourceSettings(Settings):
+    """One of several data sets that are mixed."""
+
+    name: str = Field(min_length=1, max_length=64, pattern=r"^[\w.+-]+$", description="what the data set is called in counts")
+    shards: Texts = Field(min_length=1, description="its shards: a path or URL with {000..123} or *, or a list of them")
+    weight: Positive | None = Field(
+        default=None, description="share of the samples, relative to the other sets' weights; null means by size and repeat"
+    )
+    repeat: Positive | None = Field(
+        default=None, description="how often its samples come while a set with repeat 1 is seen once; null means 1"
+    )
+
+
+class HealthSettings(Settings):
+    """What is done when a rank stands still, and when the loss is no longer a number."""
+
+    stall_factor: float = Field(
+        default=20.0, gt=1, description="a phase of a step that lasts this many median steps has stalled, and ends the attempt"
+    )
+    stall_floor: Positive = Field(
+        default=300.0, description="seconds that a phase of a step may always take; should be less than launch.timeout"
+    )
+    start_limit: Positive = Field(default=3600.0, description="seconds the start and the first three steps may take, each")
+    evaluate_limit: Positive = Field(default=7200.0, description="seconds an evaluation may take")
+    checkpoint_limit: Positive = Field(default=3600.0, description="seconds a checkpoint may take")
+    rewind_after: Count | None = Field(
+        default=None,
+        description="non-finite steps in a row after which training goes back to the last checkpoint; null means never",
+    )
+    rewind_margin: int = Field(
+        default=100, ge=0, description="steps before the first non-finite one that are left out too after going back"
+    )
+    max_rewinds: Count = Field(default=2, description="times a run goes back before it stops instead")
+    peak_tflops: Positive | None = Field(
+        default=None, description="TFLOP/s of a GPU that MFU is measured against; null reads a table by the GPU's name"
+    )
+
+
+def _known_recipe(value: object) -> object:
+    if isinstance(value, dict) and value.get("name") in RECIPES:
+        return RECIPES[value["name"]].model_validate(value)
+    return value
