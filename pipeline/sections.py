@@ -67,9 +67,3 @@ class HealthSettings(Settings):
     peak_tflops: Positive | None = Field(
         default=None, description="TFLOP/s of a GPU that MFU is measured against; null reads a table by the GPU's name"
     )
-
-
-def _known_recipe(value: object) -> object:
-    if isinstance(value, dict) and value.get("name") in RECIPES:
-        return RECIPES[value["name"]].model_validate(value)
-    return value

@@ -413,6 +413,12 @@ class LaunchSettings(Settings):
     timeout: Positive = Field(default=600.0, description="seconds a collective may take")
 
 
+def _known_recipe(value: object) -> object:
+    if isinstance(value, dict) and value.get("name") in RECIPES:
+        return RECIPES[value["name"]].model_validate(value)
+    return value
+
+
 class Config(Settings):
     """The whole tree. ``recipe`` holds the class registered under ``recipe.name``."""
 
