@@ -19,7 +19,7 @@ app = typer.Typer(no_args_is_help=True, help="Measure how fast the parts are, ag
 def data(
     shards: Annotated[list[str] | None, typer.Option(help="Shards to measure on; by default pictures are packed for it.")] = None,
     photos: Annotated[Path | None, typer.Option(help="Folder of photographs to pack; by default scenes are drawn.")] = None,
-    images: Annotated[int, typer.Option(min=1, help="Pictures of a round.")] = 512,
+    images: Annotated[int, typer.Option(min=1, help="Pictures of a round.")] = 128,
     rounds: Annotated[int, typer.Option(min=1, help="Rounds, of which the best counts.")] = 3,
     batch: Annotated[int, typer.Option(min=1, help="Pictures of a micro-batch.")] = 32,
     threads: Annotated[int, typer.Option(min=1, help="Threads of decoder and DALI.")] = 1,
