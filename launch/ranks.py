@@ -53,7 +53,8 @@ class RankEnvironment:
                 rank=_number(env, "RANK"),
                 world_size=_number(env, "WORLD_SIZE"),
                 local_rank=_number(env, "LOCAL_RANK", env.get("SLURM_LOCALID", "0")),
-                local_world_size=_number(env, "LOCAL_WORLD_SIZE", "1"),
+                # DeepSpeed's launcher calls it LOCAL_SIZE.
+                local_world_size=_number(env, "LOCAL_WORLD_SIZE", env.get("LOCAL_SIZE", "1")),
                 address=env.get("MASTER_ADDR", "127.0.0.1"),
                 port=_number(env, "MASTER_PORT", "0"),
                 source="torchrun",
