@@ -14,10 +14,15 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 ROOT = Path(__file__).resolve().parents[1]
 
 
+def data_folder() -> Path:
+    """Where real shards and pictures lie: FOVEA_TEST_DATA, else ../shared/data beside the checkout."""
+    return Path(os.environ.get("FOVEA_TEST_DATA") or ROOT.parent / "shared" / "data")
+
+
 @pytest.fixture(scope="session")
 def shared_data() -> Path:
-    """Folder of real shards and pictures: FOVEA_TEST_DATA, else ../shared/data beside the checkout."""
-    folder = Path(os.environ.get("FOVEA_TEST_DATA") or ROOT.parent / "shared" / "data")
+    """Folder of real shards and pictures."""
+    folder = data_folder()
     if not folder.is_dir():
         pytest.skip(
             f"no real data in {folder}; set FOVEA_TEST_DATA to the folder that holds cifar10/, photos/, camvid/ and hostile/"

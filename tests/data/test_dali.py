@@ -8,7 +8,6 @@ from __future__ import annotations
 import random
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -21,6 +20,7 @@ from pipeline.data.dali import Augmenter, Hue
 from pipeline.data.plan import ViewPlan, make_plan
 from pipeline.data.scenes import render
 from pipeline.data.views import IMAGENET_MEAN, IMAGENET_STD, Augment, ViewSpec
+from tests.conftest import data_folder
 
 MEAN, STD = (torch.tensor(numbers).view(3, 1, 1) for numbers in (IMAGENET_MEAN, IMAGENET_STD))
 SIDE, COUNT = 96, 8
@@ -28,13 +28,13 @@ JITTER = Augment(flip_p=0.0, jitter_p=1.0, brightness=0.4, contrast=0.4, saturat
 
 
 @pytest.fixture(scope="module")
-def pictures(request: pytest.FixtureRequest) -> list[np.ndarray]:
+def pictures() -> list[np.ndarray]:
     """Photographs if there are any, else scenes; the first is darkened, the second nearly gray."""
-    try:
-        folder: Path = request.getfixturevalue("shared_data") / "photos"
+    folder = data_folder() / "photos"
+    if folder.is_dir():
         files = random.Random(0).sample(sorted(folder.iterdir()), COUNT)
         found = [np.asarray(ImageOps.exif_transpose(Image.open(file)).convert("RGB")) for file in files]
-    except pytest.skip.Exception:
+    else:
         found = [render(1, index, 200 + 30 * index).image for index in range(COUNT)]
     found[0] = (found[0] * 0.25).astype(np.uint8)
     gray = found[1].mean(axis=2, keepdims=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from typing import Any
 
 import pytest
@@ -138,8 +137,6 @@ def test_what_cannot_be_built_is_refused_in_words(settings: ModelSettings, match
         build_tower(settings, image_size=16)
 
 
-@pytest.mark.slow
-@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on a CPU")
 def test_compiled_blocks_compute_what_the_blocks_compute() -> None:
     images = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
     results = []
@@ -148,7 +145,7 @@ def test_compiled_blocks_compute_what_the_blocks_compute() -> None:
         spread(tower)
         if compiled:
             for block in tower.vit.blocks:
-                block.compile()
+                block.compile(backend="aot_eager")  # traced as ever; only the last stage would need a C++ compiler
         cls = tower(images).cls
         cls.square().mean().backward()
         results.append((cls.detach(), [p.grad for p in tower.parameters() if p.grad is not None]))
