@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import resource
 import shutil
 import signal
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -145,27 +145,37 @@ def test_a_download_that_fails_leaves_nothing(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == [".lock"]
 
 
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of half a megabyte, where the machine lets us have one."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    mount = [shutil.which("mount") or "false", "-t", "tmpfs", "-o", "size=512k", "tmpfs", str(folder)]
-    if subprocess.run(mount, capture_output=True).returncode:
-        pytest.skip("mounting a small file system needs root")
-    yield folder
-    subprocess.run(["umount", "--lazy", str(folder)], check=True)
+def test_a_disk_that_takes_no_more_is_found_before_the_download(tmp_path: Path) -> None:
+    """The kernel refuses the room itself, as on a full disk; a file's size may be limited without being root."""
+    cache, source = ShardCache(tmp_path, limit=10**9), Source()
+    cache.ensure(shard("a"), source)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (SIZE, hard))
+    try:
+        with pytest.raises(CacheFull):
+            cache.ensure(shard("b", size=2 * SIZE), source)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert source.asked == [shard("a").url], "it was asked for although there was no room"
+    assert not list(tmp_path.glob(".*.part"))
+    assert cache.has(shard("a"))
 
 
-def test_a_full_disk_is_found_before_the_download_and_old_shards_make_room(small_disk: Path) -> None:
-    cache, source = ShardCache(small_disk, limit=10**9), Source()
-    for name in "abcdefgh":
-        cache.ensure(shard(name), source)
-    assert cache.has(shard("h"))
-    cache.need([shard(name) for name in "abcdefgh"])
+def test_old_shards_make_room_for_what_must_stay_free_on_the_disk(tmp_path: Path) -> None:
+    cache, source = ShardCache(tmp_path, limit=10**9), Source()
+    for number, name in enumerate("abc"):
+        os.utime(cache.ensure(shard(name), source), (number, number))
+    cache.floor = shutil.disk_usage(tmp_path).free + 10**12
     with pytest.raises(CacheFull):
-        cache.ensure(shard("i"), source)
-    assert shard("i").url not in source.asked
+        cache.ensure(shard("d"), source)
+    assert not any(cache.has(shard(name)) for name in "abc"), "room was not even looked for"
+    cache.floor = 0
+    cache.ensure(shard("d"), source)
+    cache.need([shard("d")])
+    cache.floor = shutil.disk_usage(tmp_path).free + 10**12
+    with pytest.raises(CacheFull):
+        cache.ensure(shard("e"), source)
+    assert cache.has(shard("d")), "what a living job needs was evicted"
 
 
 def test_a_folder_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
