@@ -10,7 +10,7 @@ import html
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 import numpy as np
 from PIL import Image, ImageDraw
@@ -119,7 +119,7 @@ def gather(config: Config, inputs: Inputs, specs: tuple[ViewSpec, ...], count: i
             where=", ".join(sorted({record.shard_name for record in records})),
             mend="`fovea shards verify` names every picture that cannot be decoded.",
         )
-    augmenter = Augmenter(specs, batch_size=len(fine), threads=config.data.decode_threads, hue=_hue(config))
+    augmenter = Augmenter(specs, batch_size=len(fine), threads=config.data.decode_threads, hue=config.recipe.hue)
     plans = [_rows(plan, fine) for plan in portion.plan]
     cut = augmenter.run([decoded[row] for row in fine], plans)
     samples = []
@@ -156,10 +156,6 @@ def gather(config: Config, inputs: Inputs, specs: tuple[ViewSpec, ...], count: i
 
 def _rows(plan: ViewPlan, rows: list[int]) -> ViewPlan:
     return type(plan)(*(np.ascontiguousarray(getattr(plan, name)[rows]) for name in plan.__dataclass_fields__))
-
-
-def _hue(config: Config) -> Literal["hsv", "yiq", "off"]:
-    return getattr(getattr(config.recipe, "augment", None), "hue", "hsv")
 
 
 def _done(plan: ViewPlan, row: int) -> str:

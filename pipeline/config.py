@@ -27,8 +27,10 @@ from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 
 from pipeline.errors import ConfigError
+from pipeline.fields import Length, Settings
 from pipeline.layers import Branch, Leaf, Problem, display, merge, origin_of, override, read, scalar, unwrap
-from pipeline.settings import RECIPES, Config, DataSettings, Dinov2Settings, Length, RecipeSettings, Settings, SourceSettings
+from pipeline.methods import RECIPES, Dinov2Settings, RecipeSettings
+from pipeline.settings import Config, DataSettings, SourceSettings
 
 DEFAULT = "default"
 

@@ -3,7 +3,7 @@
 Any floor may import this module: it needs pydantic and the standard library only. Loading YAML, merging, overrides and the
 checks that span several sections are in :mod:`pipeline.config`.
 
-A new method adds its settings by subclassing :class:`RecipeSettings` under ``@register``; ``recipe.name`` then selects it.
+Each method's own settings are in :mod:`pipeline.methods`, one file a method.
 """
 
 from __future__ import annotations
@@ -11,14 +11,15 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import BeforeValidator, Field, SerializeAsAny, model_validator
 from pydantic_core import PydanticCustomError
 
-from pipeline.fields import RUNTIME, Count, Length, NonNegative, Positive, Probability, Settings, Share, ShareRange, Texts
+from pipeline.fields import RUNTIME, Count, Length, NonNegative, Positive, Probability, Settings, Texts
+from pipeline.methods import RECIPES, Dinov2Settings, RecipeSettings
 from pipeline.sections import HealthSettings, SourceSettings, StorageSettings
 
 
@@ -37,108 +38,6 @@ class RunSettings(Settings):
     def folder(self) -> Path:
         """The run's directory, resolved."""
         return self.directory if self.directory is not None else Path("runs") / self.name
-
-
-class ViewSettings(Settings):
-    """The crops of a picture."""
-
-    global_count: Literal[2] = Field(default=2, description="global crops of a sample")
-    global_size: int = Field(default=224, ge=8, le=4096, description="side of a global crop, pixels")
-    global_scale: ShareRange = Field(
-        default=(0.32, 1.0), description="least and largest share of the picture's area in a global crop"
-    )
-    local_count: int = Field(default=8, ge=0, le=64, description="local crops of a sample")
-    local_size: int = Field(default=98, ge=8, le=4096, description="side of a local crop, pixels")
-    local_scale: ShareRange = Field(
-        default=(0.05, 0.32), description="least and largest share of the picture's area in a local crop"
-    )
-
-
-class AugmentSettings(Settings):
-    """What happens to a crop's colours and sharpness."""
-
-    blur: Literal["as_released", "paper", "off"] = Field(
-        default="as_released",
-        description="probabilities of blur for global 1, global 2, local: as_released (0, 0.9, 0.5) trained the public weights, "
-        "paper (1, 0.1, 0.5) is what the text says, off is for crops too small to blur",
-    )
-    hue: Literal["hsv", "yiq", "off"] = Field(
-        default="hsv", description="how the hue is shifted: exact (hsv), as a rotation (yiq, faster), not at all"
-    )
-    flip_probability: Probability = Field(default=0.5, description="probability of a horizontal flip")
-    jitter_probability: Probability = Field(default=0.8, description="probability of any colour jitter")
-    brightness: Probability = Field(default=0.4, description="brightness factor is uniform in 1 ± this")
-    contrast: Probability = Field(default=0.4, description="contrast factor is uniform in 1 ± this")
-    saturation: Probability = Field(default=0.2, description="saturation factor is uniform in 1 ± this")
-    hue_shift: float = Field(
-        default=0.1, ge=0, le=0.5, description="hue shift is uniform in ± this, in turns of the colour circle"
-    )
-    gray_probability: Probability = Field(default=0.2, description="probability of grayscale")
-    solarize_probability: Probability = Field(default=0.2, description="probability of solarizing the second global crop")
-
-
-class RecipeSettings(Settings):
-    """Base of every method's settings; subclasses narrow ``name`` to a literal and are registered."""
-
-    reads_text: ClassVar[bool] = False  # whether the method wants captions
-
-    name: str = Field(description="the method")
-
-
-R = TypeVar("R", bound=type[RecipeSettings])
-RECIPES: dict[str, type[RecipeSettings]] = {}
-
-
-def register(name: str) -> Callable[[R], R]:
-    """Class decorator: makes a method's settings known as ``recipe.name: <name>``.
-
-    Raises:
-        ValueError: if another class holds the name.
-    """
-
-    def enter(cls: R) -> R:
-        if RECIPES.setdefault(name, cls) is not cls:
-            raise ValueError(f"two recipes are called {name!r}")
-        return cls
-
-    return enter
-
-
-@register("dinov2")
-class Dinov2Settings(RecipeSettings):
-    """DINOv2 (arXiv 2304.07193): self-distillation of class and patch tokens."""
-
-    name: Literal["dinov2"] = Field(default="dinov2", description="the method")
-    views: ViewSettings = Field(default=ViewSettings(), description="the crops of a picture")
-    augment: AugmentSettings = Field(default=AugmentSettings(), description="what happens to a crop")
-    mask_probability: Probability = Field(default=0.5, description="share of the global crops that are masked")
-    mask_ratio: ShareRange = Field(default=(0.1, 0.5), description="least and largest share of patches hidden in a masked crop")
-    prototypes: int = Field(default=65536, gt=1, description="outputs of the projection head")
-    head_hidden: Count = Field(default=2048, description="width of the head's hidden layers")
-    head_bottleneck: Count = Field(default=256, description="width before the prototypes")
-    head_layers: int = Field(default=3, ge=1, le=8, description="linear layers of the head before the prototypes")
-    shared_heads: bool = Field(default=False, description="class and patch tokens share one head")
-    head_norm: Literal["weight_norm", "plain"] = Field(
-        default="weight_norm", description="prototype layer: weight-normalised (v2) or plain (v3)"
-    )
-    dino_weight: NonNegative = Field(default=1.0, description="weight of the class-token term")
-    ibot_weight: NonNegative = Field(default=1.0, description="weight of the masked-patch term")
-    koleo_weight: NonNegative = Field(default=0.1, description="weight of the spreading term")
-    student_temperature: Positive = Field(default=0.1, description="temperature of the student's softmax")
-    targets: Literal["sinkhorn", "centering"] = Field(default="sinkhorn", description="how the teacher's outputs become targets")
-    sinkhorn_iterations: int = Field(default=3, ge=1, le=100, description="normalisation rounds of the Sinkhorn targets")
-    center_momentum: Probability = Field(
-        default=0.9, description="share of the old centre kept each step, if targets are centred"
-    )
-    layer_decay: Share = Field(default=1.0, description="learning-rate factor from one block to the block below")
-    patch_embed_lr_scale: NonNegative = Field(default=0.2, description="learning-rate factor of the patch embedding")
-    freeze_last_layer: Length = Field(
-        default=Length(1250, "steps"), description="how long the prototype layer's learning rate is 0"
-    )
-    clip_norm: Positive | None = Field(default=3.0, description="largest L2 norm of the gradient; null means no clipping")
-    clip_scope: Literal["network", "global"] = Field(
-        default="network", description="clip backbone and heads apart, or all together"
-    )
 
 
 class ModelSettings(Settings):

@@ -19,6 +19,7 @@ FLOORS = {
     "pipeline.settings": 0,
     "pipeline.fields": 0,
     "pipeline.sections": 0,
+    "pipeline.methods": 0,
     "pipeline.data": 1,
     "pipeline.models": 1,
     "pipeline.losses": 1,
@@ -37,6 +38,8 @@ FLOORS = {
 NEIGHBOURS = {
     ("pipeline.settings", "pipeline.fields"),
     ("pipeline.settings", "pipeline.sections"),
+    ("pipeline.settings", "pipeline.methods"),
+    ("pipeline.methods", "pipeline.fields"),
     ("pipeline.sections", "pipeline.fields"),
     ("pipeline.config", "pipeline.layers"),
     ("pipeline.export", "pipeline.config"),
@@ -55,10 +58,13 @@ ONLY_IN = {
 # What each room of the ground floors may know of the house.
 MAY_KNOW = {
     "pipeline.losses": set(),
-    "pipeline.models": {"pipeline.errors", "pipeline.settings"},
-    "pipeline.data": {"pipeline.errors", "pipeline.settings"},
-    "pipeline.tracking": {"pipeline.errors", "pipeline.settings"},
-    "pipeline.recipes": {"pipeline.errors", "pipeline.settings", "pipeline.models", "pipeline.losses", "pipeline.data.views"},
+    "pipeline.models": {"pipeline.errors", "pipeline.fields", "pipeline.settings", "pipeline.methods"},
+    "pipeline.data": {"pipeline.errors", "pipeline.fields", "pipeline.settings", "pipeline.methods"},
+    "pipeline.tracking": {"pipeline.errors", "pipeline.fields", "pipeline.settings", "pipeline.methods"},
+    "pipeline.recipes": {
+        *("pipeline.errors", "pipeline.fields", "pipeline.settings", "pipeline.methods"),
+        *("pipeline.models", "pipeline.losses", "pipeline.data.views"),
+    },
 }
 
 

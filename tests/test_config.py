@@ -31,8 +31,10 @@ from pipeline.config import (
     show,
 )
 from pipeline.errors import ConfigError
+from pipeline.fields import Length, Settings
 from pipeline.layers import scalar
-from pipeline.settings import Config, Curve, Dinov2Settings, Length, RecipeSettings, Settings, register
+from pipeline.methods import Dinov2Settings, RecipeSettings, register
+from pipeline.settings import Config, Curve
 
 ROOT = Path(__file__).resolve().parents[1]
 NAME = "dinov2/cifar10_vit_tiny"
@@ -378,12 +380,13 @@ def test_settings_are_frozen_and_strict() -> None:
 
 
 def test_another_method_brings_its_settings_under_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pipeline.settings.RECIPES", {}, raising=True)
     from pipeline import config as module
     from pipeline import settings as tree
+    from pipeline.methods import base
 
     recipes = {"dinov2": Dinov2Settings}
     monkeypatch.setattr(tree, "RECIPES", recipes)
+    monkeypatch.setattr(base, "RECIPES", recipes)
     monkeypatch.setattr(module, "RECIPES", recipes)
 
     @register("toy")

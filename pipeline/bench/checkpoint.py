@@ -24,10 +24,11 @@ from pipeline.bench.machine import describe
 from pipeline.data.masks import block_masks, mask_counts
 from pipeline.data.views import Batch, Masks
 from pipeline.errors import ConfigError
+from pipeline.methods import Dinov2Settings, ViewSettings
 from pipeline.models.vision import build_tower
 from pipeline.recipes.base import Step
 from pipeline.recipes.dinov2 import DINOv2, dinov2_views
-from pipeline.settings import Dinov2Settings, ModelSettings, ViewSettings
+from pipeline.settings import ModelSettings
 from pipeline.training import checkpoint, saved
 from pipeline.training.engine import Engine, EngineOptions
 

@@ -156,6 +156,7 @@ class Batch:
         tokens: int64 ``[batch, context]`` of caption tokens, if the recipe reads text; padded with 0 after the end mark.
         captions: the caption of each sample that was chosen for this epoch; empty where there is none.
         boxes: for each view name whose ``ViewSpec`` asks for them.
+        seed: what a method draws on the device for this micro-batch comes from this seed, so that it can be drawn again.
     """
 
     views: dict[str, list[Tensor]]
@@ -167,3 +168,4 @@ class Batch:
     tokens: Tensor | None = None
     captions: list[str] | None = None
     boxes: dict[str, Boxes] = field(default_factory=dict)
+    seed: int = 0

@@ -7,6 +7,7 @@ The trainer knows no method and a method knows no trainer. The order of one step
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Self
 
@@ -67,6 +68,17 @@ class Recipe(nn.Module, ABC):
         self.teacher: Teacher | None = None
         self.memory: dict[str, Tensor] = {}
         self.metrics: dict[str, Tensor] = {}
+
+    def prepare(self, batches: Sequence[Batch], step: Step) -> None:
+        """Looks at all micro-batches of a step before the first :meth:`forward`, without gradients.
+
+        This is where a method whose samples see one another makes accumulation equal to one large batch: it keeps what the
+        micro-batches have to know of each other, and :meth:`forward` is then called with each of them, in this order.
+
+        Args:
+            batches: this rank's micro-batches, every rank as many.
+            step: as for :meth:`forward`.
+        """
 
     @abstractmethod
     def forward(self, batch: Batch, step: Step) -> dict[str, Tensor]:

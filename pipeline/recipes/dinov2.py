@@ -15,12 +15,13 @@ from torch import Tensor, nn
 
 from pipeline import losses
 from pipeline.data.views import Augment, Batch, MaskSpec, ViewSpec
+from pipeline.methods import AugmentSettings, Dinov2Settings
 from pipeline.models.groups import ParameterGroup, parameter_groups
 from pipeline.models.heads import PrototypeHead
-from pipeline.models.vision import VisionTower
+from pipeline.models.vision import VisionTower, build_tower
 from pipeline.recipes.base import Recipe, Step
 from pipeline.recipes.teacher import Teacher
-from pipeline.settings import AugmentSettings, Dinov2Settings
+from pipeline.settings import Config
 
 # Probability of blur for the first global, the second global and the local crops. The public weights were trained with the
 # first row (the code's blur wrapper inverted its argument); the paper's text means the second.
@@ -124,6 +125,11 @@ class DINOv2(Recipe):
             "dino_below_uniform": uniform - dino.detach(),
             "agreement": agree.float().mean(),
         }
+
+
+def build(config: Config, settings: Dinov2Settings) -> DINOv2:
+    """The method around a fresh tower."""
+    return DINOv2(build_tower(config.model, image_size=settings.views.global_size), settings)
 
 
 def dinov2_views(settings: Dinov2Settings, *, patch: int) -> tuple[ViewSpec, ...]:

@@ -1,36 +1,31 @@
-"""From settings to a method: the one place that knows them all."""
+"""``recipe.name: x`` is settings in ``pipeline/methods/x.py`` and a function ``build`` in ``pipeline/recipes/x.py``."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import importlib
 
 from pipeline.errors import ConfigError
-from pipeline.models.vision import build_tower
+from pipeline.methods import RECIPES
 from pipeline.recipes.base import Recipe
-from pipeline.recipes.dinov2 import DINOv2
-from pipeline.settings import Config, Dinov2Settings
-
-
-def _dinov2(config: Config) -> Recipe:
-    settings = config.recipe
-    if not isinstance(settings, Dinov2Settings):
-        raise ConfigError(f"settings of {settings.name!r} are not DINOv2's", where="recipe.name")
-    return DINOv2(build_tower(config.model, image_size=settings.views.global_size), settings)
-
-
-_BUILDERS: dict[str, Callable[[Config], Recipe]] = {"dinov2": _dinov2}
+from pipeline.settings import Config
 
 
 def build_recipe(config: Config) -> Recipe:
     """The method that ``recipe.name`` names, with fresh weights from torch's current random state.
 
     Raises:
-        ConfigError: settings exist for the name, but no method.
+        ConfigError: settings exist for the name, but no method, or they are of another one.
     """
-    try:
-        builder = _BUILDERS[config.recipe.name]
-    except KeyError:
+    name, module = config.recipe.name, f"{__package__}.{config.recipe.name}"
+    if not isinstance(config.recipe, RECIPES.get(name, type(None))):
         raise ConfigError(
-            f"no method {config.recipe.name!r}", where="recipe.name", mend=f"choose one of {', '.join(_BUILDERS)}"
-        ) from None
-    return builder(config)
+            f"no method {name!r} has these settings", where="recipe.name", mend=f"choose one of {', '.join(sorted(RECIPES))}"
+        )
+    try:
+        found = importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        if error.name != module:
+            raise
+        raise ConfigError(f"no method {name!r}", where="recipe.name", mend=f"write {module}, or choose another") from None
+    recipe: Recipe = found.build(config, config.recipe)
+    return recipe

@@ -13,7 +13,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from pipeline.data.dali import Hue
 from pipeline.data.feeder import Portions
 from pipeline.data.ledger import Ledger
 from pipeline.data.mixture import Mixture
@@ -26,7 +25,7 @@ from pipeline.evaluation.online import OnlineKnn, Pictures, raw_pixels
 from pipeline.models.vision import VisionTower
 from pipeline.recipes.base import Recipe
 from pipeline.recipes.registry import build_recipe
-from pipeline.settings import Config, Dinov2Settings
+from pipeline.settings import Config
 from pipeline.settings import Curve as CurveSettings
 from pipeline.tracking import Journal
 from pipeline.training import schedules
@@ -56,7 +55,6 @@ def make_schedules(config: Config, order: Order | Mixture) -> schedules.Schedule
         return schedules.Curve(s.start, peak, end, warmup, total, s.shape)
 
     rate = config.schedule.lr
-    freeze = config.recipe.freeze_last_layer.samples(epoch, batch) if isinstance(config.recipe, Dinov2Settings) else 0
     return schedules.Schedules(
         global_batch=batch,
         epoch_samples=epoch,
@@ -66,7 +64,7 @@ def make_schedules(config: Config, order: Order | Mixture) -> schedules.Schedule
         weight_decay=curve(config.schedule.weight_decay),
         momentum=curve(config.schedule.momentum),
         teacher_temperature=curve(config.schedule.teacher_temperature),
-        last_layer_freeze=freeze,
+        last_layer_freeze=config.recipe.last_layer_freeze.samples(epoch, batch),
     )
 
 
@@ -198,7 +196,6 @@ def assemble(
     prepare_towers(recipe, config)
     share = config.train.global_batch // world.size
     micro = config.train.micro_batch or share
-    clip = config.recipe if isinstance(config.recipe, Dinov2Settings) else Dinov2Settings()
     engine = Engine(
         recipe,
         EngineOptions(
@@ -208,8 +205,8 @@ def assemble(
             accumulation=share // micro,
             betas=config.optim.betas,
             eps=config.optim.eps,
-            clip_norm=clip.clip_norm,
-            clip_scope=clip.clip_scope,
+            clip_norm=config.recipe.clip_norm,
+            clip_scope=config.recipe.clip_scope,
             optimizer=config.optim.name,
             momentum=config.optim.momentum,
             trust=config.optim.trust,
@@ -244,7 +241,7 @@ def assemble(
         workers=config.data.workers,
         threads=config.data.decode_threads,
         prefetch=config.data.prefetch,
-        hue=_hue(config),
+        hue=config.recipe.hue,
     )
 
     def stream(first: int, last: int) -> BatchStream:
@@ -317,10 +314,6 @@ def _checkpoints(config: Config, inputs: Inputs, run: RunDirectory, world: World
         on_commit=copies.offer if copies else None,
         pinned=copies.pinned if copies else set,
     )
-
-
-def _hue(config: Config) -> Hue:
-    return config.recipe.augment.hue if isinstance(config.recipe, Dinov2Settings) else "hsv"
 
 
 def _data_state(inputs: Inputs, ledger: Ledger, world: World) -> dict[str, Any]:

@@ -17,7 +17,7 @@ import logging
 import os
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -128,12 +128,19 @@ class Engine:
         self._teacher_weights = weights
         return engine
 
+    @torch.no_grad()
+    def prepare(self, batches: Sequence[Batch], step: Step) -> None:
+        """Shows the recipe all micro-batches of a step, in the precision of the forward pass."""
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.options.precision == "bf16"):
+            self.recipe.prepare(batches, step)
+
     def forward_backward(self, batch: Batch, step: Step) -> dict[str, Tensor]:
         """One micro-batch: terms, and the gradient of their sum. To be called ``accumulation`` times before :meth:`step`.
 
         Returns:
             The recipe's terms, detached, on the device.
         """
+        torch.manual_seed(batch.seed)
         terms = self._engine(batch, step)
         self._engine.backward(torch.stack([term.float() for term in terms.values()]).sum())
         if not self._engine.is_gradient_accumulation_boundary():

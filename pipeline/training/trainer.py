@@ -10,7 +10,7 @@ import json
 import time
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -179,9 +179,11 @@ class Trainer:
                     continue
                 step = self.schedules.at(p.step * self.schedules.global_batch)
                 # Whatever a method draws on the device depends on the step and the rank alone, so nothing of it needs saving.
-                torch.manual_seed(mix(self.plan.seed, 0x57E9, number, self.world.rank)[0])
+                drawn = [mix(self.plan.seed, 0x57E9, number, self.world.rank, i)[0] for i in range(len(micro_batches))]
+                micro_batches = [replace(batch, seed=seed) for batch, seed in zip(micro_batches, drawn, strict=True)]
 
                 self.phases.enter(COMPUTE)
+                self.engine.prepare(micro_batches, step)
                 forward_backward = self.phases.counted(self.engine.forward_backward, len(micro_batches))
                 terms = _mean([forward_backward(batch, step) for batch in micro_batches])
                 finite = torch.stack(list(terms.values())).isfinite().all()

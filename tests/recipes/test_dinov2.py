@@ -15,11 +15,12 @@ from torch import Tensor
 
 from pipeline.data.masks import block_masks, mask_counts
 from pipeline.data.views import Batch, Masks
+from pipeline.methods import AugmentSettings, Dinov2Settings, ViewSettings
 from pipeline.models.tokens import Tokens
 from pipeline.models.vision import build_tower
 from pipeline.recipes.base import Step
 from pipeline.recipes.dinov2 import DINOv2, dinov2_views
-from pipeline.settings import AugmentSettings, Dinov2Settings, ModelSettings, ViewSettings
+from pipeline.settings import ModelSettings
 
 BATCH, LOCALS, K = 6, 3, 24
 SMALL = Dinov2Settings(

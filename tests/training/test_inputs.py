@@ -16,7 +16,8 @@ from pipeline.data import scenes
 from pipeline.data.mixture import Mixture, Source
 from pipeline.data.order import Order
 from pipeline.errors import CheckpointError, ConfigError, DataError
-from pipeline.settings import Config, Dinov2Settings
+from pipeline.methods import Dinov2Settings
+from pipeline.settings import Config
 from pipeline.training import assemble
 from pipeline.training.inputs import Inputs, check_data, data_identity, prepare, record_data
 from pipeline.training.run import RunDirectory

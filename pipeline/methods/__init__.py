@@ -1,0 +1,6 @@
+"""What a person can set of each method: one file a method, pydantic only. Their formulas are in :mod:`pipeline.recipes`."""
+
+from pipeline.methods.base import RECIPES, AugmentSettings, RecipeSettings, ViewSettings, register
+from pipeline.methods.dinov2 import Dinov2Settings
+
+__all__ = ["RECIPES", "AugmentSettings", "Dinov2Settings", "RecipeSettings", "ViewSettings", "register"]

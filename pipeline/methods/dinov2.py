@@ -1,0 +1,52 @@
+"""Settings of DINOv2."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from pipeline.fields import Count, Length, NonNegative, Positive, Probability, Share, ShareRange
+from pipeline.methods.base import AugmentSettings, RecipeSettings, ViewSettings, register
+
+
+@register("dinov2")
+class Dinov2Settings(RecipeSettings):
+    """DINOv2 (arXiv 2304.07193): self-distillation of class and patch tokens."""
+
+    name: Literal["dinov2"] = Field(default="dinov2", description="the method")
+    views: ViewSettings = Field(default=ViewSettings(), description="the crops of a picture")
+    augment: AugmentSettings = Field(default=AugmentSettings(), description="what happens to a crop")
+    mask_probability: Probability = Field(default=0.5, description="share of the global crops that are masked")
+    mask_ratio: ShareRange = Field(default=(0.1, 0.5), description="least and largest share of patches hidden in a masked crop")
+    prototypes: int = Field(default=65536, gt=1, description="outputs of the projection head")
+    head_hidden: Count = Field(default=2048, description="width of the head's hidden layers")
+    head_bottleneck: Count = Field(default=256, description="width before the prototypes")
+    head_layers: int = Field(default=3, ge=1, le=8, description="linear layers of the head before the prototypes")
+    shared_heads: bool = Field(default=False, description="class and patch tokens share one head")
+    head_norm: Literal["weight_norm", "plain"] = Field(
+        default="weight_norm", description="prototype layer: weight-normalised (v2) or plain (v3)"
+    )
+    dino_weight: NonNegative = Field(default=1.0, description="weight of the class-token term")
+    ibot_weight: NonNegative = Field(default=1.0, description="weight of the masked-patch term")
+    koleo_weight: NonNegative = Field(default=0.1, description="weight of the spreading term")
+    student_temperature: Positive = Field(default=0.1, description="temperature of the student's softmax")
+    targets: Literal["sinkhorn", "centering"] = Field(default="sinkhorn", description="how the teacher's outputs become targets")
+    sinkhorn_iterations: int = Field(default=3, ge=1, le=100, description="normalisation rounds of the Sinkhorn targets")
+    center_momentum: Probability = Field(
+        default=0.9, description="share of the old centre kept each step, if targets are centred"
+    )
+    layer_decay: Share = Field(default=1.0, description="learning-rate factor from one block to the block below")
+    patch_embed_lr_scale: NonNegative = Field(default=0.2, description="learning-rate factor of the patch embedding")
+    freeze_last_layer: Length = Field(
+        default=Length(1250, "steps"), description="how long the prototype layer's learning rate is 0"
+    )
+    clip_norm: Positive | None = Field(default=3.0, description="largest L2 norm of the gradient; null means no clipping")
+    clip_scope: Literal["network", "global"] = Field(
+        default="network", description="clip backbone and heads apart, or all together"
+    )
+
+    @property
+    def last_layer_freeze(self) -> Length:
+        """How long the prototypes stand still."""
+        return self.freeze_last_layer
