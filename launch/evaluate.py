@@ -10,7 +10,7 @@ import contextlib
 import secrets
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from pipeline.data.manifest import Manifest
-    from pipeline.data.views import Batch
+    from pipeline.data.views import Batch, Normalize
     from pipeline.recipes.base import Recipe
     from pipeline.training.distributed import World
 
@@ -99,7 +99,7 @@ def fill_trained(recipe: Recipe, saved: Saved) -> None:
                 student[name].copy_(tensor)
 
 
-def _fitting(own: dict[str, Tensor], trainable: set[str], saved: Saved, whose: str) -> None:
+def _fitting(own: Mapping[str, Tensor], trainable: set[str], saved: Saved, whose: str) -> None:
     """Shapes come first, so that a checkpoint of a larger network is refused before its gigabytes are read."""
     ours = {name: list(tensor.shape) for name, tensor in own.items() if name in trainable}
     theirs = {name: shape for name, shape in saved.manifest["shapes"].items() if name in ours}
@@ -279,7 +279,14 @@ def varied(manifest: Manifest, count: int, among: int = 20_000) -> NDArray[np.ui
     return ids[[place for _, place in sorted(keys)[:count]]]
 
 
-def shown(config: Config, manifest: Manifest, ids: NDArray[np.uint64], size: int, device: torch.device) -> Iterator[Batch]:
+def shown(
+    config: Config,
+    manifest: Manifest,
+    ids: NDArray[np.uint64],
+    size: int,
+    device: torch.device,
+    normalize: Normalize | None = None,
+) -> Iterator[Batch]:
     """Evaluation views (a centred square) of some samples, decoded and cut as in every evaluation.
 
     Args:
@@ -288,17 +295,19 @@ def shown(config: Config, manifest: Manifest, ids: NDArray[np.uint64], size: int
         ids: sample numbers.
         size: side of the square, pixels.
         device: where the views go.
+        normalize: with which numbers; ImageNet's if not given.
     """
     from pipeline.data.feeder import Portions
     from pipeline.data.ledger import Ledger
     from pipeline.data.reader import Reader
     from pipeline.data.stream import BatchStream, StreamOptions
-    from pipeline.data.views import ViewSpec
+    from pipeline.data.views import Normalize, ViewSpec
     from pipeline.evaluation.online import FixedList
 
     order = FixedList(ids, config.evaluation.knn.batch)
     reader = Reader(manifest, wants=("image", "label", "caption"), checksum=config.data.crc, store=open_storage(config))
-    dataset = Portions(reader, order, (ViewSpec("image", 1, size, None),), seed=0, world=1, rank=0)
+    spec = ViewSpec("image", 1, size, None, normalize=normalize or Normalize())
+    dataset = Portions(reader, order, (spec,), seed=0, world=1, rank=0)
     options = StreamOptions(micro_batch=order.global_batch, workers=0, threads=config.data.decode_threads, hue="off")
     for _, batches in BatchStream(dataset, device=device, options=options, ledger=Ledger(None, budget=1.0), last=len(order)):
         yield from batches

@@ -66,7 +66,7 @@ def siglip_loss(
 
 
 def gathered(x: Tensor, group: dist.ProcessGroup | None = None) -> Tensor:
-    """``[world * b, d]`` of all ranks' ``[b, d]``, by rank; its backward pass sums over ranks what each has of this rank's rows."""
+    """``[world * b, d]`` of all ranks' ``[b, d]``, by rank; backward, a rank gets the sum of what all have of its rows."""
     if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size(group) == 1:
         return x
     whole: Tensor = _Gather.apply(x, group)
@@ -92,7 +92,7 @@ class _Gather(torch.autograd.Function):
         return torch.cat(parts)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
         gradient = gradient.contiguous()
         if dist.get_backend(ctx.group) == "gloo":
             dist.all_reduce(gradient, group=ctx.group)
@@ -107,9 +107,7 @@ class _Pairs(torch.autograd.Function):
     """Mean over rows of what ``slope`` says of each chunk of logits ``scale * x @ y.T + bias``."""
 
     @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, y: Tensor, scale: Tensor, bias: Tensor, first: int, chunk: int, slope: Slope
-    ) -> Tensor:
+    def forward(ctx: Any, x: Tensor, y: Tensor, scale: Tensor, bias: Tensor, first: int, chunk: int, slope: Slope) -> Tensor:
         wanted = any(ctx.needs_input_grad)
         total, d_scale, d_bias = x.new_zeros(()), torch.zeros_like(scale), torch.zeros_like(bias)
         dx, dy = (torch.empty_like(x), torch.zeros_like(y)) if wanted else (x, y)
@@ -131,7 +129,7 @@ class _Pairs(torch.autograd.Function):
         return total / n
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         return (*(gradient * part for part in ctx.saved_tensors), None, None, None)
 
 

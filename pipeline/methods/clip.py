@@ -85,7 +85,9 @@ class ContrastiveSettings(RecipeSettings):
     embed: Count | None = Field(
         default=None, description="features that pictures and texts share; null means the text architecture's"
     )
-    max_scale: float = Field(default=100.0, gt=1, description="largest inverse temperature; the scale is clamped to it in the forward")
+    max_scale: float = Field(
+        default=100.0, gt=1, description="largest inverse temperature; the scale is clamped to it in the forward"
+    )
     chunk: Count = Field(default=1024, json_schema_extra=RUNTIME, description="rows of logits that exist at a time")
     local_loss: bool = Field(
         default=True, description="each rank compares its own samples with all; false, all with all on every rank, is refused"
@@ -95,11 +97,15 @@ class ContrastiveSettings(RecipeSettings):
     )
     accumulation: Literal["exact", "plain"] = Field(
         default="exact",
-        description="micro-batches: exact compares each sample with the whole global batch, at the cost of a second forward pass; "
+        description="micro-batches: exact compares each sample with the whole global batch, at the cost of another forward pass; "
         "plain compares it with those of its micro-batches over all ranks only",
     )
-    text_layer_decay: Share = Field(default=1.0, description="learning-rate factor from one block of the text tower to the block below")
-    layer_decay: Share = Field(default=1.0, description="learning-rate factor from one block of the vision tower to the block below")
+    text_layer_decay: Share = Field(
+        default=1.0, description="learning-rate factor from one block of the text tower to the block below"
+    )
+    layer_decay: Share = Field(
+        default=1.0, description="learning-rate factor from one block of the vision tower to the block below"
+    )
     text_lr_scale: NonNegative = Field(default=1.0, description="learning-rate factor of the whole text tower")
     undecayed: tuple[Literal["positions", "class_token", "token_embedding"], ...] = Field(
         default=("positions", "class_token"),
@@ -131,15 +137,20 @@ class ClipSettings(ContrastiveSettings):
     name: Literal["clip"] = Field(default="clip", description="the method")
     image_size: int = Field(default=224, ge=8, le=4096, description="side of the picture, pixels")
     crop_scale: ShareRange = Field(default=(0.9, 1.0), description="least and largest share of the picture's area in the crop")
-    flip_probability: float = Field(default=0.0, ge=0, le=1, description="probability of a horizontal flip; captions say left and right")
+    flip_probability: float = Field(
+        default=0.0, ge=0, le=1, description="probability of a horizontal flip; captions say left and right"
+    )
     normalize: Literal["openai", "imagenet", "half"] = Field(
         default="openai", description="mean and deviation taken off the colours; half is 0.5 and 0.5"
     )
     loss: Literal["softmax", "sigmoid"] = Field(default="softmax", description="CLIP's or SigLIP's")
-    init_scale: Positive | None = Field(default=None, description="initial inverse temperature; null is 1/0.07, or 10 with sigmoid")
+    init_scale: Positive | None = Field(
+        default=None, description="initial inverse temperature; null is 1/0.07, or 10 with sigmoid"
+    )
     init_bias: float = Field(default=-10.0, description="initial bias of the sigmoid's logits")
     image_pool: Literal["class_token", "attention"] = Field(
-        default="class_token", description="what stands for the picture: the class token, or attention over the patches (SigLIP's)"
+        default="class_token",
+        description="what stands for the picture: the class token, or attention over the patches (SigLIP's)",
     )
     patch_dropout: float = Field(
         default=0.0, ge=0, lt=1, description="share of the patches that training leaves out of each picture (FLIP); end with 0"

@@ -103,15 +103,11 @@ class TextTower(nn.Module):
         nn.init.normal_(self.positions, std=0.01)
         nn.init.normal_(self.projection.weight, std=width**-0.5)
         into_sum = width**-0.5 * (2 * depth) ** -0.5
+        stds = {"qkv": width**-0.5, "proj": into_sum, "fc1": (2 * width) ** -0.5, "fc2": into_sum}
         for block in self.blocks:
-            for layer, std in (
-                (block.qkv, width**-0.5),
-                (block.proj, into_sum),
-                (block.fc1, (2 * width) ** -0.5),
-                (block.fc2, into_sum),
-            ):
-                nn.init.normal_(layer.weight, std=std)
-                nn.init.zeros_(layer.bias)
+            for name, std in stds.items():
+                nn.init.normal_(block.get_parameter(f"{name}.weight"), std=std)
+                nn.init.zeros_(block.get_parameter(f"{name}.bias"))
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Features ``[batch, embed]``, not normalised, of int64 ``[batch, length]`` tokens.
@@ -154,7 +150,9 @@ class LogitScale(nn.Module):
     def __init__(self, scale: float, *, bias: float | None = None, largest: float = 100.0) -> None:
         super().__init__()
         if not 1.0 <= scale <= largest:
-            raise ConfigError(f"a scale of {scale} is not within 1 and {largest}", where="recipe.init_scale", mend="choose another")
+            raise ConfigError(
+                f"a scale of {scale} is not within 1 and {largest}", where="recipe.init_scale", mend="choose another"
+            )
         self.log_scale = nn.Parameter(torch.tensor([math.log(scale)], dtype=torch.float32))
         self.bias = nn.Parameter(torch.tensor([bias], dtype=torch.float32)) if bias is not None else None
         self._top = math.log(largest)
@@ -173,7 +171,7 @@ class _Bounded(torch.autograd.Function):
         return x.clamp(0.0, top)
 
     @staticmethod
-    def backward(ctx: object, gradient: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+    def backward(ctx: object, gradient: Tensor) -> tuple[Tensor, None]:
         (x,) = ctx.saved_tensors  # type: ignore[attr-defined]
         outward = ((x > ctx.top) & (gradient < 0)) | ((x < 0) & (gradient > 0))  # type: ignore[attr-defined]
         return gradient.masked_fill(outward, 0.0), None

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from pipeline.data.views import Augment, Batch, ViewSpec
 from pipeline.methods import ClipSettings
+from pipeline.models.tokens import Tokens
 from pipeline.models.vision import VisionTower, build_tower
 from pipeline.models.weights import load_text, load_vision
 from pipeline.recipes.base import Step
@@ -65,10 +66,17 @@ class CLIP(Contrastive):
             keep = random_keep(batch.ids, batch.position, patches, s.patch_dropout, images.device)
         with torch.set_grad_enabled(torch.is_grad_enabled() and "image" not in s.freeze):
             tokens = self.backbone(images, keep=keep)
-        pooled = tokens.cls if self.pool is None else self.pool(tokens.patches)
         with torch.set_grad_enabled(torch.is_grad_enabled() and "text" not in s.freeze):
             texts = self.text_tower(caption_tokens(batch))
-        return unit(self.image_projection(pooled)), unit(texts)
+        return unit(self._pooled(tokens)), unit(texts)
+
+    def encode_images(self, images: Tensor) -> Tensor:
+        """Features ``[batch, embed]`` of whole pictures, not normalised."""
+        return self._pooled(self.backbone(images))
+
+    def _pooled(self, tokens: Tokens) -> Tensor:
+        features: Tensor = self.image_projection(tokens.cls if self.pool is None else self.pool(tokens.patches))
+        return features
 
     def export(self) -> dict[str, nn.Module]:
         """Both towers, the picture's projection, and its pooling if that has weights."""

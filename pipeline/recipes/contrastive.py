@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -73,6 +74,16 @@ class Contrastive(Recipe):
         """Unit features of a micro-batch, fp32 ``[batch, embed]`` each, the caption's last."""
         raise NotImplementedError
 
+    def encode_images(self, images: Tensor) -> Tensor:
+        """Features ``[batch, embed]`` of whole pictures, as evaluation wants them; not normalised."""
+        features: Tensor = self.image_projection(self.backbone(images).cls)
+        return features
+
+    def encode_texts(self, tokens: Tensor) -> Tensor:
+        """Features ``[batch, embed]`` of captions, not normalised."""
+        features: Tensor = self.text_tower(tokens)
+        return features
+
     def compare(self, features: Sequence[Tensor], scale: Tensor, bias: Tensor | None) -> Tensor:
         """This rank's loss of its features against those of all ranks."""
         images, texts = features
@@ -118,7 +129,7 @@ class Contrastive(Recipe):
         """Layer-wise learning rates in both towers, and no decay where the settings say so."""
         s = self.settings
         vit = self.backbone.vit
-        tags: dict[str, list[nn.Parameter | None]] = {
+        tags: dict[str, list[Any]] = {
             "positions": [vit.pos_embed, self.text_tower.positions],
             "class_token": [vit.cls_token, getattr(vit, "reg_token", None)],
             "token_embedding": [self.text_tower.tokens.weight],

@@ -1,4 +1,4 @@
-"""Pictures and captions small enough for tests, and what ranks do with CLIP: imported by the tests and by the ranks themselves."""
+"""Pictures and captions small enough for tests, and what ranks do with CLIP: for the tests and for the ranks themselves."""
 
 from __future__ import annotations
 
@@ -53,7 +53,9 @@ def engine_of(
 ) -> Any:
     from pipeline.training.engine import Engine, EngineOptions
 
-    options = EngineOptions(zero, precision, micro, accumulation, (0.9, 0.98), 1e-2, None, "global")  # a large eps: no noise is blown up
+    options = EngineOptions(
+        zero, precision, micro, accumulation, (0.9, 0.98), 1e-2, None, "global"
+    )  # a large eps: no noise is blown up
     return Engine(recipe, options, torch.device("cpu"))
 
 
