@@ -177,7 +177,9 @@ def test_the_scale_starts_where_it_should_and_never_leaves_its_bounds() -> None:
         LogitScale(200.0)
 
 
-@pytest.mark.parametrize(("value", "slope", "passes"), [(5.0, 1.0, True), (5.0, -1.0, False), (-1.0, 1.0, False), (-1.0, -1.0, True)])
+@pytest.mark.parametrize(
+    ("value", "slope", "passes"), [(5.0, 1.0, True), (5.0, -1.0, False), (-1.0, 1.0, False), (-1.0, -1.0, True)]
+)
 def test_beyond_a_bound_only_the_way_back_is_open(value: float, slope: float, passes: bool) -> None:
     scale = LogitScale(10.0)
     with torch.no_grad():
