@@ -76,12 +76,13 @@ class VisionTower(nn.Module):
         self.checkpointing = False
         self._fused = bool(vit.blocks[0].attn.fused_attn)
 
-    def forward(self, images: Tensor, mask: Tensor | None = None, *, local: bool = False) -> Tokens:
+    def forward(self, images: Tensor, mask: Tensor | None = None, keep: Tensor | None = None, *, local: bool = False) -> Tokens:
         """Tokens of a batch of images, normalised by the final norm.
 
         Args:
             images: float ``[batch, 3, height, width]``, sides multiples of the patch.
             mask: bool ``[batch, patches]``, true where the mask token takes a patch's place, before positions are added.
+            keep: int64 ``[batch, kept]``, the only patches to go on with, once positions are added; all others are left out.
             local: these are local crops, which are normalised by the norm for them, if the tower has one.
         """
         # torch's fused attention has no fast bf16 backward on CPUs: 118 ms a block where plain products need 10.
@@ -89,16 +90,16 @@ class VisionTower(nn.Module):
         for block in self.vit.blocks:
             block.attn.fused_attn = fused
         norm = self.local_norm if local else None
-        x = self.vit(images, mask, self.mask_token, self.resampling, self.checkpointing, norm)
+        x = self.vit(images, mask, keep, self.mask_token, self.resampling, self.checkpointing, norm)
         prefix = self.vit.num_prefix_tokens
-        return Tokens(cls=x[:, 0], registers=x[:, 1:prefix], patches=x[:, prefix:])
+        return Tokens(cls=x[:, 0], registers=x[:, 1:prefix], patches=x[:, prefix:], kept=keep)
 
 
 def embed(
-    vit: Any, images: Tensor, mask: Tensor | None, mask_token: Tensor, resampling: Resampling
+    vit: Any, images: Tensor, mask: Tensor | None, keep: Tensor | None, mask_token: Tensor, resampling: Resampling
 ) -> tuple[Tensor, dict[str, Any]]:
     """What the first block gets: all tokens with their learned positions ``[batch, prefix + patches, width]``, and as ``rope``
-    the rotary ones ``[patches, 2 * head width]`` of a model that has such."""
+    the rotary ones ``[patches, 2 * head width]`` of a model that has such; of kept patches, each sample has its own."""
     x = vit.patch_embed(images)
     if mask is not None:
         hidden = mask.reshape(x.shape[:3]).unsqueeze(-1)
@@ -111,6 +112,11 @@ def embed(
         x = vit.patch_drop(vit._pos_embed(x))
     else:
         x = vit.patch_drop(_positioned(vit, x, resampling))
+    if keep is not None:
+        prefix = vit.num_prefix_tokens
+        chosen = x[:, prefix:].gather(1, keep[:, :, None].expand(-1, -1, x.shape[2]))
+        x = torch.cat([x[:, :prefix], chosen], dim=1)
+        rope = {name: angles[keep].unsqueeze(1) for name, angles in rope.items()}
     return vit.norm_pre(x), rope
 
 
@@ -130,6 +136,7 @@ def _walk(
     vit: Any,
     images: Tensor,
     mask: Tensor | None,
+    keep: Tensor | None,
     mask_token: Tensor,
     resampling: Resampling,
     checkpointing: bool,
@@ -137,7 +144,7 @@ def _walk(
 ) -> Tensor:
     """All tokens ``[batch, prefix + patches, width]``. The model's own forward, so that an engine that cuts parameters (ZeRO 3)
     knows when the class token and the positions are wanted."""
-    x, rope = embed(vit, images, mask, mask_token, resampling)
+    x, rope = embed(vit, images, mask, keep, mask_token, resampling)
     for block in vit.blocks:
         x = checkpoint(block, x, use_reentrant=False, **rope) if checkpointing else block(x, **rope)
     tokens: Tensor = (vit.norm if norm is None else norm)(x)
