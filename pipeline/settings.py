@@ -20,7 +20,7 @@ from pydantic_core import PydanticCustomError
 
 from pipeline.fields import RUNTIME, Count, Length, NonNegative, Positive, Probability, Settings, Texts
 from pipeline.methods import RECIPES, Dinov2Settings, RecipeSettings
-from pipeline.sections import HealthSettings, SourceSettings, StorageSettings
+from pipeline.sections import HealthSettings, InitSettings, SourceSettings, StorageSettings
 
 
 class RunSettings(Settings):
@@ -347,6 +347,7 @@ class Config(Settings):
         default=Dinov2Settings(), description="the method"
     )
     model: ModelSettings = Field(description="the vision tower")
+    init_from: InitSettings = Field(default=InitSettings(), description="the weights a fresh run begins with")
     data: DataSettings = Field(description="where samples come from")
     optim: OptimSettings = Field(default=OptimSettings(), description="the optimizer")
     schedule: ScheduleSettings = Field(default=ScheduleSettings(), description="what changes while a run goes on")
