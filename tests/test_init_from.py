@@ -17,6 +17,7 @@ from tests.runs import TOY, train
 
 # Nothing moves: what the first checkpoint of the second stage holds is what it began with.
 STILL = (
+    "schedule.lr.warmup=1 steps",
     "optim.lr=1e-30",
     "schedule.lr.end=0",
     "schedule.momentum={start: 1.0, end: 1.0}",
@@ -41,7 +42,7 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def first(tmp_path_factory: pytest.TempPathFactory, shards: str, config: Path) -> Path:
     directory = tmp_path_factory.mktemp("first") / "run"
-    done = train(config, shards, directory, "train.length=3 steps")
+    done = train(config, shards, directory, "train.length=4 steps", "schedule.lr.warmup=1 steps")
     assert done.returncode == 0, done.stderr + done.stdout
     return directory
 
@@ -68,7 +69,7 @@ def test_the_second_stage_begins_with_the_first_ones_teacher(
     done = train(config, shards, tmp_path / "run", *stage, "train.length=2 steps", "checkpoint.every=1 steps")
     assert done.returncode == 0, done.stderr + done.stdout
     assert "starting from the teacher of" in done.stdout and "resampled from 4 x 4 to 6 x 6" in done.stdout
-    taught = whole(first, 3, "teacher")
+    taught = whole(first, 4, "teacher")
     for kind in ("master", "teacher"):
         begun = whole(tmp_path / "run", 1, kind)
         assert begun.keys() == taught.keys()
@@ -76,7 +77,7 @@ def test_the_second_stage_begins_with_the_first_ones_teacher(
             if "pos_embed" not in name:
                 assert torch.equal(tensor, taught[name]), (kind, name)
     manifest = read(tmp_path / "run" / "checkpoints" / "step_000000002").manifest
-    assert manifest["init"]["step"] == 3 and manifest["init"]["kind"] == "checkpoint"
+    assert manifest["init"]["step"] == 4 and manifest["init"]["kind"] == "checkpoint"
 
     shutil.rmtree(source)  # the run has its own checkpoints now
     shutil.rmtree(tmp_path / "run" / "checkpoints" / "step_000000002")
