@@ -12,6 +12,7 @@ from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -44,8 +45,9 @@ class _Prepared:
 class DINOv2(Recipe):
     """The method; see the module.
 
-    Samples meet in the targets, whose Sinkhorn or centre is that of the whole global batch: so the teacher reads all micro-batches
-    before the student reads the first, and keeps nothing of them but bottleneck features. Logits come and go in pieces.
+    Samples meet in the targets, whose Sinkhorn or centre is that of the whole global batch: so the teacher reads all
+    micro-batches before the student reads the first, and keeps nothing of them but bottleneck features. Logits come and go in
+    pieces.
 
     Args:
         backbone: the student's tower.
@@ -74,11 +76,11 @@ class DINOv2(Recipe):
     def prepare(self, batches: Sequence[Batch], step: Step) -> None:
         """The teacher's part of a step: features of all micro-batches, then the potentials that make targets of them."""
         self._forget()
-        nets = self.teacher.modules
-        dino_head, ibot_head = nets["dino_head"], nets.get("ibot_head", nets["dino_head"])
+        backbone, *heads = self.teacher.modules.values()
+        dino_head, ibot_head = cast(PrototypeHead, heads[0]), cast(PrototypeHead, heads[-1])  # one and the same if shared
         features, cls, patches = [], [], []
         for batch in batches:
-            tokens = nets["backbone"](torch.cat(batch.views["global"]))
+            tokens = backbone(torch.cat(batch.views["global"]))
             hidden = tokens.patches.flatten(0, 1)[batch.masks["global"].index]
             features.append(tokens.cls[: len(tokens.cls) // 2])
             cls.append(dino_head.units(tokens.cls))

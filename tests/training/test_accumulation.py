@@ -1,4 +1,4 @@
-"""A large batch on few devices is the large batch: DINOv2 through the real engine, cut into micro-batches and ranks in many ways."""
+"""A large batch on few devices is the large batch: DINOv2 through the real engine, cut in many ways."""
 
 from __future__ import annotations
 
