@@ -343,7 +343,8 @@ def _check_model(config: Config) -> Iterator[tuple[str, str]]:
         elif model.width and model.heads and model.width % model.heads:
             yield "model.width", f"model.width = {model.width}: does not divide by model.heads = {model.heads}"
         return
-    fixed = {**shape, "mlp_ratio": model.mlp_ratio, "registers": model.registers, "stem": model.stem, "ffn": model.ffn}
+    names = ("mlp_ratio", "registers", "stem", "ffn", "positions", "rope_base")
+    fixed = {**shape, **{name: getattr(model, name) for name in names}}
     for name, value in fixed.items():
         if value != type(model).model_fields[name].default:
             yield (

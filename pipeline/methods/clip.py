@@ -155,9 +155,8 @@ class ClipSettings(ContrastiveSettings):
     patch_dropout: float = Field(
         default=0.0, ge=0, lt=1, description="share of the patches that training leaves out of each picture (FLIP); end with 0"
     )
-    freeze: tuple[Literal["image", "text"], ...] = Field(default=(), description="towers that stand still (LiT: image)")
-    image_weights: Path | None = Field(
-        default=None, description="safetensors file of initial weights of the vision tower, by timm's names or fovea's"
+    freeze: tuple[Literal["image", "text"], ...] = Field(
+        default=(), description="towers that stand still (LiT: image, whose weights init_from.source gives)"
     )
     text_weights: Path | None = Field(
         default=None, description="safetensors file of initial weights of the text tower, by open_clip's names or fovea's"

@@ -84,5 +84,6 @@ def _tower_scales(tower: VisionTower, decay: float, patch_lr: float) -> Iterator
     for index, block in enumerate(tower.vit.blocks):
         for parameter in block.parameters():
             yield parameter, decay ** (depth - index)
-    for parameter in tower.vit.norm.parameters():
-        yield parameter, 1.0
+    for norm in (tower.vit.norm, tower.local_norm):
+        for parameter in norm.parameters() if norm is not None else ():
+            yield parameter, 1.0

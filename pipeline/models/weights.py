@@ -1,4 +1,4 @@
-"""Initial weights of single towers, from safetensors files."""
+"""Initial weights of a text tower, from a safetensors file; a vision tower's are ``init_from``'s matter."""
 
 from __future__ import annotations
 
@@ -11,23 +11,6 @@ from torch import Tensor, nn
 
 from pipeline.errors import CheckpointError
 from pipeline.models.text import TextTower, from_open_clip
-from pipeline.models.vision import VisionTower
-
-
-def load_vision(tower: VisionTower, file: Path) -> None:
-    """Fills a vision tower from a file by timm's names, or by fovea's own (``fovea checkpoint convert``).
-
-    Raises:
-        CheckpointError: it cannot be read, or names or shapes differ.
-    """
-    state = _read(file)
-    for prefix in ("backbone.vit.", "vit."):
-        inner = {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
-        if inner:
-            state = inner
-            break
-    state = {name: tensor for name, tensor in state.items() if not name.startswith("head.")}
-    _fill(tower.vit, state, file)
 
 
 def load_text(tower: TextTower, file: Path) -> None:
@@ -57,6 +40,6 @@ def _fill(module: nn.Module, state: Mapping[str, Tensor], file: Path) -> None:
         raise CheckpointError(
             f"{len(wrong)} tensors do not fit, the first is {wrong[0]!r}",
             where=str(file),
-            mend="choose model.* or recipe.text.* as the weights were trained with",
+            mend="choose recipe.text.* and recipe.embed as the weights were trained with",
         )
     module.load_state_dict(dict(state))

@@ -15,7 +15,7 @@ from pipeline.data.views import Augment, Batch, ViewSpec
 from pipeline.methods import ClipSettings
 from pipeline.models.tokens import Tokens
 from pipeline.models.vision import VisionTower, build_tower
-from pipeline.models.weights import load_text, load_vision
+from pipeline.models.weights import load_text
 from pipeline.recipes.base import Step
 from pipeline.recipes.contrastive import NORMALIZE, Contrastive, caption_tokens, random_keep, unit
 from pipeline.settings import Config
@@ -101,8 +101,6 @@ def clip_views(settings: ClipSettings) -> tuple[ViewSpec, ...]:
 def build(config: Config, settings: ClipSettings) -> CLIP:
     """The method around fresh towers, or around those whose initial weights are given."""
     method = CLIP(build_tower(config.model, image_size=settings.image_size), settings)
-    if settings.image_weights is not None:
-        load_vision(method.backbone, settings.image_weights)
     if settings.text_weights is not None:
         load_text(method.text_tower, settings.text_weights)
     return method

@@ -29,7 +29,7 @@ from pipeline.recipes.registry import build_recipe
 from pipeline.settings import Config
 from pipeline.settings import Curve as CurveSettings
 from pipeline.tracking import Journal
-from pipeline.training import schedules
+from pipeline.training import initial, schedules
 from pipeline.training.checkpoint import Checkpoints, load
 from pipeline.training.control import StopRequests
 from pipeline.training.copies import Copies
@@ -195,6 +195,13 @@ def assemble(
     if config.train.threads:
         torch.set_num_threads(config.train.threads)
     recipe = make_recipe(config, world.device)
+    init = resume.manifest.get("init") if resume is not None else None
+    if resume is None and (start := initial.begin(recipe, config, record=world.rank == 0)) is not None:
+        init = start.record
+        for note in start.notes:
+            watcher.say(note)
+        if journal is not None:
+            journal.tags({f"fovea.init.{key}": value for key, value in start.record.items()})
     prepare_towers(recipe, config)
     share = config.train.global_batch // world.size
     micro = config.train.micro_batch or share
@@ -287,7 +294,7 @@ def assemble(
         checkpoints=_checkpoints(config, inputs, run, world, copies),
         evaluate=evaluate,
         data_state=lambda: _data_state(inputs, ledger, world),
-        facts={**facts, "world": world.size, "torch": torch.__version__, "python": platform.python_version()},
+        facts={**facts, "init": init, "world": world.size, "torch": torch.__version__, "python": platform.python_version()},
         journal=journal,
         watcher=watcher,
         plan=make_plan(config, inputs.order, run, attempt, world.rank),
