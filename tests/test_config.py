@@ -214,7 +214,7 @@ def test_each_config_that_comes_with_fovea_loads_and_says_what_it_is(name: str) 
     loaded = load(name)
     assert loaded.config.run.name in (name.rpartition("/")[2], name.replace("/", "_"))
     assert set(loaded.provenance) == set(flatten(loaded.config))
-    head = resolve(name).read_text().splitlines()[:8]
+    head = resolve(name).read_text().splitlines()[:12]
     assert (
         head[0].startswith("# ")
         and any(line.startswith("#   command") for line in head)
