@@ -74,6 +74,10 @@ def run(loaded: Loaded) -> int:
         found, complaints = choose_checkpoint(config, directory, inputs)
         for complaint in complaints:
             print(complaint, file=sys.stderr)
+        if found is None and config.init_from.source is not None:
+            from pipeline.training import initial
+
+            initial.check(config)
         attempt = directory.next_attempt()
         directory.write("config.json", config.model_dump(mode="json"))
         (directory.path / "config.yaml").write_text(show(loaded))

@@ -343,7 +343,8 @@ def _check_model(config: Config) -> Iterator[tuple[str, str]]:
         elif model.width and model.heads and model.width % model.heads:
             yield "model.width", f"model.width = {model.width}: does not divide by model.heads = {model.heads}"
         return
-    fixed = {**shape, "mlp_ratio": model.mlp_ratio, "registers": model.registers, "stem": model.stem, "ffn": model.ffn}
+    names = ("mlp_ratio", "registers", "stem", "ffn", "positions", "rope_base")
+    fixed = {**shape, **{name: getattr(model, name) for name in names}}
     for name, value in fixed.items():
         if value != type(model).model_fields[name].default:
             yield (
@@ -354,6 +355,13 @@ def _check_model(config: Config) -> Iterator[tuple[str, str]]:
 
 def _check_recipe(config: Config) -> Iterator[tuple[str, str]]:
     views, patch = getattr(config.recipe, "views", None), config.model.patch_side
+    side = getattr(config.recipe, "image_size", None)
+    if side is not None and patch is not None and side % patch:
+        near = [str(size) for size in (side // patch * patch, (side // patch + 1) * patch) if size]
+        yield (
+            "recipe.image_size",
+            f"recipe.image_size = {side}: does not divide by the patch side {patch}; {' or '.join(near)} would",
+        )
     if views is None or patch is None:
         return
     for name, size in (("global_size", views.global_size), ("local_size", views.local_size)):

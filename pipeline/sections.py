@@ -1,4 +1,4 @@
-"""Sections of the settings that stand for themselves: storage, mixed data sets, health. Collected in :mod:`pipeline.settings`."""
+"""Sections of the settings that stand for themselves: storage, first weights, data sets, health; see :mod:`pipeline.settings`."""
 
 from __future__ import annotations
 
@@ -29,6 +29,18 @@ class StorageSettings(Settings):
     timeout: Positive = Field(default=60.0, description="seconds one request may take")
     retries: int = Field(default=5, ge=0, le=100, description="quick retries of one request")
     grace: NonNegative = Field(default=600.0, description="seconds a training waits for a storage that is away, before it stops")
+
+
+class InitSettings(Settings):
+    """The weights a fresh run begins with, if not random ones. Never looked at by a run that resumes."""
+
+    source: str | None = Field(
+        default=None,
+        min_length=1,
+        description="a run or checkpoint of fovea, a file of weights under timm's or DINOv2's names, or timm:NAME; null for none",
+    )
+    network: Literal["teacher", "student"] = Field(default="teacher", description="which network of a checkpoint of fovea")
+    heads: bool = Field(default=False, description="take the heads of a checkpoint of fovea too, not the backbone alone")
 
 
 class SourceSettings(Settings):

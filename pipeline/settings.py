@@ -20,7 +20,7 @@ from pydantic_core import PydanticCustomError
 
 from pipeline.fields import RUNTIME, Count, Length, NonNegative, Positive, Probability, Settings, Texts
 from pipeline.methods import RECIPES, Dinov2Settings, RecipeSettings
-from pipeline.sections import HealthSettings, SourceSettings, StorageSettings
+from pipeline.sections import HealthSettings, InitSettings, SourceSettings, StorageSettings
 
 
 class RunSettings(Settings):
@@ -58,6 +58,27 @@ class ModelSettings(Settings):
     ffn: Literal["mlp", "swiglu"] = Field(default="mlp", description="kind of feed-forward layer")
     layer_scale: Positive | None = Field(default=1e-5, description="initial scale of a block's branches; null means none")
     drop_path: float = Field(default=0.0, ge=0, lt=1, description="probability of skipping a branch of the student")
+    drop_path_mode: Literal["subset", "rows"] = Field(
+        default="subset",
+        description="compute a branch for a fixed number of samples only (DINOv2, saves the work), or drop each sample by itself",
+    )
+    positions: Literal["learned", "rope"] = Field(
+        default="learned", description="positions that are learned and added (DINOv2), or turned into the attention (DINOv3)"
+    )
+    position_resampling: Literal["antialias", "offset", "plain"] = Field(
+        default="antialias",
+        description="learned positions on another grid: as timm and DINOv2's models with registers, as DINOv2's others (grid "
+        "stretched by 0.1 patch, no antialiasing), or bicubic alone",
+    )
+    rope_base: Positive = Field(default=100.0, description="base of the rotary periods")
+    rope_rescale: float | None = Field(
+        default=None, gt=1, description="rotary coordinates of a training batch are stretched by up to this factor, or shrunk"
+    )
+    rope_jitter: float | None = Field(default=None, gt=1, description="as rope_rescale, each axis by itself")
+    rope_shift: Positive | None = Field(
+        default=None, description="rotary coordinates of a training batch, -1 to 1 across the picture, are shifted by up to this"
+    )
+    local_norm: bool = Field(default=False, description="local crops have a final norm of their own while training (DINOv3)")
 
     @property
     def patch_side(self) -> int | None:
@@ -326,6 +347,7 @@ class Config(Settings):
         default=Dinov2Settings(), description="the method"
     )
     model: ModelSettings = Field(description="the vision tower")
+    init_from: InitSettings = Field(default=InitSettings(), description="the weights a fresh run begins with")
     data: DataSettings = Field(description="where samples come from")
     optim: OptimSettings = Field(default=OptimSettings(), description="the optimizer")
     schedule: ScheduleSettings = Field(default=ScheduleSettings(), description="what changes while a run goes on")

@@ -1,18 +1,46 @@
 """Losses and targets: pure functions of tensors, in fp32 whatever comes in."""
 
-from pipeline.losses.centering import batch_center, centered_targets, moved_center
+from pipeline.losses.centering import batch_center, centered_targets, global_mean, moved_center
+from pipeline.losses.contrastive import clip_loss, gathered, place, siglip_loss
 from pipeline.losses.distill import cross_entropy, masked_patches, multi_crop
-from pipeline.losses.koleo import koleo
-from pipeline.losses.sinkhorn import sinkhorn, sinkhorn_potential
+from pipeline.losses.health import effective_rank
+from pipeline.losses.koleo import koleo, koleo_across_ranks
+from pipeline.losses.prototypes import (
+    SAME_VIEW,
+    Pairing,
+    Targets,
+    Watched,
+    logit_pieces,
+    multi_crop_pairings,
+    prototype_cross_entropy,
+    rows_at_once,
+)
+from pipeline.losses.sinkhorn import potential_over_pieces, sinkhorn, sinkhorn_potential
 
 __all__ = [
+    "SAME_VIEW",
+    "Pairing",
+    "Targets",
+    "Watched",
     "batch_center",
     "centered_targets",
+    "clip_loss",
     "cross_entropy",
+    "effective_rank",
+    "gathered",
+    "global_mean",
     "koleo",
+    "koleo_across_ranks",
+    "logit_pieces",
     "masked_patches",
     "moved_center",
     "multi_crop",
+    "multi_crop_pairings",
+    "place",
+    "potential_over_pieces",
+    "prototype_cross_entropy",
+    "rows_at_once",
+    "siglip_loss",
     "sinkhorn",
     "sinkhorn_potential",
 ]

@@ -20,6 +20,21 @@ def centered_targets(logits: Tensor, center: Tensor, temperature: float) -> Tens
 
 
 @torch.no_grad()
+def global_mean(sums: Tensor, count: int, group: dist.ProcessGroup | None = None) -> Tensor:
+    """Mean over all rows of all ranks, each row weighing the same however they are spread; zeros if there is none.
+
+    Args:
+        sums: ``[width]``, the sum of this rank's rows.
+        count: how many they are.
+        group: ranks that share the batch; without a process group, this process alone.
+    """
+    both = torch.cat([sums, sums.new_full((1,), count)])
+    if dist.is_available() and dist.is_initialized():
+        dist.all_reduce(both, group=group)
+    return both[:-1] / both[-1:].clamp(min=1.0)
+
+
+@torch.no_grad()
 def batch_center(logits: Tensor, group: dist.ProcessGroup | None = None) -> Tensor:
     """Mean over ranks of each rank's mean logits, ``[K]`` fp32 (not weighted by the ranks' counts, as in DINOv2).
 

@@ -4,9 +4,14 @@ The plan ``exp(logits / T)`` is scaled alternately so that each prototype gets e
 sample sums to one. Only the prototypes' sums cross ranks: K floats, twice an iteration. Nothing is exponentiated before
 its maximum is taken off, so no temperature overflows. A maximum per sample would not do: with few iterations the result
 depends on it; here potentials are kept instead, which is exact.
+
+The K potentials hold the whole plan, and they can be had from the logits piece by piece: that is what makes a batch that was
+cut into micro-batches and ranks the same as one that was not.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable, Iterable
 
 import torch
 import torch.distributed as dist
@@ -29,7 +34,6 @@ def sinkhorn(logits: Tensor, temperature: float, iterations: int = 3, group: dis
     return torch.softmax(logits.float() / temperature + potential, dim=-1)
 
 
-@torch.no_grad()
 def sinkhorn_potential(logits: Tensor, temperature: float, iterations: int = 3, group: dist.ProcessGroup | None = None) -> Tensor:
     """The K numbers that hold the whole plan: ``targets = softmax(logits / temperature + potential)``.
 
@@ -43,22 +47,48 @@ def sinkhorn_potential(logits: Tensor, temperature: float, iterations: int = 3, 
         ``[K]`` fp32, equal on all ranks, defined up to a constant.
     """
     scaled = logits.detach().float() / temperature
-    sample = scaled.new_zeros(len(scaled), 1)
-    potential = scaled.new_zeros(scaled.shape[1])
+    return potential_over_pieces(lambda: (scaled,), scaled.new_zeros(scaled.shape[1]), iterations, group)
+
+
+@torch.no_grad()
+def potential_over_pieces(
+    pieces: Callable[[], Iterable[Tensor]], zeros: Tensor, iterations: int = 3, group: dist.ProcessGroup | None = None
+) -> Tensor:
+    """:func:`sinkhorn_potential` of logits that are never whole in memory.
+
+    Args:
+        pieces: gives ``logits / temperature`` anew at each call, ``[any, K]`` at a time; called once an iteration. Ranks may
+            have different numbers of pieces, also none.
+        zeros: ``[K]``, type and device of the result.
+        iterations: scalings of prototypes and samples each.
+        group: ranks that share the batch.
+
+    Returns:
+        ``[K]``, equal on all ranks, defined up to a constant.
+    """
+    potential = zeros
     for iteration in range(iterations):
-        if iteration:
-            sample = -torch.logsumexp(scaled + potential, dim=1, keepdim=True)
-        potential = -_global_logsumexp(scaled + sample, group)
+        peak, total = torch.full_like(zeros, -torch.inf), torch.zeros_like(zeros)
+        for piece in pieces():
+            if not len(piece):
+                continue
+            if iteration:
+                piece = piece - torch.logsumexp(piece + potential, dim=1, keepdim=True)
+            higher = torch.maximum(peak, piece.amax(0))
+            total = total * (peak - higher).exp_() + (piece - higher).exp_().sum(0)
+            peak = higher
+        potential = -_across_ranks(peak, total, group)
     return potential
 
 
-def _global_logsumexp(x: Tensor, group: dist.ProcessGroup | None) -> Tensor:
-    peak = x.amax(0) if len(x) else x.new_full((x.shape[1],), -torch.inf)
+def _across_ranks(peak: Tensor, total: Tensor, group: dist.ProcessGroup | None) -> Tensor:
+    """Logarithm of the sum of all ranks' ``exp(peak) * total``."""
     together = dist.is_available() and dist.is_initialized()
+    highest = peak.clone()
     if together:
-        dist.all_reduce(peak, op=dist.ReduceOp.MAX, group=group)
-    peak = peak.masked_fill(peak.isinf(), 0.0)
-    total = (x - peak).exp_().sum(0)
+        dist.all_reduce(highest, op=dist.ReduceOp.MAX, group=group)
+    highest = highest.masked_fill(highest.isinf(), 0.0)  # no rank has a row
+    total = total * (peak - highest).exp_()
     if together:
         dist.all_reduce(total, op=dist.ReduceOp.SUM, group=group)
-    return total.log_().add_(peak)
+    return total.log_().add_(highest)

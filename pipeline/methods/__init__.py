@@ -1,6 +1,17 @@
 """What a person can set of each method: one file a method, pydantic only. Their formulas are in :mod:`pipeline.recipes`."""
 
 from pipeline.methods.base import RECIPES, AugmentSettings, RecipeSettings, ViewSettings, register
+from pipeline.methods.clip import ClipSettings, ContrastiveSettings, TextSettings
 from pipeline.methods.dinov2 import Dinov2Settings
 
-__all__ = ["RECIPES", "AugmentSettings", "Dinov2Settings", "RecipeSettings", "ViewSettings", "register"]
+__all__ = [
+    "RECIPES",
+    "AugmentSettings",
+    "ClipSettings",
+    "ContrastiveSettings",
+    "Dinov2Settings",
+    "RecipeSettings",
+    "TextSettings",
+    "ViewSettings",
+    "register",
+]

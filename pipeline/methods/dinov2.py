@@ -30,11 +30,25 @@ class Dinov2Settings(RecipeSettings):
     dino_weight: NonNegative = Field(default=1.0, description="weight of the class-token term")
     ibot_weight: NonNegative = Field(default=1.0, description="weight of the masked-patch term")
     koleo_weight: NonNegative = Field(default=0.1, description="weight of the spreading term")
+    koleo_group: int | None = Field(
+        default=None,
+        ge=2,
+        description="samples that are kept apart from one another, this many consecutive ones; null means a rank's micro-batch, "
+        "as in the reference. With a divisor of train.micro_batch the term no longer depends on how the batch is cut",
+    )
+    koleo_neighbours: int = Field(default=1, ge=1, le=16, description="nearest neighbours that each sample is kept from")
+    koleo_across_ranks: bool = Field(
+        default=False, description="compare with the other ranks' samples of the same micro-batch too; groups may then span ranks"
+    )
     student_temperature: Positive = Field(default=0.1, description="temperature of the student's softmax")
     targets: Literal["sinkhorn", "centering"] = Field(default="sinkhorn", description="how the teacher's outputs become targets")
     sinkhorn_iterations: int = Field(default=3, ge=1, le=100, description="normalisation rounds of the Sinkhorn targets")
     center_momentum: Probability = Field(
         default=0.9, description="share of the old centre kept each step, if targets are centred"
+    )
+    logit_rows: Count | None = Field(
+        default=None,
+        description="rows of prototype logits that are in memory at once; null means as many as fill 128 MiB. Changes no result",
     )
     layer_decay: Share = Field(default=1.0, description="learning-rate factor from one block to the block below")
     patch_embed_lr_scale: NonNegative = Field(default=0.2, description="learning-rate factor of the patch embedding")

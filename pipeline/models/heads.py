@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from itertools import pairwise
+from typing import TypeVar, overload
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+R = TypeVar("R")
+Use = Callable[[Tensor, Tensor], R]  # of unit vectors [n, width] and the whole matrix [count, width]
+
 
 class Prototypes(nn.Module):
     """The bias-free last layer: cosine-like logits of ``[n, width]`` unit vectors against ``count`` prototypes.
 
-    Its forward uses its own parameters, which a partitioning engine (ZeRO-3) needs.
+    Its parameters are read in its forward alone, which a partitioning engine (ZeRO-3) needs. So whoever wants more than logits,
+    or never all of them at once, hands the forward what is to be done with the matrix.
 
     Args:
         width: features in.
@@ -30,12 +36,22 @@ class Prototypes(nn.Module):
         else:
             nn.init.trunc_normal_(self.direction, std=0.02)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Logits ``[n, count]``."""
-        if self.gain is None:
-            return F.linear(x, self.direction)
-        norm = torch.linalg.vector_norm(self.direction, dim=1, keepdim=True, dtype=torch.float32)
-        return F.linear(x, (self.direction * (self.gain / norm)).to(x.dtype))
+    @overload
+    def forward(self, x: Tensor) -> Tensor: ...
+
+    @overload
+    def forward(self, x: Tensor, use: Use[R]) -> R: ...
+
+    def forward(self, x: Tensor, use: Use[R] | None = None) -> Tensor | R:
+        """Logits ``[n, count]``, or whatever ``use`` makes of ``x`` and the matrix ``[count, width]``, fp32.
+
+        What ``use`` returns is a tensor or a tuple of tensors, and may not alias the matrix.
+        """
+        matrix = self.direction
+        if self.gain is not None:
+            norm = torch.linalg.vector_norm(self.direction, dim=1, keepdim=True, dtype=torch.float32)
+            matrix = self.direction * (self.gain / norm)
+        return F.linear(x, matrix.to(x.dtype)) if use is None else use(x, matrix)
 
 
 class PrototypeHead(nn.Module):
@@ -71,8 +87,23 @@ class PrototypeHead(nn.Module):
                 nn.init.zeros_(layer.bias)
         self.last = Prototypes(bottleneck, prototypes, weight_norm=weight_norm)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Logits ``[n, prototypes]`` of tokens ``[n, width]``; ``n`` may be 0."""
+    @overload
+    def forward(self, x: Tensor) -> Tensor: ...
+
+    @overload
+    def forward(self, x: Tensor, use: Use[R]) -> R: ...
+
+    def forward(self, x: Tensor, use: Use[R] | None = None) -> Tensor | R:
+        """Logits ``[n, prototypes]`` of tokens ``[n, width]``, or whatever ``use`` makes of their unit vectors and the
+        prototypes; ``n`` may be 0."""
+        return self.last(self.units(x)) if use is None else self.last(self.units(x), use)
+
+    def units(self, x: Tensor) -> Tensor:
+        """Unit vectors ``[n, bottleneck]`` of tokens ``[n, width]``: all that has to be kept of them."""
         hidden = self.mlp(x)
-        unit = F.normalize(hidden.float(), dim=-1, eps=1e-12).to(hidden.dtype)
-        return self.last(unit)
+        return F.normalize(hidden.float(), dim=-1, eps=1e-12).to(hidden.dtype)
+
+    def matrix(self, kind: torch.dtype) -> Tensor:
+        """A copy of the prototypes as they are used, ``[prototypes, bottleneck]``."""
+        nothing = self.last.direction.new_zeros(0)
+        return self.last(nothing, lambda _, matrix: matrix.detach().to(kind, copy=True))

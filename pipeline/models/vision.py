@@ -1,26 +1,28 @@
-"""Vision towers: timm's VisionTransformer, with a mask token, behind one surface.
+"""Vision towers: timm's VisionTransformer, or its Eva with rotary positions, with a mask token, behind one surface.
 
 The timm model is held whole as ``tower.vit``, only its ``forward`` returns all tokens and takes masks: its state dict loads,
-strictly, into the model that ``timm.create_model(*tower.timm_name, **tower.timm_args)`` makes.
+strictly, into the model that ``timm.create_model(tower.timm_name, **tower.timm_args)`` makes.
 """
 
 from __future__ import annotations
 
+import copy
 import math
-from collections.abc import Callable
-from functools import partial
 from types import MethodType
 from typing import Any
 
 import timm
 import torch
-from timm.layers import DropPath, HybridEmbed, LayerNorm2d, SwiGLUPacked
+from timm.layers import SwiGLUPacked
+from timm.models.eva import Eva
 from timm.models.vision_transformer import VisionTransformer
-from timm.models.vision_transformer_hybrid import ConvStem
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from pipeline.errors import ConfigError
+from pipeline.models.depth import set_stochastic_depth
+from pipeline.models.positions import Resampling, resample_positions
+from pipeline.models.stems import conv_stem
 from pipeline.models.tokens import Tokens
 from pipeline.settings import ModelSettings
 
@@ -32,12 +34,24 @@ class VisionTower(nn.Module):
         vit: a timm ViT with a class token, ``dynamic_img_size`` and no classifier.
         timm_name: name to give ``timm.create_model`` for the same model.
         timm_args: its keyword arguments.
+        resampling: how learned positions are fitted to a grid of another size, see
+            :func:`pipeline.models.positions.resample_positions`.
+        local_norm: whether local crops have a final norm of their own (DINOv3, arXiv 2508.10104). It belongs to the tower, not to
+            the timm model: evaluation and export never see it.
     """
 
     width: int
     patch: int
 
-    def __init__(self, vit: VisionTransformer, *, timm_name: str = "", timm_args: dict[str, Any] | None = None) -> None:
+    def __init__(
+        self,
+        vit: VisionTransformer | Eva,
+        *,
+        timm_name: str = "",
+        timm_args: dict[str, Any] | None = None,
+        resampling: Resampling = "antialias",
+        local_norm: bool = False,
+    ) -> None:
         super().__init__()
         if vit.cls_token is None or not vit.dynamic_img_size or not isinstance(vit.head, nn.Identity):
             raise ConfigError(
@@ -45,42 +59,95 @@ class VisionTower(nn.Module):
                 where=f"model.timm={timm_name!r}",
                 mend="choose a timm ViT with a class token, such as vit_small_patch16_224",
             )
+        if isinstance(vit, Eva) and (vit.rope_mixed or (vit.pos_embed is not None and resampling != "antialias")):
+            raise ConfigError(
+                "learned rotary frequencies, or resampling of learned positions in another form than timm's",
+                where=f"model.timm={timm_name!r}",
+                mend="choose a model with fixed rotary positions, and leave model.position_resampling=antialias",
+            )
         vit.forward = MethodType(_walk, vit)
         self.vit = vit
         self.timm_name, self.timm_args = timm_name, dict(timm_args or {})
         self.width = vit.embed_dim
         self.patch = int(vit.patch_embed.feat_ratio())
+        self.resampling: Resampling = resampling
         self.mask_token = nn.Parameter(torch.zeros(1, 1, vit.embed_dim))
+        self.local_norm = copy.deepcopy(vit.norm) if local_norm else None
         self.checkpointing = False
         self._fused = bool(vit.blocks[0].attn.fused_attn)
 
-    def forward(self, images: Tensor, mask: Tensor | None = None) -> Tokens:
+    def forward(self, images: Tensor, mask: Tensor | None = None, keep: Tensor | None = None, *, local: bool = False) -> Tokens:
         """Tokens of a batch of images, normalised by the final norm.
 
         Args:
             images: float ``[batch, 3, height, width]``, sides multiples of the patch.
             mask: bool ``[batch, patches]``, true where the mask token takes a patch's place, before positions are added.
+            keep: int64 ``[batch, kept]``, the only patches to go on with, once positions are added; all others are left out.
+            local: these are local crops, which are normalised by the norm for them, if the tower has one.
         """
         # torch's fused attention has no fast bf16 backward on CPUs: 118 ms a block where plain products need 10.
         fused = self._fused and not (images.device.type == "cpu" and torch.is_autocast_enabled("cpu"))
         for block in self.vit.blocks:
             block.attn.fused_attn = fused
-        x = self.vit(images, mask, self.mask_token, self.checkpointing)
+        norm = self.local_norm if local else None
+        x = self.vit(images, mask, keep, self.mask_token, self.resampling, self.checkpointing, norm)
         prefix = self.vit.num_prefix_tokens
-        return Tokens(cls=x[:, 0], registers=x[:, 1:prefix], patches=x[:, prefix:])
+        return Tokens(cls=x[:, 0], registers=x[:, 1:prefix], patches=x[:, prefix:], kept=keep)
 
 
-def _walk(vit: VisionTransformer, images: Tensor, mask: Tensor | None, mask_token: Tensor, checkpointing: bool) -> Tensor:
-    """All tokens ``[batch, prefix + patches, width]``. The model's own forward, so that an engine that cuts parameters (ZeRO 3)
-    knows when the class token and the positions are wanted."""
+def embed(
+    vit: Any, images: Tensor, mask: Tensor | None, keep: Tensor | None, mask_token: Tensor, resampling: Resampling
+) -> tuple[Tensor, dict[str, Any]]:
+    """What the first block gets: all tokens with their learned positions ``[batch, prefix + patches, width]``, and as ``rope``
+    the rotary ones ``[patches, 2 * head width]`` of a model that has such; of kept patches, each sample has its own."""
     x = vit.patch_embed(images)
     if mask is not None:
         hidden = mask.reshape(x.shape[:3]).unsqueeze(-1)
         x = torch.where(hidden, mask_token.to(x.dtype), x)
-    x = vit.norm_pre(vit.patch_drop(vit._pos_embed(x)))
+    rope: dict[str, Any] = {}
+    if isinstance(vit, Eva):
+        x, angles = vit._pos_embed(x)
+        rope = {} if angles is None else {"rope": angles}
+    elif resampling == "antialias" or vit.pos_embed is None:
+        x = vit.patch_drop(vit._pos_embed(x))
+    else:
+        x = vit.patch_drop(_positioned(vit, x, resampling))
+    if keep is not None:
+        prefix = vit.num_prefix_tokens
+        chosen = x[:, prefix:].gather(1, keep[:, :, None].expand(-1, -1, x.shape[2]))
+        x = torch.cat([x[:, :prefix], chosen], dim=1)
+        rope = {name: angles[keep].unsqueeze(1) for name, angles in rope.items()}
+    return vit.norm_pre(x), rope
+
+
+def _positioned(vit: VisionTransformer, x: Tensor, how: Resampling) -> Tensor:
+    """As timm's ``_pos_embed``, with another resampling."""
+    batch, height, width, _ = x.shape
+    own = vit.num_prefix_tokens if not vit.no_embed_class else 0
+    positions = resample_positions(vit.pos_embed, (height, width), vit.patch_embed.grid_size, prefix=own, how=how)
+    first = [token.expand(batch, -1, -1) for token in (vit.cls_token, vit.reg_token) if token is not None]
+    x = x.flatten(1, 2)
+    x = torch.cat([*first, x + positions], dim=1) if vit.no_embed_class else torch.cat([*first, x], dim=1) + positions
+    positioned: Tensor = vit.pos_drop(x)
+    return positioned
+
+
+def _walk(
+    vit: Any,
+    images: Tensor,
+    mask: Tensor | None,
+    keep: Tensor | None,
+    mask_token: Tensor,
+    resampling: Resampling,
+    checkpointing: bool,
+    norm: nn.Module | None,
+) -> Tensor:
+    """All tokens ``[batch, prefix + patches, width]``. The model's own forward, so that an engine that cuts parameters (ZeRO 3)
+    knows when the class token and the positions are wanted."""
+    x, rope = embed(vit, images, mask, keep, mask_token, resampling)
     for block in vit.blocks:
-        x = checkpoint(block, x, use_reentrant=False) if checkpointing else block(x)
-    tokens: Tensor = vit.norm(x)
+        x = checkpoint(block, x, use_reentrant=False, **rope) if checkpointing else block(x, **rope)
+    tokens: Tensor = (vit.norm if norm is None else norm)(x)
     return tokens
 
 
@@ -96,23 +163,27 @@ def build_tower(settings: ModelSettings, *, image_size: int) -> VisionTower:
     """
     name, args = _timm_call(settings, image_size)
     vit = timm.create_model(name, pretrained=False, **args)
-    for block in vit.blocks if settings.drop_path > 0 else ():
-        block.drop_path1, block.drop_path2 = DropPath(settings.drop_path), DropPath(settings.drop_path)
-    return VisionTower(vit, timm_name=name, timm_args=args)
+    if isinstance(vit, Eva) and not settings.timm:
+        _same_start(vit)
+    set_stochastic_depth(vit.blocks, settings.drop_path, settings.drop_path_mode)
+    return VisionTower(
+        vit, timm_name=name, timm_args=args, resampling=settings.position_resampling, local_norm=settings.local_norm
+    )
+
+
+def _same_start(vit: Eva) -> None:
+    """Eva scales the last matrix of each branch down with depth; DINOv3 does not."""
+    for block in vit.blocks:
+        for layer in (block.attn.proj, block.mlp.fc2):
+            nn.init.trunc_normal_(layer.weight, std=0.02)
 
 
 def _timm_call(settings: ModelSettings, image_size: int) -> tuple[str, dict[str, Any]]:
     common: dict[str, Any] = {"img_size": image_size, "num_classes": 0, "dynamic_img_size": True}
+    moved = {"shift": settings.rope_shift, "jitter": settings.rope_jitter, "rescale": settings.rope_rescale}
+    rotary = {f"rope_{name}_coords": value for name, value in moved.items() if value is not None}
     if settings.timm:
-        if not timm.is_model(settings.timm):
-            raise ConfigError(f"timm has no model {settings.timm!r}", where="model.timm", mend="see timm.list_models('vit_*')")
-        if timm.models.model_entrypoint(settings.timm).__module__ != VisionTransformer.__module__:
-            raise ConfigError(
-                f"{settings.timm!r} is no plain vision transformer",
-                where="model.timm",
-                mend="choose one of timm's vit_* models with a class token",
-            )
-        return settings.timm, common
+        return settings.timm, common | _named(settings.timm, rotary)
     width, depth, heads, patch = settings.width, settings.depth, settings.heads, settings.patch
     if width is None or depth is None or heads is None or patch is None:
         raise ConfigError(
@@ -131,39 +202,56 @@ def _timm_call(settings: ModelSettings, image_size: int) -> tuple[str, dict[str,
         "num_heads": heads,
         "mlp_ratio": settings.mlp_ratio,
         "init_values": settings.layer_scale or None,
-        "reg_tokens": settings.registers,
-        "no_embed_class": settings.registers > 0,
     }
+    hidden = 8 * math.ceil(int(width * settings.mlp_ratio * 2 / 3) / 8)  # of SwiGLU, which has three matrices for two
+    if settings.positions == "rope":
+        _check_rope(width, heads, settings.stem)
+        args |= {"num_reg_tokens": settings.registers, "rope_temperature": settings.rope_base, **rotary}
+        if settings.ffn == "swiglu":
+            args |= {"mlp_ratio": (hidden + 0.5) / width, "swiglu_mlp": True, "swiglu_align_to": 8}
+        return "vit_small_patch16_dinov3_qkvb", args
+    if rotary:
+        raise _unturned()
+    args |= {"reg_tokens": settings.registers, "no_embed_class": settings.registers > 0}
     if settings.ffn == "swiglu":
-        hidden = 8 * math.ceil(int(width * settings.mlp_ratio * 2 / 3) / 8)
-        args |= {"mlp_ratio": 2 * hidden / width, "mlp_layer": SwiGLUPacked, "act_layer": nn.SiLU}
+        args |= {"mlp_ratio": (2 * hidden + 0.5) / width, "mlp_layer": SwiGLUPacked, "act_layer": nn.SiLU}
     if settings.stem == "conv":
         args |= {"patch_size": 1, "embed_layer": conv_stem(patch, width)}
     return "vit_base_patch16_224", args
 
 
-def conv_stem(patch: int, width: int) -> Callable[..., nn.Module]:
-    """An ``embed_layer`` for timm: stride-2 3x3 convolutions, norm, GELU, down to one token a patch ("Early convolutions
-    help transformers see better", arXiv 2106.14881).
-
-    Args:
-        patch: pixels a side of a token, a power of two.
-        width: channels of a token; each earlier convolution has half the channels of the next.
-    """
-    halvings = int(math.log2(patch)) if patch > 0 else 0
-    if patch != 2**halvings or halvings < 1:
-        raise ConfigError(f"a conv stem of patch {patch}", where="model.patch", mend="choose 2, 4, 8, 16 or 32")
-    channels = tuple(width // 2 ** (halvings - i) for i in range(halvings))
-
-    def embed(**kwargs: Any) -> nn.Module:
-        stem = ConvStem(
-            depth=halvings + 1,
-            channels=(*channels, width),
-            kernel_size=(3,) * halvings + (1,),
-            stride=(2,) * halvings + (1,),
-            norm_layer=LayerNorm2d,
-            act_layer=nn.GELU,
+def _named(name: str, rotary: dict[str, float]) -> dict[str, Any]:
+    """What timm's model of this name is given besides sizes."""
+    if not timm.is_model(name):
+        raise ConfigError(f"timm has no model {name!r}", where="model.timm", mend="see timm.list_models('vit_*')")
+    module = timm.models.model_entrypoint(name).__module__
+    if module == Eva.__module__:
+        return {"global_pool": "token", **rotary}
+    if module != VisionTransformer.__module__:
+        raise ConfigError(
+            f"{name!r} is no plain vision transformer",
+            where="model.timm",
+            mend="choose one of timm's vit_* models with a class token",
         )
-        return partial(HybridEmbed, backbone=stem, proj=False)(**kwargs)
+    if rotary:
+        raise _unturned()
+    return {}
 
-    return embed
+
+def _unturned() -> ConfigError:
+    return ConfigError(
+        "rope_shift, rope_jitter and rope_rescale move rotary positions, and this tower has none",
+        where="model",
+        mend="set model.positions=rope, or leave them null",
+    )
+
+
+def _check_rope(width: int, heads: int, stem: str) -> None:
+    if width // heads % 4:
+        raise ConfigError(
+            f"heads of width {width // heads} cannot hold two axes of rotary positions",
+            where="model.heads",
+            mend="choose heads whose width is a multiple of 4",
+        )
+    if stem != "patch":
+        raise ConfigError("timm's rotary tower has no convolutional stem", where="model.stem", mend="set model.stem=patch")

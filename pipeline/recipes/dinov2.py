@@ -8,13 +8,18 @@ tokens predict the teacher's patches in the *same* crop (iBOT), and KoLeo keeps 
 from __future__ import annotations
 
 import math
-from dataclasses import replace
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 
 from pipeline import losses
 from pipeline.data.views import Augment, Batch, MaskSpec, ViewSpec
+from pipeline.errors import ConfigError
 from pipeline.methods import AugmentSettings, Dinov2Settings
 from pipeline.models.groups import ParameterGroup, parameter_groups
 from pipeline.models.heads import PrototypeHead
@@ -28,8 +33,21 @@ from pipeline.settings import Config
 BLUR = {"as_released": (0.0, 0.9, 0.5), "paper": (1.0, 0.1, 0.5), "off": (0.0, 0.0, 0.0)}
 
 
+@dataclass(frozen=True)
+class _Prepared:
+    """What the teacher has to say about a micro-batch."""
+
+    batch: Batch
+    dino: losses.Targets
+    ibot: losses.Targets
+
+
 class DINOv2(Recipe):
     """The method; see the module.
+
+    Samples meet in the targets, whose Sinkhorn or centre is that of the whole global batch: so the teacher reads all
+    micro-batches before the student reads the first, and keeps nothing of them but bottleneck features. Logits come and go in
+    pieces.
 
     Args:
         backbone: the student's tower.
@@ -49,47 +67,82 @@ class DINOv2(Recipe):
         self.teacher: Teacher = Teacher(backbone=backbone, **heads)
         if settings.targets == "centering":
             self.memory = {name: torch.zeros(settings.prototypes) for name in ("dino_center", "ibot_center")}
-        self._seen: list[tuple[Tensor, Tensor]] = []
+        self._means: dict[str, Tensor] = {}
+        self._prepared: deque[_Prepared] = deque()
+        self._watched: dict[str, Tensor] = {}
+        self._rank = torch.zeros(())
+
+    @torch.no_grad()
+    def prepare(self, batches: Sequence[Batch], step: Step) -> None:
+        """The teacher's part of a step: features of all micro-batches, then the potentials that make targets of them."""
+        self._forget()
+        backbone, *heads = self.teacher.modules.values()
+        dino_head, ibot_head = cast(PrototypeHead, heads[0]), cast(PrototypeHead, heads[-1])  # one and the same if shared
+        features, cls, patches = [], [], []
+        for batch in batches:
+            tokens = backbone(torch.cat(batch.views["global"]))
+            hidden = tokens.patches.flatten(0, 1)[batch.masks["global"].index]
+            features.append(tokens.cls[: len(tokens.cls) // 2])
+            cls.append(dino_head.units(tokens.cls))
+            patches.append(ibot_head.units(hidden))
+        self._rank = losses.effective_rank(torch.cat(features))
+        dino_matrix = dino_head.matrix(cls[0].dtype)
+        ibot_matrix = dino_matrix if ibot_head is dino_head else ibot_head.matrix(cls[0].dtype)
+        temperature = step.teacher_temperature
+        dino = self._potential("dino_center", cls, dino_matrix, temperature)
+        ibot = self._potential("ibot_center", patches, ibot_matrix, temperature)
+        for batch, c, p in zip(batches, cls, patches, strict=True):
+            dino_targets = losses.Targets(c.unflatten(0, (2, -1)), dino_matrix, dino, temperature)
+            self._prepared.append(_Prepared(batch, dino_targets, losses.Targets(p[None], ibot_matrix, ibot, temperature)))
 
     def forward(self, batch: Batch, step: Step) -> dict[str, Tensor]:
         """Terms ``dino_local``, ``dino_global``, ``ibot`` and ``koleo``."""
-        s = self.settings
-        globals_ = torch.cat(batch.views["global"])
-        crops, masks = len(globals_), batch.masks["global"]
-        dino_targets, ibot_targets = self._targets(globals_, masks.index, step.teacher_temperature)
-
-        seen = self.backbone(globals_, masks.grid)
+        if not self._prepared or self._prepared[0].batch is not batch:
+            self.prepare([batch], step)
+        s, targets, masks = self.settings, self._prepared.popleft(), batch.masks["global"]
+        seen = self.backbone(torch.cat(batch.views["global"]), masks.grid)
+        crops, samples = len(seen.cls), len(seen.cls) // 2
         cls = [seen.cls]
         if batch.views.get("local"):
             cls.append(self.backbone(torch.cat(batch.views["local"])).cls)
-        hidden = seen.patches.flatten(0, 1)[masks.index]
-        logits, patch_logits = _both(self.dino_head, self.ibot_head, torch.cat(cls), hidden)
-        student_global = logits[:crops].unflatten(0, (2, -1))
-        student_local = logits[crops:].unflatten(0, (-1, crops // 2))
+        pairings = losses.multi_crop_pairings(len(batch.views.get("local", ())))
+        each = seen.cls.new_full((samples,), 1 / (samples * sum(sum(p.targets) * (p.views[1] - p.views[0]) for p in pairings)))
 
-        local, glob = losses.multi_crop(student_global, student_local, dino_targets, s.student_temperature)
-        ibot = losses.masked_patches(patch_logits, ibot_targets, masks.weight, crops, s.student_temperature)
-        koleo = sum((losses.koleo(view) for view in seen.cls.chunk(2)), start=cls[0].new_zeros((), dtype=torch.float32))
-        self._watch(student_global, dino_targets, local + glob)
+        cross_entropy = partial(losses.prototype_cross_entropy, temperature=s.student_temperature, rows=s.logit_rows)
+
+        def dino(unit: Tensor, matrix: Tensor) -> tuple[Tensor, ...]:
+            crop_major = unit.unflatten(0, (-1, samples))
+            terms, watched = cross_entropy(crop_major, matrix, targets.dino, pairings, each, watch=True)
+            return terms, *(watched or ())
+
+        def ibot(unit: Tensor, matrix: Tensor) -> Tensor:
+            return cross_entropy(unit[None], matrix, targets.ibot, losses.SAME_VIEW, masks.weight / crops)[0]
+
+        tokens, hidden = torch.cat(cls), seen.patches.flatten(0, 1)[masks.index]
+        if self.ibot_head is not None:
+            (local, glob), *watched = self.dino_head(tokens, dino)
+            (patch,) = self.ibot_head(hidden, ibot)
+        else:
+            n, both = len(tokens), torch.cat([tokens, hidden])
+            (local, glob), *watched, (patch,) = self.dino_head(both, lambda u, m: (*dino(u[:n], m), ibot(u[n:], m)))
+        self._watch(batch, targets, (local + glob).detach(), losses.Watched(*watched))
         return {
             "dino_local": s.dino_weight * local,
             "dino_global": s.dino_weight * glob,
-            "ibot": s.ibot_weight * ibot,
-            "koleo": s.koleo_weight * koleo,
+            "ibot": s.ibot_weight * patch,
+            "koleo": s.koleo_weight * (self._koleo(seen.cls[:samples]) + self._koleo(seen.cls[samples:])),
         }
 
     def after_step(self, step: Step) -> None:
         """Moves the teacher, and the centres by the mean of what the teacher said since the last step."""
         super().after_step(step)
-        if self._seen:
-            means = (torch.stack(seen).mean(0) for seen in zip(*self._seen, strict=True))
-            for name, mean in zip(("dino_center", "ibot_center"), means, strict=True):
-                self.memory[name] = losses.moved_center(self.memory[name], mean, self.settings.center_momentum)
-            self._seen.clear()
+        for name, mean in self._means.items():
+            self.memory[name] = losses.moved_center(self.memory[name], mean, self.settings.center_momentum)
+        self._forget()
 
     def after_skip(self) -> None:
         """Forgets the skipped batch: its means may not be finite."""
-        self._seen.clear()
+        self._forget()
 
     def parameter_groups(self) -> list[ParameterGroup]:
         """Layer-wise learning rates in the tower, the prototype layers marked, vectors without weight decay."""
@@ -99,31 +152,54 @@ class DINOv2(Recipe):
         """The teacher's tower, as ``backbone``."""
         return {"backbone": self.teacher.modules["backbone"]}
 
-    @torch.no_grad()
-    def _targets(self, globals_: Tensor, index: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-        nets = self.teacher.modules
-        tokens = nets["backbone"](globals_)
-        hidden = tokens.patches.flatten(0, 1)[index]
-        cls_logits, patch_logits = _both(nets["dino_head"], nets.get("ibot_head"), tokens.cls, hidden)
+    def _forget(self) -> None:
+        self._means, self._watched = {}, {}
+        self._prepared.clear()
+
+    def _potential(self, name: str, units: list[Tensor], matrix: Tensor, temperature: float) -> Tensor:
+        """What makes targets of logits: the Sinkhorn potential of the global batch, or the centre of the batches before it."""
         if self.settings.targets == "sinkhorn":
-            rounds = self.settings.sinkhorn_iterations
-            dino = losses.sinkhorn(cls_logits, temperature, rounds)
-            return dino.unflatten(0, (2, -1)), losses.sinkhorn(patch_logits, temperature, rounds)
-        self._seen.append((losses.batch_center(cls_logits), losses.batch_center(patch_logits)))
-        dino = losses.centered_targets(cls_logits, self.memory["dino_center"], temperature)
-        return dino.unflatten(0, (2, -1)), losses.centered_targets(patch_logits, self.memory["ibot_center"], temperature)
+            pieces = partial(losses.logit_pieces, units, matrix, temperature, self.settings.logit_rows)
+            zeros = matrix.new_zeros(len(matrix), dtype=torch.float32)
+            return losses.potential_over_pieces(pieces, zeros, self.settings.sinkhorn_iterations)
+        sums = torch.stack([unit.float().sum(0) for unit in units]).sum(0)
+        mean = losses.global_mean(sums, sum(map(len, units)))  # of features: logits are linear in them
+        with torch.autocast(mean.device.type, enabled=False):
+            self._means[name] = matrix.float() @ mean
+        return -self.memory[name] / temperature
+
+    def _koleo(self, cls: Tensor) -> Tensor:
+        s = self.settings
+        spread = losses.koleo_across_ranks if s.koleo_across_ranks else losses.koleo
+        try:
+            return spread(cls, group=s.koleo_group, neighbours=s.koleo_neighbours)
+        except ValueError as error:
+            mend = f"choose a divisor of the {len(cls)} samples of a micro-batch, or recipe.koleo_across_ranks=true"
+            raise ConfigError(str(error), where="recipe.koleo_group", mend=mend) from error
 
     @torch.no_grad()
-    def _watch(self, student_global: Tensor, targets: Tensor, dino: Tensor) -> None:
-        """Signs of collapse: a loss of ln K (everything alike) or an entropy of 0 in the mean target (one prototype)."""
-        uniform = math.log(self.settings.prototypes)
-        mean_target = targets.flatten(0, 1).mean(0)
-        agree = student_global.argmax(-1) == targets.flip(0).argmax(-1)
+    def _watch(self, batch: Batch, targets: _Prepared, dino: Tensor, w: losses.Watched) -> None:
+        """Means over the step's micro-batches so far. Signs of collapse: a loss of ln K or an entropy of 1 (everything alike),
+        a mean target of one prototype, features of rank 1."""
+        uniform, rows = math.log(self.settings.prototypes), targets.dino.unit.shape[0] * targets.dino.unit.shape[1]
+        masks = batch.masks["global"]
+        seen = {
+            "entropy": w.entropy / rows / uniform,
+            "mass": w.mass / rows,
+            "agreed": w.agreed / rows,
+            "dino": dino,
+            "masked": dino.new_full((), masks.index.numel() / max(masks.grid.numel(), 1)),
+            "times": torch.ones_like(dino),
+        }
+        self._watched = {name: value + self._watched.get(name, 0.0) for name, value in seen.items()}
+        mean = {name: value / self._watched["times"] for name, value in self._watched.items()}
         self.metrics = {
-            "target_entropy": -torch.xlogy(targets, targets).sum(-1).mean() / uniform,
-            "prototype_use": -torch.xlogy(mean_target, mean_target).sum() / uniform,
-            "dino_below_uniform": uniform - dino.detach(),
-            "agreement": agree.float().mean(),
+            "target_entropy": mean["entropy"],
+            "prototype_use": -torch.xlogy(mean["mass"], mean["mass"]).sum() / uniform,
+            "dino_below_uniform": uniform - mean["dino"],
+            "agreement": mean["agreed"],
+            "masked_share": mean["masked"],
+            "feature_rank": self._rank,
         }
 
 
@@ -171,11 +247,3 @@ def _head(width: int, s: Dinov2Settings) -> PrototypeHead:
         layers=s.head_layers,
         weight_norm=s.head_norm == "weight_norm",
     )
-
-
-def _both(dino: nn.Module, ibot: nn.Module | None, cls: Tensor, patches: Tensor) -> tuple[Tensor, Tensor]:
-    """Logits of class tokens and of patches; one call where the head is shared."""
-    if ibot is not None:
-        return dino(cls), ibot(patches)
-    logits = dino(torch.cat([cls, patches]))
-    return logits[: len(cls)], logits[len(cls) :]

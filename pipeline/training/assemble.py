@@ -22,13 +22,14 @@ from pipeline.data.reader import Reader
 from pipeline.data.stream import BatchStream, StreamOptions
 from pipeline.errors import CheckpointError, ConfigError, TrainingError
 from pipeline.evaluation.online import OnlineKnn, Pictures, raw_pixels
+from pipeline.models.text import TextTower
 from pipeline.models.vision import VisionTower
 from pipeline.recipes.base import Recipe
 from pipeline.recipes.registry import build_recipe
 from pipeline.settings import Config
 from pipeline.settings import Curve as CurveSettings
 from pipeline.tracking import Journal
-from pipeline.training import schedules
+from pipeline.training import initial, schedules
 from pipeline.training.checkpoint import Checkpoints, load
 from pipeline.training.control import StopRequests
 from pipeline.training.copies import Copies
@@ -103,7 +104,7 @@ def prepare_towers(recipe: Recipe, config: Config) -> None:
         ConfigError: ``train.compile`` without the compiler that it needs on a CPU.
     """
     teachers = list(recipe.teacher.modules.values()) if recipe.teacher is not None else []
-    towers = [m for root in (recipe, *teachers) for m in root.modules() if isinstance(m, VisionTower)]
+    towers = [m for root in (recipe, *teachers) for m in root.modules() if isinstance(m, VisionTower | TextTower)]
     for tower in towers:
         tower.checkpointing = config.train.recompute
     if not config.train.compile:
@@ -111,7 +112,7 @@ def prepare_towers(recipe: Recipe, config: Config) -> None:
     if not torch.cuda.is_available() and shutil.which("g++") is None and shutil.which("c++") is None:
         raise ConfigError("there is no C++ compiler", where="train.compile", mend="install g++, or set train.compile=false")
     for tower in towers:
-        for block in tower.vit.blocks:
+        for block in tower.vit.blocks if isinstance(tower, VisionTower) else tower.blocks:
             block.compile()
 
 
@@ -137,6 +138,7 @@ class Evaluations:
             return Pictures(
                 manifest,
                 size=size,
+                normalize=recipe.views[0].normalize,
                 most=most,
                 batch=knn.batch,
                 rank=world.rank,
@@ -193,6 +195,13 @@ def assemble(
     if config.train.threads:
         torch.set_num_threads(config.train.threads)
     recipe = make_recipe(config, world.device)
+    init = resume.manifest.get("init") if resume is not None else None
+    if resume is None and (start := initial.begin(recipe, config, record=world.rank == 0)) is not None:
+        init = start.record
+        for note in start.notes:
+            watcher.say(note)
+        if journal is not None:
+            journal.tags({f"fovea.init.{key}": value for key, value in start.record.items()})
     prepare_towers(recipe, config)
     share = config.train.global_batch // world.size
     micro = config.train.micro_batch or share
@@ -285,7 +294,7 @@ def assemble(
         checkpoints=_checkpoints(config, inputs, run, world, copies),
         evaluate=evaluate,
         data_state=lambda: _data_state(inputs, ledger, world),
-        facts={**facts, "world": world.size, "torch": torch.__version__, "python": platform.python_version()},
+        facts={**facts, "init": init, "world": world.size, "torch": torch.__version__, "python": platform.python_version()},
         journal=journal,
         watcher=watcher,
         plan=make_plan(config, inputs.order, run, attempt, world.rank),

@@ -10,7 +10,17 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from pipeline.losses import batch_center, centered_targets, moved_center, sinkhorn, sinkhorn_potential
+from pipeline.losses import (
+    batch_center,
+    centered_targets,
+    global_mean,
+    koleo,
+    koleo_across_ranks,
+    moved_center,
+    sinkhorn,
+    sinkhorn_potential,
+)
+from tests.losses.test_koleo import SQUARE
 from tests.losses.test_sinkhorn import WARM, X
 
 
@@ -25,6 +35,17 @@ def _rank(rank: int, folder: str) -> None:
         "potential": sinkhorn_potential(ragged, 0.07),
         "nothing": sinkhorn(X[:0], 0.07),
         "ibot_center": moved_center(torch.zeros(3), batch_center(ragged)),
+    }
+    features = torch.tensor(SQUARE)[2 * rank : 2 * rank + 2].requires_grad_()
+    spread = koleo_across_ranks(features)
+    spread.backward()
+    assert features.grad is not None
+    out |= {
+        "koleo": spread.detach(),
+        "koleo_slope": features.grad / 2,  # an engine takes the mean over ranks
+        "koleo_pairs": koleo_across_ranks(features, group=2).detach(),
+        "koleo_two": koleo_across_ranks(features, neighbours=2).detach(),
+        "even_center": global_mean(ragged.sum(0), len(ragged)),
     }
     center = torch.zeros(3)
     for factor in (1, 2, 3):
@@ -68,3 +89,19 @@ def test_centres_follow_the_reference(ranks: list[dict[str, torch.Tensor]]) -> N
 
 def test_the_patch_centre_is_the_mean_of_rank_means(ranks: list[dict[str, torch.Tensor]]) -> None:
     torch.testing.assert_close(ranks[0]["ibot_center"], torch.tensor([0.0025, 0.016667, 0.0025]), atol=1e-6, rtol=0)
+
+
+def test_a_mean_over_rows_does_not_depend_on_where_they_are(ranks: list[dict[str, torch.Tensor]]) -> None:
+    for rank in ranks:
+        torch.testing.assert_close(rank["even_center"], torch.tensor([0.0875, 0.1, -0.0125]), atol=1e-6, rtol=0)
+
+
+def test_neighbours_are_looked_for_on_all_ranks(ranks: list[dict[str, torch.Tensor]]) -> None:
+    whole = torch.tensor(SQUARE, requires_grad=True)
+    koleo(whole).backward()
+    for rank in ranks:
+        assert float(rank["koleo"]) == pytest.approx(0.170322, abs=1e-6)
+        assert float(rank["koleo_pairs"]) == pytest.approx(-0.464074, abs=1e-6)
+        assert float(rank["koleo_two"]) == pytest.approx(-0.060233, abs=1e-6)
+    assert whole.grad is not None
+    torch.testing.assert_close(torch.cat([rank["koleo_slope"] for rank in ranks]), whole.grad)

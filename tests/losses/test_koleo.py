@@ -41,3 +41,29 @@ def test_one_feature_alone_costs_nothing() -> None:
     x = torch.ones(1, 4, requires_grad=True)
     koleo(x).backward()
     assert float(koleo(x)) == 0.0
+
+
+def test_groups_do_not_know_of_each_other() -> None:
+    x = torch.randn(12, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    parts = torch.stack([koleo(part) for part in x.split(4)])
+    torch.testing.assert_close(koleo(x, group=4), parts.mean())
+    torch.testing.assert_close(koleo(x[:4], group=4), parts[0])
+    assert abs(float(koleo(x, group=4) - koleo(x))) > 1e-2
+    assert float(koleo(torch.tensor(SQUARE), group=2)) == pytest.approx(-0.464074, abs=1e-6)
+
+
+def test_more_neighbours_push_too() -> None:
+    assert float(koleo(torch.tensor(SQUARE), neighbours=2)) == pytest.approx(-0.060233, abs=1e-6)
+    x = torch.tensor(SQUARE, dtype=torch.float64)
+    torch.testing.assert_close(koleo(x, neighbours=9), koleo(x, neighbours=3))  # no feature is its own neighbour
+    assert float(koleo(x, neighbours=3)) < 0.0
+
+
+def test_a_group_that_does_not_come_out_is_refused() -> None:
+    with pytest.raises(ValueError, match="4 features do not make groups of 3"):
+        koleo(torch.tensor(SQUARE), group=3)
+
+
+def test_permuting_the_features_changes_nothing() -> None:
+    x = torch.randn(9, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    torch.testing.assert_close(koleo(x), koleo(x[torch.randperm(9, generator=torch.Generator().manual_seed(1))]))

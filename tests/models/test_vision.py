@@ -14,6 +14,12 @@ from pipeline.models.vision import VisionTower, build_tower
 from pipeline.settings import ModelSettings
 
 TINY: dict[str, Any] = {"width": 32, "depth": 2, "heads": 2, "patch": 4}
+PATCH = {
+    "vit_small_patch14_dinov2": 14,
+    "vit_small_patch14_reg4_dinov2": 14,
+    "vit_small_patch16_dinov3": 16,
+    "vit_small_plus_patch16_dinov3_qkvb": 16,
+}
 
 
 def tiny(**changes: Any) -> VisionTower:
@@ -38,8 +44,12 @@ def spread(module: nn.Module) -> None:
         {"ffn": "swiglu"},
         {"layer_scale": None},
         {"patch": 8, "stem": "conv", "registers": 1},
+        {"positions": "rope"},
+        {"positions": "rope", "registers": 4, "ffn": "swiglu", "rope_base": 50.0, "rope_rescale": 2.0, "layer_scale": None},
+        {"drop_path": 0.5, "local_norm": True},
+        {"drop_path": 0.5, "positions": "rope"},
     ],
-    ids=["plain", "registers", "conv", "swiglu", "no_scale", "conv_registers"],
+    ids=["plain", "registers", "conv", "swiglu", "no_scale", "conv_registers", "rope", "rope_all", "depth", "rope_depth"],
 )
 def test_tokens_are_exactly_what_the_same_timm_model_gives(changes: dict[str, Any]) -> None:
     tower = tiny(**changes)
@@ -54,16 +64,24 @@ def test_tokens_are_exactly_what_the_same_timm_model_gives(changes: dict[str, An
         assert torch.equal(got, expected)
 
 
-@pytest.mark.parametrize(("name", "registers"), [("vit_small_patch14_dinov2", 0), ("vit_small_patch14_reg4_dinov2", 4)])
+@pytest.mark.parametrize(
+    ("name", "registers"),
+    [
+        ("vit_small_patch14_dinov2", 0),
+        ("vit_small_patch14_reg4_dinov2", 4),
+        ("vit_small_patch16_dinov3", 4),
+        ("vit_small_plus_patch16_dinov3_qkvb", 4),
+    ],
+)
 def test_released_architectures_are_held_unchanged(name: str, registers: int) -> None:
-    tower = build_tower(ModelSettings(timm=name, layer_scale=1e-5), image_size=28).eval()
+    tower = build_tower(ModelSettings(timm=name, drop_path=0.1), image_size=2 * PATCH[name]).eval()
     spread(tower.vit.blocks[0])
-    other = timm.create_model(name, img_size=28, num_classes=0).eval()
+    other = timm.create_model(name, img_size=2 * PATCH[name], num_classes=0, dynamic_img_size=True).eval()
     other.load_state_dict(tower.vit.state_dict(), strict=True)
-    images = torch.randn(1, 3, 28, 28)
+    images = torch.randn(1, 3, 2 * tower.patch, 2 * tower.patch)
     with torch.no_grad():
         tokens, expected = tower(images), other.forward_features(images)
-    assert (tower.width, tower.patch, tokens.registers.shape[1], tokens.patches.shape[1]) == (384, 14, registers, 4)
+    assert (tower.width, tower.patch, tokens.registers.shape[1], tokens.patches.shape[1]) == (384, PATCH[name], registers, 4)
     assert torch.equal(torch.cat([tokens.cls[:, None], tokens.registers, tokens.patches], 1), expected)
 
 
@@ -75,6 +93,37 @@ def test_a_tower_given_by_sizes_has_the_size_of_the_paper() -> None:
     with torch.device("meta"):
         swiglu = build_tower(ModelSettings(width=1024, depth=24, heads=16, patch=14, ffn="swiglu"), image_size=224)
     assert sum(p.numel() for p in swiglu.parameters()) == 303_655_168
+
+
+GIANT = ModelSettings(width=1536, depth=40, heads=24, patch=14, ffn="swiglu", registers=4)
+
+
+@pytest.mark.parametrize(
+    ("settings", "size", "parameters"),
+    [
+        (ModelSettings(width=384, depth=12, heads=6, patch=16), 224, 21_675_264),
+        (ModelSettings(width=768, depth=12, heads=12, patch=14), 518, 86_580_480),
+        (ModelSettings(width=768, depth=12, heads=12, patch=16), 224, 85_817_856),
+        (ModelSettings(width=1024, depth=24, heads=16, patch=14), 518, 304_368_640),
+        (ModelSettings(width=1024, depth=24, heads=16, patch=16), 224, 303_351_808),
+        (GIANT.model_copy(update={"registers": 0}), 224, 1_134_771_200),
+    ],
+    ids=["S16", "B14", "B16", "L14", "L16", "g14"],
+)
+def test_towers_given_by_sizes_have_as_many_parameters_as_the_reference(
+    settings: ModelSettings, size: int, parameters: int
+) -> None:
+    with torch.device("meta"):
+        assert sum(p.numel() for p in build_tower(settings, image_size=size).parameters()) == parameters
+
+
+def test_a_giant_with_registers_has_the_parameters_of_timm_and_of_the_reference_but_a_class_position() -> None:
+    with torch.device("meta"):
+        tower = build_tower(GIANT, image_size=518)
+        other = timm.create_model("vit_giant_patch14_reg4_dinov2", img_size=518, num_classes=0)
+    shapes = {name: tensor.shape for name, tensor in tower.vit.state_dict().items()}
+    assert shapes == {name: tensor.shape for name, tensor in other.state_dict().items()}
+    assert sum(p.numel() for p in tower.parameters()) == 1_136_486_912 - 1536
 
 
 def test_hidden_patches_cannot_be_seen() -> None:
@@ -111,10 +160,48 @@ def test_checkpointing_changes_memory_only() -> None:
     assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
 
 
-def test_stochastic_depth_has_one_rate_in_all_blocks() -> None:
-    tower = tiny(drop_path=0.25)
-    assert [block.drop_path1.drop_prob for block in tower.vit.blocks] == [0.25, 0.25]
-    assert tower.vit.state_dict().keys() == tiny().vit.state_dict().keys()
+def test_local_crops_have_a_norm_of_their_own_if_asked_for() -> None:
+    tower, images = tiny(local_norm=True), torch.randn(2, 3, 8, 8)
+    assert tower.local_norm is not None and torch.equal(tower(images, local=True).cls, tower(images).cls)
+    with torch.no_grad():
+        tower.local_norm.bias.add_(1.0)
+    assert torch.allclose(tower(images, local=True).cls, tower(images).cls + 1.0)
+    tower(images, local=True).cls.square().mean().backward()
+    assert tower.vit.norm.weight.grad is None and tower.local_norm.weight.grad is not None
+    assert not any("local" in name for name in tower.vit.state_dict())
+    assert torch.equal(tiny()(images, local=True).cls, tiny()(images).cls)
+
+
+def test_rotary_coordinates_move_in_training_only_and_with_the_seed() -> None:
+    tower, images = tiny(positions="rope", rope_rescale=2.0, rope_jitter=1.5, rope_shift=0.3), torch.randn(1, 3, 16, 16)
+    spread(tower)
+    with torch.no_grad():
+        still = tower(images).cls
+        assert torch.equal(still, tower(images).cls)
+        tower.train()
+        drawn = []
+        for seed in (1, 1, 2):
+            torch.manual_seed(seed)
+            drawn.append(tower(images).cls)
+    assert torch.equal(drawn[0], drawn[1]) and not torch.allclose(drawn[0], drawn[2]) and not torch.allclose(drawn[0], still)
+
+
+def test_rotary_periods_are_those_of_dinov3() -> None:
+    tower = tiny(positions="rope", width=128, heads=2)
+    periods = tower.vit.rope.periods
+    assert periods[:4].tolist() == pytest.approx([1, 1.333521, 1.778279, 2.371374], abs=1e-5)
+    assert float(periods[-1]) == pytest.approx(74.98942, abs=1e-4)
+    angles = tower.vit.rope.eval().get_embed((2, 3))
+    sine, cosine = angles.chunk(2, dim=-1)
+    assert sine[0, [1, 16]].tolist() == pytest.approx([-0.707342, 0.866025], abs=1e-5)
+    assert cosine[5, [0, 16]].tolist() == pytest.approx([-1.0, -0.5], abs=1e-5)
+
+
+def test_a_rotary_tower_starts_with_matrices_of_one_size_at_every_depth() -> None:
+    torch.manual_seed(0)
+    blocks = tiny(positions="rope", width=128, depth=4).vit.blocks
+    deviations = [float(layer.weight.detach().std()) for block in blocks for layer in (block.attn.proj, block.mlp.fc2)]
+    assert deviations == pytest.approx([0.02] * 8, rel=0.05)
 
 
 def test_no_parameter_is_a_bare_number_or_strided() -> None:
@@ -130,6 +217,12 @@ def test_no_parameter_is_a_bare_number_or_strided() -> None:
         (ModelSettings(timm="vit_smal_patch16_224"), "no model"),
         (ModelSettings(timm="resnet18"), "vit"),
         (ModelSettings(timm="vit_wee_patch16_reg1_gap_256"), "class token"),
+        (ModelSettings(**TINY, positions="rope", stem="conv"), "no convolutional stem"),
+        (ModelSettings(**(TINY | {"width": 36}), positions="rope"), "multiple of 4"),
+        (ModelSettings(**TINY, rope_rescale=2.0), "this tower has none"),
+        (ModelSettings(timm="vit_tiny_patch16_224", rope_shift=0.1), "this tower has none"),
+        (ModelSettings(timm="eva02_tiny_patch14_224", position_resampling="offset"), "antialias"),
+        (ModelSettings(timm="vit_small_patch16_rope_mixed_224"), "frequencies|class token"),
     ],
 )
 def test_what_cannot_be_built_is_refused_in_words(settings: ModelSettings, match: str) -> None:

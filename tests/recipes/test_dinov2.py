@@ -13,14 +13,17 @@ import pytest
 import torch
 from torch import Tensor
 
+from pipeline import losses
 from pipeline.data.masks import block_masks, mask_counts
 from pipeline.data.views import Batch, Masks
+from pipeline.errors import ConfigError
 from pipeline.methods import AugmentSettings, Dinov2Settings, ViewSettings
 from pipeline.models.tokens import Tokens
 from pipeline.models.vision import build_tower
 from pipeline.recipes.base import Step
 from pipeline.recipes.dinov2 import DINOv2, dinov2_views
 from pipeline.settings import ModelSettings
+from tests.losses.test_prototypes import Largest
 
 BATCH, LOCALS, K = 6, 3, 24
 SMALL = Dinov2Settings(
@@ -93,7 +96,8 @@ def test_each_network_runs_as_often_as_the_paper_says() -> None:
     for name, module in method.networks().items():
         module.register_forward_pre_hook(count(f"student {name}"))
     for name, module in method.teacher.modules.items():
-        module.register_forward_pre_hook(count(f"teacher {name}"))
+        part = module if name == "backbone" else module.mlp
+        part.register_forward_pre_hook(count(f"teacher {name}"))
     data = batch()
     method(data, STEP)
     hidden = len(data.masks["global"].index)
@@ -136,6 +140,98 @@ def test_uniform_outputs_cost_ln_k() -> None:
     assert float(terms["ibot"]) == pytest.approx(math.log(K) * masked, abs=1e-5)
     assert float(method.metrics["dino_below_uniform"]) == pytest.approx(0.0, abs=1e-5)
     assert float(method.metrics["target_entropy"]) == pytest.approx(1.0, abs=1e-5)
+
+
+def in_plain_words(method: DINOv2, data: Batch) -> dict[str, Tensor]:
+    """The method with all logits in memory at once."""
+    s, nets, hidden = method.settings, method.teacher.modules, data.masks["global"]
+    with torch.no_grad():
+        told = nets["backbone"](torch.cat(data.views["global"]))
+        said = [nets["dino_head"](told.cls), nets.get("ibot_head", nets["dino_head"])(told.patches.flatten(0, 1)[hidden.index])]
+        if s.targets == "sinkhorn":
+            dino, ibot = (losses.sinkhorn(logits, STEP.teacher_temperature) for logits in said)
+        else:
+            centers = (method.memory["dino_center"], method.memory["ibot_center"])
+            dino, ibot = (
+                losses.centered_targets(logits, center, STEP.teacher_temperature)
+                for logits, center in zip(said, centers, strict=True)
+            )
+    seen = method.backbone(torch.cat(data.views["global"]), hidden.grid)
+    small = method.dino_head(method.backbone(torch.cat(data.views["local"])).cls).unflatten(0, (LOCALS, -1))
+    large = method.dino_head(seen.cls).unflatten(0, (2, -1))
+    patches = (method.ibot_head or method.dino_head)(seen.patches.flatten(0, 1)[hidden.index])
+    local, glob = losses.multi_crop(large, small, dino.unflatten(0, (2, -1)))
+    return {
+        "dino_local": local,
+        "dino_global": glob,
+        "ibot": losses.masked_patches(patches, ibot, hidden.weight, len(seen.cls)),
+        "koleo": 0.1 * (losses.koleo(seen.cls[:BATCH]) + losses.koleo(seen.cls[BATCH:])),
+    }
+
+
+@pytest.mark.parametrize("norm", ["weight_norm", "plain"])
+@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize("targets", ["sinkhorn", "centering"])
+def test_logits_in_pieces_are_the_formulas_with_all_logits(targets: str, shared: bool, norm: str) -> None:
+    method = recipe(targets=targets, shared_heads=shared, head_norm=norm, logit_rows=5)
+    with torch.no_grad():
+        for p in method.parameters():
+            p.add_(0.05 * torch.randn_like(p))
+    method.memory = {name: torch.randn_like(center) for name, center in method.memory.items()}
+    data, weights = batch(), list(method.parameters())
+    found, expected = method(data, STEP), in_plain_words(method, data)
+    assert list(found) == list(expected)
+    for name in found:
+        torch.testing.assert_close(found[name], expected[name], rtol=2e-6, atol=1e-6)
+        slopes = (torch.autograd.grad(terms[name], weights, retain_graph=True, allow_unused=True) for terms in (found, expected))
+        for weight, *both in zip(weights, *slopes, strict=True):
+            one, other = (torch.zeros_like(weight) if x is None else x for x in both)
+            torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
+
+
+def test_no_tensor_holds_the_logits_of_all_tokens() -> None:
+    method, data = recipe(prototypes=2048, logit_rows=3), batch()
+    weights = {p.numel() for p in method.parameters()}
+    with Largest() as largest:
+        torch.stack(list(method(data, STEP).values())).sum().backward()
+    assert max(weights) <= largest.numbers <= max(3 * 2048, max(weights))
+    assert largest.numbers < 2 * BATCH * 2048
+
+
+def test_what_was_prepared_is_used_once_and_only_for_its_own_batch() -> None:
+    method, first, second = recipe(), batch(seed=1), batch(seed=2)
+    alone = float(method(second, STEP)["dino_global"].detach())
+    method.prepare([first, second], STEP)
+    method(first, STEP)
+    together = float(method(second, STEP)["dino_global"].detach())
+    assert together != alone
+    assert float(method(second, STEP)["dino_global"].detach()) == alone
+    method.prepare([first, second], STEP)
+    method.after_skip()
+    assert float(method(second, STEP)["dino_global"].detach()) == alone
+
+
+def test_metrics_are_means_over_the_steps_micro_batches() -> None:
+    method, parts = recipe(), [batch(seed=1), batch(seed=2)]
+    method.prepare(parts, STEP)
+    each = []
+    for part in parts:
+        method(part, STEP)
+        each.append({name: float(value) for name, value in method.metrics.items()})
+    method.prepare(parts[::-1], STEP)
+    method(parts[1], STEP)
+    second = {name: float(value) for name, value in method.metrics.items()}
+    for name in ("target_entropy", "agreement", "dino_below_uniform", "masked_share"):
+        assert each[1][name] == pytest.approx((each[0][name] + second[name]) / 2, abs=1e-5)
+    assert each[1]["prototype_use"] > max(each[0]["prototype_use"], second["prototype_use"])  # more samples reach more of them
+    assert each[0]["feature_rank"] == each[1]["feature_rank"] > 1.0
+    assert each[0]["masked_share"] == pytest.approx(float(parts[0].masks["global"].grid.float().mean()))
+
+
+def test_a_group_that_no_micro_batch_holds_is_refused_with_the_mend() -> None:
+    with pytest.raises(ConfigError, match="6 features do not make groups of 4") as told:
+        recipe(koleo_group=4)(batch(), STEP)
+    assert "recipe.koleo_group" in str(told.value) and "divisor of the 6 samples" in str(told.value)
 
 
 def test_weights_scale_their_own_term_only() -> None:

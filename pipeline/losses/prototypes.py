@@ -1,0 +1,223 @@
+"""Cross-entropies over prototypes whose logits are never whole in memory.
+
+DINO and iBOT compare a student with a teacher over K prototypes, up to 262144 of them, for every class token and every masked
+patch. The logits of one batch would fill gigabytes, several times over. But logits are ``unit vectors x prototypes``, and unit
+vectors are small: so only those are kept. A piece of rows at a time, the logits of teacher and student are made, the
+cross-entropy and its slope with respect to both factors of the student's are taken, and the piece is dropped. The backward pass
+only scales what was found: nothing is computed twice, and no ``[tokens, K]`` lives longer than its piece.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+NUMBERS = 2**25  # logits held at once, unless told otherwise: 128 MiB in fp32
+
+
+def rows_at_once(prototypes: int) -> int:
+    """Rows of logits that fill :data:`NUMBERS`."""
+    return max(NUMBERS // prototypes, 1)
+
+
+@dataclass(frozen=True)
+class Targets:
+    """A teacher's targets, in the few numbers they can be made from: ``softmax(unit @ matrix.T / temperature + potential)``.
+
+    Attributes:
+        unit: ``[views, n, width]``, the teacher's features before its prototypes.
+        matrix: ``[K, width]``, the teacher's prototypes.
+        potential: ``[K]`` fp32: Sinkhorn's (:func:`pipeline.losses.sinkhorn_potential`), or minus the centre over the
+            temperature.
+        temperature: the teacher's.
+    """
+
+    unit: Tensor
+    matrix: Tensor
+    potential: Tensor
+    temperature: float
+
+    def logits(self, rows: slice) -> Tensor:
+        """Scaled and shifted logits of some rows of all views, ``[views, rows, K]`` fp32: targets before their softmax."""
+        return scaled_logits(self.unit[:, rows], self.matrix, self.temperature).add_(self.potential)
+
+
+class Pairing(NamedTuple):
+    """Which student views meet which target views.
+
+    Attributes:
+        views: the student's views, first and one past the last.
+        targets: how often they meet each of the target views.
+        term: the term of the loss that this belongs to.
+    """
+
+    views: tuple[int, int]
+    targets: tuple[float, ...]
+    term: int
+
+
+class Watched(NamedTuple):
+    """Sums over the rows of a batch that tell whether targets and student are healthy; without gradient.
+
+    Attributes:
+        entropy: scalar, of each target, nats, summed over target views and rows.
+        mass: ``[K]``, the sum of all targets.
+        agreed: scalar, rows in which a student and the one target that it meets prefer the same prototype.
+    """
+
+    entropy: Tensor
+    mass: Tensor
+    agreed: Tensor
+
+
+def multi_crop_pairings(local: int) -> tuple[Pairing, ...]:
+    """DINO's pairs: two global crops meet each other's target, ``local`` crops meet both. Terms: local 0, global 1."""
+    swapped = (Pairing((0, 1), (0.0, 1.0), 1), Pairing((1, 2), (1.0, 0.0), 1))
+    return (*swapped, Pairing((2, 2 + local), (1.0, 1.0), 0)) if local else swapped
+
+
+SAME_VIEW = (Pairing((0, 1), (1.0,), 0),)
+"""iBOT's pairs: each patch meets the target of the same patch of the same crop."""
+
+
+def prototype_cross_entropy(
+    unit: Tensor,
+    matrix: Tensor,
+    targets: Targets,
+    pairings: Sequence[Pairing],
+    weight: Tensor,
+    temperature: float = 0.1,
+    *,
+    rows: int | None = None,
+    watch: bool = False,
+) -> tuple[Tensor, Watched | None]:
+    """Weighted sums of ``-sum_k target * log_softmax(unit @ matrix.T / temperature)``, one for each term.
+
+    Args:
+        unit: ``[views, n, width]``, the student's features before its prototypes; products are made in their type.
+        matrix: ``[K, width]``, the student's prototypes; its gradient is summed in fp32.
+        targets: what they are to predict, of the same ``n``; ``n`` may be 0 and may differ between ranks.
+        pairings: which views meet.
+        weight: ``[n]`` of each row.
+        temperature: the student's.
+        rows: rows of logits held at once; ``None`` takes :func:`rows_at_once`.
+        watch: whether to look at the targets' health as well.
+
+    Returns:
+        Terms ``[1 + the largest term]`` in fp32 (fp64 if the features are), and what was watched.
+    """
+    rows = rows or rows_at_once(len(matrix))
+    with torch.autocast(unit.device.type, enabled=False):
+        terms, entropy, mass, agreed = _PrototypeCrossEntropy.apply(
+            unit, matrix, targets, tuple(pairings), weight, temperature, rows, watch
+        )
+    return terms, Watched(entropy, mass, agreed) if watch else None
+
+
+def scaled_logits(unit: Tensor, matrix: Tensor, temperature: float) -> Tensor:
+    """``unit @ matrix.T / temperature``: the product in the features' type, then fp32 (fp64 if the features are)."""
+    return (unit @ matrix.to(unit.dtype).T).to(_wide(unit)).div_(temperature)
+
+
+def logit_pieces(units: Sequence[Tensor], matrix: Tensor, temperature: float, rows: int | None = None) -> Iterator[Tensor]:
+    """Logits over the temperature of all features of a batch that came in several parts, some rows at a time.
+
+    Args:
+        units: each ``[any, width]``.
+        matrix: ``[K, width]``.
+        temperature: what they are divided by.
+        rows: the most rows of a piece; ``None`` takes :func:`rows_at_once`.
+    """
+    rows = rows or rows_at_once(len(matrix))
+    with torch.autocast(matrix.device.type, enabled=False):
+        for unit in units:
+            for piece in unit.split(rows):
+                yield scaled_logits(piece, matrix, temperature)
+
+
+def _wide(x: Tensor) -> torch.dtype:
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+class _PrototypeCrossEntropy(torch.autograd.Function):
+    """The slopes are found beside the values: a second look at the logits would cost what the first did."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        unit: Tensor,
+        matrix: Tensor,
+        targets: Targets,
+        pairings: tuple[Pairing, ...],
+        weight: Tensor,
+        temperature: float,
+        rows: int,
+        watch: bool,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        wide, sloped = _wide(unit), any(ctx.needs_input_grad[:2])
+        count = 1 + max(pairing.term for pairing in pairings)
+        weight, prototypes = weight.to(wide), matrix.to(unit.dtype)
+        terms, entropy, agreed = (torch.zeros(shape, dtype=wide, device=unit.device) for shape in (count, (), ()))
+        mass = torch.zeros(len(matrix) if watch else 0, dtype=wide, device=unit.device)
+        unit_slope = torch.zeros_like(unit) if sloped else None
+        matrix_slopes = [torch.zeros_like(matrix, dtype=wide) for _ in range(count)] if sloped else []
+        most = max(max(last - first for (first, last), _, _ in pairings), targets.unit.shape[0])
+        step = max(rows // most, 1)
+        for start in range(0, unit.shape[1], step):
+            part = slice(start, start + step)
+            hidden = targets.logits(part)
+            whole = hidden.logsumexp(-1, keepdim=True)
+            wanted = hidden.sub(whole).exp_()
+            if watch:
+                entropy += whole.sum() - (wanted * hidden).sum()
+                mass += wanted.sum((0, 1))
+            del hidden
+            for (first, last), meets, term in pairings:
+                target = _mixture(wanted, meets)
+                student = unit[first:last, part]
+                logits = (student @ prototypes.T).to(wide).div_(temperature)
+                norm = logits.logsumexp(-1, keepdim=True)
+                each = sum(meets) * norm.squeeze(-1) - (logits * target).sum(-1)
+                terms[term] += (each * weight[part]).sum()
+                if watch and sum(meets) == 1.0:
+                    agreed += (logits.argmax(-1) == target.argmax(-1)).sum()
+                if unit_slope is not None:
+                    slope = logits.sub_(norm).exp_().mul_(sum(meets)).sub_(target)
+                    slope = slope.mul_((weight[part] / temperature).unsqueeze(-1)).to(unit.dtype)
+                    unit_slope[first:last, part] += slope @ prototypes
+                    matrix_slopes[term] += slope.flatten(0, 1).T @ student.flatten(0, 1)
+        if unit_slope is not None:
+            ctx.save_for_backward(unit_slope, *matrix_slopes)
+            ctx.pairings, ctx.kind = pairings, matrix.dtype
+        ctx.mark_non_differentiable(entropy, mass, agreed)
+        return terms, entropy, mass, agreed
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, upstream: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+        unit_slope, *matrix_slopes = ctx.saved_tensors
+        unit_gradient = matrix_gradient = None
+        if ctx.needs_input_grad[0]:
+            unit_gradient = torch.empty_like(unit_slope)
+            for (first, last), _, term in ctx.pairings:
+                unit_gradient[first:last] = unit_slope[first:last] * upstream[term]
+        if ctx.needs_input_grad[1]:
+            matrix_gradient = matrix_slopes[0] * upstream[0]
+            for slope, factor in zip(matrix_slopes[1:], upstream[1:], strict=True):
+                matrix_gradient.addcmul_(slope, factor)
+            matrix_gradient = matrix_gradient.to(ctx.kind)
+        return unit_gradient, matrix_gradient, *(None,) * 6
+
+
+def _mixture(targets: Tensor, meets: tuple[float, ...]) -> Tensor:
+    """``[rows, K]``: the targets of the views that are met, as often as they are met, added up."""
+    (first, times), *others = ((view, times) for view, times in enumerate(meets) if times)
+    mixed = targets[first] if times == 1.0 else targets[first] * times
+    for view, times in others:
+        mixed = mixed.add(targets[view], alpha=times)
+    return mixed

@@ -1,0 +1,71 @@
+"""Stochastic depth (arXiv 1603.09382): a block's branch is left out for some samples of a batch.
+
+Two forms. ``rows`` computes the branch for all samples and multiplies it by 0 for those drawn, each on its own. ``subset`` is
+DINOv2's: of ``b`` samples a fixed number ``s = max(floor(b * (1 - rate)), 1)`` is drawn, the branch is computed for these alone
+and added with weight ``b / s``. That saves the share of the work that is dropped, and shapes never change.
+"""
+
+from __future__ import annotations
+
+from types import MethodType
+from typing import Any, Literal
+
+import torch
+from timm.layers import DropPath
+from timm.models.eva import EvaBlock
+from timm.models.vision_transformer import Block
+from torch import Tensor, nn
+
+from pipeline.errors import ConfigError
+
+
+def kept_rows(batch: int, rate: float) -> int:
+    """How many of ``batch`` samples a branch is computed for, where ``rate`` of them are to be dropped."""
+    return max(int(batch * (1.0 - rate)), 1)
+
+
+def set_stochastic_depth(blocks: nn.Module, rate: float, mode: Literal["rows", "subset"]) -> None:
+    """Gives all blocks of a tower one rate; no parameter and no name changes.
+
+    Args:
+        blocks: timm's blocks, in a container.
+        rate: probability of leaving a branch out, 0 to below 1.
+        mode: see the module.
+
+    Raises:
+        ConfigError: ``subset`` for a kind of block that is built otherwise.
+    """
+    block: Any
+    for block in blocks.children() if rate > 0 else ():
+        if mode == "rows":
+            block.drop_path1, block.drop_path2 = DropPath(rate), DropPath(rate)
+            continue
+        if type(block) not in (Block, EvaBlock):
+            raise ConfigError(
+                f"blocks of the kind {type(block).__name__} cannot leave samples out of a branch",
+                where="model.drop_path_mode",
+                mend="set it to rows",
+            )
+        block.drop_path1, block.drop_path2 = nn.Identity(), nn.Identity()
+        block.dropped = rate
+        block.forward = MethodType(_some_rows, block)
+
+
+def _some_rows(block: Any, x: Tensor, **attention: Any) -> Tensor:
+    if not block.training:
+        whole: Tensor = type(block).forward(block, x, **attention)
+        return whole
+    scales = (block.ls1, block.ls2) if isinstance(block, Block) else (_scale(block.gamma_1), _scale(block.gamma_2))
+    batch, kept = len(x), kept_rows(len(x), block.dropped)
+
+    rows = torch.randperm(batch, device=x.device)[:kept]
+    own = {key: v[rows] if isinstance(v, Tensor) and v.ndim > 2 and len(v) == batch else v for key, v in attention.items()}
+    branch = scales[0](block.attn(block.norm1(x[rows]), **own))
+    x = x.index_add(0, rows, branch.to(x.dtype), alpha=batch / kept)
+    rows = torch.randperm(batch, device=x.device)[:kept]
+    branch = scales[1](block.mlp(block.norm2(x[rows])))
+    return x.index_add(0, rows, branch.to(x.dtype), alpha=batch / kept)
+
+
+def _scale(gamma: Tensor | None) -> Any:
+    return (lambda y: y) if gamma is None else (lambda y: gamma * y)

@@ -1,0 +1,41 @@
+"""Patch embeddings other than one convolution."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+from timm.layers import HybridEmbed, LayerNorm2d
+from timm.models.vision_transformer_hybrid import ConvStem
+from torch import nn
+
+from pipeline.errors import ConfigError
+
+
+def conv_stem(patch: int, width: int) -> Callable[..., nn.Module]:
+    """An ``embed_layer`` for timm: stride-2 3x3 convolutions, norm, GELU, down to one token a patch ("Early convolutions
+    help transformers see better", arXiv 2106.14881).
+
+    Args:
+        patch: pixels a side of a token, a power of two.
+        width: channels of a token; each earlier convolution has half the channels of the next.
+    """
+    halvings = int(math.log2(patch)) if patch > 0 else 0
+    if patch != 2**halvings or halvings < 1:
+        raise ConfigError(f"a conv stem of patch {patch}", where="model.patch", mend="choose 2, 4, 8, 16 or 32")
+    channels = tuple(width // 2 ** (halvings - i) for i in range(halvings))
+
+    def embed(**kwargs: Any) -> nn.Module:
+        stem = ConvStem(
+            depth=halvings + 1,
+            channels=(*channels, width),
+            kernel_size=(3,) * halvings + (1,),
+            stride=(2,) * halvings + (1,),
+            norm_layer=LayerNorm2d,
+            act_layer=nn.GELU,
+        )
+        return partial(HybridEmbed, backbone=stem, proj=False)(**kwargs)
+
+    return embed

@@ -1,0 +1,270 @@
+"""Where a run's first weights come from, if not from chance: ``init_from``. How stages follow one another.
+
+Read once, at step 0 of a fresh run, on every rank, before an engine cuts anything; a resumed run never looks there. What was
+taken is written into the manifest of every checkpoint that follows (``init``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from pipeline.errors import CheckpointError, ConfigError
+from pipeline.models.released import compare, fit, unwrapped
+from pipeline.models.vision import VisionTower
+from pipeline.recipes.base import Recipe
+from pipeline.sections import InitSettings
+from pipeline.settings import Config
+from pipeline.training import saved
+from pipeline.training.checkpoint import read_student, read_teacher
+from pipeline.training.saved import Saved
+
+_FILES = (".safetensors", ".pth", ".pt", ".bin")
+
+
+@dataclass(frozen=True)
+class Source:
+    """What ``init_from.source`` names.
+
+    Attributes:
+        name: as it was given.
+        kind: a checkpoint of ours, a file of weights, or a name of timm's.
+        path: the checkpoint's directory or the file.
+        saved: the checkpoint.
+    """
+
+    name: str
+    kind: Literal["checkpoint", "file", "timm"]
+    path: Path | None = None
+    saved: Saved | None = None
+
+    def record(self) -> dict[str, Any]:
+        """What is kept of it in manifests: where it lay, and a digest that no other has."""
+        facts: dict[str, Any] = {"source": self.name, "kind": self.kind}
+        if self.saved is not None:
+            facts |= {"path": str(self.saved.path.resolve()), "id": self.saved.id, "step": self.saved.step}
+        elif self.path is not None:
+            facts |= {"path": str(self.path.resolve()), "blake2b": saved.entry(self.path)["blake2b"]}
+        return facts
+
+
+@dataclass(frozen=True)
+class Start:
+    """What a fresh run began with.
+
+    Attributes:
+        record: for the manifest.
+        notes: sentences worth saying, what was not taken as it stood among them.
+    """
+
+    record: dict[str, Any]
+    notes: tuple[str, ...] = field(default=())
+
+
+def find(name: str) -> Source:
+    """Looks at what a source is, reading no weights.
+
+    Raises:
+        CheckpointError: nothing is there, or nothing that holds weights.
+    """
+    if name.startswith("timm:"):
+        return Source(name, "timm")
+    path = Path(name)
+    if "://" in name or not path.exists():
+        raise CheckpointError(
+            "weights are read from this machine's files only" if "://" in name else "there is no such file or directory",
+            where=f"init_from.source={name}",
+            mend="download them first and give their path" if "://" in name else "give a run, a checkpoint or a file of weights",
+        )
+    if path.is_file():
+        if path.suffix in _FILES:
+            return Source(name, "file", path)
+    elif (path / saved.MANIFEST).exists():
+        return Source(name, "checkpoint", path, saved.read(path))
+    else:
+        folder = path / "checkpoints" if (path / "checkpoints").is_dir() else path
+        newest, _ = saved.newest(folder)
+        if newest is not None:
+            return Source(name, "checkpoint", newest.path, newest)
+    raise CheckpointError(
+        "this is neither a run with checkpoints, nor a checkpoint, nor a file of weights",
+        where=f"init_from.source={name}",
+        mend=f"give a run's directory, one of its checkpoints/step_…, or a file that ends in {', '.join(_FILES)}",
+    )
+
+
+def check(config: Config) -> None:
+    """Refuses, without ranks and without reading weights, what :func:`begin` would refuse.
+
+    Raises:
+        CheckpointError: the source is missing or damaged, or its names or shapes do not fit the settings.
+    """
+    if config.init_from.source is None:
+        return
+    from pipeline.recipes.registry import build_recipe
+
+    source = find(config.init_from.source)
+    if source.saved is not None:
+        saved.verify(source.saved)
+    with torch.device("meta"):
+        recipe = build_recipe(config)
+    _matched(recipe, source, config.init_from, shapes_only=True)
+
+
+@torch.no_grad()
+def begin(recipe: Recipe, config: Config, *, record: bool = True) -> Start | None:
+    """Fills the student with the weights that ``init_from`` names, and makes the teacher its equal.
+
+    Args:
+        recipe: the method with its random weights, whole, before an engine has it.
+        config: the settings.
+        record: whether to take the source's digest, which one rank may do for all.
+
+    Returns:
+        What was taken, or ``None`` if the settings name no source.
+
+    Raises:
+        CheckpointError: as :func:`check`.
+    """
+    if config.init_from.source is None:
+        return None
+    source = find(config.init_from.source)
+    weights, notes = _matched(recipe, source, config.init_from, shapes_only=False)
+    parameters = dict(recipe.named_parameters())
+    for name, tensor in weights.items():
+        parameters[name].copy_(tensor)
+    if recipe.teacher is not None:
+        recipe.teacher.reset()
+    network = f"{config.init_from.network} of " if source.kind == "checkpoint" else ""
+    step = f" (step {source.saved.step})" if source.saved is not None else ""
+    taken = f"starting from the {network}{source.path or source.name}{step}: {len(weights)} tensors"
+    facts = source.record() | {"network": config.init_from.network, "heads": config.init_from.heads} if record else {}
+    return Start(facts, (taken, *notes))
+
+
+def student_tower(recipe: Recipe) -> tuple[str, VisionTower]:
+    """Name and module of the tower that a method trains; ``backbone`` if it trains several.
+
+    Raises:
+        ConfigError: it has none, or several of other names.
+    """
+    towers = {
+        name: module
+        for name, module in recipe.named_modules()
+        if isinstance(module, VisionTower) and (name == "backbone" or any(p.requires_grad for p in module.parameters()))
+    }
+    name = "backbone" if "backbone" in towers else next(iter(towers), "")
+    if not towers or (len(towers) > 1 and name != "backbone"):
+        raise ConfigError(
+            f"the method trains {len(towers)} vision towers ({', '.join(towers)})",
+            where="init_from.source",
+            mend="set it to null",
+        )
+    return name, towers[name]
+
+
+def _matched(recipe: Recipe, source: Source, settings: InitSettings, *, shapes_only: bool) -> tuple[dict[str, Tensor], list[str]]:
+    """Weights by the recipe's names, and notes."""
+    name, tower = student_tower(recipe)
+    notes: list[str] = []
+    rest: dict[str, Tensor] = {}
+    if source.saved is not None:
+        state, rest = _split(_ours(source.saved, settings.network, shapes_only), source)
+    else:
+        if settings.heads:
+            raise CheckpointError(
+                "only checkpoints of fovea hold heads", where=f"init_from.source={source.name}", mend="set init_from.heads=false"
+            )
+        loaded = _of_timm(source) if source.kind == "timm" else _of_file(source.path or Path(source.name), shapes_only)
+        state, notes = unwrapped(loaded)
+    fitted = fit(state, tower, where=f"init_from.source={source.name}")
+    weights = {f"{name}.{inner}": tensor for inner, tensor in fitted.weights.items()}
+    if settings.heads:
+        own = {n: tuple(p.shape) for n, p in recipe.named_parameters() if p.requires_grad and not n.startswith(f"{name}.")}
+        buffers = dict(recipe.named_buffers())
+        rest = {n: t for n, t in rest.items() if n not in buffers}
+        compare(own, {n: tuple(t.shape) for n, t in rest.items()}, where=f"init_from.source={source.name}, heads")
+        weights |= rest
+    return weights, [*notes, *fitted.notes]
+
+
+def _split(state: dict[str, Tensor], source: Source) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """The tower's tensors of one of our checkpoints, without its name, and all others."""
+    names = sorted({name.split(".vit.")[0] for name in state if ".vit." in name})
+    tower = "backbone" if "backbone" in names else names[0] if len(names) == 1 else None
+    if tower is None:
+        raise CheckpointError(
+            f"the checkpoint holds {len(names)} vision towers", where=f"init_from.source={source.name}", mend="name another"
+        )
+    inside = {name.removeprefix(f"{tower}."): tensor for name, tensor in state.items() if name.startswith(f"{tower}.")}
+    return inside, {name: tensor for name, tensor in state.items() if not name.startswith(f"{tower}.")}
+
+
+def _ours(found: Saved, network: str, shapes_only: bool) -> dict[str, Tensor]:
+    read = read_teacher if network == "teacher" else read_student
+    state = _shapes(found, network) if shapes_only else dict(read(found))
+    if not state:
+        raise CheckpointError(
+            f"the checkpoint holds no {network}", where=str(found.path), mend="set init_from.network=student, or name another"
+        )
+    return state
+
+
+def _shapes(found: Saved, network: str) -> dict[str, Tensor]:
+    """Tensors without content for all that :func:`_ours` would read."""
+    kinds = ("teacher/",) if network == "teacher" else ("master/", "frozen/")
+    shapes: dict[str, list[int]] = {}
+    for path in sorted(found.path.glob("*.safetensors")):
+        with safe_open(path, framework="pt") as file:
+            for key in file.keys():  # noqa: SIM118 - not a dict
+                kind, _, name = key.partition("/")
+                if f"{kind}/" in kinds:
+                    shapes[name] = found.manifest["shapes"].get(name) or file.get_slice(key).get_shape()
+    return {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
+
+
+def _of_file(path: Path, shapes_only: bool) -> Mapping[str, Any]:
+    device = "meta" if shapes_only else "cpu"
+    try:
+        if path.suffix == ".safetensors":
+            with safe_open(path, framework="pt") as file:
+                if shapes_only:
+                    return {k: torch.empty(file.get_slice(k).get_shape(), device="meta") for k in file.keys()}  # noqa: SIM118
+                return {k: file.get_tensor(k) for k in file.keys()}  # noqa: SIM118
+        state: Any = torch.load(path, map_location=device, weights_only=True)
+    except (OSError, RuntimeError, ValueError, EOFError, SafetensorError, ImportError) as error:
+        raise CheckpointError(
+            f"it cannot be read as tensors ({str(error).partition(chr(10))[0]})",
+            where=str(path),
+            mend="download it again, or name another",
+        ) from error
+    if not isinstance(state, Mapping):
+        raise CheckpointError("it holds no tensors by name", where=str(path), mend="give a state dict")
+    return state
+
+
+def _of_timm(source: Source) -> dict[str, Tensor]:
+    import timm
+
+    name = source.name.removeprefix("timm:")
+    if not timm.is_model(name) or not timm.is_model_pretrained(name):
+        raise CheckpointError(
+            f"timm has no weights for {name!r}",
+            where=f"init_from.source={source.name}",
+            mend="see timm.list_models(pretrained=True), or give a file",
+        )
+    try:
+        state: dict[str, Tensor] = timm.create_model(name, pretrained=True, num_classes=0).state_dict()
+    except (OSError, RuntimeError) as error:
+        raise CheckpointError(
+            f"timm cannot fetch the weights of {name!r} ({str(error).partition(chr(10))[0]})",
+            where=f"init_from.source={source.name}",
+            mend="download them where there is a network and give the file's path, or set HF_HOME to a folder that holds them",
+        ) from error
+    return state
