@@ -46,6 +46,7 @@ class Attendant:
         self._step: subprocess.Popen[bytes] | None = None
         self._signals: list[int] = []
         self._limit = float("inf")
+        self._everywhere = False
 
     def attend(self) -> int:
         """The whole attempt; returns the batch script's exit code."""
@@ -97,6 +98,7 @@ class Attendant:
             before=before,
             after=record.saved_step(self.run),
             bad_nodes=bad,
+            everywhere=self._everywhere,
         )
         decision = decide(end, [row for row in record.endings(self.run) if row.get("attempt") != self.attempt], budgets)
         self.run.note(
@@ -142,9 +144,7 @@ class Attendant:
                 bad[node] = f"preflight did not answer in {settings['seconds']:.0f} s"
             elif answers[node].get("problems"):
                 bad[node] = "; ".join(answers[node]["problems"])
-        if len(bad) == len(expected) > 1:  # what is wrong everywhere is no machine's fault
-            same = set(bad.values())
-            self._say(f"preflight finds every node at fault: {'; '.join(sorted(same))}")
+        self._everywhere = len(bad) == len(expected) > 1
         for node, why in bad.items():
             self._say(f"preflight: {node}: {why}")
         return bad

@@ -46,6 +46,7 @@ class Ending:
         hung: whether the attendant ended it because no rank showed a pulse.
         before, after: step of the newest checkpoint at its start and now; -1 for none.
         bad_nodes: nodes that preflight refused, with the reasons.
+        everywhere: whether preflight refused all of several nodes: then it is no machine's fault.
         lost_node: whether Slurm took a node away.
     """
 
@@ -57,6 +58,7 @@ class Ending:
     before: int = -1
     after: int = -1
     bad_nodes: Mapping[str, str] = field(default_factory=dict)
+    everywhere: bool = False
     lost_node: bool = False
 
 
@@ -80,11 +82,13 @@ class Decision:
 
 def cause_of(end: Ending) -> tuple[str, str]:
     """One word for what ended an attempt, and the sentence."""
+    if end.bad_nodes and end.everywhere:
+        return "refused", f"every node is at fault: {'; '.join(sorted(set(end.bad_nodes.values())))}"
     if end.bad_nodes:
         return "node", "; ".join(f"{node}: {why}" for node, why in end.bad_nodes.items())
     stop = str(end.outcome.get("stop")) if end.outcome is not None else ""
     # When one rank fails, Slurm tells the others to end; that they managed to save is no preemption.
-    echo = stop.startswith("SIG") and end.failure is not None and not end.told
+    echo = stop.startswith("SIG") and not end.told and (end.failure is not None or end.code != 0)
     if end.outcome is not None and not echo:
         if stop == "FINISHED":
             return "finished", f"all {end.outcome.get('steps')} steps are done"

@@ -140,7 +140,9 @@ def status(run: RunDirectory) -> Status:
     outcome = record.read(run.path / "outcome.json")
     if over:
         state, why = str(over["state"]), str(over["why"])
-    elif any(job.state in ("RUNNING", "COMPLETING") for job in jobs) or (not jobs and age is not None and age < 30):
+    elif any(job.state in ("RUNNING", "COMPLETING") for job in jobs) or (
+        not jobs and not record.job(run) and age is not None and age < 30
+    ):
         state = "running"
         why = f"on {jobs[0].nodes}, {jobs[0].left} left of this attempt" if jobs else "on this machine"
     elif jobs:

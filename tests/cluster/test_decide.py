@@ -43,6 +43,8 @@ def row(cause: str, before: int = 0, after: int = 1, why: str = "") -> dict[str,
         (Ending(code=2, failure=failed("Rendezvous", "address in use"), after=6), [], "requeue", "rendezvous"),
         (Ending(code=1, failure=failed("RuntimeError", "uncorrectable ECC error", node="n7"), after=6), [], "requeue", "node"),
         (Ending(bad_nodes={"n2": "7 GPUs answer of 8 wanted"}), [], "requeue", "node"),
+        (Ending(bad_nodes={"n1": "no disk", "n2": "no disk"}, everywhere=True), [], "fail", "refused"),
+        (Ending(code=137, outcome=done("SIGTERM"), before=0, after=6), [], "requeue", "crash"),
         (Ending(lost_node=True, before=0, after=6), [], "requeue", "node"),
     ],
 )  # fmt: skip

@@ -205,7 +205,7 @@ def test_a_node_that_is_lost_costs_no_more_than_what_was_not_saved(slurm: Cluste
     reach(run, 6)
     slurm.call("scontrol", "update", "nodename=n1", "state=down", "reason=test")
     time.sleep(1)
-    slurm.call("scontrol", "update", "nodename=n1", "state=resume")
+    slurm.call("scontrol", "update", "nodename=n1", "state=resume", check=False)  # refused if it came back by itself
     assert verdict(run, 120)["state"] == "finished"
     assert causes(run)[0] in ("node", "preempted") and causes(run)[-1] == "finished"
     assert record.endings(run)[0]["after"] >= 4
@@ -223,8 +223,8 @@ def test_where_preempted_jobs_are_cancelled_a_successor_takes_over(slurm: Cluste
         time.sleep(0.5)
 
 
-def test_a_person_stops_and_resumes(slurm: Cluster, start: Start, tmp_path: Path) -> None:
-    run, job = start(steps=40)
+def test_a_person_stops_and_resumes(slurm: Cluster, start: Start) -> None:
+    run, job = start(steps=300)
     reach(run, 5)
 
     def fovea(*words: str) -> str:
@@ -237,16 +237,16 @@ def test_a_person_stops_and_resumes(slurm: Cluster, start: Start, tmp_path: Path
     assert verdict(run)["state"] == "stopped"
     slurm.wait(job, "COMPLETED")
     assert "stopped" in fovea("status", str(run.path)) and "rank 0" in fovea("logs", str(run.path))
-    start(steps=40)
+    start(steps=300, seconds=0.01)
     assert verdict(run)["state"] == "finished"
     assert causes(run) == ["stopped", "finished"]
 
 
-def test_a_node_that_preflight_refuses_is_kept_away_from(start: Start) -> None:
-    run, _ = start(nodes=2, preflight={"disk_gb": 1e9}, budgets={"node": 1})
+def test_what_preflight_finds_on_every_node_is_told_and_no_node_is_blamed(start: Start) -> None:
+    run, _ = start(preflight={"disk_gb": 1e9})
     found = verdict(run)
     assert found["state"] == "failed" and "free of 1e+09 wanted" in found["why"]
-    assert set(record.excluded(run)) == {"n1", "n2"}
+    assert not record.excluded(run) and not list(run.logs(0).glob("rank-*.log"))
 
 
 def test_a_killed_attendant_is_accounted_for(slurm: Cluster, start: Start) -> None:
