@@ -2,5 +2,6 @@
 
 from pipeline.methods.base import RECIPES, AugmentSettings, RecipeSettings, ViewSettings, register
 from pipeline.methods.dinov2 import Dinov2Settings
+from pipeline.methods.distill import DistillSettings
 
-__all__ = ["RECIPES", "AugmentSettings", "Dinov2Settings", "RecipeSettings", "ViewSettings", "register"]
+__all__ = ["RECIPES", "AugmentSettings", "Dinov2Settings", "DistillSettings", "RecipeSettings", "ViewSettings", "register"]

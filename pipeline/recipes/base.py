@@ -93,8 +93,8 @@ class Recipe(nn.Module, ABC):
         """Drops what ``forward`` kept for :meth:`after_step`. Called instead of it when a step was not applied."""
 
     def networks(self) -> dict[str, nn.Module]:
-        """Sub-networks by name, each clipped by its own gradient norm."""
-        return dict(self.named_children())
+        """Sub-networks that are trained, by name, each clipped by its own gradient norm."""
+        return {name: m for name, m in self.named_children() if any(p.requires_grad for p in m.parameters())}
 
     @abstractmethod
     def parameter_groups(self) -> list[ParameterGroup]:
