@@ -21,6 +21,7 @@ TOWERS = {
     "dinov2/vits16_node": 21_675_264,
     "dinov2/vits16_evening": 21_675_264,
     "dinov2/vitb16_node": 85_817_856,
+    "dinov2/distill_vits14": 22_056_576 - (37 * 37 - 16 * 16) * 384,
     "dinov2/vitl14_hires": 303_655_168 + (37 * 37 - 16 * 16) * 1024,  # positions of a grid of 37
 }
 # Parameters of its heads, the class tokens' first.
@@ -66,6 +67,15 @@ def test_the_tower_has_the_parameters_of_the_reference(name: str) -> None:
 def test_the_heads_have_the_parameters_of_the_reference(name: str) -> None:
     networks = built(name).networks()
     assert [size(module) for part, module in networks.items() if part.endswith("head")] == HEADS[name]
+
+
+def test_the_frozen_teacher_of_distillation_is_the_giant_with_its_heads() -> None:
+    frozen = dict(built("dinov2/distill_vits14").named_children())["judge"]
+    assert {name: size(network) for name, network in frozen.named_children()} == {
+        "backbone": TOWERS["dinov2/vitg14"],
+        "dino_head": HEADS["dinov2/vitg14"][0],
+        "ibot_head": HEADS["dinov2/vitg14"][1],
+    }
 
 
 def test_dinov3s_tower_is_timms_without_registers() -> None:

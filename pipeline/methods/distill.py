@@ -7,7 +7,7 @@ from typing import Literal
 from pydantic import Field
 from typing_extensions import override
 
-from pipeline.fields import Positive, Probability, ShareRange
+from pipeline.fields import Probability, ShareRange
 from pipeline.methods.base import register
 from pipeline.methods.dinov2 import Dinov2Settings
 from pipeline.sections import ModelSettings
@@ -24,7 +24,6 @@ class DistillSettings(Dinov2Settings):
     judge_from: str = Field(min_length=1, description="run or checkpoint of fovea whose teacher is frozen here, heads and all")
     mask_probability: Probability = Field(default=1.0, ge=1.0, description="1: the patches of all global crops are compared")
     mask_ratio: ShareRange = Field(default=(1.0, 1.0), description="[1, 1]: all their patches, and none is hidden")
-    koleo_weight: Positive = Field(default=0.1, description="weight of the spreading term")
 
     @property
     @override
