@@ -28,6 +28,7 @@ from pipeline.models.vision import VisionTower, build_tower
 from pipeline.recipes.base import Recipe, Step
 from pipeline.recipes.frozen import Frozen
 from pipeline.recipes.teacher import Teacher
+from pipeline.recipes.vitals import Vitals, remedy_of_distillation
 from pipeline.settings import Config
 
 # Probability of blur for the first global, the second global and the local crops. The public weights were trained with the
@@ -73,6 +74,20 @@ class DINOv2(Recipe):
                 "ibot_center": torch.zeros(_patch_prototypes(settings)),
             }
         self.gram = Frozen(backbone=copy.deepcopy(backbone)) if settings.gram_weight else None
+        self.vitals = Vitals(
+            guess=math.log(settings.prototypes),
+            entropy="target_entropy",
+            use="prototype_use",
+            below_guess="dino_below_uniform",
+            rank="feature_rank",
+            agreement="agreement",
+            remedy=remedy_of_distillation(
+                settings.student_temperature,
+                centred=settings.targets == "centering",
+                center_momentum=settings.center_momentum,
+                koleo=settings.koleo_weight,
+            ),
+        )
         self._means: dict[str, Tensor] = {}
         self._prepared: deque[_Prepared] = deque()
         self._watched: dict[str, Tensor] = {}

@@ -29,6 +29,7 @@ from pipeline.settings import Config
 from pipeline.settings import Curve as CurveSettings
 from pipeline.tracking import Journal
 from pipeline.training import initial, schedules
+from pipeline.training.alarms import Alarms
 from pipeline.training.checkpoint import Checkpoints, load
 from pipeline.training.control import StopRequests
 from pipeline.training.copies import Copies
@@ -302,6 +303,7 @@ def assemble(
         phases=Phases(world, watchdog, _peak(config, world.device), count=not config.train.compile),
         left_out=LeftOut(run.path / "left_out.json"),
         go_back=go_back,
+        alarms=Alarms(recipe.vitals),
         progress=progress,
     )
 
