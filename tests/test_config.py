@@ -441,9 +441,12 @@ def test_every_folder_of_configs_is_installed_with_the_package() -> None:
 
 
 def test_every_section_is_a_strict_settings_class() -> None:
-    tree = ast.parse((ROOT / "pipeline" / "settings.py").read_text())
-    names = [node.name for node in tree.body if isinstance(node, ast.ClassDef) and node.name.endswith("Settings")]
-    assert len(names) > 10 and all(issubclass(getattr(__import__("pipeline.settings", fromlist=[n]), n), Settings) for n in names)
+    found = []
+    for module in ("settings", "sections"):
+        tree = ast.parse((ROOT / "pipeline" / f"{module}.py").read_text())
+        names = [node.name for node in tree.body if isinstance(node, ast.ClassDef) and node.name.endswith("Settings")]
+        found += [getattr(__import__(f"pipeline.{module}", fromlist=[name]), name) for name in names]
+    assert len(found) > 14 and all(issubclass(section, Settings) for section in found)
 
 
 TWO = "[{name: a, shards: /x/a-*.tar, weight: 2}, {name: b, shards: [b.tar, c.tar], weight: 1e-4}]"

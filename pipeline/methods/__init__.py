@@ -3,6 +3,7 @@
 from pipeline.methods.base import RECIPES, AugmentSettings, RecipeSettings, ViewSettings, register
 from pipeline.methods.clip import ClipSettings, ContrastiveSettings, TextSettings
 from pipeline.methods.dinov2 import Dinov2Settings
+from pipeline.methods.distill import DistillSettings
 
 __all__ = [
     "RECIPES",
@@ -10,6 +11,7 @@ __all__ = [
     "ClipSettings",
     "ContrastiveSettings",
     "Dinov2Settings",
+    "DistillSettings",
     "RecipeSettings",
     "TextSettings",
     "ViewSettings",
