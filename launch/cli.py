@@ -15,6 +15,8 @@ from rich.markup import escape
 from launch import shards
 from launch.bench import app as bench
 from launch.checkpoint import app as checkpoint
+from launch.cluster import commands as cluster
+from launch.track import app as track
 from pipeline.errors import ConfigError, FoveaError
 
 if TYPE_CHECKING:
@@ -37,6 +39,8 @@ app.add_typer(shards.app, name="shards")
 app.add_typer(config, name="config")
 app.add_typer(bench, name="bench")
 app.add_typer(checkpoint, name="checkpoint")
+app.add_typer(track, name="track")
+cluster.enter(app)
 
 ConfigArgument = shards.ConfigArgument
 Overrides = shards.Overrides
@@ -111,19 +115,34 @@ def demo(
 def evaluate(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="A run's directory.")],
     overrides: Overrides = None,
+    zeroshot: Annotated[
+        Path | None, typer.Option(metavar="CLASSES", help="Zero-shot classification: a file with one class name a line.")
+    ] = None,
+    templates: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Sentences with {} for --zeroshot, one a line; SLIP's seven if not given.")
+    ] = None,
+    retrieval: Annotated[bool, typer.Option(help="Find captions by pictures and pictures by captions.")] = False,
 ) -> None:
     """Judge the weights of a run's newest checkpoint: k-NN, beside the untrained network and raw pixels.
+
+    Of a method that reads captions, zero-shot classification and retrieval on the validation shards instead, if asked for.
 
     [b]Examples[/b]
 
     fovea eval runs/cifar10_vit_tiny
 
     fovea eval runs/cifar10_vit_tiny evaluation.knn.k='[5, 10, 20]'
+
+    fovea eval runs/clip_cifar10 --zeroshot classes.txt --retrieval
     """
     resolved = run / "config.yaml"
     if not resolved.is_file():
         raise ConfigError("is no run's directory", where=str(run), mend="It should hold the config.yaml that a training wrote.")
     loaded = _load(str(resolved), overrides)
+    if zeroshot is not None or retrieval:
+        from launch.pairs import run as compare
+
+        raise typer.Exit(compare(run, loaded, classes=zeroshot, templates=templates, retrieval=retrieval))
     from launch.evaluate import run as judge
 
     raise typer.Exit(judge(run, loaded))

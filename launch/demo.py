@@ -19,7 +19,7 @@ from launch.train import gpus
 from launch.watch import clock
 from pipeline.config import Loaded, load
 from pipeline.data import scenes
-from pipeline.errors import DataError, LaunchError
+from pipeline.errors import ConfigError, DataError, LaunchError
 from pipeline.settings import Config
 
 TRAIN, VALIDATION, SIZE = 8000, 1000, 64
@@ -173,6 +173,12 @@ def run(*, minutes: float, method: str, data: str | None, directory: Path, val: 
     Raises:
         FoveaError: whatever goes wrong, in a sentence.
     """
+    if method not in _CONFIGS:
+        raise ConfigError(
+            f"there is no demo of {method}",
+            where="--method",
+            mend=f"Choose of {', '.join(_CONFIGS)}; all others train with `fovea train`.",
+        )
     begin = time.monotonic()
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     ranks = gpus() or 2

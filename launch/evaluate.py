@@ -1,6 +1,7 @@
 """``fovea eval``: what the weights of a run's newest checkpoint are worth, judged by the very code that judges while training.
 
-The trained teacher stands beside the same network as it was before the first step, and beside the pixels themselves.
+The trained network (the teacher, where the method has one) stands beside the same network as it was before the first step, and
+beside the pixels themselves.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ import contextlib
 import secrets
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,11 +31,11 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from pipeline.data.manifest import Manifest
-    from pipeline.data.views import Batch
+    from pipeline.data.views import Batch, Normalize
     from pipeline.recipes.base import Recipe
     from pipeline.training.distributed import World
 
-SOURCES = {"trained": "trained teacher", "untrained": "same network, untrained", "pixels": "raw pixels"}
+SOURCES = {"trained": "trained network", "untrained": "same network, untrained", "pixels": "raw pixels"}
 """What is judged, by the names of :func:`scores`, in words."""
 _METRICS = {"knn": "trained", "untrained": "untrained", "pixels": "pixels"}
 
@@ -57,8 +58,8 @@ def newest(run: Path) -> Saved:
     return found
 
 
-def load_teacher(config: Config, saved: Saved, device: torch.device) -> Recipe:
-    """The method with the teacher of a checkpoint; its student keeps the initial weights.
+def load_trained(config: Config, saved: Saved, device: torch.device) -> Recipe:
+    """The method with the networks of a checkpoint that are worth judging; a student whose teacher is judged stays as it began.
 
     Args:
         config: the run's settings.
@@ -66,38 +67,51 @@ def load_teacher(config: Config, saved: Saved, device: torch.device) -> Recipe:
         device: where the networks go.
 
     Raises:
-        CheckpointError: the checkpoint holds another architecture, or the method keeps no teacher.
+        CheckpointError: the checkpoint holds another architecture.
     """
     from pipeline.training.assemble import make_recipe
 
     recipe = make_recipe(config, device)
-    fill_teacher(recipe, saved)
+    fill_trained(recipe, saved)
     return recipe
 
 
-def fill_teacher(recipe: Recipe, saved: Saved) -> None:
-    """Put the teacher of a checkpoint into a method, strictly.
+def fill_trained(recipe: Recipe, saved: Saved) -> None:
+    """Put the weights of a checkpoint into a method, strictly: its teacher's, and the student's where it exports those.
 
     Raises:
-        CheckpointError: names or shapes differ, or the method keeps no teacher.
+        CheckpointError: names or shapes differ.
     """
-    from pipeline.training.checkpoint import read_teacher
+    import torch
 
-    if recipe.teacher is None:
-        raise CheckpointError("the method keeps no teacher to judge", where="recipe.name", mend="Evaluate a method that has one.")
-    # Shapes come first, so that a checkpoint of a larger network is refused before its gigabytes are read.
-    own = {name: list(tensor.shape) for name, tensor in recipe.teacher.named_parameters()}
-    theirs = {name: shape for name, shape in saved.manifest["shapes"].items() if name in own}
-    wrong = [name for name in own if name in theirs and theirs[name] != own[name]] or sorted(own.keys() - theirs.keys())
+    from pipeline.training.checkpoint import read_student, read_teacher
+
+    exported = {id(p) for module in recipe.export().values() for p in module.parameters()}
+    student = dict(recipe.named_parameters())
+    trainable = {name for name, p in student.items() if p.requires_grad}
+    if recipe.teacher is not None:
+        _fitting(dict(recipe.teacher.named_parameters()), trainable, saved, "teacher's")
+        recipe.teacher.load_state_dict(dict(read_teacher(saved)))
+    if any(id(p) in exported for p in student.values()):
+        _fitting(student, trainable, saved, "student's")
+        with torch.no_grad():
+            for name, tensor in read_student(saved):
+                student[name].copy_(tensor)
+
+
+def _fitting(own: Mapping[str, Tensor], trainable: set[str], saved: Saved, whose: str) -> None:
+    """Shapes come first, so that a checkpoint of a larger network is refused before its gigabytes are read."""
+    ours = {name: list(tensor.shape) for name, tensor in own.items() if name in trainable}
+    theirs = {name: shape for name, shape in saved.manifest["shapes"].items() if name in ours}
+    wrong = [name for name in ours if name in theirs and theirs[name] != ours[name]] or sorted(ours.keys() - theirs.keys())
     if wrong:
         first = wrong[0]
         raise CheckpointError(
-            f"{len(wrong)} of the teacher's weights do not fit, the first is {first}: "
-            f"{theirs.get(first, 'absent')} in the checkpoint, {own[first]} by the settings",
+            f"{len(wrong)} of the {whose} weights do not fit, the first is {first}: "
+            f"{theirs.get(first, 'absent')} in the checkpoint, {ours[first]} by the settings",
             where=str(saved.path),
             mend="Evaluate with the settings it was trained with: leave model.* and recipe.* as they are.",
         )
-    recipe.teacher.load_state_dict(dict(read_teacher(saved)))
 
 
 def labelled(config: Config) -> Inputs:
@@ -174,7 +188,7 @@ def _judge(config: Config, saved: Saved) -> tuple[dict[str, dict[int, float]], d
         evaluate = Evaluations(config, inputs, recipe, world, fresh=True)
         # The first call judges the fresh weights and the pixels, the second what was trained; pictures are decoded once.
         first = evaluate()
-        fill_teacher(recipe, saved)
+        fill_trained(recipe, saved)
         for name, value in {**first, **evaluate()}.items():
             source, _, k = name.partition("/k")
             found[_METRICS[source]][int(k)] = value
@@ -217,7 +231,7 @@ def run(run_directory: Path, loaded: Loaded) -> int:
 
 def _side(config: Config) -> int | None:
     views = getattr(config.recipe, "views", None)
-    return config.evaluation.knn.size or getattr(views, "global_size", None)
+    return config.evaluation.knn.size or getattr(views, "global_size", None) or getattr(config.recipe, "image_size", None)
 
 
 def _print(found: dict[str, dict[int, float]], about: dict[str, Any]) -> None:
@@ -265,7 +279,14 @@ def varied(manifest: Manifest, count: int, among: int = 20_000) -> NDArray[np.ui
     return ids[[place for _, place in sorted(keys)[:count]]]
 
 
-def shown(config: Config, manifest: Manifest, ids: NDArray[np.uint64], size: int, device: torch.device) -> Iterator[Batch]:
+def shown(
+    config: Config,
+    manifest: Manifest,
+    ids: NDArray[np.uint64],
+    size: int,
+    device: torch.device,
+    normalize: Normalize | None = None,
+) -> Iterator[Batch]:
     """Evaluation views (a centred square) of some samples, decoded and cut as in every evaluation.
 
     Args:
@@ -274,17 +295,19 @@ def shown(config: Config, manifest: Manifest, ids: NDArray[np.uint64], size: int
         ids: sample numbers.
         size: side of the square, pixels.
         device: where the views go.
+        normalize: with which numbers; ImageNet's if not given.
     """
     from pipeline.data.feeder import Portions
     from pipeline.data.ledger import Ledger
     from pipeline.data.reader import Reader
     from pipeline.data.stream import BatchStream, StreamOptions
-    from pipeline.data.views import ViewSpec
+    from pipeline.data.views import Normalize, ViewSpec
     from pipeline.evaluation.online import FixedList
 
     order = FixedList(ids, config.evaluation.knn.batch)
     reader = Reader(manifest, wants=("image", "label", "caption"), checksum=config.data.crc, store=open_storage(config))
-    dataset = Portions(reader, order, (ViewSpec("image", 1, size, None),), seed=0, world=1, rank=0)
+    spec = ViewSpec("image", 1, size, None, normalize=normalize or Normalize())
+    dataset = Portions(reader, order, (spec,), seed=0, world=1, rank=0)
     options = StreamOptions(micro_batch=order.global_batch, workers=0, threads=config.data.decode_threads, hue="off")
     for _, batches in BatchStream(dataset, device=device, options=options, ledger=Ledger(None, budget=1.0), last=len(order)):
         yield from batches

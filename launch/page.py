@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from launch import pictures, preview
-from launch.evaluate import SOURCES, Gallery, load_teacher, newest, principal, varied
+from launch.evaluate import SOURCES, Gallery, load_trained, newest, principal, varied
 from launch.pictures import Chart, Line
 from launch.watch import clock
 from pipeline.errors import DataError
@@ -134,7 +134,7 @@ def write(run: Path, config: Config, out: Path, *, facts: dict[str, str] | None 
     saved, past = newest(run), history(directory)
     inputs = prepare(config, 1)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    trained, untrained = load_teacher(config, saved, device), make_recipe(config, device)
+    trained, untrained = load_trained(config, saved, device), make_recipe(config, device)
     towers = {"trained": trained.export()["backbone"].eval(), "untrained": untrained.export()["backbone"].eval()}
     look = Gallery(config, inputs, towers, config.evaluation.knn.size or trained.views[0].size, device)
     scores, judged = _scores(directory, past, saved)

@@ -74,7 +74,7 @@ def available() -> dict[str, Path]:
     for root in roots():
         for file in sorted(root.rglob("*.yaml")):
             name = file.relative_to(root).with_suffix("").as_posix()
-            if not re.search(r"(^|/)(_|base)", name):
+            if not re.search(r"(^|/)(_|base)|^clusters/", name):
                 found.setdefault(name, file)
     return found
 
@@ -355,6 +355,13 @@ def _check_model(config: Config) -> Iterator[tuple[str, str]]:
 
 def _check_recipe(config: Config) -> Iterator[tuple[str, str]]:
     views, patch = getattr(config.recipe, "views", None), config.model.patch_side
+    side = getattr(config.recipe, "image_size", None)
+    if side is not None and patch is not None and side % patch:
+        near = [str(size) for size in (side // patch * patch, (side // patch + 1) * patch) if size]
+        yield (
+            "recipe.image_size",
+            f"recipe.image_size = {side}: does not divide by the patch side {patch}; {' or '.join(near)} would",
+        )
     if views is None or patch is None:
         return
     for name, size in (("global_size", views.global_size), ("local_size", views.local_size)):

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.data import scenes
-from tests.runs import TOY, recorded, train
+from tests.runs import recorded, train
 
 STEPS = 6
 KNN = ("evaluation.knn.enabled=true", "evaluation.knn.every=6 steps", "evaluation.knn.batch=7")
@@ -18,13 +18,6 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> str:
     folder = tmp_path_factory.mktemp("scenes")
     scenes.write(folder, train=90, val=25, size=32, seed=3, samples_per_shard=30)
     return str(folder / "*train-*.tar")
-
-
-@pytest.fixture(scope="module")
-def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("config") / "toy.yaml"
-    path.write_text(TOY)
-    return path
 
 
 @pytest.fixture(scope="module")

@@ -19,7 +19,7 @@ from pipeline.data.random import permutation
 from pipeline.data.reader import Reader
 from pipeline.data.storage import Storage
 from pipeline.data.stream import BatchStream, StreamOptions
-from pipeline.data.views import ViewSpec
+from pipeline.data.views import Normalize, ViewSpec
 from pipeline.errors import DataError
 from pipeline.evaluation.knn import knn_accuracy
 
@@ -57,6 +57,7 @@ class Pictures:
         seed: of the choice.
         threads: decode threads.
         store: how to reach the shards.
+        normalize: with which numbers, the training's.
 
     Attributes:
         passes: forward passes that every rank makes, those over a blank picture included: an engine that has cut the weights
@@ -77,12 +78,13 @@ class Pictures:
         seed: int = 0,
         threads: int = 1,
         store: Storage | None = None,
+        normalize: Normalize | None = None,
     ) -> None:
         ids = manifest.ids()
         if most is not None and most < len(ids):
             ids = ids[np.sort(permutation(len(ids), seed, 0xE7A1)[:most])]
         self.total = len(ids)
-        self._spec = ViewSpec("image", 1, size, None, centre=centre)
+        self._spec = ViewSpec("image", 1, size, None, centre=centre, normalize=normalize or Normalize())
         self._order = FixedList(ids[rank::world], batch)
         self.passes = -(-len(ids[::world]) // batch)
         self._reader = Reader(manifest, wants=("image", "label"), store=store)

@@ -1,6 +1,7 @@
 """Losses and targets: pure functions of tensors, in fp32 whatever comes in."""
 
 from pipeline.losses.centering import batch_center, centered_targets, global_mean, moved_center
+from pipeline.losses.contrastive import clip_loss, gathered, place, siglip_loss
 from pipeline.losses.distill import cross_entropy, masked_patches, multi_crop
 from pipeline.losses.gram import gram
 from pipeline.losses.health import effective_rank
@@ -24,8 +25,10 @@ __all__ = [
     "Watched",
     "batch_center",
     "centered_targets",
+    "clip_loss",
     "cross_entropy",
     "effective_rank",
+    "gathered",
     "global_mean",
     "gram",
     "koleo",
@@ -35,9 +38,11 @@ __all__ = [
     "moved_center",
     "multi_crop",
     "multi_crop_pairings",
+    "place",
     "potential_over_pieces",
     "prototype_cross_entropy",
     "rows_at_once",
+    "siglip_loss",
     "sinkhorn",
     "sinkhorn_potential",
 ]

@@ -1,7 +1,19 @@
 """What a person can set of each method: one file a method, pydantic only. Their formulas are in :mod:`pipeline.recipes`."""
 
 from pipeline.methods.base import RECIPES, AugmentSettings, RecipeSettings, ViewSettings, register
+from pipeline.methods.clip import ClipSettings, ContrastiveSettings, TextSettings
 from pipeline.methods.dinov2 import Dinov2Settings
 from pipeline.methods.distill import DistillSettings
 
-__all__ = ["RECIPES", "AugmentSettings", "Dinov2Settings", "DistillSettings", "RecipeSettings", "ViewSettings", "register"]
+__all__ = [
+    "RECIPES",
+    "AugmentSettings",
+    "ClipSettings",
+    "ContrastiveSettings",
+    "Dinov2Settings",
+    "DistillSettings",
+    "RecipeSettings",
+    "TextSettings",
+    "ViewSettings",
+    "register",
+]

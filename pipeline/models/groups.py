@@ -7,7 +7,7 @@ norms, layer scales) are not decayed, everything else is, tokens and position em
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 from torch import nn
@@ -35,7 +35,14 @@ class ParameterGroup:
     last_layer: bool
 
 
-def parameter_groups(root: nn.Module, *, layer_decay: float = 1.0, patch_lr: float = 1.0) -> list[ParameterGroup]:
+def parameter_groups(
+    root: nn.Module,
+    *,
+    layer_decay: float = 1.0,
+    patch_lr: float = 1.0,
+    undecayed: Iterable[nn.Parameter] = (),
+    scales: Mapping[nn.Parameter, float] | None = None,
+) -> list[ParameterGroup]:
     """All trainable parameters of ``root``, fused into as few groups as the rules allow.
 
     Args:
@@ -43,11 +50,14 @@ def parameter_groups(root: nn.Module, *, layer_decay: float = 1.0, patch_lr: flo
             last layer, everything else has learning rate multiplier 1.
         layer_decay: factor from one block to the one before it.
         patch_lr: further factor of the patch embedding.
+        undecayed: parameters without weight decay, besides vectors.
+        scales: learning rate multipliers of parameters that are in no :class:`VisionTower`.
 
     Returns:
         Groups in order of their first parameter; each parameter is in exactly one.
     """
-    lr_scales: dict[int, float] = {}
+    lr_scales = {id(parameter): scale for parameter, scale in (scales or {}).items()}
+    spared = set(map(id, undecayed))
     last: set[int] = set()
     for module in root.modules():
         if isinstance(module, VisionTower):
@@ -59,7 +69,7 @@ def parameter_groups(root: nn.Module, *, layer_decay: float = 1.0, patch_lr: flo
     fused: dict[tuple[float, float, bool], list[tuple[str, nn.Parameter]]] = {}
     for name, parameter in root.named_parameters():
         if parameter.requires_grad:
-            wd_scale = 0.0 if parameter.ndim <= 1 else 1.0
+            wd_scale = 0.0 if parameter.ndim <= 1 or id(parameter) in spared else 1.0
             key = (lr_scales.get(id(parameter), 1.0), wd_scale, id(parameter) in last)
             fused.setdefault(key, []).append((name, parameter))
     return [ParameterGroup(tuple(p for _, p in members), tuple(n for n, _ in members), *key) for key, members in fused.items()]

@@ -22,6 +22,7 @@ from pipeline.data.reader import Reader
 from pipeline.data.stream import BatchStream, StreamOptions
 from pipeline.errors import CheckpointError, ConfigError, TrainingError
 from pipeline.evaluation.online import OnlineKnn, Pictures, raw_pixels
+from pipeline.models.text import TextTower
 from pipeline.models.vision import VisionTower
 from pipeline.recipes.base import Recipe
 from pipeline.recipes.registry import build_recipe
@@ -104,7 +105,7 @@ def prepare_towers(recipe: Recipe, config: Config) -> None:
         ConfigError: ``train.compile`` without the compiler that it needs on a CPU.
     """
     teachers = list(recipe.teacher.modules.values()) if recipe.teacher is not None else []
-    towers = [m for root in (recipe, *teachers) for m in root.modules() if isinstance(m, VisionTower)]
+    towers = [m for root in (recipe, *teachers) for m in root.modules() if isinstance(m, VisionTower | TextTower)]
     for tower in towers:
         tower.checkpointing = config.train.recompute
     if not config.train.compile:
@@ -112,7 +113,7 @@ def prepare_towers(recipe: Recipe, config: Config) -> None:
     if not torch.cuda.is_available() and shutil.which("g++") is None and shutil.which("c++") is None:
         raise ConfigError("there is no C++ compiler", where="train.compile", mend="install g++, or set train.compile=false")
     for tower in towers:
-        for block in tower.vit.blocks:
+        for block in tower.vit.blocks if isinstance(tower, VisionTower) else tower.blocks:
             block.compile()
 
 
@@ -139,6 +140,7 @@ class Evaluations:
             return Pictures(
                 manifest,
                 size=size,
+                normalize=recipe.views[0].normalize,
                 most=most,
                 batch=knn.batch,
                 rank=world.rank,

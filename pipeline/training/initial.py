@@ -169,7 +169,7 @@ def student_tower(recipe: Recipe) -> tuple[str, VisionTower]:
     towers = {
         name: module
         for name, module in recipe.named_modules()
-        if isinstance(module, VisionTower) and any(p.requires_grad for p in module.parameters())
+        if isinstance(module, VisionTower) and (name == "backbone" or any(p.requires_grad for p in module.parameters()))
     }
     name = "backbone" if "backbone" in towers else next(iter(towers), "")
     if not towers or (len(towers) > 1 and name != "backbone"):

@@ -221,7 +221,7 @@ class Trainer:
                 stop = self.requests.agreed(self.world.control, self.checkpoints.state)
                 self._tell(self.checkpoints.poll(self.requests.saving))
                 evaluated = self.plan.save_evaluated and p.scored == p.step
-                if stop or evaluated or _due(p.step, self.plan.checkpoint_every, self.plan.steps):
+                if stop or evaluated or self.requests.save or _due(p.step, self.plan.checkpoint_every, self.plan.steps):
                     saved_at = self._save(beside=self.plan.asynchronous and not stop and p.step < self.plan.steps)
                 if stop:
                     break

@@ -108,7 +108,7 @@ def test_the_newest_teacher_is_judged_beside_the_fresh_network(judged: tuple[Loa
 
 def test_the_teacher_comes_back_bit_for_bit(judged: tuple[Loaded, Recipe]) -> None:
     loaded, recipe = judged
-    back = evaluate.load_teacher(loaded.config, evaluate.newest(loaded.config.run.folder), CPU)
+    back = evaluate.load_trained(loaded.config, evaluate.newest(loaded.config.run.folder), CPU)
     assert recipe.teacher is not None and back.teacher is not None
     for name, weight in recipe.teacher.state_dict().items():
         assert torch.equal(back.teacher.state_dict()[name], weight), name
@@ -148,10 +148,10 @@ def test_a_checkpoint_of_another_architecture_is_refused_by_name_and_shapes(judg
     with pytest.raises(
         CheckpointError, match=r"backbone\.mask_token: \[1, 1, 32\] in the checkpoint, \[1, 1, 48\] by the settings"
     ):
-        evaluate.load_teacher(wider, evaluate.newest(config.run.folder), CPU)
+        evaluate.load_trained(wider, evaluate.newest(config.run.folder), CPU)
     deeper = config.replace(model=config.model.model_copy(update={"depth": 2}))
     with pytest.raises(CheckpointError, match=r"blocks\.1\..*absent in the checkpoint"):
-        evaluate.load_teacher(deeper, evaluate.newest(config.run.folder), CPU)
+        evaluate.load_trained(deeper, evaluate.newest(config.run.folder), CPU)
 
 
 def test_without_validation_shards_their_setting_is_named(judged: tuple[Loaded, Recipe], tmp_path: Path) -> None:

@@ -10,26 +10,11 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.data import scenes
-from tests.runs import ROOT, TOY, command, environment, recorded, train, weights
+from tests.runs import ROOT, command, environment, recorded, train, weights
 from tests.s3 import free_port
 
 STEPS = 8
 LENGTH = f"train.length={STEPS} steps"
-
-
-@pytest.fixture(scope="module")
-def shards(tmp_path_factory: pytest.TempPathFactory) -> str:
-    folder = tmp_path_factory.mktemp("scenes")
-    scenes.write(folder, train=120, val=24, size=32, seed=3, samples_per_shard=40)
-    return str(folder / "*train-*.tar")
-
-
-@pytest.fixture(scope="module")
-def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("config") / "toy.yaml"
-    path.write_text(TOY)
-    return path
 
 
 @pytest.fixture(scope="module")

@@ -134,7 +134,7 @@ def test_the_table_tells_the_newest_scores_beside_the_baselines(drawn: str) -> N
     rows = re.findall(r"<tr.*?</tr>", table)[1:]
     shown = [re.findall(r">([^<>]+)</t[hd]>", row) for row in rows]
     assert shown == [
-        ["trained teacher", "55.0 %", "65.0 %"],
+        ["trained network", "55.0 %", "65.0 %"],
         ["same network, untrained", "15.0 %", "25.0 %"],
         ["raw pixels", "10.0 %", "20.0 %"],
     ]

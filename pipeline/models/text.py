@@ -1,0 +1,230 @@
+"""Text towers: CLIP's transformer over caption tokens (arXiv 2103.00020), with open_clip's sizes and its weights' layout.
+
+The state of the tower and open_clip's are converted into each other by :func:`from_open_clip` and :func:`to_open_clip`.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterator, Mapping
+from itertools import count
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from pipeline.errors import CheckpointError, ConfigError
+
+VOCABULARY, END = 49408, 49407
+"""Tokens of CLIP's byte-pair vocabulary, and the one that ends a text."""
+
+
+class TextBlock(nn.Module):
+    """Pre-norm attention and MLP of a token sequence.
+
+    Args:
+        width: of a token.
+        heads: of the attention.
+        causal: whether a token sees only those before it.
+        quick_gelu: OpenAI's ``x * sigmoid(1.702 x)`` instead of the exact GELU.
+    """
+
+    def __init__(self, width: int, heads: int, *, causal: bool = True, quick_gelu: bool = False) -> None:
+        super().__init__()
+        self.heads, self.causal, self.quick_gelu = heads, causal, quick_gelu
+        self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.qkv, self.proj = nn.Linear(width, 3 * width), nn.Linear(width, width)
+        self.fc1, self.fc2 = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[batch, tokens, width]`` to the same."""
+        x = x + self.proj(self._attend(self.qkv(self.norm1(x))))
+        hidden = self.fc1(self.norm2(x))
+        hidden = hidden * torch.sigmoid(1.702 * hidden) if self.quick_gelu else F.gelu(hidden)
+        return x + self.fc2(hidden)
+
+    def _attend(self, qkv: Tensor) -> Tensor:
+        q, k, v = qkv.unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+        if qkv.device.type == "cpu" and qkv.dtype == torch.bfloat16:  # no fast backward of the fused kernel, see VisionTower
+            scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)
+            if self.causal:
+                later = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).triu(1)
+                scores = scores.masked_fill(later, float("-inf"))
+            out = scores.softmax(-1).to(v.dtype) @ v
+        else:
+            out = F.scaled_dot_product_attention(q, k, v, is_causal=self.causal)
+        return out.transpose(1, 2).flatten(2)
+
+
+class TextTower(nn.Module):
+    """One feature vector a text, read at its end mark.
+
+    Args:
+        width, depth, heads: of the transformer.
+        embed: features out.
+        context: tokens of a text at most.
+        vocabulary: different tokens.
+        causal: CLIP's; SigLIP lets every token see all others, padding too.
+        quick_gelu: see :class:`TextBlock`; weights trained with one activation are silently worse with the other.
+        end: the token that ends a text.
+
+    Attributes:
+        checkpointing: whether blocks forget their activations and compute them again.
+    """
+
+    def __init__(
+        self,
+        *,
+        width: int,
+        depth: int,
+        heads: int,
+        embed: int,
+        context: int = 77,
+        vocabulary: int = VOCABULARY,
+        causal: bool = True,
+        quick_gelu: bool = False,
+        end: int = END,
+    ) -> None:
+        super().__init__()
+        if width % heads:
+            raise ConfigError(f"text width {width} over {heads} heads", where="recipe.text", mend="choose sizes that divide")
+        self.end, self.checkpointing = end, False
+        self.tokens = nn.Embedding(vocabulary, width)
+        self.positions = nn.Parameter(torch.empty(context, width))
+        self.blocks = nn.ModuleList(TextBlock(width, heads, causal=causal, quick_gelu=quick_gelu) for _ in range(depth))
+        self.norm = nn.LayerNorm(width)
+        self.projection = nn.Linear(width, embed, bias=False)
+        self._initialise(width, depth)
+
+    def _initialise(self, width: int, depth: int) -> None:
+        nn.init.normal_(self.tokens.weight, std=0.02)
+        nn.init.normal_(self.positions, std=0.01)
+        nn.init.normal_(self.projection.weight, std=width**-0.5)
+        into_sum = width**-0.5 * (2 * depth) ** -0.5
+        stds = {"qkv": width**-0.5, "proj": into_sum, "fc1": (2 * width) ** -0.5, "fc2": into_sum}
+        for block in self.blocks:
+            for name, std in stds.items():
+                nn.init.normal_(block.get_parameter(f"{name}.weight"), std=std)
+                nn.init.zeros_(block.get_parameter(f"{name}.bias"))
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Features ``[batch, embed]``, not normalised, of int64 ``[batch, length]`` tokens.
+
+        A text is read at its *first* end mark; one without any, at its last place, where a causal tower has seen it all.
+        """
+        x = self.tokens(tokens) + self.positions[: tokens.shape[1]]
+        for block in self.blocks:
+            x = checkpoint(block, x, use_reentrant=False) if self.checkpointing else block(x)
+        ends = tokens == self.end
+        place = torch.where(ends.any(1), ends.int().argmax(1), tokens.shape[1] - 1)
+        features: Tensor = self.projection(self.norm(x[torch.arange(len(x), device=x.device), place]))
+        return features
+
+    def lr_scales(self, decay: float, factor: float = 1.0) -> Iterator[tuple[nn.Parameter, float]]:
+        """Learning-rate multiplier of each parameter: ``decay`` from one block to the one before, as in the vision tower."""
+        depth = len(self.blocks)
+        for parameter in self.parameters():
+            yield parameter, factor * decay ** (depth + 1)
+        for index, block in enumerate(self.blocks):
+            for parameter in block.parameters():
+                yield parameter, factor * decay ** (depth - index)
+        for parameter in (*self.norm.parameters(), *self.projection.parameters()):
+            yield parameter, factor
+
+
+class LogitScale(nn.Module):
+    """The trained temperature, and the sigmoid loss's bias: fp32, shape ``[1]``, read through the module's own forward.
+
+    The scale is kept as a logarithm and held within ``[1, largest]`` here and not after the step: an engine that keeps fp32
+    masters would undo that. Beyond a bound only the gradient that leads back to it passes; a plain clamp would pass none, and a
+    scale that a step took too far would stay there for ever.
+
+    Args:
+        scale: initial scale.
+        bias: initial bias, or ``None`` for none.
+        largest: largest scale.
+    """
+
+    def __init__(self, scale: float, *, bias: float | None = None, largest: float = 100.0) -> None:
+        super().__init__()
+        if not 1.0 <= scale <= largest:
+            raise ConfigError(
+                f"a scale of {scale} is not within 1 and {largest}", where="recipe.init_scale", mend="choose another"
+            )
+        self.log_scale = nn.Parameter(torch.tensor([math.log(scale)], dtype=torch.float32))
+        self.bias = nn.Parameter(torch.tensor([bias], dtype=torch.float32)) if bias is not None else None
+        self._top = math.log(largest)
+
+    def forward(self) -> tuple[Tensor, Tensor | None]:
+        """Scale ``[1]`` and bias ``[1]``, fp32."""
+        scale = _Bounded.apply(self.log_scale.float(), self._top).exp()
+        return scale, self.bias.float() if self.bias is not None else None
+
+
+class _Bounded(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: object, x: Tensor, top: float) -> Tensor:
+        ctx.save_for_backward(x)  # type: ignore[attr-defined]
+        ctx.top = top  # type: ignore[attr-defined]
+        return x.clamp(0.0, top)
+
+    @staticmethod
+    def backward(ctx: object, gradient: Tensor) -> tuple[Tensor, None]:
+        (x,) = ctx.saved_tensors  # type: ignore[attr-defined]
+        outward = ((x > ctx.top) & (gradient < 0)) | ((x < 0) & (gradient > 0))  # type: ignore[attr-defined]
+        return gradient.masked_fill(outward, 0.0), None
+
+
+# ---- open_clip's layout ---------------------------------------------------------------------------------------------------
+
+_OUTER = {"token_embedding.weight": "tokens.weight", "positional_embedding": "positions"} | {
+    f"ln_final.{kind}": f"norm.{kind}" for kind in ("weight", "bias")
+}
+_INNER = {"attn.in_proj_weight": "qkv.weight", "attn.in_proj_bias": "qkv.bias"} | {
+    f"{theirs}.{kind}": f"{ours}.{kind}"
+    for theirs, ours in (
+        ("ln_1", "norm1"),
+        ("ln_2", "norm2"),
+        ("attn.out_proj", "proj"),
+        ("mlp.c_fc", "fc1"),
+        ("mlp.c_proj", "fc2"),
+    )
+    for kind in ("weight", "bias")
+}
+_THEIRS = {ours: theirs for theirs, ours in (_OUTER | _INNER).items()}
+
+
+def from_open_clip(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The text tower's state out of a whole model's of open_clip, in either of its layouts (with or without ``text.``).
+
+    Raises:
+        CheckpointError: it holds no text tower.
+    """
+    custom = any(name.startswith("text.") for name in state)
+    texts = {name.removeprefix("text."): t for name, t in state.items() if not custom or name.startswith("text.")}
+    if "token_embedding.weight" not in texts or "text_projection" not in texts:
+        raise CheckpointError("holds no text tower of open_clip", where="text weights", mend="name a CLIP checkpoint")
+    found = {ours: texts[theirs] for theirs, ours in _OUTER.items()}
+    found["projection.weight"] = texts["text_projection"].T.contiguous()
+    for block in count():
+        prefix = f"transformer.resblocks.{block}."
+        if f"{prefix}ln_1.weight" not in texts:
+            return found
+        found |= {f"blocks.{block}.{ours}": texts[prefix + theirs] for theirs, ours in _INNER.items()}
+    raise AssertionError("unreachable")
+
+
+def to_open_clip(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The inverse of :func:`from_open_clip`, in the layout with ``text.``."""
+    found = {}
+    for name, tensor in state.items():
+        inner = re.fullmatch(r"blocks\.(\d+)\.(.+)", name)
+        if name == "projection.weight":
+            found["text.text_projection"] = tensor.T.contiguous()
+        elif inner:
+            found[f"text.transformer.resblocks.{inner[1]}.{_THEIRS[inner[2]]}"] = tensor
+        else:
+            found[f"text.{_THEIRS[name]}"] = tensor
+    return found

@@ -1,0 +1,42 @@
+"""CLIP through the real engine: ranks and micro-batches change nothing but rounding."""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import pytest
+import torch
+
+from tests.pool import pool
+from tests.recipes.pairs import trained
+
+
+@cache
+def reference(loss: str, patch_dropout: float) -> dict[str, Any]:
+    """One rank, the whole batch at once."""
+    result: dict[str, Any] = pool(1).run(trained, zero=0, accumulation=1, loss=loss, patch_dropout=patch_dropout)[0]
+    return result
+
+
+def compare(ranks: list[dict[str, Any]], other: dict[str, Any], weights: float) -> None:
+    for index, term in enumerate(other["terms"]):
+        assert sum(rank["terms"][index] for rank in ranks) / len(ranks) == pytest.approx(term, abs=2e-5)
+        for rank in ranks:
+            assert rank["norms"][index] == pytest.approx(other["norms"][index], rel=2e-4)
+    for rank in ranks:
+        for name, weight in other["weights"].items():
+            torch.testing.assert_close(rank["weights"][name], weight, atol=weights, rtol=0, msg=lambda m, n=name: f"{n}: {m}")
+
+
+@pytest.mark.parametrize("loss", ["softmax", "sigmoid"])
+@pytest.mark.parametrize(("ranks", "zero", "accumulation"), [(1, 0, 4), (2, 1, 1), (2, 2, 2), (2, 3, 2)])
+def test_ranks_and_micro_batches_train_like_one_large_batch(loss: str, ranks: int, zero: int, accumulation: int) -> None:
+    for patch_dropout in (0.0, 0.5) if (ranks, accumulation) == (2, 2) else (0.0,):
+        found = pool(ranks).run(trained, zero=zero, accumulation=accumulation, loss=loss, patch_dropout=patch_dropout)
+        compare(found, reference(loss, patch_dropout), 1e-5)
+
+
+def test_plain_accumulation_is_another_training() -> None:
+    found = pool(1).run(trained, zero=0, accumulation=4, accumulation_rule="plain")
+    assert abs(found[0]["terms"][0] - reference("softmax", 0.0)["terms"][0]) > 0.1
