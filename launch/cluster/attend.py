@@ -17,6 +17,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 from launch.cluster import record, tools
 from launch.cluster.decide import Budgets, Decision, Ending, cause_of, decide
