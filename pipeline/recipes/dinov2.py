@@ -55,11 +55,10 @@ class DINOv2(Recipe):
         settings: weights, temperatures, heads and views.
     """
 
-    batch_coupled = True
-
     def __init__(self, backbone: VisionTower, settings: Dinov2Settings) -> None:
         super().__init__()
         self.settings = settings
+        self.batch_coupled = settings.koleo_weight > 0 and settings.koleo_group is None  # the rest is exact, see prepare
         self.views = dinov2_views(settings, patch=backbone.patch)
         self.backbone = backbone
         self.dino_head = _head(backbone.width, settings)
