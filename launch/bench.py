@@ -90,3 +90,36 @@ def checkpoint(
     document, page = save(result, options, stem, shlex.join(["fovea", *sys.argv[1:]]))
     print(page.read_text())
     print(f"wrote {document} and {page}", file=sys.stderr)
+
+
+@app.command()
+def flops(
+    names: Annotated[list[str] | None, typer.Argument(metavar="[CONFIG]...", help="Configs; the known sizes if none.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Where the results go, without ending.")] = None,
+) -> None:
+    """Operations of a sample in a step, counted by torch and by formula; needs no GPU and no data.
+
+    [b]Example[/b]
+
+    fovea bench flops dinov2/vitl14_long clip/vit_b32_cc12m
+    """
+    from dataclasses import asdict
+    from json import dumps
+
+    from pipeline.bench.flops import cost, markdown
+    from pipeline.bench.machine import describe
+    from pipeline.config import load
+
+    known = ("dinov2/vits16_node", "dinov2/vitb16_node", "dinov2/vitl16_short", "clip/vit_b32_cc12m", "clip/vit_b16_cc12m")
+    costs = []
+    for name in names or known:
+        print(f"counting {name}", file=sys.stderr)
+        costs.append(cost(name, load(name, ["data.shards=none.tar"]).config))
+    command, machine = shlex.join(["fovea", *sys.argv[1:]]), describe()
+    text = markdown(costs, machine, command)
+    print(text)
+    if out is not None:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.with_suffix(".md").write_text(text)
+        document = {"command": command, "machine": machine, "costs": [asdict(one) for one in costs]}
+        out.with_suffix(".json").write_text(dumps(document, indent=2) + "\n")

@@ -155,18 +155,35 @@ def plan(
     gpus: Annotated[
         int | None, typer.Option("--gpus", min=1, help="GPUs of the run; as configured or found if not given.")
     ] = None,
-    gb: Annotated[float, typer.Option("--gb", min=0.1, help="Memory of one GPU, GB.")] = 80.0,
+    gb: Annotated[float | None, typer.Option("--gb", min=0.1, help="Memory of one GPU, GB; 80 if nobody says.")] = None,
+    cluster: Annotated[
+        str, typer.Option("--cluster", "-c", help="A cluster profile: its GPUs, and with it hours and costs.")
+    ] = "",
+    efficiency: Annotated[
+        float, typer.Option(min=0.01, max=1, help="Share of the GPU's peak that a step is taken to reach.")
+    ] = 0.35,
+    samples: Annotated[
+        int | None, typer.Option(min=1, help="Samples of an epoch, for lengths in epochs; else the shards are counted.")
+    ] = None,
 ) -> None:
-    """Tell what a configuration needs of a GPU's memory, by ZeRO stage and number of GPUs, and what to choose.
+    """Tell what a configuration needs of a GPU's memory, by ZeRO stage and number of GPUs, what to choose, and what it costs.
 
-    [b]Example[/b]
+    [b]Examples[/b]
 
     fovea plan dinov2/cifar10_vit_tiny data.shards=/data/train.tar --gpus 8 --gb 80
+
+    fovea plan dinov2/vitl16_short data.shards=none.tar --cluster one_node_8gpu --samples 1281167
     """
     loaded = _load(config, overrides)
-    from launch.plan import run
+    from launch.cluster import profile as profiles
+    from launch.plan import cost, run
 
-    raise typer.Exit(run(loaded.config, ranks=gpus, gigabytes=gb))
+    site = profiles.load(cluster) if cluster else None
+    ranks = gpus or (site.world if site else None)
+    code = run(loaded.config, ranks=ranks, gigabytes=gb or (site.gpu_memory_gb if site else 80.0))
+    if site is not None:
+        cost(loaded.config, site, ranks=ranks or site.world, efficiency=efficiency, samples=samples)
+    raise typer.Exit(code)
 
 
 @config.command("show")

@@ -10,9 +10,11 @@ from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
 
+from launch.cluster.profile import ClusterProfile
 from launch.train import gpus
 from pipeline.errors import ConfigError
 from pipeline.settings import Config
+from pipeline.training.flops import counted
 from pipeline.training.memory import Held, activations, held
 
 _SLACK = 0.92  # share of a GPU that may be filled: the rest is CUDA's context, NCCL and the allocator's gaps
@@ -180,3 +182,80 @@ def run(config: Config, *, ranks: int | None, gigabytes: float, console: Console
         style="dim",
     )
     return 0 if fits else 1
+
+
+@dataclass(frozen=True)
+class Bill:
+    """What a run takes.
+
+    Attributes:
+        steps: optimizer steps.
+        samples: samples of the whole run.
+        gflop: operations of one sample, 1e9.
+        rate: samples a second of all GPUs together.
+        hours: of the whole run.
+        gpu_hours: of all GPUs.
+        price: in the profile's currency, ``None`` if it names no price.
+        gigabytes: read from storage, ``None`` where nobody knows the size of a sample.
+    """
+
+    steps: int
+    samples: int
+    gflop: float
+    rate: float
+    hours: float
+    gpu_hours: float
+    price: float | None
+    gigabytes: float | None
+
+
+def bill(config: Config, site: ClusterProfile, *, ranks: int, efficiency: float, samples: int | None) -> Bill:
+    """Hours and costs of a run.
+
+    Args:
+        config: the settings.
+        site: the cluster, with the peak of its GPUs.
+        ranks: GPUs.
+        efficiency: share of that peak that a step is taken to reach; nothing here measures it.
+        samples: samples of an epoch; ``None`` counts the shards' if the length is in epochs.
+
+    Raises:
+        ConfigError: the profile names no peak.
+    """
+    if site.gpu_tflops is None:
+        raise ConfigError(
+            "no peak of the GPU is known", where="gpu_tflops of the cluster profile", mend="name it: 989 for an H100"
+        )
+    length, size = config.train.length, None
+    if length.unit == "epochs" and samples is None:
+        from pipeline.training.inputs import indexed
+
+        manifest = indexed(config, config.data.patterns)
+        samples, size = manifest.total, sum(shard.size for shard in manifest.shards) / max(manifest.total, 1)
+    steps = length.steps(samples or 0, config.train.global_batch)
+    whole = steps * config.train.global_batch
+    flop = counted(config)
+    rate = ranks * site.gpu_tflops * 1e12 * efficiency / flop
+    hours = whole / rate / 3600
+    price = None if site.gpu_hour_price is None else hours * ranks * site.gpu_hour_price
+    return Bill(steps, whole, flop / 1e9, rate, hours, hours * ranks, price, None if size is None else size * whole / 1e9)
+
+
+def cost(
+    config: Config, site: ClusterProfile, *, ranks: int, efficiency: float, samples: int | None, console: Console | None = None
+) -> Bill:
+    """Print :func:`bill` for a person, with what it rests on."""
+    out, b = console or Console(), bill(config, site, ranks=ranks, efficiency=efficiency, samples=samples)
+    out.print(
+        f"{b.steps:,} steps of {config.train.global_batch:,}, {b.samples:,} samples at {b.gflop:,.1f} GFLOP: about {b.rate:,.0f} "
+        f"samples/s on {ranks} GPUs, {b.hours:,.1f} hours, {b.gpu_hours:,.0f} GPU-hours"
+        + ("" if b.price is None else f", {b.price:,.0f} in the profile's currency")
+        + ("" if b.gigabytes is None else f"; {b.gigabytes:,.0f} GB read where no node keeps its shards")
+        + "."
+    )
+    out.print(
+        f"Taken for granted: {efficiency:.0%} of {site.gpu_tflops:,.0f} TFLOP/s (--efficiency), no waiting for data or machines. "
+        f"At {site.time} a job that is about {max(b.hours * 3600 / site.seconds, 1):.0f} attempts.",
+        style="dim",
+    )
+    return b

@@ -55,3 +55,18 @@ def test_a_model_too_large_for_its_gpus_is_told_so_with_the_mend(tmp_path: Path)
     assert run(config, ranks=1, gigabytes=8, console=Console(file=StringIO())) == 1
     with pytest.raises(ConfigError, match="cannot be shared by 3"):
         run(config, ranks=3, gigabytes=80)
+
+
+def test_hours_follow_from_operations_and_the_peak() -> None:
+    from launch.cluster.profile import ClusterProfile
+    from launch.plan import bill
+
+    config = load("dinov2/scenes_vit_tiny", ["data.shards=none.tar", "train.length=10 epochs", "train.global_batch=64"]).config
+    site = ClusterProfile(gpus_per_node=4, gpu_tflops=100, gpu_hour_price=2.0)
+    one = bill(config, site, ranks=4, efficiency=0.5, samples=6400)
+    assert (one.steps, one.samples) == (1000, 64000)
+    assert one.rate == pytest.approx(4 * 100e12 * 0.5 / (one.gflop * 1e9))
+    assert one.hours == pytest.approx(64000 / one.rate / 3600) and one.price == pytest.approx(one.hours * 4 * 2.0)
+    assert bill(config, site, ranks=8, efficiency=0.5, samples=6400).hours == pytest.approx(one.hours / 2)
+    with pytest.raises(ConfigError, match="peak"):
+        bill(config, ClusterProfile(), ranks=4, efficiency=0.5, samples=6400)

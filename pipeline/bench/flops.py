@@ -1,0 +1,111 @@
+"""What a sample costs by formula, beside what torch's counter says of the method's own passes."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+from pipeline.methods import ClipSettings, Dinov2Settings
+from pipeline.settings import Config, ModelSettings
+from pipeline.training import flops
+
+
+@dataclass(frozen=True)
+class Cost:
+    """GFLOP of one sample in one step.
+
+    Attributes:
+        name: of the config.
+        counted: by torch's counter.
+        formula: by hand, ``None`` where there is none for the method or the tower.
+    """
+
+    name: str
+    counted: float
+    formula: float | None
+
+    @property
+    def apart(self) -> float | None:
+        """Relative difference of the two."""
+        return None if self.formula is None else self.formula / self.counted - 1
+
+
+_TIMM = {"tiny": (192, 12), "small": (384, 12), "base": (768, 12), "large": (1024, 24), "huge": (1280, 32)}
+
+
+def cost(name: str, config: Config) -> Cost:
+    """Both figures for a config."""
+    found = formula(config)
+    return Cost(name, flops.counted(config) / 1e9, None if found is None else found / 1e9)
+
+
+def formula(config: Config) -> float | None:
+    """Operations of one sample in one step by hand; ``None`` for methods and towers without a formula."""
+    recipe = config.recipe
+    if isinstance(recipe, Dinov2Settings):
+        return _dinov2(config.model, recipe)
+    if isinstance(recipe, ClipSettings) and recipe.image_pool == "class_token" and not recipe.freeze:
+        return _clip(config.model, recipe)
+    return None
+
+
+def _shape(model: ModelSettings) -> tuple[int, int, int, bool, int | None] | None:
+    """Width, depth, patch, gate and hidden width of a plain tower."""
+    patch = model.patch_side
+    if patch is None or model.stem != "patch":
+        return None
+    if model.timm:
+        size = re.match(r"vit_(tiny|small|base|large|huge)_patch", model.timm)
+        return (*_TIMM[size[1]], patch, False, None) if size else None
+    if model.width is None or model.depth is None:
+        return None
+    gated = model.ffn == "swiglu"
+    hidden = flops.swiglu_hidden(model.width, model.mlp_ratio) if gated else int(model.width * model.mlp_ratio)
+    return model.width, model.depth, patch, gated, hidden
+
+
+def _dinov2(model: ModelSettings, s: Dinov2Settings) -> float | None:
+    shape = _shape(model)
+    if shape is None:
+        return None
+    width, depth, patch, gated, hidden = shape
+    prefix = 1 + model.registers
+    keep = 1 - model.drop_path if model.drop_path_mode == "subset" else 1.0
+
+    def forward(side: int) -> float:
+        return flops.tower(side, patch, width, depth, prefix=prefix, gated=gated, hidden=hidden)
+
+    v = s.views
+    teacher = v.global_count * forward(v.global_size)
+    student = 3 * keep * (v.global_count * forward(v.global_size) + v.local_count * forward(v.local_size))
+    hidden_patches = v.global_count * s.mask_probability * sum(s.mask_ratio) / 2 * (v.global_size // patch) ** 2
+    head = flops.prototype_head(width, s.head_hidden, s.head_bottleneck, s.prototypes, s.head_layers)
+    logits = 2.0 * s.head_bottleneck * s.prototypes
+    crops = v.global_count + v.local_count
+    # The teacher's logits are made for Sinkhorn and again beside the student's; large batches make them anew in each round.
+    again = logits if s.targets == "sinkhorn" else 0.0
+    teacher_tokens, student_tokens = v.global_count + hidden_patches, crops + hidden_patches
+    return teacher + student + teacher_tokens * (head + again) + 3 * student_tokens * head
+
+
+def _clip(model: ModelSettings, s: ClipSettings) -> float | None:
+    shape = _shape(model)
+    if shape is None:
+        return None
+    width, depth, patch, gated, hidden = shape
+    kept = 1 - s.patch_dropout
+    patches = int((s.image_size // patch) ** 2 * kept)
+    image = depth * flops.block(patches + 1, width, hidden=hidden, gated=gated)
+    image += 2.0 * (s.image_size // patch) ** 2 * 3 * patch**2 * width
+    text = flops.text_tower(s.text.context, s.text.sizes.width, s.text.sizes.depth, s.embed or s.text.sizes.embed)
+    return 3 * (image + text)
+
+
+def markdown(costs: list[Cost], machine: dict[str, str], command: str) -> str:
+    """The page that a person reads."""
+    lines = ["# Operations of a sample", "", f"`{command}`", "", *(f"- {name}: {value}" for name, value in machine.items()), ""]
+    lines += ["| config | GFLOP counted | by formula | apart |", "|---|---:|---:|---:|"]
+    for one in costs:
+        told = ("", "") if one.formula is None else (f"{one.formula:,.1f}", f"{one.apart:+.1%}")
+        lines.append(f"| {one.name} | {one.counted:,.1f} | {told[0]} | {told[1]} |")
+    return "\n".join(lines) + "\n"

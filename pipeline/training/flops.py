@@ -1,0 +1,120 @@
+"""How many floating-point operations a sample costs: counted on tensors without memory, and by formula.
+
+A multiply-add is two operations, and only matrix products count: that is what a GPU's peak is stated in. :func:`counted` runs a
+method's own forward and backward pass on fake tensors under torch's counter, so it holds for every method and knows what is
+skipped (stochastic depth by subset, dropped patches). The formulas are for checking it by hand.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.flop_counter import FlopCounterMode
+
+from pipeline.data.views import Batch, Boxes, Masks, ViewSpec
+from pipeline.recipes.base import Step
+from pipeline.recipes.registry import build_recipe
+from pipeline.settings import Config
+
+_SAMPLES = 8
+
+
+def counted(config: Config, samples: int = _SAMPLES) -> float:
+    """Operations of one sample in one step: teacher, student and its backward pass, heads and losses.
+
+    Args:
+        config: the method and its model.
+        samples: batch that is counted; terms that grow with the batch are those of this one.
+    """
+    with torch.device("meta"):  # a tower's constructor reads numbers, which fake tensors do not have
+        recipe = build_recipe(config)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        for network in (recipe, *(recipe.teacher.modules.values() if recipe.teacher is not None else ())):
+            network.to_empty(device="cpu")
+        recipe.memory = {name: torch.empty_like(tensor, device="cpu") for name, tensor in recipe.memory.items()}
+        batch = fake_batch(recipe.views, samples, context=recipe.text.context if recipe.text else 0)
+        with FlopCounterMode(display=False) as counter:
+            with torch.no_grad():
+                recipe.prepare([batch], Step())
+            terms = recipe(batch, Step())
+            torch.stack([term.float() for term in terms.values()]).sum().backward()
+    return counter.get_total_flops() / samples
+
+
+def fake_batch(views: Sequence[ViewSpec], samples: int, *, context: int = 0) -> Batch:
+    """A batch of shapes only, with masks on exactly as many patches as the method hides on average.
+
+    Args:
+        views: the method's ``ViewSpec``s.
+        samples: of the batch.
+        context: tokens of a caption, 0 for no captions.
+    """
+    pictures: dict[str, list[Tensor]] = {}
+    masks: dict[str, Masks] = {}
+    boxes: dict[str, Boxes] = {}
+    for view in views:
+        pictures[view.name] = [torch.empty(samples, 3, view.size, view.size) for _ in range(view.count)]
+        if view.mask is not None:
+            rows, patches = samples * view.count, (view.size // view.mask.patch) ** 2
+            hidden = round(rows * view.mask.probability * patches * sum(view.mask.ratio) / 2)
+            masks[view.name] = Masks(
+                grid=torch.empty(rows, patches, dtype=torch.bool),
+                index=torch.empty(hidden, dtype=torch.int64),
+                weight=torch.empty(hidden),
+            )
+        if view.boxes:
+            corners = [torch.empty(samples, 4) for _ in range(view.count)]
+            boxes[view.name] = Boxes(corners, [torch.empty(samples, dtype=torch.bool) for _ in range(view.count)])
+    return Batch(
+        views=pictures,
+        labels=torch.empty(samples, dtype=torch.int64),
+        keys=[str(n) for n in range(samples)],
+        ids=list(range(samples)),
+        position=0,
+        masks=masks,
+        tokens=torch.empty(samples, context, dtype=torch.int64) if context else None,
+        captions=[""] * samples if context else None,
+        boxes=boxes,
+    )
+
+
+def block(tokens: int, width: int, *, hidden: int | None = None, gated: bool = False) -> float:
+    """Operations of a transformer block, forward, for one sequence.
+
+    Args:
+        tokens: its length.
+        width: of a token.
+        hidden: of the feed-forward layer, four widths unless told.
+        gated: whether that layer has a gate (SwiGLU), hence three matrices instead of two.
+    """
+    feed = 2 * tokens * width * (hidden or 4 * width) * (3 if gated else 2)
+    return 8.0 * tokens * width**2 + 4.0 * tokens**2 * width + feed
+
+
+def tower(
+    side: int, patch: int, width: int, depth: int, *, prefix: int = 1, gated: bool = False, hidden: int | None = None
+) -> float:
+    """Operations of a vision transformer, forward, for one picture of ``side`` pixels."""
+    patches = (side // patch) ** 2
+    return depth * block(patches + prefix, width, hidden=hidden, gated=gated) + 2.0 * patches * 3 * patch**2 * width
+
+
+def text_tower(context: int, width: int, depth: int, embed: int) -> float:
+    """Operations of a causal text tower, forward, for one caption; all of its attention is counted, as is done."""
+    return depth * block(context, width) + 2.0 * width * embed
+
+
+def prototype_head(width: int, hidden: int, bottleneck: int, prototypes: int, layers: int = 3) -> float:
+    """Operations of a projection head with prototypes, forward, for one token."""
+    inner = [width, *[hidden] * (layers - 1), bottleneck]
+    return 2.0 * (sum(a * b for a, b in itertools.pairwise(inner)) + bottleneck * prototypes)
+
+
+def swiglu_hidden(width: int, ratio: float = 4.0) -> int:
+    """Width inside a gated layer that costs what a plain one does: two thirds, rounded up to eight."""
+    return 8 * math.ceil(int(width * ratio * 2 / 3) / 8)

@@ -1,0 +1,44 @@
+"""Operations by formula are those that torch counts."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from pipeline.bench.flops import cost
+from pipeline.config import load
+
+TOWER = "model: {width: 192, depth: 4, heads: 3, patch: 16, drop_path: %s}\ndata: {shards: x.tar}\n"
+DINO = "recipe: {name: dinov2, views: {local_size: 96}, prototypes: 4096, head_hidden: 512, head_bottleneck: 64}\n" + TOWER
+CLIP = "recipe: {name: clip, image_size: 224, patch_dropout: %s, text: {architecture: ViT-S-32}}\n" + TOWER
+GATED = DINO.replace("patch: 16", "patch: 16, ffn: swiglu, registers: 4")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        DINO % 0.0,
+        DINO % 0.25,
+        (DINO % 0.0).replace("prototypes", "targets: centering, prototypes"),
+        GATED % 0.0,
+        CLIP % (0.0, 0.0),
+    ],
+    ids=["dinov2", "stochastic depth", "centring", "gated", "clip"],
+)
+def test_the_formula_is_what_torch_counts_within_three_percent(text: str, tmp_path: Path) -> None:
+    path = tmp_path / "c.yaml"
+    path.write_text(text)
+    found = cost("c", load(path).config)
+    assert found.apart is not None and abs(found.apart) < 0.03, found
+
+
+def test_dropped_branches_and_patches_cost_nothing(tmp_path: Path) -> None:
+    path = tmp_path / "c.yaml"
+
+    def counted(text: str) -> float:
+        path.write_text(text)
+        return cost("c", load(path).config).counted
+
+    assert counted(DINO % 0.5) < 0.72 * counted(DINO % 0.0)
+    assert counted(CLIP % (0.75, 0.0)) < 0.9 * counted(CLIP % (0.0, 0.0))
