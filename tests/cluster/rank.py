@@ -82,7 +82,9 @@ while step < plan["steps"]:
         stop = "ASKED"
     elif (run / "control" / f"stop-{attempt}").exists():
         stop = "TOLD"
-    elif told and rank == 0:
+    elif told and (logs / "failure.json").exists():
+        os._exit(1)  # another rank has failed, and Slurm ends the rest
+    elif told:
         stop = "SIGTERM"
     if stop:
         save(step)
