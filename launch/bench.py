@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import shlex
 import sys
+from dataclasses import asdict
 from datetime import UTC, datetime
+from json import dumps
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -103,11 +105,7 @@ def flops(
 
     fovea bench flops dinov2/vitl14_long clip/vit_b32_cc12m
     """
-    from dataclasses import asdict
-    from json import dumps
-
     from pipeline.bench.flops import cost, markdown
-    from pipeline.bench.machine import describe
     from pipeline.config import load
 
     known = ("dinov2/vits16_node", "dinov2/vitb16_node", "dinov2/vitl16_short", "clip/vit_b32_cc12m", "clip/vit_b16_cc12m")
@@ -115,11 +113,79 @@ def flops(
     for name in names or known:
         print(f"counting {name}", file=sys.stderr)
         costs.append(cost(name, load(name, ["data.shards=none.tar"]).config))
+    _keep("flops", out, lambda machine, command: markdown(costs, machine, command), {"costs": [asdict(one) for one in costs]})
+
+
+@app.command()
+def heads(
+    prototypes: Annotated[int, typer.Option(min=2, help="Prototypes of the head.")] = 65536,
+    samples: Annotated[int, typer.Option(min=1, help="Samples, of ten crops each.")] = 16,
+    masked: Annotated[int, typer.Option(min=1, help="Masked patches of all of them.")] = 600,
+    rows: Annotated[int | None, typer.Option(min=1, help="Rows of logits at once; the default if not given.")] = None,
+    rounds: Annotated[int, typer.Option(min=1, help="Rounds that count.")] = 3,
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    out: Annotated[Path | None, typer.Option(help="Where the results go, without ending.")] = None,
+) -> None:
+    """Prototype heads, Sinkhorn and losses in pieces, against the plain formulas with whole logits: time and memory.
+
+    [b]Example[/b]
+
+    fovea bench heads --prototypes 131072 --masked 5000 --device cuda
+    """
+    from pipeline.bench.heads import Options, markdown, measure
+
+    options = Options(prototypes=prototypes, samples=samples, masked=masked, rows=rows, rounds=rounds, device=_device(device))
+    result = measure(options, tell=_tell)
+    _keep("heads", out, lambda machine, command: markdown(result, options, machine, command), asdict(result))
+
+
+@app.command()
+def step(
+    model: Annotated[str, typer.Option(help="B-32, B-16, L-16 or tiny.")] = "B-32",
+    batch: Annotated[int, typer.Option(min=2, help="Pictures with captions.")] = 8,
+    caption: Annotated[int, typer.Option(min=3, max=77, help="Tokens of a caption, marks included.")] = 20,
+    rounds: Annotated[int, typer.Option(min=1, help="Rounds that count.")] = 3,
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    bf16: Annotated[bool, typer.Option("--bf16", help="Compute under autocast.")] = False,
+    out: Annotated[Path | None, typer.Option(help="Where the results go, without ending.")] = None,
+) -> None:
+    """A training step of CLIP against open_clip's, same weights and batch; the losses are compared before the times.
+
+    [b]Example[/b]
+
+    fovea bench step --model B-16 --batch 512 --device cuda --bf16
+    """
+    from pipeline.bench.step import Options, markdown, measure
+
+    options = Options(model=model, batch=batch, caption=caption, rounds=rounds, device=_device(device), bf16=bf16)
+    result = measure(options, tell=_tell)
+    _keep("step", out, lambda machine, command: markdown(result, options, machine, command), asdict(result))
+
+
+def _device(name: str) -> str:
+    if name not in ("cpu", "cuda"):
+        raise ConfigError(f"{name!r} is neither cpu nor cuda", where="--device", mend="Choose one of the two.")
+    if name == "cuda":
+        import torch
+
+        if not torch.cuda.is_available():
+            raise ConfigError("there is no CUDA device here", where="--device", mend="Run it where there is one, or measure cpu.")
+    return name
+
+
+def _tell(sentence: str) -> None:
+    print(sentence, file=sys.stderr)
+
+
+def _keep(name: str, out: Path | None, page: Any, document: dict[str, Any]) -> None:
+    """Prints the page, and keeps it with all figures beside it."""
+    from pipeline.bench.machine import describe
+
     command, machine = shlex.join(["fovea", *sys.argv[1:]]), describe()
-    text = markdown(costs, machine, command)
+    text = page(machine, command)
     print(text)
-    if out is not None:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        out.with_suffix(".md").write_text(text)
-        document = {"command": command, "machine": machine, "costs": [asdict(one) for one in costs]}
-        out.with_suffix(".json").write_text(dumps(document, indent=2) + "\n")
+    stem = out or Path("bench-results") / f"{name}-{datetime.now(UTC):%Y%m%d-%H%M}"
+    stem.parent.mkdir(parents=True, exist_ok=True)
+    stem.with_suffix(".md").write_text(text)
+    stem.with_suffix(".json").write_text(dumps({"command": command, "machine": machine, **document}, indent=2) + "\n")
+    print(f"wrote {stem.with_suffix('.md')}", file=sys.stderr)

@@ -1,0 +1,128 @@
+"""Prototype heads, Sinkhorn and losses: in pieces, as training does them, against the plain formulas with whole logits."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from pipeline import losses
+from pipeline.bench import pairs
+from pipeline.models.heads import PrototypeHead
+
+OURS, PLAIN = "in pieces", "whole logits"
+
+
+@dataclass(frozen=True)
+class Options:
+    """What is measured.
+
+    Attributes:
+        prototypes, width, bottleneck: of the head.
+        samples: of a micro-batch; two global and eight local crops each.
+        masked: masked patches of all of them.
+        rows: rows of logits at once; ``None`` for the default.
+        rounds: that count.
+        device: ``cpu`` or ``cuda``.
+    """
+
+    prototypes: int = 65536
+    width: int = 384
+    bottleneck: int = 256
+    samples: int = 16
+    masked: int = 600
+    rows: int | None = None
+    rounds: int = 3
+    device: str = "cpu"
+
+
+@dataclass(frozen=True)
+class Result:
+    """What was found.
+
+    Attributes:
+        cases: by name, see :data:`OURS` and :data:`PLAIN`.
+        apart: largest relative difference of the two's losses.
+        slopes_apart: largest difference of their gradients, relative to the largest gradient.
+    """
+
+    cases: dict[str, pairs.Case]
+    apart: float
+    slopes_apart: float
+
+
+def measure(options: Options, *, tell: Callable[[str], None] = lambda _: None) -> Result:
+    """Compares results first, then times and memory; a faster wrong step does not count."""
+    device = torch.device(options.device)
+    torch.manual_seed(0)
+    head = PrototypeHead(options.width, hidden=512, bottleneck=options.bottleneck, prototypes=options.prototypes).to(device)
+    teacher = PrototypeHead(options.width, hidden=512, bottleneck=options.bottleneck, prototypes=options.prototypes).to(device)
+    teacher.requires_grad_(False)
+    n = options.samples
+    cls = torch.randn(10 * n, options.width, device=device)
+    patches = torch.randn(options.masked, options.width, device=device)
+    weight = torch.full((options.masked,), 1.0 / options.masked, device=device)
+    arguments = (head, teacher, cls, patches, weight, n)
+    acts = {OURS: partial(_pieces, *arguments, options.rows), PLAIN: partial(_plain, *arguments)}
+
+    def stepped(act: Callable[[], Tensor]) -> tuple[float, list[Tensor]]:
+        head.zero_grad(set_to_none=True)
+        value = act()
+        value.backward()
+        return float(value.detach()), [p.grad for p in head.parameters() if p.grad is not None]
+
+    tell("comparing results")
+    (ours, our_slopes), (plain, slopes) = stepped(acts[OURS]), stepped(acts[PLAIN])
+    largest = max(float(slope.abs().max()) for slope in slopes)
+    apart = max(float((a - b).abs().max()) for a, b in zip(our_slopes, slopes, strict=True)) / largest
+    del our_slopes, slopes
+    tell("measuring")
+    rivals = {name: partial(stepped, act) for name, act in acts.items()}
+    return Result(pairs.measure(rivals, rounds=options.rounds, device=device), abs(ours / plain - 1), apart)
+
+
+def _pieces(
+    head: PrototypeHead, teacher: PrototypeHead, cls: Tensor, patches: Tensor, weight: Tensor, n: int, rows: int | None
+) -> Tensor:
+    with torch.no_grad():
+        matrix = teacher.matrix(torch.float32)
+        units = (teacher.units(cls[: 2 * n]), teacher.units(patches))
+        zeros = matrix.new_zeros(len(matrix))
+        found = [losses.potential_over_pieces(losses.logit_pieces([unit], matrix, 0.05, rows), zeros) for unit in units]
+    dino = losses.Targets(units[0].unflatten(0, (2, n)), matrix, found[0], 0.05)
+    ibot = losses.Targets(units[1][None], matrix, found[1], 0.05)
+    pairings, each = losses.multi_crop_pairings(8), cls.new_full((n,), 1 / (18 * n))
+
+    def crops(unit: Tensor, prototypes: Tensor) -> Tensor:
+        return losses.prototype_cross_entropy(unit.unflatten(0, (10, n)), prototypes, dino, pairings, each, 0.1, rows=rows)[0]
+
+    def masked(unit: Tensor, prototypes: Tensor) -> Tensor:
+        return losses.prototype_cross_entropy(unit[None], prototypes, ibot, losses.SAME_VIEW, weight, 0.1, rows=rows)[0]
+
+    return head(cls, crops).sum() + head(patches, masked).sum()
+
+
+def _plain(head: PrototypeHead, teacher: PrototypeHead, cls: Tensor, patches: Tensor, weight: Tensor, n: int) -> Tensor:
+    with torch.no_grad():
+        dino, ibot = losses.sinkhorn(teacher(cls[: 2 * n]), 0.05), losses.sinkhorn(teacher(patches), 0.05)
+    logits = head(cls).unflatten(0, (10, n))
+    local, glob = losses.multi_crop(logits[:2], logits[2:], dino.unflatten(0, (2, n)))
+    patch = -(ibot * F.log_softmax(head(patches) / 0.1, dim=-1)).sum(-1) @ weight
+    return local + glob + patch
+
+
+def markdown(result: Result, options: Options, machine: dict[str, str], command: str) -> str:
+    """The page that a person reads."""
+    lines = ["# Prototype heads, Sinkhorn and losses", "", f"`{command}`", ""]
+    lines += [f"- {name}: {value}" for name, value in machine.items()]
+    lines += [
+        f"- {options.prototypes} prototypes, {10 * options.samples} crops, {options.masked} masked patches, forward and backward",
+        f"- losses differ by {result.apart:.1e}, gradients by {result.slopes_apart:.1e} of the largest",
+        "",
+        *pairs.table(result.cases, PLAIN),
+    ]
+    return "\n".join(lines) + "\n"

@@ -1,0 +1,130 @@
+"""Rivals measured side by side: in turns, in one process, so that whatever slows the machine slows both."""
+
+from __future__ import annotations
+
+import statistics
+import time
+import weakref
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_flatten
+
+
+@dataclass(frozen=True)
+class Case:
+    """One of the rivals.
+
+    Attributes:
+        seconds: of each round: processor time of this process on a CPU, the stream's own time on a GPU.
+        peak: bytes of tensors alive at most during one round, beyond those alive before.
+    """
+
+    seconds: tuple[float, ...]
+    peak: int
+
+    @property
+    def middle(self) -> float:
+        """The median round."""
+        return statistics.median(self.seconds)
+
+    @property
+    def best(self) -> float:
+        """The fastest round: on a busy CPU what disturbed it least."""
+        return min(self.seconds)
+
+    @property
+    def spread(self) -> float:
+        """Half the distance between the quartiles, as a share of the median."""
+        if len(self.seconds) < 2:
+            return 0.0
+        low, _, high = statistics.quantiles(self.seconds, n=4)
+        return (high - low) / 2 / self.middle
+
+
+def measure(rivals: Mapping[str, Callable[[], object]], *, rounds: int, device: torch.device, warm: int = 1) -> dict[str, Case]:
+    """Runs all rivals in turns.
+
+    Args:
+        rivals: what to run, by name.
+        rounds: how often each counts.
+        device: where they work.
+        warm: rounds before that do not count.
+    """
+    seconds: dict[str, list[float]] = {name: [] for name in rivals}
+    for number in range(warm + rounds):
+        for name, act in rivals.items():
+            spent = _timed(act, device)
+            if number >= warm:
+                seconds[name].append(spent)
+    return {name: Case(tuple(seconds[name]), peak_bytes(act, device)) for name, act in rivals.items()}
+
+
+def _timed(act: Callable[[], object], device: torch.device) -> float:
+    if device.type == "cuda":
+        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        begin.record()
+        act()
+        end.record()
+        torch.cuda.synchronize(device)
+        return begin.elapsed_time(end) / 1000
+    before = time.process_time()
+    act()
+    return time.process_time() - before
+
+
+def peak_bytes(act: Callable[[], object], device: torch.device) -> int:
+    """Bytes of tensors alive at most while something runs, beyond those alive before."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        act()
+        torch.cuda.synchronize(device)
+        return int(torch.cuda.max_memory_allocated(device) - before)
+    with _Alive() as alive:
+        act()
+    return alive.peak
+
+
+class _Alive(TorchDispatchMode):
+    """Counts the bytes of all storages that operations make and nobody has dropped yet."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = self.peak = 0
+        self._known: set[int] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for tensor in tree_flatten(result)[0]:
+            if isinstance(tensor, torch.Tensor):
+                self._count(tensor.untyped_storage())
+        return result
+
+    def _count(self, storage: torch.UntypedStorage) -> None:
+        place, size = storage.data_ptr(), storage.nbytes()
+        if not size or place in self._known:
+            return
+        self._known.add(place)
+        self.now += size
+        self.peak = max(self.peak, self.now)
+        weakref.finalize(storage, self._drop, place, size)
+
+    def _drop(self, place: int, size: int) -> None:
+        self._known.discard(place)
+        self.now -= size
+
+
+def table(cases: Mapping[str, Case], baseline: str, *, unit: str = "ms") -> list[str]:
+    """Markdown rows: time, spread, what the baseline takes for it, memory, what the baseline takes of it."""
+    base, factor = cases[baseline], {"ms": 1e3, "s": 1.0}[unit]
+    rows = [f"| | {unit} | spread | {baseline} takes | peak MB | {baseline} takes |", "|---|---:|---:|---:|---:|---:|"]
+    for name, case in cases.items():
+        slower, larger = base.best / max(case.best, 1e-12), base.peak / max(case.peak, 1)
+        time_ = f"{case.middle * factor:.1f} | {case.spread:.0%} | {slower:.2f} times"
+        rows.append(f"| {name} | {time_} | {case.peak / 1e6:,.1f} | {larger:.2f} times |")
+    return rows

@@ -1,0 +1,47 @@
+"""Rivals are compared by their results first, and every bench runs at toy size."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from pipeline.bench import heads, pairs, step
+from pipeline.errors import ConfigError
+
+
+def test_heads_in_pieces_find_what_whole_logits_do() -> None:
+    options = heads.Options(prototypes=512, width=16, bottleneck=8, samples=2, masked=4000, rows=16, rounds=1)
+    result = heads.measure(options)
+    assert result.apart < 1e-5 and result.slopes_apart < 1e-4
+    assert result.cases[heads.OURS].peak < 0.5 * result.cases[heads.PLAIN].peak
+    page = heads.markdown(result, options, {"cores": "2"}, "fovea bench heads")
+    assert "whole logits takes" in page and "512 prototypes" in page
+
+
+def test_memory_is_counted_while_it_is_held() -> None:
+    def one_after_the_other() -> None:
+        for _ in range(3):
+            torch.ones(1000) + 1
+
+    def together() -> None:
+        held = [torch.ones(1000) + n for n in range(3)]
+        del held
+
+    device = torch.device("cpu")
+    assert pairs.peak_bytes(one_after_the_other, device) <= 8100
+    assert pairs.peak_bytes(together, device) >= 12000
+
+
+def test_a_ratio_is_of_the_best_rounds() -> None:
+    cases = {"a": pairs.Case((2.0, 1.0, 3.0), 10), "b": pairs.Case((4.0, 2.0, 9.0), 40)}
+    row = next(line for line in pairs.table(cases, "b") if line.startswith("| a "))
+    assert "2.00 times" in row and "4.00 times" in row
+
+
+@pytest.mark.slow
+def test_a_step_of_clip_is_open_clips_step() -> None:
+    result = step.measure(step.Options(model="tiny", batch=2, rounds=1))
+    assert result.losses[step.OURS] == pytest.approx(result.losses[step.THEIRS], rel=1e-4)
+    assert set(result.cases) == {step.OURS, step.THEIRS}
+    with pytest.raises(ConfigError, match="no size"):
+        step.measure(step.Options(model="B-7"))
