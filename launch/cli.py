@@ -15,6 +15,8 @@ from rich.markup import escape
 from launch import shards
 from launch.bench import app as bench
 from launch.checkpoint import app as checkpoint
+from launch.cluster import commands as cluster
+from launch.track import app as track
 from pipeline.errors import ConfigError, FoveaError
 
 if TYPE_CHECKING:
@@ -37,6 +39,8 @@ app.add_typer(shards.app, name="shards")
 app.add_typer(config, name="config")
 app.add_typer(bench, name="bench")
 app.add_typer(checkpoint, name="checkpoint")
+app.add_typer(track, name="track")
+cluster.enter(app)
 
 ConfigArgument = shards.ConfigArgument
 Overrides = shards.Overrides

@@ -74,7 +74,7 @@ def run(loaded: Loaded) -> int:
         found, complaints = choose_checkpoint(config, directory, inputs)
         for complaint in complaints:
             print(complaint, file=sys.stderr)
-        if found is None and config.init_from.source is not None:
+        if found is None and (config.init_from.source is not None or config.recipe.anchors):
             from pipeline.training import initial
 
             initial.check(config)

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 import shutil
 import sys
 import time
+from collections.abc import Callable
+from pathlib import Path
 
 
 def clock(seconds: float) -> str:
@@ -82,3 +86,32 @@ def watcher(rank: int, global_batch: int) -> Silent | Lines:
     if rank:
         return Silent()
     return Live(global_batch) if sys.stdout.isatty() else Lines(global_batch)
+
+
+class Clocked:
+    """A watcher that also keeps ``clock.json`` beside the attempt's logs: seconds of training, for the account of a run's time.
+
+    Args:
+        inner: who shows progress.
+        path: the file.
+        seconds: reads the seconds of all steps so far, those of earlier attempts that count included.
+    """
+
+    def __init__(self, inner: Silent | Lines, path: Path, seconds: Callable[[], float]) -> None:
+        self._inner, self._path, self._seconds, self._began = inner, path, seconds, seconds()
+
+    def step(self, done: int, total: int, loss: float, rate: float, scores: dict[str, float]) -> None:
+        """Show it, and note the time."""
+        self._inner.step(done, total, loss, rate, scores)
+        self.note(done)
+
+    def say(self, text: str) -> None:
+        """Show it."""
+        self._inner.say(text)
+
+    def note(self, step: int) -> None:
+        """Write the file, if the disk lets it."""
+        with contextlib.suppress(OSError):
+            temporary = self._path.with_suffix(".new")
+            temporary.write_text(json.dumps({"began": self._began, "seconds": self._seconds(), "step": step}))
+            temporary.replace(self._path)

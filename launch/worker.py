@@ -14,13 +14,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from launch import accelerate
+from launch.cluster import record
 from launch.ranks import RankEnvironment
 from launch.resume import check_identity, choose_checkpoint, copies_of, origins
-from launch.watch import watcher
+from launch.watch import Clocked, watcher
 from pipeline.config import fingerprint, flatten
-from pipeline.errors import FoveaError
+from pipeline.errors import FoveaError, LaunchError
 from pipeline.settings import Config
-from pipeline.training import saved
+from pipeline.training import claims, saved
 from pipeline.training.run import RunDirectory
 from pipeline.training.saved import Saved
 
@@ -31,7 +32,25 @@ if TYPE_CHECKING:
 
 
 def be_rank(config: Config, here: RankEnvironment) -> int:
-    """Be a rank that torchrun, accelerate or srun started: agree on the attempt and the checkpoint, then train."""
+    """Be a rank that torchrun, accelerate or srun started: agree on the attempt and the checkpoint, then train.
+
+    A job's attendant, which counts the attempts (``FOVEA_ATTEMPT``), learns from files what went wrong before the ranks had met.
+    """
+    attended = os.environ.get("FOVEA_ATTEMPT")
+    attempt = int(attended) if attended else None
+    try:
+        code = _be_rank(config, here, attempt)
+    except FoveaError as error:
+        if attempt is not None:
+            own = {"rank": here.rank, "what": str(error), "code": error.exit_code, "kind": type(error).__name__, "step": 0}
+            claims.claim(RunDirectory(config.run.folder).logs(attempt), own)
+        raise
+    if code:
+        _leave(code)
+    return code
+
+
+def _be_rank(config: Config, here: RankEnvironment, attempt: int | None) -> int:
     from pipeline.training.inputs import prepare
 
     accelerate.check(config, here.world_size)
@@ -43,10 +62,7 @@ def be_rank(config: Config, here: RankEnvironment) -> int:
     if here.rank == 0:
         for complaint in complaints:
             print(complaint, file=sys.stderr)
-    code = train(config, here, None, found)
-    if code:
-        _leave(code)
-    return code
+    return train(config, here, attempt, found)
 
 
 def _leave(code: int) -> None:
@@ -85,18 +101,24 @@ def train(config: Config, here: RankEnvironment, attempt: int | None, found: Sav
     requests.listen()
     if here.source != "torchrun" or attempt is not None:
         torch.set_num_threads(config.train.threads or int(os.environ["OMP_NUM_THREADS"]))
-    world = distributed.join(
-        rank=here.rank,
-        size=here.world_size,
-        local_rank=here.local_rank,
-        address=here.address,
-        port=here.port or 29500,
-        key=here.key,
-        backend=config.launch.backend,
-        timeout=config.launch.timeout,
-        local_size=here.local_world_size,
-    )
     run = RunDirectory(config.run.folder)
+    try:
+        world = distributed.join(
+            rank=here.rank,
+            size=here.world_size,
+            local_rank=here.local_rank,
+            address=here.address,
+            port=here.port or 29500,
+            key=here.key,
+            backend=config.launch.backend,
+            timeout=config.launch.timeout,
+            local_size=here.local_world_size,
+        )
+    except LaunchError as error:
+        if attempt is not None:
+            own = {"rank": here.rank, "what": str(error), "code": error.exit_code, "kind": "Rendezvous", "step": 0}
+            claims.claim(run.logs(attempt), own)
+        raise
     chosen = [attempt, str(found.path) if found else None]
     if attempt is None:
         chosen[0] = run.next_attempt() if here.rank == 0 else None
@@ -106,6 +128,10 @@ def train(config: Config, here: RankEnvironment, attempt: int | None, found: Sav
             run.write("config.json", config.model_dump(mode="json"))
             run.note("start", attempt=chosen[0], ranks=world.size, resumed_from=found.step if found else None)
     number = int(chosen[0] or 0)
+    if world.rank == 0:
+        if "FOVEA_ATTEMPT" not in os.environ:
+            record.clear(run)  # somebody starts it by hand: what stopped it before is over
+        requests.watch(run.path / "control", number)
     health = config.health
     away = config.data.storage.grace + 60 if any("://" in pattern for pattern in config.data.patterns) else 0.0
     watchdog = Watchdog(
@@ -204,7 +230,13 @@ def _train(
             f"{start} · attempt {number} · {world.size} ranks on {world.device.type} · {parameters / 1e6:.1f} M parameters · "
             f"{inputs.train.total} samples · {total} steps of {batch} · {time.time() - begin:.0f} s to start"
         )
+        run.write("length.json", {"steps": total})
+        run.note("training", attempt=number, step=trainer.progress.step)
+        trainer.watcher = clocked = Clocked(show, run.logs(number) / "clock.json", lambda: trainer.progress.seconds)
+        clocked.note(trainer.progress.step)
     stop = trainer.run()
+    if isinstance(trainer.watcher, Clocked):
+        trainer.watcher.note(trainer.progress.step)
     if copies is not None and not copies.close():
         show.say("not all checkpoints are copied yet; the next attempt copies the rest")
     if world.rank == 0 and journal is not None:

@@ -74,7 +74,7 @@ def available() -> dict[str, Path]:
     for root in roots():
         for file in sorted(root.rglob("*.yaml")):
             name = file.relative_to(root).with_suffix("").as_posix()
-            if not re.search(r"(^|/)(_|base)", name):
+            if not re.search(r"(^|/)(_|base)|^clusters/", name):
                 found.setdefault(name, file)
     return found
 

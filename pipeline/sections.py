@@ -1,13 +1,61 @@
-"""Sections of the settings that stand for themselves: storage, first weights, data sets, health; see :mod:`pipeline.settings`."""
+"""Sections of the settings that stand for themselves: towers, storage, first weights, data sets, health."""
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Literal
 
 from pydantic import Field
 
 from pipeline.fields import Count, NonNegative, Positive, Settings, Texts
+
+
+class ModelSettings(Settings):
+    """The vision tower: a timm name, or an architecture spelled out by width, depth, heads and patch."""
+
+    timm: str | None = Field(
+        default=None, description="name of a timm vision transformer; then the architecture's fields stay unset"
+    )
+    width: Count | None = Field(default=None, description="width of a token")
+    depth: Count | None = Field(default=None, description="transformer blocks")
+    heads: Count | None = Field(default=None, description="attention heads of a block")
+    patch: Count | None = Field(default=None, description="side of a patch, pixels")
+    mlp_ratio: Positive = Field(default=4.0, description="hidden width of a block's MLP over the token width")
+    registers: int = Field(default=0, ge=0, le=64, description="register tokens")
+    stem: Literal["patch", "conv"] = Field(
+        default="patch", description="patch embedding: one convolution, or a stack of 3x3 ones"
+    )
+    ffn: Literal["mlp", "swiglu"] = Field(default="mlp", description="kind of feed-forward layer")
+    layer_scale: Positive | None = Field(default=1e-5, description="initial scale of a block's branches; null means none")
+    drop_path: float = Field(default=0.0, ge=0, lt=1, description="probability of skipping a branch of the student")
+    drop_path_mode: Literal["subset", "rows"] = Field(
+        default="subset",
+        description="compute a branch for a fixed number of samples only (DINOv2, saves the work), or drop each sample by itself",
+    )
+    positions: Literal["learned", "rope"] = Field(
+        default="learned", description="positions that are learned and added (DINOv2), or turned into the attention (DINOv3)"
+    )
+    position_resampling: Literal["antialias", "offset", "plain"] = Field(
+        default="antialias",
+        description="learned positions on another grid: as timm and DINOv2's models with registers, as DINOv2's others (grid "
+        "stretched by 0.1 patch, no antialiasing), or bicubic alone",
+    )
+    rope_base: Positive = Field(default=100.0, description="base of the rotary periods")
+    rope_rescale: float | None = Field(
+        default=None, gt=1, description="rotary coordinates of a training batch are stretched by up to this factor, or shrunk"
+    )
+    rope_jitter: float | None = Field(default=None, gt=1, description="as rope_rescale, each axis by itself")
+    rope_shift: Positive | None = Field(
+        default=None, description="rotary coordinates of a training batch, -1 to 1 across the picture, are shifted by up to this"
+    )
+    local_norm: bool = Field(default=False, description="local crops have a final norm of their own while training (DINOv3)")
+
+    @property
+    def patch_side(self) -> int | None:
+        """Patch side in pixels, read from the timm name if need be; None where the name does not tell."""
+        found = re.search(r"patch(\d+)", self.timm) if self.timm else None
+        return int(found[1]) if found else self.patch
 
 
 class StorageSettings(Settings):

@@ -40,6 +40,7 @@ NEIGHBOURS = {
     ("pipeline.settings", "pipeline.sections"),
     ("pipeline.settings", "pipeline.methods"),
     ("pipeline.methods", "pipeline.fields"),
+    ("pipeline.methods", "pipeline.sections"),
     ("pipeline.sections", "pipeline.fields"),
     ("pipeline.config", "pipeline.layers"),
     ("pipeline.export", "pipeline.config"),

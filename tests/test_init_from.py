@@ -86,6 +86,32 @@ def test_the_second_stage_begins_with_the_first_ones_teacher(
     assert read(tmp_path / "run" / "checkpoints" / "step_000000002").manifest["init"] == manifest["init"]
 
 
+@pytest.mark.slow
+def test_a_small_student_learns_from_a_frozen_run_and_resumes_without_it(first: Path, shards: str, tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    shutil.copytree(first, source)
+    judge = "name: distill\n  judge: {width: 32, depth: 1, heads: 2, patch: 8}\n  judge_from: nowhere\n  gram_weight: 1.0"
+    config = tmp_path / "distill.yaml"
+    config.write_text(TOY.replace("name: dinov2", judge).replace("model: {width: 32", "model: {width: 16"))
+    stage = ["train.zero=3", "checkpoint.every=2 steps", "schedule.lr.warmup=1 steps", "train.length=4 steps"]
+    away = train(config, shards, tmp_path / "run", *stage)
+    assert away.returncode == 2 and "no such file" in away.stderr and not (tmp_path / "run" / "logs").exists()
+    stage.append(f"recipe.judge_from={source}")
+    done = train(config, shards, tmp_path / "run", *stage)
+    assert done.returncode == 0, done.stderr + done.stdout
+    taught = whole(first, 4, "teacher")
+    with safe_open(tmp_path / "run" / "checkpoints" / "step_000000004" / "whole.safetensors", framework="pt") as file:
+        frozen = {k.removeprefix("frozen/judge."): file.get_tensor(k) for k in file.keys() if k.startswith("frozen/judge.")}  # noqa: SIM118
+    assert frozen.keys() == taught.keys() and all(torch.equal(frozen[name].flatten(), taught[name]) for name in taught)
+
+    shutil.rmtree(source)
+    last = (tmp_path / "run" / "checkpoints" / "step_000000004").rename(tmp_path / "before")
+    again = train(config, shards, tmp_path / "run", *stage)
+    assert again.returncode == 0, again.stderr + again.stdout
+    for path in last.glob("*.safetensors"):
+        assert path.read_bytes() == (tmp_path / "run" / "checkpoints" / "step_000000004" / path.name).read_bytes(), path.name
+
+
 def test_what_does_not_fit_is_refused_before_a_rank_is_started(config: Path, shards: str, tmp_path: Path) -> None:
     torch.save({"cls_token": torch.zeros(1, 1, 32)}, tmp_path / "weights.pth")
     done = train(config, shards, tmp_path / "run", f"init_from.source={tmp_path / 'weights.pth'}")

@@ -3,6 +3,7 @@
 from pipeline.losses.centering import batch_center, centered_targets, global_mean, moved_center
 from pipeline.losses.contrastive import clip_loss, gathered, place, siglip_loss
 from pipeline.losses.distill import cross_entropy, masked_patches, multi_crop
+from pipeline.losses.gram import gram
 from pipeline.losses.health import effective_rank
 from pipeline.losses.koleo import koleo, koleo_across_ranks
 from pipeline.losses.prototypes import (
@@ -29,6 +30,7 @@ __all__ = [
     "effective_rank",
     "gathered",
     "global_mean",
+    "gram",
     "koleo",
     "koleo_across_ranks",
     "logit_pieces",

@@ -4,6 +4,7 @@ from pipeline.methods.base import RECIPES, AugmentSettings, RecipeSettings, View
 from pipeline.methods.clip import ClipSettings, ContrastiveSettings, TextSettings
 from pipeline.methods.detailclip import DetailClipSettings
 from pipeline.methods.dinov2 import Dinov2Settings
+from pipeline.methods.distill import DistillSettings
 
 __all__ = [
     "RECIPES",
@@ -12,6 +13,7 @@ __all__ = [
     "ContrastiveSettings",
     "DetailClipSettings",
     "Dinov2Settings",
+    "DistillSettings",
     "RecipeSettings",
     "TextSettings",
     "ViewSettings",

@@ -69,6 +69,11 @@ class RecipeSettings(Settings):
         return Length(0)
 
     @property
+    def anchors(self) -> dict[str, str | None]:
+        """Frozen networks of the method, by its attribute, and where their weights come from; None means those of the start."""
+        return {}
+
+    @property
     def hue(self) -> Literal["hsv", "yiq", "off"]:
         """How the hue of its views is shifted."""
         augment = getattr(self, "augment", None)

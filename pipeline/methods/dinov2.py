@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Literal
 
 from pydantic import Field
+from typing_extensions import override
 
 from pipeline.fields import Count, Length, NonNegative, Positive, Probability, Share, ShareRange
 from pipeline.methods.base import AugmentSettings, RecipeSettings, ViewSettings, register
@@ -23,6 +24,11 @@ class Dinov2Settings(RecipeSettings):
     head_hidden: Count = Field(default=2048, description="width of the head's hidden layers")
     head_bottleneck: Count = Field(default=256, description="width before the prototypes")
     head_layers: int = Field(default=3, ge=1, le=8, description="linear layers of the head before the prototypes")
+    ibot_prototypes: int | None = Field(
+        default=None, gt=1, description="as prototypes, of the patch tokens' own head; null means the same"
+    )
+    ibot_hidden: Count | None = Field(default=None, description="as head_hidden, of the patch tokens' own head")
+    ibot_bottleneck: Count | None = Field(default=None, description="as head_bottleneck, of the patch tokens' own head")
     shared_heads: bool = Field(default=False, description="class and patch tokens share one head")
     head_norm: Literal["weight_norm", "plain"] = Field(
         default="weight_norm", description="prototype layer: weight-normalised (v2) or plain (v3)"
@@ -40,6 +46,18 @@ class Dinov2Settings(RecipeSettings):
     koleo_across_ranks: bool = Field(
         default=False, description="compare with the other ranks' samples of the same micro-batch too; groups may then span ranks"
     )
+    gram_weight: NonNegative = Field(
+        default=0.0, description="weight of Gram anchoring: patches stay as alike to one another as they were (DINOv3)"
+    )
+    gram_from: str | None = Field(
+        default=None,
+        min_length=1,
+        description="run or checkpoint whose teacher is the anchor; null means what this run starts with",
+    )
+    gram_refresh: Count | None = Field(
+        default=None, description="steps after which the teacher becomes the anchor; null for never"
+    )
+    gram_refreshes: Count = Field(default=3, description="how often it does")
     student_temperature: Positive = Field(default=0.1, description="temperature of the student's softmax")
     targets: Literal["sinkhorn", "centering"] = Field(default="sinkhorn", description="how the teacher's outputs become targets")
     sinkhorn_iterations: int = Field(default=3, ge=1, le=100, description="normalisation rounds of the Sinkhorn targets")
@@ -59,6 +77,12 @@ class Dinov2Settings(RecipeSettings):
     clip_scope: Literal["network", "global"] = Field(
         default="network", description="clip backbone and heads apart, or all together"
     )
+
+    @property
+    @override
+    def anchors(self) -> dict[str, str | None]:
+        """The Gram anchor's source, where one is wanted."""
+        return {"gram": self.gram_from} if self.gram_weight else {}
 
     @property
     def last_layer_freeze(self) -> Length:

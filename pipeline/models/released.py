@@ -2,7 +2,8 @@
 
 Understood are a tower's own names (``vit.…``), timm's, and those of DINOv2's public files: blocks in chunks or not,
 ``register_tokens``, ``mlp.w12`` and ``mlp.w3`` of SwiGLU, a ``mask_token`` of two dimensions, and the class token's position
-apart. Some files wrap them (``teacher``, ``model``, ``state_dict``) or put ``backbone.`` or ``module.`` before each name.
+apart. A rotary tower understands DINOv3's too: ``storage_tokens``, the three biases in one, ``ls1``, ``mlp.w1``. Some files wrap
+their tensors (``teacher``, ``model``, ``state_dict``) or put ``backbone.`` or ``module.`` before each name.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from timm.models.eva import Eva
 from torch import Tensor
 
 from pipeline.errors import CheckpointError
@@ -72,6 +74,8 @@ def fit(state: Mapping[str, Tensor], tower: VisionTower, *, where: str) -> Fitte
     own = {name: tuple(p.shape) for name, p in tower.named_parameters()}
     ours = any(name.startswith("vit.") for name in state)
     weights = dict(state) if ours else _renamed(state, notes)
+    if isinstance(tower.vit, Eva) and not ours:
+        weights = _rotary(weights, tower, notes)
     for name, _ in tower.named_buffers():  # computed, not learned
         weights.pop(name, None)
     _fit_positions(weights, tower, notes)
@@ -129,6 +133,32 @@ def _renamed(state: Mapping[str, Tensor], notes: list[str]) -> dict[str, Tensor]
             new = new.replace(".mlp.w12.", ".mlp.fc1.").replace(".mlp.w3.", ".mlp.fc2.")
         weights[f"vit.{new}"] = tensor
     return weights
+
+
+def _rotary(weights: Mapping[str, Tensor], tower: VisionTower, notes: list[str]) -> dict[str, Tensor]:
+    """DINOv3's names to those of timm's rotary towers, whose keys have no bias and whose queries and values may have none."""
+    renamed: dict[str, Tensor] = {}
+    masked = any(name.endswith(".bias_mask") for name in weights)  # the keys' bias is there, and multiplied by nothing
+    biased = tower.vit.blocks[0].attn.q_bias is not None
+    for name, tensor in weights.items():
+        if name.endswith((".periods", ".bias_mask")):  # constants
+            continue
+        new = re.sub(r"\.ls([12])\.gamma$", r".gamma_\1", name).replace("vit.storage_tokens", "vit.reg_token")
+        new = new.replace("vit.local_cls_norm.", "local_norm.").replace(".mlp.w1.", ".mlp.fc1_g.")
+        new = new.replace(".mlp.w2.", ".mlp.fc1_x.").replace(".mlp.w3.", ".mlp.fc2.")
+        if not name.endswith(".attn.qkv.bias"):
+            renamed[new] = tensor
+            continue
+        query, key, value = tensor.chunk(3)
+        if not masked and not tensor.is_meta and bool(key.any()):
+            renamed[new] = tensor  # not wanted, and will be named
+        elif biased:
+            renamed |= {new.replace("qkv.bias", "q_bias"): query, new.replace("qkv.bias", "v_bias"): value}
+        elif not tensor.is_meta and bool(query.any() or value.any()):
+            renamed[new] = tensor
+        else:
+            notes.append(f"left out: {name.removeprefix('vit.')}, all zeros")
+    return renamed
 
 
 def _fit_positions(weights: dict[str, Tensor], tower: VisionTower, notes: list[str]) -> None:

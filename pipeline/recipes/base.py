@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from pipeline.data.views import Batch, TextSpec, ViewSpec
 from pipeline.models.groups import ParameterGroup
 from pipeline.recipes.teacher import Teacher
+from pipeline.recipes.vitals import Vitals
 
 
 @dataclass(frozen=True)
@@ -55,6 +56,7 @@ class Recipe(nn.Module, ABC):
         memory: fp32 tensors that are neither parameters nor the teacher's (centres, queues), saved with each checkpoint
             under their names. Equal on all ranks. Not buffers, because an engine may cast buffers to bf16.
         metrics: what the last ``forward`` wants logged: detached scalars that never enter the loss.
+        vitals: which of these metrics tell whether the method is well, or ``None``.
         batch_coupled: whether the loss of a sample depends on the other samples of its (micro-)batch, so that gradient
             accumulation is not the same as a larger batch.
     """
@@ -68,6 +70,7 @@ class Recipe(nn.Module, ABC):
         self.teacher: Teacher | None = None
         self.memory: dict[str, Tensor] = {}
         self.metrics: dict[str, Tensor] = {}
+        self.vitals: Vitals | None = None
 
     def prepare(self, batches: Sequence[Batch], step: Step) -> None:
         """Looks at all micro-batches of a step before the first :meth:`forward`, without gradients.
@@ -93,8 +96,8 @@ class Recipe(nn.Module, ABC):
         """Drops what ``forward`` kept for :meth:`after_step`. Called instead of it when a step was not applied."""
 
     def networks(self) -> dict[str, nn.Module]:
-        """Sub-networks by name, each clipped by its own gradient norm."""
-        return dict(self.named_children())
+        """Sub-networks that are trained, by name, each clipped by its own gradient norm."""
+        return {name: m for name, m in self.named_children() if any(p.requires_grad for p in m.parameters())}
 
     @abstractmethod
     def parameter_groups(self) -> list[ParameterGroup]:

@@ -7,9 +7,10 @@ tokens predict the teacher's patches in the *same* crop (iBOT), and KoLeo keeps 
 
 from __future__ import annotations
 
+import copy
 import math
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import cast
@@ -18,14 +19,16 @@ import torch
 from torch import Tensor, nn
 
 from pipeline import losses
-from pipeline.data.views import Augment, Batch, MaskSpec, ViewSpec
+from pipeline.data.views import Augment, Batch, Masks, MaskSpec, ViewSpec
 from pipeline.errors import ConfigError
 from pipeline.methods import AugmentSettings, Dinov2Settings
 from pipeline.models.groups import ParameterGroup, parameter_groups
 from pipeline.models.heads import PrototypeHead
 from pipeline.models.vision import VisionTower, build_tower
 from pipeline.recipes.base import Recipe, Step
+from pipeline.recipes.frozen import Frozen
 from pipeline.recipes.teacher import Teacher
+from pipeline.recipes.vitals import Vitals, remedy_of_distillation
 from pipeline.settings import Config
 
 # Probability of blur for the first global, the second global and the local crops. The public weights were trained with the
@@ -61,12 +64,30 @@ class DINOv2(Recipe):
         self.settings = settings
         self.views = dinov2_views(settings, patch=backbone.patch)
         self.backbone = backbone
-        self.dino_head = _head(backbone.width, settings)
-        self.ibot_head = None if settings.shared_heads else _head(backbone.width, settings)
+        self.dino_head = prototype_head(backbone.width, settings)
+        self.ibot_head = None if settings.shared_heads else prototype_head(backbone.width, settings, ibot=True)
         heads = {"dino_head": self.dino_head} | ({"ibot_head": self.ibot_head} if self.ibot_head is not None else {})
         self.teacher: Teacher = Teacher(backbone=backbone, **heads)
         if settings.targets == "centering":
-            self.memory = {name: torch.zeros(settings.prototypes) for name in ("dino_center", "ibot_center")}
+            self.memory = {
+                "dino_center": torch.zeros(settings.prototypes),
+                "ibot_center": torch.zeros(_patch_prototypes(settings)),
+            }
+        self.gram = Frozen(backbone=copy.deepcopy(backbone)) if settings.gram_weight else None
+        self.vitals = Vitals(
+            guess=math.log(settings.prototypes),
+            entropy="target_entropy",
+            use="prototype_use",
+            below_guess="dino_below_uniform",
+            rank="feature_rank",
+            agreement="agreement",
+            remedy=remedy_of_distillation(
+                settings.student_temperature,
+                centred=settings.targets == "centering",
+                center_momentum=settings.center_momentum,
+                koleo=settings.koleo_weight,
+            ),
+        )
         self._means: dict[str, Tensor] = {}
         self._prepared: deque[_Prepared] = deque()
         self._watched: dict[str, Tensor] = {}
@@ -76,7 +97,7 @@ class DINOv2(Recipe):
     def prepare(self, batches: Sequence[Batch], step: Step) -> None:
         """The teacher's part of a step: features of all micro-batches, then the potentials that make targets of them."""
         self._forget()
-        backbone, *heads = self.teacher.modules.values()
+        backbone, *heads = self.judges().values()
         dino_head, ibot_head = cast(PrototypeHead, heads[0]), cast(PrototypeHead, heads[-1])  # one and the same if shared
         features, cls, patches = [], [], []
         for batch in batches:
@@ -100,11 +121,12 @@ class DINOv2(Recipe):
         if not self._prepared or self._prepared[0].batch is not batch:
             self.prepare([batch], step)
         s, targets, masks = self.settings, self._prepared.popleft(), batch.masks["global"]
-        seen = self.backbone(torch.cat(batch.views["global"]), masks.grid)
+        globals_ = torch.cat(batch.views["global"])
+        seen = self.backbone(globals_, self.hidden(masks))
         crops, samples = len(seen.cls), len(seen.cls) // 2
         cls = [seen.cls]
         if batch.views.get("local"):
-            cls.append(self.backbone(torch.cat(batch.views["local"])).cls)
+            cls.append(self.backbone(torch.cat(batch.views["local"]), local=True).cls)
         pairings = losses.multi_crop_pairings(len(batch.views.get("local", ())))
         each = seen.cls.new_full((samples,), 1 / (samples * sum(sum(p.targets) * (p.views[1] - p.views[0]) for p in pairings)))
 
@@ -126,16 +148,33 @@ class DINOv2(Recipe):
             n, both = len(tokens), torch.cat([tokens, hidden])
             (local, glob), *watched, (patch,) = self.dino_head(both, lambda u, m: (*dino(u[:n], m), ibot(u[n:], m)))
         self._watch(batch, targets, (local + glob).detach(), losses.Watched(*watched))
-        return {
+        terms = {
             "dino_local": s.dino_weight * local,
             "dino_global": s.dino_weight * glob,
             "ibot": s.ibot_weight * patch,
             "koleo": s.koleo_weight * (self._koleo(seen.cls[:samples]) + self._koleo(seen.cls[samples:])),
         }
+        if self.gram is not None:
+            with torch.no_grad():
+                anchor = self.gram["backbone"](globals_).patches
+            terms["gram"] = s.gram_weight * losses.gram(seen.patches, anchor)
+        return terms
+
+    def judges(self) -> Mapping[str, nn.Module]:
+        """Whose word the targets are: a tower and its heads."""
+        return self.teacher.modules
+
+    def hidden(self, masks: Masks) -> Tensor | None:
+        """The patches of the global crops that the student does not see, bool ``[crops, patches]``; ``None`` for none."""
+        return masks.grid
 
     def after_step(self, step: Step) -> None:
         """Moves the teacher, and the centres by the mean of what the teacher said since the last step."""
         super().after_step(step)
+        if self.gram is not None and self.settings.gram_refresh:
+            times, rest = divmod(step.index + 1, self.settings.gram_refresh)
+            if rest == 0 and times <= self.settings.gram_refreshes:
+                self._refresh(self.gram["backbone"])
         for name, mean in self._means.items():
             self.memory[name] = losses.moved_center(self.memory[name], mean, self.settings.center_momentum)
         self._forget()
@@ -151,6 +190,13 @@ class DINOv2(Recipe):
     def export(self) -> dict[str, nn.Module]:
         """The teacher's tower, as ``backbone``."""
         return {"backbone": self.teacher.modules["backbone"]}
+
+    @torch.no_grad()
+    def _refresh(self, anchor: nn.Module) -> None:
+        """Makes the anchor the teacher of now: piece by piece, where an engine has cut both alike."""
+        teacher: dict[str, Tensor] = dict(self.teacher.modules["backbone"].named_parameters())
+        for name, weight in anchor.named_parameters():
+            getattr(weight, "ds_tensor", weight).copy_(getattr(teacher[name], "ds_tensor", teacher[name]))
 
     def _forget(self) -> None:
         self._means, self._watched = {}, {}
@@ -238,12 +284,17 @@ def _augment(a: AugmentSettings) -> Augment:
     )
 
 
-def _head(width: int, s: Dinov2Settings) -> PrototypeHead:
+def _patch_prototypes(s: Dinov2Settings) -> int:
+    return s.prototypes if s.shared_heads else s.ibot_prototypes or s.prototypes
+
+
+def prototype_head(width: int, s: Dinov2Settings, *, ibot: bool = False) -> PrototypeHead:
+    """A head by the settings: the class tokens' (and everybody's, if shared), or the patch tokens' own."""
     return PrototypeHead(
         width,
-        hidden=s.head_hidden,
-        bottleneck=s.head_bottleneck,
-        prototypes=s.prototypes,
+        hidden=(s.ibot_hidden if ibot else None) or s.head_hidden,
+        bottleneck=(s.ibot_bottleneck if ibot else None) or s.head_bottleneck,
+        prototypes=_patch_prototypes(s) if ibot else s.prototypes,
         layers=s.head_layers,
         weight_norm=s.head_norm == "weight_norm",
     )

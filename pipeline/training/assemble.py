@@ -30,6 +30,7 @@ from pipeline.settings import Config
 from pipeline.settings import Curve as CurveSettings
 from pipeline.tracking import Journal
 from pipeline.training import initial, schedules
+from pipeline.training.alarms import Alarms
 from pipeline.training.checkpoint import Checkpoints, load
 from pipeline.training.control import StopRequests
 from pipeline.training.copies import Copies
@@ -123,16 +124,17 @@ def _autocast(config: Config, device: torch.device) -> torch.autocast:
 class Evaluations:
     """All evaluations of a run, called at step 0 and then as often as the settings say.
 
-    The untrained network and raw pixels are judged once, at step 0, by the same code.
+    The network as it is at step 0 and raw pixels are judged once, by the same code: as ``start`` if it began with weights from
+    elsewhere, else as ``untrained``.
     """
 
-    def __init__(self, config: Config, inputs: Inputs, recipe: Recipe, world: World, fresh: bool) -> None:
+    def __init__(self, config: Config, inputs: Inputs, recipe: Recipe, world: World, fresh: bool, *, begun: bool = False) -> None:
         if inputs.bank is None or inputs.queries is None:
             raise CheckpointError("evaluation without data", where="evaluation.knn")
         knn = config.evaluation.knn
         self._backbone, self._config, self._device = recipe.export()["backbone"], config, world.device
         size = knn.size or recipe.views[0].size
-        self._first = fresh and knn.baselines
+        self._first, self._before = fresh and knn.baselines, "start" if begun else "untrained"
 
         def pictures(manifest: Any, most: int | None) -> Pictures:
             return Pictures(
@@ -165,7 +167,7 @@ class Evaluations:
         scores = {f"knn/k{k}": value for k, value in self._knn(self._features).items()}
         if self._first:
             self._first = False
-            scores |= {f"{name.replace('knn', 'untrained')}": value for name, value in list(scores.items())}
+            scores |= {name.replace("knn", self._before): value for name, value in list(scores.items())}
             scores |= {f"pixels/k{k}": value for k, value in self._knn(raw_pixels).items()}
         return scores
 
@@ -284,7 +286,8 @@ def assemble(
             )
         return _restore(read(Path(chosen[0])), engine, recipe, ledger, inputs, config.checkpoint.allow_data_change)
 
-    evaluate = Evaluations(config, inputs, recipe, world, resume is None) if inputs.bank is not None else None
+    begun = config.init_from.source is not None
+    evaluate = Evaluations(config, inputs, recipe, world, resume is None, begun=begun) if inputs.bank is not None else None
     return Trainer(
         world=world,
         recipe=recipe,
@@ -302,6 +305,7 @@ def assemble(
         phases=Phases(world, watchdog, _peak(config, world.device), count=not config.train.compile),
         left_out=LeftOut(run.path / "left_out.json"),
         go_back=go_back,
+        alarms=Alarms(recipe.vitals),
         progress=progress,
     )
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import signal
+import time
 from enum import IntEnum
+from pathlib import Path
 from types import FrameType
 
 import torch
@@ -11,7 +14,8 @@ import torch.distributed as dist
 
 
 class Stop(IntEnum):
-    """Why a run stops; the largest asked for by any rank wins."""
+    """Why a run stops; the largest asked for by any rank wins. ``TOLD``: the job's attendant says that the attempt has to end.
+    ``ASKED``: a person wants the run to stop."""
 
     NO = 0
     FINISHED = 1
@@ -19,6 +23,8 @@ class Stop(IntEnum):
     SIGUSR2 = 3
     SIGTERM = 4
     SIGINT = 5
+    TOLD = 6
+    ASKED = 7
 
 
 _SIGNALS = {
@@ -30,16 +36,22 @@ _SIGNALS = {
 
 
 class StopRequests:
-    """Flag-only signal handlers: nothing is saved inside a handler.
+    """Requests by signal, whose handlers only set a flag, and by file, which one rank looks for once a second.
+
+    Args:
+        folder: where files ``stop``, ``stop-<attempt>`` and ``save`` are looked for; ``None`` on all ranks but one.
+        attempt: the attempt's number.
 
     Attributes:
         asked: what this rank was asked for.
         saving: after :meth:`agreed`, the largest state that any rank told of its part of a save.
+        save: after :meth:`agreed`, whether a person wants a checkpoint now.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, folder: Path | None = None, attempt: int = 0) -> None:
         self.asked = Stop.NO
-        self.saving = 0
+        self.saving, self.save = 0, False
+        self._folder, self._attempt, self._looked = folder, attempt, 0.0
 
     def listen(self) -> None:
         """Install the handlers (main thread only)."""
@@ -56,7 +68,26 @@ class StopRequests:
             group: the ranks' group on the host.
             saving: this rank's part of a save; what all make of it is in :attr:`saving` afterwards.
         """
-        code = torch.tensor([int(self.asked), saving], dtype=torch.int32)
+        code = torch.tensor([int(self.asked), saving, self._look()], dtype=torch.int32)
         dist.all_reduce(code, op=dist.ReduceOp.MAX, group=group)
-        self.saving = int(code[1])
+        self.saving, self.save = int(code[1]), bool(code[2])
         return Stop(int(code[0]))
+
+    def watch(self, folder: Path, attempt: int) -> None:
+        """Look for files from now on."""
+        self._folder, self._attempt = folder, attempt
+
+    def _look(self) -> bool:
+        """Read the files' requests, at most once a second; whether a checkpoint is wanted."""
+        now = time.monotonic()
+        if self._folder is None or now - self._looked < 1.0:
+            return False
+        self._looked = now
+        if (self._folder / f"stop-{self._attempt}").exists():
+            self.asked = max(self.asked, Stop.TOLD)
+        if (self._folder / "stop").exists():
+            self.asked = max(self.asked, Stop.ASKED)
+        with contextlib.suppress(FileNotFoundError):
+            (self._folder / "save").unlink()
+            return True
+        return False

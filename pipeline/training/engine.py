@@ -113,7 +113,7 @@ class Engine:
             layerwise.sharded = options.zero > 0
         self._teacher_engine = self._shard_teacher(config) if options.zero == 3 else None
         self._network = {id(p): name for name, module in recipe.networks().items() for p in module.parameters()}
-        for p in recipe.parameters():
+        for p in parameters:
             self._network.setdefault(id(p), _OUTSIDE)
 
     def _shard_teacher(self, config: dict[str, Any]) -> Any:

@@ -8,8 +8,6 @@ stderr alone.
 from __future__ import annotations
 
 import contextlib
-import json
-import os
 import sys
 import time
 import traceback
@@ -20,6 +18,7 @@ import torch
 import torch.distributed as dist
 
 from pipeline.errors import FoveaError
+from pipeline.training import claims
 from pipeline.training.watchdog import RESTART, Watchdog
 
 _COLLECTIVE = ("gloo", "nccl", "connection closed by peer", "connection reset", "broken pipe", "timed out waiting", "tcpstore")
@@ -77,18 +76,18 @@ def tell(error: BaseException, watchdog: Watchdog, facts: dict[str, Any]) -> int
     phase, step = watchdog.place
     place = f"rank {watchdog.rank}, {phase}, step {step}"
     what, mend = failure.what, failure.mend
-    cause = _claimed(watchdog) if not failure.because_of_others else _wait_for_claim(watchdog, 1.5)
+    cause = claims.claimed(watchdog.folder) if not failure.because_of_others else _wait_for_claim(watchdog, 1.5)
     if failure.because_of_others and cause is None:
         timed_out = "timed out" in what.lower() or "timeout" in what.lower()
         blamed, sentence = watchdog.verdict(waits=True)
-        cause = _claimed(watchdog)
+        cause = claims.claimed(watchdog.folder)
         if blamed != [watchdog.rank] or timed_out:
             known = [rank for rank in blamed if rank != watchdog.rank]
             logs = f"; see the log of rank {known[0]} and of its machine" if known else ""
             reason = "a collective took longer than launch.timeout" if timed_out else "the connection to another rank broke"
             what, mend = f"{reason}: {sentence}", f"the same command resumes{logs}"
     own: dict[str, Any] = {"rank": watchdog.rank, "what": what, "code": failure.code, "kind": type(error).__name__, "step": step}
-    if cause is None and _claim(watchdog, own):
+    if cause is None and claims.claim(watchdog.folder, own):
         if not failure.expected:
             traceback.print_exception(error)
         _say(f"error: {place}: {what}" + (f". {mend}" if mend else ""))
@@ -105,33 +104,9 @@ def tell(error: BaseException, watchdog: Watchdog, facts: dict[str, Any]) -> int
     return failure.code
 
 
-def _claim(watchdog: Watchdog, own: dict[str, Any]) -> bool:
-    watchdog.folder.mkdir(parents=True, exist_ok=True)
-    temporary = watchdog.folder / f".failure-{watchdog.rank}"
-    try:
-        temporary.write_text(json.dumps(own))
-        os.link(temporary, watchdog.folder / "failure.json")  # whole or not there, and only the first succeeds
-    except FileExistsError:
-        return False
-    except OSError:  # a full disk: better told twice than not at all
-        return True
-    finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
-    return True
-
-
-def _claimed(watchdog: Watchdog) -> dict[str, Any] | None:
-    try:
-        found: dict[str, Any] = json.loads((watchdog.folder / "failure.json").read_text())
-    except (OSError, ValueError):
-        return None
-    return found
-
-
 def _wait_for_claim(watchdog: Watchdog, seconds: float) -> dict[str, Any] | None:
     end = time.monotonic() + seconds
-    while (found := _claimed(watchdog)) is None and time.monotonic() < end:
+    while (found := claims.claimed(watchdog.folder)) is None and time.monotonic() < end:
         time.sleep(0.05)
     return found
 

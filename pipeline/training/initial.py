@@ -44,6 +44,9 @@ class Source:
     path: Path | None = None
     saved: Saved | None = None
 
+    def __str__(self) -> str:
+        return f"{self.path or self.name}" + (f" (step {self.saved.step})" if self.saved is not None else "")
+
     def record(self) -> dict[str, Any]:
         """What is kept of it in manifests: where it lay, and a digest that no other has."""
         facts: dict[str, Any] = {"source": self.name, "kind": self.kind}
@@ -105,21 +108,22 @@ def check(config: Config) -> None:
     Raises:
         CheckpointError: the source is missing or damaged, or its names or shapes do not fit the settings.
     """
-    if config.init_from.source is None:
-        return
     from pipeline.recipes.registry import build_recipe
 
-    source = find(config.init_from.source)
-    if source.saved is not None:
-        saved.verify(source.saved)
     with torch.device("meta"):
         recipe = build_recipe(config)
-    _matched(recipe, source, config.init_from, shapes_only=True)
+    for name in {config.init_from.source, *config.recipe.anchors.values()} - {None}:
+        if (found := find(str(name)).saved) is not None:
+            saved.verify(found)
+    if config.init_from.source is not None:
+        _matched(recipe, find(config.init_from.source), config.init_from, shapes_only=True)
+    for name, given in config.recipe.anchors.items():
+        _anchored(recipe, name, given, shapes_only=True)
 
 
 @torch.no_grad()
 def begin(recipe: Recipe, config: Config, *, record: bool = True) -> Start | None:
-    """Fills the student with the weights that ``init_from`` names, and makes the teacher its equal.
+    """Fills the student with the weights that ``init_from`` names, makes the teacher its equal, and fills frozen networks.
 
     Args:
         recipe: the method with its random weights, whole, before an engine has it.
@@ -132,20 +136,28 @@ def begin(recipe: Recipe, config: Config, *, record: bool = True) -> Start | Non
     Raises:
         CheckpointError: as :func:`check`.
     """
-    if config.init_from.source is None:
-        return None
-    source = find(config.init_from.source)
-    weights, notes = _matched(recipe, source, config.init_from, shapes_only=False)
+    facts: dict[str, Any] = {}
+    told: list[str] = []
     parameters = dict(recipe.named_parameters())
-    for name, tensor in weights.items():
-        parameters[name].copy_(tensor)
-    if recipe.teacher is not None:
-        recipe.teacher.reset()
-    network = f"{config.init_from.network} of " if source.kind == "checkpoint" else ""
-    step = f" (step {source.saved.step})" if source.saved is not None else ""
-    taken = f"starting from the {network}{source.path or source.name}{step}: {len(weights)} tensors"
-    facts = source.record() | {"network": config.init_from.network, "heads": config.init_from.heads} if record else {}
-    return Start(facts, (taken, *notes))
+    if config.init_from.source is not None:
+        source = find(config.init_from.source)
+        weights, notes = _matched(recipe, source, config.init_from, shapes_only=False)
+        for name, tensor in weights.items():
+            parameters[name].copy_(tensor)
+        if recipe.teacher is not None:
+            recipe.teacher.reset()
+        network = f"{config.init_from.network} of " if source.kind == "checkpoint" else ""
+        told += [f"starting from the {network}{source}: {len(weights)} tensors", *notes]
+        if record:
+            facts = source.record() | {"network": config.init_from.network, "heads": config.init_from.heads}
+    for anchor, given in config.recipe.anchors.items():
+        weights, notes = _anchored(recipe, anchor, given, shapes_only=False)
+        for name, tensor in weights.items():
+            parameters[name].copy_(tensor)
+        told += [f"recipe.{anchor} stands still at {find(given) if given else 'what this run starts with'}", *notes]
+        if record and given:
+            facts[anchor] = find(given).record()
+    return Start(facts, tuple(told)) if told else None
 
 
 def student_tower(recipe: Recipe) -> tuple[str, VisionTower]:
@@ -172,26 +184,47 @@ def student_tower(recipe: Recipe) -> tuple[str, VisionTower]:
 def _matched(recipe: Recipe, source: Source, settings: InitSettings, *, shapes_only: bool) -> tuple[dict[str, Tensor], list[str]]:
     """Weights by the recipe's names, and notes."""
     name, tower = student_tower(recipe)
-    notes: list[str] = []
-    rest: dict[str, Tensor] = {}
-    if source.saved is not None:
-        state, rest = _split(_ours(source.saved, settings.network, shapes_only), source)
-    else:
-        if settings.heads:
-            raise CheckpointError(
-                "only checkpoints of fovea hold heads", where=f"init_from.source={source.name}", mend="set init_from.heads=false"
-            )
-        loaded = _of_timm(source) if source.kind == "timm" else _of_file(source.path or Path(source.name), shapes_only)
-        state, notes = unwrapped(loaded)
+    if settings.heads and source.saved is None:
+        raise CheckpointError(
+            "only checkpoints of fovea hold heads", where=f"init_from.source={source.name}", mend="set init_from.heads=false"
+        )
+    state, rest, notes = _read(source, settings.network, shapes_only)
     fitted = fit(state, tower, where=f"init_from.source={source.name}")
     weights = {f"{name}.{inner}": tensor for inner, tensor in fitted.weights.items()}
     if settings.heads:
         own = {n: tuple(p.shape) for n, p in recipe.named_parameters() if p.requires_grad and not n.startswith(f"{name}.")}
-        buffers = dict(recipe.named_buffers())
-        rest = {n: t for n, t in rest.items() if n not in buffers}
         compare(own, {n: tuple(t.shape) for n, t in rest.items()}, where=f"init_from.source={source.name}, heads")
         weights |= rest
     return weights, [*notes, *fitted.notes]
+
+
+def _anchored(recipe: Recipe, name: str, given: str | None, *, shapes_only: bool) -> tuple[dict[str, Tensor], list[str]]:
+    """Weights of a frozen network of the recipe, by the recipe's names, and notes; of the teacher as it is if none are given."""
+    networks = dict(recipe.get_submodule(name).named_children())
+    if given is None and recipe.teacher is not None:
+        taught = {n: t for n, t in recipe.teacher.named_parameters() if n.split(".")[0] in networks}
+        return {f"{name}.{n}": tensor for n, tensor in taught.items()}, []
+    source = find(given or "")
+    state, rest, notes = _read(source, "teacher", shapes_only)
+    where = f"recipe.{name}: {source}"
+    tower = networks.pop("backbone")
+    if not isinstance(tower, VisionTower):
+        raise ConfigError(f"the network {name} holds no vision tower", where=where)
+    fitted = fit(state, tower, where=where)
+    own = {f"{head}.{n}": tuple(p.shape) for head, module in networks.items() for n, p in module.named_parameters()}
+    rest = {n: tensor for n, tensor in rest.items() if n.split(".")[0] in networks}
+    compare(own, {n: tuple(t.shape) for n, t in rest.items()}, where=where)
+    weights = {f"backbone.{n}": tensor for n, tensor in fitted.weights.items()} | rest
+    return {f"{name}.{n}": tensor for n, tensor in weights.items()}, [*notes, *fitted.notes]
+
+
+def _read(source: Source, network: str, shapes_only: bool) -> tuple[dict[str, Tensor], dict[str, Tensor], list[str]]:
+    """The tower's tensors, those beside it, and notes."""
+    if source.saved is not None:
+        return (*_split(_ours(source.saved, network, shapes_only), source), [])
+    loaded = _of_timm(source) if source.kind == "timm" else _of_file(source.path or Path(source.name), shapes_only)
+    state, notes = unwrapped(loaded)
+    return state, {}, notes
 
 
 def _split(state: dict[str, Tensor], source: Source) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
@@ -203,7 +236,8 @@ def _split(state: dict[str, Tensor], source: Source) -> tuple[dict[str, Tensor],
             f"the checkpoint holds {len(names)} vision towers", where=f"init_from.source={source.name}", mend="name another"
         )
     inside = {name.removeprefix(f"{tower}."): tensor for name, tensor in state.items() if name.startswith(f"{tower}.")}
-    return inside, {name: tensor for name, tensor in state.items() if not name.startswith(f"{tower}.")}
+    trained = source.saved.manifest["shapes"] if source.saved is not None else {}
+    return inside, {name: t for name, t in state.items() if not name.startswith(f"{tower}.") and name in trained}
 
 
 def _ours(found: Saved, network: str, shapes_only: bool) -> dict[str, Tensor]:

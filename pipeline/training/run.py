@@ -96,7 +96,8 @@ class RunDirectory:
 
     def write(self, name: str, value: Any) -> None:
         """Replace a JSON file of the run in one act."""
-        self.path.mkdir(parents=True, exist_ok=True)
-        temporary = self.path / f".{name}.{os.getpid()}"
+        target = self.path / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        temporary = target.with_name(f".{target.name}.{os.getpid()}")
         temporary.write_text(json.dumps(value, indent=1))
-        temporary.replace(self.path / name)
+        temporary.replace(target)

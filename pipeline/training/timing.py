@@ -68,8 +68,7 @@ class Phases:
         self._marks: deque[tuple[str, Any]] = deque()
         self._totals: Counter[str] = Counter()
         self._steps = 0
-        self._flops: int | None = None if count else 0
-        self._batches = 1
+        self._flops: dict[str, int] | None = {} if count else None
 
     def enter(self, phase: str, step: int | None = None) -> None:
         """A phase begins, and the one before ends."""
@@ -90,23 +89,23 @@ class Phases:
         yield
         self.enter(before)
 
-    def counted(self, function: Callable[..., T], micro_batches: int) -> Callable[..., T]:
+    def counted(self, function: Callable[..., T], times: int) -> Callable[..., T]:
         """The function; the first call ever is done under torch's FLOP counter, which changes no result.
 
         Args:
-            function: forward and backward pass of one micro-batch.
-            micro_batches: how often a step calls it.
+            function: a part of a step, such as the forward and backward pass of one micro-batch.
+            times: how often a step calls it.
         """
-        self._batches = micro_batches
-        if self._flops is not None:
+        flops, name = self._flops, function.__name__
+        if flops is None or name in flops:
             return function
 
         def first(*arguments: Any) -> T:
-            if self._flops is not None:
+            if name in flops:
                 return function(*arguments)
             with FlopCounterMode(display=False) as counter:
                 result = function(*arguments)
-            self._flops = int(counter.get_total_flops())
+            flops[name] = int(counter.get_total_flops()) * times
             return result
 
         return first
@@ -125,7 +124,7 @@ class Phases:
         values = {"step_seconds": step, **parts}
         values |= {f"{name}_seconds": self._totals[phase] for phase, name in _ASIDE.items() if self._totals[phase]}
         if self._flops and step > 0:
-            achieved = self._flops * self._batches / step / 1e12
+            achieved = sum(self._flops.values()) / step / 1e12
             values["tflops_per_rank"] = achieved
             if self._peak:
                 values["mfu"] = achieved / self._peak

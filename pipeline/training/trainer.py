@@ -24,6 +24,7 @@ from pipeline.data.views import Batch
 from pipeline.errors import TrainingError
 from pipeline.recipes.base import Recipe, Step
 from pipeline.tracking import Journal
+from pipeline.training.alarms import Alarms
 from pipeline.training.checkpoint import Checkpoints, Outcome
 from pipeline.training.control import Stop, StopRequests
 from pipeline.training.distributed import World
@@ -119,6 +120,7 @@ class Trainer:
         phases: who is told what this rank does, and counts the time.
         left_out: steps that are not trained on.
         go_back: loads the last checkpoint on all ranks.
+        alarms: who tells collapse and divergence from progress.
         progress: where we are.
         data_counts: samples seen, substituted and available, as of the last checkpoint.
     """
@@ -139,6 +141,7 @@ class Trainer:
     phases: Phases
     left_out: LeftOut
     go_back: Callable[[], Progress]
+    alarms: Alarms = field(default_factory=Alarms)
     progress: Progress = field(default_factory=Progress)
     data_counts: dict[str, Any] = field(default_factory=dict)
     _seconds_before: float = 0.0
@@ -183,7 +186,7 @@ class Trainer:
                 micro_batches = [replace(batch, seed=seed) for batch, seed in zip(micro_batches, drawn, strict=True)]
 
                 self.phases.enter(COMPUTE)
-                self.engine.prepare(micro_batches, step)
+                self.phases.counted(self.engine.prepare, 1)(micro_batches, step)
                 forward_backward = self.phases.counted(self.engine.forward_backward, len(micro_batches))
                 terms = _mean([forward_backward(batch, step) for batch in micro_batches])
                 finite = torch.stack(list(terms.values())).isfinite().all()
@@ -218,7 +221,7 @@ class Trainer:
                 stop = self.requests.agreed(self.world.control, self.checkpoints.state)
                 self._tell(self.checkpoints.poll(self.requests.saving))
                 evaluated = self.plan.save_evaluated and p.scored == p.step
-                if stop or evaluated or _due(p.step, self.plan.checkpoint_every, self.plan.steps):
+                if stop or evaluated or self.requests.save or _due(p.step, self.plan.checkpoint_every, self.plan.steps):
                     saved_at = self._save(beside=self.plan.asynchronous and not stop and p.step < self.plan.steps)
                 if stop:
                     break
@@ -305,6 +308,12 @@ class Trainer:
                 },
             )
         self.watcher.step(p.step, self.plan.steps, values["loss"], rate, p.scores)
+        if self.world.rank == 0:
+            for alarm in self.alarms.look(step, p.step, values):
+                self.watcher.say(f"step {p.step}: {alarm.text}")
+                if self.journal is not None:
+                    self.journal.metrics(p.step, {f"alarm/{alarm.illness}": float(alarm.since)})
+                    self.journal.tags({f"alarm/{alarm.illness}": f"step {p.step}: {alarm.text}"})
 
     def _memory(self) -> dict[str, float]:
         parts = self.engine.memory()

@@ -25,6 +25,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import IO
 
+from pipeline.training import claims
+
 BACKSTOP = 60.0  # seconds beyond a limit after which a process is ended whose Python runs no thread any more
 RESTART = 75  # the exit code of what a new attempt may mend (EX_TEMPFAIL of sysexits.h)
 START, DATA, COMPUTE, STEP, TEACHER, LOG = "start", "data", "forward and backward", "step", "teacher", "log"
@@ -238,6 +240,8 @@ class Watchdog:
             first = False
         text = f"{sentence}. The stacks of all ranks are in {self.folder}; the attempt ends and the same command resumes."
         if first:
+            own = {"rank": self.rank, "what": sentence, "code": RESTART, "kind": "Stall", "step": step}
+            claims.claim(self.folder, own)
             self._say(f"error: {text}")
         else:
             self._stop.wait(1.0 + 4 * self.interval)  # let the one who says it be the first to end

@@ -98,3 +98,16 @@ def test_blocks_that_are_built_otherwise_are_refused() -> None:
         tower = build_tower(model.model_copy(update={"drop_path": 0.0}), image_size=28)
     with pytest.raises(ConfigError, match="rows"):
         set_stochastic_depth(tower.vit.blocks[0], 0.1, "subset")
+
+
+@pytest.mark.parametrize("positions", ["learned", "rope"])
+def test_a_block_with_a_subset_is_one_graph_for_the_compiler(positions: str) -> None:
+    images = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    results = []
+    for compiled in (False, True):
+        tower = tiny(drop_path=0.5, depth=1, positions=positions).train()
+        if compiled:
+            tower.vit.blocks[0].compile(backend="aot_eager", fullgraph=True)
+        torch.manual_seed(1)
+        results.append(tower(images).cls.detach())
+    torch.testing.assert_close(results[1], results[0], atol=1e-5, rtol=1e-4)

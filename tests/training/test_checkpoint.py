@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import json
-import os
 import shutil
 import threading
 from pathlib import Path
@@ -239,100 +238,6 @@ def test_a_directory_that_cannot_be_made_is_told_on_all_ranks(tmp_path: Path) ->
     for told in pool(2).run(_save_into, directory=str(tmp_path / "file" / "checkpoints")):
         assert "could not be written" in told
         assert "rank 0" in told
-
-
-class _Killed(BaseException):
-    """What a kill looks like from inside: nothing after it is done."""
-
-
-def _attempt(store: Any, recipe: Any, engine: Any, step: int, beside: bool) -> None:
-    """One save; if it is beside the training, the training goes on meanwhile."""
-    if not beside:
-        store.save(engine, recipe, _facts(step))
-        return
-    store.begin(engine, recipe, _facts(step))
-    advance(recipe, engine, step)
-    outcome = None
-    while outcome is None:
-        outcome = store.poll(store.state)
-    assert outcome.problem is None
-
-
-def _kill_everywhere(directory: str, beside: bool) -> list[tuple[str, list[int], int, bool]]:
-    """Save over an existing step again and again, each time dying one file operation later."""
-    from pipeline.training import checkpoint, retention
-
-    recipe, engine = build(zero=2)
-    folder = Path(directory)
-
-    def store() -> Any:
-        return checkpoint.Checkpoints(folder, keep_last=2, keep_best="score")
-
-    for step in (1, 2, 3):
-        store().save(engine, recipe, _facts(step))
-    left, seen, remove = 0, [], shutil.rmtree
-
-    def counted(real: Any) -> Any:
-        def call(*args: Any, **kwargs: Any) -> Any:
-            nonlocal left
-            left -= 1
-            if left < 0:
-                if real is remove:  # it dies half-way
-                    for inner in list(Path(args[0]).iterdir())[:1]:
-                        inner.unlink()
-                elif real.__name__ == "write_tensors":
-                    args[0].write_bytes(b"some bytes did get there")
-                elif real.__name__ == "dump":
-                    args[1].write('{"some')
-                raise _Killed
-            return real(*args, **kwargs)
-
-        return call
-
-    operations = [(os, "fsync"), (Path, "rename"), (Path, "mkdir"), (Path, "replace"), (json, "dump"), (shutil, "rmtree")]
-    with pytest.MonkeyPatch.context() as patch:
-        for owner, name in [*operations, (checkpoint, "write_tensors")]:
-            patch.setattr(owner, name, counted(getattr(owner, name)))
-        for allowed in range(100):
-            for step in (3, 4):  # a step that is there already, and one that is not
-                left = allowed
-                try:
-                    _attempt(store(), recipe, engine, step, beside)
-                    outcome = "saved"
-                except _Killed:
-                    outcome = "killed"
-                left = 1000
-                newest, _ = saved.newest(folder)
-                whole = []
-                for one in saved.listed(folder):
-                    saved.verify(one)
-                    whole.append(one.step)
-                assert len(whole) == len(list(folder.glob("step_*"))), "a directory is there that is not whole"
-                best = retention.read_best(folder).get("checkpoint")
-                last = max(saved.listed(folder), key=lambda one: one.serial).step
-                seen.append((outcome, whole, newest is not None and newest.step == last, (folder / str(best)).is_dir()))
-                if 4 in whole and step == 4:
-                    remove(folder / "step_000000004")
-                    store().save(engine, recipe, _facts(2))
-                    store().save(engine, recipe, _facts(3))
-            if seen[-1][0] == seen[-2][0] == "saved":
-                break
-    engine.close()
-    return seen
-
-
-@pytest.mark.parametrize("beside", [False, True], ids=["waiting", "beside the training"])
-def test_killed_at_any_point_of_a_save_every_directory_that_is_there_is_whole(tmp_path: Path, beside: bool) -> None:
-    (seen,) = pool(1).run(_kill_everywhere, directory=str(tmp_path), beside=beside)
-    assert seen[0][0] == "killed"
-    assert seen[-1][0] == "saved"
-    assert len(seen) > 20
-    for _, whole, last, best in seen:
-        assert whole
-        assert last
-        assert best, "best.json names a checkpoint that is not there"
-    again = seen[::2]
-    assert all(set(whole) & {1, 2} for _, whole, _, _ in again), "the older checkpoint was touched"
 
 
 # ---- beside the training --------------------------------------------------------------------------------------------------

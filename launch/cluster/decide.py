@@ -1,0 +1,157 @@
+"""What happens after an attempt: a pure function of what is known about it and about those before it. Standard library only."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+# Words in a rank's last message that blame the machine rather than the program.
+_MACHINE = re.compile(
+    r"\bECC\b|\bXid\b|uncorrectable|unhandled system error|NVLink|CUDA error: (unknown|device-side|hardware)", re.I
+)
+
+TOLD = {"TOLD": "requeued", "SIGTERM": "preempted", "SIGUSR1": "signal", "SIGUSR2": "signal", "SIGINT": "signal"}
+
+
+@dataclass(frozen=True)
+class Budgets:
+    """How often a cause may end an attempt before the run gives up.
+
+    Attributes:
+        crash: exceptions of the program, and ranks that were killed.
+        hang: ranks that stood still.
+        node: machines that failed.
+        rendezvous: starts at which the ranks did not meet.
+        no_progress: attempts in a row that left no newer checkpoint, whatever ended them.
+    """
+
+    crash: int = 3
+    hang: int = 3
+    node: int = 5
+    rendezvous: int = 3
+    no_progress: int = 3
+
+
+@dataclass(frozen=True)
+class Ending:
+    """What is known of the attempt that has just ended.
+
+    Attributes:
+        code: exit code of ``srun``.
+        outcome: what rank 0 wrote at an orderly end, or ``None``.
+        failure: what the first failing rank said, or ``None``.
+        told: why the attendant told the ranks to stop (``time limit``, ``preempted``), or empty.
+        hung: whether the attendant ended it because no rank showed a pulse.
+        before, after: step of the newest checkpoint at its start and now; -1 for none.
+        bad_nodes: nodes that preflight refused, with the reasons.
+        everywhere: whether preflight refused all of several nodes: then it is no machine's fault.
+        lost_node: whether Slurm took a node away.
+    """
+
+    code: int = 0
+    outcome: Mapping[str, Any] | None = None
+    failure: Mapping[str, Any] | None = None
+    told: str = ""
+    hung: bool = False
+    before: int = -1
+    after: int = -1
+    bad_nodes: Mapping[str, str] = field(default_factory=dict)
+    everywhere: bool = False
+    lost_node: bool = False
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What to do.
+
+    Attributes:
+        action: ``finish``, ``stop`` (a person wanted it), ``fail`` or ``requeue``.
+        cause: for the account: finished, stopped, time limit, preempted, signal, crash, hang, node, rendezvous, refused or
+            nonfinite.
+        why: for a person.
+        exclude: nodes to keep away from from now on, with the reasons.
+    """
+
+    action: str
+    cause: str
+    why: str
+    exclude: Mapping[str, str] = field(default_factory=dict)
+
+
+def cause_of(end: Ending) -> tuple[str, str]:
+    """One word for what ended an attempt, and the sentence."""
+    if end.bad_nodes and end.everywhere:
+        return "refused", f"every node is at fault: {'; '.join(sorted(set(end.bad_nodes.values())))}"
+    if end.bad_nodes:
+        return "node", "; ".join(f"{node}: {why}" for node, why in end.bad_nodes.items())
+    stop = str(end.outcome.get("stop")) if end.outcome is not None else ""
+    # When one rank fails, Slurm tells the others to end; that they managed to save is no preemption.
+    echo = stop.startswith("SIG") and not end.told and (end.failure is not None or end.code != 0)
+    if end.outcome is not None and not echo:
+        if stop == "FINISHED":
+            return "finished", f"all {end.outcome.get('steps')} steps are done"
+        if stop == "ASKED":
+            return "stopped", f"stopped by request at step {end.outcome.get('step')}"
+        cause = end.told or TOLD.get(stop, "signal")
+        return cause, f"{cause}: saved at step {end.outcome.get('step')}"
+    what = str((end.failure or {}).get("what", ""))
+    kind = str((end.failure or {}).get("kind", ""))
+    if end.hung or kind == "Stall":
+        return "hang", what or "no rank showed a sign of life"
+    if end.lost_node:
+        return "node", "Slurm lost a node"
+    if end.failure is not None:
+        if kind == "Rendezvous":
+            return "rendezvous", what
+        if kind in ("ConfigError", "DataError", "CheckpointError", "InvalidConfig", "LaunchError", "StorageError"):
+            return "refused", what
+        if kind == "TrainingError":
+            return "nonfinite" if "finite" in what else "refused", what
+        if _MACHINE.search(what):
+            return "node", what
+        return "crash", what
+    if end.told:
+        return end.told, f"{end.told}, and no time was left to save"
+    return "crash", f"the ranks ended with code {end.code} and said nothing (killed, or out of memory?)"
+
+
+def decide(end: Ending, history: Sequence[Mapping[str, Any]], budgets: Budgets) -> Decision:
+    """What to do after an attempt.
+
+    Args:
+        end: what is known of it.
+        history: the attempts before it, oldest first, each with ``cause``, ``before``, ``after`` and ``why``.
+        budgets: how often which cause may occur.
+    """
+    cause, why = cause_of(end)
+    if cause == "finished":
+        return Decision("finish", cause, why)
+    if cause == "stopped":
+        return Decision("stop", cause, why)
+    if cause == "refused":
+        return Decision("fail", cause, why)
+    if cause == "nonfinite":
+        return Decision("fail", cause, why)
+    exclude = dict(end.bad_nodes)
+    if cause == "node" and not exclude and (host := (end.failure or {}).get("node")):
+        exclude = {str(host): why}
+    if (
+        cause == "crash"
+        and any(row.get("cause") == "crash" and row.get("why") == why for row in history[-1:])
+        and end.after <= end.before
+    ):
+        return Decision("fail", cause, f"twice in a row, from the same checkpoint: {why}")
+    budget = {"crash": budgets.crash, "hang": budgets.hang, "node": budgets.node, "rendezvous": budgets.rendezvous}.get(cause)
+    before = sum(row.get("cause") == cause for row in history)
+    if budget is not None and before + 1 > budget:
+        return Decision("fail", cause, f"{before + 1} attempts ended by {cause}, {budget} are allowed: {why}", exclude)
+    idle = 0
+    for row in [*history, {"before": end.before, "after": end.after, "cause": cause}][::-1]:
+        if int(row.get("after", -1)) > int(row.get("before", -1)) or row.get("cause") == "node":
+            break
+        idle += 1
+    if idle >= budgets.no_progress:
+        return Decision("fail", cause, f"{idle} attempts in a row left no newer checkpoint; the last: {why}", exclude)
+    return Decision("requeue", cause, why, exclude)

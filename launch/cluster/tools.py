@@ -1,0 +1,139 @@
+"""Slurm's commands, one function each. Standard library only."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from pipeline.errors import LaunchError
+
+WAITING = frozenset(("PENDING", "CONFIGURING", "REQUEUED", "REQUEUE_HOLD", "SUSPENDED", "SPECIAL_EXIT", "RESV_DEL_HOLD"))
+RUNNING = frozenset(("RUNNING", "COMPLETING", "STAGE_OUT", "SIGNALING", "STOPPED", "RESIZING"))
+_FORMAT = "%i|%T|%r|%S|%L|%N|%M|%j"
+
+
+@dataclass(frozen=True)
+class Job:
+    """A line of ``squeue``.
+
+    Attributes:
+        id: job number.
+        state: as Slurm writes it, ``RUNNING``, ``PENDING``…
+        reason: why it waits.
+        start: when it started, or is expected to.
+        left: time to its limit.
+        nodes: where it runs.
+        elapsed: how long it has run.
+        name: its name.
+    """
+
+    id: int
+    state: str
+    reason: str = ""
+    start: str = ""
+    left: str = ""
+    nodes: str = ""
+    elapsed: str = ""
+    name: str = ""
+
+    @property
+    def live(self) -> bool:
+        """Whether it runs or will run."""
+        return self.state in WAITING | RUNNING
+
+
+def call(*argv: str, limit: float = 60.0) -> str:
+    """What a command says.
+
+    Raises:
+        LaunchError: it is not there, does not answer in ``limit`` seconds, or fails; with its own words.
+    """
+    if shutil.which(argv[0]) is None:
+        raise LaunchError(
+            f"{argv[0]} is not on the PATH", where="Slurm", mend="run this on a login node, or load the module that has it"
+        )
+    try:
+        done = subprocess.run(argv, capture_output=True, text=True, timeout=limit, stdin=subprocess.DEVNULL, check=False)
+    except subprocess.TimeoutExpired as error:
+        raise LaunchError(
+            f"does not answer in {limit:.0f} s", where=" ".join(argv[:3]), mend="is the Slurm controller alive? try again later"
+        ) from error
+    if done.returncode:
+        said = (done.stderr or done.stdout).strip().removeprefix(f"{argv[0]}: ").removeprefix("error: ")
+        raise LaunchError(said or f"failed with code {done.returncode}", where=" ".join(argv[:3]))
+    return done.stdout
+
+
+def submit(script: Path, *options: str) -> int:
+    """Hand a batch script to Slurm; the job's number."""
+    answer = call("sbatch", "--parsable", *options, str(script))
+    return int(answer.strip().split(";")[0])
+
+
+def test(script: Path) -> str:
+    """What Slurm thinks of a script, without submitting it: when and where it would start.
+
+    Raises:
+        LaunchError: it could never run.
+    """
+    command = ["sbatch", "--test-only", str(script)]
+    if shutil.which("sbatch") is None:
+        return call(*command)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, stdin=subprocess.DEVNULL, check=False)
+    said = (done.stderr or done.stdout).strip()
+    if done.returncode:
+        raise LaunchError(
+            said.splitlines()[-1] if said else "refused", where="sbatch --test-only", mend="change the cluster profile"
+        )
+    return said.removeprefix("sbatch: ")
+
+
+def jobs(*ids: int, name: str | None = None) -> list[Job]:
+    """What the queue holds of these jobs, or of this user's jobs with this name; those that are over are not in it."""
+    options = ["--me"] if not ids else []
+    if name is not None:
+        options.append(f"--name={name}")
+    found = []
+    for line in call("squeue", "--noheader", f"--format={_FORMAT}", *options).splitlines():
+        number, *rest = line.strip().split("|")
+        if re.fullmatch(r"\d+", number) and (not ids or int(number) in ids):
+            found.append(Job(int(number), *(part.strip() for part in rest)))
+    return found
+
+
+def facts(job: int) -> dict[str, str]:
+    """All that ``scontrol show job`` says, by key; empty if Slurm does not know the job any more."""
+    try:
+        text = call("scontrol", "show", "job", "--oneliner", str(job))
+    except LaunchError as error:
+        if "Invalid job id" in str(error):
+            return {}
+        raise
+    return dict(pair.split("=", 1) for pair in text.split() if "=" in pair)
+
+
+def settings() -> dict[str, str]:
+    """All that ``scontrol show config`` says."""
+    pairs = (line.split("=", 1) for line in call("scontrol", "show", "config").splitlines() if "=" in line)
+    return {key.strip(): value.strip() for key, value in pairs}
+
+
+def nodes(expression: str) -> list[str]:
+    """Node names of ``n[1-3,7]``."""
+    return call("scontrol", "show", "hostnames", expression).split() if expression else []
+
+
+def requeue(job: int, exclude: Sequence[str] = ()) -> None:
+    """Put a job back into the queue, and keep it off some nodes. A running one is told to end at once."""
+    call("scontrol", "requeue", str(job))
+    if exclude:
+        call("scontrol", "update", f"JobId={job}", f"ExcNodeList={','.join(exclude)}")
+
+
+def cancel(job: int | str) -> None:
+    """End a job, or one step of it."""
+    call("scancel", str(job))

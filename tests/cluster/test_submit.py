@@ -1,0 +1,148 @@
+"""What a submission consists of, without a Slurm: profile, batch script, refusals."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from launch.cluster import profile as profiles
+from launch.cluster import record, render
+from launch.cluster.profile import ClusterProfile, ContainerSettings
+from launch.cluster.submit import submit
+from pipeline.config import InvalidConfig, load, show
+from pipeline.errors import ConfigError, LaunchError
+from pipeline.training.run import RunDirectory
+from tests.runs import ROOT, TOY
+
+GOLDEN = Path(__file__).with_name("golden.sbatch")
+
+
+@pytest.fixture
+def toy(tmp_path: Path) -> Path:
+    path = tmp_path / "toy.yaml"
+    path.write_text(TOY)
+    return path
+
+
+def rendered(toy: Path, profile: ClusterProfile) -> str:
+    config = load(toy, ["data.shards=/data/train.tar", "run.directory=/shared/runs/toy"]).config
+    return render.script(
+        config, profile, Path("/shared/runs/toy"), command="fovea submit toy.yaml", code_state="commit 0123456789ab"
+    )
+
+
+def test_the_batch_script_is_the_one_that_was_looked_at(toy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(render, "passed_on", lambda _: ["AWS_PROFILE"])
+    profile = ClusterProfile(
+        nodes=2, account="vision", partition="gpu", setup=("module load cuda",), environment={"NCCL_SOCKET_IFNAME": "^docker,lo"}
+    )
+    assert rendered(toy, profile) == GOLDEN.read_text(), f"look at the difference, then write it to {GOLDEN.name}"
+
+
+@pytest.mark.parametrize("changes", [{}, {"gpus_per_node": 0, "exclusive": False}, {"environment": {"A": "b c; $(rm -rf x)"}}])
+def test_shellcheck_finds_nothing(toy: Path, tmp_path: Path, changes: dict[str, object]) -> None:
+    script = tmp_path / "script.sh"
+    script.write_text(rendered(toy, ClusterProfile(**changes)))  # type: ignore[arg-type]
+    checker = shutil.which("shellcheck") or str(Path(sys.executable).with_name("shellcheck"))
+    done = subprocess.run(
+        [checker, "--shell=bash", "--severity=warning", str(script)], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stdout
+
+
+def test_every_profile_of_ours_loads() -> None:
+    assert {"example", "one_node_8gpu"} <= set(profiles.available())
+    for name in profiles.available():
+        assert profiles.load(name).world >= 1
+
+
+@pytest.mark.parametrize(
+    ("time", "seconds"), [("90", 5400), ("1:30:00", 5400), ("2-00:00:00", 172800), ("1-12", 129600), ("30:15", 1815)]
+)
+def test_time_limits_are_read_as_slurm_reads_them(time: str, seconds: int) -> None:
+    assert ClusterProfile(time=time).seconds == seconds
+
+
+def test_a_time_is_a_time_and_no_number_to_base_sixty(tmp_path: Path) -> None:
+    path = tmp_path / "c.yaml"
+    path.write_text("time: 12:30:00\nmemory: 0\n")
+    assert profiles.load(str(path)).seconds == 45000
+
+
+def test_what_is_wrong_with_a_profile_is_told_by_line(tmp_path: Path) -> None:
+    path = tmp_path / "c.yaml"
+    path.write_text("nodes: 0\npartitoin: gpu\ntime: soon\ncontainer: {image: x.sqsh}\n")
+    with pytest.raises(InvalidConfig) as caught:
+        profiles.load(str(path))
+    text = str(caught.value)
+    assert "c.yaml:1" in text and "did you mean 'partition'" in text and "H:M:S" in text and "absolute path" in text
+    with pytest.raises(ConfigError, match="example"):
+        profiles.load("exampel")
+    with pytest.raises(ConfigError, match="before a limit"):
+        profiles.load("example", ["time=4"])
+
+
+def test_ranks_are_started_one_a_task_and_die_together() -> None:
+    words = render.step(ClusterProfile(nodes=3, gpus_per_node=4), Path("/r"))
+    assert words[0] == "srun" and "--ntasks=12" in words and "--kill-on-bad-exit=1" in words and "--wait=60" in words
+    assert words[-3:] == ["launch.cli", "train", "/r/config.yaml"]
+
+
+def test_a_container_sees_the_run_and_hears_the_environment() -> None:
+    container = ContainerSettings(image="/i/fovea.sqsh", mounts=("/data:/data:ro",))
+    words = render.step(ClusterProfile(container=container, environment={"NCCL_DEBUG": "WARN"}), Path("/r"))
+    assert "--container-image=/i/fovea.sqsh" in words and "--container-mounts=/r:/r,/data:/data:ro" in words
+    assert any(word.startswith("--container-env=NCCL_DEBUG,") for word in words)
+
+
+def test_a_dry_run_leaves_no_trace(toy: Path, tmp_path: Path) -> None:
+    loaded = load(toy, ["data.shards=/nowhere/x.tar", f"run.directory={tmp_path / 'run'}"])
+    done = submit(loaded, ClusterProfile(nodes=1, gpus_per_node=2), dry=True)
+    assert done.job is None and done.script.startswith("#!/bin/bash") and not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("profile", "words"),
+    [
+        (ClusterProfile(nodes=1, gpus_per_node=5), "does not divide by 5 ranks"),
+        (ClusterProfile(nodes=2, gpus_per_node=1), "seen by one machine only"),
+    ],
+)
+def test_what_cannot_work_is_refused_before_anything_is_submitted(toy: Path, profile: ClusterProfile, words: str) -> None:
+    loaded = load(toy, ["data.shards=/nowhere/x.tar", "run.directory=/tmp/somewhere/run"])
+    with pytest.raises(ConfigError, match=words):
+        submit(loaded, profile, dry=True)
+
+
+def test_a_finished_run_is_not_submitted_again(toy: Path, tmp_path: Path) -> None:
+    run = RunDirectory(tmp_path / "run")
+    record.judge(run, "finished", "all 24 steps are done")
+    loaded = load(toy, ["data.shards=/nowhere/x.tar", f"run.directory={run.path}"])
+    with pytest.raises(LaunchError, match="all 24 steps"):
+        submit(loaded, ClusterProfile(nodes=1, gpus_per_node=2), dry=True)
+
+
+def test_a_job_knows_its_code_whatever_becomes_of_the_checkout(tmp_path: Path) -> None:
+    state = render.snapshot(tmp_path / "code")
+    assert state and (tmp_path / "code" / "pipeline" / "config.py").read_text() == (ROOT / "pipeline" / "config.py").read_text()
+    code = (
+        "import sys; sys.path.insert(0, sys.argv[1]); import launch.cluster.attend as a, json; "
+        "print(json.dumps([a.__file__, [m for m in ('pydantic', 'torch', 'yaml', 'numpy') if m in sys.modules]]))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-S", "-c", code, str(tmp_path / "code")], cwd=tmp_path, capture_output=True, text=True, check=True
+    )
+    file, heavy = json.loads(done.stdout)
+    assert file.startswith(str(tmp_path)) and heavy == []
+
+
+def test_shown_settings_of_a_run_load_again(toy: Path, tmp_path: Path) -> None:
+    loaded = load(toy, ["data.shards=/nowhere/x.tar", f"run.directory={tmp_path / 'run'}"])
+    path = tmp_path / "again.yaml"
+    path.write_text(show(loaded))
+    assert load(path).config == loaded.config
