@@ -49,3 +49,34 @@ def s3_port() -> Iterator[int]:
 
     with server() as port:
         yield port
+
+
+@pytest.fixture(scope="session")
+def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The settings of a run small enough for a test."""
+    from tests.runs import TOY
+
+    path = tmp_path_factory.mktemp("config") / "toy.yaml"
+    path.write_text(TOY)
+    return path
+
+
+@pytest.fixture(scope="session")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Shards for it."""
+    from pipeline.data import scenes
+
+    folder = tmp_path_factory.mktemp("scenes")
+    scenes.write(folder, train=120, val=24, size=32, seed=3, samples_per_shard=40)
+    return str(folder / "*train-*.tar")
+
+
+@pytest.fixture(scope="session")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory, shards: str, config: Path) -> Path:
+    """That run on those shards, to its end; others are compared with it, so nobody may write into it."""
+    from tests.runs import train
+
+    directory = tmp_path_factory.mktemp("undisturbed") / "run"
+    done = train(config, shards, directory)
+    assert done.returncode == 0, done.stderr + done.stdout
+    return directory

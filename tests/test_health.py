@@ -11,25 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.data import scenes
-from tests.runs import ROOT, TOY, command, environment, recorded
+from tests.runs import ROOT, command, environment, recorded
 from tests.s3 import free_port
 
 RESTART = 75
-
-
-@pytest.fixture(scope="module")
-def shards(tmp_path_factory: pytest.TempPathFactory) -> str:
-    folder = tmp_path_factory.mktemp("scenes")
-    scenes.write(folder, train=120, val=24, size=32, seed=3, samples_per_shard=40)
-    return str(folder / "*train-*.tar")
-
-
-@pytest.fixture(scope="module")
-def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("config") / "toy.yaml"
-    path.write_text(TOY)
-    return path
 
 
 def living(directory: Path) -> list[str]:

@@ -33,13 +33,6 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 @pytest.fixture(scope="module")
-def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("config") / "toy.yaml"
-    path.write_text(TOY)
-    return path
-
-
-@pytest.fixture(scope="module")
 def first(tmp_path_factory: pytest.TempPathFactory, shards: str, config: Path) -> Path:
     directory = tmp_path_factory.mktemp("first") / "run"
     done = train(config, shards, directory, "train.length=4 steps", "schedule.lr.warmup=1 steps")

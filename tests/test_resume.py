@@ -11,32 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.data import scenes
-from tests.runs import ROOT, TOY, command, environment, recorded, train, weights
+from tests.runs import ROOT, command, environment, recorded, train, weights
 
 STEPS = 24
-
-
-@pytest.fixture(scope="module")
-def shards(tmp_path_factory: pytest.TempPathFactory) -> str:
-    folder = tmp_path_factory.mktemp("scenes")
-    scenes.write(folder, train=120, val=24, size=32, seed=3, samples_per_shard=40)
-    return str(folder / "*train-*.tar")
-
-
-@pytest.fixture(scope="module")
-def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("config") / "toy.yaml"
-    path.write_text(TOY)
-    return path
-
-
-@pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory: pytest.TempPathFactory, shards: str, config: Path) -> Path:
-    directory = tmp_path_factory.mktemp("undisturbed") / "run"
-    done = train(config, shards, directory)
-    assert done.returncode == 0, done.stderr + done.stdout
-    return directory
 
 
 def _start(config: Path, shards: str, directory: Path, *overrides: str) -> subprocess.Popen[bytes]:

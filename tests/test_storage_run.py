@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.data import scenes
-from tests.runs import ROOT, TOY, command, environment, train
+from tests.runs import ROOT, command, environment, train
 from tests.s3 import KEYS, Proxy, Trouble, proxy, upload
 
 STEPS = 24
@@ -27,13 +27,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory, s3_port: int) -> Path:
     scenes.write(folder, train=320, val=24, size=32, seed=3, samples_per_shard=40)
     upload(s3_port, "training", {path.name: path for path in folder.glob("*.tar")})
     return folder
-
-
-@pytest.fixture(scope="module")
-def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("config") / "toy.yaml"
-    path.write_text(TOY)
-    return path
 
 
 @pytest.fixture(scope="module")

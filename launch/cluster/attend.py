@@ -17,6 +17,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 from launch.cluster import record, tools
 from launch.cluster.decide import Budgets, Decision, Ending, cause_of, decide
@@ -80,7 +81,8 @@ class Attendant:
         budgets = Budgets(**self.facts["budgets"])
         code, hung, bad = 0, False, self._preflight()
         self._heed()
-        for _ in range(_MEETINGS if not bad and not self.told else 0):
+        slow = None if bad else self._links()
+        for _ in range(_MEETINGS if not bad and slow is None and not self.told else 0):
             code, hung = self._ranks()
             failure = record.failure(self.run, self.attempt)
             if self.told or failure is None or failure.get("kind") != "Rendezvous":
@@ -88,7 +90,7 @@ class Attendant:
             self._say(f"the ranks did not meet ({failure['what']}); once more, on another port")
             with contextlib.suppress(OSError):
                 (self.run.logs(self.attempt) / "failure.json").rename(self.run.logs(self.attempt) / "failure-meeting.json")
-        failure = record.failure(self.run, self.attempt)
+        failure = slow or record.failure(self.run, self.attempt)
         end = Ending(
             code=code,
             outcome=record.outcome(self.run, self.attempt),
@@ -148,6 +150,26 @@ class Attendant:
         for node, why in bad.items():
             self._say(f"preflight: {node}: {why}")
         return bad
+
+    def _links(self) -> dict[str, Any] | None:
+        """What is wrong with the connections between the nodes, as a failure; ``None`` if nothing is, or nobody asked."""
+        settings = self.facts["preflight"]
+        wanted = float(settings["bandwidth_gbps"])
+        if not settings["enabled"] or not wanted or self.told:
+            return None
+        logs = self.run.logs(self.attempt)
+        logs.mkdir(parents=True, exist_ok=True)
+        command = [argument.replace("%LOGS%", str(logs)) for argument in self.facts["links"]]
+        environment = {**self.env, "MASTER_PORT": str(_free_port())}
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            subprocess.run(command, env=environment, timeout=settings["seconds"] + 60, check=False, stdin=subprocess.DEVNULL)
+        found = record.read(logs / "links.json").get("gbps")
+        if found is not None and float(found) >= wanted:
+            self._say(f"an all-reduce over all ranks: {float(found):.2f} GB/s")
+            return None
+        told = "did not end" if found is None else f"ran at {float(found):.3f} GB/s of {wanted:g} wanted"
+        self._say(f"preflight: an all-reduce over all ranks {told}")
+        return {"kind": "Links", "what": f"an all-reduce over all ranks {told}", "rank": -1, "code": 1, "step": 0}
 
     def _ranks(self) -> tuple[int, bool]:
         """Starts all ranks as one step and waits for their end; its code, and whether it had to be ended as hung."""

@@ -103,6 +103,8 @@ def cause_of(end: Ending) -> tuple[str, str]:
     if end.lost_node:
         return "node", "Slurm lost a node"
     if end.failure is not None:
+        if kind == "Links":
+            return "node", what
         if kind == "Rendezvous":
             return "rendezvous", what
         if kind in ("ConfigError", "DataError", "CheckpointError", "InvalidConfig", "LaunchError", "StorageError"):

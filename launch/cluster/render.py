@@ -75,13 +75,21 @@ def facts(config: Config, profile: ClusterProfile, run: Path) -> dict[str, Any]:
         "preflight": profile.preflight.model_dump(),
         "host_python": profile.host_python,
         "srun": step(profile, run),
+        "links": step(profile, run, ["launch.cluster.links", "%LOGS%/links.json", "64" if profile.gpus_per_node else "4"]),
         "fingerprint": fingerprint(config),
         "profile": profile.model_dump(mode="json"),
     }
 
 
-def step(profile: ClusterProfile, run: Path) -> list[str]:
-    """``srun`` and what it starts: one task a rank; ``%LOGS%`` stands for the attempt's folder of logs."""
+def step(profile: ClusterProfile, run: Path, module: list[str] | None = None) -> list[str]:
+    """``srun`` and what it starts: one task a rank; ``%LOGS%`` stands for the attempt's folder of logs.
+
+    Args:
+        profile: the cluster.
+        run: the run's directory.
+        module: a module of ours and its arguments, instead of the training.
+    """
+    log = "links-%t.log" if module else "rank-%t.log"
     command = [
         "srun",
         f"--nodes={profile.nodes}",
@@ -92,7 +100,7 @@ def step(profile: ClusterProfile, run: Path) -> list[str]:
         "--kill-on-bad-exit=1",  # without it a rank that died leaves the others waiting until the limit
         "--wait=60",  # likewise for one that ended too early
         "--open-mode=append",
-        "--output=%LOGS%/rank-%t.log",
+        f"--output=%LOGS%/{log}",
     ]
     python = profile.python or sys.executable
     if profile.container is not None:
@@ -107,7 +115,7 @@ def step(profile: ClusterProfile, run: Path) -> list[str]:
             f"--container-env={names}",  # an image's own value would win otherwise
         ]
         python = c.python
-    return [*command, python, "-m", "launch.cli", "train", str(run / "config.yaml")]
+    return [*command, python, "-m", *(module or ["launch.cli", "train", str(run / "config.yaml")])]
 
 
 def snapshot(target: Path) -> str:

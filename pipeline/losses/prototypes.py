@@ -9,8 +9,9 @@ only scales what was found: nothing is computed twice, and no ``[tokens, K]`` li
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -124,16 +125,26 @@ def scaled_logits(unit: Tensor, matrix: Tensor, temperature: float) -> Tensor:
     return (unit @ matrix.to(unit.dtype).T).to(_wide(unit)).div_(temperature)
 
 
-def logit_pieces(units: Sequence[Tensor], matrix: Tensor, temperature: float, rows: int | None = None) -> Iterator[Tensor]:
-    """Logits over the temperature of all features of a batch that came in several parts, some rows at a time.
+def logit_pieces(
+    units: Sequence[Tensor], matrix: Tensor, temperature: float, rows: int | None = None
+) -> Callable[[], Iterable[Tensor]]:
+    """Logits over the temperature of all features of a batch that came in several parts, as often as they are asked for.
 
     Args:
         units: each ``[any, width]``.
         matrix: ``[K, width]``.
         temperature: what they are divided by.
-        rows: the most rows of a piece; ``None`` takes :func:`rows_at_once`.
+        rows: the most rows that are in memory at once; ``None`` takes :func:`rows_at_once`. Made once if all fit, else anew
+            each time.
     """
     rows = rows or rows_at_once(len(matrix))
+    if sum(map(len, units)) <= rows:
+        kept = tuple(_pieces(units, matrix, temperature, rows))
+        return lambda: kept
+    return partial(_pieces, units, matrix, temperature, rows)
+
+
+def _pieces(units: Sequence[Tensor], matrix: Tensor, temperature: float, rows: int) -> Iterator[Tensor]:
     with torch.autocast(matrix.device.type, enabled=False):
         for unit in units:
             for piece in unit.split(rows):

@@ -89,6 +89,10 @@ class VisionTower(nn.Module):
         fused = self._fused and not (images.device.type == "cpu" and torch.is_autocast_enabled("cpu"))
         for block in self.vit.blocks:
             block.attn.fused_attn = fused
+            # Eva reads this weight outside of its owner's forward, where it is gone once an engine has cut it (ZeRO 3). Then the
+            # owner is called and the bias added after; else what timm does, to the last bit.
+            if getattr(block.attn, "q_bias", None) is not None and block.attn.qkv.weight.ndim != 2:
+                block.attn.qkv_bias_separate = True
         norm = self.local_norm if local else None
         x = self.vit(images, mask, keep, self.mask_token, self.resampling, self.checkpointing, norm)
         prefix = self.vit.num_prefix_tokens

@@ -57,11 +57,10 @@ class DINOv2(Recipe):
         settings: weights, temperatures, heads and views.
     """
 
-    batch_coupled = True
-
     def __init__(self, backbone: VisionTower, settings: Dinov2Settings) -> None:
         super().__init__()
         self.settings = settings
+        self.batch_coupled = settings.koleo_weight > 0 and settings.koleo_group is None  # the rest is exact, see prepare
         self.views = dinov2_views(settings, patch=backbone.patch)
         self.backbone = backbone
         self.dino_head = prototype_head(backbone.width, settings)
@@ -205,7 +204,7 @@ class DINOv2(Recipe):
     def _potential(self, name: str, units: list[Tensor], matrix: Tensor, temperature: float) -> Tensor:
         """What makes targets of logits: the Sinkhorn potential of the global batch, or the centre of the batches before it."""
         if self.settings.targets == "sinkhorn":
-            pieces = partial(losses.logit_pieces, units, matrix, temperature, self.settings.logit_rows)
+            pieces = losses.logit_pieces(units, matrix, temperature, self.settings.logit_rows)
             zeros = matrix.new_zeros(len(matrix), dtype=torch.float32)
             return losses.potential_over_pieces(pieces, zeros, self.settings.sinkhorn_iterations)
         sums = torch.stack([unit.float().sum(0) for unit in units]).sum(0)

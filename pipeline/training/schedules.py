@@ -2,7 +2,8 @@
 
 Lengths are in samples, so that another world size or batch leaves the curves where they were. Values at whole steps equal
 those of the per-iteration tables of DINO and DINOv2 (``linspace`` warm-up with both end points, then a half cosine that
-reaches its end one step after the last).
+reaches its end one step after the last) or, as ``cosine_to_last``, those of DINOv3 (a warm-up that reaches its peak one step
+after its last, then a half cosine that reaches its end on the last step).
 """
 
 from __future__ import annotations
@@ -26,7 +27,8 @@ class Curve:
         end: value at ``length`` and beyond.
         warmup: length of the warm-up, samples.
         length: length of the whole curve, samples.
-        shape: the way from ``peak`` to ``end``: half a cosine, a line, or ``constant`` (stays at ``peak``).
+        shape: the way from ``peak`` to ``end``: half a cosine, DINOv3's ``cosine_to_last``, a line, or ``constant`` (stays at
+            ``peak``).
 
     Raises:
         ConfigError: a negative length, or a warm-up longer than the curve.
@@ -37,7 +39,7 @@ class Curve:
     end: float
     warmup: int = 0
     length: int = 0
-    shape: Literal["cosine", "linear", "constant"] = "cosine"
+    shape: Literal["cosine", "cosine_to_last", "linear", "constant"] = "cosine"
 
     def __post_init__(self) -> None:
         if self.warmup < 0 or self.length < 0 or (self.shape != "constant" and self.warmup > self.length):
@@ -54,14 +56,17 @@ class Curve:
             global_batch: samples of one step; the warm-up is complete on its last step, not one later.
         """
         if samples_seen < self.warmup:
-            whole = self.warmup - global_batch
+            whole = self.warmup - (0 if self.shape == "cosine_to_last" else global_batch)
             share = min(samples_seen / whole, 1.0) if whole > 0 else 0.0
             return self.start + (self.peak - self.start) * share
         if self.shape == "constant":
             return self.peak
         if samples_seen >= self.length:
             return self.end
-        share = (samples_seen - self.warmup) / (self.length - self.warmup)
+        rest = self.length - self.warmup
+        if self.shape == "cosine_to_last":
+            rest = max(rest - global_batch, 1)
+        share = min((samples_seen - self.warmup) / rest, 1.0)
         if self.shape == "linear":
             return self.peak + (self.end - self.peak) * share
         return self.end + 0.5 * (self.peak - self.end) * (1.0 + math.cos(math.pi * share))

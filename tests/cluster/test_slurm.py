@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from launch.cluster import record, status, tools
+from launch.cluster import record, render, status, tools
 from launch.cluster.profile import ClusterProfile
 from launch.cluster.submit import submit
 from pipeline.config import load
@@ -64,6 +64,8 @@ def start(slurm: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> St
     for name, value in slurm.environment.items():
         monkeypatch.setenv(name, value)
 
+    real = render.step
+
     def begin(
         acts: dict[str, Any] | None = None, *, steps: int = 8, seconds: float = 0.15, **profile: Any
     ) -> tuple[RunDirectory, int]:
@@ -71,11 +73,13 @@ def start(slurm: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> St
         config.write_text(TOY)
         run = RunDirectory(tmp_path / "run")
         plan = {"steps": steps, "seconds": seconds, "every": 4, "acts": acts or {}}
-        monkeypatch.setattr(
-            "launch.cluster.render.step", lambda *_: [*words, sys.executable, str(RANK), str(run.path), json.dumps(plan)]
-        )
         words = ["srun", "--nodes=2", "--ntasks=2", "--ntasks-per-node=1", "--kill-on-bad-exit=1", "--wait=5", "--unbuffered"]
         words += ["--open-mode=append", "--output=%LOGS%/rank-%t.log"]
+
+        def step(profile: ClusterProfile, run: Path, module: list[str] | None = None) -> list[str]:
+            return real(profile, run, module) if module else [*words, sys.executable, str(RANK), str(run), json.dumps(plan)]
+
+        monkeypatch.setattr("launch.cluster.render.step", step)
         loaded = load(config, ["data.shards=/nowhere/x.tar", f"run.directory={run.path}"])
         done = submit(loaded, ClusterProfile(**{**SITE, **profile}), index=False)
         assert done.job is not None
@@ -247,6 +251,16 @@ def test_what_preflight_finds_on_every_node_is_told_and_no_node_is_blamed(start:
     found = verdict(run)
     assert found["state"] == "failed" and "free of 1e+09 wanted" in found["why"]
     assert not record.excluded(run) and not list(run.logs(0).glob("rank-*.log"))
+
+
+@pytest.mark.parametrize(("wanted", "state"), [(1e-6, "finished"), (1e6, "failed")])
+def test_nodes_that_are_badly_connected_are_not_trained_on(start: Start, wanted: float, state: str) -> None:
+    run, _ = start(preflight={"disk_gb": 0.01, "bandwidth_gbps": wanted}, budgets={"node": 1})
+    found = verdict(run, 200)
+    assert found["state"] == state, found
+    assert record.read(run.logs(0) / "links.json")["ranks"] == 2
+    if state == "failed":
+        assert "of 1e+06 wanted" in found["why"]
 
 
 def test_a_killed_attendant_is_accounted_for(slurm: Cluster, start: Start) -> None:

@@ -119,11 +119,11 @@ def test_submitted_once_interrupted_by_everything_it_ends_as_if_nothing_had_happ
     attempt = _reach(run, 110)  # the administrator requeues
     slurm.call("scontrol", "requeue", str(job))
     _next(run, attempt)
-    mlflow.start()
-    _reach(run, 160)  # an urgent job takes the nodes
+    _reach(run, 140)  # an urgent job takes the nodes
     urgent = tmp_path / "urgent.sh"
     urgent.write_text("#!/bin/bash\n#SBATCH --partition=urgent --nodes=2 --exclusive --output=/dev/null\nsleep 2\n")
     slurm.call("sbatch", str(urgent))
+    mlflow.start()
     end = time.monotonic() + 300
     while not (over := record.verdict(run)):
         assert time.monotonic() < end, "\n".join(path.read_text()[-2000:] for path in (run.path / "logs").glob("batch-*"))

@@ -2,34 +2,23 @@
 
 from __future__ import annotations
 
+import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from pipeline.data import scenes
-from tests.runs import ROOT, TOY, command, environment, recorded, train, weights
+from pipeline.training.run import RunDirectory
+from tests.runs import ROOT, command, environment, recorded, train, weights
 from tests.s3 import free_port
 
 STEPS = 8
 LENGTH = f"train.length={STEPS} steps"
-
-
-@pytest.fixture(scope="module")
-def shards(tmp_path_factory: pytest.TempPathFactory) -> str:
-    folder = tmp_path_factory.mktemp("scenes")
-    scenes.write(folder, train=120, val=24, size=32, seed=3, samples_per_shard=40)
-    return str(folder / "*train-*.tar")
-
-
-@pytest.fixture(scope="module")
-def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("config") / "toy.yaml"
-    path.write_text(TOY)
-    return path
 
 
 @pytest.fixture(scope="module")
@@ -96,6 +85,27 @@ def test_every_launcher_gives_the_run_that_fovea_train_gives(
         assert sorted(ours) == list(range(STEPS))
         assert ours == theirs
     assert weights(directory, STEPS) == weights(plain, STEPS)
+
+
+@pytest.mark.slow
+def test_torchrun_restarts_the_ranks_of_which_one_was_killed_and_nothing_is_lost(
+    undisturbed: Path, shards: str, config: Path, tmp_path: Path
+) -> None:
+    directory = tmp_path / "run"
+    (words,) = _torchrun(command(config, shards, directory))
+    words.insert(words.index("torch.distributed.run") + 1, "--max-restarts=2")
+    with (tmp_path / "said").open("wb") as said:
+        agent = subprocess.Popen(words, env=environment(), cwd=ROOT, stdin=subprocess.DEVNULL, stdout=said, stderr=said)
+    end = time.monotonic() + 200
+    while max(recorded(directory, 1), default=-1) < 9:
+        assert time.monotonic() < end and agent.poll() is None, (tmp_path / "said").read_text()
+        time.sleep(0.05)
+    os.kill(int(json.loads((directory / "logs" / "attempt-0000" / "pulse" / "rank-1.json").read_text())["pid"]), signal.SIGKILL)
+    assert agent.wait(timeout=200) == 0, (tmp_path / "said").read_text()
+    assert RunDirectory(directory).next_attempt() == 2
+    for rank in (0, 1):
+        assert recorded(directory, rank) == recorded(undisturbed, rank)
+    assert weights(directory, 24) == weights(undisturbed, 24)
 
 
 def test_a_mistake_is_told_once_and_ends_all_ranks(shards: str, config: Path, tmp_path: Path) -> None:

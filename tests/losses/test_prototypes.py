@@ -181,7 +181,7 @@ def test_nothing_as_large_as_rows_times_prototypes_is_ever_made() -> None:
     teacher, prototypes = random(n, d, seed=3).float(), random(k, d, seed=4).float()
     kept: list[int] = []
     with Largest() as largest, torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x.numel()) or x, lambda x: x):
-        potential = potential_over_pieces(lambda: logit_pieces([teacher], prototypes, 0.05, rows), torch.zeros(k))
+        potential = potential_over_pieces(logit_pieces([teacher], prototypes, 0.05, rows), torch.zeros(k))
         targets = Targets(teacher[None], prototypes, potential, 0.05)
         (term,), _ = prototype_cross_entropy(unit, matrix, targets, SAME_VIEW, torch.ones(n) / n, rows=rows, watch=True)
         term.backward()
@@ -189,6 +189,18 @@ def test_nothing_as_large_as_rows_times_prototypes_is_ever_made() -> None:
     assert sum(kept) <= n * d + k * d
     whole = sinkhorn_potential(teacher @ prototypes.T, 0.05)
     torch.testing.assert_close(potential, whole, rtol=1e-5, atol=1e-4)
+
+
+def test_logits_that_fit_are_made_once_and_others_anew() -> None:
+    units, matrix = [random(3, D), random(4, D, seed=1)], random(K, D, seed=2)
+    whole = torch.cat(units) @ matrix.T / 0.1
+    for rows, once in ((7, True), (6, False)):
+        pieces = logit_pieces(units, matrix, 0.1, rows)
+        first, second = list(pieces()), list(pieces())
+        torch.testing.assert_close(torch.cat(first), whole)
+        torch.testing.assert_close(torch.cat(second), whole)
+        assert all(a is b for a, b in zip(first, second, strict=True)) == once
+        assert max(map(len, first)) <= rows
 
 
 @pytest.mark.parametrize("cut", [(4,), (1, 3), (2, 0, 2), (1, 1, 1, 1)])

@@ -198,6 +198,22 @@ def test_no_tensor_holds_the_logits_of_all_tokens() -> None:
     assert largest.numbers < 2 * BATCH * 2048
 
 
+@pytest.mark.parametrize("targets", ["sinkhorn", "centering"])
+def test_under_bf16_autocast_terms_are_fp32_and_near_those_of_fp32(targets: str) -> None:
+    method, data = recipe(targets=targets), batch()
+    plain = method(data, STEP)
+    with torch.autocast("cpu", torch.bfloat16):
+        method.prepare([data], STEP)
+        assert method._prepared[0].dino.unit.dtype == torch.bfloat16
+        assert method._prepared[0].dino.potential.dtype == torch.float32
+        low = method(data, STEP)
+    for name, term in low.items():
+        assert term.dtype == torch.float32
+        torch.testing.assert_close(term, plain[name], rtol=0.05, atol=0.02)
+    torch.stack(list(low.values())).sum().backward()
+    assert all(p.grad is not None and p.grad.dtype == torch.float32 and p.grad.isfinite().all() for p in method.parameters())
+
+
 def test_what_was_prepared_is_used_once_and_only_for_its_own_batch() -> None:
     method, first, second = recipe(), batch(seed=1), batch(seed=2)
     alone = float(method(second, STEP)["dino_global"].detach())

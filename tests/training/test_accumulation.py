@@ -123,7 +123,14 @@ def difference(found: dict[str, dict[str, Tensor]], expected: dict[str, dict[str
 
 @pytest.mark.parametrize("targets", ["sinkhorn", "centering"])
 @pytest.mark.parametrize(
-    ("world", "zero", "accumulation"), [(1, 0, 4), (1, 1, 4), (2, 0, 1), (2, 1, 1), (2, 0, 2), (2, 1, 2), (2, 2, 2), (2, 3, 2)]
+    ("world", "zero", "accumulation"),
+    [
+        (1, 0, 4),
+        (2, 1, 1),
+        (2, 1, 2),
+        (2, 3, 2),
+        *(pytest.param(*cut, marks=pytest.mark.slow) for cut in [(1, 1, 4), (2, 0, 1), (2, 0, 2), (2, 2, 2)]),
+    ],
 )
 def test_micro_batches_and_ranks_are_one_large_batch(world: int, zero: int, accumulation: int, targets: str) -> None:
     expected, found = whole(targets), result(world, zero, accumulation, targets=targets)

@@ -71,7 +71,23 @@ def test_long_recipe_equals_the_reference_table(iteration: int, lr: float) -> No
     assert curve.at(iteration * 3072, 3072) == pytest.approx(lr, rel=2e-8)
 
 
-@given(st.integers(0, 3_000_000), st.sampled_from([1, 7, 512, 4096]), st.sampled_from(["cosine", "linear", "constant"]))
+@pytest.mark.parametrize(
+    ("length", "values"),
+    [
+        (100, {0: 0.0, 5: 0.5, 9: 0.9, 10: 1.0, 11: 0.999719678, 54: 0.557941816, 98: 0.100280322, 99: 0.1}),
+        (30, {9: 0.9, 10: 1.0, 19: 0.587160705, 20: 0.512839295, 29: 0.1, 30: 0.1, 99: 0.1}),
+    ],
+)
+def test_cosine_to_last_equals_dinov3s_table(length: int, values: dict[int, float]) -> None:
+    curve = Curve(0.0, 1.0, 0.1, warmup=10 * 64, length=length * 64, shape="cosine_to_last")
+    assert {step: curve.at(step * 64, 64) for step in values} == pytest.approx(values, abs=1e-9)
+
+
+@given(
+    st.integers(0, 3_000_000),
+    st.sampled_from([1, 7, 512, 4096]),
+    st.sampled_from(["cosine", "cosine_to_last", "linear", "constant"]),
+)
 def test_values_stay_between_the_corners_for_any_batch(samples: int, batch: int, shape: str) -> None:
     curve = Curve(0.5, 2.0, 1.0, warmup=100_000, length=2_000_000, shape=shape)  # type: ignore[arg-type]
     assert 0.5 <= curve.at(samples, batch) <= 2.0
