@@ -132,7 +132,7 @@ def test_what_is_drawn_in_a_micro_batch_is_drawn_alike_when_it_comes_again() -> 
     for part in parts:
         torch.manual_seed(part.seed)
         both.append(method(part, STEP)["contrastive"])
-    assert float(both[0]) == pytest.approx(float(both[1]), abs=1e-6)
+    assert both[0].item() == pytest.approx(both[1].item(), abs=1e-6)
     (torch.stack(both).mean()).backward()
     found = {name: p.grad.clone() for name, p in method.named_parameters() if p.grad is not None}
     method.zero_grad()

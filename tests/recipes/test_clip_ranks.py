@@ -31,7 +31,7 @@ def compare(ranks: list[dict[str, Any]], other: dict[str, Any], weights: float) 
             torch.testing.assert_close(rank["weights"][name], weight, atol=weights, rtol=0, msg=lambda m, n=name: f"{n}: {m}")
 
 
-@pytest.mark.parametrize("loss", ["softmax", "sigmoid"])
+@pytest.mark.parametrize("loss", ["softmax", pytest.param("sigmoid", marks=pytest.mark.slow)])
 @pytest.mark.parametrize(("ranks", "zero", "accumulation"), [(1, 0, 4), (2, 1, 1), (2, 2, 2), (2, 3, 2)])
 def test_ranks_and_micro_batches_train_like_one_large_batch(loss: str, ranks: int, zero: int, accumulation: int) -> None:
     for patch_dropout in (0.0, 0.5) if (ranks, accumulation) == (2, 2) else (0.0,):
@@ -61,7 +61,7 @@ def _scales(zero: Literal[0, 1, 2, 3]) -> list[float]:
     return seen
 
 
-@pytest.mark.parametrize("zero", [0, 1, 2])
+@pytest.mark.parametrize("zero", [pytest.param(0, marks=pytest.mark.slow), pytest.param(1, marks=pytest.mark.slow), 2])
 def test_the_scale_in_use_never_leaves_its_bounds_whatever_the_masters_say(zero: int) -> None:
     for seen in pool(2).run(_scales, zero=zero):
         assert seen[0] == pytest.approx(99.0)

@@ -211,6 +211,7 @@ def _trained(zero: Literal[0, 1, 2, 3], accumulation: int, steps: int = 2) -> di
     return {"terms": torch.stack(seen), "weights": weights | recipe.memory}
 
 
+@pytest.mark.slow
 def test_ranks_and_micro_batches_train_like_one_large_batch() -> None:
     (whole,) = pool(1).run(_trained, zero=0, accumulation=1)
     for ranks, zero, accumulation in ((1, 0, 4), (2, 2, 2), (2, 3, 2)):
