@@ -33,6 +33,7 @@ recipe:
   head_hidden: 32
   head_bottleneck: 16
   decoder_heads: 2
+  text_teacher: false
   {TEXT}
 """,
 }
