@@ -87,16 +87,17 @@ def fill_trained(recipe: Recipe, saved: Saved) -> None:
     from pipeline.training.checkpoint import read_student, read_teacher
 
     exported = {id(p) for module in recipe.export().values() for p in module.parameters()}
-    student = dict(recipe.named_parameters())
+    student: dict[str, Tensor] = dict(recipe.named_parameters())
     trainable = {name for name, p in student.items() if p.requires_grad}
     if recipe.teacher is not None:
         _fitting(dict(recipe.teacher.named_parameters()), trainable, saved, "teacher's")
         recipe.teacher.load_state_dict(dict(read_teacher(saved)))
     if any(id(p) in exported for p in student.values()):
         _fitting(student, trainable, saved, "student's")
+        tensors = student | dict(recipe.named_buffers())
         with torch.no_grad():
             for name, tensor in read_student(saved):
-                student[name].copy_(tensor)
+                tensors[name].copy_(tensor)
 
 
 def _fitting(own: Mapping[str, Tensor], trainable: set[str], saved: Saved, whose: str) -> None:

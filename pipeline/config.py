@@ -362,6 +362,11 @@ def _check_recipe(config: Config) -> Iterator[tuple[str, str]]:
             "recipe.image_size",
             f"recipe.image_size = {side}: does not divide by the patch side {patch}; {' or '.join(near)} would",
         )
+    if side is not None and patch is not None and getattr(config.recipe, "granularity", "") == "cells" and side // patch % 2:
+        yield (
+            "recipe.granularity",
+            f"recipe.granularity = cells: {side // patch} patches a side make no cells of 2 x 2; choose patch, or another size",
+        )
     if views is None or patch is None:
         return
     for name, size in (("global_size", views.global_size), ("local_size", views.local_size)):

@@ -2,6 +2,7 @@
 
 from pipeline.methods.base import RECIPES, AugmentSettings, RecipeSettings, ViewSettings, register
 from pipeline.methods.clip import ClipSettings, ContrastiveSettings, TextSettings
+from pipeline.methods.detailclip import DetailClipSettings
 from pipeline.methods.dinov2 import Dinov2Settings
 from pipeline.methods.distill import DistillSettings
 
@@ -10,6 +11,7 @@ __all__ = [
     "AugmentSettings",
     "ClipSettings",
     "ContrastiveSettings",
+    "DetailClipSettings",
     "Dinov2Settings",
     "DistillSettings",
     "RecipeSettings",

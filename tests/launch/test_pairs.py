@@ -1,4 +1,4 @@
-"""A whole run of CLIP: stopped and resumed like one that was not, then judged by its captions."""
+"""Whole runs of CLIP and DetailCLIP: stopped and resumed like one that was not, then judged by their captions."""
 
 from __future__ import annotations
 
@@ -13,23 +13,39 @@ from pipeline.data import scenes
 from pipeline.errors import ConfigError
 from tests.runs import TOY, recorded, train, weights
 
-RECIPE = """
+TEXT = "text: {architecture: null, width: 16, depth: 1, heads: 2, context: 16}"
+RECIPES = {
+    "clip": f"""
 recipe:
   name: clip
   image_size: 32
   embed: 16
   patch_dropout: 0.25
-  text: {architecture: null, width: 16, depth: 1, heads: 2, context: 16}
-"""
+  {TEXT}
+""",
+    "detailclip": f"""
+recipe:
+  name: detailclip
+  image_size: 32
+  embed: 16
+  augment: {{hue: yiq}}
+  prototypes: 32
+  head_hidden: 32
+  head_bottleneck: 16
+  decoder_heads: 2
+  text_teacher: false
+  {TEXT}
+""",
+}
 
 
-@pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a finished toy run of CLIP in micro-batches."""
-    folder = tmp_path_factory.mktemp("clip")
+@pytest.fixture(scope="module", params=sorted(RECIPES))
+def run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a finished toy run in micro-batches."""
+    folder = tmp_path_factory.mktemp(request.param)
     scenes.write(folder / "scenes", train=40, val=20, size=32, seed=3)
     head, _, rest = TOY.partition("recipe:")
-    (folder / "toy.yaml").write_text(head + RECIPE + "model:" + rest.partition("model:")[2])
+    (folder / "toy.yaml").write_text(head + RECIPES[request.param] + "model:" + rest.partition("model:")[2])
     done = train(
         folder / "toy.yaml", f"{folder}/scenes/*train-*.tar", folder / "run", "train.length=12 steps", "train.micro_batch=4"
     )
@@ -46,7 +62,8 @@ def test_a_run_that_was_stopped_goes_on_as_if_it_had_not_been(run: Path) -> None
     for rank in (0, 1):
         late = {step: row for step, row in recorded(run / "run", rank).items() if step >= 6}
         assert recorded(run / "next", rank) == late
-    assert weights(run / "next", 12) == weights(run / "run", 12)
+    both = [weights(run / name, 12) for name in ("next", "run")]  # towers, moments, slow copies, centres
+    assert both[0] == both[1] and "whole.safetensors" in both[0]
 
 
 @pytest.mark.slow

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 
+from pipeline.config import InvalidConfig, load
 from pipeline.data.views import OPENAI_MEAN, OPENAI_STD
 from pipeline.errors import DataError
 from pipeline.methods import ClipSettings
@@ -130,7 +132,7 @@ def test_what_is_drawn_in_a_micro_batch_is_drawn_alike_when_it_comes_again() -> 
     for part in parts:
         torch.manual_seed(part.seed)
         both.append(method(part, STEP)["contrastive"])
-    assert float(both[0]) == pytest.approx(float(both[1]), abs=1e-6)
+    assert both[0].item() == pytest.approx(both[1].item(), abs=1e-6)
     (torch.stack(both).mean()).backward()
     found = {name: p.grad.clone() for name, p in method.named_parameters() if p.grad is not None}
     method.zero_grad()
@@ -165,3 +167,27 @@ def test_sixty_steps_on_one_batch_teach_it_and_clip_finds_every_pair(loss: str) 
     images, texts = method.features(data)
     assert losses[-1] < 0.5 * losses[0]
     assert loss == "sigmoid" or torch.equal((images @ texts.T).argmax(1), torch.arange(SAMPLES))
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["recipe.gather_with_grad=false"], "recipe.gather_with_grad = false: should be true"),
+        (["recipe.local_loss=false"], "recipe.local_loss = false: should be true"),
+        (["recipe.gather_with_grad=false", "recipe.local_loss=false"], "divided by the number of ranks"),
+        (["recipe.freeze=[image, text]"], "should leave one tower to train"),
+        (["recipe.image_size=225"], "does not divide by the patch side 32; 224 or 256 would"),
+        (["recipe.text.architecture=ViT-B-33"], "ViT-B-32"),
+        (["recipe.text={architecture: null, width: 64}"], "width, depth and heads are all required"),
+        (["recipe.text.heads=7"], "does not divide by 7 heads"),
+    ],
+)
+def test_settings_that_train_wrongly_or_not_at_all_are_refused(words: list[str], told: str) -> None:
+    with pytest.raises(InvalidConfig, match=re.escape(told)):
+        load("clip/vit_b32_cc12m", words)
+
+
+def test_an_odd_grid_has_no_cells() -> None:
+    with pytest.raises(InvalidConfig, match=r"recipe\.granularity"):
+        load("detailclip/vit_b16_25ep", ["recipe.image_size=240"])
+    assert load("detailclip/vit_b16_25ep", ["recipe.image_size=240", "recipe.granularity=patch"])

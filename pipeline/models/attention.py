@@ -1,0 +1,97 @@
+"""What a tower's class token looks at: one row of each block's attention, read beside the forward pass, never the whole map."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, Literal
+
+import torch
+from timm.models.vision_transformer import Attention
+from torch import Tensor, nn
+
+from pipeline.errors import ConfigError
+from pipeline.models.tokens import Tokens
+from pipeline.models.vision import VisionTower
+
+
+def with_attention(tower: VisionTower, images: Tensor, *, layers: Literal["all", "last"] = "all") -> Tokens:
+    """The tower's tokens, and in ``attention`` how much its class token attends to each patch.
+
+    The row is ``softmax(q_cls @ K.T / sqrt(d))``, the mean over heads, and over the layers asked for; the shares of class token
+    and registers are dropped without making up for them. Memory is that of one row a head.
+
+    Args:
+        tower: a timm ViT without rotary positions.
+        images: ``[batch, 3, height, width]``.
+        layers: which blocks are looked at.
+
+    Raises:
+        ConfigError: the tower's attention is of another kind.
+    """
+    blocks = list(tower.vit.blocks)[0 if layers == "all" else -1 :]
+    if not all(isinstance(block.attn, Attention) for block in blocks):
+        raise ConfigError(
+            "the class token's attention cannot be read from this tower",
+            where="model",
+            mend="choose a tower with learned positions",
+        )
+    rows: list[Tensor] = []
+    hooks = [block.attn.qkv.register_forward_hook(_reader(block.attn, tower.vit.num_prefix_tokens, rows)) for block in blocks]
+    try:
+        tokens: Tokens = tower(images)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return tokens._replace(attention=torch.stack(rows).mean(0))
+
+
+def _reader(attention: Attention, prefix: int, rows: list[Tensor]) -> Callable[..., None]:
+    return partial(_read, attention, prefix, rows)
+
+
+def _read(attention: Attention, prefix: int, rows: list[Tensor], module: nn.Module, inputs: Any, qkv: Tensor) -> None:
+    q, k, _ = qkv.unflatten(2, (3, attention.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+    first = attention.q_norm(q[:, :, :1]).float() * attention.scale
+    with torch.autocast(qkv.device.type, enabled=False):
+        row = (first @ attention.k_norm(k).float().transpose(-2, -1)).softmax(-1)
+    rows.append(row[:, :, 0, prefix:].mean(1))
+
+
+def kept_and_removed(
+    attention: Tensor, grid: int, ratio: float, *, cells: bool = True, plus_one: bool = True
+) -> tuple[Tensor, Tensor]:
+    """Which patches stay: those the class token attends to most.
+
+    Args:
+        attention: ``[batch, grid * grid]``.
+        grid: patches a side.
+        ratio: share of the cells that stay.
+        cells: whether cells of 2 x 2 patches stay and go together, by their mean; else each patch is a cell.
+        plus_one: ``int(cells * ratio) + 1`` stay, as in DetailCLIP's code; else the nearest number, at least one.
+
+    Returns:
+        int64 positions ``[batch, kept]`` and ``[batch, removed]``, ascending; at least one patch is removed.
+
+    Raises:
+        ConfigError: the grid has no even side for cells.
+    """
+    if cells and grid % 2:
+        raise ConfigError(
+            f"a grid of {grid} patches a side has no cells of 2 x 2",
+            where="recipe.granularity",
+            mend="choose patch, or another size",
+        )
+    scores = attention.unflatten(1, (grid, grid))
+    if cells:
+        scores = scores.unflatten(2, (-1, 2)).unflatten(1, (-1, 2)).mean((2, 4))
+    flat = scores.flatten(1)
+    count = flat.shape[1]
+    number = int(count * ratio) + 1 if plus_one else max(1, round(count * ratio))
+    ranked = flat.argsort(dim=1, descending=True, stable=True)[:, : min(number, count - 1)]
+    chosen = torch.zeros_like(flat, dtype=torch.bool).scatter_(1, ranked, True)
+    if cells:
+        chosen = chosen.unflatten(1, (grid // 2, grid // 2)).repeat_interleave(2, 1).repeat_interleave(2, 2).flatten(1)
+    order = chosen.int().argsort(dim=1, descending=True, stable=True)
+    kept = min(number, count - 1) * (4 if cells else 1)
+    return order[:, :kept], order[:, kept:]

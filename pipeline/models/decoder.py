@@ -1,0 +1,102 @@
+"""A small decoder over the tokens that a tower kept: it fills the places of the removed ones (MAE, arXiv 2111.06377)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from pipeline.errors import ConfigError
+from pipeline.models.text import TextBlock
+from pipeline.models.tokens import Tokens
+
+
+class Decoder(nn.Module):
+    """Tokens of all patches from those of some.
+
+    Args:
+        width: of a token, the tower's.
+        grid: patches a side.
+        patch: pixels a side of a patch.
+        depth, heads: of the transformer.
+    """
+
+    positions: Tensor
+
+    def __init__(self, width: int, *, grid: int, patch: int, depth: int = 1, heads: int = 16) -> None:
+        super().__init__()
+        if width % heads or width % 4:
+            raise ConfigError(
+                f"a decoder of width {width} over {heads} heads", where="recipe.decoder_heads", mend="choose sizes that divide"
+            )
+        self.embed = nn.Linear(width, width)
+        self.mask_token = nn.Parameter(torch.empty(1, 1, width))
+        self.blocks = nn.ModuleList(TextBlock(width, heads, causal=False) for _ in range(depth))
+        self.norm = nn.LayerNorm(width)
+        self.register_buffer("positions", sincos_positions(grid, width), persistent=False)
+        nn.init.normal_(self.mask_token, std=0.02)
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                nn.init.zeros_(module.bias)
+            elif isinstance(module, nn.LayerNorm):
+                module.eps = 1e-6
+        self.pixels = nn.Linear(width, 3 * patch * patch)
+
+    def forward(self, tokens: Tokens, removed: Tensor) -> tuple[Tensor, Tensor]:
+        """All patches, and the pixels of the removed ones.
+
+        Args:
+            tokens: of a tower that went on with ``tokens.kept`` patches only.
+            removed: int64 ``[batch, removed]``, the positions of the others.
+
+        Returns:
+            ``[batch, patches, width]`` in the grid's order, and ``[batch, removed, 3 * patch * patch]`` in the order of
+            ``removed``.
+        """
+        if tokens.kept is None:
+            raise ConfigError("nothing was removed from the tokens", where="Decoder", mend="pass the tower what to keep")
+        kept = self.embed(tokens.patches)
+        batch, width, count = len(kept), kept.shape[2], kept.shape[1] + removed.shape[1]
+        hidden = self.mask_token.to(kept.dtype).expand(batch, removed.shape[1], width)
+        # Where each patch of the grid stands in what was kept, followed by what was removed.
+        order = torch.cat([tokens.kept, removed], dim=1)
+        places = torch.empty_like(order).scatter_(1, order, torch.arange(count, device=order.device).expand_as(order))
+        patches = torch.cat([kept, hidden], dim=1).gather(1, places[:, :, None].expand(-1, -1, width)) + self.positions
+        x = torch.cat([self.embed(tokens.cls)[:, None], patches], dim=1)
+        for block in self.blocks:
+            x = block(x)
+        x = self.norm(x)[:, 1:]
+        return x, self.pixels(taken(x, removed))
+
+
+def taken(patches: Tensor, index: Tensor) -> Tensor:
+    """``[batch, n, width]`` of ``[batch, patches, width]`` at the positions ``[batch, n]``."""
+    return patches.gather(1, index[:, :, None].expand(-1, -1, patches.shape[2]))
+
+
+def sincos_positions(grid: int, width: int) -> Tensor:
+    """Fixed positions of a square grid in row-major order, ``[grid * grid, width]``: half of the channels for the column, half
+    for the row, each half sines, then cosines, of frequencies from 1 down to 1 / 10000."""
+    quarter = width // 4
+    frequencies = 10000.0 ** -(torch.arange(quarter, dtype=torch.float64) / quarter)
+    angles = torch.arange(grid, dtype=torch.float64)[:, None] * frequencies
+    axis = torch.cat([angles.sin(), angles.cos()], dim=1)
+    columns, rows = axis[None].expand(grid, -1, -1), axis[:, None].expand(-1, grid, -1)
+    return torch.cat([columns, rows], dim=2).flatten(0, 1).float()
+
+
+def patchified(images: Tensor, patch: int, *, standardise: bool = True) -> Tensor:
+    """The pixels of each patch, ``[batch, patches, patch * patch * 3]`` fp32, by row, column and colour.
+
+    Args:
+        images: ``[batch, 3, side, side]``, the side a multiple of the patch.
+        patch: pixels a side.
+        standardise: whether each patch's mean is taken off and its deviation (of the unbiased variance) divided out, so that a
+            prediction of 0 has a mean square error of ``(n - 1) / n``.
+    """
+    cut = images.float().unflatten(3, (-1, patch)).unflatten(2, (-1, patch))
+    pixels = cut.permute(0, 2, 4, 3, 5, 1).flatten(3).flatten(1, 2)
+    if not standardise:
+        return pixels
+    variance, mean = torch.var_mean(pixels, dim=2, keepdim=True)
+    return (pixels - mean) / (variance + 1e-6).sqrt()
