@@ -34,7 +34,7 @@ def sync(
     fovea track sync --all --uri http://mlflow:5000
     """
     if everything == (run is not None):
-        raise ConfigError("which run?", where="fovea track sync", mend="name one, or give --all")
+        raise ConfigError("no run is named", where="fovea track sync", mend="name one, or give --all")
     from launch.cluster.status import find
 
     every = [RunDirectory(file.parent) for file in sorted(Path("runs").glob("*/config.json"))]

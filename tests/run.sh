@@ -10,6 +10,7 @@ bash tests/run.sh [--fast] [pytest arguments]
   bash tests/run.sh --fast                     without the tests marked slow
   bash tests/run.sh tests/test_config.py -k typo
   bash tests/run.sh -m gpu                     only the tests that need a CUDA device
+  bash tests/run.sh -n 0 -x                    one at a time, to the first failure (otherwise two files at a time)
 
 Tests on real pictures look for them in FOVEA_TEST_DATA, else in ../shared/data beside the checkout, and skip without them.
   FOVEA_VENV=DIR   the virtual environment's folder (default .venv)
@@ -28,4 +29,5 @@ done
 . "$(dirname "${BASH_SOURCE[0]}")/../launch/setup.sh"
 fovea_setup test || exit 1
 cd "$FOVEA_ROOT" || exit 1
-exec "$FOVEA_PYTHON" -m pytest ${arguments[@]+"${arguments[@]}"} </dev/null
+# Half of the slow tests wait for other processes, so two files at a time take much less than twice as long.
+exec "$FOVEA_PYTHON" -m pytest -n "${FOVEA_TEST_WORKERS:-2}" --dist loadfile ${arguments[@]+"${arguments[@]}"} </dev/null

@@ -48,7 +48,7 @@ def submit(
 
     if not cluster:
         known = ", ".join(sorted(profiles.available()))
-        raise ConfigError("which cluster?", where="--cluster", mend=f"give a profile's file, or one of {known}")
+        raise ConfigError("no cluster is named", where="--cluster", mend=f"give a profile's file, or one of {known}")
     own = [text.removeprefix("cluster.") for text in overrides or () if text.startswith("cluster.")]
     rest = [text for text in overrides or () if not text.startswith("cluster.")]
     done = hand_over(load(config, rest), profiles.load(cluster, own), dry=dry, check=check, index=index)

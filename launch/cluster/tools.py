@@ -64,7 +64,9 @@ def call(*argv: str, limit: float = 60.0) -> str:
         ) from error
     if done.returncode:
         said = (done.stderr or done.stdout).strip().removeprefix(f"{argv[0]}: ").removeprefix("error: ")
-        raise LaunchError(said or f"failed with code {done.returncode}", where=" ".join(argv[:3]))
+        away = any(words in said for words in ("configuration source", "Unable to contact", "Connection refused"))
+        mend = "is this a login node of the cluster, and its controller alive? fovea doctor tells more" if away else ""
+        raise LaunchError(" ".join(said.split()) or f"failed with code {done.returncode}", where=" ".join(argv[:3]), mend=mend)
     return done.stdout
 
 
