@@ -183,6 +183,33 @@ def test_the_warning_before_the_time_limit_saves_and_requeues(slurm: Cluster, st
     assert first["cause"] == "preempted" and first["after"] >= 6, "it was told half an hour before its limit"
 
 
+def test_a_real_time_limit_is_met_with_a_checkpoint_in_hand(start: Start) -> None:
+    run, _ = start(steps=5000, time="1", lead=25)
+    reach(run, 1, attempt=1, seconds=200)
+    record.ask(run, record.STOP, "enough")
+    assert verdict(run)["state"] == "stopped"
+    first = record.endings(run)[0]
+    assert first["cause"] == "time limit" and first["after"] > 10
+    assert first["ended_at"] - first["started_at"] < 60, "it did not end before its limit"
+
+
+def test_a_step_whose_daemon_was_killed_does_not_hold_the_run_for_ever(start: Start) -> None:
+    run, job = start(steps=60, hang=8)
+    reach(run, 6)
+    daemons = [int(entry.name) for entry in Path("/proc").iterdir() if entry.name.isdigit() and _says(entry, f"[{job}.1]")]
+    assert daemons
+    os.kill(max(daemons), signal.SIGKILL)
+    assert verdict(run, 120)["state"] == "finished"
+
+
+def _says(entry: Path, words: str) -> bool:
+    try:
+        text = (entry / "cmdline").read_bytes().decode(errors="replace")
+    except OSError:
+        return False
+    return "slurmstepd" in text and words in text
+
+
 def test_a_requeue_by_the_administrator_saves_and_goes_on(slurm: Cluster, start: Start) -> None:
     run, job = start(steps=40)
     reach(run, 6)

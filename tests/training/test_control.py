@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch.distributed as dist
@@ -51,3 +52,33 @@ def _ask(asked: dict[int, str]) -> list[str]:
 )
 def test_all_ranks_do_what_any_of_them_was_asked(asked: dict[int, str], answer: str) -> None:
     assert pool(2).run(_ask, asked=asked) == [["NO", answer]] * 2
+
+
+def _read_files(folder: str, names: list[str]) -> list[object]:
+    requests = StopRequests()
+    if dist.get_rank() == 0:
+        requests.watch(Path(folder), attempt=3)
+        for name in names:
+            (Path(folder) / name).write_text("{}")
+    dist.barrier()
+    first = requests.agreed(None).name
+    saves = requests.save
+    requests.agreed(None)  # at once: nobody looks again within a second
+    return [first, saves, requests.save, sorted(path.name for path in Path(folder).iterdir())]
+
+
+@pytest.mark.parametrize(
+    ("names", "stop", "saves", "left"),
+    [
+        ([], "NO", False, []),
+        (["stop"], "ASKED", False, ["stop"]),
+        (["stop-3"], "TOLD", False, ["stop-3"]),
+        (["stop-2"], "NO", False, ["stop-2"]),
+        (["stop", "stop-3"], "ASKED", False, ["stop", "stop-3"]),
+        (["save"], "NO", True, []),
+    ],
+)
+def test_files_are_requests_that_one_rank_reads_and_all_heed(
+    tmp_path: Path, names: list[str], stop: str, saves: bool, left: list[str]
+) -> None:
+    assert pool(2).run(_read_files, folder=str(tmp_path), names=names) == [[stop, saves, False, left]] * 2
