@@ -68,7 +68,8 @@ class StopRequests:
             group: the ranks' group on the host.
             saving: this rank's part of a save; what all make of it is in :attr:`saving` afterwards.
         """
-        code = torch.tensor([int(self.asked), saving, self._look()], dtype=torch.int32)
+        save = self._look()
+        code = torch.tensor([int(self.asked), saving, save], dtype=torch.int32)
         dist.all_reduce(code, op=dist.ReduceOp.MAX, group=group)
         self.saving, self.save = int(code[1]), bool(code[2])
         return Stop(int(code[0]))
