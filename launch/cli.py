@@ -149,6 +149,32 @@ def evaluate(
 
 
 @app.command()
+def export(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="A run's directory, or one of its checkpoints.")],
+    to: Annotated[str, typer.Option(metavar="LAYOUT", help="timm, huggingface, open_clip, onnx or safetensors.")],
+    out: Annotated[Path | None, typer.Option(metavar="FOLDER", help="Where to; RUN/export/LAYOUT if not given.")] = None,
+    network: Annotated[str, typer.Option(help="teacher or student; auto is what the method means to be used.")] = "auto",
+    size: Annotated[int | None, typer.Option(metavar="PIXELS", help="Side of the pictures; as trained on if not given.")] = None,
+    licence: Annotated[str, typer.Option("--license", metavar="NAME", help="The weights' licence, for the card.")] = "unknown",
+    best: Annotated[bool, typer.Option("--best", help="The best checkpoint instead of the newest.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what is there.")] = False,
+) -> None:
+    """Write the trained weights as other libraries read them, with a model card and the preprocessing.
+
+    [b]Examples[/b]
+
+    fovea export runs/cifar10_vit_tiny --to timm
+
+    fovea export runs/clip_cifar10 --to open_clip --out ./clip --license apache-2.0
+    """
+    from launch.export import run as write
+
+    raise typer.Exit(
+        write(run, to=to, out=out, network=network, size=size, license_=licence, best=best, force=overwrite)
+    )
+
+
+@app.command()
 def plan(
     config: ConfigArgument,
     overrides: Overrides = None,
