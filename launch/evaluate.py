@@ -86,8 +86,8 @@ def labelled(config: Config) -> Inputs:
 
 def judging(config: Config) -> Config:
     """The settings with k-NN switched on, baselines and all, whatever training did."""
-    knn = config.evaluation.knn.model_copy(update={"enabled": True, "baselines": True})
-    return config.replace(evaluation=config.evaluation.model_copy(update={"knn": knn}))
+    knn = config.evaluation.knn.model_copy(update={"baselines": True})
+    return config.replace(evaluation=config.evaluation.only("knn", knn=knn))
 
 
 @contextlib.contextmanager
@@ -123,7 +123,8 @@ def scores(config: Config, run: Path) -> dict[str, dict[int, float]]:
 
 def _judge(config: Config, saved: Saved) -> tuple[dict[str, dict[int, float]], dict[str, int]]:
     inputs = labelled(config)
-    from pipeline.training.assemble import Evaluations, make_recipe
+    from pipeline.training.assemble import make_recipe
+    from pipeline.training.evaluations import Evaluations
 
     found: dict[str, dict[int, float]] = {name: {} for name in SOURCES}
     with world_of_one(config) as world:

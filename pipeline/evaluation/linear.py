@@ -1,6 +1,6 @@
-"""Linear probes of frozen features: a grid of learning rates and layers by gradient descent, or scikit-learn's logistic regression.
+"""Linear probes of frozen features: a grid of rates and layers by gradient descent, or scikit-learn's logistic regression.
 
-What is best of a grid is chosen on samples held out of the training split; the test split is looked at once, with the choice made.
+What is best of a grid is chosen on samples held out of the training split; of the test split, the choice's score alone is told.
 """
 
 from __future__ import annotations
@@ -91,7 +91,9 @@ class LinearProbe:
                     best = (float(chosen[place]), float(tested[place]), told)
         if best is None:
             raise _empty()
-        return {"linear/top1": best[1], "linear/chosen_on": best[0]} | {f"linear/{name}": value for name, value in best[2].items()}
+        return {"linear/top1": best[1], "linear/chosen_on": best[0]} | {
+            f"linear/{name}": value for name, value in best[2].items()
+        }
 
 
 class LogisticRegression:

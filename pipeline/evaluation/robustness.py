@@ -8,7 +8,7 @@ corner. Random signs of the same size are the control: an encoder that they fool
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -63,6 +63,7 @@ class Robustness:
         budget: largest change of a pixel, as a share of full intensity.
         epochs: passes over ``train``.
         k: neighbours that vote.
+        batch: pictures of a step, over all ranks.
         group: a gloo group, or ``None`` for the default.
 
     Attributes:
@@ -77,9 +78,11 @@ class Robustness:
         budget: float = BUDGET,
         epochs: int = 2,
         k: int = 20,
+        batch: int = 64,
         group: dist.ProcessGroup | None = None,
     ) -> None:
         self._train, self._test, self._budget, self._epochs, self._k, self._group = train, test, budget, epochs, k, group
+        self._batch = batch
         self.perturbation: Tensor | None = None
 
     def __call__(self, subject: Subject) -> dict[str, float]:
@@ -105,7 +108,8 @@ class Robustness:
     def _judged(self, clean: Table, disturbed: Table, bank: Table) -> dict[str, float]:
         before, after, voters = (F.normalize(t.values.double(), dim=1) for t in (clean, disturbed, bank))
         cosine = (before * after).sum(1)
-        knn = fooled(*(_neighbours(x, voters, bank.labels, self._k) for x in (before, after)), clean.labels)
+        clean_votes, votes_after = (_neighbours(x, voters, bank.labels, self._k) for x in (before, after))
+        knn = fooled(clean_votes, votes_after, clean.labels)
         lost = (after @ before.T).argmax(1) != torch.arange(len(after))
         return {
             "fooling": knn.rate,
@@ -124,14 +128,15 @@ class Robustness:
         return (2.0 * signs - 1.0).to(blank.device) * self._budget
 
     def _fitted(self, subject: Subject, r: Tensor) -> Tensor:
+        steps = -(-self._train.total // self._batch)
         with torch.enable_grad():
             for _ in range(self._epochs):
-                passes = 0
-                for shown in self._train.shown():
-                    passes += 1
-                    r = self._stepped(subject, r, shown.images)
-                for _ in range(self._train.passes - passes):
-                    r = self._stepped(subject, r, self._train.blank()[:0])
+                done = 0
+                for images in _chunks(self._train, self._batch):
+                    r = self._stepped(subject, r, images)
+                    done += 1
+                if done != steps:
+                    raise DataError(f"{done} of {steps} steps", where="evaluation.robustness", mend="look at the shards")
         return r
 
     def _stepped(self, subject: Subject, r: Tensor, images: Tensor) -> Tensor:
@@ -146,6 +151,26 @@ class Robustness:
             (slope,) = torch.autograd.grad((features * target).sum(), moved)
         total = summed(slope.double().cpu(), self._group).to(r)
         return (r - 0.1 * self._budget * total.sign()).clamp(-self._budget, self._budget)
+
+
+def _chunks(pictures: Pictures, size: int) -> Iterator[Tensor]:
+    """This rank's part of each ``size`` consecutive samples of the whole list, so that a step is the same on any number of
+    ranks; empty where it has none."""
+    waiting: list[tuple[int, Tensor]] = []
+    chunk = 0
+    for shown in pictures.shown():
+        for number, image in zip(shown.numbers.tolist(), shown.images, strict=True):
+            while number // size > chunk:
+                yield _stacked(waiting, pictures)
+                waiting, chunk = [], chunk + 1
+            waiting.append((number, image))
+    for _ in range(chunk, -(-pictures.total // size)):
+        yield _stacked(waiting, pictures)
+        waiting = []
+
+
+def _stacked(waiting: list[tuple[int, Tensor]], pictures: Pictures) -> Tensor:
+    return torch.stack([image for _, image in waiting]) if waiting else pictures.blank()[:0]
 
 
 def _added(subject: Subject, r: Tensor, features: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -80,9 +81,9 @@ def together(table: Table, group: dist.ProcessGroup | None) -> Table:
     )
 
 
-def gathered(mine: tuple[Tensor, Tensor, Tensor, list[int]], group: dist.ProcessGroup | None) -> Sequence[tuple[Tensor, ...]]:
+def gathered(mine: tuple[Any, ...], group: dist.ProcessGroup | None) -> Sequence[tuple[Any, ...]]:
     """What every rank has, by rank."""
-    parts: list[tuple[Tensor, ...]] = [()] * dist.get_world_size(group)
+    parts: list[tuple[Any, ...]] = [()] * dist.get_world_size(group)
     dist.all_gather_object(parts, mine, group=group)
     return parts
 

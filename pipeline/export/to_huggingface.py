@@ -65,7 +65,7 @@ def architecture(tower: VisionTower, size: int) -> tuple[str, dict[str, Any]]:
     vit = tower.vit
     block = vit.blocks[0]
     gated = _gated(block.mlp)
-    registers = vit.num_reg_tokens if isinstance(vit, Eva) else vit.num_prefix_tokens - 1
+    registers = vit.num_prefix_tokens - 1
     _check(tower, gated)
     common: dict[str, Any] = {
         "hidden_size": tower.width,
@@ -89,14 +89,10 @@ def architecture(tower: VisionTower, size: int) -> tuple[str, dict[str, Any]]:
             "key_bias": False,
         }
     hidden = block.mlp.fc2.in_features
-    ratio: float = hidden / tower.width
-    if gated:
-        ratio = (1.5 * hidden - 0.01) / tower.width if hidden % 8 == 0 else -1.0
-        if ratio < 0 or (int(int(tower.width * ratio) * 2 / 3) + 7) // 8 * 8 != hidden:
-            raise _unknown(f"a gated layer of {hidden} hidden channels")
-    elif int(tower.width * ratio) != hidden:
-        raise _unknown(f"an MLP of {hidden} hidden channels")
-    common |= {"mlp_ratio": ratio if gated or not ratio.is_integer() else int(ratio), "use_swiglu_ffn": gated}
+    ratios = [ratio for ratio in range(1, 17) if _hidden(tower.width, ratio, gated) == hidden]
+    if not ratios:
+        raise _unknown(f"a feed-forward layer of {hidden} hidden channels, for it takes whole ratios only")
+    common |= {"mlp_ratio": ratios[0], "use_swiglu_ffn": gated}
     if registers:
         return "Dinov2WithRegisters", common | {"num_register_tokens": registers}
     return "Dinov2", common
@@ -117,6 +113,8 @@ def converted(tower: VisionTower, size: int) -> dict[str, Tensor]:
         found |= {prefix + key: value for key, value in _inner(inner[2], tensor, rotary, _gated(tower.vit.blocks[0].mlp)).items()}
     mask = tower.mask_token.detach().float()
     found["embeddings.mask_token"] = mask.clone() if rotary else mask[0].clone()
+    if rotary:
+        found.setdefault("embeddings.register_tokens", torch.zeros(1, 0, width))
     for number in range(len(tower.vit.blocks)):
         for scale in (1, 2):
             key = f"{'model' if rotary else 'encoder'}.layer.{number}.layer_scale{scale}.lambda1"
@@ -161,7 +159,12 @@ def _inner(name: str, tensor: Tensor, rotary: bool, gated: bool) -> dict[str, Te
     }
     modules = {"attn.proj": "attention.o_proj", "norm1": "norm1", "norm2": "norm2"}
     if rotary or gated:
-        modules |= {"mlp.fc1_g": "mlp.gate_proj", "mlp.fc1_x": "mlp.up_proj", "mlp.fc2": "mlp.down_proj", "mlp.fc1": "mlp.up_proj"}
+        modules |= {
+            "mlp.fc1_g": "mlp.gate_proj",
+            "mlp.fc1_x": "mlp.up_proj",
+            "mlp.fc2": "mlp.down_proj",
+            "mlp.fc1": "mlp.up_proj",
+        }
     else:
         modules |= {"mlp.fc1": "mlp.fc1", "mlp.fc2": "mlp.fc2"}
     module, _, end = name.rpartition(".")
@@ -170,6 +173,11 @@ def _inner(name: str, tensor: Tensor, rotary: bool, gated: bool) -> dict[str, Te
     if module not in modules:
         raise _unknown(f"the tensor blocks.….{name}")
     return {f"{modules[module]}.{end}": tensor}
+
+
+def _hidden(width: int, ratio: int, gated: bool) -> int:
+    """Hidden channels as transformers makes them of the ratio."""
+    return (int(width * ratio * 2 / 3) + 7) // 8 * 8 if gated else width * ratio
 
 
 def _gated(mlp: nn.Module) -> bool:
@@ -193,9 +201,7 @@ def _check(tower: VisionTower, gated: bool) -> None:
 
 
 def _unknown(what: str) -> ConfigError:
-    return ConfigError(
-        f"no model of transformers has {what}", where="--to huggingface", mend="export it to timm or safetensors"
-    )
+    return ConfigError(f"no model of transformers has {what}", where="--to huggingface", mend="export it to timm or safetensors")
 
 
 def _fill(model: Any, state: dict[str, Tensor], kind: str) -> None:

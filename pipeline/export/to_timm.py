@@ -1,4 +1,4 @@
-"""timm's folder: ``config.json`` and ``model.safetensors``, read by ``timm.create_model("local-dir:FOLDER", pretrained=True)``."""
+"""timm's folder: ``config.json`` and weights, read by ``timm.create_model("local-dir:FOLDER", pretrained=True)``."""
 
 from __future__ import annotations
 
@@ -7,12 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import timm
+import torch
 from safetensors.torch import save_file
 from timm.layers import SwiGLUPacked
 from torch import Tensor, nn
 
 from pipeline.errors import ConfigError
 from pipeline.export.networks import Networks
+from pipeline.models.positions import resample_positions
 from pipeline.models.vision import VisionTower
 
 _SWIGLU = "vit_giant_patch14_dinov2"  # timm's only plain name with this feed-forward layer; every size is given besides
@@ -25,8 +27,11 @@ def call(tower: VisionTower, size: int) -> tuple[str, dict[str, Any]]:
         ConfigError: no arguments that JSON can hold make it.
     """
     name, args = tower.timm_name, {**tower.timm_args, "img_size": size}
-    if args.get("mlp_layer") is SwiGLUPacked and args.get("act_layer") is nn.SiLU:
+    layer = args.get("mlp_layer")  # a copied partial is another object
+    gated = getattr(layer, "func", None) is SwiGLUPacked.func and layer.keywords == SwiGLUPacked.keywords
+    if gated and args.get("act_layer") is nn.SiLU:
         name = _SWIGLU
+        args["init_values"] = args.get("init_values") or 1.0  # this name has a layer scale, and None does not take it away
         args = {key: value for key, value in args.items() if key not in ("mlp_layer", "act_layer")}
     wrong = [key for key, value in args.items() if not isinstance(value, int | float | str | bool | None)]
     if wrong or not name:
@@ -45,19 +50,29 @@ def rebuilt(tower: VisionTower, size: int, *, name: str, args: dict[str, Any]) -
         ConfigError: timm's model has other tensors.
     """
     model: nn.Module = timm.create_model(name, pretrained=False, **args)
-    state = timm_state(tower, size)
+    state = weights(tower, size)
     own = model.state_dict()
     wrong = sorted(own.keys() ^ state.keys()) or [key for key in own if own[key].shape != state[key].shape]
     if wrong:
-        raise ConfigError(f"timm's {name} has other tensors, the first is {wrong[0]}", where="model", mend="export to safetensors")
+        raise ConfigError(
+            f"timm's {name} has other tensors, the first is {wrong[0]}", where="model", mend="export to safetensors"
+        )
     model.load_state_dict(state)
     return model.eval()
 
 
+def weights(tower: VisionTower, size: int) -> dict[str, Tensor]:
+    """:func:`timm_state`, with a layer scale of one where the name that :func:`call` gives has one and the tower has none."""
+    state = timm_state(tower, size)
+    name, _ = call(tower, size)
+    if name == _SWIGLU and "blocks.0.ls1.gamma" not in state:
+        ones = {f"blocks.{i}.ls{j}.gamma": torch.ones(tower.width) for i in range(len(tower.vit.blocks)) for j in (1, 2)}
+        state |= ones
+    return state
+
+
 def timm_state(tower: VisionTower, size: int) -> dict[str, Tensor]:
     """The weights by timm's names, positions on the grid of a picture of this size."""
-    from pipeline.models.positions import resample_positions
-
     state = {key: tensor.detach().float().clone().contiguous() for key, tensor in tower.vit.state_dict().items()}
     grid = (size // tower.patch, size // tower.patch)
     old = tuple(tower.vit.patch_embed.grid_size)
@@ -76,7 +91,7 @@ def write(networks: Networks, folder: Path) -> tuple[str, list[str]]:
     tower, p = networks.tower, networks.preprocessing
     name, args = call(tower, p.size)
     rebuilt(tower, p.size, name=name, args=args)  # or nobody could load it
-    save_file(timm_state(tower, p.size), folder / "model.safetensors", metadata={"format": "pt"})
+    save_file(weights(tower, p.size), folder / "model.safetensors", metadata={"format": "pt"})
     known = {"img_size", "num_classes"}
     pretrained = {
         "tag": networks.config.run.name,
