@@ -165,7 +165,7 @@ def evaluate(
         there = Path(run).exists() or ":" in run
         mend = "Name an evaluator, such as --knn." if there else "It should hold the config.yaml that a training wrote."
         raise ConfigError("is no run's directory", where=run, mend=mend)
-    from launch.judge import Asked, of_run, of_weights
+    from launch.judge import Asked, of_run, of_weights, settings_for_weights
 
     extra = [*(overrides or ())]
     if zeroshot is not None:
@@ -179,7 +179,7 @@ def evaluate(
         config = _load(str(resolved), extra).config
         names = names or list(config.evaluation.enabled) or ["knn"]
         raise typer.Exit(of_run(Path(run), config, Asked(tuple(names), untrained, output, watch)))
-    config = _load("base", ["model.timm=vit_tiny_patch16_224", *extra]).config
+    config = settings_for_weights(extra)
     raise typer.Exit(of_weights(run, config, Asked(tuple(names), output=output), model=model, size=size))
 
 
@@ -205,6 +205,22 @@ def export(
     from launch.export import run as write
 
     raise typer.Exit(write(run, to=to, out=out, network=network, size=size, license_=licence, best=best, force=overwrite))
+
+
+@app.command()
+def report(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Directories of runs.")],
+    out: Annotated[Path, typer.Option(metavar="FILE", help="The page.")] = Path("report.html"),
+) -> None:
+    """Put runs side by side in one HTML page: curves, scores, throughput, interruptions, losses, environment, settings.
+
+    [b]Example[/b]
+
+    fovea report runs/first runs/second --out comparison.html
+    """
+    from launch.report import run
+
+    raise typer.Exit(run(runs, out))
 
 
 @app.command()

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -79,7 +80,7 @@ def of_run(directory: Path, config: Config, asked: Asked) -> int:
         evaluators, _ = suite(config, Judged(**data), world, size=view.size, normalize=_normalize(view.normalize))
         subject = subject_of(recipe, config, world.device)
         columns = {"untrained": _scores(evaluators, subject)} if asked.untrained else {}
-        for saved in [first] if first is not None else _coming(directory, config):
+        for saved in [first] if first is not None else _coming(directory):
             fill_trained(recipe, saved)
             recipe.eval()
             document = {
@@ -91,6 +92,20 @@ def of_run(directory: Path, config: Config, asked: Asked) -> int:
             RunDirectory(directory).write(f"evaluations/{saved.path.name}.json", document)
             _told(f"{saved.path.name} of {directory}", document, asked.output)
     return 0
+
+
+def settings_for_weights(overrides: Sequence[str]) -> Config:
+    """Settings of which only data and evaluations count, for weights that have none of their own.
+
+    Raises:
+        ConfigError: what is wrong with them.
+    """
+    from pipeline.config import load
+
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "weights.yaml"
+        file.write_text("model: {timm: vit_tiny_patch16_224}\nrecipe: {name: clip}\n")
+        return load(file, overrides).config
 
 
 def of_weights(source: str, config: Config, asked: Asked, *, model: str | None, size: int | None) -> int:
@@ -162,11 +177,11 @@ def _scores(evaluators: dict[str, Any], subject: Subject) -> dict[str, float]:
     return scores
 
 
-def _coming(directory: Path, config: Config) -> Any:
+def _coming(directory: Path) -> Iterator[Saved]:
     """Checkpoints as they come, oldest first, until the run's last step; those judged before are passed over."""
     run = RunDirectory(directory)
-    total = _steps(run, config)
     while True:
+        total = _steps(run)
         last = -1
         for saved in files.listed(run.checkpoints):
             last = max(last, saved.step)
@@ -187,13 +202,12 @@ def _whole(saved: Saved) -> bool:
     return True
 
 
-def _steps(run: RunDirectory, config: Config) -> int | None:
-    """The run's last step, if its settings and its newest checkpoint say enough."""
-    for saved in files.listed(run.checkpoints):
-        samples = int(saved.manifest.get("data", {}).get("samples", 0))
-        if samples:
-            return config.train.length.steps(samples, config.train.global_batch)
-    return config.train.length.steps(1, config.train.global_batch) if config.train.length.unit == "steps" else None
+def _steps(run: RunDirectory) -> int | None:
+    """The run's last step, once it has said so."""
+    try:
+        return int(json.loads((run.path / "length.json").read_text())["steps"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
 
 
 def _told(title: str, document: dict[str, Any], output: Path | None) -> None:

@@ -107,8 +107,8 @@ def _model(tower: VisionTower, text: TextTower, projection: nn.Linear, logits: L
         raise ConfigError(
             f"open_clip's vision transformer has no {problem}", where="--to open_clip", mend="export the tower to timm instead"
         )
-    heads = text.blocks[0].heads  # type: ignore[union-attr]
-    quick = text.blocks[0].quick_gelu  # type: ignore[union-attr]
+    heads = text.blocks[0].heads
+    quick = text.blocks[0].quick_gelu
     if quick:
         raise ConfigError(
             "open_clip takes one activation for both towers, and the text tower alone has the quick GELU",
@@ -132,7 +132,7 @@ def _model(tower: VisionTower, text: TextTower, projection: nn.Linear, logits: L
         "width": text.tokens.embedding_dim,
         "heads": heads,
         "layers": len(text.blocks),
-        "no_causal_mask": not text.blocks[0].causal,  # type: ignore[union-attr]
+        "no_causal_mask": not text.blocks[0].causal,
     }
     found: dict[str, Any] = {
         "embed_dim": projection.out_features,

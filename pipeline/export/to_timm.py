@@ -27,7 +27,7 @@ def call(tower: VisionTower, size: int) -> tuple[str, dict[str, Any]]:
         ConfigError: no arguments that JSON can hold make it.
     """
     name, args = tower.timm_name, {**tower.timm_args, "img_size": size}
-    layer = args.get("mlp_layer")  # a copied partial is another object
+    layer: Any = args.get("mlp_layer")  # a copied partial is another object
     gated = getattr(layer, "func", None) is SwiGLUPacked.func and layer.keywords == SwiGLUPacked.keywords
     if gated and args.get("act_layer") is nn.SiLU:
         name = _SWIGLU
