@@ -224,6 +224,25 @@ def report(
 
 
 @app.command()
+def visualize(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="A run's directory, or one of its checkpoints.")],
+    files: Annotated[list[Path], typer.Argument(metavar="PICTURE...", help="Your pictures.")],
+    text: Annotated[list[str] | None, typer.Option(help="What to look for in them, of a method that reads captions.")] = None,
+    size: Annotated[int | None, typer.Option(metavar="PIXELS", help="Side of the pictures; twice that of training.")] = None,
+    out: Annotated[Path, typer.Option(metavar="FILE", help="The page.")] = Path("pictures.html"),
+) -> None:
+    """Show your own pictures as the network sees them: principal directions of patches, attention, places of texts.
+
+    [b]Example[/b]
+
+    fovea visualize runs/clip_scenes photo.jpg other.png --text "a red circle"
+    """
+    from launch.visualize import run as draw
+
+    raise typer.Exit(draw(run, files, out=out, texts=text or [], size=size))
+
+
+@app.command()
 def plan(
     config: ConfigArgument,
     overrides: Overrides = None,

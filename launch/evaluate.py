@@ -87,7 +87,8 @@ def labelled(config: Config) -> Inputs:
 def judging(config: Config) -> Config:
     """The settings with k-NN switched on, baselines and all, whatever training did."""
     knn = config.evaluation.knn.model_copy(update={"baselines": True})
-    return config.replace(evaluation=config.evaluation.only("knn", knn=knn))
+    chosen = config.evaluation.only("knn", knn=knn)
+    return config.replace(evaluation=chosen.model_copy(update={"pictures": False}))
 
 
 @contextlib.contextmanager
@@ -255,29 +256,6 @@ def shown(
     options = StreamOptions(micro_batch=order.global_batch, workers=0, threads=config.data.decode_threads, hue="off")
     for _, batches in BatchStream(dataset, device=device, options=options, ledger=Ledger(None, budget=1.0), last=len(order)):
         yield from batches
-
-
-def principal(tokens: Tensor) -> tuple[NDArray[np.float32], float]:
-    """The three directions in which tokens differ most, as colours.
-
-    Args:
-        tokens: ``[pictures, patches, width]``; the directions are fitted over all pictures together.
-
-    Returns:
-        float32 ``[pictures, patches, 3]`` in 0..1 (1st to 99th percentile of each direction), and the share of the variance
-        that the three explain.
-    """
-    import torch
-
-    flat = tokens.detach().double().cpu().flatten(0, 1)
-    flat = flat - flat.mean(0)
-    values, vectors = torch.linalg.eigh(flat.T @ flat / max(len(flat) - 1, 1))
-    three = flat @ vectors[:, -3:].flip(1)
-    three = three * torch.where((three**3).sum(0) < 0, -1.0, 1.0)  # eigenvectors have no sign of their own
-    low, high = torch.quantile(three, 0.01, dim=0), torch.quantile(three, 0.99, dim=0)
-    colours = ((three - low) / (high - low).clamp_min(1e-12)).clamp(0, 1)
-    share = float(values[-3:].sum() / values.sum().clamp_min(1e-300))
-    return colours.view(*tokens.shape[:2], -1).float().numpy(), share
 
 
 class Gallery:

@@ -110,6 +110,9 @@ class EvaluationSettings(Settings):
         le=100,
         description="percent of the training time that evaluations may take; one that would take more waits; null for no limit",
     )
+    pictures: bool = Field(
+        default=True, description="keep a sheet of eight judged pictures with the PCA of their patches at each evaluation"
+    )
     knn: KnnSettings = Field(default=KnnSettings(), description="nearest neighbours")
     linear: LinearSettings = Field(default=LinearSettings(), description="linear probe")
     logistic: LogisticSettings = Field(default=LogisticSettings(), description="logistic regression")

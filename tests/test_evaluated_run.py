@@ -80,6 +80,24 @@ def test_a_judged_run_ends_where_one_ends_that_nobody_judged(runs: tuple[Path, P
     assert weights(judged, 6) == weights(plain, 6)
 
 
+def test_a_run_whose_weights_are_cut_is_judged_alike(runs: tuple[Path, Path], tmp_path: Path) -> None:
+    """ZeRO 3 holds no tower whole: all ranks have to make the same passes."""
+    folder, run = runs[0].parent, tmp_path / "cut"
+    words = [
+        "train.length=2 steps",
+        "train.zero=3",
+        *(word for word in EVERYTHING if "robustness" not in word),
+        f"evaluation.zeroshot={{enabled: true, every: 4 steps, classes: {folder}/classes.txt}}",
+        f"evaluation.knn.val_shards={folder}/scenes/*val-*.tar",
+    ]
+    done = train(folder / "toy.yaml", f"{folder}/scenes/*train-*.tar", run, *words)
+    assert done.returncode == 0, done.stderr + done.stdout
+    whole, cut = scored(runs[0]), scored(run)
+    for name in ("knn/k3", "linear/top1", "logistic/top1", "zeroshot/top1", "retrieval/image_to_text/recall@5"):
+        assert cut[name][0] == pytest.approx(whole[name][0], abs=1e-6), name
+    assert cut["knn/k3"].keys() == {0, 2}
+
+
 def test_each_evaluator_speaks_at_its_own_steps(runs: tuple[Path, Path]) -> None:
     scores = scored(runs[0])
     steps = {name: sorted(points) for name, points in scores.items()}
@@ -88,6 +106,7 @@ def test_each_evaluator_speaks_at_its_own_steps(runs: tuple[Path, Path]) -> None
     assert steps["untrained/k3"] == steps["pixels/k3"] == steps["untrained/linear/top1"] == [0]
     best = json.loads((runs[0] / "checkpoints" / "best.json").read_text())
     assert best["metric"] == "linear/top1"
+    assert [path.name for path in sorted((runs[0] / "pictures").iterdir())] == [f"pca-{n:09d}.png" for n in (0, 2, 4, 6)]
     assert best["score"] == max(scores["linear/top1"][step] for step in (4, 6))
 
 

@@ -56,6 +56,7 @@ def train_heads(
     batch: int = 256,
     seed: int = 0,
     group: dist.ProcessGroup | None = None,
+    device: torch.device | None = None,
 ) -> Heads:
     """SGD with momentum and a cosine to zero, without weight decay, from zero weights.
 
@@ -68,40 +69,41 @@ def train_heads(
         epochs: passes over the samples.
         batch: samples of a step over all ranks.
         seed: of the order.
-        group: for sums over ranks.
+        group: for sums over ranks, of tensors on the host.
+        device: where steps are computed; the features stay on the host, and so does what is returned.
     """
     width, classes = x.shape[2], targets.shape[2]
     mean, scale = _moments(x, group)
-    x = (x.float() - mean) * scale
-    targets = targets.float()
-    weight = torch.zeros(len(rates), classes, width)
-    bias = torch.zeros(len(rates), classes)
-    speed = torch.zeros(len(rates), classes, width + 1)
+    centre, stretch = mean.to(device), scale.to(device)
+    weight = torch.zeros(len(rates), classes, width, device=device)
+    bias = torch.zeros(len(rates), classes, device=device)
+    speed = torch.zeros(len(rates), classes, width + 1, device=device)
     batch = min(batch, len(order))
     steps = epochs * math.ceil(len(order) / batch)
     places = torch.full((int(order.max()) + 1 if len(order) else 1,), -1, dtype=torch.int64)
     places[numbers] = torch.arange(len(numbers))
-    peaks = torch.tensor(list(rates)) * batch / _BASE_BATCH
+    peaks = torch.tensor(list(rates), device=device) * batch / _BASE_BATCH
     done = 0
     for epoch in range(epochs):
         shuffled = order[torch.from_numpy(permutation(len(order), seed, _ORDER + epoch).astype("int64"))]
         for low in range(0, len(order), batch):
             rows = places[shuffled[low : low + batch]]
             rows = rows[rows >= 0]
-            features, wanted = x[rows].flatten(0, 1), targets[rows].flatten(0, 1)
+            features, wanted = x[rows].flatten(0, 1).to(device), targets[rows].flatten(0, 1).to(device).float()
+            features = (features.float() - centre) * stretch
             told = wanted.sum(1) > 0
             features, wanted = features[told], wanted[told]
             logits = torch.einsum("nd,rcd->rnc", features, weight) + bias[:, None]
             error = (logits.softmax(-1) * wanted.sum(1)[None, :, None] - wanted).transpose(1, 2)
             slope = torch.cat([error @ features, error.sum(2, keepdim=True)], dim=2)
-            flat = summed(torch.cat([slope.flatten(), wanted.sum().reshape(1)]).double(), group)
-            slope = (flat[:-1] / flat[-1].clamp_min(1.0)).float().view_as(speed)
+            flat = summed(torch.cat([slope.flatten(), wanted.sum().reshape(1)]).double().cpu(), group)
+            slope = (flat[:-1] / flat[-1].clamp_min(1.0)).float().view_as(speed).to(device)
             speed = _MOMENTUM * speed + slope
             rate = peaks * (0.5 * (1 + math.cos(math.pi * done / steps)))
             weight -= rate[:, None, None] * speed[..., :-1]
             bias -= rate[:, None] * speed[..., -1]
             done += 1
-    return Heads(weight, bias, mean, scale)
+    return Heads(weight.cpu(), bias.cpu(), mean, scale)
 
 
 def _moments(x: Tensor, group: dist.ProcessGroup | None) -> tuple[Tensor, Tensor]:

@@ -82,6 +82,7 @@ class LinearProbe:
                     epochs=self._epochs,
                     batch=self._batch,
                     group=self._group,
+                    device=self._train.device,
                 )
                 chosen = _right(heads(x[mine]), train.labels[mine], self._group)
                 tested = _right(heads(_read(test.values, count, pooled)), test.labels, self._group)

@@ -77,6 +77,8 @@ class Pictures:
         normalize: with which numbers, the training's.
 
     Attributes:
+        device: where views go.
+        total: samples of all ranks.
         passes: forward passes that every rank makes, those over a blank picture included: an engine that has cut the weights
             gathers them with all ranks.
     """
@@ -105,14 +107,14 @@ class Pictures:
         self._order = FixedList(ids[rank::world], batch)
         self.passes = -(-len(ids[::world]) // batch)
         self._reader = Reader(manifest, wants=("image", "label"), store=store)
-        self._device, self._threads = device, threads
+        self.device, self._threads = device, threads
         self._keep = len(self._order.ids) * size * size * 12 <= _CACHE_BYTES
         self._rank, self._world = rank, world
         self._cached: list[Shown] | None = None
 
     def blank(self) -> Tensor:
         """One gray picture, ``[1, 3, size, size]``."""
-        return torch.zeros(1, 3, self._spec.size, self._spec.size, device=self._device)
+        return torch.zeros(1, 3, self._spec.size, self._spec.size, device=self.device)
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield ``(images [n, 3, size, size], labels [n])``; samples without a label are left out."""
@@ -128,7 +130,7 @@ class Pictures:
         dataset = Portions(self._reader, self._order, (self._spec,), seed=0, world=1, rank=0)
         options = StreamOptions(micro_batch=self._order.global_batch, workers=0, threads=self._threads, hue="off")
         stream = BatchStream(
-            dataset, device=self._device, options=options, ledger=Ledger(None, budget=1.0), first=0, last=len(self._order)
+            dataset, device=self.device, options=options, ledger=Ledger(None, budget=1.0), first=0, last=len(self._order)
         )
         seen, first = [], 0
         for _, (batch,) in stream:

@@ -151,6 +151,7 @@ class Segmentation:
             epochs=self._epochs,
             batch=self._batch,
             group=self._group,
+            device=self._train.device,
         )
         choosing = [self._judged(heads, rate, train.values[mine], maps[0][mine]) for rate in range(len(self._rates))]
         best = max(range(len(self._rates)), key=lambda rate: mean_iou(choosing[rate]))

@@ -6,12 +6,16 @@ import math
 import platform
 import shutil
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
+from numpy.typing import NDArray
+from PIL import Image
 
 from pipeline.data.feeder import Portions
 from pipeline.data.ledger import Ledger
@@ -232,7 +236,10 @@ def assemble(
         return _restore(read(Path(chosen[0])), engine, recipe, ledger, inputs, config.checkpoint.allow_data_change)
 
     begun = config.init_from.source is not None
-    evaluate = Evaluations(config, inputs, recipe, world, resume is None, begun=begun) if config.evaluation.enabled else None
+    evaluate = None
+    if config.evaluation.enabled:
+        show = _sheets(run, journal) if journal is not None else None
+        evaluate = Evaluations(config, inputs, recipe, world, resume is None, begun=begun, show=show)
     return Trainer(
         world=world,
         recipe=recipe,
@@ -253,6 +260,18 @@ def assemble(
         alarms=Alarms(recipe.vitals),
         progress=progress,
     )
+
+
+def _sheets(run: RunDirectory, journal: Journal) -> Callable[[int, NDArray[np.uint8]], None]:
+    """Keeps pictures beside the run's numbers, and has them sent with these."""
+
+    def keep(step: int, sheet: NDArray[np.uint8]) -> None:
+        path = run.path / "pictures" / f"pca-{step:09d}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(sheet).save(path)
+        journal.artifact(path.resolve())
+
+    return keep
 
 
 def _peak(config: Config, device: torch.device) -> float | None:

@@ -8,8 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from pipeline.data.manifest import Manifest
@@ -20,6 +22,7 @@ from pipeline.errors import CheckpointError, ConfigError
 from pipeline.evaluation.linear import LinearProbe, LogisticRegression
 from pipeline.evaluation.online import OnlineKnn, Pictures, raw_pixels
 from pipeline.evaluation.pairs import Retrieval, ZeroShot
+from pipeline.evaluation.principal import sheet
 from pipeline.evaluation.robustness import Robustness
 from pipeline.evaluation.segmentation import Segmentation
 from pipeline.evaluation.subject import Subject, undisturbed
@@ -30,6 +33,7 @@ from pipeline.settings import Config
 from pipeline.training.distributed import World
 from pipeline.training.inputs import Inputs, open_storage
 
+_DRAWN = 8  # pictures on a sheet
 Evaluator = Callable[[Subject], dict[str, float]]
 
 
@@ -184,9 +188,28 @@ class Evaluations:
 
     The network as it is at step 0 and raw pixels are judged once, by the same code: as ``start`` if it began with weights from
     elsewhere, else as ``untrained``. Nothing that training draws on is moved: random states and modes are put back.
+
+    Args:
+        config: the settings.
+        inputs: the data sets.
+        recipe: the method; what it exports is judged.
+        world: this rank's place.
+        fresh: whether step 0 is still to come.
+        begun: whether the network began with weights from elsewhere.
+        show: takes each step's sheet of pictures, on the rank that has one.
     """
 
-    def __init__(self, config: Config, inputs: Inputs, recipe: Recipe, world: World, fresh: bool, *, begun: bool = False) -> None:
+    def __init__(
+        self,
+        config: Config,
+        inputs: Inputs,
+        recipe: Recipe,
+        world: World,
+        fresh: bool,
+        *,
+        begun: bool = False,
+        show: Callable[[int, NDArray[np.uint8]], None] | None = None,
+    ) -> None:
         e, view = config.evaluation, recipe.views[0]
         self._subject = subject_of(recipe, config, world.device)
         self._modules: list[nn.Module] = [recipe, *recipe.export().values()]
@@ -198,6 +221,21 @@ class Evaluations:
         self._budget, self._world = e.budget, world
         self._spent, self._took = 0.0, dict.fromkeys(self._evaluators, 0.0)
         self._waiting: set[str] = set()
+        self._show = show
+        shown = inputs.queries or (inputs.dense[1] if inputs.dense else None)
+        self._pictures = None
+        if e.pictures and shown is not None:
+            self._pictures = Pictures(
+                shown,
+                size=e.knn.size or view.size,
+                normalize=view.normalize or Normalize(),
+                most=_DRAWN * world.size,
+                batch=_DRAWN,
+                rank=world.rank,
+                world=world.size,
+                device=world.device,
+                store=open_storage(config),
+            )
 
     def __call__(self, step: int = 0, seconds: float = 0.0) -> dict[str, float]:
         """Scores by metric name, the same on all ranks, of the evaluations that are due.
@@ -217,8 +255,19 @@ class Evaluations:
                 scores |= found
                 self._took[name] = time.perf_counter() - begin
                 self._spent += self._took[name]
+            if due and self._pictures is not None:
+                self._draw(step, self._pictures)
         self._first = False
         return scores
+
+    @torch.inference_mode()
+    def _draw(self, step: int, pictures: Pictures) -> None:
+        """Shows what this rank's first pictures look like to the network; all ranks make a pass, one at most has a use for it."""
+        shown = next(iter(pictures.shown()), None)
+        images = pictures.blank() if shown is None else shown.images
+        patches = self._subject.tokens(images).patches
+        if self._show is not None:
+            self._show(step, sheet(images, patches, mean=self._subject.mean, std=self._subject.std))
 
     def _baselines(self, name: str, found: dict[str, float]) -> dict[str, float]:
         """The same scores under the name of what they are scores of; and those of raw pixels."""

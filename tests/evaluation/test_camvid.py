@@ -32,13 +32,13 @@ def alone(tmp_path: Path) -> Iterator[None]:
 
 @pytest.mark.slow
 def test_even_untrained_patches_know_more_of_streets_than_the_commonest_class(
-    data: Path, tmp_path: Path, alone: None, capsys: pytest.CaptureFixture[str]
+    shared_data: Path, tmp_path: Path, alone: None, capsys: pytest.CaptureFixture[str]
 ) -> None:
     torch.manual_seed(0)
     tower = build_tower(ModelSettings(width=96, depth=2, heads=3, patch=8, layer_scale=None), image_size=SIZE).eval()
     made = []
     for split in ("train", "val"):
-        urls = [str(path) for path in sorted((data / "camvid").glob(f"{split}-*.tar"))]
+        urls = [str(path) for path in sorted((shared_data / "camvid").glob(f"{split}-*.tar"))]
         manifest = build(urls, tmp_path / split)
         made.append(narrow(manifest, tmp_path / f"{split}-maps", ("segmentation",)))
     assert [manifest.total for manifest in made] == [367, 101]
