@@ -236,8 +236,8 @@ def _evaluations(runs: Sequence[Told]) -> str:
             values = {
                 checkpoint: _trained(document)[key] for checkpoint, document in told.judged.items() if key in _trained(document)
             }
-            last = max(values, default="")
-            cells.append(f"{values[last]:.4f} ({last})" if last else _ABSENT)
+            newest = max(values, default="")
+            cells.append(f"{values[newest]:.4f} ({newest})" if newest else _ABSENT)
         rows.append([f"{key}, fovea eval", *cells])
     table = _table(["metric", *(told.name for told in runs)], rows) if rows else '<p class="empty">nothing was judged</p>'
     return f"<h2>Evaluations</h2>{table}"
@@ -290,7 +290,7 @@ def _environment(runs: Sequence[Told]) -> str:
     rows: dict[str, list[str]] = {}
     for place, told in enumerate(runs):
         m = told.manifest
-        facts = {name: str(m[name]) for name in ("fovea", "torch", "python", "world") if name in m}
+        facts: dict[str, str] = {name: str(m[name]) for name in ("fovea", "torch", "python", "world") if name in m}
         data = m.get("data", {})
         facts |= {f"data.{name}": str(data[name]) for name in ("fingerprint", "samples", "lanes", "block") if name in data}
         facts |= {name: value for name, value in told.tags.items() if not name.startswith(("alarm/", "mlflow."))}

@@ -85,6 +85,7 @@ def test_a_run_whose_weights_are_cut_is_judged_alike(runs: tuple[Path, Path], tm
     folder, run = runs[0].parent, tmp_path / "cut"
     words = [
         "train.length=2 steps",
+        "schedule.lr.warmup=1 steps",
         "train.zero=3",
         *(word for word in EVERYTHING if "robustness" not in word),
         f"evaluation.zeroshot={{enabled: true, every: 4 steps, classes: {folder}/classes.txt}}",
