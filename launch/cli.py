@@ -113,8 +113,13 @@ def demo(
 
 @app.command("eval")
 def evaluate(
-    run: Annotated[Path, typer.Argument(metavar="RUN", help="A run's directory.")],
+    run: Annotated[str, typer.Argument(metavar="RUN|WEIGHTS", help="A run's directory, or weights of timm, HF or open_clip.")],
     overrides: Overrides = None,
+    knn: Annotated[bool, typer.Option("--knn", help="Nearest neighbours.")] = False,
+    linear: Annotated[bool, typer.Option("--linear", help="A linear layer, by gradient descent over a grid.")] = False,
+    logistic: Annotated[bool, typer.Option("--logistic", help="scikit-learn's logistic regression.")] = False,
+    segmentation: Annotated[bool, typer.Option("--segmentation", help="A linear layer on patches: mIoU.")] = False,
+    robustness: Annotated[bool, typer.Option("--robustness", help="A universal adversarial perturbation.")] = False,
     zeroshot: Annotated[
         Path | None, typer.Option(metavar="CLASSES", help="Zero-shot classification: a file with one class name a line.")
     ] = None,
@@ -122,30 +127,119 @@ def evaluate(
         Path | None, typer.Option(metavar="FILE", help="Sentences with {} for --zeroshot, one a line; SLIP's seven if not given.")
     ] = None,
     retrieval: Annotated[bool, typer.Option(help="Find captions by pictures and pictures by captions.")] = False,
+    untrained: Annotated[bool, typer.Option("--untrained", help="Judge the network with fresh weights too.")] = False,
+    watch: Annotated[bool, typer.Option("--watch", help="Judge each checkpoint as it comes, until the run's last.")] = False,
+    model: Annotated[str | None, typer.Option(metavar="NAME", help="timm's name of what a file of weights is of.")] = None,
+    size: Annotated[int | None, typer.Option(metavar="PIXELS", help="Side of the pictures, for weights.")] = None,
+    output: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write the scores there too.")] = None,
 ) -> None:
-    """Judge the weights of a run's newest checkpoint: k-NN, beside the untrained network and raw pixels.
+    """Judge weights: k-NN beside the untrained network and raw pixels, or the evaluators that are named.
 
-    Of a method that reads captions, zero-shot classification and retrieval on the validation shards instead, if asked for.
+    The evaluators' settings and data are those of the section evaluation of the run's settings; KEY=VALUE changes them.
 
     [b]Examples[/b]
 
     fovea eval runs/cifar10_vit_tiny
 
-    fovea eval runs/cifar10_vit_tiny evaluation.knn.k='[5, 10, 20]'
+    fovea eval runs/cifar10_vit_tiny --linear --logistic evaluation.linear.epochs=20
 
     fovea eval runs/clip_cifar10 --zeroshot classes.txt --retrieval
+
+    fovea eval timm:vit_small_patch16_224 --knn data.shards='train-*.tar' evaluation.knn.val_shards='val-*.tar'
     """
-    resolved = run / "config.yaml"
-    if not resolved.is_file():
-        raise ConfigError("is no run's directory", where=str(run), mend="It should hold the config.yaml that a training wrote.")
-    loaded = _load(str(resolved), overrides)
-    if zeroshot is not None or retrieval:
+    flags = {"knn": knn, "linear": linear, "logistic": logistic, "segmentation": segmentation, "robustness": robustness}
+    names = [name for name, wanted in flags.items() if wanted]
+    resolved = Path(run) / "config.yaml"
+    own = resolved.is_file()
+    if own and not names and not watch and (zeroshot is not None or retrieval):
         from launch.pairs import run as compare
 
-        raise typer.Exit(compare(run, loaded, classes=zeroshot, templates=templates, retrieval=retrieval))
-    from launch.evaluate import run as judge
+        raise typer.Exit(
+            compare(Path(run), _load(str(resolved), overrides), classes=zeroshot, templates=templates, retrieval=retrieval)
+        )
+    if own and not names and not watch:
+        from launch.evaluate import run as judge
 
-    raise typer.Exit(judge(run, loaded))
+        raise typer.Exit(judge(Path(run), _load(str(resolved), overrides)))
+    if not own and not names and zeroshot is None and not retrieval:
+        there = Path(run).exists() or ":" in run
+        mend = "Name an evaluator, such as --knn." if there else "It should hold the config.yaml that a training wrote."
+        raise ConfigError("is no run's directory", where=run, mend=mend)
+    from launch.judge import Asked, of_run, of_weights, settings_for_weights
+
+    extra = [*(overrides or ())]
+    if zeroshot is not None:
+        extra += [
+            f"evaluation.zeroshot.classes={zeroshot}",
+            *([f"evaluation.zeroshot.templates={templates}"] if templates else []),
+        ]
+        names.append("zeroshot")
+    names += ["retrieval"] if retrieval else []
+    if own:
+        config = _load(str(resolved), extra).config
+        names = names or list(config.evaluation.enabled) or ["knn"]
+        raise typer.Exit(of_run(Path(run), config, Asked(tuple(names), untrained, output, watch)))
+    config = settings_for_weights(extra)
+    raise typer.Exit(of_weights(run, config, Asked(tuple(names), output=output), model=model, size=size))
+
+
+@app.command()
+def export(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="A run's directory, or one of its checkpoints.")],
+    to: Annotated[str, typer.Option(metavar="LAYOUT", help="timm, huggingface, open_clip, onnx or safetensors.")],
+    out: Annotated[Path | None, typer.Option(metavar="FOLDER", help="Where to; RUN/export/LAYOUT if not given.")] = None,
+    network: Annotated[str, typer.Option(help="teacher or student; auto is what the method means to be used.")] = "auto",
+    size: Annotated[int | None, typer.Option(metavar="PIXELS", help="Side of the pictures; as trained on if not given.")] = None,
+    licence: Annotated[str, typer.Option("--license", metavar="NAME", help="The weights' licence, for the card.")] = "unknown",
+    best: Annotated[bool, typer.Option("--best", help="The best checkpoint instead of the newest.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what is there.")] = False,
+) -> None:
+    """Write the trained weights as other libraries read them, with a model card and the preprocessing.
+
+    [b]Examples[/b]
+
+    fovea export runs/cifar10_vit_tiny --to timm
+
+    fovea export runs/clip_cifar10 --to open_clip --out ./clip --license apache-2.0
+    """
+    from launch.export import run as write
+
+    raise typer.Exit(write(run, to=to, out=out, network=network, size=size, license_=licence, best=best, force=overwrite))
+
+
+@app.command()
+def report(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Directories of runs.")],
+    out: Annotated[Path, typer.Option(metavar="FILE", help="The page.")] = Path("report.html"),
+) -> None:
+    """Put runs side by side in one HTML page: curves, scores, throughput, interruptions, losses, environment, settings.
+
+    [b]Example[/b]
+
+    fovea report runs/first runs/second --out comparison.html
+    """
+    from launch.report import run
+
+    raise typer.Exit(run(runs, out))
+
+
+@app.command()
+def visualize(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="A run's directory, or one of its checkpoints.")],
+    files: Annotated[list[Path], typer.Argument(metavar="PICTURE...", help="Your pictures.")],
+    text: Annotated[list[str] | None, typer.Option(help="What to look for in them, of a method that reads captions.")] = None,
+    size: Annotated[int | None, typer.Option(metavar="PIXELS", help="Side of the pictures; twice that of training.")] = None,
+    out: Annotated[Path, typer.Option(metavar="FILE", help="The page.")] = Path("pictures.html"),
+) -> None:
+    """Show your own pictures as the network sees them: principal directions of patches, attention, places of texts.
+
+    [b]Example[/b]
+
+    fovea visualize runs/clip_scenes photo.jpg other.png --text "a red circle"
+    """
+    from launch.visualize import run as draw
+
+    raise typer.Exit(draw(run, files, out=out, texts=text or [], size=size))
 
 
 @app.command()

@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import secrets
-import sys
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,12 +18,12 @@ from numpy.typing import NDArray
 
 from launch.local import free_port
 from pipeline.config import Loaded
-from pipeline.errors import CheckpointError, DataError
+from pipeline.errors import DataError
 from pipeline.settings import Config
-from pipeline.training import saved as files
 from pipeline.training.inputs import Inputs, open_storage, prepare
 from pipeline.training.run import RunDirectory
 from pipeline.training.saved import Saved
+from pipeline.training.trained import fill_trained, newest
 
 if TYPE_CHECKING:
     import torch
@@ -38,24 +37,6 @@ if TYPE_CHECKING:
 SOURCES = {"trained": "trained network", "untrained": "same network, untrained", "pixels": "raw pixels"}
 """What is judged, by the names of :func:`scores`, in words."""
 _METRICS = {"knn": "trained", "untrained": "untrained", "pixels": "pixels"}
-
-
-def newest(run: Path) -> Saved:
-    """The newest whole checkpoint of a run; damaged newer ones are told of on stderr.
-
-    Raises:
-        CheckpointError: there is none.
-    """
-    found, complaints = files.newest(RunDirectory(run).checkpoints)
-    for complaint in complaints:
-        print(complaint, file=sys.stderr)
-    if found is None:
-        raise CheckpointError(
-            "the run has no checkpoint yet",
-            where=str(RunDirectory(run).checkpoints),
-            mend="Let it train until its first checkpoint (checkpoint.every), or name another run.",
-        )
-    return found
 
 
 def load_trained(config: Config, saved: Saved, device: torch.device) -> Recipe:
@@ -74,45 +55,6 @@ def load_trained(config: Config, saved: Saved, device: torch.device) -> Recipe:
     recipe = make_recipe(config, device)
     fill_trained(recipe, saved)
     return recipe
-
-
-def fill_trained(recipe: Recipe, saved: Saved) -> None:
-    """Put the weights of a checkpoint into a method, strictly: its teacher's, and the student's where it exports those.
-
-    Raises:
-        CheckpointError: names or shapes differ.
-    """
-    import torch
-
-    from pipeline.training.checkpoint import read_student, read_teacher
-
-    exported = {id(p) for module in recipe.export().values() for p in module.parameters()}
-    student: dict[str, Tensor] = dict(recipe.named_parameters())
-    trainable = {name for name, p in student.items() if p.requires_grad}
-    if recipe.teacher is not None:
-        _fitting(dict(recipe.teacher.named_parameters()), trainable, saved, "teacher's")
-        recipe.teacher.load_state_dict(dict(read_teacher(saved)))
-    if any(id(p) in exported for p in student.values()):
-        _fitting(student, trainable, saved, "student's")
-        tensors = student | dict(recipe.named_buffers())
-        with torch.no_grad():
-            for name, tensor in read_student(saved):
-                tensors[name].copy_(tensor)
-
-
-def _fitting(own: Mapping[str, Tensor], trainable: set[str], saved: Saved, whose: str) -> None:
-    """Shapes come first, so that a checkpoint of a larger network is refused before its gigabytes are read."""
-    ours = {name: list(tensor.shape) for name, tensor in own.items() if name in trainable}
-    theirs = {name: shape for name, shape in saved.manifest["shapes"].items() if name in ours}
-    wrong = [name for name in ours if name in theirs and theirs[name] != ours[name]] or sorted(ours.keys() - theirs.keys())
-    if wrong:
-        first = wrong[0]
-        raise CheckpointError(
-            f"{len(wrong)} of the {whose} weights do not fit, the first is {first}: "
-            f"{theirs.get(first, 'absent')} in the checkpoint, {ours[first]} by the settings",
-            where=str(saved.path),
-            mend="Evaluate with the settings it was trained with: leave model.* and recipe.* as they are.",
-        )
 
 
 def labelled(config: Config) -> Inputs:
@@ -144,8 +86,9 @@ def labelled(config: Config) -> Inputs:
 
 def judging(config: Config) -> Config:
     """The settings with k-NN switched on, baselines and all, whatever training did."""
-    knn = config.evaluation.knn.model_copy(update={"enabled": True, "baselines": True})
-    return config.replace(evaluation=config.evaluation.model_copy(update={"knn": knn}))
+    knn = config.evaluation.knn.model_copy(update={"baselines": True})
+    chosen = config.evaluation.only("knn", knn=knn)
+    return config.replace(evaluation=chosen.model_copy(update={"pictures": False}))
 
 
 @contextlib.contextmanager
@@ -181,7 +124,8 @@ def scores(config: Config, run: Path) -> dict[str, dict[int, float]]:
 
 def _judge(config: Config, saved: Saved) -> tuple[dict[str, dict[int, float]], dict[str, int]]:
     inputs = labelled(config)
-    from pipeline.training.assemble import Evaluations, make_recipe
+    from pipeline.training.assemble import make_recipe
+    from pipeline.training.evaluations import Evaluations
 
     found: dict[str, dict[int, float]] = {name: {} for name in SOURCES}
     with world_of_one(config) as world:
@@ -312,29 +256,6 @@ def shown(
     options = StreamOptions(micro_batch=order.global_batch, workers=0, threads=config.data.decode_threads, hue="off")
     for _, batches in BatchStream(dataset, device=device, options=options, ledger=Ledger(None, budget=1.0), last=len(order)):
         yield from batches
-
-
-def principal(tokens: Tensor) -> tuple[NDArray[np.float32], float]:
-    """The three directions in which tokens differ most, as colours.
-
-    Args:
-        tokens: ``[pictures, patches, width]``; the directions are fitted over all pictures together.
-
-    Returns:
-        float32 ``[pictures, patches, 3]`` in 0..1 (1st to 99th percentile of each direction), and the share of the variance
-        that the three explain.
-    """
-    import torch
-
-    flat = tokens.detach().double().cpu().flatten(0, 1)
-    flat = flat - flat.mean(0)
-    values, vectors = torch.linalg.eigh(flat.T @ flat / max(len(flat) - 1, 1))
-    three = flat @ vectors[:, -3:].flip(1)
-    three = three * torch.where((three**3).sum(0) < 0, -1.0, 1.0)  # eigenvectors have no sign of their own
-    low, high = torch.quantile(three, 0.01, dim=0), torch.quantile(three, 0.99, dim=0)
-    colours = ((three - low) / (high - low).clamp_min(1e-12)).clamp(0, 1)
-    share = float(values[-3:].sum() / values.sum().clamp_min(1e-300))
-    return colours.view(*tokens.shape[:2], -1).float().numpy(), share
 
 
 class Gallery:

@@ -50,8 +50,7 @@ def run(
     if (step is None) == (key is None):
         raise ConfigError("give a step or a key, one of them", where="ls", mend="For instance --step 1234, or --key 000123.")
     # k-NN shards are none of this business: they may be missing.
-    knn = loaded.config.evaluation.knn.model_copy(update={"enabled": False})
-    config = loaded.config.replace(evaluation=loaded.config.evaluation.model_copy(update={"knn": knn}))
+    config = loaded.config.replace(evaluation=loaded.config.evaluation.only())
     world = ranks or config.launch.ranks or 1
     inputs = prepare(config, world)
     last = math.ceil(epochs * inputs.order.samples_per_epoch / inputs.order.global_batch) if until is None else until

@@ -14,10 +14,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from launch import pictures, preview
-from launch.evaluate import SOURCES, Gallery, load_trained, newest, principal, varied
+from launch.evaluate import SOURCES, Gallery, load_trained, newest, varied
 from launch.pictures import Chart, Line
 from launch.watch import clock
 from pipeline.errors import DataError
+from pipeline.evaluation.principal import principal
 from pipeline.settings import Config
 from pipeline.tracking.journal import read
 from pipeline.training.inputs import Inputs, prepare

@@ -9,6 +9,7 @@ from launch.evaluate import fill_trained, newest, shown
 from pipeline.config import Loaded
 from pipeline.errors import ConfigError, DataError
 from pipeline.settings import Config
+from pipeline.training.evaluations import lines
 from pipeline.training.inputs import indexed
 from pipeline.training.run import RunDirectory
 
@@ -19,27 +20,6 @@ if TYPE_CHECKING:
     from pipeline.recipes.contrastive import Contrastive
 
 _TEXTS = 256  # encoded at a time
-
-
-def lines(file: Path, *, what: str, place: str = "") -> list[str]:
-    """The lines of a text file that are not empty.
-
-    Args:
-        file: the file.
-        what: its meaning, for messages.
-        place: what every line has to contain.
-
-    Raises:
-        ConfigError: it cannot be read, is empty, or a line lacks ``place``.
-    """
-    try:
-        found = [line.strip() for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"the {what} cannot be read ({error})", where=str(file), mend="Name a text file.") from error
-    if not found or any(place not in line for line in found):
-        told = f", each with {place}" if place else ""
-        raise ConfigError(f"no {what}", where=str(file), mend=f"Write one a line{told}.")
-    return found
 
 
 def run(directory: Path, loaded: Loaded, *, classes: Path | None, templates: Path | None, retrieval: bool) -> int:

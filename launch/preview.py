@@ -182,8 +182,7 @@ def write(loaded: Loaded, out: Path, count: int = SAMPLES) -> None:
         FoveaError: shards that cannot be used, or a file that cannot be written.
     """
     # k-NN shards are none of a preview's business: they may be missing.
-    knn = loaded.config.evaluation.knn.model_copy(update={"enabled": False})
-    config = loaded.config.replace(evaluation=loaded.config.evaluation.model_copy(update={"knn": knn}))
+    config = loaded.config.replace(evaluation=loaded.config.evaluation.only())
     inputs, specs = prepare(config, 1), views_of(config)
     samples = gather(config, inputs, specs, count)
     try:

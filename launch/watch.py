@@ -10,6 +10,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+_SHOWN = {"linear/top1", "logistic/top1", "segmentation/miou", "zeroshot/top1"}
+
 
 def clock(seconds: float) -> str:
     """``1:02:03``, or ``2:03`` below an hour."""
@@ -42,7 +44,8 @@ class Lines:
     def _text(self, done: int, total: int, loss: float, rate: float, scores: dict[str, float]) -> str:
         self._rate = rate if not self._rate else 0.8 * self._rate + 0.2 * rate
         left = clock((total - done) * self._batch / max(self._rate, 1e-9))
-        knn = "".join(f"  {name} {value:.3f}" for name, value in scores.items() if name.startswith("knn/"))
+        shown = {name: value for name, value in scores.items() if name.startswith("knn/") or name in _SHOWN}
+        knn = "".join(f"  {name} {value:.3f}" for name, value in shown.items())
         return f"step {done:>6}/{total}  loss {loss:8.4f}  {rate:6.0f} img/s{knn}  left {left}"
 
     def step(self, done: int, total: int, loss: float, rate: float, scores: dict[str, float]) -> None:

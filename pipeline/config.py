@@ -28,6 +28,7 @@ from pydantic.fields import FieldInfo
 
 from pipeline.errors import ConfigError
 from pipeline.fields import Length, Settings
+from pipeline.judges import NAMES
 from pipeline.layers import Branch, Leaf, Problem, display, merge, origin_of, override, read, scalar, unwrap
 from pipeline.methods import RECIPES, Dinov2Settings, RecipeSettings
 from pipeline.settings import Config, DataSettings, SourceSettings
@@ -299,24 +300,49 @@ def check(config: Config) -> list[tuple[str, str]]:
                 f"evaluation.knn.k = {max(knn.k)}: more neighbours than evaluation.knn.max_train = {knn.max_train}",
             )
         )
+    found += _check_evaluation(config)
     whole = config.train.length
     if whole.amount == 0:
         found.append(("train.length", "train.length = 0: should be longer than nothing"))
     warmup = config.schedule.lr.warmup
     if warmup.unit == whole.unit and warmup.amount > whole.amount:
         found.append(("schedule.lr.warmup", f"schedule.lr.warmup = {warmup}: longer than the run, train.length = {whole}"))
-    best, scores = config.checkpoint.keep_best, [f"knn/k{k}" for k in knn.k] if knn.enabled else []
+    best, scores = config.checkpoint.keep_best, config.evaluation.scores
     if best is not None and best not in scores:
         hint = f"choose of {', '.join(scores)}" if scores else "set evaluation.knn.enabled=true for knn/k10 and the like"
         found.append(("checkpoint.keep_best", f"checkpoint.keep_best = {best}: no evaluation of this run gives it; {hint}"))
     distances = (
         ("checkpoint.every", config.checkpoint.every),
         ("checkpoint.keep_every", config.checkpoint.keep_every),
-        ("evaluation.knn.every", knn.every),
+        *((f"evaluation.{name}.every", getattr(config.evaluation, name).every) for name in NAMES),
     )
     for key, length in distances:
         if length is not None and length.amount == 0:
             found.append((key, f"{key} = 0: should be longer than nothing"))
+    return found
+
+
+def _check_evaluation(config: Config) -> list[tuple[str, str]]:
+    e, found = config.evaluation, []
+    s = e.segmentation
+    if s.enabled:
+        for key in ("train_shards", "val_shards", "classes"):
+            if getattr(s, key) is None:
+                found.append((f"evaluation.segmentation.{key}", f"evaluation.segmentation.{key} is required"))
+        if s.names and s.classes is not None and len(s.names) != s.classes:
+            told = f"evaluation.segmentation.names: {len(s.names)} names of {s.classes} classes"
+            found.append(("evaluation.segmentation.names", told))
+        if s.train_shards and s.val_shards and set(s.train_shards) & set(s.val_shards):
+            told = "evaluation.segmentation.val_shards names the very shards that are learned from; judge others"
+            found.append(("evaluation.segmentation.val_shards", told))
+    if e.zeroshot.enabled and e.zeroshot.classes is None:
+        found.append(("evaluation.zeroshot.classes", "evaluation.zeroshot.classes is required: a file of class names"))
+    for name in ("zeroshot", "retrieval"):
+        if name in e.enabled and not config.recipe.reads_text:
+            found.append((f"evaluation.{name}.enabled", f"evaluation.{name}.enabled: {config.recipe.name} reads no captions"))
+    if e.robustness.enabled and config.train.zero == 3:
+        told = "evaluation.robustness.enabled: no gradient flows into pictures with train.zero = 3; use `fovea eval RUN`"
+        found.append(("evaluation.robustness.enabled", told))
     return found
 
 

@@ -19,6 +19,7 @@ from pydantic import BeforeValidator, Field, SerializeAsAny, model_validator
 from pydantic_core import PydanticCustomError
 
 from pipeline.fields import RUNTIME, Count, Length, NonNegative, Positive, Probability, Settings, Texts
+from pipeline.judges import EvaluationSettings
 from pipeline.methods import RECIPES, Dinov2Settings, RecipeSettings
 from pipeline.sections import HealthSettings, InitSettings, ModelSettings, SourceSettings, StorageSettings
 
@@ -252,30 +253,6 @@ class TrackingSettings(Settings):
     enabled: bool = Field(default=True, description="log to MLflow")
     uri: str | None = Field(default=None, description="MLflow tracking URI; null means a SQLite file in the run's directory")
     experiment: str = Field(default="fovea", min_length=1, description="MLflow experiment")
-
-
-class KnnSettings(Settings):
-    """Nearest neighbours on the teacher's features."""
-
-    enabled: bool = Field(default=False, description="run this evaluation")
-    every: Length = Field(default=Length(10, "epochs"), description="distance of two evaluations")
-    train_shards: Texts | None = Field(default=None, description="labelled shards to vote; null means the training shards")
-    val_shards: Texts | None = Field(
-        default=None, description="labelled shards to judge; null means *val-*.tar beside the training shards"
-    )
-    k: tuple[Count, ...] = Field(default=(10, 20), min_length=1, description="neighbours that vote")
-    temperature: Positive = Field(default=0.07, description="temperature of the votes' weights")
-    max_train: Count | None = Field(default=None, description="voters used at most; null means all")
-    max_val: Count | None = Field(default=None, description="judged samples at most; null means all")
-    size: int | None = Field(default=None, ge=8, le=4096, description="side of the picture, pixels; null means a global crop's")
-    batch: Count = Field(default=256, description="pictures of one forward pass")
-    baselines: bool = Field(default=True, description="judge the untrained network and raw pixels too, once")
-
-
-class EvaluationSettings(Settings):
-    """What the weights are worth, measured as training goes."""
-
-    knn: KnnSettings = Field(default=KnnSettings(), description="nearest neighbours")
 
 
 class LaunchSettings(Settings):

@@ -19,6 +19,7 @@ FLOORS = {
     "pipeline.settings": 0,
     "pipeline.fields": 0,
     "pipeline.sections": 0,
+    "pipeline.judges": 0,
     "pipeline.methods": 0,
     "pipeline.data": 1,
     "pipeline.models": 1,
@@ -38,6 +39,8 @@ FLOORS = {
 NEIGHBOURS = {
     ("pipeline.settings", "pipeline.fields"),
     ("pipeline.settings", "pipeline.sections"),
+    ("pipeline.settings", "pipeline.judges"),
+    ("pipeline.judges", "pipeline.fields"),
     ("pipeline.settings", "pipeline.methods"),
     ("pipeline.methods", "pipeline.fields"),
     ("pipeline.methods", "pipeline.sections"),
@@ -195,6 +198,7 @@ def test_no_import_runs_in_a_circle() -> None:
     [
         "pipeline.fields",
         "pipeline.sections",
+        "pipeline.judges",
         "pipeline.settings",
         "pipeline.errors",
         "pipeline.layers",

@@ -442,7 +442,7 @@ def test_every_folder_of_configs_is_installed_with_the_package() -> None:
 
 def test_every_section_is_a_strict_settings_class() -> None:
     found = []
-    for module in ("settings", "sections"):
+    for module in ("settings", "sections", "judges"):
         tree = ast.parse((ROOT / "pipeline" / f"{module}.py").read_text())
         names = [node.name for node in tree.body if isinstance(node, ast.ClassDef) and node.name.endswith("Settings")]
         found += [getattr(__import__(f"pipeline.{module}", fromlist=[name]), name) for name in names]

@@ -43,6 +43,23 @@ class FixedList:
         return -(-len(self.ids) // self.global_batch)
 
 
+@dataclass(frozen=True)
+class Shown:
+    """A batch of evaluation views.
+
+    Attributes:
+        images: ``[n, 3, size, size]``.
+        labels: int64 ``[n]``, -1 for none.
+        numbers: int64 ``[n]`` on the CPU, the samples' places in the whole list of all ranks.
+        ids: the samples' own numbers.
+    """
+
+    images: Tensor
+    labels: Tensor
+    numbers: Tensor
+    ids: list[int]
+
+
 class Pictures:
     """The evaluation views of (a subset of) a labelled data set: this rank's share, cached when small.
 
@@ -60,6 +77,8 @@ class Pictures:
         normalize: with which numbers, the training's.
 
     Attributes:
+        device: where views go.
+        total: samples of all ranks.
         passes: forward passes that every rank makes, those over a blank picture included: an engine that has cut the weights
             gathers them with all ranks.
     """
@@ -88,31 +107,40 @@ class Pictures:
         self._order = FixedList(ids[rank::world], batch)
         self.passes = -(-len(ids[::world]) // batch)
         self._reader = Reader(manifest, wants=("image", "label"), store=store)
-        self._device, self._threads = device, threads
+        self.device, self._threads = device, threads
         self._keep = len(self._order.ids) * size * size * 12 <= _CACHE_BYTES
-        self._cached: list[tuple[Tensor, Tensor]] | None = None
+        self._rank, self._world = rank, world
+        self._cached: list[Shown] | None = None
 
     def blank(self) -> Tensor:
         """One gray picture, ``[1, 3, size, size]``."""
-        return torch.zeros(1, 3, self._spec.size, self._spec.size, device=self._device)
+        return torch.zeros(1, 3, self._spec.size, self._spec.size, device=self.device)
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield ``(images [n, 3, size, size], labels [n])``; samples without a label are left out."""
+        for shown in self.shown():
+            kept = shown.labels >= 0
+            yield shown.images[kept], shown.labels[kept]
+
+    def shown(self) -> Iterator[Shown]:
+        """Yield all samples of this rank's share, with labels or without."""
         if self._cached is not None:
             yield from self._cached
             return
         dataset = Portions(self._reader, self._order, (self._spec,), seed=0, world=1, rank=0)
         options = StreamOptions(micro_batch=self._order.global_batch, workers=0, threads=self._threads, hue="off")
         stream = BatchStream(
-            dataset, device=self._device, options=options, ledger=Ledger(None, budget=1.0), first=0, last=len(self._order)
+            dataset, device=self.device, options=options, ledger=Ledger(None, budget=1.0), first=0, last=len(self._order)
         )
-        seen = []
+        seen, first = [], 0
         for _, (batch,) in stream:
-            kept = batch.labels >= 0
-            pair = (batch.views["image"][0][kept], batch.labels[kept])
+            images = batch.views["image"][0]
+            numbers = self._rank + self._world * torch.arange(first, first + len(images))
+            first += len(images)
+            one = Shown(images, batch.labels, numbers, [int(i) for i in batch.ids])
             if self._keep:
-                seen.append(pair)
-            yield pair
+                seen.append(one)
+            yield one
         if self._keep:
             self._cached = seen
 

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import math
 import platform
 import shutil
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from numpy.typing import NDArray
+from PIL import Image
 
 from pipeline.data.feeder import Portions
 from pipeline.data.ledger import Ledger
@@ -20,8 +24,7 @@ from pipeline.data.order import Order
 from pipeline.data.prefetch import Prefetcher
 from pipeline.data.reader import Reader
 from pipeline.data.stream import BatchStream, StreamOptions
-from pipeline.errors import CheckpointError, ConfigError, TrainingError
-from pipeline.evaluation.online import OnlineKnn, Pictures, raw_pixels
+from pipeline.errors import ConfigError, TrainingError
 from pipeline.models.text import TextTower
 from pipeline.models.vision import VisionTower
 from pipeline.recipes.base import Recipe
@@ -36,6 +39,7 @@ from pipeline.training.control import StopRequests
 from pipeline.training.copies import Copies
 from pipeline.training.distributed import World
 from pipeline.training.engine import Engine, EngineOptions
+from pipeline.training.evaluations import Evaluations
 from pipeline.training.inputs import Inputs, check_data, data_identity, open_storage, record_data
 from pipeline.training.rewind import LeftOut
 from pipeline.training.run import RunDirectory
@@ -79,7 +83,7 @@ def make_plan(config: Config, order: Order | Mixture, run: RunDirectory, attempt
     return Plan(
         steps=config.train.length.steps(epoch, batch),
         log_every=config.train.log_every,
-        evaluate_every=config.evaluation.knn.every.steps(epoch, batch) if config.evaluation.knn.enabled else 0,
+        evaluate_every=math.gcd(*(every.steps(epoch, batch) for every in config.evaluation.enabled.values())),
         checkpoint_every=config.checkpoint.every.steps(epoch, batch),
         max_nonfinite=config.train.max_nonfinite,
         seed=config.run.seed,
@@ -88,7 +92,7 @@ def make_plan(config: Config, order: Order | Mixture, run: RunDirectory, attempt
         rewind_margin=config.health.rewind_margin,
         max_rewinds=config.health.max_rewinds,
         asynchronous=config.checkpoint.asynchronous,
-        save_evaluated=config.checkpoint.keep_best is not None and config.evaluation.knn.enabled,
+        save_evaluated=config.checkpoint.keep_best is not None and bool(config.evaluation.enabled),
     )
 
 
@@ -115,61 +119,6 @@ def prepare_towers(recipe: Recipe, config: Config) -> None:
     for tower in towers:
         for block in tower.vit.blocks if isinstance(tower, VisionTower) else tower.blocks:
             block.compile()
-
-
-def _autocast(config: Config, device: torch.device) -> torch.autocast:
-    return torch.autocast(device.type, torch.bfloat16, enabled=config.train.precision == "bf16")
-
-
-class Evaluations:
-    """All evaluations of a run, called at step 0 and then as often as the settings say.
-
-    The network as it is at step 0 and raw pixels are judged once, by the same code: as ``start`` if it began with weights from
-    elsewhere, else as ``untrained``.
-    """
-
-    def __init__(self, config: Config, inputs: Inputs, recipe: Recipe, world: World, fresh: bool, *, begun: bool = False) -> None:
-        if inputs.bank is None or inputs.queries is None:
-            raise CheckpointError("evaluation without data", where="evaluation.knn")
-        knn = config.evaluation.knn
-        self._backbone, self._config, self._device = recipe.export()["backbone"], config, world.device
-        size = knn.size or recipe.views[0].size
-        self._first, self._before = fresh and knn.baselines, "start" if begun else "untrained"
-
-        def pictures(manifest: Any, most: int | None) -> Pictures:
-            return Pictures(
-                manifest,
-                size=size,
-                normalize=recipe.views[0].normalize,
-                most=most,
-                batch=knn.batch,
-                rank=world.rank,
-                world=world.size,
-                device=world.device,
-                store=open_storage(config),
-            )
-
-        self._knn = OnlineKnn(
-            pictures(inputs.bank, knn.max_train),
-            pictures(inputs.queries, knn.max_val),
-            ks=knn.k,
-            temperature=knn.temperature,
-            group=world.control,
-        )
-
-    def _features(self, images: Tensor) -> Tensor:
-        with _autocast(self._config, self._device):
-            features: Tensor = self._backbone(images).cls
-        return features
-
-    def __call__(self) -> dict[str, float]:
-        """Scores by metric name, the same on all ranks."""
-        scores = {f"knn/k{k}": value for k, value in self._knn(self._features).items()}
-        if self._first:
-            self._first = False
-            scores |= {name.replace("knn", self._before): value for name, value in list(scores.items())}
-            scores |= {f"pixels/k{k}": value for k, value in self._knn(raw_pixels).items()}
-        return scores
 
 
 def assemble(
@@ -287,7 +236,10 @@ def assemble(
         return _restore(read(Path(chosen[0])), engine, recipe, ledger, inputs, config.checkpoint.allow_data_change)
 
     begun = config.init_from.source is not None
-    evaluate = Evaluations(config, inputs, recipe, world, resume is None, begun=begun) if inputs.bank is not None else None
+    evaluate = None
+    if config.evaluation.enabled:
+        show = _sheets(run, journal) if journal is not None else None
+        evaluate = Evaluations(config, inputs, recipe, world, resume is None, begun=begun, show=show)
     return Trainer(
         world=world,
         recipe=recipe,
@@ -308,6 +260,18 @@ def assemble(
         alarms=Alarms(recipe.vitals),
         progress=progress,
     )
+
+
+def _sheets(run: RunDirectory, journal: Journal) -> Callable[[int, NDArray[np.uint8]], None]:
+    """Keeps pictures beside the run's numbers, and has them sent with these."""
+
+    def keep(step: int, sheet: NDArray[np.uint8]) -> None:
+        path = run.path / "pictures" / f"pca-{step:09d}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(sheet).save(path)
+        journal.artifact(path.resolve())
+
+    return keep
 
 
 def _peak(config: Config, device: torch.device) -> float | None:

@@ -263,6 +263,15 @@ def _shapes(found: Saved, network: str) -> dict[str, Tensor]:
     return {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
 
 
+def weights_of(source: Source) -> Mapping[str, Any]:
+    """The tensors of a file, or those of timm's name, as they stand there.
+
+    Raises:
+        CheckpointError: they cannot be read or fetched.
+    """
+    return _of_timm(source) if source.kind == "timm" else _of_file(source.path or Path(source.name), False)
+
+
 def _of_file(path: Path, shapes_only: bool) -> Mapping[str, Any]:
     device = "meta" if shapes_only else "cpu"
     try:

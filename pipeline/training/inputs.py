@@ -5,7 +5,7 @@ from __future__ import annotations
 import fcntl
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,9 +32,10 @@ class Inputs:
 
     Attributes:
         train: what is trained on.
-        bank, queries: labelled data of the k-NN evaluation, ``None`` if it is off.
+        bank, queries: what evaluations learn from and judge, ``None`` if all are off that would look at them.
         order: which sample comes when.
         sources: the data sets that ``train`` consists of, in the order of their shards; empty if it is a single unnamed one.
+        dense: pictures with a class for each pixel, to learn from and to judge.
     """
 
     train: Manifest
@@ -42,6 +43,7 @@ class Inputs:
     queries: Manifest | None
     order: Order | Mixture
     sources: tuple[Source, ...] = ()
+    dense: tuple[Manifest, Manifest] | None = None
 
 
 def fields(config: Config) -> Fields:
@@ -131,11 +133,33 @@ def prepare(config: Config, world: int, progress: Callable[[int, int, Any], None
             where="train.micro_batch",
             mend=f"choose a divisor of {batch // world}",
         )
-    knn = config.evaluation.knn
-    if not knn.enabled:
-        return Inputs(train, None, None, order, sources)
-    bank = indexed(config, config.voting_shards, progress) if knn.train_shards else train
-    return Inputs(train, bank, indexed(config, config.validation_shards, progress), order, sources)
+    inputs = Inputs(train, None, None, order, sources)
+    return replace(inputs, **judged(config, train, progress)) if config.evaluation.enabled else inputs
+
+
+def judged(
+    config: Config, train: Manifest | None = None, progress: Callable[[int, int, Any], None] | None = None
+) -> dict[str, Any]:
+    """What the evaluations of a run look at: ``bank``, ``queries`` and ``dense`` of :class:`Inputs`, as far as they are wanted.
+
+    Args:
+        config: the settings.
+        train: the training data, where they vote too and are indexed already.
+        progress: told of each shard indexed.
+
+    Raises:
+        DataError: no shard matches, or shards cannot be used.
+    """
+    found: dict[str, Any] = {}
+    if config.evaluation.labelled:
+        same = train is not None and not config.evaluation.knn.train_shards
+        found["bank"] = train if same else indexed(config, config.voting_shards, progress)
+        found["queries"] = indexed(config, config.validation_shards, progress)
+    s = config.evaluation.segmentation
+    if s.enabled:
+        pair = [indexed(config, p or (), progress, require=("segmentation",)) for p in (s.train_shards, s.val_shards)]
+        found["dense"] = (pair[0], pair[1])
+    return found
 
 
 def _found(config: Config) -> tuple[list[str], tuple[Source, ...]]:

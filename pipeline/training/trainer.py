@@ -110,7 +110,8 @@ class Trainer:
         schedules: what changes over the run.
         stream: opens the batches from a step on.
         checkpoints: where to save.
-        evaluate: runs all evaluations with all ranks and returns their scores.
+        evaluate: runs the evaluations that are due at a step, after so many seconds of training, with all ranks, and returns
+            their scores.
         data_state: the data side's part of a checkpoint, gathered from all ranks.
         facts: constant parts of every checkpoint's manifest.
         journal: where rank 0 writes numbers, ``None`` elsewhere.
@@ -131,7 +132,7 @@ class Trainer:
     schedules: Schedules
     stream: Callable[[int, int], BatchStream]
     checkpoints: Checkpoints
-    evaluate: Callable[[], dict[str, float]] | None
+    evaluate: Callable[[int, float], dict[str, float]] | None
     data_state: Callable[[], dict[str, Any]]
     facts: dict[str, Any]
     journal: Journal | None
@@ -326,7 +327,9 @@ class Trainer:
         if self.evaluate is None:
             return
         with self.phases.phase(EVALUATE):
-            scores = self.evaluate()
+            scores = self.evaluate(self.progress.step, self.progress.seconds)
+        if not scores:
+            return
         self.progress.scores.update(scores)
         self.progress.scored = self.progress.step
         if self.journal is not None:

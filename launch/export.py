@@ -1,0 +1,60 @@
+"""``fovea export``: weights of a run as timm, Hugging Face, open_clip or ONNX Runtime read them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from pipeline.errors import CheckpointError, ConfigError
+from pipeline.export import networks
+from pipeline.export.write import TARGETS, write
+from pipeline.training import saved as files
+from pipeline.training.retention import read_best
+from pipeline.training.saved import Saved
+from pipeline.training.trained import newest
+
+
+def chosen(path: Path, *, best: bool = False) -> Saved:
+    """The checkpoint that a path means: itself, or a run's newest or best.
+
+    Raises:
+        CheckpointError: there is none.
+    """
+    if (path / files.MANIFEST).exists():
+        return files.read(path)
+    if not best:
+        return newest(path)
+    folder = path / "checkpoints"
+    found = read_best(folder)
+    if "checkpoint" not in found:
+        raise CheckpointError("no checkpoint was kept as the best", where=str(folder), mend="Leave --best out.")
+    return files.read(folder / str(found["checkpoint"]))
+
+
+def run(path: Path, *, to: str, out: Path | None, network: str, size: int | None, license_: str, best: bool, force: bool) -> int:
+    """Write the export and say where; returns the exit code.
+
+    Args:
+        path: a run or a checkpoint.
+        to: the layout.
+        out: the folder; ``<run>/export/<layout>`` if not given.
+        network: auto, teacher or student.
+        size: side of the pictures; as trained on if not given.
+        license_: for the card.
+        best: the best checkpoint of a run instead of the newest.
+        force: replace what is there.
+
+    Raises:
+        FoveaError: no checkpoint, a damaged one, or a layout that cannot hold the networks.
+    """
+    if to not in TARGETS:
+        raise ConfigError(f"there is no target {to!r}", where="--to", mend=f"Choose of {', '.join(TARGETS)}.")
+    if network not in ("auto", "teacher", "student"):
+        raise ConfigError(f"there is no network {network!r}", where="--network", mend="Choose of auto, teacher, student.")
+    saved = chosen(path, best=best)
+    run_folder = path if (path / "checkpoints").is_dir() else saved.path.parent.parent
+    folder = out if out is not None else run_folder / "export" / to
+    found = networks.read(saved, network=network, size=size)  # type: ignore[arg-type]
+    write(found, to, folder, license_=license_, overwrite=force)
+    total = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+    print(f"{folder}: the {found.network} of {saved.path.name} for {to}, {total / 1e6:.1f} MB; README.md says how to load it")
+    return 0

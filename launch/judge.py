@@ -1,0 +1,238 @@
+"""``fovea eval`` with named evaluators: a run's checkpoints, or weights from elsewhere, judged by the code of training."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from launch.evaluate import world_of_one
+from pipeline.errors import CheckpointError, ConfigError, DataError
+from pipeline.settings import Config
+from pipeline.training import saved as files
+from pipeline.training.run import RunDirectory
+from pipeline.training.saved import Saved
+from pipeline.training.trained import fill_trained, newest
+
+if TYPE_CHECKING:
+    from pipeline.data.views import Normalize
+    from pipeline.evaluation.subject import Subject
+    from pipeline.training.distributed import World
+
+POLL = 10.0  # seconds between two looks at a run's checkpoints
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What a person asked for.
+
+    Attributes:
+        evaluators: names, as in the section ``evaluation`` of the settings.
+        untrained: judge the same network with fresh weights too.
+        output: JSON file to write besides.
+        watch: go on with each checkpoint that comes.
+    """
+
+    evaluators: tuple[str, ...]
+    untrained: bool = False
+    output: Path | None = None
+    watch: bool = False
+
+
+def asking(config: Config, asked: Asked) -> Config:
+    """The settings with these evaluators on and all others off, checked.
+
+    Raises:
+        ConfigError: what an evaluator needs is not set.
+    """
+    from pipeline.config import check
+
+    chosen = config.replace(evaluation=config.evaluation.only(*asked.evaluators))
+    # Nothing is cut here, and whether weights from elsewhere read captions is theirs to say.
+    problems = [text for key, text in check(chosen) if key.startswith("evaluation.") and not key.endswith(".enabled")]
+    if problems:
+        raise ConfigError("; ".join(problems), where="evaluation", mend="Give it as KEY=VALUE behind the run.")
+    return chosen
+
+
+def of_run(directory: Path, config: Config, asked: Asked) -> int:
+    """Judge a run's newest checkpoint, or with ``watch`` each one until the run's last; returns the exit code.
+
+    Each answer is a table and a file ``<run>/evaluations/<checkpoint>.json``.
+
+    Raises:
+        FoveaError: no checkpoint, another architecture, or data that the evaluators cannot use.
+    """
+    from pipeline.recipes.registry import build_recipe
+    from pipeline.training.evaluations import Judged, subject_of, suite
+    from pipeline.training.inputs import judged
+
+    config = asking(config, asked)
+    first = None if asked.watch else newest(directory)
+    with world_of_one(config) as world:
+        data = _data(config, judged)
+        recipe = _fresh(config, world, build_recipe)
+        view = recipe.views[0]
+        evaluators, _ = suite(config, Judged(**data), world, size=view.size, normalize=_normalize(view.normalize))
+        subject = subject_of(recipe, config, world.device)
+        columns = {"untrained": _scores(evaluators, subject)} if asked.untrained else {}
+        for saved in [first] if first is not None else _coming(directory):
+            fill_trained(recipe, saved)
+            recipe.eval()
+            document = {
+                "checkpoint": saved.path.name,
+                "step": saved.step,
+                "samples_seen": int(saved.manifest.get("samples_seen", 0)),
+                "scores": {**columns, "trained": _scores(evaluators, subject)},
+            }
+            RunDirectory(directory).write(f"evaluations/{saved.path.name}.json", document)
+            _told(f"{saved.path.name} of {directory}", document, asked.output)
+    return 0
+
+
+def settings_for_weights(overrides: Sequence[str]) -> Config:
+    """Settings of which only data and evaluations count, for weights that have none of their own.
+
+    Raises:
+        ConfigError: what is wrong with them.
+    """
+    from pipeline.config import load
+
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "weights.yaml"
+        file.write_text("model: {timm: vit_tiny_patch16_224}\nrecipe: {name: clip}\n")
+        return load(file, overrides).config
+
+
+def of_weights(source: str, config: Config, asked: Asked, *, model: str | None, size: int | None) -> int:
+    """Judge weights from elsewhere; returns the exit code.
+
+    Args:
+        source: see :func:`launch.peers.load`.
+        config: whose data and evaluators count.
+        asked: what is asked for.
+        model: timm's name of the architecture that a file is of.
+        size: side of the pictures; what the weights were made for if not given.
+
+    Raises:
+        FoveaError: the weights cannot be loaded strictly, or data that the evaluators cannot use.
+    """
+    from launch.peers import load
+    from pipeline.data.views import Normalize
+    from pipeline.training.evaluations import Judged, suite
+    from pipeline.training.inputs import judged
+
+    config = asking(config, asked)
+    with world_of_one(config) as world:
+        peer = load(source, model=model, device=world.device)
+        side = size or peer.size
+        if side % peer.subject.tower.patch:
+            raise ConfigError(
+                f"pictures of {side} pixels do not divide into patches of {peer.subject.tower.patch}",
+                where="--size",
+                mend=f"choose a multiple of {peer.subject.tower.patch}",
+            )
+        data = Judged(**_data(config, judged))
+        normalize = Normalize(peer.subject.mean, peer.subject.std)
+        evaluators, _ = suite(config, data, world, size=side, normalize=normalize)
+        document = {"weights": source, "size": side, "scores": {"weights": _scores(evaluators, peer.subject)}}
+    _told(peer.name, document, asked.output)
+    return 0
+
+
+def _data(config: Config, find: Any) -> dict[str, Any]:
+    found: dict[str, Any] = find(config)
+    needs = config.evaluation.enabled.keys() & {"knn", "linear", "logistic", "robustness", "zeroshot"}
+    for name in ("bank", "queries") if needs else ():
+        if name in found and not found[name].classes and (name == "queries" or needs - {"zeroshot"}):
+            raise DataError(
+                "the shards have no class number",
+                where=f"evaluation.knn.{'train_shards' if name == 'bank' else 'val_shards'}",
+                mend=f"Name shards whose samples have a .{config.data.label} member.",
+            )
+    return found
+
+
+def _fresh(config: Config, world: World, build: Any) -> Any:
+    import torch
+
+    torch.manual_seed(config.run.seed)
+    return build(config).to(world.device).place(world.device).eval()
+
+
+def _normalize(given: Normalize | None) -> Normalize:
+    from pipeline.data.views import Normalize
+
+    return given or Normalize()
+
+
+def _scores(evaluators: dict[str, Any], subject: Subject) -> dict[str, float]:
+    scores: dict[str, float] = {}
+    for evaluator in evaluators.values():
+        scores |= evaluator(subject)
+    return scores
+
+
+def _coming(directory: Path) -> Iterator[Saved]:
+    """Checkpoints as they come, oldest first, until the run's last step; those judged before are passed over."""
+    run = RunDirectory(directory)
+    while True:
+        total = _steps(run)
+        last = -1
+        for saved in files.listed(run.checkpoints):
+            last = max(last, saved.step)
+            if (run.path / "evaluations" / f"{saved.path.name}.json").exists() or not _whole(saved):
+                continue
+            yield saved
+        if total is not None and last >= total:
+            return
+        time.sleep(POLL)
+
+
+def _whole(saved: Saved) -> bool:
+    """It may be deleted while we look: newer ones push it out."""
+    try:
+        files.verify(saved)
+    except CheckpointError:
+        return False
+    return True
+
+
+def _steps(run: RunDirectory) -> int | None:
+    """The run's last step, once it has said so."""
+    try:
+        return int(json.loads((run.path / "length.json").read_text())["steps"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _told(title: str, document: dict[str, Any], output: Path | None) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=f"Scores of {title}", title_justify="left")
+    table.add_column("score")
+    columns: dict[str, dict[str, float]] = document["scores"]
+    for name in columns:
+        table.add_column(name, justify="right")
+    for key in _rows(list(columns.values())):
+        table.add_row(key, *(_shown(key, row.get(key)) for row in columns.values()))
+    Console().print(table)
+    if output is not None:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        output.write_text(json.dumps(document, indent=1) + "\n")
+
+
+def _rows(columns: Sequence[dict[str, float]]) -> list[str]:
+    return list(dict.fromkeys(key for column in columns for key in column))
+
+
+def _shown(key: str, value: float | None) -> str:
+    if value is None:
+        return ""
+    plain = key.endswith(("_rank", "/rate", "/layers", "/patches", "/cost")) or "cosine" in key
+    return f"{value:.4g}" if plain else f"{value:.1%}"

@@ -1,0 +1,125 @@
+"""Many linear classifiers at once on frozen features: one for each learning rate, all in one pass over the data.
+
+The features are brought to mean 0 and deviation 1 by the training samples, so that one grid of rates suits all towers. Gradients
+are written out (softmax minus target, times feature) and summed over ranks; which samples a step holds depends on their places
+in the whole list alone. So another number of ranks differs in the order of sums only.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from pipeline.data.random import permutation
+from pipeline.evaluation.table import summed
+
+RATES = (1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0, 3.0)
+_MOMENTUM = 0.9
+_BASE_BATCH = 256
+_ORDER = 0x4EAD
+
+
+@dataclass(frozen=True)
+class Heads:
+    """Trained classifiers.
+
+    Attributes:
+        weight: ``[rates, classes, width]``.
+        bias: ``[rates, classes]``.
+        mean, scale: ``[width]``, taken off the features, and multiplied by.
+    """
+
+    weight: Tensor
+    bias: Tensor
+    mean: Tensor
+    scale: Tensor
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Logits ``[rates, n, classes]`` of features ``[n, width]``."""
+        x = (x - self.mean) * self.scale
+        return torch.einsum("nd,rcd->rnc", x, self.weight) + self.bias[:, None]
+
+
+def train_heads(
+    x: Tensor,
+    targets: Tensor,
+    numbers: Tensor,
+    *,
+    order: Tensor,
+    rates: Sequence[float] = RATES,
+    epochs: int = 10,
+    batch: int = 256,
+    seed: int = 0,
+    group: dist.ProcessGroup | None = None,
+    device: torch.device | None = None,
+) -> Heads:
+    """SGD with momentum and a cosine to zero, without weight decay, from zero weights.
+
+    Args:
+        x: this rank's features ``[n, tokens, width]`` (one token for a picture's class, all patches for dense ones).
+        targets: ``[n, tokens, classes]`` shares of the classes; a token of weight 0 is not learned from.
+        numbers: int64 ``[n]``, the samples' places in the whole list.
+        order: int64, the places of all training samples of all ranks, ascending.
+        rates: learning rates for a batch of 256, one classifier each.
+        epochs: passes over the samples.
+        batch: samples of a step over all ranks.
+        seed: of the order.
+        group: for sums over ranks, of tensors on the host.
+        device: where steps are computed; the features stay on the host, and so does what is returned.
+    """
+    width, classes = x.shape[2], targets.shape[2]
+    mean, scale = _moments(x, group)
+    centre, stretch = mean.to(device), scale.to(device)
+    weight = torch.zeros(len(rates), classes, width, device=device)
+    bias = torch.zeros(len(rates), classes, device=device)
+    speed = torch.zeros(len(rates), classes, width + 1, device=device)
+    batch = min(batch, len(order))
+    steps = epochs * math.ceil(len(order) / batch)
+    places = torch.full((int(order.max()) + 1 if len(order) else 1,), -1, dtype=torch.int64)
+    places[numbers] = torch.arange(len(numbers))
+    peaks = torch.tensor(list(rates), device=device) * batch / _BASE_BATCH
+    done = 0
+    for epoch in range(epochs):
+        shuffled = order[torch.from_numpy(permutation(len(order), seed, _ORDER + epoch).astype("int64"))]
+        for low in range(0, len(order), batch):
+            rows = places[shuffled[low : low + batch]]
+            rows = rows[rows >= 0]
+            features, wanted = x[rows].flatten(0, 1).to(device), targets[rows].flatten(0, 1).to(device).float()
+            features = (features.float() - centre) * stretch
+            told = wanted.sum(1) > 0
+            features, wanted = features[told], wanted[told]
+            logits = torch.einsum("nd,rcd->rnc", features, weight) + bias[:, None]
+            error = (logits.softmax(-1) * wanted.sum(1)[None, :, None] - wanted).transpose(1, 2)
+            slope = torch.cat([error @ features, error.sum(2, keepdim=True)], dim=2)
+            flat = summed(torch.cat([slope.flatten(), wanted.sum().reshape(1)]).double().cpu(), group)
+            slope = (flat[:-1] / flat[-1].clamp_min(1.0)).float().view_as(speed).to(device)
+            speed = _MOMENTUM * speed + slope
+            rate = peaks * (0.5 * (1 + math.cos(math.pi * done / steps)))
+            weight -= rate[:, None, None] * speed[..., :-1]
+            bias -= rate[:, None] * speed[..., -1]
+            done += 1
+    return Heads(weight.cpu(), bias.cpu(), mean, scale)
+
+
+def _moments(x: Tensor, group: dist.ProcessGroup | None) -> tuple[Tensor, Tensor]:
+    """Mean, and one over the deviation, of each channel over all ranks."""
+    flat = x.double().flatten(0, 1)
+    sums = torch.cat([flat.sum(0), flat.square().sum(0), flat.new_tensor([float(len(flat))])])
+    summed(sums, group)
+    total, squares, count = sums[: x.shape[2]], sums[x.shape[2] : -1], sums[-1].clamp_min(1.0)
+    mean = total / count
+    deviation = (squares / count - mean.square()).clamp_min(0.0).sqrt()
+    return mean.float(), (1.0 / deviation.clamp_min(1e-6)).float()
+
+
+def held_out(total: int, share: float, seed: int = 0) -> Tensor:
+    """Which of ``total`` places are kept for choosing, bool ``[total]``: a share of them, at least one, never all."""
+    count = min(max(round(total * share), 1), total - 1)
+    chosen = torch.zeros(total, dtype=torch.bool)
+    chosen[torch.from_numpy(permutation(total, seed, 0x8E1D)[:count].astype("int64"))] = True
+    return chosen

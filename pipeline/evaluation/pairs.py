@@ -1,0 +1,116 @@
+"""Zero-shot classification and retrieval on shards, all ranks sharing the pictures."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+
+from pipeline.data.reader import Reader
+from pipeline.errors import ConfigError, DataError
+from pipeline.evaluation.online import Pictures
+from pipeline.evaluation.retrieval import retrieval
+from pipeline.evaluation.subject import Subject
+from pipeline.evaluation.table import extract, together
+from pipeline.evaluation.zeroshot import SIMPLE, class_vectors, classified
+
+_TEXTS = 256  # encoded at a time
+
+
+class ZeroShot:
+    """Pictures put to the class whose name is nearest.
+
+    Args:
+        pictures: to be classified.
+        names: of the classes, in the order of their numbers.
+        templates: sentences with one ``{}``.
+        group: a gloo group, or ``None`` for the default.
+    """
+
+    def __init__(
+        self,
+        pictures: Pictures,
+        names: Sequence[str],
+        *,
+        templates: Sequence[str] = SIMPLE,
+        group: dist.ProcessGroup | None = None,
+    ) -> None:
+        self._pictures, self._names, self._templates, self._group = pictures, list(names), list(templates), group
+
+    def __call__(self, subject: Subject) -> dict[str, float]:
+        """``zeroshot/top1``, ``zeroshot/top5``, ``zeroshot/mean_per_class``.
+
+        Raises:
+            ConfigError: the subject knows no texts, or there are no class names.
+            DataError: on all ranks, if there is no label, or one that no name was given for.
+        """
+        if subject.texts is None or not self._names:
+            raise ConfigError(
+                "zero-shot classification wants a text tower and class names",
+                where="evaluation.zeroshot",
+                mend="name a file of classes, and judge a method that reads captions",
+            )
+        found = together(extract(self._pictures, subject.embedded), self._group)
+        if not len(found) or int(found.labels.max()) >= len(self._names):
+            raise DataError(
+                f"labels reach to {int(found.labels.max()) if len(found) else 'nothing'}, {len(self._names)} classes are named",
+                where="evaluation.zeroshot",
+                mend="name every class, in the order of the numbers, and judge shards with .cls members",
+            )
+        with torch.inference_mode():
+            vectors = class_vectors(subject.texts, self._names, self._templates, batch=_TEXTS)
+        scores = classified(found.values, vectors.float().cpu(), found.labels)
+        return {f"zeroshot/{name}": value for name, value in scores.items()}
+
+
+class Retrieval:
+    """Captions found by pictures and pictures by captions; a picture may have several captions.
+
+    Args:
+        pictures: with captions in their shards.
+        reader: where the captions are read from.
+        group: a gloo group, or ``None`` for the default.
+    """
+
+    def __init__(self, pictures: Pictures, reader: Reader, *, group: dist.ProcessGroup | None = None) -> None:
+        self._pictures, self._reader, self._group = pictures, reader, group
+
+    def __call__(self, subject: Subject) -> dict[str, float]:
+        """``retrieval/image_to_text/recall@1`` and so on, see :func:`pipeline.evaluation.retrieval.retrieval`.
+
+        Raises:
+            ConfigError: the subject knows no texts.
+            DataError: on all ranks, if a sample has no caption.
+        """
+        if subject.texts is None:
+            raise ConfigError(
+                "retrieval wants a text tower", where="evaluation.retrieval", mend="judge a method that reads captions"
+            )
+        found = together(extract(self._pictures, subject.embedded, labelled=False), self._group)
+        captions = [record.captions for record in self._reader.fetch(np.array(found.ids, dtype=np.uint64))]
+        if not captions or not all(captions):
+            raise DataError("some samples have no caption", where="evaluation.retrieval", mend="judge shards that have them")
+        images, owners, texts = numbered(captions)
+        with torch.inference_mode():
+            parts = [subject.texts(texts[low : low + _TEXTS]).float().cpu() for low in range(0, len(texts), _TEXTS)]
+        scores = retrieval(F.normalize(found.values, dim=1), torch.cat(parts), images, owners)
+        return {f"retrieval/{name}": value for name, value in scores.items()}
+
+
+def numbered(captions: Sequence[Sequence[str]]) -> tuple[torch.Tensor, torch.Tensor, list[str]]:
+    """Numbers that say which pictures and captions belong together: pictures that share a caption share a number.
+
+    Returns:
+        Of each picture its number, of each caption its number, and the captions, each once for each picture that has it.
+    """
+    group: dict[str, int] = {}
+    images = []
+    for number, own in enumerate(captions):
+        known = next((group[caption] for caption in own if caption in group), number)
+        images.append(known)
+        group |= {caption: group.get(caption, known) for caption in own}
+    owners = [images[number] for number, own in enumerate(captions) for _ in own]
+    return torch.tensor(images), torch.tensor(owners), [caption for own in captions for caption in own]

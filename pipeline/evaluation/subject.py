@@ -1,0 +1,102 @@
+"""Who is judged: a tower behind one surface, whether it is trained here, read from a checkpoint, or comes from elsewhere."""
+
+from __future__ import annotations
+
+import contextlib
+import random
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class Tower(Protocol):
+    """What a judged tower has to be: a ViT whose call returns class token, registers and patches."""
+
+    vit: Any
+    patch: int
+    width: int
+
+    def __call__(self, images: Tensor) -> Any:
+        """Tokens of normalised pictures ``[n, 3, h, w]``: ``cls [n, width]`` and ``patches [n, count, width]``."""
+        ...
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A tower, the numbers its pictures are normalised with, and what compares them with texts.
+
+    Attributes:
+        tower: the network.
+        mean, std: of its pictures, in shares of full intensity.
+        precision: ``bf16`` judges under autocast.
+        images: features ``[n, embed]`` of pictures beside texts, not normalised; ``None`` if it knows no texts.
+        texts: features of sentences likewise.
+    """
+
+    tower: Tower
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    precision: str = "fp32"
+    images: Callable[[Tensor], Tensor] | None = None
+    texts: Callable[[list[str]], Tensor] | None = None
+
+    def tokens(self, pictures: Tensor) -> Any:
+        """Class token and patches, see :class:`Tower`."""
+        with torch.autocast(pictures.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
+            return self.tower(pictures)
+
+    def cls(self, pictures: Tensor) -> Tensor:
+        """Class tokens ``[n, width]``."""
+        found: Tensor = self.tokens(pictures).cls
+        return found
+
+    def embedded(self, pictures: Tensor) -> Tensor:
+        """Features beside texts ``[n, embed]``; class tokens if the subject knows no texts."""
+        if self.images is None:
+            return self.cls(pictures)
+        with torch.autocast(pictures.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
+            return self.images(pictures)
+
+    def layers(self, pictures: Tensor, last: int) -> Tensor:
+        """What the last blocks say, ``[n, last, 2, width]`` fp32: their class token and the mean of their patches, the last
+        block's last, each normalised to mean 0 and deviation 1 over its channels."""
+        kept: list[Tensor] = []
+        blocks = list(self.tower.vit.blocks)[-last:]
+        prefix = self.tower.vit.num_prefix_tokens
+
+        def keep(_: nn.Module, __: Any, out: Tensor) -> None:
+            x = F.layer_norm(out.detach().float(), out.shape[-1:])
+            kept.append(torch.stack([x[:, 0], x[:, prefix:].mean(1)], dim=1))
+
+        handles = [block.register_forward_hook(keep) for block in blocks]
+        try:
+            self.tokens(pictures)
+        finally:
+            for handle in handles:
+                handle.remove()
+        return torch.stack(kept, dim=1)
+
+
+@contextlib.contextmanager
+def undisturbed(modules: Sequence[nn.Module]) -> Iterator[None]:
+    """Evaluation mode for these modules; then all random states and every module's own mode are what they were before."""
+    modes = [(inner, inner.training) for module in modules for inner in module.modules()]
+    state = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    devices = torch.cuda.get_rng_state_all() if torch.cuda.is_available() and torch.cuda.is_initialized() else []
+    for module in modules:
+        module.eval()
+    try:
+        yield
+    finally:
+        for inner, mode in modes:
+            inner.training = mode
+        random.setstate(state[0])
+        np.random.set_state(state[1])
+        torch.set_rng_state(state[2])
+        if devices:
+            torch.cuda.set_rng_state_all(devices)

@@ -1,0 +1,94 @@
+"""Features of a list of samples, dealt to the ranks, and how the ranks put them together again."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from pipeline.evaluation.online import Pictures
+
+
+@dataclass(frozen=True)
+class Table:
+    """This rank's samples.
+
+    Attributes:
+        values: fp32 ``[n, …]`` on the CPU.
+        labels: int64 ``[n]``.
+        numbers: int64 ``[n]``, the samples' places in the whole list.
+        ids: the samples' own numbers.
+    """
+
+    values: Tensor
+    labels: Tensor
+    numbers: Tensor
+    ids: list[int]
+
+    def __len__(self) -> int:
+        return len(self.numbers)
+
+    def of(self, rows: Tensor) -> Table:
+        """Some rows."""
+        return Table(self.values[rows], self.labels[rows], self.numbers[rows], [self.ids[i] for i in rows.tolist()])
+
+
+@torch.inference_mode()
+def extract(pictures: Pictures, features: Callable[[Tensor], Tensor], *, labelled: bool = True) -> Table:
+    """Features of this rank's share; every rank makes the same number of passes.
+
+    Args:
+        pictures: what to look at.
+        features: ``[n, 3, h, w]`` to ``[n, …]``.
+        labelled: leave out samples without a class number.
+    """
+    values, labels, numbers, ids, passes = [], [], [], [], 0
+    empty = features(pictures.blank()).float().cpu()[:0]
+    for shown in pictures.shown():
+        passes += 1
+        keep = shown.labels >= 0 if labelled else torch.ones_like(shown.labels, dtype=torch.bool)
+        rows = keep.nonzero().squeeze(1).tolist()
+        if not rows:
+            features(pictures.blank())
+            continue
+        values.append(features(shown.images[keep]).float().cpu())
+        labels.append(shown.labels[keep].cpu())
+        numbers.append(shown.numbers[keep.cpu()])
+        ids += [shown.ids[row] for row in rows]
+    for _ in range(pictures.passes - passes):
+        features(pictures.blank())
+    if not values:
+        none = torch.zeros(0, dtype=torch.int64)
+        return Table(empty, none, none, [])
+    return Table(torch.cat(values), torch.cat(labels), torch.cat(numbers), ids)
+
+
+def together(table: Table, group: dist.ProcessGroup | None) -> Table:
+    """All ranks' samples, in the order of the list: the same on every rank, however many there are."""
+    parts = gathered((table.values, table.labels, table.numbers, table.ids), group)
+    numbers = torch.cat([part[2] for part in parts])
+    order = numbers.argsort()
+    ids = [number for part in parts for number in part[3]]
+    return Table(
+        torch.cat([part[0] for part in parts])[order],
+        torch.cat([part[1] for part in parts])[order],
+        numbers[order],
+        [ids[i] for i in order.tolist()],
+    )
+
+
+def gathered(mine: tuple[Any, ...], group: dist.ProcessGroup | None) -> Sequence[tuple[Any, ...]]:
+    """What every rank has, by rank."""
+    parts: list[tuple[Any, ...]] = [()] * dist.get_world_size(group)
+    dist.all_gather_object(parts, mine, group=group)
+    return parts
+
+
+def summed(value: Tensor, group: dist.ProcessGroup | None) -> Tensor:
+    """The sum over ranks, in the tensor itself; host tensors travel through the group of the host."""
+    dist.all_reduce(value, group=group)
+    return value

@@ -1,0 +1,58 @@
+"""Linear segmentation of real pictures with real labels."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from pipeline.data.index import build
+from pipeline.data.narrow import narrow
+from pipeline.data.reader import Reader
+from pipeline.data.views import IMAGENET_MEAN, IMAGENET_STD
+from pipeline.evaluation.online import Pictures
+from pipeline.evaluation.segmentation import Segmentation
+from pipeline.evaluation.subject import Subject
+from pipeline.models.vision import build_tower
+from pipeline.settings import ModelSettings
+
+SIZE = 96
+NAMES = ("sky", "building", "pole", "road", "pavement", "tree", "sign", "fence", "car", "pedestrian", "bicyclist")
+
+
+@pytest.fixture
+def alone(tmp_path: Path) -> Iterator[None]:
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/meet", rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.mark.slow
+def test_even_untrained_patches_know_more_of_streets_than_the_commonest_class(
+    shared_data: Path, tmp_path: Path, alone: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    torch.manual_seed(0)
+    tower = build_tower(ModelSettings(width=96, depth=2, heads=3, patch=8, layer_scale=None), image_size=SIZE).eval()
+    made = []
+    for split in ("train", "val"):
+        urls = [str(path) for path in sorted((shared_data / "camvid").glob(f"{split}-*.tar"))]
+        manifest = build(urls, tmp_path / split)
+        made.append(narrow(manifest, tmp_path / f"{split}-maps", ("segmentation",)))
+    assert [manifest.total for manifest in made] == [367, 101]
+    pictures = [
+        Pictures(manifest, size=SIZE, most=most, batch=16, rank=0, world=1, device=torch.device("cpu"))
+        for manifest, most in zip(made, (60, 30), strict=True)
+    ]
+    readers = [Reader(manifest, wants=("segmentation",)) for manifest in made]
+    judge = Segmentation(
+        *pictures, (readers[0], readers[1]), size=SIZE, classes=11, ignore=(11,), names=NAMES, epochs=20, batch=8
+    )
+    scores = judge(Subject(tower, IMAGENET_MEAN, IMAGENET_STD))
+    with capsys.disabled():
+        print({name: round(value, 4) for name, value in scores.items()})
+    assert scores["segmentation/miou"] > 1.5 * scores["segmentation/majority"]
+    assert scores["segmentation/iou/road"] > 0.5
+    assert 0.02 < scores["segmentation/majority"] < 0.1

@@ -1,0 +1,66 @@
+"""Who judges when, within the budget; and settings that cannot be judged by."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from launch.evaluate import world_of_one
+from pipeline.config import InvalidConfig, load
+from pipeline.training.assemble import make_recipe
+from pipeline.training.evaluations import Evaluations
+from pipeline.training.inputs import prepare
+from tests.launch.test_evaluate import toy
+from tests.runs import TOY
+
+
+def test_an_evaluation_that_would_cost_too_much_waits_until_there_is_time(tmp_path: Path) -> None:
+    loaded = toy(tmp_path, "evaluation.budget=10", "evaluation.knn.every=2 steps", "launch.backend=gloo")
+    config = loaded.config
+    with world_of_one(config) as world:
+        judge = Evaluations(config, prepare(config, 1), make_recipe(config, torch.device("cpu")), world, fresh=True)
+        first = judge(0, 0.0)
+        assert set(first) == {f"{name}/k{k}" for name in ("knn", "untrained", "pixels") for k in (1, 5)}
+        judge._took["knn"], judge._spent = 1.0, 1.0
+        assert judge(1, 100.0) == {}  # it is not due
+        assert judge(2, 19.0) == {}  # a tenth of 19 s, less the second that is spent, is less than one
+        found = judge(3, 21.0)  # it waited
+        assert found.keys() == {"knn/k1", "knn/k5"}
+        assert found == {name: first[name] for name in found}
+        judge._took["knn"], judge._spent = 1.0, 1e9
+        assert judge(4, 21.0) == {}
+        assert judge(24, 21.0).keys() == {"knn/k1", "knn/k5"}  # the last step has its scores
+
+
+def test_the_random_state_is_untouched(tmp_path: Path) -> None:
+    config = toy(tmp_path, "launch.backend=gloo").config
+    with world_of_one(config) as world:
+        recipe = make_recipe(config, torch.device("cpu")).train()
+        judge = Evaluations(config, prepare(config, 1), recipe, world, fresh=True)
+        state = torch.get_rng_state()
+        judge(0, 0.0)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert recipe.training
+
+
+REFUSED = {
+    "evaluation.segmentation.classes is required": ["evaluation.segmentation={enabled: true, train_shards: a, val_shards: b}"],
+    "names the very shards": ["evaluation.segmentation={enabled: true, train_shards: a, val_shards: a, classes: 3}"],
+    "2 names of 3 classes": [
+        "evaluation.segmentation={enabled: true, train_shards: a, val_shards: b, classes: 3, names: [x, y]}",
+    ],
+    "a file of class names": ["evaluation.zeroshot.enabled=true"],
+    "dinov2 reads no captions": ["evaluation.retrieval.enabled=true"],
+    "no gradient flows into pictures": ["evaluation.robustness.enabled=true", "train.zero=3"],
+    "no evaluation of this run gives it": ["evaluation.linear.enabled=true", "checkpoint.keep_best=knn/k10"],
+    "evaluation.linear.every = 0": ["evaluation.linear.every=0 steps"],
+}
+
+
+@pytest.mark.parametrize("told", REFUSED)
+def test_settings_that_cannot_be_judged_by_are_refused(told: str, tmp_path: Path) -> None:
+    (tmp_path / "toy.yaml").write_text(TOY)
+    with pytest.raises(InvalidConfig, match=told):
+        load(tmp_path / "toy.yaml", ["data.shards=x.tar", *REFUSED[told]])
