@@ -1,17 +1,17 @@
 """What ranks say to each other in a step of each ZeRO stage: collectives counted as torch dispatches them, held against theory.
 
-Bytes do not depend on the device, so two gloo ranks on a CPU tell what NCCL carries on GPUs of the same number of ranks. N trained
-fp32 parameters (4 N bytes), padded to whole shares, and a teacher of as many, for each optimizer step of A micro-batches::
+Bytes do not depend on the device, so gloo ranks on a CPU tell what NCCL carries on as many GPUs. N trained fp32 parameters (4 N
+bytes, rounded up to whole shares) and a teacher of as many, for each optimizer step of A micro-batches::
 
     stage   gradients                      parameters
     0       all-reduce 4 N                 -
     1       all-reduce 4 N                 all-gather 4 N
     2       all-reduce 4 N A               all-gather 4 N
-    3       reduce-scatter 4 N A           all-gather 4 (N + N + teacher) A
+    3       reduce-scatter 4 N A           all-gather 4 (N or 2 N, + N of the teacher) A
 
-Stage 1 reduces once a step, stage 2 with each micro-batch. Stage 3 gathers the student for the forward and for the backward pass,
-unless what it may keep (``tuning``) holds all of it, and the teacher for its own. On the wire of a ring an all-reduce costs each rank
-``2 (R-1)/R`` of its bytes, the others ``(R-1)/R``.
+Stage 1 reduces once a step, stage 2 with each micro-batch. Stage 3 gathers the student for the forward and for the backward
+pass, for both at once where it may keep all of it (``tuning``), and the teacher for its own. On the wire of a ring an all-reduce
+costs each rank ``2 (R-1)/R`` of its bytes, the others ``(R-1)/R``.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ from torch.utils._pytree import tree_flatten
 from pipeline.bench.plain import Plain, Size, batch_of
 from pipeline.errors import ConfigError
 from pipeline.recipes.base import Step
+from pipeline.training.engine import Engine, EngineOptions
 
 STAGES: tuple[Literal[0, 1, 2, 3], ...] = (0, 1, 2, 3)
 _KINDS = {
@@ -128,8 +129,6 @@ def expected(parameters: int, teacher: int, *, stage: int, accumulation: int = 1
 
 def count(stage: Literal[0, 1, 2, 3], *, width: int = 64, depth: int = 4, accumulation: int = 1) -> dict[str, dict[str, int]]:
     """On a rank: calls and bytes of the third step, when all that is done once is done."""
-    from pipeline.training.engine import Engine, EngineOptions
-
     size = Size(width=width, depth=depth)
     recipe = Plain(size)
     options = EngineOptions(stage, "fp32", size.samples, accumulation, (0.9, 0.95), 1e-8, None, "network")

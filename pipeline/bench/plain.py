@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -12,6 +17,7 @@ from pipeline.data.views import Batch
 from pipeline.models.groups import ParameterGroup
 from pipeline.recipes.base import Recipe, Step
 from pipeline.recipes.teacher import Teacher
+from pipeline.training.engine import Engine, EngineOptions
 
 
 @dataclass(frozen=True)
@@ -66,3 +72,30 @@ def batch_of(size: Size, seed: int = 0) -> Batch:
     vectors = torch.randn(size.samples, size.width, generator=torch.Generator().manual_seed(seed))
     numbers = list(range(size.samples))
     return Batch({"view": [vectors]}, torch.full((size.samples,), -1), [str(n) for n in numbers], numbers, 0)
+
+
+@contextmanager
+def alone() -> Iterator[Path]:
+    """A folder, and a process group of this process if it is in none."""
+    with tempfile.TemporaryDirectory(prefix="fovea-bench-") as folder:
+        if dist.is_initialized():
+            yield Path(folder)
+            return
+        dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=0, world_size=1)
+        try:
+            yield Path(folder)
+        finally:
+            dist.destroy_process_group()
+
+
+def engine_of(recipe: Plain, size: Size) -> Engine:
+    """A ZeRO 2 engine in fp32 around it."""
+    options = EngineOptions(2, "fp32", size.samples, 1, (0.9, 0.95), 1e-8, 3.0, "network")
+    return Engine(recipe, options, torch.device("cpu"))
+
+
+def advance(engine: Engine, recipe: Plain, batch: Batch, step: Step) -> None:
+    """One step, as short as the engine lets it be."""
+    terms = engine.forward_backward(batch, step)
+    engine.step(step, torch.stack(list(terms.values())).isfinite().all())
+    recipe.after_step(step)

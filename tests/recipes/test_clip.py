@@ -167,7 +167,8 @@ def test_short_captions_without_their_padding_give_the_same_features_and_gradien
 
 def test_captions_are_never_trimmed_for_a_tower_that_looks_at_their_padding() -> None:
     both_ways = CLIP(
-        build_tower(MODEL, image_size=SIDE), ClipSettings(image_size=SIDE, text=TEXT.model_copy(update={"causal": False}), embed=12)
+        build_tower(MODEL, image_size=SIDE),
+        ClipSettings(image_size=SIDE, text=TEXT.model_copy(update={"causal": False}), embed=12),
     )
     assert both_ways.text is not None and not both_ways.text.trim
     tokens = captions(SAMPLES)
