@@ -1,4 +1,4 @@
-"""What the training loop itself costs: the trainer's step, the engine's alone, and bare torch's, on a method with next to no work.
+"""What the training loop itself costs: the trainer's step, the engine's alone, and bare torch's, with next to no model.
 
 The three take turns within one run of the real trainer, whose data come from memory: between two of its steps the other two are
 done and timed. So what slows the machine slows all three.

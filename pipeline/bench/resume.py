@@ -96,8 +96,8 @@ def markdown(result: Result, options: Options, machine: dict[str, str], command:
     verdict = "within" if result.ratio <= AIM else "above"
     lines = ["# Going on from a checkpoint", "", f"`{command}`", "", *(f"- {n}: {v}" for n, v in machine.items())]
     lines += [
-        f"- {result.parameters:,} parameters; checkpoint {result.stored:,} bytes, {result.stored / result.parameters:.2f} a parameter"
-        f" ({BYTES} by formula)",
+        f"- {result.parameters:,} parameters; checkpoint {result.stored:,} bytes, "
+        f"{result.stored / result.parameters:.2f} a parameter ({BYTES} by formula)",
         "",
         "| from an untouched method to the end of its first step | s, fastest | s, slowest |",
         "|---|---:|---:|",

@@ -150,7 +150,8 @@ def markdown(result: Result, options: Options, machine: dict[str, str], command:
     told = ", ".join(f"{name} {loss:.6f}" for name, loss in result.losses.items())
     lines = ["# A training step of CLIP", "", f"`{command}`", "", *(f"- {name}: {value}" for name, value in machine.items())]
     lines += [
-        f"- {TOWERS[options.model]}, {options.batch} pairs, captions of {options.caption} tokens (padded to 77 for open_clip), forward, backward, AdamW",
+        f"- {TOWERS[options.model]}, {options.batch} pairs, captions of {options.caption} tokens (open_clip pads to 77), "
+        "forward, backward, AdamW",
         f"- first losses of the same weights and batch: {told}",
         "",
         *pairs.table(result.cases, THEIRS),

@@ -2,17 +2,17 @@
 
 No setting here changes a result. What is weighed, in elements of 4 bytes:
 
-- *Bucket of gradients.* Gradients are sent while others are still computed, but only when a bucket is full: with one bucket as large
-  as the model nothing overlaps, and the buffers cost twice the model's gradients. So a quarter of the model, within two bounds. Below,
-  2 million elements for each rank, 25 million at most: a ring of R ranks takes ``2 (R-1)`` hops, and a message has to outlast them. Above,
-  100 million: longer messages are no faster, and two of them are 800 MB. A parameter larger than a bucket takes another way through
-  DeepSpeed, so a bucket holds the largest, which in DINOv2 is a matrix of prototypes.
+- *Bucket of gradients.* Gradients are sent while others are still computed, but only when a bucket is full: with one as large as
+  the model nothing overlaps, and two of them hold the gradients twice more. So a quarter of the model, within bounds. Below, 2
+  million elements for each rank, 25 million at most: a ring of R ranks takes ``2 (R-1)`` hops, which a message has to outlast.
+  Above, 100 million: longer messages are no faster, and two of them are 800 MB. A parameter that exceeds a bucket takes another
+  way through DeepSpeed, so a bucket holds the largest, which in DINOv2 is a matrix of prototypes.
 - *Bucket of parameters* (stages 1 and 2, after the step): nothing overlaps with it, so all at once up to 200 million.
-- *Stage 3* reads a bucket's half ahead, and keeps as much as DeepSpeed's own default gathered between forward and backward pass:
-  up to 1 000 million parameters the student is gathered once a micro-batch and not twice.
+- *Stage 3* reads half a bucket ahead, and keeps as much gathered between forward and backward pass as DeepSpeed's own default
+  says: up to 1 000 million parameters the student is gathered once a micro-batch and not twice.
 - *Overlap* on GPUs where there is somebody to speak to; a CPU has no second stream.
-- Left off: ZeRO++'s rounded weights and gradients, which change results, and its copy inside each node, which the teacher's pieces
-  do not follow. The hierarchy of links inside and between nodes is NCCL's own to use.
+- Left off: ZeRO++'s rounded weights and gradients, which change results, and its copy inside each node, which the teacher's
+  pieces do not follow. The hierarchy of links inside and between nodes is NCCL's own to use.
 
 The figures of links and messages are estimates for GPU clusters, not measured here.
 """
