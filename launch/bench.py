@@ -162,6 +162,112 @@ def step(
     _keep("step", out, lambda machine, command: markdown(result, options, machine, command), asdict(result))
 
 
+@app.command()
+def comm(
+    width: Annotated[int, typer.Option(min=16, help="Of the student's layers.")] = 256,
+    depth: Annotated[int, typer.Option(min=1, help="Layers.")] = 4,
+    ranks: Annotated[int, typer.Option(min=2, help="Ranks on this machine.")] = 2,
+    accumulation: Annotated[int, typer.Option(min=1, help="Micro-batches of a step.")] = 1,
+    out: Annotated[Path | None, typer.Option(help="Where the results go, without ending.")] = None,
+) -> None:
+    """Calls and bytes between ranks in a step of each ZeRO stage, counted on gloo ranks and held against theory.
+
+    [b]Example[/b]
+
+    fovea bench comm --ranks 2 --accumulation 2
+    """
+    from pipeline.bench.comm import Options, markdown, measure
+
+    options = Options(width, depth, ranks, accumulation)
+    found = measure(options, tell=_tell)
+    document = {"options": asdict(options), "stages": [asdict(one) for one in found]}
+    _keep("comm", out, lambda machine, command: markdown(found, options, machine, command), document)
+
+
+@app.command()
+def loop(
+    steps: Annotated[int, typer.Option(min=2, help="Steps that count.")] = 200,
+    log_every: Annotated[int, typer.Option(min=1, help="Steps from one line of the journal to the next.")] = 10,
+    out: Annotated[Path | None, typer.Option(help="Where the results go, without ending.")] = None,
+) -> None:
+    """What the training loop adds to a step: the trainer, the engine alone and plain torch in turns, on next to no model.
+
+    [b]Example[/b]
+
+    fovea bench loop
+    """
+    from pipeline.bench.loop import Options, markdown, measure
+
+    options = Options(steps, log_every)
+    result = measure(options, tell=_tell)
+    _keep("loop", out, lambda machine, command: markdown(result, options, machine, command), asdict(result))
+
+
+@app.command()
+def resume(
+    width: Annotated[int, typer.Option(min=16, help="Of the student's layers.")] = 512,
+    depth: Annotated[int, typer.Option(min=1, help="Layers.")] = 16,
+    rounds: Annotated[int, typer.Option(min=1, help="Rounds that count.")] = 5,
+    out: Annotated[Path | None, typer.Option(help="Where the results go, without ending.")] = None,
+) -> None:
+    """Starting from a checkpoint against starting afresh, each up to the end of its first step.
+
+    [b]Example[/b]
+
+    fovea bench resume --width 1024
+    """
+    from pipeline.bench.plain import Size
+    from pipeline.bench.resume import Options, markdown, measure
+
+    options = Options(Size(width, depth, 256), rounds)
+    result = measure(options, tell=_tell)
+    _keep("resume", out, lambda machine, command: markdown(result, options, machine, command), asdict(result))
+
+
+@app.command(name="all")
+def everything(
+    tiny: Annotated[bool, typer.Option("--tiny", help="At toy size: to see that all of it works.")] = False,
+    out: Annotated[Path | None, typer.Option(help="Folder of the results.")] = None,
+) -> None:
+    """Every bench in turn, on the CPU.
+
+    [b]Example[/b]
+
+    fovea bench all --tiny
+    """
+    folder = out or Path("bench-results")
+    common: dict[str, Any] = {"device": "cpu"}
+    acts: list[tuple[Any, dict[str, Any], dict[str, Any]]] = [
+        (flops, {"names": None}, {"names": ["dinov2/vits16_node"]}),
+        (heads, {**_HEADS, **common}, {"prototypes": 256, "samples": 2, "masked": 100, "rows": None, "rounds": 1, **common}),
+        (step, {**_STEP, **common}, {"model": "tiny", "batch": 2, "caption": 20, "rounds": 1, "bf16": False, **common}),
+        (
+            comm,
+            {"width": 256, "depth": 4, "ranks": 2, "accumulation": 1},
+            {"width": 32, "depth": 2, "ranks": 2, "accumulation": 1},
+        ),
+        (loop, {"steps": 200, "log_every": 10}, {"steps": 10, "log_every": 5}),
+        (resume, {"width": 512, "depth": 16, "rounds": 5}, {"width": 64, "depth": 2, "rounds": 1}),
+        (
+            checkpoint,
+            {"model": "small", "batch": 16, "side": 224, "prototypes": 65536, "saves": 3, "directory": None, **common},
+            {"model": "tiny", "batch": 2, "side": 32, "prototypes": 64, "saves": 1, "directory": None, **common},
+        ),
+        (data, {**_DATA, **common}, {**_DATA, "images": 16, "rounds": 1, "batch": 8, "quick": True, **common}),
+    ]
+    for act, large, small in acts:
+        _tell(f"bench {act.__name__}")
+        act(**(small if tiny else large), out=folder / act.__name__)
+
+
+_HEADS: dict[str, Any] = {"prototypes": 65536, "samples": 16, "masked": 600, "rows": None, "rounds": 3}
+_STEP: dict[str, Any] = {"model": "B-32", "batch": 8, "caption": 20, "rounds": 3, "bf16": False}
+_DATA: dict[str, Any] = {
+    **{"shards": None, "photos": None, "images": 128, "rounds": 3, "batch": 32},
+    **{"threads": 1, "workers": 0, "world": 1, "quick": False},
+}
+
+
 def _device(name: str) -> str:
     if name not in ("cpu", "cuda"):
         raise ConfigError(f"{name!r} is neither cpu nor cuda", where="--device", mend="Choose one of the two.")

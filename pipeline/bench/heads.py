@@ -22,7 +22,7 @@ class Options:
     """What is measured.
 
     Attributes:
-        prototypes, width, bottleneck: of the head.
+        prototypes, width, hidden, bottleneck: of the head.
         samples: of a micro-batch; two global and eight local crops each.
         masked: masked patches of all of them.
         rows: rows of logits at once; ``None`` for the default.
@@ -32,6 +32,7 @@ class Options:
 
     prototypes: int = 65536
     width: int = 384
+    hidden: int = 512
     bottleneck: int = 256
     samples: int = 16
     masked: int = 600
@@ -59,8 +60,8 @@ def measure(options: Options, *, tell: Callable[[str], None] = lambda _: None) -
     """Compares results first, then times and memory; a faster wrong step does not count."""
     device = torch.device(options.device)
     torch.manual_seed(0)
-    head = PrototypeHead(options.width, hidden=512, bottleneck=options.bottleneck, prototypes=options.prototypes).to(device)
-    teacher = PrototypeHead(options.width, hidden=512, bottleneck=options.bottleneck, prototypes=options.prototypes).to(device)
+    sizes = {"hidden": options.hidden, "bottleneck": options.bottleneck, "prototypes": options.prototypes}
+    head, teacher = (PrototypeHead(options.width, **sizes).to(device) for _ in range(2))
     teacher.requires_grad_(False)
     n = options.samples
     cls = torch.randn(10 * n, options.width, device=device)

@@ -91,7 +91,7 @@ def peak_bytes(act: Callable[[], object], device: torch.device) -> int:
 
 
 class _Alive(TorchDispatchMode):
-    """Counts the bytes of all storages that operations make and nobody has dropped yet."""
+    """Counts the bytes of all storages that operations make and nobody has dropped yet; not of those they are given."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -99,15 +99,16 @@ class _Alive(TorchDispatchMode):
         self._known: set[int] = set()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        for given in _storages((args, kwargs)):  # a view of a weight is nothing new
+            self._count(given, made=False)
         result = func(*args, **(kwargs or {}))
-        for tensor in tree_flatten(result)[0]:
-            if isinstance(tensor, torch.Tensor):
-                self._count(tensor.untyped_storage())
+        for storage in _storages(result):
+            self._count(storage, made=True)
         return result
 
-    def _count(self, storage: torch.UntypedStorage) -> None:
-        place, size = storage.data_ptr(), storage.nbytes()
-        if not size or place in self._known:
+    def _count(self, storage: torch.UntypedStorage, *, made: bool) -> None:
+        place, size = storage.data_ptr(), storage.nbytes() if made else 0
+        if not place or place in self._known:
             return
         self._known.add(place)
         self.now += size
@@ -117,6 +118,10 @@ class _Alive(TorchDispatchMode):
     def _drop(self, place: int, size: int) -> None:
         self._known.discard(place)
         self.now -= size
+
+
+def _storages(tree: Any) -> list[torch.UntypedStorage]:
+    return [leaf.untyped_storage() for leaf in tree_flatten(tree)[0] if isinstance(leaf, torch.Tensor)]
 
 
 def table(cases: Mapping[str, Case], baseline: str, *, unit: str = "ms") -> list[str]:

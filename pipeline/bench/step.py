@@ -11,6 +11,7 @@ import torch
 from torch.nn import functional as F
 
 from pipeline.bench import pairs
+from pipeline.data.text import trimmed
 from pipeline.data.views import Batch
 from pipeline.errors import ConfigError
 from pipeline.methods import ClipSettings, TextSettings
@@ -36,7 +37,7 @@ class Options:
     Attributes:
         model: of :data:`TOWERS`.
         batch: pictures with captions.
-        caption: tokens of a caption, marks included; the rest of 77 is padding.
+        caption: tokens of a caption, marks included; the rest of 77 is padding, which our data plane leaves out.
         rounds: that count.
         device: ``cpu`` or ``cuda``.
         bf16: compute under autocast.
@@ -75,15 +76,17 @@ def measure(options: Options, *, tell: Callable[[str], None] = lambda _: None) -
     tell("building both")
     ours, theirs = _models(options, device)
     images = torch.randn(options.batch, 3, 224, 224, device=device)
-    tokens = torch.randint(1, 49405, (options.batch, 77), device=device)
+    tokens = torch.randint(1, 49405, (options.batch, 77))
     tokens[:, 0], tokens[:, options.caption - 1], tokens[:, options.caption :] = 49406, 49407, 0
+    cut = torch.from_numpy(trimmed(tokens.numpy())).to(device)  # as our data plane hands them over
+    tokens = tokens.to(device)
     batch = Batch(
         views={"image": [images]},
         labels=torch.zeros(options.batch, dtype=torch.int64),
         keys=[str(n) for n in range(options.batch)],
         ids=list(range(options.batch)),
         position=0,
-        tokens=tokens,
+        tokens=cut,
     )
 
     def mine() -> torch.Tensor:
@@ -147,7 +150,8 @@ def markdown(result: Result, options: Options, machine: dict[str, str], command:
     told = ", ".join(f"{name} {loss:.6f}" for name, loss in result.losses.items())
     lines = ["# A training step of CLIP", "", f"`{command}`", "", *(f"- {name}: {value}" for name, value in machine.items())]
     lines += [
-        f"- {TOWERS[options.model]}, {options.batch} pairs, captions of {options.caption} of 77 tokens, forward, backward, AdamW",
+        f"- {TOWERS[options.model]}, {options.batch} pairs, captions of {options.caption} tokens (open_clip pads to 77), "
+        "forward, backward, AdamW",
         f"- first losses of the same weights and batch: {told}",
         "",
         *pairs.table(result.cases, THEIRS),

@@ -25,7 +25,7 @@ from pipeline.data.ledger import Event, Ledger
 from pipeline.data.plan import ViewPlan, make_plan
 from pipeline.data.prefetch import Prefetcher
 from pipeline.data.reader import Record
-from pipeline.data.text import tokenizer
+from pipeline.data.text import tokenizer, trimmed
 from pipeline.data.views import Batch, Boxes, Masks
 
 _SUBSTITUTES = 8
@@ -215,10 +215,18 @@ class BatchStream:
             ids=[int(r.id) for r in chosen],
             position=portion.step * self._dataset.order.global_batch,
             masks={name: self._masks(grid[:, rows]) for name, grid in portion.masks.items()},
-            tokens=None if portion.tokens is None else torch.from_numpy(portion.tokens[rows]).to(self._device, non_blocking=True),
+            tokens=self._tokens(portion, rows),
             captions=[r.caption or "" for r in chosen],
             boxes=self._boxes(plan),
         )
+
+    def _tokens(self, portion: Portion, rows: slice) -> torch.Tensor | None:
+        if portion.tokens is None:
+            return None
+        tokens, text = portion.tokens[rows], self._dataset.text
+        if text is not None and text.trim:  # here, where lengths are known without asking the device
+            tokens = np.ascontiguousarray(trimmed(tokens))
+        return torch.from_numpy(tokens).to(self._device, non_blocking=True)
 
     def _boxes(self, plan: list[ViewPlan]) -> dict[str, Boxes]:
         views, found = iter(plan), {}

@@ -28,6 +28,7 @@ _CAPTION = 0xCA97  # names the draw
 _LETTERS = 256  # of one word; byte-pair encoding takes the square of it
 _TEXT = 128  # letters a token of context; more of a caption is never looked at
 _WORDS = 100_000  # words remembered with their tokens
+_MULTIPLE = 8  # of the lengths of trimmed rows: few shapes to compile, and products whose sizes suit a GPU
 
 
 def choose(captions: Sequence[str], number: int, epoch: int, seed: int) -> str:
@@ -88,6 +89,17 @@ class Tokenizer:
 def tokenizer(spec: TextSpec) -> Tokenizer:
     """The tokenizer of this process for a description; see :class:`Tokenizer`."""
     return Tokenizer(spec)
+
+
+def trimmed(tokens: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Tokens ``[n, length]`` without the columns that are padding in all rows, ``length`` rounded up to a multiple of 8.
+
+    Args:
+        tokens: ``[n, context]``, each row ending in an end mark and then zeros.
+    """
+    filled = np.flatnonzero(tokens.any(axis=0))
+    longest = int(filled[-1]) + 1 if len(filled) else 1
+    return tokens[:, : -(-longest // _MULTIPLE) * _MULTIPLE]
 
 
 def _tame(text: str, context: int) -> str:

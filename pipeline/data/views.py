@@ -108,10 +108,13 @@ class TextSpec:
     Attributes:
         tokenizer: name of an open_clip architecture, whose tokenizer is meant.
         context: tokens of a row, start and end marks included; longer captions are cut, the end mark stays.
+        trim: whether a micro-batch may come with fewer: as many as its longest caption has, up to the next multiple of 8.
+            For towers that read a caption at its end mark and never look beyond it.
     """
 
     tokenizer: str = "ViT-B-32"
     context: int = 77
+    trim: bool = False
 
 
 @dataclass(frozen=True)
@@ -154,6 +157,7 @@ class Batch:
         ids: the samples' numbers, ``shard << 32 | row``, in order.
         position: samples of the run consumed before this global batch.
         tokens: int64 ``[batch, context]`` of caption tokens, if the recipe reads text; padded with 0 after the end mark.
+            Fewer than the context if the ``TextSpec`` says ``trim``.
         captions: the caption of each sample that was chosen for this epoch; empty where there is none.
         boxes: for each view name whose ``ViewSpec`` asks for them.
         seed: what a method draws on the device for this micro-batch comes from this seed, so that it can be drawn again.

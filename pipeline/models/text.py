@@ -110,7 +110,7 @@ class TextTower(nn.Module):
                 nn.init.zeros_(block.get_parameter(f"{name}.bias"))
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """Features ``[batch, embed]``, not normalised, of int64 ``[batch, length]`` tokens.
+        """Features ``[batch, embed]``, not normalised, of int64 ``[batch, length]`` tokens, ``length`` at most the context.
 
         A text is read at its *first* end mark; one without any, at its last place, where a causal tower has seen it all.
         """

@@ -61,7 +61,8 @@ class Contrastive(Recipe):
     def __init__(self, backbone: VisionTower, settings: ContrastiveSettings, *, scale: float, bias: float | None = None) -> None:
         super().__init__()
         self.settings = settings
-        self.text = TextSpec(settings.text.tokenizer, settings.text.context)
+        # What stands behind the end mark reaches a feature only where a token sees those after it.
+        self.text = TextSpec(settings.text.tokenizer, settings.text.context, trim=settings.text.causal)
         embed = settings.embed or settings.text.sizes.embed
         self.backbone = backbone
         self.image_projection = nn.Linear(backbone.width, embed, bias=False)

@@ -31,6 +31,7 @@ from pipeline.models.groups import ParameterGroup
 from pipeline.recipes.base import Recipe, Step
 from pipeline.training.layout import ADAM, Flat, Fragment, Layout, Partitioned, Whole, piece_of
 from pipeline.training.optimizers import Lamb, Lars, Layerwise
+from pipeline.training.tuning import communication
 
 os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
 
@@ -99,7 +100,8 @@ class Engine:
         optimizer = _optimizer(options, self._groups, device)
         # DeepSpeed insists on this variable and takes it for the device's number, whoever started the ranks.
         os.environ["LOCAL_RANK"] = str(device.index or 0)
-        config = _configuration(options, dist.get_world_size(), device)
+        sizes = [p.numel() for group in self._groups for p in group.params]
+        config = _configuration(options, dist.get_world_size(), device, sizes)
         self._engine, _, _, _ = deepspeed.initialize(model=recipe, optimizer=optimizer, config=config)
         # DeepSpeed wraps it, but in stage 0; the learning rates are the inner one's.
         self._optimizer = getattr(self._engine.optimizer, "optimizer", self._engine.optimizer)
@@ -293,17 +295,21 @@ def _check(recipe: Recipe, groups: list[ParameterGroup]) -> None:
             )
 
 
-def _configuration(options: EngineOptions, world: int, device: torch.device) -> dict[str, Any]:
+def _configuration(options: EngineOptions, world: int, device: torch.device, sizes: Sequence[int]) -> dict[str, Any]:
+    chosen = communication(sum(sizes), largest=max(sizes, default=0), ranks=world, cuda=device.type == "cuda")
     return {
         "train_micro_batch_size_per_gpu": options.micro_batch,
         "gradient_accumulation_steps": options.accumulation,
         "train_batch_size": options.micro_batch * options.accumulation * world,
         "zero_optimization": {
             "stage": options.zero,
-            "overlap_comm": device.type == "cuda",
+            "overlap_comm": chosen.overlap,
             "contiguous_gradients": True,
-            "reduce_bucket_size": 100_000_000,
-            "allgather_bucket_size": 100_000_000,
+            "reduce_bucket_size": chosen.reduce_bucket,
+            "allgather_bucket_size": chosen.allgather_bucket,
+            "stage3_prefetch_bucket_size": chosen.prefetch,
+            "stage3_max_live_parameters": chosen.live,
+            "stage3_max_reuse_distance": chosen.live,
             # No parameter stays whole: the teacher's pieces lie beside the student's. The other computes linear layers' gradients
             # otherwise than torch does.
             "stage3_param_persistence_threshold": 0,

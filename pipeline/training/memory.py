@@ -19,9 +19,8 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
-BUCKET = 100_000_000  # elements of a bucket of gradients, as the engine sets it
-_LIVE = 1_000_000_000  # elements that DeepSpeed keeps gathered in stage 3
-_WHOLE_BUCKET = 500_000_000  # elements that stage 0 reduces at a time
+from pipeline.training.tuning import STAGE_0_BUCKET, communication
+
 FP32, MOMENTS = 4, 8  # bytes of an element, and of AdamW's two
 
 
@@ -73,10 +72,11 @@ def held(
         ranks: number of ranks.
         accumulation: micro-batches of a step.
         bf16: compute in bf16.
-        overlap: reduce gradients while others are computed, as on GPUs.
+        overlap: on GPUs, where gradients are reduced while others are computed.
     """
     trained = [size for group in groups for size in group]
     whole = sum(trained)
+    chosen = communication(whole, largest=max(trained, default=0), ranks=ranks, cuda=overlap)
     rounded = 2.0 * whole if bf16 else 0.0
     if stage == 0:
         return Held(
@@ -86,7 +86,7 @@ def held(
             moments=MOMENTS * whole,
             frozen=FP32 * sum(frozen),
             teacher=FP32 * sum(teacher),
-            buckets=FP32 * min(whole, _WHOLE_BUCKET) if ranks > 1 else 0,
+            buckets=FP32 * min(whole, STAGE_0_BUCKET) if ranks > 1 else 0,
             rounded=rounded,
         )
     if stage == 3:
@@ -98,8 +98,8 @@ def held(
             moments=MOMENTS * pieces,
             frozen=FP32 * sum(math.ceil(size / ranks) for size in frozen),
             teacher=FP32 * sum(math.ceil(size / ranks) for size in teacher),
-            buckets=FP32 * BUCKET * (1 + overlap),
-            gathered=FP32 * (min(whole, _LIVE) + min(sum(teacher), _LIVE)),
+            buckets=FP32 * chosen.held,
+            gathered=FP32 * (min(whole, chosen.live) + min(sum(teacher), chosen.live)),
             rounded=rounded,
         )
     padded = [2 * ranks * math.ceil(sum(group) / (2 * ranks)) for group in groups]
@@ -116,7 +116,7 @@ def held(
         moments=MOMENTS * share,
         frozen=FP32 * sum(frozen),
         teacher=FP32 * sum(teacher),
-        buckets=FP32 * BUCKET * (1 + overlap),
+        buckets=FP32 * chosen.held,
         rounded=rounded,
     )
 

@@ -334,10 +334,22 @@ def said(tmp_path: Path) -> Manifest:
     return build(sorted(str(path) for path in (tmp_path / "said").glob("*.tar")), tmp_path / "said-index")
 
 
-def reading(manifest: Manifest, *, world: int = 1, rank: int = 0) -> Portions:
+def reading(manifest: Manifest, *, world: int = 1, rank: int = 0, text: TextSpec = TEXT) -> Portions:
     order = Mixture(manifest.sizes, SOURCES, SEED, BATCH, lanes=4, block=8)
     reader = Reader(manifest, wants=("image", "label", "caption"))
-    return Portions(reader, order, SPECS, seed=SEED, world=world, rank=rank, text=TEXT, sources=SOURCES)
+    return Portions(reader, order, SPECS, seed=SEED, world=world, rank=rank, text=text, sources=SOURCES)
+
+
+def test_trimmed_captions_are_the_padded_ones_without_what_is_padding_in_all_rows(said: Manifest) -> None:
+    whole, short = TextSpec(context=30), TextSpec(context=30, trim=True)
+    steps = {}
+    for text in (whole, short):
+        steps[text] = [batch for _, parts in stream(reading(said, text=text), 0, 3, micro=4) for batch in parts]
+    for padded, cut in zip(steps[whole], steps[short], strict=True):
+        assert padded.tokens is not None and cut.tokens is not None
+        assert padded.tokens.shape == (4, 30) and cut.tokens.shape == (4, 8) and cut.tokens.is_contiguous()
+        assert torch.equal(padded.tokens[:, :8], cut.tokens) and not padded.tokens[:, 8:].any()
+        assert padded.captions == cut.captions
 
 
 def test_captions_are_chosen_by_epoch_tokenised_and_counted_the_same_on_any_rank_and_after_a_resume(said: Manifest) -> None:

@@ -17,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline.data import text
-from pipeline.data.text import Tokenizer, choose, tokenizer
+from pipeline.data.text import Tokenizer, choose, tokenizer, trimmed
 from pipeline.data.views import TextSpec
 from pipeline.errors import ConfigError
 
@@ -151,3 +151,12 @@ def test_a_choice_is_of_seed_epoch_and_sample_and_takes_all_captions_alike() -> 
 def test_empty_captions_are_never_chosen() -> None:
     assert {choose(["", "a", "  ", "b", "\n"], number, 0, 0) for number in range(50)} == {"a", "b"}
     assert choose([], 0, 0, 0) == choose(["", " "], 0, 0, 0) == ""
+
+
+def test_trimming_leaves_every_end_mark_and_lengths_of_few_kinds() -> None:
+    for words, length in ((0, 8), (6, 8), (7, 16), (14, 16), (15, 24), (20, 24), (75, 77), (200, 77)):
+        tokens = tokenizer(TextSpec())(["!", " ".join(["dog"] * words)])  # "!" is number 0, like padding
+        cut = trimmed(tokens)
+        assert cut.shape == (2, length)
+        assert (cut == 49407).sum() == 2 and not tokens[:, length:].any()
+    assert trimmed(np.zeros((0, 77), dtype=np.int64)).shape == (0, 8)

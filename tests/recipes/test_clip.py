@@ -15,11 +15,12 @@ from pipeline.data.views import OPENAI_MEAN, OPENAI_STD
 from pipeline.errors import DataError
 from pipeline.methods import ClipSettings
 from pipeline.models.groups import ParameterGroup
+from pipeline.models.vision import build_tower
 from pipeline.recipes.base import Step
 from pipeline.recipes.clip import CLIP, clip_views
 from pipeline.recipes.contrastive import random_keep
 from pipeline.settings import ModelSettings
-from tests.recipes.pairs import MODEL, SAMPLES, clip, pairs_at
+from tests.recipes.pairs import CONTEXT, MODEL, SAMPLES, SIDE, TEXT, captions, clip, pairs_at
 
 STEP = Step()
 
@@ -145,6 +146,34 @@ def test_what_is_drawn_in_a_micro_batch_is_drawn_alike_when_it_comes_again() -> 
     for name, p in method.named_parameters():
         if p.grad is not None:
             torch.testing.assert_close(found[name], p.grad, atol=2e-5, rtol=1e-4, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def test_short_captions_without_their_padding_give_the_same_features_and_gradients() -> None:
+    found = []
+    for length in (CONTEXT, CONTEXT - 1):
+        method, batch = clip(), pairs_at(0)
+        assert batch.tokens is not None and method.text is not None and method.text.trim
+        parts = [replace(pairs_at(0, rows), tokens=batch.tokens[rows, :length]) for rows in (slice(0, 4), slice(4, 8))]
+        with torch.no_grad():
+            method.prepare(parts, STEP)
+        torch.stack([method(part, STEP)["contrastive"] for part in parts]).mean().backward()
+        gradients = {name: p.grad for name, p in method.named_parameters() if p.grad is not None}
+        found.append((torch.cat([method.features(part)[1].detach() for part in parts]), gradients))
+    torch.testing.assert_close(found[0][0], found[1][0], atol=1e-6, rtol=0)
+    assert found[0][1].keys() == found[1][1].keys()
+    for name, gradient in found[0][1].items():
+        torch.testing.assert_close(gradient, found[1][1][name], atol=1e-6, rtol=1e-5)
+
+
+def test_captions_are_never_trimmed_for_a_tower_that_looks_at_their_padding() -> None:
+    both_ways = CLIP(
+        build_tower(MODEL, image_size=SIDE),
+        ClipSettings(image_size=SIDE, text=TEXT.model_copy(update={"causal": False}), embed=12),
+    )
+    assert both_ways.text is not None and not both_ways.text.trim
+    tokens = captions(SAMPLES)
+    with torch.no_grad():
+        assert (both_ways.text_tower(tokens) - both_ways.text_tower(tokens[:, :-1])).abs().max() > 1e-4
 
 
 def test_a_batch_without_captions_is_refused() -> None:

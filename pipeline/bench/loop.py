@@ -1,0 +1,182 @@
+"""What the training loop itself costs: the trainer's step, the engine's alone, and bare torch's, with next to no model.
+
+The three take turns within one run of the real trainer, whose data come from memory: between two of its steps the other two are
+done and timed. So what slows the machine slows all three.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from pipeline.bench.plain import Plain, Size, advance, alone, batch_of, engine_of
+from pipeline.data.views import Batch
+from pipeline.recipes.base import Step
+from pipeline.tracking import Journal
+from pipeline.training.checkpoint import Checkpoints
+from pipeline.training.control import StopRequests
+from pipeline.training.distributed import World
+from pipeline.training.rewind import LeftOut
+from pipeline.training.schedules import Schedules, constant
+from pipeline.training.timing import Phases
+from pipeline.training.trainer import Plan, Progress, Trainer
+from pipeline.training.watchdog import Watchdog
+
+_WARM = 5
+AIM = 1e-3  # seconds of a step
+_LR = 1e-4
+
+
+@dataclass(frozen=True)
+class Options:
+    """What is measured.
+
+    Attributes:
+        steps: that count.
+        log_every: steps from one line of the journal to the next.
+        size: of the method.
+    """
+
+    steps: int = 200
+    log_every: int = 10
+    size: Size = field(default_factory=Size)
+
+
+@dataclass(frozen=True)
+class Result:
+    """Processor seconds of each step.
+
+    Attributes:
+        trainer: the whole loop, journal and agreement of ranks included.
+        engine: forward, backward and step of the engine, and the teacher.
+        bare: the same in plain torch, without DeepSpeed.
+    """
+
+    trainer: list[float]
+    engine: list[float]
+    bare: list[float]
+
+    @property
+    def loop(self) -> float:
+        """What the trainer adds to the engine, seconds a step, between medians."""
+        return statistics.median(self.trainer) - statistics.median(self.engine)
+
+    @property
+    def deepspeed(self) -> float:
+        """What the engine adds to plain torch, seconds a step, between medians."""
+        return statistics.median(self.engine) - statistics.median(self.bare)
+
+
+class _Silent:
+    def step(self, done: int, total: int, loss: float, rate: float, scores: dict[str, float]) -> None: ...
+
+    def say(self, text: str) -> None: ...
+
+
+class _Turns:
+    """A stream from memory that times what happens between its batches, and lets the others have their turn."""
+
+    def __init__(self, batch: Batch, last: int, others: dict[str, Callable[[], None]]) -> None:
+        self._batch, self._last, self._others = batch, last, others
+        self.seconds: dict[str, list[float]] = {"trainer": [], **{name: [] for name in others}}
+        self.seconds_waited, self.usage = 0.0, {}
+
+    def __iter__(self) -> Iterator[tuple[int, list[Batch]]]:
+        for number in range(self._last):
+            begin = time.process_time()
+            yield number, [self._batch]
+            spent = {"trainer": time.process_time() - begin}
+            for name, act in self._others.items():
+                begin = time.process_time()
+                act()
+                spent[name] = time.process_time() - begin
+            if number >= _WARM:
+                for name, value in spent.items():
+                    self.seconds[name].append(value)
+
+    def close(self) -> None: ...
+
+
+def measure(options: Options, *, tell: Callable[[str], None] = lambda _: None) -> Result:
+    """Trains the smallest method with the real trainer on one rank of the CPU."""
+    size, batch = options.size, batch_of(options.size)
+    with alone() as folder:
+        recipe, twin, other = Plain(size), Plain(size), Plain(size)
+        engine, twins = engine_of(recipe, size), engine_of(twin, size)
+        at = Step(lr=_LR, last_layer_lr=_LR, momentum=0.99)
+        others = {"engine": lambda: advance(twins, twin, batch, at), "bare": _bare(other, batch, at)}
+        steps = _WARM + options.steps
+        turns: Any = _Turns(batch, steps, others)
+        world = World(0, 1, 0, torch.device("cpu"), None)
+        watchdog = Watchdog(folder / "logs", 0, 1)
+        journal = Journal(folder / "journal.jsonl")
+
+        def never() -> Progress:
+            raise AssertionError("nothing to go back to")
+
+        trainer = Trainer(
+            world=world,
+            recipe=recipe,
+            engine=engine,
+            schedules=Schedules(size.samples, 1000 * size.samples, constant(_LR), constant(0.0), constant(0.99)),
+            stream=lambda first, last: turns,
+            checkpoints=Checkpoints(folder / "checkpoints", keep_last=1),
+            evaluate=None,
+            data_state=lambda: {"seen": 0, "substituted": {}, "counts": {}, "samples": 0, "fingerprint": "", "quarantine": {}},
+            facts={"config": {}},
+            journal=journal,
+            watcher=_Silent(),
+            plan=Plan(steps, options.log_every, 0, 0, 3, seed=0),
+            requests=StopRequests(folder),
+            phases=Phases(world, watchdog),
+            left_out=LeftOut(folder / "left_out.json"),
+            go_back=never,
+        )
+        tell(f"{steps} steps, three times")
+        watchdog.start()
+        try:
+            trainer.run()
+        finally:
+            watchdog.stop()
+            journal.close()
+        engine.close()
+        twins.close()
+    return Result(**turns.seconds)
+
+
+def _bare(recipe: Plain, batch: Batch, at: Step) -> Callable[[], None]:
+    optimizer = torch.optim.AdamW(recipe.parameters(), lr=_LR)
+
+    def act() -> None:
+        torch.stack(list(recipe(batch, at).values())).sum().backward()
+        torch.nn.utils.clip_grad_norm_(recipe.parameters(), 3.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        recipe.after_step(at)
+
+    return act
+
+
+def markdown(result: Result, options: Options, machine: dict[str, str], command: str) -> str:
+    """The page that a person reads."""
+    lines = ["# What the training loop costs a step", "", f"`{command}`", "", *(f"- {n}: {v}" for n, v in machine.items())]
+    s = options.size
+    lines += [
+        f"- {s.depth} layers of {s.width}, {s.samples} samples, one rank, {options.steps} steps, a line every {options.log_every}"
+    ]
+    lines += ["", "| | CPU ms, median | 9 of 10 below |", "|---|---:|---:|"]
+    for name in ("bare", "engine", "trainer"):
+        values = sorted(getattr(result, name))
+        lines.append(f"| {name} | {statistics.median(values) * 1e3:.2f} | {values[int(0.9 * (len(values) - 1))] * 1e3:.2f} |")
+    verdict = "within" if result.loop <= AIM else "above"
+    lines += [
+        "",
+        f"The loop adds {result.loop * 1e3:.2f} ms to the engine's step, {verdict} the {AIM * 1e3:.0f} ms aimed at; "
+        f"DeepSpeed adds {result.deepspeed * 1e3:.2f} ms to plain torch.",
+    ]
+    return "\n".join(lines) + "\n"

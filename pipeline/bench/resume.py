@@ -1,0 +1,109 @@
+"""What it costs to go on from a checkpoint instead of beginning: engine, load and first step, against engine and first step."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+
+from pipeline.bench.plain import Plain, Size, advance, alone, batch_of, engine_of
+from pipeline.recipes.base import Step
+from pipeline.training import checkpoint, saved
+
+AIM = 1.2  # times a fresh start
+BYTES = 16  # of a trained parameter in a checkpoint: master, AdamW's two moments, teacher
+
+
+@dataclass(frozen=True)
+class Options:
+    """What is measured.
+
+    Attributes:
+        size: of the method.
+        rounds: that count, fresh and resumed in turns.
+    """
+
+    size: Size = field(default_factory=lambda: Size(width=512, depth=16, samples=256))
+    rounds: int = 5
+
+
+@dataclass(frozen=True)
+class Result:
+    """What was found.
+
+    Attributes:
+        parameters: of the student.
+        stored: bytes of the checkpoint.
+        fresh, resumed: wall seconds of each round from an untouched method to the end of its first step.
+    """
+
+    parameters: int
+    stored: int
+    fresh: list[float]
+    resumed: list[float]
+
+    @property
+    def ratio(self) -> float:
+        """The fastest resumed start over the fastest fresh one."""
+        return min(self.resumed) / min(self.fresh)
+
+
+def measure(options: Options, *, tell: Callable[[str], None] = lambda _: None) -> Result:
+    """Saves once, then starts in turns afresh and from what was saved."""
+    size, batch = options.size, batch_of(options.size)
+    at = Step(lr=1e-4, last_layer_lr=1e-4, momentum=0.99)
+    with alone() as folder:
+        tell("saving")
+        recipe = Plain(size)
+        engine = engine_of(recipe, size)
+        advance(engine, recipe, batch, at)
+        store = checkpoint.Checkpoints(folder / "checkpoints", keep_last=1)
+        facts = {"step": 1, "applied": 1, "skipped": 0, "scores": {}, "config": {}, "data": {}}
+        path = store.save(engine, recipe, facts)
+        store.close()
+        engine.close()
+        whole = saved.read(path)
+
+        def start(again: Path | None) -> float:
+            method = Plain(size)
+            begin = time.perf_counter()
+            started = engine_of(method, size)
+            if again is not None:
+                found = saved.read(again)
+                saved.verify(found)
+                checkpoint.load(found, started, method)
+            advance(started, method, batch, at)
+            spent = time.perf_counter() - begin
+            started.close()
+            return spent
+
+        tell("starting")
+        acts = {"fresh": partial(start, None), "resumed": partial(start, path)}
+        for act in acts.values():
+            act()
+        seconds: dict[str, list[float]] = {name: [] for name in acts}
+        for _ in range(options.rounds):
+            for name, act in acts.items():
+                seconds[name].append(act())
+    stored = sum(file["size"] for file in whole.manifest["files"])
+    return Result(sum(p.numel() for p in recipe.parameters()), stored, **seconds)
+
+
+def markdown(result: Result, options: Options, machine: dict[str, str], command: str) -> str:
+    """The page that a person reads."""
+    verdict = "within" if result.ratio <= AIM else "above"
+    lines = ["# Going on from a checkpoint", "", f"`{command}`", "", *(f"- {n}: {v}" for n, v in machine.items())]
+    lines += [
+        f"- {result.parameters:,} parameters; checkpoint {result.stored:,} bytes, "
+        f"{result.stored / result.parameters:.2f} a parameter ({BYTES} by formula)",
+        "",
+        "| from an untouched method to the end of its first step | s, fastest | s, slowest |",
+        "|---|---:|---:|",
+        f"| fresh | {min(result.fresh):.3f} | {max(result.fresh):.3f} |",
+        f"| from a checkpoint, verified | {min(result.resumed):.3f} | {max(result.resumed):.3f} |",
+        "",
+        f"{result.ratio:.2f} times a fresh start, {verdict} the {AIM} aimed at.",
+    ]
+    return "\n".join(lines) + "\n"
