@@ -255,9 +255,12 @@ def everything(
         ),
         (data, {**_DATA, **common}, {**_DATA, "images": 16, "rounds": 1, "batch": 8, "quick": True, **common}),
     ]
-    for act, large, small in acts:
-        _tell(f"bench {act.__name__}")
-        act(**(small if tiny else large), out=folder / act.__name__)
+    from pipeline.bench.plain import alone
+
+    with alone():  # one group for all: DeepSpeed cannot go on with a second one in the same process
+        for act, large, small in acts:
+            _tell(f"bench {act.__name__}")
+            act(**(small if tiny else large), out=folder / act.__name__)
 
 
 _HEADS: dict[str, Any] = {"prototypes": 65536, "samples": 16, "masked": 600, "rows": None, "rounds": 3}

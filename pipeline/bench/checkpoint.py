@@ -97,6 +97,8 @@ def measure(options: Options, *, tell: Callable[[str], None] = lambda _: None) -
     if options.device == "cuda" and not torch.cuda.is_available():
         raise ConfigError("there is no CUDA device here", where="--device", mend="Run it where there is one, or measure cpu.")
     with tempfile.TemporaryDirectory(prefix="fovea-bench-", dir=options.directory) as folder:
+        if dist.is_initialized():  # DeepSpeed cannot go on with a second group in one process
+            return _measure(options, Path(folder) / "checkpoints", dist.new_group(backend="gloo"), tell)
         backend = "nccl" if options.device == "cuda" else "gloo"
         dist.init_process_group(backend, init_method=f"file://{folder}/meet", rank=0, world_size=1)
         try:
