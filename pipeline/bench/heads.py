@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -60,7 +61,7 @@ def measure(options: Options, *, tell: Callable[[str], None] = lambda _: None) -
     """Compares results first, then times and memory; a faster wrong step does not count."""
     device = torch.device(options.device)
     torch.manual_seed(0)
-    sizes = {"hidden": options.hidden, "bottleneck": options.bottleneck, "prototypes": options.prototypes}
+    sizes: dict[str, Any] = {"hidden": options.hidden, "bottleneck": options.bottleneck, "prototypes": options.prototypes}
     head, teacher = (PrototypeHead(options.width, **sizes).to(device) for _ in range(2))
     teacher.requires_grad_(False)
     n = options.samples

@@ -84,7 +84,8 @@ class _Turns:
     def __init__(self, batch: Batch, last: int, others: dict[str, Callable[[], None]]) -> None:
         self._batch, self._last, self._others = batch, last, others
         self.seconds: dict[str, list[float]] = {"trainer": [], **{name: [] for name in others}}
-        self.seconds_waited, self.usage = 0.0, {}
+        self.seconds_waited = 0.0
+        self.usage: dict[str, float] = {}
 
     def __iter__(self) -> Iterator[tuple[int, list[Batch]]]:
         for number in range(self._last):
