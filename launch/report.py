@@ -28,6 +28,7 @@ _CURVES = (
     ("perf/images_per_second", "images per second"),
     ("perf/data_wait_share", "share of the time spent waiting for data"),
 )
+_CHOICES = ("/rate", "/layers", "/patches", "/cost", "/chosen_on", "_rank", "_p10")  # in the table, but no curve
 _ABSENT = "—"
 
 
@@ -193,26 +194,29 @@ def _curves(runs: Sequence[Told]) -> str:
         "<h2>Curves</h2>"
         + _figure("".join(drawn), "Upright dotted lines: a run was interrupted there, and resumed.", "curves")
         + _figure(
-            "".join(_chart(runs, name, name, dots=True) for name in _metrics(runs)) or '<p class="empty">nothing was judged</p>',
-            "Scores of evaluations during training, over samples seen.",
+            "".join(_chart(runs, name, name, small=True) for name in _metrics(runs)) or '<p class="empty">nothing was judged</p>',
+            "Scores of evaluations during training, over samples seen; all of them are in the table below.",
             "scores",
+            "small",
         )
     )
 
 
-def _figure(content: str, look: str, name: str) -> str:
-    return f'<figure id="{name}"><div class="pair">{content}</div><figcaption>{look}</figcaption></figure>'
+def _figure(content: str, look: str, name: str, kind: str = "pair") -> str:
+    return f'<figure id="{name}"><div class="{kind}">{content}</div><figcaption>{look}</figcaption></figure>'
 
 
 def _metrics(runs: Sequence[Told]) -> list[str]:
     names = dict.fromkeys(name for told in runs for name, points in told.scores.items() if len(points) > 1)
-    return [name for name in names if not name.startswith(("untrained/", "start/", "pixels/"))]
+    apart = ("untrained/", "start/", "pixels/", "segmentation/iou/")
+    return [name for name in names if not name.startswith(apart) and not name.endswith(_CHOICES)]
 
 
-def _chart(runs: Sequence[Told], metric: str, title: str, *, dots: bool = False) -> str:
-    lines = [Line(told.name, told.past.line(metric, told.batch), i % 3, dots) for i, told in enumerate(runs)]
+def _chart(runs: Sequence[Told], metric: str, title: str, *, small: bool = False) -> str:
+    lines = [Line(told.name, told.past.line(metric, told.batch), i % 3, small) for i, told in enumerate(runs)]
     marks = [(float(step * told.batch), f"{told.name}: {text}") for told in runs for step, text in told.past.resumes.items()]
-    return pictures.draw(Chart(title, [line for line in lines if line.points], marks=marks))
+    shown = [line for line in lines if line.points]
+    return pictures.draw(Chart(title, shown, marks=marks, width=360 if small else 520, height=180 if small else 280))
 
 
 def _evaluations(runs: Sequence[Told]) -> str:

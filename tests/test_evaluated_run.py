@@ -27,7 +27,7 @@ recipe:
 EVERYTHING = [
     "evaluation.knn.enabled=true",
     "evaluation.knn.k=[3]",
-    "evaluation.linear={enabled: true, every: 4 steps, rates: [0.1, 1.0], layers: [1], epochs: 2}",
+    "evaluation.linear={enabled: true, every: 4 steps, rates: [1.0, 10.0], layers: [1], epochs: 6, batch: 8}",
     "evaluation.logistic={enabled: true, every: 4 steps, costs: [1.0]}",
     "evaluation.retrieval={enabled: true, every: 2 steps}",
     "evaluation.robustness={enabled: true, every: 4 steps, epochs: 1, k: 3}",
@@ -47,6 +47,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     folder = tmp_path_factory.mktemp("evaluated")
     scenes.write(folder / "scenes", train=48, val=20, size=32, seed=3)
     toy = TOY[: TOY.index("recipe:")] + RECIPE + TOY[TOY.index("model:") :]
+    toy = toy.replace("model: {", "model: {layer_scale: 1.0, ")  # or all features are alike
     (folder / "toy.yaml").write_text(toy.replace("train: {", "train: {zero: 2, "))
     classes = sorted({scenes.render(3, number, 32).label for number in range(60)})
     (folder / "classes.txt").write_text("\n".join(f"thing {number}" for number in range(max(classes) + 1)))

@@ -47,7 +47,8 @@ def card(networks: Networks, *, layout: str, usage: str, notes: Sequence[str], l
         "standard deviation": ", ".join(map(str, p.std)),
         "patch": f"{networks.tower.patch} pixels",
     }
-    scores = {key: f"{value:.4f}" for key, value in sorted(manifest.get("scores", {}).items())}
+    known = manifest.get("scores", {})
+    scores = {key: f"{known[key]:.4f}" for key in sorted(manifest.get("judged", known)) if key in known}
     scored = f" (of step {manifest['scored']})" if manifest.get("scored", -1) >= 0 else ""
     parts = [
         f"---\n{yaml.safe_dump(head, sort_keys=False)}---",

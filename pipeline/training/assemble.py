@@ -92,7 +92,7 @@ def make_plan(config: Config, order: Order | Mixture, run: RunDirectory, attempt
         rewind_margin=config.health.rewind_margin,
         max_rewinds=config.health.max_rewinds,
         asynchronous=config.checkpoint.asynchronous,
-        save_evaluated=config.checkpoint.keep_best is not None and bool(config.evaluation.enabled),
+        save_evaluated=config.checkpoint.keep_best,
     )
 
 
@@ -339,5 +339,6 @@ def _restore(saved: Saved, engine: Engine, recipe: Recipe, ledger: Ledger, input
         skipped=m["skipped"],
         scores=dict(m["scores"]),
         scored=int(m.get("scored", -1)),
+        judged=tuple(m.get("judged", m["scores"])),
         seconds=float(m["seconds"]),
     )

@@ -36,6 +36,8 @@ class Mark:
         """The mark of a checkpoint by its manifest."""
         step = int(manifest["step"])
         scores = manifest.get("scores", {}) if manifest.get("scored", step) == step else {}
+        if "judged" in manifest:  # each evaluation has its own distance: others of the scores are older
+            scores = {metric: value for metric, value in scores.items() if metric in manifest["judged"]}
         return cls(name, step, int(manifest.get("serial", 0)), scores)
 
 

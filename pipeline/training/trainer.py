@@ -49,7 +49,7 @@ class Plan:
         rewind_margin: steps before them that are left out as well.
         max_rewinds: how often.
         asynchronous: whether checkpoints are written while training goes on.
-        save_evaluated: whether each evaluation is followed by a checkpoint, so that the best one can be kept.
+        save_evaluated: the metric whose measurement is followed by a checkpoint, so that the best one can be kept.
     """
 
     steps: int
@@ -63,7 +63,7 @@ class Plan:
     rewind_margin: int = 0
     max_rewinds: int = 0
     asynchronous: bool = False
-    save_evaluated: bool = False
+    save_evaluated: str | None = None
 
 
 @dataclass
@@ -76,6 +76,7 @@ class Progress:
         skipped: steps left out because something was not finite.
         scores: the last evaluation, by metric.
         scored: the step it was made at, -1 for none.
+        judged: the metrics that were measured at that step; others of ``scores`` are older.
         seconds: wall time that advanced training, over all attempts.
     """
 
@@ -84,6 +85,7 @@ class Progress:
     skipped: int = 0
     scores: dict[str, float] = field(default_factory=dict)
     scored: int = -1
+    judged: tuple[str, ...] = ()
     seconds: float = 0.0
 
 
@@ -221,7 +223,7 @@ class Trainer:
                     self._evaluate()
                 stop = self.requests.agreed(self.world.control, self.checkpoints.state)
                 self._tell(self.checkpoints.poll(self.requests.saving))
-                evaluated = self.plan.save_evaluated and p.scored == p.step
+                evaluated = p.scored == p.step and self.plan.save_evaluated in p.judged
                 if stop or evaluated or self.requests.save or _due(p.step, self.plan.checkpoint_every, self.plan.steps):
                     saved_at = self._save(beside=self.plan.asynchronous and not stop and p.step < self.plan.steps)
                 if stop:
@@ -331,7 +333,7 @@ class Trainer:
         if not scores:
             return
         self.progress.scores.update(scores)
-        self.progress.scored = self.progress.step
+        self.progress.scored, self.progress.judged = self.progress.step, tuple(scores)
         if self.journal is not None:
             self.journal.metrics(self.progress.step, scores)
 
@@ -349,6 +351,7 @@ class Trainer:
             "samples_seen": p.step * self.schedules.global_batch,
             "scores": dict(p.scores),
             "scored": p.scored,
+            "judged": list(p.judged),
             "seconds": p.seconds,
             "data": self.data_state(),
         }

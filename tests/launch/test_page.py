@@ -21,6 +21,7 @@ from launch import evaluate, page, pictures
 from launch.pictures import Chart, Line
 from pipeline.config import Loaded
 from pipeline.errors import CheckpointError
+from pipeline.evaluation.principal import principal
 from pipeline.training.assemble import make_recipe
 from pipeline.training.inputs import prepare
 from pipeline.training.run import RunDirectory
@@ -223,17 +224,17 @@ def test_principal_directions_give_like_tokens_like_colours() -> None:
     generator = torch.Generator().manual_seed(0)
     kinds = torch.randint(0, 4, (5, 9), generator=generator)
     centres = torch.randn(4, 16, generator=generator)
-    colours, share = evaluate.principal(3.0 + centres[kinds])
+    colours, share = principal(3.0 + centres[kinds])
     assert colours.shape == (5, 9, 3) and colours.min() >= 0 and colours.max() <= 1
     assert math.isclose(share, 1.0, rel_tol=1e-6), "four points lie in three directions"
     for kind in range(4):
         alike = colours[(kinds == kind).numpy()]
         assert np.ptp(alike, axis=0).max() < 1e-4
-    again, _ = evaluate.principal(3.0 + centres[kinds])
+    again, _ = principal(3.0 + centres[kinds])
     assert np.array_equal(colours, again)
     wide = torch.randn(50, 9, 16, generator=generator)
     wide[..., 0] *= 100
-    assert evaluate.principal(wide)[1] > 0.99
+    assert principal(wide)[1] > 0.99
 
 
 # ---- charts -------------------------------------------------------------------------------------------------------------

@@ -88,3 +88,9 @@ def test_best_json_is_replaced_whole_and_its_absence_or_damage_is_no_fault(tmp_p
     assert read_best(tmp_path) == {"checkpoint": "step_000000007", "step": 7, "metric": "knn/k20", "score": 0.25}
     assert json.loads((tmp_path / "best.json").read_text())
     assert [path.name for path in tmp_path.iterdir()] == ["best.json"]
+
+
+def test_a_score_that_was_measured_earlier_is_not_this_checkpoints() -> None:
+    manifest = {"step": 2, "scored": 2, "scores": {"knn/k10": 0.4, "linear/top1": 0.9}, "judged": ["knn/k10"]}
+    assert Mark.of("two", manifest).scores == {"knn/k10": 0.4}
+    assert Mark.of("two", {**manifest, "step": 3}).scores == {}
