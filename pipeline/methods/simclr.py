@@ -34,8 +34,8 @@ class SimclrSettings(TwoViewSettings):
     head_out: Count = Field(default=128, description="features that are compared")
     accumulation: Literal["exact", "plain"] = Field(
         default="exact",
-        description="micro-batches: exact compares each view with those of the whole global batch, at the cost of another forward "
-        "pass (norms over a batch still see only their micro-batch); plain compares it with those of its micro-batch only",
+        description="micro-batches: exact compares each view with those of the whole global batch, at the cost of another "
+        "forward pass (a norm over the batch sees its micro-batch only); plain compares it with those of its micro-batch only",
     )
 
     @model_validator(mode="after")

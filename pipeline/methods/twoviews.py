@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -65,6 +65,15 @@ class TwoViewSettings(RecipeSettings):
     layer_decay: Share = Field(default=1.0, description="learning-rate factor from one block to the block below")
     patch_embed_lr_scale: NonNegative = Field(default=1.0, description="learning-rate factor of the patch embedding")
     clip_norm: Positive | None = Field(default=None, description="largest L2 norm of the gradient; null means no clipping")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _as_the_method_has_it(cls, values: Any) -> Any:
+        """What a section leaves out is this method's default, not that of another that shares the section."""
+        if not isinstance(values, dict):
+            return values
+        whole = {name: cls.model_fields[name].default.model_dump() for name in ("views", "augment")}
+        return values | {name: whole[name] | values[name] for name in whole if isinstance(values.get(name), dict)}
 
     @property
     def hue(self) -> Literal["hsv", "yiq", "off"]:

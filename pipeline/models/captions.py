@@ -14,7 +14,7 @@ from typing_extensions import override
 from pipeline.models.text import END, VOCABULARY, TextBlock, TextTower
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, heads: int, mask: Tensor | None = None) -> Tensor:
+def attend(q: Tensor, k: Tensor, v: Tensor, *, heads: int, mask: Tensor | None = None) -> Tensor:
     """Attention of ``[batch, n, width]`` to ``[batch, m, width]``; ``mask`` is bool, true where one sees the other."""
     q, k, v = (x.unflatten(2, (heads, -1)).transpose(1, 2) for x in (q, k, v))
     if q.device.type == "cpu" and q.dtype == torch.bfloat16:  # no fast backward of the fused kernel, see VisionTower
@@ -46,10 +46,10 @@ class MaskedBlock(TextBlock):
 
     def forward(self, x: Tensor, mask: Tensor | None = None, context: Tensor | None = None) -> Tensor:
         """``[batch, tokens, width]`` to the same; ``mask`` is bool ``[batch or 1, 1, tokens, tokens]``."""
-        x = x + self.proj(attend(*self.qkv(self.norm1(x)).chunk(3, dim=2), self.heads, mask))
+        x = x + self.proj(attend(*self.qkv(self.norm1(x)).chunk(3, dim=2), heads=self.heads, mask=mask))
         if self.looks and context is not None:
             keys, values = self.key_value(self.norm_other(context)).chunk(2, dim=2)
-            x = x + self.cross_proj(attend(self.query(self.norm_own(x)), keys, values, self.heads))
+            x = x + self.cross_proj(attend(self.query(self.norm_own(x)), keys, values, heads=self.heads))
         hidden = self.fc1(self.norm2(x))
         hidden = hidden * torch.sigmoid(1.702 * hidden) if self.quick_gelu else F.gelu(hidden)
         return x + self.fc2(hidden)
@@ -77,7 +77,7 @@ class Pooler(nn.Module):
         """``[batch, tokens, width]`` to ``[batch, queries, width]``."""
         keys, values = self.key_value(self.norm(x)).chunk(2, dim=2)
         asked = self.query(self.norm_own(self.queries)).expand(len(x), -1, -1)
-        pooled: Tensor = self.norm_out(self.proj(attend(asked, keys, values, self.heads)))
+        pooled: Tensor = self.norm_out(self.proj(attend(asked, keys, values, heads=self.heads)))
         return pooled
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Literal
 
 import torch
@@ -28,12 +29,12 @@ def mlp(
         widths: features in, hidden, out.
         norm: of the hidden layers, and of the last if it has one.
         last: what follows the last layer: the norm, the norm without weights of its own, or nothing.
-        bias: whether hidden layers have one.
+        bias: whether hidden layers have one, unless a batch norm follows, which takes it off again.
         last_bias: whether the last layer has.
     """
     layers = nn.Sequential()
-    for before, after in zip(widths[:-2], widths[1:-1], strict=True):
-        layers.append(nn.Linear(before, after, bias=bias))
+    for before, after in pairwise(widths[:-1]):
+        layers.append(nn.Linear(before, after, bias=bias and norm != "batch"))
         layers.extend([*_norm(norm, after), nn.ReLU()])
     layers.append(nn.Linear(widths[-2], widths[-1], bias=last_bias))
     if last != "none":

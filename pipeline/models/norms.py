@@ -23,9 +23,9 @@ class GlobalBatchNorm(nn.SyncBatchNorm):
     def forward(self, input: Tensor) -> Tensor:
         """``[batch, channels, ...]`` to the same, in its type."""
         together = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
-        if not together or not self.training or input.is_cuda:
-            if self.training and not together and input.numel() == input.shape[1]:
-                raise ValueError("batch norm of a single number a channel")
+        if not together or not self.training:
+            return nn.modules.batchnorm._BatchNorm.forward(self, input)
+        if input.is_cuda:
             return super().forward(input)
         dims = [0, *range(2, input.ndim)]
         shape = [1, -1] + [1] * (input.ndim - 2)
@@ -34,6 +34,8 @@ class GlobalBatchNorm(nn.SyncBatchNorm):
         mean = _Sum.apply(x.sum(dims)) / count
         away = x - mean.view(shape)
         variance = _Sum.apply(away.square().sum(dims)) / count
+        if self.num_batches_tracked is not None:
+            self.num_batches_tracked += 1
         if self.running_mean is not None and self.running_var is not None and self.momentum:
             with torch.no_grad():
                 self.running_mean.lerp_(mean.to(self.running_mean), self.momentum)

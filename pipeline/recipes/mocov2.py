@@ -1,5 +1,4 @@
-"""MoCo v2 (Chen, Fan, Girshick & He, "Improved baselines with momentum contrastive learning", arXiv 2003.04297; arXiv
-1911.05722).
+"""MoCo v2 (Chen, Fan, Girshick & He, "Improved baselines with momentum contrastive learning", arXiv 2003.04297).
 
 A query, the student's first view, has to find its key, the teacher's second view, among the keys of many earlier pictures that a
 queue remembers. So negatives are many though batches are small.

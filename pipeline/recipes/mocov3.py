@@ -61,8 +61,8 @@ class MoCoV3(TwoViews):
         super().__init__(backbone, s, out=s.head_out)
         hidden = (s.head_hidden,) * (s.head_layers - 1)
         self.projector = mlp((backbone.width, *hidden, s.head_out), norm=s.head_norm, last="plain_norm", bias=False)
-        after = "plain_norm" if s.predictor_norm else "none"
-        self.predictor = mlp((s.head_out, s.head_hidden, s.head_out), norm=s.head_norm, last=after, bias=False)
+        widths = (s.head_out, s.head_hidden, s.head_out)
+        self.predictor = mlp(widths, norm=s.head_norm, last="plain_norm" if s.predictor_norm else "none", bias=False)
         self.teacher: Teacher = Teacher(backbone=backbone, projector=self.projector)
         self.batch_coupled = self.sees_batches()
         self._keys: deque[_Keys] = deque()

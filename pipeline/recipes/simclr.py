@@ -68,7 +68,7 @@ class SimCLR(TwoViews):
                 kept.append(self.features(batch))
         whole = [torch.cat(parts).requires_grad_() for parts in zip(*kept, strict=True)]
         with torch.enable_grad():
-            value = losses.nt_xent(*whole, self.settings.temperature)
+            value = losses.nt_xent(whole[0], whole[1], self.settings.temperature)
             slopes = torch.autograd.grad(value, whole)
         pieces = [(slope * len(batches)).chunk(len(batches)) for slope in slopes]
         self._replays.extend(Replay(value.detach(), own, ()) for own in zip(*pieces, strict=True))
@@ -79,7 +79,7 @@ class SimCLR(TwoViews):
         views = self.features(batch)
         self.watch(views)
         if not self._replays:
-            return {"contrastive": losses.nt_xent(*views, self.settings.temperature)}
+            return {"contrastive": losses.nt_xent(views[0], views[1], self.settings.temperature)}
         replay = self._replays.popleft()
         linear = torch.stack([(view * slope).sum() for view, slope in zip(views, replay.features, strict=True)]).sum()
         return {"contrastive": replay.value + (linear - linear.detach())}

@@ -142,7 +142,7 @@ def _window(size: int) -> int:
 def _remedy(illness: str, step: Step) -> str:
     if illness == NARROW:
         return (
-            f"all pictures look alike to the network: lower optim.lr ({step.lr:.2g} here) or lengthen schedule.lr.warmup; a method "
-            "without negatives also needs its predictor and a teacher that does not stand still"
+            f"all pictures look alike to the network: lower optim.lr ({step.lr:.2g} here) or lengthen schedule.lr.warmup; a "
+            "method without negatives also needs its predictor and a teacher that does not stand still"
         )
     return f"the steps are too large (optim.lr is {step.lr:.2g} here): lower optim.lr, or lengthen schedule.lr.warmup"

@@ -158,8 +158,11 @@ class Evaluations:
         )
 
     def _features(self, images: Tensor) -> Tensor:
+        training = self._backbone.training  # a student is: its batch norms and dropped paths would see the judged pictures
+        self._backbone.eval()
         with _autocast(self._config, self._device):
             features: Tensor = self._backbone(images).cls
+        self._backbone.train(training)
         return features
 
     def __call__(self) -> dict[str, float]:
