@@ -94,9 +94,10 @@ def fill_trained(recipe: Recipe, saved: Saved) -> None:
         recipe.teacher.load_state_dict(dict(read_teacher(saved)))
     if any(id(p) in exported for p in student.values()):
         _fitting(student, trainable, saved, "student's")
+        whole = {**student, **dict(recipe.named_buffers())}  # batch norms keep their means there
         with torch.no_grad():
             for name, tensor in read_student(saved):
-                student[name].copy_(tensor)
+                whole[name].copy_(tensor)
 
 
 def _fitting(own: Mapping[str, Tensor], trainable: set[str], saved: Saved, whose: str) -> None:

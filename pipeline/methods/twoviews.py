@@ -72,8 +72,12 @@ class TwoViewSettings(RecipeSettings):
         """What a section leaves out is this method's default, not that of another that shares the section."""
         if not isinstance(values, dict):
             return values
-        whole = {name: cls.model_fields[name].default.model_dump() for name in ("views", "augment")}
-        return values | {name: whole[name] | values[name] for name in whole if isinstance(values.get(name), dict)}
+        found = dict(values)
+        for name in ("views", "augment"):
+            if isinstance(values.get(name), dict):
+                given = {key: tuple(value) if isinstance(value, list) else value for key, value in values[name].items()}
+                found[name] = cls.model_fields[name].default.model_dump() | given
+        return found
 
     @property
     def hue(self) -> Literal["hsv", "yiq", "off"]:

@@ -58,7 +58,11 @@ class PairJudge(nn.Module):
 
     def __init__(self, width: int, hidden: int = 256) -> None:
         super().__init__()
-        self.first, self.second, self.last = _Layer(2 * width, hidden), _Layer(hidden, hidden), _Layer(hidden, 1)
+        self.first, self.second, self.last = (
+            _Layer(2 * width, hidden, bias=False),
+            _Layer(hidden, hidden, bias=False),
+            _Layer(hidden, 1),
+        )
         # Without weights of their own: what a frozen pass may not move is then in the layers alone.
         self.norms = nn.ModuleList(GlobalBatchNorm(hidden, affine=False) for _ in range(2))
 
@@ -77,5 +81,6 @@ class PairJudge(nn.Module):
 
 class _Layer(nn.Linear):
     def forward(self, input: Tensor, frozen: bool = False) -> Tensor:
-        weight, bias = (self.weight.detach(), self.bias.detach()) if frozen else (self.weight, self.bias)
-        return F.linear(input, weight, bias)
+        if not frozen:
+            return super().forward(input)
+        return F.linear(input, self.weight.detach(), self.bias.detach() if self.bias is not None else None)

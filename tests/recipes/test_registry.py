@@ -105,12 +105,12 @@ def compare(ranks: list[dict[str, Any]], expected: dict[str, Any]) -> None:
     assert found.keys() == slopes.keys()
     largest = max(float(slope.abs().max()) for slope in slopes.values())
     for parameter, slope in slopes.items():
-        near = max(1e-4 * float(slope.abs().max()), 2e-6 * largest)
+        near = max(1e-4 * float(slope.abs().max()), 1e-5 * largest)  # what a batch norm takes off again has a slope of rounding
         torch.testing.assert_close(found[parameter], slope, atol=near, rtol=0, msg=lambda m, n=parameter: f"{n}: {m}")
     for rank in ranks:
         assert rank["state"].keys() == expected["state"].keys()
         for key, value in expected["state"].items():
-            torch.testing.assert_close(rank["state"][key], value, atol=2e-5, rtol=1e-4, msg=lambda m, n=key: f"{n}: {m}")
+            torch.testing.assert_close(rank["state"][key], value, atol=2e-4, rtol=1e-4, msg=lambda m, n=key: f"{n}: {m}")
 
 
 @pytest.mark.parametrize("name", METHODS)
