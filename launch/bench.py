@@ -109,7 +109,7 @@ def methods(
 
     fovea bench methods simclr byol --minutes 5
     """
-    from pipeline.bench.methods import configs, measure, save
+    from pipeline.bench.methods import Row, configs, line, measure, save
 
     known = configs()
     for name in names or ():
@@ -120,15 +120,12 @@ def methods(
 
         write(directory / "scenes", train=8000, val=1000)
         shards = f"{directory / 'scenes'}/*train-*.tar"
-    rows = measure(
-        names or list(known),
-        shards,
-        minutes=minutes,
-        ranks=ranks,
-        directory=directory,
-        tell=lambda sentence: print(sentence, file=sys.stderr),
-    )
     stem = out or Path("bench-results") / f"methods-{datetime.now(UTC):%Y%m%d-%H%M}"
-    document, page = save(rows, stem, shlex.join(["fovea", *sys.argv[1:]]), minutes)
+    document = page = stem
+    rows: list[Row] = []
+    for row in measure(names or list(known), shards, minutes=minutes, ranks=ranks, directory=directory):
+        print(line(row), file=sys.stderr)
+        rows.append(row)
+        document, page = save(rows, stem, shlex.join(["fovea", *sys.argv[1:]]), minutes)
     print(page.read_text())
     print(f"wrote {document} and {page}", file=sys.stderr)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -56,10 +56,8 @@ def configs() -> dict[str, str]:
     return found
 
 
-def measure(
-    methods: Sequence[str], shards: str, *, minutes: float, ranks: int, directory: Path, tell: Callable[[str], None]
-) -> list[Row]:
-    """Trains one method after another for about as long.
+def measure(methods: Sequence[str], shards: str, *, minutes: float, ranks: int, directory: Path) -> Iterator[Row]:
+    """Trains one method after another for about as long; each comes when it is done.
 
     Args:
         methods: names, of those in :func:`configs`.
@@ -67,17 +65,12 @@ def measure(
         minutes: of training, for each.
         ranks: processes.
         directory: where the runs go.
-        tell: takes a line after each method.
     """
-    rows = []
     for method in methods:
         try:
-            row = _one(method, shards, minutes, ranks, directory / method)
+            yield _one(method, shards, minutes, ranks, directory / method)
         except FoveaError as error:
-            row = Row(method, configs()[method], failed=str(error))
-        tell(_line(row))
-        rows.append(row)
-    return rows
+            yield Row(method, configs()[method], failed=str(error))
 
 
 def _one(method: str, shards: str, minutes: float, ranks: int, directory: Path) -> Row:
@@ -122,7 +115,8 @@ def _run(words: Sequence[str]) -> None:
         raise TrainingError(f"`fovea {words[0]} {words[1]}` ended with {done.returncode}: {last}", where="fovea bench methods")
 
 
-def _line(row: Row) -> str:
+def line(row: Row) -> str:
+    """One row in words."""
     if row.failed:
         return f"{row.method}: {row.failed}"
     return f"{row.method}: k-NN {row.knn:.1%} after {row.samples} samples in {row.seconds:.0f} s"
