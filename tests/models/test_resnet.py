@@ -38,7 +38,7 @@ def test_a_small_stem_keeps_small_pictures_large() -> None:
 def test_other_names_are_other_things() -> None:
     assert isinstance(build_trunk(VIT, image_size=16), VisionTower)
     with pytest.raises(ConfigError, match="no plain ResNet"):
-        build_trunk(ModelSettings(timm="seresnet50"), image_size=64)
+        build_trunk(ModelSettings(timm="resnetv2_50"), image_size=64)
 
 
 def test_positions_of_sines_tell_row_from_column_and_stand_still() -> None:
