@@ -185,12 +185,20 @@ def first_steps(name: str, zero: Literal[0, 1, 2, 3], accumulation: int = 1, ste
 
 
 def interrupted(
-    name: str, zero: Literal[0, 1, 2, 3], directory: str, *, load_at: int | None, until: int, save_at: int | None, seed: int
+    name: str,
+    zero: Literal[0, 1, 2, 3],
+    directory: str,
+    *,
+    load_at: int | None,
+    until: int,
+    save_at: int | None,
+    seed: int,
+    **changes: Any,
 ) -> dict[str, Any]:
     """On a rank: steps from a checkpoint, or from the beginning."""
     from pipeline.training import checkpoint, saved
 
-    made = recipe(name, seed)
+    made = recipe(name, seed, **changes)
     engine = engine_of(made, zero)
     folder = Path(directory)
     if load_at is not None:
