@@ -298,3 +298,42 @@ def _keep(name: str, out: Path | None, page: Any, document: dict[str, Any]) -> N
     stem.with_suffix(".md").write_text(text)
     stem.with_suffix(".json").write_text(dumps({"command": command, "machine": machine, **document}, indent=2) + "\n")
     print(f"wrote {stem.with_suffix('.md')}", file=sys.stderr)
+
+
+@app.command()
+def methods(
+    names: Annotated[list[str] | None, typer.Argument(help="Methods; by default all that have a config for scenes.")] = None,
+    minutes: Annotated[float, typer.Option(min=0.05, help="Minutes of training for each method.")] = 2.0,
+    shards: Annotated[str | None, typer.Option(help="Training shards of scenes; by default they are drawn.")] = None,
+    ranks: Annotated[int, typer.Option(min=1, help="Processes of a run.")] = 2,
+    directory: Annotated[Path, typer.Option(help="Folder of the runs, which should be new.")] = Path("runs/bench-methods"),
+    out: Annotated[Path | None, typer.Option(help="Where the results go, without ending.")] = None,
+) -> None:
+    """What each method learns of the same drawn scenes in the same time: k-NN and zero-shot in one table.
+
+    [b]Examples[/b]
+
+    fovea bench methods --minutes 2
+
+    fovea bench methods simclr byol --minutes 5
+    """
+    from pipeline.bench.methods import Row, configs, line, measure, save
+
+    known = configs()
+    for name in names or ():
+        if name not in known:
+            raise ConfigError(f"there is no scenes config of {name!r}", where="methods", mend=f"Choose of {', '.join(known)}.")
+    if shards is None:
+        from pipeline.data.scenes import write
+
+        write(directory / "scenes", train=8000, val=1000)
+        shards = f"{directory / 'scenes'}/*train-*.tar"
+    stem = out or Path("bench-results") / f"methods-{datetime.now(UTC):%Y%m%d-%H%M}"
+    document = page = stem
+    rows: list[Row] = []
+    for row in measure(names or list(known), shards, minutes=minutes, ranks=ranks, directory=directory):
+        print(line(row), file=sys.stderr)
+        rows.append(row)
+        document, page = save(rows, stem, shlex.join(["fovea", *sys.argv[1:]]), minutes)
+    print(page.read_text())
+    print(f"wrote {document} and {page}", file=sys.stderr)

@@ -368,7 +368,13 @@ def _check_model(config: Config) -> Iterator[tuple[str, str]]:
             yield "model", f"model.{missing[0]} is required: give model.timm, or all of model.width, depth, heads and patch"
         elif model.width and model.heads and model.width % model.heads:
             yield "model.width", f"model.width = {model.width}: does not divide by model.heads = {model.heads}"
+        if model.stem == "small":
+            yield "model.stem", "model.stem = small: is a ResNet's; give model.timm, or choose patch or conv"
         return
+    if "resnet" in model.timm:
+        if model.stem == "conv":
+            yield "model.stem", "model.stem = conv: is a transformer's; choose patch (as timm has it) or small"
+        model = model.model_copy(update={"stem": "patch"})
     names = ("mlp_ratio", "registers", "stem", "ffn", "positions", "rope_base")
     fixed = {**shape, **{name: getattr(model, name) for name in names}}
     for name, value in fixed.items():

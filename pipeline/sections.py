@@ -15,7 +15,7 @@ class ModelSettings(Settings):
     """The vision tower: a timm name, or an architecture spelled out by width, depth, heads and patch."""
 
     timm: str | None = Field(
-        default=None, description="name of a timm vision transformer; then the architecture's fields stay unset"
+        default=None, description="name of a timm vision transformer or ResNet; then the architecture's fields stay unset"
     )
     width: Count | None = Field(default=None, description="width of a token")
     depth: Count | None = Field(default=None, description="transformer blocks")
@@ -23,8 +23,10 @@ class ModelSettings(Settings):
     patch: Count | None = Field(default=None, description="side of a patch, pixels")
     mlp_ratio: Positive = Field(default=4.0, description="hidden width of a block's MLP over the token width")
     registers: int = Field(default=0, ge=0, le=64, description="register tokens")
-    stem: Literal["patch", "conv"] = Field(
-        default="patch", description="patch embedding: one convolution, or a stack of 3x3 ones"
+    stem: Literal["patch", "conv", "small"] = Field(
+        default="patch",
+        description="patch embedding: one convolution, or a stack of 3x3 ones; of a ResNet, small is one 3x3 convolution and no "
+        "pooling, for pictures of 32 pixels",
     )
     ffn: Literal["mlp", "swiglu"] = Field(default="mlp", description="kind of feed-forward layer")
     layer_scale: Positive | None = Field(default=1e-5, description="initial scale of a block's branches; null means none")

@@ -126,10 +126,11 @@ class DataSettings(Settings):
 class OptimSettings(Settings):
     """The optimizer."""
 
-    name: Literal["adamw", "lamb", "lars"] = Field(
-        default="adamw", description="the optimizer; lars has its uses for convolutions with batch norm, not for transformers"
+    name: Literal["adamw", "lamb", "lars", "sgd"] = Field(
+        default="adamw",
+        description="the optimizer; lars and sgd have their uses for convolutions with batch norm, not for transformers",
     )
-    momentum: Probability = Field(default=0.9, description="LARS: share of the old velocity kept")
+    momentum: Probability = Field(default=0.9, description="LARS and SGD: share of the old velocity kept")
     trust: Positive = Field(default=1e-3, description="LARS: the trust coefficient eta")
     lr: Positive = Field(default=2e-4, description="base learning rate, before lr_rule")
     lr_rule: Literal["sqrt1024", "linear256", "none"] = Field(

@@ -6,6 +6,15 @@ from pipeline.losses.distill import cross_entropy, masked_patches, multi_crop
 from pipeline.losses.gram import gram
 from pipeline.losses.health import effective_rank
 from pipeline.losses.koleo import koleo, koleo_across_ranks
+from pipeline.losses.pairs import (
+    cosine_regression,
+    info_nce,
+    momentum_contrast,
+    nt_xent,
+    queue_contrast,
+    repulsion,
+    same_or_not,
+)
 from pipeline.losses.prototypes import (
     SAME_VIEW,
     Pairing,
@@ -17,6 +26,7 @@ from pipeline.losses.prototypes import (
     rows_at_once,
 )
 from pipeline.losses.sinkhorn import potential_over_pieces, sinkhorn, sinkhorn_potential
+from pipeline.losses.tokens import mean_over_ranks, token_cross_entropy
 
 __all__ = [
     "SAME_VIEW",
@@ -26,23 +36,32 @@ __all__ = [
     "batch_center",
     "centered_targets",
     "clip_loss",
+    "cosine_regression",
     "cross_entropy",
     "effective_rank",
     "gathered",
     "global_mean",
     "gram",
+    "info_nce",
     "koleo",
     "koleo_across_ranks",
     "logit_pieces",
     "masked_patches",
+    "mean_over_ranks",
+    "momentum_contrast",
     "moved_center",
     "multi_crop",
     "multi_crop_pairings",
+    "nt_xent",
     "place",
     "potential_over_pieces",
     "prototype_cross_entropy",
+    "queue_contrast",
+    "repulsion",
     "rows_at_once",
+    "same_or_not",
     "siglip_loss",
     "sinkhorn",
     "sinkhorn_potential",
+    "token_cross_entropy",
 ]

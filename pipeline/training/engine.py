@@ -30,7 +30,7 @@ from pipeline.errors import TrainingError
 from pipeline.models.groups import ParameterGroup
 from pipeline.recipes.base import Recipe, Step
 from pipeline.training.layout import ADAM, Flat, Fragment, Layout, Partitioned, Whole, piece_of
-from pipeline.training.optimizers import Lamb, Lars, Layerwise
+from pipeline.training.optimizers import Lamb, Lars, Layerwise, Sgd
 from pipeline.training.tuning import communication
 
 os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
@@ -62,8 +62,9 @@ class EngineOptions:
         betas, eps: AdamW's.
         clip_norm: largest L2 norm of a gradient, ``None`` for no clipping.
         clip_scope: ``network`` clips each of the recipe's networks by its own norm, ``global`` all together.
-        optimizer: ``adamw``, ``lamb`` or ``lars``.
-        momentum, trust: LARS's.
+        optimizer: ``adamw``, ``lamb``, ``lars`` or ``sgd``.
+        momentum: of LARS and SGD.
+        trust: LARS's.
     """
 
     zero: Literal[0, 1, 2, 3]
@@ -74,7 +75,7 @@ class EngineOptions:
     eps: float
     clip_norm: float | None
     clip_scope: Literal["network", "global"]
-    optimizer: Literal["adamw", "lamb", "lars"] = "adamw"
+    optimizer: Literal["adamw", "lamb", "lars", "sgd"] = "adamw"
     momentum: float = 0.9
     trust: float = 1e-3
 
@@ -273,6 +274,8 @@ def _optimizer(options: EngineOptions, groups: list[ParameterGroup], device: tor
     chosen = [{"params": list(g.params), "lr": 0.0, "weight_decay": 0.0, "adapt": g.wd_scale > 0} for g in groups]
     if options.optimizer == "lars":
         return Lars(chosen, momentum=options.momentum, trust=options.trust)
+    if options.optimizer == "sgd":
+        return Sgd(chosen, momentum=options.momentum)
     if options.optimizer == "lamb":
         return Lamb(chosen, betas=options.betas, eps=options.eps)
     return torch.optim.AdamW(chosen, lr=0.0, betas=options.betas, eps=options.eps, fused=device.type == "cuda")

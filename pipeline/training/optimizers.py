@@ -129,6 +129,14 @@ class Lars(Layerwise):
         return self.trust * weight / direction
 
 
+class Sgd(Lars):
+    """Gradient descent with momentum, MoCo's: LARS whose every trust ratio is 1."""
+
+    def ratio(self, weight: Tensor, direction: Tensor) -> Tensor:
+        """Ones."""
+        return torch.ones_like(weight)
+
+
 class Lamb(Layerwise):
     """Layer-wise adaptive moments (You et al. 2020, arXiv 1904.00962): Adam's direction and decay, scaled to the weight's norm.
 

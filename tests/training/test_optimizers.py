@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from pipeline.training.optimizers import Lamb, Lars, Layerwise, Segment
+from pipeline.training.optimizers import Lamb, Lars, Layerwise, Segment, Sgd
 from tests.pool import pool
 from tests.training.test_engine import STEPS, _train, compare, mean_terms
 from tests.training.toy import by_torch
@@ -54,6 +54,21 @@ def test_a_step_of_lamb_is_adams_direction_scaled_to_the_weights_norm() -> None:
     direction = torch.tensor([[1.0, -1.0], [1.0, 1.0]]) + 0.1 * before
     torch.testing.assert_close(w.detach(), before - 0.01 * (5.0 / direction.norm()) * direction)
     torch.testing.assert_close(v.detach(), torch.tensor([0.99, 1.01]))
+
+
+def test_gradient_descent_is_torchs() -> None:
+    torch.manual_seed(0)
+    start, slopes = torch.randn(3, 4), torch.randn(3, 3, 4)
+    results = []
+    for ours in (True, False):
+        w = start.clone().requires_grad_()
+        groups = [{"params": [w], "lr": 0.1, "weight_decay": 0.02}]
+        optimizer: torch.optim.Optimizer = whole(Sgd(groups, momentum=0.9)) if ours else torch.optim.SGD(groups, momentum=0.9)
+        for slope in slopes:
+            w.grad = slope.clone()
+            optimizer.step()
+        results.append(w.detach())
+    torch.testing.assert_close(*results)
 
 
 def test_a_weight_or_direction_of_zero_is_not_scaled() -> None:

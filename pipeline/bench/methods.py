@@ -1,0 +1,156 @@
+"""What each method learns of the same drawn scenes in the same time: one table of k-NN and zero-shot."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from pipeline.bench.machine import describe
+from pipeline.config import available, load
+from pipeline.data.scenes import CLASS_NAMES
+from pipeline.errors import FoveaError, TrainingError
+from pipeline.methods import RECIPES
+
+PROBE = 20  # steps, from which the number of steps is reckoned
+
+
+@dataclass(frozen=True)
+class Row:
+    """What came of one method.
+
+    Attributes:
+        method: its name.
+        config: the config it was trained with.
+        steps, samples: of the run.
+        seconds: of training alone.
+        knn, untrained, pixels: k-NN accuracy of the backbone, of the same one untrained, and of raw pixels, 0 to 1.
+        zeroshot: accuracy by class names, of methods that compare pictures with texts.
+        failed: why there are no figures.
+    """
+
+    method: str
+    config: str
+    steps: int = 0
+    samples: int = 0
+    seconds: float = 0.0
+    knn: float | None = None
+    untrained: float | None = None
+    pixels: float | None = None
+    zeroshot: float | None = None
+    failed: str = ""
+
+
+def configs() -> dict[str, str]:
+    """The config for drawn scenes of each method that has one, by the method's name."""
+    found: dict[str, str] = {}
+    for name in sorted(available()):
+        if "scenes" in name.split("/")[-1]:
+            method = load(name).config.recipe.name
+            if method in RECIPES:
+                found.setdefault(method, name)
+    return found
+
+
+def measure(methods: Sequence[str], shards: str, *, minutes: float, ranks: int, directory: Path) -> Iterator[Row]:
+    """Trains one method after another for about as long; each comes when it is done.
+
+    Args:
+        methods: names, of those in :func:`configs`.
+        shards: training shards of scenes, ``*val-*.tar`` beside them.
+        minutes: of training, for each.
+        ranks: processes.
+        directory: where the runs go.
+    """
+    for method in methods:
+        try:
+            yield _one(method, shards, minutes, ranks, directory / method)
+        except FoveaError as error:
+            yield Row(method, configs()[method], failed=str(error))
+
+
+def _one(method: str, shards: str, minutes: float, ranks: int, directory: Path) -> Row:
+    name = configs()[method]
+    common = [f"data.shards={json.dumps(shards)}", f"launch.ranks={ranks}", "tracking.enabled=false"]
+    short = [f"train.length={PROBE} steps", "schedule.lr.warmup=1 steps", "evaluation.knn.enabled=false"]
+    probe = _train(name, directory / "probe", [*common, *short])
+    steps = max(int(60 * minutes / (probe["seconds"] / PROBE)), PROBE)
+    lengths = [f"train.length={steps} steps", f"schedule.lr.warmup={max(steps // 10, 1)} steps"]
+    often = [f"evaluation.knn.every={steps} steps", f"checkpoint.every={steps} steps"]
+    outcome = _train(name, directory / "run", [*common, *lengths, *often])
+    scores = outcome["scores"]
+    k = max(int(key.split("/k")[1]) for key in scores if key.startswith("knn/"))
+    knn, untrained, pixels = (scores[f"{kind}/k{k}"] for kind in ("knn", "untrained", "pixels"))
+    zeroshot = _zeroshot(directory) if _compares(method) else None
+    return Row(method, name, steps, outcome["samples_seen"], outcome["seconds"], knn, untrained, pixels, zeroshot)
+
+
+def _compares(method: str) -> bool:
+    return "max_scale" in RECIPES[method].model_fields  # the temperature with which pictures and texts are compared
+
+
+def _train(config: str, directory: Path, overrides: Sequence[str]) -> dict[str, Any]:
+    _run(["train", config, f"run.directory={json.dumps(str(directory))}", *overrides])
+    outcome: dict[str, Any] = json.loads((directory / "outcome.json").read_text())
+    return outcome
+
+
+def _zeroshot(directory: Path) -> float:
+    classes, sentences = directory / "classes.txt", directory / "sentences.txt"
+    classes.write_text("\n".join(CLASS_NAMES) + "\n")
+    sentences.write_text("a {}\n")
+    _run(["eval", str(directory / "run"), "--zeroshot", str(classes), "--templates", str(sentences)])
+    found = json.loads((directory / "run" / "pairs.json").read_text())
+    return float(found["scores"]["trained"]["zeroshot/top1"])
+
+
+def _run(words: Sequence[str]) -> None:
+    done = subprocess.run([sys.executable, "-m", "launch.cli", *words], capture_output=True, text=True, check=False)
+    if done.returncode:
+        last = (done.stderr.strip().splitlines() or done.stdout.strip().splitlines() or ["nothing was said"])[-1]
+        raise TrainingError(f"`fovea {words[0]} {words[1]}` ended with {done.returncode}: {last}", where="fovea bench methods")
+
+
+def line(row: Row) -> str:
+    """One row in words."""
+    if row.failed:
+        return f"{row.method}: {row.failed}"
+    return f"{row.method}: k-NN {row.knn:.1%} after {row.samples} samples in {row.seconds:.0f} s"
+
+
+def save(rows: Sequence[Row], path: Path, command: str, minutes: float) -> list[Path]:
+    """Writes ``path`` with the endings ``.json`` and ``.md``, and returns both."""
+    machine = describe()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    document, page = path.with_suffix(".json"), path.with_suffix(".md")
+    tree = {"command": command, "machine": machine, "minutes": minutes, "rows": [asdict(row) for row in rows]}
+    document.write_text(json.dumps(tree, indent=2) + "\n")
+    page.write_text(markdown(rows, machine, command, minutes))
+    return [document, page]
+
+
+def markdown(rows: Sequence[Row], machine: dict[str, str], command: str, minutes: float) -> str:
+    """The page that a person reads."""
+    lines = [f"# What each method learns of drawn scenes in {minutes:g} minutes", "", f"`{command}`", ""]
+    lines += [*(f"- {name}: {value}" for name, value in machine.items()), ""]
+    lines += ["| method | config | samples | s of training | k-NN | untrained | raw pixels | zero-shot |"]
+    lines += ["|---|---|---:|---:|---:|---:|---:|---:|"]
+    for row in rows:
+        figures = [_percent(x) for x in (row.knn, row.untrained, row.pixels, row.zeroshot)]
+        lines.append(f"| {row.method} | {row.config} | {row.samples} | {row.seconds:.0f} | {' | '.join(figures)} |")
+    notes = []
+    for row in rows:
+        if row.failed:
+            notes.append(f"- {row.method} was not trained: {row.failed}")
+        elif row.knn is not None and row.untrained is not None and row.knn <= row.untrained:
+            notes.append(f"- {row.method} is not above its untrained network: it needs longer than this.")
+    lines += ["", "One run of each, seed 0; k-NN of 1000 held-out scenes by their 20 nearest of 4000.", *notes]
+    return "\n".join(lines) + "\n"
+
+
+def _percent(x: float | None) -> str:
+    return f"{x:.1%}" if x is not None else ""

@@ -1,0 +1,71 @@
+"""Next-token cross-entropy over a vocabulary whose logits are never whole in memory.
+
+As with prototypes, the slopes are taken beside the values, a piece of rows at a time: ``[tokens, vocabulary]`` never lives
+longer than its piece, and nothing is computed twice.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+
+def token_cross_entropy(hidden: Tensor, vocabulary: Tensor, targets: Tensor, *, rows: int = 1024) -> Tensor:
+    """Sum over rows of ``-log softmax(hidden @ vocabulary.T)[target]``, fp32 (fp64 if the states are).
+
+    A sum and no mean: captions have different lengths, and the mean over the tokens of the whole batch is not the mean of the
+    ranks' means. Whoever calls divides by the number of all ranks' tokens.
+
+    Args:
+        hidden: ``[n, d]``, the states that tell the next token; ``n`` may be 0.
+        vocabulary: ``[V, d]``.
+        targets: int64 ``[n]``.
+        rows: rows of logits held at once.
+    """
+    with torch.autocast(hidden.device.type, enabled=False):
+        total: Tensor = _TokenCrossEntropy.apply(hidden, vocabulary, targets, rows)
+    return total
+
+
+@torch.no_grad()
+def mean_over_ranks(x: Tensor, group: dist.ProcessGroup | None = None) -> Tensor:
+    """The mean of what all ranks have; without a process group, this process alone."""
+    x = x.clone()
+    if dist.is_available() and dist.is_initialized():
+        dist.all_reduce(x, group=group)
+        x /= dist.get_world_size(group)
+    return x
+
+
+class _TokenCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, vocabulary: Tensor, targets: Tensor, rows: int) -> Tensor:
+        wide = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+        matrix = vocabulary.to(hidden.dtype)
+        total = torch.zeros((), dtype=wide, device=hidden.device)
+        sloped = any(ctx.needs_input_grad[:2])
+        d_hidden = torch.empty_like(hidden) if sloped else None
+        d_vocabulary = torch.zeros_like(vocabulary, dtype=wide) if sloped else None
+        for low in range(0, len(hidden), rows):
+            part, wanted = hidden[low : low + rows], targets[low : low + rows, None]
+            log_p = F.log_softmax((part @ matrix.T).to(wide), dim=1)
+            total -= log_p.gather(1, wanted).sum()
+            if d_hidden is not None and d_vocabulary is not None:
+                slope = log_p.exp_().scatter_add_(1, wanted, -torch.ones_like(wanted, dtype=wide)).to(hidden.dtype)
+                d_hidden[low : low + rows] = slope @ matrix
+                d_vocabulary += slope.T @ part
+        if sloped:
+            ctx.save_for_backward(d_hidden, d_vocabulary)
+            ctx.kind = vocabulary.dtype
+        return total
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+        d_hidden, d_vocabulary = ctx.saved_tensors
+        return d_hidden * upstream, (d_vocabulary * upstream).to(ctx.kind), None, None

@@ -1,0 +1,34 @@
+"""Settings of SimVLM."""
+
+from __future__ import annotations
+
+from typing import ClassVar, Literal
+
+from pydantic import Field
+
+from pipeline.fields import RUNTIME, Count, Share, ShareRange
+from pipeline.methods.base import RecipeSettings, register
+from pipeline.methods.clip import TextSettings
+
+
+@register("simvlm")
+class SimvlmSettings(RecipeSettings):
+    """SimVLM's objective (arXiv 2108.10904): one transformer goes on with the caption after picture and prefix."""
+
+    reads_text: ClassVar[bool] = True
+
+    name: Literal["simvlm"] = Field(default="simvlm", description="the method")
+    image_size: int = Field(default=224, ge=8, le=4096, description="side of the picture, pixels")
+    crop_scale: ShareRange = Field(default=(0.9, 1.0), description="least and largest share of the picture's area in the crop")
+    flip_probability: float = Field(
+        default=0.0, ge=0, le=1, description="probability of a horizontal flip; captions say left and right"
+    )
+    normalize: Literal["openai", "imagenet", "half"] = Field(
+        default="imagenet", description="mean and deviation taken off the colours; half is 0.5 and 0.5"
+    )
+    text: TextSettings = Field(default=TextSettings(), description="sizes of the transformer over picture and text, tokenizer")
+    longest_prefix: Count = Field(
+        default=8, description="text tokens, the start mark among them, that at most belong to the prefix; drawn for each caption"
+    )
+    layer_decay: Share = Field(default=1.0, description="learning-rate factor from one block of the tower to the block below")
+    token_rows: Count = Field(default=1024, json_schema_extra=RUNTIME, description="tokens whose logits exist at a time")

@@ -1,0 +1,86 @@
+"""Projectors and predictors: small perceptrons between a tower and a loss, and LoGo's judge of pairs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from pipeline.models.norms import GlobalBatchNorm
+
+Norm = Literal["batch", "layer", "none"]
+
+
+def mlp(
+    widths: Sequence[int],
+    *,
+    norm: Norm = "batch",
+    last: Literal["norm", "plain_norm", "none"] = "none",
+    bias: bool = True,
+    last_bias: bool = False,
+) -> nn.Sequential:
+    """``Linear, norm, ReLU`` for each hidden width, then ``Linear`` and perhaps a norm.
+
+    Args:
+        widths: features in, hidden, out.
+        norm: of the hidden layers, and of the last if it has one.
+        last: what follows the last layer: the norm, the norm without weights of its own, or nothing.
+        bias: whether hidden layers have one, unless a batch norm follows, which takes it off again.
+        last_bias: whether the last layer has.
+    """
+    layers = nn.Sequential()
+    for before, after in pairwise(widths[:-1]):
+        layers.append(nn.Linear(before, after, bias=bias and norm != "batch"))
+        layers.extend([*_norm(norm, after), nn.ReLU()])
+    layers.append(nn.Linear(widths[-2], widths[-1], bias=last_bias))
+    if last != "none":
+        layers.extend(_norm(norm, widths[-1], affine=last == "norm"))
+    return layers
+
+
+def _norm(norm: Norm, width: int, *, affine: bool = True) -> list[nn.Module]:
+    if norm == "batch":
+        return [GlobalBatchNorm(width, affine=affine)]
+    return [nn.LayerNorm(width, elementwise_affine=affine)] if norm == "layer" else []
+
+
+class PairJudge(nn.Module):
+    """LoGo's regressor: the logit of two features being of one picture.
+
+    Args:
+        width: of a feature.
+        hidden: of the two hidden layers.
+    """
+
+    def __init__(self, width: int, hidden: int = 256) -> None:
+        super().__init__()
+        self.first, self.second, self.last = (
+            _Layer(2 * width, hidden, bias=False),
+            _Layer(hidden, hidden, bias=False),
+            _Layer(hidden, 1),
+        )
+        # Without weights of their own: what a frozen pass may not move is then in the layers alone.
+        self.norms = nn.ModuleList(GlobalBatchNorm(hidden, affine=False) for _ in range(2))
+
+    def forward(self, a: Tensor, b: Tensor, *, frozen: bool = False) -> Tensor:
+        """Logits ``[n]`` of the pairs ``[n, width]``.
+
+        Args:
+            a, b: the features.
+            frozen: no gradient reaches this module's own weights, only the features.
+        """
+        x = F.relu(self.norms[0](self.first(torch.cat([a, b], dim=1), frozen)))
+        x = F.relu(self.norms[1](self.second(x, frozen)))
+        logits: Tensor = self.last(x, frozen)[:, 0]
+        return logits
+
+
+class _Layer(nn.Linear):
+    def forward(self, input: Tensor, frozen: bool = False) -> Tensor:
+        if not frozen:
+            return super().forward(input)
+        return F.linear(input, self.weight.detach(), self.bias.detach() if self.bias is not None else None)

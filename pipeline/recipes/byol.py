@@ -1,0 +1,62 @@
+"""BYOL (Grill et al., "Bootstrap your own latent", arXiv 2006.07733).
+
+The student's view, after projector and predictor, predicts the teacher's projection of the other view, whose colours were
+distorted otherwise. There are no negatives. What keeps all pictures from looking alike is the predictor together with targets
+that no gradient reaches; the slow teacher steadies it.
+
+The teacher begins as the student's copy; the reference begins with other random weights.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from typing_extensions import override
+
+from pipeline import losses
+from pipeline.data.views import Batch
+from pipeline.methods import ByolSettings
+from pipeline.models.mlps import mlp
+from pipeline.models.norms import batch_statistics
+from pipeline.models.resnet import Tower, build_trunk
+from pipeline.recipes.base import Step
+from pipeline.recipes.teacher import Teacher
+from pipeline.recipes.twoviews import TwoViews
+from pipeline.settings import Config
+
+
+class BYOL(TwoViews):
+    """The method; see the module. Local crops, if there are any, predict both global ones.
+
+    Args:
+        backbone: the student's tower.
+        settings: heads and views.
+    """
+
+    settings: ByolSettings
+
+    def __init__(self, backbone: Tower, settings: ByolSettings) -> None:
+        s = settings
+        super().__init__(backbone, s, out=s.head_out)
+        self.projector = mlp((backbone.width, s.head_hidden, s.head_out), norm=s.head_norm)
+        predictor = mlp((s.head_out, s.head_hidden, s.head_out), norm=s.head_norm) if s.predictor else nn.Identity()
+        self.predictor: nn.Module = predictor
+        self.teacher: Teacher = Teacher(backbone=backbone, projector=self.projector)
+        self.batch_coupled = self.sees_batches()
+
+    @override
+    def forward(self, batch: Batch, step: Step) -> dict[str, Tensor]:
+        """Term ``regression``, 0 to 8, the sum of both directions; and those of repulsion."""
+        backbone, projector = self.teacher.modules.values()
+        with torch.no_grad(), batch_statistics(backbone, projector):
+            targets = [projector(backbone(view).cls) for view in batch.views["global"]]
+        large, small = self.project(batch, self.projector)
+        pairs = [(large[0], targets[1]), (large[1], targets[0]), *((x, target) for x in small for target in targets)]
+        terms = [losses.cosine_regression(self.predictor(x), target) for x, target in pairs]
+        self.watch(large)
+        return {"regression": 2 * torch.stack(terms).mean(), **self.repelled(small)}
+
+
+def build(config: Config, settings: ByolSettings) -> BYOL:
+    """The method around a fresh tower."""
+    return BYOL(build_trunk(config.model, image_size=settings.views.global_size), settings)
