@@ -35,6 +35,7 @@ TINY: dict[str, dict[str, Any]] = {
     "byol": {"views": VIEWS, "head_hidden": 24, "head_out": 8},
     "clip": {**TEXT, "embed": 12},
     "coca": {**TEXT, "embed": 12, "decoder_depth": 1, "caption_queries": 3},
+    "detailclip": {**TEXT, "embed": 12, "prototypes": 24, "head_hidden": 16, "head_bottleneck": 8, "decoder_heads": 2},
     "dino": {**PROTOTYPES, "repel": {"noise": 0.0, "hidden": 12}},
     "dinov2": {**PROTOTYPES, "koleo_group": 2},
     "distill": {**PROTOTYPES, "koleo_group": 2, "judge": {**MODEL, "width": 24}, "judge_from": "none"},
