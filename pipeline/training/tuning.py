@@ -24,6 +24,7 @@ from dataclasses import dataclass
 STAGE_0_BUCKET = 500_000_000  # DeepSpeed's own, not for us to set
 _LEAST, _PER_RANK, _LOW, _HIGH = 1 << 20, 2_000_000, 25_000_000, 100_000_000
 _GATHER, _LIVE, _AHEAD = 200_000_000, 1_000_000_000, 50_000_000
+_ALIGNMENT = 16  # DeepSpeed refuses buckets that are no multiple of its own, 2
 
 
 @dataclass(frozen=True)
@@ -63,9 +64,13 @@ def communication(parameters: int, *, largest: int, ranks: int, cuda: bool) -> C
     bucket = max(largest, min(max(parameters // 4, low), _HIGH))
     bucket = max(min(bucket, parameters), _LEAST)
     return Communication(
-        reduce_bucket=bucket,
-        allgather_bucket=max(min(parameters, _GATHER), _LEAST),
+        reduce_bucket=_rounded(bucket),
+        allgather_bucket=_rounded(max(min(parameters, _GATHER), _LEAST)),
         overlap=cuda and ranks > 1,
         prefetch=min(bucket // 2, _AHEAD),
         live=_LIVE,
     )
+
+
+def _rounded(elements: int) -> int:
+    return -(-elements // _ALIGNMENT) * _ALIGNMENT

@@ -33,3 +33,10 @@ def test_nothing_overlaps_on_a_cpu_or_alone() -> None:
     for ranks, cuda in ((8, False), (1, True)):
         chosen = communication(M, largest=M, ranks=ranks, cuda=cuda)
         assert not chosen.overlap and chosen.held == chosen.reduce_bucket
+
+
+def test_buckets_are_such_as_deepspeed_takes_whatever_the_number_of_parameters() -> None:
+    for parameters in (1_048_577, 2_345_679, 33_333_333):
+        chosen = communication(parameters, largest=1_048_583, ranks=2, cuda=True)
+        assert chosen.reduce_bucket % 16 == chosen.allgather_bucket % 16 == 0
+        assert chosen.reduce_bucket >= 1_048_583 and chosen.allgather_bucket >= parameters
