@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -71,9 +72,9 @@ class Contrastive(Recipe):
         self.logits = LogitScale(scale, bias=bias, largest=settings.max_scale)
         self._replays: list[Replay] = []
 
+    @abstractmethod
     def features(self, batch: Batch) -> tuple[Tensor, ...]:
         """Unit features of a micro-batch, fp32 ``[batch, embed]`` each, the caption's last."""
-        raise NotImplementedError
 
     def encode_images(self, images: Tensor) -> Tensor:
         """Features ``[batch, embed]`` of whole pictures, as evaluation wants them; not normalised."""
