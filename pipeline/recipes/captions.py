@@ -8,17 +8,7 @@ import torch
 from torch import Tensor
 
 from pipeline import losses
-from pipeline.data.views import Augment, ViewSpec
-from pipeline.methods import CocaSettings, SimvlmSettings
 from pipeline.models.captions import Vocabulary, inside
-from pipeline.recipes.contrastive import NORMALIZE
-
-
-def caption_views(settings: CocaSettings | SimvlmSettings) -> tuple[ViewSpec, ...]:
-    """One crop of nearly the whole picture."""
-    s = settings
-    augment = Augment(flip_p=s.flip_probability)
-    return (ViewSpec("image", 1, s.image_size, s.crop_scale, (augment,), normalize=NORMALIZE[s.normalize]),)
 
 
 def told(tokens: Tensor, prefix: Tensor | int = 1) -> Tensor:

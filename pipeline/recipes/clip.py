@@ -11,13 +11,14 @@ import torch
 from timm.layers import AttentionPoolLatent
 from torch import Tensor, nn
 
-from pipeline.data.views import Augment, Batch, ViewSpec
+from pipeline.data.views import Batch
 from pipeline.methods import ClipSettings
 from pipeline.models.tokens import Tokens
 from pipeline.models.vision import VisionTower, build_tower
 from pipeline.models.weights import load_text
 from pipeline.recipes.base import Step
-from pipeline.recipes.contrastive import NORMALIZE, Contrastive, caption_tokens, random_keep, unit
+from pipeline.recipes.contrastive import Contrastive, caption_tokens, random_keep, unit
+from pipeline.recipes.crops import one_view
 from pipeline.settings import Config
 
 INIT_SCALE = {"softmax": 1 / 0.07, "sigmoid": 10.0}
@@ -41,7 +42,7 @@ class CLIP(Contrastive):
             scale=settings.init_scale or INIT_SCALE[settings.loss],
             bias=settings.init_bias if sigmoid else None,
         )
-        self.views = clip_views(settings)
+        self.views = one_view(settings)
         if settings.image_pool == "attention":
             heads = backbone.vit.blocks[0].attn.num_heads
             self.pool: nn.Module | None = AttentionPoolLatent(backbone.width, num_heads=heads, mlp_ratio=4.0)
@@ -81,21 +82,6 @@ class CLIP(Contrastive):
     def export(self) -> dict[str, nn.Module]:
         """Both towers, the picture's projection, and its pooling if that has weights."""
         return super().export() | ({"image_pool": self.pool} if self.pool is not None else {})
-
-
-def clip_views(settings: ClipSettings) -> tuple[ViewSpec, ...]:
-    """One crop of nearly the whole picture."""
-    augment = Augment(flip_p=settings.flip_probability)
-    return (
-        ViewSpec(
-            "image",
-            1,
-            settings.image_size,
-            settings.crop_scale,
-            (augment,),
-            normalize=NORMALIZE[settings.normalize],
-        ),
-    )
 
 
 def build(config: Config, settings: ClipSettings) -> CLIP:

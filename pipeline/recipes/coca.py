@@ -19,8 +19,9 @@ from pipeline.methods import CocaSettings
 from pipeline.models.captions import CaptionTower, Pooler
 from pipeline.models.vision import VisionTower, build_tower
 from pipeline.recipes.base import Step
-from pipeline.recipes.captions import average_count, caption_views, told, written
+from pipeline.recipes.captions import average_count, told, written
 from pipeline.recipes.contrastive import Contrastive, caption_tokens, unit
+from pipeline.recipes.crops import one_view
 from pipeline.settings import Config
 
 
@@ -38,7 +39,7 @@ class CoCa(Contrastive):
     def __init__(self, backbone: VisionTower, settings: CocaSettings) -> None:
         super().__init__(backbone, settings, scale=1 / 0.07)
         t, sizes = settings.text, settings.text.sizes
-        self.views = caption_views(settings)
+        self.views = one_view(settings)
         self.text_tower = CaptionTower(
             width=sizes.width,
             depth=sizes.depth,

@@ -13,19 +13,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pipeline import losses
-from pipeline.data.views import IMAGENET_MEAN, IMAGENET_STD, OPENAI_MEAN, OPENAI_STD, Batch, Normalize, TextSpec
+from pipeline.data.views import Batch, TextSpec
 from pipeline.errors import DataError
 from pipeline.methods import ContrastiveSettings, TextSettings
 from pipeline.models.groups import ParameterGroup, parameter_groups
 from pipeline.models.text import LogitScale, TextTower
 from pipeline.models.vision import VisionTower
 from pipeline.recipes.base import Recipe, Step
-
-NORMALIZE = {
-    "openai": Normalize(OPENAI_MEAN, OPENAI_STD),
-    "imagenet": Normalize(IMAGENET_MEAN, IMAGENET_STD),
-    "half": Normalize((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
-}
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ small decoder fills the removed places: there it predicts the teacher's patches 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import cast
 
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from pipeline import losses
-from pipeline.data.views import Augment, Batch, ViewSpec
+from pipeline.data.views import Batch, ViewSpec
 from pipeline.methods import DetailClipSettings
 from pipeline.models.attention import kept_and_removed, with_attention
 from pipeline.models.decoder import Decoder, patchified, taken
@@ -25,7 +25,8 @@ from pipeline.models.text import TextTower
 from pipeline.models.tokens import Tokens
 from pipeline.models.vision import VisionTower, build_tower
 from pipeline.recipes.base import Step
-from pipeline.recipes.contrastive import NORMALIZE, Contrastive, caption_tokens, unit
+from pipeline.recipes.contrastive import Contrastive, caption_tokens, unit
+from pipeline.recipes.crops import NORMALIZE, colours
 from pipeline.recipes.teacher import Teacher
 from pipeline.settings import Config
 
@@ -211,18 +212,8 @@ class DetailCLIP(Contrastive):
 def detailclip_views(settings: DetailClipSettings) -> tuple[ViewSpec, ...]:
     """Two views of each picture, treated alike."""
     a = settings.augment
-    augment = Augment(
-        flip_p=a.flip_probability,
-        jitter_p=a.jitter_probability,
-        brightness=a.brightness,
-        contrast=a.contrast,
-        saturation=a.saturation,
-        hue=a.hue_shift if a.hue != "off" else 0.0,
-        gray_p=a.gray_probability,
-        blur_p=a.blur_probability if a.blur != "off" else 0.0,
-        blur_kernel="auto",
-        solarize_p=a.solarize_probability,
-    )
+    blur = a.blur_probability if a.blur != "off" else 0.0
+    augment = replace(colours(a), blur_p=blur, blur_kernel="auto", solarize_p=a.solarize_probability)
     return (ViewSpec("global", 2, settings.image_size, settings.crop_scale, (augment,), normalize=NORMALIZE[settings.normalize]),)
 
 

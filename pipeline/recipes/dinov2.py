@@ -19,13 +19,14 @@ import torch
 from torch import Tensor, nn
 
 from pipeline import losses
-from pipeline.data.views import Augment, Batch, Masks, MaskSpec, ViewSpec
+from pipeline.data.views import Batch, Masks, MaskSpec, ViewSpec
 from pipeline.errors import ConfigError
-from pipeline.methods import AugmentSettings, Dinov2Settings
+from pipeline.methods import Dinov2Settings
 from pipeline.models.groups import ParameterGroup, parameter_groups
 from pipeline.models.heads import PrototypeHead
 from pipeline.models.vision import VisionTower, build_tower
 from pipeline.recipes.base import Recipe, Step
+from pipeline.recipes.crops import colours
 from pipeline.recipes.frozen import Frozen
 from pipeline.recipes.teacher import Teacher
 from pipeline.recipes.vitals import Vitals, remedy_of_distillation
@@ -262,25 +263,13 @@ def dinov2_views(settings: Dinov2Settings, *, patch: int) -> tuple[ViewSpec, ...
     """
     v, a = settings.views, settings.augment
     blur = BLUR[a.blur]
-    first = replace(_augment(a), blur_p=blur[0])
+    first = replace(colours(a), blur_p=blur[0])
     second = replace(first, blur_p=blur[1], solarize_p=a.solarize_probability)
     mask = MaskSpec(patch, settings.mask_probability, settings.mask_ratio)
     views = [ViewSpec("global", v.global_count, v.global_size, v.global_scale, (first, second), mask=mask)]
     if v.local_count:
         views.append(ViewSpec("local", v.local_count, v.local_size, v.local_scale, (replace(first, blur_p=blur[2]),)))
     return tuple(views)
-
-
-def _augment(a: AugmentSettings) -> Augment:
-    return Augment(
-        flip_p=a.flip_probability,
-        jitter_p=a.jitter_probability,
-        brightness=a.brightness,
-        contrast=a.contrast,
-        saturation=a.saturation,
-        hue=a.hue_shift if a.hue != "off" else 0.0,
-        gray_p=a.gray_probability,
-    )
 
 
 def _patch_prototypes(s: Dinov2Settings) -> int:

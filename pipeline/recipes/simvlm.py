@@ -23,8 +23,9 @@ from pipeline.models.captions import PrefixLanguageModel, last_place
 from pipeline.models.groups import ParameterGroup, parameter_groups
 from pipeline.models.vision import VisionTower, build_tower
 from pipeline.recipes.base import Recipe, Step
-from pipeline.recipes.captions import average_count, caption_views, told, written
+from pipeline.recipes.captions import average_count, told, written
 from pipeline.recipes.contrastive import caption_tokens, random_keep
+from pipeline.recipes.crops import one_view
 from pipeline.settings import Config
 
 
@@ -39,7 +40,7 @@ class SimVLM(Recipe):
     def __init__(self, backbone: VisionTower, settings: SimvlmSettings) -> None:
         super().__init__()
         self.settings = settings
-        self.views = caption_views(settings)
+        self.views = one_view(settings)
         self.text = TextSpec(settings.text.tokenizer, settings.text.context)
         sizes = settings.text.sizes
         self.backbone = backbone

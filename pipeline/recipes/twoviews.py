@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from pipeline import losses
-from pipeline.data.views import Augment, Batch, Normalize, ViewSpec
+from pipeline.data.views import Batch, ViewSpec
 from pipeline.methods import RepelSettings, TwoViewSettings
 from pipeline.models.groups import ParameterGroup, parameter_groups
 from pipeline.models.mlps import PairJudge
@@ -17,9 +17,8 @@ from pipeline.models.norms import normalises_batches
 from pipeline.models.resnet import Tower
 from pipeline.models.vision import VisionTower
 from pipeline.recipes.base import Recipe, Step
+from pipeline.recipes.crops import NORMALIZE, colours
 from pipeline.recipes.vitals import NARROW, Vitals
-
-NORMALIZE = {"imagenet": Normalize(), "none": Normalize((0.0, 0.0, 0.0), (1.0, 1.0, 1.0))}
 
 
 class TwoViews(Recipe):
@@ -115,16 +114,7 @@ class Repeller(nn.Module):
 def two_views(settings: TwoViewSettings) -> tuple[ViewSpec, ...]:
     """Two global crops, each with its colours, and local ones if wanted."""
     v, a = settings.views, settings.augment
-    first = Augment(
-        flip_p=a.flip_probability,
-        jitter_p=a.jitter_probability,
-        brightness=a.brightness,
-        contrast=a.contrast,
-        saturation=a.saturation,
-        hue=a.hue_shift if a.hue != "off" else 0.0,
-        gray_p=a.gray_probability,
-        blur_kernel=_window(v.global_size),
-    )
+    first = replace(colours(a), blur_kernel=_window(v.global_size))
     both = tuple(replace(first, blur_p=b, solarize_p=s) for b, s in zip(a.blur_probability, a.solarize_probability, strict=True))
     normalize = NORMALIZE[a.normalize]
     views = [ViewSpec("global", v.global_count, v.global_size, v.global_scale, both, normalize=normalize)]

@@ -17,8 +17,9 @@ from pipeline.methods import ClipSettings
 from pipeline.models.groups import ParameterGroup
 from pipeline.models.vision import build_tower
 from pipeline.recipes.base import Step
-from pipeline.recipes.clip import CLIP, clip_views
+from pipeline.recipes.clip import CLIP
 from pipeline.recipes.contrastive import random_keep
+from pipeline.recipes.crops import one_view
 from pipeline.settings import ModelSettings
 from tests.recipes.pairs import CONTEXT, MODEL, SAMPLES, SIDE, TEXT, captions, clip, pairs_at
 
@@ -57,7 +58,7 @@ def test_features_are_unit_vectors_and_chance_is_the_logarithm_of_the_batch() ->
 
 
 def test_one_crop_of_nearly_the_whole_picture_with_clips_colours_is_asked_for() -> None:
-    (view,) = clip_views(ClipSettings())
+    (view,) = one_view(ClipSettings())
     assert (view.name, view.count, view.size, view.crop_scale) == ("image", 1, 224, (0.9, 1.0))
     assert (view.augment[0].flip_p, view.augment[0].jitter_p) == (0.0, 0.0)
     assert (view.normalize.mean, view.normalize.std) == (OPENAI_MEAN, OPENAI_STD)
