@@ -75,6 +75,30 @@ def submit(
     if dry:
         text = render.script(config, profile, folder, command=typed, code_state=render.code_state())
         return Submitted(None, folder, text, argv, _asked(text) if check else "")
+    try:
+        return _submit(loaded, config, profile, run, typed, options, argv, check)
+    except OSError as error:
+        reason = error.strerror or "some files could not be copied; is the disk full?"
+        raise LaunchError(
+            f"the run's directory cannot be written ({reason})",
+            where=str(folder),
+            mend="free space, or choose another run.directory",
+        ) from error
+
+
+def _submit(
+    loaded: Loaded,
+    config: Config,
+    profile: ClusterProfile,
+    run: RunDirectory,
+    typed: str,
+    options: list[str],
+    argv: list[str],
+    check: bool,
+) -> Submitted:
+    """Writes everything, then submits: a directory that cannot be written leaves no job behind."""
+    folder = run.path
+    script = folder / "submit" / "script.sbatch"
     state = render.snapshot(_made(folder / "code"))
     text = render.script(config, profile, folder, command=typed, code_state=state)
     said = _asked(text) if check else ""

@@ -128,6 +128,28 @@ def test_a_finished_run_is_not_submitted_again(toy: Path, tmp_path: Path) -> Non
         submit(loaded, ClusterProfile(nodes=1, gpus_per_node=2), dry=True)
 
 
+def test_a_full_disk_is_told_and_leaves_no_job(toy: Path, tmp_path: Path) -> None:
+    words = [
+        sys.executable,
+        "-m",
+        "launch.cli",
+        "submit",
+        str(toy),
+        "--cluster",
+        "one_node_8gpu",
+        "--no-index",
+        "train.global_batch=64",
+    ]
+    words += ["data.shards=/nowhere/x.tar", f"run.directory={tmp_path / 'run'}"]
+    limit = (
+        "import resource, os, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096)); os.execv(sys.argv[1], sys.argv[1:])"
+    )
+    done = subprocess.run([sys.executable, "-c", limit, *words], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 2, done.stderr[-500:]
+    assert "cannot be written" in done.stderr and "free space" in done.stderr and "Traceback" not in done.stderr
+    assert not (tmp_path / "run" / "submit" / "job.json").exists()
+
+
 def test_a_job_knows_its_code_whatever_becomes_of_the_checkout(tmp_path: Path) -> None:
     state = render.snapshot(tmp_path / "code")
     assert state and (tmp_path / "code" / "pipeline" / "config.py").read_text() == (ROOT / "pipeline" / "config.py").read_text()
