@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from rich.box import SIMPLE
@@ -95,6 +95,8 @@ def needed(config: Config, sizes: Sizes, stage: int, ranks: int) -> tuple[Held, 
         accumulation=max(share // micro, 1),
         bf16=bf16,
     )
+    if stage and config.train.offload == "cpu":
+        memory = replace(memory, masters=0.0, moments=0.0)
     live = activations(
         tokens=micro * sizes.tokens,
         width=sizes.width,
@@ -128,6 +130,8 @@ def advice(config: Config, sizes: Sizes, ranks: int, capacity: float) -> str:
     memory, _ = needed(config, sizes, 3, ranks)
     enough = next((r for r in (2**n for n in range(20)) if r > ranks and needed(config, sizes, 3, r)[0].total < capacity), None)
     more = f"{enough} GPUs with train.zero=3 hold the states" if enough else "no number of such GPUs holds it"
+    if config.train.offload == "none" and config.optim.name == "adamw":
+        more += f"; train.offload=cpu takes {(memory.masters + memory.moments) / 1e9:.1f} GB of them to host memory"
     return f"Does not fit: its states alone are {memory.total / 1e9:.1f} GB at stage 3 on {ranks} GPUs; {more}."
 
 
@@ -175,6 +179,11 @@ def run(config: Config, *, ranks: int | None, gigabytes: float, console: Console
     memory, live = needed(config, sizes, config.train.zero, ranks)
     share = memory.teacher / (memory.total + live)
     out.print(f"The teacher takes {share:.0%} of a GPU's memory at train.zero={config.train.zero} on {ranks} GPUs.")
+    if config.train.offload == "cpu" and config.train.zero:
+        there = config.replace(train=config.train.model_copy(update={"offload": "none"}))
+        host, _ = needed(there, sizes, config.train.zero, ranks)
+        kept = host.masters + host.moments + host.gradients
+        out.print(f"Host memory: {kept / 1e9:.2f} GB for each GPU, AdamW's weights, moments and gradients (train.offload=cpu).")
     out.print(advice(config, sizes, ranks, capacity))
     out.print(
         f"Weights, gradients, optimizer and teacher are exact to a few percent; activations are an estimate, buffers a bound; "

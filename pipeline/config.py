@@ -301,6 +301,9 @@ def check(config: Config) -> list[tuple[str, str]]:
             )
         )
     found += _check_evaluation(config)
+    if config.train.offload == "cpu" and (config.train.zero == 0 or config.optim.name != "adamw"):
+        told = "train.offload = cpu: needs train.zero of 1 to 3, which give each rank a share to keep, and optim.name=adamw"
+        found.append(("train.offload", told))
     whole = config.train.length
     if whole.amount == 0:
         found.append(("train.length", "train.length = 0: should be longer than nothing"))

@@ -198,6 +198,12 @@ class TrainSettings(Settings):
         json_schema_extra=RUNTIME,
         description="DeepSpeed ZeRO stage: shard nothing (0), optimizer state (1), also gradients (2), also all weights (3)",
     )
+    offload: Literal["none", "cpu"] = Field(
+        default="none",
+        json_schema_extra=RUNTIME,
+        description="where AdamW works and keeps its fp32 state: on the GPU, or in host memory (12 bytes a parameter "
+        "less on the GPUs, slower steps; stages 1 to 3)",
+    )
     log_every: Count = Field(default=10, json_schema_extra=RUNTIME, description="steps between two logged lines")
     threads: Count | None = Field(
         default=None, json_schema_extra=RUNTIME, description="compute threads of a rank; null shares the cores out"

@@ -170,6 +170,7 @@ def assemble(
             optimizer=config.optim.name,
             momentum=config.optim.momentum,
             trust=config.optim.trust,
+            offload=config.train.offload,
         ),
         world.device,
     )

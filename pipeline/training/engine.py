@@ -30,6 +30,7 @@ from pipeline.errors import TrainingError
 from pipeline.models.groups import ParameterGroup
 from pipeline.recipes.base import Recipe, Step
 from pipeline.training.layout import ADAM, Flat, Fragment, Layout, Partitioned, Whole, piece_of
+from pipeline.training.offload import OffloadedFlat, OffloadedPartitioned
 from pipeline.training.optimizers import Lamb, Lars, Layerwise, Sgd
 from pipeline.training.tuning import communication
 
@@ -47,6 +48,7 @@ logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
 # Its shared-memory all-reduce serves inference only, and would be compiled here, with a compiler that users may not have.
 deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 _LAYOUTS: dict[int, Callable[..., Layout]] = {0: Whole, 1: Flat, 2: Flat, 3: Partitioned}
+_OFFLOADED: dict[int, Callable[..., Layout]] = {1: OffloadedFlat, 2: OffloadedFlat, 3: OffloadedPartitioned}
 _OUTSIDE = "other"  # the network of parameters that belong to none, such as a logit scale
 
 
@@ -65,6 +67,7 @@ class EngineOptions:
         optimizer: ``adamw``, ``lamb``, ``lars`` or ``sgd``.
         momentum: of LARS and SGD.
         trust: LARS's.
+        offload: ``cpu`` keeps masters, moments and AdamW's work in host memory, in stages 1 to 3.
     """
 
     zero: Literal[0, 1, 2, 3]
@@ -78,6 +81,7 @@ class EngineOptions:
     optimizer: Literal["adamw", "lamb", "lars", "sgd"] = "adamw"
     momentum: float = 0.9
     trust: float = 1e-3
+    offload: Literal["none", "cpu"] = "none"
 
 
 class Engine:
@@ -108,9 +112,8 @@ class Engine:
         self._optimizer = getattr(self._engine.optimizer, "optimizer", self._engine.optimizer)
         parameters = [p for group in self._groups for p in group.params]
         layerwise = optimizer if isinstance(optimizer, Layerwise) else None
-        self.layout: Layout = _LAYOUTS[options.zero](
-            self._engine, parameters, self._names, layerwise.moments if layerwise else ADAM
-        )
+        layout = (_OFFLOADED if options.offload == "cpu" else _LAYOUTS)[options.zero]
+        self.layout: Layout = layout(self._engine, parameters, self._names, layerwise.moments if layerwise else ADAM)
         if layerwise is not None:
             layerwise.segments, layerwise.parameters = self.layout.segments(), len(parameters)
             layerwise.sharded = options.zero > 0
@@ -177,12 +180,11 @@ class Engine:
             whole = squares[:-1].sum().sqrt().float()
             for p, gradient in self.layout.gradients():
                 norm = whole if self.options.clip_scope == "global" else norms[self._network[id(p)]]
-                gradient.mul_((self.options.clip_norm / (norm + 1e-6)).clamp(max=1.0))
+                gradient.mul_((self.options.clip_norm / (norm + 1e-6)).clamp(max=1.0).to(gradient.device))
         elif not applied:
             self.layout.drop()
         self._engine.step()
-        if isinstance(self.layout, Partitioned):
-            self.layout.clean()
+        self.layout.clean()
         return applied, norms
 
     def fragments(self) -> Iterator[Fragment]:
@@ -306,6 +308,7 @@ def _configuration(options: EngineOptions, world: int, device: torch.device, siz
         "train_batch_size": options.micro_batch * options.accumulation * world,
         "zero_optimization": {
             "stage": options.zero,
+            **({"offload_optimizer": {"device": "cpu", "pin_memory": device.type == "cuda"}} if options.offload == "cpu" else {}),
             "overlap_comm": chosen.overlap,
             "contiguous_gradients": True,
             "reduce_bucket_size": chosen.reduce_bucket,
@@ -321,6 +324,7 @@ def _configuration(options: EngineOptions, world: int, device: torch.device, siz
         # Parameters stay fp32 and only compute is bf16: initial weights are exact and gradients are reduced in fp32.
         "torch_autocast": {"enabled": options.precision == "bf16", "dtype": "bfloat16", "lower_precision_safe_modules": []},
         "zero_allow_untested_optimizer": True,  # LARS and LAMB are ours, and tested
+        "zero_force_ds_cpu_optimizer": False,  # torch's fused AdamW does the same on a CPU and needs no compiler
         "communication_data_type": "fp32",
         "data_types": {"grad_accum_dtype": "fp32"},
         "gradient_clipping": 0.0,

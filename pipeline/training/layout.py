@@ -89,6 +89,10 @@ class Layout(ABC):
     def drop(self) -> None:
         """Makes the next optimizer step one that changes nothing."""
 
+    @abstractmethod
+    def clean(self) -> None:
+        """After a step: empties gradient memory that lasts, so that what the next one does not touch is not applied again."""
+
 
 class Whole(Layout):
     """Stage 0: every rank has every parameter, gradient and moment; by convention it owns an equal share of each."""
@@ -164,6 +168,10 @@ class Whole(Layout):
         for p in self._parameters:
             p.grad = None
 
+    @override
+    def clean(self) -> None:
+        pass
+
 
 class Flat(Layout):
     """Stages 1 and 2: parameters are whole on every rank; masters, moments and gradients are cut from one flat tensor a group."""
@@ -231,6 +239,10 @@ class Flat(Layout):
         # DeepSpeed drops a non-finite gradient together with its buffers: a skipped step leaves nothing behind.
         for _, gradient in self.gradients():
             gradient.fill_(float("nan"))
+
+    @override
+    def clean(self) -> None:
+        pass
 
 
 class Partitioned(Layout):
@@ -302,8 +314,8 @@ class Partitioned(Layout):
         for _, gradient in self.gradients():
             gradient.fill_(float("nan"))
 
+    @override
     def clean(self) -> None:
-        """Empties the gradient memory: what a step does not touch would otherwise be applied again in the next."""
         for buffer in self._buffers().values():
             buffer.zero_()
 

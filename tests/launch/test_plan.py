@@ -57,6 +57,18 @@ def test_a_model_too_large_for_its_gpus_is_told_so_with_the_mend(tmp_path: Path)
         run(config, ranks=3, gigabytes=80)
 
 
+def test_an_optimizer_in_host_memory_is_no_longer_counted_on_the_gpu(tmp_path: Path) -> None:
+    config = loaded(tmp_path, TOY, "data.shards=/x/a.tar", "train.zero=2")
+    away = config.replace(train=config.train.model_copy(update={"offload": "cpu"}))
+    sizes = measure(config)
+    before, after = needed(config, sizes, 2, 8)[0], needed(away, sizes, 2, 8)[0]
+    assert before.total - after.total == before.masters + before.moments > 0
+    for asked, said in ((config, False), (away, True)):
+        out = StringIO()
+        run(asked, ranks=2, gigabytes=80, console=Console(file=out, width=120))
+        assert ("Host memory" in out.getvalue()) is said
+
+
 def test_hours_follow_from_operations_and_the_peak() -> None:
     from launch.cluster.profile import ClusterProfile
     from launch.plan import bill

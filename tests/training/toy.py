@@ -195,11 +195,12 @@ def options(
     scope: Literal["network", "global"] = "network",
     precision: Literal["fp32", "bf16"] = "fp32",
     optimizer: Literal["adamw", "lamb", "lars"] = "adamw",
+    offload: Literal["none", "cpu"] = "none",
 ) -> Any:
     from pipeline.training.engine import EngineOptions
 
     micro = SAMPLES // dist.get_world_size() // accumulation
-    return EngineOptions(zero, precision, micro, accumulation, BETAS, EPS, clip, scope, optimizer)
+    return EngineOptions(zero, precision, micro, accumulation, BETAS, EPS, clip, scope, optimizer, offload=offload)
 
 
 def build(seed: int = 0, **chosen: Any) -> tuple[Toy, Any]:
