@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from pipeline.errors import ConfigError
 from pipeline.models.text import TextBlock
-from pipeline.models.tokens import Tokens
+from pipeline.models.tokens import Tokens, taken
 
 
 class Decoder(nn.Module):
@@ -42,16 +42,17 @@ class Decoder(nn.Module):
                 module.eps = 1e-6
         self.pixels = nn.Linear(width, 3 * patch * patch)
 
-    def forward(self, tokens: Tokens, removed: Tensor) -> tuple[Tensor, Tensor]:
-        """All patches, and the pixels of the removed ones.
+    def forward(self, tokens: Tokens, removed: Tensor, *, everywhere: bool = False) -> tuple[Tensor, Tensor]:
+        """Decoded patches, and the pixels of the removed ones. What nobody reads is not computed in the last block.
 
         Args:
             tokens: of a tower that went on with ``tokens.kept`` patches only.
             removed: int64 ``[batch, removed]``, the positions of the others.
+            everywhere: decode the kept patches too.
 
         Returns:
-            ``[batch, patches, width]`` in the grid's order, and ``[batch, removed, 3 * patch * patch]`` in the order of
-            ``removed``.
+            ``[batch, removed, width]`` in the order of ``removed``, or ``[batch, patches, width]`` in the grid's order; and
+            ``[batch, removed, 3 * patch * patch]`` in the order of ``removed``.
         """
         if tokens.kept is None:
             raise ConfigError("nothing was removed from the tokens", where="Decoder", mend="pass the tower what to keep")
@@ -63,15 +64,16 @@ class Decoder(nn.Module):
         places = torch.empty_like(order).scatter_(1, order, torch.arange(count, device=order.device).expand_as(order))
         patches = torch.cat([kept, hidden], dim=1).gather(1, places[:, :, None].expand(-1, -1, width)) + self.positions
         x = torch.cat([self.embed(tokens.cls)[:, None], patches], dim=1)
-        for block in self.blocks:
+        if everywhere:
+            for block in self.blocks:
+                x = block(x)
+            x = self.norm(x)[:, 1:]
+            return x, self.pixels(taken(x, removed))
+        for block in self.blocks[:-1]:
             x = block(x)
-        x = self.norm(x)[:, 1:]
-        return x, self.pixels(taken(x, removed))
-
-
-def taken(patches: Tensor, index: Tensor) -> Tensor:
-    """``[batch, n, width]`` of ``[batch, patches, width]`` at the positions ``[batch, n]``."""
-    return patches.gather(1, index[:, :, None].expand(-1, -1, patches.shape[2]))
+        x = self.blocks[-1](x, removed + 1) if self.blocks else taken(x, removed + 1)
+        x = self.norm(x)
+        return x, self.pixels(x)
 
 
 def sincos_positions(grid: int, width: int) -> Tensor:

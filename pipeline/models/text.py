@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from pipeline.errors import CheckpointError, ConfigError
+from pipeline.models.tokens import taken
 
 VOCABULARY, END = 49408, 49407
 """Tokens of CLIP's byte-pair vocabulary, and the one that ends a text."""
@@ -38,15 +39,18 @@ class TextBlock(nn.Module):
         self.qkv, self.proj = nn.Linear(width, 3 * width), nn.Linear(width, width)
         self.fc1, self.fc2 = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """``[batch, tokens, width]`` to the same."""
-        x = x + self.proj(self._attend(self.qkv(self.norm1(x))))
+    def forward(self, x: Tensor, read: Tensor | None = None) -> Tensor:
+        """``[batch, tokens, width]`` to the same, or to what becomes of the tokens at ``read``, int64 ``[batch, n]``, alone."""
+        out = self._attend(self.qkv(self.norm1(x)), read)
+        x = (x if read is None else taken(x, read)) + self.proj(out)
         hidden = self.fc1(self.norm2(x))
         hidden = hidden * torch.sigmoid(1.702 * hidden) if self.quick_gelu else F.gelu(hidden)
         return x + self.fc2(hidden)
 
-    def _attend(self, qkv: Tensor) -> Tensor:
+    def _attend(self, qkv: Tensor, read: Tensor | None = None) -> Tensor:
         q, k, v = qkv.unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+        if read is not None:
+            q = q.gather(2, read[:, None, :, None].expand(-1, self.heads, -1, q.shape[3]))
         if qkv.device.type == "cpu" and qkv.dtype == torch.bfloat16:  # no fast backward of the fused kernel, see VisionTower
             scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)
             if self.causal:

@@ -23,3 +23,8 @@ class Tokens(NamedTuple):
     patches: Tensor
     kept: Tensor | None = None
     attention: Tensor | None = None
+
+
+def taken(patches: Tensor, index: Tensor) -> Tensor:
+    """``[batch, n, width]`` of ``[batch, patches, width]`` at the positions ``[batch, n]``."""
+    return patches.gather(1, index[:, :, None].expand(-1, -1, patches.shape[2]))

@@ -19,10 +19,10 @@ from pipeline import losses
 from pipeline.data.views import Batch, ViewSpec
 from pipeline.methods import DetailClipSettings
 from pipeline.models.attention import kept_and_removed, with_attention
-from pipeline.models.decoder import Decoder, patchified, taken
+from pipeline.models.decoder import Decoder, patchified
 from pipeline.models.heads import PrototypeHead
 from pipeline.models.text import TextTower
-from pipeline.models.tokens import Tokens
+from pipeline.models.tokens import Tokens, taken
 from pipeline.models.vision import VisionTower, build_tower
 from pipeline.recipes.base import Step
 from pipeline.recipes.contrastive import Contrastive, caption_tokens, unit
@@ -129,9 +129,9 @@ class DetailCLIP(Contrastive):
         tokens, features = self._student(batch)
         clip = self.contrast(features)
         self._prepared.pop(0)
-        decoded, pixels = self.decoder(tokens, known.removed)
+        told, pixels = self.decoder(tokens, known.removed, everywhere=s.patch_positions == "all")
         views, samples = len(tokens.cls), len(tokens.cls) // 2
-        told = taken(decoded, known.told).flatten(0, 1)
+        told = told.flatten(0, 1)
         each = partial(losses.prototype_cross_entropy, temperature=s.student_temperature, rows=s.logit_rows)
 
         def compare(units: Tensor, matrix: Tensor) -> tuple[Tensor, ...]:

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from pipeline.errors import ConfigError
 from pipeline.models.attention import kept_and_removed, with_attention
-from pipeline.models.decoder import Decoder, patchified, sincos_positions, taken
-from pipeline.models.tokens import Tokens
+from pipeline.models.decoder import Decoder, patchified, sincos_positions
+from pipeline.models.tokens import Tokens, taken
 from pipeline.models.vision import VisionTower, build_tower
 from pipeline.settings import ModelSettings
 
@@ -136,11 +136,29 @@ def test_the_decoder_puts_every_patch_in_its_place() -> None:
     keep, removed = kept_and_removed(torch.rand(2, 16), 4, 0.5)
     values = torch.randn(2, 16, 16)
     tokens = Tokens(cls=torch.zeros(2, 16), registers=torch.zeros(2, 0, 16), patches=taken(values, keep), kept=keep)
-    patches, pixels = decoder(tokens, removed)
+    patches, pixels = decoder(tokens, removed, everywhere=True)
     positions = sincos_positions(4, 16)
     torch.testing.assert_close(taken(patches, keep), taken(values + positions, keep))
     torch.testing.assert_close(taken(patches, removed), taken((decoder.mask_token + positions).expand(2, -1, -1), removed))
     assert pixels.shape == (2, removed.shape[1], 12)
+
+
+@pytest.mark.parametrize("depth", [1, 2])
+def test_what_nobody_reads_changes_nothing_that_is_read(depth: int) -> None:
+    torch.manual_seed(0)
+    decoder = Decoder(16, grid=4, patch=2, depth=depth, heads=4).double()
+    keep, removed = kept_and_removed(torch.rand(2, 16), 4, 0.5)
+    seen = torch.randn(2, 1 + keep.shape[1], 16, dtype=torch.float64)
+    tokens = Tokens(cls=seen[:, 0], registers=seen[:, :0], patches=seen[:, 1:], kept=keep)
+    found = []
+    for everywhere in (False, True):
+        decoder.zero_grad()
+        patches, pixels = decoder(tokens, removed, everywhere=everywhere)
+        patches = taken(patches, removed) if everywhere else patches
+        (patches.square().sum() + pixels.square().sum()).backward()
+        found.append((patches, pixels, *(p.grad.clone() for p in decoder.parameters() if p.grad is not None)))
+    for fewer, all_ in zip(*found, strict=True):
+        torch.testing.assert_close(fewer, all_, rtol=1e-12, atol=1e-12)
 
 
 def test_decoder_settings_that_do_not_divide_are_refused() -> None:
