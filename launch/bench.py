@@ -6,6 +6,7 @@ import shlex
 import sys
 from dataclasses import asdict
 from datetime import UTC, datetime
+from functools import partial
 from json import dumps
 from pathlib import Path
 from typing import Annotated, Any
@@ -304,12 +305,13 @@ def _keep(name: str, out: Path | None, page: Any, document: dict[str, Any]) -> N
 def methods(
     names: Annotated[list[str] | None, typer.Argument(help="Methods; by default all that have a config for scenes.")] = None,
     minutes: Annotated[float, typer.Option(min=0.05, help="Minutes of training for each method.")] = 2.0,
+    samples: Annotated[int | None, typer.Option(min=1, help="Instead of minutes: samples that each method sees.")] = None,
     shards: Annotated[str | None, typer.Option(help="Training shards of scenes; by default they are drawn.")] = None,
     ranks: Annotated[int, typer.Option(min=1, help="Processes of a run.")] = 2,
     directory: Annotated[Path, typer.Option(help="Folder of the runs, which should be new.")] = Path("runs/bench-methods"),
     out: Annotated[Path | None, typer.Option(help="Where the results go, without ending.")] = None,
 ) -> None:
-    """What each method learns of the same drawn scenes in the same time: k-NN and zero-shot in one table.
+    """What each method learns of the same drawn scenes in the same time, or from as many samples: k-NN and zero-shot.
 
     [b]Examples[/b]
 
@@ -323,17 +325,51 @@ def methods(
     for name in names or ():
         if name not in known:
             raise ConfigError(f"there is no scenes config of {name!r}", where="methods", mend=f"Choose of {', '.join(known)}.")
-    if shards is None:
-        from pipeline.data.scenes import write
-
-        write(directory / "scenes", train=8000, val=1000)
-        shards = f"{directory / 'scenes'}/*train-*.tar"
+    shards = shards or _scenes(directory)
+    each = f"{minutes:g} minutes" if samples is None else f"{samples} samples"
     stem = out or Path("bench-results") / f"methods-{datetime.now(UTC):%Y%m%d-%H%M}"
     document = page = stem
     rows: list[Row] = []
-    for row in measure(names or list(known), shards, minutes=minutes, ranks=ranks, directory=directory):
+    for row in measure(names or list(known), shards, minutes=minutes, samples=samples, ranks=ranks, directory=directory):
         print(line(row), file=sys.stderr)
         rows.append(row)
-        document, page = save(rows, stem, shlex.join(["fovea", *sys.argv[1:]]), minutes)
+        document, page = save(rows, stem, shlex.join(["fovea", *sys.argv[1:]]), each)
     print(page.read_text())
     print(f"wrote {document} and {page}", file=sys.stderr)
+
+
+@app.command()
+def collapse(
+    questions: Annotated[list[str] | None, typer.Argument(help="byol, dino, simclr, logo; by default all.")] = None,
+    samples: Annotated[int, typer.Option(min=1, help="Samples that each run sees.")] = 24_000,
+    shards: Annotated[str | None, typer.Option(help="Training shards of scenes; by default they are drawn.")] = None,
+    ranks: Annotated[int, typer.Option(min=1, help="Processes of a run.")] = 2,
+    directory: Annotated[Path, typer.Option(help="Folder of the runs, which should be new.")] = Path("runs/bench-collapse"),
+    out: Annotated[Path | None, typer.Option(help="Where the results go, without ending.")] = None,
+) -> None:
+    """Why features do not collapse: BYOL without predictor, DINO without centring or sharpening, small batches, repelled crops.
+
+    [b]Examples[/b]
+
+    fovea bench collapse byol
+
+    fovea report runs/bench-collapse/dino-*
+    """
+    from pipeline.bench.collapse import QUESTIONS, Found, line, measure, page
+
+    for name in questions or ():
+        if name not in QUESTIONS:
+            raise ConfigError(f"{name!r} is no question", where="questions", mend=f"Choose of {', '.join(QUESTIONS)}.")
+    found: list[Found] = []
+    for one in measure(questions or QUESTIONS, shards or _scenes(directory), samples=samples, ranks=ranks, directory=directory):
+        _tell(line(one))
+        found.append(one)
+    _keep("collapse", out, partial(page, found), {"trials": [asdict(one) for one in found]})
+
+
+def _scenes(directory: Path) -> str:
+    """Draws scenes to train on, with others to judge by beside them."""
+    from pipeline.data.scenes import write
+
+    write(directory / "scenes", train=8000, val=1000)
+    return f"{directory / 'scenes'}/*train-*.tar"

@@ -56,7 +56,9 @@ def configs() -> dict[str, str]:
     return found
 
 
-def measure(methods: Sequence[str], shards: str, *, minutes: float, ranks: int, directory: Path) -> Iterator[Row]:
+def measure(
+    methods: Sequence[str], shards: str, *, minutes: float, ranks: int, directory: Path, samples: int | None = None
+) -> Iterator[Row]:
     """Trains one method after another for about as long; each comes when it is done.
 
     Args:
@@ -65,23 +67,27 @@ def measure(methods: Sequence[str], shards: str, *, minutes: float, ranks: int, 
         minutes: of training, for each.
         ranks: processes.
         directory: where the runs go.
+        samples: instead of minutes, the samples that each sees.
     """
     for method in methods:
         try:
-            yield _one(method, shards, minutes, ranks, directory / method)
+            yield _one(method, shards, minutes, ranks, directory / method, samples)
         except FoveaError as error:
             yield Row(method, configs()[method], failed=str(error))
 
 
-def _one(method: str, shards: str, minutes: float, ranks: int, directory: Path) -> Row:
+def _one(method: str, shards: str, minutes: float, ranks: int, directory: Path, samples: int | None) -> Row:
     name = configs()[method]
     common = [f"data.shards={json.dumps(shards)}", f"launch.ranks={ranks}", "tracking.enabled=false"]
-    short = [f"train.length={PROBE} steps", "schedule.lr.warmup=1 steps", "evaluation.knn.enabled=false"]
-    probe = _train(name, directory / "probe", [*common, *short])
-    steps = max(int(60 * minutes / (probe["seconds"] / PROBE)), PROBE)
+    if samples is None:
+        short = [f"train.length={PROBE} steps", "schedule.lr.warmup=1 steps", "evaluation.knn.enabled=false"]
+        probe = train(name, directory / "probe", [*common, *short])
+        steps = max(int(60 * minutes / (probe["seconds"] / PROBE)), PROBE)
+    else:
+        steps = max(samples // load(name).config.train.global_batch, 1)
     lengths = [f"train.length={steps} steps", f"schedule.lr.warmup={max(steps // 10, 1)} steps"]
     often = [f"evaluation.knn.every={steps} steps", f"checkpoint.every={steps} steps"]
-    outcome = _train(name, directory / "run", [*common, *lengths, *often])
+    outcome = train(name, directory / "run", [*common, *lengths, *often])
     scores = outcome["scores"]
     k = max(int(key.split("/k")[1]) for key in scores if key.startswith("knn/"))
     knn, untrained, pixels = (scores[f"{kind}/k{k}"] for kind in ("knn", "untrained", "pixels"))
@@ -93,7 +99,12 @@ def _compares(method: str) -> bool:
     return "max_scale" in RECIPES[method].model_fields  # the temperature with which pictures and texts are compared
 
 
-def _train(config: str, directory: Path, overrides: Sequence[str]) -> dict[str, Any]:
+def train(config: str, directory: Path, overrides: Sequence[str]) -> dict[str, Any]:
+    """Trains a config with ``fovea train`` and returns what its outcome says.
+
+    Raises:
+        TrainingError: it failed, with the last line it said.
+    """
     _run(["train", config, f"run.directory={json.dumps(str(directory))}", *overrides])
     outcome: dict[str, Any] = json.loads((directory / "outcome.json").read_text())
     return outcome
@@ -122,20 +133,20 @@ def line(row: Row) -> str:
     return f"{row.method}: k-NN {row.knn:.1%} after {row.samples} samples in {row.seconds:.0f} s"
 
 
-def save(rows: Sequence[Row], path: Path, command: str, minutes: float) -> list[Path]:
+def save(rows: Sequence[Row], path: Path, command: str, each: str) -> list[Path]:
     """Writes ``path`` with the endings ``.json`` and ``.md``, and returns both."""
     machine = describe()
     path.parent.mkdir(parents=True, exist_ok=True)
     document, page = path.with_suffix(".json"), path.with_suffix(".md")
-    tree = {"command": command, "machine": machine, "minutes": minutes, "rows": [asdict(row) for row in rows]}
+    tree = {"command": command, "machine": machine, "each": each, "rows": [asdict(row) for row in rows]}
     document.write_text(json.dumps(tree, indent=2) + "\n")
-    page.write_text(markdown(rows, machine, command, minutes))
+    page.write_text(markdown(rows, machine, command, each))
     return [document, page]
 
 
-def markdown(rows: Sequence[Row], machine: dict[str, str], command: str, minutes: float) -> str:
+def markdown(rows: Sequence[Row], machine: dict[str, str], command: str, each: str) -> str:
     """The page that a person reads."""
-    lines = [f"# What each method learns of drawn scenes in {minutes:g} minutes", "", f"`{command}`", ""]
+    lines = [f"# What each method learns of drawn scenes in {each}", "", f"`{command}`", ""]
     lines += [*(f"- {name}: {value}" for name, value in machine.items()), ""]
     lines += ["| method | config | samples | s of training | k-NN | untrained | raw pixels | zero-shot |"]
     lines += ["|---|---|---:|---:|---:|---:|---:|---:|"]

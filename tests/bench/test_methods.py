@@ -21,7 +21,7 @@ def test_a_method_that_learnt_nothing_or_failed_is_said_to(tmp_path: Path) -> No
         Row("dino", "dino/scenes", 10, 1280, 30.0, 0.2, 0.25, 0.1),
         Row("coca", "coca/scenes", failed="no memory"),
     ]
-    document, page = save(rows, tmp_path / "table", "fovea bench methods", 0.5)
+    document, page = save(rows, tmp_path / "table", "fovea bench methods", "0.5 minutes")
     text = page.read_text()
     assert "| simclr | simclr/scenes | 1280 | 31 | 50.0% | 25.0% | 10.0% |" in text
     assert "dino is not above its untrained network" in text and "simclr is not above" not in text

@@ -1,0 +1,179 @@
+"""What keeps methods without negatives from collapse, and what negatives need: each part is taken away and the rest is trained.
+
+Every trial is a config for drawn scenes and the one setting that differs; all of one question see the same samples.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pipeline.bench.methods import train
+from pipeline.config import load
+from pipeline.errors import FoveaError
+from pipeline.tracking.journal import read
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One run.
+
+    Attributes:
+        question: what it belongs to.
+        name: what differs, in words.
+        config: the config's name.
+        settings: overrides.
+    """
+
+    question: str
+    name: str
+    config: str
+    settings: tuple[str, ...] = ()
+
+    @property
+    def slug(self) -> str:
+        """The name of its directory."""
+        return f"{self.question}-{self.name}".replace(" ", "_").replace(",", "")
+
+
+LOCALS = ("recipe.views.local_count=2", "recipe.views.local_size=16", "recipe.views.local_scale=[0.15, 0.5]")
+TRIALS = (
+    Trial("byol", "as it is", "byol/scenes"),
+    Trial("byol", "without predictor", "byol/scenes", ("recipe.predictor=false",)),
+    Trial("dino", "as it is", "dino/scenes"),
+    Trial("dino", "without centring", "dino/scenes", ("recipe.center_momentum=1.0",)),
+    Trial("dino", "without sharpening", "dino/scenes", ("schedule.teacher_temperature.start=0.1",)),
+    Trial("simclr", "batch 128", "simclr/scenes"),
+    Trial("simclr", "batch 16", "simclr/scenes", ("train.global_batch=16",)),
+    Trial("logo", "local crops attracted", "byol/scenes", LOCALS),
+    Trial("logo", "and repelled from each other", "byol/scenes", (*LOCALS, "recipe.repel={}")),
+)
+QUESTIONS = tuple(dict.fromkeys(trial.question for trial in TRIALS))
+_EVALUATIONS = 6
+_TOLD = ("train/feature_rank", "train/target_entropy", "train/prototype_use")
+
+
+@dataclass(frozen=True)
+class Found:
+    """What came of a trial.
+
+    Attributes:
+        trial: which.
+        steps, samples: of the run.
+        knn: accuracy after each number of samples, 0 to 1; the highest ``k`` of the config.
+        untrained: of the same network before.
+        loss: the last one logged, nats.
+        signs: the last logged value of what tells collapse.
+        alarms: what fovea itself raised, by name.
+        failed: why there is none of this.
+    """
+
+    trial: Trial
+    steps: int = 0
+    samples: int = 0
+    knn: Mapping[int, float] | None = None
+    untrained: float | None = None
+    loss: float = math.nan
+    signs: Mapping[str, float] | None = None
+    alarms: Mapping[str, str] | None = None
+    failed: str = ""
+
+
+def measure(questions: Sequence[str], shards: str, *, samples: int, ranks: int, directory: Path) -> Iterator[Found]:
+    """Trains what each question asks for, one run after another."""
+    for trial in TRIALS:
+        if trial.question in questions:
+            try:
+                yield _one(trial, shards, samples, ranks, directory / trial.slug)
+            except FoveaError as error:
+                yield Found(trial, failed=str(error))
+
+
+def _one(trial: Trial, shards: str, samples: int, ranks: int, directory: Path) -> Found:
+    batch = load(trial.config, trial.settings).config.train.global_batch
+    steps = max(samples // batch, _EVALUATIONS)
+    settings = [
+        f"data.shards={json.dumps(shards)}",
+        f"launch.ranks={ranks}",
+        f"run.name={trial.slug}",
+        f"train.length={steps} steps",
+        f"schedule.lr.warmup={max(steps // 10, 1)} steps",
+        f"evaluation.knn.every={math.ceil(steps / _EVALUATIONS)} steps",
+        f"checkpoint.every={steps} steps",
+        *trial.settings,
+    ]
+    outcome = train(trial.config, directory, settings)
+    metrics, alarms = journal(directory)
+    names = [name for name in metrics if name.startswith("knn/k")]
+    best = max(names, key=lambda name: int(name.removeprefix("knn/k")))
+    pixels = {int(step): value for step, value in metrics[best].items()}
+    untrained = outcome["scores"].get(best.replace("knn/", "untrained/"))
+    return Found(
+        trial,
+        steps=steps,
+        samples=outcome["samples_seen"],
+        knn={step * batch: value for step, value in sorted(pixels.items())},
+        untrained=untrained,
+        loss=_last(metrics.get("train/loss", {})),
+        signs={name.removeprefix("train/"): _last(metrics[name]) for name in _TOLD if name in metrics},
+        alarms=alarms,
+    )
+
+
+def journal(directory: Path) -> tuple[dict[str, dict[int, float]], dict[str, str]]:
+    """A run's metrics by name and step, and its alarms."""
+    metrics: dict[str, dict[int, float]] = {}
+    alarms: dict[str, str] = {}
+    for path in sorted((directory / "tracking").glob("journal-*.jsonl")):
+        for _, record in read(path):
+            values: dict[str, Any] = record.get("values", {})
+            if record["kind"] == "metrics":
+                for name, value in values.items():
+                    metrics.setdefault(name, {})[int(record["step"])] = float(value)
+            elif record["kind"] == "tags":
+                alarms |= {str(key).removeprefix("alarm/"): str(v) for key, v in values.items() if str(key).startswith("alarm/")}
+    return metrics, alarms
+
+
+def _last(points: Mapping[int, float]) -> float:
+    return points[max(points)] if points else math.nan
+
+
+def line(found: Found) -> str:
+    """One trial in words."""
+    if found.failed or not found.knn:
+        return f"{found.trial.question}, {found.trial.name}: {found.failed or 'no evaluation'}"
+    return f"{found.trial.question}, {found.trial.name}: k-NN {_last(found.knn):.1%}, {found.signs}"
+
+
+def page(found: Sequence[Found], machine: Mapping[str, str], command: str) -> str:
+    """The page that a person reads."""
+    lines = ["# What keeps features from collapse", "", f"`{command}`", "", *(f"- {k}: {v}" for k, v in machine.items()), ""]
+    lines += ["| question | trial | samples | steps | k-NN | untrained | loss | rank of features | entropy of targets | in use |"]
+    lines += ["|---|---|---:|---:|---:|---:|---:|---:|---:|---:|"]
+    for one in found:
+        if one.failed or not one.knn:
+            lines.append(f"| {one.trial.question} | {one.trial.name} | {line(one)} ||||||||")
+            continue
+        signs = [f"{(one.signs or {})[name]:.2f}" if name in (one.signs or {}) else "" for name in _names()]
+        start = "" if one.untrained is None else f"{one.untrained:.1%}"
+        figures = [str(one.samples), str(one.steps), f"{_last(one.knn):.1%}", start, f"{one.loss:.3f}", *signs]
+        lines.append(f"| {one.trial.question} | {one.trial.name} | {' | '.join(figures)} |")
+    lines += ["", "One run of each, seed 0. k-NN of 1000 held-out scenes by their 20 nearest of 4000, by samples seen:", ""]
+    for one in found:
+        if one.knn:
+            curve = ", ".join(f"{samples}: {value:.1%}" for samples, value in one.knn.items())
+            lines.append(f"- {one.trial.question}, {one.trial.name}: {curve}")
+    raised = []
+    for one in found:
+        raised += [f"- {one.trial.question}, {one.trial.name}: **{n}**: {told}" for n, told in (one.alarms or {}).items()]
+    lines += ["", "What fovea's own alarms said:", "", *(raised or ["- nothing"])]
+    return "\n".join(lines) + "\n"
+
+
+def _names() -> list[str]:
+    return [name.removeprefix("train/") for name in _TOLD]

@@ -1,0 +1,48 @@
+"""The experiments on collapse: each is one setting away from a method that is well, and the page says what came of it."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import pytest
+
+from pipeline.bench.collapse import TRIALS, Found, Trial, journal, page
+from pipeline.config import flatten, load
+from pipeline.tracking.journal import Journal
+
+
+@pytest.mark.parametrize("trial", TRIALS, ids=lambda trial: trial.slug)
+def test_every_trial_is_a_valid_config(trial: Trial) -> None:
+    plain, changed = (flatten(load(trial.config, words).config) for words in ((), trial.settings))
+    assert len([name for name in plain if plain[name] != changed.get(name)]) == sum("repel" not in w for w in trial.settings)
+
+
+def test_the_names_of_trials_are_their_own() -> None:
+    assert len({trial.slug for trial in TRIALS}) == len(TRIALS)
+
+
+def test_the_page_says_what_was_learnt_what_collapsed_and_what_failed() -> None:
+    well, ill, gone = TRIALS[:3]
+    found = [
+        Found(well, 10, 1280, {640: 0.25, 1280: 0.5}, 0.2, 0.123, {"feature_rank": 12.5}, {}),
+        Found(ill, 10, 1280, {1280: 0.1}, 0.2, 0.0, {"feature_rank": 1.0}, {"narrow": "features in one direction"}),
+        Found(gone, failed="no memory"),
+    ]
+    text = page(found, {"cores": "2"}, "fovea bench collapse")
+    assert "| byol | as it is | 1280 | 10 | 50.0% | 20.0% | 0.123 | 12.50 |  |  |" in text
+    assert "- byol, as it is: 640: 25.0%, 1280: 50.0%" in text
+    assert "- byol, without predictor: **narrow**: features in one direction" in text
+    assert "dino, as it is: no memory" in text
+
+
+def test_numbers_and_alarms_are_read_from_a_runs_journals(tmp_path: Path) -> None:
+    (tmp_path / "tracking").mkdir()
+    written = Journal(tmp_path / "tracking" / "journal-0.jsonl")
+    written.metrics(5, {"train/loss": 2.5, "knn/k20": 0.25})
+    written.metrics(10, {"train/loss": math.inf})
+    written.tags({"alarm/narrow": "few directions", "fovea.other": "1"})
+    written.close()
+    metrics, alarms = journal(tmp_path)
+    assert metrics == {"train/loss": {5: 2.5, 10: math.inf}, "knn/k20": {5: 0.25}}
+    assert alarms == {"narrow": "few directions"}
