@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 import sys
 from dataclasses import asdict
@@ -225,6 +226,35 @@ def resume(
     _keep("resume", out, lambda machine, command: markdown(result, options, machine, command), asdict(result))
 
 
+@app.command()
+def determinism(
+    model: Annotated[str, typer.Option(help="Size of the ViT: tiny, small, base or large.")] = "tiny",
+    batch: Annotated[int, typer.Option(min=1, help="Samples of a step.")] = 8,
+    side: Annotated[int, typer.Option(min=32, help="Side of the global crops, pixels; a multiple of 16.")] = 96,
+    prototypes: Annotated[int, typer.Option(min=16, help="Prototypes of each head.")] = 4096,
+    rounds: Annotated[int, typer.Option(min=1, help="Rounds that count.")] = 5,
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    out: Annotated[Path | None, typer.Option(help="Where the results go, without ending.")] = None,
+) -> None:
+    """What train.deterministic costs: DINOv2's step with and without, in turns.
+
+    [b]Example[/b]
+
+    fovea bench determinism --device cuda --model large --batch 32 --side 224
+    """
+    from pipeline.bench.checkpoint import MODELS, Options
+    from pipeline.bench.determinism import measure, page
+
+    if model not in MODELS:
+        raise ConfigError(f"{model!r} is no size", where="--model", mend=f"Choose of {', '.join(MODELS)}.")
+    if _device(device) == "cuda":
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it once, and is deterministic only with it
+    options = Options(model, batch, side, prototypes, device="cuda" if device == "cuda" else "cpu")
+    cases = measure(options, rounds=rounds, tell=_tell)
+    document = {"cases": {name: asdict(case) for name, case in cases.items()}}
+    _keep("determinism", out, lambda machine, command: page(cases, options, machine, command), document)
+
+
 @app.command(name="all")
 def everything(
     tiny: Annotated[bool, typer.Option("--tiny", help="At toy size: to see that all of it works.")] = False,
@@ -248,6 +278,11 @@ def everything(
             {"width": 32, "depth": 2, "ranks": 2, "accumulation": 1},
         ),
         (loop, {"steps": 200, "log_every": 10}, {"steps": 10, "log_every": 5}),
+        (
+            determinism,
+            {"model": "small", "batch": 16, "side": 224, "prototypes": 65536, "rounds": 3, **common},
+            {"model": "tiny", "batch": 2, "side": 32, "prototypes": 64, "rounds": 1, **common},
+        ),
         (resume, {"width": 512, "depth": 16, "rounds": 5}, {"width": 64, "depth": 2, "rounds": 1}),
         (
             checkpoint,

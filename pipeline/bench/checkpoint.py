@@ -110,7 +110,7 @@ def measure(options: Options, *, tell: Callable[[str], None] = lambda _: None) -
 
 def _measure(options: Options, folder: Path, control: Any, tell: Callable[[str], None]) -> Result:
     device = torch.device(options.device, 0) if options.device == "cuda" else torch.device("cpu")
-    recipe, batch = _method(options, device)
+    recipe, batch = method(options, device)
     precision: Literal["fp32", "bf16"] = "bf16" if options.device == "cuda" else "fp32"
     engine = Engine(recipe, EngineOptions(2, precision, options.batch, 1, (0.9, 0.999), 1e-8, 3.0, "network"), device)
     store = checkpoint.Checkpoints(folder, keep_last=2, group=control)
@@ -173,7 +173,8 @@ def _measure(options: Options, folder: Path, control: Any, tell: Callable[[str],
     return result
 
 
-def _method(options: Options, device: torch.device) -> tuple[DINOv2, Batch]:
+def method(options: Options, device: torch.device) -> tuple[DINOv2, Batch]:
+    """DINOv2 with a batch of noise, both on the device."""
     torch.manual_seed(0)
     local = max(options.side // 2 // 16 * 16, 16)
     views = ViewSettings(global_size=options.side, local_size=local, local_count=4)
