@@ -15,4 +15,8 @@ def test_all_benches_run_at_toy_size_and_each_keeps_its_page(tmp_path: Path) -> 
     done = CliRunner().invoke(app, ["all", "--tiny", "--out", str(tmp_path)])
     assert done.exit_code == 0, done.output
     names = {command.name or command.callback.__name__ for command in app.registered_commands if command.callback}
-    assert {path.stem for path in tmp_path.glob("*.md")} == {path.stem for path in tmp_path.glob("*.json")} == names - {"all", "methods", "collapse"}
+    assert (
+        {path.stem for path in tmp_path.glob("*.md")}
+        == {path.stem for path in tmp_path.glob("*.json")}
+        == names - {"all", "methods", "collapse"}
+    )
