@@ -374,6 +374,17 @@ def methods(
 
 
 @app.command()
+def readme(file: Annotated[Path, typer.Argument(help="The README.")] = Path("README.md")) -> None:
+    """Write the table of measurements into README, from the results that are kept in pipeline/bench/results."""
+    from pipeline.bench.summary import written
+
+    try:
+        file.write_text(written(file.read_text()))
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"has no place for the table ({error})", where=str(file), mend="Give fovea's own README.md.") from error
+
+
+@app.command()
 def collapse(
     questions: Annotated[list[str] | None, typer.Argument(help="byol, dino, simclr, logo; by default all.")] = None,
     samples: Annotated[int, typer.Option(min=1, help="Samples that each run sees.")] = 24_000,
