@@ -56,7 +56,7 @@ def _step(caption: int) -> Callable[[Document], list[Row]]:
 
 
 def _heads(d: Document) -> list[Row]:
-    ours, plain = d["cases"]["pieces"], d["cases"]["whole logits"]
+    ours, plain = d["cases"]["in pieces"], d["cases"]["whole logits"]
     time = min(plain["seconds"]) / min(ours["seconds"])
     memory = plain["peak"] / ours["peak"]
     sizes = [f"{case['peak'] / _MEGABYTE:,.0f} MB, {min(case['seconds']):.1f} s" for case in (ours, plain)]

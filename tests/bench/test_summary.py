@@ -21,10 +21,11 @@ def test_a_figure_follows_its_result(tmp_path: Path) -> None:
     cases = {"fovea": {"seconds": [2.0, 3.0], "peak": 1}, "open_clip": {"seconds": [5.0, 4.0], "peak": 1}}
     (tmp_path / "step-clip-cpu-20.json").write_text(json.dumps({"cases": cases}))
     (tmp_path / "resume-cpu.json").write_text(json.dumps({"fresh": [2.0], "resumed": [2.2]}))
+    pages = "pipeline/bench/results"
     lines = table(tmp_path).splitlines()[2:]
     assert lines == [
-        "| [CLIP B/32 step, captions of 20 tokens](pipeline/bench/results/step-clip-cpu.md) | 2.00 s | 4.00 s open_clip | 2.00 x faster |",
-        "| [first step from a checkpoint, verified](pipeline/bench/results/resume-cpu.md) | 2.20 s | 2.00 s afresh | 1.10 x as long |",
+        f"| [CLIP B/32 step, captions of 20 tokens]({pages}/step-clip-cpu.md) | 2.00 s | 4.00 s open_clip | 2.00 x faster |",
+        f"| [first step from a checkpoint, verified]({pages}/resume-cpu.md) | 2.20 s | 2.00 s afresh | 1.10 x as long |",
     ]
     assert written(f"a\n{BEGIN}\nold\n{END}\nb", tmp_path).splitlines()[4:-1] == [*lines, END]
 
