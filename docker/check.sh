@@ -19,6 +19,8 @@ policy="$work/policy.json"
 echo '{"default":[{"type":"insecureAcceptAnything"}]}' >"$policy"
 if ! buildah "${root[@]}" images 2>/dev/null | grep -q localhost/fovea-base; then
     [ -d "$work/rootfs/bin" ] || debootstrap --variant=minbase --include=python3,python3-venv,ca-certificates bookworm "$work/rootfs" >/dev/null
+    # Behind a proxy that signs for others, pip inside needs what this machine trusts.
+    cp /etc/ssl/certs/ca-certificates.crt "$work/rootfs/etc/ssl/certs/ca-certificates.crt"
     container=$(buildah "${root[@]}" from --signature-policy "$policy" scratch)
     buildah "${root[@]}" add "$container" "$work/rootfs" / >/dev/null
     buildah "${root[@]}" commit --signature-policy "$policy" "$container" localhost/fovea-base:dev >/dev/null
