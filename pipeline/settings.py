@@ -269,6 +269,10 @@ class LaunchSettings(Settings):
     backend: Literal["auto", "gloo", "nccl"] = Field(
         default="auto", description="collective library; auto is nccl with GPUs, else gloo"
     )
+    init: Literal["deepspeed", "accelerate"] = Field(
+        default="deepspeed",
+        description="who sets DeepSpeed up: fovea, or Hugging Face Accelerate (which needs transformers); the run is the same",
+    )
     timeout: Positive = Field(default=600.0, description="seconds a collective may take")
 
 

@@ -171,6 +171,7 @@ def assemble(
             momentum=config.optim.momentum,
             trust=config.optim.trust,
             offload=config.train.offload,
+            init=config.launch.init,
         ),
         world.device,
     )

@@ -29,6 +29,7 @@ from pipeline.data.views import Batch
 from pipeline.errors import TrainingError
 from pipeline.models.groups import ParameterGroup
 from pipeline.recipes.base import Recipe, Step
+from pipeline.training import accelerated
 from pipeline.training.layout import ADAM, Flat, Fragment, Layout, Partitioned, Whole, piece_of
 from pipeline.training.offload import OffloadedFlat, OffloadedPartitioned
 from pipeline.training.optimizers import Lamb, Lars, Layerwise, Sgd
@@ -68,6 +69,7 @@ class EngineOptions:
         momentum: of LARS and SGD.
         trust: LARS's.
         offload: ``cpu`` keeps masters, moments and AdamW's work in host memory, in stages 1 to 3.
+        init: who sets DeepSpeed up for the student.
     """
 
     zero: Literal[0, 1, 2, 3]
@@ -82,6 +84,7 @@ class EngineOptions:
     momentum: float = 0.9
     trust: float = 1e-3
     offload: Literal["none", "cpu"] = "none"
+    init: Literal["deepspeed", "accelerate"] = "deepspeed"
 
 
 class Engine:
@@ -107,7 +110,10 @@ class Engine:
         os.environ["LOCAL_RANK"] = str(device.index or 0)
         sizes = [p.numel() for group in self._groups for p in group.params]
         config = _configuration(options, dist.get_world_size(), device, sizes)
-        self._engine, _, _, _ = deepspeed.initialize(model=recipe, optimizer=optimizer, config=config)
+        if options.init == "accelerate":
+            self._engine = accelerated.initialize(recipe, optimizer, config)
+        else:
+            self._engine, _, _, _ = deepspeed.initialize(model=recipe, optimizer=optimizer, config=config)
         # DeepSpeed wraps it, but in stage 0; the learning rates are the inner one's.
         self._optimizer = getattr(self._engine.optimizer, "optimizer", self._engine.optimizer)
         parameters = [p for group in self._groups for p in group.params]

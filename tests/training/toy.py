@@ -196,11 +196,12 @@ def options(
     precision: Literal["fp32", "bf16"] = "fp32",
     optimizer: Literal["adamw", "lamb", "lars"] = "adamw",
     offload: Literal["none", "cpu"] = "none",
+    init: Literal["deepspeed", "accelerate"] = "deepspeed",
 ) -> Any:
     from pipeline.training.engine import EngineOptions
 
     micro = SAMPLES // dist.get_world_size() // accumulation
-    return EngineOptions(zero, precision, micro, accumulation, BETAS, EPS, clip, scope, optimizer, offload=offload)
+    return EngineOptions(zero, precision, micro, accumulation, BETAS, EPS, clip, scope, optimizer, offload=offload, init=init)
 
 
 def build(seed: int = 0, **chosen: Any) -> tuple[Toy, Any]:
