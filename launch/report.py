@@ -21,7 +21,7 @@ from pipeline.tracking.journal import read
 from pipeline.training import saved as files
 from pipeline.training.run import RunDirectory
 
-_PLAIN = ("train/", "perf/", "memory/", "gradient_norm/", "data/", "storage/", "checkpoint/", "alarm/", "copies/")
+_PLAIN = ("train/", "perf/", "memory/", "system/", "gradient_norm/", "data/", "storage/", "checkpoint/", "alarm/", "copies/")
 _CURVES = (
     ("train/loss", "loss, sum of its terms (nats)"),
     ("train/lr", "learning rate"),

@@ -44,6 +44,7 @@ from pipeline.training.inputs import Inputs, check_data, data_identity, open_sto
 from pipeline.training.rewind import LeftOut
 from pipeline.training.run import RunDirectory
 from pipeline.training.saved import Saved, newest, read
+from pipeline.training.system import Nodes
 from pipeline.training.timing import Phases, peak_tflops
 from pipeline.training.trainer import Plan, Progress, Trainer, Watcher
 from pipeline.training.watchdog import Watchdog
@@ -260,6 +261,7 @@ def assemble(
         left_out=LeftOut(run.path / "left_out.json"),
         go_back=go_back,
         alarms=Alarms(recipe.vitals),
+        machines=Nodes(world, run.path).read,
         progress=progress,
     )
 

@@ -124,6 +124,7 @@ class Trainer:
         left_out: steps that are not trained on.
         go_back: loads the last checkpoint on all ranks.
         alarms: who tells collapse and divergence from progress.
+        machines: how busy each node is; called by all ranks.
         progress: where we are.
         data_counts: samples seen, substituted and available, as of the last checkpoint.
     """
@@ -145,6 +146,7 @@ class Trainer:
     left_out: LeftOut
     go_back: Callable[[], Progress]
     alarms: Alarms = field(default_factory=Alarms)
+    machines: Callable[[], dict[str, float]] = dict
     progress: Progress = field(default_factory=Progress)
     data_counts: dict[str, Any] = field(default_factory=dict)
     _seconds_before: float = 0.0
@@ -288,7 +290,7 @@ class Trainer:
         values = meter.flush()
         p = self.progress
         rate = values.pop("rate")
-        seconds = self.phases.read()
+        seconds, machines = self.phases.read(), self.machines()
         if self.journal is not None:
             share = batches.seconds_waited / max(p.seconds - self._seconds_before, 1e-9)
             self.journal.metrics(
@@ -306,6 +308,7 @@ class Trainer:
                     "perf/data_wait_share": share,
                     **{f"perf/{name}": value for name, value in seconds.items()},
                     **self._memory(),
+                    **{f"system/{name}": value for name, value in machines.items()},
                     "train/skipped_steps": float(p.skipped),
                     **{f"storage/{name}": value for name, value in batches.usage.items()},
                 },
