@@ -193,6 +193,7 @@ def export(
     licence: Annotated[str, typer.Option("--license", metavar="NAME", help="The weights' licence, for the card.")] = "unknown",
     best: Annotated[bool, typer.Option("--best", help="The best checkpoint instead of the newest.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what is there.")] = False,
+    register: Annotated[str | None, typer.Option(metavar="MODEL", help="Also a new version of this model in MLflow.")] = None,
 ) -> None:
     """Write the trained weights as other libraries read them, with a model card and the preprocessing.
 
@@ -204,7 +205,8 @@ def export(
     """
     from launch.export import run as write
 
-    raise typer.Exit(write(run, to=to, out=out, network=network, size=size, license_=licence, best=best, force=overwrite))
+    options: dict[str, Any] = {"out": out, "network": network, "size": size, "license_": licence, "best": best}
+    raise typer.Exit(write(run, to=to, force=overwrite, register=register, **options))
 
 
 @app.command()

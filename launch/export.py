@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 from pipeline.errors import CheckpointError, ConfigError
@@ -9,6 +10,7 @@ from pipeline.export import networks
 from pipeline.export.write import TARGETS, write
 from pipeline.training import saved as files
 from pipeline.training.retention import read_best
+from pipeline.training.run import RunDirectory
 from pipeline.training.saved import Saved
 from pipeline.training.trained import newest
 
@@ -30,7 +32,18 @@ def chosen(path: Path, *, best: bool = False) -> Saved:
     return files.read(folder / str(found["checkpoint"]))
 
 
-def run(path: Path, *, to: str, out: Path | None, network: str, size: int | None, license_: str, best: bool, force: bool) -> int:
+def run(
+    path: Path,
+    *,
+    to: str,
+    out: Path | None,
+    network: str,
+    size: int | None,
+    license_: str,
+    best: bool,
+    force: bool,
+    register: str | None = None,
+) -> int:
     """Write the export and say where; returns the exit code.
 
     Args:
@@ -42,6 +55,7 @@ def run(path: Path, *, to: str, out: Path | None, network: str, size: int | None
         license_: for the card.
         best: the best checkpoint of a run instead of the newest.
         force: replace what is there.
+        register: a model in the registry of the run's MLflow server, of which this becomes a version.
 
     Raises:
         FoveaError: no checkpoint, a damaged one, or a layout that cannot hold the networks.
@@ -57,4 +71,20 @@ def run(path: Path, *, to: str, out: Path | None, network: str, size: int | None
     write(found, to, folder, license_=license_, overwrite=force)
     total = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
     print(f"{folder}: the {found.network} of {saved.path.name} for {to}, {total / 1e6:.1f} MB; README.md says how to load it")
+    if register is not None:
+        _register(run_folder, folder, register)
     return 0
+
+
+def _register(run_folder: Path, folder: Path, model: str) -> None:
+    from pipeline.settings import Config
+    from pipeline.tracking import Shipper
+    from pipeline.tracking.registry import register
+
+    run = RunDirectory(run_folder)
+    if not run.config.is_file():
+        raise ConfigError("is no run's directory", where=str(run_folder), mend="--register needs the run that was trained")
+    config = Config.model_validate(json.loads(run.config.read_text()))
+    uri = config.tracking.uri or f"sqlite:///{(run.path / 'mlflow.db').resolve()}"
+    shipper = Shipper(run.tracking, uri=uri, experiment=config.tracking.experiment, name=config.run.name)
+    print(f"version {register(shipper, folder, model)} of {model} in MLflow ({uri})")

@@ -65,6 +65,16 @@ class Shipper:
         self._thread.join(timeout=seconds)
         return not self._thread.is_alive() and not self._pending()
 
+    def connected(self) -> tuple[Any, str]:
+        """MLflow's client and the id of this run, which is made if it is not there.
+
+        Raises:
+            Exception: whatever MLflow raises.
+        """
+        self._folder.mkdir(parents=True, exist_ok=True)
+        client = self._connect()
+        return client, str(self._cursor["run_id"])
+
     def _pending(self) -> bool:
         unsent = (next(read(path, self._offset(path)), None) for path in self._journals())
         return bool(self._cursor["artifacts"]) or any(unsent)

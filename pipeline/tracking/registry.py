@@ -1,0 +1,43 @@
+"""Exported weights as a version in MLflow's model registry, bound to the run that trained them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from pipeline.errors import LaunchError
+from pipeline.tracking.shipper import Shipper
+
+
+def register(shipper: Shipper, folder: Path, model: str) -> int:
+    """Uploads a folder to the run and makes it the newest version of a registered model.
+
+    Args:
+        shipper: of the run.
+        folder: what ``fovea export`` wrote.
+        model: name in the registry, made if it is not there.
+
+    Returns:
+        The version.
+
+    Raises:
+        LaunchError: MLflow is away, or keeps no registry.
+    """
+    from mlflow.exceptions import MlflowException
+
+    try:
+        client, run = shipper.connected()
+        place = f"export/{folder.name}"
+        client.log_artifacts(run, str(folder), artifact_path=place)
+        if not client.search_registered_models(filter_string=f"name = '{model}'"):
+            client.create_registered_model(model)
+        found: Any = client.create_model_version(
+            model, source=f"{client.get_run(run).info.artifact_uri}/{place}", run_id=run, tags={"layout": folder.name}
+        )
+    except (MlflowException, OSError) as error:
+        raise LaunchError(
+            f"MLflow did not take the model ({str(error).splitlines()[0][:160]})",
+            where=f"--register {model}",
+            mend="the export itself is whole; is the server up, and does it keep a registry? The same command tries again",
+        ) from error
+    return int(found.version)

@@ -1,0 +1,34 @@
+"""Exports in a real MLflow's model registry."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from pipeline.errors import LaunchError
+from pipeline.tracking import Shipper
+from pipeline.tracking.registry import register
+from tests.tracking.test_shipper import Bench, bench, template  # noqa: F401
+
+
+def shipper(at: Bench) -> Shipper:
+    return Shipper(at.folder, uri=at.uri, experiment="tests", name="trial")
+
+
+def test_each_export_becomes_the_next_version_bound_to_the_run(bench: Bench, tmp_path: Path) -> None:  # noqa: F811
+    folder = tmp_path / "timm"
+    folder.mkdir()
+    (folder / "model.safetensors").write_bytes(b"weights")
+    assert [register(shipper(bench), folder, "vit") for _ in range(2)] == [1, 2]
+    found = bench.client.get_model_version("vit", "2")
+    assert found.run_id == bench.run.info.run_id and found.tags == {"layout": "timm"}
+    (file,) = bench.client.list_artifacts(bench.run.info.run_id, "export/timm")
+    assert file.path == "export/timm/model.safetensors"
+
+
+def test_a_server_that_is_away_is_told_with_the_mend(tmp_path: Path) -> None:
+    (tmp_path / "timm").mkdir()
+    away = Shipper(tmp_path, uri="http://127.0.0.1:9", experiment="tests", name="trial")
+    with pytest.raises(LaunchError, match="the export itself is whole"):
+        register(away, tmp_path / "timm", "vit")
