@@ -61,7 +61,10 @@ def measure(config: Config) -> Sizes:
     tower: Any = recipe.export().get("backbone", recipe)
     vit = getattr(tower, "vit", tower)
     patch = int(getattr(tower, "patch", 0) or config.model.patch_side or 16)
-    grids = [(view.count, (view.size // patch) ** 2, view.mask) for view in recipe.views]
+    # The student's views alone, and where they come in several sizes the largest: those a GPU must have room for.
+    sets = [[v for v in one.views if v.same_as is None] for one in recipe.view_sets]
+    largest = max(sets, key=lambda views: sum(view.count * view.size**2 for view in views))
+    grids = [(view.count, (view.size // patch) ** 2, view.mask) for view in largest]
     prefix = int(getattr(vit, "num_prefix_tokens", 1))
     rows: float = sum(count for count, _, _ in grids)
     for count, patches, mask in grids:

@@ -401,14 +401,20 @@ def _check_recipe(config: Config) -> Iterator[tuple[str, str]]:
         )
     if views is None or patch is None:
         return
-    for name, size in (("global_size", views.global_size), ("local_size", views.local_size)):
-        if size % patch and (name == "global_size" or views.local_count):
+    local = {"local_size": views.local_size} if views.local_count else {}
+    sizes = {f"recipe.views.{name}": size for name, size in ({"global_size": views.global_size} | local).items()}
+    if isinstance(config.recipe, Dinov2Settings):
+        sizes["recipe.gram_size"] = config.recipe.gram_size
+        for number, resolution in enumerate(config.recipe.resolutions):
+            sizes |= {f"recipe.resolutions.{number}.{name}": size for name, size in resolution if name != "weight"}
+        if config.recipe.gram_weight == 0 and (idle := [key for key, size in sizes.items() if size and "gram_size" in key]):
+            yield idle[0], f"{idle[0]} = {sizes[idle[0]]}: has no effect while recipe.gram_weight = 0; set that, or leave it null"
+    for key, size in sizes.items():
+        if size is not None and size % patch:
             near = [str(side) for side in (size // patch * patch, (size // patch + 1) * patch) if side]
-            yield (
-                f"recipe.views.{name}",
-                f"recipe.views.{name} = {size}: does not divide by the patch side {patch}; {' or '.join(near)} would",
-            )
-    if getattr(config.recipe, "mask_probability", 0) and views.global_size // patch < 2:
+            yield key, f"{key} = {size}: does not divide by the patch side {patch}; {' or '.join(near)} would"
+    smallest = min(size for key, size in sizes.items() if size is not None and key.endswith("global_size"))
+    if getattr(config.recipe, "mask_probability", 0) and smallest // patch < 2:
         yield (
             "recipe.mask_probability",
             "recipe.mask_probability: a picture of a single patch leaves nothing to hide; make views larger or patches smaller",
