@@ -31,7 +31,7 @@ from pipeline.fields import Length, Settings
 from pipeline.judges import NAMES
 from pipeline.layers import Branch, Leaf, Problem, display, merge, origin_of, override, read, scalar, unwrap
 from pipeline.methods import RECIPES, Dinov2Settings, RecipeSettings
-from pipeline.settings import Config, DataSettings, SourceSettings
+from pipeline.settings import Config
 
 DEFAULT = "default"
 
@@ -238,8 +238,11 @@ def schema(recipe: str = "dinov2") -> dict[str, FieldInfo]:
         for name, info in kind.model_fields.items():
             yield prefix + name, info
             inner = RECIPES[recipe] if info.annotation is RecipeSettings or name == "recipe" else info.annotation
-            if info.annotation == DataSettings.model_fields["sources"].annotation:
-                inner = SourceSettings  # so that a wrong key in an entry is told with the right ones
+            for part in (
+                inner,
+                *typing.get_args(inner),
+            ):  # into lists, so that a wrong key in an entry is told with the right ones
+                inner = typing.get_args(part)[0] if typing.get_origin(part) is tuple else inner
             if isinstance(inner, type) and issubclass(inner, Settings):
                 yield from walk(inner, f"{prefix}{name}.")
 
@@ -412,7 +415,8 @@ def _check_recipe(config: Config) -> Iterator[tuple[str, str]]:
     for key, size in sizes.items():
         if size is not None and size % patch:
             near = [str(side) for side in (size // patch * patch, (size // patch + 1) * patch) if side]
-            yield key, f"{key} = {size}: does not divide by the patch side {patch}; {' or '.join(near)} would"
+            place = "recipe.resolutions" if "resolutions" in key else key
+            yield place, f"{key} = {size}: does not divide by the patch side {patch}; {' or '.join(near)} would"
     smallest = min(size for key, size in sizes.items() if size is not None and key.endswith("global_size"))
     if getattr(config.recipe, "mask_probability", 0) and smallest // patch < 2:
         yield (

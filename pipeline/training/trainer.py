@@ -400,6 +400,7 @@ def _line(step: int, batches: list[Batch], terms: dict[str, Tensor], applied: bo
     return {
         "step": step,
         "keys": keys,
+        "sides": batches[0].sides,
         "pixels": pixels.hexdigest(),
         "terms": {name: float(term).hex() for name, term in terms.items()},
         "applied": applied,
