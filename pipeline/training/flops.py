@@ -30,8 +30,11 @@ def counted(config: Config, samples: int = _SAMPLES) -> float:
 
     Args:
         config: the method and its model.
-        samples: batch that is counted; terms that grow with the batch are those of this one.
+        samples: batch that is counted, or as many more as make whole groups where samples are compared in such; terms that grow
+            with the batch are those of this one.
     """
+    group = getattr(config.recipe, "koleo_group", None) or 1
+    samples = group * math.ceil(samples / group)
     with torch.device("meta"):  # a tower's constructor reads numbers, which fake tensors do not have
         recipe = build_recipe(config)
     with FakeTensorMode(allow_non_fake_inputs=True):
