@@ -112,6 +112,10 @@ class Recipe(nn.Module, ABC):
     def export(self) -> dict[str, nn.Module]:
         """The networks worth keeping, by name: what evaluation and export read."""
 
+    def students(self, *, slow: bool = True) -> dict[str, nn.Module]:
+        """Towers by name that are trained beside the one :meth:`export` calls ``backbone``, or their slow copies."""
+        return {}
+
     def place(self, device: torch.device | str) -> Self:
         """Moves teacher and memory, which ``nn.Module.to`` does not see; the student is the engine's to move."""
         if self.teacher is not None:

@@ -169,6 +169,10 @@ class DINOv2(Recipe):
             terms["gram"] = s.gram_weight * losses.gram(seen.patches, anchor)
         return terms
 
+    def told(self, by: DINOv2) -> None:
+        """Takes the targets that another has prepared, of the same prototypes."""
+        self._prepared, self._rank = deque(by._prepared), by._rank
+
     def judges(self) -> Mapping[str, nn.Module]:
         """Whose word the targets are: a tower and its heads."""
         return self.teacher.modules
