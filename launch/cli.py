@@ -189,6 +189,7 @@ def export(
     to: Annotated[str, typer.Option(metavar="LAYOUT", help="timm, huggingface, open_clip, onnx or safetensors.")],
     out: Annotated[Path | None, typer.Option(metavar="FOLDER", help="Where to; RUN/export/LAYOUT if not given.")] = None,
     network: Annotated[str, typer.Option(help="teacher or student; auto is what the method means to be used.")] = "auto",
+    student: Annotated[str | None, typer.Option(metavar="NAME", help="Which of several that were distilled together.")] = None,
     size: Annotated[int | None, typer.Option(metavar="PIXELS", help="Side of the pictures; as trained on if not given.")] = None,
     licence: Annotated[str, typer.Option("--license", metavar="NAME", help="The weights' licence, for the card.")] = "unknown",
     best: Annotated[bool, typer.Option("--best", help="The best checkpoint instead of the newest.")] = False,
@@ -205,8 +206,8 @@ def export(
     """
     from launch.export import run as write
 
-    options: dict[str, Any] = {"out": out, "network": network, "size": size, "license_": licence, "best": best}
-    raise typer.Exit(write(run, to=to, force=overwrite, register=register, **options))
+    options: dict[str, Any] = {"out": out, "network": network, "student": student, "size": size, "license_": licence}
+    raise typer.Exit(write(run, to=to, best=best, force=overwrite, register=register, **options))
 
 
 @app.command()

@@ -43,6 +43,7 @@ def run(
     best: bool,
     force: bool,
     register: str | None = None,
+    student: str | None = None,
 ) -> int:
     """Write the export and say where; returns the exit code.
 
@@ -56,6 +57,7 @@ def run(
         best: the best checkpoint of a run instead of the newest.
         force: replace what is there.
         register: a model in the registry of the run's MLflow server, of which this becomes a version.
+        student: which of several that learnt together; the one ``model`` describes if not given.
 
     Raises:
         FoveaError: no checkpoint, a damaged one, or a layout that cannot hold the networks.
@@ -66,8 +68,8 @@ def run(
         raise ConfigError(f"there is no network {network!r}", where="--network", mend="Choose of auto, teacher, student.")
     saved = chosen(path, best=best)
     run_folder = path if (path / "checkpoints").is_dir() else saved.path.parent.parent
-    folder = out if out is not None else run_folder / "export" / to
-    found = networks.read(saved, network=network, size=size)  # type: ignore[arg-type]
+    folder = out if out is not None else run_folder / "export" / (f"{to}-{student}" if student else to)
+    found = networks.read(saved, network=network, size=size, student=student)  # type: ignore[arg-type]
     write(found, to, folder, license_=license_, overwrite=force)
     total = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
     print(f"{folder}: the {found.network} of {saved.path.name} for {to}, {total / 1e6:.1f} MB; README.md says how to load it")

@@ -49,7 +49,7 @@ def asking(config: Config, asked: Asked) -> Config:
     Raises:
         ConfigError: what an evaluator needs is not set.
     """
-    from pipeline.config import check
+    from pipeline.checks import check
 
     chosen = config.replace(evaluation=config.evaluation.only(*asked.evaluators))
     # Nothing is cut here, and whether weights from elsewhere read captions is theirs to say.

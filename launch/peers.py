@@ -95,11 +95,13 @@ def _wrapped(model: Any, name: str, size: int, mean: Any, std: Any, device: torc
 
 def _of_timm(path: Path, device: torch.device) -> Peer:
     import timm
+    from safetensors import SafetensorError
 
     try:
-        model = timm.create_model(f"local-dir:{path}", pretrained=True, num_classes=0)
-    except (RuntimeError, OSError, KeyError) as error:
+        model = timm.create_model(f"local-dir:{path}", pretrained=True)  # as it is: of no classes, it might lack any tensor
+    except (RuntimeError, OSError, KeyError, SafetensorError) as error:
         raise CheckpointError(f"timm cannot load it ({error})", where=str(path), mend="give a whole folder") from error
+    model.reset_classifier(0)
     data = timm.data.resolve_data_config(model=model)
     return _wrapped(model, path.name, int(data["input_size"][-1]), data["mean"], data["std"], device)
 

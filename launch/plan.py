@@ -60,8 +60,12 @@ def measure(config: Config) -> Sizes:
     settings: Any = config.recipe
     tower: Any = recipe.export().get("backbone", recipe)
     vit = getattr(tower, "vit", tower)
+    beside: list[Any] = list(recipe.students().values())  # other students: as so many more blocks of the first one's width
     patch = int(getattr(tower, "patch", 0) or config.model.patch_side or 16)
-    grids = [(view.count, (view.size // patch) ** 2, view.mask) for view in recipe.views]
+    # The student's views alone, and where they come in several sizes the largest: those a GPU must have room for.
+    sets = [[v for v in one.views if v.same_as is None] for one in recipe.view_sets]
+    largest = max(sets, key=lambda views: sum(view.count * view.size**2 for view in views))
+    grids = [(view.count, (view.size // patch) ** 2, view.mask) for view in largest]
     prefix = int(getattr(vit, "num_prefix_tokens", 1))
     rows: float = sum(count for count, _, _ in grids)
     for count, patches, mask in grids:
@@ -77,7 +81,8 @@ def measure(config: Config) -> Sizes:
         tokens=sum(count * (patches + prefix) for count, patches, _ in grids),
         logits=2.0 * rows * getattr(settings, "prototypes", 0),
         width=int(getattr(vit, "embed_dim", config.model.width or 0)),
-        depth=len(getattr(vit, "blocks", ())) or (config.model.depth or 0),
+        depth=(len(getattr(vit, "blocks", ())) or (config.model.depth or 0))
+        + math.ceil(sum(len(one.vit.blocks) * one.width / tower.width for one in beside)),
     )
 
 

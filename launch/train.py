@@ -13,7 +13,8 @@ from typing import Any
 from launch import local
 from launch.ranks import RankEnvironment
 from launch.resume import check_identity, choose_checkpoint
-from pipeline.config import Loaded, check_ranks, show
+from pipeline.checks import check_ranks
+from pipeline.config import Loaded, show
 from pipeline.errors import ConfigError, LaunchError
 from pipeline.training.inputs import prepare
 from pipeline.training.run import RunDirectory

@@ -323,5 +323,5 @@ class Config(Settings):
         return self.evaluation.knn.val_shards or (f"{folder}/*val-*.tar" if folder else "*val-*.tar",)
 
     def replace(self, **sections: Any) -> Self:
-        """A copy with whole sections exchanged. Not checked again: call :func:`pipeline.config.check` where that matters."""
+        """A copy with whole sections exchanged. Not checked again: call :func:`pipeline.checks.check` where that matters."""
         return self.model_copy(update=sections)

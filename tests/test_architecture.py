@@ -29,6 +29,7 @@ FLOORS = {
     "pipeline.evaluation": 2,
     "pipeline.training": 3,
     "pipeline.layers": 4,
+    "pipeline.checks": 4,
     "pipeline.config": 4,
     "pipeline.export": 4,
     "pipeline.bench": 4,
@@ -46,6 +47,7 @@ NEIGHBOURS = {
     ("pipeline.methods", "pipeline.sections"),
     ("pipeline.sections", "pipeline.fields"),
     ("pipeline.config", "pipeline.layers"),
+    ("pipeline.config", "pipeline.checks"),
     ("pipeline.export", "pipeline.config"),
     ("pipeline.bench", "pipeline.config"),
 }
@@ -202,6 +204,7 @@ def test_no_import_runs_in_a_circle() -> None:
         "pipeline.settings",
         "pipeline.errors",
         "pipeline.layers",
+        "pipeline.checks",
         "pipeline.config",
         "launch.ranks",
         "launch.local",

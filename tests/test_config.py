@@ -15,11 +15,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
+from pipeline.checks import check_ranks
 from pipeline.config import (
     InvalidConfig,
     allowed,
     available,
-    check_ranks,
     difference,
     fingerprint,
     flatten,

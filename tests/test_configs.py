@@ -37,6 +37,7 @@ HEADS = {
 PEAKS = {
     "dinov2/vitl16_short": 5.65685425e-3,
     "dinov2/dinov3_vitl16": 5.65685425e-3,
+    "dinov2/dinov3_mixed": 4 * 1.25e-5 * 2**0.5,
     "dinov2/vitl14_long": 3.46410162e-4,
     "dinov2/vitg14": 3.46410162e-4,
 }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import shutil
 import signal
 import subprocess
 import time
@@ -11,9 +12,16 @@ from pathlib import Path
 
 import pytest
 
-from tests.runs import ROOT, command, environment, recorded, train, weights
+from tests.runs import ROOT, TOY, command, environment, recorded, train, weights
 
 STEPS = 24
+
+
+MIXED = """  gram_weight: 1.0
+  resolutions:
+    - {weight: 1}
+    - {weight: 2, global_size: 48, local_size: 24, gram_size: 96}
+"""
 
 
 def _start(config: Path, shards: str, directory: Path, *overrides: str) -> subprocess.Popen[bytes]:
@@ -94,3 +102,21 @@ def test_a_signal_saves_at_a_step_boundary_and_the_same_command_goes_on_exactly(
     assert done.returncode == 0, done.stderr + done.stdout
     assert f"resuming at step {stopped_at}" in done.stdout
     _assert_same(directory, undisturbed)
+
+
+@pytest.mark.slow
+def test_a_run_of_several_sizes_taken_up_in_the_middle_is_bitwise_the_undisturbed_one(shards: str, tmp_path: Path) -> None:
+    config, whole, run, length = tmp_path / "mixed.yaml", tmp_path / "whole", tmp_path / "run", "train.length=12 steps"
+    config.write_text(TOY.replace("model:", MIXED + "model:"))
+    done = train(config, shards, whole, length)
+    assert done.returncode == 0, done.stderr + done.stdout
+    shutil.copytree(whole, run)
+    shutil.rmtree(run / "checkpoints" / "step_000000012")
+    again = train(config, shards, run, length)
+    assert again.returncode == 0 and "resuming at step 6" in again.stdout, again.stderr + again.stdout
+    assert len(list((run / "batches").glob("attempt-*-rank-0.jsonl"))) == 2
+    for rank in (0, 1):
+        assert recorded(run, rank) == recorded(whole, rank)  # and no step was done otherwise the second time
+    assert weights(run, 12) == weights(whole, 12)
+    sides = [[tuple(row["sides"]) for row in recorded(run, rank).values()] for rank in (0, 1)]
+    assert sides[0] == sides[1] and set(sides[0][:6]) == set(sides[0][6:]) == {(32, 16), (48, 24, 96)}

@@ -10,7 +10,8 @@ from pathlib import Path
 from launch.cluster import record, render, tools
 from launch.cluster.profile import ClusterProfile
 from launch.resume import check_identity
-from pipeline.config import Loaded, check_ranks, show
+from pipeline.checks import check_ranks
+from pipeline.config import Loaded, show
 from pipeline.errors import ConfigError, LaunchError
 from pipeline.settings import Config
 from pipeline.training.run import RunDirectory

@@ -65,6 +65,11 @@ def _shape(model: ModelSettings) -> tuple[int, int, int, bool, int | None] | Non
 
 
 def _dinov2(model: ModelSettings, s: Dinov2Settings) -> float | None:
+    if s.resolutions:
+        each = [_dinov2(model, s.at(r)) for r in s.resolutions]
+        return sum(r.weight * (one or 0) for r, one in zip(s.resolutions, each, strict=True)) / sum(
+            r.weight for r in s.resolutions
+        )
     shape = _shape(model)
     if shape is None:
         return None
@@ -85,7 +90,8 @@ def _dinov2(model: ModelSettings, s: Dinov2Settings) -> float | None:
     # The teacher's logits are made for Sinkhorn and again beside the student's; large batches make them anew in each round.
     again = logits if s.targets == "sinkhorn" else 0.0
     teacher_tokens, student_tokens = v.global_count + hidden_patches, crops + hidden_patches
-    return teacher + student + teacher_tokens * (head + again) + 3 * student_tokens * head
+    anchor = v.global_count * forward(s.gram_size or v.global_size) if s.gram_weight else 0.0
+    return anchor + teacher + student + teacher_tokens * (head + again) + 3 * student_tokens * head
 
 
 def _clip(model: ModelSettings, s: ClipSettings) -> float | None:

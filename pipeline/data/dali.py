@@ -178,7 +178,7 @@ class Augmenter:
     Views of one size pass through one DALI pipeline together: half of the time of small views is overhead of operators.
 
     Args:
-        specs: the views a recipe asked for.
+        sets: the views a recipe asked for; several sets where it mixes sizes. What sets have in common is made once.
         batch_size: the largest batch that :meth:`run` will be given.
         threads: CPU threads of each DALI pipeline.
         device_id: a CUDA device, or ``None`` for the CPU operators.
@@ -186,14 +186,15 @@ class Augmenter:
     """
 
     def __init__(
-        self, specs: tuple[ViewSpec, ...], *, batch_size: int, threads: int = 1, device_id: int | None = None, hue: Hue = "hsv"
+        self, *sets: tuple[ViewSpec, ...], batch_size: int, threads: int = 1, device_id: int | None = None, hue: Hue = "hsv"
     ) -> None:
-        self.specs = specs
+        self._sets = {specs: _groups(specs, hue) for specs in sets}
         self._on_cpu, self._device_id = device_id is None, device_id
         self._fed: list[Any] = []
-        self._pipelines = [
-            (group, self._build(group, batch_size * len(group.views), threads, device_id, hue)) for group in _groups(specs, hue)
-        ]
+        self._pipelines = {
+            group: self._build(group, batch_size * len(group.views), threads, device_id, hue)
+            for group in dict.fromkeys(group for groups in self._sets.values() for group in groups)
+        }
 
     @staticmethod
     def _build(group: _Group, batch_size: int, threads: int, device_id: int | None, hue: str) -> Any:
@@ -211,12 +212,15 @@ class Augmenter:
         pipeline.build()
         return pipeline
 
-    def run(self, images: list[Any], plan: list[ViewPlan]) -> dict[str, list[torch.Tensor]]:
+    def run(
+        self, images: list[Any], plan: list[ViewPlan], specs: tuple[ViewSpec, ...] | None = None
+    ) -> dict[str, list[torch.Tensor]]:
         """Make the views.
 
         Args:
             images: decoded images, uint8 ``[height, width, 3]`` each, of any sizes.
             plan: one :class:`ViewPlan` a view, in the order of the specs.
+            specs: which of the sets; the first unless told.
 
         Returns:
             For each spec's name its views, float32 ``[batch, 3, size, size]``, normalised as the spec says.
@@ -226,16 +230,18 @@ class Augmenter:
         self._fed = fed = [tensor(image, "HWC") for image in images]
         if not self._on_cpu:
             torch.cuda.current_stream(self._device_id).synchronize()
-        for group, pipeline in self._pipelines:
+        specs = next(iter(self._sets)) if specs is None else specs
+        pipelines = [(group, self._pipelines[group]) for group in self._sets[specs]]
+        for group, pipeline in pipelines:
             pipeline.feed_input("images", fed * len(group.views))
             for field in group.fields:
                 pipeline.feed_input(field, np.concatenate([getattr(plan[view], field) for view in group.views]))
             pipeline.schedule_run()
         made: dict[int, torch.Tensor] = {}
-        for group, pipeline in self._pipelines:
+        for group, pipeline in pipelines:
             (out,) = pipeline.outputs()
             joint = torch.from_dlpack(out.as_tensor())
             # The executor hands its buffers over and never writes to them again; on a GPU the copy also orders the streams.
             made |= zip(group.views, (joint if self._on_cpu else joint.clone()).split(len(images)), strict=True)
         numbers = iter(range(len(plan)))
-        return {spec.name: [made[next(numbers)] for _ in range(spec.count)] for spec in self.specs}
+        return {spec.name: [made[next(numbers)] for _ in range(spec.count)] for spec in specs}

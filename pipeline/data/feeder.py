@@ -25,11 +25,11 @@ from pipeline.data import storage
 from pipeline.data.masks import block_masks, mask_counts
 from pipeline.data.mixture import Source
 from pipeline.data.order import GlobalBatch
-from pipeline.data.plan import ViewPlan, make_plan
+from pipeline.data.plan import ViewPlan, make_plan, set_of_step
 from pipeline.data.processes import adopt
 from pipeline.data.reader import Reader, Record
 from pipeline.data.text import choose, tokenizer
-from pipeline.data.views import MaskSpec, TextSpec, ViewSpec
+from pipeline.data.views import MaskSpec, TextSpec, ViewSet, ViewSpec
 from pipeline.errors import FoveaError
 
 _MASK_STREAM = 1_000_003
@@ -81,12 +81,13 @@ class Portions(Dataset[Portion]):
     Args:
         reader: where the bytes come from.
         order: which samples a step holds.
-        specs: the views to plan.
+        specs: the views to plan, where ``sets`` names none.
         seed: the run's seed.
         world: number of ranks.
         rank: this rank.
         text: what to make of captions, if the method reads them.
         sources: the data sets, for counting; none counts nothing.
+        sets: views of several sizes, of which each step takes one set; none means ``specs`` at every step.
     """
 
     def __init__(
@@ -100,16 +101,23 @@ class Portions(Dataset[Portion]):
         rank: int,
         text: TextSpec | None = None,
         sources: Sequence[Source] = (),
+        sets: Sequence[ViewSet] = (),
     ) -> None:
         self.reader, self.order, self.specs = reader, order, specs
+        self.sets = tuple(sets) or (ViewSet(specs),)
         self.seed, self.world, self.rank = seed, world, rank
         self.text, self._names = text, [source.name for source in sources]
         self._ends = np.cumsum([source.shards for source in sources])
         if text is not None:
             tokenizer(text)  # refuses here what it would refuse in a worker
 
+    def specs_at(self, step: int) -> tuple[ViewSpec, ...]:
+        """The views of a step, the same on every rank."""
+        return self.sets[set_of_step(self.sets, step, seed=self.seed)].views
+
     def __getitem__(self, step: int) -> Portion:
         """Read and plan one step."""
+        specs = self.specs_at(step)
         batch = self.order.rank_batch(step, self.world, self.rank)
         epochs = batch.epochs.tolist()
         before = self.reader.store.usage()
@@ -117,10 +125,10 @@ class Portions(Dataset[Portion]):
         usage = {name: value - before.get(name, 0.0) for name, value in self.reader.store.usage().items()}
         storage.forget_deleted()  # the cache may have evicted shards since the last step
         sizes = np.array([(max(r.height, 1), max(r.width, 1)) for r in records], dtype=np.int64)
-        plan = make_plan(self.specs, ids=batch.ids, epochs=batch.epochs, sizes=sizes, seed=self.seed)
+        plan = make_plan(specs, ids=batch.ids, epochs=batch.epochs, sizes=sizes, seed=self.seed)
         masks = {
             spec.name: self._masks(spec, spec.mask, _MASK_STREAM + number, batch.ids, step)
-            for number, spec in enumerate(self.specs)
+            for number, spec in enumerate(specs)
             if spec.mask is not None
         }
         tokens = tokenizer(self.text)([record.caption or "" for record in records]) if self.text is not None else None

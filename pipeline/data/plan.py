@@ -6,17 +6,19 @@ a sample are the same whatever the batch size, the rank, the number of threads o
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.data.random import uniforms
-from pipeline.data.views import Augment, ViewSpec
+from pipeline.data.views import Augment, ViewSet, ViewSpec
 
 _ATTEMPTS = 10
 _BOX_DRAWS = 2 * _ATTEMPTS + 2
 _COLOUR_DRAWS = 10
+_SET_STREAM = 2_000_003
 PLAN_VERSION = 1
 
 
@@ -150,9 +152,19 @@ def make_plan(
     specs: tuple[ViewSpec, ...], *, ids: NDArray[np.uint64], epochs: NDArray[np.int64], sizes: NDArray[np.int64], seed: int
 ) -> list[ViewPlan]:
     """Plans for all views of all specs, in the order of the specs, one :class:`ViewPlan` a view."""
-    plans, stream = [], 0
+    plans: list[ViewPlan] = []
+    streams: dict[str, int] = {}
+    free = 0
     for spec in specs:
+        streams[spec.name] = free if spec.same_as is None else streams[spec.same_as]
+        free += spec.count if spec.same_as is None else 0
         for view in range(spec.count):
-            plans.append(plan_view(spec, view, stream, ids=ids, epochs=epochs, sizes=sizes, seed=seed))
-            stream += 1
+            plans.append(plan_view(spec, view, streams[spec.name] + view, ids=ids, epochs=epochs, sizes=sizes, seed=seed))
     return plans
+
+
+def set_of_step(sets: Sequence[ViewSet], step: int, *, seed: int) -> int:
+    """Which set of views a step takes: a function of the step's number and the run's seed, and so the same on every rank."""
+    shares = np.cumsum([one.weight for one in sets])
+    draw = uniforms(np.array([step], dtype=np.uint64), 1, seed, _SET_STREAM)[0, 0]
+    return min(int(np.searchsorted(shares, draw * shares[-1], side="right")), len(sets) - 1)

@@ -26,7 +26,7 @@ from pipeline.data.plan import ViewPlan, make_plan
 from pipeline.data.prefetch import Prefetcher
 from pipeline.data.reader import Record
 from pipeline.data.text import tokenizer, trimmed
-from pipeline.data.views import Batch, Boxes, Masks
+from pipeline.data.views import Batch, Boxes, Masks, ViewSpec
 
 _SUBSTITUTES = 8
 _BLANK = 64
@@ -92,7 +92,11 @@ class BatchStream:
         device_id = device.index or 0 if device.type == "cuda" else None
         self._decoder = Decoder(threads=options.threads, device_id=device_id)
         self._augmenter = Augmenter(
-            dataset.specs, batch_size=options.micro_batch, threads=options.threads, device_id=device_id, hue=options.hue
+            *(one.views for one in dataset.sets),
+            batch_size=options.micro_batch,
+            threads=options.threads,
+            device_id=device_id,
+            hue=options.hue,
         )
         self._queue: queue.Queue[_Ready | BaseException | None] = queue.Queue(maxsize=options.prefetch)
         self._stop = threading.Event()
@@ -199,14 +203,15 @@ class BatchStream:
             record, other = replace(bad, height=_BLANK, width=_BLANK, caption=None, captions=(), label=-1), -1
         sizes = np.array([(record.height, record.width)], dtype=np.int64)
         ids = np.array([bad.id], dtype=np.uint64)
-        fresh = make_plan(data.specs, ids=ids, epochs=portion.epochs[row : row + 1], sizes=sizes, seed=data.seed)
+        fresh = make_plan(data.specs_at(portion.step), ids=ids, epochs=portion.epochs[row : row + 1], sizes=sizes, seed=data.seed)
         for whole, one in zip(portion.plan, fresh, strict=True):
             whole.replace_row(row, one)
         return image, record, Event(portion.step, bad.id, bad.key, bad.shard_name, reason, other)
 
     def _micro(self, portion: Portion, records: list[Record], images: list[Any], rows: slice) -> Batch:
         plan: list[ViewPlan] = [view.take(rows) for view in portion.plan]
-        views = self._augmenter.run(images[rows], plan)
+        specs = self._dataset.specs_at(portion.step)
+        views = self._augmenter.run(images[rows], plan, specs)
         chosen = records[rows]
         return Batch(
             views={name: [view.to(self._device, non_blocking=True) for view in group] for name, group in views.items()},
@@ -217,7 +222,7 @@ class BatchStream:
             masks={name: self._masks(grid[:, rows]) for name, grid in portion.masks.items()},
             tokens=self._tokens(portion, rows),
             captions=[r.caption or "" for r in chosen],
-            boxes=self._boxes(plan),
+            boxes=self._boxes(specs, plan),
         )
 
     def _tokens(self, portion: Portion, rows: slice) -> torch.Tensor | None:
@@ -228,9 +233,9 @@ class BatchStream:
             tokens = np.ascontiguousarray(trimmed(tokens))
         return torch.from_numpy(tokens).to(self._device, non_blocking=True)
 
-    def _boxes(self, plan: list[ViewPlan]) -> dict[str, Boxes]:
+    def _boxes(self, specs: tuple[ViewSpec, ...], plan: list[ViewPlan]) -> dict[str, Boxes]:
         views, found = iter(plan), {}
-        for spec in self._dataset.specs:
+        for spec in specs:
             own = [next(views) for _ in range(spec.count)]
             if spec.boxes:
                 corners = [torch.from_numpy(np.concatenate([view.start, view.end], axis=1)).to(self._device) for view in own]

@@ -87,6 +87,8 @@ class ViewSpec:
         mask: block masks to draw for each view, if the method hides patches.
         normalize: with which numbers; CLIP has its own.
         boxes: whether the batch tells where in the picture each view was cut.
+        same_as: name of an earlier spec whose views these are once more: cut from the same places and mirrored alike, given the
+            same scale, ratio and probability of a flip; ``None`` for places of their own.
     """
 
     name: str
@@ -99,6 +101,20 @@ class ViewSpec:
     mask: MaskSpec | None = None
     normalize: Normalize = Normalize()
     boxes: bool = False
+    same_as: str | None = None
+
+
+@dataclass(frozen=True)
+class ViewSet:
+    """Views that a step may take, where a method mixes sizes.
+
+    Attributes:
+        views: in every set of a method the same, but for their sizes.
+        weight: how often a step takes this set, relative to the others' weights.
+    """
+
+    views: tuple[ViewSpec, ...]
+    weight: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -173,3 +189,8 @@ class Batch:
     captions: list[str] | None = None
     boxes: dict[str, Boxes] = field(default_factory=dict)
     seed: int = 0
+
+    @property
+    def sides(self) -> tuple[int, ...]:
+        """Side of each kind of view, pixels."""
+        return tuple(views[0].shape[-1] for views in self.views.values() if views)

@@ -96,7 +96,14 @@ def settings_of(saved: Saved) -> Config:
         ) from error
 
 
-def read(saved: Saved, *, network: Network = "auto", size: int | None = None, config: Config | None = None) -> Networks:
+def read(
+    saved: Saved,
+    *,
+    network: Network = "auto",
+    size: int | None = None,
+    config: Config | None = None,
+    student: str | None = None,
+) -> Networks:
     """Takes the networks out of a checkpoint of any ZeRO stage and any number of ranks.
 
     Args:
@@ -104,10 +111,11 @@ def read(saved: Saved, *, network: Network = "auto", size: int | None = None, co
         network: the teacher's or the student's; ``auto`` is what the method itself exports.
         size: side of the pictures the tower is to be used on; as trained on if not given.
         config: the settings, where they are not to be read from the checkpoint.
+        student: which of several that learnt together, by name; the one ``model`` describes if not given.
 
     Raises:
         CheckpointError: the checkpoint is damaged, or of another architecture.
-        ConfigError: the method has no teacher, exports no vision tower, or the size is no multiple of the patch.
+        ConfigError: the method has no teacher, no such student, no vision tower, or the size is no multiple of the patch.
     """
     verify(saved)
     config = settings_of(saved) if config is None else config
@@ -117,6 +125,12 @@ def read(saved: Saved, *, network: Network = "auto", size: int | None = None, co
     recipe.eval()
     exported = recipe.export()
     tower = exported.pop("backbone", None)
+    if student is not None:
+        named = recipe.students(slow=network != "student")
+        if student not in named:
+            mend = f"choose of {', '.join(named)}" if named else "leave it out: the method trains one tower"
+            raise ConfigError(f"there is no student {student!r}", where="--student", mend=mend)
+        tower = named[student]
     students = {id(module) for module in recipe.modules()}
     if not isinstance(tower, VisionTower):
         raise ConfigError(f"{config.recipe.name} exports no vision tower", where="recipe.name", mend="export another run")

@@ -3,7 +3,7 @@
 from pipeline.losses.centering import batch_center, centered_targets, global_mean, moved_center
 from pipeline.losses.contrastive import clip_loss, gathered, place, siglip_loss
 from pipeline.losses.distill import cross_entropy, masked_patches, multi_crop
-from pipeline.losses.gram import gram
+from pipeline.losses.gram import gram, resampled_patches
 from pipeline.losses.health import effective_rank
 from pipeline.losses.koleo import koleo, koleo_across_ranks
 from pipeline.losses.pairs import (
@@ -58,6 +58,7 @@ __all__ = [
     "prototype_cross_entropy",
     "queue_contrast",
     "repulsion",
+    "resampled_patches",
     "rows_at_once",
     "same_or_not",
     "siglip_loss",

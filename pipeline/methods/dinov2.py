@@ -2,13 +2,26 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, Self
 
 from pydantic import Field
 from typing_extensions import override
 
-from pipeline.fields import Count, Length, NonNegative, Positive, Probability, Share, ShareRange
+from pipeline.fields import Count, Length, NonNegative, Positive, Probability, Settings, Share, ShareRange
 from pipeline.methods.base import AugmentSettings, RecipeSettings, ViewSettings, register
+
+
+class Resolution(Settings):
+    """Sizes of the crops of a step, where they change from step to step."""
+
+    weight: Positive = Field(default=1.0, description="how often a step takes these sizes, relative to the others' weights")
+    global_size: int | None = Field(
+        default=None, ge=8, le=4096, description="side of a global crop, pixels; null means the views'"
+    )
+    local_size: int | None = Field(default=None, ge=8, le=4096, description="side of a local crop, pixels; null means the views'")
+    gram_size: int | None = Field(
+        default=None, ge=8, le=4096, description="side of what the Gram anchor sees, pixels; null means recipe.gram_size"
+    )
 
 
 @register("dinov2")
@@ -17,6 +30,11 @@ class Dinov2Settings(RecipeSettings):
 
     name: Literal["dinov2"] = Field(default="dinov2", description="the method")
     views: ViewSettings = Field(default=ViewSettings(), description="the crops of a picture")
+    resolutions: tuple[Resolution, ...] = Field(
+        default=(),
+        description="sizes of crops of which each step takes one by weight (DINOv3's high-resolution stage); none means those of "
+        "views at every step. Then views.global_size is what the positions are made for and evaluations look at",
+    )
     augment: AugmentSettings = Field(default=AugmentSettings(), description="what happens to a crop")
     mask_probability: Probability = Field(default=0.5, description="share of the global crops that are masked")
     mask_ratio: ShareRange = Field(default=(0.1, 0.5), description="least and largest share of patches hidden in a masked crop")
@@ -34,6 +52,7 @@ class Dinov2Settings(RecipeSettings):
         default="weight_norm", description="prototype layer: weight-normalised (v2) or plain (v3)"
     )
     dino_weight: NonNegative = Field(default=1.0, description="weight of the class-token term")
+    local_weight: NonNegative = Field(default=1.0, description="factor of the local crops' part of the class-token term")
     ibot_weight: NonNegative = Field(default=1.0, description="weight of the masked-patch term")
     koleo_weight: NonNegative = Field(default=0.1, description="weight of the spreading term")
     koleo_group: int | None = Field(
@@ -48,6 +67,13 @@ class Dinov2Settings(RecipeSettings):
     )
     gram_weight: NonNegative = Field(
         default=0.0, description="weight of Gram anchoring: patches stay as alike to one another as they were (DINOv3)"
+    )
+    gram_size: int | None = Field(
+        default=None,
+        ge=8,
+        le=4096,
+        description="side, pixels, at which the anchor sees the global crops, without any distortion of colours; its patches are "
+        "then resampled to the student's grid. null means as the student sees them",
     )
     gram_from: str | None = Field(
         default=None,
@@ -77,6 +103,12 @@ class Dinov2Settings(RecipeSettings):
     clip_scope: Literal["network", "global"] = Field(
         default="network", description="clip backbone and heads apart, or all together"
     )
+
+    def at(self, resolution: Resolution) -> Self:
+        """These settings with the crops' sizes of some steps."""
+        sizes = {name: size for name in ("global_size", "local_size") if (size := getattr(resolution, name)) is not None}
+        gram = resolution.gram_size or self.gram_size
+        return self.model_copy(update={"views": self.views.model_copy(update=sizes), "gram_size": gram, "resolutions": ()})
 
     @property
     @override

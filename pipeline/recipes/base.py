@@ -14,7 +14,7 @@ from typing import Self
 import torch
 from torch import Tensor, nn
 
-from pipeline.data.views import Batch, TextSpec, ViewSpec
+from pipeline.data.views import Batch, TextSpec, ViewSet, ViewSpec
 from pipeline.models.groups import ParameterGroup
 from pipeline.recipes.teacher import Teacher
 from pipeline.recipes.vitals import Vitals
@@ -49,7 +49,7 @@ class Recipe(nn.Module, ABC):
     """One pretraining method: its student networks are submodules, all other state is plain.
 
     Attributes:
-        views: what the data side must deliver.
+        views: what the data side must deliver, in the sizes that the method is judged and used at.
         text: what the data side must make of captions, or ``None`` if the method reads none. Its settings must say the same
             (``RecipeSettings.reads_text``).
         teacher: slow copy of student networks, or ``None``. Not a submodule: no engine sees it.
@@ -71,6 +71,11 @@ class Recipe(nn.Module, ABC):
         self.memory: dict[str, Tensor] = {}
         self.metrics: dict[str, Tensor] = {}
         self.vitals: Vitals | None = None
+
+    @property
+    def view_sets(self) -> tuple[ViewSet, ...]:
+        """The sets of views of which each step takes one: ``views`` alone, unless the method mixes sizes."""
+        return (ViewSet(self.views),)
 
     def prepare(self, batches: Sequence[Batch], step: Step) -> None:
         """Looks at all micro-batches of a step before the first :meth:`forward`, without gradients.
@@ -106,6 +111,10 @@ class Recipe(nn.Module, ABC):
     @abstractmethod
     def export(self) -> dict[str, nn.Module]:
         """The networks worth keeping, by name: what evaluation and export read."""
+
+    def students(self, *, slow: bool = True) -> dict[str, nn.Module]:
+        """Towers by name that are trained beside the one :meth:`export` calls ``backbone``, or their slow copies."""
+        return {}
 
     def place(self, device: torch.device | str) -> Self:
         """Moves teacher and memory, which ``nn.Module.to`` does not see; the student is the engine's to move."""

@@ -17,9 +17,10 @@ from typing import cast
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import override
 
 from pipeline import losses
-from pipeline.data.views import Batch, Masks, MaskSpec, ViewSpec
+from pipeline.data.views import Augment, Batch, Masks, MaskSpec, ViewSet, ViewSpec
 from pipeline.errors import ConfigError
 from pipeline.methods import Dinov2Settings
 from pipeline.models.groups import ParameterGroup, parameter_groups
@@ -63,6 +64,7 @@ class DINOv2(Recipe):
         self.settings = settings
         self.batch_coupled = settings.koleo_weight > 0 and settings.koleo_group is None  # the rest is exact, see prepare
         self.views = dinov2_views(settings, patch=backbone.patch)
+        self._sets = tuple(ViewSet(dinov2_views(settings.at(r), patch=backbone.patch), r.weight) for r in settings.resolutions)
         self.backbone = backbone
         self.dino_head = prototype_head(backbone.width, settings)
         self.ibot_head = None if settings.shared_heads else prototype_head(backbone.width, settings, ibot=True)
@@ -92,6 +94,12 @@ class DINOv2(Recipe):
         self._prepared: deque[_Prepared] = deque()
         self._watched: dict[str, Tensor] = {}
         self._rank = torch.zeros(())
+
+    @property
+    @override
+    def view_sets(self) -> tuple[ViewSet, ...]:
+        """One set of views for each of the settings' resolutions."""
+        return self._sets or super().view_sets
 
     @torch.no_grad()
     def prepare(self, batches: Sequence[Batch], step: Step) -> None:
@@ -149,16 +157,21 @@ class DINOv2(Recipe):
             (local, glob), *watched, (patch,) = self.dino_head(both, lambda u, m: (*dino(u[:n], m), ibot(u[n:], m)))
         self._watch(batch, targets, (local + glob).detach(), losses.Watched(*watched))
         terms = {
-            "dino_local": s.dino_weight * local,
+            "dino_local": s.dino_weight * s.local_weight * local,
             "dino_global": s.dino_weight * glob,
             "ibot": s.ibot_weight * patch,
             "koleo": s.koleo_weight * (self._koleo(seen.cls[:samples]) + self._koleo(seen.cls[samples:])),
         }
         if self.gram is not None:
             with torch.no_grad():
-                anchor = self.gram["backbone"](globals_).patches
+                anchor = self.gram["backbone"](torch.cat(batch.views.get("gram", batch.views["global"]))).patches
+                anchor = losses.resampled_patches(anchor, math.isqrt(seen.patches.shape[1]))
             terms["gram"] = s.gram_weight * losses.gram(seen.patches, anchor)
         return terms
+
+    def told(self, by: DINOv2) -> None:
+        """Takes the targets that another has prepared, of the same prototypes."""
+        self._prepared, self._rank = deque(by._prepared), by._rank
 
     def judges(self) -> Mapping[str, nn.Module]:
         """Whose word the targets are: a tower and its heads."""
@@ -255,7 +268,8 @@ def build(config: Config, settings: Dinov2Settings) -> DINOv2:
 
 
 def dinov2_views(settings: Dinov2Settings, *, patch: int) -> tuple[ViewSpec, ...]:
-    """The two global and the local crops of the paper, with block masks on the global ones.
+    """The two global and the local crops of the paper, with block masks on the global ones; once more the global ones as they
+    lie in the picture, if the Gram anchor sees them in another size.
 
     Args:
         settings: sizes, scales and probabilities.
@@ -269,6 +283,9 @@ def dinov2_views(settings: Dinov2Settings, *, patch: int) -> tuple[ViewSpec, ...
     views = [ViewSpec("global", v.global_count, v.global_size, v.global_scale, (first, second), mask=mask)]
     if v.local_count:
         views.append(ViewSpec("local", v.local_count, v.local_size, v.local_scale, (replace(first, blur_p=blur[2]),)))
+    if side := settings.gram_size if settings.gram_weight else None:
+        plain = Augment(flip_p=a.flip_probability)
+        views.append(ViewSpec("gram", v.global_count, side, v.global_scale, (plain,), same_as="global"))
     return tuple(views)
 
 

@@ -198,6 +198,7 @@ def assemble(
         rank=world.rank,
         text=recipe.text,
         sources=inputs.sources,
+        sets=recipe.view_sets,
     )
     options = StreamOptions(
         micro_batch=micro,

@@ -25,25 +25,32 @@ _SAMPLES = 8
 
 
 def counted(config: Config, samples: int = _SAMPLES) -> float:
-    """Operations of one sample in one step: teacher, student and its backward pass, heads and losses.
+    """Operations of one sample in one step: teacher, student and its backward pass, heads and losses. Where steps take views of
+    several sizes, their mean.
 
     Args:
         config: the method and its model.
-        samples: batch that is counted; terms that grow with the batch are those of this one.
+        samples: batch that is counted, or as many more as make whole groups where samples are compared in such; terms that grow
+            with the batch are those of this one.
     """
+    group = getattr(config.recipe, "koleo_group", None) or 1
+    samples = group * math.ceil(samples / group)
     with torch.device("meta"):  # a tower's constructor reads numbers, which fake tensors do not have
         recipe = build_recipe(config)
     with FakeTensorMode(allow_non_fake_inputs=True):
         for network in (recipe, *(recipe.teacher.modules.values() if recipe.teacher is not None else ())):
             network.to_empty(device="cpu")
         recipe.memory = {name: torch.empty_like(tensor, device="cpu") for name, tensor in recipe.memory.items()}
-        batch = fake_batch(recipe.views, samples, context=recipe.text.context if recipe.text else 0)
-        with FlopCounterMode(display=False) as counter:
-            with torch.no_grad():
-                recipe.prepare([batch], Step())
-            terms = recipe(batch, Step())
-            torch.stack([term.float() for term in terms.values()]).sum().backward()
-    return counter.get_total_flops() / samples
+        total = 0.0
+        for one in recipe.view_sets:
+            batch = fake_batch(one.views, samples, context=recipe.text.context if recipe.text else 0)
+            with FlopCounterMode(display=False) as counter:
+                with torch.no_grad():
+                    recipe.prepare([batch], Step())
+                terms = recipe(batch, Step())
+                torch.stack([term.float() for term in terms.values()]).sum().backward()
+            total += one.weight * counter.get_total_flops()
+    return total / samples / sum(one.weight for one in recipe.view_sets)
 
 
 def fake_batch(views: Sequence[ViewSpec], samples: int, *, context: int = 0) -> Batch:

@@ -303,11 +303,14 @@ def _of_timm(source: Source) -> dict[str, Tensor]:
             mend="see timm.list_models(pretrained=True), or give a file",
         )
     try:
-        state: dict[str, Tensor] = timm.create_model(name, pretrained=True, num_classes=0).state_dict()
-    except (OSError, RuntimeError) as error:
+        # With its classifier, which goes afterwards: asked for no classes, timm takes files that lack any tensor at all.
+        model = timm.create_model(name, pretrained=True)
+    except (OSError, RuntimeError, SafetensorError) as error:
         raise CheckpointError(
-            f"timm cannot fetch the weights of {name!r} ({str(error).partition(chr(10))[0]})",
+            f"timm cannot fetch the weights of {name!r}, or they are not whole ({' '.join(str(error).split())[:200]})",
             where=f"init_from.source={source.name}",
             mend="download them where there is a network and give the file's path, or set HF_HOME to a folder that holds them",
         ) from error
+    model.reset_classifier(0)
+    state: dict[str, Tensor] = model.state_dict()
     return state

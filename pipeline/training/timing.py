@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from typing import Any, TypeVar
 
 import torch
@@ -68,7 +68,8 @@ class Phases:
         self._marks: deque[tuple[str, Any]] = deque()
         self._totals: Counter[str] = Counter()
         self._steps = 0
-        self._flops: dict[str, int] | None = {} if count else None
+        self._flops: dict[tuple[str, Hashable], int] | None = {} if count else None
+        self._calls: Counter[tuple[str, Hashable]] = Counter()
 
     def enter(self, phase: str, step: int | None = None) -> None:
         """A phase begins, and the one before ends."""
@@ -89,23 +90,25 @@ class Phases:
         yield
         self.enter(before)
 
-    def counted(self, function: Callable[..., T], times: int) -> Callable[..., T]:
-        """The function; the first call ever is done under torch's FLOP counter, which changes no result.
+    def counted(self, function: Callable[..., T], times: int, size: Hashable = None) -> Callable[..., T]:
+        """The function; the first call ever with a size is done under torch's FLOP counter, which changes no result.
 
         Args:
-            function: a part of a step, such as the forward and backward pass of one micro-batch.
-            times: how often a step calls it.
+            function: a part of a step, such as the forward and backward pass of one micro-batch. Asked for once a step.
+            times: how often the step calls it.
+            size: what its work depends on, where that differs between steps.
         """
-        flops, name = self._flops, function.__name__
-        if flops is None or name in flops:
+        flops, key = self._flops, (function.__name__, size)
+        self._calls[key] += 1
+        if flops is None or key in flops:
             return function
 
         def first(*arguments: Any) -> T:
-            if name in flops:
+            if key in flops:
                 return function(*arguments)
             with FlopCounterMode(display=False) as counter:
                 result = function(*arguments)
-            flops[name] = int(counter.get_total_flops()) * times
+            flops[key] = int(counter.get_total_flops()) * times
             return result
 
         return first
@@ -124,7 +127,11 @@ class Phases:
         values = {"step_seconds": step, **parts}
         values |= {f"{name}_seconds": self._totals[phase] for phase, name in _ASIDE.items() if self._totals[phase]}
         if self._flops and step > 0:
-            achieved = sum(self._flops.values()) / step / 1e12
+            asked: Counter[str] = Counter()
+            for (name, _), calls in self._calls.items():
+                asked[name] += calls
+            work = sum(self._flops.get(key, 0) * calls / asked[key[0]] for key, calls in self._calls.items())
+            achieved = work / step / 1e12
             values["tflops_per_rank"] = achieved
             if self._peak:
                 values["mfu"] = achieved / self._peak
@@ -136,6 +143,7 @@ class Phases:
         values |= {"busy_seconds_max": float(busy.max()), "busy_seconds_min": float(busy.min())}
         values["slowest_rank"] = float(busy.argmax())
         self._totals.clear()
+        self._calls.clear()
         self._steps = 0
         return values
 

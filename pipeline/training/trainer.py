@@ -191,8 +191,9 @@ class Trainer:
                 micro_batches = [replace(batch, seed=seed) for batch, seed in zip(micro_batches, drawn, strict=True)]
 
                 self.phases.enter(COMPUTE)
-                self.phases.counted(self.engine.prepare, 1)(micro_batches, step)
-                forward_backward = self.phases.counted(self.engine.forward_backward, len(micro_batches))
+                size = micro_batches[0].sides
+                self.phases.counted(self.engine.prepare, 1, size)(micro_batches, step)
+                forward_backward = self.phases.counted(self.engine.forward_backward, len(micro_batches), size)
                 terms = _mean([forward_backward(batch, step) for batch in micro_batches])
                 finite = torch.stack(list(terms.values())).isfinite().all()
                 self.phases.enter(STEP)
@@ -402,6 +403,7 @@ def _line(step: int, batches: list[Batch], terms: dict[str, Tensor], applied: bo
     return {
         "step": step,
         "keys": keys,
+        "sides": batches[0].sides,
         "pixels": pixels.hexdigest(),
         "terms": {name: float(term).hex() for name, term in terms.items()},
         "applied": applied,

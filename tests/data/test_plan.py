@@ -11,9 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torchvision.transforms import RandomResizedCrop
 
-from pipeline.data.plan import ViewPlan, make_plan, plan_view, random_boxes
+from pipeline.data.plan import ViewPlan, make_plan, plan_view, random_boxes, set_of_step
 from pipeline.data.random import uniforms
-from pipeline.data.views import Augment, ViewSpec
+from pipeline.data.views import Augment, ViewSet, ViewSpec
 
 DRAWS = 50_000
 RATIO = (3 / 4, 4 / 3)
@@ -223,3 +223,35 @@ def test_plans_never_change_between_versions() -> None:
         0.0,
         True,
     ]
+
+
+def test_views_that_are_others_once_more_are_cut_and_mirrored_alike_and_move_no_one_elses_numbers() -> None:
+    once_more = ViewSpec("gram", 2, 448, GLOBAL.crop_scale, (Augment(flip_p=FULL.flip_p),), same_as="global")
+    ids, epochs = np.arange(64, dtype=np.uint64), np.zeros(64, dtype=np.int64)
+    sizes = np.tile(np.array([[90, 120]]), (64, 1))
+    told = {"ids": ids, "epochs": epochs, "sizes": sizes, "seed": 3}
+    alone, together = make_plan((GLOBAL, LOCAL), **told), make_plan((GLOBAL, once_more, LOCAL), **told)
+    first, again, rest = together[:2], together[2:4], together[4:]
+    for one, other in zip([*first, *rest], alone, strict=True):
+        assert all(np.array_equal(getattr(one, f.name), getattr(other, f.name)) for f in fields(ViewPlan))
+    for one, other in zip(first, again, strict=True):
+        assert all(np.array_equal(getattr(one, name), getattr(other, name)) for name in ("start", "end", "flip"))
+        assert one.jitter.any() and not other.jitter.any() and not other.gray.any() and not other.sigma.any()
+    assert not np.array_equal(again[0].start, again[1].start)
+
+
+@given(st.integers(0, 2**31), st.lists(st.floats(0.01, 100), min_size=1, max_size=6), st.integers(0, 10**9))
+@settings(max_examples=50, deadline=None)
+def test_a_steps_sizes_depend_on_seed_and_step_alone(seed: int, weights: list[float], step: int) -> None:
+    sets = [ViewSet((replace(GLOBAL, size=16 * (n + 1)),), weight) for n, weight in enumerate(weights)]
+    chosen = set_of_step(sets, step, seed=seed)
+    assert 0 <= chosen < len(sets)
+    assert chosen == set_of_step([replace(one, weight=4 * one.weight) for one in sets], step, seed=seed)  # shares count
+
+
+def test_steps_take_sizes_as_often_as_weights_say_and_another_seed_takes_others() -> None:
+    sets = [ViewSet((GLOBAL,), weight) for weight in (0.3, 0.3, 0.3, 0.05, 0.05)]
+    taken = [set_of_step(sets, step, seed=0) for step in range(4000)]
+    assert np.allclose(np.bincount(taken, minlength=5) / 4000, [0.3, 0.3, 0.3, 0.05, 0.05], atol=0.025)
+    assert taken[:40] != [set_of_step(sets, step, seed=1) for step in range(40)]
+    assert taken[:8] == [0, 0, 0, 2, 1, 0, 0, 0]  # as ever: a change here breaks every run that is to resume

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import multiprocessing.forkserver
 import os
@@ -30,7 +31,7 @@ from pipeline.data.plan import make_plan
 from pipeline.data.reader import Reader, Record
 from pipeline.data.stream import BatchStream, StreamOptions
 from pipeline.data.text import choose, tokenizer
-from pipeline.data.views import Augment, Batch, MaskSpec, TextSpec, ViewSpec
+from pipeline.data.views import Augment, Batch, MaskSpec, TextSpec, ViewSet, ViewSpec
 from pipeline.errors import DataError, TrainingError
 
 BATCH, SEED = 8, 5
@@ -495,3 +496,46 @@ def test_reader_processes_change_nothing_are_replaced_when_they_die_and_tell_err
     assert "Traceback" not in str(caught.value)
     assert "train" in caught.value.where
     assert forked() == others
+
+
+# ---- views of several sizes ------------------------------------------------------------------------------------------------
+
+SMALL = (replace(SPECS[0], size=16), replace(SPECS[1], size=8))
+LARGE = (*SPECS, ViewSpec("gram", 2, 64, (0.32, 1.0), augment=(Augment(),), same_as="global"))
+SETS = (ViewSet(SMALL, 1.0), ViewSet(LARGE, 2.0))
+
+
+def mixed(manifest: Manifest, *, world: int = 1, rank: int = 0) -> Portions:
+    dataset = portions(manifest, world=world, rank=rank)
+    return Portions(dataset.reader, dataset.order, SPECS, seed=SEED, world=world, rank=rank, sets=SETS)
+
+
+def test_steps_of_several_sizes_are_the_same_wherever_the_stream_starts_and_on_any_number_of_ranks(
+    manifest: Manifest, clean: dict[int, Batch]
+) -> None:
+    whole = dict(stream(mixed(manifest), 0, 6))
+    sides = [batches[0].sides for batches in whole.values()]
+    assert set(sides) == {(16, 8), (32, 16, 64)}
+    assert any(one != two for one, two in itertools.pairwise(sides))
+    for step, batches in stream(mixed(manifest), 3, 6):
+        assert_same(batches[0], whole[step][0])
+    ranks = [dict(stream(mixed(manifest, world=2, rank=rank), 0, 6)) for rank in range(2)]
+    for step, batches in whole.items():
+        assert [rank[step][0].sides for rank in ranks] == [batches[0].sides] * 2
+        assert_same(joined([rank[step][0] for rank in ranks]), batches[0])
+        assert batches[0].masks["global"].grid.shape == (2 * BATCH, (batches[0].sides[0] // MASK.patch) ** 2)
+        if len(batches[0].sides) == 3:  # the other views are what they are without the others' company
+            views = {name: batches[0].views[name] for name in ("global", "local")}
+            assert_same(replace(batches[0], views=views), clean[step])
+
+
+def test_the_same_crops_at_twice_the_size_and_undistorted_show_the_same(manifest: Manifest) -> None:
+    plain = replace(SPECS[0], augment=(Augment(),))
+    dataset = portions(manifest)
+    sets = (ViewSet((plain, LARGE[2])),)
+    dataset = Portions(dataset.reader, dataset.order, (plain,), seed=SEED, world=1, rank=0, sets=sets)
+    ((_, (batch,)),) = stream(dataset, 0, 1)
+    for small, large in zip(batch.views["global"], batch.views["gram"], strict=True):
+        halved = torch.nn.functional.avg_pool2d(large, 2)
+        apart = [float((halved - other).abs().mean()) for other in (small, small.flip(3), small.roll(1, 0))]
+        assert large.shape[-1] == 2 * small.shape[-1] and apart[0] < 0.15 * min(apart[1:]), apart

@@ -16,7 +16,7 @@ from launch.cli import main
 from pipeline.errors import CheckpointError, ConfigError
 from pipeline.export.networks import read
 from pipeline.export.write import TARGETS, write
-from tests.export.made import CLIP, DINO, checkpoint, settings
+from tests.export.made import CLIP, DINO, MODEL, checkpoint, settings
 
 EXACT = 2e-6  # what differs in the order of fp32 sums
 TOWERS: dict[str, dict[str, Any]] = {
@@ -216,3 +216,22 @@ def test_the_command_exports_the_newest_checkpoint_beside_the_run(tmp_path: Path
     assert {path.name for path in (tmp_path / "run/export/timm").iterdir()} == {"README.md", "config.json", "model.safetensors"}
     assert "step_000000003 for timm" in capsys.readouterr().out
     assert set(TARGETS) == {"timm", "huggingface", "open_clip", "onnx", "safetensors"}
+
+
+def test_one_of_several_students_is_exported_by_its_name(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    judge = {**MODEL, "width": 16}
+    several = {**DINO, "name": "distill", "judge": judge, "judge_from": "x", "students": [{**judge, "name": "small", "depth": 1}]}
+    saved, recipe = checkpoint(tmp_path / "run", settings(several))
+    for network, towers in (("auto", recipe.students()), ("student", recipe.students(slow=False))):
+        found = read(saved, student="small", network=network)  # type: ignore[arg-type]
+        assert found.tower.width == 16 and not found.others
+        expected = towers["small"].state_dict()
+        assert all(torch.equal(tensor, expected[name]) for name, tensor in found.tower.state_dict().items())
+    assert read(saved).tower.width == 32
+    with pytest.raises(SystemExit) as left:
+        main(["export", str(tmp_path / "run"), "--to", "timm", "--student", "small"])
+    assert left.value.code == 0 and (tmp_path / "run/export/timm-small/model.safetensors").exists()
+    capsys.readouterr()
+    with pytest.raises(SystemExit):
+        main(["export", str(tmp_path / "run"), "--to", "timm", "--student", "smal"])
+    assert "choose of small" in capsys.readouterr().err

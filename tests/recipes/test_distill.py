@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,6 +18,9 @@ from pipeline.recipes.base import Step
 from pipeline.recipes.dinov2 import DINOv2
 from pipeline.recipes.distill import Distill, build
 from pipeline.settings import Config, ModelSettings
+from tests.pool import pool
+from tests.recipes.test_registry import compare
+from tests.recipes.tiny import MODEL, first_steps, interrupted
 
 K, N = 12, 4
 STEP = Step(momentum=0.9, teacher_temperature=0.05)
@@ -147,3 +152,94 @@ def test_patch_tokens_may_have_a_head_of_other_sizes() -> None:
     method.after_step(STEP)
     assert all(bool(term.isfinite()) for term in terms.values())
     assert {name: len(center) for name, center in method.memory.items()} == {"dino_center": K, "ibot_center": 20}
+
+
+# ---- several students ------------------------------------------------------------------------------------------------------
+
+
+def trained(method: Distill, steps: int = 4) -> list[dict[str, float]]:
+    """AdamW by the method's own groups, each network clipped by itself, the slow copies moved."""
+    groups = method.parameter_groups()
+    optimizer = torch.optim.AdamW(
+        [{"params": g.params, "weight_decay": 0.1 * g.wd_scale, "lr": 0.01 * g.lr_scale} for g in groups]
+    )
+    told = []
+    for index in range(steps):
+        terms = method(replace(batch(), ids=[index * N + n for n in range(N)]), STEP)
+        optimizer.zero_grad()
+        torch.stack(list(terms.values())).sum().backward()
+        for network in method.networks().values():
+            torch.nn.utils.clip_grad_norm_(network.parameters(), 0.5)
+        optimizer.step()
+        method.after_step(replace(STEP, index=index))
+        told.append({name: float(term.detach()) for name, term in terms.items()})
+    return told
+
+
+@pytest.mark.parametrize("targets", ["sinkhorn", "centering"])
+def test_students_that_learn_together_are_what_each_would_be_alone(targets: Any) -> None:
+    settings = DistillSettings(judge_from="x", targets=targets, **SIZES)
+    together = Distill(tower(16), tower(24, seed=1), settings, {"wide": tower(32, seed=2), "same": tower(16, seed=3)})
+    alone = {
+        name: Distill(one, tower(24, seed=1), settings)
+        for name, one in {"": tower(16), "wide": tower(32, seed=2), "same": tower(16, seed=3)}.items()
+    }
+    whole = together.state_dict()
+    for name, method in alone.items():
+        prefix = f"others.{name}." if name else ""
+        state = {key: whole[f"{prefix}{key}" if not key.startswith("judge.") else key] for key in method.state_dict()}
+        method.load_state_dict(state)
+        method.teacher.reset()
+    together.teacher.reset()
+    asked: list[int] = []
+    together.judge["backbone"].register_forward_hook(lambda *_: asked.append(1))
+    told = trained(together)
+    assert len(asked) == 4 and len(told[0]) == 12  # one pass of the frozen teacher a step, whoever listens
+    slow = dict(together.teacher.named_parameters())
+    for name, method in alone.items():
+        before = {key: p.clone() for key, p in method.named_parameters()}
+        expected = trained(method)
+        for ours, theirs in zip(told, expected, strict=True):
+            assert {term: ours[f"{name}/{term}" if name else term] for term in theirs} == pytest.approx(theirs, abs=1e-6)
+        prefix = f"others.{name}." if name else ""
+        for key, p in method.named_parameters():
+            if p.requires_grad:
+                assert torch.allclose(together.get_parameter(f"{prefix}{key}"), p, atol=1e-6), (name, key)
+        for key, p in method.teacher.named_parameters():
+            assert torch.allclose(slow[f"{prefix}{key}"], p, atol=1e-6), (name, key)
+        assert any(not torch.equal(p, before[key]) for key, p in method.named_parameters())
+        assert {f"{name}/{m}" if name else m for m in method.metrics} <= together.metrics.keys()
+    assert all(torch.equal(together.memory[key], alone["wide"].memory[key]) for key in together.memory)
+
+
+TWO: dict[str, Any] = {"recipe": {"students": [{**MODEL, "name": "wide", "width": 32}]}}
+
+
+@pytest.mark.parametrize("zero", [1, 3])
+def test_two_students_on_two_ranks_are_those_of_one_rank(zero: int) -> None:
+    expected = pool(1).run(first_steps, name="distill", zero=0, **TWO)[0]
+    assert {name.partition("/")[0] for name in expected["terms"] if "/" in name} == {"wide"}
+    compare(pool(2).run(first_steps, name="distill", zero=zero, **TWO), expected)
+
+
+@pytest.mark.slow
+def test_two_students_go_on_from_a_checkpoint_as_if_nothing_had_happened(tmp_path: Path) -> None:
+    given = {"name": "distill", "zero": 3, "directory": str(tmp_path), **TWO}
+    through = pool(2).run(interrupted, **given, load_at=None, save_at=1, until=2, seed=0)
+    again = pool(2).run(interrupted, **given, load_at=1, save_at=None, until=2, seed=1)
+    for ours, theirs in zip(again, through, strict=True):
+        assert [key for key in theirs if not torch.equal(ours[key], theirs[key])] == []
+
+
+def test_students_of_one_name_of_another_patch_or_with_an_anchor_are_refused() -> None:
+    one = {"name": "b", "width": 8, "depth": 1, "heads": 2, "patch": 4}
+    for wrong, words in (({"students": [one, one]}, "one name"), ({"students": [one], "gram_weight": 1.0}, "Gram anchor")):
+        with pytest.raises(ValueError, match=words):
+            DistillSettings(judge_from="x", **(SIZES | wrong))
+    with pytest.raises(ValueError, match="name"):
+        DistillSettings(judge_from="x", **(SIZES | {"students": [one | {"name": "a.b"}]}))
+    shape = ModelSettings(width=16, depth=1, heads=2, patch=4)
+    settings = DistillSettings(judge=shape, judge_from="x", **(SIZES | {"students": [one | {"patch": 8}]}))
+    config = Config.model_validate({"model": shape, "data": {"shards": "x.tar"}}).replace(recipe=settings)
+    with pytest.raises(ConfigError, match=r"students \(b\)"):
+        build(config, settings)

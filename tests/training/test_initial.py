@@ -169,6 +169,73 @@ def test_without_a_source_nothing_happens(tmp_path: Path) -> None:
     assert initial.begin(recipe(settings), settings) is None
 
 
+class Hub:
+    """The folder in which timm looks for what it has downloaded, without a network."""
+
+    NAME, FILE = "vit_tiny_patch16_224", "model.safetensors"
+
+    def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        import timm
+        from huggingface_hub import constants
+
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(folder))
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+        torch.manual_seed(3)
+        self.model = timm.create_model(self.NAME, depth=12)
+        repository = folder / f"models--{str(self.model.pretrained_cfg['hf_hub_id']).replace('/', '--')}"
+        self.file = repository / "snapshots" / ("0" * 40) / self.FILE
+        self.file.parent.mkdir(parents=True)
+        (repository / "refs").mkdir()
+        (repository / "refs" / "main").write_text("0" * 40)
+
+    def hold(self, *, without: str = "", **changed: Tensor) -> dict[str, Tensor]:
+        state = {name: t for name, t in self.model.state_dict().items() if name != without} | changed
+        save_file(state, self.file)
+        return state
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Hub:
+    return Hub(tmp_path / "hub", monkeypatch)
+
+
+def test_timms_weights_fill_the_backbone_without_their_classifier(tmp_path: Path, hub: Hub) -> None:
+    held = hub.hold()
+    shape = "model={timm: vit_tiny_patch16_224, width: null, depth: null, heads: null, patch: null}"
+    settings = config(tmp_path, shape, f"init_from.source=timm:{hub.NAME}", "recipe.views.local_size=16")
+    initial.check(settings)
+    made = recipe(settings)
+    start = initial.begin(made, settings)
+    assert start is not None and start.record["kind"] == "timm" and start.record["source"] == f"timm:{hub.NAME}"
+    assert any("resampled from 14 x 14 to 2 x 2" in note for note in start.notes)
+    assert made.teacher is not None
+    for network in (made.get_submodule("backbone"), made.teacher.modules["backbone"]):
+        own = dict(network.named_parameters())
+        inside = {name.removeprefix("vit."): p for name, p in own.items() if name.startswith("vit.")}
+        assert inside.keys() == held.keys() - {"head.weight", "head.bias"}
+        assert all(torch.equal(p, held[name]) for name, p in inside.items() if name != "pos_embed")
+
+
+def test_timms_weights_of_which_a_tensor_is_missing_or_of_another_shape_are_refused_by_name(tmp_path: Path, hub: Hub) -> None:
+    name = f"timm:{hub.NAME}"
+    for change in ({"without": "blocks.3.attn.qkv.weight"}, {"blocks.3.attn.qkv.weight": torch.zeros(3, 3)}):
+        hub.hold(**change)  # type: ignore[arg-type]
+        with pytest.raises(CheckpointError, match=r"not whole.*blocks\.3\.attn\.qkv\.weight"):
+            initial.weights_of(initial.find(name))
+    hub.file.write_bytes(b"no tensors")
+    with pytest.raises(CheckpointError, match="cannot fetch the weights"):
+        initial.weights_of(initial.find(name))
+    hub.file.unlink()
+    with pytest.raises(CheckpointError, match="set HF_HOME"):
+        initial.weights_of(initial.find(name))
+    hub.hold()
+    settings = config(tmp_path, f"init_from.source={name}")  # a tower of one block
+    with pytest.raises(CheckpointError, match=r"132 not wanted: vit\.blocks\.1\."):
+        initial.check(settings)
+    with pytest.raises(CheckpointError, match="timm has no weights for 'vit_tiny_patch17_224'"):
+        initial.weights_of(initial.find("timm:vit_tiny_patch17_224"))
+
+
 def test_weights_that_timm_cannot_fetch_are_refused_with_the_mend(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import timm
 
