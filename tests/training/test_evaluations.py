@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from launch.evaluate import world_of_one
+from launch.byhand import world_here
 from pipeline.config import InvalidConfig, load
 from pipeline.training.assemble import make_recipe
 from pipeline.training.evaluations import Evaluations
@@ -19,7 +19,7 @@ from tests.runs import TOY
 def test_an_evaluation_that_would_cost_too_much_waits_until_there_is_time(tmp_path: Path) -> None:
     loaded = toy(tmp_path, "evaluation.budget=10", "evaluation.knn.every=2 steps", "launch.backend=gloo")
     config = loaded.config
-    with world_of_one(config) as world:
+    with world_here(config) as world:
         judge = Evaluations(config, prepare(config, 1), make_recipe(config, torch.device("cpu")), world, fresh=True)
         first = judge(0, 0.0)
         assert set(first) == {f"{name}/k{k}" for name in ("knn", "untrained", "pixels") for k in (1, 5)}
@@ -36,7 +36,7 @@ def test_an_evaluation_that_would_cost_too_much_waits_until_there_is_time(tmp_pa
 
 def test_the_random_state_is_untouched(tmp_path: Path) -> None:
     config = toy(tmp_path, "launch.backend=gloo").config
-    with world_of_one(config) as world:
+    with world_here(config) as world:
         recipe = make_recipe(config, torch.device("cpu")).train()
         judge = Evaluations(config, prepare(config, 1), recipe, world, fresh=True)
         state = torch.get_rng_state()
