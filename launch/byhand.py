@@ -167,7 +167,7 @@ class Telling:
             scores: of whom, and which.
             file: the same as JSON, kept as an artifact.
         """
-        values = {}
+        values: dict[str, float] = {}
         for whose, row in scores.items():
             prefix = "eval/" if whose in _OWN else f"eval/{whose}/"
             values |= {prefix + name: value for name, value in row.items()}

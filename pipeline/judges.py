@@ -111,7 +111,8 @@ class EvaluationSettings(Settings):
         description="percent of the training time that evaluations may take; one that would take more waits; null for no limit",
     )
     pictures: bool = Field(
-        default=True, description="keep a sheet of eight judged pictures with the PCA of their patches at each evaluation"
+        default=True,
+        description="keep sheets at each evaluation: PCA of patches, attention, pictures found by captions or by pictures",
     )
     knn: KnnSettings = Field(default=KnnSettings(), description="nearest neighbours")
     linear: LinearSettings = Field(default=LinearSettings(), description="linear probe")
