@@ -73,6 +73,11 @@ class SegmentationSettings(Settings):
     epochs: Count = Field(default=20, description="passes over the training pictures")
     batch: Count = Field(default=16, description="pictures of a step and of a forward pass")
     hold_out: Share = Field(default=0.1, le=0.5, description="share of the training pictures that choose the rate")
+    whole: bool = Field(
+        default=False,
+        description="judge whole class maps in their own size, by squares that slide over the picture, as published figures are; "
+        "false judges the centre square in the size that the network sees, which is faster",
+    )
 
 
 class ZeroShotSettings(Settings):

@@ -26,7 +26,7 @@ from pipeline.evaluation.online import OnlineKnn, Pictures, raw_pixels
 from pipeline.evaluation.pairs import Retrieval, ZeroShot
 from pipeline.evaluation.principal import sheet
 from pipeline.evaluation.robustness import Robustness
-from pipeline.evaluation.segmentation import Segmentation
+from pipeline.evaluation.segmentation import Segmentation, places
 from pipeline.evaluation.sheets import Finding, attention_sheet
 from pipeline.evaluation.subject import Subject, undisturbed
 from pipeline.evaluation.zeroshot import SIMPLE
@@ -110,7 +110,7 @@ def suite(
     """
     e, group, store = config.evaluation, world.control, open_storage(config)
 
-    def pictures(manifest: Manifest | None, most: int | None, side: int, batch: int) -> Pictures:
+    def pictures(manifest: Manifest | None, most: int | None, side: int, batch: int, place: float = 0.5) -> Pictures:
         if manifest is None:
             raise CheckpointError("evaluation without data", where="evaluation")
         return Pictures(
@@ -119,6 +119,7 @@ def suite(
             normalize=normalize,
             most=most,
             batch=batch,
+            place=place,
             rank=world.rank,
             world=world.size,
             device=world.device,
@@ -166,6 +167,10 @@ def suite(
             epochs=s.epochs,
             batch=s.batch,
             hold_out=s.hold_out,
+            windows={
+                place: pictures(inputs.dense[1], s.max_val, s.size or size, s.batch, place)
+                for place in (places(inputs.dense[1]) if s.whole else ())
+            },
             group=group,
         )
     if e.zeroshot.enabled:
