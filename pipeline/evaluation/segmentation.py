@@ -233,7 +233,7 @@ class Segmentation:
                 if record.segmentation is None:
                     raise DataError("there is no class map", where=record.key, mend="give each sample a .seg.png")
                 if whole:
-                    given = whole_map(record.segmentation, key=record.key, **known).astype(np.uint8)
+                    given: NDArray[Any] = whole_map(record.segmentation, key=record.key, **known).astype(np.uint8)
                 else:
                     given = class_map(record.segmentation, size=self._size, key=record.key, **known)
                 found.append(torch.from_numpy(given))
