@@ -20,7 +20,7 @@ from pipeline.settings import Config
 from pipeline.training.run import RunDirectory
 
 if TYPE_CHECKING:
-    from pipeline.tracking import Aside
+    from pipeline.tracking import Aside, Journal, Shipper
     from pipeline.training.distributed import World
 
 Scores = Mapping[str, Mapping[str, float]]
@@ -99,17 +99,16 @@ class Telling:
     MLflow run to themselves.
 
     Args:
-        folder: for journal and cursor.
+        folder: for journal and cursor, made with the first scores.
         aside: where the journal goes.
         mend: command that sends what is left, later.
+        params: settings to be told of first.
     """
 
-    def __init__(self, folder: Path, aside: Aside, mend: str) -> None:
-        self._uri, self._mend = aside.uri, mend
-        self._journal = aside.begin(folder)
-        self._shipper = aside.shipper(folder, lambda text: print(f"fovea: {text}", file=sys.stderr))
-        self._own = not aside.joins
-        self._shipper.start()
+    def __init__(self, folder: Path, aside: Aside, mend: str, params: Mapping[str, Any] | None = None) -> None:
+        self._folder, self._aside, self._mend, self._params = folder, aside, mend, params
+        self._journal: Journal | None = None
+        self._shipper: Shipper | None = None
 
     @classmethod
     def of_run(cls, directory: Path, config: Config, uri: str | None) -> Telling | None:
@@ -154,10 +153,8 @@ class Telling:
             run=config.run.model_copy(update={"name": title}), tracking=config.tracking.model_copy(update={"uri": uri})
         )
         run.write("config.json", chosen.model_dump(mode="json"))  # for `fovea track sync`
-        telling = cls(run.tracking / "eval", aside, f"fovea track sync {run.path}")
         wanted = {key: value for key, value in flatten(config).items() if key.startswith(("evaluation.", "data.shards"))}
-        telling._journal.params({"weights": name, **wanted})
-        return telling
+        return cls(run.tracking / "eval", aside, f"fovea track sync {run.path}", {"weights": name, **wanted})
 
     def __call__(self, step: int, scores: Scores, file: Path | None = None) -> None:
         """Say scores.
@@ -167,6 +164,12 @@ class Telling:
             scores: of whom, and which.
             file: the same as JSON, kept as an artifact.
         """
+        if self._journal is None:
+            self._journal = self._aside.begin(self._folder)
+            self._shipper = self._aside.shipper(self._folder, lambda text: print(f"fovea: {text}", file=sys.stderr))
+            self._shipper.start()
+            if self._params:
+                self._journal.params(self._params)
         values: dict[str, float] = {}
         for whose, row in scores.items():
             prefix = "eval/" if whose in _OWN else f"eval/{whose}/"
@@ -177,11 +180,14 @@ class Telling:
 
     def close(self) -> None:
         """Send what is left, within half a minute."""
-        if self._own:
+        if self._journal is None or self._shipper is None:
+            return
+        if not self._aside.joins:
             self._journal.tags({"fovea.state": "finished"})
         self._journal.close()
         if not self._shipper.close(_PATIENCE):
-            print(f"fovea: MLflow at {self._uri} has not taken everything; later, `{self._mend}` sends the rest", file=sys.stderr)
+            told = f"MLflow at {self._aside.uri} has not taken everything; later, `{self._mend}` sends the rest"
+            print(f"fovea: {told}", file=sys.stderr)
 
 
 @contextlib.contextmanager
