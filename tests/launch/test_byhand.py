@@ -39,9 +39,10 @@ def run(tmp_path: Path) -> Path:
     """A run with a checkpoint of weights that no seed gives, to be told to a server of its own."""
     loaded = toy(tmp_path, "launch.backend=gloo", "tracking.enabled=true", *SETTINGS)
     folder = loaded.config.run.folder
-    write_checkpoint(folder, changed(make_recipe(loaded.config, CPU), 1))
+    settings = loaded.config.model_dump(mode="json")
+    write_checkpoint(folder, changed(make_recipe(loaded.config, CPU), 1), config=settings)
     (folder / "config.yaml").write_text(show(loaded))
-    (folder / "config.json").write_text(json.dumps(loaded.config.model_dump(mode="json")))
+    (folder / "config.json").write_text(json.dumps(settings))
     return folder
 
 
