@@ -45,6 +45,7 @@ cluster.enter(app)
 ConfigArgument = shards.ConfigArgument
 Overrides = shards.Overrides
 _debug = False
+_words: list[str] = []  # the command line, for ranks that are to do the same
 
 
 def _version(wanted: bool) -> None:
@@ -132,10 +133,17 @@ def evaluate(
     model: Annotated[str | None, typer.Option(metavar="NAME", help="timm's name of what a file of weights is of.")] = None,
     size: Annotated[int | None, typer.Option(metavar="PIXELS", help="Side of the pictures, for weights.")] = None,
     output: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write the scores there too.")] = None,
+    ranks: Annotated[
+        int | None, typer.Option(min=1, help="Processes that share the work; one a GPU if not given, 1 without GPUs.")
+    ] = None,
+    track: Annotated[
+        str | None, typer.Option(metavar="URI", help="MLflow server, for weights or instead of the run's own.")
+    ] = None,
 ) -> None:
     """Judge weights: k-NN beside the untrained network and raw pixels, or the evaluators that are named.
 
-    The evaluators' settings and data are those of the section evaluation of the run's settings; KEY=VALUE changes them.
+    The evaluators' settings and data are those of the section evaluation of the run's settings; KEY=VALUE changes them. A run's
+    scores go to its own MLflow run, as eval/...; torchrun and srun may start the ranks as well.
 
     [b]Examples[/b]
 
@@ -146,27 +154,23 @@ def evaluate(
     fovea eval runs/clip_cifar10 --zeroshot classes.txt --retrieval
 
     fovea eval timm:vit_small_patch16_224 --knn data.shards='train-*.tar' evaluation.knn.val_shards='val-*.tar'
+
+    fovea eval runs/vitl16 --linear --ranks 8 --track http://mlflow:5000
     """
     flags = {"knn": knn, "linear": linear, "logistic": logistic, "segmentation": segmentation, "robustness": robustness}
     names = [name for name, wanted in flags.items() if wanted]
     resolved = Path(run) / "config.yaml"
     own = resolved.is_file()
-    if own and not names and not watch and (zeroshot is not None or retrieval):
-        from launch.pairs import run as compare
-
-        raise typer.Exit(
-            compare(Path(run), _load(str(resolved), overrides), classes=zeroshot, templates=templates, retrieval=retrieval)
-        )
-    if own and not names and not watch:
-        from launch.evaluate import run as judge
-
-        raise typer.Exit(judge(Path(run), _load(str(resolved), overrides)))
-    if not own and not names and zeroshot is None and not retrieval:
+    texts = zeroshot is not None or retrieval
+    if not own and not names and not texts:
         there = Path(run).exists() or ":" in run
         mend = "Name an evaluator, such as --knn." if there else "It should hold the config.yaml that a training wrote."
         raise ConfigError("is no run's directory", where=run, mend=mend)
-    from launch.judge import Asked, of_run, of_weights, settings_for_weights
+    from launch import judge
+    from launch.byhand import many, spread
 
+    plain = own and not names and not watch and not texts
+    untrained = untrained or (own and not names and not watch and texts)
     extra = [*(overrides or ())]
     if zeroshot is not None:
         extra += [
@@ -175,12 +179,20 @@ def evaluate(
         ]
         names.append("zeroshot")
     names += ["retrieval"] if retrieval else []
+    loaded = _load(str(resolved), extra) if own else None
+    config = loaded.config if loaded else judge.settings_for_weights(extra)
+    names = names or (["knn"] if plain else list(config.evaluation.enabled) or ["knn"])
+    asked = judge.Asked(tuple(names), untrained, output, watch, track)
+    if (count := many(config, ranks)) > 1:
+        judge.refuse(config, asked, Path(run) if own else None)
+        raise typer.Exit(spread(_words, count, Path(run) / "logs" / "eval" if own else None))
+    if loaded is not None and plain:
+        from launch.evaluate import run as compare
+
+        raise typer.Exit(compare(Path(run), loaded, output=output, track=track))
     if own:
-        config = _load(str(resolved), extra).config
-        names = names or list(config.evaluation.enabled) or ["knn"]
-        raise typer.Exit(of_run(Path(run), config, Asked(tuple(names), untrained, output, watch)))
-    config = settings_for_weights(extra)
-    raise typer.Exit(of_weights(run, config, Asked(tuple(names), output=output), model=model, size=size))
+        raise typer.Exit(judge.of_run(Path(run), config, asked))
+    raise typer.Exit(judge.of_weights(run, config, asked, model=model, size=size))
 
 
 @app.command()
@@ -331,7 +343,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point. A :class:`FoveaError` becomes one message on stderr and the error's exit code."""
     global _debug
     words = list(sys.argv[1:] if arguments is None else arguments)
-    _debug = "--debug" in words
+    _debug, _words[:] = "--debug" in words, words
     try:
         # DeepSpeed's launcher says the rank a second time, in front of the verb; the environment has it too.
         app([word for word in words if word != "--debug" and not word.startswith("--local_rank=")], prog_name="fovea")

@@ -6,9 +6,6 @@ beside the pixels themselves.
 
 from __future__ import annotations
 
-import contextlib
-import secrets
-import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from launch.local import free_port
+from launch.byhand import Telling, agreed, closing, world_here
+from launch.ranks import RankEnvironment
 from pipeline.config import Loaded
 from pipeline.errors import DataError
 from pipeline.settings import Config
@@ -91,21 +89,6 @@ def judging(config: Config) -> Config:
     return config.replace(evaluation=chosen.model_copy(update={"pictures": False}))
 
 
-@contextlib.contextmanager
-def world_of_one(config: Config) -> Iterator[World]:
-    """A process group with this process alone: on the GPU if there is one, unless the settings say gloo."""
-    from pipeline.training.distributed import join, leave
-
-    warnings.filterwarnings("ignore", category=UserWarning, module=r"torch\.distributed")
-    backend = "gloo" if config.launch.backend == "gloo" else "auto"
-    key = secrets.token_hex(8)
-    world = join(rank=0, size=1, local_rank=0, address="127.0.0.1", port=free_port(), key=key, backend=backend)
-    try:
-        yield world
-    finally:
-        leave()
-
-
 def scores(config: Config, run: Path) -> dict[str, dict[int, float]]:
     """k-NN accuracy of a run's newest checkpoint, of the same network untrained, and of raw pixels.
 
@@ -119,24 +102,25 @@ def scores(config: Config, run: Path) -> dict[str, dict[int, float]]:
     Raises:
         FoveaError: no checkpoint, no labelled data, or a checkpoint of another architecture.
     """
-    return _judge(judging(config), newest(run))[0]
+    config, saved = judging(config), newest(run)
+    with world_here(config) as world:
+        return _judge(config, saved, world)[0]
 
 
-def _judge(config: Config, saved: Saved) -> tuple[dict[str, dict[int, float]], dict[str, int]]:
+def _judge(config: Config, saved: Saved, world: World) -> tuple[dict[str, dict[int, float]], dict[str, int]]:
     inputs = labelled(config)
     from pipeline.training.assemble import make_recipe
     from pipeline.training.evaluations import Evaluations
 
     found: dict[str, dict[int, float]] = {name: {} for name in SOURCES}
-    with world_of_one(config) as world:
-        recipe = make_recipe(config, world.device)
-        evaluate = Evaluations(config, inputs, recipe, world, fresh=True)
-        # The first call judges the fresh weights and the pixels, the second what was trained; pictures are decoded once.
-        first = evaluate()
-        fill_trained(recipe, saved)
-        for name, value in {**first, **evaluate()}.items():
-            source, _, k = name.partition("/k")
-            found[_METRICS[source]][int(k)] = value
+    recipe = make_recipe(config, world.device)
+    evaluate = Evaluations(config, inputs, recipe, world, fresh=True)
+    # The first call judges the fresh weights and the pixels, the second what was trained; pictures are decoded once.
+    first = evaluate()
+    fill_trained(recipe, saved)
+    for name, value in {**first, **evaluate()}.items():
+        source, _, k = name.partition("/k")
+        found[_METRICS[source]][int(k)] = value
     return found, _sizes(config, inputs)
 
 
@@ -147,18 +131,39 @@ def _sizes(config: Config, inputs: Inputs) -> dict[str, int]:
     return {"voters": min(voters, knn.max_train or voters), "judged": min(judged, knn.max_val or judged), "classes": classes}
 
 
-def run(run_directory: Path, loaded: Loaded) -> int:
-    """Judge a run, print the table, write ``<run>/evaluation.json``; returns the exit code.
+def run(run_directory: Path, loaded: Loaded, *, output: Path | None = None, track: str | None = None) -> int:
+    """Judge a run, print the table, write ``<run>/evaluation.json``, tell MLflow; returns the exit code.
+
+    All ranks that this was started on share the work.
 
     Args:
         run_directory: the run.
         loaded: its settings, with what the user changed.
+        output: JSON file to write besides.
+        track: another MLflow server than the run's own.
 
     Raises:
         FoveaError: no checkpoint, no labelled data, or a checkpoint of another architecture.
     """
-    config, saved = judging(loaded.config), newest(run_directory)
-    found, sizes = _judge(config, saved)
+    config = judging(loaded.config)
+    chosen = [newest(run_directory)] if RankEnvironment.read().rank == 0 else []
+    with world_here(config) as world:
+        for saved in agreed(iter(chosen), world):
+            found, sizes = _judge(config, saved, world)
+            if world.rank == 0:
+                _tell(run_directory, config, saved, found, sizes, output, track)
+    return 0
+
+
+def _tell(
+    directory: Path,
+    config: Config,
+    saved: Saved,
+    found: dict[str, dict[int, float]],
+    sizes: dict[str, int],
+    output: Path | None,
+    track: str | None,
+) -> None:
     samples = int(saved.manifest.get("samples_seen", 0))
     document: dict[str, Any] = {
         "checkpoint": saved.path.name,
@@ -169,9 +174,14 @@ def run(run_directory: Path, loaded: Loaded) -> int:
         "temperature": config.evaluation.knn.temperature,
         "knn": {source: {str(k): value for k, value in row.items()} for source, row in found.items()},
     }
-    RunDirectory(run_directory).write("evaluation.json", document)
+    RunDirectory(directory).write("evaluation.json", document)
+    if output is not None:
+        RunDirectory(output.parent).write(output.name, document)
     _print(found, document)
-    return 0
+    with closing(Telling.of_run(directory, config, track)) as telling:
+        if telling is not None:
+            rows = {source: {f"knn/k{k}": value for k, value in row.items()} for source, row in found.items()}
+            telling(saved.step, rows, directory / "evaluation.json")
 
 
 def _side(config: Config) -> int | None:

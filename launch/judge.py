@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from launch.evaluate import world_of_one
+from launch.byhand import Telling, agreed, closing, world_here
+from launch.ranks import RankEnvironment
 from pipeline.errors import CheckpointError, ConfigError, DataError
 from pipeline.settings import Config
 from pipeline.training import saved as files
@@ -35,12 +36,14 @@ class Asked:
         untrained: judge the same network with fresh weights too.
         output: JSON file to write besides.
         watch: go on with each checkpoint that comes.
+        track: another MLflow server than the run's own.
     """
 
     evaluators: tuple[str, ...]
     untrained: bool = False
     output: Path | None = None
     watch: bool = False
+    track: str | None = None
 
 
 def asking(config: Config, asked: Asked) -> Config:
@@ -59,10 +62,30 @@ def asking(config: Config, asked: Asked) -> Config:
     return chosen
 
 
+def refuse(config: Config, asked: Asked, directory: Path | None = None) -> None:
+    """Find out what cannot be judged before any rank is started; the data are indexed on the way.
+
+    Args:
+        config: the settings.
+        asked: what is asked for.
+        directory: the run, if its checkpoints are to be judged.
+
+    Raises:
+        FoveaError: no checkpoint, or data that the evaluators cannot use.
+    """
+    from pipeline.training.inputs import judged
+
+    chosen = asking(config, asked)
+    if directory is not None and not asked.watch:
+        newest(directory)
+    _data(chosen, judged)
+
+
 def of_run(directory: Path, config: Config, asked: Asked) -> int:
     """Judge a run's newest checkpoint, or with ``watch`` each one until the run's last; returns the exit code.
 
-    Each answer is a table and a file ``<run>/evaluations/<checkpoint>.json``.
+    All ranks that this was started on share the work. Each answer is a table, a file ``<run>/evaluations/<checkpoint>.json``
+    that keeps what other evaluators said before, and metrics ``eval/...`` of the run's MLflow run.
 
     Raises:
         FoveaError: no checkpoint, another architecture, or data that the evaluators cannot use.
@@ -72,26 +95,52 @@ def of_run(directory: Path, config: Config, asked: Asked) -> int:
     from pipeline.training.inputs import judged
 
     config = asking(config, asked)
-    first = None if asked.watch else newest(directory)
-    with world_of_one(config) as world:
+    first = RankEnvironment.read().rank == 0
+    coming: Iterator[Saved | None] = iter(()) if not first else _coming(directory) if asked.watch else iter([newest(directory)])
+    with world_here(config) as world:
         data = _data(config, judged)
+        sizes = _sizes(config, data)
         recipe = _fresh(config, world, build_recipe)
         view = recipe.views[0]
         evaluators, _ = suite(config, Judged(**data), world, size=view.size, normalize=_normalize(view.normalize))
         subject = subject_of(recipe, config, world.device)
         columns = {"untrained": _scores(evaluators, subject)} if asked.untrained else {}
-        for saved in [first] if first is not None else _coming(directory):
-            fill_trained(recipe, saved)
-            recipe.eval()
-            document = {
-                "checkpoint": saved.path.name,
-                "step": saved.step,
-                "samples_seen": int(saved.manifest.get("samples_seen", 0)),
-                "scores": {**columns, "trained": _scores(evaluators, subject)},
-            }
-            RunDirectory(directory).write(f"evaluations/{saved.path.name}.json", document)
-            _told(f"{saved.path.name} of {directory}", document, asked.output)
+        with closing(Telling.of_run(directory, config, asked.track) if first else None) as telling:
+            for saved in agreed(coming, world):
+                fill_trained(recipe, saved)
+                recipe.eval()
+                scores = {**columns, "trained": _scores(evaluators, subject)}
+                if first:
+                    file = _kept(RunDirectory(directory), saved, sizes, scores)
+                    if telling is not None:
+                        telling(saved.step, scores, file)
+                    _told(f"{saved.path.name} of {directory}", _about(saved) | sizes | {"scores": scores}, asked.output)
     return 0
+
+
+def _about(saved: Saved) -> dict[str, Any]:
+    seen = int(saved.manifest.get("samples_seen", 0))
+    return {"checkpoint": saved.path.name, "step": saved.step, "samples_seen": seen}
+
+
+def _sizes(config: Config, data: dict[str, Any]) -> dict[str, int]:
+    """How many pictures are judged, and of how many classes, where these have a class each."""
+    if "queries" not in data:
+        return {}
+    total = data["queries"].total
+    return {"judged": min(total, config.evaluation.knn.max_val or total), "classes": data["queries"].classes}
+
+
+def _kept(run: RunDirectory, saved: Saved, sizes: dict[str, int], scores: dict[str, dict[str, float]]) -> Path:
+    """Writes a checkpoint's scores beside those that other evaluators gave it."""
+    name = f"evaluations/{saved.path.name}.json"
+    try:
+        before: dict[str, dict[str, float]] = json.loads((run.path / name).read_text())["scores"]
+    except (OSError, ValueError, KeyError):
+        before = {}
+    merged = before | {whose: before.get(whose, {}) | row for whose, row in scores.items()}
+    run.write(name, _about(saved) | sizes | {"scores": merged})
+    return run.path / name
 
 
 def settings_for_weights(overrides: Sequence[str]) -> Config:
@@ -127,7 +176,7 @@ def of_weights(source: str, config: Config, asked: Asked, *, model: str | None, 
     from pipeline.training.inputs import judged
 
     config = asking(config, asked)
-    with world_of_one(config) as world:
+    with world_here(config) as world:
         peer = load(source, model=model, device=world.device)
         side = size or peer.size
         if side % peer.subject.tower.patch:
@@ -139,8 +188,12 @@ def of_weights(source: str, config: Config, asked: Asked, *, model: str | None, 
         data = Judged(**_data(config, judged))
         normalize = Normalize(peer.subject.mean, peer.subject.std)
         evaluators, _ = suite(config, data, world, size=side, normalize=normalize)
-        document = {"weights": source, "size": side, "scores": {"weights": _scores(evaluators, peer.subject)}}
-    _told(peer.name, document, asked.output)
+        scores = {"weights": _scores(evaluators, peer.subject)}
+        if world.rank == 0:
+            _told(peer.name, {"weights": source, "size": side, "scores": scores}, asked.output)
+            with closing(Telling.of_weights(peer.name, config, asked.track)) as telling:
+                if telling is not None:
+                    telling(0, scores, asked.output)
     return 0
 
 
@@ -177,8 +230,9 @@ def _scores(evaluators: dict[str, Any], subject: Subject) -> dict[str, float]:
     return scores
 
 
-def _coming(directory: Path) -> Iterator[Saved]:
-    """Checkpoints as they come, oldest first, until the run's last step; those judged before are passed over."""
+def _coming(directory: Path) -> Iterator[Saved | None]:
+    """Checkpoints as they come, oldest first, until the run's last step; those judged before are passed over. ``None`` before
+    each wait, since other ranks wait too and want to be told of."""
     run = RunDirectory(directory)
     while True:
         total = _steps(run)
@@ -190,6 +244,7 @@ def _coming(directory: Path) -> Iterator[Saved]:
             yield saved
         if total is not None and last >= total:
             return
+        yield None
         time.sleep(POLL)
 
 
@@ -221,7 +276,13 @@ def _told(title: str, document: dict[str, Any], output: Path | None) -> None:
         table.add_column(name, justify="right")
     for key in _rows(list(columns.values())):
         table.add_row(key, *(_shown(key, row.get(key)) for row in columns.values()))
-    Console().print(table)
+    console = Console()
+    console.print(table)
+    if document.get("judged"):
+        classes = document["classes"]
+        chance = f", {classes} classes: guessing is right in {1 / classes:.1%}" if classes else ""
+        seen = f"after {document['samples_seen']:,} samples; {document['judged']:,} pictures judged"
+        console.print(seen + chance, highlight=False)
     if output is not None:
         output.parent.mkdir(parents=True, exist_ok=True)
         output.write_text(json.dumps(document, indent=1) + "\n")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -37,7 +38,7 @@ def sync(
         raise ConfigError("no run is named", where="fovea track sync", mend="name one, or give --all")
     from launch.cluster.status import find
 
-    every = [RunDirectory(file.parent) for file in sorted(Path("runs").glob("*/config.json"))]
+    every = [RunDirectory(file.parent) for file in [*_there("*"), *_there("evaluations/*")]]
     chosen = [find(run)] if run is not None else every
     behind = [name for name in (_sync(one, uri) for one in chosen) if name]
     if behind:
@@ -46,15 +47,23 @@ def sync(
         )
 
 
+def _there(pattern: str) -> list[Path]:
+    return sorted(Path("runs").glob(f"{pattern}/config.json"))
+
+
 def _sync(run: RunDirectory, uri: str | None) -> str:
     """Sends one run's journals; its name if something is left."""
     from pipeline.settings import Config
-    from pipeline.tracking import Shipper
+    from pipeline.tracking import Shipper, asides
 
     config = Config.model_validate(json.loads(run.config.read_text()))
     target = uri or config.tracking.uri or f"sqlite:///{(run.path / 'mlflow.db').resolve()}"
     shipper = Shipper(run.tracking, uri=target, experiment=config.tracking.experiment, name=config.run.name, log=print)
     shipper.start()
     done = shipper.close(seconds=300.0)
+    for folder, aside in asides(run.tracking):  # evaluations by hand, after the run that they may belong to
+        other = (replace(aside, uri=uri) if uri else aside).shipper(folder, log=print)
+        other.start()
+        done = other.close(seconds=300.0) and done
     print(f"{run.path.name}: {'MLflow has everything' if done else 'not everything was accepted'} ({target})")
     return "" if done else run.path.name

@@ -20,7 +20,6 @@ if TYPE_CHECKING:
     from pipeline.evaluation.subject import Subject
 
 _TILE = 168  # pixels of a picture on the page
-_SHADES = ((0, 0, 40), (60, 20, 120), (190, 50, 90), (250, 150, 40), (255, 250, 190))
 
 
 def run(path: Path, files: Sequence[Path], *, out: Path, texts: Sequence[str], size: int | None) -> int:
@@ -102,16 +101,6 @@ def square(file: Path, side: int) -> np.ndarray:
     return np.asarray(ImageOps.fit(upright, (side, side), Image.Resampling.BICUBIC))
 
 
-def shaded(values: np.ndarray) -> np.ndarray:
-    """Numbers as colours, dark to bright from their least to their most: uint8 ``[rows, columns, 3]``."""
-    low, high = float(values.min()), float(values.max())
-    places = (values - low) / max(high - low, 1e-12) * (len(_SHADES) - 1)
-    table = np.asarray(_SHADES, dtype=np.float64)
-    below = np.clip(places.astype(int), 0, len(_SHADES) - 2)
-    share = (places - below)[..., None]
-    return np.rint(table[below] * (1 - share) + table[below + 1] * share).astype(np.uint8)
-
-
 def _normal(pixels: np.ndarray, mean: Sequence[float], std: Sequence[float]) -> Tensor:
     import torch
 
@@ -123,7 +112,8 @@ def _rows(subject: Subject, recipe: Any, images: Tensor, squares: Sequence[np.nd
     import torch
     from torch.nn import functional as F
 
-    from pipeline.evaluation.principal import looked_at, principal
+    from pipeline.evaluation.attention import looked_at, readable, shaded
+    from pipeline.evaluation.principal import principal
 
     side = images.shape[-1] // subject.tower.patch
     with torch.inference_mode():
@@ -133,8 +123,7 @@ def _rows(subject: Subject, recipe: Any, images: Tensor, squares: Sequence[np.nd
     rows = [_row("picture", "", list(squares))]
     maps = np.rint(255 * colours).astype(np.uint8).reshape(len(images), side, side, 3)
     rows.append(_row("patches", f"{100 * share:.0f} % of the variance", list(maps)))
-    plain = type(subject.tower.vit.blocks[-1].attn).__name__ == "Attention"
-    note = "of the last block, mean of its heads" if plain else "cosine with the class token"
+    note = "of the last block, mean of its heads" if readable(subject) else "cosine with the class token"
     rows.append(_row("attention", note, [shaded(one.numpy().reshape(side, side)) for one in attention]))
     if texts and subject.texts is not None:
         with torch.inference_mode():

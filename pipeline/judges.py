@@ -73,6 +73,11 @@ class SegmentationSettings(Settings):
     epochs: Count = Field(default=20, description="passes over the training pictures")
     batch: Count = Field(default=16, description="pictures of a step and of a forward pass")
     hold_out: Share = Field(default=0.1, le=0.5, description="share of the training pictures that choose the rate")
+    whole: bool = Field(
+        default=False,
+        description="judge whole class maps in their own size, by squares that slide over the picture, as published figures are; "
+        "false judges the centre square in the size that the network sees, which is faster",
+    )
 
 
 class ZeroShotSettings(Settings):
@@ -111,7 +116,8 @@ class EvaluationSettings(Settings):
         description="percent of the training time that evaluations may take; one that would take more waits; null for no limit",
     )
     pictures: bool = Field(
-        default=True, description="keep a sheet of eight judged pictures with the PCA of their patches at each evaluation"
+        default=True,
+        description="keep sheets at each evaluation: PCA of patches, attention, pictures found by captions or by pictures",
     )
     knn: KnnSettings = Field(default=KnnSettings(), description="nearest neighbours")
     linear: LinearSettings = Field(default=LinearSettings(), description="linear probe")

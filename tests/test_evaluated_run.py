@@ -74,6 +74,14 @@ def scored(run: Path) -> dict[str, dict[int, float]]:
     return found
 
 
+def artifacts(run: Path) -> set[str]:
+    """Pictures that are to be sent to MLflow."""
+    records = [record for _, record in read(next((run / "tracking").glob("journal-*.jsonl")))]
+    return {Path(record["path"]).name for record in records if record["kind"] == "artifact"} & {
+        path.name for path in (run / "pictures").iterdir()
+    }
+
+
 def test_a_judged_run_ends_where_one_ends_that_nobody_judged(runs: tuple[Path, Path]) -> None:
     judged, plain = runs
     for rank in (0, 1):
@@ -108,7 +116,8 @@ def test_each_evaluator_speaks_at_its_own_steps(runs: tuple[Path, Path]) -> None
     assert steps["untrained/k3"] == steps["pixels/k3"] == steps["untrained/linear/top1"] == [0]
     best = json.loads((runs[0] / "checkpoints" / "best.json").read_text())
     assert best["metric"] == "linear/top1"
-    assert [path.name for path in sorted((runs[0] / "pictures").iterdir())] == [f"pca-{n:09d}.png" for n in (0, 2, 4, 6)]
+    sheets = {f"{name}-{n:09d}.png" for n in (0, 2, 4, 6) for name in ("pca", "attention", "retrieval")}
+    assert {path.name for path in (runs[0] / "pictures").iterdir()} == sheets == artifacts(runs[0])
     assert best["score"] == max(scores["linear/top1"][step] for step in (4, 6))
 
 

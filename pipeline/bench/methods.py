@@ -115,7 +115,8 @@ def _zeroshot(directory: Path) -> float:
     classes.write_text("\n".join(CLASS_NAMES) + "\n")
     sentences.write_text("a {}\n")
     _run(["eval", str(directory / "run"), "--zeroshot", str(classes), "--templates", str(sentences)])
-    found = json.loads((directory / "run" / "pairs.json").read_text())
+    newest = max((directory / "run" / "evaluations").glob("*.json"))
+    found = json.loads(newest.read_text())
     return float(found["scores"]["trained"]["zeroshot/top1"])
 
 

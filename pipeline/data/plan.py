@@ -93,9 +93,10 @@ def random_boxes(
     return np.stack([top, left, crop_h, crop_w], axis=1).astype(np.int64)
 
 
-def _centre_boxes(sizes: NDArray[np.int64], share: float) -> NDArray[np.float32]:
+def _square_boxes(sizes: NDArray[np.int64], share: float, place: float) -> NDArray[np.float32]:
     side = sizes.min(axis=1) * share
-    start = (sizes - side[:, None]) / 2
+    slack = sizes - side[:, None]
+    start = np.where(sizes > sizes.min(axis=1, keepdims=True), slack * place, slack / 2)
     return np.stack([start[:, 0], start[:, 1], side, side], axis=1).astype(np.float32)
 
 
@@ -128,7 +129,7 @@ def plan_view(
     augment: Augment = spec.augment[view % len(spec.augment)]
     draws = uniforms(ids, _BOX_DRAWS + _COLOUR_DRAWS, seed, stream, epochs=epochs)
     if spec.crop_scale is None:
-        box = _centre_boxes(sizes, spec.centre)
+        box = _square_boxes(sizes, spec.centre, spec.place)
     else:
         box = random_boxes(draws[:, :_BOX_DRAWS], sizes, spec.crop_scale, spec.crop_ratio).astype(np.float32)
     d = draws[:, _BOX_DRAWS:].T

@@ -67,6 +67,7 @@ class Pictures:
         manifest: the labelled shards.
         size: side of the view, pixels.
         centre: side of the centre square as a share of the shorter side.
+        place: where the square lies along the longer side, 0.5 for its middle.
         most: at most so many samples, chosen by ``seed``; ``None`` takes all.
         batch: pictures of one forward pass.
         rank, world: this rank's place.
@@ -94,6 +95,7 @@ class Pictures:
         world: int,
         device: torch.device,
         centre: float = 1.0,
+        place: float = 0.5,
         seed: int = 0,
         threads: int = 1,
         store: Storage | None = None,
@@ -103,7 +105,7 @@ class Pictures:
         if most is not None and most < len(ids):
             ids = ids[np.sort(permutation(len(ids), seed, 0xE7A1)[:most])]
         self.total = len(ids)
-        self._spec = ViewSpec("image", 1, size, None, centre=centre, normalize=normalize or Normalize())
+        self._spec = ViewSpec("image", 1, size, None, centre=centre, place=place, normalize=normalize or Normalize())
         self._order = FixedList(ids[rank::world], batch)
         self.passes = -(-len(ids[::world]) // batch)
         self._reader = Reader(manifest, wants=("image", "label"), store=store)

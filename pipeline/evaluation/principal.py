@@ -1,4 +1,4 @@
-"""What patches have in common, as colours, and what the class token looks at."""
+"""What patches have in common, as colours."""
 
 from __future__ import annotations
 
@@ -9,8 +9,6 @@ import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
-
-from pipeline.evaluation.subject import Subject
 
 
 def principal(tokens: Tensor) -> tuple[NDArray[np.float32], float]:
@@ -51,27 +49,4 @@ def sheet(images: Tensor, patches: Tensor, *, mean: Sequence[float], std: Sequen
     rows = [F.interpolate(pixels, (tile, tile), mode="bilinear", antialias=True), F.interpolate(low, (tile, tile))]
     whole = torch.cat([row.clamp(0, 1).permute(2, 0, 3, 1).reshape(tile, len(images) * tile, 3) for row in rows])
     found: NDArray[np.uint8] = (255 * whole).round().byte().numpy()
-    return found
-
-
-@torch.inference_mode()
-def looked_at(subject: Subject, images: Tensor) -> Tensor:
-    """How much of the class token's attention in the last block each patch has, ``[n, patches]``, the mean of all heads.
-
-    Of a tower whose attention is not timm's plain one (rotary positions): the cosine of the patch with the class token.
-    """
-    attention = subject.tower.vit.blocks[-1].attn
-    if type(attention).__name__ != "Attention":
-        tokens = subject.tokens(images)
-        return F.cosine_similarity(tokens.patches.float(), tokens.cls.float()[:, None], dim=2)
-    kept: list[Tensor] = []
-    handle = attention.register_forward_pre_hook(lambda _, given: kept.append(given[0].detach()))
-    try:
-        subject.tokens(images)
-    finally:
-        handle.remove()
-    q, k, _ = attention.qkv(kept[0].float()).unflatten(2, (3, attention.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
-    q, k = attention.q_norm(q), attention.k_norm(k)
-    shares = ((q[:, :, :1] * attention.scale) @ k.transpose(2, 3)).softmax(-1)
-    found: Tensor = shares[:, :, 0, subject.tower.vit.num_prefix_tokens :].mean(1)
     return found

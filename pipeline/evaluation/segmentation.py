@@ -1,13 +1,17 @@
 """Linear segmentation: a linear layer on each patch token says of what the patch is; judged pixel by pixel (mIoU).
 
-A patch learns the shares of the classes among its pixels. To be judged, logits are enlarged bilinearly to the picture. Everything
-happens on the centre square, in the size that the tower sees; pixels of the classes to be ignored are neither learned nor judged.
+A patch learns the shares of the classes among its pixels, on the centre square in the size that the tower sees; pixels of the
+classes to be ignored are neither learned nor judged. To be judged, logits are enlarged bilinearly and then compared: to that same
+square, or, as published figures are made, to the whole class map in its own size. Then squares of the picture's height (or width)
+slide over it, a third of each seen by the next one too, and where several look, their mean logits decide.
 """
 
 from __future__ import annotations
 
 import io
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,6 +21,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
+from pipeline.data.manifest import Manifest
 from pipeline.data.reader import Reader
 from pipeline.errors import DataError
 from pipeline.evaluation.heads import RATES, Heads, held_out, train_heads
@@ -56,18 +61,63 @@ def class_map(data: bytes, *, size: int, classes: int, ignore: Sequence[int], ke
     Raises:
         DataError: it is no picture of class numbers, or holds others than those.
     """
+    numbers = _numbers(data, key)
+    height, width = numbers.shape
+    side = min(height, width)
+    steps = (np.arange(size) + 0.5) * side / size
+    cut = numbers[np.ix_(((height - side) / 2 + steps).astype(int), ((width - side) / 2 + steps).astype(int))]
+    return _known(cut, classes, ignore, key)
+
+
+def whole_map(data: bytes, *, classes: int, ignore: Sequence[int], key: str) -> NDArray[np.int64]:
+    """The classes of all pixels, ``[height, width]``, otherwise as :func:`class_map`."""
+    return _known(_numbers(data, key), classes, ignore, key)
+
+
+def places(manifest: Manifest) -> list[float]:
+    """Where squares are laid along the longer side, so that each sees a third of the one before it, of the longest picture.
+
+    One in the middle if all pictures are square.
+    """
+    rows = [(manifest.column(n, "height"), manifest.column(n, "width")) for n in range(len(manifest.shards))]
+    longest = max((float((np.maximum(h, w) / np.minimum(h, w)).max()) for h, w in rows if len(h)), default=1.0)
+    count = math.ceil((longest - 1) * 1.5 - 1e-9) + 1
+    return [n / (count - 1) for n in range(count)] if count > 1 else [0.5]
+
+
+def over_windows(logits: Sequence[Tensor], places: Sequence[float], height: int, width: int) -> Tensor:
+    """The likeliest class of each pixel by the mean logits of the squares that see it.
+
+    Args:
+        logits: of each square, ``[classes, side, side]``, one for each patch.
+        places: where the squares lie along the longer side, 0 to 1.
+        height, width: of the class map, pixels.
+
+    Returns:
+        int64 ``[height, width]``.
+    """
+    side = min(height, width)
+    total = logits[0].new_zeros(len(logits[0]), height, width)
+    for one, place in zip(logits, places, strict=True):
+        top, left = round((height - side) * place), round((width - side) * place)
+        large = F.interpolate(one[None], size=(side, side), mode="bilinear", align_corners=False)[0]
+        total[:, top : top + side, left : left + side] += large
+    # The mean has the same largest class as the sum: all classes of a pixel are seen by the same squares.
+    return total.argmax(0)
+
+
+def _numbers(data: bytes, key: str) -> NDArray[np.int64]:
     mend = "store class numbers as a gray or palette PNG"
     try:
         with Image.open(io.BytesIO(data)) as image:
             if image.mode not in ("L", "P", "I", "I;16"):
                 raise DataError(f"the class map has mode {image.mode}", where=key, mend=mend)
-            numbers = np.asarray(image).astype(np.int64)
+            return np.asarray(image).astype(np.int64)
     except (OSError, SyntaxError, ValueError) as error:
         raise DataError(f"the class map cannot be read ({error})", where=key, mend=mend) from error
-    height, width = numbers.shape
-    side = min(height, width)
-    steps = (np.arange(size) + 0.5) * side / size
-    cut = numbers[np.ix_(((height - side) / 2 + steps).astype(int), ((width - side) / 2 + steps).astype(int))]
+
+
+def _known(cut: NDArray[np.int64], classes: int, ignore: Sequence[int], key: str) -> NDArray[np.int64]:
     cut = np.where(np.isin(cut, list(ignore)), IGNORED, cut)
     wrong = np.unique(cut[(cut >= classes) & (cut != IGNORED)])
     if len(wrong):
@@ -91,6 +141,8 @@ class Segmentation:
         names: of the classes, for per-class scores; their numbers if not given.
         rates, epochs, batch: of the training; the best rate is chosen on held-out pictures.
         hold_out: their share.
+        windows: the pictures of ``test`` once more, cut as squares at the places of :func:`places`, by place: then whole class
+            maps are judged in their own size. Without any, the centre squares are judged in ``size``.
         group: a gloo group, or ``None`` for the default.
     """
 
@@ -108,12 +160,14 @@ class Segmentation:
         epochs: int = 20,
         batch: int = 16,
         hold_out: float = 0.1,
+        windows: Mapping[float, Pictures] | None = None,
         group: dist.ProcessGroup | None = None,
     ) -> None:
         self._train, self._test, self._readers, self._size = train, test, readers, size
         self._classes, self._ignore = classes, tuple(ignore)
         self._names = list(names) or [str(number) for number in range(classes)]
         self._rates, self._epochs, self._batch, self._hold_out, self._group = tuple(rates), epochs, batch, hold_out, group
+        self._windows = dict(windows or {})
 
     def __call__(self, subject: Subject) -> dict[str, float]:
         """``segmentation/miou``, ``segmentation/pixels`` (share of right pixels), ``segmentation/majority`` (mIoU of always
@@ -128,8 +182,12 @@ class Segmentation:
             return found
 
         train = extract(self._train, features, labelled=False)
-        test = extract(self._test, features, labelled=False)
-        maps = self._maps(train, 0), self._maps(test, 1)
+        seen = [extract(one, features, labelled=False) for one in self._windows.values() or (self._test,)]
+        test = seen[0]
+        maps = (
+            torch.stack(given) if (given := self._maps(train, 0)) else torch.zeros(0, self._size, self._size, dtype=torch.int64)
+        )
+        wanted = self._maps(test, 1, whole=bool(self._windows))
         counts = summed(torch.tensor([len(train), len(test)]), self._group)
         if int(counts.min()) < 2:
             raise DataError(
@@ -138,7 +196,7 @@ class Segmentation:
                 mend="give shards with .seg.png members",
             )
         patch = subject.tower.patch
-        shares = _shares(maps[0], patch, self._classes)
+        shares = _shares(maps, patch, self._classes)
         mine = held_out(self._train.total, self._hold_out)[train.numbers]
         there = torch.zeros(self._train.total, dtype=torch.int64)
         there[train.numbers[~mine]] = 1
@@ -153,29 +211,31 @@ class Segmentation:
             group=self._group,
             device=self._train.device,
         )
-        choosing = [self._judged(heads, rate, train.values[mine], maps[0][mine]) for rate in range(len(self._rates))]
+        choosing = [self._judged(heads, rate, [train.values[mine]], list(maps[mine])) for rate in range(len(self._rates))]
         best = max(range(len(self._rates)), key=lambda rate: mean_iou(choosing[rate]))
-        matrix = self._judged(heads, best, test.values, maps[1])
+        matrix = self._judged(heads, best, [table.values for table in seen], wanted, list(self._windows) or None)
         commonest = int(summed(shares.double().sum((0, 1)), self._group).argmax())
         majority = torch.zeros_like(matrix)
         majority[:, commonest] = matrix.sum(1)
         return {
             "segmentation/miou": mean_iou(matrix),
-            "segmentation/pixels": float(matrix.diagonal().sum() / matrix.sum().clamp_min(1)),
+            "segmentation/pixels": int(matrix.diagonal().sum()) / max(int(matrix.sum()), 1),
             "segmentation/majority": mean_iou(majority),
             "segmentation/rate": self._rates[best],
         } | {f"segmentation/iou/{self._names[i]}": v for i, v in enumerate(ious(matrix).tolist()) if v == v}
 
-    def _maps(self, table: Table, which: int) -> Tensor:
-        """Class maps ``[n, size, size]`` of this rank's samples; what is wrong on one rank is raised on all."""
+    def _maps(self, table: Table, which: int, *, whole: bool = False) -> list[Tensor]:
+        """Class maps of this rank's samples, ``[size, size]`` or whole; what is wrong on one rank is raised on all."""
         found, problem = [], None
+        known: dict[str, Any] = {"classes": self._classes, "ignore": self._ignore}
         try:
             for record in self._readers[which].fetch(np.array(table.ids, dtype=np.uint64)):
                 if record.segmentation is None:
                     raise DataError("there is no class map", where=record.key, mend="give each sample a .seg.png")
-                given = class_map(
-                    record.segmentation, size=self._size, classes=self._classes, ignore=self._ignore, key=record.key
-                )
+                if whole:
+                    given: NDArray[Any] = whole_map(record.segmentation, key=record.key, **known).astype(np.uint8)
+                else:
+                    given = class_map(record.segmentation, size=self._size, key=record.key, **known)
                 found.append(torch.from_numpy(given))
         except DataError as error:
             problem = error
@@ -184,17 +244,19 @@ class Segmentation:
         for one in problems:
             if one is not None:
                 raise one
-        return torch.stack(found) if found else torch.zeros(0, self._size, self._size, dtype=torch.int64)
+        return found
 
-    def _judged(self, heads: Heads, rate: int, tokens: Tensor, maps: Tensor) -> Tensor:
-        """The confusion matrix of all ranks."""
+    def _judged(
+        self, heads: Heads, rate: int, tokens: Sequence[Tensor], maps: Sequence[Tensor], places: Sequence[float] | None = None
+    ) -> Tensor:
+        """The confusion matrix of all ranks, from the tokens ``[n, patches, width]`` of each square."""
         matrix = torch.zeros(self._classes, self._classes, dtype=torch.int64)
         one = Heads(heads.weight[rate : rate + 1], heads.bias[rate : rate + 1], heads.mean, heads.scale)
-        for x, wanted in zip(tokens, maps, strict=True):
-            side = round(len(x) ** 0.5)
-            logits = one(x)[0].T.reshape(1, self._classes, side, side)
-            large = F.interpolate(logits, size=(self._size, self._size), mode="bilinear", align_corners=False)
-            matrix += confusion(large[0].argmax(0), wanted, self._classes)
+        for row, wanted in enumerate(maps):
+            side = round(tokens[0].shape[1] ** 0.5)
+            logits = [one(square[row])[0].T.reshape(self._classes, side, side) for square in tokens]
+            predicted = over_windows(logits, places or (0.5,), *wanted.shape[-2:])
+            matrix += confusion(predicted, wanted.long(), self._classes)
         return summed(matrix, self._group)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -75,11 +75,22 @@ class Subject:
 
         handles = [block.register_forward_hook(keep) for block in blocks]
         try:
-            self.tokens(pictures)
+            with uncompiled(blocks):
+                self.tokens(pictures)
         finally:
             for handle in handles:
                 handle.remove()
         return torch.stack(kept, dim=1)
+
+
+@contextlib.contextmanager
+def uncompiled(blocks: Iterable[nn.Module]) -> Iterator[None]:
+    """Run compiled blocks as they are written: what is compiled already knows nothing of hooks that come later."""
+    if not any(getattr(block, "_compiled_call_impl", None) is not None for block in blocks):
+        yield
+        return
+    with torch.compiler.set_stance("force_eager"):
+        yield
 
 
 @contextlib.contextmanager

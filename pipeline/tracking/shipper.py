@@ -37,12 +37,23 @@ class Shipper:
         experiment: MLflow experiment, made if it is not there.
         name: the run's name.
         log: where to say that the server is away, once an outage, and what it refuses, once a name.
+        joins: another shipper's cursor; its MLflow run is written to, and none is made. What is sent waits until it has one.
+        once: leave out points of steps that a metric has already: an attempt that repeats them says the same.
     """
 
     def __init__(
-        self, folder: Path, *, uri: str, experiment: str, name: str, log: Callable[[str], None] = lambda _: None
+        self,
+        folder: Path,
+        *,
+        uri: str,
+        experiment: str,
+        name: str,
+        log: Callable[[str], None] = lambda _: None,
+        joins: Path | None = None,
+        once: bool = True,
     ) -> None:
         self._folder, self._uri, self._experiment, self._name, self._log = folder, uri, experiment, name, log
+        self._joins, self._once = joins, once
         self._cursor_path = folder / "cursor.json"
         known = _load(self._cursor_path)
         self._cursor = known if known.get("uri") == uri else _cursor(uri, "")
@@ -134,6 +145,7 @@ class Shipper:
         """A client whose run exists; a run that was deleted is replaced by a new one, to which everything is sent again."""
         if self._client is not None:
             return self._client
+        joined = self._joined()
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "5")
         os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
@@ -144,7 +156,9 @@ class Shipper:
         from mlflow import MlflowClient
 
         client = MlflowClient(tracking_uri=self._uri)
-        if not self._cursor["run_id"] or not _exists(client, self._cursor["run_id"]):
+        if joined:
+            self._join(client, joined)
+        elif not self._cursor["run_id"] or not _exists(client, self._cursor["run_id"]):
             experiment = client.get_experiment_by_name(self._experiment)
             if experiment is None:
                 place = str((self._folder / "artifacts").resolve()) if self._uri.startswith("sqlite") else None
@@ -155,6 +169,22 @@ class Shipper:
             self._remember()
         self._client = client
         return client
+
+    def _joined(self) -> str:
+        """The MLflow run that is to be written to; empty if one is to be made."""
+        if self._joins is None:
+            return ""
+        theirs = _load(self._joins)
+        if theirs.get("uri") != self._uri or not theirs.get("run_id"):
+            raise LookupError("the run itself is not there yet")
+        return str(theirs["run_id"])
+
+    def _join(self, client: Any, run_id: str) -> None:
+        if not _exists(client, run_id):
+            raise LookupError("the run itself is not there any more")
+        if run_id != self._cursor["run_id"]:
+            self._cursor = _cursor(self._uri, run_id)
+            self._remember()
 
     def _send(self, client: Any, records: list[dict[str, Any]]) -> None:
         from mlflow.entities import Metric, Param, RunTag
@@ -168,7 +198,8 @@ class Shipper:
         for record in records:
             kind, values = record["kind"], record.get("values", {})
             if kind == "metrics":
-                fresh = {key: value for key, value in values.items() if record["step"] > newest.get(key, -1)}
+                known = newest if self._once else {}
+                fresh = {key: value for key, value in values.items() if record["step"] > known.get(key, -1)}
                 metrics += [Metric(key, float(value), int(record["t"] * 1000), record["step"]) for key, value in fresh.items()]
                 newest.update(dict.fromkeys(fresh, record["step"]))
             elif kind == "params":

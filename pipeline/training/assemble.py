@@ -6,7 +6,6 @@ import math
 import platform
 import shutil
 from collections import Counter
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -39,7 +38,7 @@ from pipeline.training.control import StopRequests
 from pipeline.training.copies import Copies
 from pipeline.training.distributed import World
 from pipeline.training.engine import Engine, EngineOptions
-from pipeline.training.evaluations import Evaluations
+from pipeline.training.evaluations import Evaluations, Show
 from pipeline.training.inputs import Inputs, check_data, data_identity, open_storage, record_data
 from pipeline.training.rewind import LeftOut
 from pipeline.training.run import RunDirectory
@@ -267,11 +266,11 @@ def assemble(
     )
 
 
-def _sheets(run: RunDirectory, journal: Journal) -> Callable[[int, NDArray[np.uint8]], None]:
+def _sheets(run: RunDirectory, journal: Journal) -> Show:
     """Keeps pictures beside the run's numbers, and has them sent with these."""
 
-    def keep(step: int, sheet: NDArray[np.uint8]) -> None:
-        path = run.path / "pictures" / f"pca-{step:09d}.png"
+    def keep(step: int, name: str, sheet: NDArray[np.uint8]) -> None:
+        path = run.path / "pictures" / f"{name}-{step:09d}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(sheet).save(path)
         journal.artifact(path.resolve())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +20,14 @@ from pipeline.data.reader import Reader
 from pipeline.data.text import tokenizer
 from pipeline.data.views import Normalize
 from pipeline.errors import CheckpointError, ConfigError
+from pipeline.evaluation.attention import with_attention
 from pipeline.evaluation.linear import LinearProbe, LogisticRegression
 from pipeline.evaluation.online import OnlineKnn, Pictures, raw_pixels
 from pipeline.evaluation.pairs import Retrieval, ZeroShot
 from pipeline.evaluation.principal import sheet
 from pipeline.evaluation.robustness import Robustness
-from pipeline.evaluation.segmentation import Segmentation
+from pipeline.evaluation.segmentation import Segmentation, places
+from pipeline.evaluation.sheets import Finding, attention_sheet
 from pipeline.evaluation.subject import Subject, undisturbed
 from pipeline.evaluation.zeroshot import SIMPLE
 from pipeline.recipes.base import Recipe
@@ -34,6 +37,8 @@ from pipeline.training.distributed import World
 from pipeline.training.inputs import Inputs, open_storage
 
 _DRAWN = 8  # pictures on a sheet
+_SEARCHED = 128  # among which is looked for the nearest
+Show = Callable[[int, str, NDArray[np.uint8]], None]
 Evaluator = Callable[[Subject], dict[str, float]]
 
 
@@ -105,7 +110,7 @@ def suite(
     """
     e, group, store = config.evaluation, world.control, open_storage(config)
 
-    def pictures(manifest: Manifest | None, most: int | None, side: int, batch: int) -> Pictures:
+    def pictures(manifest: Manifest | None, most: int | None, side: int, batch: int, place: float = 0.5) -> Pictures:
         if manifest is None:
             raise CheckpointError("evaluation without data", where="evaluation")
         return Pictures(
@@ -114,6 +119,7 @@ def suite(
             normalize=normalize,
             most=most,
             batch=batch,
+            place=place,
             rank=world.rank,
             world=world.size,
             device=world.device,
@@ -161,6 +167,10 @@ def suite(
             epochs=s.epochs,
             batch=s.batch,
             hold_out=s.hold_out,
+            windows={
+                place: pictures(inputs.dense[1], s.max_val, s.size or size, s.batch, place)
+                for place in (places(inputs.dense[1]) if s.whole else ())
+            },
             group=group,
         )
     if e.zeroshot.enabled:
@@ -196,7 +206,7 @@ class Evaluations:
         world: this rank's place.
         fresh: whether step 0 is still to come.
         begun: whether the network began with weights from elsewhere.
-        show: takes each step's sheet of pictures, on the rank that has one.
+        show: takes each step's sheets of pictures and their names, on the rank that has one.
     """
 
     def __init__(
@@ -208,7 +218,7 @@ class Evaluations:
         fresh: bool,
         *,
         begun: bool = False,
-        show: Callable[[int, NDArray[np.uint8]], None] | None = None,
+        show: Show | None = None,
     ) -> None:
         e, view = config.evaluation, recipe.views[0]
         self._subject = subject_of(recipe, config, world.device)
@@ -223,19 +233,20 @@ class Evaluations:
         self._waiting: set[str] = set()
         self._show = show
         shown = inputs.queries or (inputs.dense[1] if inputs.dense else None)
-        self._pictures = None
+        self._pictures = self._finding = None
         if e.pictures and shown is not None:
-            self._pictures = Pictures(
+            drawn = partial(
+                Pictures,
                 shown,
                 size=e.knn.size or view.size,
                 normalize=view.normalize or Normalize(),
-                most=_DRAWN * world.size,
-                batch=_DRAWN,
-                rank=world.rank,
-                world=world.size,
                 device=world.device,
                 store=open_storage(config),
             )
+            self._pictures = drawn(most=_DRAWN, batch=_DRAWN, rank=0, world=1)  # all ranks look at the same few
+            reader = Reader(shown, wants=("caption",), checksum=False, store=open_storage(config))
+            searched = drawn(most=_SEARCHED, batch=min(e.knn.batch, _SEARCHED), rank=world.rank, world=world.size)
+            self._finding = Finding(searched, reader, group=world.control)
 
     def __call__(self, step: int = 0, seconds: float = 0.0) -> dict[str, float]:
         """Scores by metric name, the same on all ranks, of the evaluations that are due.
@@ -255,19 +266,28 @@ class Evaluations:
                 scores |= found
                 self._took[name] = time.perf_counter() - begin
                 self._spent += self._took[name]
-            if due and self._pictures is not None:
-                self._draw(step, self._pictures)
+            if due and self._pictures is not None and self._finding is not None:
+                begin = time.perf_counter()
+                self._draw(step, self._pictures, self._finding)
+                self._spent += time.perf_counter() - begin
         self._first = False
         return scores
 
     @torch.inference_mode()
-    def _draw(self, step: int, pictures: Pictures) -> None:
-        """Shows what this rank's first pictures look like to the network; all ranks make a pass, one at most has a use for it."""
+    def _draw(self, step: int, pictures: Pictures, finding: Finding) -> None:
+        """Shows what some pictures look like to the network; all ranks make the same passes, one at most has a use for them."""
         shown = next(iter(pictures.shown()), None)
         images = pictures.blank() if shown is None else shown.images
-        patches = self._subject.tokens(images).patches
-        if self._show is not None:
-            self._show(step, sheet(images, patches, mean=self._subject.mean, std=self._subject.std))
+        tokens, attention = with_attention(self._subject, images)
+        found = finding(self._subject)
+        if self._show is None:
+            return
+        mean, std = self._subject.mean, self._subject.std
+        self._show(step, "pca", sheet(images, tokens.patches, mean=mean, std=std))
+        if attention is not None:
+            self._show(step, "attention", attention_sheet(images, attention, mean=mean, std=std))
+        if found is not None:
+            self._show(step, *found)
 
     def _baselines(self, name: str, found: dict[str, float]) -> dict[str, float]:
         """The same scores under the name of what they are scores of; and those of raw pixels."""

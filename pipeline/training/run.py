@@ -2,7 +2,9 @@
 
 <run>/config.json            the resolved settings of the last attempt
 <run>/checkpoints/           see checkpoint.py
-<run>/tracking/              journals, and how far MLflow has them
+<run>/tracking/              journals, and how far MLflow has them; eval-.../ of evaluations by hand (tracking/aside.py)
+<run>/evaluations/           scores of checkpoints that were judged by hand
+<run>/pictures/              sheets of pictures, by step
 <run>/logs/attempt-0000/     output of each rank, its pulse, its stacks if it stalled, the first failure
 <run>/left_out.json          steps that are not trained on since the run went back (rewind.py)
 <run>/batches/               every step's keys, if asked for

@@ -10,11 +10,12 @@ import torch
 import torch.distributed as dist
 
 from pipeline.data.index import build
+from pipeline.data.manifest import Manifest
 from pipeline.data.narrow import narrow
 from pipeline.data.reader import Reader
 from pipeline.data.views import IMAGENET_MEAN, IMAGENET_STD
 from pipeline.evaluation.online import Pictures
-from pipeline.evaluation.segmentation import Segmentation
+from pipeline.evaluation.segmentation import Segmentation, places
 from pipeline.evaluation.subject import Subject
 from pipeline.models.vision import build_tower
 from pipeline.settings import ModelSettings
@@ -31,8 +32,9 @@ def alone(tmp_path: Path) -> Iterator[None]:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("whole", [False, True])
 def test_even_untrained_patches_know_more_of_streets_than_the_commonest_class(
-    shared_data: Path, tmp_path: Path, alone: None, capsys: pytest.CaptureFixture[str]
+    whole: bool, shared_data: Path, tmp_path: Path, alone: None, capsys: pytest.CaptureFixture[str]
 ) -> None:
     torch.manual_seed(0)
     tower = build_tower(ModelSettings(width=96, depth=2, heads=3, patch=8, layer_scale=None), image_size=SIZE).eval()
@@ -42,13 +44,15 @@ def test_even_untrained_patches_know_more_of_streets_than_the_commonest_class(
         manifest = build(urls, tmp_path / split)
         made.append(narrow(manifest, tmp_path / f"{split}-maps", ("segmentation",)))
     assert [manifest.total for manifest in made] == [367, 101]
-    pictures = [
-        Pictures(manifest, size=SIZE, most=most, batch=16, rank=0, world=1, device=torch.device("cpu"))
-        for manifest, most in zip(made, (60, 30), strict=True)
-    ]
+
+    def cut(manifest: Manifest, most: int, place: float = 0.5) -> Pictures:
+        return Pictures(manifest, size=SIZE, most=most, batch=16, rank=0, world=1, device=torch.device("cpu"), place=place)
+
+    pictures = cut(made[0], 60), cut(made[1], 30)
+    windows = {place: cut(made[1], 30, place) for place in places(made[1])} if whole else None
     readers = [Reader(manifest, wants=("segmentation",)) for manifest in made]
     judge = Segmentation(
-        *pictures, (readers[0], readers[1]), size=SIZE, classes=11, ignore=(11,), names=NAMES, epochs=20, batch=8
+        *pictures, (readers[0], readers[1]), size=SIZE, classes=11, ignore=(11,), names=NAMES, epochs=20, batch=8, windows=windows
     )
     scores = judge(Subject(tower, IMAGENET_MEAN, IMAGENET_STD))
     with capsys.disabled():

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 from launch.cli import main
-from launch.pairs import lines
 from pipeline.data import scenes
 from pipeline.errors import ConfigError
+from pipeline.training.evaluations import lines
 from tests.runs import TOY, recorded, train, weights
 
 TEXT = "text: {architecture: null, width: 16, depth: 1, heads: 2, context: 16}"
@@ -75,14 +75,14 @@ def test_its_captions_are_judged_beside_the_untrained_network(run: Path, capsys:
         main([*words, f"evaluation.knn.val_shards={run}/scenes/*val-*.tar"])
     assert left.value.code == 0
     assert "zeroshot/top1" in capsys.readouterr().out
-    document = json.loads((run / "run" / "pairs.json").read_text())
-    assert (document["step"], document["samples"], document["classes"]) == (12, 20, 10)
+    document = json.loads((run / "run" / "evaluations" / "step_000000012.json").read_text())
+    assert (document["step"], document["judged"], document["classes"]) == (12, 20, 10)
     assert document["scores"]["trained"] != document["scores"]["untrained"]
     assert {"zeroshot/top5", "retrieval/text_to_image/recall@10"} <= set(document["scores"]["trained"])
     classes.write_text("one\ntwo\n")
     with pytest.raises(SystemExit):
         main([*words, f"evaluation.knn.val_shards={run}/scenes/*val-*.tar"])
-    assert "but 2 classes are named" in capsys.readouterr().err
+    assert "2 classes are named" in capsys.readouterr().err
 
 
 def test_lists_are_read_line_by_line_and_bad_ones_refused(tmp_path: Path) -> None:

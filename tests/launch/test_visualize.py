@@ -13,8 +13,9 @@ import torch
 from PIL import Image
 
 from launch.cli import main
-from launch.visualize import shaded, square
-from pipeline.evaluation.principal import looked_at, sheet
+from launch.visualize import square
+from pipeline.evaluation.attention import looked_at, shaded
+from pipeline.evaluation.principal import sheet
 from pipeline.evaluation.subject import Subject
 from pipeline.models.vision import build_tower
 from pipeline.settings import ModelSettings
@@ -80,8 +81,6 @@ def test_attention_is_the_tower_s_own() -> None:
         q, k = (x @ weight[i * 16 : i * 16 + 16].T + bias[i * 16 : i * 16 + 16] for i in (0, 1))
         heads = [(q[:, 0:1, h] @ k[:, :, h].transpose(1, 2) / 8**0.5).softmax(2)[:, 0, 1:] for h in (slice(0, 8), slice(8, 16))]
     torch.testing.assert_close(found, sum(heads) / 2)
-    rotary = build_tower(ModelSettings(width=16, depth=1, heads=2, patch=4, positions="rope"), image_size=8).eval()
-    assert looked_at(Subject(rotary, HALF, HALF), images).shape == (2, 4)
 
 
 def test_pictures_and_maps_keep_their_places(tmp_path: Path) -> None:

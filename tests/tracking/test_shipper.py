@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 
-from pipeline.tracking import Journal, Shipper
+from pipeline.tracking import Aside, Journal, Shipper, asides
 
 
 @pytest.fixture(scope="module")
@@ -323,3 +323,51 @@ def test_a_real_server_that_comes_up_during_the_run_gets_everything(bench: Bench
     finally:
         server.terminate()
         server.wait(30)
+
+
+# ---- beside a run's training ------------------------------------------------------------------------------------------------
+
+
+def aside_of(bench: Bench, name: str, value: float, joins: str = "../cursor.json") -> tuple[Path, Aside]:
+    folder, aside = bench.folder / name, Aside(bench.uri, "tests", "by hand", joins)
+    journal = aside.begin(folder)
+    journal.metrics(3, {"eval/score": value})
+    journal.close()
+    return folder, aside
+
+
+def test_it_joins_the_run_and_a_second_answer_for_a_step_is_kept(bench: Bench) -> None:
+    journal = bench.journal()
+    journal.metrics(3, {"train/loss": 1.0})
+    journal.tags({"fovea.state": "stopped"})
+    bench.shipper().ship()
+    before = (bench.folder / "cursor.json").read_bytes()
+    for name, value in (("eval-a", 0.25), ("eval-b", 0.5)):
+        folder, aside = aside_of(bench, name, value)
+        aside.shipper(folder).ship()
+        aside.shipper(folder).ship()  # what was accepted is not sent again
+    assert bench.history("eval/score") == [(3, 0.25), (3, 0.5)]
+    assert bench.run.info.status == "KILLED"
+    assert (bench.folder / "cursor.json").read_bytes() == before
+    assert asides(bench.folder) == [
+        (bench.folder / name, Aside(bench.uri, "tests", "by hand", "../cursor.json")) for name in ("eval-a", "eval-b")
+    ]
+
+
+def test_it_waits_for_the_run_and_makes_none(bench: Bench) -> None:
+    folder, aside = aside_of(bench, "eval-a", 0.25)
+    told: list[str] = []
+    shipper = aside.shipper(folder, told.append)
+    shipper.start()
+    assert not shipper.close(30)
+    assert bench.runs() == [] and "the run itself is not there yet" in told[0]
+    bench.journal().metrics(1, {"train/loss": 2.0})
+    bench.shipper().ship()
+    aside.shipper(folder).ship()
+    assert bench.history("eval/score") == [(3, 0.25)]
+
+
+def test_of_itself_it_has_a_run_of_its_own(bench: Bench) -> None:
+    folder, aside = aside_of(bench, "eval-a", 0.25, joins="")
+    aside.shipper(folder).ship()
+    assert bench.run.info.run_name == "by hand" and bench.history("eval/score") == [(3, 0.25)]

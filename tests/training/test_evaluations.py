@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from numpy.typing import NDArray
 
-from launch.evaluate import world_of_one
+from launch.byhand import world_here
 from pipeline.config import InvalidConfig, load
 from pipeline.training.assemble import make_recipe
 from pipeline.training.evaluations import Evaluations
@@ -19,7 +21,7 @@ from tests.runs import TOY
 def test_an_evaluation_that_would_cost_too_much_waits_until_there_is_time(tmp_path: Path) -> None:
     loaded = toy(tmp_path, "evaluation.budget=10", "evaluation.knn.every=2 steps", "launch.backend=gloo")
     config = loaded.config
-    with world_of_one(config) as world:
+    with world_here(config) as world:
         judge = Evaluations(config, prepare(config, 1), make_recipe(config, torch.device("cpu")), world, fresh=True)
         first = judge(0, 0.0)
         assert set(first) == {f"{name}/k{k}" for name in ("knn", "untrained", "pixels") for k in (1, 5)}
@@ -34,15 +36,23 @@ def test_an_evaluation_that_would_cost_too_much_waits_until_there_is_time(tmp_pa
         assert judge(24, 21.0).keys() == {"knn/k1", "knn/k5"}  # the last step has its scores
 
 
-def test_the_random_state_is_untouched(tmp_path: Path) -> None:
-    config = toy(tmp_path, "launch.backend=gloo").config
-    with world_of_one(config) as world:
+def test_pictures_are_the_same_each_time_and_the_random_state_is_untouched(tmp_path: Path) -> None:
+    config = toy(tmp_path, "launch.backend=gloo", "evaluation.knn.every=2 steps").config
+    sheets: dict[tuple[int, str], NDArray[np.uint8]] = {}
+    with world_here(config) as world:
         recipe = make_recipe(config, torch.device("cpu")).train()
-        judge = Evaluations(config, prepare(config, 1), recipe, world, fresh=True)
+        keep = lambda step, name, sheet: sheets.update({(step, name): sheet})  # noqa: E731
+        judge = Evaluations(config, prepare(config, 1), recipe, world, fresh=True, show=keep)
         state = torch.get_rng_state()
         judge(0, 0.0)
+        assert judge(1, 0.0) == {} and len(sheets) == 3  # none at steps without evaluations
+        judge(2, 0.0)
     assert torch.equal(torch.get_rng_state(), state)
     assert recipe.training
+    names = ("pca", "attention", "neighbours")
+    assert set(sheets) == {(step, name) for step in (0, 2) for name in names}
+    for name in names:
+        assert np.array_equal(sheets[0, name], sheets[2, name]) and len(np.unique(sheets[0, name])) > 20
 
 
 REFUSED = {

@@ -1,0 +1,51 @@
+"""What is said about weights when no training runs: a folder with a journal, a cursor, and where the journal is to go.
+
+    <folder>/about.json           the fields of :class:`Aside`
+    <folder>/journal-0000.jsonl   what was said
+    <folder>/cursor.json          how far MLflow has it
+
+Each evaluation by hand has a folder of its own, so that neither another one nor a training that goes on shares its cursor.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from pipeline.tracking.journal import Journal
+from pipeline.tracking.shipper import Shipper
+
+
+@dataclass(frozen=True)
+class Aside:
+    """Where a journal beside a run's own is to go.
+
+    Attributes:
+        uri: MLflow tracking URI.
+        experiment: MLflow experiment.
+        name: name of the MLflow run that is made.
+        joins: name of a cursor file, relative to the folder: its MLflow run is written to and none is made. Empty for none.
+    """
+
+    uri: str
+    experiment: str
+    name: str
+    joins: str = ""
+
+    def begin(self, folder: Path) -> Journal:
+        """Make the folder, write down where its journal goes, and open it."""
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "about.json").write_text(json.dumps(asdict(self), indent=1))
+        return Journal(folder / "journal-0000.jsonl")
+
+    def shipper(self, folder: Path, log: Callable[[str], None] = lambda _: None) -> Shipper:
+        """Who sends a folder's journal."""
+        joins = folder / self.joins if self.joins else None
+        return Shipper(folder, uri=self.uri, experiment=self.experiment, name=self.name, log=log, joins=joins, once=False)
+
+
+def asides(tracking: Path) -> list[tuple[Path, Aside]]:
+    """All folders of that kind below ``<run>/tracking``, oldest first."""
+    return [(file.parent, Aside(**json.loads(file.read_text()))) for file in sorted(tracking.glob("*/about.json"))]

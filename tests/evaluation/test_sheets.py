@@ -1,0 +1,211 @@
+"""Pictures for eyes: the attention is the block's own, and what is shown as nearest is what is nearest, on one rank or two."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+from PIL import Image
+from torch import Tensor, nn
+
+from pipeline.data.index import build
+from pipeline.data.manifest import Manifest
+from pipeline.data.pack import ShardWriter
+from pipeline.data.reader import Reader
+from pipeline.data.views import Normalize
+from pipeline.evaluation.attention import looked_at, readable, shaded, with_attention
+from pipeline.evaluation.online import Pictures
+from pipeline.evaluation.sheets import _RIGHT, _UNKNOWN, _WRONG, Finding, attention_sheet, thumbs
+from pipeline.evaluation.subject import Subject
+from pipeline.models.resnet import build_trunk
+from pipeline.models.vision import build_tower
+from pipeline.settings import ModelSettings
+from tests.pool import pool
+
+CPU = torch.device("cpu")
+MEAN, STD = (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)
+TILE, SHOWN = 32, 3
+# Gray pictures: their brightness is their feature, so the nearest can be told by counting.
+GRAYS = [10, 60, 20, 200, 190, 90, 30, 120, 250, 100, 55]
+
+
+def tower(**changes: Any) -> Any:
+    torch.manual_seed(0)
+    settings = ModelSettings(**{"width": 16, "depth": 2, "heads": 2, "patch": 4, "layer_scale": None, **changes})
+    built = build_tower(settings, image_size=8).eval()
+    for parameter in built.parameters():  # as they begin, all patches get the same
+        nn.init.normal_(parameter, std=0.4)
+    return built
+
+
+# ---- attention --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("changes", [{}, {"registers": 2}, {"positions": "rope"}, {"positions": "rope", "registers": 2}])
+def test_the_attention_that_is_read_is_the_one_that_the_block_computes(changes: dict[str, Any]) -> None:
+    built = tower(**changes)
+    images, kept = torch.randn(2, 3, 16, 12), []
+    tokens, found = with_attention(Subject(built, MEAN, STD), images)
+    assert found is not None and found.shape == (2, 2, 12)
+    built._fused = False  # then the block has its shares in its hands
+    built.vit.blocks[-1].attn.attn_drop.register_forward_hook(lambda _, __, out: kept.append(out))
+    with torch.inference_mode():
+        again = built(images)
+    torch.testing.assert_close(found, kept[0][:, :, 0, built.vit.num_prefix_tokens :])
+    torch.testing.assert_close(tokens.patches, again.patches)
+    assert float(found.std(2).min()) > 1e-3
+    torch.testing.assert_close(looked_at(Subject(built, MEAN, STD), images), found.mean(1))
+
+
+def test_reading_leaves_no_hook_behind() -> None:
+    built = tower()
+    with_attention(Subject(built, MEAN, STD), torch.randn(1, 3, 8, 8))
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in built.modules())
+
+
+def test_a_network_without_attention_shows_likeness_instead() -> None:
+    trunk = build_trunk(ModelSettings(timm="resnet18"), image_size=32).eval()
+    subject: Any = Subject(trunk, MEAN, STD)  # type: ignore[arg-type]
+    assert not readable(subject)
+    tokens, attention = with_attention(subject, torch.randn(1, 3, 64, 64))
+    assert attention is None and tokens.patches.shape[1] == 4
+    assert looked_at(subject, torch.randn(1, 3, 64, 64)).shape == (1, 4)
+
+
+def test_blocks_that_were_compiled_can_be_read() -> None:
+    built, images = tower(), torch.randn(2, 3, 8, 8)
+    subject = Subject(built, MEAN, STD)
+    expected, layers = with_attention(subject, images)[1], subject.layers(images, 2)
+    for block in built.vit.blocks:
+        block.compile(backend="eager")
+    with torch.inference_mode():
+        built(images)
+    found = with_attention(subject, images)[1]
+    assert found is not None and expected is not None
+    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(subject.layers(images, 2), layers)
+
+
+def test_a_sheet_has_the_picture_the_mean_and_each_head() -> None:
+    attention = torch.zeros(3, 2, 4)
+    attention[:, 0, 1], attention[:, 1, 2] = 1.0, 1.0
+    drawn = attention_sheet(torch.ones(3, 3, 8, 8), attention, mean=MEAN, std=STD, tile=8)
+    assert drawn.shape == (8 * 4, 8 * 3, 3) and (drawn[:8] == 255).all()
+    bright = shaded(np.array([[0.0, 1.0]]))[0, 1]
+    first, second = drawn[16:24, :8], drawn[24:, 16:]
+    assert (first[:4, 4:] == bright).all() and not (first[4:] == bright).all(2).any()
+    assert (second[4:, :4] == bright).all() and not (second[:4] == bright).all(2).any()
+
+
+# ---- what is found ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def manifest(tmp_path_factory: pytest.TempPathFactory) -> Manifest:
+    folder = tmp_path_factory.mktemp("found")
+    with ShardWriter(folder, "gray") as writer:
+        for number, gray in enumerate(GRAYS):
+            buffer = io.BytesIO()
+            Image.fromarray(np.full((16, 16, 3), gray, dtype=np.uint8)).save(buffer, "PNG")
+            sample: dict[str, Any] = {"__key__": f"{number:03d}", "png": buffer.getvalue()}
+            if number != 1:
+                sample |= {"txt": f"a wall of gray {gray - gray % 20}", "cls": str(gray // 100)}
+            writer.write(sample)
+    return build(writer.shards, folder / "index")
+
+
+@pytest.fixture
+def alone(tmp_path: Path) -> Iterator[None]:
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/meet", rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+def _angle(gray: Tensor) -> Tensor:
+    return torch.stack([torch.cos(gray / 100), torch.sin(gray / 100)], dim=1)
+
+
+def finder(texts: bool) -> Any:
+    """A subject that knows a picture by its gray, and a sentence by the number at its end."""
+
+    def look(images: Tensor) -> Tensor:
+        return _angle((images.mean((1, 2, 3)) * 0.5 + 0.5) * 255)
+
+    def read(sentences: list[str]) -> Tensor:
+        return _angle(torch.tensor([float(sentence.split()[-1]) + 10 for sentence in sentences]))
+
+    seen: Any = SimpleNamespace()
+    return Subject(seen, MEAN, STD, images=look, texts=read if texts else None)
+
+
+def find(manifest: Manifest, texts: bool) -> tuple[str, np.ndarray] | None:
+    rank, world = dist.get_rank(), dist.get_world_size()
+    pictures = Pictures(manifest, size=16, most=None, batch=4, rank=rank, world=world, device=CPU, normalize=Normalize(MEAN, STD))
+    finding = Finding(pictures, Reader(manifest, wants=("caption",)), rows=4, columns=SHOWN, tile=TILE)
+    found = finding(finder(texts))
+    again = finding(finder(texts))  # by what was kept of the first time
+    assert found is not None and again is not None and np.array_equal(found[1], again[1])
+    return found
+
+
+def cell(drawn: np.ndarray, row: int, place: int) -> tuple[int, tuple[int, ...]]:
+    """Gray and frame of the picture that stands there."""
+    left = TILE + 6 + place * TILE
+    tile = drawn[row * TILE : (row + 1) * TILE, left : left + TILE]
+    return int(tile[TILE // 2, TILE // 2, 0]), tuple(int(value) for value in tile[0, 0])
+
+
+def test_pictures_find_the_nearest_others_framed_by_their_class(manifest: Manifest, alone: None) -> None:
+    found = find(manifest, texts=False)
+    assert found is not None and found[0] == "neighbours" and found[1].shape == (4 * TILE, TILE + 6 + SHOWN * TILE, 3)
+    for row, asked in enumerate(GRAYS[:4]):
+        assert int(found[1][row * TILE + 9, 9, 0]) == pytest.approx(asked, abs=1)
+        nearest = sorted((gray for gray in GRAYS if gray != asked), key=lambda gray: abs(gray - asked))[:SHOWN]
+        for place, gray in enumerate(nearest):
+            shown, frame = cell(found[1], row, place)
+            assert shown == pytest.approx(gray, abs=1)
+            unknown = GRAYS[1] in (asked, gray)
+            assert frame == (_UNKNOWN if unknown else _RIGHT if gray // 100 == asked // 100 else _WRONG)
+
+
+def test_captions_find_the_nearest_pictures_framed_by_their_captions(manifest: Manifest, alone: None) -> None:
+    found = find(manifest, texts=True)
+    assert found is not None and found[0] == "retrieval"
+    # The captions of the first four that have one are read as grays of 10, 30, 210 and 190; 20 and 30 share a caption.
+    expected = [
+        [(10, _RIGHT), (20, _WRONG)],
+        [(30, _RIGHT), (20, _RIGHT)],
+        [(200, _RIGHT), (190, _WRONG)],
+        [(190, _RIGHT), (200, _WRONG)],
+    ]
+    for row, places in enumerate(expected):
+        for place, (gray, frame) in enumerate(places):
+            assert cell(found[1], row, place) == (pytest.approx(gray, abs=1), frame)
+    assert len(np.unique(found[1][:TILE, :TILE])) > 2  # words, on white
+    assert found[1][0, 0].tolist() == [255, 255, 255]
+
+
+@pytest.mark.parametrize("texts", [False, True])
+def test_two_ranks_draw_what_one_draws(texts: bool, manifest: Manifest, alone: None) -> None:
+    expected = find(manifest, texts)
+    ranks = pool(2).run(find, manifest=manifest, texts=texts)
+    assert expected is not None
+    for found in ranks:
+        assert found[0] == expected[0] and np.array_equal(found[1], expected[1])
+
+
+def test_a_single_picture_has_no_neighbour(manifest: Manifest, alone: None) -> None:
+    pictures = Pictures(manifest, size=16, most=1, batch=4, rank=0, world=1, device=CPU)
+    assert Finding(pictures, Reader(manifest, wants=("caption",)))(finder(texts=False)) is None
+
+
+def test_small_pictures_are_what_was_normalised() -> None:
+    values = torch.tensor([0.0, 0.5, 1.0]).view(1, 3, 1, 1).expand(2, 3, 8, 8)
+    assert thumbs((values - 0.5) / 0.5, mean=MEAN, std=STD, side=4)[0, 0, 0].tolist() == [0, 128, 255]
