@@ -73,9 +73,11 @@ def _differences(file: dict[str, Any], config: Config, world: int) -> list[str]:
         "gradient_accumulation_steps": (file.get("gradient_accumulation_steps", "auto"), share // micro),
     }
     wrong = [f"{key} is {told!r} there and {own!r} here" for key, (told, own) in ours.items() if told not in ("auto", own)]
-    for key in ("offload_optimizer", "offload_param"):
-        if zero.get(key, {}).get("device", "none") not in ("none", "auto"):
-            wrong.append(f"zero_optimization.{key} is asked for there, and is not supported here")
+    if zero.get("offload_param", {}).get("device", "none") not in ("none", "auto"):
+        wrong.append("zero_optimization.offload_param is asked for there, and is not supported here")
+    device = zero.get("offload_optimizer", {}).get("device", "auto")
+    if device not in ("auto", train.offload):
+        wrong.append(f"zero_optimization.offload_optimizer is {device!r} there and train.offload={train.offload} here")
     if file.get("gradient_clipping", "auto") not in ("auto", 0, 0.0):
         wrong.append("gradient_clipping is set there; here recipe.clip_norm clips")
     return wrong

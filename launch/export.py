@@ -8,6 +8,8 @@ from pathlib import Path
 from pipeline.errors import CheckpointError, ConfigError
 from pipeline.export import networks
 from pipeline.export.write import TARGETS, write
+from pipeline.settings import Config
+from pipeline.tracking import Shipper
 from pipeline.training import saved as files
 from pipeline.training.retention import read_best
 from pipeline.training.run import RunDirectory
@@ -69,24 +71,23 @@ def run(
     saved = chosen(path, best=best)
     run_folder = path if (path / "checkpoints").is_dir() else saved.path.parent.parent
     folder = out if out is not None else run_folder / "export" / (f"{to}-{student}" if student else to)
+    shipper = _shipper(run_folder) if register is not None else None
     found = networks.read(saved, network=network, size=size, student=student)  # type: ignore[arg-type]
     write(found, to, folder, license_=license_, overwrite=force)
     total = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
     print(f"{folder}: the {found.network} of {saved.path.name} for {to}, {total / 1e6:.1f} MB; README.md says how to load it")
-    if register is not None:
-        _register(run_folder, folder, register)
+    if shipper is not None and register is not None:
+        from pipeline.tracking.registry import register as add
+
+        print(f"version {add(shipper, folder, register)} of {register} in MLflow")
     return 0
 
 
-def _register(run_folder: Path, folder: Path, model: str) -> None:
-    from pipeline.settings import Config
-    from pipeline.tracking import Shipper
-    from pipeline.tracking.registry import register
-
+def _shipper(run_folder: Path) -> Shipper:
+    """What speaks to the MLflow of a run."""
     run = RunDirectory(run_folder)
     if not run.config.is_file():
         raise ConfigError("is no run's directory", where=str(run_folder), mend="--register needs the run that was trained")
     config = Config.model_validate(json.loads(run.config.read_text()))
     uri = config.tracking.uri or f"sqlite:///{(run.path / 'mlflow.db').resolve()}"
-    shipper = Shipper(run.tracking, uri=uri, experiment=config.tracking.experiment, name=config.run.name)
-    print(f"version {register(shipper, folder, model)} of {model} in MLflow ({uri})")
+    return Shipper(run.tracking, uri=uri, experiment=config.tracking.experiment, name=config.run.name)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from rich.box import SIMPLE
@@ -101,7 +101,7 @@ def needed(config: Config, sizes: Sizes, stage: int, ranks: int) -> tuple[Held, 
         bf16=bf16,
     )
     if stage and config.train.offload == "cpu":
-        memory = replace(memory, masters=0.0, moments=0.0)
+        memory = memory.offloaded(stage=stage, accumulation=max(share // micro, 1))
     live = activations(
         tokens=micro * sizes.tokens,
         width=sizes.width,
@@ -185,10 +185,7 @@ def run(config: Config, *, ranks: int | None, gigabytes: float, console: Console
     share = memory.teacher / (memory.total + live)
     out.print(f"The teacher takes {share:.0%} of a GPU's memory at train.zero={config.train.zero} on {ranks} GPUs.")
     if config.train.offload == "cpu" and config.train.zero:
-        there = config.replace(train=config.train.model_copy(update={"offload": "none"}))
-        host, _ = needed(there, sizes, config.train.zero, ranks)
-        kept = host.masters + host.moments + host.gradients
-        out.print(f"Host memory: {kept / 1e9:.2f} GB for each GPU, AdamW's weights, moments and gradients (train.offload=cpu).")
+        out.print(f"Host memory: {memory.host / 1e9:.2f} GB for each GPU, for AdamW (train.offload=cpu).")
     out.print(advice(config, sizes, ranks, capacity))
     out.print(
         f"Weights, gradients, optimizer and teacher are exact to a few percent; activations are an estimate, buffers a bound; "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Iterator
 
 from pipeline.judges import NAMES
@@ -30,6 +31,9 @@ def check(config: Config) -> list[tuple[str, str]]:
     if config.train.offload == "cpu" and (config.train.zero == 0 or config.optim.name != "adamw"):
         told = "train.offload = cpu: needs train.zero of 1 to 3, which give each rank a share to keep, and optim.name=adamw"
         found.append(("train.offload", told))
+    if config.launch.init == "accelerate" and importlib.util.find_spec("transformers") is None:
+        told = "launch.init = accelerate: needs transformers, as accelerate does for DeepSpeed; pip install transformers"
+        found.append(("launch.init", told))
     whole = config.train.length
     if whole.amount == 0:
         found.append(("train.length", "train.length = 0: should be longer than nothing"))

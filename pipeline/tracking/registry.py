@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+import uuid
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +12,7 @@ from pipeline.tracking.shipper import Shipper
 
 
 def register(shipper: Shipper, folder: Path, model: str) -> int:
-    """Uploads a folder to the run and makes it the newest version of a registered model.
+    """Uploads a folder to the run, to a place of its own, and makes it the newest version of a registered model.
 
     Args:
         shipper: of the run.
@@ -27,7 +29,7 @@ def register(shipper: Shipper, folder: Path, model: str) -> int:
 
     try:
         client, run = shipper.connected()
-        place = f"export/{folder.name}"
+        place = f"export/{folder.name}-{time.strftime('%Y%m%dT%H%M%S')}-{uuid.uuid4().hex[:6]}"
         client.log_artifacts(run, str(folder), artifact_path=place)
         if not client.search_registered_models(filter_string=f"name = '{model}'"):
             client.create_registered_model(model)
@@ -38,6 +40,6 @@ def register(shipper: Shipper, folder: Path, model: str) -> int:
         raise LaunchError(
             f"MLflow did not take the model ({str(error).splitlines()[0][:160]})",
             where=f"--register {model}",
-            mend="the export itself is whole; is the server up, and does it keep a registry? The same command tries again",
+            mend="the export itself is whole; is the server up, and does it keep a registry? Try again with --overwrite",
         ) from error
     return int(found.version)

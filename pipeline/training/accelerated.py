@@ -6,14 +6,13 @@ leaves no room to clip each network apart, and its saves are not atomic: both st
 
 from __future__ import annotations
 
-import importlib.util
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import nn
 
-from pipeline.errors import ConfigError, TrainingError
+from pipeline.errors import TrainingError
 
 
 def initialize(model: nn.Module, optimizer: torch.optim.Optimizer, config: dict[str, Any]) -> Any:
@@ -22,27 +21,26 @@ def initialize(model: nn.Module, optimizer: torch.optim.Optimizer, config: dict[
     Args:
         model: the student.
         optimizer: of its parameters.
-        config: DeepSpeed's settings, complete.
+        config: DeepSpeed's settings, complete. Accelerate wants transformers for them; the config's check has looked.
 
     Returns:
         The DeepSpeedEngine.
 
     Raises:
-        ConfigError: Accelerate wants transformers for this, and it is not installed.
-        TrainingError: Accelerate counts other ranks than there are, or took another way than DeepSpeed.
+        TrainingError: Accelerate counts other ranks than there are, took another way than DeepSpeed, or rounded the weights.
     """
-    if importlib.util.find_spec("transformers") is None:
-        raise ConfigError(
-            "accelerate sets up DeepSpeed only where transformers is installed",
-            where="launch.init",
-            mend="pip install transformers, or set launch.init=deepspeed, which gives the same run",
-        )
     from accelerate import Accelerator, DeepSpeedPlugin, InitProcessGroupKwargs
+    from accelerate.utils import TorchDynamoPlugin
 
-    plugin = DeepSpeedPlugin(hf_ds_config=config)
     # Without the backend it takes NCCL for granted, and on a CPU believes to be alone.
     group: Any = InitProcessGroupKwargs(backend=dist.get_backend())
-    accelerator = Accelerator(deepspeed_plugin=plugin, kwargs_handlers=[group])
+    # What its launcher's variables ask for is ours to do: its bf16 would round the weights, its dynamo compile the engine.
+    accelerator = Accelerator(
+        deepspeed_plugin=DeepSpeedPlugin(hf_ds_config=config),
+        kwargs_handlers=[group],
+        mixed_precision="no",
+        dynamo_plugin=TorchDynamoPlugin(backend="no"),
+    )
     found, kind = accelerator.num_processes, str(accelerator.distributed_type.value)
     if found != dist.get_world_size() or kind != "DEEPSPEED":
         raise TrainingError(
@@ -51,4 +49,6 @@ def initialize(model: nn.Module, optimizer: torch.optim.Optimizer, config: dict[
             mend="set launch.init=deepspeed",
         )
     engine, _ = accelerator.prepare(model, optimizer)
+    if rounded := next((name for name, p in model.named_parameters() if p.dtype != torch.float32), None):
+        raise TrainingError("accelerate rounded the weights", where=f"parameter {rounded}", mend="set launch.init=deepspeed")
     return engine

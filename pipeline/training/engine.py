@@ -253,12 +253,19 @@ class Engine:
         return [float(self._optimizer.state[flat]["step"]) for flat in self.layout.flats()]
 
     def memory(self) -> dict[str, float]:
-        """Bytes that last on this rank: ``parameters``, ``gradients``, ``masters``, ``moments``, ``frozen``, ``teacher``."""
+        """Bytes that last on this rank: ``parameters``, ``gradients``, ``masters``, ``moments``, ``frozen``, ``teacher``.
+
+        Those of an offloaded optimizer lie in host memory and count as ``host`` alone, but on a CPU, where all do.
+        """
         parts = self.layout.parts()
         frozen: list[Any] = [p for p in self.recipe.parameters() if not p.requires_grad]
         parts["frozen"] = [getattr(p, "ds_tensor", p) for p in frozen]
         teacher: list[Any] = [p for _, p in self.recipe.teacher.named_parameters()] if self.recipe.teacher is not None else []
         parts["teacher"] = [getattr(p, "ds_tensor", p) for p in teacher]
+        away = [t for tensors in parts.values() for t in tensors if t.device.type != self.device.type]
+        if away:
+            parts = {name: [t for t in tensors if t.device.type == self.device.type] for name, tensors in parts.items()}
+            parts["host"] = away
         counted: set[int] = set()
         sizes = {}
         for name, tensors in parts.items():
@@ -286,7 +293,8 @@ def _optimizer(options: EngineOptions, groups: list[ParameterGroup], device: tor
         return Sgd(chosen, momentum=options.momentum)
     if options.optimizer == "lamb":
         return Lamb(chosen, betas=options.betas, eps=options.eps)
-    return torch.optim.AdamW(chosen, lr=0.0, betas=options.betas, eps=options.eps, fused=device.type == "cuda")
+    fused = device.type == "cuda" or options.offload == "cpu"
+    return torch.optim.AdamW(chosen, lr=0.0, betas=options.betas, eps=options.eps, fused=fused)
 
 
 def _check(recipe: Recipe, groups: list[ParameterGroup]) -> None:
@@ -330,7 +338,7 @@ def _configuration(options: EngineOptions, world: int, device: torch.device, siz
         # Parameters stay fp32 and only compute is bf16: initial weights are exact and gradients are reduced in fp32.
         "torch_autocast": {"enabled": options.precision == "bf16", "dtype": "bfloat16", "lower_precision_safe_modules": []},
         "zero_allow_untested_optimizer": True,  # LARS and LAMB are ours, and tested
-        "zero_force_ds_cpu_optimizer": False,  # torch's fused AdamW does the same on a CPU and needs no compiler
+        "zero_force_ds_cpu_optimizer": False,  # torch has a fused AdamW for CPUs that needs no compiler
         "communication_data_type": "fp32",
         "data_types": {"grad_accum_dtype": "fp32"},
         "gradient_clipping": 0.0,

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 from pipeline.training.tuning import STAGE_0_BUCKET, communication
 
@@ -33,6 +33,7 @@ class Held:
         buckets: for communication.
         gathered: stage 3's whole parameters of student and teacher while they compute, at most.
         rounded: bf16 copies of weights while the student computes.
+        host: in host memory beside it, for an offloaded optimizer; not part of the total.
     """
 
     parameters: float
@@ -44,11 +45,20 @@ class Held:
     buckets: float = 0.0
     gathered: float = 0.0
     rounded: float = 0.0
+    host: float = 0.0
 
     @property
     def total(self) -> float:
-        """All of it."""
-        return float(sum(getattr(self, field.name) for field in fields(self)))
+        """All of it on the device."""
+        return float(sum(getattr(self, field.name) for field in fields(self) if field.name != "host"))
+
+    def offloaded(self, *, stage: int, accumulation: int = 1) -> Held:
+        """The same with AdamW in host memory: masters, moments, a flat gradient, and DeepSpeed's staging of weights (stages 1
+        and 2) or of gradients (stage 3); with several micro-batches also what was accumulated. Gradients still pass through the
+        device, and count there as before: a bound."""
+        each = self.masters
+        flat = each + (self.gradients if accumulation > 1 and stage < 3 else 0.0)
+        return replace(self, masters=0.0, moments=0.0, host=self.masters + self.moments + each + flat)
 
 
 def held(

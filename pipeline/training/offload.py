@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import replace
 
-import torch
 from torch import Tensor
 from typing_extensions import override
 
@@ -28,6 +27,8 @@ class OffloadedFlat(Flat):
 
     @override
     def owned(self, *, gradients: bool = False) -> Iterator[tuple[Tensor, Fragment]]:
+        if gradients:
+            self._zero._wait_for_offload_copies()  # DeepSpeed itself waits in its step only
         for p, fragment in super().owned():
             if gradients:
                 flat = self._zero.single_partition_of_fp32_groups[p._hp_mapping.param_group_index]  # type: ignore[attr-defined]
@@ -69,7 +70,7 @@ class OffloadedPartitioned(Partitioned):
     @override
     def drop(self) -> None:
         first = self._zero.fp16_groups[0][0]
-        self._zero.norm_for_param_grads[self._zero.get_param_id(first)] = torch.tensor(float("nan"))
+        self._zero.norm_for_param_grads[self._zero.get_param_id(first)] = float("nan")
 
     @override
     def clean(self) -> None:

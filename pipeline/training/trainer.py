@@ -326,7 +326,8 @@ class Trainer:
         parts = self.engine.memory()
         now = memory_now(self.world.device)
         if "peak" in now:
-            now["activations_peak"] = max(now["peak"] - sum(parts.values()), 0.0)
+            here = sum(size for name, size in parts.items() if name != "host")
+            now["activations_peak"] = max(now["peak"] - here, 0.0)
         return {f"memory/{name}_gb": size / 1e9 for name, size in (parts | now).items()}
 
     def _evaluate(self) -> None:

@@ -52,7 +52,9 @@ def test_nothing_said_the_same_said_and_auto_are_accepted(config: Config, tmp_pa
         ({"train_batch_size": 128}, "train_batch_size is 128 there and 64 here"),
         ({"gradient_accumulation_steps": 4}, "gradient_accumulation_steps is 4 there and 2 here"),
         ({"gradient_clipping": 1.0}, "recipe.clip_norm"),
-        ({"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}}}, "offload_optimizer"),
+        ({"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}}}, "'cpu' there and train.offload=none here"),
+        ({"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "nvme"}}}, "'nvme' there"),
+        ({"zero_optimization": {"stage": 2, "offload_param": {"device": "cpu"}}}, "offload_param is asked for there"),
         ([], "holds no object"),
     ],
 )

@@ -62,7 +62,8 @@ def test_an_optimizer_in_host_memory_is_no_longer_counted_on_the_gpu(tmp_path: P
     away = config.replace(train=config.train.model_copy(update={"offload": "cpu"}))
     sizes = measure(config)
     before, after = needed(config, sizes, 2, 8)[0], needed(away, sizes, 2, 8)[0]
-    assert before.total - after.total == before.masters + before.moments > 0
+    assert (after.masters, after.moments) == (0, 0) and after.gradients == before.gradients
+    assert after.host == 5 * before.masters, "master, two moments, gradient and staging"
     for asked, said in ((config, False), (away, True)):
         out = StringIO()
         run(asked, ranks=2, gigabytes=80, console=Console(file=out, width=120))

@@ -19,12 +19,13 @@ def shipper(at: Bench) -> Shipper:
 def test_each_export_becomes_the_next_version_bound_to_the_run(bench: Bench, tmp_path: Path) -> None:  # noqa: F811
     folder = tmp_path / "timm"
     folder.mkdir()
-    (folder / "model.safetensors").write_bytes(b"weights")
-    assert [register(shipper(bench), folder, "vit") for _ in range(2)] == [1, 2]
-    found = bench.client.get_model_version("vit", "2")
-    assert found.run_id == bench.run.info.run_id and found.tags == {"layout": "timm"}
-    (file,) = bench.client.list_artifacts(bench.run.info.run_id, "export/timm")
-    assert file.path == "export/timm/model.safetensors"
+    for number, weights in enumerate((b"first", b"second"), 1):
+        (folder / "model.safetensors").write_bytes(weights)
+        assert register(shipper(bench), folder, "vit") == number
+    for number, weights in enumerate((b"first", b"second"), 1):
+        found = bench.client.get_model_version("vit", str(number))
+        assert found.run_id == bench.run.info.run_id and found.tags == {"layout": "timm"}
+        assert (Path(found.source.removeprefix("file://")) / "model.safetensors").read_bytes() == weights
 
 
 def test_a_server_that_is_away_is_told_with_the_mend(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ import torch
 from pipeline.errors import TrainingError
 from tests.pool import pool
 from tests.training.test_engine import _train
-from tests.training.toy import assembled
+from tests.training.toy import advance, assembled, build
 
 
 def _forget() -> None:
@@ -37,10 +37,29 @@ def test_six_steps_are_those_of_an_engine_that_we_set_up(zero: int) -> None:
         assert all(torch.equal(a["teacher"][name], b["teacher"][name]) for name in a["teacher"])
 
 
+def _launched_with_bf16() -> set[torch.dtype]:
+    import os
+
+    _forget()
+    asked = {"ACCELERATE_MIXED_PRECISION": "bf16", "ACCELERATE_DYNAMO_BACKEND": "inductor"}
+    os.environ.update(asked)
+    try:
+        recipe, engine = build(init="accelerate", precision="bf16")
+        kinds = {p.dtype for p in recipe.parameters()} | {f.master.dtype for f in engine.fragments()}
+        advance(recipe, engine, 0)
+        engine.close()
+    finally:
+        for name in asked:
+            del os.environ[name]
+    return kinds
+
+
+def test_what_its_launcher_asks_for_does_not_round_the_weights() -> None:
+    assert pool(2).run(_launched_with_bf16) == [{torch.float32}] * 2
+
+
 def _counted_wrong() -> str:
     from accelerate import Accelerator
-
-    from tests.training.toy import build
 
     _forget()
     found = Accelerator.num_processes

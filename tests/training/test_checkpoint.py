@@ -34,12 +34,13 @@ def _train(
     seed: int = 0,
     zero: int = 2,
     keep: int = 9,
+    offload: str = "none",
 ) -> dict[str, Any]:
     """Steps from a checkpoint, or from the beginning, to ``until``; what was there after loading, and at the end."""
     from pipeline.training import checkpoint
 
     folder = Path(directory)
-    recipe, engine = build(seed, zero=zero)
+    recipe, engine = build(seed, zero=zero, offload=offload)
     store = checkpoint.Checkpoints(folder, keep_last=keep)
     if load is not None:
         checkpoint.load(saved.read(folder / f"step_{load:09d}"), engine, recipe)

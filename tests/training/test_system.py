@@ -30,3 +30,8 @@ def test_one_rank_speaks_for_each_machine_and_all_hear_it(tmp_path: Path) -> Non
         assert 0 <= told[0][f"{node}/cpu_share"] <= 1 and 0 < told[0][f"{node}/memory_share"] < 1
         assert told[0][f"{node}/disk_free_gb"] > 0 and told[0][f"{node}/received_mb_per_s"] >= 0
         assert f"{node}/gpu_share" not in told[0], "there is no GPU here"
+
+
+def test_what_cannot_be_read_is_left_out_and_stops_nothing(tmp_path: Path) -> None:
+    (told,) = pool(1).run(_read, nodes=[0], tmp=str(tmp_path / "gone"))
+    assert "node0/disk_free_gb" not in told and told["node0/memory_share"] > 0
