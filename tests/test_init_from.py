@@ -105,6 +105,7 @@ def test_a_small_student_learns_from_a_frozen_run_and_resumes_without_it(first: 
         assert path.read_bytes() == (tmp_path / "run" / "checkpoints" / "step_000000004" / path.name).read_bytes(), path.name
 
 
+@pytest.mark.slow
 def test_what_does_not_fit_is_refused_before_a_rank_is_started(config: Path, shards: str, tmp_path: Path) -> None:
     torch.save({"cls_token": torch.zeros(1, 1, 32)}, tmp_path / "weights.pth")
     done = train(config, shards, tmp_path / "run", f"init_from.source={tmp_path / 'weights.pth'}")

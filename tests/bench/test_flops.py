@@ -33,6 +33,7 @@ def test_the_formula_is_what_torch_counts_within_three_percent(text: str, tmp_pa
     assert found.apart is not None and abs(found.apart) < 0.03, found
 
 
+@pytest.mark.slow
 def test_dropped_branches_and_patches_cost_nothing(tmp_path: Path) -> None:
     path = tmp_path / "c.yaml"
 

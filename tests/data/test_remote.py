@@ -204,6 +204,7 @@ def _read_in_child(pickled: bytes, queue: multiprocessing.Queue[bytes]) -> None:
     queue.put(store.read(about, 5, 20))
 
 
+@pytest.mark.slow
 def test_a_storage_sent_to_another_process_reads_there(door: Proxy, tmp_path: Path) -> None:
     store = Storage(settings(door, tmp_path, mode="direct"))
     about = store.stat("s3://remote/data/big.tar")

@@ -105,6 +105,7 @@ def test_rare_words_do_not_fill_the_memory(monkeypatch: pytest.MonkeyPatch) -> N
     assert np.array_equal(made(["a cat <end_of_text>"]), before)
 
 
+@pytest.mark.slow
 def test_every_process_makes_the_same_tokens_offline_and_without_the_whole_package() -> None:
     code = (
         "import sys, json, socket\n"

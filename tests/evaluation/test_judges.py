@@ -173,6 +173,7 @@ def judge(name: str, train: Manifest, test: Manifest) -> dict[str, float]:
     return scores
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["linear", "logistic", "segmentation", "zeroshot", "retrieval", "robustness"])
 def test_two_ranks_give_the_scores_of_one(name: str, manifests: tuple[Manifest, Manifest], alone: None) -> None:
     expected = judge(name, *manifests)

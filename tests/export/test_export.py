@@ -55,6 +55,7 @@ def test_timm_loads_it_and_gives_the_same_tokens(kind: str, tmp_path: Path) -> N
     assert data["crop_pct"] == 1.0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", TOWERS)
 def test_transformers_loads_it_and_gives_the_same_tokens(kind: str, tmp_path: Path) -> None:
     from transformers import AutoImageProcessor, AutoModel

@@ -108,6 +108,7 @@ def test_torchrun_restarts_the_ranks_of_which_one_was_killed_and_nothing_is_lost
     assert weights(directory, 24) == weights(undisturbed, 24)
 
 
+@pytest.mark.slow
 def test_a_mistake_is_told_once_and_ends_all_ranks(shards: str, config: Path, tmp_path: Path) -> None:
     words = command(config, shards, tmp_path / "run", "optim.lrr=1")
     (torchrun,) = _torchrun_standalone(words)

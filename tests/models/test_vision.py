@@ -230,6 +230,7 @@ def test_what_cannot_be_built_is_refused_in_words(settings: ModelSettings, match
         build_tower(settings, image_size=16)
 
 
+@pytest.mark.slow
 def test_compiled_blocks_compute_what_the_blocks_compute() -> None:
     images = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
     results = []

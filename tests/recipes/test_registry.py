@@ -92,7 +92,7 @@ def whole(ranks: list[dict[str, Any]]) -> dict[str, Tensor]:
     return found
 
 
-@pytest.mark.parametrize("zero", [1, 3])
+@pytest.mark.parametrize("zero", [pytest.param(1, marks=pytest.mark.slow), 3])
 @pytest.mark.parametrize("name", METHODS)
 def test_two_ranks_are_one(name: str, zero: int) -> None:
     compare(pool(2).run(first_steps, name=name, zero=zero), alone(name))

@@ -25,6 +25,7 @@ def _run(**chosen: Any) -> dict[str, Any]:
     return _train(**chosen)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("zero", [1, 2, 3])
 def test_six_steps_are_those_of_an_engine_that_we_set_up(zero: int) -> None:
     chosen: dict[str, Any] = {"zero": zero, "accumulation": 2, "clip": 0.05}

@@ -151,6 +151,7 @@ def test_neighbours_within_a_micro_batch_depend_on_its_size() -> None:
     assert difference(found, expected, "terms") > 1e-3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("zero", [1, 3])
 def test_neighbours_across_ranks_are_those_of_one_rank(zero: int) -> None:
     expected = result(1, 0, 1, koleo_group=None)

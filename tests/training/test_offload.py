@@ -18,6 +18,7 @@ from tests.training.toy import SAMPLES, assembled, batch_at, build, by_torch, st
 CASES = [(1, 1), (2, 1), (2, 2), (3, 1), (3, 2)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("zero", "accumulation"), CASES)
 def test_steps_are_those_on_the_device(zero: int, accumulation: int) -> None:
     chosen: dict[str, Any] = {"zero": zero, "accumulation": accumulation, "clip": 0.05, "headless": (3,)}
@@ -30,6 +31,7 @@ def test_steps_are_those_on_the_device(zero: int, accumulation: int) -> None:
     compare(here, by_torch(STEPS, clip=0.05, scope="network", headless=frozenset({3})))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("zero", "ranks"), [(2, 2), (3, 2), (2, 1)])
 def test_steps_computed_in_bf16_are_those_on_the_device(zero: int, ranks: int) -> None:
     here, there = (pool(ranks).run(_train, zero=zero, precision="bf16", clip=3.0, offload=o) for o in ("cpu", "none"))
@@ -40,6 +42,7 @@ def test_steps_computed_in_bf16_are_those_on_the_device(zero: int, ranks: int) -
         torch.testing.assert_close(first[name], second[name], atol=1e-5, rtol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("zero", [2, 3])
 def test_a_run_goes_on_with_its_optimizer_in_host_memory_and_comes_back(zero: int, tmp_path: Path) -> None:
     folder: dict[str, Any] = {"directory": str(tmp_path), "zero": zero}
