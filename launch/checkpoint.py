@@ -107,7 +107,7 @@ def inspect(
         "data": f"{data.get('samples', '?')} samples, fingerprint {data.get('fingerprint', '?')}",
         "settings": f"fingerprint {str(manifest.get('fingerprint', '?'))[:12]}",
         "scores": ", ".join(f"{name} {value:.4f}" for name, value in manifest.get("scores", {}).items()) or "none yet",
-        "scored at": manifest.get("scored", "?"),
+        "scored at": "never" if manifest.get("scored") == -1 else manifest.get("scored", "?"),
         "parameters": f"{sum(math.prod(shape) for shape in shapes.values())} in {len(shapes)} tensors that train",
         "files": f"{len(manifest['files'])}, {_size(sum(file['size'] for file in manifest['files']))}",
     }

@@ -162,8 +162,8 @@ def evaluate(
     resolved = Path(run) / "config.yaml"
     own = resolved.is_file()
     texts = zeroshot is not None or retrieval
-    if not own and not names and not texts:
-        there = Path(run).exists() or ":" in run
+    there = Path(run).exists() or ":" in run
+    if not own and (not there or not (names or texts)):
         mend = "Name an evaluator, such as --knn." if there else "It should hold the config.yaml that a training wrote."
         raise ConfigError("is no run's directory", where=run, mend=mend)
     from launch import judge
@@ -212,7 +212,9 @@ def export(
 
     [b]Examples[/b]
 
-    fovea export runs/cifar10_vit_tiny --to timm
+    fovea export runs/vitl16 --to timm
+
+    fovea export runs/cifar10_vit_tiny --to onnx
 
     fovea export runs/clip_cifar10 --to open_clip --out ./clip --license apache-2.0
     """

@@ -257,6 +257,7 @@ def cost(
 ) -> Bill:
     """Print :func:`bill` for a person, with what it rests on."""
     out, b = console or Console(), bill(config, site, ranks=ranks, efficiency=efficiency, samples=samples)
+    attempts = max(math.ceil(b.hours * 3600 / site.seconds), 1)
     out.print(
         f"{b.steps:,} steps of {config.train.global_batch:,}, {b.samples:,} samples at {b.gflop:,.1f} GFLOP: about {b.rate:,.0f} "
         f"samples/s on {ranks} GPUs, {b.hours:,.1f} hours, {b.gpu_hours:,.0f} GPU-hours"
@@ -266,7 +267,8 @@ def cost(
     )
     out.print(
         f"Taken for granted: {efficiency:.0%} of {site.gpu_tflops:,.0f} TFLOP/s (--efficiency), no waiting for data or machines. "
-        f"At {site.time} a job that is about {max(b.hours * 3600 / site.seconds, 1):.0f} attempts.",
+        f"At {site.time} a job that is {attempts} attempt{'s' * (attempts > 1)}."
+        + ("" if b.price is not None else " With gpu_hour_price in the profile it also says what that costs."),
         style="dim",
     )
     return b

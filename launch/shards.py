@@ -206,6 +206,27 @@ def pack(
     print(f"shards: {_range(report.shards)}")
 
 
+@app.command("scenes")
+def scenes(
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder for the shards.")],
+    train: Annotated[int, typer.Option(min=1, help="Pictures to train on.")] = 8000,
+    val: Annotated[int, typer.Option(min=1, help="Pictures to judge by.")] = 1000,
+    size: Annotated[int, typer.Option(min=16, help="Their side, pixels.")] = 64,
+    seed: Annotated[int, typer.Option(min=0, help="Another seed draws other pictures.")] = 0,
+) -> None:
+    """Draw the set that the configs called scenes are for: textured shapes with class, caption and segmentation.
+
+    [b]Example[/b]
+
+    fovea shards scenes runs/scenes
+    """
+    from pipeline.data.scenes import CLASS_NAMES, write
+
+    shards = write(out, train=train, val=val, size=size, seed=seed)
+    (out / "classes.txt").write_text("\n".join(CLASS_NAMES) + "\n")
+    print(f"{out}: {train} pictures to train on and {val} to judge by in {len(shards)} shards, classes.txt for zero-shot")
+
+
 @app.command("stats")
 def stats(
     patterns: Patterns,

@@ -258,7 +258,9 @@ def _train(
                 journal.artifact(run.ledger(rank).resolve())
         journal.close()
         run.write("outcome.json", outcome)
-        if not finished:
+        if finished:
+            show.say(f"finished at step {trainer.progress.step}{_scores(trainer.progress.scores)}; all of it is in {run.path}")
+        else:
             show.say(f"stopped by {stop.name} at step {trainer.progress.step}, saved; the same command resumes")
         if shipper is not None and not shipper.close():
             show.say("MLflow has not taken everything yet; the next attempt sends the rest")
@@ -266,6 +268,11 @@ def _train(
             run.note("end", attempt=number, code=0)
     trainer.engine.close()
     distributed.leave()
+
+
+def _scores(scores: dict[str, float]) -> str:
+    last = {name: value for name, value in scores.items() if name.startswith("knn/")}
+    return "".join(f", {name} {value:.3f}" for name, value in last.items())
 
 
 def main() -> int:
@@ -278,6 +285,11 @@ def main() -> int:
     except FoveaError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         return error.exit_code
+    except KeyboardInterrupt:
+        print(
+            "stopped before its first step: there was nothing to save, the same command starts again", file=sys.stderr, flush=True
+        )
+        return 130
     except BaseException:
         traceback.print_exc()
         return 1

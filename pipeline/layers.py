@@ -117,7 +117,10 @@ def read(file: Path, problems: list[Problem], above: tuple[Path, ...]) -> Branch
             parent = file.parent / name
             if not parent.is_file():
                 raise ConfigError(
-                    f"base {name!r} does not exist", where=base.origin, mend=f"It is looked for at {display(parent)}."
+                    f"base {name!r} does not exist",
+                    where=base.origin,
+                    mend=f"It is looked for at {display(parent)}. "
+                    "A config of fovea's own becomes a file with `fovea config show NAME > my.yaml`.",
                 )
             merge(merged, read(parent, problems, (*above, file.resolve())))
     merge(merged, own)

@@ -141,7 +141,7 @@ def status(run: RunDirectory) -> Status:
     if over:
         state, why = str(over["state"]), str(over["why"])
     elif any(job.state in ("RUNNING", "COMPLETING") for job in jobs) or (
-        not jobs and not record.job(run) and age is not None and age < 30
+        not jobs and not record.job(run) and age is not None and age < 30 and not _ended(run, attempt)
     ):
         state = "running"
         why = f"on {jobs[0].nodes}, {jobs[0].left} left of this attempt" if jobs else "on this machine"
@@ -152,7 +152,8 @@ def status(run: RunDirectory) -> Status:
     elif outcome.get("stop") == "FINISHED":
         state, why = "finished", f"all {outcome.get('steps')} steps are done"
     else:
-        state, why = "idle", "no job of it is alive; fovea resume takes it up"
+        again = "fovea resume takes it up" if record.job(run) else "the same fovea train command goes on"
+        state, why = "idle", f"no process of it is alive; {again}"
     return Status(
         str(run.path),
         state,
@@ -204,3 +205,7 @@ def table(one: Status) -> str:
 def as_json(one: Status) -> str:
     """For a program."""
     return json.dumps({**asdict(one), "goodput": {**asdict(one.goodput), "share": one.goodput.share}}, indent=1)
+
+
+def _ended(run: RunDirectory, attempt: int) -> bool:
+    return any(line.get("event") == "end" and line.get("attempt") == attempt for line in run.attempts())

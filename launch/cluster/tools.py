@@ -89,7 +89,9 @@ def test(script: Path) -> str:
     said = (done.stderr or done.stdout).strip()
     if done.returncode:
         raise LaunchError(
-            said.splitlines()[-1] if said else "refused", where="sbatch --test-only", mend="change the cluster profile"
+            said.splitlines()[-1] if said else "refused",
+            where="sbatch --test-only",
+            mend="change the cluster profile, or is this no login node?",
         )
     return said.removeprefix("sbatch: ")
 

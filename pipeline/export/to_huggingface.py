@@ -201,7 +201,7 @@ def _check(tower: VisionTower, gated: bool) -> None:
 
 
 def _unknown(what: str) -> ConfigError:
-    return ConfigError(f"no model of transformers has {what}", where="--to huggingface", mend="export it to timm or safetensors")
+    return ConfigError(f"no model of transformers has {what}", where="--to huggingface", mend="export it to safetensors or onnx")
 
 
 def _fill(model: Any, state: dict[str, Tensor], kind: str) -> None:

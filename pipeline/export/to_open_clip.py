@@ -46,7 +46,7 @@ def write(networks: Networks, folder: Path) -> tuple[str, list[str]]:
         raise ConfigError(
             f"{networks.config.recipe.name} has no text tower",
             where="--to open_clip",
-            mend="export it to timm or huggingface",
+            mend="export it to timm, or, with a convolutional stem, to safetensors or onnx",
         )
     if "image_pool" in networks.others:
         raise ConfigError(

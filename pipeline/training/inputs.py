@@ -154,7 +154,16 @@ def judged(
     if config.evaluation.labelled:
         same = train is not None and not config.evaluation.knn.train_shards
         found["bank"] = train if same else indexed(config, config.voting_shards, progress)
-        found["queries"] = indexed(config, config.validation_shards, progress)
+        try:
+            found["queries"] = indexed(config, config.validation_shards, progress)
+        except DataError as error:
+            if config.evaluation.knn.val_shards is not None or "no shard matches" not in str(error):
+                raise
+            raise DataError(
+                "no labelled shards to judge by lie beside the training shards",
+                where=f"evaluation.knn.val_shards, by default {config.validation_shards[0]}",
+                mend="name some, or leave judging out: evaluation.knn.enabled=false",
+            ) from error
     s = config.evaluation.segmentation
     if s.enabled:
         pair = [indexed(config, p or (), progress, require=("segmentation",)) for p in (s.train_shards, s.val_shards)]

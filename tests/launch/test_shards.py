@@ -185,3 +185,22 @@ def test_every_verb_takes_shards_from_a_bucket(
     assert fovea("shards", "pack", there, tmp_path / "far", "--min-side", "20") == 0
     assert fovea("shards", "pack", str(tmp_path / "{0..1}.tar"), tmp_path / "near", "--min-side", "20") == 0
     assert (tmp_path / "far" / "train-00000.tar").read_bytes() == (tmp_path / "near" / "train-00000.tar").read_bytes()
+
+
+def test_scenes_are_drawn_with_the_names_of_their_classes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert fovea("shards", "scenes", tmp_path / "set", "--train", "12", "--val", "6", "--size", "32") == 0
+    assert "12 pictures to train on and 6 to judge by" in capsys.readouterr().out
+    assert len((tmp_path / "set" / "classes.txt").read_text().splitlines()) == 10
+    assert {path.name for path in (tmp_path / "set").glob("*.tar")} == {"scenes-train-00000.tar", "scenes-val-00000.tar"}
+
+
+def test_eval_of_no_run_says_so_whatever_is_asked_of_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert fovea("eval", tmp_path / "gone", "--knn") == 2
+    assert f"{tmp_path / 'gone'}: is no run's directory" in " ".join(capsys.readouterr().err.split())
+
+
+def test_training_without_labelled_shards_beside_names_the_setting(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_tar(tmp_path / "a.tar", [(f"{n}.jpg", picture(n)) for n in range(8)])
+    words = [f"data.shards={tmp_path / 'a.tar'}", f"run.directory={tmp_path / 'run'}", "launch.ranks=1"]
+    assert fovea("train", "dinov2/scenes_vit_tiny", *words, "train.global_batch=4", "schedule.lr.warmup=0 steps") == 2
+    assert "evaluation.knn.val_shards" in capsys.readouterr().err
