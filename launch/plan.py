@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from rich.box import SIMPLE
@@ -15,7 +15,7 @@ from launch.train import gpus
 from pipeline.errors import ConfigError
 from pipeline.settings import Config
 from pipeline.training.flops import counted
-from pipeline.training.memory import Held, activations, held
+from pipeline.training.memory import FP32, Held, activations, held
 
 _SLACK = 0.92  # share of a GPU that may be filled: the rest is CUDA's context, NCCL and the allocator's gaps
 
@@ -32,6 +32,7 @@ class Sizes:
         tokens: tokens of all student crops of a sample.
         logits: rows of logits of a sample times prototypes, student and teacher.
         width, depth: of the tower.
+        views: bytes of a sample's views as DALI makes them, fp32 pixels.
     """
 
     groups: list[list[int]]
@@ -42,6 +43,7 @@ class Sizes:
     logits: float
     width: int
     depth: int
+    views: float
 
     @property
     def trained(self) -> int:
@@ -83,6 +85,7 @@ def measure(config: Config) -> Sizes:
         width=int(getattr(vit, "embed_dim", config.model.width or 0)),
         depth=(len(getattr(vit, "blocks", ())) or (config.model.depth or 0))
         + math.ceil(sum(len(one.vit.blocks) * one.width / tower.width for one in beside)),
+        views=max(sum(view.count * 3 * view.size**2 * FP32 for view in one.views) for one in recipe.view_sets),
     )
 
 
@@ -100,6 +103,8 @@ def needed(config: Config, sizes: Sizes, stage: int, ranks: int) -> tuple[Held, 
         accumulation=max(share // micro, 1),
         bf16=bf16,
     )
+    # Those that wait, the one that is computed, and the one that is being made.
+    memory = replace(memory, input=(config.data.prefetch + 2) * share * sizes.views)
     if stage and config.train.offload == "cpu":
         memory = memory.offloaded(stage=stage, accumulation=max(share // micro, 1))
     live = activations(
@@ -137,7 +142,7 @@ def advice(config: Config, sizes: Sizes, ranks: int, capacity: float) -> str:
     more = f"{enough} GPUs with train.zero=3 hold the states" if enough else "no number of such GPUs holds it"
     if config.train.offload == "none" and config.optim.name == "adamw":
         more += f"; train.offload=cpu takes {(memory.masters + memory.moments) / 1e9:.1f} GB of them to host memory"
-    return f"Does not fit: its states alone are {memory.total / 1e9:.1f} GB at stage 3 on {ranks} GPUs; {more}."
+    return f"Does not fit: without activations it is {memory.total / 1e9:.1f} GB at stage 3 on {ranks} GPUs; {more}."
 
 
 def run(config: Config, *, ranks: int | None, gigabytes: float, console: Console | None = None) -> int:
@@ -160,7 +165,7 @@ def run(config: Config, *, ranks: int | None, gigabytes: float, console: Console
     table = Table(
         title=f"GB on one GPU; {config.train.global_batch} samples a step, compute in {config.train.precision}", box=SIMPLE
     )
-    for name in ("GPUs", "ZeRO", "weights", "grads", "Adam", "teacher", "buffers", "activ.", "all", "fits"):
+    for name in ("GPUs", "ZeRO", "weights", "grads", "Adam", "teacher", "DALI", "buffers", "activ.", "all", "fits"):
         table.add_column(name, justify="right")
     fits = False
     counts = sorted({ranks, *(r for r in (1, 2, 4, 8, 64, 256) if r < ranks and config.train.global_batch % r == 0)})
@@ -174,6 +179,7 @@ def run(config: Config, *, ranks: int | None, gigabytes: float, console: Console
                 memory.gradients,
                 memory.masters + memory.moments,
                 memory.teacher,
+                memory.input,
                 memory.buckets + memory.gathered + memory.rounded,
                 live,
                 memory.total + live,
@@ -189,6 +195,7 @@ def run(config: Config, *, ranks: int | None, gigabytes: float, console: Console
     out.print(advice(config, sizes, ranks, capacity))
     out.print(
         f"Weights, gradients, optimizer and teacher are exact to a few percent; activations are an estimate, buffers a bound; "
+        f"DALI is its finished batches (data.prefetch={config.data.prefetch}), without what its decoder needs to work in; "
         f"{math.floor(_SLACK * 100)} % of {gigabytes:g} GB counts as usable.",
         style="dim",
     )

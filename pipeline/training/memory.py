@@ -33,6 +33,7 @@ class Held:
         buckets: for communication.
         gathered: stage 3's whole parameters of student and teacher while they compute, at most.
         rounded: bf16 copies of weights while the student computes.
+        input: batches that DALI has made ahead of the step that is computed.
         host: in host memory beside it, for an offloaded optimizer; not part of the total.
     """
 
@@ -45,6 +46,7 @@ class Held:
     buckets: float = 0.0
     gathered: float = 0.0
     rounded: float = 0.0
+    input: float = 0.0
     host: float = 0.0
 
     @property
