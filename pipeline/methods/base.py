@@ -97,3 +97,16 @@ def register(name: str) -> Callable[[R], R]:
         return cls
 
     return enter
+
+
+class OneViewSettings(RecipeSettings):
+    """Base of the methods that see each picture once, as one crop, and read its caption."""
+
+    image_size: int = Field(default=224, ge=8, le=4096, description="side of the picture, pixels")
+    crop_scale: ShareRange = Field(default=(0.9, 1.0), description="least and largest share of the picture's area in the crop")
+    flip_probability: float = Field(
+        default=0.0, ge=0, le=1, description="probability of a horizontal flip; captions say left and right"
+    )
+    normalize: Literal["openai", "imagenet", "half"] = Field(
+        default="openai", description="mean and deviation taken off the colours; half is 0.5 and 0.5"
+    )

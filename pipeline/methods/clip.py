@@ -8,8 +8,8 @@ from typing import ClassVar, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
-from pipeline.fields import RUNTIME, Count, NonNegative, Positive, Settings, Share, ShareRange
-from pipeline.methods.base import RecipeSettings, register
+from pipeline.fields import RUNTIME, Count, NonNegative, Positive, Settings, Share
+from pipeline.methods.base import OneViewSettings, RecipeSettings, register
 
 
 @dataclass(frozen=True)
@@ -131,18 +131,10 @@ class ContrastiveSettings(RecipeSettings):
 
 
 @register("clip")
-class ClipSettings(ContrastiveSettings):
+class ClipSettings(ContrastiveSettings, OneViewSettings):
     """CLIP (arXiv 2103.00020), and with ``loss: sigmoid`` SigLIP (arXiv 2303.15343)."""
 
     name: Literal["clip"] = Field(default="clip", description="the method")
-    image_size: int = Field(default=224, ge=8, le=4096, description="side of the picture, pixels")
-    crop_scale: ShareRange = Field(default=(0.9, 1.0), description="least and largest share of the picture's area in the crop")
-    flip_probability: float = Field(
-        default=0.0, ge=0, le=1, description="probability of a horizontal flip; captions say left and right"
-    )
-    normalize: Literal["openai", "imagenet", "half"] = Field(
-        default="openai", description="mean and deviation taken off the colours; half is 0.5 and 0.5"
-    )
     loss: Literal["softmax", "sigmoid"] = Field(default="softmax", description="CLIP's or SigLIP's")
     init_scale: Positive | None = Field(
         default=None, description="initial inverse temperature; null is 1/0.07, or 10 with sigmoid"

@@ -6,24 +6,16 @@ from typing import Literal
 
 from pydantic import Field
 
-from pipeline.fields import RUNTIME, Count, NonNegative, ShareRange
-from pipeline.methods.base import register
+from pipeline.fields import RUNTIME, Count, NonNegative
+from pipeline.methods.base import OneViewSettings, register
 from pipeline.methods.clip import ContrastiveSettings
 
 
 @register("coca")
-class CocaSettings(ContrastiveSettings):
+class CocaSettings(ContrastiveSettings, OneViewSettings):
     """CoCa (arXiv 2205.01917): CLIP's comparison, and a decoder that writes the caption."""
 
     name: Literal["coca"] = Field(default="coca", description="the method")
-    image_size: int = Field(default=224, ge=8, le=4096, description="side of the picture, pixels")
-    crop_scale: ShareRange = Field(default=(0.9, 1.0), description="least and largest share of the picture's area in the crop")
-    flip_probability: float = Field(
-        default=0.0, ge=0, le=1, description="probability of a horizontal flip; captions say left and right"
-    )
-    normalize: Literal["openai", "imagenet", "half"] = Field(
-        default="openai", description="mean and deviation taken off the colours; half is 0.5 and 0.5"
-    )
     contrastive_weight: NonNegative = Field(default=1.0, description="weight of the comparison")
     caption_weight: NonNegative = Field(default=2.0, description="weight of the next-token term")
     decoder_depth: Count = Field(default=12, description="blocks that see the picture, above those of the text alone")

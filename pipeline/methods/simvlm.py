@@ -6,23 +6,18 @@ from typing import ClassVar, Literal
 
 from pydantic import Field
 
-from pipeline.fields import RUNTIME, Count, Share, ShareRange
-from pipeline.methods.base import RecipeSettings, register
+from pipeline.fields import RUNTIME, Count, Share
+from pipeline.methods.base import OneViewSettings, register
 from pipeline.methods.clip import TextSettings
 
 
 @register("simvlm")
-class SimvlmSettings(RecipeSettings):
+class SimvlmSettings(OneViewSettings):
     """SimVLM's objective (arXiv 2108.10904): one transformer goes on with the caption after picture and prefix."""
 
     reads_text: ClassVar[bool] = True
 
     name: Literal["simvlm"] = Field(default="simvlm", description="the method")
-    image_size: int = Field(default=224, ge=8, le=4096, description="side of the picture, pixels")
-    crop_scale: ShareRange = Field(default=(0.9, 1.0), description="least and largest share of the picture's area in the crop")
-    flip_probability: float = Field(
-        default=0.0, ge=0, le=1, description="probability of a horizontal flip; captions say left and right"
-    )
     normalize: Literal["openai", "imagenet", "half"] = Field(
         default="imagenet", description="mean and deviation taken off the colours; half is 0.5 and 0.5"
     )
