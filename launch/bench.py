@@ -413,6 +413,31 @@ def collapse(
     _keep("collapse", out, partial(page, found), {"trials": [asdict(one) for one in found]})
 
 
+@app.command()
+def dense(
+    samples: Annotated[int, typer.Option(min=1, help="Samples that each run sees.")] = 64_000,
+    seeds: Annotated[int, typer.Option(min=1, help="Runs of each method, with seeds from 0.")] = 3,
+    shards: Annotated[str | None, typer.Option(help="Training shards of scenes; by default they are drawn.")] = None,
+    ranks: Annotated[int, typer.Option(min=1, help="Processes of a run.")] = 2,
+    directory: Annotated[Path, typer.Option(help="Folder of the runs, which should be new.")] = Path("runs/bench-dense"),
+    out: Annotated[Path | None, typer.Option(help="Where the results go, without ending.")] = None,
+) -> None:
+    """Whether DetailCLIP's patches tell more than CLIP's after equal samples, by linear segmentation of drawn scenes.
+
+    [b]Examples[/b]
+
+    fovea bench dense --samples 25600 --seeds 3
+    """
+    from pipeline.bench.dense import Found, line, measure, page
+
+    found: list[Found] = []
+    where = shards or _scenes(directory)
+    for one in measure(where, samples=samples, seeds=range(seeds), ranks=ranks, directory=directory):
+        _tell(line(one))
+        found.append(one)
+    _keep("dense", out, partial(page, found), {"runs": [asdict(one) for one in found]})
+
+
 def _scenes(directory: Path) -> str:
     """Draws scenes to train on, with others to judge by beside them."""
     from pipeline.data.scenes import write

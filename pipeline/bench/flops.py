@@ -42,7 +42,7 @@ def cost(name: str, config: Config) -> Cost:
 def formula(config: Config) -> float | None:
     """Operations of one sample in one step by hand; ``None`` for methods and towers without a formula."""
     recipe = config.recipe
-    if isinstance(recipe, Dinov2Settings):
+    if type(recipe) is Dinov2Settings:
         return _dinov2(config.model, recipe)
     if isinstance(recipe, ClipSettings) and recipe.image_pool == "class_token" and not recipe.freeze:
         return _clip(config.model, recipe)
@@ -77,13 +77,15 @@ def _dinov2(model: ModelSettings, s: Dinov2Settings) -> float | None:
     prefix = 1 + model.registers
     keep = 1 - model.drop_path if model.drop_path_mode == "subset" else 1.0
 
-    def forward(side: int) -> float:
-        return flops.tower(side, patch, width, depth, prefix=prefix, gated=gated, hidden=hidden)
+    def forward(side: int, read: float | None = None) -> float:
+        return flops.tower(side, patch, width, depth, prefix=prefix, gated=gated, hidden=hidden, read=read)
 
     v = s.views
-    teacher = v.global_count * forward(v.global_size)
-    student = 3 * keep * (v.global_count * forward(v.global_size) + v.local_count * forward(v.local_size))
     hidden_patches = v.global_count * s.mask_probability * sum(s.mask_ratio) / 2 * (v.global_size // patch) ** 2
+    read = 1 + hidden_patches / v.global_count
+    teacher = v.global_count * forward(v.global_size, read)
+    seen = v.global_count * forward(v.global_size, None if s.gram_weight else read)
+    student = 3 * keep * (seen + v.local_count * forward(v.local_size, 1))
     head = flops.prototype_head(width, s.head_hidden, s.head_bottleneck, s.prototypes, s.head_layers)
     logits = 2.0 * s.head_bottleneck * s.prototypes
     crops = v.global_count + v.local_count
@@ -101,7 +103,8 @@ def _clip(model: ModelSettings, s: ClipSettings) -> float | None:
     width, depth, patch, gated, hidden = shape
     kept = 1 - s.patch_dropout
     patches = int((s.image_size // patch) ** 2 * kept)
-    image = depth * flops.block(patches + 1, width, hidden=hidden, gated=gated)
+    image = (depth - 1) * flops.block(patches + 1, width, hidden=hidden, gated=gated)
+    image += flops.block(patches + 1, width, hidden=hidden, gated=gated, read=1)
     image += 2.0 * (s.image_size // patch) ** 2 * 3 * patch**2 * width
     text = flops.text_tower(s.text.context, s.text.sizes.width, s.text.sizes.depth, s.embed or s.text.sizes.embed)
     return 3 * (image + text)

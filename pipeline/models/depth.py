@@ -7,6 +7,7 @@ and added with weight ``b / s``. That saves the share of the work that is droppe
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from types import MethodType
 from typing import Any, Literal
 
@@ -55,7 +56,7 @@ def _some_rows(block: Any, x: Tensor, **attention: Any) -> Tensor:
     if not block.training:
         whole: Tensor = type(block).forward(block, x, **attention)
         return whole
-    scales = (block.ls1, block.ls2) if isinstance(block, Block) else (_scale(block.gamma_1), _scale(block.gamma_2))
+    scales = branch_scales(block)
     batch, kept = len(x), kept_rows(len(x), block.dropped)
 
     rows = torch.randperm(batch, device=x.device)[:kept]
@@ -65,6 +66,19 @@ def _some_rows(block: Any, x: Tensor, **attention: Any) -> Tensor:
     rows = torch.randperm(batch, device=x.device)[:kept]
     branch = scales[1](block.mlp(block.norm2(x[rows])))
     return x.index_add(0, rows, branch.to(x.dtype), alpha=batch / kept)
+
+
+def whole_block(block: Any, x: Tensor, **attention: Any) -> Tensor:
+    """What a block does with all tokens, with the rate that it was given."""
+    if hasattr(block, "dropped"):
+        return _some_rows(block, x, **attention)
+    whole: Tensor = type(block).forward(block, x, **attention)
+    return whole
+
+
+def branch_scales(block: Any) -> tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]:
+    """What a block multiplies its attention's and its feed-forward's output by."""
+    return (block.ls1, block.ls2) if isinstance(block, Block) else (_scale(block.gamma_1), _scale(block.gamma_2))
 
 
 def _scale(gamma: Tensor | None) -> Any:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import timm
 import torch
@@ -31,11 +31,11 @@ class ResNetTower(nn.Module):
         self.width = int(getattr(net, "num_features"))  # noqa: B009 - of timm's models, unknown to nn.Module
         self.patch = 8 if small_stem else 32
 
-    def forward(self, images: Tensor, *, local: bool = False) -> Tokens:
-        """Tokens of ``[batch, 3, height, width]``; ``local`` is for towers that treat local crops otherwise."""
+    def forward(self, images: Tensor, *, local: bool = False, patches: Literal["all", "none"] = "all") -> Tokens:
+        """Tokens of ``[batch, 3, height, width]``; the rest is for towers that treat local crops, or what is read, otherwise."""
         features = self.net.forward_features(images)  # type: ignore[operator]
-        patches = features.flatten(2).transpose(1, 2)
-        return Tokens(cls=patches.mean(1), registers=patches[:, :0], patches=patches)
+        cells = features.flatten(2).transpose(1, 2)
+        return Tokens(cls=cells.mean(1), registers=cells[:, :0], patches=cells)
 
 
 Tower = VisionTower | ResNetTower

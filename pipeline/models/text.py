@@ -49,16 +49,20 @@ class TextBlock(nn.Module):
 
     def _attend(self, qkv: Tensor, read: Tensor | None = None) -> Tensor:
         q, k, v = qkv.unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+        seen = None  # by each token that is read, where it does not see all
         if read is not None:
             q = q.gather(2, read[:, None, :, None].expand(-1, self.heads, -1, q.shape[3]))
+            if self.causal:
+                seen = torch.arange(k.shape[2], device=k.device) <= read[:, None, :, None]
         if qkv.device.type == "cpu" and qkv.dtype == torch.bfloat16:  # no fast backward of the fused kernel, see VisionTower
             scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)
-            if self.causal:
-                later = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).triu(1)
-                scores = scores.masked_fill(later, float("-inf"))
+            if self.causal and seen is None:
+                seen = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
+            if seen is not None:
+                scores = scores.masked_fill(~seen, float("-inf"))
             out = scores.softmax(-1).to(v.dtype) @ v
         else:
-            out = F.scaled_dot_product_attention(q, k, v, is_causal=self.causal)
+            out = F.scaled_dot_product_attention(q, k, v, attn_mask=seen, is_causal=self.causal and read is None)
         return out.transpose(1, 2).flatten(2)
 
 
@@ -119,11 +123,12 @@ class TextTower(nn.Module):
         A text is read at its *first* end mark; one without any, at its last place, where a causal tower has seen it all.
         """
         x = self.tokens(tokens) + self.positions[: tokens.shape[1]]
-        for block in self.blocks:
-            x = checkpoint(block, x, use_reentrant=False) if self.checkpointing else block(x)
         ends = tokens == self.end
-        place = torch.where(ends.any(1), ends.int().argmax(1), tokens.shape[1] - 1)
-        features: Tensor = self.projection(self.norm(x[torch.arange(len(x), device=x.device), place]))
+        place = torch.where(ends.any(1), ends.int().argmax(1), tokens.shape[1] - 1)[:, None]
+        for block in self.blocks:
+            read = place if block is self.blocks[-1] else None
+            x = checkpoint(block, x, read, use_reentrant=False) if self.checkpointing else block(x, read)
+        features: Tensor = self.projection(self.norm(x[:, 0]))
         return features
 
     def lr_scales(self, decay: float, factor: float = 1.0) -> Iterator[tuple[nn.Parameter, float]]:

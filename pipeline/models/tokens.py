@@ -13,7 +13,8 @@ class Tokens(NamedTuple):
     Attributes:
         cls: ``[batch, width]``, one token for the whole image.
         registers: ``[batch, registers, width]``; zero registers give an empty tensor.
-        patches: ``[batch, patches, width]`` in row-major order of the grid (of the kept ones, if tokens were dropped).
+        patches: ``[batch, patches, width]`` in row-major order of the grid (of the kept ones, if tokens were dropped); or
+            ``[n, width]``, if only some of the whole batch were asked for.
         kept: int64 ``[batch, patches]``, positions of ``patches`` in the full grid; ``None`` means all of them.
         attention: ``[batch, patches]``, attention of the class token in the last block; ``None`` unless asked for.
     """

@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import math
 from types import MethodType
-from typing import Any
+from typing import Any, Literal
 
 import timm
 import torch
@@ -22,9 +22,12 @@ from torch.utils.checkpoint import checkpoint
 from pipeline.errors import ConfigError
 from pipeline.models.depth import set_stochastic_depth
 from pipeline.models.positions import Resampling, resample_positions
+from pipeline.models.reading import places, read_some
 from pipeline.models.stems import conv_stem
 from pipeline.models.tokens import Tokens
 from pipeline.settings import ModelSettings
+
+_NOTHING = torch.zeros(0, dtype=torch.int64)
 
 
 class VisionTower(nn.Module):
@@ -66,6 +69,7 @@ class VisionTower(nn.Module):
                 mend="choose a model with fixed rotary positions, and leave model.position_resampling=antialias",
             )
         vit.forward = MethodType(_walk, vit)
+        vit.reads_some = read_some(vit.blocks[-1])
         self.vit = vit
         self.timm_name, self.timm_args = timm_name, dict(timm_args or {})
         self.width = vit.embed_dim
@@ -76,7 +80,15 @@ class VisionTower(nn.Module):
         self.checkpointing = False
         self._fused = bool(vit.blocks[0].attn.fused_attn)
 
-    def forward(self, images: Tensor, mask: Tensor | None = None, keep: Tensor | None = None, *, local: bool = False) -> Tokens:
+    def forward(
+        self,
+        images: Tensor,
+        mask: Tensor | None = None,
+        keep: Tensor | None = None,
+        *,
+        local: bool = False,
+        patches: Tensor | Literal["all", "none"] = "all",
+    ) -> Tokens:
         """Tokens of a batch of images, normalised by the final norm.
 
         Args:
@@ -84,6 +96,8 @@ class VisionTower(nn.Module):
             mask: bool ``[batch, patches]``, true where the mask token takes a patch's place, before positions are added.
             keep: int64 ``[batch, kept]``, the only patches to go on with, once positions are added; all others are left out.
             local: these are local crops, which are normalised by the norm for them, if the tower has one.
+            patches: which are read: all, none, or those at int64 ``[n]`` places among the patches of the whole batch, which are
+                then ``[n, width]`` in the answer. The last block computes no other, and no registers, unless all are read.
         """
         # torch's fused attention has no fast bf16 backward on CPUs: 118 ms a block where plain products need 10.
         fused = self._fused and not (images.device.type == "cpu" and torch.is_autocast_enabled("cpu"))
@@ -94,8 +108,11 @@ class VisionTower(nn.Module):
             if getattr(block.attn, "q_bias", None) is not None and block.attn.qkv.weight.ndim != 2:
                 block.attn.qkv_bias_separate = True
         norm = self.local_norm if local else None
-        x = self.vit(images, mask, keep, self.mask_token, self.resampling, self.checkpointing, norm)
-        prefix = self.vit.num_prefix_tokens
+        read = None if patches == "all" else _NOTHING.to(images.device) if isinstance(patches, str) else patches
+        x = self.vit(images, mask, keep, self.mask_token, self.resampling, self.checkpointing, norm, read)
+        prefix, batch = self.vit.num_prefix_tokens, len(images)
+        if read is not None:
+            return Tokens(cls=x[:batch], registers=x.new_zeros(batch, 0, x.shape[1]), patches=x[batch:], kept=keep)
         return Tokens(cls=x[:, 0], registers=x[:, 1:prefix], patches=x[:, prefix:], kept=keep)
 
 
@@ -145,12 +162,17 @@ def _walk(
     resampling: Resampling,
     checkpointing: bool,
     norm: nn.Module | None,
+    read: Tensor | None,
 ) -> Tensor:
-    """All tokens ``[batch, prefix + patches, width]``. The model's own forward, so that an engine that cuts parameters (ZeRO 3)
-    knows when the class token and the positions are wanted."""
+    """All tokens ``[batch, prefix + patches, width]``, or class tokens and the patches to read, ``[batch + n, width]``. The
+    model's own forward, so that an engine that cuts parameters (ZeRO 3) knows when class token and positions are wanted."""
     x, rope = embed(vit, images, mask, keep, mask_token, resampling)
+    at = None if read is None else places(len(x), x.shape[1], vit.num_prefix_tokens, read)
     for block in vit.blocks:
-        x = checkpoint(block, x, use_reentrant=False, **rope) if checkpointing else block(x, **rope)
+        more = rope | {"read": at} if block is vit.blocks[-1] and vit.reads_some else rope
+        x = checkpoint(block, x, use_reentrant=False, **more) if checkpointing else block(x, **more)
+    if at is not None and not vit.reads_some:
+        x = x.flatten(0, 1)[at]
     tokens: Tensor = (vit.norm if norm is None else norm)(x)
     return tokens
 

@@ -122,3 +122,12 @@ class Recipe(nn.Module, ABC):
             self.teacher.to(device)
         self.memory = {name: tensor.to(device) for name, tensor in self.memory.items()}
         return self
+
+
+def seed(batch: Batch) -> None:
+    """What is drawn on the batch's device from now on depends on ``batch.seed`` alone: ``torch.manual_seed`` for one device,
+    without the stack traces that it takes for every kind of device that is not in use (0.4 ms)."""
+    torch.default_generator.manual_seed(batch.seed)
+    device = next(view.device for views in batch.views.values() for view in views)
+    if device.type == "cuda":
+        torch.cuda.default_generators[device.index or 0].manual_seed(batch.seed)

@@ -49,7 +49,7 @@ class BYOL(TwoViews):
         """Term ``regression``, 0 to 8, the sum of both directions; and those of repulsion."""
         backbone, projector = self.teacher.modules.values()
         with torch.no_grad(), batch_statistics(backbone, projector):
-            targets = [projector(backbone(view).cls) for view in batch.views["global"]]
+            targets = [projector(backbone(view, patches="none").cls) for view in batch.views["global"]]
         large, small = self.project(batch, self.projector)
         pairs = [(large[0], targets[1]), (large[1], targets[0]), *((x, target) for x in small for target in targets)]
         terms = [losses.cosine_regression(self.predictor(x), target) for x, target in pairs]

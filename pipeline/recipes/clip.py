@@ -66,7 +66,7 @@ class CLIP(Contrastive):
             patches = (images.shape[-1] // self.backbone.patch) ** 2
             keep = random_keep(batch.ids, batch.position, patches, s.patch_dropout, images.device)
         with torch.set_grad_enabled(torch.is_grad_enabled() and "image" not in s.freeze):
-            tokens = self.backbone(images, keep=keep)
+            tokens = self.backbone(images, keep=keep, patches="none" if self.pool is None else "all")
         with torch.set_grad_enabled(torch.is_grad_enabled() and "text" not in s.freeze):
             texts = self.text_tower(caption_tokens(batch))
         return unit(self._pooled(tokens)), unit(texts)

@@ -19,7 +19,7 @@ from pipeline.methods import ContrastiveSettings, TextSettings
 from pipeline.models.groups import ParameterGroup, parameter_groups
 from pipeline.models.text import LogitScale, TextTower
 from pipeline.models.vision import VisionTower
-from pipeline.recipes.base import Recipe, Step
+from pipeline.recipes.base import Recipe, Step, seed
 
 
 @dataclass(frozen=True)
@@ -94,7 +94,7 @@ class Contrastive(Recipe):
             return
         kept = []
         for batch in batches:
-            torch.manual_seed(batch.seed)  # as before the pass with gradients
+            seed(batch)  # as before the pass with gradients
             kept.append(self.features(batch))
         whole = [torch.cat(parts).requires_grad_() for parts in zip(*kept, strict=True)]
         numbers = [number.detach().requires_grad_() for number in self.logits() if number is not None]

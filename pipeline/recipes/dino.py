@@ -68,10 +68,10 @@ class DINO(TwoViews):
         s, locals_ = self.settings, batch.views.get("local", [])
         globals_ = torch.cat(batch.views["global"])
         targets = self._targets(globals_, step)
-        seen = self.backbone(globals_).cls
+        seen = self.backbone(globals_, patches="none").cls
         samples, cls = len(seen) // 2, [seen]
         if locals_:
-            cls.append(self.backbone(torch.cat(locals_), local=True).cls)
+            cls.append(self.backbone(torch.cat(locals_), local=True, patches="none").cls)
         pairings = losses.multi_crop_pairings(len(locals_))
         count = sum(sum(p.targets) * (p.views[1] - p.views[0]) for p in pairings)
         each = seen.new_full((samples,), 1 / (samples * count))
@@ -110,7 +110,7 @@ class DINO(TwoViews):
         backbone, head = self.teacher.modules.values()
         assert isinstance(head, PrototypeHead)
         with batch_statistics(backbone):
-            units = head.units(backbone(images).cls)
+            units = head.units(backbone(images, patches="none").cls)
         matrix = head.matrix(units.dtype)
         with torch.autocast(units.device.type, enabled=False):
             self._sums.append((matrix.float() @ units.float().sum(0), len(units)))  # logits are linear in features

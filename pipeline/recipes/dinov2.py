@@ -109,11 +109,10 @@ class DINOv2(Recipe):
         dino_head, ibot_head = cast(PrototypeHead, heads[0]), cast(PrototypeHead, heads[-1])  # one and the same if shared
         features, cls, patches = [], [], []
         for batch in batches:
-            tokens = backbone(torch.cat(batch.views["global"]))
-            hidden = tokens.patches.flatten(0, 1)[batch.masks["global"].index]
+            tokens = backbone(torch.cat(batch.views["global"]), patches=batch.masks["global"].index)
             features.append(tokens.cls[: len(tokens.cls) // 2])
             cls.append(dino_head.units(tokens.cls))
-            patches.append(ibot_head.units(hidden))
+            patches.append(ibot_head.units(tokens.patches))
         self._rank = losses.effective_rank(torch.cat(features))
         dino_matrix = dino_head.matrix(cls[0].dtype)
         ibot_matrix = dino_matrix if ibot_head is dino_head else ibot_head.matrix(cls[0].dtype)
@@ -130,11 +129,11 @@ class DINOv2(Recipe):
             self.prepare([batch], step)
         s, targets, masks = self.settings, self._prepared.popleft(), batch.masks["global"]
         globals_ = torch.cat(batch.views["global"])
-        seen = self.backbone(globals_, self.hidden(masks))
+        seen = self.backbone(globals_, self.hidden(masks), patches=masks.index if self.gram is None else "all")
         crops, samples = len(seen.cls), len(seen.cls) // 2
         cls = [seen.cls]
         if batch.views.get("local"):
-            cls.append(self.backbone(torch.cat(batch.views["local"]), local=True).cls)
+            cls.append(self.backbone(torch.cat(batch.views["local"]), local=True, patches="none").cls)
         pairings = losses.multi_crop_pairings(len(batch.views.get("local", ())))
         each = seen.cls.new_full((samples,), 1 / (samples * sum(sum(p.targets) * (p.views[1] - p.views[0]) for p in pairings)))
 
@@ -148,7 +147,7 @@ class DINOv2(Recipe):
         def ibot(unit: Tensor, matrix: Tensor) -> Tensor:
             return cross_entropy(unit[None], matrix, targets.ibot, losses.SAME_VIEW, masks.weight / crops)[0]
 
-        tokens, hidden = torch.cat(cls), seen.patches.flatten(0, 1)[masks.index]
+        tokens, hidden = torch.cat(cls), seen.patches if self.gram is None else seen.patches.flatten(0, 1)[masks.index]
         if self.ibot_head is not None:
             (local, glob), *watched = self.dino_head(tokens, dino)
             (patch,) = self.ibot_head(hidden, ibot)

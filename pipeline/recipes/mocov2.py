@@ -55,9 +55,10 @@ class MoCoV2(TwoViews):
         large, small = batch.views["global"], batch.views.get("local", [])
         backbone, projector = self.teacher.modules.values()
         with torch.no_grad(), batch_statistics(backbone, projector):
-            keys = {g: F.normalize(projector(backbone(large[g]).cls).float(), dim=1) for g in ((0, 1) if small else (1,))}
-        queries = [self.projector(self.backbone(view).cls) for view in (large if small else large[:1])]
-        local = [self.projector(self.backbone(view, local=True).cls) for view in small]
+            judged = {g: projector(backbone(large[g], patches="none").cls) for g in ((0, 1) if small else (1,))}
+            keys = {g: F.normalize(key.float(), dim=1) for g, key in judged.items()}
+        queries = [self.projector(self.backbone(view, patches="none").cls) for view in (large if small else large[:1])]
+        local = [self.projector(self.backbone(view, local=True, patches="none").cls) for view in small]
         pairs = [(q, keys[1 - i]) for i, q in enumerate(queries)] + [(q, key) for q in local for key in keys.values()]
         terms = [losses.queue_contrast(q, key, self.memory["queue"], self.settings.temperature) for q, key in pairs]
         self._new.append((torch.tensor(batch.ids, dtype=torch.int64, device=keys[1].device), keys[1]))

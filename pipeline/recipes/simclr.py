@@ -22,7 +22,7 @@ from pipeline.methods import SimclrSettings
 from pipeline.models.mlps import mlp
 from pipeline.models.norms import batch_statistics
 from pipeline.models.resnet import Tower, build_trunk
-from pipeline.recipes.base import Step
+from pipeline.recipes.base import Step, seed
 from pipeline.recipes.contrastive import Replay
 from pipeline.recipes.twoviews import TwoViews
 from pipeline.settings import Config
@@ -51,7 +51,7 @@ class SimCLR(TwoViews):
 
     def features(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Projections ``[b, out]`` of the two views, fp32; both pass at once, a norm over the batch sees both."""
-        both = self.projector(self.backbone(torch.cat(batch.views["global"])).cls).float()
+        both = self.projector(self.backbone(torch.cat(batch.views["global"]), patches="none").cls).float()
         first, second = both.chunk(2)
         return first, second
 
@@ -63,7 +63,7 @@ class SimCLR(TwoViews):
             return
         kept = []
         for batch in batches:
-            torch.manual_seed(batch.seed)  # as before the pass with gradients
+            seed(batch)  # as before the pass with gradients
             with batch_statistics(*((self,) if self.training else ())):
                 kept.append(self.features(batch))
         whole = [torch.cat(parts).requires_grad_() for parts in zip(*kept, strict=True)]

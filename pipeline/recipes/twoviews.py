@@ -58,8 +58,8 @@ class TwoViews(Recipe):
         Each view passes alone, as in MoCo v3 and BYOL: a norm over the batch then sees one view.
         """
         net = nn.Sequential(*heads)
-        large: list[Tensor] = [net(self.backbone(view).cls) for view in batch.views["global"]]
-        small: list[Tensor] = [net(self.backbone(view, local=True).cls) for view in batch.views.get("local", ())]
+        large: list[Tensor] = [net(self.backbone(view, patches="none").cls) for view in batch.views["global"]]
+        small: list[Tensor] = [net(self.backbone(view, local=True, patches="none").cls) for view in batch.views.get("local", ())]
         return large, small
 
     def parameter_groups(self) -> list[ParameterGroup]:

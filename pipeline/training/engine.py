@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from pipeline.data.views import Batch
 from pipeline.errors import TrainingError
 from pipeline.models.groups import ParameterGroup
-from pipeline.recipes.base import Recipe, Step
+from pipeline.recipes.base import Recipe, Step, seed
 from pipeline.training import accelerated
 from pipeline.training.layout import ADAM, Flat, Fragment, Layout, Partitioned, Whole, piece_of
 from pipeline.training.offload import OffloadedFlat, OffloadedPartitioned
@@ -152,7 +152,7 @@ class Engine:
         Returns:
             The recipe's terms, detached, on the device.
         """
-        torch.manual_seed(batch.seed)
+        seed(batch)
         terms = self._engine(batch, step)
         self._engine.backward(torch.stack([term.float() for term in terms.values()]).sum())
         if not self._engine.is_gradient_accumulation_boundary():

@@ -90,7 +90,7 @@ def fake_batch(views: Sequence[ViewSpec], samples: int, *, context: int = 0) -> 
     )
 
 
-def block(tokens: int, width: int, *, hidden: int | None = None, gated: bool = False) -> float:
+def block(tokens: int, width: int, *, hidden: int | None = None, gated: bool = False, read: float | None = None) -> float:
     """Operations of a transformer block, forward, for one sequence.
 
     Args:
@@ -98,22 +98,37 @@ def block(tokens: int, width: int, *, hidden: int | None = None, gated: bool = F
         width: of a token.
         hidden: of the feed-forward layer, four widths unless told.
         gated: whether that layer has a gate (SwiGLU), hence three matrices instead of two.
+        read: tokens that are read of it, which alone pass its projection and feed-forward layer; ``None`` for all.
     """
-    feed = 2 * tokens * width * (hidden or 4 * width) * (3 if gated else 2)
-    return 8.0 * tokens * width**2 + 4.0 * tokens**2 * width + feed
+    out = tokens if read is None else read
+    feed = 2 * out * width * (hidden or 4 * width) * (3 if gated else 2)
+    return 6.0 * tokens * width**2 + 4.0 * tokens**2 * width + 2.0 * out * width**2 + feed
 
 
 def tower(
-    side: int, patch: int, width: int, depth: int, *, prefix: int = 1, gated: bool = False, hidden: int | None = None
+    side: int,
+    patch: int,
+    width: int,
+    depth: int,
+    *,
+    prefix: int = 1,
+    gated: bool = False,
+    hidden: int | None = None,
+    read: float | None = None,
 ) -> float:
-    """Operations of a vision transformer, forward, for one picture of ``side`` pixels."""
+    """Operations of a vision transformer, forward, for one picture of ``side`` pixels, of whose last block ``read`` tokens (or
+    all) are wanted."""
     patches = (side // patch) ** 2
-    return depth * block(patches + prefix, width, hidden=hidden, gated=gated) + 2.0 * patches * 3 * patch**2 * width
+    blocks = (depth - 1) * block(patches + prefix, width, hidden=hidden, gated=gated)
+    last = block(patches + prefix, width, hidden=hidden, gated=gated, read=read)
+    return blocks + last + 2.0 * patches * 3 * patch**2 * width
 
 
 def text_tower(context: int, width: int, depth: int, embed: int) -> float:
-    """Operations of a causal text tower, forward, for one caption; all of its attention is counted, as is done."""
-    return depth * block(context, width) + 2.0 * width * embed
+    """Operations of a text tower, forward, for one caption, which is read at one token; of all blocks but the last the whole
+    attention is counted, as is done."""
+    last = block(context, width, read=1) - 4.0 * context * (context - 1) * width  # one row of its attention
+    return (depth - 1) * block(context, width) + last + 2.0 * width * embed
 
 
 def prototype_head(width: int, hidden: int, bottleneck: int, prototypes: int, layers: int = 3) -> float:

@@ -53,7 +53,7 @@ class Source:
         if self.saved is not None:
             facts |= {"path": str(self.saved.path.resolve()), "id": self.saved.id, "step": self.saved.step}
         elif self.path is not None:
-            facts |= {"path": str(self.path.resolve()), "blake2b": saved.entry(self.path)["blake2b"]}
+            facts |= {"path": str(self.path.resolve()), "blake2b": saved.entry(self.path, "blake2b")["blake2b"]}
         return facts
 
 

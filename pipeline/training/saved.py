@@ -5,15 +5,24 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import xxhash
 
 from pipeline.errors import CheckpointError
 
 FORMAT = 1
 MANIFEST = "manifest.json"
 DIGEST_BYTES = 16
+CHECKSUM = "xxh3"
+CHECKSUMS: dict[str, Callable[[], Any]] = {
+    CHECKSUM: xxhash.xxh3_128,  # ten times as fast: it guards against damage, not against forgery
+    "blake2b": lambda: hashlib.blake2b(digest_size=DIGEST_BYTES),  # of checkpoints that were written before
+}
+_PIECE = 4 << 20  # bytes read at once
 
 
 @dataclass(frozen=True)
@@ -59,11 +68,18 @@ def sync(path: Path) -> None:
         os.close(handle)
 
 
-def entry(path: Path) -> dict[str, Any]:
-    """Name, size and checksum of a file, as the manifest lists it."""
-    with path.open("rb") as file:
-        digest = hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=DIGEST_BYTES)).hexdigest()
-    return {"name": path.name, "size": path.stat().st_size, "blake2b": digest}
+def entry(path: Path, kind: str = CHECKSUM) -> dict[str, Any]:
+    """Name, size and checksum of a file, as the manifest lists it.
+
+    Args:
+        path: the file.
+        kind: of checksum, a key of :data:`CHECKSUMS`.
+    """
+    digest = CHECKSUMS[kind]()
+    with path.open("rb", buffering=0) as file:
+        while piece := file.read(_PIECE):
+            digest.update(piece)
+    return {"name": path.name, "size": path.stat().st_size, kind: digest.hexdigest()}
 
 
 def read(path: Path) -> Saved:
@@ -157,7 +173,7 @@ def verify(saved: Saved) -> None:
     for known in saved.manifest["files"]:
         path = saved.path / known["name"]
         try:
-            now = entry(path)
+            now = entry(path, next((kind for kind in CHECKSUMS if kind in known), CHECKSUM))
         except OSError as error:
             now = {"problem": error.strerror}
         if now != known:

@@ -6,7 +6,6 @@ the files; it is not used to write them because it copies everything under Pytho
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 from collections.abc import Iterator, Mapping
@@ -16,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pipeline.training.saved import DIGEST_BYTES
+from pipeline.training.saved import CHECKSUM, CHECKSUMS
 
 _PIECE = 16 << 20  # bytes between which other threads get their turn
 _TYPES = {
@@ -56,7 +55,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], *, metadata: Mappin
         header[name] = {"dtype": _TYPES[tensors[name].dtype], "shape": list(tensors[name].shape), "data_offsets": [begin, end]}
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    digest, size = hashlib.blake2b(digest_size=DIGEST_BYTES), 0
+    digest, size = CHECKSUMS[CHECKSUM](), 0
     with path.open("wb", buffering=0) as file:
         for piece in (memoryview(len(text).to_bytes(8, "little") + text), *(p for n in names for p in _pieces(tensors[n]))):
             digest.update(piece)
@@ -64,7 +63,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], *, metadata: Mappin
             while piece:
                 piece = piece[file.write(piece) :]
         os.fsync(file.fileno())
-    return {"name": path.name, "size": size, "blake2b": digest.hexdigest()}
+    return {"name": path.name, "size": size, CHECKSUM: digest.hexdigest()}
 
 
 def _pieces(tensor: Tensor) -> Iterator[memoryview]:

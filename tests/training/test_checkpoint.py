@@ -416,3 +416,14 @@ def test_another_format_is_told_by_its_number(folder: Path) -> None:
     assert found is not None
     assert found.step == 3
     assert "format 99" in complaints[0]
+
+
+def test_a_checkpoint_with_the_checksums_of_earlier_versions_is_verified_by_them(folder: Path) -> None:
+    path = folder / "step_000000006"
+    manifest = json.loads((path / "manifest.json").read_text())
+    manifest["files"] = [saved.entry(path / file["name"], "blake2b") for file in manifest["files"]]
+    (path / "manifest.json").write_text(json.dumps(manifest))
+    saved.verify(saved.read(path))
+    spoil(path / "rank_00000.safetensors", "flipped")
+    with pytest.raises(CheckpointError, match="bytes have changed"):
+        saved.verify(saved.read(path))

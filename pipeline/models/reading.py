@@ -1,0 +1,90 @@
+"""The last block of a tower for those tokens alone that somebody reads.
+
+A block's keys and values are of all tokens; its output, and all that follows the attention, is needed only where it is read: at
+the class token of a local crop, at the masked patches of a global one. What is left out changes no number that is read.
+"""
+
+from __future__ import annotations
+
+from types import MethodType
+from typing import Any
+
+import torch
+from timm.models.eva import EvaBlock
+from timm.models.vision_transformer import Block
+from torch import Tensor, nn
+
+from pipeline.models.depth import branch_scales, kept_rows, whole_block
+
+
+def read_some(block: Any) -> bool:
+    """Teaches a block the argument ``read``, int64 ``[n]`` places among all tokens of the batch, one sample after another: then
+    it returns ``[n, width]``. Whether it could be taught; no parameter and no name changes."""
+    if type(block) not in (Block, EvaBlock):
+        return False
+    projection = block.attn.proj
+    projection.read = None
+    projection.forward = MethodType(_project, projection)
+    block.forward = MethodType(_forward, block)
+    return True
+
+
+def places(batch: int, tokens: int, prefix: int, patches: Tensor) -> Tensor:
+    """Where the class tokens and some patches stand among all tokens of a batch, int64 ``[batch + n]``.
+
+    Args:
+        batch: samples.
+        tokens: of a sample.
+        prefix: tokens of a sample before its first patch.
+        patches: int64 ``[n]``, places among all patches of the batch.
+    """
+    each = tokens - prefix
+    samples = torch.arange(batch, device=patches.device)
+    return torch.cat([samples * tokens, patches + (patches // each + 1) * prefix])
+
+
+def _project(projection: Any, x: Tensor) -> Tensor:
+    rows = x if projection.read is None else x.flatten(0, 1)[projection.read]
+    projected: Tensor = type(projection).forward(projection, rows)
+    return projected
+
+
+def _forward(block: Any, x: Tensor, read: Tensor | None = None, **attention: Any) -> Tensor:
+    if read is None:
+        return whole_block(block, x, **attention)
+    batch, tokens, _ = x.shape
+    sample, token = read // tokens, read % tokens
+    scales = branch_scales(block)
+
+    rows, weight = _drawn(block, block.drop_path1, x)
+    if rows is None:
+        branch = _attend(block, x, read, attention)
+    else:
+        place = rows.new_zeros(batch).index_copy_(0, rows, torch.arange(len(rows), device=x.device))
+        own = {key: v[rows] if isinstance(v, Tensor) and v.ndim > 2 and len(v) == batch else v for key, v in attention.items()}
+        branch = _attend(block, x[rows], place[sample] * tokens + token, own)
+    x = x.flatten(0, 1)[read]
+    x = x + (weight[sample] * scales[0](branch)).to(x.dtype)
+    _, weight = _drawn(block, block.drop_path2, x.new_empty(batch, 1))
+    return x + (weight[sample] * scales[1](block.mlp(block.norm2(x)))).to(x.dtype)
+
+
+def _drawn(block: Any, drop_path: nn.Module, x: Tensor) -> tuple[Tensor | None, Tensor]:
+    """The samples whose branch is computed, ``None`` for all, and the weight ``[batch, 1]`` of each sample's branch: drawn as for
+    the whole block, so that the same samples are left out."""
+    batch, rate = len(x), getattr(block, "dropped", 0.0) if block.training else 0.0
+    if not rate:
+        weight: Tensor = drop_path(x.new_ones(batch, 1))
+        return None, weight
+    rows = torch.randperm(batch, device=x.device)[: kept_rows(batch, rate)]
+    return rows, x.new_zeros(batch, 1).index_fill_(0, rows, batch / len(rows))
+
+
+def _attend(block: Any, x: Tensor, read: Tensor, attention: dict[str, Any]) -> Tensor:
+    """The attention's output at some tokens, ``[n, width]``."""
+    block.attn.proj.read = read
+    try:
+        branch: Tensor = block.attn(block.norm1(x), **attention)
+    finally:
+        block.attn.proj.read = None
+    return branch
