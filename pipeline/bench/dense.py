@@ -1,6 +1,7 @@
 """Whether DetailCLIP's patches tell more than CLIP's.
 
-Both learn from the same drawn scenes, with several seeds; a linear layer on their patch tokens then names the shape of each pixel.
+Both learn from the same drawn scenes, with several seeds. A linear layer on their patch tokens then names the shape of each
+pixel.
 """
 
 from __future__ import annotations
