@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
+import torch
+
 from pipeline.bench.plain import Plain, Size, advance, alone, batch_of, engine_of
 from pipeline.recipes.base import Step
 from pipeline.training import checkpoint, saved
@@ -36,7 +38,8 @@ class Result:
     Attributes:
         parameters: of the student.
         stored: bytes of the checkpoint.
-        fresh, resumed: wall seconds of each round from an untouched method to the end of its first step.
+        fresh, resumed: processor seconds of each round from an untouched method to the end of its first step, one thread; the
+            file is in the page cache.
     """
 
     parameters: int
@@ -68,25 +71,30 @@ def measure(options: Options, *, tell: Callable[[str], None] = lambda _: None) -
 
         def start(again: Path | None) -> float:
             method = Plain(size)
-            begin = time.perf_counter()
+            begin = time.process_time()
             started = engine_of(method, size)
             if again is not None:
                 found = saved.read(again)
                 saved.verify(found)
                 checkpoint.load(found, started, method)
             advance(started, method, batch, at)
-            spent = time.perf_counter() - begin
+            spent = time.process_time() - begin
             started.close()
             return spent
 
         tell("starting")
         acts = {"fresh": partial(start, None), "resumed": partial(start, path)}
-        for act in acts.values():
-            act()
         seconds: dict[str, list[float]] = {name: [] for name in acts}
-        for _ in range(options.rounds):
-            for name, act in acts.items():
-                seconds[name].append(act())
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)  # others would burn processor time while they wait
+        try:
+            for act in acts.values():
+                act()
+            for _ in range(options.rounds):
+                for name, act in acts.items():
+                    seconds[name].append(act())
+        finally:
+            torch.set_num_threads(threads)
     stored = sum(file["size"] for file in whole.manifest["files"])
     return Result(sum(p.numel() for p in recipe.parameters()), stored, **seconds)
 
@@ -96,10 +104,10 @@ def markdown(result: Result, options: Options, machine: dict[str, str], command:
     verdict = "within" if result.ratio <= AIM else "above"
     lines = ["# Going on from a checkpoint", "", f"`{command}`", "", *(f"- {n}: {v}" for n, v in machine.items())]
     lines += [
-        f"- {result.parameters:,} parameters; checkpoint {result.stored:,} bytes, "
+        f"- {result.parameters:,} parameters, {options.size.samples} rows a step; checkpoint {result.stored:,} bytes, "
         f"{result.stored / result.parameters:.2f} a parameter ({BYTES} by formula)",
         "",
-        "| from an untouched method to the end of its first step | s, fastest | s, slowest |",
+        "| from an untouched method to the end of its first step | CPU s, fastest | CPU s, slowest |",
         "|---|---:|---:|",
         f"| fresh | {min(result.fresh):.3f} | {max(result.fresh):.3f} |",
         f"| from a checkpoint, verified | {min(result.resumed):.3f} | {max(result.resumed):.3f} |",

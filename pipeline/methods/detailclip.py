@@ -53,6 +53,12 @@ class DetailClipSettings(ContrastiveSettings):
     center_over: Literal["all", "removed"] = Field(
         default="all", description="the teacher's patches whose mean the centre follows"
     )
+    teacher_size: int | None = Field(
+        default=None,
+        ge=2,
+        description="side to which views are shrunk for the teacher, pixels: a multiple of the patch, null for none (as "
+        "released). Its features are resampled to the student's grid; at 160 of 224 it costs half",
+    )
     freeze_patch_embed: bool = Field(default=True, description="the patch embedding keeps its initial weights")
     text_teacher: bool = Field(
         default=True, description="the text tower has a slow copy too, and the slow towers are judged and exported (as released)"

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from pipeline import losses
 from pipeline.data.views import Batch, ViewSpec
+from pipeline.errors import ConfigError
 from pipeline.methods import DetailClipSettings
 from pipeline.models.attention import kept_and_removed, with_attention
 from pipeline.models.decoder import Decoder, patchified
@@ -93,17 +94,19 @@ class DetailCLIP(Contrastive):
         backbone, head = cast(VisionTower, self.teacher.modules["backbone"]), cast(PrototypeHead, self.teacher.modules["head"])
         s, seen, sums, rows = self.settings, [], [], [0, 0]
         for batch in batches:
-            tokens = with_attention(backbone, torch.cat(batch.views["global"]), layers=s.aggregation)
+            tokens = with_attention(backbone, self._shrunk(torch.cat(batch.views["global"])), layers=s.aggregation)
             assert tokens.attention is not None
+            attention = losses.resampled_patches(tokens.attention[..., None], self.grid)[..., 0]
+            seen_patches = losses.resampled_patches(tokens.patches, self.grid)
             keep, removed = kept_and_removed(
-                tokens.attention, self.grid, s.keep_ratio, cells=s.granularity == "cells", plus_one=s.keep_count == "plus_one"
+                attention, self.grid, s.keep_ratio, cells=s.granularity == "cells", plus_one=s.keep_count == "plus_one"
             )
             told = (
                 removed
                 if s.patch_positions == "removed"
                 else torch.arange(self.grid**2, device=keep.device).expand(len(keep), -1)
             )
-            cls, patches = head.units(tokens.cls), head.units(tokens.patches)
+            cls, patches = head.units(tokens.cls), head.units(seen_patches)
             centred = patches if s.center_over == "all" else taken(patches, removed)
             sums.append(torch.stack([cls.float().sum(0), centred.float().sum((0, 1))]))
             rows = [rows[0] + len(cls), rows[1] + centred.shape[0] * centred.shape[1]]
@@ -205,6 +208,13 @@ class DetailCLIP(Contrastive):
         first, second = unit(self.image_projection(tokens.cls)).chunk(2)
         return tokens, (first, second, unit(self.text_tower(caption_tokens(batch))))
 
+    def _shrunk(self, images: Tensor) -> Tensor:
+        """What the teacher sees of views."""
+        side = self.settings.teacher_size
+        if side in (None, images.shape[-1]):
+            return images
+        return nn.functional.interpolate(images.float(), size=(side, side), mode="bilinear", antialias=True)
+
     def _forget(self) -> None:
         self._means, self._prepared = {}, []
 
@@ -218,5 +228,17 @@ def detailclip_views(settings: DetailClipSettings) -> tuple[ViewSpec, ...]:
 
 
 def build(config: Config, settings: DetailClipSettings) -> DetailCLIP:
-    """The method around fresh towers."""
-    return DetailCLIP(build_tower(config.model, image_size=settings.image_size), settings)
+    """The method around fresh towers.
+
+    Raises:
+        ConfigError: the teacher's views are not made of whole patches, or larger than the student's.
+    """
+    tower = build_tower(config.model, image_size=settings.image_size)
+    side = settings.teacher_size or settings.image_size
+    if side % tower.patch or side > settings.image_size:
+        raise ConfigError(
+            f"the teacher cannot see {side} pixels: patches have {tower.patch}, the student's views {settings.image_size}",
+            where="recipe.teacher_size",
+            mend=f"choose a multiple of {tower.patch} up to {settings.image_size}, or null",
+        )
+    return DetailCLIP(tower, settings)

@@ -30,7 +30,7 @@ from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from enum import IntEnum
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, BinaryIO
 
 import torch
 import torch.distributed as dist
@@ -43,10 +43,11 @@ from pipeline.training.engine import Engine
 from pipeline.training.retention import Mark, Retention, write_best
 from pipeline.training.saved import FORMAT, MANIFEST, Saved, listed, sync
 from pipeline.training.staging import Snapshot, Staging, whole_tensors
-from pipeline.training.tensorfile import write_tensors
+from pipeline.training.tensorfile import begins, write_tensors
 
 _WHOLE = "whole.safetensors"
 _TEMPORARY = ".tmp-"
+_FP32 = 4  # bytes
 
 
 class Saving(IntEnum):
@@ -315,38 +316,60 @@ def _rank_file(rank: int) -> str:
 
 
 class _Pieces:
-    """Reads any range of any saved tensor out of the rank files."""
+    """Reads any range of any saved tensor out of the rank files, straight to where it is wanted: mapped into memory, a file costs
+    a page fault for each of its pages."""
 
     def __init__(self, saved: Saved) -> None:
-        ranks = range(len(saved.manifest["fragments"]))
-        self._path, self._files = saved.path, [safe_open(saved.path / _rank_file(rank), framework="pt") for rank in ranks]
+        self._path = saved.path
+        self._files: list[BinaryIO] = []
+        self._begins: list[dict[str, int]] = []
         self._where: dict[str, list[tuple[int, int, int]]] = {}
         for rank, table in enumerate(saved.manifest["fragments"]):
+            file = (saved.path / _rank_file(rank)).open("rb", buffering=0)
+            self._files.append(file)
+            self._begins.append(begins(file))
             for name, (start, length) in table.items():
                 self._where.setdefault(name, []).append((start, length, rank))
 
     def names(self, kind: str) -> set[str]:
         """Which tensors there are of a kind."""
         start = f"{kind}/"
-        return {key.removeprefix(start) for file in self._files for key in file.keys() if key.startswith(start)}  # noqa: SIM118
+        return {key.removeprefix(start) for held in self._begins for key in held if key.startswith(start)}
 
-    def read(self, kind: str, name: str, start: int, length: int) -> Tensor:
-        """Elements ``start`` to ``start + length`` of a flattened tensor, fp32 ``[length]``, to be read only."""
-        for begin, size, rank in self._where.get(name, []):
-            if begin <= start and start + length <= begin + size:  # as of the same number of ranks: straight from the file
-                return cast(Tensor, self._files[rank].get_slice(f"{kind}/{name}")[start - begin : start - begin + length])
-        out = torch.empty(length, dtype=torch.float32)
-        done = 0
+    def fill(self, target: Tensor, kind: str, name: str, start: int) -> None:
+        """Fills fp32 memory ``[length]`` with a flattened tensor's elements from ``start`` on.
+
+        Raises:
+            CheckpointError: it does not have them all.
+        """
+        if target.device.type != "cpu" or not target.is_contiguous():
+            target.copy_(self.read(kind, name, start, target.numel()))
+            return
+        length = left = target.numel()
+        memory = memoryview(target.numpy().data).cast("B")
         for begin, size, rank in self._where.get(name, []):
             low, high = max(begin, start), min(begin + size, start + length)
             if low < high:
-                out[low - start : high - start] = self._files[rank].get_slice(f"{kind}/{name}")[low - begin : high - begin]
-                done += high - low
-        if done != length:
+                self._files[rank].seek(self._begins[rank][f"{kind}/{name}"] + _FP32 * (low - begin))
+                wanted = memory[_FP32 * (low - start) : _FP32 * (high - start)]
+                while wanted and (count := self._files[rank].readinto(wanted)):  # type: ignore[attr-defined]
+                    wanted = wanted[count:]
+                left -= high - low - len(wanted) // _FP32
+        if left:
             raise CheckpointError(
-                f"{length - done} elements of {kind}/{name} are not in it", where=str(self._path), mend="resume from another one"
+                f"{left} elements of {kind}/{name} are not in it", where=str(self._path), mend="resume from another one"
             )
+
+    def read(self, kind: str, name: str, start: int, length: int) -> Tensor:
+        """Elements ``start`` to ``start + length`` of a flattened tensor, fp32 ``[length]``."""
+        out = torch.empty(length, dtype=torch.float32)
+        self.fill(out, kind, name, start)
         return out
+
+    def close(self) -> None:
+        """Closes the files."""
+        for file in self._files:
+            file.close()
 
 
 def load(saved: Saved, engine: Engine, recipe: Recipe) -> None:
@@ -359,15 +382,16 @@ def load(saved: Saved, engine: Engine, recipe: Recipe) -> None:
     _compare(ours, saved.manifest["shapes"], saved.path)
     pieces = _Pieces(saved)
     for f in engine.held():
-        f.master.copy_(pieces.read("master", f.name, f.start, f.master.numel()))
+        pieces.fill(f.master, "master", f.name, f.start)
         for moment, tensor in f.moments.items():
-            tensor.copy_(pieces.read(moment, f.name, f.start, f.master.numel()))
+            pieces.fill(tensor, moment, f.name, f.start)
     engine.set_optimizer_steps(int(saved.manifest["applied"]))
     engine.refresh()
     with engine.gathered(write=True):
         _load_whole(saved, recipe, engine)
     for name, start, piece in engine.teacher_pieces(owned=False):
-        piece.copy_(pieces.read("teacher", name, start, piece.numel()))
+        pieces.fill(piece, "teacher", name, start)
+    pieces.close()
 
 
 def _load_whole(saved: Saved, recipe: Recipe, engine: Engine) -> None:
@@ -408,6 +432,7 @@ def _read_whole(saved: Saved, sharded: str, whole: str) -> Iterator[tuple[str, T
     for name, shape in saved.manifest["shapes"].items():
         if name in names:
             yield name, pieces.read(sharded, name, 0, math.prod(shape)).view(shape)
+    pieces.close()
     with safe_open(saved.path / _WHOLE, framework="pt") as file:
         for key in file.keys():  # noqa: SIM118
             if key.startswith(f"{whole}/"):

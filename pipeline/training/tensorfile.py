@@ -10,7 +10,7 @@ import json
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor
@@ -64,6 +64,17 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], *, metadata: Mappin
                 piece = piece[file.write(piece) :]
         os.fsync(file.fileno())
     return {"name": path.name, "size": size, CHECKSUM: digest.hexdigest()}
+
+
+def begins(file: BinaryIO) -> dict[str, int]:
+    """Where each tensor's raw values begin in an open safetensors file, bytes from its start.
+
+    Raises:
+        ValueError: the header cannot be read.
+    """
+    size = int.from_bytes(file.read(8), "little")
+    header = json.loads(file.read(size))
+    return {name: 8 + size + int(told["data_offsets"][0]) for name, told in header.items() if name != "__metadata__"}
 
 
 def _pieces(tensor: Tensor) -> Iterator[memoryview]:

@@ -12,11 +12,14 @@ import torch.distributed as dist
 from torch import Tensor
 
 from pipeline import losses
+from pipeline.config import load
+from pipeline.errors import ConfigError
 from pipeline.methods import DetailClipSettings
 from pipeline.models.vision import build_tower
 from pipeline.recipes.base import Step
-from pipeline.recipes.detailclip import DetailCLIP, detailclip_views
+from pipeline.recipes.detailclip import DetailCLIP, build, detailclip_views
 from pipeline.settings import ModelSettings
+from pipeline.training.flops import counted
 from tests.pool import pool
 from tests.recipes.pairs import SAMPLES, TEXT, engine_of, pairs_at
 
@@ -228,3 +231,29 @@ def test_forty_steps_on_one_batch_lower_every_term_while_the_teacher_stands() ->
         seen.append({name: float(term.detach()) for name, term in terms.items()})
     assert all(seen[-1][name] < seen[0][name] for name in seen[0])
     assert sum(seen[-1].values()) < 0.8 * sum(seen[0].values())
+
+
+def test_a_teacher_may_see_smaller_views_and_answers_on_the_students_grid() -> None:
+    whole, same, small = (run(method(teacher_size=side), batch()) for side in (None, 8, 4))
+    assert all(torch.equal(whole[name], same[name]) for name in whole)
+    assert all(not torch.equal(whole[name], small[name]) for name in ("cls", "patch"))
+    seen: list[torch.Size] = []
+    recipe = method(teacher_size=4)
+    assert recipe.teacher is not None
+    recipe.teacher.modules["backbone"].register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].shape))
+    torch.stack(list(run(recipe, batch()).values())).sum().backward()
+    assert seen == [(2 * SAMPLES, 3, 4, 4)]
+
+
+@pytest.mark.parametrize("side", [12, 9])
+def test_a_teacher_that_cannot_see_so_many_pixels_is_refused(side: int) -> None:
+    settings = method(teacher_size=side).settings
+    config = load("detailclip/scenes").config.model_copy(update={"model": MODEL})
+    with pytest.raises(ConfigError, match=f"cannot see {side} pixels") as told:
+        build(config, settings)
+    assert told.value.where == "recipe.teacher_size"
+
+
+def test_the_quick_recipe_costs_at_most_1_6_times_clip() -> None:
+    clip, quick = (counted(load(name).config) for name in ("clip/vit_b16_yfcc15m", "detailclip/vit_b16_quick"))
+    assert quick <= 1.6 * clip
