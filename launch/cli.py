@@ -114,7 +114,13 @@ def demo(
 
 @app.command("eval")
 def evaluate(
-    run: Annotated[str, typer.Argument(metavar="RUN|WEIGHTS", help="A run's directory, or weights of timm, HF or open_clip.")],
+    run: Annotated[
+        str,
+        typer.Argument(
+            metavar="RUN|CHECKPOINT|WEIGHTS",
+            help="A run, one of its checkpoints, or weights of timm, HF or open_clip.",
+        ),
+    ],
     overrides: Overrides = None,
     knn: Annotated[bool, typer.Option("--knn", help="Nearest neighbours.")] = False,
     linear: Annotated[bool, typer.Option("--linear", help="A linear layer, by gradient descent over a grid.")] = False,
@@ -151,6 +157,8 @@ def evaluate(
 
     fovea eval runs/cifar10_vit_tiny --linear --logistic evaluation.linear.epochs=20
 
+    fovea eval runs/cifar10_vit_tiny/checkpoints/step_000003750
+
     fovea eval runs/clip_cifar10 --zeroshot classes.txt --retrieval
 
     fovea eval timm:vit_small_patch16_224 --knn data.shards='train-*.tar' evaluation.knn.val_shards='val-*.tar'
@@ -159,6 +167,10 @@ def evaluate(
     """
     flags = {"knn": knn, "linear": linear, "logistic": logistic, "segmentation": segmentation, "robustness": robustness}
     names = [name for name, wanted in flags.items() if wanted]
+    checkpoint = Path(run) if (Path(run).parent.parent / "config.yaml").is_file() and Path(run).name.startswith("step_") else None
+    run = str(checkpoint.parent.parent) if checkpoint else run
+    if checkpoint and watch:
+        raise ConfigError("one checkpoint cannot be watched", where="--watch", mend="Name the run.")
     resolved = Path(run) / "config.yaml"
     own = resolved.is_file()
     texts = zeroshot is not None or retrieval
@@ -182,14 +194,14 @@ def evaluate(
     loaded = _load(str(resolved), extra) if own else None
     config = loaded.config if loaded else judge.settings_for_weights(extra)
     names = names or (["knn"] if plain else list(config.evaluation.enabled) or ["knn"])
-    asked = judge.Asked(tuple(names), untrained, output, watch, track)
+    asked = judge.Asked(tuple(names), untrained, output, watch, track, checkpoint)
     if (count := many(config, ranks)) > 1:
         judge.refuse(config, asked, Path(run) if own else None)
         raise typer.Exit(spread(_words, count, Path(run) / "logs" / "eval" if own else None))
     if loaded is not None and plain:
         from launch.evaluate import run as compare
 
-        raise typer.Exit(compare(Path(run), loaded, output=output, track=track))
+        raise typer.Exit(compare(Path(run), loaded, output=output, track=track, checkpoint=checkpoint))
     if own:
         raise typer.Exit(judge.of_run(Path(run), config, asked))
     raise typer.Exit(judge.of_weights(run, config, asked, model=model, size=size))

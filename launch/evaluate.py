@@ -21,7 +21,7 @@ from pipeline.settings import Config
 from pipeline.training.inputs import Inputs, open_storage, prepare
 from pipeline.training.run import RunDirectory
 from pipeline.training.saved import Saved
-from pipeline.training.trained import fill_trained, newest
+from pipeline.training.trained import fill_trained, named_or_newest, newest
 
 if TYPE_CHECKING:
     import torch
@@ -131,7 +131,9 @@ def _sizes(config: Config, inputs: Inputs) -> dict[str, int]:
     return {"voters": min(voters, knn.max_train or voters), "judged": min(judged, knn.max_val or judged), "classes": classes}
 
 
-def run(run_directory: Path, loaded: Loaded, *, output: Path | None = None, track: str | None = None) -> int:
+def run(
+    run_directory: Path, loaded: Loaded, *, output: Path | None = None, track: str | None = None, checkpoint: Path | None = None
+) -> int:
     """Judge a run, print the table, write ``<run>/evaluation.json``, tell MLflow; returns the exit code.
 
     All ranks that this was started on share the work.
@@ -141,14 +143,15 @@ def run(run_directory: Path, loaded: Loaded, *, output: Path | None = None, trac
         loaded: its settings, with what the user changed.
         output: JSON file to write besides.
         track: another MLflow server than the run's own.
+        checkpoint: directory of the one to judge, instead of the newest.
 
     Raises:
         FoveaError: no checkpoint, no labelled data, or a checkpoint of another architecture.
     """
     config = judging(loaded.config)
-    chosen = [newest(run_directory)] if RankEnvironment.read().rank == 0 else []
+    first = [named_or_newest(run_directory, checkpoint)] if RankEnvironment.read().rank == 0 else []
     with world_here(config) as world:
-        for saved in agreed(iter(chosen), world):
+        for saved in agreed(iter(first), world):
             found, sizes = _judge(config, saved, world)
             if world.rank == 0:
                 _tell(run_directory, config, saved, found, sizes, output, track)

@@ -17,7 +17,7 @@ from pipeline.settings import Config
 from pipeline.training import saved as files
 from pipeline.training.run import RunDirectory
 from pipeline.training.saved import Saved
-from pipeline.training.trained import fill_trained, newest
+from pipeline.training.trained import fill_trained, named_or_newest
 
 if TYPE_CHECKING:
     from pipeline.data.views import Normalize
@@ -37,6 +37,7 @@ class Asked:
         output: JSON file to write besides.
         watch: go on with each checkpoint that comes.
         track: another MLflow server than the run's own.
+        checkpoint: directory of the one to judge, instead of the newest.
     """
 
     evaluators: tuple[str, ...]
@@ -44,6 +45,7 @@ class Asked:
     output: Path | None = None
     watch: bool = False
     track: str | None = None
+    checkpoint: Path | None = None
 
 
 def asking(config: Config, asked: Asked) -> Config:
@@ -77,12 +79,12 @@ def refuse(config: Config, asked: Asked, directory: Path | None = None) -> None:
 
     chosen = asking(config, asked)
     if directory is not None and not asked.watch:
-        newest(directory)
+        named_or_newest(directory, asked.checkpoint)
     _data(chosen, judged)
 
 
 def of_run(directory: Path, config: Config, asked: Asked) -> int:
-    """Judge a run's newest checkpoint, or with ``watch`` each one until the run's last; returns the exit code.
+    """Judge a run's newest checkpoint or the one that is named, or with ``watch`` each until the run's last: the exit code.
 
     All ranks that this was started on share the work. Each answer is a table, a file ``<run>/evaluations/<checkpoint>.json``
     that keeps what other evaluators said before, and metrics ``eval/...`` of the run's MLflow run.
@@ -96,7 +98,9 @@ def of_run(directory: Path, config: Config, asked: Asked) -> int:
 
     config = asking(config, asked)
     first = RankEnvironment.read().rank == 0
-    coming: Iterator[Saved | None] = iter(()) if not first else _coming(directory) if asked.watch else iter([newest(directory)])
+    coming: Iterator[Saved | None] = (
+        iter(()) if not first else _coming(directory) if asked.watch else iter([named_or_newest(directory, asked.checkpoint)])
+    )
     with world_here(config) as world:
         data = _data(config, judged)
         sizes = _sizes(config, data)

@@ -163,7 +163,9 @@ def run(config: Config, *, ranks: int | None, gigabytes: float, console: Console
     parts = ", ".join(f"{name} {count / 1e6:.1f} M" for name, count in sizes.networks.items())
     out.print(f"Student {sizes.trained / 1e6:.1f} M parameters ({parts}); teacher {sum(sizes.teacher) / 1e6:.1f} M, in fp32.")
     table = Table(
-        title=f"GB on one GPU; {config.train.global_batch} samples a step, compute in {config.train.precision}", box=SIMPLE
+        title=f"GB on one GPU; {config.train.global_batch} samples a step, compute in {config.train.precision}",
+        box=SIMPLE,
+        padding=(0, 1, 0, 0),  # eleven columns in a terminal of 80
     )
     for name in ("GPUs", "ZeRO", "weights", "grads", "Adam", "teacher", "DALI", "buffers", "activ.", "all", "fits"):
         table.add_column(name, justify="right")

@@ -23,7 +23,7 @@ def clock(seconds: float) -> str:
 class Silent:
     """The watcher of all ranks but 0; speaks only when something is wrong."""
 
-    def step(self, done: int, total: int, loss: float, rate: float, scores: dict[str, float]) -> None:
+    def step(self, done: int, total: int, loss: float, rate: float, scores: dict[str, float], scored: int) -> None:
         """Nothing."""
 
     def say(self, text: str) -> None:
@@ -41,16 +41,17 @@ class Lines:
     def __init__(self, global_batch: int) -> None:
         self._batch, self._rate = global_batch, 0.0
 
-    def _text(self, done: int, total: int, loss: float, rate: float, scores: dict[str, float]) -> str:
+    def _text(self, done: int, total: int, loss: float, rate: float, scores: dict[str, float], scored: int) -> str:
         self._rate = rate if not self._rate else 0.8 * self._rate + 0.2 * rate
         left = clock((total - done) * self._batch / max(self._rate, 1e-9))
         shown = {name: value for name, value in scores.items() if name.startswith("knn/") or name in _SHOWN}
         knn = "".join(f"  {name} {value:.3f}" for name, value in shown.items())
-        return f"step {done:>6}/{total}  loss {loss:8.4f}  {rate:6.0f} img/s{knn}  left {left}"
+        old = f" (of step {scored})" if knn and scored != done else ""
+        return f"step {done:>6}/{total}  loss {loss:8.4f}  {rate:6.0f} img/s{knn}{old}  left {left}"
 
-    def step(self, done: int, total: int, loss: float, rate: float, scores: dict[str, float]) -> None:
+    def step(self, done: int, total: int, loss: float, rate: float, scores: dict[str, float], scored: int) -> None:
         """One line."""
-        print(self._text(done, total, loss, rate, scores), flush=True)
+        print(self._text(done, total, loss, rate, scores, scored), flush=True)
 
     def say(self, text: str) -> None:
         """One line."""
@@ -70,9 +71,9 @@ class Live(Lines):
         full = round(width * done / max(total, 1))
         return f"{'━' * full}{'╌' * (width - full)} {text}".lstrip()[:columns]
 
-    def step(self, done: int, total: int, loss: float, rate: float, scores: dict[str, float]) -> None:
+    def step(self, done: int, total: int, loss: float, rate: float, scores: dict[str, float], scored: int) -> None:
         """Rewrite the line, at most ten times a second."""
-        text = self._text(done, total, loss, rate, scores)
+        text = self._text(done, total, loss, rate, scores, scored)
         if time.monotonic() - self._shown > 0.1 or done == total:
             self._shown = time.monotonic()
             sys.stdout.write(f"\r\x1b[2K{self._line(done, total, text)}" + ("\n" if done == total else ""))
@@ -103,9 +104,9 @@ class Clocked:
     def __init__(self, inner: Silent | Lines, path: Path, seconds: Callable[[], float]) -> None:
         self._inner, self._path, self._seconds, self._began = inner, path, seconds, seconds()
 
-    def step(self, done: int, total: int, loss: float, rate: float, scores: dict[str, float]) -> None:
+    def step(self, done: int, total: int, loss: float, rate: float, scores: dict[str, float], scored: int) -> None:
         """Show it, and note the time."""
-        self._inner.step(done, total, loss, rate, scores)
+        self._inner.step(done, total, loss, rate, scores, scored)
         self.note(done)
 
     def say(self, text: str) -> None:

@@ -35,6 +35,19 @@ def newest(run: Path) -> Saved:
     return found
 
 
+def named_or_newest(run: Path, checkpoint: Path | None) -> Saved:
+    """The checkpoint that is named, whole, or else the run's newest.
+
+    Raises:
+        CheckpointError: there is none, or it is damaged.
+    """
+    if checkpoint is None:
+        return newest(run)
+    found = files.read(checkpoint)
+    files.verify(found)
+    return found
+
+
 def fill_trained(recipe: Recipe, saved: Saved, *, student: bool = False) -> None:
     """Put the weights of a checkpoint into a method, strictly: its teacher's, and the student's where it exports those.
 

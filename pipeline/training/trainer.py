@@ -92,8 +92,8 @@ class Progress:
 class Watcher(Protocol):
     """What shows progress to a person; only rank 0 has one that does anything."""
 
-    def step(self, done: int, total: int, loss: float, rate: float, scores: dict[str, float]) -> None:
-        """After a logged step: steps done and in all, loss, images per second, last scores."""
+    def step(self, done: int, total: int, loss: float, rate: float, scores: dict[str, float], scored: int) -> None:
+        """After a logged step: steps done and in all, loss, images per second, last scores and the step they are of."""
         ...
 
     def say(self, text: str) -> None:
@@ -314,7 +314,7 @@ class Trainer:
                     **{f"storage/{name}": value for name, value in batches.usage.items()},
                 },
             )
-        self.watcher.step(p.step, self.plan.steps, values["loss"], rate, p.scores)
+        self.watcher.step(p.step, self.plan.steps, values["loss"], rate, p.scores, p.scored)
         if self.world.rank == 0:
             for alarm in self.alarms.look(step, p.step, values):
                 self.watcher.say(f"step {p.step}: {alarm.text}")

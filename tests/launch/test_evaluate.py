@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -133,6 +134,19 @@ def test_eval_prints_a_table_and_writes_the_numbers_down(
     for source, words in evaluate.SOURCES.items():
         row = next(line for line in out.splitlines() if words in line)
         assert all(f"{100 * value:.1f} %" in row for value in told["knn"][source].values())
+
+
+def test_a_checkpoint_may_be_named_and_a_damaged_one_is_refused(judged: tuple[Loaded, Recipe], tmp_path: Path) -> None:
+    loaded, _ = judged
+    run = loaded.config.run.folder
+    older = run / "checkpoints" / "step_000000012"
+    assert evaluate.run(run, loaded, checkpoint=older, output=tmp_path / "scores.json") == 0
+    told = json.loads((tmp_path / "scores.json").read_text())
+    assert told["step"] == 12 and told["knn"]["trained"] == told["knn"]["untrained"], "its weights are the fresh ones"
+    shutil.copytree(older, tmp_path / "step_000000012")
+    (tmp_path / "step_000000012" / "whole.safetensors").write_bytes(b"x")
+    with pytest.raises(CheckpointError, match="damaged"):
+        evaluate.run(run, loaded, checkpoint=tmp_path / "step_000000012")
 
 
 def test_a_run_without_a_checkpoint_is_refused(tmp_path: Path) -> None:

@@ -19,17 +19,19 @@ def test_times_are_read_at_a_glance(seconds: float, shown: str) -> None:
 
 def test_a_line_tells_step_loss_rate_scores_and_what_is_left(capsys: pytest.CaptureFixture[str]) -> None:
     lines = Lines(global_batch=64)
-    lines.step(10, 110, 5.25, 640.0, {"knn/k10": 0.4321, "pixels/k10": 0.3})
-    (line,) = capsys.readouterr().out.splitlines()
+    lines.step(10, 110, 5.25, 640.0, {"knn/k10": 0.4321, "pixels/k10": 0.3}, 10)
+    lines.step(20, 110, 5.25, 640.0, {"knn/k10": 0.4321, "pixels/k10": 0.3}, 10)
+    line, later = capsys.readouterr().out.splitlines()
     assert line == "step     10/110  loss   5.2500     640 img/s  knn/k10 0.432  left 0:10"
+    assert later == "step     20/110  loss   5.2500     640 img/s  knn/k10 0.432 (of step 10)  left 0:09"
 
 
 def test_the_time_left_does_not_jump_with_one_slow_step(capsys: pytest.CaptureFixture[str]) -> None:
     lines = Lines(global_batch=64)
     for rate in (640.0, 640.0, 64.0):
-        lines.step(10, 110, 5.25, rate, {})
+        lines.step(10, 110, 5.25, rate, {}, -1)
     assert capsys.readouterr().out.splitlines()[-1].endswith("left 0:12")
-    lines.step(0, 10, 1.0, 0.0, {})
+    lines.step(0, 10, 1.0, 0.0, {}, -1)
 
 
 @pytest.mark.parametrize("columns", [40, 80, 200])
@@ -38,9 +40,9 @@ def test_the_live_line_never_wraps_and_messages_stand_above_it(
 ) -> None:
     monkeypatch.setenv("COLUMNS", str(columns))
     live = Live(global_batch=64)
-    live.step(50, 100, 5.25, 640.0, {"knn/k10": 0.4321, "knn/k20": 0.4567})
+    live.step(50, 100, 5.25, 640.0, {"knn/k10": 0.4321, "knn/k20": 0.4567}, 100)
     live.say("checkpoint written")
-    live.step(100, 100, 5.25, 640.0, {"knn/k10": 0.4321, "knn/k20": 0.4567})
+    live.step(100, 100, 5.25, 640.0, {"knn/k10": 0.4321, "knn/k20": 0.4567}, 100)
     written = capsys.readouterr().out
     assert re.sub(r"\r\x1b\[2K", "", written).count("\n") == 2
     half, said, whole = re.split(r"\r\x1b\[2K", written)[1:]
@@ -58,7 +60,7 @@ def test_only_the_first_rank_shows_steps(capsys: pytest.CaptureFixture[str]) -> 
     assert isinstance(other, Silent)
     assert isinstance(first, Lines)
     assert not isinstance(first, Live), "the output of a test is no terminal"
-    other.step(1, 2, 3.0, 4.0, {})
+    other.step(1, 2, 3.0, 4.0, {}, -1)
     assert capsys.readouterr().out == ""
     other.say("step 3: dino not finite")
     assert capsys.readouterr().out == "step 3: dino not finite\n"
