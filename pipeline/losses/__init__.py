@@ -17,9 +17,11 @@ from pipeline.losses.pairs import (
 )
 from pipeline.losses.prototypes import (
     SAME_VIEW,
+    Kernels,
     Pairing,
     Targets,
     Watched,
+    kernels_for,
     logit_pieces,
     multi_crop_pairings,
     prototype_cross_entropy,
@@ -30,6 +32,7 @@ from pipeline.losses.tokens import mean_over_ranks, token_cross_entropy
 
 __all__ = [
     "SAME_VIEW",
+    "Kernels",
     "Pairing",
     "Targets",
     "Watched",
@@ -43,6 +46,7 @@ __all__ = [
     "global_mean",
     "gram",
     "info_nce",
+    "kernels_for",
     "koleo",
     "koleo_across_ranks",
     "logit_pieces",

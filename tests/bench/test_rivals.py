@@ -7,6 +7,7 @@ import torch
 
 from pipeline.bench import heads, pairs, step
 from pipeline.errors import ConfigError
+from pipeline.losses import prototypes
 
 
 def test_heads_in_pieces_find_what_whole_logits_do() -> None:
@@ -16,6 +17,18 @@ def test_heads_in_pieces_find_what_whole_logits_do() -> None:
     assert result.cases[heads.OURS].peak < 0.25 * result.cases[heads.PLAIN].peak
     page = heads.markdown(result, options, {"cores": "2"}, "fovea bench heads")
     assert "whole logits takes" in page and "512 prototypes" in page
+
+
+def test_where_kernels_are_fused_the_unfused_ones_are_measured_beside_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+    monkeypatch.setenv("FOVEA_KERNELS", "triton")
+    monkeypatch.setattr(prototypes, "_kernels", lambda name: asked.append(name) or prototypes._PlainTargets)
+    options = heads.Options(64, width=16, hidden=16, bottleneck=8, samples=2, masked=20, rounds=1, bf16=True)
+    result = heads.measure(options)
+    assert list(result.cases) == [heads.OURS, heads.UNFUSED, heads.PLAIN]
+    assert asked.count("triton") == asked.count("torch") > 0
+    assert result.apart < 1e-2
+    assert "bf16; in pieces: triton kernels" in heads.markdown(result, options, {}, "fovea bench heads")
 
 
 def test_memory_is_counted_while_it_is_held() -> None:
