@@ -115,10 +115,10 @@ def _pieces(
     kernels: losses.Kernels,
 ) -> Tensor:
     with torch.no_grad():
-        matrix = teacher.matrix(torch.float32)
         units = (teacher.units(cls[: 2 * n]), teacher.units(patches))
-        zeros = matrix.new_zeros(len(matrix))
-        found = [losses.potential_over_pieces(losses.logit_pieces([unit], matrix, 0.05, rows), zeros) for unit in units]
+        matrix = teacher.matrix(units[0].dtype)
+        pieces = [losses.logit_pieces([unit], matrix, 0.05, rows, kernels=kernels) for unit in units]
+        found = [losses.potential_over_pieces(logits, cls.new_zeros(len(matrix))) for logits in pieces]
     dino = losses.Targets(units[0].unflatten(0, (2, n)), matrix, found[0], 0.05)
     ibot = losses.Targets(units[1][None], matrix, found[1], 0.05)
     pairings, each = losses.multi_crop_pairings(8), cls.new_full((n,), 1 / (18 * n))

@@ -52,6 +52,18 @@ class Targets:
     temperature: float
 
 
+class Products(NamedTuple):
+    """Logits as the product left them, for kernels that scale while they read.
+
+    Attributes:
+        logits: ``[any, K]``, in the features' type.
+        temperature: what they are still to be divided by.
+    """
+
+    logits: Tensor
+    temperature: float
+
+
 class Pairing(NamedTuple):
     """Which student views meet which target views.
 
@@ -122,8 +134,7 @@ def prototype_cross_entropy(
         ValueError: ``FOVEA_KERNELS`` names no kernels.
     """
     kernels = "torch" if torch.float64 in (unit.dtype, targets.unit.dtype) else kernels or kernels_for(unit.device)
-    if rows is None:  # products in place take 4 bytes a number in bf16, 8 in fp32, where copies take 16 and more
-        rows = rows_at_once(len(matrix)) * (8 // unit.element_size() if kernels == "triton" else 1)
+    rows = rows or _rows(unit, matrix, kernels)
     with torch.autocast(unit.device.type, enabled=False):
         terms, entropy, mass, agreed = _PrototypeCrossEntropy.apply(
             unit, matrix, targets, tuple(pairings), weight, temperature, rows, watch, kernels
@@ -152,29 +163,44 @@ def scaled_logits(unit: Tensor, matrix: Tensor, temperature: float) -> Tensor:
 
 
 def logit_pieces(
-    units: Sequence[Tensor], matrix: Tensor, temperature: float, rows: int | None = None
-) -> Callable[[], Iterable[Tensor]]:
-    """Logits over the temperature of all features of a batch that came in several parts, as often as they are asked for.
+    units: Sequence[Tensor], matrix: Tensor, temperature: float, rows: int | None = None, *, kernels: Kernels | None = None
+) -> Callable[[], Iterable[Tensor | Products]]:
+    """Logits of all features of a batch that came in several parts, as often as they are asked for.
 
     Args:
         units: each ``[any, width]``.
         matrix: ``[K, width]``.
         temperature: what they are divided by.
-        rows: the most rows that are in memory at once; ``None`` takes :func:`rows_at_once`. Made once if all fit, else anew
-            each time.
+        rows: the most rows that are in memory at once; ``None`` takes :func:`rows_at_once`, and more where they need less memory.
+            Made once if all fit, else anew each time.
+        kernels: for ``torch`` they come over the temperature and in fp32, for ``triton`` as :class:`Products`; ``None`` takes
+            :func:`kernels_for`.
     """
-    rows = rows or rows_at_once(len(matrix))
+    kind = units[0] if units else matrix
+    kernels = "torch" if kind.dtype == torch.float64 else kernels or kernels_for(matrix.device)
+    rows = rows or _rows(kind, matrix, kernels)
     if sum(map(len, units)) <= rows:
-        kept = tuple(_pieces(units, matrix, temperature, rows))
+        kept = tuple(_pieces(units, matrix, temperature, rows, kernels))
         return lambda: kept
-    return partial(_pieces, units, matrix, temperature, rows)
+    return partial(_pieces, units, matrix, temperature, rows, kernels)
 
 
-def _pieces(units: Sequence[Tensor], matrix: Tensor, temperature: float, rows: int) -> Iterator[Tensor]:
+def _pieces(
+    units: Sequence[Tensor], matrix: Tensor, temperature: float, rows: int, kernels: Kernels
+) -> Iterator[Tensor | Products]:
     with torch.autocast(matrix.device.type, enabled=False):
         for unit in units:
+            low = matrix.to(unit.dtype)
             for piece in unit.split(rows):
-                yield scaled_logits(piece, matrix, temperature)
+                if kernels == "triton":
+                    yield Products(piece @ low.T, temperature)
+                else:
+                    yield scaled_logits(piece, low, temperature)
+
+
+def _rows(unit: Tensor, matrix: Tensor, kernels: Kernels) -> int:
+    """Products in place take 4 bytes a number in bf16, 8 in fp32, where torch's copies take 16 and more."""
+    return rows_at_once(len(matrix)) * (8 // unit.element_size() if kernels == "triton" else 1)
 
 
 def _kernels(name: Kernels) -> Callable[..., _Piece]:

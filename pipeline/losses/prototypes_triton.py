@@ -1,9 +1,9 @@
-"""The elementwise half of the prototypes' cross-entropy in Triton: logits are read as the product left them.
+"""The elementwise half of Sinkhorn and of the prototypes' cross-entropy in Triton: logits are read as the product left them.
 
 In plain torch each number of a piece of logits is copied to fp32 and then read and written a dozen times. Here a program takes a
 whole row, block by block: it finds the row's log-sum-exp online, reads the row once more beside its targets, and writes the slope
-over the logits, in their own type; all that is added up is added in fp32. What grows with the number of prototypes is read and
-written in 10 bytes a bf16 logit, and nothing of that size is made anew.
+over the logits, in their own type; all that is added up is added in fp32. A patch's bf16 logit and its teacher's cost 10 bytes of
+traffic together (five visits of two), 4 more for each iteration of Sinkhorn, and nothing of their size is made anew.
 
 The kernels know nothing of gradients and matrices; :mod:`pipeline.losses.prototypes` multiplies. No atomics: a sum over columns
 belongs to the program of the row, a sum over rows to the program of the columns, so that equal inputs give equal bits.
@@ -42,13 +42,8 @@ class FusedTargets:
         self._scale = 1.0 / temperature
         self.entropy: Tensor | None = None
         self.mass: Tensor | None = None
-        views, rows, prototypes = logits.shape
-        self._norm = torch.empty(views, rows, dtype=torch.float32, device=logits.device)
-        if self._norm.numel():
-            with _on(logits):
-                row_norms[(views * rows,)](
-                    self._logits, self._potential, self._norm, prototypes, self._scale, BLOCK=_block(prototypes), num_warps=WARPS
-                )
+        self._norm = torch.empty(logits.shape[:2], dtype=torch.float32, device=logits.device)
+        _norms(self._logits, self._potential, self._scale, self._norm)
         if watch:
             self.entropy, self.mass = self._health()
 
@@ -118,6 +113,43 @@ class FusedTargets:
         return each.sum(), None if agreed is None else agreed.sum(), logits if sloped else None
 
 
+def take_in(logits: Tensor, temperature: float, potential: Tensor | None, peak: Tensor, total: Tensor) -> None:
+    """Adds rows to the running log-sum-exps of all columns: ``log(total) + peak``, as an iteration of Sinkhorn needs them.
+
+    Args:
+        logits: ``[rows, K]``, products as they are: bf16, fp16 or fp32.
+        temperature: of these.
+        potential: ``[K]`` fp32, with which each row is made to sum to one before; ``None``: rows are taken as they are.
+        peak: ``[K]`` fp32, changed in place; minus infinity at first.
+        total: ``[K]`` fp32, changed in place; zero at first.
+    """
+    rows, prototypes = logits.shape
+    logits = logits.contiguous()
+    norm = peak.new_empty(rows if potential is not None else 1)
+    if potential is not None:
+        _norms(logits, potential, 1.0 / temperature, norm)
+    with _on(logits):
+        column_norms[(triton.cdiv(prototypes, TILE_COLUMNS),)](
+            logits,
+            norm,
+            peak,
+            total,
+            rows,
+            prototypes,
+            1.0 / temperature,
+            NORMED=potential is not None,
+            ROWS=TILE_ROWS,
+            COLUMNS=TILE_COLUMNS,
+        )
+
+
+def _norms(logits: Tensor, potential: Tensor, scale: float, norm: Tensor) -> None:
+    prototypes = logits.shape[-1]
+    if norm.numel():
+        with _on(logits):
+            row_norms[(norm.numel(),)](logits, potential, norm, prototypes, scale, BLOCK=_block(prototypes), num_warps=WARPS)
+
+
 @triton.jit
 def row_norms(
     logits: tl.tensor, potential: tl.tensor, norm: tl.tensor, prototypes: int, scale: float, BLOCK: tl.constexpr
@@ -167,6 +199,39 @@ def column_sums(
         spread += tl.sum(target * x, 0)
     tl.store(mass + column, total, mask=within)
     tl.store(entropy + program, -tl.sum(spread, 0))
+
+
+@triton.jit(do_not_specialize=["rows"])
+def column_norms(
+    logits: tl.tensor,
+    norm: tl.tensor,
+    peak: tl.tensor,
+    total: tl.tensor,
+    rows: int,
+    prototypes: int,
+    scale: float,
+    NORMED: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+) -> None:
+    """Running log-sum-exps of columns take in ``logits * scale - norm`` of all rows; one program some columns."""
+    column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+    within = column < prototypes
+    highest = tl.full([ROWS, COLUMNS], -1e30, tl.float32)
+    amount = tl.zeros([ROWS, COLUMNS], tl.float32)
+    for start in range(0, rows, ROWS):
+        row = start + tl.arange(0, ROWS)
+        inside = (row < rows)[:, None] & within[None, :]
+        place = row.to(tl.int64)[:, None] * prototypes + column[None, :]
+        x = tl.load(logits + place, mask=inside, other=0.0).to(tl.float32) * scale
+        if NORMED:
+            x = x - tl.load(norm + row, mask=row < rows, other=0.0)[:, None]
+        highest, amount = _taken_in(highest, amount, tl.where(inside, x, float("-inf")))
+    before = tl.load(peak + column, mask=within, other=0.0)
+    after = tl.maximum(before, tl.max(highest, 0))
+    more = tl.sum(amount * tl.exp(highest - after[None, :]), 0)
+    tl.store(total + column, tl.load(total + column, mask=within, other=0.0) * tl.exp(before - after) + more, mask=within)
+    tl.store(peak + column, after, mask=within)
 
 
 @triton.jit(do_not_specialize=["rows", "views"])

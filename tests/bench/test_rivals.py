@@ -7,7 +7,6 @@ import torch
 
 from pipeline.bench import heads, pairs, step
 from pipeline.errors import ConfigError
-from pipeline.losses import prototypes
 
 
 def test_heads_in_pieces_find_what_whole_logits_do() -> None:
@@ -22,7 +21,8 @@ def test_heads_in_pieces_find_what_whole_logits_do() -> None:
 def test_where_kernels_are_fused_the_unfused_ones_are_measured_beside_them(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[str] = []
     monkeypatch.setenv("FOVEA_KERNELS", "triton")
-    monkeypatch.setattr(prototypes, "_kernels", lambda name: asked.append(name) or prototypes._PlainTargets)
+    work = heads._pieces
+    monkeypatch.setattr(heads, "_pieces", lambda *arguments: asked.append(arguments[-1]) or work(*arguments[:-1], "torch"))
     options = heads.Options(64, width=16, hidden=16, bottleneck=8, samples=2, masked=20, rounds=1, bf16=True)
     result = heads.measure(options)
     assert list(result.cases) == [heads.OURS, heads.UNFUSED, heads.PLAIN]

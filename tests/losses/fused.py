@@ -13,7 +13,15 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from pipeline.losses import SAME_VIEW, Pairing, Targets, multi_crop_pairings, prototype_cross_entropy
+from pipeline.losses import (
+    SAME_VIEW,
+    Pairing,
+    Targets,
+    logit_pieces,
+    multi_crop_pairings,
+    potential_over_pieces,
+    prototype_cross_entropy,
+)
 
 BOTH = (Pairing((0, 2), (0.5, 0.5), 1),)
 
@@ -69,6 +77,14 @@ CASES = {
 }
 
 
+def potential(kernels: Any, kind: torch.dtype, device: str = "cpu", prototypes: int = 75) -> Tensor:
+    """Sinkhorn's, of features that came in three parts, one of them empty."""
+    parts = [torch.randn(n, 4, generator=torch.Generator().manual_seed(n)).to(device, kind) for n in (11, 0, 3)]
+    matrix = torch.randn(prototypes, 4, generator=torch.Generator().manual_seed(1)).to(device)
+    pieces = logit_pieces(parts, matrix, 0.1, 9, kernels=kernels)
+    return potential_over_pieces(pieces, torch.zeros(prototypes, device=device))
+
+
 class Wide(TorchFunctionMode):
     """The most numbers in fp32 that any operation returned."""
 
@@ -90,9 +106,12 @@ def interpret(path: str) -> None:
 
     prototypes_triton.BLOCK = 64
     found: dict[str, Any] = {name: case.found("triton", case.factors()) for name, case in CASES.items()}
+    for kind in (torch.float32, _low):
+        found[f"potential, {kind}"] = potential("triton", kind)
     with Wide() as wide:
         case = Case(SAME_VIEW, views=1, targets=1, n=6, rows=6, prototypes=50, student=_low, teacher=_low)
         case.found("triton", case.factors())
+        potential("triton", _low, prototypes=50)
     logits = torch.randn(1, 3, 50).bfloat16()
     piece = prototypes_triton.FusedTargets(torch.randn(1, 3, 50), torch.zeros(50), 0.1)
     _, _, slope = piece.met(logits, (1.0,), torch.ones(3), 0.1, sloped=True, watch=False)
@@ -123,7 +142,7 @@ def compile_ahead(path: str) -> None:
     import triton
     from triton.runtime.jit import JITFunction
 
-    from pipeline.losses.prototypes_triton import FusedTargets
+    from pipeline.losses.prototypes_triton import FusedTargets, take_in
 
     made: list[tuple[int, str, bytes]] = []
 
@@ -141,6 +160,8 @@ def compile_ahead(path: str) -> None:
         for meets, watch, kind, views in (((0.0, 1.0), True, _low, 1), ((1.0, 1.0), False, torch.float32, 8)):
             logits = torch.zeros(views, 1, 65536, dtype=kind)
             piece.met(logits, meets, torch.ones(1), 0.1, sloped=True, watch=watch)
+        for shift in (None, torch.zeros(65536)):
+            take_in(torch.zeros(2, 65536, dtype=_low), 0.05, shift, torch.zeros(65536), torch.zeros(65536))
     torch.save(made, path)
 
 

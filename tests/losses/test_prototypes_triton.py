@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from pipeline.losses import multi_crop_pairings, prototype_cross_entropy, prototypes
-from tests.losses.fused import CASES, Case
+from tests.losses.fused import CASES, Case, potential
 
 ROOT = Path(__file__).resolve().parents[2]
 NAMES = ("terms", "slope of the features", "slope of the prototypes", "entropy", "mass", "agreed")
@@ -73,6 +73,11 @@ def test_fused_kernels_find_what_plain_torch_and_the_formulas_in_fp64_do(interpr
     alike(found, in_fp64(case), 1e-5, 1e-2 if low else 1e-5)
 
 
+@pytest.mark.parametrize("kind", [torch.float32, torch.bfloat16], ids=str)
+def test_sinkhorn_over_products_is_that_over_their_copies_in_fp32(interpreted: dict[str, Any], kind: torch.dtype) -> None:
+    torch.testing.assert_close(interpreted[f"potential, {kind}"], potential("torch", kind), rtol=1e-5, atol=1e-5)
+
+
 def test_logits_stay_in_their_type_and_slopes_take_their_place(interpreted: dict[str, Any]) -> None:
     assert interpreted["in place"]
     assert interpreted["fp32 numbers"] < 6 * 50, "a piece of logits was copied to fp32"
@@ -81,10 +86,10 @@ def test_logits_stay_in_their_type_and_slopes_take_their_place(interpreted: dict
 @pytest.mark.slow
 def test_every_launch_compiles_for_gpus_that_are_not_here(tmp_path: Path) -> None:
     made = other_process(tmp_path / "made.pt")
-    kernels = ["row_norms", "column_sums", "cross_entropy_rows", "cross_entropy_rows"]
+    kernels = ["row_norms", "column_sums", *["cross_entropy_rows"] * 2, "column_norms", "row_norms", "column_norms"]
     assert [(capability, name) for capability, name, _ in made] == [(c, name) for c in (80, 90) for name in kernels]
     assert all(code.startswith(b"\x7fELF") for *_, code in made)
-    assert len({code for *_, code in made}) == len(made)
+    assert len({code for *_, code in made}) == 2 * 6, "only the rows' norms are found twice by the same code"
 
 
 def test_triton_is_for_cuda_and_a_word_in_the_environment_overrules(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -120,3 +125,5 @@ def test_on_a_gpu_fused_kernels_find_what_plain_torch_does_and_the_same_bits_twi
     first, again, plain = (case.found(kernels, case.factors("cuda")) for kernels in ("triton", "triton", "torch"))
     alike(first, plain, 1e-5, 2e-3 if kind == torch.bfloat16 else 1e-5)  # a slope on the brink may be rounded the other way
     assert all(torch.equal(one, two) for one, two in zip(first, again, strict=True))
+    fused, plain_potential = (potential(kernels, kind, "cuda", 65539) for kernels in ("triton", "torch"))
+    torch.testing.assert_close(fused, plain_potential, rtol=1e-5, atol=1e-4)
