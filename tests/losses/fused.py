@@ -104,7 +104,7 @@ def interpret(path: str) -> None:
     """Every case through the interpreted kernels, with blocks as small as the cases."""
     from pipeline.losses import prototypes_triton
 
-    prototypes_triton.BLOCK, prototypes_triton.TILE_ROWS, prototypes_triton.TILE_COLUMNS = 64, 4, 32
+    prototypes_triton.BLOCK, prototypes_triton.TILE_ROWS, prototypes_triton.TILE_COLUMNS = 64, 4, 64
     found: dict[str, Any] = {name: case.found("triton", case.factors()) for name, case in CASES.items()}
     for kind in (torch.float32, _low):
         found[f"potential, {kind}"] = potential("triton", kind)

@@ -118,12 +118,15 @@ def test_fp64_is_never_rounded_to_the_kernels_fp32() -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("prototypes", [65536, 65539])
 @pytest.mark.parametrize("kind", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("name", ["two crops and two local ones", "patches", "both of DetailCLIP"])
-def test_on_a_gpu_fused_kernels_find_what_plain_torch_does_and_the_same_bits_twice(name: str, kind: torch.dtype) -> None:
-    case = replace(CASES[name], n=37, prototypes=65539, rows=30, student=kind, teacher=kind)
+def test_on_a_gpu_fused_kernels_find_what_plain_torch_does_and_the_same_bits_twice(
+    name: str, kind: torch.dtype, prototypes: int
+) -> None:
+    case = replace(CASES[name], n=37, prototypes=prototypes, rows=30, student=kind, teacher=kind)
     first, again, plain = (case.found(kernels, case.factors("cuda")) for kernels in ("triton", "triton", "torch"))
     alike(first, plain, 1e-5, 2e-3 if kind == torch.bfloat16 else 1e-5)  # a slope on the brink may be rounded the other way
     assert all(torch.equal(one, two) for one, two in zip(first, again, strict=True))
-    fused, plain_potential = (potential(kernels, kind, "cuda", 65539) for kernels in ("triton", "torch"))
+    fused, plain_potential = (potential(kernels, kind, "cuda", prototypes) for kernels in ("triton", "torch"))
     torch.testing.assert_close(fused, plain_potential, rtol=1e-5, atol=1e-4)
