@@ -199,7 +199,7 @@ def _pieces(
 
 
 def _rows(unit: Tensor, matrix: Tensor, kernels: Kernels) -> int:
-    """In place, products of student and teacher take 4 bytes a number (bf16) or 8 (fp32), where torch's copies take 16 and more."""
+    """In place, products of student and teacher take 4 bytes a number in bf16, 8 in fp32; copies in torch take 16 and more."""
     return rows_at_once(len(matrix)) * (8 // unit.element_size() if kernels == "triton" else 1)
 
 
