@@ -124,11 +124,14 @@ def heads(
     samples: Annotated[int, typer.Option(min=1, help="Samples, of ten crops each.")] = 16,
     masked: Annotated[int, typer.Option(min=1, help="Masked patches of all of them.")] = 600,
     rows: Annotated[int | None, typer.Option(min=1, help="Rows of logits at once; the default if not given.")] = None,
+    bf16: Annotated[bool | None, typer.Option("--bf16/--fp32", help="Type of the products; by default bf16 on cuda.")] = None,
     rounds: Annotated[int, typer.Option(min=1, help="Rounds that count.")] = 3,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     out: Annotated[Path | None, typer.Option(help="Where the results go, without ending.")] = None,
 ) -> None:
     """Prototype heads, Sinkhorn and losses in pieces, against the plain formulas with whole logits: time and memory.
+
+    On a GPU with Triton its kernels are measured beside the same pieces in plain torch.
 
     [b]Example[/b]
 
@@ -136,7 +139,8 @@ def heads(
     """
     from pipeline.bench.heads import Options, markdown, measure
 
-    options = Options(prototypes=prototypes, samples=samples, masked=masked, rows=rows, rounds=rounds, device=_device(device))
+    low = device == "cuda" if bf16 is None else bf16
+    options = Options(prototypes, samples=samples, masked=masked, rows=rows, rounds=rounds, device=_device(device), bf16=low)
     result = measure(options, tell=_tell)
     _keep("heads", out, lambda machine, command: markdown(result, options, machine, command), asdict(result))
 

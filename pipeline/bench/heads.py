@@ -1,4 +1,7 @@
-"""Prototype heads, Sinkhorn and losses: in pieces, as training does them, against the plain formulas with whole logits."""
+"""Prototype heads, Sinkhorn and losses: in pieces, as training does them, against the plain formulas with whole logits.
+
+Where training takes the Triton kernels, the same pieces in plain torch are a third rival.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +18,7 @@ from pipeline import losses
 from pipeline.bench import pairs
 from pipeline.models.heads import PrototypeHead
 
-OURS, PLAIN = "in pieces", "whole logits"
+OURS, UNFUSED, PLAIN = "in pieces", "in pieces, plain torch", "whole logits"
 
 
 @dataclass(frozen=True)
@@ -29,6 +32,7 @@ class Options:
         rows: rows of logits at once; ``None`` for the default.
         rounds: that count.
         device: ``cpu`` or ``cuda``.
+        bf16: whether products are made in bf16, by autocast.
     """
 
     prototypes: int = 65536
@@ -40,6 +44,7 @@ class Options:
     rows: int | None = None
     rounds: int = 3
     device: str = "cpu"
+    bf16: bool = False
 
 
 @dataclass(frozen=True)
@@ -47,12 +52,14 @@ class Result:
     """What was found.
 
     Attributes:
-        cases: by name, see :data:`OURS` and :data:`PLAIN`.
-        apart: largest relative difference of the two's losses.
-        slopes_apart: largest difference of their gradients, relative to the largest gradient.
+        cases: by name, see :data:`OURS`, :data:`UNFUSED` and :data:`PLAIN`.
+        kernels: of the first.
+        apart: largest relative difference of a loss from the whole logits'.
+        slopes_apart: largest difference of a gradient from theirs, relative to the largest gradient.
     """
 
     cases: dict[str, pairs.Case]
+    kernels: str
     apart: float
     slopes_apart: float
 
@@ -69,41 +76,59 @@ def measure(options: Options, *, tell: Callable[[str], None] = lambda _: None) -
     patches = torch.randn(options.masked, options.width, device=device)
     weight = torch.full((options.masked,), 1.0 / options.masked, device=device)
     arguments = (head, teacher, cls, patches, weight, n)
-    acts = {OURS: partial(_pieces, *arguments, options.rows), PLAIN: partial(_plain, *arguments)}
+    kernels = losses.kernels_for(device)
+    acts: dict[str, Callable[[], Tensor]] = {OURS: partial(_pieces, *arguments, options.rows, kernels)}
+    if kernels == "triton":
+        acts[UNFUSED] = partial(_pieces, *arguments, options.rows, "torch")
+    acts[PLAIN] = partial(_plain, *arguments)
 
     def stepped(act: Callable[[], Tensor]) -> tuple[float, list[Tensor]]:
         head.zero_grad(set_to_none=True)
-        value = act()
+        with torch.autocast(device.type, torch.bfloat16, enabled=options.bf16):
+            value = act()
         value.backward()
         return float(value.detach()), [p.grad for p in head.parameters() if p.grad is not None]
 
     tell("comparing results")
-    (ours, our_slopes), (plain, slopes) = stepped(acts[OURS]), stepped(acts[PLAIN])
+    plain, slopes = stepped(acts[PLAIN])
     largest = max(float(slope.abs().max()) for slope in slopes)
-    apart = max(float((a - b).abs().max()) for a, b in zip(our_slopes, slopes, strict=True)) / largest
-    del our_slopes, slopes
+    apart = slopes_apart = 0.0
+    for name in acts.keys() - {PLAIN}:
+        value, others = stepped(acts[name])
+        apart = max(apart, abs(value / plain - 1))
+        slopes_apart = max(slopes_apart, *(float((a - b).abs().max()) / largest for a, b in zip(others, slopes, strict=True)))
+        del others
+    del slopes
     tell("measuring")
     rivals = {name: partial(stepped, act) for name, act in acts.items()}
-    return Result(pairs.measure(rivals, rounds=options.rounds, device=device), abs(ours / plain - 1), apart)
+    return Result(pairs.measure(rivals, rounds=options.rounds, device=device), kernels, apart, slopes_apart)
 
 
 def _pieces(
-    head: PrototypeHead, teacher: PrototypeHead, cls: Tensor, patches: Tensor, weight: Tensor, n: int, rows: int | None
+    head: PrototypeHead,
+    teacher: PrototypeHead,
+    cls: Tensor,
+    patches: Tensor,
+    weight: Tensor,
+    n: int,
+    rows: int | None,
+    kernels: losses.Kernels,
 ) -> Tensor:
     with torch.no_grad():
-        matrix = teacher.matrix(torch.float32)
         units = (teacher.units(cls[: 2 * n]), teacher.units(patches))
-        zeros = matrix.new_zeros(len(matrix))
-        found = [losses.potential_over_pieces(losses.logit_pieces([unit], matrix, 0.05, rows), zeros) for unit in units]
+        matrix = teacher.matrix(units[0].dtype)
+        pieces = [losses.logit_pieces([unit], matrix, 0.05, rows, kernels=kernels) for unit in units]
+        found = [losses.potential_over_pieces(logits, cls.new_zeros(len(matrix))) for logits in pieces]
     dino = losses.Targets(units[0].unflatten(0, (2, n)), matrix, found[0], 0.05)
     ibot = losses.Targets(units[1][None], matrix, found[1], 0.05)
     pairings, each = losses.multi_crop_pairings(8), cls.new_full((n,), 1 / (18 * n))
+    cross_entropy = partial(losses.prototype_cross_entropy, temperature=0.1, rows=rows, kernels=kernels)
 
     def crops(unit: Tensor, prototypes: Tensor) -> Tensor:
-        return losses.prototype_cross_entropy(unit.unflatten(0, (10, n)), prototypes, dino, pairings, each, 0.1, rows=rows)[0]
+        return cross_entropy(unit.unflatten(0, (10, n)), prototypes, dino, pairings, each)[0]
 
     def masked(unit: Tensor, prototypes: Tensor) -> Tensor:
-        return losses.prototype_cross_entropy(unit[None], prototypes, ibot, losses.SAME_VIEW, weight, 0.1, rows=rows)[0]
+        return cross_entropy(unit[None], prototypes, ibot, losses.SAME_VIEW, weight)[0]
 
     return head(cls, crops).sum() + head(patches, masked).sum()
 
@@ -123,6 +148,7 @@ def markdown(result: Result, options: Options, machine: dict[str, str], command:
     lines += [f"- {name}: {value}" for name, value in machine.items()]
     lines += [
         f"- {options.prototypes} prototypes, {10 * options.samples} crops, {options.masked} masked patches, forward and backward",
+        f"- products in {'bf16' if options.bf16 else 'fp32'}; in pieces: {result.kernels} kernels between them",
         f"- losses differ by {result.apart:.1e}, gradients by {result.slopes_apart:.1e} of the largest",
         "",
         *pairs.table(result.cases, PLAIN),

@@ -17,9 +17,12 @@ from pipeline.losses.pairs import (
 )
 from pipeline.losses.prototypes import (
     SAME_VIEW,
+    Kernels,
     Pairing,
+    Products,
     Targets,
     Watched,
+    kernels_for,
     logit_pieces,
     multi_crop_pairings,
     prototype_cross_entropy,
@@ -30,7 +33,9 @@ from pipeline.losses.tokens import mean_over_ranks, token_cross_entropy
 
 __all__ = [
     "SAME_VIEW",
+    "Kernels",
     "Pairing",
+    "Products",
     "Targets",
     "Watched",
     "batch_center",
@@ -43,6 +48,7 @@ __all__ = [
     "global_mean",
     "gram",
     "info_nce",
+    "kernels_for",
     "koleo",
     "koleo_across_ranks",
     "logit_pieces",

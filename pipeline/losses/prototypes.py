@@ -5,20 +5,28 @@ patch. The logits of one batch would fill gigabytes, several times over. But log
 vectors are small: so only those are kept. A piece of rows at a time, the logits of teacher and student are made, the
 cross-entropy and its slope with respect to both factors of the student's are taken, and the piece is dropped. The backward pass
 only scales what was found: nothing is computed twice, and no ``[tokens, K]`` lives longer than its piece.
+
+What lies between the products is done by one of two kernels, equal within rounding. ``triton`` reads the logits as the product
+left them and writes the slopes in their place; CUDA tensors take it wherever Triton is installed. ``torch`` works on copies in
+fp32; all other tensors take it, and fp64 always. The environment variable ``FOVEA_KERNELS``, ``torch`` or ``triton``, decides for
+a whole process: should Triton not work on some machine (it needs a C compiler), ``FOVEA_KERNELS=torch`` trains without it.
 """
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple
+from importlib.util import find_spec
+from typing import Any, Literal, NamedTuple, Protocol, get_args
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 NUMBERS = 2**25  # logits held at once, unless told otherwise: 128 MiB in fp32
+Kernels = Literal["torch", "triton"]
 
 
 def rows_at_once(prototypes: int) -> int:
@@ -43,9 +51,17 @@ class Targets:
     potential: Tensor
     temperature: float
 
-    def logits(self, rows: slice) -> Tensor:
-        """Scaled and shifted logits of some rows of all views, ``[views, rows, K]`` fp32: targets before their softmax."""
-        return scaled_logits(self.unit[:, rows], self.matrix, self.temperature).add_(self.potential)
+
+class Products(NamedTuple):
+    """Logits as the product left them, for kernels that scale while they read.
+
+    Attributes:
+        logits: ``[any, K]``, in the features' type.
+        temperature: what they are still to be divided by.
+    """
+
+    logits: Tensor
+    temperature: float
 
 
 class Pairing(NamedTuple):
@@ -96,6 +112,7 @@ def prototype_cross_entropy(
     *,
     rows: int | None = None,
     watch: bool = False,
+    kernels: Kernels | None = None,
 ) -> tuple[Tensor, Watched | None]:
     """Weighted sums of ``-sum_k target * log_softmax(unit @ matrix.T / temperature)``, one for each term.
 
@@ -106,18 +123,38 @@ def prototype_cross_entropy(
         pairings: which views meet.
         weight: ``[n]`` of each row.
         temperature: the student's.
-        rows: rows of logits held at once; ``None`` takes :func:`rows_at_once`.
+        rows: rows of logits held at once; ``None`` takes :func:`rows_at_once`, and more where they need less memory.
         watch: whether to look at the targets' health as well.
+        kernels: what works between the products; ``None`` takes :func:`kernels_for`.
 
     Returns:
         Terms ``[1 + the largest term]`` in fp32 (fp64 if the features are), and what was watched.
+
+    Raises:
+        ValueError: ``FOVEA_KERNELS`` names no kernels.
     """
-    rows = rows or rows_at_once(len(matrix))
+    kernels = "torch" if torch.float64 in (unit.dtype, targets.unit.dtype) else kernels or kernels_for(unit.device)
+    rows = rows or _rows(unit, matrix, kernels)
     with torch.autocast(unit.device.type, enabled=False):
         terms, entropy, mass, agreed = _PrototypeCrossEntropy.apply(
-            unit, matrix, targets, tuple(pairings), weight, temperature, rows, watch
+            unit, matrix, targets, tuple(pairings), weight, temperature, rows, watch, kernels
         )
     return terms, Watched(entropy, mass, agreed) if watch else None
+
+
+def kernels_for(device: torch.device) -> Kernels:
+    """What ``FOVEA_KERNELS`` says; else ``triton`` on a CUDA device where it is installed, ``torch`` elsewhere.
+
+    Raises:
+        ValueError: ``FOVEA_KERNELS`` is neither.
+    """
+    told = os.environ.get("FOVEA_KERNELS")
+    for known in get_args(Kernels):
+        if told == known:
+            return known
+    if told:
+        raise ValueError(f"FOVEA_KERNELS={told!r} is neither of {get_args(Kernels)}")
+    return "triton" if device.type == "cuda" and find_spec("triton") else "torch"
 
 
 def scaled_logits(unit: Tensor, matrix: Tensor, temperature: float) -> Tensor:
@@ -126,33 +163,91 @@ def scaled_logits(unit: Tensor, matrix: Tensor, temperature: float) -> Tensor:
 
 
 def logit_pieces(
-    units: Sequence[Tensor], matrix: Tensor, temperature: float, rows: int | None = None
-) -> Callable[[], Iterable[Tensor]]:
-    """Logits over the temperature of all features of a batch that came in several parts, as often as they are asked for.
+    units: Sequence[Tensor], matrix: Tensor, temperature: float, rows: int | None = None, *, kernels: Kernels | None = None
+) -> Callable[[], Iterable[Tensor | Products]]:
+    """Logits of all features of a batch that came in several parts, as often as they are asked for.
 
     Args:
         units: each ``[any, width]``.
         matrix: ``[K, width]``.
         temperature: what they are divided by.
-        rows: the most rows that are in memory at once; ``None`` takes :func:`rows_at_once`. Made once if all fit, else anew
-            each time.
+        rows: the most rows that are in memory at once; ``None`` takes :func:`rows_at_once`, and more where they need less memory.
+            Made once if all fit, else anew each time.
+        kernels: for ``torch`` they come over the temperature and in fp32, for ``triton`` as :class:`Products`; ``None`` takes
+            :func:`kernels_for`.
     """
-    rows = rows or rows_at_once(len(matrix))
+    kind = units[0] if units else matrix
+    kernels = "torch" if kind.dtype == torch.float64 else kernels or kernels_for(matrix.device)
+    rows = rows or _rows(kind, matrix, kernels)
     if sum(map(len, units)) <= rows:
-        kept = tuple(_pieces(units, matrix, temperature, rows))
+        kept = tuple(_pieces(units, matrix, temperature, rows, kernels))
         return lambda: kept
-    return partial(_pieces, units, matrix, temperature, rows)
+    return partial(_pieces, units, matrix, temperature, rows, kernels)
 
 
-def _pieces(units: Sequence[Tensor], matrix: Tensor, temperature: float, rows: int) -> Iterator[Tensor]:
+def _pieces(
+    units: Sequence[Tensor], matrix: Tensor, temperature: float, rows: int, kernels: Kernels
+) -> Iterator[Tensor | Products]:
     with torch.autocast(matrix.device.type, enabled=False):
         for unit in units:
+            low = matrix.to(unit.dtype)
             for piece in unit.split(rows):
-                yield scaled_logits(piece, matrix, temperature)
+                if kernels == "triton":
+                    yield Products(piece @ low.T, temperature)
+                else:
+                    yield scaled_logits(piece, low, temperature)
+
+
+def _rows(unit: Tensor, matrix: Tensor, kernels: Kernels) -> int:
+    """In place, products of student and teacher take 4 bytes a number in bf16, 8 in fp32; copies in torch take 16 and more."""
+    return rows_at_once(len(matrix)) * (8 // unit.element_size() if kernels == "triton" else 1)
+
+
+def _kernels(name: Kernels) -> Callable[..., _Piece]:
+    if name == "torch":
+        return _PlainTargets
+    from pipeline.losses.prototypes_triton import FusedTargets
+
+    return FusedTargets
 
 
 def _wide(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+class _Piece(Protocol):
+    # Targets of some rows, and, if they are watched, their entropy and mass.
+    entropy: Tensor | None
+    mass: Tensor | None
+
+    def met(
+        self, logits: Tensor, meets: tuple[float, ...], weight: Tensor, temperature: float, *, sloped: bool, watch: bool
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        # Weighted cost of products [views, rows, K], which are given away; rows that agree; the slope, in the products' type.
+        ...
+
+
+class _PlainTargets:
+    def __init__(self, logits: Tensor, potential: Tensor, temperature: float, *, watch: bool) -> None:
+        hidden = logits.to(_wide(logits)).div_(temperature).add_(potential)
+        whole = hidden.logsumexp(-1, keepdim=True)
+        self.wanted = hidden.sub(whole).exp_()
+        self.entropy = whole.sum() - (self.wanted * hidden).sum() if watch else None
+        self.mass = self.wanted.sum((0, 1)) if watch else None
+
+    def met(
+        self, logits: Tensor, meets: tuple[float, ...], weight: Tensor, temperature: float, *, sloped: bool, watch: bool
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        target, kind = _mixture(self.wanted, meets), logits.dtype
+        logits = logits.to(_wide(logits)).div_(temperature)
+        norm = logits.logsumexp(-1, keepdim=True)
+        each = sum(meets) * norm.squeeze(-1) - (logits * target).sum(-1)
+        agreed = (logits.argmax(-1) == target.argmax(-1)).sum() if watch else None
+        slope = None
+        if sloped:
+            slope = logits.sub_(norm).exp_().mul_(sum(meets)).sub_(target)
+            slope = slope.mul_((weight / temperature).unsqueeze(-1)).to(kind)
+        return (each * weight).sum(), agreed, slope
 
 
 class _PrototypeCrossEntropy(torch.autograd.Function):
@@ -169,6 +264,7 @@ class _PrototypeCrossEntropy(torch.autograd.Function):
         temperature: float,
         rows: int,
         watch: bool,
+        kernels: Kernels,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         wide, sloped = _wide(unit), any(ctx.needs_input_grad[:2])
         count = 1 + max(pairing.term for pairing in pairings)
@@ -179,29 +275,26 @@ class _PrototypeCrossEntropy(torch.autograd.Function):
         matrix_slopes = [torch.zeros_like(matrix, dtype=wide) for _ in range(count)] if sloped else []
         most = max(max(last - first for (first, last), _, _ in pairings), targets.unit.shape[0])
         step = max(rows // most, 1)
+        look, teacher = _kernels(kernels), targets.matrix.to(targets.unit.dtype)
         for start in range(0, unit.shape[1], step):
             part = slice(start, start + step)
-            hidden = targets.logits(part)
-            whole = hidden.logsumexp(-1, keepdim=True)
-            wanted = hidden.sub(whole).exp_()
-            if watch:
-                entropy += whole.sum() - (wanted * hidden).sum()
-                mass += wanted.sum((0, 1))
-            del hidden
+            piece = look(targets.unit[:, part] @ teacher.T, targets.potential, targets.temperature, watch=watch)
+            if piece.entropy is not None and piece.mass is not None:
+                entropy += piece.entropy
+                mass += piece.mass
             for (first, last), meets, term in pairings:
-                target = _mixture(wanted, meets)
-                student = unit[first:last, part]
-                logits = (student @ prototypes.T).to(wide).div_(temperature)
-                norm = logits.logsumexp(-1, keepdim=True)
-                each = sum(meets) * norm.squeeze(-1) - (logits * target).sum(-1)
-                terms[term] += (each * weight[part]).sum()
-                if watch and sum(meets) == 1.0:
-                    agreed += (logits.argmax(-1) == target.argmax(-1)).sum()
-                if unit_slope is not None:
-                    slope = logits.sub_(norm).exp_().mul_(sum(meets)).sub_(target)
-                    slope = slope.mul_((weight[part] / temperature).unsqueeze(-1)).to(unit.dtype)
+                student, alone = unit[first:last, part], sum(meets) == 1.0
+                cost, same, slope = piece.met(
+                    student @ prototypes.T, meets, weight[part], temperature, sloped=sloped, watch=watch and alone
+                )
+                terms[term] += cost
+                if same is not None:
+                    agreed += same
+                if unit_slope is not None and slope is not None:
                     unit_slope[first:last, part] += slope @ prototypes
                     matrix_slopes[term] += slope.flatten(0, 1).T @ student.flatten(0, 1)
+                del slope
+            del piece
         if unit_slope is not None:
             ctx.save_for_backward(unit_slope, *matrix_slopes)
             ctx.pairings, ctx.kind = pairings, matrix.dtype
@@ -222,7 +315,7 @@ class _PrototypeCrossEntropy(torch.autograd.Function):
             for slope, factor in zip(matrix_slopes[1:], upstream[1:], strict=True):
                 matrix_gradient.addcmul_(slope, factor)
             matrix_gradient = matrix_gradient.to(ctx.kind)
-        return unit_gradient, matrix_gradient, *(None,) * 6
+        return unit_gradient, matrix_gradient, *(None,) * 7
 
 
 def _mixture(targets: Tensor, meets: tuple[float, ...]) -> Tensor:

@@ -17,6 +17,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from pipeline.losses.prototypes import Products
+
 
 def sinkhorn(logits: Tensor, temperature: float, iterations: int = 3, group: dist.ProcessGroup | None = None) -> Tensor:
     """Targets of all samples of the global batch; each rank passes and gets its own.
@@ -52,13 +54,13 @@ def sinkhorn_potential(logits: Tensor, temperature: float, iterations: int = 3, 
 
 @torch.no_grad()
 def potential_over_pieces(
-    pieces: Callable[[], Iterable[Tensor]], zeros: Tensor, iterations: int = 3, group: dist.ProcessGroup | None = None
+    pieces: Callable[[], Iterable[Tensor | Products]], zeros: Tensor, iterations: int = 3, group: dist.ProcessGroup | None = None
 ) -> Tensor:
     """:func:`sinkhorn_potential` of logits that are never whole in memory.
 
     Args:
         pieces: gives ``logits / temperature`` anew at each call, ``[any, K]`` at a time; called once an iteration. Ranks may
-            have different numbers of pieces, also none.
+            have different numbers of pieces, also none. Products are read as they are, by Triton.
         zeros: ``[K]``, type and device of the result.
         iterations: scalings of prototypes and samples each.
         group: ranks that share the batch.
@@ -70,15 +72,23 @@ def potential_over_pieces(
     for iteration in range(iterations):
         peak, total = torch.full_like(zeros, -torch.inf), torch.zeros_like(zeros)
         for piece in pieces():
-            if not len(piece):
-                continue
-            if iteration:
-                piece = piece - torch.logsumexp(piece + potential, dim=1, keepdim=True)
-            higher = torch.maximum(peak, piece.amax(0))
-            total = total * (peak - higher).exp_() + (piece - higher).exp_().sum(0)
-            peak = higher
+            if len(piece.logits if isinstance(piece, Products) else piece):
+                peak, total = _taken_in(piece, potential if iteration else None, peak, total)
         potential = -_across_ranks(peak, total, group)
     return potential
+
+
+def _taken_in(piece: Tensor | Products, potential: Tensor | None, peak: Tensor, total: Tensor) -> tuple[Tensor, Tensor]:
+    """The columns' sums, ``exp(peak) * total``, with some more rows; with a potential these are made to sum to one before."""
+    if isinstance(piece, Products):
+        from pipeline.losses.prototypes_triton import take_in
+
+        take_in(piece.logits, piece.temperature, potential, peak, total)
+        return peak, total
+    if potential is not None:
+        piece = piece - torch.logsumexp(piece + potential, dim=1, keepdim=True)
+    higher = torch.maximum(peak, piece.amax(0))
+    return higher, total * (peak - higher).exp_() + (piece - higher).exp_().sum(0)
 
 
 def _across_ranks(peak: Tensor, total: Tensor, group: dist.ProcessGroup | None) -> Tensor:

@@ -89,5 +89,6 @@ class DetailClipSettings(ContrastiveSettings):
     )
     logit_rows: Count | None = Field(
         default=None,
-        description="rows of prototype logits that are in memory at once; null means as many as fill 128 MiB. Changes no result",
+        description="rows of prototype logits that are in memory at once; null means as many as fill 128 MiB, or 256 MiB where "
+        "Triton works on them in place. Changes no result",
     )

@@ -33,7 +33,8 @@ class DinoSettings(TwoViewSettings):
     center_momentum: Probability = Field(default=0.9, description="share of the old centre kept each step; 1 leaves it at 0")
     logit_rows: Count | None = Field(
         default=None,
-        description="rows of prototype logits that are in memory at once; null means as many as fill 128 MiB. Changes no result",
+        description="rows of prototype logits that are in memory at once; null means as many as fill 128 MiB, or 256 MiB where "
+        "Triton works on them in place. Changes no result",
     )
     freeze_last_layer: Length = Field(
         default=Length(1, "epochs"), description="how long the prototype layer's learning rate is 0"

@@ -92,7 +92,8 @@ class Dinov2Settings(RecipeSettings):
     )
     logit_rows: Count | None = Field(
         default=None,
-        description="rows of prototype logits that are in memory at once; null means as many as fill 128 MiB. Changes no result",
+        description="rows of prototype logits that are in memory at once; null means as many as fill 128 MiB, or 256 MiB where "
+        "Triton works on them in place. Changes no result",
     )
     layer_decay: Share = Field(default=1.0, description="learning-rate factor from one block to the block below")
     patch_embed_lr_scale: NonNegative = Field(default=0.2, description="learning-rate factor of the patch embedding")

@@ -18,6 +18,19 @@ def test_heads_in_pieces_find_what_whole_logits_do() -> None:
     assert "whole logits takes" in page and "512 prototypes" in page
 
 
+def test_where_kernels_are_fused_the_unfused_ones_are_measured_beside_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+    monkeypatch.setenv("FOVEA_KERNELS", "triton")
+    work = heads._pieces
+    monkeypatch.setattr(heads, "_pieces", lambda *arguments: asked.append(arguments[-1]) or work(*arguments[:-1], "torch"))
+    options = heads.Options(64, width=16, hidden=16, bottleneck=8, samples=2, masked=20, rounds=1, bf16=True)
+    result = heads.measure(options)
+    assert list(result.cases) == [heads.OURS, heads.UNFUSED, heads.PLAIN]
+    assert asked.count("triton") == asked.count("torch") > 0
+    assert result.apart < 1e-2
+    assert "bf16; in pieces: triton kernels" in heads.markdown(result, options, {}, "fovea bench heads")
+
+
 def test_memory_is_counted_while_it_is_held() -> None:
     def one_after_the_other() -> None:
         for _ in range(3):

@@ -1,0 +1,339 @@
+"""The elementwise half of Sinkhorn and of the prototypes' cross-entropy in Triton: logits are read as the product left them.
+
+In plain torch each number of a piece of logits is copied to fp32 and then read and written a dozen times. Here a program takes a
+whole row, block by block: it finds the row's log-sum-exp online, reads the row once more beside its targets, and writes the slope
+over the logits, in their own type; all that is added up is added in fp32. A patch's bf16 logit and its teacher's cost 10 bytes of
+traffic together (five visits of two), 4 more for each iteration of Sinkhorn, and nothing of their size is made anew.
+
+The kernels know nothing of gradients and matrices; :mod:`pipeline.losses.prototypes` multiplies. No atomics: a sum over columns
+belongs to the program of the row, a sum over rows to the program of the columns, so that equal inputs give equal bits.
+"""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+BLOCK, WARPS = 4096, 16  # columns of a row at once: 16 bytes of bf16 a thread
+TILE_ROWS, TILE_COLUMNS = 32, 64  # of a sum over rows: a cache line of bf16 wide, so that there are programs for all of a GPU
+
+
+class FusedTargets:
+    """A piece of the teacher's logits as targets, never softened in memory.
+
+    Args:
+        logits: ``[target views, rows, K]``, products as they are: bf16, fp16 or fp32.
+        potential: ``[K]``, added to the logits over their temperature.
+        temperature: the teacher's.
+        watch: whether to look at the targets' health.
+
+    Attributes:
+        entropy: scalar fp32, sum of the targets' entropies, nats; ``None`` if not watched.
+        mass: ``[K]`` fp32, the sum of all targets; ``None`` if not watched.
+    """
+
+    def __init__(self, logits: Tensor, potential: Tensor, temperature: float, *, watch: bool = False) -> None:
+        self._logits = logits.contiguous()
+        self._potential = potential.to(torch.float32).contiguous()
+        self._scale = 1.0 / temperature
+        self.entropy: Tensor | None = None
+        self.mass: Tensor | None = None
+        self._norm = torch.empty(logits.shape[:2], dtype=torch.float32, device=logits.device)
+        _norms(self._logits, self._potential, self._scale, self._norm)
+        if watch:
+            self.entropy, self.mass = self._health()
+
+    def _health(self) -> tuple[Tensor, Tensor]:
+        views, rows, prototypes = self._logits.shape
+        programs = triton.cdiv(prototypes, TILE_COLUMNS)
+        mass = self._norm.new_empty(prototypes)
+        entropy = self._norm.new_empty(programs)
+        with _on(mass):
+            column_sums[(programs,)](
+                self._logits,
+                self._potential,
+                self._norm,
+                mass,
+                entropy,
+                views * rows,
+                prototypes,
+                self._scale,
+                ROWS=TILE_ROWS,
+                COLUMNS=TILE_COLUMNS,
+            )
+        return entropy.sum(), mass
+
+    def met(
+        self, logits: Tensor, meets: tuple[float, ...], weight: Tensor, temperature: float, *, sloped: bool, watch: bool
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """What the student's logits cost against a mixture of the targets.
+
+        Args:
+            logits: ``[views, rows, K]``, products as they are; overwritten by the slope if one is wanted.
+            meets: how often each target view is met.
+            weight: ``[rows]`` fp32.
+            temperature: the student's.
+            sloped: whether a slope is wanted.
+            watch: whether agreement is.
+
+        Returns:
+            The weighted sum of the cross-entropies, fp32; rows in which the preferred prototypes agree; the slope with respect to
+            the products, in their type and place.
+        """
+        views, rows, prototypes = logits.shape
+        if not logits.is_contiguous():
+            logits = logits.contiguous()
+        each = torch.empty(rows, views, dtype=torch.float32, device=logits.device)
+        agreed = torch.empty(rows, views, dtype=torch.int32, device=logits.device) if watch else None
+        if each.numel():
+            with _on(logits):
+                cross_entropy_rows[(rows * views,)](
+                    logits,
+                    self._logits,
+                    self._potential,
+                    self._norm,
+                    weight.contiguous(),
+                    each,
+                    each if agreed is None else agreed,
+                    rows,
+                    views,
+                    prototypes,
+                    1.0 / temperature,
+                    self._scale,
+                    MEETS=tuple(map(float, meets)),
+                    SLOPED=sloped,
+                    WATCHED=watch,
+                    BLOCK=_block(prototypes),
+                    num_warps=WARPS,
+                )
+        return each.sum(), None if agreed is None else agreed.sum(), logits if sloped else None
+
+
+def take_in(logits: Tensor, temperature: float, potential: Tensor | None, peak: Tensor, total: Tensor) -> None:
+    """Adds rows to the running log-sum-exps of all columns: ``log(total) + peak``, as an iteration of Sinkhorn needs them.
+
+    Args:
+        logits: ``[rows, K]``, products as they are: bf16, fp16 or fp32.
+        temperature: of these.
+        potential: ``[K]`` fp32, with which each row is made to sum to one before; ``None``: rows are taken as they are.
+        peak: ``[K]`` fp32, changed in place; minus infinity at first.
+        total: ``[K]`` fp32, changed in place; zero at first.
+    """
+    rows, prototypes = logits.shape
+    logits = logits.contiguous()
+    norm = peak.new_empty(rows if potential is not None else 1)
+    if potential is not None:
+        _norms(logits, potential, 1.0 / temperature, norm)
+    with _on(logits):
+        column_norms[(triton.cdiv(prototypes, TILE_COLUMNS),)](
+            logits,
+            norm,
+            peak,
+            total,
+            rows,
+            prototypes,
+            1.0 / temperature,
+            NORMED=potential is not None,
+            ROWS=TILE_ROWS,
+            COLUMNS=TILE_COLUMNS,
+        )
+
+
+def _norms(logits: Tensor, potential: Tensor, scale: float, norm: Tensor) -> None:
+    prototypes = logits.shape[-1]
+    if norm.numel():
+        with _on(logits):
+            row_norms[(norm.numel(),)](logits, potential, norm, prototypes, scale, BLOCK=_block(prototypes), num_warps=WARPS)
+
+
+@triton.jit
+def row_norms(
+    logits: tl.tensor, potential: tl.tensor, norm: tl.tensor, prototypes: int, scale: float, BLOCK: tl.constexpr
+) -> None:
+    """``norm[row] = logsumexp(logits[row] * scale + potential)``; one program a row."""
+    row = tl.program_id(0).to(tl.int64)
+    columns = tl.arange(0, BLOCK)
+    peak = tl.full([BLOCK], -1e30, tl.float32)
+    total = tl.zeros([BLOCK], tl.float32)
+    for start in range(0, prototypes, BLOCK):
+        column = start + columns
+        inside = column < prototypes
+        x = tl.load(logits + row * prototypes + column, mask=inside, other=0.0).to(tl.float32)
+        x = x * scale + tl.load(potential + column, mask=inside, other=0.0)
+        peak, total = _taken_in(peak, total, tl.where(inside, x, float("-inf")))
+    tl.store(norm + row, _closed(peak, total))
+
+
+@triton.jit(do_not_specialize=["rows"])
+def column_sums(
+    logits: tl.tensor,
+    potential: tl.tensor,
+    norm: tl.tensor,
+    mass: tl.tensor,
+    entropy: tl.tensor,
+    rows: int,
+    prototypes: int,
+    scale: float,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+) -> None:
+    """``mass[k] = sum over rows of target``, and a program's part of ``-sum target * log target``; one program some columns."""
+    program = tl.program_id(0)
+    column = program * COLUMNS + tl.arange(0, COLUMNS)
+    within = column < prototypes
+    shift = tl.load(potential + column, mask=within, other=0.0)
+    total = tl.zeros([COLUMNS], tl.float32)
+    spread = tl.zeros([COLUMNS], tl.float32)
+    for start in range(0, rows, ROWS):
+        row = start + tl.arange(0, ROWS)
+        inside = (row < rows)[:, None] & within[None, :]
+        place = row.to(tl.int64)[:, None] * prototypes + column[None, :]
+        x = tl.load(logits + place, mask=inside, other=0.0).to(tl.float32) * scale + shift[None, :]
+        x = x - tl.load(norm + row, mask=row < rows, other=0.0)[:, None]
+        target = tl.where(inside, tl.exp(x), 0.0)
+        total += tl.sum(target, 0)
+        spread += tl.sum(target * x, 0)
+    tl.store(mass + column, total, mask=within)
+    tl.store(entropy + program, -tl.sum(spread, 0))
+
+
+@triton.jit(do_not_specialize=["rows"])
+def column_norms(
+    logits: tl.tensor,
+    norm: tl.tensor,
+    peak: tl.tensor,
+    total: tl.tensor,
+    rows: int,
+    prototypes: int,
+    scale: float,
+    NORMED: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+) -> None:
+    """Running log-sum-exps of columns take in ``logits * scale - norm`` of all rows; one program some columns."""
+    column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+    within = column < prototypes
+    highest = tl.full([ROWS, COLUMNS], -1e30, tl.float32)
+    amount = tl.zeros([ROWS, COLUMNS], tl.float32)
+    for start in range(0, rows, ROWS):
+        row = start + tl.arange(0, ROWS)
+        inside = (row < rows)[:, None] & within[None, :]
+        place = row.to(tl.int64)[:, None] * prototypes + column[None, :]
+        x = tl.load(logits + place, mask=inside, other=0.0).to(tl.float32) * scale
+        if NORMED:
+            x = x - tl.load(norm + row, mask=row < rows, other=0.0)[:, None]
+        highest, amount = _taken_in(highest, amount, tl.where(inside, x, float("-inf")))
+    before = tl.load(peak + column, mask=within, other=0.0)
+    after = tl.maximum(before, tl.max(highest, 0))
+    more = tl.sum(amount * tl.exp(highest - after[None, :]), 0)
+    tl.store(total + column, tl.load(total + column, mask=within, other=0.0) * tl.exp(before - after) + more, mask=within)
+    tl.store(peak + column, after, mask=within)
+
+
+@triton.jit(do_not_specialize=["rows", "views"])
+def cross_entropy_rows(
+    student: tl.tensor,
+    teacher: tl.tensor,
+    potential: tl.tensor,
+    norm: tl.tensor,
+    weight: tl.tensor,
+    each: tl.tensor,
+    agreed: tl.tensor,
+    rows: int,
+    views: int,
+    prototypes: int,
+    scale: float,
+    teacher_scale: float,
+    MEETS: tl.constexpr,
+    SLOPED: tl.constexpr,
+    WATCHED: tl.constexpr,
+    BLOCK: tl.constexpr,
+) -> None:
+    """Cost, and in place of the logits the slope, of one row of one view against its targets; one program a row.
+
+    The views of one sample are neighbours, so that those that meet the same targets find them in the cache.
+    """
+    program = tl.program_id(0).to(tl.int64)
+    row, view = program // views, program % views
+    mine = student + (view * rows + row) * prototypes
+    columns = tl.arange(0, BLOCK)
+    peak = tl.full([BLOCK], -1e30, tl.float32)
+    total = tl.zeros([BLOCK], tl.float32)
+    for start in range(0, prototypes, BLOCK):
+        column = start + columns
+        inside = column < prototypes
+        x = tl.load(mine + column, mask=inside, other=0.0).to(tl.float32) * scale
+        peak, total = _taken_in(peak, total, tl.where(inside, x, float("-inf")))
+    own_norm = _closed(peak, total)
+    share = tl.load(weight + row)
+    met = 0.0
+    for i in tl.static_range(len(MEETS)):
+        met += MEETS[i]
+
+    product = tl.zeros([BLOCK], tl.float32)
+    best = tl.full([BLOCK], float("-inf"), tl.float32)
+    best_target = tl.full([BLOCK], float("-inf"), tl.float32)
+    choice = tl.zeros([BLOCK], tl.int32)
+    choice_target = tl.zeros([BLOCK], tl.int32)
+    for start in range(0, prototypes, BLOCK):
+        column = start + columns
+        inside = column < prototypes
+        x = tl.load(mine + column, mask=inside, other=0.0).to(tl.float32) * scale
+        shift = tl.load(potential + column, mask=inside, other=0.0)
+        target = tl.zeros([BLOCK], tl.float32)
+        for i in tl.static_range(len(MEETS)):
+            if MEETS[i] != 0.0:
+                its = i * rows + row
+                wanted = tl.load(teacher + its * prototypes + column, mask=inside, other=0.0).to(tl.float32)
+                target += tl.exp(wanted * teacher_scale + shift - tl.load(norm + its)) * MEETS[i]
+        target = tl.where(inside, target, 0.0)
+        product += target * x
+        if WATCHED:
+            x_inside = tl.where(inside, x, float("-inf"))
+            choice = tl.where(x_inside > best, column, choice)
+            best = tl.maximum(best, x_inside)
+            target_inside = tl.where(inside, target, float("-inf"))
+            choice_target = tl.where(target_inside > best_target, column, choice_target)
+            best_target = tl.maximum(best_target, target_inside)
+        if SLOPED:
+            slope = (tl.exp(x - own_norm) * met - target) * (share * scale)
+            tl.store(mine + column, slope.to(student.dtype.element_ty), mask=inside)
+    place = row * views + view
+    tl.store(each + place, (met * own_norm - tl.sum(product, 0)) * share)
+    if WATCHED:
+        same = _first(best, choice, prototypes) == _first(best_target, choice_target, prototypes)
+        tl.store(agreed + place, same.to(tl.int32))
+
+
+@triton.jit
+def _taken_in(peak: tl.tensor, total: tl.tensor, x: tl.tensor) -> tl.tensor:
+    """One more number for each running log-sum-exp, at one exponential: either the old sum shrinks or the new number does."""
+    shrunk = tl.exp(-tl.abs(x - peak))
+    higher = x > peak
+    return tl.where(higher, x, peak), tl.where(higher, total * shrunk + 1.0, total + shrunk)
+
+
+@triton.jit
+def _closed(peak: tl.tensor, total: tl.tensor) -> tl.tensor:
+    """The one log-sum-exp of all running ones."""
+    highest = tl.max(peak, 0)
+    return highest + tl.log(tl.sum(total * tl.exp(peak - highest), 0))
+
+
+@triton.jit
+def _first(best: tl.tensor, choice: tl.tensor, prototypes: int) -> tl.tensor:
+    """The lowest column that holds the highest number."""
+    return tl.min(tl.where(best == tl.max(best, 0), choice, prototypes), 0)
+
+
+def _block(prototypes: int) -> int:
+    return min(BLOCK, triton.next_power_of_2(prototypes))
+
+
+def _on(tensor: Tensor) -> AbstractContextManager[object]:
+    """Triton launches on the current device, whatever the tensors'."""
+    return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
