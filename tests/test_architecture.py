@@ -178,6 +178,7 @@ def test_losses_import_torch_and_nothing_else() -> None:
         "os",
         "contextlib",
         "importlib",
+        "shutil",
         "triton",
     )
     wrong = [

@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from importlib.util import find_spec
+from shutil import which
 from typing import Any, Literal, NamedTuple, Protocol, get_args
 
 import torch
@@ -143,7 +144,8 @@ def prototype_cross_entropy(
 
 
 def kernels_for(device: torch.device) -> Kernels:
-    """What ``FOVEA_KERNELS`` says; else ``triton`` on a CUDA device where it is installed, ``torch`` elsewhere.
+    """What ``FOVEA_KERNELS`` says; else ``triton`` on a CUDA device where it and the C compiler that it needs are installed,
+    ``torch`` elsewhere.
 
     Raises:
         ValueError: ``FOVEA_KERNELS`` is neither.
@@ -154,7 +156,8 @@ def kernels_for(device: torch.device) -> Kernels:
             return known
     if told:
         raise ValueError(f"FOVEA_KERNELS={told!r} is neither of {get_args(Kernels)}")
-    return "triton" if device.type == "cuda" and find_spec("triton") else "torch"
+    compiler = os.environ.get("CC") or next(filter(which, ("gcc", "clang")), None)
+    return "triton" if device.type == "cuda" and find_spec("triton") and compiler else "torch"
 
 
 def scaled_logits(unit: Tensor, matrix: Tensor, temperature: float) -> Tensor:

@@ -93,7 +93,9 @@ def test_every_launch_compiles_for_gpus_that_are_not_here(tmp_path: Path) -> Non
 
 
 def test_triton_is_for_cuda_and_a_word_in_the_environment_overrules(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("FOVEA_KERNELS", raising=False)
+    for name in ("FOVEA_KERNELS", "CC"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(prototypes, "which", lambda name: f"/usr/bin/{name}")
     cpu, cuda = torch.device("cpu"), torch.device("cuda")
     assert (prototypes.kernels_for(cpu), prototypes.kernels_for(cuda)) == ("torch", "triton")
     monkeypatch.setenv("FOVEA_KERNELS", "torch")
@@ -104,8 +106,11 @@ def test_triton_is_for_cuda_and_a_word_in_the_environment_overrules(monkeypatch:
     with pytest.raises(ValueError, match="FOVEA_KERNELS='tritn'"):
         prototypes.kernels_for(cpu)
     monkeypatch.delenv("FOVEA_KERNELS")
-    monkeypatch.setattr(prototypes, "find_spec", lambda name: None)
-    assert prototypes.kernels_for(cuda) == "torch", "Triton is not installed"
+    with monkeypatch.context() as there:
+        there.setattr(prototypes, "find_spec", lambda name: None)
+        assert prototypes.kernels_for(cuda) == "torch", "Triton is not installed"
+    monkeypatch.setattr(prototypes, "which", lambda name: None)
+    assert prototypes.kernels_for(cuda) == "torch", "there is no C compiler for its launchers"
 
 
 def test_fp64_is_never_rounded_to_the_kernels_fp32() -> None:
