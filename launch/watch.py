@@ -8,7 +8,9 @@ import shutil
 import sys
 import time
 from collections.abc import Callable
+from io import StringIO
 from pathlib import Path
+from typing import TextIO
 
 _SHOWN = {"linear/top1", "logistic/top1", "segmentation/miou", "zeroshot/top1"}
 
@@ -36,10 +38,11 @@ class Lines:
 
     Args:
         global_batch: samples of a step, for the time left.
+        out: where they go instead of the standard output.
     """
 
-    def __init__(self, global_batch: int) -> None:
-        self._batch, self._rate = global_batch, 0.0
+    def __init__(self, global_batch: int, out: TextIO | None = None) -> None:
+        self._batch, self._rate, self._out = global_batch, 0.0, out
 
     def _text(self, done: int, total: int, loss: float, rate: float, scores: dict[str, float], scored: int) -> str:
         self._rate = rate if not self._rate else 0.8 * self._rate + 0.2 * rate
@@ -51,11 +54,11 @@ class Lines:
 
     def step(self, done: int, total: int, loss: float, rate: float, scores: dict[str, float], scored: int) -> None:
         """One line."""
-        print(self._text(done, total, loss, rate, scores, scored), flush=True)
+        print(self._text(done, total, loss, rate, scores, scored), file=self._out, flush=True)
 
     def say(self, text: str) -> None:
         """One line."""
-        print(text, flush=True)
+        print(text, file=self._out, flush=True)
 
 
 class Live(Lines):
@@ -85,11 +88,43 @@ class Live(Lines):
         sys.stdout.flush()
 
 
-def watcher(rank: int, global_batch: int) -> Silent | Lines:
-    """The right one for this rank and this output."""
+class Kept:
+    """A watcher of which plain lines are kept in a file too, as far as the disk lets them.
+
+    Args:
+        inner: who shows progress.
+        path: the file, appended to.
+        global_batch: samples of a step.
+    """
+
+    def __init__(self, inner: Lines, path: Path, global_batch: int) -> None:
+        self._inner = inner
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            file: TextIO = path.open("a")
+        except OSError:
+            file = StringIO()
+        self._copy = Lines(global_batch, file)
+
+    def step(self, done: int, total: int, loss: float, rate: float, scores: dict[str, float], scored: int) -> None:
+        """Show it, and keep it."""
+        self._inner.step(done, total, loss, rate, scores, scored)
+        with contextlib.suppress(OSError):
+            self._copy.step(done, total, loss, rate, scores, scored)
+
+    def say(self, text: str) -> None:
+        """Show it, and keep it."""
+        self._inner.say(text)
+        with contextlib.suppress(OSError):
+            self._copy.say(text)
+
+
+def watcher(rank: int, global_batch: int, keep: Path | None = None) -> Silent | Lines | Kept:
+    """The right one for this rank and this output; ``keep`` is a file for its lines where nobody else keeps them."""
     if rank:
         return Silent()
-    return Live(global_batch) if sys.stdout.isatty() else Lines(global_batch)
+    shown = Live(global_batch) if sys.stdout.isatty() else Lines(global_batch)
+    return Kept(shown, keep, global_batch) if keep else shown
 
 
 class Clocked:
@@ -101,7 +136,7 @@ class Clocked:
         seconds: reads the seconds of all steps so far, those of earlier attempts that count included.
     """
 
-    def __init__(self, inner: Silent | Lines, path: Path, seconds: Callable[[], float]) -> None:
+    def __init__(self, inner: Silent | Lines | Kept, path: Path, seconds: Callable[[], float]) -> None:
         self._inner, self._path, self._seconds, self._began = inner, path, seconds, seconds()
 
     def step(self, done: int, total: int, loss: float, rate: float, scores: dict[str, float], scored: int) -> None:

@@ -177,7 +177,7 @@ def _train(
     from pipeline.training.inputs import open_storage, prepare
     from pipeline.training.retention import Retention
 
-    show = watcher(world.rank, config.train.global_batch)
+    show = watcher(world.rank, config.train.global_batch, run.logs(number) / "rank-0.log" if alone else None)
     journal = shipper = None
     if world.rank == 0:
         journal = Journal(run.journal(number))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 
 import pytest
 
@@ -64,3 +65,20 @@ def test_only_the_first_rank_shows_steps(capsys: pytest.CaptureFixture[str]) -> 
     assert capsys.readouterr().out == ""
     other.say("step 3: dino not finite")
     assert capsys.readouterr().out == "step 3: dino not finite\n"
+
+
+def test_what_is_shown_is_kept_in_a_file_and_a_disk_that_takes_nothing_is_no_fault(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    for place in (tmp_path / "logs" / "rank-0.log", tmp_path / "logs" / "rank-0.log" / "no-folder"):
+        kept = watcher(0, 64, place)
+        kept.say("starting")
+        kept.step(10, 110, 5.25, 640.0, {}, -1)
+        assert len(capsys.readouterr().out.splitlines()) == 2
+    lines = (tmp_path / "logs" / "rank-0.log").read_text().splitlines()
+    assert lines[0] == "starting" and lines[1].startswith("step     10/110")
+    (tmp_path / "full.log").symlink_to("/dev/full")
+    kept = watcher(0, 64, tmp_path / "full.log")
+    for _ in range(2000):  # more than a buffer holds
+        kept.say("the disk is full")
+    assert capsys.readouterr().out.count("the disk is full") == 2000
