@@ -31,6 +31,9 @@ def check(config: Config) -> list[tuple[str, str]]:
     if config.train.offload == "cpu" and (config.train.zero == 0 or config.optim.name != "adamw"):
         told = "train.offload = cpu: needs train.zero of 1 to 3, which give each rank a share to keep, and optim.name=adamw"
         found.append(("train.offload", told))
+    if config.train.fp8 != "off" and config.train.precision != "bf16":
+        told = f"train.fp8 = {config.train.fp8}: goes with train.precision=bf16, not {config.train.precision}"
+        found.append(("train.fp8", told))
     if config.launch.init == "accelerate" and importlib.util.find_spec("transformers") is None:
         told = "launch.init = accelerate: needs transformers, as accelerate does for DeepSpeed; pip install transformers"
         found.append(("launch.init", told))

@@ -221,6 +221,11 @@ class TrainSettings(Settings):
     compile: bool = Field(
         default=False, json_schema_extra=RUNTIME, description="torch.compile each transformer block; needs a C++ compiler on CPU"
     )
+    fp8: Literal["off", "teacher", "all"] = Field(
+        default="off",
+        description="matrix products of the towers' blocks in 8-bit floats: of no tower, of those that no gradient goes through, "
+        "or of all; needs bf16 and a GPU of compute capability 8.9, and gives other numbers",
+    )
     deterministic: bool = Field(default=False, description="refuse operations whose result varies from run to run")
     max_nonfinite: Count = Field(default=10, json_schema_extra=RUNTIME, description="non-finite steps in a row that stop the run")
 

@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from numpy.typing import NDArray
 from PIL import Image
+from torch import nn
 
 from pipeline.data.feeder import Portions
 from pipeline.data.ledger import Ledger
@@ -24,6 +25,7 @@ from pipeline.data.prefetch import Prefetcher
 from pipeline.data.reader import Reader
 from pipeline.data.stream import BatchStream, StreamOptions
 from pipeline.errors import ConfigError, TrainingError
+from pipeline.models.fp8 import use_fp8
 from pipeline.models.text import TextTower
 from pipeline.models.vision import VisionTower
 from pipeline.recipes.base import Recipe
@@ -103,22 +105,34 @@ def make_recipe(config: Config, device: torch.device) -> Recipe:
 
 
 def prepare_towers(recipe: Recipe, config: Config) -> None:
-    """Switches recomputation and compilation on where the settings say so.
+    """Switches recomputation, 8-bit products and compilation on where the settings say so.
 
     Raises:
-        ConfigError: ``train.compile`` without the compiler that it needs on a CPU.
+        ConfigError: ``train.compile`` without the compiler that it needs on a CPU, ``train.fp8`` on a GPU without such products.
     """
+    if config.train.fp8 != "off" and torch.cuda.is_available() and torch.cuda.get_device_capability() < (8, 9):
+        raise ConfigError(
+            f"{torch.cuda.get_device_name()} has no products of 8-bit floats", where="train.fp8", mend="set train.fp8=off"
+        )
     teachers = list(recipe.teacher.modules.values()) if recipe.teacher is not None else []
     towers = [m for root in (recipe, *teachers) for m in root.modules() if isinstance(m, VisionTower | TextTower)]
     for tower in towers:
         tower.checkpointing = config.train.recompute
+        if config.train.fp8 == "all" or (config.train.fp8 == "teacher" and not any(p.requires_grad for p in tower.parameters())):
+            use_fp8(_blocks(tower))
     if not config.train.compile:
         return
     if not torch.cuda.is_available() and shutil.which("g++") is None and shutil.which("c++") is None:
         raise ConfigError("there is no C++ compiler", where="train.compile", mend="install g++, or set train.compile=false")
     for tower in towers:
-        for block in tower.vit.blocks if isinstance(tower, VisionTower) else tower.blocks:
+        for block in _blocks(tower):
             block.compile()
+
+
+def _blocks(tower: VisionTower | TextTower) -> Any:
+    """A container of blocks."""
+    blocks: nn.Module = tower.vit.blocks if isinstance(tower, VisionTower) else tower.blocks
+    return blocks
 
 
 def assemble(

@@ -1,0 +1,90 @@
+"""Matrix products of 8-bit floats in the linear layers of a tower's blocks: faster where tensor cores have them, not the same.
+
+Each row of both factors is scaled to the range of e4m3 by its own largest magnitude, ``torch._scaled_mm`` multiplies, and what
+comes back is bf16 (DINOv3's choice for its largest model, arXiv 2508.10104). So are the output and the gradient with respect to
+the input; that with respect to the weight stays a bf16 product, whose sum runs over all tokens. Masters, optimizer and teacher
+stay fp32. A layer whose sizes are no multiples of 16 stays as it is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from types import MethodType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+E4M3 = torch.float8_e4m3fn
+LARGEST = torch.finfo(E4M3).max
+_MULTIPLE = 16  # what the product asks of the inner and the outer size
+
+
+def use_fp8(blocks: nn.Module) -> list[str]:
+    """Lets the linear layers below compute so, under autocast to bf16 only; no parameter and no name changes.
+
+    Args:
+        blocks: the blocks of a tower.
+
+    Returns:
+        Names of the layers that do.
+    """
+    return [name for name, layer in _fitting(blocks) if _taught(layer)]
+
+
+def scaled_product(a: Tensor, b: Tensor) -> Tensor:
+    """``a @ b.T`` of ``[m, k]`` and ``[n, k]`` in bf16, both rounded to e4m3 by rows; ``k`` and ``n`` multiples of 16."""
+    (left, left_scale), (right, right_scale) = rounded(a), rounded(b)
+    if not len(a):
+        return a.new_empty(0, len(b), dtype=torch.bfloat16)
+    product: Tensor = torch._scaled_mm(left, right.t(), scale_a=left_scale, scale_b=right_scale.t(), out_dtype=torch.bfloat16)
+    return product
+
+
+def rounded(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows ``[n, k]`` in e4m3, and the fp32 factors ``[n, 1]`` that give the old numbers back."""
+    x = x.float()
+    scale = x.abs().amax(1, keepdim=True).clamp(min=1e-12) / LARGEST
+    return (x / scale).to(E4M3).contiguous(), scale
+
+
+def _fitting(blocks: nn.Module) -> Iterator[tuple[str, nn.Linear]]:
+    for name, layer in blocks.named_modules():
+        fits = isinstance(layer, nn.Linear) and layer.in_features % _MULTIPLE == 0 and layer.out_features % _MULTIPLE == 0
+        if fits and "forward" not in vars(layer):  # the last projection of a tower reads rows of its own choice
+            yield name, layer
+
+
+def _taught(layer: Any) -> bool:
+    layer.forward = MethodType(_forward, layer)
+    return True
+
+
+def _forward(layer: nn.Linear, x: Tensor) -> Tensor:
+    if not torch.is_autocast_enabled(x.device.type):
+        return nn.Linear.forward(layer, x)
+    y: Tensor = _Linear.apply(x, layer.weight)
+    return y if layer.bias is None else y + layer.bias.to(y.dtype)
+
+
+class _Linear(torch.autograd.Function):
+    # The weight is saved as it is: an engine that cuts it has it whole again when the gradient is wanted (ZeRO 3).
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+        rows = x.flatten(0, -2)
+        ctx.save_for_backward(rows.bfloat16(), weight)
+        ctx.kind = x.dtype
+        return scaled_product(rows, weight).unflatten(0, x.shape[:-1])
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        rows, weight = ctx.saved_tensors
+        slopes = upstream.flatten(0, -2)
+        to_input = to_weight = None
+        if ctx.needs_input_grad[0]:
+            to_input = scaled_product(slopes, weight.t()).unflatten(0, upstream.shape[:-1]).to(ctx.kind)
+        if ctx.needs_input_grad[1]:
+            to_weight = (slopes.bfloat16().t() @ rows).to(weight.dtype)
+        return to_input, to_weight
