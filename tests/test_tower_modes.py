@@ -32,3 +32,22 @@ def test_cut_and_recomputed_it_loses_what_it_loses_whole(tmp_path: Path) -> None
                 assert float.fromhex(cut[step]["terms"][name]) == pytest.approx(float.fromhex(value), abs=1e-4), (step, name)
         # At the start the anchor is the student; then they part, until the anchor becomes the teacher.
         assert "gram" in whole[0]["terms"] and float.fromhex(whole[STEPS - 1]["terms"]["gram"]) > 0
+
+
+@pytest.mark.slow
+def test_with_products_of_8_bits_every_stage_loses_the_same(tmp_path: Path) -> None:
+    scenes.write(tmp_path / "scenes", train=60, val=10, size=32, seed=3, samples_per_shard=30)
+    config = tmp_path / "toy.yaml"
+    config.write_text(TOY)
+    runs = {"bf16": ("train.zero=1",), "whole": ("train.zero=1", "train.fp8=all"), "cut": ("train.zero=3", "train.fp8=all")}
+    for name, settings in runs.items():
+        length = ("schedule.lr.warmup=1 steps", f"train.length={STEPS} steps", "train.precision=bf16")
+        done = train(config, str(tmp_path / "scenes/*train-*.tar"), tmp_path / name, *length, *settings)
+        assert done.returncode == 0, done.stderr + done.stdout
+    plain, whole, cut = (recorded(tmp_path / name, 0) for name in runs)
+    for step in range(STEPS):
+        for name in whole[step]["terms"]:
+            rough, pieces, fine = (float.fromhex(run[step]["terms"][name]) for run in (whole, cut, plain))
+            assert pieces == pytest.approx(rough, abs=2e-2), (step, name)
+            assert rough == pytest.approx(fine, abs=0.2), (step, name)
+    assert whole[0]["terms"] != plain[0]["terms"]
