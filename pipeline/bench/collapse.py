@@ -57,7 +57,7 @@ TRIALS = (
 )
 QUESTIONS = tuple(dict.fromkeys(trial.question for trial in TRIALS))
 _EVALUATIONS = 4
-_TOLD = ("train/feature_rank", "train/target_entropy", "train/prototype_use")
+_TOLD = ("train/feature_spread", "train/feature_rank", "train/target_entropy", "train/prototype_use")
 
 
 @dataclass(frozen=True)
@@ -166,11 +166,11 @@ def line(found: Found) -> str:
 def page(found: Sequence[Found], machine: Mapping[str, str], command: str) -> str:
     """The page that a person reads."""
     lines = ["# What keeps features from collapse", "", f"`{command}`", "", *(f"- {k}: {v}" for k, v in machine.items()), ""]
-    lines += ["| question | trial | samples | steps | k-NN | untrained | loss | rank of features | entropy of targets | in use |"]
-    lines += ["|---|---|---:|---:|---:|---:|---:|---:|---:|---:|"]
+    lines += ["| question | trial | samples | steps | k-NN | untrained | loss | spread of features | rank | entropy of targets | in use |"]
+    lines += ["|---|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|"]
     for one in found:
         if one.failed or not one.knn:
-            lines.append(f"| {one.trial.question} | {one.trial.name} | {line(one)} ||||||||")
+            lines.append(f"| {one.trial.question} | {one.trial.name} | {line(one)} |||||||||")
             continue
         signs = [f"{(one.signs or {})[name]:.2f}" if name in (one.signs or {}) else "" for name in _names()]
         start = "" if one.untrained is None else f"{one.untrained:.1%}"

@@ -132,6 +132,7 @@ class DINO(TwoViews):
             "dino_below_uniform": uniform - loss,
             "agreement": watched.agreed / rows,
             "feature_rank": losses.effective_rank(features),
+            "feature_spread": losses.spread(features),
         }
 
 
