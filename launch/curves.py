@@ -8,7 +8,11 @@ from launch import pictures
 from launch.pictures import Chart, Line
 from pipeline.bench.collapse import Found
 
-_SIGNS = {"feature_spread": "spread of the features, 0 is all alike", "feature_rank": "rank of the features", "target_entropy": "entropy of the targets, 1 is uniform"}
+_SIGNS = {
+    "feature_spread": "spread of the features, 0 is all alike",
+    "feature_rank": "rank of the features",
+    "target_entropy": "entropy of the targets, 1 is uniform",
+}
 
 
 def page(found: Sequence[Found]) -> str:

@@ -166,15 +166,16 @@ def line(found: Found) -> str:
 def page(found: Sequence[Found], machine: Mapping[str, str], command: str) -> str:
     """The page that a person reads."""
     lines = ["# What keeps features from collapse", "", f"`{command}`", "", *(f"- {k}: {v}" for k, v in machine.items()), ""]
-    lines += ["| question | trial | samples | steps | k-NN | untrained | loss | spread of features | rank | entropy of targets | in use |"]
+    signs = "spread of features | rank | entropy of targets | in use"
+    lines += [f"| question | trial | samples | steps | k-NN | untrained | loss | {signs} |"]
     lines += ["|---|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|"]
     for one in found:
         if one.failed or not one.knn:
             lines.append(f"| {one.trial.question} | {one.trial.name} | {line(one)} |||||||||")
             continue
-        signs = [f"{(one.signs or {})[name]:.2f}" if name in (one.signs or {}) else "" for name in _names()]
+        ends = [f"{(one.signs or {})[name]:.2f}" if name in (one.signs or {}) else "" for name in _names()]
         start = "" if one.untrained is None else f"{one.untrained:.1%}"
-        figures = [str(one.samples), str(one.steps), f"{_last(one.knn):.1%}", start, f"{one.loss:.3f}", *signs]
+        figures = [str(one.samples), str(one.steps), f"{_last(one.knn):.1%}", start, f"{one.loss:.3f}", *ends]
         lines.append(f"| {one.trial.question} | {one.trial.name} | {' | '.join(figures)} |")
     lines += ["", "One run of each, seed 0. k-NN of 1000 held-out scenes by their 20 nearest of 4000, by samples seen:", ""]
     for one in found:
