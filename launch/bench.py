@@ -390,7 +390,7 @@ def readme(file: Annotated[Path, typer.Argument(help="The README.")] = Path("REA
 
 @app.command()
 def collapse(
-    questions: Annotated[list[str] | None, typer.Argument(help="byol, dino, simclr, logo; by default all.")] = None,
+    questions: Annotated[list[str] | None, typer.Argument(help="byol, dino, mocov2, simclr, logo; by default all.")] = None,
     samples: Annotated[int, typer.Option(min=1, help="Samples that each run sees.")] = 24_000,
     shards: Annotated[str | None, typer.Option(help="Training shards of scenes; by default they are drawn.")] = None,
     ranks: Annotated[int, typer.Option(min=1, help="Processes of a run.")] = 2,
@@ -405,6 +405,7 @@ def collapse(
 
     fovea report runs/bench-collapse/dino-*
     """
+    from launch.curves import page as curves
     from pipeline.bench.collapse import QUESTIONS, Found, line, measure, page
 
     for name in questions or ():
@@ -415,6 +416,8 @@ def collapse(
         _tell(line(one))
         found.append(one)
     _keep("collapse", out, partial(page, found), {"trials": [asdict(one) for one in found]})
+    (directory / "curves.html").write_text(curves(found))
+    _tell(f"wrote {directory / 'curves.html'}")
 
 
 @app.command()

@@ -47,14 +47,17 @@ TRIALS = (
     Trial("dino", "as it is", "dino/scenes"),
     Trial("dino", "without centring", "dino/scenes", ("recipe.center_momentum=1.0",)),
     Trial("dino", "without sharpening", "dino/scenes", ("schedule.teacher_temperature.start=0.1",)),
+    Trial("dino", "without batch norm", "dino/scenes", ("recipe.head_norm=none",)),
+    Trial("mocov2", "as it is", "mocov2/scenes"),
+    Trial("mocov2", "without batch norm", "mocov2/scenes", ("recipe.head_norm=none",)),
     Trial("simclr", "batch 128", "simclr/scenes"),
     Trial("simclr", "batch 16", "simclr/scenes", ("train.global_batch=16",)),
-    Trial("logo", "local crops attracted", "byol/scenes", LOCALS),
-    Trial("logo", "and repelled from each other", "byol/scenes", (*LOCALS, "recipe.repel={}")),
+    Trial("logo", "local crops attracted", "mocov2/scenes", LOCALS),
+    Trial("logo", "and repelled from each other", "mocov2/scenes", (*LOCALS, "recipe.repel={}")),
 )
 QUESTIONS = tuple(dict.fromkeys(trial.question for trial in TRIALS))
-_EVALUATIONS = 6
-_TOLD = ("train/feature_rank", "train/target_entropy", "train/prototype_use")
+_EVALUATIONS = 4
+_TOLD = ("train/feature_spread", "train/feature_rank", "train/target_entropy", "train/prototype_use")
 
 
 @dataclass(frozen=True)
@@ -70,6 +73,7 @@ class Found:
         signs: the last logged value of what tells collapse.
         alarms: what fovea itself raised, by name.
         failed: why there is none of this.
+        curves: all logged values of what tells collapse, by samples.
     """
 
     trial: Trial
@@ -81,6 +85,7 @@ class Found:
     signs: Mapping[str, float] | None = None
     alarms: Mapping[str, str] | None = None
     failed: str = ""
+    curves: Mapping[str, Mapping[int, float]] | None = None
 
 
 def measure(questions: Sequence[str], shards: str, *, samples: int, ranks: int, directory: Path) -> Iterator[Found]:
@@ -106,20 +111,28 @@ def _one(trial: Trial, shards: str, samples: int, ranks: int, directory: Path) -
         f"checkpoint.every={steps} steps",
         *trial.settings,
     ]
-    outcome = train(trial.config, directory, settings)
+    train(trial.config, directory, settings)
+    return told(trial, directory)
+
+
+def told(trial: Trial, directory: Path) -> Found:
+    """What a run that was finished says of its trial."""
+    batch = load(trial.config, trial.settings).config.train.global_batch
+    outcome = json.loads((directory / "outcome.json").read_text())
     metrics, alarms = journal(directory)
     names = [name for name in metrics if name.startswith("knn/k")]
     best = max(names, key=lambda name: int(name.removeprefix("knn/k")))
-    pixels = {int(step): value for step, value in metrics[best].items()}
-    untrained = outcome["scores"].get(best.replace("knn/", "untrained/"))
+    by_samples = {name: {step * batch: value for step, value in sorted(points.items())} for name, points in metrics.items()}
+    kept = [name for name in _TOLD if name in metrics]
     return Found(
         trial,
-        steps=steps,
+        steps=outcome["steps"],
         samples=outcome["samples_seen"],
-        knn={step * batch: value for step, value in sorted(pixels.items())},
-        untrained=untrained,
+        knn=by_samples[best],
+        untrained=outcome["scores"].get(best.replace("knn/", "untrained/")),
         loss=_last(metrics.get("train/loss", {})),
-        signs={name.removeprefix("train/"): _last(metrics[name]) for name in _TOLD if name in metrics},
+        signs={name.removeprefix("train/"): _last(metrics[name]) for name in kept},
+        curves={name.removeprefix("train/"): by_samples[name] for name in kept},
         alarms=alarms,
     )
 
@@ -153,15 +166,16 @@ def line(found: Found) -> str:
 def page(found: Sequence[Found], machine: Mapping[str, str], command: str) -> str:
     """The page that a person reads."""
     lines = ["# What keeps features from collapse", "", f"`{command}`", "", *(f"- {k}: {v}" for k, v in machine.items()), ""]
-    lines += ["| question | trial | samples | steps | k-NN | untrained | loss | rank of features | entropy of targets | in use |"]
-    lines += ["|---|---|---:|---:|---:|---:|---:|---:|---:|---:|"]
+    signs = "spread of features | rank | entropy of targets | in use"
+    lines += [f"| question | trial | samples | steps | k-NN | untrained | loss | {signs} |"]
+    lines += ["|---|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|"]
     for one in found:
         if one.failed or not one.knn:
-            lines.append(f"| {one.trial.question} | {one.trial.name} | {line(one)} ||||||||")
+            lines.append(f"| {one.trial.question} | {one.trial.name} | {line(one)} |||||||||")
             continue
-        signs = [f"{(one.signs or {})[name]:.2f}" if name in (one.signs or {}) else "" for name in _names()]
+        ends = [f"{(one.signs or {})[name]:.2f}" if name in (one.signs or {}) else "" for name in _names()]
         start = "" if one.untrained is None else f"{one.untrained:.1%}"
-        figures = [str(one.samples), str(one.steps), f"{_last(one.knn):.1%}", start, f"{one.loss:.3f}", *signs]
+        figures = [str(one.samples), str(one.steps), f"{_last(one.knn):.1%}", start, f"{one.loss:.3f}", *ends]
         lines.append(f"| {one.trial.question} | {one.trial.name} | {' | '.join(figures)} |")
     lines += ["", "One run of each, seed 0. k-NN of 1000 held-out scenes by their 20 nearest of 4000, by samples seen:", ""]
     for one in found:

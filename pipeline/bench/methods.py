@@ -159,7 +159,7 @@ def markdown(rows: Sequence[Row], machine: dict[str, str], command: str, each: s
         if row.failed:
             notes.append(f"- {row.method} was not trained: {row.failed}")
         elif row.knn is not None and row.untrained is not None and row.knn <= row.untrained:
-            notes.append(f"- {row.method} is not above its untrained network: it needs longer than this.")
+            notes.append(f"- {row.method} is not above its untrained network after this.")
     lines += ["", "One run of each, seed 0; k-NN of 1000 held-out scenes by their 20 nearest of 4000.", *notes]
     return "\n".join(lines) + "\n"
 

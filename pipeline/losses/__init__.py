@@ -4,7 +4,7 @@ from pipeline.losses.centering import batch_center, centered_targets, global_mea
 from pipeline.losses.contrastive import clip_loss, gathered, place, siglip_loss
 from pipeline.losses.distill import cross_entropy, masked_patches, multi_crop
 from pipeline.losses.gram import gram, resampled_patches
-from pipeline.losses.health import effective_rank
+from pipeline.losses.health import effective_rank, spread
 from pipeline.losses.koleo import koleo, koleo_across_ranks
 from pipeline.losses.pairs import (
     cosine_regression,
@@ -70,5 +70,6 @@ __all__ = [
     "siglip_loss",
     "sinkhorn",
     "sinkhorn_potential",
+    "spread",
     "token_cross_entropy",
 ]

@@ -1,8 +1,9 @@
-"""How many directions features really use."""
+"""How far features lie apart, and how many directions they really use."""
 
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -22,3 +23,17 @@ def effective_rank(x: Tensor) -> Tensor:
         centred = centred / centred.square().mean().sqrt().clamp(min=1e-30)
         gram = centred @ centred.T if len(x) < x.shape[1] else centred.T @ centred
         return gram.trace().square() / gram.square().sum().clamp(min=1e-30)
+
+
+@torch.no_grad()
+def spread(x: Tensor) -> Tensor:
+    """``1 - |mean of the unit vectors|^2``: 0 if all features point one way, 1 if they point anywhere. It tells what
+    :func:`effective_rank`, which knows no scale, does not: features that move together and keep their directions.
+
+    Args:
+        x: ``[n, width]``.
+
+    Returns:
+        fp32 scalar.
+    """
+    return 1 - F.normalize(x.float(), dim=1).mean(0).square().sum()

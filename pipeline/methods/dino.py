@@ -21,7 +21,9 @@ class DinoSettings(TwoViewSettings):
         description="the crops of a picture",
     )
     augment: ColourSettings = Field(default=ColourSettings(), description="what happens to a crop")
-    head_norm: Literal["none"] = Field(default="none", description="norm in the head")
+    head_norm: Literal["batch", "none"] = Field(
+        default="none", description="norm in the head's hidden layers; batch is over all ranks, see the other methods"
+    )
     prototypes: int = Field(default=65536, gt=1, description="outputs of the projection head")
     head_hidden: Count = Field(default=2048, description="width of the head's hidden layers")
     head_bottleneck: Count = Field(default=256, description="width before the prototypes")

@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from pipeline.models.norms import GlobalBatchNorm
+
 R = TypeVar("R")
 Use = Callable[[Tensor, Tensor], R]  # of unit vectors [n, width] and the whole matrix [count, width]
 
@@ -55,7 +57,7 @@ class Prototypes(nn.Module):
 
 
 class PrototypeHead(nn.Module):
-    """DINO's head: an MLP without batch norm, an L2 normalisation, then :class:`Prototypes`.
+    """DINO's head: an MLP, an L2 normalisation, then :class:`Prototypes`.
 
     Args:
         width: features in, the tower's width.
@@ -64,6 +66,7 @@ class PrototypeHead(nn.Module):
         prototypes: logits out.
         layers: linear layers of the MLP.
         weight_norm: see :class:`Prototypes`.
+        batch_norm: whether one over the batch of all ranks follows each hidden layer; DINO's code has it as a choice.
     """
 
     def __init__(
@@ -75,12 +78,15 @@ class PrototypeHead(nn.Module):
         prototypes: int = 65536,
         layers: int = 3,
         weight_norm: bool = True,
+        batch_norm: bool = False,
     ) -> None:
         super().__init__()
         widths = (width, *(hidden,) * (layers - 1), bottleneck)
         self.mlp = nn.Sequential()
         for before, after in pairwise(widths):
-            self.mlp.extend([nn.GELU(), nn.Linear(before, after)] if len(self.mlp) else [nn.Linear(before, after)])
+            if len(self.mlp):
+                self.mlp.extend([GlobalBatchNorm(before), nn.GELU()] if batch_norm else [nn.GELU()])
+            self.mlp.append(nn.Linear(before, after))
         for layer in self.mlp:
             if isinstance(layer, nn.Linear):
                 nn.init.trunc_normal_(layer.weight, std=0.02)

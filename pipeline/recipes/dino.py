@@ -31,7 +31,7 @@ class DINO(TwoViews):
     """The method; see the module.
 
     The centre is that of the batches before this one, so micro-batches are one large batch, but for norms over a batch in a
-    ResNet.
+    ResNet or in the head.
 
     Args:
         backbone: the student's tower.
@@ -44,7 +44,12 @@ class DINO(TwoViews):
         s = settings
         super().__init__(backbone, s, out=s.head_bottleneck)
         self.head = PrototypeHead(
-            backbone.width, hidden=s.head_hidden, bottleneck=s.head_bottleneck, prototypes=s.prototypes, layers=s.head_layers
+            backbone.width,
+            hidden=s.head_hidden,
+            bottleneck=s.head_bottleneck,
+            prototypes=s.prototypes,
+            layers=s.head_layers,
+            batch_norm=s.head_norm == "batch",
         )
         if s.freeze_gain and self.head.last.gain is not None:
             self.head.last.gain.requires_grad_(False)
@@ -109,7 +114,7 @@ class DINO(TwoViews):
     def _targets(self, images: Tensor, step: Step) -> losses.Targets:
         backbone, head = self.teacher.modules.values()
         assert isinstance(head, PrototypeHead)
-        with batch_statistics(backbone):
+        with batch_statistics(backbone, head):
             units = head.units(backbone(images, patches="none").cls)
         matrix = head.matrix(units.dtype)
         with torch.autocast(units.device.type, enabled=False):
@@ -127,6 +132,7 @@ class DINO(TwoViews):
             "dino_below_uniform": uniform - loss,
             "agreement": watched.agreed / rows,
             "feature_rank": losses.effective_rank(features),
+            "feature_spread": losses.spread(features),
         }
 
 

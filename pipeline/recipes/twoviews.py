@@ -45,8 +45,10 @@ class TwoViews(Recipe):
         return normalises_batches(self) or self.repeller is not None
 
     def watch(self, features: Sequence[Tensor]) -> None:
-        """Metric ``feature_rank``: in how many directions the features of a view differ; 1 if all are alike."""
-        self.metrics = {"feature_rank": losses.effective_rank(features[0].detach())}
+        """Metrics ``feature_rank``, in how many directions the features of a view differ, and ``feature_spread``, how far they
+        are from all pointing one way; 1 and 0 if they have collapsed."""
+        seen = features[0].detach()
+        self.metrics = {"feature_rank": losses.effective_rank(seen), "feature_spread": losses.spread(seen)}
 
     def repelled(self, local: Sequence[Tensor]) -> dict[str, Tensor]:
         """Terms ``repel`` and ``judge`` of the projected local crops, if the settings want them."""

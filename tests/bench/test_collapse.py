@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from launch.curves import page as curves
 from pipeline.bench.collapse import TRIALS, Found, Trial, journal, page
 from pipeline.config import flatten, load
 from pipeline.tracking.journal import Journal
@@ -30,10 +31,22 @@ def test_the_page_says_what_was_learnt_what_collapsed_and_what_failed() -> None:
         Found(gone, failed="no memory"),
     ]
     text = page(found, {"cores": "2"}, "fovea bench collapse")
-    assert "| byol | as it is | 1280 | 10 | 50.0% | 20.0% | 0.123 | 12.50 |  |  |" in text
+    assert "| byol | as it is | 1280 | 10 | 50.0% | 20.0% | 0.123 |  | 12.50 |  |  |" in text
     assert "- byol, as it is: 640: 25.0%, 1280: 50.0%" in text
     assert "- byol, without predictor: **narrow**: features in one direction" in text
     assert "dino, as it is: no memory" in text
+
+
+def test_the_curves_of_a_question_stand_together() -> None:
+    well, ill, other = TRIALS[0], TRIALS[1], TRIALS[2]
+    found = [
+        Found(well, 2, 128, {64: 0.25, 128: 0.5}, 0.2, curves={"feature_rank": {64: 3.0, 128: 9.0}}),
+        Found(ill, 2, 128, {64: 0.2, 128: 0.1}, 0.2, curves={"feature_rank": {64: 2.0, 128: 1.0}}),
+        Found(other, failed="no memory"),
+    ]
+    drawn = curves(found)
+    assert drawn.count("<svg") == 2 and "byol: rank of the features" in drawn and "dino" not in drawn
+    assert "as it is 50.0 %" in drawn and "without predictor 1<" in drawn and "untrained 20.0 %" in drawn
 
 
 def test_numbers_and_alarms_are_read_from_a_runs_journals(tmp_path: Path) -> None:

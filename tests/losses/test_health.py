@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from pipeline.losses import effective_rank
+from pipeline.losses import effective_rank, spread
 
 
 def test_it_counts_the_directions_that_features_vary_in() -> None:
@@ -22,6 +22,15 @@ def test_it_counts_the_directions_that_features_vary_in() -> None:
 def test_scale_offset_and_rotation_do_not_matter(shape: tuple[int, int]) -> None:
     x = torch.randn(shape, generator=torch.Generator().manual_seed(0))
     turned = torch.linalg.qr(torch.randn(shape[1], shape[1], generator=torch.Generator().manual_seed(1)))[0]
-    spread = torch.linalg.eigvalsh((x - x.mean(0)).double().T @ (x - x.mean(0)).double())
-    assert float(effective_rank(x)) == pytest.approx(float(spread.sum() ** 2 / spread.square().sum()), rel=1e-4)
+    along = torch.linalg.eigvalsh((x - x.mean(0)).double().T @ (x - x.mean(0)).double())
+    assert float(effective_rank(x)) == pytest.approx(float(along.sum() ** 2 / along.square().sum()), rel=1e-4)
     assert float(effective_rank(1e-3 * x @ turned + 5.0)) == pytest.approx(float(effective_rank(x)), rel=1e-2)
+
+
+def test_spread_sees_features_move_together_where_their_rank_does_not() -> None:
+    torch.manual_seed(0)
+    apart, common = torch.randn(64, 16), torch.randn(1, 16)
+    together = 100 * common + apart
+    assert torch.allclose(effective_rank(apart), effective_rank(together), rtol=1e-3)
+    assert spread(apart) > 0.9 and spread(together) < 1e-3
+    assert spread(common.expand(8, 16)).abs() < 1e-6

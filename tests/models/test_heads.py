@@ -63,3 +63,13 @@ def test_depth_is_a_choice(layers: int) -> None:
     head = PrototypeHead(16, hidden=32, bottleneck=8, prototypes=50, layers=layers)
     assert sum(isinstance(layer, torch.nn.Linear) for layer in head.mlp) == layers
     assert head(torch.randn(2, 16)).shape == (2, 50)
+
+
+def test_batch_norm_follows_the_hidden_layers_alone_and_tells_apart_what_is_nearly_alike() -> None:
+    torch.manual_seed(0)
+    plain, normed = (PrototypeHead(16, hidden=32, bottleneck=8, prototypes=50, batch_norm=norm) for norm in (False, True))
+    assert [type(layer).__name__ for layer in normed.mlp].count("GlobalBatchNorm") == 2
+    assert isinstance(normed.mlp[-1], torch.nn.Linear)
+    alike = torch.randn(1, 16) + 0.01 * torch.randn(64, 16)
+    assert plain.units(alike).mean(0).norm() > 0.99
+    assert normed.units(alike).mean(0).norm() < 0.9

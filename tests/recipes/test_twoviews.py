@@ -88,6 +88,19 @@ def test_the_queue_is_the_same_on_any_number_of_ranks() -> None:
         torch.testing.assert_close(queue, alone, atol=1e-6, rtol=0)
 
 
+def test_a_batch_norm_in_dinos_head_couples_the_batch_and_the_teachers_pass_does_not_move_its_averages() -> None:
+    assert not recipe("dino", recipe={"repel": None}).batch_coupled
+    made = recipe("dino", recipe={"repel": None, "head_norm": "batch"}).train()
+    assert made.batch_coupled and made.teacher is not None
+    before = {name: buffer.clone() for name, buffer in made.teacher.named_buffers() if "running" in name}
+    first = made(batch_at(made, 0), STEP)["dino"]
+    now = dict(made.teacher.named_buffers())
+    assert before and all(torch.equal(now[name], buffer) for name, buffer in before.items())
+    for name in before:
+        now[name].fill_(0.3)  # never read: targets are normalised by their own batch
+    assert torch.equal(made(batch_at(made, 0), STEP)["dino"], first)
+
+
 def test_without_predictor_features_of_byol_become_alike() -> None:
     ranks = {}
     for predictor in (True, False):
