@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -117,7 +118,9 @@ def test_a_collective_that_takes_too_long_names_who_is_missing(config: Path, sha
     done = broken(config, shards, directory, "1 7 data sleep", "train.length=12 steps", "launch.timeout=5")
     assert done.returncode == RESTART, done.stderr + done.stdout
     (message,) = errors(done)
-    assert "a collective took longer than launch.timeout: rank 1 has been in data at step 7" in message
+    # On a machine that is busy enough a beat of rank 1 may be late between the two looks at it.
+    who = r"rank 1 (has been|gives no sign of life; last heard of) in data at step 7"
+    assert re.search(rf"a collective took longer than launch\.timeout: {who}", message)
     assert not living(directory)
 
 
