@@ -167,7 +167,7 @@ def run(config: Config, *, ranks: int | None, gigabytes: float, console: Console
         box=SIMPLE,
         padding=(0, 1, 0, 0),  # eleven columns in a terminal of 80
     )
-    for name in ("GPUs", "ZeRO", "weights", "grads", "Adam", "teacher", "DALI", "buffers", "activ.", "all", "fits"):
+    for name in ("GPUs", "ZeRO", "weights", "grads", "Adam", "teacher", "DALI", "buff.", "activ.", "all", "fits"):
         table.add_column(name, justify="right")
     fits = False
     counts = sorted({ranks, *(r for r in (1, 2, 4, 8, 64, 256) if r < ranks and config.train.global_batch % r == 0)})
