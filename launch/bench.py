@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shlex
 import sys
+from collections.abc import Iterable
 from dataclasses import asdict
 from datetime import UTC, datetime
 from functools import partial
@@ -328,16 +329,38 @@ def _tell(sentence: str) -> None:
 
 def _keep(name: str, out: Path | None, page: Any, document: dict[str, Any]) -> None:
     """Prints the page, and keeps it with all figures beside it."""
+    stem = _stem(name, out)
+    print(_written(stem, page, document))
+    _tell(f"wrote {stem.with_suffix('.md')}")
+
+
+def _collected(
+    name: str, out: Path | None, runs: Iterable[Any], line: Any, page: Any, key: str = "runs", **more: Any
+) -> list[Any]:
+    """Tells of each run as it ends and keeps all there are so far: a bench that is killed loses the run it was at, no other."""
+    stem, found, text = _stem(name, out), list[Any](), ""
+    for one in runs:
+        _tell(line(one))
+        found.append(one)
+        text = _written(stem, partial(page, found), {**more, key: [asdict(each) for each in found]})
+    print(text)
+    _tell(f"wrote {stem.with_suffix('.md')}")
+    return found
+
+
+def _stem(name: str, out: Path | None) -> Path:
+    return out or Path("bench-results") / f"{name}-{datetime.now(UTC):%Y%m%d-%H%M}"
+
+
+def _written(stem: Path, page: Any, document: dict[str, Any]) -> str:
     from pipeline.bench.machine import describe
 
     command, machine = shlex.join(["fovea", *sys.argv[1:]]), describe()
-    text = page(machine, command)
-    print(text)
-    stem = out or Path("bench-results") / f"{name}-{datetime.now(UTC):%Y%m%d-%H%M}"
+    text: str = page(machine, command)
     stem.parent.mkdir(parents=True, exist_ok=True)
     stem.with_suffix(".md").write_text(text)
     stem.with_suffix(".json").write_text(dumps({"command": command, "machine": machine, **document}, indent=2) + "\n")
-    print(f"wrote {stem.with_suffix('.md')}", file=sys.stderr)
+    return text
 
 
 @app.command()
@@ -358,7 +381,7 @@ def methods(
 
     fovea bench methods simclr byol --minutes 5
     """
-    from pipeline.bench.methods import Row, configs, line, measure, save
+    from pipeline.bench.methods import configs, line, markdown, measure
 
     known = configs()
     for name in names or ():
@@ -366,15 +389,8 @@ def methods(
             raise ConfigError(f"there is no scenes config of {name!r}", where="methods", mend=f"Choose of {', '.join(known)}.")
     shards = shards or _scenes(directory)
     each = f"{minutes:g} minutes" if samples is None else f"{samples} samples"
-    stem = out or Path("bench-results") / f"methods-{datetime.now(UTC):%Y%m%d-%H%M}"
-    document = page = stem
-    rows: list[Row] = []
-    for row in measure(names or list(known), shards, minutes=minutes, samples=samples, ranks=ranks, directory=directory):
-        print(line(row), file=sys.stderr)
-        rows.append(row)
-        document, page = save(rows, stem, shlex.join(["fovea", *sys.argv[1:]]), each)
-    print(page.read_text())
-    print(f"wrote {document} and {page}", file=sys.stderr)
+    runs = measure(names or list(known), shards, minutes=minutes, samples=samples, ranks=ranks, directory=directory)
+    _collected("methods", out, runs, line, partial(markdown, each=each), "rows", each=each)
 
 
 @app.command()
@@ -406,16 +422,13 @@ def collapse(
     fovea report runs/bench-collapse/dino-*
     """
     from launch.curves import page as curves
-    from pipeline.bench.collapse import QUESTIONS, Found, line, measure, page
+    from pipeline.bench.collapse import QUESTIONS, line, measure, page
 
     for name in questions or ():
         if name not in QUESTIONS:
             raise ConfigError(f"{name!r} is no question", where="questions", mend=f"Choose of {', '.join(QUESTIONS)}.")
-    found: list[Found] = []
-    for one in measure(questions or QUESTIONS, shards or _scenes(directory), samples=samples, ranks=ranks, directory=directory):
-        _tell(line(one))
-        found.append(one)
-    _keep("collapse", out, partial(page, found), {"trials": [asdict(one) for one in found]})
+    runs = measure(questions or QUESTIONS, shards or _scenes(directory), samples=samples, ranks=ranks, directory=directory)
+    found = _collected("collapse", out, runs, line, page, "trials")
     (directory / "curves.html").write_text(curves(found))
     _tell(f"wrote {directory / 'curves.html'}")
 
@@ -435,14 +448,10 @@ def dense(
 
     fovea bench dense --samples 25600 --seeds 3
     """
-    from pipeline.bench.dense import Found, line, measure, page
+    from pipeline.bench.dense import line, measure, page
 
-    found: list[Found] = []
-    where = shards or _scenes(directory)
-    for one in measure(where, samples=samples, seeds=range(seeds), ranks=ranks, directory=directory):
-        _tell(line(one))
-        found.append(one)
-    _keep("dense", out, partial(page, found), {"runs": [asdict(one) for one in found]})
+    runs = measure(shards or _scenes(directory), samples=samples, seeds=range(seeds), ranks=ranks, directory=directory)
+    _collected("dense", out, runs, line, page)
 
 
 def _scenes(directory: Path) -> str:

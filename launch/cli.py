@@ -167,7 +167,8 @@ def evaluate(
     """
     flags = {"knn": knn, "linear": linear, "logistic": logistic, "segmentation": segmentation, "robustness": robustness}
     names = [name for name, wanted in flags.items() if wanted]
-    checkpoint = Path(run) if (Path(run).parent.parent / "config.yaml").is_file() and Path(run).name.startswith("step_") else None
+    where = Path(run).absolute()
+    checkpoint = where if where.name.startswith("step_") and (where.parent.parent / "config.yaml").is_file() else None
     run = str(checkpoint.parent.parent) if checkpoint else run
     if checkpoint and watch:
         raise ConfigError("one checkpoint cannot be watched", where="--watch", mend="Name the run.")

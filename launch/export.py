@@ -68,6 +68,7 @@ def run(
         raise ConfigError(f"there is no target {to!r}", where="--to", mend=f"Choose of {', '.join(TARGETS)}.")
     if network not in ("auto", "teacher", "student"):
         raise ConfigError(f"there is no network {network!r}", where="--network", mend="Choose of auto, teacher, student.")
+    path = path.absolute()
     saved = chosen(path, best=best)
     run_folder = path if (path / "checkpoints").is_dir() else saved.path.parent.parent
     folder = out if out is not None else run_folder / "export" / (f"{to}-{student}" if student else to)

@@ -6,11 +6,10 @@ import json
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pipeline.bench.machine import describe
 from pipeline.config import available, load
 from pipeline.data.scenes import CLASS_NAMES
 from pipeline.errors import FoveaError, TrainingError
@@ -132,17 +131,6 @@ def line(row: Row) -> str:
     if row.failed:
         return f"{row.method}: {row.failed}"
     return f"{row.method}: k-NN {row.knn:.1%} after {row.samples} samples in {row.seconds:.0f} s"
-
-
-def save(rows: Sequence[Row], path: Path, command: str, each: str) -> list[Path]:
-    """Writes ``path`` with the endings ``.json`` and ``.md``, and returns both."""
-    machine = describe()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    document, page = path.with_suffix(".json"), path.with_suffix(".md")
-    tree = {"command": command, "machine": machine, "each": each, "rows": [asdict(row) for row in rows]}
-    document.write_text(json.dumps(tree, indent=2) + "\n")
-    page.write_text(markdown(rows, machine, command, each))
-    return [document, page]
 
 
 def markdown(rows: Sequence[Row], machine: dict[str, str], command: str, each: str) -> str:

@@ -156,16 +156,7 @@ def row_norms(
 ) -> None:
     """``norm[row] = logsumexp(logits[row] * scale + potential)``; one program a row."""
     row = tl.program_id(0).to(tl.int64)
-    columns = tl.arange(0, BLOCK)
-    peak = tl.full([BLOCK], -1e30, tl.float32)
-    total = tl.zeros([BLOCK], tl.float32)
-    for start in range(0, prototypes, BLOCK):
-        column = start + columns
-        inside = column < prototypes
-        x = tl.load(logits + row * prototypes + column, mask=inside, other=0.0).to(tl.float32)
-        x = x * scale + tl.load(potential + column, mask=inside, other=0.0)
-        peak, total = _taken_in(peak, total, tl.where(inside, x, float("-inf")))
-    tl.store(norm + row, _closed(peak, total))
+    tl.store(norm + row, _row_norm(logits + row * prototypes, potential, prototypes, scale, True, BLOCK))
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -261,14 +252,7 @@ def cross_entropy_rows(
     row, view = program // views, program % views
     mine = student + (view * rows + row) * prototypes
     columns = tl.arange(0, BLOCK)
-    peak = tl.full([BLOCK], -1e30, tl.float32)
-    total = tl.zeros([BLOCK], tl.float32)
-    for start in range(0, prototypes, BLOCK):
-        column = start + columns
-        inside = column < prototypes
-        x = tl.load(mine + column, mask=inside, other=0.0).to(tl.float32) * scale
-        peak, total = _taken_in(peak, total, tl.where(inside, x, float("-inf")))
-    own_norm = _closed(peak, total)
+    own_norm = _row_norm(mine, potential, prototypes, scale, False, BLOCK)
     share = tl.load(weight + row)
     met = 0.0
     for i in tl.static_range(len(MEETS)):
@@ -315,6 +299,23 @@ def _taken_in(peak: tl.tensor, total: tl.tensor, x: tl.tensor) -> tl.tensor:
     shrunk = tl.exp(-tl.abs(x - peak))
     higher = x > peak
     return tl.where(higher, x, peak), tl.where(higher, total * shrunk + 1.0, total + shrunk)
+
+
+@triton.jit
+def _row_norm(
+    row: tl.tensor, potential: tl.tensor, prototypes: int, scale: float, SHIFTED: tl.constexpr, BLOCK: tl.constexpr
+) -> tl.tensor:
+    """``logsumexp(row * scale + potential)`` of a row, found online block by block."""
+    peak = tl.full([BLOCK], -1e30, tl.float32)
+    total = tl.zeros([BLOCK], tl.float32)
+    for start in range(0, prototypes, BLOCK):
+        column = start + tl.arange(0, BLOCK)
+        inside = column < prototypes
+        x = tl.load(row + column, mask=inside, other=0.0).to(tl.float32) * scale
+        if SHIFTED:
+            x = x + tl.load(potential + column, mask=inside, other=0.0)
+        peak, total = _taken_in(peak, total, tl.where(inside, x, float("-inf")))
+    return _closed(peak, total)
 
 
 @triton.jit

@@ -30,7 +30,14 @@ def use_fp8(blocks: nn.Module) -> list[str]:
     Returns:
         Names of the layers that do.
     """
-    return [name for name, layer in _fitting(blocks) if _taught(layer)]
+    fitting = dict(_fitting(blocks))
+    for layer in fitting.values():
+        layer.forward = MethodType(_forward, layer)  # type: ignore[method-assign]
+    attention: Any
+    for attention in blocks.modules():
+        if getattr(attention, "q_bias", None) is not None:
+            attention.qkv_bias_separate = True  # else Eva multiplies with the weight itself, past its layer
+    return list(fitting)
 
 
 def scaled_product(a: Tensor, b: Tensor) -> Tensor:
@@ -56,35 +63,29 @@ def _fitting(blocks: nn.Module) -> Iterator[tuple[str, nn.Linear]]:
             yield name, layer
 
 
-def _taught(layer: Any) -> bool:
-    layer.forward = MethodType(_forward, layer)
-    return True
-
-
 def _forward(layer: nn.Linear, x: Tensor) -> Tensor:
     if not torch.is_autocast_enabled(x.device.type):
         return nn.Linear.forward(layer, x)
-    y: Tensor = _Linear.apply(x, layer.weight)
+    product: Tensor = _Linear.apply(x.flatten(0, -2), layer.weight)
+    y = product.unflatten(0, x.shape[:-1])  # out here: Eva adds its bias in place, which a custom function's view forbids
     return y if layer.bias is None else y + layer.bias.to(y.dtype)
 
 
 class _Linear(torch.autograd.Function):
     # The weight is saved as it is: an engine that cuts it has it whole again when the gradient is wanted (ZeRO 3).
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
-        rows = x.flatten(0, -2)
+    def forward(ctx: Any, rows: Tensor, weight: Tensor) -> Tensor:
         ctx.save_for_backward(rows.bfloat16(), weight)
-        ctx.kind = x.dtype
-        return scaled_product(rows, weight).unflatten(0, x.shape[:-1])
+        ctx.kind = rows.dtype
+        return scaled_product(rows, weight)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, Tensor | None]:
         rows, weight = ctx.saved_tensors
-        slopes = upstream.flatten(0, -2)
         to_input = to_weight = None
         if ctx.needs_input_grad[0]:
-            to_input = scaled_product(slopes, weight.t()).unflatten(0, upstream.shape[:-1]).to(ctx.kind)
+            to_input = scaled_product(upstream, weight.t()).to(ctx.kind)
         if ctx.needs_input_grad[1]:
-            to_weight = (slopes.bfloat16().t() @ rows).to(weight.dtype)
+            to_weight = (upstream.bfloat16().t() @ rows).to(weight.dtype)
         return to_input, to_weight

@@ -27,8 +27,6 @@ from pipeline.models.stems import conv_stem
 from pipeline.models.tokens import Tokens
 from pipeline.settings import ModelSettings
 
-_NOTHING = torch.zeros(0, dtype=torch.int64)
-
 
 class VisionTower(nn.Module):
     """A timm ViT that returns :class:`Tokens` and can hide patches behind a learned mask token.
@@ -108,7 +106,7 @@ class VisionTower(nn.Module):
             if getattr(block.attn, "q_bias", None) is not None and block.attn.qkv.weight.ndim != 2:
                 block.attn.qkv_bias_separate = True
         norm = self.local_norm if local else None
-        read = None if patches == "all" else _NOTHING.to(images.device) if isinstance(patches, str) else patches
+        read = None if patches == "all" else images.new_zeros(0, dtype=torch.int64) if isinstance(patches, str) else patches
         x = self.vit(images, mask, keep, self.mask_token, self.resampling, self.checkpointing, norm, read)
         prefix, batch = self.vit.num_prefix_tokens, len(images)
         if read is not None:

@@ -27,6 +27,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from enum import IntEnum
 from pathlib import Path
@@ -48,6 +49,7 @@ from pipeline.training.tensorfile import begins, write_tensors
 _WHOLE = "whole.safetensors"
 _TEMPORARY = ".tmp-"
 _FP32 = 4  # bytes
+_ANOTHER = "resume from another one"
 
 
 class Saving(IntEnum):
@@ -324,12 +326,17 @@ class _Pieces:
         self._files: list[BinaryIO] = []
         self._begins: list[dict[str, int]] = []
         self._where: dict[str, list[tuple[int, int, int]]] = {}
-        for rank, table in enumerate(saved.manifest["fragments"]):
-            file = (saved.path / _rank_file(rank)).open("rb", buffering=0)
-            self._files.append(file)
-            self._begins.append(begins(file))
-            for name, (start, length) in table.items():
-                self._where.setdefault(name, []).append((start, length, rank))
+        with ExitStack() as opened:
+            for rank, table in enumerate(saved.manifest["fragments"]):
+                path = saved.path / _rank_file(rank)
+                self._files.append(opened.enter_context(path.open("rb", buffering=0)))
+                try:
+                    self._begins.append(begins(self._files[-1]))
+                except ValueError as error:
+                    raise CheckpointError(f"header unreadable, {error}", where=str(path), mend=_ANOTHER) from error
+                for name, (start, length) in table.items():
+                    self._where.setdefault(name, []).append((start, length, rank))
+            self.close = opened.pop_all().close
 
     def names(self, kind: str) -> set[str]:
         """Which tensors there are of a kind."""
@@ -349,27 +356,21 @@ class _Pieces:
         memory = memoryview(target.numpy().data).cast("B")
         for begin, size, rank in self._where.get(name, []):
             low, high = max(begin, start), min(begin + size, start + length)
-            if low < high:
-                self._files[rank].seek(self._begins[rank][f"{kind}/{name}"] + _FP32 * (low - begin))
+            place = self._begins[rank].get(f"{kind}/{name}")
+            if low < high and place is not None:
+                self._files[rank].seek(place + _FP32 * (low - begin))
                 wanted = memory[_FP32 * (low - start) : _FP32 * (high - start)]
                 while wanted and (count := self._files[rank].readinto(wanted)):  # type: ignore[attr-defined]
                     wanted = wanted[count:]
                 left -= high - low - len(wanted) // _FP32
         if left:
-            raise CheckpointError(
-                f"{left} elements of {kind}/{name} are not in it", where=str(self._path), mend="resume from another one"
-            )
+            raise CheckpointError(f"{left} elements of {kind}/{name} are not in it", where=str(self._path), mend=_ANOTHER)
 
     def read(self, kind: str, name: str, start: int, length: int) -> Tensor:
         """Elements ``start`` to ``start + length`` of a flattened tensor, fp32 ``[length]``."""
         out = torch.empty(length, dtype=torch.float32)
         self.fill(out, kind, name, start)
         return out
-
-    def close(self) -> None:
-        """Closes the files."""
-        for file in self._files:
-            file.close()
 
 
 def load(saved: Saved, engine: Engine, recipe: Recipe) -> None:
@@ -380,18 +381,17 @@ def load(saved: Saved, engine: Engine, recipe: Recipe) -> None:
     """
     ours = {name: list(shape) for name, shape in engine.shapes.items()}
     _compare(ours, saved.manifest["shapes"], saved.path)
-    pieces = _Pieces(saved)
-    for f in engine.held():
-        pieces.fill(f.master, "master", f.name, f.start)
-        for moment, tensor in f.moments.items():
-            pieces.fill(tensor, moment, f.name, f.start)
-    engine.set_optimizer_steps(int(saved.manifest["applied"]))
-    engine.refresh()
-    with engine.gathered(write=True):
-        _load_whole(saved, recipe, engine)
-    for name, start, piece in engine.teacher_pieces(owned=False):
-        pieces.fill(piece, "teacher", name, start)
-    pieces.close()
+    with closing(_Pieces(saved)) as pieces:
+        for f in engine.held():
+            pieces.fill(f.master, "master", f.name, f.start)
+            for moment, tensor in f.moments.items():
+                pieces.fill(tensor, moment, f.name, f.start)
+        engine.set_optimizer_steps(int(saved.manifest["applied"]))
+        engine.refresh()
+        with engine.gathered(write=True):
+            _load_whole(saved, recipe, engine)
+        for name, start, piece in engine.teacher_pieces(owned=False):
+            pieces.fill(piece, "teacher", name, start)
 
 
 def _load_whole(saved: Saved, recipe: Recipe, engine: Engine) -> None:
@@ -427,12 +427,11 @@ def read_student(saved: Saved) -> Iterator[tuple[str, Tensor]]:
 
 
 def _read_whole(saved: Saved, sharded: str, whole: str) -> Iterator[tuple[str, Tensor]]:
-    pieces = _Pieces(saved)
-    names = pieces.names(sharded)
-    for name, shape in saved.manifest["shapes"].items():
-        if name in names:
-            yield name, pieces.read(sharded, name, 0, math.prod(shape)).view(shape)
-    pieces.close()
+    with closing(_Pieces(saved)) as pieces:
+        names = pieces.names(sharded)
+        for name, shape in saved.manifest["shapes"].items():
+            if name in names:
+                yield name, pieces.read(sharded, name, 0, math.prod(shape)).view(shape)
     with safe_open(saved.path / _WHOLE, framework="pt") as file:
         for key in file.keys():  # noqa: SIM118
             if key.startswith(f"{whole}/"):

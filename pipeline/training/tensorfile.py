@@ -73,8 +73,13 @@ def begins(file: BinaryIO) -> dict[str, int]:
         ValueError: the header cannot be read.
     """
     size = int.from_bytes(file.read(8), "little")
+    if size > os.fstat(file.fileno()).st_size:
+        raise ValueError(f"it should be {size} bytes long, more than the file")
     header = json.loads(file.read(size))
-    return {name: 8 + size + int(told["data_offsets"][0]) for name, told in header.items() if name != "__metadata__"}
+    try:
+        return {name: 8 + size + int(told["data_offsets"][0]) for name, told in header.items() if name != "__metadata__"}
+    except (AttributeError, KeyError, TypeError, IndexError) as error:
+        raise ValueError("it does not say where the tensors begin") from error
 
 
 def _pieces(tensor: Tensor) -> Iterator[memoryview]:

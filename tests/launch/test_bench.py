@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
 
 from launch.bench import app
+from pipeline.bench import dense
 
 
 @pytest.mark.slow
@@ -20,3 +23,15 @@ def test_all_benches_run_at_toy_size_and_each_keeps_its_page(tmp_path: Path) -> 
         == {path.stem for path in tmp_path.glob("*.json")}
         == names - {"all", "methods", "collapse", "dense", "readme"}
     )
+
+
+def test_a_bench_of_runs_that_is_killed_keeps_those_that_had_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def killed(*_: object, **__: object) -> Iterator[dense.Found]:
+        yield dense.Found("clip", 0, 640, 1.0, 0.5, 0.1, 0.3)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(dense, "measure", killed)
+    done = CliRunner().invoke(app, ["dense", "--shards", "none.tar", "--out", str(tmp_path / "kept")])
+    assert done.exit_code == 130
+    assert [run["miou"] for run in json.loads((tmp_path / "kept.json").read_text())["runs"]] == [0.5]
+    assert "| clip | 0 | 640 |" in (tmp_path / "kept.md").read_text()

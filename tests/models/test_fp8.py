@@ -60,6 +60,18 @@ def test_layers_of_other_sizes_and_the_last_projection_stay() -> None:
     assert use_fp8(tower.vit.blocks) == ["0.attn.qkv", "0.attn.proj", "1.attn.qkv"], "72 is no multiple of 16"
 
 
+def test_a_rotary_tower_computes_its_queries_keys_and_values_so_too() -> None:
+    tower = build_tower(ModelSettings(width=64, depth=1, heads=2, patch=4, positions="rope"), image_size=8)
+    assert use_fp8(tower.vit.blocks) == ["0.attn.qkv", "0.mlp.fc1", "0.mlp.fc2"]
+    calls = []
+    tower.vit.blocks[0].attn.qkv.register_forward_hook(lambda *_: calls.append(1))
+    images = torch.randn(2, 3, 8, 8)
+    with torch.autocast("cpu", torch.bfloat16):
+        rough = tower(images).cls
+    assert calls == [1]
+    torch.testing.assert_close(rough.float(), tower(images).cls, rtol=0.2, atol=0.2)
+
+
 @pytest.mark.parametrize(("mode", "student", "teacher"), [("off", 0, 0), ("teacher", 0, 7), ("all", 7, 7)])
 def test_it_is_for_the_towers_that_the_settings_name(mode: str, student: int, teacher: int) -> None:
     settings = config("dinov2", train={"global_batch": 8, "precision": "bf16", "fp8": mode})

@@ -371,6 +371,26 @@ def spoil(path: Path, how: str) -> None:
     path.write_bytes(bytes(data))
 
 
+@pytest.mark.parametrize(
+    ("write", "problem"),
+    [
+        (lambda header: b"\xff" * 8 + header[8:], "more than the file"),
+        (lambda header: header[:8] + b"?" + header[9:], "header unreadable"),
+        (lambda header: header.replace(b"data_offsets", b"data-offsets"), "where the tensors begin"),
+        (lambda header: header.replace(b"teacher/", b"reacher/"), "elements of teacher/.* are not in it"),
+    ],
+)
+def test_a_rank_file_that_is_not_what_the_manifest_tells_is_refused(folder: Path, write: Any, problem: str) -> None:
+    from pipeline.training.checkpoint import read_teacher
+
+    path = folder / "step_000000006" / "rank_00001.safetensors"
+    raw = path.read_bytes()
+    end = 8 + int.from_bytes(raw[:8], "little")
+    path.write_bytes(write(raw[:end]) + raw[end:])
+    with pytest.raises(CheckpointError, match=problem):
+        list(read_teacher(saved.read(path.parent)))
+
+
 @pytest.mark.parametrize("file", ["rank_00000.safetensors", "rank_00001.safetensors", "whole.safetensors"])
 @pytest.mark.parametrize(("how", "problem"), [("missing", "No such file"), ("truncated", "size"), ("flipped", "bytes")])
 def test_a_damaged_file_is_named_and_the_checkpoint_before_is_taken(folder: Path, file: str, how: str, problem: str) -> None:
