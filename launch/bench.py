@@ -148,25 +148,42 @@ def heads(
 
 @app.command()
 def step(
-    model: Annotated[str, typer.Option(help="B-32, B-16, L-16 or tiny.")] = "B-32",
-    batch: Annotated[int, typer.Option(min=2, help="Pictures with captions.")] = 8,
+    method: Annotated[
+        str, typer.Option(help="clip, against open_clip; dinov2, against the official code if installed.")
+    ] = "clip",
+    model: Annotated[
+        str | None, typer.Option(help="clip: B-32, B-16, L-16, tiny; dinov2: S-14, B-14, L-14, -16, tiny-14.")
+    ] = None,
+    batch: Annotated[int, typer.Option(min=2, help="Samples of a step.")] = 8,
     caption: Annotated[int, typer.Option(min=3, max=77, help="Tokens of a caption, marks included.")] = 20,
+    prototypes: Annotated[int, typer.Option(min=2, help="Prototypes of DINOv2's head.")] = 65536,
+    drop: Annotated[float, typer.Option(min=0.0, max=0.9, help="Stochastic depth of DINOv2.")] = 0.3,
+    compiled: Annotated[bool, typer.Option("--compiled", help="Ours with compiled blocks as well.")] = False,
+    graphs: Annotated[bool, typer.Option("--graphs", help="As --compiled, replayed as CUDA graphs.")] = False,
     rounds: Annotated[int, typer.Option(min=1, help="Rounds that count.")] = 3,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     bf16: Annotated[bool, typer.Option("--bf16", help="Compute under autocast.")] = False,
     out: Annotated[Path | None, typer.Option(help="Where the results go, without ending.")] = None,
 ) -> None:
-    """A training step of CLIP against open_clip's, same weights and batch; the losses are compared before the times.
+    """A training step against the same step by others, same weights and batch; the losses are compared before the times.
 
-    [b]Example[/b]
+    The official DINOv2: pip install --no-deps dinov2 xformers && pip install omegaconf fvcore
+
+    [b]Examples[/b]
 
     fovea bench step --model B-16 --batch 512 --device cuda --bf16
-    """
-    from pipeline.bench.step import Options, markdown, measure
 
-    options = Options(model=model, batch=batch, caption=caption, rounds=rounds, device=_device(device), bf16=bf16)
+    fovea bench step --method dinov2 --model L-14 --batch 64 --device cuda --bf16 --compiled
+    """
+    from pipeline.bench.step import METHODS, Options, markdown, measure
+
+    if graphs and device != "cuda":
+        raise ConfigError("CUDA graphs need a CUDA device", where="--graphs", mend="Leave it out, or measure on cuda.")
+    chosen = model or METHODS.get(method, [""])[0 if method == "clip" else 2]
+    numbers = {"batch": batch, "caption": caption, "prototypes": prototypes, "drop": drop, "rounds": rounds}
+    options = Options(method, chosen, compiled=compiled, graphs=graphs, device=_device(device), bf16=bf16, **numbers)  # type: ignore[arg-type]
     result = measure(options, tell=_tell)
-    _keep("step", out, lambda machine, command: markdown(result, options, machine, command), asdict(result))
+    _keep(f"step-{method}", out, lambda machine, command: markdown(result, options, machine, command), asdict(result))
 
 
 @app.command()
@@ -258,58 +275,6 @@ def determinism(
     cases = measure(options, rounds=rounds, tell=_tell)
     document = {"cases": {name: asdict(case) for name, case in cases.items()}}
     _keep("determinism", out, lambda machine, command: page(cases, options, machine, command), document)
-
-
-@app.command(name="all")
-def everything(
-    tiny: Annotated[bool, typer.Option("--tiny", help="At toy size: to see that all of it works.")] = False,
-    out: Annotated[Path | None, typer.Option(help="Folder of the results.")] = None,
-) -> None:
-    """Every bench in turn, on the CPU.
-
-    [b]Example[/b]
-
-    fovea bench all --tiny
-    """
-    folder = out or Path("bench-results")
-    common: dict[str, Any] = {"device": "cpu"}
-    acts: list[tuple[Any, dict[str, Any], dict[str, Any]]] = [
-        (flops, {"names": None}, {"names": ["dinov2/vits16_node"]}),
-        (heads, {**_HEADS, **common}, {"prototypes": 256, "samples": 2, "masked": 100, "rows": None, "rounds": 1, **common}),
-        (step, {**_STEP, **common}, {"model": "tiny", "batch": 2, "caption": 20, "rounds": 1, "bf16": False, **common}),
-        (
-            comm,
-            {"width": 256, "depth": 4, "ranks": 2, "accumulation": 1},
-            {"width": 32, "depth": 2, "ranks": 2, "accumulation": 1},
-        ),
-        (loop, {"steps": 200, "log_every": 10}, {"steps": 10, "log_every": 5}),
-        (
-            determinism,
-            {"model": "small", "batch": 16, "side": 224, "prototypes": 65536, "rounds": 3, **common},
-            {"model": "tiny", "batch": 2, "side": 32, "prototypes": 64, "rounds": 1, **common},
-        ),
-        (resume, {"width": 512, "depth": 16, "rounds": 5}, {"width": 64, "depth": 2, "rounds": 1}),
-        (
-            checkpoint,
-            {"model": "small", "batch": 16, "side": 224, "prototypes": 65536, "saves": 3, "directory": None, **common},
-            {"model": "tiny", "batch": 2, "side": 32, "prototypes": 64, "saves": 1, "directory": None, **common},
-        ),
-        (data, {**_DATA, **common}, {**_DATA, "images": 16, "rounds": 1, "batch": 8, "quick": True, **common}),
-    ]
-    from pipeline.bench.plain import alone
-
-    with alone():  # one group for all: DeepSpeed cannot go on with a second one in the same process
-        for act, large, small in acts:
-            _tell(f"bench {act.__name__}")
-            act(**(small if tiny else large), out=folder / act.__name__)
-
-
-_HEADS: dict[str, Any] = {"prototypes": 65536, "samples": 16, "masked": 600, "rows": None, "rounds": 3}
-_STEP: dict[str, Any] = {"model": "B-32", "batch": 8, "caption": 20, "rounds": 3, "bf16": False}
-_DATA: dict[str, Any] = {
-    **{"shards": None, "photos": None, "images": 128, "rounds": 3, "batch": 32},
-    **{"threads": 1, "workers": 0, "world": 1, "quick": False},
-}
 
 
 def _device(name: str) -> str:

@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from launch import shards
-from launch.bench import app as bench
+from launch.bench_all import app as bench
 from launch.checkpoint import app as checkpoint
 from launch.cluster import commands as cluster
 from launch.track import app as track

@@ -221,6 +221,12 @@ class TrainSettings(Settings):
     compile: bool = Field(
         default=False, json_schema_extra=RUNTIME, description="torch.compile each transformer block; needs a C++ compiler on CPU"
     )
+    graphs: bool = Field(
+        default=False,
+        json_schema_extra=RUNTIME,
+        description="with train.compile: replay the compiled blocks as CUDA graphs, for small models whose steps are mostly "
+        "launches; takes memory of its own; ZeRO stages 0 to 2, without recompute; not yet run on a GPU",
+    )
     fp8: Literal["off", "teacher", "all"] = Field(
         default="off",
         description="matrix products of the towers' blocks in 8-bit floats: of no tower, of those that no gradient goes through, "

@@ -45,6 +45,42 @@ class Case:
         return (high - low) / 2 / self.middle
 
 
+@dataclass(frozen=True)
+class Contest:
+    """A training step of ours and of somebody else, which move nothing, so that every round is the same.
+
+    Attributes:
+        ours: a whole step; the loss.
+        theirs: the rival's name and step, ``None`` if it is not installed.
+        blocks: ours, to be compiled.
+        losses: of both for the same weights, with nothing left to chance; ``None`` without a rival.
+        about: model, batch and what a step is.
+    """
+
+    ours: Callable[[], float]
+    theirs: tuple[str, Callable[[], float]] | None
+    blocks: list[Any]
+    losses: Callable[[], tuple[float, float]] | None
+    about: str
+
+
+def operations(act: Callable[[], object]) -> int:
+    """Operations that torch dispatches meanwhile and that do something: views are not counted. A GPU is told of each of them."""
+    with _Counted() as counted:
+        act()
+    return counted.calls
+
+
+class _Counted(TorchDispatchMode):
+    calls = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        returned = func._schema.returns
+        views = bool(returned) and all(a.alias_info is not None and not a.alias_info.is_write for a in returned)
+        self.calls += not views and func.namespace in ("aten", "c10d") and func is not torch.ops.aten._unsafe_view.default
+        return func(*args, **(kwargs or {}))
+
+
 def measure(rivals: Mapping[str, Callable[[], object]], *, rounds: int, device: torch.device, warm: int = 1) -> dict[str, Case]:
     """Runs all rivals in turns.
 

@@ -75,13 +75,14 @@ def batch_of(size: Size, seed: int = 0) -> Batch:
 
 
 @contextmanager
-def alone() -> Iterator[Path]:
-    """A folder, and a process group of this process if it is in none."""
+def alone(device: str = "cpu") -> Iterator[Path]:
+    """A folder, and a process group of this process if it is in none; for tensors of the device too."""
     with tempfile.TemporaryDirectory(prefix="fovea-bench-") as folder:
         if dist.is_initialized():
             yield Path(folder)
             return
-        dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=0, world_size=1)
+        backend = "gloo" if device == "cpu" else "cpu:gloo,cuda:nccl"
+        dist.init_process_group(backend, init_method=f"file://{folder}/meet", rank=0, world_size=1)
         try:
             yield Path(folder)
         finally:

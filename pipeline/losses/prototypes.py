@@ -233,9 +233,8 @@ class _Piece(Protocol):
 class _PlainTargets:
     def __init__(self, logits: Tensor, potential: Tensor, temperature: float, *, watch: bool) -> None:
         hidden = logits.to(_wide(logits)).div_(temperature).add_(potential)
-        whole = hidden.logsumexp(-1, keepdim=True)
-        self.wanted = hidden.sub(whole).exp_()
-        self.entropy = whole.sum() - (self.wanted * hidden).sum() if watch else None
+        self.wanted = hidden.softmax(-1)
+        self.entropy = hidden.logsumexp(-1).sum() - (self.wanted * hidden).sum() if watch else None
         self.mass = self.wanted.sum((0, 1)) if watch else None
 
     def met(
@@ -243,13 +242,13 @@ class _PlainTargets:
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         target, kind = _mixture(self.wanted, meets), logits.dtype
         logits = logits.to(_wide(logits)).div_(temperature)
-        norm = logits.logsumexp(-1, keepdim=True)
-        each = sum(meets) * norm.squeeze(-1) - (logits * target).sum(-1)
         agreed = (logits.argmax(-1) == target.argmax(-1)).sum() if watch else None
+        guess = logits.log_softmax(-1)
+        each = -(guess * target).sum(-1)
         slope = None
         if sloped:
-            slope = logits.sub_(norm).exp_().mul_(sum(meets)).sub_(target)
-            slope = slope.mul_((weight / temperature).unsqueeze(-1)).to(kind)
+            slope = guess.exp_() if sum(meets) == 1.0 else guess.exp_().mul_(sum(meets))
+            slope = slope.sub_(target).mul_((weight / temperature).unsqueeze(-1)).to(kind)
         return (each * weight).sum(), agreed, slope
 
 
@@ -295,7 +294,7 @@ class _PrototypeCrossEntropy(torch.autograd.Function):
                     agreed += same
                 if unit_slope is not None and slope is not None:
                     unit_slope[first:last, part] += slope @ prototypes
-                    matrix_slopes[term] += slope.flatten(0, 1).T @ student.flatten(0, 1)
+                    _add_product(matrix_slopes[term], slope.flatten(0, 1).T, student.flatten(0, 1))
                 del slope
             del piece
         if unit_slope is not None:
@@ -319,6 +318,13 @@ class _PrototypeCrossEntropy(torch.autograd.Function):
                 matrix_gradient.addcmul_(slope, factor)
             matrix_gradient = matrix_gradient.to(ctx.kind)
         return unit_gradient, matrix_gradient, *(None,) * 7
+
+
+def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
+    if a.dtype == total.dtype:
+        torch.addmm(total, a, b, out=total)
+    else:
+        total += a @ b
 
 
 def _mixture(targets: Tensor, meets: tuple[float, ...]) -> Tensor:

@@ -1,9 +1,9 @@
-"""Sinkhorn-Knopp targets (SwAV, arXiv 2006.09882; DINOv2, arXiv 2304.07193), in the log domain.
+"""Sinkhorn-Knopp targets (SwAV, arXiv 2006.09882; DINOv2, arXiv 2304.07193).
 
 The plan ``exp(logits / T)`` is scaled alternately so that each prototype gets equal mass over the global batch and each
-sample sums to one. Only the prototypes' sums cross ranks: K floats, twice an iteration. Nothing is exponentiated before
-its maximum is taken off, so no temperature overflows. A maximum per sample would not do: with few iterations the result
-depends on it; here potentials are kept instead, which is exact.
+sample sums to one. The plan itself never changes: its two scalings are vectors, and an iteration is two products of the plan with
+a vector. Only the prototypes' sums cross ranks: K floats, twice an iteration. Logits that lie so far apart that their
+exponentials would vanish are never exponentiated whole: the same iteration then runs on logarithms.
 
 The K potentials hold the whole plan, and they can be had from the logits piece by piece: that is what makes a batch that was
 cut into micro-batches and ranks the same as one that was not.
@@ -12,12 +12,15 @@ cut into micro-batches and ranks the same as one that was not.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from pipeline.losses.prototypes import Products
+
+_RANGE = 60.0  # of logits over the temperature, whose exponentials, sums and quotients all fit into fp32
 
 
 def sinkhorn(logits: Tensor, temperature: float, iterations: int = 3, group: dist.ProcessGroup | None = None) -> Tensor:
@@ -59,8 +62,9 @@ def potential_over_pieces(
     """:func:`sinkhorn_potential` of logits that are never whole in memory.
 
     Args:
-        pieces: gives ``logits / temperature`` anew at each call, ``[any, K]`` at a time; called once an iteration. Ranks may
-            have different numbers of pieces, also none. Products are read as they are, by Triton.
+        pieces: gives ``logits / temperature`` at each call, ``[any, K]`` at a time, to be overwritten: a tuple once and for all,
+            anything else anew in each iteration. Ranks may have different numbers of pieces, also none. Products are read as
+            they are, by Triton.
         zeros: ``[K]``, type and device of the result.
         iterations: scalings of prototypes and samples each.
         group: ranks that share the batch.
@@ -68,23 +72,56 @@ def potential_over_pieces(
     Returns:
         ``[K]``, equal on all ranks, defined up to a constant.
     """
-    potential = zeros
+    potential, given = zeros, pieces()
+    kept = tuple(map(_exponentiated, given)) if isinstance(given, tuple) else None
     for iteration in range(iterations):
         peak, total = torch.full_like(zeros, -torch.inf), torch.zeros_like(zeros)
-        for piece in pieces():
-            if len(piece.logits if isinstance(piece, Products) else piece):
+        for piece in kept if kept is not None else map(_exponentiated, pieces() if iteration else given):
+            if len(piece.logits if isinstance(piece, Products) else piece[0]):
                 peak, total = _taken_in(piece, potential if iteration else None, peak, total)
         potential = -_across_ranks(peak, total, group)
     return potential
 
 
-def _taken_in(piece: Tensor | Products, potential: Tensor | None, peak: Tensor, total: Tensor) -> tuple[Tensor, Tensor]:
-    """The columns' sums, ``exp(peak) * total``, with some more rows; with a potential these are made to sum to one before."""
+class _Plan(NamedTuple):
+    numbers: Tensor  # exp(logits - top)
+    top: Tensor
+
+
+class _Logits(NamedTuple):
+    numbers: Tensor
+
+
+def _exponentiated(piece: Tensor | Products) -> _Plan | _Logits | Products:
+    """The piece of the plan in place of its logits, if none of it vanishes.
+
+    That can only be asked of numbers in host memory: a GPU would have to be waited for, what stands for numbers has none.
+    """
     if isinstance(piece, Products):
+        return piece
+    if type(piece) is not Tensor or piece.is_cuda or not piece.numel():
+        return _Logits(piece)
+    least, top = piece.aminmax()
+    return _Plan(piece.sub_(top).exp_(), top) if float(top - least) < _RANGE else _Logits(piece)
+
+
+def _taken_in(given: _Plan | _Logits | Products, potential: Tensor | None, peak: Tensor, total: Tensor) -> tuple[Tensor, Tensor]:
+    """The columns' sums, ``exp(peak) * total``, with some more rows; with a potential these are made to sum to one before."""
+    if isinstance(given, _Plan):
+        if potential is None:
+            sums, top = given.numbers.sum(0), given.top
+        else:
+            top = -potential.max()
+            scale = (potential + top).exp_()
+            sums = (given.numbers @ scale).reciprocal_() @ given.numbers
+        higher = torch.maximum(peak, top)
+        return higher, total * (peak - higher).exp_() + sums * (top - higher).exp_()
+    if isinstance(given, Products):
         from pipeline.losses.prototypes_triton import take_in
 
-        take_in(piece.logits, piece.temperature, potential, peak, total)
+        take_in(given.logits, given.temperature, potential, peak, total)
         return peak, total
+    piece = given.numbers
     if potential is not None:
         piece = piece - torch.logsumexp(piece + potential, dim=1, keepdim=True)
     higher = torch.maximum(peak, piece.amax(0))

@@ -49,10 +49,7 @@ class Prototypes(nn.Module):
 
         What ``use`` returns is a tensor or a tuple of tensors, and may not alias the matrix.
         """
-        matrix = self.direction
-        if self.gain is not None:
-            norm = torch.linalg.vector_norm(self.direction, dim=1, keepdim=True, dtype=torch.float32)
-            matrix = self.direction * (self.gain / norm)
+        matrix = self.direction if self.gain is None else torch._weight_norm(self.direction, self.gain, 0)
         return F.linear(x, matrix.to(x.dtype)) if use is None else use(x, matrix)
 
 

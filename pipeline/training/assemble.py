@@ -126,7 +126,7 @@ def prepare_towers(recipe: Recipe, config: Config) -> None:
         raise ConfigError("there is no C++ compiler", where="train.compile", mend="install g++, or set train.compile=false")
     for tower in towers:
         for block in _blocks(tower):
-            block.compile()
+            block.compile(mode="reduce-overhead" if config.train.graphs else None)
 
 
 def _blocks(tower: VisionTower | TextTower) -> Any:
@@ -186,6 +186,7 @@ def assemble(
             trust=config.optim.trust,
             offload=config.train.offload,
             init=config.launch.init,
+            graphs=config.train.graphs,
         ),
         world.device,
     )

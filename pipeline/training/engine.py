@@ -24,6 +24,7 @@ from typing import Any, Literal
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from pipeline.data.views import Batch
 from pipeline.errors import TrainingError
@@ -41,6 +42,7 @@ os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else
 _tracker = sys.modules.get("mlflow")
 sys.modules["mlflow"] = _tracker  # type: ignore[assignment]
 import deepspeed  # noqa: E402
+from deepspeed.runtime.zero.config import DeepSpeedZeroConfig  # noqa: E402
 
 if _tracker is None:
     del sys.modules["mlflow"]
@@ -70,6 +72,7 @@ class EngineOptions:
         trust: LARS's.
         offload: ``cpu`` keeps masters, moments and AdamW's work in host memory, in stages 1 to 3.
         init: who sets DeepSpeed up for the student.
+        graphs: whether compiled blocks are replayed as CUDA graphs, whose memory is used again from one pass to the next.
     """
 
     zero: Literal[0, 1, 2, 3]
@@ -85,6 +88,7 @@ class EngineOptions:
     trust: float = 1e-3
     offload: Literal["none", "cpu"] = "none"
     init: Literal["deepspeed", "accelerate"] = "deepspeed"
+    graphs: bool = False
 
 
 class Engine:
@@ -105,7 +109,7 @@ class Engine:
         self.shapes = {name: tuple(p.shape) for name, p in recipe.named_parameters() if p.requires_grad}
         self._groups = recipe.parameter_groups()
         _check(recipe, self._groups)
-        optimizer = _optimizer(options, self._groups, device)
+        optimizer = _optimizer(options, self._groups)
         # DeepSpeed insists on this variable and takes it for the device's number, whoever started the ranks.
         os.environ["LOCAL_RANK"] = str(device.index or 0)
         sizes = [p.numel() for group in self._groups for p in group.params]
@@ -124,9 +128,12 @@ class Engine:
             layerwise.segments, layerwise.parameters = self.layout.segments(), len(parameters)
             layerwise.sharded = options.zero > 0
         self._teacher_engine = self._shard_teacher(config) if options.zero == 3 else None
-        self._network = {id(p): name for name, module in recipe.networks().items() for p in module.parameters()}
+        network = {id(p): name for name, module in recipe.networks().items() for p in module.parameters()}
         for p in parameters:
-            self._network.setdefault(id(p), _OUTSIDE)
+            network.setdefault(id(p), _OUTSIDE)
+        self._networks = sorted(set(network.values()))
+        self._network = {key: self._networks.index(name) for key, name in network.items()}
+        self._belongs: dict[tuple[int, ...], Tensor] = {}
 
     def _shard_teacher(self, config: dict[str, Any]) -> Any:
         """Cut the teacher's parameters exactly as the student's are, so that each piece lies beside its student's piece."""
@@ -143,6 +150,7 @@ class Engine:
     @torch.no_grad()
     def prepare(self, batches: Sequence[Batch], step: Step) -> None:
         """Shows the recipe all micro-batches of a step, in the precision of the forward pass."""
+        self._begin_pass()
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.options.precision == "bf16"):
             self.recipe.prepare(batches, step)
 
@@ -152,12 +160,17 @@ class Engine:
         Returns:
             The recipe's terms, detached, on the device.
         """
+        self._begin_pass()
         seed(batch)
         terms = self._engine(batch, step)
         self._engine.backward(torch.stack([term.float() for term in terms.values()]).sum())
         if not self._engine.is_gradient_accumulation_boundary():
             self._engine.step()  # counts the micro-batch, applies nothing
         return {name: term.detach().float() for name, term in terms.items()}
+
+    def _begin_pass(self) -> None:
+        if self.options.graphs:
+            torch.compiler.cudagraph_mark_step_begin()
 
     def step(self, step: Step, finite: Tensor) -> tuple[bool, dict[str, Tensor]]:
         """Clip and apply the gradients of all micro-batches, unless something is not finite on any rank.
@@ -173,25 +186,43 @@ class Engine:
         for group, ours in zip(self._optimizer.param_groups, self._groups, strict=True):
             group["lr"] = (step.last_layer_lr if ours.last_layer else step.lr) * ours.lr_scale
             group["weight_decay"] = step.weight_decay * ours.wd_scale
-        names = sorted(set(self._network.values()))
-        squares = torch.zeros(len(names) + 1, dtype=torch.float64, device=self.device)
-        for p, fragment in self.layout.owned(gradients=True):
-            if fragment.gradient is not None:
-                squares[names.index(self._network[id(p)])] += fragment.gradient.double().square().sum()
-        squares[-1] = (~finite).double()
+        squares = torch.cat([self._squares(), (~finite).double().reshape(1)])
         dist.all_reduce(squares)
-        norms = dict(zip(names, squares[:-1].sqrt().float().unbind(), strict=True))
+        lengths = squares[:-1].sqrt().float()
         applied = bool((squares[-1] == 0) & squares.isfinite().all())
         if applied and self.options.clip_norm is not None:
-            whole = squares[:-1].sum().sqrt().float()
-            for p, gradient in self.layout.gradients():
-                norm = whole if self.options.clip_scope == "global" else norms[self._network[id(p)]]
-                gradient.mul_((self.options.clip_norm / (norm + 1e-6)).clamp(max=1.0).to(gradient.device))
+            self._clip(lengths if self.options.clip_scope == "network" else squares[:-1].sum().sqrt().float().expand_as(lengths))
         elif not applied:
             self.layout.drop()
         self._engine.step()
         self.layout.clean()
-        return applied, norms
+        return applied, dict(zip(self._networks, lengths.unbind(), strict=True))
+
+    def _squares(self) -> Tensor:
+        """Squared lengths of this rank's share of each network's gradient, fp64 ``[networks]``: one sum for all pieces, which is
+        neither a launch for each of them nor one that adds in any order."""
+        numbers, gradients = [], []
+        for p, gradient in self.layout.gradient_shares():
+            numbers.append(self._network[id(p)])
+            gradients.append(gradient)
+        if not gradients:
+            return torch.zeros(len(self._networks), dtype=torch.float64, device=self.device)
+        key = tuple(numbers)
+        if key not in self._belongs:
+            belongs = F.one_hot(torch.tensor(numbers), len(self._networks)).T
+            self._belongs = {key: belongs.to(gradients[0].device, torch.float64, memory_format=torch.contiguous_format)}
+        each = torch.stack(torch._foreach_norm(gradients)).double().square()
+        return (self._belongs[key] @ each).to(self.device)
+
+    def _clip(self, lengths: Tensor) -> None:
+        """Scales the gradients of networks whose gradient is longer than allowed; lengths ``[networks]``."""
+        assert self.options.clip_norm is not None
+        by_network: dict[int, list[Tensor]] = {}
+        for p, gradient in self.layout.gradients():
+            by_network.setdefault(self._network[id(p)], []).append(gradient)
+        factors = (self.options.clip_norm / (lengths + 1e-6)).clamp(max=1.0)
+        for number, gradients in by_network.items():
+            torch._foreach_mul_(gradients, factors[number].to(gradients[0].device))
 
     def fragments(self) -> Iterator[Fragment]:
         """This rank's pieces of all trainable parameters, in the order of the parameter groups."""
@@ -285,7 +316,7 @@ class Engine:
         self._engine.destroy()
 
 
-def _optimizer(options: EngineOptions, groups: list[ParameterGroup], device: torch.device) -> torch.optim.Optimizer:
+def _optimizer(options: EngineOptions, groups: list[ParameterGroup]) -> torch.optim.Optimizer:
     chosen = [{"params": list(g.params), "lr": 0.0, "weight_decay": 0.0, "adapt": g.wd_scale > 0} for g in groups]
     if options.optimizer == "lars":
         return Lars(chosen, momentum=options.momentum, trust=options.trust)
@@ -293,8 +324,7 @@ def _optimizer(options: EngineOptions, groups: list[ParameterGroup], device: tor
         return Sgd(chosen, momentum=options.momentum)
     if options.optimizer == "lamb":
         return Lamb(chosen, betas=options.betas, eps=options.eps)
-    fused = device.type == "cuda" or options.offload == "cpu"
-    return torch.optim.AdamW(chosen, lr=0.0, betas=options.betas, eps=options.eps, fused=fused)
+    return torch.optim.AdamW(chosen, lr=0.0, betas=options.betas, eps=options.eps, fused=True)
 
 
 def _check(recipe: Recipe, groups: list[ParameterGroup]) -> None:
@@ -316,6 +346,8 @@ def _check(recipe: Recipe, groups: list[ParameterGroup]) -> None:
 
 def _configuration(options: EngineOptions, world: int, device: torch.device, sizes: Sequence[int]) -> dict[str, Any]:
     chosen = communication(sum(sizes), largest=max(sizes, default=0), ranks=world, cuda=device.type == "cuda")
+    # Norms are taken in step; DeepSpeed's own, a launch and a double copy for each parameter, can be left out since some 0.19.
+    normless = options.zero in (1, 2) and options.offload == "none" and "compute_grad_norm" in DeepSpeedZeroConfig.model_fields
     return {
         "train_micro_batch_size_per_gpu": options.micro_batch,
         "gradient_accumulation_steps": options.accumulation,
@@ -323,6 +355,7 @@ def _configuration(options: EngineOptions, world: int, device: torch.device, siz
         "zero_optimization": {
             "stage": options.zero,
             **({"offload_optimizer": {"device": "cpu", "pin_memory": device.type == "cuda"}} if options.offload == "cpu" else {}),
+            **({"compute_grad_norm": False} if normless else {}),
             "overlap_comm": chosen.overlap,
             "contiguous_gradients": True,
             "reduce_bucket_size": chosen.reduce_bucket,

@@ -57,6 +57,13 @@ class Layout(ABC):
     def gradients(self) -> list[tuple[Tensor, Tensor]]:
         """Parameters with all gradient memory of this rank that the optimizer will read: scaled when gradients are clipped."""
 
+    def gradient_shares(self) -> list[tuple[Tensor, Tensor]]:
+        """Parameters with the gradients of this rank's fragments alone, so that every element is in one rank's."""
+        return self.gradients()
+
+    def _of_fragments(self) -> list[tuple[Tensor, Tensor]]:
+        return [(p, f.gradient) for p, f in self.owned(gradients=True) if f.gradient is not None]
+
     @abstractmethod
     def flats(self) -> list[Tensor]:
         """The tensors that the optimizer has states for."""
@@ -142,6 +149,10 @@ class Whole(Layout):
         return [(p, self._gradient(p)) for p in self._parameters]
 
     @override
+    def gradient_shares(self) -> list[tuple[Tensor, Tensor]]:
+        return self._of_fragments()
+
+    @override
     def order(self) -> Sequence[Tensor]:
         return self._parameters
 
@@ -179,6 +190,7 @@ class Flat(Layout):
     def __init__(self, engine: Any, parameters: Sequence[Tensor], names: dict[int, str], moments: tuple[str, ...] = ADAM) -> None:
         self._moments = moments
         self._zero: Any = engine.optimizer
+        self._normed = getattr(self._zero, "compute_grad_norm", True)
         self._parameters: Sequence[Any] = parameters
         self._names = names
         _fill(self._zero.optimizer.state, self.flats(), moments)
@@ -208,7 +220,8 @@ class Flat(Layout):
 
     @override
     def gradients(self) -> list[tuple[Tensor, Tensor]]:
-        return [(p, f.gradient) for p, f in self.owned(gradients=True) if f.gradient is not None]
+        pieces = ((p, p._hp_mapping.get_lp_grad_fragment(p._index_in_param_group)) for p in self._parameters if p._hp_mapping)
+        return [(p, gradient) for p, gradient in pieces if gradient is not None]
 
     @override
     def order(self) -> Sequence[Tensor]:
@@ -236,13 +249,15 @@ class Flat(Layout):
 
     @override
     def drop(self) -> None:
-        # DeepSpeed drops a non-finite gradient together with its buffers: a skipped step leaves nothing behind.
+        # DeepSpeed drops a non-finite gradient together with its buffers: a skipped step leaves nothing behind. It finds that out
+        # by the gradient's norm, which it is not asked for otherwise.
         for _, gradient in self.gradients():
             gradient.fill_(float("nan"))
+        self._zero.compute_grad_norm = True
 
     @override
     def clean(self) -> None:
-        pass
+        self._zero.compute_grad_norm = self._normed
 
 
 class Partitioned(Layout):
@@ -284,7 +299,9 @@ class Partitioned(Layout):
 
     @override
     def gradients(self) -> list[tuple[Tensor, Tensor]]:
-        return [(p, f.gradient) for p, f in self.owned(gradients=True) if f.gradient is not None]
+        lengths = ((p, piece_of(p)[1]) for p in self._parameters)
+        buffers = self._buffers()
+        return [(p, buffers[p.ds_id].narrow(0, 0, length)) for p, length in lengths if length > 0]
 
     @override
     def order(self) -> Sequence[Tensor]:

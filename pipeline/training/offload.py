@@ -36,6 +36,10 @@ class OffloadedFlat(Flat):
             yield p, fragment
 
     @override
+    def gradients(self) -> list[tuple[Tensor, Tensor]]:
+        return self._of_fragments()
+
+    @override
     def parts(self) -> dict[str, list[Tensor]]:
         return super().parts() | {"gradients": [flat.grad for flat in self.flats() if flat.grad is not None]}
 
@@ -60,6 +64,10 @@ class OffloadedPartitioned(Partitioned):
                 group, _, _ = self._zero.grad_position[self._zero.get_param_id(p)]
                 fragment = replace(fragment, gradient=_gradient(self._zero.fp32_partitioned_groups_flat[group], fragment))
             yield p, fragment
+
+    @override
+    def gradients(self) -> list[tuple[Tensor, Tensor]]:
+        return self._of_fragments()
 
     @override
     def parts(self) -> dict[str, list[Tensor]]:

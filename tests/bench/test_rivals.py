@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
-from pipeline.bench import heads, pairs, step
+from pipeline.bench import heads, official, pairs, step
 from pipeline.errors import ConfigError
+from tests.pool import pool
 
 
 def test_heads_in_pieces_find_what_whole_logits_do() -> None:
@@ -70,7 +73,54 @@ def test_a_ratio_is_of_the_best_rounds() -> None:
 @pytest.mark.slow
 def test_a_step_of_clip_is_open_clips_step() -> None:
     result = step.measure(step.Options(model="tiny", batch=2, rounds=1))
-    assert result.losses[step.OURS] == pytest.approx(result.losses[step.THEIRS], rel=1e-4)
-    assert set(result.cases) == {step.OURS, step.THEIRS}
+    assert result.losses[step.OURS] == pytest.approx(result.losses["open_clip"], rel=1e-4)
+    assert set(result.cases) == set(result.operations) == {step.OURS, "open_clip"}
     with pytest.raises(ConfigError, match="no size"):
         step.measure(step.Options(model="B-7"))
+
+
+OFFICIAL = 2759  # operations of its step for ViT-S/14: fovea bench step --method dinov2, package dinov2 0.0.1.dev2, torch 2.15
+
+
+def _step(model: str = "tiny-14", **options: Any) -> step.Result:
+    return step.measure(step.Options(method="dinov2", model=model, batch=4, prototypes=256, rounds=1, **options))
+
+
+@pytest.mark.slow
+def test_what_replays_graphs_on_a_gpu_runs_without_them_on_a_cpu() -> None:
+    (result,) = pool(1).run(_step, graphs=True)
+    assert result.cases[step.GRAPHS].seconds[0] > 0
+
+
+@pytest.mark.gpu
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["clip", "dinov2"])
+def test_on_a_gpu_every_form_of_a_step_runs(method: str) -> None:
+    model = "tiny" if method == "clip" else "tiny-14"
+    for graphs in (False, True):
+        given = {"prototypes": 256, "compiled": True, "graphs": graphs, "rounds": 1, "device": "cuda", "bf16": True}
+        result = step.measure(step.Options(method, model, 4, **given))  # type: ignore[arg-type]
+        assert result.cases[step.GRAPHS if graphs else step.COMPILED].peak > 0
+
+
+def test_a_step_of_dinov2_runs_alone_and_compiled() -> None:
+    (result,) = pool(1).run(_step, compiled=True)
+    assert {step.OURS, step.COMPILED} <= set(result.cases)
+    assert result.cases[step.OURS].seconds[0] > 0 and result.operations[step.OURS] > 100
+    options = step.Options(method="dinov2", model="tiny-14", batch=4, prototypes=256)
+    page = step.markdown(result, options, {"cores": "2"}, "fovea bench step")
+    assert ("official" in page) == (not official.missing()) or official.INSTALL in page
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(bool(official.missing()), reason=f"needs the official code: {official.INSTALL}")
+def test_a_step_of_dinov2_is_the_official_step_and_dispatches_no_more() -> None:
+    (result,) = pool(1).run(_step, model="S-14")
+    assert result.losses[step.OURS] == pytest.approx(result.losses["official"], rel=1e-5)
+    assert result.operations[step.OURS] <= result.operations["official"]
+
+
+@pytest.mark.slow
+def test_a_step_of_dinov2_dispatches_no_more_than_the_official_one_did() -> None:
+    (result,) = pool(1).run(_step, model="S-14")
+    assert result.operations[step.OURS] <= OFFICIAL
