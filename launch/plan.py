@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from typing import Any
 
 from rich.box import SIMPLE
 from rich.console import Console
@@ -14,8 +13,9 @@ from launch.cluster.profile import ClusterProfile
 from launch.train import gpus
 from pipeline.errors import ConfigError
 from pipeline.settings import Config
+from pipeline.training import activations
 from pipeline.training.flops import counted
-from pipeline.training.memory import FP32, Held, activations, held
+from pipeline.training.memory import FP32, Held, held
 
 _SLACK = 0.92  # share of a GPU that may be filled: the rest is CUDA's context, NCCL and the allocator's gaps
 
@@ -29,9 +29,7 @@ class Sizes:
         frozen: not trained ones of the student.
         teacher: the teacher's.
         networks: trained elements by sub-network.
-        tokens: tokens of all student crops of a sample.
-        logits: rows of logits of a sample times prototypes, student and teacher.
-        width, depth: of the tower.
+        live: what a forward pass keeps.
         views: bytes of a sample's views as DALI makes them, fp32 pixels.
     """
 
@@ -39,10 +37,7 @@ class Sizes:
     frozen: list[int]
     teacher: list[int]
     networks: dict[str, int]
-    tokens: float
-    logits: float
-    width: int
-    depth: int
+    live: activations.Activations
     views: float
 
     @property
@@ -59,20 +54,6 @@ def measure(config: Config) -> Sizes:
 
     with torch.device("meta"):
         recipe = build_recipe(config)
-    settings: Any = config.recipe
-    tower: Any = recipe.export().get("backbone", recipe)
-    vit = getattr(tower, "vit", tower)
-    beside: list[Any] = list(recipe.students().values())  # other students: as so many more blocks of the first one's width
-    patch = int(getattr(tower, "patch", 0) or config.model.patch_side or 16)
-    # The student's views alone, and where they come in several sizes the largest: those a GPU must have room for.
-    sets = [[v for v in one.views if v.same_as is None] for one in recipe.view_sets]
-    largest = max(sets, key=lambda views: sum(view.count * view.size**2 for view in views))
-    grids = [(view.count, (view.size // patch) ** 2, view.mask) for view in largest]
-    prefix = int(getattr(vit, "num_prefix_tokens", 1))
-    rows: float = sum(count for count, _, _ in grids)
-    for count, patches, mask in grids:
-        if mask is not None:
-            rows += count * patches * mask.probability * sum(mask.ratio) / 2
     return Sizes(
         groups=[[p.numel() for p in group.params] for group in recipe.parameter_groups()],
         frozen=[p.numel() for p in recipe.parameters() if not p.requires_grad],
@@ -80,11 +61,7 @@ def measure(config: Config) -> Sizes:
         networks={
             name: sum(p.numel() for p in module.parameters() if p.requires_grad) for name, module in recipe.networks().items()
         },
-        tokens=sum(count * (patches + prefix) for count, patches, _ in grids),
-        logits=2.0 * rows * getattr(settings, "prototypes", 0),
-        width=int(getattr(vit, "embed_dim", config.model.width or 0)),
-        depth=(len(getattr(vit, "blocks", ())) or (config.model.depth or 0))
-        + math.ceil(sum(len(one.vit.blocks) * one.width / tower.width for one in beside)),
+        live=activations.counted(config),
         views=max(sum(view.count * 3 * view.size**2 * FP32 for view in one.views) for one in recipe.view_sets),
     )
 
@@ -107,15 +84,7 @@ def needed(config: Config, sizes: Sizes, stage: int, ranks: int) -> tuple[Held, 
     memory = replace(memory, input=(config.data.prefetch + 2) * share * sizes.views)
     if stage and config.train.offload == "cpu":
         memory = memory.offloaded(stage=stage, accumulation=max(share // micro, 1))
-    live = activations(
-        tokens=micro * sizes.tokens,
-        width=sizes.width,
-        depth=sizes.depth,
-        mlp_ratio=config.model.mlp_ratio,
-        logits=micro * sizes.logits,
-        bf16=bf16,
-    )
-    return memory, live
+    return memory, sizes.live.of(micro)
 
 
 def advice(config: Config, sizes: Sizes, ranks: int, capacity: float) -> str:
@@ -196,7 +165,7 @@ def run(config: Config, *, ranks: int | None, gigabytes: float, console: Console
         out.print(f"Host memory: {memory.host / 1e9:.2f} GB for each GPU, for AdamW (train.offload=cpu).")
     out.print(advice(config, sizes, ranks, capacity))
     out.print(
-        f"Weights, gradients, optimizer and teacher are exact to a few percent; activations are an estimate, buffers a bound; "
+        f"Weights, gradients, optimizer and teacher are exact to a few percent; activations are counted, buffers a bound; "
         f"DALI is its finished batches (data.prefetch={config.data.prefetch}), without what its decoder needs to work in; "
         f"{math.floor(_SLACK * 100)} % of {gigabytes:g} GB counts as usable.",
         style="dim",

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import statistics
 import time
-import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_flatten
+
+from pipeline.training.activations import Alive
 
 
 @dataclass(frozen=True)
@@ -121,43 +121,9 @@ def peak_bytes(act: Callable[[], object], device: torch.device) -> int:
         act()
         torch.cuda.synchronize(device)
         return int(torch.cuda.max_memory_allocated(device) - before)
-    with _Alive() as alive:
+    with Alive() as alive:
         act()
     return alive.peak
-
-
-class _Alive(TorchDispatchMode):
-    """Counts the bytes of all storages that operations make and nobody has dropped yet; not of those they are given."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.now = self.peak = 0
-        self._known: set[int] = set()
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        for given in _storages((args, kwargs)):  # a view of a weight is nothing new
-            self._count(given, made=False)
-        result = func(*args, **(kwargs or {}))
-        for storage in _storages(result):
-            self._count(storage, made=True)
-        return result
-
-    def _count(self, storage: torch.UntypedStorage, *, made: bool) -> None:
-        place, size = storage.data_ptr(), storage.nbytes() if made else 0
-        if not place or place in self._known:
-            return
-        self._known.add(place)
-        self.now += size
-        self.peak = max(self.peak, self.now)
-        weakref.finalize(storage, self._drop, place, size)
-
-    def _drop(self, place: int, size: int) -> None:
-        self._known.discard(place)
-        self.now -= size
-
-
-def _storages(tree: Any) -> list[torch.UntypedStorage]:
-    return [leaf.untyped_storage() for leaf in tree_flatten(tree)[0] if isinstance(leaf, torch.Tensor)]
 
 
 def table(cases: Mapping[str, Case], baseline: str, *, unit: str = "ms") -> list[str]:

@@ -19,8 +19,9 @@ def told(tokens: Tensor, prefix: Tensor | int = 1) -> Tensor:
 
 
 def written(states: Tensor, tokens: Tensor, wanted: Tensor, vocabulary: Vocabulary, rows: int) -> Tensor:
-    """Sum over the wanted places of the next token's ``-log p``."""
-    chosen, targets = states[:, :-1][wanted], tokens[:, 1:][wanted]
+    """Sum over the wanted places of the next token's ``-log p``; of what only stands for numbers, over all places."""
+    choose = (lambda x: x[wanted]) if type(wanted) is Tensor else (lambda x: x.flatten(0, 1))
+    chosen, targets = choose(states[:, :-1]), choose(tokens[:, 1:])
     total: Tensor = vocabulary(chosen, lambda x, matrix: losses.token_cross_entropy(x, matrix, targets, rows=rows))
     return total
 

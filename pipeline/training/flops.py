@@ -33,8 +33,7 @@ def counted(config: Config, samples: int = _SAMPLES) -> float:
         samples: batch that is counted, or as many more as make whole groups where samples are compared in such; terms that grow
             with the batch are those of this one.
     """
-    group = getattr(config.recipe, "koleo_group", None) or 1
-    samples = group * math.ceil(samples / group)
+    samples = whole_groups(config, samples)
     with torch.device("meta"):  # a tower's constructor reads numbers, which fake tensors do not have
         recipe = build_recipe(config)
     with FakeTensorMode(allow_non_fake_inputs=True):
@@ -51,6 +50,12 @@ def counted(config: Config, samples: int = _SAMPLES) -> float:
                 torch.stack([term.float() for term in terms.values()]).sum().backward()
             total += one.weight * counter.get_total_flops()
     return total / samples / sum(one.weight for one in recipe.view_sets)
+
+
+def whole_groups(config: Config, samples: int) -> int:
+    """As many samples, or the next number that makes whole groups where samples are compared in such."""
+    group = getattr(config.recipe, "koleo_group", None) or 1
+    return int(group * math.ceil(samples / group))
 
 
 def fake_batch(views: Sequence[ViewSpec], samples: int, *, context: int = 0) -> Batch:

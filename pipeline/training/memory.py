@@ -142,19 +142,3 @@ def _touched(group: Sequence[int], share: int, rank: int) -> int:
             elements += size
         begin += size
     return elements
-
-
-def activations(*, tokens: float, width: int, depth: int, mlp_ratio: float, logits: float, bf16: bool) -> float:
-    """Bytes that a forward pass keeps for the backward pass, without activation checkpointing: an estimate, good to a third.
-
-    Per token and block: inputs of two norms, of the query-key-value, output and two MLP products, of the activation function,
-    query, key and value, and the two branches before their scaling; attention itself is recomputed by fused kernels.
-
-    Args:
-        tokens: tokens of all the student's crops in a micro-batch.
-        width, depth, mlp_ratio: of the tower.
-        logits: rows times prototypes, over all heads, of student and teacher together.
-        bf16: 2 bytes instead of 4 for what a block keeps; norms and losses stay fp32.
-    """
-    block = (2 if bf16 else 4) * (9 + 2 * mlp_ratio) + (8 if bf16 else 0)
-    return block * width * depth * tokens + 3 * 4 * logits

@@ -34,7 +34,7 @@ def test_a_recipe_is_counted_as_it_is_built(tmp_path: Path) -> None:
     sizes, recipe = measure(config), build_recipe(config)
     assert sizes.trained == sum(p.numel() for p in recipe.parameters() if p.requires_grad)
     assert recipe.teacher is not None and sum(sizes.teacher) == sum(p.numel() for _, p in recipe.teacher.named_parameters())
-    assert sizes.tokens == 2 * (16 + 1) + 2 * (4 + 1) and (sizes.width, sizes.depth) == (32, 1)
+    assert sizes.live.each > 4 * 32 * (2 * (16 + 1) + 2 * (4 + 1)), "more than one number of each feature of each token"
     assert sizes.views == 4 * 3 * sum(view.count * view.size**2 for view in recipe.views) > 0
     waiting = needed(config.replace(data=config.data.model_copy(update={"prefetch": 5})), sizes, 1, 2)[0]
     assert waiting.input == 7 * config.train.global_batch / 2 * sizes.views

@@ -7,8 +7,10 @@ from typing import Any
 
 import pytest
 
+from pipeline.training.activations import Alive, alive, counted
 from pipeline.training.memory import held
 from tests.pool import pool
+from tests.recipes.tiny import STEP, batch_at, config, recipe
 
 HIDDEN = 20_000
 
@@ -100,3 +102,27 @@ def test_shares_shrink_with_the_ranks_and_the_stage() -> None:
         held(groups, stage=1, ranks=8, accumulation=2).gradients
         > held(groups, stage=2, ranks=8, accumulation=2).gradients + 3.9 * n
     )
+
+
+@pytest.mark.parametrize("name", ["dinov2", "clip", "detailclip", "mocov2", "coca"])
+def test_what_a_forward_pass_keeps_is_counted_without_memory_within_five_percent(name: str) -> None:
+    settings = config(name, train={"global_batch": 8, "precision": "fp32"})
+    kept = []
+    for samples in (8, 16):
+        made = recipe(name, train={"global_batch": 8, "precision": "fp32"}).train()
+        batch = batch_at(made, 0, samples=samples)
+        with Alive() as found:
+            made.prepare([batch], STEP)
+            terms = made(batch, STEP)
+            kept.append(found.now)
+        del terms
+    told = [alive(settings, samples)[0] for samples in (8, 16)]
+    assert told[1] - told[0] == pytest.approx(kept[1] - kept[0], rel=0.05)
+    assert told[1] == pytest.approx(kept[1], rel=0.05)
+
+
+def test_recomputation_keeps_less_and_bf16_half_of_most() -> None:
+    each = {}
+    for name, train in {"fp32": {}, "bf16": {"precision": "bf16"}, "again": {"recompute": True}}.items():
+        each[name] = counted(config("dinov2", train={"global_batch": 8, "precision": "fp32", **train})).each
+    assert each["again"] < 0.7 * each["fp32"] and 0.5 * each["fp32"] < each["bf16"] < 0.85 * each["fp32"]
