@@ -55,6 +55,11 @@ def _step(caption: int) -> Callable[[Document], list[Row]]:
     return rows
 
 
+def _dinov2(d: Document) -> list[Row]:
+    ours, theirs = (min(d["cases"][name]["seconds"]) for name in ("fovea", "official"))
+    return [("DINOv2 ViT-S/14 step", f"{ours:.2f} s", f"{theirs:.2f} s official code", f"{theirs / ours:.2f} x faster")]
+
+
 def _heads(d: Document) -> list[Row]:
     ours, plain = d["cases"]["in pieces"], d["cases"]["whole logits"]
     time = min(plain["seconds"]) / min(ours["seconds"])
@@ -95,6 +100,7 @@ _READERS: dict[str, Callable[[Document], list[Row]]] = {
     "data-cpu": _data,
     "step-clip-cpu-20": _step(20),
     "step-clip-cpu-77": _step(77),
+    "step-dinov2-cpu": _dinov2,
     "heads-cpu": _heads,
     "checkpoint-cpu": _checkpoint,
     "resume-cpu": _resume,

@@ -244,6 +244,7 @@ class _PlainTargets:
         logits = logits.to(_wide(logits)).div_(temperature)
         agreed = (logits.argmax(-1) == target.argmax(-1)).sum() if watch else None
         guess = logits.log_softmax(-1)
+        del logits  # they were given away: nobody else holds them
         each = -(guess * target).sum(-1)
         slope = None
         if sloped:
