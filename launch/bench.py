@@ -179,7 +179,9 @@ def step(
 
     if graphs and device != "cuda":
         raise ConfigError("CUDA graphs need a CUDA device", where="--graphs", mend="Leave it out, or measure on cuda.")
-    chosen = model or METHODS.get(method, [""])[0 if method == "clip" else 2]
+    if method not in METHODS:
+        raise ConfigError(f"there is no step of {method!r}", where="--method", mend=f"Choose of {', '.join(METHODS)}.")
+    chosen = model or {"clip": "B-32", "dinov2": "S-14"}[method]
     numbers = {"batch": batch, "caption": caption, "prototypes": prototypes, "drop": drop, "rounds": rounds}
     options = Options(method, chosen, compiled=compiled, graphs=graphs, device=_device(device), bf16=bf16, **numbers)  # type: ignore[arg-type]
     result = measure(options, tell=_tell)
