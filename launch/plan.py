@@ -84,7 +84,7 @@ def needed(config: Config, sizes: Sizes, stage: int, ranks: int) -> tuple[Held, 
     memory = replace(memory, input=(config.data.prefetch + 2) * share * sizes.views)
     if stage and config.train.offload == "cpu":
         memory = memory.offloaded(stage=stage, accumulation=max(share // micro, 1))
-    return memory, sizes.live.of(micro)
+    return memory, max(sizes.live.of(micro) - memory.rounded, 0.0)  # which it has counted too
 
 
 def advice(config: Config, sizes: Sizes, ranks: int, capacity: float) -> str:

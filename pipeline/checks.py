@@ -31,10 +31,10 @@ def check(config: Config) -> list[tuple[str, str]]:
     if config.train.offload == "cpu" and (config.train.zero == 0 or config.optim.name != "adamw"):
         told = "train.offload = cpu: needs train.zero of 1 to 3, which give each rank a share to keep, and optim.name=adamw"
         found.append(("train.offload", told))
-    if config.train.graphs and (not config.train.compile or config.train.zero == 3 or config.train.recompute):
-        told = (
-            "train.graphs: needs train.compile=true, weights that stay where they are (train.zero of 0 to 2), no train.recompute"
-        )
+    moving = config.train.zero == 3 or config.train.recompute or config.train.micro_batch is not None
+    if config.train.graphs and (moving or not config.train.compile):
+        told = "train.graphs: needs train.compile=true, weights that stay where they are (train.zero of 0 to 2), and neither "
+        told += "train.recompute nor train.micro_batch"
         found.append(("train.graphs", told))
     if config.train.fp8 != "off" and config.train.precision != "bf16":
         told = f"train.fp8 = {config.train.fp8}: goes with train.precision=bf16, not {config.train.precision}"

@@ -225,7 +225,7 @@ class TrainSettings(Settings):
         default=False,
         json_schema_extra=RUNTIME,
         description="with train.compile: replay the compiled blocks as CUDA graphs, for small models whose steps are mostly "
-        "launches; takes memory of its own; ZeRO stages 0 to 2, without recompute; not yet run on a GPU",
+        "launches; takes memory of its own; ZeRO stages 0 to 2, one micro-batch, without recompute; not yet run on a GPU",
     )
     fp8: Literal["off", "teacher", "all"] = Field(
         default="off",

@@ -494,9 +494,16 @@ def test_shards_and_data_sets_together_are_refused(tmp_path: Path) -> None:
     assert problem.message.startswith("data.shards and data.sources are both given")
 
 
-@pytest.mark.parametrize("wrong", ["train.compile=false", "train.zero=3", "train.recompute=true"])
+@pytest.mark.parametrize("wrong", ["train.compile=false", "train.zero=3", "train.recompute=true", "train.micro_batch=8"])
 def test_graphs_are_of_compiled_blocks_whose_weights_stay_where_they_are(wrong: str) -> None:
-    asked = ["data.shards=none.tar", "train.compile=true", "train.zero=1", "train.recompute=false", "train.graphs=true"]
+    asked = [
+        "data.shards=none.tar",
+        "train.compile=true",
+        "train.zero=1",
+        "train.recompute=false",
+        "train.micro_batch=null",
+        "train.graphs=true",
+    ]
     assert load("dinov2/vits16_node", asked).config.train.graphs
     with pytest.raises(ConfigError, match=r"train\.graphs"):
         load("dinov2/vits16_node", [*asked, wrong])

@@ -168,7 +168,8 @@ def scaled_logits(unit: Tensor, matrix: Tensor, temperature: float) -> Tensor:
 def logit_pieces(
     units: Sequence[Tensor], matrix: Tensor, temperature: float, rows: int | None = None, *, kernels: Kernels | None = None
 ) -> Callable[[], Iterable[Tensor | Products]]:
-    """Logits of all features of a batch that came in several parts, as often as they are asked for.
+    """Logits of all features of a batch that came in several parts, for one who asks for them again and again and may write over
+    them (:func:`pipeline.losses.potential_over_pieces`).
 
     Args:
         units: each ``[any, width]``.

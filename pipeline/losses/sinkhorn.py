@@ -72,6 +72,13 @@ def potential_over_pieces(
     Returns:
         ``[K]``, equal on all ranks, defined up to a constant.
     """
+    with torch.autocast(zeros.device.type, enabled=False):
+        return _potential(pieces, zeros, iterations, group)
+
+
+def _potential(
+    pieces: Callable[[], Iterable[Tensor | Products]], zeros: Tensor, iterations: int, group: dist.ProcessGroup | None
+) -> Tensor:
     potential, given = zeros, pieces()
     kept = tuple(map(_exponentiated, given)) if isinstance(given, tuple) else None
     for iteration in range(iterations):
@@ -112,7 +119,7 @@ def _taken_in(given: _Plan | _Logits | Products, potential: Tensor | None, peak:
             sums, top = given.numbers.sum(0), given.top
         else:
             top = -potential.max()
-            scale = (potential + top).exp_()
+            scale = (potential + top).exp_().to(given.numbers.dtype)
             sums = (given.numbers @ scale).reciprocal_() @ given.numbers
         higher = torch.maximum(peak, top)
         return higher, total * (peak - higher).exp_() + sums * (top - higher).exp_()

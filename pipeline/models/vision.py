@@ -98,7 +98,9 @@ class VisionTower(nn.Module):
                 then ``[n, width]`` in the answer. The last block computes no other, and no registers, unless all are read.
         """
         # torch's fused attention has no fast bf16 backward on CPUs: 118 ms a block where plain products need 10.
-        fused = self._fused and not (images.device.type == "cpu" and torch.is_autocast_enabled("cpu"))
+        # What only stands for numbers is counted as on a GPU.
+        slow = images.device.type == "cpu" and torch.is_autocast_enabled("cpu") and type(images) is Tensor
+        fused = self._fused and not slow
         for block in self.vit.blocks:
             block.attn.fused_attn = fused
             # Eva reads this weight outside of its owner's forward, where it is gone once an engine has cut it (ZeRO 3). Then the

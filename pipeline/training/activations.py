@@ -1,6 +1,6 @@
 """How many bytes a forward pass keeps for its backward pass, counted on tensors without memory.
 
-The method's own pass runs on fake CUDA tensors, with a GPU's attention kernel and number format, while every storage that
+The method's own pass runs on fake tensors, with fused attention and a GPU's number format, while every storage that
 is made is counted until it is dropped. Two batches tell what belongs to a sample and what to a step.
 """
 
@@ -9,7 +9,6 @@ from __future__ import annotations
 import os
 import weakref
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 from unittest import mock
@@ -90,26 +89,33 @@ def counted(config: Config) -> Activations:
     Captions count with all the tokens that they may have. What grows with the square of the batch, as logits of pairs do, is
     left out.
     """
+    found = max((_counted(config, number) for number in range(len(_recipe(config).view_sets))), key=lambda one: one.each)
+    if not config.train.recompute:
+        return found
+    # The block that is computed again keeps what all of them would have kept.
+    whole = counted(config.replace(train=config.train.model_copy(update={"recompute": False})))
+    blocks = max(len(getattr(m, "blocks", ())) for m in _recipe(config).modules())
+    return Activations(found.fixed, found.each + (whole.each - found.each) / max(blocks, 1), found.passing)
+
+
+def _counted(config: Config, number: int) -> Activations:
     few = whole_groups(config, _SAMPLES)
-    device = "cpu" if config.train.recompute else "cuda"  # a GPU's random state, which is put back, needs a GPU
-    found = []
-    for number in range(len(_recipe(config).view_sets)):
-        (kept, _), (more, peak) = (alive(config, samples, number, device) for samples in (few, 2 * few))
-        each = (more - kept) / few
-        found.append(Activations(max(kept - each * few, 0.0), each, peak - more))
-    return max(found, key=lambda one: one.each)
+    (kept, _), (more, peak) = (alive(config, samples, number) for samples in (few, 2 * few))
+    each = (more - kept) / few
+    return Activations(max(kept - each * few, 0.0), each, peak - more)
 
 
-def alive(config: Config, samples: int, number: int = 0, device: str = "cpu") -> tuple[int, int]:
+def alive(config: Config, samples: int, number: int = 0) -> tuple[int, int]:
     """Bytes alive when the losses of a batch of fake tensors are there, and at most before, beyond weights and views."""
     recipe = _recipe(config)
     for module in (*recipe.modules(), *_teachers(recipe)):
         if hasattr(module, "checkpointing"):
             module.checkpointing = config.train.recompute  # type: ignore[assignment]
-    with FakeTensorMode(allow_non_fake_inputs=True), torch.device(device), _bf16(device, config.train.precision == "bf16"):
+    bf16 = torch.autocast("cpu", torch.bfloat16, enabled=config.train.precision == "bf16")
+    with FakeTensorMode(allow_non_fake_inputs=True), bf16:
         for network in (recipe, *(recipe.teacher.modules.values() if recipe.teacher is not None else ())):
-            network.to_empty(device=device)
-        recipe.memory = {name: torch.empty_like(tensor, device=device) for name, tensor in recipe.memory.items()}
+            network.to_empty(device="cpu")
+        recipe.memory = {name: torch.empty_like(tensor, device="cpu") for name, tensor in recipe.memory.items()}
         context = recipe.text.context if recipe.text else 0
         batch = fake_batch(recipe.view_sets[number].views, samples, context=context)
         with mock.patch.dict(os.environ, {"FOVEA_KERNELS": "torch"}), Alive() as found:
@@ -129,17 +135,3 @@ def _recipe(config: Config) -> Recipe:
 def _teachers(recipe: Recipe) -> Iterator[torch.nn.Module]:
     for network in recipe.teacher.modules.values() if recipe.teacher is not None else ():
         yield from network.modules()
-
-
-@contextmanager
-def _bf16(device: str, enabled: bool) -> Iterator[None]:
-    """Autocast as the engine's; ``torch.autocast`` itself refuses where there is no GPU."""
-    before = torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
-    torch.set_autocast_enabled(device, enabled)
-    torch.set_autocast_dtype(device, torch.bfloat16)
-    try:
-        yield
-    finally:
-        torch.set_autocast_enabled(device, before[0])
-        torch.set_autocast_dtype(device, before[1])
-        torch.clear_autocast_cache()

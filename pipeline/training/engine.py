@@ -210,9 +210,9 @@ class Engine:
         key = tuple(numbers)
         if key not in self._belongs:
             belongs = F.one_hot(torch.tensor(numbers), len(self._networks)).T
-            self._belongs = {key: belongs.to(gradients[0].device, torch.float64, memory_format=torch.contiguous_format)}
-        each = torch.stack(torch._foreach_norm(gradients)).double().square()
-        return (self._belongs[key] @ each).to(self.device)
+            self._belongs = {key: belongs.to(gradients[0].device, torch.bool)}
+        each = torch.stack(torch._foreach_norm(gradients, 2, dtype=torch.float64)).square()
+        return torch.where(self._belongs[key], each, 0.0).sum(1).to(self.device)
 
     def _clip(self, lengths: Tensor) -> None:
         """Scales the gradients of networks whose gradient is longer than allowed; lengths ``[networks]``."""
