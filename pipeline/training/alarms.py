@@ -20,6 +20,7 @@ from pipeline.recipes.vitals import NARROW, SINGLE, STILL, UNIFORM, WORSE, Vital
 
 SMOOTH, PATIENCE, WINDOW = 40, 100, 150  # steps
 NEAR_GUESS, UNDECIDED = 0.01, 0.99  # shares of the loss of a guess, and of the largest entropy
+FAR_WORSE, NEARLY = 0.1, 0.95  # the same, together
 _DEFAULT = "the steps are too large: lower optim.lr, or lengthen schedule.lr.warmup"
 _STUCK = "nothing is trained, or everything is frozen: see gradient_norm, optim.lr and schedule.lr"
 
@@ -105,7 +106,11 @@ class Alarms:
         # Fresh networks tell no samples apart, and need not while the learning rate still grows: that is no illness.
         decided = self._most("decided", 1.0 - entropy) > 3 * (1.0 - UNDECIDED)
         fresh = self._rising(done, SMOOTH) and not decided
-        if v.guess is not None and entropy >= UNDECIDED and below <= NEAR_GUESS * v.guess and not fresh:
+        guess = v.guess or math.nan
+        aimless = entropy >= UNDECIDED and below <= NEAR_GUESS * guess
+        # Thrown about by too high a rate, the student is far worse than a guess and targets are not uniform at every moment.
+        thrown = entropy >= NEARLY and below <= -FAR_WORSE * guess
+        if v.guess is not None and (aimless or thrown) and not fresh:
             yield (
                 UNIFORM,
                 f"the targets have become uniform (their entropy is {entropy:.1%} of the most possible) and the loss is no "
