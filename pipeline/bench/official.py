@@ -46,7 +46,7 @@ class Official:
         bf16: compute under autocast.
 
     Raises:
-        ConfigError: a package is missing.
+        ConfigError: a package is missing, or is another one of that name.
     """
 
     def __init__(
@@ -57,7 +57,12 @@ class Official:
         self.device = batch.views["global"][0].device
         self._temperature, self._bf16 = 0.07, bf16
         self._clip = ours.settings.clip_norm
-        self.model: Any = _model(ours, size, drop, layer_scale).to(self.device)
+        try:
+            self.model: Any = _model(ours, size, drop, layer_scale).to(self.device)
+        except (ImportError, AssertionError, AttributeError) as error:
+            raise ConfigError(
+                f"the dinov2 that is installed here cannot be driven ({error})", where="fovea bench step", mend=INSTALL
+            ) from error
         self.model.train()
         self._images = _collated(batch)
         self._optimizer = torch.optim.AdamW(self.model.get_params_groups(), lr=0.0, weight_decay=0.0)

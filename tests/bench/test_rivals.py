@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
+import sys
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -124,6 +125,15 @@ def test_without_the_official_code_its_way_to_be_installed_is_told(monkeypatch: 
     monkeypatch.setattr(official, "missing", lambda: ["dinov2"])
     with pytest.raises(ConfigError, match=r"needs dinov2.*pip install --no-deps"):
         official.Official(*(None,) * 6)  # type: ignore[arg-type]
+
+
+def test_another_package_of_its_name_is_told_from_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(official, "missing", list)
+    monkeypatch.setitem(sys.modules, "dinov2", ModuleType("dinov2"))
+    batch: Any = SimpleNamespace(views={"global": [torch.zeros(1)]})
+    ours: Any = SimpleNamespace(settings=SimpleNamespace(clip_norm=3.0))
+    with pytest.raises(ConfigError, match="cannot be driven"):
+        official.Official(ours, (64, 2, 2), 0.0, 1.0, batch, False)
 
 
 def test_what_stands_in_for_xformers_on_a_cpu_is_the_plain_formula() -> None:
