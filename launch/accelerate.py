@@ -44,7 +44,7 @@ def check(config: Config, world: int, environment: Mapping[str, str] | None = No
         raise ConfigError(
             f"accelerate was configured otherwise: {'; '.join(wrong)}",
             where=file or "accelerate launch",
-            mend="make both say the same, or leave it out of accelerate's configuration",
+            hint="make both say the same, or leave it out of accelerate's configuration",
         )
 
 
@@ -53,10 +53,10 @@ def _read(path: Path) -> dict[str, Any]:
         document = json.loads(path.read_text())
     except (OSError, ValueError) as error:
         raise ConfigError(
-            f"accelerate names a DeepSpeed file that cannot be read ({error})", where=str(path), mend="name a JSON file"
+            f"accelerate names a DeepSpeed file that cannot be read ({error})", where=str(path), hint="name a JSON file"
         ) from error
     if not isinstance(document, dict):
-        raise ConfigError("holds no object", where=str(path), mend="write DeepSpeed's settings as a JSON object")
+        raise ConfigError("holds no object", where=str(path), hint="write DeepSpeed's settings as a JSON object")
     return document
 
 

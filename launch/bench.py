@@ -43,7 +43,7 @@ def data(
     fovea bench data --shards '/data/train-{000..003}.tar' --threads 4 --out results/mine
     """
     if device not in ("cpu", "cuda"):
-        raise ConfigError(f"{device!r} is neither cpu nor cuda", where="--device", mend="Choose one of the two.")
+        raise ConfigError(f"{device!r} is neither cpu nor cuda", where="--device", hint="Choose one of the two.")
     from pipeline.bench.data import Options, measure
     from pipeline.bench.report import save
 
@@ -86,7 +86,7 @@ def checkpoint(
     fovea bench checkpoint --model large --device cuda --batch 32 --directory /scratch
     """
     if device not in ("cpu", "cuda"):
-        raise ConfigError(f"{device!r} is neither cpu nor cuda", where="--device", mend="Choose one of the two.")
+        raise ConfigError(f"{device!r} is neither cpu nor cuda", where="--device", hint="Choose one of the two.")
     from pipeline.bench.checkpoint import Options, measure, save
 
     options = Options(model, batch, side, prototypes, saves, "cuda" if device == "cuda" else "cpu", directory)
@@ -178,9 +178,9 @@ def step(
     from pipeline.bench.step import METHODS, Options, markdown, measure
 
     if graphs and device != "cuda":
-        raise ConfigError("CUDA graphs need a CUDA device", where="--graphs", mend="Leave it out, or measure on cuda.")
+        raise ConfigError("CUDA graphs need a CUDA device", where="--graphs", hint="Leave it out, or measure on cuda.")
     if method not in METHODS:
-        raise ConfigError(f"there is no step of {method!r}", where="--method", mend=f"Choose of {', '.join(METHODS)}.")
+        raise ConfigError(f"there is no step of {method!r}", where="--method", hint=f"Choose of {', '.join(METHODS)}.")
     chosen = model or {"clip": "B-32", "dinov2": "S-14"}[method]
     numbers = {"batch": batch, "caption": caption, "prototypes": prototypes, "drop": drop, "rounds": rounds}
     options = Options(method, chosen, compiled=compiled, graphs=graphs, device=_device(device), bf16=bf16, **numbers)  # type: ignore[arg-type]
@@ -270,7 +270,7 @@ def determinism(
     from pipeline.bench.determinism import measure, page
 
     if model not in MODELS:
-        raise ConfigError(f"{model!r} is no size", where="--model", mend=f"Choose of {', '.join(MODELS)}.")
+        raise ConfigError(f"{model!r} is no size", where="--model", hint=f"Choose of {', '.join(MODELS)}.")
     if _device(device) == "cuda":
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it once, and is deterministic only with it
     options = Options(model, batch, side, prototypes, device="cuda" if device == "cuda" else "cpu")
@@ -281,12 +281,12 @@ def determinism(
 
 def _device(name: str) -> str:
     if name not in ("cpu", "cuda"):
-        raise ConfigError(f"{name!r} is neither cpu nor cuda", where="--device", mend="Choose one of the two.")
+        raise ConfigError(f"{name!r} is neither cpu nor cuda", where="--device", hint="Choose one of the two.")
     if name == "cuda":
         import torch
 
         if not torch.cuda.is_available():
-            raise ConfigError("there is no CUDA device here", where="--device", mend="Run it where there is one, or measure cpu.")
+            raise ConfigError("there is no CUDA device here", where="--device", hint="Run it where there is one, or measure cpu.")
     return name
 
 
@@ -353,7 +353,7 @@ def methods(
     known = configs()
     for name in names or ():
         if name not in known:
-            raise ConfigError(f"there is no scenes config of {name!r}", where="methods", mend=f"Choose of {', '.join(known)}.")
+            raise ConfigError(f"there is no scenes config of {name!r}", where="methods", hint=f"Choose of {', '.join(known)}.")
     shards = shards or _scenes(directory)
     each = f"{minutes:g} minutes" if samples is None else f"{samples} samples"
     runs = measure(names or list(known), shards, minutes=minutes, samples=samples, ranks=ranks, directory=directory)
@@ -368,7 +368,7 @@ def readme(file: Annotated[Path, typer.Argument(help="The README.")] = Path("REA
     try:
         file.write_text(written(file.read_text()))
     except (OSError, ValueError) as error:
-        raise ConfigError(f"has no place for the table ({error})", where=str(file), mend="Give fovea's own README.md.") from error
+        raise ConfigError(f"has no place for the table ({error})", where=str(file), hint="Give fovea's own README.md.") from error
 
 
 @app.command()
@@ -393,7 +393,7 @@ def collapse(
 
     for name in questions or ():
         if name not in QUESTIONS:
-            raise ConfigError(f"{name!r} is no question", where="questions", mend=f"Choose of {', '.join(QUESTIONS)}.")
+            raise ConfigError(f"{name!r} is no question", where="questions", hint=f"Choose of {', '.join(QUESTIONS)}.")
     runs = measure(questions or QUESTIONS, shards or _scenes(directory), samples=samples, ranks=ranks, directory=directory)
     found = _collected("collapse", out, runs, line, page, "trials")
     (directory / "curves.html").write_text(curves(found))

@@ -101,12 +101,12 @@ class Telling:
     Args:
         folder: for journal and cursor, made with the first scores.
         aside: where the journal goes.
-        mend: command that sends what is left, later.
+        hint: command that sends what is left, later.
         params: settings to be told of first.
     """
 
-    def __init__(self, folder: Path, aside: Aside, mend: str, params: Mapping[str, Any] | None = None) -> None:
-        self._folder, self._aside, self._mend, self._params = folder, aside, mend, params
+    def __init__(self, folder: Path, aside: Aside, hint: str, params: Mapping[str, Any] | None = None) -> None:
+        self._folder, self._aside, self._mend, self._params = folder, aside, hint, params
         self._journal: Journal | None = None
         self._shipper: Shipper | None = None
 
@@ -129,8 +129,8 @@ class Telling:
         if uri is None and not t.enabled:
             return None
         joins = "../cursor.json" if t.enabled and uri in (None, own) else ""
-        mend = f"fovea track sync {directory}"
-        return cls(run.tracking / f"eval-{_stamp()}", Aside(uri or own, t.experiment, config.run.name, joins), mend)
+        hint = f"fovea track sync {directory}"
+        return cls(run.tracking / f"eval-{_stamp()}", Aside(uri or own, t.experiment, config.run.name, joins), hint)
 
     @classmethod
     def of_weights(cls, name: str, config: Config, uri: str | None) -> Telling | None:

@@ -144,9 +144,9 @@ def convert(
     """
     for value, choices, option in ((weights, WEIGHTS, "--weights"), (dtype, TYPES, "--dtype")):
         if value not in choices:
-            raise ConfigError(f"{value!r} is not known", where=option, mend=f"Choose of {', '.join(choices)}.")
+            raise ConfigError(f"{value!r} is not known", where=option, hint=f"Choose of {', '.join(choices)}.")
     if out.exists() and not overwrite:
-        raise ConfigError("is there already", where=str(out), mend="Name another file, or add --overwrite.")
+        raise ConfigError("is there already", where=str(out), hint="Name another file, or add --overwrite.")
     saved = _one(path)
     verify(saved)
     from pipeline.training.checkpoint import read_student, read_teacher
@@ -158,7 +158,7 @@ def convert(
             start = f"{kind}." if weights == "both" else ""
             found |= {start + name: _typed(tensor, dtype) for name, tensor in reader(saved)}
     if not found:
-        raise CheckpointError("its method keeps no teacher", where=str(saved.path), mend="Convert with --weights student.")
+        raise CheckpointError("its method keeps no teacher", where=str(saved.path), hint="Convert with --weights student.")
     temporary = out.with_name(f".{out.name}.part")
     facts = {"format": "pt", "fovea.step": str(saved.step), "fovea.weights": weights, "fovea.checkpoint": saved.id}
     try:
@@ -167,7 +167,7 @@ def convert(
         temporary.replace(out)
     except OSError as error:
         raise CheckpointError(
-            f"cannot be written ({error.strerror})", where=str(out), mend="Free space, or name another file."
+            f"cannot be written ({error.strerror})", where=str(out), hint="Free space, or name another file."
         ) from error
     finally:
         temporary.unlink(missing_ok=True)
@@ -183,7 +183,7 @@ def _folder(run: Path) -> Path:
     for folder in (run / "checkpoints", run):
         if folder.is_dir() and (folder.name == "checkpoints" or any(folder.glob("step_*"))):
             return folder
-    raise CheckpointError("is no run's directory", where=str(run), mend="Name the directory that a training wrote.")
+    raise CheckpointError("is no run's directory", where=str(run), hint="Name the directory that a training wrote.")
 
 
 def _one(path: Path) -> Saved:
@@ -194,7 +194,7 @@ def _one(path: Path) -> Saved:
     for complaint in complaints:
         typer.echo(complaint, err=True)
     if found is None:
-        raise CheckpointError("the run has no checkpoint yet", where=str(path), mend="Let it train until its first one.")
+        raise CheckpointError("the run has no checkpoint yet", where=str(path), hint="Let it train until its first one.")
     return found
 
 

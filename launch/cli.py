@@ -106,7 +106,7 @@ def demo(
     from pipeline.methods import RECIPES
 
     if method not in RECIPES:
-        raise ConfigError(f"there is no method {method!r}", where="--method", mend=f"Choose of {', '.join(sorted(RECIPES))}.")
+        raise ConfigError(f"there is no method {method!r}", where="--method", hint=f"Choose of {', '.join(sorted(RECIPES))}.")
     from launch.demo import run
 
     run(minutes=minutes, method=method, data=data, directory=directory, val=val)
@@ -171,14 +171,14 @@ def evaluate(
     checkpoint = where if where.name.startswith("step_") and (where.parent.parent / "config.yaml").is_file() else None
     run = str(checkpoint.parent.parent) if checkpoint else run
     if checkpoint and watch:
-        raise ConfigError("one checkpoint cannot be watched", where="--watch", mend="Name the run.")
+        raise ConfigError("one checkpoint cannot be watched", where="--watch", hint="Name the run.")
     resolved = Path(run) / "config.yaml"
     own = resolved.is_file()
     texts = zeroshot is not None or retrieval
     there = Path(run).exists() or ":" in run
     if not own and (not there or not (names or texts)):
-        mend = "Name an evaluator, such as --knn." if there else "It should hold the config.yaml that a training wrote."
-        raise ConfigError("is no run's directory", where=run, mend=mend)
+        hint = "Name an evaluator, such as --knn." if there else "It should hold the config.yaml that a training wrote."
+        raise ConfigError("is no run's directory", where=run, hint=hint)
     from launch import judge
     from launch.byhand import many, spread
 

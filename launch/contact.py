@@ -37,7 +37,7 @@ def write(manifest: Manifest, out: Path, count: int, seed: int = 0) -> None:
         else:
             out.write_text(_page(manifest, cells), encoding="utf-8")
     except OSError as error:
-        raise DataError(f"cannot be written ({error.strerror})", where=str(out), mend="Choose another --out.") from error
+        raise DataError(f"cannot be written ({error.strerror})", where=str(out), hint="Choose another --out.") from error
 
 
 def gather(manifest: Manifest, count: int, seed: int = 0) -> list[tuple[Image.Image, str, str]]:

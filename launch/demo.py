@@ -119,7 +119,7 @@ def _train(words: list[str], run: Path, stop_at: int | None) -> None:
         raise
     if code:
         raise LaunchError(
-            f"the run ended with code {code}", where=str(run), mend="its last lines above say why; the same command resumes it"
+            f"the run ended with code {code}", where=str(run), hint="its last lines above say why; the same command resumes it"
         )
 
 
@@ -177,7 +177,7 @@ def run(*, minutes: float, method: str, data: str | None, directory: Path, val: 
         raise ConfigError(
             f"there is no demo of {method}",
             where="--method",
-            mend=f"Choose of {', '.join(_CONFIGS)}; all others train with `fovea train`.",
+            hint=f"Choose of {', '.join(_CONFIGS)}; all others train with `fovea train`.",
         )
     begin = time.monotonic()
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
@@ -201,7 +201,7 @@ def run(*, minutes: float, method: str, data: str | None, directory: Path, val: 
     say("3. Stopped in the middle, as a preemption would. Now the same command again:")
     _train([_CONFIGS[method], *words], run_directory, stop_at=None)
     if _outcome(run_directory)["stop"] != "FINISHED":
-        raise LaunchError("the run was stopped before its end", where=str(run_directory), mend="start the demo again")
+        raise LaunchError("the run was stopped before its end", where=str(run_directory), hint="start the demo again")
     say("4. The result")
     facts = _table(run_directory, time.monotonic() - begin)
     from launch.page import write
@@ -219,7 +219,7 @@ def _length(loaded: Loaded, ranks: int, minutes: float) -> list[str]:
     """How many steps fit, and when to evaluate and save on the way."""
     seconds = 60 * minutes - 2 * _START_SECONDS - _PROBE_SECONDS
     if seconds < 20:
-        raise DataError(f"{minutes:.1f} minutes are too few", where="--minutes", mend="give at least 2")
+        raise DataError(f"{minutes:.1f} minutes are too few", where="--minutes", hint="give at least 2")
     rate = images_per_second(loaded.config, ranks)
     steps = max(20, int(seconds * rate / loaded.config.train.global_batch))
     tenth = max(steps // 10, 1)

@@ -69,7 +69,7 @@ def labelled(config: Config) -> Inputs:
             raise DataError(
                 f"there are no validation shards {', '.join(config.validation_shards)}",
                 where="evaluation.knn.val_shards",
-                mend="Name labelled shards: evaluation.knn.val_shards='/data/val-*.tar'.",
+                hint="Name labelled shards: evaluation.knn.val_shards='/data/val-*.tar'.",
             ) from error
         raise
     for key, role, manifest in (("val_shards", "judged", inputs.queries), ("train_shards", "vote", inputs.bank)):
@@ -77,7 +77,7 @@ def labelled(config: Config) -> Inputs:
             raise DataError(
                 f"the shards {'to be judged' if role == 'judged' else 'that vote'} have no class number",
                 where=f"evaluation.knn.{key}",
-                mend=f"Name shards whose samples have a .{config.data.label} member.",
+                hint=f"Name shards whose samples have a .{config.data.label} member.",
             )
     return inputs
 

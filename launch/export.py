@@ -30,7 +30,7 @@ def chosen(path: Path, *, best: bool = False) -> Saved:
     folder = path / "checkpoints"
     found = read_best(folder)
     if "checkpoint" not in found:
-        raise CheckpointError("no checkpoint was kept as the best", where=str(folder), mend="Leave --best out.")
+        raise CheckpointError("no checkpoint was kept as the best", where=str(folder), hint="Leave --best out.")
     return files.read(folder / str(found["checkpoint"]))
 
 
@@ -65,9 +65,9 @@ def run(
         FoveaError: no checkpoint, a damaged one, or a layout that cannot hold the networks.
     """
     if to not in TARGETS:
-        raise ConfigError(f"there is no target {to!r}", where="--to", mend=f"Choose of {', '.join(TARGETS)}.")
+        raise ConfigError(f"there is no target {to!r}", where="--to", hint=f"Choose of {', '.join(TARGETS)}.")
     if network not in ("auto", "teacher", "student"):
-        raise ConfigError(f"there is no network {network!r}", where="--network", mend="Choose of auto, teacher, student.")
+        raise ConfigError(f"there is no network {network!r}", where="--network", hint="Choose of auto, teacher, student.")
     path = path.absolute()
     saved = chosen(path, best=best)
     run_folder = path if (path / "checkpoints").is_dir() else saved.path.parent.parent
@@ -88,7 +88,7 @@ def _shipper(run_folder: Path) -> Shipper:
     """What speaks to the MLflow of a run."""
     run = RunDirectory(run_folder)
     if not run.config.is_file():
-        raise ConfigError("is no run's directory", where=str(run_folder), mend="--register needs the run that was trained")
+        raise ConfigError("is no run's directory", where=str(run_folder), hint="--register needs the run that was trained")
     config = Config.model_validate(json.loads(run.config.read_text()))
     uri = config.tracking.uri or f"sqlite:///{(run.path / 'mlflow.db').resolve()}"
     return Shipper(run.tracking, uri=uri, experiment=config.tracking.experiment, name=config.run.name)

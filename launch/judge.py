@@ -60,7 +60,7 @@ def asking(config: Config, asked: Asked) -> Config:
     # Nothing is cut here, and whether weights from elsewhere read captions is theirs to say.
     problems = [text for key, text in check(chosen) if key.startswith("evaluation.") and not key.endswith(".enabled")]
     if problems:
-        raise ConfigError("; ".join(problems), where="evaluation", mend="Give it as KEY=VALUE behind the run.")
+        raise ConfigError("; ".join(problems), where="evaluation", hint="Give it as KEY=VALUE behind the run.")
     return chosen
 
 
@@ -187,7 +187,7 @@ def of_weights(source: str, config: Config, asked: Asked, *, model: str | None, 
             raise ConfigError(
                 f"pictures of {side} pixels do not divide into patches of {peer.subject.tower.patch}",
                 where="--size",
-                mend=f"choose a multiple of {peer.subject.tower.patch}",
+                hint=f"choose a multiple of {peer.subject.tower.patch}",
             )
         data = Judged(**_data(config, judged))
         normalize = Normalize(peer.subject.mean, peer.subject.std)
@@ -209,7 +209,7 @@ def _data(config: Config, find: Any) -> dict[str, Any]:
             raise DataError(
                 "the shards have no class number",
                 where=f"evaluation.knn.{'train_shards' if name == 'bank' else 'val_shards'}",
-                mend=f"Name shards whose samples have a .{config.data.label} member.",
+                hint=f"Name shards whose samples have a .{config.data.label} member.",
             )
     return found
 

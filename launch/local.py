@@ -58,7 +58,7 @@ def free_port() -> int:
         with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe, contextlib.suppress(OSError):
             probe.bind(("127.0.0.1", port))
             return port
-    raise LaunchError("no free TCP port between 61001 and 65535", where="127.0.0.1", mend="End what listens there.")
+    raise LaunchError("no free TCP port between 61001 and 65535", where="127.0.0.1", hint="End what listens there.")
 
 
 def start(
@@ -87,13 +87,13 @@ def start(
         LaunchError: the program cannot be started.
     """
     if ranks < 1:
-        raise LaunchError(f"cannot start {ranks} ranks", where="launch.ranks", mend="Give 1 or more.")
+        raise LaunchError(f"cannot start {ranks} ranks", where="launch.ranks", hint="Give 1 or more.")
     base = dict(os.environ if environment is None else environment)
     base.setdefault("OMP_NUM_THREADS", str(threads or max(1, _cores() // ranks)))
     if threads is not None:
         base["OMP_NUM_THREADS"] = str(threads)
     if shutil.which(argv_of_rank[0]) is None:
-        raise LaunchError("the ranks' program cannot be run", where=argv_of_rank[0], mend="Is it installed, and executable?")
+        raise LaunchError("the ranks' program cannot be run", where=argv_of_rank[0], hint="Is it installed, and executable?")
     port, key = free_port(), secrets.token_hex(8)
     log_directory.mkdir(parents=True, exist_ok=True)
     started: list[_Rank] = []
@@ -130,7 +130,7 @@ def _spawn(argv: Sequence[str], number: int, environment: Mapping[str, str], log
             start_new_session=True,
         )
     except OSError as error:
-        raise LaunchError(f"rank {number} cannot be started: {error.strerror}", mend="Give fewer ranks.") from error
+        raise LaunchError(f"rank {number} cannot be started: {error.strerror}", hint="Give fewer ranks.") from error
     finally:
         if sink is not None:
             sink.close()

@@ -48,14 +48,14 @@ def run(
         DataError: shards that cannot be used, or no such key.
     """
     if (step is None) == (key is None):
-        raise ConfigError("give a step or a key, one of them", where="ls", mend="For instance --step 1234, or --key 000123.")
+        raise ConfigError("give a step or a key, one of them", where="ls", hint="For instance --step 1234, or --key 000123.")
     # k-NN shards are none of this business: they may be missing.
     config = loaded.config.replace(evaluation=loaded.config.evaluation.only())
     world = ranks or config.launch.ranks or 1
     inputs = prepare(config, world)
     last = math.ceil(epochs * inputs.order.samples_per_epoch / inputs.order.global_batch) if until is None else until
     if last < 0 or (step or 0) < 0:
-        raise ConfigError(f"{min(last, step or 0)} is negative", where="ls", mend="Steps count from 0.")
+        raise ConfigError(f"{min(last, step or 0)} is negative", where="ls", hint="Steps count from 0.")
     document = at_step(config, inputs, step, world) if step is not None else of_key(config, inputs, str(key), world, last)
     if as_json:
         print(json.dumps(document, indent=1))
@@ -105,7 +105,7 @@ def of_key(config: Config, inputs: Inputs, key: str, world: int, last: int) -> d
         raise DataError(
             f"no shard has a sample with the key {key!r}",
             where=f"{len(inputs.train.shards)} shards",
-            mend="A key is a member's name up to the first dot after the last slash; it may follow a shard's: shard.tar/key.",
+            hint="A key is a member's name up to the first dot after the last slash; it may follow a shard's: shard.tar/key.",
         )
     replaced, seen, left_out = _replaced(config), [], []
     for shard, row, status in places:

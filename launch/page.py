@@ -155,7 +155,7 @@ def write(run: Path, config: Config, out: Path, *, facts: dict[str, str] | None 
         out.parent.mkdir(parents=True, exist_ok=True)
         out.write_text(pictures.document(f"fovea: {config.run.name}", "\n".join(body)), encoding="utf-8")
     except OSError as error:
-        raise DataError(f"the page cannot be written ({error.strerror})", where=str(out), mend="Choose another place.") from error
+        raise DataError(f"the page cannot be written ({error.strerror})", where=str(out), hint="Choose another place.") from error
     return out
 
 

@@ -61,7 +61,7 @@ def load(source: str, *, model: str | None, device: torch.device) -> Peer:
     raise CheckpointError(
         "this is neither a run, nor weights",
         where=source,
-        mend="give a run, a folder of timm, Hugging Face or open_clip, a file with --model NAME, or timm:NAME",
+        hint="give a run, a folder of timm, Hugging Face or open_clip, a file with --model NAME, or timm:NAME",
     )
 
 
@@ -88,7 +88,7 @@ def _wrapped(model: Any, name: str, size: int, mean: Any, std: Any, device: torc
     model = model.to(device).eval().requires_grad_(False)
     prefix, patch = model.num_prefix_tokens, int(model.patch_embed.patch_size[0])
     if not prefix:
-        raise CheckpointError("the model has no class token", where=name, mend="choose a ViT that has one")
+        raise CheckpointError("the model has no class token", where=name, hint="choose a ViT that has one")
     tower = _Tower(lambda x: _tokens(model.forward_features(x), prefix), model.blocks, prefix, patch, model.num_features, model)
     return Peer(name, Subject(tower, tuple(mean), tuple(std)), size)
 
@@ -100,7 +100,7 @@ def _of_timm(path: Path, device: torch.device) -> Peer:
     try:
         model = timm.create_model(f"local-dir:{path}", pretrained=True)  # as it is: of no classes, it might lack any tensor
     except (RuntimeError, OSError, KeyError, SafetensorError) as error:
-        raise CheckpointError(f"timm cannot load it ({error})", where=str(path), mend="give a whole folder") from error
+        raise CheckpointError(f"timm cannot load it ({error})", where=str(path), hint="give a whole folder") from error
     model.reset_classifier(0)
     data = timm.data.resolve_data_config(model=model)
     return _wrapped(model, path.name, int(data["input_size"][-1]), data["mean"], data["std"], device)
@@ -119,7 +119,7 @@ def _of_tower(source: str, model: str | None, device: torch.device) -> Peer:
     name = source.removeprefix("timm:") if source.startswith("timm:") else model
     if name is None:
         raise ConfigError(
-            "a file does not say what architecture it is of", where="--model", mend="name timm's, such as vit_small_patch16_224"
+            "a file does not say what architecture it is of", where="--model", hint="name timm's, such as vit_small_patch16_224"
         )
     about = timm.get_pretrained_cfg(name, allow_unregistered=True) if timm.is_model(name) else None
     size = int(about.input_size[-1]) if about is not None else 224
@@ -148,7 +148,7 @@ def _of_open_clip(path: Path, device: torch.device) -> Peer:
     visual = model.visual
     if not hasattr(visual, "transformer"):
         raise CheckpointError(
-            "its vision tower is none of open_clip's own", where=str(path), mend="judge it in timm's layout instead"
+            "its vision tower is none of open_clip's own", where=str(path), hint="judge it in timm's layout instead"
         )
     visual.output_tokens = True
 
@@ -180,19 +180,19 @@ def _of_transformers(path: Path, about: dict[str, Any], device: torch.device) ->
     try:
         from transformers import AutoModel
     except ImportError as error:
-        raise ConfigError("transformers is not installed", where=str(path), mend="pip install 'fovea[export]'") from error
+        raise ConfigError("transformers is not installed", where=str(path), hint="pip install 'fovea[export]'") from error
     from pipeline.evaluation.subject import Subject
 
     model, report = AutoModel.from_pretrained(path, output_loading_info=True)
     wrong = sorted({*report["missing_keys"], *report["unexpected_keys"], *map(str, report["mismatched_keys"])})
     if wrong:
         raise CheckpointError(
-            f"{len(wrong)} weights do not fit, the first is {wrong[0]}", where=str(path), mend="give a whole folder"
+            f"{len(wrong)} weights do not fit, the first is {wrong[0]}", where=str(path), hint="give a whole folder"
         )
     model = model.to(device).eval().requires_grad_(False)
     layers = next((m for m in (getattr(model, "encoder", None), getattr(model, "model", None)) if hasattr(m, "layer")), None)
     if layers is None:
-        raise CheckpointError(f"a {about['model_type']} is no plain ViT", where=str(path), mend="give a DINOv2 or DINOv3 model")
+        raise CheckpointError(f"a {about['model_type']} is no plain ViT", where=str(path), hint="give a DINOv2 or DINOv3 model")
     prefix = 1 + int(about.get("num_register_tokens", 0))
     given = path / "preprocessor_config.json"
     pictures = json.loads(given.read_text()) if given.is_file() else {}

@@ -126,7 +126,7 @@ def run(config: Config, *, ranks: int | None, gigabytes: float, console: Console
         raise ConfigError(
             f"{config.train.global_batch} samples cannot be shared by {ranks} GPUs",
             where="train.global_batch",
-            mend="Change --gpus.",
+            hint="Change --gpus.",
         )
     sizes, capacity = measure(config), gigabytes * 1e9 * _SLACK
     parts = ", ".join(f"{name} {count / 1e6:.1f} M" for name, count in sizes.networks.items())
@@ -213,7 +213,7 @@ def bill(config: Config, site: ClusterProfile, *, ranks: int, efficiency: float,
     """
     if site.gpu_tflops is None:
         raise ConfigError(
-            "no peak of the GPU is known", where="gpu_tflops of the cluster profile", mend="name it: 989 for an H100"
+            "no peak of the GPU is known", where="gpu_tflops of the cluster profile", hint="name it: 989 for an H100"
         )
     length, size = config.train.length, None
     if length.unit == "epochs" and samples is None:

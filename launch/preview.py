@@ -117,7 +117,7 @@ def gather(config: Config, inputs: Inputs, specs: tuple[ViewSpec, ...], count: i
         raise DataError(
             f"none of the first {len(records)} pictures can be decoded",
             where=", ".join(sorted({record.shard_name for record in records})),
-            mend="`fovea shards verify` names every picture that cannot be decoded.",
+            hint="`fovea shards verify` names every picture that cannot be decoded.",
         )
     augmenter = Augmenter(specs, batch_size=len(fine), threads=config.data.decode_threads, hue=config.recipe.hue)
     plans = [_rows(plan, fine) for plan in portion.plan]
@@ -192,7 +192,7 @@ def write(loaded: Loaded, out: Path, count: int = SAMPLES) -> None:
         else:
             out.write_text(_page(config, inputs, specs, samples), encoding="utf-8")
     except OSError as error:
-        raise DataError(f"cannot be written ({error.strerror})", where=str(out), mend="Choose another --out.") from error
+        raise DataError(f"cannot be written ({error.strerror})", where=str(out), hint="Choose another --out.") from error
 
 
 def legend(specs: Sequence[ViewSpec]) -> str:

@@ -68,7 +68,7 @@ class RankEnvironment:
             raise LaunchError(
                 f"rank {found.rank} of {found.world_size}, local rank {found.local_rank} of {found.local_world_size} cannot be",
                 where=f"environment of {found.source}",
-                mend="Unset RANK, WORLD_SIZE, LOCAL_RANK and LOCAL_WORLD_SIZE, or start the ranks with fovea, srun or torchrun.",
+                hint="Unset RANK, WORLD_SIZE, LOCAL_RANK and LOCAL_WORLD_SIZE, or start the ranks with fovea, srun or torchrun.",
             )
         return found
 
@@ -82,7 +82,7 @@ class RankEnvironment:
         world_size = _number(env, world)
         if not address and world_size > 1:
             raise LaunchError(
-                "nobody says where rank 0 is", where="Slurm step", mend="Export MASTER_ADDR with the address of the first node."
+                "nobody says where rank 0 is", where="Slurm step", hint="Export MASTER_ADDR with the address of the first node."
             )
         key = ".".join((env.get("SLURM_JOB_ID", "0"), env.get("SLURM_RESTART_COUNT", "0"), env["SLURM_STEP_ID"]))
         return cls(
@@ -112,10 +112,10 @@ class RankEnvironment:
 def _number(env: Mapping[str, str], name: str, default: str | None = None) -> int:
     text = env.get(name, default)
     if text is None:
-        raise LaunchError(f"{name} is not set", where="environment", mend="Start the ranks with fovea, srun or torchrun.")
+        raise LaunchError(f"{name} is not set", where="environment", hint="Start the ranks with fovea, srun or torchrun.")
     if not text.isascii() or not text.isdigit():
         raise LaunchError(
-            f"{name} = {text!r} is no number", where="environment", mend=f"Unset {name}, or let the launcher set it."
+            f"{name} = {text!r} is no number", where="environment", hint=f"Unset {name}, or let the launcher set it."
         )
     return int(text)
 

@@ -78,7 +78,7 @@ def gather(paths: Sequence[Path]) -> list[Told]:
         run = RunDirectory(path)
         if not run.config.is_file():
             raise ConfigError(
-                "is no run's directory", where=str(path), mend="It should hold the config.json that a training wrote."
+                "is no run's directory", where=str(path), hint="It should hold the config.json that a training wrote."
             )
         config = _json(run.config)
         name = str(config.get("run", {}).get("name") or path.name)
@@ -124,7 +124,7 @@ def write(paths: Sequence[Path], out: Path) -> Path:
         out.parent.mkdir(parents=True, exist_ok=True)
         out.write_text(pictures.document(f"fovea report: {', '.join(r.name for r in runs)}", "\n".join(body)), encoding="utf-8")
     except OSError as error:
-        raise DataError(f"the page cannot be written ({error.strerror})", where=str(out), mend="Choose another place.") from error
+        raise DataError(f"the page cannot be written ({error.strerror})", where=str(out), hint="Choose another place.") from error
     return out
 
 

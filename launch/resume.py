@@ -29,14 +29,14 @@ def check_identity(config: Config, old: dict[str, Any], where: Path) -> None:
             f"its settings cannot be read by this version of fovea ({error.error_count()} of them, the first is "
             f"{'.'.join(map(str, error.errors()[0]['loc']))})",
             where=str(where),
-            mend="use the version that wrote it, or choose another run.directory",
+            hint="use the version that wrote it, or choose another run.directory",
         ) from error
     if changed:
         shown = "; ".join(f"{key} was {was!r} and is {now!r}" for key, (was, now) in list(changed.items())[:5])
         raise CheckpointError(
             f"it belongs to a run with other settings ({shown}{'; …' if len(changed) > 5 else ''})",
             where=str(where),
-            mend="put the settings back, or choose another run.directory",
+            hint="put the settings back, or choose another run.directory",
         )
 
 
@@ -78,7 +78,7 @@ def choose_checkpoint(config: Config, run: RunDirectory, inputs: Inputs, *, fetc
             raise CheckpointError(
                 "checkpoint.resume=never, but the run has checkpoints",
                 where=str(run.checkpoints),
-                mend="choose another run.directory, or checkpoint.resume=auto to go on",
+                hint="choose another run.directory, or checkpoint.resume=auto to go on",
             )
         return None, complaints
     if wanted == "auto":

@@ -176,10 +176,10 @@ def pack(
 
     form = next((known for known in FORMS if known == transcode), None)
     if transcode is not None and form is None:
-        raise ConfigError(f"{transcode!r} is no form", where="--transcode", mend=f"Choose of {', '.join(FORMS)}.")
+        raise ConfigError(f"{transcode!r} is no form", where="--transcode", hint=f"Choose of {', '.join(FORMS)}.")
     kind = next((known for known in LAYOUTS if known == layout), None)
     if kind is None:
-        raise ConfigError(f"{layout!r} is no layout", where="--layout", mend=f"Choose of {', '.join(LAYOUTS)}.")
+        raise ConfigError(f"{layout!r} is no layout", where="--layout", hint=f"Choose of {', '.join(LAYOUTS)}.")
     _check_out(source, out)
     packing = Packing(
         prefix=prefix,
@@ -335,7 +335,7 @@ def _settings(
 
 def _damaged(word: str) -> Literal["refuse", "use"]:
     if word not in ("refuse", "use"):
-        raise ConfigError(f"{word!r} is neither refuse nor use", where="--damaged", mend="Choose one of the two.")
+        raise ConfigError(f"{word!r} is neither refuse nor use", where="--damaged", hint="Choose one of the two.")
     return "use" if word == "use" else "refuse"
 
 
@@ -389,7 +389,7 @@ def _check_out(source: str, out: Path) -> None:
     """The shards must not become part of the source that they are made of."""
     folder = Path(source)
     if folder.is_dir() and out.resolve().is_relative_to(folder.resolve()):
-        raise ConfigError(f"lies in {source}, which is to be packed", where=str(out), mend="Choose an OUT beside the source.")
+        raise ConfigError(f"lies in {source}, which is to be packed", where=str(out), hint="Choose an OUT beside the source.")
 
 
 def _names_shards(word: str) -> bool:
@@ -416,4 +416,4 @@ def _write_json(path: Path, document: dict[str, object]) -> None:
     try:
         write_whole(path, (json.dumps(document, indent=1) + "\n").encode())
     except OSError as error:
-        raise DataError(f"cannot be written ({error.strerror})", where=str(path), mend="Choose another --report.") from error
+        raise DataError(f"cannot be written ({error.strerror})", where=str(path), hint="Choose another --report.") from error

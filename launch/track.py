@@ -35,7 +35,7 @@ def sync(
     fovea track sync --all --uri http://mlflow:5000
     """
     if everything == (run is not None):
-        raise ConfigError("no run is named", where="fovea track sync", mend="name one, or give --all")
+        raise ConfigError("no run is named", where="fovea track sync", hint="name one, or give --all")
     from launch.cluster.status import find
 
     every = [RunDirectory(file.parent) for file in [*_there("*"), *_there("evaluations/*")]]
@@ -43,7 +43,7 @@ def sync(
     behind = [name for name in (_sync(one, uri) for one in chosen) if name]
     if behind:
         raise LaunchError(
-            f"MLflow did not take everything of {', '.join(behind)}", mend="is the server up? the same command goes on"
+            f"MLflow did not take everything of {', '.join(behind)}", hint="is the server up? the same command goes on"
         )
 
 

@@ -40,7 +40,7 @@ def alone(run: RunDirectory) -> Iterator[None]:
             raise LaunchError(
                 "another attempt of this run is alive",
                 where=str(run.path),
-                mend="wait for it, stop it, or choose another run.directory",
+                hint="wait for it, stop it, or choose another run.directory",
             ) from None
         yield
 

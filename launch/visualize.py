@@ -46,7 +46,7 @@ def run(path: Path, files: Sequence[Path], *, out: Path, texts: Sequence[str], s
     from pipeline.training.trained import fill_trained
 
     if not files:
-        raise ConfigError("there are no pictures", where="visualize", mend="Name some files.")
+        raise ConfigError("there are no pictures", where="visualize", hint="Name some files.")
     saved = chosen(path)
     verify(saved)
     config = settings_of(saved)
@@ -60,10 +60,10 @@ def run(path: Path, files: Sequence[Path], *, out: Path, texts: Sequence[str], s
         raise ConfigError(
             f"pictures of {side} pixels do not divide into patches of {patch}",
             where="--size",
-            mend=f"choose a multiple of {patch}",
+            hint=f"choose a multiple of {patch}",
         )
     if texts and (not isinstance(recipe, Contrastive) or "image_pool" in recipe.export()):
-        raise ConfigError(f"{config.recipe.name} does not compare patches with texts", where="--text", mend="Leave it out.")
+        raise ConfigError(f"{config.recipe.name} does not compare patches with texts", where="--text", hint="Leave it out.")
     normalize = view.normalize or Normalize()
     squares = [square(file, side) for file in files]
     images = torch.stack([_normal(one, normalize.mean, normalize.std) for one in squares])
@@ -80,7 +80,7 @@ def run(path: Path, files: Sequence[Path], *, out: Path, texts: Sequence[str], s
         out.parent.mkdir(parents=True, exist_ok=True)
         out.write_text(pictures.document(f"fovea: {config.run.name}", "\n".join(body)), encoding="utf-8")
     except OSError as error:
-        raise DataError(f"the page cannot be written ({error.strerror})", where=str(out), mend="Choose another place.") from error
+        raise DataError(f"the page cannot be written ({error.strerror})", where=str(out), hint="Choose another place.") from error
     print(f"{out}: open it in a browser")
     return 0
 
@@ -97,7 +97,7 @@ def square(file: Path, side: int) -> np.ndarray:
         with Image.open(file) as image:
             upright = ImageOps.exif_transpose(image).convert("RGB")
     except (OSError, UnidentifiedImageError, SyntaxError, ValueError) as error:
-        raise DataError(f"the picture cannot be read ({error})", where=str(file), mend="Name JPEG or PNG files.") from error
+        raise DataError(f"the picture cannot be read ({error})", where=str(file), hint="Name JPEG or PNG files.") from error
     return np.asarray(ImageOps.fit(upright, (side, side), Image.Resampling.BICUBIC))
 
 

@@ -39,13 +39,13 @@ DEFAULT = "default"
 class InvalidConfig(ConfigError):
     """A configuration that was refused, with all that is wrong with it."""
 
-    def __init__(self, problems: Sequence[Problem], *, mend: str = "") -> None:
+    def __init__(self, problems: Sequence[Problem], *, hint: str = "") -> None:
         self.problems = tuple(problems)
         if len(problems) == 1:
-            super().__init__(problems[0].message, where=problems[0].origin, mend=mend)
+            super().__init__(problems[0].message, where=problems[0].origin, hint=hint)
         else:
             lines = "".join(f"\n  {problem}" for problem in problems)
-            super().__init__(f"{len(problems)} problems in the configuration:{lines}", mend=f"\n{mend}" if mend else "")
+            super().__init__(f"{len(problems)} problems in the configuration:{lines}", hint=f"\n{hint}" if hint else "")
 
 
 @dataclass(frozen=True)
@@ -102,7 +102,7 @@ def resolve(name: str | Path) -> Path:
     near = difflib.get_close_matches(bare, known, 3, 0.4) or list(known)
     raise ConfigError(
         f"there is no config {str(name)!r}",
-        mend=f"Give a YAML file's path, or a name: {', '.join(near)}. `fovea config show` lists them all.",
+        hint=f"Give a YAML file's path, or a name: {', '.join(near)}. `fovea config show` lists them all.",
     )
 
 

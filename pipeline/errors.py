@@ -1,25 +1,25 @@
-"""The errors a user can meet. Each message says what is wrong, where, and how to mend it."""
+"""The errors a user can meet. Each message says what is wrong, where, and how to fix it."""
 
 from __future__ import annotations
 
 
 class FoveaError(Exception):
-    """A mistake or a state of the world that the user can mend.
+    """A mistake or a state of the world that the user can fix.
 
     Args:
         what: what is wrong, with the offending value.
         where: config key, file, shard, member or rank.
-        mend: what to do about it.
+        hint: what to do about it.
 
     The command line prints ``str(error)`` without a traceback and exits with ``exit_code``.
     """
 
     exit_code = 2
 
-    def __init__(self, what: str, *, where: str = "", mend: str = "") -> None:
-        self.what, self.where, self.mend = what, where, mend
+    def __init__(self, what: str, *, where: str = "", hint: str = "") -> None:
+        self.what, self.where, self.hint = what, where, hint
         text = f"{where}: {what}" if where else what
-        super().__init__(f"{text}. {mend}" if mend else text)
+        super().__init__(f"{text}. {hint}" if hint else text)
 
 
 class ConfigError(FoveaError):

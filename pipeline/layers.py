@@ -92,7 +92,7 @@ def read(file: Path, problems: list[Problem], above: tuple[Path, ...]) -> Branch
     """
     shown = display(file)
     if file.resolve() in above:
-        raise ConfigError("the file is its own base", where=shown, mend="Break the circle of `base:` lines.")
+        raise ConfigError("the file is its own base", where=shown, hint="Break the circle of `base:` lines.")
     try:
         node = yaml.compose(file.read_text(encoding="utf-8"), Loader=yaml.SafeLoader)
     except OSError as error:
@@ -105,7 +105,7 @@ def read(file: Path, problems: list[Problem], above: tuple[Path, ...]) -> Branch
         raise ConfigError(f"is no valid YAML: {getattr(error, 'problem', None) or error}", where=place) from error
     own = _grow(node, shown, problems) if node is not None else Branch({}, shown)
     if not isinstance(own, Branch):
-        raise ConfigError("should be a mapping of sections", where=shown, mend="See `fovea config show` for an example.")
+        raise ConfigError("should be a mapping of sections", where=shown, hint="See `fovea config show` for an example.")
     base = own.children.pop("base", None)
     merged = Branch({}, shown)
     if base is not None:
@@ -119,7 +119,7 @@ def read(file: Path, problems: list[Problem], above: tuple[Path, ...]) -> Branch
                 raise ConfigError(
                     f"base {name!r} does not exist",
                     where=base.origin,
-                    mend=f"It is looked for at {display(parent)}. "
+                    hint=f"It is looked for at {display(parent)}. "
                     "A config of fovea's own becomes a file with `fovea config show NAME > my.yaml`.",
                 )
             merge(merged, read(parent, problems, (*above, file.resolve())))

@@ -16,6 +16,7 @@ FILES = sorted([*(ROOT / "pipeline").rglob("*.py"), *(ROOT / "launch").rglob("*.
 FLOORS = {
     "pipeline": 0,
     "pipeline.errors": 0,
+    "pipeline.untrusted": 0,
     "pipeline.settings": 0,
     "pipeline.fields": 0,
     "pipeline.sections": 0,
@@ -38,6 +39,7 @@ FLOORS = {
 
 # Neighbours on one floor that may be used nevertheless: config.py is read layer by layer, and tracking and data know nobody.
 NEIGHBOURS = {
+    ("pipeline.untrusted", "pipeline.errors"),
     ("pipeline.settings", "pipeline.fields"),
     ("pipeline.settings", "pipeline.sections"),
     ("pipeline.settings", "pipeline.judges"),
@@ -64,11 +66,11 @@ ONLY_IN = {
 # What each room of the ground floors may know of the house.
 MAY_KNOW = {
     "pipeline.losses": set(),
-    "pipeline.models": {"pipeline.errors", "pipeline.fields", "pipeline.settings", "pipeline.methods"},
-    "pipeline.data": {"pipeline.errors", "pipeline.fields", "pipeline.settings", "pipeline.methods"},
-    "pipeline.tracking": {"pipeline.errors", "pipeline.fields", "pipeline.settings", "pipeline.methods"},
+    "pipeline.models": {"pipeline.errors", "pipeline.untrusted", "pipeline.fields", "pipeline.settings", "pipeline.methods"},
+    "pipeline.data": {"pipeline.errors", "pipeline.untrusted", "pipeline.fields", "pipeline.settings", "pipeline.methods"},
+    "pipeline.tracking": {"pipeline.errors", "pipeline.untrusted", "pipeline.fields", "pipeline.settings", "pipeline.methods"},
     "pipeline.recipes": {
-        *("pipeline.errors", "pipeline.fields", "pipeline.settings", "pipeline.methods"),
+        *("pipeline.errors", "pipeline.untrusted", "pipeline.fields", "pipeline.settings", "pipeline.methods"),
         *("pipeline.models", "pipeline.losses", "pipeline.data.views"),
     },
 }

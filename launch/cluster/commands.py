@@ -48,7 +48,7 @@ def submit(
 
     if not cluster:
         known = ", ".join(sorted(profiles.available()))
-        raise ConfigError("no cluster is named", where="--cluster", mend=f"give a profile's file, or one of {known}")
+        raise ConfigError("no cluster is named", where="--cluster", hint=f"give a profile's file, or one of {known}")
     own = [text.removeprefix("cluster.") for text in overrides or () if text.startswith("cluster.")]
     rest = [text for text in overrides or () if not text.startswith("cluster.")]
     done = hand_over(load(config, rest), profiles.load(cluster, own), dry=dry, check=check, index=index)
@@ -93,7 +93,7 @@ def runs(folder: Annotated[Path, typer.Argument(help="Where runs are.")] = Path(
 
     found = sorted(path.parent for path in folder.glob("*/config.json"))
     if not found:
-        raise ConfigError(f"there are no runs in {folder}", mend="name the folder that they are in")
+        raise ConfigError(f"there are no runs in {folder}", hint="name the folder that they are in")
     width = max(len(path.name) for path in found)
     for path in found:
         one = standing.status(RunDirectory(path.absolute()))
@@ -125,7 +125,7 @@ def logs(
     path = current()
     if path is None and not follow:
         there = sorted(str(file.relative_to(found.path)) for file in (found.path / "logs").glob("*/rank-*.log"))
-        raise LaunchError("there is no such log", where=str(found.path), mend=f"there are: {', '.join(there[-5:]) or 'none yet'}")
+        raise LaunchError("there is no such log", where=str(found.path), hint=f"there are: {', '.join(there[-5:]) or 'none yet'}")
     shown, place = None, 0
     while True:
         if path is not None and path != shown:
@@ -194,7 +194,7 @@ def resume(
     own = [text.removeprefix("cluster.") for text in overrides or () if text.startswith("cluster.")]
     rest = [text for text in overrides or () if not text.startswith("cluster.")]
     if not cluster and not facts:
-        raise ConfigError("this run was never submitted to a cluster", where=run, mend="give --cluster, or use: fovea train")
+        raise ConfigError("this run was never submitted to a cluster", where=run, hint="give --cluster, or use: fovea train")
     profile = profiles.load(cluster, own) if cluster else profiles.again(facts["profile"], own)
     _tell(hand_over(load(str(found.path / "config.yaml"), rest), profile))
 
@@ -210,7 +210,7 @@ def requeue(
     found = standing.find(run)
     alive = [job for job in living(found) if job.state == "RUNNING"]
     if not alive:
-        raise LaunchError("no job of it is running", where=str(found.path), mend="fovea resume submits it again")
+        raise LaunchError("no job of it is running", where=str(found.path), hint="fovea resume submits it again")
     if now:
         tools.requeue(alive[0].id, sorted(record.excluded(found)))
         print(f"job {alive[0].id} is back in the queue")

@@ -162,7 +162,7 @@ def load(name: str, overrides: Sequence[str] = ()) -> ClusterProfile:
         raise ConfigError(
             f"there is no cluster profile {name!r}",
             where="--cluster",
-            mend=f"give a YAML file's path, or one of {', '.join(near)}; configs/clusters/example.yaml is a place to start from",
+            hint=f"give a YAML file's path, or one of {', '.join(near)}; configs/clusters/example.yaml is a place to start from",
         )
     problems: list[Problem] = []
     return _made(read(file, problems, ()), problems, overrides, display(file))
@@ -195,6 +195,6 @@ def _made(tree: Branch, problems: list[Problem], overrides: Sequence[str], shown
         raise ConfigError(
             f"the run would have to stop {profile.lead:.0f} s before a limit of {profile.seconds} s",
             where=f"{shown}: lead",
-            mend="lower lead, or raise time",
+            hint="lower lead, or raise time",
         )
     return profile

@@ -27,7 +27,7 @@ def template() -> Path:
     for folder in (ROOT / "slurm", Path(sys.prefix) / "share" / "fovea" / "slurm"):
         if (folder / _TEMPLATE).is_file():
             return folder / _TEMPLATE
-    raise ConfigError("the batch script's template is missing", where=f"slurm/{_TEMPLATE}", mend="install fovea again")
+    raise ConfigError("the batch script's template is missing", where=f"slurm/{_TEMPLATE}", hint="install fovea again")
 
 
 def script(config: Config, profile: ClusterProfile, run: Path, *, command: str, code_state: str) -> str:

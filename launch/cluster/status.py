@@ -81,7 +81,7 @@ def find(name: str) -> RunDirectory:
     for path in (Path(name), Path("runs") / name):
         if (path / "config.json").is_file():
             return RunDirectory(path.absolute())
-    raise ConfigError(f"{name} is no run", mend="give its directory, or its name below runs/; fovea runs lists them")
+    raise ConfigError(f"{name} is no run", hint="give its directory, or its name below runs/; fovea runs lists them")
 
 
 def goodput(run: RunDirectory) -> Goodput:

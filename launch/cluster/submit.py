@@ -83,7 +83,7 @@ def submit(
         raise LaunchError(
             f"the run's directory cannot be written ({reason})",
             where=str(folder),
-            mend="free space, or choose another run.directory",
+            hint="free space, or choose another run.directory",
         ) from error
 
 
@@ -128,24 +128,24 @@ def check_all(config: Config, profile: ClusterProfile, run: RunDirectory) -> Non
     """
     if broken := check_ranks(config, profile.world):
         raise ConfigError(
-            broken[0][1], mend=f"The cluster has {profile.world} ranks: {profile.nodes} x {profile.tasks_per_node}."
+            broken[0][1], hint=f"The cluster has {profile.world} ranks: {profile.nodes} x {profile.tasks_per_node}."
         )
     local = [path for path in profile.local_paths if run.path.is_relative_to(path)]
     if profile.nodes > 1 and local:
         raise ConfigError(
             f"{run.path} is seen by one machine only",
             where="run.directory",
-            mend=f"choose a folder on shared storage; {local[0]} is among local_paths of the cluster profile",
+            hint=f"choose a folder on shared storage; {local[0]} is among local_paths of the cluster profile",
         )
     if run.config.exists():
         check_identity(config, json.loads(run.config.read_text()), run.config)
     if (over := record.verdict(run)).get("state") == "finished":
-        raise LaunchError(f"the run is finished: {over['why']}", where=str(run.path), mend="choose another run.name")
+        raise LaunchError(f"the run is finished: {over['why']}", where=str(run.path), hint="choose another run.name")
     if alive := living(run):
         raise LaunchError(
             f"job {alive[0].id} of this run is {alive[0].state.lower()}",
             where=str(run.path),
-            mend=f"watch it with: fovea status {run.path}; or stop it with: fovea stop {run.path}",
+            hint=f"watch it with: fovea status {run.path}; or stop it with: fovea stop {run.path}",
         )
 
 

@@ -156,7 +156,7 @@ def measure(options: Options, *, tell: Callable[[str], None] = lambda _: None) -
         ConfigError: a single rank, which has nobody to speak to, or ranks that did not live to tell.
     """
     if options.ranks < 2:
-        raise ConfigError("a single rank speaks to nobody", where="--ranks", mend="take 2")
+        raise ConfigError("a single rank speaks to nobody", where="--ranks", hint="take 2")
     tell(f"starting {options.ranks} ranks")
     context = multiprocessing.get_context("spawn")
     with tempfile.TemporaryDirectory(prefix="fovea-bench-") as folder:
@@ -168,7 +168,7 @@ def measure(options: Options, *, tell: Callable[[str], None] = lambda _: None) -
         try:
             seen = ours.recv()
         except EOFError as error:
-            raise ConfigError("the ranks ended without a result", where="fovea bench comm", mend="see what they wrote") from error
+            raise ConfigError("the ranks ended without a result", where="fovea bench comm", hint="see what they wrote") from error
         finally:
             for process in ranks:
                 process.join()

@@ -142,7 +142,7 @@ def prepare(options: Options, folder: Path) -> tuple[Manifest, str]:
         raise DataError(
             f"{manifest.total} pictures do not fill a batch of {options.batch * options.world}",
             where="fovea bench data",
-            mend="name more shards, or make --batch smaller",
+            hint="name more shards, or make --batch smaller",
         )
     return manifest, about
 
@@ -153,7 +153,7 @@ def _pictures(options: Options) -> tuple[Iterator[bytes], str]:
         return (_jpeg(Image.fromarray(render(_SEED, n, SIZE[0]).image)) for n in range(options.images)), about + "drawn scenes"
     files = sorted(path for path in options.photos.iterdir() if path.suffix.lower() in (".jpg", ".jpeg", ".png"))
     if not files:
-        raise DataError("holds no .jpg, .jpeg or .png", where=str(options.photos), mend="name another folder")
+        raise DataError("holds no .jpg, .jpeg or .png", where=str(options.photos), hint="name another folder")
 
     def made() -> Iterator[bytes]:
         for number in range(options.images):

@@ -75,7 +75,7 @@ def measure(options: Options, *, tell: Callable[[str], None] = lambda _: None) -
     """
     if options.model not in METHODS.get(options.method, ()):
         known = "; ".join(f"{method}: {', '.join(models)}" for method, models in METHODS.items())
-        raise ConfigError(f"{options.method} has no size {options.model!r}", where="--model", mend=f"choose of {known}")
+        raise ConfigError(f"{options.method} has no size {options.model!r}", where="--model", hint=f"choose of {known}")
     with alone(options.device):
         tell("building both")
         contest = _contest(options)

@@ -44,9 +44,9 @@ class UnusableShards(DataError):
     """
 
     def __init__(
-        self, what: str, *, where: str = "", mend: str = "", shards: Sequence[Shard] = (), problems: Sequence[FoveaError] = ()
+        self, what: str, *, where: str = "", hint: str = "", shards: Sequence[Shard] = (), problems: Sequence[FoveaError] = ()
     ) -> None:
-        super().__init__(what, where=where, mend=mend)
+        super().__init__(what, where=where, hint=hint)
         self.shards, self.problems = tuple(shards), tuple(problems)
 
 
@@ -165,7 +165,7 @@ def build(
         raise UnusableShards(
             f"no sample can be used: {counted}",
             where=f"{urls[0]}{' …' if len(urls) > 1 else ''}" if urls else "index",
-            mend=f"Samples need an image with one of the extensions {', '.join(fields.images)}.",
+            hint=f"Samples need an image with one of the extensions {', '.join(fields.images)}.",
             shards=manifest.shards,
         )
     manifest.save(folder)
@@ -223,20 +223,20 @@ def _make(folder: Path) -> None:
             raise PermissionError(13, "Permission denied")
     except OSError as error:
         raise DataError(
-            f"cannot be written ({error.strerror})", where=str(folder), mend="Give another directory for the index."
+            f"cannot be written ({error.strerror})", where=str(folder), hint="Give another directory for the index."
         ) from error
 
 
 def _refusal(problems: list[FoveaError], found: list[Shard]) -> UnusableShards:
     if len(problems) == 1:
         only = problems[0]
-        return UnusableShards(only.what, where=only.where, mend=only.mend, shards=found, problems=problems)
+        return UnusableShards(only.what, where=only.where, hint=only.hint, shards=found, problems=problems)
     among = len(problems) + len(found)
     named = "; ".join(f"{problem.where}: {problem.what}" for problem in problems[:5])
     more = f"; and {len(problems) - 5} more" if len(problems) > 5 else ""
-    mend = 'Copy them again or leave them out; damaged="use" keeps the whole samples before a cut.'
+    hint = 'Copy them again or leave them out; damaged="use" keeps the whole samples before a cut.'
     what = f"{len(problems)} of {among} shards cannot be used: {named}{more}"
-    return UnusableShards(what, mend=mend, shards=found, problems=problems)
+    return UnusableShards(what, hint=hint, shards=found, problems=problems)
 
 
 def _row(

@@ -97,9 +97,9 @@ class Fields:
     def __post_init__(self) -> None:
         unknown = sorted(set(self.require) - {"caption", "label", "segmentation"})
         if unknown:
-            raise DataError(f"{unknown[0]!r} cannot be required", where="require", mend="Choose of caption, label, segmentation.")
+            raise DataError(f"{unknown[0]!r} cannot be required", where="require", hint="Choose of caption, label, segmentation.")
         if not self.images:
-            raise DataError("no image extension is given", where="images", mend="Name at least one, such as jpg.")
+            raise DataError("no image extension is given", where="images", hint="Name at least one, such as jpg.")
 
     @classmethod
     def of(cls, document: dict[str, Any]) -> Fields:
@@ -201,18 +201,18 @@ def load_sidecar(path: Path) -> ShardIndex:
     Raises:
         DataError: it is missing, damaged or of another format.
     """
-    mend = "Build the index again."
+    hint = "Build the index again."
     try:
         with np.load(path, allow_pickle=False) as file:
             meta = json.loads(file["meta"].tobytes())
             if meta["format"] != FORMAT:
-                raise DataError(f"has format {meta['format']}, this program reads {FORMAT}", where=str(path), mend=mend)
+                raise DataError(f"has format {meta['format']}, this program reads {FORMAT}", where=str(path), hint=hint)
             blob = file["keys"].tobytes()
             columns = {name: file[name] for name in _COLUMNS}
     except FileNotFoundError as error:
-        raise DataError("sidecar does not exist", where=str(path), mend=mend) from error
+        raise DataError("sidecar does not exist", where=str(path), hint=hint) from error
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
-        raise DataError(f"sidecar is damaged ({error})", where=str(path), mend=mend) from error
+        raise DataError(f"sidecar is damaged ({error})", where=str(path), hint=hint) from error
     keys = tuple(part.decode("utf-8", "surrogateescape") for part in blob.split(b"\0")[:-1])
     fields = Fields.of(meta["fields"])
     examples = {kind: tuple(names) for kind, names in meta.get("examples", {}).items()}
@@ -355,7 +355,7 @@ class Manifest:
             path = Path(self.directory) / self.shards[shard].sidecar
             index = load_sidecar(path)
             if index.digest != self.shards[shard].digest:
-                raise DataError("sidecar belongs to another version of the shard", where=str(path), mend="Build the index again.")
+                raise DataError("sidecar belongs to another version of the shard", where=str(path), hint="Build the index again.")
             accepted = index.accepted
             rows = Rows(
                 tuple(index.keys[row] for row in accepted), {name: column[accepted] for name, column in index.columns.items()}
@@ -394,18 +394,18 @@ class Manifest:
         Raises:
             DataError: it is missing, damaged or of another format.
         """
-        path, mend = Path(directory) / "manifest.json", "Build the index again."
+        path, hint = Path(directory) / "manifest.json", "Build the index again."
         try:
             document = json.loads(path.read_bytes())
             if document["format"] != FORMAT:
-                raise DataError(f"has format {document['format']}, this program reads {FORMAT}", where=str(path), mend=mend)
+                raise DataError(f"has format {document['format']}, this program reads {FORMAT}", where=str(path), hint=hint)
             manifest = cls(str(directory), tuple(Shard(**shard) for shard in document["shards"]), Fields.of(document["fields"]))
         except FileNotFoundError as error:
-            raise DataError("there is no manifest", where=str(path), mend=mend) from error
+            raise DataError("there is no manifest", where=str(path), hint=hint) from error
         except (OSError, ValueError, KeyError, TypeError) as error:
-            raise DataError(f"manifest is damaged ({error})", where=str(path), mend=mend) from error
+            raise DataError(f"manifest is damaged ({error})", where=str(path), hint=hint) from error
         if manifest.fingerprint != document["fingerprint"]:
-            raise DataError("manifest was edited: its fingerprint does not fit its shards", where=str(path), mend=mend)
+            raise DataError("manifest was edited: its fingerprint does not fit its shards", where=str(path), hint=hint)
         return manifest
 
     def diff(self, other: Manifest) -> str:

@@ -89,7 +89,7 @@ class Mixture:
                 raise DataError(
                     f"data set {source.name!r} has {sum(own)} usable samples, fewer than the {self.lanes} lanes that share it",
                     where="data.sources",
-                    mend="Set data.lanes to fewer (it must divide the global batch), add shards to the set, or leave it out.",
+                    hint="Set data.lanes to fewer (it must divide the global batch), add shards to the set, or leave it out.",
                 )
             low, high = mix(seed, number, _SET)
             self._orders.append(Order(own, high << 32 | low, self.lanes, self.lanes, block))
@@ -168,7 +168,7 @@ class Mixture:
         shard = number >> 32
         which = next((d for d, s in enumerate(self.sources) if s.first <= shard < s.first + s.shards), None)
         if which is None:
-            raise DataError(f"there is no sample {number}", where="order", mend="Use numbers of this manifest.")
+            raise DataError(f"there is no sample {number}", where="order", hint="Use numbers of this manifest.")
         low, high = self._bounds(which, first * self._each, last * self._each)
         own = number - (self.sources[which].first << 32)
         slots = (self._slot(which, lane, position) for position, lane in self._orders[which].positions_of(own, low, high))
@@ -190,7 +190,7 @@ class Mixture:
 
     def _of_lanes(self, step: int, lanes: range) -> GlobalBatch:
         if step < 0:
-            raise ConfigError(f"step {step} is negative", where="step", mend="Steps count from 0.")
+            raise ConfigError(f"step {step} is negative", where="step", hint="Steps count from 0.")
         start = step * self._each
         labels = np.empty((len(lanes), self._each), dtype=np.uint16)
         positions = np.empty((len(lanes), self._each), dtype=np.int64)
@@ -269,17 +269,17 @@ def _check(sources: tuple[Source, ...], shards: int) -> None:
     """Refuses sources that do not cover the shards, share a name, or mix weights with repeats."""
     where = "data.sources"
     if not sources:
-        raise ConfigError("no data set is given", where=where, mend="Name at least one.")
+        raise ConfigError("no data set is given", where=where, hint="Name at least one.")
     at = 0
     for source in sources:
         if source.first != at or source.shards < 1:
-            raise ConfigError(f"shards of {source.name!r} do not follow those before", where=where, mend="Leave no gap.")
+            raise ConfigError(f"shards of {source.name!r} do not follow those before", where=where, hint="Leave no gap.")
         at += source.shards
         if not 0 < (source.repeat if source.weight is None else source.weight) < math.inf:
-            raise ConfigError(f"weight or repeat of {source.name!r} is not positive", where=where, mend="Leave the set out.")
+            raise ConfigError(f"weight or repeat of {source.name!r} is not positive", where=where, hint="Leave the set out.")
     if at != shards:
-        raise ConfigError(f"data sets have {at} shards, the manifest {shards}", where=where, mend="Cover every shard once.")
+        raise ConfigError(f"data sets have {at} shards, the manifest {shards}", where=where, hint="Cover every shard once.")
     if len({source.name for source in sources}) < len(sources):
-        raise ConfigError("two data sets have one name", where=where, mend="Give each a name of its own.")
+        raise ConfigError("two data sets have one name", where=where, hint="Give each a name of its own.")
     if len({source.weight is None for source in sources}) > 1:
-        raise ConfigError("some data sets have a weight, others not", where=where, mend="Give all a weight, or none.")
+        raise ConfigError("some data sets have a weight, others not", where=where, hint="Give all a weight, or none.")

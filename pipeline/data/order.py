@@ -66,7 +66,7 @@ class Order:
             raise DataError(
                 f"{self._total} usable samples are fewer than one global batch of {global_batch}",
                 where="data",
-                mend="Add shards or make the global batch smaller.",
+                hint="Add shards or make the global batch smaller.",
             )
         self.seed, self.global_batch, self.lanes, self.block = seed, global_batch, lanes, block
         self._each = global_batch // lanes
@@ -179,7 +179,7 @@ class Order:
         """
         shard, row = number >> 32, number & 0xFFFFFFFF
         if shard >= len(self._counts) or row >= self._counts[shard]:
-            raise DataError(f"there is no sample {number}", where="order", mend="Use numbers of this manifest.")
+            raise DataError(f"there is no sample {number}", where="order", hint="Use numbers of this manifest.")
         found = []
         for epoch in range(first // self._span, -(-last // self._span)):
             shards, ends, shift = remember(self._epochs, epoch, 3, self._epoch)
@@ -214,7 +214,7 @@ class Order:
 
     def _of_lanes(self, step: int, first: int, last: int) -> GlobalBatch:
         if step < 0:
-            raise ConfigError(f"step {step} is negative", where="step", mend="Steps count from 0.")
+            raise ConfigError(f"step {step} is negative", where="step", hint="Steps count from 0.")
         ids = np.empty((last - first, self._each), dtype=np.uint64)
         epochs = np.empty(self._each, dtype=np.int64)
         done, start = 0, step * self._each
@@ -268,14 +268,14 @@ def lanes_of(global_batch: int, lanes: int | None, block: int) -> int:
         raise ConfigError(
             f"global batch {global_batch} and block {block} must be positive",
             where="data",
-            mend="Give whole numbers from 1 on.",
+            hint="Give whole numbers from 1 on.",
         )
     lanes = math.gcd(global_batch, _DEFAULT_LANES) if lanes is None else lanes
     if lanes < 1 or global_batch % lanes:
         raise ConfigError(
             f"{lanes} lanes do not divide the global batch of {global_batch}",
             where="data.lanes",
-            mend=f"Choose of {_listed(divisors(global_batch))}.",
+            hint=f"Choose of {_listed(divisors(global_batch))}.",
         )
     return lanes
 
@@ -290,10 +290,10 @@ def share_of(lanes: int, world: int, rank: int) -> range:
         raise ConfigError(
             f"{world} ranks cannot share {lanes} lanes evenly",
             where="data.lanes",
-            mend=f"Use {_listed(divisors(lanes))} ranks, or a global batch with a suitable divisor.",
+            hint=f"Use {_listed(divisors(lanes))} ranks, or a global batch with a suitable divisor.",
         )
     if not 0 <= rank < world:
-        raise ConfigError(f"rank {rank} does not exist among {world}", where="rank", mend=f"Ranks count from 0 to {world - 1}.")
+        raise ConfigError(f"rank {rank} does not exist among {world}", where="rank", hint=f"Ranks count from 0 to {world - 1}.")
     share = lanes // world
     return range(rank * share, (rank + 1) * share)
 

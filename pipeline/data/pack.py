@@ -50,7 +50,7 @@ class ShardWriter:
         finished: Callable[[Path], None] | None = None,
     ) -> None:
         if samples_per_shard < 1 or bytes_per_shard < 1:
-            raise DataError("a shard must hold at least one sample", where="samples_per_shard", mend="Give a positive number.")
+            raise DataError("a shard must hold at least one sample", where="samples_per_shard", hint="Give a positive number.")
         self.shards = list(shards)
         self.samples = samples
         self._finished = finished
@@ -63,7 +63,7 @@ class ShardWriter:
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise DataError(f"cannot be made ({error.strerror})", where=str(directory), mend="Give another directory.") from error
+            raise DataError(f"cannot be made ({error.strerror})", where=str(directory), hint="Give another directory.") from error
 
     def write(self, sample: Mapping[str, Any]) -> None:
         """Appends a sample: ``__key__`` and one entry for each extension.
@@ -78,7 +78,7 @@ class ShardWriter:
         for name, _ in members:
             parts = tar.split_name(name)
             if parts is None or parts[0] != key:
-                raise DataError(f"key {key!r} cannot be used", where=name, mend="Use a key without dots in its last part.")
+                raise DataError(f"key {key!r} cannot be used", where=name, hint="Use a key without dots in its last part.")
         size = sum(len(data) for _, data in members)
         most, room = self._limits
         if self._tar is not None and (self._in_shard >= most or self._bytes + size > room):

@@ -130,16 +130,16 @@ def pack(
     """
     packing, out = packing or Packing(), Path(out)
     if not len(source):
-        raise DataError("the source holds no pictures", mend="Point to a folder with one sub-folder a class, or to a table.")
+        raise DataError("the source holds no pictures", hint="Point to a folder with one sub-folder a class, or to a table.")
     if not packing.prefix or "/" in packing.prefix or packing.prefix.startswith("."):
-        raise DataError(f"{packing.prefix!r} cannot begin a file's name", where="prefix", mend="Use letters, digits, _ and -.")
+        raise DataError(f"{packing.prefix!r} cannot begin a file's name", where="prefix", hint="Use letters, digits, _ and -.")
     try:
         out.mkdir(parents=True, exist_ok=True)
         with (out / f".{packing.prefix}.skipped.tmp").open("a+b") as journal:
             return _pack(source, out, packing, journal, overwrite, threads, progress)
     except OSError as error:
-        mend = "Make room or give another directory; the same command goes on where it stopped."
-        raise DataError(f"cannot be written ({error.strerror})", where=str(error.filename or out), mend=mend) from error
+        hint = "Make room or give another directory; the same command goes on where it stopped."
+        raise DataError(f"cannot be written ({error.strerror})", where=str(error.filename or out), hint=hint) from error
 
 
 def _pack(
@@ -154,7 +154,7 @@ def _pack(
     try:
         fcntl.flock(journal, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        raise DataError("another packing is at work here", where=str(out), mend="Wait for it, or stop it.") from None
+        raise DataError("another packing is at work here", where=str(out), hint="Wait for it, or stop it.") from None
     state = _State(out, packing, source)
     pieces, complete = state.load(overwrite, os.fstat(journal.fileno()).st_size)
     kept = len(pieces)
@@ -198,7 +198,7 @@ def _pack(
     skipped = _finish(source, out, packing.prefix, journal, complete)
     if not writer.samples:
         where = str(out / f"{packing.prefix}.skipped.txt")
-        raise DataError(f"none of {len(source)} pictures can be used", where=where, mend="It names the reasons.")
+        raise DataError(f"none of {len(source)} pictures can be used", where=where, hint="It names the reasons.")
     state.save(pieces, complete=True)
     (out / f".{packing.prefix}.skipped.tmp").unlink(missing_ok=True)
     return PackReport(
@@ -339,9 +339,9 @@ class _State:
             return None
 
     def _check(self, document: dict[str, Any] | None, there: Sequence[Path]) -> None:
-        mend = "Choose another directory or prefix, or allow overwriting (--overwrite)."
+        hint = "Choose another directory or prefix, or allow overwriting (--overwrite)."
         if document is None:
-            raise DataError(f"{len(there)} shards are there already", where=str(there[0]), mend=mend)
+            raise DataError(f"{len(there)} shards are there already", where=str(there[0]), hint=hint)
         old = document["settings"]
         changed = [name for name in {**self._settings, **old} if old.get(name) != self._settings.get(name)]
         if changed:
@@ -350,7 +350,7 @@ class _State:
                 for name in changed
             )
             what = f"{len(there)} shards are there already, of another packing ({told})"
-            raise DataError(what, where=str(there[0]), mend=f"With the same settings it goes on where it stopped. {mend}")
+            raise DataError(what, where=str(there[0]), hint=f"With the same settings it goes on where it stopped. {hint}")
 
     def _check_classes(self, own: Sequence[Path]) -> None:
         """Shards of two prefixes in one folder share the class numbers, or labels would not mean the same."""
@@ -364,5 +364,5 @@ class _State:
                 f"names other classes than this source ({len(old)} and {len(self._classes)}"
                 + (f"; only one of them has {odd[0]!r})" if odd else ")"),
                 where=str(path),
-                mend="The same number would mean another class. Give both sources the same sub-folders, or another OUT.",
+                hint="The same number would mean another class. Give both sources the same sub-folders, or another OUT.",
             )

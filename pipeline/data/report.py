@@ -70,7 +70,7 @@ class IndexReport:
         samples: samples in them, used or not.
         accepted: samples that can be used.
         findings: reasons, those that refuse samples first, then by count.
-        refused: (shard, what is wrong, mend) of each shard that cannot be read.
+        refused: (shard, what is wrong, hint) of each shard that cannot be read.
         damaged: (shard, what is wrong) of those used in part.
     """
 
@@ -88,7 +88,7 @@ class IndexReport:
             "samples": self.samples,
             "accepted": self.accepted,
             "findings": [{**asdict(finding), "meaning": finding.meaning} for finding in self.findings],
-            "refused": [{"shard": shard, "what": what, "mend": mend} for shard, what, mend in self.refused],
+            "refused": [{"shard": shard, "what": what, "hint": hint} for shard, what, hint in self.refused],
             "damaged": [{"shard": shard, "what": what} for shard, what in self.damaged],
         }
         return json.loads(_printable(json.dumps(document, ensure_ascii=False)))
@@ -110,7 +110,7 @@ class IndexReport:
                 lines.append(f"  {finding.count:>9,}  {finding.reason:<{width}}  {among}: {finding.meaning}")
                 lines += [f"{'':13}{shard}: {name}" for shard, name in finding.examples]
         told = (
-            ("shards refused", [f"{shard}: {what}. {mend}".rstrip(". ") for shard, what, mend in self.refused]),
+            ("shards refused", [f"{shard}: {what}. {hint}".rstrip(". ") for shard, what, hint in self.refused]),
             ("shards used in part", [what for _, what in self.damaged]),
         )
         for title, entries in told:
@@ -130,7 +130,7 @@ class IndexReport:
             storage.write_whole(path, (json.dumps(self.document(), indent=1, ensure_ascii=False) + "\n").encode())
             storage.write_whole(path.with_suffix(".txt"), (self.text() + "\n").encode())
         except OSError as error:
-            raise DataError(f"cannot be written ({error.strerror})", where=str(path), mend="Choose another --report.") from error
+            raise DataError(f"cannot be written ({error.strerror})", where=str(path), hint="Choose another --report.") from error
 
 
 def index_report(
@@ -176,7 +176,7 @@ def index_report(
         samples=sum(sum(shard.counts.values()) for shard in shards),
         accepted=sum(shard.samples for shard in shards),
         findings=tuple(findings),
-        refused=tuple((problem.where, problem.what, problem.mend) for problem in problems),
+        refused=tuple((problem.where, problem.what, problem.hint) for problem in problems),
         damaged=tuple((shard.url, shard.damage) for shard in shards if shard.damage),
     )
 

@@ -124,7 +124,7 @@ def _look(path: Path, source: str) -> Layout:
         raise DataError(
             "is neither a folder nor a table" if path.exists() else "does not exist",
             where=source,
-            mend="Point to a folder with one sub-folder a class, to a .csv, .jsonl or .parquet with the columns path, caption, "
+            hint="Point to a folder with one sub-folder a class, to a .csv, .jsonl or .parquet with the columns path, caption, "
             "label, or to shards such as 'old-{00000..00009}.tar'.",
         )
     if any(path.glob("*.tar")):
@@ -146,7 +146,7 @@ def _check_downloads(path: Path) -> None:
             f"has no {open_ones[0].stem}_stats.json: img2dataset has not finished it"
             + (f", nor {len(open_ones) - 1} others" if len(open_ones) > 1 else ""),
             where=str(open_ones[0]),
-            mend="Let the download finish, or give --layout shards to take the tars as they are.",
+            hint="Let the download finish, or give --layout shards to take the tars as they are.",
         )
 
 

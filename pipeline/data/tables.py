@@ -45,19 +45,19 @@ def rows(table: Path) -> Iterator[Row]:
     """
     kind = table.suffix.lower()
     if kind not in KINDS:
-        raise DataError("is no table", where=str(table), mend=f"Give a file that ends in one of {', '.join(KINDS)}.")
+        raise DataError("is no table", where=str(table), hint=f"Give a file that ends in one of {', '.join(KINDS)}.")
     reader = {".jsonl": _jsonl, ".parquet": _parquet}.get(kind, _csv)
     try:
         for place, row in reader(table):
             yield _row(place, row)
     except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise DataError(f"cannot be read ({error})", where=str(table), mend="Give a table in UTF-8.") from error
+        raise DataError(f"cannot be read ({error})", where=str(table), hint="Give a table in UTF-8.") from error
 
 
 def _row(place: str, row: dict[str, Any]) -> Row:
     path, label = row.get("path"), row.get("label")
     if _blank(path):
-        raise DataError("has no path", where=place, mend="Give every row the path of a picture.")
+        raise DataError("has no path", where=place, hint="Give every row the path of a picture.")
     if isinstance(label, float) and label.is_integer():
         label = int(label)  # a column of whole numbers with gaps arrives as floats
     captions: list[str] = []
@@ -101,9 +101,9 @@ def _jsonl(table: Path) -> Iterator[tuple[str, dict[str, Any]]]:
             try:
                 row = json.loads(line)
             except ValueError as error:
-                raise DataError(f"is no JSON ({error})", where=place, mend="Write one object a line.") from error
+                raise DataError(f"is no JSON ({error})", where=place, hint="Write one object a line.") from error
             if not isinstance(row, dict) or _blank(row.get("path")):
-                raise DataError("has no path", where=place, mend='Write lines such as {"path": "a.jpg"}.' + _download(row))
+                raise DataError("has no path", where=place, hint='Write lines such as {"path": "a.jpg"}.' + _download(row))
             yield place, row
 
 
@@ -112,8 +112,8 @@ def _parquet(table: Path) -> Iterator[tuple[str, dict[str, Any]]]:
         import pyarrow
         from pyarrow import parquet
     except ImportError as error:
-        mend = "Install it (pip install pyarrow), or save the table as .csv or .jsonl."
-        raise DataError("reading .parquet needs pyarrow", where=str(table), mend=mend) from error
+        hint = "Install it (pip install pyarrow), or save the table as .csv or .jsonl."
+        raise DataError("reading .parquet needs pyarrow", where=str(table), hint=hint) from error
     try:
         with parquet.ParquetFile(table) as file:
             _check_columns(table, file.schema_arrow.names)
@@ -123,13 +123,13 @@ def _parquet(table: Path) -> Iterator[tuple[str, dict[str, Any]]]:
                     number += 1
                     yield f"{table}: row {number}", row
     except pyarrow.ArrowException as error:
-        raise DataError(f"is no Parquet file ({error})", where=str(table), mend="Write or copy it again.") from error
+        raise DataError(f"is no Parquet file ({error})", where=str(table), hint="Write or copy it again.") from error
 
 
 def _check_columns(table: Path, names: Any) -> None:
     if "path" not in names:
-        mend = "Name the columns path, caption, label in the first line." + _download(names)
-        raise DataError("has no column 'path'", where=str(table), mend=mend)
+        hint = "Name the columns path, caption, label in the first line." + _download(names)
+        raise DataError("has no column 'path'", where=str(table), hint=hint)
 
 
 def _download(names: Any) -> str:

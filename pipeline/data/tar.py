@@ -48,13 +48,13 @@ class TarDamage(DataError):
         at: byte where the walk stopped.
     """
 
-    def __init__(self, what: str, *, where: str, mend: str, reason: Reason, at: int) -> None:
-        super().__init__(what, where=where, mend=mend)
+    def __init__(self, what: str, *, where: str, hint: str, reason: Reason, at: int) -> None:
+        super().__init__(what, where=where, hint=hint)
         self.reason: Reason = reason
         self.at = at
 
     def __reduce__(self) -> tuple[object, ...]:
-        return _damage, (self.what, self.where, self.mend, self.reason, self.at)
+        return _damage, (self.what, self.where, self.hint, self.reason, self.at)
 
 
 @dataclass(frozen=True)
@@ -259,8 +259,8 @@ def doubts(runs: Sequence[tuple[str, set[str]]]) -> list[str]:
     return [doubt or ("not_adjacent" if key in scattered else "") for (key, _), doubt in zip(runs, found, strict=True)]
 
 
-def _damage(what: str, where: str, mend: str, reason: Reason, at: int) -> TarDamage:
-    return TarDamage(what, where=where, mend=mend, reason=reason, at=at)
+def _damage(what: str, where: str, hint: str, reason: Reason, at: int) -> TarDamage:
+    return TarDamage(what, where=where, hint=hint, reason=reason, at=at)
 
 
 def _opened(shard: str | storage.Source) -> storage.Source:
@@ -272,7 +272,7 @@ def _block(source: storage.Source, at: int) -> bytes:
     if at + BLOCK <= size:
         return source.read(at, BLOCK)
     if size == 0:
-        raise TarDamage("is an empty file", where=url, mend="Write or copy the shard again.", reason="empty_file", at=0)
+        raise TarDamage("is an empty file", where=url, hint="Write or copy the shard again.", reason="empty_file", at=0)
     if at == 0:
         raise _no_tar(url, source.read(0, size))
     raise _cut(url, at, "the end marker is missing")
@@ -326,7 +326,7 @@ def _check_end(source: storage.Source, at: int) -> None:
             raise TarDamage(
                 f"holds more data after its end marker at byte {at}",
                 where=url,
-                mend="Tars cannot be joined with cat: join them with tar -A, or keep them as shards of their own.",
+                hint="Tars cannot be joined with cat: join them with tar -A, or keep them as shards of their own.",
                 reason="trailing",
                 at=at,
             )
@@ -344,17 +344,17 @@ def _shown(name: str) -> str:
 def _no_tar(url: str, start: bytes) -> TarDamage:
     for magic, name in _COMPRESSED.items():
         if start.startswith(magic):
-            mend = "Unpack it first: samples are read from the middle of a shard."
-            return TarDamage(f"is compressed ({name}), not a plain tar", where=url, mend=mend, reason="compressed", at=0)
-    mend = "Name tar files made of samples such as 000.jpg, 000.cls."
-    return TarDamage("is no tar archive", where=url, mend=mend, reason="not_tar", at=0)
+            hint = "Unpack it first: samples are read from the middle of a shard."
+            return TarDamage(f"is compressed ({name}), not a plain tar", where=url, hint=hint, reason="compressed", at=0)
+    hint = "Name tar files made of samples such as 000.jpg, 000.cls."
+    return TarDamage("is no tar archive", where=url, hint=hint, reason="not_tar", at=0)
 
 
 def _cut(url: str, at: int, why: str) -> TarDamage:
     return TarDamage(
-        f"is cut short at byte {at}: {why}", where=url, mend="Copy or write the shard again.", reason="truncated", at=at
+        f"is cut short at byte {at}: {why}", where=url, hint="Copy or write the shard again.", reason="truncated", at=at
     )
 
 
 def _broken(url: str, at: int, why: str) -> TarDamage:
-    return TarDamage(f"is damaged at byte {at}: {why}", where=url, mend="Copy or write the shard again.", reason="corrupt", at=at)
+    return TarDamage(f"is damaged at byte {at}: {why}", where=url, hint="Copy or write the shard again.", reason="corrupt", at=at)

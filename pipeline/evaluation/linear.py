@@ -190,5 +190,5 @@ def _empty() -> DataError:
     return DataError(
         "a split of the evaluation has no labelled samples, or of one class only",
         where="evaluation",
-        mend="give shards with .cls members of several classes",
+        hint="give shards with .cls members of several classes",
     )

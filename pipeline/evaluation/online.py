@@ -185,7 +185,7 @@ class OnlineKnn:
         *right, asked = counts.tolist()
         if not asked:
             raise DataError(
-                "the evaluation shards have no labelled sample", where="evaluation.knn", mend="give shards with .cls members"
+                "the evaluation shards have no labelled sample", where="evaluation.knn", hint="give shards with .cls members"
             )
         return {k: right[i] / asked for i, k in enumerate(self._ks)}
 

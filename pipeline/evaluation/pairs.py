@@ -51,14 +51,14 @@ class ZeroShot:
             raise ConfigError(
                 "zero-shot classification wants a text tower and class names",
                 where="evaluation.zeroshot",
-                mend="name a file of classes, and judge a method that reads captions",
+                hint="name a file of classes, and judge a method that reads captions",
             )
         found = together(extract(self._pictures, subject.embedded), self._group)
         if not len(found) or int(found.labels.max()) >= len(self._names):
             raise DataError(
                 f"labels reach to {int(found.labels.max()) if len(found) else 'nothing'}, {len(self._names)} classes are named",
                 where="evaluation.zeroshot",
-                mend="name every class, in the order of the numbers, and judge shards with .cls members",
+                hint="name every class, in the order of the numbers, and judge shards with .cls members",
             )
         with torch.inference_mode():
             vectors = class_vectors(subject.texts, self._names, self._templates, batch=_TEXTS)
@@ -87,12 +87,12 @@ class Retrieval:
         """
         if subject.texts is None:
             raise ConfigError(
-                "retrieval wants a text tower", where="evaluation.retrieval", mend="judge a method that reads captions"
+                "retrieval wants a text tower", where="evaluation.retrieval", hint="judge a method that reads captions"
             )
         found = together(extract(self._pictures, subject.embedded, labelled=False), self._group)
         captions = [record.captions for record in self._reader.fetch(np.array(found.ids, dtype=np.uint64))]
         if not captions or not all(captions):
-            raise DataError("some samples have no caption", where="evaluation.retrieval", mend="judge shards that have them")
+            raise DataError("some samples have no caption", where="evaluation.retrieval", hint="judge shards that have them")
         images, owners, texts = numbered(captions)
         with torch.inference_mode():
             parts = [subject.texts(texts[low : low + _TEXTS]).float().cpu() for low in range(0, len(texts), _TEXTS)]

@@ -97,7 +97,7 @@ class Robustness:
         bank = together(extract(self._train, subject.cls), self._group)
         clean = together(extract(self._test, subject.cls), self._group)
         if not len(bank) or not len(clean):
-            raise DataError("no labelled samples", where="evaluation.robustness", mend="give shards with .cls members")
+            raise DataError("no labelled samples", where="evaluation.robustness", hint="give shards with .cls members")
         found: dict[str, float] = {}
         for name, r in (("", self.perturbation), ("noise_", -random)):
             disturbed = together(extract(self._test, _added(subject, r, subject.cls)), self._group)
@@ -136,7 +136,7 @@ class Robustness:
                     r = self._stepped(subject, r, images)
                     done += 1
                 if done != steps:
-                    raise DataError(f"{done} of {steps} steps", where="evaluation.robustness", mend="look at the shards")
+                    raise DataError(f"{done} of {steps} steps", where="evaluation.robustness", hint="look at the shards")
         return r
 
     def _stepped(self, subject: Subject, r: Tensor, images: Tensor) -> Tensor:

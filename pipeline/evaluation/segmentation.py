@@ -107,14 +107,14 @@ def over_windows(logits: Sequence[Tensor], places: Sequence[float], height: int,
 
 
 def _numbers(data: bytes, key: str) -> NDArray[np.int64]:
-    mend = "store class numbers as a gray or palette PNG"
+    hint = "store class numbers as a gray or palette PNG"
     try:
         with Image.open(io.BytesIO(data)) as image:
             if image.mode not in ("L", "P", "I", "I;16"):
-                raise DataError(f"the class map has mode {image.mode}", where=key, mend=mend)
+                raise DataError(f"the class map has mode {image.mode}", where=key, hint=hint)
             return np.asarray(image).astype(np.int64)
     except (OSError, SyntaxError, ValueError) as error:
-        raise DataError(f"the class map cannot be read ({error})", where=key, mend=mend) from error
+        raise DataError(f"the class map cannot be read ({error})", where=key, hint=hint) from error
 
 
 def _known(cut: NDArray[np.int64], classes: int, ignore: Sequence[int], key: str) -> NDArray[np.int64]:
@@ -124,7 +124,7 @@ def _known(cut: NDArray[np.int64], classes: int, ignore: Sequence[int], key: str
         raise DataError(
             f"the class map holds {wrong[:4].tolist()}, but there are {classes} classes, 0 to {classes - 1}",
             where=key,
-            mend="set evaluation.segmentation.classes, or name what is no class in evaluation.segmentation.ignore",
+            hint="set evaluation.segmentation.classes, or name what is no class in evaluation.segmentation.ignore",
         )
     return cut
 
@@ -193,7 +193,7 @@ class Segmentation:
             raise DataError(
                 f"{int(counts[0])} pictures to learn from and {int(counts[1])} to judge",
                 where="evaluation.segmentation",
-                mend="give shards with .seg.png members",
+                hint="give shards with .seg.png members",
             )
         patch = subject.tower.patch
         shares = _shares(maps, patch, self._classes)
@@ -231,7 +231,7 @@ class Segmentation:
         try:
             for record in self._readers[which].fetch(np.array(table.ids, dtype=np.uint64)):
                 if record.segmentation is None:
-                    raise DataError("there is no class map", where=record.key, mend="give each sample a .seg.png")
+                    raise DataError("there is no class map", where=record.key, hint="give each sample a .seg.png")
                 if whole:
                     given: NDArray[Any] = whole_map(record.segmentation, key=record.key, **known).astype(np.uint8)
                 else:

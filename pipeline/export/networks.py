@@ -92,7 +92,7 @@ def settings_of(saved: Saved) -> Config:
         raise CheckpointError(
             f"the settings of this checkpoint {told}",
             where=str(saved.path),
-            mend="use the version of fovea that wrote it",
+            hint="use the version of fovea that wrote it",
         ) from error
 
 
@@ -128,19 +128,19 @@ def read(
     if student is not None:
         named = recipe.students(slow=network != "student")
         if student not in named:
-            mend = f"choose of {', '.join(named)}" if named else "leave it out: the method trains one tower"
-            raise ConfigError(f"there is no student {student!r}", where="--student", mend=mend)
+            hint = f"choose of {', '.join(named)}" if named else "leave it out: the method trains one tower"
+            raise ConfigError(f"there is no student {student!r}", where="--student", hint=hint)
         tower = named[student]
     students = {id(module) for module in recipe.modules()}
     if not isinstance(tower, VisionTower):
-        raise ConfigError(f"{config.recipe.name} exports no vision tower", where="recipe.name", mend="export another run")
+        raise ConfigError(f"{config.recipe.name} exports no vision tower", where="recipe.name", hint="export another run")
     own: Literal["teacher", "student"] = "student" if id(tower) in students else "teacher"
     if network == "teacher" and own != "teacher":
-        raise ConfigError(f"{config.recipe.name} has no teacher", where="--network", mend="export the student")
+        raise ConfigError(f"{config.recipe.name} has no teacher", where="--network", hint="export the student")
     if network == "student" and own == "teacher":
         tower = recipe.get_submodule("backbone")
         if not isinstance(tower, VisionTower):
-            raise ConfigError("the student has no vision tower", where="--network", mend="export the teacher")
+            raise ConfigError("the student has no vision tower", where="--network", hint="export the teacher")
         own = "student"
     view = recipe.views[0]
     side = size or view.size
@@ -148,7 +148,7 @@ def read(
         raise ConfigError(
             f"pictures of {side} pixels do not divide into patches of {tower.patch}",
             where="--size",
-            mend=f"choose a multiple of {tower.patch}",
+            hint=f"choose a multiple of {tower.patch}",
         )
     normalize = view.normalize or Normalize()
     found = getattr(recipe, "logits", None)

@@ -32,7 +32,7 @@ def write(networks: Networks, folder: Path) -> tuple[str, list[str]]:
         import transformers
     except ImportError as error:
         raise ConfigError(
-            "transformers is not installed", where="--to huggingface", mend="pip install 'fovea[export]'"
+            "transformers is not installed", where="--to huggingface", hint="pip install 'fovea[export]'"
         ) from error
     tower, p = networks.tower, networks.preprocessing
     kind, settings = architecture(tower, p.size)
@@ -201,7 +201,7 @@ def _check(tower: VisionTower, gated: bool) -> None:
 
 
 def _unknown(what: str) -> ConfigError:
-    return ConfigError(f"no model of transformers has {what}", where="--to huggingface", mend="export it to safetensors or onnx")
+    return ConfigError(f"no model of transformers has {what}", where="--to huggingface", hint="export it to safetensors or onnx")
 
 
 def _fill(model: Any, state: dict[str, Tensor], kind: str) -> None:
@@ -211,7 +211,7 @@ def _fill(model: Any, state: dict[str, Tensor], kind: str) -> None:
         raise ConfigError(
             f"{len(wrong)} tensors of transformers' {kind}Model have other names or shapes, the first is {wrong[0]}",
             where="--to huggingface",
-            mend="install transformers 5, or export to timm",
+            hint="install transformers 5, or export to timm",
         )
     model.load_state_dict(state)
 

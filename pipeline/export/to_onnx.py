@@ -43,7 +43,7 @@ def write(networks: Networks, folder: Path) -> tuple[str, list[str]]:
         import onnx  # noqa: F401
         import onnxscript  # noqa: F401
     except ImportError as error:
-        raise ConfigError(f"{error.name} is not installed", where="--to onnx", mend="pip install 'fovea[export]'") from error
+        raise ConfigError(f"{error.name} is not installed", where="--to onnx", hint="pip install 'fovea[export]'") from error
     tower, size = networks.tower, networks.preprocessing.size
     args = {**tower.timm_args, "img_size": size, "dynamic_img_size": False}
     model = timm.create_model(tower.timm_name, pretrained=False, **args)
@@ -66,7 +66,7 @@ def write(networks: Networks, folder: Path) -> tuple[str, list[str]]:
             verbose=False,
         )
     if program is None:
-        raise ConfigError("the tower cannot be traced", where="--to onnx", mend="export it to safetensors")
+        raise ConfigError("the tower cannot be traced", where="--to onnx", hint="export it to safetensors")
     program.save(str(folder / "model.onnx"))
     (folder / "preprocessor.json").write_text(json.dumps(asdict(networks.preprocessing), indent=1) + "\n")
     usage = f"""

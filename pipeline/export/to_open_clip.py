@@ -46,13 +46,13 @@ def write(networks: Networks, folder: Path) -> tuple[str, list[str]]:
         raise ConfigError(
             f"{networks.config.recipe.name} has no text tower",
             where="--to open_clip",
-            mend="export it to timm, or, with a convolutional stem, to safetensors or onnx",
+            hint="export it to timm, or, with a convolutional stem, to safetensors or onnx",
         )
     if "image_pool" in networks.others:
         raise ConfigError(
             "open_clip has no attention pooling beside a class token",
             where="recipe.image_pool",
-            mend="export it to safetensors",
+            hint="export it to safetensors",
         )
     p = networks.preprocessing
     config = {
@@ -105,7 +105,7 @@ def _model(tower: VisionTower, text: TextTower, projection: nn.Linear, logits: L
     )
     if problem:
         raise ConfigError(
-            f"open_clip's vision transformer has no {problem}", where="--to open_clip", mend="export the tower to timm instead"
+            f"open_clip's vision transformer has no {problem}", where="--to open_clip", hint="export the tower to timm instead"
         )
     heads = text.blocks[0].heads
     quick = text.blocks[0].quick_gelu
@@ -113,7 +113,7 @@ def _model(tower: VisionTower, text: TextTower, projection: nn.Linear, logits: L
         raise ConfigError(
             "open_clip takes one activation for both towers, and the text tower alone has the quick GELU",
             where="recipe.text.activation",
-            mend="export it to safetensors",
+            hint="export it to safetensors",
         )
     vision = {
         "image_size": size,
@@ -183,5 +183,5 @@ def _compare(config: dict[str, Any], state: dict[str, Tensor]) -> None:
         raise ConfigError(
             f"{len(wrong)} tensors of open_clip's model have other names or shapes, the first is {wrong[0]}",
             where="--to open_clip",
-            mend="export it to safetensors",
+            hint="export it to safetensors",
         )

@@ -38,7 +38,7 @@ def call(tower: VisionTower, size: int) -> tuple[str, dict[str, Any]]:
         raise ConfigError(
             f"timm makes this tower only by Python objects ({', '.join(wrong) or 'its name is unknown'})",
             where="model.stem" if "embed_layer" in wrong else "model",
-            mend="export it to safetensors or onnx instead",
+            hint="export it to safetensors or onnx instead",
         )
     return name, args
 
@@ -55,7 +55,7 @@ def rebuilt(tower: VisionTower, size: int, *, name: str, args: dict[str, Any]) -
     wrong = sorted(own.keys() ^ state.keys()) or [key for key in own if own[key].shape != state[key].shape]
     if wrong:
         raise ConfigError(
-            f"timm's {name} has other tensors, the first is {wrong[0]}", where="model", mend="export to safetensors"
+            f"timm's {name} has other tensors, the first is {wrong[0]}", where="model", hint="export to safetensors"
         )
     model.load_state_dict(state)
     return model.eval()

@@ -34,7 +34,7 @@ def with_attention(tower: VisionTower, images: Tensor, *, layers: Literal["all",
         raise ConfigError(
             "the class token's attention cannot be read from this tower",
             where="model",
-            mend="choose a tower with learned positions",
+            hint="choose a tower with learned positions",
         )
     rows: list[Tensor] = []
     hooks = [block.attn.qkv.register_forward_hook(_reader(block.attn, tower.vit.num_prefix_tokens, rows)) for block in blocks]
@@ -80,7 +80,7 @@ def kept_and_removed(
         raise ConfigError(
             f"a grid of {grid} patches a side has no cells of 2 x 2",
             where="recipe.granularity",
-            mend="choose patch, or another size",
+            hint="choose patch, or another size",
         )
     scores = attention.unflatten(1, (grid, grid))
     if cells:

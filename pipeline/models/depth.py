@@ -45,7 +45,7 @@ def set_stochastic_depth(blocks: nn.Module, rate: float, mode: Literal["rows", "
             raise ConfigError(
                 f"blocks of the kind {type(block).__name__} cannot leave samples out of a branch",
                 where="model.drop_path_mode",
-                mend="set it to rows",
+                hint="set it to rows",
             )
         block.drop_path1, block.drop_path2 = nn.Identity(), nn.Identity()
         block.dropped = rate

@@ -113,7 +113,7 @@ def compare(own: Mapping[str, tuple[int, ...]], theirs: Mapping[str, tuple[int, 
             for kind, names in wrong.items()
         )
         raise CheckpointError(
-            f"its weights do not fit ({told})", where=where, mend="set model.* to the architecture of the weights, or name others"
+            f"its weights do not fit ({told})", where=where, hint="set model.* to the architecture of the weights, or name others"
         )
 
 

@@ -97,7 +97,7 @@ class TextTower(nn.Module):
     ) -> None:
         super().__init__()
         if width % heads:
-            raise ConfigError(f"text width {width} over {heads} heads", where="recipe.text", mend="choose sizes that divide")
+            raise ConfigError(f"text width {width} over {heads} heads", where="recipe.text", hint="choose sizes that divide")
         self.end, self.checkpointing = end, False
         self.tokens = nn.Embedding(vocabulary, width)
         self.positions = nn.Parameter(torch.empty(context, width))
@@ -160,7 +160,7 @@ class LogitScale(nn.Module):
         super().__init__()
         if not 1.0 <= scale <= largest:
             raise ConfigError(
-                f"a scale of {scale} is not within 1 and {largest}", where="recipe.init_scale", mend="choose another"
+                f"a scale of {scale} is not within 1 and {largest}", where="recipe.init_scale", hint="choose another"
             )
         self.log_scale = nn.Parameter(torch.tensor([math.log(scale)], dtype=torch.float32))
         self.bias = nn.Parameter(torch.tensor([bias], dtype=torch.float32)) if bias is not None else None
@@ -214,7 +214,7 @@ def from_open_clip(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     custom = any(name.startswith("text.") for name in state)
     texts = {name.removeprefix("text."): t for name, t in state.items() if not custom or name.startswith("text.")}
     if "token_embedding.weight" not in texts or "text_projection" not in texts:
-        raise CheckpointError("holds no text tower of open_clip", where="text weights", mend="name a CLIP checkpoint")
+        raise CheckpointError("holds no text tower of open_clip", where="text weights", hint="name a CLIP checkpoint")
     found = {ours: texts[theirs] for theirs, ours in _OUTER.items()}
     found["projection.weight"] = texts["text_projection"].T.contiguous()
     for block in count():

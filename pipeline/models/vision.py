@@ -58,13 +58,13 @@ class VisionTower(nn.Module):
             raise ConfigError(
                 "a tower needs a class token, dynamic_img_size=True and num_classes=0",
                 where=f"model.timm={timm_name!r}",
-                mend="choose a timm ViT with a class token, such as vit_small_patch16_224",
+                hint="choose a timm ViT with a class token, such as vit_small_patch16_224",
             )
         if isinstance(vit, Eva) and (vit.rope_mixed or (vit.pos_embed is not None and resampling != "antialias")):
             raise ConfigError(
                 "learned rotary frequencies, or resampling of learned positions in another form than timm's",
                 where=f"model.timm={timm_name!r}",
-                mend="choose a model with fixed rotary positions, and leave model.position_resampling=antialias",
+                hint="choose a model with fixed rotary positions, and leave model.position_resampling=antialias",
             )
         vit.forward = MethodType(_walk, vit)
         vit.reads_some = read_some(vit.blocks[-1])
@@ -213,13 +213,13 @@ def _timm_call(settings: ModelSettings, image_size: int) -> tuple[str, dict[str,
     width, depth, heads, patch = settings.width, settings.depth, settings.heads, settings.patch
     if width is None or depth is None or heads is None or patch is None:
         raise ConfigError(
-            "neither a timm name nor a whole architecture", where="model", mend="set model.timm, or width, depth, heads and patch"
+            "neither a timm name nor a whole architecture", where="model", hint="set model.timm, or width, depth, heads and patch"
         )
     if width % heads or image_size % patch:
         raise ConfigError(
             f"width {width} over {heads} heads, pictures of {image_size} px over patches of {patch} px",
             where="model",
-            mend="choose sizes that divide",
+            hint="choose sizes that divide",
         )
     args = common | {
         "patch_size": patch,
@@ -249,7 +249,7 @@ def _timm_call(settings: ModelSettings, image_size: int) -> tuple[str, dict[str,
 def _named(name: str, rotary: dict[str, float]) -> dict[str, Any]:
     """What timm's model of this name is given besides sizes."""
     if not timm.is_model(name):
-        raise ConfigError(f"timm has no model {name!r}", where="model.timm", mend="see timm.list_models('vit_*')")
+        raise ConfigError(f"timm has no model {name!r}", where="model.timm", hint="see timm.list_models('vit_*')")
     module = timm.models.model_entrypoint(name).__module__
     if module == Eva.__module__:
         return {"global_pool": "token", **rotary}
@@ -257,7 +257,7 @@ def _named(name: str, rotary: dict[str, float]) -> dict[str, Any]:
         raise ConfigError(
             f"{name!r} is no plain vision transformer",
             where="model.timm",
-            mend="choose one of timm's vit_* models with a class token",
+            hint="choose one of timm's vit_* models with a class token",
         )
     if rotary:
         raise _unturned()
@@ -268,7 +268,7 @@ def _unturned() -> ConfigError:
     return ConfigError(
         "rope_shift, rope_jitter and rope_rescale move rotary positions, and this tower has none",
         where="model",
-        mend="set model.positions=rope, or leave them null",
+        hint="set model.positions=rope, or leave them null",
     )
 
 
@@ -277,7 +277,7 @@ def _check_rope(width: int, heads: int, stem: str) -> None:
         raise ConfigError(
             f"heads of width {width // heads} cannot hold two axes of rotary positions",
             where="model.heads",
-            mend="choose heads whose width is a multiple of 4",
+            hint="choose heads whose width is a multiple of 4",
         )
     if stem != "patch":
-        raise ConfigError("timm's rotary tower has no convolutional stem", where="model.stem", mend="set model.stem=patch")
+        raise ConfigError("timm's rotary tower has no convolutional stem", where="model.stem", hint="set model.stem=patch")

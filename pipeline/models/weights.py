@@ -29,7 +29,7 @@ def _read(file: Path) -> dict[str, Tensor]:
         return load_file(file)
     except (OSError, SafetensorError) as error:
         raise CheckpointError(
-            f"initial weights cannot be read ({error})", where=str(file), mend="name a safetensors file"
+            f"initial weights cannot be read ({error})", where=str(file), hint="name a safetensors file"
         ) from error
 
 
@@ -40,6 +40,6 @@ def _fill(module: nn.Module, state: Mapping[str, Tensor], file: Path) -> None:
         raise CheckpointError(
             f"{len(wrong)} tensors do not fit, the first is {wrong[0]!r}",
             where=str(file),
-            mend="choose recipe.text.* and recipe.embed as the weights were trained with",
+            hint="choose recipe.text.* and recipe.embed as the weights were trained with",
         )
     module.load_state_dict(dict(state))

@@ -239,6 +239,6 @@ def build(config: Config, settings: DetailClipSettings) -> DetailCLIP:
         raise ConfigError(
             f"the teacher cannot see {side} pixels: patches have {tower.patch}, the student's views {settings.image_size}",
             where="recipe.teacher_size",
-            mend=f"choose a multiple of {tower.patch} up to {settings.image_size}, or null",
+            hint=f"choose a multiple of {tower.patch} up to {settings.image_size}, or null",
         )
     return DetailCLIP(tower, settings)

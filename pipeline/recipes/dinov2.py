@@ -232,8 +232,8 @@ class DINOv2(Recipe):
         try:
             return spread(cls, group=s.koleo_group, neighbours=s.koleo_neighbours)
         except ValueError as error:
-            mend = f"choose a divisor of the {len(cls)} samples of a micro-batch, or recipe.koleo_across_ranks=true"
-            raise ConfigError(str(error), where="recipe.koleo_group", mend=mend) from error
+            hint = f"choose a divisor of the {len(cls)} samples of a micro-batch, or recipe.koleo_across_ranks=true"
+            raise ConfigError(str(error), where="recipe.koleo_group", hint=hint) from error
 
     @torch.no_grad()
     def _watch(self, batch: Batch, targets: _Prepared, dino: Tensor, w: losses.Watched) -> None:

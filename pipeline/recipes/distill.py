@@ -121,6 +121,6 @@ def build(config: Config, settings: DistillSettings) -> Distill:
             raise ConfigError(
                 f"the student's patches have {tower.patch} pixels a side and the frozen teacher's {judge.patch}",
                 where=where,
-                mend="choose a student of the same patch",
+                hint="choose a student of the same patch",
             )
     return Distill(student, judge, settings, others)

@@ -19,13 +19,13 @@ def build_recipe(config: Config) -> Recipe:
     name, module = config.recipe.name, f"{__package__}.{config.recipe.name}"
     if not isinstance(config.recipe, RECIPES.get(name, type(None))):
         raise ConfigError(
-            f"no method {name!r} has these settings", where="recipe.name", mend=f"choose one of {', '.join(sorted(RECIPES))}"
+            f"no method {name!r} has these settings", where="recipe.name", hint=f"choose one of {', '.join(sorted(RECIPES))}"
         )
     try:
         found = importlib.import_module(module)
     except ModuleNotFoundError as error:
         if error.name != module:
             raise
-        raise ConfigError(f"no method {name!r}", where="recipe.name", mend=f"write {module}, or choose another") from None
+        raise ConfigError(f"no method {name!r}", where="recipe.name", hint=f"write {module}, or choose another") from None
     recipe: Recipe = found.build(config, config.recipe)
     return recipe

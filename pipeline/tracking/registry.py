@@ -40,6 +40,6 @@ def register(shipper: Shipper, folder: Path, model: str) -> int:
         raise LaunchError(
             f"MLflow did not take the model ({str(error).splitlines()[0][:160]})",
             where=f"--register {model}",
-            mend="the export itself is whole; is the server up, and does it keep a registry? Try again with --overwrite",
+            hint="the export itself is whole; is the server up, and does it keep a registry? Try again with --overwrite",
         ) from error
     return int(found.version)

@@ -46,9 +46,9 @@ def initialize(model: nn.Module, optimizer: torch.optim.Optimizer, config: dict[
         raise TrainingError(
             f"accelerate sees {found} ranks by way of {kind}, but there are {dist.get_world_size()} and DeepSpeed is wanted",
             where="launch.init",
-            mend="set launch.init=deepspeed",
+            hint="set launch.init=deepspeed",
         )
     engine, _ = accelerator.prepare(model, optimizer)
     if rounded := next((name for name, p in model.named_parameters() if p.dtype != torch.float32), None):
-        raise TrainingError("accelerate rounded the weights", where=f"parameter {rounded}", mend="set launch.init=deepspeed")
+        raise TrainingError("accelerate rounded the weights", where=f"parameter {rounded}", hint="set launch.init=deepspeed")
     return engine

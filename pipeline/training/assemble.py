@@ -112,7 +112,7 @@ def prepare_towers(recipe: Recipe, config: Config) -> None:
     """
     if config.train.fp8 != "off" and torch.cuda.is_available() and torch.cuda.get_device_capability() < (8, 9):
         raise ConfigError(
-            f"{torch.cuda.get_device_name()} has no products of 8-bit floats", where="train.fp8", mend="set train.fp8=off"
+            f"{torch.cuda.get_device_name()} has no products of 8-bit floats", where="train.fp8", hint="set train.fp8=off"
         )
     teachers = list(recipe.teacher.modules.values()) if recipe.teacher is not None else []
     towers = [m for root in (recipe, *teachers) for m in root.modules() if isinstance(m, VisionTower | TextTower)]
@@ -123,7 +123,7 @@ def prepare_towers(recipe: Recipe, config: Config) -> None:
     if not config.train.compile:
         return
     if not torch.cuda.is_available() and shutil.which("g++") is None and shutil.which("c++") is None:
-        raise ConfigError("there is no C++ compiler", where="train.compile", mend="install g++, or set train.compile=false")
+        raise ConfigError("there is no C++ compiler", where="train.compile", hint="install g++, or set train.compile=false")
     for tower in towers:
         for block in _blocks(tower):
             block.compile(mode="reduce-overhead" if config.train.graphs else None)
@@ -201,7 +201,7 @@ def assemble(
         raise ConfigError(
             f"the method {'reads' if recipe.text else 'does not read'} text, but its settings say otherwise",
             where=f"{type(config.recipe).__name__}.reads_text",
-            mend="Both must agree: the settings decide before the start which samples are left out for want of a caption.",
+            hint="Both must agree: the settings decide before the start which samples are left out for want of a caption.",
         )
     dataset = Portions(
         reader,
@@ -249,7 +249,7 @@ def assemble(
             raise TrainingError(
                 "the loss is not finite and there is no checkpoint to go back to",
                 where=str(run.checkpoints),
-                mend="lower optim.lr or lengthen schedule.lr.warmup, or save more often with checkpoint.every",
+                hint="lower optim.lr or lengthen schedule.lr.warmup, or save more often with checkpoint.every",
             )
         return _restore(read(Path(chosen[0])), engine, recipe, ledger, inputs, config.checkpoint.allow_data_change)
 

@@ -299,7 +299,7 @@ class Checkpoints:
         return CheckpointError(
             f"the checkpoint could not be written ({told})",
             where=str(pending.temporary),
-            mend="free space or mend the directory; the last good checkpoint is untouched and the run resumes from it",
+            hint="free space or hint the directory; the last good checkpoint is untouched and the run resumes from it",
         )
 
 
@@ -333,7 +333,7 @@ class _Pieces:
                 try:
                     self._begins.append(begins(self._files[-1]))
                 except ValueError as error:
-                    raise CheckpointError(f"header unreadable, {error}", where=str(path), mend=_ANOTHER) from error
+                    raise CheckpointError(f"header unreadable, {error}", where=str(path), hint=_ANOTHER) from error
                 for name, (start, length) in table.items():
                     self._where.setdefault(name, []).append((start, length, rank))
             self.close = opened.pop_all().close
@@ -364,7 +364,7 @@ class _Pieces:
                     wanted = wanted[count:]
                 left -= high - low - len(wanted) // _FP32
         if left:
-            raise CheckpointError(f"{left} elements of {kind}/{name} are not in it", where=str(self._path), mend=_ANOTHER)
+            raise CheckpointError(f"{left} elements of {kind}/{name} are not in it", where=str(self._path), hint=_ANOTHER)
 
     def read(self, kind: str, name: str, start: int, length: int) -> Tensor:
         """Elements ``start`` to ``start + length`` of a flattened tensor, fp32 ``[length]``."""
@@ -412,7 +412,7 @@ def _compare(ours: dict[str, list[int]], theirs: dict[str, list[int]], where: Pa
         raise CheckpointError(
             f"{len(different)} tensors differ, the first is {first}: {there} in the checkpoint, {here} in this run",
             where=str(where),
-            mend="resume with the config it was written with, or start a new run",
+            hint="resume with the config it was written with, or start a new run",
         )
 
 

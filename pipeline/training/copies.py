@@ -145,7 +145,7 @@ def fetch(target: str, directory: Path, storage: Storage) -> tuple[Saved | None,
         raise CheckpointError(
             f"none of the {len(found)} copies is whole; the newest: {complaints[0]}",
             where=target,
-            mend="start anew with another run.name, or with checkpoint.copy_to=null",
+            hint="start anew with another run.name, or with checkpoint.copy_to=null",
         )
     return None, []
 
@@ -165,12 +165,12 @@ def _fetch(folder: str, name: str, manifest: dict[str, Any], directory: Path, st
         temporary.rename(directory / name)
         sync(directory)
     except NotThere as error:
-        raise CheckpointError("a file of it is missing", where=error.where, mend="an older one is taken") from error
+        raise CheckpointError("a file of it is missing", where=error.where, hint="an older one is taken") from error
     except OSError as error:
         raise DataError(
             f"a checkpoint cannot be brought here ({error.strerror})",
             where=str(temporary),
-            mend="Free space, or check permissions.",
+            hint="Free space, or check permissions.",
         ) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)

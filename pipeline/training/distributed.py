@@ -61,7 +61,7 @@ def join(
     gpus = torch.cuda.device_count()
     chosen = backend if backend != "auto" else ("nccl" if gpus else "gloo")
     if chosen == "nccl" and not gpus:
-        raise LaunchError("NCCL needs a GPU and there is none", where="launch.backend", mend="set launch.backend=gloo")
+        raise LaunchError("NCCL needs a GPU and there is none", where="launch.backend", hint="set launch.backend=gloo")
     device = torch.device("cuda", local_rank % gpus) if chosen == "nccl" else torch.device("cpu")
     if device.type == "cuda":
         torch.cuda.set_device(device)
@@ -75,7 +75,7 @@ def join(
         raise LaunchError(
             f"rank {rank} of {size} did not meet the others ({str(error).splitlines()[0]})",
             where=f"{address}:{port}",
-            mend="see the other ranks' logs; the port must be free and reachable",
+            hint="see the other ranks' logs; the port must be free and reachable",
         ) from error
     return World(rank, size, local_rank, device, control, local_size)
 

@@ -334,13 +334,13 @@ def _check(recipe: Recipe, groups: list[ParameterGroup]) -> None:
             raise TrainingError(
                 "a parameter is 0-dimensional or not contiguous, which DeepSpeed cannot shard",
                 where=f"parameter {name}",
-                mend="give it shape [1], or call .contiguous() in the recipe",
+                hint="give it shape [1], or call .contiguous() in the recipe",
             )
         if grouped[id(p)] != p.requires_grad:
             raise TrainingError(
                 f"a {'trainable' if p.requires_grad else 'frozen'} parameter is in {grouped[id(p)]} parameter groups",
                 where=f"parameter {name}",
-                mend="parameter_groups() of the recipe must list each trainable one exactly once, and no other",
+                hint="parameter_groups() of the recipe must list each trainable one exactly once, and no other",
             )
 
 

@@ -56,10 +56,10 @@ def lines(file: Path, *, what: str, place: str = "") -> list[str]:
     try:
         found = [line.strip() for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
     except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"the {what} cannot be read ({error})", where=str(file), mend="Name a text file.") from error
+        raise ConfigError(f"the {what} cannot be read ({error})", where=str(file), hint="Name a text file.") from error
     if not found or any(place not in line for line in found):
         told = f", each with {place}" if place else ""
-        raise ConfigError(f"no {what}", where=str(file), mend=f"Write one a line{told}.")
+        raise ConfigError(f"no {what}", where=str(file), hint=f"Write one a line{told}.")
     return found
 
 

@@ -34,14 +34,14 @@ class Failure:
     """What an exception means.
 
     Attributes:
-        what, mend: for the message.
+        what, hint: for the message.
         code: exit code of the process.
         because_of_others: whether it may only be the echo of another rank's failure.
         expected: whether the message tells all, so that nobody needs a traceback.
     """
 
     what: str
-    mend: str = ""
+    hint: str = ""
     code: int = 1
     because_of_others: bool = False
     expected: bool = True
@@ -60,8 +60,8 @@ def read(error: BaseException, facts: dict[str, Any]) -> Failure:
     if isinstance(error, torch.OutOfMemoryError):
         return Failure(f"out of GPU memory: {text[:300]}", _LESS.format(**facts))
     if isinstance(error, MemoryError) or any(sign in text.lower() for sign in _HOST_MEMORY):
-        mend = f"lower data.prefetch or data.workers, or {_LESS.format(**facts)}"
-        return Failure(f"out of memory of the machine: {text[:300] or type(error).__name__}", mend)
+        hint = f"lower data.prefetch or data.workers, or {_LESS.format(**facts)}"
+        return Failure(f"out of memory of the machine: {text[:300] or type(error).__name__}", hint)
     broken = isinstance(error, dist.DistError) or (
         isinstance(error, RuntimeError) and any(sign in text.lower() for sign in _COLLECTIVE)
     )
@@ -75,7 +75,7 @@ def tell(error: BaseException, watchdog: Watchdog, facts: dict[str, Any]) -> int
     failure = read(error, facts)
     phase, step = watchdog.place
     place = f"rank {watchdog.rank}, {phase}, step {step}"
-    what, mend = failure.what, failure.mend
+    what, hint = failure.what, failure.hint
     cause = claims.claimed(watchdog.folder) if not failure.because_of_others else _wait_for_claim(watchdog, 1.5)
     if failure.because_of_others and cause is None:
         timed_out = "timed out" in what.lower() or "timeout" in what.lower()
@@ -85,12 +85,12 @@ def tell(error: BaseException, watchdog: Watchdog, facts: dict[str, Any]) -> int
             known = [rank for rank in blamed if rank != watchdog.rank]
             logs = f"; see the log of rank {known[0]} and of its machine" if known else ""
             reason = "a collective took longer than launch.timeout" if timed_out else "the connection to another rank broke"
-            what, mend = f"{reason}: {sentence}", f"the same command resumes{logs}"
+            what, hint = f"{reason}: {sentence}", f"the same command resumes{logs}"
     own: dict[str, Any] = {"rank": watchdog.rank, "what": what, "code": failure.code, "kind": type(error).__name__, "step": step}
     if cause is None and claims.claim(watchdog.folder, own):
         if not failure.expected:
             traceback.print_exception(error)
-        _say(f"error: {place}: {what}" + (f". {mend}" if mend else ""))
+        _say(f"error: {place}: {what}" + (f". {hint}" if hint else ""))
         return failure.code
     cause = cause or _wait_for_claim(watchdog, 1.0) or own
     with contextlib.suppress(OSError), watchdog.stacks.open("a") as file:
@@ -100,7 +100,7 @@ def tell(error: BaseException, watchdog: Watchdog, facts: dict[str, Any]) -> int
     if failure.because_of_others or cause["what"] == what or same:
         _say(f"rank {watchdog.rank} ends because of rank {cause['rank']}: {cause['what']}")
         return int(cause["code"])
-    _say(f"error: {place}, after rank {cause['rank']} had failed: {what}" + (f". {mend}" if mend else ""))
+    _say(f"error: {place}, after rank {cause['rank']} had failed: {what}" + (f". {hint}" if hint else ""))
     return failure.code
 
 

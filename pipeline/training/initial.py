@@ -83,7 +83,7 @@ def find(name: str) -> Source:
         raise CheckpointError(
             "weights are read from this machine's files only" if "://" in name else "there is no such file or directory",
             where=f"init_from.source={name}",
-            mend="download them first and give their path" if "://" in name else "give a run, a checkpoint or a file of weights",
+            hint="download them first and give their path" if "://" in name else "give a run, a checkpoint or a file of weights",
         )
     if path.is_file():
         if path.suffix in _FILES:
@@ -98,7 +98,7 @@ def find(name: str) -> Source:
     raise CheckpointError(
         "this is neither a run with checkpoints, nor a checkpoint, nor a file of weights",
         where=f"init_from.source={name}",
-        mend=f"give a run's directory, one of its checkpoints/step_…, or a file that ends in {', '.join(_FILES)}",
+        hint=f"give a run's directory, one of its checkpoints/step_…, or a file that ends in {', '.join(_FILES)}",
     )
 
 
@@ -176,7 +176,7 @@ def student_tower(recipe: Recipe) -> tuple[str, VisionTower]:
         raise ConfigError(
             f"the method trains {len(towers)} vision towers ({', '.join(towers)})",
             where="init_from.source",
-            mend="set it to null",
+            hint="set it to null",
         )
     return name, towers[name]
 
@@ -186,7 +186,7 @@ def _matched(recipe: Recipe, source: Source, settings: InitSettings, *, shapes_o
     name, tower = student_tower(recipe)
     if settings.heads and source.saved is None:
         raise CheckpointError(
-            "only checkpoints of fovea hold heads", where=f"init_from.source={source.name}", mend="set init_from.heads=false"
+            "only checkpoints of fovea hold heads", where=f"init_from.source={source.name}", hint="set init_from.heads=false"
         )
     state, rest, notes = _read(source, settings.network, shapes_only)
     fitted = fit(state, tower, where=f"init_from.source={source.name}")
@@ -233,7 +233,7 @@ def _split(state: dict[str, Tensor], source: Source) -> tuple[dict[str, Tensor],
     tower = "backbone" if "backbone" in names else names[0] if len(names) == 1 else None
     if tower is None:
         raise CheckpointError(
-            f"the checkpoint holds {len(names)} vision towers", where=f"init_from.source={source.name}", mend="name another"
+            f"the checkpoint holds {len(names)} vision towers", where=f"init_from.source={source.name}", hint="name another"
         )
     inside = {name.removeprefix(f"{tower}."): tensor for name, tensor in state.items() if name.startswith(f"{tower}.")}
     trained = source.saved.manifest["shapes"] if source.saved is not None else {}
@@ -245,7 +245,7 @@ def _ours(found: Saved, network: str, shapes_only: bool) -> dict[str, Tensor]:
     state = _shapes(found, network) if shapes_only else dict(read(found))
     if not state:
         raise CheckpointError(
-            f"the checkpoint holds no {network}", where=str(found.path), mend="set init_from.network=student, or name another"
+            f"the checkpoint holds no {network}", where=str(found.path), hint="set init_from.network=student, or name another"
         )
     return state
 
@@ -285,10 +285,10 @@ def _of_file(path: Path, shapes_only: bool) -> Mapping[str, Any]:
         raise CheckpointError(
             f"it cannot be read as tensors ({str(error).partition(chr(10))[0]})",
             where=str(path),
-            mend="download it again, or name another",
+            hint="download it again, or name another",
         ) from error
     if not isinstance(state, Mapping):
-        raise CheckpointError("it holds no tensors by name", where=str(path), mend="give a state dict")
+        raise CheckpointError("it holds no tensors by name", where=str(path), hint="give a state dict")
     return state
 
 
@@ -300,7 +300,7 @@ def _of_timm(source: Source) -> dict[str, Tensor]:
         raise CheckpointError(
             f"timm has no weights for {name!r}",
             where=f"init_from.source={source.name}",
-            mend="see timm.list_models(pretrained=True), or give a file",
+            hint="see timm.list_models(pretrained=True), or give a file",
         )
     try:
         # With its classifier, which goes afterwards: asked for no classes, timm takes files that lack any tensor at all.
@@ -309,7 +309,7 @@ def _of_timm(source: Source) -> dict[str, Tensor]:
         raise CheckpointError(
             f"timm cannot fetch the weights of {name!r}, or they are not whole ({' '.join(str(error).split())[:200]})",
             where=f"init_from.source={source.name}",
-            mend="download them where there is a network and give the file's path, or set HF_HOME to a folder that holds them",
+            hint="download them where there is a network and give the file's path, or set HF_HOME to a folder that holds them",
         ) from error
     model.reset_classifier(0)
     state: dict[str, Tensor] = model.state_dict()

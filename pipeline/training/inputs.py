@@ -97,7 +97,7 @@ def _index(
         raise DataError(
             f"the index of the shards cannot be kept here ({error.strerror})",
             where=str(directory),
-            mend="set data.index to a folder",
+            hint="set data.index to a folder",
         ) from error
     with lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
@@ -115,7 +115,7 @@ def prepare(config: Config, world: int, progress: Callable[[int, int, Any], None
         progress: told of each shard indexed.
 
     Raises:
-        DataError, ConfigError: with what is wrong and how to mend it.
+        DataError, ConfigError: with what is wrong and how to fix it.
     """
     require = ("caption",) if config.recipe.reads_text and config.data.missing_caption == "exclude" else ()
     urls, sources = _found(config)
@@ -131,7 +131,7 @@ def prepare(config: Config, world: int, progress: Callable[[int, int, Any], None
         raise ConfigError(
             f"{batch} samples do not divide by {world} ranks times {micro}",
             where="train.micro_batch",
-            mend=f"choose a divisor of {batch // world}",
+            hint=f"choose a divisor of {batch // world}",
         )
     inputs = Inputs(train, None, None, order, sources)
     return replace(inputs, **judged(config, train, progress)) if config.evaluation.enabled else inputs
@@ -162,7 +162,7 @@ def judged(
             raise DataError(
                 "no labelled shards to judge by lie beside the training shards",
                 where=f"evaluation.knn.val_shards, by default {config.validation_shards[0]}",
-                mend="name some, or leave judging out: evaluation.knn.enabled=false",
+                hint="name some, or leave judging out: evaluation.knn.enabled=false",
             ) from error
     s = config.evaluation.segmentation
     if s.enabled:
@@ -190,7 +190,7 @@ def _found(config: Config) -> tuple[list[str], tuple[Source, ...]]:
                 raise DataError(
                     f"the data sets {owner[storage.absolute(url)]!r} and {given.name!r} share a shard",
                     where=url,
-                    mend="Give each shard to one set of data.sources; repeat or weight say how often it is seen.",
+                    hint="Give each shard to one set of data.sources; repeat or weight say how often it is seen.",
                 )
         sources.append(Source(given.name, len(urls), len(own), given.weight, given.repeat or 1.0))
         urls += own
@@ -253,7 +253,7 @@ def check_data(saved: Saved, inputs: Inputs, *, allow: bool = False) -> str:
     raise CheckpointError(
         f"the data of this run have changed ({told})",
         where=str(saved.path),
-        mend=f"resume over the {data['samples']} samples it was trained on, or start a new run in another run.directory{consent}",
+        hint=f"resume over the {data['samples']} samples it was trained on, or start a new run in another run.directory{consent}",
     )
 
 

@@ -35,7 +35,7 @@ class LeftOut:
             raise TrainingError(
                 f"the list of steps to leave out cannot be read ({error})",
                 where=str(path),
-                mend="delete it to train on all steps",
+                hint="delete it to train on all steps",
             ) from error
 
     def __contains__(self, step: int) -> bool:

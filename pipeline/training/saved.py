@@ -96,7 +96,7 @@ def read(path: Path) -> Saved:
     except (OSError, ValueError, AttributeError):
         problem = "its manifest cannot be read"
     raise CheckpointError(
-        f"this is no whole checkpoint: {problem}", where=str(path / MANIFEST), mend="name a directory step_… of a run"
+        f"this is no whole checkpoint: {problem}", where=str(path / MANIFEST), hint="name a directory step_… of a run"
     )
 
 
@@ -141,7 +141,7 @@ def newest(directory: Path, *, begun_at: Path | None = None) -> tuple[Saved | No
         raise CheckpointError(
             f"none of the {len(saved) + len(unreadable)} checkpoints is whole; the newest: {complaints[-len(saved)]}",
             where=str(directory),
-            mend="restore one from a copy, or start anew in another run.directory",
+            hint="restore one from a copy, or start anew in another run.directory",
         )
     return None, complaints
 
@@ -168,7 +168,7 @@ def verify(saved: Saved) -> None:
         raise CheckpointError(
             f"format {saved.manifest.get('format')!r}, this fovea reads {FORMAT}",
             where=str(saved.path),
-            mend="use the version of fovea that wrote it",
+            hint="use the version of fovea that wrote it",
         )
     for known in saved.manifest["files"]:
         path = saved.path / known["name"]
@@ -179,5 +179,5 @@ def verify(saved: Saved) -> None:
         if now != known:
             problem = now.get("problem") or ("its bytes have changed" if now["size"] == known["size"] else "its size is wrong")
             raise CheckpointError(
-                f"the checkpoint is damaged ({problem})", where=str(path), mend="an older one is taken if there is one"
+                f"the checkpoint is damaged ({problem})", where=str(path), hint="an older one is taken if there is one"
             )

@@ -45,7 +45,7 @@ class Curve:
         if self.warmup < 0 or self.length < 0 or (self.shape != "constant" and self.warmup > self.length):
             raise ConfigError(
                 f"a warm-up of {self.warmup} samples in a curve of {self.length}",
-                mend="make the warm-up shorter or the run longer",
+                hint="make the warm-up shorter or the run longer",
             )
 
     def at(self, samples_seen: int, global_batch: int) -> float:
@@ -119,7 +119,7 @@ class Schedules:
                 raise ConfigError(
                     f"a warm-up of {warmup} samples in a run of {length}",
                     where=f"schedule.{key}.warmup",
-                    mend="make it shorter, or train.length longer",
+                    hint="make it shorter, or train.length longer",
                 )
             return Curve(start, peak, end, warmup, length, rest.shape)
 

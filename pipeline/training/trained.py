@@ -30,7 +30,7 @@ def newest(run: Path) -> Saved:
         raise CheckpointError(
             "the run has no checkpoint yet",
             where=str(RunDirectory(run).checkpoints),
-            mend="Let it train until its first checkpoint (checkpoint.every), or name another run.",
+            hint="Let it train until its first checkpoint (checkpoint.every), or name another run.",
         )
     return found
 
@@ -84,5 +84,5 @@ def _fitting(own: Mapping[str, Tensor], trainable: set[str], saved: Saved, whose
             f"{len(wrong)} of the {whose} weights do not fit, the first is {first}: "
             f"{theirs.get(first, 'absent')} in the checkpoint, {ours[first]} by the settings",
             where=str(saved.path),
-            mend="Evaluate with the settings it was trained with: leave model.* and recipe.* as they are.",
+            hint="Evaluate with the settings it was trained with: leave model.* and recipe.* as they are.",
         )

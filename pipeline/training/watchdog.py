@@ -28,7 +28,7 @@ from typing import IO
 from pipeline.training import claims
 
 BACKSTOP = 60.0  # seconds beyond a limit after which a process is ended whose Python runs no thread any more
-RESTART = 75  # the exit code of what a new attempt may mend (EX_TEMPFAIL of sysexits.h)
+RESTART = 75  # the exit code of what a new attempt may fix (EX_TEMPFAIL of sysexits.h)
 START, DATA, COMPUTE, STEP, TEACHER, LOG = "start", "data", "forward and backward", "step", "teacher", "log"
 EVALUATE, CHECKPOINT, END = "evaluation", "checkpoint", "end"
 _LOOP = (DATA, COMPUTE, STEP, TEACHER, LOG)

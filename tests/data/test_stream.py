@@ -296,7 +296,7 @@ def test_too_many_bad_samples_stop_the_run_with_their_names(clean: dict[int, Bat
             done.append(step)
     assert done == [0]
     assert clean[1].keys[2] in caught.value.where
-    assert str(path) in caught.value.mend
+    assert str(path) in caught.value.hint
     assert len(path.read_text().splitlines()) == 3
 
 

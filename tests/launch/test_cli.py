@@ -88,7 +88,7 @@ def test_debug_shows_where_a_mistake_was_found(capsys: pytest.CaptureFixture[str
     assert "Traceback" not in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(("error", "code"), [(FoveaError("[x] = 3", where="a.yaml:1:2", mend="Do."), 2), (TrainingError("y"), 1)])
+@pytest.mark.parametrize(("error", "code"), [(FoveaError("[x] = 3", where="a.yaml:1:2", hint="Do."), 2), (TrainingError("y"), 1)])
 def test_the_exit_code_is_the_errors_own(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], error: FoveaError, code: int
 ) -> None:

@@ -1,4 +1,4 @@
-"""What cannot work is refused in a sentence: what, where and how to mend it, with exit code 2, before any rank starts."""
+"""What cannot work is refused in a sentence: what, where and how to fix it, with exit code 2, before any rank starts."""
 
 from __future__ import annotations
 

@@ -124,7 +124,7 @@ def test_changed_data_are_refused_by_what_changed(
     save(run.checkpoints, 10, config, inputs, data={**data_identity(inputs), "samples": 60, name: value})
     with pytest.raises(CheckpointError, match=rf"{name} was {value!r} and is") as caught:
         choose_checkpoint(config, run, inputs)
-    assert "60 samples" in caught.value.mend
+    assert "60 samples" in caught.value.hint
 
 
 def test_another_set_of_shards_is_other_data(text: Path, shards: Path, config: Config, inputs: Inputs, run: RunDirectory) -> None:
@@ -150,7 +150,7 @@ def test_never_means_that_nothing_is_there(text: Path, shards: Path, config: Con
     save(run.checkpoints, 10, config, inputs)
     with pytest.raises(CheckpointError, match=r"checkpoint\.resume=never") as caught:
         choose_checkpoint(never, run, inputs)
-    assert "run.directory" in caught.value.mend
+    assert "run.directory" in caught.value.hint
 
 
 def test_a_path_names_one_checkpoint_of_any_run(
@@ -168,7 +168,7 @@ def test_a_path_names_one_checkpoint_of_any_run(
     nowhere = settings(text, shards, f"checkpoint.resume={tmp_path}")
     with pytest.raises(CheckpointError, match="manifest cannot be read") as caught:
         choose_checkpoint(nowhere, run, inputs)
-    assert "step_" in caught.value.mend
+    assert "step_" in caught.value.hint
 
 
 def test_a_path_is_where_the_run_begins_and_what_came_of_it_is_gone_on_with(

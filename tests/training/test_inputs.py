@@ -94,7 +94,7 @@ def test_numbers_that_do_not_divide_are_refused_with_those_that_do(shards: Path,
             2,
         )
     assert caught.value.where == "train.micro_batch"
-    assert "divisor of 8" in caught.value.mend
+    assert "divisor of 8" in caught.value.hint
 
 
 def test_no_shards_few_samples_and_no_place_for_the_index_are_refused(shards: Path, tmp_path: Path) -> None:
@@ -105,7 +105,7 @@ def test_no_shards_few_samples_and_no_place_for_the_index_are_refused(shards: Pa
     (tmp_path / "file").write_text("")
     with pytest.raises(DataError, match="cannot be kept here") as caught:
         prepare(settings(shards, tmp_path, f"data.index={tmp_path / 'file'}"), 2)
-    assert "data.index" in caught.value.mend
+    assert "data.index" in caught.value.hint
 
 
 # ---- several data sets --------------------------------------------------------------------------------------------------
@@ -231,7 +231,7 @@ def test_changed_data_are_refused_with_the_shards_that_differ(three: Path, tmp_p
     assert "1 new: scenes-train-00007.tar (15)" in told
     assert "1 changed: scenes-train-00002.tar (20 samples, " in told
     assert "scenes-train-00000.tar" not in told
-    assert "checkpoint.allow_data_change=true" in caught.value.mend
+    assert "checkpoint.allow_data_change=true" in caught.value.hint
     shutil.rmtree(tmp_path / "run" / "data")  # a checkpoint that was copied without the rest of its run
     with pytest.raises(CheckpointError, match="60 samples then, 50 in 3 shards now"):
         check_data(saved, prepare(config, 2))
@@ -271,7 +271,7 @@ def test_what_is_no_data_is_never_accepted(shards: Path, tmp_path: Path, name: s
     saved = checkpoint(RunDirectory(tmp_path / "run"), config, prepare(config, 2), **{name: value})
     with pytest.raises(CheckpointError, match=f"{name} was {value}") as caught:
         check_data(saved, prepare(config, 2), allow=True)
-    assert "allow_data_change" not in caught.value.mend
+    assert "allow_data_change" not in caught.value.hint
 
 
 class Nothing:

@@ -54,7 +54,7 @@ class ShardCache:
             raise DataError(
                 f"cannot keep shards ({error.strerror})",
                 where=str(folder),
-                mend="Set data.storage.cache to a folder on a local disk.",
+                hint="Set data.storage.cache to a folder on a local disk.",
             ) from error
         self.floor = floor
         held = sum(size for _, size, _ in self._files())
@@ -100,7 +100,7 @@ class ShardCache:
                         raise CacheFull(str(error)) from error
                     raise
                 if os.fstat(descriptor).st_size != about.size:
-                    raise DataError("download has the wrong size", where=about.url, mend="Try again.")
+                    raise DataError("download has the wrong size", where=about.url, hint="Try again.")
                 os.replace(self._temporary(final), final)
         with contextlib.suppress(OSError):
             os.utime(final)

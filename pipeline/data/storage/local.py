@@ -25,9 +25,9 @@ def stat(url: str) -> ObjectStat:
     try:
         info = os.stat(path)
     except OSError as error:
-        raise DataError(f"cannot be read ({error.strerror})", where=url, mend="Check the path and its permissions.") from error
+        raise DataError(f"cannot be read ({error.strerror})", where=url, hint="Check the path and its permissions.") from error
     if not modes.S_ISREG(info.st_mode):
-        raise DataError(describe(url), where=url, mend="Name a tar file.")
+        raise DataError(describe(url), where=url, hint="Name a tar file.")
     return ObjectStat(url, info.st_size, str(info.st_mtime_ns))
 
 
@@ -42,12 +42,12 @@ def read(url: str, offset: int, length: int) -> bytes:
     try:
         data = _FILES.get(local_path(url)).read(offset, length)
     except OSError as error:
-        raise DataError(f"cannot be read ({error.strerror})", where=url, mend="Check the path and its permissions.") from error
+        raise DataError(f"cannot be read ({error.strerror})", where=url, hint="Check the path and its permissions.") from error
     if len(data) != length:
         raise DataError(
             f"ends at byte {offset + len(data)}, {length - len(data)} bytes short",
             where=url,
-            mend="The shard was cut or replaced: copy it again and rebuild the index.",
+            hint="The shard was cut or replaced: copy it again and rebuild the index.",
         )
     return data
 

@@ -71,7 +71,7 @@ class Remote:
         """First contact with a bucket: one request, one retry, an answer within ten seconds.
 
         Raises:
-            DataError: no credentials, wrong ones, no such bucket, or nobody there; with the mend.
+            DataError: no credentials, wrong ones, no such bucket, or nobody there; with the hint.
         """
         place = split(url)
         if place.kind == "https" and (glob.has_magic(place.key) or url.endswith("/")):
@@ -176,9 +176,9 @@ class Remote:
 
         place, part = split(url), self._settings.part_mb << 20
         if place.kind == "https":
-            raise DataError("a web server takes no files", where=url, mend="Name a bucket or a folder.")
+            raise DataError("a web server takes no files", where=url, hint="Name a bucket or a folder.")
         if not path.is_file():
-            raise DataError("is no file that could be copied", where=str(path), mend="Was it deleted meanwhile?")
+            raise DataError("is no file that could be copied", where=str(path), hint="Was it deleted meanwhile?")
         parallel = self._settings.parallel
         self._patiently(
             url, place, lambda store: obstore.put(store, place.key, path, chunk_size=max(part, 5 << 20), max_concurrency=parallel)
@@ -221,7 +221,7 @@ class Remote:
     def _patiently(self, url: str, place: Place, act: Callable[[Any], _Value]) -> _Value:
         """Acts, and goes on trying while storage is away: back-off up to half a minute, until the grace is used up."""
         if os.getpid() != self._pid:
-            raise DataError("object storage was used before this process was forked", where=url, mend="Start processes by spawn.")
+            raise DataError("object storage was used before this process was forked", where=url, hint="Start processes by spawn.")
         begin, pause = time.monotonic(), 0.5
         while True:
             try:
@@ -292,9 +292,9 @@ class Remote:
         if kind == "PreconditionError":
             return _changed(url)
         if "NoSuchBucket" in text:
-            return DataError(f"bucket {place.root} does not exist", where=url, mend="Check its name and the endpoint.")
+            return DataError(f"bucket {place.root} does not exist", where=url, hint="Check its name and the endpoint.")
         if isinstance(error, FileNotFoundError):
-            return NotThere("shard does not exist", where=url, mend="Check the path and the range of the pattern.")
+            return NotThere("shard does not exist", where=url, hint="Check the path and the range of the pattern.")
         away = StorageAway if waited is not None else DataError
         spent = f" for {waited:.0f} s" if waited else ""
         keys = {
@@ -305,15 +305,15 @@ class Remote:
         if any(
             word in text for word in ("169.254.169.254", "169.254.170.2", "metadata.google", "NoCredentials", "redentialProvider")
         ):
-            return away(f"no credentials were found for {place.root}{spent}", where=url, mend=keys)
+            return away(f"no credentials were found for {place.root}{spent}", where=url, hint=keys)
         if kind in ("PermissionDeniedError", "UnauthenticatedError") or "status code: 403" in text or "status code: 401" in text:
-            return away(f"access was refused{spent} ({_short(error)})", where=url, mend=keys)
+            return away(f"access was refused{spent} ({_short(error)})", where=url, hint=keys)
         endpoint = self._settings.endpoint or os.environ.get("AWS_ENDPOINT_URL")
         through = f" (endpoint {endpoint})" if endpoint and place.kind == "s3" else ""
-        mend = "Check the network, data.storage.endpoint or AWS_ENDPOINT_URL, and the region."
+        hint = "Check the network, data.storage.endpoint or AWS_ENDPOINT_URL, and the region."
         if isinstance(error, TimeoutError) and place.kind == "s3" and not through and not _has_keys():
-            return away("no credentials were found and nobody answered", where=url, mend=keys)
-        return away(f"{place.root}{through} did not answer{spent} ({_short(error)})", where=url, mend=mend)
+            return away("no credentials were found and nobody answered", where=url, hint=keys)
+        return away(f"{place.root}{through} did not answer{spent} ({_short(error)})", where=url, hint=hint)
 
 
 class Scan:
@@ -361,14 +361,14 @@ def _strong(tag: str) -> bool:
 
 
 def _no_listing(url: str) -> DataError:
-    return DataError("a web server cannot be listed", where=url, mend="Name the shards with {00000..00099}.")
+    return DataError("a web server cannot be listed", where=url, hint="Name the shards with {00000..00099}.")
 
 
 def _changed(url: str) -> ShardChanged:
     return ShardChanged(
         "was replaced since it was indexed",
         where=url,
-        mend="Start again: the shard is indexed anew, and the run goes on if its samples are the same.",
+        hint="Start again: the shard is indexed anew, and the run goes on if its samples are the same.",
     )
 
 
@@ -394,11 +394,11 @@ def _profile_credentials() -> Any:
         from obstore.auth.boto3 import Boto3CredentialProvider
     except ImportError as error:
         raise DataError(
-            "credentials of ~/.aws need boto3", where="AWS_PROFILE", mend="pip install 'fovea[aws]', or set AWS_ACCESS_KEY_ID."
+            "credentials of ~/.aws need boto3", where="AWS_PROFILE", hint="pip install 'fovea[aws]', or set AWS_ACCESS_KEY_ID."
         ) from error
     try:
         return Boto3CredentialProvider()
     except Exception as error:
         raise DataError(
-            f"~/.aws gave no credentials ({_short(error)})", where="AWS_PROFILE", mend="Log in, or set keys."
+            f"~/.aws gave no credentials ({_short(error)})", where="AWS_PROFILE", hint="Log in, or set keys."
         ) from error

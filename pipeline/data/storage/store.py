@@ -78,7 +78,7 @@ class Storage:
         """First contact with every bucket that is named; quick, and with a message that helps.
 
         Raises:
-            DataError: what is wrong and how to mend it.
+            DataError: what is wrong and how to fix it.
         """
         seen = set()
         for url in urls:
@@ -151,7 +151,7 @@ class Storage:
             temporary.replace(target)
         except OSError as error:
             raise DataError(
-                f"cannot be written ({error.strerror})", where=url, mend="Free space, or check the permissions."
+                f"cannot be written ({error.strerror})", where=url, hint="Free space, or check the permissions."
             ) from error
 
     def get(self, url: str, path: Path) -> None:
@@ -170,9 +170,9 @@ class Storage:
                 self.remote.download(self.remote.stat(url), file.fileno())
                 os.fsync(file.fileno())
         except FileNotFoundError as error:
-            raise NotThere("does not exist", where=url, mend="Name another.") from error
+            raise NotThere("does not exist", where=url, hint="Name another.") from error
         except OSError as error:
-            raise DataError(f"cannot be copied ({error.strerror})", where=url, mend=f"Can {path} be written?") from error
+            raise DataError(f"cannot be copied ({error.strerror})", where=url, hint=f"Can {path} be written?") from error
 
     def delete(self, url: str) -> None:
         """Remove an object or a file; one that is not there is removed already.
@@ -186,7 +186,7 @@ class Storage:
         try:
             Path(local_path(url)).unlink(missing_ok=True)
         except OSError as error:
-            raise DataError(f"cannot be deleted ({error.strerror})", where=url, mend="Check the folder's permissions.") from error
+            raise DataError(f"cannot be deleted ({error.strerror})", where=url, hint="Check the folder's permissions.") from error
 
     def list(self, folder: str) -> list[str]:
         """URLs of all files below a folder, at any depth, sorted; none if there is no such folder.

@@ -1,0 +1,157 @@
+"""Checks and cleans what comes from outside: names, paths, addresses, text and JSON of files that somebody else may have written.
+
+One function per kind; every reader of foreign input calls these instead of checks of its own.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import stat
+from pathlib import Path
+from typing import Any
+
+from pipeline.errors import DataError, FoveaError
+
+MAX_NAME = 255  # bytes, the limit of common file systems
+MAX_JSON = 64 << 20  # bytes of a JSON document
+_MASK = "***"
+# Control characters, line and paragraph separators, marks that reorder text, lone surrogates.
+_UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff\ufeff]")
+_ADDRESS = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://[^\s'\"<>|]+")
+_USERINFO = re.compile(r"^([A-Za-z][A-Za-z0-9+.-]*://)([^/?#]*)@")
+_QUERY_VALUE = re.compile(r"([?&;][^=&;#\s]*=)[^&;#\s]*")
+
+
+def printable(text: str, *, limit: int = 0) -> str:
+    r"""Text that can be written to a terminal, a log or one line of a file.
+
+    Control characters (also C1, bidirectional marks, line separators) become ``\x1b``-style escapes, lone surrogates the
+    byte or code unit they stand for.
+
+    Args:
+        text: any string.
+        limit: the longest result in characters, the end replaced by an ellipsis; 0 for no limit.
+    """
+    if limit and len(text) > 4 * limit:
+        text = text[: 4 * limit]
+    clean = _UNPRINTABLE.sub(_escape, text)
+    return clean if not limit or len(clean) <= limit else clean[: max(limit - 1, 0)] + "…"
+
+
+def _escape(match: re.Match[str]) -> str:
+    code = ord(match[0])
+    if 0xDC80 <= code <= 0xDCFF:  # a byte that is no UTF-8, as surrogateescape keeps it
+        return f"\\x{code - 0xDC00:02x}"
+    return f"\\x{code:02x}" if code < 0x100 else f"\\u{code:04x}"
+
+
+def hide_secrets(text: str) -> str:
+    """Text with the user names, passwords and query values of all addresses in it replaced by ``***``.
+
+    Every address that leaves the process (messages, logs, reports, files of a run) passes through here.
+    """
+    return _ADDRESS.sub(lambda match: _hide(match[0]), text) if "://" in text else text
+
+
+def _hide(address: str) -> str:
+    return _QUERY_VALUE.sub(rf"\g<1>{_MASK}", _USERINFO.sub(rf"\g<1>{_MASK}@", address))
+
+
+def has_password(address: str) -> bool:
+    """Whether an address carries a user name or password (``scheme://user:password@host``)."""
+    return bool(_USERINFO.match(address))
+
+
+def plain_name(name: object, *, where: str, error: type[FoveaError] = DataError) -> str:
+    """The name, if it is a plain file name: no separators, no ``.`` or ``..``, printable, at most 255 bytes.
+
+    Args:
+        name: as read from a manifest, a table or a journal.
+        where: the file that names it, for the message.
+        error: class of the error.
+
+    Raises:
+        FoveaError: of class ``error``, if it is anything else.
+    """
+    if (
+        isinstance(name, str)
+        and name not in ("", ".", "..")
+        and not ("/" in name or "\\" in name or _UNPRINTABLE.search(name))
+        and len(name.encode("utf-8")) <= MAX_NAME
+    ):
+        return name
+    shown = printable(name, limit=80) if isinstance(name, str) else type(name).__name__
+    raise error(f"{shown!r} must be a plain file name", where=where, hint="The file is damaged or not to be trusted")
+
+
+def inside(path: str | os.PathLike[str], folder: Path, *, where: str, error: type[FoveaError] = DataError) -> Path:
+    """The resolved path, if it lies in the folder after all links were followed.
+
+    Args:
+        path: absolute, or relative to ``folder``.
+        folder: the only place it may lie in.
+        where: who names the path, for the message.
+        error: class of the error.
+
+    Raises:
+        FoveaError: of class ``error``, if it lies elsewhere or cannot be resolved.
+    """
+    root = folder.resolve()
+    try:
+        resolved = (root / path).resolve()
+    except (OSError, ValueError, RuntimeError):
+        resolved = None
+    if resolved is None or not resolved.is_relative_to(root):
+        raise error(
+            f"{printable(os.fspath(path), limit=200)!r} lies outside {printable(str(folder))}",
+            where=where,
+            hint="Only files below that folder are read",
+        )
+    return resolved
+
+
+def open_regular(path: Path, *, where: str = "", error: type[FoveaError] = DataError) -> int:
+    """Opens a regular file for reading without waiting and returns its descriptor; links are followed, anything else is refused.
+
+    A FIFO, a device or a socket would block or never end.
+
+    Raises:
+        FoveaError: of class ``error``, if it is no regular file.
+        OSError: it cannot be opened.
+    """
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    if stat.S_ISREG(os.fstat(descriptor).st_mode):
+        return descriptor
+    os.close(descriptor)
+    raise error(f"{printable(str(path))} must be a regular file", where=where, hint="Devices, pipes and folders are not read")
+
+
+def read_bytes(path: Path, *, limit: int, where: str = "", error: type[FoveaError] = DataError) -> bytes:
+    """The content of a regular file of at most ``limit`` bytes.
+
+    Raises:
+        FoveaError: of class ``error``, if it is larger or no regular file.
+        OSError: it cannot be read.
+    """
+    with os.fdopen(open_regular(path, where=where, error=error), "rb") as file:
+        content = file.read(limit + 1)
+    if len(content) > limit:
+        raise error(f"{printable(str(path))} must not be larger than {limit} bytes", where=where)
+    return content
+
+
+def read_json(path: Path, *, limit: int = MAX_JSON, error: type[FoveaError] = DataError) -> Any:
+    """A JSON document of a regular file, with every failure as one error.
+
+    Raises:
+        FoveaError: of class ``error``, if it is no JSON, too large or nested too deeply.
+        OSError: it cannot be read.
+    """
+    content = read_bytes(path, limit=limit, error=error)
+    try:
+        return json.loads(content)
+    except (ValueError, RecursionError) as cause:  # ValueError: also no UTF-8, and numbers of more than 4300 digits
+        reason = "nested too deeply" if isinstance(cause, RecursionError) else printable(str(cause), limit=120)
+        raise error(f"{printable(str(path))} must hold JSON ({reason})", hint="The file is damaged") from None
