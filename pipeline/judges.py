@@ -94,6 +94,11 @@ class RetrievalSettings(Settings):
 
     enabled: bool = Field(default=False, description="run this evaluation")
     every: Length = Field(default=Length(10, "epochs"), description=_EVERY)
+    merge_equal_captions: bool = Field(
+        default=False,
+        description="images that share a caption answer for each other; off is the published protocol (CLIP_benchmark), on is "
+        "for sets whose captions repeat, such as class names",
+    )
 
 
 class RobustnessSettings(Settings):

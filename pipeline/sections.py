@@ -28,9 +28,25 @@ class ModelSettings(Settings):
         description="patch embedding: one convolution, or a stack of 3x3 ones; of a ResNet, small is one 3x3 convolution and no "
         "pooling, for pictures of 32 pixels",
     )
+    init: Literal["timm", "dino", "mocov3", "open_clip", "simclr", "byol"] = Field(
+        default="timm",
+        description="whose released code the initial weights follow: timm is DINOv2's for transformers and torchvision's for "
+        "ResNets; dino draws larger tokens; mocov3 is Xavier-uniform; mocov3, simclr and byol start the last batch norm of a "
+        "ResNet's block at 0",
+    )
+    class_position: bool = Field(
+        default=False,
+        description="with registers and learned positions: the class token's position is a parameter of its own (DINOv2's "
+        "code) instead of part of the token (timm); exports merge the two",
+    )
     ffn: Literal["mlp", "swiglu"] = Field(default="mlp", description="kind of feed-forward layer")
     layer_scale: Positive | None = Field(default=1e-5, description="initial scale of a block's branches; null means none")
     drop_path: float = Field(default=0.0, ge=0, lt=1, description="probability of skipping a branch of the student")
+    drop_path_rates: Literal["constant", "linear"] = Field(
+        default="constant",
+        description="drop_path of each block: the same for all (DINOv2), or rising from 0 in the first to drop_path in the last "
+        "(DINO, DeiT)",
+    )
     drop_path_mode: Literal["subset", "rows"] = Field(
         default="subset",
         description="compute a branch for a fixed number of samples only (DINOv2, saves the work), or drop each sample by itself",

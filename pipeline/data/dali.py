@@ -111,7 +111,7 @@ class _Group:
 
     Attributes:
         views: their places in the plan.
-        size, normalize: as in :class:`ViewSpec`.
+        size, normalize, interpolation: as in :class:`ViewSpec`.
         kernel, threshold: of blur and solarization.
         fields: what the graph reads of the plan; an input that nobody reads is an error in DALI.
     """
@@ -121,6 +121,7 @@ class _Group:
     normalize: Normalize
     kernel: int | str
     threshold: int
+    interpolation: str
     fields: tuple[str, ...]
 
 
@@ -129,16 +130,18 @@ def _groups(specs: tuple[ViewSpec, ...], hue: str) -> list[_Group]:
     views = [(spec, spec.augment[v % len(spec.augment)]) for spec in specs for v in range(spec.count)]
     found: dict[Any, list[int]] = {}
     for index, (spec, augment) in enumerate(views):
-        found.setdefault((spec.size, spec.normalize, augment.blur_kernel, augment.solarize_threshold), []).append(index)
+        found.setdefault(
+            (spec.size, spec.normalize, augment.blur_kernel, augment.solarize_threshold, spec.interpolation), []
+        ).append(index)
     groups = []
-    for (size, normalize, kernel, threshold), members in found.items():
+    for (size, normalize, kernel, threshold, interpolation), members in found.items():
         augments = [views[index][1] for index in members]
         fields = ["start", "end", "flip"]
         if any(augment.jitter_p > 0 for augment in augments):
             fields += ["jitter", "brightness", "contrast", "saturation", *(["hue"] if hue != "off" else [])]
         for field, name in (("gray", "gray_p"), ("sigma", "blur_p"), ("solarize", "solarize_p")):
             fields += [field] if any(getattr(augment, name) > 0 for augment in augments) else []
-        groups.append(_Group(tuple(members), size, normalize, kernel, threshold, tuple(fields)))
+        groups.append(_Group(tuple(members), size, normalize, kernel, threshold, interpolation, tuple(fields)))
     return groups
 
 
@@ -151,7 +154,7 @@ def _graph(group: _Group, hue: str, device: str) -> Any:
         roi_start=fn.external_source(name="start", ndim=1, dtype=types.FLOAT, batch=True),
         roi_end=fn.external_source(name="end", ndim=1, dtype=types.FLOAT, batch=True),
         size=[group.size, group.size],
-        interp_type=types.INTERP_CUBIC,
+        interp_type=types.INTERP_CUBIC if group.interpolation == "bicubic" else types.INTERP_LINEAR,
         antialias=True,
     )
     if "jitter" in group.fields:

@@ -88,6 +88,7 @@ class ViewSpec:
         mask: block masks to draw for each view, if the method hides patches.
         normalize: with which numbers; CLIP has its own.
         boxes: whether the batch tells where in the picture each view was cut.
+        interpolation: how a crop is resized: bicubic, or bilinear as in the code of MoCo and SLIP; both antialiased.
         same_as: name of an earlier spec whose views these are once more: cut from the same places and mirrored alike, given the
             same scale, ratio and probability of a flip; ``None`` for places of their own.
     """
@@ -103,6 +104,7 @@ class ViewSpec:
     mask: MaskSpec | None = None
     normalize: Normalize = Normalize()
     boxes: bool = False
+    interpolation: Literal["bicubic", "bilinear"] = "bicubic"
     same_as: str | None = None
 
 

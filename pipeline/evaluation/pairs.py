@@ -72,11 +72,14 @@ class Retrieval:
     Args:
         pictures: with captions in their shards.
         reader: where the captions are read from.
+        merge: whether images that share a caption answer for each other, see :func:`numbered`.
         group: a gloo group, or ``None`` for the default.
     """
 
-    def __init__(self, pictures: Pictures, reader: Reader, *, group: dist.ProcessGroup | None = None) -> None:
-        self._pictures, self._reader, self._group = pictures, reader, group
+    def __init__(
+        self, pictures: Pictures, reader: Reader, *, merge: bool = False, group: dist.ProcessGroup | None = None
+    ) -> None:
+        self._pictures, self._reader, self._merge, self._group = pictures, reader, merge, group
 
     def __call__(self, subject: Subject) -> dict[str, float]:
         """``retrieval/image_to_text/recall@1`` and so on, see :func:`pipeline.evaluation.retrieval.retrieval`.
@@ -93,24 +96,36 @@ class Retrieval:
         captions = [record.captions for record in self._reader.fetch(np.array(found.ids, dtype=np.uint64))]
         if not captions or not all(captions):
             raise DataError("some samples have no caption", where="evaluation.retrieval", hint="judge shards that have them")
-        images, owners, texts = numbered(captions)
+        images, owners, texts = numbered(captions, merge=self._merge)
         with torch.inference_mode():
             parts = [subject.texts(texts[low : low + _TEXTS]).float().cpu() for low in range(0, len(texts), _TEXTS)]
         scores = retrieval(F.normalize(found.values, dim=1), torch.cat(parts), images, owners)
         return {f"retrieval/{name}": value for name, value in scores.items()}
 
 
-def numbered(captions: Sequence[Sequence[str]]) -> tuple[torch.Tensor, torch.Tensor, list[str]]:
-    """Numbers that say which pictures and captions belong together: pictures that share a caption share a number.
+def numbered(captions: Sequence[Sequence[str]], *, merge: bool) -> tuple[torch.Tensor, torch.Tensor, list[str]]:
+    """Numbers that say which images and captions belong together.
+
+    Args:
+        captions: of each image.
+        merge: whether images that share a caption share a number, also over a chain of such images. Otherwise each image belongs
+            to its own captions only, as in the published protocol.
 
     Returns:
-        Of each picture its number, of each caption its number, and the captions, each once for each picture that has it.
+        int64 ``[images]``, the number of each image; int64 ``[captions]``, of each caption; and the captions, each once for each
+        image that has it.
     """
-    group: dict[str, int] = {}
-    images = []
-    for number, own in enumerate(captions):
-        known = next((group[caption] for caption in own if caption in group), number)
-        images.append(known)
-        group |= {caption: group.get(caption, known) for caption in own}
+    parent = list(range(len(captions)))
+
+    def root(number: int) -> int:
+        while parent[number] != number:
+            parent[number] = number = parent[parent[number]]
+        return number
+
+    first: dict[str, int] = {}
+    for number, own in enumerate(captions) if merge else ():
+        for caption in own:
+            parent[root(number)] = root(first.setdefault(caption, number))
+    images = [root(number) for number in range(len(captions))]
     owners = [images[number] for number, own in enumerate(captions) for _ in own]
     return torch.tensor(images), torch.tensor(owners), [caption for own in captions for caption in own]

@@ -121,7 +121,7 @@ class Finding:
         with torch.inference_mode():
             texts = subject.texts([caption for _, caption in asked]).double().cpu()
         best = _nearest(F.normalize(texts, dim=1) @ features.T, min(self._columns, len(features)))
-        owners = numbered(self._captions)[0].tolist()
+        owners = numbered(self._captions, merge=True)[0].tolist()
         frames = [
             [_RIGHT if owners[place] == owners[own] else _WRONG for place in places]
             for (own, _), places in zip(asked, best.tolist(), strict=True)

@@ -150,6 +150,7 @@ def read(
             where="--size",
             hint=f"choose a multiple of {tower.patch}",
         )
+    tower.merge_class_position()
     normalize = view.normalize or Normalize()
     found = getattr(recipe, "logits", None)
     return Networks(

@@ -17,6 +17,9 @@ from pipeline.fields import Length, Positive, Probability, Settings, ShareRange
 class ViewSettings(Settings):
     """The crops of a picture."""
 
+    interpolation: Literal["bicubic", "bilinear"] = Field(
+        default="bicubic", description="how crops are resized: bicubic (DINO, DINOv2, BYOL), or bilinear (the code of MoCo)"
+    )
     global_count: Literal[2] = Field(default=2, description="global crops of a sample")
     global_size: int = Field(default=224, ge=8, le=4096, description="side of a global crop, pixels")
     global_scale: ShareRange = Field(
@@ -59,8 +62,9 @@ class RecipeSettings(Settings):
 
     name: str = Field(description="the method")
     clip_norm: Positive | None = Field(default=None, description="largest L2 norm of the gradient; null means no clipping")
-    clip_scope: Literal["network", "global"] = Field(
-        default="global", description="clip each sub-network by its own norm, or all together"
+    clip_scope: Literal["network", "global", "parameter"] = Field(
+        default="global",
+        description="clip each network by its own norm, all together, or each parameter by its own (DINO's code)",
     )
 
     @property
@@ -106,6 +110,10 @@ class OneViewSettings(RecipeSettings):
     crop_scale: ShareRange = Field(default=(0.9, 1.0), description="least and largest share of the picture's area in the crop")
     flip_probability: float = Field(
         default=0.0, ge=0, le=1, description="probability of a horizontal flip; captions say left and right"
+    )
+    interpolation: Literal["bicubic", "bilinear"] = Field(
+        default="bicubic",
+        description="how the crop is resized: bicubic (CLIP, open_clip), or bilinear (the code of SLIP, DetailCLIP)",
     )
     normalize: Literal["openai", "imagenet", "half"] = Field(
         default="openai", description="mean and deviation taken off the colours; half is 0.5 and 0.5"

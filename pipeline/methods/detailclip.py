@@ -30,6 +30,10 @@ class DetailClipSettings(ContrastiveSettings):
     image_size: int = Field(default=224, ge=8, le=4096, description="side of a view, pixels")
     crop_scale: ShareRange = Field(default=(0.14, 1.0), description="least and largest share of the picture's area in a view")
     augment: DetailAugmentSettings = Field(default=DetailAugmentSettings(), description="what happens to a view")
+    interpolation: Literal["bicubic", "bilinear"] = Field(
+        default="bicubic",
+        description="how the crop is resized: bicubic (CLIP, open_clip), or bilinear (the code of SLIP, DetailCLIP)",
+    )
     normalize: Literal["openai", "imagenet", "half"] = Field(
         default="imagenet", description="mean and deviation taken off the colours; half is 0.5 and 0.5"
     )

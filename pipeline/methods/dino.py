@@ -42,8 +42,9 @@ class DinoSettings(TwoViewSettings):
         default=Length(1, "epochs"), description="how long the prototype layer's learning rate is 0"
     )
     clip_norm: Positive | None = Field(default=3.0, description="largest L2 norm of the gradient; null means no clipping")
-    clip_scope: Literal["network", "global"] = Field(
-        default="network", description="clip backbone and head apart, or all together"
+    clip_scope: Literal["network", "global", "parameter"] = Field(
+        default="network",
+        description="clip each network by its own norm, all together, or each parameter by its own (DINO's code)",
     )
 
     @property

@@ -101,7 +101,7 @@ class Dinov2Settings(RecipeSettings):
         default=Length(1250, "steps"), description="how long the prototype layer's learning rate is 0"
     )
     clip_norm: Positive | None = Field(default=3.0, description="largest L2 norm of the gradient; null means no clipping")
-    clip_scope: Literal["network", "global"] = Field(
+    clip_scope: Literal["network", "global", "parameter"] = Field(
         default="network", description="clip backbone and heads apart, or all together"
     )
 

@@ -64,6 +64,10 @@ class TwoViewSettings(RecipeSettings):
     )
     layer_decay: Share = Field(default=1.0, description="learning-rate factor from one block to the block below")
     patch_embed_lr_scale: NonNegative = Field(default=1.0, description="learning-rate factor of the patch embedding")
+    decay_vectors: bool = Field(
+        default=False,
+        description="weight decay on biases, norms and other vectors too (the code of MoCo v2 and v3 with SGD, AdamW)",
+    )
     clip_norm: Positive | None = Field(default=None, description="largest L2 norm of the gradient; null means no clipping")
 
     @model_validator(mode="before")

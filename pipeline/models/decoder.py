@@ -37,7 +37,8 @@ class Decoder(nn.Module):
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
-                nn.init.zeros_(module.bias)
+                if module is not self.embed:  # whose bias the release leaves as nn.Linear draws it
+                    nn.init.zeros_(module.bias)
             elif isinstance(module, nn.LayerNorm):
                 module.eps = 1e-6
         self.pixels = nn.Linear(width, 3 * patch * patch)

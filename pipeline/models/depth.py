@@ -25,21 +25,28 @@ def kept_rows(batch: int, rate: float) -> int:
     return max(int(batch * (1.0 - rate)), 1)
 
 
-def set_stochastic_depth(blocks: nn.Module, rate: float, mode: Literal["rows", "subset"]) -> None:
-    """Gives all blocks of a tower one rate; no parameter and no name changes.
+def set_stochastic_depth(
+    blocks: nn.Module, rate: float, mode: Literal["rows", "subset"], rates: Literal["constant", "linear"] = "constant"
+) -> None:
+    """Gives the blocks of a tower their rates; no parameter and no name changes.
 
     Args:
         blocks: timm's blocks, in a container.
-        rate: probability of leaving a branch out, 0 to below 1.
+        rate: probability of leaving a branch out, 0 to below 1; of the last block where rates rise.
         mode: see the module.
+        rates: one for all blocks, or rising linearly from 0 in the first block.
 
     Raises:
         ConfigError: ``subset`` for a kind of block that is built otherwise.
     """
     block: Any
-    for block in blocks.children() if rate > 0 else ():
+    last = max(len(list(blocks.children())) - 1, 1)
+    for index, block in enumerate(blocks.children()):
+        own = rate * index / last if rates == "linear" else rate
+        if own <= 0:
+            continue
         if mode == "rows":
-            block.drop_path1, block.drop_path2 = DropPath(rate), DropPath(rate)
+            block.drop_path1, block.drop_path2 = DropPath(own), DropPath(own)
             continue
         if type(block) not in (Block, EvaBlock):
             raise ConfigError(
@@ -48,7 +55,7 @@ def set_stochastic_depth(blocks: nn.Module, rate: float, mode: Literal["rows", "
                 hint="set it to rows",
             )
         block.drop_path1, block.drop_path2 = nn.Identity(), nn.Identity()
-        block.dropped = rate
+        block.dropped = own
         block.forward = MethodType(_some_rows, block)
 
 

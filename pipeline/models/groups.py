@@ -41,6 +41,7 @@ def parameter_groups(
     layer_decay: float = 1.0,
     patch_lr: float = 1.0,
     undecayed: Iterable[nn.Parameter] = (),
+    vectors: bool = False,
     scales: Mapping[nn.Parameter, float] | None = None,
 ) -> list[ParameterGroup]:
     """All trainable parameters of ``root``, fused into as few groups as the rules allow.
@@ -51,6 +52,7 @@ def parameter_groups(
         layer_decay: factor from one block to the one before it.
         patch_lr: further factor of the patch embedding.
         undecayed: parameters without weight decay, besides vectors.
+        vectors: whether vectors (biases, norms, layer scales) are decayed.
         scales: learning rate multipliers of parameters that are in no :class:`VisionTower`.
 
     Returns:
@@ -69,7 +71,7 @@ def parameter_groups(
     fused: dict[tuple[float, float, bool], list[tuple[str, nn.Parameter]]] = {}
     for name, parameter in root.named_parameters():
         if parameter.requires_grad:
-            wd_scale = 0.0 if parameter.ndim <= 1 or id(parameter) in spared else 1.0
+            wd_scale = 0.0 if (parameter.ndim <= 1 and not vectors) or id(parameter) in spared else 1.0
             key = (lr_scales.get(id(parameter), 1.0), wd_scale, id(parameter) in last)
             fused.setdefault(key, []).append((name, parameter))
     return [ParameterGroup(tuple(p for _, p in members), tuple(n for n, _ in members), *key) for key, members in fused.items()]

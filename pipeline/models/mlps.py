@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from pipeline.models.initialization import truncated_fan_in
 from pipeline.models.norms import GlobalBatchNorm
 
 Norm = Literal["batch", "layer", "none"]
@@ -22,6 +23,7 @@ def mlp(
     last: Literal["norm", "plain_norm", "none"] = "none",
     bias: bool = True,
     last_bias: bool = False,
+    init: Literal["torch", "simclr", "byol"] = "torch",
 ) -> nn.Sequential:
     """``Linear, norm, ReLU`` for each hidden width, then ``Linear`` and perhaps a norm.
 
@@ -31,6 +33,8 @@ def mlp(
         last: what follows the last layer: the norm, the norm without weights of its own, or nothing.
         bias: whether hidden layers have one, unless a batch norm follows, which takes it off again.
         last_bias: whether the last layer has.
+        init: whose code the weights' start follows: ``nn.Linear``'s, SimCLR's (a normal of deviation 0.01), or BYOL's (haiku's
+            truncated normal by fan-in); the latter two with zero biases.
     """
     layers = nn.Sequential()
     for before, after in pairwise(widths[:-1]):
@@ -39,6 +43,14 @@ def mlp(
     layers.append(nn.Linear(widths[-2], widths[-1], bias=last_bias))
     if last != "none":
         layers.extend(_norm(norm, widths[-1], affine=last == "norm"))
+    for layer in layers if init != "torch" else ():
+        if isinstance(layer, nn.Linear):
+            if init == "simclr":
+                nn.init.normal_(layer.weight, std=0.01)
+            else:
+                truncated_fan_in(layer.weight, corrected=False)
+            if layer.bias is not None:
+                nn.init.zeros_(layer.bias)
     return layers
 
 

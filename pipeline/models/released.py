@@ -82,6 +82,11 @@ def fit(state: Mapping[str, Tensor], tower: VisionTower, *, where: str) -> Fitte
     if "mask_token" not in weights and not ours:
         notes.append("the source has no mask token: it starts at zero")
         own.pop("mask_token")
+    if tower.class_position is not None and "class_position" not in weights:
+        weights["class_position"] = torch.zeros_like(weights["vit.cls_token"]) if "vit.cls_token" in weights else torch.zeros(0)
+        notes.append("the source's class token holds its position already: the tower's own position of it starts at zero")
+    elif tower.class_position is None and "class_position" in weights and "vit.cls_token" in weights:
+        weights["vit.cls_token"] = weights["vit.cls_token"] + weights.pop("class_position")
     if tower.local_norm is not None and "local_norm.weight" not in weights:
         notes.append("the source has no norm for local crops: it starts as a copy of the final norm")
         weights |= {f"local_norm.{end}": weights[f"vit.norm.{end}"] for end in ("weight", "bias") if f"vit.norm.{end}" in weights}
@@ -176,7 +181,9 @@ def _fit_positions(weights: dict[str, Tensor], tower: VisionTower, notes: list[s
     if not candidates:
         return
     prefix, old = candidates[0]
-    if prefix == 1 and wanted == 0 and "vit.cls_token" in weights:  # one addition earlier is the same sum
+    if prefix == 1 and wanted == 0 and tower.class_position is not None:
+        weights["class_position"], positions, prefix = positions[:, :1], positions[:, 1:], 0
+    elif prefix == 1 and wanted == 0 and "vit.cls_token" in weights:  # one addition earlier is the same sum
         weights["vit.cls_token"] = weights["vit.cls_token"] + positions[:, :1]
         positions, prefix = positions[:, 1:], 0
         notes.append("the class token's position is added to the class token, as timm's models with registers have it")

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.errors import ConfigError
+from pipeline.models.initialization import initialize_resnet
 from pipeline.models.norms import GlobalBatchNorm
 from pipeline.models.tokens import Tokens
 from pipeline.models.vision import VisionTower, build_tower
@@ -56,9 +57,16 @@ def build_trunk(settings: ModelSettings, *, image_size: int) -> Tower:
     net = timm.create_model(name, pretrained=False, norm_layer=GlobalBatchNorm, drop_path_rate=settings.drop_path, **args)
     small = settings.stem == "small"
     if small:
+        if not isinstance(net.conv1, nn.Conv2d):
+            raise ConfigError(
+                f"the deep stem of {name!r} cannot be made a small one",
+                where="model.stem",
+                hint="set model.stem=patch, or choose resnet18, resnet34 or resnet50",
+            )
         net.conv1 = nn.Conv2d(3, net.conv1.out_channels, 3, padding=1, bias=False)
         nn.init.kaiming_normal_(net.conv1.weight, mode="fan_out", nonlinearity="relu")
         net.maxpool = nn.Identity()
+    initialize_resnet(net, settings)
     return ResNetTower(net, timm_name=name, timm_args=args, small_stem=small)
 
 

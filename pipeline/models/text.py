@@ -115,7 +115,8 @@ class TextTower(nn.Module):
         for block in self.blocks:
             for name, std in stds.items():
                 nn.init.normal_(block.get_parameter(f"{name}.weight"), std=std)
-                nn.init.zeros_(block.get_parameter(f"{name}.bias"))
+                if name in ("qkv", "proj"):  # the MLP's biases stay as nn.Linear draws them, as in open_clip and SLIP
+                    nn.init.zeros_(block.get_parameter(f"{name}.bias"))
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Features ``[batch, embed]``, not normalised, of int64 ``[batch, length]`` tokens, ``length`` at most the context.

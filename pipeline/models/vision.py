@@ -21,6 +21,7 @@ from torch.utils.checkpoint import checkpoint
 
 from pipeline.errors import ConfigError
 from pipeline.models.depth import set_stochastic_depth
+from pipeline.models.initialization import initialize_transformer
 from pipeline.models.positions import Resampling, resample_positions
 from pipeline.models.reading import places, read_some
 from pipeline.models.stems import conv_stem
@@ -39,6 +40,8 @@ class VisionTower(nn.Module):
             :func:`pipeline.models.positions.resample_positions`.
         local_norm: whether local crops have a final norm of their own (DINOv3, arXiv 2508.10104). It belongs to the tower, not to
             the timm model: evaluation and export never see it.
+        class_position: whether the class token's position is a parameter of its own where timm's model has none, as in DINOv2's
+            code for models with registers; see :meth:`merge_class_position`.
     """
 
     width: int
@@ -52,8 +55,15 @@ class VisionTower(nn.Module):
         timm_args: dict[str, Any] | None = None,
         resampling: Resampling = "antialias",
         local_norm: bool = False,
+        class_position: bool = False,
     ) -> None:
         super().__init__()
+        if class_position and (isinstance(vit, Eva) or vit.pos_embed is None or not vit.no_embed_class):
+            raise ConfigError(
+                "this tower's class token has its position already, or none",
+                where="model.class_position",
+                hint="set it to false, or model.registers above 0 with learned positions",
+            )
         if vit.cls_token is None or not vit.dynamic_img_size or not isinstance(vit.head, nn.Identity):
             raise ConfigError(
                 "a tower needs a class token, dynamic_img_size=True and num_classes=0",
@@ -75,6 +85,9 @@ class VisionTower(nn.Module):
         self.resampling: Resampling = resampling
         self.mask_token = nn.Parameter(torch.zeros(1, 1, vit.embed_dim))
         self.local_norm = copy.deepcopy(vit.norm) if local_norm else None
+        self.class_position = nn.Parameter(torch.empty(1, 1, vit.embed_dim)) if class_position else None
+        if self.class_position is not None:
+            nn.init.trunc_normal_(self.class_position, std=0.02)
         self.checkpointing = False
         self._fused = bool(vit.blocks[0].attn.fused_attn)
 
@@ -109,15 +122,28 @@ class VisionTower(nn.Module):
                 block.attn.qkv_bias_separate = True
         norm = self.local_norm if local else None
         read = None if patches == "all" else images.new_zeros(0, dtype=torch.int64) if isinstance(patches, str) else patches
-        x = self.vit(images, mask, keep, self.mask_token, self.resampling, self.checkpointing, norm, read)
+        x = self.vit(images, mask, keep, self.mask_token, self.class_position, self.resampling, self.checkpointing, norm, read)
         prefix, batch = self.vit.num_prefix_tokens, len(images)
         if read is not None:
             return Tokens(cls=x[:batch], registers=x.new_zeros(batch, 0, x.shape[1]), patches=x[batch:], kept=keep)
         return Tokens(cls=x[:, 0], registers=x[:, 1:prefix], patches=x[:, prefix:], kept=keep)
 
+    @torch.no_grad()
+    def merge_class_position(self) -> None:
+        """Adds the class token's position to the token, where they are apart: the same features by timm's own model."""
+        if self.class_position is not None:
+            self.vit.cls_token += self.class_position
+            self.class_position = None
+
 
 def embed(
-    vit: Any, images: Tensor, mask: Tensor | None, keep: Tensor | None, mask_token: Tensor, resampling: Resampling
+    vit: Any,
+    images: Tensor,
+    mask: Tensor | None,
+    keep: Tensor | None,
+    mask_token: Tensor,
+    class_position: Tensor | None,
+    resampling: Resampling,
 ) -> tuple[Tensor, dict[str, Any]]:
     """What the first block gets: all tokens with their learned positions ``[batch, prefix + patches, width]``, and as ``rope``
     the rotary ones ``[patches, 2 * head width]`` of a model that has such; of kept patches, each sample has its own."""
@@ -133,6 +159,8 @@ def embed(
         x = vit.patch_drop(vit._pos_embed(x))
     else:
         x = vit.patch_drop(_positioned(vit, x, resampling))
+    if class_position is not None:
+        x = torch.cat([x[:, :1] + class_position, x[:, 1:]], dim=1)
     if keep is not None:
         prefix = vit.num_prefix_tokens
         chosen = x[:, prefix:].gather(1, keep[:, :, None].expand(-1, -1, x.shape[2]))
@@ -159,6 +187,7 @@ def _walk(
     mask: Tensor | None,
     keep: Tensor | None,
     mask_token: Tensor,
+    class_position: Tensor | None,
     resampling: Resampling,
     checkpointing: bool,
     norm: nn.Module | None,
@@ -166,7 +195,7 @@ def _walk(
 ) -> Tensor:
     """All tokens ``[batch, prefix + patches, width]``, or class tokens and the patches to read, ``[batch + n, width]``. The
     model's own forward, so that an engine that cuts parameters (ZeRO 3) knows when class token and positions are wanted."""
-    x, rope = embed(vit, images, mask, keep, mask_token, resampling)
+    x, rope = embed(vit, images, mask, keep, mask_token, class_position, resampling)
     at = None if read is None else places(len(x), x.shape[1], vit.num_prefix_tokens, read)
     for block in vit.blocks:
         more = rope | {"read": at} if block is vit.blocks[-1] and vit.reads_some else rope
@@ -181,7 +210,7 @@ def build_tower(settings: ModelSettings, *, image_size: int) -> VisionTower:
     """Builds a tower with random weights.
 
     Args:
-        settings: a timm name, or the sizes; ``drop_path`` holds for all blocks alike, as in DINOv2.
+        settings: a timm name, or the sizes.
         image_size: side of the images whose grid the position embedding is made for, pixels; other sizes are resampled.
 
     Raises:
@@ -191,9 +220,15 @@ def build_tower(settings: ModelSettings, *, image_size: int) -> VisionTower:
     vit = timm.create_model(name, pretrained=False, **args)
     if isinstance(vit, Eva) and not settings.timm:
         _same_start(vit)
-    set_stochastic_depth(vit.blocks, settings.drop_path, settings.drop_path_mode)
+    initialize_transformer(vit, settings)
+    set_stochastic_depth(vit.blocks, settings.drop_path, settings.drop_path_mode, settings.drop_path_rates)
     return VisionTower(
-        vit, timm_name=name, timm_args=args, resampling=settings.position_resampling, local_norm=settings.local_norm
+        vit,
+        timm_name=name,
+        timm_args=args,
+        resampling=settings.position_resampling,
+        local_norm=settings.local_norm,
+        class_position=settings.class_position,
     )
 
 

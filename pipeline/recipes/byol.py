@@ -9,6 +9,8 @@ The teacher begins as the student's copy; the reference begins with other random
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 from torch import Tensor, nn
 from typing_extensions import override
@@ -31,16 +33,17 @@ class BYOL(TwoViews):
     Args:
         backbone: the student's tower.
         settings: heads and views.
+        init: start of projector and predictor, see :func:`pipeline.models.mlps.mlp`.
     """
 
     settings: ByolSettings
 
-    def __init__(self, backbone: Tower, settings: ByolSettings) -> None:
+    def __init__(self, backbone: Tower, settings: ByolSettings, *, init: Literal["torch", "byol"] = "torch") -> None:
         s = settings
         super().__init__(backbone, s, out=s.head_out)
-        self.projector = mlp((backbone.width, s.head_hidden, s.head_out), norm=s.head_norm)
-        predictor = mlp((s.head_out, s.head_hidden, s.head_out), norm=s.head_norm) if s.predictor else nn.Identity()
-        self.predictor: nn.Module = predictor
+        self.projector = mlp((backbone.width, s.head_hidden, s.head_out), norm=s.head_norm, init=init)
+        widths = (s.head_out, s.head_hidden, s.head_out)
+        self.predictor: nn.Module = mlp(widths, norm=s.head_norm, init=init) if s.predictor else nn.Identity()
         self.teacher: Teacher = Teacher(backbone=backbone, projector=self.projector)
         self.batch_coupled = self.sees_batches()
 
@@ -59,4 +62,5 @@ class BYOL(TwoViews):
 
 def build(config: Config, settings: ByolSettings) -> BYOL:
     """The method around a fresh tower."""
-    return BYOL(build_trunk(config.model, image_size=settings.views.global_size), settings)
+    trunk = build_trunk(config.model, image_size=settings.views.global_size)
+    return BYOL(trunk, settings, init="byol" if config.model.init == "byol" else "torch")

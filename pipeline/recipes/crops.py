@@ -29,4 +29,8 @@ def colours(a: AugmentSettings | ColourSettings) -> Augment:
 def one_view(s: ClipSettings | CocaSettings | SimvlmSettings) -> tuple[ViewSpec, ...]:
     """One crop of nearly the whole picture, as methods take it whose captions tell of all of it."""
     augment = Augment(flip_p=s.flip_probability)
-    return (ViewSpec("image", 1, s.image_size, s.crop_scale, (augment,), normalize=NORMALIZE[s.normalize]),)
+    return (
+        ViewSpec(
+            "image", 1, s.image_size, s.crop_scale, (augment,), normalize=NORMALIZE[s.normalize], interpolation=s.interpolation
+        ),
+    )

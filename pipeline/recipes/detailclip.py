@@ -224,7 +224,17 @@ def detailclip_views(settings: DetailClipSettings) -> tuple[ViewSpec, ...]:
     a = settings.augment
     blur = a.blur_probability if a.blur != "off" else 0.0
     augment = replace(colours(a), blur_p=blur, blur_kernel="auto", solarize_p=a.solarize_probability)
-    return (ViewSpec("global", 2, settings.image_size, settings.crop_scale, (augment,), normalize=NORMALIZE[settings.normalize]),)
+    return (
+        ViewSpec(
+            "global",
+            2,
+            settings.image_size,
+            settings.crop_scale,
+            (augment,),
+            normalize=NORMALIZE[settings.normalize],
+            interpolation=settings.interpolation,
+        ),
+    )
 
 
 def build(config: Config, settings: DetailClipSettings) -> DetailCLIP:

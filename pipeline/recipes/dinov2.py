@@ -279,12 +279,27 @@ def dinov2_views(settings: Dinov2Settings, *, patch: int) -> tuple[ViewSpec, ...
     first = replace(colours(a), blur_p=blur[0])
     second = replace(first, blur_p=blur[1], solarize_p=a.solarize_probability)
     mask = MaskSpec(patch, settings.mask_probability, settings.mask_ratio)
-    views = [ViewSpec("global", v.global_count, v.global_size, v.global_scale, (first, second), mask=mask)]
+    views = [
+        ViewSpec(
+            "global", v.global_count, v.global_size, v.global_scale, (first, second), mask=mask, interpolation=v.interpolation
+        )
+    ]
     if v.local_count:
-        views.append(ViewSpec("local", v.local_count, v.local_size, v.local_scale, (replace(first, blur_p=blur[2]),)))
+        views.append(
+            ViewSpec(
+                "local",
+                v.local_count,
+                v.local_size,
+                v.local_scale,
+                (replace(first, blur_p=blur[2]),),
+                interpolation=v.interpolation,
+            )
+        )
     if side := settings.gram_size if settings.gram_weight else None:
         plain = Augment(flip_p=a.flip_probability)
-        views.append(ViewSpec("gram", v.global_count, side, v.global_scale, (plain,), same_as="global"))
+        views.append(
+            ViewSpec("gram", v.global_count, side, v.global_scale, (plain,), same_as="global", interpolation=v.interpolation)
+        )
     return tuple(views)
 
 

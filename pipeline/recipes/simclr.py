@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Sequence
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -37,15 +38,16 @@ class SimCLR(TwoViews):
     Args:
         backbone: the tower.
         settings: head, temperature and views.
+        init: start of the projector, see :func:`pipeline.models.mlps.mlp`.
     """
 
     settings: SimclrSettings
 
-    def __init__(self, backbone: Tower, settings: SimclrSettings) -> None:
+    def __init__(self, backbone: Tower, settings: SimclrSettings, *, init: Literal["torch", "simclr"] = "torch") -> None:
         s = settings
         super().__init__(backbone, s, out=s.head_out)
         widths = (backbone.width, *(s.head_hidden or backbone.width,) * (s.head_layers - 1), s.head_out)
-        self.projector = mlp(widths, norm=s.head_norm, last="norm")
+        self.projector = mlp(widths, norm=s.head_norm, last="norm", init=init)
         self.batch_coupled = self.sees_batches() or s.accumulation == "plain"
         self._replays: deque[Replay] = deque()
 
@@ -92,4 +94,5 @@ class SimCLR(TwoViews):
 
 def build(config: Config, settings: SimclrSettings) -> SimCLR:
     """The method around a fresh tower."""
-    return SimCLR(build_trunk(config.model, image_size=settings.views.global_size), settings)
+    trunk = build_trunk(config.model, image_size=settings.views.global_size)
+    return SimCLR(trunk, settings, init="simclr" if config.model.init == "simclr" else "torch")

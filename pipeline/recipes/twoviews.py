@@ -66,7 +66,12 @@ class TwoViews(Recipe):
 
     def parameter_groups(self) -> list[ParameterGroup]:
         """Layer-wise learning rates in a transformer, vectors without weight decay or layer-wise scaling."""
-        return parameter_groups(self, layer_decay=self.settings.layer_decay, patch_lr=self.settings.patch_embed_lr_scale)
+        return parameter_groups(
+            self,
+            layer_decay=self.settings.layer_decay,
+            patch_lr=self.settings.patch_embed_lr_scale,
+            vectors=self.settings.decay_vectors,
+        )
 
     def export(self) -> dict[str, nn.Module]:
         """The student's tower, as ``backbone``."""
@@ -119,10 +124,18 @@ def two_views(settings: TwoViewSettings) -> tuple[ViewSpec, ...]:
     first = replace(colours(a), blur_kernel=_window(v.global_size))
     both = tuple(replace(first, blur_p=b, solarize_p=s) for b, s in zip(a.blur_probability, a.solarize_probability, strict=True))
     normalize = NORMALIZE[a.normalize]
-    views = [ViewSpec("global", v.global_count, v.global_size, v.global_scale, both, normalize=normalize)]
+    views = [
+        ViewSpec(
+            "global", v.global_count, v.global_size, v.global_scale, both, normalize=normalize, interpolation=v.interpolation
+        )
+    ]
     if v.local_count:
         small = replace(first, blur_p=a.local_blur_probability, blur_kernel=_window(v.local_size))
-        views.append(ViewSpec("local", v.local_count, v.local_size, v.local_scale, (small,), normalize=normalize))
+        views.append(
+            ViewSpec(
+                "local", v.local_count, v.local_size, v.local_scale, (small,), normalize=normalize, interpolation=v.interpolation
+            )
+        )
     return tuple(views)
 
 

@@ -66,7 +66,8 @@ class EngineOptions:
         accumulation: forward passes of one optimizer step.
         betas, eps: AdamW's.
         clip_norm: largest L2 norm of a gradient, ``None`` for no clipping.
-        clip_scope: ``network`` clips each of the recipe's networks by its own norm, ``global`` all together.
+        clip_scope: ``network`` clips each of the recipe's networks by its own norm, ``global`` all together, ``parameter`` each
+            parameter by its own.
         optimizer: ``adamw``, ``lamb``, ``lars`` or ``sgd``.
         momentum: of LARS and SGD.
         trust: LARS's.
@@ -82,7 +83,7 @@ class EngineOptions:
     betas: tuple[float, float]
     eps: float
     clip_norm: float | None
-    clip_scope: Literal["network", "global"]
+    clip_scope: Literal["network", "global", "parameter"]
     optimizer: Literal["adamw", "lamb", "lars", "sgd"] = "adamw"
     momentum: float = 0.9
     trust: float = 1e-3
@@ -133,6 +134,10 @@ class Engine:
             network.setdefault(id(p), _OUTSIDE)
         self._networks = sorted(set(network.values()))
         self._network = {key: self._networks.index(name) for key, name in network.items()}
+        # Which norms are taken: of whole networks, or of each parameter, whose network is looked up afterwards.
+        self._own_norms = options.clip_scope == "parameter" and options.clip_norm is not None
+        self._normed = {id(p): n for n, p in enumerate(parameters)} if self._own_norms else self._network
+        self._network_of = torch.tensor([self._network[key] for key in self._normed], device=device)
         self._belongs: dict[tuple[int, ...], Tensor] = {}
 
     def _shard_teacher(self, config: dict[str, Any]) -> Any:
@@ -188,10 +193,11 @@ class Engine:
             group["weight_decay"] = step.weight_decay * ours.wd_scale
         squares = torch.cat([self._squares(), (~finite).double().reshape(1)])
         dist.all_reduce(squares)
-        lengths = squares[:-1].sqrt().float()
+        own = squares[:-1].sqrt().float()
+        lengths = self._by_network(squares[:-1]).sqrt().float() if self._own_norms else own
         applied = bool((squares[-1] == 0) & squares.isfinite().all())
         if applied and self.options.clip_norm is not None:
-            self._clip(lengths if self.options.clip_scope == "network" else squares[:-1].sum().sqrt().float().expand_as(lengths))
+            self._clip(squares[:-1].sum().sqrt().float().expand_as(own) if self.options.clip_scope == "global" else own)
         elif not applied:
             self.layout.drop()
         self._engine.step()
@@ -199,27 +205,37 @@ class Engine:
         return applied, dict(zip(self._networks, lengths.unbind(), strict=True))
 
     def _squares(self) -> Tensor:
-        """Squared lengths of this rank's share of each network's gradient, fp64 ``[networks]``: one sum for all pieces, which is
-        neither a launch for each of them nor one that adds in any order."""
+        """Squared lengths of this rank's share of the gradient of each network, or of each parameter where these are clipped
+        apart, fp64 ``[n]``: one sum for all pieces, which is neither a launch for each nor one that adds in any order."""
+        size = len(self._normed) if self._own_norms else len(self._networks)
         numbers, gradients = [], []
         for p, gradient in self.layout.gradient_shares():
-            numbers.append(self._network[id(p)])
+            numbers.append(self._normed[id(p)])
             gradients.append(gradient)
         if not gradients:
-            return torch.zeros(len(self._networks), dtype=torch.float64, device=self.device)
+            return torch.zeros(size, dtype=torch.float64, device=self.device)
+        each = torch.stack(torch._foreach_norm(gradients, 2, dtype=torch.float64)).square()
         key = tuple(numbers)
+        if self._own_norms:  # a rank holds at most one piece of each
+            if key not in self._belongs:
+                self._belongs = {key: torch.tensor(numbers, device=each.device)}
+            return each.new_zeros(size).index_copy_(0, self._belongs[key], each).to(self.device)
         if key not in self._belongs:
             belongs = F.one_hot(torch.tensor(numbers), len(self._networks)).T
             self._belongs = {key: belongs.to(gradients[0].device, torch.bool)}
-        each = torch.stack(torch._foreach_norm(gradients, 2, dtype=torch.float64)).square()
         return torch.where(self._belongs[key], each, 0.0).sum(1).to(self.device)
 
+    def _by_network(self, squares: Tensor) -> Tensor:
+        """Sums over each network's parameters, fp64 ``[networks]`` of ``[parameters]``."""
+        belongs = F.one_hot(self._network_of, len(self._networks)).T.bool()
+        return torch.where(belongs, squares, 0.0).sum(1)
+
     def _clip(self, lengths: Tensor) -> None:
-        """Scales the gradients of networks whose gradient is longer than allowed; lengths ``[networks]``."""
+        """Scales the gradients of networks (or parameters) whose gradient is longer than allowed; lengths ``[n]``."""
         assert self.options.clip_norm is not None
         by_network: dict[int, list[Tensor]] = {}
         for p, gradient in self.layout.gradients():
-            by_network.setdefault(self._network[id(p)], []).append(gradient)
+            by_network.setdefault(self._normed[id(p)], []).append(gradient)
         factors = (self.options.clip_norm / (lengths + 1e-6)).clamp(max=1.0)
         for number, gradients in by_network.items():
             torch._foreach_mul_(gradients, factors[number].to(gradients[0].device))

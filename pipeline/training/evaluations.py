@@ -179,7 +179,7 @@ def suite(
         found["zeroshot"] = ZeroShot(queries, names, templates=given, group=group)
     if e.retrieval.enabled and inputs.queries is not None:
         reader = Reader(inputs.queries, wants=("caption",), checksum=False, store=store)
-        found["retrieval"] = Retrieval(queries, reader, group=group)
+        found["retrieval"] = Retrieval(queries, reader, merge=e.retrieval.merge_equal_captions, group=group)
     if e.robustness.enabled:
         r = e.robustness
         found["robustness"] = Robustness(bank, queries, budget=r.budget, epochs=r.epochs, k=r.k, group=group)

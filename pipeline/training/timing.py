@@ -14,9 +14,9 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
-from torch.utils.flop_counter import FlopCounterMode
 
 from pipeline.training.distributed import World
+from pipeline.training.flops import flop_counter
 from pipeline.training.watchdog import CHECKPOINT, COMPUTE, DATA, END, EVALUATE, LOG, START, STEP, TEACHER, Watchdog
 
 T = TypeVar("T")
@@ -106,7 +106,7 @@ class Phases:
         def first(*arguments: Any) -> T:
             if key in flops:
                 return function(*arguments)
-            with FlopCounterMode(display=False) as counter:
+            with flop_counter() as counter:
                 result = function(*arguments)
             flops[key] = int(counter.get_total_flops()) * times
             return result

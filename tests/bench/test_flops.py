@@ -5,9 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from pipeline.bench.flops import cost
 from pipeline.config import load
+from pipeline.training.flops import flop_counter
 
 TOWER = "model: {width: 192, depth: 4, heads: 3, patch: 16, drop_path: %s}\ndata: {shards: x.tar}\n"
 DINO = "recipe: {name: dinov2, views: {local_size: 96}, prototypes: 4096, head_hidden: 512, head_bottleneck: 64}\n" + TOWER
@@ -31,6 +34,20 @@ def test_the_formula_is_what_torch_counts_within_three_percent(text: str, tmp_pa
     path.write_text(text)
     found = cost("c", load(path).config)
     assert found.apart is not None and abs(found.apart) < 0.03, found
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_attention_counts_alike_by_every_kernel(causal: bool) -> None:
+    counts = []
+    for kernel in (SDPBackend.MATH, SDPBackend.FLASH_ATTENTION):
+        q, k, v = (torch.rand(2, 3, tokens, 8, requires_grad=True) for tokens in (16, 16, 16))
+        with sdpa_kernel(kernel), flop_counter() as counter:
+            out = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=causal)
+            forward = counter.get_total_flops()
+            out.sum().backward()
+        counts.append((forward, counter.get_total_flops()))
+    product = 2 * 2 * 3 * 16 * 16 * 8
+    assert counts == [(2 * product, 6 * product)] * 2
 
 
 @pytest.mark.slow

@@ -8,6 +8,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Literal
 
 import numpy as np
 import pytest
@@ -68,9 +69,21 @@ def still(images: list[np.ndarray], **changes: np.ndarray) -> ViewPlan:
     return replace(plan, **changes)
 
 
-def run(images: list[np.ndarray], augment: Augment, plan: ViewPlan, *, hue: Hue = "hsv", size: int = SIDE) -> list[Tensor]:
+Interpolation = Literal["bicubic", "bilinear"]
+
+
+def run(
+    images: list[np.ndarray],
+    augment: Augment,
+    plan: ViewPlan,
+    *,
+    hue: Hue = "hsv",
+    size: int = SIDE,
+    interpolation: Interpolation = "bicubic",
+) -> list[Tensor]:
     """Levels 0..255 of the one view, ``[3, size, size]`` each."""
-    augmenter = Augmenter((ViewSpec("view", 1, size, (0.3, 1.0), augment=(augment,)),), batch_size=len(images), hue=hue)
+    spec = ViewSpec("view", 1, size, (0.3, 1.0), augment=(augment,), interpolation=interpolation)
+    augmenter = Augmenter((spec,), batch_size=len(images), hue=hue)
     (out,) = augmenter.run(images, [plan])["view"]
     assert out.dtype == torch.float32
     return list((out * STD + MEAN) * 255)
@@ -97,8 +110,10 @@ def test_nothing_asked_for_changes_nothing(squares: list[np.ndarray]) -> None:
     assert distances(run(squares, everything, still(squares), hue="hsv"), tensors(squares))[1] < 1.001
 
 
+@pytest.mark.parametrize("interpolation", ["bicubic", "bilinear"])
 @pytest.mark.parametrize("size", [224, 96, 32])
-def test_crops_are_resized_like_pillows(pictures: list[np.ndarray], size: int) -> None:
+def test_crops_are_resized_like_pillows(pictures: list[np.ndarray], size: int, interpolation: Interpolation) -> None:
+    filter_ = Image.Resampling.BICUBIC if interpolation == "bicubic" else Image.Resampling.BILINEAR
     sizes = np.array([picture.shape[:2] for picture in pictures])
     spec = ViewSpec("view", 1, size, (0.05, 1.0))
     (plan,) = make_plan(
@@ -107,15 +122,15 @@ def test_crops_are_resized_like_pillows(pictures: list[np.ndarray], size: int) -
     boxed, cropped = [], []
     for picture, (top, left), (bottom, right) in zip(pictures, plan.start.tolist(), plan.end.tolist(), strict=True):
         whole = Image.fromarray(picture)
-        boxed.append(np.asarray(whole.resize((size, size), Image.Resampling.BICUBIC, box=(left, top, right, bottom))))
-        cropped.append(np.asarray(whole.crop((left, top, right, bottom)).resize((size, size), Image.Resampling.BICUBIC)))
-    ours = run(pictures, Augment(flip_p=0.0), plan, size=size)
+        boxed.append(np.asarray(whole.resize((size, size), filter_, box=(left, top, right, bottom))))
+        cropped.append(np.asarray(whole.crop((left, top, right, bottom)).resize((size, size), filter_)))
+    ours = run(pictures, Augment(flip_p=0.0), plan, size=size, interpolation=interpolation)
     differences = torch.stack([(a - b).abs() for a, b in zip(ours, tensors(boxed), strict=True)])
     assert differences.mean((1, 2, 3)).max() < 0.25
     assert (differences > 1.5).float().mean() < 0.002
     # torchvision cuts before it resizes, so that the filter sees nothing beyond the box: only pixels at the edge differ.
     assert distances([image[:, 3:-3, 3:-3] for image in ours], [image[:, 3:-3, 3:-3] for image in tensors(cropped)])[0] < 0.25
-    assert distances(ours, tensors(cropped))[0] < 0.5
+    assert distances(ours, tensors(cropped))[0] < 0.6
 
 
 @pytest.mark.parametrize(

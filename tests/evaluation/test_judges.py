@@ -31,6 +31,7 @@ from pipeline.evaluation.robustness import Fooled, Robustness, fooled
 from pipeline.evaluation.segmentation import IGNORED, Segmentation, class_map, confusion, ious, mean_iou
 from pipeline.evaluation.subject import Subject, undisturbed
 from pipeline.evaluation.table import extract, together
+from pipeline.judges import RetrievalSettings
 from pipeline.models.vision import build_tower
 from pipeline.settings import ModelSettings
 from tests.pool import pool
@@ -71,10 +72,22 @@ def test_fooling_compares_with_the_clean_answer_and_not_with_the_label() -> None
 
 
 def test_pictures_that_share_a_caption_belong_together() -> None:
-    images, owners, texts = numbered([("a", "b"), ("c",), ("b",)])
-    assert images.tolist() == [0, 1, 0]
-    assert owners.tolist() == [0, 0, 1, 0]
+    images, owners, texts = numbered([("a", "b"), ("c",), ("b",)], merge=True)
+    assert images[0] == images[2] != images[1]
+    assert owners.tolist() == [images[0], images[0], images[1], images[2]]
     assert texts == ["a", "b", "c", "b"]
+
+
+def test_images_over_a_chain_of_shared_captions_belong_together() -> None:
+    images, owners, _ = numbered([("a",), ("b",), ("d",), ("a", "b")], merge=True)
+    assert images[0] == images[1] == images[3] != images[2]
+    assert owners.tolist() == [images[0], images[1], images[2], images[3], images[3]]
+
+
+def test_by_default_an_image_answers_for_its_own_captions_only() -> None:
+    images, owners, _ = numbered([("a", "b"), ("c",), ("b",)], merge=False)
+    assert images.tolist() == [0, 1, 2] and owners.tolist() == [0, 0, 1, 2]
+    assert not RetrievalSettings().merge_equal_captions
 
 
 def png(pixels: np.ndarray) -> bytes:

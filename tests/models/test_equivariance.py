@@ -62,7 +62,7 @@ def through(tower: VisionTower, x: Tensor, rope: dict[str, Any], attn_mask: Tens
 
 
 def begun(tower: VisionTower, images: Tensor, keep: Tensor | None = None) -> tuple[Tensor, dict[str, Any]]:
-    return embed(tower.vit, images, None, keep, tower.mask_token, tower.resampling)
+    return embed(tower.vit, images, None, keep, tower.mask_token, None, tower.resampling)
 
 
 def test_without_positions_permuting_patches_permutes_outputs(tower: VisionTower, images: Tensor, order: Tensor) -> None:

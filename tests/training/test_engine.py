@@ -15,7 +15,8 @@ from tests.pool import pool
 from tests.training.toy import SAMPLES, Toy, advance, assembled, batch_at, build, by_torch, options, snapshot, step_at
 
 STEPS = 6
-LOSS, WEIGHT, TEACHER, ULP = 2e-6, 2e-7, 5e-8, 1.2e-7
+# What processors may differ by: their products of other sizes add in other orders.
+LOSS, WEIGHT, TEACHER, ULP = 4e-6, 1e-6, 2e-7, 1.2e-7
 
 
 def _train(steps: int = STEPS, headless: tuple[int, ...] = (), **chosen: Any) -> dict[str, Any]:
@@ -104,17 +105,21 @@ def test_two_micro_batches_are_one_batch(zero: int) -> None:
         (2, "global", 0.05),
         (3, "network", 0.05),
         (3, "global", 0.05),
+        (0, "parameter", 0.02),
+        (1, "parameter", 0.02),
+        (2, "parameter", 0.02),
+        (3, "parameter", 0.02),
     ],
 )
-def test_clipping_is_torchs_for_each_network_or_for_all(zero: int, scope: str, clip: float) -> None:
+def test_clipping_is_torchs_for_each_network_for_all_or_for_each_parameter(zero: int, scope: str, clip: float) -> None:
     reference = by_torch(STEPS, clip=clip, scope=scope)
     ranks = train(zero=zero, scope=scope, clip=clip)
     assert all(norm > clip for norm in (reference["norms"][0]["backbone"], reference["norms"][0]["head"])), "nothing is clipped"
     for index in range(STEPS):
         assert ranks[1]["steps"][index]["norms"] == pytest.approx(reference["norms"][index], rel=1e-4)
     compare(ranks, reference)
-    other = by_torch(STEPS, clip=clip, scope="global" if scope == "network" else "network")
-    assert (other["weights"]["head.weight"] - reference["weights"]["head.weight"]).abs().max() > 100 * WEIGHT
+    other = by_torch(STEPS, clip=clip, scope="network" if scope == "global" else "global")
+    assert (other["weights"]["head.weight"] - reference["weights"]["head.weight"]).abs().max() > 20 * WEIGHT
 
 
 @pytest.mark.parametrize("zero", [0, 2, 3])

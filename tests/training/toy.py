@@ -151,7 +151,8 @@ def by_torch(
             continue
         if clip is not None:
             everything = [p for part in parts.values() for p in part]
-            for clipped in parts.values() if scope == "network" else [everything]:
+            apart = {"network": list(parts.values()), "global": [everything], "parameter": [[p] for p in everything]}
+            for clipped in apart[scope]:
                 nn.utils.clip_grad_norm_(clipped, clip)
         for ours, group in zip(groups, optimizer.param_groups, strict=True):
             group["lr"] = (step.last_layer_lr if ours.last_layer else step.lr) * ours.lr_scale
@@ -192,7 +193,7 @@ def options(
     *,
     accumulation: int = 1,
     clip: float | None = None,
-    scope: Literal["network", "global"] = "network",
+    scope: Literal["network", "global", "parameter"] = "network",
     precision: Literal["fp32", "bf16"] = "fp32",
     optimizer: Literal["adamw", "lamb", "lars"] = "adamw",
     offload: Literal["none", "cpu"] = "none",
