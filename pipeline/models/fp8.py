@@ -9,6 +9,7 @@ stay fp32. A layer whose sizes are no multiples of 16 stays as it is.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import cache
 from types import MethodType
 from typing import Any
 
@@ -45,8 +46,23 @@ def scaled_product(a: Tensor, b: Tensor) -> Tensor:
     (left, left_scale), (right, right_scale) = rounded(a), rounded(b)
     if not len(a):
         return a.new_empty(0, len(b), dtype=torch.bfloat16)
+    if not _scales_rows(a.device.type):
+        return ((left.float() * left_scale) @ (right.float() * right_scale).t()).bfloat16()
     product: Tensor = torch._scaled_mm(left, right.t(), scale_a=left_scale, scale_b=right_scale.t(), out_dtype=torch.bfloat16)
     return product
+
+
+@cache
+def _scales_rows(device: str) -> bool:
+    """Whether torch multiplies with a factor for each row there. On CPUs some versions do not; the product is then the plain one."""
+    if device != "cpu":
+        return True
+    ones, scale = torch.ones(16, 16, dtype=E4M3), torch.ones(16, 1)
+    try:
+        torch._scaled_mm(ones, ones.t(), scale_a=scale, scale_b=scale.t(), out_dtype=torch.bfloat16)
+    except RuntimeError:
+        return False
+    return True
 
 
 def rounded(x: Tensor) -> tuple[Tensor, Tensor]:
