@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from pipeline.data.labels import read_label
 from pipeline.data.tables import rows
 from pipeline.errors import DataError
 
@@ -29,7 +30,7 @@ def test_numbers_that_became_floats_for_a_gap_are_labels_still(tmp_path: Path) -
     columns = {"path": ["a", "b"], "label": [3.0, math.nan], "captions": [["x", "y"], None], "score": [math.inf, 0.5]}
     parquet.write_table(pyarrow.table(columns), table)
     found = list(rows(table))
-    assert [row.label for row in found] == ["3", None]
+    assert [read_label(row.label) for row in found] == [(3, ""), (None, "empty_label")]
     assert [row.captions for row in found] == [("x", "y"), ()]
     assert [row.extra for row in found] == [{"score": None}, {"score": 0.5}]
 
@@ -47,7 +48,7 @@ def test_line_separators_inside_a_caption_end_no_row(tmp_path: Path) -> None:
         ("t.csv", "file,label\n1,2\n", "has no column 'path'"),
         ("t.csv", "url,label\n1,2\n", "img2dataset"),
         ("t.csv", "path,label\na,1\n,2\n", r"t\.csv:3: has no path"),
-        ("t.tsv", "path,label\na,1\n", "has no column 'path'"),
+        ("t.tsv", "file\tlabel\na\t1\n", "has no column 'path'"),
         ("t.jsonl", '{"path": "a"}\n{"nope": 1}\n', r"t\.jsonl:2: has no path"),
         ("t.jsonl", '{"path": "a"\n', r"t\.jsonl:1: is no JSON"),
         ("t.parquet", "no parquet at all", "is no Parquet file"),
