@@ -46,6 +46,7 @@ NOTES = {
     "label_replaced": "class names with characters that cannot be written: escapes stand for them",
     "key_changed": "keys that lead out of a folder, or hold control characters",
     "key_numbered": "keys that occur again have a number behind them",
+    "second_image": "another image of the same key: it is packed, but training reads one of them",
     "extension_changed": "extensions with control characters",
 }
 

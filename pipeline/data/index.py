@@ -313,11 +313,13 @@ def _add_caption(
     readable, replaced = decode_text(text)
     if text.strip() and (readable.strip() or encoding_of(text) == "utf-8"):  # a mark alone is no caption
         source, member = "text", members[fields.caption]
-    elif captions_of(value):
+    elif not captions_of(value):
+        if any(not isinstance(item, str) and item is not None for item in (value if isinstance(value, list) else [value])):
+            notes.note("bad_caption", key)
+        return
+    else:
         source, member = "json", members[fields.json]
         replaced = json_caption_replaced(others[fields.json], value)
-    else:
-        return
     if replaced:
         notes.note(REPLACED, key)
     row |= {"caption_source": CAPTION_SOURCES.index(source), "caption_offset": member.offset, "caption_size": member.size}

@@ -38,6 +38,8 @@ def read_label(value: Any) -> tuple[int | str | None, str]:
         value = decode_text(value)[0]
     if isinstance(value, str):
         text = value.strip()
+        if text.isascii() and text.isdigit() and len(text) < 10:  # what nearly all are
+            return int(text), ""
         if text.lower() in _NOTHING:
             return None, EMPTY
         if not _NUMBER.fullmatch(text):

@@ -9,7 +9,6 @@ import errno
 import os
 import stat
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -195,27 +194,34 @@ def _link_reason(entry: os.DirEntry[str], error: OSError) -> str:
     return {errno.ELOOP: LOOP, errno.ENOENT: BROKEN, errno.ENOTDIR: BROKEN}.get(error.errno or 0, "unreadable")
 
 
-def outside_parts(listing: Listing, extensions: frozenset[str]) -> Iterator[str]:
-    """Top-level names of which nothing is listed because links that were not followed lead out of the folder, or to nothing.
+def lost_by_links(listing: Listing, extensions: frozenset[str]) -> list[str]:
+    """Folders, shards and classes that are lost because links out of the folder were not followed, or lead to nothing.
+
+    These are linked folders that hold images; linked tars; top folders whose images are all links; the folder itself (``.``), if
+    most of its images are.
 
     Args:
         listing: of the folder.
-        extensions: of images (and shards), without dots.
+        extensions: of images, without dots.
     """
-    present = {file.parts[0] for file in listing.files if file.extension in extensions}
+    images = Counter(file.parts[0] for file in listing.files if file.extension in extensions)
     lost: dict[str, None] = {}
+    links: Counter[str] = Counter()
     for name, reason in listing.left_out:
-        top, _, rest = name.partition("/")
-        path = os.path.join(listing.root, name)
-        if reason not in (LINK, BROKEN) or top in present:
+        if reason not in (LINK, BROKEN):
             continue
-        image = os.path.splitext(name)[1][1:].lower() in extensions
-        if reason == BROKEN:
-            is_lost = not rest and not os.path.splitext(name)[1]
-        elif os.path.isdir(path):
-            is_lost = holds_image(path, extensions)
-        else:
-            is_lost = image and bool(rest)
-        if is_lost:
-            lost[top] = None
-    yield from lost
+        top, _, rest = name.partition("/")
+        path, extension = os.path.join(listing.root, name), os.path.splitext(name)[1][1:].lower()
+        if extension in extensions:
+            links[top if rest else name] += 1
+            if rest and top not in images:
+                lost[top] = None
+        elif (
+            (extension == "tar" and not rest)
+            or (reason == LINK and os.path.isdir(path) and holds_image(path, extensions))
+            or (reason == BROKEN and not extension and not rest)
+        ):
+            lost[name] = None
+    if not lost and links.total() > images.total():
+        lost["."] = None
+    return list(lost)

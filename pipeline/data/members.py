@@ -15,6 +15,8 @@ from pipeline.data.listing import Listing
 from pipeline.data.samples import IMAGES, MAX_FILE, LeftOut, Raw, read_file
 from pipeline.errors import DataError
 
+_IMAGES = frozenset(IMAGES)
+
 
 @dataclass(frozen=True, slots=True)  # there is one for each member of each sample
 class Part:
@@ -128,7 +130,9 @@ class _Groups:
         """The keys to write; those that had to be changed are noted."""
         clean = [safe_key(key) for key, _, _ in self.samples]
         out = unique_keys(clean)
-        for (key, name, _), safe, unique in zip(self.samples, clean, out, strict=True):
+        for (key, name, parts), safe, unique in zip(self.samples, clean, out, strict=True):
+            if sum(extension in _IMAGES for extension in parts) > 1:
+                self.notes.append((name, "second_image"))
             if safe != key:
                 self.notes.append((name, "key_changed"))
             elif unique != safe:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -124,8 +125,10 @@ def read_file(path: str | Path, *, limit: int = MAX_FILE, roots: Sequence[str] =
             ``unreadable``.
     """
     try:
-        if roots and not is_below(os.path.realpath(path), roots):
-            raise LeftOut("outside_link")
+        if roots:
+            real = os.path.realpath(path) if os.path.islink(path) else real_folder(os.path.dirname(path))
+            if not is_below(real, roots):
+                raise LeftOut("outside_link")
         descriptor = open_regular(Path(path))
     except DataError as error:
         raise LeftOut("special_file") from error
@@ -143,6 +146,15 @@ def read_file(path: str | Path, *, limit: int = MAX_FILE, roots: Sequence[str] =
     if len(data) > limit:
         raise LeftOut("file_too_large")
     return data
+
+
+@lru_cache(maxsize=1 << 16)
+def real_folder(folder: str) -> str:
+    """A folder after all links and ``..``."""
+    try:
+        return os.path.realpath(folder)
+    except ValueError:  # no folder can have such a name
+        return os.path.normpath(folder)
 
 
 def is_below(path: str, roots: Sequence[str]) -> bool:

@@ -10,7 +10,6 @@ import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +18,11 @@ from pipeline.data.captions import REPLACED, decode_text
 from pipeline.data.judge import judge
 from pipeline.data.labels import LabelMode, number_labels
 from pipeline.data.layouts import LAYOUTS, Layout, recognize
-from pipeline.data.listing import File, Listing, list_files, litter_reason, outside_parts
+from pipeline.data.listing import File, Listing, list_files, litter_reason, lost_by_links
 from pipeline.data.manifest import Fields
 from pipeline.data.members import Members, digest_of, files_of, tars_of
-from pipeline.data.samples import IMAGES, MAX_FILE, LeftOut, Raw, Source, is_below, read_file
-from pipeline.errors import DataError
+from pipeline.data.samples import IMAGES, MAX_FILE, LeftOut, Raw, Source, is_below, read_file, real_folder
+from pipeline.errors import ConfigError, DataError
 from pipeline.untrusted import printable
 
 __all__ = ["LAYOUTS", "Layout", "LeftOut", "Members", "Options", "Picture", "Pictures", "Raw", "Source", "open_source"]
@@ -76,6 +75,7 @@ def open_source(
 
     Raises:
         DataError: it is none of these, more than one of them, holds nothing, or is not finished.
+        ConfigError: an option does not fit the layout.
     """
     path, store, options = Path(source), store or storage.Storage(), options or Options(use_damaged=use_damaged)
     where = str(source)
@@ -84,6 +84,10 @@ def open_source(
         listing = list_files(path, follow_links=bool(options.follow_links))
         _check_links(listing, where, options.follow_links)
     chosen = _look(path, where, listing) if layout == "auto" else layout
+    if options.roots and chosen != "table":
+        raise ConfigError("only the paths of a table are looked for there", where="--root", hint="Leave it out")
+    if chosen in ("files", "shards", "flat") and (options.classes or options.labels != "auto"):
+        raise ConfigError(f"the layout {chosen} takes labels as they are", where="--labels, --classes", hint="Leave them out")
     if chosen == "table":
         return _of_table(path, options)
     if chosen == "shards":
@@ -130,12 +134,12 @@ def _check_downloads(path: Path) -> None:
 def _check_links(listing: Listing, where: str, follow_links: bool | None) -> None:
     if follow_links is not None:
         return
-    lost = list(outside_parts(listing, _IMAGES | {"tar"}))
+    lost = lost_by_links(listing, _IMAGES)
     if lost:
         shown = ", ".join(printable(name) for name in lost[:3]) + (" …" if len(lost) > 3 else "")
         raise DataError(
-            f"links that leave the folder (or lead to nothing) are not followed, and nothing else is in {len(lost)} of its "
-            f"parts: {shown}",
+            f"links that leave the folder (or lead to nothing) are not followed, and by that {len(lost)} of its parts would be "
+            f"lost: {shown}",
             where=where,
             hint="Add --follow-links to pack what they lead to, if you trust them, or --no-follow-links to leave them out",
         )
@@ -347,7 +351,7 @@ def _of_table(source: Path, options: Options) -> Pictures:
     entries, outside = [], []
     for row, number in zip(rows, numbers, strict=True):
         path = _locate(row.path, folders)
-        folder = _real_folder(os.path.dirname(path))
+        folder = real_folder(os.path.dirname(path))
         if allowed and not is_below(folder, allowed):
             outside.append((row.where, row.path, folder))
         entries.append(Picture(path, row.path, number, row.captions, row.extra))
@@ -367,15 +371,6 @@ def _locate(path: str, folders: Sequence[Path]) -> str:
         return next((candidate for candidate in candidates if os.path.lexists(candidate)), candidates[-1])
     except ValueError:  # no file can have such a name
         return candidates[-1]
-
-
-@lru_cache(maxsize=1 << 16)
-def _real_folder(folder: str) -> str:
-    """A folder after all links and ``..``."""
-    try:
-        return os.path.realpath(folder)
-    except ValueError:  # no folder can have such a name
-        return os.path.normpath(folder)
 
 
 def _outside(source: Path, outside: Sequence[tuple[str, str, str]], total: int) -> DataError:
