@@ -18,7 +18,7 @@ from pipeline.data.captions import REPLACED, decode_text
 from pipeline.data.judge import judge
 from pipeline.data.labels import LabelMode, number_labels
 from pipeline.data.layouts import LAYOUTS, Layout, recognize
-from pipeline.data.listing import File, Listing, list_files, litter_reason, lost_by_links
+from pipeline.data.listing import BROKEN, LINK, File, Listing, list_files, litter_reason, lost_by_links
 from pipeline.data.manifest import Fields
 from pipeline.data.members import Members, digest_of, files_of, tars_of
 from pipeline.data.samples import IMAGES, MAX_FILE, LeftOut, Raw, Source, is_below, read_file, real_folder
@@ -136,10 +136,11 @@ def _check_links(listing: Listing, where: str, follow_links: bool | None) -> Non
         return
     lost = lost_by_links(listing, _IMAGES)
     if lost:
+        links = sum(listing.reasons.get(reason, 0) for reason in (LINK, BROKEN))
         shown = ", ".join(printable(name) for name in lost[:3]) + (" …" if len(lost) > 3 else "")
         raise DataError(
-            f"links that leave the folder (or lead to nothing) are not followed, and by that {len(lost)} of its parts would be "
-            f"lost: {shown}",
+            f"{links} links leave the folder or lead to nothing and are not followed; {len(lost)} of its parts would be lost by "
+            f"that: {shown}",
             where=where,
             hint="Add --follow-links to pack what they lead to, if you trust them, or --no-follow-links to leave them out",
         )
