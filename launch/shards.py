@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -412,6 +413,7 @@ def _store() -> Storage:
 def _print_packed(report: PackReport, out: Path, prefix: str) -> None:
     """What was packed, what was not and why, in counts that add up."""
     from pipeline.data.account import NOTES, REASONS
+    from pipeline.data.layouts import extension_counts
 
     classes = f", {len(report.classes)} classes" if report.classes else ""
     kept = f" ({report.kept} of them were there already)" if report.kept else ""
@@ -419,7 +421,11 @@ def _print_packed(report: PackReport, out: Path, prefix: str) -> None:
     if report.rewritten:
         print(f"wrote {report.rewritten} pictures anew")
     for reason, number in report.account.left_out.items():
-        print(f"left out {number}: {reason}" + (f" ({REASONS[reason]})" if reason in REASONS else ""))
+        meaning = REASONS.get(reason, "")
+        if reason == "not_an_image":
+            names = (name for name, why in report.skipped if why == reason)
+            meaning = extension_counts(Counter(Path(name).suffix[1:].lower() for name in names))
+        print(f"left out {number}: {reason}" + (f" ({meaning})" if meaning else ""))
     if report.account.left_out:
         print(f"which ones: {out / f'{prefix}.skipped.txt'}")
     for note, number in report.account.noted.items():

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import csv
 import re
-from collections import Counter, defaultdict
+from collections import defaultdict
+from collections.abc import Mapping
 from typing import Literal
 
 from pipeline.data.listing import File, Listing
@@ -75,9 +76,9 @@ def is_bookkeeping(file: File) -> bool:
     )
 
 
-def extension_counts(left_out: Counter[str] | dict[str, int], most: int = 5) -> str:
+def extension_counts(counts: Mapping[str, int], most: int = 5) -> str:
     """Counts by extension in words, the most frequent first."""
-    ranked = sorted(left_out.items(), key=lambda pair: (-pair[1], pair[0]))
+    ranked = sorted(counts.items(), key=lambda pair: (-pair[1], pair[0]))
     shown = ", ".join(f"{n} {printable(f'.{name}') if name else 'without extension'}" for name, n in ranked[:most])
     return shown + (f" and {len(ranked) - most} other extensions" if len(ranked) > most else "")
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from pipeline.data import storage, tar
 from pipeline.data.keys import safe_extension, safe_key, unique_keys
 from pipeline.data.layouts import is_bookkeeping
-from pipeline.data.listing import Listing
+from pipeline.data.listing import Listing, litter_reason
 from pipeline.data.samples import IMAGES, MAX_FILE, LeftOut, Raw, read_file
 from pipeline.errors import DataError
 
@@ -190,6 +190,10 @@ def tars_of(
             remarks.append(f"used in part: {damage}")
         groups.next_shard()
         for key, members in runs:
+            litter = _litter_in(key)
+            if litter:
+                left_out += [(f"{base}: {member.name}", litter) for member in members.values()]
+                continue
             parts = {extension: Part(about, member.offset, member.size) for extension, member in members.items()}
             groups.add(url, key, f"{base}: {key}", parts)
         left_out += [(f"{base}: {name}", reason) for reason, names in notes.examples.items() for name in names]
@@ -270,6 +274,12 @@ def digest_of(kind: str, lines: Iterable[str]) -> str:
             data = line.encode("utf-8", "surrogatepass")
         digest.update(data + b"\0\n")
     return digest.hexdigest()
+
+
+def _litter_in(key: str) -> str:
+    """Why a key is no data: one of its folders is hidden or litter; empty if none is."""
+    folders = key.split("/")[:-1]
+    return next((reason for name in folders if name not in (".", "..") and (reason := litter_reason(name))), "")
 
 
 def _image(parts: dict[str, Part]) -> str | None:

@@ -262,6 +262,10 @@ def _of_folder(listing: Listing, where: str, options: Options, *, classes: bool)
         remarks.append(f"{deep} images lie in sub-folders of class folders: they belong to the class of the top folder")
     if len(usable) == 1:
         remarks.append(f"all images are of one class, {printable(next(iter(usable)))!r}: --layout flat packs them without")
+    stems = {file.stem for file in images}
+    sidecars = sum(file.extension == "json" and file.stem in stems for file in listing.files)
+    if sidecars:
+        remarks.append(f"{sidecars} .json files have the name of an image: --layout files packs them with it, without classes")
     entries, used = [], set()
     for file, number in zip(images, numbers, strict=True):
         text = texts.get(file.stem) or texts.get(file.shown)
@@ -273,7 +277,7 @@ def _of_folder(listing: Listing, where: str, options: Options, *, classes: bool)
     left_out += [(text.shown, "text_without_image") for text in texts.values() if text.shown not in used]
     lines = [f"{file.shown}\0{file.size}" for file in images]
     lines += [f"caption\0{entry.shown}\0{entry.caption_file.size}" for entry in entries if entry.caption_file is not None]
-    if not classes or not names:
+    if not names and any(number is not None for number in numbers):
         lines.append(f"numbers\0{numbers}")
     return Pictures(
         entries,

@@ -151,6 +151,8 @@ def test_stopped_anywhere_any_number_of_times_it_ends_with_the_same_bytes(
 ) -> None:
     for name in ("whole", "parts"):
         shutil.rmtree(tmp_path / name, ignore_errors=True)
+    (folder / "cat" / "1.v1.txt").write_bytes(b"caf\xe9")
+    (folder / "cat" / "broken.txt").write_bytes(b"of a broken image")
     how = Packing(samples_per_shard=each, transcode="png")
     source = open_source(folder)
     assert isinstance(source, Pictures)
@@ -162,7 +164,8 @@ def test_stopped_anywhere_any_number_of_times_it_ends_with_the_same_bytes(
             (tmp_path / "parts" / ".train-00099.tar.1.tmp").write_bytes(b"left behind")
     report = pack(source, tmp_path / "parts", how)
     assert contents(tmp_path / "parts") == contents(tmp_path / "whole")
-    assert report.packed == 13 and report.rewritten == 1 and len(report.skipped) == 3
+    assert report.packed == 13 and report.rewritten == 1 and len(report.skipped) == 4
+    assert report.account.noted == {"caption_replaced": 1} and report.account.companions == 1
 
 
 def test_killed_in_the_middle_the_same_command_ends_with_the_same_bytes(tmp_path: Path) -> None:
