@@ -224,3 +224,30 @@ def test_tables_do_not_read_through_links_devices_or_pipes(tmp_path: Path) -> No
     assert report.reasons == {"missing_file": 1, "outside_link": 2, "special_file": 1}
     followed = pack(open_source(source / "t.jsonl", options=Options(follow_links=True)), tmp_path / "followed")
     assert followed.packed == 2 and followed.reasons == {"missing_file": 1, "special_file": 2}
+
+
+def test_litter_and_hidden_folders_of_a_tar_are_left_out_and_counted(tmp_path: Path) -> None:
+    names = ["./train.v1/1.jpg", "cat/.ipynb_checkpoints/1.jpg", "__MACOSX/cat/._1.jpg", "cat/@eaDir/1.jpg/t.jpg", "._2.jpg"]
+    write_tar(tmp_path / "a.tar", [(name, WHOLE) for name in names])
+    report = pack(open_source(tmp_path / "a.tar"), tmp_path / "out")
+    assert report.packed == 1 and report.account.seen == 5
+    assert report.account.left_out == {"hidden": 1, "litter": 1, "no_extension": 2}
+
+
+def test_a_finished_packing_of_a_version_without_accounts_gets_one(tmp_path: Path) -> None:
+    source = tree(tmp_path / "t", [("cat", "1.jpg", 0), ("bee", "1.jpg", 0), ("bee", "2.png", 3), ("bee", "x.csv", 0)], [], 0)
+    first = pack(open_source(source), tmp_path / "out")
+    state = tmp_path / "out" / "train.pack.json"
+    document = json.loads(state.read_text())
+    del document["account"]
+    state.write_text(json.dumps(document))
+    (tmp_path / "out" / "train.skipped.txt").write_text("truncated\tbee/2.png\n")
+    again = pack(open_source(source), tmp_path / "out")
+    assert (again.account, again.skipped, again.kept) == (first.account, first.skipped, 1)
+
+
+def test_another_limit_is_another_packing(tmp_path: Path) -> None:
+    source = tree(tmp_path / "t", [("", "1.jpg", 0)], [], 0)
+    pack(open_source(source), tmp_path / "out")
+    with pytest.raises(DataError, match="max_file was None and is 4096"):
+        pack(open_source(source, options=Options(max_file=4096)), tmp_path / "out")
