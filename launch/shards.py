@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import sys
-from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -15,7 +14,6 @@ from pipeline.errors import ConfigError
 
 if TYPE_CHECKING:
     from pipeline.data.manifest import Manifest, Shard
-    from pipeline.data.packing import PackReport
     from pipeline.data.storage import Storage
     from pipeline.settings import DataSettings
 
@@ -228,7 +226,8 @@ def pack(
     with meter("packing") as tell:
         listing = open_source(source, layout=kind, store=_store(), options=options)
         report = write(listing, out, packing, overwrite=overwrite, threads=threads, progress=tell)
-    _print_packed(report, out, prefix)
+    print(report.text(out, prefix))
+    print(f"shards: {_range(report.shards)}")
 
 
 @app.command("scenes")
@@ -408,34 +407,6 @@ def _store() -> Storage:
     from pipeline.settings import StorageSettings
 
     return Storage(StorageSettings(grace=_GRACE))
-
-
-def _print_packed(report: PackReport, out: Path, prefix: str) -> None:
-    """What was packed, what was not and why, in counts that add up."""
-    from pipeline.data.account import NOTES, REASONS
-    from pipeline.data.layouts import extension_counts
-
-    classes = f", {len(report.classes)} classes" if report.classes else ""
-    kept = f" ({report.kept} of them were there already)" if report.kept else ""
-    print(f"packed {report.packed} samples in {len(report.shards)} shards{kept}{classes}")
-    if report.rewritten:
-        print(f"wrote {report.rewritten} pictures anew")
-    for reason, number in report.account.left_out.items():
-        meaning = REASONS.get(reason, "")
-        if reason == "not_an_image":
-            names = (name for name, why in report.skipped if why == reason)
-            meaning = extension_counts(Counter(Path(name).suffix[1:].lower() for name in names))
-        print(f"left out {number}: {reason}" + (f" ({meaning})" if meaning else ""))
-    if report.account.left_out:
-        print(f"which ones: {out / f'{prefix}.skipped.txt'}")
-    for note, number in report.account.noted.items():
-        print(f"packed, but {number}: {note}" + (f" ({NOTES[note]})" if note in NOTES else ""))
-    if report.account.noted:
-        print(f"which ones: {out / f'{prefix}.notes.txt'}")
-    for remark in report.remarks:
-        print(f"note: {remark}")
-    print(f"account: {report.account.text()}")
-    print(f"shards: {_range(report.shards)}")
 
 
 def _class_names(path: Path | None) -> tuple[str, ...]:

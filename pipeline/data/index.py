@@ -322,4 +322,6 @@ def _add_caption(
         replaced = json_caption_replaced(others[fields.json], value)
     if replaced:
         notes.note(REPLACED, key)
+    elif source == "text" and "\0" in readable:
+        notes.note("caption_nul", key)
     row |= {"caption_source": CAPTION_SOURCES.index(source), "caption_offset": member.offset, "caption_size": member.size}

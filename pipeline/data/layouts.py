@@ -8,6 +8,7 @@ from collections import defaultdict
 from collections.abc import Mapping
 from typing import Literal
 
+from pipeline.data.captions import encoding_of
 from pipeline.data.listing import File, Listing
 from pipeline.data.samples import IMAGES
 from pipeline.errors import DataError
@@ -116,7 +117,7 @@ def _names_images(table: File) -> bool:
         return False
     if table.extension == "parquet":
         return _parquet_has_path(table.path)
-    first = start.decode("utf-8-sig", "replace").partition("\n")[0]
+    first = start.decode(encoding_of(start), "replace").partition("\n")[0]
     if table.extension == "jsonl":
         return '"path"' in first
     return any(

@@ -222,6 +222,7 @@ def lost_by_links(listing: Listing, extensions: frozenset[str]) -> list[str]:
             or (reason == BROKEN and not extension and not rest)
         ):
             lost[name] = None
-    if not lost and links.total() > images.total():
+    shards = any(file.extension == "tar" and "/" not in file.shown for file in listing.files)
+    if not lost and not shards and links.total() > images.total():
         lost["."] = None
     return list(lost)

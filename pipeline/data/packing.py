@@ -15,8 +15,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
-from pipeline.data.account import WITH_IMAGE, Account, left_out_line, note_line, settle, write_lists
+from pipeline.data.account import NOTES, REASONS, WITH_IMAGE, Account, left_out_line, note_line, settle, write_lists
 from pipeline.data.judge import judge
+from pipeline.data.layouts import extension_counts
 from pipeline.data.pack import ShardWriter
 from pipeline.data.pack_state import PackState, Piece
 from pipeline.data.random import permutation
@@ -85,6 +86,34 @@ class PackReport:
     def reasons(self) -> dict[str, int]:
         """How many files, rows or members were left out for each reason."""
         return dict(sorted(Counter(reason for _, reason in self.skipped).items()))
+
+    def text(self, out: Path, prefix: str) -> str:
+        """What was packed, what was not and why, for a person, in counts that add up.
+
+        Args:
+            out: folder of the shards and lists.
+            prefix: of their names.
+        """
+        classes = f", {len(self.classes)} classes" if self.classes else ""
+        kept = f" ({self.kept} of them were there already)" if self.kept else ""
+        lines = [f"packed {self.packed} samples in {len(self.shards)} shards{kept}{classes}"]
+        if self.rewritten:
+            lines.append(f"wrote {self.rewritten} images anew")
+        for reason, number in self.account.left_out.items():
+            meaning = REASONS.get(reason, "")
+            if reason == "not_an_image":
+                names = (name for name, why in self.skipped if why == reason)
+                meaning = extension_counts(Counter(Path(name).suffix[1:].lower() for name in names))
+            lines.append(f"left out {number}: {reason}" + (f" ({meaning})" if meaning else ""))
+        if self.account.left_out:
+            lines.append(f"which ones: {out / f'{prefix}.skipped.txt'}")
+        for note, number in self.account.noted.items():
+            lines.append(f"packed, but {number}: {note}" + (f" ({NOTES[note]})" if note in NOTES else ""))
+        if self.account.noted:
+            lines.append(f"which ones: {out / f'{prefix}.notes.txt'}")
+        lines += [f"note: {remark}" for remark in self.remarks]
+        lines.append(f"account: {self.account.text()}")
+        return "\n".join(printable(line) for line in lines)
 
 
 def pack(

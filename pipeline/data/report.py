@@ -35,6 +35,7 @@ MEANING = {
     "negative_label": "a negative class number: it has no label",
     "empty_label": "an empty class: it has no label",
     "bad_caption": "the caption in .json is neither a text nor a list of texts",
+    "caption_nul": "a caption with NUL characters: UTF-16 without a byte order mark, or binary data",
     "caption_replaced": "a caption that is no UTF-8: what cannot be read is replaced by U+FFFD, and trained on",
     "bad_json": "the .json member holds no JSON object",
     "cut_sample": "the sample before the place where the shard is cut",

@@ -139,3 +139,10 @@ def test_a_flat_folder_with_captions_keeps_them(tmp_path: Path) -> None:
     captions = {source.name(n): source.load(n).members.get("txt") for n in range(len(source))}
     assert captions == {"a.jpg": "one", "b.JPG": "two", "c.jpg": "three", "d.jpg": None}
     assert source.left_out == [("README.txt", "text_without_image")]
+
+
+def test_utf_16_without_a_mark_stays_as_it_is_and_is_counted(tmp_path: Path) -> None:
+    data = "a dog".encode("utf-16-le")
+    write_tar(tmp_path / "a.tar", [("1.jpg", picture(1)), ("1.txt", data)])
+    manifest = build([str(tmp_path / "a.tar")], tmp_path / "index")
+    assert Reader(manifest).fetch(manifest.ids())[0].caption == data.decode() and manifest.notes == {"caption_nul": 1}

@@ -125,3 +125,16 @@ def test_options_that_a_layout_does_not_use_are_refused(tmp_path: Path) -> None:
     for options, words in ((Options(roots=(tmp_path,)), "--root"), (Options(labels="names"), "--labels")):
         with pytest.raises(ConfigError, match=words):
             open_source(tmp_path, options=options)
+
+
+def test_a_table_in_utf_16_is_a_reading_too(tmp_path: Path) -> None:
+    folder(tmp_path, "1.jpg")
+    (tmp_path / "list.csv").write_bytes("path,label\n1.jpg,1\n".encode("utf-16"))
+    with pytest.raises(DataError, match=r"2 ways: the table list\.csv"):
+        open_source(tmp_path)
+
+
+def test_a_linked_cover_beside_shards_is_left_out(tmp_path: Path) -> None:
+    folder(tmp_path, "in/a.tar", "cover.jpg")
+    (tmp_path / "in" / "cover.jpg").symlink_to("../cover.jpg")
+    assert open_source(tmp_path / "in").left_out == [("cover.jpg", "outside_link")]
