@@ -91,8 +91,8 @@ def number_labels(
     if classes:
         mode = "names"
     read = [(read_name if mode == "names" else read_label)(label) for _, label in labels]
-    places = [place for place, _ in labels]
-    notes = [(place, note) for place, (_, note) in zip(places, read, strict=True) if note]
+    origins = [origin for origin, _ in labels]
+    notes = [(origin, note) for origin, (_, note) in zip(origins, read, strict=True) if note]
     bad = [n for n, (_, note) in enumerate(read) if note == BAD]
     if bad:
         raise DataError(
@@ -112,7 +112,7 @@ def number_labels(
     if not names:
         return [label if isinstance(label, int) else None for label, _ in read], (), notes
     notes += [
-        (places[n], "label_replaced") for n in names if isinstance(labels[n][1], str) and read[n][0] != labels[n][1].strip()
+        (origins[n], "label_replaced") for n in names if isinstance(labels[n][1], str) and read[n][0] != labels[n][1].strip()
     ]
     known = tuple(classes) or tuple(sorted({str(read[n][0]) for n in names}))
     position = {name: number for number, name in enumerate(known)}
@@ -129,8 +129,8 @@ def number_labels(
 def _examples(labels: Sequence[tuple[str, Any]], chosen: Sequence[int], most: int = 3) -> str:
     shown: dict[str, str] = {}
     for n in chosen:
-        place, label = labels[n]
-        shown.setdefault(printable(repr(label) if not isinstance(label, str) else f"{label!r}", limit=40), place)
+        origin, label = labels[n]
+        shown.setdefault(printable(repr(label) if not isinstance(label, str) else f"{label!r}", limit=40), origin)
         if len(shown) == most:
             break
-    return ", ".join(f"{label} in {printable(place)}" for label, place in shown.items())
+    return ", ".join(f"{label} in {printable(origin)}" for label, origin in shown.items())

@@ -150,11 +150,11 @@ class _Walk:
             folder, prefix, inherited, above = pending.pop()
             try:
                 with os.scandir(folder) as entries:
-                    found = sorted(entries, key=lambda entry: entry.name)
+                    children = sorted(entries, key=lambda entry: entry.name)
             except OSError:
                 self.left_out.append((prefix.rstrip("/") or ".", "unreadable_folder"))
                 continue
-            for entry in found:
+            for entry in children:
                 shown = prefix + entry.name
                 reason, info = self._look(entry, inherited or litter_reason(entry.name), above)
                 if info is not None and stat.S_ISDIR(info.st_mode) and reason in ("", "hidden", "litter"):

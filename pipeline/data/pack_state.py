@@ -124,11 +124,11 @@ class PackState:
         old = document["settings"]
         changed = [name for name in {**self._settings, **old} if old.get(name) != self._settings.get(name)]
         if changed:
-            told = ", ".join(
+            changes = ", ".join(
                 "the source is another" if name == "source" else f"{name} was {old.get(name)} and is {self._settings.get(name)}"
                 for name in changed
             )
-            what = f"{len(there)} shards are there already, of another packing ({told})"
+            what = f"{len(there)} shards are there already, of another packing ({changes})"
             raise DataError(what, where=str(there[0]), hint=f"With the same settings it goes on where it stopped. {hint}")
 
     def _check_classes(self, own: Sequence[Path]) -> None:

@@ -137,13 +137,14 @@ def read_file(path: str | Path, *, limit: int = MAX_FILE, roots: Sequence[str] =
     except OSError as error:
         raise LeftOut("unreadable") from error
     try:
-        with os.fdopen(descriptor, "rb") as file:
-            if os.fstat(descriptor).st_size > limit:
-                raise LeftOut("file_too_large")
-            data = file.read(limit + 1)
+        with os.fdopen(descriptor, "rb", buffering=0) as file:
+            size = os.fstat(descriptor).st_size
+            data = file.read(size + 1) if size <= limit else b""  # never of the limit's size: that memory would be taken
+            while size <= limit and len(data) <= limit and (more := file.read(1 << 20)):
+                data += more  # it grew, or says nothing of its size
     except OSError as error:
         raise LeftOut("unreadable") from error
-    if len(data) > limit:
+    if size > limit or len(data) > limit:
         raise LeftOut("file_too_large")
     return data
 

@@ -54,7 +54,7 @@ def tree(root: Path, entries: list[tuple[str, str, int]], links: list[tuple[str,
 
 def entries_of(folder: Path, above: tuple[str, ...], follow: bool) -> list[str]:
     """All that lies in a folder, counted by a second implementation: entries that are no folder, and folders not entered."""
-    found = []
+    actual = []
     root = above[0] if above else os.path.realpath(folder)
     chain = (*above, os.path.realpath(folder))
     for entry in os.scandir(folder):
@@ -62,12 +62,12 @@ def entries_of(folder: Path, above: tuple[str, ...], follow: bool) -> list[str]:
         inside = real == root or real.startswith(root + "/")
         hidden = entry.name.startswith(".") or entry.name == "@eaDir" or "/." in entry.path.removeprefix(root)
         if entry.is_symlink() and (not (inside or follow) or real in chain or hidden or "@eaDir" in entry.path):
-            found.append(entry.path)
+            actual.append(entry.path)
         elif entry.is_dir():
-            found += entries_of(Path(entry.path), chain, follow)
+            actual += entries_of(Path(entry.path), chain, follow)
         else:
-            found.append(entry.path)
-    return found
+            actual.append(entry.path)
+    return actual
 
 
 def check(report: PackReport, unit_total: int) -> None:

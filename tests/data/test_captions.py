@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from pipeline.data.captions import clean_text, decode_text
 from pipeline.data.index import build
+from pipeline.data.manifest import CAPTION_SOURCES
 from pipeline.data.reader import Reader
 from pipeline.data.report import index_report
 from pipeline.data.sources import open_source
@@ -36,12 +37,12 @@ RULE: list[tuple[bytes, str, bool]] = [
 
 @pytest.mark.parametrize(("data", "text", "replaced"), RULE)
 def test_every_door_reads_text_by_the_rule(tmp_path: Path, data: bytes, text: str | None, replaced: bool) -> None:
-    found, changed = decode_text(data)
-    assert changed == replaced and text in (found, None)
+    actual, changed = decode_text(data)
+    assert changed == replaced and text in (actual, None)
     write_tar(tmp_path / "a.tar", [("1.jpg", picture(1)), ("1.txt", data)])
     manifest = build([str(tmp_path / "a.tar")], tmp_path / "index")
     (record,) = Reader(manifest).fetch(manifest.ids())
-    assert record.caption == found.strip()
+    assert record.caption == actual.strip()
     assert manifest.notes == ({"caption_replaced": 1} if replaced else {})
     (tmp_path / "in").mkdir()
     (tmp_path / "in" / "1.jpg").write_bytes(picture(1))
@@ -50,7 +51,7 @@ def test_every_door_reads_text_by_the_rule(tmp_path: Path, data: bytes, text: st
     assert report.account.noted == ({"caption_replaced": 1} if replaced else {})
     packed_manifest = build(list(report.shards), tmp_path / "index2")
     (record,) = Reader(packed_manifest).fetch(packed_manifest.ids())
-    assert record.caption == found.strip() and packed_manifest.notes == {}
+    assert record.caption == actual.strip() and packed_manifest.notes == {}
 
 
 @pytest.mark.parametrize(
@@ -88,9 +89,9 @@ def test_replaced_captions_are_in_the_report_and_in_the_statistics(tmp_path: Pat
     (finding,) = index_report(tmp_path / "index", manifest.shards).findings
     assert (finding.reason, finding.count, finding.examples) == ("caption_replaced", 1, (("a.tar", "1"),))
     assert finding.meaning and not finding.refused
-    found = statistics(manifest)
-    assert found.noted == {"caption_replaced": 1} and "caption_replaced 1" in found.text()
-    assert any("captions are no UTF-8" in sentence for sentence in found.advice)
+    actual = statistics(manifest)
+    assert actual.noted == {"caption_replaced": 1} and "caption_replaced 1" in actual.text()
+    assert any("captions are no UTF-8" in sentence for sentence in actual.advice)
 
 
 @pytest.mark.parametrize("column", ["caption", "captions", "by", "label"])
@@ -146,3 +147,12 @@ def test_utf_16_without_a_mark_stays_as_it_is_and_is_counted(tmp_path: Path) -> 
     write_tar(tmp_path / "a.tar", [("1.jpg", picture(1)), ("1.txt", data)])
     manifest = build([str(tmp_path / "a.tar")], tmp_path / "index")
     assert Reader(manifest).fetch(manifest.ids())[0].caption == data.decode() and manifest.notes == {"caption_nul": 1}
+
+
+def test_white_space_beyond_ascii_is_indexed_as_ever(tmp_path: Path) -> None:
+    """The columns make the fingerprint: a run must find the data as they were when it began."""
+    members = [("1.jpg", picture(1)), ("1.txt", "\u3000\x1c".encode()), ("1.json", b'{"caption": "instead"}')]
+    write_tar(tmp_path / "a.tar", members)
+    manifest = build([str(tmp_path / "a.tar")], tmp_path / "index")
+    assert manifest.column(0, "caption_source").tolist() == [CAPTION_SOURCES.index("text")]
+    assert Reader(manifest).fetch(manifest.ids())[0].caption is None

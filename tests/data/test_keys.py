@@ -99,5 +99,5 @@ def test_the_writer_refuses_unsafe_keys(tmp_path: Path, key: str) -> None:
 
 @given(st.lists(st.sampled_from(["../x", "_/x", "_/x-1", "/x", "x"]), max_size=10))
 def test_cleaned_keys_are_unique(keys: list[str]) -> None:
-    found = unique_keys(safe_key(key) for key in keys)
-    assert len(set(found)) == len(keys)
+    actual = unique_keys(safe_key(key) for key in keys)
+    assert len(set(actual)) == len(keys)

@@ -101,8 +101,8 @@ def test_every_door_of_packing_gives_the_same_numbers(tmp_path: Path, kind: str)
         delimiter = "," if kind == "csv" else "\t"
         table.write_text(f"path{delimiter}label\n" + "".join(f"{label}.jpg{delimiter}{label}\n" for label in labels))
     source = open_source(tmp_path / "in" if kind == "folder" else table)
-    found = {Path(source.name(n)).stem: source.load(n).members.get("cls") for n in range(len(source))}
-    assert found == {"0": 0, "10": 10, "2.0": 2, "-1": None, "nan": None} and source.classes == ()
+    actual = {Path(source.name(n)).stem: source.load(n).members.get("cls") for n in range(len(source))}
+    assert actual == {"0": 0, "10": 10, "2.0": 2, "-1": None, "nan": None} and source.classes == ()
     assert sorted(note for _, note in source.notes) == ["empty_label", "negative_label"]
 
 

@@ -242,13 +242,13 @@ def test_any_bytes_are_refused_or_every_row_is_accounted_for(tmp_path: Path, kin
     (tmp_path / f"t.{kind}").write_bytes(data)
     shutil.rmtree(tmp_path / "out", ignore_errors=True)
     try:
-        found = list(rows(tmp_path / f"t.{kind}"))
+        read = list(rows(tmp_path / f"t.{kind}"))
         report = pack(open_source(tmp_path / f"t.{kind}"), tmp_path / "out")
     except DataError as error:
         assert str(error).isprintable()
         return
-    assert report.account.balances and report.account.seen == len(found)
-    assert report.packed == sum(row.path == "a.jpg" for row in found)
+    assert report.account.balances and report.account.seen == len(read)
+    assert report.packed == sum(row.path == "a.jpg" for row in read)
 
 
 @given(
@@ -268,8 +268,8 @@ def test_what_a_csv_writer_writes_is_read_back_or_refused_but_never_changed(
         writer = csv.writer(file, delimiter=delimiter, quoting=csv.QUOTE_ALL)
         writer.writerows([("path", "caption", "label"), *lines])
     try:
-        found = [(row.path, row.captions, row.label) for row in rows(table)]
+        read = [(row.path, row.captions, row.label) for row in rows(table)]
     except DataError:
         assert any('"' in caption or "\n" in caption or "\r" in caption for _, caption, _ in lines), "plain text is always read"
         return
-    assert found == [(path, (caption,) if caption.strip() else (), label) for path, caption, label in lines]
+    assert read == [(path, (caption,) if caption.strip() else (), label) for path, caption, label in lines]

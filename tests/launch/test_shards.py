@@ -228,7 +228,7 @@ def test_pack_prints_an_account_that_adds_up(tmp_path: Path, capsys: pytest.Capt
     assert (tmp_path / "out" / "train.notes.txt").read_text() == "caption_replaced\tcat/1.jpg\n"
 
 
-def test_pack_follows_links_out_of_the_source_only_if_told_to(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_pack_follows_links_out_of_the_source_only_if_asked(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     class_folders(tmp_path / "store", "cat")
     source = class_folders(tmp_path / "in", "ant", "bee")
     (source / "cat").symlink_to("../store/cat")
