@@ -132,6 +132,12 @@ def write_lists(source: Source, out: Path, prefix: str, journal: IO[bytes], comp
     journal.seek(0)
     pairs = _pairs(journal.read())
     skipped = [(name, reason) for name, reason in pairs if not reason.startswith(_NOTE)]
+    gone = {name for name, _ in skipped}
+    skipped = [
+        (name, reason)
+        for name, reason in skipped
+        if reason != WITH_IMAGE or gone.issuperset(source.sharers(name))  # another image may still have it
+    ]
     notes = [(name, reason.removeprefix(_NOTE)) for name, reason in pairs if reason.startswith(_NOTE)]
     skipped += [(printable(name), reason) for name, reason in source.left_out]
     notes += [(printable(name), note) for name, note in source.notes]

@@ -90,6 +90,10 @@ class Members:
         image = _image(parts) or next(iter(parts))
         return tuple(f"{self.names[position]}.{extension}" for extension in parts if extension != image)
 
+    def sharers(self, companion: str) -> tuple[str, ...]:
+        """None: each member is of one sample."""
+        return ()
+
     def key(self, position: int, number: int) -> str:
         """Its own; what occurs again gets a number behind it."""
         return self.keys[position]

@@ -101,6 +101,9 @@ class Source(Protocol):
     def companions(self, position: int) -> Sequence[str]:
         """Names of the files or members beside the image that are counted as this sample's."""
 
+    def sharers(self, companion: str) -> Sequence[str]:
+        """Names of all samples that a companion belongs to, if these are several; names as :func:`printable` shows them."""
+
     def key(self, position: int, number: int) -> str:
         """The key of a sample in the shards, where it is the ``number``-th."""
 

@@ -184,6 +184,7 @@ class Pictures:
     Attributes:
         roots: resolved folders that the files must lie in after links; empty for anywhere.
         max_file: largest file, bytes.
+        shared: names of caption files of several images, and of these.
     """
 
     entries: Sequence[Picture]
@@ -195,6 +196,7 @@ class Pictures:
     remarks: Sequence[str] = ()
     roots: tuple[str, ...] = field(default=())
     max_file: int = MAX_FILE
+    shared: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.entries)
@@ -207,6 +209,10 @@ class Pictures:
         """The caption file, if the image has one of its own."""
         entry = self.entries[position]
         return (entry.caption_file.shown,) if entry.caption_file is not None and entry.owns_caption else ()
+
+    def sharers(self, companion: str) -> tuple[str, ...]:
+        """Images that one caption file belongs to, if these are several: ``a.jpg`` and ``a.png`` have ``a.txt``."""
+        return self.shared.get(companion, ())
 
     def key(self, position: int, number: int) -> str:
         """Nine digits."""
@@ -266,15 +272,15 @@ def _of_folder(listing: Listing, where: str, options: Options, *, classes: bool)
     sidecars = sum(file.extension == "json" and file.stem in stems for file in listing.files)
     if sidecars:
         remarks.append(f"{sidecars} .json files have the name of an image: --layout files packs them with it, without classes")
-    entries, used = [], set()
+    entries: list[Picture] = []
+    used: dict[str, tuple[str, ...]] = {}
     for file, number in zip(images, numbers, strict=True):
         text = texts.get(file.stem) or texts.get(file.shown)
-        entries.append(
-            Picture(file.path, file.shown, number, caption_file=text, owns_caption=text is not None and text.shown not in used)
-        )
+        name = "" if text is None else printable(text.shown)
+        entries.append(Picture(file.path, file.shown, number, caption_file=text, owns_caption=name not in used))
         if text is not None:
-            used.add(text.shown)
-    left_out += [(text.shown, "text_without_image") for text in texts.values() if text.shown not in used]
+            used[name] = (*used.get(name, ()), printable(file.shown))
+    left_out += [(text.shown, "text_without_image") for text in texts.values() if printable(text.shown) not in used]
     lines = [f"{file.shown}\0{file.size}" for file in images]
     lines += [f"caption\0{entry.shown}\0{entry.caption_file.size}" for entry in entries if entry.caption_file is not None]
     if not names and any(number is not None for number in numbers):
@@ -288,6 +294,7 @@ def _of_folder(listing: Listing, where: str, options: Options, *, classes: bool)
         remarks=remarks,
         roots=_allowed_roots(listing.root, options),
         max_file=options.max_file,
+        shared={name: sharers for name, sharers in used.items() if len(sharers) > 1},
     )
 
 

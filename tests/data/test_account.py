@@ -251,3 +251,20 @@ def test_another_limit_is_another_packing(tmp_path: Path) -> None:
     pack(open_source(source), tmp_path / "out")
     with pytest.raises(DataError, match="max_file was None and is 4096"):
         pack(open_source(source, options=Options(max_file=4096)), tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("jpg", "png", "kept"), [(WHOLE, WHOLE, 1), (WHOLE[:80], WHOLE, 1), (WHOLE, b"<html>", 1), (b"x", b"y", 0)]
+)
+def test_a_caption_of_two_images_is_left_out_only_with_both(tmp_path: Path, jpg: bytes, png: bytes, kept: int) -> None:
+    (tmp_path / "in").mkdir()
+    for name, data in {"a.jpg": jpg, "a.png": png, "a.txt": b"caption", "b.jpg": WHOLE}.items():
+        (tmp_path / "in" / name).write_bytes(data)
+    report = pack(open_source(tmp_path / "in"), tmp_path / "out")
+    assert report.account.balances and report.account.seen == 4 and report.account.companions == kept
+    assert report.account.left_out.get("with_image", 0) == 1 - kept
+    captions = 0
+    for shard in report.shards:
+        with tarfile.open(shard) as archive:
+            captions += sum(name.endswith(".txt") for name in archive.getnames())
+    assert captions == report.packed - 1
