@@ -9,9 +9,11 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from launch import pictures
+from pipeline.data.captions import REPLACED
 from pipeline.data.manifest import Manifest
 from pipeline.data.random import permutation
 from pipeline.errors import DataError
+from pipeline.untrusted import printable
 
 _SIDE, _GAP, _LINE, _COLUMNS = 224, 16, 18, 8
 _DRAW = 0xC0A7  # names the draw
@@ -57,11 +59,13 @@ def gather(manifest: Manifest, count: int, seed: int = 0) -> list[tuple[Image.Im
         if record.label >= 0:
             about.append(f"class {record.label}")
         if record.caption:
-            about.append(record.caption)
+            about.append(printable(record.caption))
         if pixels is None:
             about.insert(0, f"cannot be used ({record.status if record.status != 'ok' else 'undecodable'})")
             pixels = np.full((_SIDE, _SIDE, 3), 128, np.uint8)
-        cells.append((pictures.fitted(pixels, _SIDE, sharp=True), f"{record.shard_name}  {record.key}", "  ".join(about)))
+        cells.append(
+            (pictures.fitted(pixels, _SIDE, sharp=True), printable(f"{record.shard_name}  {record.key}"), "  ".join(about))
+        )
     return cells
 
 
@@ -81,7 +85,6 @@ def sheet(cells: list[tuple[Image.Image, str, str]]) -> Image.Image:
 
 
 def _clipped(text: str, most: int) -> str:
-    text = text.encode("utf-8", "surrogateescape").decode("utf-8", "replace").replace("\n", " ")
     return text if len(text) <= most else f"{text[: most - 3]}..."
 
 
@@ -92,5 +95,8 @@ def _page(manifest: Manifest, cells: list[tuple[Image.Image, str, str]]) -> str:
         f"<b>{html.escape(_clipped(name, 60))}</b>{html.escape(_clipped(about, 200))}</div>"
         for image, name, about in cells
     )
+    replaced = manifest.notes.get(REPLACED, 0)
+    if replaced:
+        head += f"<p>{replaced:,} captions are no UTF-8: what cannot be read is shown and trained on as U+FFFD.</p>"
     body = f'<p class="over">fovea shards preview</p>{head}<div class="views">{figures}</div>'
     return pictures.document("preview of shards", body)

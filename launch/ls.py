@@ -17,6 +17,7 @@ from pipeline.errors import ConfigError, DataError
 from pipeline.settings import Config
 from pipeline.training.inputs import Inputs, prepare
 from pipeline.training.run import RunDirectory
+from pipeline.untrusted import printable
 
 _STEP = ("place", "rank", "lane", "set", "epoch", "shard", "row", "key", "replaced")
 _KEY = ("step", "rank", "lane", "place", "set", "epoch", "shard", "row", "key", "replaced")
@@ -136,7 +137,7 @@ def of_key(config: Config, inputs: Inputs, key: str, world: int, last: int) -> d
 def table(rows: Sequence[dict[str, Any]], columns: Sequence[str]) -> list[str]:
     """Rows as lines of aligned text under their names; columns without a value are left out."""
     shown = [name for name in columns if any(row[name] not in (None, "") for row in rows)]
-    texts = [shown, *([str(row[name] if row[name] is not None else "") for name in shown] for row in rows)]
+    texts = [shown, *([printable(str(row[name] if row[name] is not None else "")) for name in shown] for row in rows)]
     widths = [max(len(text[column]) for text in texts) for column in range(len(shown))]
     numbers = [all(isinstance(row[name], int) for row in rows) for name in shown]
     return [

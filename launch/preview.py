@@ -18,9 +18,11 @@ from PIL import Image, ImageDraw
 from launch import pictures
 from launch.pictures import BLUE, GREEN, ORANGE, PURPLE, SKY, VERMILLION
 from pipeline.config import Loaded
+from pipeline.data.captions import REPLACED
 from pipeline.errors import DataError
 from pipeline.settings import Config
 from pipeline.training.inputs import Inputs, open_storage, prepare
+from pipeline.untrusted import printable
 
 if TYPE_CHECKING:
     from pipeline.data.plan import ViewPlan
@@ -124,12 +126,12 @@ def gather(config: Config, inputs: Inputs, specs: tuple[ViewSpec, ...], count: i
     cut = augmenter.run([decoded[row] for row in fine], plans)
     samples = []
     for row, record in enumerate(records):
-        about = f"{record.width} x {record.height} pixels, {record.shard_name}"
+        about = printable(f"{record.width} x {record.height} pixels, {record.shard_name}")
         if row not in fine:
             reason = record.status if record.status != "ok" else "undecodable"
             blank = Image.new("RGB", (_ORIGINAL, _ORIGINAL), (128, 128, 128))
             about += f"; cannot be used ({reason}), training shows another sample of the shard in its place"
-            samples.append(Sample(record.key, record.label, record.caption or "", about, blank, ()))
+            samples.append(Sample(printable(record.key), record.label, printable(record.caption or ""), about, blank, ()))
             continue
         place = fine.index(row)
         views, frames, number = [], [], 0
@@ -150,7 +152,7 @@ def gather(config: Config, inputs: Inputs, specs: tuple[ViewSpec, ...], count: i
                 frames.append((box, colour, sign, 4 if number < 2 else 2))
                 number += 1
         image = pictures.boxed(pictures.fitted(decoded[row], _ORIGINAL), frames)
-        samples.append(Sample(record.key, record.label, record.caption or "", about, image, tuple(views)))
+        samples.append(Sample(printable(record.key), record.label, printable(record.caption or ""), about, image, tuple(views)))
     return samples
 
 
@@ -242,6 +244,8 @@ def _page(config: Config, inputs: Inputs, specs: tuple[ViewSpec, ...], samples: 
     bad = {status: count for status, count in train.counts.items() if status != "ok"}
     told = ", ".join(f"{count:,} {status.replace('_', ' ')}" for status, count in bad.items())
     refused = f" Left out by the index: {told}." if bad else ""
+    if replaced := train.notes.get(REPLACED, 0):
+        refused += f" {replaced:,} captions are no UTF-8 and have U+FFFD in them."
     shards = "shard" if len(train.shards) == 1 else "shards"
     classes = f", {train.classes} classes" if train.classes else ", no classes"
     head = (

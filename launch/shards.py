@@ -143,22 +143,42 @@ def pack(
     transcode: Annotated[
         str | None, typer.Option(help="Write GIF, AVIF… anew as jpg or png (first frame), instead of leaving them out.")
     ] = None,
-    layout: Annotated[str, typer.Option(help="What SOURCE is: auto, folder, table, files (img2dataset's) or shards.")] = "auto",
+    layout: Annotated[
+        str, typer.Option(help="What SOURCE is: auto, folder, flat (no classes), table, files (img2dataset's) or shards.")
+    ] = "auto",
     damaged: Annotated[str, typer.Option(help="A tar that is cut short: refuse it, or use what is whole.")] = "refuse",
     threads: Annotated[int, typer.Option(min=1, max=256, help="Samples read at a time.")] = 8,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace shards of the same prefix.")] = False,
+    follow_links: Annotated[
+        bool | None,
+        typer.Option(
+            "--follow-links/--no-follow-links",
+            help="Follow links that leave SOURCE, or leave them out. By default they are left out, and the loss of a whole class "
+            "or shard is an error.",
+        ),
+    ] = None,
+    root: Annotated[
+        list[Path] | None, typer.Option(help="Folder that paths of a table may lead to, besides its own; may be repeated.")
+    ] = None,
+    labels: Annotated[str, typer.Option(help="auto, or names to take numbers for class names.")] = "auto",
+    classes: Annotated[
+        Path | None, typer.Option(help="A classes.txt whose lines are the class names in the order of their numbers.")
+    ] = None,
+    max_file_mb: Annotated[int, typer.Option("--max-file-mb", min=1, help="Leave out larger files and members, MB.")] = 1024,
 ) -> None:
     """Make WebDataset shards, shuffled. Killed, the same command goes on, and ends with the very same bytes.
 
     SOURCE is one of
 
-    - a folder of pictures: its sub-folders are the classes;
+    - a folder of images: its sub-folders are the classes, KEY.txt beside KEY.jpg is its caption;
 
     - a table (.csv, .tsv, .jsonl, .parquet) with the columns path and, if wanted, label and caption;
 
     - the output of img2dataset, tars or files;
 
     - other shards, to shuffle them anew, change their sizes or leave out small pictures; all members are kept.
+
+    A SOURCE that can be read in two ways is refused. Whatever is left out is counted, and listed in OUT/PREFIX.skipped.txt.
 
     [b]Examples[/b]
 
@@ -169,9 +189,10 @@ def pack(
     fovea shards pack 'old/{00000..00999}.tar' shards/ --min-side 224 --transcode png
     """
     from launch.meter import meter
+    from pipeline.data.labels import LABEL_MODES
     from pipeline.data.packing import Packing
     from pipeline.data.packing import pack as write
-    from pipeline.data.sources import LAYOUTS, open_source
+    from pipeline.data.sources import LAYOUTS, Options, open_source
     from pipeline.data.transcode import FORMS
 
     form = next((known for known in FORMS if known == transcode), None)
@@ -180,7 +201,18 @@ def pack(
     kind = next((known for known in LAYOUTS if known == layout), None)
     if kind is None:
         raise ConfigError(f"{layout!r} is no layout", where="--layout", hint=f"Choose of {', '.join(LAYOUTS)}.")
+    mode = next((known for known in LABEL_MODES if known == labels), None)
+    if mode is None:
+        raise ConfigError(f"{labels!r} is no kind of labels", where="--labels", hint=f"Choose of {', '.join(LABEL_MODES)}.")
     _check_out(source, out)
+    options = Options(
+        use_damaged=_damaged(damaged) == "use",
+        follow_links=follow_links,
+        roots=tuple(root or ()),
+        labels=mode,
+        classes=_class_names(classes),
+        max_file=max_file_mb << 20,
+    )
     packing = Packing(
         prefix=prefix,
         samples_per_shard=samples,
@@ -192,17 +224,9 @@ def pack(
         max_side=max_side,
     )
     with meter("packing") as tell:
-        listing = open_source(source, layout=kind, use_damaged=_damaged(damaged) == "use", store=_store())
+        listing = open_source(source, layout=kind, store=_store(), options=options)
         report = write(listing, out, packing, overwrite=overwrite, threads=threads, progress=tell)
-    classes = f", {len(report.classes)} classes" if report.classes else ""
-    kept = f" ({report.kept} of them were there already)" if report.kept else ""
-    print(f"packed {report.packed} samples in {len(report.shards)} shards{kept}{classes}")
-    if report.rewritten:
-        print(f"wrote {report.rewritten} pictures anew")
-    for reason, number in report.reasons.items():
-        print(f"left out {number}: {reason}")
-    if report.skipped:
-        print(f"which ones: {out / f'{prefix}.skipped.txt'}")
+    print(report.text(out, prefix))
     print(f"shards: {_range(report.shards)}")
 
 
@@ -383,6 +407,22 @@ def _store() -> Storage:
     from pipeline.settings import StorageSettings
 
     return Storage(StorageSettings(grace=_GRACE))
+
+
+def _class_names(path: Path | None) -> tuple[str, ...]:
+    if path is None:
+        return ()
+    from pipeline.untrusted import read_bytes
+
+    try:
+        names = read_bytes(path, limit=64 << 20, error=ConfigError).decode("utf-8-sig").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"cannot be read ({error})", where=str(path), hint="Give a text file with one name a line") from error
+    if not names or len(set(names)) < len(names) or not all(name.strip() for name in names):
+        raise ConfigError(
+            "must hold every class name once, one a line", where=str(path), hint="Give the classes.txt of a packing"
+        )
+    return tuple(names)
 
 
 def _check_out(source: str, out: Path) -> None:

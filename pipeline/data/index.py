@@ -5,10 +5,8 @@ Pictures are judged by their headers alone: nothing is decoded here, so a pictur
 
 from __future__ import annotations
 
-import json
 import math
 import os
-import re
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import as_completed
@@ -16,7 +14,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from pipeline.data import storage, tar
+from pipeline.data.captions import REPLACED, captions_of, decode_text, encoding_of, json_caption_replaced, read_json_member
 from pipeline.data.judge import Judgement, judge, whole
+from pipeline.data.labels import BAD, read_label
 from pipeline.data.manifest import (
     CAPTION_SOURCES,
     FORMATS,
@@ -52,12 +52,6 @@ class UnusableShards(DataError):
 
 Damaged = Literal["refuse", "use"]
 _SMALL_WORK = 48 << 20  # below this many bytes starting processes takes longer than indexing
-
-
-def captions_of(said: Any) -> tuple[str, ...]:
-    """The captions in a JSON value, a text or a list of texts, without those that are empty."""
-    texts = said if isinstance(said, list) else [said]
-    return tuple(text.strip() for text in texts if isinstance(text, str) and text.strip())
 
 
 def index_shard(
@@ -263,8 +257,8 @@ def _row(
         }
     others = {name: _data(source, members[name]) for name in (fields.caption, fields.label, fields.json) if name in members}
     document = _json_object(others.get(fields.json), key, notes)
-    _add_label(row, others.get(fields.label), document.get(fields.json_label), key, notes)
-    _add_caption(row, members, others, document, fields)
+    _add_label(row, others.get(fields.label), document, fields, key, notes)
+    _add_caption(row, members, others, document, fields, key, notes)
     if fields.segmentation in members:
         member = members[fields.segmentation]
         row |= {"segmentation_offset": member.offset, "segmentation_size": member.size}
@@ -286,7 +280,7 @@ def _json_object(data: bytes | None, key: str, notes: tar.Notes) -> dict[str, An
     if data is None:
         return {}
     try:
-        document = json.loads(data)
+        document = read_json_member(data)
     except (ValueError, RecursionError):
         document = None
     if not isinstance(document, dict):
@@ -295,27 +289,39 @@ def _json_object(data: bytes | None, key: str, notes: tar.Notes) -> dict[str, An
     return document
 
 
-def _add_label(row: dict[str, int], text: bytes | None, value: Any, key: str, notes: tar.Notes) -> None:
-    found: int | None = None
-    if text is not None:
-        found = int(text) if re.fullmatch(rb"\s*\d{1,9}\s*", text) else -1
-    elif isinstance(value, int) and not isinstance(value, bool):
-        found = value if 0 <= value < 10**9 else -1
-    elif value is not None:
-        found = -1
-    if found == -1:
-        notes.note("bad_label", key)
-    row["label"] = -1 if found is None else found
+def _add_label(
+    row: dict[str, int], text: bytes | None, document: dict[str, Any], fields: Fields, key: str, notes: tar.Notes
+) -> None:
+    if text is None and fields.json_label not in document:
+        return
+    label, note = read_label(document[fields.json_label] if text is None else text)
+    if not isinstance(label, int):  # a name has no number here: only packing sees all of them
+        notes.note(note or BAD, key)
+    row["label"] = label if isinstance(label, int) else -1
 
 
 def _add_caption(
-    row: dict[str, int], members: dict[str, tar.Member], others: dict[str, bytes], document: dict[str, Any], fields: Fields
+    row: dict[str, int],
+    members: dict[str, tar.Member],
+    others: dict[str, bytes],
+    document: dict[str, Any],
+    fields: Fields,
+    key: str,
+    notes: tar.Notes,
 ) -> None:
-    text, said = others.get(fields.caption, b""), document.get(fields.json_caption)
-    if text.strip():
+    text, value = others.get(fields.caption, b""), document.get(fields.json_caption)
+    readable, replaced = decode_text(text)
+    if text.strip() and (readable.strip() or encoding_of(text) == "utf-8"):  # a mark alone is no caption
         source, member = "text", members[fields.caption]
-    elif captions_of(said):
-        source, member = "json", members[fields.json]
-    else:
+    elif not captions_of(value):
+        if any(not isinstance(item, str) and item is not None for item in (value if isinstance(value, list) else [value])):
+            notes.note("bad_caption", key)
         return
+    else:
+        source, member = "json", members[fields.json]
+        replaced = json_caption_replaced(others[fields.json], value)
+    if replaced:
+        notes.note(REPLACED, key)
+    elif source == "text" and "\0" in readable:
+        notes.note("caption_nul", key)
     row |= {"caption_source": CAPTION_SOURCES.index(source), "caption_offset": member.offset, "caption_size": member.size}

@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 from pipeline.data import storage
 from pipeline.errors import DataError
 
-FORMAT = 2  # 2: lists of captions in JSON
+FORMAT = 3  # 2: lists of captions in JSON; 3: one rule for labels and for the encoding of captions
 STATUSES = (
     "ok",
     "missing_image",

@@ -16,7 +16,10 @@ from types import TracebackType
 from typing import IO, Any
 
 from pipeline.data import tar
+from pipeline.data.captions import clean_text
+from pipeline.data.keys import is_safe
 from pipeline.errors import DataError
+from pipeline.untrusted import printable
 
 
 class ShardWriter:
@@ -71,14 +74,20 @@ class ShardWriter:
         Values are bytes, text (written as UTF-8), integers (as decimal text) or what JSON can hold.
 
         Raises:
-            DataError: the key does not make a name that reads back as this key.
+            DataError: the key does not make a name that reads back as this key, leads out of the folder it is unpacked to, or
+                holds control characters.
         """
         key = sample["__key__"]
+        if not is_safe(key):
+            hint = "Clean it with pipeline.data.keys.safe_key"
+            raise DataError(f"key {printable(key, limit=80)!r} cannot be used", where=self._prefix, hint=hint)
         members = [(f"{key}.{extension}", _encode(value)) for extension, value in sample.items() if extension != "__key__"]
         for name, _ in members:
             parts = tar.split_name(name)
             if parts is None or parts[0] != key:
-                raise DataError(f"key {key!r} cannot be used", where=name, hint="Use a key without dots in its last part.")
+                raise DataError(
+                    f"key {key!r} cannot be used", where=printable(name), hint="Use a key without dots in its last part"
+                )
         size = sum(len(data) for _, data in members)
         most, room = self._limits
         if self._tar is not None and (self._in_shard >= most or self._bytes + size > room):
@@ -132,7 +141,7 @@ def _encode(value: Any) -> bytes:
     if isinstance(value, bytes):
         return value
     if isinstance(value, str):
-        return value.encode("utf-8")
+        return clean_text(value)[0].encode("utf-8")
     if isinstance(value, int) and not isinstance(value, bool):
         return str(value).encode()
-    return json.dumps(value, sort_keys=True, ensure_ascii=False).encode("utf-8", "surrogateescape")
+    return clean_text(json.dumps(value, sort_keys=True, ensure_ascii=False))[0].encode("utf-8")

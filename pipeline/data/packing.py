@@ -7,27 +7,28 @@ keeps the shards that are finished, goes on with the next, and ends with the byt
 from __future__ import annotations
 
 import fcntl
-import glob
-import hashlib
-import json
 import os
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
-from pipeline.data import storage
+from pipeline.data.account import NOTES, REASONS, WITH_IMAGE, Account, left_out_line, note_line, settle, write_lists
 from pipeline.data.judge import judge
+from pipeline.data.layouts import extension_counts
 from pipeline.data.pack import ShardWriter
+from pipeline.data.pack_state import PackState, Piece
 from pipeline.data.random import permutation
-from pipeline.data.sources import LeftOut, Source
+from pipeline.data.samples import LeftOut, Source
+from pipeline.data.sources import Pictures
 from pipeline.data.transcode import Form, transcode
 from pipeline.errors import DataError
+from pipeline.untrusted import printable
 
-FORMAT = 1
 _SHUFFLE = 0x9ACC  # names the draw
+_Prepared = tuple[dict[str, Any] | None, tuple[str, ...], bool]
 
 
 @dataclass(frozen=True)
@@ -56,27 +57,6 @@ class Packing:
 
 
 @dataclass(frozen=True)
-class Piece:
-    """A finished shard.
-
-    Attributes:
-        name: of the file.
-        bytes: its size.
-        samples: samples in it.
-        rewritten: pictures in it that were transcoded or scaled.
-        following: how many samples of the source had been looked at when it was full.
-        skipped: length of the list of those left out by then, bytes.
-    """
-
-    name: str
-    bytes: int
-    samples: int
-    rewritten: int
-    following: int
-    skipped: int
-
-
-@dataclass(frozen=True)
 class PackReport:
     """What became of the samples.
 
@@ -84,9 +64,12 @@ class PackReport:
         shards: paths of the shards.
         packed: samples in them.
         rewritten: pictures among them that were transcoded or scaled.
-        skipped: (name, reason) of each sample left out, by name.
+        skipped: (name, reason) of each file, row or member left out, by name.
         classes: class names, the position is the class number.
         kept: shards that an earlier attempt had finished.
+        account: what became of every file, row or member that was seen.
+        notes: (name, note) of each sample that is packed with something replaced or missing, by name.
+        remarks: sentences on the source as a whole.
     """
 
     shards: tuple[str, ...]
@@ -95,11 +78,42 @@ class PackReport:
     skipped: tuple[tuple[str, str], ...]
     classes: tuple[str, ...]
     kept: int = 0
+    account: Account = field(default_factory=Account)
+    notes: tuple[tuple[str, str], ...] = ()
+    remarks: tuple[str, ...] = ()
 
     @property
     def reasons(self) -> dict[str, int]:
-        """How many samples were left out for each reason."""
+        """How many files, rows or members were left out for each reason."""
         return dict(sorted(Counter(reason for _, reason in self.skipped).items()))
+
+    def text(self, out: Path, prefix: str) -> str:
+        """What was packed, what was not and why, for a person, in counts that add up.
+
+        Args:
+            out: folder of the shards and lists.
+            prefix: of their names.
+        """
+        classes = f", {len(self.classes)} classes" if self.classes else ""
+        kept = f" ({self.kept} of them were there already)" if self.kept else ""
+        lines = [f"packed {self.packed} samples in {len(self.shards)} shards{kept}{classes}"]
+        if self.rewritten:
+            lines.append(f"wrote {self.rewritten} images anew")
+        for reason, number in self.account.left_out.items():
+            meaning = REASONS.get(reason, "")
+            if reason == "not_an_image":
+                names = (name for name, why in self.skipped if why == reason)
+                meaning = extension_counts(Counter(Path(name).suffix[1:].lower() for name in names))
+            lines.append(f"left out {number}: {reason}" + (f" ({meaning})" if meaning else ""))
+        if self.account.left_out:
+            lines.append(f"which ones: {out / f'{prefix}.skipped.txt'}")
+        for note, number in self.account.noted.items():
+            lines.append(f"packed, but {number}: {note}" + (f" ({NOTES[note]})" if note in NOTES else ""))
+        if self.account.noted:
+            lines.append(f"which ones: {out / f'{prefix}.notes.txt'}")
+        lines += [f"note: {remark}" for remark in self.remarks]
+        lines.append(f"account: {self.account.text()}")
+        return "\n".join(printable(line) for line in lines)
 
 
 def pack(
@@ -114,8 +128,9 @@ def pack(
     """Packs the samples of a source into shards, or goes on where a packing with the same arguments was stopped.
 
     The bytes depend on the source, the settings and (where pictures are written anew) the version of Pillow. Besides the shards
-    there are ``<prefix>.pack.json``, ``classes.txt`` if the source names classes, and ``<prefix>.skipped.txt`` if samples were
-    left out.
+    there are ``<prefix>.pack.json``, which ends with the account, ``classes.txt`` if the source names classes,
+    ``<prefix>.skipped.txt`` if anything was left out, and ``<prefix>.notes.txt`` if samples are packed with something replaced or
+    missing.
 
     Args:
         source: see :func:`pipeline.data.sources.open_source`.
@@ -130,7 +145,7 @@ def pack(
     """
     packing, out = packing or Packing(), Path(out)
     if not len(source):
-        raise DataError("the source holds no pictures", hint="Point to a folder with one sub-folder a class, or to a table.")
+        raise _nothing_to_pack(source)
     if not packing.prefix or "/" in packing.prefix or packing.prefix.startswith("."):
         raise DataError(f"{packing.prefix!r} cannot begin a file's name", where="prefix", hint="Use letters, digits, _ and -.")
     try:
@@ -155,7 +170,12 @@ def _pack(
         fcntl.flock(journal, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         raise DataError("another packing is at work here", where=str(out), hint="Wait for it, or stop it.") from None
-    state = _State(out, packing, source)
+    settings = asdict(packing)
+    if packing.transcode is not None or packing.max_side is not None:
+        from PIL import __version__
+
+        settings["pillow"] = __version__
+    state = PackState(out, packing.prefix, settings, source)
     pieces, complete = state.load(overwrite, os.fstat(journal.fileno()).st_size)
     kept = len(pieces)
     last = pieces[-1] if pieces else Piece("", 0, 0, 0, 0, 0)
@@ -186,20 +206,26 @@ def _pack(
         state.save(pieces)
         journal.truncate(last.skipped)
         with writer, ThreadPoolExecutor(threads) as pool:
-            for position, (sample, reason, anew) in _ahead(pool, source, packing, order[seen:], 4 * threads):
+            for position, (sample, reasons, anew) in _ahead(pool, source, packing, order[seen:], 4 * threads):
+                name = source.name(position)
                 if sample is None:
-                    journal.write(f"{reason}\t{_line(source.name(position))}\n".encode("utf-8", "surrogateescape"))
+                    journal.write(left_out_line(reasons[0], name))
+                    journal.writelines(left_out_line(WITH_IMAGE, companion) for companion in source.companions(position))
                 else:
                     writer.write({"__key__": source.key(position, writer.samples), **sample})
+                    journal.writelines(note_line(note, name) for note in reasons)
                     rewritten += anew
                 seen += 1
                 if progress is not None and seen % 32 == 0:
                     progress(seen, len(source), "")
-    skipped = _finish(source, out, packing.prefix, journal, complete)
+    skipped, notes = write_lists(source, out, packing.prefix, journal, complete)
     if not writer.samples:
-        where = str(out / f"{packing.prefix}.skipped.txt")
-        raise DataError(f"none of {len(source)} pictures can be used", where=where, hint="It names the reasons.")
-    state.save(pieces, complete=True)
+        raise _nothing_packed(out / f"{packing.prefix}.skipped.txt", len(source), skipped)
+    if complete and state.account is None:  # packed by a version that kept no account
+        listed = {(printable(name), reason) for name, reason in source.left_out}
+        skipped, notes = tuple(sorted({*skipped, *listed})), tuple(sorted((printable(name), note) for name, note in source.notes))
+    account = state.account if complete and state.account is not None else settle(source, writer.samples, skipped, notes)
+    state.save(pieces, account)
     (out / f".{packing.prefix}.skipped.tmp").unlink(missing_ok=True)
     return PackReport(
         shards=tuple(writer.shards),
@@ -208,14 +234,46 @@ def _pack(
         skipped=skipped,
         classes=source.classes,
         kept=kept,
+        account=account,
+        notes=notes,
+        remarks=(*source.remarks, *_empty_classes(source, skipped)),
     )
+
+
+def _empty_classes(source: Source, skipped: Sequence[tuple[str, str]]) -> list[str]:
+    """Says which class numbers occur in the source but in no packed sample."""
+    if not source.classes or not isinstance(source, Pictures):
+        return []
+    gone = {name for name, _ in skipped}
+    there = {entry.label for entry in source.entries if printable(entry.shown) not in gone}
+    empty = [name for number, name in enumerate(source.classes) if number not in there]
+    few = ", ".join(empty[:5]) + (f" and {len(empty) - 5} more" if len(empty) > 5 else "")
+    return [f"{len(empty)} of {len(source.classes)} classes have no sample: {few}"] if empty else []
+
+
+def _nothing_to_pack(source: Source) -> DataError:
+    counts = Counter(reason for _, reason in source.left_out)
+    counted = ", ".join(f"{n} {reason}" for reason, n in sorted(counts.items()))
+    hint = "Point to a folder with one sub-folder a class, or to a table"
+    if counts.get("outside_link"):
+        hint = "Links that leave the source are followed with --follow-links"
+    return DataError(f"the source holds no images{f' ({counted} left out)' if counted else ''}", hint=hint)
+
+
+def _nothing_packed(path: Path, total: int, skipped: Sequence[tuple[str, str]]) -> DataError:
+    counts = Counter(reason for _, reason in skipped)
+    counted = ", ".join(f"{n} {reason}" for reason, n in sorted(counts.items()))
+    hint = "It names them all"
+    if counts.get("outside_link"):
+        hint += "; links that leave the source are followed with --follow-links"
+    return DataError(f"none of {total} images can be used: {counted}", where=str(path), hint=hint)
 
 
 def _ahead(
     pool: ThreadPoolExecutor, source: Source, packing: Packing, positions: Sequence[int], most: int
-) -> Iterator[tuple[int, tuple[dict[str, Any] | None, str, bool]]]:
+) -> Iterator[tuple[int, _Prepared]]:
     """Each position in turn with what :func:`_prepare` makes of it; the next few are under way already."""
-    flying: deque[tuple[int, Future[tuple[dict[str, Any] | None, str, bool]]]] = deque()
+    flying: deque[tuple[int, Future[_Prepared]]] = deque()
     for position in positions:
         flying.append((position, pool.submit(_prepare, source, packing, position)))
         if len(flying) >= most:
@@ -225,12 +283,12 @@ def _ahead(
         yield position, job.result()
 
 
-def _prepare(source: Source, packing: Packing, position: int) -> tuple[dict[str, Any] | None, str, bool]:
-    """The members of a sample, or None and the reason; and whether its picture was written anew."""
+def _prepare(source: Source, packing: Packing, position: int) -> _Prepared:
+    """The members of a sample and its notes, or None and the reason; and whether its image was written anew."""
     try:
         raw = source.load(position)
     except LeftOut as error:
-        return None, str(error), False
+        return None, (str(error),), False
     verdict = judge(raw.image, min_side=packing.min_side, max_pixels=packing.max_pixels)
     form: Form | None = None
     if verdict.status in ("unsupported", "not_image"):
@@ -243,126 +301,5 @@ def _prepare(source: Source, packing: Packing, position: int) -> tuple[dict[str,
     if image is not raw.image:
         verdict = judge(image, min_side=packing.min_side, max_pixels=packing.max_pixels)
     if verdict.status != "ok":
-        return None, verdict.status, False
-    return raw.sample(image, verdict), "", image is not raw.image
-
-
-def _finish(source: Source, out: Path, prefix: str, journal: IO[bytes], complete: bool) -> tuple[tuple[str, str], ...]:
-    """Writes the lists beside the shards; what was left out and why."""
-    path = out / f"{prefix}.skipped.txt"
-    if complete:
-        lines = path.read_bytes().splitlines() if path.exists() else []
-    else:
-        journal.flush()
-        journal.seek(0)
-        lines = journal.read().splitlines()
-    pairs = [line.decode("utf-8", "surrogateescape").split("\t", 1) for line in lines]
-    skipped = sorted((name, reason) for reason, name in pairs)
-    if not complete:
-        text = "".join(f"{reason}\t{name}\n" for name, reason in skipped)
-        if skipped:
-            storage.write_whole(path, text.encode("utf-8", "surrogateescape"))
-        else:
-            path.unlink(missing_ok=True)
-        if source.classes:
-            named = "".join(f"{name}\n" for name in source.classes)
-            storage.write_whole(out / "classes.txt", named.encode("utf-8", "surrogateescape"))
-    return tuple(skipped)
-
-
-def _line(name: str) -> str:
-    return name.replace("\n", " ").replace("\r", " ")
-
-
-class _State:
-    """``<prefix>.pack.json``: the settings of a packing and the shards that are finished."""
-
-    def __init__(self, out: Path, packing: Packing, source: Source) -> None:
-        self._out, self._prefix, self._classes = out, packing.prefix, source.classes
-        self._path = out / f"{packing.prefix}.pack.json"
-        named = "\0".join((source.digest, *source.classes)).encode("utf-8", "surrogateescape")
-        self._settings: dict[str, Any] = {**asdict(packing), "source": hashlib.blake2b(named, digest_size=16).hexdigest()}
-        if packing.transcode is not None or packing.max_side is not None:
-            from PIL import __version__
-
-            self._settings["pillow"] = __version__
-
-    def load(self, overwrite: bool, journal: int) -> tuple[list[Piece], bool]:
-        """The shards to keep, and whether they are all; what cannot be kept is removed.
-
-        Args:
-            overwrite: keep nothing.
-            journal: length of the list of samples left out, bytes.
-
-        Raises:
-            DataError: shards of something else are there.
-        """
-        prefix = glob.escape(self._prefix)
-        there = sorted(self._out.glob(f"{prefix}-[0-9]*.tar"))
-        self._check_classes(there)
-        document = self._read()
-        if not overwrite and there:
-            self._check(document, there)
-        for torn in self._out.glob(f".{prefix}-[0-9]*.tar.*.tmp"):
-            torn.unlink()
-        pieces: list[Piece] = []
-        complete = False
-        if not overwrite and document is not None:
-            for piece in (Piece(**entry) for entry in document["shards"]):
-                path = self._out / piece.name
-                if not path.is_file() or path.stat().st_size != piece.bytes:
-                    break
-                pieces.append(piece)
-            complete = bool(document["complete"]) and len(pieces) == len(document["shards"])
-            if not complete and pieces and journal < pieces[-1].skipped:
-                pieces = []  # the list of those left out is gone, so nothing can be continued
-        for path in there[len(pieces) :]:
-            path.unlink()
-        return pieces, complete
-
-    def save(self, pieces: Sequence[Piece], *, complete: bool = False) -> None:
-        """Writes how far the work is, whole or not at all."""
-        document = {
-            "format": FORMAT,
-            "complete": complete,
-            "settings": self._settings,
-            "shards": [asdict(piece) for piece in pieces],
-        }
-        storage.write_whole(self._path, (json.dumps(document, indent=1) + "\n").encode())
-
-    def _read(self) -> dict[str, Any] | None:
-        try:
-            document = json.loads(self._path.read_bytes())
-            [Piece(**entry) for entry in document["shards"]]
-            return document if document["format"] == FORMAT and {"settings", "complete"} <= document.keys() else None
-        except (OSError, ValueError, KeyError, TypeError, AttributeError):
-            return None
-
-    def _check(self, document: dict[str, Any] | None, there: Sequence[Path]) -> None:
-        hint = "Choose another directory or prefix, or allow overwriting (--overwrite)."
-        if document is None:
-            raise DataError(f"{len(there)} shards are there already", where=str(there[0]), hint=hint)
-        old = document["settings"]
-        changed = [name for name in {**self._settings, **old} if old.get(name) != self._settings.get(name)]
-        if changed:
-            told = ", ".join(
-                "the source is another" if name == "source" else f"{name} was {old.get(name)} and is {self._settings.get(name)}"
-                for name in changed
-            )
-            what = f"{len(there)} shards are there already, of another packing ({told})"
-            raise DataError(what, where=str(there[0]), hint=f"With the same settings it goes on where it stopped. {hint}")
-
-    def _check_classes(self, own: Sequence[Path]) -> None:
-        """Shards of two prefixes in one folder share the class numbers, or labels would not mean the same."""
-        path = self._out / "classes.txt"
-        if not self._classes or not path.is_file() or set(self._out.glob("*.tar")) <= set(own):
-            return
-        old = path.read_text(encoding="utf-8", errors="surrogateescape").splitlines()
-        if old != list(self._classes):
-            odd = sorted(set(old) ^ set(self._classes))
-            raise DataError(
-                f"names other classes than this source ({len(old)} and {len(self._classes)}"
-                + (f"; only one of them has {odd[0]!r})" if odd else ")"),
-                where=str(path),
-                hint="The same number would mean another class. Give both sources the same sub-folders, or another OUT.",
-            )
+        return None, (verdict.status,), False
+    return raw.sample(image, verdict), raw.notes, image is not raw.image

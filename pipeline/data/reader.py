@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import zlib
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -12,7 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.data import storage
-from pipeline.data.index import captions_of, whole
+from pipeline.data.captions import captions_of, decode_text, read_json_member
+from pipeline.data.index import whole
 from pipeline.data.manifest import CAPTION_SOURCES, FORMATS, Manifest, Rows
 from pipeline.data.random import uniforms
 from pipeline.errors import DataError
@@ -153,10 +153,10 @@ class Reader:
             return ()
         fields = self.manifest.fields
         if CAPTION_SOURCES[rows.columns["caption_source"][row]] == "text":
-            text = data.decode("utf-8", "replace")
+            text, _ = decode_text(data)
             return captions_of(text.splitlines() if fields.caption_lines else text)
         try:
-            return captions_of(json.loads(data)[fields.json_caption])
+            return captions_of(read_json_member(data)[fields.json_caption])
         except (ValueError, KeyError, TypeError, RecursionError):
             return ()
 

@@ -31,7 +31,12 @@ MEANING = {
     "sparse": "sparse members are not read: write the tar without --sparse",
     "unknown": "a kind of member that tar does not define",
     "no_extension": "a name without an extension belongs to no sample",
-    "bad_label": "the class text is no whole number from 0 on",
+    "bad_label": "the class is no whole number: it has no label (pack from a table or folders to number names)",
+    "negative_label": "a negative class number: it has no label",
+    "empty_label": "an empty class: it has no label",
+    "bad_caption": "the caption in .json is neither a text nor a list of texts",
+    "caption_nul": "a caption with NUL characters: UTF-16 without a byte order mark, or binary data",
+    "caption_replaced": "a caption that is no UTF-8: what cannot be read is replaced by U+FFFD, and trained on",
     "bad_json": "the .json member holds no JSON object",
     "cut_sample": "the sample before the place where the shard is cut",
 }

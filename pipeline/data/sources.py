@@ -1,139 +1,120 @@
-"""What can be packed: a folder of pictures, a table of their paths, what img2dataset left behind, or other shards.
+"""What can be packed: a folder of images, a table of their paths, what img2dataset left behind, or other shards.
 
 Each source lists its samples in a fixed order and hands out any of them by position; its digest changes with the listing, so a
-packing that was stopped goes on over the same samples or not at all.
+packing that was stopped goes on over the same samples or not at all. What a listing passes over is kept with the reason.
 """
 
 from __future__ import annotations
 
-import hashlib
-import re
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+import os
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any
 
-from pipeline.data import storage, tables, tar
-from pipeline.data.judge import Judgement
+from pipeline.data import storage, tables
+from pipeline.data.captions import REPLACED, decode_text
+from pipeline.data.judge import judge
+from pipeline.data.labels import LabelMode, number_labels
+from pipeline.data.layouts import LAYOUTS, Layout, recognize
+from pipeline.data.listing import BROKEN, LINK, File, Listing, list_files, litter_reason, lost_by_links
 from pipeline.data.manifest import Fields
-from pipeline.errors import DataError
+from pipeline.data.members import Members, digest_of, files_of, tars_of
+from pipeline.data.samples import IMAGES, MAX_FILE, LeftOut, Raw, Source, is_below, read_file, real_folder
+from pipeline.errors import ConfigError, DataError
+from pipeline.untrusted import printable
 
-Layout = Literal["auto", "folder", "table", "files", "shards"]
-LAYOUTS: tuple[Layout, ...] = ("auto", "folder", "table", "files", "shards")
-IMAGES = (*Fields().images, "gif", "avif", "heic", "heif", "jpe", "tga", "ico", "psd", "dds")
-EXTENSIONS = {"jpeg": "jpg", "png": "png", "webp": "webp", "tiff": "tif", "bmp": "bmp", "jpeg2000": "jp2", "pnm": "ppm"}
-_CHUNK_FOLDER = re.compile(r"\d{5,}")
-
-
-class LeftOut(Exception):
-    """A sample that cannot be packed; its text is the reason, one word."""
+__all__ = ["LAYOUTS", "Layout", "LeftOut", "Members", "Options", "Picture", "Pictures", "Raw", "Source", "open_source"]
+_IMAGES, _PROBED = frozenset(IMAGES), frozenset(Fields().images)
+_CAPTION = "txt"
+_MAX_CAPTION = 4 << 20  # bytes
 
 
 @dataclass(frozen=True)
-class Raw:
-    """A sample as its source holds it.
+class Options:
+    """How a source is listed and read.
 
     Attributes:
-        image: encoded bytes of the picture.
-        members: all else, by extension; the values are what :class:`pipeline.data.pack.ShardWriter` takes.
-        extension: of the picture, empty if it follows from the format.
+        use_damaged: take the whole samples of tars that are cut.
+        follow_links: follow links that leave the source. None: do not, and refuse a source of which a whole class or shard is
+            lost by that; False: do not, and count them.
+        roots: folders that the paths of a table may lead to, besides the table's own; relative paths are looked for in them
+            first.
+        labels: ``names`` takes numbers for class names.
+        classes: class names whose positions are the numbers to use; empty: those of the source, sorted.
+        max_file: largest file or member, bytes.
     """
 
-    image: bytes
-    members: dict[str, Any]
-    extension: str = ""
-
-    def sample(self, image: bytes, judged: Judgement) -> dict[str, Any]:
-        """What is written: the picture (perhaps another than the source's) with its companions.
-
-        Args:
-            image: encoded bytes.
-            judged: what their header says.
-        """
-        fitting = EXTENSIONS[judged.format]
-        if not self.extension:
-            about = {**self.members.get("json", {}), "width": judged.width, "height": judged.height}
-            return {fitting: image, **self.members, "json": about}
-        extension = self.extension if image is self.image or fitting in self.members else fitting
-        return {extension: image, **self.members}
-
-
-class Source(Protocol):
-    """Samples by position."""
-
-    @property
-    def classes(self) -> tuple[str, ...]:
-        """Class names, the position is the class number; empty if the source names none."""
-
-    @property
-    def digest(self) -> str:
-        """Changes whenever the listing does."""
-
-    def __len__(self) -> int: ...
-
-    def name(self, position: int) -> str:
-        """What to call a sample before a person."""
-
-    def key(self, position: int, number: int) -> str:
-        """The key of a sample in the shards, where it is the ``number``-th."""
-
-    def load(self, position: int) -> Raw:
-        """Reads a sample.
-
-        Raises:
-            LeftOut: it cannot be read, or has no picture.
-        """
+    use_damaged: bool = False
+    follow_links: bool | None = None
+    roots: tuple[Path, ...] = ()
+    labels: LabelMode = "auto"
+    classes: tuple[str, ...] = ()
+    max_file: int = MAX_FILE
 
 
 def open_source(
-    source: str | Path, *, layout: Layout = "auto", use_damaged: bool = False, store: storage.Storage | None = None
+    source: str | Path,
+    *,
+    layout: Layout = "auto",
+    use_damaged: bool = False,
+    store: storage.Storage | None = None,
+    options: Options | None = None,
 ) -> Source:
     """Finds out what a source is, and lists its samples.
 
     Args:
         source: a folder, a table, or shards by path or pattern.
-        layout: ``folder``: pictures, sub-folders are classes. ``table``: see :func:`pipeline.data.tables.rows`. ``files``:
-            ``00000/000000000.jpg`` with ``.txt`` and ``.json`` beside it, as img2dataset writes. ``shards``: tars. ``auto``: what
-            it looks like.
-        use_damaged: take the whole samples of tars that are cut.
+        layout: ``folder``: images, top folders are classes. ``flat``: images without classes. ``table``: see
+            :func:`pipeline.data.tables.rows`. ``files``: ``00000/000000000.jpg`` with ``.txt`` and ``.json`` beside it, as
+            img2dataset writes. ``shards``: tars. ``auto``: what it looks like, if that is only one of these.
+        use_damaged: take the whole samples of tars that are cut; also in ``options``.
         store: how to reach shards.
+        options: links, labels and limits.
 
     Raises:
-        DataError: it is none of these, holds nothing, or is not finished.
+        DataError: it is none of these, more than one of them, holds nothing, or is not finished.
+        ConfigError: an option does not fit the layout.
     """
-    path, store = Path(source), store or storage.Storage()
-    found = _look(path, str(source)) if layout == "auto" else layout
-    if found == "table":
-        return Pictures(*_of_table(path))
-    if found == "folder":
-        return Pictures(*_of_folder(path))
-    if found == "files":
-        return Members(store, *_of_files(path))
-    urls = storage.expand(str(source), store)
-    if layout == "auto":
-        _check_downloads(path)
-    return Members(store, *_of_tars(store, urls, use_damaged))
+    path, store, options = Path(source), store or storage.Storage(), options or Options(use_damaged=use_damaged)
+    where = str(source)
+    listing: Listing | None = None
+    if path.is_dir() and layout != "table" and not storage.is_remote(where):
+        listing = list_files(path, follow_links=bool(options.follow_links))
+        _check_links(listing, where, options.follow_links)
+    chosen = _look(path, where, listing) if layout == "auto" else layout
+    if options.roots and chosen != "table":
+        raise ConfigError("only the paths of a table are looked for there", where="--root", hint="Leave it out")
+    if chosen in ("files", "shards", "flat") and (options.classes or options.labels != "auto"):
+        raise ConfigError(f"the layout {chosen} takes labels as they are", where="--labels, --classes", hint="Leave them out")
+    if chosen == "table":
+        return _of_table(path, options)
+    if chosen == "shards":
+        urls = storage.expand(where, store)
+        if layout == "auto":
+            _check_downloads(path)
+        return tars_of(store, urls, options.use_damaged or use_damaged, listing, options.max_file)
+    if listing is None:
+        raise DataError("must be a folder" if path.exists() else "does not exist", where=where, hint="Give another --layout")
+    if chosen == "files":
+        return files_of(store, listing, options.max_file, _allowed_roots(listing.root, options))
+    return _of_folder(listing, where, options, classes=chosen == "folder")
 
 
-def _look(path: Path, source: str) -> Layout:
+def _look(path: Path, where: str, listing: Listing | None) -> Layout:
+    if listing is not None:
+        return recognize(listing, where)
     if path.suffix.lower() in tables.KINDS and path.is_file():
         return "table"
-    if path.suffix.lower() == ".tar" or "{" in source or "*" in source or "://" in source:
+    if path.suffix.lower() == ".tar" or "{" in where or "*" in where or "://" in where:
         return "shards"
-    if not path.is_dir():
-        raise DataError(
-            "is neither a folder nor a table" if path.exists() else "does not exist",
-            where=source,
-            hint="Point to a folder with one sub-folder a class, to a .csv, .jsonl or .parquet with the columns path, caption, "
-            "label, or to shards such as 'old-{00000..00009}.tar'.",
-        )
-    if any(path.glob("*.tar")):
-        return "shards"
-    folders = [child for child in path.iterdir() if child.is_dir()]
-    chunks = bool(folders) and all(_CHUNK_FOLDER.fullmatch(folder.name) for folder in folders)
-    if any(path.glob("*_stats.json")) or (chunks and any(min(folders).glob("*.json"))):
-        return "files"
-    return "folder"
+    raise DataError(
+        "is neither a folder nor a table" if path.exists() else "does not exist",
+        where=where,
+        hint="Point to a folder with one sub-folder a class, to a .csv, .jsonl or .parquet with the columns path, caption, "
+        "label, or to shards such as 'old-{00000..00009}.tar'",
+    )
 
 
 def _check_downloads(path: Path) -> None:
@@ -146,16 +127,36 @@ def _check_downloads(path: Path) -> None:
             f"has no {open_ones[0].stem}_stats.json: img2dataset has not finished it"
             + (f", nor {len(open_ones) - 1} others" if len(open_ones) > 1 else ""),
             where=str(open_ones[0]),
-            hint="Let the download finish, or give --layout shards to take the tars as they are.",
+            hint="Let the download finish, or give --layout shards to take the tars as they are",
         )
 
 
-# ---- pictures with a class and a caption ----------------------------------------------------------------------------------
+def _check_links(listing: Listing, where: str, follow_links: bool | None) -> None:
+    if follow_links is not None:
+        return
+    lost = lost_by_links(listing, _IMAGES)
+    if lost:
+        links = sum(listing.reasons.get(reason, 0) for reason in (LINK, BROKEN))
+        shown = ", ".join(printable(name) for name in lost[:3]) + (" …" if len(lost) > 3 else "")
+        raise DataError(
+            f"{links} links leave the folder or lead to nothing and are not followed; {len(lost)} of its parts would be lost by "
+            f"that: {shown}",
+            where=where,
+            hint="Add --follow-links to pack what they lead to, if you trust them, or --no-follow-links to leave them out",
+        )
+
+
+def _allowed_roots(root: Path, options: Options) -> tuple[str, ...]:
+    """Where the files of a folder may lie in the end; empty for anywhere."""
+    return () if options.follow_links else (os.path.realpath(root),)
+
+
+# ---- images with a class and a caption -------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)
 class Picture:
-    """A file that a folder or a table names.
+    """An image file that a folder or a table names.
 
     Attributes:
         path: the file.
@@ -163,22 +164,39 @@ class Picture:
         label: class number, or None.
         captions: texts, none of them empty.
         extra: what else the table says of it; goes to the ``.json`` member.
+        caption_file: a file beside it that holds its caption.
+        owns_caption: the file is counted as this image's; else as another's with the same name.
     """
 
-    path: Path
+    path: Path | str
     shown: str
     label: int | None = None
     captions: tuple[str, ...] = ()
     extra: Mapping[str, Any] | None = None
+    caption_file: File | None = None
+    owns_caption: bool = True
 
 
 @dataclass(frozen=True)
 class Pictures:
-    """Single files; their keys in the shards are numbers."""
+    """Single image files; their keys in the shards are numbers. See :class:`pipeline.data.samples.Source`.
+
+    Attributes:
+        roots: resolved folders that the files must lie in after links; empty for anywhere.
+        max_file: largest file, bytes.
+        shared: names of caption files of several images, and of these.
+    """
 
     entries: Sequence[Picture]
     classes: tuple[str, ...]
     digest: str
+    unit: str = "files"
+    left_out: Sequence[tuple[str, str]] = ()
+    notes: Sequence[tuple[str, str]] = ()
+    remarks: Sequence[str] = ()
+    roots: tuple[str, ...] = field(default=())
+    max_file: int = MAX_FILE
+    shared: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.entries)
@@ -186,6 +204,15 @@ class Pictures:
     def name(self, position: int) -> str:
         """The file's path as the source says it."""
         return self.entries[position].shown
+
+    def companions(self, position: int) -> tuple[str, ...]:
+        """The caption file, if the image has one of its own."""
+        entry = self.entries[position]
+        return (entry.caption_file.shown,) if entry.caption_file is not None and entry.owns_caption else ()
+
+    def sharers(self, companion: str) -> tuple[str, ...]:
+        """Images that one caption file belongs to, if these are several: ``a.jpg`` and ``a.png`` have ``a.txt``."""
+        return self.shared.get(companion, ())
 
     def key(self, position: int, number: int) -> str:
         """Nine digits."""
@@ -195,184 +222,175 @@ class Pictures:
         """Reads the file; one caption becomes ``.txt``, several the list ``caption`` in ``.json``."""
         entry = self.entries[position]
         members: dict[str, Any] = {}
+        notes: tuple[str, ...] = ()
         if entry.label is not None:
             members["cls"] = entry.label
-        if len(entry.captions) == 1:
-            members["txt"] = entry.captions[0]
-        several = {"caption": list(entry.captions)} if len(entry.captions) > 1 else {}
-        members["json"] = {**(entry.extra or {}), **several, "path": entry.shown}
-        return Raw(_read(entry.path), members)
+        captions = entry.captions
+        if entry.caption_file is not None:
+            try:
+                text, replaced = decode_text(read_file(entry.caption_file.path, limit=_MAX_CAPTION, roots=self.roots))
+            except LeftOut as error:
+                raise LeftOut(f"caption_{error}") from error
+            captions = (text,) if text.strip() else ()
+            notes = (REPLACED,) if replaced else () if captions else ("empty_caption",)
+        if len(captions) == 1:
+            members["txt"] = captions[0]
+        several = {"caption": list(captions)} if len(captions) > 1 else {}
+        members["json"] = {**(entry.extra or {}), **several, "path": printable(entry.shown)}
+        return Raw(read_file(entry.path, limit=self.max_file, roots=self.roots), members, notes=notes)
 
 
-def _of_folder(source: Path) -> tuple[list[Picture], tuple[str, ...], str]:
-    classes = tuple(sorted(child.name for child in source.iterdir() if child.is_dir() and not child.name.startswith(".")))
-    numbers = {name: number for number, name in enumerate(classes)}
-    entries, sizes = [], []
-    for path in sorted(source.rglob("*")):
-        if path.suffix[1:].lower() in IMAGES and path.is_file():
-            inside = path.relative_to(source)
-            label = numbers.get(inside.parts[0]) if len(inside.parts) > 1 else None
-            entries.append(Picture(path, inside.as_posix(), label))
-            sizes.append(path.stat().st_size)
-    listing = (f"{entry.shown}\0{size}" for entry, size in zip(entries, sizes, strict=True))
-    return entries, classes, _digest("folder", listing)
-
-
-def _of_table(source: Path) -> tuple[list[Picture], tuple[str, ...], str]:
-    rows = list(tables.rows(source))
-    labels = [row.label for row in rows if row.label is not None]
-    numeric = all(label.isdecimal() for label in labels)
-    classes = () if numeric else tuple(sorted(set(labels)))
-    numbers = {name: number for number, name in enumerate(classes)}
-    entries = [
-        Picture(
-            source.parent / row.path,
-            row.path,
-            None if row.label is None else int(row.label) if numeric else numbers[row.label],
-            row.captions,
-            row.extra,
-        )
-        for row in rows
-    ]
-    return entries, classes, _digest("table", (f"{e.shown}\0{e.label}\0{e.captions}\0{e.extra}" for e in entries))
-
-
-# ---- samples of several members ---------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True)  # there is one for each member of each sample
-class Part:
-    """Where a member's bytes lie.
-
-    Attributes:
-        about: the shard, or the file itself.
-        offset: first byte; -1: the whole file.
-        size: bytes.
-    """
-
-    about: storage.ObjectStat
-    offset: int
-    size: int
-
-    def read(self, store: storage.Storage) -> bytes:
-        """The bytes.
-
-        Raises:
-            LeftOut: they cannot be read.
-            StorageAway, ShardChanged: that is no fault of the sample.
-        """
-        if self.offset < 0:
-            return _read(Path(self.about.url))
-        try:
-            return store.read(self.about, self.offset, self.size)
-        except (storage.StorageAway, storage.ShardChanged):
-            raise
-        except DataError as error:
-            raise LeftOut("unreadable") from error
-
-
-@dataclass(frozen=True)
-class Members:
-    """Samples that have a key already and keep it, with all that belongs to it."""
-
-    store: storage.Storage
-    keys: Sequence[str]
-    parts: Sequence[dict[str, Part]]
-    names: Sequence[str]
-    digest: str
-    classes: tuple[str, ...] = ()
-
-    def __len__(self) -> int:
-        return len(self.keys)
-
-    def name(self, position: int) -> str:
-        """Shard and key."""
-        return self.names[position]
-
-    def key(self, position: int, number: int) -> str:
-        """Its own; what occurs again gets a number behind it."""
-        return self.keys[position]
-
-    def load(self, position: int) -> Raw:
-        """Reads all members."""
-        parts = self.parts[position]
-        image = next((extension for extension in IMAGES if extension in parts), None)
-        if image is None:
-            raise LeftOut("missing_image")
-        members = {extension: part.read(self.store) for extension, part in parts.items() if extension != image}
-        return Raw(parts[image].read(self.store), members, image)
-
-
-def _of_tars(
-    store: storage.Storage, urls: Sequence[str], use_damaged: bool
-) -> tuple[list[str], list[dict[str, Part]], list[str], str]:
-    found: list[tuple[str, str, dict[str, Part]]] = []
-    versions = []
-    for about in store.stats(urls):
-        if isinstance(about, DataError):
-            raise about
-        url = about.url
-        versions.append(f"{url}\0{about.size}\0{about.tag}")
-        places: dict[str, list[int]] = {}
-        shard = store.open(about)
-        try:
-            runs, _ = tar.runs(shard, tar.Notes(), use_damaged=use_damaged)
-        finally:
-            shard.close()
-        for key, members in runs:
-            parts = {extension: Part(about, member.offset, member.size) for extension, member in members.items()}
-            # Members of one key that lie apart are one sample; a second copy of a member makes another sample.
-            open_ones = [place for place in places.get(key, []) if not found[place][2].keys() & parts.keys()]
-            if open_ones:
-                found[open_ones[0]][2].update(parts)
+def _of_folder(listing: Listing, where: str, options: Options, *, classes: bool) -> Pictures:
+    images: list[File] = []
+    left_out, remarks = list(listing.left_out), []
+    texts: dict[str, File] = {}
+    for file in listing.files:
+        if file.extension in _IMAGES:
+            if file.size:
+                images.append(file)
             else:
-                places.setdefault(key, []).append(len(found))
-                found.append((key, f"{storage.base_name(url)}: {key}", parts))
-    keys = _unique(key for key, _, _ in found)
-    return keys, [parts for _, _, parts in found], [name for _, name, _ in found], _digest("shards", versions)
+                left_out.append((file.shown, "empty_file"))
+        elif file.extension == _CAPTION:
+            texts.setdefault(file.stem, file)
+            if texts[file.stem] is not file:
+                left_out.append((file.shown, "second_caption"))
+        else:
+            left_out.append((file.shown, "shard_file" if file.extension == "tar" else "not_an_image"))
+    tops = [file.parts[0] if classes and "/" in file.shown else None for file in images]
+    usable, without = _usable_classes(images, tops, listing)
+    if without:
+        remarks.append(f"{len(without)} folders hold no usable image and are no class: {_few(without)}")
+    labels = [(file.shown, top if top in usable else None) for file, top in zip(images, tops, strict=True)]
+    numbers, names, label_notes = _numbered_folders(labels, sorted(usable), where, options)
+    notes = label_notes if usable else []
+    deep = sum(len(file.parts) > 2 for file in images) if classes else 0
+    if deep:
+        remarks.append(f"{deep} images lie in sub-folders of class folders: they belong to the class of the top folder")
+    if len(usable) == 1:
+        remarks.append(f"all images are of one class, {printable(next(iter(usable)))!r}: --layout flat packs them without")
+    stems = {file.stem for file in images}
+    sidecars = sum(file.extension == "json" and file.stem in stems for file in listing.files)
+    if sidecars:
+        remarks.append(f"{sidecars} .json files have the name of an image: --layout files packs them with it, without classes")
+    entries: list[Picture] = []
+    used: dict[str, tuple[str, ...]] = {}
+    for file, number in zip(images, numbers, strict=True):
+        text = texts.get(file.stem) or texts.get(file.shown)
+        name = "" if text is None else printable(text.shown)
+        entries.append(Picture(file.path, file.shown, number, caption_file=text, owns_caption=name not in used))
+        if text is not None:
+            used[name] = (*used.get(name, ()), printable(file.shown))
+    left_out += [(text.shown, "text_without_image") for text in texts.values() if printable(text.shown) not in used]
+    lines = [f"{file.shown}\0{file.size}" for file in images]
+    lines += [f"caption\0{entry.shown}\0{entry.caption_file.size}" for entry in entries if entry.caption_file is not None]
+    if not names and any(number is not None for number in numbers):
+        lines.append(f"numbers\0{numbers}")
+    return Pictures(
+        entries,
+        names,
+        digest_of("folder", lines),
+        left_out=sorted(left_out),
+        notes=notes,
+        remarks=remarks,
+        roots=_allowed_roots(listing.root, options),
+        max_file=options.max_file,
+        shared={name: sharers for name, sharers in used.items() if len(sharers) > 1},
+    )
 
 
-def _of_files(source: Path) -> tuple[list[str], list[dict[str, Part]], list[str], str]:
-    groups: dict[tuple[str, str], dict[str, Part]] = {}
-    listing = []
-    for folder in sorted(child for child in source.iterdir() if child.is_dir()):
-        for path in sorted(folder.iterdir()):
-            split = tar.split_name(path.name)
-            if split is None or not path.is_file():
-                continue
-            size = path.stat().st_size
-            groups.setdefault((folder.name, split[0]), {})[split[1]] = Part(storage.ObjectStat(str(path), size, ""), -1, size)
-            listing.append(f"{folder.name}/{path.name}\0{size}")
-    keys = _unique(key for _, key in groups)
-    return keys, list(groups.values()), [f"{folder}/{key}" for folder, key in groups], _digest("files", listing)
+def _usable_classes(images: Sequence[File], tops: Sequence[str | None], listing: Listing) -> tuple[set[str], list[str]]:
+    """Top folders with an image that can be read, and those that look like a class but have none."""
+    usable: set[str] = set()
+    for file, top in zip(images, tops, strict=True):
+        if top is not None and top not in usable and _seems_whole(file):
+            usable.add(top)
+    if not any(tops):
+        return usable, []
+    others = {file.parts[0] for file in listing.files if "/" in file.shown}
+    with os.scandir(listing.root) as entries:  # empty folders hold nothing that is listed
+        others |= {entry.name for entry in entries if entry.is_dir() and not litter_reason(entry.name)}
+    return usable, sorted(others - usable)
 
 
-def _unique(keys: Iterable[str]) -> list[str]:
-    """The keys, those that occurred before with the first free number behind them."""
-    wanted = list(keys)
-    taken, out, following = set(wanted), [], dict.fromkeys(wanted, -1)
-    for key in wanted:
-        following[key] += 1
-        name = key
-        if following[key]:
-            while (name := f"{key}-{following[key]}") in taken:
-                following[key] += 1
-            taken.add(name)
-        out.append(name)
-    return out
-
-
-def _read(path: Path) -> bytes:
+def _seems_whole(file: File) -> bool:
+    """Whether an image's header and end are there; formats that only a transcoding reads are taken for whole."""
+    if file.extension not in _PROBED:
+        return True
     try:
-        return path.read_bytes()
-    except FileNotFoundError as error:
-        raise LeftOut("missing_file") from error
-    except OSError as error:
-        raise LeftOut("unreadable") from error
+        return judge(read_file(file.path), min_side=1, max_pixels=1 << 62).status in ("ok", "unsupported")
+    except LeftOut:
+        return False
 
 
-def _digest(kind: str, lines: Iterable[str]) -> str:
-    digest = hashlib.blake2b(kind.encode() + b"\0", digest_size=16)
-    for line in lines:
-        digest.update(line.encode("utf-8", "surrogateescape") + b"\0\n")
-    return digest.hexdigest()
+def _numbered_folders(
+    labels: Sequence[tuple[str, str | None]], classes: Sequence[str], where: str, options: Options
+) -> tuple[list[int | None], tuple[str, ...], list[tuple[str, str]]]:
+    numbers, names, notes = number_labels(
+        [(name, name) for name in classes], where=where, mode=options.labels, classes=options.classes
+    )
+    of_class = dict(zip(classes, numbers, strict=True))
+    shared = [number for number, n in Counter(number for number in numbers if number is not None).items() if n > 1]
+    if shared:
+        both = " and ".join(repr(printable(name)) for name in classes if of_class[name] == shared[0])
+        hint = "Rename one of them, or add --labels names if they are numbers"
+        raise DataError(f"folders {both} are the same class, number {shared[0]}", where=where, hint=hint)
+    reasons = dict(notes)
+    out_notes = [
+        (shown, "no_label" if label is None else reasons.get(label, "no_label"))
+        for shown, label in labels
+        if label is None or of_class[label] is None
+    ]
+    return [None if label is None else of_class[label] for _, label in labels], names, out_notes
+
+
+def _few(names: Sequence[str], most: int = 5) -> str:
+    return ", ".join(printable(name) for name in names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+
+
+# ---- tables ----------------------------------------------------------------------------------------------------------------
+
+
+def _of_table(source: Path, options: Options) -> Pictures:
+    rows = list(tables.rows(source))
+    numbers, names, notes = number_labels(
+        [(row.where, row.label) for row in rows], where=str(source), mode=options.labels, classes=options.classes
+    )
+    if all(number is None for number in numbers):
+        notes = [(place, note) for place, note in notes if note != "empty_label"]
+    notes += [(row.where, note) for row in rows for note in row.notes]
+    folders = [*options.roots, source.parent]
+    allowed = () if options.follow_links else tuple(os.path.realpath(folder) for folder in folders)
+    entries, outside = [], []
+    for row, number in zip(rows, numbers, strict=True):
+        path = _locate(row.path, folders)
+        folder = real_folder(os.path.dirname(path))
+        if allowed and not is_below(folder, allowed):
+            outside.append((row.where, row.path, folder))
+        entries.append(Picture(path, row.path, number, row.captions, row.extra))
+    if outside:
+        raise _outside(source, outside, len(rows))
+    kind = "\0".join(("table", *(str(root) for root in options.roots), *(("anywhere",) if options.follow_links else ())))
+    digest = digest_of(kind, (f"{e.shown}\0{e.label}\0{e.captions}\0{e.extra}" for e in entries))
+    return Pictures(entries, names, digest, "rows", (), notes, (), allowed, options.max_file)
+
+
+def _locate(path: str, folders: Sequence[Path]) -> str:
+    """Where a table's path leads: in the first of the folders that has it, or else in the last."""
+    candidates = [os.path.join(folder, path) for folder in folders]
+    if os.path.isabs(path) or len(candidates) == 1:
+        return candidates[-1]
+    try:
+        return next((candidate for candidate in candidates if os.path.lexists(candidate)), candidates[-1])
+    except ValueError:  # no file can have such a name
+        return candidates[-1]
+
+
+def _outside(source: Path, outside: Sequence[tuple[str, str, str]], total: int) -> DataError:
+    place, path, _ = outside[0]
+    common = os.path.commonpath([folder for _, _, folder in outside])
+    return DataError(
+        f"{len(outside)} of {total} paths lie outside the table's folder, the first in {printable(place)}: "
+        f"{printable(path, limit=200)}",
+        where=str(source),
+        hint=f"If you trust the table, name the folder they lie in: --root {printable(common)} (may be given several times)",
+    )

@@ -11,9 +11,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from pipeline.data.captions import REPLACED
 from pipeline.data.manifest import CAPTION_SOURCES, FORMATS, Manifest
 from pipeline.data.order import Order, divisors
 from pipeline.errors import FoveaError
+from pipeline.untrusted import printable
 
 PERCENTILES = (0, 1, 5, 25, 50, 75, 95, 99, 100)
 SMALL_SHARD, LARGE_SHARD = 100_000_000, 1_000_000_000  # bytes; 200 to 500 MB are advised
@@ -67,6 +69,7 @@ class Statistics:
         spreads: of width, height, aspect (width by height), megapixels and encoded size of the pictures, of the captions' length
             in bytes (those with a text of their own) and of the shards' size and samples.
         captions: samples by where their caption stands: text, json, none.
+        noted: counts of labels and captions that are not as they should be, and of members that are no sample's.
         labelled: samples with a class number.
         classes: largest class number plus one.
         empty_classes: class numbers below it without a sample.
@@ -86,6 +89,7 @@ class Statistics:
     formats: dict[str, int]
     spreads: dict[str, Spread]
     captions: dict[str, int]
+    noted: dict[str, int]
     labelled: int
     classes: int
     empty_classes: int
@@ -119,13 +123,15 @@ class Statistics:
             lines.append(f"  smallest   {', '.join(f'{number}: {n:,}' for number, n in self.smallest)}")
         else:
             lines.append("labels       none")
+        if self.noted:
+            lines.append(f"noted        {', '.join(f'{name} {n:,}' for name, n in self.noted.items())}")
         if self.left_out:
             lines.append(f"left out     {_counted(self.left_out)}")
         if self.duplicates.pictures:
             twice = self.duplicates
             differ = f"; {twice.labels_differ:,} with several classes" if twice.labels_differ else ""
             lines.append(f"duplicates   {twice.pictures:,} pictures occur {twice.superfluous:,} times too often{differ}")
-            lines += ["  " + "  =  ".join(f"{shard} {key}" for shard, key in places) for places in twice.examples]
+            lines += ["  " + "  =  ".join(printable(f"{shard} {key}") for shard, key in places) for places in twice.examples]
         else:
             lines.append("duplicates   none")
         heads = ("min", *(f"{p} %" for p in PERCENTILES[1:-1]), "max", "mean")
@@ -141,7 +147,7 @@ class Statistics:
                 f"{o['left_over']:,} samples left over each time; ranks: {', '.join(map(str, o['ranks']))}"
             )
         lines += [f"- {sentence}" for sentence in self.advice]
-        return "\n".join(lines).encode("utf-8", "surrogateescape").decode("utf-8", "replace")
+        return "\n".join(lines)
 
 
 def statistics(manifest: Manifest, *, global_batch: int = 1024) -> Statistics:
@@ -186,6 +192,7 @@ def statistics(manifest: Manifest, *, global_batch: int = 1024) -> Statistics:
         formats=_named(FORMATS, columns["format"]),
         spreads=spreads,
         captions=_named(CAPTION_SOURCES, columns["caption_source"]),
+        noted=manifest.notes,
         labelled=len(labels),
         classes=manifest.classes,
         empty_classes=manifest.classes - len(numbers),
@@ -269,6 +276,9 @@ def _advice(manifest: Manifest, sizes: NDArray[Any], duplicates: Duplicates, ord
         out.append(f"{duplicates.labels_differ:,} pictures stand in several classes: the labels disagree")
     if duplicates.superfluous * 100 > manifest.total:
         out.append(f"{100 * duplicates.superfluous / manifest.total:.1f} % of the samples are copies of others")
+    replaced = manifest.notes.get(REPLACED, 0)
+    if replaced:
+        out.append(f"{replaced:,} captions are no UTF-8: what cannot be read is trained on as U+FFFD; write them anew in UTF-8")
     left_out = sum(n for status, n in manifest.counts.items() if status != "ok")
     if left_out * 100 > manifest.total:
         out.append(f"{left_out:,} samples cannot be used: see `fovea shards index`")

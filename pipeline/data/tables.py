@@ -1,110 +1,195 @@
-"""Tables that name pictures: ``.csv``, ``.tsv``, ``.jsonl`` and ``.parquet``.
+"""Tables that name images: ``.csv``, ``.tsv``, ``.jsonl`` and ``.parquet``, read strictly.
 
-Columns: ``path`` (relative to the table), and if wanted ``label`` (number or name), ``caption`` (text, or a list of texts) or
-``captions``. Every other column is kept for the sample's ``.json`` member.
+Columns: ``path``, and if wanted ``label`` (number or name), ``caption`` (text, or a list of texts) or ``captions``. Every other
+column is kept for the sample's ``.json`` member. A row that does not fit its header, a line that is no JSON, a quote that never
+closes or a byte that is no text ends the reading with the line's number: nothing is guessed, nothing is cut.
 """
 
 from __future__ import annotations
 
-import csv
 import json
 import math
+import os
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pipeline.data.captions import REPLACED, clean_text, encoding_of
+from pipeline.data.delimited import read_delimited
 from pipeline.errors import DataError
+from pipeline.untrusted import open_regular, printable
 
 KINDS = (".csv", ".tsv", ".jsonl", ".parquet")
 _OWN = ("path", "label", "caption", "captions")
+_MAX_LINE = 64 << 20  # characters of a line of JSON
+_MAX_DEPTH = 64  # of lists and objects in a column
 
 
 @dataclass(frozen=True)
 class Row:
-    """One picture.
+    """One image.
 
     Attributes:
         path: as the table says it.
-        label: number or name, None if the row has none.
+        label: number, name or whatever stands there; see :func:`pipeline.data.labels.read_label`.
         captions: texts, none of them empty.
         extra: the other columns, fit for JSON.
+        where: file and line or row.
+        notes: ``caption_replaced`` or ``text_replaced`` if half characters were replaced in it.
     """
 
     path: str
-    label: str | None
+    label: Any
     captions: tuple[str, ...]
     extra: dict[str, Any]
+    where: str = ""
+    notes: tuple[str, ...] = ()
 
 
 def rows(table: Path) -> Iterator[Row]:
-    """The rows of a table.
+    """The rows of a table. A mistake is raised at the latest behind the last row.
 
     Raises:
-        DataError: it cannot be read, or a row has no path.
+        DataError: it cannot be read, has no column ``path``, or a row does not fit.
     """
     kind = table.suffix.lower()
     if kind not in KINDS:
-        raise DataError("is no table", where=str(table), hint=f"Give a file that ends in one of {', '.join(KINDS)}.")
+        raise DataError("is no table", where=str(table), hint=f"Give a file that ends in one of {', '.join(KINDS)}")
     reader = {".jsonl": _jsonl, ".parquet": _parquet}.get(kind, _csv)
     try:
         for place, row in reader(table):
             yield _row(place, row)
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise DataError(f"cannot be read ({error})", where=str(table), hint="Give a table in UTF-8.") from error
+    except UnicodeError as error:
+        raise _no_text(table) from error
+    except OSError as error:
+        raise DataError(f"cannot be read ({error.strerror})", where=str(table), hint="Check the path") from error
 
 
 def _row(place: str, row: dict[str, Any]) -> Row:
-    path, label = row.get("path"), row.get("label")
+    path = row.get("path")
     if _blank(path):
-        raise DataError("has no path", where=place, hint="Give every row the path of a picture.")
-    if isinstance(label, float) and label.is_integer():
-        label = int(label)  # a column of whole numbers with gaps arrives as floats
+        raise DataError("has no path", where=place, hint="Give every row the path of an image")
+    if not isinstance(path, str) or "\0" in path:
+        shown = repr(path) if isinstance(path, str) else type(path).__name__
+        raise DataError(f"the path must be text, not {printable(shown, limit=60)}", where=place, hint="Write the path of a file")
+    notes: list[str] = []
     captions: list[str] = []
-    for said in (row.get("caption"), row.get("captions")):
-        captions += [str(text) for text in (said if isinstance(said, (list, tuple)) else [said]) if not _blank(text)]
-    extra = {name: _plain(value) for name, value in row.items() if isinstance(name, str) and name not in _OWN}
-    return Row(str(path), None if _blank(label) else str(label).strip(), tuple(dict.fromkeys(captions)), extra)
+    for name in ("caption", "captions"):
+        value = row.get(name)
+        for text in value if isinstance(value, (list, tuple)) else [value]:
+            if _blank(text):
+                continue
+            if isinstance(text, bool) or not isinstance(text, (str, int, float)):
+                hint = "Give a text or a list of texts"
+                raise DataError(f"the {name} must be text, not {type(text).__name__}", where=place, hint=hint)
+            clean, replaced = clean_text(str(text))
+            captions.append(clean)
+            notes += [REPLACED] * replaced
+    extra = {clean_text(name)[0]: _plain(value, place, name, notes) for name, value in row.items() if name not in _OWN}
+    label = row.get("label")
+    return Row(path, label, tuple(dict.fromkeys(captions)), extra, place, tuple(dict.fromkeys(notes)))
 
 
 def _blank(value: Any) -> bool:
     return value is None or (isinstance(value, float) and math.isnan(value)) or (isinstance(value, str) and not value.strip())
 
 
-def _plain(value: Any) -> Any:
+def _plain(value: Any, place: str, name: str, notes: list[str], depth: int = 0) -> Any:
     """A value as JSON can hold it."""
+    if depth > _MAX_DEPTH:
+        hint = "Flatten it, or leave the column out of the table"
+        raise DataError(f"column {printable(name, limit=60)!r} is nested too deeply", where=place, hint=hint)
+    if isinstance(value, (bytes, bytearray, memoryview)):
+        hint = "Leave the column out of the table: only text, numbers and lists of them are kept"
+        raise DataError(f"column {printable(name, limit=60)!r} holds bytes", where=place, hint=hint)
     if isinstance(value, float) and not math.isfinite(value):
         return None
-    if value is None or isinstance(value, (bool, int, float, str)):
+    if isinstance(value, str):
+        clean, replaced = clean_text(value)
+        notes += ["text_replaced"] * replaced
+        return clean
+    if value is None or isinstance(value, (bool, int, float)):
         return value
     if isinstance(value, dict):
-        return {str(name): _plain(inner) for name, inner in value.items()}
+        return {clean_text(str(key))[0]: _plain(inner, place, name, notes, depth + 1) for key, inner in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_plain(inner) for inner in value]
+        return [_plain(inner, place, name, notes, depth + 1) for inner in value]
     return str(value)
 
 
 def _csv(table: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    with table.open(encoding="utf-8-sig", newline="") as file:
-        reader = csv.DictReader(file, delimiter="\t" if table.suffix.lower() == ".tsv" else ",")
-        _check_columns(table, reader.fieldnames or ())
-        for row in reader:
-            yield f"{table}:{reader.line_num}", row
+    with _open(table) as file:
+        names, records = read_delimited(file, str(table), tabs_first=table.suffix.lower() == ".tsv")
+        _check_columns(table, names)
+        for line, fields in records:
+            yield f"{table}:{line}", dict(zip(names, fields, strict=True))
+
+
+def _open(table: Path) -> Any:
+    """The table as text, its encoding by the byte order mark; only line feeds and carriage returns end a line."""
+    descriptor = open_regular(table, where=str(table))
+    try:
+        start = os.pread(descriptor, 4, 0)
+        return os.fdopen(descriptor, encoding=encoding_of(start), errors="strict", newline="")
+    except BaseException:
+        os.close(descriptor)
+        raise
+
+
+def _no_text(table: Path) -> DataError:
+    """Names the first line that is no text."""
+    with table.open("rb") as file:
+        start = file.read(4096)
+        encoding = encoding_of(start)
+        if encoding not in ("utf-8", "utf-8-sig"):
+            return DataError(f"is no valid {encoding.upper()}", where=str(table), hint="Save the table in UTF-8")
+        file.seek(0)
+        for number, line in enumerate(file, start=1):
+            try:
+                line.decode("utf-8")
+            except UnicodeDecodeError as error:
+                hint = "Save the table in UTF-8, for instance: iconv -f latin1 -t utf-8 OLD > NEW"
+                return DataError(f"is no UTF-8 (byte 0x{line[error.start]:02x})", where=f"{table}:{number}", hint=hint)
+    return DataError("is no UTF-8", where=str(table), hint="Save the table in UTF-8")
 
 
 def _jsonl(table: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    with table.open(encoding="utf-8-sig", newline="\n") as file:
-        for number, line in enumerate(file, start=1):
+    hint = 'Write lines such as {"path": "a.jpg"}'
+    with _open(table) as file:
+        for number, line in enumerate(_lines(file, table), start=1):
             place = f"{table}:{number}"
             if not line.strip():
                 continue
             try:
-                row = json.loads(line)
-            except ValueError as error:
-                raise DataError(f"is no JSON ({error})", where=place, hint="Write one object a line.") from error
+                row = json.loads(line, object_pairs_hook=_once)
+            except (ValueError, RecursionError) as error:
+                reason = "nested too deeply" if isinstance(error, RecursionError) else printable(str(error), limit=120)
+                raise DataError(f"is no JSON ({reason})", where=place, hint="Write one object a line") from error
             if not isinstance(row, dict) or _blank(row.get("path")):
-                raise DataError("has no path", where=place, hint='Write lines such as {"path": "a.jpg"}.' + _download(row))
+                raise DataError("has no path", where=place, hint=hint + _download(row))
             yield place, row
+
+
+def _lines(file: Any, table: Path) -> Iterator[str]:
+    """Lines that end in a line feed alone: a carriage return inside a line is white space of JSON."""
+    rest = ""
+    while chunk := file.read(1 << 20):
+        *whole, rest = (rest + chunk).split("\n")
+        yield from whole
+        if len(rest) > _MAX_LINE:
+            raise DataError(f"a line has more than {_MAX_LINE} characters", where=str(table), hint="Write one object a line")
+    if rest:
+        yield rest
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    out = dict(pairs)
+    if len(out) != len(pairs):
+        twice = next(name for name, n in Counter(name for name, _ in pairs).items() if n > 1)
+        raise ValueError(f"the key {twice!r} stands there twice")
+    return out
 
 
 def _parquet(table: Path) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -112,27 +197,49 @@ def _parquet(table: Path) -> Iterator[tuple[str, dict[str, Any]]]:
         import pyarrow
         from pyarrow import parquet
     except ImportError as error:
-        hint = "Install it (pip install pyarrow), or save the table as .csv or .jsonl."
+        hint = "Install it (pip install pyarrow), or save the table as .csv or .jsonl"
         raise DataError("reading .parquet needs pyarrow", where=str(table), hint=hint) from error
+    os.close(open_regular(table, where=str(table)))
+    number = 0
     try:
         with parquet.ParquetFile(table) as file:
-            _check_columns(table, file.schema_arrow.names)
-            number = 0
+            schema = file.schema_arrow
+            _check_columns(table, schema.names)
+            kind = schema.field("path").type
+            kind = kind.value_type if pyarrow.types.is_dictionary(kind) else kind
+            if not any(check(kind) for check in (pyarrow.types.is_string, pyarrow.types.is_large_string, _string_view(pyarrow))):
+                raise DataError(f"column 'path' must hold text, not {kind}", where=str(table), hint="Write paths as strings")
             for batch in file.iter_batches(batch_size=4096):
                 for row in batch.to_pylist():
                     number += 1
                     yield f"{table}: row {number}", row
-    except pyarrow.ArrowException as error:
-        raise DataError(f"is no Parquet file ({error})", where=str(table), hint="Write or copy it again.") from error
+    except UnicodeDecodeError as error:
+        hint = "Write its strings in UTF-8"
+        raise DataError("a text is no UTF-8", where=f"{table}: after row {number}", hint=hint) from error
+    except (pyarrow.ArrowException, ValueError, OverflowError, KeyError, TypeError, MemoryError) as error:
+        where = f"{table}: after row {number}" if number else str(table)
+        reason = printable(str(error), limit=200)
+        raise DataError(f"is no Parquet file ({reason})", where=where, hint="Write or copy it again") from error
+
+
+def _string_view(pyarrow: Any) -> Any:
+    return getattr(pyarrow.types, "is_string_view", lambda kind: False)
 
 
 def _check_columns(table: Path, names: Any) -> None:
+    twice = [name for name, n in Counter(names).items() if n > 1]
+    if twice:
+        hint = "Give every column a name of its own"
+        raise DataError(
+            f"has {len(twice)} column names twice, such as {printable(twice[0], limit=60)!r}", where=str(table), hint=hint
+        )
     if "path" not in names:
-        hint = "Name the columns path, caption, label in the first line." + _download(names)
-        raise DataError("has no column 'path'", where=str(table), hint=hint)
+        shown = ", ".join(printable(str(name), limit=30) for name in list(names)[:8])
+        hint = "Name the columns path, caption, label in the first line" + _download(names)
+        raise DataError(f"has no column 'path' (it has: {shown or 'none'})", where=str(table), hint=hint)
 
 
 def _download(names: Any) -> str:
     if isinstance(names, (dict, list, tuple)) and "url" in names:
-        return " Pictures behind a url must be fetched first: img2dataset does it, and its output can be packed."
+        return ". Images behind a url must be fetched first: img2dataset does it, and its output can be packed"
     return ""

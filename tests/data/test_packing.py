@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from PIL import Image
 from pipeline.data.index import build
 from pipeline.data.packing import Packing, PackReport, pack
 from pipeline.data.reader import Reader
-from pipeline.data.sources import Pictures, open_source
+from pipeline.data.sources import Options, Pictures, open_source
 from pipeline.errors import DataError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -62,10 +63,16 @@ def test_a_folder_of_classes_becomes_labelled_shuffled_shards(folder: Path, tmp_
     assert report.classes == ("cat", "dog dog", "zebra")
     assert (tmp_path / "out" / "classes.txt").read_text() == "cat\ndog dog\nzebra\n"
     assert (report.packed, len(report.shards)) == (12, 3)
-    assert report.skipped == (("cat/broken.jpg", "truncated"), ("cat/moving.gif", "unsupported"), ("cat/page.jpg", "not_image"))
-    assert report.reasons == {"not_image": 1, "truncated": 1, "unsupported": 1}
-    told = (tmp_path / "out" / "train.skipped.txt").read_text()
-    assert told == "truncated\tcat/broken.jpg\nunsupported\tcat/moving.gif\nnot_image\tcat/page.jpg\n"
+    assert report.skipped == (
+        ("cat/broken.jpg", "truncated"),
+        ("cat/moving.gif", "unsupported"),
+        ("cat/notes.txt", "text_without_image"),
+        ("cat/page.jpg", "not_image"),
+    )
+    assert report.reasons == {"not_image": 1, "text_without_image": 1, "truncated": 1, "unsupported": 1}
+    listed = (tmp_path / "out" / "train.skipped.txt").read_text()
+    assert listed == "".join(f"{reason}\t{name}\n" for name, reason in report.skipped)
+    assert report.account.text() == "16 files seen = 12 packed + 4 left out" and report.account.balances
     manifest = build(list(report.shards), tmp_path / "index")
     records = Reader(manifest).fetch(manifest.ids())
     labels = [record.label for record in records]
@@ -144,18 +151,21 @@ def test_stopped_anywhere_any_number_of_times_it_ends_with_the_same_bytes(
 ) -> None:
     for name in ("whole", "parts"):
         shutil.rmtree(tmp_path / name, ignore_errors=True)
+    (folder / "cat" / "1.v1.txt").write_bytes(b"caf\xe9")
+    (folder / "cat" / "broken.txt").write_bytes(b"of a broken image")
     how = Packing(samples_per_shard=each, transcode="png")
     source = open_source(folder)
     assert isinstance(source, Pictures)
     pack(source, tmp_path / "whole", how)
     for Interrupted.left in stops:
         try:
-            pack(Interrupted(source.entries, source.classes, source.digest), tmp_path / "parts", how)
+            pack(Interrupted(**{part.name: getattr(source, part.name) for part in fields(source)}), tmp_path / "parts", how)
         except Stop:
             (tmp_path / "parts" / ".train-00099.tar.1.tmp").write_bytes(b"left behind")
     report = pack(source, tmp_path / "parts", how)
     assert contents(tmp_path / "parts") == contents(tmp_path / "whole")
-    assert report.packed == 13 and report.rewritten == 1 and len(report.skipped) == 2
+    assert report.packed == 13 and report.rewritten == 1 and len(report.skipped) == 4
+    assert report.account.noted == {"caption_replaced": 1} and report.account.companions == 1
 
 
 def test_killed_in_the_middle_the_same_command_ends_with_the_same_bytes(tmp_path: Path) -> None:
@@ -197,7 +207,7 @@ def test_killed_in_the_middle_the_same_command_ends_with_the_same_bytes(tmp_path
 
 def test_pictures_the_decoder_cannot_read_are_written_anew_if_asked(folder: Path, tmp_path: Path) -> None:
     report = packed(folder, tmp_path / "out", transcode="png")
-    assert (report.packed, report.rewritten, sorted(report.reasons)) == (13, 1, ["not_image", "truncated"])
+    assert (report.packed, report.rewritten, sorted(report.reasons)) == (13, 1, ["not_image", "text_without_image", "truncated"])
     manifest = build(list(report.shards), tmp_path / "index")
     anew = [record for record in Reader(manifest).fetch(manifest.ids()) if record.image[:4] == b"\x89PNG"]
     with Image.open(io.BytesIO(picture(77, "GIF"))) as gif:
@@ -233,19 +243,27 @@ def test_shards_are_packed_anew_with_all_that_belongs_to_a_sample(folder: Path, 
 
 def test_two_parts_of_one_data_set_share_their_class_numbers(folder: Path, tmp_path: Path) -> None:
     packed(folder, tmp_path / "out")
-    shutil.copytree(folder / "cat", tmp_path / "val" / "cat")
-    with pytest.raises(DataError, match="names other classes"):
+    shutil.copytree(folder / "zebra", tmp_path / "val" / "zebra")
+    (tmp_path / "val" / "cat").mkdir()
+    with pytest.raises(DataError, match=r"names other classes.*--classes"):
         packed(tmp_path / "val", tmp_path / "out", prefix="val")
-    for name in ("zebra", "dog dog"):
-        (tmp_path / "val" / name).mkdir()
-    assert packed(tmp_path / "val", tmp_path / "out", prefix="val").classes == ("cat", "dog dog", "zebra")
+    names = tuple((tmp_path / "out" / "classes.txt").read_text().splitlines())
+    report = pack(open_source(tmp_path / "val", options=Options(classes=names)), tmp_path / "out", Packing(prefix="val"))
+    assert report.classes == ("cat", "dog dog", "zebra")
+    manifest = build(list(report.shards), tmp_path / "index")
+    assert {record.label for record in Reader(manifest).fetch(manifest.ids())} == {2}
+    assert any("hold no usable image and are no class: cat" in remark for remark in report.remarks)
 
 
 def test_what_cannot_be_packed_is_refused_in_one_sentence(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     (tmp_path / "only").mkdir()
     (tmp_path / "only" / "a.jpg").write_bytes(b"no")
-    for name, words in {"gone": "does not exist", "empty": "no pictures", "only": "none of 1"}.items():
+    for name, words in {
+        "gone": "does not exist",
+        "empty": "holds no images",
+        "only": "none of 1 images can be used: 1 not_image",
+    }.items():
         with pytest.raises(DataError, match=words):
             packed(tmp_path / name, tmp_path / "out" / name)
     with pytest.raises(DataError, match="cannot begin a file's name"):

@@ -162,7 +162,7 @@ def test_a_sample_may_have_several_captions_and_no_empty_ones(tmp_path: Path) ->
         assert [record.caption for record in records] == [record.captions[0] if record.captions else None for record in records]
         return [record.captions for record in records]
 
-    rest = [("a", "b"), (), ("single \ud800",), ("instead",), (), ("\ufffd\ufffd broken",)]
+    rest = [("a", "b"), (), ("single \ufffd",), ("instead",), (), ("\ufffd\ufffd broken",)]
     assert said(captioned(tmp_path)) == [("one\n\n  two \n three",), *rest]
     assert said(captioned(tmp_path, lines=True)) == [("one", "two", "three"), *rest]
     required = captioned(tmp_path, require=("caption",))

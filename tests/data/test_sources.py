@@ -12,7 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pipeline.data.judge import judge
-from pipeline.data.sources import LeftOut, Members, Pictures, _unique, open_source
+from pipeline.data.keys import unique_keys
+from pipeline.data.sources import LeftOut, Members, Pictures, open_source
 from pipeline.errors import DataError
 from tests.data.test_packing import contents, packed, picture
 
@@ -79,7 +80,7 @@ def test_keys_that_occur_again_get_a_number_and_scattered_members_come_together(
 
 @given(st.lists(st.sampled_from(["a", "a-1", "a-2", "a-1-1", "b"]), max_size=12))
 def test_unique_keys_are_unique_and_the_first_of_each_stays(keys: list[str]) -> None:
-    found = _unique(keys)
+    found = unique_keys(keys)
     assert len(set(found)) == len(keys)
     for key in set(keys):
         assert found[keys.index(key)] == key

@@ -135,3 +135,8 @@ def test_questions_that_make_no_sense_are_refused(loaded: Loaded) -> None:
         ls.run(loaded, step=-1)
     with pytest.raises(ConfigError, match="3 ranks"):
         ls.run(loaded, step=1, ranks=3)
+
+
+def test_keys_that_cannot_be_written_are_shown_with_escapes() -> None:
+    lines = ls.table([{"step": 1, "key": "caf\udce9\x1b[31m"}], ("step", "key"))
+    assert lines[1] == "   1  caf\\xe9\\x1b[31m"

@@ -18,6 +18,9 @@ from pipeline.data.reader import Reader
 from pipeline.data.stream import BatchStream, StreamOptions
 from pipeline.errors import DataError
 from pipeline.training.inputs import Inputs, prepare
+from tests.data.test_packing import picture
+from tests.data.test_sources import write_tar
+from tests.data.test_verify import damaged_png
 from tests.launch.test_evaluate import toy
 
 VIEWS = 4  # two global and two local crops
@@ -141,3 +144,18 @@ def test_an_unwritable_place_is_one_sentence(loaded: Loaded, tmp_path: Path) -> 
     (tmp_path / "file").write_text("no folder")
     with pytest.raises(DataError, match=r"file/sheet\.html: cannot be written"):
         preview.write(loaded, tmp_path / "file" / "sheet.html")
+
+
+def test_odd_keys_and_captions_are_drawn_and_replaced_captions_counted(tmp_path: Path) -> None:
+    members = []
+    for n in range(16):
+        image = ("png", damaged_png()) if n % 2 else ("jpg", picture(n))
+        members += [(f"caf\udce9-{n}\x1b[2J.{image[0]}", image[1]), (f"caf\udce9-{n}\x1b[2J.txt", b"caf\xe9\x1b[2J")]
+    write_tar(tmp_path / "odd.tar", members)
+    words = ["evaluation.knn.enabled=false", f"data.shards={tmp_path / 'odd.tar'}", f"data.index={tmp_path / 'odd_index'}"]
+    loaded = toy(tmp_path, *words)
+    for name in ("page.html", "sheet.png"):
+        preview.write(loaded, tmp_path / name, 16)
+    page = (tmp_path / "page.html").read_text(encoding="utf-8")
+    assert "\x1b" not in page and "caf\\xe9-" in page and "caf\ufffd\\x1b[2J" in page
+    assert "16 captions are no UTF-8" in page and "cannot be used (undecodable)" in page

@@ -93,7 +93,7 @@ def test_pack_goes_from_a_download_to_shards_that_index_takes(tmp_path: Path, ca
     ("words", "hint"),
     [
         (["--transcode", "gif"], "jpg, png"),
-        (["--layout", "tree"], "auto, folder, table, files, shards"),
+        (["--layout", "tree"], "auto, folder, flat, table, files, shards"),
         (["--damaged", "maybe"], "refuse nor use"),
     ],
 )
@@ -204,3 +204,88 @@ def test_training_without_labelled_shards_beside_names_the_setting(tmp_path: Pat
     words = [f"data.shards={tmp_path / 'a.tar'}", f"run.directory={tmp_path / 'run'}", "launch.ranks=1"]
     assert fovea("train", "dinov2/scenes_vit_tiny", *words, "train.global_batch=4", "schedule.lr.warmup=0 steps") == 2
     assert "evaluation.knn.val_shards" in capsys.readouterr().err
+
+
+def class_folders(root: Path, *names: str) -> Path:
+    for seed, name in enumerate(names):
+        (root / name).mkdir(parents=True)
+        (root / name / "1.jpg").write_bytes(picture(seed))
+    return root
+
+
+def test_pack_prints_an_account_that_adds_up(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source = class_folders(tmp_path / "in", "cat", "dog")
+    for name, data in {"cat/1.txt": b"caf\xe9", "dog/2.jpg": b"<html>", "dog/2.txt": b"x", "a.json": b"{}", "b.XML": b""}.items():
+        (source / name).write_bytes(data)
+    (source / ".git").mkdir()
+    (source / ".git" / "HEAD").write_text("")
+    assert fovea("shards", "pack", source, tmp_path / "out") == 0
+    printed = capsys.readouterr().out
+    assert "left out 2: not_an_image (1 .json, 1 .xml)" in printed and "left out 1: hidden (names that begin" in printed
+    assert "left out 1: not_image" in printed and "left out 1: with_image" in printed
+    assert "packed, but 1: caption_replaced" in printed and f"which ones: {tmp_path / 'out'}/train.notes.txt" in printed
+    assert "account: 8 files seen = 2 packed + 1 packed with them + 5 left out" in printed
+    assert (tmp_path / "out" / "train.notes.txt").read_text() == "caption_replaced\tcat/1.jpg\n"
+
+
+def test_pack_follows_links_out_of_the_source_only_if_asked(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    class_folders(tmp_path / "store", "cat")
+    source = class_folders(tmp_path / "in", "ant", "bee")
+    (source / "cat").symlink_to("../store/cat")
+    words = ("shards", "pack", source, tmp_path / "out")
+    assert fovea(*words) == 2
+    refusal = " ".join(capsys.readouterr().err.split())
+    assert "1 of its parts would be lost" in refusal and "cat" in refusal and "--follow-links" in refusal
+    assert fovea(*words, "--follow-links") == 0
+    assert "packed 3 samples in 1 shards, 3 classes" in capsys.readouterr().out
+    assert fovea(*words, "--no-follow-links", "--overwrite") == 0
+    printed = capsys.readouterr().out
+    assert "packed 2 samples in 1 shards, 2 classes" in printed and "left out 1: outside_link" in printed
+
+
+def test_pack_takes_roots_labels_and_classes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    class_folders(tmp_path / "data", "2", "x")
+    table = tmp_path / "lists" / "t.csv"
+    table.parent.mkdir()
+    table.write_text(f"path,label\n{tmp_path}/data/2/1.jpg,2\nx/1.jpg,x\n")
+    words = ("shards", "pack", table, tmp_path / "out")
+    assert fovea(*words) == 2 and "labels mix 1 names" in " ".join(capsys.readouterr().err.split())
+    assert fovea(*words, "--labels", "names") == 2
+    assert f"--root {tmp_path}/data/2" in "".join(capsys.readouterr().err.split("\n"))
+    assert fovea(*words, "--labels", "names", "--root", tmp_path / "data") == 0
+    assert (tmp_path / "out" / "classes.txt").read_text() == "2\nx\n"
+    (tmp_path / "order.txt").write_text("x\ny\n2\n")
+    assert fovea(*words, "--root", tmp_path / "data", "--classes", tmp_path / "order.txt", "--overwrite") == 0
+    printed = capsys.readouterr().out
+    assert "1 of 3 classes have no sample: y" in printed
+    assert (tmp_path / "out" / "classes.txt").read_text() == "x\ny\n2\n"
+    (tmp_path / "order.txt").write_text("x\nx\n")
+    assert fovea(*words, "--classes", tmp_path / "order.txt") == 2
+    assert fovea("shards", "pack", tmp_path / "data", tmp_path / "out", "--root", tmp_path) == 2
+
+
+def test_pack_leaves_out_files_above_the_limit(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source = class_folders(tmp_path / "in", "cat", "dog")
+    with (source / "cat" / "2.jpg").open("wb") as file:
+        file.truncate(2 << 20)
+    assert fovea("shards", "pack", source, tmp_path / "out", "--max-file-mb", "1") == 0
+    assert "left out 1: file_too_large" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("verb", ["index", "verify", "stats", "preview.png", "preview.html"])
+@pytest.mark.parametrize("part", ["key", "caption", "label", "text"])
+def test_half_characters_in_shards_end_no_verb(tmp_path: Path, verb: str, part: str, capsys: pytest.CaptureFixture[str]) -> None:
+    key = "caf\udce9\x1b[31m" if part == "key" else "1"
+    members = [(f"{key}.jpg", picture(1)), (f"{key}.png", picture(1)), ("2.jpg", picture(2)), (f"{key}x.jpg", b"<html>")]
+    if part in ("caption", "label"):
+        members.insert(1, ("1.json", json.dumps({part: "a dog \ud83d"}).encode()))
+    if part == "text":
+        members.insert(1, ("1.txt", "a dog\ud83d\x1b[2J".encode("utf-8", "surrogatepass")))
+    write_tar(tmp_path / "a.tar", members)
+    words = ["-o", str(tmp_path / verb)] if verb.startswith("preview") else []
+    assert fovea("shards", verb.split(".")[0], tmp_path / "a.tar", *words) == 0
+    capsys.readouterr().out.encode("utf-8")
+    if verb == "preview.html":
+        page = (tmp_path / verb).read_text(encoding="utf-8")
+        assert "\x1b" not in page
+        assert part != "caption" or ("a dog \ufffd" in page and "1 captions are no UTF-8" in page)

@@ -1,0 +1,188 @@
+"""Reads CSV and TSV strictly: every row has the fields of the header, and a quote that does not close is no row's end.
+
+CSV is read with quotes (RFC 4180). TSV is mostly written without: its quotes are taken for quoting only where every field that
+begins with one ends with one, and else for letters.
+"""
+
+from __future__ import annotations
+
+import csv
+import os
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from pipeline.errors import DataError
+from pipeline.untrusted import printable
+
+MAX_FIELD = 16 << 20  # characters
+_NAMED = 5  # lines that a message names
+_QUOTED = re.compile(r'"(?:[^"]|"")*"')
+
+Records = Iterator[tuple[int, list[str]]]
+
+
+def read_delimited(file: Any, where: str, *, tabs_first: bool) -> tuple[list[str], Records]:
+    """The header and the rows of a table.
+
+    Args:
+        file: seekable text, opened with ``newline=""``.
+        where: the file, for messages.
+        tabs_first: the columns of a ``.tsv``; else commas are tried first. Whatever is first, the delimiter is the one that makes
+            a column ``path`` of the header.
+
+    Returns:
+        Column names without blanks around them; and (line of its beginning, fields) of each row that is not blank.
+
+    Raises:
+        DataError: now or from the iterator, with the lines: rows of another length, an open quote, a field of more than 16
+            million characters, line separators or quotes that do not fit.
+    """
+    file.seek(0)
+    header = file.readline(MAX_FIELD)
+    if "\0" in header:
+        raise DataError("holds NUL characters", where=f"{where}:1", hint="Save it as text in UTF-8, not UTF-16 without a mark")
+    delimiters = "\t,;" if tabs_first else ",;\t"
+    delimiter = next((one for one in delimiters if "path" in _names(header, one)), delimiters[0])
+    columns = _names(header, delimiter)
+    shape = _Shape(delimiter, len(columns), columns.index("path") if "path" in columns else 0)
+    quoted = delimiter != "\t" or _is_quoted(file, shape)
+    spaced = len(columns) > 1 and all(part.startswith(" ") for part in header.split(delimiter)[1:])
+    records = _records(file, where, shape, quoted, spaced=spaced)
+    first = next(records, None)
+    names = [name.strip() for name in first[1]] if first is not None else []
+    return names, _fitting(records, len(names), where)
+
+
+@dataclass(frozen=True)
+class _Shape:
+    """The delimiter, the number of columns and the position of the path among them."""
+
+    delimiter: str
+    columns: int
+    path: int
+
+    def is_row(self, line: str, extension: str) -> bool:
+        """Whether a line by itself could be a row: so many fields, and a path in its place that no quote stands before."""
+        parts = line.rstrip("\r\n").split(self.delimiter)
+        plain = len(parts) == self.columns and not any('"' in part for part in parts[: self.path + 1])
+        return plain and parts[self.path].strip().endswith(extension)
+
+
+def _names(header: str, delimiter: str) -> list[str]:
+    return [name.strip().strip('"') for name in header.strip("\r\n").split(delimiter)]
+
+
+def _is_quoted(file: Any, shape: _Shape) -> bool:
+    """Whether a TSV is written with quotes: no field that begins with one is without its end.
+
+    A quoted field may hold tabs and line breaks; then lines are put together until it closes, but never over a line that could be
+    a row of its own.
+    """
+    file.seek(0)
+    any_quoted, pending = False, ""
+    for line in file:
+        line = line.rstrip("\r\n")
+        if pending:
+            if shape.is_row(line, ""):
+                return False
+            line = f"{pending}\n{line}"
+        state = _quote_state(line, shape.delimiter)
+        if state == "wrong" or len(line) > MAX_FIELD:
+            return False
+        any_quoted |= state != "none"
+        pending = line if state == "open" else ""
+    return any_quoted and not pending
+
+
+def _quote_state(line: str, delimiter: str) -> str:
+    """``none``: no field begins with a quote; ``closed``: all that do end with one; ``open``: the last does not; or ``wrong``."""
+    at, state = 0, "none"
+    while at <= len(line):
+        if line.startswith('"', at):
+            match = _QUOTED.match(line, at)
+            if match is None:
+                return "open"
+            at = match.end()
+            if at < len(line) and not line.startswith(delimiter, at):
+                return "wrong"
+            state = "closed"
+            at += 1
+        else:
+            end = line.find(delimiter, at)
+            if end < 0:
+                return state
+            at = end + 1
+    return state
+
+
+def _records(file: Any, where: str, shape: _Shape, quoted: bool, *, spaced: bool) -> Records:
+    """(line of its beginning, fields) of each row, the header among them; blank lines are passed over."""
+    file.seek(0)
+    physical: list[str] = []  # the lines of the row that is being read
+
+    def lines() -> Iterator[str]:
+        for line in file:
+            physical.append(line)
+            yield line
+
+    if quoted:
+        reader = csv.reader(lines(), delimiter=shape.delimiter, strict=True, skipinitialspace=spaced)
+    else:
+        reader = csv.reader(lines(), delimiter=shape.delimiter, strict=True, quoting=csv.QUOTE_NONE)
+    usual, begin = csv.field_size_limit(), 1
+    while True:
+        csv.field_size_limit(MAX_FIELD)  # of the process, so only for this row
+        try:
+            fields = next(reader, None)
+        except csv.Error as error:
+            raise _broken(where, begin, str(error)) from error
+        finally:
+            csv.field_size_limit(usual)
+        if fields is None:
+            return
+        if len(physical) > 1:
+            path = fields[shape.path] if len(fields) > shape.path else ""
+            # A quote that was never meant to open a field swallows rows until the next one.
+            if any(shape.is_row(line, os.path.splitext(path)[1]) for line in physical[1:]):
+                raise _broken(where, begin, "unexpected end")
+        physical.clear()
+        if len(fields) > 1 or any(field.strip() for field in fields):
+            yield begin, fields
+        begin = reader.line_num + 1
+
+
+def _fitting(records: Records, columns: int, where: str) -> Records:
+    """The rows behind the header; raises at their end if some had another number of fields."""
+    odd: list[tuple[int, int]] = []
+    count = total = 0
+    for line, fields in records:
+        total += 1
+        if len(fields) == columns:
+            yield line, fields
+            continue
+        count += 1
+        if len(odd) < _NAMED:
+            odd.append((line, len(fields)))
+    if count:
+        shown = ", ".join(f"line {line} has {n}" for line, n in odd) + (" …" if count > len(odd) else "")
+        raise DataError(
+            f"{count} of {total} rows do not have the {columns} fields of the header: {shown}",
+            where=f"{where}:{odd[0][0]}",
+            hint='Put fields that hold the delimiter between quotes ("a dog, running"), or write JSON lines',
+        )
+
+
+def _broken(where: str, begin: int, reason: str) -> DataError:
+    if "field larger" in reason:
+        reason = f"a field of more than {MAX_FIELD} characters, probably behind a quote that never closes"
+    elif "unexpected end" in reason:
+        reason = "a quote that never closes, or closes in another row"
+    else:
+        reason = f"a quote that does not close at the end of its field ({printable(reason, limit=80)})"
+    return DataError(
+        f"the row that begins here has {reason}",
+        where=f"{where}:{begin}",
+        hint='Double the quotes inside a quoted field (""like this""), or write JSON lines',
+    )
