@@ -122,15 +122,15 @@ class Telling:
         Returns:
             ``None`` if the run is not tracked and no server is named.
         """
-        from pipeline.tracking import Aside
+        from pipeline.tracking import Aside, destination
 
         run, t = RunDirectory(directory), config.tracking
-        own = t.uri or f"sqlite:///{(run.path / 'mlflow.db').resolve()}"
+        own = destination(t, run.path)
         if uri is None and not t.enabled:
             return None
-        joins = "../cursor.json" if t.enabled and uri in (None, own) else ""
+        joins = "../cursor.json" if t.enabled and uri in (None, own.uri) else ""
         hint = f"fovea track sync {directory}"
-        return cls(run.tracking / f"eval-{_stamp()}", Aside(uri or own, t.experiment, config.run.name, joins), hint)
+        return cls(run.tracking / f"eval-{_stamp()}", Aside(uri or own.uri, own.experiment, config.run.name, joins), hint)
 
     @classmethod
     def of_weights(cls, name: str, config: Config, uri: str | None) -> Telling | None:
@@ -144,11 +144,11 @@ class Telling:
         if uri is None:
             return None
         from pipeline.config import flatten
-        from pipeline.tracking import Aside
+        from pipeline.tracking import Aside, destination
 
         title = f"eval-{re.sub(r'[^A-Za-z0-9._-]+', '-', name).strip('-') or 'weights'}"
         run = RunDirectory(Path("runs/evaluations") / f"{title}-{_stamp()}")
-        aside = Aside(uri, config.tracking.experiment, title)
+        aside = Aside(uri, destination(config.tracking, run.path).experiment, title)
         chosen = config.replace(
             run=config.run.model_copy(update={"name": title}), tracking=config.tracking.model_copy(update={"uri": uri})
         )

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -21,6 +22,7 @@ from pipeline.config import Loaded, load
 from pipeline.data import scenes
 from pipeline.errors import ConfigError, DataError, LaunchError
 from pipeline.settings import Config
+from pipeline.tracking.database import uri_of
 
 TRAIN, VALIDATION, SIZE = 8000, 1000, 64
 _CONFIGS = {"dinov2": "dinov2/scenes_vit_tiny"}
@@ -183,12 +185,13 @@ def run(*, minutes: float, method: str, data: str | None, directory: Path, val: 
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     ranks = gpus() or 2
     shards = shards_of(data, val, directory)
+    store = uri_of((directory / "mlflow.db").resolve())
     run_directory = directory / f"{method}-{time.strftime('%Y%m%d-%H%M%S')}"
     words = [
         *shards,
         f"run.directory={json.dumps(str(run_directory))}",
         f"launch.ranks={ranks}",
-        f"tracking.uri={json.dumps('sqlite:///' + str((directory / 'mlflow.db').resolve()))}",
+        f"tracking.uri={json.dumps(store)}",
         "tracking.experiment=fovea demo",
     ]
     loaded = load(_CONFIGS[method], words)
@@ -208,8 +211,7 @@ def run(*, minutes: float, method: str, data: str | None, directory: Path, val: 
 
     page = write(run_directory, config, run_directory / "page.html", facts=facts)
     print(f"\npictures, curves, neighbours   {page.resolve()}")
-    store = f"sqlite:///{(directory / 'mlflow.db').resolve()}"
-    print(f"MLflow                         {sys.executable} -m mlflow ui --backend-store-uri {store}")
+    print(f"MLflow                         {sys.executable} -m mlflow ui --backend-store-uri {shlex.quote(store)}")
     print("                               then open http://127.0.0.1:5000, experiment “fovea demo”")
     print(f"the run                        {run_directory.resolve()}")
     print("your own data                  fovea train dinov2/cifar10_vit_tiny data.shards='/data/train-{000..099}.tar'")

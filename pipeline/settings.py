@@ -269,8 +269,13 @@ class TrackingSettings(Settings):
     """What is told to MLflow."""
 
     enabled: bool = Field(default=True, description="log to MLflow")
-    uri: str | None = Field(default=None, description="MLflow tracking URI; null means a SQLite file in the run's directory")
-    experiment: str = Field(default="fovea", min_length=1, description="MLflow experiment")
+    uri: str | None = Field(
+        default=None,
+        description="MLflow tracking URI; null means MLFLOW_TRACKING_URI, or else a SQLite file in the run's directory",
+    )
+    experiment: str | None = Field(
+        default=None, min_length=1, description="MLflow experiment; null means MLFLOW_EXPERIMENT_NAME, or else fovea"
+    )
 
 
 class LaunchSettings(Settings):
