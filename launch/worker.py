@@ -271,7 +271,11 @@ def _train(
             show.say(f"stopped by {stop.name} at step {trainer.progress.step}, saved; the same command resumes")
         # A run that was told to stop must be gone soon; one that is finished may wait for MLflow's database to be made.
         if shipper is not None and not shipper.close(_PATIENCE if finished else 5.0):
-            rest = f"`fovea track sync {shlex.quote(str(run.path))}` sends the rest" if finished else "the next attempt sends the rest"
+            rest = (
+                f"`fovea track sync {shlex.quote(str(run.path))}` sends the rest"
+                if finished
+                else "the next attempt sends the rest"
+            )
             show.say(f"MLflow has not taken everything yet; {rest}")
         if alone:
             run.note("end", attempt=number, code=0)

@@ -69,8 +69,14 @@ ONLY_IN = {
 MAY_KNOW = {
     "pipeline.losses": set(),
     "pipeline.models": {"pipeline.errors", "pipeline.untrusted", "pipeline.fields", "pipeline.settings", "pipeline.methods"},
-    "pipeline.data": {"pipeline.errors", "pipeline.untrusted", "pipeline.locks", "pipeline.fields", "pipeline.settings", "pipeline.methods"},
-    "pipeline.tracking": {"pipeline.errors", "pipeline.untrusted", "pipeline.locks", "pipeline.fields", "pipeline.settings", "pipeline.methods"},
+    "pipeline.data": {
+        *("pipeline.errors", "pipeline.untrusted", "pipeline.locks"),
+        *("pipeline.fields", "pipeline.settings", "pipeline.methods"),
+    },
+    "pipeline.tracking": {
+        *("pipeline.errors", "pipeline.untrusted", "pipeline.locks"),
+        *("pipeline.fields", "pipeline.settings", "pipeline.methods"),
+    },
     "pipeline.recipes": {
         *("pipeline.errors", "pipeline.untrusted", "pipeline.fields", "pipeline.settings", "pipeline.methods"),
         *("pipeline.models", "pipeline.losses", "pipeline.data.views"),

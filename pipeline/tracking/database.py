@@ -72,6 +72,16 @@ def ensure(uri: str, *, own: bool, log: Callable[[str], None] = lambda _: None) 
                 _replace(path, state, log)
             with contextlib.suppress(FileExistsError):  # another process was faster: its database is as good
                 _link(fresh, path)
+        _forget(uri)
+
+
+def _forget(uri: str) -> None:
+    """Closes what this process has open of the file that had the name before."""
+    from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
+
+    engine = getattr(SqlAlchemyStore, "_engine_map", {}).get(uri)
+    if engine is not None:
+        engine.dispose()
 
 
 def inspect(path: Path) -> State:
@@ -136,7 +146,7 @@ def _made(path: Path) -> Iterator[Path]:
         with tempfile.TemporaryDirectory(prefix="fovea-mlflow-") as folder:
             raw = Path(folder) / OWN
             MlflowClient(tracking_uri=uri_of(raw)).search_experiments(max_results=1)
-            # The experiment "Default" would keep this folder as the place of its artifacts; MLflow makes it anew when it is missing.
+            # The experiment "Default" would keep this folder for its artifacts; MLflow makes a missing one anew.
             with contextlib.closing(sqlite3.connect(raw)) as base, base:
                 for table in ("experiment_tags", "experiments"):
                     base.execute(f"DELETE FROM {table}")

@@ -44,7 +44,12 @@ def shipper(run: Path, said: list[str] | None = None) -> Shipper:
 
 def process(run: Path) -> subprocess.Popen[str]:
     return subprocess.Popen(
-        [sys.executable, "-c", SHIP, str(run)], env=environment(), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        [sys.executable, "-c", SHIP, str(run)],
+        env=environment(),
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
     )
 
 
@@ -142,12 +147,30 @@ def test_somebody_elses_database_with_runs_is_left_alone(tmp_path: Path) -> None
     assert (tmp_path / "photo.db").read_bytes() == b"a photo"
 
 
+def test_a_database_that_is_deleted_while_it_is_in_use_is_made_anew(tmp_path: Path) -> None:
+    journal(tmp_path)
+    one = shipper(tmp_path)
+    one.ship()
+    (tmp_path / "mlflow.db").unlink()
+    more = Journal(tmp_path / "tracking" / "journal-0001.jsonl")
+    more.metrics(2, {"loss": 0.25})
+    more.close()
+    one.start()  # the first try fails on the file that is gone, the next one makes another
+    end = time.monotonic() + 120
+    while one._pending() and time.monotonic() < end:
+        time.sleep(0.1)
+    assert one.close(60)
+    assert losses(tmp_path) == [(1, 0.5), (2, 0.25)]
+
+
 def test_two_processes_that_make_it_at_once_agree_on_one(tmp_path: Path) -> None:
     for name in ("a", "b"):
         journal(tmp_path / name)
     script = SHIP.replace('run / "mlflow.db"', 'run.parent / "mlflow.db"')
     both = [
-        subprocess.Popen([sys.executable, "-c", script, str(tmp_path / name)], env=environment(), cwd=ROOT, stdout=subprocess.DEVNULL)
+        subprocess.Popen(
+            [sys.executable, "-c", script, str(tmp_path / name)], env=environment(), cwd=ROOT, stdout=subprocess.DEVNULL
+        )
         for name in ("a", "b")
     ]
     assert [one.wait(120) for one in both] == [0, 0]
