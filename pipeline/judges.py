@@ -159,4 +159,5 @@ class EvaluationSettings(Settings):
         return self.model_copy(update=sections)
 
 
+VOTED = frozenset(("knn", "linear", "logistic", "robustness"))  # those that learn from the labels of the shards that vote
 NAMES = ("knn", "linear", "logistic", "segmentation", "zeroshot", "retrieval", "robustness")

@@ -17,7 +17,9 @@ from pipeline.data.narrow import narrow
 from pipeline.data.order import Order
 from pipeline.data.plan import PLAN_VERSION
 from pipeline.errors import CheckpointError, ConfigError, DataError
+from pipeline.judges import VOTED
 from pipeline.settings import Config
+from pipeline.training.overlap import check_held_out
 from pipeline.training.saved import Saved
 
 DATA_STATE_VERSION = 1
@@ -138,7 +140,11 @@ def prepare(config: Config, world: int, progress: Callable[[int, int, Any], None
 
 
 def judged(
-    config: Config, train: Manifest | None = None, progress: Callable[[int, int, Any], None] | None = None
+    config: Config,
+    train: Manifest | None = None,
+    progress: Callable[[int, int, Any], None] | None = None,
+    *,
+    trained: bool = False,
 ) -> dict[str, Any]:
     """What the evaluations of a run look at: ``bank``, ``queries`` and ``dense`` of :class:`Inputs`, as far as they are wanted.
 
@@ -146,9 +152,10 @@ def judged(
         config: the settings.
         train: the training data, where they vote too and are indexed already.
         progress: told of each shard indexed.
+        trained: whether ``data.shards`` is what the network was trained on; with ``train`` it is.
 
     Raises:
-        DataError: no shard matches, or shards cannot be used.
+        DataError: no shard matches, shards cannot be used, or what is evaluated is learned from too.
     """
     found: dict[str, Any] = {}
     if config.evaluation.labelled:
@@ -164,11 +171,32 @@ def judged(
                 where=f"evaluation.knn.val_shards, by default {config.validation_shards[0]}",
                 hint="name some, or leave judging out: evaluation.knn.enabled=false",
             ) from error
+        _check_labelled(config, found["bank"], found["queries"], train, trained)
     s = config.evaluation.segmentation
     if s.enabled:
         pair = [indexed(config, p or (), progress, require=("segmentation",)) for p in (s.train_shards, s.val_shards)]
+        hint = "give evaluation.segmentation.train_shards and val_shards no shard in common"
+        check_held_out(pair[0], pair[1], where="evaluation.segmentation.val_shards", hint=hint)
         found["dense"] = (pair[0], pair[1])
     return found
+
+
+def _check_labelled(config: Config, bank: Manifest, queries: Manifest, train: Manifest | None, trained: bool) -> None:
+    """No sample votes, or trains a probe, and is evaluated; nor is one that the network saw with its caption.
+
+    Raises:
+        DataError: with the shards.
+    """
+    knn, on = config.evaluation.knn, config.evaluation.enabled.keys()
+    where = "evaluation.knn.val_shards" + ("" if knn.val_shards else f", by default {config.validation_shards[0]}")
+    apart = "such as data.shards='…/train-*.tar'"
+    if on & VOTED:
+        other = "evaluation.knn.train_shards" if knn.train_shards else f"the training shards, {apart}"
+        check_held_out(bank, queries, where=where, hint=f"name others, or leave them out of {other}")
+    if on & {"zeroshot", "retrieval"} and (train is not None or trained):
+        seen = bank if train is None else train
+        hint = f"name others, or leave them out of the training shards, {apart}"
+        check_held_out(seen, queries, where=where, hint=hint, learning="trained on")
 
 
 def _found(config: Config) -> tuple[list[str], tuple[Source, ...]]:
