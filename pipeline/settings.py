@@ -18,7 +18,21 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BeforeValidator, Field, SerializeAsAny, model_validator
 from pydantic_core import PydanticCustomError
 
-from pipeline.fields import RUNTIME, Count, Length, NonNegative, Positive, Probability, Settings, Texts
+from pipeline.fields import (
+    RUNTIME,
+    Count,
+    FilePath,
+    Length,
+    NonNegative,
+    PathName,
+    Positive,
+    Probability,
+    ResumePath,
+    Settings,
+    Shards,
+    Texts,
+    TrackingUri,
+)
 from pipeline.judges import EvaluationSettings
 from pipeline.methods import RECIPES, Dinov2Settings, RecipeSettings
 from pipeline.sections import HealthSettings, InitSettings, ModelSettings, SourceSettings, StorageSettings
@@ -30,7 +44,7 @@ class RunSettings(Settings):
     name: str = Field(
         default="run", pattern=r"^[A-Za-z0-9][\w.+-]*$", description="name of the run; the config file's name if not given"
     )
-    directory: Path | None = Field(
+    directory: FilePath | None = Field(
         default=None, json_schema_extra=RUNTIME, description="folder of everything the run writes; null means runs/<name>"
     )
     seed: int = Field(default=0, ge=0, lt=2**63, description="seed of order, crops, masks and initial weights")
@@ -44,7 +58,7 @@ class RunSettings(Settings):
 class DataSettings(Settings):
     """Where samples come from and how they are read."""
 
-    shards: Texts = Field(
+    shards: Shards = Field(
         default=(),
         json_schema_extra=RUNTIME,
         description="training shards: a path or URL with {000..123} or *, or a list of them",
@@ -54,7 +68,7 @@ class DataSettings(Settings):
         json_schema_extra=RUNTIME,
         description="several data sets instead of shards, each with name, shards, and weight or repeat",
     )
-    index: Path | None = Field(
+    index: FilePath | None = Field(
         default=None, json_schema_extra=RUNTIME, description="folder of the shard index; null means the user's cache"
     )
     storage: StorageSettings = Field(
@@ -249,12 +263,12 @@ class CheckpointSettings(Settings):
         min_length=1,
         description="metric whose highest checkpoint is kept, such as knn/k20; each evaluation is then saved; null for none",
     )
-    copy_to: str | None = Field(
+    copy_to: PathName | None = Field(
         default=None,
         min_length=1,
         description="bucket or folder that each checkpoint is copied to, below the run's name, and fetched from; null for none",
     )
-    resume: str = Field(
+    resume: ResumePath = Field(
         default="auto",
         min_length=1,
         description="auto takes the run's newest whole checkpoint, never starts anew, or a checkpoint's path to begin from",
@@ -269,7 +283,7 @@ class TrackingSettings(Settings):
     """What is told to MLflow."""
 
     enabled: bool = Field(default=True, description="log to MLflow")
-    uri: str | None = Field(
+    uri: TrackingUri | None = Field(
         default=None,
         description="MLflow tracking URI; null means MLFLOW_TRACKING_URI, or else a SQLite file in the run's directory",
     )

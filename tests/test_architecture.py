@@ -18,6 +18,7 @@ FLOORS = {
     "pipeline.errors": 0,
     "pipeline.untrusted": 0,
     "pipeline.locks": 0,
+    "pipeline.paths": 0,
     "pipeline.settings": 0,
     "pipeline.fields": 0,
     "pipeline.sections": 0,
@@ -42,6 +43,8 @@ FLOORS = {
 NEIGHBOURS = {
     ("pipeline.untrusted", "pipeline.errors"),
     ("pipeline.locks", "pipeline.untrusted"),
+    ("pipeline.fields", "pipeline.paths"),
+    ("pipeline.fields", "pipeline.untrusted"),
     ("pipeline.settings", "pipeline.fields"),
     ("pipeline.settings", "pipeline.sections"),
     ("pipeline.settings", "pipeline.judges"),
@@ -70,11 +73,11 @@ MAY_KNOW = {
     "pipeline.losses": set(),
     "pipeline.models": {"pipeline.errors", "pipeline.untrusted", "pipeline.fields", "pipeline.settings", "pipeline.methods"},
     "pipeline.data": {
-        *("pipeline.errors", "pipeline.untrusted", "pipeline.locks"),
+        *("pipeline.errors", "pipeline.untrusted", "pipeline.locks", "pipeline.paths"),
         *("pipeline.fields", "pipeline.settings", "pipeline.methods"),
     },
     "pipeline.tracking": {
-        *("pipeline.errors", "pipeline.untrusted", "pipeline.locks"),
+        *("pipeline.errors", "pipeline.untrusted", "pipeline.locks", "pipeline.paths"),
         *("pipeline.fields", "pipeline.settings", "pipeline.methods"),
     },
     "pipeline.recipes": {

@@ -21,7 +21,7 @@ def test_several_data_sets_stand_in_the_place_of_shards(tmp_path: Path) -> None:
     loaded = load(path)
     config = loaded.config
     assert config.data.sources is not None and [source.weight for source in config.data.sources] == [2, 1e-4]
-    assert config.data.patterns == config.voting_shards == ("/x/a-*.tar", "b.tar", "c.tar")
+    assert config.data.patterns == config.voting_shards == ("/x/a-*.tar", f"{Path.cwd()}/b.tar", f"{Path.cwd()}/c.tar")
     assert config.validation_shards == ("/x/*val-*.tar",)
     assert load(write(tmp_path, show(loaded), "again.yaml")).config == config
     assert Config.model_validate(config.model_dump(mode="json")) == config

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import ClassVar, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
-from pipeline.fields import RUNTIME, Count, NonNegative, Positive, Settings, Share
+from pipeline.fields import RUNTIME, Count, FilePath, NonNegative, Positive, Settings, Share
 from pipeline.methods.base import OneViewSettings, RecipeSettings, register
 
 
@@ -150,7 +149,7 @@ class ClipSettings(ContrastiveSettings, OneViewSettings):
     freeze: tuple[Literal["image", "text"], ...] = Field(
         default=(), description="towers that stand still (LiT: image, whose weights init_from.source gives)"
     )
-    text_weights: Path | None = Field(
+    text_weights: FilePath | None = Field(
         default=None, description="safetensors file of initial weights of the text tower, by open_clip's names or fovea's"
     )
 

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from pipeline.paths import absolute
 from pipeline.settings import TrackingSettings
 from pipeline.tracking.database import OWN, uri_of
 from pipeline.untrusted import hide_secrets, printable
@@ -61,7 +62,7 @@ def destination(settings: TrackingSettings, run: Path, environment: Mapping[str,
         return Destination(settings.uri, experiment, "tracking.uri")
     named = env.get("MLFLOW_TRACKING_URI", "").strip()
     if named:
-        return Destination(named, experiment, "MLFLOW_TRACKING_URI")
+        return Destination(absolute(named, "uri"), experiment, "MLFLOW_TRACKING_URI")
     if kept.get("uri") and kept.get("origin"):
         return Destination(kept["uri"], experiment, kept["origin"])
     return Destination(uri_of((run / OWN).resolve()), experiment)

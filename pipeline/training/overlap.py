@@ -6,6 +6,7 @@ the same places (size and digest of its index), whatever it is called. Samples a
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import sys
@@ -105,10 +106,8 @@ def _twice(learned: Manifest, evaluated: Manifest) -> int:
         seen |= np.isin(wanted, _samples(learned, number))
     among = wanted[seen]
     twice = int(sum(np.isin(one, among).sum() for one in ours))
-    try:
+    with contextlib.suppress(OSError):  # counted again next time
         storage.write_whole(kept, json.dumps({"evaluated": evaluated.fingerprint, "samples": twice}).encode())
-    except OSError:
-        pass  # counted again next time
     return twice
 
 
