@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from launch import local
-from launch.ranks import RankEnvironment
+from launch.ranks import RankEnvironment, ranks_to_start
 from pipeline.settings import Config
 from pipeline.training.run import RunDirectory
 
@@ -32,16 +32,14 @@ _PATIENCE = 30.0  # seconds that MLflow gets at the end
 def many(config: Config, ranks: int | None) -> int:
     """How many ranks to start here: those asked for, else one a GPU; 1 if this process is a rank already.
 
+    Raises:
+        LaunchError: what is asked for contradicts the launcher that started this process, or there are fewer GPUs.
+
     Args:
         config: the settings; with gloo no GPU is used.
         ranks: what the person says.
     """
-    here = RankEnvironment.read()
-    if here.source == "torchrun" or here.world_size > 1:
-        return 1
-    from launch.train import gpus
-
-    return ranks or (1 if config.launch.backend == "gloo" else gpus() or 1)
+    return ranks_to_start(RankEnvironment.read(), ranks, where="--ranks", on_cpu=config.launch.backend == "gloo") or 1
 
 
 def spread(words: Sequence[str], ranks: int, logs: Path | None) -> int:
@@ -76,7 +74,7 @@ def world_here(config: Config) -> Iterator[World]:
         size=here.world_size,
         local_rank=here.local_rank,
         address="127.0.0.1" if alone else here.address,
-        port=local.free_port() if alone else here.port or 29500,
+        port=here.port,
         key=secrets.token_hex(8) if alone else here.key,
         backend=config.launch.backend,
         timeout=config.launch.timeout,

@@ -16,7 +16,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from launch.train import gpus
+from launch.gpus import gpus
 from launch.watch import clock
 from pipeline.config import Loaded, load
 from pipeline.data import scenes

@@ -7,22 +7,16 @@ import fcntl
 import json
 import sys
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 from launch import local
-from launch.ranks import RankEnvironment
+from launch.ranks import RankEnvironment, ranks_to_start
 from launch.resume import check_identity, choose_checkpoint
 from pipeline.checks import check_ranks
 from pipeline.config import Loaded, show
 from pipeline.errors import ConfigError, LaunchError
 from pipeline.training.inputs import prepare
 from pipeline.training.run import RunDirectory
-
-
-def gpus() -> int:
-    """GPUs of this machine, counted without loading torch."""
-    return sum(1 for path in Path("/dev").glob("nvidia[0-9]*") if path.name[6:].isdigit())
 
 
 @contextlib.contextmanager
@@ -60,11 +54,11 @@ def run(loaded: Loaded) -> int:
     """
     config = loaded.config
     here = RankEnvironment.read()
-    if here.source != "single":
+    ranks = ranks_to_start(here, config.launch.ranks, where="launch.ranks", on_cpu=config.launch.backend == "gloo")
+    if not ranks:
         from launch.worker import be_rank
 
         return be_rank(config, here)
-    ranks = config.launch.ranks or gpus() or 1
     if broken := check_ranks(config, ranks):
         raise ConfigError(broken[0][1])
     directory = RunDirectory(config.run.folder)

@@ -112,7 +112,7 @@ def train(config: Config, here: RankEnvironment, attempt: int | None, found: Sav
             size=here.world_size,
             local_rank=here.local_rank,
             address=here.address,
-            port=here.port or 29500,
+            port=here.port,
             key=here.key,
             backend=config.launch.backend,
             timeout=config.launch.timeout,

@@ -160,7 +160,7 @@ class Attendant:
         logs = self.run.logs(self.attempt)
         logs.mkdir(parents=True, exist_ok=True)
         command = [argument.replace("%LOGS%", str(logs)) for argument in self.facts["links"]]
-        environment = {**self.env, "MASTER_PORT": str(_free_port())}
+        environment = {**self.env, "MASTER_PORT": str(_free_port()), "FOVEA_ATTEMPT": str(self.attempt)}
         with contextlib.suppress(subprocess.TimeoutExpired):
             subprocess.run(command, env=environment, timeout=settings["seconds"] + 60, check=False, stdin=subprocess.DEVNULL)
         found = record.read(logs / "links.json").get("gbps")
