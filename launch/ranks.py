@@ -130,7 +130,7 @@ def ranks_to_start(
         environment: variables; this process's if not given.
 
     Raises:
-        LaunchError: the launcher's number of processes and the person's contradict each other, or there are fewer GPUs than ranks.
+        LaunchError: the launcher's number of processes and the person's contradict, or there are fewer GPUs than ranks.
     """
     env = os.environ if environment is None else environment
     there = 0 if on_cpu else gpus(env)

@@ -20,7 +20,7 @@ from launch.ranks import RankEnvironment
 from launch.resume import check_identity, choose_checkpoint, copies_of, origins
 from launch.watch import Clocked, watcher
 from pipeline.config import fingerprint, flatten
-from pipeline.errors import FoveaError, LaunchError
+from pipeline.errors import FoveaError, LaunchError, verdict
 from pipeline.settings import Config
 from pipeline.training import claims, saved
 from pipeline.training.run import RunDirectory
@@ -46,7 +46,7 @@ def be_rank(config: Config, here: RankEnvironment) -> int:
         code = _be_rank(config, here, attempt)
     except FoveaError as error:
         if attempt is not None:
-            own = {"rank": here.rank, "what": str(error), "code": error.exit_code, "kind": type(error).__name__, "step": 0}
+            own = {"rank": here.rank, "what": str(error), "code": error.exit_code, "step": 0, **verdict(error)}
             claims.claim(RunDirectory(config.run.folder).logs(attempt), own)
         raise
     if code:
@@ -120,7 +120,7 @@ def train(config: Config, here: RankEnvironment, attempt: int | None, found: Sav
         )
     except LaunchError as error:
         if attempt is not None:
-            own = {"rank": here.rank, "what": str(error), "code": error.exit_code, "kind": "Rendezvous", "step": 0}
+            own = {"rank": here.rank, "what": str(error), "code": error.exit_code, "step": 0, **verdict(error)}
             claims.claim(run.logs(attempt), own)
         raise
     chosen = [attempt, str(found.path) if found else None]

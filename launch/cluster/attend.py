@@ -85,7 +85,7 @@ class Attendant:
         for _ in range(_MEETINGS if not bad and slow is None and not self.told else 0):
             code, hung = self._ranks()
             failure = record.failure(self.run, self.attempt)
-            if self.told or failure is None or failure.get("kind") != "Rendezvous":
+            if self.told or failure is None or failure.get("cause") != "rendezvous":
                 break
             self._say(f"the ranks did not meet ({failure['what']}); once more, on another port")
             with contextlib.suppress(OSError):
@@ -169,7 +169,15 @@ class Attendant:
             return None
         told = "did not end" if found is None else f"ran at {float(found):.3f} GB/s of {wanted:g} wanted"
         self._say(f"preflight: an all-reduce over all ranks {told}")
-        return {"kind": "Links", "what": f"an all-reduce over all ranks {told}", "rank": -1, "code": 1, "step": 0}
+        return {
+            "kind": "Links",
+            "cause": "node",
+            "retryable": True,
+            "what": f"an all-reduce over all ranks {told}",
+            "rank": -1,
+            "code": 1,
+            "step": 0,
+        }
 
     def _ranks(self) -> tuple[int, bool]:
         """Starts all ranks as one step and waits for their end; its code, and whether it had to be ended as hung."""

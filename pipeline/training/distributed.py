@@ -12,7 +12,7 @@ from typing import cast
 import torch
 import torch.distributed as dist
 
-from pipeline.errors import LaunchError
+from pipeline.errors import LaunchError, RendezvousError
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,7 @@ def join(
         control = None if chosen == "gloo" else cast(dist.ProcessGroup, dist.new_group(backend="gloo", timeout=limit))
         dist.barrier(group=control)
     except RuntimeError as error:
-        raise LaunchError(
+        raise RendezvousError(
             f"rank {rank} of {size} did not meet the others ({str(error).splitlines()[0]})",
             where=f"{address}:{port}",
             hint="see the other ranks' logs; the port must be free and reachable",

@@ -135,6 +135,7 @@ def prepare(config: Config, world: int, progress: Callable[[int, int, Any], None
             where="train.micro_batch",
             hint=f"choose a divisor of {batch // world}",
         )
+    check_warmups(config, order.samples_per_epoch)
     inputs = Inputs(train, None, None, order, sources)
     return replace(inputs, **judged(config, train, progress)) if config.evaluation.enabled else inputs
 
@@ -223,6 +224,28 @@ def _found(config: Config) -> tuple[list[str], tuple[Source, ...]]:
         sources.append(Source(given.name, len(urls), len(own), given.weight, given.repeat or 1.0))
         urls += own
     return urls, tuple(sources)
+
+
+def check_warmups(config: Config, epoch_samples: int) -> None:
+    """Refuse warm-ups that do not fit into the run. Of a curve that then stays constant, a short run sees the beginning.
+
+    Args:
+        config: the settings.
+        epoch_samples: samples of the training set.
+
+    Raises:
+        ConfigError: with the key and both lengths.
+    """
+    batch = config.train.global_batch
+    steps = config.train.length.steps(epoch_samples, batch)
+    for name in type(config.schedule).model_fields:
+        curve = getattr(config.schedule, name)
+        if curve.shape != "constant" and curve.warmup.samples(epoch_samples, batch) > steps * batch:
+            raise ConfigError(
+                f"a warm-up of {curve.warmup.steps(epoch_samples, batch)} steps in a run of {steps}",
+                where=f"schedule.{name}.warmup = {curve.warmup}",
+                hint="make it shorter, or train.length longer",
+            )
 
 
 def data_identity(inputs: Inputs) -> dict[str, Any]:

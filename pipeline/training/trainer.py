@@ -21,7 +21,7 @@ from torch import Tensor
 from pipeline.data.random import mix
 from pipeline.data.stream import BatchStream
 from pipeline.data.views import Batch
-from pipeline.errors import TrainingError
+from pipeline.errors import NonFiniteError, TrainingError
 from pipeline.recipes.base import Recipe, Step
 from pipeline.tracking import Journal
 from pipeline.training.alarms import Alarms
@@ -281,7 +281,7 @@ class Trainer:
             found: list[tuple[int, list[str], list[str]]] = [(0, [], [])] * self.world.size
             dist.all_gather_object(found, (self.world.rank, bad, keys[:4]), group=self.world.control)
             rank, terms_there, keys_there = next((f for f in found if f[1] != ["gradient"]), found[0])
-            raise TrainingError(
+            raise NonFiniteError(
                 f"{in_a_row} steps in a row were not finite ({', '.join(terms_there)})",
                 where=f"step {number}, first keys on rank {rank}: {keys_there}",
                 hint="lower optim.lr or optim.betas, lengthen schedule.lr.warmup, or train.precision=fp32; then resume",

@@ -36,6 +36,9 @@ _Value = TypeVar("_Value")
 class StorageAway(DataError):
     """Storage did not answer, or refused, for as long as patience lasts. Not a fault of one sample: no substitute is taken."""
 
+    retryable = True
+    cause = "crash"
+
 
 class NotThere(DataError):
     """The object does not exist."""
