@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from launch import local
 from launch.ranks import RankEnvironment, ranks_to_start
+from pipeline.interpreter import module_command
 from pipeline.settings import Config
 from pipeline.training.run import RunDirectory
 
@@ -51,7 +52,7 @@ def spread(words: Sequence[str], ranks: int, logs: Path | None) -> int:
         logs: where all ranks but the first write; a folder that only a failure leaves behind if not given.
     """
     folder = logs or Path(tempfile.mkdtemp(prefix="fovea-eval-"))
-    code = local.start([sys.executable, "-m", "launch.cli", *words], ranks, log_directory=folder)
+    code = local.start(module_command("launch.cli", *words), ranks, log_directory=folder)
     if logs is None and code == 0:
         shutil.rmtree(folder, ignore_errors=True)
     return code

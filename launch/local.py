@@ -28,6 +28,7 @@ from typing import IO
 
 from launch.ranks import RankEnvironment
 from pipeline.errors import LaunchError
+from pipeline.interpreter import safe_environment
 
 FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
 
@@ -88,7 +89,7 @@ def start(
     """
     if ranks < 1:
         raise LaunchError(f"cannot start {ranks} ranks", where="launch.ranks", hint="Give 1 or more.")
-    base = dict(os.environ if environment is None else environment)
+    base = safe_environment(environment)
     base.setdefault("OMP_NUM_THREADS", str(threads or max(1, _cores() // ranks)))
     if threads is not None:
         base["OMP_NUM_THREADS"] = str(threads)

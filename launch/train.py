@@ -15,6 +15,7 @@ from launch.resume import check_identity, choose_checkpoint
 from pipeline.checks import check_ranks
 from pipeline.config import Loaded, show
 from pipeline.errors import ConfigError, LaunchError
+from pipeline.interpreter import module_command
 from pipeline.training.inputs import prepare
 from pipeline.training.run import RunDirectory
 
@@ -77,7 +78,7 @@ def run(loaded: Loaded) -> int:
         directory.write("config.json", config.model_dump(mode="json"))
         (directory.path / "config.yaml").write_text(show(loaded, absolute=True))
         directory.note("start", attempt=attempt, ranks=ranks, resumed_from=found.step if found else None)
-        argv = [sys.executable, "-m", "launch.worker", str(directory.config), str(attempt), str(found.path) if found else "-"]
+        argv = module_command("launch.worker", str(directory.config), str(attempt), str(found.path) if found else "-")
         code = local.start(argv, ranks, log_directory=directory.logs(attempt), threads=config.train.threads)
         directory.note("end", attempt=attempt, code=code)
     return code

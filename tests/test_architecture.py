@@ -19,6 +19,7 @@ FLOORS = {
     "pipeline.untrusted": 0,
     "pipeline.locks": 0,
     "pipeline.paths": 0,
+    "pipeline.interpreter": 0,
     "pipeline.settings": 0,
     "pipeline.fields": 0,
     "pipeline.sections": 0,

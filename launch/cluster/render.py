@@ -106,7 +106,9 @@ def step(profile: ClusterProfile, run: Path, module: list[str] | None = None) ->
     if profile.container is not None:
         c = profile.container
         mounts = ",".join((f"{run}:{run}", *c.mounts))
-        names = ",".join((*profile.environment, "PYTHONPATH", "MASTER_PORT", "FOVEA_ATTEMPT", "OMP_NUM_THREADS"))
+        names = ",".join(
+            (*profile.environment, "PYTHONPATH", "PYTHONSAFEPATH", "MASTER_PORT", "FOVEA_ATTEMPT", "OMP_NUM_THREADS")
+        )
         command += [
             f"--container-image={c.image}",
             f"--container-mounts={mounts}",
