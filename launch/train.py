@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import sys
 from collections.abc import Iterator
@@ -12,10 +11,12 @@ from typing import Any
 from launch import local
 from launch.ranks import RankEnvironment, ranks_to_start
 from launch.resume import check_identity, choose_checkpoint
+from launch.watch import outlive_terminal
 from pipeline.checks import check_ranks
 from pipeline.config import Loaded, show
 from pipeline.errors import ConfigError, LaunchError
 from pipeline.interpreter import module_command
+from pipeline.locks import lock
 from pipeline.training.inputs import prepare
 from pipeline.training.run import RunDirectory
 
@@ -28,9 +29,9 @@ def alone(run: RunDirectory) -> Iterator[None]:
         LaunchError: another attempt holds it.
     """
     run.path.mkdir(parents=True, exist_ok=True)
-    with (run.path / ".lock").open("w") as lock:
+    with (run.path / ".lock").open("w") as file:
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            lock(file.fileno(), file.name, wait=False)
         except BlockingIOError:
             raise LaunchError(
                 "another attempt of this run is alive",
@@ -54,6 +55,7 @@ def run(loaded: Loaded) -> int:
         FoveaError: whatever can be refused before a process group exists.
     """
     config = loaded.config
+    outlive_terminal()
     here = RankEnvironment.read()
     ranks = ranks_to_start(here, config.launch.ranks, where="launch.ranks", on_cpu=config.launch.backend == "gloo")
     if not ranks:

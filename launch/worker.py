@@ -18,9 +18,10 @@ from launch import accelerate
 from launch.cluster import record
 from launch.ranks import RankEnvironment
 from launch.resume import check_identity, choose_checkpoint, copies_of, origins
-from launch.watch import Clocked, watcher
+from launch.watch import Clocked, outlive_terminal, watcher
 from pipeline.config import fingerprint, flatten
 from pipeline.errors import FoveaError, LaunchError, verdict
+from pipeline.paths import user_name
 from pipeline.settings import Config
 from pipeline.training import claims, saved
 from pipeline.training.run import RunDirectory
@@ -89,6 +90,8 @@ def train(config: Config, here: RankEnvironment, attempt: int | None, found: Sav
         The exit code. Whatever went wrong after the ranks had met has been told.
     """
     begin = time.time()
+    outlive_terminal()
+    os.environ.setdefault("USER", user_name())  # torch and others ask for it, and fail where the user ID has no name
     os.environ.setdefault("OMP_NUM_THREADS", str(config.train.threads or 1))
     if config.train.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it once, when it is loaded

@@ -32,7 +32,7 @@ from pipeline.fields import Length, Settings, absolute_paths, path_marker
 from pipeline.layers import Branch, Leaf, Problem, display, merge, origin_of, override, read, scalar, unwrap
 from pipeline.methods import RECIPES, Dinov2Settings, RecipeSettings
 from pipeline.paths import same
-from pipeline.settings import Config
+from pipeline.settings import Config, without_retired
 from pipeline.untrusted import printable
 
 DEFAULT = "default"
@@ -149,7 +149,7 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Loaded:
 def _validate(tree: Branch, shown: str) -> tuple[Config | None, list[Problem]]:
     """The settings, or all that is wrong with single keys."""
     problems: list[Problem] = []
-    raw = unwrap(tree)
+    raw = without_retired(unwrap(tree))
     section, method = raw.pop("recipe", {}), str(Dinov2Settings().name)
     name: Any = section.get("name", method) if isinstance(section, dict) else method
     if isinstance(name, str) and name in RECIPES:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import getpass
 import os
 import re
 from typing import Literal
@@ -30,7 +31,7 @@ def absolute(text: str, kind: Kind, folder: str | None = None, *, words: frozens
         return text if scheme.lower() != "file" or not rest or rest.startswith("/") else f"file://{_joined(rest, folder)}"
     if text.startswith("~"):
         text = os.path.expanduser(text)
-    if kind == "patterns" and _MAGIC.search(folder or os.getcwd()):
+    if kind == "patterns" and not os.path.isabs(text) and _MAGIC.search(_base(text, folder)[0]):
         return text  # joined, the folder's own name would be read as a pattern
     return _joined(text, folder)
 
@@ -38,6 +39,14 @@ def absolute(text: str, kind: Kind, folder: str | None = None, *, words: frozens
 def patterns(texts: tuple[str, ...], folder: str | None = None) -> tuple[str, ...]:
     """Shard patterns by names that hold in every working directory; braces that begin with several folders are taken apart."""
     return tuple(absolute(part, "patterns", folder) for text in texts for part in _taken_apart(text))
+
+
+def user_name() -> str:
+    """The user's login name; ``uid-1234`` where the user ID has none, as in many containers."""
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError, ImportError):
+        return f"uid-{os.getuid()}"
 
 
 def same(one: object, other: object) -> bool:
@@ -56,14 +65,19 @@ def same(one: object, other: object) -> bool:
 
 
 def _joined(text: str, folder: str | None) -> str:
-    """Leading ``./`` and ``../`` are worked out; what follows is left as it is, since a link may be in it."""
     if os.path.isabs(text):
         return text
+    base, rest = _base(text, folder)
+    return os.path.join(base, rest) if rest else base
+
+
+def _base(text: str, folder: str | None) -> tuple[str, str]:
+    """Leading ``./`` and ``../`` are worked out; what follows is left as it is, since a link may be in it."""
     base = folder or os.getcwd()
     while match := re.match(r"(\.\.?)(/+|$)", text):
         base = os.path.dirname(base) if match[1] == ".." else base
         text = text[match.end() :]
-    return os.path.join(base, text) if text else base
+    return base, text
 
 
 def _uri(text: str, folder: str | None) -> str:

@@ -18,6 +18,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BeforeValidator, Field, SerializeAsAny, model_validator
 from pydantic_core import PydanticCustomError
 
+from pipeline.errors import ConfigError
 from pipeline.fields import (
     RUNTIME,
     Count,
@@ -91,7 +92,9 @@ class DataSettings(Settings):
     label: str = Field(default="cls", description="extension of a sample's class number")
     min_side: Count = Field(default=16, description="smallest accepted side, pixels")
     max_pixels: Count = Field(default=50_000_000, description="largest accepted area, pixels")
-    damaged: Literal["refuse", "use"] = Field(default="refuse", description="pictures that decode only in part")
+    damaged: Literal["refuse", "use"] = Field(
+        default="refuse", description="shards whose tar breaks off or is damaged: stop, or use the samples before the damage"
+    )
     workers: int = Field(
         default=1, ge=0, le=64, json_schema_extra=RUNTIME, description="feeder processes of a rank; 0 reads in the rank itself"
     )
@@ -131,10 +134,24 @@ class DataSettings(Settings):
         return self.shards or tuple(pattern for source in self.sources or () for pattern in source.shards)
 
     def index_folder(self, urls: Sequence[str]) -> Path:
-        """Where the index of these shards is kept: a folder named after them in ``index`` or in the user's cache."""
-        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+        """Where the index of these shards is kept: a folder named after them in ``index`` or in the user's cache.
+
+        Raises:
+            ConfigError: there is no such cache, since the user has no home directory.
+        """
         name = hashlib.sha256("\n".join(os.path.abspath(url) if "://" not in url else url for url in urls).encode()).hexdigest()
-        return (self.index or cache / "fovea" / "index") / name[:16]
+        return (self.index or _user_cache() / "fovea" / "index") / name[:16]
+
+
+def _user_cache() -> Path:
+    cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    if cache.startswith("~"):  # a user ID without a name, as containers have, and no HOME
+        raise ConfigError(
+            f"user {os.getuid()} has no home directory for the index of the shards",
+            where="data.index",
+            hint="set it to a folder, or the variable XDG_CACHE_HOME",
+        )
+    return Path(cache)
 
 
 class OptimSettings(Settings):
@@ -312,6 +329,20 @@ def _known_recipe(value: object) -> object:
     return value
 
 
+# Settings that are gone because only one value was legal. Runs and checkpoints of earlier versions hold them.
+_RETIRED = {"recipe.local_loss": True, "recipe.gather_with_grad": True, "recipe.views.global_count": 2}
+
+
+def without_retired(document: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Settings as they are read, without those that are gone, where they have the only value that was legal."""
+    kept: dict[str, Any] = {}
+    for name, value in document.items():
+        key = prefix + name
+        if key not in _RETIRED or value != _RETIRED[key]:
+            kept[name] = without_retired(value, f"{key}.") if isinstance(value, dict) else value
+    return kept
+
+
 class Config(Settings):
     """The whole tree. ``recipe`` holds the class registered under ``recipe.name``."""
 
@@ -340,6 +371,11 @@ class Config(Settings):
         json_schema_extra=RUNTIME,
         description="stalled ranks and broken losses",
     )
+
+    @classmethod
+    def model_validate(cls, obj: Any, **options: Any) -> Self:
+        """Reads settings as a run keeps them, those of earlier versions included."""
+        return super().model_validate(without_retired(obj) if isinstance(obj, dict) else obj, **options)
 
     @property
     def voting_shards(self) -> tuple[str, ...]:

@@ -47,6 +47,7 @@ NEIGHBOURS = {
     ("pipeline.fields", "pipeline.paths"),
     ("pipeline.fields", "pipeline.untrusted"),
     ("pipeline.settings", "pipeline.fields"),
+    ("pipeline.settings", "pipeline.errors"),
     ("pipeline.settings", "pipeline.sections"),
     ("pipeline.settings", "pipeline.judges"),
     ("pipeline.judges", "pipeline.fields"),

@@ -181,6 +181,7 @@ def test_a_folder_whose_name_reads_as_a_pattern_is_not_put_in_front_of_patterns(
     monkeypatch.chdir(work)
     config = load("toy.yaml", ["data.shards=train-*.tar", "data.index=ix"]).config
     assert config.data.shards == ("train-*.tar",) and config.data.index == work / "ix"
+    assert load("toy.yaml", ["data.shards=../train-*.tar"]).config.data.shards == (f"{tmp_path}/train-*.tar",)
 
 
 @given(st.lists(st.sampled_from(["a", "b c", "..", ".", "x-*"]), min_size=1, max_size=5))

@@ -131,7 +131,7 @@ class Attendant:
         }
         command = [
             *("srun", "--kill-on-bad-exit=0", f"--ntasks={self.facts['nodes']}", "--ntasks-per-node=1"),
-            *(f"--output={folder}/%N.log", "--overlap"),
+            *(f"--output={str(folder).replace('%', '%%')}/%N.log", "--overlap"),
             *(self.facts["host_python"], "-m", "launch.cluster.preflight", json.dumps(options)),
         ]
         with contextlib.suppress(subprocess.TimeoutExpired):
@@ -159,7 +159,7 @@ class Attendant:
             return None
         logs = self.run.logs(self.attempt)
         logs.mkdir(parents=True, exist_ok=True)
-        command = [argument.replace("%LOGS%", str(logs)) for argument in self.facts["links"]]
+        command = [_filled(argument, logs) for argument in self.facts["links"]]
         environment = {**self.env, "MASTER_PORT": str(_free_port()), "FOVEA_ATTEMPT": str(self.attempt)}
         with contextlib.suppress(subprocess.TimeoutExpired):
             subprocess.run(command, env=environment, timeout=settings["seconds"] + 60, check=False, stdin=subprocess.DEVNULL)
@@ -183,7 +183,7 @@ class Attendant:
         """Starts all ranks as one step and waits for their end; its code, and whether it had to be ended as hung."""
         logs = self.run.logs(self.attempt)
         logs.mkdir(parents=True, exist_ok=True)
-        command = [argument.replace("%LOGS%", str(logs)) for argument in self.facts["srun"]]
+        command = [_filled(argument, logs) for argument in self.facts["srun"]]
         environment = {**self.env, "MASTER_PORT": str(_free_port()), "FOVEA_ATTEMPT": str(self.attempt)}
         self._step = subprocess.Popen(command, env=environment, stdin=subprocess.DEVNULL)
         hung, alive = False, time.monotonic()
@@ -325,6 +325,12 @@ class Attendant:
 
     def _say(self, text: str) -> None:
         print(f"{time.strftime('%Y-%m-%d %H:%M:%S')} fovea: {text}", flush=True)
+
+
+def _filled(argument: str, logs: Path) -> str:
+    """An argument of ``srun`` with the attempt's folder of logs; in a file pattern of Slurm's a ``%`` is written twice."""
+    own = str(logs).replace("%", "%%") if argument.startswith("--output=") else str(logs)
+    return argument.replace("%LOGS%", own)
 
 
 def _free_port() -> int:

@@ -12,7 +12,14 @@ _MACHINE = re.compile(
     r"\bECC\b|\bXid\b|uncorrectable|unhandled system error|NVLink|CUDA error: (unknown|device-side|hardware)", re.I
 )
 
-TOLD = {"TOLD": "requeued", "SIGTERM": "preempted", "SIGUSR1": "signal", "SIGUSR2": "signal", "SIGINT": "signal"}
+TOLD = {
+    "TOLD": "requeued",
+    "SIGTERM": "preempted",
+    "SIGUSR1": "signal",
+    "SIGUSR2": "signal",
+    "SIGINT": "signal",
+    "SIGHUP": "signal",
+}
 
 
 @dataclass(frozen=True)

@@ -64,6 +64,12 @@ def submit(
     config = loaded.config
     folder = config.run.folder.absolute()
     _check_patterns(config)
+    if "\\" in str(folder):
+        raise ConfigError(
+            f"{folder} must hold no backslash",
+            where="run.directory",
+            hint="Slurm would write no job number into the log's name; choose another",
+        )
     run = RunDirectory(folder)
     check_all(config, profile, run)
     if index and not dry:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -18,6 +17,7 @@ from pipeline.data.order import Order
 from pipeline.data.plan import PLAN_VERSION
 from pipeline.errors import CheckpointError, ConfigError, DataError
 from pipeline.judges import VOTED
+from pipeline.locks import lock
 from pipeline.settings import Config
 from pipeline.training.overlap import check_held_out
 from pipeline.training.saved import Saved
@@ -94,15 +94,15 @@ def _index(
     directory = config.data.index_folder(urls)
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        lock = (directory / ".lock").open("w")
+        file = (directory / ".lock").open("w")
     except OSError as error:
         raise DataError(
             f"the index of the shards cannot be kept here ({error.strerror})",
             where=str(directory),
             hint="set data.index to a folder",
         ) from error
-    with lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with file:
+        lock(file.fileno(), file.name)
         store = open_storage(config, at_start=True)
         manifest = build(urls, directory, fields=fields(config), damaged=config.data.damaged, progress=progress, store=store)
         return narrow(manifest, directory / f"with-{'-'.join(require)}", require) if require else manifest

@@ -274,7 +274,7 @@ class Trainer:
         keys = [key for batch in batches for key in batch.keys]
         self.watcher.say(f"step {number}: {', '.join(bad)} not finite, step skipped; rank {self.world.rank} held {keys[:4]}…")
         if self.journal is not None:
-            self.journal.metrics(number, {"train/skipped": self.progress.skipped})
+            self.journal.metrics(number, {"train/skipped_steps": float(self.progress.skipped)})
         rewinds = self.plan.rewind_after is not None and self.left_out.rewinds < self.plan.max_rewinds
         if in_a_row >= self.plan.max_nonfinite and not rewinds:
             # All ranks are here together, and the message is to name the samples of the one whose terms broke.
