@@ -91,7 +91,7 @@ def headline(file: Path) -> str:
 
 
 def resolve(name: str | Path) -> Path:
-    """The file of a config given as a path or by name (``dinov2/cifar10_vit_tiny``).
+    """The file of a config given as a path, by name (``dinov2/cifar10_vit_tiny``), or as a run's directory.
 
     Raises:
         ConfigError: there is no such file; the nearest names are told.
@@ -99,6 +99,8 @@ def resolve(name: str | Path) -> Path:
     path = Path(name)
     if path.is_file():
         return path
+    if (path / "config.yaml").is_file():  # a run's directory
+        return path / "config.yaml"
     known = available()
     bare = path.with_suffix("").as_posix().removeprefix("./").removeprefix("configs/")
     if bare in known:
