@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from launch import local
-from launch.ranks import RankEnvironment
+from launch.ranks import RankEnvironment, ranks_to_start
+from pipeline.interpreter import module_command
 from pipeline.settings import Config
 from pipeline.training.run import RunDirectory
 
@@ -32,16 +33,14 @@ _PATIENCE = 30.0  # seconds that MLflow gets at the end
 def many(config: Config, ranks: int | None) -> int:
     """How many ranks to start here: those asked for, else one a GPU; 1 if this process is a rank already.
 
+    Raises:
+        LaunchError: what is asked for contradicts the launcher that started this process, or there are fewer GPUs.
+
     Args:
         config: the settings; with gloo no GPU is used.
         ranks: what the person says.
     """
-    here = RankEnvironment.read()
-    if here.source == "torchrun" or here.world_size > 1:
-        return 1
-    from launch.train import gpus
-
-    return ranks or (1 if config.launch.backend == "gloo" else gpus() or 1)
+    return ranks_to_start(RankEnvironment.read(), ranks, where="--ranks", on_cpu=config.launch.backend == "gloo") or 1
 
 
 def spread(words: Sequence[str], ranks: int, logs: Path | None) -> int:
@@ -53,7 +52,7 @@ def spread(words: Sequence[str], ranks: int, logs: Path | None) -> int:
         logs: where all ranks but the first write; a folder that only a failure leaves behind if not given.
     """
     folder = logs or Path(tempfile.mkdtemp(prefix="fovea-eval-"))
-    code = local.start([sys.executable, "-m", "launch.cli", *words], ranks, log_directory=folder)
+    code = local.start(module_command("launch.cli", *words), ranks, log_directory=folder)
     if logs is None and code == 0:
         shutil.rmtree(folder, ignore_errors=True)
     return code
@@ -76,7 +75,7 @@ def world_here(config: Config) -> Iterator[World]:
         size=here.world_size,
         local_rank=here.local_rank,
         address="127.0.0.1" if alone else here.address,
-        port=local.free_port() if alone else here.port or 29500,
+        port=here.port,
         key=secrets.token_hex(8) if alone else here.key,
         backend=config.launch.backend,
         timeout=config.launch.timeout,
@@ -122,15 +121,15 @@ class Telling:
         Returns:
             ``None`` if the run is not tracked and no server is named.
         """
-        from pipeline.tracking import Aside
+        from pipeline.tracking import Aside, destination
 
         run, t = RunDirectory(directory), config.tracking
-        own = t.uri or f"sqlite:///{(run.path / 'mlflow.db').resolve()}"
+        own = destination(t, run.path)
         if uri is None and not t.enabled:
             return None
-        joins = "../cursor.json" if t.enabled and uri in (None, own) else ""
+        joins = "../cursor.json" if t.enabled and uri in (None, own.uri) else ""
         hint = f"fovea track sync {directory}"
-        return cls(run.tracking / f"eval-{_stamp()}", Aside(uri or own, t.experiment, config.run.name, joins), hint)
+        return cls(run.tracking / f"eval-{_stamp()}", Aside(uri or own.uri, own.experiment, config.run.name, joins), hint)
 
     @classmethod
     def of_weights(cls, name: str, config: Config, uri: str | None) -> Telling | None:
@@ -144,11 +143,11 @@ class Telling:
         if uri is None:
             return None
         from pipeline.config import flatten
-        from pipeline.tracking import Aside
+        from pipeline.tracking import Aside, destination
 
         title = f"eval-{re.sub(r'[^A-Za-z0-9._-]+', '-', name).strip('-') or 'weights'}"
         run = RunDirectory(Path("runs/evaluations") / f"{title}-{_stamp()}")
-        aside = Aside(uri, config.tracking.experiment, title)
+        aside = Aside(uri, destination(config.tracking, run.path).experiment, title)
         chosen = config.replace(
             run=config.run.model_copy(update={"name": title}), tracking=config.tracking.model_copy(update={"uri": uri})
         )

@@ -77,7 +77,8 @@ def train(config: ConfigArgument, overrides: Overrides = None) -> None:
 
     fovea train my.yaml launch.ranks=2 train.length='10 epochs' run.name=trial
 
-    Stop it with Ctrl-C, SIGTERM or SIGUSR1: it saves, and the same command goes on. Start anew with checkpoint.resume=never.
+    Stop it with Ctrl-C, SIGTERM, SIGHUP or SIGUSR1: it saves, and the same command goes on. Start anew with
+    checkpoint.resume=never.
     """
     loaded = _load(config, overrides)
     from launch.train import run

@@ -1,31 +1,36 @@
 """``fovea demo``: the main job, small and whole, before the reader's eyes.
 
-It draws a data set, trains a small DINOv2 on it with the very command that trains a large one, stops the run in the middle with
-SIGTERM, resumes it, and ends with a table, a page of pictures and the address of the MLflow run.
+It draws a data set, trains a small network on it with the very command that trains a large one, stops the run in the middle with
+SIGTERM, resumes it, and ends with a table, a page of pictures and the address of the MLflow run. Distillation trains its teacher
+first.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import shlex
+import shutil
 import signal
+import statistics
 import subprocess
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
-from launch.train import gpus
+from launch.gpus import gpus
 from launch.watch import clock
-from pipeline.config import Loaded, load
+from pipeline.config import available, load
 from pipeline.data import scenes
 from pipeline.errors import ConfigError, DataError, LaunchError
-from pipeline.settings import Config
+from pipeline.interpreter import module_command, safe_environment
+from pipeline.tracking.database import uri_of
 
 TRAIN, VALIDATION, SIZE = 8000, 1000, 64
-_CONFIGS = {"dinov2": "dinov2/scenes_vit_tiny"}
+_CONFIGS = {"dinov2": "dinov2/scenes_vit_tiny", "distill": "dinov2/distill_scenes"}  # the others have NAME/scenes
 _START_SECONDS = 25.0  # imports, first evaluation and the page, per run
-_PROBE_SECONDS = 4.0
+_PROBE_STEPS = 12
 
 
 def say(text: str) -> None:
@@ -50,41 +55,59 @@ def shards_of(data: str | None, val: str | None, directory: Path) -> list[str]:
     ]
 
 
-def images_per_second(config: Config, ranks: int) -> float:
-    """A first guess, from a few training steps of one rank on made-up pictures; data and communication are allowed for."""
-    import torch
+def config_of(method: str) -> str:
+    """The name of the config that a method's demo trains.
 
-    from pipeline.data.views import Batch, Masks
-    from pipeline.recipes.base import Step
-    from pipeline.training.assemble import make_recipe
+    Raises:
+        ConfigError: the method has none.
+    """
+    name = _CONFIGS.get(method, f"{method}/scenes")
+    if name not in available():
+        raise ConfigError(f"there is no demo of {method}: configs/{name}.yaml is missing", where="--method")
+    return name
 
-    device = torch.device("cuda" if gpus() else "cpu")
-    torch.set_num_threads(1)
-    recipe = make_recipe(config, device)
-    share = max(config.train.global_batch // ranks, 1)
-    views = {v.name: [torch.randn(share, 3, v.size, v.size, device=device) for _ in range(v.count)] for v in recipe.views}
-    masks = {}
-    for view in recipe.views:
-        if view.mask is not None:
-            grid = torch.zeros(view.count * share, (view.size // view.mask.patch) ** 2, dtype=torch.bool, device=device)
-            grid[: share // 2 + 1, : grid.shape[1] // 3] = True
-            index = grid.flatten().nonzero().flatten()
-            masks[view.name] = Masks(grid, index, torch.ones(len(index), device=device))
-    labels = torch.zeros(share, dtype=torch.int64, device=device)
-    batch = Batch(views, labels, [""] * share, [0] * share, 0, masks)
-    done, begin = 0, time.monotonic()
-    while time.monotonic() - begin < _PROBE_SECONDS or done < 2:
-        if done == 1:
-            begin = time.monotonic()  # the first one warms up
-        with torch.autocast(device.type, torch.bfloat16, enabled=config.train.precision == "bf16"):
-            sum(recipe(batch, Step()).values()).backward()
-        float(next(recipe.parameters()).detach().sum())
-        done += 1
-    return 0.5 * ranks * share * (done - 1) / (time.monotonic() - begin)
+
+def images_per_second(name: str, words: list[str], directory: Path) -> float:
+    """What the method trains on here: the speed of a few steps of the very run, without evaluations.
+
+    Args:
+        name: the config.
+        words: its overrides; the run's directory is exchanged.
+        directory: where the short run may be written; it is removed again.
+
+    Raises:
+        LaunchError: it failed, with what it said.
+    """
+    from pipeline.judges import NAMES
+    from pipeline.tracking.journal import read
+
+    folder = directory / ".probe"
+    shutil.rmtree(folder, ignore_errors=True)
+    off = [f"evaluation.{evaluation}.enabled=false" for evaluation in NAMES]
+    short = [f"train.length={_PROBE_STEPS} steps", "schedule.lr.warmup=0", "train.log_every=1", "tracking.enabled=false"]
+    short += [f"run.directory={json.dumps(str(folder))}", f"checkpoint.every={_PROBE_STEPS} steps", "checkpoint.keep_best=null"]
+    done = subprocess.run(
+        module_command("launch.cli", "train", name, *words, *off, *short),
+        env=safe_environment(),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    rates = [
+        float(record["values"]["perf/images_per_second"])
+        for path in sorted((folder / "tracking").glob("journal-*.jsonl"))
+        for _, record in read(path)
+        if "perf/images_per_second" in record.get("values", {})
+    ]
+    shutil.rmtree(folder, ignore_errors=True)
+    if done.returncode or not rates:
+        last = (done.stderr.strip() or done.stdout.strip() or "nothing was said").splitlines()[-1]
+        raise LaunchError(f"a first run of {_PROBE_STEPS} steps failed: {last}", where=name)
+    return statistics.median(rates[len(rates) // 2 :])
 
 
 def _start(words: list[str]) -> subprocess.Popen[bytes]:
-    return subprocess.Popen([sys.executable, "-m", "launch.cli", "train", *words])
+    return subprocess.Popen(module_command("launch.cli", "train", *words), env=safe_environment())
 
 
 def _steps_done(run: Path) -> int:
@@ -160,46 +183,45 @@ def _table(run: Path, wall: float) -> dict[str, str]:
     return facts
 
 
-def run(*, minutes: float, method: str, data: str | None, directory: Path, val: str | None) -> None:
+def run(*, minutes: float, method: str, data: str | None, directory: Path, val: str | None, steps: int | None = None) -> None:
     """Run the demo.
 
     Args:
         minutes: wall time it may take, installation apart.
         method: a registered method.
-        data: the user's own shards, or ``None`` for scenes.
+        data: pattern of the user's shards, or ``None`` to draw some.
         directory: where everything goes.
         val: labelled shards for k-NN, if ``data`` is given.
+        steps: steps to train, instead of as many as fit into the time.
 
     Raises:
         FoveaError: whatever goes wrong, in a sentence.
     """
-    if method not in _CONFIGS:
-        raise ConfigError(
-            f"there is no demo of {method}",
-            where="--method",
-            hint=f"Choose of {', '.join(_CONFIGS)}; all others train with `fovea train`.",
-        )
+    name = config_of(method)
     begin = time.monotonic()
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     ranks = gpus() or 2
     shards = shards_of(data, val, directory)
-    run_directory = directory / f"{method}-{time.strftime('%Y%m%d-%H%M%S')}"
+    stamp = time.strftime("%Y%m%d-%H%M%S")
+    store = uri_of((directory / "mlflow.db").resolve())
+    run_directory = directory / f"{method}-{stamp}"
     words = [
         *shards,
-        f"run.directory={json.dumps(str(run_directory))}",
         f"launch.ranks={ranks}",
-        f"tracking.uri={json.dumps('sqlite:///' + str((directory / 'mlflow.db').resolve()))}",
+        f"tracking.uri={json.dumps(store)}",
         "tracking.experiment=fovea demo",
     ]
-    loaded = load(_CONFIGS[method], words)
-    words += _length(loaded, ranks, minutes - (time.monotonic() - begin) / 60)
-    config = load(_CONFIGS[method], words).config
-    steps = int(config.train.length.amount)
-    typed = f"fovea train {_CONFIGS[method]} {' '.join(map(_quoted, words))}"
-    say(f"2. The run: {method} with {ranks} ranks, {steps} steps; the same as\n\n   {typed}\n")
-    _train([_CONFIGS[method], *words], run_directory, stop_at=steps // 2)
+    if method == "distill":
+        words.append(f"recipe.judge_from={json.dumps(str(_teacher(words, directory / f'teacher-{stamp}', minutes, steps)))}")
+    words.append(f"run.directory={json.dumps(str(run_directory))}")
+    words += _length(name, words, directory, minutes - (time.monotonic() - begin) / 60, steps)
+    config = load(name, words).config
+    total = int(config.train.length.amount)
+    typed = f"fovea train {name} {' '.join(map(_quoted, words))}"
+    say(f"2. The run: {method} with {ranks} ranks, {total} steps; the same as\n\n   {typed}\n")
+    _train([name, *words], run_directory, stop_at=total // 2)
     say("3. Stopped in the middle, as a preemption would. Now the same command again:")
-    _train([_CONFIGS[method], *words], run_directory, stop_at=None)
+    _train([name, *words], run_directory, stop_at=None)
     if _outcome(run_directory)["stop"] != "FINISHED":
         raise LaunchError("the run was stopped before its end", where=str(run_directory), hint="start the demo again")
     say("4. The result")
@@ -208,29 +230,43 @@ def run(*, minutes: float, method: str, data: str | None, directory: Path, val: 
 
     page = write(run_directory, config, run_directory / "page.html", facts=facts)
     print(f"\npictures, curves, neighbours   {page.resolve()}")
-    store = f"sqlite:///{(directory / 'mlflow.db').resolve()}"
-    print(f"MLflow                         {sys.executable} -m mlflow ui --backend-store-uri {store}")
+    print(f"MLflow                         {sys.executable} -m mlflow ui --backend-store-uri {shlex.quote(store)}")
     print("                               then open http://127.0.0.1:5000, experiment “fovea demo”")
     print(f"the run                        {run_directory.resolve()}")
     print("your own data                  fovea train dinov2/cifar10_vit_tiny data.shards='/data/train-{000..099}.tar'")
 
 
-def _length(loaded: Loaded, ranks: int, minutes: float) -> list[str]:
+def _teacher(words: list[str], folder: Path, minutes: float, steps: int | None) -> Path:
+    """Trains what is to be distilled, for half of the time; its run's directory."""
+    name = config_of("dinov2")
+    words = [*words, f"run.directory={json.dumps(str(folder))}"]
+    words += _length(name, words, folder.parent, minutes / 2, steps)
+    say("The teacher that is going to be distilled: dinov2")
+    _train([name, *words], folder, stop_at=None)
+    return folder
+
+
+def _length(name: str, words: list[str], directory: Path, minutes: float, steps: int | None) -> list[str]:
     """How many steps fit, and when to evaluate and save on the way."""
-    seconds = 60 * minutes - 2 * _START_SECONDS - _PROBE_SECONDS
-    if seconds < 20:
-        raise DataError(f"{minutes:.1f} minutes are too few", where="--minutes", hint="give at least 2")
-    rate = images_per_second(loaded.config, ranks)
-    steps = max(20, int(seconds * rate / loaded.config.train.global_batch))
+    config = load(name, words).config
+    if steps is None:
+        begin = time.monotonic()
+        rate = 0.8 * images_per_second(name, words, directory)  # the rest is for evaluations and checkpoints
+        seconds = 60 * minutes - 2 * _START_SECONDS - (time.monotonic() - begin)
+        if seconds < 20:
+            raise DataError(f"{minutes:.1f} minutes are too few", where="--minutes", hint="give at least 3")
+        steps = max(20, int(seconds * rate / config.train.global_batch))
     tenth = max(steps // 10, 1)
-    return [
+    chosen = [
         f"train.length={steps} steps",
-        f"evaluation.knn.every={tenth} steps",
         f"checkpoint.every={max(steps // 4, 1)} steps",
         f"train.log_every={max(steps // 100, 1)}",
-        f"schedule.lr.warmup={max(steps // 10, 1)} steps",
-        f"recipe.freeze_last_layer={max(steps // 50, 1)} steps",
+        f"schedule.lr.warmup={tenth} steps",
+        *(f"evaluation.{evaluation}.every={tenth} steps" for evaluation in config.evaluation.enabled),
     ]
+    if "freeze_last_layer" in type(config.recipe).model_fields:
+        chosen.append(f"recipe.freeze_last_layer={max(steps // 50, 1)} steps")
+    return chosen
 
 
 def _quoted(word: str) -> str:

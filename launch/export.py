@@ -9,7 +9,7 @@ from pipeline.errors import CheckpointError, ConfigError
 from pipeline.export import networks
 from pipeline.export.write import TARGETS, write
 from pipeline.settings import Config
-from pipeline.tracking import Shipper
+from pipeline.tracking import Shipper, destination
 from pipeline.training import saved as files
 from pipeline.training.retention import read_best
 from pipeline.training.run import RunDirectory
@@ -90,5 +90,5 @@ def _shipper(run_folder: Path) -> Shipper:
     if not run.config.is_file():
         raise ConfigError("is no run's directory", where=str(run_folder), hint="--register needs the run that was trained")
     config = Config.model_validate(json.loads(run.config.read_text()))
-    uri = config.tracking.uri or f"sqlite:///{(run.path / 'mlflow.db').resolve()}"
-    return Shipper(run.tracking, uri=uri, experiment=config.tracking.experiment, name=config.run.name)
+    target = destination(config.tracking, run.path)
+    return Shipper(run.tracking, uri=target.uri, experiment=target.experiment, name=config.run.name)

@@ -80,7 +80,7 @@ def refuse(config: Config, asked: Asked, directory: Path | None = None) -> None:
     chosen = asking(config, asked)
     if directory is not None and not asked.watch:
         named_or_newest(directory, asked.checkpoint)
-    _data(chosen, judged)
+    _data(chosen, judged, trained=directory is not None)
 
 
 def of_run(directory: Path, config: Config, asked: Asked) -> int:
@@ -102,7 +102,7 @@ def of_run(directory: Path, config: Config, asked: Asked) -> int:
         iter(()) if not first else _coming(directory) if asked.watch else iter([named_or_newest(directory, asked.checkpoint)])
     )
     with world_here(config) as world:
-        data = _data(config, judged)
+        data = _data(config, judged, trained=True)
         sizes = _sizes(config, data)
         recipe = _fresh(config, world, build_recipe)
         view = recipe.views[0]
@@ -201,8 +201,8 @@ def of_weights(source: str, config: Config, asked: Asked, *, model: str | None, 
     return 0
 
 
-def _data(config: Config, find: Any) -> dict[str, Any]:
-    found: dict[str, Any] = find(config)
+def _data(config: Config, find: Any, *, trained: bool = False) -> dict[str, Any]:
+    found: dict[str, Any] = find(config, trained=trained)
     needs = config.evaluation.enabled.keys() & {"knn", "linear", "logistic", "robustness", "zeroshot"}
     for name in ("bank", "queries") if needs else ():
         if name in found and not found[name].classes and (name == "queries" or needs - {"zeroshot"}):

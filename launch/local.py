@@ -1,7 +1,7 @@
 """Starts ranks on this machine, watches them, and leaves no process behind.
 
-Rank 0 writes to the terminal, every other rank to ``<log_directory>/rank-<n>.log``. SIGTERM, SIGINT, SIGUSR1 and SIGUSR2
-are passed on to every rank, and the launcher waits for what they make of it; the third SIGINT (Ctrl-C) kills them. When a
+Rank 0 writes to the terminal, every other rank to ``<log_directory>/rank-<n>.log``. SIGTERM, SIGINT, SIGHUP, SIGUSR1 and
+SIGUSR2 are passed on to every rank, and the launcher waits for what they make of it; the third SIGINT (Ctrl-C) kills them. When a
 rank fails, the others get ``grace`` seconds to end by themselves, then SIGTERM, then SIGKILL. The kernel kills the ranks if
 this process dies, even by SIGKILL: each asks for that before it does anything else. Imports no torch.
 """
@@ -28,8 +28,9 @@ from typing import IO
 
 from launch.ranks import RankEnvironment
 from pipeline.errors import LaunchError
+from pipeline.interpreter import safe_environment
 
-FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
+FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 
 # Head of every rank: die with the launcher (PR_SET_PDEATHSIG = 1), then become the wanted program in the same process.
 # If the launcher died before the request took effect, its child has already been handed to another parent.
@@ -88,7 +89,7 @@ def start(
     """
     if ranks < 1:
         raise LaunchError(f"cannot start {ranks} ranks", where="launch.ranks", hint="Give 1 or more.")
-    base = dict(os.environ if environment is None else environment)
+    base = safe_environment(environment)
     base.setdefault("OMP_NUM_THREADS", str(threads or max(1, _cores() // ranks)))
     if threads is not None:
         base["OMP_NUM_THREADS"] = str(threads)
@@ -165,7 +166,9 @@ def _forwarding(ranks: list[_Rank]) -> Iterator[Callable[[], None]]:
     if threading.current_thread() is not threading.main_thread():
         yield begin
         return
-    before = {number: signal.signal(number, forward) for number in FORWARDED}
+    # An ignored SIGHUP stays ignored, here and in the ranks: nohup wants the run to go on without its terminal.
+    heeded = [n for n in FORWARDED if n != signal.SIGHUP or signal.getsignal(n) != signal.SIG_IGN]
+    before = {number: signal.signal(number, forward) for number in heeded}
     try:
         yield begin
     finally:

@@ -34,7 +34,7 @@ _BANK = 4000  # pictures searched at most
 _THUMB = 216  # most pixels of a small picture in the file; the page shows it at half of that
 _CHOICE = 0xE7A1  # names the draw, the one of the k-NN evaluation
 _SERIES = {"knn": "trained", "untrained": "untrained", "pixels": "pixels"}
-_SCHEDULES = {"lr", "weight_decay", "momentum", "teacher_temperature", "epoch", "skipped", "skipped_steps", "loss"}
+_SCHEDULES = {"lr", "weight_decay", "momentum", "teacher_temperature", "epoch", "skipped_steps", "loss"}
 _TITLES = {
     "dino_local": "DINO, local crops",
     "dino_global": "DINO, global crops",

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from launch.cluster.profile import ClusterProfile
-from launch.train import gpus
+from launch.gpus import gpus
 from pipeline.errors import ConfigError
 from pipeline.settings import Config
 from pipeline.training import activations

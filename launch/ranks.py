@@ -5,11 +5,17 @@ Imports no torch: a rank must know its place before anything heavy is loaded.
 
 from __future__ import annotations
 
+import hashlib
 import os
+import socket
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import islice
 from typing import Literal
 
+from launch.gpus import gpus, shown
+from launch.hostlist import hosts
 from pipeline.errors import LaunchError
 
 
@@ -23,7 +29,7 @@ class RankEnvironment:
         local_rank: number of this process on its machine, from 0.
         local_world_size: processes on this machine.
         address: host name or address of rank 0's machine.
-        port: TCP port of the rendezvous there; 0 where nobody chose one yet.
+        port: TCP port of the rendezvous there; 0 for a single rank, which meets nobody.
         source: who started the ranks: ``torchrun`` (or fovea's local launcher), ``slurm``, or ``single``.
         key: names this set of ranks apart from any other (Slurm: job, restart, step), so that strangers never join.
     """
@@ -56,7 +62,7 @@ class RankEnvironment:
                 # DeepSpeed's launcher calls it LOCAL_SIZE.
                 local_world_size=_number(env, "LOCAL_WORLD_SIZE", env.get("LOCAL_SIZE", "1")),
                 address=env.get("MASTER_ADDR", "127.0.0.1"),
-                port=_number(env, "MASTER_PORT", "0"),
+                port=_number(env, "MASTER_PORT", "0" if env.get("WORLD_SIZE") == "1" else "29500"),
                 source="torchrun",
                 key=env.get("FOVEA_KEY") or _elastic_key(env),
             )
@@ -78,20 +84,22 @@ class RankEnvironment:
         tasks = _tasks_per_node(env.get("SLURM_STEP_TASKS_PER_NODE", ""))
         node = _number(env, "SLURM_NODEID", "0")
         local_rank = _number(env, "SLURM_LOCALID", "0")
-        address = env.get("MASTER_ADDR") or env.get("SLURM_LAUNCH_NODE_IPADDR", "")
         world_size = _number(env, world)
-        if not address and world_size > 1:
+        if world_size > 1 and "SLURM_PTY_PORT" in env:
             raise LaunchError(
-                "nobody says where rank 0 is", where="Slurm step", hint="Export MASTER_ADDR with the address of the first node."
+                f"this is task 0 of {world_size} of an interactive step; nobody starts the others",
+                where="srun --pty",
+                hint="Ask for one task (srun --ntasks=1 --pty), in which fovea starts the ranks, or leave --pty out.",
             )
+        address = _address_of_slurm(env) if world_size > 1 else "127.0.0.1"
         key = ".".join((env.get("SLURM_JOB_ID", "0"), env.get("SLURM_RESTART_COUNT", "0"), env["SLURM_STEP_ID"]))
         return cls(
             rank=_number(env, "SLURM_PROCID"),
             world_size=world_size,
             local_rank=local_rank,
             local_world_size=tasks[node] if node < len(tasks) else local_rank + 1,
-            address=address or "127.0.0.1",
-            port=_number(env, "MASTER_PORT", "0"),
+            address=address,
+            port=_number(env, "MASTER_PORT", str(_port_of(key))) if world_size > 1 else 0,
             source="slurm",
             key=key,
         )
@@ -107,6 +115,102 @@ class RankEnvironment:
             "MASTER_PORT": str(self.port),
             "FOVEA_KEY": self.key,
         }
+
+
+def ranks_to_start(
+    here: RankEnvironment, wanted: int | None, *, where: str, on_cpu: bool = False, environment: Mapping[str, str] | None = None
+) -> int:
+    """How many ranks this process starts on its machine; 0 if it is a rank itself.
+
+    Args:
+        here: this process's place.
+        wanted: ranks that the person asks for; ``None`` leaves it to launcher and GPUs.
+        where: the setting or option that holds ``wanted``, for the message.
+        on_cpu: no GPU is going to be used.
+        environment: variables; this process's if not given.
+
+    Raises:
+        LaunchError: the launcher's number of processes and the person's contradict, or there are fewer GPUs than ranks.
+    """
+    env = os.environ if environment is None else environment
+    there = 0 if on_cpu else gpus(env)
+    if here.source == "single":
+        _refuse_mpi(env)
+        return _enough(wanted or there or 1, there, where, env)
+    if "FOVEA_ATTEMPT" in env or "FOVEA_KEY" in env:  # started by fovea itself, which has counted
+        return 0
+    if here.world_size == 1 and here.source == "slurm" and 1 < (wanted or there) <= there:
+        return wanted or there  # a shell on a node: srun --gres=gpu:8 --pty bash
+    if wanted is not None and wanted != here.world_size:
+        names = "SLURM_STEP_NUM_TASKS" if here.source == "slurm" else "WORLD_SIZE"
+        start = f"srun --ntasks={wanted}" if here.source == "slurm" else f"torchrun --nproc-per-node={wanted}"
+        leave = f"leave {where} out" if where.startswith("-") else f"set {where}=null"
+        stray = "; unset RANK and WORLD_SIZE if nobody started this process" if here.source == "torchrun" else ""
+        raise LaunchError(
+            f"{where} = {wanted}, but this process is rank {here.rank} of {here.world_size} ({names}={here.world_size})",
+            where=f"environment of {here.source}",
+            hint=f"Start as many ({start}), or {leave} to take the launcher's number{stray}.",
+        )
+    if here.world_size == 1 and there > 1:
+        print(f"fovea: {there - 1} of {there} GPUs stay idle: the launcher started one process only", file=sys.stderr, flush=True)
+    return 0
+
+
+def _enough(ranks: int, there: int, where: str, env: Mapping[str, str]) -> int:
+    if 0 < there < ranks:
+        raise LaunchError(
+            f"{where} = {ranks}, but {there} GPU{'s are' if there > 1 else ' is'} visible{shown(env)}",
+            where="GPUs of this machine",
+            hint=f"Set {where}={there}, or launch.backend=gloo for ranks without GPUs.",
+        )
+    return ranks
+
+
+def _refuse_mpi(env: Mapping[str, str]) -> None:
+    for name in ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE"):
+        if env.get(name, "1").isdigit() and int(env.get(name, "1")) > 1:
+            raise LaunchError(
+                f"{env[name]} processes were started by MPI ({name}), each of which would begin the whole run",
+                where="environment",
+                hint="Type fovea train without mpirun, which starts a rank on each GPU, or use torchrun or srun.",
+            )
+
+
+def _address_of_slurm(env: Mapping[str, str]) -> str:
+    """Where rank 0 listens: the first node of the step. The machine where srun was typed may be a login node.
+
+    A job's attendant starts its ranks from the first node itself, and node names need not resolve: its address is taken then.
+    """
+    if env.get("MASTER_ADDR"):
+        return env["MASTER_ADDR"]
+    launched = env.get("SLURM_LAUNCH_NODE_IPADDR", "")
+    if "FOVEA_ATTEMPT" in env and launched:
+        return launched
+    try:
+        first = list(islice(hosts(env.get("SLURM_STEP_NODELIST", "")), 2))
+    except ValueError:
+        first = []
+    if env.get("SLURM_STEP_NUM_NODES") == "1" or (len(first) == 1 and "SLURM_STEP_NUM_NODES" not in env):
+        return "127.0.0.1"
+    if first and (not launched or _resolves(first[0])):
+        return first[0]
+    if launched:
+        return launched
+    raise LaunchError(
+        "nobody says where rank 0 is", where="Slurm step", hint="Export MASTER_ADDR with the address of the first node."
+    )
+
+
+def _resolves(name: str) -> bool:
+    try:
+        return bool(socket.getaddrinfo(name, None))
+    except OSError:
+        return False
+
+
+def _port_of(key: str) -> int:
+    """A port of the step's own, the same on all its ranks, above the range from which outgoing connections get theirs."""
+    return 61001 + int.from_bytes(hashlib.blake2b(key.encode(), digest_size=4).digest(), "big") % (65536 - 61001)
 
 
 def _number(env: Mapping[str, str], name: str, default: str | None = None) -> int:

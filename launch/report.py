@@ -91,8 +91,22 @@ def gather(paths: Sequence[Path]) -> list[Told]:
             for _, record in read(journal):
                 if record["kind"] == "tags":
                     told.tags |= {str(key): str(value) for key, value in record["values"].items()}
-        told.judged = {file.stem: _json(file) for file in sorted((path / "evaluations").glob("*.json"))}
+        told.judged = _judged(path)
         found.append(told)
+    return found
+
+
+def _judged(run: Path) -> dict[str, dict[str, Any]]:
+    """Scores of ``fovea eval`` by checkpoint: those of named evaluators, and the k-NN that it computes without any name."""
+    found = {file.stem: _json(file) for file in sorted((run / "evaluations").glob("*.json"))}
+    plain = _json(run / "evaluation.json")
+    knn = plain.get("knn")
+    if isinstance(knn, dict) and "checkpoint" in plain:
+        document = found.setdefault(str(plain["checkpoint"]), {})
+        scores = document["scores"] = dict(document.get("scores") or {})
+        for whose, row in knn.items():
+            if isinstance(row, dict):
+                scores[whose] = {f"knn/k{k}": value for k, value in row.items()} | dict(scores.get(whose) or {})
     return found
 
 
@@ -248,9 +262,15 @@ def _evaluations(runs: Sequence[Told]) -> str:
 
 
 def _trained(document: Mapping[str, Any]) -> dict[str, float]:
+    """Scores by metric; those of the untrained network and of raw pixels with whose they are in front."""
     scores = document.get("scores", {})
-    found = scores.get("trained", {}) if isinstance(scores, dict) else {}
-    return {str(key): float(value) for key, value in found.items() if isinstance(value, int | float)}
+    rows = {whose: row for whose, row in scores.items() if isinstance(row, dict)} if isinstance(scores, dict) else {}
+    return {
+        f"{'' if whose == 'trained' else f'{whose} '}{key}": float(value)
+        for whose in sorted(rows, key=lambda name: name != "trained")
+        for key, value in rows[whose].items()
+        if isinstance(value, int | float)
+    }
 
 
 def _interruptions(runs: Sequence[Told]) -> str:

@@ -9,8 +9,9 @@ from typing import Annotated
 
 import typer
 
-from pipeline.errors import ConfigError, LaunchError
+from pipeline.errors import ConfigError, FoveaError, LaunchError
 from pipeline.training.run import RunDirectory
+from pipeline.untrusted import hide_secrets, printable
 
 app = typer.Typer(no_args_is_help=True, help="What MLflow is told.")
 
@@ -40,30 +41,34 @@ def sync(
 
     every = [RunDirectory(file.parent) for file in [*_there("*"), *_there("evaluations/*")]]
     chosen = [find(run)] if run is not None else every
-    behind = [name for name in (_sync(one, uri) for one in chosen) if name]
+    behind = {one.path.name: trouble for one in chosen if (trouble := _sync(one, uri)) is not None}
     if behind:
-        raise LaunchError(
-            f"MLflow did not take everything of {', '.join(behind)}", hint="is the server up? the same command goes on"
-        )
+        last = next((trouble for trouble in behind.values() if isinstance(trouble, FoveaError)), None)
+        hint = last.hint if last else "Is the server up? The same command sends the rest"
+        raise LaunchError(f"MLflow did not take everything of {', '.join(behind)}", hint=hint)
 
 
 def _there(pattern: str) -> list[Path]:
     return sorted(Path("runs").glob(f"{pattern}/config.json"))
 
 
-def _sync(run: RunDirectory, uri: str | None) -> str:
-    """Sends one run's journals; its name if something is left."""
+def _sync(run: RunDirectory, uri: str | None) -> Exception | None:
+    """Sends one run's journals; why something is left, ``None`` if nothing is."""
     from pipeline.settings import Config
-    from pipeline.tracking import Shipper, asides
+    from pipeline.tracking import Shipper, asides, destination
 
     config = Config.model_validate(json.loads(run.config.read_text()))
-    target = uri or config.tracking.uri or f"sqlite:///{(run.path / 'mlflow.db').resolve()}"
-    shipper = Shipper(run.tracking, uri=target, experiment=config.tracking.experiment, name=config.run.name, log=print)
+    place = destination(config.tracking, run.path)
+    target = uri or place.uri
+    shipper = Shipper(run.tracking, uri=target, experiment=place.experiment, name=config.run.name, log=print)
     shipper.start()
     done = shipper.close(seconds=300.0)
+    trouble = shipper.trouble
     for folder, aside in asides(run.tracking):  # evaluations by hand, after the run that they may belong to
         other = (replace(aside, uri=uri) if uri else aside).shipper(folder, log=print)
         other.start()
         done = other.close(seconds=300.0) and done
-    print(f"{run.path.name}: {'MLflow has everything' if done else 'not everything was accepted'} ({target})")
-    return "" if done else run.path.name
+        trouble = trouble or other.trouble
+    shown = printable(hide_secrets(target))
+    print(f"{run.path.name}: {'MLflow has everything' if done else 'not everything was accepted'} ({shown})")
+    return None if done else trouble or TimeoutError("MLflow did not answer in time")

@@ -3,26 +3,22 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import sys
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 from launch import local
-from launch.ranks import RankEnvironment
+from launch.ranks import RankEnvironment, ranks_to_start
 from launch.resume import check_identity, choose_checkpoint
+from launch.watch import outlive_terminal
 from pipeline.checks import check_ranks
 from pipeline.config import Loaded, show
 from pipeline.errors import ConfigError, LaunchError
+from pipeline.interpreter import module_command
+from pipeline.locks import lock
 from pipeline.training.inputs import prepare
 from pipeline.training.run import RunDirectory
-
-
-def gpus() -> int:
-    """GPUs of this machine, counted without loading torch."""
-    return sum(1 for path in Path("/dev").glob("nvidia[0-9]*") if path.name[6:].isdigit())
 
 
 @contextlib.contextmanager
@@ -33,9 +29,9 @@ def alone(run: RunDirectory) -> Iterator[None]:
         LaunchError: another attempt holds it.
     """
     run.path.mkdir(parents=True, exist_ok=True)
-    with (run.path / ".lock").open("w") as lock:
+    with (run.path / ".lock").open("w") as file:
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            lock(file.fileno(), file.name, wait=False)
         except BlockingIOError:
             raise LaunchError(
                 "another attempt of this run is alive",
@@ -59,12 +55,13 @@ def run(loaded: Loaded) -> int:
         FoveaError: whatever can be refused before a process group exists.
     """
     config = loaded.config
+    outlive_terminal()
     here = RankEnvironment.read()
-    if here.source != "single":
+    ranks = ranks_to_start(here, config.launch.ranks, where="launch.ranks", on_cpu=config.launch.backend == "gloo")
+    if not ranks:
         from launch.worker import be_rank
 
         return be_rank(config, here)
-    ranks = config.launch.ranks or gpus() or 1
     if broken := check_ranks(config, ranks):
         raise ConfigError(broken[0][1])
     directory = RunDirectory(config.run.folder)
@@ -81,9 +78,9 @@ def run(loaded: Loaded) -> int:
             initial.check(config)
         attempt = directory.next_attempt()
         directory.write("config.json", config.model_dump(mode="json"))
-        (directory.path / "config.yaml").write_text(show(loaded))
+        (directory.path / "config.yaml").write_text(show(loaded, absolute=True))
         directory.note("start", attempt=attempt, ranks=ranks, resumed_from=found.step if found else None)
-        argv = [sys.executable, "-m", "launch.worker", str(directory.config), str(attempt), str(found.path) if found else "-"]
+        argv = module_command("launch.worker", str(directory.config), str(attempt), str(found.path) if found else "-")
         code = local.start(argv, ranks, log_directory=directory.logs(attempt), threads=config.train.threads)
         directory.note("end", attempt=attempt, code=code)
     return code

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import shutil
 import sys
 import time
 from collections.abc import Callable
 from io import StringIO
 from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO
 
 _SHOWN = {"linear/top1", "logistic/top1", "segmentation/miou", "zeroshot/top1"}
 
@@ -20,6 +21,48 @@ def clock(seconds: float) -> str:
     whole = int(max(seconds, 0))
     hours, rest = divmod(whole, 3600)
     return f"{hours}:{rest // 60:02d}:{rest % 60:02d}" if hours else f"{rest // 60}:{rest % 60:02d}"
+
+
+class Lasting:
+    """A standard stream that outlives its terminal or pipe: what can no longer be shown is dropped, and the run goes on.
+
+    Args:
+        stream: standard output or error.
+    """
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        """Write, if anybody is there to read."""
+        try:
+            return self._stream.write(text)
+        except OSError:
+            self._lose()
+            return len(text)
+
+    def flush(self) -> None:
+        """Flush, if anybody is there to read."""
+        try:
+            self._stream.flush()
+        except OSError:
+            self._lose()
+
+    def _lose(self) -> None:
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, self._stream.fileno())
+        os.close(nowhere)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
+def outlive_terminal() -> None:
+    """Makes both standard streams of this process :class:`Lasting`."""
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is not None and not isinstance(stream, Lasting):
+            setattr(sys, name, Lasting(stream))
 
 
 class Silent:

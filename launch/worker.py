@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import shlex
 import sys
 import time
 import traceback
@@ -17,9 +18,10 @@ from launch import accelerate
 from launch.cluster import record
 from launch.ranks import RankEnvironment
 from launch.resume import check_identity, choose_checkpoint, copies_of, origins
-from launch.watch import Clocked, watcher
+from launch.watch import Clocked, outlive_terminal, watcher
 from pipeline.config import fingerprint, flatten
-from pipeline.errors import FoveaError, LaunchError
+from pipeline.errors import FoveaError, LaunchError, verdict
+from pipeline.paths import user_name
 from pipeline.settings import Config
 from pipeline.training import claims, saved
 from pipeline.training.run import RunDirectory
@@ -29,6 +31,9 @@ if TYPE_CHECKING:
     from pipeline.training.control import StopRequests
     from pipeline.training.distributed import World
     from pipeline.training.watchdog import Watchdog
+
+
+_PATIENCE = 60.0  # seconds that MLflow gets once the run is finished
 
 
 def be_rank(config: Config, here: RankEnvironment) -> int:
@@ -42,7 +47,7 @@ def be_rank(config: Config, here: RankEnvironment) -> int:
         code = _be_rank(config, here, attempt)
     except FoveaError as error:
         if attempt is not None:
-            own = {"rank": here.rank, "what": str(error), "code": error.exit_code, "kind": type(error).__name__, "step": 0}
+            own = {"rank": here.rank, "what": str(error), "code": error.exit_code, "step": 0, **verdict(error)}
             claims.claim(RunDirectory(config.run.folder).logs(attempt), own)
         raise
     if code:
@@ -85,6 +90,8 @@ def train(config: Config, here: RankEnvironment, attempt: int | None, found: Sav
         The exit code. Whatever went wrong after the ranks had met has been told.
     """
     begin = time.time()
+    outlive_terminal()
+    os.environ.setdefault("USER", user_name())  # torch and others ask for it, and fail where the user ID has no name
     os.environ.setdefault("OMP_NUM_THREADS", str(config.train.threads or 1))
     if config.train.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it once, when it is loaded
@@ -108,7 +115,7 @@ def train(config: Config, here: RankEnvironment, attempt: int | None, found: Sav
             size=here.world_size,
             local_rank=here.local_rank,
             address=here.address,
-            port=here.port or 29500,
+            port=here.port,
             key=here.key,
             backend=config.launch.backend,
             timeout=config.launch.timeout,
@@ -116,7 +123,7 @@ def train(config: Config, here: RankEnvironment, attempt: int | None, found: Sav
         )
     except LaunchError as error:
         if attempt is not None:
-            own = {"rank": here.rank, "what": str(error), "code": error.exit_code, "kind": "Rendezvous", "step": 0}
+            own = {"rank": here.rank, "what": str(error), "code": error.exit_code, "step": 0, **verdict(error)}
             claims.claim(run.logs(attempt), own)
         raise
     chosen = [attempt, str(found.path) if found else None]
@@ -169,7 +176,7 @@ def _train(
     alone: bool,
 ) -> None:
     """From the meeting of the ranks to their leaving; ``alone`` if no launcher of ours notes the attempt's end."""
-    from pipeline.tracking import Journal, Shipper
+    from pipeline.tracking import Journal, Shipper, destination
     from pipeline.training import distributed
     from pipeline.training.assemble import assemble
     from pipeline.training.control import Stop
@@ -179,6 +186,7 @@ def _train(
 
     show = watcher(world.rank, config.train.global_batch, run.logs(number) / "rank-0.log" if alone else None)
     journal = shipper = None
+    tracked = ""
     if world.rank == 0:
         journal = Journal(run.journal(number))
         journal.params({**flatten(config), "fingerprint": fingerprint(config)})
@@ -188,18 +196,20 @@ def _train(
         if (run.path / "config.yaml").exists():
             journal.artifact((run.path / "config.yaml").resolve())
         if config.tracking.enabled:
-            uri = config.tracking.uri or f"sqlite:///{(run.path / 'mlflow.db').resolve()}"
-            shipper = Shipper(run.tracking, uri=uri, experiment=config.tracking.experiment, name=config.run.name, log=show.say)
+            target = destination(config.tracking, run.path)
+            target.record(run.tracking)
+            tracked = f" · MLflow at {target}" if target.origin else ""
+            shipper = Shipper(run.tracking, uri=target.uri, experiment=target.experiment, name=config.run.name, log=show.say)
             shipper.start()
     inputs = prepare(config, world.size)
     if journal is not None:
         journal.tags({"fovea.data": inputs.train.fingerprint, "fovea.data_samples": inputs.train.total})
-    target = copies_of(config)
+    mirror = copies_of(config)
     copies = None
-    if world.rank == 0 and target is not None:
+    if world.rank == 0 and mirror is not None:
         c = config.checkpoint
         every = c.keep_every.steps(inputs.order.samples_per_epoch, config.train.global_batch) if c.keep_every else 0
-        copies = Copies(target, open_storage(config), Retention(c.keep_last, every, c.keep_best), show.say)
+        copies = Copies(mirror, open_storage(config), Retention(c.keep_last, every, c.keep_best), show.say)
         copies.start(saved.listed(run.checkpoints))
     trainer = assemble(
         config,
@@ -228,7 +238,7 @@ def _train(
         start = f"resuming at step {trainer.progress.step}" if found else "starting"
         show.say(
             f"{start} · attempt {number} · {world.size} ranks on {world.device.type} · {parameters / 1e6:.1f} M parameters · "
-            f"{inputs.train.total} samples · {total} steps of {batch} · {time.time() - begin:.0f} s to start"
+            f"{inputs.train.total} samples · {total} steps of {batch} · {time.time() - begin:.0f} s to start{tracked}"
         )
         run.write("length.json", {"steps": total})
         run.note("training", attempt=number, step=trainer.progress.step)
@@ -262,8 +272,14 @@ def _train(
             show.say(f"finished at step {trainer.progress.step}{_scores(trainer.progress.scores)}; all of it is in {run.path}")
         else:
             show.say(f"stopped by {stop.name} at step {trainer.progress.step}, saved; the same command resumes")
-        if shipper is not None and not shipper.close():
-            show.say("MLflow has not taken everything yet; the next attempt sends the rest")
+        # A run that was told to stop must be gone soon; one that is finished may wait for MLflow's database to be made.
+        if shipper is not None and not shipper.close(_PATIENCE if finished else 5.0):
+            rest = (
+                f"`fovea track sync {shlex.quote(str(run.path))}` sends the rest"
+                if finished
+                else "the next attempt sends the rest"
+            )
+            show.say(f"MLflow has not taken everything yet; {rest}")
         if alone:
             run.note("end", attempt=number, code=0)
     trainer.engine.close()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Iterator
 
-from pipeline.judges import NAMES
+from pipeline.judges import NAMES, VOTED
 from pipeline.methods import Dinov2Settings
 from pipeline.settings import Config
 
@@ -18,8 +18,12 @@ def check(config: Config) -> list[tuple[str, str]]:
     elif config.train.micro_batch and config.train.global_batch % config.train.micro_batch:
         found.append(("train.global_batch", _indivisible(config, 1)))
     knn = config.evaluation.knn
-    if knn.enabled and knn.val_shards is not None and set(knn.val_shards) & set(config.voting_shards):
-        found.append(("evaluation.knn.val_shards", "evaluation.knn.val_shards names the very shards that vote; judge others"))
+    if (
+        config.evaluation.enabled.keys() & VOTED
+        and knn.val_shards is not None
+        and set(knn.val_shards) & set(config.voting_shards)
+    ):
+        found.append(("evaluation.knn.val_shards", "evaluation.knn.val_shards names the very shards that vote; evaluate others"))
     if knn.max_train is not None and max(knn.k) > knn.max_train:
         found.append(
             (

@@ -18,7 +18,7 @@ import sys
 import types
 import typing
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -28,10 +28,12 @@ from pydantic.fields import FieldInfo
 
 from pipeline.checks import check
 from pipeline.errors import ConfigError
-from pipeline.fields import Length, Settings
+from pipeline.fields import Length, Settings, absolute_paths, path_marker
 from pipeline.layers import Branch, Leaf, Problem, display, merge, origin_of, override, read, scalar, unwrap
 from pipeline.methods import RECIPES, Dinov2Settings, RecipeSettings
-from pipeline.settings import Config
+from pipeline.paths import same
+from pipeline.settings import Config, without_retired
+from pipeline.untrusted import printable
 
 DEFAULT = "default"
 
@@ -55,12 +57,14 @@ class Loaded:
     Attributes:
         config: the settings.
         provenance: for each dotted key ``file:line:column``, ``command line``, or ``default``.
+        typed: paths as they were typed, by dotted key; in ``config`` they are absolute.
         source: the file that was asked for.
     """
 
     config: Config
     provenance: Mapping[str, str]
     source: Path
+    typed: Mapping[str, Any] = field(default_factory=dict)
 
 
 def roots() -> list[Path]:
@@ -87,7 +91,7 @@ def headline(file: Path) -> str:
 
 
 def resolve(name: str | Path) -> Path:
-    """The file of a config given as a path or by name (``dinov2/cifar10_vit_tiny``).
+    """The file of a config given as a path, by name (``dinov2/cifar10_vit_tiny``), or as a run's directory.
 
     Raises:
         ConfigError: there is no such file; the nearest names are told.
@@ -95,6 +99,8 @@ def resolve(name: str | Path) -> Path:
     path = Path(name)
     if path.is_file():
         return path
+    if (path / "config.yaml").is_file():  # a run's directory
+        return path / "config.yaml"
     known = available()
     bare = path.with_suffix("").as_posix().removeprefix("./").removeprefix("configs/")
     if bare in known:
@@ -131,11 +137,12 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Loaded:
         raise InvalidConfig(problems)
     if config.run.directory is None:
         config = config.replace(run=config.run.model_copy(update={"directory": config.run.folder}))
+    typed, config = flatten(config), absolute_paths(config)
     origins = {key: origin for key in flatten(config) if (origin := origin_of(tree, key.split(".")))}
     provenance = {key: origins.get(key, DEFAULT) for key in flatten(config)}
     if broken := check(config):
         raise InvalidConfig([Problem(key, message, provenance.get(key, display(file))) for key, message in broken])
-    return Loaded(config, provenance, file)
+    return Loaded(config, provenance, file, {key: typed[key] for key, value in flatten(config).items() if typed[key] != value})
 
 
 # ---- a tree to settings -------------------------------------------------------------------------------------------------
@@ -144,7 +151,7 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Loaded:
 def _validate(tree: Branch, shown: str) -> tuple[Config | None, list[Problem]]:
     """The settings, or all that is wrong with single keys."""
     problems: list[Problem] = []
-    raw = unwrap(tree)
+    raw = without_retired(unwrap(tree))
     section, method = raw.pop("recipe", {}), str(Dinov2Settings().name)
     name: Any = section.get("name", method) if isinstance(section, dict) else method
     if isinstance(name, str) and name in RECIPES:
@@ -214,6 +221,7 @@ def _children(parent: str, fields: Mapping[str, FieldInfo]) -> list[str]:
 
 def _quote(value: Any) -> str:
     text = "null" if value is None else json.dumps(value, ensure_ascii=False, default=str)
+    text = printable(text)
     return text if len(text) <= 80 else text[:77] + "..."
 
 
@@ -320,14 +328,22 @@ def difference(old: Config, new: Config, *, runtime: bool = False) -> dict[str, 
     """Changed settings by dotted key: old and new value, ``None`` where one has no such key. Runtime settings on request only."""
     first, second = (flatten(old), flatten(new)) if runtime else (identity(old), identity(new))
     keys = [*first, *(key for key in second if key not in first)]
-    return {key: (first.get(key), second.get(key)) for key in keys if first.get(key) != second.get(key)}
+    changed = {key: (first.get(key), second.get(key)) for key in keys if first.get(key) != second.get(key)}
+    fields = schema(new.recipe.name)
+    paths = {key for key in changed if key in fields and path_marker(fields[key])}
+    return {key: pair for key, pair in changed.items() if key not in paths or not same(*pair)}
 
 
-def show(loaded: Loaded) -> str:
-    """The whole effective configuration as YAML that loads again, each line telling where its value came from."""
+def show(loaded: Loaded, *, absolute: bool = False) -> str:
+    """The whole effective configuration as YAML that loads again, each line telling where its value came from.
+
+    Args:
+        loaded: the configuration.
+        absolute: write paths so that they hold in any working directory, instead of as they were typed.
+    """
     lines: list[tuple[str, str]] = []
     section: list[str] = []
-    for key, value in flatten(loaded.config).items():
+    for key, value in {**flatten(loaded.config), **({} if absolute else loaded.typed)}.items():
         *above, name = key.split(".")
         kept = next((i for i, (a, b) in enumerate(zip(section, above, strict=False)) if a != b), min(len(section), len(above)))
         lines += [(f"{'  ' * depth}{above[depth]}:", "") for depth in range(kept, len(above))]

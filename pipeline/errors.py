@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any, ClassVar
+
 
 class FoveaError(Exception):
     """A mistake or a state of the world that the user can fix.
@@ -12,9 +14,15 @@ class FoveaError(Exception):
         hint: what to do about it.
 
     The command line prints ``str(error)`` without a traceback and exits with ``exit_code``.
+
+    Attributes:
+        retryable: whether the same command may succeed later, so that a cluster's supervisor starts another attempt.
+        cause: one word for the account of attempts: ``refused``, ``nonfinite``, ``rendezvous``, ``hang``, ``node`` or ``crash``.
     """
 
     exit_code = 2
+    retryable: ClassVar[bool] = False
+    cause: ClassVar[str] = "refused"
 
     def __init__(self, what: str, *, where: str = "", hint: str = "") -> None:
         self.what, self.where, self.hint = what, where, hint
@@ -38,7 +46,33 @@ class LaunchError(FoveaError):
     """Ranks that cannot be started or cannot find each other."""
 
 
+class RendezvousError(LaunchError):
+    """Ranks that did not meet in time, or whose port was taken: another port or another moment may do."""
+
+    retryable = True
+    cause = "rendezvous"
+
+
 class TrainingError(FoveaError):
     """A run that must stop: too many bad samples, too many non-finite steps."""
 
     exit_code = 1
+
+
+class NonFiniteError(TrainingError):
+    """Too many steps whose loss or gradient is no finite number: the same steps would give the same."""
+
+    cause = "nonfinite"
+
+
+def verdict(error: BaseException) -> dict[str, Any]:
+    """What a failure record says of an exception: ``kind`` for people, ``retryable`` and ``cause`` for whoever decides.
+
+    Anything but a :class:`FoveaError` is a crash, which may be the machine's.
+    """
+    known = error if isinstance(error, FoveaError) else None
+    return {
+        "kind": type(error).__name__,
+        "retryable": known.retryable if known else True,
+        "cause": known.cause if known else "crash",
+    }

@@ -3,11 +3,18 @@
 from __future__ import annotations
 
 import re
+import typing
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, GetCoreSchemaHandler
+from pydantic.fields import FieldInfo
 from pydantic_core import CoreSchema, core_schema
+
+from pipeline.paths import Kind, absolute, patterns
+from pipeline.untrusted import printable
 
 # A field marked so changes neither the samples nor the mathematics of a run: a resume may change it freely.
 RUNTIME: dict[str, Any] = {"runtime": True}
@@ -86,6 +93,35 @@ def _texts(value: object) -> object:
     return (value,) if isinstance(value, str) else tuple(value) if isinstance(value, list) else value
 
 
+def _plain(value: Any) -> Any:
+    """Refuses control characters, which would become lines of scripts and commands of terminals."""
+    for text in value if isinstance(value, tuple) else (value,):
+        if printable(str(text)) != str(text):
+            raise ValueError("should hold no line breaks and no other control characters")
+    return value
+
+
+@dataclass(frozen=True)
+class PathLike:
+    """Marks a setting that names files: it is relative to the folder in which it is typed.
+
+    Attributes:
+        kind: see :func:`pipeline.paths.absolute`.
+        words: values that are no paths.
+    """
+
+    kind: Kind
+    words: frozenset[str] = frozenset()
+
+    def absolute(self, value: Any, folder: str | None = None) -> Any:
+        """The value by names that hold in every working directory."""
+        if value is None:
+            return None
+        if isinstance(value, tuple):
+            return patterns(value, folder)
+        return type(value)(absolute(str(value), self.kind, folder, words=self.words))
+
+
 Probability = Annotated[float, Field(ge=0, le=1)]
 Share = Annotated[float, Field(gt=0, le=1)]
 Positive = Annotated[float, Field(gt=0)]
@@ -93,9 +129,62 @@ NonNegative = Annotated[float, Field(ge=0)]
 Count = Annotated[int, Field(ge=1)]
 ShareRange = Annotated[tuple[Share, Share], AfterValidator(_ordered)]
 Texts = Annotated[tuple[str, ...], BeforeValidator(_texts)]
+# Settings that name files are of these types; tests/test_paths.py refuses any other text that does.
+FilePath = Annotated[Path, AfterValidator(_plain), PathLike("path")]
+PathName = Annotated[str, AfterValidator(_plain), PathLike("name")]
+ResumePath = Annotated[str, AfterValidator(_plain), PathLike("name", frozenset(("auto", "never")))]
+TrackingUri = Annotated[str, AfterValidator(_plain), PathLike("uri")]
+Shards = Annotated[tuple[str, ...], BeforeValidator(_texts), AfterValidator(_plain), PathLike("patterns")]
 
 
 class Settings(BaseModel):
     """Base of all sections: frozen, unknown keys refused, no infinities."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, protected_namespaces=())
+
+
+def path_marker(info: FieldInfo) -> PathLike | None:
+    """How a setting names files, ``None`` if it does not."""
+    return next((mark for mark in [*info.metadata, *_metadata(info.annotation)] if isinstance(mark, PathLike)), None)
+
+
+def _metadata(annotation: Any) -> Iterator[Any]:
+    if typing.get_origin(annotation) is Annotated:
+        yield from annotation.__metadata__
+    for part in typing.get_args(annotation):
+        yield from _metadata(part)
+
+
+_S = TypeVar("_S", bound="Settings")
+
+
+def absolute_paths(settings: _S, folder: str | None = None) -> _S:
+    """A copy of a section, with all sections below it, in which every path holds in any working directory.
+
+    Args:
+        settings: any section.
+        folder: what its paths are relative to; the working directory if not given.
+    """
+    changed: dict[str, Any] = {}
+    for name, info in type(settings).model_fields.items():
+        value, mark = getattr(settings, name), path_marker(info)
+        if mark is not None:
+            changed[name] = mark.absolute(value, folder)
+        elif isinstance(value, Settings):
+            changed[name] = absolute_paths(value, folder)
+        elif isinstance(value, tuple) and any(isinstance(one, Settings) for one in value):
+            changed[name] = tuple(absolute_paths(one, folder) if isinstance(one, Settings) else one for one in value)
+    return settings.model_copy(update={name: value for name, value in changed.items() if value != getattr(settings, name)})
+
+
+def path_values(settings: Settings, prefix: str = "") -> dict[str, Any]:
+    """All settings that name files and are set, by dotted key."""
+    found: dict[str, Any] = {}
+    for name, info in type(settings).model_fields.items():
+        value = getattr(settings, name)
+        if path_marker(info) is not None and value not in (None, ()):
+            found[prefix + name] = value
+        for one in value if isinstance(value, tuple) else (value,):
+            if isinstance(one, Settings):
+                found |= path_values(one, f"{prefix}{name}.")
+    return found

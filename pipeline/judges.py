@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from pydantic import Field
 
-from pipeline.fields import Count, Length, Positive, Settings, Share, Texts
+from pipeline.fields import Count, FilePath, Length, Positive, Settings, Shards, Share
 
 _RATES = (1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0, 3.0)
 _EVERY = "distance of two evaluations"
@@ -17,8 +15,8 @@ class KnnSettings(Settings):
 
     enabled: bool = Field(default=False, description="run this evaluation")
     every: Length = Field(default=Length(10, "epochs"), description="distance of two evaluations")
-    train_shards: Texts | None = Field(default=None, description="labelled shards to vote; null means the training shards")
-    val_shards: Texts | None = Field(
+    train_shards: Shards | None = Field(default=None, description="labelled shards to vote; null means the training shards")
+    val_shards: Shards | None = Field(
         default=None, description="labelled shards to judge; null means *val-*.tar beside the training shards"
     )
     k: tuple[Count, ...] = Field(default=(10, 20), min_length=1, description="neighbours that vote")
@@ -61,8 +59,8 @@ class SegmentationSettings(Settings):
 
     enabled: bool = Field(default=False, description="run this evaluation")
     every: Length = Field(default=Length(50, "epochs"), description=_EVERY)
-    train_shards: Texts | None = Field(default=None, description="shards to learn from; required")
-    val_shards: Texts | None = Field(default=None, description="shards to judge; required")
+    train_shards: Shards | None = Field(default=None, description="shards to learn from; required")
+    val_shards: Shards | None = Field(default=None, description="shards to judge; required")
     classes: int | None = Field(default=None, ge=2, le=250, description="number of classes; required")
     ignore: tuple[int, ...] = Field(default=(255,), description="numbers in class maps that are no class")
     names: tuple[str, ...] = Field(default=(), description="names of the classes; their numbers if none are given")
@@ -85,8 +83,8 @@ class ZeroShotSettings(Settings):
 
     enabled: bool = Field(default=False, description="run this evaluation")
     every: Length = Field(default=Length(10, "epochs"), description=_EVERY)
-    classes: Path | None = Field(default=None, description="file of class names, one a line, in the order of their numbers")
-    templates: Path | None = Field(default=None, description="file of sentences with {}, one a line; null means SLIP's seven")
+    classes: FilePath | None = Field(default=None, description="file of class names, one a line, in the order of their numbers")
+    templates: FilePath | None = Field(default=None, description="file of sentences with {}, one a line; null means SLIP's seven")
 
 
 class RetrievalSettings(Settings):
@@ -164,4 +162,5 @@ class EvaluationSettings(Settings):
         return self.model_copy(update=sections)
 
 
+VOTED = frozenset(("knn", "linear", "logistic", "robustness"))  # those that learn from the labels of the shards that vote
 NAMES = ("knn", "linear", "logistic", "segmentation", "zeroshot", "retrieval", "robustness")

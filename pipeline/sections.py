@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import re
-from pathlib import Path
 from typing import Literal
 
 from pydantic import Field
 
-from pipeline.fields import Count, NonNegative, Positive, Settings, Texts
+from pipeline.fields import Count, FilePath, NonNegative, PathName, Positive, Settings, Shards
 
 
 class ModelSettings(Settings):
@@ -85,7 +84,7 @@ class StorageSettings(Settings):
     mode: Literal["cache", "direct"] = Field(
         default="cache", description="keep whole shards on the node's disk, or read each sample by range"
     )
-    cache: Path | None = Field(
+    cache: FilePath | None = Field(
         default=None, description="folder of kept shards; null means FOVEA_CACHE, SLURM_TMPDIR or the temporary folder"
     )
     cache_gb: Positive | None = Field(default=None, description="most GB kept; null means four fifths of the free disk")
@@ -100,7 +99,7 @@ class StorageSettings(Settings):
 class InitSettings(Settings):
     """The weights a fresh run begins with, if not random ones. Never looked at by a run that resumes."""
 
-    source: str | None = Field(
+    source: PathName | None = Field(
         default=None,
         min_length=1,
         description="a run or checkpoint of fovea, a file of weights under timm's or DINOv2's names, or timm:NAME; null for none",
@@ -113,7 +112,7 @@ class SourceSettings(Settings):
     """One of several data sets that are mixed."""
 
     name: str = Field(min_length=1, max_length=64, pattern=r"^[\w.+-]+$", description="what the data set is called in counts")
-    shards: Texts = Field(min_length=1, description="its shards: a path or URL with {000..123} or *, or a list of them")
+    shards: Shards = Field(min_length=1, description="its shards: a path or URL with {000..123} or *, or a list of them")
     weight: Positive | None = Field(
         default=None, description="share of the samples, relative to the other sets' weights; null means by size and repeat"
     )

@@ -18,7 +18,22 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BeforeValidator, Field, SerializeAsAny, model_validator
 from pydantic_core import PydanticCustomError
 
-from pipeline.fields import RUNTIME, Count, Length, NonNegative, Positive, Probability, Settings, Texts
+from pipeline.errors import ConfigError
+from pipeline.fields import (
+    RUNTIME,
+    Count,
+    FilePath,
+    Length,
+    NonNegative,
+    PathName,
+    Positive,
+    Probability,
+    ResumePath,
+    Settings,
+    Shards,
+    Texts,
+    TrackingUri,
+)
 from pipeline.judges import EvaluationSettings
 from pipeline.methods import RECIPES, Dinov2Settings, RecipeSettings
 from pipeline.sections import HealthSettings, InitSettings, ModelSettings, SourceSettings, StorageSettings
@@ -30,7 +45,7 @@ class RunSettings(Settings):
     name: str = Field(
         default="run", pattern=r"^[A-Za-z0-9][\w.+-]*$", description="name of the run; the config file's name if not given"
     )
-    directory: Path | None = Field(
+    directory: FilePath | None = Field(
         default=None, json_schema_extra=RUNTIME, description="folder of everything the run writes; null means runs/<name>"
     )
     seed: int = Field(default=0, ge=0, lt=2**63, description="seed of order, crops, masks and initial weights")
@@ -44,7 +59,7 @@ class RunSettings(Settings):
 class DataSettings(Settings):
     """Where samples come from and how they are read."""
 
-    shards: Texts = Field(
+    shards: Shards = Field(
         default=(),
         json_schema_extra=RUNTIME,
         description="training shards: a path or URL with {000..123} or *, or a list of them",
@@ -54,7 +69,7 @@ class DataSettings(Settings):
         json_schema_extra=RUNTIME,
         description="several data sets instead of shards, each with name, shards, and weight or repeat",
     )
-    index: Path | None = Field(
+    index: FilePath | None = Field(
         default=None, json_schema_extra=RUNTIME, description="folder of the shard index; null means the user's cache"
     )
     storage: StorageSettings = Field(
@@ -77,7 +92,9 @@ class DataSettings(Settings):
     label: str = Field(default="cls", description="extension of a sample's class number")
     min_side: Count = Field(default=16, description="smallest accepted side, pixels")
     max_pixels: Count = Field(default=50_000_000, description="largest accepted area, pixels")
-    damaged: Literal["refuse", "use"] = Field(default="refuse", description="pictures that decode only in part")
+    damaged: Literal["refuse", "use"] = Field(
+        default="refuse", description="shards whose tar breaks off or is damaged: stop, or use the samples before the damage"
+    )
     workers: int = Field(
         default=1, ge=0, le=64, json_schema_extra=RUNTIME, description="feeder processes of a rank; 0 reads in the rank itself"
     )
@@ -117,10 +134,24 @@ class DataSettings(Settings):
         return self.shards or tuple(pattern for source in self.sources or () for pattern in source.shards)
 
     def index_folder(self, urls: Sequence[str]) -> Path:
-        """Where the index of these shards is kept: a folder named after them in ``index`` or in the user's cache."""
-        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+        """Where the index of these shards is kept: a folder named after them in ``index`` or in the user's cache.
+
+        Raises:
+            ConfigError: there is no such cache, since the user has no home directory.
+        """
         name = hashlib.sha256("\n".join(os.path.abspath(url) if "://" not in url else url for url in urls).encode()).hexdigest()
-        return (self.index or cache / "fovea" / "index") / name[:16]
+        return (self.index or _user_cache() / "fovea" / "index") / name[:16]
+
+
+def _user_cache() -> Path:
+    cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    if cache.startswith("~"):  # a user ID without a name, as containers have, and no HOME
+        raise ConfigError(
+            f"user {os.getuid()} has no home directory for the index of the shards",
+            where="data.index",
+            hint="set it to a folder, or the variable XDG_CACHE_HOME",
+        )
+    return Path(cache)
 
 
 class OptimSettings(Settings):
@@ -249,12 +280,12 @@ class CheckpointSettings(Settings):
         min_length=1,
         description="metric whose highest checkpoint is kept, such as knn/k20; each evaluation is then saved; null for none",
     )
-    copy_to: str | None = Field(
+    copy_to: PathName | None = Field(
         default=None,
         min_length=1,
         description="bucket or folder that each checkpoint is copied to, below the run's name, and fetched from; null for none",
     )
-    resume: str = Field(
+    resume: ResumePath = Field(
         default="auto",
         min_length=1,
         description="auto takes the run's newest whole checkpoint, never starts anew, or a checkpoint's path to begin from",
@@ -269,8 +300,13 @@ class TrackingSettings(Settings):
     """What is told to MLflow."""
 
     enabled: bool = Field(default=True, description="log to MLflow")
-    uri: str | None = Field(default=None, description="MLflow tracking URI; null means a SQLite file in the run's directory")
-    experiment: str = Field(default="fovea", min_length=1, description="MLflow experiment")
+    uri: TrackingUri | None = Field(
+        default=None,
+        description="MLflow tracking URI; null means MLFLOW_TRACKING_URI, or else a SQLite file in the run's directory",
+    )
+    experiment: str | None = Field(
+        default=None, min_length=1, description="MLflow experiment; null means MLFLOW_EXPERIMENT_NAME, or else fovea"
+    )
 
 
 class LaunchSettings(Settings):
@@ -291,6 +327,20 @@ def _known_recipe(value: object) -> object:
     if isinstance(value, dict) and value.get("name") in RECIPES:
         return RECIPES[value["name"]].model_validate(value)
     return value
+
+
+# Settings that are gone because only one value was legal. Runs and checkpoints of earlier versions hold them.
+_RETIRED = {"recipe.local_loss": True, "recipe.gather_with_grad": True, "recipe.views.global_count": 2}
+
+
+def without_retired(document: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Settings as they are read, without those that are gone, where they have the only value that was legal."""
+    kept: dict[str, Any] = {}
+    for name, value in document.items():
+        key = prefix + name
+        if key not in _RETIRED or value != _RETIRED[key]:
+            kept[name] = without_retired(value, f"{key}.") if isinstance(value, dict) else value
+    return kept
 
 
 class Config(Settings):
@@ -321,6 +371,11 @@ class Config(Settings):
         json_schema_extra=RUNTIME,
         description="stalled ranks and broken losses",
     )
+
+    @classmethod
+    def model_validate(cls, obj: Any, **options: Any) -> Self:
+        """Reads settings as a run keeps them, those of earlier versions included."""
+        return super().model_validate(without_retired(obj) if isinstance(obj, dict) else obj, **options)
 
     @property
     def voting_shards(self) -> tuple[str, ...]:

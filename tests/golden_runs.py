@@ -3,8 +3,8 @@
     python -m tests.golden_runs            compare with what is kept in tests/golden
     python -m tests.golden_runs --record   keep what this machine computes
 
-Keys are equal everywhere. Pixels, losses and weights are equal bit for bit on the processor and the versions that the record names,
-and within rounding elsewhere.
+Keys are equal everywhere. Pixels, losses and weights are equal bit for bit on the processor and the versions that the record
+names, and within rounding elsewhere.
 """
 
 from __future__ import annotations

@@ -17,6 +17,9 @@ FLOORS = {
     "pipeline": 0,
     "pipeline.errors": 0,
     "pipeline.untrusted": 0,
+    "pipeline.locks": 0,
+    "pipeline.paths": 0,
+    "pipeline.interpreter": 0,
     "pipeline.settings": 0,
     "pipeline.fields": 0,
     "pipeline.sections": 0,
@@ -40,7 +43,11 @@ FLOORS = {
 # Neighbours on one floor that may be used nevertheless: config.py is read layer by layer, and tracking and data know nobody.
 NEIGHBOURS = {
     ("pipeline.untrusted", "pipeline.errors"),
+    ("pipeline.locks", "pipeline.untrusted"),
+    ("pipeline.fields", "pipeline.paths"),
+    ("pipeline.fields", "pipeline.untrusted"),
     ("pipeline.settings", "pipeline.fields"),
+    ("pipeline.settings", "pipeline.errors"),
     ("pipeline.settings", "pipeline.sections"),
     ("pipeline.settings", "pipeline.judges"),
     ("pipeline.judges", "pipeline.fields"),
@@ -67,8 +74,14 @@ ONLY_IN = {
 MAY_KNOW = {
     "pipeline.losses": set(),
     "pipeline.models": {"pipeline.errors", "pipeline.untrusted", "pipeline.fields", "pipeline.settings", "pipeline.methods"},
-    "pipeline.data": {"pipeline.errors", "pipeline.untrusted", "pipeline.fields", "pipeline.settings", "pipeline.methods"},
-    "pipeline.tracking": {"pipeline.errors", "pipeline.untrusted", "pipeline.fields", "pipeline.settings", "pipeline.methods"},
+    "pipeline.data": {
+        *("pipeline.errors", "pipeline.untrusted", "pipeline.locks", "pipeline.paths"),
+        *("pipeline.fields", "pipeline.settings", "pipeline.methods"),
+    },
+    "pipeline.tracking": {
+        *("pipeline.errors", "pipeline.untrusted", "pipeline.locks", "pipeline.paths"),
+        *("pipeline.fields", "pipeline.settings", "pipeline.methods"),
+    },
     "pipeline.recipes": {
         *("pipeline.errors", "pipeline.untrusted", "pipeline.fields", "pipeline.settings", "pipeline.methods"),
         *("pipeline.models", "pipeline.losses", "pipeline.data.views"),

@@ -2,16 +2,45 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
+from typing import Any
 
 import pytest
+from pydantic import ValidationError
 
-from pipeline.config import fingerprint, load, show
+from pipeline.config import difference, fingerprint, load, show
 from pipeline.errors import ConfigError
 from pipeline.settings import Config
 from tests.test_config import MINIMAL, NAME, refused, write
 
 TWO = "[{name: a, shards: /x/a-*.tar, weight: 2}, {name: b, shards: [b.tar, c.tar], weight: 1e-4}]"
+
+
+@pytest.mark.parametrize(
+    ("name", "section", "old"),
+    [
+        ("clip/scenes", ["recipe"], {"local_loss": True, "gather_with_grad": True}),
+        ("dinov2/scenes_vit_tiny", ["recipe", "views"], {"global_count": 2}),
+        ("byol/scenes", ["recipe", "views"], {"global_count": 2}),
+    ],
+)
+def test_settings_of_earlier_versions_with_one_legal_value_are_read_and_gone(
+    name: str, section: list[str], old: dict[str, Any]
+) -> None:
+    config = load(name).config
+    document = json.loads(json.dumps(config.model_dump(mode="json")))
+    inner = document
+    for part in section:
+        inner = inner[part]
+    assert not old.keys() & inner.keys()
+    inner |= old
+    assert Config.model_validate(document) == config and difference(Config.model_validate(document), config) == {}
+    again = load(name, [f"{'.'.join([*section, key])}={json.dumps(value)}" for key, value in old.items()])
+    assert again.config == config and show(again) == show(load(name))
+    inner |= {key: 3 for key in old}
+    with pytest.raises(ValidationError):
+        Config.model_validate(document)
 
 
 def test_several_data_sets_stand_in_the_place_of_shards(tmp_path: Path) -> None:
@@ -21,7 +50,7 @@ def test_several_data_sets_stand_in_the_place_of_shards(tmp_path: Path) -> None:
     loaded = load(path)
     config = loaded.config
     assert config.data.sources is not None and [source.weight for source in config.data.sources] == [2, 1e-4]
-    assert config.data.patterns == config.voting_shards == ("/x/a-*.tar", "b.tar", "c.tar")
+    assert config.data.patterns == config.voting_shards == ("/x/a-*.tar", f"{Path.cwd()}/b.tar", f"{Path.cwd()}/c.tar")
     assert config.validation_shards == ("/x/*val-*.tar",)
     assert load(write(tmp_path, show(loaded), "again.yaml")).config == config
     assert Config.model_validate(config.model_dump(mode="json")) == config

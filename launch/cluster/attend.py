@@ -85,7 +85,7 @@ class Attendant:
         for _ in range(_MEETINGS if not bad and slow is None and not self.told else 0):
             code, hung = self._ranks()
             failure = record.failure(self.run, self.attempt)
-            if self.told or failure is None or failure.get("kind") != "Rendezvous":
+            if self.told or failure is None or failure.get("cause") != "rendezvous":
                 break
             self._say(f"the ranks did not meet ({failure['what']}); once more, on another port")
             with contextlib.suppress(OSError):
@@ -131,7 +131,7 @@ class Attendant:
         }
         command = [
             *("srun", "--kill-on-bad-exit=0", f"--ntasks={self.facts['nodes']}", "--ntasks-per-node=1"),
-            *(f"--output={folder}/%N.log", "--overlap"),
+            *(f"--output={str(folder).replace('%', '%%')}/%N.log", "--overlap"),
             *(self.facts["host_python"], "-m", "launch.cluster.preflight", json.dumps(options)),
         ]
         with contextlib.suppress(subprocess.TimeoutExpired):
@@ -159,8 +159,8 @@ class Attendant:
             return None
         logs = self.run.logs(self.attempt)
         logs.mkdir(parents=True, exist_ok=True)
-        command = [argument.replace("%LOGS%", str(logs)) for argument in self.facts["links"]]
-        environment = {**self.env, "MASTER_PORT": str(_free_port())}
+        command = [_filled(argument, logs) for argument in self.facts["links"]]
+        environment = {**self.env, "MASTER_PORT": str(_free_port()), "FOVEA_ATTEMPT": str(self.attempt)}
         with contextlib.suppress(subprocess.TimeoutExpired):
             subprocess.run(command, env=environment, timeout=settings["seconds"] + 60, check=False, stdin=subprocess.DEVNULL)
         found = record.read(logs / "links.json").get("gbps")
@@ -169,13 +169,21 @@ class Attendant:
             return None
         told = "did not end" if found is None else f"ran at {float(found):.3f} GB/s of {wanted:g} wanted"
         self._say(f"preflight: an all-reduce over all ranks {told}")
-        return {"kind": "Links", "what": f"an all-reduce over all ranks {told}", "rank": -1, "code": 1, "step": 0}
+        return {
+            "kind": "Links",
+            "cause": "node",
+            "retryable": True,
+            "what": f"an all-reduce over all ranks {told}",
+            "rank": -1,
+            "code": 1,
+            "step": 0,
+        }
 
     def _ranks(self) -> tuple[int, bool]:
         """Starts all ranks as one step and waits for their end; its code, and whether it had to be ended as hung."""
         logs = self.run.logs(self.attempt)
         logs.mkdir(parents=True, exist_ok=True)
-        command = [argument.replace("%LOGS%", str(logs)) for argument in self.facts["srun"]]
+        command = [_filled(argument, logs) for argument in self.facts["srun"]]
         environment = {**self.env, "MASTER_PORT": str(_free_port()), "FOVEA_ATTEMPT": str(self.attempt)}
         self._step = subprocess.Popen(command, env=environment, stdin=subprocess.DEVNULL)
         hung, alive = False, time.monotonic()
@@ -317,6 +325,12 @@ class Attendant:
 
     def _say(self, text: str) -> None:
         print(f"{time.strftime('%Y-%m-%d %H:%M:%S')} fovea: {text}", flush=True)
+
+
+def _filled(argument: str, logs: Path) -> str:
+    """An argument of ``srun`` with the attempt's folder of logs; in a file pattern of Slurm's a ``%`` is written twice."""
+    own = str(logs).replace("%", "%%") if argument.startswith("--output=") else str(logs)
+    return argument.replace("%LOGS%", own)
 
 
 def _free_port() -> int:

@@ -12,7 +12,14 @@ _MACHINE = re.compile(
     r"\bECC\b|\bXid\b|uncorrectable|unhandled system error|NVLink|CUDA error: (unknown|device-side|hardware)", re.I
 )
 
-TOLD = {"TOLD": "requeued", "SIGTERM": "preempted", "SIGUSR1": "signal", "SIGUSR2": "signal", "SIGINT": "signal"}
+TOLD = {
+    "TOLD": "requeued",
+    "SIGTERM": "preempted",
+    "SIGUSR1": "signal",
+    "SIGUSR2": "signal",
+    "SIGINT": "signal",
+    "SIGHUP": "signal",
+}
 
 
 @dataclass(frozen=True)
@@ -97,23 +104,17 @@ def cause_of(end: Ending) -> tuple[str, str]:
         cause = end.told or TOLD.get(stop, "signal")
         return cause, f"{cause}: saved at step {end.outcome.get('step')}"
     what = str((end.failure or {}).get("what", ""))
-    kind = str((end.failure or {}).get("kind", ""))
-    if end.hung or kind == "Stall":
+    cause = str((end.failure or {}).get("cause", "crash"))
+    if end.hung or cause == "hang":
         return "hang", what or "no rank showed a sign of life"
     if end.lost_node:
         return "node", "Slurm lost a node"
     if end.failure is not None:
-        if kind == "Links":
-            return "node", what
-        if kind == "Rendezvous":
-            return "rendezvous", what
-        if kind in ("ConfigError", "DataError", "CheckpointError", "InvalidConfig", "LaunchError", "StorageError"):
+        if cause in ("node", "rendezvous", "nonfinite"):
+            return cause, what
+        if end.failure.get("retryable") is False:
             return "refused", what
-        if kind == "TrainingError":
-            return "nonfinite" if "finite" in what else "refused", what
-        if _MACHINE.search(what):
-            return "node", what
-        return "crash", what
+        return "node" if _MACHINE.search(what) else "crash", what
     if end.told:
         return end.told, f"{end.told}, and no time was left to save"
     return "crash", f"the ranks ended with code {end.code} and said nothing (killed, or out of memory?)"

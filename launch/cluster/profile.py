@@ -6,14 +6,15 @@ import difflib
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
-from pydantic import Field, ValidationError, field_validator
+from pydantic import Field, ValidationError, field_validator, model_validator
 
 from pipeline.config import InvalidConfig, display, roots
 from pipeline.errors import ConfigError
 from pipeline.fields import Count, NonNegative, Positive, Settings, Texts
 from pipeline.layers import Branch, Leaf, Problem, merge, origin_of, override, read, unwrap
+from pipeline.untrusted import printable
 
 _TIME = re.compile(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?")
 
@@ -102,6 +103,20 @@ class ClusterProfile(Settings):
     gpu_tflops: Positive | None = Field(default=None, description="bf16 TFLOP/s of a GPU that plans count with")
     gpu_hour_price: NonNegative | None = Field(default=None, description="price of a GPU for an hour, in your currency")
 
+    @model_validator(mode="after")
+    def _one_line_each(self) -> Self:
+        """All of these become lines of the batch script; only ``setup`` is meant to."""
+        single = ("memory", "partition", "account", "qos", "constraint", "reservation", "host_python", "python")
+        texts = {name: (getattr(self, name),) for name in single} | {"options": self.options, "pass_on": self.pass_on}
+        for name, values in texts.items():
+            for value in values:
+                if value is not None and printable(value) != value:
+                    raise ValueError(f"{name} should hold no line breaks and no other control characters")
+        for name in self.environment:
+            if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name, re.ASCII):
+                raise ValueError(f"environment: {printable(name)!r} is no name of a variable")
+        return self
+
     @field_validator("time")
     @classmethod
     def _time(cls, text: str) -> str:
@@ -187,7 +202,13 @@ def _made(tree: Branch, problems: list[Problem], overrides: Sequence[str], shown
             path = ".".join(names)
             near = difflib.get_close_matches(names[-1], ClusterProfile.model_fields, 1)
             unknown = f"unknown key {path!r}" + (f"; did you mean {near[0]!r}?" if near else "")
-            told = unknown if detail["type"] == "extra_forbidden" else f"{path} = {detail['input']!r}: {detail['msg']}"
+            told = (
+                unknown
+                if detail["type"] == "extra_forbidden"
+                else f"{path} = {detail['input']!r}: {detail['msg']}"
+                if path
+                else detail["msg"]
+            )
             problems.append(Problem(path, told.replace("Value error, ", ""), origin_of(tree, names) or shown))
     if problems or profile is None:
         raise InvalidConfig(problems)

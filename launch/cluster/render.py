@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fnmatch
 import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -17,6 +18,7 @@ from launch.cluster.profile import ClusterProfile
 from pipeline.config import fingerprint
 from pipeline.errors import ConfigError
 from pipeline.settings import Config
+from pipeline.untrusted import printable
 
 ROOT = Path(__file__).resolve().parents[2]
 _TEMPLATE = "train.sbatch"
@@ -42,19 +44,28 @@ def script(config: Config, profile: ClusterProfile, run: Path, *, command: str, 
     """
     environment = jinja2.Environment(undefined=jinja2.StrictUndefined, keep_trailing_newline=True, autoescape=False)
     environment.filters["quote"] = shlex.quote
+    environment.filters["word"] = sbatch_word
     return environment.from_string(template().read_text()).render(
         name=config.run.name,
         profile=profile,
         run=str(run),
+        output=sbatch_word(f"{str(run).replace('%', '%%')}/logs/batch-%j.log"),
         code=str(run / "code"),
         lead=round(profile.lead),
         threads=config.train.threads or max(profile.cpus_per_rank // 2, 1),
         environment=profile.environment,
-        command=" ".join(command.split()),
+        command=printable(" ".join(command.split())),
         fingerprint=fingerprint(config)[:12],
         code_state=code_state,
         passed_on=",".join(passed_on(profile)) or "NONE",
     )
+
+
+def sbatch_word(text: str) -> str:
+    """A value as ``sbatch`` reads it in a ``#SBATCH`` line: in quotes if it holds blanks, quotes or a ``#``."""
+    if not re.search(r"""[\s"'#\\]""", text):
+        return text
+    return '"' + re.sub(r'(["\\#])', r"\\\1", text) + '"'
 
 
 def passed_on(profile: ClusterProfile) -> list[str]:
@@ -106,7 +117,9 @@ def step(profile: ClusterProfile, run: Path, module: list[str] | None = None) ->
     if profile.container is not None:
         c = profile.container
         mounts = ",".join((f"{run}:{run}", *c.mounts))
-        names = ",".join((*profile.environment, "PYTHONPATH", "MASTER_PORT", "FOVEA_ATTEMPT", "OMP_NUM_THREADS"))
+        names = ",".join(
+            (*profile.environment, "PYTHONPATH", "PYTHONSAFEPATH", "MASTER_PORT", "FOVEA_ATTEMPT", "OMP_NUM_THREADS")
+        )
         command += [
             f"--container-image={c.image}",
             f"--container-mounts={mounts}",

@@ -13,8 +13,11 @@ from launch.resume import check_identity
 from pipeline.checks import check_ranks
 from pipeline.config import Loaded, show
 from pipeline.errors import ConfigError, LaunchError
+from pipeline.fields import path_values
+from pipeline.paths import absolute
 from pipeline.settings import Config
 from pipeline.training.run import RunDirectory
+from pipeline.untrusted import printable
 
 
 @dataclass(frozen=True)
@@ -60,7 +63,13 @@ def submit(
     """
     config = loaded.config
     folder = config.run.folder.absolute()
-    config = config.replace(run=config.run.model_copy(update={"directory": folder}))
+    _check_patterns(config)
+    if "\\" in str(folder):
+        raise ConfigError(
+            f"{folder} must hold no backslash",
+            where="run.directory",
+            hint="Slurm would write no job number into the log's name; choose another",
+        )
     run = RunDirectory(folder)
     check_all(config, profile, run)
     if index and not dry:
@@ -108,7 +117,7 @@ def _submit(
     script.write_text(text)
     (folder / "submit" / "command.txt").write_text(typed + "\n")
     run.write("config.json", config.model_dump(mode="json"))
-    (folder / "config.yaml").write_text(show(Loaded(config, loaded.provenance, loaded.source)))
+    (folder / "config.yaml").write_text(show(loaded, absolute=True))
     record.clear(run)
     facts = render.facts(config, profile, folder)
     run.write("submit/job.json", facts)
@@ -147,6 +156,22 @@ def check_all(config: Config, profile: ClusterProfile, run: RunDirectory) -> Non
             where=str(run.path),
             hint=f"watch it with: fovea status {run.path}; or stop it with: fovea stop {run.path}",
         )
+
+
+def _check_patterns(config: Config) -> None:
+    """Refuses shards that the job, which works in the run's directory, would not find.
+
+    Raises:
+        ConfigError: a relative pattern, typed in a folder whose own name would be read as one.
+    """
+    for key, value in path_values(config).items():
+        for text in value if isinstance(value, tuple) else (str(value),):
+            if absolute(text, "patterns", "/") != text and isinstance(value, tuple):
+                raise ConfigError(
+                    f"{printable(text)} is relative to {printable(str(Path.cwd()))}, whose name reads as a pattern",
+                    where=key,
+                    hint="Submit from a folder without * ? [ ] { } in its name, or give an absolute path",
+                )
 
 
 def living(run: RunDirectory) -> list[tools.Job]:

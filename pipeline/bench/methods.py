@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import subprocess
-import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import Any
 from pipeline.config import available, load
 from pipeline.data.scenes import CLASS_NAMES
 from pipeline.errors import FoveaError, TrainingError
+from pipeline.interpreter import module_command, safe_environment
 from pipeline.methods import RECIPES
 
 PROBE = 20  # steps, from which the number of steps is reckoned
@@ -120,7 +120,9 @@ def _zeroshot(directory: Path) -> float:
 
 
 def _run(words: Sequence[str]) -> None:
-    done = subprocess.run([sys.executable, "-m", "launch.cli", *words], capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        module_command("launch.cli", *words), env=safe_environment(), capture_output=True, text=True, check=False
+    )
     if done.returncode:
         last = (done.stderr.strip().splitlines() or done.stdout.strip().splitlines() or ["nothing was said"])[-1]
         raise TrainingError(f"`fovea {words[0]} {words[1]}` ended with {done.returncode}: {last}", where="fovea bench methods")

@@ -171,7 +171,7 @@ class _Told(Dataset[Portion | FoveaError]):
 def _quiet_worker(environment: dict[str, str], _: int) -> None:
     """Signals are the trainer's business; a worker ends with its parent, even one killed with -9."""
     adopt(environment)
-    for name in ("SIGINT", "SIGTERM", "SIGUSR1", "SIGUSR2"):
+    for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2"):
         signal.signal(getattr(signal, name), signal.SIG_IGN)
     ctypes.CDLL(None).prctl(1, signal.SIGKILL)
 

@@ -6,7 +6,6 @@ keeps the shards that are finished, goes on with the next, and ends with the byt
 
 from __future__ import annotations
 
-import fcntl
 import os
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
@@ -25,6 +24,7 @@ from pipeline.data.samples import LeftOut, Source
 from pipeline.data.sources import Pictures
 from pipeline.data.transcode import Form, transcode
 from pipeline.errors import DataError
+from pipeline.locks import lock
 from pipeline.untrusted import printable
 
 _SHUFFLE = 0x9ACC  # names the draw
@@ -167,7 +167,7 @@ def _pack(
     progress: Callable[[int, int, str], None] | None,
 ) -> PackReport:
     try:
-        fcntl.flock(journal, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        lock(journal.fileno(), journal.name, wait=False)
     except BlockingIOError:
         raise DataError("another packing is at work here", where=str(out), hint="Wait for it, or stop it.") from None
     settings = asdict(packing)

@@ -7,7 +7,6 @@ the folder of the index, so a stopped verification goes on where it was; a finis
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 from collections import Counter, deque
@@ -25,6 +24,7 @@ from pipeline.data.manifest import STATUSES, Manifest, Shard, load_sidecar
 from pipeline.data.processes import process_pool
 from pipeline.data.reader import Reader
 from pipeline.errors import DataError
+from pipeline.locks import lock
 
 CHUNK = 128  # samples of one task: what is lost by a stop, and what is tried again after a crash
 _BATCH, _BATCH_PIXELS = 32, 1 << 26  # decoded at once; 64 megapixels are 200 MB
@@ -290,7 +290,7 @@ class _Notebook:
             what = f"cannot be written ({error.strerror})"
             raise DataError(what, where=str(self.path), hint="Give another --index.") from error
         try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            lock(self._file.fileno(), self.path, wait=False)
         except BlockingIOError:
             self._file.close()
             raise DataError("another verification is running", where=str(self.path), hint="Wait for it, or stop it.") from None

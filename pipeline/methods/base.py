@@ -17,10 +17,11 @@ from pipeline.fields import Length, Positive, Probability, Settings, ShareRange
 class ViewSettings(Settings):
     """The crops of a picture."""
 
+    global_count: ClassVar[int] = 2  # global crops of a sample
+
     interpolation: Literal["bicubic", "bilinear"] = Field(
         default="bicubic", description="how crops are resized: bicubic (DINO, DINOv2, BYOL), or bilinear (the code of MoCo)"
     )
-    global_count: Literal[2] = Field(default=2, description="global crops of a sample")
     global_size: int = Field(default=224, ge=8, le=4096, description="side of a global crop, pixels")
     global_scale: ShareRange = Field(
         default=(0.32, 1.0), description="least and largest share of the picture's area in a global crop"

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import ClassVar, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
-from pipeline.fields import RUNTIME, Count, NonNegative, Positive, Settings, Share
+from pipeline.fields import RUNTIME, Count, FilePath, NonNegative, Positive, Settings, Share
 from pipeline.methods.base import OneViewSettings, RecipeSettings, register
 
 
@@ -89,12 +88,6 @@ class ContrastiveSettings(RecipeSettings):
         default=100.0, gt=1, description="largest inverse temperature; the scale is clamped to it in the forward"
     )
     chunk: Count = Field(default=1024, json_schema_extra=RUNTIME, description="rows of logits that exist at a time")
-    local_loss: bool = Field(
-        default=True, description="each rank compares its own samples with all; false, all with all on every rank, is refused"
-    )
-    gather_with_grad: bool = Field(
-        default=True, description="gradients flow into the features of other ranks; false gives wrong gradients and is refused"
-    )
     accumulation: Literal["exact", "plain"] = Field(
         default="exact",
         description="micro-batches: exact compares each sample with the whole global batch, at the cost of another forward pass; "
@@ -111,23 +104,6 @@ class ContrastiveSettings(RecipeSettings):
         default=("positions", "class_token"),
         description="matrices without weight decay; biases, norms, logit scale and other vectors never have any",
     )
-
-    @field_validator("gather_with_grad")
-    @classmethod
-    def _no_constants(cls, value: bool) -> bool:
-        if not value:
-            raise ValueError(
-                "should be true: with the features of other ranks as constants the gradient has a wrong direction, or, with "
-                "local_loss false, is divided by the number of ranks"
-            )
-        return value
-
-    @field_validator("local_loss")
-    @classmethod
-    def _no_waste(cls, value: bool) -> bool:
-        if not value:
-            raise ValueError("should be true: false has the same gradient and computes all logits on every rank")
-        return value
 
 
 @register("clip")
@@ -150,7 +126,7 @@ class ClipSettings(ContrastiveSettings, OneViewSettings):
     freeze: tuple[Literal["image", "text"], ...] = Field(
         default=(), description="towers that stand still (LiT: image, whose weights init_from.source gives)"
     )
-    text_weights: Path | None = Field(
+    text_weights: FilePath | None = Field(
         default=None, description="safetensors file of initial weights of the text tower, by open_clip's names or fovea's"
     )
 

@@ -7,7 +7,7 @@ from typing import Literal, Self
 from pydantic import Field
 from typing_extensions import override
 
-from pipeline.fields import Count, Length, NonNegative, Positive, Probability, Settings, Share, ShareRange
+from pipeline.fields import Count, Length, NonNegative, PathName, Positive, Probability, Settings, Share, ShareRange
 from pipeline.methods.base import AugmentSettings, RecipeSettings, ViewSettings, register
 
 
@@ -75,7 +75,7 @@ class Dinov2Settings(RecipeSettings):
         description="side, pixels, at which the anchor sees the global crops, without any distortion of colours; its patches are "
         "then resampled to the student's grid. null means as the student sees them",
     )
-    gram_from: str | None = Field(
+    gram_from: PathName | None = Field(
         default=None,
         min_length=1,
         description="run or checkpoint whose teacher is the anchor; null means what this run starts with",

@@ -7,7 +7,7 @@ from typing import Literal, Self
 from pydantic import Field, model_validator
 from typing_extensions import override
 
-from pipeline.fields import Probability, ShareRange
+from pipeline.fields import PathName, Probability, ShareRange
 from pipeline.methods.base import register
 from pipeline.methods.dinov2 import Dinov2Settings
 from pipeline.sections import ModelSettings
@@ -32,7 +32,9 @@ class DistillSettings(Dinov2Settings):
         description="towers that learn beside model from the same pass of the frozen teacher, each with heads and a slow copy of "
         "its own, as if it were trained alone",
     )
-    judge_from: str = Field(min_length=1, description="run or checkpoint of fovea whose teacher is frozen here, heads and all")
+    judge_from: PathName = Field(
+        min_length=1, description="run or checkpoint of fovea whose teacher is frozen here, heads and all"
+    )
     mask_probability: Probability = Field(default=1.0, ge=1.0, description="1: the patches of all global crops are compared")
     mask_ratio: ShareRange = Field(default=(1.0, 1.0), description="[1, 1]: all their patches, and none is hidden")
 

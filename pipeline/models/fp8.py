@@ -54,7 +54,7 @@ def scaled_product(a: Tensor, b: Tensor) -> Tensor:
 
 @cache
 def _scales_rows(device: str) -> bool:
-    """Whether torch multiplies with a factor for each row there. On CPUs some versions do not; the product is then the plain one."""
+    """Whether torch multiplies with a factor for each row there: on CPUs some versions do not, and the plain product is taken."""
     if device != "cpu":
         return True
     ones, scale = torch.ones(16, 16, dtype=E4M3), torch.ones(16, 1)

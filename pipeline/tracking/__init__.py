@@ -1,7 +1,8 @@
 """What is told about a run: a journal on disk, and a shipper that copies it to MLflow."""
 
 from pipeline.tracking.aside import Aside, asides
+from pipeline.tracking.destination import Destination, destination
 from pipeline.tracking.journal import Journal
 from pipeline.tracking.shipper import Shipper
 
-__all__ = ["Aside", "Journal", "Shipper", "asides"]
+__all__ = ["Aside", "Destination", "Journal", "Shipper", "asides", "destination"]

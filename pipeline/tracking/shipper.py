@@ -17,7 +17,10 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from pipeline.errors import LaunchError
+from pipeline.tracking import database
 from pipeline.tracking.journal import read
+from pipeline.untrusted import hide_secrets, printable
 
 _BATCH = 900
 _LIMITS = {"metrics": 900, "params": 100, "tags": 100}
@@ -30,6 +33,9 @@ _REFUSED = "INVALID_PARAMETER_VALUE"
 
 class Shipper:
     """Ships all journals of a run to one MLflow run.
+
+    Attributes:
+        trouble: what went wrong last, ``None`` since everything was accepted.
 
     Args:
         folder: ``<run>/tracking``, with ``journal-*.jsonl``; the cursor is kept there.
@@ -58,6 +64,7 @@ class Shipper:
         known = _load(self._cursor_path)
         self._cursor = known if known.get("uri") == uri else _cursor(uri, "")
         self._client: Any = None
+        self.trouble: Exception | None = None
         self._refused: set[str] = set()
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="fovea-mlflow", daemon=True)
@@ -102,11 +109,12 @@ class Shipper:
             last = self._stop.is_set()
             try:
                 self.ship()
-                pause, away = _PAUSES[0], False
+                pause, away, self.trouble = _PAUSES[0], False, None
             except Exception as error:  # the boundary: whatever MLflow raises must not reach training
-                self._client = None
+                self._client, self.trouble = None, error
                 if not away:
-                    self._log(f"MLflow at {self._uri} takes nothing now ({_line(error)}); the journal keeps everything")
+                    server = printable(hide_secrets(self._uri))
+                    self._log(f"MLflow at {server} takes nothing now ({_line(error)}); the journal keeps everything")
                 pause, away = min(2 * pause, _PAUSES[1]), True
             if last:
                 return
@@ -155,14 +163,24 @@ class Shipper:
         logging.getLogger("alembic").setLevel(logging.WARNING)
         from mlflow import MlflowClient
 
+        path = database.path_of(self._uri)
+        folders = (self._folder.resolve(), *self._folder.resolve().parents)
+        own = path is not None and path.name == database.OWN and path.parent.resolve() / "tracking" in folders
+        database.ensure(self._uri, own=own, log=self._log)
         client = MlflowClient(tracking_uri=self._uri)
         if joined:
             self._join(client, joined)
         elif not self._cursor["run_id"] or not _exists(client, self._cursor["run_id"]):
             experiment = client.get_experiment_by_name(self._experiment)
             if experiment is None:
-                place = str((self._folder / "artifacts").resolve()) if self._uri.startswith("sqlite") else None
+                place = str((self._folder / "artifacts").resolve()) if database.path_of(self._uri) is not None else None
                 number = client.create_experiment(self._experiment, artifact_location=place)
+            elif experiment.lifecycle_stage != "active":
+                raise LaunchError(
+                    f"the experiment {self._experiment!r} is deleted",
+                    where=printable(hide_secrets(self._uri)),
+                    hint="restore it with `mlflow experiments restore`, or set tracking.experiment to another name",
+                )
             else:
                 number = experiment.experiment_id
             self._cursor = _cursor(self._uri, client.create_run(number, run_name=self._name).info.run_id)
@@ -257,7 +275,7 @@ def _exists(client: Any, run_id: str) -> bool:
 
 
 def _line(error: Exception) -> str:
-    return (str(error) or type(error).__name__).splitlines()[0][:160]
+    return printable(hide_secrets((str(error) or type(error).__name__).splitlines()[0][:160]))
 
 
 def _cursor(uri: str, run_id: str) -> dict[str, Any]:

@@ -24,16 +24,15 @@ from pipeline.data.order import Order
 from pipeline.data.prefetch import Prefetcher
 from pipeline.data.reader import Reader
 from pipeline.data.stream import BatchStream, StreamOptions
-from pipeline.errors import ConfigError, TrainingError
+from pipeline.errors import ConfigError, NonFiniteError
 from pipeline.models.fp8 import use_fp8
 from pipeline.models.text import TextTower
 from pipeline.models.vision import VisionTower
 from pipeline.recipes.base import Recipe
 from pipeline.recipes.registry import build_recipe
 from pipeline.settings import Config
-from pipeline.settings import Curve as CurveSettings
 from pipeline.tracking import Journal
-from pipeline.training import initial, schedules
+from pipeline.training import initial
 from pipeline.training.alarms import Alarms
 from pipeline.training.checkpoint import Checkpoints, load
 from pipeline.training.control import StopRequests
@@ -45,35 +44,11 @@ from pipeline.training.inputs import Inputs, check_data, data_identity, open_sto
 from pipeline.training.rewind import LeftOut
 from pipeline.training.run import RunDirectory
 from pipeline.training.saved import Saved, newest, read
+from pipeline.training.schedules import Schedules
 from pipeline.training.system import Nodes
 from pipeline.training.timing import Phases, peak_tflops
 from pipeline.training.trainer import Plan, Progress, Trainer, Watcher
 from pipeline.training.watchdog import Watchdog
-
-
-def make_schedules(config: Config, order: Order | Mixture) -> schedules.Schedules:
-    """The curves of a run, all lengths in samples."""
-    batch, epoch = config.train.global_batch, order.samples_per_epoch
-    total = config.train.length.steps(epoch, batch) * batch
-
-    def curve(s: CurveSettings) -> schedules.Curve:
-        peak = s.start if s.peak is None else s.peak
-        end = peak if s.end is None else s.end
-        warmup = min(s.warmup.samples(epoch, batch), total)
-        return schedules.Curve(s.start, peak, end, warmup, total, s.shape)
-
-    rate = config.schedule.lr
-    return schedules.Schedules(
-        global_batch=batch,
-        epoch_samples=epoch,
-        lr=schedules.Curve(
-            rate.start, config.optim.peak_lr(batch), rate.end, min(rate.warmup.samples(epoch, batch), total), total, rate.shape
-        ),
-        weight_decay=curve(config.schedule.weight_decay),
-        momentum=curve(config.schedule.momentum),
-        teacher_temperature=curve(config.schedule.teacher_temperature),
-        last_layer_freeze=config.recipe.last_layer_freeze.samples(epoch, batch),
-    )
 
 
 def make_plan(config: Config, order: Order | Mixture, run: RunDirectory, attempt: int, rank: int) -> Plan:
@@ -246,7 +221,7 @@ def assemble(
             chosen = [str(found.path) if found else None]
         dist.broadcast_object_list(chosen, group=world.control)
         if chosen[0] is None:
-            raise TrainingError(
+            raise NonFiniteError(
                 "the loss is not finite and there is no checkpoint to go back to",
                 where=str(run.checkpoints),
                 hint="lower optim.lr or lengthen schedule.lr.warmup, or save more often with checkpoint.every",
@@ -262,7 +237,7 @@ def assemble(
         world=world,
         recipe=recipe,
         engine=engine,
-        schedules=make_schedules(config, inputs.order),
+        schedules=Schedules.from_config(config, epoch_samples=inputs.order.samples_per_epoch),
         stream=stream,
         checkpoints=_checkpoints(config, inputs, run, world, copies),
         evaluate=evaluate,

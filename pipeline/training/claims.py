@@ -17,7 +17,7 @@ def claim(folder: Path, own: dict[str, Any]) -> bool:
 
     Args:
         folder: the attempt's logs.
-        own: ``rank``, ``what``, ``code``, ``kind`` of the failure, and ``step``; the machine is added.
+        own: ``rank``, ``what``, ``code``, ``step`` and the fields of :func:`pipeline.errors.verdict`; the machine is added.
     """
     node = os.environ.get("SLURMD_NODENAME") or socket.gethostname()
     temporary = folder / f".failure-{own['rank']}"

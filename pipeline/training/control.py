@@ -19,15 +19,17 @@ class Stop(IntEnum):
 
     NO = 0
     FINISHED = 1
-    SIGUSR1 = 2
-    SIGUSR2 = 3
-    SIGTERM = 4
-    SIGINT = 5
-    TOLD = 6
-    ASKED = 7
+    SIGHUP = 2
+    SIGUSR1 = 3
+    SIGUSR2 = 4
+    SIGTERM = 5
+    SIGINT = 6
+    TOLD = 7
+    ASKED = 8
 
 
 _SIGNALS = {
+    signal.SIGHUP: Stop.SIGHUP,
     signal.SIGUSR1: Stop.SIGUSR1,
     signal.SIGUSR2: Stop.SIGUSR2,
     signal.SIGTERM: Stop.SIGTERM,
@@ -54,9 +56,10 @@ class StopRequests:
         self._folder, self._attempt, self._looked = folder, attempt, 0.0
 
     def listen(self) -> None:
-        """Install the handlers (main thread only)."""
+        """Install the handlers (main thread only). An ignored SIGHUP stays ignored: ``nohup`` wants the run to go on."""
         for number in _SIGNALS:
-            signal.signal(number, self._note)
+            if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
+                signal.signal(number, self._note)
 
     def _note(self, number: int, _: FrameType | None) -> None:
         self.asked = max(self.asked, _SIGNALS[signal.Signals(number)])

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import socket
+from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import cast
@@ -9,7 +12,7 @@ from typing import cast
 import torch
 import torch.distributed as dist
 
-from pipeline.errors import LaunchError
+from pipeline.errors import LaunchError, RendezvousError
 
 
 @dataclass(frozen=True)
@@ -58,26 +61,78 @@ def join(
     Raises:
         LaunchError: the ranks do not meet in time, the port is taken, or there is no GPU for NCCL.
     """
-    gpus = torch.cuda.device_count()
+    gpus = torch.cuda.device_count() if backend != "gloo" else 0
     chosen = backend if backend != "auto" else ("nccl" if gpus else "gloo")
     if chosen == "nccl" and not gpus:
         raise LaunchError("NCCL needs a GPU and there is none", where="launch.backend", hint="set launch.backend=gloo")
-    device = torch.device("cuda", local_rank % gpus) if chosen == "nccl" else torch.device("cpu")
+    device = torch.device("cuda", gpu_of(local_rank, local_size, gpus)) if chosen == "nccl" else torch.device("cpu")
     if device.type == "cuda":
         torch.cuda.set_device(device)
     limit = timedelta(seconds=timeout)
     try:
-        store = dist.TCPStore(address, port, size, is_master=rank == 0, timeout=limit, wait_for_workers=False)
+        store = dist.HashStore() if size == 1 else _store(address, port, size, rank, limit)
+        if device.type == "cuda" and local_size > 1:
+            own = (
+                f"{socket.gethostname()} {os.environ.get('CUDA_VISIBLE_DEVICES')} {torch.cuda.get_device_properties(device).uuid}"
+            )
+            check_gpus(
+                dist.PrefixStore(f"{key}/gpus", store), own, rank, range(rank - local_rank, rank - local_rank + local_size)
+            )
         dist.init_process_group(chosen, store=dist.PrefixStore(key, store), rank=rank, world_size=size, timeout=limit)
         control = None if chosen == "gloo" else cast(dist.ProcessGroup, dist.new_group(backend="gloo", timeout=limit))
         dist.barrier(group=control)
     except RuntimeError as error:
-        raise LaunchError(
+        raise RendezvousError(
             f"rank {rank} of {size} did not meet the others ({str(error).splitlines()[0]})",
             where=f"{address}:{port}",
             hint="see the other ranks' logs; the port must be free and reachable",
         ) from error
     return World(rank, size, local_rank, device, control, local_size)
+
+
+def _store(address: str, port: int, size: int, rank: int, limit: timedelta) -> dist.Store:
+    return dist.TCPStore(address, port, size, is_master=rank == 0, timeout=limit, wait_for_workers=False)
+
+
+def gpu_of(local_rank: int, local_size: int, gpus: int) -> int:
+    """The number of a rank's GPU among those that its process sees.
+
+    A launcher may show each rank all GPUs of its node, or each rank one of its own.
+
+    Raises:
+        LaunchError: there are fewer GPUs than ranks.
+    """
+    if local_rank < gpus:
+        return local_rank
+    if gpus == 1:
+        return 0
+    raise LaunchError(
+        f"{local_size} ranks run on this node, and {gpus} GPUs are visible",
+        where="launch.ranks",
+        hint=f"start {gpus} ranks a node, or let CUDA_VISIBLE_DEVICES show more GPUs",
+    )
+
+
+def check_gpus(store: dist.Store, own: str, rank: int, peers: Iterable[int]) -> None:
+    """Refuses ranks of one node that share a GPU.
+
+    Args:
+        store: where the ranks tell each other.
+        own: names this rank's node and GPU.
+        rank: this rank.
+        peers: the ranks that may be on the same node.
+
+    Raises:
+        LaunchError: another rank has the same GPU.
+    """
+    store.set(str(rank), own)
+    for other in peers:
+        if other != rank and store.get(str(other)).decode() == own:
+            raise LaunchError(
+                f"ranks {min(rank, other)} and {max(rank, other)} would share one GPU ({own})",
+                where="GPUs of this node",
+                hint="start one rank a GPU; CUDA_VISIBLE_DEVICES says which GPUs a process may use",
+            )
 
 
 def leave() -> None:

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from pipeline.errors import FoveaError
+from pipeline.errors import FoveaError, verdict
 from pipeline.training import claims
 from pipeline.training.watchdog import RESTART, Watchdog
 
@@ -86,7 +86,7 @@ def tell(error: BaseException, watchdog: Watchdog, facts: dict[str, Any]) -> int
             logs = f"; see the log of rank {known[0]} and of its machine" if known else ""
             reason = "a collective took longer than launch.timeout" if timed_out else "the connection to another rank broke"
             what, hint = f"{reason}: {sentence}", f"the same command resumes{logs}"
-    own: dict[str, Any] = {"rank": watchdog.rank, "what": what, "code": failure.code, "kind": type(error).__name__, "step": step}
+    own: dict[str, Any] = {"rank": watchdog.rank, "what": what, "code": failure.code, "step": step, **verdict(error)}
     if cause is None and claims.claim(watchdog.folder, own):
         if not failure.expected:
             traceback.print_exception(error)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -17,7 +16,10 @@ from pipeline.data.narrow import narrow
 from pipeline.data.order import Order
 from pipeline.data.plan import PLAN_VERSION
 from pipeline.errors import CheckpointError, ConfigError, DataError
+from pipeline.judges import VOTED
+from pipeline.locks import lock
 from pipeline.settings import Config
+from pipeline.training.overlap import check_held_out
 from pipeline.training.saved import Saved
 
 DATA_STATE_VERSION = 1
@@ -92,15 +94,15 @@ def _index(
     directory = config.data.index_folder(urls)
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        lock = (directory / ".lock").open("w")
+        file = (directory / ".lock").open("w")
     except OSError as error:
         raise DataError(
             f"the index of the shards cannot be kept here ({error.strerror})",
             where=str(directory),
             hint="set data.index to a folder",
         ) from error
-    with lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with file:
+        lock(file.fileno(), file.name)
         store = open_storage(config, at_start=True)
         manifest = build(urls, directory, fields=fields(config), damaged=config.data.damaged, progress=progress, store=store)
         return narrow(manifest, directory / f"with-{'-'.join(require)}", require) if require else manifest
@@ -133,12 +135,17 @@ def prepare(config: Config, world: int, progress: Callable[[int, int, Any], None
             where="train.micro_batch",
             hint=f"choose a divisor of {batch // world}",
         )
+    check_warmups(config, order.samples_per_epoch)
     inputs = Inputs(train, None, None, order, sources)
     return replace(inputs, **judged(config, train, progress)) if config.evaluation.enabled else inputs
 
 
 def judged(
-    config: Config, train: Manifest | None = None, progress: Callable[[int, int, Any], None] | None = None
+    config: Config,
+    train: Manifest | None = None,
+    progress: Callable[[int, int, Any], None] | None = None,
+    *,
+    trained: bool = False,
 ) -> dict[str, Any]:
     """What the evaluations of a run look at: ``bank``, ``queries`` and ``dense`` of :class:`Inputs`, as far as they are wanted.
 
@@ -146,9 +153,10 @@ def judged(
         config: the settings.
         train: the training data, where they vote too and are indexed already.
         progress: told of each shard indexed.
+        trained: whether ``data.shards`` is what the network was trained on; with ``train`` it is.
 
     Raises:
-        DataError: no shard matches, or shards cannot be used.
+        DataError: no shard matches, shards cannot be used, or what is evaluated is learned from too.
     """
     found: dict[str, Any] = {}
     if config.evaluation.labelled:
@@ -164,11 +172,32 @@ def judged(
                 where=f"evaluation.knn.val_shards, by default {config.validation_shards[0]}",
                 hint="name some, or leave judging out: evaluation.knn.enabled=false",
             ) from error
+        _check_labelled(config, found["bank"], found["queries"], train, trained)
     s = config.evaluation.segmentation
     if s.enabled:
         pair = [indexed(config, p or (), progress, require=("segmentation",)) for p in (s.train_shards, s.val_shards)]
+        hint = "give evaluation.segmentation.train_shards and val_shards no shard in common"
+        check_held_out(pair[0], pair[1], where="evaluation.segmentation.val_shards", hint=hint)
         found["dense"] = (pair[0], pair[1])
     return found
+
+
+def _check_labelled(config: Config, bank: Manifest, queries: Manifest, train: Manifest | None, trained: bool) -> None:
+    """No sample votes, or trains a probe, and is evaluated; nor is one that the network saw with its caption.
+
+    Raises:
+        DataError: with the shards.
+    """
+    knn, on = config.evaluation.knn, config.evaluation.enabled.keys()
+    where = "evaluation.knn.val_shards" + ("" if knn.val_shards else f", by default {config.validation_shards[0]}")
+    apart = "such as data.shards='…/train-*.tar'"
+    if on & VOTED:
+        other = "evaluation.knn.train_shards" if knn.train_shards else f"the training shards, {apart}"
+        check_held_out(bank, queries, where=where, hint=f"name others, or leave them out of {other}")
+    if on & {"zeroshot", "retrieval"} and (train is not None or trained):
+        seen = bank if train is None else train
+        hint = f"name others, or leave them out of the training shards, {apart}"
+        check_held_out(seen, queries, where=where, hint=hint, learning="trained on")
 
 
 def _found(config: Config) -> tuple[list[str], tuple[Source, ...]]:
@@ -195,6 +224,28 @@ def _found(config: Config) -> tuple[list[str], tuple[Source, ...]]:
         sources.append(Source(given.name, len(urls), len(own), given.weight, given.repeat or 1.0))
         urls += own
     return urls, tuple(sources)
+
+
+def check_warmups(config: Config, epoch_samples: int) -> None:
+    """Refuse warm-ups that do not fit into the run. Of a curve that then stays constant, a short run sees the beginning.
+
+    Args:
+        config: the settings.
+        epoch_samples: samples of the training set.
+
+    Raises:
+        ConfigError: with the key and both lengths.
+    """
+    batch = config.train.global_batch
+    steps = config.train.length.steps(epoch_samples, batch)
+    for name in type(config.schedule).model_fields:
+        curve = getattr(config.schedule, name)
+        if curve.shape != "constant" and curve.warmup.samples(epoch_samples, batch) > steps * batch:
+            raise ConfigError(
+                f"a warm-up of {curve.warmup.steps(epoch_samples, batch)} steps in a run of {steps}",
+                where=f"schedule.{name}.warmup = {curve.warmup}",
+                hint="make it shorter, or train.length longer",
+            )
 
 
 def data_identity(inputs: Inputs) -> dict[str, Any]:

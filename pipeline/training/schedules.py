@@ -15,6 +15,7 @@ from typing import Literal, Self
 from pipeline import settings
 from pipeline.errors import ConfigError
 from pipeline.recipes.base import Step
+from pipeline.training.inputs import check_warmups
 
 
 @dataclass(frozen=True)
@@ -101,7 +102,7 @@ class Schedules:
 
     @classmethod
     def from_config(cls, config: settings.Config, *, epoch_samples: int) -> Self:
-        """The curves a config describes, over its whole run.
+        """The curves a config describes, over the optimizer steps of its run: an epoch's rest that fills no batch makes one more.
 
         Args:
             config: the run's settings.
@@ -111,31 +112,24 @@ class Schedules:
             ConfigError: a warm-up longer than the run.
         """
         batch, schedule = config.train.global_batch, config.schedule
-        length = config.train.length.samples(epoch_samples, batch)
+        check_warmups(config, epoch_samples)
+        length = config.train.length.steps(epoch_samples, batch) * batch
 
-        def curve(key: str, start: float, peak: float, end: float, rest: settings.Curve | settings.LearningRateCurve) -> Curve:
-            warmup = rest.warmup.samples(epoch_samples, batch)
-            if warmup > length and rest.shape != "constant":
-                raise ConfigError(
-                    f"a warm-up of {warmup} samples in a run of {length}",
-                    where=f"schedule.{key}.warmup",
-                    hint="make it shorter, or train.length longer",
-                )
-            return Curve(start, peak, end, warmup, length, rest.shape)
+        def curve(start: float, peak: float, end: float, rest: settings.Curve | settings.LearningRateCurve) -> Curve:
+            return Curve(start, peak, end, rest.warmup.samples(epoch_samples, batch), length, rest.shape)
 
-        def plain(key: str, s: settings.Curve) -> Curve:
+        def plain(s: settings.Curve) -> Curve:
             peak = s.start if s.peak is None else s.peak
-            return curve(key, s.start, peak, peak if s.end is None else s.end, s)
+            return curve(s.start, peak, peak if s.end is None else s.end, s)
 
-        freeze = getattr(config.recipe, "freeze_last_layer", settings.Length(0))
         return cls(
             global_batch=batch,
             epoch_samples=epoch_samples,
-            lr=curve("lr", schedule.lr.start, config.optim.peak_lr(batch), schedule.lr.end, schedule.lr),
-            weight_decay=plain("weight_decay", schedule.weight_decay),
-            momentum=plain("momentum", schedule.momentum),
-            teacher_temperature=plain("teacher_temperature", schedule.teacher_temperature),
-            last_layer_freeze=freeze.samples(epoch_samples, batch),
+            lr=curve(schedule.lr.start, config.optim.peak_lr(batch), schedule.lr.end, schedule.lr),
+            weight_decay=plain(schedule.weight_decay),
+            momentum=plain(schedule.momentum),
+            teacher_temperature=plain(schedule.teacher_temperature),
+            last_layer_freeze=config.recipe.last_layer_freeze.samples(epoch_samples, batch),
         )
 
     def at(self, samples_seen: int) -> Step:

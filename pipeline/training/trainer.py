@@ -21,7 +21,7 @@ from torch import Tensor
 from pipeline.data.random import mix
 from pipeline.data.stream import BatchStream
 from pipeline.data.views import Batch
-from pipeline.errors import TrainingError
+from pipeline.errors import NonFiniteError, TrainingError
 from pipeline.recipes.base import Recipe, Step
 from pipeline.tracking import Journal
 from pipeline.training.alarms import Alarms
@@ -274,14 +274,14 @@ class Trainer:
         keys = [key for batch in batches for key in batch.keys]
         self.watcher.say(f"step {number}: {', '.join(bad)} not finite, step skipped; rank {self.world.rank} held {keys[:4]}…")
         if self.journal is not None:
-            self.journal.metrics(number, {"train/skipped": self.progress.skipped})
+            self.journal.metrics(number, {"train/skipped_steps": float(self.progress.skipped)})
         rewinds = self.plan.rewind_after is not None and self.left_out.rewinds < self.plan.max_rewinds
         if in_a_row >= self.plan.max_nonfinite and not rewinds:
             # All ranks are here together, and the message is to name the samples of the one whose terms broke.
             found: list[tuple[int, list[str], list[str]]] = [(0, [], [])] * self.world.size
             dist.all_gather_object(found, (self.world.rank, bad, keys[:4]), group=self.world.control)
             rank, terms_there, keys_there = next((f for f in found if f[1] != ["gradient"]), found[0])
-            raise TrainingError(
+            raise NonFiniteError(
                 f"{in_a_row} steps in a row were not finite ({', '.join(terms_there)})",
                 where=f"step {number}, first keys on rank {rank}: {keys_there}",
                 hint="lower optim.lr or optim.betas, lengthen schedule.lr.warmup, or train.precision=fp32; then resume",

@@ -240,7 +240,8 @@ class Watchdog:
             first = False
         text = f"{sentence}. The stacks of all ranks are in {self.folder}; the attempt ends and the same command resumes."
         if first:
-            own = {"rank": self.rank, "what": sentence, "code": RESTART, "kind": "Stall", "step": step}
+            own = {"rank": self.rank, "what": sentence, "code": RESTART, "step": step}
+            own |= {"kind": "Stall", "retryable": True, "cause": "hang"}
             claims.claim(self.folder, own)
             self._say(f"error: {text}")
         else:

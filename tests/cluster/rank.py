@@ -39,10 +39,27 @@ def save(step: int) -> None:
         put(run / "checkpoints" / f"step_{step:09d}" / "manifest.json", {"step": step, "seconds": step * plan["seconds"]})
 
 
+# As pipeline.errors.verdict writes them.
+VERDICTS = {
+    "ValueError": {"retryable": True, "cause": "crash"},
+    "ConfigError": {"retryable": False, "cause": "refused"},
+    "NonFiniteError": {"retryable": False, "cause": "nonfinite"},
+    "RendezvousError": {"retryable": True, "cause": "rendezvous"},
+}
+
+
 def fail(kind: str, what: str) -> None:
     put(
         logs / "failure.json",
-        {"rank": rank, "kind": kind, "what": what, "code": 1, "step": step, "node": os.environ["SLURMD_NODENAME"]},
+        {
+            "rank": rank,
+            "kind": kind,
+            "what": what,
+            "code": 1,
+            "step": step,
+            "node": os.environ["SLURMD_NODENAME"],
+            **VERDICTS[kind],
+        },
     )
     os._exit(1)
 
@@ -57,7 +74,7 @@ met = logs / "met"
 if act == "meet" and not met.exists():
     if rank == 0:
         met.mkdir()
-    fail("Rendezvous", "the address is in use")
+    fail("RendezvousError", "the address is in use")
 stop = ""
 while step < plan["steps"]:
     if step == at:
@@ -68,7 +85,7 @@ while step < plan["steps"]:
         if act == "refuse":
             fail("ConfigError", "no such shard")
         if act == "nonfinite":
-            fail("TrainingError", "10 steps in a row were not finite")
+            fail("NonFiniteError", "10 steps in a row were not finite")
         if act == "freeze":
             time.sleep(300)
         if act == "quiet" and rank == 1:

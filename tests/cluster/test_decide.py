@@ -7,14 +7,22 @@ from typing import Any
 import pytest
 
 from launch.cluster.decide import Budgets, Ending, decide
+from pipeline.config import InvalidConfig
+from pipeline.data.storage import ShardChanged, StorageAway
+from pipeline.errors import CheckpointError, ConfigError, LaunchError, NonFiniteError, RendezvousError, TrainingError, verdict
 
 
 def done(stop: str, step: int = 9) -> dict[str, Any]:
     return {"stop": stop, "step": step, "steps": 24}
 
 
-def failed(kind: str, what: str = "it broke", **more: Any) -> dict[str, Any]:
-    return {"rank": 1, "kind": kind, "what": what, "code": 1, "step": 5, **more}
+def failed(error: BaseException | str, what: str = "it broke", **more: Any) -> dict[str, Any]:
+    record = verdict(error) if isinstance(error, BaseException) else {"kind": error, "cause": error, "retryable": True}
+    return {"rank": 1, "what": what, "code": 1, "step": 5, **record, **more}
+
+
+class Deeper(CheckpointError):
+    """A class that nobody has listed."""
 
 
 def row(cause: str, before: int = 0, after: int = 1, why: str = "") -> dict[str, Any]:
@@ -31,17 +39,24 @@ def row(cause: str, before: int = 0, after: int = 1, why: str = "") -> dict[str,
         (Ending(outcome=done("SIGTERM"), before=0, after=9), [], "requeue", "preempted"),
         (Ending(outcome=done("TOLD"), before=0, after=9), [], "requeue", "requeued"),
         (Ending(code=137, told="preempted", before=0, after=6), [], "requeue", "preempted"),
-        (Ending(code=1, outcome=done("SIGTERM"), failure=failed("ValueError"), before=0, after=6), [], "requeue", "crash"),
-        (Ending(code=137, failure=failed("RuntimeError"), before=0, after=6), [], "requeue", "crash"),
+        (Ending(code=1, outcome=done("SIGTERM"), failure=failed(ValueError()), before=0, after=6), [], "requeue", "crash"),
+        (Ending(code=137, failure=failed(RuntimeError()), before=0, after=6), [], "requeue", "crash"),
         (Ending(code=137, before=0, after=6), [], "requeue", "crash"),
-        (Ending(code=2, failure=failed("ConfigError")), [], "fail", "refused"),
-        (Ending(code=2, failure=failed("CheckpointError")), [], "fail", "refused"),
-        (Ending(code=1, failure=failed("TrainingError", "10 steps in a row were not finite")), [], "fail", "nonfinite"),
-        (Ending(code=1, failure=failed("TrainingError", "too many bad samples")), [], "fail", "refused"),
-        (Ending(code=75, failure=failed("Stall", "rank 1 has been in data at step 5 for 400 s"), after=6), [], "requeue", "hang"),
+        (Ending(code=2, failure=failed(ConfigError("x"))), [], "fail", "refused"),
+        (Ending(code=2, failure=failed(CheckpointError("x"))), [], "fail", "refused"),
+        (Ending(code=2, failure=failed(Deeper("x"))), [], "fail", "refused"),
+        (Ending(code=2, failure=failed(InvalidConfig([]))), [], "fail", "refused"),
+        (Ending(code=2, failure=failed(ShardChanged("x"))), [], "fail", "refused"),
+        (Ending(code=2, failure=failed(StorageAway("x")), before=0, after=6), [], "requeue", "crash"),
+        (Ending(code=2, failure=failed(LaunchError("no GPU"))), [], "fail", "refused"),
+        (Ending(code=1, failure=failed("node", "an all-reduce ran slowly"), after=6), [], "requeue", "node"),
+        (Ending(code=1, failure={"what": "an old record"}, after=6), [], "requeue", "crash"),
+        (Ending(code=1, failure=failed(NonFiniteError("x"), "10 steps in a row were not finite")), [], "fail", "nonfinite"),
+        (Ending(code=1, failure=failed(TrainingError("x"), "too many bad samples")), [], "fail", "refused"),
+        (Ending(code=75, failure=failed("hang", "rank 1 has been in data at step 5 for 400 s"), after=6), [], "requeue", "hang"),
         (Ending(code=137, hung=True, before=0, after=6), [], "requeue", "hang"),
-        (Ending(code=2, failure=failed("Rendezvous", "address in use"), after=6), [], "requeue", "rendezvous"),
-        (Ending(code=1, failure=failed("RuntimeError", "uncorrectable ECC error", node="n7"), after=6), [], "requeue", "node"),
+        (Ending(code=2, failure=failed(RendezvousError("x"), "address in use"), after=6), [], "requeue", "rendezvous"),
+        (Ending(code=1, failure=failed(RuntimeError(), "uncorrectable ECC error", node="n7"), after=6), [], "requeue", "node"),
         (Ending(bad_nodes={"n2": "7 GPUs answer of 8 wanted"}), [], "requeue", "node"),
         (Ending(bad_nodes={"n1": "no disk", "n2": "no disk"}, everywhere=True), [], "fail", "refused"),
         (Ending(code=137, outcome=done("SIGTERM"), before=0, after=6), [], "requeue", "crash"),
@@ -59,19 +74,19 @@ def test_each_ending_has_its_cause_and_its_consequence(
 def test_a_broken_machine_is_kept_away_from() -> None:
     preflight = decide(Ending(bad_nodes={"n2": "its disk is full"}), [], Budgets())
     assert preflight.exclude == {"n2": "its disk is full"}
-    gpu = decide(Ending(code=1, failure=failed("RuntimeError", "Xid 79", node="n7"), after=6), [], Budgets())
+    gpu = decide(Ending(code=1, failure=failed(RuntimeError(), "Xid 79", node="n7"), after=6), [], Budgets())
     assert list(gpu.exclude) == ["n7"]
-    program = decide(Ending(code=1, failure=failed("RuntimeError", "index out of range", node="n7"), after=6), [], Budgets())
+    program = decide(Ending(code=1, failure=failed(RuntimeError(), "index out of range", node="n7"), after=6), [], Budgets())
     assert not program.exclude
 
 
 def test_the_same_crash_twice_from_the_same_checkpoint_is_the_end() -> None:
     history = [row("crash", 6, 6, "index out of range")]
-    again = Ending(code=1, failure=failed("IndexError", "index out of range"), before=6, after=6)
+    again = Ending(code=1, failure=failed(IndexError(), "index out of range"), before=6, after=6)
     assert decide(again, history, Budgets()).action == "fail"
-    other = Ending(code=1, failure=failed("IndexError", "something else"), before=6, after=6)
+    other = Ending(code=1, failure=failed(IndexError(), "something else"), before=6, after=6)
     assert decide(other, history, Budgets()).action == "requeue"
-    further = Ending(code=1, failure=failed("IndexError", "index out of range"), before=6, after=12)
+    further = Ending(code=1, failure=failed(IndexError(), "index out of range"), before=6, after=12)
     assert decide(further, history, Budgets()).action == "requeue"
 
 
@@ -81,7 +96,7 @@ def test_the_same_crash_twice_from_the_same_checkpoint_is_the_end() -> None:
         ("crash", Ending(code=137, before=6, after=12)),
         ("hang", Ending(hung=True, before=6, after=12)),
         ("node", Ending(lost_node=True, before=6, after=12)),
-        ("rendezvous", Ending(failure=failed("Rendezvous"), before=6, after=12)),
+        ("rendezvous", Ending(failure=failed(RendezvousError("x")), before=6, after=12)),
     ],
 )
 def test_each_cause_has_a_budget_of_its_own(cause: str, end: Ending) -> None:

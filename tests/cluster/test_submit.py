@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import json
+import os
+import shlex
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from pydantic import ValidationError
 
+from launch.cluster import attend, record, render
 from launch.cluster import profile as profiles
-from launch.cluster import record, render
 from launch.cluster.profile import ClusterProfile, ContainerSettings
 from launch.cluster.submit import submit
 from pipeline.config import InvalidConfig, load, show
+from pipeline.data import scenes
 from pipeline.errors import ConfigError, LaunchError
 from pipeline.training.run import RunDirectory
 from tests.runs import ROOT, TOY
@@ -54,6 +58,77 @@ def test_shellcheck_finds_nothing(toy: Path, tmp_path: Path, changes: dict[str, 
         [checker, "--shell=bash", "--severity=warning", str(script)], capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stdout
+
+
+@pytest.mark.parametrize(
+    ("folder", "line"),
+    [
+        ("/shared/runs/toy", "/shared/runs/toy/logs/batch-%j.log"),
+        ("/w/my runs/a b", '"/w/my runs/a b/logs/batch-%j.log"'),
+        ("/w/50%done", "/w/50%%done/logs/batch-%j.log"),
+        ("/w/x#1", '"/w/x\\#1/logs/batch-%j.log"'),
+        ("/w/it's", '"/w/it\'s/logs/batch-%j.log"'),
+        ('/w/"q"', '"/w/\\"q\\"/logs/batch-%j.log"'),
+        ("/w/été [a]", '"/w/été [a]/logs/batch-%j.log"'),
+    ],
+)
+def test_the_jobs_log_is_named_whatever_the_run_is_called(toy: Path, folder: str, line: str) -> None:
+    config = load(toy, ["data.shards=/data/train.tar"]).config
+    script = render.script(config, ClusterProfile(), Path(folder), command="fovea\nsubmit\x1b[2J", code_state="c")
+    assert f"#SBATCH --output={line}\n" in script
+    assert "# sbatch" not in script and "\x1b" not in script
+    assert f"cd {shlex.quote(folder)} || exit 1" in script
+
+
+def test_a_percent_sign_is_doubled_in_patterns_of_srun_only() -> None:
+    assert attend._filled("--output=%LOGS%/rank-%t.log", Path("/w/50%done/logs")) == "--output=/w/50%%done/logs/rank-%t.log"
+    assert attend._filled("%LOGS%/links.json", Path("/w/50%done/logs")) == "/w/50%done/logs/links.json"
+
+
+@pytest.mark.parametrize("bad", ["x\ny", "x\r", "x\x1b[2J", "x\u2028y"])
+@pytest.mark.parametrize(
+    "key", ["memory", "partition", "account", "qos", "constraint", "reservation", "options", "pass_on", "host_python", "python"]
+)
+def test_a_profile_brings_no_lines_of_its_own_into_the_script(key: str, bad: str) -> None:
+    with pytest.raises(ValidationError, match=f"{key} should hold no line breaks"):
+        ClusterProfile.model_validate({key: bad})
+
+
+def test_names_of_variables_are_names() -> None:
+    for name in ("A\ntouch x", "A B", "1A", "A;B", "", "A=1"):
+        with pytest.raises(ValidationError, match="no name of a variable"):
+            ClusterProfile(environment={name: "1"})
+
+
+def test_a_run_in_a_folder_with_a_backslash_is_refused(toy: Path, tmp_path: Path) -> None:
+    loaded = load(toy, ["data.shards=/nowhere/x.tar", f"run.directory={tmp_path}/a\\b"])
+    with pytest.raises(ConfigError, match="no backslash"):
+        submit(loaded, ClusterProfile(nodes=1, gpus_per_node=2), dry=True)
+
+
+def test_relative_shards_reach_the_job_by_a_name_that_holds_there(
+    toy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scenes.write(tmp_path / "data", train=40, val=8, size=32, samples_per_shard=20)
+    (tmp_path / "bin").mkdir()
+    for name, text in (("sbatch", "echo 4711"), ("squeue", ""), ("scontrol", "")):
+        (tmp_path / "bin" / name).write_text(f"#!/bin/sh\n{text}\n")
+        (tmp_path / "bin" / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:{os.environ['PATH']}")
+    monkeypatch.chdir(tmp_path)
+    loaded = load(toy, ["data.shards=data/*train-*.tar", "run.directory=run", "data.index=ix"])
+    profile = ClusterProfile(nodes=1, gpus_per_node=2, local_paths=())
+    assert submit(loaded, profile).job == 4711
+    monkeypatch.chdir(tmp_path / "run")
+    config = load("config.yaml").config
+    assert config.data.shards == (f"{tmp_path}/data/*train-*.tar",)
+    assert config == loaded.config
+    magic = tmp_path / "exp[1]"
+    shutil.copytree(tmp_path / "data", magic / "data")
+    monkeypatch.chdir(magic)
+    loaded = load(toy, ["data.shards=data/*train-*.tar", f"run.directory={tmp_path}/other", "data.index=ix"])
+    with pytest.raises(ConfigError, match="whose name reads as a pattern"):
+        submit(loaded, profile)
 
 
 def test_every_profile_of_ours_loads() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from pathlib import Path
 
@@ -109,3 +110,16 @@ def test_many_threads_read_more_files_than_stay_open(tmp_path: Path) -> None:
     for thread in threads:
         thread.join()
     assert not wrong
+
+
+def test_a_user_id_without_a_name_has_a_cache_folder(monkeypatch: pytest.MonkeyPatch) -> None:
+    from pipeline.data.storage import cache_folder
+    from pipeline.sections import StorageSettings
+
+    def unknown() -> str:
+        raise KeyError("getpwuid(): uid not found: 54321")
+
+    for name in ("FOVEA_CACHE", "SLURM_TMPDIR", "LOCAL_SCRATCH"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr("getpass.getuser", unknown)
+    assert cache_folder(StorageSettings()).name == f"fovea-shards-uid-{os.getuid()}"

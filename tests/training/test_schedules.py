@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -139,6 +141,38 @@ def test_config_lengths_become_samples() -> None:
     assert schedules.at(0).teacher_temperature == 0.04
     assert schedules.at(3000).teacher_temperature == 0.07
     assert schedules.last_layer_freeze == 125_000
+
+
+def test_a_run_of_epochs_that_fill_no_whole_batches_ends_its_curves_with_its_last_step() -> None:
+    """Three epochs of 150 samples in batches of 100 are five steps: the curve is the reference's over five iterations."""
+    config = _config(ScheduleSettings()).replace(train=TrainSettings(global_batch=100, length=Length(3, "epochs")))
+    schedules = Schedules.from_config(config, epoch_samples=150)
+    assert schedules.lr.length == 500
+    peak, end = schedules.lr.peak, 1e-6
+    expected = [end + 0.5 * (peak - end) * (1 + math.cos(math.pi * step / 5)) for step in range(5)]
+    assert [schedules.at(step * 100).lr for step in range(5)] == pytest.approx(expected)
+
+
+def test_a_short_run_sees_the_beginning_of_a_long_warm_up_that_leads_to_a_constant() -> None:
+    schedule = ScheduleSettings(
+        teacher_temperature=CurveSettings(start=0.04, peak=0.07, warmup=Length(1000, "steps"), shape="constant")
+    )
+    short, long = _config(schedule), _config(schedule)
+    short = short.replace(train=TrainSettings(global_batch=100, length=Length(20, "steps")))
+    long = long.replace(train=TrainSettings(global_batch=100, length=Length(2000, "steps")))
+    both = [Schedules.from_config(config, epoch_samples=1000) for config in (short, long)]
+    assert [one.at(1500).teacher_temperature for one in both] == [both[1].at(1500).teacher_temperature] * 2
+    assert 0.04 < both[0].at(1500).teacher_temperature < 0.041
+
+
+@pytest.mark.parametrize("name", ["lr", "weight_decay", "momentum"])
+def test_a_warm_up_in_other_units_than_the_run_is_refused_too(name: str) -> None:
+    changed = ScheduleSettings().model_dump(mode="json") | {}
+    changed[name]["warmup"] = "2 epochs"
+    config = _config(ScheduleSettings.model_validate(changed))
+    config = config.replace(train=TrainSettings(global_batch=100, length=Length(15, "steps")))
+    with pytest.raises(ConfigError, match=rf"schedule\.{name}\.warmup = 2 epochs: a warm-up of 20 steps in a run of 15"):
+        Schedules.from_config(config, epoch_samples=1000)
 
 
 def test_a_config_whose_warm_up_does_not_fit_names_the_key() -> None:

@@ -10,20 +10,22 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
 import hashlib
 import json
 import logging
 import os
 import shutil
 import socket
+import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 from pipeline.data.storage.names import ObjectStat, base_name
 from pipeline.errors import DataError
+from pipeline.locks import lock
 
+_FORGOTTEN = 86400.0  # seconds after which a file is litter, where no lock tells whether somebody uses it
 _log = logging.getLogger(__name__)
 Fetch = Callable[[ObjectStat, int], None]
 
@@ -88,7 +90,7 @@ class ShardCache:
         """
         final = self.path(about)
         while not final.exists():
-            with self._part(final) as descriptor:
+            with self._part(final) as (descriptor, part):
                 if final.exists():
                     break
                 self._reserve(descriptor, about.size)
@@ -101,7 +103,7 @@ class ShardCache:
                     raise
                 if os.fstat(descriptor).st_size != about.size:
                     raise DataError("download has the wrong size", where=about.url, hint="Try again.")
-                os.replace(self._temporary(final), final)
+                os.replace(part, final)
         with contextlib.suppress(OSError):
             os.utime(final)
         return final
@@ -112,7 +114,7 @@ class ShardCache:
         if self._needs is None:
             path = self.folder / f".needs-{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex[:8]}"
             self._needs = os.open(path, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o666)
-            fcntl.flock(self._needs, fcntl.LOCK_EX)
+            lock(self._needs, path)
         with self._alone():
             data = json.dumps(names).encode()
             os.ftruncate(self._needs, 0)
@@ -130,8 +132,8 @@ class ShardCache:
 
     @contextlib.contextmanager
     def _alone(self) -> Iterator[None]:
-        with (self.folder / ".lock").open("a") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
+        with (self.folder / ".lock").open("a") as file:
+            lock(file.fileno(), file.name)
             yield
 
     @staticmethod
@@ -139,17 +141,19 @@ class ShardCache:
         return final.with_name(f".{final.name}.part")
 
     @contextlib.contextmanager
-    def _part(self, final: Path) -> Iterator[int]:
+    def _part(self, final: Path) -> Iterator[tuple[int, Path]]:
         """The locked, empty file to download into; waits while another process downloads the same shard."""
-        path = self._temporary(final)
+        path, private = self._temporary(final), False
         while True:
             descriptor = os.open(path, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o666)
             try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX)
+                if not lock(descriptor, path) and not private:
+                    private, path = True, final.with_name(f".{final.name}.{uuid.uuid4().hex[:8]}.part")
+                    continue  # without locks, two processes must not write to one file
                 if not _still(descriptor, path):
                     continue  # it was finished, or swept, while we waited
                 try:
-                    yield descriptor
+                    yield descriptor, path
                 finally:
                     if _still(descriptor, path):
                         path.unlink(missing_ok=True)
@@ -229,7 +233,8 @@ def _abandoned(path: Path) -> bool:
     except OSError:
         return True
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if not lock(descriptor, path, wait=False) and time.time() - os.fstat(descriptor).st_mtime < _FORGOTTEN:
+            return False
     except BlockingIOError:
         return False
     else:

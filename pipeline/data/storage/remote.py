@@ -36,6 +36,9 @@ _Value = TypeVar("_Value")
 class StorageAway(DataError):
     """Storage did not answer, or refused, for as long as patience lasts. Not a fault of one sample: no substitute is taken."""
 
+    retryable = True
+    cause = "crash"
+
 
 class NotThere(DataError):
     """The object does not exist."""
@@ -387,7 +390,7 @@ def _has_keys() -> bool:
 def _profile_credentials() -> Any:
     """Keys of ``~/.aws`` and single sign-on, which need boto3; ``None`` where the environment has keys or no such file."""
     places = {"AWS_SHARED_CREDENTIALS_FILE": "~/.aws/credentials", "AWS_CONFIG_FILE": "~/.aws/config"}
-    files = [Path(os.environ.get(name, usual)).expanduser() for name, usual in places.items()]
+    files = [Path(os.path.expanduser(os.environ.get(name, usual))) for name, usual in places.items()]
     if _has_keys() or not ("AWS_PROFILE" in os.environ or any(file.exists() for file in files)):
         return None
     try:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import getpass
 import logging
 import os
 import shutil
@@ -18,6 +17,7 @@ from pipeline.data.storage.cache import CacheFull, ShardCache
 from pipeline.data.storage.names import ObjectStat, is_remote, local_path, split
 from pipeline.data.storage.remote import NotThere, Remote
 from pipeline.errors import DataError
+from pipeline.paths import user_name
 from pipeline.settings import StorageSettings
 
 _FULL_FOR = 60.0  # seconds until room is looked for again
@@ -250,8 +250,8 @@ class _File:
 def cache_folder(settings: StorageSettings) -> Path:
     """Where a node keeps shards: as set, else ``$FOVEA_CACHE``, the job's scratch folder, or the system's temporary folder."""
     if settings.cache is not None:
-        return settings.cache.expanduser()
+        return Path(os.path.expanduser(settings.cache))
     for name in ("FOVEA_CACHE", "SLURM_TMPDIR", "LOCAL_SCRATCH"):
         if os.environ.get(name):
             return Path(os.environ[name]) / "fovea-shards"
-    return Path(tempfile.gettempdir()) / f"fovea-shards-{getpass.getuser()}"
+    return Path(tempfile.gettempdir()) / f"fovea-shards-{user_name()}"

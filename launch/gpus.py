@@ -1,0 +1,68 @@
+"""Counts the GPUs that a process may use, without loading torch."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable, Mapping
+from functools import partial
+from pathlib import Path
+
+
+def gpus(environment: Mapping[str, str] | None = None) -> int:
+    """GPUs of this machine that CUDA shows to this process.
+
+    Args:
+        environment: variables, of which ``CUDA_VISIBLE_DEVICES`` counts; this process's if not given.
+    """
+    env = os.environ if environment is None else environment
+    there = sum(1 for path in Path("/dev").glob("nvidia[0-9]*") if path.name[6:].isdigit())
+    return visible(there, env.get("CUDA_VISIBLE_DEVICES"))
+
+
+def visible(there: int, chosen: str | None) -> int:
+    """How many of a machine's GPUs ``CUDA_VISIBLE_DEVICES`` leaves, by CUDA's own rules.
+
+    Numbers, UUIDs (``GPU-…``) or MIG instances count up to the first that is none, a repetition makes the whole list empty, and
+    a process never sees more than one MIG instance.
+
+    Args:
+        there: GPUs of the machine.
+        chosen: the variable's value, ``None`` if it is not set.
+    """
+    if chosen is None:
+        return there
+    parts = [part.strip() for part in chosen.split(",")]
+    for prefix in ("GPU-", "MIG-"):
+        if parts[0].startswith(prefix):
+            named = _until(parts, partial(_name, prefix=prefix))
+            return min(len(named), 1 if prefix == "MIG-" else there) if there else 0
+    return len(_until(parts, partial(_number, there=there)))
+
+
+def _name(part: str, prefix: str) -> str | None:
+    return part if part.startswith(prefix) and len(part) > len(prefix) else None
+
+
+def _number(part: str, there: int) -> int | None:
+    match = re.match(r"\d+", part)
+    return int(match[0]) if match and int(match[0]) < there else None
+
+
+def _until(parts: list[str], read: Callable[[str], object]) -> list[object]:
+    """What can be read of a list up to the first entry that cannot; nothing if one comes twice."""
+    taken: list[object] = []
+    for part in parts:
+        value = read(part)
+        if value is None:
+            break
+        if value in taken:
+            return []
+        taken.append(value)
+    return taken
+
+
+def shown(environment: Mapping[str, str] | None = None) -> str:
+    """The variable that chooses the GPUs, for messages; empty if it is not set."""
+    env = os.environ if environment is None else environment
+    return f" (CUDA_VISIBLE_DEVICES={env['CUDA_VISIBLE_DEVICES']!r})" if "CUDA_VISIBLE_DEVICES" in env else ""

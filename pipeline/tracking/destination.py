@@ -1,0 +1,76 @@
+"""Where a run's journal goes: the server of its settings, of the environment, or a SQLite file of its own."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from pipeline.paths import absolute
+from pipeline.settings import TrackingSettings
+from pipeline.tracking.database import OWN, uri_of
+from pipeline.untrusted import hide_secrets, printable
+
+_FILE = "destination.json"
+_EXPERIMENT = "fovea"
+
+
+@dataclass(frozen=True)
+class Destination:
+    """An MLflow server and experiment.
+
+    Attributes:
+        uri: tracking URI.
+        experiment: name of the experiment.
+        origin: who named the server: ``tracking.uri``, ``MLFLOW_TRACKING_URI``, or empty for the run's own file.
+    """
+
+    uri: str
+    experiment: str
+    origin: str = ""
+
+    def __str__(self) -> str:
+        """For a person: the server without its secrets, and who named it."""
+        return printable(hide_secrets(self.uri)) + (f" ({self.origin})" if self.origin else "")
+
+    def record(self, tracking: Path) -> None:
+        """Keeps what the environment named, for commands that are typed in another shell later."""
+        if self.origin == "MLFLOW_TRACKING_URI" or (tracking / _FILE).exists():
+            tracking.mkdir(parents=True, exist_ok=True)
+            temporary = tracking / f".{_FILE}.{os.getpid()}"
+            temporary.write_text(json.dumps({"uri": self.uri, "experiment": self.experiment, "origin": self.origin}))
+            temporary.replace(tracking / _FILE)
+
+
+def destination(settings: TrackingSettings, run: Path, environment: Mapping[str, str] | None = None) -> Destination:
+    """Where the journal of a run goes.
+
+    ``tracking.uri`` wins, then ``MLFLOW_TRACKING_URI``, then what that variable held when the run was trained, then
+    ``<run>/mlflow.db``; likewise ``tracking.experiment``, ``MLFLOW_EXPERIMENT_NAME``, ``fovea``.
+
+    Args:
+        settings: the run's section ``tracking``.
+        run: the run's directory.
+        environment: variables; this process's if not given.
+    """
+    env = os.environ if environment is None else environment
+    kept = _recorded(run / "tracking" / _FILE)
+    experiment = settings.experiment or env.get("MLFLOW_EXPERIMENT_NAME", "").strip() or kept.get("experiment") or _EXPERIMENT
+    if settings.uri:
+        return Destination(settings.uri, experiment, "tracking.uri")
+    named = env.get("MLFLOW_TRACKING_URI", "").strip()
+    if named:
+        return Destination(absolute(named, "uri"), experiment, "MLFLOW_TRACKING_URI")
+    if kept.get("uri") and kept.get("origin"):
+        return Destination(kept["uri"], experiment, kept["origin"])
+    return Destination(uri_of((run / OWN).resolve()), experiment)
+
+
+def _recorded(path: Path) -> dict[str, str]:
+    try:
+        document = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return {}
+    return {key: value for key, value in document.items() if isinstance(value, str)} if isinstance(document, dict) else {}

@@ -1,0 +1,50 @@
+"""``fovea demo`` works for every method: its config loads with the demo's overrides, and a tiny one is run to its end."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from launch import demo
+from pipeline.config import load
+from pipeline.methods import RECIPES
+
+
+@pytest.mark.parametrize("method", sorted(RECIPES))
+def test_every_method_has_a_config_that_takes_the_demos_settings(method: str, tmp_path: Path) -> None:
+    name = demo.config_of(method)
+    words = ["data.shards=x/*train-*.tar", "evaluation.knn.val_shards=x/*val-*.tar", "launch.ranks=2", "tracking.experiment=e"]
+    words += demo._length(name, words, tmp_path, 5.0, 60)
+    config = load(name, words).config
+    assert config.recipe.name == method
+    assert str(config.train.length) == "60 steps" and str(config.checkpoint.every) == "15 steps"
+    assert {str(every) for every in config.evaluation.enabled.values()} == {"6 steps"}
+    assert "knn" in config.evaluation.enabled
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["simclr", "clip", "distill"])
+def test_a_demo_is_stopped_resumed_and_shown(
+    method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(demo, "TRAIN", 512)
+    monkeypatch.setattr(demo, "VALIDATION", 64)
+    monkeypatch.setattr(demo, "SIZE", 32)
+    demo.run(minutes=1.0, method=method, data=None, directory=tmp_path, val=None, steps=8)
+    (run,) = tmp_path.glob(f"{method}-*")
+    outcome = json.loads((run / "outcome.json").read_text())
+    assert (outcome["stop"], outcome["step"], outcome["attempt"]) == ("FINISHED", 8, 1)
+    assert (run / "page.html").stat().st_size > 10_000
+    assert "What came out" in capfd.readouterr().out
+
+
+@pytest.mark.slow
+def test_the_speed_is_that_of_a_short_run_which_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(demo, "TRAIN", 512)
+    monkeypatch.setattr(demo, "VALIDATION", 64)
+    monkeypatch.setattr(demo, "SIZE", 32)
+    words = [*demo.shards_of(None, None, tmp_path), "launch.ranks=1", "train.global_batch=16"]
+    assert demo.images_per_second(demo.config_of("byol"), words, tmp_path) > 0
+    assert not (tmp_path / ".probe").exists()

@@ -1,0 +1,43 @@
+"""Which MLflow server a run's journal goes to: settings, environment, what the run recorded, its own file."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from pipeline.settings import TrackingSettings
+from pipeline.tracking import destination
+from pipeline.tracking.database import uri_of
+
+NAMED = {"MLFLOW_TRACKING_URI": "http://env:5000", "MLFLOW_EXPERIMENT_NAME": "env"}
+
+
+def test_without_anything_it_is_a_file_in_the_run(tmp_path: Path) -> None:
+    found = destination(TrackingSettings(), tmp_path, {})
+    assert (found.uri, found.experiment, found.origin) == (uri_of(tmp_path / "mlflow.db"), "fovea", "")
+
+
+def test_the_settings_win_over_the_environment(tmp_path: Path) -> None:
+    found = destination(TrackingSettings(uri="http://mine:1", experiment="mine"), tmp_path, NAMED)
+    assert (found.uri, found.experiment, found.origin) == ("http://mine:1", "mine", "tracking.uri")
+
+
+def test_the_environment_is_heeded_and_named(tmp_path: Path) -> None:
+    found = destination(TrackingSettings(), tmp_path, NAMED)
+    assert (found.uri, found.experiment) == ("http://env:5000", "env")
+    assert str(found) == "http://env:5000 (MLFLOW_TRACKING_URI)"
+    assert destination(TrackingSettings(), tmp_path, {"MLFLOW_TRACKING_URI": "  "}).origin == ""
+
+
+def test_another_shell_still_knows_what_the_environment_named(tmp_path: Path) -> None:
+    destination(TrackingSettings(), tmp_path, NAMED).record(tmp_path / "tracking")
+    later = destination(TrackingSettings(), tmp_path, {})
+    assert (later.uri, later.experiment) == ("http://env:5000", "env")
+    moved = destination(TrackingSettings(), tmp_path, {"MLFLOW_TRACKING_URI": "http://other"})
+    assert moved.uri == "http://other"
+    (tmp_path / "tracking" / "destination.json").write_text("[damaged")
+    assert destination(TrackingSettings(), tmp_path, {}).origin == ""
+
+
+def test_a_password_is_not_shown(tmp_path: Path) -> None:
+    shown = str(destination(TrackingSettings(uri="https://me:secret@host/x?token=abc"), tmp_path, {}))
+    assert "secret" not in shown and "abc" not in shown and "host" in shown
