@@ -182,6 +182,11 @@ class LearningRateCurve(Settings):
     start: NonNegative = Field(default=0.0, description="learning rate at the first sample")
     end: NonNegative = Field(default=1e-6, description="learning rate at the last sample")
     warmup: Length = Field(default=Length(0), description="length of the rise from start to the peak")
+    per_epoch: bool = Field(
+        default=False,
+        description="the value changes between epochs only, as in the code of MoCo v2 (learning rate), DINO and DetailCLIP "
+        "(temperature of the teacher)",
+    )
     shape: Literal["cosine", "cosine_to_last", "linear", "constant"] = Field(
         default="cosine",
         description="way from the peak to end; cosine_to_last is DINOv3's; constant stays at the peak",
@@ -195,6 +200,11 @@ class Curve(Settings):
     peak: NonNegative | None = Field(default=None, description="value after warm-up; null means start")
     end: NonNegative | None = Field(default=None, description="value at the last sample; null means the peak")
     warmup: Length = Field(default=Length(0), description="length of the way from start to peak")
+    per_epoch: bool = Field(
+        default=False,
+        description="the value changes between epochs only, as in the code of MoCo v2 (learning rate), DINO and DetailCLIP "
+        "(temperature of the teacher)",
+    )
     shape: Literal["cosine", "cosine_to_last", "linear", "constant"] = Field(
         default="cosine",
         description="way from the peak to end; cosine_to_last is DINOv3's; constant stays at the peak",

@@ -30,6 +30,7 @@ class Curve:
         length: length of the whole curve, samples.
         shape: the way from ``peak`` to ``end``: half a cosine, DINOv3's ``cosine_to_last``, a line, or ``constant`` (stays at
             ``peak``).
+        stair: samples of an epoch, where the value changes between epochs only; 0 where it changes with each step.
 
     Raises:
         ConfigError: a negative length, or a warm-up longer than the curve.
@@ -41,6 +42,7 @@ class Curve:
     warmup: int = 0
     length: int = 0
     shape: Literal["cosine", "cosine_to_last", "linear", "constant"] = "cosine"
+    stair: int = 0
 
     def __post_init__(self) -> None:
         if self.warmup < 0 or self.length < 0 or (self.shape != "constant" and self.warmup > self.length):
@@ -56,6 +58,8 @@ class Curve:
             samples_seen: samples consumed before the step.
             global_batch: samples of one step; the warm-up is complete on its last step, not one later.
         """
+        if self.stair:  # an epoch is then what a step is otherwise
+            samples_seen, global_batch = samples_seen - samples_seen % self.stair, self.stair
         if samples_seen < self.warmup:
             whole = self.warmup - (0 if self.shape == "cosine_to_last" else global_batch)
             share = min(samples_seen / whole, 1.0) if whole > 0 else 0.0
@@ -116,7 +120,8 @@ class Schedules:
         length = config.train.length.steps(epoch_samples, batch) * batch
 
         def curve(start: float, peak: float, end: float, rest: settings.Curve | settings.LearningRateCurve) -> Curve:
-            return Curve(start, peak, end, rest.warmup.samples(epoch_samples, batch), length, rest.shape)
+            warmup = rest.warmup.samples(epoch_samples, batch)
+            return Curve(start, peak, end, warmup, length, rest.shape, epoch_samples if rest.per_epoch else 0)
 
         def plain(s: settings.Curve) -> Curve:
             peak = s.start if s.peak is None else s.peak

@@ -110,6 +110,20 @@ def test_a_warm_up_of_one_step_starts_at_start() -> None:
     assert curve.at(64, 64) == 1.0
 
 
+@pytest.mark.parametrize(("epochs", "values"), [(1, [0.04, 0.07, 0.07]), (3, [0.04, 0.055, 0.07, 0.07])])
+def test_a_curve_per_epoch_is_the_authors_table_of_epochs(epochs: int, values: list[float]) -> None:
+    # numpy.linspace(0.04, 0.07, epochs) followed by 0.07, read once an epoch: DINO's and DetailCLIP's code.
+    curve = Curve(0.04, 0.07, 0.07, warmup=epochs * 1000, length=10_000, shape="constant", stair=1000)
+    for epoch, value in enumerate(values):
+        assert {curve.at(epoch * 1000 + seen, 64) for seen in (0, 64, 960)} == {pytest.approx(value)}
+
+
+def test_a_rate_per_epoch_is_moco_v2s() -> None:
+    curve = Curve(0.0, 0.03, 0.0, length=200_000, shape="cosine", stair=1000)
+    for epoch in (0, 1, 77, 199):
+        assert curve.at(epoch * 1000 + 512, 256) == pytest.approx(0.03 * 0.5 * (1 + math.cos(math.pi * epoch / 200)))
+
+
 def test_constant_never_moves() -> None:
     assert {constant(0.3).at(n, 32) for n in (0, 1, 10**9)} == {0.3}
 
