@@ -24,7 +24,7 @@ from launch.watch import clock
 from pipeline.config import available, load
 from pipeline.data import scenes
 from pipeline.errors import ConfigError, DataError, LaunchError
-from pipeline.interpreter import module_command, safe_environment
+from pipeline.interpreter import alone_environment, module_command
 from pipeline.tracking.database import uri_of
 
 TRAIN, VALIDATION, SIZE = 8000, 1000, 64
@@ -88,7 +88,7 @@ def images_per_second(name: str, words: list[str], directory: Path) -> float:
     short += [f"run.directory={json.dumps(str(folder))}", f"checkpoint.every={_PROBE_STEPS} steps", "checkpoint.keep_best=null"]
     done = subprocess.run(
         module_command("launch.cli", "train", name, *words, *off, *short),
-        env=safe_environment(),
+        env=alone_environment(),
         capture_output=True,
         text=True,
         check=False,
@@ -107,7 +107,7 @@ def images_per_second(name: str, words: list[str], directory: Path) -> float:
 
 
 def _start(words: list[str]) -> subprocess.Popen[bytes]:
-    return subprocess.Popen(module_command("launch.cli", "train", *words), env=safe_environment())
+    return subprocess.Popen(module_command("launch.cli", "train", *words), env=alone_environment())
 
 
 def _steps_done(run: Path) -> int:

@@ -91,23 +91,23 @@ def gather(paths: Sequence[Path]) -> list[Told]:
             for _, record in read(journal):
                 if record["kind"] == "tags":
                     told.tags |= {str(key): str(value) for key, value in record["values"].items()}
-        told.judged = _judged(path)
+        told.judged = _eval_documents(path)
         found.append(told)
     return found
 
 
-def _judged(run: Path) -> dict[str, dict[str, Any]]:
+def _eval_documents(run: Path) -> dict[str, dict[str, Any]]:
     """Scores of ``fovea eval`` by checkpoint: those of named evaluators, and the k-NN that it computes without any name."""
-    found = {file.stem: _json(file) for file in sorted((run / "evaluations").glob("*.json"))}
+    documents = {file.stem: _json(file) for file in sorted((run / "evaluations").glob("*.json"))}
     plain = _json(run / "evaluation.json")
     knn = plain.get("knn")
     if isinstance(knn, dict) and "checkpoint" in plain:
-        document = found.setdefault(str(plain["checkpoint"]), {})
+        document = documents.setdefault(str(plain["checkpoint"]), {})
         scores = document["scores"] = dict(document.get("scores") or {})
         for whose, row in knn.items():
             if isinstance(row, dict):
                 scores[whose] = {f"knn/k{k}": value for k, value in row.items()} | dict(scores.get(whose) or {})
-    return found
+    return documents
 
 
 def write(paths: Sequence[Path], out: Path) -> Path:

@@ -179,12 +179,12 @@ def absolute_paths(settings: _S, folder: str | None = None) -> _S:
 
 def path_values(settings: Settings, prefix: str = "") -> dict[str, Any]:
     """All settings that name files and are set, by dotted key."""
-    found: dict[str, Any] = {}
+    named: dict[str, Any] = {}
     for name, info in type(settings).model_fields.items():
         value = getattr(settings, name)
         if path_marker(info) is not None and value not in (None, ()):
-            found[prefix + name] = value
+            named[prefix + name] = value
         for one in value if isinstance(value, tuple) else (value,):
             if isinstance(one, Settings):
-                found |= path_values(one, f"{prefix}{name}.")
-    return found
+                named |= path_values(one, f"{prefix}{name}.")
+    return named

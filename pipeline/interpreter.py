@@ -41,3 +41,9 @@ def safe_environment(environment: Mapping[str, str] | None = None) -> dict[str, 
         environment: to begin with; this process's if not given.
     """
     return {**(os.environ if environment is None else environment), "PYTHONSAFEPATH": "1"}
+
+
+def alone_environment() -> dict[str, str]:
+    """Variables for a command that starts ranks of its own, also inside a step of Slurm or a process of torchrun."""
+    of_launchers = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "SLURM_STEP_ID", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE")
+    return {name: value for name, value in safe_environment().items() if name not in of_launchers}

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.interpreter import module_command, safe_environment
+from pipeline.interpreter import alone_environment, module_command, safe_environment
 from tests.runs import ROOT, environment
 
 NAMES = [
@@ -66,3 +66,10 @@ def test_interpreters_of_that_process_leave_the_folder_alone_too(tmp_path: Path)
         [sys.executable, "-c", code], cwd=tmp_path, env=safe_environment(environment()), capture_output=True, text=True
     )
     assert done.stdout.strip() not in ("", str(tmp_path))
+
+
+def test_ranks_of_its_own_know_nothing_of_another_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("RANK", "WORLD_SIZE", "SLURM_STEP_ID", "PMI_SIZE", "SLURM_JOB_ID"):
+        monkeypatch.setenv(name, "2")
+    variables = alone_environment()
+    assert not variables.keys() & {"RANK", "WORLD_SIZE", "SLURM_STEP_ID", "PMI_SIZE"} and variables["SLURM_JOB_ID"] == "2"

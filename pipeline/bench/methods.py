@@ -12,7 +12,7 @@ from typing import Any
 from pipeline.config import available, load
 from pipeline.data.scenes import CLASS_NAMES
 from pipeline.errors import FoveaError, TrainingError
-from pipeline.interpreter import module_command, safe_environment
+from pipeline.interpreter import alone_environment, module_command
 from pipeline.methods import RECIPES
 
 PROBE = 20  # steps, from which the number of steps is reckoned
@@ -121,7 +121,7 @@ def _zeroshot(directory: Path) -> float:
 
 def _run(words: Sequence[str]) -> None:
     done = subprocess.run(
-        module_command("launch.cli", *words), env=safe_environment(), capture_output=True, text=True, check=False
+        module_command("launch.cli", *words), env=alone_environment(), capture_output=True, text=True, check=False
     )
     if done.returncode:
         last = (done.stderr.strip().splitlines() or done.stdout.strip().splitlines() or ["nothing was said"])[-1]

@@ -176,7 +176,7 @@ pwd.getpwuid = unknown
 
 @pytest.mark.slow
 @pytest.mark.parametrize("home", [None, "/proc/nowhere"])
-def test_a_user_id_without_a_name_trains_or_is_told_in_a_sentence(work: Path, tmp_path: Path, home: str | None) -> None:
+def test_a_user_id_without_a_name_trains_or_is_refused_in_a_sentence(work: Path, tmp_path: Path, home: str | None) -> None:
     """What a container's user has whose ID no password file knows, and whose home is missing or cannot be written."""
     (tmp_path / "site").mkdir()
     (tmp_path / "site" / "sitecustomize.py").write_text(NAMELESS)

@@ -12,19 +12,19 @@ NAMED = {"MLFLOW_TRACKING_URI": "http://env:5000", "MLFLOW_EXPERIMENT_NAME": "en
 
 
 def test_without_anything_it_is_a_file_in_the_run(tmp_path: Path) -> None:
-    found = destination(TrackingSettings(), tmp_path, {})
-    assert (found.uri, found.experiment, found.origin) == (uri_of(tmp_path / "mlflow.db"), "fovea", "")
+    chosen = destination(TrackingSettings(), tmp_path, {})
+    assert (chosen.uri, chosen.experiment, chosen.origin) == (uri_of(tmp_path / "mlflow.db"), "fovea", "")
 
 
 def test_the_settings_win_over_the_environment(tmp_path: Path) -> None:
-    found = destination(TrackingSettings(uri="http://mine:1", experiment="mine"), tmp_path, NAMED)
-    assert (found.uri, found.experiment, found.origin) == ("http://mine:1", "mine", "tracking.uri")
+    chosen = destination(TrackingSettings(uri="http://mine:1", experiment="mine"), tmp_path, NAMED)
+    assert (chosen.uri, chosen.experiment, chosen.origin) == ("http://mine:1", "mine", "tracking.uri")
 
 
 def test_the_environment_is_heeded_and_named(tmp_path: Path) -> None:
-    found = destination(TrackingSettings(), tmp_path, NAMED)
-    assert (found.uri, found.experiment) == ("http://env:5000", "env")
-    assert str(found) == "http://env:5000 (MLFLOW_TRACKING_URI)"
+    chosen = destination(TrackingSettings(), tmp_path, NAMED)
+    assert (chosen.uri, chosen.experiment) == ("http://env:5000", "env")
+    assert str(chosen) == "http://env:5000 (MLFLOW_TRACKING_URI)"
     assert destination(TrackingSettings(), tmp_path, {"MLFLOW_TRACKING_URI": "  "}).origin == ""
 
 

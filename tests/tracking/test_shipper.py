@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 
+from pipeline.errors import LaunchError
 from pipeline.tracking import Aside, Journal, Shipper, asides
 
 
@@ -371,3 +372,16 @@ def test_of_itself_it_has_a_run_of_its_own(bench: Bench) -> None:
     folder, aside = aside_of(bench, "eval-a", 0.25, joins="")
     aside.shipper(folder).ship()
     assert bench.run.info.run_name == "by hand" and bench.history("eval/score") == [(3, 0.25)]
+
+
+def test_a_deleted_experiment_is_named_with_what_to_do(bench: Bench) -> None:
+    journal = bench.journal()
+    journal.metrics(0, {"loss": 1.0})
+    bench.shipper().ship()
+    bench.client.delete_experiment(bench.client.get_experiment_by_name("tests").experiment_id)
+    journal.metrics(1, {"loss": 0.5})
+    shipper = bench.shipper()
+    shipper.start()
+    assert not shipper.close(60)
+    assert isinstance(shipper.trouble, LaunchError) and "tracking.experiment" in shipper.trouble.hint
+    assert len(bench.said) == 1 and "the experiment 'tests' is deleted" in bench.said[0]

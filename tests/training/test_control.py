@@ -16,7 +16,7 @@ from tests.pool import pool
 
 @pytest.fixture
 def requests() -> Iterator[StopRequests]:
-    names = (signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM, signal.SIGINT)
+    names = (signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
     before = {name: signal.getsignal(name) for name in names}
     heard = StopRequests()
     heard.listen()
@@ -25,11 +25,22 @@ def requests() -> Iterator[StopRequests]:
         signal.signal(name, handler)
 
 
-@pytest.mark.parametrize("name", ["SIGUSR1", "SIGUSR2", "SIGTERM", "SIGINT"])
+@pytest.mark.parametrize("name", ["SIGUSR1", "SIGUSR2", "SIGTERM", "SIGINT", "SIGHUP"])
 def test_a_signal_is_noted_and_nothing_else_happens(requests: StopRequests, name: str) -> None:
     assert requests.asked is Stop.NO
     os.kill(os.getpid(), getattr(signal, name))
     assert requests.asked is Stop[name]
+
+
+def test_an_ignored_hangup_stays_ignored() -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    others = {number: signal.getsignal(number) for number in (signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM, signal.SIGINT)}
+    try:
+        StopRequests().listen()
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    finally:
+        for number, handler in {**others, signal.SIGHUP: before}.items():
+            signal.signal(number, handler)
 
 
 def test_the_strongest_of_several_stays(requests: StopRequests) -> None:

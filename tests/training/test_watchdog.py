@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import socket
 import subprocess
 import sys
@@ -91,14 +92,14 @@ def test_a_stall_dumps_the_stacks_says_who_and_ends_with_the_code_of_a_restart(t
     dog = Watchdog(
         tmp_path, 0, 1, Limits(floor=0.3, start=0.3), say=said.append, end=lambda code: (codes.append(code), dog._stop.set())
     )
-    dog.start()
     dog.enter(DATA, 7)
-    end = time.monotonic() + 20
+    dog.start()
+    end = time.monotonic() + 120
     while not codes and time.monotonic() < end:
         time.sleep(0.02)
     dog.stop()
     assert codes == [RESTART]
-    assert len(said) == 1 and said[0].startswith("error: rank 0 has been in data at step 7 for 0 s")
+    assert len(said) == 1 and re.match(r"error: rank 0 has been in data at step 7 for \d+ s", said[0])
     assert "test_a_stall_dumps" in dog.stacks.read_text()
     told = json.loads((tmp_path / "pulse" / "rank-0.json").read_text())
     assert told["phase"] == DATA and told["stalled"] and told["host"] == socket.gethostname()
