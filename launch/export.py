@@ -11,6 +11,7 @@ from pipeline.export.write import TARGETS, write
 from pipeline.settings import Config
 from pipeline.tracking import Shipper
 from pipeline.training import saved as files
+from pipeline.training.manifest import MANIFEST
 from pipeline.training.retention import read_best
 from pipeline.training.run import RunDirectory
 from pipeline.training.saved import Saved
@@ -23,7 +24,7 @@ def chosen(path: Path, *, best: bool = False) -> Saved:
     Raises:
         CheckpointError: there is none.
     """
-    if (path / files.MANIFEST).exists():
+    if (path / MANIFEST).exists():
         return files.read(path)
     if not best:
         return newest(path)

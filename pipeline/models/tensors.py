@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from pipeline.errors import CheckpointError
@@ -24,6 +24,21 @@ MAX_SHARDS = 1000  # files of one set of weights
 _DEPTH = 8  # of containers in each other
 _FORCE = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
 _HINT = "download it again, or convert it to safetensors where it is trusted"
+
+
+@contextlib.contextmanager
+def opened(path: Path) -> Iterator[Any]:
+    """An open safetensors file, as ``safetensors.safe_open`` gives it; whatever is wrong with it is one error, also within.
+
+    Raises:
+        CheckpointError: it cannot be read, or holds no such tensor.
+    """
+    try:
+        os.close(open_regular(path, error=CheckpointError))
+        with safe_open(path, framework="pt") as file:
+            yield file
+    except (OSError, SafetensorError, ValueError, OverflowError, MemoryError) as error:
+        raise CheckpointError(f"it cannot be read as tensors ({reason(error)})", where=printable(str(path)), hint=_HINT) from None
 
 
 def read_tensors(path: Path, *, shapes_only: bool = False) -> dict[str, Any]:
@@ -40,7 +55,7 @@ def read_tensors(path: Path, *, shapes_only: bool = False) -> dict[str, Any]:
     try:
         os.close(open_regular(path, error=CheckpointError))
         if path.suffix == ".safetensors":
-            with safe_open(path, framework="pt") as file:
+            with opened(path) as file:
                 if shapes_only:
                     return {k: torch.empty(file.get_slice(k).get_shape(), device="meta") for k in file.keys()}  # noqa: SIM118
                 return {k: file.get_tensor(k) for k in file.keys()}  # noqa: SIM118

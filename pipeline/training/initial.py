@@ -12,18 +12,18 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from safetensors import safe_open
 from torch import Tensor
 
 from pipeline.errors import CheckpointError, ConfigError
 from pipeline.models.released import compare, fit, unwrapped
-from pipeline.models.tensors import only_weights, read_tensors, reason
+from pipeline.models.tensors import only_weights, opened, read_tensors, reason
 from pipeline.models.vision import VisionTower
 from pipeline.recipes.base import Recipe
 from pipeline.sections import InitSettings
 from pipeline.settings import Config
 from pipeline.training import saved
 from pipeline.training.checkpoint import read_student, read_teacher
+from pipeline.training.manifest import MANIFEST
 from pipeline.training.saved import Saved
 
 _FILES = (".safetensors", ".pth", ".pt", ".bin")
@@ -89,7 +89,7 @@ def find(name: str) -> Source:
     if path.is_file():
         if path.suffix in _FILES:
             return Source(name, "file", path)
-    elif (path / saved.MANIFEST).exists():
+    elif (path / MANIFEST).exists():
         return Source(name, "checkpoint", path, saved.read(path))
     else:
         folder = path / "checkpoints" if (path / "checkpoints").is_dir() else path
@@ -239,7 +239,7 @@ def _split(state: dict[str, Tensor], source: Source) -> tuple[dict[str, Tensor],
             f"the checkpoint holds {len(names)} vision towers", where=f"init_from.source={source.name}", hint="name another"
         )
     inside = {name.removeprefix(f"{tower}."): tensor for name, tensor in state.items() if name.startswith(f"{tower}.")}
-    trained = source.saved.manifest["shapes"] if source.saved is not None else {}
+    trained = source.saved.manifest.get("shapes", {}) if source.saved is not None else {}
     return inside, {name: t for name, t in state.items() if not name.startswith(f"{tower}.") and name in trained}
 
 
@@ -258,11 +258,11 @@ def _shapes(found: Saved, network: str) -> dict[str, Tensor]:
     kinds = ("teacher/",) if network == "teacher" else ("master/", "frozen/")
     shapes: dict[str, list[int]] = {}
     for path in sorted(found.path.glob("*.safetensors")):
-        with safe_open(path, framework="pt") as file:
+        with opened(path) as file:
             for key in file.keys():  # noqa: SIM118 - not a dict
                 kind, _, name = key.partition("/")
                 if f"{kind}/" in kinds:
-                    shapes[name] = found.manifest["shapes"].get(name) or file.get_slice(key).get_shape()
+                    shapes[name] = found.manifest.get("shapes", {}).get(name) or file.get_slice(key).get_shape()
     return {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
 
 

@@ -76,7 +76,7 @@ def fill_trained(recipe: Recipe, saved: Saved, *, student: bool = False) -> None
 def _fitting(own: Mapping[str, Tensor], trainable: set[str], saved: Saved, whose: str) -> None:
     """Shapes come first, so that a checkpoint of a larger network is refused before its gigabytes are read."""
     ours = {name: list(tensor.shape) for name, tensor in own.items() if name in trainable}
-    theirs = {name: shape for name, shape in saved.manifest["shapes"].items() if name in ours}
+    theirs = {name: shape for name, shape in saved.manifest.get("shapes", {}).items() if name in ours}
     wrong = [name for name in ours if name in theirs and theirs[name] != ours[name]] or sorted(ours.keys() - theirs.keys())
     if wrong:
         first = wrong[0]

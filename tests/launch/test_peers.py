@@ -33,7 +33,7 @@ class Evil:
         return os.system, (f"touch {self.mark}",)
 
 
-CODE = "import os\nos.system('touch {mark}')\nfrom transformers import PreTrainedTokenizer, PreTrainedModel\nclass T(PreTrainedTokenizer): pass\n"
+CODE = "import os\nos.system('touch {mark}')\nfrom transformers import PreTrainedTokenizer\nclass T(PreTrainedTokenizer): pass\n"
 
 
 @pytest.fixture(scope="module")
