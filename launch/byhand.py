@@ -16,8 +16,11 @@ from typing import TYPE_CHECKING, Any
 
 from launch import local
 from launch.ranks import RankEnvironment
+from pipeline.errors import ConfigError
 from pipeline.settings import Config
+from pipeline.tracking.servers import shown_server
 from pipeline.training.run import RunDirectory
+from pipeline.untrusted import printable
 
 if TYPE_CHECKING:
     from pipeline.tracking import Aside, Journal, Shipper
@@ -103,10 +106,11 @@ class Telling:
         aside: where the journal goes.
         hint: command that sends what is left, later.
         params: settings to be told of first.
+        refusal: why nothing is sent now; the journal is kept all the same.
     """
 
-    def __init__(self, folder: Path, aside: Aside, hint: str, params: Mapping[str, Any] | None = None) -> None:
-        self._folder, self._aside, self._mend, self._params = folder, aside, hint, params
+    def __init__(self, folder: Path, aside: Aside, hint: str, params: Mapping[str, Any] | None = None, refusal: str = "") -> None:
+        self._folder, self._aside, self._hint, self._params, self._refusal = folder, aside, hint, params, refusal
         self._journal: Journal | None = None
         self._shipper: Shipper | None = None
 
@@ -122,15 +126,21 @@ class Telling:
         Returns:
             ``None`` if the run is not tracked and no server is named.
         """
-        from pipeline.tracking import Aside
+        from pipeline.tracking import Aside, own_database, server_of
 
         run, t = RunDirectory(directory), config.tracking
-        own = t.uri or f"sqlite:///{(run.path / 'mlflow.db').resolve()}"
+        own = t.uri or own_database(run.path)
         if uri is None and not t.enabled:
             return None
         joins = "../cursor.json" if t.enabled and uri in (None, own) else ""
         hint = f"fovea track sync {directory}"
-        return cls(run.tracking / f"eval-{_stamp()}", Aside(uri or own, t.experiment, config.run.name, joins), hint)
+        try:
+            server_of(run.path, t.uri, named=uri)
+            refusal = ""
+        except ConfigError as error:
+            refusal = str(error)
+        aside = Aside(uri or own, t.experiment, config.run.name, joins)
+        return cls(run.tracking / f"eval-{_stamp()}", aside, hint, refusal=refusal)
 
     @classmethod
     def of_weights(cls, name: str, config: Config, uri: str | None) -> Telling | None:
@@ -166,8 +176,13 @@ class Telling:
         """
         if self._journal is None:
             self._journal = self._aside.begin(self._folder)
-            self._shipper = self._aside.shipper(self._folder, lambda text: print(f"fovea: {text}", file=sys.stderr))
-            self._shipper.start()
+            if self._refusal:
+                print(f"fovea: the scores stay in {self._folder}: {printable(self._refusal)}", file=sys.stderr)
+            else:
+                self._shipper = self._aside.shipper(
+                    self._folder, lambda text: print(f"fovea: {printable(text)}", file=sys.stderr)
+                )
+                self._shipper.start()
             if self._params:
                 self._journal.params(self._params)
         values: dict[str, float] = {}
@@ -176,18 +191,25 @@ class Telling:
             values |= {prefix + name: value for name, value in row.items()}
         self._journal.metrics(step, values)
         if file is not None:
-            self._journal.artifact(file.resolve())
+            self._journal.artifact(self._kept(file))
+
+    def _kept(self, file: Path) -> Path:
+        """The file, or its copy beside the journal if it lies outside the run: only files of the run are sent."""
+        root, file = self._folder.parent.parent.resolve(), file.resolve()
+        if file.is_relative_to(root):
+            return file
+        return Path(shutil.copyfile(file, self._folder.resolve() / file.name))
 
     def close(self) -> None:
         """Send what is left, within half a minute."""
-        if self._journal is None or self._shipper is None:
+        if self._journal is None:
             return
         if not self._aside.joins:
             self._journal.tags({"fovea.state": "finished"})
         self._journal.close()
-        if not self._shipper.close(_PATIENCE):
-            told = f"MLflow at {self._aside.uri} has not taken everything; later, `{self._mend}` sends the rest"
-            print(f"fovea: {told}", file=sys.stderr)
+        if self._shipper is not None and not self._shipper.close(_PATIENCE):
+            where = shown_server(self._aside.uri)
+            print(f"fovea: MLflow at {where} has not taken everything; later, `{self._hint}` sends the rest", file=sys.stderr)
 
 
 @contextlib.contextmanager
@@ -198,6 +220,10 @@ def closing(telling: Telling | None) -> Iterator[Telling | None]:
     finally:
         if telling is not None:
             telling.close()
+
+
+def _say(text: str) -> None:
+    print(f"fovea: {printable(text)}", file=sys.stderr)
 
 
 def _stamp() -> str:

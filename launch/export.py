@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 from pipeline.errors import CheckpointError, ConfigError
 from pipeline.export import networks
 from pipeline.export.write import TARGETS, write
-from pipeline.settings import Config
-from pipeline.tracking import Shipper
+from pipeline.tracking import Shipper, server_of
 from pipeline.training import saved as files
 from pipeline.training.manifest import MANIFEST
 from pipeline.training.retention import read_best
@@ -90,6 +88,6 @@ def _shipper(run_folder: Path) -> Shipper:
     run = RunDirectory(run_folder)
     if not run.config.is_file():
         raise ConfigError("is no run's directory", where=str(run_folder), hint="--register needs the run that was trained")
-    config = Config.model_validate(json.loads(run.config.read_text()))
-    uri = config.tracking.uri or f"sqlite:///{(run.path / 'mlflow.db').resolve()}"
+    config = run.settings()
+    uri = server_of(run.path, config.tracking.uri)
     return Shipper(run.tracking, uri=uri, experiment=config.tracking.experiment, name=config.run.name)

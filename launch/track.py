@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from pipeline.errors import ConfigError, LaunchError
+from pipeline.errors import ConfigError, FoveaError, LaunchError
 from pipeline.training.run import RunDirectory
+from pipeline.untrusted import printable
 
 app = typer.Typer(no_args_is_help=True, help="What MLflow is told.")
 
@@ -40,7 +40,7 @@ def sync(
 
     every = [RunDirectory(file.parent) for file in [*_there("*"), *_there("evaluations/*")]]
     chosen = [find(run)] if run is not None else every
-    behind = [name for name in (_sync(one, uri) for one in chosen) if name]
+    behind = [name for name in (_sync_or_skip(one, uri, skip=everything) for one in chosen) if name]
     if behind:
         raise LaunchError(
             f"MLflow did not take everything of {', '.join(behind)}", hint="is the server up? the same command goes on"
@@ -51,19 +51,36 @@ def _there(pattern: str) -> list[Path]:
     return sorted(Path("runs").glob(f"{pattern}/config.json"))
 
 
+def _sync_or_skip(run: RunDirectory, uri: str | None, *, skip: bool) -> str:
+    """:func:`_sync`; with ``skip`` a run that cannot be sent is printed and counted instead of ending the command."""
+    try:
+        return _sync(run, uri)
+    except FoveaError as error:
+        if not skip:
+            raise
+        print(f"skipped: {printable(str(error))}")
+        return printable(run.path.name)
+
+
 def _sync(run: RunDirectory, uri: str | None) -> str:
     """Sends one run's journals; its name if something is left."""
-    from pipeline.settings import Config
-    from pipeline.tracking import Shipper, asides
+    from pipeline.tracking import Shipper, asides, server_of, shown_server
 
-    config = Config.model_validate(json.loads(run.config.read_text()))
-    target = uri or config.tracking.uri or f"sqlite:///{(run.path / 'mlflow.db').resolve()}"
-    shipper = Shipper(run.tracking, uri=target, experiment=config.tracking.experiment, name=config.run.name, log=print)
-    shipper.start()
-    done = shipper.close(seconds=300.0)
+    config = run.settings()
+    target = server_of(run.path, config.tracking.uri, named=uri)
+    name = printable(run.path.name)
+    print(f"{name}: sending to {shown_server(target)}", flush=True)
+    own = Shipper(run.tracking, uri=target, experiment=config.tracking.experiment, name=config.run.name, log=_say, root=run.path)
+    own.start()
+    done = own.close(seconds=300.0)
     for folder, aside in asides(run.tracking):  # evaluations by hand, after the run that they may belong to
-        other = (replace(aside, uri=uri) if uri else aside).shipper(folder, log=print)
+        there = server_of(run.path, aside.uri, named=uri or (target if aside.uri == target else None))
+        other = replace(aside, uri=there).shipper(folder, log=_say)
         other.start()
         done = other.close(seconds=300.0) and done
-    print(f"{run.path.name}: {'MLflow has everything' if done else 'not everything was accepted'} ({target})")
-    return "" if done else run.path.name
+    print(f"{name}: {'MLflow has everything' if done else 'not everything was accepted'} ({shown_server(target)})")
+    return "" if done else name
+
+
+def _say(text: str) -> None:
+    print(printable(text))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
-import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -70,7 +69,7 @@ def run(loaded: Loaded) -> int:
     directory = RunDirectory(config.run.folder)
     with alone(directory):
         if directory.config.exists():
-            check_identity(config, json.loads(directory.config.read_text()), directory.config)
+            check_identity(config, directory.settings_document(), directory.config)
         inputs = prepare(config, ranks, _indexing)
         found, complaints = choose_checkpoint(config, directory, inputs)
         for complaint in complaints:

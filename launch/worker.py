@@ -56,7 +56,7 @@ def _be_rank(config: Config, here: RankEnvironment, attempt: int | None) -> int:
     accelerate.check(config, here.world_size)
     run = RunDirectory(config.run.folder)
     if run.config.exists():
-        check_identity(config, json.loads(run.config.read_text()), run.config)
+        check_identity(config, run.settings_document(), run.config)
     inputs = prepare(config, here.world_size)
     found, complaints = choose_checkpoint(config, run, inputs, fetch=here.rank == 0)
     if here.rank == 0:
@@ -169,7 +169,7 @@ def _train(
     alone: bool,
 ) -> None:
     """From the meeting of the ranks to their leaving; ``alone`` if no launcher of ours notes the attempt's end."""
-    from pipeline.tracking import Journal, Shipper
+    from pipeline.tracking import Journal, Shipper, own_database, remember
     from pipeline.training import distributed
     from pipeline.training.assemble import assemble
     from pipeline.training.control import Stop
@@ -188,7 +188,9 @@ def _train(
         if (run.path / "config.yaml").exists():
             journal.artifact((run.path / "config.yaml").resolve())
         if config.tracking.enabled:
-            uri = config.tracking.uri or f"sqlite:///{(run.path / 'mlflow.db').resolve()}"
+            uri = config.tracking.uri or own_database(run.path)
+            if config.tracking.uri:
+                remember(uri)
             shipper = Shipper(run.tracking, uri=uri, experiment=config.tracking.experiment, name=config.run.name, log=show.say)
             shipper.start()
     inputs = prepare(config, world.size)

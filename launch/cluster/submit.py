@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -138,7 +137,7 @@ def check_all(config: Config, profile: ClusterProfile, run: RunDirectory) -> Non
             hint=f"choose a folder on shared storage; {local[0]} is among local_paths of the cluster profile",
         )
     if run.config.exists():
-        check_identity(config, json.loads(run.config.read_text()), run.config)
+        check_identity(config, run.settings_document(), run.config)
     if (over := record.verdict(run)).get("state") == "finished":
         raise LaunchError(f"the run is finished: {over['why']}", where=str(run.path), hint="choose another run.name")
     if alive := living(run):

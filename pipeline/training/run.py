@@ -23,6 +23,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
+
+from pipeline.errors import ConfigError, DataError
+from pipeline.settings import Config
+from pipeline.untrusted import printable, read_bytes, read_json
+
+_ATTEMPTS = 64 << 20  # bytes, most of attempts.jsonl
+
 
 @dataclass(frozen=True)
 class RunDirectory:
@@ -38,6 +46,38 @@ class RunDirectory:
     def config(self) -> Path:
         """Resolved settings of the run."""
         return self.path / "config.json"
+
+    def settings_document(self) -> dict[str, Any]:
+        """What ``config.json`` holds, unchecked.
+
+        Raises:
+            ConfigError: it cannot be read, or holds no settings.
+        """
+        hint = "name the directory that a training wrote"
+        try:
+            document = read_json(self.config, error=ConfigError)
+        except OSError as error:
+            raise ConfigError(f"cannot be read ({error.strerror})", where=printable(str(self.config)), hint=hint) from None
+        if not isinstance(document, dict):
+            raise ConfigError("must hold settings", where=printable(str(self.config)), hint=hint)
+        return document
+
+    def settings(self) -> Config:
+        """The settings of the last attempt.
+
+        Raises:
+            ConfigError: ``config.json`` cannot be read, or its settings are of another version of fovea.
+        """
+        try:
+            return Config.model_validate(self.settings_document())
+        except (ValidationError, RecursionError) as error:
+            first = "nested too deeply"
+            if isinstance(error, ValidationError):
+                one = error.errors(include_url=False)[0]
+                first = f"{'.'.join(map(str, one['loc']))}: {one['msg']}"
+            raise ConfigError(
+                printable(first, limit=200), where=printable(str(self.config)), hint="use the version of fovea that wrote it"
+            ) from None
 
     @property
     def checkpoints(self) -> Path:
@@ -73,15 +113,17 @@ class RunDirectory:
     def attempts(self) -> list[dict[str, Any]]:
         """All lines of ``attempts.jsonl`` that are whole."""
         try:
-            lines = (self.path / "attempts.jsonl").read_text().splitlines()
-        except FileNotFoundError:
+            content = read_bytes(self.path / "attempts.jsonl", limit=_ATTEMPTS)
+        except (OSError, DataError):
             return []
         found = []
-        for line in lines:
+        for line in content.decode("utf-8", "replace").split("\n"):
             try:
-                found.append(json.loads(line))
-            except ValueError:  # torn by a crash of the machine
+                row = json.loads(line)
+            except (ValueError, RecursionError):  # torn by a crash of the machine
                 continue
+            if isinstance(row, dict) and isinstance(row.get("event"), str):
+                found.append(row)
         return found
 
     def next_attempt(self) -> int:
