@@ -71,7 +71,8 @@ class Storage:
             return None
         if self._cache is None:
             limit = None if s.cache_gb is None else int(s.cache_gb * 1e9)
-            self._cache = ShardCache(cache_folder(s), limit=limit, floor=int(s.free_gb * 1e9))
+            named = s.cache is not None or bool(os.environ.get("FOVEA_CACHE"))
+            self._cache = ShardCache(cache_folder(s), limit=limit, floor=int(s.free_gb * 1e9), shared=named)
         return self._cache
 
     def check(self, urls: Sequence[str]) -> None:
@@ -121,8 +122,8 @@ class Storage:
         """A shard to be read once from front to back, past the cache."""
         if not is_remote(about.url):
             return _File(about)
-        kept = None if self.settings.mode == "direct" or self._cache is None else self._cache.path(about)
-        if kept is not None and kept.exists():
+        kept = None if self.settings.mode == "direct" or self._cache is None else self._cache.kept(about)
+        if kept is not None:
             return _File(about, str(kept))
         return self.remote.scan(about)
 
@@ -206,9 +207,9 @@ class Storage:
         cache = self.cache
         if cache is None:
             return None
+        if (kept := cache.kept(about)) is not None:
+            return kept
         path = cache.path(about)
-        if path.exists():
-            return path
         if time.monotonic() < self._full.get(path.name, 0.0):
             return None
         self.counters["cache_misses"] += 1
