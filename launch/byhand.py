@@ -154,7 +154,9 @@ class Telling:
         if uri is None:
             return None
         from pipeline.config import flatten
-        from pipeline.tracking import Aside
+        from pipeline.tracking import Aside, check_address
+
+        check_address(uri, where="--track")
 
         title = f"eval-{re.sub(r'[^A-Za-z0-9._-]+', '-', name).strip('-') or 'weights'}"
         run = RunDirectory(Path("runs/evaluations") / f"{title}-{_stamp()}")
@@ -162,7 +164,7 @@ class Telling:
         chosen = config.replace(
             run=config.run.model_copy(update={"name": title}), tracking=config.tracking.model_copy(update={"uri": uri})
         )
-        run.write("config.json", chosen.model_dump(mode="json"))  # for `fovea track sync`
+        run.write_settings(chosen)  # for `fovea track sync`
         wanted = {key: value for key, value in flatten(config).items() if key.startswith(("evaluation.", "data.shards"))}
         return cls(run.tracking / "eval", aside, f"fovea track sync {run.path}", {"weights": name, **wanted})
 

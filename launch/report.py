@@ -16,6 +16,7 @@ from launch.pictures import Chart, Line
 from launch.watch import clock
 from pipeline.config import flatten
 from pipeline.errors import ConfigError, DataError
+from pipeline.masking import masked
 from pipeline.settings import Config
 from pipeline.tracking.journal import read
 from pipeline.training import saved as files
@@ -313,9 +314,9 @@ def _settings(runs: Sequence[Told]) -> str:
 
 def _flat(config: Mapping[str, Any]) -> dict[str, str]:
     try:
-        return {key: str(value) for key, value in flatten(Config.model_validate(config)).items()}
-    except ValueError:  # of another version
-        return {key: json.dumps(value) for key, value in config.items()}
+        return {key: str(value) for key, value in masked(flatten(Config.model_validate(config))).items()}
+    except (ValueError, RecursionError):  # of another version
+        return {str(key): json.dumps(value) for key, value in masked(dict(config)).items()}
 
 
 def _side_by_side(rows: Mapping[str, Sequence[str]], runs: Sequence[Told]) -> str:

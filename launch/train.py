@@ -79,8 +79,7 @@ def run(loaded: Loaded) -> int:
 
             initial.check(config)
         attempt = directory.next_attempt()
-        directory.write("config.json", config.model_dump(mode="json"))
-        (directory.path / "config.yaml").write_text(show(loaded))
+        directory.write_settings(config, show(loaded, secrets=True))
         directory.note("start", attempt=attempt, ranks=ranks, resumed_from=found.step if found else None)
         argv = [sys.executable, "-m", "launch.worker", str(directory.config), str(attempt), str(found.path) if found else "-"]
         code = local.start(argv, ranks, log_directory=directory.logs(attempt), threads=config.train.threads)

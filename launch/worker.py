@@ -20,6 +20,7 @@ from launch.resume import check_identity, choose_checkpoint, copies_of, origins
 from launch.watch import Clocked, watcher
 from pipeline.config import fingerprint, flatten
 from pipeline.errors import FoveaError, LaunchError
+from pipeline.masking import hide_secrets, masked
 from pipeline.settings import Config
 from pipeline.training import claims, saved
 from pipeline.training.run import RunDirectory
@@ -125,7 +126,7 @@ def train(config: Config, here: RankEnvironment, attempt: int | None, found: Sav
         dist.broadcast_object_list(chosen, group=world.control)
         found = saved.read(Path(str(chosen[1]))) if chosen[1] else None
         if here.rank == 0:
-            run.write("config.json", config.model_dump(mode="json"))
+            run.write_settings(config)
             run.note("start", attempt=chosen[0], ranks=world.size, resumed_from=found.step if found else None)
     number = int(chosen[0] or 0)
     if world.rank == 0:
@@ -186,7 +187,7 @@ def _train(
             {"fovea.state": "running", "fovea.attempt": number, "fovea.ranks": world.size, "fovea.run": run.path.resolve()}
         )
         if (run.path / "config.yaml").exists():
-            journal.artifact((run.path / "config.yaml").resolve())
+            journal.artifact(_shown_settings(run))
         if config.tracking.enabled:
             uri = config.tracking.uri or own_database(run.path)
             if config.tracking.uri:
@@ -211,7 +212,7 @@ def _train(
         attempt=number,
         resume=found,
         facts={
-            "config": config.model_dump(mode="json"),
+            "config": masked(config.model_dump(mode="json")),
             "fingerprint": fingerprint(config),
             "run": config.run.name,
             "attempt": number,
@@ -270,6 +271,16 @@ def _train(
             run.note("end", attempt=number, code=0)
     trainer.engine.close()
     distributed.leave()
+
+
+def _shown_settings(run: RunDirectory) -> Path:
+    """The settings as they may be sent: ``config.yaml``, or its copy without the queries of signed links."""
+    text = (run.path / "config.yaml").read_text()
+    if (clean := hide_secrets(text)) == text:
+        return (run.path / "config.yaml").resolve()
+    copy = run.tracking / "config.yaml"
+    copy.write_text(clean)
+    return copy.resolve()
 
 
 def _scores(scores: dict[str, float]) -> str:

@@ -30,6 +30,7 @@ from pipeline.checks import check
 from pipeline.errors import ConfigError
 from pipeline.fields import Length, Settings
 from pipeline.layers import Branch, Leaf, Problem, display, merge, origin_of, override, read, scalar, unwrap
+from pipeline.masking import masked
 from pipeline.methods import RECIPES, Dinov2Settings, RecipeSettings
 from pipeline.settings import Config
 
@@ -306,9 +307,8 @@ def identity(config: Config) -> dict[str, Any]:
         key for key, info in fields.items() if isinstance(info.json_schema_extra, dict) and info.json_schema_extra.get("runtime")
     }
     prefixes = tuple(f"{key}." for key in runtime)
-    return {
-        key: value for key, value in flatten(config).items() if key not in runtime | {"run.name"} and not key.startswith(prefixes)
-    }
+    flat = masked(flatten(config))  # a link that is signed anew is the same link
+    return {key: value for key, value in flat.items() if key not in runtime | {"run.name"} and not key.startswith(prefixes)}
 
 
 def fingerprint(config: Config) -> str:
@@ -323,11 +323,17 @@ def difference(old: Config, new: Config, *, runtime: bool = False) -> dict[str, 
     return {key: (first.get(key), second.get(key)) for key in keys if first.get(key) != second.get(key)}
 
 
-def show(loaded: Loaded) -> str:
-    """The whole effective configuration as YAML that loads again, each line telling where its value came from."""
+def show(loaded: Loaded, *, secrets: bool = False) -> str:
+    """The whole effective configuration as YAML that loads again, each line telling where its value came from.
+
+    Args:
+        loaded: the settings.
+        secrets: keep the queries of signed links, for a file that only the user can read; otherwise they are masked.
+    """
     lines: list[tuple[str, str]] = []
     section: list[str] = []
-    for key, value in flatten(loaded.config).items():
+    flat = flatten(loaded.config)
+    for key, value in (flat if secrets else masked(flat)).items():
         *above, name = key.split(".")
         kept = next((i for i, (a, b) in enumerate(zip(section, above, strict=False)) if a != b), min(len(section), len(above)))
         lines += [(f"{'  ' * depth}{above[depth]}:", "") for depth in range(kept, len(above))]

@@ -12,6 +12,7 @@ from launch.resume import check_identity
 from pipeline.checks import check_ranks
 from pipeline.config import Loaded, show
 from pipeline.errors import ConfigError, LaunchError
+from pipeline.masking import shown
 from pipeline.settings import Config
 from pipeline.training.run import RunDirectory
 
@@ -66,7 +67,7 @@ def submit(
         from pipeline.training.inputs import prepare
 
         prepare(config, profile.world)
-    typed = command or " ".join(["fovea", *sys.argv[1:]])
+    typed = shown(command or " ".join(["fovea", *sys.argv[1:]]))  # into files that others can read
     script = folder / "submit" / "script.sbatch"
     options: list[str] = []
     if away := sorted(record.excluded(run)):
@@ -106,8 +107,7 @@ def _submit(
     (folder / "logs").mkdir(exist_ok=True)
     script.write_text(text)
     (folder / "submit" / "command.txt").write_text(typed + "\n")
-    run.write("config.json", config.model_dump(mode="json"))
-    (folder / "config.yaml").write_text(show(Loaded(config, loaded.provenance, loaded.source)))
+    run.write_settings(config, show(Loaded(config, loaded.provenance, loaded.source), secrets=True))
     record.clear(run)
     facts = render.facts(config, profile, folder)
     run.write("submit/job.json", facts)

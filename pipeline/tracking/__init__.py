@@ -2,7 +2,7 @@
 
 from pipeline.tracking.aside import Aside, asides
 from pipeline.tracking.journal import Journal
-from pipeline.tracking.servers import own_database, remember, server_of, shown_server
+from pipeline.tracking.servers import check_address, own_database, remember, server_of, shown_server
 from pipeline.tracking.shipper import Shipper
 
-__all__ = ["Aside", "Journal", "Shipper", "asides", "own_database", "remember", "server_of", "shown_server"]
+__all__ = ["Aside", "Journal", "Shipper", "asides", "check_address", "own_database", "remember", "server_of", "shown_server"]

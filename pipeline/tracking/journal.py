@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from pipeline.untrusted import open_regular
+from pipeline.untrusted import hide_secrets, open_regular
 
 _LINE = 16 << 20  # bytes, most of a record
 
@@ -40,12 +40,12 @@ class Journal:
         self._write({"kind": "metrics", "step": step, "values": {k: _number(v) for k, v in values.items()}})
 
     def params(self, values: Mapping[str, Any]) -> None:
-        """Record settings, which never change over a run."""
-        self._write({"kind": "params", "values": {k: str(v) for k, v in values.items()}})
+        """Record settings, which never change over a run; secrets of addresses are masked, as in all texts of a journal."""
+        self._write({"kind": "params", "values": {k: hide_secrets(str(v)) for k, v in values.items()}})
 
     def tags(self, values: Mapping[str, Any]) -> None:
         """Record facts that may change: state, attempt, last checkpoint."""
-        self._write({"kind": "tags", "values": {k: str(v) for k, v in values.items()}})
+        self._write({"kind": "tags", "values": {k: hide_secrets(str(v)) for k, v in values.items()}})
 
     def artifact(self, path: Path) -> None:
         """Record a file to be copied to the run's artifacts."""

@@ -14,7 +14,7 @@ import os
 from pathlib import Path
 
 from pipeline.errors import ConfigError
-from pipeline.untrusted import hide_secrets, inside, printable, read_bytes
+from pipeline.untrusted import NO_PASSWORD, has_password, hide_secrets, inside, printable, read_bytes
 
 _SQLITE = "sqlite:///"
 _MOST = 1 << 20  # bytes of the list
@@ -36,6 +36,7 @@ def server_of(run: Path, configured: str | None, *, named: str | None = None) ->
     Raises:
         ConfigError: only the run directory names that server; with the words that name it.
     """
+    check_address(named or "", where="--uri or --track")
     uri = named or configured or own_database(run)
     if named or _own(run, uri) or _known(uri):
         return uri
@@ -45,6 +46,16 @@ def server_of(run: Path, configured: str | None, *, named: str | None = None) ->
         where=printable(str(run)),
         hint="if it is yours, name it: --uri (of fovea eval: --track), or MLFLOW_TRACKING_URI",
     )
+
+
+def check_address(uri: str, *, where: str) -> None:
+    """Refuses a tracking URI with a user name or a password, which would end in files, logs and reports.
+
+    Raises:
+        ConfigError: with the sentence that says where they belong.
+    """
+    if has_password(uri):
+        raise ConfigError(f"{shown_server(uri)}: {NO_PASSWORD}", where=where)
 
 
 def shown_server(uri: str) -> str:

@@ -26,6 +26,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from pipeline.errors import ConfigError, DataError
+from pipeline.masking import masked
 from pipeline.settings import Config
 from pipeline.untrusted import printable, read_bytes, read_json
 
@@ -140,8 +141,27 @@ class RunDirectory:
 
     def write(self, name: str, value: Any) -> None:
         """Replace a JSON file of the run in one act."""
-        target = self.path / name
+        self._replace(self.path / name, json.dumps(value, indent=1))
+
+    def write_settings(self, config: Config, text: str | None = None) -> None:
+        """Keep the settings as ``config.json``, and as ``config.yaml`` if its text is given.
+
+        Both must keep signed links, with which a later attempt reads; then nobody but the user can read the files.
+
+        Args:
+            config: the settings.
+            text: the same as YAML.
+        """
+        document = config.model_dump(mode="json")
+        private = masked(document) != document
+        self._replace(self.config, json.dumps(document, indent=1), private=private)
+        if text is not None:
+            self._replace(self.path / "config.yaml", text, private=private)
+
+    def _replace(self, target: Path, text: str, *, private: bool = False) -> None:
         target.parent.mkdir(parents=True, exist_ok=True)
         temporary = target.with_name(f".{target.name}.{os.getpid()}")
-        temporary.write_text(json.dumps(value, indent=1))
+        temporary.unlink(missing_ok=True)
+        with open(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600 if private else 0o666), "w") as file:
+            file.write(text)
         temporary.replace(target)

@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-from pipeline.data.storage import local
+from pipeline.data.storage import local, signed
 from pipeline.data.storage.cache import CacheFull, ShardCache
 from pipeline.data.storage.names import ObjectStat, is_remote, local_path, split
 from pipeline.data.storage.remote import NotThere, Remote
@@ -57,7 +57,7 @@ class Storage:
         self.counters: Counter[str] = Counter()
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return Storage, (self.settings,)
+        return _reopened, (self.settings, signed.known())
 
     @property
     def cache(self) -> ShardCache | None:
@@ -226,6 +226,11 @@ class Storage:
                 cache.limit / 1e9,
             )
             return None
+
+
+def _reopened(settings: StorageSettings, queries: dict[str, str]) -> Storage:
+    signed.learn(queries)
+    return Storage(settings)
 
 
 def _or_error(ask: Callable[[str], ObjectStat], url: str) -> ObjectStat | DataError:
