@@ -33,8 +33,11 @@ from pipeline.layers import Branch, Leaf, Problem, display, merge, origin_of, ov
 from pipeline.masking import masked
 from pipeline.methods import RECIPES, Dinov2Settings, RecipeSettings
 from pipeline.settings import Config
+from pipeline.untrusted import printable
 
 DEFAULT = "default"
+_PROBLEMS = 100  # reported at once
+_LONGEST_KEY = 200  # letters of a key for which a similar one is looked for
 
 
 class InvalidConfig(ConfigError):
@@ -162,7 +165,7 @@ def _validate(tree: Branch, shown: str) -> tuple[Config | None, list[Problem]]:
         try:
             parts[prefix] = kind.model_validate_json(json.dumps(value), strict=True)
         except ValidationError as error:
-            for detail in error.errors(include_url=False, include_context=False):
+            for detail in error.errors(include_url=False, include_context=False)[:_PROBLEMS]:
                 problems.append(_problem(detail, [prefix] if prefix else [], fields, tree, shown))
     if problems:
         order = {problem: _position(problem.origin) for problem in problems}
@@ -187,9 +190,9 @@ def _problem(detail: Any, prefix: list[str], fields: Mapping[str, FieldInfo], tr
         parent = ".".join(names[:-1])
         near = nearest(path, fields)
         hint = f"; did you mean {near!r}?" if near else ""
-        return Problem(
-            path, f"unknown key {path!r}{hint} (allowed {_under(parent)}: {', '.join(_children(parent, fields))})", origin
-        )
+        names_allowed = ", ".join(_children(parent, fields))
+        told = f"unknown key {printable(path, limit=_LONGEST_KEY)!r}{hint} (allowed {_under(parent)}: {names_allowed})"
+        return Problem(path, told, origin)
     info = fields.get(path)
     reason = detail["msg"].removeprefix("Value error, ").replace("Input should", "should").replace("an object", "a section")
     limits = allowed(info) if info is not None else ""
@@ -220,6 +223,8 @@ def _quote(value: Any) -> str:
 
 def nearest(path: str, fields: Mapping[str, Any] | None = None) -> str | None:
     """The valid dotted key that most resembles an unknown one: by its last part first, then by what stands before it."""
+    if len(path) > _LONGEST_KEY:
+        return None
     parent, _, leaf = path.rpartition(".")
     best: tuple[float, str] | None = None
     for key in fields if fields is not None else schema():

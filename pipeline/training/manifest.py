@@ -9,12 +9,13 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any
-
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from typing import TYPE_CHECKING, Any
 
 from pipeline.errors import CheckpointError
 from pipeline.untrusted import plain_name, printable, read_json
+
+if TYPE_CHECKING:
+    from pydantic import ValidationError
 
 FORMAT = 1
 MANIFEST = "manifest.json"
@@ -22,71 +23,6 @@ WHOLE = "whole.safetensors"
 MAX_MANIFEST = 256 << 20  # bytes
 _MAX_ELEMENTS = 1 << 50  # of a tensor
 _HINT = "the checkpoint is damaged or not to be trusted; name another"
-
-Count = Annotated[int, Field(ge=0, lt=1 << 62)]
-Text = Annotated[str, Field(max_length=10_000)]
-Finite = Annotated[float, Field(allow_inf_nan=False)]
-
-
-class _Part(BaseModel):
-    model_config = ConfigDict(strict=True, extra="allow")
-
-
-class File(_Part):
-    """One file of a checkpoint: plain name, bytes, and a checksum."""
-
-    name: str
-    size: Count
-    xxh3: Text | None = None
-    blake2b: Text | None = None
-
-
-class _Origin(_Part):
-    id: Text
-    path: Text
-
-
-class _Data(_Part):
-    samples: Count = 0
-    seen: Count = 0
-    fingerprint: Text = ""
-    substituted: dict[str, Count] = {}
-    counts: dict[str, Count] = {}
-    quarantine: dict[Annotated[str, Field(pattern=r"^[0-9]{1,20}$")], str] = {}
-
-
-class _Head(_Part):
-    """What every version of the format has."""
-
-    format: int
-    step: Count
-    files: Annotated[list[File], Field(max_length=1_000_000)]
-
-
-class _Manifest(_Head):
-    """What this version of the format has; keys that older or smaller checkpoints lack may be missing."""
-
-    serial: Count = 0
-    applied: Count = 0
-    skipped: Count = 0
-    samples_seen: Count = 0
-    seconds: Finite = 0.0
-    attempt: Count = 0
-    world: Annotated[int, Field(ge=1, le=1_000_000)] = 1
-    run: Text = ""
-    fovea: Text = ""
-    torch: Text = ""
-    python: Text = ""
-    fingerprint: Text = ""
-    config: dict[str, Any] = {}
-    data: _Data = _Data()
-    init: dict[str, Any] | None = None
-    origins: list[_Origin] = []
-    scores: dict[str, float] = {}
-    scored: int = -1
-    judged: list[str] = []
-    shapes: dict[str, Annotated[list[Count], Field(max_length=16)]] = {}
-    fragments: list[dict[str, Annotated[list[Count], Field(min_length=2, max_length=2)]]] = []
 
 
 def read_manifest(path: Path) -> dict[str, Any]:
@@ -120,13 +56,17 @@ def check_manifest(document: Any, *, where: str) -> dict[str, Any]:
         raise CheckpointError(
             "this is no whole checkpoint: its manifest is of something else", where=where, hint="name a directory step_… of a run"
         )
-    kind: type[_Head] = _Manifest if document["format"] == FORMAT else _Head
+    from pydantic import ValidationError
+
+    from pipeline.training.manifest_types import Head, Manifest  # only a command that reads a manifest waits for pydantic
+
+    kind: type[Head] = Manifest if document["format"] == FORMAT else Head
     try:
         checked = kind.model_validate(document)
     except (ValidationError, RecursionError) as error:
         raise CheckpointError(f"its manifest is wrong ({_first(error)})", where=where, hint=_HINT) from None
     _check_files([file.name for file in checked.files], where)
-    if isinstance(checked, _Manifest):
+    if isinstance(checked, Manifest):
         _check_tensors(document, where)
     return document
 

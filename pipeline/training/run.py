@@ -21,14 +21,14 @@ import os
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-from pydantic import ValidationError
+from typing import TYPE_CHECKING, Any
 
 from pipeline.errors import ConfigError, DataError
 from pipeline.masking import masked
-from pipeline.settings import Config
 from pipeline.untrusted import printable, read_bytes, read_json
+
+if TYPE_CHECKING:
+    from pipeline.settings import Config
 
 _ATTEMPTS = 64 << 20  # bytes, most of attempts.jsonl
 
@@ -69,6 +69,10 @@ class RunDirectory:
         Raises:
             ConfigError: ``config.json`` cannot be read, or its settings are of another version of fovea.
         """
+        from pydantic import ValidationError  # a job's supervisor imports this module without packages
+
+        from pipeline.settings import Config
+
         try:
             return Config.model_validate(self.settings_document())
         except (ValidationError, RecursionError) as error:
