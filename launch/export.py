@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 from pipeline.errors import CheckpointError, ConfigError
@@ -14,6 +15,7 @@ from pipeline.training.retention import read_best
 from pipeline.training.run import RunDirectory
 from pipeline.training.saved import Saved
 from pipeline.training.trained import newest
+from pipeline.untrusted import printable
 
 
 def chosen(path: Path, *, best: bool = False) -> Saved:
@@ -65,6 +67,12 @@ def run(
     """
     if to not in TARGETS:
         raise ConfigError(f"there is no target {to!r}", where="--to", hint=f"Choose of {', '.join(TARGETS)}.")
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9.+_-]{0,63}", license_):
+        raise ConfigError(
+            f"{printable(license_, limit=80)!r} is no identifier",
+            where="--license",
+            hint="Write apache-2.0, cc-by-4.0 or the like.",
+        )
     if network not in ("auto", "teacher", "student"):
         raise ConfigError(f"there is no network {network!r}", where="--network", hint="Choose of auto, teacher, student.")
     path = path.absolute()
