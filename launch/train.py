@@ -15,6 +15,7 @@ from launch.resume import check_identity, choose_checkpoint
 from pipeline.checks import check_ranks
 from pipeline.config import Loaded, show
 from pipeline.errors import ConfigError, LaunchError
+from pipeline.masking import shown
 from pipeline.training.inputs import prepare
 from pipeline.training.run import RunDirectory
 
@@ -73,7 +74,7 @@ def run(loaded: Loaded) -> int:
         inputs = prepare(config, ranks, _indexing)
         found, complaints = choose_checkpoint(config, directory, inputs)
         for complaint in complaints:
-            print(complaint, file=sys.stderr)
+            print(shown(complaint), file=sys.stderr)
         if found is None and (config.init_from.source is not None or config.recipe.anchors):
             from pipeline.training import initial
 

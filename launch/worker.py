@@ -20,7 +20,7 @@ from launch.resume import check_identity, choose_checkpoint, copies_of, origins
 from launch.watch import Clocked, watcher
 from pipeline.config import fingerprint, flatten
 from pipeline.errors import FoveaError, LaunchError
-from pipeline.masking import hide_secrets, masked
+from pipeline.masking import hide_secrets, masked, shown
 from pipeline.settings import Config
 from pipeline.training import claims, saved
 from pipeline.training.run import RunDirectory
@@ -62,7 +62,7 @@ def _be_rank(config: Config, here: RankEnvironment, attempt: int | None) -> int:
     found, complaints = choose_checkpoint(config, run, inputs, fetch=here.rank == 0)
     if here.rank == 0:
         for complaint in complaints:
-            print(complaint, file=sys.stderr)
+            print(shown(complaint), file=sys.stderr)
     return train(config, here, attempt, found)
 
 
@@ -290,6 +290,9 @@ def _scores(scores: dict[str, float]) -> str:
 
 def main() -> int:
     """Entry of ``python -m launch.worker``."""
+    from launch.terminal import clean_logs
+
+    clean_logs()
     config_path, attempt, checkpoint = sys.argv[1:4]
     config = Config.model_validate(json.loads(Path(config_path).read_text()))
     found = saved.read(Path(checkpoint)) if checkpoint != "-" else None
@@ -304,7 +307,7 @@ def main() -> int:
         )
         return 130
     except BaseException:
-        traceback.print_exc()
+        print(shown(traceback.format_exc()), file=sys.stderr)
         return 1
 
 

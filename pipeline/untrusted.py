@@ -16,6 +16,7 @@ from pipeline.masking import NO_PASSWORD, UNPRINTABLE, has_password, hide_secret
 
 __all__ = [
     "NO_PASSWORD",
+    "UNPRINTABLE",
     "has_password",
     "hide_secrets",
     "inside",

@@ -1,4 +1,4 @@
-"""What is declared to installers and to Docker: floors without known holes, ports of this machine only, no secrets in the image."""
+"""What installers and Docker get: floors without known holes, ports of this machine only, no secrets in the image."""
 
 from __future__ import annotations
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import re
 from collections import OrderedDict
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -26,7 +27,7 @@ from pydantic import Field, InstanceOf, TypeAdapter
 from pipeline.data import storage
 from pipeline.data.arrays import check_columns, read_arrays
 from pipeline.errors import DataError
-from pipeline.untrusted import plain_name, printable, read_json
+from pipeline.untrusted import UNPRINTABLE, plain_name, printable, read_json
 
 FORMAT = 2  # 2: lists of captions in JSON
 STATUSES = (
@@ -64,6 +65,7 @@ _COLUMNS = {
     "other_crc32": np.uint32,
 }
 _CACHED_SHARDS = 256
+_MAX_STEM = 230  # bytes of a sidecar's name that a shard's name may be
 _MANIFEST = 1 << 30  # bytes of manifest.json
 Count = Annotated[int, Field(strict=True, ge=0, lt=1 << 62)]
 Text = InstanceOf[str]  # pydantic's own type refuses names that are no UTF-8
@@ -197,7 +199,8 @@ def make_columns(rows: list[dict[str, int]]) -> dict[str, NDArray[Any]]:
 def sidecar_name(url: str) -> str:
     """File name of a shard's sidecar: equal base names in different folders do not collide."""
     place = hashlib.blake2b(storage.absolute(url).encode("utf-8", "surrogateescape"), digest_size=6).hexdigest()
-    return f"{storage.base_name(url)}-{place}.npz"
+    name = re.sub(rf"{UNPRINTABLE.pattern}|\\\\", "_", storage.base_name(url))
+    return f"{name if len(name.encode()) <= _MAX_STEM else name[-_MAX_STEM // 4 :]}-{place}.npz"
 
 
 def load_sidecar(path: Path) -> ShardIndex:

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from pipeline.data.manifest import CAPTION_SOURCES, FORMATS, Manifest
 from pipeline.data.order import Order, divisors
 from pipeline.errors import FoveaError
+from pipeline.untrusted import shown
 
 PERCENTILES = (0, 1, 5, 25, 50, 75, 95, 99, 100)
 SMALL_SHARD, LARGE_SHARD = 100_000_000, 1_000_000_000  # bytes; 200 to 500 MB are advised
@@ -141,7 +142,7 @@ class Statistics:
                 f"{o['left_over']:,} samples left over each time; ranks: {', '.join(map(str, o['ranks']))}"
             )
         lines += [f"- {sentence}" for sentence in self.advice]
-        return "\n".join(lines).encode("utf-8", "surrogateescape").decode("utf-8", "replace")
+        return shown("\n".join(lines))
 
 
 def statistics(manifest: Manifest, *, global_batch: int = 1024) -> Statistics:

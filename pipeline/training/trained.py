@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from pipeline.errors import CheckpointError
+from pipeline.masking import shown
 from pipeline.recipes.base import Recipe
 from pipeline.training import saved as files
 from pipeline.training.checkpoint import read_student, read_teacher
@@ -25,7 +26,7 @@ def newest(run: Path) -> Saved:
     """
     found, complaints = files.newest(RunDirectory(run).checkpoints)
     for complaint in complaints:
-        print(complaint, file=sys.stderr)
+        print(shown(complaint), file=sys.stderr)
     if found is None:
         raise CheckpointError(
             "the run has no checkpoint yet",
