@@ -33,7 +33,7 @@ def alone(run: RunDirectory) -> Iterator[None]:
         LaunchError: another attempt holds it.
     """
     run.path.mkdir(parents=True, exist_ok=True)
-    with (run.path / ".lock").open("w") as lock:
+    with (run.path / ".lock").open("a") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

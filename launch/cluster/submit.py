@@ -14,6 +14,7 @@ from pipeline.config import Loaded, show
 from pipeline.errors import ConfigError, LaunchError
 from pipeline.masking import shown
 from pipeline.settings import Config
+from pipeline.tracking.servers import remember
 from pipeline.training.run import RunDirectory
 
 
@@ -108,6 +109,8 @@ def _submit(
     script.write_text(text)
     (folder / "submit" / "command.txt").write_text(typed + "\n")
     run.write_settings(config, show(Loaded(config, loaded.provenance, loaded.source), secrets=True))
+    if config.tracking.uri:
+        remember(config.tracking.uri)
     record.clear(run)
     facts = render.facts(config, profile, folder)
     run.write("submit/job.json", facts)

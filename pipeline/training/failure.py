@@ -55,7 +55,7 @@ def read(error: BaseException, facts: dict[str, Any]) -> Failure:
         error: what ended the training.
         facts: ``micro_batch`` and ``zero``, for the advice.
     """
-    text = " ".join(str(error).split())
+    text = shown(" ".join(str(error).split()))
     if isinstance(error, FoveaError):
         return Failure(str(error), code=error.exit_code)
     if isinstance(error, torch.OutOfMemoryError):

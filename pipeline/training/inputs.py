@@ -93,7 +93,7 @@ def _index(
     directory = config.data.index_folder(urls)
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        lock = (directory / ".lock").open("w")
+        lock = (directory / ".lock").open("a")
     except OSError as error:
         raise DataError(
             f"the index of the shards cannot be kept here ({error.strerror})",

@@ -109,3 +109,14 @@ def test_many_threads_read_more_files_than_stay_open(tmp_path: Path) -> None:
     for thread in threads:
         thread.join()
     assert not wrong
+
+
+def test_a_link_where_a_file_is_put_is_not_followed(tmp_path: Path) -> None:
+    (tmp_path / "source").write_bytes(b"copy")
+    (tmp_path / "victim").write_bytes(b"mine")
+    (tmp_path / "shared").mkdir()
+    (tmp_path / "shared" / ".x.part").symlink_to(tmp_path / "victim")
+    (tmp_path / "shared" / "x").symlink_to(tmp_path / "victim")
+    storage.Storage().put(tmp_path / "source", str(tmp_path / "shared" / "x"))
+    assert (tmp_path / "victim").read_bytes() == b"mine"
+    assert (tmp_path / "shared" / "x").read_bytes() == b"copy" and not (tmp_path / "shared" / "x").is_symlink()

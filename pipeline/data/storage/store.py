@@ -145,7 +145,9 @@ class Storage:
         temporary = target.with_name(f".{target.name}.part")
         try:
             target.parent.mkdir(parents=True, exist_ok=True)
-            with path.open("rb") as source, temporary.open("wb") as copy:
+            temporary.unlink(missing_ok=True)  # what somebody else may have put there is not followed
+            descriptor = os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_CLOEXEC, 0o666)
+            with path.open("rb") as source, open(descriptor, "wb") as copy:
                 shutil.copyfileobj(source, copy, 16 << 20)
                 copy.flush()
                 os.fsync(copy.fileno())
