@@ -22,6 +22,7 @@ from pipeline.untrusted import printable, read_bytes
 COMMAND_LINE = "command line"
 _BYTES = 4 << 20  # of one file
 _FILES = 200  # read for one config, bases of bases included
+_UNDER_WAY = -1
 _NODES = 50_000  # values of one file, aliases unfolded
 _INTEGER = re.compile(r"[-+]?[0-9]+")
 _FLOAT = re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?")
@@ -146,7 +147,7 @@ def compose(text: str, where: str) -> yaml.Node | None:
     """
     try:
         node = yaml.compose(text, Loader=yaml.SafeLoader)
-        weight = _weight(node, {}) if node is not None else 0
+        weight = _weight(node, {}, where) if node is not None else 0
     except RecursionError:
         raise ConfigError("is nested too deeply", where=where) from None
     except (ValueError, OverflowError) as error:  # an escape that is no character
@@ -156,16 +157,18 @@ def compose(text: str, where: str) -> yaml.Node | None:
     return node
 
 
-def _weight(node: yaml.Node, known: dict[int, int]) -> int:
-    """How many values a node stands for; of a node that holds itself, more than any limit."""
+def _weight(node: yaml.Node, known: dict[int, int], where: str) -> int:
+    """How many values a node stands for, itself included."""
+    if known.get(id(node)) == _UNDER_WAY:
+        raise ConfigError("is nested too deeply: an alias stands inside what it stands for", where=where)
     if id(node) not in known:
-        known[id(node)] = _NODES + 1
+        known[id(node)] = _UNDER_WAY
         inner: list[yaml.Node] = []
         if isinstance(node, yaml.MappingNode):
             inner = [part for pair in node.value for part in pair]
         elif isinstance(node, yaml.SequenceNode):
             inner = list(node.value)
-        known[id(node)] = 1 + sum(_weight(part, known) for part in inner)
+        known[id(node)] = 1 + sum(_weight(part, known, where) for part in inner)
     return known[id(node)]
 
 
