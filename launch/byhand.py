@@ -16,9 +16,12 @@ from typing import TYPE_CHECKING, Any
 
 from launch import local
 from launch.ranks import RankEnvironment, ranks_to_start
+from pipeline.errors import ConfigError
 from pipeline.interpreter import module_command
 from pipeline.settings import Config
+from pipeline.tracking.servers import shown_server
 from pipeline.training.run import RunDirectory
+from pipeline.untrusted import printable
 
 if TYPE_CHECKING:
     from pipeline.tracking import Aside, Journal, Shipper
@@ -102,10 +105,11 @@ class Telling:
         aside: where the journal goes.
         hint: command that sends what is left, later.
         params: settings to be told of first.
+        refusal: why nothing is sent now; the journal is kept all the same.
     """
 
-    def __init__(self, folder: Path, aside: Aside, hint: str, params: Mapping[str, Any] | None = None) -> None:
-        self._folder, self._aside, self._mend, self._params = folder, aside, hint, params
+    def __init__(self, folder: Path, aside: Aside, hint: str, params: Mapping[str, Any] | None = None, refusal: str = "") -> None:
+        self._folder, self._aside, self._hint, self._params, self._refusal = folder, aside, hint, params, refusal
         self._journal: Journal | None = None
         self._shipper: Shipper | None = None
 
@@ -121,7 +125,7 @@ class Telling:
         Returns:
             ``None`` if the run is not tracked and no server is named.
         """
-        from pipeline.tracking import Aside, destination
+        from pipeline.tracking import Aside, destination, destination_of
 
         run, t = RunDirectory(directory), config.tracking
         own = destination(t, run.path)
@@ -129,7 +133,13 @@ class Telling:
             return None
         joins = "../cursor.json" if t.enabled and uri in (None, own.uri) else ""
         hint = f"fovea track sync {directory}"
-        return cls(run.tracking / f"eval-{_stamp()}", Aside(uri or own.uri, own.experiment, config.run.name, joins), hint)
+        try:
+            destination_of(t, run.path, named=uri)
+            refusal = ""
+        except ConfigError as error:
+            refusal = str(error)
+        aside = Aside(uri or own.uri, own.experiment, config.run.name, joins)
+        return cls(run.tracking / f"eval-{_stamp()}", aside, hint, refusal=refusal)
 
     @classmethod
     def of_weights(cls, name: str, config: Config, uri: str | None) -> Telling | None:
@@ -143,7 +153,9 @@ class Telling:
         if uri is None:
             return None
         from pipeline.config import flatten
-        from pipeline.tracking import Aside, destination
+        from pipeline.tracking import Aside, check_address, destination
+
+        check_address(uri, where="--track")
 
         title = f"eval-{re.sub(r'[^A-Za-z0-9._-]+', '-', name).strip('-') or 'weights'}"
         run = RunDirectory(Path("runs/evaluations") / f"{title}-{_stamp()}")
@@ -151,7 +163,7 @@ class Telling:
         chosen = config.replace(
             run=config.run.model_copy(update={"name": title}), tracking=config.tracking.model_copy(update={"uri": uri})
         )
-        run.write("config.json", chosen.model_dump(mode="json"))  # for `fovea track sync`
+        run.write_settings(chosen)  # for `fovea track sync`
         wanted = {key: value for key, value in flatten(config).items() if key.startswith(("evaluation.", "data.shards"))}
         return cls(run.tracking / "eval", aside, f"fovea track sync {run.path}", {"weights": name, **wanted})
 
@@ -165,8 +177,13 @@ class Telling:
         """
         if self._journal is None:
             self._journal = self._aside.begin(self._folder)
-            self._shipper = self._aside.shipper(self._folder, lambda text: print(f"fovea: {text}", file=sys.stderr))
-            self._shipper.start()
+            if self._refusal:
+                print(f"fovea: the scores stay in {self._folder}: {printable(self._refusal)}", file=sys.stderr)
+            else:
+                self._shipper = self._aside.shipper(
+                    self._folder, lambda text: print(f"fovea: {printable(text)}", file=sys.stderr)
+                )
+                self._shipper.start()
             if self._params:
                 self._journal.params(self._params)
         values: dict[str, float] = {}
@@ -175,18 +192,25 @@ class Telling:
             values |= {prefix + name: value for name, value in row.items()}
         self._journal.metrics(step, values)
         if file is not None:
-            self._journal.artifact(file.resolve())
+            self._journal.artifact(self._kept(file))
+
+    def _kept(self, file: Path) -> Path:
+        """The file, or its copy beside the journal if it lies outside the run: only files of the run are sent."""
+        root, file = self._folder.parent.parent.resolve(), file.resolve()
+        if file.is_relative_to(root):
+            return file
+        return Path(shutil.copyfile(file, self._folder.resolve() / file.name))
 
     def close(self) -> None:
         """Send what is left, within half a minute."""
-        if self._journal is None or self._shipper is None:
+        if self._journal is None:
             return
         if not self._aside.joins:
             self._journal.tags({"fovea.state": "finished"})
         self._journal.close()
-        if not self._shipper.close(_PATIENCE):
-            told = f"MLflow at {self._aside.uri} has not taken everything; later, `{self._mend}` sends the rest"
-            print(f"fovea: {told}", file=sys.stderr)
+        if self._shipper is not None and not self._shipper.close(_PATIENCE):
+            where = shown_server(self._aside.uri)
+            print(f"fovea: MLflow at {where} has not taken everything; later, `{self._hint}` sends the rest", file=sys.stderr)
 
 
 @contextlib.contextmanager
@@ -197,6 +221,10 @@ def closing(telling: Telling | None) -> Iterator[Telling | None]:
     finally:
         if telling is not None:
             telling.close()
+
+
+def _say(text: str) -> None:
+    print(f"fovea: {printable(text)}", file=sys.stderr)
 
 
 def _stamp() -> str:

@@ -11,8 +11,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from pipeline.errors import CheckpointError, ConfigError
+from pipeline.training.manifest import MANIFEST
 from pipeline.training.retention import read_best
-from pipeline.training.saved import MANIFEST, Saved, listed, newest, read, verify
+from pipeline.training.saved import Saved, listed, newest, read, verify
+from pipeline.untrusted import hide_secrets, printable
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -45,7 +47,7 @@ def list_(run: RunArgument, as_json: Annotated[bool, typer.Option("--json", help
     table = [head, *({**row, "size": _size(row["size"]), "age": _age(row["age"])} for row in rows)]
     width = {name: max(len(str(row[name])) for row in table) for name in head}
     for row in table:
-        print("  ".join(f"{row[name]!s:<{width[name]}}" for name in head).rstrip())
+        print(printable("  ".join(f"{row[name]!s:<{width[name]}}" for name in head).rstrip()))
 
 
 @app.command("verify")
@@ -66,10 +68,10 @@ def verify_(path: Annotated[Path, typer.Argument(metavar="RUN|PATH", help="A run
     for one in paths:
         try:
             verify(read(one))
-            print(f"{one.name}: whole")
+            print(f"{printable(one.name)}: whole")
         except CheckpointError as error:
             bad += 1
-            print(f"{one.name}: {error.what} ({error.where})")
+            print(printable(f"{one.name}: {error.what} ({error.where})"))
     if bad:
         raise typer.Exit(1)
 
@@ -93,8 +95,8 @@ def inspect(
     if as_json:
         print(json.dumps(manifest, indent=2))
         return
-    config = manifest.get("config", {})
-    data = manifest.get("data", {})
+    config = manifest.get("config") or {}
+    data = manifest.get("data") or {}
     shapes = manifest.get("shapes", {})
     facts = {
         "checkpoint": saved.path,
@@ -103,7 +105,7 @@ def inspect(
         "run": f"{manifest.get('run', '?')}, attempt {manifest.get('attempt', '?')}",
         "begun at": ", ".join(origin["path"] for origin in saved.origins) or "its first step",
         "written by": ", ".join(f"{name} {manifest.get(name, '?')}" for name in ("fovea", "torch", "python")),
-        "ranks": f"{manifest.get('world', '?')}, ZeRO stage {config.get('train', {}).get('zero', '?')}",
+        "ranks": f"{manifest.get('world', '?')}, ZeRO stage {_zero(manifest)}",
         "data": f"{data.get('samples', '?')} samples, fingerprint {data.get('fingerprint', '?')}",
         "settings": f"fingerprint {str(manifest.get('fingerprint', '?'))[:12]}",
         "scores": ", ".join(f"{name} {value:.4f}" for name, value in manifest.get("scores", {}).items()) or "none yet",
@@ -113,15 +115,15 @@ def inspect(
     }
     width = max(map(len, facts))
     for name, value in facts.items():
-        print(f"{name:<{width}}  {value}")
+        print(f"{name:<{width}}  {hide_secrets(printable(str(value)))}")
     if tensors:
         print()
         for name, kind, shape in _tensors(saved):
-            print(f"{kind:<5} {name}  {list(shape)}")
+            print(printable(f"{kind:<5} {name}  {list(shape)}"))
         return
     print("\nsettings:")
     for key, value in sorted(_flat(config)):
-        print(f"  {key} = {json.dumps(value)}")
+        print(hide_secrets(f"  {printable(key)} = {json.dumps(value)}"))
 
 
 @app.command("convert")
@@ -212,7 +214,7 @@ def _rows(folder: Path) -> list[dict[str, Any]]:
                 "samples": one.manifest.get("samples_seen", "?"),
                 "size": sum(file["size"] for file in one.manifest["files"]),
                 "ranks": one.manifest.get("world", "?"),
-                "zero": one.manifest.get("config", {}).get("train", {}).get("zero", "?"),
+                "zero": _zero(one.manifest),
                 "age": time.time() - (one.path / MANIFEST).stat().st_mtime,
                 "marks": ", ".join(marks),
                 "state": _state(one),
@@ -226,29 +228,42 @@ def _rows(folder: Path) -> list[dict[str, Any]]:
     return rows
 
 
+def _zero(manifest: dict[str, Any]) -> Any:
+    """The ZeRO stage in the settings of a checkpoint, which may be of another version."""
+    train = (manifest.get("config") or {}).get("train")
+    return train.get("zero", "?") if isinstance(train, dict) else "?"
+
+
 def _state(saved: Saved) -> str:
     for file in saved.manifest["files"]:
         path = saved.path / file["name"]
-        if not path.exists():
+        try:
+            size = path.lstat().st_size
+        except OSError:
             return f"damaged: {file['name']} is missing"
-        if path.stat().st_size != file["size"]:
+        if size != file["size"]:
             return f"damaged: {file['name']} has the wrong size"
     return "whole"
 
 
 def _tensors(saved: Saved) -> list[tuple[str, str, tuple[int, ...]]]:
-    """Name, type and whole shape of every tensor."""
-    from safetensors import safe_open
+    """Name, type and whole shape of every tensor.
 
+    Raises:
+        CheckpointError: a file cannot be read as tensors.
+    """
+    from pipeline.models.tensors import opened
+
+    shapes = saved.manifest.get("shapes", {})
     rows = []
-    for name, shape in saved.manifest["shapes"].items():
+    for name, shape in shapes.items():
         rows += [(f"{kind}/{name}", "F32", tuple(shape)) for kind in ("master", "exp_avg", "exp_avg_sq")]
     teacher: set[str] = set()
-    for rank in range(len(saved.manifest["fragments"])):
-        with safe_open(saved.path / f"rank_{rank:05d}.safetensors", framework="np") as file:
+    for rank in range(len(saved.manifest.get("fragments", []))):
+        with opened(saved.path / f"rank_{rank:05d}.safetensors") as file:
             teacher |= {key for key in file.keys() if key.startswith("teacher/")}  # noqa: SIM118
-    rows += [(key, "F32", tuple(saved.manifest["shapes"][key.removeprefix("teacher/")])) for key in sorted(teacher)]
-    with safe_open(saved.path / "whole.safetensors", framework="np") as file:
+    rows += [(key, "F32", tuple(shapes.get(key.removeprefix("teacher/"), ()))) for key in sorted(teacher)]
+    with opened(saved.path / "whole.safetensors") as file:
         for key in sorted(file.keys()):
             piece = file.get_slice(key)
             rows.append((key, str(piece.get_dtype()), tuple(piece.get_shape())))

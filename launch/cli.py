@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.markup import escape
 
 from launch import shards
 from launch.bench_all import app as bench
 from launch.checkpoint import app as checkpoint
 from launch.cluster import commands as cluster
+from launch.terminal import Terminal, clean_logs
 from launch.track import app as track
 from pipeline.errors import ConfigError, FoveaError
 
@@ -358,6 +358,7 @@ def _load(name: str, overrides: Sequence[str] | None) -> Loaded:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point. A :class:`FoveaError` becomes one message on stderr and the error's exit code."""
     global _debug
+    clean_logs()
     words = list(sys.argv[1:] if arguments is None else arguments)
     _debug, _words[:] = "--debug" in words, words
     try:
@@ -366,7 +367,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except FoveaError as error:
         if _debug:
             traceback.print_exc()
-        Console(stderr=True, soft_wrap=True, highlight=False).print(f"[bold red]fovea:[/] {escape(str(error))}")
+        Terminal(stderr=True, soft_wrap=True, highlight=False).print(f"[bold red]fovea:[/] {escape(str(error))}")
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
         sys.exit(130)

@@ -153,8 +153,9 @@ def _outcome(run: Path) -> dict[str, Any]:
 
 def _table(run: Path, wall: float) -> dict[str, str]:
     """The facts worth a line, also printed."""
-    from rich.console import Console
     from rich.table import Table
+
+    from launch.terminal import Terminal
 
     outcome = _outcome(run)
     scores: dict[str, float] = outcome["scores"]
@@ -179,7 +180,7 @@ def _table(run: Path, wall: float) -> dict[str, str]:
     table = Table(title="What came out", show_header=False, title_justify="left")
     for label, value in facts.items():
         table.add_row(label, value)
-    Console().print(table)
+    Terminal().print(table)
     return facts
 
 

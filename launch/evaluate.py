@@ -193,8 +193,9 @@ def _side(config: Config) -> int | None:
 
 
 def _print(found: dict[str, dict[int, float]], about: dict[str, Any]) -> None:
-    from rich.console import Console
     from rich.table import Table
+
+    from launch.terminal import Terminal
 
     ks = sorted(found["trained"])
     table = Table(title=f"k-NN accuracy of {about['checkpoint']}", title_justify="left")
@@ -204,7 +205,7 @@ def _print(found: dict[str, dict[int, float]], about: dict[str, Any]) -> None:
     for source, words in SOURCES.items():
         best = source == "trained"
         table.add_row(words, *(f"{100 * found[source][k]:.1f} %" for k in ks), style="bold" if best else None)
-    console = Console()
+    console = Terminal()
     console.print(table)
     console.print(
         f"after {about['samples_seen']:,} samples; {about['judged']:,} pictures judged by {about['voters']:,} voters, "

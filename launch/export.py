@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-import json
+import re
 from pathlib import Path
 
 from pipeline.errors import CheckpointError, ConfigError
 from pipeline.export import networks
 from pipeline.export.write import TARGETS, write
-from pipeline.settings import Config
-from pipeline.tracking import Shipper, destination
+from pipeline.tracking import Shipper, destination_of
 from pipeline.training import saved as files
+from pipeline.training.manifest import MANIFEST
 from pipeline.training.retention import read_best
 from pipeline.training.run import RunDirectory
 from pipeline.training.saved import Saved
 from pipeline.training.trained import newest
+from pipeline.untrusted import printable
 
 
 def chosen(path: Path, *, best: bool = False) -> Saved:
@@ -23,7 +24,7 @@ def chosen(path: Path, *, best: bool = False) -> Saved:
     Raises:
         CheckpointError: there is none.
     """
-    if (path / files.MANIFEST).exists():
+    if (path / MANIFEST).exists():
         return files.read(path)
     if not best:
         return newest(path)
@@ -66,6 +67,12 @@ def run(
     """
     if to not in TARGETS:
         raise ConfigError(f"there is no target {to!r}", where="--to", hint=f"Choose of {', '.join(TARGETS)}.")
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9.+_-]{0,63}", license_):
+        raise ConfigError(
+            f"{printable(license_, limit=80)!r} is no identifier",
+            where="--license",
+            hint="Write apache-2.0, cc-by-4.0 or the like.",
+        )
     if network not in ("auto", "teacher", "student"):
         raise ConfigError(f"there is no network {network!r}", where="--network", hint="Choose of auto, teacher, student.")
     path = path.absolute()
@@ -89,6 +96,6 @@ def _shipper(run_folder: Path) -> Shipper:
     run = RunDirectory(run_folder)
     if not run.config.is_file():
         raise ConfigError("is no run's directory", where=str(run_folder), hint="--register needs the run that was trained")
-    config = Config.model_validate(json.loads(run.config.read_text()))
-    target = destination(config.tracking, run.path)
+    config = run.settings()
+    target = destination_of(config.tracking, run.path)
     return Shipper(run.tracking, uri=target.uri, experiment=target.experiment, name=config.run.name)

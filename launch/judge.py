@@ -270,8 +270,9 @@ def _steps(run: RunDirectory) -> int | None:
 
 
 def _told(title: str, document: dict[str, Any], output: Path | None) -> None:
-    from rich.console import Console
     from rich.table import Table
+
+    from launch.terminal import Terminal
 
     table = Table(title=f"Scores of {title}", title_justify="left")
     table.add_column("score")
@@ -280,7 +281,7 @@ def _told(title: str, document: dict[str, Any], output: Path | None) -> None:
         table.add_column(name, justify="right")
     for key in _rows(list(columns.values())):
         table.add_row(key, *(_shown(key, row.get(key)) for row in columns.values()))
-    console = Console()
+    console = Terminal()
     console.print(table)
     if document.get("judged"):
         classes = document["classes"]

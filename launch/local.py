@@ -29,6 +29,7 @@ from typing import IO
 from launch.ranks import RankEnvironment
 from pipeline.errors import LaunchError
 from pipeline.interpreter import safe_environment
+from pipeline.masking import printable
 
 FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 
@@ -206,7 +207,7 @@ def _report(rank: _Rank, ranks: int, lines: int = 20) -> None:
         return
     tail = _tail(rank.log, lines)
     print(f"; the end of {rank.log}:" if tail else f"; {rank.log} is empty.", file=sys.stderr)
-    print("".join(f"  | {line}\n" for line in tail), file=sys.stderr, end="", flush=True)
+    print("".join(f"  | {printable(line)}\n" for line in tail), file=sys.stderr, end="", flush=True)
 
 
 def _tail(log: Path, lines: int) -> list[str]:

@@ -14,6 +14,7 @@ import numpy as np
 from pipeline.config import Loaded
 from pipeline.data.manifest import STATUSES, load_sidecar
 from pipeline.errors import ConfigError, DataError
+from pipeline.masking import shown
 from pipeline.settings import Config
 from pipeline.training.inputs import Inputs, prepare
 from pipeline.training.run import RunDirectory
@@ -61,10 +62,10 @@ def run(
     if as_json:
         print(json.dumps(document, indent=1))
         return
-    print(document["about"])
+    print(shown(document["about"]))
     rows = document["samples"] if step is not None else document["seen"]
     for line in table(rows, _STEP if step is not None else _KEY):
-        print(line)
+        print(shown(line))
 
 
 def at_step(config: Config, inputs: Inputs, step: int, world: int) -> dict[str, Any]:

@@ -7,6 +7,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Protocol
 
+from pipeline.masking import printable
+
 
 class Tell(Protocol):
     """Told of progress: pieces done, pieces in all, and a line if there is something worth one."""
@@ -29,12 +31,13 @@ def meter(what: str) -> Iterator[Tell]:
 
         def write(done: int, total: int, line: str = "") -> None:
             if line:
-                print(f"{done}/{total} {line}", file=sys.stderr, flush=True)
+                print(f"{done}/{total} {printable(line)}", file=sys.stderr, flush=True)
 
         yield write
         return
-    from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+    from launch.terminal import Terminal
 
     columns = (
         TextColumn("{task.description}"),
@@ -44,12 +47,12 @@ def meter(what: str) -> Iterator[Tell]:
         TimeRemainingColumn(),
         TextColumn("{task.fields[line]}", markup=False),
     )
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+    with Progress(*columns, console=Terminal(stderr=True), transient=True) as bar:
         task = bar.add_task(what, total=None, line="")
 
         def move(done: int, total: int, line: str = "") -> None:
             bar.update(task, completed=done, total=total)
             if line:
-                bar.update(task, line=line)
+                bar.update(task, line=printable(line))
 
         yield move

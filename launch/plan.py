@@ -6,11 +6,11 @@ import math
 from dataclasses import dataclass, replace
 
 from rich.box import SIMPLE
-from rich.console import Console
 from rich.table import Table
 
 from launch.cluster.profile import ClusterProfile
 from launch.gpus import gpus
+from launch.terminal import Terminal
 from pipeline.errors import ConfigError
 from pipeline.settings import Config
 from pipeline.training import activations
@@ -114,13 +114,13 @@ def advice(config: Config, sizes: Sizes, ranks: int, capacity: float) -> str:
     return f"Does not fit: without activations it is {memory.total / 1e9:.1f} GB at stage 3 on {ranks} GPUs; {more}."
 
 
-def run(config: Config, *, ranks: int | None, gigabytes: float, console: Console | None = None) -> int:
+def run(config: Config, *, ranks: int | None, gigabytes: float, console: Terminal | None = None) -> int:
     """Print the table and the advice; 0 if something fits, 1 if nothing does.
 
     Raises:
         ConfigError: the global batch cannot be shared by so many GPUs.
     """
-    out = console or Console()
+    out = console or Terminal()
     ranks = ranks or config.launch.ranks or gpus() or 1
     if config.train.global_batch % ranks:
         raise ConfigError(
@@ -231,10 +231,10 @@ def bill(config: Config, site: ClusterProfile, *, ranks: int, efficiency: float,
 
 
 def cost(
-    config: Config, site: ClusterProfile, *, ranks: int, efficiency: float, samples: int | None, console: Console | None = None
+    config: Config, site: ClusterProfile, *, ranks: int, efficiency: float, samples: int | None, console: Terminal | None = None
 ) -> Bill:
     """Print :func:`bill` for a person, with what it rests on."""
-    out, b = console or Console(), bill(config, site, ranks=ranks, efficiency=efficiency, samples=samples)
+    out, b = console or Terminal(), bill(config, site, ranks=ranks, efficiency=efficiency, samples=samples)
     attempts = max(math.ceil(b.hours * 3600 / site.seconds), 1)
     out.print(
         f"{b.steps:,} steps of {config.train.global_batch:,}, {b.samples:,} samples at {b.gflop:,.1f} GFLOP: about {b.rate:,.0f} "

@@ -16,10 +16,12 @@ from launch.pictures import Chart, Line
 from launch.watch import clock
 from pipeline.config import flatten
 from pipeline.errors import ConfigError, DataError
+from pipeline.masking import masked
 from pipeline.settings import Config
 from pipeline.tracking.journal import read
 from pipeline.training import saved as files
 from pipeline.training.run import RunDirectory
+from pipeline.untrusted import read_json
 
 _PLAIN = ("train/", "perf/", "memory/", "system/", "gradient_norm/", "data/", "storage/", "checkpoint/", "alarm/", "copies/")
 _CURVES = (
@@ -119,9 +121,26 @@ def write(paths: Sequence[Path], out: Path) -> Path:
 
     Raises:
         ConfigError: one of them is no run.
-        DataError: the file cannot be written.
+        DataError: the file cannot be written, or a record of a run is of a wrong type.
     """
-    runs = gather(paths)
+    try:
+        runs = gather(paths)
+        page = _page(runs)
+    except (TypeError, ValueError, KeyError, AttributeError, OverflowError) as error:
+        raise DataError(
+            f"a record of a run is damaged ({type(error).__name__})",
+            where=", ".join(map(str, paths)),
+            hint="Leave that run out; see its outcome.json, attempts.jsonl and evaluations.",
+        ) from error
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.write_text(page, encoding="utf-8")
+    except OSError as error:
+        raise DataError(f"the page cannot be written ({error.strerror})", where=str(out), hint="Choose another place.") from error
+    return out
+
+
+def _page(runs: Sequence[Told]) -> str:
     count = f"{len(runs)} runs side by side" if len(runs) > 1 else f"The run {runs[0].name}"
     body = [
         f'<p class="over">fovea · report</p><h1>{html.escape(count)}</h1>',
@@ -134,12 +153,7 @@ def write(paths: Sequence[Path], out: Path) -> Path:
         _settings(runs),
         "<footer>Read from the runs' journals, checkpoints and records; this file holds everything it shows.</footer>",
     ]
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text(pictures.document(f"fovea report: {', '.join(r.name for r in runs)}", "\n".join(body)), encoding="utf-8")
-    except OSError as error:
-        raise DataError(f"the page cannot be written ({error.strerror})", where=str(out), hint="Choose another place.") from error
-    return out
+    return pictures.document(f"fovea report: {', '.join(r.name for r in runs)}", "\n".join(body))
 
 
 def run(paths: Sequence[Path], out: Path) -> int:
@@ -154,8 +168,8 @@ def run(paths: Sequence[Path], out: Path) -> int:
 
 def _json(path: Path) -> dict[str, Any]:
     try:
-        found = json.loads(path.read_text())
-    except (OSError, ValueError):
+        found = read_json(path)
+    except (OSError, DataError):
         return {}
     return found if isinstance(found, dict) else {}
 
@@ -333,9 +347,9 @@ def _settings(runs: Sequence[Told]) -> str:
 
 def _flat(config: Mapping[str, Any]) -> dict[str, str]:
     try:
-        return {key: str(value) for key, value in flatten(Config.model_validate(config)).items()}
-    except ValueError:  # of another version
-        return {key: json.dumps(value) for key, value in config.items()}
+        return {key: str(value) for key, value in masked(flatten(Config.model_validate(config))).items()}
+    except (ValueError, RecursionError):  # of another version
+        return {str(key): json.dumps(value) for key, value in masked(dict(config)).items()}
 
 
 def _side_by_side(rows: Mapping[str, Sequence[str]], runs: Sequence[Told]) -> str:

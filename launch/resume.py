@@ -94,7 +94,7 @@ def choose_checkpoint(config: Config, run: RunDirectory, inputs: Inputs, *, fetc
         else:
             complaints.append(f"going on from {found.path}, which came of {wanted}; move it away to go back there once more")
     if found is not None:
-        check_identity(config, found.manifest["config"], found.path)
+        check_identity(config, found.manifest.get("config") or {}, found.path)
         if accepted := check_data(found, inputs, allow=config.checkpoint.allow_data_change):
             complaints.append(accepted)
     return found, complaints

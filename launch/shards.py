@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from pipeline.errors import ConfigError
+from pipeline.masking import printable
 
 if TYPE_CHECKING:
     from pipeline.data.manifest import Manifest, Shard
@@ -118,7 +119,7 @@ def verify(
         print(f"\n{number} {reason}: {verification.REASONS[reason]}")
         named = [entry for entry in found if entry["reason"] == reason]
         for entry in named[:_NAMED]:
-            print(f"  {entry['shard']}  {_shown(entry['key'])}")
+            print(f"  {printable(entry['shard'])}  {_shown(entry['key'])}")
         if len(named) > _NAMED:
             print(f"  and {len(named) - _NAMED} more" + ("" if report else "; --report FILE writes them all"))
     if exclude:
@@ -227,7 +228,7 @@ def pack(
         listing = open_source(source, layout=kind, store=_store(), options=options)
         report = write(listing, out, packing, overwrite=overwrite, threads=threads, progress=tell)
     print(report.text(out, prefix))
-    print(f"shards: {_range(report.shards)}")
+    print(f"shards: {printable(_range(report.shards))}")
 
 
 @app.command("scenes")
@@ -386,7 +387,7 @@ def _index(settings: DataSettings, workers: int | None, report: Path | None, *, 
         with meter("indexing") as tell:
 
             def told(done: int, total: int, shard: Shard) -> None:
-                tell(done, total, f"{shard.url}: {shard.samples} samples")
+                tell(done, total, f"{printable(shard.url)}: {shard.samples} samples")
 
             manifest = build(urls, folder, fields=fields, workers=workers, damaged=settings.damaged, progress=told, store=store)
     except UnusableShards as error:
@@ -446,7 +447,7 @@ def _range(shards: Sequence[str]) -> str:
 
 
 def _shown(key: str) -> str:
-    return key.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
+    return printable(key)
 
 
 def _write_json(path: Path, document: dict[str, object]) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
@@ -11,7 +10,7 @@ import typer
 
 from pipeline.errors import ConfigError, FoveaError, LaunchError
 from pipeline.training.run import RunDirectory
-from pipeline.untrusted import hide_secrets, printable
+from pipeline.untrusted import printable
 
 app = typer.Typer(no_args_is_help=True, help="What MLflow is told.")
 
@@ -41,7 +40,8 @@ def sync(
 
     every = [RunDirectory(file.parent) for file in [*_there("*"), *_there("evaluations/*")]]
     chosen = [find(run)] if run is not None else every
-    behind = {one.path.name: trouble for one in chosen if (trouble := _sync(one, uri)) is not None}
+    troubles = ((one.path.name, _sync_or_skip(one, uri, skip=everything)) for one in chosen)
+    behind = {printable(name): trouble for name, trouble in troubles if trouble is not None}
     if behind:
         last = next((trouble for trouble in behind.values() if isinstance(trouble, FoveaError)), None)
         hint = last.hint if last else "Is the server up? The same command sends the rest"
@@ -52,23 +52,38 @@ def _there(pattern: str) -> list[Path]:
     return sorted(Path("runs").glob(f"{pattern}/config.json"))
 
 
+def _sync_or_skip(run: RunDirectory, uri: str | None, *, skip: bool) -> Exception | None:
+    """:func:`_sync`; with ``skip`` a run that cannot be sent is printed and counted instead of ending the command."""
+    try:
+        return _sync(run, uri)
+    except FoveaError as error:
+        if not skip:
+            raise
+        print(f"skipped: {printable(str(error))}")
+        return error
+
+
 def _sync(run: RunDirectory, uri: str | None) -> Exception | None:
     """Sends one run's journals; why something is left, ``None`` if nothing is."""
-    from pipeline.settings import Config
-    from pipeline.tracking import Shipper, asides, destination
+    from pipeline.tracking import Shipper, asides, destination_of, server_of, shown_server
 
-    config = Config.model_validate(json.loads(run.config.read_text()))
-    place = destination(config.tracking, run.path)
-    target = uri or place.uri
-    shipper = Shipper(run.tracking, uri=target, experiment=place.experiment, name=config.run.name, log=print)
-    shipper.start()
-    done = shipper.close(seconds=300.0)
-    trouble = shipper.trouble
+    config = run.settings()
+    place = destination_of(config.tracking, run.path, named=uri)
+    target, name = place.uri, printable(run.path.name)
+    print(f"{name}: sending to {shown_server(target)}", flush=True)
+    own = Shipper(run.tracking, uri=target, experiment=place.experiment, name=config.run.name, log=_say, root=run.path)
+    own.start()
+    done = own.close(seconds=300.0)
+    trouble = own.trouble
     for folder, aside in asides(run.tracking):  # evaluations by hand, after the run that they may belong to
-        other = (replace(aside, uri=uri) if uri else aside).shipper(folder, log=print)
+        there = server_of(run.path, aside.uri, named=uri or (target if aside.uri == target else None))
+        other = replace(aside, uri=there).shipper(folder, log=_say)
         other.start()
         done = other.close(seconds=300.0) and done
         trouble = trouble or other.trouble
-    shown = printable(hide_secrets(target))
-    print(f"{run.path.name}: {'MLflow has everything' if done else 'not everything was accepted'} ({shown})")
+    print(f"{name}: {'MLflow has everything' if done else 'not everything was accepted'} ({shown_server(target)})")
     return None if done else trouble or TimeoutError("MLflow did not answer in time")
+
+
+def _say(text: str) -> None:
+    print(printable(text))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import sys
 from collections.abc import Iterator
 from typing import Any
@@ -17,6 +16,7 @@ from pipeline.config import Loaded, show
 from pipeline.errors import ConfigError, LaunchError
 from pipeline.interpreter import module_command
 from pipeline.locks import lock
+from pipeline.masking import shown
 from pipeline.training.inputs import prepare
 from pipeline.training.run import RunDirectory
 
@@ -29,7 +29,7 @@ def alone(run: RunDirectory) -> Iterator[None]:
         LaunchError: another attempt holds it.
     """
     run.path.mkdir(parents=True, exist_ok=True)
-    with (run.path / ".lock").open("w") as file:
+    with (run.path / ".lock").open("a") as file:
         try:
             lock(file.fileno(), file.name, wait=False)
         except BlockingIOError:
@@ -67,18 +67,17 @@ def run(loaded: Loaded) -> int:
     directory = RunDirectory(config.run.folder)
     with alone(directory):
         if directory.config.exists():
-            check_identity(config, json.loads(directory.config.read_text()), directory.config)
+            check_identity(config, directory.settings_document(), directory.config)
         inputs = prepare(config, ranks, _indexing)
         found, complaints = choose_checkpoint(config, directory, inputs)
         for complaint in complaints:
-            print(complaint, file=sys.stderr)
+            print(shown(complaint), file=sys.stderr)
         if found is None and (config.init_from.source is not None or config.recipe.anchors):
             from pipeline.training import initial
 
             initial.check(config)
         attempt = directory.next_attempt()
-        directory.write("config.json", config.model_dump(mode="json"))
-        (directory.path / "config.yaml").write_text(show(loaded, absolute=True))
+        directory.write_settings(config, show(loaded, secrets=True, absolute=True))
         directory.note("start", attempt=attempt, ranks=ranks, resumed_from=found.step if found else None)
         argv = module_command("launch.worker", str(directory.config), str(attempt), str(found.path) if found else "-")
         code = local.start(argv, ranks, log_directory=directory.logs(attempt), threads=config.train.threads)

@@ -13,6 +13,8 @@ from io import StringIO
 from pathlib import Path
 from typing import Any, TextIO
 
+from pipeline.masking import shown
+
 _SHOWN = {"linear/top1", "logistic/top1", "segmentation/miou", "zeroshot/top1"}
 
 
@@ -73,7 +75,7 @@ class Silent:
 
     def say(self, text: str) -> None:
         """To this rank's log."""
-        print(text, flush=True)
+        print(shown(text), flush=True)
 
 
 class Lines:
@@ -97,11 +99,11 @@ class Lines:
 
     def step(self, done: int, total: int, loss: float, rate: float, scores: dict[str, float], scored: int) -> None:
         """One line."""
-        print(self._text(done, total, loss, rate, scores, scored), file=self._out, flush=True)
+        print(shown(self._text(done, total, loss, rate, scores, scored)), file=self._out, flush=True)
 
     def say(self, text: str) -> None:
         """One line."""
-        print(text, file=self._out, flush=True)
+        print(shown(text), file=self._out, flush=True)
 
 
 class Live(Lines):

@@ -21,6 +21,7 @@ from launch.resume import check_identity, choose_checkpoint, copies_of, origins
 from launch.watch import Clocked, outlive_terminal, watcher
 from pipeline.config import fingerprint, flatten
 from pipeline.errors import FoveaError, LaunchError, verdict
+from pipeline.masking import hide_secrets, masked, shown
 from pipeline.paths import user_name
 from pipeline.settings import Config
 from pipeline.training import claims, saved
@@ -61,12 +62,12 @@ def _be_rank(config: Config, here: RankEnvironment, attempt: int | None) -> int:
     accelerate.check(config, here.world_size)
     run = RunDirectory(config.run.folder)
     if run.config.exists():
-        check_identity(config, json.loads(run.config.read_text()), run.config)
+        check_identity(config, run.settings_document(), run.config)
     inputs = prepare(config, here.world_size)
     found, complaints = choose_checkpoint(config, run, inputs, fetch=here.rank == 0)
     if here.rank == 0:
         for complaint in complaints:
-            print(complaint, file=sys.stderr)
+            print(shown(complaint), file=sys.stderr)
     return train(config, here, attempt, found)
 
 
@@ -132,7 +133,7 @@ def train(config: Config, here: RankEnvironment, attempt: int | None, found: Sav
         dist.broadcast_object_list(chosen, group=world.control)
         found = saved.read(Path(str(chosen[1]))) if chosen[1] else None
         if here.rank == 0:
-            run.write("config.json", config.model_dump(mode="json"))
+            run.write_settings(config)
             run.note("start", attempt=chosen[0], ranks=world.size, resumed_from=found.step if found else None)
     number = int(chosen[0] or 0)
     if world.rank == 0:
@@ -176,7 +177,7 @@ def _train(
     alone: bool,
 ) -> None:
     """From the meeting of the ranks to their leaving; ``alone`` if no launcher of ours notes the attempt's end."""
-    from pipeline.tracking import Journal, Shipper, destination
+    from pipeline.tracking import Journal, Shipper, destination_of, remember
     from pipeline.training import distributed
     from pipeline.training.assemble import assemble
     from pipeline.training.control import Stop
@@ -194,10 +195,12 @@ def _train(
             {"fovea.state": "running", "fovea.attempt": number, "fovea.ranks": world.size, "fovea.run": run.path.resolve()}
         )
         if (run.path / "config.yaml").exists():
-            journal.artifact((run.path / "config.yaml").resolve())
+            journal.artifact(_shown_settings(run))
         if config.tracking.enabled:
-            target = destination(config.tracking, run.path)
+            target = destination_of(config.tracking, run.path, trained=True)
             target.record(run.tracking)
+            if target.origin:
+                remember(target.uri)
             tracked = f" · MLflow at {target}" if target.origin else ""
             shipper = Shipper(run.tracking, uri=target.uri, experiment=target.experiment, name=config.run.name, log=show.say)
             shipper.start()
@@ -219,7 +222,7 @@ def _train(
         attempt=number,
         resume=found,
         facts={
-            "config": config.model_dump(mode="json"),
+            "config": masked(config.model_dump(mode="json")),
             "fingerprint": fingerprint(config),
             "run": config.run.name,
             "attempt": number,
@@ -286,6 +289,16 @@ def _train(
     distributed.leave()
 
 
+def _shown_settings(run: RunDirectory) -> Path:
+    """The settings as they may be sent: ``config.yaml``, or its copy without the queries of signed links."""
+    text = (run.path / "config.yaml").read_text()
+    if (clean := hide_secrets(text)) == text:
+        return (run.path / "config.yaml").resolve()
+    copy = run.tracking / "config.yaml"
+    copy.write_text(clean)
+    return copy.resolve()
+
+
 def _scores(scores: dict[str, float]) -> str:
     last = {name: value for name, value in scores.items() if name.startswith("knn/")}
     return "".join(f", {name} {value:.3f}" for name, value in last.items())
@@ -293,6 +306,9 @@ def _scores(scores: dict[str, float]) -> str:
 
 def main() -> int:
     """Entry of ``python -m launch.worker``."""
+    from launch.terminal import clean_logs
+
+    clean_logs()
     config_path, attempt, checkpoint = sys.argv[1:4]
     config = Config.model_validate(json.loads(Path(config_path).read_text()))
     found = saved.read(Path(checkpoint)) if checkpoint != "-" else None
@@ -307,7 +323,7 @@ def main() -> int:
         )
         return 130
     except BaseException:
-        traceback.print_exc()
+        print(shown(traceback.format_exc()), file=sys.stderr)
         return 1
 
 

@@ -6,13 +6,14 @@ import importlib.util
 from collections.abc import Iterator
 
 from pipeline.judges import NAMES, VOTED
+from pipeline.masking import NO_PASSWORD, has_password, hide_secrets
 from pipeline.methods import Dinov2Settings
 from pipeline.settings import Config
 
 
 def check(config: Config) -> list[tuple[str, str]]:
     """What settings contradict each other: pairs of dotted key and sentence."""
-    found: list[tuple[str, str]] = [*_check_model(config), *_check_recipe(config)]
+    found: list[tuple[str, str]] = [*_check_addresses(config), *_check_model(config), *_check_recipe(config)]
     if config.launch.ranks is not None:
         found += check_ranks(config, config.launch.ranks)
     elif config.train.micro_batch and config.train.global_batch % config.train.micro_batch:
@@ -103,6 +104,27 @@ def _indivisible(config: Config, ranks: int) -> str:
     near = [str(number) for number in (batch // unit * unit, (batch // unit + 1) * unit) if number > 0]
     parts = [f"{ranks} ranks"] * (ranks > 1) + [f"train.micro_batch = {micro}"] * (micro > 1)
     return f"train.global_batch = {batch}: does not divide by {' times '.join(parts)}; {' or '.join(near)} would"
+
+
+def _check_addresses(config: Config) -> Iterator[tuple[str, str]]:
+    """No setting carries a password: settings end in files, logs, reports and MLflow."""
+    if config.tracking.uri is not None and has_password(config.tracking.uri):
+        yield "tracking.uri", f"tracking.uri = {hide_secrets(config.tracking.uri)}: {NO_PASSWORD}"
+    document = config.model_dump(mode="json")
+    document["tracking"].pop("uri", None)
+    for key, text in _texts(document):
+        if has_password(text):
+            told = "must not carry a user name or password; storage takes credentials from the environment, or use a signed link"
+            yield key, f"{key} = {hide_secrets(text)}: {told}"
+
+
+def _texts(value: object, key: str = "") -> Iterator[tuple[str, str]]:
+    if isinstance(value, str):
+        yield key, value
+    for name, inner in value.items() if isinstance(value, dict) else ():
+        yield from _texts(inner, f"{key}.{name}" if key else str(name))
+    for inner in value if isinstance(value, list) else ():
+        yield from _texts(inner, key)
 
 
 def _check_model(config: Config) -> Iterator[tuple[str, str]]:

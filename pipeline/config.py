@@ -30,12 +30,15 @@ from pipeline.checks import check
 from pipeline.errors import ConfigError
 from pipeline.fields import Length, Settings, absolute_paths, path_marker
 from pipeline.layers import Branch, Leaf, Problem, display, merge, origin_of, override, read, scalar, unwrap
+from pipeline.masking import masked
 from pipeline.methods import RECIPES, Dinov2Settings, RecipeSettings
 from pipeline.paths import same
 from pipeline.settings import Config, without_retired
 from pipeline.untrusted import printable
 
 DEFAULT = "default"
+_PROBLEMS = 100  # reported at once
+_LONGEST_KEY = 200  # letters of a key for which a similar one is looked for
 
 
 class InvalidConfig(ConfigError):
@@ -168,7 +171,7 @@ def _validate(tree: Branch, shown: str) -> tuple[Config | None, list[Problem]]:
         try:
             parts[prefix] = kind.model_validate_json(json.dumps(value), strict=True)
         except ValidationError as error:
-            for detail in error.errors(include_url=False, include_context=False):
+            for detail in error.errors(include_url=False, include_context=False)[:_PROBLEMS]:
                 problems.append(_problem(detail, [prefix] if prefix else [], fields, tree, shown))
     if problems:
         order = {problem: _position(problem.origin) for problem in problems}
@@ -193,9 +196,9 @@ def _problem(detail: Any, prefix: list[str], fields: Mapping[str, FieldInfo], tr
         parent = ".".join(names[:-1])
         near = nearest(path, fields)
         hint = f"; did you mean {near!r}?" if near else ""
-        return Problem(
-            path, f"unknown key {path!r}{hint} (allowed {_under(parent)}: {', '.join(_children(parent, fields))})", origin
-        )
+        names_allowed = ", ".join(_children(parent, fields))
+        told = f"unknown key {printable(path, limit=_LONGEST_KEY)!r}{hint} (allowed {_under(parent)}: {names_allowed})"
+        return Problem(path, told, origin)
     info = fields.get(path)
     reason = detail["msg"].removeprefix("Value error, ").replace("Input should", "should").replace("an object", "a section")
     limits = allowed(info) if info is not None else ""
@@ -227,6 +230,8 @@ def _quote(value: Any) -> str:
 
 def nearest(path: str, fields: Mapping[str, Any] | None = None) -> str | None:
     """The valid dotted key that most resembles an unknown one: by its last part first, then by what stands before it."""
+    if len(path) > _LONGEST_KEY:
+        return None
     parent, _, leaf = path.rpartition(".")
     best: tuple[float, str] | None = None
     for key in fields if fields is not None else schema():
@@ -314,9 +319,8 @@ def identity(config: Config) -> dict[str, Any]:
         key for key, info in fields.items() if isinstance(info.json_schema_extra, dict) and info.json_schema_extra.get("runtime")
     }
     prefixes = tuple(f"{key}." for key in runtime)
-    return {
-        key: value for key, value in flatten(config).items() if key not in runtime | {"run.name"} and not key.startswith(prefixes)
-    }
+    flat = masked(flatten(config))  # a link that is signed anew is the same link
+    return {key: value for key, value in flat.items() if key not in runtime | {"run.name"} and not key.startswith(prefixes)}
 
 
 def fingerprint(config: Config) -> str:
@@ -334,16 +338,18 @@ def difference(old: Config, new: Config, *, runtime: bool = False) -> dict[str, 
     return {key: pair for key, pair in changed.items() if key not in paths or not same(*pair)}
 
 
-def show(loaded: Loaded, *, absolute: bool = False) -> str:
+def show(loaded: Loaded, *, secrets: bool = False, absolute: bool = False) -> str:
     """The whole effective configuration as YAML that loads again, each line telling where its value came from.
 
     Args:
         loaded: the configuration.
+        secrets: keep the queries of signed links, for a file that only the user can read; otherwise they are masked.
         absolute: write paths so that they hold in any working directory, instead of as they were typed.
     """
     lines: list[tuple[str, str]] = []
     section: list[str] = []
-    for key, value in {**flatten(loaded.config), **({} if absolute else loaded.typed)}.items():
+    flat = {**flatten(loaded.config), **({} if absolute else loaded.typed)}
+    for key, value in (flat if secrets else masked(flat)).items():
         *above, name = key.split(".")
         kept = next((i for i, (a, b) in enumerate(zip(section, above, strict=False)) if a != b), min(len(section), len(above)))
         lines += [(f"{'  ' * depth}{above[depth]}:", "") for depth in range(kept, len(above))]

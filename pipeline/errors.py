@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
+from pipeline.masking import shown
+
 
 class FoveaError(Exception):
     """A mistake or a state of the world that the user can fix.
@@ -25,9 +27,10 @@ class FoveaError(Exception):
     cause: ClassVar[str] = "refused"
 
     def __init__(self, what: str, *, where: str = "", hint: str = "") -> None:
-        self.what, self.where, self.hint = what, where, hint
-        text = f"{where}: {what}" if where else what
-        super().__init__(f"{text}. {hint}" if hint else text)
+        # What is wrong is often a foreign name or an address: no message holds a control character or a password.
+        self.what, self.where, self.hint = shown(what), shown(where), shown(hint)
+        text = f"{self.where}: {self.what}" if where else self.what
+        super().__init__(f"{text}. {self.hint}" if hint else text)
 
 
 class ConfigError(FoveaError):

@@ -17,10 +17,16 @@ import yaml
 
 from pipeline.errors import ConfigError
 from pipeline.settings import Config
+from pipeline.untrusted import printable, read_bytes
 
 COMMAND_LINE = "command line"
+_BYTES = 4 << 20  # of one file
+_FILES = 200  # read for one config, bases of bases included
+_UNDER_WAY = -1
+_NODES = 50_000  # values of one file, aliases unfolded
 _INTEGER = re.compile(r"[-+]?[0-9]+")
 _FLOAT = re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?")
+_DIGITS = 400  # of a number; more are a text
 _WORDS: dict[str, Any] = {"": None, "~": None, "true": True, "false": False} | {
     form: value
     for word, value in (("null", None), ("true", True), ("false", False))
@@ -66,9 +72,9 @@ def scalar(text: str) -> Any:
     """What a plain YAML 1.2 scalar means: null, a boolean, an integer, a float, or the text itself."""
     if text in _WORDS:
         return _WORDS[text]
-    if _INTEGER.fullmatch(text):
+    if _INTEGER.fullmatch(text) and len(text) <= _DIGITS:
         return int(text)
-    if _FLOAT.fullmatch(text):
+    if _FLOAT.fullmatch(text) and len(text) <= _DIGITS:
         return float(text)
     return text
 
@@ -79,22 +85,27 @@ def display(file: Path) -> str:
     return str(file.resolve()) if relative.startswith("..") else relative
 
 
-def read(file: Path, problems: list[Problem], above: tuple[Path, ...]) -> Branch:
+def read(file: Path, problems: list[Problem], above: tuple[Path, ...], seen: list[Path] | None = None) -> Branch:
     """The tree of a file laid over the trees of its bases.
 
     Args:
         file: the YAML file.
         problems: receives what is wrong with single keys.
         above: the files whose base this one is.
+        seen: receives every file that is read; a file that is the base of several counts each time.
 
     Raises:
-        ConfigError: the file cannot be read, is no YAML mapping, or is its own base.
+        ConfigError: the file cannot be read, is no YAML mapping or a very large one, or is its own base; or there are too many.
     """
+    seen = [] if seen is None else seen
+    seen.append(file)
+    if len(seen) > _FILES:
+        raise ConfigError(f"more than {_FILES} files are its bases", where=display(seen[0]), hint="Name each base once.")
     shown = display(file)
     if file.resolve() in above:
         raise ConfigError("the file is its own base", where=shown, hint="Break the circle of `base:` lines.")
     try:
-        node = yaml.compose(file.read_text(encoding="utf-8"), Loader=yaml.SafeLoader)
+        node = compose(read_bytes(file, limit=_BYTES, error=ConfigError).decode("utf-8"), shown)
     except OSError as error:
         raise ConfigError(f"cannot be read: {error.strerror}", where=shown) from error
     except UnicodeDecodeError as error:
@@ -122,9 +133,43 @@ def read(file: Path, problems: list[Problem], above: tuple[Path, ...]) -> Branch
                     hint=f"It is looked for at {display(parent)}. "
                     "A config of fovea's own becomes a file with `fovea config show NAME > my.yaml`.",
                 )
-            merge(merged, read(parent, problems, (*above, file.resolve())))
+            merge(merged, read(parent, problems, (*above, file.resolve()), seen))
     merge(merged, own)
     return merged
+
+
+def compose(text: str, where: str) -> yaml.Node | None:
+    """The nodes of a YAML document, none of which is built into an object; ``None`` if it is empty.
+
+    Raises:
+        ConfigError: nested too deeply, more than 50000 values once its aliases are unfolded, or an impossible escape.
+        yaml.YAMLError: it is no YAML.
+    """
+    try:
+        node = yaml.compose(text, Loader=yaml.SafeLoader)
+        weight = _weight(node, {}, where) if node is not None else 0
+    except RecursionError:
+        raise ConfigError("is nested too deeply", where=where) from None
+    except (ValueError, OverflowError) as error:  # an escape that is no character
+        raise ConfigError(f"is no valid YAML ({printable(str(error), limit=80)})", where=where) from None
+    if weight > _NODES:
+        raise ConfigError(f"must not hold more than {_NODES} values, aliases unfolded", where=where)
+    return node
+
+
+def _weight(node: yaml.Node, known: dict[int, int], where: str) -> int:
+    """How many values a node stands for, itself included."""
+    if known.get(id(node)) == _UNDER_WAY:
+        raise ConfigError("is nested too deeply: an alias stands inside what it stands for", where=where)
+    if id(node) not in known:
+        known[id(node)] = _UNDER_WAY
+        inner: list[yaml.Node] = []
+        if isinstance(node, yaml.MappingNode):
+            inner = [part for pair in node.value for part in pair]
+        elif isinstance(node, yaml.SequenceNode):
+            inner = list(node.value)
+        known[id(node)] = 1 + sum(_weight(part, known, where) for part in inner)
+    return known[id(node)]
 
 
 def _grow(node: yaml.Node, shown: str, problems: list[Problem], path: str = "", depth: int = 0) -> Leaf | Branch:
@@ -167,7 +212,7 @@ def override(text: str, problems: list[Problem]) -> Branch:
     end: Leaf | Branch = Leaf(scalar(value), COMMAND_LINE)
     if value[:1] in ("[", "{", '"', "'"):
         try:
-            node = yaml.compose(value, Loader=yaml.SafeLoader)
+            node = compose(value, COMMAND_LINE)
             end = _grow(node, COMMAND_LINE, problems) if node is not None else end
         except yaml.YAMLError:
             pass  # a path may well begin with a brace: it stays a text

@@ -7,61 +7,29 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import stat
 from pathlib import Path
 from typing import Any
 
 from pipeline.errors import DataError, FoveaError
+from pipeline.masking import NO_PASSWORD, UNPRINTABLE, has_password, hide_secrets, printable, shown
+
+__all__ = [
+    "NO_PASSWORD",
+    "UNPRINTABLE",
+    "has_password",
+    "hide_secrets",
+    "inside",
+    "open_regular",
+    "plain_name",
+    "printable",
+    "read_bytes",
+    "read_json",
+    "shown",
+]
 
 MAX_NAME = 255  # bytes, the limit of common file systems
 MAX_JSON = 64 << 20  # bytes of a JSON document
-_MASK = "***"
-# Control characters, line and paragraph separators, marks that reorder text, lone surrogates.
-_UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff\ufeff]")
-_ADDRESS = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://[^\s'\"<>|]+")
-_USERINFO = re.compile(r"^([A-Za-z][A-Za-z0-9+.-]*://)([^/?#]*)@")
-_QUERY_VALUE = re.compile(r"([?&;][^=&;#\s]*=)[^&;#\s]*")
-
-
-def printable(text: str, *, limit: int = 0) -> str:
-    r"""Text that can be written to a terminal, a log or one line of a file.
-
-    Control characters (also C1, bidirectional marks, line separators) become ``\x1b``-style escapes, lone surrogates the
-    byte or code unit they stand for.
-
-    Args:
-        text: any string.
-        limit: the longest result in characters, the end replaced by an ellipsis; 0 for no limit.
-    """
-    if limit and len(text) > 4 * limit:
-        text = text[: 4 * limit]
-    clean = _UNPRINTABLE.sub(_escape, text)
-    return clean if not limit or len(clean) <= limit else clean[: max(limit - 1, 0)] + "…"
-
-
-def _escape(match: re.Match[str]) -> str:
-    code = ord(match[0])
-    if 0xDC80 <= code <= 0xDCFF:  # a byte that is no UTF-8, as surrogateescape keeps it
-        return f"\\x{code - 0xDC00:02x}"
-    return f"\\x{code:02x}" if code < 0x100 else f"\\u{code:04x}"
-
-
-def hide_secrets(text: str) -> str:
-    """Text with the user names, passwords and query values of all addresses in it replaced by ``***``.
-
-    Every address that leaves the process (messages, logs, reports, files of a run) passes through here.
-    """
-    return _ADDRESS.sub(lambda match: _hide(match[0]), text) if "://" in text else text
-
-
-def _hide(address: str) -> str:
-    return _QUERY_VALUE.sub(rf"\g<1>{_MASK}", _USERINFO.sub(rf"\g<1>{_MASK}@", address))
-
-
-def has_password(address: str) -> bool:
-    """Whether an address carries a user name or password (``scheme://user:password@host``)."""
-    return bool(_USERINFO.match(address))
 
 
 def plain_name(name: object, *, where: str, error: type[FoveaError] = DataError) -> str:
@@ -78,7 +46,7 @@ def plain_name(name: object, *, where: str, error: type[FoveaError] = DataError)
     if (
         isinstance(name, str)
         and name not in ("", ".", "..")
-        and not ("/" in name or "\\" in name or _UNPRINTABLE.search(name))
+        and not ("/" in name or "\\" in name or UNPRINTABLE.search(name))
         and len(name.encode("utf-8")) <= MAX_NAME
     ):
         return name

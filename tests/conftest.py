@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -10,6 +11,9 @@ import pytest
 
 # Four test processes on two cores are slower with four threads each than with one.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+# No test writes into the state of the user who runs them.
+os.environ["XDG_STATE_HOME"] = tempfile.mkdtemp(prefix="fovea-tests-state-")
 
 ROOT = Path(__file__).resolve().parents[1]
 

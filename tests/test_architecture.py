@@ -16,6 +16,7 @@ FILES = sorted([*(ROOT / "pipeline").rglob("*.py"), *(ROOT / "launch").rglob("*.
 FLOORS = {
     "pipeline": 0,
     "pipeline.errors": 0,
+    "pipeline.masking": 0,
     "pipeline.untrusted": 0,
     "pipeline.locks": 0,
     "pipeline.paths": 0,
@@ -42,6 +43,8 @@ FLOORS = {
 
 # Neighbours on one floor that may be used nevertheless: config.py is read layer by layer, and tracking and data know nobody.
 NEIGHBOURS = {
+    ("pipeline.errors", "pipeline.masking"),
+    ("pipeline.untrusted", "pipeline.masking"),
     ("pipeline.untrusted", "pipeline.errors"),
     ("pipeline.locks", "pipeline.untrusted"),
     ("pipeline.fields", "pipeline.paths"),

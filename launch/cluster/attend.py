@@ -22,6 +22,7 @@ from typing import Any
 from launch.cluster import record, tools
 from launch.cluster.decide import Budgets, Decision, Ending, cause_of, decide
 from pipeline.errors import LaunchError
+from pipeline.masking import printable
 from pipeline.training.run import RunDirectory
 
 _PORTS = range(61001, 65536)  # above the range from which outgoing connections get theirs
@@ -324,7 +325,7 @@ class Attendant:
                 self.run.note("end", attempt=number, code=-1, cause=cause, why=why, after=after, action="requeue")
 
     def _say(self, text: str) -> None:
-        print(f"{time.strftime('%Y-%m-%d %H:%M:%S')} fovea: {text}", flush=True)
+        print(f"{time.strftime('%Y-%m-%d %H:%M:%S')} fovea: {printable(text)}", flush=True)
 
 
 def _filled(argument: str, logs: Path) -> str:

@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import Console
 
+from launch.terminal import Terminal
 from pipeline.errors import ConfigError, LaunchError
+from pipeline.masking import printable, shown
 
 if TYPE_CHECKING:
     from launch.cluster.submit import Submitted
@@ -59,7 +60,7 @@ def submit(
 
 def _tell(done: Submitted) -> None:
     if done.said:
-        print(done.said, file=sys.stderr)
+        print(shown(done.said), file=sys.stderr)
     if done.job is None:
         print(done.script, end="")
         print(f"# {shlex.join(done.command)}")
@@ -80,7 +81,7 @@ def status(
             runs()
         else:
             one = standing.status(standing.find(run))
-            print(standing.as_json(one) if as_json else standing.table(one))
+            print(standing.as_json(one) if as_json else shown(standing.table(one)))
         if not watch:
             return
         time.sleep(watch)
@@ -98,7 +99,7 @@ def runs(folder: Annotated[Path, typer.Argument(help="Where runs are.")] = Path(
     for path in found:
         one = standing.status(RunDirectory(path.absolute()))
         done = f"{one.step}/{one.steps}" if one.steps else str(one.step)
-        print(f"{path.name:<{width}}  {one.state:<8}  {done:>15}  {one.why}")
+        print(printable(f"{path.name:<{width}}  {one.state:<8}  {done:>15}  {one.why}"))
 
 
 def logs(
@@ -126,21 +127,21 @@ def logs(
     if path is None and not follow:
         there = sorted(str(file.relative_to(found.path)) for file in (found.path / "logs").glob("*/rank-*.log"))
         raise LaunchError("there is no such log", where=str(found.path), hint=f"there are: {', '.join(there[-5:]) or 'none yet'}")
-    shown, place = None, 0
+    last, place = None, 0
     while True:
-        if path is not None and path != shown:
-            shown = path
-            print(f"==> {path}", file=sys.stderr)
+        if path is not None and path != last:
+            last = path
+            print(f"==> {printable(str(path))}", file=sys.stderr)
             text = path.read_text(errors="replace")
             place = path.stat().st_size
-            print("\n".join(text.splitlines()[-lines:]))
+            print(shown("\n".join(text.splitlines()[-lines:])))
         elif path is not None and path.stat().st_size > place:
             with path.open(errors="replace") as file:
                 file.seek(place)
-                sys.stdout.write(file.read())
+                sys.stdout.write(shown(file.read()))
                 place = file.tell()
             sys.stdout.flush()
-        if not follow or (record.verdict(found) and path == shown):
+        if not follow or (record.verdict(found) and path == last):
             return
         time.sleep(1.0)
         path = current() or path
@@ -239,7 +240,7 @@ def doctor(
     """Tell what this machine and its Slurm support, and what a cluster profile should say."""
     from launch.cluster.doctor import examine
 
-    console = Console(highlight=False, soft_wrap=True)
+    console = Terminal(highlight=False, soft_wrap=True)
     problems = 0
     for state, what, advice in examine(cluster or None):
         mark = {"ok": "[green]ok[/]  ", "note": "[yellow]note[/]", "bad": "[red]bad[/] "}[state]

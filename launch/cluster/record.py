@@ -19,7 +19,9 @@ import time
 from pathlib import Path
 from typing import Any
 
+from pipeline.errors import DataError
 from pipeline.training.run import RunDirectory
+from pipeline.untrusted import read_json
 
 STOP, SAVE = "stop", "save"
 
@@ -27,8 +29,8 @@ STOP, SAVE = "stop", "save"
 def read(path: Path) -> dict[str, Any]:
     """A JSON object of a file; empty if there is none or it is torn."""
     try:
-        found = json.loads(path.read_text())
-    except (OSError, ValueError):
+        found = read_json(path)
+    except (OSError, DataError):
         return {}
     return found if isinstance(found, dict) else {}
 

@@ -126,7 +126,22 @@ def _steps_seconds(run: RunDirectory, rows: list[dict[str, Any]]) -> tuple[float
 
 
 def status(run: RunDirectory) -> Status:
-    """Where a run stands."""
+    """Where a run stands.
+
+    Raises:
+        ConfigError: one of its records is of a wrong type.
+    """
+    try:
+        return _status(run)
+    except (TypeError, ValueError, KeyError, AttributeError, OverflowError) as error:
+        raise ConfigError(
+            f"a record of the run is damaged ({type(error).__name__})",
+            where=str(run.path),
+            hint="see its attempts.jsonl, outcome.json and verdict.json",
+        ) from error
+
+
+def _status(run: RunDirectory) -> Status:
     jobs = living(run)
     over = record.verdict(run)
     rows = record.endings(run)
@@ -164,7 +179,7 @@ def status(run: RunDirectory) -> Status:
         jobs[0].id if jobs else None,
         rows,
         goodput(run),
-        dict(outcome.get("scores", {})),
+        {str(name): float(value) for name, value in dict(outcome.get("scores", {})).items()},
     )
 
 

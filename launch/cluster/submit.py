@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,8 +13,10 @@ from pipeline.checks import check_ranks
 from pipeline.config import Loaded, show
 from pipeline.errors import ConfigError, LaunchError
 from pipeline.fields import path_values
+from pipeline.masking import shown
 from pipeline.paths import absolute
 from pipeline.settings import Config
+from pipeline.tracking.servers import remember
 from pipeline.training.run import RunDirectory
 from pipeline.untrusted import printable
 
@@ -76,7 +77,7 @@ def submit(
         from pipeline.training.inputs import prepare
 
         prepare(config, profile.world)
-    typed = command or " ".join(["fovea", *sys.argv[1:]])
+    typed = shown(command or " ".join(["fovea", *sys.argv[1:]]))  # into files that others can read
     script = folder / "submit" / "script.sbatch"
     options: list[str] = []
     if away := sorted(record.excluded(run)):
@@ -116,8 +117,9 @@ def _submit(
     (folder / "logs").mkdir(exist_ok=True)
     script.write_text(text)
     (folder / "submit" / "command.txt").write_text(typed + "\n")
-    run.write("config.json", config.model_dump(mode="json"))
-    (folder / "config.yaml").write_text(show(loaded, absolute=True))
+    run.write_settings(config, show(Loaded(config, loaded.provenance, loaded.source), secrets=True, absolute=True))
+    if config.tracking.uri:
+        remember(config.tracking.uri)
     record.clear(run)
     facts = render.facts(config, profile, folder)
     run.write("submit/job.json", facts)
@@ -147,7 +149,7 @@ def check_all(config: Config, profile: ClusterProfile, run: RunDirectory) -> Non
             hint=f"choose a folder on shared storage; {local[0]} is among local_paths of the cluster profile",
         )
     if run.config.exists():
-        check_identity(config, json.loads(run.config.read_text()), run.config)
+        check_identity(config, run.settings_document(), run.config)
     if (over := record.verdict(run)).get("state") == "finished":
         raise LaunchError(f"the run is finished: {over['why']}", where=str(run.path), hint="choose another run.name")
     if alive := living(run):

@@ -19,6 +19,7 @@ from PIL import Image
 
 from pipeline.data.judge import open_header, orientation, sniff
 
+_ROWS = 256  # of a 16-bit picture converted at once
 _WEBP_EXIF = 0x08
 _TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -103,7 +104,11 @@ def _by_pillow(data: bytes, kind: str) -> NDArray[np.uint8]:
     with open_header(data, kind) as image:
         image.load()
         if image.mode.startswith("I"):  # 16 bits: Pillow's own conversion clips
-            gray = ((np.asarray(image).astype(np.int64) + 128) // 257).clip(0, 255).astype(np.uint8)
+            values = np.asarray(image)
+            gray = np.empty(values.shape, dtype=np.uint8)
+            for row in range(0, len(values), _ROWS):  # the whole picture as wider integers would take its size many times
+                part = values[row : row + _ROWS].astype(np.int32)
+                gray[row : row + _ROWS] = ((part + 128) // 257).clip(0, 255)
             return np.repeat(gray[:, :, None], 3, axis=2)
         turn = _TURNS.get(orientation(image))
         upright = image if turn is None else image.transpose(turn)

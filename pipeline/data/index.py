@@ -51,6 +51,7 @@ class UnusableShards(DataError):
 
 
 Damaged = Literal["refuse", "use"]
+_MAX_SIDE = 2**31 - 1  # pixels that the index can hold; a header may say more
 _SMALL_WORK = 48 << 20  # below this many bytes starting processes takes longer than indexing
 
 
@@ -249,8 +250,8 @@ def _row(
         row |= {
             "image_offset": members[image].offset,
             "image_size": members[image].size,
-            "width": verdict.width,
-            "height": verdict.height,
+            "width": min(verdict.width, _MAX_SIDE),
+            "height": min(verdict.height, _MAX_SIDE),
             "crc32": zlib.crc32(data),
             "extension": fields.images.index(image),
             "format": FORMATS.index(verdict.format),

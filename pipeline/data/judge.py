@@ -22,7 +22,7 @@ from PIL import (
     WebPImagePlugin,
 )
 
-__all__ = ["Judgement", "judge", "open_header", "orientation", "sniff", "whole"]
+__all__ = ["Judgement", "judge", "open_header", "orientation", "sniff", "too_many_scans", "whole"]
 
 _OPENERS: dict[str, Callable[[io.BytesIO], Image.Image]] = {
     "jpeg": JpegImagePlugin.JpegImageFile,
@@ -37,6 +37,8 @@ _OTHER_IMAGES = (b"GIF8", b"8BPS", b"DDS ", b"qoif", b"\0\0\1\0", b"\0\0\2\0", b
 _ORIENTATION = 0x0112
 _EXIF_SWAPS = (5, 6, 7, 8)
 _MODES = {"1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr", "LAB", "I;16", "I;16B", "I;16L"}
+_MAX_SCANS = 100
+_MAX_SCANNED = 1_000_000_000  # pixels times scans: about two seconds
 _SIXTEEN_BIT = {"png", "pnm"}  # Pillow opens their 16-bit grays as I, which elsewhere means 32 bits of unknown range
 
 
@@ -79,9 +81,21 @@ def judge(data: bytes, *, min_side: int = 16, max_pixels: int = 50_000_000) -> J
         return Judgement("too_small", kind, *size)
     if not whole(data, kind):
         return Judgement("truncated", kind, *size)
-    if not known:
+    if not known or (kind == "jpeg" and too_many_scans(data, size[0] * size[1])):
         return Judgement("unsupported", kind, *size)
     return Judgement("ok", kind, *size)
+
+
+def too_many_scans(data: bytes, pixels: int) -> bool:
+    """Whether a JPEG has so many scans that decoding it would take far longer than its size says; real ones have about ten.
+
+    Args:
+        data: the file. Within the data of a scan the marker of the next one cannot occur by chance.
+        pixels: width times height; each scan goes over all of them.
+    """
+    first = _jpeg_frame(data)[0]
+    scans = data.count(b"\xff\xda", first) + 1 if first else 0
+    return scans > _MAX_SCANS or scans * pixels > _MAX_SCANNED
 
 
 def whole(data: bytes, kind: str) -> bool:
@@ -163,7 +177,7 @@ def _header(data: bytes, kind: str) -> tuple[tuple[int, int], bool]:
             _, frame, precision = _jpeg_frame(data)  # baseline, extended or progressive, Huffman coded
             known = known and frame in (0xC0, 0xC1, 0xC2) and precision == 8
         if kind == "jpeg2000":
-            known = known and _codestream_size(data) == (width, height)
+            known = known and _codestream_size(data) == (width, height) and _codestream_components(data) <= 4
         return (height, width) if orientation(image) in _EXIF_SWAPS else (width, height), known
 
 
@@ -172,6 +186,11 @@ def _codestream_size(data: bytes) -> tuple[int, int]:
     at = data.find(b"\xff\x4f\xff\x51")
     right, bottom, left, top = struct.unpack_from(">4I", data, at + 8)
     return right - left, bottom - top
+
+
+def _codestream_components(data: bytes) -> int:
+    at = data.find(b"\xff\x4f\xff\x51")
+    return int(struct.unpack_from(">H", data, at + 40)[0])
 
 
 def _jpeg_frame(data: bytes) -> tuple[int, int, int]:

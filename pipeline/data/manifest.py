@@ -14,17 +14,20 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-import zipfile
+import re
 from collections import OrderedDict
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 from numpy.typing import NDArray
+from pydantic import Field, InstanceOf, TypeAdapter
 
 from pipeline.data import storage
+from pipeline.data.arrays import check_columns, read_arrays
 from pipeline.errors import DataError
+from pipeline.untrusted import UNPRINTABLE, plain_name, printable, read_json
 
 FORMAT = 3  # 2: lists of captions in JSON; 3: one rule for labels and for the encoding of captions
 STATUSES = (
@@ -62,6 +65,10 @@ _COLUMNS = {
     "other_crc32": np.uint32,
 }
 _CACHED_SHARDS = 256
+_MAX_STEM = 230  # bytes of a sidecar's name that a shard's name may be
+_MANIFEST = 1 << 30  # bytes of manifest.json
+Count = Annotated[int, Field(strict=True, ge=0, lt=1 << 62)]
+Text = InstanceOf[str]  # pydantic's own type refuses names that are no UTF-8
 
 
 @dataclass(frozen=True)
@@ -192,7 +199,8 @@ def make_columns(rows: list[dict[str, int]]) -> dict[str, NDArray[Any]]:
 def sidecar_name(url: str) -> str:
     """File name of a shard's sidecar: equal base names in different folders do not collide."""
     place = hashlib.blake2b(storage.absolute(url).encode("utf-8", "surrogateescape"), digest_size=6).hexdigest()
-    return f"{storage.base_name(url)}-{place}.npz"
+    name = re.sub(rf"{UNPRINTABLE.pattern}|\\\\", "_", storage.base_name(url))
+    return f"{name if len(name.encode()) <= _MAX_STEM else name[-_MAX_STEM // 4 :]}-{place}.npz"
 
 
 def load_sidecar(path: Path) -> ShardIndex:
@@ -201,22 +209,42 @@ def load_sidecar(path: Path) -> ShardIndex:
     Raises:
         DataError: it is missing, damaged or of another format.
     """
-    hint = "Build the index again."
+    hint, where = "Build the index again.", printable(str(path))
     try:
-        with np.load(path, allow_pickle=False) as file:
-            meta = json.loads(file["meta"].tobytes())
-            if meta["format"] != FORMAT:
-                raise DataError(f"has format {meta['format']}, this program reads {FORMAT}", where=str(path), hint=hint)
-            blob = file["keys"].tobytes()
-            columns = {name: file[name] for name in _COLUMNS}
+        arrays = read_arrays(path, {**_COLUMNS, "meta": np.uint8, "keys": np.uint8})
+        document = json.loads(arrays.pop("meta").tobytes())
+        if isinstance(document, dict) and document.get("format") != FORMAT:
+            raise DataError(f"has format {document.get('format')}, this program reads {FORMAT}", where=where, hint=hint)
+        meta = _META.validate_python(document)
+        keys = tuple(part.decode("utf-8", "surrogateescape") for part in arrays.pop("keys").tobytes().split(b"\0")[:-1])
+        tables = {"status": STATUSES, "format": FORMATS, "caption_source": CAPTION_SOURCES, "extension": meta.fields.images}
+        check_columns(arrays, len(keys), meta.size, {name: len(table) for name, table in tables.items()})
     except FileNotFoundError as error:
-        raise DataError("sidecar does not exist", where=str(path), hint=hint) from error
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
-        raise DataError(f"sidecar is damaged ({error})", where=str(path), hint=hint) from error
-    keys = tuple(part.decode("utf-8", "surrogateescape") for part in blob.split(b"\0")[:-1])
-    fields = Fields.of(meta["fields"])
-    examples = {kind: tuple(names) for kind, names in meta.get("examples", {}).items()}
-    return ShardIndex(meta["url"], meta["size"], meta["tag"], fields, meta["damage"], meta["notes"], keys, columns, examples)
+        raise DataError("sidecar does not exist", where=where, hint=hint) from error
+    except (OSError, ValueError, RecursionError, MemoryError) as error:
+        raise DataError(f"sidecar is damaged ({printable(_first_line(error), limit=160)})", where=where, hint=hint) from error
+    examples = {kind: tuple(names) for kind, names in meta.examples.items()}
+    return ShardIndex(meta.url, meta.size, meta.tag, meta.fields, meta.damage, meta.notes, keys, arrays, examples)
+
+
+@dataclass(frozen=True)
+class _Meta:
+    """What a sidecar holds beside its columns."""
+
+    url: Text
+    size: Count
+    tag: Text
+    fields: Fields
+    damage: Text
+    notes: dict[Text, Count]
+    examples: dict[Text, list[Text]] = field(default_factory=dict)
+
+
+_META = TypeAdapter(_Meta)
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error) or type(error).__name__).splitlines()[0]
 
 
 @dataclass(frozen=True)
@@ -236,16 +264,16 @@ class Shard:
         damage: empty, or why the shard is used in part only.
     """
 
-    url: str
-    size: int
-    tag: str
-    samples: int
-    classes: int
-    digest: str
-    sidecar: str
-    counts: dict[str, int] = field(default_factory=dict)
-    notes: dict[str, int] = field(default_factory=dict)
-    damage: str = ""
+    url: Text
+    size: Count
+    tag: Text
+    samples: Count
+    classes: Count
+    digest: Text
+    sidecar: Text
+    counts: dict[Text, Count] = field(default_factory=dict)
+    notes: dict[Text, Count] = field(default_factory=dict)
+    damage: Text = ""
 
     @property
     def name(self) -> str:
@@ -273,6 +301,18 @@ class Shard:
             notes=index.notes,
             damage=index.damage,
         )
+
+
+@dataclass(frozen=True)
+class _Document:
+    """``manifest.json``."""
+
+    fingerprint: str
+    fields: Fields
+    shards: list[Shard]
+
+
+_DOCUMENT = TypeAdapter(_Document)
 
 
 @dataclass(frozen=True)
@@ -396,14 +436,18 @@ class Manifest:
         """
         path, hint = Path(directory) / "manifest.json", "Build the index again."
         try:
-            document = json.loads(path.read_bytes())
-            if document["format"] != FORMAT:
-                raise DataError(f"has format {document['format']}, this program reads {FORMAT}", where=str(path), hint=hint)
-            manifest = cls(str(directory), tuple(Shard(**shard) for shard in document["shards"]), Fields.of(document["fields"]))
+            document = read_json(path, limit=_MANIFEST)
+            if isinstance(document, dict) and document.get("format") != FORMAT:
+                raise DataError(f"has format {document.get('format')}, this program reads {FORMAT}", where=str(path), hint=hint)
+            checked = _DOCUMENT.validate_python(document)
+            for shard in checked.shards:
+                plain_name(shard.sidecar, where=str(path))
+            manifest = cls(str(directory), tuple(checked.shards), checked.fields)
         except FileNotFoundError as error:
             raise DataError("there is no manifest", where=str(path), hint=hint) from error
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise DataError(f"manifest is damaged ({error})", where=str(path), hint=hint) from error
+        except (OSError, ValueError, RecursionError) as error:
+            reason = printable(_first_line(error), limit=160)
+            raise DataError(f"manifest is damaged ({reason})", where=str(path), hint=hint) from error
         if manifest.fingerprint != document["fingerprint"]:
             raise DataError("manifest was edited: its fingerprint does not fit its shards", where=str(path), hint=hint)
         return manifest

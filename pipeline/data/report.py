@@ -11,6 +11,7 @@ from typing import Any
 from pipeline.data import storage
 from pipeline.data.manifest import STATUSES, Shard, load_sidecar
 from pipeline.errors import DataError, FoveaError
+from pipeline.untrusted import printable, shown
 
 # What a person can do about each reason.
 MEANING = {
@@ -113,7 +114,7 @@ class IndexReport:
             for finding in chosen:
                 among = f"in {len(finding.shards)} shard{'s' if len(finding.shards) > 1 else ''}"
                 lines.append(f"  {finding.count:>9,}  {finding.reason:<{width}}  {among}: {finding.meaning}")
-                lines += [f"{'':13}{shard}: {name}" for shard, name in finding.examples]
+                lines += [f"{'':13}{printable(shard)}: {printable(name)}" for shard, name in finding.examples]
         told = (
             ("shards refused", [f"{shard}: {what}. {hint}".rstrip(". ") for shard, what, hint in self.refused]),
             ("shards used in part", [what for _, what in self.damaged]),
@@ -123,7 +124,7 @@ class IndexReport:
                 lines += ["", title, *(f"  {entry}" for entry in entries[:most_shards])]
             if most_shards is not None and len(entries) > most_shards:
                 lines.append(f"  and {len(entries) - most_shards:,} more")
-        return _printable("\n".join(lines))
+        return shown("\n".join(lines))
 
     def save(self, path: Path) -> None:
         """Writes the report as JSON, and beside it as text (``report.json`` and ``report.txt``).

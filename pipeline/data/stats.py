@@ -15,7 +15,7 @@ from pipeline.data.captions import REPLACED
 from pipeline.data.manifest import CAPTION_SOURCES, FORMATS, Manifest
 from pipeline.data.order import Order, divisors
 from pipeline.errors import FoveaError
-from pipeline.untrusted import printable
+from pipeline.untrusted import printable, shown
 
 PERCENTILES = (0, 1, 5, 25, 50, 75, 95, 99, 100)
 SMALL_SHARD, LARGE_SHARD = 100_000_000, 1_000_000_000  # bytes; 200 to 500 MB are advised
@@ -147,7 +147,7 @@ class Statistics:
                 f"{o['left_over']:,} samples left over each time; ranks: {', '.join(map(str, o['ranks']))}"
             )
         lines += [f"- {sentence}" for sentence in self.advice]
-        return "\n".join(lines)
+        return shown("\n".join(lines))
 
 
 def statistics(manifest: Manifest, *, global_batch: int = 1024) -> Statistics:

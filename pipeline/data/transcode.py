@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import io
+import re
 import warnings
 from typing import Literal
 
 import numpy as np
 from PIL import Image, ImageOps
 
+from pipeline.data.judge import too_many_scans
+
+_INNER_PNG = re.compile(rb"\x89PNG\r\n\x1a\n....IHDR(....)(....)", re.DOTALL)
+_INNER_JP2 = re.compile(rb"\xff\x4f\xff\x51....(....)(....)", re.DOTALL)
 Form = Literal["jpg", "png"]
 FORMS: tuple[Form, ...] = ("jpg", "png")
 _FORMATS = (
@@ -32,8 +37,12 @@ def transcode(data: bytes, form: Form, *, max_pixels: int = 50_000_000, max_side
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            if _inner_pixels(data) > max_pixels:
+                return None
             with Image.open(io.BytesIO(data), formats=_readable()) as image:
-                if image.width * image.height > max_pixels:
+                pixels = image.width * image.height
+                if pixels > max_pixels or (image.format in ("JPEG", "MPO") and too_many_scans(data, pixels)):
                     return None
                 picture = _eight_bits(ImageOps.exif_transpose(image))
     except Exception:  # a hostile file can make a parser raise anything at all
@@ -50,6 +59,15 @@ def transcode(data: bytes, form: Form, *, max_pixels: int = 50_000_000, max_side
     else:
         picture.save(out, "PNG")
     return out.getvalue()
+
+
+def _inner_pixels(data: bytes) -> int:
+    """Pixels of the largest PNG or JPEG 2000 inside an icon, whose own directory may say anything."""
+    if not data.startswith((b"\0\0\1\0", b"\0\0\2\0", b"icns")):
+        return 0
+    sizes = [(int.from_bytes(m[1], "big"), int.from_bytes(m[2], "big")) for m in _INNER_PNG.finditer(data)]
+    sizes += [(int.from_bytes(m[1], "big"), int.from_bytes(m[2], "big")) for m in _INNER_JP2.finditer(data)]
+    return max((width * height for width, height in sizes), default=0)
 
 
 def _readable() -> list[str]:

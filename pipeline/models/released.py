@@ -20,10 +20,12 @@ from torch import Tensor
 
 from pipeline.errors import CheckpointError
 from pipeline.models.positions import resample_positions
+from pipeline.models.tensors import reason
 from pipeline.models.vision import VisionTower
 
 _WRAPPERS = ("teacher", "model", "state_dict", "student")
 _PREFIXES = ("module.", "_orig_mod.", "backbone.")
+_WRAPPED = 8  # wrappers in each other
 _NAMED = 6
 
 
@@ -47,9 +49,12 @@ def unwrapped(state: Mapping[str, Any]) -> tuple[dict[str, Tensor], list[str]]:
         state: what ``torch.load`` or safetensors gave.
     """
     notes: list[str] = []
-    while len(inner := [state[name] for name in _WRAPPERS if isinstance(state.get(name), Mapping)]) > 0:
+    for _ in range(_WRAPPED):
+        inner = [state[name] for name in _WRAPPERS if isinstance(state.get(name), Mapping)]
+        if not inner:
+            break
         state = inner[0]
-    tensors = {name: value for name, value in state.items() if isinstance(value, Tensor)}
+    tensors = {name: value for name, value in state.items() if isinstance(name, str) and isinstance(value, Tensor)}
     for prefix in (*_PREFIXES, *_PREFIXES):
         under = {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
         if under and (prefix == "backbone." or len(under) == len(tensors)):
@@ -73,12 +78,17 @@ def fit(state: Mapping[str, Tensor], tower: VisionTower, *, where: str) -> Fitte
     notes: list[str] = []
     own = {name: tuple(p.shape) for name, p in tower.named_parameters()}
     ours = any(name.startswith("vit.") for name in state)
-    weights = dict(state) if ours else _renamed(state, notes)
-    if isinstance(tower.vit, Eva) and not ours:
-        weights = _rotary(weights, tower, notes)
-    for name, _ in tower.named_buffers():  # computed, not learned
-        weights.pop(name, None)
-    _fit_positions(weights, tower, notes)
+    try:
+        weights = dict(state) if ours else _renamed(state, notes)
+        if isinstance(tower.vit, Eva) and not ours:
+            weights = _rotary(weights, tower, notes)
+        for name, _ in tower.named_buffers():  # computed, not learned
+            weights.pop(name, None)
+        _fit_positions(weights, tower, notes)
+    except (RuntimeError, IndexError, ValueError) as error:  # tensors of an impossible shape
+        raise CheckpointError(
+            f"its tensors cannot be reshaped to the tower's ({reason(error)})", where=where, hint="name other weights"
+        ) from None
     if "mask_token" not in weights and not ours:
         notes.append("the source has no mask token: it starts at zero")
         own.pop("mask_token")

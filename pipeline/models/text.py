@@ -216,14 +216,19 @@ def from_open_clip(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     texts = {name.removeprefix("text."): t for name, t in state.items() if not custom or name.startswith("text.")}
     if "token_embedding.weight" not in texts or "text_projection" not in texts:
         raise CheckpointError("holds no text tower of open_clip", where="text weights", hint="name a CLIP checkpoint")
-    found = {ours: texts[theirs] for theirs, ours in _OUTER.items()}
-    found["projection.weight"] = texts["text_projection"].T.contiguous()
-    for block in count():
-        prefix = f"transformer.resblocks.{block}."
-        if f"{prefix}ln_1.weight" not in texts:
-            return found
-        found |= {f"blocks.{block}.{ours}": texts[prefix + theirs] for theirs, ours in _INNER.items()}
-    raise AssertionError("unreachable")
+    try:
+        found = {ours: texts[theirs] for theirs, ours in _OUTER.items()}
+        found["projection.weight"] = texts["text_projection"].T.contiguous()
+        for block in count():
+            prefix = f"transformer.resblocks.{block}."
+            if f"{prefix}ln_1.weight" not in texts:
+                break
+            found |= {f"blocks.{block}.{ours}": texts[prefix + theirs] for theirs, ours in _INNER.items()}
+    except KeyError as error:
+        raise CheckpointError(
+            f"a tensor of the text tower is missing: {error.args[0]}", where="text weights", hint="name a whole CLIP checkpoint"
+        ) from None
+    return found
 
 
 def to_open_clip(state: Mapping[str, Tensor]) -> dict[str, Tensor]:

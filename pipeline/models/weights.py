@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from pipeline.errors import CheckpointError
+from pipeline.models.tensors import read_tensors
 from pipeline.models.text import TextTower, from_open_clip
 
 
@@ -19,18 +18,11 @@ def load_text(tower: TextTower, file: Path) -> None:
     Raises:
         CheckpointError: it cannot be read, or names or shapes differ.
     """
-    state = _read(file)
+    if file.suffix != ".safetensors":
+        raise CheckpointError("initial weights must be a safetensors file", where=str(file), hint="name a safetensors file")
+    state = read_tensors(file)
     own = {name.removeprefix("text_tower."): tensor for name, tensor in state.items() if name.startswith("text_tower.")} or state
     _fill(tower, own if "tokens.weight" in own else from_open_clip(state), file)
-
-
-def _read(file: Path) -> dict[str, Tensor]:
-    try:
-        return load_file(file)
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(
-            f"initial weights cannot be read ({error})", where=str(file), hint="name a safetensors file"
-        ) from error
 
 
 def _fill(module: nn.Module, state: Mapping[str, Tensor], file: Path) -> None:

@@ -3,6 +3,20 @@
 from pipeline.tracking.aside import Aside, asides
 from pipeline.tracking.destination import Destination, destination
 from pipeline.tracking.journal import Journal
+from pipeline.tracking.servers import check_address, destination_of, own_database, remember, server_of, shown_server
 from pipeline.tracking.shipper import Shipper
 
-__all__ = ["Aside", "Destination", "Journal", "Shipper", "asides", "destination"]
+__all__ = [
+    "Aside",
+    "Destination",
+    "Journal",
+    "Shipper",
+    "asides",
+    "check_address",
+    "destination",
+    "destination_of",
+    "own_database",
+    "remember",
+    "server_of",
+    "shown_server",
+]

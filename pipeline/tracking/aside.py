@@ -11,11 +11,15 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
+from pipeline.errors import FoveaError
 from pipeline.tracking.journal import Journal
 from pipeline.tracking.shipper import Shipper
+from pipeline.untrusted import read_json
+
+_JOINS = ("", "../cursor.json")  # cursors that may be joined
 
 
 @dataclass(frozen=True)
@@ -41,11 +45,27 @@ class Aside:
         return Journal(folder / "journal-0000.jsonl")
 
     def shipper(self, folder: Path, log: Callable[[str], None] = lambda _: None) -> Shipper:
-        """Who sends a folder's journal."""
+        """Who sends a folder's journal; artifacts may lie anywhere in the run directory, two folders above."""
         joins = folder / self.joins if self.joins else None
-        return Shipper(folder, uri=self.uri, experiment=self.experiment, name=self.name, log=log, joins=joins, once=False)
+        root = folder.parent.parent
+        return Shipper(
+            folder, uri=self.uri, experiment=self.experiment, name=self.name, log=log, joins=joins, once=False, root=root
+        )
 
 
 def asides(tracking: Path) -> list[tuple[Path, Aside]]:
-    """All folders of that kind below ``<run>/tracking``, oldest first."""
-    return [(file.parent, Aside(**json.loads(file.read_text()))) for file in sorted(tracking.glob("*/about.json"))]
+    """All folders of that kind below ``<run>/tracking``, oldest first, but for those with another ``about.json``."""
+    return [(file.parent, one) for file in sorted(tracking.glob("*/about.json")) if (one := _read(file)) is not None]
+
+
+def _read(file: Path) -> Aside | None:
+    try:
+        document = read_json(file, limit=1 << 20)
+    except (OSError, FoveaError):
+        return None
+    names = {field.name for field in fields(Aside)}
+    if not isinstance(document, dict) or not {"uri", "experiment", "name"} <= document.keys() <= names:
+        return None
+    if not all(isinstance(value, str) for value in document.values()) or document.get("joins", "") not in _JOINS:
+        return None
+    return Aside(**document)

@@ -17,6 +17,10 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from pipeline.untrusted import hide_secrets, open_regular
+
+_LINE = 16 << 20  # bytes, most of a record
+
 
 class Journal:
     """Append-only record of one attempt.
@@ -36,12 +40,12 @@ class Journal:
         self._write({"kind": "metrics", "step": step, "values": {k: _number(v) for k, v in values.items()}})
 
     def params(self, values: Mapping[str, Any]) -> None:
-        """Record settings, which never change over a run."""
-        self._write({"kind": "params", "values": {k: str(v) for k, v in values.items()}})
+        """Record settings, which never change over a run; secrets of addresses are masked, as in all texts of a journal."""
+        self._write({"kind": "params", "values": {k: hide_secrets(str(v)) for k, v in values.items()}})
 
     def tags(self, values: Mapping[str, Any]) -> None:
         """Record facts that may change: state, attempt, last checkpoint."""
-        self._write({"kind": "tags", "values": {k: str(v) for k, v in values.items()}})
+        self._write({"kind": "tags", "values": {k: hide_secrets(str(v)) for k, v in values.items()}})
 
     def artifact(self, path: Path) -> None:
         """Record a file to be copied to the run's artifacts."""
@@ -68,14 +72,42 @@ def _number(value: float) -> float | str:
 
 
 def read(path: Path, offset: int = 0) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Whole records from a byte offset on, each with the offset behind it; a torn last line is left for later."""
-    with path.open("rb") as file:
+    """Whole records from a byte offset on, each with the offset behind it; a torn last line is left for later.
+
+    Lines that are no record are left out: torn by a crash, longer than 16 MiB, or with values of a wrong type.
+
+    Raises:
+        DataError: the path is no regular file.
+    """
+    with os.fdopen(open_regular(path), "rb") as file:
         file.seek(offset)
-        for line in file:
-            if not line.endswith(b"\n"):
-                return
+        while line := file.readline(_LINE):
             offset += len(line)
-            try:
-                yield offset, json.loads(line)
-            except ValueError:  # torn by a crash; the next attempt starts a file of its own
+            if not line.endswith(b"\n"):
+                if len(line) < _LINE:
+                    return
+                while line and not line.endswith(b"\n"):
+                    line = file.readline(_LINE)
+                    offset += len(line)
                 continue
+            record = _record(line)
+            if record is not None:
+                yield offset, record
+
+
+def _record(line: bytes) -> dict[str, Any] | None:
+    """The record of a line, if it is one of those that :class:`Journal` writes."""
+    try:
+        record = json.loads(line)
+        if not isinstance(record, dict) or not math.isfinite(record["t"]):
+            return None
+        if record["kind"] == "artifact":
+            return record if isinstance(record["path"], str) else None
+        values = record["values"]
+        if record["kind"] == "metrics":
+            whole = type(record["step"]) is int and 0 <= record["step"] < 1 << 62
+            return record if whole and all(type(v) in (int, float, str) and [float(v)] for v in values.values()) else None
+        whole = record["kind"] in ("params", "tags") and all(isinstance(value, str) for value in values.values())
+        return record if whole else None
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError):
+        return None

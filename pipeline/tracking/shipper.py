@@ -17,10 +17,10 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from pipeline.errors import LaunchError
+from pipeline.errors import DataError, FoveaError, LaunchError
 from pipeline.tracking import database
 from pipeline.tracking.journal import read
-from pipeline.untrusted import hide_secrets, printable
+from pipeline.untrusted import hide_secrets, inside, open_regular, printable, read_json
 
 _BATCH = 900
 _LIMITS = {"metrics": 900, "params": 100, "tags": 100}
@@ -45,6 +45,8 @@ class Shipper:
         log: where to say that the server is away, once an outage, and what it refuses, once a name.
         joins: another shipper's cursor; its MLflow run is written to, and none is made. What is sent waits until it has one.
         once: leave out points of steps that a metric has already: an attempt that repeats them says the same.
+        root: the only folder whose files are sent as artifacts, after all links were followed; the run's directory, the folder
+            above ``folder``, if not given.
     """
 
     def __init__(
@@ -57,9 +59,10 @@ class Shipper:
         log: Callable[[str], None] = lambda _: None,
         joins: Path | None = None,
         once: bool = True,
+        root: Path | None = None,
     ) -> None:
         self._folder, self._uri, self._experiment, self._name, self._log = folder, uri, experiment, name, log
-        self._joins, self._once = joins, once
+        self._joins, self._once, self._root = joins, once, root or folder.parent
         self._cursor_path = folder / "cursor.json"
         known = _load(self._cursor_path)
         self._cursor = known if known.get("uri") == uri else _cursor(uri, "")
@@ -136,13 +139,39 @@ class Shipper:
                 self._cursor["offsets"][path.name] = chunk[-1][0]
                 self._remember()
         while self._cursor["artifacts"]:  # last, so that a broken artifact store holds up nothing else
-            artifact = Path(self._cursor["artifacts"][0])
-            if artifact.exists():
-                client.log_artifact(self._cursor["run_id"], str(artifact))
-            else:
-                self._log(f"{artifact} is gone and cannot be sent to MLflow")
+            self._send_artifact(client, self._cursor["artifacts"][0])
             del self._cursor["artifacts"][0]
             self._remember()
+
+    def _send_artifact(self, client: Any, named: str) -> None:
+        """Send a regular file of the run's directory to where the run's own artifacts belong; say what is left out, and why."""
+        shown = printable(named, limit=200)
+        try:
+            path = inside(named, self._root, where="journal")
+            os.close(open_regular(path))
+        except FileNotFoundError:
+            self._log(f"{shown} is gone and cannot be sent to MLflow")
+        except (DataError, OSError) as error:
+            reason = error.what if isinstance(error, DataError) else error.strerror
+            self._log(f"an artifact is not sent to MLflow: {reason}")
+        else:
+            target = client.get_run(self._cursor["run_id"]).info.artifact_uri
+            if self._uri.startswith("sqlite:///") and not self._may_store(target):
+                self._log(f"{shown} is not sent: the run's database would store it in {printable(str(target), limit=200)}")
+                return
+            client.log_artifact(self._cursor["run_id"], str(path))
+
+    def _may_store(self, target: str) -> bool:
+        """Whether a database that lies in the run's directory, and may come from anywhere, has artifacts stored there too."""
+        try:
+            inside(self._uri.removeprefix("sqlite:///"), self._root, where="uri")
+        except DataError:
+            return True  # a database that the user named
+        try:
+            inside(target.removeprefix("file://"), self._root, where="artifacts")
+        except DataError:
+            return False
+        return "://" not in target.removeprefix("file://")
 
     def _remember(self) -> None:
         temporary = self._cursor_path.with_suffix(f".tmp{os.getpid()}-{time.monotonic_ns()}")
@@ -275,7 +304,7 @@ def _exists(client: Any, run_id: str) -> bool:
 
 
 def _line(error: Exception) -> str:
-    return printable(hide_secrets((str(error) or type(error).__name__).splitlines()[0][:160]))
+    return hide_secrets(printable((str(error).strip() or type(error).__name__).splitlines()[0][:400], limit=160))
 
 
 def _cursor(uri: str, run_id: str) -> dict[str, Any]:
@@ -283,8 +312,15 @@ def _cursor(uri: str, run_id: str) -> dict[str, Any]:
 
 
 def _load(path: Path) -> dict[str, Any]:
+    """A cursor; empty if there is none, or if one of its values is of a wrong type."""
     try:
-        loaded: dict[str, Any] = json.loads(path.read_text())
-        return loaded
-    except (OSError, ValueError):
+        loaded = read_json(path)
+    except (OSError, FoveaError):
         return {}
+    kinds = {"uri": str, "run_id": str, "offsets": dict, "steps": dict, "artifacts": list}
+    if not isinstance(loaded, dict) or any(not isinstance(loaded.get(key), kind) for key, kind in kinds.items()):
+        return {}
+    numbers = [*loaded["offsets"].values(), *loaded["steps"].values()]
+    if any(type(n) is not int or not 0 <= n < 1 << 62 for n in numbers) or any(type(a) is not str for a in loaded["artifacts"]):
+        return {}
+    return loaded

@@ -24,7 +24,7 @@ from pipeline.data.order import Order
 from pipeline.data.prefetch import Prefetcher
 from pipeline.data.reader import Reader
 from pipeline.data.stream import BatchStream, StreamOptions
-from pipeline.errors import ConfigError, NonFiniteError
+from pipeline.errors import CheckpointError, ConfigError, NonFiniteError
 from pipeline.models.fp8 import use_fp8
 from pipeline.models.text import TextTower
 from pipeline.models.vision import VisionTower
@@ -314,6 +314,12 @@ def _data_state(inputs: Inputs, ledger: Ledger, world: World) -> dict[str, Any]:
 def _restore(saved: Saved, engine: Engine, recipe: Recipe, ledger: Ledger, inputs: Inputs, allow: bool) -> Progress:
     changed = check_data(saved, inputs, allow=allow)
     load(saved, engine, recipe)
+    missing = [key for key in ("applied", "skipped", "scores", "seconds", "data") if key not in saved.manifest]
+    missing += [key for key in ("seen", "substituted", "quarantine") if key not in saved.manifest.get("data", {})]
+    if missing:
+        raise CheckpointError(
+            f"its manifest does not say {', '.join(missing)}", where=str(saved.path), hint="resume from another one"
+        )
     data = saved.manifest["data"]
     # The totals live on rank 0 from here on; the others count what they see themselves.
     first = dist.get_rank() == 0

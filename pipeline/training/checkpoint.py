@@ -35,18 +35,19 @@ from typing import Any, BinaryIO
 
 import torch
 import torch.distributed as dist
-from safetensors import safe_open
 from torch import Tensor
 
 from pipeline.errors import CheckpointError
+from pipeline.models.tensors import opened
 from pipeline.recipes.base import Recipe
 from pipeline.training.engine import Engine
+from pipeline.training.manifest import FORMAT, MANIFEST, WHOLE
 from pipeline.training.retention import Mark, Retention, write_best
-from pipeline.training.saved import FORMAT, MANIFEST, Saved, listed, sync
+from pipeline.training.saved import Saved, listed, sync
 from pipeline.training.staging import Snapshot, Staging, whole_tensors
 from pipeline.training.tensorfile import begins, write_tensors
+from pipeline.untrusted import open_regular, printable
 
-_WHOLE = "whole.safetensors"
 _TEMPORARY = ".tmp-"
 _FP32 = 4  # bytes
 _ANOTHER = "resume from another one"
@@ -248,7 +249,7 @@ class Checkpoints:
                     shutil.rmtree(stale)
         files = [write_tensors(temporary / _rank_file(rank), snapshot.pieces)]
         if rank == 0:
-            files.append(write_tensors(temporary / _WHOLE, snapshot.whole))
+            files.append(write_tensors(temporary / WHOLE, snapshot.whole))
         return {"fragments": snapshot.table, "files": files}
 
     def _commit(self, pending: _Pending, written: list[dict[str, Any]]) -> None:
@@ -262,7 +263,7 @@ class Checkpoints:
             "serial": 1 + max((mark.serial for mark in self._marks.values()), default=0),
             "world": len(written),
             "fragments": [part["fragments"] for part in written],
-            "files": sorted(files, key=lambda file: (file["name"] == _WHOLE, file["name"])),
+            "files": sorted(files, key=lambda file: (file["name"] == WHOLE, file["name"])),
         }
         with (pending.temporary / MANIFEST).open("w") as file:
             json.dump(manifest, file)
@@ -326,17 +327,20 @@ class _Pieces:
         self._files: list[BinaryIO] = []
         self._begins: list[dict[str, int]] = []
         self._where: dict[str, list[tuple[int, int, int]]] = {}
-        with ExitStack() as opened:
-            for rank, table in enumerate(saved.manifest["fragments"]):
+        self._elements = 0  # that all files can hold
+        with ExitStack() as stack:
+            for rank, table in enumerate(saved.manifest.get("fragments", [])):
                 path = saved.path / _rank_file(rank)
-                self._files.append(opened.enter_context(path.open("rb", buffering=0)))
                 try:
+                    self._files.append(stack.enter_context(os.fdopen(open_regular(path, error=CheckpointError), "rb", 0)))
                     self._begins.append(begins(self._files[-1]))
-                except ValueError as error:
-                    raise CheckpointError(f"header unreadable, {error}", where=str(path), hint=_ANOTHER) from error
+                except (ValueError, OSError) as error:
+                    reason = error.strerror if isinstance(error, OSError) else error
+                    raise CheckpointError(f"header unreadable, {reason}", where=printable(str(path)), hint=_ANOTHER) from error
+                self._elements += os.fstat(self._files[-1].fileno()).st_size // _FP32
                 for name, (start, length) in table.items():
                     self._where.setdefault(name, []).append((start, length, rank))
-            self.close = opened.pop_all().close
+            self.close = stack.pop_all().close
 
     def names(self, kind: str) -> set[str]:
         """Which tensors there are of a kind."""
@@ -367,7 +371,13 @@ class _Pieces:
             raise CheckpointError(f"{left} elements of {kind}/{name} are not in it", where=str(self._path), hint=_ANOTHER)
 
     def read(self, kind: str, name: str, start: int, length: int) -> Tensor:
-        """Elements ``start`` to ``start + length`` of a flattened tensor, fp32 ``[length]``."""
+        """Elements ``start`` to ``start + length`` of a flattened tensor, fp32 ``[length]``.
+
+        Raises:
+            CheckpointError: as :meth:`fill`, before memory is taken for more than the files hold.
+        """
+        if length > self._elements:
+            raise CheckpointError(f"{length} elements of {kind}/{name} are not in it", where=str(self._path), hint=_ANOTHER)
         out = torch.empty(length, dtype=torch.float32)
         self.fill(out, kind, name, start)
         return out
@@ -380,13 +390,13 @@ def load(saved: Saved, engine: Engine, recipe: Recipe) -> None:
         CheckpointError: the checkpoint is of another architecture; the first parameters that differ are named.
     """
     ours = {name: list(shape) for name, shape in engine.shapes.items()}
-    _compare(ours, saved.manifest["shapes"], saved.path)
+    _compare(ours, saved.manifest.get("shapes", {}), saved.path)
     with closing(_Pieces(saved)) as pieces:
         for f in engine.held():
             pieces.fill(f.master, "master", f.name, f.start)
             for moment, tensor in f.moments.items():
                 pieces.fill(tensor, moment, f.name, f.start)
-        engine.set_optimizer_steps(int(saved.manifest["applied"]))
+        engine.set_optimizer_steps(int(saved.manifest.get("applied", saved.step)))
         engine.refresh()
         with engine.gathered(write=True):
             _load_whole(saved, recipe, engine)
@@ -396,7 +406,7 @@ def load(saved: Saved, engine: Engine, recipe: Recipe) -> None:
 
 def _load_whole(saved: Saved, recipe: Recipe, engine: Engine) -> None:
     targets = whole_tensors(recipe, engine)
-    with safe_open(saved.path / _WHOLE, framework="pt") as file:
+    with opened(saved.path / WHOLE) as file:
         stored = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
     _compare({k: list(t.shape) for k, t in targets.items()}, {k: list(t.shape) for k, t in stored.items()}, saved.path)
     for name, tensor in stored.items():
@@ -429,10 +439,10 @@ def read_student(saved: Saved) -> Iterator[tuple[str, Tensor]]:
 def _read_whole(saved: Saved, sharded: str, whole: str) -> Iterator[tuple[str, Tensor]]:
     with closing(_Pieces(saved)) as pieces:
         names = pieces.names(sharded)
-        for name, shape in saved.manifest["shapes"].items():
+        for name, shape in saved.manifest.get("shapes", {}).items():
             if name in names:
                 yield name, pieces.read(sharded, name, 0, math.prod(shape)).view(shape)
-    with safe_open(saved.path / _WHOLE, framework="pt") as file:
+    with opened(saved.path / WHOLE) as file:
         for key in file.keys():  # noqa: SIM118
             if key.startswith(f"{whole}/"):
                 yield key.removeprefix(f"{whole}/"), file.get_tensor(key)

@@ -9,6 +9,9 @@ import socket
 from pathlib import Path
 from typing import Any
 
+from pipeline.errors import DataError
+from pipeline.untrusted import read_json
+
 NAME = "failure.json"
 
 
@@ -38,7 +41,9 @@ def claim(folder: Path, own: dict[str, Any]) -> bool:
 def claimed(folder: Path) -> dict[str, Any] | None:
     """What the rank that failed first said, if any has."""
     try:
-        found: dict[str, Any] = json.loads((folder / NAME).read_text())
-    except (OSError, ValueError):
+        found = read_json(folder / NAME, limit=1 << 20)
+    except (OSError, DataError):
         return None
-    return found
+    types = {"rank": int, "what": str, "code": int, "kind": str, "step": int}
+    whole = isinstance(found, dict) and all(isinstance(found.get(key), kind) for key, kind in types.items())
+    return found if whole else None

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import stat
 import tempfile
 import threading
 import time
@@ -16,10 +17,12 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from pipeline.data.storage import NotThere, Storage
+from pipeline.data.storage import NotThere, Storage, StorageAway
 from pipeline.errors import CheckpointError, DataError
+from pipeline.training.manifest import MANIFEST, MAX_MANIFEST
 from pipeline.training.retention import Mark, Retention
-from pipeline.training.saved import MANIFEST, Saved, read, sync, verify
+from pipeline.training.saved import Saved, read, sync, verify
+from pipeline.untrusted import printable
 
 
 class Copies:
@@ -106,6 +109,8 @@ class Copies:
             if there is not None:
                 self._storage.delete(f"{self.target}/{name}/{MANIFEST}")
             for file in [*(entry["name"] for entry in saved.manifest["files"]), MANIFEST]:
+                if not stat.S_ISREG((saved.path / file).lstat().st_mode):
+                    raise DataError("must be a regular file to be copied", where=printable(str(saved.path / file)))
                 self._storage.put(saved.path / file, f"{self.target}/{name}/{file}")
             self._marks[name] = Mark.of(name, saved.manifest)
         for old in self._retention.superfluous(self._marks.values()):
@@ -155,8 +160,11 @@ def _fetch(folder: str, name: str, manifest: dict[str, Any], directory: Path, st
     try:
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
-        for entry in manifest["files"]:
-            storage.get(f"{folder}/{entry['name']}", temporary / entry["name"])
+        for entry in manifest["files"]:  # plain names: see the reading of the manifest
+            url = f"{folder}/{entry['name']}"
+            if _size(storage, url) != entry["size"]:
+                raise CheckpointError("its size is wrong", where=url, hint="an older one is taken")
+            storage.get(url, temporary / entry["name"])
             sync(temporary / entry["name"])
         verify(Saved(temporary, manifest))
         (temporary / MANIFEST).write_text(json.dumps(manifest))
@@ -185,7 +193,24 @@ def _manifest(storage: Storage, url: str) -> dict[str, Any] | None:
     """The parsed manifest of a copy, ``None`` if there is none to be read."""
     with tempfile.TemporaryDirectory() as folder:
         try:
+            if _size(storage, url) > MAX_MANIFEST:
+                return None
             storage.get(url, Path(folder) / MANIFEST)
             return read(Path(folder)).manifest
         except (NotThere, CheckpointError):
             return None
+
+
+def _size(storage: Storage, url: str) -> int:
+    """Bytes of a copy's file, before any of them is fetched.
+
+    Raises:
+        CheckpointError: it is missing, or no regular file.
+        StorageAway: object storage did not answer for as long as the grace lasts.
+    """
+    try:
+        return storage.stat(url).size
+    except StorageAway:
+        raise
+    except DataError as error:
+        raise CheckpointError("a file of it is missing", where=error.where, hint="an older one is taken") from error

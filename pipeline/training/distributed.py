@@ -14,6 +14,8 @@ import torch.distributed as dist
 
 from pipeline.errors import LaunchError, RendezvousError
 
+_LOOPBACK = ("127.0.0.1", "localhost")
+
 
 @dataclass(frozen=True)
 class World:
@@ -70,7 +72,7 @@ def join(
         torch.cuda.set_device(device)
     limit = timedelta(seconds=timeout)
     try:
-        store = dist.HashStore() if size == 1 else _store(address, port, size, rank, limit)
+        store = dist.HashStore() if size == 1 else _meet(address, port, size, is_master=rank == 0, limit=limit)
         if device.type == "cuda" and local_size > 1:
             own = (
                 f"{socket.gethostname()} {os.environ.get('CUDA_VISIBLE_DEVICES')} {torch.cuda.get_device_properties(device).uuid}"
@@ -81,17 +83,13 @@ def join(
         dist.init_process_group(chosen, store=dist.PrefixStore(key, store), rank=rank, world_size=size, timeout=limit)
         control = None if chosen == "gloo" else cast(dist.ProcessGroup, dist.new_group(backend="gloo", timeout=limit))
         dist.barrier(group=control)
-    except RuntimeError as error:
+    except (RuntimeError, OSError) as error:
         raise RendezvousError(
             f"rank {rank} of {size} did not meet the others ({str(error).splitlines()[0]})",
             where=f"{address}:{port}",
             hint="see the other ranks' logs; the port must be free and reachable",
         ) from error
     return World(rank, size, local_rank, device, control, local_size)
-
-
-def _store(address: str, port: int, size: int, rank: int, limit: timedelta) -> dist.Store:
-    return dist.TCPStore(address, port, size, is_master=rank == 0, timeout=limit, wait_for_workers=False)
 
 
 def gpu_of(local_rank: int, local_size: int, gpus: int) -> int:
@@ -133,6 +131,35 @@ def check_gpus(store: dist.Store, own: str, rank: int, peers: Iterable[int]) -> 
                 where="GPUs of this node",
                 hint="start one rank a GPU; CUDA_VISIBLE_DEVICES says which GPUs a process may use",
             )
+
+
+def _meet(address: str, port: int, size: int, *, is_master: bool, limit: timedelta) -> dist.TCPStore:
+    """The store in which ranks find each other. Ranks of one machine listen on its loopback interface only: by itself torch's
+    store takes connections from everywhere, and whoever joins can send pickles."""
+    if address not in _LOOPBACK:
+        return dist.TCPStore(address, port, size, is_master=is_master, timeout=limit, wait_for_workers=False)
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    if not is_master:
+        return dist.TCPStore(_LOOPBACK[0], port, size, is_master=False, timeout=limit, wait_for_workers=False)
+    with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as listening:
+        listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            listening.bind((_LOOPBACK[0], port))
+        except OSError:
+            if not os.environ.get("TORCHELASTIC_USE_AGENT_STORE"):
+                raise
+            # torchrun's own store listens there, which torch then uses.
+            return dist.TCPStore(_LOOPBACK[0], port, size, is_master=True, timeout=limit, wait_for_workers=False)
+        listening.listen(1024)
+        return dist.TCPStore(
+            _LOOPBACK[0],
+            port,
+            size,
+            is_master=True,
+            timeout=limit,
+            wait_for_workers=False,
+            master_listen_fd=listening.detach(),  # the store closes it
+        )
 
 
 def leave() -> None:

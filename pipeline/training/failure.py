@@ -18,6 +18,7 @@ import torch
 import torch.distributed as dist
 
 from pipeline.errors import FoveaError, verdict
+from pipeline.masking import shown
 from pipeline.training import claims
 from pipeline.training.watchdog import RESTART, Watchdog
 
@@ -54,7 +55,7 @@ def read(error: BaseException, facts: dict[str, Any]) -> Failure:
         error: what ended the training.
         facts: ``micro_batch`` and ``zero``, for the advice.
     """
-    text = " ".join(str(error).split())
+    text = shown(" ".join(str(error).split()))
     if isinstance(error, FoveaError):
         return Failure(str(error), code=error.exit_code)
     if isinstance(error, torch.OutOfMemoryError):
@@ -89,12 +90,12 @@ def tell(error: BaseException, watchdog: Watchdog, facts: dict[str, Any]) -> int
     own: dict[str, Any] = {"rank": watchdog.rank, "what": what, "code": failure.code, "step": step, **verdict(error)}
     if cause is None and claims.claim(watchdog.folder, own):
         if not failure.expected:
-            traceback.print_exception(error)
+            print(shown("".join(traceback.format_exception(error))), file=sys.stderr, end="")
         _say(f"error: {place}: {what}" + (f". {hint}" if hint else ""))
         return failure.code
     cause = cause or _wait_for_claim(watchdog, 1.0) or own
     with contextlib.suppress(OSError), watchdog.stacks.open("a") as file:
-        file.write(f"--- {place}\n{''.join(traceback.format_exception(error))}")
+        file.write(f"--- {place}\n{shown(''.join(traceback.format_exception(error)))}")
     time.sleep(0.5)  # the launcher shall see the first failure first
     same = isinstance(error, FoveaError) and (cause["kind"], cause["step"]) == (own["kind"], own["step"])  # agreed on by all
     if failure.because_of_others or cause["what"] == what or same:
@@ -113,4 +114,4 @@ def _wait_for_claim(watchdog: Watchdog, seconds: float) -> dict[str, Any] | None
 
 def _say(text: str) -> None:
     sys.stdout.flush()
-    print(text, file=sys.stderr, flush=True)
+    print(shown(text), file=sys.stderr, flush=True)

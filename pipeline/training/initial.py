@@ -12,17 +12,18 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from pipeline.errors import CheckpointError, ConfigError
 from pipeline.models.released import compare, fit, unwrapped
+from pipeline.models.tensors import only_weights, opened, read_tensors, reason
 from pipeline.models.vision import VisionTower
 from pipeline.recipes.base import Recipe
 from pipeline.sections import InitSettings
 from pipeline.settings import Config
 from pipeline.training import saved
 from pipeline.training.checkpoint import read_student, read_teacher
+from pipeline.training.manifest import MANIFEST
 from pipeline.training.saved import Saved
 
 _FILES = (".safetensors", ".pth", ".pt", ".bin")
@@ -88,7 +89,7 @@ def find(name: str) -> Source:
     if path.is_file():
         if path.suffix in _FILES:
             return Source(name, "file", path)
-    elif (path / saved.MANIFEST).exists():
+    elif (path / MANIFEST).exists():
         return Source(name, "checkpoint", path, saved.read(path))
     else:
         folder = path / "checkpoints" if (path / "checkpoints").is_dir() else path
@@ -222,7 +223,9 @@ def _read(source: Source, network: str, shapes_only: bool) -> tuple[dict[str, Te
     """The tower's tensors, those beside it, and notes."""
     if source.saved is not None:
         return (*_split(_ours(source.saved, network, shapes_only), source), [])
-    loaded = _of_timm(source) if source.kind == "timm" else _of_file(source.path or Path(source.name), shapes_only)
+    loaded = (
+        _of_timm(source) if source.kind == "timm" else read_tensors(source.path or Path(source.name), shapes_only=shapes_only)
+    )
     state, notes = unwrapped(loaded)
     return state, {}, notes
 
@@ -236,7 +239,7 @@ def _split(state: dict[str, Tensor], source: Source) -> tuple[dict[str, Tensor],
             f"the checkpoint holds {len(names)} vision towers", where=f"init_from.source={source.name}", hint="name another"
         )
     inside = {name.removeprefix(f"{tower}."): tensor for name, tensor in state.items() if name.startswith(f"{tower}.")}
-    trained = source.saved.manifest["shapes"] if source.saved is not None else {}
+    trained = source.saved.manifest.get("shapes", {}) if source.saved is not None else {}
     return inside, {name: t for name, t in state.items() if not name.startswith(f"{tower}.") and name in trained}
 
 
@@ -255,11 +258,11 @@ def _shapes(found: Saved, network: str) -> dict[str, Tensor]:
     kinds = ("teacher/",) if network == "teacher" else ("master/", "frozen/")
     shapes: dict[str, list[int]] = {}
     for path in sorted(found.path.glob("*.safetensors")):
-        with safe_open(path, framework="pt") as file:
+        with opened(path) as file:
             for key in file.keys():  # noqa: SIM118 - not a dict
                 kind, _, name = key.partition("/")
                 if f"{kind}/" in kinds:
-                    shapes[name] = found.manifest["shapes"].get(name) or file.get_slice(key).get_shape()
+                    shapes[name] = found.manifest.get("shapes", {}).get(name) or file.get_slice(key).get_shape()
     return {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
 
 
@@ -269,27 +272,7 @@ def weights_of(source: Source) -> Mapping[str, Any]:
     Raises:
         CheckpointError: they cannot be read or fetched.
     """
-    return _of_timm(source) if source.kind == "timm" else _of_file(source.path or Path(source.name), False)
-
-
-def _of_file(path: Path, shapes_only: bool) -> Mapping[str, Any]:
-    device = "meta" if shapes_only else "cpu"
-    try:
-        if path.suffix == ".safetensors":
-            with safe_open(path, framework="pt") as file:
-                if shapes_only:
-                    return {k: torch.empty(file.get_slice(k).get_shape(), device="meta") for k in file.keys()}  # noqa: SIM118
-                return {k: file.get_tensor(k) for k in file.keys()}  # noqa: SIM118
-        state: Any = torch.load(path, map_location=device, weights_only=True)
-    except (OSError, RuntimeError, ValueError, EOFError, SafetensorError, ImportError) as error:
-        raise CheckpointError(
-            f"it cannot be read as tensors ({str(error).partition(chr(10))[0]})",
-            where=str(path),
-            hint="download it again, or name another",
-        ) from error
-    if not isinstance(state, Mapping):
-        raise CheckpointError("it holds no tensors by name", where=str(path), hint="give a state dict")
-    return state
+    return _of_timm(source) if source.kind == "timm" else read_tensors(source.path or Path(source.name))
 
 
 def _of_timm(source: Source) -> dict[str, Tensor]:
@@ -304,13 +287,14 @@ def _of_timm(source: Source) -> dict[str, Tensor]:
         )
     try:
         # With its classifier, which goes afterwards: asked for no classes, timm takes files that lack any tensor at all.
-        model = timm.create_model(name, pretrained=True)
-    except (OSError, RuntimeError, SafetensorError) as error:
+        with only_weights():
+            model = timm.create_model(name, pretrained=True)
+    except Exception as error:  # of timm, the hub's client, the network, or a damaged file
         raise CheckpointError(
-            f"timm cannot fetch the weights of {name!r}, or they are not whole ({' '.join(str(error).split())[:200]})",
+            f"timm cannot fetch the weights of {name!r}, or they are not whole ({reason(error)})",
             where=f"init_from.source={source.name}",
             hint="download them where there is a network and give the file's path, or set HF_HOME to a folder that holds them",
-        ) from error
+        ) from None
     model.reset_classifier(0)
     state: dict[str, Tensor] = model.state_dict()
     return state

@@ -21,6 +21,7 @@ from pipeline.locks import lock
 from pipeline.settings import Config
 from pipeline.training.overlap import check_held_out
 from pipeline.training.saved import Saved
+from pipeline.untrusted import plain_name
 
 DATA_STATE_VERSION = 1
 _START_GRACE = 20.0  # seconds
@@ -94,7 +95,7 @@ def _index(
     directory = config.data.index_folder(urls)
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        file = (directory / ".lock").open("w")
+        file = (directory / ".lock").open("a")
     except OSError as error:
         raise DataError(
             f"the index of the shards cannot be kept here ({error.strerror})",
@@ -290,7 +291,7 @@ def check_data(saved: Saved, inputs: Inputs, *, allow: bool = False) -> str:
     Raises:
         CheckpointError: what the checkpoint was trained on, and what the shards hold now.
     """
-    data, now = saved.manifest["data"], data_identity(inputs)
+    data, now = saved.manifest.get("data") or {}, data_identity(inputs)
     changed = [name for name, value in now.items() if data.get(name) != value]
     if not changed:
         return ""
@@ -300,20 +301,23 @@ def check_data(saved: Saved, inputs: Inputs, *, allow: bool = False) -> str:
     acceptable = set(changed) <= _ACCEPTABLE
     if allow and acceptable:
         return f"{saved.path}: goes on at step {saved.step} over other data, as checkpoint.allow_data_change says ({told})"
+    then = data.get("samples", "unknown")
     consent = "; or checkpoint.allow_data_change=true goes on at the same step over the new data" if acceptable else ""
     raise CheckpointError(
         f"the data of this run have changed ({told})",
         where=str(saved.path),
-        hint=f"resume over the {data['samples']} samples it was trained on, or start a new run in another run.directory{consent}",
+        hint=f"resume over the {then} samples it was trained on, or start a new run in another run.directory{consent}",
     )
 
 
 def _difference(saved: Saved, now: Manifest) -> str:
     """Which shards are gone, new and changed since a checkpoint, with numbers."""
+    data = saved.manifest.get("data") or {}
     try:
-        old = Manifest.load(saved.path.parent.parent / "data" / str(saved.manifest["data"].get("fingerprint")))
+        fingerprint = plain_name(data.get("fingerprint"), where=str(saved.path))
+        old = Manifest.load(saved.path.parent.parent / "data" / fingerprint)
     except DataError:
-        return f"{saved.manifest['data']['samples']} samples then, {now.total} in {len(now.shards)} shards now"
+        return f"{data.get('samples', 'unknown')} samples then, {now.total} in {len(now.shards)} shards now"
     then, here = _by_name(old), _by_name(now)
     parts = [f"{old.total} samples in {len(old.shards)} shards then, {now.total} in {len(now.shards)} now"]
     gone = [f"{shard.name} ({shard.samples})" for key, shard in then.items() if key not in here]

@@ -10,7 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pipeline.errors import FoveaError
 from pipeline.training.saved import sync
+from pipeline.untrusted import plain_name, read_json
 
 BEST = "best.json"
 
@@ -85,9 +87,11 @@ def write_best(directory: Path, metric: str, best: Mark) -> None:
 
 
 def read_best(directory: Path) -> dict[str, Any]:
-    """What ``best.json`` says: checkpoint, step, metric and score; empty if there is none."""
+    """What ``best.json`` says: checkpoint (a plain name), step, metric and score; empty if there is none, or another document."""
     try:
-        found = json.loads((directory / BEST).read_text())
-    except (OSError, ValueError):
+        best = read_json(directory / BEST, limit=1 << 20)
+        plain_name(best["checkpoint"], where=BEST)
+        score = float(best["score"]) if isinstance(best["score"], int | float) else math.nan
+        return {"checkpoint": best["checkpoint"], "step": int(best["step"]), "metric": str(best["metric"]), "score": score}
+    except (OSError, ValueError, TypeError, KeyError, OverflowError, FoveaError):
         return {}
-    return found if isinstance(found, dict) else {}

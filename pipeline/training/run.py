@@ -21,7 +21,16 @@ import os
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+from pipeline.errors import ConfigError, DataError
+from pipeline.masking import masked
+from pipeline.untrusted import printable, read_bytes, read_json
+
+if TYPE_CHECKING:
+    from pipeline.settings import Config
+
+_ATTEMPTS = 64 << 20  # bytes, most of attempts.jsonl
 
 
 @dataclass(frozen=True)
@@ -38,6 +47,42 @@ class RunDirectory:
     def config(self) -> Path:
         """Resolved settings of the run."""
         return self.path / "config.json"
+
+    def settings_document(self) -> dict[str, Any]:
+        """What ``config.json`` holds, unchecked.
+
+        Raises:
+            ConfigError: it cannot be read, or holds no settings.
+        """
+        hint = "name the directory that a training wrote"
+        try:
+            document = read_json(self.config, error=ConfigError)
+        except OSError as error:
+            raise ConfigError(f"cannot be read ({error.strerror})", where=printable(str(self.config)), hint=hint) from None
+        if not isinstance(document, dict):
+            raise ConfigError("must hold settings", where=printable(str(self.config)), hint=hint)
+        return document
+
+    def settings(self) -> Config:
+        """The settings of the last attempt.
+
+        Raises:
+            ConfigError: ``config.json`` cannot be read, or its settings are of another version of fovea.
+        """
+        from pydantic import ValidationError  # a job's supervisor imports this module without packages
+
+        from pipeline.settings import Config
+
+        try:
+            return Config.model_validate(self.settings_document())
+        except (ValidationError, RecursionError) as error:
+            first = "nested too deeply"
+            if isinstance(error, ValidationError):
+                one = error.errors(include_url=False)[0]
+                first = f"{'.'.join(map(str, one['loc']))}: {one['msg']}"
+            raise ConfigError(
+                printable(first, limit=200), where=printable(str(self.config)), hint="use the version of fovea that wrote it"
+            ) from None
 
     @property
     def checkpoints(self) -> Path:
@@ -73,15 +118,17 @@ class RunDirectory:
     def attempts(self) -> list[dict[str, Any]]:
         """All lines of ``attempts.jsonl`` that are whole."""
         try:
-            lines = (self.path / "attempts.jsonl").read_text().splitlines()
-        except FileNotFoundError:
+            content = read_bytes(self.path / "attempts.jsonl", limit=_ATTEMPTS)
+        except (OSError, DataError):
             return []
         found = []
-        for line in lines:
+        for line in content.decode("utf-8", "replace").split("\n"):
             try:
-                found.append(json.loads(line))
-            except ValueError:  # torn by a crash of the machine
+                row = json.loads(line)
+            except (ValueError, RecursionError):  # torn by a crash of the machine
                 continue
+            if isinstance(row, dict) and isinstance(row.get("event"), str):
+                found.append(row)
         return found
 
     def next_attempt(self) -> int:
@@ -98,8 +145,27 @@ class RunDirectory:
 
     def write(self, name: str, value: Any) -> None:
         """Replace a JSON file of the run in one act."""
-        target = self.path / name
+        self._replace(self.path / name, json.dumps(value, indent=1))
+
+    def write_settings(self, config: Config, text: str | None = None) -> None:
+        """Keep the settings as ``config.json``, and as ``config.yaml`` if its text is given.
+
+        Both must keep signed links, with which a later attempt reads; then nobody but the user can read the files.
+
+        Args:
+            config: the settings.
+            text: the same as YAML.
+        """
+        document = config.model_dump(mode="json")
+        private = masked(document) != document
+        self._replace(self.config, json.dumps(document, indent=1), private=private)
+        if text is not None:
+            self._replace(self.path / "config.yaml", text, private=private)
+
+    def _replace(self, target: Path, text: str, *, private: bool = False) -> None:
         target.parent.mkdir(parents=True, exist_ok=True)
         temporary = target.with_name(f".{target.name}.{os.getpid()}")
-        temporary.write_text(json.dumps(value, indent=1))
+        temporary.unlink(missing_ok=True)
+        with open(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600 if private else 0o666), "w") as file:
+            file.write(text)
         temporary.replace(target)

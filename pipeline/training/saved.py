@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
+import stat
 from collections.abc import Callable
 from dataclasses import dataclass
+from io import RawIOBase
 from pathlib import Path
 from typing import Any
 
 import xxhash
 
 from pipeline.errors import CheckpointError
+from pipeline.training.manifest import FORMAT, MANIFEST, read_manifest
+from pipeline.untrusted import printable
 
-FORMAT = 1
-MANIFEST = "manifest.json"
 DIGEST_BYTES = 16
 CHECKSUM = "xxh3"
 CHECKSUMS: dict[str, Callable[[], Any]] = {
@@ -75,11 +78,15 @@ def entry(path: Path, kind: str = CHECKSUM) -> dict[str, Any]:
         path: the file.
         kind: of checksum, a key of :data:`CHECKSUMS`.
     """
-    digest, piece = CHECKSUMS[kind](), memoryview(bytearray(_PIECE))
     with path.open("rb", buffering=0) as file:
-        while count := file.readinto(piece):
-            digest.update(piece[:count])
-    return {"name": path.name, "size": path.stat().st_size, kind: digest.hexdigest()}
+        return {"name": path.name, "size": os.fstat(file.fileno()).st_size, kind: _digest(file, kind)}
+
+
+def _digest(file: RawIOBase, kind: str) -> str:
+    digest, piece = CHECKSUMS[kind](), memoryview(bytearray(_PIECE))
+    while count := file.readinto(piece):
+        digest.update(piece[:count])
+    return str(digest.hexdigest())
 
 
 def read(path: Path) -> Saved:
@@ -88,16 +95,7 @@ def read(path: Path) -> Saved:
     Raises:
         CheckpointError: there is no manifest of a checkpoint in it.
     """
-    try:
-        manifest = json.loads((path / MANIFEST).read_text())
-        if {"format", "step", "files"} <= manifest.keys():
-            return Saved(path, manifest)
-        problem = "its manifest is of something else"
-    except (OSError, ValueError, AttributeError):
-        problem = "its manifest cannot be read"
-    raise CheckpointError(
-        f"this is no whole checkpoint: {problem}", where=str(path / MANIFEST), hint="name a directory step_… of a run"
-    )
+    return Saved(path, read_manifest(path / MANIFEST))
 
 
 def listed(directory: Path) -> list[Saved]:
@@ -129,7 +127,7 @@ def newest(directory: Path, *, begun_at: Path | None = None) -> tuple[Saved | No
         saved = [s for s in saved if _came_of(s, begun_at)]
     unreadable = sorted({path for path in directory.glob("step_*") if path.is_dir()} - {s.path for s in listed(directory)})
     if begun_at is None:
-        complaints += [f"{path}: its manifest cannot be read, so it is passed over" for path in unreadable]
+        complaints += [f"{printable(str(path))}: its manifest cannot be read, so it is passed over" for path in unreadable]
     for candidate in saved:
         try:
             verify(candidate)
@@ -172,12 +170,27 @@ def verify(saved: Saved) -> None:
         )
     for known in saved.manifest["files"]:
         path = saved.path / known["name"]
-        try:
-            now = entry(path, next((kind for kind in CHECKSUMS if kind in known), CHECKSUM))
-        except OSError as error:
-            now = {"problem": error.strerror}
-        if now != known:
-            problem = now.get("problem") or ("its bytes have changed" if now["size"] == known["size"] else "its size is wrong")
+        if problem := _problem(path, known):
             raise CheckpointError(
-                f"the checkpoint is damaged ({problem})", where=str(path), hint="an older one is taken if there is one"
+                f"the checkpoint is damaged ({problem})", where=printable(str(path)), hint="an older one is taken if there is one"
             )
+
+
+def _problem(path: Path, known: dict[str, Any]) -> str:
+    """Why a file is not the one that the manifest lists; empty if it is. Nothing is read of one that has another size."""
+    kind = next((kind for kind in CHECKSUMS if known.get(kind) is not None), CHECKSUM)
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC)
+    except OSError as error:
+        return "it is a link" if error.errno == errno.ELOOP else error.strerror or "it cannot be opened"
+    about = os.fstat(descriptor)
+    if not stat.S_ISREG(about.st_mode):
+        os.close(descriptor)
+        return "it is no regular file"
+    with open(descriptor, "rb", buffering=0) as file:
+        if about.st_size != known["size"]:
+            return "its size is wrong"
+        try:
+            return "" if _digest(file, kind) == known.get(kind) else "its bytes have changed"
+        except OSError as error:
+            return error.strerror or "it cannot be read"

@@ -16,7 +16,9 @@ import torch
 from torch import Tensor
 
 from pipeline.training.saved import CHECKSUM, CHECKSUMS
+from pipeline.untrusted import printable
 
+_HEADER = 256 << 20  # bytes, most of a header
 _PIECE = 16 << 20  # bytes between which other threads get their turn
 _TYPES = {
     torch.float64: "F64",
@@ -67,19 +69,29 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], *, metadata: Mappin
 
 
 def begins(file: BinaryIO) -> dict[str, int]:
-    """Where each tensor's raw values begin in an open safetensors file, bytes from its start.
+    """Where each fp32 tensor's raw values begin in an open safetensors file, bytes from its start.
 
     Raises:
-        ValueError: the header cannot be read.
+        ValueError: the header cannot be read, or a tensor is of another type or lies outside the file.
     """
-    size = int.from_bytes(file.read(8), "little")
-    if size > os.fstat(file.fileno()).st_size:
-        raise ValueError(f"it should be {size} bytes long, more than the file")
-    header = json.loads(file.read(size))
+    size, whole = int.from_bytes(file.read(8), "little"), os.fstat(file.fileno()).st_size
+    if size > min(whole, _HEADER):
+        raise ValueError(f"it should be {size} bytes long, more than the file" if size > whole else f"it is {size} bytes long")
     try:
-        return {name: 8 + size + int(told["data_offsets"][0]) for name, told in header.items() if name != "__metadata__"}
-    except (AttributeError, KeyError, TypeError, IndexError) as error:
+        header = json.loads(file.read(size))
+        offsets = {name: (told["data_offsets"], told["dtype"]) for name, told in header.items() if name != "__metadata__"}
+        checked = {name: _begin(name, begin, end, kind, whole - 8 - size) for name, ((begin, end), kind) in offsets.items()}
+    except (AttributeError, KeyError, TypeError, IndexError, RecursionError) as error:
         raise ValueError("it does not say where the tensors begin") from error
+    return {name: 8 + size + begin for name, begin in checked.items()}
+
+
+def _begin(name: str, begin: object, end: object, kind: object, most: int) -> int:
+    if type(begin) is not int or type(end) is not int or not 0 <= begin <= end <= most:
+        raise ValueError(f"{printable(name, limit=80)} lies outside the file")
+    if kind != "F32":
+        raise ValueError(f"{printable(name, limit=80)} must be F32")
+    return begin
 
 
 def _pieces(tensor: Tensor) -> Iterator[memoryview]:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from pipeline.errors import CheckpointError
+from pipeline.masking import shown
 from pipeline.recipes.base import Recipe
 from pipeline.training import saved as files
 from pipeline.training.checkpoint import read_student, read_teacher
@@ -25,7 +26,7 @@ def newest(run: Path) -> Saved:
     """
     found, complaints = files.newest(RunDirectory(run).checkpoints)
     for complaint in complaints:
-        print(complaint, file=sys.stderr)
+        print(shown(complaint), file=sys.stderr)
     if found is None:
         raise CheckpointError(
             "the run has no checkpoint yet",
@@ -76,7 +77,7 @@ def fill_trained(recipe: Recipe, saved: Saved, *, student: bool = False) -> None
 def _fitting(own: Mapping[str, Tensor], trainable: set[str], saved: Saved, whose: str) -> None:
     """Shapes come first, so that a checkpoint of a larger network is refused before its gigabytes are read."""
     ours = {name: list(tensor.shape) for name, tensor in own.items() if name in trainable}
-    theirs = {name: shape for name, shape in saved.manifest["shapes"].items() if name in ours}
+    theirs = {name: shape for name, shape in saved.manifest.get("shapes", {}).items() if name in ours}
     wrong = [name for name in ours if name in theirs and theirs[name] != ours[name]] or sorted(ours.keys() - theirs.keys())
     if wrong:
         first = wrong[0]

@@ -236,3 +236,76 @@ def test_many_processes_killed_at_random_moments_never_see_a_half_shard(tmp_path
         assert "Error" not in text, text
     ShardCache(folder, limit=6 * SIZE)
     assert sum(path.stat().st_size for path in folder.iterdir()) <= 6 * SIZE
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can make another user's folder")
+def test_a_folder_that_somebody_else_made_is_refused(tmp_path: Path) -> None:
+    folder = tmp_path / "theirs"
+    folder.mkdir(mode=0o777)
+    os.chown(folder, 12345, 12345)
+    with pytest.raises(DataError, match="must be this user's own"):
+        ShardCache(folder, limit=10**7)
+    (tmp_path / "link").symlink_to(folder)
+    with pytest.raises(DataError, match="must be this user's own"):
+        ShardCache(tmp_path / "link", limit=10**7)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can make another user's file")
+def test_a_shard_that_somebody_else_put_there_is_not_read(tmp_path: Path) -> None:
+    cache, source, about = ShardCache(tmp_path / "own", limit=10**7), Source(), shard("a")
+    cache.path(about).write_bytes(b"x" * SIZE)
+    os.chown(cache.path(about), 12345, 12345)
+    assert not cache.has(about)
+    assert cache.ensure(about, source).read_bytes() == content(about)
+
+
+def test_the_folder_and_its_shards_are_the_users_alone(tmp_path: Path) -> None:
+    (tmp_path / "old").mkdir(mode=0o777)
+    for name in ("new", "old"):
+        cache = ShardCache(tmp_path / name, limit=10**7)
+        path = cache.ensure(shard("a"), Source())
+        cache.need([shard("a")])
+        assert cache.folder.stat().st_mode & 0o077 == 0
+        assert all(file.stat().st_mode & 0o077 == 0 for file in cache.folder.iterdir()), path
+
+
+def test_a_shard_of_another_size_or_kind_is_fetched_again(tmp_path: Path) -> None:
+    cache, source, about = ShardCache(tmp_path, limit=10**7), Source(), shard("a")
+    cache.path(about).write_bytes(b"ATTACKER SHARD")
+    assert cache.ensure(about, source).read_bytes() == content(about)
+    cache.path(about).unlink()
+    (tmp_path / "poison").write_bytes(b"x" * SIZE)
+    cache.path(about).symlink_to(tmp_path / "poison")
+    assert not cache.has(about)
+    assert cache.ensure(about, source).read_bytes() == content(about)
+    assert (tmp_path / "poison").read_bytes() == b"x" * SIZE
+
+
+@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize("kind", ["link", "hard link", "dangling link"])
+def test_links_in_the_folder_never_have_another_file_written(tmp_path: Path, kind: str, shared: bool) -> None:
+    victim = tmp_path / "victim"
+    cache, about = ShardCache(tmp_path / "cache", limit=10**7, shared=shared), shard("a")
+    for name in (cache._temporary(cache.path(about)), tmp_path / "cache" / ".lock"):
+        name.unlink(missing_ok=True)
+        if kind == "hard link":
+            victim.write_bytes(b"PRECIOUS")
+            os.link(victim, name)
+        else:
+            if kind == "link":
+                victim.write_bytes(b"PRECIOUS")
+            name.symlink_to(victim)
+        with pytest.raises((DataError, OSError)):
+            cache.ensure(about, Source())
+        assert not victim.exists() if kind == "dangling link" else victim.read_bytes() == b"PRECIOUS"
+        name.unlink(missing_ok=True)
+
+
+def test_a_folder_shared_with_others_says_so(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (tmp_path / "all").mkdir()
+    (tmp_path / "all").chmod(0o777)
+    ShardCache(tmp_path / "all", limit=10**7, shared=True)
+    assert "shared with other users" in caplog.text
+    os.mkfifo(tmp_path / "all" / ".needs-x")
+    (tmp_path / "all" / ".needs-y").write_text("[[1], 3]")
+    ShardCache(tmp_path / "all", limit=10**7, shared=True).need([shard("a")])

@@ -123,3 +123,14 @@ def test_a_user_id_without_a_name_has_a_cache_folder(monkeypatch: pytest.MonkeyP
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr("getpass.getuser", unknown)
     assert cache_folder(StorageSettings()).name == f"fovea-shards-uid-{os.getuid()}"
+
+
+def test_a_link_where_a_file_is_put_is_not_followed(tmp_path: Path) -> None:
+    (tmp_path / "source").write_bytes(b"copy")
+    (tmp_path / "victim").write_bytes(b"mine")
+    (tmp_path / "shared").mkdir()
+    (tmp_path / "shared" / ".x.part").symlink_to(tmp_path / "victim")
+    (tmp_path / "shared" / "x").symlink_to(tmp_path / "victim")
+    storage.Storage().put(tmp_path / "source", str(tmp_path / "shared" / "x"))
+    assert (tmp_path / "victim").read_bytes() == b"mine"
+    assert (tmp_path / "shared" / "x").read_bytes() == b"copy" and not (tmp_path / "shared" / "x").is_symlink()

@@ -83,7 +83,8 @@ def wait_for(condition: Callable[[], bool], seconds: float = 30.0) -> None:
 
 
 def test_everything_a_journal_says_arrives(bench: Bench, tmp_path: Path) -> None:
-    report = tmp_path / "report.html"
+    bench.folder.mkdir(parents=True)
+    report = bench.folder.parent / "report.html"
     report.write_text("<html></html>")
     journal = bench.journal()
     journal.params({"optim.lr": 0.1, "long": "x" * 9000})
@@ -236,13 +237,14 @@ def test_another_server_gets_a_run_of_its_own_with_everything(bench: Bench, temp
     assert bench.history("loss") == [(0, 1.0)]
 
 
-def test_a_broken_artifact_store_holds_up_no_metrics(bench: Bench, tmp_path: Path) -> None:
-    (tmp_path / "report.html").write_text("one")
+def test_a_broken_artifact_store_holds_up_no_metrics(bench: Bench) -> None:
     bench.folder.mkdir(parents=True)
+    run = bench.folder.parent
+    (run / "report.html").write_text("one")
     (bench.folder / "artifacts").write_text("a file where a folder should be")
     journal = bench.journal(0)
-    journal.artifact(tmp_path / "report.html")
-    journal.artifact(tmp_path / "never made.html")
+    journal.artifact(run / "report.html")
+    journal.artifact(run / "never made.html")
     journal.metrics(0, {"loss": 1.0})
     with pytest.raises(Exception, match="artifacts"):
         bench.shipper().ship()
@@ -253,7 +255,7 @@ def test_a_broken_artifact_store_holds_up_no_metrics(bench: Bench, tmp_path: Pat
     (bench.folder / "artifacts").unlink()
     bench.shipper().ship()
     assert [file.path for file in bench.client.list_artifacts(bench.run.info.run_id)] == ["report.html"]
-    assert bench.said == [f"{tmp_path / 'never made.html'} is gone and cannot be sent to MLflow"]
+    assert bench.said == [f"{run / 'never made.html'} is gone and cannot be sent to MLflow"]
 
 
 def test_a_server_that_is_away_blocks_no_writer_and_gets_everything_when_it_comes_back(bench: Bench, template: Path) -> None:
@@ -296,7 +298,8 @@ def test_a_real_server_that_comes_up_during_the_run_gets_everything(bench: Bench
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         port = taken.getsockname()[1]
-    (tmp_path / "report.html").write_text("<html></html>")
+    bench.folder.mkdir(parents=True)
+    (bench.folder.parent / "report.html").write_text("<html></html>")
     journal = bench.journal()
     shipper = bench.shipper(f"http://127.0.0.1:{port}")
     shipper.start()
@@ -314,7 +317,7 @@ def test_a_real_server_that_comes_up_during_the_run_gets_everything(bench: Bench
     try:
         for step in range(50, 100):
             journal.metrics(step, {"loss": float(step)})
-        journal.artifact(tmp_path / "report.html")
+        journal.artifact(bench.folder.parent / "report.html")
         journal.tags({"fovea.state": "finished"})
         wait_for(lambda: bool(bench.runs()) and bench.run.info.status == "FINISHED", 150)
         assert shipper.close(30)

@@ -170,3 +170,46 @@ def test_a_storage_that_is_away_is_not_taken_for_one_without_copies(door: Proxy,
     with pytest.raises(StorageAway):
         fetch(place[0], tmp_path / "new", place[1])
     assert listed(tmp_path / "new") == []
+
+
+@pytest.mark.parametrize("name", ["../../../victim", "{tmp}/victim", "a/../../../../victim"])
+def test_a_copy_writes_nothing_outside_its_own_folder(tmp_path: Path, name: str) -> None:
+    target, victim = tmp_path / "copies" / "run", tmp_path / "victim"
+    victim.write_text("mine")
+    save(target, 9)
+    name = name.replace("{tmp}", str(tmp_path))
+    document = json.loads((target / "step_000000009" / "manifest.json").read_text())
+    document["files"][0]["name"] = name
+    (target / "step_000000009" / "manifest.json").write_text(json.dumps(document))
+    evil = target / f"step_000000009{name}" if name.startswith("/") else target / "step_000000009" / name
+    evil.parent.mkdir(parents=True, exist_ok=True)
+    if evil.resolve() != victim:
+        evil.write_text("theirs")
+    assert fetch(str(target), tmp_path / "new" / "checkpoints", Storage()) == (None, [])
+    assert victim.read_text() == "mine" and not list((tmp_path / "new").rglob("*"))
+
+
+def test_a_copy_of_another_size_or_kind_is_not_fetched(tmp_path: Path) -> None:
+    target = tmp_path / "copies" / "run"
+    one = save(target, 9)
+    with (one.path / "whole.safetensors").open("wb") as file:
+        file.truncate(1 << 42)  # fetching it would fill the disk
+    with pytest.raises(CheckpointError, match="size is wrong"):
+        fetch(str(target), tmp_path / "new" / "checkpoints", Storage())
+    (one.path / "whole.safetensors").unlink()
+    (one.path / "whole.safetensors").symlink_to("/dev/zero")
+    with pytest.raises(CheckpointError, match="missing"):
+        fetch(str(target), tmp_path / "new" / "checkpoints", Storage())
+    (one.path / "manifest.json").unlink()
+    (one.path / "manifest.json").symlink_to("/dev/zero")
+    assert fetch(str(target), tmp_path / "new" / "checkpoints", Storage()) == (None, [])
+
+
+def test_no_file_is_copied_that_a_link_in_the_checkpoint_means(tmp_path: Path) -> None:
+    one = save(tmp_path / "own", 3)
+    (tmp_path / "secret").write_text("secret")
+    (one.path / "whole.safetensors").unlink()
+    (one.path / "whole.safetensors").symlink_to(tmp_path / "secret")
+    said, whole = copy((str(tmp_path / "copies"), Storage()), one)
+    assert not whole and "regular file" in said[0]
+    assert not any("secret" in file.read_text(errors="replace") for file in (tmp_path / "copies").rglob("whole*"))

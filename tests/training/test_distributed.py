@@ -66,3 +66,23 @@ def test_a_taken_port_a_missing_master_and_nccl_without_a_gpu_are_told() -> None
         with pytest.raises(LaunchError, match="NCCL needs a GPU"):
             distributed.join(rank=0, local_rank=0, port=1, **{**place, "backend": "nccl"})
     assert not dist.is_initialized()
+
+
+def _listeners(rank: int, port: int, folder: str) -> None:
+    import psutil
+
+    world = distributed.join(
+        rank=rank, size=2, local_rank=rank, address="127.0.0.1", port=port, key="k", backend="gloo", timeout=60
+    )
+    dist.barrier(group=world.control)
+    found = [c.laddr.ip for c in psutil.Process().net_connections("inet") if c.status == psutil.CONN_LISTEN]
+    Path(folder, f"{rank}").write_text(" ".join(found))
+    distributed.leave()
+
+
+@pytest.mark.slow
+def test_ranks_of_one_machine_listen_on_its_loopback_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("GLOO_SOCKET_IFNAME", raising=False)
+    mp.start_processes(_listeners, args=(free_port(), str(tmp_path)), nprocs=2, start_method="spawn")
+    addresses = [(tmp_path / str(rank)).read_text().split() for rank in range(2)]
+    assert addresses[0] and {address for row in addresses for address in row} == {"127.0.0.1"}

@@ -16,6 +16,7 @@ import logging
 import os
 import shutil
 import socket
+import stat
 import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator
@@ -24,6 +25,7 @@ from pathlib import Path
 from pipeline.data.storage.names import ObjectStat, base_name
 from pipeline.errors import DataError
 from pipeline.locks import lock
+from pipeline.untrusted import read_json
 
 _FORGOTTEN = 86400.0  # seconds after which a file is litter, where no lock tells whether somebody uses it
 _log = logging.getLogger(__name__)
@@ -41,18 +43,24 @@ class ShardCache:
         folder: on a disk of this node; made if it is not there.
         limit: most bytes of shards to keep; ``None`` for four fifths of what is free and cached now.
         floor: bytes of the disk that stay free.
+        shared: the user named the folder, so others may write there, whose shards are then trained on. Otherwise it must be this
+            user's alone: mode 0700, no link, and no file of anybody else's is read or written.
 
     Raises:
-        DataError: the folder cannot be written.
+        DataError: the folder cannot be written, or belongs to somebody else.
     """
 
-    def __init__(self, folder: Path, *, limit: int | None = None, floor: int = 0) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path, *, limit: int | None = None, floor: int = 0, shared: bool = False) -> None:
+        self.folder, self._shared = folder, shared
+        self._mode = 0o666 if shared else 0o600
         try:
-            folder.mkdir(parents=True, exist_ok=True)
+            folder.mkdir(mode=0o777 if shared else 0o700, parents=True, exist_ok=True)
+            self._check_folder()
             with self._alone():
                 self._sweep()
         except OSError as error:
+            if error.errno == errno.ELOOP:
+                raise DataError("a link lies where a file belongs", where=str(folder), hint="Remove it.") from error
             raise DataError(
                 f"cannot keep shards ({error.strerror})",
                 where=str(folder),
@@ -75,7 +83,39 @@ class ShardCache:
 
     def has(self, about: ObjectStat) -> bool:
         """Whether a shard is here, whole."""
-        return self.path(about).exists()
+        return self._whole(self.path(about), about.size)
+
+    def kept(self, about: ObjectStat) -> Path | None:
+        """The path of a shard that is here, whole; ``None`` if it is not."""
+        path = self.path(about)
+        return path if self._whole(path, about.size) else None
+
+    def _whole(self, path: Path, size: int) -> bool:
+        """Whether a regular file of that size is there, of this user unless the folder is shared; another file is removed."""
+        try:
+            about = path.lstat()
+        except FileNotFoundError:
+            return False
+        if stat.S_ISREG(about.st_mode) and about.st_size == size and (self._shared or about.st_uid == os.geteuid()):
+            return True
+        _log.warning("%s is not the shard that was kept there; it is removed", path)
+        path.unlink(missing_ok=True)
+        return False
+
+    def _check_folder(self) -> None:
+        about = self.folder.lstat() if not self._shared else self.folder.stat()
+        if self._shared:
+            if about.st_uid != os.geteuid() or about.st_mode & 0o022:
+                _log.warning("%s is shared with other users: what they put there is trained on", self.folder)
+            return
+        if not stat.S_ISDIR(about.st_mode) or about.st_uid != os.geteuid():
+            raise DataError(
+                "the folder of kept shards must be this user's own",
+                where=str(self.folder),
+                hint="Somebody else made it. Set data.storage.cache to a folder of yours.",
+            )
+        if about.st_mode & 0o077:
+            self.folder.chmod(0o700)
 
     def ensure(self, about: ObjectStat, fetch: Fetch) -> Path:
         """The path of a shard, downloaded first if need be; of several who ask at once one downloads and the others wait.
@@ -89,9 +129,9 @@ class ShardCache:
             DataError: what ``fetch`` raises.
         """
         final = self.path(about)
-        while not final.exists():
+        while not self._whole(final, about.size):
             with self._part(final) as (descriptor, part):
-                if final.exists():
+                if self._whole(final, about.size):
                     break
                 self._reserve(descriptor, about.size)
                 try:
@@ -113,7 +153,7 @@ class ShardCache:
         names = sorted({self.name(about) for about in abouts})
         if self._needs is None:
             path = self.folder / f".needs-{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex[:8]}"
-            self._needs = os.open(path, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o666)
+            self._needs = os.open(path, os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_RDWR | os.O_CLOEXEC, self._mode)
             lock(self._needs, path)
         with self._alone():
             data = json.dumps(names).encode()
@@ -132,9 +172,25 @@ class ShardCache:
 
     @contextlib.contextmanager
     def _alone(self) -> Iterator[None]:
-        with (self.folder / ".lock").open("a") as file:
-            lock(file.fileno(), file.name)
+        descriptor = self._open(self.folder / ".lock")
+        try:
+            lock(descriptor, self.folder / ".lock")
             yield
+        finally:
+            os.close(descriptor)
+
+    def _open(self, path: Path) -> int:
+        """A descriptor of a regular file with one name, made if need be; links are not followed, so nothing else is written.
+
+        Raises:
+            DataError: something else is there, or a file of another user in a folder that is not shared.
+        """
+        descriptor = os.open(path, os.O_CREAT | os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, self._mode)
+        about = os.fstat(descriptor)
+        if stat.S_ISREG(about.st_mode) and about.st_nlink <= 1 and (self._shared or about.st_uid == os.geteuid()):
+            return descriptor
+        os.close(descriptor)
+        raise DataError("must be a file of this user's own", where=str(path), hint="Set data.storage.cache to a folder of yours.")
 
     @staticmethod
     def _temporary(final: Path) -> Path:
@@ -145,7 +201,7 @@ class ShardCache:
         """The locked, empty file to download into; waits while another process downloads the same shard."""
         path, private = self._temporary(final), False
         while True:
-            descriptor = os.open(path, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o666)
+            descriptor = self._open(path)
             try:
                 if not lock(descriptor, path) and not private:
                     private, path = True, final.with_name(f".{final.name}.{uuid.uuid4().hex[:8]}.part")
@@ -199,7 +255,7 @@ class ShardCache:
                 if entry.name.startswith(".") and not entry.name.endswith(".part"):
                     continue
                 with contextlib.suppress(FileNotFoundError):
-                    info = entry.stat()
+                    info = entry.stat(follow_symlinks=False)
                     found.append((Path(entry.path), info.st_size, info.st_mtime))
         return found
 
@@ -207,8 +263,8 @@ class ShardCache:
         names: set[str] = set()
         for path in self.folder.glob(".needs-*"):
             if not _abandoned(path):
-                with contextlib.suppress(OSError, ValueError):
-                    names.update(json.loads(path.read_bytes()))
+                with contextlib.suppress(OSError, DataError, TypeError):
+                    names.update(read_json(path))
         return names
 
     def _sweep(self) -> None:
@@ -221,7 +277,7 @@ class ShardCache:
 def _still(descriptor: int, path: Path) -> bool:
     """Whether the path names the very file that is open."""
     try:
-        return os.path.samestat(os.fstat(descriptor), os.stat(path))
+        return os.path.samestat(os.fstat(descriptor), os.lstat(path))
     except FileNotFoundError:
         return False
 
@@ -229,7 +285,7 @@ def _still(descriptor: int, path: Path) -> bool:
 def _abandoned(path: Path) -> bool:
     """Whether nobody holds a file's lock; then it is removed."""
     try:
-        descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+        descriptor = os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
     except OSError:
         return True
     try:

@@ -13,6 +13,7 @@ import braceexpand
 
 from pipeline.data.storage import local
 from pipeline.data.storage.names import is_remote, local_path
+from pipeline.data.storage.signed import strip
 from pipeline.data.storage.store import Storage
 from pipeline.errors import DataError
 
@@ -56,6 +57,7 @@ def _expand_one(pattern: str, storage: Storage) -> list[str]:
     except ValueError as error:
         raise DataError("braces do not match", where=pattern, hint="Write ranges as {00000..00009}.") from error
     if far:
+        plain = [strip(one) for one in plain]
         storage.check(plain[:1])
     shards = [shard for one in plain for shard in (_remote_ones(one, storage) if far else _local_ones(one))]
     if not shards:
@@ -73,11 +75,20 @@ def _local_ones(one: str) -> list[str]:
             )
         return found
     if glob.has_magic(path) and not os.path.exists(path):
-        found = sorted(glob.glob(path, recursive=True))
+        found = sorted(glob.glob(_existing_escaped(path), recursive=True))
         if not found:
             raise DataError("no shard matches", where=one, hint="Check the pattern and the directory.")
         return found
     return [one]
+
+
+def _existing_escaped(path: str) -> str:
+    """A glob whose leading folders count by their own names where they exist: ``data[v2]/*.tar``."""
+    parts = path.split(os.sep)
+    for number, part in enumerate(parts):
+        if glob.has_magic(part) and not os.path.isdir(os.sep.join(parts[: number + 1])):
+            return os.sep.join([*map(glob.escape, parts[:number]), *parts[number:]])
+    return path
 
 
 def _remote_ones(one: str, storage: Storage) -> list[str]:
@@ -85,14 +96,17 @@ def _remote_ones(one: str, storage: Storage) -> list[str]:
         one += "*.tar"
     if not glob.has_magic(one):
         return [one]
-    folder = re.split(r"[*?\[]", one)[0].rpartition("/")[0] + "/"
-    deep = "**" in one
-    found = []
-    for about in storage.remote.list(folder):
-        url = about.url
-        inside = deep or url.count("/") == one.count("/")
-        if inside and fnmatch.fnmatchcase(url, one.replace("**/", "*")):
-            found.append(url)
+    found = _listed(one.replace("[", "[[]"), one, r"[*?]", storage) if "[" in one else []  # a folder whose name has brackets
+    found = found or _listed(one, one, r"[*?\[]", storage)
     if not found:
         raise DataError("no shard matches", where=one, hint="Check the pattern and the bucket.")
     return found
+
+
+def _listed(pattern: str, one: str, magic: str, storage: Storage) -> list[str]:
+    folder = re.split(magic, one)[0].rpartition("/")[0] + "/"
+    return [
+        about.url
+        for about in storage.remote.list(folder)
+        if ("**" in one or about.url.count("/") == one.count("/")) and fnmatch.fnmatchcase(about.url, pattern.replace("**/", "*"))
+    ]

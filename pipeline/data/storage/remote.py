@@ -17,15 +17,19 @@ from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from concurrent.futures import TimeoutError as Late
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, TypeVar
 
 from pipeline.data.storage.names import ObjectStat, Place, split
+from pipeline.data.storage.signed import query_of
 from pipeline.errors import DataError
 from pipeline.settings import StorageSettings
+from pipeline.untrusted import hide_secrets, printable
 
 _FIRST_CONTACT = 8.0  # seconds; a refusal has to come before anyone wonders whether the program hangs
+_CONNECTIONS = 64  # kept at most
 _LONGEST_PAUSE = 30.0
 _CREDENTIAL_WORDS = ("169.254.169.254", "169.254.170.2", "metadata.google", "NoCredentials", "redentialProvider")
 _KEY_NAMES = ("AWS_ACCESS_KEY_ID", "AWS_WEB_IDENTITY_TOKEN_FILE", "AWS_CONTAINER_CREDENTIALS_RELATIVE_URI")
@@ -97,8 +101,8 @@ class Remote:
         """
         import obstore
 
-        place = split(url)
-        return _stat(url, self._patiently(url, place, lambda store: obstore.head(store, place.key)))
+        place, ask = split(url), _probe if query_of(url) else obstore.head
+        return _stat(url, self._patiently(url, place, lambda store: ask(store, place.key)))
 
     def stats(self, urls: list[str]) -> list[ObjectStat | DataError]:
         """:meth:`stat` of many, side by side, errors as values; folders with many of them are listed instead."""
@@ -206,11 +210,11 @@ class Remote:
     def _contact(self, url: str, place: Place) -> None:
         import obstore
 
-        store = self._store(place, hasty=True)
+        store = self._store(place, hasty=True, query=query_of(url))
         try:
             if place.kind == "https" or (place.key and not glob.has_magic(place.key) and not place.key.endswith("/")):
                 try:
-                    obstore.head(store, place.key)
+                    (_probe if query_of(url) else obstore.head)(store, place.key)
                     return
                 except FileNotFoundError:
                     if place.kind == "https":
@@ -229,7 +233,7 @@ class Remote:
         while True:
             try:
                 self.counters["requests"] += 1
-                value = act(self._store(place))
+                value = act(self._store(place, query=query_of(url)))
                 self.counters["seconds"] += time.monotonic() - begin
                 return value
             except Exception as error:
@@ -243,11 +247,14 @@ class Remote:
                 time.sleep(pause)
                 pause = min(2 * pause, _LONGEST_PAUSE)
 
-    def _store(self, place: Place, hasty: bool = False) -> Any:
+    def _store(self, place: Place, hasty: bool = False, query: str = "") -> Any:
+        key = (f"{place.root}/?{query}" if query else place.root, hasty)
         with self._lock:
-            store = self._stores.get((place.root, hasty))
+            store = self._stores.get(key)
             if store is None:
-                store = self._stores[place.root, hasty] = self._connect(place, hasty)
+                store = self._stores[key] = self._connect(replace(place, root=key[0]), hasty)
+                if query and len(self._stores) > _CONNECTIONS:  # each signed link has its own
+                    del self._stores[next(iter(self._stores))]
             return store
 
     def _connect(self, place: Place, hasty: bool) -> Any:
@@ -305,6 +312,8 @@ class Remote:
             "gs": "Set GOOGLE_APPLICATION_CREDENTIALS, or data.storage.anonymous=true for public data.",
             "az": "Set AZURE_STORAGE_ACCOUNT_KEY or another Azure credential, or data.storage.anonymous=true for public data.",
         }.get(place.kind, "Check that the server lets you read it.")
+        if query_of(url):
+            keys = "The link may have expired: sign it again and start anew; the run goes on."
         if any(
             word in text for word in ("169.254.169.254", "169.254.170.2", "metadata.google", "NoCredentials", "redentialProvider")
         ):
@@ -354,6 +363,13 @@ class Scan:
         return data
 
 
+def _probe(store: Any, key: str) -> Any:
+    """What ``obstore.head`` answers, by a request for one byte: a signed link often allows no other kind of request."""
+    import obstore
+
+    return obstore.get(store, key, options={"range": (0, 1)}).meta
+
+
 def _stat(url: str, meta: Any) -> ObjectStat:
     return ObjectStat(url, int(meta["size"]), str(meta.get("e_tag") or meta["last_modified"].isoformat()))
 
@@ -380,7 +396,7 @@ def _short(error: Exception) -> str:
     for mark in ("Server returned non-2xx status code: ", "HTTP error: "):
         if mark in text:
             text = text.split(mark, 1)[1]
-    return text.strip(": ")[:160] or type(error).__name__
+    return printable(hide_secrets(text.strip(": "))[:160]) or type(error).__name__
 
 
 def _has_keys() -> bool:

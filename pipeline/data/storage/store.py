@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-from pipeline.data.storage import local
+from pipeline.data.storage import local, signed
 from pipeline.data.storage.cache import CacheFull, ShardCache
 from pipeline.data.storage.names import ObjectStat, is_remote, local_path, split
 from pipeline.data.storage.remote import NotThere, Remote
@@ -57,7 +57,7 @@ class Storage:
         self.counters: Counter[str] = Counter()
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return Storage, (self.settings,)
+        return _reopened, (self.settings, signed.known())
 
     @property
     def cache(self) -> ShardCache | None:
@@ -71,7 +71,8 @@ class Storage:
             return None
         if self._cache is None:
             limit = None if s.cache_gb is None else int(s.cache_gb * 1e9)
-            self._cache = ShardCache(cache_folder(s), limit=limit, floor=int(s.free_gb * 1e9))
+            named = s.cache is not None or bool(os.environ.get("FOVEA_CACHE"))
+            self._cache = ShardCache(cache_folder(s), limit=limit, floor=int(s.free_gb * 1e9), shared=named)
         return self._cache
 
     def check(self, urls: Sequence[str]) -> None:
@@ -121,8 +122,8 @@ class Storage:
         """A shard to be read once from front to back, past the cache."""
         if not is_remote(about.url):
             return _File(about)
-        kept = None if self.settings.mode == "direct" or self._cache is None else self._cache.path(about)
-        if kept is not None and kept.exists():
+        kept = None if self.settings.mode == "direct" or self._cache is None else self._cache.kept(about)
+        if kept is not None:
             return _File(about, str(kept))
         return self.remote.scan(about)
 
@@ -144,7 +145,9 @@ class Storage:
         temporary = target.with_name(f".{target.name}.part")
         try:
             target.parent.mkdir(parents=True, exist_ok=True)
-            with path.open("rb") as source, temporary.open("wb") as copy:
+            temporary.unlink(missing_ok=True)  # what somebody else may have put there is not followed
+            descriptor = os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_CLOEXEC, 0o666)
+            with path.open("rb") as source, open(descriptor, "wb") as copy:
                 shutil.copyfileobj(source, copy, 16 << 20)
                 copy.flush()
                 os.fsync(copy.fileno())
@@ -206,9 +209,9 @@ class Storage:
         cache = self.cache
         if cache is None:
             return None
+        if (kept := cache.kept(about)) is not None:
+            return kept
         path = cache.path(about)
-        if path.exists():
-            return path
         if time.monotonic() < self._full.get(path.name, 0.0):
             return None
         self.counters["cache_misses"] += 1
@@ -225,6 +228,11 @@ class Storage:
                 cache.limit / 1e9,
             )
             return None
+
+
+def _reopened(settings: StorageSettings, queries: dict[str, str]) -> Storage:
+    signed.learn(queries)
+    return Storage(settings)
 
 
 def _or_error(ask: Callable[[str], ObjectStat], url: str) -> ObjectStat | DataError:

@@ -1,0 +1,69 @@
+"""Makes text fit to be shown: control characters are escaped, user names, passwords and query values of addresses are masked."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+_MASK = "***"
+# Control characters, line and paragraph separators, marks that reorder text, lone surrogates.
+NO_PASSWORD = "must not carry a user name or password; use MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD"
+UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff\ufeff]")
+_UNPRINTABLE_BUT_LINES = re.compile(UNPRINTABLE.pattern.replace("\x00-\x1f", "\x00-\x08\x0b-\x1f"))
+_ADDRESS = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://[^\s'\"<>|]+")
+_USERINFO = re.compile(r"^((?!abfss?:)[A-Za-z][A-Za-z0-9+.-]*://)([^/?#]*)@", re.IGNORECASE)  # abfs has its container there
+_QUERY_VALUE = re.compile(r"([?&;][^=&;#\s]*=)[^&;#\s]*")
+
+
+def printable(text: str, *, limit: int = 0) -> str:
+    r"""Text that can be written to a terminal, a log or one line of a file.
+
+    Control characters (also C1, bidirectional marks, line separators) become ``\x1b``-style escapes, lone surrogates the
+    byte or code unit they stand for.
+
+    Args:
+        text: any string.
+        limit: the longest result in characters, the end replaced by an ellipsis; 0 for no limit.
+    """
+    if limit and len(text) > 4 * limit:
+        text = text[: 4 * limit]
+    clean = UNPRINTABLE.sub(_escape, text)
+    return clean if not limit or len(clean) <= limit else clean[: max(limit - 1, 0)] + "…"
+
+
+def _escape(match: re.Match[str]) -> str:
+    code = ord(match[0])
+    if 0xDC80 <= code <= 0xDCFF:  # a byte that is no UTF-8, as surrogateescape keeps it
+        return f"\\x{code - 0xDC00:02x}"
+    return f"\\x{code:02x}" if code < 0x100 else f"\\u{code:04x}"
+
+
+def hide_secrets(text: str) -> str:
+    """Text with the user names, passwords and query values of all addresses in it replaced by ``***``.
+
+    Every address that leaves the process (messages, logs, reports, files of a run) passes through here.
+    """
+    return _ADDRESS.sub(lambda match: _hide(match[0]), text) if "://" in text else text
+
+
+def _hide(address: str) -> str:
+    return _QUERY_VALUE.sub(rf"\g<1>{_MASK}", _USERINFO.sub(rf"\g<1>{_MASK}@", address))
+
+
+def shown(text: str) -> str:
+    """A message for a terminal or a log: :func:`printable` but for its line breaks and tabs, and :func:`hide_secrets`."""
+    return hide_secrets(_UNPRINTABLE_BUT_LINES.sub(_escape, text))
+
+
+def has_password(address: str) -> bool:
+    """Whether an address carries a user name or password (``scheme://user:password@host``)."""
+    return bool(_USERINFO.match(address))
+
+
+def masked(value: Any) -> Any:
+    """JSON with :func:`hide_secrets` applied to every text in it: settings as they may leave the process."""
+    if isinstance(value, str):
+        return hide_secrets(value)
+    if isinstance(value, dict):
+        return {key: masked(inner) for key, inner in value.items()}
+    return [masked(inner) for inner in value] if isinstance(value, list | tuple) else value

@@ -1,0 +1,152 @@
+"""Reads weights of unknown origin as tensors by name. Nothing in a file is executed, at any version of the libraries.
+
+A ``.safetensors`` file holds no code. Every other file is a pickle and goes to ``torch.load(weights_only=True)``, which builds
+tensors and containers only. No other function of this package reads a foreign file of weights.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import warnings
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from pipeline.errors import CheckpointError
+from pipeline.untrusted import hide_secrets, open_regular, plain_name, printable, read_json
+
+MAX_SHARDS = 1000  # files of one set of weights
+_DEPTH = 8  # of containers in each other
+_FORCE = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
+_HINT = "download it again, or convert it to safetensors where it is trusted"
+
+
+@contextlib.contextmanager
+def opened(path: Path) -> Iterator[Any]:
+    """An open safetensors file, as ``safetensors.safe_open`` gives it; whatever is wrong with it is one error, also within.
+
+    Raises:
+        CheckpointError: it cannot be read, or holds no such tensor.
+    """
+    try:
+        os.close(open_regular(path, error=CheckpointError))
+        with safe_open(path, framework="pt") as file:
+            yield file
+    except (OSError, SafetensorError, ValueError, OverflowError, MemoryError) as error:
+        raise CheckpointError(f"it cannot be read as tensors ({reason(error)})", where=printable(str(path)), hint=_HINT) from None
+
+
+def read_tensors(path: Path, *, shapes_only: bool = False) -> dict[str, Any]:
+    """The content of a file of weights: tensors, and containers of tensors, by name.
+
+    Args:
+        path: a regular file; ``.safetensors``, else what ``torch.save`` wrote.
+        shapes_only: tensors of the ``meta`` device, which hold no values.
+
+    Raises:
+        CheckpointError: it cannot be read, holds objects that are no tensors, or tensors that claim more memory than the file
+            has.
+    """
+    try:
+        os.close(open_regular(path, error=CheckpointError))
+        if path.suffix == ".safetensors":
+            with opened(path) as file:
+                if shapes_only:
+                    return {k: torch.empty(file.get_slice(k).get_shape(), device="meta") for k in file.keys()}  # noqa: SIM118
+                return {k: file.get_tensor(k) for k in file.keys()}  # noqa: SIM118
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of torch, about the pickle's protocol
+            state: Any = torch.load(path, map_location="meta" if shapes_only else "cpu", weights_only=True)
+    except CheckpointError:
+        raise
+    except Exception as error:  # a parser of foreign bytes can raise anything
+        raise CheckpointError(f"it cannot be read as tensors ({reason(error)})", where=printable(str(path)), hint=_HINT) from None
+    if not isinstance(state, Mapping):
+        raise CheckpointError("it holds no tensors by name", where=printable(str(path)), hint="give a state dict")
+    return _plain(state, str(path), _DEPTH)
+
+
+def read_folder(folder: Path, names: tuple[str, ...]) -> dict[str, Any]:
+    """The tensors of a folder's weights: of the first file that is there, or of all files that an index beside it lists.
+
+    Args:
+        folder: the folder.
+        names: file names, the preferred one first.
+
+    Raises:
+        CheckpointError: as :func:`read_tensors`; none of the files is there, or an index lists what is no plain file name.
+    """
+    for name in names:
+        if (folder / name).exists():
+            return read_tensors(folder / name)
+        index = folder / f"{name}.index.json"
+        if index.exists():
+            return _read_shards(folder, index)
+    raise CheckpointError("it holds no weights", where=printable(str(folder)), hint=f"it should have one of {', '.join(names)}")
+
+
+def _read_shards(folder: Path, index: Path) -> dict[str, Any]:
+    document = read_json(index, error=CheckpointError)
+    table = document.get("weight_map") if isinstance(document, dict) else None
+    files = set(table.values()) if isinstance(table, dict) and all(isinstance(v, str) for v in table.values()) else set()
+    if not 0 < len(files) <= MAX_SHARDS:
+        raise CheckpointError("must list the files of weights", where=printable(str(index)), hint="download the folder again")
+    state: dict[str, Any] = {}
+    for name in sorted(files):
+        state |= read_tensors(folder / plain_name(name, where=str(index), error=CheckpointError))
+    return state
+
+
+def _plain(state: Mapping[Any, Any], where: str, depth: int) -> dict[str, Any]:
+    """The same containers as plain dictionaries, of what has a name; refuses tensors that no memory stands behind."""
+    kept: dict[str, Any] = {}
+    for name, value in state.items():
+        if not isinstance(name, str):
+            continue  # the state of an optimizer
+        if isinstance(value, Mapping):
+            if depth == 0:
+                raise CheckpointError("its containers are nested too deeply", where=printable(where), hint=_HINT)
+            kept[name] = _plain(value, where, depth - 1)
+        elif isinstance(value, Tensor):
+            kept[name] = _dense(value, name, where)
+        else:
+            kept[name] = value
+    return kept
+
+
+def _dense(tensor: Tensor, name: str, where: str) -> Tensor:
+    whole = tensor.layout is torch.strided and not tensor.is_quantized
+    if not whole or (not tensor.is_meta and tensor.nbytes > tensor.untyped_storage().nbytes()):
+        raise CheckpointError(
+            f"the tensor {printable(name, limit=80)} must be dense, with a value in the file for each element",
+            where=printable(where),
+            hint=_HINT,
+        )
+    return tensor.detach()
+
+
+def reason(error: BaseException) -> str:
+    """Why a library refused a file, as part of a sentence: printable, without secrets, and without advice to trust the file."""
+    text = " ".join(str(error).split())
+    if "weights_only" in text or "Unsupported global" in text or "allowlist" in text.lower():
+        return "it holds Python objects, which could run code"
+    return hide_secrets(printable(text, limit=200)) or type(error).__name__
+
+
+@contextlib.contextmanager
+def only_weights() -> Iterator[None]:
+    """Within, ``torch.load`` runs no code of a pickle, whatever a library asks for: old releases of timm ask for everything."""
+    before = os.environ.get(_FORCE)
+    os.environ[_FORCE] = "1"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[_FORCE]
+        else:
+            os.environ[_FORCE] = before

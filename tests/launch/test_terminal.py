@@ -1,0 +1,130 @@
+"""Control characters of keys, file names, logs and records never reach the terminal or a report's text."""
+
+from __future__ import annotations
+
+import io
+import json
+import logging
+import tarfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from PIL import Image
+from rich.table import Table
+
+from launch.cli import main
+from launch.report import write as report
+from launch.terminal import Terminal, clean_logs
+from launch.watch import Lines
+from pipeline.errors import FoveaError
+from pipeline.training.run import RunDirectory
+from tests.training.test_manifest import GOOD, JSON, run_with
+
+EVIL = "\x1b]0;TITLE\x07\x1b[2J\x9b31m\u202e"
+
+
+def harmless(text: str) -> bool:
+    return not any(c in text for c in "\x1b\x07\x9b\u202e\r")
+
+
+def call(*words: str) -> int:
+    with pytest.raises(SystemExit) as left:
+        main(list(words))
+    return int(left.value.code or 0)
+
+
+@pytest.fixture
+def shard(tmp_path: Path) -> Path:
+    """A shard whose keys, members and name hold escapes; one sample is whole, one cannot be decoded, one is no picture."""
+    good = io.BytesIO()
+    Image.new("RGB", (32, 32), (9, 9, 9)).save(good, "PNG")
+    broken = good.getvalue()[:60] + bytes(20) + good.getvalue()[80:]
+    path = tmp_path / f"x{EVIL}.tar"
+    with tarfile.open(path, "w") as tar:
+        for name, data in (
+            (f"a{EVIL}.png", good.getvalue()),
+            (f"b{EVIL}.png", broken),
+            (f"c{EVIL}.png", b"no"),
+            (f"d{EVIL}", b""),
+        ):
+            about = tarfile.TarInfo(name)
+            about.size = len(data)
+            tar.addfile(about, io.BytesIO(data))
+    return path
+
+
+def test_commands_on_shards_escape_names(
+    shard: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for words in (["index"], ["verify"], ["stats"]):
+        call("shards", *words, str(shard))
+        out = capsys.readouterr()
+        assert harmless(out.out + out.err), words
+        assert "TITLE" in out.out + out.err, "the name is shown, escaped"
+    call("shards", "index", str(shard), "--report", str(tmp_path / "report.json"))
+    texts = list(tmp_path.rglob("report.txt"))
+    assert texts and all(harmless(file.read_text()) for file in texts)
+    call("shards", "index", f"{tmp_path}/none{EVIL}.tar")
+    assert harmless(capsys.readouterr().err)
+
+
+def test_errors_tables_lines_and_logs_are_cleaned(capsys: pytest.CaptureFixture[str]) -> None:
+    file = io.StringIO()
+    table = Table(EVIL, title=EVIL)
+    table.add_row(EVIL)
+    terminal = Terminal(file=file)
+    terminal.print(table)
+    terminal.print(EVIL, "[bold]x[/]")
+    assert harmless(file.getvalue()) and "TITLE" in file.getvalue() and "bold" not in file.getvalue()
+    assert harmless(str(FoveaError(EVIL, where=EVIL, hint=EVIL)))
+    clean_logs()
+    logging.getLogger("pipeline.test").warning("name %s at http://u:CANARY@h/?sig=CANARY", EVIL)
+    Lines(64).say(EVIL)
+    out = capsys.readouterr()
+    assert harmless(out.out + out.err) and "CANARY" not in out.err
+
+
+def test_status_and_logs_of_a_foreign_run_are_escaped(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = RunDirectory(tmp_path / "run")
+    run.write("config.json", {})
+    run.write("verdict.json", {"state": f"failed{EVIL}", "why": EVIL})
+    run.note("start", attempt=0, ranks=EVIL, nodes=EVIL)
+    run.note("end", attempt=0, code=1, cause=EVIL, why=EVIL)
+    run.logs(0).mkdir(parents=True)
+    (run.logs(0) / "rank-0.log").write_text(EVIL)
+    assert call("status", str(run.path)) == 0
+    assert call("logs", str(run.path)) == 0
+    out = capsys.readouterr()
+    assert harmless(out.out + out.err) and out.out.count("TITLE") > 3
+
+
+RECORDS = [
+    *("outcome.json", "verdict.json", "length.json", "config.json", "submit/job.json"),
+    *("evaluations/step_3.json", "attempts.jsonl"),
+]
+KEYS = ["steps", "state", "why", "scores", "stop", "job", "event", "attempt", "t", "seconds"]
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(name=st.sampled_from(RECORDS), keys=st.lists(st.sampled_from(KEYS), max_size=3), value=JSON)
+def test_records_of_a_wrong_type_end_in_one_error(tmp_path: Path, name: str, keys: list[str], value: Any) -> None:
+    from launch.cluster.status import as_json, status, table
+
+    run = RunDirectory(tmp_path / "run")
+    run_with(run.path, GOOD)
+    run.write("config.json", {})
+    run.note("start", attempt=0, ranks=1)
+    document = dict.fromkeys(keys, value) if keys else value
+    run.write(name, document)
+    if name == "attempts.jsonl":
+        (run.path / name).write_text(json.dumps(document) + "\n")
+    for act in (lambda: table(one := status(run)) + as_json(one), lambda: report([run.path], tmp_path / "r.html")):
+        try:
+            act()
+        except FoveaError as error:
+            assert "\n" not in str(error)
+    (run.path / name).unlink()

@@ -1,0 +1,177 @@
+"""No password and no signature leaves the process: settings, errors, journals, submit files, signed shards."""
+
+from __future__ import annotations
+
+import http.server
+import stat
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from launch.cluster.submit import submit
+from pipeline.config import InvalidConfig, fingerprint, load, show
+from pipeline.data.index import build
+from pipeline.data.manifest import Fields
+from pipeline.data.reader import Reader
+from pipeline.data.storage import Storage, expand, signed
+from pipeline.errors import ConfigError, DataError, FoveaError
+from pipeline.masking import masked, shown
+from pipeline.settings import StorageSettings
+from pipeline.tracking import Journal, server_of
+from pipeline.training.run import RunDirectory
+
+SECRET = "SECRETCANARY"
+LINK = f"https://host.example/a.tar?X-Amz-Signature={SECRET}&X-Amz-Date=1"
+
+
+def settings(*overrides: str) -> Any:
+    return load("clip/scenes", ["data.shards=x-train.tar", *overrides])
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        f"tracking.uri=http://u:{SECRET}@h:5000",
+        f"tracking.uri=postgresql://u:{SECRET}@h/db",
+        f"data.shards=http://u:{SECRET}@h/x.tar",
+        f"data.storage.endpoint=http://u:{SECRET}@h:9000",
+        f"checkpoint.copy_to=s3://u:{SECRET}@bucket/x",
+        f"evaluation.knn.val_shards=['https://u:{SECRET}@h/x.tar']",
+        f"tracking.uri=[http://u:{SECRET}@h]",
+        f"no.such.key=http://u:{SECRET}@h",
+    ],
+)
+def test_a_password_in_a_setting_is_refused_and_not_shown(override: str) -> None:
+    with pytest.raises(InvalidConfig) as caught:
+        settings(override)
+    assert SECRET not in str(caught.value) and SECRET not in repr(caught.value.what)
+    if "tracking.uri=http" in override:
+        assert "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD" in str(caught.value)
+
+
+def test_a_password_of_a_named_server_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="MLFLOW_TRACKING_PASSWORD") as caught:
+        server_of(tmp_path, None, named=f"http://u:{SECRET}@h")
+    assert SECRET not in str(caught.value)
+
+
+def test_every_message_is_printable_and_masked() -> None:
+    error = FoveaError(f"{LINK} \x1b[2J", where=f"http://u:{SECRET}@h", hint="line\nnext\r")
+    assert SECRET not in str(error) + error.what + error.where and "\x1b" not in str(error) and "line\nnext\\x0d" in str(error)
+    assert shown("abfs://container@account.dfs.core.windows.net/x") == "abfs://container@account.dfs.core.windows.net/x"
+    assert masked({"a": [LINK, {"b": (LINK, 1)}]}) == {"a": [(m := shown(LINK)), {"b": [m, 1]}]}
+
+
+def test_settings_with_a_signed_link_are_masked_where_shown_and_private_where_kept(tmp_path: Path) -> None:
+    loaded = settings(f"data.shards={LINK}", f"run.directory={tmp_path / 'run'}")
+    assert SECRET not in show(loaded) and SECRET in show(loaded, secrets=True)
+    again = settings(f"data.shards={LINK.replace(SECRET, 'other')}", f"run.directory={tmp_path / 'run'}")
+    assert fingerprint(loaded.config) == fingerprint(again.config)
+    run = RunDirectory(tmp_path / "run")
+    run.write_settings(loaded.config, show(loaded, secrets=True))
+    for name in ("config.json", "config.yaml"):
+        assert SECRET in (run.path / name).read_text()
+        assert stat.S_IMODE((run.path / name).stat().st_mode) == 0o600
+    run.write_settings(settings().config, show(settings()))
+    assert stat.S_IMODE((run.path / "config.json").stat().st_mode) & 0o444, "without a secret others may read it"
+
+
+def test_a_journal_holds_no_secret(tmp_path: Path) -> None:
+    journal = Journal(tmp_path / "journal-0000.jsonl")
+    journal.params({"data.shards": [LINK], "tracking.uri": f"http://u:{SECRET}@h"})
+    journal.tags({"where": LINK})
+    journal.close()
+    assert SECRET not in journal.path.read_text()
+
+
+def test_a_submitted_command_holds_no_secret(tmp_path: Path) -> None:
+    profile = Path("configs/clusters").resolve()
+    from launch.cluster.profile import load as load_profile
+
+    loaded = settings(f"run.directory={tmp_path / 'run'}")
+    command = f"fovea submit clip/scenes data.shards={LINK} tracking.uri=http://u:{SECRET}@h"
+    found = submit(loaded, load_profile(str(next(profile.glob("one_node*.yaml")))), dry=True, check=False, command=command)
+    assert SECRET not in found.script and "X-Amz-Signature=***" in found.script
+
+
+class SignedHost:
+    """A web server that answers signed requests only, and no HEAD, as links signed for GET do."""
+
+    def __init__(self, files: dict[str, bytes]) -> None:
+        self.queries: set[str] = set()
+
+        host = self
+
+        class Handler(http.server.BaseHTTPRequestHandler):
+            def do_GET(self) -> None:
+                path, _, query = self.path.partition("?")
+                content = files.get(path)
+                if query not in ("sig=good%2F1", "sig=good%2F2") or content is None:
+                    self.send_response(403)
+                    self.end_headers()
+                    return
+                host.queries.add(query)
+                first, _, last = (self.headers.get("Range") or "bytes=0-").removeprefix("bytes=").partition("-")
+                body = content[int(first) : int(last) + 1 if last else None]
+                self.send_response(206)
+                self.send_header("Content-Range", f"bytes {first}-{int(first) + len(body) - 1}/{len(content)}")
+                self.send_header("Content-Length", str(len(body)))
+                self.send_header("ETag", '"1"')
+                self.send_header("Last-Modified", "Wed, 21 Oct 2015 07:28:00 GMT")
+                self.end_headers()
+                self.wfile.write(body)
+
+            def do_HEAD(self) -> None:
+                self.send_response(403)
+                self.end_headers()
+
+            def log_message(self, *arguments: object) -> None: ...
+
+        self.server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.root = f"http://127.0.0.1:{self.server.server_port}"
+        threading.Thread(target=self.server.serve_forever, daemon=True).start()
+
+
+@pytest.fixture
+def host(shards: str) -> Iterator[SignedHost]:
+    folder = Path(shards).parent
+    made = SignedHost({f"/d/{file.name}": file.read_bytes() for file in folder.glob("*train-*.tar")})
+    yield made
+    made.server.shutdown()
+    made.server.server_close()
+
+
+@pytest.mark.parametrize("mode", ["direct", "cache"])
+def test_signed_links_are_read_indexed_and_resumed_without_their_signature(
+    host: SignedHost, shards: str, tmp_path: Path, mode: str
+) -> None:
+    names = sorted(file.name for file in Path(shards).parent.glob("*train-*.tar"))
+    store = Storage(StorageSettings(mode=mode, cache=tmp_path / "cache", retries=0, grace=0.0))  # type: ignore[arg-type]
+    urls = expand([f"{host.root}/d/{name}?sig=good%2F1" for name in names], store)
+    assert urls == [f"{host.root}/d/{name}" for name in names]
+    manifest = build(urls, tmp_path / "index", fields=Fields(), workers=2, store=store)
+    record = Reader(manifest, wants=("image",), store=store).fetch(manifest.ids()[:1])[0]
+    assert record.image
+    again = build(expand([f"{host.root}/d/{name}?sig=good%2F2" for name in names], store), tmp_path / "index", store=store)
+    assert again.fingerprint == manifest.fingerprint and [s.sidecar for s in again.shards] == [s.sidecar for s in manifest.shards]
+    for file in (tmp_path / "index").rglob("*"):
+        assert file.is_dir() or b"good" not in file.read_bytes(), file
+    signed.learn({urls[0]: "sig=expired"})
+    with pytest.raises(DataError, match="sign it again") as caught:
+        store.stat(urls[0])
+    assert "expired&" not in str(caught.value) and "sig=expired" not in str(caught.value)
+
+
+def test_a_folder_with_brackets_in_its_name_is_found(tmp_path: Path) -> None:
+    folder = tmp_path / "set[v2]" / "a*b"
+    folder.mkdir(parents=True)
+    for name in ("train-0.tar", "train-1.tar", "val-0.tar"):
+        (folder / name).write_bytes(bytes(1024))
+    assert [Path(p).name for p in expand(f"{folder}/train-*.tar")] == ["train-0.tar", "train-1.tar"]
+    assert [Path(p).name for p in expand(f"{tmp_path}/set[v2]/*/train-[1].tar")] == ["train-1.tar"]
+    (tmp_path / "plain").mkdir()
+    (tmp_path / "plain" / "x1.tar").write_bytes(bytes(1024))
+    assert len(expand(f"{tmp_path}/pl[a]in/x*.tar")) == 1

@@ -1,0 +1,43 @@
+"""What installers and Docker get: floors without known holes, ports of this machine only, no secrets in the image."""
+
+from __future__ import annotations
+
+import re
+import tomllib
+from importlib.metadata import version
+from pathlib import Path
+
+import pytest
+import yaml
+from packaging.requirements import Requirement
+
+ROOT = Path(__file__).resolve().parents[1]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+REQUIREMENTS = [*PROJECT["dependencies"], *(one for extra in PROJECT["optional-dependencies"].values() for one in extra)]
+
+
+@pytest.mark.parametrize("text", REQUIREMENTS)
+def test_every_dependency_has_a_floor_that_this_machine_meets(text: str) -> None:
+    one = Requirement(text)
+    assert any(part.operator in (">=", "==", "~=") for part in one.specifier), f"{text} has no floor"
+    assert one.name.lower().endswith("-bin") or one.specifier.contains(version(one.name), prereleases=True)
+
+
+@pytest.mark.parametrize(
+    ("name", "holed"), [("pillow", "10.2"), ("pyarrow", "14.0"), ("jinja2", "3.1.5"), ("scikit-learn", "1.4.2")]
+)
+def test_releases_with_known_holes_are_excluded(name: str, holed: str) -> None:
+    (one,) = [Requirement(text) for text in PROJECT["dependencies"] if Requirement(text).name == name]
+    assert not one.specifier.contains(holed)
+
+
+def test_services_listen_on_this_machine_and_images_have_a_tag() -> None:
+    services = yaml.safe_load((ROOT / "docker" / "compose.yaml").read_text())["services"]
+    for name, service in services.items():
+        assert all(str(port).startswith("127.0.0.1:") for port in service.get("ports", [])), name
+        assert "image" not in service or re.search(r":[^/]*[0-9]", service["image"]), name
+
+
+def test_secrets_and_data_stay_out_of_the_build() -> None:
+    ignored = set((ROOT / ".dockerignore").read_text().split())
+    assert {"**/.env", "**/*.pem", "mlruns", "data", "runs", ".git"} <= ignored
