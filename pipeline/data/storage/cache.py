@@ -151,10 +151,13 @@ class ShardCache:
     def need(self, abouts: Iterable[ObjectStat]) -> None:
         """Tells the other users of the folder which shards this process is going to read; replaces what it said before."""
         names = sorted({self.name(about) for about in abouts})
-        if self._needs is None:
+        while self._needs is None:
             path = self.folder / f".needs-{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex[:8]}"
             self._needs = os.open(path, os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_RDWR | os.O_CLOEXEC, self._mode)
             lock(self._needs, path)
+            if not _still(self._needs, path):  # swept as litter before it was locked
+                os.close(self._needs)
+                self._needs = None
         with self._alone():
             data = json.dumps(names).encode()
             os.ftruncate(self._needs, 0)
