@@ -6,6 +6,7 @@
 # or run by itself:  bash launch/setup.sh [extra]      (for instance: bash launch/setup.sh test)
 #
 # FOVEA_VENV   the environment's folder, default .venv in the checkout
+# FOVEA_FLOORS 1 installs the oldest versions that pyproject.toml admits, for testing them
 # PYTHON       the python to make it with, default: the newest of 3.11 to 3.14 that is found
 
 FOVEA_ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
@@ -71,9 +72,14 @@ fovea_setup() {
             return 1
         fi
     fi
+    local oldest=()
+    if [ "${FOVEA_FLOORS:-}" = 1 ]; then
+        fovea_floors >"$FOVEA_VENV/floors.txt"
+        oldest=(-c "$FOVEA_VENV/floors.txt")
+    fi
     log="$FOVEA_VENV/install.log"
     fovea_say "installing fovea${extra:+ with what $extra needs}: some gigabytes the first time (log: $log)"
-    if ! "$FOVEA_PYTHON" -m pip install --disable-pip-version-check --no-input --progress-bar off -e "$target" >"$log" 2>&1 </dev/null; then
+    if ! "$FOVEA_PYTHON" -m pip install --disable-pip-version-check --no-input --progress-bar off ${oldest[@]+"${oldest[@]}"} -e "$target" >"$log" 2>&1 </dev/null; then
         tail -n 15 "$log" >&2
         fovea_explain "$log"
         return 1
@@ -82,9 +88,19 @@ fovea_setup() {
     fovea_say "installed."
 }
 
+# The floor of each dependency, and of what exports need, as pip's constraints.
+fovea_floors() {
+    "$FOVEA_PYTHON" - "$FOVEA_ROOT/pyproject.toml" <<'PYTHON'
+import re, sys, tomllib
+project = tomllib.load(open(sys.argv[1], "rb"))["project"]
+for text in [*project["dependencies"], *project["optional-dependencies"]["export"]]:
+    print(re.sub(r"\[.*\]", "", text).replace(">=", "=="))
+PYTHON
+}
+
 # Changes when what is to be installed changes: pyproject.toml, the environment's python, the checkout's place.
 fovea_key() {
-    { cat "$FOVEA_ROOT/pyproject.toml" "$FOVEA_VENV/pyvenv.cfg"; echo "$FOVEA_ROOT"; } | sha256sum | cut -d' ' -f1
+    { cat "$FOVEA_ROOT/pyproject.toml" "$FOVEA_VENV/pyvenv.cfg"; echo "$FOVEA_ROOT" "${FOVEA_FLOORS:-}"; } | sha256sum | cut -d' ' -f1
 }
 
 if [ "${BASH_SOURCE[0]}" = "$0" ]; then

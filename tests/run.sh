@@ -4,10 +4,11 @@ set -uo pipefail
 
 usage() {
     cat <<'TEXT'
-bash tests/run.sh [--fast] [pytest arguments]
+bash tests/run.sh [--fast | --floors] [pytest arguments]
 
   bash tests/run.sh                            everything this machine can run
   bash tests/run.sh --fast                     without the tests marked slow
+  bash tests/run.sh --floors                   fast tests, resume and export with the oldest versions that pyproject.toml admits
   bash tests/run.sh tests/test_config.py -k typo
   bash tests/run.sh -m gpu                     only the tests that need a CUDA device
   bash tests/run.sh -n 0 -x                    one at a time, to the first failure (otherwise two files at a time)
@@ -18,16 +19,26 @@ Tests on real pictures look for them in FOVEA_TEST_DATA, else in ../shared/data 
 TEXT
 }
 
-arguments=()
+arguments=() floors=
 for word in "$@"; do
     case "$word" in
         -h | --help) usage; exit 0 ;;
         --fast) arguments+=(-m "not slow") ;;
+        --floors) floors=1 ;;
         *) arguments+=("$word") ;;
     esac
 done
+if [ -n "$floors" ]; then
+    export FOVEA_FLOORS=1 FOVEA_VENV="${FOVEA_VENV:-$(dirname "${BASH_SOURCE[0]}")/../.venv-floors}"
+fi
 . "$(dirname "${BASH_SOURCE[0]}")/../launch/setup.sh"
 fovea_setup test || exit 1
 cd "$FOVEA_ROOT" || exit 1
+if [ -n "$floors" ]; then
+    run() { "$FOVEA_PYTHON" -m pytest -p no:cacheprovider -n "${FOVEA_TEST_WORKERS:-2}" --dist loadfile "$@" </dev/null; }
+    if [ "${#arguments[@]}" -gt 0 ]; then run "${arguments[@]}"; exit; fi
+    run -m "not slow" && run -m slow tests/test_resume.py tests/export
+    exit
+fi
 # Half of the slow tests wait for other processes, so two files at a time take much less than twice as long.
 exec "$FOVEA_PYTHON" -m pytest -n "${FOVEA_TEST_WORKERS:-2}" --dist loadfile ${arguments[@]+"${arguments[@]}"} </dev/null
