@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from typing import Literal
 
 from pipeline.data.captions import encoding_of
+from pipeline.data.delimited import DELIMITERS
 from pipeline.data.listing import File, Listing
 from pipeline.data.samples import IMAGES
 from pipeline.errors import DataError
@@ -134,7 +135,7 @@ def _names_images(table: File) -> bool:
         return '"path"' in first
     return any(
         name.strip(' "\r') == "path"
-        for delimiter in ",;\t"
+        for delimiter in DELIMITERS
         for name in next(iter(csv.reader([first.replace("\0", "")], delimiter=delimiter)), [])
     )
 

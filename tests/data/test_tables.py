@@ -115,6 +115,13 @@ def test_quotes_of_a_tsv_are_letters_unless_all_of_them_close(tmp_path: Path, li
         ("t.csv", "path,label,label\na.jpg,1,2\n", "has 1 column names twice, such as 'label'"),
         ("t.csv", "path,path \na.jpg,b.jpg\n", "column names twice"),
         ("t.csv", "path,caption\n,\n", r"t\.csv:2: has no path"),
+        ("t.csv", 'path\na.jpg\n""\nb.jpg\n', r"t\.csv:3: has no path"),  # as pandas writes a missing path
+        ("t.csv", "path,Label\na.jpg,3\n", r"t\.csv: column 'Label' must be written 'label'"),
+        ("t.jsonl", '{"path": "a"}\n{"path": "b", "Caption": "x"}\n', r"t\.jsonl:2: column 'Caption' must be written 'caption'"),
+        ("t.csv", "path\nhttps://u:secret@h/a.jpg\n", r"t\.csv:2: .*not the address https://\*\*\*@h/a\.jpg.*img2dataset"),
+        ("t.csv", "path\nfile:///a.jpg\n", r"t\.csv:2: .*without file://"),
+        ("t.tsv", "a bus\thttp://h/a.jpg\nb\thttp://h/b.jpg\n", r"has no column 'path'.*img2dataset"),
+        ("t.jsonl", '[{"path": "a"}]\n', r"t\.jsonl:1: must be an object, not list"),
         ("t.csv", "path,caption\n\n\na.jpg,x,y\n", r"t\.csv:4: "),
         ("t.csv", 'path,caption\na.jpg,"two\nlines"\nb.jpg\n', r"t\.csv:4: .*line 4 has 1"),
         ("t.csv", "path,caption\na.jpg," + "x" * (17 << 20) + "\n", r"t\.csv:2: .*more than 16777216 characters"),
@@ -170,6 +177,9 @@ def test_other_encodings_are_refused_with_the_line(tmp_path: Path) -> None:
         ("t.csv", " path ,caption \na.jpg,x\n", ("a.jpg", ("x",))),
         ("t.csv", "path;caption\na.jpg;x, y\n", ("a.jpg", ("x, y",))),
         ("t.csv", "path\tcaption\na.jpg\tx, y\n", ("a.jpg", ("x, y",))),
+        ("t.csv", 'path| n| caption\na.jpg| 0| A "dog", running\n', ("a.jpg", ('A "dog", running',))),  # as Flickr30k's
+        ("t.csv", 'path|caption\na.jpg|"the best seat\n', ("a.jpg", ('"the best seat',))),
+        ("t.csv", "path,caption,Url,labels\na.jpg,x,http://h/a,3\n", ("a.jpg", ("x",))),
         ("t.csv", "path,caption\r\na.jpg,x\r\n", ("a.jpg", ("x",))),
         ("t.csv", "path,caption\ra.jpg,x\r", ("a.jpg", ("x",))),
         ("t.csv", "path,caption\na.jpg,x", ("a.jpg", ("x",))),
