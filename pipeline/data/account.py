@@ -31,10 +31,13 @@ REASONS = {
     "with_image": "captions and other members of images that are left out",
     "shard_file": "tars beside images: --layout shards reads them",
     "not_a_shard": "files beside the tars",
+    "nested_shard": "tars in sub-folders: 'FOLDER/**/*.tar' names them too",
+    "unreadable": "cannot be read: check the permissions",
+    "unreadable_folder": "folders that cannot be listed, so what they hold is not counted: check the permissions",
     "bookkeeping": "statistics and tables that img2dataset writes",
     "file_too_large": "larger than --max-file-mb",
-    "missing_file": "the table names it, but it is not there",
-    "unsupported": "the decoder does not read it: --transcode writes it anew",
+    "missing_file": "the table names it, but it is not there; relative paths begin at the table's folder, or at --root",
+    "unsupported": "the decoder does not read it: --transcode writes anew what Pillow reads (HEIC: no)",
 }
 NOTES = {
     "caption_replaced": "captions that are no UTF-8 or hold half characters: U+FFFD stands for what cannot be read",

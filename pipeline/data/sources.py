@@ -19,14 +19,13 @@ from pipeline.data.judge import judge
 from pipeline.data.labels import LabelMode, number_labels
 from pipeline.data.layouts import LAYOUTS, Layout, recognize
 from pipeline.data.listing import BROKEN, LINK, File, Listing, list_files, litter_reason, lost_by_links
-from pipeline.data.manifest import Fields
 from pipeline.data.members import Members, digest_of, files_of, tars_of
-from pipeline.data.samples import IMAGES, MAX_FILE, LeftOut, Raw, Source, is_below, read_file, real_folder
+from pipeline.data.samples import IMAGES, MAX_FILE, READ, LeftOut, Raw, Source, is_below, read_file, real_folder
 from pipeline.errors import ConfigError, DataError
 from pipeline.untrusted import printable
 
 __all__ = ["LAYOUTS", "Layout", "LeftOut", "Members", "Options", "Picture", "Pictures", "Raw", "Source", "open_source"]
-_IMAGES, _PROBED = frozenset(IMAGES), frozenset(Fields().images)
+_IMAGES, _PROBED = frozenset(IMAGES), frozenset(READ)
 _CAPTION = "txt"
 _MAX_CAPTION = 4 << 20  # bytes
 
