@@ -42,6 +42,7 @@ REASONS = {
 NOTES = {
     "caption_replaced": "captions that are no UTF-8 or hold half characters: U+FFFD stands for what cannot be read",
     "text_replaced": "other columns with half characters: U+FFFD stands for them",
+    "caption_list": "texts that look like a list in brackets: JSON lines and Parquet can hold several captions",
     "empty_caption": "the file of the caption is empty",
     "no_label": "images beside the class folders, or in one without a class",
     "empty_label": "no label",

@@ -23,7 +23,8 @@ _CHUNK_FOLDER = re.compile(r"\d{5,}")
 _CHUNK_STATS = re.compile(r"\d{5,}_stats\.json")
 # Also with what data sets put around it: ``train2017``, ``test_images``, ``images_val``.
 _SPLIT = re.compile(
-    r"(images?[-_ ]?)?(train|training|trainval|val|valid|validation|dev|test|testing|eval|unlabell?ed)(set)?([-_ ]?(images?|data|\d+))*"
+    r"(images?[-_ ]?)?(train|training|trainval|val|valid|validation|dev|test|testing|eval|unlabell?ed)(set)?"
+    r"([-_ ]?(images?|data|\d+))*"
 )
 
 

@@ -26,6 +26,7 @@ KINDS = (".csv", ".tsv", ".jsonl", ".parquet")
 _OWN = ("path", "label", "caption", "captions")
 _ADDRESS = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://")
 _FETCH = "Images behind a url must be fetched first: img2dataset does it, and its output can be packed"
+_LIST = re.compile(r"""\s*\[\s*(['"]).*\1\s*\]\s*""", re.DOTALL)
 _MAX_LINE = 64 << 20  # characters of a line of JSON
 _MAX_DEPTH = 64  # of lists and objects in a column
 
@@ -40,7 +41,8 @@ class Row:
         captions: texts, none of them empty.
         extra: the other columns, fit for JSON.
         where: file and line or row.
-        notes: ``caption_replaced`` or ``text_replaced`` if half characters were replaced in it.
+        notes: ``caption_replaced`` or ``text_replaced`` if half characters were replaced in it; ``caption_list`` for a caption
+            such as ``['a dog', 'a cat']``, one text that was a list.
     """
 
     path: str
@@ -93,7 +95,7 @@ def _row(place: str, row: dict[str, Any]) -> Row:
                 raise DataError(f"the {name} must be text, not {type(text).__name__}", where=place, hint=hint)
             clean, replaced = clean_text(str(text))
             captions.append(clean)
-            notes += [REPLACED] * replaced
+            notes += [REPLACED] * replaced + ["caption_list"] * bool(_LIST.fullmatch(clean))
     extra = {clean_text(name)[0]: _plain(value, place, name, notes) for name, value in row.items() if name not in _OWN}
     label = row.get("label")
     return Row(path, label, tuple(dict.fromkeys(captions)), extra, place, tuple(dict.fromkeys(notes)))

@@ -58,7 +58,12 @@ CASES = {
     "splits with a word": (["train_images/1.jpg", "Test_Images/1.jpg"], ("splits (Test_Images, train_images)",)),
     "one folder around the classes": (
         ["images/cat/1.jpg", "images/bee/1.jpg", "images.txt.json"],
-        ("2 class folders in one folder (pack that: ", "in/images)", "--layout flat", "2 images in 1 class folder (--layout folder)"),
+        (
+            "2 class folders in one folder (pack that: ",
+            "in/images)",
+            "--layout flat",
+            "2 images in 1 class folder (--layout folder)",
+        ),
     ),
 }
 

@@ -95,7 +95,9 @@ def test_a_picture_written_anew_stands_in_the_place_of_the_old(tmp_path: Path) -
     assert raw.sample(png, judge(png)) == {"png": png, "cls": b"3", "seg.png": b"map"}
 
 
-@pytest.mark.parametrize(("extension", "written"), [("jpe", "jpg"), ("heic", "jpg"), ("jfif", "jpg"), ("jpeg", "jpeg"), ("png", "png")])
+@pytest.mark.parametrize(
+    ("extension", "written"), [("jpe", "jpg"), ("heic", "jpg"), ("jfif", "jpg"), ("jpeg", "jpeg"), ("png", "png")]
+)
 def test_a_member_that_training_would_not_find_gets_the_extension_of_its_format(
     tmp_path: Path, extension: str, written: str
 ) -> None:
@@ -192,3 +194,9 @@ def test_what_is_no_source_is_refused(tmp_path: Path) -> None:
     for name, words in cases.items():
         with pytest.raises(DataError, match=words):
             open_source(str(tmp_path / name))
+
+
+def test_file_names_with_the_separators_of_windows_are_remarked(tmp_path: Path) -> None:
+    (tmp_path / "cat\\1.jpg").write_bytes(picture(1))
+    source = open_source(tmp_path)
+    assert source.classes == () and any("1 file names hold a backslash" in remark for remark in source.remarks)

@@ -283,3 +283,29 @@ def test_what_a_csv_writer_writes_is_read_back_or_refused_but_never_changed(
         assert any('"' in caption or "\n" in caption or "\r" in caption for _, caption, _ in lines), "plain text is always read"
         return
     assert read == [(path, (caption,) if caption.strip() else (), label) for path, caption, label in lines]
+
+
+def test_columns_that_are_not_read_and_captions_in_brackets_are_named(tmp_path: Path) -> None:
+    (tmp_path / "t.csv").write_text("path,caption,text,\na.jpg,\"['x', 'y']\",z,\nb.jpg,[sic] 'x',z,\n")
+    source = open_source(tmp_path / "t.csv")
+    assert source.remarks == ["columns kept in .json alone: text, (without a name)"]
+    assert source.notes == [(f"{tmp_path / 't.csv'}:2", "caption_list")]
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("path\nb/1.jpg\n", "1 missing_file.*relative paths begin at the table's folder, or at one that --root names"),
+        ("path\na\\1.jpg\n", "1 missing_file.*paths of Windows must be written with forward slashes"),
+    ],
+)
+def test_paths_that_lead_nowhere_have_a_hint(tmp_path: Path, text: str, words: str) -> None:
+    (tmp_path / "t.csv").write_text(text)
+    with pytest.raises(DataError, match=words):
+        pack(open_source(tmp_path / "t.csv"), tmp_path / "out")
+
+
+def test_a_table_without_rows_is_named(tmp_path: Path) -> None:
+    (tmp_path / "t.csv").write_text("path,label\n")
+    with pytest.raises(DataError, match=r"t\.csv: has no rows below its column names"):
+        open_source(tmp_path / "t.csv")
