@@ -382,7 +382,8 @@ def _of_table(source: Path, options: Options) -> Pictures:
     kind = "\0".join(("table", *(str(root) for root in options.roots), *(("anywhere",) if options.follow_links else ())))
     digest = digest_of(kind, (f"{e.shown}\0{e.label}\0{e.captions}\0{e.extra}" for e in entries))
     remarks = _doubtful_names(names)
-    other = dict.fromkeys(name for row in rows for name in row.extra)
+    measured = ("width", "height")  # the image's own stand there
+    other = dict.fromkeys(name for row in rows for name in row.extra if name not in measured)
     if other:
         remarks.insert(0, f"columns kept in .json alone: {_few([name or '(without a name)' for name in other], 8)}")
     return Pictures(entries, names, digest, "rows", (), notes, remarks, allowed, options.max_file)

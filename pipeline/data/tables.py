@@ -259,7 +259,7 @@ def _check_spelling(names: Iterable[str], where: str) -> None:
         own = name.strip().lower()
         if own in _OWN and own not in given:
             shown = printable(name, limit=60)
-            raise DataError(f"column {shown!r} must be written {own!r}", where=where, hint="Rename it, or call it otherwise")
+            raise DataError(f"column {shown!r} must be written {own!r}", where=where, hint="Rename the column")
 
 
 def _download(names: Iterable[Any]) -> str:

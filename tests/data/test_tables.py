@@ -286,7 +286,7 @@ def test_what_a_csv_writer_writes_is_read_back_or_refused_but_never_changed(
 
 
 def test_columns_that_are_not_read_and_captions_in_brackets_are_named(tmp_path: Path) -> None:
-    (tmp_path / "t.csv").write_text("path,caption,text,\na.jpg,\"['x', 'y']\",z,\nb.jpg,[sic] 'x',z,\n")
+    (tmp_path / "t.csv").write_text("path,caption,text,width,\na.jpg,\"['x', 'y']\",z,9,\nb.jpg,[sic] 'x',z,9,\n")
     source = open_source(tmp_path / "t.csv")
     assert source.remarks == ["columns kept in .json alone: text, (without a name)"]
     assert source.notes == [(f"{tmp_path / 't.csv'}:2", "caption_list")]
