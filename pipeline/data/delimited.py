@@ -1,7 +1,7 @@
 """Reads CSV and TSV strictly: every row has the fields of the header, and a quote that does not close is no row's end.
 
-CSV is read with quotes (RFC 4180). TSV is mostly written without: its quotes are taken for quoting only where every field that
-begins with one ends with one, and else for letters.
+CSV is read with quotes (RFC 4180). Columns between tabs or bars (``|``) are mostly written without: quotes are taken for quoting
+only where every field that begins with one ends with one, and else for letters.
 """
 
 from __future__ import annotations
@@ -16,6 +16,8 @@ from typing import Any
 from pipeline.errors import DataError
 from pipeline.untrusted import printable
 
+TAB = "\t"
+DELIMITERS = ",;\t|"  # the one that makes a column ``path`` of the header is taken
 MAX_FIELD = 16 << 20  # characters
 _NAMED = 5  # lines that a message names
 _QUOTED = re.compile(r'"(?:[^"]|"")*"')
@@ -33,7 +35,7 @@ def read_delimited(file: Any, where: str, *, tabs_first: bool) -> tuple[list[str
             a column ``path`` of the header.
 
     Returns:
-        Column names without blanks around them; and (line of its beginning, fields) of each row that is not blank.
+        Column names without blanks around them; and (line of its beginning, fields) of each row whose line is not blank.
 
     Raises:
         DataError: now or from the iterator, with the lines: rows of another length, an open quote, a field of more than 16
@@ -43,11 +45,11 @@ def read_delimited(file: Any, where: str, *, tabs_first: bool) -> tuple[list[str
     header = file.readline(MAX_FIELD)
     if "\0" in header:
         raise DataError("holds NUL characters", where=f"{where}:1", hint="Save it as text in UTF-8, not UTF-16 without a mark")
-    delimiters = "\t,;" if tabs_first else ",;\t"
+    delimiters = f"\t{DELIMITERS.replace(TAB, '')}" if tabs_first else DELIMITERS
     delimiter = next((one for one in delimiters if "path" in _names(header, one)), delimiters[0])
     columns = _names(header, delimiter)
     shape = _Shape(delimiter, len(columns), columns.index("path") if "path" in columns else 0)
-    quoted = delimiter != "\t" or _is_quoted(file, shape)
+    quoted = delimiter not in "\t|" or _is_quoted(file, shape)
     spaced = len(columns) > 1 and all(part.startswith(" ") for part in header.split(delimiter)[1:])
     records = _records(file, where, shape, quoted, spaced=spaced)
     first = next(records, None)
@@ -75,7 +77,7 @@ def _names(header: str, delimiter: str) -> list[str]:
 
 
 def _is_quoted(file: Any, shape: _Shape) -> bool:
-    """Whether a TSV is written with quotes: no field that begins with one is without its end.
+    """Whether a table is written with quotes: no field that begins with one is without its end.
 
     A quoted field may hold tabs and line breaks; then lines are put together until it closes, but never over a line that could be
     a row of its own.
@@ -130,7 +132,7 @@ def _records(file: Any, where: str, shape: _Shape, quoted: bool, *, spaced: bool
     if quoted:
         reader = csv.reader(lines(), delimiter=shape.delimiter, strict=True, skipinitialspace=spaced)
     else:
-        reader = csv.reader(lines(), delimiter=shape.delimiter, strict=True, quoting=csv.QUOTE_NONE)
+        reader = csv.reader(lines(), delimiter=shape.delimiter, strict=True, skipinitialspace=spaced, quoting=csv.QUOTE_NONE)
     usual, begin = csv.field_size_limit(), 1
     while True:
         csv.field_size_limit(MAX_FIELD)  # of the process, so only for this row
@@ -147,8 +149,9 @@ def _records(file: Any, where: str, shape: _Shape, quoted: bool, *, spaced: bool
             # A quote that was never meant to open a field swallows rows until the next one.
             if any(shape.is_row(line, os.path.splitext(path)[1]) for line in physical[1:]):
                 raise _broken(where, begin, "unexpected end")
+        blank = not any(line.strip() for line in physical)
         physical.clear()
-        if len(fields) > 1 or any(field.strip() for field in fields):
+        if not blank:
             yield begin, fields
         begin = reader.line_num + 1
 

@@ -1,13 +1,15 @@
 """Class labels: one rule for folder names, tables, ``.cls`` members and JSON.
 
 Whole numbers from 0 on, also as text (``"3"``, ``"3.0"``, ``3.0``), are class numbers. Negative ones and NaN mean that there is
-no label, as nothing does. Other text is a class name; names are numbered in alphabetical order, and never mixed with numbers.
+no label, as nothing does. Other text is a class name, in Unicode's composed form (NFC; macOS writes accents apart); names are
+numbered in alphabetical order, and never mixed with numbers.
 """
 
 from __future__ import annotations
 
 import math
 import re
+import unicodedata
 from collections.abc import Sequence
 from decimal import Decimal
 from typing import Any, Literal
@@ -22,6 +24,7 @@ MAX_LABEL = 10**9  # class numbers are below
 EMPTY, NEGATIVE, BAD = "empty_label", "negative_label", "bad_label"  # notes
 _NUMBER = re.compile(r"[+-]?[0-9]{1,400}(\.[0-9]{0,400})?([eE][+-]?[0-9]{1,3})?")
 _NOTHING = ("", "nan", "<na>")  # as pandas writes missing values
+_MAYBE_NOTHING = ("none", "null", "n/a", "#n/a", "nil")
 
 
 def read_label(value: Any) -> tuple[int | str | None, str]:
@@ -43,7 +46,7 @@ def read_label(value: Any) -> tuple[int | str | None, str]:
         if text.lower() in _NOTHING:
             return None, EMPTY
         if not _NUMBER.fullmatch(text):
-            return printable(text), ""
+            return _name(text), ""
         value = Decimal(text)
     if value is None or (isinstance(value, (float, Decimal)) and math.isnan(value)):
         return None, EMPTY
@@ -62,12 +65,21 @@ def read_name(value: Any) -> tuple[str | None, str]:
     if note == EMPTY:
         return None, EMPTY
     if isinstance(value, str):
-        return printable(value.strip()), ""
+        return _name(value), ""
     if isinstance(number, int):
         return str(number), ""
     if isinstance(value, (bool, int, float, Decimal)):
         return str(value), ""
     return None, BAD
+
+
+def maybe_none(classes: Sequence[str]) -> list[str]:
+    """Class names that programs write for a missing value, but that may be meant."""
+    return [name for name in classes if name.lower() in _MAYBE_NOTHING]
+
+
+def _name(text: str) -> str:
+    return printable(unicodedata.normalize("NFC", text.strip()))
 
 
 def number_labels(
@@ -112,9 +124,11 @@ def number_labels(
     if not names:
         return [label if isinstance(label, int) else None for label, _ in read], (), notes
     notes += [
-        (origins[n], "label_replaced") for n in names if isinstance(labels[n][1], str) and read[n][0] != labels[n][1].strip()
+        (origins[n], "label_replaced")
+        for n in names
+        if isinstance(labels[n][1], str) and read[n][0] != unicodedata.normalize("NFC", labels[n][1].strip())
     ]
-    known = tuple(classes) or tuple(sorted({str(read[n][0]) for n in names}))
+    known = tuple(_name(name) for name in classes) or tuple(sorted({str(read[n][0]) for n in names}))
     position = {name: number for number, name in enumerate(known)}
     unknown = [n for n in names if read[n][0] not in position]
     if unknown:

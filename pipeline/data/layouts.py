@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from typing import Literal
 
 from pipeline.data.captions import encoding_of
+from pipeline.data.delimited import DELIMITERS
 from pipeline.data.listing import File, Listing
 from pipeline.data.samples import IMAGES
 from pipeline.errors import DataError
@@ -20,8 +21,10 @@ TABLES = ("csv", "tsv", "jsonl", "parquet")
 _IMAGES = frozenset(IMAGES)
 _CHUNK_FOLDER = re.compile(r"\d{5,}")
 _CHUNK_STATS = re.compile(r"\d{5,}_stats\.json")
-_SPLITS = frozenset(
-    ("train", "training", "trainval", "val", "valid", "validation", "dev", "test", "testing", "eval", "unlabeled")
+# Also with what data sets put around it: ``train2017``, ``test_images``, ``images_val``.
+_SPLIT = re.compile(
+    r"(images?[-_ ]?)?(train|training|trainval|val|valid|validation|dev|test|testing|eval|unlabell?ed)(set)?"
+    r"([-_ ]?(images?|data|\d+))*"
 )
 
 
@@ -64,10 +67,21 @@ def recognize(listing: Listing, where: str) -> Layout:
     if top_images and classes:
         flat = f"{_count(len(images), 'image')} without classes", "--layout flat"
         _refuse(where, [by_folder, flat])
-    if classes and {name.lower() for name in classes} <= _SPLITS and any(len(file.parts) > 2 for file in images):
-        first = f"{where.rstrip('/')}/{min(classes)}"
-        _refuse(where, [(f"splits ({', '.join(sorted(classes))})", f"pack each by itself: {first}"), by_folder])
+    _check_classes(classes, images, where, by_folder)
     return "folder" if classes else "flat"
+
+
+def _check_classes(classes: set[str], images: list[File], where: str, by_folder: tuple[str, str]) -> None:
+    """Refuses top folders that are rather splits than classes, or one around the class folders."""
+    deep = any(len(file.parts) > 2 for file in images)
+    first = printable(f"{where.rstrip('/')}/{min(classes, default='')}")
+    if classes and all(_SPLIT.fullmatch(name.lower()) for name in classes) and (deep or len(classes) > 1):
+        shown = ", ".join(printable(name) for name in sorted(classes))
+        _refuse(where, [(f"splits ({shown})", f"pack each by itself: {first}"), by_folder])
+    if len(classes) == 1 and all(len(file.parts) > 2 for file in images):
+        inner = {file.parts[1] for file in images}
+        flat = f"{_count(len(images), 'image')} without classes", "--layout flat"
+        _refuse(where, [(f"{_count(len(inner), 'class folder')} in one folder", f"pack that: {first}"), flat, by_folder])
 
 
 def is_bookkeeping(file: File) -> bool:
@@ -122,7 +136,7 @@ def _names_images(table: File) -> bool:
         return '"path"' in first
     return any(
         name.strip(' "\r') == "path"
-        for delimiter in ",;\t"
+        for delimiter in DELIMITERS
         for name in next(iter(csv.reader([first.replace("\0", "")], delimiter=delimiter)), [])
     )
 

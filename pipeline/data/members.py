@@ -226,7 +226,11 @@ def _shards_of(listing: Listing, urls: Sequence[str]) -> tuple[list[str], list[t
             hint="Links that leave the folder are followed with --follow-links",
         )
     taken = set(chosen)
-    others = [(file.shown, "not_a_shard") for file in listing.files if str(listing.root / file.shown) not in taken]
+    others = [
+        (file.shown, "nested_shard" if file.extension == "tar" and "/" in file.shown else "not_a_shard")
+        for file in listing.files
+        if str(listing.root / file.shown) not in taken
+    ]
     return chosen, [*listing.left_out, *others]
 
 

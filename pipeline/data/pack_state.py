@@ -80,6 +80,8 @@ class PackState:
             self._check(document, there)
         for torn in self._out.glob(f".{prefix}-[0-9]*.tar.*.tmp"):
             torn.unlink()
+        for torn in self._out.glob(f".{prefix}.pack.json.*.tmp"):  # of a kill while this state was written
+            torn.unlink()
         pieces: list[Piece] = []
         complete = False
         if not overwrite and document is not None:

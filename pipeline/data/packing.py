@@ -220,7 +220,7 @@ def _pack(
                     progress(seen, len(source), "")
     skipped, notes = write_lists(source, out, packing.prefix, journal, complete)
     if not writer.samples:
-        raise _nothing_packed(out / f"{packing.prefix}.skipped.txt", len(source), skipped)
+        raise _nothing_packed(out / f"{packing.prefix}.skipped.txt", source, skipped)
     if complete and state.account is None:  # packed by a version that kept no account
         listed = {(printable(name), reason) for name, reason in source.left_out}
         skipped, notes = tuple(sorted({*skipped, *listed})), tuple(sorted((printable(name), note) for name, note in source.notes))
@@ -260,13 +260,18 @@ def _nothing_to_pack(source: Source) -> DataError:
     return DataError(f"the source holds no images{f' ({counted} left out)' if counted else ''}", hint=hint)
 
 
-def _nothing_packed(path: Path, total: int, skipped: Sequence[tuple[str, str]]) -> DataError:
+def _nothing_packed(path: Path, source: Source, skipped: Sequence[tuple[str, str]]) -> DataError:
     counts = Counter(reason for _, reason in skipped)
     counted = ", ".join(f"{n} {reason}" for reason, n in sorted(counts.items()))
     hint = "It names them all"
     if counts.get("outside_link"):
         hint += "; links that leave the source are followed with --follow-links"
-    return DataError(f"none of {total} images can be used: {counted}", where=str(path), hint=hint)
+    missing = [name for name, reason in skipped if reason == "missing_file"]
+    if any("\\" in name for name in missing):
+        hint += "; paths of Windows must be written with forward slashes"
+    elif missing:
+        hint += "; relative paths begin at the table's folder, or at one that --root names"
+    return DataError(f"none of {len(source)} images can be used: {counted}", where=str(path), hint=hint)
 
 
 def _ahead(

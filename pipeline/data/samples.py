@@ -14,7 +14,8 @@ from pipeline.data.manifest import Fields
 from pipeline.errors import DataError
 from pipeline.untrusted import open_regular
 
-IMAGES = (*Fields().images, "gif", "avif", "heic", "heif", "jpe", "tga", "ico", "psd", "dds")
+READ = (*Fields().images, "jpe", "jfif", "jif", "pjpeg", "mpo", "apng", "j2k", "jpx", "jpf", "pgm", "pnm")  # by the decoder
+IMAGES = (*READ, "gif", "avif", "heic", "heif", "tga", "ico", "psd", "dds")
 EXTENSIONS = {"jpeg": "jpg", "png": "png", "webp": "webp", "tiff": "tif", "bmp": "bmp", "jpeg2000": "jp2", "pnm": "ppm"}
 MAX_FILE = 1 << 30  # bytes of a file or member that is packed
 
@@ -50,7 +51,9 @@ class Raw:
         if not self.extension:
             about = {**self.members.get("json", {}), "width": judged.width, "height": judged.height}
             return {fitting: image, **self.members, "json": about}
-        extension = self.extension if image is self.image or fitting in self.members else fitting
+        # Training finds an image by the extensions of the index.
+        keep = (image is self.image and self.extension in Fields().images) or fitting in self.members
+        extension = self.extension if keep else fitting
         return {extension: image, **self.members}
 
 

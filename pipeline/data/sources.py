@@ -16,17 +16,16 @@ from typing import Any
 from pipeline.data import storage, tables
 from pipeline.data.captions import REPLACED, decode_text
 from pipeline.data.judge import judge
-from pipeline.data.labels import LabelMode, number_labels
+from pipeline.data.labels import LabelMode, maybe_none, number_labels
 from pipeline.data.layouts import LAYOUTS, Layout, recognize
 from pipeline.data.listing import BROKEN, LINK, File, Listing, list_files, litter_reason, lost_by_links
-from pipeline.data.manifest import Fields
 from pipeline.data.members import Members, digest_of, files_of, tars_of
-from pipeline.data.samples import IMAGES, MAX_FILE, LeftOut, Raw, Source, is_below, read_file, real_folder
+from pipeline.data.samples import IMAGES, MAX_FILE, READ, LeftOut, Raw, Source, is_below, read_file, real_folder
 from pipeline.errors import ConfigError, DataError
 from pipeline.untrusted import printable
 
 __all__ = ["LAYOUTS", "Layout", "LeftOut", "Members", "Options", "Picture", "Pictures", "Raw", "Source", "open_source"]
-_IMAGES, _PROBED = frozenset(IMAGES), frozenset(Fields().images)
+_IMAGES, _PROBED = frozenset(IMAGES), frozenset(READ)
 _CAPTION = "txt"
 _MAX_CAPTION = 4 << 20  # bytes
 
@@ -266,6 +265,10 @@ def _of_folder(listing: Listing, where: str, options: Options, *, classes: bool)
     deep = sum(len(file.parts) > 2 for file in images) if classes else 0
     if deep:
         remarks.append(f"{deep} images lie in sub-folders of class folders: they belong to the class of the top folder")
+    remarks += _doubtful_names(names)
+    backslashes = sum("\\" in file.shown for file in images)
+    if backslashes:
+        remarks.append(f"{backslashes} file names hold a backslash, as zips from Windows leave them: they name no folders here")
     if len(usable) == 1:
         remarks.append(f"all images are of one class, {printable(next(iter(usable)))!r}: --layout flat packs them without")
     stems = {file.stem for file in images}
@@ -332,15 +335,20 @@ def _numbered_folders(
     shared = [number for number, n in Counter(number for number in numbers if number is not None).items() if n > 1]
     if shared:
         both = " and ".join(repr(printable(name)) for name in classes if of_class[name] == shared[0])
-        hint = "Rename one of them, or add --labels names if they are numbers"
+        hint = "Rename one of them, or join them" + ("" if names else ", or add --labels names to take the numbers for names")
         raise DataError(f"folders {both} are the same class, number {shared[0]}", where=where, hint=hint)
     reasons = dict(notes)
     out_notes = [
         (shown, "no_label" if label is None else reasons.get(label, "no_label"))
         for shown, label in labels
-        if label is None or of_class[label] is None
+        if label is None or label in reasons
     ]
     return [None if label is None else of_class[label] for _, label in labels], names, out_notes
+
+
+def _doubtful_names(classes: Sequence[str]) -> list[str]:
+    doubtful = maybe_none(classes)
+    return [f"class names that may mean no label: {_few(doubtful)}; leave such labels empty if they do"] if doubtful else []
 
 
 def _few(names: Sequence[str], most: int = 5) -> str:
@@ -352,6 +360,8 @@ def _few(names: Sequence[str], most: int = 5) -> str:
 
 def _of_table(source: Path, options: Options) -> Pictures:
     rows = list(tables.rows(source))
+    if not rows:
+        raise DataError("has no rows below its column names", where=str(source), hint="Write a row for each image")
     numbers, names, notes = number_labels(
         [(row.where, row.label) for row in rows], where=str(source), mode=options.labels, classes=options.classes
     )
@@ -371,7 +381,12 @@ def _of_table(source: Path, options: Options) -> Pictures:
         raise _outside(source, outside, len(rows))
     kind = "\0".join(("table", *(str(root) for root in options.roots), *(("anywhere",) if options.follow_links else ())))
     digest = digest_of(kind, (f"{e.shown}\0{e.label}\0{e.captions}\0{e.extra}" for e in entries))
-    return Pictures(entries, names, digest, "rows", (), notes, (), allowed, options.max_file)
+    remarks = _doubtful_names(names)
+    measured = ("width", "height")  # the image's own stand there
+    other = dict.fromkeys(name for row in rows for name in row.extra if name not in measured)
+    if other:
+        remarks.insert(0, f"columns kept in .json alone: {_few([name or '(without a name)' for name in other], 8)}")
+    return Pictures(entries, names, digest, "rows", (), notes, remarks, allowed, options.max_file)
 
 
 def _locate(path: str, folders: Sequence[Path]) -> str:

@@ -10,8 +10,9 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,10 +20,13 @@ from typing import Any
 from pipeline.data.captions import REPLACED, clean_text, encoding_of
 from pipeline.data.delimited import read_delimited
 from pipeline.errors import DataError
-from pipeline.untrusted import open_regular, printable
+from pipeline.untrusted import hide_secrets, open_regular, printable
 
 KINDS = (".csv", ".tsv", ".jsonl", ".parquet")
 _OWN = ("path", "label", "caption", "captions")
+_ADDRESS = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://")
+_FETCH = "Images behind a url must be fetched first: img2dataset does it, and its output can be packed"
+_LIST = re.compile(r"""\s*\[\s*(['"]).*\1\s*\]\s*""", re.DOTALL)
 _MAX_LINE = 64 << 20  # characters of a line of JSON
 _MAX_DEPTH = 64  # of lists and objects in a column
 
@@ -37,7 +41,8 @@ class Row:
         captions: texts, none of them empty.
         extra: the other columns, fit for JSON.
         where: file and line or row.
-        notes: ``caption_replaced`` or ``text_replaced`` if half characters were replaced in it.
+        notes: ``caption_replaced`` or ``text_replaced`` if half characters were replaced in it; ``caption_list`` for a caption
+            such as ``['a dog', 'a cat']``, one text that was a list.
     """
 
     path: str
@@ -74,6 +79,10 @@ def _row(place: str, row: dict[str, Any]) -> Row:
     if not isinstance(path, str) or "\0" in path:
         shown = repr(path) if isinstance(path, str) else type(path).__name__
         raise DataError(f"the path must be text, not {printable(shown, limit=60)}", where=place, hint="Write the path of a file")
+    if _ADDRESS.match(path):
+        hint = "Write the path without file://" if path.lower().startswith("file:") else _FETCH
+        shown = printable(hide_secrets(path), limit=80)
+        raise DataError(f"the path must be a file, not the address {shown}", where=place, hint=hint)
     notes: list[str] = []
     captions: list[str] = []
     for name in ("caption", "captions"):
@@ -86,7 +95,7 @@ def _row(place: str, row: dict[str, Any]) -> Row:
                 raise DataError(f"the {name} must be text, not {type(text).__name__}", where=place, hint=hint)
             clean, replaced = clean_text(str(text))
             captions.append(clean)
-            notes += [REPLACED] * replaced
+            notes += [REPLACED] * replaced + ["caption_list"] * bool(_LIST.fullmatch(clean))
     extra = {clean_text(name)[0]: _plain(value, place, name, notes) for name, value in row.items() if name not in _OWN}
     label = row.get("label")
     return Row(path, label, tuple(dict.fromkeys(captions)), extra, place, tuple(dict.fromkeys(notes)))
@@ -167,7 +176,10 @@ def _jsonl(table: Path) -> Iterator[tuple[str, dict[str, Any]]]:
             except (ValueError, RecursionError) as error:
                 reason = "nested too deeply" if isinstance(error, RecursionError) else printable(str(error), limit=120)
                 raise DataError(f"is no JSON ({reason})", where=place, hint="Write one object a line") from error
-            if not isinstance(row, dict) or _blank(row.get("path")):
+            if not isinstance(row, dict):
+                raise DataError(f"must be an object, not {type(row).__name__}", where=place, hint=hint)
+            _check_spelling(row, place)
+            if _blank(row.get("path")):
                 raise DataError("has no path", where=place, hint=hint + _download(row))
             yield place, row
 
@@ -233,13 +245,24 @@ def _check_columns(table: Path, names: Any) -> None:
         raise DataError(
             f"has {len(twice)} column names twice, such as {printable(twice[0], limit=60)!r}", where=str(table), hint=hint
         )
+    _check_spelling(names, str(table))
     if "path" not in names:
         shown = ", ".join(printable(str(name), limit=30) for name in list(names)[:8])
         hint = "Name the columns path, caption, label in the first line" + _download(names)
         raise DataError(f"has no column 'path' (it has: {shown or 'none'})", where=str(table), hint=hint)
 
 
-def _download(names: Any) -> str:
-    if isinstance(names, (dict, list, tuple)) and "url" in names:
-        return ". Images behind a url must be fetched first: img2dataset does it, and its output can be packed"
+def _check_spelling(names: Iterable[str], where: str) -> None:
+    """Refuses ``Label`` for ``label``, which would silently be kept beside the image only."""
+    given = tuple(names)
+    for name in given:
+        own = name.strip().lower()
+        if own in _OWN and own not in given:
+            shown = printable(name, limit=60)
+            raise DataError(f"column {shown!r} must be written {own!r}", where=where, hint="Rename the column")
+
+
+def _download(names: Iterable[Any]) -> str:
+    if any(str(name).strip().lower() == "url" or _ADDRESS.match(str(name)) for name in names):
+        return f". {_FETCH}"
     return ""

@@ -56,6 +56,7 @@ RULE: list[tuple[Any, tuple[int | str | None, str]]] = [
     ("\u0663", ("\u0663", "")),
     ("dog \ud83d", ("dog \\ud83d", "")),
     ("two\nlines", ("two\\x0alines", "")),
+    ("cafe\u0301", ("caf\u00e9", "")),  # as macOS names folders
 ]
 
 
@@ -166,3 +167,29 @@ def test_any_labels_are_numbered_or_refused(values: list[Any]) -> None:
         }
         "\n".join(names).encode()
         assert all(len(name.splitlines()) == 1 for name in names)
+
+
+def test_names_that_unicode_takes_for_the_same_are_one_class(tmp_path: Path) -> None:
+    composed, apart = "caf\u00e9", "cafe\u0301"
+    labels = [("r1", composed), ("r2", apart), ("r3", "zoo")]
+    assert number_labels(labels, where="t") == ([0, 0, 1], (composed, "zoo"), [])
+    assert number_labels(labels, where="t", classes=("zoo", apart)) == ([1, 1, 0], ("zoo", composed), [])
+    for name in (composed, apart):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "1.jpg").write_bytes(picture(1))
+    with pytest.raises(DataError, match=r"are the same class, number 0\. Rename one of them, or join them$"):
+        open_source(tmp_path)
+
+
+def test_folder_names_that_cannot_be_written_are_noted(tmp_path: Path) -> None:
+    (tmp_path / "two\nlines").mkdir()
+    (tmp_path / "two\nlines" / "1.jpg").write_bytes(picture(1))
+    source = open_source(tmp_path)
+    assert source.classes == ("two\\x0alines",) and [note for _, note in source.notes] == ["label_replaced"]
+
+
+def test_names_that_may_mean_no_label_are_remarked(tmp_path: Path) -> None:
+    (tmp_path / "t.csv").write_text("path,label\na.jpg,None\nb.jpg,cat\nc.jpg,NULL\n")
+    assert open_source(tmp_path / "t.csv").remarks == [
+        "class names that may mean no label: NULL, None; leave such labels empty if they do"
+    ]

@@ -53,6 +53,18 @@ CASES = {
         ("--layout files", "2 images in 2 class folders (--layout folder)"),
     ),
     "splits": (["train/cat/1.jpg", "val/cat/1.jpg"], ("splits (train, val)", "--layout folder")),
+    "splits without classes": (["train/1.jpg", "test/1.jpg"], ("splits (test, train)", "in/test", "2 images in 2 class folders")),
+    "splits of COCO": (["train2017/1.jpg", "val2017/1.jpg", "annotations/captions.json"], ("splits (train2017, val2017)",)),
+    "splits with a word": (["train_images/1.jpg", "Test_Images/1.jpg"], ("splits (Test_Images, train_images)",)),
+    "one folder around the classes": (
+        ["images/cat/1.jpg", "images/bee/1.jpg", "images.txt.json"],
+        (
+            "2 class folders in one folder (pack that: ",
+            "in/images)",
+            "--layout flat",
+            "2 images in 1 class folder (--layout folder)",
+        ),
+    ),
 }
 
 
@@ -78,7 +90,9 @@ def test_three_readings_are_all_named(tmp_path: Path) -> None:
         (["cat/1.jpg", "notes.json", "cat/a.tar"], Pictures, ("cat",)),
         (["1.jpg", ".hidden/2.jpg", "__MACOSX/3.jpg"], Pictures, ()),
         (["00001/a.jpg", "00002/b.jpg"], Pictures, None),
-        (["train/1.jpg", "val/1.jpg"], Pictures, ("train", "val")),
+        (["train/1.jpg", "list.json"], Pictures, ("train",)),
+        (["train/1.jpg", "trains/1.jpg"], Pictures, ("train", "trains")),
+        (["images/deep/1.jpg", "images/1.jpg"], Pictures, ("images",)),
     ],
 )
 def test_one_reading_is_taken(tmp_path: Path, names: list[str], kind: type, classes: tuple[str, ...] | None) -> None:

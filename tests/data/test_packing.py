@@ -279,3 +279,12 @@ def test_two_packings_do_not_mix(folder: Path, tmp_path: Path) -> None:
             packed(folder, tmp_path / "out")
 
     pack(open_source(folder), tmp_path / "out", Packing(samples_per_shard=5), progress=second)
+
+
+def test_a_state_that_was_half_written_is_removed(folder: Path, tmp_path: Path) -> None:
+    torn, other = tmp_path / "out" / ".train.pack.json.7.abc.tmp", tmp_path / "out" / ".val.pack.json.7.abc.tmp"
+    torn.parent.mkdir()
+    for path in (torn, other):
+        path.write_text("{")
+    packed(folder, tmp_path / "out")
+    assert not torn.exists() and other.exists()

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from pipeline.data.judge import judge
 from pipeline.data.keys import unique_keys
+from pipeline.data.packing import pack
 from pipeline.data.sources import LeftOut, Members, Pictures, open_source
 from pipeline.errors import DataError
 from tests.data.test_packing import contents, packed, picture
@@ -92,7 +93,29 @@ def test_a_picture_written_anew_stands_in_the_place_of_the_old(tmp_path: Path) -
     raw = open_source(tmp_path).load(0)
     png = picture(1, "PNG")
     assert raw.sample(png, judge(png)) == {"png": png, "cls": b"3", "seg.png": b"map"}
-    assert raw.sample(raw.image, judge(png)) == {"gif": raw.image, "cls": b"3", "seg.png": b"map"}
+
+
+@pytest.mark.parametrize(
+    ("extension", "written"), [("jpe", "jpg"), ("heic", "jpg"), ("jfif", "jpg"), ("jpeg", "jpeg"), ("png", "png")]
+)
+def test_a_member_that_training_would_not_find_gets_the_extension_of_its_format(
+    tmp_path: Path, extension: str, written: str
+) -> None:
+    write_tar(tmp_path / "a.tar", [(f"1.{extension}", picture(1)), ("1.cls", b"3")])
+    raw = open_source(tmp_path).load(0)
+    assert raw.sample(raw.image, judge(raw.image)) == {written: picture(1), "cls": b"3"}
+    raw = open_source(tmp_path / "a.tar").load(0)
+    raw.members["jpg"] = b"another image"
+    assert raw.sample(raw.image, judge(raw.image)) == {extension: picture(1), "cls": b"3", "jpg": b"another image"}
+
+
+def test_other_names_of_formats_that_are_read_are_images(tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    for n, extension in enumerate(("jfif", "pjpeg", "MPO", "jpe")):
+        (tmp_path / "in" / f"{n}.{extension}").write_bytes(picture(n))
+    (tmp_path / "in" / "4.pgm").write_bytes(b"P5 24 20 255\n" + bytes(480))
+    report = pack(open_source(tmp_path / "in"), tmp_path / "out")
+    assert (report.packed, report.skipped) == (5, ())
 
 
 def test_a_cut_tar_is_refused_or_used_as_far_as_it_is_whole(tmp_path: Path) -> None:
@@ -102,6 +125,14 @@ def test_a_cut_tar_is_refused_or_used_as_far_as_it_is_whole(tmp_path: Path) -> N
         open_source(tmp_path)
     source = open_source(tmp_path, use_damaged=True)
     assert 0 < len(source) < 4 and source.load(0).image == picture(0)
+
+
+def test_tars_that_are_not_read_are_told_from_other_files(tmp_path: Path) -> None:
+    write_tar(tmp_path / "a.tar", [("1.jpg", picture(1))])
+    (tmp_path / "more").mkdir()
+    write_tar(tmp_path / "more" / "b.tar", [("2.jpg", picture(2))])
+    (tmp_path / "README").write_text("x")
+    assert open_source(tmp_path).left_out == [("README", "not_a_shard"), ("more/b.tar", "nested_shard")]
 
 
 def test_the_digest_follows_the_listing(tmp_path: Path) -> None:
@@ -163,3 +194,9 @@ def test_what_is_no_source_is_refused(tmp_path: Path) -> None:
     for name, words in cases.items():
         with pytest.raises(DataError, match=words):
             open_source(str(tmp_path / name))
+
+
+def test_file_names_with_the_separators_of_windows_are_remarked(tmp_path: Path) -> None:
+    (tmp_path / "cat\\1.jpg").write_bytes(picture(1))
+    source = open_source(tmp_path)
+    assert source.classes == () and any("1 file names hold a backslash" in remark for remark in source.remarks)

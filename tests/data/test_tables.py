@@ -115,6 +115,13 @@ def test_quotes_of_a_tsv_are_letters_unless_all_of_them_close(tmp_path: Path, li
         ("t.csv", "path,label,label\na.jpg,1,2\n", "has 1 column names twice, such as 'label'"),
         ("t.csv", "path,path \na.jpg,b.jpg\n", "column names twice"),
         ("t.csv", "path,caption\n,\n", r"t\.csv:2: has no path"),
+        ("t.csv", 'path\na.jpg\n""\nb.jpg\n', r"t\.csv:3: has no path"),  # as pandas writes a missing path
+        ("t.csv", "path,Label\na.jpg,3\n", r"t\.csv: column 'Label' must be written 'label'"),
+        ("t.jsonl", '{"path": "a"}\n{"path": "b", "Caption": "x"}\n', r"t\.jsonl:2: column 'Caption' must be written 'caption'"),
+        ("t.csv", "path\nhttps://u:secret@h/a.jpg\n", r"t\.csv:2: .*not the address https://\*\*\*@h/a\.jpg.*img2dataset"),
+        ("t.csv", "path\nfile:///a.jpg\n", r"t\.csv:2: .*without file://"),
+        ("t.tsv", "a bus\thttp://h/a.jpg\nb\thttp://h/b.jpg\n", r"has no column 'path'.*img2dataset"),
+        ("t.jsonl", '[{"path": "a"}]\n', r"t\.jsonl:1: must be an object, not list"),
         ("t.csv", "path,caption\n\n\na.jpg,x,y\n", r"t\.csv:4: "),
         ("t.csv", 'path,caption\na.jpg,"two\nlines"\nb.jpg\n', r"t\.csv:4: .*line 4 has 1"),
         ("t.csv", "path,caption\na.jpg," + "x" * (17 << 20) + "\n", r"t\.csv:2: .*more than 16777216 characters"),
@@ -170,6 +177,9 @@ def test_other_encodings_are_refused_with_the_line(tmp_path: Path) -> None:
         ("t.csv", " path ,caption \na.jpg,x\n", ("a.jpg", ("x",))),
         ("t.csv", "path;caption\na.jpg;x, y\n", ("a.jpg", ("x, y",))),
         ("t.csv", "path\tcaption\na.jpg\tx, y\n", ("a.jpg", ("x, y",))),
+        ("t.csv", 'path| n| caption\na.jpg| 0| A "dog", running\n', ("a.jpg", ('A "dog", running',))),  # as Flickr30k's
+        ("t.csv", 'path|caption\na.jpg|"the best seat\n', ("a.jpg", ('"the best seat',))),
+        ("t.csv", "path,caption,Url,labels\na.jpg,x,http://h/a,3\n", ("a.jpg", ("x",))),
         ("t.csv", "path,caption\r\na.jpg,x\r\n", ("a.jpg", ("x",))),
         ("t.csv", "path,caption\ra.jpg,x\r", ("a.jpg", ("x",))),
         ("t.csv", "path,caption\na.jpg,x", ("a.jpg", ("x",))),
@@ -273,3 +283,29 @@ def test_what_a_csv_writer_writes_is_read_back_or_refused_but_never_changed(
         assert any('"' in caption or "\n" in caption or "\r" in caption for _, caption, _ in lines), "plain text is always read"
         return
     assert read == [(path, (caption,) if caption.strip() else (), label) for path, caption, label in lines]
+
+
+def test_columns_that_are_not_read_and_captions_in_brackets_are_named(tmp_path: Path) -> None:
+    (tmp_path / "t.csv").write_text("path,caption,text,width,\na.jpg,\"['x', 'y']\",z,9,\nb.jpg,[sic] 'x',z,9,\n")
+    source = open_source(tmp_path / "t.csv")
+    assert source.remarks == ["columns kept in .json alone: text, (without a name)"]
+    assert source.notes == [(f"{tmp_path / 't.csv'}:2", "caption_list")]
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("path\nb/1.jpg\n", "1 missing_file.*relative paths begin at the table's folder, or at one that --root names"),
+        ("path\na\\1.jpg\n", "1 missing_file.*paths of Windows must be written with forward slashes"),
+    ],
+)
+def test_paths_that_lead_nowhere_have_a_hint(tmp_path: Path, text: str, words: str) -> None:
+    (tmp_path / "t.csv").write_text(text)
+    with pytest.raises(DataError, match=words):
+        pack(open_source(tmp_path / "t.csv"), tmp_path / "out")
+
+
+def test_a_table_without_rows_is_named(tmp_path: Path) -> None:
+    (tmp_path / "t.csv").write_text("path,label\n")
+    with pytest.raises(DataError, match=r"t\.csv: has no rows below its column names"):
+        open_source(tmp_path / "t.csv")
