@@ -35,12 +35,7 @@ app = typer.Typer(
     "[b]Which settings are there?[/b]  fovea config show dinov2/cifar10_vit_tiny",
 )
 config = typer.Typer(no_args_is_help=True, help="Look at and check configurations.")
-app.add_typer(shards.app, name="shards")
-app.add_typer(config, name="config")
-app.add_typer(bench, name="bench")
-app.add_typer(checkpoint, name="checkpoint")
-app.add_typer(track, name="track")
-cluster.enter(app)
+_DATA, _BENCH = "Data, settings and checkpoints", "Benchmarks"
 
 ConfigArgument = shards.ConfigArgument
 Overrides = shards.Overrides
@@ -67,26 +62,7 @@ def _options(
     _debug = _debug or debug
 
 
-@app.command()
-def train(config: ConfigArgument, overrides: Overrides = None) -> None:
-    """Train, or go on training: a run that was stopped goes on from its newest checkpoint.
-
-    [b]Examples[/b]
-
-    fovea train dinov2/cifar10_vit_tiny data.shards='cifar10/train-{00000..00009}.tar'
-
-    fovea train my.yaml launch.ranks=2 train.length='10 epochs' run.name=trial
-
-    Stop it with Ctrl-C, SIGTERM, SIGHUP or SIGUSR1: it saves, and the same command goes on. Start anew with
-    checkpoint.resume=never.
-    """
-    loaded = _load(config, overrides)
-    from launch.train import run
-
-    raise typer.Exit(run(loaded))
-
-
-@app.command()
+@app.command(short_help="See it work: train, interrupt, resume and evaluate on drawn data.")
 def demo(
     minutes: Annotated[float, typer.Option(min=0.1, help="About how long to train.")] = 5.0,
     method: Annotated[str, typer.Option(help="The pretraining method.")] = "dinov2",
@@ -113,7 +89,26 @@ def demo(
     run(minutes=minutes, method=method, data=data, directory=directory, val=val)
 
 
-@app.command("eval")
+@app.command(short_help="Train, or resume: the same command does both.")
+def train(config: ConfigArgument, overrides: Overrides = None) -> None:
+    """Train, or go on training: a run that was stopped goes on from its newest checkpoint.
+
+    [b]Examples[/b]
+
+    fovea train dinov2/cifar10_vit_tiny data.shards='cifar10/train-{00000..00009}.tar'
+
+    fovea train my.yaml launch.ranks=2 train.length='10 epochs' run.name=trial
+
+    Stop it with Ctrl-C, SIGTERM, SIGHUP or SIGUSR1: it saves, and the same command goes on. Start anew with
+    checkpoint.resume=never.
+    """
+    loaded = _load(config, overrides)
+    from launch.train import run
+
+    raise typer.Exit(run(loaded))
+
+
+@app.command("eval", short_help="Evaluate a run, a checkpoint, or weights from elsewhere.")
 def evaluate(
     run: Annotated[
         str,
@@ -209,7 +204,7 @@ def evaluate(
     raise typer.Exit(judge.of_weights(run, config, asked, model=model, size=size))
 
 
-@app.command()
+@app.command(short_help="Write weights for timm, Hugging Face, open_clip or ONNX.")
 def export(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="A run's directory, or one of its checkpoints.")],
     to: Annotated[str, typer.Option(metavar="LAYOUT", help="timm, huggingface, open_clip, onnx or safetensors.")],
@@ -238,7 +233,7 @@ def export(
     raise typer.Exit(write(run, to=to, best=best, force=overwrite, register=register, **options))
 
 
-@app.command()
+@app.command(short_help="Compare runs in one HTML page.")
 def report(
     runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Directories of runs.")],
     out: Annotated[Path, typer.Option(metavar="FILE", help="The page.")] = Path("report.html"),
@@ -254,7 +249,7 @@ def report(
     raise typer.Exit(run(runs, out))
 
 
-@app.command()
+@app.command(short_help="Show your own images as the network sees them.")
 def visualize(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="A run's directory, or one of its checkpoints.")],
     files: Annotated[list[Path], typer.Argument(metavar="PICTURE...", help="Your pictures.")],
@@ -273,7 +268,7 @@ def visualize(
     raise typer.Exit(draw(run, files, out=out, texts=text or [], size=size))
 
 
-@app.command()
+@app.command(short_help="Estimate memory, time and cost before anything runs.", rich_help_panel=_DATA)
 def plan(
     config: ConfigArgument,
     overrides: Overrides = None,
@@ -353,6 +348,15 @@ def _load(name: str, overrides: Sequence[str] | None) -> Loaded:
     from pipeline.config import load
 
     return load(name, overrides or ())
+
+
+# After the verbs above: the order of the help is the order in which they are added.
+app.add_typer(shards.app, name="shards", rich_help_panel=_DATA, short_help="Pack, index, verify and inspect shards.")
+app.add_typer(config, name="config", rich_help_panel=_DATA, short_help="Show and check configs.")
+app.add_typer(checkpoint, name="checkpoint", rich_help_panel=_DATA, short_help="List, verify, inspect and convert checkpoints.")
+app.add_typer(track, name="track", rich_help_panel=_DATA, short_help="Send runs' journals to MLflow.")
+cluster.enter(app)
+app.add_typer(bench, name="bench", rich_help_panel=_BENCH, short_help="Measure speed and memory against baselines.")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -346,16 +346,19 @@ def ls(
 def _settings(
     patterns: Sequence[str], directory: Path | None, image: str | None, caption: str | None, label: str | None, damaged: str
 ) -> DataSettings:
+    from pydantic import ValidationError
+
     from pipeline.settings import DataSettings
 
     chosen = {"index": directory, "image": image.split(",") if image else None, "caption": caption, "label": label}
-    return DataSettings.model_validate(
-        {
-            "shards": list(patterns),
-            "damaged": _damaged(damaged),
-            **{key: value for key, value in chosen.items() if value is not None},
-        }
-    )
+    given = {key: value for key, value in chosen.items() if value is not None}
+    try:
+        return DataSettings.model_validate({"shards": list(patterns), "damaged": _damaged(damaged), **given})
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(str(part) for part in first["loc"][:1]) or "shards"
+        what = first["msg"].removeprefix("Value error, ")
+        raise ConfigError(f"{str(first['input'])[:200]!r} {what}", where=key, hint="Name a folder, or a pattern with *") from None
 
 
 def _damaged(word: str) -> Literal["refuse", "use"]:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import importlib.util
+import re
 from collections.abc import Iterator
 
 from pipeline.judges import NAMES, VOTED
 from pipeline.masking import NO_PASSWORD, has_password, hide_secrets
 from pipeline.methods import Dinov2Settings
+from pipeline.sections import ModelSettings
 from pipeline.settings import Config
 
 
@@ -130,6 +132,7 @@ def _texts(value: object, key: str = "") -> Iterator[tuple[str, str]]:
 def _check_model(config: Config) -> Iterator[tuple[str, str]]:
     model = config.model
     shape = {"width": model.width, "depth": model.depth, "heads": model.heads, "patch": model.patch}
+    yield from _check_start(model)
     if model.timm is None:
         if missing := [name for name, value in shape.items() if value is None]:
             yield "model", f"model.{missing[0]} is required: give model.timm, or all of model.width, depth, heads and patch"
@@ -150,6 +153,27 @@ def _check_model(config: Config) -> Iterator[tuple[str, str]]:
                 f"model.{name}",
                 f"model.{name} = {value}: has no effect beside model.timm = {model.timm}; remove one of the two",
             )
+
+
+def _check_start(model: ModelSettings) -> Iterator[tuple[str, str]]:
+    """Initial weights and extra parameters that the tower has no place for."""
+    resnet, rotary = "resnet" in (model.timm or ""), model.positions == "rope"
+    fitting = {"timm", "dino", "mocov3", "simclr", "byol"} if resnet else {"timm", "dino", "mocov3", "open_clip"}
+    fitting -= {"mocov3", "open_clip"} if rotary else set()
+    if model.init not in fitting:
+        kind = "ResNet" if resnet else "tower with rotary positions" if rotary else "transformer"
+        yield "model.init", f"model.init = {model.init}: is no start of a {kind}; choose one of {', '.join(sorted(fitting))}"
+    if model.class_position and (resnet or rotary or (model.timm is None and not model.registers)):
+        yield (
+            "model.class_position",
+            "model.class_position = true: needs learned positions and model.registers of 1 or more; set it to false",
+        )
+    if model.stem == "small" and re.search(r"resnet\d+[dt]", model.timm or ""):
+        yield (
+            "model.stem",
+            f"model.stem = small: {model.timm} has a deep stem of its own; set model.stem=patch, or choose resnet18, resnet34 or "
+            "resnet50",
+        )
 
 
 def _check_recipe(config: Config) -> Iterator[tuple[str, str]]:

@@ -93,8 +93,9 @@ def differences(method: str, ranks: int, now: dict[str, Any]) -> list[str]:
     record = kept(method)
     before, exact = record[str(ranks)], record["machine"] == machine()
     wrong = [name for name in ("keys", *(("pixels", "terms", "weights") if exact else ())) if now[name] != before[name]]
-    for step, (ours, theirs) in enumerate(zip(now["terms"][0], before["terms"][0], strict=True)):
+    for step, rows in enumerate(zip(now["terms"][0], before["terms"][0], strict=True)):
         close = 1e-3 if step == 0 else 0.1
+        ours, theirs = ({name: float.fromhex(value) for name, value in row.items()} for row in rows)
         if ours.keys() != theirs.keys() or any(abs(ours[k] - theirs[k]) > close * max(1.0, abs(theirs[k])) for k in theirs):
             wrong.append(f"terms of step {step}: {ours}, kept {theirs}")
     return wrong

@@ -32,7 +32,7 @@ class MlflowServer:
         """Its address."""
         return f"http://127.0.0.1:{self._port}"
 
-    def start(self, seconds: float = 120.0) -> None:
+    def start(self, seconds: float = 1200) -> None:
         """Starts it and waits until it answers."""
         words = [
             "server",

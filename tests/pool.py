@@ -20,7 +20,7 @@ from typing import Any
 from unittest import mock
 
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
-TIMEOUT, GRACE = 120.0, 3.0  # seconds
+TIMEOUT, GRACE = 1200.0, 30.0  # seconds; a busy machine is many times slower, so they only catch what hangs
 
 
 def _serve(rank: int, size: int, folder: str, orders: Connection) -> None:

@@ -46,7 +46,7 @@ def command(config: Path, shards: str, directory: Path, *overrides: str) -> list
     return [*words, f"data.index={directory.parent / 'index'}", *overrides]
 
 
-def train(config: Path, shards: str, directory: Path, *overrides: str, timeout: float = 300) -> subprocess.CompletedProcess[str]:
+def train(config: Path, shards: str, directory: Path, *overrides: str, timeout: float = 3000) -> subprocess.CompletedProcess[str]:
     """Run it to its end."""
     return subprocess.run(
         command(config, shards, directory, *overrides),

@@ -136,7 +136,7 @@ def proxy(port: int) -> Iterator[Proxy]:
                 if self.command != "HEAD":
                     self.wfile.write(body)
                 return
-            upstream = http.client.HTTPConnection(*door.upstream, timeout=60)
+            upstream = http.client.HTTPConnection(*door.upstream, timeout=600)
             upstream.request(self.command, self.path, sent, dict(self.headers))
             answer = upstream.getresponse()
             body = answer.read()

@@ -37,7 +37,7 @@ class Cluster:
 
     def call(self, *argv: str, check: bool = True) -> str:
         """What one of its commands says."""
-        done = subprocess.run(argv, env=self.environment, capture_output=True, text=True, timeout=60, check=False)
+        done = subprocess.run(argv, env=self.environment, capture_output=True, text=True, timeout=600, check=False)
         if check and done.returncode:
             raise AssertionError(f"{argv}: {done.stderr}{done.stdout}")
         return done.stdout + done.stderr
@@ -47,7 +47,7 @@ class Cluster:
         text = self.call("scontrol", "show", "job", "-o", str(job), check=False)
         return next((word[9:] for word in text.split() if word.startswith("JobState=")), "GONE")
 
-    def wait(self, job: int, *states: str, seconds: float = 120.0) -> str:
+    def wait(self, job: int, *states: str, seconds: float = 1200) -> str:
         """Waits until a job is in one of these states; in which."""
         end = time.monotonic() + seconds
         while (state := self.state(job)) not in states:
@@ -145,7 +145,7 @@ def cluster(folder: Path, *, extra: dict[str, str] | None = None, partitions: li
     daemons[0] += [f"--log-file={folder}/log/munged.log", f"--seed-file={munge}/seed"]
     try:
         for command in daemons:
-            subprocess.run(command, env=environment, check=True, capture_output=True, timeout=30)
+            subprocess.run(command, env=environment, check=True, capture_output=True, timeout=300)
         end = time.monotonic() + 30
         while made.call("sinfo", "-h", "-N", "-o", "%T", check=False).split().count("idle") < 2:
             assert time.monotonic() < end, f"the nodes are not idle\n{made.tails()}"

@@ -98,3 +98,22 @@ def test_graphs_are_of_compiled_blocks_whose_weights_stay_where_they_are(wrong: 
     assert load("dinov2/vits16_node", asked).config.train.graphs
     with pytest.raises(ConfigError, match=r"train\.graphs"):
         load("dinov2/vits16_node", [*asked, wrong])
+
+
+@pytest.mark.parametrize(
+    ("model", "key"),
+    [
+        ("timm: resnet50, init: open_clip", "model.init"),
+        ("width: 32, depth: 1, heads: 2, patch: 8, init: simclr", "model.init"),
+        ("width: 32, depth: 1, heads: 2, patch: 8, positions: rope, init: mocov3", "model.init"),
+        ("width: 32, depth: 1, heads: 2, patch: 8, class_position: true", "model.class_position"),
+        ("timm: resnet50, class_position: true", "model.class_position"),
+        ("timm: resnet10t, stem: small", "model.stem"),
+        ("timm: resnet18d, stem: small", "model.stem"),
+    ],
+)
+def test_a_start_that_the_tower_has_no_place_for_is_refused_before_it_is_built(tmp_path: Path, model: str, key: str) -> None:
+    file = tmp_path / "c.yaml"
+    file.write_text(f"recipe: {{name: byol}}\nmodel: {{{model}}}\ndata: {{shards: x.tar}}\n")
+    with pytest.raises(ConfigError, match=key.replace(".", r"\.")):
+        load(file)

@@ -46,7 +46,7 @@ def broken(
         cwd=ROOT,
         capture_output=True,
         text=True,
-        timeout=150,
+        timeout=1500,
         check=False,
         stdin=subprocess.DEVNULL,
     )

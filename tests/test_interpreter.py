@@ -43,7 +43,7 @@ def test_a_file_in_the_working_directory_is_not_imported(littered: Path, path: b
         env=safe_environment(variables),
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=1200,
         check=False,
     )
     assert done.returncode == 0 and "in order" in done.stdout, done.stderr
@@ -55,7 +55,7 @@ def test_another_package_of_the_name_that_comes_first_on_the_path_does_not_matte
     (other / "__init__.py").write_text("")
     variables = {**os.environ, "PYTHONPATH": f"{tmp_path / 'ros'}:{ROOT}"}
     words = module_command("launch.cli", "--version")
-    done = subprocess.run(words, cwd=tmp_path, env=variables, capture_output=True, text=True, timeout=120, check=False)
+    done = subprocess.run(words, cwd=tmp_path, env=variables, capture_output=True, text=True, timeout=1200, check=False)
     assert done.returncode == 0 and done.stdout.startswith("fovea"), done.stderr
 
 

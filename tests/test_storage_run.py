@@ -124,7 +124,7 @@ def test_stopped_and_resumed_on_one_two_and_four_ranks_the_global_batches_are_th
             while max(batches(directory), default=0) < steps - 1 and launcher.poll() is None and time.monotonic() < end:
                 time.sleep(0.05)
             launcher.send_signal(signal.SIGTERM)
-        _, errors = launcher.communicate(timeout=200)
+        _, errors = launcher.communicate(timeout=2000)
         assert launcher.returncode == 0, errors
     assert batches(directory) == batches(undisturbed)
 

@@ -14,11 +14,15 @@ MODEL = "drop_path: 0.2, positions: rope, registers: 2, rope_rescale: 2.0, local
 TOWER = TOY.replace("drop_path: 0.1}", MODEL).replace("name: dinov2", "name: dinov2\n  gram_weight: 1.0\n  gram_refresh: 2")
 
 
+APART = "drop_path: 0.2, drop_path_rates: linear, registers: 2, class_position: true}"
+
+
 @pytest.mark.slow
-def test_cut_and_recomputed_it_loses_what_it_loses_whole(tmp_path: Path) -> None:
+@pytest.mark.parametrize("model", [MODEL, APART], ids=["rotary", "class position apart"])
+def test_cut_and_recomputed_it_loses_what_it_loses_whole(model: str, tmp_path: Path) -> None:
     scenes.write(tmp_path / "scenes", train=60, val=10, size=32, seed=3, samples_per_shard=30)
     config = tmp_path / "tower.yaml"
-    config.write_text(TOWER)
+    config.write_text(TOWER.replace(MODEL, model))
     runs = {"whole": ("train.zero=0",), "cut": ("train.zero=3", "train.recompute=true")}
     for name, settings in runs.items():
         length = ("schedule.lr.warmup=1 steps", f"train.length={STEPS} steps")

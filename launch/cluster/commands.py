@@ -252,4 +252,5 @@ def doctor(
 def enter(app: typer.Typer) -> None:
     """Adds the verbs to the command line."""
     for verb in (submit, status, logs, stop, save, resume, requeue, cancel, runs, doctor):
-        app.command(verb.__name__)(verb)
+        first = (verb.__doc__ or "").split(":")[0].split(";")[0].split(".")[0].split(",")[0]
+        app.command(verb.__name__, rich_help_panel="Slurm", short_help=f"{first}.")(verb)

@@ -34,7 +34,7 @@ def test_an_unknown_size_is_refused_before_anything_starts() -> None:
 def test_it_measures(tmp_path: Path) -> None:
     words = ["--model", "tiny", "--batch", "2", "--side", "32", "--prototypes", "16", "--saves", "1"]
     command = [sys.executable, "-m", "launch.cli", "bench", "checkpoint", *words, "--out", str(tmp_path / "result")]
-    done = subprocess.run(command, env=environment(), cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
+    done = subprocess.run(command, env=environment(), cwd=ROOT, capture_output=True, text=True, timeout=3000, check=False)
     assert done.returncode == 0, done.stderr
     found = json.loads((tmp_path / "result.json").read_text())
     assert found["size"] > 16 * 5_000_000

@@ -88,7 +88,7 @@ def start(slurm: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> St
     return begin
 
 
-def verdict(run: RunDirectory, seconds: float = 90) -> dict[str, Any]:
+def verdict(run: RunDirectory, seconds: float = 900) -> dict[str, Any]:
     end = time.monotonic() + seconds
     while not (found := record.verdict(run)):
         assert time.monotonic() < end, f"no verdict: {[path.read_text() for path in (run.path / 'logs').glob('batch-*')]}"
@@ -96,7 +96,7 @@ def verdict(run: RunDirectory, seconds: float = 90) -> dict[str, Any]:
     return found
 
 
-def reach(run: RunDirectory, step: int, attempt: int = 0, seconds: float = 60) -> None:
+def reach(run: RunDirectory, step: int, attempt: int = 0, seconds: float = 600) -> None:
     end = time.monotonic() + seconds
     while int(record.read(run.logs(attempt) / "pulse" / "rank-0.json").get("step", -1)) < step:
         assert time.monotonic() < end, f"attempt {attempt} did not reach step {step}"

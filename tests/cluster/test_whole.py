@@ -53,7 +53,7 @@ def mlflow(tmp_path: Path) -> Iterator[MlflowServer]:
     server.stop()
 
 
-def _reach(run: RunDirectory, step: int, seconds: float = 240) -> int:
+def _reach(run: RunDirectory, step: int, seconds: float = 2400) -> int:
     """Waits until any attempt is at a step; which attempt."""
     end = time.monotonic() + seconds
     while True:
@@ -65,7 +65,7 @@ def _reach(run: RunDirectory, step: int, seconds: float = 240) -> int:
         time.sleep(0.1)
 
 
-def _next(run: RunDirectory, attempt: int, seconds: float = 240) -> None:
+def _next(run: RunDirectory, attempt: int, seconds: float = 2400) -> None:
     """Waits until the attempt after this one trains."""
     end = time.monotonic() + seconds
     while run.next_attempt() - 1 <= attempt or not (run.logs(attempt + 1) / "clock.json").exists():

@@ -129,7 +129,7 @@ def test_killed_in_the_middle_of_a_download_nothing_half_is_ever_read_and_nothin
     assert child.pid is not None
     os.kill(child.pid, signal.SIGKILL)
     child.join()
-    thread.join(timeout=20)
+    thread.join(timeout=200)
     assert got == [content(shard("a"))]
     ShardCache(tmp_path, limit=10**7)
     assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == [".lock"]

@@ -51,7 +51,7 @@ def manifest(open_storage: Callable[..., Storage], tmp_path: Path) -> Manifest:
     return build(expand("s3://prefetch/*train-*.tar", store), tmp_path / "index", store=store)
 
 
-def until(true: Callable[[], bool], seconds: float = 20.0) -> None:
+def until(true: Callable[[], bool], seconds: float = 200) -> None:
     end = time.monotonic() + seconds
     while not true():
         assert time.monotonic() < end, "it did not come to that"

@@ -213,7 +213,7 @@ def test_a_storage_sent_to_another_process_reads_there(door: Proxy, tmp_path: Pa
     queue: multiprocessing.Queue[bytes] = context.Queue()
     child = context.Process(target=_read_in_child, args=(pickle.dumps((store, about)), queue))
     child.start()
-    assert queue.get(timeout=60) == BYTES[5:25]
+    assert queue.get(timeout=600) == BYTES[5:25]
     child.join()
 
 

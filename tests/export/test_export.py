@@ -22,6 +22,7 @@ EXACT = 2e-6  # what differs in the order of fp32 sums
 TOWERS: dict[str, dict[str, Any]] = {
     "plain": {},
     "registers": {"registers": 2},
+    "position apart": {"registers": 2, "class_position": True},
     "swiglu": {"ffn": "swiglu", "width": 48, "layer_scale": None},
     "rotary": {"positions": "rope", "registers": 2},
     "rotary swiglu": {"positions": "rope", "ffn": "swiglu", "width": 48},

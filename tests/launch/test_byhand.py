@@ -133,7 +133,7 @@ def test_what_other_evaluators_said_of_a_checkpoint_is_kept(run: Path, capsys: p
 def fovea(*words: str, launcher: tuple[str, ...] = ()) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, *launcher, "-m", "launch.cli", *words]
     env = {**environment(), "COLUMNS": "160"}
-    return subprocess.run(command, env=env, cwd=ROOT, capture_output=True, text=True, timeout=280, check=False)
+    return subprocess.run(command, env=env, cwd=ROOT, capture_output=True, text=True, timeout=2800, check=False)
 
 
 @pytest.mark.slow

@@ -23,7 +23,7 @@ NAME = "dinov2/cifar10_vit_tiny"
 def fovea(*words: str, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
     environment = os.environ | {"PYTHONPATH": str(ROOT), "NO_COLOR": "1", "COLUMNS": "100"}
     return subprocess.run(
-        [sys.executable, "-m", "launch.cli", *words], cwd=cwd, env=environment, capture_output=True, text=True, timeout=60
+        [sys.executable, "-m", "launch.cli", *words], cwd=cwd, env=environment, capture_output=True, text=True, timeout=600
     )
 
 
@@ -42,7 +42,7 @@ def test_help_names_every_verb_and_imports_nothing_heavy() -> None:
         "print([m for m in ('torch', 'numpy', 'nvidia', 'deepspeed', 'mlflow', 'timm', 'pydantic') if m in sys.modules])\n"
         "print(time.process_time())"
     )
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60, check=True)
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=600, check=True)
     *page, heavy, seconds = done.stdout.strip().splitlines()
     assert heavy == "[]"
     assert float(seconds) < 1.0, "help takes longer than a second of processor time"
@@ -158,7 +158,7 @@ def test_scripts_explain_themselves_without_installing(script: str, tmp_path: Pa
     began = time.monotonic()
     environment = os.environ | {"FOVEA_VENV": str(tmp_path / "venv")}
     done = subprocess.run(
-        ["bash", str(ROOT / script), "--help"], env=environment, capture_output=True, text=True, timeout=30, cwd=tmp_path
+        ["bash", str(ROOT / script), "--help"], env=environment, capture_output=True, text=True, timeout=300, cwd=tmp_path
     )
     assert done.returncode == 0 and "FOVEA_VENV" in done.stdout and not (tmp_path / "venv").exists()
     assert time.monotonic() - began < 10
@@ -169,7 +169,7 @@ def test_setup_without_a_python_says_what_to_install(tmp_path: Path) -> None:
         (tmp_path / tool).symlink_to(next(p for d in ("/usr/bin", "/bin") if (p := Path(d) / tool).exists()))
     environment = {"PATH": str(tmp_path), "FOVEA_VENV": str(tmp_path / "venv"), "HOME": str(tmp_path)}
     done = subprocess.run(
-        ["/bin/bash", str(ROOT / "launch/setup.sh")], env=environment, capture_output=True, text=True, timeout=30
+        ["/bin/bash", str(ROOT / "launch/setup.sh")], env=environment, capture_output=True, text=True, timeout=300
     )
     assert done.returncode == 1 and "apt install python3" in done.stderr and not (tmp_path / "venv").exists()
 
@@ -193,7 +193,7 @@ def test_setup_installs_once_until_the_dependencies_change(tmp_path: Path) -> No
 
     def setup(extra: str = "") -> tuple[int, int]:
         done = subprocess.run(
-            ["bash", str(folder / "launch/setup.sh"), extra], env=environment, capture_output=True, text=True, timeout=30
+            ["bash", str(folder / "launch/setup.sh"), extra], env=environment, capture_output=True, text=True, timeout=300
         )
         return done.returncode, len((folder / "calls").read_text().splitlines())
 
@@ -222,7 +222,7 @@ def test_a_failed_installation_is_explained_and_tried_again(tmp_path: Path, word
     folder, environment = checkout_with_pip(tmp_path, f"echo '{words}' >&2; exit 1")
     for _ in range(2):
         done = subprocess.run(
-            ["bash", str(folder / "launch/setup.sh")], env=environment, capture_output=True, text=True, timeout=30
+            ["bash", str(folder / "launch/setup.sh")], env=environment, capture_output=True, text=True, timeout=300
         )
         assert done.returncode == 1 and hint in done.stderr.splitlines()[-1]
     assert len((folder / "calls").read_text().splitlines()) == 2

@@ -43,7 +43,7 @@ def rank(code: str, *words: str) -> list[str]:
     return [sys.executable, "-S", "-c", code, *words]
 
 
-def wait_for(condition: Callable[[], bool], seconds: float = 20.0) -> None:
+def wait_for(condition: Callable[[], bool], seconds: float = 200) -> None:
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end, "did not happen in time"

@@ -46,7 +46,7 @@ def fovea(*words: str, cwd: Path, **variables: str) -> subprocess.CompletedProce
         env={**environment(), **variables},
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=3000,
         check=False,
         stdin=subprocess.DEVNULL,
     )
@@ -115,7 +115,7 @@ def test_a_terminal_that_closes_stops_the_run_which_saves(work: Path) -> None:
         os.close(master)
         reader.kill()
         reader.wait()
-    assert process.wait(timeout=200) == 0
+    assert process.wait(timeout=2000) == 0
     outcome = json.loads((work / "run" / "outcome.json").read_text())
     assert outcome["stop"] == "SIGHUP" and 0 < outcome["step"] < 400
     assert (work / "run" / "checkpoints" / f"step_{outcome['step']:09d}").is_dir()
@@ -141,7 +141,7 @@ def test_an_ignored_hangup_stays_ignored_and_a_lost_output_ends_nothing(work: Pa
     until_step(process, work / "run", 30)
     assert time.monotonic() >= before
     process.send_signal(signal.SIGTERM)
-    assert process.wait(timeout=200) == 0
+    assert process.wait(timeout=2000) == 0
     assert json.loads((work / "run" / "outcome.json").read_text())["stop"] == "SIGTERM"
 
 
@@ -158,7 +158,7 @@ def test_files_of_common_names_in_the_working_directory_change_nothing(work: Pat
         env={key: value for key, value in environment().items() if key != "PYTHONPATH"},
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=3000,
         check=False,
     )
     assert done.returncode == 0 and "finished at step 2" in done.stdout, done.stderr
@@ -186,7 +186,7 @@ def test_a_user_id_without_a_name_trains_or_is_refused_in_a_sentence(work: Path,
 
     def run(*words: str) -> subprocess.CompletedProcess[str]:
         command = [sys.executable, "-m", "launch.cli", *words]
-        done = subprocess.run(command, cwd=work, env=variables, capture_output=True, text=True, timeout=300, check=False)
+        done = subprocess.run(command, cwd=work, env=variables, capture_output=True, text=True, timeout=3000, check=False)
         assert "Traceback" not in done.stderr, done.stderr
         return done
 

@@ -64,12 +64,16 @@ def test_commands_on_shards_escape_names(
     shard: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
+    pattern = str(tmp_path / "x*.tar")
     for words in (["index"], ["verify"], ["stats"]):
-        call("shards", *words, str(shard))
+        call("shards", *words, pattern)
         out = capsys.readouterr()
         assert harmless(out.out + out.err), words
         assert "TITLE" in out.out + out.err, "the name is shown, escaped"
-    call("shards", "index", str(shard), "--report", str(tmp_path / "report.json"))
+    assert call("shards", "index", str(shard)) == 2, "a name with control characters cannot be typed"
+    refusal = capsys.readouterr().err
+    assert harmless(refusal) and "control characters" in refusal and "Traceback" not in refusal
+    call("shards", "index", pattern, "--report", str(tmp_path / "report.json"))
     texts = list(tmp_path.rglob("report.txt"))
     assert texts and all(harmless(file.read_text()) for file in texts)
     call("shards", "index", f"{tmp_path}/none{EVIL}.tar")

@@ -98,6 +98,23 @@ def test_a_training_checkpoint_of_the_reference_is_unwrapped_and_what_is_left_ou
     assert inner.keys() == state.keys() and notes == ["left out beside the backbone: dino_head"]
 
 
+@pytest.mark.parametrize("layout", ["official", "timm", "ours, merged", "ours, apart"])
+def test_a_class_position_of_its_own_takes_every_layout(layout: str) -> None:
+    apart, merged = tower(registers=4, class_position=True), tower(registers=4)
+    source = tower(registers=4, class_position=layout == "ours, apart")
+    with torch.no_grad():
+        for parameter in source.parameters():
+            parameter.normal_(std=0.1)
+    state = public(source, 1) if layout == "official" else source.vit.state_dict() if layout == "timm" else source.state_dict()
+    images = torch.randn(2, 3, 16, 16)
+    with torch.no_grad():
+        ours, others = (filled(one, state)[0](images) for one in (apart, merged))
+        for a, b in zip(ours[:3], others[:3], strict=True):
+            torch.testing.assert_close(a, b, rtol=0, atol=2e-6)
+    if layout in ("official", "ours, apart"):
+        assert bool(apart.class_position.any())  # type: ignore[union-attr]
+
+
 def test_timms_own_weights_load_and_the_mask_token_starts_at_zero() -> None:
     source = tower(registers=2)
     state = timm.create_model(source.timm_name, **(source.timm_args | {"num_classes": 3})).state_dict()

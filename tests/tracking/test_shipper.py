@@ -75,7 +75,7 @@ def bench(tmp_path: Path, template: Path) -> Bench:
     return Bench(tmp_path / "run" / "tracking", tmp_path / "mlflow.db")
 
 
-def wait_for(condition: Callable[[], bool], seconds: float = 30.0) -> None:
+def wait_for(condition: Callable[[], bool], seconds: float = 300) -> None:
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end, "did not happen in time"

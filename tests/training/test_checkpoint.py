@@ -253,7 +253,7 @@ def _beside(directory: str, *, slow: bool = True, zero: int = 2) -> list[Any]:
     real, gate, told = checkpoint.write_tensors, threading.Event(), []
 
     def late(path: Path, tensors: Any) -> Any:
-        gate.wait(timeout=60)
+        gate.wait(timeout=600)
         return real(path, tensors)
 
     checkpoint.write_tensors = late

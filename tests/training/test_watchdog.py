@@ -124,7 +124,7 @@ def test_python_stuck_in_c_is_ended_from_outside_of_python(tmp_path: Path) -> No
         "ctypes.PyDLL(None).sleep(60)"  # holds the interpreter's lock
     )
     begin = time.monotonic()
-    done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], timeout=50, check=False, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], timeout=500, check=False, capture_output=True, text=True)
     assert done.returncode == 1, done.stderr
     assert time.monotonic() - begin < 40
     assert "Timeout" in (tmp_path / "stacks-rank-0.txt").read_text()
