@@ -6,7 +6,7 @@ import sys
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 from rich.markup import escape
@@ -15,9 +15,9 @@ from launch import shards
 from launch.bench_all import app as bench
 from launch.checkpoint import app as checkpoint
 from launch.cluster import commands as cluster
-from launch.terminal import Terminal, clean_logs
+from launch.terminal import Terminal, clean_logs, open_streams
 from launch.track import app as track
-from pipeline.errors import ConfigError, FoveaError
+from pipeline.errors import ConfigError, FoveaError, of_system
 
 if TYPE_CHECKING:
     from pipeline.config import Loaded
@@ -362,6 +362,7 @@ app.add_typer(bench, name="bench", rich_help_panel=_BENCH, short_help="Measure s
 def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point. A :class:`FoveaError` becomes one message on stderr and the error's exit code."""
     global _debug
+    open_streams()
     clean_logs()
     words = list(sys.argv[1:] if arguments is None else arguments)
     _debug, _words[:] = "--debug" in words, words
@@ -369,15 +370,24 @@ def main(arguments: Sequence[str] | None = None) -> None:
         # DeepSpeed's launcher says the rank a second time, in front of the verb; the environment has it too.
         app([word for word in words if word != "--debug" and not word.startswith("--local_rank=")], prog_name="fovea")
     except FoveaError as error:
-        if _debug:
-            traceback.print_exc()
-        Terminal(stderr=True, soft_wrap=True, highlight=False).print(f"[bold red]fovea:[/] {escape(str(error))}")
-        sys.exit(error.exit_code)
+        _refused(error)
     except KeyboardInterrupt:
         sys.exit(130)
     except BrokenPipeError:
         sys.stderr.close()
         sys.exit(141)
+    except OSError as error:
+        known = of_system(error)
+        if known is None:
+            raise
+        _refused(known)
+
+
+def _refused(error: FoveaError) -> NoReturn:
+    if _debug:
+        traceback.print_exc()
+    Terminal(stderr=True, soft_wrap=True, highlight=False).print(f"[bold red]fovea:[/] {escape(str(error))}")
+    sys.exit(error.exit_code)
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ from launch.gpus import gpus
 from launch.watch import clock
 from pipeline.config import available, load
 from pipeline.data import scenes
-from pipeline.errors import ConfigError, DataError, LaunchError
+from pipeline.errors import ConfigError, LaunchError
 from pipeline.interpreter import alone_environment, module_command
 from pipeline.tracking.database import uri_of
 
@@ -31,6 +31,7 @@ TRAIN, VALIDATION, SIZE = 8000, 1000, 64
 _CONFIGS = {"dinov2": "dinov2/scenes_vit_tiny", "distill": "dinov2/distill_scenes"}  # the others have NAME/scenes
 _START_SECONDS = 25.0  # imports, first evaluation and the page, per run
 _PROBE_STEPS = 12
+_LEAST_SECONDS = 20.0  # of training
 
 
 def say(text: str) -> None:
@@ -199,6 +200,8 @@ def run(*, minutes: float, method: str, data: str | None, directory: Path, val: 
         FoveaError: whatever goes wrong, in a sentence.
     """
     name = config_of(method)
+    if steps is None and 60 * minutes / (2 if method == "distill" else 1) < 2 * _START_SECONDS + _LEAST_SECONDS:
+        raise _too_few(minutes)
     begin = time.monotonic()
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     ranks = gpus() or 2
@@ -247,6 +250,10 @@ def _teacher(words: list[str], folder: Path, minutes: float, steps: int | None) 
     return folder
 
 
+def _too_few(minutes: float) -> ConfigError:
+    return ConfigError(f"{minutes:.1f} minutes are too few", where="--minutes", hint="give at least 3, or 6 for distill")
+
+
 def _length(name: str, words: list[str], directory: Path, minutes: float, steps: int | None) -> list[str]:
     """How many steps fit, and when to evaluate and save on the way."""
     config = load(name, words).config
@@ -254,8 +261,8 @@ def _length(name: str, words: list[str], directory: Path, minutes: float, steps:
         begin = time.monotonic()
         rate = 0.8 * images_per_second(name, words, directory)  # the rest is for evaluations and checkpoints
         seconds = 60 * minutes - 2 * _START_SECONDS - (time.monotonic() - begin)
-        if seconds < 20:
-            raise DataError(f"{minutes:.1f} minutes are too few", where="--minutes", hint="give at least 3")
+        if seconds < _LEAST_SECONDS:
+            raise _too_few(minutes)
         steps = max(20, int(seconds * rate / config.train.global_batch))
     tenth = max(steps // 10, 1)
     chosen = [

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from launch.byhand import Telling, agreed, closing, world_here
 from launch.ranks import RankEnvironment
 from pipeline.errors import CheckpointError, ConfigError, DataError
+from pipeline.locks import lock
 from pipeline.settings import Config
 from pipeline.training import saved as files
 from pipeline.training.run import RunDirectory
@@ -138,12 +139,15 @@ def _sizes(config: Config, data: dict[str, Any]) -> dict[str, int]:
 def _kept(run: RunDirectory, saved: Saved, sizes: dict[str, int], scores: dict[str, dict[str, float]]) -> Path:
     """Writes a checkpoint's scores beside those that other evaluators gave it."""
     name = f"evaluations/{saved.path.name}.json"
-    try:
-        before: dict[str, dict[str, float]] = json.loads((run.path / name).read_text())["scores"]
-    except (OSError, ValueError, KeyError):
-        before = {}
-    merged = before | {whose: before.get(whose, {}) | row for whose, row in scores.items()}
-    run.write(name, _about(saved) | sizes | {"scores": merged})
+    (run.path / name).parent.mkdir(parents=True, exist_ok=True)
+    with (run.path / "evaluations" / ".lock").open("a") as file:  # several evaluations of a checkpoint may end at once
+        lock(file.fileno(), file.name)
+        try:
+            before: dict[str, dict[str, float]] = json.loads((run.path / name).read_text())["scores"]
+        except (OSError, ValueError, KeyError):
+            before = {}
+        merged = before | {whose: before.get(whose, {}) | row for whose, row in scores.items()}
+        run.write(name, _about(saved) | sizes | {"scores": merged})
     return run.path / name
 
 

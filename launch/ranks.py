@@ -17,6 +17,7 @@ from typing import Literal
 from launch.gpus import gpus, shown
 from launch.hostlist import hosts
 from pipeline.errors import LaunchError
+from pipeline.untrusted import printable
 
 
 @dataclass(frozen=True)
@@ -118,7 +119,13 @@ class RankEnvironment:
 
 
 def ranks_to_start(
-    here: RankEnvironment, wanted: int | None, *, where: str, on_cpu: bool = False, environment: Mapping[str, str] | None = None
+    here: RankEnvironment,
+    wanted: int | None,
+    *,
+    where: str,
+    on_cpu: bool = False,
+    default: str = "",
+    environment: Mapping[str, str] | None = None,
 ) -> int:
     """How many ranks this process starts on its machine; 0 if it is a rank itself.
 
@@ -127,6 +134,8 @@ def ranks_to_start(
         wanted: ranks that the person asks for; ``None`` leaves it to launcher and GPUs.
         where: the setting or option that holds ``wanted``, for the message.
         on_cpu: no GPU is going to be used.
+        default: the file that holds ``wanted``, if nobody chose it for this start: what a launcher and the GPUs say wins then,
+            and one line says so.
         environment: variables; this process's if not given.
 
     Raises:
@@ -136,12 +145,18 @@ def ranks_to_start(
     there = 0 if on_cpu else gpus(env)
     if here.source == "single":
         _refuse_mpi(env)
-        return _enough(wanted or there or 1, there, where, env)
+        return _enough(wanted or there or 1, there, where, env, default)
     if "FOVEA_ATTEMPT" in env or "FOVEA_KEY" in env:  # started by fovea itself, which has counted
         return 0
     if here.world_size == 1 and here.source == "slurm" and 1 < (wanted or there) <= there:
         return wanted or there  # a shell on a node: srun --gres=gpu:8 --pty bash
-    if wanted is not None and wanted != here.world_size:
+    if here.world_size == 1 and here.source == "slurm" and "SLURM_PTY_PORT" in env and wanted and wanted > 1 > there:
+        return wanted  # such a shell on a node without GPUs
+    if wanted is not None and wanted != here.world_size and default and (here.source == "slurm" or "LOCAL_RANK" in env):
+        if here.rank == 0:
+            without = f"{where} = {wanted} of {default} is for starts without a launcher"
+            _say(f"{here.source} started {_ranks(here.world_size)}; {without}")
+    elif wanted is not None and wanted != here.world_size:
         names = "SLURM_STEP_NUM_TASKS" if here.source == "slurm" else "WORLD_SIZE"
         start = f"srun --ntasks={wanted}" if here.source == "slurm" else f"torchrun --nproc-per-node={wanted}"
         leave = f"leave {where} out" if where.startswith("-") else f"set {where}=null"
@@ -152,11 +167,22 @@ def ranks_to_start(
             hint=f"Start as many ({start}), or {leave} to take the launcher's number{stray}.",
         )
     if here.world_size == 1 and there > 1:
-        print(f"fovea: {there - 1} of {there} GPUs stay idle: the launcher started one process only", file=sys.stderr, flush=True)
+        _say(f"{there - 1} of {there} GPUs stay idle: the launcher started one process only")
     return 0
 
 
-def _enough(ranks: int, there: int, where: str, env: Mapping[str, str]) -> int:
+def _say(text: str) -> None:
+    print(f"fovea: {printable(text)}", file=sys.stderr, flush=True)
+
+
+def _ranks(number: int) -> str:
+    return f"{number} rank{'s' if number > 1 else ''}"
+
+
+def _enough(ranks: int, there: int, where: str, env: Mapping[str, str], default: str) -> int:
+    if 0 < there < ranks and default:
+        _say(f"{_ranks(there)}, one a visible GPU{shown(env)}, instead of {where} = {ranks} of {default}")
+        return there
     if 0 < there < ranks:
         raise LaunchError(
             f"{where} = {ranks}, but {there} GPU{'s are' if there > 1 else ' is'} visible{shown(env)}",

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import os
+import sys
 from typing import Any
 
 from rich.console import Console
@@ -22,6 +24,18 @@ class Terminal(Console):
 class _Clean(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
         return shown(super().format(record))
+
+
+def open_streams() -> None:
+    """Leads standard streams that were closed (``>&-``) to /dev/null: the next file that is opened would get their number."""
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest free number
+            os.set_inheritable(number, True)
+            if getattr(sys, name) is None:
+                setattr(sys, name, os.fdopen(number, "r" if number == 0 else "w", closefd=False))
 
 
 def clean_logs() -> None:

@@ -57,7 +57,12 @@ def run(loaded: Loaded) -> int:
     config = loaded.config
     outlive_terminal()
     here = RankEnvironment.read()
-    ranks = ranks_to_start(here, config.launch.ranks, where="launch.ranks", on_cpu=config.launch.backend == "gloo")
+    default = loaded.nobodys_choice("launch.ranks")
+    ranks = ranks_to_start(
+        here, config.launch.ranks, where="launch.ranks", on_cpu=config.launch.backend == "gloo", default=default
+    )
+    if default and config.launch.ranks != (ranks or here.world_size):
+        config = config.replace(launch=config.launch.model_copy(update={"ranks": ranks or None}))
     if not ranks:
         from launch.worker import be_rank
 

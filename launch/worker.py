@@ -20,7 +20,7 @@ from launch.ranks import RankEnvironment
 from launch.resume import check_identity, choose_checkpoint, copies_of, origins
 from launch.watch import Clocked, outlive_terminal, watcher
 from pipeline.config import fingerprint, flatten
-from pipeline.errors import FoveaError, LaunchError, verdict
+from pipeline.errors import FoveaError, LaunchError, of_system, verdict
 from pipeline.masking import hide_secrets, masked, shown
 from pipeline.paths import user_name
 from pipeline.settings import Config
@@ -306,8 +306,9 @@ def _scores(scores: dict[str, float]) -> str:
 
 def main() -> int:
     """Entry of ``python -m launch.worker``."""
-    from launch.terminal import clean_logs
+    from launch.terminal import clean_logs, open_streams
 
+    open_streams()
     clean_logs()
     config_path, attempt, checkpoint = sys.argv[1:4]
     config = Config.model_validate(json.loads(Path(config_path).read_text()))
@@ -322,8 +323,9 @@ def main() -> int:
             "stopped before its first step: there was nothing to save, the same command starts again", file=sys.stderr, flush=True
         )
         return 130
-    except BaseException:
-        print(shown(traceback.format_exc()), file=sys.stderr)
+    except BaseException as error:
+        known = of_system(error) if isinstance(error, OSError) else None
+        print(f"error: {known}" if known else shown(traceback.format_exc()), file=sys.stderr, flush=True)
         return 1
 
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 import difflib
 import hashlib
 import json
+import os
 import re
 import sys
 import types
@@ -69,6 +70,19 @@ class Loaded:
     source: Path
     typed: Mapping[str, Any] = field(default_factory=dict)
 
+    def nobodys_choice(self, key: str) -> str:
+        """The place of a value that the person chose neither on the command line nor in a file of theirs; empty if they did.
+
+        It stands in a config that comes with fovea, or in the settings that a run keeps.
+        """
+        origin = self.provenance.get(key, DEFAULT)
+        place = re.fullmatch(r"(.*):\d+:\d+", origin)
+        if place is None:
+            return ""
+        file = Path(place[1]).resolve()
+        kept = file == self.source.resolve() and _run_of(file) is not None
+        return origin if kept or any(file.is_relative_to(root.resolve()) for root in roots()) else ""
+
 
 def roots() -> list[Path]:
     """Folders in which configs are found by name: the checkout's ``configs``, then the installed ones."""
@@ -115,8 +129,15 @@ def resolve(name: str | Path) -> Path:
     )
 
 
+def _run_of(file: Path) -> Path | None:
+    """The run whose settings a file is; ``None`` for configs that people write."""
+    return file.parent if file.name == "config.yaml" and (file.parent / "config.json").is_file() else None
+
+
 def load(path: str | Path, overrides: Sequence[str] = ()) -> Loaded:
     """Reads a config with its bases, applies overrides, checks everything.
+
+    A run's own settings are those of the run that lies where they were found: it may have been moved.
 
     Args:
         path: a file, or the name of one of fovea's own configs.
@@ -129,6 +150,8 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Loaded:
     file = resolve(path)
     problems: list[Problem] = []
     tree = read(file, problems, ())
+    if (found_in := _run_of(file)) is not None:
+        merge(tree, Branch({"run": Branch({"directory": Leaf(os.path.abspath(found_in), display(file))}, display(file))}, ""))
     for text in overrides:
         merge(tree, override(text, problems))
     run = tree.children.setdefault("run", Branch({}, "the file's name"))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 from typing import Any, ClassVar
 
 from pipeline.masking import shown
@@ -66,6 +68,49 @@ class NonFiniteError(TrainingError):
     """Too many steps whose loss or gradient is no finite number: the same steps would give the same."""
 
     cause = "nonfinite"
+
+
+class SystemFault(FoveaError):
+    """Something that the operating system refused: a full disk, a folder that cannot be written, a name that is too long."""
+
+    exit_code = 1
+    retryable = True
+    cause = "crash"
+
+
+_ADVICE = {
+    errno.ENOSPC: "Make room there, or choose another folder",
+    errno.EDQUOT: "Make room there, or choose another folder",
+    errno.EROFS: "Choose a folder that can be written",
+    errno.EACCES: "Choose another, or have it opened to you",
+    errno.EPERM: "Choose another, or have it opened to you",
+    errno.ENAMETOOLONG: "Choose a shorter name",
+    errno.ENOTDIR: "A file lies where a folder is wanted",
+    errno.EISDIR: "A folder lies where a file is wanted",
+    errno.ENOENT: "Is it spelled right, and mounted?",
+    errno.ELOOP: "Its symbolic links lead in a circle",
+    errno.EMFILE: "Raise the limit of open files (ulimit -n)",
+    errno.EIO: "The disk or its connection fails",
+    errno.ESTALE: "The network drive was mounted anew; start again",
+}
+
+
+def of_system(error: OSError) -> FoveaError | None:
+    """What the operating system refused, in a sentence; ``None`` for errors that are a library's own and name no reason.
+
+    Args:
+        error: as Python raised it.
+    """
+    if error.errno is None or not error.strerror:
+        return None
+    try:
+        os.getcwd()
+    except OSError:
+        return SystemFault("the working directory does not exist any more", hint="cd to one that does, and type it again")
+    named = [str(os.fsdecode(name)) for name in (error.filename, error.filename2) if isinstance(name, (str, bytes))]
+    what = error.strerror if len(error.strerror) < 300 else error.strerror[:300] + "…"
+    where = " -> ".join(name if len(name) < 300 else name[:100] + "…" + name[-60:] for name in named)
+    return SystemFault(what, where=where, hint=_ADVICE.get(error.errno, "`fovea --debug …` shows where in the program"))
 
 
 def verdict(error: BaseException) -> dict[str, Any]:

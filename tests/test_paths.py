@@ -206,3 +206,32 @@ def test_control_characters_in_paths_are_refused(tmp_path: Path, key: str, bad: 
     with pytest.raises(InvalidConfig) as caught:
         load(tmp_path / "toy.yaml", ["data.shards=a.tar", f"{key}={bad}"])
     assert key in str(caught.value) and bad not in str(caught.value)
+
+
+def test_a_run_that_was_moved_is_the_run_that_lies_there(tmp_path: Path) -> None:
+    (tmp_path / "toy.yaml").write_text(TOY)
+    first = load(tmp_path / "toy.yaml", ["data.shards=/d/a.tar", f"run.directory={tmp_path / 'old'}"])
+    new = tmp_path / "new"
+    new.mkdir()
+    (new / "config.yaml").write_text(show(first, absolute=True))
+    assert load(new).config.run.folder == tmp_path / "old"  # a config as any other, as long as no run has begun there
+    (new / "config.json").write_text("{}")
+    for name in (new, new / "config.yaml"):
+        assert load(name).config.run.folder == new
+    assert load(new, ["run.directory=/x/y"]).config.run.folder == Path("/x/y")
+
+
+def test_what_nobody_chose_is_told_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    shipped = load("dinov2/cifar10_vit_tiny", ["data.shards=/d/a.tar"])
+    assert "cifar10_vit_tiny.yaml:" in shipped.nobodys_choice("launch.ranks")
+    assert not shipped.nobodys_choice("data.shards") and not shipped.nobodys_choice("launch.timeout")
+    assert not load("dinov2/cifar10_vit_tiny", ["data.shards=/d/a.tar", "launch.ranks=2"]).nobodys_choice("launch.ranks")
+    (tmp_path / "mine.yaml").write_text(TOY)
+    mine = load("mine.yaml", ["data.shards=/d/a.tar"])
+    assert not mine.nobodys_choice("launch.ranks")
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "config.yaml").write_text(show(mine))
+    (run / "config.json").write_text("{}")
+    assert load(run).nobodys_choice("launch.ranks")

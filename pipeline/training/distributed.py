@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import socket
+import sys
+import threading
 from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import timedelta
@@ -15,6 +17,7 @@ import torch.distributed as dist
 from pipeline.errors import LaunchError, RendezvousError
 
 _LOOPBACK = ("127.0.0.1", "localhost")
+_NOTICE = 30.0  # seconds after which rank 0 tells what it waits for
 
 
 @dataclass(frozen=True)
@@ -71,6 +74,10 @@ def join(
     if device.type == "cuda":
         torch.cuda.set_device(device)
     limit = timedelta(seconds=timeout)
+    notice = threading.Timer(_NOTICE, _say_waiting, (rank, size, f"{address}:{port}", timeout))
+    notice.daemon = True
+    if size > 1 and rank == 0:
+        notice.start()
     try:
         store = dist.HashStore() if size == 1 else _meet(address, port, size, is_master=rank == 0, limit=limit)
         if device.type == "cuda" and local_size > 1:
@@ -89,7 +96,15 @@ def join(
             where=f"{address}:{port}",
             hint="see the other ranks' logs; the port must be free and reachable",
         ) from error
+    finally:
+        notice.cancel()
     return World(rank, size, local_rank, device, control, local_size)
+
+
+def _say_waiting(rank: int, size: int, where: str, timeout: float) -> None:
+    """Somebody whose shell has variables of an old job should not wait for ten minutes to learn of it."""
+    told = f"rank {rank} of {size} still waits for the others at {where}, for {timeout:.0f} s at most (launch.timeout)"
+    print(f"fovea: {told}. If nobody starts them, unset RANK and WORLD_SIZE", file=sys.stderr, flush=True)
 
 
 def gpu_of(local_rank: int, local_size: int, gpus: int) -> int:

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from pipeline.errors import FoveaError, verdict
+from pipeline.errors import FoveaError, of_system, verdict
 from pipeline.masking import shown
 from pipeline.training import claims
 from pipeline.training.watchdog import RESTART, Watchdog
@@ -63,6 +63,8 @@ def read(error: BaseException, facts: dict[str, Any]) -> Failure:
     if isinstance(error, MemoryError) or any(sign in text.lower() for sign in _HOST_MEMORY):
         hint = f"lower data.prefetch or data.workers, or {_LESS.format(**facts)}"
         return Failure(f"out of memory of the machine: {text[:300] or type(error).__name__}", hint)
+    if isinstance(error, OSError) and (known := of_system(error)) is not None:
+        return Failure(str(known))
     broken = isinstance(error, dist.DistError) or (
         isinstance(error, RuntimeError) and any(sign in text.lower() for sign in _COLLECTIVE)
     )
@@ -89,6 +91,9 @@ def tell(error: BaseException, watchdog: Watchdog, facts: dict[str, Any]) -> int
             what, hint = f"{reason}: {sentence}", f"the same command resumes{logs}"
     own: dict[str, Any] = {"rank": watchdog.rank, "what": what, "code": failure.code, "step": step, **verdict(error)}
     if cause is None and claims.claim(watchdog.folder, own):
+        if isinstance(error, OSError):
+            with contextlib.suppress(OSError), watchdog.stacks.open("a") as file:
+                file.write(f"--- {place}\n{shown(''.join(traceback.format_exception(error)))}")
         if not failure.expected:
             print(shown("".join(traceback.format_exception(error))), file=sys.stderr, end="")
         _say(f"error: {place}: {what}" + (f". {hint}" if hint else ""))

@@ -9,6 +9,7 @@ import pytest
 
 from launch import demo
 from pipeline.config import load
+from pipeline.errors import ConfigError
 from pipeline.methods import RECIPES
 
 
@@ -48,3 +49,10 @@ def test_the_speed_is_that_of_a_short_run_which_leaves_nothing(tmp_path: Path, m
     words = [*demo.shards_of(None, None, tmp_path), "launch.ranks=1", "train.global_batch=16"]
     assert demo.images_per_second(demo.config_of("byol"), words, tmp_path) > 0
     assert not (tmp_path / ".probe").exists()
+
+
+@pytest.mark.parametrize(("method", "minutes"), [("dino", 1.0), ("distill", 2.0)])
+def test_too_short_a_time_is_refused_before_anything_is_drawn(method: str, minutes: float, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="minutes are too few"):
+        demo.run(minutes=minutes, method=method, data=None, directory=tmp_path / "demo", val=None)
+    assert not (tmp_path / "demo").exists()

@@ -174,6 +174,34 @@ def test_a_contradiction_between_launcher_and_settings_is_refused_with_both(
     assert start({**environment, "FOVEA_ATTEMPT": "0"}, wanted) == 0  # the cluster's profile has decided
 
 
+def test_a_number_that_comes_with_fovea_gives_way_to_a_launcher_and_says_so(capsys: pytest.CaptureFixture[str]) -> None:
+    four = {**TORCHRUN, "WORLD_SIZE": "4", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "4"}
+    for environment, who in ((four, "torchrun"), (step(4, SLURM_STEP_NUM_NODES="1"), "slurm")):
+        assert start(environment, 2, default="configs/a.yaml:5:3") == 0
+        told = capsys.readouterr().err
+        assert told == f"fovea: {who} started 4 ranks; launch.ranks = 2 of configs/a.yaml:5:3 is for starts without a launcher\n"
+        with pytest.raises(LaunchError):
+            start(environment, 2)
+    assert start({**four, "RANK": "1", "LOCAL_RANK": "1"}, 2, default="x") == 0
+    assert capsys.readouterr().err == ""  # one rank says it
+    with pytest.raises(LaunchError, match="rank 0 of 8"):  # what an old job left in a shell is no launcher
+        start({**TORCHRUN, "WORLD_SIZE": "8"}, 2, default="x")
+
+
+def test_a_number_that_comes_with_fovea_gives_way_to_fewer_gpus(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(module, "gpus", lambda env: 1)
+    assert start({}, 2, default="configs/a.yaml:5:3") == 1
+    assert "1 rank, one a visible GPU, instead of launch.ranks = 2 of configs/a.yaml:5:3" in capsys.readouterr().err
+    with pytest.raises(LaunchError, match="1 GPU is visible"):
+        start({}, 2)
+
+
+def test_a_shell_of_slurm_on_a_node_without_gpus_starts_the_ranks() -> None:
+    assert start(step(1, SLURM_PTY_PORT="40000"), 2, on_cpu=True) == 2
+
+
 @pytest.mark.usefixtures("eight")
 def test_one_task_of_slurm_with_several_gpus_starts_a_rank_on_each() -> None:
     assert start(step(1), None) == 8

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import json
 import logging
+import subprocess
+import sys
 import tarfile
 from pathlib import Path
 from typing import Any
@@ -19,8 +22,9 @@ from launch.cli import main
 from launch.report import write as report
 from launch.terminal import Terminal, clean_logs
 from launch.watch import Lines
-from pipeline.errors import FoveaError
+from pipeline.errors import FoveaError, of_system
 from pipeline.training.run import RunDirectory
+from tests.runs import TOY, environment
 from tests.training.test_manifest import GOOD, JSON, run_with
 
 EVIL = "\x1b]0;TITLE\x07\x1b[2J\x9b31m\u202e"
@@ -132,3 +136,46 @@ def test_records_of_a_wrong_type_end_in_one_error(tmp_path: Path, name: str, key
         except FoveaError as error:
             assert "\n" not in str(error)
     (run.path / name).unlink()
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["train", "a" * 5000], "File name too long. Choose a shorter name"),
+        (["shards", "index", "a\nb.tar"], "should hold no line breaks"),
+        (["train", "FILE", "data.shards=/d/a.tar", "run.directory=FILE/run"], "/toy.yaml/run: Not a directory"),
+    ],
+)
+def test_what_the_system_refuses_is_one_sentence(
+    words: list[str], told: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "toy.yaml").write_text(TOY)
+    with pytest.raises(SystemExit) as stop:
+        main([word.replace("FILE", str(tmp_path / "toy.yaml")) for word in words])
+    message = capsys.readouterr().err
+    assert stop.value.code in (1, 2)
+    assert told in message and "Traceback" not in message and message.count("\n") == 1
+
+
+def test_a_working_directory_that_is_gone_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "gone").mkdir()
+    monkeypatch.chdir(tmp_path / "gone")
+    (tmp_path / "gone").rmdir()
+    with pytest.raises(SystemExit):
+        main(["config", "check", "dinov2/cifar10_vit_tiny", "data.shards=a.tar"])
+    assert capsys.readouterr().err.startswith("fovea: the working directory does not exist any more")
+
+
+def test_an_error_of_a_library_keeps_its_traceback() -> None:
+    assert of_system(OSError("a library's own")) is None
+    assert "ulimit" in str(of_system(OSError(errno.EMFILE, "Too many open files")))
+    assert str(of_system(OSError(errno.ENOSPC, "No space left on device", "/d/x"))).startswith("/d/x: No space left on device.")
+
+
+def test_streams_that_were_closed_lead_nowhere_and_no_file_gets_their_number() -> None:
+    code = "import os, sys\nfrom launch.terminal import open_streams\nopen_streams()\n"
+    code += "print('lost')\nsys.exit(0 if os.open('/dev/zero', os.O_RDONLY) > 2 and sys.stdout.fileno() == 1 else 1)"
+    command = ["bash", "-c", 'exec "$0" -c "$1" <&- >&- 2>&-', sys.executable, code]
+    assert subprocess.run(command, env=environment(), check=False).returncode == 0

@@ -125,6 +125,21 @@ def test_captions_that_were_trained_on_are_not_searched_for(shards: Path, name: 
     assert judged(config)["queries"].total == 10  # weights from elsewhere did not see them
 
 
+def test_nor_when_others_vote_as_far_as_the_training_shards_are_here(shards: Path) -> None:
+    from launch.judge import settings_for_weights
+
+    words = [
+        f"data.index={shards}/index",
+        "evaluation.retrieval.enabled=true",
+        f"evaluation.knn.train_shards={shards}/train-*.tar",
+    ]
+    words += [f"evaluation.knn.val_shards={shards}/val-*.tar"]
+    with pytest.raises(DataError, match="trained on too"):
+        judged(settings_for_weights([f"data.shards={shards}/*.tar", *words]), trained=True)
+    away = settings_for_weights([f"data.shards={shards}/away-*.tar", *words])
+    assert judged(away, trained=True)["queries"].total == 10
+
+
 def test_segmentation_has_its_own_pair(shards: Path, tmp_path: Path) -> None:
     scenes.write(tmp_path / "dense", train=8, val=4, size=32, samples_per_shard=4)
     train = sorted((tmp_path / "dense").glob("*train-*.tar"))
