@@ -120,9 +120,8 @@ def of_key(config: Config, inputs: Inputs, key: str, world: int, last: int) -> d
             for place in np.flatnonzero(batch.ids == number).tolist():
                 seen.append({"step": step, **_row(inputs, step, place, number, int(batch.epochs[place]), world, replaced)})
     seen.sort(key=lambda row: (row["step"], row["place"]))
-    words = [
-        f"{printable(key)}: {len(places)} {'sample' if len(places) == 1 else 'samples'}, seen {len(seen)} times in steps 0 to {last - 1}"
-    ]
+    samples = f"{len(places)} {'sample' if len(places) == 1 else 'samples'}"
+    words = [f"{printable(key)}: {samples}, seen {len(seen)} times in steps 0 to {last - 1}"]
     words += [f"left out of {entry['shard']} by the index ({entry['status']})" for entry in left_out]
     return {
         "about": "; ".join(words),
