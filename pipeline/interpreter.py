@@ -7,6 +7,12 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 
+_OF_LAUNCHERS = frozenset(
+    (
+        *("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "SLURM_STEP_ID", "FOVEA_ATTEMPT", "FOVEA_KEY"),
+        *("PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE"),
+    )
+)
 ROOT = Path(__file__).resolve().parents[1]
 
 # The module is searched as by ``python -m``, but never in the working directory, and found where this process found it: a folder
@@ -45,6 +51,4 @@ def safe_environment(environment: Mapping[str, str] | None = None) -> dict[str, 
 
 def alone_environment() -> dict[str, str]:
     """Variables for a command that starts ranks of its own, also inside a step of Slurm or a process of torchrun."""
-    of_launchers = ["RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "SLURM_STEP_ID"]
-    of_launchers += ["PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE", "FOVEA_ATTEMPT", "FOVEA_KEY"]
-    return {name: value for name, value in safe_environment().items() if name not in of_launchers}
+    return {name: value for name, value in safe_environment().items() if name not in _OF_LAUNCHERS}

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import fcntl
+import json
+import threading
 from pathlib import Path
 
 import pytest
@@ -9,11 +12,13 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from launch import judge
 from launch.judge import settings_for_weights
 from launch.peers import load
 from pipeline.errors import CheckpointError, ConfigError
 from pipeline.export.networks import read
 from pipeline.export.write import write
+from pipeline.training.run import RunDirectory
 from tests.export.made import CLIP, DINO, checkpoint, settings
 
 CPU = torch.device("cpu")
@@ -69,3 +74,17 @@ def test_weights_have_settings_of_which_the_data_count() -> None:
     config = settings_for_weights(["data.shards=/d/train-*.tar", "evaluation.linear.epochs=3"])
     assert config.validation_shards == ("/d/*val-*.tar",)
     assert config.evaluation.linear.epochs == 3
+
+
+def test_evaluations_of_one_checkpoint_that_end_at_once_keep_each_others_scores(tmp_path: Path) -> None:
+    saved, _ = checkpoint(tmp_path / "run", settings(DINO))
+    run = RunDirectory(tmp_path / "run")
+    file = judge._kept(run, saved, {}, {"trained": {"knn/k10": 0.5}})
+    other = threading.Thread(target=judge._kept, args=(run, saved, {}, {"trained": {"linear/top1": 0.7}}), daemon=True)
+    with (run.path / "evaluations" / ".lock").open("a") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        other.start()
+        other.join(1.0)
+        assert other.is_alive(), "it reads what the first is about to exchange"
+    other.join(60.0)
+    assert json.loads(file.read_text())["scores"] == {"trained": {"knn/k10": 0.5, "linear/top1": 0.7}}
