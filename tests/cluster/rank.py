@@ -70,10 +70,7 @@ print(f"rank {rank} of attempt {attempt} begins at step {step} on {os.environ['S
 if rank == 0:
     with (run / "attempts.jsonl").open("a") as file:
         file.write(json.dumps({"event": "training", "attempt": attempt, "t": time.time(), "step": step}) + "\n")
-met = logs / "met"
-if act == "meet" and not met.exists():
-    if rank == 0:
-        met.mkdir()
+if act == "meet" and not (logs / "failure-meeting.json").exists():  # which the attendant makes before the second start
     fail("RendezvousError", "the address is in use")
 stop = ""
 while step < plan["steps"]:
