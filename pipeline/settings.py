@@ -333,6 +333,16 @@ class LaunchSettings(Settings):
     timeout: Positive = Field(default=600.0, description="seconds a collective may take")
 
 
+def _beside(pattern: str) -> str:
+    """The pattern of validation shards beside a pattern of training shards, or in a folder of them."""
+    folder, _, name = pattern.rstrip("/").rpartition("/")
+    if not name.endswith(".tar") and not re.search(r"[{*?\[]", name):
+        folder = pattern.rstrip("/")
+    if re.search(r"[{*?]", folder):
+        folder = re.split(r"[{*?]", folder)[0].rpartition("/")[0]
+    return f"{folder}/*val-*.tar" if folder else "*val-*.tar"
+
+
 def _known_recipe(value: object) -> object:
     if isinstance(value, dict) and value.get("name") in RECIPES:
         return RECIPES[value["name"]].model_validate(value)
@@ -395,8 +405,7 @@ class Config(Settings):
     @property
     def validation_shards(self) -> tuple[str, ...]:
         """Patterns of the shards that evaluations judge; ``*val-*.tar`` beside the training shards if none are named."""
-        folder = re.split(r"[{*?\[]", self.data.patterns[0])[0].rpartition("/")[0]
-        return self.evaluation.knn.val_shards or (f"{folder}/*val-*.tar" if folder else "*val-*.tar",)
+        return self.evaluation.knn.val_shards or (_beside(self.data.patterns[0]),)
 
     def replace(self, **sections: Any) -> Self:
         """A copy with whole sections exchanged. Not checked again: call :func:`pipeline.checks.check` where that matters."""

@@ -450,3 +450,21 @@ def test_every_section_is_a_strict_settings_class() -> None:
         names = [node.name for node in tree.body if isinstance(node, ast.ClassDef) and node.name.endswith("Settings")]
         found += [getattr(__import__(f"pipeline.{module}", fromlist=[name]), name) for name in names]
     assert len(found) > 14 and all(issubclass(section, Settings) for section in found)
+
+
+@pytest.mark.parametrize(
+    ("shards", "validation"),
+    [
+        ("/d/train-{000..009}.tar", "/d/*val-*.tar"),
+        ("/d/train-*.tar", "/d/*val-*.tar"),
+        ("train-0.tar", "*val-*.tar"),
+        ("/d/shards", "/d/shards/*val-*.tar"),
+        ("/d/shards/", "/d/shards/*val-*.tar"),
+        ("s3://bucket/web", "s3://bucket/web/*val-*.tar"),
+        ("/d/{a,b}/train-*.tar", "/d/*val-*.tar"),
+        ("/d/x[v2]/train-*.tar", "/d/x[v2]/*val-*.tar"),
+    ],
+)
+def test_validation_shards_lie_beside_the_training_shards_or_in_their_folder(shards: str, validation: str) -> None:
+    config = Config.model_validate({"model": {"timm": "vit_small_patch16_224"}, "data": {"shards": shards}})
+    assert config.validation_shards == (validation,)
