@@ -211,6 +211,9 @@ def shallow(config: Config) -> Config:
     recipe |= {"ibot_prototypes": None} if hasattr(config.recipe, "ibot_prototypes") else {}
     if hasattr(config.recipe, "judge"):
         recipe |= {"judge": config.recipe.judge.model_copy(update={"depth": 2})}
+    if getattr(config.recipe, "students", ()):
+        few = [one.model_copy(update={"depth": 2}) for one in config.recipe.students]
+        recipe |= {"students": tuple(few)}
     return config.replace(model=config.model.model_copy(update=update), recipe=config.recipe.model_copy(update=recipe))
 
 
