@@ -10,9 +10,16 @@ _MASK = "***"
 NO_PASSWORD = "must not carry a user name or password; use MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD"
 UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff\ufeff]")
 _UNPRINTABLE_BUT_LINES = re.compile(UNPRINTABLE.pattern.replace("\x00-\x1f", "\x00-\x08\x0b-\x1f"))
-_ADDRESS = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://[^\s'\"<>|]+")
-_USERINFO = re.compile(r"^((?!abfss?:)[A-Za-z][A-Za-z0-9+.-]*://)([^/?#]*)@", re.IGNORECASE)  # abfs has its container there
-_QUERY_VALUE = re.compile(r"([?&;][^=&;#\s]*=)[^&;#\s]*")
+# Schemes are bounded, and no name of a query holds a "?": text of strangers must not take quadratic time.
+_ADDRESS = re.compile(r"[A-Za-z][A-Za-z0-9+.-]{0,30}://[^\s'\"<>|]+")
+# After a host only a port follows a colon: anything else is a password, with "/", "?" or "#" in it perhaps. abfs has a container
+# where others have a user.
+_USERINFO = re.compile(
+    r"^((?!abfss?:)[A-Za-z][A-Za-z0-9+.-]*:/{1,2})(?:[^/?#]*@|[^/?#@:\[]*:(?!\d+(?:[/?#]|$)|/|$)[^@]*@)",
+    re.IGNORECASE | re.DOTALL,
+)
+_QUERY_VALUE = re.compile(r"([?&;#][^?=&;#\s]*=)[^&#]*", re.DOTALL)
+_BARE_QUERY = re.compile(r"^(https?://[^?#]*\?)[^=&#]+(?=$|[&#])", re.IGNORECASE | re.DOTALL)
 
 
 def printable(text: str, *, limit: int = 0) -> str:
@@ -47,7 +54,13 @@ def hide_secrets(text: str) -> str:
 
 
 def _hide(address: str) -> str:
-    return _QUERY_VALUE.sub(rf"\g<1>{_MASK}", _USERINFO.sub(rf"\g<1>{_MASK}@", address))
+    clean = _BARE_QUERY.sub(rf"\g<1>{_MASK}", _USERINFO.sub(rf"\g<1>{_MASK}@", address))
+    return _QUERY_VALUE.sub(rf"\g<1>{_MASK}", clean)
+
+
+def shown_address(address: str, *, limit: int = 0) -> str:
+    """An address for people: all of the text is taken for it, whatever characters its password has; masked, then printable."""
+    return printable(_hide(address.strip()), limit=limit)
 
 
 def shown(text: str) -> str:
@@ -57,7 +70,7 @@ def shown(text: str) -> str:
 
 def has_password(address: str) -> bool:
     """Whether an address carries a user name or password (``scheme://user:password@host``)."""
-    return bool(_USERINFO.match(address))
+    return bool(_USERINFO.match(address.strip()))
 
 
 def masked(value: Any) -> Any:

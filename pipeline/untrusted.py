@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.errors import DataError, FoveaError
-from pipeline.masking import NO_PASSWORD, UNPRINTABLE, has_password, hide_secrets, printable, shown
+from pipeline.masking import NO_PASSWORD, UNPRINTABLE, has_password, hide_secrets, printable, shown, shown_address
 
 __all__ = [
     "NO_PASSWORD",
@@ -26,6 +26,7 @@ __all__ = [
     "read_bytes",
     "read_json",
     "shown",
+    "shown_address",
 ]
 
 MAX_NAME = 255  # bytes, the limit of common file systems

@@ -5,6 +5,7 @@ from __future__ import annotations
 import http.server
 import stat
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from pipeline.data.manifest import Fields
 from pipeline.data.reader import Reader
 from pipeline.data.storage import Storage, expand, signed
 from pipeline.errors import ConfigError, DataError, FoveaError
-from pipeline.masking import masked, shown
+from pipeline.masking import has_password, masked, shown, shown_address
 from pipeline.settings import StorageSettings
 from pipeline.tracking import Journal, server_of
 from pipeline.training.run import RunDirectory
@@ -175,3 +176,32 @@ def test_a_folder_with_brackets_in_its_name_is_found(tmp_path: Path) -> None:
     (tmp_path / "plain").mkdir()
     (tmp_path / "plain" / "x1.tar").write_bytes(bytes(1024))
     assert len(expand(f"{tmp_path}/pl[a]in/x*.tar")) == 1
+
+
+@pytest.mark.parametrize("begin", ["it's", '"', "a b", "a/", "#", "?", 50 * SECRET])
+def test_whatever_characters_a_password_has_it_is_refused_and_not_shown(begin: str, tmp_path: Path) -> None:
+    address = f"http://u:{begin}{SECRET}@h:5000/x"
+    assert SECRET not in shown_address(address, limit=200)
+    with pytest.raises(ConfigError, match="MLFLOW_TRACKING_PASSWORD") as caught:
+        server_of(tmp_path, None, named=address)
+    assert SECRET not in str(caught.value)
+
+
+@pytest.mark.parametrize("end", [f"?{SECRET}", f"#access_token={SECRET}", f"?a=1;{SECRET}", f"?a=1#t={SECRET}"])
+def test_queries_without_names_and_fragments_are_masked(end: str) -> None:
+    assert SECRET not in shown(f"see https://h/x{end} for more") and "for more" in shown(f"see https://h/x{end} for more")
+
+
+@pytest.mark.parametrize(
+    "plain", ["http://h:5000/a@b", "s3://bucket/a:b@c", "file:///a:b@c", "sqlite:////x/a:b@c", "x-?.tar", "s3://b/x-?.tar"]
+)
+def test_addresses_without_a_password_stay(plain: str) -> None:
+    assert not has_password(plain) and shown_address(plain) == shown(plain) == plain
+
+
+@pytest.mark.parametrize("text", ["a" * 400_000 + " ://", "http://h/" + "?a" * 400_000, "http://" + "a:" * 200_000])
+def test_masking_takes_linear_time(text: str) -> None:
+    """Quadratic, each takes hours; keys and names of strangers are masked before they are shown."""
+    started = time.process_time()
+    shown(text)
+    assert time.process_time() - started < 60

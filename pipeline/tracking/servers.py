@@ -18,7 +18,7 @@ from pipeline.errors import ConfigError
 from pipeline.settings import TrackingSettings
 from pipeline.tracking.database import OWN, uri_of
 from pipeline.tracking.destination import Destination, destination
-from pipeline.untrusted import NO_PASSWORD, has_password, hide_secrets, inside, printable, read_bytes
+from pipeline.untrusted import NO_PASSWORD, has_password, inside, printable, read_bytes, shown_address
 
 _SQLITE = "sqlite:///"
 _MOST = 1 << 20  # bytes of the list
@@ -83,7 +83,7 @@ def check_address(uri: str, *, where: str) -> None:
 
 def shown_server(uri: str) -> str:
     """A tracking URI for people: printable, without user names, passwords and query values."""
-    return hide_secrets(printable(uri, limit=200))
+    return shown_address(uri, limit=200)
 
 
 def remember(uri: str) -> None:

@@ -20,7 +20,7 @@ from typing import Any
 from pipeline.errors import DataError, FoveaError, LaunchError
 from pipeline.tracking import database
 from pipeline.tracking.journal import read
-from pipeline.untrusted import hide_secrets, inside, open_regular, printable, read_json
+from pipeline.untrusted import hide_secrets, inside, open_regular, printable, read_json, shown_address
 
 _BATCH = 900
 _LIMITS = {"metrics": 900, "params": 100, "tags": 100}
@@ -116,7 +116,7 @@ class Shipper:
             except Exception as error:  # the boundary: whatever MLflow raises must not reach training
                 self._client, self.trouble = None, error
                 if not away:
-                    server = printable(hide_secrets(self._uri))
+                    server = shown_address(self._uri)
                     self._log(f"MLflow at {server} takes nothing now ({_line(error)}); the journal keeps everything")
                 pause, away = min(2 * pause, _PAUSES[1]), True
             if last:
@@ -207,7 +207,7 @@ class Shipper:
             elif experiment.lifecycle_stage != "active":
                 raise LaunchError(
                     f"the experiment {self._experiment!r} is deleted",
-                    where=printable(hide_secrets(self._uri)),
+                    where=shown_address(self._uri),
                     hint="restore it with `mlflow experiments restore`, or set tracking.experiment to another name",
                 )
             else:
@@ -304,7 +304,7 @@ def _exists(client: Any, run_id: str) -> bool:
 
 
 def _line(error: Exception) -> str:
-    return hide_secrets(printable((str(error).strip() or type(error).__name__).splitlines()[0][:400], limit=160))
+    return printable(hide_secrets((str(error).strip() or type(error).__name__).splitlines()[0][:4000]), limit=160)
 
 
 def _cursor(uri: str, run_id: str) -> dict[str, Any]:

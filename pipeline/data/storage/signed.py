@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from pipeline.data.storage.names import REMOTE, is_remote
 from pipeline.errors import DataError
-from pipeline.untrusted import has_password, hide_secrets
+from pipeline.untrusted import has_password, shown_address
 
 _QUERIES: dict[str, str] = {}
 
@@ -25,7 +25,7 @@ def strip(url: str) -> str:
     if has_password(url):
         raise DataError(
             "must not carry a user name or password",
-            where=hide_secrets(url),
+            where=shown_address(url),
             hint="They would end in files and logs. Use a signed link, or a bucket with credentials of the environment.",
         )
     if not is_remote(url) or REMOTE[url.partition("://")[0].lower()] != "https":
