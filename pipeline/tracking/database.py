@@ -20,11 +20,14 @@ from pathlib import Path
 from typing import Literal
 from urllib.parse import quote, unquote
 
+from pipeline.errors import DataError
 from pipeline.locks import lock
+from pipeline.untrusted import open_regular, printable
 
 State = Literal["absent", "whole", "half", "other", "unreadable"]
 OWN = "mlflow.db"
 _VERSION = "alembic_version"
+_SUPER = bytes.fromhex("d9d505f920a163d7")  # the end of a rollback journal that names a super-journal
 _PLAIN = "".join(chr(code) for code in range(32, 127) if chr(code) not in "?%")
 _QUIET, _PATIENCE, _TICK = 3.0, 60.0, 0.25  # seconds
 _STALE = 3600.0  # seconds after which a file that somebody was copying is litter
@@ -58,12 +61,14 @@ def ensure(uri: str, *, own: bool, log: Callable[[str], None] = lambda _: None) 
         log: where to say that a broken one was set aside.
 
     Raises:
+        DataError: SQLite would delete another file with what lies beside it.
         OSError: the file cannot be written.
         Exception: whatever MLflow raises.
     """
     path = path_of(uri)
     if path is None:
         return
+    check_journal(path)
     state = _settled(path)
     if state in ("absent", "half") or (own and state in ("other", "unreadable")):
         _sweep(path)
@@ -73,6 +78,30 @@ def ensure(uri: str, *, own: bool, log: Callable[[str], None] = lambda _: None) 
             with contextlib.suppress(FileExistsError):  # another process was faster: its database is as good
                 _link(fresh, path)
         _forget(uri)
+
+
+def check_journal(path: Path) -> None:
+    """Refuses a rollback journal that names a super-journal, a file that SQLite deletes wherever it lies.
+
+    SQLite writes such a name when one transaction changes several attached databases, which MLflow never does.
+
+    Raises:
+        DataError: it names one, or is no regular file.
+    """
+    journal = path.with_name(f"{path.name}-journal")
+    try:
+        descriptor = open_regular(journal)
+    except FileNotFoundError:
+        return
+    with os.fdopen(descriptor, "rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        file.seek(max(size - len(_SUPER), 0))
+        if file.read() == _SUPER:
+            raise DataError(
+                "it names another file, which SQLite would delete",
+                where=printable(str(journal)),
+                hint="The run is not to be trusted; delete its mlflow.db-journal",
+            )
 
 
 def _forget(uri: str) -> None:

@@ -8,6 +8,7 @@ import random
 import shutil
 import signal
 import sqlite3
+import struct
 import subprocess
 import sys
 import time
@@ -16,6 +17,7 @@ from typing import Any
 
 import pytest
 
+from pipeline.errors import DataError
 from pipeline.tracking import Journal, Shipper, database
 from tests.runs import ROOT, environment
 
@@ -207,3 +209,27 @@ def test_the_file_lies_where_the_run_is_whatever_its_name(tmp_path: Path, name: 
 def test_servers_and_memory_are_no_files() -> None:
     for uri in ("http://host:5000", "postgresql://u:p@h/db", "sqlite://", "sqlite:///:memory:", "databricks", "file:/tmp/mlruns"):
         assert database.path_of(uri) is None
+
+
+def test_a_journal_that_names_another_file_deletes_nothing(tmp_path: Path) -> None:
+    """SQLite deletes the super-journal that a hot rollback journal names, wherever it lies."""
+    base, victim = tmp_path / "mlflow.db", tmp_path / "victim"
+    with contextlib.closing(sqlite3.connect(base)) as made, made:
+        made.execute("CREATE TABLE t (a)")
+
+    def plant() -> None:
+        victim.write_bytes(b"precious" * 100)
+        magic, name, page = bytes.fromhex("d9d505f920a163d7"), str(victim).encode(), base.read_bytes()[:4096]
+        head = (magic + struct.pack(">5I", 1, 0, base.stat().st_size // 4096, 512, 4096)).ljust(512, b"\0")
+        record = struct.pack(">I", 1) + page + struct.pack(">I", sum(page[4096 - 200 : 0 : -200]))
+        end = struct.pack(">I", (1 << 30) // 4096 + 1) + name + struct.pack(">2I", len(name), sum(name)) + magic
+        Path(f"{base}-journal").write_bytes(head + record + end)
+
+    plant()
+    with contextlib.closing(sqlite3.connect(base)) as opened:
+        opened.execute("SELECT * FROM t").fetchall()
+    assert not victim.exists(), "the attack works on SQLite itself"
+    plant()
+    with pytest.raises(DataError, match="names another file"):
+        database.ensure(database.uri_of(base), own=True)
+    assert victim.exists()
