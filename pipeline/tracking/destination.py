@@ -8,13 +8,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from pipeline.errors import FoveaError
 from pipeline.paths import absolute
 from pipeline.settings import TrackingSettings
 from pipeline.tracking.database import OWN, uri_of
-from pipeline.untrusted import hide_secrets, printable
+from pipeline.untrusted import read_json, shown_address
 
 _FILE = "destination.json"
 _EXPERIMENT = "fovea"
+_ORIGINS = ("", "tracking.uri", "MLFLOW_TRACKING_URI")
 
 
 @dataclass(frozen=True)
@@ -33,7 +35,7 @@ class Destination:
 
     def __str__(self) -> str:
         """For a person: the server without its secrets, and who named it."""
-        return printable(hide_secrets(self.uri)) + (f" ({self.origin})" if self.origin else "")
+        return shown_address(self.uri) + (f" ({self.origin})" if self.origin else "")
 
     def record(self, tracking: Path) -> None:
         """Keeps what the environment named, for commands that are typed in another shell later."""
@@ -69,8 +71,10 @@ def destination(settings: TrackingSettings, run: Path, environment: Mapping[str,
 
 
 def _recorded(path: Path) -> dict[str, str]:
+    """What :meth:`Destination.record` kept; empty if there is none, or another document. Nothing of it is trusted."""
     try:
-        document = json.loads(path.read_text())
-    except (OSError, ValueError):
+        document = read_json(path, limit=1 << 20)
+    except (OSError, FoveaError):
         return {}
-    return {key: value for key, value in document.items() if isinstance(value, str)} if isinstance(document, dict) else {}
+    kept = {key: value for key, value in document.items() if isinstance(value, str)} if isinstance(document, dict) else {}
+    return kept if kept.get("origin", "") in _ORIGINS else {}

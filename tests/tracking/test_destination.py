@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
+
+import pytest
 
 from pipeline.settings import TrackingSettings
 from pipeline.tracking import destination
@@ -41,3 +44,14 @@ def test_another_shell_still_knows_what_the_environment_named(tmp_path: Path) ->
 def test_a_password_is_not_shown(tmp_path: Path) -> None:
     shown = str(destination(TrackingSettings(uri="https://me:secret@host/x?token=abc"), tmp_path, {}))
     assert "secret" not in shown and "abc" not in shown and "host" in shown
+
+
+@pytest.mark.parametrize("content", ["[" * 200_000, '{"uri": "http://h", "origin": "\\u001b[2J"}', "fifo"])
+def test_a_foreign_record_neither_blocks_nor_speaks(tmp_path: Path, content: str) -> None:
+    file = tmp_path / "tracking" / "destination.json"
+    file.parent.mkdir()
+    if content == "fifo":
+        os.mkfifo(file)
+    else:
+        file.write_text(content)
+    assert destination(TrackingSettings(), tmp_path, {}).origin == ""
