@@ -22,6 +22,7 @@ from pipeline.errors import CheckpointError
 from pipeline.models.positions import resample_positions
 from pipeline.models.tensors import reason
 from pipeline.models.vision import VisionTower
+from pipeline.untrusted import printable
 
 _WRAPPERS = ("teacher", "model", "state_dict", "student")
 _PREFIXES = ("module.", "_orig_mod.", "backbone.")
@@ -114,7 +115,9 @@ def compare(own: Mapping[str, tuple[int, ...]], theirs: Mapping[str, tuple[int, 
         CheckpointError: with the three lists, each cut after a few.
     """
     other = [
-        f"{name} {list(theirs[name])} there, {list(own[name])} here" for name in own if theirs.get(name, own[name]) != own[name]
+        f"{printable(name, limit=80)} {list(theirs[name])} there, {list(own[name])} here"
+        for name in own
+        if theirs.get(name, own[name]) != own[name]
     ]
     lists = {
         "missing": [name for name in own if name not in theirs],
@@ -123,13 +126,14 @@ def compare(own: Mapping[str, tuple[int, ...]], theirs: Mapping[str, tuple[int, 
     }
     wrong = {kind: names for kind, names in lists.items() if names}
     if wrong:
-        told = "; ".join(
-            f"{len(names)} {kind}: {', '.join(names[:_NAMED])}{', …' if len(names) > _NAMED else ''}"
-            for kind, names in wrong.items()
-        )
+        told = "; ".join(f"{len(names)} {kind}: {_some(names)}" for kind, names in wrong.items())
         raise CheckpointError(
             f"its weights do not fit ({told})", where=where, hint="set model.* to the architecture of the weights, or name others"
         )
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join([*(printable(name, limit=200) for name in names[:_NAMED]), *(["…"] if len(names) > _NAMED else [])])
 
 
 def _renamed(state: Mapping[str, Tensor], notes: list[str]) -> dict[str, Tensor]:

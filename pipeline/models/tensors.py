@@ -7,8 +7,11 @@ tensors and containers only. No other function of this package reads a foreign f
 from __future__ import annotations
 
 import contextlib
+import itertools
+import mmap
 import os
 import warnings
+import zipfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -22,6 +25,9 @@ from pipeline.untrusted import hide_secrets, open_regular, plain_name, printable
 
 MAX_SHARDS = 1000  # files of one set of weights
 _DEPTH = 8  # of containers in each other
+_ENTRIES = 1_000_000  # of all containers of a file; one that stands in many places counts in each
+_ZIP = b"PK\x03\x04"
+_ZEROS = b"bytearray\n"  # as a pickle names the type, which torch allows: a few bytes ask for any amount of memory
 _FORCE = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
 _HINT = "download it again, or convert it to safetensors where it is trusted"
 
@@ -59,6 +65,7 @@ def read_tensors(path: Path, *, shapes_only: bool = False) -> dict[str, Any]:
                 if shapes_only:
                     return {k: torch.empty(file.get_slice(k).get_shape(), device="meta") for k in file.keys()}  # noqa: SIM118
                 return {k: file.get_tensor(k) for k in file.keys()}  # noqa: SIM118
+        _check_pickle(path)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of torch, about the pickle's protocol
             state: Any = torch.load(path, map_location="meta" if shapes_only else "cpu", weights_only=True)
@@ -68,7 +75,25 @@ def read_tensors(path: Path, *, shapes_only: bool = False) -> dict[str, Any]:
         raise CheckpointError(f"it cannot be read as tensors ({reason(error)})", where=printable(str(path)), hint=_HINT) from None
     if not isinstance(state, Mapping):
         raise CheckpointError("it holds no tensors by name", where=printable(str(path)), hint="give a state dict")
-    return _plain(state, str(path), _DEPTH)
+    return _plain(state, str(path), _DEPTH, itertools.count())
+
+
+def _check_pickle(path: Path) -> None:
+    """Refuses what would take far more memory than the file has bytes: compressed archives, and byte arrays by their length."""
+    with path.open("rb") as file:
+        if not os.fstat(file.fileno()).st_size:
+            return
+        with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+            archive = content[: len(_ZIP)] == _ZIP
+            if content.find(_ZEROS) >= 0:
+                raise CheckpointError("it holds a byte array, which is no tensor", where=printable(str(path)), hint=_HINT)
+        if archive:
+            with zipfile.ZipFile(file) as opened_archive:
+                members = opened_archive.infolist()
+            if any(m.compress_type for m in members) or sum(m.file_size for m in members) > os.fstat(file.fileno()).st_size:
+                raise CheckpointError(
+                    "it is a compressed archive, which torch never writes", where=printable(str(path)), hint=_HINT
+                )
 
 
 def read_folder(folder: Path, names: tuple[str, ...]) -> dict[str, Any]:
@@ -102,16 +127,18 @@ def _read_shards(folder: Path, index: Path) -> dict[str, Any]:
     return state
 
 
-def _plain(state: Mapping[Any, Any], where: str, depth: int) -> dict[str, Any]:
+def _plain(state: Mapping[Any, Any], where: str, depth: int, seen: Iterator[int]) -> dict[str, Any]:
     """The same containers as plain dictionaries, of what has a name; refuses tensors that no memory stands behind."""
     kept: dict[str, Any] = {}
     for name, value in state.items():
+        if next(seen) >= _ENTRIES:
+            raise CheckpointError(f"its containers hold more than {_ENTRIES} entries", where=printable(where), hint=_HINT)
         if not isinstance(name, str):
             continue  # the state of an optimizer
         if isinstance(value, Mapping):
             if depth == 0:
                 raise CheckpointError("its containers are nested too deeply", where=printable(where), hint=_HINT)
-            kept[name] = _plain(value, where, depth - 1)
+            kept[name] = _plain(value, where, depth - 1, seen)
         elif isinstance(value, Tensor):
             kept[name] = _dense(value, name, where)
         else:
@@ -135,7 +162,7 @@ def reason(error: BaseException) -> str:
     text = " ".join(str(error).split())
     if "weights_only" in text or "Unsupported global" in text or "allowlist" in text.lower():
         return "it holds Python objects, which could run code"
-    return hide_secrets(printable(text, limit=200)) or type(error).__name__
+    return printable(hide_secrets(text[:4000]), limit=200) or type(error).__name__
 
 
 @contextlib.contextmanager

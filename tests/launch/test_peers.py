@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -304,3 +305,27 @@ def test_tensors_that_claim_more_than_the_file_has_are_refused(tmp_path: Path) -
         read_tensors(tmp_path / "h.safetensors")
     save_file({"a": torch.zeros(2)}, tmp_path / "good.safetensors")
     assert read_tensors(tmp_path / "good.safetensors", shapes_only=True)["a"].is_meta
+
+
+class _Zeros:
+    def __reduce__(self) -> tuple[Any, ...]:
+        return bytearray, (1 << 34,)
+
+
+def test_a_small_file_cannot_ask_for_much_memory_or_time(tmp_path: Path) -> None:
+    torch.save({"x": _Zeros()}, tmp_path / "zeros.pth")
+    torch.save({"x": torch.zeros(1 << 20)}, tmp_path / "plain.pth")
+    assert read_tensors(tmp_path / "plain.pth")["x"].numel() == 1 << 20
+    with (
+        zipfile.ZipFile(tmp_path / "plain.pth") as plain,
+        zipfile.ZipFile(tmp_path / "packed.pth", "w", zipfile.ZIP_DEFLATED) as packed,
+    ):
+        for member in plain.infolist():
+            packed.writestr(member.filename, plain.read(member))
+    many: dict[str, Any] = {"x": torch.zeros(1)}
+    for _ in range(7):
+        many = {str(number): many for number in range(40)}
+    torch.save(many, tmp_path / "many.pth")
+    for name, what in {"zeros": "byte array", "packed": "compressed archive", "many": "entries"}.items():
+        with pytest.raises(CheckpointError, match=what):
+            read_tensors(tmp_path / f"{name}.pth")
