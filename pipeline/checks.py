@@ -4,16 +4,24 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Iterator
+from typing import TypeVar
 
 from pipeline.judges import NAMES, VOTED
-from pipeline.masking import NO_PASSWORD, has_password, hide_secrets
+from pipeline.masking import NO_PASSWORD, UNPRINTABLE, has_password, printable, shown_address
 from pipeline.methods import Dinov2Settings
 from pipeline.settings import Config
+
+_T = TypeVar("_T")
 
 
 def check(config: Config) -> list[tuple[str, str]]:
     """What settings contradict each other: pairs of dotted key and sentence."""
-    found: list[tuple[str, str]] = [*_check_addresses(config), *_check_model(config), *_check_recipe(config)]
+    found: list[tuple[str, str]] = [
+        *_check_plain(config),
+        *_check_addresses(config),
+        *_check_model(config),
+        *_check_recipe(config),
+    ]
     if config.launch.ranks is not None:
         found += check_ranks(config, config.launch.ranks)
     elif config.train.micro_batch and config.train.global_batch % config.train.micro_batch:
@@ -109,22 +117,37 @@ def _indivisible(config: Config, ranks: int) -> str:
 def _check_addresses(config: Config) -> Iterator[tuple[str, str]]:
     """No setting carries a password: settings end in files, logs, reports and MLflow."""
     if config.tracking.uri is not None and has_password(config.tracking.uri):
-        yield "tracking.uri", f"tracking.uri = {hide_secrets(config.tracking.uri)}: {NO_PASSWORD}"
+        yield "tracking.uri", f"tracking.uri = {shown_address(config.tracking.uri)}: {NO_PASSWORD}"
     document = config.model_dump(mode="json")
     document["tracking"].pop("uri", None)
     for key, text in _texts(document):
         if has_password(text):
             told = "must not carry a user name or password; storage takes credentials from the environment, or use a signed link"
-            yield key, f"{key} = {hide_secrets(text)}: {told}"
+            yield key, f"{key} = {shown_address(text)}: {told}"
 
 
-def _texts(value: object, key: str = "") -> Iterator[tuple[str, str]]:
-    if isinstance(value, str):
+def _check_plain(config: Config) -> Iterator[tuple[str, str]]:
+    """Texts are printable and numbers fit 64 bits: both end in scripts, logs, file names and arithmetic."""
+    document = config.model_dump(mode="json")
+    for key, text in _texts(document):
+        if UNPRINTABLE.search(text):
+            yield key, f"{key} = {printable(text, limit=80)}: should hold no line breaks and no other control characters"
+    for key, number in _leaves(document, int):
+        if abs(number) >= 1 << 63:
+            yield key, f"{key} = {str(number)[:20]}…: should be less than {1 << 63}"
+
+
+def _texts(value: object) -> Iterator[tuple[str, str]]:
+    return _leaves(value, str)
+
+
+def _leaves(value: object, kind: type[_T], key: str = "") -> Iterator[tuple[str, _T]]:
+    if isinstance(value, kind):
         yield key, value
     for name, inner in value.items() if isinstance(value, dict) else ():
-        yield from _texts(inner, f"{key}.{name}" if key else str(name))
+        yield from _leaves(inner, kind, f"{key}.{name}" if key else str(name))
     for inner in value if isinstance(value, list) else ():
-        yield from _texts(inner, key)
+        yield from _leaves(inner, kind, key)
 
 
 def _check_model(config: Config) -> Iterator[tuple[str, str]]:

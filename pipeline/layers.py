@@ -126,7 +126,7 @@ def read(file: Path, problems: list[Problem], above: tuple[Path, ...], seen: lis
             raise ConfigError("`base` should be a file or a list of files", where=base.origin)
         for name in names:
             parent = file.parent / name
-            if not parent.is_file():
+            if not _is_file(parent):
                 raise ConfigError(
                     f"base {name!r} does not exist",
                     where=base.origin,
@@ -138,6 +138,13 @@ def read(file: Path, problems: list[Problem], above: tuple[Path, ...], seen: lis
     return merged
 
 
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except OSError:  # a name that is too long
+        return False
+
+
 def compose(text: str, where: str) -> yaml.Node | None:
     """The nodes of a YAML document, none of which is built into an object; ``None`` if it is empty.
 
@@ -146,7 +153,7 @@ def compose(text: str, where: str) -> yaml.Node | None:
         yaml.YAMLError: it is no YAML.
     """
     try:
-        node = yaml.compose(text, Loader=yaml.SafeLoader)
+        node = _compose(text, where)
         weight = _weight(node, {}, where) if node is not None else 0
     except RecursionError:
         raise ConfigError("is nested too deeply", where=where) from None
@@ -155,6 +162,23 @@ def compose(text: str, where: str) -> yaml.Node | None:
     if weight > _NODES:
         raise ConfigError(f"must not hold more than {_NODES} values, aliases unfolded", where=where)
     return node
+
+
+def _compose(text: str, where: str) -> yaml.Node | None:
+    """``yaml.compose`` that gives up at the 50000th node: PyYAML takes minutes and gigabytes for a file of 4 MiB."""
+    count = 0
+
+    class Loader(yaml.SafeLoader):
+        def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+            nonlocal count
+            count += 1
+            if count > _NODES:
+                raise ConfigError(f"must not hold more than {_NODES} values", where=where)
+            node: yaml.Node | None = super().compose_node(parent, index)
+            return node
+
+    composed: yaml.Node | None = yaml.compose(text, Loader=Loader)
+    return composed
 
 
 def _weight(node: yaml.Node, known: dict[int, int], where: str) -> int:

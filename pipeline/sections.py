@@ -13,8 +13,11 @@ from pipeline.fields import Count, FilePath, NonNegative, PathName, Positive, Se
 class ModelSettings(Settings):
     """The vision tower: a timm name, or an architecture spelled out by width, depth, heads and patch."""
 
+    # No source such as hf-hub: or local-dir:, from which timm would take settings that a stranger's run names.
     timm: str | None = Field(
-        default=None, description="name of a timm vision transformer or ResNet; then the architecture's fields stay unset"
+        default=None,
+        pattern=r"^[A-Za-z0-9_.]+$",
+        description="name of a timm vision transformer or ResNet; then the architecture's fields stay unset",
     )
     width: Count | None = Field(default=None, description="width of a token")
     depth: Count | None = Field(default=None, description="transformer blocks")

@@ -184,7 +184,7 @@ PATHS = st.text(st.characters(exclude_categories=["Cc", "Cf", "Cs", "Zl", "Zp"])
             "run.seed": st.integers(0, 2**63 - 1),
             "optim.lr": st.floats(1e-300, 1e300),
             "optim.betas": st.tuples(st.floats(0, 1), st.floats(0, 1)),
-            "tracking.experiment": st.text(st.characters(exclude_categories=["Cs"]), min_size=1),
+            "tracking.experiment": PATHS.filter(bool),
             "tracking.uri": st.none() | PATHS,
             "data.shards": st.lists(PATHS, min_size=1, max_size=3),
             "data.crc": st.booleans(),

@@ -6,12 +6,13 @@ import os
 from pathlib import Path
 
 import pytest
+import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from pipeline.config import load
 from pipeline.errors import ConfigError
-from pipeline.layers import scalar
+from pipeline.layers import compose, scalar
 
 
 def refused(tmp_path: Path, text: str | bytes, match: str = ".") -> str:
@@ -118,3 +119,37 @@ def test_any_value_is_refused_or_taken(tmp_path: Path, key: str, value: str) -> 
             load(*words)
         except ConfigError as error:
             str(error).encode()
+
+
+@pytest.mark.parametrize("text", ["data: {shards: [" + "x," * 1_500_000 + "]}\n", "".join(f"k{n}: 1\n" for n in range(200_000))])
+def test_a_huge_file_is_given_up_early(tmp_path: Path, text: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    made, before = [], yaml.SafeLoader.compose_scalar_node
+    monkeypatch.setattr(yaml.SafeLoader, "compose_scalar_node", lambda *given: made.append(before(*given)) or made[-1])
+    with pytest.raises(ConfigError, match="must not hold more than 50000 values"):
+        compose(text, "x.yaml")
+    assert len(made) <= 50_000
+
+
+def test_a_base_with_a_name_that_is_too_long_does_not_exist(tmp_path: Path) -> None:
+    (tmp_path / "x.yaml").write_text(f"base: {'a' * 5000}\n")
+    with pytest.raises(ConfigError, match="does not exist"):
+        load(tmp_path / "x.yaml", [])
+
+
+@pytest.mark.parametrize("key", ["tracking.experiment", "data.label", "data.storage.endpoint", "model.timm"])
+def test_no_text_holds_control_characters(key: str) -> None:
+    with pytest.raises(ConfigError, match=key) as caught:
+        load("clip/scenes", ["data.shards=x.tar", f"{key}=a\nb\x1b]0;x\x07"])
+    assert "\x1b" not in str(caught.value)
+
+
+@pytest.mark.parametrize("key", ["train.global_batch", "checkpoint.keep_last"])
+def test_numbers_fit_64_bits(key: str) -> None:
+    with pytest.raises(ConfigError, match="should be less than"):
+        load("clip/scenes", ["data.shards=x.tar", f"{key}={'9' * 390}"])
+
+
+@pytest.mark.parametrize("name", ["hf-hub:somebody/x", "local-dir:/tmp"])
+def test_a_model_is_a_name_of_timm_not_a_place(name: str) -> None:
+    with pytest.raises(ConfigError, match="timm"):
+        load("clip/scenes", ["data.shards=x.tar", f"model.timm={name}"])
