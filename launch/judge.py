@@ -12,12 +12,13 @@ from typing import TYPE_CHECKING, Any
 
 from launch.byhand import Telling, agreed, closing, world_here
 from launch.ranks import RankEnvironment
-from pipeline.errors import CheckpointError, ConfigError, DataError
+from pipeline.errors import CheckpointError, ConfigError, DataError, FoveaError
 from pipeline.settings import Config
 from pipeline.training import saved as files
 from pipeline.training.run import RunDirectory
 from pipeline.training.saved import Saved
 from pipeline.training.trained import fill_trained, named_or_newest
+from pipeline.untrusted import read_json
 
 if TYPE_CHECKING:
     from pipeline.data.views import Normalize
@@ -139,9 +140,11 @@ def _kept(run: RunDirectory, saved: Saved, sizes: dict[str, int], scores: dict[s
     """Writes a checkpoint's scores beside those that other evaluators gave it."""
     name = f"evaluations/{saved.path.name}.json"
     try:
-        before: dict[str, dict[str, float]] = json.loads((run.path / name).read_text())["scores"]
-    except (OSError, ValueError, KeyError):
-        before = {}
+        document = read_json(run.path / name)
+    except (OSError, FoveaError):
+        document = None
+    known = document.get("scores") if isinstance(document, dict) else None
+    before = {whose: row for whose, row in known.items() if isinstance(row, dict)} if isinstance(known, dict) else {}
     merged = before | {whose: before.get(whose, {}) | row for whose, row in scores.items()}
     run.write(name, _about(saved) | sizes | {"scores": merged})
     return run.path / name
@@ -264,8 +267,8 @@ def _whole(saved: Saved) -> bool:
 def _steps(run: RunDirectory) -> int | None:
     """The run's last step, once it has said so."""
     try:
-        return int(json.loads((run.path / "length.json").read_text())["steps"])
-    except (OSError, ValueError, KeyError, TypeError):
+        return int(read_json(run.path / "length.json")["steps"])
+    except (OSError, FoveaError, ValueError, KeyError, TypeError, OverflowError):
         return None
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import os
 from pathlib import Path
 
 import pytest
@@ -9,11 +11,13 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from launch.judge import settings_for_weights
+from launch.judge import _kept, _steps, settings_for_weights
 from launch.peers import load
 from pipeline.errors import CheckpointError, ConfigError
 from pipeline.export.networks import read
 from pipeline.export.write import write
+from pipeline.training.run import RunDirectory
+from pipeline.training.saved import Saved
 from tests.export.made import CLIP, DINO, checkpoint, settings
 
 CPU = torch.device("cpu")
@@ -69,3 +73,23 @@ def test_weights_have_settings_of_which_the_data_count() -> None:
     config = settings_for_weights(["data.shards=/d/train-*.tar", "evaluation.linear.epochs=3"])
     assert config.validation_shards == ("/d/*val-*.tar",)
     assert config.evaluation.linear.epochs == 3
+
+
+BROKEN = ["[]", "null", "1e999", '{"scores": []}', '{"scores": {"trained": 1}}', "[" * 200_000, "fifo"]
+
+
+@pytest.mark.parametrize("content", BROKEN)
+    "content", ["[]", "null", "1e999", '{"scores": []}', '{"scores": {"trained": 1}}', "[" * 200_000, "fifo"]
+)
+def test_foreign_records_of_a_run_neither_block_nor_end_an_evaluation(tmp_path: Path, content: str) -> None:
+    run = RunDirectory(tmp_path)
+    for name in ("evaluations/step_000000003.json", "length.json"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        if content == "fifo":
+            os.mkfifo(tmp_path / name)
+        else:
+            (tmp_path / name).write_text(content)
+    assert _steps(run) is None
+    saved = Saved(tmp_path / "checkpoints" / "step_000000003", {"step": 3})
+    file = _kept(run, saved, {}, {"trained": {"knn/k1": 0.5}})
+    assert json.loads(file.read_text())["scores"] == {"trained": {"knn/k1": 0.5}}
