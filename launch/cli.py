@@ -18,6 +18,7 @@ from launch.cluster import commands as cluster
 from launch.terminal import Terminal, clean_logs
 from launch.track import app as track
 from pipeline.errors import ConfigError, FoveaError
+from pipeline.masking import shown
 
 if TYPE_CHECKING:
     from pipeline.config import Loaded
@@ -374,6 +375,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except BrokenPipeError:
         sys.stderr.close()
         sys.exit(141)
+    except OSError as error:  # a path of the command line or of a foreign file: too long, a folder, not to be read
+        if _debug or error.filename is None:
+            raise
+        where = escape(shown(str(error.filename)[:1000]))
+        Terminal(stderr=True, soft_wrap=True, highlight=False).print(f"[bold red]fovea:[/] {where}: {error.strerror}")
+        sys.exit(2)
 
 
 if __name__ == "__main__":

@@ -226,3 +226,11 @@ def test_a_failed_installation_is_explained_and_tried_again(tmp_path: Path, word
         )
         assert done.returncode == 1 and hint in done.stderr.splitlines()[-1]
     assert len((folder / "calls").read_text().splitlines()) == 2
+
+
+@pytest.mark.parametrize(
+    "words", [["eval"], ["report"], ["status"], ["checkpoint", "list"], ["track", "sync"], ["shards", "pack"]]
+)
+def test_a_path_that_the_system_refuses_is_one_message(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert leaves([*words, "a" * 5000, *(["out"] if words[-1] == "pack" else [])]) == 2
+    assert "File name too long" in capsys.readouterr().err
