@@ -18,8 +18,9 @@ from pipeline.masking import shown
 from pipeline.settings import Config
 from pipeline.training.inputs import Inputs, prepare
 from pipeline.training.run import RunDirectory
-from pipeline.untrusted import printable
+from pipeline.untrusted import printable, read_bytes
 
+_LEDGER = 1 << 30  # bytes, most of a ledger
 _STEP = ("place", "rank", "lane", "set", "epoch", "shard", "row", "key", "replaced")
 _KEY = ("step", "rank", "lane", "place", "set", "epoch", "shard", "row", "key", "replaced")
 
@@ -186,10 +187,14 @@ def _replaced(config: Config) -> dict[tuple[int, int], str]:
     """What the run's ledgers say was replaced: why, by step and sample."""
     found = {}
     for path in sorted((RunDirectory(config.run.folder).ledger(0).parent).glob("rank-*.jsonl")):
-        for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            text = read_bytes(path, limit=_LEDGER).decode("utf-8", "replace")
+        except OSError as error:
+            raise DataError(f"cannot be read ({error.strerror})", where=printable(str(path))) from None
+        for line in text.splitlines():
             try:
                 event = json.loads(line)
                 found[int(event["step"]), int(event["id"])] = str(event["reason"])
-            except (ValueError, KeyError, TypeError):  # torn by a crash
+            except (ValueError, KeyError, TypeError, OverflowError, RecursionError):  # torn by a crash
                 continue
     return found

@@ -6,7 +6,6 @@ Everything is read from the run's directory (journals, attempts, newest checkpoi
 from __future__ import annotations
 
 import html
-import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -17,13 +16,14 @@ from launch import pictures, preview
 from launch.evaluate import SOURCES, Gallery, load_trained, newest, varied
 from launch.pictures import Chart, Line
 from launch.watch import clock
-from pipeline.errors import DataError
+from pipeline.errors import DataError, FoveaError
 from pipeline.evaluation.principal import principal
 from pipeline.settings import Config
 from pipeline.tracking.journal import read
 from pipeline.training.inputs import Inputs, prepare
 from pipeline.training.run import RunDirectory
 from pipeline.training.saved import Saved
+from pipeline.untrusted import read_json
 
 if TYPE_CHECKING:
     from pipeline.data.views import ViewSpec
@@ -185,11 +185,11 @@ def _scores(run: RunDirectory, past: History, saved: Saved) -> tuple[dict[str, d
             step = max(step, max(points))
     if step < saved.step:
         try:
-            judged = json.loads((run.path / "evaluation.json").read_text())
+            judged = read_json(run.path / "evaluation.json")
             if judged["checkpoint"] == saved.path.name:
                 found = {name: {int(k): float(value) for k, value in judged["knn"][name].items()} for name in SOURCES}
                 step = saved.step
-        except (OSError, ValueError, KeyError, TypeError):
+        except (OSError, FoveaError, ValueError, KeyError, TypeError, AttributeError):
             pass  # written by nobody, or by another version: the journals have the word
     return found, step if step >= 0 else saved.step
 

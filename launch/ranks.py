@@ -71,6 +71,12 @@ class RankEnvironment:
             found = cls._of_slurm(env)
         else:
             return cls()
+        if found.source == "torchrun" and found.world_size > 1 and found.port == 0:
+            raise LaunchError(
+                "MASTER_PORT is 0, so the ranks cannot find each other",
+                where="environment",
+                hint="torchrun --standalone finds a free port; --master-port=0 does not tell it to the ranks",
+            )
         if not 0 <= found.rank < found.world_size or not 0 <= found.local_rank < found.local_world_size:
             raise LaunchError(
                 f"rank {found.rank} of {found.world_size}, local rank {found.local_rank} of {found.local_world_size} cannot be",

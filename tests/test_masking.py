@@ -178,9 +178,7 @@ def test_a_folder_with_brackets_in_its_name_is_found(tmp_path: Path) -> None:
     assert len(expand(f"{tmp_path}/pl[a]in/x*.tar")) == 1
 
 
-@pytest.mark.parametrize(
-    "begin", [f"it's{SECRET}", f'"{SECRET}', f"a b{SECRET}", f"a/{SECRET}", f"#{SECRET}", f"?{SECRET}", 50 * SECRET]
-)
+@pytest.mark.parametrize("begin", ["it's", '"', "a b", "a/", "#", "?", 50 * SECRET])
 def test_whatever_characters_a_password_has_it_is_refused_and_not_shown(begin: str, tmp_path: Path) -> None:
     address = f"http://u:{begin}{SECRET}@h:5000/x"
     assert SECRET not in shown_address(address, limit=200)

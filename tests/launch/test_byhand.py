@@ -141,7 +141,7 @@ def test_one_rank_two_ranks_and_torchrun_say_the_same_in_table_file_and_mlflow(r
     from mlflow import MlflowClient
 
     run_id = tracked(run)
-    torchrun = ("-m", "torch.distributed.run", "--nproc-per-node=2", "--master-port=0")
+    torchrun = ("-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone")
     ways: dict[str, tuple[list[str], tuple[str, ...]]] = {
         "one": ([], ()),
         "two": (["--ranks", "2"], ()),

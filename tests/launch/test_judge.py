@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import json
+import os
 import threading
 from pathlib import Path
 
@@ -13,12 +14,13 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from launch import judge
-from launch.judge import settings_for_weights
+from launch.judge import _kept, _steps, settings_for_weights
 from launch.peers import load
 from pipeline.errors import CheckpointError, ConfigError
 from pipeline.export.networks import read
 from pipeline.export.write import write
 from pipeline.training.run import RunDirectory
+from pipeline.training.saved import Saved
 from tests.export.made import CLIP, DINO, checkpoint, settings
 
 CPU = torch.device("cpu")
@@ -88,3 +90,21 @@ def test_evaluations_of_one_checkpoint_that_end_at_once_keep_each_others_scores(
         assert other.is_alive(), "it reads what the first is about to exchange"
     other.join(60.0)
     assert json.loads(file.read_text())["scores"] == {"trained": {"knn/k10": 0.5, "linear/top1": 0.7}}
+
+
+BROKEN = ["[]", "null", "1e999", '{"scores": []}', '{"scores": {"trained": 1}}', "[" * 200_000, "fifo"]
+
+
+@pytest.mark.parametrize("content", BROKEN)
+def test_foreign_records_of_a_run_neither_block_nor_end_an_evaluation(tmp_path: Path, content: str) -> None:
+    run = RunDirectory(tmp_path)
+    for name in ("evaluations/step_000000003.json", "length.json"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        if content == "fifo":
+            os.mkfifo(tmp_path / name)
+        else:
+            (tmp_path / name).write_text(content)
+    assert _steps(run) is None
+    saved = Saved(tmp_path / "checkpoints" / "step_000000003", {"step": 3})
+    file = _kept(run, saved, {}, {"trained": {"knn/k1": 0.5}})
+    assert json.loads(file.read_text())["scores"] == {"trained": {"knn/k1": 0.5}}

@@ -288,3 +288,9 @@ def test_ranks_that_share_a_gpu_are_refused() -> None:
     check_gpus(store, "a 0 GPU-2", 1, range(2))
     with pytest.raises(LaunchError, match=r"ranks 2 and 3 would share one GPU \(b 0 GPU-1\)"):
         check_gpus(store, "b 0 GPU-1", 3, range(2, 4))
+
+
+def test_ranks_of_torchrun_without_a_port_are_refused_at_once() -> None:
+    given = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "2", "MASTER_PORT": "0"}
+    with pytest.raises(LaunchError, match="MASTER_PORT is 0"):
+        RankEnvironment.read(given)
