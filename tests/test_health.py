@@ -115,7 +115,7 @@ def test_a_killed_rank_is_named_by_the_one_that_is_left(config: Path, shards: st
 @pytest.mark.slow
 def test_a_collective_that_takes_too_long_names_who_is_missing(config: Path, shards: str, tmp_path: Path) -> None:
     directory = tmp_path / "run"
-    done = broken(config, shards, directory, "1 7 data sleep", "train.length=12 steps", "launch.timeout=5")
+    done = broken(config, shards, directory, "1 7 data sleep", "train.length=12 steps", "launch.timeout=20")
     assert done.returncode == RESTART, done.stderr + done.stdout
     (message,) = errors(done)
     # On a machine that is busy enough a beat of rank 1 may be late between the two looks at it.
