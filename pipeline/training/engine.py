@@ -137,7 +137,8 @@ class Engine:
         # Which norms are taken: of whole networks, or of each parameter, whose network is looked up afterwards.
         self._own_norms = options.clip_scope == "parameter" and options.clip_norm is not None
         self._normed = {id(p): n for n, p in enumerate(parameters)} if self._own_norms else self._network
-        self._network_of = torch.tensor([self._network[key] for key in self._normed], device=device)
+        members = F.one_hot(torch.tensor([self._network[key] for key in self._normed]), len(self._networks)).T.bool()
+        self._members = members.to(device) if self._own_norms else members  # [networks, parameters]
         self._belongs: dict[tuple[int, ...], Tensor] = {}
 
     def _shard_teacher(self, config: dict[str, Any]) -> Any:
@@ -227,8 +228,7 @@ class Engine:
 
     def _by_network(self, squares: Tensor) -> Tensor:
         """Sums over each network's parameters, fp64 ``[networks]`` of ``[parameters]``."""
-        belongs = F.one_hot(self._network_of, len(self._networks)).T.bool()
-        return torch.where(belongs, squares, 0.0).sum(1)
+        return torch.where(self._members, squares, 0.0).sum(1)
 
     def _clip(self, lengths: Tensor) -> None:
         """Scales the gradients of networks (or parameters) whose gradient is longer than allowed; lengths ``[n]``."""
