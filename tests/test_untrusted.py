@@ -32,7 +32,7 @@ def test_printable_shows_what_it_escapes() -> None:
         ("http://u:p@x@h/x", "http://***@h/x"),
         ("postgresql://u@h/db", "postgresql://***@h/db"),
         ("https://h/a.tar?X-Amz-Signature=abc&X-Amz-Date=1", "https://h/a.tar?X-Amz-Signature=***&X-Amz-Date=***"),
-        ("az://c/a.tar?sv=1;sig=zzz#f", "az://c/a.tar?sv=***;sig=***#f"),
+        ("az://c/a.tar?sv=1;sig=zzz#f", "az://c/a.tar?sv=***#f"),  # a value may hold semicolons
         ("cannot reach 'http://u:p@h/' and s3://b/k", "cannot reach 'http://***@h/' and s3://b/k"),
         ("nothing here", "nothing here"),
     ],
