@@ -59,7 +59,7 @@ def gather(manifest: Manifest, count: int, seed: int = 0) -> list[tuple[Image.Im
         if record.label >= 0:
             about.append(f"class {record.label}")
         if record.caption:
-            about.append(printable(record.caption))
+            about.append(printable(" ".join(record.caption.split())))
         if pixels is None:
             about.insert(0, f"cannot be used ({record.status if record.status != 'ok' else 'undecodable'})")
             pixels = np.full((_SIDE, _SIDE, 3), 128, np.uint8)

@@ -131,7 +131,9 @@ def gather(config: Config, inputs: Inputs, specs: tuple[ViewSpec, ...], count: i
             reason = record.status if record.status != "ok" else "undecodable"
             blank = Image.new("RGB", (_ORIGINAL, _ORIGINAL), (128, 128, 128))
             about += f"; cannot be used ({reason}), training shows another sample of the shard in its place"
-            samples.append(Sample(printable(record.key), record.label, printable(record.caption or ""), about, blank, ()))
+            samples.append(
+                Sample(printable(record.key), record.label, printable(" ".join((record.caption or "").split())), about, blank, ())
+            )
             continue
         place = fine.index(row)
         views, frames, number = [], [], 0
@@ -152,7 +154,16 @@ def gather(config: Config, inputs: Inputs, specs: tuple[ViewSpec, ...], count: i
                 frames.append((box, colour, sign, 4 if number < 2 else 2))
                 number += 1
         image = pictures.boxed(pictures.fitted(decoded[row], _ORIGINAL), frames)
-        samples.append(Sample(printable(record.key), record.label, printable(record.caption or ""), about, image, tuple(views)))
+        samples.append(
+            Sample(
+                printable(record.key),
+                record.label,
+                printable(" ".join((record.caption or "").split())),
+                about,
+                image,
+                tuple(views),
+            )
+        )
     return samples
 
 

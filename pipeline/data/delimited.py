@@ -20,7 +20,7 @@ TAB = "\t"
 DELIMITERS = ",;\t|"  # the one that makes a column ``path`` of the header is taken
 MAX_FIELD = 16 << 20  # characters
 _NAMED = 5  # lines that a message names
-_QUOTED = re.compile(r'"(?:[^"]|"")*"')
+_CLOSE = re.compile(r'[^"]*(?:""[^"]*)*"(?!")')  # up to the quote that ends a field
 
 Records = Iterator[tuple[int, list[str]]]
 
@@ -65,11 +65,20 @@ class _Shape:
     columns: int
     path: int
 
-    def is_row(self, line: str, extension: str) -> bool:
-        """Whether a line by itself could be a row: so many fields, and a path in its place that no quote stands before."""
+    def is_row(self, line: str, like: str = "") -> bool:
+        """Whether a line by itself could be a row: so many fields, and a path in its place that no quote stands before.
+
+        Args:
+            line: without its end or with it.
+            like: a path that the line's must resemble: in extension, number of folders, and white space; empty for any.
+        """
         parts = line.rstrip("\r\n").split(self.delimiter)
         plain = len(parts) == self.columns and not any('"' in part for part in parts[: self.path + 1])
-        return plain and parts[self.path].strip().endswith(extension)
+        if not plain or not like:
+            return plain
+        path, like = parts[self.path].strip(), like.strip()
+        alike = path.count("/") == like.count("/") and (" " in path) <= (" " in like)
+        return alike and path.endswith(os.path.splitext(like)[1])
 
 
 def _names(header: str, delimiter: str) -> list[str]:
@@ -83,29 +92,28 @@ def _is_quoted(file: Any, shape: _Shape) -> bool:
     a row of its own.
     """
     file.seek(0)
-    any_quoted, pending = False, ""
+    any_quoted, state, length = False, "none", 0
     for line in file:
-        line = line.rstrip("\r\n")
-        if pending:
-            if shape.is_row(line, ""):
-                return False
-            line = f"{pending}\n{line}"
-        state = _quote_state(line, shape.delimiter)
-        if state == "wrong" or len(line) > MAX_FIELD:
+        line, inside = line.rstrip("\r\n"), state == "open"
+        if inside and shape.is_row(line):
+            return False
+        length = length + len(line) if inside else len(line)
+        state = _quote_state(line, shape.delimiter, inside=inside)
+        if state == "wrong" or length > MAX_FIELD:
             return False
         any_quoted |= state != "none"
-        pending = line if state == "open" else ""
-    return any_quoted and not pending
+    return any_quoted and state != "open"
 
 
-def _quote_state(line: str, delimiter: str) -> str:
+def _quote_state(line: str, delimiter: str, *, inside: bool = False) -> str:
     """``none``: no field begins with a quote; ``closed``: all that do end with one; ``open``: the last does not; or ``wrong``."""
     at, state = 0, "none"
     while at <= len(line):
-        if line.startswith('"', at):
-            match = _QUOTED.match(line, at)
+        if inside or line.startswith('"', at):
+            match = _CLOSE.match(line, at if inside else at + 1)
             if match is None:
                 return "open"
+            inside = False
             at = match.end()
             if at < len(line) and not line.startswith(delimiter, at):
                 return "wrong"
@@ -147,7 +155,7 @@ def _records(file: Any, where: str, shape: _Shape, quoted: bool, *, spaced: bool
         if len(physical) > 1:
             path = fields[shape.path] if len(fields) > shape.path else ""
             # A quote that was never meant to open a field swallows rows until the next one.
-            if any(shape.is_row(line, os.path.splitext(path)[1]) for line in physical[1:]):
+            if any(shape.is_row(line, path) for line in physical[1:]):
                 raise _broken(where, begin, "unexpected end")
         blank = not any(line.strip() for line in physical)
         physical.clear()

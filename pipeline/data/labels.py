@@ -83,7 +83,12 @@ def _name(text: str) -> str:
 
 
 def number_labels(
-    labels: Sequence[tuple[str, Any]], *, where: str, mode: LabelMode = "auto", classes: Sequence[str] = ()
+    labels: Sequence[tuple[str, Any]],
+    *,
+    where: str,
+    mode: LabelMode = "auto",
+    classes: Sequence[str] = (),
+    mixed_hint: str = "",
 ) -> tuple[list[int | None], tuple[str, ...], list[tuple[str, str]]]:
     """Class numbers of labels.
 
@@ -92,6 +97,7 @@ def number_labels(
         where: the source, for messages.
         mode: ``names`` takes numbers for names too and numbers them anew.
         classes: names whose positions are the class numbers; names beyond them are refused. Empty: the names that occur, sorted.
+        mixed_hint: what to do where names are mixed with numbers, if the source has a way out of its own.
 
     Returns:
         A number or None for each sample; the class names, empty if the labels are numbers; (where, note) of each sample without
@@ -119,7 +125,8 @@ def number_labels(
             f"labels mix {len(names)} names ({_examples(labels, names)}) with {len(numbers)} numbers "
             f"({_examples(labels, numbers)})",
             where=where,
-            hint="Give every sample a number or every sample a name, or add --labels names to take the numbers for names",
+            hint=mixed_hint
+            or "Give every sample a number or every sample a name, or add --labels names to take the numbers for names",
         )
     if not names:
         return [label if isinstance(label, int) else None for label, _ in read], (), notes

@@ -131,7 +131,7 @@ def _names_images(table: File) -> bool:
         return False
     if table.extension == "parquet":
         return _parquet_has_path(table.path)
-    first = start.decode(encoding_of(start), "replace").partition("\n")[0]
+    first = re.split(r"[\r\n]", start.decode(encoding_of(start), "replace"), maxsplit=1)[0]
     if table.extension == "jsonl":
         return '"path"' in first
     return any(

@@ -73,11 +73,6 @@ class Listing:
     left_out: tuple[tuple[str, str], ...]
 
     @property
-    def seen(self) -> int:
-        """All entries."""
-        return len(self.files) + len(self.left_out)
-
-    @property
     def reasons(self) -> dict[str, int]:
         """How many entries were left out for each reason."""
         return dict(sorted(Counter(reason for _, reason in self.left_out).items()))
@@ -142,12 +137,10 @@ class _Walk:
 
     def run(self) -> None:
         top = os.stat(self._root)
-        # folder, its name with a slash behind it, why everything in it is left out, the folders on the way to it
-        pending: list[tuple[str, str, str, frozenset[tuple[int, int]]]] = [
-            (self._root, "", "", frozenset({(top.st_dev, top.st_ino)}))
-        ]
+        # folder, its name with a slash behind it, the folders on the way to it
+        pending: list[tuple[str, str, frozenset[tuple[int, int]]]] = [(self._root, "", frozenset({(top.st_dev, top.st_ino)}))]
         while pending:
-            folder, prefix, inherited, above = pending.pop()
+            folder, prefix, above = pending.pop()
             try:
                 with os.scandir(folder) as entries:
                     children = sorted(entries, key=lambda entry: entry.name)
@@ -156,9 +149,9 @@ class _Walk:
                 continue
             for entry in children:
                 shown = prefix + entry.name
-                reason, info = self._look(entry, inherited or litter_reason(entry.name), above)
-                if info is not None and stat.S_ISDIR(info.st_mode) and reason in ("", "hidden", "litter"):
-                    pending.append((entry.path, f"{shown}/", reason, above | {(info.st_dev, info.st_ino)}))
+                reason, info = self._look(entry, litter_reason(entry.name), above)
+                if info is not None and stat.S_ISDIR(info.st_mode) and not reason:
+                    pending.append((entry.path, f"{shown}/", above | {(info.st_dev, info.st_ino)}))
                 elif reason or info is None:
                     self.left_out.append((shown, reason))
                 else:

@@ -16,6 +16,7 @@ from pipeline.data.samples import IMAGES, MAX_FILE, LeftOut, Raw, read_file
 from pipeline.errors import DataError
 
 _IMAGES = frozenset(IMAGES)
+_COPIES = 64  # of one key that a further member may still belong to
 
 
 @dataclass(frozen=True, slots=True)  # there is one for each member of each sample
@@ -123,7 +124,7 @@ class _Groups:
     def add(self, group: str, key: str, name: str, parts: dict[str, Part]) -> None:
         parts = self._cleaned(name, parts)
         places = self._places.setdefault((group, key), [])
-        open_ones = [place for place in places if not self.samples[place][2].keys() & parts.keys()]
+        open_ones = [place for place in places[-_COPIES:] if not self.samples[place][2].keys() & parts.keys()]
         if open_ones:
             self.samples[open_ones[0]][2].update(parts)
         else:

@@ -16,7 +16,7 @@ from pipeline.data.samples import MAX_FILE, Source
 from pipeline.errors import DataError
 from pipeline.untrusted import read_json
 
-FORMAT = 1
+FORMAT = 2  # 2: every source is listed by other rules than before
 
 
 @dataclass(frozen=True)
@@ -115,7 +115,7 @@ class PackState:
             [Piece(**entry) for entry in document["shards"]]
             if document.get("account"):
                 Account(**document["account"])
-            return document if document["format"] == FORMAT and {"settings", "complete"} <= document.keys() else None
+            return document if {"settings", "complete", "format"} <= document.keys() else None
         except (DataError, OSError, ValueError, KeyError, TypeError, AttributeError):
             return None
 
@@ -123,6 +123,9 @@ class PackState:
         hint = "Choose another directory or prefix, or allow overwriting (--overwrite)."
         if document is None:
             raise DataError(f"{len(there)} shards are there already", where=str(there[0]), hint=hint)
+        if document["format"] != FORMAT:
+            what = f"{len(there)} shards were packed by another version of fovea, which listed sources by other rules"
+            raise DataError(what, where=str(there[0]), hint=hint)
         old = document["settings"]
         changed = [name for name in {**self._settings, **old} if old.get(name) != self._settings.get(name)]
         if changed:

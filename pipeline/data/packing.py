@@ -221,9 +221,6 @@ def _pack(
     skipped, notes = write_lists(source, out, packing.prefix, journal, complete)
     if not writer.samples:
         raise _nothing_packed(out / f"{packing.prefix}.skipped.txt", source, skipped)
-    if complete and state.account is None:  # packed by a version that kept no account
-        listed = {(printable(name), reason) for name, reason in source.left_out}
-        skipped, notes = tuple(sorted({*skipped, *listed})), tuple(sorted((printable(name), note) for name, note in source.notes))
     account = state.account if complete and state.account is not None else settle(source, writer.samples, skipped, notes)
     state.save(pieces, account)
     (out / f".{packing.prefix}.skipped.tmp").unlink(missing_ok=True)

@@ -279,11 +279,11 @@ def _of_folder(listing: Listing, where: str, options: Options, *, classes: bool)
     used: dict[str, tuple[str, ...]] = {}
     for file, number in zip(images, numbers, strict=True):
         text = texts.get(file.stem) or texts.get(file.shown)
-        name = "" if text is None else printable(text.shown)
+        name = "" if text is None else text.shown
         entries.append(Picture(file.path, file.shown, number, caption_file=text, owns_caption=name not in used))
         if text is not None:
             used[name] = (*used.get(name, ()), printable(file.shown))
-    left_out += [(text.shown, "text_without_image") for text in texts.values() if printable(text.shown) not in used]
+    left_out += [(text.shown, "text_without_image") for text in texts.values() if text.shown not in used]
     lines = [f"{file.shown}\0{file.size}" for file in images]
     lines += [f"caption\0{entry.shown}\0{entry.caption_file.size}" for entry in entries if entry.caption_file is not None]
     if not names and any(number is not None for number in numbers):
@@ -297,7 +297,7 @@ def _of_folder(listing: Listing, where: str, options: Options, *, classes: bool)
         remarks=remarks,
         roots=_allowed_roots(listing.root, options),
         max_file=options.max_file,
-        shared={name: sharers for name, sharers in used.items() if len(sharers) > 1},
+        shared={printable(name): sharers for name, sharers in used.items() if len(sharers) > 1},
     )
 
 
@@ -329,7 +329,11 @@ def _numbered_folders(
     labels: Sequence[tuple[str, str | None]], classes: Sequence[str], where: str, options: Options
 ) -> tuple[list[int | None], tuple[str, ...], list[tuple[str, str]]]:
     numbers, names, notes = number_labels(
-        [(name, name) for name in classes], where=where, mode=options.labels, classes=options.classes
+        [(name, name) for name in classes],
+        where=where,
+        mode=options.labels,
+        classes=options.classes,
+        mixed_hint="If the folders are no classes (hashes, dates), add --layout flat; if they are, add --labels names",
     )
     of_class = dict(zip(classes, numbers, strict=True))
     shared = [number for number, n in Counter(number for number in numbers if number is not None).items() if n > 1]
@@ -369,12 +373,14 @@ def _of_table(source: Path, options: Options) -> Pictures:
         notes = [(place, note) for place, note in notes if note != "empty_label"]
     notes += [(row.where, note) for row in rows for note in row.notes]
     folders = [*options.roots, source.parent]
-    allowed = () if options.follow_links else tuple(os.path.realpath(folder) for folder in folders)
+    # A link may lead out if that was asked for, a path that the table writes may not.
+    resolve = os.path.abspath if options.follow_links else real_folder
+    allowed = tuple(resolve(str(folder)) for folder in folders)
     entries, outside = [], []
     for row, number in zip(rows, numbers, strict=True):
         path = _locate(row.path, folders)
-        folder = real_folder(os.path.dirname(path))
-        if allowed and not is_below(folder, allowed):
+        folder = resolve(os.path.dirname(path))
+        if not is_below(folder, allowed):
             outside.append((row.where, row.path, folder))
         entries.append(Picture(path, row.path, number, row.captions, row.extra))
     if outside:
@@ -386,7 +392,7 @@ def _of_table(source: Path, options: Options) -> Pictures:
     other = dict.fromkeys(name for row in rows for name in row.extra if name not in measured)
     if other:
         remarks.insert(0, f"columns kept in .json alone: {_few([name or '(without a name)' for name in other], 8)}")
-    return Pictures(entries, names, digest, "rows", (), notes, remarks, allowed, options.max_file)
+    return Pictures(entries, names, digest, "rows", (), notes, remarks, () if options.follow_links else allowed, options.max_file)
 
 
 def _locate(path: str, folders: Sequence[Path]) -> str:

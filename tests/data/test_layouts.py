@@ -152,3 +152,15 @@ def test_a_linked_cover_beside_shards_is_left_out(tmp_path: Path) -> None:
     folder(tmp_path, "in/a.tar", "cover.jpg")
     (tmp_path / "in" / "cover.jpg").symlink_to("../cover.jpg")
     assert open_source(tmp_path / "in").left_out == [("cover.jpg", "outside_link")]
+
+
+def test_a_table_with_carriage_returns_beside_classes_is_looked_at(tmp_path: Path) -> None:
+    folder(tmp_path, "cat/1.jpg", "dog/1.jpg")
+    (tmp_path / "meta.csv").write_bytes(b"file,note\ra.jpg,x\r")
+    assert open_source(tmp_path).classes == ("cat", "dog")
+
+
+def test_folders_that_are_no_classes_have_a_hint(tmp_path: Path) -> None:
+    folder(tmp_path, *(f"{name}/1.jpg" for name in ("0a", "12", "1e", "77")))
+    with pytest.raises(DataError, match="--layout flat"):
+        open_source(tmp_path)

@@ -36,7 +36,8 @@ def test_litter_is_neither_data_nor_a_class_but_counted(tmp_path: Path, name: st
     put(tmp_path / "in" / place / name / "old.jpg", 2)
     report = packed(tmp_path / "in", tmp_path / "out")
     assert (report.packed, report.classes) == (2, ("cat", "zebra"))
-    assert report.account.left_out == {litter_reason(name): 2} and report.account.seen == 4
+    # Not entered: a file server's snapshots hold the whole set again, many times over.
+    assert report.account.left_out == {litter_reason(name): 1} and report.account.seen == 3
 
 
 def test_a_hidden_root_is_no_litter(tmp_path: Path) -> None:

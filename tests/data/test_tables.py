@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from pipeline.data.captions import clean_text
 from pipeline.data.labels import read_label
 from pipeline.data.packing import pack
-from pipeline.data.sources import open_source
+from pipeline.data.sources import Options, open_source
 from pipeline.data.tables import rows
 from pipeline.errors import DataError
 from tests.data.test_packing import picture
@@ -309,3 +309,33 @@ def test_a_table_without_rows_is_named(tmp_path: Path) -> None:
     (tmp_path / "t.csv").write_text("path,label\n")
     with pytest.raises(DataError, match=r"t\.csv: has no rows below its column names"):
         open_source(tmp_path / "t.csv")
+
+
+def test_a_quote_that_never_closes_costs_one_pass(tmp_path: Path) -> None:
+    rows_of = "".join(f"im/{n}.jpg\tcaption {n}\t\n" for n in range(50_000))  # a scan for each row would take an hour
+    (tmp_path / "t.tsv").write_text(f'path\tcaption\nim/x.jpg\t"never closed\n{rows_of}')
+    with pytest.raises(DataError, match="do not have the 2 fields"):
+        list(rows(tmp_path / "t.tsv"))
+
+
+def test_a_line_that_ends_in_an_escaped_quote_goes_on(tmp_path: Path) -> None:
+    (tmp_path / "t.tsv").write_text('path\tcaption\nim/a.jpg\t"he said ""hi""\nand left"\nim/b.jpg\t"x"\n')
+    assert texts(tmp_path / "t.tsv") == [("im/a.jpg", ('he said "hi"\nand left',)), ("im/b.jpg", ("x",))]
+
+
+def test_lines_of_a_caption_that_look_like_rows_are_part_of_it(tmp_path: Path) -> None:
+    (tmp_path / "t.csv").write_text('path,caption\nim/abc,"Hello\nA dog, running\nfast"\nim/d,x\n')
+    assert texts(tmp_path / "t.csv") == [("im/abc", ("Hello\nA dog, running\nfast",)), ("im/d", ("x",))]
+
+
+def test_following_links_opens_no_path_that_a_table_writes(tmp_path: Path) -> None:
+    for name in ("tab/in/a.jpg", "priv/secret.jpg", "store/b.jpg"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(picture(1))
+    (tmp_path / "tab" / "linked").symlink_to("../store")
+    table, options = tmp_path / "tab" / "t.csv", Options(follow_links=True)
+    table.write_text("path\nin/a.jpg\n../priv/secret.jpg\n")
+    with pytest.raises(DataError, match="--root"):
+        open_source(table, options=options)
+    table.write_text("path\nin/a.jpg\nlinked/b.jpg\n")
+    assert pack(open_source(table, options=options), tmp_path / "out").packed == 2

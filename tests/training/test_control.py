@@ -18,6 +18,7 @@ from tests.pool import pool
 def requests() -> Iterator[StopRequests]:
     names = (signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
     before = {name: signal.getsignal(name) for name in names}
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # whoever runs the tests may be under nohup
     heard = StopRequests()
     heard.listen()
     yield heard

@@ -15,8 +15,8 @@ from tests.pool import pool
 from tests.training.toy import SAMPLES, Toy, advance, assembled, batch_at, build, by_torch, options, snapshot, step_at
 
 STEPS = 6
-# What processors may differ by: their products of other sizes add in other orders.
-LOSS, WEIGHT, TEACHER, ULP = 4e-6, 1e-6, 2e-7, 1.2e-7
+# What processors may differ by: their products of other sizes add in other orders. A teacher is a mean of weights.
+LOSS, WEIGHT, TEACHER, ULP = 4e-6, 1e-6, 5e-7, 1.2e-7
 
 
 def _train(steps: int = STEPS, headless: tuple[int, ...] = (), **chosen: Any) -> dict[str, Any]:
