@@ -26,10 +26,10 @@ from pathlib import Path
 from types import FrameType
 from typing import IO
 
-from launch.ranks import RankEnvironment
+from launch.rank_environment import RankEnvironment
 from pipeline.errors import LaunchError
-from pipeline.interpreter import safe_environment
 from pipeline.masking import printable
+from pipeline.runtime.interpreter import safe_environment
 
 FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 

@@ -7,13 +7,14 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from pipeline.config import difference
+from pipeline.checkpoint import files as saved
+from pipeline.checkpoint import mirror as copies
+from pipeline.checkpoint.files import Saved
+from pipeline.config.load import difference
+from pipeline.config.schema import Config
+from pipeline.data.inputs import Inputs, check_data, open_storage
 from pipeline.errors import CheckpointError
-from pipeline.settings import Config
-from pipeline.training import copies, saved
-from pipeline.training.inputs import Inputs, check_data, open_storage
-from pipeline.training.run import RunDirectory
-from pipeline.training.saved import Saved
+from pipeline.runtime.run_directory import RunDirectory
 
 
 def check_identity(config: Config, old: dict[str, Any], where: Path) -> None:

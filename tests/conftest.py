@@ -49,7 +49,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture(scope="session")
 def s3_port() -> Iterator[int]:
     """Port of a real S3 server."""
-    from tests.s3 import server
+    from tests.helpers.s3 import server
 
     with server() as port:
         yield port
@@ -58,7 +58,7 @@ def s3_port() -> Iterator[int]:
 @pytest.fixture(scope="session")
 def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The settings of a run small enough for a test."""
-    from tests.runs import TOY
+    from tests.helpers.runs import TOY
 
     path = tmp_path_factory.mktemp("config") / "toy.yaml"
     path.write_text(TOY)
@@ -68,7 +68,7 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def shards(tmp_path_factory: pytest.TempPathFactory) -> str:
     """Shards for it."""
-    from pipeline.data import scenes
+    from pipeline.data.pack import synthetic as scenes
 
     folder = tmp_path_factory.mktemp("scenes")
     scenes.write(folder, train=120, val=24, size=32, seed=3, samples_per_shard=40)
@@ -78,7 +78,7 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> str:
 @pytest.fixture(scope="session")
 def undisturbed(tmp_path_factory: pytest.TempPathFactory, shards: str, config: Path) -> Path:
     """That run on those shards, to its end; others are compared with it, so nobody may write into it."""
-    from tests.runs import train
+    from tests.helpers.runs import train
 
     directory = tmp_path_factory.mktemp("undisturbed") / "run"
     done = train(config, shards, directory)

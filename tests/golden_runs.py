@@ -21,7 +21,7 @@ from typing import Any
 
 from safetensors import safe_open
 
-from tests.runs import recorded, train
+from tests.helpers.runs import recorded, train
 
 FOLDER = Path(__file__).resolve().parent / "golden"
 METHODS = ("dinov2", "clip", "detailclip", "simclr", "mocov2", "byol", "coca")
@@ -103,7 +103,7 @@ def differences(method: str, ranks: int, now: dict[str, Any]) -> list[str]:
 
 def main() -> int:
     """Records or compares all methods; 1 if anything differs."""
-    from pipeline.data import scenes
+    from pipeline.data.pack import synthetic as scenes
 
     failed = 0
     with tempfile.TemporaryDirectory() as name:

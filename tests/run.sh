@@ -9,7 +9,7 @@ bash tests/run.sh [--fast | --floors] [pytest arguments]
   bash tests/run.sh                            everything this machine can run
   bash tests/run.sh --fast                     without the tests marked slow
   bash tests/run.sh --floors                   fast tests, resume and export with the oldest versions that pyproject.toml admits
-  bash tests/run.sh tests/test_config.py -k typo
+  bash tests/run.sh tests/config/test_load.py -k typo
   bash tests/run.sh -m gpu                     only the tests that need a CUDA device
   bash tests/run.sh -n 0 -x                    one at a time, to the first failure (otherwise two files at a time)
 

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.data import scenes
+from pipeline.data.pack import synthetic as scenes
 from pipeline.tracking.journal import read
-from tests.runs import TOY, train
+from tests.helpers.runs import TOY, train
 
 
 @pytest.mark.slow

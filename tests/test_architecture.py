@@ -18,13 +18,13 @@ FLOORS = {
     "pipeline.errors": 0,
     "pipeline.masking": 0,
     "pipeline.untrusted": 0,
-    "pipeline.locks": 0,
-    "pipeline.paths": 0,
-    "pipeline.interpreter": 0,
-    "pipeline.settings": 0,
-    "pipeline.fields": 0,
+    "pipeline.runtime.locks": 0,
+    "pipeline.config.paths": 0,
+    "pipeline.runtime.interpreter": 0,
+    "pipeline.config.schema": 0,
+    "pipeline.config.types": 0,
     "pipeline.sections": 0,
-    "pipeline.judges": 0,
+    "pipeline.evaluation.settings": 0,
     "pipeline.methods": 0,
     "pipeline.data": 1,
     "pipeline.models": 1,
@@ -33,10 +33,10 @@ FLOORS = {
     "pipeline.recipes": 2,
     "pipeline.evaluation": 2,
     "pipeline.training": 3,
-    "pipeline.layers": 4,
-    "pipeline.checks": 4,
-    "pipeline.config": 4,
-    "pipeline.export": 4,
+    "pipeline.config.layers": 4,
+    "pipeline.config.validate": 4,
+    "pipeline.config.load": 4,
+    "pipeline.weights.export": 4,
     "pipeline.bench": 4,
     "launch": 5,
 }
@@ -46,28 +46,28 @@ NEIGHBOURS = {
     ("pipeline.errors", "pipeline.masking"),
     ("pipeline.untrusted", "pipeline.masking"),
     ("pipeline.untrusted", "pipeline.errors"),
-    ("pipeline.locks", "pipeline.untrusted"),
-    ("pipeline.fields", "pipeline.paths"),
-    ("pipeline.fields", "pipeline.untrusted"),
-    ("pipeline.settings", "pipeline.fields"),
-    ("pipeline.settings", "pipeline.errors"),
-    ("pipeline.settings", "pipeline.sections"),
-    ("pipeline.settings", "pipeline.judges"),
-    ("pipeline.judges", "pipeline.fields"),
-    ("pipeline.settings", "pipeline.methods"),
-    ("pipeline.methods", "pipeline.fields"),
+    ("pipeline.runtime.locks", "pipeline.untrusted"),
+    ("pipeline.config.types", "pipeline.config.paths"),
+    ("pipeline.config.types", "pipeline.untrusted"),
+    ("pipeline.config.schema", "pipeline.config.types"),
+    ("pipeline.config.schema", "pipeline.errors"),
+    ("pipeline.config.schema", "pipeline.sections"),
+    ("pipeline.config.schema", "pipeline.evaluation.settings"),
+    ("pipeline.evaluation.settings", "pipeline.config.types"),
+    ("pipeline.config.schema", "pipeline.methods"),
+    ("pipeline.methods", "pipeline.config.types"),
     ("pipeline.methods", "pipeline.sections"),
-    ("pipeline.sections", "pipeline.fields"),
-    ("pipeline.config", "pipeline.layers"),
-    ("pipeline.config", "pipeline.checks"),
-    ("pipeline.export", "pipeline.config"),
-    ("pipeline.bench", "pipeline.config"),
+    ("pipeline.sections", "pipeline.config.types"),
+    ("pipeline.config.load", "pipeline.config.layers"),
+    ("pipeline.config.load", "pipeline.config.validate"),
+    ("pipeline.weights.export", "pipeline.config.load"),
+    ("pipeline.bench", "pipeline.config.load"),
 }
 
 # Where a part of the outside world may be imported at all.
 ONLY_IN = {
     "deepspeed": ("pipeline/training/engine.py",),
-    "nvidia.dali": ("pipeline/data/dali.py", "pipeline/bench/"),
+    "nvidia.dali": ("pipeline/data/augment/dali.py", "pipeline/bench/"),
     "mlflow": ("pipeline/tracking/",),
     "obstore": ("pipeline/data/storage/",),
     "boto3": ("pipeline/data/storage/",),
@@ -76,18 +76,24 @@ ONLY_IN = {
 # What each room of the ground floors may know of the house.
 MAY_KNOW = {
     "pipeline.losses": set(),
-    "pipeline.models": {"pipeline.errors", "pipeline.untrusted", "pipeline.fields", "pipeline.settings", "pipeline.methods"},
+    "pipeline.models": {
+        "pipeline.errors",
+        "pipeline.untrusted",
+        "pipeline.config.types",
+        "pipeline.config.schema",
+        "pipeline.methods",
+    },
     "pipeline.data": {
-        *("pipeline.errors", "pipeline.untrusted", "pipeline.locks", "pipeline.paths"),
-        *("pipeline.fields", "pipeline.settings", "pipeline.methods"),
+        *("pipeline.errors", "pipeline.untrusted", "pipeline.runtime.locks", "pipeline.config.paths"),
+        *("pipeline.config.types", "pipeline.config.schema", "pipeline.methods"),
     },
     "pipeline.tracking": {
-        *("pipeline.errors", "pipeline.untrusted", "pipeline.locks", "pipeline.paths"),
-        *("pipeline.fields", "pipeline.settings", "pipeline.methods"),
+        *("pipeline.errors", "pipeline.untrusted", "pipeline.runtime.locks", "pipeline.config.paths"),
+        *("pipeline.config.types", "pipeline.config.schema", "pipeline.methods"),
     },
     "pipeline.recipes": {
-        *("pipeline.errors", "pipeline.untrusted", "pipeline.fields", "pipeline.settings", "pipeline.methods"),
-        *("pipeline.models", "pipeline.losses", "pipeline.data.views"),
+        *("pipeline.errors", "pipeline.untrusted", "pipeline.config.types", "pipeline.config.schema", "pipeline.methods"),
+        *("pipeline.models", "pipeline.losses", "pipeline.data.augment.views"),
     },
 }
 
@@ -138,7 +144,7 @@ def ours(module: str) -> bool:
 
 def test_there_is_a_house_to_look_at() -> None:
     assert len(FILES) > 10
-    assert {"pipeline.config", "launch.cli"} <= {module_of(path) for path in FILES}
+    assert {"pipeline.config.load", "launch.cli.main"} <= {module_of(path) for path in FILES}
 
 
 def test_no_import_runs_upward() -> None:
@@ -231,14 +237,14 @@ def test_no_import_runs_in_a_circle() -> None:
 @pytest.mark.parametrize(
     "module",
     [
-        "pipeline.fields",
+        "pipeline.config.types",
         "pipeline.sections",
-        "pipeline.judges",
-        "pipeline.settings",
+        "pipeline.evaluation.settings",
+        "pipeline.config.schema",
         "pipeline.errors",
-        "pipeline.layers",
-        "pipeline.checks",
-        "pipeline.config",
+        "pipeline.config.layers",
+        "pipeline.config.validate",
+        "pipeline.config.load",
         "launch.ranks",
         "launch.local",
     ],

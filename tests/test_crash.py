@@ -14,9 +14,9 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.data import scenes
-from pipeline.training import saved
-from tests.runs import ROOT, TOY, command, environment, recorded, train, weights
+from pipeline.checkpoint import files as saved
+from pipeline.data.pack import synthetic as scenes
+from tests.helpers.runs import ROOT, TOY, command, environment, recorded, train, weights
 
 CRASHES = int(os.environ.get("FOVEA_CRASHES", "6"))
 STEPS = max(30, 5 * CRASHES)
@@ -30,7 +30,7 @@ def _ranks(directory: Path) -> list[int]:
                 words = (entry / "cmdline").read_bytes().split(b"\0")
             except OSError:
                 continue
-            if b"launch.worker" in words and str(directory / "config.json").encode() in words:
+            if b"launch.rank_main" in words and str(directory / "config.json").encode() in words:
                 found.append(int(entry.name))
     return found
 

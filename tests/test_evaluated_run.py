@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 import torch
 
-from launch.cli import main
-from pipeline.data import scenes
+from launch.cli.main import main
+from pipeline.data.pack import synthetic as scenes
 from pipeline.tracking.journal import read
-from tests.runs import TOY, recorded, train, weights
+from tests.helpers.runs import TOY, recorded, train, weights
 
 pytestmark = pytest.mark.slow
 

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.runs import ROOT, command, environment, recorded
-from tests.s3 import free_port
+from tests.helpers.runs import ROOT, command, environment, recorded
+from tests.helpers.s3 import free_port
 
 RESTART = 75
 
@@ -36,10 +36,10 @@ def broken(
     config: Path, shards: str, directory: Path, fault: str, *overrides: str, torchrun: bool = False
 ) -> subprocess.CompletedProcess[str]:
     words = command(config, shards, directory, *overrides)[2:]
-    head = [sys.executable, "-m", "tests.faulty"]
+    head = [sys.executable, "-m", "tests.helpers.faulty_ranks"]
     if torchrun:
         head = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", f"--master-port={free_port()}"]
-        head += ["-m", "tests.faulty"]
+        head += ["-m", "tests.helpers.faulty_ranks"]
     return subprocess.run(
         [*head, *words[1:]],
         env=environment() | {"FAULT": fault},

@@ -11,9 +11,9 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from pipeline.data import scenes
-from pipeline.training.saved import read
-from tests.runs import TOY, train
+from pipeline.checkpoint.files import read
+from pipeline.data.pack import synthetic as scenes
+from tests.helpers.runs import TOY, train
 
 # Nothing moves: what the first checkpoint of the second stage holds is what it began with.
 STILL = (

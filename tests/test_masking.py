@@ -12,17 +12,17 @@ from typing import Any
 
 import pytest
 
-from launch.cluster.submit import submit
-from pipeline.config import InvalidConfig, fingerprint, load, show
-from pipeline.data.index import build
-from pipeline.data.manifest import Fields
-from pipeline.data.reader import Reader
+from launch.slurm.submit import submit
+from pipeline.config.load import InvalidConfig, fingerprint, load, show
+from pipeline.data.index.build import build
+from pipeline.data.index.manifest import Fields
+from pipeline.data.loader.reader import Reader
+from pipeline.data.settings import StorageSettings
 from pipeline.data.storage import Storage, expand, signed
 from pipeline.errors import ConfigError, DataError, FoveaError
 from pipeline.masking import has_password, masked, shown, shown_address
-from pipeline.settings import StorageSettings
+from pipeline.runtime.run_directory import RunDirectory
 from pipeline.tracking import Journal, server_of
-from pipeline.training.run import RunDirectory
 
 SECRET = "SECRETCANARY"
 LINK = f"https://host.example/a.tar?X-Amz-Signature={SECRET}&X-Amz-Date=1"
@@ -90,7 +90,7 @@ def test_a_journal_holds_no_secret(tmp_path: Path) -> None:
 
 def test_a_submitted_command_holds_no_secret(tmp_path: Path) -> None:
     profile = Path("configs/clusters").resolve()
-    from launch.cluster.profile import load as load_profile
+    from launch.slurm.profile import load as load_profile
 
     loaded = settings(f"run.directory={tmp_path / 'run'}")
     command = f"fovea submit clip/scenes data.shards={LINK} tracking.uri=http://u:{SECRET}@h"

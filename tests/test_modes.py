@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.data import scenes
-from tests.runs import recorded, train
+from pipeline.data.pack import synthetic as scenes
+from tests.helpers.runs import recorded, train
 
 STEPS = 6
 KNN = ("evaluation.knn.enabled=true", "evaluation.knn.every=6 steps", "evaluation.knn.batch=7")

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.runs import ROOT, TOY, command, environment, recorded, train, weights
+from tests.helpers.runs import ROOT, TOY, command, environment, recorded, train, weights
 
 STEPS = 24
 
@@ -52,7 +52,7 @@ def _rank_processes(directory: Path) -> list[int]:
                 words = (entry / "cmdline").read_bytes().split(b"\0")
             except OSError:
                 continue
-            if b"launch.worker" in words and str(directory / "config.json").encode() in words:
+            if b"launch.rank_main" in words and str(directory / "config.json").encode() in words:
                 found.append(int(entry.name))
     return found
 

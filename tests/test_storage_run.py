@@ -14,9 +14,9 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.data import scenes
-from tests.runs import ROOT, command, environment, train
-from tests.s3 import KEYS, Proxy, Trouble, proxy, upload
+from pipeline.data.pack import synthetic as scenes
+from tests.helpers.runs import ROOT, command, environment, train
+from tests.helpers.s3 import KEYS, Proxy, Trouble, proxy, upload
 
 STEPS = 24
 

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.data import scenes
-from tests.runs import TOY, recorded, train
+from pipeline.data.pack import synthetic as scenes
+from tests.helpers.runs import TOY, recorded, train
 
 STEPS = 4
 MODEL = "drop_path: 0.2, positions: rope, registers: 2, rope_rescale: 2.0, local_norm: true}"

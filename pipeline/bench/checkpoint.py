@@ -21,15 +21,17 @@ import torch
 import torch.distributed as dist
 
 from pipeline.bench.machine import describe
-from pipeline.data.masks import block_masks, mask_counts
-from pipeline.data.views import Batch, Masks
+from pipeline.checkpoint import files as saved
+from pipeline.checkpoint import writer as checkpoint
+from pipeline.data.augment.masks import block_masks, mask_counts
+from pipeline.data.augment.views import Batch, Masks
 from pipeline.errors import ConfigError
-from pipeline.methods import Dinov2Settings, ViewSettings
+from pipeline.methods.base import Step
+from pipeline.methods.dinov2.method import DINOv2, dinov2_views
+from pipeline.methods.dinov2.settings import Dinov2Settings
+from pipeline.methods.settings import ViewSettings
+from pipeline.models.settings import ModelSettings
 from pipeline.models.vision import build_tower
-from pipeline.recipes.base import Step
-from pipeline.recipes.dinov2 import DINOv2, dinov2_views
-from pipeline.settings import ModelSettings
-from pipeline.training import checkpoint, saved
 from pipeline.training.engine import Engine, EngineOptions
 
 MODELS = {name: f"vit_{name}_patch16_224" for name in ("tiny", "small", "base", "large")}

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.bench.methods import train
-from pipeline.config import load
+from pipeline.config.load import load
 from pipeline.errors import FoveaError
 from pipeline.tracking.journal import read
 

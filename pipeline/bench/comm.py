@@ -32,7 +32,7 @@ from torch.utils._pytree import tree_flatten
 
 from pipeline.bench.plain import Plain, Size, batch_of
 from pipeline.errors import ConfigError
-from pipeline.recipes.base import Step
+from pipeline.methods.base import Step
 from pipeline.training.engine import Engine, EngineOptions
 
 STAGES: tuple[Literal[0, 1, 2, 3], ...] = (0, 1, 2, 3)

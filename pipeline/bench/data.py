@@ -24,18 +24,18 @@ from PIL import Image, ImageOps
 from pipeline.bench import rivals
 from pipeline.bench.machine import cpu_seconds
 from pipeline.data import storage
-from pipeline.data.dali import Augmenter, Hue
-from pipeline.data.decode import Decoder
-from pipeline.data.feeder import Portions, portions
-from pipeline.data.index import build
-from pipeline.data.ledger import Ledger
-from pipeline.data.manifest import Manifest
-from pipeline.data.order import Order
-from pipeline.data.pack import ShardWriter
-from pipeline.data.plan import make_plan
-from pipeline.data.reader import Reader
-from pipeline.data.scenes import render
-from pipeline.data.stream import BatchStream, StreamOptions
+from pipeline.data.augment.dali import Augmenter, Hue
+from pipeline.data.augment.decode import Decoder
+from pipeline.data.augment.plan import make_plan
+from pipeline.data.index.build import build
+from pipeline.data.index.manifest import Manifest
+from pipeline.data.loader.bad_samples import Ledger
+from pipeline.data.loader.batch_stream import BatchStream, StreamOptions
+from pipeline.data.loader.encoded_batches import Portions, portions
+from pipeline.data.loader.reader import Reader
+from pipeline.data.order.order import Order
+from pipeline.data.pack.shard_writer import ShardWriter
+from pipeline.data.pack.synthetic import render
 from pipeline.errors import DataError
 
 SIZE = (500, 375)

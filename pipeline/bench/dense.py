@@ -14,8 +14,8 @@ from pathlib import Path
 
 from pipeline.bench.collapse import journal
 from pipeline.bench.methods import train
-from pipeline.config import load
-from pipeline.data.scenes import CLASS_NAMES
+from pipeline.config.load import load
+from pipeline.data.pack.synthetic import CLASS_NAMES
 
 METHODS = ("clip", "detailclip")
 _SEGMENTATION = {"size": 64, "max_train": 1000, "max_val": 500, "epochs": 10}

@@ -9,7 +9,7 @@ import torch
 
 from pipeline.bench import pairs
 from pipeline.bench.checkpoint import Options, method
-from pipeline.recipes.base import Step
+from pipeline.methods.base import Step
 
 NORMAL, STRICT = "normal", "deterministic"
 

@@ -5,9 +5,11 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-from pipeline.methods import ClipSettings, Dinov2Settings
-from pipeline.settings import Config, ModelSettings
-from pipeline.training import flops
+from pipeline.config.schema import Config
+from pipeline.estimate import flops
+from pipeline.methods.clip.settings import ClipSettings
+from pipeline.methods.dinov2.settings import Dinov2Settings
+from pipeline.models.settings import ModelSettings
 
 
 @dataclass(frozen=True)

@@ -20,11 +20,11 @@ from nvidia import nvimgcodec
 
 from pipeline.bench import rivals
 from pipeline.bench.data import Options, Result, dataset, prepare
-from pipeline.data.dali import Augmenter, Hue
-from pipeline.data.decode import Decoder
-from pipeline.data.ledger import Ledger
-from pipeline.data.plan import make_plan
-from pipeline.data.stream import BatchStream, StreamOptions
+from pipeline.data.augment.dali import Augmenter, Hue
+from pipeline.data.augment.decode import Decoder
+from pipeline.data.augment.plan import make_plan
+from pipeline.data.loader.bad_samples import Ledger
+from pipeline.data.loader.batch_stream import BatchStream, StreamOptions
 from pipeline.errors import ConfigError
 
 _HARDWARE_LOADS = (0.0, 0.65, 1.0)

@@ -15,17 +15,17 @@ from typing import Any
 import torch
 
 from pipeline.bench.plain import Plain, Size, advance, alone, batch_of, engine_of
-from pipeline.data.views import Batch
-from pipeline.recipes.base import Step
+from pipeline.checkpoint.writer import Checkpoints
+from pipeline.data.augment.views import Batch
+from pipeline.methods.base import Step
+from pipeline.runtime.process_group import World
+from pipeline.runtime.stop_requests import StopRequests
+from pipeline.runtime.watchdog import Watchdog
 from pipeline.tracking import Journal
-from pipeline.training.checkpoint import Checkpoints
-from pipeline.training.control import StopRequests
-from pipeline.training.distributed import World
-from pipeline.training.rewind import LeftOut
+from pipeline.training.rollback import LeftOut
 from pipeline.training.schedules import Schedules, constant
 from pipeline.training.timing import Phases
 from pipeline.training.trainer import Plan, Progress, Trainer
-from pipeline.training.watchdog import Watchdog
 
 _WARM = 5
 AIM = 1e-3  # seconds of a step

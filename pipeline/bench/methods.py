@@ -9,11 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pipeline.config import available, load
-from pipeline.data.scenes import CLASS_NAMES
+from pipeline.config.load import available, load
+from pipeline.data.pack.synthetic import CLASS_NAMES
 from pipeline.errors import FoveaError, TrainingError
-from pipeline.interpreter import alone_environment, module_command
-from pipeline.methods import RECIPES
+from pipeline.methods.discovery import RECIPES
+from pipeline.runtime.interpreter import alone_environment, module_command
 
 PROBE = 20  # steps, from which the number of steps is reckoned
 
@@ -121,7 +121,7 @@ def _zeroshot(directory: Path) -> float:
 
 def _run(words: Sequence[str]) -> None:
     done = subprocess.run(
-        module_command("launch.cli", *words), env=alone_environment(), capture_output=True, text=True, check=False
+        module_command("launch.cli.main", *words), env=alone_environment(), capture_output=True, text=True, check=False
     )
     if done.returncode:
         last = (done.stderr.strip().splitlines() or done.stdout.strip().splitlines() or ["nothing was said"])[-1]

@@ -20,9 +20,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pipeline.data.views import Batch
+from pipeline.data.augment.views import Batch
 from pipeline.errors import ConfigError
-from pipeline.recipes.dinov2 import DINOv2
+from pipeline.methods.dinov2.method import DINOv2
 
 PACKAGES = ("dinov2", "xformers", "omegaconf", "fvcore", "iopath")
 INSTALL = "pip install --no-deps dinov2 xformers && pip install omegaconf fvcore"

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from pipeline.training.activations import Alive
+from pipeline.estimate.activations import Alive
 
 
 @dataclass(frozen=True)

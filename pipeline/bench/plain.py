@@ -13,10 +13,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pipeline.data.views import Batch
+from pipeline.data.augment.views import Batch
+from pipeline.methods.base import Recipe, Step
+from pipeline.methods.ema_teacher import Teacher
 from pipeline.models.groups import ParameterGroup
-from pipeline.recipes.base import Recipe, Step
-from pipeline.recipes.teacher import Teacher
 from pipeline.training.engine import Engine, EngineOptions
 
 

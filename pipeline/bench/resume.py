@@ -11,8 +11,9 @@ from pathlib import Path
 import torch
 
 from pipeline.bench.plain import Plain, Size, advance, alone, batch_of, engine_of
-from pipeline.recipes.base import Step
-from pipeline.training import checkpoint, saved
+from pipeline.checkpoint import files as saved
+from pipeline.checkpoint import writer as checkpoint
+from pipeline.methods.base import Step
 
 AIM = 1.2  # times a fresh start
 BYTES = 16  # of a trained parameter in a checkpoint: master, AdamW's two moments, teacher

@@ -20,8 +20,8 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms as classic
 from torchvision.transforms import v2
 
-from pipeline.data.manifest import Manifest
-from pipeline.data.views import IMAGENET_MEAN, IMAGENET_STD, Augment, ViewSpec
+from pipeline.data.augment.views import IMAGENET_MEAN, IMAGENET_STD, Augment, ViewSpec
+from pipeline.data.index.manifest import Manifest
 
 Views = list[torch.Tensor]
 

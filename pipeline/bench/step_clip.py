@@ -10,14 +10,14 @@ import torch
 from torch.nn import functional as F
 
 from pipeline.bench.pairs import Contest
-from pipeline.data.text import trimmed
-from pipeline.data.views import Batch
-from pipeline.methods import ClipSettings, TextSettings
+from pipeline.data.augment.views import Batch
+from pipeline.data.loader.text import trimmed
+from pipeline.methods.base import Step
+from pipeline.methods.clip.method import CLIP
+from pipeline.methods.clip.settings import ClipSettings, TextSettings
+from pipeline.models.settings import ModelSettings
 from pipeline.models.text import from_open_clip
 from pipeline.models.vision import build_tower
-from pipeline.recipes.base import Step
-from pipeline.recipes.clip import CLIP
-from pipeline.settings import ModelSettings
 
 TOWERS = {
     "B-32": "vit_base_patch32_224",

@@ -9,13 +9,14 @@ import torch
 
 from pipeline.bench.official import Official, missing
 from pipeline.bench.pairs import Contest
-from pipeline.data.masks import block_masks, mask_counts
-from pipeline.data.views import Batch, Masks
-from pipeline.methods import Dinov2Settings, ViewSettings
+from pipeline.data.augment.masks import block_masks, mask_counts
+from pipeline.data.augment.views import Batch, Masks
+from pipeline.methods.base import Step
+from pipeline.methods.dinov2.method import DINOv2, dinov2_views
+from pipeline.methods.dinov2.settings import Dinov2Settings
+from pipeline.methods.settings import ViewSettings
+from pipeline.models.settings import ModelSettings
 from pipeline.models.vision import build_tower
-from pipeline.recipes.base import Step
-from pipeline.recipes.dinov2 import DINOv2, dinov2_views
-from pipeline.settings import ModelSettings
 from pipeline.training.engine import Engine, EngineOptions
 
 SIZES = {"tiny": (64, 2, 2), "S": (384, 12, 6), "B": (768, 12, 12), "L": (1024, 24, 16)}  # width, depth, heads

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from timm.layers import apply_rot_embed_cat
 from torch import Tensor, nn
 
-from pipeline.evaluation.subject import Subject, uncompiled
+from pipeline.models.eval_model import Subject, uncompiled
 
 _SHADES = ((0, 0, 40), (60, 20, 120), (190, 50, 90), (250, 150, 40), (255, 250, 190))
 

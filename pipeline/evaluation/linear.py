@@ -17,8 +17,8 @@ from torch import Tensor
 from pipeline.errors import DataError
 from pipeline.evaluation.heads import RATES, held_out, train_heads
 from pipeline.evaluation.online import Pictures
-from pipeline.evaluation.subject import Subject
 from pipeline.evaluation.table import Table, extract, summed, together
+from pipeline.models.eval_model import Subject
 
 COSTS = (1e-2, 1e-1, 1.0, 1e1, 1e2, 1e3)
 

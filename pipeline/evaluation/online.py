@@ -11,15 +11,15 @@ import torch.distributed as dist
 from numpy.typing import NDArray
 from torch import Tensor
 
-from pipeline.data.feeder import Portions
-from pipeline.data.ledger import Ledger
-from pipeline.data.manifest import Manifest
-from pipeline.data.order import GlobalBatch
-from pipeline.data.random import permutation
-from pipeline.data.reader import Reader
+from pipeline.data.augment.views import Normalize, ViewSpec
+from pipeline.data.index.manifest import Manifest
+from pipeline.data.loader.bad_samples import Ledger
+from pipeline.data.loader.batch_stream import BatchStream, StreamOptions
+from pipeline.data.loader.encoded_batches import Portions
+from pipeline.data.loader.reader import Reader
+from pipeline.data.order.order import GlobalBatch
+from pipeline.data.order.random import permutation
 from pipeline.data.storage import Storage
-from pipeline.data.stream import BatchStream, StreamOptions
-from pipeline.data.views import Normalize, ViewSpec
 from pipeline.errors import DataError
 from pipeline.evaluation.knn import knn_accuracy
 

@@ -9,13 +9,13 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
-from pipeline.data.reader import Reader
+from pipeline.data.loader.reader import Reader
 from pipeline.errors import ConfigError, DataError
 from pipeline.evaluation.online import Pictures
 from pipeline.evaluation.retrieval import retrieval
-from pipeline.evaluation.subject import Subject
 from pipeline.evaluation.table import extract, together
 from pipeline.evaluation.zeroshot import SIMPLE, class_vectors, classified
+from pipeline.models.eval_model import Subject
 
 _TEXTS = 256  # encoded at a time
 

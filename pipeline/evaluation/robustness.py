@@ -19,8 +19,8 @@ from torch import Tensor
 from pipeline.errors import DataError
 from pipeline.evaluation.knn import votes
 from pipeline.evaluation.online import Pictures
-from pipeline.evaluation.subject import Subject
 from pipeline.evaluation.table import Table, extract, summed, together
+from pipeline.models.eval_model import Subject
 
 BUDGET = 10 / 255
 

@@ -21,13 +21,13 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from pipeline.data.manifest import Manifest
-from pipeline.data.reader import Reader
+from pipeline.data.index.manifest import Manifest
+from pipeline.data.loader.reader import Reader
 from pipeline.errors import DataError
 from pipeline.evaluation.heads import RATES, Heads, held_out, train_heads
 from pipeline.evaluation.online import Pictures
-from pipeline.evaluation.subject import Subject
 from pipeline.evaluation.table import Table, extract, summed
+from pipeline.models.eval_model import Subject
 
 IGNORED = 255
 

@@ -13,12 +13,12 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from pipeline.data.reader import Reader
+from pipeline.data.loader.reader import Reader
 from pipeline.evaluation.attention import shaded
 from pipeline.evaluation.online import Pictures
 from pipeline.evaluation.pairs import numbered
-from pipeline.evaluation.subject import Subject
 from pipeline.evaluation.table import extract, gathered, together
+from pipeline.models.eval_model import Subject
 
 Sheet = NDArray[np.uint8]
 _RIGHT, _WRONG, _UNKNOWN = (40, 160, 70), (190, 60, 50), (150, 150, 150)

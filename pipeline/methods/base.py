@@ -1,121 +1,133 @@
-"""What the settings of all methods share: crops, colours, clipping, and the register they are entered in.
+"""What a method is to the trainer: views it wants, named loss terms it returns, state that no gradient moves.
 
-A new method adds a module here with a subclass of :class:`RecipeSettings` under ``@register``, and one of the same name in
-:mod:`pipeline.recipes`; ``recipe.name`` then selects both.
+The trainer knows no method and a method knows no trainer. The order of one step is the trainer's: schedules, batch,
+``forward`` (teacher, student, terms), finite check, backward of the sum, optimiser step, ``after_step``.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import ClassVar, Literal, TypeVar
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Self
 
-from pydantic import Field
+import torch
+from torch import Tensor, nn
 
-from pipeline.fields import Length, Positive, Probability, Settings, ShareRange
-
-
-class ViewSettings(Settings):
-    """The crops of a picture."""
-
-    global_count: ClassVar[int] = 2  # global crops of a sample
-
-    interpolation: Literal["bicubic", "bilinear"] = Field(
-        default="bicubic", description="how crops are resized: bicubic (DINO, DINOv2, BYOL), or bilinear (the code of MoCo)"
-    )
-    global_size: int = Field(default=224, ge=8, le=4096, description="side of a global crop, pixels")
-    global_scale: ShareRange = Field(
-        default=(0.32, 1.0), description="least and largest share of the picture's area in a global crop"
-    )
-    local_count: int = Field(default=8, ge=0, le=64, description="local crops of a sample")
-    local_size: int = Field(default=98, ge=8, le=4096, description="side of a local crop, pixels")
-    local_scale: ShareRange = Field(
-        default=(0.05, 0.32), description="least and largest share of the picture's area in a local crop"
-    )
+from pipeline.data.augment.views import Batch, TextSpec, ViewSet, ViewSpec
+from pipeline.methods.ema_teacher import Teacher
+from pipeline.methods.health_metrics import Vitals
+from pipeline.models.groups import ParameterGroup
 
 
-class AugmentSettings(Settings):
-    """What happens to a crop's colours and sharpness."""
+@dataclass(frozen=True)
+class Step:
+    """Where the run is, and what the schedules say there. Evaluated by the trainer, passed in explicitly.
 
-    blur: Literal["as_released", "paper", "off"] = Field(
-        default="as_released",
-        description="probabilities of blur for global 1, global 2, local: as_released (0, 0.9, 0.5) trained the public weights, "
-        "paper (1, 0.1, 0.5) is what the text says, off is for crops too small to blur",
-    )
-    hue: Literal["hsv", "yiq", "off"] = Field(
-        default="hsv", description="how the hue is shifted: exact (hsv), as a rotation (yiq, faster), not at all"
-    )
-    flip_probability: Probability = Field(default=0.5, description="probability of a horizontal flip")
-    jitter_probability: Probability = Field(default=0.8, description="probability of any colour jitter")
-    brightness: Probability = Field(default=0.4, description="brightness factor is uniform in 1 ± this")
-    contrast: Probability = Field(default=0.4, description="contrast factor is uniform in 1 ± this")
-    saturation: Probability = Field(default=0.2, description="saturation factor is uniform in 1 ± this")
-    hue_shift: float = Field(
-        default=0.1, ge=0, le=0.5, description="hue shift is uniform in ± this, in turns of the colour circle"
-    )
-    gray_probability: Probability = Field(default=0.2, description="probability of grayscale")
-    solarize_probability: Probability = Field(default=0.2, description="probability of solarizing the second global crop")
-
-
-class RecipeSettings(Settings):
-    """Base of every method's settings; subclasses narrow ``name`` to a literal and are registered."""
-
-    reads_text: ClassVar[bool] = False  # whether the method wants captions
-
-    name: str = Field(description="the method")
-    clip_norm: Positive | None = Field(default=None, description="largest L2 norm of the gradient; null means no clipping")
-    clip_scope: Literal["network", "global", "parameter"] = Field(
-        default="global",
-        description="clip each network by its own norm, all together, or each parameter by its own (DINO's code)",
-    )
-
-    @property
-    def last_layer_freeze(self) -> Length:
-        """How long the parameters that a method marks as its last layer stand still."""
-        return Length(0)
-
-    @property
-    def anchors(self) -> dict[str, str | None]:
-        """Frozen networks of the method, by its attribute, and where their weights come from; None means those of the start."""
-        return {}
-
-    @property
-    def hue(self) -> Literal["hsv", "yiq", "off"]:
-        """How the hue of its views is shifted."""
-        augment = getattr(self, "augment", None)
-        return augment.hue if isinstance(augment, AugmentSettings) else "hsv"
-
-
-R = TypeVar("R", bound=type[RecipeSettings])
-RECIPES: dict[str, type[RecipeSettings]] = {}
-
-
-def register(name: str) -> Callable[[R], R]:
-    """Class decorator: makes a method's settings known as ``recipe.name: <name>``.
-
-    Raises:
-        ValueError: if another class holds the name.
+    Attributes:
+        index: number of the step, from 0.
+        samples_seen: samples of the run consumed before this step.
+        epoch: ``samples_seen`` in units of the training set.
+        lr: learning rate, before each group's own multiplier.
+        last_layer_lr: learning rate of groups marked ``last_layer`` (0 while they are frozen).
+        weight_decay: weight decay, before each group's own multiplier.
+        momentum: share of the old teacher kept by ``after_step``.
+        teacher_temperature: temperature of the targets.
     """
 
-    def enter(cls: R) -> R:
-        if RECIPES.setdefault(name, cls) is not cls:
-            raise ValueError(f"two recipes are called {name!r}")
-        return cls
+    index: int = 0
+    samples_seen: int = 0
+    epoch: float = 0.0
+    lr: float = 0.0
+    last_layer_lr: float = 0.0
+    weight_decay: float = 0.0
+    momentum: float = 1.0
+    teacher_temperature: float = 0.07
 
-    return enter
+
+class Recipe(nn.Module, ABC):
+    """One pretraining method: its student networks are submodules, all other state is plain.
+
+    Attributes:
+        views: what the data side must deliver, in the sizes that the method is judged and used at.
+        text: what the data side must make of captions, or ``None`` if the method reads none. Its settings must say the same
+            (``RecipeSettings.reads_text``).
+        teacher: slow copy of student networks, or ``None``. Not a submodule: no engine sees it.
+        memory: fp32 tensors that are neither parameters nor the teacher's (centres, queues), saved with each checkpoint
+            under their names. Equal on all ranks. Not buffers, because an engine may cast buffers to bf16.
+        metrics: what the last ``forward`` wants logged: detached scalars that never enter the loss.
+        vitals: which of these metrics tell whether the method is well, or ``None``.
+        batch_coupled: whether the loss of a sample depends on the other samples of its (micro-)batch, so that gradient
+            accumulation is not the same as a larger batch.
+    """
+
+    views: tuple[ViewSpec, ...] = ()
+    text: TextSpec | None = None
+    batch_coupled: bool = False
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.teacher: Teacher | None = None
+        self.memory: dict[str, Tensor] = {}
+        self.metrics: dict[str, Tensor] = {}
+        self.vitals: Vitals | None = None
+
+    @property
+    def view_sets(self) -> tuple[ViewSet, ...]:
+        """The sets of views of which each step takes one: ``views`` alone, unless the method mixes sizes."""
+        return (ViewSet(self.views),)
+
+    def prepare(self, batches: Sequence[Batch], step: Step) -> None:
+        """Looks at all micro-batches of a step before the first :meth:`forward`, without gradients.
+
+        This is where a method whose samples see one another makes accumulation equal to one large batch: it keeps what the
+        micro-batches have to know of each other, and :meth:`forward` is then called with each of them, in this order.
+
+        Args:
+            batches: this rank's micro-batches, every rank as many.
+            step: as for :meth:`forward`.
+        """
+
+    @abstractmethod
+    def forward(self, batch: Batch, step: Step) -> dict[str, Tensor]:
+        """Named scalar loss terms, already weighted; their sum is the loss."""
+
+    def after_step(self, step: Step) -> None:
+        """Moves what no gradient moves. Called once after each applied optimiser step, never after a skipped one."""
+        if self.teacher is not None:
+            self.teacher.update(step.momentum)
+
+    def after_skip(self) -> None:
+        """Drops what ``forward`` kept for :meth:`after_step`. Called instead of it when a step was not applied."""
+
+    def networks(self) -> dict[str, nn.Module]:
+        """Sub-networks that are trained, by name, each clipped by its own gradient norm."""
+        return {name: m for name, m in self.named_children() if any(p.requires_grad for p in m.parameters())}
+
+    @abstractmethod
+    def parameter_groups(self) -> list[ParameterGroup]:
+        """All trainable parameters, each in exactly one group."""
+
+    @abstractmethod
+    def export(self) -> dict[str, nn.Module]:
+        """The networks worth keeping, by name: what evaluation and export read."""
+
+    def students(self, *, slow: bool = True) -> dict[str, nn.Module]:
+        """Towers by name that are trained beside the one :meth:`export` calls ``backbone``, or their slow copies."""
+        return {}
+
+    def place(self, device: torch.device | str) -> Self:
+        """Moves teacher and memory, which ``nn.Module.to`` does not see; the student is the engine's to move."""
+        if self.teacher is not None:
+            self.teacher.to(device)
+        self.memory = {name: tensor.to(device) for name, tensor in self.memory.items()}
+        return self
 
 
-class OneViewSettings(RecipeSettings):
-    """Base of the methods that see each picture once, as one crop, and read its caption."""
-
-    image_size: int = Field(default=224, ge=8, le=4096, description="side of the picture, pixels")
-    crop_scale: ShareRange = Field(default=(0.9, 1.0), description="least and largest share of the picture's area in the crop")
-    flip_probability: float = Field(
-        default=0.0, ge=0, le=1, description="probability of a horizontal flip; captions say left and right"
-    )
-    interpolation: Literal["bicubic", "bilinear"] = Field(
-        default="bicubic",
-        description="how the crop is resized: bicubic (CLIP, open_clip), or bilinear (the code of SLIP, DetailCLIP)",
-    )
-    normalize: Literal["openai", "imagenet", "half"] = Field(
-        default="openai", description="mean and deviation taken off the colours; half is 0.5 and 0.5"
-    )
+def seed(batch: Batch) -> None:
+    """What is drawn on the batch's device from now on depends on ``batch.seed`` alone: ``torch.manual_seed`` for one device,
+    without the stack traces that it takes for every kind of device that is not in use (0.4 ms)."""
+    torch.default_generator.manual_seed(batch.seed)
+    device = next(view.device for views in batch.views.values() for view in views)
+    if device.type == "cuda":
+        torch.cuda.default_generators[device.index or 0].manual_seed(batch.seed)

@@ -15,7 +15,7 @@ from timm.models.eva import Eva
 from torch import Tensor, nn
 
 from pipeline.errors import ConfigError
-from pipeline.settings import ModelSettings
+from pipeline.models.settings import ModelSettings
 
 TRUNCATED = 0.87962566103423978
 """Deviation of a standard normal that is cut at two deviations."""

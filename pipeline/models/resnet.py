@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from pipeline.errors import ConfigError
 from pipeline.models.initialization import initialize_resnet
 from pipeline.models.norms import GlobalBatchNorm
+from pipeline.models.settings import ModelSettings
 from pipeline.models.tokens import Tokens
 from pipeline.models.vision import VisionTower, build_tower
-from pipeline.settings import ModelSettings
 
 
 class ResNetTower(nn.Module):

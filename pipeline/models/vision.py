@@ -24,9 +24,9 @@ from pipeline.models.depth import set_stochastic_depth
 from pipeline.models.initialization import initialize_transformer
 from pipeline.models.positions import Resampling, resample_positions
 from pipeline.models.reading import places, read_some
+from pipeline.models.settings import ModelSettings
 from pipeline.models.stems import conv_stem
 from pipeline.models.tokens import Tokens
-from pipeline.settings import ModelSettings
 
 
 class VisionTower(nn.Module):

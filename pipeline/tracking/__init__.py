@@ -1,10 +1,10 @@
 """What is told about a run: a journal on disk, and a shipper that copies it to MLflow."""
 
-from pipeline.tracking.aside import Aside, asides
 from pipeline.tracking.destination import Destination, destination
+from pipeline.tracking.eval_journal import Aside, asides
 from pipeline.tracking.journal import Journal
-from pipeline.tracking.servers import check_address, destination_of, own_database, remember, server_of, shown_server
-from pipeline.tracking.shipper import Shipper
+from pipeline.tracking.mlflow_servers import check_address, destination_of, own_database, remember, server_of, shown_server
+from pipeline.tracking.mlflow_shipper import Shipper
 
 __all__ = [
     "Aside",

@@ -8,10 +8,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from pipeline.config.paths import absolute
 from pipeline.errors import FoveaError
-from pipeline.paths import absolute
-from pipeline.settings import TrackingSettings
-from pipeline.tracking.database import OWN, uri_of
+from pipeline.tracking.mlflow_database import OWN, uri_of
+from pipeline.tracking.settings import TrackingSettings
 from pipeline.untrusted import read_json, shown_address
 
 _FILE = "destination.json"

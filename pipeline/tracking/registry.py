@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.errors import LaunchError
-from pipeline.tracking.shipper import Shipper
+from pipeline.tracking.mlflow_shipper import Shipper
 
 
 def register(shipper: Shipper, folder: Path, model: str) -> int:

@@ -12,10 +12,12 @@ import math
 from dataclasses import dataclass
 from typing import Literal, Self
 
-from pipeline import settings
+from pipeline.config.schema import Config
+from pipeline.data.inputs import check_warmups
 from pipeline.errors import ConfigError
-from pipeline.recipes.base import Step
-from pipeline.training.inputs import check_warmups
+from pipeline.methods.base import Step
+from pipeline.training.settings import Curve as CurveSettings
+from pipeline.training.settings import LearningRateCurve
 
 
 @dataclass(frozen=True)
@@ -105,7 +107,7 @@ class Schedules:
     last_layer_freeze: int = 0
 
     @classmethod
-    def from_config(cls, config: settings.Config, *, epoch_samples: int) -> Self:
+    def from_config(cls, config: Config, *, epoch_samples: int) -> Self:
         """The curves a config describes, over the optimizer steps of its run: an epoch's rest that fills no batch makes one more.
 
         Args:
@@ -119,11 +121,11 @@ class Schedules:
         check_warmups(config, epoch_samples)
         length = config.train.length.steps(epoch_samples, batch) * batch
 
-        def curve(start: float, peak: float, end: float, rest: settings.Curve | settings.LearningRateCurve) -> Curve:
+        def curve(start: float, peak: float, end: float, rest: CurveSettings | LearningRateCurve) -> Curve:
             warmup = rest.warmup.samples(epoch_samples, batch)
             return Curve(start, peak, end, warmup, length, rest.shape, epoch_samples if rest.per_epoch else 0)
 
-        def plain(s: settings.Curve) -> Curve:
+        def plain(s: CurveSettings) -> Curve:
             peak = s.start if s.peak is None else s.peak
             return curve(s.start, peak, peak if s.end is None else s.end, s)
 

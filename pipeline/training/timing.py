@@ -15,9 +15,9 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
-from pipeline.training.distributed import World
-from pipeline.training.flops import flop_counter
-from pipeline.training.watchdog import CHECKPOINT, COMPUTE, DATA, END, EVALUATE, LOG, START, STEP, TEACHER, Watchdog
+from pipeline.estimate.flops import flop_counter
+from pipeline.runtime.process_group import World
+from pipeline.runtime.watchdog import CHECKPOINT, COMPUTE, DATA, END, EVALUATE, LOG, START, STEP, TEACHER, Watchdog
 
 T = TypeVar("T")
 _LOOP = {DATA: "data", COMPUTE: "forward_backward", STEP: "update", TEACHER: "teacher", LOG: "log"}

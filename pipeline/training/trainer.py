@@ -18,21 +18,21 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from pipeline.data.random import mix
-from pipeline.data.stream import BatchStream
-from pipeline.data.views import Batch
+from pipeline.checkpoint.writer import Checkpoints, Outcome
+from pipeline.data.augment.views import Batch
+from pipeline.data.loader.batch_stream import BatchStream
+from pipeline.data.order.random import mix
 from pipeline.errors import NonFiniteError, TrainingError
-from pipeline.recipes.base import Recipe, Step
+from pipeline.methods.base import Recipe, Step
+from pipeline.runtime.process_group import World
+from pipeline.runtime.stop_requests import Stop, StopRequests
+from pipeline.runtime.watchdog import CHECKPOINT, COMPUTE, DATA, END, EVALUATE, LOG, STEP, TEACHER
 from pipeline.tracking import Journal
-from pipeline.training.alarms import Alarms
-from pipeline.training.checkpoint import Checkpoints, Outcome
-from pipeline.training.control import Stop, StopRequests
-from pipeline.training.distributed import World
+from pipeline.training.alerts import Alarms
 from pipeline.training.engine import Engine
-from pipeline.training.rewind import LeftOut
+from pipeline.training.rollback import LeftOut
 from pipeline.training.schedules import Schedules
 from pipeline.training.timing import Phases, memory_now
-from pipeline.training.watchdog import CHECKPOINT, COMPUTE, DATA, END, EVALUATE, LOG, STEP, TEACHER
 
 
 @dataclass(frozen=True)
@@ -103,7 +103,7 @@ class Watcher(Protocol):
 
 @dataclass
 class Trainer:
-    """Everything one rank needs to train; see :func:`pipeline.training.assemble.assemble`.
+    """Everything one rank needs to train; see :func:`pipeline.training.build.assemble`.
 
     Attributes:
         world: this rank's place.

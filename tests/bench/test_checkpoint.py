@@ -11,7 +11,7 @@ import pytest
 
 from pipeline.bench.checkpoint import Options, Result, markdown
 from pipeline.errors import ConfigError
-from tests.runs import ROOT, environment
+from tests.helpers.runs import ROOT, environment
 
 
 def test_the_page_says_whether_the_aim_was_met() -> None:
@@ -33,7 +33,7 @@ def test_an_unknown_size_is_refused_before_anything_starts() -> None:
 @pytest.mark.slow
 def test_it_measures(tmp_path: Path) -> None:
     words = ["--model", "tiny", "--batch", "2", "--side", "32", "--prototypes", "16", "--saves", "1"]
-    command = [sys.executable, "-m", "launch.cli", "bench", "checkpoint", *words, "--out", str(tmp_path / "result")]
+    command = [sys.executable, "-m", "launch.cli.main", "bench", "checkpoint", *words, "--out", str(tmp_path / "result")]
     done = subprocess.run(command, env=environment(), cwd=ROOT, capture_output=True, text=True, timeout=3000, check=False)
     assert done.returncode == 0, done.stderr
     found = json.loads((tmp_path / "result.json").read_text())

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from launch.curves import page as curves
 from pipeline.bench.collapse import TRIALS, Found, Trial, journal, page
-from pipeline.config import flatten, load
+from pipeline.config.load import flatten, load
+from pipeline.reports.curves import page as curves
 from pipeline.tracking.journal import Journal
 
 

@@ -6,7 +6,7 @@ import pytest
 
 from pipeline.bench import comm
 from pipeline.errors import ConfigError
-from tests.pool import pool
+from tests.helpers.rank_pool import pool
 
 WIDTH, DEPTH = 64, 4
 ELEMENTS = DEPTH * (WIDTH**2 + WIDTH)

@@ -17,7 +17,7 @@ from pipeline.bench import rivals
 from pipeline.bench.data import Options, Result, dataset, measure, prepare, rows
 from pipeline.bench.machine import cpu_seconds, describe
 from pipeline.bench.report import save
-from pipeline.data.manifest import Manifest
+from pipeline.data.index.manifest import Manifest
 from pipeline.errors import DataError
 
 BURN = "import time\nend = time.process_time() + 0.4\nwhile time.process_time() < end: pass"

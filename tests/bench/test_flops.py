@@ -9,8 +9,8 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from pipeline.bench.flops import cost
-from pipeline.config import load
-from pipeline.training.flops import flop_counter
+from pipeline.config.load import load
+from pipeline.estimate.flops import flop_counter
 
 TOWER = "model: {width: 192, depth: 4, heads: 3, patch: 16, drop_path: %s}\ndata: {shards: x.tar}\n"
 DINO = "recipe: {name: dinov2, views: {local_size: 96}, prototypes: 4096, head_hidden: 512, head_bottleneck: 64}\n" + TOWER

@@ -9,7 +9,7 @@ from torch import Tensor
 from pipeline import losses
 from pipeline.bench import loop, pairs, resume
 from pipeline.bench.plain import Size
-from tests.pool import pool
+from tests.helpers.rank_pool import pool
 
 
 def test_the_loop_adds_little_to_a_step() -> None:

@@ -11,7 +11,7 @@ import torch
 
 from pipeline.bench import heads, official, pairs, step
 from pipeline.errors import ConfigError
-from tests.pool import pool
+from tests.helpers.rank_pool import pool
 
 
 def test_heads_in_pieces_find_what_whole_logits_do() -> None:

@@ -17,13 +17,13 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from pipeline.data import storage
-from pipeline.data.decode import _by_pillow
-from pipeline.data.index import Fields, build
-from pipeline.data.judge import judge
-from pipeline.data.manifest import Manifest, Shard, ShardIndex, load_sidecar
-from pipeline.data.transcode import transcode
+from pipeline.data.augment.decode import _by_pillow
+from pipeline.data.index.build import Fields, build
+from pipeline.data.index.image_header import judge
+from pipeline.data.index.manifest import Manifest, Shard, ShardIndex, load_sidecar
+from pipeline.data.pack.transcode import transcode
 from pipeline.errors import DataError
-from tests.training.test_manifest import JSON
+from tests.checkpoint.test_manifest import JSON
 
 
 def progressive(side: int, scans: int, *, restarts: bool = False) -> bytes:

@@ -1,6 +1,6 @@
 """Odd, broken and malicious input: decoded as Pillow does, or refused with a reason; a run over it goes on to its end.
 
-Everything that touches the decoder happens in :mod:`tests.data.ward`, where a crash is an outcome.
+Everything that touches the decoder happens in :mod:`tests.helpers.ward`, where a crash is an outcome.
 """
 
 from __future__ import annotations
@@ -25,18 +25,19 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageFilter
 
-from pipeline.data import storage, tar
-from pipeline.data.feeder import Portions
-from pipeline.data.index import Fields, build, index_shard
-from pipeline.data.judge import judge, whole
-from pipeline.data.ledger import Ledger
-from pipeline.data.manifest import STATUSES
-from pipeline.data.order import Order
-from pipeline.data.reader import Reader
-from pipeline.data.stream import BatchStream, StreamOptions
-from pipeline.data.views import Augment, ViewSpec
+from pipeline.data import storage
+from pipeline.data.augment.views import Augment, ViewSpec
+from pipeline.data.index import tar
+from pipeline.data.index.build import Fields, build, index_shard
+from pipeline.data.index.image_header import judge, whole
+from pipeline.data.index.manifest import STATUSES
+from pipeline.data.loader.bad_samples import Ledger
+from pipeline.data.loader.batch_stream import BatchStream, StreamOptions
+from pipeline.data.loader.encoded_batches import Portions
+from pipeline.data.loader.reader import Reader
+from pipeline.data.order.order import Order
 from pipeline.errors import DataError
-from tests.data.ward import Outcome, examine
+from tests.helpers.ward import Outcome, examine
 
 MEMORY = 2048  # MB that no single file may take
 

@@ -9,16 +9,16 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from pipeline.data.index import build
-from pipeline.data.manifest import Manifest
-from pipeline.data.narrow import narrow
-from pipeline.data.reader import Reader
-from pipeline.data.views import IMAGENET_MEAN, IMAGENET_STD
+from pipeline.data.augment.views import IMAGENET_MEAN, IMAGENET_STD
+from pipeline.data.index.build import build
+from pipeline.data.index.filters import narrow
+from pipeline.data.index.manifest import Manifest
+from pipeline.data.loader.reader import Reader
 from pipeline.evaluation.online import Pictures
 from pipeline.evaluation.segmentation import Segmentation, places
-from pipeline.evaluation.subject import Subject
+from pipeline.models.eval_model import Subject
+from pipeline.models.settings import ModelSettings
 from pipeline.models.vision import build_tower
-from pipeline.settings import ModelSettings
 
 SIZE = 96
 NAMES = ("sky", "building", "pole", "road", "pavement", "tree", "sign", "fence", "car", "pedestrian", "bicyclist")

@@ -13,14 +13,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from pipeline.data import scenes
-from pipeline.data.index import build
-from pipeline.data.manifest import Manifest
-from pipeline.data.pack import ShardWriter
+from pipeline.data.index.build import build
+from pipeline.data.index.manifest import Manifest
+from pipeline.data.pack import synthetic as scenes
+from pipeline.data.pack.shard_writer import ShardWriter
 from pipeline.errors import DataError
 from pipeline.evaluation.knn import knn_accuracy, votes
 from pipeline.evaluation.online import OnlineKnn, Pictures, raw_pixels
-from tests.pool import pool
+from tests.helpers.rank_pool import pool
 
 CPU = torch.device("cpu")
 KS = (1, 5, 20)

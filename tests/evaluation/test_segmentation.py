@@ -13,18 +13,18 @@ import torch.distributed as dist
 from PIL import Image
 from torch import Tensor
 
-from pipeline.data.index import build
-from pipeline.data.manifest import Manifest
-from pipeline.data.pack import ShardWriter
-from pipeline.data.reader import Reader
-from pipeline.data.views import IMAGENET_MEAN, IMAGENET_STD
+from pipeline.data.augment.views import IMAGENET_MEAN, IMAGENET_STD
+from pipeline.data.index.build import build
+from pipeline.data.index.manifest import Manifest
+from pipeline.data.loader.reader import Reader
+from pipeline.data.pack.shard_writer import ShardWriter
 from pipeline.errors import DataError
 from pipeline.evaluation.online import Pictures
 from pipeline.evaluation.segmentation import Segmentation, confusion, ious, over_windows, places, whole_map
-from pipeline.evaluation.subject import Subject
+from pipeline.models.eval_model import Subject
+from pipeline.models.settings import ModelSettings
 from pipeline.models.vision import build_tower
-from pipeline.settings import ModelSettings
-from tests.pool import pool
+from tests.helpers.rank_pool import pool
 
 SIZE, HIGH, WIDE = 16, 24, 60
 

@@ -15,19 +15,19 @@ import torch.distributed as dist
 from PIL import Image
 from torch import Tensor, nn
 
-from pipeline.data.index import build
-from pipeline.data.manifest import Manifest
-from pipeline.data.pack import ShardWriter
-from pipeline.data.reader import Reader
-from pipeline.data.views import Normalize
+from pipeline.data.augment.views import Normalize
+from pipeline.data.index.build import build
+from pipeline.data.index.manifest import Manifest
+from pipeline.data.loader.reader import Reader
+from pipeline.data.pack.shard_writer import ShardWriter
 from pipeline.evaluation.attention import looked_at, readable, shaded, with_attention
 from pipeline.evaluation.online import Pictures
 from pipeline.evaluation.sheets import _RIGHT, _UNKNOWN, _WRONG, Finding, attention_sheet, thumbs
-from pipeline.evaluation.subject import Subject
+from pipeline.models.eval_model import Subject
 from pipeline.models.resnet import build_trunk
+from pipeline.models.settings import ModelSettings
 from pipeline.models.vision import build_tower
-from pipeline.settings import ModelSettings
-from tests.pool import pool
+from tests.helpers.rank_pool import pool
 
 CPU = torch.device("cpu")
 MEAN, STD = (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)

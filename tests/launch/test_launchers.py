@@ -13,9 +13,9 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.training.run import RunDirectory
-from tests.runs import ROOT, command, environment, recorded, train, weights
-from tests.s3 import free_port
+from pipeline.runtime.run_directory import RunDirectory
+from tests.helpers.runs import ROOT, command, environment, recorded, train, weights
+from tests.helpers.s3 import free_port
 
 STEPS = 8
 LENGTH = f"train.length={STEPS} steps"

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from launch.local import free_port, start
-from launch.ranks import RankEnvironment
+from launch.rank_environment import RankEnvironment
 from pipeline.errors import LaunchError
 
 ROOT = Path(__file__).resolve().parents[2]

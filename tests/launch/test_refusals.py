@@ -10,10 +10,11 @@ from pathlib import Path
 
 import pytest
 
-from launch import cli, local
-from pipeline.data import scenes
-from pipeline.training.run import RunDirectory
-from tests.runs import TOY
+from launch import local
+from launch.cli import main as cli
+from pipeline.data.pack import synthetic as scenes
+from pipeline.runtime.run_directory import RunDirectory
+from tests.helpers.runs import TOY
 
 Refusal = Callable[..., str]
 
@@ -106,7 +107,7 @@ def test_a_typo_is_refused_with_the_nearest_name(refused: Refusal, shards: Path)
 
 
 def test_a_checkpoint_of_another_run_is_refused_with_the_difference(refused: Refusal, shards: Path, tmp_path: Path) -> None:
-    from pipeline.config import load
+    from pipeline.config.load import load
 
     other = load(tmp_path / "toy.yaml", [f"data.shards={shards}/*train-*.tar", "model.width=64", "run.directory=/nowhere"]).config
     saved = tmp_path / "other" / "step_000000006"
@@ -125,7 +126,7 @@ def test_a_directory_that_is_no_checkpoint_is_refused(refused: Refusal, shards: 
 
 
 def test_a_run_directory_of_other_settings_is_refused(refused: Refusal, shards: Path, tmp_path: Path) -> None:
-    from pipeline.config import load
+    from pipeline.config.load import load
 
     old = load(tmp_path / "toy.yaml", [f"data.shards={shards}/*train-*.tar", "optim.lr=5e-3"]).config
     RunDirectory(tmp_path / "run").write("config.json", old.model_dump(mode="json"))
@@ -135,7 +136,7 @@ def test_a_run_directory_of_other_settings_is_refused(refused: Refusal, shards: 
 
 
 def test_a_second_live_attempt_on_a_run_is_refused(refused: Refusal, shards: Path, tmp_path: Path) -> None:
-    from launch.train import alone
+    from launch.cli.train import alone
 
     with alone(RunDirectory(tmp_path / "run")):
         assert "alive" in refused(str(shards / "*train-*.tar"))

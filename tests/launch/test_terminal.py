@@ -18,14 +18,14 @@ from hypothesis import strategies as st
 from PIL import Image
 from rich.table import Table
 
-from launch.cli import main
-from launch.report import write as report
+from launch.cli.main import main
+from launch.progress import Lines
 from launch.terminal import Terminal, clean_logs
-from launch.watch import Lines
 from pipeline.errors import FoveaError, of_system
-from pipeline.training.run import RunDirectory
-from tests.runs import TOY, environment
-from tests.training.test_manifest import GOOD, JSON, run_with
+from pipeline.reports.comparison import write as report
+from pipeline.runtime.run_directory import RunDirectory
+from tests.checkpoint.test_manifest import GOOD, JSON, run_with
+from tests.helpers.runs import TOY, environment
 
 EVIL = "\x1b]0;TITLE\x07\x1b[2J\x9b31m\u202e"
 
@@ -120,7 +120,7 @@ KEYS = ["steps", "state", "why", "scores", "stop", "job", "event", "attempt", "t
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(name=st.sampled_from(RECORDS), keys=st.lists(st.sampled_from(KEYS), max_size=3), value=JSON)
 def test_records_of_a_wrong_type_end_in_one_error(tmp_path: Path, name: str, keys: list[str], value: Any) -> None:
-    from launch.cluster.status import as_json, status, table
+    from launch.slurm.status import as_json, status, table
 
     run = RunDirectory(tmp_path / "run")
     run_with(run.path, GOOD)

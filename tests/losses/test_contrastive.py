@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pipeline.losses import clip_loss, siglip_loss
-from tests.pool import pool
+from tests.helpers.rank_pool import pool
 
 K = torch.arange(1, 33, dtype=torch.float64)
 X, Y = torch.sin(K).view(4, 8), torch.cos(0.5 * K).view(4, 8)

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pipeline import losses
-from tests.pool import pool
+from tests.helpers.rank_pool import pool
 
 Z1 = torch.tensor([[1, 2, 3], [-1, 0, 2], [0.5, -1, 1], [2, -2, 0]], dtype=torch.float64)
 Z2 = torch.tensor([[1.5, 1.5, 3], [-0.5, 0.5, 2], [1, -1, 0.5], [2, -1, -1]], dtype=torch.float64)
@@ -120,7 +120,7 @@ def test_dino() -> None:
 
 
 def test_a_caption_is_told_token_by_token_and_padding_is_none() -> None:
-    from pipeline.recipes.captions import told
+    from pipeline.methods.shared.captioning import told
 
     tokens = torch.tensor([[1, 3, 4, 2, 0], [1, 5, 2, 0, 0]])
     b, place, v = torch.arange(2)[:, None, None], torch.arange(5)[:, None], torch.arange(6)

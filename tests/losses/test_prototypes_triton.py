@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from pipeline.losses import multi_crop_pairings, prototype_cross_entropy, prototypes
-from tests.losses.fused import CASES, Case, potential
+from tests.helpers.fused_losses import CASES, Case, potential
 
 ROOT = Path(__file__).resolve().parents[2]
 NAMES = ("terms", "slope of the features", "slope of the prototypes", "entropy", "mass", "agreed")
@@ -25,7 +25,7 @@ def other_process(path: Path, **environment: str) -> Any:
     env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     env |= {"TRITON_CACHE_DIR": str(path.parent), "OMP_NUM_THREADS": "1", **environment}
     done = subprocess.run(
-        [sys.executable, "-m", "tests.losses.fused", str(path)], cwd=ROOT, env=env, capture_output=True, text=True
+        [sys.executable, "-m", "tests.helpers.fused_losses", str(path)], cwd=ROOT, env=env, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
     return torch.load(path)

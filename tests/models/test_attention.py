@@ -11,9 +11,9 @@ from torch import Tensor
 from pipeline.errors import ConfigError
 from pipeline.models.attention import kept_and_removed, with_attention
 from pipeline.models.decoder import Decoder, patchified, sincos_positions
+from pipeline.models.settings import ModelSettings
 from pipeline.models.tokens import Tokens, taken
 from pipeline.models.vision import VisionTower, build_tower
-from pipeline.settings import ModelSettings
 
 
 def tower(registers: int = 0) -> VisionTower:

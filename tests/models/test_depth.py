@@ -11,8 +11,8 @@ from torch import Tensor
 
 from pipeline.errors import ConfigError
 from pipeline.models.depth import kept_rows, set_stochastic_depth
+from pipeline.models.settings import ModelSettings
 from pipeline.models.vision import VisionTower, build_tower
-from pipeline.settings import ModelSettings
 
 TINY: dict[str, Any] = {"width": 16, "depth": 2, "heads": 2, "patch": 4, "layer_scale": 0.5}
 

@@ -11,8 +11,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from pipeline.models.settings import ModelSettings
 from pipeline.models.vision import VisionTower, build_tower, embed
-from pipeline.settings import ModelSettings
 
 SIDE, PATCHES, KEPT = 5, 25, 9
 KINDS: dict[str, dict[str, Any]] = {

@@ -9,12 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.errors import ConfigError
+from pipeline.methods.registry import build_recipe
 from pipeline.models.fp8 import E4M3, rounded, scaled_product, use_fp8
+from pipeline.models.settings import ModelSettings
 from pipeline.models.vision import build_tower
-from pipeline.recipes.registry import build_recipe
-from pipeline.settings import ModelSettings
-from pipeline.training.assemble import prepare_towers
-from tests.recipes.tiny import STEP, batch_at, config
+from pipeline.training.build import prepare_towers
+from tests.helpers.tiny_recipes import STEP, batch_at, config
 
 
 def factors(*shape: int, seed: int = 0) -> Tensor:

@@ -8,8 +8,8 @@ from torch import nn
 
 from pipeline.models.groups import ParameterGroup, parameter_groups
 from pipeline.models.heads import PrototypeHead
+from pipeline.models.settings import ModelSettings
 from pipeline.models.vision import build_tower
-from pipeline.settings import ModelSettings
 
 
 class Student(nn.Module):

@@ -16,13 +16,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from pipeline.config import load
+from pipeline.config.load import load
+from pipeline.config.schema import Config
+from pipeline.methods.registry import build_recipe
 from pipeline.models.depth import kept_rows
 from pipeline.models.initialization import TRUNCATED
 from pipeline.models.resnet import build_trunk
+from pipeline.models.settings import ModelSettings
 from pipeline.models.vision import build_tower
-from pipeline.recipes.registry import build_recipe
-from pipeline.settings import Config, ModelSettings
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 LARGE = re.compile("_b16|_b32|resnet50|distill|vitg|datacomp")

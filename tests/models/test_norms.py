@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import nn
 
 from pipeline.models.norms import GlobalBatchNorm, batch_statistics, normalises_batches
-from tests.pool import pool
+from tests.helpers.rank_pool import pool
 
 SHAPES = {"rows": (6, 3), "maps": (6, 3, 2, 4)}
 

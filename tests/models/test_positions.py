@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from pipeline.models.positions import Resampling, resample_positions
+from pipeline.models.settings import ModelSettings
 from pipeline.models.vision import VisionTower, build_tower
-from pipeline.settings import ModelSettings
 
 VECTORS: dict[Resampling, dict[tuple[int, int], float]] = {
     "offset": {(0, 0): 5.847847, (0, 1): 8.156428, (1, 0): 28.933674, (3, 3): 81.554672, (6, 6): 156.268631},

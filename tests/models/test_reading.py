@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
+from pipeline.models.settings import ModelSettings
 from pipeline.models.tokens import Tokens
 from pipeline.models.vision import VisionTower, build_tower
-from pipeline.settings import ModelSettings
 
 TINY: dict[str, Any] = {"width": 16, "depth": 2, "heads": 2, "patch": 4, "layer_scale": 0.5}
 SIDE, PATCHES = 16, 16

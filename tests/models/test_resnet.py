@@ -8,8 +8,8 @@ import torch
 
 from pipeline.errors import ConfigError
 from pipeline.models.resnet import ResNetTower, build_trunk, fix_positions, freeze_patches
+from pipeline.models.settings import ModelSettings
 from pipeline.models.vision import VisionTower
-from pipeline.settings import ModelSettings
 
 VIT = ModelSettings(width=16, depth=1, heads=2, patch=4, layer_scale=None)
 

@@ -12,12 +12,12 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from pipeline.data.text import Tokenizer
-from pipeline.data.views import TextSpec
+from pipeline.data.augment.views import TextSpec
+from pipeline.data.loader.text import Tokenizer
 from pipeline.errors import CheckpointError, ConfigError
-from pipeline.methods.clip import TEXT_SIZES
+from pipeline.methods.clip.settings import TEXT_SIZES
 from pipeline.models.text import LogitScale, TextTower, from_open_clip, to_open_clip
-from pipeline.models.weights import load_text
+from pipeline.models.text_weights import load_text
 
 WIDTH, CONTEXT = 32, 8
 

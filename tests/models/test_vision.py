@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 from pipeline.errors import ConfigError
+from pipeline.models.settings import ModelSettings
 from pipeline.models.vision import VisionTower, build_tower
-from pipeline.settings import ModelSettings
 
 TINY: dict[str, Any] = {"width": 32, "depth": 2, "heads": 2, "patch": 4}
 PATCH = {

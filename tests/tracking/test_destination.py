@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.settings import TrackingSettings
 from pipeline.tracking import destination
-from pipeline.tracking.database import uri_of
+from pipeline.tracking.mlflow_database import uri_of
+from pipeline.tracking.settings import TrackingSettings
 
 NAMED = {"MLFLOW_TRACKING_URI": "http://env:5000", "MLFLOW_EXPERIMENT_NAME": "env"}
 

@@ -9,7 +9,7 @@ import pytest
 from pipeline.errors import LaunchError
 from pipeline.tracking import Shipper
 from pipeline.tracking.registry import register
-from tests.tracking.test_shipper import Bench, bench, template  # noqa: F401
+from tests.tracking.test_mlflow_shipper import Bench, bench, template  # noqa: F401
 
 
 def shipper(at: Bench) -> Shipper:

@@ -11,14 +11,15 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from pipeline.data.masks import block_masks, mask_counts
-from pipeline.data.views import Batch, Masks
-from pipeline.methods import Dinov2Settings, ViewSettings
+from pipeline.data.augment.masks import block_masks, mask_counts
+from pipeline.data.augment.views import Batch, Masks
+from pipeline.methods.base import Step
+from pipeline.methods.dinov2.method import DINOv2, dinov2_views
+from pipeline.methods.dinov2.settings import Dinov2Settings
+from pipeline.methods.settings import ViewSettings
+from pipeline.models.settings import ModelSettings
 from pipeline.models.vision import build_tower
-from pipeline.recipes.base import Step
-from pipeline.recipes.dinov2 import DINOv2, dinov2_views
-from pipeline.settings import ModelSettings
-from tests.pool import pool
+from tests.helpers.rank_pool import pool
 
 GLOBAL, LOCALS, K = 64, 2, 40
 STEP = Step(momentum=0.9, teacher_temperature=0.05)

@@ -11,8 +11,8 @@ from torch import nn
 
 from pipeline.errors import TrainingError
 from pipeline.models.groups import ParameterGroup
-from tests.pool import pool
-from tests.training.toy import SAMPLES, Toy, advance, assembled, batch_at, build, by_torch, options, snapshot, step_at
+from tests.helpers.rank_pool import pool
+from tests.helpers.toy_recipe import SAMPLES, Toy, advance, assembled, batch_at, build, by_torch, options, snapshot, step_at
 
 STEPS = 6
 # What processors may differ by: their products of other sizes add in other orders. A teacher is a mean of weights.

@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from pipeline.training.optimizers import Lamb, Lars, Layerwise, Segment, Sgd
-from tests.pool import pool
+from tests.helpers.rank_pool import pool
+from tests.helpers.toy_recipe import by_torch
 from tests.training.test_engine import STEPS, _train, compare, mean_terms
-from tests.training.toy import by_torch
 
 
 def whole(optimizer: Layerwise) -> Layerwise:

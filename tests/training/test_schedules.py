@@ -8,10 +8,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from pipeline.config.schema import Config
+from pipeline.config.types import Length
+from pipeline.data.settings import DataSettings
 from pipeline.errors import ConfigError
-from pipeline.settings import Config, DataSettings, LearningRateCurve, Length, ModelSettings, ScheduleSettings, TrainSettings
-from pipeline.settings import Curve as CurveSettings
+from pipeline.models.settings import ModelSettings
 from pipeline.training.schedules import Curve, Schedules, constant, square_root_lr
+from pipeline.training.settings import Curve as CurveSettings
+from pipeline.training.settings import LearningRateCurve, ScheduleSettings, TrainSettings
 
 BATCH, TOTAL = 2048, 125_000
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from pipeline.training.timing import peak_tflops
-from tests.pool import pool
+from tests.helpers.rank_pool import pool
 
 
 def timed(slow: int, folder: str) -> dict[str, Any]:
@@ -17,9 +17,9 @@ def timed(slow: int, folder: str) -> dict[str, Any]:
     import torch
     import torch.distributed as dist
 
-    from pipeline.training.distributed import World
+    from pipeline.runtime.process_group import World
+    from pipeline.runtime.watchdog import CHECKPOINT, COMPUTE, DATA, LOG, STEP, TEACHER, Watchdog
     from pipeline.training.timing import Phases
-    from pipeline.training.watchdog import CHECKPOINT, COMPUTE, DATA, LOG, STEP, TEACHER, Watchdog
 
     rank, size = dist.get_rank(), dist.get_world_size()
     world = World(rank, size, rank, torch.device("cpu"), None)

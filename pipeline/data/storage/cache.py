@@ -24,7 +24,7 @@ from pathlib import Path
 
 from pipeline.data.storage.names import ObjectStat, base_name
 from pipeline.errors import DataError
-from pipeline.locks import lock
+from pipeline.runtime.locks import lock
 from pipeline.untrusted import read_json
 
 _FORGOTTEN = 86400.0  # seconds after which a file is litter, where no lock tells whether somebody uses it

@@ -22,10 +22,10 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any, TypeVar
 
+from pipeline.data.settings import StorageSettings
 from pipeline.data.storage.names import ObjectStat, Place, split
 from pipeline.data.storage.signed import query_of
 from pipeline.errors import DataError
-from pipeline.settings import StorageSettings
 from pipeline.untrusted import hide_secrets, printable
 
 _FIRST_CONTACT = 8.0  # seconds; a refusal has to come before anyone wonders whether the program hangs

@@ -12,13 +12,13 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
+from pipeline.config.paths import user_name
+from pipeline.data.settings import StorageSettings
 from pipeline.data.storage import local, signed
 from pipeline.data.storage.cache import CacheFull, ShardCache
 from pipeline.data.storage.names import ObjectStat, is_remote, local_path, split
 from pipeline.data.storage.remote import NotThere, Remote
 from pipeline.errors import DataError
-from pipeline.paths import user_name
-from pipeline.settings import StorageSettings
 
 _FULL_FOR = 60.0  # seconds until room is looked for again
 _log = logging.getLogger(__name__)

@@ -1,0 +1,83 @@
+"""What ``accelerate launch`` was told, held against the run's own settings.
+
+Accelerate is a launcher and a source of configuration here: its variables place the ranks, and a DeepSpeed file it names may
+tune DeepSpeed. It does not run the loop: its backward takes the optimizer step with it, which leaves no room for clipping each
+network apart, and its saves are not atomic. Where it says something else than the settings nobody wins: the start is refused.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from pipeline.config.schema import Config
+from pipeline.errors import ConfigError
+
+
+def check(config: Config, world: int, environment: Mapping[str, str] | None = None) -> None:
+    """Compares the settings with Accelerate's variables and with the DeepSpeed file they name.
+
+    Args:
+        config: the settings.
+        world: number of ranks.
+        environment: default this process's.
+
+    Raises:
+        ConfigError: they contradict each other, or the file cannot be read; every contradiction is named.
+    """
+    env = os.environ if environment is None else environment
+    wrong = []
+    precision = env.get("ACCELERATE_MIXED_PRECISION", "no")
+    if precision not in ("no", config.train.precision):
+        wrong.append(f"mixed precision is {precision!r} there and train.precision={config.train.precision} here")
+    file = env.get("ACCELERATE_DEEPSPEED_CONFIG_FILE", "")
+    if file and file != "none":
+        wrong += _differences(_read(Path(file)), config, world)
+    elif env.get("ACCELERATE_USE_DEEPSPEED", "").lower() == "true":
+        stage = env.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", "")
+        if stage and int(stage) != config.train.zero:
+            wrong.append(f"the ZeRO stage is {stage} there and train.zero={config.train.zero} here")
+    if wrong:
+        raise ConfigError(
+            f"accelerate was configured otherwise: {'; '.join(wrong)}",
+            where=file or "accelerate launch",
+            hint="make both say the same, or leave it out of accelerate's configuration",
+        )
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        document = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"accelerate names a DeepSpeed file that cannot be read ({error})", where=str(path), hint="name a JSON file"
+        ) from error
+    if not isinstance(document, dict):
+        raise ConfigError("holds no object", where=str(path), hint="write DeepSpeed's settings as a JSON object")
+    return document
+
+
+def _differences(file: dict[str, Any], config: Config, world: int) -> list[str]:
+    train, zero = config.train, file.get("zero_optimization", {})
+    share = train.global_batch // world
+    micro = train.micro_batch or share
+    ours: dict[str, tuple[Any, Any]] = {
+        "zero_optimization.stage": (zero.get("stage", "auto"), train.zero),
+        "bf16.enabled": (file.get("bf16", {}).get("enabled", "auto"), train.precision == "bf16"),
+        "fp16.enabled": (file.get("fp16", {}).get("enabled", "auto"), False),
+        "train_batch_size": (file.get("train_batch_size", "auto"), train.global_batch),
+        "train_micro_batch_size_per_gpu": (file.get("train_micro_batch_size_per_gpu", "auto"), micro),
+        "gradient_accumulation_steps": (file.get("gradient_accumulation_steps", "auto"), share // micro),
+    }
+    wrong = [f"{key} is {told!r} there and {own!r} here" for key, (told, own) in ours.items() if told not in ("auto", own)]
+    if zero.get("offload_param", {}).get("device", "none") not in ("none", "auto"):
+        wrong.append("zero_optimization.offload_param is asked for there, and is not supported here")
+    device = zero.get("offload_optimizer", {}).get("device", "auto")
+    if device not in ("auto", train.offload):
+        wrong.append(f"zero_optimization.offload_optimizer is {device!r} there and train.offload={train.offload} here")
+    if file.get("gradient_clipping", "auto") not in ("auto", 0, 0.0):
+        wrong.append("gradient_clipping is set there; here recipe.clip_norm clips")
+    return wrong

@@ -1,0 +1,252 @@
+"""``fovea plan``: what a configuration needs of a GPU's memory, by ZeRO stage and number of GPUs, before any GPU is asked for."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+
+from rich.box import SIMPLE
+from rich.table import Table
+
+from launch.gpus import gpus
+from launch.slurm.profile import ClusterProfile
+from launch.terminal import Terminal
+from pipeline.config.schema import Config
+from pipeline.errors import ConfigError
+from pipeline.estimate import activations
+from pipeline.estimate.flops import counted
+from pipeline.estimate.memory import FP32, Held, held
+
+_SLACK = 0.92  # share of a GPU that may be filled: the rest is CUDA's context, NCCL and the allocator's gaps
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Elements of each parameter of a recipe.
+
+    Attributes:
+        groups: trained ones by parameter group.
+        frozen: not trained ones of the student.
+        teacher: the teacher's.
+        networks: trained elements by sub-network.
+        live: what a forward pass keeps.
+        views: bytes of a sample's views as DALI makes them, fp32 pixels.
+    """
+
+    groups: list[list[int]]
+    frozen: list[int]
+    teacher: list[int]
+    networks: dict[str, int]
+    live: activations.Activations
+    views: float
+
+    @property
+    def trained(self) -> int:
+        """All trained elements."""
+        return sum(map(sum, self.groups))
+
+
+def measure(config: Config) -> Sizes:
+    """Builds the recipe without memory and counts it."""
+    import torch
+
+    from pipeline.methods.registry import build_recipe
+
+    with torch.device("meta"):
+        recipe = build_recipe(config)
+    return Sizes(
+        groups=[[p.numel() for p in group.params] for group in recipe.parameter_groups()],
+        frozen=[p.numel() for p in recipe.parameters() if not p.requires_grad],
+        teacher=[p.numel() for _, p in recipe.teacher.named_parameters()] if recipe.teacher is not None else [],
+        networks={
+            name: sum(p.numel() for p in module.parameters() if p.requires_grad) for name, module in recipe.networks().items()
+        },
+        live=activations.counted(config),
+        views=max(sum(view.count * 3 * view.size**2 * FP32 for view in one.views) for one in recipe.view_sets),
+    )
+
+
+def needed(config: Config, sizes: Sizes, stage: int, ranks: int) -> tuple[Held, float]:
+    """Bytes held on one GPU, and its activations."""
+    share = max(config.train.global_batch // ranks, 1)
+    micro = min(config.train.micro_batch or share, share)
+    bf16 = config.train.precision == "bf16"
+    memory = held(
+        sizes.groups,
+        frozen=sizes.frozen,
+        teacher=sizes.teacher,
+        stage=stage,
+        ranks=ranks,
+        accumulation=max(share // micro, 1),
+        bf16=bf16,
+    )
+    # Those that wait, the one that is computed, and the one that is being made.
+    memory = replace(memory, input=(config.data.prefetch + 2) * share * sizes.views)
+    if stage and config.train.offload == "cpu":
+        memory = memory.offloaded(stage=stage, accumulation=max(share // micro, 1))
+    return memory, max(sizes.live.of(micro) - memory.rounded, 0.0)  # which it has counted too
+
+
+def advice(config: Config, sizes: Sizes, ranks: int, capacity: float) -> str:
+    """What to choose, in a sentence."""
+    for stage in (1, 2, 3):
+        memory, live = needed(config, sizes, stage, ranks)
+        if memory.total + live <= capacity:
+            taken = f"{(memory.total + live) / 1e9:.1f} of {capacity / 1e9:.0f} GB"
+            return f"Choose train.zero={stage}: {taken} on each of {ranks} GPUs."
+    share = max(config.train.global_batch // ranks, 1)
+    micro = min(config.train.micro_batch or share, share)
+    while micro > 1:
+        micro = max(divisor for divisor in range(1, micro // 2 + 1) if share % divisor == 0)
+        smaller = config.replace(train=config.train.model_copy(update={"micro_batch": micro}))
+        for stage in (2, 3):
+            memory, live = needed(smaller, sizes, stage, ranks)
+            if memory.total + live <= capacity:
+                return (
+                    f"Choose train.zero={stage} and train.micro_batch={micro}: {(memory.total + live) / 1e9:.1f} GB; or use "
+                    "activation checkpointing, or more GPUs."
+                )
+    memory, _ = needed(config, sizes, 3, ranks)
+    enough = next((r for r in (2**n for n in range(20)) if r > ranks and needed(config, sizes, 3, r)[0].total < capacity), None)
+    more = f"{enough} GPUs with train.zero=3 hold the states" if enough else "no number of such GPUs holds it"
+    if config.train.offload == "none" and config.optim.name == "adamw":
+        more += f"; train.offload=cpu takes {(memory.masters + memory.moments) / 1e9:.1f} GB of them to host memory"
+    return f"Does not fit: without activations it is {memory.total / 1e9:.1f} GB at stage 3 on {ranks} GPUs; {more}."
+
+
+def run(config: Config, *, ranks: int | None, gigabytes: float, console: Terminal | None = None) -> int:
+    """Print the table and the advice; 0 if something fits, 1 if nothing does.
+
+    Raises:
+        ConfigError: the global batch cannot be shared by so many GPUs.
+    """
+    out = console or Terminal()
+    ranks = ranks or config.launch.ranks or gpus() or 1
+    if config.train.global_batch % ranks:
+        raise ConfigError(
+            f"{config.train.global_batch} samples cannot be shared by {ranks} GPUs",
+            where="train.global_batch",
+            hint="Change --gpus.",
+        )
+    sizes, capacity = measure(config), gigabytes * 1e9 * _SLACK
+    parts = ", ".join(f"{name} {count / 1e6:.1f} M" for name, count in sizes.networks.items())
+    out.print(f"Student {sizes.trained / 1e6:.1f} M parameters ({parts}); teacher {sum(sizes.teacher) / 1e6:.1f} M, in fp32.")
+    table = Table(
+        title=f"GB on one GPU; {config.train.global_batch} samples a step, compute in {config.train.precision}",
+        box=SIMPLE,
+        padding=(0, 1, 0, 0),  # eleven columns in a terminal of 80
+    )
+    for name in ("GPUs", "ZeRO", "weights", "grads", "Adam", "teacher", "DALI", "buff.", "activ.", "all", "fits"):
+        table.add_column(name, justify="right")
+    fits = False
+    counts = sorted({ranks, *(r for r in (1, 2, 4, 8, 64, 256) if r < ranks and config.train.global_batch % r == 0)})
+    for count in counts:
+        for stage in range(4):
+            memory, live = needed(config, sizes, stage, count)
+            good = memory.total + live <= capacity
+            fits |= good and count == ranks
+            row = (
+                memory.parameters + memory.frozen,
+                memory.gradients,
+                memory.masters + memory.moments,
+                memory.teacher,
+                memory.input,
+                memory.buckets + memory.gathered + memory.rounded,
+                live,
+                memory.total + live,
+            )
+            table.add_row(str(count), str(stage), *(f"{size / 1e9:.2f}" for size in row), "yes" if good else "no")
+        table.add_section()
+    out.print(table)
+    memory, live = needed(config, sizes, config.train.zero, ranks)
+    share = memory.teacher / (memory.total + live)
+    out.print(f"The teacher takes {share:.0%} of a GPU's memory at train.zero={config.train.zero} on {ranks} GPUs.")
+    if config.train.offload == "cpu" and config.train.zero:
+        out.print(f"Host memory: {memory.host / 1e9:.2f} GB for each GPU, for AdamW (train.offload=cpu).")
+    out.print(advice(config, sizes, ranks, capacity))
+    out.print(
+        f"Weights, gradients, optimizer and teacher are exact to a few percent; activations are counted, buffers a bound; "
+        f"DALI is its finished batches (data.prefetch={config.data.prefetch}), without what its decoder needs to work in; "
+        f"{math.floor(_SLACK * 100)} % of {gigabytes:g} GB counts as usable.",
+        style="dim",
+    )
+    return 0 if fits else 1
+
+
+@dataclass(frozen=True)
+class Bill:
+    """What a run takes.
+
+    Attributes:
+        steps: optimizer steps.
+        samples: samples of the whole run.
+        gflop: operations of one sample, 1e9.
+        rate: samples a second of all GPUs together.
+        hours: of the whole run.
+        gpu_hours: of all GPUs.
+        price: in the profile's currency, ``None`` if it names no price.
+        gigabytes: read from storage, ``None`` where nobody knows the size of a sample.
+    """
+
+    steps: int
+    samples: int
+    gflop: float
+    rate: float
+    hours: float
+    gpu_hours: float
+    price: float | None
+    gigabytes: float | None
+
+
+def bill(config: Config, site: ClusterProfile, *, ranks: int, efficiency: float, samples: int | None) -> Bill:
+    """Hours and costs of a run.
+
+    Args:
+        config: the settings.
+        site: the cluster, with the peak of its GPUs.
+        ranks: GPUs.
+        efficiency: share of that peak that a step is taken to reach; nothing here measures it.
+        samples: samples of an epoch; ``None`` counts the shards' if the length is in epochs.
+
+    Raises:
+        ConfigError: the profile names no peak.
+    """
+    if site.gpu_tflops is None:
+        raise ConfigError(
+            "no peak of the GPU is known", where="gpu_tflops of the cluster profile", hint="name it: 989 for an H100"
+        )
+    length, size = config.train.length, None
+    if length.unit == "epochs" and samples is None:
+        from pipeline.data.inputs import indexed
+
+        manifest = indexed(config, config.data.patterns)
+        samples, size = manifest.total, sum(shard.size for shard in manifest.shards) / max(manifest.total, 1)
+    steps = length.steps(samples or 0, config.train.global_batch)
+    whole = steps * config.train.global_batch
+    flop = counted(config)
+    rate = ranks * site.gpu_tflops * 1e12 * efficiency / flop
+    hours = whole / rate / 3600
+    price = None if site.gpu_hour_price is None else hours * ranks * site.gpu_hour_price
+    return Bill(steps, whole, flop / 1e9, rate, hours, hours * ranks, price, None if size is None else size * whole / 1e9)
+
+
+def cost(
+    config: Config, site: ClusterProfile, *, ranks: int, efficiency: float, samples: int | None, console: Terminal | None = None
+) -> Bill:
+    """Print :func:`bill` for a person, with what it rests on."""
+    out, b = console or Terminal(), bill(config, site, ranks=ranks, efficiency=efficiency, samples=samples)
+    attempts = max(math.ceil(b.hours * 3600 / site.seconds), 1)
+    out.print(
+        f"{b.steps:,} steps of {config.train.global_batch:,}, {b.samples:,} samples at {b.gflop:,.1f} GFLOP: about {b.rate:,.0f} "
+        f"samples/s on {ranks} GPUs, {b.hours:,.1f} hours, {b.gpu_hours:,.0f} GPU-hours"
+        + ("" if b.price is None else f", {b.price:,.0f} in the profile's currency")
+        + ("" if b.gigabytes is None else f"; {b.gigabytes:,.0f} GB read where no node keeps its shards")
+        + "."
+    )
+    out.print(
+        f"Taken for granted: {efficiency:.0%} of {site.gpu_tflops:,.0f} TFLOP/s (--efficiency), no waiting for data or machines. "
+        f"At {site.time} a job that is {attempts} attempt{'s' * (attempts > 1)}."
+        + ("" if b.price is not None else " With gpu_hour_price in the profile it also says what that costs."),
+        style="dim",
+    )
+    return b

@@ -1,0 +1,254 @@
+"""What evaluations by hand share: the ranks they run on, and the way of their scores to MLflow."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+import secrets
+import shutil
+import sys
+import tempfile
+import time
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from launch import local
+from launch.rank_environment import RankEnvironment, ranks_to_start
+from pipeline.config.schema import Config
+from pipeline.errors import ConfigError
+from pipeline.runtime.interpreter import module_command
+from pipeline.runtime.run_directory import RunDirectory
+from pipeline.tracking.mlflow_servers import shown_server
+from pipeline.untrusted import printable
+
+if TYPE_CHECKING:
+    from pipeline.runtime.process_group import World
+    from pipeline.tracking import Aside, Journal, Shipper
+
+Scores = Mapping[str, Mapping[str, float]]
+"""Scores by name, by whose they are: ``trained``, ``untrained``, ``weights``…"""
+_OWN = ("trained", "weights")
+_PATIENCE = 30.0  # seconds that MLflow gets at the end
+
+
+def many(config: Config, ranks: int | None) -> int:
+    """How many ranks to start here: those asked for, else one a GPU; 1 if this process is a rank already.
+
+    Raises:
+        LaunchError: what is asked for contradicts the launcher that started this process, or there are fewer GPUs.
+
+    Args:
+        config: the settings; with gloo no GPU is used.
+        ranks: what the person says.
+    """
+    return ranks_to_start(RankEnvironment.read(), ranks, where="--ranks", on_cpu=config.launch.backend == "gloo") or 1
+
+
+def spread(words: Sequence[str], ranks: int, logs: Path | None) -> int:
+    """Run the same command on so many ranks of this machine; returns the exit code.
+
+    Args:
+        words: the command line behind ``fovea``.
+        ranks: how many.
+        logs: where all ranks but the first write; a folder that only a failure leaves behind if not given.
+    """
+    folder = logs or Path(tempfile.mkdtemp(prefix="fovea-eval-"))
+    code = local.start(module_command("launch.cli.main", *words), ranks, log_directory=folder)
+    if logs is None and code == 0:
+        shutil.rmtree(folder, ignore_errors=True)
+    return code
+
+
+@contextlib.contextmanager
+def world_here(config: Config) -> Iterator[World]:
+    """The process group of all ranks that this command was started on; of this process alone if nobody speaks of others.
+
+    Args:
+        config: the settings; ``launch.backend=gloo`` leaves GPUs alone.
+    """
+    from pipeline.runtime.process_group import join, leave
+
+    warnings.filterwarnings("ignore", category=UserWarning, module=r"torch\.distributed")
+    here = RankEnvironment.read()
+    alone = here.world_size == 1
+    world = join(
+        rank=here.rank,
+        size=here.world_size,
+        local_rank=here.local_rank,
+        address="127.0.0.1" if alone else here.address,
+        port=here.port,
+        key=secrets.token_hex(8) if alone else here.key,
+        backend=config.launch.backend,
+        timeout=config.launch.timeout,
+        local_size=here.local_world_size,
+    )
+    whole = False
+    try:
+        yield world
+        whole = True
+    finally:
+        if whole or alone:  # the others may be anywhere: a failed rank waits for none of them
+            leave()
+
+
+class Telling:
+    """Scores on their way to MLflow, through a journal: a server that is away holds up nothing and loses nothing.
+
+    A run's scores go to the run's own MLflow run as ``eval/<score>`` at the checkpoint's step, those of another network
+    (untrained, raw pixels) as ``eval/<whose>/<score>``. Weights, and a run that is told to another server than its own, get an
+    MLflow run to themselves.
+
+    Args:
+        folder: for journal and cursor, made with the first scores.
+        aside: where the journal goes.
+        hint: command that sends what is left, later.
+        params: settings to be told of first.
+        refusal: why nothing is sent now; the journal is kept all the same.
+    """
+
+    def __init__(self, folder: Path, aside: Aside, hint: str, params: Mapping[str, Any] | None = None, refusal: str = "") -> None:
+        self._folder, self._aside, self._hint, self._params, self._refusal = folder, aside, hint, params, refusal
+        self._journal: Journal | None = None
+        self._shipper: Shipper | None = None
+
+    @classmethod
+    def of_run(cls, directory: Path, config: Config, uri: str | None) -> Telling | None:
+        """For a run's checkpoints.
+
+        Args:
+            directory: the run.
+            config: its settings.
+            uri: another MLflow server than the run's own.
+
+        Returns:
+            ``None`` if the run is not tracked and no server is named.
+        """
+        from pipeline.tracking import Aside, destination, destination_of
+
+        run, t = RunDirectory(directory), config.tracking
+        own = destination(t, run.path)
+        if uri is None and not t.enabled:
+            return None
+        joins = "../cursor.json" if t.enabled and uri in (None, own.uri) else ""
+        hint = f"fovea track sync {directory}"
+        try:
+            destination_of(t, run.path, named=uri)
+            refusal = ""
+        except ConfigError as error:
+            refusal = str(error)
+        aside = Aside(uri or own.uri, own.experiment, config.run.name, joins)
+        return cls(run.tracking / f"eval-{_stamp()}", aside, hint, refusal=refusal)
+
+    @classmethod
+    def of_weights(cls, name: str, config: Config, uri: str | None) -> Telling | None:
+        """For weights from elsewhere; ``None`` if no server is named.
+
+        Args:
+            name: what the weights are called.
+            config: whose data and evaluators counted.
+            uri: the MLflow server.
+        """
+        if uri is None:
+            return None
+        from pipeline.config.load import flatten
+        from pipeline.tracking import Aside, check_address, destination
+
+        check_address(uri, where="--track")
+
+        title = f"eval-{re.sub(r'[^A-Za-z0-9._-]+', '-', name).strip('-') or 'weights'}"
+        run = RunDirectory(Path("runs/evaluations") / f"{title}-{_stamp()}")
+        aside = Aside(uri, destination(config.tracking, run.path).experiment, title)
+        chosen = config.replace(
+            run=config.run.model_copy(update={"name": title}), tracking=config.tracking.model_copy(update={"uri": uri})
+        )
+        run.write_settings(chosen)  # for `fovea track sync`
+        wanted = {key: value for key, value in flatten(config).items() if key.startswith(("evaluation.", "data.shards"))}
+        return cls(run.tracking / "eval", aside, f"fovea track sync {run.path}", {"weights": name, **wanted})
+
+    def __call__(self, step: int, scores: Scores, file: Path | None = None) -> None:
+        """Say scores.
+
+        Args:
+            step: the checkpoint's step.
+            scores: of whom, and which.
+            file: the same as JSON, kept as an artifact.
+        """
+        if self._journal is None:
+            self._journal = self._aside.begin(self._folder)
+            if self._refusal:
+                print(f"fovea: the scores stay in {self._folder}: {printable(self._refusal)}", file=sys.stderr)
+            else:
+                self._shipper = self._aside.shipper(
+                    self._folder, lambda text: print(f"fovea: {printable(text)}", file=sys.stderr)
+                )
+                self._shipper.start()
+            if self._params:
+                self._journal.params(self._params)
+        values: dict[str, float] = {}
+        for whose, row in scores.items():
+            prefix = "eval/" if whose in _OWN else f"eval/{whose}/"
+            values |= {prefix + name: value for name, value in row.items()}
+        self._journal.metrics(step, values)
+        if file is not None:
+            self._journal.artifact(self._kept(file))
+
+    def _kept(self, file: Path) -> Path:
+        """The file, or its copy beside the journal if it lies outside the run: only files of the run are sent."""
+        root, file = self._folder.parent.parent.resolve(), file.resolve()
+        if file.is_relative_to(root):
+            return file
+        return Path(shutil.copyfile(file, self._folder.resolve() / file.name))
+
+    def close(self) -> None:
+        """Send what is left, within half a minute."""
+        if self._journal is None:
+            return
+        if not self._aside.joins:
+            self._journal.tags({"fovea.state": "finished"})
+        self._journal.close()
+        if self._shipper is not None and not self._shipper.close(_PATIENCE):
+            where = shown_server(self._aside.uri)
+            print(f"fovea: MLflow at {where} has not taken everything; later, `{self._hint}` sends the rest", file=sys.stderr)
+
+
+@contextlib.contextmanager
+def closing(telling: Telling | None) -> Iterator[Telling | None]:
+    """Closes it at the end, if there is one."""
+    try:
+        yield telling
+    finally:
+        if telling is not None:
+            telling.close()
+
+
+def _say(text: str) -> None:
+    print(f"fovea: {printable(text)}", file=sys.stderr)
+
+
+def _stamp() -> str:
+    return f"{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}"
+
+
+def agreed(found: Iterator[Any], world: World) -> Iterator[Any]:
+    """What rank 0 finds, on all ranks. A ``None`` of its tells the others only that it is alive, and is passed over.
+
+    Args:
+        found: asked on rank 0 alone.
+        world: this rank's place.
+    """
+    import torch.distributed as dist
+
+    while True:
+        word: list[Any] = ["", None]
+        if world.rank == 0:
+            try:
+                word = ["found", next(found)]
+            except StopIteration:
+                word = ["end", None]
+        dist.broadcast_object_list(word, src=0, group=world.control)
+        if word[0] == "end":
+            return
+        if word[1] is not None:
+            yield word[1]

@@ -1,0 +1,101 @@
+"""``fovea export``: weights of a run as timm, Hugging Face, open_clip or ONNX Runtime read them."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from pipeline.checkpoint import files
+from pipeline.checkpoint.files import Saved
+from pipeline.checkpoint.manifest import MANIFEST
+from pipeline.checkpoint.retention import read_best
+from pipeline.errors import CheckpointError, ConfigError
+from pipeline.runtime.run_directory import RunDirectory
+from pipeline.tracking import Shipper, destination_of
+from pipeline.untrusted import printable
+from pipeline.weights.export import networks
+from pipeline.weights.export.write import TARGETS, write
+from pipeline.weights.from_checkpoint import newest
+
+
+def chosen(path: Path, *, best: bool = False) -> Saved:
+    """The checkpoint that a path means: itself, or a run's newest or best.
+
+    Raises:
+        CheckpointError: there is none.
+    """
+    if (path / MANIFEST).exists():
+        return files.read(path)
+    if not best:
+        return newest(path)
+    folder = path / "checkpoints"
+    found = read_best(folder)
+    if "checkpoint" not in found:
+        raise CheckpointError("no checkpoint was kept as the best", where=str(folder), hint="Leave --best out.")
+    return files.read(folder / str(found["checkpoint"]))
+
+
+def run(
+    path: Path,
+    *,
+    to: str,
+    out: Path | None,
+    network: str,
+    size: int | None,
+    license_: str,
+    best: bool,
+    force: bool,
+    register: str | None = None,
+    student: str | None = None,
+) -> int:
+    """Write the export and say where; returns the exit code.
+
+    Args:
+        path: a run or a checkpoint.
+        to: the layout.
+        out: the folder; ``<run>/export/<layout>`` if not given.
+        network: auto, teacher or student.
+        size: side of the pictures; as trained on if not given.
+        license_: for the card.
+        best: the best checkpoint of a run instead of the newest.
+        force: replace what is there.
+        register: a model in the registry of the run's MLflow server, of which this becomes a version.
+        student: which of several that learnt together; the one ``model`` describes if not given.
+
+    Raises:
+        FoveaError: no checkpoint, a damaged one, or a layout that cannot hold the networks.
+    """
+    if to not in TARGETS:
+        raise ConfigError(f"there is no target {to!r}", where="--to", hint=f"Choose of {', '.join(TARGETS)}.")
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9.+_-]{0,63}", license_):
+        raise ConfigError(
+            f"{printable(license_, limit=80)!r} is no identifier",
+            where="--license",
+            hint="Write apache-2.0, cc-by-4.0 or the like.",
+        )
+    if network not in ("auto", "teacher", "student"):
+        raise ConfigError(f"there is no network {network!r}", where="--network", hint="Choose of auto, teacher, student.")
+    path = path.absolute()
+    saved = chosen(path, best=best)
+    run_folder = path if (path / "checkpoints").is_dir() else saved.path.parent.parent
+    folder = out if out is not None else run_folder / "export" / (f"{to}-{student}" if student else to)
+    shipper = _shipper(run_folder) if register is not None else None
+    found = networks.read(saved, network=network, size=size, student=student)  # type: ignore[arg-type]
+    write(found, to, folder, license_=license_, overwrite=force)
+    total = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+    print(f"{folder}: the {found.network} of {saved.path.name} for {to}, {total / 1e6:.1f} MB; README.md says how to load it")
+    if shipper is not None and register is not None:
+        from pipeline.tracking.registry import register as add
+
+        print(f"version {add(shipper, folder, register)} of {register} in MLflow")
+    return 0
+
+
+def _shipper(run_folder: Path) -> Shipper:
+    """What speaks to the MLflow of a run."""
+    run = RunDirectory(run_folder)
+    if not run.config.is_file():
+        raise ConfigError("is no run's directory", where=str(run_folder), hint="--register needs the run that was trained")
+    config = run.settings()
+    target = destination_of(config.tracking, run.path)
+    return Shipper(run.tracking, uri=target.uri, experiment=target.experiment, name=config.run.name)

@@ -1,0 +1,394 @@
+"""The command ``fovea``. Each verb imports what it needs only when it runs, so that help is instant."""
+
+from __future__ import annotations
+
+import sys
+import traceback
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+
+import typer
+from rich.markup import escape
+
+from launch.cli import shards
+from launch.cli import slurm as cluster
+from launch.cli.bench_all import app as bench
+from launch.cli.checkpoint import app as checkpoint
+from launch.cli.mlflow import app as track
+from launch.terminal import Terminal, clean_logs, open_streams
+from pipeline.errors import ConfigError, FoveaError, of_system
+
+if TYPE_CHECKING:
+    from pipeline.config.load import Loaded
+
+app = typer.Typer(
+    name="fovea",
+    no_args_is_help=True,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help="Pretrain vision models from tar shards.\n\n"
+    "[b]See it work:[/b]          fovea demo\n\n"
+    "[b]Train on your shards:[/b] fovea train dinov2/cifar10_vit_tiny data.shards='/data/train-{000..099}.tar'\n\n"
+    "[b]Change any setting:[/b]   fovea train my.yaml optim.lr=1e-3 train.global_batch=512\n\n"
+    "[b]Which settings are there?[/b]  fovea config show dinov2/cifar10_vit_tiny",
+)
+config = typer.Typer(no_args_is_help=True, help="Look at and check configurations.")
+_DATA, _BENCH = "Data, settings and checkpoints", "Benchmarks"
+
+ConfigArgument = shards.ConfigArgument
+Overrides = shards.Overrides
+_debug = False
+_words: list[str] = []  # the command line, for ranks that are to do the same
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        from importlib.metadata import version
+
+        print(f"fovea {version('fovea')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version and leave.")
+    ] = False,
+) -> None:
+    global _debug
+    _debug = _debug or debug
+
+
+@app.command(short_help="See it work: train, interrupt, resume and evaluate on drawn data.")
+def demo(
+    minutes: Annotated[float, typer.Option(min=0.1, help="About how long to train.")] = 5.0,
+    method: Annotated[str, typer.Option(help="The pretraining method.")] = "dinov2",
+    data: Annotated[str | None, typer.Option(metavar="SHARDS", help="Your own shards instead of the drawn scenes.")] = None,
+    val: Annotated[str | None, typer.Option(metavar="SHARDS", help="Labelled shards to judge on, beside --data.")] = None,
+    directory: Annotated[Path, typer.Option(help="Where everything is written.")] = Path("runs/demo"),
+) -> None:
+    """Draw a data set, train on it, stop and resume before your eyes, and show what was learnt.
+
+    [b]Examples[/b]
+
+    fovea demo
+
+    fovea demo --minutes 2
+
+    fovea demo --data 'cifar10/train-{00000..00009}.tar' --val 'cifar10/val-{00000..00001}.tar'
+    """
+    from pipeline.methods.discovery import RECIPES
+
+    if method not in RECIPES:
+        raise ConfigError(f"there is no method {method!r}", where="--method", hint=f"Choose of {', '.join(sorted(RECIPES))}.")
+    from launch.cli.demo import run
+
+    run(minutes=minutes, method=method, data=data, directory=directory, val=val)
+
+
+@app.command(short_help="Train, or resume: the same command does both.")
+def train(config: ConfigArgument, overrides: Overrides = None) -> None:
+    """Train, or go on training: a run that was stopped goes on from its newest checkpoint.
+
+    [b]Examples[/b]
+
+    fovea train dinov2/cifar10_vit_tiny data.shards='cifar10/train-{00000..00009}.tar'
+
+    fovea train my.yaml launch.ranks=2 train.length='10 epochs' run.name=trial
+
+    Stop it with Ctrl-C, SIGTERM, SIGHUP or SIGUSR1: it saves, and the same command goes on. Start anew with
+    checkpoint.resume=never.
+    """
+    loaded = _load(config, overrides)
+    from launch.cli.train import run
+
+    raise typer.Exit(run(loaded))
+
+
+@app.command("eval", short_help="Evaluate a run, a checkpoint, or weights from elsewhere.")
+def evaluate(
+    run: Annotated[
+        str,
+        typer.Argument(
+            metavar="RUN|CHECKPOINT|WEIGHTS",
+            help="A run, one of its checkpoints, or weights of timm, HF or open_clip.",
+        ),
+    ],
+    overrides: Overrides = None,
+    knn: Annotated[bool, typer.Option("--knn", help="Nearest neighbours.")] = False,
+    linear: Annotated[bool, typer.Option("--linear", help="A linear layer, by gradient descent over a grid.")] = False,
+    logistic: Annotated[bool, typer.Option("--logistic", help="scikit-learn's logistic regression.")] = False,
+    segmentation: Annotated[bool, typer.Option("--segmentation", help="A linear layer on patches: mIoU.")] = False,
+    robustness: Annotated[bool, typer.Option("--robustness", help="A universal adversarial perturbation.")] = False,
+    zeroshot: Annotated[
+        Path | None, typer.Option(metavar="CLASSES", help="Zero-shot classification: a file with one class name a line.")
+    ] = None,
+    templates: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Sentences with {} for --zeroshot, one a line; SLIP's seven if not given.")
+    ] = None,
+    retrieval: Annotated[bool, typer.Option(help="Find captions by pictures and pictures by captions.")] = False,
+    untrained: Annotated[bool, typer.Option("--untrained", help="Judge the network with fresh weights too.")] = False,
+    watch: Annotated[bool, typer.Option("--watch", help="Judge each checkpoint as it comes, until the run's last.")] = False,
+    model: Annotated[str | None, typer.Option(metavar="NAME", help="timm's name of what a file of weights is of.")] = None,
+    size: Annotated[int | None, typer.Option(metavar="PIXELS", help="Side of the pictures, for weights.")] = None,
+    output: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write the scores there too.")] = None,
+    ranks: Annotated[
+        int | None, typer.Option(min=1, help="Processes that share the work; one a GPU if not given, 1 without GPUs.")
+    ] = None,
+    track: Annotated[
+        str | None, typer.Option(metavar="URI", help="MLflow server, for weights or instead of the run's own.")
+    ] = None,
+) -> None:
+    """Judge weights: k-NN beside the untrained network and raw pixels, or the evaluators that are named.
+
+    The evaluators' settings and data are those of the section evaluation of the run's settings; KEY=VALUE changes them. A run's
+    scores go to its own MLflow run, as eval/...; torchrun and srun may start the ranks as well.
+
+    [b]Examples[/b]
+
+    fovea eval runs/cifar10_vit_tiny
+
+    fovea eval runs/cifar10_vit_tiny --linear --logistic evaluation.linear.epochs=20
+
+    fovea eval runs/cifar10_vit_tiny/checkpoints/step_000003750
+
+    fovea eval runs/clip_cifar10 --zeroshot classes.txt --retrieval
+
+    fovea eval timm:vit_small_patch16_224 --knn data.shards='train-*.tar' evaluation.knn.val_shards='val-*.tar'
+
+    fovea eval runs/vitl16 --linear --ranks 8 --track http://mlflow:5000
+    """
+    flags = {"knn": knn, "linear": linear, "logistic": logistic, "segmentation": segmentation, "robustness": robustness}
+    names = [name for name, wanted in flags.items() if wanted]
+    where = Path(run).absolute()
+    checkpoint = where if where.name.startswith("step_") and (where.parent.parent / "config.yaml").is_file() else None
+    run = str(checkpoint.parent.parent) if checkpoint else run
+    if checkpoint and watch:
+        raise ConfigError("one checkpoint cannot be watched", where="--watch", hint="Name the run.")
+    resolved = Path(run) / "config.yaml"
+    own = resolved.is_file()
+    texts = zeroshot is not None or retrieval
+    there = Path(run).exists() or ":" in run
+    if not own and (not there or not (names or texts)):
+        hint = "Name an evaluator, such as --knn." if there else "It should hold the config.yaml that a training wrote."
+        raise ConfigError("is no run's directory", where=run, hint=hint)
+    from launch.cli import eval_named as judge
+    from launch.cli.eval_ranks import many, spread
+
+    plain = own and not names and not watch and not texts
+    untrained = untrained or (own and not names and not watch and texts)
+    extra = [*(overrides or ())]
+    if zeroshot is not None:
+        extra += [
+            f"evaluation.zeroshot.classes={zeroshot}",
+            *([f"evaluation.zeroshot.templates={templates}"] if templates else []),
+        ]
+        names.append("zeroshot")
+    names += ["retrieval"] if retrieval else []
+    loaded = _load(str(resolved), extra) if own else None
+    config = loaded.config if loaded else judge.settings_for_weights(extra)
+    names = names or (["knn"] if plain else list(config.evaluation.enabled) or ["knn"])
+    asked = judge.Asked(tuple(names), untrained, output, watch, track, checkpoint)
+    if (count := many(config, ranks)) > 1:
+        judge.refuse(config, asked, Path(run) if own else None)
+        raise typer.Exit(spread(_words, count, Path(run) / "logs" / "eval" if own else None))
+    if loaded is not None and plain:
+        from launch.cli.eval_run import run as compare
+
+        raise typer.Exit(compare(Path(run), loaded, output=output, track=track, checkpoint=checkpoint))
+    if own:
+        raise typer.Exit(judge.of_run(Path(run), config, asked))
+    raise typer.Exit(judge.of_weights(run, config, asked, model=model, size=size))
+
+
+@app.command(short_help="Write weights for timm, Hugging Face, open_clip or ONNX.")
+def export(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="A run's directory, or one of its checkpoints.")],
+    to: Annotated[str, typer.Option(metavar="LAYOUT", help="timm, huggingface, open_clip, onnx or safetensors.")],
+    out: Annotated[Path | None, typer.Option(metavar="FOLDER", help="Where to; RUN/export/LAYOUT if not given.")] = None,
+    network: Annotated[str, typer.Option(help="teacher or student; auto is what the method means to be used.")] = "auto",
+    student: Annotated[str | None, typer.Option(metavar="NAME", help="Which of several that were distilled together.")] = None,
+    size: Annotated[int | None, typer.Option(metavar="PIXELS", help="Side of the pictures; as trained on if not given.")] = None,
+    licence: Annotated[str, typer.Option("--license", metavar="NAME", help="The weights' licence, for the card.")] = "unknown",
+    best: Annotated[bool, typer.Option("--best", help="The best checkpoint instead of the newest.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what is there.")] = False,
+    register: Annotated[str | None, typer.Option(metavar="MODEL", help="Also a new version of this model in MLflow.")] = None,
+) -> None:
+    """Write the trained weights as other libraries read them, with a model card and the preprocessing.
+
+    [b]Examples[/b]
+
+    fovea export runs/vitl16 --to timm
+
+    fovea export runs/cifar10_vit_tiny --to onnx
+
+    fovea export runs/clip_cifar10 --to open_clip --out ./clip --license apache-2.0
+    """
+    from launch.cli.export import run as write
+
+    options: dict[str, Any] = {"out": out, "network": network, "student": student, "size": size, "license_": licence}
+    raise typer.Exit(write(run, to=to, best=best, force=overwrite, register=register, **options))
+
+
+@app.command(short_help="Compare runs in one HTML page.")
+def report(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Directories of runs.")],
+    out: Annotated[Path, typer.Option(metavar="FILE", help="The page.")] = Path("report.html"),
+) -> None:
+    """Put runs side by side in one HTML page: curves, scores, throughput, interruptions, losses, environment, settings.
+
+    [b]Example[/b]
+
+    fovea report runs/first runs/second --out comparison.html
+    """
+    from pipeline.reports.comparison import run
+
+    raise typer.Exit(run(runs, out))
+
+
+@app.command(short_help="Show your own images as the network sees them.")
+def visualize(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="A run's directory, or one of its checkpoints.")],
+    files: Annotated[list[Path], typer.Argument(metavar="PICTURE...", help="Your pictures.")],
+    text: Annotated[list[str] | None, typer.Option(help="What to look for in them, of a method that reads captions.")] = None,
+    size: Annotated[int | None, typer.Option(metavar="PIXELS", help="Side of the pictures; twice that of training.")] = None,
+    out: Annotated[Path, typer.Option(metavar="FILE", help="The page.")] = Path("pictures.html"),
+) -> None:
+    """Show your own pictures as the network sees them: principal directions of patches, attention, places of texts.
+
+    [b]Example[/b]
+
+    fovea visualize runs/clip_scenes photo.jpg other.png --text "a red circle"
+    """
+    from pipeline.reports.visualize import run as draw
+
+    raise typer.Exit(draw(run, files, out=out, texts=text or [], size=size))
+
+
+@app.command(short_help="Estimate memory, time and cost before anything runs.", rich_help_panel=_DATA)
+def plan(
+    config: ConfigArgument,
+    overrides: Overrides = None,
+    gpus: Annotated[
+        int | None, typer.Option("--gpus", min=1, help="GPUs of the run; as configured or found if not given.")
+    ] = None,
+    gb: Annotated[float | None, typer.Option("--gb", min=0.1, help="Memory of one GPU, GB; 80 if nobody says.")] = None,
+    cluster: Annotated[
+        str, typer.Option("--cluster", "-c", help="A cluster profile: its GPUs, and with it hours and costs.")
+    ] = "",
+    efficiency: Annotated[
+        float, typer.Option(min=0.01, max=1, help="Share of the GPU's peak that a step is taken to reach.")
+    ] = 0.35,
+    samples: Annotated[
+        int | None, typer.Option(min=1, help="Samples of an epoch, for lengths in epochs; else the shards are counted.")
+    ] = None,
+) -> None:
+    """Tell what a configuration needs of a GPU's memory, by ZeRO stage and number of GPUs, what to choose, and what it costs.
+
+    [b]Examples[/b]
+
+    fovea plan dinov2/cifar10_vit_tiny data.shards=/data/train.tar --gpus 8 --gb 80
+
+    fovea plan dinov2/vitl16_short data.shards=none.tar --cluster one_node_8gpu --samples 1281167
+    """
+    loaded = _load(config, overrides)
+    from launch.cli.estimate import cost, run
+    from launch.slurm import profile as profiles
+
+    site = profiles.load(cluster) if cluster else None
+    ranks = gpus or (site.world if site else None)
+    code = run(loaded.config, ranks=ranks, gigabytes=gb or (site.gpu_memory_gb if site else 80.0))
+    if site is not None:
+        cost(loaded.config, site, ranks=ranks or site.world, efficiency=efficiency, samples=samples)
+    raise typer.Exit(code)
+
+
+@config.command("show")
+def config_show(
+    config: Annotated[str | None, typer.Argument(metavar="[CONFIG]", help="A file or a name; none lists all names.")] = None,
+    overrides: Overrides = None,
+) -> None:
+    """Print the whole effective configuration, each value with where it came from; it can be saved and used as a config.
+
+    [b]Examples[/b]
+
+    fovea config show
+
+    fovea config show dinov2/cifar10_vit_tiny optim.lr=1e-3 > mine.yaml
+    """
+    from pipeline.config.load import available, headline, show
+
+    if config is None:
+        names = available()
+        width = max(map(len, names), default=0)
+        for name, file in names.items():
+            print(f"{name:<{width}}  {headline(file)}")
+        return
+    print(show(_load(config, overrides)), end="")
+
+
+@config.command("check")
+def config_check(config: ConfigArgument, overrides: Overrides = None) -> None:
+    """Check a configuration without starting anything; all that is wrong is told at once, and the exit code is 2.
+
+    [b]Example[/b]
+
+    fovea config check my.yaml train.global_batch=512
+    """
+    from pipeline.config.load import fingerprint
+
+    loaded = _load(config, overrides)
+    print(f"{loaded.source} is in order; fingerprint {fingerprint(loaded.config)[:12]}")
+
+
+def _load(name: str, overrides: Sequence[str] | None) -> Loaded:
+    from pipeline.config.load import load
+
+    return load(name, overrides or ())
+
+
+# After the verbs above: the order of the help is the order in which they are added.
+app.add_typer(shards.app, name="shards", rich_help_panel=_DATA, short_help="Pack, index, verify and inspect shards.")
+app.add_typer(config, name="config", rich_help_panel=_DATA, short_help="Show and check configs.")
+app.add_typer(checkpoint, name="checkpoint", rich_help_panel=_DATA, short_help="List, verify, inspect and convert checkpoints.")
+app.add_typer(track, name="track", rich_help_panel=_DATA, short_help="Send runs' journals to MLflow.")
+cluster.enter(app)
+app.add_typer(bench, name="bench", rich_help_panel=_BENCH, short_help="Measure speed and memory against baselines.")
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Entry point. A :class:`FoveaError` becomes one message on stderr and the error's exit code."""
+    global _debug
+    open_streams()
+    clean_logs()
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    _debug, _words[:] = "--debug" in words, words
+    try:
+        # DeepSpeed's launcher says the rank a second time, in front of the verb; the environment has it too.
+        app([word for word in words if word != "--debug" and not word.startswith("--local_rank=")], prog_name="fovea")
+    except FoveaError as error:
+        _refused(error)
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except BrokenPipeError:
+        sys.stderr.close()
+        sys.exit(141)
+    except OSError as error:
+        known = of_system(error)
+        if known is None:
+            raise
+        _refused(known)
+
+
+def _refused(error: FoveaError) -> NoReturn:
+    if _debug:
+        traceback.print_exc()
+    Terminal(stderr=True, soft_wrap=True, highlight=False).print(f"[bold red]fovea:[/] {escape(str(error))}")
+    sys.exit(error.exit_code)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,89 @@
+"""``fovea track``: bring MLflow up to what runs have kept in their journals."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from pipeline.errors import ConfigError, FoveaError, LaunchError
+from pipeline.runtime.run_directory import RunDirectory
+from pipeline.untrusted import printable
+
+app = typer.Typer(no_args_is_help=True, help="What MLflow is told.")
+
+
+@app.callback()
+def _group() -> None:
+    """Keeps ``sync`` a verb of its own, also while it is the only one."""
+
+
+@app.command()
+def sync(
+    run: Annotated[str | None, typer.Argument(metavar="[RUN]", help="A run's directory, or its name below runs/.")] = None,
+    everything: Annotated[bool, typer.Option("--all", help="All runs below runs/.")] = False,
+    uri: Annotated[str | None, typer.Option(help="Another MLflow server than the run was configured with.")] = None,
+) -> None:
+    """Send what a run's journals hold and MLflow has not accepted yet: after an outage, or from a machine without network.
+
+    [b]Examples[/b]
+
+    fovea track sync runs/trial
+
+    fovea track sync --all --uri http://mlflow:5000
+    """
+    if everything == (run is not None):
+        raise ConfigError("no run is named", where="fovea track sync", hint="name one, or give --all")
+    from launch.slurm.status import find
+
+    every = [RunDirectory(file.parent) for file in [*_there("*"), *_there("evaluations/*")]]
+    chosen = [find(run)] if run is not None else every
+    troubles = ((one.path.name, _sync_or_skip(one, uri, skip=everything)) for one in chosen)
+    behind = {printable(name): trouble for name, trouble in troubles if trouble is not None}
+    if behind:
+        last = next((trouble for trouble in behind.values() if isinstance(trouble, FoveaError)), None)
+        hint = last.hint if last else "Is the server up? The same command sends the rest"
+        raise LaunchError(f"MLflow did not take everything of {', '.join(behind)}", hint=hint)
+
+
+def _there(pattern: str) -> list[Path]:
+    return sorted(Path("runs").glob(f"{pattern}/config.json"))
+
+
+def _sync_or_skip(run: RunDirectory, uri: str | None, *, skip: bool) -> Exception | None:
+    """:func:`_sync`; with ``skip`` a run that cannot be sent is printed and counted instead of ending the command."""
+    try:
+        return _sync(run, uri)
+    except FoveaError as error:
+        if not skip:
+            raise
+        print(f"skipped: {printable(str(error))}")
+        return error
+
+
+def _sync(run: RunDirectory, uri: str | None) -> Exception | None:
+    """Sends one run's journals; why something is left, ``None`` if nothing is."""
+    from pipeline.tracking import Shipper, asides, destination_of, server_of, shown_server
+
+    config = run.settings()
+    place = destination_of(config.tracking, run.path, named=uri)
+    target, name = place.uri, printable(run.path.name)
+    print(f"{name}: sending to {shown_server(target)}", flush=True)
+    own = Shipper(run.tracking, uri=target, experiment=place.experiment, name=config.run.name, log=_say, root=run.path)
+    own.start()
+    done = own.close(seconds=300.0)
+    trouble = own.trouble
+    for folder, aside in asides(run.tracking):  # evaluations by hand, after the run that they may belong to
+        there = server_of(run.path, aside.uri, named=uri or (target if aside.uri == target else None))
+        other = replace(aside, uri=there).shipper(folder, log=_say)
+        other.start()
+        done = other.close(seconds=300.0) and done
+        trouble = trouble or other.trouble
+    print(f"{name}: {'MLflow has everything' if done else 'not everything was accepted'} ({shown_server(target)})")
+    return None if done else trouble or TimeoutError("MLflow did not answer in time")
+
+
+def _say(text: str) -> None:
+    print(printable(text))

@@ -1,0 +1,463 @@
+"""``fovea shards``: index, verify, pack, look at and count WebDataset shards. Each verb imports what it needs when it runs."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import typer
+
+from pipeline.errors import ConfigError
+from pipeline.masking import printable
+
+if TYPE_CHECKING:
+    from pipeline.data.index.manifest import Manifest, Shard
+    from pipeline.data.settings import DataSettings
+    from pipeline.data.storage import Storage
+
+app = typer.Typer(no_args_is_help=True, help="Look at, index, check and make WebDataset shards.")
+
+ConfigArgument = Annotated[
+    str, typer.Argument(metavar="CONFIG", help="A YAML file, or the name of one of fovea's own: dinov2/cifar10_vit_tiny.")
+]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(
+        metavar="[KEY=VALUE]...", help="Settings to change, by dotted key: optim.lr=1e-3 evaluation.knn.k='[10, 20]'."
+    ),
+]
+Patterns = Annotated[list[str], typer.Argument(metavar="SHARDS...", help="Paths or URLs, with {000..123} or *.")]
+IndexOption = Annotated[
+    Path | None, typer.Option("--index", help="Folder of the index; by default in your cache, where training looks for it.")
+]
+WorkersOption = Annotated[int | None, typer.Option(min=1, help="Processes; by default one for each core with work.")]
+ImageOption = Annotated[str | None, typer.Option(help="Extensions of the picture, comma-separated.")]
+CaptionOption = Annotated[str | None, typer.Option(help="Extension of the caption.")]
+LabelOption = Annotated[str | None, typer.Option(help="Extension of the class number.")]
+DamagedOption = Annotated[str, typer.Option(help="A shard cut short: refuse it, or use what is whole.")]
+_GRACE = 20.0  # seconds that object storage may be away
+_NAMED = 20  # shards or samples that a screen shows before it points to the file
+
+
+@app.command("index")
+def index(
+    patterns: Patterns,
+    directory: IndexOption = None,
+    workers: WorkersOption = None,
+    image: ImageOption = None,
+    caption: CaptionOption = None,
+    label: LabelOption = None,
+    damaged: DamagedOption = "refuse",
+    report: Annotated[
+        Path | None, typer.Option(help="Where to write what is wrong, as JSON and .txt; by default report.json in the index.")
+    ] = None,
+) -> None:
+    """Read every shard once: which samples it has, which can be used, and why the others cannot.
+
+    Training does this by itself; do it ahead for large data. An index is reused until its shard changes, and one that was stopped
+    goes on where it was. What is wrong where stands in report.txt, for programs in report.json.
+
+    [b]Examples[/b]
+
+    fovea shards index '/data/train-{000..099}.tar'
+
+    fovea shards index /data/web --damaged use --report broken.json
+    """
+    settings = _settings(patterns, directory, image, caption, label, damaged)
+    manifest, folder = _index(settings, workers, report)
+    classes = f", {manifest.classes} classes" if manifest.classes else ", no class numbers"
+    print(f"{manifest.total} samples in {len(manifest.shards)} shards{classes}; index in {folder}")
+    print(f"fingerprint {manifest.fingerprint}")
+
+
+@app.command("verify")
+def verify(
+    patterns: Patterns,
+    directory: IndexOption = None,
+    workers: WorkersOption = None,
+    image: ImageOption = None,
+    caption: CaptionOption = None,
+    label: LabelOption = None,
+    damaged: DamagedOption = "refuse",
+    exclude: Annotated[
+        bool, typer.Option("--exclude", help="Mark what fails in the index, so that no training sees it; the shards stay.")
+    ] = False,
+    report: Annotated[Path | None, typer.Option(help="Write every failure as JSON.")] = None,
+) -> None:
+    """Decode every accepted sample, and compare its checksum and size with the index. Exit code 1 if any fails.
+
+    Stopped, it goes on where it was. With --exclude the index changes and with it its fingerprint: a run that was trained on the
+    data as they were will not resume on it.
+
+    [b]Examples[/b]
+
+    fovea shards verify '/data/train-{000..099}.tar'
+
+    fovea shards verify '/data/train-{000..099}.tar' --exclude
+    """
+    from launch.progress_bar import meter
+    from pipeline.data.inspect import verify as verification
+
+    manifest, folder = _index(_settings(patterns, directory, image, caption, label, damaged), workers, None)
+    with meter("decoding") as tell:
+        verdict = verification.verify(manifest, workers=workers, progress=tell, store=_store())
+    found = [
+        {"reason": f.reason, "shard": manifest.shards[f.shard].url, "key": manifest.rows(f.shard).keys[f.row]}
+        for f in verdict.failures
+    ]
+    if report is not None:
+        _write_json(report, {"checked": verdict.checked, "reasons": verdict.reasons, "failures": found})
+    again = f" ({verdict.resumed} of them by an earlier, stopped verification)" if verdict.resumed else ""
+    print(f"decoded {verdict.checked} samples in {len(manifest.shards)} shards{again}")
+    if not found:
+        print("every one is as the index says")
+        return
+    for reason, number in verdict.reasons.items():
+        print(f"\n{number} {reason}: {verification.REASONS[reason]}")
+        named = [entry for entry in found if entry["reason"] == reason]
+        for entry in named[:_NAMED]:
+            print(f"  {printable(entry['shard'])}  {_shown(entry['key'])}")
+        if len(named) > _NAMED:
+            print(f"  and {len(named) - _NAMED} more" + ("" if report else "; --report FILE writes them all"))
+    if exclude:
+        changed = verification.exclude(manifest, verdict.failures)
+        print(f"\nexcluded {len(found)} samples, {changed.total} are left; index in {folder}")
+        print(f"the fingerprint was {manifest.fingerprint} and is {changed.fingerprint}: to a run these are other data")
+    raise typer.Exit(1)
+
+
+@app.command("pack")
+def pack(
+    source: Annotated[str, typer.Argument(metavar="SOURCE", help="A folder, a table, or shards; see above.")],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder for the shards.")],
+    prefix: Annotated[str, typer.Option(help="Beginning of the shards' names.")] = "train",
+    size: Annotated[int, typer.Option(min=1, help="Largest size of a shard, MB; 200 to 500 suit training.")] = 400,
+    samples: Annotated[int, typer.Option(min=1, help="Most samples in a shard.")] = 10_000,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the shuffled order.")] = 0,
+    shuffle: Annotated[bool, typer.Option("--shuffle/--no-shuffle", help="Shuffle, or keep the order of the source.")] = True,
+    min_side: Annotated[int, typer.Option(min=1, help="Leave out pictures with a shorter side, pixels.")] = 16,
+    max_pixels: Annotated[int, typer.Option(min=1, help="Leave out pictures with more pixels.")] = 50_000_000,
+    max_side: Annotated[int | None, typer.Option(min=16, help="Scale pictures down to this longer side, pixels.")] = None,
+    transcode: Annotated[
+        str | None, typer.Option(help="Write GIF, AVIF… anew as jpg or png (first frame), instead of leaving them out.")
+    ] = None,
+    layout: Annotated[
+        str, typer.Option(help="What SOURCE is: auto, folder, flat (no classes), table, files (img2dataset's) or shards.")
+    ] = "auto",
+    damaged: Annotated[str, typer.Option(help="A tar that is cut short: refuse it, or use what is whole.")] = "refuse",
+    threads: Annotated[int, typer.Option(min=1, max=256, help="Samples read at a time.")] = 8,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace shards of the same prefix.")] = False,
+    follow_links: Annotated[
+        bool | None,
+        typer.Option(
+            "--follow-links/--no-follow-links",
+            help="Follow links that leave SOURCE, or leave them out. By default they are left out, and the loss of a whole class "
+            "or shard is an error.",
+        ),
+    ] = None,
+    root: Annotated[
+        list[Path] | None, typer.Option(help="Folder that paths of a table may lead to, besides its own; may be repeated.")
+    ] = None,
+    labels: Annotated[str, typer.Option(help="auto, or names to take numbers for class names.")] = "auto",
+    classes: Annotated[
+        Path | None, typer.Option(help="A classes.txt whose lines are the class names in the order of their numbers.")
+    ] = None,
+    max_file_mb: Annotated[int, typer.Option("--max-file-mb", min=1, help="Leave out larger files and members, MB.")] = 1024,
+) -> None:
+    """Make WebDataset shards, shuffled. Killed, the same command goes on, and ends with the very same bytes.
+
+    SOURCE is one of
+
+    - a folder of images: its sub-folders are the classes, KEY.txt beside KEY.jpg is its caption;
+
+    - a table (.csv, .tsv, .jsonl, .parquet) with the columns path and, if wanted, label and caption;
+
+    - the output of img2dataset, tars or files;
+
+    - other shards, to shuffle them anew, change their sizes or leave out small pictures; all members are kept.
+
+    A SOURCE that can be read in two ways is refused. Whatever is left out is counted, and listed in OUT/PREFIX.skipped.txt.
+
+    [b]Examples[/b]
+
+    fovea shards pack photos/ shards/
+
+    fovea shards pack table.parquet shards/ --prefix val --size 200
+
+    fovea shards pack 'old/{00000..00999}.tar' shards/ --min-side 224 --transcode png
+    """
+    from launch.progress_bar import meter
+    from pipeline.data.index.labels import LABEL_MODES
+    from pipeline.data.pack.packer import Packing
+    from pipeline.data.pack.packer import pack as write
+    from pipeline.data.pack.sources import LAYOUTS, Options, open_source
+    from pipeline.data.pack.transcode import FORMS
+
+    form = next((known for known in FORMS if known == transcode), None)
+    if transcode is not None and form is None:
+        raise ConfigError(f"{transcode!r} is no form", where="--transcode", hint=f"Choose of {', '.join(FORMS)}.")
+    kind = next((known for known in LAYOUTS if known == layout), None)
+    if kind is None:
+        raise ConfigError(f"{layout!r} is no layout", where="--layout", hint=f"Choose of {', '.join(LAYOUTS)}.")
+    mode = next((known for known in LABEL_MODES if known == labels), None)
+    if mode is None:
+        raise ConfigError(f"{labels!r} is no kind of labels", where="--labels", hint=f"Choose of {', '.join(LABEL_MODES)}.")
+    _check_out(source, out)
+    options = Options(
+        use_damaged=_damaged(damaged) == "use",
+        follow_links=follow_links,
+        roots=tuple(root or ()),
+        labels=mode,
+        classes=_class_names(classes),
+        max_file=max_file_mb << 20,
+    )
+    packing = Packing(
+        prefix=prefix,
+        samples_per_shard=samples,
+        bytes_per_shard=size * 1_000_000,
+        seed=seed if shuffle else None,
+        min_side=min_side,
+        max_pixels=max_pixels,
+        transcode=form,
+        max_side=max_side,
+    )
+    with meter("packing") as tell:
+        listing = open_source(source, layout=kind, store=_store(), options=options)
+        report = write(listing, out, packing, overwrite=overwrite, threads=threads, progress=tell)
+    print(report.text(out, prefix))
+    print(f"shards: {printable(_range(report.shards))}")
+
+
+@app.command("scenes")
+def scenes(
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder for the shards.")],
+    train: Annotated[int, typer.Option(min=1, help="Pictures to train on.")] = 8000,
+    val: Annotated[int, typer.Option(min=1, help="Pictures to judge by.")] = 1000,
+    size: Annotated[int, typer.Option(min=16, help="Their side, pixels.")] = 64,
+    seed: Annotated[int, typer.Option(min=0, help="Another seed draws other pictures.")] = 0,
+) -> None:
+    """Draw the set that the configs called scenes are for: textured shapes with class, caption and segmentation.
+
+    [b]Example[/b]
+
+    fovea shards scenes runs/scenes
+    """
+    from pipeline.data.pack.synthetic import CLASS_NAMES, write
+
+    shards = write(out, train=train, val=val, size=size, seed=seed)
+    (out / "classes.txt").write_text("\n".join(CLASS_NAMES) + "\n")
+    print(f"{out}: {train} pictures to train on and {val} to judge by in {len(shards)} shards, classes.txt for zero-shot")
+
+
+@app.command("stats")
+def stats(
+    patterns: Patterns,
+    directory: IndexOption = None,
+    workers: WorkersOption = None,
+    image: ImageOption = None,
+    caption: CaptionOption = None,
+    label: LabelOption = None,
+    damaged: DamagedOption = "refuse",
+    global_batch: Annotated[int, typer.Option(min=1, help="Global batch to give advice for.")] = 1024,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Count what is in the shards: sizes, formats, classes, captions, equal pictures; and say what would slow a training.
+
+    Everything comes from the index, which is made if need be; no picture is read again.
+
+    [b]Examples[/b]
+
+    fovea shards stats '/data/train-{000..099}.tar'
+
+    fovea shards stats '/data/train-{000..099}.tar' --json > stats.json
+    """
+    from pipeline.data.inspect.stats import statistics
+
+    manifest, _ = _index(_settings(patterns, directory, image, caption, label, damaged), workers, None, quiet=as_json)
+    found = statistics(manifest, global_batch=global_batch)
+    print(json.dumps(found.document(), indent=1) if as_json else found.text())
+
+
+@app.command("preview")
+def preview(
+    config: ConfigArgument,
+    overrides: Overrides = None,
+    out: Annotated[Path, typer.Option("--out", "-o", help="The file: .html for a page, .png for one picture.")] = Path(
+        "preview.html"
+    ),
+    samples: Annotated[int, typer.Option(min=1, max=512, help="How many samples.")] = 8,
+) -> None:
+    """Draw the very crops that training would see, on a page or a contact sheet: a look before the GPU hours.
+
+    With shards instead of a CONFIG it draws the pictures as they are.
+
+    [b]Examples[/b]
+
+    fovea shards preview dinov2/cifar10_vit_tiny data.shards='/data/train-{000..099}.tar' -o preview.html
+
+    fovea shards preview my.yaml -o sheet.png --samples 16
+
+    fovea shards preview '/data/train-{000..099}.tar' -o raw.png
+    """
+    if _names_shards(config):
+        from pipeline.reports.contact_sheet import write as write_raw
+
+        manifest, _ = _index(_settings([config, *(overrides or ())], None, None, None, None, "refuse"), None, None)
+        write_raw(manifest, out, samples)
+    else:
+        from pipeline.config.load import load
+        from pipeline.reports.preview import write
+
+        write(load(config, overrides or ()), out, samples)
+    print(f"wrote {out}")
+
+
+@app.command("ls")
+def ls(
+    config: ConfigArgument,
+    overrides: Overrides = None,
+    step: Annotated[int | None, typer.Option(min=0, help="The samples of this step.")] = None,
+    key: Annotated[str | None, typer.Option(help="The steps in which this sample is seen; shard.tar/key for one shard.")] = None,
+    epochs: Annotated[float, typer.Option(min=0, help="How far to look for --key, in epochs.")] = 1.0,
+    until: Annotated[int | None, typer.Option(min=0, help="One past the last step to look at, instead of --epochs.")] = None,
+    ranks: Annotated[int | None, typer.Option(min=1, help="Say which of so many ranks reads each sample.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """List what the order holds: the samples of a step, or the steps of a sample.
+
+    [b]Examples[/b]
+
+    fovea shards ls my.yaml --step 1234
+
+    fovea shards ls my.yaml --key 000042 --epochs 10
+    """
+    from launch.cli.shards_ls import run
+    from pipeline.config.load import load
+
+    run(load(config, overrides or ()), step=step, key=key, epochs=epochs, until=until, ranks=ranks, as_json=as_json)
+
+
+# ---- what the verbs share -------------------------------------------------------------------------------------------------
+
+
+def _settings(
+    patterns: Sequence[str], directory: Path | None, image: str | None, caption: str | None, label: str | None, damaged: str
+) -> DataSettings:
+    from pydantic import ValidationError
+
+    from pipeline.data.settings import DataSettings
+
+    chosen = {"index": directory, "image": image.split(",") if image else None, "caption": caption, "label": label}
+    given = {key: value for key, value in chosen.items() if value is not None}
+    try:
+        return DataSettings.model_validate({"shards": list(patterns), "damaged": _damaged(damaged), **given})
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(str(part) for part in first["loc"][:1]) or "shards"
+        what = first["msg"].removeprefix("Value error, ")
+        raise ConfigError(f"{str(first['input'])[:200]!r} {what}", where=key, hint="Name a folder, or a pattern with *") from None
+
+
+def _damaged(word: str) -> Literal["refuse", "use"]:
+    if word not in ("refuse", "use"):
+        raise ConfigError(f"{word!r} is neither refuse nor use", where="--damaged", hint="Choose one of the two.")
+    return "use" if word == "use" else "refuse"
+
+
+def _index(settings: DataSettings, workers: int | None, report: Path | None, *, quiet: bool = False) -> tuple[Manifest, Path]:
+    """Index shards with progress on stderr; write and show the report of what is wrong."""
+    from launch.progress_bar import meter
+    from pipeline.data.index.build import UnusableShards, build
+    from pipeline.data.index.manifest import Fields
+    from pipeline.data.inspect.report import index_report
+    from pipeline.data.storage import expand
+
+    fields = Fields(
+        images=settings.image,
+        caption=settings.caption,
+        label=settings.label,
+        min_side=settings.min_side,
+        max_pixels=settings.max_pixels,
+    )
+    store = _store()
+    urls = expand(list(settings.shards), store)
+    folder = settings.index_folder(urls)
+    place = report or folder / "report.json"
+    try:
+        with meter("indexing") as tell:
+
+            def told(done: int, total: int, shard: Shard) -> None:
+                tell(done, total, f"{printable(shard.url)}: {shard.samples} samples")
+
+            manifest = build(urls, folder, fields=fields, workers=workers, damaged=settings.damaged, progress=told, store=store)
+    except UnusableShards as error:
+        found = index_report(folder, error.shards, error.problems)
+        found.save(place)
+        print(f"{found.text(most_shards=_NAMED)}\nall of it: {place.with_suffix('.txt')}", file=sys.stderr)
+        raise
+    found = index_report(folder, manifest.shards)
+    found.save(place)
+    if (found.findings or found.damaged) and not quiet:
+        print(f"{found.text(most_shards=_NAMED)}\nall of it: {place.with_suffix('.txt')}\n")
+    return manifest, folder
+
+
+def _store() -> Storage:
+    """The door to the shards, with the patience of somebody who waits before a screen."""
+    from pipeline.data.settings import StorageSettings
+    from pipeline.data.storage import Storage
+
+    return Storage(StorageSettings(grace=_GRACE))
+
+
+def _class_names(path: Path | None) -> tuple[str, ...]:
+    if path is None:
+        return ()
+    from pipeline.untrusted import read_bytes
+
+    try:
+        names = read_bytes(path, limit=64 << 20, error=ConfigError).decode("utf-8-sig").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"cannot be read ({error})", where=str(path), hint="Give a text file with one name a line") from error
+    if not names or len(set(names)) < len(names) or not all(name.strip() for name in names):
+        raise ConfigError(
+            "must hold every class name once, one a line", where=str(path), hint="Give the classes.txt of a packing"
+        )
+    return tuple(names)
+
+
+def _check_out(source: str, out: Path) -> None:
+    """The shards must not become part of the source that they are made of."""
+    folder = Path(source)
+    if folder.is_dir() and out.resolve().is_relative_to(folder.resolve()):
+        raise ConfigError(f"lies in {source}, which is to be packed", where=str(out), hint="Choose an OUT beside the source.")
+
+
+def _names_shards(word: str) -> bool:
+    path = Path(word)
+    return word.endswith(".tar") or (path.is_dir() and any(path.glob("*.tar")))
+
+
+def _range(shards: Sequence[str]) -> str:
+    """Numbered shards as one pattern, ready for another command."""
+    if len(shards) < 2:
+        return "".join(shards)
+    (stem, first), (_, last) = (shard.removesuffix(".tar").rsplit("-", 1) for shard in (shards[0], shards[-1]))
+    return f"'{stem}-{{{first}..{last}}}.tar'"
+
+
+def _shown(key: str) -> str:
+    return printable(key)
+
+
+def _write_json(path: Path, document: dict[str, object]) -> None:
+    from pipeline.data.storage import write_whole
+    from pipeline.errors import DataError
+
+    try:
+        write_whole(path, (json.dumps(document, indent=1) + "\n").encode())
+    except OSError as error:
+        raise DataError(f"cannot be written ({error.strerror})", where=str(path), hint="Choose another --report.") from error

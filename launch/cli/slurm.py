@@ -1,0 +1,258 @@
+"""The verbs for clusters: submit, status, logs, stop, save, resume, requeue, cancel, runs, doctor."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from launch.terminal import Terminal
+from pipeline.errors import ConfigError, LaunchError
+from pipeline.masking import printable, shown
+
+if TYPE_CHECKING:
+    from launch.slurm.submit import Submitted
+
+RunArgument = Annotated[str, typer.Argument(metavar="RUN", help="A run's directory, or its name below runs/.")]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Settings to change; cluster.KEY=VALUE changes the profile.")
+]
+
+
+def submit(
+    config: Annotated[str, typer.Argument(metavar="CONFIG", help="A YAML file, or the name of one of fovea's own.")],
+    overrides: Overrides = None,
+    cluster: Annotated[str, typer.Option("--cluster", "-c", help="A cluster profile: a YAML file or a name.")] = "",
+    dry: Annotated[
+        bool, typer.Option("--dry-run", help="Print the batch script and the command; write and submit nothing.")
+    ] = False,
+    check: Annotated[bool, typer.Option("--check", help="Ask Slurm whether and when it could run.")] = False,
+    index: Annotated[bool, typer.Option("--index/--no-index", help="Look at the shards now, not when the job starts.")] = True,
+    follow: Annotated[bool, typer.Option("--follow", "-f", help="Show the log as it grows.")] = False,
+) -> None:
+    """Submit a run to Slurm, once: it is saved before time limits and preemption, requeued, and ends finished.
+
+    [b]Examples[/b]
+
+    fovea submit dinov2/cifar10_vit_tiny --cluster my.yaml data.shards='s3://bucket/train-{000..099}.tar'
+
+    fovea submit my_run.yaml -c my.yaml cluster.nodes=4 cluster.time=12:00:00 --dry-run --check
+    """
+    from launch.slurm import profile as profiles
+    from launch.slurm.submit import submit as hand_over
+    from pipeline.config.load import load
+
+    if not cluster:
+        known = ", ".join(sorted(profiles.available()))
+        raise ConfigError("no cluster is named", where="--cluster", hint=f"give a profile's file, or one of {known}")
+    own = [text.removeprefix("cluster.") for text in overrides or () if text.startswith("cluster.")]
+    rest = [text for text in overrides or () if not text.startswith("cluster.")]
+    done = hand_over(load(config, rest), profiles.load(cluster, own), dry=dry, check=check, index=index)
+    _tell(done)
+    if follow and done.job is not None:
+        logs(str(done.run), follow=True)
+
+
+def _tell(done: Submitted) -> None:
+    if done.said:
+        print(shown(done.said), file=sys.stderr)
+    if done.job is None:
+        print(done.script, end="")
+        print(f"# {shlex.join(done.command)}")
+        return
+    print(f"job {done.job}\nrun {done.run}\nlog {done.run / 'logs'}")
+
+
+def status(
+    run: Annotated[str | None, typer.Argument(metavar="[RUN]", help="A run; none tells of all below runs/.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
+    watch: Annotated[float, typer.Option("--watch", min=0, help="Tell again every so many seconds; 0 tells once.")] = 0.0,
+) -> None:
+    """Tell where a run stands: the queue, the step, the last sign of life, its attempts, and what its time went into."""
+    from launch.slurm import status as standing
+
+    while True:
+        if run is None:
+            runs()
+        else:
+            one = standing.status(standing.find(run))
+            print(standing.as_json(one) if as_json else shown(standing.table(one)))
+        if not watch:
+            return
+        time.sleep(watch)
+
+
+def runs(folder: Annotated[Path, typer.Argument(help="Where runs are.")] = Path("runs")) -> None:
+    """List the runs of a folder, one line each."""
+    from launch.slurm import status as standing
+    from pipeline.runtime.run_directory import RunDirectory
+
+    found = sorted(path.parent for path in folder.glob("*/config.json"))
+    if not found:
+        raise ConfigError(f"there are no runs in {folder}", hint="name the folder that they are in")
+    width = max(len(path.name) for path in found)
+    for path in found:
+        one = standing.status(RunDirectory(path.absolute()))
+        done = f"{one.step}/{one.steps}" if one.steps else str(one.step)
+        print(printable(f"{path.name:<{width}}  {one.state:<8}  {done:>15}  {one.why}"))
+
+
+def logs(
+    run: RunArgument,
+    follow: Annotated[bool, typer.Option("--follow", "-f", help="Go on as the log grows, over attempts.")] = False,
+    rank: Annotated[int, typer.Option(min=0, help="Which rank's.")] = 0,
+    attempt: Annotated[int | None, typer.Option(min=0, help="Which attempt's; the newest if not given.")] = None,
+    batch: Annotated[bool, typer.Option("--batch", help="The batch script's own log: starts, decisions, requeues.")] = False,
+    lines: Annotated[int, typer.Option("--lines", "-n", min=1, help="How many to begin with.")] = 40,
+) -> None:
+    """Show a log of a run: rank 0's of its newest attempt, if nothing else is asked for."""
+    from launch.slurm import job_record as record
+    from launch.slurm import status as standing
+
+    found = standing.find(run)
+
+    def current() -> Path | None:
+        if batch:
+            return max((found.path / "logs").glob("batch-*.log"), default=None, key=lambda path: path.stat().st_mtime)
+        number = attempt if attempt is not None else found.next_attempt() - 1
+        path = found.logs(number) / f"rank-{rank}.log"
+        return path if path.exists() else None
+
+    path = current()
+    if path is None and not follow:
+        there = sorted(str(file.relative_to(found.path)) for file in (found.path / "logs").glob("*/rank-*.log"))
+        raise LaunchError("there is no such log", where=str(found.path), hint=f"there are: {', '.join(there[-5:]) or 'none yet'}")
+    last, place = None, 0
+    while True:
+        if path is not None and path != last:
+            last = path
+            print(f"==> {printable(str(path))}", file=sys.stderr)
+            text = path.read_text(errors="replace")
+            place = path.stat().st_size
+            print(shown("\n".join(text.splitlines()[-lines:])))
+        elif path is not None and path.stat().st_size > place:
+            with path.open(errors="replace") as file:
+                file.seek(place)
+                sys.stdout.write(shown(file.read()))
+                place = file.tell()
+            sys.stdout.flush()
+        if not follow or (record.verdict(found) and path == last):
+            return
+        time.sleep(1.0)
+        path = current() or path
+
+
+def stop(
+    run: RunArgument, now: Annotated[bool, typer.Option("--now", help="Do not wait for a step's end and a checkpoint.")] = False
+) -> None:
+    """Ask a run to save and stop; it stays stopped until it is resumed."""
+    from launch.slurm import job_record as record
+    from launch.slurm import status as standing
+
+    found = standing.find(run)
+    record.ask(found, record.STOP, f"asked for by {os.environ.get('USER', 'somebody')}")
+    if now:
+        cancel(run)
+        return
+    print(f"{found.path.name} saves and stops after the step it is in; take it up again with: fovea resume {run}")
+
+
+def save(run: RunArgument) -> None:
+    """Ask a run for a checkpoint after the step it is in; it goes on."""
+    from launch.slurm import job_record as record
+    from launch.slurm import status as standing
+
+    found = standing.find(run)
+    before = record.saved_step(found)
+    record.ask(found, record.SAVE, "asked for")
+    print(f"asked; the newest checkpoint is of step {before} so far")
+
+
+def resume(
+    run: RunArgument,
+    overrides: Overrides = None,
+    cluster: Annotated[str, typer.Option("--cluster", "-c", help="Another cluster profile than before.")] = "",
+) -> None:
+    """Submit a run again that was stopped, or that gave up: it goes on from its newest checkpoint, on the current code.
+
+    [b]Example[/b]
+
+    fovea resume runs/trial cluster.nodes=4
+    """
+    from launch.slurm import job_record as record
+    from launch.slurm import profile as profiles
+    from launch.slurm import status as standing
+    from launch.slurm.submit import submit as hand_over
+    from pipeline.config.load import load
+
+    found = standing.find(run)
+    facts = record.job(found)
+    own = [text.removeprefix("cluster.") for text in overrides or () if text.startswith("cluster.")]
+    rest = [text for text in overrides or () if not text.startswith("cluster.")]
+    if not cluster and not facts:
+        raise ConfigError("this run was never submitted to a cluster", where=run, hint="give --cluster, or use: fovea train")
+    profile = profiles.load(cluster, own) if cluster else profiles.again(facts["profile"], own)
+    _tell(hand_over(load(str(found.path / "config.yaml"), rest), profile))
+
+
+def requeue(
+    run: RunArgument, now: Annotated[bool, typer.Option("--now", help="Do not wait for a step's end and a checkpoint.")] = False
+) -> None:
+    """Put a run's job back into the queue: the run saves, leaves its machines, and waits for others."""
+    from launch.slurm import job_record as record
+    from launch.slurm import slurm_commands as tools
+    from launch.slurm import status as standing
+    from launch.slurm.submit import living
+
+    found = standing.find(run)
+    alive = [job for job in living(found) if job.state == "RUNNING"]
+    if not alive:
+        raise LaunchError("no job of it is running", where=str(found.path), hint="fovea resume submits it again")
+    if now:
+        tools.requeue(alive[0].id, sorted(record.excluded(found)))
+        print(f"job {alive[0].id} is back in the queue")
+        return
+    record.ask(found, f"{record.STOP}-{found.next_attempt() - 1}", "requeued")
+    print(f"job {alive[0].id} saves and goes back into the queue after the step it is in")
+
+
+def cancel(run: RunArgument) -> None:
+    """End a run's jobs at once, running or waiting; nothing is saved that is not on disk."""
+    from launch.slurm import job_record as record
+    from launch.slurm import slurm_commands as tools
+    from launch.slurm import status as standing
+    from launch.slurm.submit import living
+
+    found = standing.find(run)
+    record.judge(found, "stopped", "cancelled")
+    alive = living(found)
+    for job in alive:
+        tools.cancel(job.id)
+    print(f"cancelled: {', '.join(str(job.id) for job in alive) or 'nothing was alive'}")
+
+
+def doctor(
+    cluster: Annotated[str, typer.Option("--cluster", "-c", help="A cluster profile to hold against what is there.")] = "",
+) -> None:
+    """Tell what this machine and its Slurm support, and what a cluster profile should say."""
+    from launch.slurm.doctor import examine
+
+    console = Terminal(highlight=False, soft_wrap=True)
+    problems = 0
+    for state, what, advice in examine(cluster or None):
+        mark = {"ok": "[green]ok[/]  ", "note": "[yellow]note[/]", "bad": "[red]bad[/] "}[state]
+        console.print(f"{mark} {what}" + (f"\n       {advice}" if advice else ""))
+        problems += state == "bad"
+    raise typer.Exit(1 if problems else 0)
+
+
+def enter(app: typer.Typer) -> None:
+    """Adds the verbs to the command line."""
+    for verb in (submit, status, logs, stop, save, resume, requeue, cancel, runs, doctor):
+        first = (verb.__doc__ or "").split(":")[0].split(";")[0].split(".")[0].split(",")[0]
+        app.command(verb.__name__, rich_help_panel="Slurm", short_help=f"{first}.")(verb)

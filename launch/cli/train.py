@@ -1,0 +1,90 @@
+"""``fovea train``: refuse what cannot work, then start the ranks, or be one of them."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+from launch import local
+from launch.progress import outlive_terminal
+from launch.rank_environment import RankEnvironment, ranks_to_start
+from launch.resume import check_identity, choose_checkpoint
+from pipeline.config.load import Loaded, show
+from pipeline.config.validate import check_ranks
+from pipeline.data.inputs import prepare
+from pipeline.errors import ConfigError, LaunchError
+from pipeline.masking import shown
+from pipeline.runtime.interpreter import module_command
+from pipeline.runtime.locks import lock
+from pipeline.runtime.run_directory import RunDirectory
+
+
+@contextlib.contextmanager
+def alone(run: RunDirectory) -> Iterator[None]:
+    """Hold the run's lock: a run directory has one live attempt.
+
+    Raises:
+        LaunchError: another attempt holds it.
+    """
+    run.path.mkdir(parents=True, exist_ok=True)
+    with (run.path / ".lock").open("a") as file:
+        try:
+            lock(file.fileno(), file.name, wait=False)
+        except BlockingIOError:
+            raise LaunchError(
+                "another attempt of this run is alive",
+                where=str(run.path),
+                hint="wait for it, stop it, or choose another run.directory",
+            ) from None
+        yield
+
+
+def _indexing(done: int, total: int, shard: Any) -> None:
+    bad = {status: count for status, count in getattr(shard, "counts", {}).items() if status != "ok" and count}
+    note = f"  {bad}" if bad else ""
+    if bad:
+        print(f"indexed {done}/{total} shards{note}", file=sys.stderr, flush=True)
+
+
+def run(loaded: Loaded) -> int:
+    """Train; returns the exit code.
+
+    Raises:
+        FoveaError: whatever can be refused before a process group exists.
+    """
+    config = loaded.config
+    outlive_terminal()
+    here = RankEnvironment.read()
+    default = loaded.nobodys_choice("launch.ranks")
+    ranks = ranks_to_start(
+        here, config.launch.ranks, where="launch.ranks", on_cpu=config.launch.backend == "gloo", default=default
+    )
+    if default and config.launch.ranks != (ranks or here.world_size):
+        config = config.replace(launch=config.launch.model_copy(update={"ranks": ranks or None}))
+    if not ranks:
+        from launch.rank_main import be_rank
+
+        return be_rank(config, here)
+    if broken := check_ranks(config, ranks):
+        raise ConfigError(broken[0][1])
+    directory = RunDirectory(config.run.folder)
+    with alone(directory):
+        if directory.config.exists():
+            check_identity(config, directory.settings_document(), directory.config)
+        inputs = prepare(config, ranks, _indexing)
+        found, complaints = choose_checkpoint(config, directory, inputs)
+        for complaint in complaints:
+            print(shown(complaint), file=sys.stderr)
+        if found is None and (config.init_from.source is not None or config.recipe.anchors):
+            from pipeline.weights import init_from as initial
+
+            initial.check(config)
+        attempt = directory.next_attempt()
+        directory.write_settings(config, show(loaded, secrets=True, absolute=True))
+        directory.note("start", attempt=attempt, ranks=ranks, resumed_from=found.step if found else None)
+        argv = module_command("launch.rank_main", str(directory.config), str(attempt), str(found.path) if found else "-")
+        code = local.start(argv, ranks, log_directory=directory.logs(attempt), threads=config.train.threads)
+        directory.note("end", attempt=attempt, code=code)
+    return code

@@ -1,0 +1,337 @@
+"""One rank of a run: ``python -m launch.rank_main CONFIG.json ATTEMPT CHECKPOINT``, started by ``fovea train``."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shlex
+import sys
+import time
+import traceback
+import warnings
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from launch import accelerate_environment as accelerate
+from launch.progress import Clocked, outlive_terminal, watcher
+from launch.rank_environment import RankEnvironment
+from launch.resume import check_identity, choose_checkpoint, copies_of, origins
+from launch.slurm import job_record as record
+from pipeline.checkpoint import files as saved
+from pipeline.checkpoint.files import Saved
+from pipeline.config.load import fingerprint, flatten
+from pipeline.config.paths import user_name
+from pipeline.config.schema import Config
+from pipeline.errors import FoveaError, LaunchError, of_system, verdict
+from pipeline.masking import hide_secrets, masked, shown
+from pipeline.runtime import failure_claim as claims
+from pipeline.runtime.run_directory import RunDirectory
+
+if TYPE_CHECKING:
+    from pipeline.runtime.process_group import World
+    from pipeline.runtime.stop_requests import StopRequests
+    from pipeline.runtime.watchdog import Watchdog
+
+
+_PATIENCE = 60.0  # seconds that MLflow gets once the run is finished
+
+
+def be_rank(config: Config, here: RankEnvironment) -> int:
+    """Be a rank that torchrun, accelerate or srun started: agree on the attempt and the checkpoint, then train.
+
+    A job's attendant, which counts the attempts (``FOVEA_ATTEMPT``), learns from files what went wrong before the ranks had met.
+    """
+    attended = os.environ.get("FOVEA_ATTEMPT")
+    attempt = int(attended) if attended else None
+    try:
+        code = _be_rank(config, here, attempt)
+    except FoveaError as error:
+        if attempt is not None:
+            own = {"rank": here.rank, "what": str(error), "code": error.exit_code, "step": 0, **verdict(error)}
+            claims.claim(RunDirectory(config.run.folder).logs(attempt), own)
+        raise
+    if code:
+        _leave(code)
+    return code
+
+
+def _be_rank(config: Config, here: RankEnvironment, attempt: int | None) -> int:
+    from pipeline.data.inputs import prepare
+
+    accelerate.check(config, here.world_size)
+    run = RunDirectory(config.run.folder)
+    if run.config.exists():
+        check_identity(config, run.settings_document(), run.config)
+    inputs = prepare(config, here.world_size)
+    found, complaints = choose_checkpoint(config, run, inputs, fetch=here.rank == 0)
+    if here.rank == 0:
+        for complaint in complaints:
+            print(shown(complaint), file=sys.stderr)
+    return train(config, here, attempt, found)
+
+
+def _leave(code: int) -> None:
+    """A failed rank must not wait for its peers or for threads: they learn of it from the broken connection."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+def train(config: Config, here: RankEnvironment, attempt: int | None, found: Saved | None) -> int:
+    """Join the others, assemble, train, leave.
+
+    Args:
+        config: the settings.
+        here: this rank's place.
+        attempt: number of the attempt, or ``None`` to let rank 0 count it.
+        found: the checkpoint to start from.
+
+    Returns:
+        The exit code. Whatever went wrong after the ranks had met has been told.
+    """
+    begin = time.time()
+    outlive_terminal()
+    os.environ.setdefault("USER", user_name())  # torch and others ask for it, and fail where the user ID has no name
+    os.environ.setdefault("OMP_NUM_THREADS", str(config.train.threads or 1))
+    if config.train.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it once, when it is loaded
+    import torch
+    import torch.distributed as dist
+
+    from pipeline.runtime import process_group as distributed
+    from pipeline.runtime.first_failure import tell
+    from pipeline.runtime.stop_requests import StopRequests
+    from pipeline.runtime.watchdog import Limits, Watchdog
+
+    warnings.filterwarnings("ignore", category=UserWarning, module=r"torch\.distributed")
+    requests = StopRequests()
+    requests.listen()
+    if here.source != "torchrun" or attempt is not None:
+        torch.set_num_threads(config.train.threads or int(os.environ["OMP_NUM_THREADS"]))
+    run = RunDirectory(config.run.folder)
+    try:
+        world = distributed.join(
+            rank=here.rank,
+            size=here.world_size,
+            local_rank=here.local_rank,
+            address=here.address,
+            port=here.port,
+            key=here.key,
+            backend=config.launch.backend,
+            timeout=config.launch.timeout,
+            local_size=here.local_world_size,
+        )
+    except LaunchError as error:
+        if attempt is not None:
+            own = {"rank": here.rank, "what": str(error), "code": error.exit_code, "step": 0, **verdict(error)}
+            claims.claim(run.logs(attempt), own)
+        raise
+    chosen = [attempt, str(found.path) if found else None]
+    if attempt is None:
+        chosen[0] = run.next_attempt() if here.rank == 0 else None
+        dist.broadcast_object_list(chosen, group=world.control)
+        found = saved.read(Path(str(chosen[1]))) if chosen[1] else None
+        if here.rank == 0:
+            run.write_settings(config)
+            run.note("start", attempt=chosen[0], ranks=world.size, resumed_from=found.step if found else None)
+    number = int(chosen[0] or 0)
+    if world.rank == 0:
+        if "FOVEA_ATTEMPT" not in os.environ:
+            record.clear(run)  # somebody starts it by hand: what stopped it before is over
+        requests.watch(run.path / "control", number)
+    health = config.health
+    away = config.data.storage.grace + 60 if any("://" in pattern for pattern in config.data.patterns) else 0.0
+    watchdog = Watchdog(
+        run.logs(number),
+        world.rank,
+        world.size,
+        Limits(
+            factor=health.stall_factor,
+            floor=max(health.stall_floor, away),  # a storage that is away is waited for
+            start=health.start_limit,
+            evaluate=health.evaluate_limit,
+            checkpoint=health.checkpoint_limit,
+        ),
+    )
+    watchdog.start()
+    try:
+        _train(config, world, run, number, found, requests, watchdog, begin, alone=attempt is None)
+    except Exception as error:
+        return tell(error, watchdog, {"micro_batch": config.train.micro_batch or "all", "zero": config.train.zero})
+    finally:
+        watchdog.stop()
+    return 0
+
+
+def _train(
+    config: Config,
+    world: World,
+    run: RunDirectory,
+    number: int,
+    found: Saved | None,
+    requests: StopRequests,
+    watchdog: Watchdog,
+    begin: float,
+    *,
+    alone: bool,
+) -> None:
+    """From the meeting of the ranks to their leaving; ``alone`` if no launcher of ours notes the attempt's end."""
+    from pipeline.checkpoint.mirror import Copies
+    from pipeline.checkpoint.retention import Retention
+    from pipeline.data.inputs import open_storage, prepare
+    from pipeline.runtime import process_group as distributed
+    from pipeline.runtime.stop_requests import Stop
+    from pipeline.tracking import Journal, Shipper, destination_of, remember
+    from pipeline.training.build import assemble
+
+    show = watcher(world.rank, config.train.global_batch, run.logs(number) / "rank-0.log" if alone else None)
+    journal = shipper = None
+    tracked = ""
+    if world.rank == 0:
+        journal = Journal(run.journal(number))
+        journal.params({**flatten(config), "fingerprint": fingerprint(config)})
+        journal.tags(
+            {"fovea.state": "running", "fovea.attempt": number, "fovea.ranks": world.size, "fovea.run": run.path.resolve()}
+        )
+        if (run.path / "config.yaml").exists():
+            journal.artifact(_shown_settings(run))
+        if config.tracking.enabled:
+            target = destination_of(config.tracking, run.path, trained=True)
+            target.record(run.tracking)
+            if target.origin:
+                remember(target.uri)
+            tracked = f" · MLflow at {target}" if target.origin else ""
+            shipper = Shipper(run.tracking, uri=target.uri, experiment=target.experiment, name=config.run.name, log=show.say)
+            shipper.start()
+    inputs = prepare(config, world.size)
+    if journal is not None:
+        journal.tags({"fovea.data": inputs.train.fingerprint, "fovea.data_samples": inputs.train.total})
+    mirror = copies_of(config)
+    copies = None
+    if world.rank == 0 and mirror is not None:
+        c = config.checkpoint
+        every = c.keep_every.steps(inputs.order.samples_per_epoch, config.train.global_batch) if c.keep_every else 0
+        copies = Copies(mirror, open_storage(config), Retention(c.keep_last, every, c.keep_best), show.say)
+        copies.start(saved.listed(run.checkpoints))
+    trainer = assemble(
+        config,
+        inputs,
+        world,
+        run,
+        attempt=number,
+        resume=found,
+        facts={
+            "config": masked(config.model_dump(mode="json")),
+            "fingerprint": fingerprint(config),
+            "run": config.run.name,
+            "attempt": number,
+            "fovea": version("fovea"),
+            "origins": origins(found, config),
+        },
+        requests=requests,
+        journal=journal,
+        watcher=show,
+        watchdog=watchdog,
+        copies=copies,
+    )
+    if world.rank == 0:
+        total, batch = trainer.plan.steps, config.train.global_batch
+        parameters = sum(math.prod(shape) for shape in trainer.engine.shapes.values())
+        start = f"resuming at step {trainer.progress.step}" if found else "starting"
+        show.say(
+            f"{start} · attempt {number} · {world.size} ranks on {world.device.type} · {parameters / 1e6:.1f} M parameters · "
+            f"{inputs.train.total} samples · {total} steps of {batch} · {time.time() - begin:.0f} s to start{tracked}"
+        )
+        run.write("length.json", {"steps": total})
+        run.note("training", attempt=number, step=trainer.progress.step)
+        trainer.watcher = clocked = Clocked(show, run.logs(number) / "clock.json", lambda: trainer.progress.seconds)
+        clocked.note(trainer.progress.step)
+    stop = trainer.run()
+    if isinstance(trainer.watcher, Clocked):
+        trainer.watcher.note(trainer.progress.step)
+    if copies is not None and not copies.close():
+        show.say("not all checkpoints are copied yet; the next attempt copies the rest")
+    if world.rank == 0 and journal is not None:
+        finished = stop is Stop.FINISHED
+        journal.tags({"fovea.state": "finished" if finished else "stopped", "fovea.stop": stop.name})
+        outcome = {
+            "stop": stop.name,
+            "step": trainer.progress.step,
+            "steps": trainer.plan.steps,
+            "attempt": number,
+            "samples_seen": trainer.progress.step * config.train.global_batch,
+            "scores": trainer.progress.scores,
+            "skipped": trainer.progress.skipped,
+            "seconds": trainer.progress.seconds,
+            "data": trainer.data_counts,
+        }
+        for rank in range(world.size):
+            if run.ledger(rank).exists():
+                journal.artifact(run.ledger(rank).resolve())
+        journal.close()
+        run.write("outcome.json", outcome)
+        if finished:
+            show.say(f"finished at step {trainer.progress.step}{_scores(trainer.progress.scores)}; all of it is in {run.path}")
+        else:
+            show.say(f"stopped by {stop.name} at step {trainer.progress.step}, saved; the same command resumes")
+        # A run that was told to stop must be gone soon; one that is finished may wait for MLflow's database to be made.
+        if shipper is not None and not shipper.close(_PATIENCE if finished else 5.0):
+            rest = (
+                f"`fovea track sync {shlex.quote(str(run.path))}` sends the rest"
+                if finished
+                else "the next attempt sends the rest"
+            )
+            show.say(f"MLflow has not taken everything yet; {rest}")
+        if alone:
+            run.note("end", attempt=number, code=0)
+    trainer.engine.close()
+    distributed.leave()
+
+
+def _shown_settings(run: RunDirectory) -> Path:
+    """The settings as they may be sent: ``config.yaml``, or its copy without the queries of signed links."""
+    text = (run.path / "config.yaml").read_text()
+    if (clean := hide_secrets(text)) == text:
+        return (run.path / "config.yaml").resolve()
+    copy = run.tracking / "config.yaml"
+    copy.write_text(clean)
+    return copy.resolve()
+
+
+def _scores(scores: dict[str, float]) -> str:
+    last = {name: value for name, value in scores.items() if name.startswith("knn/")}
+    return "".join(f", {name} {value:.3f}" for name, value in last.items())
+
+
+def main() -> int:
+    """Entry of ``python -m launch.rank_main``."""
+    from launch.terminal import clean_logs, open_streams
+
+    open_streams()
+    clean_logs()
+    config_path, attempt, checkpoint = sys.argv[1:4]
+    config = Config.model_validate(json.loads(Path(config_path).read_text()))
+    found = saved.read(Path(checkpoint)) if checkpoint != "-" else None
+    try:
+        return train(config, RankEnvironment.read(), int(attempt), found)
+    except FoveaError as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print(
+            "stopped before its first step: there was nothing to save, the same command starts again", file=sys.stderr, flush=True
+        )
+        return 130
+    except BaseException as error:
+        known = of_system(error) if isinstance(error, OSError) else None
+        print(f"error: {known}" if known else shown(traceback.format_exc()), file=sys.stderr, flush=True)
+        return 1
+
+
+if __name__ == "__main__":
+    code = main()
+    if code:
+        _leave(code)
+    sys.exit(code)

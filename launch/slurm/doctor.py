@@ -1,0 +1,120 @@
+"""What this machine and its Slurm support, as sentences a person can act on."""
+
+from __future__ import annotations
+
+import importlib.util
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+
+from launch.slurm import slurm_commands as tools
+from launch.slurm.profile import load
+from pipeline.errors import LaunchError
+
+Finding = tuple[str, str, str]  # ok, note or bad; what; advice
+
+
+def examine(cluster: str | None) -> Iterator[Finding]:
+    """Findings about Python, GPUs, Slurm and a cluster profile.
+
+    Args:
+        cluster: a profile to hold against what Slurm says, or ``None``.
+    """
+    yield "ok", f"Python {sys.version.split()[0]} at {sys.executable}", ""
+    for package in ("torch", "deepspeed", "nvidia.dali", "mlflow", "timm"):
+        there = _there(package)
+        yield (
+            ("ok" if there else "bad"),
+            f"{package} is {'there' if there else 'missing'}",
+            "" if there else "install fovea again",
+        )
+    yield from _gpus()
+    if shutil.which("sbatch") is None:
+        yield "note", "no Slurm on this machine", "fovea train works here; fovea submit needs a login node"
+        return
+    try:
+        settings = tools.settings()
+    except LaunchError as error:
+        yield "bad", f"the Slurm controller does not answer ({error})", ""
+        return
+    yield from _slurm(settings)
+    if cluster is not None:
+        profile = load(cluster)
+        mode = settings.get("PreemptMode", "OFF")
+        if "CANCEL" in mode and profile.after == "requeue":
+            yield "bad", f"preempted jobs are cancelled here (PreemptMode={mode})", "set after: chain in the profile"
+        grace = _seconds(settings.get("KillWait", "30"))
+        if grace < 30:
+            yield (
+                "note",
+                f"jobs have {grace:.0f} s to end after they are told (KillWait)",
+                "what is not saved by then is done again",
+            )
+        try:
+            names = {
+                line.split()[0].rstrip("*") for line in tools.call("sinfo", "--noheader", "--format=%P").splitlines() if line
+            }
+        except LaunchError:
+            names = set()
+        if profile.partition and names and profile.partition not in names:
+            yield "bad", f"there is no partition {profile.partition!r}", f"there are: {', '.join(sorted(names))}"
+        if profile.container and not _pyxis():
+            yield (
+                "bad",
+                "the profile names a container and srun has no --container-image",
+                "install pyxis, or leave container out",
+            )
+
+
+def _there(package: str) -> bool:
+    try:
+        return importlib.util.find_spec(package) is not None
+    except ModuleNotFoundError:
+        return False
+
+
+def _gpus() -> Iterator[Finding]:
+    if shutil.which("nvidia-smi") is None:
+        yield "note", "no NVIDIA driver on this machine", "a login node has none either; ranks would train on the CPU here"
+        return
+    done = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, timeout=60, check=False)
+    lines = [line for line in done.stdout.splitlines() if line.startswith("GPU")]
+    yield ("ok" if lines else "bad"), f"{len(lines)} GPUs: {lines[0] if lines else done.stderr.strip()}", ""
+
+
+def _slurm(settings: dict[str, str]) -> Iterator[Finding]:
+    yield "ok", f"Slurm {settings.get('SLURM_VERSION', '?')}, cluster {settings.get('ClusterName', '?')}", ""
+    requeues = settings.get("JobRequeue") == "1"
+    yield (
+        "ok" if requeues else "note",
+        f"jobs may be requeued: {'yes' if requeues else 'not by default'} (JobRequeue={settings.get('JobRequeue')})",
+        "" if requeues else "fovea asks for it job by job with --requeue",
+    )
+    mode = settings.get("PreemptMode", "OFF")
+    told = "after: chain is for you" if "CANCEL" in mode else "after: requeue is for you"
+    yield "ok", f"preemption: {mode} by {settings.get('PreemptType', 'nothing')}", told
+    user = "preempt_send_user_signal" in settings.get("SlurmctldParameters", "")
+    if mode not in ("OFF", "(null)"):
+        advice = (
+            ""
+            if user
+            else "without it the batch script hears of a preemption by SIGTERM, at its start or its end as GraceTime says"
+        )
+        yield ("ok" if user else "note"), f"preemption tells the batch script beforehand: {'yes' if user else 'no'}", advice
+    yield "ok", f"KillWait {settings.get('KillWait')}, SlurmdTimeout {settings.get('SlurmdTimeout')}", ""
+    accounts = settings.get("AccountingStorageType", "")
+    yield ("ok" if "none" not in accounts else "note"), f"accounting: {accounts}", ""
+    yield ("ok" if _pyxis() else "note"), f"containers by pyxis: {'yes' if _pyxis() else 'no'}", ""
+
+
+def _pyxis() -> bool:
+    try:
+        return "--container-image" in tools.call("srun", "--help")
+    except LaunchError:
+        return False
+
+
+def _seconds(text: str) -> float:
+    number = text.split()[0]
+    return float(number) if number.replace(".", "").isdigit() else 0.0

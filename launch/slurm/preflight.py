@@ -1,0 +1,89 @@
+"""A look at one node before ranks are started on it: a few seconds that save hours. Standard library only.
+
+``python -m launch.slurm.preflight OPTIONS``, one task a node; ``problems`` and what was seen go to ``<folder>/<node>.json``.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+
+def look(options: dict[str, Any]) -> dict[str, Any]:
+    """What is wrong with this node.
+
+    Args:
+        options: ``gpus`` a node should have, ``run`` directory, ``disk_gb`` it and the temporary folder should have free,
+            ``clock_skew`` in seconds against ``t``, the clock of the first node when it asked, ``seconds`` this may take.
+    """
+    began = time.time()
+    problems, seen = [], {}
+    late = began - float(options["t"])
+    seen["clock_seconds"] = round(late, 3)
+    if abs(late) > float(options["clock_skew"]) + float(options["seconds"]):
+        problems.append(f"its clock is {late:.0f} s away from the first node's")
+    for name, folder in (("run", options["run"]), ("temporary folder", os.environ.get("TMPDIR") or tempfile.gettempdir())):
+        problems += _disk(name, Path(folder), float(options["disk_gb"]), seen)
+    if options["gpus"]:
+        problems += _gpus(int(options["gpus"]), float(options["seconds"]), seen)
+    return {"problems": problems, "seen": seen, "took": round(time.time() - began, 3)}
+
+
+def _disk(name: str, folder: Path, wanted: float, seen: dict[str, Any]) -> list[str]:
+    try:
+        free = shutil.disk_usage(folder).free / 1e9
+        nodes = os.statvfs(folder)
+        with tempfile.NamedTemporaryFile(dir=folder, prefix=".fovea-preflight-") as file:
+            file.write(b"can be written")
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        return [f"the {name} cannot be written ({folder}: {error.strerror})"]
+    seen[f"{name} free GB"] = round(free, 1)
+    if free < wanted:
+        return [f"the {name} has {free:.1f} GB free of {wanted:g} wanted ({folder})"]
+    if nodes.f_files and nodes.f_favail < 1000:
+        return [f"the {name} has {nodes.f_favail} inodes left ({folder})"]
+    return []
+
+
+def _gpus(wanted: int, limit: float, seen: dict[str, Any]) -> list[str]:
+    if shutil.which("nvidia-smi") is None:
+        return [f"{wanted} GPUs are wanted and there is no nvidia-smi"]
+    query = ["nvidia-smi", "--query-gpu=index,name,ecc.errors.uncorrected.volatile.total", "--format=csv,noheader"]
+    try:
+        done = subprocess.run(query, capture_output=True, text=True, timeout=limit, check=False)
+    except subprocess.TimeoutExpired:
+        return [f"nvidia-smi does not answer in {limit:.0f} s"]
+    lines = [[part.strip() for part in line.split(",")] for line in done.stdout.splitlines() if line.strip()]
+    seen["gpus"] = [line[1] for line in lines if len(line) > 1]
+    problems = [
+        f"GPU {line[0]} has {line[2]} uncorrected memory errors"
+        for line in lines
+        if len(line) > 2 and line[2].isdigit() and int(line[2])
+    ]
+    if done.returncode or len(lines) < wanted:
+        problems.append(f"{len(lines)} GPUs answer of {wanted} wanted")
+    return problems
+
+
+def main() -> int:
+    """Entry of ``python -m launch.slurm.preflight``."""
+    options = json.loads(sys.argv[1])
+    node = os.environ.get("SLURMD_NODENAME") or os.uname().nodename
+    path = Path(options["folder"]) / f"{node}.json"
+    temporary = path.with_suffix(f".{os.getpid()}")
+    temporary.write_text(json.dumps(look(options)))
+    temporary.replace(path)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

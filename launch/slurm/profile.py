@@ -1,0 +1,221 @@
+"""What a site's cluster is like: a file of ``configs/clusters/``, or a person's own."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal, Self
+
+from pydantic import Field, ValidationError, field_validator, model_validator
+
+from pipeline.config.layers import Branch, Leaf, Problem, merge, origin_of, override, read, unwrap
+from pipeline.config.load import InvalidConfig, display, roots
+from pipeline.config.types import Count, NonNegative, Positive, Settings, Texts
+from pipeline.errors import ConfigError
+from pipeline.untrusted import printable
+
+_TIME = re.compile(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?")
+
+
+class ContainerSettings(Settings):
+    """A container that the ranks run in, started by the pyxis plugin."""
+
+    image: str = Field(min_length=1, description="a .sqsh file's absolute path, or REGISTRY#IMAGE:TAG")
+    mounts: Texts = Field(
+        default=(), description="HOST:CONTAINER[:ro], each; the run, the shards and the caches must be among them"
+    )
+    python: str = Field(default="python", description="the python inside that has fovea's dependencies")
+
+    @field_validator("image")
+    @classmethod
+    def _absolute(cls, image: str) -> str:
+        if image.endswith(".sqsh") and not image.startswith("/"):
+            raise ValueError("should be an absolute path: pyxis takes any other for a name on a registry")
+        return image
+
+
+class BudgetSettings(Settings):
+    """How often a cause may end an attempt before the run gives up."""
+
+    crash: Count = Field(default=3, description="exceptions, and ranks that were killed")
+    hang: Count = Field(default=3, description="ranks that stood still")
+    node: Count = Field(default=5, description="machines that failed")
+    rendezvous: Count = Field(default=3, description="starts at which the ranks did not meet")
+    no_progress: Count = Field(default=3, description="attempts in a row without a newer checkpoint")
+
+
+class PreflightSettings(Settings):
+    """What is looked at on every node before the ranks start."""
+
+    enabled: bool = Field(default=True, description="look at all")
+    seconds: Positive = Field(default=60.0, description="longest time it may take")
+    disk_gb: NonNegative = Field(default=5.0, description="free space that the run's disk and the temporary folder must have, GB")
+    clock_skew: Positive = Field(default=30.0, description="most that a node's clock may differ from the first node's, seconds")
+    bandwidth_gbps: NonNegative = Field(
+        default=0.0, description="least bandwidth of an all-reduce over all GPUs, GB/s by the algorithm; 0 measures none"
+    )
+
+
+class ClusterProfile(Settings):
+    """How jobs are submitted to a cluster, and what it consists of."""
+
+    nodes: Count = Field(default=1, description="machines of a job")
+    gpus_per_node: int = Field(default=8, ge=0, description="GPUs of a machine; 0 for a cluster without")
+    ranks_per_node: Count | None = Field(default=None, description="ranks of a machine; null means one a GPU, or one")
+    cpus_per_rank: Count = Field(default=12, description="cores of a rank")
+    memory: str = Field(default="0", description="memory of a machine as sbatch takes it; 0 means all")
+    time: str = Field(default="24:00:00", description="time limit of one attempt, as sbatch takes it")
+    lead: Positive = Field(default=300.0, description="seconds before the limit at which the run saves and stops")
+    partition: str | None = Field(default=None, description="partition")
+    account: str | None = Field(default=None, description="account that is charged")
+    qos: str | None = Field(default=None, description="quality of service")
+    constraint: str | None = Field(default=None, description="features that machines must have")
+    reservation: str | None = Field(default=None, description="reservation")
+    exclusive: bool = Field(default=True, description="share the machines with no other job")
+    options: Texts = Field(default=(), description="further #SBATCH options, such as --mail-type=FAIL")
+    after: Literal["requeue", "chain"] = Field(
+        default="requeue",
+        description="how a run comes back: the same job is put back into the queue, or (where preempted jobs are cancelled) "
+        "a successor waits in the queue all the time",
+    )
+    host_python: str = Field(
+        default="python3", description="python 3.9 or newer of the batch script's machine; needs no packages"
+    )
+    python: str | None = Field(default=None, description="python of the ranks; null means the one that fovea submit runs with")
+    setup: Texts = Field(default=(), description="lines of the batch script before anything else, such as module load cuda")
+    environment: dict[str, str] = Field(default={}, description="variables of the ranks, such as NCCL's")
+    pass_on: Texts = Field(
+        default=("AWS_*", "MLFLOW_*", "FOVEA_*", "GOOGLE_APPLICATION_CREDENTIALS", "AZURE_*", "XDG_CACHE_HOME"),
+        description="names of variables that the job takes over from whoever submits it; their values are written nowhere",
+    )
+    container: ContainerSettings | None = Field(default=None, description="container of the ranks; null for none")
+    local_paths: Texts = Field(
+        default=("/tmp", "/var/tmp", "/dev/shm", "/scratch/local"), description="folders that other machines do not see"
+    )
+    hang: Positive = Field(
+        default=1800.0, description="seconds without any sign of life of any rank after which an attempt is ended"
+    )
+    budgets: BudgetSettings = Field(default=BudgetSettings(), description="how often a cause may end an attempt")
+    preflight: PreflightSettings = Field(default=PreflightSettings(), description="what is looked at before the ranks start")
+    gpu_memory_gb: Positive = Field(default=80.0, description="memory of a GPU, GB")
+    gpu_tflops: Positive | None = Field(default=None, description="bf16 TFLOP/s of a GPU that plans count with")
+    gpu_hour_price: NonNegative | None = Field(default=None, description="price of a GPU for an hour, in your currency")
+
+    @model_validator(mode="after")
+    def _one_line_each(self) -> Self:
+        """All of these become lines of the batch script; only ``setup`` is meant to."""
+        single = ("memory", "partition", "account", "qos", "constraint", "reservation", "host_python", "python")
+        texts = {name: (getattr(self, name),) for name in single} | {"options": self.options, "pass_on": self.pass_on}
+        for name, values in texts.items():
+            for value in values:
+                if value is not None and printable(value) != value:
+                    raise ValueError(f"{name} should hold no line breaks and no other control characters")
+        for name in self.environment:
+            if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name, re.ASCII):
+                raise ValueError(f"environment: {printable(name)!r} is no name of a variable")
+        return self
+
+    @field_validator("time")
+    @classmethod
+    def _time(cls, text: str) -> str:
+        if not _TIME.fullmatch(text):
+            raise ValueError("should be minutes, H:M:S or D-H:M:S")
+        return text
+
+    @field_validator("time", "memory", mode="before")
+    @classmethod
+    def _text(cls, value: object) -> object:
+        return str(value) if isinstance(value, int) else value
+
+    @field_validator("environment", mode="before")
+    @classmethod
+    def _texts(cls, value: object) -> object:
+        return {key: str(inner) for key, inner in value.items()} if isinstance(value, dict) else value
+
+    @property
+    def tasks_per_node(self) -> int:
+        """Ranks of a machine."""
+        return self.ranks_per_node or self.gpus_per_node or 1
+
+    @property
+    def world(self) -> int:
+        """Ranks of a job."""
+        return self.nodes * self.tasks_per_node
+
+    @property
+    def seconds(self) -> int:
+        """The time limit."""
+        days, first, second, third = (int(part or 0) for part in _TIME.fullmatch(self.time).groups())  # type: ignore[union-attr]
+        if days or "-" in self.time:
+            return ((days * 24 + first) * 60 + second) * 60 + third
+        if self.time.count(":") == 2:
+            return (first * 60 + second) * 60 + third
+        return first * 60 + second
+
+
+def available() -> dict[str, Path]:
+    """Profiles that come with fovea."""
+    return {file.stem: file for root in roots() for file in sorted((root / "clusters").glob("*.yaml"))}
+
+
+def load(name: str, overrides: Sequence[str] = ()) -> ClusterProfile:
+    """Reads a profile, from a file or by name.
+
+    Args:
+        name: a YAML file, or the name of one of fovea's own.
+        overrides: texts ``key=value``.
+
+    Raises:
+        ConfigError: there is none of the name, or something in it is wrong; all that is wrong is told.
+    """
+    known = available()
+    file = Path(name) if name.endswith((".yaml", ".yml")) or "/" in name else known.get(name)
+    if file is None or not file.is_file():
+        near = difflib.get_close_matches(name, known, 3, 0.4) or sorted(known)
+        raise ConfigError(
+            f"there is no cluster profile {name!r}",
+            where="--cluster",
+            hint=f"give a YAML file's path, or one of {', '.join(near)}; configs/clusters/example.yaml is a place to start from",
+        )
+    problems: list[Problem] = []
+    return _made(read(file, problems, ()), problems, overrides, display(file))
+
+
+def again(values: dict[str, Any], overrides: Sequence[str] = ()) -> ClusterProfile:
+    """The profile that a run was submitted with before, with changes."""
+    here = "the profile of the last submission"
+    tree = Branch({name: Leaf(value, here) for name, value in values.items()}, here)
+    return _made(tree, [], overrides, here)
+
+
+def _made(tree: Branch, problems: list[Problem], overrides: Sequence[str], shown: str) -> ClusterProfile:
+    for text in overrides:
+        merge(tree, override(text, problems))
+    profile = None
+    try:
+        profile = ClusterProfile.model_validate(unwrap(tree))
+    except ValidationError as error:
+        for detail in error.errors(include_url=False, include_context=False):
+            names = [str(part) for part in detail["loc"] if not isinstance(part, int)]
+            path = ".".join(names)
+            near = difflib.get_close_matches(names[-1], ClusterProfile.model_fields, 1)
+            unknown = f"unknown key {path!r}" + (f"; did you mean {near[0]!r}?" if near else "")
+            told = (
+                unknown
+                if detail["type"] == "extra_forbidden"
+                else f"{path} = {detail['input']!r}: {detail['msg']}"
+                if path
+                else detail["msg"]
+            )
+            problems.append(Problem(path, told.replace("Value error, ", ""), origin_of(tree, names) or shown))
+    if problems or profile is None:
+        raise InvalidConfig(problems)
+    if profile.lead >= profile.seconds:
+        raise ConfigError(
+            f"the run would have to stop {profile.lead:.0f} s before a limit of {profile.seconds} s",
+            where=f"{shown}: lead",
+            hint="lower lead, or raise time",
+        )
+    return profile

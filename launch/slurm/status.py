@@ -1,0 +1,226 @@
+"""Where a run stands: the queue, its pulse, its attempts, and what its time went into."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import time
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from launch.progress import clock
+from launch.slurm import job_record as record
+from launch.slurm.submit import living
+from pipeline.errors import ConfigError
+from pipeline.runtime.run_directory import RunDirectory
+
+
+@dataclass(frozen=True)
+class Goodput:
+    """What the wall time from submission on went into, in seconds.
+
+    Attributes:
+        wall: from the submission, or the first start, to the end or to now.
+        advanced: steps whose result is in the newest checkpoint, or in the run as it goes on.
+        lost: steps that had to be done again.
+        starting: from an attempt's start to its first step.
+        waiting: no attempt was alive: the queue.
+        other: evaluations, checkpoints, the ends of attempts.
+        by_cause: waiting, starting and lost seconds that an interruption cost, by what caused it.
+    """
+
+    wall: float = 0.0
+    advanced: float = 0.0
+    lost: float = 0.0
+    starting: float = 0.0
+    waiting: float = 0.0
+    other: float = 0.0
+    by_cause: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def share(self) -> float:
+        """Share of the wall time that advanced training."""
+        return self.advanced / self.wall if self.wall > 0 else 0.0
+
+
+@dataclass(frozen=True)
+class Status:
+    """What ``fovea status`` tells of one run.
+
+    Attributes:
+        run: directory.
+        state: finished, stopped, failed, running, waiting, or idle.
+        why: the sentence that goes with it.
+        step, steps: where it is; 0 where not known.
+        age: seconds since the last sign of life.
+        job: number of the living job.
+        attempts: one row each.
+        goodput: see there.
+        scores: the last evaluation.
+    """
+
+    run: str
+    state: str
+    why: str
+    step: int
+    steps: int
+    age: float | None
+    job: int | None
+    attempts: list[dict[str, Any]]
+    goodput: Goodput
+    scores: dict[str, float]
+
+
+def find(name: str) -> RunDirectory:
+    """A run by its directory, or by its name below ``runs``.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    for path in (Path(name), Path("runs") / name):
+        if (path / "config.json").is_file():
+            return RunDirectory(path.absolute())
+    raise ConfigError(f"{name} is no run", hint="give its directory, or its name below runs/; fovea runs lists them")
+
+
+def goodput(run: RunDirectory) -> Goodput:
+    """The account of a run's time, from its own records."""
+    rows = [row for row in record.endings(run) if "started_at" in row]
+    if not rows:
+        return Goodput()
+    submitted = [row["t"] for row in run.attempts() if row["event"] == "submit"]
+    first = min([rows[0]["started_at"], *submitted[:1]])
+    end = float(rows[-1].get("ended_at", time.time()))
+    waiting = starting = trained = 0.0
+    causes: dict[str, float] = {}
+    before, cause = first, "queue"
+    for row in rows:
+        gap = max(row["started_at"] - before, 0.0)
+        last = row.get("ended_at", end)
+        begin = row.get("training_at", last)
+        waiting += gap
+        starting += begin - row["started_at"]
+        trained += max(last - begin, 0.0)
+        causes[cause] = causes.get(cause, 0.0) + gap + (begin - row["started_at"])
+        before, cause = last, str(row.get("cause", "unknown"))
+    advanced, lost = _steps_seconds(run, rows)
+    causes = {name: seconds for name, seconds in causes.items() if seconds > 0}
+    other = max(trained - advanced - lost, 0.0)
+    return Goodput(max(end - first, 0.0), min(advanced, end - first), lost, starting, waiting, other, causes)
+
+
+def _steps_seconds(run: RunDirectory, rows: list[dict[str, Any]]) -> tuple[float, float]:
+    """Seconds of steps that count, and of those that had to be done again."""
+    newest = max((path for path in run.checkpoints.glob("step_*")), default=None)
+    kept = float(record.read(newest / "manifest.json").get("seconds", 0.0)) if newest is not None else 0.0
+    done = 0.0
+    for row in rows:
+        last = record.read(run.logs(int(row["attempt"])) / "clock.json")
+        done += float(last.get("seconds", 0.0)) - float(last.get("began", 0.0))
+    if done <= kept or record.verdict(run).get("state") == "finished":
+        return kept, max(done - kept, 0.0)
+    unsaved = record.read(run.logs(int(rows[-1]["attempt"])) / "clock.json") if "ended_at" not in rows[-1] else {}
+    current = max(float(unsaved.get("seconds", 0.0)) - kept, 0.0)  # a live attempt's steps since its checkpoint are not lost
+    return kept + current, max(done - kept - current, 0.0)
+
+
+def status(run: RunDirectory) -> Status:
+    """Where a run stands.
+
+    Raises:
+        ConfigError: one of its records is of a wrong type.
+    """
+    try:
+        return _status(run)
+    except (TypeError, ValueError, KeyError, AttributeError, OverflowError) as error:
+        raise ConfigError(
+            f"a record of the run is damaged ({type(error).__name__})",
+            where=str(run.path),
+            hint="see its attempts.jsonl, outcome.json and verdict.json",
+        ) from error
+
+
+def _status(run: RunDirectory) -> Status:
+    jobs = living(run)
+    over = record.verdict(run)
+    rows = record.endings(run)
+    attempt = int(rows[-1]["attempt"]) if rows else -1
+    step, age = record.saved_step(run), None
+    for path in (run.logs(attempt) / "pulse").glob("rank-*.json") if attempt >= 0 else ():
+        with contextlib.suppress(OSError):
+            mine = time.time() - path.stat().st_mtime
+            age = mine if age is None else min(age, mine)
+            step = max(step, int(record.read(path).get("step", 0)))
+    outcome = record.read(run.path / "outcome.json")
+    if over:
+        state, why = str(over["state"]), str(over["why"])
+    elif any(job.state in ("RUNNING", "COMPLETING") for job in jobs) or (
+        not jobs and not record.job(run) and age is not None and age < 30 and not _ended(run, attempt)
+    ):
+        state = "running"
+        why = f"on {jobs[0].nodes}, {jobs[0].left} left of this attempt" if jobs else "on this machine"
+    elif jobs:
+        state = "waiting"
+        start = f", expected {jobs[0].start}" if jobs[0].start not in ("", "N/A") else ""
+        why = f"{jobs[0].reason}{start}"
+    elif outcome.get("stop") == "FINISHED":
+        state, why = "finished", f"all {outcome.get('steps')} steps are done"
+    else:
+        again = "fovea resume takes it up" if record.job(run) else "the same fovea train command goes on"
+        state, why = "idle", f"no process of it is alive; {again}"
+    return Status(
+        str(run.path),
+        state,
+        why,
+        max(step, 0),
+        int(outcome.get("steps", 0)) or _steps(run),
+        age,
+        jobs[0].id if jobs else None,
+        rows,
+        goodput(run),
+        {str(name): float(value) for name, value in dict(outcome.get("scores", {})).items()},
+    )
+
+
+def _steps(run: RunDirectory) -> int:
+    """Steps of the whole run, as its last attempt said in its log."""
+    return int(record.read(run.path / "length.json").get("steps", 0))
+
+
+def table(one: Status) -> str:
+    """For a person."""
+    done = f"step {one.step}" + (f" of {one.steps}" if one.steps else "")
+    lines = [
+        f"{Path(one.run).name}: {one.state}: {one.why}",
+        f"  {done}" + (f", last sign of life {one.age:.0f} s ago" if one.age is not None else ""),
+    ]
+    if one.job is not None:
+        lines[-1] += f", job {one.job}"
+    if one.scores:
+        lines.append("  " + "  ".join(f"{name} {value:.3f}" for name, value in one.scores.items()))
+    g = one.goodput
+    if g.wall:
+        parts = {
+            "advanced": g.advanced,
+            "in the queue": g.waiting,
+            "starting": g.starting,
+            "done again": g.lost,
+            "other": g.other,
+        }
+        told = ", ".join(f"{name} {clock(seconds)}" for name, seconds in parts.items() if seconds >= 1)
+        lines.append(f"  goodput {g.share:.0%} of {clock(g.wall)}: {told}")
+    for row in one.attempts:
+        begun = time.strftime("%m-%d %H:%M:%S", time.localtime(row["started_at"])) if "started_at" in row else "?"
+        what = f"{row.get('cause')}: {row.get('why')}" if "cause" in row else "ended" if "ended_at" in row else "alive"
+        lines.append(f"  attempt {row['attempt']}  {begun}  {row.get('ranks', '?')} ranks  {row.get('nodes', '')}  {what}")
+    return "\n".join(lines)
+
+
+def as_json(one: Status) -> str:
+    """For a program."""
+    return json.dumps({**asdict(one), "goodput": {**asdict(one.goodput), "share": one.goodput.share}}, indent=1)
+
+
+def _ended(run: RunDirectory, attempt: int) -> bool:
+    return any(line.get("event") == "end" and line.get("attempt") == attempt for line in run.attempts())

@@ -1,0 +1,206 @@
+"""Handing a run to Slurm: everything that can be refused is refused here, before anybody waits in a queue."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from launch.resume import check_identity
+from launch.slurm import job_record as record
+from launch.slurm import render
+from launch.slurm import slurm_commands as tools
+from launch.slurm.profile import ClusterProfile
+from pipeline.config.load import Loaded, show
+from pipeline.config.paths import absolute
+from pipeline.config.schema import Config
+from pipeline.config.types import path_values
+from pipeline.config.validate import check_ranks
+from pipeline.errors import ConfigError, LaunchError
+from pipeline.masking import shown
+from pipeline.runtime.run_directory import RunDirectory
+from pipeline.tracking.mlflow_servers import remember
+from pipeline.untrusted import printable
+
+
+@dataclass(frozen=True)
+class Submitted:
+    """What came of it.
+
+    Attributes:
+        job: the job's number; ``None`` if nothing was submitted.
+        run: the run's directory.
+        script: the batch script's text.
+        command: how it was, or would be, submitted.
+        said: what Slurm thinks of it, if it was asked.
+    """
+
+    job: int | None
+    run: Path
+    script: str
+    command: list[str]
+    said: str = ""
+
+
+def submit(
+    loaded: Loaded,
+    profile: ClusterProfile,
+    *,
+    dry: bool = False,
+    check: bool = False,
+    index: bool = True,
+    command: str | None = None,
+) -> Submitted:
+    """Writes a run's directory and submits its job.
+
+    Args:
+        loaded: the run's settings.
+        profile: the cluster.
+        dry: write and submit nothing.
+        check: ask Slurm what it thinks.
+        index: look at the shards now, so that what is wrong with them is told now.
+        command: what the person typed.
+
+    Raises:
+        ConfigError, DataError, LaunchError: whatever can be known before the job runs.
+    """
+    config = loaded.config
+    folder = config.run.folder.absolute()
+    _check_patterns(config)
+    if "\\" in str(folder):
+        raise ConfigError(
+            f"{folder} must hold no backslash",
+            where="run.directory",
+            hint="Slurm would write no job number into the log's name; choose another",
+        )
+    run = RunDirectory(folder)
+    check_all(config, profile, run)
+    if index and not dry:
+        from pipeline.data.inputs import prepare
+
+        prepare(config, profile.world)
+    typed = shown(command or " ".join(["fovea", *sys.argv[1:]]))  # into files that others can read
+    script = folder / "submit" / "script.sbatch"
+    options: list[str] = []
+    if away := sorted(record.excluded(run)):
+        options.append(f"--exclude={','.join(away)}")
+    argv = ["sbatch", "--parsable", *options, str(script)]
+    if dry:
+        text = render.script(config, profile, folder, command=typed, code_state=render.code_state())
+        return Submitted(None, folder, text, argv, _asked(text) if check else "")
+    try:
+        return _submit(loaded, config, profile, run, typed, options, argv, check)
+    except OSError as error:
+        reason = error.strerror or "some files could not be copied; is the disk full?"
+        raise LaunchError(
+            f"the run's directory cannot be written ({reason})",
+            where=str(folder),
+            hint="free space, or choose another run.directory",
+        ) from error
+
+
+def _submit(
+    loaded: Loaded,
+    config: Config,
+    profile: ClusterProfile,
+    run: RunDirectory,
+    typed: str,
+    options: list[str],
+    argv: list[str],
+    check: bool,
+) -> Submitted:
+    """Writes everything, then submits: a directory that cannot be written leaves no job behind."""
+    folder = run.path
+    script = folder / "submit" / "script.sbatch"
+    state = render.snapshot(_made(folder / "code"))
+    text = render.script(config, profile, folder, command=typed, code_state=state)
+    said = _asked(text) if check else ""
+    (folder / "submit").mkdir(parents=True, exist_ok=True)
+    (folder / "logs").mkdir(exist_ok=True)
+    script.write_text(text)
+    (folder / "submit" / "command.txt").write_text(typed + "\n")
+    run.write_settings(config, show(Loaded(config, loaded.provenance, loaded.source), secrets=True, absolute=True))
+    if config.tracking.uri:
+        remember(config.tracking.uri)
+    record.clear(run)
+    facts = render.facts(config, profile, folder)
+    run.write("submit/job.json", facts)
+    job = tools.submit(script, *options)
+    run.write("submit/job.json", {**facts, "job": job})
+    run.note("submit", job=job)
+    return Submitted(job, folder, text, argv, said)
+
+
+def check_all(config: Config, profile: ClusterProfile, run: RunDirectory) -> None:
+    """Whether this run can be submitted to this cluster.
+
+    Raises:
+        ConfigError: ranks and batch do not divide, or the run's directory is one that other machines do not see.
+        CheckpointError: the directory belongs to a run with other settings.
+        LaunchError: a job of this run is alive.
+    """
+    if broken := check_ranks(config, profile.world):
+        raise ConfigError(
+            broken[0][1], hint=f"The cluster has {profile.world} ranks: {profile.nodes} x {profile.tasks_per_node}."
+        )
+    local = [path for path in profile.local_paths if run.path.is_relative_to(path)]
+    if profile.nodes > 1 and local:
+        raise ConfigError(
+            f"{run.path} is seen by one machine only",
+            where="run.directory",
+            hint=f"choose a folder on shared storage; {local[0]} is among local_paths of the cluster profile",
+        )
+    if run.config.exists():
+        check_identity(config, run.settings_document(), run.config)
+    if (over := record.verdict(run)).get("state") == "finished":
+        raise LaunchError(f"the run is finished: {over['why']}", where=str(run.path), hint="choose another run.name")
+    if alive := living(run):
+        raise LaunchError(
+            f"job {alive[0].id} of this run is {alive[0].state.lower()}",
+            where=str(run.path),
+            hint=f"watch it with: fovea status {run.path}; or stop it with: fovea stop {run.path}",
+        )
+
+
+def _check_patterns(config: Config) -> None:
+    """Refuses shards that the job, which works in the run's directory, would not find.
+
+    Raises:
+        ConfigError: a relative pattern, typed in a folder whose own name would be read as one.
+    """
+    for key, value in path_values(config).items():
+        for text in value if isinstance(value, tuple) else (str(value),):
+            if absolute(text, "patterns", "/") != text and isinstance(value, tuple):
+                raise ConfigError(
+                    f"{printable(text)} is relative to {printable(str(Path.cwd()))}, whose name reads as a pattern",
+                    where=key,
+                    hint="Submit from a folder without * ? [ ] { } in its name, or give an absolute path",
+                )
+
+
+def living(run: RunDirectory) -> list[tools.Job]:
+    """Jobs of this run that run or wait; none where Slurm cannot be asked."""
+    ids = {int(record.read(run.path / name).get("job", 0)) for name in ("submit/job.json", "live.json", "successor.json")} - {0}
+    if not ids:
+        return []
+    try:
+        return [job for job in tools.jobs(*ids) if job.live]
+    except LaunchError:
+        return []
+
+
+def _made(path: Path) -> Path:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"cannot be made: {error.strerror}", where=f"run.directory = {path.parent}") from error
+    return path
+
+
+def _asked(text: str) -> str:
+    import tempfile
+
+    with tempfile.NamedTemporaryFile("w", suffix=".sbatch") as file:
+        file.write(text)
+        file.flush()
+        return tools.test(Path(file.name))

@@ -1,0 +1,352 @@
+"""What the batch script becomes: it starts the ranks of one attempt, watches over them, and decides what happens next.
+
+``python -m launch.slurm.supervisor RUN``, in the batch step on the job's first machine. Standard library only, so that it runs
+outside the container. Signals reach this process alone (``--signal=B:USR2``): it asks the ranks to stop through a file that they
+look at between two steps. A signal to the ranks themselves would kill their data workers before anything is saved.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import random
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from launch.slurm import job_record as record
+from launch.slurm import slurm_commands as tools
+from launch.slurm.decide import Budgets, Decision, Ending, cause_of, decide
+from pipeline.errors import LaunchError
+from pipeline.masking import printable
+from pipeline.runtime.run_directory import RunDirectory
+
+_PORTS = range(61001, 65536)  # above the range from which outgoing connections get theirs
+_MEETINGS = 3  # starts of the ranks in one attempt, if the port was taken meanwhile
+_TICK = 0.5
+
+
+class Attendant:
+    """One attempt of a run on a cluster.
+
+    Args:
+        run: the run's directory.
+        environment: the batch step's.
+    """
+
+    def __init__(self, run: RunDirectory, environment: dict[str, str]) -> None:
+        self.run, self.env = run, environment
+        self.job = int(environment["SLURM_JOB_ID"])
+        self.life = int(environment.get("SLURM_RESTART_COUNT", 0))
+        self.facts = record.job(run)
+        self.told = ""
+        self.attempt = 0
+        self._step: subprocess.Popen[bytes] | None = None
+        self._signals: list[int] = []
+        self._limit = float("inf")
+        self._everywhere = False
+
+    def attend(self) -> int:
+        """The whole attempt; returns the batch script's exit code."""
+        for number in (signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._note)
+        if (over := record.verdict(self.run)) or record.asked(self.run, record.STOP):
+            self._say(f"nothing to do: {over.get('why') or 'a person asked the run to stop'}")
+            if not over:
+                record.judge(self.run, "stopped", "stopped by request before the attempt began")
+            return 0
+        if other := self._another():
+            self._say(f"error: job {other} is attending this run already; this one leaves it alone")
+            return 2
+        self.run.write("live.json", {"job": self.job, "life": self.life, "host": socket.gethostname()})
+        self._close_dangling()
+        self._limit = self._end_of_job()
+        self.attempt = self.run.next_attempt()
+        before = record.saved_step(self.run)
+        nodes = self.env.get("SLURM_JOB_NODELIST", "")
+        self.run.note(
+            "start", attempt=self.attempt, ranks=self.facts["ranks"], job=self.job, life=self.life, nodes=nodes, before=before
+        )
+        if self.facts["after"] == "chain":
+            self._successor(after=self.job)
+        decision = self._attempt(before)
+        return self._act(decision)
+
+    # ---- one attempt ------------------------------------------------------------------------------------------------------
+
+    def _attempt(self, before: int) -> Decision:
+        budgets = Budgets(**self.facts["budgets"])
+        code, hung, bad = 0, False, self._preflight()
+        self._heed()
+        slow = None if bad else self._links()
+        for _ in range(_MEETINGS if not bad and slow is None and not self.told else 0):
+            code, hung = self._ranks()
+            failure = record.failure(self.run, self.attempt)
+            if self.told or failure is None or failure.get("cause") != "rendezvous":
+                break
+            self._say(f"the ranks did not meet ({failure['what']}); once more, on another port")
+            with contextlib.suppress(OSError):
+                (self.run.logs(self.attempt) / "failure.json").rename(self.run.logs(self.attempt) / "failure-meeting.json")
+        failure = slow or record.failure(self.run, self.attempt)
+        end = Ending(
+            code=code,
+            outcome=record.outcome(self.run, self.attempt),
+            failure=failure,
+            told=self.told,
+            hung=hung,
+            before=before,
+            after=record.saved_step(self.run),
+            bad_nodes=bad,
+            everywhere=self._everywhere,
+        )
+        decision = decide(end, [row for row in record.endings(self.run) if row.get("attempt") != self.attempt], budgets)
+        self.run.note(
+            "end",
+            attempt=self.attempt,
+            code=code,
+            cause=decision.cause,
+            why=decision.why,
+            after=end.after,
+            action=decision.action,
+        )
+        record.exclude(self.run, dict(decision.exclude))
+        return decision
+
+    def _preflight(self) -> dict[str, str]:
+        """Nodes that should not be trained on, with the reasons."""
+        settings = self.facts["preflight"]
+        if not settings["enabled"]:
+            return {}
+        folder = self.run.logs(self.attempt) / "preflight"
+        folder.mkdir(parents=True, exist_ok=True)
+        options = {
+            **settings,
+            "folder": str(folder),
+            "run": str(self.run.path),
+            "gpus": self.facts["gpus_per_node"],
+            "t": time.time(),
+        }
+        command = [
+            *("srun", "--kill-on-bad-exit=0", f"--ntasks={self.facts['nodes']}", "--ntasks-per-node=1"),
+            *(f"--output={str(folder).replace('%', '%%')}/%N.log", "--overlap"),
+            *(self.facts["host_python"], "-m", "launch.slurm.preflight", json.dumps(options)),
+        ]
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            subprocess.run(command, timeout=settings["seconds"] + 30, check=False, stdin=subprocess.DEVNULL)
+        bad, answers = {}, {path.stem: record.read(path) for path in folder.glob("*.json")}
+        try:
+            expected = tools.nodes(self.env.get("SLURM_JOB_NODELIST", ""))
+        except LaunchError:
+            expected = list(answers)
+        for node in expected:
+            if node not in answers:
+                bad[node] = f"preflight did not answer in {settings['seconds']:.0f} s"
+            elif answers[node].get("problems"):
+                bad[node] = "; ".join(answers[node]["problems"])
+        self._everywhere = len(bad) == len(expected) > 1
+        for node, why in bad.items():
+            self._say(f"preflight: {node}: {why}")
+        return bad
+
+    def _links(self) -> dict[str, Any] | None:
+        """What is wrong with the connections between the nodes, as a failure; ``None`` if nothing is, or nobody asked."""
+        settings = self.facts["preflight"]
+        wanted = float(settings["bandwidth_gbps"])
+        if not settings["enabled"] or not wanted or self.told:
+            return None
+        logs = self.run.logs(self.attempt)
+        logs.mkdir(parents=True, exist_ok=True)
+        command = [_filled(argument, logs) for argument in self.facts["links"]]
+        environment = {**self.env, "MASTER_PORT": str(_free_port()), "FOVEA_ATTEMPT": str(self.attempt)}
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            subprocess.run(command, env=environment, timeout=settings["seconds"] + 60, check=False, stdin=subprocess.DEVNULL)
+        found = record.read(logs / "links.json").get("gbps")
+        if found is not None and float(found) >= wanted:
+            self._say(f"an all-reduce over all ranks: {float(found):.2f} GB/s")
+            return None
+        told = "did not end" if found is None else f"ran at {float(found):.3f} GB/s of {wanted:g} wanted"
+        self._say(f"preflight: an all-reduce over all ranks {told}")
+        return {
+            "kind": "Links",
+            "cause": "node",
+            "retryable": True,
+            "what": f"an all-reduce over all ranks {told}",
+            "rank": -1,
+            "code": 1,
+            "step": 0,
+        }
+
+    def _ranks(self) -> tuple[int, bool]:
+        """Starts all ranks as one step and waits for their end; its code, and whether it had to be ended as hung."""
+        logs = self.run.logs(self.attempt)
+        logs.mkdir(parents=True, exist_ok=True)
+        command = [_filled(argument, logs) for argument in self.facts["srun"]]
+        environment = {**self.env, "MASTER_PORT": str(_free_port()), "FOVEA_ATTEMPT": str(self.attempt)}
+        self._step = subprocess.Popen(command, env=environment, stdin=subprocess.DEVNULL)
+        hung, alive = False, time.monotonic()
+        beats, looked = "", 0.0
+        while (code := self._step.poll()) is None:
+            time.sleep(_TICK)
+            now = time.monotonic()
+            self._heed()
+            if now - looked > 5:
+                looked = now
+                if (found := self._beats()) != beats:
+                    beats, alive = found, now
+                elif not hung and now - alive > self.facts["hang"]:
+                    hung = True
+                    self._say(f"no rank showed a sign of life for {self.facts['hang']:.0f} s; the attempt is ended")
+                    self._kill_step()
+        return code if code >= 0 else 128 - code, hung
+
+    def _beats(self) -> str:
+        """Changes whenever any rank shows a sign of life."""
+        pulses = (self.run.logs(self.attempt) / "pulse").glob("rank-*.json")
+        beats = []
+        for path in pulses:
+            with contextlib.suppress(OSError):
+                beats.append(f"{path.name}{path.stat().st_mtime_ns}")
+        return " ".join(sorted(beats))
+
+    def _kill_step(self) -> None:
+        """End the ranks even where their own Slurm daemon is gone."""
+        with contextlib.suppress(LaunchError):
+            for line in tools.call("squeue", "--noheader", "--steps", f"--jobs={self.job}", "--format=%i").split():
+                if line.partition(".")[2].isdigit():
+                    tools.cancel(line)
+        if self._step is not None:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self._step.wait(timeout=30)
+            self._step.kill()
+
+    def _end_of_job(self) -> float:
+        """When Slurm will end the job, by the clock; its own warning comes up to a minute early, or never."""
+        with contextlib.suppress(LaunchError, ValueError):
+            end = tools.facts(self.job).get("EndTime", "Unknown")
+            return time.mktime(time.strptime(end, "%Y-%m-%dT%H:%M:%S"))
+        return float("inf")
+
+    # ---- being told -------------------------------------------------------------------------------------------------------
+
+    def _note(self, number: int, _: object) -> None:
+        self._signals.append(number)
+
+    def _heed(self) -> None:
+        """Act on signals that came, and on the time."""
+        if self._signals:
+            near = time.time() > self._limit - float(self.facts["lead"]) - 120
+            self._stop("time limit" if near and signal.SIGUSR2 in self._signals else "preempted")
+        elif time.time() > self._limit - float(self.facts["lead"]):
+            self._stop("time limit")
+
+    def _stop(self, reason: str) -> None:
+        """Ask the ranks to save and stop after the step they are in."""
+        if not self.told:
+            self.told = reason
+            record.ask(self.run, f"{record.STOP}-{self.attempt}", reason)
+            self._say(f"{reason}: the ranks are asked to save and stop")
+
+    # ---- afterwards -------------------------------------------------------------------------------------------------------
+
+    def _act(self, decision: Decision) -> int:
+        self._say(f"attempt {self.attempt}: {decision.why} → {decision.action}")
+        if decision.action != "requeue":
+            record.judge(self.run, {"finish": "finished", "stop": "stopped", "fail": "failed"}[decision.action], decision.why)
+            if self.facts["after"] == "chain":
+                self._cancel_successor()
+            return 0 if decision.action != "fail" else 1
+        if self.facts["after"] == "chain":
+            return 0  # the successor is in the queue already
+        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
+            signal.signal(number, signal.SIG_IGN)  # requeueing ends this very process; it has one thing left to do
+        away = sorted(record.excluded(self.run))
+        try:
+            if int(self.env.get("SLURM_RESTART_COUNT", 0)) == self.life:
+                tools.requeue(self.job)
+            # Slurm holds a requeued job back for two minutes, for the sake of old credentials that this job does not use.
+            changes = ["StartTime=now", *([f"ExcNodeList={','.join(away)}"] if away else [])]
+            for _ in range(20):
+                with contextlib.suppress(LaunchError):
+                    tools.call("scontrol", "update", f"JobId={self.job}", *changes)
+                    break
+                time.sleep(0.5)
+            time.sleep(60)
+        except LaunchError as error:
+            self._say(f"Slurm does not requeue the job ({error}); a successor is submitted instead")
+            self._successor(after=self.job)
+        return 0
+
+    def _successor(self, *, after: int) -> None:
+        """A job that takes over when this one ends, however it ends."""
+        options = [f"--dependency=afterany:{after}"]
+        if away := sorted(record.excluded(self.run)):
+            options.append(f"--exclude={','.join(away)}")
+        try:
+            number = tools.submit(self.run.path / "submit" / "script.sbatch", *options)
+        except LaunchError as error:
+            self._say(f"error: no successor could be submitted ({error}); take the run up with: fovea resume {self.run.path}")
+            return
+        self.run.write("successor.json", {"job": number, "after": after})
+        self._say(f"job {number} takes over when this one ends")
+
+    def _cancel_successor(self) -> None:
+        number = record.read(self.run.path / "successor.json").get("job")
+        if number:
+            with contextlib.suppress(LaunchError):
+                tools.cancel(int(number))
+
+    def _another(self) -> int | None:
+        """The job that attends this run already, if there is one."""
+        held = int(record.read(self.run.path / "live.json").get("job", self.job))
+        if held == self.job:
+            return None
+        with contextlib.suppress(LaunchError):
+            if any(job.state in tools.RUNNING - {"COMPLETING"} for job in tools.jobs(held)):
+                return held
+        return None
+
+    def _close_dangling(self) -> None:
+        """An attempt without an end was cut off with its machine: this attendant's predecessor could not write one."""
+        for row in record.endings(self.run):
+            if "ended_at" not in row and "started_at" in row and "job" in row:
+                number, after = int(row["attempt"]), record.saved_step(self.run)
+                told = record.asked(self.run, f"{record.STOP}-{number}")
+                outcome = record.outcome(self.run, number)
+                if outcome is not None:
+                    cause, why = cause_of(Ending(outcome=outcome, told=str((told or {}).get("reason", ""))))
+                elif told:
+                    cause, why = str(told.get("reason")), "cut off while it was stopping"
+                else:
+                    cause, why = "node", "cut off: its first machine failed, or the job was killed"
+                self.run.note("end", attempt=number, code=-1, cause=cause, why=why, after=after, action="requeue")
+
+    def _say(self, text: str) -> None:
+        print(f"{time.strftime('%Y-%m-%d %H:%M:%S')} fovea: {printable(text)}", flush=True)
+
+
+def _filled(argument: str, logs: Path) -> str:
+    """An argument of ``srun`` with the attempt's folder of logs; in a file pattern of Slurm's a ``%`` is written twice."""
+    own = str(logs).replace("%", "%%") if argument.startswith("--output=") else str(logs)
+    return argument.replace("%LOGS%", own)
+
+
+def _free_port() -> int:
+    for port in random.SystemRandom().sample(_PORTS, 200):
+        with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe, contextlib.suppress(OSError):
+            probe.bind(("", port))
+            return port
+    return 0
+
+
+def main() -> int:
+    """Entry of ``python -m launch.slurm.supervisor RUN``."""
+    return Attendant(RunDirectory(Path(sys.argv[1])), dict(os.environ)).attend()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,196 @@
+"""Checkpoints as files: which there are, whether they are whole. Knows no torch: a launcher looks before it starts ranks."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import stat
+from collections.abc import Callable
+from dataclasses import dataclass
+from io import RawIOBase
+from pathlib import Path
+from typing import Any
+
+import xxhash
+
+from pipeline.checkpoint.manifest import FORMAT, MANIFEST, read_manifest
+from pipeline.errors import CheckpointError
+from pipeline.untrusted import printable
+
+DIGEST_BYTES = 16
+CHECKSUM = "xxh3"
+CHECKSUMS: dict[str, Callable[[], Any]] = {
+    CHECKSUM: xxhash.xxh3_128,  # ten times as fast: it guards against damage, not against forgery
+    "blake2b": lambda: hashlib.blake2b(digest_size=DIGEST_BYTES),  # of checkpoints that were written before
+}
+_PIECE = 1 << 20  # bytes read at once: they stay in the processor's cache
+
+
+@dataclass(frozen=True)
+class Saved:
+    """A checkpoint on disk.
+
+    Attributes:
+        path: its directory.
+        manifest: the parsed ``manifest.json``.
+    """
+
+    path: Path
+    manifest: dict[str, Any]
+
+    @property
+    def step(self) -> int:
+        """Optimizer steps done, skipped ones included."""
+        return int(self.manifest["step"])
+
+    @property
+    def serial(self) -> int:
+        """The how-manieth checkpoint of its run it is; 0 if that was not counted yet when it was written."""
+        return int(self.manifest.get("serial", 0))
+
+    @property
+    def id(self) -> str:
+        """Equal for copies of one checkpoint and for no others: a digest of its step and its files' checksums."""
+        text = json.dumps([self.step, self.manifest["files"]], sort_keys=True)
+        return hashlib.blake2b(text.encode(), digest_size=DIGEST_BYTES).hexdigest()
+
+    @property
+    def origins(self) -> list[dict[str, str]]:
+        """``id`` and ``path`` of the checkpoints that ``checkpoint.resume`` named for attempts that led here, oldest first."""
+        return list(self.manifest.get("origins", []))
+
+
+def sync(path: Path) -> None:
+    """Force a file or a directory to disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def entry(path: Path, kind: str = CHECKSUM) -> dict[str, Any]:
+    """Name, size and checksum of a file, as the manifest lists it.
+
+    Args:
+        path: the file.
+        kind: of checksum, a key of :data:`CHECKSUMS`.
+    """
+    with path.open("rb", buffering=0) as file:
+        return {"name": path.name, "size": os.fstat(file.fileno()).st_size, kind: _digest(file, kind)}
+
+
+def _digest(file: RawIOBase, kind: str) -> str:
+    digest, piece = CHECKSUMS[kind](), memoryview(bytearray(_PIECE))
+    while count := file.readinto(piece):
+        digest.update(piece[:count])
+    return str(digest.hexdigest())
+
+
+def read(path: Path) -> Saved:
+    """One checkpoint by its directory.
+
+    Raises:
+        CheckpointError: there is no manifest of a checkpoint in it.
+    """
+    return Saved(path, read_manifest(path / MANIFEST))
+
+
+def listed(directory: Path) -> list[Saved]:
+    """Committed checkpoints of a run by step; unreadable manifests are left out."""
+    found = []
+    for path in sorted(directory.glob("step_*")):
+        try:
+            found.append(read(path))
+        except CheckpointError:
+            continue
+    return found
+
+
+def newest(directory: Path, *, begun_at: Path | None = None) -> tuple[Saved | None, list[str]]:
+    """The newest checkpoint whose files all verify, and a sentence for each newer one that was passed over.
+
+    The newest is the one that was written last: a run that went back to an earlier step goes on from there.
+
+    Args:
+        directory: ``<run>/checkpoints``.
+        begun_at: only such as came of an attempt that ``checkpoint.resume`` started from this checkpoint.
+
+    Raises:
+        CheckpointError: checkpoints exist, but not one is whole.
+    """
+    complaints: list[str] = []
+    saved = sorted(listed(directory), key=lambda s: (s.serial, s.step), reverse=True)
+    if begun_at is not None:
+        saved = [s for s in saved if _came_of(s, begun_at)]
+    unreadable = sorted({path for path in directory.glob("step_*") if path.is_dir()} - {s.path for s in listed(directory)})
+    if begun_at is None:
+        complaints += [f"{printable(str(path))}: its manifest cannot be read, so it is passed over" for path in unreadable]
+    for candidate in saved:
+        try:
+            verify(candidate)
+        except CheckpointError as error:
+            complaints.append(str(error))
+            continue
+        return candidate, complaints
+    if complaints and begun_at is None:
+        raise CheckpointError(
+            f"none of the {len(saved) + len(unreadable)} checkpoints is whole; the newest: {complaints[-len(saved)]}",
+            where=str(directory),
+            hint="restore one from a copy, or start anew in another run.directory",
+        )
+    return None, complaints
+
+
+def _came_of(saved: Saved, begun_at: Path) -> bool:
+    """Whether a checkpoint came of an attempt that was begun at this path, and what lies there is still what was begun with."""
+    try:
+        there = read(begun_at).id
+    except CheckpointError:  # pruned since
+        there = None
+    where = str(begun_at.resolve())
+    return str(saved.path.resolve()) != where and any(
+        origin["path"] == where and there in (None, origin["id"]) for origin in saved.origins
+    )
+
+
+def verify(saved: Saved) -> None:
+    """Compare every file of a checkpoint with its size and checksum.
+
+    Raises:
+        CheckpointError: names the first file that is missing, short or changed.
+    """
+    if saved.manifest.get("format") != FORMAT:
+        raise CheckpointError(
+            f"format {saved.manifest.get('format')!r}, this fovea reads {FORMAT}",
+            where=str(saved.path),
+            hint="use the version of fovea that wrote it",
+        )
+    for known in saved.manifest["files"]:
+        path = saved.path / known["name"]
+        if problem := _problem(path, known):
+            raise CheckpointError(
+                f"the checkpoint is damaged ({problem})", where=printable(str(path)), hint="an older one is taken if there is one"
+            )
+
+
+def _problem(path: Path, known: dict[str, Any]) -> str:
+    """Why a file is not the one that the manifest lists; empty if it is. Nothing is read of one that has another size."""
+    kind = next((kind for kind in CHECKSUMS if known.get(kind) is not None), CHECKSUM)
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC)
+    except OSError as error:
+        return "it is a link" if error.errno == errno.ELOOP else error.strerror or "it cannot be opened"
+    about = os.fstat(descriptor)
+    if not stat.S_ISREG(about.st_mode):
+        os.close(descriptor)
+        return "it is no regular file"
+    with open(descriptor, "rb", buffering=0) as file:
+        if about.st_size != known["size"]:
+            return "its size is wrong"
+        try:
+            return "" if _digest(file, kind) == known.get(kind) else "its bytes have changed"
+        except OSError as error:
+            return error.strerror or "it cannot be read"

@@ -1,0 +1,95 @@
+"""The manifest of a checkpoint: types, bounds and plain names, checked once, when ``manifest.json`` is read. Knows no torch.
+
+Whoever can write into a folder of checkpoints could write anything there, so nothing beyond this door trusts a shape, a number
+or a name of it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pipeline.errors import CheckpointError
+from pipeline.untrusted import plain_name, printable, read_json
+
+if TYPE_CHECKING:
+    from pydantic import ValidationError
+
+FORMAT = 1
+MANIFEST = "manifest.json"
+WHOLE = "whole.safetensors"
+MAX_MANIFEST = 256 << 20  # bytes
+_MAX_ELEMENTS = 1 << 50  # of a tensor
+_HINT = "the checkpoint is damaged or not to be trusted; name another"
+
+
+def read_manifest(path: Path) -> dict[str, Any]:
+    """A checkpoint's ``manifest.json`` as it stands there, once all of it is what it has to be.
+
+    Args:
+        path: the file; regular, at most 256 MiB.
+
+    Raises:
+        CheckpointError: it cannot be read, or one of its values is of a wrong type, out of bounds or no plain name.
+    """
+    try:
+        document = read_json(path, limit=MAX_MANIFEST, error=CheckpointError)
+    except (OSError, CheckpointError) as error:
+        reason = error.what if isinstance(error, CheckpointError) else error.strerror
+        raise CheckpointError(
+            f"this is no whole checkpoint: its manifest cannot be read ({reason})",
+            where=printable(str(path)),
+            hint="name a directory step_… of a run",
+        ) from None
+    return check_manifest(document, where=printable(str(path)))
+
+
+def check_manifest(document: Any, *, where: str) -> dict[str, Any]:
+    """The document, if it is a checkpoint's manifest; one of another format is only checked as far as every format goes.
+
+    Raises:
+        CheckpointError: as :func:`read_manifest`.
+    """
+    if not isinstance(document, dict) or not document.keys() >= {"format", "step", "files"}:
+        raise CheckpointError(
+            "this is no whole checkpoint: its manifest is of something else", where=where, hint="name a directory step_… of a run"
+        )
+    from pydantic import ValidationError
+
+    from pipeline.checkpoint.manifest_types import Head, Manifest  # only a command that reads a manifest waits for pydantic
+
+    kind: type[Head] = Manifest if document["format"] == FORMAT else Head
+    try:
+        checked = kind.model_validate(document)
+    except (ValidationError, RecursionError) as error:
+        raise CheckpointError(f"its manifest is wrong ({_first(error)})", where=where, hint=_HINT) from None
+    _check_files([file.name for file in checked.files], where)
+    if isinstance(checked, Manifest):
+        _check_tensors(document, where)
+    return document
+
+
+def _first(error: ValidationError | RecursionError) -> str:
+    if isinstance(error, RecursionError):
+        return "nested too deeply"
+    one = error.errors(include_url=False, include_context=False)[0]
+    return printable(f"{'.'.join(map(str, one['loc']))}: {one['msg']}", limit=160)
+
+
+def _check_files(names: list[str], where: str) -> None:
+    for name in names:
+        plain_name(name, where=where, error=CheckpointError)
+    if len(set(names)) < len(names) or MANIFEST in names:
+        raise CheckpointError("its manifest is wrong (files: one is named twice, or is the manifest)", where=where, hint=_HINT)
+
+
+def _check_tensors(document: Mapping[str, Any], where: str) -> None:
+    if any(math.prod(shape) > _MAX_ELEMENTS for shape in document.get("shapes", {}).values()):
+        raise CheckpointError("its manifest is wrong (shapes: a tensor is too large)", where=where, hint=_HINT)
+    if fragments := document.get("fragments"):
+        listed = {file["name"] for file in document["files"]}
+        needed = {WHOLE, *(f"rank_{rank:05d}.safetensors" for rank in range(len(fragments)))}
+        if missing := sorted(needed - listed):
+            raise CheckpointError(f"its manifest is wrong (files: {missing[0]} is not listed)", where=where, hint=_HINT)

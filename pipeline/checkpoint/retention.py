@@ -1,0 +1,97 @@
+"""Which checkpoints stay: the last ones, one in so many steps for ever, and the best. The same rule on disk and in a copy."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pipeline.checkpoint.files import sync
+from pipeline.errors import FoveaError
+from pipeline.untrusted import plain_name, read_json
+
+BEST = "best.json"
+
+
+@dataclass(frozen=True)
+class Mark:
+    """What the rule has to know of a checkpoint.
+
+    Attributes:
+        name: its directory's name.
+        step: optimizer steps done.
+        serial: the how-manieth checkpoint of the run it is; a run that went back has a later one at an earlier step.
+        scores: by metric, of an evaluation at this very step.
+    """
+
+    name: str
+    step: int
+    serial: int
+    scores: Mapping[str, float]
+
+    @classmethod
+    def of(cls, name: str, manifest: Mapping[str, Any]) -> Mark:
+        """The mark of a checkpoint by its manifest."""
+        step = int(manifest["step"])
+        scores = manifest.get("scores", {}) if manifest.get("scored", step) == step else {}
+        if "judged" in manifest:  # each evaluation has its own distance: others of the scores are older
+            scores = {metric: value for metric, value in scores.items() if metric in manifest["judged"]}
+        return cls(name, step, int(manifest.get("serial", 0)), scores)
+
+
+@dataclass(frozen=True)
+class Retention:
+    """The rule.
+
+    Attributes:
+        last: newest ones to keep; never fewer than two are, because the newest may turn out to be damaged.
+        every: the first checkpoint at or after each multiple of so many steps is kept for ever; 0 for none.
+        best: metric of which the highest is kept, ``None`` for none.
+    """
+
+    last: int = 3
+    every: int = 0
+    best: str | None = None
+
+    def best_of(self, marks: Iterable[Mark]) -> Mark | None:
+        """The one with the highest score, of equal ones the first; ``None`` if none has a score."""
+        metric = self.best or ""
+        scored = [mark for mark in marks if math.isfinite(mark.scores.get(metric, math.nan))]
+        return max(scored, key=lambda mark: (mark.scores[metric], -mark.serial), default=None) if metric else None
+
+    def superfluous(self, marks: Iterable[Mark]) -> list[Mark]:
+        """What may go, oldest first."""
+        ordered = sorted(marks, key=lambda mark: (mark.serial, mark.step))
+        kept = {best.name} if (best := self.best_of(ordered)) else set()
+        if self.every:
+            first: dict[int, Mark] = {}
+            for mark in sorted(ordered, key=lambda mark: mark.step):
+                first.setdefault(mark.step // self.every, mark)
+            kept |= {mark.name for window, mark in first.items() if window}
+        return [mark for mark in ordered[: -max(self.last, 2)] if mark.name not in kept]
+
+
+def write_best(directory: Path, metric: str, best: Mark) -> None:
+    """Say in ``best.json`` which checkpoint is the best, in one act."""
+    temporary = directory / f".{BEST}"
+    with temporary.open("w") as file:
+        json.dump({"checkpoint": best.name, "step": best.step, "metric": metric, "score": best.scores[metric]}, file)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(directory / BEST)
+    sync(directory)
+
+
+def read_best(directory: Path) -> dict[str, Any]:
+    """What ``best.json`` says: checkpoint (a plain name), step, metric and score; empty if there is none, or another document."""
+    try:
+        best = read_json(directory / BEST, limit=1 << 20)
+        plain_name(best["checkpoint"], where=BEST)
+        score = float(best["score"]) if isinstance(best["score"], int | float) else math.nan
+        return {"checkpoint": best["checkpoint"], "step": int(best["step"]), "metric": str(best["metric"]), "score": score}
+    except (OSError, ValueError, TypeError, KeyError, OverflowError, FoveaError):
+        return {}

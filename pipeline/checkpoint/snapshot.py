@@ -1,0 +1,84 @@
+"""What this rank has to save, and a copy of it in host memory that training cannot change any more."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from pipeline.methods.base import Recipe
+from pipeline.training.engine import Engine
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """One rank's part of a checkpoint.
+
+    Attributes:
+        pieces: master/<name>, exp_avg/<name>, exp_avg_sq/<name> and teacher/<name>, fp32 ``[elements]``.
+        table: first element and number of elements of each parameter's piece.
+        whole: rank 0: what is the same on all ranks and is written once; elsewhere nothing.
+    """
+
+    pieces: dict[str, Tensor]
+    table: dict[str, list[int]]
+    whole: dict[str, Tensor]
+
+
+class Staging:
+    """Takes snapshots; its host memory is kept from one to the next, since getting it takes longer than filling it.
+
+    So a copied snapshot is good until the next is taken.
+    """
+
+    def __init__(self) -> None:
+        self._kept: dict[str, Tensor] = {}
+
+    def take(self, engine: Engine, recipe: Recipe, *, rank: int, copy: bool) -> Snapshot:
+        """This rank's part of a checkpoint of this moment; all ranks must take part.
+
+        Args:
+            engine: whose fragments.
+            recipe: whose teacher, memory and frozen parameters.
+            rank: this one; rank 0 holds what is whole.
+            copy: into host memory. Otherwise the pieces are the live tensors, and nothing may train until they are written.
+        """
+        pieces: dict[str, Tensor] = {}
+        table: dict[str, list[int]] = {}
+        for f in engine.fragments():
+            table[f.name] = [f.start, f.master.numel()]
+            pieces[f"master/{f.name}"] = f.master
+            pieces.update({f"{moment}/{f.name}": tensor for moment, tensor in f.moments.items()})
+        for name, _, piece in engine.teacher_pieces(owned=True):
+            pieces[f"teacher/{name}"] = piece
+        with engine.gathered():
+            # Stage 3 cuts what is whole as soon as this block ends, so it is copied in any case.
+            whole = self._copied(whole_tensors(recipe, engine), "whole") if rank == 0 else {}
+        return Snapshot(self._copied(pieces, "piece") if copy else pieces, table, whole)
+
+    def _copied(self, tensors: Mapping[str, Tensor], kind: str) -> dict[str, Tensor]:
+        copies = {}
+        for name, tensor in tensors.items():
+            host = self._kept.get(f"{kind} {name}")
+            if host is None or host.shape != tensor.shape or host.dtype != tensor.dtype:
+                host = self._kept[f"{kind} {name}"] = torch.empty(
+                    tensor.shape, dtype=tensor.dtype, pin_memory=tensor.device.type == "cuda"
+                )
+            copies[name] = host.copy_(tensor.detach(), non_blocking=True)
+        if any(tensor.device.type == "cuda" for tensor in tensors.values()):
+            torch.cuda.current_stream().synchronize()
+        return copies
+
+
+def whole_tensors(recipe: Recipe, engine: Engine) -> dict[str, Tensor]:
+    """The tensors themselves, by their names in the file, of everything that has no fragments."""
+    tensors = {f"memory/{name}": tensor for name, tensor in recipe.memory.items()}
+    trainable = engine.shapes
+    frozen = {**dict(recipe.named_parameters()), **dict(recipe.named_buffers())}
+    tensors.update({f"frozen/{name}": t for name, t in frozen.items() if name not in trainable})
+    if recipe.teacher is not None:
+        rest = recipe.teacher.state_dict()
+        tensors.update({f"teacher/{name}": t for name, t in rest.items() if name not in trainable})
+    return tensors

@@ -1,0 +1,286 @@
+"""Layers of YAML files and overrides, merged to one tree in which every value knows where it came from.
+
+Plain scalars follow YAML 1.2's core: ``1e-3`` is a number, ``12:30:00``, ``on`` and ``yes`` are texts, ``010`` is ten. Keys are
+texts. A key given twice is refused. ``base:`` names the files below this one.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from pipeline.config.schema import Config
+from pipeline.errors import ConfigError
+from pipeline.untrusted import printable, read_bytes
+
+COMMAND_LINE = "command line"
+_BYTES = 4 << 20  # of one file
+_FILES = 200  # read for one config, bases of bases included
+_UNDER_WAY = -1
+_NODES = 50_000  # values of one file, aliases unfolded
+_INTEGER = re.compile(r"[-+]?[0-9]+")
+_FLOAT = re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?")
+_DIGITS = 400  # of a number; more are a text
+_WORDS: dict[str, Any] = {"": None, "~": None, "true": True, "false": False} | {
+    form: value
+    for word, value in (("null", None), ("true", True), ("false", False))
+    for form in (word, word.capitalize(), word.upper())
+}
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One thing wrong with a configuration.
+
+    Attributes:
+        path: dotted key, empty if it concerns the whole file.
+        message: what is wrong and what is allowed, starting with the key.
+        origin: ``file:line:column``, ``command line`` or ``default``.
+    """
+
+    path: str
+    message: str
+    origin: str
+
+    def __str__(self) -> str:
+        return f"{self.origin}: {self.message}" if self.origin else self.message
+
+
+@dataclass
+class Leaf:
+    """A value that is no mapping, and where it was written."""
+
+    value: Any
+    origin: str
+
+
+@dataclass
+class Branch:
+    """A mapping by key, and where it was written."""
+
+    children: dict[str, Leaf | Branch]
+    origin: str
+
+
+def scalar(text: str) -> Any:
+    """What a plain YAML 1.2 scalar means: null, a boolean, an integer, a float, or the text itself."""
+    if text in _WORDS:
+        return _WORDS[text]
+    if _INTEGER.fullmatch(text) and len(text) <= _DIGITS:
+        return int(text)
+    if _FLOAT.fullmatch(text) and len(text) <= _DIGITS:
+        return float(text)
+    return text
+
+
+def display(file: Path) -> str:
+    """A file's path as a person reads it: relative where it lies below the working directory."""
+    relative = os.path.relpath(file)
+    return str(file.resolve()) if relative.startswith("..") else relative
+
+
+def read(file: Path, problems: list[Problem], above: tuple[Path, ...], seen: list[Path] | None = None) -> Branch:
+    """The tree of a file laid over the trees of its bases.
+
+    Args:
+        file: the YAML file.
+        problems: receives what is wrong with single keys.
+        above: the files whose base this one is.
+        seen: receives every file that is read; a file that is the base of several counts each time.
+
+    Raises:
+        ConfigError: the file cannot be read, is no YAML mapping or a very large one, or is its own base; or there are too many.
+    """
+    seen = [] if seen is None else seen
+    seen.append(file)
+    if len(seen) > _FILES:
+        raise ConfigError(f"more than {_FILES} files are its bases", where=display(seen[0]), hint="Name each base once.")
+    shown = display(file)
+    if file.resolve() in above:
+        raise ConfigError("the file is its own base", where=shown, hint="Break the circle of `base:` lines.")
+    try:
+        node = compose(read_bytes(file, limit=_BYTES, error=ConfigError).decode("utf-8"), shown)
+    except OSError as error:
+        raise ConfigError(f"cannot be read: {error.strerror}", where=shown) from error
+    except UnicodeDecodeError as error:
+        raise ConfigError("is not UTF-8 text", where=shown) from error
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        place = f"{shown}:{mark.line + 1}:{mark.column + 1}" if mark else shown
+        raise ConfigError(f"is no valid YAML: {getattr(error, 'problem', None) or error}", where=place) from error
+    own = _grow(node, shown, problems) if node is not None else Branch({}, shown)
+    if not isinstance(own, Branch):
+        raise ConfigError("should be a mapping of sections", where=shown, hint="See `fovea config show` for an example.")
+    base = own.children.pop("base", None)
+    merged = Branch({}, shown)
+    if base is not None:
+        value = base.value if isinstance(base, Leaf) else None
+        names = [value] if isinstance(value, str) else value
+        if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+            raise ConfigError("`base` should be a file or a list of files", where=base.origin)
+        for name in names:
+            parent = file.parent / name
+            if not _is_file(parent):
+                raise ConfigError(
+                    f"base {name!r} does not exist",
+                    where=base.origin,
+                    hint=f"It is looked for at {display(parent)}. "
+                    "A config of fovea's own becomes a file with `fovea config show NAME > my.yaml`.",
+                )
+            merge(merged, read(parent, problems, (*above, file.resolve()), seen))
+    merge(merged, own)
+    return merged
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except OSError:  # a name that is too long
+        return False
+
+
+def compose(text: str, where: str) -> yaml.Node | None:
+    """The nodes of a YAML document, none of which is built into an object; ``None`` if it is empty.
+
+    Raises:
+        ConfigError: nested too deeply, more than 50000 values once its aliases are unfolded, or an impossible escape.
+        yaml.YAMLError: it is no YAML.
+    """
+    try:
+        node = _compose(text, where)
+        weight = _weight(node, {}, where) if node is not None else 0
+    except RecursionError:
+        raise ConfigError("is nested too deeply", where=where) from None
+    except (ValueError, OverflowError) as error:  # an escape that is no character
+        raise ConfigError(f"is no valid YAML ({printable(str(error), limit=80)})", where=where) from None
+    if weight > _NODES:
+        raise ConfigError(f"must not hold more than {_NODES} values, aliases unfolded", where=where)
+    return node
+
+
+def _compose(text: str, where: str) -> yaml.Node | None:
+    """``yaml.compose`` that gives up at the 50000th node: PyYAML takes minutes and gigabytes for a file of 4 MiB."""
+    count = 0
+
+    class Loader(yaml.SafeLoader):
+        def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+            nonlocal count
+            count += 1
+            if count > _NODES:
+                raise ConfigError(f"must not hold more than {_NODES} values", where=where)
+            node: yaml.Node | None = super().compose_node(parent, index)
+            return node
+
+    composed: yaml.Node | None = yaml.compose(text, Loader=Loader)
+    return composed
+
+
+def _weight(node: yaml.Node, known: dict[int, int], where: str) -> int:
+    """How many values a node stands for, itself included."""
+    if known.get(id(node)) == _UNDER_WAY:
+        raise ConfigError("is nested too deeply: an alias stands inside what it stands for", where=where)
+    if id(node) not in known:
+        known[id(node)] = _UNDER_WAY
+        inner: list[yaml.Node] = []
+        if isinstance(node, yaml.MappingNode):
+            inner = [part for pair in node.value for part in pair]
+        elif isinstance(node, yaml.SequenceNode):
+            inner = list(node.value)
+        known[id(node)] = 1 + sum(_weight(part, known, where) for part in inner)
+    return known[id(node)]
+
+
+def _grow(node: yaml.Node, shown: str, problems: list[Problem], path: str = "", depth: int = 0) -> Leaf | Branch:
+    origin = f"{shown}:{node.start_mark.line + 1}:{node.start_mark.column + 1}" if shown != COMMAND_LINE else shown
+    if depth > 20:
+        raise ConfigError(f"{path or 'the file'} is nested too deeply", where=origin)
+    if not isinstance(node, yaml.MappingNode):
+        return Leaf(_plain(node), origin)
+    children: dict[str, Leaf | Branch] = {}
+    for key, value in node.value:
+        name = key.value if isinstance(key, yaml.ScalarNode) else str(_plain(key))
+        full = f"{path}.{name}" if path else name
+        place = f"{shown}:{key.start_mark.line + 1}:{key.start_mark.column + 1}" if shown != COMMAND_LINE else shown
+        if name in children:
+            problems.append(Problem(full, f"{full} is given twice; the first time at {children[name].origin}", place))
+        child = _grow(value, shown, problems, full, depth + 1)
+        child.origin = place
+        children[name] = child
+    return Branch(children, origin)
+
+
+def _plain(node: yaml.Node, depth: int = 0) -> Any:
+    if depth > 20:
+        raise ConfigError("a list is nested too deeply")
+    if isinstance(node, yaml.ScalarNode):
+        return scalar(node.value) if node.style is None and node.tag != "!" else node.value
+    if isinstance(node, yaml.SequenceNode):
+        return [_plain(item, depth + 1) for item in node.value]
+    return {str(_plain(key, depth + 1)): _plain(value, depth + 1) for key, value in node.value}
+
+
+def override(text: str, problems: list[Problem]) -> Branch:
+    """The tree of one ``key.path=value`` from the command line; what is wrong with it goes to ``problems``."""
+    key, equals, value = text.partition("=")
+    parts = key.strip().split(".")
+    if not equals or not all(parts):
+        problems.append(Problem("", f"{text!r} should read key.path=value, for instance optim.lr=1e-3", COMMAND_LINE))
+        return Branch({}, COMMAND_LINE)
+    value = value.strip()
+    end: Leaf | Branch = Leaf(scalar(value), COMMAND_LINE)
+    if value[:1] in ("[", "{", '"', "'"):
+        try:
+            node = compose(value, COMMAND_LINE)
+            end = _grow(node, COMMAND_LINE, problems) if node is not None else end
+        except yaml.YAMLError:
+            pass  # a path may well begin with a brace: it stays a text
+    for part in reversed(parts):
+        end = Branch({part: end}, COMMAND_LINE)
+    return end if isinstance(end, Branch) else Branch({}, COMMAND_LINE)
+
+
+def merge(onto: Branch, update: Branch, *, top: bool = True) -> None:
+    """Lays ``update`` over ``onto``, in place: mappings key by key, everything else as a whole.
+
+    A section that names another method or optimizer replaces the old one: its keys mean other things.
+    """
+    for name, child in update.children.items():
+        old = onto.children.get(name)
+        if isinstance(old, Branch) and isinstance(child, Branch) and not (top and _exchanged(name, old, child)):
+            merge(old, child, top=False)
+        else:
+            onto.children[name] = child
+
+
+def _exchanged(section: str, old: Branch, new: Branch) -> bool:
+    if section not in ("recipe", "optim"):
+        return False
+    return _name_of(new) not in (None, _name_of(old) or Config.model_fields[section].default.name)
+
+
+def _name_of(branch: Branch) -> Any:
+    leaf = branch.children.get("name")
+    return leaf.value if isinstance(leaf, Leaf) else None
+
+
+def origin_of(tree: Branch, path: Sequence[str]) -> str:
+    """Where the value of a key was written, or the mapping or list that holds it; empty if nowhere."""
+    node: Leaf | Branch = tree
+    for part in path:
+        if isinstance(node, Leaf):
+            break
+        if part not in node.children:
+            return ""
+        node = node.children[part]
+    return node.origin
+
+
+def unwrap(node: Leaf | Branch) -> Any:
+    """The plain values of a tree."""
+    return node.value if isinstance(node, Leaf) else {name: unwrap(child) for name, child in node.children.items()}

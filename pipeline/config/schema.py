@@ -1,0 +1,108 @@
+"""Every setting of a run: one tree of frozen pydantic models. Each field carries its meaning, its unit and its limits.
+
+Each section is in the ``settings.py`` of the room that uses it, each method's own in its folder below :mod:`pipeline.methods`.
+Nothing here or there imports torch. YAML and overrides are read by :mod:`pipeline.config.load`; checks that span several sections
+are in :mod:`pipeline.config.validate`.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated, Any, Self
+
+from pydantic import BeforeValidator, Field, SerializeAsAny
+
+from pipeline.checkpoint.settings import CheckpointSettings
+from pipeline.config.types import (
+    RUNTIME,
+    Settings,
+)
+from pipeline.data.settings import DataSettings
+from pipeline.evaluation.settings import EvaluationSettings
+from pipeline.methods.dinov2.settings import Dinov2Settings
+from pipeline.methods.discovery import RECIPES
+from pipeline.methods.settings import RecipeSettings
+from pipeline.models.settings import ModelSettings
+from pipeline.runtime.settings import HealthSettings, LaunchSettings, RunSettings
+from pipeline.tracking.settings import TrackingSettings
+from pipeline.training.settings import OptimSettings, ScheduleSettings, TrainSettings
+from pipeline.weights.settings import InitSettings
+
+
+def _beside(pattern: str) -> str:
+    """The pattern of validation shards beside a pattern of training shards, or in a folder of them."""
+    folder, _, name = pattern.rstrip("/").rpartition("/")
+    if not name.endswith(".tar") and not re.search(r"[{*?\[]", name):
+        folder = pattern.rstrip("/")
+    if re.search(r"[{*?]", folder):
+        folder = re.split(r"[{*?]", folder)[0].rpartition("/")[0]
+    return f"{folder}/*val-*.tar" if folder else "*val-*.tar"
+
+
+def _known_recipe(value: object) -> object:
+    if isinstance(value, dict) and value.get("name") in RECIPES:
+        return RECIPES[value["name"]].model_validate(value)
+    return value
+
+
+# Settings that are gone because only one value was legal. Runs and checkpoints of earlier versions hold them.
+_RETIRED = {"recipe.local_loss": True, "recipe.gather_with_grad": True, "recipe.views.global_count": 2}
+
+
+def without_retired(document: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Settings as they are read, without those that are gone, where they have the only value that was legal."""
+    kept: dict[str, Any] = {}
+    for name, value in document.items():
+        key = prefix + name
+        if key not in _RETIRED or value != _RETIRED[key]:
+            kept[name] = without_retired(value, f"{key}.") if isinstance(value, dict) else value
+    return kept
+
+
+class Config(Settings):
+    """The whole tree. ``recipe`` holds the class registered under ``recipe.name``."""
+
+    run: RunSettings = Field(default=RunSettings(), description="which run this is")
+    recipe: Annotated[SerializeAsAny[RecipeSettings], BeforeValidator(_known_recipe)] = Field(
+        default=Dinov2Settings(), description="the method"
+    )
+    model: ModelSettings = Field(description="the vision tower")
+    init_from: InitSettings = Field(default=InitSettings(), description="the weights a fresh run begins with")
+    data: DataSettings = Field(description="where samples come from")
+    optim: OptimSettings = Field(default=OptimSettings(), description="the optimizer")
+    schedule: ScheduleSettings = Field(default=ScheduleSettings(), description="what changes while a run goes on")
+    train: TrainSettings = Field(default=TrainSettings(), description="the loop")
+    checkpoint: CheckpointSettings = Field(
+        default=CheckpointSettings(), json_schema_extra=RUNTIME, description="what is saved and resumed"
+    )
+    tracking: TrackingSettings = Field(
+        default=TrackingSettings(), json_schema_extra=RUNTIME, description="what is told to MLflow"
+    )
+    evaluation: EvaluationSettings = Field(
+        default=EvaluationSettings(), json_schema_extra=RUNTIME, description="what the weights are worth"
+    )
+    launch: LaunchSettings = Field(default=LaunchSettings(), json_schema_extra=RUNTIME, description="how ranks are started")
+    health: HealthSettings = Field(
+        default=HealthSettings(),
+        json_schema_extra=RUNTIME,
+        description="stalled ranks and broken losses",
+    )
+
+    @classmethod
+    def model_validate(cls, obj: Any, **options: Any) -> Self:
+        """Reads settings as a run keeps them, those of earlier versions included."""
+        return super().model_validate(without_retired(obj) if isinstance(obj, dict) else obj, **options)
+
+    @property
+    def voting_shards(self) -> tuple[str, ...]:
+        """Patterns of the shards whose labels vote in the k-NN evaluation."""
+        return self.evaluation.knn.train_shards or self.data.patterns
+
+    @property
+    def validation_shards(self) -> tuple[str, ...]:
+        """Patterns of the shards that evaluations judge; ``*val-*.tar`` beside the training shards if none are named."""
+        return self.evaluation.knn.val_shards or (_beside(self.data.patterns[0]),)
+
+    def replace(self, **sections: Any) -> Self:
+        """A copy with whole sections exchanged. Not validated again (:mod:`pipeline.config.validate`)."""
+        return self.model_copy(update=sections)

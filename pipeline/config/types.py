@@ -1,0 +1,190 @@
+"""What settings are made of: lengths of training, ranges, texts, and the strict base class of every section."""
+
+from __future__ import annotations
+
+import re
+import typing
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar
+
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, GetCoreSchemaHandler
+from pydantic.fields import FieldInfo
+from pydantic_core import CoreSchema, core_schema
+
+from pipeline.config.paths import Kind, absolute, patterns
+from pipeline.untrusted import printable
+
+# A field marked so changes neither the samples nor the mathematics of a run: a resume may change it freely.
+RUNTIME: dict[str, Any] = {"runtime": True}
+
+
+@dataclass(frozen=True)
+class Length:
+    """A stretch of training: a number of samples, of optimizer steps, or of passes over the data.
+
+    In a config: ``1500000``, ``1.5M samples``, ``500 steps`` or ``3 epochs``. ``k``, ``M`` and ``G`` are 1e3, 1e6 and 1e9.
+    """
+
+    amount: float
+    unit: Literal["samples", "steps", "epochs"] = "samples"
+
+    SYNTAX = "a number of samples, or text such as '3 epochs', '500 steps', '1.5M samples'"
+
+    @classmethod
+    def parse(cls, value: object) -> Length:
+        """Reads what a person wrote.
+
+        Raises:
+            ValueError: if it is no length, negative, or a fraction of a sample or of a step.
+        """
+        if isinstance(value, Length):
+            return value
+        if isinstance(value, bool) or not isinstance(value, int | float | str):
+            raise ValueError(f"should be {cls.SYNTAX}")
+        match = re.fullmatch(r"\s*([0-9.]+(?:[eE][+-]?[0-9]+)?)\s*([kMG]?)\s*(samples?|steps?|epochs?)?\s*", str(value))
+        try:
+            amount = float(match[1]) * {"": 1.0, "k": 1e3, "M": 1e6, "G": 1e9}[match[2]] if match else -1.0
+        except ValueError:
+            amount = -1.0
+        if match is None or not 0 <= amount < 1e18:
+            raise ValueError(f"should be {cls.SYNTAX}")
+        unit = ((match[3] or "samples").rstrip("s") + "s").strip()
+        if unit != "epochs" and abs(amount - round(amount)) > 1e-6:
+            raise ValueError(f"should be a whole number of {unit}")
+        return cls(amount if unit == "epochs" else float(round(amount)), unit)  # type: ignore[arg-type]
+
+    def samples(self, epoch_samples: int, global_batch: int) -> int:
+        """The length in samples, rounded to the nearest.
+
+        Args:
+            epoch_samples: samples of one pass over the data.
+            global_batch: samples of one optimizer step over all ranks.
+        """
+        return round(self.amount * {"samples": 1, "steps": global_batch, "epochs": epoch_samples}[self.unit])
+
+    def steps(self, epoch_samples: int, global_batch: int) -> int:
+        """The least whole number of optimizer steps that covers the length."""
+        return -(-self.samples(epoch_samples, global_batch) // global_batch)
+
+    def __str__(self) -> str:
+        number = repr(self.amount).removesuffix(".0") if self.amount < 1e15 else str(int(self.amount))
+        return number if self.unit == "samples" else f"{number} {self.unit}"
+
+    def plain(self) -> int | str:
+        """The form a config holds: an integer for samples, text otherwise."""
+        return int(self.amount) if self.unit == "samples" else str(self)
+
+    @classmethod
+    def __get_pydantic_core_schema__(cls, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        return core_schema.no_info_plain_validator_function(
+            cls.parse, serialization=core_schema.plain_serializer_function_ser_schema(cls.plain)
+        )
+
+
+def _ordered(pair: tuple[float, float]) -> tuple[float, float]:
+    if pair[0] > pair[1]:
+        raise ValueError(f"should be [least, largest], but {pair[0]} is above {pair[1]}")
+    return pair
+
+
+def _texts(value: object) -> object:
+    return (value,) if isinstance(value, str) else tuple(value) if isinstance(value, list) else value
+
+
+def _plain(value: Any) -> Any:
+    """Refuses control characters, which would become lines of scripts and commands of terminals."""
+    for text in value if isinstance(value, tuple) else (value,):
+        if printable(str(text)) != str(text):
+            raise ValueError("should hold no line breaks and no other control characters")
+    return value
+
+
+@dataclass(frozen=True)
+class PathLike:
+    """Marks a setting that names files: it is relative to the folder in which it is typed.
+
+    Attributes:
+        kind: see :func:`pipeline.config.paths.absolute`.
+        words: values that are no paths.
+    """
+
+    kind: Kind
+    words: frozenset[str] = frozenset()
+
+    def absolute(self, value: Any, folder: str | None = None) -> Any:
+        """The value by names that hold in every working directory."""
+        if value is None:
+            return None
+        if isinstance(value, tuple):
+            return patterns(value, folder)
+        return type(value)(absolute(str(value), self.kind, folder, words=self.words))
+
+
+Probability = Annotated[float, Field(ge=0, le=1)]
+Share = Annotated[float, Field(gt=0, le=1)]
+Positive = Annotated[float, Field(gt=0)]
+NonNegative = Annotated[float, Field(ge=0)]
+Count = Annotated[int, Field(ge=1)]
+ShareRange = Annotated[tuple[Share, Share], AfterValidator(_ordered)]
+Texts = Annotated[tuple[str, ...], BeforeValidator(_texts)]
+# Settings that name files are of these types; tests/config/test_paths.py refuses any other text that does.
+FilePath = Annotated[Path, AfterValidator(_plain), PathLike("path")]
+PathName = Annotated[str, AfterValidator(_plain), PathLike("name")]
+ResumePath = Annotated[str, AfterValidator(_plain), PathLike("name", frozenset(("auto", "never")))]
+TrackingUri = Annotated[str, AfterValidator(_plain), PathLike("uri")]
+Shards = Annotated[tuple[str, ...], BeforeValidator(_texts), AfterValidator(_plain), PathLike("patterns")]
+
+
+class Settings(BaseModel):
+    """Base of all sections: frozen, unknown keys refused, no infinities."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, protected_namespaces=())
+
+
+def path_marker(info: FieldInfo) -> PathLike | None:
+    """How a setting names files, ``None`` if it does not."""
+    return next((mark for mark in [*info.metadata, *_metadata(info.annotation)] if isinstance(mark, PathLike)), None)
+
+
+def _metadata(annotation: Any) -> Iterator[Any]:
+    if typing.get_origin(annotation) is Annotated:
+        yield from annotation.__metadata__
+    for part in typing.get_args(annotation):
+        yield from _metadata(part)
+
+
+_S = TypeVar("_S", bound="Settings")
+
+
+def absolute_paths(settings: _S, folder: str | None = None) -> _S:
+    """A copy of a section, with all sections below it, in which every path holds in any working directory.
+
+    Args:
+        settings: any section.
+        folder: what its paths are relative to; the working directory if not given.
+    """
+    changed: dict[str, Any] = {}
+    for name, info in type(settings).model_fields.items():
+        value, mark = getattr(settings, name), path_marker(info)
+        if mark is not None:
+            changed[name] = mark.absolute(value, folder)
+        elif isinstance(value, Settings):
+            changed[name] = absolute_paths(value, folder)
+        elif isinstance(value, tuple) and any(isinstance(one, Settings) for one in value):
+            changed[name] = tuple(absolute_paths(one, folder) if isinstance(one, Settings) else one for one in value)
+    return settings.model_copy(update={name: value for name, value in changed.items() if value != getattr(settings, name)})
+
+
+def path_values(settings: Settings, prefix: str = "") -> dict[str, Any]:
+    """All settings that name files and are set, by dotted key."""
+    named: dict[str, Any] = {}
+    for name, info in type(settings).model_fields.items():
+        value = getattr(settings, name)
+        if path_marker(info) is not None and value not in (None, ()):
+            named[prefix + name] = value
+        for one in value if isinstance(value, tuple) else (value,):
+            if isinstance(one, Settings):
+                named |= path_values(one, f"{prefix}{name}.")
+    return named

@@ -1,0 +1,1 @@
+"""From encoded images to views: random choices, masks, decoding, the DALI graph."""

@@ -1,0 +1,89 @@
+"""Block masks for masked image modelling, keyed by sample, with exact counts.
+
+The blocks are BEiT's (arXiv 2106.08254): rectangles of random area and aspect until the count is nearly reached; what is
+missing is filled with single patches, as in DINOv3, so that a global batch hides the same number of patches at every step.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pipeline.data.augment.views import MaskSpec
+from pipeline.data.order.random import permutation, uniforms
+
+MIN_AREA = 4.0
+MAX_LOG_ASPECT = float(np.log(1 / 0.3))
+ROUNDS = 16
+_DRAWS = 4
+
+
+def mask_counts(crops: int, patches: int, spec: MaskSpec, *key: int) -> NDArray[np.int64]:
+    """How many patches each crop of a global batch hides.
+
+    ``int(crops * probability)`` crops are masked; their ratios are spread evenly over ``spec.ratio``; who gets which is random.
+
+    Args:
+        crops: crops of the global batch, all views of the name together.
+        patches: patches of a crop.
+        spec: probability and ratios.
+        key: integers that name the draw, such as ``(seed, step, stream)``.
+
+    Returns:
+        ``[crops]`` int64; the sum depends on nothing but ``crops``, ``patches`` and ``spec``.
+    """
+    masked = int(crops * spec.probability)
+    edges = np.linspace(*spec.ratio, masked + 1)[1:]
+    counts = np.zeros(crops, dtype=np.int64)
+    counts[:masked] = (patches * edges).astype(np.int64)
+    return counts[permutation(crops, *key)]
+
+
+def block_masks(counts: NDArray[np.int64], height: int, width: int, ids: NDArray[np.uint64], *key: int) -> NDArray[np.bool_]:
+    """Masks of exactly ``counts`` patches each, mostly in blocks.
+
+    Args:
+        counts: ``[n]`` patches to hide in each crop, 0 to ``height * width``.
+        height: rows of the patch grid.
+        width: columns of the patch grid.
+        ids: ``[n]`` uint64 sample ids.
+        key: integers that name the draw, such as ``(seed, epoch, view)``.
+
+    Returns:
+        bool ``[n, height * width]``, true where hidden. A row depends on its own count and id and the key only.
+    """
+    masks = np.zeros((len(counts), height, width), dtype=bool)
+    counts = np.asarray(counts, dtype=np.int64)
+    rows, columns = np.arange(height)[:, None], np.arange(width)[None, :]
+    active = np.flatnonzero(counts > 0)
+    if not len(active):
+        return masks.reshape(len(counts), -1)
+    draws = np.zeros((len(counts), ROUNDS, _DRAWS))
+    draws[active] = uniforms(ids[active], ROUNDS * _DRAWS, *key, 0).reshape(len(active), ROUNDS, _DRAWS)
+    missing = counts.copy()
+    for attempt in range(ROUNDS):
+        u = draws[active, attempt]
+        budget = missing[active]
+        least = np.minimum(MIN_AREA, budget)
+        area = least + u[:, 0] * (budget - least)
+        stretch = np.exp((u[:, 1] - 0.5) * MAX_LOG_ASPECT)
+        tall = np.rint(np.sqrt(area) * stretch).astype(np.int64).clip(1, height)
+        wide = np.rint(np.sqrt(area) / stretch).astype(np.int64).clip(1, width)
+        top = (u[:, 2] * (height - tall + 1)).astype(np.int64)
+        left = (u[:, 3] * (width - wide + 1)).astype(np.int64)
+        d_rows, d_columns = rows[None] - top[:, None, None], columns[None] - left[:, None, None]
+        block = ((d_rows >= 0) & (d_rows < tall[:, None, None])) & ((d_columns >= 0) & (d_columns < wide[:, None, None]))
+        block &= ~masks[active]
+        new = block.sum((1, 2))
+        fits = new <= budget
+        masks[active[fits]] |= block[fits]
+        missing[active[fits]] -= new[fits]
+        active = active[missing[active] > 0]
+        if not len(active):
+            break
+    flat = masks.reshape(len(counts), -1)
+    if len(active):
+        order = np.where(flat[active], 2.0, uniforms(ids[active], height * width, *key, 1))
+        rank = order.argsort(1, kind="stable").argsort(1, kind="stable")
+        flat[active] |= rank < missing[active, None]
+    return flat

@@ -1,0 +1,171 @@
+"""The augmentation plan: every random choice about every crop, made on the host before a pixel is touched.
+
+The plan of a sample depends on its id, its epoch, the run's seed and the view specification, and on nothing else. So the crops of
+a sample are the same whatever the batch size, the rank, the number of threads or the point of resume; DALI only carries it out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pipeline.data.augment.views import Augment, ViewSet, ViewSpec
+from pipeline.data.order.random import uniforms
+
+_ATTEMPTS = 10
+_BOX_DRAWS = 2 * _ATTEMPTS + 2
+_COLOUR_DRAWS = 10
+_SET_STREAM = 2_000_003
+PLAN_VERSION = 1
+
+
+@dataclass(frozen=True)
+class ViewPlan:
+    """What to do for one view of ``n`` samples.
+
+    Attributes:
+        start, end: float32 ``[n, 2]``, the box as (y, x), pixels of the decoded image.
+        flip: int32 ``[n]``.
+        jitter: bool ``[n]``; brightness, contrast, saturation: float32 ``[n]`` factors; hue: float32 ``[n]`` turns.
+        gray, solarize: bool ``[n]``.
+        sigma: float32 ``[n]``, pixels; 0 where the crop is not blurred.
+    """
+
+    start: NDArray[np.float32]
+    end: NDArray[np.float32]
+    flip: NDArray[np.int32]
+    jitter: NDArray[np.bool_]
+    brightness: NDArray[np.float32]
+    contrast: NDArray[np.float32]
+    saturation: NDArray[np.float32]
+    hue: NDArray[np.float32]
+    gray: NDArray[np.bool_]
+    sigma: NDArray[np.float32]
+    solarize: NDArray[np.bool_]
+
+    def take(self, rows: slice) -> ViewPlan:
+        """The plan of some of the samples."""
+        return ViewPlan(*(getattr(self, name)[rows] for name in self.__dataclass_fields__))
+
+    def replace_row(self, row: int, other: ViewPlan) -> None:
+        """Put the first row of another plan in place of one of ours (a substituted sample)."""
+        for name in self.__dataclass_fields__:
+            getattr(self, name)[row] = getattr(other, name)[0]
+
+
+def random_boxes(
+    draws: NDArray[np.float64], sizes: NDArray[np.int64], scale: tuple[float, float], ratio: tuple[float, float]
+) -> NDArray[np.int64]:
+    """Random resized crops: ten attempts, then the centre, as torchvision's RandomResizedCrop does.
+
+    Args:
+        draws: ``[n, 22]`` uniforms: ten areas, ten log-ratios, two positions.
+        sizes: ``[n, 2]`` heights and widths of the images, pixels.
+        scale: least and largest share of the area.
+        ratio: least and largest width/height.
+
+    Returns:
+        ``[n, 4]`` int64: top, left, height, width.
+    """
+    height, width = sizes[:, 0].astype(np.float64), sizes[:, 1].astype(np.float64)
+    area = (height * width)[:, None] * (scale[0] + (scale[1] - scale[0]) * draws[:, :_ATTEMPTS])
+    low, high = np.log(ratio[0]), np.log(ratio[1])
+    aspect = np.exp(low + (high - low) * draws[:, _ATTEMPTS : 2 * _ATTEMPTS])
+    w = np.rint(np.sqrt(area * aspect))
+    h = np.rint(np.sqrt(area / aspect))
+    fits = (w > 0) & (w <= width[:, None]) & (h > 0) & (h <= height[:, None])
+    first = np.argmax(fits, axis=1)
+    rows = np.arange(len(sizes))
+    crop_h, crop_w = h[rows, first], w[rows, first]
+    top = np.floor(draws[:, -2] * (height - crop_h + 1))
+    left = np.floor(draws[:, -1] * (width - crop_w + 1))
+    none = ~fits.any(axis=1)
+    if none.any():
+        whole = width / height
+        fall_w = np.where(whole > ratio[1], np.rint(height * ratio[1]), width)
+        fall_h = np.where(whole < ratio[0], np.rint(width / ratio[0]), height)
+        crop_h, crop_w = np.where(none, fall_h, crop_h), np.where(none, fall_w, crop_w)
+        top = np.where(none, np.floor((height - crop_h) / 2), top)
+        left = np.where(none, np.floor((width - crop_w) / 2), left)
+    return np.stack([top, left, crop_h, crop_w], axis=1).astype(np.int64)
+
+
+def _square_boxes(sizes: NDArray[np.int64], share: float, place: float) -> NDArray[np.float32]:
+    side = sizes.min(axis=1) * share
+    slack = sizes - side[:, None]
+    start = np.where(sizes > sizes.min(axis=1, keepdims=True), slack * place, slack / 2)
+    return np.stack([start[:, 0], start[:, 1], side, side], axis=1).astype(np.float32)
+
+
+def _factor(draw: NDArray[np.float64], strength: float) -> NDArray[np.float32]:
+    low = max(0.0, 1.0 - strength)
+    return (low + (1.0 + strength - low) * draw).astype(np.float32)
+
+
+def plan_view(
+    spec: ViewSpec,
+    view: int,
+    stream: int,
+    *,
+    ids: NDArray[np.uint64],
+    epochs: NDArray[np.int64],
+    sizes: NDArray[np.int64],
+    seed: int,
+) -> ViewPlan:
+    """Plan one view of a set of samples.
+
+    Args:
+        spec: the kind of view.
+        view: which of its ``count`` views.
+        stream: a number that no other view of the recipe has.
+        ids: ``[n]`` uint64 sample numbers.
+        epochs: ``[n]`` epoch of each sample.
+        sizes: ``[n, 2]`` height and width of the decoded images, pixels.
+        seed: the run's seed.
+    """
+    augment: Augment = spec.augment[view % len(spec.augment)]
+    draws = uniforms(ids, _BOX_DRAWS + _COLOUR_DRAWS, seed, stream, epochs=epochs)
+    if spec.crop_scale is None:
+        box = _square_boxes(sizes, spec.centre, spec.place)
+    else:
+        box = random_boxes(draws[:, :_BOX_DRAWS], sizes, spec.crop_scale, spec.crop_ratio).astype(np.float32)
+    d = draws[:, _BOX_DRAWS:].T
+    low, high = augment.blur_sigma
+    return ViewPlan(
+        start=box[:, :2].copy(),
+        end=box[:, :2] + box[:, 2:],
+        flip=(d[0] < augment.flip_p).astype(np.int32),
+        jitter=d[1] < augment.jitter_p,
+        brightness=_factor(d[2], augment.brightness),
+        contrast=_factor(d[3], augment.contrast),
+        saturation=_factor(d[4], augment.saturation),
+        hue=((2 * d[5] - 1) * augment.hue).astype(np.float32),
+        gray=d[6] < augment.gray_p,
+        sigma=np.where(d[7] < augment.blur_p, low + (high - low) * d[8], 0.0).astype(np.float32),
+        solarize=d[9] < augment.solarize_p,
+    )
+
+
+def make_plan(
+    specs: tuple[ViewSpec, ...], *, ids: NDArray[np.uint64], epochs: NDArray[np.int64], sizes: NDArray[np.int64], seed: int
+) -> list[ViewPlan]:
+    """Plans for all views of all specs, in the order of the specs, one :class:`ViewPlan` a view."""
+    plans: list[ViewPlan] = []
+    streams: dict[str, int] = {}
+    free = 0
+    for spec in specs:
+        streams[spec.name] = free if spec.same_as is None else streams[spec.same_as]
+        free += spec.count if spec.same_as is None else 0
+        for view in range(spec.count):
+            plans.append(plan_view(spec, view, streams[spec.name] + view, ids=ids, epochs=epochs, sizes=sizes, seed=seed))
+    return plans
+
+
+def set_of_step(sets: Sequence[ViewSet], step: int, *, seed: int) -> int:
+    """Which set of views a step takes: a function of the step's number and the run's seed, and so the same on every rank."""
+    shares = np.cumsum([one.weight for one in sets])
+    draw = uniforms(np.array([step], dtype=np.uint64), 1, seed, _SET_STREAM)[0, 0]
+    return min(int(np.searchsorted(shares, draw * shares[-1], side="right")), len(sets) - 1)

@@ -1,0 +1,81 @@
+"""Reads an npz file of one-dimensional arrays of known types, as ``numpy.savez`` writes it, without believing its headers.
+
+``numpy.load`` takes the memory that a header asks for; here no more is taken than the file has bytes.
+"""
+
+from __future__ import annotations
+
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.lib import format as npy
+from numpy.typing import DTypeLike, NDArray
+
+from pipeline.untrusted import open_regular
+
+_HEADER = 4096  # bytes, most of the header of one array
+
+
+def read_arrays(path: Path, types: Mapping[str, DTypeLike]) -> dict[str, NDArray[Any]]:
+    """The arrays, one-dimensional.
+
+    Args:
+        path: a regular file.
+        types: names and types of the arrays that must be there; others are not looked at.
+
+    Raises:
+        ValueError: an array is missing, of another type or shape, compressed, or the file is damaged.
+        DataError: it is no regular file.
+        OSError: it cannot be opened.
+    """
+    with open(open_regular(path), "rb") as file:
+        try:
+            with zipfile.ZipFile(file) as archive:
+                return {name: _array(archive, f"{name}.npy", np.dtype(dtype)) for name, dtype in types.items()}
+        except (KeyError, zipfile.BadZipFile, NotImplementedError, RuntimeError, EOFError, OverflowError, SyntaxError) as error:
+            raise ValueError(str(error) or type(error).__name__) from None
+
+
+def _array(archive: zipfile.ZipFile, name: str, dtype: np.dtype[Any]) -> NDArray[Any]:
+    about = archive.getinfo(name)
+    if about.compress_type != zipfile.ZIP_STORED or about.file_size != about.compress_size:
+        raise ValueError(f"{name} is compressed")
+    with archive.open(about) as member:
+        version = npy.read_magic(member)
+        if version != (1, 0):
+            raise ValueError(f"{name} has another version")
+        shape, _, kind = npy.read_array_header_1_0(member, max_header_size=_HEADER)
+        data = member.read()
+    if kind != dtype or len(shape) != 1 or shape[0] * dtype.itemsize != len(data):
+        raise ValueError(f"{name} is of another type or length")
+    return np.frombuffer(data, dtype=dtype).copy()
+
+
+def check_columns(columns: Mapping[str, NDArray[Any]], samples: int, size: int, tables: Mapping[str, int]) -> None:
+    """Columns of a shard's index are of equal length, their numbers mean something, every member lies inside the shard.
+
+    Args:
+        columns: by name, see :class:`pipeline.data.index.manifest.ShardIndex`.
+        samples: length of each.
+        size: bytes of the shard.
+        tables: for columns that number the entries of a table, how many entries it has.
+
+    Raises:
+        ValueError: they do not.
+    """
+    if any(len(column) != samples for column in columns.values()):
+        raise ValueError("columns are of unequal length")
+    if not samples:
+        return
+    for name, entries in tables.items():
+        if int(columns[name].max()) >= entries:
+            raise ValueError(f"a value of {name} means nothing")
+    for part in ("image", "caption", "segmentation"):
+        offset, length = columns[f"{part}_offset"], columns[f"{part}_size"]
+        if min(int(offset.min()), int(length.min())) < 0 or int(length.max()) > size or bool((offset > size - length).any()):
+            raise ValueError(f"{part} lies outside the shard")
+    if min(int(columns["width"].min()), int(columns["height"].min())) < 0:
+        raise ValueError("width or height is negative")

@@ -1,0 +1,329 @@
+"""Building an index: every shard is walked once, every sample gets a status, nothing is dropped without being counted.
+
+Pictures are judged by their headers alone: nothing is decoded here, so a picture that claims a gigapixel costs nothing.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import as_completed
+from pathlib import Path
+from typing import Any, Literal
+
+from pipeline.data import storage
+from pipeline.data.index import tar
+from pipeline.data.index.captions import REPLACED, captions_of, decode_text, encoding_of, json_caption_replaced, read_json_member
+from pipeline.data.index.image_header import Judgement, judge, whole
+from pipeline.data.index.labels import BAD, read_label
+from pipeline.data.index.manifest import (
+    CAPTION_SOURCES,
+    FORMATS,
+    STATUSES,
+    Fields,
+    Manifest,
+    Shard,
+    ShardIndex,
+    load_sidecar,
+    make_columns,
+    sidecar_name,
+)
+from pipeline.data.loader.processes import process_pool
+from pipeline.errors import DataError, FoveaError
+
+__all__ = ["Fields", "Judgement", "UnusableShards", "build", "captions_of", "index_shard", "judge", "whole"]
+
+
+class UnusableShards(DataError):
+    """Shards that no index can be made of.
+
+    Attributes:
+        shards: what is known of the others.
+        problems: one error for each shard that cannot be read; empty if all can, but none of their samples can be used.
+    """
+
+    def __init__(
+        self, what: str, *, where: str = "", hint: str = "", shards: Sequence[Shard] = (), problems: Sequence[FoveaError] = ()
+    ) -> None:
+        super().__init__(what, where=where, hint=hint)
+        self.shards, self.problems = tuple(shards), tuple(problems)
+
+
+Damaged = Literal["refuse", "use"]
+_MAX_SIDE = 2**31 - 1  # pixels that the index can hold; a header may say more
+_SMALL_WORK = 48 << 20  # below this many bytes starting processes takes longer than indexing
+
+
+def index_shard(
+    shard: str | storage.ObjectStat, *, fields: Fields, damaged: Damaged = "refuse", store: storage.Storage | None = None
+) -> ShardIndex:
+    """Walks one shard and judges each of its samples.
+
+    Args:
+        shard: the shard, or what storage said of it.
+        fields: what makes a sample.
+        damaged: ``use`` keeps the whole samples before a cut; ``refuse`` raises.
+        store: how to reach it.
+
+    Raises:
+        DataError: the shard cannot be read, is no tar or is damaged.
+    """
+    store = store or storage.Storage()
+    about = store.stat(shard) if isinstance(shard, str) else shard
+    source = store.open(about)
+    try:
+        return _walked(source, about, fields, damaged)
+    finally:
+        source.close()
+
+
+def _walked(source: storage.Source, about: storage.ObjectStat, fields: Fields, damaged: Damaged) -> ShardIndex:
+    notes = tar.Notes()
+    runs, damage = tar.runs(source, notes, use_damaged=damaged == "use")
+    doubts = tar.doubts([(key, set(members)) for key, members in runs])
+    rows = [_row(source, key, members, fields, doubt, notes) for (key, members), doubt in zip(runs, doubts, strict=True)]
+    return ShardIndex(
+        url=about.url,
+        size=about.size,
+        tag=about.tag,
+        fields=fields,
+        damage=damage,
+        notes=dict(sorted(notes.items())),
+        keys=tuple(key for key, _ in runs),
+        columns=make_columns(rows),
+        examples={kind: tuple(names) for kind, names in sorted(notes.examples.items())},
+    )
+
+
+def build(
+    urls: Sequence[str],
+    directory: str | Path,
+    *,
+    fields: Fields | None = None,
+    workers: int | None = None,
+    damaged: Damaged = "refuse",
+    progress: Callable[[int, int, Shard], None] | None = None,
+    store: storage.Storage | None = None,
+) -> Manifest:
+    """Indexes shards, or reuses what is already there, and writes the manifest.
+
+    A sidecar is reused while the shard's url, size and version, the rules and the format are the same; so a second build
+    is quick and an interrupted one goes on where it stopped.
+
+    Args:
+        urls: the shards in order, see :func:`pipeline.data.storage.expand`.
+        directory: where sidecars and manifest go.
+        fields: what makes a sample.
+        workers: processes; None: as many as there are processors and work for them.
+        damaged: ``use`` keeps the whole samples before a cut, ``refuse`` stops.
+        progress: called after each shard with (shards done, shards in all, its summary).
+        store: how to reach them.
+
+    Raises:
+        UnusableShards: shards cannot be used (all are looked at first, up to five are named), or no sample can.
+        DataError: the directory cannot be written.
+    """
+    fields = fields or Fields()
+    folder = Path(directory)
+    urls = [storage.absolute(url) for url in urls]
+    _make(folder)
+    found: dict[str, Shard] = {}
+    problems: dict[str, FoveaError] = {}
+    pending: list[storage.ObjectStat] = []
+    store = store or storage.Storage()
+
+    def tell(shard: Shard) -> None:
+        found[shard.url] = shard
+        if progress is not None:
+            progress(len(found) + len(problems), len(urls), shard)
+
+    for url, about in zip(urls, store.stats(urls), strict=True):
+        if isinstance(about, DataError):
+            problems[url] = about
+            continue
+        kept = _reusable(folder / sidecar_name(url), about, fields, damaged)
+        if kept is None:
+            pending.append(about)
+        else:
+            tell(Shard.of(kept))
+    for url, result in _index_all(pending, folder, fields, damaged, workers, store):
+        if isinstance(result, Shard):
+            tell(result)
+        else:
+            problems[url] = result
+    if problems:
+        raise _refusal([problems[url] for url in urls if url in problems], [found[url] for url in urls if url in found])
+    manifest = Manifest(str(folder), tuple(found[url] for url in urls), fields)
+    if manifest.total == 0:
+        counted = ", ".join(f"{n} {status}" for status, n in manifest.counts.items()) or "no samples at all"
+        raise UnusableShards(
+            f"no sample can be used: {counted}",
+            where=f"{urls[0]}{' …' if len(urls) > 1 else ''}" if urls else "index",
+            hint=f"Samples need an image with one of the extensions {', '.join(fields.images)}.",
+            shards=manifest.shards,
+        )
+    manifest.save(folder)
+    return manifest
+
+
+def _index_all(
+    pending: list[storage.ObjectStat],
+    folder: Path,
+    fields: Fields,
+    damaged: Damaged,
+    workers: int | None,
+    store: storage.Storage,
+) -> Iterator[tuple[str, Shard | FoveaError]]:
+    if workers is None:
+        workers = min(len(os.sched_getaffinity(0)), math.ceil(sum(about.size for about in pending) / _SMALL_WORK))
+    workers = min(workers, len(pending))
+    if workers <= 1:
+        for about in pending:
+            yield about.url, _index_one(about, folder, fields, damaged, store)
+        return
+    with process_pool(workers) as pool:
+        largest_first = sorted(pending, key=lambda about: about.size, reverse=True)
+        jobs = {pool.submit(_index_one, about, folder, fields, damaged, store): about.url for about in largest_first}
+        for job in as_completed(jobs):
+            yield jobs[job], job.result()
+
+
+def _index_one(
+    about: storage.ObjectStat, folder: Path, fields: Fields, damaged: Damaged, store: storage.Storage
+) -> Shard | FoveaError:
+    try:
+        index = index_shard(about, fields=fields, damaged=damaged, store=store)
+    except FoveaError as error:
+        return error
+    index.save(folder / sidecar_name(about.url))
+    return Shard.of(index)
+
+
+def _reusable(path: Path, about: storage.ObjectStat, fields: Fields, damaged: Damaged) -> ShardIndex | None:
+    if not path.exists():
+        return None
+    try:
+        index = load_sidecar(path)
+    except DataError:
+        return None
+    same = (index.url, index.size, index.tag, index.fields) == (about.url, about.size, about.tag, fields)
+    return index if same and (damaged == "use" or not index.damage) else None
+
+
+def _make(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if not os.access(folder, os.W_OK):
+            raise PermissionError(13, "Permission denied")
+    except OSError as error:
+        raise DataError(
+            f"cannot be written ({error.strerror})", where=str(folder), hint="Give another directory for the index."
+        ) from error
+
+
+def _refusal(problems: list[FoveaError], found: list[Shard]) -> UnusableShards:
+    if len(problems) == 1:
+        only = problems[0]
+        return UnusableShards(only.what, where=only.where, hint=only.hint, shards=found, problems=problems)
+    among = len(problems) + len(found)
+    named = "; ".join(f"{problem.where}: {problem.what}" for problem in problems[:5])
+    more = f"; and {len(problems) - 5} more" if len(problems) > 5 else ""
+    hint = 'Copy them again or leave them out; damaged="use" keeps the whole samples before a cut.'
+    what = f"{len(problems)} of {among} shards cannot be used: {named}{more}"
+    return UnusableShards(what, hint=hint, shards=found, problems=problems)
+
+
+def _row(
+    source: storage.Source, key: str, members: dict[str, tar.Member], fields: Fields, doubt: str, notes: tar.Notes
+) -> dict[str, int]:
+    image = next((extension for extension in fields.images if extension in members), None)
+    row = dict.fromkeys(
+        ("image_offset", "image_size", "width", "height", "caption_offset", "caption_size", "segmentation_offset"), 0
+    )
+    row |= {"segmentation_size": 0, "label": -1, "crc32": 0, "other_crc32": 0, "extension": 0, "format": 0, "caption_source": 0}
+    status = "missing_image"
+    if image is not None:
+        data = _data(source, members[image])
+        verdict = judge(data, min_side=fields.min_side, max_pixels=fields.max_pixels)
+        status = verdict.status
+        row |= {
+            "image_offset": members[image].offset,
+            "image_size": members[image].size,
+            "width": min(verdict.width, _MAX_SIDE),
+            "height": min(verdict.height, _MAX_SIDE),
+            "crc32": zlib.crc32(data),
+            "extension": fields.images.index(image),
+            "format": FORMATS.index(verdict.format),
+        }
+    others = {name: _data(source, members[name]) for name in (fields.caption, fields.label, fields.json) if name in members}
+    document = _json_object(others.get(fields.json), key, notes)
+    _add_label(row, others.get(fields.label), document, fields, key, notes)
+    _add_caption(row, members, others, document, fields, key, notes)
+    if fields.segmentation in members:
+        member = members[fields.segmentation]
+        row |= {"segmentation_offset": member.offset, "segmentation_size": member.size}
+        others[fields.segmentation] = _data(source, member)
+    for data in others.values():
+        row["other_crc32"] = zlib.crc32(data, row["other_crc32"])
+    missing = {"caption": not row["caption_source"], "label": row["label"] < 0, "segmentation": not row["segmentation_size"]}
+    if status == "ok":
+        status = next((f"missing_{name}" for name in fields.require if missing[name]), "ok")
+    row["status"] = STATUSES.index(doubt or status)
+    return row
+
+
+def _data(source: storage.Source, member: tar.Member) -> bytes:
+    return source.read(member.offset, member.size) if member.size else b""
+
+
+def _json_object(data: bytes | None, key: str, notes: tar.Notes) -> dict[str, Any]:
+    if data is None:
+        return {}
+    try:
+        document = read_json_member(data)
+    except (ValueError, RecursionError):
+        document = None
+    if not isinstance(document, dict):
+        notes.note("bad_json", key)
+        return {}
+    return document
+
+
+def _add_label(
+    row: dict[str, int], text: bytes | None, document: dict[str, Any], fields: Fields, key: str, notes: tar.Notes
+) -> None:
+    if text is None and fields.json_label not in document:
+        return
+    label, note = read_label(document[fields.json_label] if text is None else text)
+    if not isinstance(label, int):  # a name has no number here: only packing sees all of them
+        notes.note(note or BAD, key)
+    row["label"] = label if isinstance(label, int) else -1
+
+
+def _add_caption(
+    row: dict[str, int],
+    members: dict[str, tar.Member],
+    others: dict[str, bytes],
+    document: dict[str, Any],
+    fields: Fields,
+    key: str,
+    notes: tar.Notes,
+) -> None:
+    text, value = others.get(fields.caption, b""), document.get(fields.json_caption)
+    readable, replaced = decode_text(text)
+    if text.strip() and (readable.strip() or encoding_of(text) == "utf-8"):  # a mark alone is no caption
+        source, member = "text", members[fields.caption]
+    elif not captions_of(value):
+        if any(not isinstance(item, str) and item is not None for item in (value if isinstance(value, list) else [value])):
+            notes.note("bad_caption", key)
+        return
+    else:
+        source, member = "json", members[fields.json]
+        replaced = json_caption_replaced(others[fields.json], value)
+    if replaced:
+        notes.note(REPLACED, key)
+    elif source == "text" and "\0" in readable:
+        notes.note("caption_nul", key)
+    row |= {"caption_source": CAPTION_SOURCES.index(source), "caption_offset": member.offset, "caption_size": member.size}

@@ -1,0 +1,358 @@
+"""All about the data that can be known, and refused, before a rank is started: shards, indexes, order, batch arithmetic."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from pipeline.checkpoint.files import Saved
+from pipeline.config.schema import Config
+from pipeline.data import storage
+from pipeline.data.augment.plan import PLAN_VERSION
+from pipeline.data.index.build import build
+from pipeline.data.index.filters import narrow
+from pipeline.data.index.manifest import Fields, Manifest, Shard
+from pipeline.data.order.mixture import Mixture, Source
+from pipeline.data.order.order import Order
+from pipeline.data.overlap import check_held_out
+from pipeline.errors import CheckpointError, ConfigError, DataError
+from pipeline.evaluation.settings import VOTED
+from pipeline.runtime.locks import lock
+from pipeline.untrusted import plain_name
+
+DATA_STATE_VERSION = 1
+_START_GRACE = 20.0  # seconds
+_ACCEPTABLE = {"fingerprint", "sources"}  # what may change knowingly; all else is a setting that can be put back
+_NAMED = 5
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """Indexed data sets of a run.
+
+    Attributes:
+        train: what is trained on.
+        bank, queries: what evaluations learn from and judge, ``None`` if all are off that would look at them.
+        order: which sample comes when.
+        sources: the data sets that ``train`` consists of, in the order of their shards; empty if it is a single unnamed one.
+        dense: pictures with a class for each pixel, to learn from and to judge.
+    """
+
+    train: Manifest
+    bank: Manifest | None
+    queries: Manifest | None
+    order: Order | Mixture
+    sources: tuple[Source, ...] = ()
+    dense: tuple[Manifest, Manifest] | None = None
+
+
+def fields(config: Config) -> Fields:
+    """What makes a sample, as the settings say."""
+    d = config.data
+    return Fields(
+        images=d.image,
+        caption=d.caption,
+        caption_lines=d.caption_lines,
+        label=d.label,
+        min_side=d.min_side,
+        max_pixels=d.max_pixels,
+    )
+
+
+def open_storage(config: Config, *, at_start: bool = False) -> storage.Storage:
+    """The door to a run's shards. At the start there is little patience: nothing is lost yet, and somebody waits."""
+    settings = config.data.storage
+    return storage.Storage(settings.model_copy(update={"grace": min(settings.grace, _START_GRACE)}) if at_start else settings)
+
+
+def indexed(
+    config: Config,
+    patterns: Sequence[str],
+    progress: Callable[[int, int, Any], None] | None = None,
+    *,
+    require: tuple[str, ...] = (),
+) -> Manifest:
+    """Find and index shards; what was indexed before and has not changed is reused.
+
+    Args:
+        config: the settings.
+        patterns: paths or URLs of shards.
+        progress: told of each shard indexed.
+        require: parts without which a sample is left out, of ``caption``, ``label`` and ``segmentation``.
+
+    Raises:
+        DataError: no shard matches, or shards cannot be used.
+    """
+    return _index(config, storage.expand(patterns, open_storage(config, at_start=True)), progress, require)
+
+
+def _index(
+    config: Config, urls: Sequence[str], progress: Callable[[int, int, Any], None] | None, require: tuple[str, ...]
+) -> Manifest:
+    directory = config.data.index_folder(urls)
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        file = (directory / ".lock").open("a")
+    except OSError as error:
+        raise DataError(
+            f"the index of the shards cannot be kept here ({error.strerror})",
+            where=str(directory),
+            hint="set data.index to a folder",
+        ) from error
+    with file:
+        lock(file.fileno(), file.name)
+        store = open_storage(config, at_start=True)
+        manifest = build(urls, directory, fields=fields(config), damaged=config.data.damaged, progress=progress, store=store)
+        return narrow(manifest, directory / f"with-{'-'.join(require)}", require) if require else manifest
+
+
+def prepare(config: Config, world: int, progress: Callable[[int, int, Any], None] | None = None) -> Inputs:
+    """Check and index everything a run reads.
+
+    Args:
+        config: the settings.
+        world: number of ranks.
+        progress: told of each shard indexed.
+
+    Raises:
+        DataError, ConfigError: with what is wrong and how to fix it.
+    """
+    require = ("caption",) if config.recipe.reads_text and config.data.missing_caption == "exclude" else ()
+    urls, sources = _found(config)
+    train = _index(config, urls, progress, require)
+    batch, micro = config.train.global_batch, config.train.micro_batch
+    order: Order | Mixture
+    if len(sources) > 1:
+        order = Mixture(train.sizes, sources, config.run.seed, batch, config.data.lanes, config.data.block)
+    else:
+        order = Order(train.sizes, config.run.seed, batch, config.data.lanes, config.data.block)
+    order.check_world(world)
+    if micro is not None and batch % (world * micro):
+        raise ConfigError(
+            f"{batch} samples do not divide by {world} ranks times {micro}",
+            where="train.micro_batch",
+            hint=f"choose a divisor of {batch // world}",
+        )
+    check_warmups(config, order.samples_per_epoch)
+    inputs = Inputs(train, None, None, order, sources)
+    return replace(inputs, **judged(config, train, progress)) if config.evaluation.enabled else inputs
+
+
+def judged(
+    config: Config,
+    train: Manifest | None = None,
+    progress: Callable[[int, int, Any], None] | None = None,
+    *,
+    trained: bool = False,
+) -> dict[str, Any]:
+    """What the evaluations of a run look at: ``bank``, ``queries`` and ``dense`` of :class:`Inputs`, as far as they are wanted.
+
+    Args:
+        config: the settings.
+        train: the training data, where they vote too and are indexed already.
+        progress: told of each shard indexed.
+        trained: whether ``data.shards`` is what the network was trained on; with ``train`` it is.
+
+    Raises:
+        DataError: no shard matches, shards cannot be used, or what is evaluated is learned from too.
+    """
+    found: dict[str, Any] = {}
+    if config.evaluation.labelled:
+        same = train is not None and not config.evaluation.knn.train_shards
+        found["bank"] = train if same else indexed(config, config.voting_shards, progress)
+        try:
+            found["queries"] = indexed(config, config.validation_shards, progress)
+        except DataError as error:
+            if config.evaluation.knn.val_shards is not None or "no shard matches" not in str(error):
+                raise
+            raise DataError(
+                "no labelled shards to judge by lie beside the training shards",
+                where=f"evaluation.knn.val_shards, by default {config.validation_shards[0]}",
+                hint="name some, or leave judging out: evaluation.knn.enabled=false",
+            ) from error
+        _check_labelled(config, found["bank"], found["queries"], train, trained)
+    s = config.evaluation.segmentation
+    if s.enabled:
+        pair = [indexed(config, p or (), progress, require=("segmentation",)) for p in (s.train_shards, s.val_shards)]
+        hint = "give evaluation.segmentation.train_shards and val_shards no shard in common"
+        check_held_out(pair[0], pair[1], where="evaluation.segmentation.val_shards", hint=hint)
+        found["dense"] = (pair[0], pair[1])
+    return found
+
+
+def _check_labelled(config: Config, bank: Manifest, queries: Manifest, train: Manifest | None, trained: bool) -> None:
+    """No sample votes, or trains a probe, and is evaluated; nor is one that the network saw with its caption.
+
+    Raises:
+        DataError: with the shards.
+    """
+    knn, on = config.evaluation.knn, config.evaluation.enabled.keys()
+    where = "evaluation.knn.val_shards" + ("" if knn.val_shards else f", by default {config.validation_shards[0]}")
+    apart = "such as data.shards='…/train-*.tar'"
+    if on & VOTED:
+        other = "evaluation.knn.train_shards" if knn.train_shards else f"the training shards, {apart}"
+        check_held_out(bank, queries, where=where, hint=f"name others, or leave them out of {other}")
+    if on & {"zeroshot", "retrieval"} and (train is not None or trained):
+        seen = train if train is not None else _trained_on(config, bank)
+        hint = f"name others, or leave them out of the training shards, {apart}"
+        if seen is not None:
+            check_held_out(seen, queries, where=where, hint=hint, learning="trained on")
+
+
+def _trained_on(config: Config, bank: Manifest) -> Manifest | None:
+    """The training shards, which vote unless others do; ``None`` if they are not here any more."""
+    if not config.evaluation.knn.train_shards:
+        return bank
+    try:
+        return indexed(config, config.data.patterns)
+    except DataError as error:
+        if "no shard matches" not in str(error):
+            raise
+        return None
+
+
+def _found(config: Config) -> tuple[list[str], tuple[Source, ...]]:
+    """The training shards in order, and which of them make which data set.
+
+    Raises:
+        DataError: no shard matches a pattern, or two data sets share a shard.
+    """
+    store = open_storage(config, at_start=True)
+    if config.data.sources is None:
+        return storage.expand(config.data.shards, store), ()
+    urls: list[str] = []
+    owner: dict[str, str] = {}
+    sources = []
+    for given in config.data.sources:
+        own = storage.expand(given.shards, store)
+        for url in own:
+            if owner.setdefault(storage.absolute(url), given.name) != given.name:
+                raise DataError(
+                    f"the data sets {owner[storage.absolute(url)]!r} and {given.name!r} share a shard",
+                    where=url,
+                    hint="Give each shard to one set of data.sources; repeat or weight say how often it is seen.",
+                )
+        sources.append(Source(given.name, len(urls), len(own), given.weight, given.repeat or 1.0))
+        urls += own
+    return urls, tuple(sources)
+
+
+def check_warmups(config: Config, epoch_samples: int) -> None:
+    """Refuse warm-ups that do not fit into the run. Of a curve that then stays constant, a short run sees the beginning.
+
+    Args:
+        config: the settings.
+        epoch_samples: samples of the training set.
+
+    Raises:
+        ConfigError: with the key and both lengths.
+    """
+    batch = config.train.global_batch
+    steps = config.train.length.steps(epoch_samples, batch)
+    for name in type(config.schedule).model_fields:
+        curve = getattr(config.schedule, name)
+        if curve.shape != "constant" and curve.warmup.samples(epoch_samples, batch) > steps * batch:
+            raise ConfigError(
+                f"a warm-up of {curve.warmup.steps(epoch_samples, batch)} steps in a run of {steps}",
+                where=f"schedule.{name}.warmup = {curve.warmup}",
+                hint="make it shorter, or train.length longer",
+            )
+
+
+def data_identity(inputs: Inputs) -> dict[str, Any]:
+    """What decides which samples come when and how they look: part of every checkpoint, and the same in all attempts."""
+    mixed = isinstance(inputs.order, Mixture)
+    return {
+        "version": DATA_STATE_VERSION,
+        "plan": PLAN_VERSION,
+        "fingerprint": inputs.train.fingerprint,
+        "seed": inputs.order.seed,
+        "global_batch": inputs.order.global_batch,
+        "lanes": inputs.order.lanes,
+        "block": inputs.order.block,
+        "sources": [[s.name, s.shards, s.weight, s.repeat] for s in inputs.sources] if mixed else None,
+    }
+
+
+def record_data(folder: Path, inputs: Inputs) -> None:
+    """Keep what a run was trained on, so that a later attempt can tell what has changed.
+
+    Args:
+        folder: the run's folder for it, see :meth:`pipeline.runtime.run_directory.RunDirectory.data`.
+        inputs: the data sets.
+    """
+    place = folder / inputs.train.fingerprint
+    if not (place / "manifest.json").exists():
+        place.mkdir(parents=True, exist_ok=True)
+        inputs.train.save(place)
+
+
+def check_data(saved: Saved, inputs: Inputs, *, allow: bool = False) -> str:
+    """Refuse to resume over other data or in another order.
+
+    Args:
+        saved: the checkpoint.
+        inputs: what there is now.
+        allow: accept other shards and other shares of them. The step number stays; the order is the new data's.
+
+    Returns:
+        Empty if nothing has changed, else what was accepted.
+
+    Raises:
+        CheckpointError: what the checkpoint was trained on, and what the shards hold now.
+    """
+    data, now = saved.manifest.get("data") or {}, data_identity(inputs)
+    changed = [name for name, value in now.items() if data.get(name) != value]
+    if not changed:
+        return ""
+    told = "; ".join(f"{name} was {data.get(name)!r} and is {now[name]!r}" for name in changed)
+    if "fingerprint" in changed:
+        told += f"; {_difference(saved, inputs.train)}"
+    acceptable = set(changed) <= _ACCEPTABLE
+    if allow and acceptable:
+        return f"{saved.path}: goes on at step {saved.step} over other data, as checkpoint.allow_data_change says ({told})"
+    then = data.get("samples", "unknown")
+    consent = "; or checkpoint.allow_data_change=true goes on at the same step over the new data" if acceptable else ""
+    raise CheckpointError(
+        f"the data of this run have changed ({told})",
+        where=str(saved.path),
+        hint=f"resume over the {then} samples it was trained on, or start a new run in another run.directory{consent}",
+    )
+
+
+def _difference(saved: Saved, now: Manifest) -> str:
+    """Which shards are gone, new and changed since a checkpoint, with numbers."""
+    data = saved.manifest.get("data") or {}
+    try:
+        fingerprint = plain_name(data.get("fingerprint"), where=str(saved.path))
+        old = Manifest.load(saved.path.parent.parent / "data" / fingerprint)
+    except DataError:
+        return f"{data.get('samples', 'unknown')} samples then, {now.total} in {len(now.shards)} shards now"
+    then, here = _by_name(old), _by_name(now)
+    parts = [f"{old.total} samples in {len(old.shards)} shards then, {now.total} in {len(now.shards)} now"]
+    gone = [f"{shard.name} ({shard.samples})" for key, shard in then.items() if key not in here]
+    new = [f"{shard.name} ({shard.samples})" for key, shard in here.items() if key not in then]
+    both = [(then[key], here[key]) for key in then if key in here]
+    altered = [
+        f"{a.name} ({a.samples} samples, {a.size} bytes then; {b.samples} samples, {b.size} bytes now)"
+        for a, b in both
+        if (a.size, a.digest) != (b.size, b.digest)
+    ]
+    for word, names in (("gone", gone), ("new", new), ("changed", altered)):
+        if names:
+            more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
+            parts.append(f"{len(names)} {word}: {', '.join(names[:_NAMED])}{more}")
+    return "; ".join(parts if len(parts) > 1 else [*parts, "the same shards in another order"])
+
+
+def _by_name(manifest: Manifest) -> dict[tuple[str, int], Shard]:
+    """Shards by base name; several of one name, in different folders, are told apart by their turn."""
+    turns: Counter[str] = Counter()
+    found = {}
+    for shard in manifest.shards:
+        found[shard.name, turns[shard.name]] = shard
+        turns[shard.name] += 1
+    return found

@@ -1,0 +1,1 @@
+"""What a person asks of shards: verification, statistics, reports."""

@@ -1,0 +1,191 @@
+"""What an index found wrong, and where: counts by reason, the first few samples of each, and every shard that was refused."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from pipeline.data import storage
+from pipeline.data.index.manifest import STATUSES, Shard, load_sidecar
+from pipeline.errors import DataError, FoveaError
+from pipeline.untrusted import printable, shown
+
+# What a person can do about each reason.
+MEANING = {
+    "missing_image": "no member with an extension of a picture",
+    "missing_caption": "a caption is required and there is none",
+    "missing_label": "a class number is required and there is none",
+    "missing_segmentation": "a class map is required and there is none",
+    "not_image": "the bytes are no picture: often an error page or an empty download",
+    "unsupported": "a picture that the decoder does not read (GIF, AVIF…): pack again with --transcode",
+    "truncated": "the end of the picture is missing: fetch it again",
+    "too_large": "more pixels than data.max_pixels",
+    "too_small": "a side shorter than data.min_side",
+    "duplicate_key": "the key and its members occur twice; the first is used",
+    "not_adjacent": "members of one key lie apart: pack again, which brings them together",
+    "undecodable": "failed a full decode (fovea shards verify --exclude)",
+    "link": "links are not followed: put the files themselves into the tar",
+    "device": "a device is no sample",
+    "sparse": "sparse members are not read: write the tar without --sparse",
+    "unknown": "a kind of member that tar does not define",
+    "no_extension": "a name without an extension belongs to no sample",
+    "bad_label": "the class is no whole number: it has no label (pack from a table or folders to number names)",
+    "negative_label": "a negative class number: it has no label",
+    "empty_label": "an empty class: it has no label",
+    "bad_caption": "the caption in .json is neither a text nor a list of texts",
+    "caption_nul": "a caption with NUL characters: UTF-16 without a byte order mark, or binary data",
+    "caption_replaced": "a caption that is no UTF-8: what cannot be read is replaced by U+FFFD, and trained on",
+    "bad_json": "the .json member holds no JSON object",
+    "cut_sample": "the sample before the place where the shard is cut",
+}
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One reason.
+
+    Attributes:
+        reason: a status of the index, or a note.
+        count: how often.
+        refused: whether each is a sample that is not used; else it is something beside the samples, or part of a used one.
+        examples: the first few, as (shard, key or member).
+        shards: how often in each shard where it occurs, by url.
+    """
+
+    reason: str
+    count: int
+    refused: bool
+    examples: tuple[tuple[str, str], ...]
+    shards: dict[str, int]
+
+    @property
+    def meaning(self) -> str:
+        """What it means and what can be done, in words."""
+        return MEANING.get(self.reason, "")
+
+
+@dataclass(frozen=True)
+class IndexReport:
+    """What an index says of a data set.
+
+    Attributes:
+        shards: shards looked at.
+        samples: samples in them, used or not.
+        accepted: samples that can be used.
+        findings: reasons, those that refuse samples first, then by count.
+        refused: (shard, what is wrong, hint) of each shard that cannot be read.
+        damaged: (shard, what is wrong) of those used in part.
+    """
+
+    shards: int
+    samples: int
+    accepted: int
+    findings: tuple[Finding, ...]
+    refused: tuple[tuple[str, str, str], ...]
+    damaged: tuple[tuple[str, str], ...]
+
+    def document(self) -> dict[str, Any]:
+        """The report for JSON; keys that are no UTF-8 have their odd bytes replaced."""
+        document = {
+            "shards": self.shards,
+            "samples": self.samples,
+            "accepted": self.accepted,
+            "findings": [{**asdict(finding), "meaning": finding.meaning} for finding in self.findings],
+            "refused": [{"shard": shard, "what": what, "hint": hint} for shard, what, hint in self.refused],
+            "damaged": [{"shard": shard, "what": what} for shard, what in self.damaged],
+        }
+        return json.loads(_printable(json.dumps(document, ensure_ascii=False)))
+
+    def text(self, *, most_shards: int | None = None) -> str:
+        """The report for a person.
+
+        Args:
+            most_shards: refused or damaged shards to name; all by default.
+        """
+        lines = [f"{self.accepted:,} of {self.samples:,} samples in {self.shards:,} shards can be used"]
+        for refused, title in ((True, "samples left out"), (False, "noted beside the samples")):
+            chosen = [finding for finding in self.findings if finding.refused == refused]
+            if chosen:
+                lines += ["", title]
+            width = max((len(finding.reason) for finding in chosen), default=0)
+            for finding in chosen:
+                among = f"in {len(finding.shards)} shard{'s' if len(finding.shards) > 1 else ''}"
+                lines.append(f"  {finding.count:>9,}  {finding.reason:<{width}}  {among}: {finding.meaning}")
+                lines += [f"{'':13}{printable(shard)}: {printable(name)}" for shard, name in finding.examples]
+        told = (
+            ("shards refused", [f"{shard}: {what}. {hint}".rstrip(". ") for shard, what, hint in self.refused]),
+            ("shards used in part", [what for _, what in self.damaged]),
+        )
+        for title, entries in told:
+            if entries:
+                lines += ["", title, *(f"  {entry}" for entry in entries[:most_shards])]
+            if most_shards is not None and len(entries) > most_shards:
+                lines.append(f"  and {len(entries) - most_shards:,} more")
+        return shown("\n".join(lines))
+
+    def save(self, path: Path) -> None:
+        """Writes the report as JSON, and beside it as text (``report.json`` and ``report.txt``).
+
+        Raises:
+            DataError: the place cannot be written.
+        """
+        try:
+            storage.write_whole(path, (json.dumps(self.document(), indent=1, ensure_ascii=False) + "\n").encode())
+            storage.write_whole(path.with_suffix(".txt"), (self.text() + "\n").encode())
+        except OSError as error:
+            raise DataError(f"cannot be written ({error.strerror})", where=str(path), hint="Choose another --report.") from error
+
+
+def index_report(
+    directory: str | Path, shards: Sequence[Shard], problems: Sequence[FoveaError] = (), few: int = 5
+) -> IndexReport:
+    """Collects what the sidecars of an index say; those of shards without a fault are not opened.
+
+    Args:
+        directory: where the sidecars are.
+        shards: the summaries of the shards that could be read.
+        problems: what was wrong with the others.
+        few: examples for each reason.
+
+    Raises:
+        DataError: a sidecar is missing or damaged.
+    """
+    counts: dict[tuple[bool, str], dict[str, int]] = {}
+    examples: dict[tuple[bool, str], list[tuple[str, str]]] = {}
+    for shard in shards:
+        here = {(True, status): n for status, n in shard.counts.items() if status != "ok"}
+        here |= {(False, note): n for note, n in shard.notes.items()}
+        for what, n in here.items():
+            counts.setdefault(what, {})[shard.url] = n
+        wanting = [what for what in here if len(examples.setdefault(what, [])) < few]
+        if not wanting:
+            continue
+        index = load_sidecar(Path(directory) / shard.sidecar)
+        for refused, reason in wanting:
+            room = few - len(examples[refused, reason])
+            if refused:
+                rows = (index.columns["status"] == STATUSES.index(reason)).nonzero()[0][:room]
+                names = [index.keys[row] for row in rows]
+            else:
+                names = list(index.examples.get(reason, ()))[:room]
+            examples[refused, reason] += [(shard.name, name) for name in names]
+    findings = [
+        Finding(reason, sum(where.values()), refused, tuple(examples[refused, reason]), where)
+        for (refused, reason), where in counts.items()
+    ]
+    findings.sort(key=lambda finding: (not finding.refused, -finding.count, finding.reason))
+    return IndexReport(
+        shards=len(shards) + len(problems),
+        samples=sum(sum(shard.counts.values()) for shard in shards),
+        accepted=sum(shard.samples for shard in shards),
+        findings=tuple(findings),
+        refused=tuple((problem.where, problem.what, problem.hint) for problem in problems),
+        damaged=tuple((shard.url, shard.damage) for shard in shards if shard.damage),
+    )
+
+
+def _printable(text: str) -> str:
+    return text.encode("utf-8", "surrogateescape").decode("utf-8", "replace")

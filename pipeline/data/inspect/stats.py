@@ -1,0 +1,302 @@
+"""What is in a data set, counted from its index: no picture is read again."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pipeline.data.index.captions import REPLACED
+from pipeline.data.index.manifest import CAPTION_SOURCES, FORMATS, Manifest
+from pipeline.data.order.order import Order, divisors
+from pipeline.errors import FoveaError
+from pipeline.untrusted import printable, shown
+
+PERCENTILES = (0, 1, 5, 25, 50, 75, 95, 99, 100)
+SMALL_SHARD, LARGE_SHARD = 100_000_000, 1_000_000_000  # bytes; 200 to 500 MB are advised
+_TOP = 10
+
+
+@dataclass(frozen=True)
+class Spread:
+    """How a number is distributed.
+
+    Attributes:
+        unit: of the values.
+        mean: of all.
+        percentiles: value at each of :data:`PERCENTILES`.
+    """
+
+    unit: str
+    mean: float
+    percentiles: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class Duplicates:
+    """Pictures that occur more than once, byte for byte (by checksum, size and sides).
+
+    Attributes:
+        pictures: how many different ones do.
+        superfluous: samples that would be gone if each was kept once.
+        labels_differ: how many of the pictures have several class numbers.
+        examples: the first few, each as (shard, key) of all the places where it is, at most four of them.
+    """
+
+    pictures: int
+    superfluous: int
+    labels_differ: int
+    examples: tuple[tuple[tuple[str, str], ...], ...]
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """What is in a data set; only samples that can be used are counted, but for ``left_out``.
+
+    Attributes:
+        shards: number of shards.
+        samples: number of samples.
+        image_bytes: of the encoded pictures together.
+        shard_bytes: of the shards together.
+        fingerprint: of the data set.
+        left_out: samples that cannot be used, by status.
+        formats: pictures by format.
+        spreads: of width, height, aspect (width by height), megapixels and encoded size of the pictures, of the captions' length
+            in bytes (those with a text of their own) and of the shards' size and samples.
+        captions: samples by where their caption stands: text, json, none.
+        noted: counts of labels and captions that are not as they should be, and of members that are no sample's.
+        labelled: samples with a class number.
+        classes: largest class number plus one.
+        empty_classes: class numbers below it without a sample.
+        largest: (class number, samples) of the largest classes.
+        smallest: likewise of the smallest that have samples.
+        duplicates: pictures that occur more than once.
+        order: what a global batch makes of it: lanes, steps and samples of an epoch, possible numbers of ranks.
+        advice: sentences on what could be better.
+    """
+
+    shards: int
+    samples: int
+    image_bytes: int
+    shard_bytes: int
+    fingerprint: str
+    left_out: dict[str, int]
+    formats: dict[str, int]
+    spreads: dict[str, Spread]
+    captions: dict[str, int]
+    noted: dict[str, int]
+    labelled: int
+    classes: int
+    empty_classes: int
+    largest: tuple[tuple[int, int], ...]
+    smallest: tuple[tuple[int, int], ...]
+    duplicates: Duplicates
+    order: dict[str, Any]
+    advice: tuple[str, ...]
+
+    def document(self) -> dict[str, Any]:
+        """All of it for JSON; percentiles by their number."""
+        spreads = {
+            name: {"unit": spread.unit, "mean": spread.mean, **dict(zip(map(str, PERCENTILES), spread.percentiles, strict=True))}
+            for name, spread in self.spreads.items()
+        }
+        return {**asdict(self), "spreads": spreads}
+
+    def text(self) -> str:
+        """All of it for a person."""
+        lines = [
+            f"{self.samples:,} samples in {self.shards:,} shards",
+            f"bytes        {_bytes(self.shard_bytes)} of shards, {_bytes(self.image_bytes)} of pictures",
+            f"fingerprint {self.fingerprint}",
+            f"formats      {_counted(self.formats)}",
+            f"captions     {_counted(self.captions)}",
+        ]
+        if self.labelled:
+            empty = f", {self.empty_classes:,} of them empty" if self.empty_classes else ""
+            lines.append(f"labels       {self.labelled:,} samples in {self.classes:,} classes{empty}")
+            lines.append(f"  largest    {', '.join(f'{number}: {n:,}' for number, n in self.largest)}")
+            lines.append(f"  smallest   {', '.join(f'{number}: {n:,}' for number, n in self.smallest)}")
+        else:
+            lines.append("labels       none")
+        if self.noted:
+            lines.append(f"noted        {', '.join(f'{name} {n:,}' for name, n in self.noted.items())}")
+        if self.left_out:
+            lines.append(f"left out     {_counted(self.left_out)}")
+        if self.duplicates.pictures:
+            twice = self.duplicates
+            differ = f"; {twice.labels_differ:,} with several classes" if twice.labels_differ else ""
+            lines.append(f"duplicates   {twice.pictures:,} pictures occur {twice.superfluous:,} times too often{differ}")
+            lines += ["  " + "  =  ".join(printable(f"{shard} {key}") for shard, key in places) for places in twice.examples]
+        else:
+            lines.append("duplicates   none")
+        heads = ("min", *(f"{p} %" for p in PERCENTILES[1:-1]), "max", "mean")
+        lines += ["", f"{'':22}" + "".join(f"{head:>10}" for head in heads)]
+        for name, spread in self.spreads.items():
+            values = "".join(f"{_number(value):>10}" for value in (*spread.percentiles, spread.mean))
+            lines.append(f"{name + (f', {spread.unit}' if spread.unit else ''):22}{values}")
+        lines.append("")
+        if "ranks" in self.order:
+            o = self.order
+            lines.append(
+                f"with a global batch of {o['global_batch']}: {o['lanes']} lanes, {o['steps_per_epoch']:,} steps an epoch, "
+                f"{o['left_over']:,} samples left over each time; ranks: {', '.join(map(str, o['ranks']))}"
+            )
+        lines += [f"- {sentence}" for sentence in self.advice]
+        return shown("\n".join(lines))
+
+
+def statistics(manifest: Manifest, *, global_batch: int = 1024) -> Statistics:
+    """Counts what an index holds.
+
+    Memory: about 40 bytes a sample.
+
+    Args:
+        manifest: the index.
+        global_batch: to give advice on order and ranks for.
+
+    Raises:
+        DataError: a sidecar is missing or damaged.
+    """
+    wanted = ("width", "height", "image_size", "format", "caption_source", "caption_size", "label", "crc32")
+    columns = {name: np.concatenate([manifest.column(number, name) for number in range(len(manifest.shards))]) for name in wanted}
+    width, height = columns["width"].astype(np.float64), columns["height"].astype(np.float64)
+    written = columns["caption_size"][columns["caption_source"] == CAPTION_SOURCES.index("text")]
+    sizes = np.array([shard.size for shard in manifest.shards])
+    measured: tuple[tuple[str, str, NDArray[Any]], ...] = (
+        ("width", "px", width),
+        ("height", "px", height),
+        ("aspect", "w/h", width / height),
+        ("area", "Mpx", width * height / 1e6),
+        ("picture", "kB", columns["image_size"] / 1e3),
+        ("caption", "bytes", written),
+        ("shard", "MB", sizes / 1e6),
+        ("samples a shard", "", np.array(manifest.sizes)),
+    )
+    labels = columns["label"][columns["label"] >= 0]
+    numbers, occurrences = np.unique(labels, return_counts=True)
+    ranked = sorted(zip(occurrences.tolist(), numbers.tolist(), strict=True), key=lambda pair: (-pair[0], pair[1]))
+    spreads = {name: _spread(unit, values) for name, unit, values in measured if len(values)}
+    order, duplicates = _order(manifest, global_batch), _duplicates(manifest, columns)
+    return Statistics(
+        shards=len(manifest.shards),
+        samples=manifest.total,
+        image_bytes=int(columns["image_size"].sum()),
+        shard_bytes=int(sizes.sum()),
+        fingerprint=manifest.fingerprint,
+        left_out={status: n for status, n in manifest.counts.items() if status != "ok"},
+        formats=_named(FORMATS, columns["format"]),
+        spreads=spreads,
+        captions=_named(CAPTION_SOURCES, columns["caption_source"]),
+        noted=manifest.notes,
+        labelled=len(labels),
+        classes=manifest.classes,
+        empty_classes=manifest.classes - len(numbers),
+        largest=tuple((number, n) for n, number in ranked[:_TOP]),
+        smallest=tuple((number, n) for n, number in ranked[::-1][:_TOP]),
+        duplicates=duplicates,
+        order=order,
+        advice=tuple(_advice(manifest, sizes, duplicates, order)),
+    )
+
+
+def _spread(unit: str, values: NDArray[Any]) -> Spread:
+    found = np.percentile(values, PERCENTILES, method="nearest")
+    return Spread(unit, float(values.mean()), tuple(float(value) for value in found))
+
+
+def _named(names: Sequence[str], column: NDArray[Any]) -> dict[str, int]:
+    counts = np.bincount(column, minlength=len(names)).tolist()
+    return {name: n for name, n in sorted(zip(names, counts, strict=True), key=lambda pair: -pair[1]) if n}
+
+
+def _duplicates(manifest: Manifest, columns: dict[str, NDArray[Any]]) -> Duplicates:
+    identity = [columns[name].astype(np.int64) for name in ("height", "width", "image_size", "crc32")]
+    order = np.lexsort(identity)
+    same = np.ones(max(len(order) - 1, 0), dtype=bool)
+    for column in identity:
+        same &= column[order[1:]] == column[order[:-1]]
+    groups = np.split(order, np.flatnonzero(~same) + 1) if same.any() else []
+    several = sorted((np.sort(group) for group in groups if len(group) > 1), key=lambda group: int(group[0]))
+    ends = np.cumsum(manifest.sizes)
+
+    def place(row: int) -> tuple[str, str]:
+        shard = int(np.searchsorted(ends, row, side="right"))
+        return manifest.shards[shard].name, manifest.rows(shard).keys[row - int(ends[shard]) + manifest.shards[shard].samples]
+
+    return Duplicates(
+        pictures=len(several),
+        superfluous=sum(len(group) - 1 for group in several),
+        labels_differ=sum(len(set(columns["label"][group].tolist())) > 1 for group in several),
+        examples=tuple(tuple(place(int(row)) for row in group[:4]) for group in several[:5]),
+    )
+
+
+def _order(manifest: Manifest, global_batch: int) -> dict[str, Any]:
+    try:
+        order = Order(manifest.sizes, 0, global_batch)
+    except FoveaError:
+        return {"global_batch": global_batch}
+    return {
+        "global_batch": global_batch,
+        "lanes": order.lanes,
+        "steps_per_epoch": order.steps_per_epoch,
+        "samples_per_epoch": order.samples_per_epoch,
+        "left_over": manifest.total - order.samples_per_epoch,
+        "ranks": divisors(order.lanes),
+    }
+
+
+def _advice(manifest: Manifest, sizes: NDArray[Any], duplicates: Duplicates, order: dict[str, Any]) -> list[str]:
+    out = []
+    middle, count = float(np.median(sizes)), len(sizes)
+    pack = "`fovea shards pack SHARDS OUT` writes them anew at 200 to 500 MB"
+    if middle < SMALL_SHARD and count > 1 and sizes.sum() > 2 * SMALL_SHARD:
+        out.append(f"shards of {_bytes(middle)} are small: on object storage each costs a request and a wait; {pack}")
+    if middle > LARGE_SHARD:
+        out.append(f"shards of {_bytes(middle)} are large: a node must hold several of them at a time; {pack}")
+    if count > 3 and sizes[:-1].min() * 4 < middle:
+        out.append(f"the smallest shard has {_bytes(float(sizes.min()))}, the middle one {_bytes(middle)}: sizes are uneven")
+    empty = sum(shard.samples == 0 for shard in manifest.shards)
+    if empty:
+        out.append(f"{empty} shards hold no sample that can be used; leave them out")
+    if "lanes" not in order:
+        out.append(f"{manifest.total:,} samples do not make one global batch of {order['global_batch']}")
+    else:
+        if count < 8:
+            few = f"with {count} shard{'s' if count > 1 else ''} each node reads nearly all of them"
+            out.append(f"{few}: more shards than nodes are better")
+        if order["lanes"] < min(256, 2 ** int(math.log2(order["global_batch"]))):
+            out.append(f"a global batch of {order['global_batch']} allows {order['lanes']} lanes only: powers of two share best")
+    if duplicates.labels_differ:
+        out.append(f"{duplicates.labels_differ:,} pictures stand in several classes: the labels disagree")
+    if duplicates.superfluous * 100 > manifest.total:
+        out.append(f"{100 * duplicates.superfluous / manifest.total:.1f} % of the samples are copies of others")
+    replaced = manifest.notes.get(REPLACED, 0)
+    if replaced:
+        out.append(f"{replaced:,} captions are no UTF-8: what cannot be read is trained on as U+FFFD; write them anew in UTF-8")
+    left_out = sum(n for status, n in manifest.counts.items() if status != "ok")
+    if left_out * 100 > manifest.total:
+        out.append(f"{left_out:,} samples cannot be used: see `fovea shards index`")
+    return out
+
+
+def _counted(counts: dict[str, int]) -> str:
+    total = sum(counts.values())
+    return ", ".join(f"{name} {n:,} ({100 * n / total:.3g} %)" for name, n in Counter(counts).most_common())
+
+
+def _bytes(value: float) -> str:
+    for unit in ("bytes", "kB", "MB", "GB"):
+        if value < 1000:
+            return f"{value:.3g} {unit}"
+        value /= 1000
+    return f"{value:,.1f} TB"
+
+
+def _number(value: float) -> str:
+    return f"{value:,.0f}" if value >= 100 or float(value).is_integer() else f"{value:.3g}"

@@ -1,0 +1,1 @@
+"""The loader: reads samples, in worker processes, and streams batches."""

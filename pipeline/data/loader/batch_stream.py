@@ -1,0 +1,252 @@
+"""From step numbers to batches on the device: decode, replace what is bad, augment, hand over; always some steps ahead.
+
+Everything random was decided by number (``order``, ``plan``, ``masks``), so the only state is the number of the next step, and
+the trainer owns that: what was produced but not taken leaves no trace, in the ledger neither.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from pipeline.data.augment.dali import Augmenter, Hue
+from pipeline.data.augment.decode import Decoder
+from pipeline.data.augment.plan import ViewPlan, make_plan
+from pipeline.data.augment.views import Batch, Boxes, Masks, ViewSpec
+from pipeline.data.loader.bad_samples import Event, Ledger
+from pipeline.data.loader.encoded_batches import Portion, Portions, portions
+from pipeline.data.loader.prefetch import Prefetcher
+from pipeline.data.loader.reader import Record
+from pipeline.data.loader.text import tokenizer, trimmed
+
+_SUBSTITUTES = 8
+_BLANK = 64
+
+
+@dataclass(frozen=True)
+class StreamOptions:
+    """How the stream runs; nothing here changes what it yields.
+
+    Attributes:
+        micro_batch: samples of one forward pass on this rank; divides the rank's share of the global batch.
+        workers: reader processes, 0 for none.
+        threads: decode and augmentation threads.
+        prefetch: steps prepared ahead.
+        hue: how hue is turned (this one does change pixels).
+    """
+
+    micro_batch: int
+    workers: int = 1
+    threads: int = 1
+    prefetch: int = 2
+    hue: Hue = "hsv"
+
+
+@dataclass(frozen=True)
+class _Ready:
+    """A step that waits to be taken: its micro-batches, its samples, and what had to be replaced."""
+
+    step: int
+    batches: list[Batch]
+    samples: int
+    bad: list[Event]
+    usage: dict[str, float]
+    counts: dict[str, int]
+
+
+class BatchStream:
+    """Iterates over ``(step, micro-batches)`` from a given step on.
+
+    Args:
+        dataset: what a step holds.
+        device: where batches go; decoding and augmenting run there too.
+        options: how to run.
+        ledger: where bad samples are recorded.
+        first: the first step to yield.
+        last: one past the last step, ``None`` for no end.
+        prefetcher: fills the node's cache ahead of the readers; begun and ended with the stream.
+    """
+
+    def __init__(
+        self,
+        dataset: Portions,
+        *,
+        device: torch.device,
+        options: StreamOptions,
+        ledger: Ledger,
+        first: int = 0,
+        last: int | None = None,
+        prefetcher: Prefetcher | None = None,
+    ) -> None:
+        self._dataset, self._device, self._options, self._ledger = dataset, device, options, ledger
+        self._first, self._last = first, last
+        device_id = device.index or 0 if device.type == "cuda" else None
+        self._decoder = Decoder(threads=options.threads, device_id=device_id)
+        self._augmenter = Augmenter(
+            *(one.views for one in dataset.sets),
+            batch_size=options.micro_batch,
+            threads=options.threads,
+            device_id=device_id,
+            hue=options.hue,
+        )
+        self._queue: queue.Queue[_Ready | BaseException | None] = queue.Queue(maxsize=options.prefetch)
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._produce, name="fovea-data", daemon=True)
+        self._prefetcher = prefetcher
+        self.seconds_waited = 0.0
+        self.usage: Counter[str] = Counter()
+
+    def __iter__(self) -> Iterator[tuple[int, list[Batch]]]:
+        """Yield steps in order, once.
+
+        Raises:
+            TrainingError: too many samples could not be used.
+            DataError: a shard is gone or was changed. It, and any other error of the producing thread, is raised here.
+        """
+        if self._prefetcher is not None:
+            self._prefetcher.start(self._first)
+        self._thread.start()
+        try:
+            while True:
+                begin = time.perf_counter()
+                item = self._queue.get()
+                self.seconds_waited += time.perf_counter() - begin
+                if item is None:
+                    return
+                if isinstance(item, BaseException):
+                    raise item
+                self._ledger.saw(item.samples, item.bad, item.counts)
+                self.usage.update(item.usage)
+                if self._prefetcher is not None:
+                    self._prefetcher.advance(item.step)
+                yield item.step, item.batches
+        finally:
+            self.close()
+
+    def close(self) -> None:
+        """Stop preparing batches."""
+        self._stop.set()
+        while not self._queue.empty():
+            self._queue.get_nowait()
+        if self._thread.is_alive():
+            self._thread.join(timeout=10)
+        if self._prefetcher is not None:
+            self._prefetcher.close()
+
+    def _put(self, item: _Ready | BaseException | None) -> None:
+        while not self._stop.is_set():
+            try:
+                return self._queue.put(item, timeout=0.1)
+            except queue.Full:
+                continue
+
+    def _produce(self) -> None:
+        try:
+            o = self._options
+            source = portions(self._dataset, first=self._first, last=self._last, workers=o.workers, prefetch=o.prefetch)
+            for portion in source:
+                if self._stop.is_set():
+                    return
+                self._put(self._ready(portion))
+            self._put(None)
+        except BaseException as error:  # the consumer raises it
+            self._put(error)
+
+    def _ready(self, portion: Portion) -> _Ready:
+        images, records = self._decode(portion.records), list(portion.records)
+        bad: list[Event] = []
+        for row, image in enumerate(images):
+            if image is None:
+                images[row], records[row], event = self._substitute(portion, row)
+                bad.append(event)
+                if portion.tokens is not None and self._dataset.text is not None:
+                    portion.tokens[row] = tokenizer(self._dataset.text)([records[row].caption or ""])[0]
+        counts = dict(portion.counts)
+        if portion.tokens is not None and (silent := sum(not record.caption for record in records)):
+            counts["blank_caption"] = silent
+        size = self._options.micro_batch
+        batches = [self._micro(portion, records, images, slice(low, low + size)) for low in range(0, len(records), size)]
+        return _Ready(portion.step, batches, len(records), bad, portion.usage, counts)
+
+    def _decode(self, records: list[Record]) -> list[Any]:
+        """Pictures of the size the index says, which the plan was made for; ``None`` for everything else."""
+        known = self._ledger.quarantine
+        images = self._decoder.decode([b"" if r.image is None or r.id in known else r.image for r in records])
+        return [
+            image if image is not None and tuple(image.shape[:2]) == (record.height, record.width) else None
+            for image, record in zip(images, records, strict=True)
+        ]
+
+    def _substitute(self, portion: Portion, row: int) -> tuple[Any, Record, Event]:
+        """Another sample of the same shard in the same place, so that the stream does not shift."""
+        bad, epoch = portion.records[row], int(portion.epochs[row])
+        data = self._dataset
+        reason = bad.status if bad.status != "ok" else self._ledger.quarantine.get(bad.id, "undecodable")
+        for attempt in range(_SUBSTITUTES):
+            other = data.reader.substitute(bad.id, epoch, data.seed, attempt)
+            (record,) = data.reader.fetch(np.array([other], dtype=np.uint64))
+            record = data.told(record, epoch)
+            (image,) = self._decode([record])
+            if image is not None:
+                break
+        else:
+            image = self._decoder.blank(_BLANK)
+            record, other = replace(bad, height=_BLANK, width=_BLANK, caption=None, captions=(), label=-1), -1
+        sizes = np.array([(record.height, record.width)], dtype=np.int64)
+        ids = np.array([bad.id], dtype=np.uint64)
+        fresh = make_plan(data.specs_at(portion.step), ids=ids, epochs=portion.epochs[row : row + 1], sizes=sizes, seed=data.seed)
+        for whole, one in zip(portion.plan, fresh, strict=True):
+            whole.replace_row(row, one)
+        return image, record, Event(portion.step, bad.id, bad.key, bad.shard_name, reason, other)
+
+    def _micro(self, portion: Portion, records: list[Record], images: list[Any], rows: slice) -> Batch:
+        plan: list[ViewPlan] = [view.take(rows) for view in portion.plan]
+        specs = self._dataset.specs_at(portion.step)
+        views = self._augmenter.run(images[rows], plan, specs)
+        chosen = records[rows]
+        return Batch(
+            views={name: [view.to(self._device, non_blocking=True) for view in group] for name, group in views.items()},
+            labels=torch.tensor([r.label for r in chosen], dtype=torch.int64, device=self._device),
+            keys=[r.key for r in chosen],
+            ids=[int(r.id) for r in chosen],
+            position=portion.step * self._dataset.order.global_batch,
+            masks={name: self._masks(grid[:, rows]) for name, grid in portion.masks.items()},
+            tokens=self._tokens(portion, rows),
+            captions=[r.caption or "" for r in chosen],
+            boxes=self._boxes(specs, plan),
+        )
+
+    def _tokens(self, portion: Portion, rows: slice) -> torch.Tensor | None:
+        if portion.tokens is None:
+            return None
+        tokens, text = portion.tokens[rows], self._dataset.text
+        if text is not None and text.trim:  # here, where lengths are known without asking the device
+            tokens = np.ascontiguousarray(trimmed(tokens))
+        return torch.from_numpy(tokens).to(self._device, non_blocking=True)
+
+    def _boxes(self, specs: tuple[ViewSpec, ...], plan: list[ViewPlan]) -> dict[str, Boxes]:
+        views, found = iter(plan), {}
+        for spec in specs:
+            own = [next(views) for _ in range(spec.count)]
+            if spec.boxes:
+                corners = [torch.from_numpy(np.concatenate([view.start, view.end], axis=1)).to(self._device) for view in own]
+                found[spec.name] = Boxes(corners, [torch.from_numpy(view.flip > 0).to(self._device) for view in own])
+        return found
+
+    def _masks(self, grid: NDArray[np.bool_]) -> Masks:
+        flat = np.ascontiguousarray(grid).reshape(-1, grid.shape[-1])
+        counts = flat.sum(axis=1)
+        weight = np.repeat(1.0 / np.maximum(counts, 1), counts).astype(np.float32)
+        grid_, index, weight_ = (
+            torch.from_numpy(array).to(self._device, non_blocking=True) for array in (flat, np.flatnonzero(flat), weight)
+        )
+        return Masks(grid=grid_, index=index, weight=weight_)

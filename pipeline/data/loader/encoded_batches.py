@@ -1,0 +1,233 @@
+"""Steps in, encoded samples with their plans out: the stateless half of the loader, in worker processes.
+
+A torch ``DataLoader`` runs over step *numbers*. What a step holds is a pure function of its number, so a worker has nothing to
+save, a dead one is replaced, and resuming means starting the count elsewhere.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+import os
+import signal
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from itertools import count
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch.utils.data import DataLoader, Dataset
+
+from pipeline.data import storage
+from pipeline.data.augment.masks import block_masks, mask_counts
+from pipeline.data.augment.plan import ViewPlan, make_plan, set_of_step
+from pipeline.data.augment.views import MaskSpec, TextSpec, ViewSet, ViewSpec
+from pipeline.data.loader.processes import adopt
+from pipeline.data.loader.reader import Reader, Record
+from pipeline.data.loader.text import choose, tokenizer
+from pipeline.data.order.mixture import Source
+from pipeline.data.order.order import GlobalBatch
+from pipeline.errors import FoveaError
+
+_MASK_STREAM = 1_000_003
+_REPLACEMENTS = 3
+_log = logging.getLogger(__name__)
+
+
+class Ordering(Protocol):
+    """Which samples a step holds, as a pure function of its number."""
+
+    @property
+    def global_batch(self) -> int:
+        """Samples of a step over all ranks."""
+        ...
+
+    def rank_batch(self, step: int, world: int, rank: int) -> GlobalBatch:
+        """One rank's share of a global batch."""
+        ...
+
+
+@dataclass(frozen=True)
+class Portion:
+    """One rank's share of a step, not yet decoded.
+
+    Attributes:
+        step: the step's number.
+        records: the samples as stored, good and bad.
+        epochs: int64 ``[n]``, the epoch each sample belongs to.
+        plan: one :class:`ViewPlan` a view; rows of bad samples are made again once their substitute is known.
+        masks: for each masked view name bool ``[count, n, patches]``.
+        usage: what reading it took of storage, see :meth:`pipeline.data.storage.Storage.usage`.
+        tokens: int64 ``[n, context]``, if text is wanted.
+        counts: samples of each data set, as ``seen/<name>``.
+    """
+
+    step: int
+    records: list[Record]
+    epochs: NDArray[np.int64]
+    plan: list[ViewPlan]
+    masks: dict[str, NDArray[np.bool_]]
+    usage: dict[str, float] = field(default_factory=dict)
+    tokens: NDArray[np.int64] | None = None
+    counts: dict[str, int] = field(default_factory=dict)
+
+
+class Portions(Dataset[Portion]):
+    """Map-style data set from step number to :class:`Portion`; picklable, stateless.
+
+    Args:
+        reader: where the bytes come from.
+        order: which samples a step holds.
+        specs: the views to plan, where ``sets`` names none.
+        seed: the run's seed.
+        world: number of ranks.
+        rank: this rank.
+        text: what to make of captions, if the method reads them.
+        sources: the data sets, for counting; none counts nothing.
+        sets: views of several sizes, of which each step takes one set; none means ``specs`` at every step.
+    """
+
+    def __init__(
+        self,
+        reader: Reader,
+        order: Ordering,
+        specs: tuple[ViewSpec, ...],
+        *,
+        seed: int,
+        world: int,
+        rank: int,
+        text: TextSpec | None = None,
+        sources: Sequence[Source] = (),
+        sets: Sequence[ViewSet] = (),
+    ) -> None:
+        self.reader, self.order, self.specs = reader, order, specs
+        self.sets = tuple(sets) or (ViewSet(specs),)
+        self.seed, self.world, self.rank = seed, world, rank
+        self.text, self._names = text, [source.name for source in sources]
+        self._ends = np.cumsum([source.shards for source in sources])
+        if text is not None:
+            tokenizer(text)  # refuses here what it would refuse in a worker
+
+    def specs_at(self, step: int) -> tuple[ViewSpec, ...]:
+        """The views of a step, the same on every rank."""
+        return self.sets[set_of_step(self.sets, step, seed=self.seed)].views
+
+    def __getitem__(self, step: int) -> Portion:
+        """Read and plan one step."""
+        specs = self.specs_at(step)
+        batch = self.order.rank_batch(step, self.world, self.rank)
+        epochs = batch.epochs.tolist()
+        before = self.reader.store.usage()
+        records = [self.told(record, epoch) for record, epoch in zip(self.reader.fetch(batch.ids), epochs, strict=True)]
+        usage = {name: value - before.get(name, 0.0) for name, value in self.reader.store.usage().items()}
+        storage.forget_deleted()  # the cache may have evicted shards since the last step
+        sizes = np.array([(max(r.height, 1), max(r.width, 1)) for r in records], dtype=np.int64)
+        plan = make_plan(specs, ids=batch.ids, epochs=batch.epochs, sizes=sizes, seed=self.seed)
+        masks = {
+            spec.name: self._masks(spec, spec.mask, _MASK_STREAM + number, batch.ids, step)
+            for number, spec in enumerate(specs)
+            if spec.mask is not None
+        }
+        tokens = tokenizer(self.text)([record.caption or "" for record in records]) if self.text is not None else None
+        return Portion(step, records, batch.epochs, plan, masks, usage, tokens, self._counts(batch.ids))
+
+    def told(self, record: Record, epoch: int) -> Record:
+        """The sample with the caption that an epoch shows."""
+        if len(record.captions) < 2:
+            return record
+        return replace(record, caption=choose(record.captions, record.id, epoch, self.seed))
+
+    def _counts(self, ids: NDArray[np.uint64]) -> dict[str, int]:
+        which = np.searchsorted(self._ends, (ids >> np.uint64(32)).astype(np.int64), side="right")
+        found = np.bincount(which, minlength=len(self._names)) if self._names else ()
+        return {f"seen/{name}": int(count) for name, count in zip(self._names, found, strict=False) if count}
+
+    def _masks(self, spec: ViewSpec, mask: MaskSpec, stream: int, ids: NDArray[np.uint64], step: int) -> NDArray[np.bool_]:
+        side = spec.size // mask.patch
+        total = self.order.global_batch
+        # Dealt over the whole global batch, so that another number of ranks deals the same.
+        counts = mask_counts(spec.count * total, side * side, mask, self.seed, stream, step).reshape(total, spec.count)
+        share = total // self.world
+        mine = counts[self.rank * share : (self.rank + 1) * share]
+        return np.stack([block_masks(mine[:, v], side, side, ids, self.seed, stream, step, v) for v in range(spec.count)])
+
+
+class _Told(Dataset[Portion | FoveaError]):
+    """Hands our errors over as values: raised in a worker, the loader would bury their sentence in its traceback."""
+
+    def __init__(self, dataset: Portions) -> None:
+        self._dataset = dataset
+
+    def __getitem__(self, step: int) -> Portion | FoveaError:
+        try:
+            return self._dataset[step]
+        except FoveaError as error:
+            return error
+
+
+def _quiet_worker(environment: dict[str, str], _: int) -> None:
+    """Signals are the trainer's business; a worker ends with its parent, even one killed with -9."""
+    adopt(environment)
+    for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2"):
+        signal.signal(getattr(signal, name), signal.SIG_IGN)
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)
+
+
+def portions(dataset: Portions, *, first: int, last: int | None, workers: int, prefetch: int) -> Iterator[Portion]:
+    """Portions of steps ``first``, ``first + 1``, … in order.
+
+    Args:
+        dataset: what to read.
+        first: the first step.
+        last: one past the last step, or ``None`` for no end.
+        workers: reader processes; 0 reads in the calling thread. When one dies (out of memory, by hand) all are started
+            again at the step that is due.
+        prefetch: steps each worker reads ahead.
+
+    Raises:
+        DataError: a shard is gone or was changed.
+        RuntimeError: workers die again and again at the same step.
+    """
+    step, deaths = first, 0
+    while last is None or step < last:
+        try:
+            for portion in _read(dataset, count(step) if last is None else range(step, last), workers, prefetch):
+                yield portion
+                step, deaths = step + 1, 0
+        except RuntimeError as error:
+            deaths += 1
+            if deaths > _REPLACEMENTS or "exited unexpectedly" not in str(error):
+                raise
+            _log.warning("a reader process died (%s); reading goes on at step %d with new ones", str(error), step)
+
+
+def _read(dataset: Portions, steps: Any, workers: int, prefetch: int) -> Iterator[Portion]:
+    if workers == 0:
+        yield from (dataset[step] for step in steps)
+        return
+    loader = DataLoader(
+        _Told(dataset),
+        batch_size=None,
+        sampler=steps,
+        num_workers=workers,
+        prefetch_factor=prefetch,
+        multiprocessing_context="forkserver",
+        worker_init_fn=partial(_quiet_worker, dict(os.environ)),
+        collate_fn=_as_is,
+        generator=torch.Generator(),  # the loader draws a seed; it must not be from the training's random numbers
+    )
+    try:
+        for portion in loader:
+            if isinstance(portion, FoveaError):
+                raise portion
+            yield portion
+    except Exception as error:
+        # The frames it came through hold the loader, whose processes would live, deaf to SIGTERM, as long as the error does.
+        raise error.with_traceback(None) from None
+
+
+def _as_is(portion: Any) -> Any:
+    return portion

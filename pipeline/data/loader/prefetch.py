@@ -1,0 +1,131 @@
+"""Shards before they are needed: a thread that follows the order and fills the node's cache ahead of the readers."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from typing import Protocol
+
+from pipeline.data.index.manifest import Manifest
+from pipeline.data.storage import ObjectStat, Storage, is_remote
+from pipeline.errors import DataError
+
+_log = logging.getLogger(__name__)
+_RETRY = 5.0  # seconds
+
+
+class Route(Protocol):
+    """The part of an order that a prefetcher asks."""
+
+    lanes: int
+
+    def shards(self, first: int, last: int, lanes: range) -> list[int]:
+        """Numbers of the shards that some lanes read in steps ``first`` to ``last``, in order of first use."""
+        ...
+
+
+class Prefetcher:
+    """Keeps the cache filled with the shards of the next steps.
+
+    Args:
+        manifest: the shards.
+        route: the order of the run.
+        storage: how to reach them; its cache is filled.
+        world: number of ranks.
+        rank: this rank; it fetches for its own lanes, and what ranks of a node share is downloaded once.
+        last: one past the last step of the run.
+        horizon: steps to look ahead.
+        share: part of the cache that this rank may fill.
+    """
+
+    def __init__(
+        self,
+        manifest: Manifest,
+        route: Route,
+        storage: Storage,
+        *,
+        world: int,
+        rank: int,
+        last: int | None,
+        horizon: int,
+        share: float = 1.0,
+    ) -> None:
+        each = route.lanes // world
+        self._manifest, self._route, self._storage = manifest, route, storage
+        self._lanes = range(rank * each, (rank + 1) * each)
+        self._last, self._horizon, self._share = last, max(horizon, 1), share
+        self._step = 0
+        self._changed = threading.Event()
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._work, name="fovea-prefetch", daemon=True)
+
+    @staticmethod
+    def useful(manifest: Manifest, storage: Storage) -> bool:
+        """Whether there is anything to fetch ahead."""
+        return storage.settings.mode == "cache" and any(is_remote(shard.url) for shard in manifest.shards)
+
+    def start(self, step: int) -> None:
+        """Begin at a step."""
+        self._step = step
+        self._thread.start()
+
+    def advance(self, step: int) -> None:
+        """The readers are at this step now."""
+        self._step = step
+        self._changed.set()
+
+    def close(self) -> None:
+        """Stop; a download that is under way ends with the process, or first."""
+        self._stop.set()
+        self._changed.set()
+        if self._thread.is_alive():
+            self._thread.join(timeout=2)
+        cache = self._storage.cache
+        if cache is not None:
+            cache.close()
+
+    def wanted(self, step: int) -> list[ObjectStat]:
+        """The shards of the steps ahead in order of use, as many as the cache may hold for this rank."""
+        last = step + self._horizon if self._last is None else min(step + self._horizon, self._last)
+        cache = self._storage.cache
+        room = int(cache.limit * self._share) if cache is not None else 0
+        found = []
+        for number in self._route.shards(step, last, self._lanes):
+            about = self._manifest.shards[number].about
+            if is_remote(about.url):
+                room -= about.size
+                if room < 0:
+                    break
+                found.append(about)
+        return found
+
+    def _work(self) -> None:
+        while not self._stop.is_set():
+            self._changed.clear()
+            step = self._step
+            try:
+                self._fetch(step)
+            except DataError as error:  # the reader that needs the shard will wait, or say it
+                _log.warning("prefetching: %s", error)
+                self._stop.wait(_RETRY)
+                continue
+            begun = time.monotonic()
+            # Looking again after each step would cost more than it brings: an eighth of the way is soon enough.
+            while not self._stop.is_set() and self._step < step + max(self._horizon // 8, 1):
+                self._changed.wait(timeout=1.0)
+                self._changed.clear()
+                if time.monotonic() - begun > 60.0:
+                    break
+
+    def _fetch(self, step: int) -> None:
+        cache = self._storage.cache
+        wanted = self.wanted(step)
+        if cache is None:
+            return
+        cache.need(wanted)
+        for about in wanted:
+            if self._stop.is_set():
+                return
+            if not cache.has(about) and not self._storage.fetch(about):
+                return  # no room: what was fetched has to be read first

@@ -1,0 +1,185 @@
+"""From sample numbers to bytes: one read for each sample, checked against the index."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pipeline.data import storage
+from pipeline.data.index.build import whole
+from pipeline.data.index.captions import captions_of, decode_text, read_json_member
+from pipeline.data.index.manifest import CAPTION_SOURCES, FORMATS, Manifest, Rows
+from pipeline.data.order.random import uniforms
+from pipeline.errors import DataError
+
+Want = Literal["image", "caption", "label", "segmentation"]
+_SUBSTITUTE = 0x50B5  # names the draw
+_MEMBERS: tuple[Want, ...] = ("image", "caption", "segmentation")
+
+
+@dataclass(frozen=True)
+class Record:
+    """One sample as it stands in its shard.
+
+    Attributes:
+        id: ``shard << 32 | row``.
+        key: its own name.
+        shard_name: base name of the shard.
+        image: encoded bytes; None if not wanted or not readable.
+        width: pixels after EXIF orientation, by the index.
+        height: likewise.
+        caption: text, the first of ``captions``; None if not wanted or not there.
+        label: class number, -1 if not wanted or not there.
+        segmentation: bytes of the PNG class map; None if not wanted or not there.
+        status: ``ok``; ``unreadable`` (the shard ends too early or cannot be read), ``corrupt`` (checksum) or ``truncated``
+            (no end marker): then ``image`` is None.
+        captions: all its captions that are not empty.
+    """
+
+    id: int
+    key: str
+    shard_name: str
+    image: bytes | None
+    width: int
+    height: int
+    caption: str | None
+    label: int
+    segmentation: bytes | None
+    status: str = "ok"
+    captions: tuple[str, ...] = ()
+
+
+class Reader:
+    """Fetches samples by number. Holds no open file, so it can be sent to other processes.
+
+    Args:
+        manifest: which samples there are.
+        wants: the parts to read.
+        checksum: compare the image's crc32 with the index (about 10 µs for 64 KB).
+        store: how to reach the shards.
+    """
+
+    def __init__(
+        self,
+        manifest: Manifest,
+        *,
+        wants: Iterable[Want] = ("image", "caption", "label", "segmentation"),
+        checksum: bool = True,
+        store: storage.Storage | None = None,
+    ):
+        self.manifest = manifest
+        self.wants = frozenset(wants)
+        self.checksum = checksum
+        self.store = store or storage.Storage()
+        self._checked: set[int] = set()
+        unknown = sorted(self.wants - {*_MEMBERS, "label"})
+        if unknown:
+            raise DataError(
+                f"samples have no part {unknown[0]!r}", where="wants", hint="Choose of image, caption, label, segmentation."
+            )
+
+    def fetch(self, ids: NDArray[np.uint64]) -> list[Record]:
+        """The records of some samples, in the order asked for.
+
+        Faults of one sample's bytes are told by its status.
+
+        Raises:
+            DataError: a whole shard is gone or has another size than when it was indexed; or there is no such sample.
+        """
+        return [self._one(int(number)) for number in np.asarray(ids, dtype=np.uint64).tolist()]
+
+    def substitute(self, number: int, epoch: int, seed: int, attempt: int) -> int:
+        """Another sample of the same shard, to stand in for one that cannot be used.
+
+        The same arguments always name the same sample. A shard with a single sample has no other.
+        """
+        shard, row = number >> 32, number & 0xFFFFFFFF
+        others = self.manifest.shards[shard].samples - 1
+        if others < 1:
+            return number
+        draw = uniforms(np.array([number], dtype=np.uint64), 1, seed, epoch, _SUBSTITUTE, attempt)[0, 0]
+        chosen = int(draw * others)
+        return shard << 32 | (chosen + (chosen >= row))
+
+    def _one(self, number: int) -> Record:
+        shard_number, row = number >> 32, number & 0xFFFFFFFF
+        if shard_number >= len(self.manifest.shards) or row >= self.manifest.shards[shard_number].samples:
+            raise DataError(f"there is no sample {number}", where="reader", hint="Use numbers of this manifest's order.")
+        shard = self.manifest.shards[shard_number]
+        if shard_number not in self._checked:
+            self._check(shard.about)
+            self._checked.add(shard_number)
+        rows = self.manifest.rows(shard_number)
+        spans = {part: _span(rows, row, part) for part in _MEMBERS if part in self.wants}
+        spans = {part: span for part, span in spans.items() if span[1] > 0}
+        status, parts = "ok", {}
+        try:
+            parts = _read(self.store, shard.about, spans)
+        except (storage.StorageAway, storage.ShardChanged):
+            raise
+        except DataError:
+            status = "unreadable"
+        image = parts.get("image")
+        if image is not None:
+            status = self._verdict(image, rows, row)
+        columns = rows.columns
+        captions = self._captions(parts.get("caption"), rows, row)
+        return Record(
+            id=number,
+            key=rows.keys[row],
+            shard_name=shard.name,
+            image=image if status == "ok" else None,
+            width=int(columns["width"][row]),
+            height=int(columns["height"][row]),
+            caption=captions[0] if captions else None,
+            label=int(columns["label"][row]) if "label" in self.wants else -1,
+            segmentation=parts.get("segmentation"),
+            status=status,
+            captions=captions,
+        )
+
+    def _verdict(self, image: bytes, rows: Rows, row: int) -> str:
+        if self.checksum and zlib.crc32(image) != rows.columns["crc32"][row]:
+            return "corrupt"
+        return "ok" if whole(image, FORMATS[rows.columns["format"][row]]) else "truncated"
+
+    def _captions(self, data: bytes | None, rows: Rows, row: int) -> tuple[str, ...]:
+        if data is None:
+            return ()
+        fields = self.manifest.fields
+        if CAPTION_SOURCES[rows.columns["caption_source"][row]] == "text":
+            text, _ = decode_text(data)
+            return captions_of(text.splitlines() if fields.caption_lines else text)
+        try:
+            return captions_of(read_json_member(data)[fields.json_caption])
+        except (ValueError, KeyError, TypeError, RecursionError):
+            return ()
+
+    def _check(self, about: storage.ObjectStat) -> None:
+        if storage.is_remote(about.url):
+            return  # every read names the version it wants
+        now = self.store.stat(about.url).size
+        if now != about.size:
+            raise DataError(
+                f"has {now} bytes but had {about.size} when it was indexed",
+                where=about.url,
+                hint="Restore the shard, or rebuild the index and start a new run.",
+            )
+
+
+def _span(rows: Rows, row: int, part: str) -> tuple[int, int]:
+    return int(rows.columns[f"{part}_offset"][row]), int(rows.columns[f"{part}_size"][row])
+
+
+def _read(store: storage.Storage, about: storage.ObjectStat, spans: dict[Want, tuple[int, int]]) -> dict[str, bytes]:
+    if not spans:
+        return {}
+    first = min(offset for offset, _ in spans.values())
+    last = max(offset + size for offset, size in spans.values())
+    data = store.read(about, first, last - first)
+    return {part: data[offset - first : offset - first + size] for part, (offset, size) in spans.items()}

@@ -1,0 +1,116 @@
+"""Refuses evaluations whose samples are learned from: by file, by the content of whole shards, and sample by sample.
+
+A shard is the same as another if it is the same file (path, symbolic link, hard link), the same URL, or holds the same samples in
+the same places (size and digest of its index), whatever it is called. Samples are the same if size and CRC-32 of the image are.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import sys
+from collections.abc import Hashable
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pipeline.data import storage
+from pipeline.data.index.manifest import Manifest, Shard
+from pipeline.errors import DataError
+from pipeline.untrusted import hide_secrets, printable
+
+_NAMED = 3
+_MOST = 20_000_000  # samples learned from, above which single samples are not compared
+_TOLERATED = 0.01  # share of the evaluated samples: public data sets have a few duplicates of their own
+
+
+def check_held_out(learned: Manifest, evaluated: Manifest, *, where: str, hint: str, learning: str = "learned from") -> None:
+    """Refuse to evaluate samples that are learned from. A few single duplicates are reported on stderr instead.
+
+    Args:
+        learned: index of what votes, trains a probe, or trained the network.
+        evaluated: index of what scores are computed on.
+        where: setting that names the latter.
+        hint: what to do about it.
+        learning: what happens to the former, in words.
+
+    Raises:
+        DataError: a shard is in both, or more than 1 % of the evaluated samples are.
+    """
+    owner: dict[Hashable, Shard] = {}
+    for shard in learned.shards:
+        for name in _names(shard):
+            owner.setdefault(name, shard)
+    shared = [(shard, owner[name]) for shard in evaluated.shards if (name := _known(shard, owner)) is not None]
+    if shared:
+        named = ", ".join(_pair(*pair) for pair in shared[:_NAMED]) + (" …" if len(shared) > _NAMED else "")
+        raise DataError(
+            f"{len(shared)} of {len(evaluated.shards)} evaluated shards are {learning} too: {named}", where=where, hint=hint
+        )
+    twice = _twice(learned, evaluated)
+    if twice > _TOLERATED * evaluated.total:
+        raise DataError(f"{twice} of {evaluated.total} evaluated samples are {learning} too", where=where, hint=hint)
+    if twice:
+        report(f"{where}: {twice} of {evaluated.total} evaluated samples are {learning} too (the same bytes in other shards)")
+
+
+def report(text: str) -> None:
+    """One line on stderr of whoever speaks for all ranks."""
+    rank = os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or "0"
+    if rank == "0" and "FOVEA_KEY" not in os.environ:  # the launcher, which has looked at the data before, speaks for its ranks
+        print(f"fovea: {text}", file=sys.stderr, flush=True)
+
+
+def _names(shard: Shard) -> list[Hashable]:
+    """All by which a shard is recognised."""
+    names: list[Hashable] = [storage.absolute(shard.url)]
+    if shard.samples:
+        names.append((shard.size, shard.digest))
+    if not storage.is_remote(shard.url):
+        path = storage.local_path(shard.url)
+        names.append(os.path.realpath(path))
+        try:
+            about = os.stat(path)
+            names.append((about.st_dev, about.st_ino, "inode"))
+        except OSError:
+            pass
+    return names
+
+
+def _known(shard: Shard, owner: dict[Hashable, Shard]) -> Hashable | None:
+    return next((name for name in _names(shard) if name in owner), None)
+
+
+def _pair(shard: Shard, other: Shard) -> str:
+    shown, also = (printable(hide_secrets(one.url)) for one in (shard, other))
+    return shown if shown == also else f"{shown} (as {also})"
+
+
+def _twice(learned: Manifest, evaluated: Manifest) -> int:
+    """How many evaluated samples are among those learned from; kept beside the index, since every rank asks."""
+    if not evaluated.total or learned.total > _MOST:
+        return 0
+    kept = Path(evaluated.directory) / f"shared-with-{learned.fingerprint[:16]}.json"
+    try:
+        document = json.loads(kept.read_text())
+        if document["evaluated"] == evaluated.fingerprint:
+            return int(document["samples"])
+    except (OSError, ValueError, KeyError, TypeError):
+        pass
+    ours = [_samples(evaluated, number) for number in range(len(evaluated.shards))]
+    wanted = np.unique(np.concatenate(ours))
+    seen = np.zeros(len(wanted), dtype=bool)
+    for number in range(len(learned.shards)):
+        seen |= np.isin(wanted, _samples(learned, number))
+    among = wanted[seen]
+    twice = int(sum(np.isin(one, among).sum() for one in ours))
+    with contextlib.suppress(OSError):  # counted again next time
+        storage.write_whole(kept, json.dumps({"evaluated": evaluated.fingerprint, "samples": twice}).encode())
+    return twice
+
+
+def _samples(manifest: Manifest, number: int) -> NDArray[np.uint64]:
+    crc, size = (manifest.column(number, name).astype(np.uint64) for name in ("crc32", "image_size"))
+    return (crc << np.uint64(32)) | (size & np.uint64(0xFFFFFFFF))

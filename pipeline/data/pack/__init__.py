@@ -1,0 +1,1 @@
+"""Packing: folders, tables and tars of images to shards."""

@@ -1,0 +1,296 @@
+"""Sources whose samples have a key already: the members of tars, and files that share a name up to the first dot."""
+
+from __future__ import annotations
+
+import hashlib
+import sys
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from pipeline.data import storage
+from pipeline.data.index import tar
+from pipeline.data.pack.keys import safe_extension, safe_key, unique_keys
+from pipeline.data.pack.layouts import is_bookkeeping
+from pipeline.data.pack.listing import Listing, litter_reason
+from pipeline.data.pack.samples import IMAGES, MAX_FILE, LeftOut, Raw, read_file
+from pipeline.errors import DataError
+
+_IMAGES = frozenset(IMAGES)
+_COPIES = 64  # of one key that a further member may still belong to
+
+
+@dataclass(frozen=True, slots=True)  # there is one for each member of each sample
+class Part:
+    """Where a member's bytes lie.
+
+    Attributes:
+        about: the shard, or the file itself.
+        offset: first byte; -1: the whole file.
+        size: bytes.
+    """
+
+    about: storage.ObjectStat
+    offset: int
+    size: int
+
+    def read(self, store: storage.Storage, limit: int, roots: Sequence[str]) -> bytes:
+        """The bytes.
+
+        Raises:
+            LeftOut: they cannot be read or are too many.
+            StorageAway, ShardChanged: that is no fault of the sample.
+        """
+        if self.offset < 0:
+            return read_file(Path(self.about.url), limit=limit, roots=roots)
+        if self.size > limit:
+            raise LeftOut("file_too_large")
+        try:
+            return store.read(self.about, self.offset, self.size)
+        except (storage.StorageAway, storage.ShardChanged):
+            raise
+        except DataError as error:
+            raise LeftOut("unreadable") from error
+
+
+@dataclass(frozen=True)
+class Members:
+    """Samples that keep their key, with all that belongs to it. See :class:`pipeline.data.pack.samples.Source`.
+
+    Attributes:
+        store: how to reach shards.
+        keys: of the samples, as they are written.
+        parts: of each sample its members by extension.
+        names: what to call each sample.
+        roots: resolved folders that files must lie in after links; empty for anywhere.
+        max_file: largest member, bytes.
+    """
+
+    store: storage.Storage
+    keys: Sequence[str]
+    parts: Sequence[dict[str, Part]]
+    names: Sequence[str]
+    digest: str
+    classes: tuple[str, ...] = ()
+    unit: str = "members"
+    left_out: Sequence[tuple[str, str]] = ()
+    notes: Sequence[tuple[str, str]] = ()
+    remarks: Sequence[str] = ()
+    roots: tuple[str, ...] = ()
+    max_file: int = MAX_FILE
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+    def name(self, position: int) -> str:
+        """Shard or folder, and key."""
+        return self.names[position]
+
+    def companions(self, position: int) -> tuple[str, ...]:
+        """All members but the image, or but the first if there is none."""
+        parts = self.parts[position]
+        image = _image(parts) or next(iter(parts))
+        return tuple(f"{self.names[position]}.{extension}" for extension in parts if extension != image)
+
+    def sharers(self, companion: str) -> tuple[str, ...]:
+        """None: each member is of one sample."""
+        return ()
+
+    def key(self, position: int, number: int) -> str:
+        """Its own; what occurs again gets a number behind it."""
+        return self.keys[position]
+
+    def load(self, position: int) -> Raw:
+        """Reads all members."""
+        parts = self.parts[position]
+        image = _image(parts)
+        if image is None:
+            raise LeftOut("missing_image")
+        read = {extension: part.read(self.store, self.max_file, self.roots) for extension, part in parts.items()}
+        return Raw(read.pop(image), read, image)
+
+
+class _Groups:
+    """Members gathered into samples: those of one key that lie apart are one sample, a second copy of a member makes another."""
+
+    def __init__(self) -> None:
+        self.samples: list[tuple[str, str, dict[str, Part]]] = []
+        self.notes: list[tuple[str, str]] = []
+        self._places: dict[tuple[str, str], list[int]] = {}
+
+    def next_shard(self) -> None:
+        """Members that come from here on belong to none of the samples so far."""
+        self._places.clear()
+
+    def add(self, group: str, key: str, name: str, parts: dict[str, Part]) -> None:
+        parts = self._cleaned(name, parts)
+        places = self._places.setdefault((group, key), [])
+        open_ones = [place for place in places[-_COPIES:] if not self.samples[place][2].keys() & parts.keys()]
+        if open_ones:
+            self.samples[open_ones[0]][2].update(parts)
+        else:
+            places.append(len(self.samples))
+            self.samples.append((key, name, parts))
+
+    def keys(self) -> list[str]:
+        """The keys to write; those that had to be changed are noted."""
+        clean = [safe_key(key) for key, _, _ in self.samples]
+        out = unique_keys(clean)
+        for (key, name, parts), safe, unique in zip(self.samples, clean, out, strict=True):
+            if sum(extension in _IMAGES for extension in parts) > 1:
+                self.notes.append((name, "second_image"))
+            if safe != key:
+                self.notes.append((name, "key_changed"))
+            elif unique != safe:
+                self.notes.append((name, "key_numbered"))
+        return out
+
+    def _cleaned(self, name: str, parts: dict[str, Part]) -> dict[str, Part]:
+        if all(safe_extension(extension) == extension for extension in parts):
+            return parts
+        out: dict[str, Part] = {}
+        for extension, part in parts.items():
+            clean = safe_extension(extension)
+            while clean in out or (clean != extension and clean in parts):
+                clean += "_"
+            out[clean] = part
+        self.notes.append((name, "extension_changed"))
+        return out
+
+
+def tars_of(
+    store: storage.Storage, urls: Sequence[str], use_damaged: bool, listing: Listing | None = None, max_file: int = MAX_FILE
+) -> Members:
+    """The samples of shards.
+
+    Args:
+        store: how to reach them.
+        urls: the shards.
+        use_damaged: take the whole samples of tars that are cut.
+        listing: the folder they lie in, if one was named: its other files are left out.
+        max_file: largest member, bytes.
+
+    Raises:
+        DataError: a shard cannot be read or is damaged.
+    """
+    groups = _Groups()
+    versions: list[str] = []
+    left_out: list[tuple[str, str]] = []
+    remarks: list[str] = []
+    if listing is not None:
+        urls, left_out = _shards_of(listing, urls)
+    for about in store.stats(urls):
+        if isinstance(about, DataError):
+            raise about
+        url = about.url
+        versions.append(f"{url}\0{about.size}\0{about.tag}")
+        base = storage.base_name(url)
+        notes = tar.Notes()
+        notes.most_examples = sys.maxsize  # each is named
+        shard = store.open(about)
+        try:
+            runs, damage = tar.runs(shard, notes, use_damaged=use_damaged)
+        finally:
+            shard.close()
+        if damage:
+            remarks.append(f"used in part: {damage}")
+        groups.next_shard()
+        for key, members in runs:
+            litter = _litter_in(key)
+            if litter:
+                left_out += [(f"{base}: {member.name}", litter) for member in members.values()]
+                continue
+            parts = {extension: Part(about, member.offset, member.size) for extension, member in members.items()}
+            groups.add(url, key, f"{base}: {key}", parts)
+        left_out += [(f"{base}: {name}", reason) for reason, names in notes.examples.items() for name in names]
+    keys = groups.keys()
+    return Members(
+        store,
+        keys,
+        [parts for _, _, parts in groups.samples],
+        [name for _, name, _ in groups.samples],
+        digest_of("shards", versions),
+        left_out=sorted(left_out),
+        notes=groups.notes,
+        remarks=remarks,
+        max_file=max_file,
+    )
+
+
+def _shards_of(listing: Listing, urls: Sequence[str]) -> tuple[list[str], list[tuple[str, str]]]:
+    """The shards among those of a folder that may be read, and what else is in it."""
+    listed = {str(listing.root / file.shown) for file in listing.files}
+    chosen = [url for url in urls if url in listed]
+    if not chosen:
+        raise DataError(
+            f"none of {len(urls)} tars is a regular file in the folder",
+            where=str(listing.root),
+            hint="Links that leave the folder are followed with --follow-links",
+        )
+    taken = set(chosen)
+    others = [
+        (file.shown, "nested_shard" if file.extension == "tar" and "/" in file.shown else "not_a_shard")
+        for file in listing.files
+        if str(listing.root / file.shown) not in taken
+    ]
+    return chosen, [*listing.left_out, *others]
+
+
+def files_of(store: storage.Storage, listing: Listing, max_file: int = MAX_FILE, roots: tuple[str, ...] = ()) -> Members:
+    """The samples of a folder whose files share a name up to the first dot, as img2dataset writes.
+
+    Args:
+        store: of shards; not used for files.
+        listing: the folder.
+        max_file: largest file, bytes.
+        roots: resolved folders that files must lie in after links.
+    """
+    groups = _Groups()
+    lines, left_out = [], list(listing.left_out)
+    for file in listing.files:
+        folder, _, base = file.shown.rpartition("/")
+        split = tar.split_name(base)
+        if is_bookkeeping(file):
+            left_out.append((file.shown, "bookkeeping"))
+        elif split is None:
+            left_out.append((file.shown, "no_extension"))
+        else:
+            name = f"{folder}/{split[0]}" if folder else split[0]
+            part = Part(storage.ObjectStat(file.path, file.size, ""), -1, file.size)
+            groups.add(folder, split[0], name, {split[1]: part})
+            lines.append(f"{file.shown}\0{file.size}")
+    keys = groups.keys()
+    return Members(
+        store,
+        keys,
+        [parts for _, _, parts in groups.samples],
+        [name for _, name, _ in groups.samples],
+        digest_of("files", lines),
+        unit="files",
+        left_out=sorted(left_out),
+        notes=groups.notes,
+        roots=roots,
+        max_file=max_file,
+    )
+
+
+def digest_of(kind: str, lines: Iterable[str]) -> str:
+    """Hash of a listing, one line a sample: 128 bits in hex."""
+    digest = hashlib.blake2b(kind.encode() + b"\0", digest_size=16)
+    for line in lines:
+        try:
+            data = line.encode("utf-8", "surrogateescape")
+        except UnicodeEncodeError:
+            data = line.encode("utf-8", "surrogatepass")
+        digest.update(data + b"\0\n")
+    return digest.hexdigest()
+
+
+def _litter_in(key: str) -> str:
+    """Why a key is no data: one of its folders is hidden or litter; empty if none is."""
+    folders = key.split("/")[:-1]
+    return next((reason for name in folders if name not in (".", "..") and (reason := litter_reason(name))), "")
+
+
+def _image(parts: dict[str, Part]) -> str | None:
+    return next((extension for extension in IMAGES if extension in parts), None)

@@ -1,0 +1,307 @@
+"""Packing samples into shards: deterministic in the seed, and going on where it was killed.
+
+After each whole shard ``<prefix>.pack.json`` says how far the work is and of which source, seed and sizes it is. The same command
+keeps the shards that are finished, goes on with the next, and ends with the bytes that an undisturbed run would have written.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import Counter, deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import IO, Any
+
+from pipeline.data.index.image_header import judge
+from pipeline.data.order.random import permutation
+from pipeline.data.pack.account import NOTES, REASONS, WITH_IMAGE, Account, left_out_line, note_line, settle, write_lists
+from pipeline.data.pack.layouts import extension_counts
+from pipeline.data.pack.resume import PackState, Piece
+from pipeline.data.pack.samples import LeftOut, Source
+from pipeline.data.pack.shard_writer import ShardWriter
+from pipeline.data.pack.sources import Pictures
+from pipeline.data.pack.transcode import Form, transcode
+from pipeline.errors import DataError
+from pipeline.runtime.locks import lock
+from pipeline.untrusted import printable
+
+_SHUFFLE = 0x9ACC  # names the draw
+_Prepared = tuple[dict[str, Any] | None, tuple[str, ...], bool]
+
+
+@dataclass(frozen=True)
+class Packing:
+    """How to pack.
+
+    Attributes:
+        prefix: begins the names of the shards.
+        samples_per_shard: see :class:`ShardWriter`.
+        bytes_per_shard: see :class:`ShardWriter`.
+        seed: of the shuffling; None keeps the order of the source.
+        min_side: pictures with a smaller side are left out, pixels.
+        max_pixels: larger pictures are left out.
+        transcode: write what the decoder does not read (GIF, AVIF…) anew in this form; None leaves it out.
+        max_side: scale pictures down so that the longer side has no more pixels.
+    """
+
+    prefix: str = "train"
+    samples_per_shard: int = 10_000
+    bytes_per_shard: int = 400_000_000
+    seed: int | None = 0
+    min_side: int = 16
+    max_pixels: int = 50_000_000
+    transcode: Form | None = None
+    max_side: int | None = None
+
+
+@dataclass(frozen=True)
+class PackReport:
+    """What became of the samples.
+
+    Attributes:
+        shards: paths of the shards.
+        packed: samples in them.
+        rewritten: pictures among them that were transcoded or scaled.
+        skipped: (name, reason) of each file, row or member left out, by name.
+        classes: class names, the position is the class number.
+        kept: shards that an earlier attempt had finished.
+        account: what became of every file, row or member that was seen.
+        notes: (name, note) of each sample that is packed with something replaced or missing, by name.
+        remarks: sentences on the source as a whole.
+    """
+
+    shards: tuple[str, ...]
+    packed: int
+    rewritten: int
+    skipped: tuple[tuple[str, str], ...]
+    classes: tuple[str, ...]
+    kept: int = 0
+    account: Account = field(default_factory=Account)
+    notes: tuple[tuple[str, str], ...] = ()
+    remarks: tuple[str, ...] = ()
+
+    @property
+    def reasons(self) -> dict[str, int]:
+        """How many files, rows or members were left out for each reason."""
+        return dict(sorted(Counter(reason for _, reason in self.skipped).items()))
+
+    def text(self, out: Path, prefix: str) -> str:
+        """What was packed, what was not and why, for a person, in counts that add up.
+
+        Args:
+            out: folder of the shards and lists.
+            prefix: of their names.
+        """
+        classes = f", {len(self.classes)} classes" if self.classes else ""
+        kept = f" ({self.kept} of them were there already)" if self.kept else ""
+        lines = [f"packed {self.packed} samples in {len(self.shards)} shards{kept}{classes}"]
+        if self.rewritten:
+            lines.append(f"wrote {self.rewritten} images anew")
+        for reason, number in self.account.left_out.items():
+            meaning = REASONS.get(reason, "")
+            if reason == "not_an_image":
+                names = (name for name, why in self.skipped if why == reason)
+                meaning = extension_counts(Counter(Path(name).suffix[1:].lower() for name in names))
+            lines.append(f"left out {number}: {reason}" + (f" ({meaning})" if meaning else ""))
+        if self.account.left_out:
+            lines.append(f"which ones: {out / f'{prefix}.skipped.txt'}")
+        for note, number in self.account.noted.items():
+            lines.append(f"packed, but {number}: {note}" + (f" ({NOTES[note]})" if note in NOTES else ""))
+        if self.account.noted:
+            lines.append(f"which ones: {out / f'{prefix}.notes.txt'}")
+        lines += [f"note: {remark}" for remark in self.remarks]
+        lines.append(f"account: {self.account.text()}")
+        return "\n".join(printable(line) for line in lines)
+
+
+def pack(
+    source: Source,
+    out: str | Path,
+    packing: Packing | None = None,
+    *,
+    overwrite: bool = False,
+    threads: int = 8,
+    progress: Callable[[int, int, str], None] | None = None,
+) -> PackReport:
+    """Packs the samples of a source into shards, or goes on where a packing with the same arguments was stopped.
+
+    The bytes depend on the source, the settings and (where pictures are written anew) the version of Pillow. Besides the shards
+    there are ``<prefix>.pack.json``, which ends with the account, ``classes.txt`` if the source names classes,
+    ``<prefix>.skipped.txt`` if anything was left out, and ``<prefix>.notes.txt`` if samples are packed with something replaced or
+    missing.
+
+    Args:
+        source: see :func:`pipeline.data.pack.sources.open_source`.
+        out: where the shards go.
+        packing: how.
+        overwrite: replace shards of the same prefix, whatever they are.
+        threads: read and judge this many samples at a time.
+        progress: called with (samples seen, samples in all, a line after each shard).
+
+    Raises:
+        DataError: nothing to pack, shards of something else are there already, or another packing is at work.
+    """
+    packing, out = packing or Packing(), Path(out)
+    if not len(source):
+        raise _nothing_to_pack(source)
+    if not packing.prefix or "/" in packing.prefix or packing.prefix.startswith("."):
+        raise DataError(f"{packing.prefix!r} cannot begin a file's name", where="prefix", hint="Use letters, digits, _ and -.")
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        with (out / f".{packing.prefix}.skipped.tmp").open("a+b") as journal:
+            return _pack(source, out, packing, journal, overwrite, threads, progress)
+    except OSError as error:
+        hint = "Make room or give another directory; the same command goes on where it stopped."
+        raise DataError(f"cannot be written ({error.strerror})", where=str(error.filename or out), hint=hint) from error
+
+
+def _pack(
+    source: Source,
+    out: Path,
+    packing: Packing,
+    journal: IO[bytes],
+    overwrite: bool,
+    threads: int,
+    progress: Callable[[int, int, str], None] | None,
+) -> PackReport:
+    try:
+        lock(journal.fileno(), journal.name, wait=False)
+    except BlockingIOError:
+        raise DataError("another packing is at work here", where=str(out), hint="Wait for it, or stop it.") from None
+    settings = asdict(packing)
+    if packing.transcode is not None or packing.max_side is not None:
+        from PIL import __version__
+
+        settings["pillow"] = __version__
+    state = PackState(out, packing.prefix, settings, source)
+    pieces, complete = state.load(overwrite, os.fstat(journal.fileno()).st_size)
+    kept = len(pieces)
+    last = pieces[-1] if pieces else Piece("", 0, 0, 0, 0, 0)
+    seen, rewritten = last.following, 0
+
+    def finished(path: Path) -> None:
+        nonlocal rewritten
+        journal.flush()
+        samples = writer.samples - sum(piece.samples for piece in pieces)
+        pieces.append(Piece(path.name, path.stat().st_size, samples, rewritten, seen, journal.tell()))
+        rewritten = 0
+        state.save(pieces)
+        if progress is not None:
+            progress(seen, len(source), f"{path.name}: {samples} samples, {pieces[-1].bytes / 1e6:.1f} MB")
+
+    total = len(source)
+    order = list(range(total)) if packing.seed is None else permutation(total, packing.seed, _SHUFFLE).tolist()
+    writer = ShardWriter(
+        out,
+        packing.prefix,
+        samples_per_shard=packing.samples_per_shard,
+        bytes_per_shard=packing.bytes_per_shard,
+        shards=[str(out / piece.name) for piece in pieces],
+        samples=sum(piece.samples for piece in pieces),
+        finished=finished,
+    )
+    if not complete:
+        state.save(pieces)
+        journal.truncate(last.skipped)
+        with writer, ThreadPoolExecutor(threads) as pool:
+            for position, (sample, reasons, anew) in _ahead(pool, source, packing, order[seen:], 4 * threads):
+                name = source.name(position)
+                if sample is None:
+                    journal.write(left_out_line(reasons[0], name))
+                    journal.writelines(left_out_line(WITH_IMAGE, companion) for companion in source.companions(position))
+                else:
+                    writer.write({"__key__": source.key(position, writer.samples), **sample})
+                    journal.writelines(note_line(note, name) for note in reasons)
+                    rewritten += anew
+                seen += 1
+                if progress is not None and seen % 32 == 0:
+                    progress(seen, len(source), "")
+    skipped, notes = write_lists(source, out, packing.prefix, journal, complete)
+    if not writer.samples:
+        raise _nothing_packed(out / f"{packing.prefix}.skipped.txt", source, skipped)
+    account = state.account if complete and state.account is not None else settle(source, writer.samples, skipped, notes)
+    state.save(pieces, account)
+    (out / f".{packing.prefix}.skipped.tmp").unlink(missing_ok=True)
+    return PackReport(
+        shards=tuple(writer.shards),
+        packed=writer.samples,
+        rewritten=sum(piece.rewritten for piece in pieces),
+        skipped=skipped,
+        classes=source.classes,
+        kept=kept,
+        account=account,
+        notes=notes,
+        remarks=(*source.remarks, *_empty_classes(source, skipped)),
+    )
+
+
+def _empty_classes(source: Source, skipped: Sequence[tuple[str, str]]) -> list[str]:
+    """Says which class numbers occur in the source but in no packed sample."""
+    if not source.classes or not isinstance(source, Pictures):
+        return []
+    gone = {name for name, _ in skipped}
+    there = {entry.label for entry in source.entries if printable(entry.shown) not in gone}
+    empty = [name for number, name in enumerate(source.classes) if number not in there]
+    few = ", ".join(empty[:5]) + (f" and {len(empty) - 5} more" if len(empty) > 5 else "")
+    return [f"{len(empty)} of {len(source.classes)} classes have no sample: {few}"] if empty else []
+
+
+def _nothing_to_pack(source: Source) -> DataError:
+    counts = Counter(reason for _, reason in source.left_out)
+    counted = ", ".join(f"{n} {reason}" for reason, n in sorted(counts.items()))
+    hint = "Point to a folder with one sub-folder a class, or to a table"
+    if counts.get("outside_link"):
+        hint = "Links that leave the source are followed with --follow-links"
+    return DataError(f"the source holds no images{f' ({counted} left out)' if counted else ''}", hint=hint)
+
+
+def _nothing_packed(path: Path, source: Source, skipped: Sequence[tuple[str, str]]) -> DataError:
+    counts = Counter(reason for _, reason in skipped)
+    counted = ", ".join(f"{n} {reason}" for reason, n in sorted(counts.items()))
+    hint = "It names them all"
+    if counts.get("outside_link"):
+        hint += "; links that leave the source are followed with --follow-links"
+    missing = [name for name, reason in skipped if reason == "missing_file"]
+    if any("\\" in name for name in missing):
+        hint += "; paths of Windows must be written with forward slashes"
+    elif missing:
+        hint += "; relative paths begin at the table's folder, or at one that --root names"
+    return DataError(f"none of {len(source)} images can be used: {counted}", where=str(path), hint=hint)
+
+
+def _ahead(
+    pool: ThreadPoolExecutor, source: Source, packing: Packing, positions: Sequence[int], most: int
+) -> Iterator[tuple[int, _Prepared]]:
+    """Each position in turn with what :func:`_prepare` makes of it; the next few are under way already."""
+    flying: deque[tuple[int, Future[_Prepared]]] = deque()
+    for position in positions:
+        flying.append((position, pool.submit(_prepare, source, packing, position)))
+        if len(flying) >= most:
+            first, job = flying.popleft()
+            yield first, job.result()
+    for position, job in flying:
+        yield position, job.result()
+
+
+def _prepare(source: Source, packing: Packing, position: int) -> _Prepared:
+    """The members of a sample and its notes, or None and the reason; and whether its image was written anew."""
+    try:
+        raw = source.load(position)
+    except LeftOut as error:
+        return None, (str(error),), False
+    verdict = judge(raw.image, min_side=packing.min_side, max_pixels=packing.max_pixels)
+    form: Form | None = None
+    if verdict.status in ("unsupported", "not_image"):
+        form = packing.transcode
+    elif verdict.status == "ok" and packing.max_side is not None and max(verdict.width, verdict.height) > packing.max_side:
+        form = "jpg" if verdict.format == "jpeg" else "png"
+    image = raw.image
+    if form is not None:
+        image = transcode(image, form, max_pixels=packing.max_pixels, max_side=packing.max_side) or image
+    if image is not raw.image:
+        verdict = judge(image, min_side=packing.min_side, max_pixels=packing.max_pixels)
+    if verdict.status != "ok":
+        return None, (verdict.status,), False
+    return raw.sample(image, verdict), raw.notes, image is not raw.image

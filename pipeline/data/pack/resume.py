@@ -1,0 +1,152 @@
+"""How far a packing is: ``<prefix>.pack.json``, from which the same command goes on."""
+
+from __future__ import annotations
+
+import glob
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from pipeline.data import storage
+from pipeline.data.pack.account import Account
+from pipeline.data.pack.samples import MAX_FILE, Source
+from pipeline.errors import DataError
+from pipeline.untrusted import read_json
+
+FORMAT = 2  # 2: every source is listed by other rules than before
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A finished shard.
+
+    Attributes:
+        name: of the file.
+        bytes: its size.
+        samples: samples in it.
+        rewritten: pictures in it that were transcoded or scaled.
+        following: how many samples of the source had been looked at when it was full.
+        skipped: length of the list of those left out by then, bytes.
+    """
+
+    name: str
+    bytes: int
+    samples: int
+    rewritten: int
+    following: int
+    skipped: int
+
+
+class PackState:
+    """``<prefix>.pack.json``: the settings of a packing and the shards that are finished.
+
+    Args:
+        out: folder of the shards.
+        prefix: of their names.
+        settings: of the packing; another value is another packing.
+        source: what is packed.
+
+    Attributes:
+        account: of a packing that is complete.
+    """
+
+    def __init__(self, out: Path, prefix: str, settings: dict[str, Any], source: Source) -> None:
+        self._out, self._prefix, self._classes = out, prefix, source.classes
+        self._path = out / f"{prefix}.pack.json"
+        self.account: Account | None = None
+        named = "\0".join((source.digest, *source.classes)).encode("utf-8", "surrogateescape")
+        self._settings: dict[str, Any] = {**settings, "source": hashlib.blake2b(named, digest_size=16).hexdigest()}
+        if source.max_file != MAX_FILE:
+            self._settings["max_file"] = source.max_file
+
+    def load(self, overwrite: bool, journal: int) -> tuple[list[Piece], bool]:
+        """The shards to keep, and whether they are all; what cannot be kept is removed.
+
+        Args:
+            overwrite: keep nothing.
+            journal: length of the list of samples left out, bytes.
+
+        Raises:
+            DataError: shards of something else are there.
+        """
+        prefix = glob.escape(self._prefix)
+        there = sorted(self._out.glob(f"{prefix}-[0-9]*.tar"))
+        self._check_classes(there)
+        document = self._read()
+        if not overwrite and there:
+            self._check(document, there)
+        for torn in self._out.glob(f".{prefix}-[0-9]*.tar.*.tmp"):
+            torn.unlink()
+        for torn in self._out.glob(f".{prefix}.pack.json.*.tmp"):  # of a kill while this state was written
+            torn.unlink()
+        pieces: list[Piece] = []
+        complete = False
+        if not overwrite and document is not None:
+            for piece in (Piece(**entry) for entry in document["shards"]):
+                path = self._out / piece.name
+                if not path.is_file() or path.stat().st_size != piece.bytes:
+                    break
+                pieces.append(piece)
+            complete = bool(document["complete"]) and len(pieces) == len(document["shards"])
+            self.account = Account(**document["account"]) if document.get("account") else None
+            if not complete and pieces and journal < pieces[-1].skipped:
+                pieces = []  # the list of those left out is gone, so nothing can be continued
+        for path in there[len(pieces) :]:
+            path.unlink()
+        return pieces, complete
+
+    def save(self, pieces: Sequence[Piece], account: Account | None = None) -> None:
+        """Writes how far the work is, whole or not at all; with the account it is complete."""
+        document = {
+            "format": FORMAT,
+            "complete": account is not None,
+            "settings": self._settings,
+            "shards": [asdict(piece) for piece in pieces],
+            "account": None if account is None else asdict(account),
+        }
+        storage.write_whole(self._path, (json.dumps(document, indent=1) + "\n").encode())
+
+    def _read(self) -> dict[str, Any] | None:
+        try:
+            document = read_json(self._path)
+            [Piece(**entry) for entry in document["shards"]]
+            if document.get("account"):
+                Account(**document["account"])
+            return document if {"settings", "complete", "format"} <= document.keys() else None
+        except (DataError, OSError, ValueError, KeyError, TypeError, AttributeError):
+            return None
+
+    def _check(self, document: dict[str, Any] | None, there: Sequence[Path]) -> None:
+        hint = "Choose another directory or prefix, or allow overwriting (--overwrite)."
+        if document is None:
+            raise DataError(f"{len(there)} shards are there already", where=str(there[0]), hint=hint)
+        if document["format"] != FORMAT:
+            what = f"{len(there)} shards were packed by another version of fovea, which listed sources by other rules"
+            raise DataError(what, where=str(there[0]), hint=hint)
+        old = document["settings"]
+        changed = [name for name in {**self._settings, **old} if old.get(name) != self._settings.get(name)]
+        if changed:
+            changes = ", ".join(
+                "the source is another" if name == "source" else f"{name} was {old.get(name)} and is {self._settings.get(name)}"
+                for name in changed
+            )
+            what = f"{len(there)} shards are there already, of another packing ({changes})"
+            raise DataError(what, where=str(there[0]), hint=f"With the same settings it goes on where it stopped. {hint}")
+
+    def _check_classes(self, own: Sequence[Path]) -> None:
+        """Shards of two prefixes in one folder share the class numbers, or labels would not mean the same."""
+        path = self._out / "classes.txt"
+        if not self._classes or not path.is_file() or set(self._out.glob("*.tar")) <= set(own):
+            return
+        old = path.read_text(encoding="utf-8", errors="surrogateescape").splitlines()
+        if old != list(self._classes):
+            odd = sorted(set(old) ^ set(self._classes))
+            raise DataError(
+                f"names other classes than this source ({len(old)} and {len(self._classes)}"
+                + (f"; only one of them has {odd[0]!r})" if odd else ")"),
+                where=str(path),
+                hint=f"The same number would mean another class. Take its numbers with --classes {path}, or choose another OUT",
+            )

@@ -1,0 +1,137 @@
+"""How many bytes a forward pass keeps for its backward pass, counted on tensors without memory.
+
+The method's own pass runs on fake tensors, with fused attention and a GPU's number format, while every storage that
+is made is counted until it is dropped. Two batches tell what belongs to a sample and what to a step.
+"""
+
+from __future__ import annotations
+
+import os
+import weakref
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+from unittest import mock
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_flatten
+
+from pipeline.config.schema import Config
+from pipeline.estimate.flops import fake_batch, whole_groups
+from pipeline.methods.base import Recipe, Step
+from pipeline.methods.registry import build_recipe
+
+
+class Alive(TorchDispatchMode):
+    """Counts the bytes of all storages that operations make and nobody has dropped yet; not of those they are given.
+
+    Attributes:
+        now, peak: bytes.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = self.peak = 0
+        self._known: dict[int, int] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        for given in _storages((args, kwargs)):  # a view of a weight is nothing new
+            self._count(given, made=False)
+        result = func(*args, **(kwargs or {}))
+        for storage in _storages(result):
+            self._count(storage, made=True)
+        return result
+
+    def _count(self, storage: torch.UntypedStorage, *, made: bool) -> None:
+        key = storage._cdata
+        if key in self._known:
+            return
+        self._known[key] = storage.nbytes() if made else 0
+        self.now += self._known[key]
+        self.peak = max(self.peak, self.now)
+        weakref.finalize(storage, self._drop, key)
+
+    def _drop(self, key: int) -> None:
+        self.now -= self._known.pop(key, 0)
+
+
+def _storages(tree: Any) -> list[torch.UntypedStorage]:
+    return [leaf.untyped_storage() for leaf in tree_flatten(tree)[0] if isinstance(leaf, torch.Tensor)]
+
+
+@dataclass(frozen=True)
+class Activations:
+    """Bytes of one micro-batch on a GPU, without what ``train.compile`` saves.
+
+    Attributes:
+        fixed: kept whatever the batch, such as the slope of the prototypes.
+        each: kept of a sample.
+        passing: what comes and goes on top of that before the loss is there, such as a piece of logits.
+    """
+
+    fixed: float
+    each: float
+    passing: float
+
+    def of(self, samples: int) -> float:
+        """At most, with so many samples."""
+        return self.fixed + self.each * samples + self.passing
+
+
+_SAMPLES = 8
+
+
+def counted(config: Config) -> Activations:
+    """What the method keeps; where steps take views of several sizes, of those that need most.
+
+    Captions count with all the tokens that they may have. What grows with the square of the batch, as logits of pairs do, is
+    left out.
+    """
+    found = max((_counted(config, number) for number in range(len(_recipe(config).view_sets))), key=lambda one: one.each)
+    if not config.train.recompute:
+        return found
+    # The block that is computed again keeps what all of them would have kept.
+    whole = counted(config.replace(train=config.train.model_copy(update={"recompute": False})))
+    blocks = max(len(getattr(m, "blocks", ())) for m in _recipe(config).modules())
+    return Activations(found.fixed, found.each + (whole.each - found.each) / max(blocks, 1), found.passing)
+
+
+def _counted(config: Config, number: int) -> Activations:
+    few = whole_groups(config, _SAMPLES)
+    (kept, _), (more, peak) = (alive(config, samples, number) for samples in (few, 2 * few))
+    each = (more - kept) / few
+    return Activations(max(kept - each * few, 0.0), each, peak - more)
+
+
+def alive(config: Config, samples: int, number: int = 0) -> tuple[int, int]:
+    """Bytes alive when the losses of a batch of fake tensors are there, and at most before, beyond weights and views."""
+    recipe = _recipe(config)
+    for module in (*recipe.modules(), *_teachers(recipe)):
+        if hasattr(module, "checkpointing"):
+            module.checkpointing = config.train.recompute  # type: ignore[assignment]
+    bf16 = torch.autocast("cpu", torch.bfloat16, enabled=config.train.precision == "bf16")
+    with FakeTensorMode(allow_non_fake_inputs=True), bf16:
+        for network in (recipe, *(recipe.teacher.modules.values() if recipe.teacher is not None else ())):
+            network.to_empty(device="cpu")
+        recipe.memory = {name: torch.empty_like(tensor, device="cpu") for name, tensor in recipe.memory.items()}
+        context = recipe.text.context if recipe.text else 0
+        batch = fake_batch(recipe.view_sets[number].views, samples, context=context)
+        with mock.patch.dict(os.environ, {"FOVEA_KERNELS": "torch"}), Alive() as found:
+            with torch.no_grad():
+                recipe.prepare([batch], Step())
+            terms = recipe(batch, Step())
+            kept = found.now
+        del terms
+    return kept, found.peak
+
+
+def _recipe(config: Config) -> Recipe:
+    with torch.device("meta"):
+        return build_recipe(config).train()
+
+
+def _teachers(recipe: Recipe) -> Iterator[torch.nn.Module]:
+    for network in recipe.teacher.modules.values() if recipe.teacher is not None else ():
+        yield from network.modules()

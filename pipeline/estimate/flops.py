@@ -1,0 +1,180 @@
+"""How many floating-point operations a sample costs: counted on tensors without memory, and by formula.
+
+A multiply-add is two operations, and only matrix products count: that is what a GPU's peak is stated in. :func:`counted` runs a
+method's own forward and backward pass on fake tensors under torch's counter, so it holds for every method and knows what is
+skipped (stochastic depth by subset, dropped patches). The formulas are for checking it by hand.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.flop_counter import FlopCounterMode
+
+from pipeline.config.schema import Config
+from pipeline.data.augment.views import Batch, Boxes, Masks, ViewSpec
+from pipeline.methods.base import Step
+from pipeline.methods.registry import build_recipe
+
+_SAMPLES = 8
+
+# torch's own table lacks some of these kernels in some versions, and counts what a fused backward pass computes again.
+_FUSED_ATTENTION = (
+    "_scaled_dot_product_flash_attention",
+    "_scaled_dot_product_flash_attention_for_cpu",
+    "_scaled_dot_product_efficient_attention",
+    "_scaled_dot_product_cudnn_attention",
+    "_scaled_dot_product_fused_attention_overrideable",
+)
+
+
+def flop_counter() -> FlopCounterMode:
+    """Torch's counter of matrix products, with attention counted alike by whichever kernel and torch version it is computed:
+    two products forward, four backward, as the plain formula has them."""
+    table: dict[Any, Callable[..., int]] = {}
+    for name in _FUSED_ATTENTION:
+        for suffix, formula in (("", _attention), ("_backward", _attention_backward)):
+            if (operator := getattr(torch.ops.aten, name + suffix, None)) is not None:
+                table[operator] = formula
+    return FlopCounterMode(display=False, custom_mapping=table)
+
+
+def _attention(query: Sequence[int], key: Sequence[int], value: Sequence[int], *_: Any, **__: Any) -> int:
+    """Operations of ``softmax(q k^T) v`` by the shapes ``[batch, heads, tokens, width]``."""
+    rows = math.prod(query[:-1])
+    return 2 * rows * key[-2] * (query[-1] + value[-1])
+
+
+def _attention_backward(
+    _grad: Sequence[int], query: Sequence[int], key: Sequence[int], value: Sequence[int], *_: Any, **__: Any
+) -> int:
+    return 2 * _attention(query, key, value)
+
+
+def counted(config: Config, samples: int = _SAMPLES) -> float:
+    """Operations of one sample in one step: teacher, student and its backward pass, heads and losses. Where steps take views of
+    several sizes, their mean.
+
+    Args:
+        config: the method and its model.
+        samples: batch that is counted, or as many more as make whole groups where samples are compared in such; terms that grow
+            with the batch are those of this one.
+    """
+    samples = whole_groups(config, samples)
+    with torch.device("meta"):  # a tower's constructor reads numbers, which fake tensors do not have
+        recipe = build_recipe(config)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        for network in (recipe, *(recipe.teacher.modules.values() if recipe.teacher is not None else ())):
+            network.to_empty(device="cpu")
+        recipe.memory = {name: torch.empty_like(tensor, device="cpu") for name, tensor in recipe.memory.items()}
+        total = 0.0
+        for one in recipe.view_sets:
+            batch = fake_batch(one.views, samples, context=recipe.text.context if recipe.text else 0)
+            with flop_counter() as counter:
+                with torch.no_grad():
+                    recipe.prepare([batch], Step())
+                terms = recipe(batch, Step())
+                torch.stack([term.float() for term in terms.values()]).sum().backward()
+            total += one.weight * counter.get_total_flops()
+    return total / samples / sum(one.weight for one in recipe.view_sets)
+
+
+def whole_groups(config: Config, samples: int) -> int:
+    """As many samples, or the next number that makes whole groups where samples are compared in such."""
+    group = getattr(config.recipe, "koleo_group", None) or 1
+    return int(group * math.ceil(samples / group))
+
+
+def fake_batch(views: Sequence[ViewSpec], samples: int, *, context: int = 0) -> Batch:
+    """A batch of shapes only, with masks on exactly as many patches as the method hides on average.
+
+    Args:
+        views: the method's ``ViewSpec``s.
+        samples: of the batch.
+        context: tokens of a caption, 0 for no captions.
+    """
+    pictures: dict[str, list[Tensor]] = {}
+    masks: dict[str, Masks] = {}
+    boxes: dict[str, Boxes] = {}
+    for view in views:
+        pictures[view.name] = [torch.empty(samples, 3, view.size, view.size) for _ in range(view.count)]
+        if view.mask is not None:
+            rows, patches = samples * view.count, (view.size // view.mask.patch) ** 2
+            hidden = round(rows * view.mask.probability * patches * sum(view.mask.ratio) / 2)
+            masks[view.name] = Masks(
+                grid=torch.empty(rows, patches, dtype=torch.bool),
+                index=torch.empty(hidden, dtype=torch.int64),
+                weight=torch.empty(hidden),
+            )
+        if view.boxes:
+            corners = [torch.empty(samples, 4) for _ in range(view.count)]
+            boxes[view.name] = Boxes(corners, [torch.empty(samples, dtype=torch.bool) for _ in range(view.count)])
+    return Batch(
+        views=pictures,
+        labels=torch.empty(samples, dtype=torch.int64),
+        keys=[str(n) for n in range(samples)],
+        ids=list(range(samples)),
+        position=0,
+        masks=masks,
+        tokens=torch.empty(samples, context, dtype=torch.int64) if context else None,
+        captions=[""] * samples if context else None,
+        boxes=boxes,
+    )
+
+
+def block(tokens: int, width: int, *, hidden: int | None = None, gated: bool = False, read: float | None = None) -> float:
+    """Operations of a transformer block, forward, for one sequence.
+
+    Args:
+        tokens: its length.
+        width: of a token.
+        hidden: of the feed-forward layer, four widths unless told.
+        gated: whether that layer has a gate (SwiGLU), hence three matrices instead of two.
+        read: tokens that are read of it, which alone pass its projection and feed-forward layer; ``None`` for all.
+    """
+    out = tokens if read is None else read
+    feed = 2 * out * width * (hidden or 4 * width) * (3 if gated else 2)
+    return 6.0 * tokens * width**2 + 4.0 * tokens**2 * width + 2.0 * out * width**2 + feed
+
+
+def tower(
+    side: int,
+    patch: int,
+    width: int,
+    depth: int,
+    *,
+    prefix: int = 1,
+    gated: bool = False,
+    hidden: int | None = None,
+    read: float | None = None,
+) -> float:
+    """Operations of a vision transformer, forward, for one picture of ``side`` pixels, of whose last block ``read`` tokens (or
+    all) are wanted."""
+    patches = (side // patch) ** 2
+    blocks = (depth - 1) * block(patches + prefix, width, hidden=hidden, gated=gated)
+    last = block(patches + prefix, width, hidden=hidden, gated=gated, read=read)
+    return blocks + last + 2.0 * patches * 3 * patch**2 * width
+
+
+def text_tower(context: int, width: int, depth: int, embed: int) -> float:
+    """Operations of a text tower, forward, for one caption, which is read at one token; of all blocks but the last the whole
+    attention is counted, as is done."""
+    last = block(context, width, read=1) - 4.0 * context * (context - 1) * width  # one row of its attention
+    return (depth - 1) * block(context, width) + last + 2.0 * width * embed
+
+
+def prototype_head(width: int, hidden: int, bottleneck: int, prototypes: int, layers: int = 3) -> float:
+    """Operations of a projection head with prototypes, forward, for one token."""
+    inner = [width, *[hidden] * (layers - 1), bottleneck]
+    return 2.0 * (sum(a * b for a, b in itertools.pairwise(inner)) + bottleneck * prototypes)
+
+
+def swiglu_hidden(width: int, ratio: float = 4.0) -> int:
+    """Width inside a gated layer that costs what a plain one does: two thirds, rounded up to eight."""
+    return 8 * math.ceil(int(width * ratio * 2 / 3) / 8)

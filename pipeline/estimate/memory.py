@@ -1,0 +1,144 @@
+"""How many bytes a rank holds, by formula: what the engine of this project keeps in each ZeRO stage.
+
+Parameters are fp32 and only compute is bf16, so that per trained parameter, R ranks::
+
+    stage   parameters  gradients  masters  AdamW's moments   teacher
+    0       4           4          -        8                 4
+    1, 2    4           4/R        4/R      8/R               4
+    3       4/R         4/R        4/R      8/R               4/R
+
+Stages 1 and 2 differ while gradients of several micro-batches are gathered: stage 1 then holds them whole. Both keep gradients by
+whole parameters: one that lies across the border of two ranks' shares is held by both. Besides there are DeepSpeed's buckets, in
+stage 3 what is gathered for computing, with bf16 the rounded weights of a forward pass, and activations.
+``tests/estimate/test_memory.py`` compares the lasting part with an engine's tensors.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+
+from pipeline.estimate.communication import STAGE_0_BUCKET, communication
+
+FP32, MOMENTS = 4, 8  # bytes of an element, and of AdamW's two
+
+
+@dataclass(frozen=True)
+class Held:
+    """Bytes on one rank.
+
+    Attributes:
+        parameters, gradients, masters, moments, frozen, teacher: what lasts, with gradients at their peak.
+        buckets: for communication.
+        gathered: stage 3's whole parameters of student and teacher while they compute, at most.
+        rounded: bf16 copies of weights while the student computes.
+        input: batches that DALI has made ahead of the step that is computed.
+        host: in host memory beside it, for an offloaded optimizer; not part of the total.
+    """
+
+    parameters: float
+    gradients: float
+    masters: float
+    moments: float
+    frozen: float
+    teacher: float
+    buckets: float = 0.0
+    gathered: float = 0.0
+    rounded: float = 0.0
+    input: float = 0.0
+    host: float = 0.0
+
+    @property
+    def total(self) -> float:
+        """All of it on the device."""
+        return float(sum(getattr(self, field.name) for field in fields(self) if field.name != "host"))
+
+    def offloaded(self, *, stage: int, accumulation: int = 1) -> Held:
+        """The same with AdamW in host memory: masters, moments, a flat gradient, and DeepSpeed's staging of weights (stages 1
+        and 2) or of gradients (stage 3); with several micro-batches also what was accumulated. Gradients still pass through the
+        device, and count there as before: a bound."""
+        each = self.masters
+        flat = each + (self.gradients if accumulation > 1 and stage < 3 else 0.0)
+        return replace(self, masters=0.0, moments=0.0, host=self.masters + self.moments + each + flat)
+
+
+def held(
+    groups: Sequence[Sequence[int]],
+    *,
+    frozen: Sequence[int] = (),
+    teacher: Sequence[int] = (),
+    stage: int,
+    ranks: int,
+    accumulation: int = 1,
+    bf16: bool = True,
+    overlap: bool = True,
+) -> Held:
+    """Bytes on the rank that holds most.
+
+    Args:
+        groups: elements of each trained parameter, by parameter group.
+        frozen: elements of each parameter that is not trained.
+        teacher: elements of each of the teacher's.
+        stage: ZeRO stage, 0 to 3.
+        ranks: number of ranks.
+        accumulation: micro-batches of a step.
+        bf16: compute in bf16.
+        overlap: on GPUs, where gradients are reduced while others are computed.
+    """
+    trained = [size for group in groups for size in group]
+    whole = sum(trained)
+    chosen = communication(whole, largest=max(trained, default=0), ranks=ranks, cuda=overlap)
+    rounded = 2.0 * whole if bf16 else 0.0
+    if stage == 0:
+        return Held(
+            parameters=FP32 * whole,
+            gradients=FP32 * whole,
+            masters=0,
+            moments=MOMENTS * whole,
+            frozen=FP32 * sum(frozen),
+            teacher=FP32 * sum(teacher),
+            buckets=FP32 * min(whole, STAGE_0_BUCKET) if ranks > 1 else 0,
+            rounded=rounded,
+        )
+    if stage == 3:
+        pieces = sum(math.ceil(size / ranks) for size in trained)
+        return Held(
+            parameters=FP32 * pieces,
+            gradients=FP32 * pieces,
+            masters=FP32 * pieces,
+            moments=MOMENTS * pieces,
+            frozen=FP32 * sum(math.ceil(size / ranks) for size in frozen),
+            teacher=FP32 * sum(math.ceil(size / ranks) for size in teacher),
+            buckets=FP32 * chosen.held,
+            gathered=FP32 * (min(whole, chosen.live) + min(sum(teacher), chosen.live)),
+            rounded=rounded,
+        )
+    padded = [2 * ranks * math.ceil(sum(group) / (2 * ranks)) for group in groups]
+    share = sum(padded) // ranks
+    gradients = FP32 * max(
+        sum(_touched(group, size // ranks, rank) for group, size in zip(groups, padded, strict=True)) for rank in range(ranks)
+    )
+    if stage == 1 and accumulation > 1:
+        gradients += FP32 * whole
+    return Held(
+        parameters=FP32 * sum(padded),
+        gradients=gradients,
+        masters=FP32 * share,
+        moments=MOMENTS * share,
+        frozen=FP32 * sum(frozen),
+        teacher=FP32 * sum(teacher),
+        buckets=FP32 * chosen.held,
+        rounded=rounded,
+    )
+
+
+def _touched(group: Sequence[int], share: int, rank: int) -> int:
+    """Elements of all parameters of which the rank's share of the group has a piece."""
+    low, high = rank * share, (rank + 1) * share
+    begin = elements = 0
+    for size in group:
+        if begin < high and begin + size > low:
+            elements += size
+        begin += size
+    return elements

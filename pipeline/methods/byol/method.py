@@ -1,0 +1,66 @@
+"""BYOL (Grill et al., "Bootstrap your own latent", arXiv 2006.07733).
+
+The student's view, after projector and predictor, predicts the teacher's projection of the other view, whose colours were
+distorted otherwise. There are no negatives. What keeps all pictures from looking alike is the predictor together with targets
+that no gradient reaches; the slow teacher steadies it.
+
+The teacher begins as the student's copy; the reference begins with other random weights.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from typing_extensions import override
+
+from pipeline import losses
+from pipeline.config.schema import Config
+from pipeline.data.augment.views import Batch
+from pipeline.methods.base import Step
+from pipeline.methods.byol.settings import ByolSettings
+from pipeline.methods.ema_teacher import Teacher
+from pipeline.methods.shared.two_views import TwoViews
+from pipeline.models.mlps import mlp
+from pipeline.models.norms import batch_statistics
+from pipeline.models.resnet import Tower, build_trunk
+
+
+class BYOL(TwoViews):
+    """The method; see the module. Local crops, if there are any, predict both global ones.
+
+    Args:
+        backbone: the student's tower.
+        settings: heads and views.
+        init: start of projector and predictor, see :func:`pipeline.models.mlps.mlp`.
+    """
+
+    settings: ByolSettings
+
+    def __init__(self, backbone: Tower, settings: ByolSettings, *, init: Literal["torch", "byol"] = "torch") -> None:
+        s = settings
+        super().__init__(backbone, s, out=s.head_out)
+        self.projector = mlp((backbone.width, s.head_hidden, s.head_out), norm=s.head_norm, init=init)
+        widths = (s.head_out, s.head_hidden, s.head_out)
+        self.predictor: nn.Module = mlp(widths, norm=s.head_norm, init=init) if s.predictor else nn.Identity()
+        self.teacher: Teacher = Teacher(backbone=backbone, projector=self.projector)
+        self.batch_coupled = self.sees_batches()
+
+    @override
+    def forward(self, batch: Batch, step: Step) -> dict[str, Tensor]:
+        """Term ``regression``, 0 to 8, the sum of both directions; and those of repulsion."""
+        backbone, projector = self.teacher.modules.values()
+        with torch.no_grad(), batch_statistics(backbone, projector):
+            targets = [projector(backbone(view, patches="none").cls) for view in batch.views["global"]]
+        large, small = self.project(batch, self.projector)
+        pairs = [(large[0], targets[1]), (large[1], targets[0]), *((x, target) for x in small for target in targets)]
+        terms = [losses.cosine_regression(self.predictor(x), target) for x, target in pairs]
+        self.watch(large)
+        return {"regression": 2 * torch.stack(terms).mean(), **self.repelled(small)}
+
+
+def build(config: Config, settings: ByolSettings) -> BYOL:
+    """The method around a fresh tower."""
+    trunk = build_trunk(config.model, image_size=settings.views.global_size)
+    return BYOL(trunk, settings, init="byol" if config.model.init == "byol" else "torch")

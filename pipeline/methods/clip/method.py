@@ -1,0 +1,92 @@
+"""CLIP (Radford et al., arXiv 2103.00020) and SigLIP (Zhai et al., arXiv 2303.15343).
+
+A picture and its caption are each one unit vector. Their products over all pairs of a global batch, times a trained scale, are
+logits: CLIP asks of each picture which caption is its own and of each caption which picture is, SigLIP asks of each pair
+whether it is one.
+"""
+
+from __future__ import annotations
+
+import torch
+from timm.layers import AttentionPoolLatent
+from torch import Tensor, nn
+
+from pipeline.config.schema import Config
+from pipeline.data.augment.views import Batch
+from pipeline.methods.base import Step
+from pipeline.methods.clip.settings import ClipSettings
+from pipeline.methods.shared.contrastive import Contrastive, caption_tokens, random_keep, unit
+from pipeline.methods.shared.crops import one_view
+from pipeline.models.text_weights import load_text
+from pipeline.models.tokens import Tokens
+from pipeline.models.vision import VisionTower, build_tower
+
+INIT_SCALE = {"softmax": 1 / 0.07, "sigmoid": 10.0}
+
+
+class CLIP(Contrastive):
+    """The method; see the module.
+
+    Args:
+        backbone: the vision tower.
+        settings: sizes, loss and rules.
+    """
+
+    settings: ClipSettings
+
+    def __init__(self, backbone: VisionTower, settings: ClipSettings) -> None:
+        sigmoid = settings.loss == "sigmoid"
+        super().__init__(
+            backbone,
+            settings,
+            scale=settings.init_scale or INIT_SCALE[settings.loss],
+            bias=settings.init_bias if sigmoid else None,
+        )
+        self.views = one_view(settings)
+        if settings.image_pool == "attention":
+            heads = backbone.vit.blocks[0].attn.num_heads
+            self.pool: nn.Module | None = AttentionPoolLatent(backbone.width, num_heads=heads, mlp_ratio=4.0)
+        else:
+            self.pool = None
+        frozen = {"image": self.backbone, "text": self.text_tower}
+        for name in settings.freeze:
+            frozen[name].requires_grad_(False)
+        # The mask token belongs to other methods: no gradient ever reaches it.
+        self.backbone.mask_token.requires_grad_(False)
+
+    def forward(self, batch: Batch, step: Step) -> dict[str, Tensor]:
+        """Term ``contrastive``."""
+        return {"contrastive": self.contrast(self.features(batch))}
+
+    def features(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Unit features of pictures and captions."""
+        s, images = self.settings, batch.views["image"][0]
+        keep = None
+        if self.training and s.patch_dropout > 0:
+            patches = (images.shape[-1] // self.backbone.patch) ** 2
+            keep = random_keep(batch.ids, batch.position, patches, s.patch_dropout, images.device)
+        with torch.set_grad_enabled(torch.is_grad_enabled() and "image" not in s.freeze):
+            tokens = self.backbone(images, keep=keep, patches="none" if self.pool is None else "all")
+        with torch.set_grad_enabled(torch.is_grad_enabled() and "text" not in s.freeze):
+            texts = self.text_tower(caption_tokens(batch))
+        return unit(self._pooled(tokens)), unit(texts)
+
+    def encode_images(self, images: Tensor) -> Tensor:
+        """Features ``[batch, embed]`` of whole pictures, not normalised."""
+        return self._pooled(self.backbone(images))
+
+    def _pooled(self, tokens: Tokens) -> Tensor:
+        features: Tensor = self.image_projection(tokens.cls if self.pool is None else self.pool(tokens.patches))
+        return features
+
+    def export(self) -> dict[str, nn.Module]:
+        """Both towers, the picture's projection, and its pooling if that has weights."""
+        return super().export() | ({"image_pool": self.pool} if self.pool is not None else {})
+
+
+def build(config: Config, settings: ClipSettings) -> CLIP:
+    """The method around fresh towers, or around those whose initial weights are given."""
+    method = CLIP(build_tower(config.model, image_size=settings.image_size), settings)
+    if settings.text_weights is not None:
+        load_text(method.text_tower, settings.text_weights)
+    return method

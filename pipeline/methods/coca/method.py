@@ -1,0 +1,108 @@
+"""CoCa (Yu et al., "Contrastive captioners are image-text foundation models", arXiv 2205.01917).
+
+CLIP's comparison of pictures and captions, and a decoder that writes the caption. The lower half of the text tower reads the
+caption alone, from left to right; a class token at its end gives the caption's feature. The upper half looks at the picture as
+well, pooled to a few tokens, and tells each next token. Both terms come from one pass.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from typing_extensions import override
+
+from pipeline.config.schema import Config
+from pipeline.data.augment.views import Batch
+from pipeline.methods.base import Step
+from pipeline.methods.coca.settings import CocaSettings
+from pipeline.methods.shared.captioning import average_count, told, written
+from pipeline.methods.shared.contrastive import Contrastive, caption_tokens, unit
+from pipeline.methods.shared.crops import one_view
+from pipeline.models.captions import CaptionTower, Pooler
+from pipeline.models.vision import VisionTower, build_tower
+
+
+class CoCa(Contrastive):
+    """The method; see the module.
+
+    Args:
+        backbone: the vision tower.
+        settings: sizes and weights.
+    """
+
+    settings: CocaSettings
+    text_tower: CaptionTower
+
+    def __init__(self, backbone: VisionTower, settings: CocaSettings) -> None:
+        super().__init__(backbone, settings, scale=1 / 0.07)
+        t, sizes = settings.text, settings.text.sizes
+        self.views = one_view(settings)
+        self.text_tower = CaptionTower(
+            width=sizes.width,
+            depth=sizes.depth,
+            heads=sizes.heads,
+            embed=settings.embed or sizes.embed,
+            context=t.context,
+            decoder_depth=settings.decoder_depth,
+            picture=backbone.width,
+            quick_gelu=t.activation == "quick_gelu",
+        )
+        self.pooler = Pooler(backbone.width, 1 + settings.caption_queries, backbone.vit.blocks[0].attn.num_heads)
+        self.backbone.mask_token.requires_grad_(False)  # other methods': no gradient ever reaches it
+        self._counts: deque[Tensor] = deque()
+
+    @override
+    def prepare(self, batches: Sequence[Batch], step: Step) -> None:
+        """The comparison of all micro-batches as one, and how many tokens they have to tell."""
+        super().prepare(batches, step)
+        count = average_count([told(caption_tokens(batch)) for batch in batches])
+        self._counts = deque([count] * len(batches))
+
+    @override
+    def forward(self, batch: Batch, step: Step) -> dict[str, Tensor]:
+        """Terms ``contrastive`` and ``caption``."""
+        s, tokens = self.settings, caption_tokens(batch)
+        wanted = told(tokens)
+        count = self._counts.popleft() if self._counts else average_count([wanted])
+        pooled = self._pooled(batch.views["image"][0])
+        features, states = self.text_tower(tokens, pooled[:, 1:])
+        caption = written(states, tokens, wanted, self.text_tower.vocabulary, s.token_rows) / count
+        compared = self.contrast((unit(self.image_projection(pooled[:, 0])), unit(features)))
+        self.metrics |= {"token_perplexity": caption.detach().exp()}
+        return {"contrastive": s.contrastive_weight * compared, "caption": s.caption_weight * caption}
+
+    @override
+    def features(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Unit features of pictures and captions."""
+        return unit(self.encode_images(batch.views["image"][0])), unit(self.encode_texts(caption_tokens(batch)))
+
+    @override
+    def encode_images(self, images: Tensor) -> Tensor:
+        """Features ``[batch, embed]`` of whole pictures, not normalised."""
+        features: Tensor = self.image_projection(self._pooled(images)[:, 0])
+        return features
+
+    def _pooled(self, images: Tensor) -> Tensor:
+        """The feature that is compared, then those the decoder sees, ``[batch, 1 + queries, width]``."""
+        seen = self.backbone(images)
+        pooled: Tensor = self.pooler(torch.cat([seen.cls[:, None], seen.patches], dim=1))
+        return pooled
+
+    @override
+    def after_skip(self) -> None:
+        """Forgets what was prepared."""
+        super().after_skip()
+        self._counts.clear()
+
+    @override
+    def export(self) -> dict[str, nn.Module]:
+        """Both towers, the picture's projection and its pooling."""
+        return super().export() | {"pooler": self.pooler}
+
+
+def build(config: Config, settings: CocaSettings) -> CoCa:
+    """The method around fresh towers."""
+    return CoCa(build_tower(config.model, image_size=settings.image_size), settings)

@@ -1,0 +1,254 @@
+"""DetailCLIP (Monsefi et al., arXiv 2409.06809).
+
+Of two views of a picture the teacher, a slow copy, sees all; the student sees only the cells that the teacher's class token
+attends to most. The student's class tokens are compared with captions (CLIP) and predict the teacher's of the other view (CLS). A
+small decoder fills the removed places: there it predicts the teacher's patches of the same view (Patch) and the pixels (Rec).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+from pipeline import losses
+from pipeline.config.schema import Config
+from pipeline.data.augment.views import Batch, ViewSpec
+from pipeline.errors import ConfigError
+from pipeline.methods.base import Step
+from pipeline.methods.detailclip.settings import DetailClipSettings
+from pipeline.methods.ema_teacher import Teacher
+from pipeline.methods.shared.contrastive import Contrastive, caption_tokens, unit
+from pipeline.methods.shared.crops import NORMALIZE, colours
+from pipeline.models.attention import kept_and_removed, with_attention
+from pipeline.models.decoder import Decoder, patchified
+from pipeline.models.heads import PrototypeHead
+from pipeline.models.text import TextTower
+from pipeline.models.tokens import Tokens, taken
+from pipeline.models.vision import VisionTower, build_tower
+
+PAIRINGS = {
+    "cross": losses.multi_crop_pairings(0),
+    "same": (losses.Pairing((0, 1), (1.0, 0.0), 1), losses.Pairing((1, 2), (0.0, 1.0), 1)),
+    "both": (losses.Pairing((0, 2), (0.5, 0.5), 1),),
+}
+
+
+@dataclass(frozen=True)
+class _Prepared:
+    """What the teacher says of a micro-batch, views first.
+
+    Attributes:
+        batch: the micro-batch.
+        keep, removed: int64 ``[2 * batch, ...]``, the patches that the student sees and does not.
+        told: int64 ``[2 * batch, ...]``, the patches whose targets are predicted.
+        cls, patches: targets ``[2, batch]`` and ``[1, 2 * batch * told]``.
+    """
+
+    batch: Batch
+    keep: Tensor
+    removed: Tensor
+    told: Tensor
+    cls: losses.Targets
+    patches: losses.Targets
+
+
+class DetailCLIP(Contrastive):
+    """The method; see the module.
+
+    Args:
+        backbone: the student's tower.
+        settings: views, what is removed, weights, temperatures.
+    """
+
+    settings: DetailClipSettings
+
+    def __init__(self, backbone: VisionTower, settings: DetailClipSettings) -> None:
+        super().__init__(backbone, settings, scale=settings.init_scale)
+        s = settings
+        self.views = detailclip_views(s)
+        self.grid = s.image_size // backbone.patch
+        self.head = PrototypeHead(
+            backbone.width, hidden=s.head_hidden, bottleneck=s.head_bottleneck, prototypes=s.prototypes, layers=s.head_layers
+        )
+        self.decoder = Decoder(backbone.width, grid=self.grid, patch=backbone.patch, depth=s.decoder_depth, heads=s.decoder_heads)
+        # Prototypes are unit vectors; places of removed patches are the decoder's, not the tower's.
+        for frozen in (self.head.last.gain, backbone.mask_token):
+            if frozen is not None:
+                frozen.requires_grad_(False)
+        backbone.vit.patch_embed.requires_grad_(not s.freeze_patch_embed)
+        judged = {"image_projection": self.image_projection, "text_tower": self.text_tower} if s.text_teacher else {}
+        self.teacher: Teacher = Teacher(backbone=backbone, head=self.head, **judged)
+        self.memory = {name: torch.zeros(s.prototypes) for name in ("cls_center", "patch_center")}
+        self._means: dict[str, Tensor] = {}
+        self._prepared: list[_Prepared] = []
+
+    @torch.no_grad()
+    def prepare(self, batches: Sequence[Batch], step: Step) -> None:
+        """The teacher's part of a step, then features of all micro-batches, if there are several."""
+        self._forget()
+        backbone, head = cast(VisionTower, self.teacher.modules["backbone"]), cast(PrototypeHead, self.teacher.modules["head"])
+        s, seen, sums, rows = self.settings, [], [], [0, 0]
+        for batch in batches:
+            tokens = with_attention(backbone, self._shrunk(torch.cat(batch.views["global"])), layers=s.aggregation)
+            assert tokens.attention is not None
+            attention = losses.resampled_patches(tokens.attention[..., None], self.grid)[..., 0]
+            seen_patches = losses.resampled_patches(tokens.patches, self.grid)
+            keep, removed = kept_and_removed(
+                attention, self.grid, s.keep_ratio, cells=s.granularity == "cells", plus_one=s.keep_count == "plus_one"
+            )
+            told = (
+                removed
+                if s.patch_positions == "removed"
+                else torch.arange(self.grid**2, device=keep.device).expand(len(keep), -1)
+            )
+            cls, patches = head.units(tokens.cls), head.units(seen_patches)
+            centred = patches if s.center_over == "all" else taken(patches, removed)
+            sums.append(torch.stack([cls.float().sum(0), centred.float().sum((0, 1))]))
+            rows = [rows[0] + len(cls), rows[1] + centred.shape[0] * centred.shape[1]]
+            seen.append((batch, keep, removed, told, cls, taken(patches, told).flatten(0, 1)))
+        matrix = head.matrix(seen[0][4].dtype)
+        for name, total, count in zip(self.memory, torch.stack(sums).sum(0), rows, strict=True):
+            with torch.autocast(total.device.type, enabled=False):  # logits are linear in features, and so are their means
+                self._means[name] = matrix.float() @ losses.global_mean(total, count)
+        shift = [
+            -center / t for center, t in zip(self.memory.values(), (s.cls_temperature, step.teacher_temperature), strict=True)
+        ]
+        for batch, keep, removed, told, cls, patches in seen:
+            cls_targets = losses.Targets(cls.unflatten(0, (2, -1)), matrix, shift[0], s.cls_temperature)
+            patch_targets = losses.Targets(patches[None], matrix, shift[1], step.teacher_temperature)
+            self._prepared.append(_Prepared(batch, keep, removed, told, cls_targets, patch_targets))
+        super().prepare(batches, step)
+
+    def forward(self, batch: Batch, step: Step) -> dict[str, Tensor]:
+        """Terms ``clip``, ``cls``, ``patch`` and ``rec``."""
+        if not self._prepared or self._prepared[0].batch is not batch:
+            self.prepare([batch], step)
+        s, known = self.settings, self._prepared[0]
+        tokens, features = self._student(batch)
+        clip = self.contrast(features)
+        self._prepared.pop(0)
+        told, pixels = self.decoder(tokens, known.removed, everywhere=s.patch_positions == "all")
+        views, samples = len(tokens.cls), len(tokens.cls) // 2
+        told = told.flatten(0, 1)
+        each = partial(losses.prototype_cross_entropy, temperature=s.student_temperature, rows=s.logit_rows)
+
+        def compare(units: Tensor, matrix: Tensor) -> tuple[Tensor, ...]:
+            weight = units.new_full((samples,), 1 / views, dtype=torch.float32)
+            cls, watched = each(
+                units[:views].unflatten(0, (2, -1)), matrix, known.cls, PAIRINGS[s.cls_pairing], weight, watch=True
+            )
+            weight = units.new_full((len(told),), 1 / len(told), dtype=torch.float32)
+            patch, _ = each(units[None, views:], matrix, known.patches, losses.SAME_VIEW, weight)
+            return cls[1], patch[0], *(watched or ())
+
+        cls, patch, entropy, mass, _ = self.head(torch.cat([tokens.cls, told.to(tokens.cls.dtype)]), compare)
+        targets = taken(
+            patchified(torch.cat(batch.views["global"]), self.backbone.patch, standardise=s.standardise_pixels), known.removed
+        )
+        rec = (pixels.float() - targets).square().mean()
+        use = mass / views
+        self.metrics |= {
+            "target_entropy": entropy / views / mass.new_tensor(len(mass)).log(),
+            "prototype_use": -torch.xlogy(use, use).sum() / mass.new_tensor(len(mass)).log(),
+        }
+        return {
+            "clip": s.clip_weight * clip,
+            "cls": s.cls_weight * cls,
+            "patch": s.patch_weight * patch,
+            "rec": s.rec_weight * rec,
+        }
+
+    def features(self, batch: Batch) -> tuple[Tensor, ...]:
+        """Unit features of both views as the student sees them, and of the captions."""
+        return self._student(batch)[1]
+
+    def compare(self, features: Sequence[Tensor], scale: Tensor, bias: Tensor | None) -> Tensor:
+        """The mean over the views of CLIP's loss."""
+        first, second, texts = features
+        compared = partial(losses.clip_loss, chunk=self.settings.chunk)
+        return (compared(first, texts, scale) + compared(second, texts, scale)) / 2
+
+    def after_step(self, step: Step) -> None:
+        """Moves the teacher, and the centres by the mean of what it said before."""
+        super().after_step(step)
+        for name, mean in self._means.items():
+            self.memory[name] = losses.moved_center(self.memory[name], mean, self.settings.center_momentum)
+        self._forget()
+
+    def after_skip(self) -> None:
+        """Forgets the skipped batch: its means may not be finite."""
+        super().after_skip()
+        self._forget()
+
+    def export(self) -> dict[str, nn.Module]:
+        """Both towers and the picture's projection: the slow ones, or the student's if the text tower has no slow copy."""
+        if not self.settings.text_teacher:
+            return super().export()
+        slow = self.teacher.modules
+        return {"backbone": slow["backbone"], "image_projection": slow["image_projection"], "text": slow["text_tower"]}
+
+    def encode_images(self, images: Tensor) -> Tensor:
+        """Features ``[batch, embed]`` of whole pictures by the exported towers, not normalised."""
+        towers = self.export()
+        features: Tensor = towers["image_projection"](towers["backbone"](images).cls)
+        return features
+
+    def encode_texts(self, tokens: Tensor) -> Tensor:
+        """Features ``[batch, embed]`` of captions by the exported tower, not normalised."""
+        return cast(TextTower, self.export()["text"])(tokens)
+
+    def _student(self, batch: Batch) -> tuple[Tokens, tuple[Tensor, ...]]:
+        known = next(p for p in self._prepared if p.batch is batch)
+        tokens = self.backbone(torch.cat(batch.views["global"]), keep=known.keep)
+        first, second = unit(self.image_projection(tokens.cls)).chunk(2)
+        return tokens, (first, second, unit(self.text_tower(caption_tokens(batch))))
+
+    def _shrunk(self, images: Tensor) -> Tensor:
+        """What the teacher sees of views."""
+        side = self.settings.teacher_size
+        if side in (None, images.shape[-1]):
+            return images
+        return nn.functional.interpolate(images.float(), size=(side, side), mode="bilinear", antialias=True)
+
+    def _forget(self) -> None:
+        self._means, self._prepared = {}, []
+
+
+def detailclip_views(settings: DetailClipSettings) -> tuple[ViewSpec, ...]:
+    """Two views of each picture, treated alike."""
+    a = settings.augment
+    blur = a.blur_probability if a.blur != "off" else 0.0
+    augment = replace(colours(a), blur_p=blur, blur_kernel="auto", solarize_p=a.solarize_probability)
+    return (
+        ViewSpec(
+            "global",
+            2,
+            settings.image_size,
+            settings.crop_scale,
+            (augment,),
+            normalize=NORMALIZE[settings.normalize],
+            interpolation=settings.interpolation,
+        ),
+    )
+
+
+def build(config: Config, settings: DetailClipSettings) -> DetailCLIP:
+    """The method around fresh towers.
+
+    Raises:
+        ConfigError: the teacher's views are not made of whole patches, or larger than the student's.
+    """
+    tower = build_tower(config.model, image_size=settings.image_size)
+    side = settings.teacher_size or settings.image_size
+    if side % tower.patch or side > settings.image_size:
+        raise ConfigError(
+            f"the teacher cannot see {side} pixels: patches have {tower.patch}, the student's views {settings.image_size}",
+            where="recipe.teacher_size",
+            hint=f"choose a multiple of {tower.patch} up to {settings.image_size}, or null",
+        )
+    return DetailCLIP(tower, settings)

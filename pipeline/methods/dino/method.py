@@ -1,0 +1,141 @@
+"""DINO (Caron et al., "Emerging properties in self-supervised vision transformers", arXiv 2104.14294).
+
+The student sees two global and several local crops, its slow copy the teacher the global ones. Both answer with a distribution
+over prototypes, and each of the student's crops predicts what the teacher said of every *other* global crop. There are no
+negatives: no term pushes pictures apart. Two opposite treatments of the teacher's answers keep it from saying one thing always:
+a running centre taken off its logits lets no prototype dominate, and a low temperature keeps it decided.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+from typing_extensions import override
+
+from pipeline import losses
+from pipeline.config.schema import Config
+from pipeline.data.augment.views import Batch
+from pipeline.methods.base import Step
+from pipeline.methods.dino.settings import DinoSettings
+from pipeline.methods.ema_teacher import Teacher
+from pipeline.methods.health_metrics import Vitals, remedy_of_distillation
+from pipeline.methods.shared.two_views import TwoViews
+from pipeline.models.heads import PrototypeHead
+from pipeline.models.norms import batch_statistics
+from pipeline.models.resnet import Tower, build_trunk
+
+
+class DINO(TwoViews):
+    """The method; see the module.
+
+    The centre is that of the batches before this one, so micro-batches are one large batch, but for norms over a batch in a
+    ResNet or in the head.
+
+    Args:
+        backbone: the student's tower.
+        settings: head, temperatures and views.
+    """
+
+    settings: DinoSettings
+
+    def __init__(self, backbone: Tower, settings: DinoSettings) -> None:
+        s = settings
+        super().__init__(backbone, s, out=s.head_bottleneck)
+        self.head = PrototypeHead(
+            backbone.width,
+            hidden=s.head_hidden,
+            bottleneck=s.head_bottleneck,
+            prototypes=s.prototypes,
+            layers=s.head_layers,
+            batch_norm=s.head_norm == "batch",
+        )
+        if s.freeze_gain and self.head.last.gain is not None:
+            self.head.last.gain.requires_grad_(False)
+        self.teacher: Teacher = Teacher(backbone=backbone, head=self.head)
+        self.memory = {"center": torch.zeros(s.prototypes)}
+        self.batch_coupled = self.sees_batches()
+        self.vitals = Vitals(
+            guess=math.log(s.prototypes),
+            entropy="target_entropy",
+            use="prototype_use",
+            below_guess="dino_below_uniform",
+            rank="feature_rank",
+            agreement="agreement",
+            remedy=remedy_of_distillation(s.student_temperature, centred=True, center_momentum=s.center_momentum, koleo=0.0),
+        )
+        self._sums: list[tuple[Tensor, int]] = []
+
+    @override
+    def forward(self, batch: Batch, step: Step) -> dict[str, Tensor]:
+        """Term ``dino``, and those of repulsion."""
+        s, locals_ = self.settings, batch.views.get("local", [])
+        globals_ = torch.cat(batch.views["global"])
+        targets = self._targets(globals_, step)
+        seen = self.backbone(globals_, patches="none").cls
+        samples, cls = len(seen) // 2, [seen]
+        if locals_:
+            cls.append(self.backbone(torch.cat(locals_), local=True, patches="none").cls)
+        pairings = losses.multi_crop_pairings(len(locals_))
+        count = sum(sum(p.targets) * (p.views[1] - p.views[0]) for p in pairings)
+        each = seen.new_full((samples,), 1 / (samples * count))
+
+        def compared(unit: Tensor, matrix: Tensor) -> tuple[Tensor, ...]:
+            crops = unit.unflatten(0, (-1, samples))
+            terms, watched = losses.prototype_cross_entropy(
+                crops, matrix, targets, pairings, each, s.student_temperature, rows=s.logit_rows, watch=True
+            )
+            return terms.sum(), *(watched or ()), crops[2:]
+
+        loss, *watched, units = self.head(torch.cat(cls), compared)
+        self._look(loss.detach(), losses.Watched(*watched), 2 * samples, seen[:samples])
+        return {"dino": loss, **self.repelled(units.unbind())}
+
+    @override
+    def after_step(self, step: Step) -> None:
+        """Moves the teacher, and the centre by the mean of what the teacher said since the last step."""
+        super().after_step(step)
+        mean = losses.global_mean(torch.stack([total for total, _ in self._sums]).sum(0), sum(n for _, n in self._sums))
+        self.memory["center"] = losses.moved_center(self.memory["center"], mean, self.settings.center_momentum)
+        self._sums.clear()
+
+    @override
+    def after_skip(self) -> None:
+        """Forgets the skipped batch: its mean may not be finite."""
+        self._sums.clear()
+
+    @override
+    def export(self) -> dict[str, nn.Module]:
+        """The teacher's tower, as ``backbone``."""
+        return {"backbone": self.teacher.modules["backbone"]}
+
+    @torch.no_grad()
+    def _targets(self, images: Tensor, step: Step) -> losses.Targets:
+        backbone, head = self.teacher.modules.values()
+        assert isinstance(head, PrototypeHead)
+        with batch_statistics(backbone, head):
+            units = head.units(backbone(images, patches="none").cls)
+        matrix = head.matrix(units.dtype)
+        with torch.autocast(units.device.type, enabled=False):
+            self._sums.append((matrix.float() @ units.float().sum(0), len(units)))  # logits are linear in features
+        potential = -self.memory["center"] / step.teacher_temperature
+        return losses.Targets(units.unflatten(0, (2, -1)), matrix, potential, step.teacher_temperature)
+
+    @torch.no_grad()
+    def _look(self, loss: Tensor, watched: losses.Watched, rows: int, features: Tensor) -> None:
+        """Signs of collapse: a loss of ln K or an entropy of 1, a mean target of one prototype, features of rank 1."""
+        uniform, mass = math.log(self.settings.prototypes), watched.mass / rows
+        self.metrics = {
+            "target_entropy": watched.entropy / rows / uniform,
+            "prototype_use": -torch.xlogy(mass, mass).sum() / uniform,
+            "dino_below_uniform": uniform - loss,
+            "agreement": watched.agreed / rows,
+            "feature_rank": losses.effective_rank(features),
+            "feature_spread": losses.spread(features),
+        }
+
+
+def build(config: Config, settings: DinoSettings) -> DINO:
+    """The method around a fresh tower."""
+    return DINO(build_trunk(config.model, image_size=settings.views.global_size), settings)

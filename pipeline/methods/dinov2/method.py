@@ -1,0 +1,319 @@
+"""DINOv2 (Oquab et al., "Learning robust visual features without supervision", arXiv 2304.07193).
+
+The student sees two global crops, half of them with hidden patches, and several local crops. The teacher, its slow copy,
+sees the two global crops whole. The student's class tokens predict the teacher's of the *other* crops (DINO), its mask
+tokens predict the teacher's patches in the *same* crop (iBOT), and KoLeo keeps the class tokens of a batch apart.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections import deque
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+from typing_extensions import override
+
+from pipeline import losses
+from pipeline.config.schema import Config
+from pipeline.data.augment.views import Augment, Batch, Masks, MaskSpec, ViewSet, ViewSpec
+from pipeline.errors import ConfigError
+from pipeline.methods.base import Recipe, Step
+from pipeline.methods.dinov2.settings import Dinov2Settings
+from pipeline.methods.ema_teacher import Teacher
+from pipeline.methods.health_metrics import Vitals, remedy_of_distillation
+from pipeline.methods.shared.crops import colours
+from pipeline.methods.shared.frozen import Frozen
+from pipeline.models.groups import ParameterGroup, parameter_groups
+from pipeline.models.heads import PrototypeHead
+from pipeline.models.vision import VisionTower, build_tower
+
+# Probability of blur for the first global, the second global and the local crops. The public weights were trained with the
+# first row (the code's blur wrapper inverted its argument); the paper's text means the second.
+BLUR = {"as_released": (0.0, 0.9, 0.5), "paper": (1.0, 0.1, 0.5), "off": (0.0, 0.0, 0.0)}
+
+
+@dataclass(frozen=True)
+class _Prepared:
+    """What the teacher has to say about a micro-batch."""
+
+    batch: Batch
+    dino: losses.Targets
+    ibot: losses.Targets
+
+
+class DINOv2(Recipe):
+    """The method; see the module.
+
+    Samples meet in the targets, whose Sinkhorn or centre is that of the whole global batch: so the teacher reads all
+    micro-batches before the student reads the first, and keeps nothing of them but bottleneck features. Logits come and go in
+    pieces.
+
+    Args:
+        backbone: the student's tower.
+        settings: weights, temperatures, heads and views.
+    """
+
+    def __init__(self, backbone: VisionTower, settings: Dinov2Settings) -> None:
+        super().__init__()
+        self.settings = settings
+        self.batch_coupled = settings.koleo_weight > 0 and settings.koleo_group is None  # the rest is exact, see prepare
+        self.views = dinov2_views(settings, patch=backbone.patch)
+        self._sets = tuple(ViewSet(dinov2_views(settings.at(r), patch=backbone.patch), r.weight) for r in settings.resolutions)
+        self.backbone = backbone
+        self.dino_head = prototype_head(backbone.width, settings)
+        self.ibot_head = None if settings.shared_heads else prototype_head(backbone.width, settings, ibot=True)
+        heads = {"dino_head": self.dino_head} | ({"ibot_head": self.ibot_head} if self.ibot_head is not None else {})
+        self.teacher: Teacher = Teacher(backbone=backbone, **heads)
+        if settings.targets == "centering":
+            self.memory = {
+                "dino_center": torch.zeros(settings.prototypes),
+                "ibot_center": torch.zeros(_patch_prototypes(settings)),
+            }
+        self.gram = Frozen(backbone=copy.deepcopy(backbone)) if settings.gram_weight else None
+        self.vitals = Vitals(
+            guess=math.log(settings.prototypes),
+            entropy="target_entropy",
+            use="prototype_use",
+            below_guess="dino_below_uniform",
+            rank="feature_rank",
+            agreement="agreement",
+            remedy=remedy_of_distillation(
+                settings.student_temperature,
+                centred=settings.targets == "centering",
+                center_momentum=settings.center_momentum,
+                koleo=settings.koleo_weight,
+            ),
+        )
+        self._means: dict[str, Tensor] = {}
+        self._prepared: deque[_Prepared] = deque()
+        self._watched: dict[str, Tensor] = {}
+        self._rank = torch.zeros(())
+
+    @property
+    @override
+    def view_sets(self) -> tuple[ViewSet, ...]:
+        """One set of views for each of the settings' resolutions."""
+        return self._sets or super().view_sets
+
+    @torch.no_grad()
+    def prepare(self, batches: Sequence[Batch], step: Step) -> None:
+        """The teacher's part of a step: features of all micro-batches, then the potentials that make targets of them."""
+        self._forget()
+        backbone, *heads = self.judges().values()
+        dino_head, ibot_head = cast(PrototypeHead, heads[0]), cast(PrototypeHead, heads[-1])  # one and the same if shared
+        features, cls, patches = [], [], []
+        for batch in batches:
+            tokens = backbone(torch.cat(batch.views["global"]), patches=batch.masks["global"].index)
+            features.append(tokens.cls[: len(tokens.cls) // 2])
+            cls.append(dino_head.units(tokens.cls))
+            patches.append(ibot_head.units(tokens.patches))
+        self._rank = losses.effective_rank(torch.cat(features))
+        dino_matrix = dino_head.matrix(cls[0].dtype)
+        ibot_matrix = dino_matrix if ibot_head is dino_head else ibot_head.matrix(cls[0].dtype)
+        temperature = step.teacher_temperature
+        dino = self._potential("dino_center", cls, dino_matrix, temperature)
+        ibot = self._potential("ibot_center", patches, ibot_matrix, temperature)
+        for batch, c, p in zip(batches, cls, patches, strict=True):
+            dino_targets = losses.Targets(c.unflatten(0, (2, -1)), dino_matrix, dino, temperature)
+            self._prepared.append(_Prepared(batch, dino_targets, losses.Targets(p[None], ibot_matrix, ibot, temperature)))
+
+    def forward(self, batch: Batch, step: Step) -> dict[str, Tensor]:
+        """Terms ``dino_local``, ``dino_global``, ``ibot`` and ``koleo``."""
+        if not self._prepared or self._prepared[0].batch is not batch:
+            self.prepare([batch], step)
+        s, targets, masks = self.settings, self._prepared.popleft(), batch.masks["global"]
+        globals_ = torch.cat(batch.views["global"])
+        seen = self.backbone(globals_, self.hidden(masks), patches=masks.index if self.gram is None else "all")
+        crops, samples = len(seen.cls), len(seen.cls) // 2
+        cls = [seen.cls]
+        if batch.views.get("local"):
+            cls.append(self.backbone(torch.cat(batch.views["local"]), local=True, patches="none").cls)
+        pairings = losses.multi_crop_pairings(len(batch.views.get("local", ())))
+        each = seen.cls.new_full((samples,), 1 / (samples * sum(sum(p.targets) * (p.views[1] - p.views[0]) for p in pairings)))
+
+        cross_entropy = partial(losses.prototype_cross_entropy, temperature=s.student_temperature, rows=s.logit_rows)
+
+        def dino(unit: Tensor, matrix: Tensor) -> tuple[Tensor, ...]:
+            crop_major = unit.unflatten(0, (-1, samples))
+            terms, watched = cross_entropy(crop_major, matrix, targets.dino, pairings, each, watch=True)
+            return terms, *(watched or ())
+
+        def ibot(unit: Tensor, matrix: Tensor) -> Tensor:
+            return cross_entropy(unit[None], matrix, targets.ibot, losses.SAME_VIEW, masks.weight / crops)[0]
+
+        tokens, hidden = torch.cat(cls), seen.patches if self.gram is None else seen.patches.flatten(0, 1)[masks.index]
+        if self.ibot_head is not None:
+            (local, glob), *watched = self.dino_head(tokens, dino)
+            (patch,) = self.ibot_head(hidden, ibot)
+        else:
+            n, both = len(tokens), torch.cat([tokens, hidden])
+            (local, glob), *watched, (patch,) = self.dino_head(both, lambda u, m: (*dino(u[:n], m), ibot(u[n:], m)))
+        self._watch(batch, targets, (local + glob).detach(), losses.Watched(*watched))
+        terms = {
+            "dino_local": s.dino_weight * s.local_weight * local,
+            "dino_global": s.dino_weight * glob,
+            "ibot": s.ibot_weight * patch,
+            "koleo": s.koleo_weight * (self._koleo(seen.cls[:samples]) + self._koleo(seen.cls[samples:])),
+        }
+        if self.gram is not None:
+            with torch.no_grad():
+                anchor = self.gram["backbone"](torch.cat(batch.views.get("gram", batch.views["global"]))).patches
+                anchor = losses.resampled_patches(anchor, math.isqrt(seen.patches.shape[1]))
+            terms["gram"] = s.gram_weight * losses.gram(seen.patches, anchor)
+        return terms
+
+    def told(self, by: DINOv2) -> None:
+        """Takes the targets that another has prepared, of the same prototypes."""
+        self._prepared, self._rank = deque(by._prepared), by._rank
+
+    def judges(self) -> Mapping[str, nn.Module]:
+        """Whose word the targets are: a tower and its heads."""
+        return self.teacher.modules
+
+    def hidden(self, masks: Masks) -> Tensor | None:
+        """The patches of the global crops that the student does not see, bool ``[crops, patches]``; ``None`` for none."""
+        return masks.grid
+
+    def after_step(self, step: Step) -> None:
+        """Moves the teacher, and the centres by the mean of what the teacher said since the last step."""
+        super().after_step(step)
+        if self.gram is not None and self.settings.gram_refresh:
+            times, rest = divmod(step.index + 1, self.settings.gram_refresh)
+            if rest == 0 and times <= self.settings.gram_refreshes:
+                self._refresh(self.gram["backbone"])
+        for name, mean in self._means.items():
+            self.memory[name] = losses.moved_center(self.memory[name], mean, self.settings.center_momentum)
+        self._forget()
+
+    def after_skip(self) -> None:
+        """Forgets the skipped batch: its means may not be finite."""
+        self._forget()
+
+    def parameter_groups(self) -> list[ParameterGroup]:
+        """Layer-wise learning rates in the tower, the prototype layers marked, vectors without weight decay."""
+        return parameter_groups(self, layer_decay=self.settings.layer_decay, patch_lr=self.settings.patch_embed_lr_scale)
+
+    def export(self) -> dict[str, nn.Module]:
+        """The teacher's tower, as ``backbone``."""
+        return {"backbone": self.teacher.modules["backbone"]}
+
+    @torch.no_grad()
+    def _refresh(self, anchor: nn.Module) -> None:
+        """Makes the anchor the teacher of now: piece by piece, where an engine has cut both alike."""
+        teacher: dict[str, Tensor] = dict(self.teacher.modules["backbone"].named_parameters())
+        for name, weight in anchor.named_parameters():
+            getattr(weight, "ds_tensor", weight).copy_(getattr(teacher[name], "ds_tensor", teacher[name]))
+
+    def _forget(self) -> None:
+        self._means, self._watched = {}, {}
+        self._prepared.clear()
+
+    def _potential(self, name: str, units: list[Tensor], matrix: Tensor, temperature: float) -> Tensor:
+        """What makes targets of logits: the Sinkhorn potential of the global batch, or the centre of the batches before it."""
+        if self.settings.targets == "sinkhorn":
+            pieces = losses.logit_pieces(units, matrix, temperature, self.settings.logit_rows)
+            zeros = matrix.new_zeros(len(matrix), dtype=torch.float32)
+            return losses.potential_over_pieces(pieces, zeros, self.settings.sinkhorn_iterations)
+        sums = torch.stack([unit.float().sum(0) for unit in units]).sum(0)
+        mean = losses.global_mean(sums, sum(map(len, units)))  # of features: logits are linear in them
+        with torch.autocast(mean.device.type, enabled=False):
+            self._means[name] = matrix.float() @ mean
+        return -self.memory[name] / temperature
+
+    def _koleo(self, cls: Tensor) -> Tensor:
+        s = self.settings
+        spread = losses.koleo_across_ranks if s.koleo_across_ranks else losses.koleo
+        try:
+            return spread(cls, group=s.koleo_group, neighbours=s.koleo_neighbours)
+        except ValueError as error:
+            hint = f"choose a divisor of the {len(cls)} samples of a micro-batch, or recipe.koleo_across_ranks=true"
+            raise ConfigError(str(error), where="recipe.koleo_group", hint=hint) from error
+
+    @torch.no_grad()
+    def _watch(self, batch: Batch, targets: _Prepared, dino: Tensor, w: losses.Watched) -> None:
+        """Means over the step's micro-batches so far. Signs of collapse: a loss of ln K or an entropy of 1 (everything alike),
+        a mean target of one prototype, features of rank 1."""
+        uniform, rows = math.log(self.settings.prototypes), targets.dino.unit.shape[0] * targets.dino.unit.shape[1]
+        masks = batch.masks["global"]
+        seen = {
+            "entropy": w.entropy / rows / uniform,
+            "mass": w.mass / rows,
+            "agreed": w.agreed / rows,
+            "dino": dino,
+            "masked": dino.new_full((), masks.index.numel() / max(masks.grid.numel(), 1)),
+            "times": torch.ones_like(dino),
+        }
+        self._watched = {name: value + self._watched.get(name, 0.0) for name, value in seen.items()}
+        mean = {name: value / self._watched["times"] for name, value in self._watched.items()}
+        self.metrics = {
+            "target_entropy": mean["entropy"],
+            "prototype_use": -torch.xlogy(mean["mass"], mean["mass"]).sum() / uniform,
+            "dino_below_uniform": uniform - mean["dino"],
+            "agreement": mean["agreed"],
+            "masked_share": mean["masked"],
+            "feature_rank": self._rank,
+        }
+
+
+def build(config: Config, settings: Dinov2Settings) -> DINOv2:
+    """The method around a fresh tower."""
+    return DINOv2(build_tower(config.model, image_size=settings.views.global_size), settings)
+
+
+def dinov2_views(settings: Dinov2Settings, *, patch: int) -> tuple[ViewSpec, ...]:
+    """The two global and the local crops of the paper, with block masks on the global ones; once more the global ones as they
+    lie in the picture, if the Gram anchor sees them in another size.
+
+    Args:
+        settings: sizes, scales and probabilities.
+        patch: patch side of the tower, pixels.
+    """
+    v, a = settings.views, settings.augment
+    blur = BLUR[a.blur]
+    first = replace(colours(a), blur_p=blur[0])
+    second = replace(first, blur_p=blur[1], solarize_p=a.solarize_probability)
+    mask = MaskSpec(patch, settings.mask_probability, settings.mask_ratio)
+    views = [
+        ViewSpec(
+            "global", v.global_count, v.global_size, v.global_scale, (first, second), mask=mask, interpolation=v.interpolation
+        )
+    ]
+    if v.local_count:
+        views.append(
+            ViewSpec(
+                "local",
+                v.local_count,
+                v.local_size,
+                v.local_scale,
+                (replace(first, blur_p=blur[2]),),
+                interpolation=v.interpolation,
+            )
+        )
+    if side := settings.gram_size if settings.gram_weight else None:
+        plain = Augment(flip_p=a.flip_probability)
+        views.append(
+            ViewSpec("gram", v.global_count, side, v.global_scale, (plain,), same_as="global", interpolation=v.interpolation)
+        )
+    return tuple(views)
+
+
+def _patch_prototypes(s: Dinov2Settings) -> int:
+    return s.prototypes if s.shared_heads else s.ibot_prototypes or s.prototypes
+
+
+def prototype_head(width: int, s: Dinov2Settings, *, ibot: bool = False) -> PrototypeHead:
+    """A head by the settings: the class tokens' (and everybody's, if shared), or the patch tokens' own."""
+    return PrototypeHead(
+        width,
+        hidden=(s.ibot_hidden if ibot else None) or s.head_hidden,
+        bottleneck=(s.ibot_bottleneck if ibot else None) or s.head_bottleneck,
+        prototypes=_patch_prototypes(s) if ibot else s.prototypes,
+        layers=s.head_layers,
+        weight_norm=s.head_norm == "weight_norm",
+    )

@@ -1,0 +1,77 @@
+"""Which of a method's metrics tell whether it is well, and what is usually wrong when they say it is not."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from pipeline.methods.base import Step
+
+UNIFORM, SINGLE, NARROW, WORSE, STILL = "uniform", "single", "narrow", "worse", "still"
+"""Illnesses: targets all undecided; targets all the same; features in few directions; what was learnt is lost; nothing moves."""
+
+Remedy = Callable[[str, "Step"], str]
+
+
+@dataclass(frozen=True)
+class Vitals:
+    """What a method's metrics mean; names are those in ``Recipe.metrics``, and ``None`` is a sign that it does not have.
+
+    Attributes:
+        guess: loss of a mere guess, nats; ln K for K prototypes.
+        entropy: mean entropy of a target, as a share of the most possible.
+        use: entropy of the mean target, as a share of the most possible.
+        below_guess: nats by which the loss lies below that of a guess.
+        rank: effective number of directions in which features differ.
+        agreement: share of samples for which student and teacher prefer the same.
+        remedy: for an illness, in the words that follow "likely": its cause and the setting to change.
+    """
+
+    guess: float | None = None
+    entropy: str | None = None
+    use: str | None = None
+    below_guess: str | None = None
+    rank: str | None = None
+    agreement: str | None = None
+    remedy: Remedy | None = None
+
+
+def remedy_of_distillation(student_temperature: float, *, centred: bool, center_momentum: float, koleo: float) -> Remedy:
+    """What usually ails self-distillation over prototypes (DINO, iBOT, DINOv2).
+
+    Args:
+        student_temperature: the student's.
+        centred: whether targets are centred; otherwise they are balanced.
+        center_momentum: share of the old centre that is kept.
+        koleo: weight of the term that spreads features.
+    """
+
+    def remedy(illness: str, step: Step) -> str:
+        warm = step.teacher_temperature
+        if illness == UNIFORM and warm >= 0.75 * student_temperature:
+            return (
+                f"the teacher's temperature ({warm:g}) is not well below the student's ({student_temperature:g}), which is what "
+                "keeps targets decided: lower schedule.teacher_temperature to 0.04-0.07"
+            )
+        if illness == SINGLE and centred and center_momentum > 0.99:
+            return (
+                f"the centre stands still (recipe.center_momentum is {center_momentum:g}): set it to 0.9, or "
+                "recipe.targets=sinkhorn"
+            )
+        if illness == SINGLE:
+            return (
+                "nothing keeps one prototype from taking all samples: set recipe.targets=sinkhorn, or raise "
+                "schedule.teacher_temperature"
+            )
+        if illness == NARROW and koleo <= 0:
+            return "nothing spreads the features: set recipe.koleo_weight=0.1"
+        if illness == NARROW:
+            return "the spreading term is too weak or the steps are too large: raise recipe.koleo_weight, or lower optim.lr"
+        return (
+            f"the steps are too large (optim.lr is {step.lr:.2g} here) or the teacher follows too fast: lower optim.lr, lengthen "
+            "schedule.lr.warmup and recipe.freeze_last_layer, or raise schedule.momentum.start"
+        )
+
+    return remedy

@@ -1,0 +1,102 @@
+"""MoCo v3 (Chen, Xie & He, "An empirical study of training self-supervised vision transformers", arXiv 2104.02057).
+
+The student's view, after projector and predictor, has to find the teacher's projection of the picture's other view among the
+teacher's projections of that view of all pictures of the global batch; and with the views exchanged. Negatives are other pictures
+only: unlike in SimCLR, no view is compared with those of its own kind.
+
+The teacher moves after each step, where the reference moves it before the next forward: the same teacher there, the newer one in
+checkpoints.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from typing_extensions import override
+
+from pipeline import losses
+from pipeline.config.schema import Config
+from pipeline.data.augment.views import Batch
+from pipeline.methods.base import Step
+from pipeline.methods.ema_teacher import Teacher
+from pipeline.methods.mocov3.settings import Mocov3Settings
+from pipeline.methods.shared.two_views import TwoViews
+from pipeline.models.mlps import mlp
+from pipeline.models.norms import batch_statistics
+from pipeline.models.resnet import Tower, build_trunk, fix_positions, freeze_patches
+
+
+@dataclass(frozen=True)
+class _Keys:
+    """The teacher's projections of either view of the global batch, ``[B, out]`` each, and where a micro-batch begins there."""
+
+    batch: Batch
+    views: list[Tensor]
+    first: int
+
+
+class MoCoV3(TwoViews):
+    """The method; see the module.
+
+    Keys need no gradient, so the teacher reads all micro-batches before the student reads the first, and accumulation is one
+    large batch, but for norms over a batch.
+
+    Args:
+        backbone: the student's tower.
+        settings: heads, temperature and views.
+    """
+
+    settings: Mocov3Settings
+
+    def __init__(self, backbone: Tower, settings: Mocov3Settings) -> None:
+        s = settings
+        if s.freeze_patches:
+            freeze_patches(backbone)
+        if s.positions == "sincos":
+            fix_positions(backbone)
+        super().__init__(backbone, s, out=s.head_out)
+        hidden = (s.head_hidden,) * (s.head_layers - 1)
+        self.projector = mlp((backbone.width, *hidden, s.head_out), norm=s.head_norm, last="plain_norm", bias=False)
+        widths = (s.head_out, s.head_hidden, s.head_out)
+        self.predictor = mlp(widths, norm=s.head_norm, last="plain_norm" if s.predictor_norm else "none", bias=False)
+        self.teacher: Teacher = Teacher(backbone=backbone, projector=self.projector)
+        self.batch_coupled = self.sees_batches()
+        self._keys: deque[_Keys] = deque()
+
+    @override
+    @torch.no_grad()
+    def prepare(self, batches: Sequence[Batch], step: Step) -> None:
+        """The keys of all micro-batches of all ranks."""
+        backbone, projector = self.teacher.modules.values()
+        with batch_statistics(backbone, projector):
+            own = [[projector(backbone(view, patches="none").cls).float() for view in batch.views["global"]] for batch in batches]
+        whole = [torch.cat(view) for view in zip(*own, strict=True)]
+        first, everyone = losses.place(len(whole[0])), [losses.gathered(view) for view in whole]
+        starts = [first + sum(len(views[0]) for views in own[:i]) for i in range(len(own))]
+        self._keys = deque(_Keys(batch, everyone, start) for batch, start in zip(batches, starts, strict=True))
+
+    @override
+    def forward(self, batch: Batch, step: Step) -> dict[str, Tensor]:
+        """Term ``contrastive``, the sum of both directions, and those of repulsion."""
+        if not self._keys or self._keys[0].batch is not batch:
+            self.prepare([batch], step)
+        keys = self._keys.popleft()
+        large, small = self.project(batch, self.projector)
+        pairs = [(large[0], keys.views[1]), (large[1], keys.views[0]), *((q, key) for q in small for key in keys.views)]
+        terms = [losses.momentum_contrast(self.predictor(q), k, keys.first, self.settings.temperature) for q, k in pairs]
+        self.watch(large)
+        return {"contrastive": 2 * torch.stack(terms).mean(), **self.repelled(small)}
+
+    @override
+    def after_skip(self) -> None:
+        """Forgets what was prepared."""
+        self._keys.clear()
+
+
+def build(config: Config, settings: Mocov3Settings) -> MoCoV3:
+    """The method around a fresh tower."""
+    return MoCoV3(build_trunk(config.model, image_size=settings.views.global_size), settings)

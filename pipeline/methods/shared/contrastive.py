@@ -1,0 +1,197 @@
+"""What CLIP and its kin share: features of all pictures and captions, and a batch in pieces that is compared as a whole."""
+
+from __future__ import annotations
+
+import math
+from abc import abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from pipeline import losses
+from pipeline.data.augment.views import Batch, TextSpec
+from pipeline.errors import DataError
+from pipeline.methods.base import Recipe, Step, seed
+from pipeline.methods.clip.settings import ContrastiveSettings, TextSettings
+from pipeline.models.groups import ParameterGroup, parameter_groups
+from pipeline.models.text import LogitScale, TextTower
+from pipeline.models.vision import VisionTower
+
+
+@dataclass(frozen=True)
+class Replay:
+    """What one micro-batch has to know of the whole batch.
+
+    Attributes:
+        value: this rank's loss of the whole batch, scalar.
+        features: its gradient by each of the micro-batch's features, times the number of micro-batches.
+        numbers: its gradient by scale and bias.
+    """
+
+    value: Tensor
+    features: tuple[Tensor, ...]
+    numbers: tuple[Tensor, ...]
+
+
+class Contrastive(Recipe):
+    """Base of the methods that compare unit features of pictures with those of captions.
+
+    A global batch in several micro-batches is compared as one: :meth:`prepare` computes all features without their
+    activations, then the loss of the whole and its gradient by each feature, scale and bias; :meth:`contrast` then gives a
+    term with exactly that gradient ("GradCache", arXiv 2101.06983). What is random in a micro-batch is drawn alike both times.
+
+    Args:
+        backbone: the vision tower.
+        settings: sizes and rules.
+        scale: initial inverse temperature.
+        bias: initial bias of the logits; ``None`` for the softmax loss.
+    """
+
+    batch_coupled = True
+
+    def __init__(self, backbone: VisionTower, settings: ContrastiveSettings, *, scale: float, bias: float | None = None) -> None:
+        super().__init__()
+        self.settings = settings
+        # What stands behind the end mark reaches a feature only where a token sees those after it.
+        self.text = TextSpec(settings.text.tokenizer, settings.text.context, trim=settings.text.causal)
+        embed = settings.embed or settings.text.sizes.embed
+        self.backbone = backbone
+        self.image_projection = nn.Linear(backbone.width, embed, bias=False)
+        nn.init.normal_(self.image_projection.weight, std=backbone.width**-0.5)
+        self.text_tower = build_text(settings.text, embed)
+        self.logits = LogitScale(scale, bias=bias, largest=settings.max_scale)
+        self._replays: list[Replay] = []
+
+    @abstractmethod
+    def features(self, batch: Batch) -> tuple[Tensor, ...]:
+        """Unit features of a micro-batch, fp32 ``[batch, embed]`` each, the caption's last."""
+
+    def encode_images(self, images: Tensor) -> Tensor:
+        """Features ``[batch, embed]`` of whole pictures, as evaluation wants them; not normalised."""
+        features: Tensor = self.image_projection(self.backbone(images).cls)
+        return features
+
+    def encode_texts(self, tokens: Tensor) -> Tensor:
+        """Features ``[batch, embed]`` of captions, not normalised."""
+        features: Tensor = self.text_tower(tokens)
+        return features
+
+    def compare(self, features: Sequence[Tensor], scale: Tensor, bias: Tensor | None) -> Tensor:
+        """This rank's loss of its features against those of all ranks."""
+        images, texts = features
+        if bias is None:
+            return losses.clip_loss(images, texts, scale, chunk=self.settings.chunk)
+        return losses.siglip_loss(images, texts, scale, bias, chunk=self.settings.chunk)
+
+    def prepare(self, batches: Sequence[Batch], step: Step) -> None:
+        """Compares all micro-batches as one batch, where there are several and the settings do not say otherwise."""
+        self._replays = []
+        if len(batches) < 2 or self.settings.accumulation == "plain":
+            return
+        kept = []
+        for batch in batches:
+            seed(batch)  # as before the pass with gradients
+            kept.append(self.features(batch))
+        whole = [torch.cat(parts).requires_grad_() for parts in zip(*kept, strict=True)]
+        numbers = [number.detach().requires_grad_() for number in self.logits() if number is not None]
+        with torch.enable_grad():
+            value = self.compare(whole, numbers[0], numbers[1] if len(numbers) > 1 else None)
+            slopes = torch.autograd.grad(value, [*whole, *numbers])
+        pieces = [(slope * len(batches)).chunk(len(batches)) for slope in slopes[: len(whole)]]
+        rest = slopes[len(whole) :]
+        self._replays = [Replay(value.detach(), own, rest) for own in zip(*pieces, strict=True)]
+
+    def contrast(self, features: Sequence[Tensor]) -> Tensor:
+        """The loss of a micro-batch's features: as it is, or its part of the whole batch's."""
+        numbers = [number for number in self.logits() if number is not None]
+        images, texts = features[0].detach(), features[-1].detach()
+        self.metrics = {"logit_scale": numbers[0].detach().squeeze(0), "pair_similarity": (images * texts).sum(1).mean()}
+        if not self._replays:
+            return self.compare(features, numbers[0], numbers[1] if len(numbers) > 1 else None)
+        replay = self._replays.pop(0)
+        parts = zip((*features, *numbers), (*replay.features, *replay.numbers), strict=True)
+        linear = torch.stack([(value.float() * slope).sum() for value, slope in parts]).sum()
+        return replay.value + (linear - linear.detach())
+
+    def after_skip(self) -> None:
+        """Forgets what was prepared."""
+        self._replays = []
+
+    def parameter_groups(self) -> list[ParameterGroup]:
+        """Layer-wise learning rates in both towers, and no decay where the settings say so."""
+        s = self.settings
+        vit = self.backbone.vit
+        tags: dict[str, list[Any]] = {
+            "positions": [vit.pos_embed, self.text_tower.positions],
+            "class_token": [vit.cls_token, getattr(vit, "reg_token", None)],
+            "token_embedding": [self.text_tower.tokens.weight],
+        }
+        undecayed = [p for tag in s.undecayed for p in tags[tag] if p is not None]
+        scales = dict(self.text_tower.lr_scales(s.text_layer_decay, s.text_lr_scale))
+        return parameter_groups(self, layer_decay=s.layer_decay, undecayed=undecayed, scales=scales)
+
+    def export(self) -> dict[str, nn.Module]:
+        """Both towers and the picture's projection."""
+        return {"backbone": self.backbone, "image_projection": self.image_projection, "text": self.text_tower}
+
+
+def build_text(t: TextSettings, embed: int) -> TextTower:
+    """A fresh text tower of so many features."""
+    sizes = t.sizes
+    return TextTower(
+        width=sizes.width,
+        depth=sizes.depth,
+        heads=sizes.heads,
+        embed=embed,
+        context=t.context,
+        causal=t.causal,
+        quick_gelu=t.activation == "quick_gelu",
+    )
+
+
+def caption_tokens(batch: Batch) -> Tensor:
+    """The tokens of a batch's captions.
+
+    Raises:
+        DataError: it has none.
+    """
+    if batch.tokens is None:
+        raise DataError("a batch came without captions", where="Recipe.text", hint="deliver what the recipe asks for")
+    return batch.tokens
+
+
+def unit(features: Tensor) -> Tensor:
+    """Unit vectors, fp32."""
+    return F.normalize(features.float(), dim=-1, eps=1e-12)
+
+
+def random_keep(ids: Sequence[int], position: int, patches: int, drop: float, device: torch.device) -> Tensor:
+    """Which patches each sample keeps: a function of the sample, of where the run is and of nothing else.
+
+    Args:
+        ids: the samples' numbers.
+        position: samples of the run consumed before this global batch.
+        patches: patches of a picture.
+        drop: share left out; at least one stays.
+        device: where the answer is drawn.
+
+    Returns:
+        int64 ``[samples, kept]``, ascending.
+    """
+    kept = max(1, math.floor(patches * (1 - drop) + 1e-9))
+    sample = torch.tensor([number & 0x7FFFFFFFFFFFFFFF for number in ids], dtype=torch.int64, device=device)
+    key = _mixed(_mixed(sample) ^ position)
+    draws = _mixed(key[:, None] ^ torch.arange(patches, dtype=torch.int64, device=device))
+    return draws.topk(kept, dim=1).indices.sort(dim=1).values
+
+
+def _mixed(x: Tensor) -> Tensor:
+    """A bijection of int64 that scatters neighbours (splitmix64's finalizer; shifts of signed numbers are masked)."""
+    x = x + -7046029254386353131
+    x = (x ^ ((x >> 30) & ((1 << 34) - 1))) * -4658895280553007687
+    x = (x ^ ((x >> 27) & ((1 << 37) - 1))) * -7723592293110705685
+    return x ^ ((x >> 31) & ((1 << 33) - 1))

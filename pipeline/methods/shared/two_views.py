@@ -1,0 +1,153 @@
+"""What the methods share that compare views of a picture with each other: the views, a judge of repulsion, signs of collapse."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+
+from pipeline import losses
+from pipeline.data.augment.views import Batch, ViewSpec
+from pipeline.methods.base import Recipe, Step
+from pipeline.methods.health_metrics import NARROW, Vitals
+from pipeline.methods.shared.crops import NORMALIZE, colours
+from pipeline.methods.shared.two_views_settings import RepelSettings, TwoViewSettings
+from pipeline.models.groups import ParameterGroup, parameter_groups
+from pipeline.models.mlps import PairJudge
+from pipeline.models.norms import normalises_batches
+from pipeline.models.resnet import Tower
+from pipeline.models.vision import VisionTower
+
+
+class TwoViews(Recipe):
+    """Base of those methods.
+
+    Args:
+        backbone: the student's tower.
+        settings: crops, colours, heads and repulsion.
+        out: features of the projector, which the judge of repulsion reads.
+    """
+
+    def __init__(self, backbone: Tower, settings: TwoViewSettings, *, out: int) -> None:
+        super().__init__()
+        self.settings = settings
+        self.views = two_views(settings)
+        self.backbone = backbone
+        if isinstance(backbone, VisionTower):
+            backbone.mask_token.requires_grad_(False)  # other methods': no gradient ever reaches it
+        self.repeller = Repeller(out, settings.repel) if settings.repel is not None else None
+        self.vitals = Vitals(rank="feature_rank", remedy=_remedy)
+
+    def sees_batches(self) -> bool:
+        """Whether a norm or the judge of repulsion makes the samples of a micro-batch see one another."""
+        return normalises_batches(self) or self.repeller is not None
+
+    def watch(self, features: Sequence[Tensor]) -> None:
+        """Metrics ``feature_rank``, in how many directions the features of a view differ, and ``feature_spread``, how far they
+        are from all pointing one way; 1 and 0 if they have collapsed."""
+        seen = features[0].detach()
+        self.metrics = {"feature_rank": losses.effective_rank(seen), "feature_spread": losses.spread(seen)}
+
+    def repelled(self, local: Sequence[Tensor]) -> dict[str, Tensor]:
+        """Terms ``repel`` and ``judge`` of the projected local crops, if the settings want them."""
+        return self.repeller(local) if self.repeller is not None else {}
+
+    def project(self, batch: Batch, *heads: nn.Module) -> tuple[list[Tensor], list[Tensor]]:
+        """What the heads, one after another, make of the student's class tokens: of each global and of each local crop.
+
+        Each view passes alone, as in MoCo v3 and BYOL: a norm over the batch then sees one view.
+        """
+        net = nn.Sequential(*heads)
+        large: list[Tensor] = [net(self.backbone(view, patches="none").cls) for view in batch.views["global"]]
+        small: list[Tensor] = [net(self.backbone(view, local=True, patches="none").cls) for view in batch.views.get("local", ())]
+        return large, small
+
+    def parameter_groups(self) -> list[ParameterGroup]:
+        """Layer-wise learning rates in a transformer, vectors without weight decay or layer-wise scaling."""
+        return parameter_groups(
+            self,
+            layer_decay=self.settings.layer_decay,
+            patch_lr=self.settings.patch_embed_lr_scale,
+            vectors=self.settings.decay_vectors,
+        )
+
+    def export(self) -> dict[str, nn.Module]:
+        """The student's tower, as ``backbone``."""
+        return {"backbone": self.backbone}
+
+
+class Repeller(nn.Module):
+    """LoGo's repulsion (Zhang et al., "Leverage your local and global representations", CVPR 2022).
+
+    A judge learns to tell pairs of local crops of one picture from pairs of two pictures; the encoder learns to make the former
+    look like the latter. The authors take three steps of three optimizers in turn; here both terms are of one loss, and touch
+    weights of their own: the judge's features are detached, and the encoder's term does not move the judge.
+
+    Args:
+        width: of a feature.
+        settings: weight, width and noise.
+    """
+
+    def __init__(self, width: int, settings: RepelSettings) -> None:
+        super().__init__()
+        self.settings = settings
+        self.judge = PairJudge(width, settings.hidden)
+
+    def forward(self, local: Sequence[Tensor]) -> dict[str, Tensor]:
+        """Terms of features ``[b, width]`` of two or more local crops: the first with the second, and so on."""
+        pairs = [(a, b) for a, b in zip(local[0::2], local[1::2], strict=False)]
+        a = nn.functional.normalize(torch.cat([first for first, _ in pairs]).float(), dim=1)
+        b = nn.functional.normalize(torch.cat([second for _, second in pairs]).float(), dim=1)
+        repel = (self.judge(a, b, frozen=True), self.judge(b, a, frozen=True))
+        a, b, other = a.detach(), b.detach(), self._others(pairs)
+        noisy = [x + self.settings.noise * x.shape[1] ** -0.5 * torch.randn_like(x) if self.settings.noise else x for x in (a, b)]
+        same = torch.cat([self.judge(*noisy), self.judge(*noisy[::-1])])
+        different = torch.cat([self.judge(a, other), self.judge(other, a)])
+        return {"repel": self.settings.weight * losses.repulsion(torch.cat(repel)), "judge": losses.same_or_not(same, different)}
+
+    @torch.no_grad()
+    def _others(self, pairs: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
+        """For each pair the second crop of the next picture of all ranks' micro-batches."""
+        found = []
+        for _, second in pairs:
+            everyone = losses.gathered(second.detach())
+            next_ = (losses.place(len(second)) + 1 + torch.arange(len(second), device=second.device)) % len(everyone)
+            found.append(everyone[next_])
+        return nn.functional.normalize(torch.cat(found).float(), dim=1)
+
+
+def two_views(settings: TwoViewSettings) -> tuple[ViewSpec, ...]:
+    """Two global crops, each with its colours, and local ones if wanted."""
+    v, a = settings.views, settings.augment
+    first = replace(colours(a), blur_kernel=_window(v.global_size))
+    both = tuple(replace(first, blur_p=b, solarize_p=s) for b, s in zip(a.blur_probability, a.solarize_probability, strict=True))
+    normalize = NORMALIZE[a.normalize]
+    views = [
+        ViewSpec(
+            "global", v.global_count, v.global_size, v.global_scale, both, normalize=normalize, interpolation=v.interpolation
+        )
+    ]
+    if v.local_count:
+        small = replace(first, blur_p=a.local_blur_probability, blur_kernel=_window(v.local_size))
+        views.append(
+            ViewSpec(
+                "local", v.local_count, v.local_size, v.local_scale, (small,), normalize=normalize, interpolation=v.interpolation
+            )
+        )
+    return tuple(views)
+
+
+def _window(size: int) -> int:
+    """A tenth of the view, odd."""
+    return max(size // 10 | 1, 3)
+
+
+def _remedy(illness: str, step: Step) -> str:
+    if illness == NARROW:
+        return (
+            f"all pictures look alike to the network: lower optim.lr ({step.lr:.2g} here) or lengthen schedule.lr.warmup; a "
+            "method without negatives also needs its predictor and a teacher that does not stand still"
+        )
+    return f"the steps are too large (optim.lr is {step.lr:.2g} here): lower optim.lr, or lengthen schedule.lr.warmup"

@@ -1,0 +1,98 @@
+"""SimCLR (Chen et al., "A simple framework for contrastive learning of visual representations", arXiv 2002.05709).
+
+Two views of each picture, distorted alike, pass one network and a projector. Each view has to find its picture's other view among
+all views of the global batch. There is no teacher; what the batch does not hold is no negative, so batches are large, and LARS is
+what trains them.
+
+Jitter has a fixed order here, where the paper's is random.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor
+from typing_extensions import override
+
+from pipeline import losses
+from pipeline.config.schema import Config
+from pipeline.data.augment.views import Batch
+from pipeline.methods.base import Step, seed
+from pipeline.methods.shared.contrastive import Replay
+from pipeline.methods.shared.two_views import TwoViews
+from pipeline.methods.simclr.settings import SimclrSettings
+from pipeline.models.mlps import mlp
+from pipeline.models.norms import batch_statistics
+from pipeline.models.resnet import Tower, build_trunk
+
+
+class SimCLR(TwoViews):
+    """The method; see the module.
+
+    A global batch in several micro-batches is compared as one, as in :class:`~pipeline.methods.shared.contrastive.Contrastive`. Norms
+    over a batch see their micro-batch only, so with them it is still not the large batch, and ``batch_coupled`` says so.
+
+    Args:
+        backbone: the tower.
+        settings: head, temperature and views.
+        init: start of the projector, see :func:`pipeline.models.mlps.mlp`.
+    """
+
+    settings: SimclrSettings
+
+    def __init__(self, backbone: Tower, settings: SimclrSettings, *, init: Literal["torch", "simclr"] = "torch") -> None:
+        s = settings
+        super().__init__(backbone, s, out=s.head_out)
+        widths = (backbone.width, *(s.head_hidden or backbone.width,) * (s.head_layers - 1), s.head_out)
+        self.projector = mlp(widths, norm=s.head_norm, last="norm", init=init)
+        self.batch_coupled = self.sees_batches() or s.accumulation == "plain"
+        self._replays: deque[Replay] = deque()
+
+    def features(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Projections ``[b, out]`` of the two views, fp32; both pass at once, a norm over the batch sees both."""
+        both = self.projector(self.backbone(torch.cat(batch.views["global"]), patches="none").cls).float()
+        first, second = both.chunk(2)
+        return first, second
+
+    @override
+    def prepare(self, batches: Sequence[Batch], step: Step) -> None:
+        """The loss of all micro-batches as one batch, and its slope by each projection."""
+        self._replays.clear()
+        if len(batches) < 2 or self.settings.accumulation == "plain":
+            return
+        kept = []
+        for batch in batches:
+            seed(batch)  # as before the pass with gradients
+            with batch_statistics(*((self,) if self.training else ())):
+                kept.append(self.features(batch))
+        whole = [torch.cat(parts).requires_grad_() for parts in zip(*kept, strict=True)]
+        with torch.enable_grad():
+            value = losses.nt_xent(whole[0], whole[1], self.settings.temperature)
+            slopes = torch.autograd.grad(value, whole)
+        pieces = [(slope * len(batches)).chunk(len(batches)) for slope in slopes]
+        self._replays.extend(Replay(value.detach(), own, ()) for own in zip(*pieces, strict=True))
+
+    @override
+    def forward(self, batch: Batch, step: Step) -> dict[str, Tensor]:
+        """Term ``contrastive``."""
+        views = self.features(batch)
+        self.watch(views)
+        if not self._replays:
+            return {"contrastive": losses.nt_xent(views[0], views[1], self.settings.temperature)}
+        replay = self._replays.popleft()
+        linear = torch.stack([(view * slope).sum() for view, slope in zip(views, replay.features, strict=True)]).sum()
+        return {"contrastive": replay.value + (linear - linear.detach())}
+
+    @override
+    def after_skip(self) -> None:
+        """Forgets what was prepared."""
+        self._replays.clear()
+
+
+def build(config: Config, settings: SimclrSettings) -> SimCLR:
+    """The method around a fresh tower."""
+    trunk = build_trunk(config.model, image_size=settings.views.global_size)
+    return SimCLR(trunk, settings, init="simclr" if config.model.init == "simclr" else "torch")

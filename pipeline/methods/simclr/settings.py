@@ -1,0 +1,45 @@
+"""Settings of SimCLR."""
+
+from __future__ import annotations
+
+from typing import Literal, Self
+
+from pydantic import Field, model_validator
+
+from pipeline.config.types import Count, Positive
+from pipeline.methods.settings import register
+from pipeline.methods.shared.two_views_settings import ColourSettings, TwoViewSettings
+
+
+@register("simclr")
+class SimclrSettings(TwoViewSettings):
+    """SimCLR (arXiv 2002.05709)."""
+
+    name: Literal["simclr"] = Field(default="simclr", description="the method")
+    augment: ColourSettings = Field(
+        default=ColourSettings(
+            brightness=0.8,
+            contrast=0.8,
+            saturation=0.8,
+            hue_shift=0.2,
+            blur_probability=(0.5, 0.5),
+            solarize_probability=(0.0, 0.0),
+            normalize="none",
+        ),
+        description="what happens to a crop; both views alike",
+    )
+    temperature: Positive = Field(default=0.1, description="what cosines are divided by")
+    head_layers: int = Field(default=3, ge=1, le=8, description="linear layers of the projector; 2 in the paper, 3 in its code")
+    head_hidden: Count | None = Field(default=None, description="width of its hidden layers; null means the tower's")
+    head_out: Count = Field(default=128, description="features that are compared")
+    accumulation: Literal["exact", "plain"] = Field(
+        default="exact",
+        description="micro-batches: exact compares each view with those of the whole global batch, at the cost of another "
+        "forward pass (a norm over the batch sees its micro-batch only); plain compares it with those of its micro-batch only",
+    )
+
+    @model_validator(mode="after")
+    def _two_views_only(self) -> Self:
+        if self.views.local_count:
+            raise ValueError("views.local_count should be 0: SimCLR compares two global views and attracts no local ones")
+        return self

@@ -1,0 +1,100 @@
+"""SimVLM (Wang et al., "Simple visual language model pretraining with weak supervision", arXiv 2108.10904), a small one.
+
+One objective: a transformer is given the picture and the beginning of its caption, and goes on with the caption. Picture and
+beginning are a prefix whose places all see one another; what follows is told from left to right. How many tokens belong to the
+prefix is drawn for each caption anew.
+
+Smaller than the paper in three ways: pictures pass a vision tower first (so that there is a backbone to take away) instead of
+three convolutional stages, there is one transformer instead of encoder and decoder, and no batches of text alone.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from typing_extensions import override
+
+from pipeline.config.schema import Config
+from pipeline.data.augment.views import Batch, TextSpec
+from pipeline.methods.base import Recipe, Step
+from pipeline.methods.shared.captioning import average_count, told, written
+from pipeline.methods.shared.contrastive import caption_tokens, random_keep
+from pipeline.methods.shared.crops import one_view
+from pipeline.methods.simvlm.settings import SimvlmSettings
+from pipeline.models.captions import PrefixLanguageModel, last_place
+from pipeline.models.groups import ParameterGroup, parameter_groups
+from pipeline.models.vision import VisionTower, build_tower
+
+
+class SimVLM(Recipe):
+    """The method; see the module.
+
+    Args:
+        backbone: the vision tower.
+        settings: sizes.
+    """
+
+    def __init__(self, backbone: VisionTower, settings: SimvlmSettings) -> None:
+        super().__init__()
+        self.settings = settings
+        self.views = one_view(settings)
+        self.text = TextSpec(settings.text.tokenizer, settings.text.context)
+        sizes = settings.text.sizes
+        self.backbone = backbone
+        self.language = PrefixLanguageModel(
+            width=sizes.width, depth=sizes.depth, heads=sizes.heads, context=settings.text.context, picture=backbone.width
+        )
+        self.backbone.mask_token.requires_grad_(False)  # other methods': no gradient ever reaches it
+        self._counts: deque[Tensor] = deque()
+
+    @override
+    def prepare(self, batches: Sequence[Batch], step: Step) -> None:
+        """How many tokens all micro-batches have to tell."""
+        count = average_count([told(caption_tokens(batch), self.prefix(batch)) for batch in batches])
+        self._counts = deque([count] * len(batches))
+
+    @override
+    def forward(self, batch: Batch, step: Step) -> dict[str, Tensor]:
+        """Term ``caption``."""
+        tokens, prefix = caption_tokens(batch), self.prefix(batch)
+        wanted = told(tokens, prefix)
+        count = self._counts.popleft() if self._counts else average_count([wanted])
+        seen = self.backbone(batch.views["image"][0])
+        picture = torch.cat([seen.cls[:, None], seen.patches], dim=1)
+        states = self.language(picture, tokens, prefix)
+        caption = written(states, tokens, wanted, self.language.vocabulary, self.settings.token_rows) / count
+        self.metrics = {"token_perplexity": caption.detach().exp()}
+        return {"caption": caption}
+
+    def prefix(self, batch: Batch) -> Tensor:
+        """Text tokens of each prefix, int64 ``[batch]``: at least the start mark, and never the last token.
+
+        A function of the sample and of where the run is, whichever rank asks.
+        """
+        tokens = caption_tokens(batch)
+        most = self.settings.longest_prefix
+        drawn = 1 + random_keep(batch.ids, batch.position, most, 1 - 1 / most, tokens.device)[:, 0]
+        return torch.minimum(drawn, last_place(tokens).clamp(min=1))
+
+    @override
+    def after_skip(self) -> None:
+        """Forgets what was prepared."""
+        self._counts.clear()
+
+    @override
+    def parameter_groups(self) -> list[ParameterGroup]:
+        """Layer-wise learning rates in the tower, vectors without weight decay."""
+        return parameter_groups(self, layer_decay=self.settings.layer_decay)
+
+    @override
+    def export(self) -> dict[str, nn.Module]:
+        """The vision tower, as ``backbone``, and the transformer that writes."""
+        return {"backbone": self.backbone, "language": self.language}
+
+
+def build(config: Config, settings: SimvlmSettings) -> SimVLM:
+    """The method around a fresh tower."""
+    return SimVLM(build_tower(config.model, image_size=settings.image_size), settings)

@@ -1,0 +1,37 @@
+"""Initial weights of a text tower, from a safetensors file; a vision tower's are ``init_from``'s matter."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from torch import Tensor, nn
+
+from pipeline.errors import CheckpointError
+from pipeline.models.tensor_files import read_tensors
+from pipeline.models.text import TextTower, from_open_clip
+
+
+def load_text(tower: TextTower, file: Path) -> None:
+    """Fills a text tower from a file by open_clip's names, or by fovea's own (``fovea checkpoint convert``).
+
+    Raises:
+        CheckpointError: it cannot be read, or names or shapes differ.
+    """
+    if file.suffix != ".safetensors":
+        raise CheckpointError("initial weights must be a safetensors file", where=str(file), hint="name a safetensors file")
+    state = read_tensors(file)
+    own = {name.removeprefix("text_tower."): tensor for name, tensor in state.items() if name.startswith("text_tower.")} or state
+    _fill(tower, own if "tokens.weight" in own else from_open_clip(state), file)
+
+
+def _fill(module: nn.Module, state: Mapping[str, Tensor], file: Path) -> None:
+    own = module.state_dict()
+    wrong = sorted(own.keys() ^ state.keys()) or [name for name in own if own[name].shape != state[name].shape]
+    if wrong:
+        raise CheckpointError(
+            f"{len(wrong)} tensors do not fit, the first is {wrong[0]!r}",
+            where=str(file),
+            hint="choose recipe.text.* and recipe.embed as the weights were trained with",
+        )
+    module.load_state_dict(dict(state))

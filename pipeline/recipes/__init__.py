@@ -1,1 +1,0 @@
-"""One file a method. A recipe knows models, losses and the description of views; nothing of engines, files or trackers."""

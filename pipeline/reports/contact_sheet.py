@@ -1,0 +1,102 @@
+"""A contact sheet of shards as they are: pictures drawn evenly from all of them, without a recipe."""
+
+from __future__ import annotations
+
+import html
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageDraw
+
+from pipeline.data.index.captions import REPLACED
+from pipeline.data.index.manifest import Manifest
+from pipeline.data.order.random import permutation
+from pipeline.errors import DataError
+from pipeline.reports import html as pictures
+from pipeline.untrusted import printable
+
+_SIDE, _GAP, _LINE, _COLUMNS = 224, 16, 18, 8
+_DRAW = 0xC0A7  # names the draw
+
+
+def write(manifest: Manifest, out: Path, count: int, seed: int = 0) -> None:
+    """Draws some samples of an index, chosen by the seed from all shards.
+
+    Args:
+        manifest: the index.
+        out: the file; a picture if its name ends in ``.png``, else an HTML page that holds everything.
+        count: how many samples.
+        seed: another seed, other samples.
+
+    Raises:
+        DataError: shards that are gone, or a file that cannot be written.
+    """
+    cells = gather(manifest, count, seed)
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        if out.suffix.lower() == ".png":
+            sheet(cells).save(out)
+        else:
+            out.write_text(_page(manifest, cells), encoding="utf-8")
+    except OSError as error:
+        raise DataError(f"cannot be written ({error.strerror})", where=str(out), hint="Choose another --out.") from error
+
+
+def gather(manifest: Manifest, count: int, seed: int = 0) -> list[tuple[Image.Image, str, str]]:
+    """Picture, key and a line about each of some samples, in the order of the shards; gray where a picture cannot be decoded."""
+    from pipeline.data.augment.decode import Decoder
+    from pipeline.data.loader.reader import Reader
+    from pipeline.data.settings import StorageSettings
+    from pipeline.data.storage import Storage
+
+    chosen = np.sort(permutation(manifest.total, seed, _DRAW)[:count])
+    near = Storage(StorageSettings(mode="direct", grace=20.0))  # a few samples are no reason to download whole shards
+    records = Reader(manifest, wants=("image", "caption", "label"), store=near).fetch(manifest.ids()[chosen])
+    decoder, cells = Decoder(), []
+    for record in records:
+        pixels = decoder.decode([record.image])[0] if record.image is not None else None
+        about = [f"{record.width} x {record.height}"]
+        if record.label >= 0:
+            about.append(f"class {record.label}")
+        if record.caption:
+            about.append(printable(" ".join(record.caption.split())))
+        if pixels is None:
+            about.insert(0, f"cannot be used ({record.status if record.status != 'ok' else 'undecodable'})")
+            pixels = np.full((_SIDE, _SIDE, 3), 128, np.uint8)
+        cells.append(
+            (pictures.fitted(pixels, _SIDE, sharp=True), printable(f"{record.shard_name}  {record.key}"), "  ".join(about))
+        )
+    return cells
+
+
+def sheet(cells: list[tuple[Image.Image, str, str]]) -> Image.Image:
+    """The samples in rows, as one picture."""
+    columns = min(_COLUMNS, len(cells))
+    rows = -(-len(cells) // columns)
+    width, height = _SIDE + _GAP, _SIDE + 2 * _LINE + _GAP
+    out = Image.new("RGB", (columns * width + _GAP, rows * height + _GAP), "white")
+    draw = ImageDraw.Draw(out)
+    for number, (image, name, about) in enumerate(cells):
+        x, y = _GAP + number % columns * width, _GAP + number // columns * height
+        out.paste(image, (x + (_SIDE - image.width) // 2, y + _SIDE - image.height))
+        draw.text((x, y + _SIDE + 2), _clipped(name, 34), fill="#1c2126", font=pictures.font(12))
+        draw.text((x, y + _SIDE + _LINE), _clipped(about, 34), fill="#5d6872", font=pictures.font(12))
+    return out
+
+
+def _clipped(text: str, most: int) -> str:
+    return text if len(text) <= most else f"{text[: most - 3]}..."
+
+
+def _page(manifest: Manifest, cells: list[tuple[Image.Image, str, str]]) -> str:
+    head = f"<h1>{len(cells)} of {manifest.total:,} samples in {len(manifest.shards):,} shards</h1>"
+    figures = "".join(
+        f'<div class="view" style="width:{_SIDE}px">{pictures.tag(image, name)}'
+        f"<b>{html.escape(_clipped(name, 60))}</b>{html.escape(_clipped(about, 200))}</div>"
+        for image, name, about in cells
+    )
+    replaced = manifest.notes.get(REPLACED, 0)
+    if replaced:
+        head += f"<p>{replaced:,} captions are no UTF-8: what cannot be read is shown and trained on as U+FFFD.</p>"
+    body = f'<p class="over">fovea shards preview</p>{head}<div class="views">{figures}</div>'
+    return pictures.document("preview of shards", body)

@@ -1,0 +1,122 @@
+"""How a rank that failed ends: one message from the first, one line from those that failed because of it.
+
+Whoever fails first claims ``failure.json`` in the attempt's folder of logs; a rank whose collective broke looks there for the
+reason before it speaks. Works the same under fovea's launcher, torchrun, accelerate and srun, because it goes through files and
+stderr alone.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+import time
+import traceback
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from pipeline.errors import FoveaError, of_system, verdict
+from pipeline.masking import shown
+from pipeline.runtime import failure_claim as claims
+from pipeline.runtime.watchdog import RESTART, Watchdog
+
+_COLLECTIVE = ("gloo", "nccl", "connection closed by peer", "connection reset", "broken pipe", "timed out waiting", "tcpstore")
+_HOST_MEMORY = ("can't allocate memory", "cannot allocate memory", "not enough memory", "std::bad_alloc")
+_LESS = (
+    "lower train.micro_batch (now {micro_batch}; the mathematics stays where the method allows accumulation), "
+    "raise train.zero (now {zero}), use activation checkpointing or more ranks; `fovea plan` tells what fits"
+)
+
+
+@dataclass(frozen=True)
+class Failure:
+    """What an exception means.
+
+    Attributes:
+        what, hint: for the message.
+        code: exit code of the process.
+        because_of_others: whether it may only be the echo of another rank's failure.
+        expected: whether the message tells all, so that nobody needs a traceback.
+    """
+
+    what: str
+    hint: str = ""
+    code: int = 1
+    because_of_others: bool = False
+    expected: bool = True
+
+
+def read(error: BaseException, facts: dict[str, Any]) -> Failure:
+    """What an exception in a rank means.
+
+    Args:
+        error: what ended the training.
+        facts: ``micro_batch`` and ``zero``, for the advice.
+    """
+    text = shown(" ".join(str(error).split()))
+    if isinstance(error, FoveaError):
+        return Failure(str(error), code=error.exit_code)
+    if isinstance(error, torch.OutOfMemoryError):
+        return Failure(f"out of GPU memory: {text[:300]}", _LESS.format(**facts))
+    if isinstance(error, MemoryError) or any(sign in text.lower() for sign in _HOST_MEMORY):
+        hint = f"lower data.prefetch or data.workers, or {_LESS.format(**facts)}"
+        return Failure(f"out of memory of the machine: {text[:300] or type(error).__name__}", hint)
+    if isinstance(error, OSError) and (known := of_system(error)) is not None:
+        return Failure(str(known))
+    broken = isinstance(error, dist.DistError) or (
+        isinstance(error, RuntimeError) and any(sign in text.lower() for sign in _COLLECTIVE)
+    )
+    if broken:
+        return Failure(f"a collective broke ({text[:200]})", "the same command resumes", RESTART, because_of_others=True)
+    return Failure(f"{type(error).__name__}: {text[:500]}", expected=False)
+
+
+def tell(error: BaseException, watchdog: Watchdog, facts: dict[str, Any]) -> int:
+    """Says what has to be said on stderr about the exception that ended this rank; the exit code to end with."""
+    failure = read(error, facts)
+    phase, step = watchdog.place
+    place = f"rank {watchdog.rank}, {phase}, step {step}"
+    what, hint = failure.what, failure.hint
+    cause = claims.claimed(watchdog.folder) if not failure.because_of_others else _wait_for_claim(watchdog, 1.5)
+    if failure.because_of_others and cause is None:
+        timed_out = "timed out" in what.lower() or "timeout" in what.lower()
+        blamed, sentence = watchdog.verdict(waits=True)
+        cause = claims.claimed(watchdog.folder)
+        if blamed != [watchdog.rank] or timed_out:
+            known = [rank for rank in blamed if rank != watchdog.rank]
+            logs = f"; see the log of rank {known[0]} and of its machine" if known else ""
+            reason = "a collective took longer than launch.timeout" if timed_out else "the connection to another rank broke"
+            what, hint = f"{reason}: {sentence}", f"the same command resumes{logs}"
+    own: dict[str, Any] = {"rank": watchdog.rank, "what": what, "code": failure.code, "step": step, **verdict(error)}
+    if cause is None and claims.claim(watchdog.folder, own):
+        if isinstance(error, OSError):
+            with contextlib.suppress(OSError), watchdog.stacks.open("a") as file:
+                file.write(f"--- {place}\n{shown(''.join(traceback.format_exception(error)))}")
+        if not failure.expected:
+            print(shown("".join(traceback.format_exception(error))), file=sys.stderr, end="")
+        _say(f"error: {place}: {what}" + (f". {hint}" if hint else ""))
+        return failure.code
+    cause = cause or _wait_for_claim(watchdog, 1.0) or own
+    with contextlib.suppress(OSError), watchdog.stacks.open("a") as file:
+        file.write(f"--- {place}\n{shown(''.join(traceback.format_exception(error)))}")
+    time.sleep(0.5)  # the launcher shall see the first failure first
+    same = isinstance(error, FoveaError) and (cause["kind"], cause["step"]) == (own["kind"], own["step"])  # agreed on by all
+    if failure.because_of_others or cause["what"] == what or same:
+        _say(f"rank {watchdog.rank} ends because of rank {cause['rank']}: {cause['what']}")
+        return int(cause["code"])
+    _say(f"error: {place}, after rank {cause['rank']} had failed: {what}" + (f". {hint}" if hint else ""))
+    return failure.code
+
+
+def _wait_for_claim(watchdog: Watchdog, seconds: float) -> dict[str, Any] | None:
+    end = time.monotonic() + seconds
+    while (found := claims.claimed(watchdog.folder)) is None and time.monotonic() < end:
+        time.sleep(0.05)
+    return found
+
+
+def _say(text: str) -> None:
+    sys.stdout.flush()
+    print(shown(text), file=sys.stderr, flush=True)

@@ -1,0 +1,330 @@
+"""A thread beside each rank that knows what the rank is doing, and ends the attempt when that takes far too long.
+
+Each rank writes its *pulse*, a few hundred bytes, to ``<run>/logs/attempt-…/pulse/rank-<n>.json`` every second or two. No
+collective is needed to read the others': that is what tells a rank which sleeps from one that waits for it. All ranks enter the
+same phases in the same order, so whoever has entered the fewest is behind.
+
+A stall ends like this: every rank writes the stacks of all its threads to ``stacks-rank-<n>.txt`` beside the pulses' folder, the
+rank at fault says so in one line, and all end with :data:`RESTART`, which a launcher may take for "start again".
+"""
+
+from __future__ import annotations
+
+import contextlib
+import faulthandler
+import json
+import os
+import socket
+import statistics
+import sys
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import IO
+
+from pipeline.runtime import failure_claim as claims
+
+BACKSTOP = 60.0  # seconds beyond a limit after which a process is ended whose Python runs no thread any more
+RESTART = 75  # the exit code of what a new attempt may fix (EX_TEMPFAIL of sysexits.h)
+START, DATA, COMPUTE, STEP, TEACHER, LOG = "start", "data", "forward and backward", "step", "teacher", "log"
+EVALUATE, CHECKPOINT, END = "evaluation", "checkpoint", "end"
+_LOOP = (DATA, COMPUTE, STEP, TEACHER, LOG)
+_WAITING_ROOMS = (f"{os.sep}torch{os.sep}distributed{os.sep}", f"{os.sep}deepspeed{os.sep}")
+
+
+@dataclass(frozen=True)
+class Limits:
+    """How long is too long, in seconds.
+
+    Attributes:
+        factor: a phase of a step may last this many median steps,
+        floor: but always this long.
+        start, evaluate, checkpoint: what the other phases may last; the first three steps count as start.
+    """
+
+    factor: float = 20.0
+    floor: float = 300.0
+    start: float = 3600.0
+    evaluate: float = 7200.0
+    checkpoint: float = 3600.0
+
+
+@dataclass(frozen=True)
+class Pulse:
+    """What one rank last said of itself.
+
+    Attributes:
+        rank: whose it is.
+        beat: counts the pulses; one that stands still belongs to a rank that is gone or frozen.
+        entered: phases entered so far.
+        phase, step, seconds: where it is, and for how long.
+        waiting: whether its main thread is inside a collective.
+        stalled: whether it takes itself to be in a stall.
+        host, pid: its process.
+    """
+
+    rank: int
+    beat: int
+    entered: int
+    phase: str
+    step: int
+    seconds: float
+    waiting: bool
+    stalled: bool
+    host: str
+    pid: int
+
+    @property
+    def where(self) -> str:
+        """In words."""
+        return f"in {self.phase} at step {self.step} for {self.seconds:.0f} s"
+
+
+class Watchdog:
+    """Watches the main thread of one rank.
+
+    Args:
+        folder: the attempt's folder of logs.
+        rank, size: which of how many.
+        limits: how long is too long.
+        say: takes the one line about a stall; stderr by default.
+        end: ends the process with an exit code.
+        clock: seconds, monotonic.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        rank: int,
+        size: int,
+        limits: Limits | None = None,
+        *,
+        say: Callable[[str], None] | None = None,
+        end: Callable[[int], object] = os._exit,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.folder, self.rank, self.size, self.limits = folder, rank, size, limits or Limits()
+        self._say, self._end, self._clock = say or _to_stderr, end, clock
+        self.interval = min(max(self.limits.floor / 20, 0.05), 2.0)
+        self._now = (0, START, 0, clock())
+        self._step, self._recent, self._seen = 0.0, deque[float](maxlen=101), 0
+        self._beat, self._waits = 0, False
+        self._main = threading.main_thread().ident
+        self._stop = threading.Event()
+        self._thread: threading.Thread | None = None
+        self._stacks: IO[str] | None = None
+
+    @property
+    def stacks(self) -> Path:
+        """Where this rank's stacks and the tracebacks of consequential errors go."""
+        return self.folder / f"stacks-rank-{self.rank}.txt"
+
+    @property
+    def place(self) -> tuple[str, int]:
+        """Phase and step of now."""
+        return self._now[1], self._now[2]
+
+    def start(self) -> None:
+        """Begin to watch."""
+        (self.folder / "pulse").mkdir(parents=True, exist_ok=True)
+        self._stacks = self.stacks.open("a")
+        self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Watch no more."""
+        self._stop.set()
+        if self._thread is not None:
+            self._thread.join(5.0)
+            faulthandler.cancel_dump_traceback_later()
+            self._thread = None
+
+    def enter(self, phase: str, step: int | None = None) -> None:
+        """The main thread begins a phase; costs less than a microsecond."""
+        entered, before, at, since = self._now
+        now = self._clock()
+        if before in _LOOP:
+            self._step += now - since
+        if phase == DATA and self._step:
+            self._recent.append(self._step)
+            self._seen, self._step = self._seen + 1, 0.0
+        self._now = (entered + 1, phase, at if step is None else step, now)
+
+    @contextlib.contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """A phase inside another, which it goes back to."""
+        before = self._now[1]
+        self.enter(name)
+        yield
+        self.enter(before)
+
+    def limit(self, phase: str) -> float:
+        """Seconds that a phase may last now."""
+        if phase not in _LOOP:
+            others = {EVALUATE: self.limits.evaluate, CHECKPOINT: self.limits.checkpoint}
+            return others.get(phase, self.limits.start)
+        if self._seen < 3:
+            return max(self.limits.start, self.limits.floor)
+        return max(self.limits.floor, self.limits.factor * statistics.median(tuple(self._recent)))
+
+    def pulses(self) -> dict[int, Pulse]:
+        """Last pulses of all ranks that have one."""
+        found = {}
+        for rank in range(self.size):
+            with contextlib.suppress(OSError, ValueError, TypeError):
+                found[rank] = Pulse(**json.loads((self.folder / "pulse" / f"rank-{rank}.json").read_text()))
+        return found
+
+    def verdict(self, *, waits: bool = False) -> tuple[list[int], str]:
+        """Ranks that the others wait for and a sentence about them; looks twice, some pulses apart.
+
+        Args:
+            waits: this rank's collective broke, so it counts as one that waited.
+        """
+        self._waits = waits
+        first = self.pulses()
+        end = self._clock() + 4 * self.interval
+        while self._clock() < end and not self._gone(first):
+            self._pulse(stalled=True)
+            self._stop.wait(self.interval)
+        return judge(first, self.pulses(), self.size, self._gone(first), self.rank)
+
+    def _gone(self, pulses: dict[int, Pulse]) -> list[int]:
+        """Ranks of this machine whose process has ended."""
+        here = socket.gethostname()
+        return [p.rank for p in pulses.values() if p.host == here and not _lives(p.pid)]
+
+    def _pulse(self, *, stalled: bool) -> None:
+        entered, phase, step, since = self._now
+        self._beat += 1
+        pulse = Pulse(
+            rank=self.rank,
+            beat=self._beat,
+            entered=entered,
+            phase=phase,
+            step=step,
+            seconds=round(self._clock() - since, 1),
+            waiting=self._waits or _in_collective(self._main),
+            stalled=stalled,
+            host=socket.gethostname(),
+            pid=os.getpid(),
+        )
+        # A run's folder may be away for a while: that is the checkpoint's trouble, not a reason to end here.
+        with contextlib.suppress(OSError):
+            (self.folder / "pulse" / f"rank-{self.rank}.json").write_text(json.dumps(asdict(pulse)))
+
+    def _watch(self) -> None:
+        while not self._stop.wait(self.interval):
+            _, phase, _, since = self._now
+            seconds, limit = self._clock() - since, self.limit(phase)
+            # If Python itself is stuck this thread does not run either; a timer outside of Python then ends the process.
+            faulthandler.dump_traceback_later(limit + BACKSTOP + 20 * self.interval, exit=True, file=self._stacks or sys.stderr)
+            self._pulse(stalled=seconds > limit)
+            if seconds > limit or (seconds > limit / 2 and any(pulse.stalled for pulse in self.pulses().values())):
+                self._stalled()
+
+    def _stalled(self) -> None:
+        entered, phase, step, _ = self._now
+        self.dump(f"stall of rank {self.rank}, {phase} at step {step}")
+        blamed, sentence = self.verdict()
+        if self._now[0] != entered or self._stop.is_set():
+            self._say(f"rank {self.rank}: {phase} at step {step} took long, but has ended; going on")
+            return
+        alive = [rank for rank in range(self.size) if rank not in blamed] or [0]
+        if self.rank in blamed or not self._speaks(blamed):
+            first = self.rank == min(blamed) if self.rank in blamed else self.rank == min(alive)
+        else:
+            first = False
+        text = f"{sentence}. The stacks of all ranks are in {self.folder}; the attempt ends and the same command resumes."
+        if first:
+            own = {"rank": self.rank, "what": sentence, "code": RESTART, "step": step}
+            own |= {"kind": "Stall", "retryable": True, "cause": "hang"}
+            claims.claim(self.folder, own)
+            self._say(f"error: {text}")
+        else:
+            self._stop.wait(1.0 + 4 * self.interval)  # let the one who says it be the first to end
+            self._say(f"rank {self.rank} ends: {sentence}")
+        self._end(RESTART)
+
+    def _speaks(self, blamed: list[int]) -> bool:
+        """Whether one of these is well enough to tell of itself."""
+        return any(pulse.stalled for rank, pulse in self.pulses().items() if rank in blamed)
+
+    def dump(self, title: str) -> None:
+        """Write the stacks of all threads under a title."""
+        with contextlib.suppress(OSError), self.stacks.open("a") as file:
+            file.write(f"--- {time.strftime('%Y-%m-%d %H:%M:%S')} {title}\n")
+            file.flush()
+            faulthandler.dump_traceback(file, all_threads=True)
+
+
+def judge(first: dict[int, Pulse], second: dict[int, Pulse], size: int, gone: list[int], teller: int) -> tuple[list[int], str]:
+    """Whom the others wait for, from two looks at the pulses.
+
+    Args:
+        first, second: the pulses, some beats apart.
+        size: number of ranks.
+        gone: ranks whose process is known to have ended.
+        teller: the rank that asks, which is alive.
+
+    Returns:
+        The ranks at fault, all of them if none stands out, and a sentence.
+    """
+    silent = [
+        rank
+        for rank in range(size)
+        if rank != teller and (rank not in second or rank in gone or (rank in first and first[rank].beat == second[rank].beat))
+    ]
+    if silent:
+        said = second.get(silent[0]) or first.get(silent[0])
+        told = f"; last heard of in {said.phase} at step {said.step}" if said else ""
+        is_gone = ("is gone", "are gone") if silent[0] in gone else ("gives no sign of life", "give no sign of life")
+        return silent, f"{_ranks(silent)} {is_gone[len(silent) > 1]}{told}"
+    least = min(pulse.entered for pulse in second.values())
+    behind = [pulse for pulse in second.values() if pulse.entered == least]
+    working = [pulse for pulse in behind if not pulse.waiting]
+    if working and len(working) < len(second):
+        behind = working
+    blamed = sorted(pulse.rank for pulse in behind)
+    slowest = max(behind, key=lambda pulse: pulse.seconds)
+    has = "has" if len(blamed) == 1 else "have"
+    sentence = f"{_ranks(blamed)} {has} been {slowest.where}"
+    others = [pulse for pulse in second.values() if pulse.rank not in blamed]
+    if others:
+        phases = " and ".join(sorted({pulse.phase for pulse in others}))
+        sentence += f"; the others wait for {'it' if len(blamed) == 1 else 'them'} in {phases}"
+    elif size > 1:
+        sentence += "; no rank is behind the others" + (", all are inside a collective" if behind[0].waiting else "")
+    return blamed, sentence
+
+
+def _ranks(ranks: list[int]) -> str:
+    shown = ", ".join(map(str, ranks[:4])) + (" …" if len(ranks) > 4 else "")
+    return f"rank {shown}" if len(ranks) == 1 else f"ranks {shown}"
+
+
+def _lives(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] not in "ZX"
+    except (OSError, IndexError):
+        return False
+
+
+def _in_collective(thread: int | None) -> bool:
+    """Whether a thread is somewhere below torch.distributed, or DeepSpeed has the floor."""
+    frame = sys._current_frames().get(thread or 0)
+    innermost = True
+    while frame is not None:
+        file = frame.f_code.co_filename
+        if _WAITING_ROOMS[0] in file or (innermost and _WAITING_ROOMS[1] in file):
+            return True
+        frame, innermost = frame.f_back, False
+    return False
+
+
+def _to_stderr(text: str) -> None:
+    sys.stdout.flush()
+    print(text, file=sys.stderr, flush=True)

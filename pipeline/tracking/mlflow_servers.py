@@ -1,0 +1,142 @@
+"""Which MLflow server a run's journals may go to: one that the user named, never one that only a run directory names.
+
+A run directory may come from somebody else. A server that it names would get the user's credentials, and could have files
+written where it likes, since MLflow stores artifacts wherever the server says. So a server counts only if the user named it
+on the command line or in ``MLFLOW_TRACKING_URI``, if this user has trained with it before (each training leaves a digest of its
+address in a file of the user's), or if it is an SQLite file inside the run directory.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+from dataclasses import replace
+from pathlib import Path
+
+from pipeline.errors import ConfigError
+from pipeline.tracking.destination import Destination, destination
+from pipeline.tracking.mlflow_database import OWN, uri_of
+from pipeline.tracking.settings import TrackingSettings
+from pipeline.untrusted import NO_PASSWORD, has_password, inside, printable, read_bytes, shown_address
+
+_SQLITE = "sqlite:///"
+_MOST = 1 << 20  # bytes of the list
+
+
+def own_database(run: Path) -> str:
+    """The tracking URI of a run that names no server: an SQLite file in its directory."""
+    return uri_of((run / OWN).resolve())
+
+
+def server_of(run: Path, configured: str | None, *, named: str | None = None) -> str:
+    """The tracking URI that a run directory's journals go to.
+
+    Args:
+        run: the run directory.
+        configured: ``tracking.uri`` of the run's own settings; ``None`` for its SQLite file.
+        named: what the user names on the command line, which needs no further check.
+
+    Raises:
+        ConfigError: only the run directory names that server; with the words that name it.
+    """
+    check_address(named or "", where="--uri or --track")
+    uri = named or configured or own_database(run)
+    if named or _own(run, uri) or _known(uri):
+        return uri
+    shown = shown_server(uri)
+    raise ConfigError(
+        f"only the run names the MLflow server {shown}, so it gets neither data nor credentials",
+        where=printable(str(run)),
+        hint="if it is yours, name it: --uri (of fovea eval: --track), or MLFLOW_TRACKING_URI",
+    )
+
+
+def destination_of(settings: TrackingSettings, run: Path, *, named: str | None = None, trained: bool = False) -> Destination:
+    """Where a run directory's journals go, if the user named that server: :func:`destination` under :func:`server_of`'s rule.
+
+    Args:
+        settings: section ``tracking`` of the run's own settings.
+        run: the run directory.
+        named: server that the user names on the command line.
+        trained: whether the user starts or resumes this training, and so has named the server of its settings.
+
+    Raises:
+        ConfigError: only the run directory names the server, or its address holds a password.
+    """
+    place = destination(settings, run)
+    here = os.environ.get("MLFLOW_TRACKING_URI", "").strip()
+    by_user = place.uri if (settings.uri and trained) or (not settings.uri and here) else None
+    check_address(place.uri, where=place.origin)
+    return replace(place, uri=server_of(run, place.uri, named=named or by_user))
+
+
+def check_address(uri: str, *, where: str) -> None:
+    """Refuses a tracking URI with a user name or a password, which would end in files, logs and reports.
+
+    Raises:
+        ConfigError: with the sentence that says where they belong.
+    """
+    if has_password(uri):
+        raise ConfigError(f"{shown_server(uri)}: {NO_PASSWORD}", where=where)
+
+
+def shown_server(uri: str) -> str:
+    """A tracking URI for people: printable, without user names, passwords and query values."""
+    return shown_address(uri, limit=200)
+
+
+def remember(uri: str) -> None:
+    """Note a server that this user trains with, for :func:`server_of`. A folder that cannot be written is no error."""
+    line = _digest(uri)
+    with contextlib.suppress(OSError, ConfigError):
+        path = _list()
+        if line in _lines(path):
+            return
+        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+        with open(descriptor, "w") as file:
+            file.write(f"{line}\n")
+
+
+def _own(run: Path, uri: str) -> bool:
+    """Whether it is an SQLite file inside the run directory, after all links were followed."""
+    if uri == own_database(run):
+        return not (run / OWN).is_symlink()
+    path = uri.removeprefix(_SQLITE)
+    if path == uri or "?" in path or "#" in path or "%" in path or path.startswith("file:") or not os.path.isabs(path):
+        return False
+    try:
+        inside(path, run, where=uri, error=ConfigError)
+    except ConfigError:
+        return False
+    return True
+
+
+def _known(uri: str) -> bool:
+    here = os.environ.get("MLFLOW_TRACKING_URI")
+    if here and _digest(here) == _digest(uri):
+        return True
+    try:
+        return _digest(uri) in _lines(_list())
+    except (OSError, ConfigError):
+        return False
+
+
+def _list() -> Path:
+    state = os.environ.get("XDG_STATE_HOME") or "~/.local/state"
+    try:
+        return Path(state).expanduser() / "fovea" / "mlflow-servers"
+    except RuntimeError as error:  # no home
+        raise ConfigError("there is no home directory", where=state) from error
+
+
+def _lines(path: Path) -> set[str]:
+    try:
+        return set(read_bytes(path, limit=_MOST, error=ConfigError).decode("ascii", "replace").split())
+    except FileNotFoundError:
+        return set()
+
+
+def _digest(uri: str) -> str:
+    return hashlib.blake2b(uri.rstrip("/").encode("utf-8", "surrogatepass"), digest_size=16).hexdigest()

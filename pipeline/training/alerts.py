@@ -1,0 +1,168 @@
+"""Tells a run that has gone wrong from one that goes on, by the numbers that are logged anyway.
+
+Four illnesses are known besides numbers that are not finite, which the trainer skips and rewinds by itself: *collapse* of the
+targets, all undecided or all the same, or of the features, into few directions; *divergence*, when what was learnt is lost again;
+and *standing still*. All but one are judged by what the method says its metrics mean (:mod:`pipeline.methods.health_metrics`).
+
+Every sign is a mean over the last :data:`SMOOTH` steps, and has to hold for :data:`PATIENCE` steps: an illness is told of within
+200 steps of its onset, as long as numbers are logged at least every :data:`SMOOTH`, and a bad batch is not. Each is told once.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+from pipeline.methods.base import Step
+from pipeline.methods.health_metrics import NARROW, SINGLE, STILL, UNIFORM, WORSE, Vitals
+
+SMOOTH, PATIENCE, WINDOW = 40, 100, 150  # steps
+NEAR_GUESS, UNDECIDED = 0.01, 0.99  # shares of the loss of a guess, and of the largest entropy
+FAR_WORSE, NEARLY = 0.1, 0.95  # the same, together
+_DEFAULT = "the steps are too large: lower optim.lr, or lengthen schedule.lr.warmup"
+_STUCK = "nothing is trained, or everything is frozen: see gradient_norm, optim.lr and schedule.lr"
+
+
+@dataclass(frozen=True)
+class Alarm:
+    """An illness, told once.
+
+    Attributes:
+        illness: ``uniform``, ``single``, ``narrow``, ``worse`` or ``still``.
+        since: the step at which it was first seen.
+        text: one sentence: what is wrong, the likely cause, the setting to change.
+    """
+
+    illness: str
+    since: int
+    text: str
+
+
+class Alarms:
+    """Looks at a run's numbers, one logged step after another.
+
+    Args:
+        vitals: what the method's metrics mean; without it only a loss that does not move at all, or that has risen far above
+            where it began, is noticed.
+    """
+
+    def __init__(self, vitals: Vitals | None = None) -> None:
+        self._vitals = vitals or Vitals()
+        self._told: set[str] = set()
+        self._first: dict[str, float] | None = None
+        self._forget()
+
+    def look(self, step: Step, done: int, values: Mapping[str, float]) -> list[Alarm]:
+        """Alarms that are due.
+
+        Args:
+            step: the schedules' values.
+            done: steps done; when it goes back, as after a rewind, what was seen before is forgotten.
+            values: ``loss`` and the method's metrics, means since the last call.
+        """
+        if self._seen and done <= self._seen[-1][0]:
+            self._forget()
+        if not math.isfinite(values.get("loss", math.nan)):
+            return []
+        self._seen.append((done, {"lr": step.lr, **values}))
+        while self._seen[0][0] <= done - WINDOW:
+            self._seen.popleft()
+        smooth = self._mean(done - SMOOTH)
+        self._first = self._first or (smooth if done > SMOOTH else None)
+        found = []
+        ill = dict(self._signs(done, smooth))
+        if UNIFORM in ill:
+            ill.pop(STILL, None)  # says the same with less
+        for illness in (UNIFORM, SINGLE, NARROW, WORSE, STILL):
+            if illness not in ill:
+                self._since.pop(illness, None)
+                continue
+            since = self._since.setdefault(illness, done)
+            # What stands still has been looked at for a whole window already.
+            if illness not in self._told and (done - since >= PATIENCE or illness == STILL):
+                self._told.add(illness)
+                remedy = self._vitals.remedy(illness, step) if self._vitals.remedy else _DEFAULT
+                cause = _STUCK if illness == STILL and self._frozen() else remedy
+                found.append(Alarm(illness, since, f"{ill[illness]}; likely {cause}"))
+        return found
+
+    def _forget(self) -> None:
+        self._seen: deque[tuple[int, dict[str, float]]] = deque()
+        self._since: dict[str, int] = {}
+        self._first = None
+        self._best: dict[str, float] = {}
+
+    def _mean(self, after: int, until: float = math.inf) -> dict[str, float]:
+        """Means of what was logged in some of the last steps."""
+        chosen = [values for done, values in self._seen if after < done <= until]
+        return {name: sum(values.get(name, math.nan) for values in chosen) / len(chosen) for name in chosen[-1]} if chosen else {}
+
+    def _signs(self, done: int, now: Mapping[str, float]) -> Iterator[tuple[str, str]]:
+        """Illnesses whose signs are there, and how they look."""
+        v = self._vitals
+        entropy, use, below, rank = (now.get(name or "", math.nan) for name in (v.entropy, v.use, v.below_guess, v.rank))
+        # Fresh networks tell no samples apart, and need not while the learning rate still grows: that is no illness.
+        decided = self._most("decided", 1.0 - entropy) > 3 * (1.0 - UNDECIDED)
+        fresh = self._rising(done, SMOOTH) and not decided
+        guess = v.guess or math.nan
+        aimless = entropy >= UNDECIDED and below <= NEAR_GUESS * guess
+        # Thrown about by too high a rate, the student is far worse than a guess and targets are not uniform at every moment.
+        thrown = entropy >= NEARLY and below <= -FAR_WORSE * guess
+        if v.guess is not None and (aimless or thrown) and not fresh:
+            yield (
+                UNIFORM,
+                f"the targets have become uniform (their entropy is {entropy:.1%} of the most possible) and the loss is no "
+                f"better than a guess ({v.guess - below:.2f}, ln K is {v.guess:.2f})",
+            )
+        if v.guess is not None and use * v.guess <= math.log(2):
+            yield (
+                SINGLE,
+                f"nearly all samples have the same target: {math.exp(max(use * v.guess, 0.0)):.1f} prototypes are in use",
+            )
+        if rank < max(0.0 if fresh else 1.2, self._most("rank", rank) / 4):
+            yield NARROW, f"features differ in {rank:.1f} directions only, of {self._best['rank']:.1f} at best"
+        yield from self._lost(now, below)
+        yield from self._unmoved(done, below)
+
+    def _lost(self, now: Mapping[str, float], below: float) -> Iterator[tuple[str, str]]:
+        if self._first is None:
+            return
+        loss, begun, guess = now["loss"], self._first["loss"], self._vitals.guess
+        if loss > begun + 0.3 * (guess or abs(begun)):
+            yield WORSE, f"the loss has risen to {loss:.3g}, far above the {begun:.3g} it began with"
+        elif guess is not None and self._most("below", below) > 0.05 * guess and below < 0.25 * self._best["below"]:
+            yield WORSE, f"the loss was {self._best['below']:.2f} nats better than a guess, and is {below:.2f} now"
+
+    def _unmoved(self, done: int, below: float) -> Iterator[tuple[str, str]]:
+        span = done - self._seen[0][0]
+        if span < 0.8 * WINDOW or len(self._seen) < 3:
+            return
+        early, late = self._mean(-1, done - WINDOW / 2), self._mean(int(done - WINDOW / 2))
+        if not early or not late:
+            return
+        v, guess = self._vitals, self._vitals.guess
+        if self._frozen():
+            yield STILL, f"the loss has been exactly {late['loss']:.6g} for {span} steps"
+        elif guess and v.below_guess and abs(below) < NEAR_GUESS * guess and not self._rising(done, WINDOW):
+            firmer = late.get(v.agreement or "", 0.0) - early.get(v.agreement or "", 0.0)
+            if late[v.below_guess] - early[v.below_guess] < 0.001 * guess and firmer < 0.01:
+                yield STILL, f"for {span} steps the loss has been that of a guess ({guess - below:.2f}, ln K is {guess:.2f})"
+
+    def _rising(self, done: int, steps: int) -> bool:
+        """Whether the learning rate has grown over the last steps, as it does during a warm-up."""
+        rates = [values["lr"] for step, values in self._seen if step >= done - steps]
+        if len(rates) < 2:
+            rates = [values["lr"] for _, values in self._seen][-2:]
+        return len(rates) < 2 or rates[-1] > rates[0] * (1 + 1e-6)
+
+    def _frozen(self) -> bool:
+        losses = [values["loss"] for _, values in self._seen]
+        return max(losses) - min(losses) <= 1e-7 * abs(losses[-1]) and self._seen[-1][1]["lr"] > 0
+
+    def _most(self, sign: str, value: float) -> float:
+        """The largest that a sign has been."""
+        if not math.isnan(value):
+            self._best[sign] = max(value, self._best.get(sign, value))
+        return self._best.get(sign, math.nan)

@@ -1,0 +1,344 @@
+"""Settings in, a trainer out: the wiring of one rank, in the order in which a sample travels."""
+
+from __future__ import annotations
+
+import math
+import platform
+import shutil
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from numpy.typing import NDArray
+from PIL import Image
+from torch import nn
+
+from pipeline.checkpoint.files import Saved, newest, read
+from pipeline.checkpoint.mirror import Copies
+from pipeline.checkpoint.writer import Checkpoints, load
+from pipeline.config.schema import Config
+from pipeline.data.inputs import Inputs, check_data, data_identity, open_storage, record_data
+from pipeline.data.loader.bad_samples import Ledger
+from pipeline.data.loader.batch_stream import BatchStream, StreamOptions
+from pipeline.data.loader.encoded_batches import Portions
+from pipeline.data.loader.prefetch import Prefetcher
+from pipeline.data.loader.reader import Reader
+from pipeline.data.order.mixture import Mixture
+from pipeline.data.order.order import Order
+from pipeline.errors import CheckpointError, ConfigError, NonFiniteError
+from pipeline.evaluation.runner import Evaluations, Show
+from pipeline.methods.base import Recipe
+from pipeline.methods.registry import build_recipe
+from pipeline.models.fp8 import use_fp8
+from pipeline.models.text import TextTower
+from pipeline.models.vision import VisionTower
+from pipeline.runtime.process_group import World
+from pipeline.runtime.run_directory import RunDirectory
+from pipeline.runtime.stop_requests import StopRequests
+from pipeline.runtime.system_metrics import Nodes
+from pipeline.runtime.watchdog import Watchdog
+from pipeline.tracking import Journal
+from pipeline.training.alerts import Alarms
+from pipeline.training.engine import Engine, EngineOptions
+from pipeline.training.rollback import LeftOut
+from pipeline.training.schedules import Schedules
+from pipeline.training.timing import Phases, peak_tflops
+from pipeline.training.trainer import Plan, Progress, Trainer, Watcher
+from pipeline.weights import init_from as initial
+
+
+def make_plan(config: Config, order: Order | Mixture, run: RunDirectory, attempt: int, rank: int) -> Plan:
+    """Lengths and distances in optimizer steps."""
+    batch, epoch = config.train.global_batch, order.samples_per_epoch
+    record = run.batches(attempt, rank) if config.train.record_batches else None
+    if record is not None:
+        record.parent.mkdir(parents=True, exist_ok=True)
+    return Plan(
+        steps=config.train.length.steps(epoch, batch),
+        log_every=config.train.log_every,
+        evaluate_every=math.gcd(*(every.steps(epoch, batch) for every in config.evaluation.enabled.values())),
+        checkpoint_every=config.checkpoint.every.steps(epoch, batch),
+        max_nonfinite=config.train.max_nonfinite,
+        seed=config.run.seed,
+        record=record,
+        rewind_after=config.health.rewind_after,
+        rewind_margin=config.health.rewind_margin,
+        max_rewinds=config.health.max_rewinds,
+        asynchronous=config.checkpoint.asynchronous,
+        save_evaluated=config.checkpoint.keep_best,
+    )
+
+
+def make_recipe(config: Config, device: torch.device) -> Recipe:
+    """The method with its initial weights, a function of ``run.seed`` alone, on the device."""
+    torch.manual_seed(config.run.seed)
+    return build_recipe(config).to(device).place(device)
+
+
+def prepare_towers(recipe: Recipe, config: Config) -> None:
+    """Switches recomputation, 8-bit products and compilation on where the settings say so.
+
+    Raises:
+        ConfigError: ``train.compile`` without the compiler that it needs on a CPU, ``train.fp8`` on a GPU without such products.
+    """
+    if config.train.fp8 != "off" and torch.cuda.is_available() and torch.cuda.get_device_capability() < (8, 9):
+        raise ConfigError(
+            f"{torch.cuda.get_device_name()} has no products of 8-bit floats", where="train.fp8", hint="set train.fp8=off"
+        )
+    teachers = list(recipe.teacher.modules.values()) if recipe.teacher is not None else []
+    towers = [m for root in (recipe, *teachers) for m in root.modules() if isinstance(m, VisionTower | TextTower)]
+    for tower in towers:
+        tower.checkpointing = config.train.recompute
+        if config.train.fp8 == "all" or (config.train.fp8 == "teacher" and not any(p.requires_grad for p in tower.parameters())):
+            use_fp8(_blocks(tower))
+    if not config.train.compile:
+        return
+    if not torch.cuda.is_available() and shutil.which("g++") is None and shutil.which("c++") is None:
+        raise ConfigError("there is no C++ compiler", where="train.compile", hint="install g++, or set train.compile=false")
+    for tower in towers:
+        for block in _blocks(tower):
+            block.compile(mode="reduce-overhead" if config.train.graphs else None)
+
+
+def _blocks(tower: VisionTower | TextTower) -> Any:
+    """A container of blocks."""
+    blocks: nn.Module = tower.vit.blocks if isinstance(tower, VisionTower) else tower.blocks
+    return blocks
+
+
+def assemble(
+    config: Config,
+    inputs: Inputs,
+    world: World,
+    run: RunDirectory,
+    *,
+    attempt: int,
+    resume: Saved | None,
+    facts: dict[str, Any],
+    requests: StopRequests,
+    journal: Journal | None,
+    watcher: Watcher,
+    watchdog: Watchdog,
+    copies: Copies | None = None,
+) -> Trainer:
+    """Everything one rank needs, brought to the state of ``resume`` if there is one.
+
+    Raises:
+        CheckpointError: the checkpoint does not fit this run.
+    """
+    if config.train.deterministic:
+        torch.use_deterministic_algorithms(True)
+    if config.train.threads:
+        torch.set_num_threads(config.train.threads)
+    recipe = make_recipe(config, world.device)
+    init = resume.manifest.get("init") if resume is not None else None
+    if resume is None and (start := initial.begin(recipe, config, record=world.rank == 0)) is not None:
+        init = start.record
+        for note in start.notes:
+            watcher.say(note)
+        if journal is not None:
+            journal.tags({f"fovea.init.{key}": value for key, value in start.record.items()})
+    prepare_towers(recipe, config)
+    share = config.train.global_batch // world.size
+    micro = config.train.micro_batch or share
+    engine = Engine(
+        recipe,
+        EngineOptions(
+            zero=config.train.zero,
+            precision=config.train.precision,
+            micro_batch=micro,
+            accumulation=share // micro,
+            betas=config.optim.betas,
+            eps=config.optim.eps,
+            clip_norm=config.recipe.clip_norm,
+            clip_scope=config.recipe.clip_scope,
+            optimizer=config.optim.name,
+            momentum=config.optim.momentum,
+            trust=config.optim.trust,
+            offload=config.train.offload,
+            init=config.launch.init,
+            graphs=config.train.graphs,
+        ),
+        world.device,
+    )
+    ledger = Ledger(run.ledger(world.rank), budget=config.data.bad_budget, window=config.data.bad_window)
+    progress = Progress()
+    if resume is not None:
+        progress = _restore(resume, engine, recipe, ledger, inputs, config.checkpoint.allow_data_change)
+    if world.rank == 0:
+        record_data(run.data, inputs)
+    reader = Reader(inputs.train, wants=("image", "label", "caption"), checksum=config.data.crc, store=open_storage(config))
+    if (recipe.text is not None) != config.recipe.reads_text:
+        raise ConfigError(
+            f"the method {'reads' if recipe.text else 'does not read'} text, but its settings say otherwise",
+            where=f"{type(config.recipe).__name__}.reads_text",
+            hint="Both must agree: the settings decide before the start which samples are left out for want of a caption.",
+        )
+    dataset = Portions(
+        reader,
+        inputs.order,
+        recipe.views,
+        seed=config.run.seed,
+        world=world.size,
+        rank=world.rank,
+        text=recipe.text,
+        sources=inputs.sources,
+        sets=recipe.view_sets,
+    )
+    options = StreamOptions(
+        micro_batch=micro,
+        workers=config.data.workers,
+        threads=config.data.decode_threads,
+        prefetch=config.data.prefetch,
+        hue=config.recipe.hue,
+    )
+
+    def stream(first: int, last: int) -> BatchStream:
+        prefetcher = None
+        if Prefetcher.useful(inputs.train, reader.store):
+            prefetcher = Prefetcher(
+                inputs.train,
+                inputs.order,
+                reader.store,
+                world=world.size,
+                rank=world.rank,
+                last=last,
+                horizon=2 * inputs.order.block * inputs.order.lanes // inputs.order.global_batch,
+                share=1 / world.local_size,
+            )
+        return BatchStream(
+            dataset, device=world.device, options=options, ledger=ledger, first=first, last=last, prefetcher=prefetcher
+        )
+
+    def go_back() -> Progress:
+        chosen: list[str | None] = [None]
+        if world.rank == 0:
+            found, _ = newest(run.checkpoints)
+            chosen = [str(found.path) if found else None]
+        dist.broadcast_object_list(chosen, group=world.control)
+        if chosen[0] is None:
+            raise NonFiniteError(
+                "the loss is not finite and there is no checkpoint to go back to",
+                where=str(run.checkpoints),
+                hint="lower optim.lr or lengthen schedule.lr.warmup, or save more often with checkpoint.every",
+            )
+        return _restore(read(Path(chosen[0])), engine, recipe, ledger, inputs, config.checkpoint.allow_data_change)
+
+    begun = config.init_from.source is not None
+    evaluate = None
+    if config.evaluation.enabled:
+        show = _sheets(run, journal) if journal is not None else None
+        evaluate = Evaluations(config, inputs, recipe, world, resume is None, begun=begun, show=show)
+    return Trainer(
+        world=world,
+        recipe=recipe,
+        engine=engine,
+        schedules=Schedules.from_config(config, epoch_samples=inputs.order.samples_per_epoch),
+        stream=stream,
+        checkpoints=_checkpoints(config, inputs, run, world, copies),
+        evaluate=evaluate,
+        data_state=lambda: _data_state(inputs, ledger, world),
+        facts={**facts, "init": init, "world": world.size, "torch": torch.__version__, "python": platform.python_version()},
+        journal=journal,
+        watcher=watcher,
+        plan=make_plan(config, inputs.order, run, attempt, world.rank),
+        requests=requests,
+        phases=Phases(world, watchdog, _peak(config, world.device), count=not config.train.compile),
+        left_out=LeftOut(run.path / "left_out.json"),
+        go_back=go_back,
+        alarms=Alarms(recipe.vitals),
+        machines=Nodes(world, run.path).read,
+        progress=progress,
+    )
+
+
+def _sheets(run: RunDirectory, journal: Journal) -> Show:
+    """Keeps pictures beside the run's numbers, and has them sent with these."""
+
+    def keep(step: int, name: str, sheet: NDArray[np.uint8]) -> None:
+        path = run.path / "pictures" / f"{name}-{step:09d}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(sheet).save(path)
+        journal.artifact(path.resolve())
+
+    return keep
+
+
+def _peak(config: Config, device: torch.device) -> float | None:
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
+    return config.health.peak_tflops or peak_tflops(name, config.train.precision)
+
+
+def _checkpoints(config: Config, inputs: Inputs, run: RunDirectory, world: World, copies: Copies | None) -> Checkpoints:
+    c = config.checkpoint
+    return Checkpoints(
+        run.checkpoints,
+        keep_last=c.keep_last,
+        keep_every=c.keep_every.steps(inputs.order.samples_per_epoch, config.train.global_batch) if c.keep_every else 0,
+        keep_best=c.keep_best,
+        most_failures=c.most_failures,
+        group=world.control,
+        on_commit=copies.offer if copies else None,
+        pinned=copies.pinned if copies else set,
+    )
+
+
+def _data_state(inputs: Inputs, ledger: Ledger, world: World) -> dict[str, Any]:
+    """The data plane's state: constants that must not change, and what each rank could not use."""
+    states: list[dict[str, Any] | None] = [None] * world.size
+    dist.all_gather_object(states, ledger.state(), group=world.control)
+    reasons: Counter[str] = Counter()
+    counts: Counter[str] = Counter()
+    quarantine: dict[str, str] = {}
+    seen = 0
+    for state in states:
+        if state is not None:
+            seen += state["seen"]
+            quarantine |= state["quarantine"]
+            reasons.update(state["reasons"])
+            counts.update(state["counts"])
+    return {
+        **data_identity(inputs),
+        "samples": inputs.train.total,
+        "seen": seen,
+        "substituted": dict(reasons),
+        "counts": dict(counts),
+        "quarantine": quarantine,
+    }
+
+
+def _restore(saved: Saved, engine: Engine, recipe: Recipe, ledger: Ledger, inputs: Inputs, allow: bool) -> Progress:
+    changed = check_data(saved, inputs, allow=allow)
+    load(saved, engine, recipe)
+    missing = [key for key in ("applied", "skipped", "scores", "seconds", "data") if key not in saved.manifest]
+    missing += [key for key in ("seen", "substituted", "quarantine") if key not in saved.manifest.get("data", {})]
+    if missing:
+        raise CheckpointError(
+            f"its manifest does not say {', '.join(missing)}", where=str(saved.path), hint="resume from another one"
+        )
+    data = saved.manifest["data"]
+    # The totals live on rank 0 from here on; the others count what they see themselves.
+    first = dist.get_rank() == 0
+    ledger.load(
+        {
+            "seen": data["seen"] if first else 0,
+            "reasons": data["substituted"] if first else {},
+            "counts": data.get("counts", {}) if first else {},
+            "quarantine": {} if changed else data["quarantine"],  # in other data its numbers are other samples
+        }
+    )
+    m = saved.manifest
+    return replace(
+        Progress(),
+        step=m["step"],
+        applied=m["applied"],
+        skipped=m["skipped"],
+        scores=dict(m["scores"]),
+        scored=int(m.get("scored", -1)),
+        judged=tuple(m.get("judged", m["scores"])),
+        seconds=float(m["seconds"]),
+    )

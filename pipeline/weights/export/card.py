@@ -1,0 +1,68 @@
+"""The model card: what the weights are, of what they were made, how to load them, what they scored."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+
+import yaml
+
+from pipeline.weights.export.networks import Networks, meta
+
+
+def card(networks: Networks, *, layout: str, usage: str, notes: Sequence[str], license_: str, name: str) -> str:
+    """A README in Hugging Face's form: a head of YAML, then sentences and tables.
+
+    Args:
+        networks: what is exported.
+        layout: whose layout the files have.
+        usage: lines of Python that load them.
+        notes: what did not come along, or came in another form.
+        license_: identifier of the licence, as Hugging Face has them.
+        name: of the model.
+    """
+    manifest, config, p = networks.saved.manifest, networks.config, networks.preprocessing
+    data = manifest.get("data", {})
+    head = {
+        "license": license_,
+        "library_name": layout,
+        "pipeline_tag": "zero-shot-image-classification" if layout == "open_clip" else "image-feature-extraction",
+        "tags": ["fovea", config.recipe.name],
+    }
+    facts = {
+        "method": config.recipe.name,
+        "weights": f"the {networks.network}'s, fp32",
+        "parameters": f"{sum(t.numel() for t in networks.tower.vit.parameters()):,} in the vision tower",
+        "samples seen": f"{manifest.get('samples_seen', 'unknown')}",
+        "steps": f"{manifest.get('step')} ({manifest.get('applied', '?')} applied, {manifest.get('skipped', '?')} skipped)",
+        "data": f"{data.get('samples', '?')} samples, fingerprint `{data.get('fingerprint', 'unknown')}`",
+        "settings": f"fingerprint `{manifest.get('fingerprint', 'unknown')}`",
+        "run": f"{manifest.get('run', config.run.name)}, checkpoint {networks.saved.path.name}",
+        "written by": f"fovea {manifest.get('fovea', '?')}, torch {manifest.get('torch', '?')}",
+    }
+    reading = {
+        "size": f"{p.size} x {p.size} pixels, the centre of the picture ({p.centre:.0%} of its shorter side)",
+        "interpolation": f"{p.interpolation}, antialiased",
+        "mean": ", ".join(map(str, p.mean)),
+        "standard deviation": ", ".join(map(str, p.std)),
+        "patch": f"{networks.tower.patch} pixels",
+    }
+    known = manifest.get("scores", {})
+    scores = {key: f"{known[key]:.4f}" for key in sorted(manifest.get("judged", known)) if key in known}
+    scored = f" (of step {manifest['scored']})" if manifest.get("scored", -1) >= 0 else ""
+    parts = [
+        f"---\n{yaml.safe_dump(head, sort_keys=False)}---",
+        f"# {name}",
+        _table(facts),
+        f"## Loading\n\n```python\n{usage.strip()}\n```",
+        f"## Pictures\n\n{_table(reading)}",
+        f"## Scores{scored}\n\n{_table(scores) if scores else 'None were measured while training.'}",
+    ]
+    if notes:
+        parts.append("## Notes\n\n" + "\n".join(f"- {note}" for note in notes))
+    parts.append(f"## Settings\n\n```json\n{json.dumps(meta(config), indent=1)}\n```")
+    return "\n\n".join(parts) + "\n"
+
+
+def _table(rows: dict[str, str]) -> str:
+    return "\n".join(["| | |", "|---|---|", *(f"| {key} | {value} |" for key, value in rows.items())])

@@ -1,0 +1,170 @@
+"""The networks of a checkpoint that are worth keeping, whole, in fp32, on the CPU, with what has to be told of them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from pydantic import ValidationError
+from torch import nn
+
+from pipeline.checkpoint.files import Saved, verify
+from pipeline.config.schema import Config
+from pipeline.data.augment.views import Normalize
+from pipeline.errors import CheckpointError, ConfigError
+from pipeline.methods.registry import build_recipe
+from pipeline.models.text import LogitScale, TextTower
+from pipeline.models.vision import VisionTower
+from pipeline.weights.from_checkpoint import fill_trained
+
+Network = Literal["auto", "teacher", "student"]
+
+
+@dataclass(frozen=True)
+class Preprocessing:
+    """How a picture becomes what a network reads: shorter side to ``size / centre``, a square of ``size`` from its middle.
+
+    Attributes:
+        size: side of the square, pixels.
+        centre: side of the centre square as a share of the shorter side.
+        mean, std: taken off, and divided by, in shares of full intensity.
+        interpolation: of the resizing.
+    """
+
+    size: int
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    centre: float = 1.0
+    interpolation: str = "bicubic"
+
+
+@dataclass(frozen=True)
+class Networks:
+    """What an export can draw on.
+
+    Attributes:
+        config: the settings of the run.
+        saved: the checkpoint.
+        network: whose weights these are.
+        tower: the vision tower.
+        others: everything else that the method exports, by the method's names (``text``, ``image_projection``, …).
+        logits: scale and bias of a method that compares pictures with texts.
+        preprocessing: of pictures.
+    """
+
+    config: Config
+    saved: Saved
+    network: Literal["teacher", "student"]
+    tower: VisionTower
+    others: dict[str, nn.Module]
+    logits: LogitScale | None
+    preprocessing: Preprocessing
+
+    @property
+    def text(self) -> TextTower | None:
+        """The text tower, if there is one."""
+        found = self.others.get("text")
+        return found if isinstance(found, TextTower) else None
+
+    def state(self) -> dict[str, torch.Tensor]:
+        """All tensors, fp32, by network: ``backbone.vit.…``, ``text.…``, ``logits.…``."""
+        modules: dict[str, nn.Module] = {"backbone": self.tower, **self.others}
+        if self.logits is not None:
+            modules["logits"] = self.logits
+        return {
+            f"{name}.{inner}": tensor.detach().float().contiguous()
+            for name, module in modules.items()
+            for inner, tensor in module.state_dict().items()
+        }
+
+
+def settings_of(saved: Saved) -> Config:
+    """The settings that a checkpoint was written with.
+
+    Raises:
+        CheckpointError: they are not in it, or of another version of fovea.
+    """
+    try:
+        return Config.model_validate(saved.manifest["config"])
+    except (KeyError, ValidationError) as error:
+        told = "are not in it" if isinstance(error, KeyError) else f"are not understood ({error.error_count()} problems)"
+        raise CheckpointError(
+            f"the settings of this checkpoint {told}",
+            where=str(saved.path),
+            hint="use the version of fovea that wrote it",
+        ) from error
+
+
+def read(
+    saved: Saved,
+    *,
+    network: Network = "auto",
+    size: int | None = None,
+    config: Config | None = None,
+    student: str | None = None,
+) -> Networks:
+    """Takes the networks out of a checkpoint of any ZeRO stage and any number of ranks.
+
+    Args:
+        saved: the checkpoint; its files are compared with their checksums.
+        network: the teacher's or the student's; ``auto`` is what the method itself exports.
+        size: side of the pictures the tower is to be used on; as trained on if not given.
+        config: the settings, where they are not to be read from the checkpoint.
+        student: which of several that learnt together, by name; the one ``model`` describes if not given.
+
+    Raises:
+        CheckpointError: the checkpoint is damaged, or of another architecture.
+        ConfigError: the method has no teacher, no such student, no vision tower, or the size is no multiple of the patch.
+    """
+    verify(saved)
+    config = settings_of(saved) if config is None else config
+    torch.manual_seed(config.run.seed)
+    recipe = build_recipe(config)
+    fill_trained(recipe, saved, student=network == "student")
+    recipe.eval()
+    exported = recipe.export()
+    tower = exported.pop("backbone", None)
+    if student is not None:
+        named = recipe.students(slow=network != "student")
+        if student not in named:
+            hint = f"choose of {', '.join(named)}" if named else "leave it out: the method trains one tower"
+            raise ConfigError(f"there is no student {student!r}", where="--student", hint=hint)
+        tower = named[student]
+    students = {id(module) for module in recipe.modules()}
+    if not isinstance(tower, VisionTower):
+        raise ConfigError(f"{config.recipe.name} exports no vision tower", where="recipe.name", hint="export another run")
+    own: Literal["teacher", "student"] = "student" if id(tower) in students else "teacher"
+    if network == "teacher" and own != "teacher":
+        raise ConfigError(f"{config.recipe.name} has no teacher", where="--network", hint="export the student")
+    if network == "student" and own == "teacher":
+        tower = recipe.get_submodule("backbone")
+        if not isinstance(tower, VisionTower):
+            raise ConfigError("the student has no vision tower", where="--network", hint="export the teacher")
+        own = "student"
+    view = recipe.views[0]
+    side = size or view.size
+    if side % tower.patch:
+        raise ConfigError(
+            f"pictures of {side} pixels do not divide into patches of {tower.patch}",
+            where="--size",
+            hint=f"choose a multiple of {tower.patch}",
+        )
+    tower.merge_class_position()
+    normalize = view.normalize or Normalize()
+    found = getattr(recipe, "logits", None)
+    return Networks(
+        config=config,
+        saved=saved,
+        network=own,
+        tower=tower.float().eval(),
+        others={name: module.float().eval() for name, module in exported.items()},
+        logits=found if isinstance(found, LogitScale) else None,
+        preprocessing=Preprocessing(side, normalize.mean, normalize.std),
+    )
+
+
+def meta(config: Config) -> dict[str, Any]:
+    """Settings that say what a network is, for a card: everything that another run would have to repeat."""
+    tree = config.model_dump(mode="json")
+    return {name: tree[name] for name in ("recipe", "model", "optim", "schedule", "train")}

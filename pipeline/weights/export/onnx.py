@@ -1,0 +1,82 @@
+"""One ONNX graph: pixels in, class token and patch tokens out (and the picture's feature, where texts are compared with it)."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import warnings
+from dataclasses import asdict
+from pathlib import Path
+
+import timm
+import torch
+from torch import Tensor, nn
+
+from pipeline.errors import ConfigError
+from pipeline.weights.export.networks import Networks
+from pipeline.weights.export.timm import timm_state
+
+OPSET = 18
+
+
+class _Picture(nn.Module):
+    """timm's model with named outputs, and what a method puts on top."""
+
+    def __init__(self, model: nn.Module, prefix: int, projection: nn.Module | None) -> None:
+        super().__init__()
+        self.model, self.prefix, self.projection = model, prefix, projection
+
+    def forward(self, images: Tensor) -> tuple[Tensor, ...]:
+        tokens = self.model.forward_features(images)  # type: ignore[operator]
+        found = (tokens[:, 0], tokens[:, self.prefix :])
+        return found if self.projection is None else (*found, self.projection(tokens[:, 0]))
+
+
+def write(networks: Networks, folder: Path) -> tuple[str, list[str]]:
+    """``model.onnx`` and ``preprocessor.json`` into a folder; the lines that load them, and notes.
+
+    Raises:
+        ConfigError: onnx is not installed, or the tower cannot be traced.
+    """
+    try:
+        import onnx  # noqa: F401
+        import onnxscript  # noqa: F401
+    except ImportError as error:
+        raise ConfigError(f"{error.name} is not installed", where="--to onnx", hint="pip install 'fovea[export]'") from error
+    tower, size = networks.tower, networks.preprocessing.size
+    args = {**tower.timm_args, "img_size": size, "dynamic_img_size": False}
+    model = timm.create_model(tower.timm_name, pretrained=False, **args)
+    model.load_state_dict(timm_state(tower, size))
+    pooled = networks.others.get("image_pool") is not None
+    projection = None if pooled else networks.others.get("image_projection")
+    picture = _Picture(model.eval(), tower.vit.num_prefix_tokens, projection).eval()
+    names = ["cls", "patches"] + ([] if projection is None else ["feature"])
+    batch = torch.export.Dim("batch", min=1, max=65536)
+    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()), torch.no_grad():
+        warnings.simplefilter("ignore")
+        program = torch.onnx.export(
+            picture,
+            (torch.zeros(2, 3, size, size),),
+            dynamo=True,
+            opset_version=OPSET,
+            input_names=["images"],
+            output_names=names,
+            dynamic_shapes=({0: batch},),
+            verbose=False,
+        )
+    if program is None:
+        raise ConfigError("the tower cannot be traced", where="--to onnx", hint="export it to safetensors")
+    program.save(str(folder / "model.onnx"))
+    (folder / "preprocessor.json").write_text(json.dumps(asdict(networks.preprocessing), indent=1) + "\n")
+    usage = f"""
+import onnxruntime
+session = onnxruntime.InferenceSession("{folder / "model.onnx"}")
+{", ".join(names)} = session.run(None, {{"images": pictures}})  # float32 [n, 3, {size}, {size}], normalised as below
+"""
+    notes = [f"Pictures are {size} x {size} pixels, any number at a time; ONNX opset {OPSET}.", "The mask token is left out."]
+    if networks.text is not None:
+        notes.append("The text tower is not in the graph: export to open_clip for it.")
+    if pooled:
+        notes.append("The attention pooling over patches is not in the graph.")
+    return usage, notes

@@ -1,0 +1,131 @@
+"""timm's folder: ``config.json`` and weights, read by ``timm.create_model("local-dir:FOLDER", pretrained=True)``."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from safetensors.torch import save_file
+from timm.layers import SwiGLUPacked
+from torch import Tensor, nn
+
+from pipeline.errors import ConfigError
+from pipeline.models.positions import resample_positions
+from pipeline.models.vision import VisionTower
+from pipeline.weights.export.networks import Networks
+
+_SWIGLU = "vit_giant_patch14_dinov2"  # timm's only plain name with this feed-forward layer; every size is given besides
+
+
+def call(tower: VisionTower, size: int) -> tuple[str, dict[str, Any]]:
+    """Name and keyword arguments, all of them JSON, with which timm makes the same tower.
+
+    Raises:
+        ConfigError: no arguments that JSON can hold make it.
+    """
+    name, args = tower.timm_name, {**tower.timm_args, "img_size": size}
+    layer: Any = args.get("mlp_layer")  # a copied partial is another object
+    gated = getattr(layer, "func", None) is SwiGLUPacked.func and layer.keywords == SwiGLUPacked.keywords
+    if gated and args.get("act_layer") is nn.SiLU:
+        name = _SWIGLU
+        args["init_values"] = args.get("init_values") or 1.0  # this name has a layer scale, and None does not take it away
+        args = {key: value for key, value in args.items() if key not in ("mlp_layer", "act_layer")}
+    wrong = [key for key, value in args.items() if not isinstance(value, int | float | str | bool | None)]
+    if wrong or not name:
+        raise ConfigError(
+            f"timm makes this tower only by Python objects ({', '.join(wrong) or 'its name is unknown'})",
+            where="model.stem" if "embed_layer" in wrong else "model",
+            hint="export it to safetensors or onnx instead",
+        )
+    return name, args
+
+
+def rebuilt(tower: VisionTower, size: int, *, name: str, args: dict[str, Any]) -> nn.Module:
+    """timm's own model with the tower's weights, strictly; positions are resampled if the size is another.
+
+    Raises:
+        ConfigError: timm's model has other tensors.
+    """
+    model: nn.Module = timm.create_model(name, pretrained=False, **args)
+    state = weights(tower, size)
+    own = model.state_dict()
+    wrong = sorted(own.keys() ^ state.keys()) or [key for key in own if own[key].shape != state[key].shape]
+    if wrong:
+        raise ConfigError(
+            f"timm's {name} has other tensors, the first is {wrong[0]}", where="model", hint="export to safetensors"
+        )
+    model.load_state_dict(state)
+    return model.eval()
+
+
+def weights(tower: VisionTower, size: int) -> dict[str, Tensor]:
+    """:func:`timm_state`, with a layer scale of one where the name that :func:`call` gives has one and the tower has none."""
+    state = timm_state(tower, size)
+    name, _ = call(tower, size)
+    if name == _SWIGLU and "blocks.0.ls1.gamma" not in state:
+        ones = {f"blocks.{i}.ls{j}.gamma": torch.ones(tower.width) for i in range(len(tower.vit.blocks)) for j in (1, 2)}
+        state |= ones
+    return state
+
+
+def timm_state(tower: VisionTower, size: int) -> dict[str, Tensor]:
+    """The weights by timm's names, positions on the grid of a picture of this size."""
+    state = {key: tensor.detach().float().clone().contiguous() for key, tensor in tower.vit.state_dict().items()}
+    grid = (size // tower.patch, size // tower.patch)
+    old = tuple(tower.vit.patch_embed.grid_size)
+    if "pos_embed" in state and grid != old:
+        prefix = 0 if tower.vit.no_embed_class else tower.vit.num_prefix_tokens
+        state["pos_embed"] = resample_positions(state["pos_embed"], grid, old, prefix=prefix, how=tower.resampling)
+    return state
+
+
+def write(networks: Networks, folder: Path) -> tuple[str, list[str]]:
+    """Files into a folder; the lines that load them, and notes.
+
+    Raises:
+        ConfigError: timm cannot make this tower.
+    """
+    tower, p = networks.tower, networks.preprocessing
+    name, args = call(tower, p.size)
+    rebuilt(tower, p.size, name=name, args=args)  # or nobody could load it
+    save_file(weights(tower, p.size), folder / "model.safetensors", metadata={"format": "pt"})
+    known = {"img_size", "num_classes"}
+    pretrained = {
+        "tag": networks.config.run.name,
+        "custom_load": False,
+        "input_size": [3, p.size, p.size],
+        "fixed_input_size": False,
+        "interpolation": p.interpolation,
+        "crop_pct": p.centre,
+        "crop_mode": "center",
+        "mean": list(p.mean),
+        "std": list(p.std),
+        "num_classes": 0,
+        "pool_size": None,
+        "first_conv": "patch_embed.proj",
+        "classifier": "head",
+    }
+    config = {
+        "architecture": name,
+        "num_classes": 0,
+        "num_features": tower.width,
+        "global_pool": "token",
+        "pretrained_cfg": pretrained,
+        "model_args": {key: value for key, value in args.items() if key not in known} | {"img_size": p.size},
+    }
+    (folder / "config.json").write_text(json.dumps(config, indent=1) + "\n")
+    usage = f"""
+import timm
+model = timm.create_model("local-dir:{folder}", pretrained=True).eval()
+transform = timm.data.create_transform(**timm.data.resolve_data_config(model=model))
+tokens = model.forward_features(transform(picture)[None])  # the class token is tokens[:, 0]
+"""
+    notes = ["The mask token is left out: timm's models have none."]
+    if tower.local_norm is not None:
+        notes.append("The norm for local crops is left out: it belongs to training.")
+    if tower.resampling != "antialias":
+        notes.append(f"For pictures of another size the run resampled positions as {tower.resampling!r}; timm antialiases.")
+    return usage, notes

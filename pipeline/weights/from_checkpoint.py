@@ -1,0 +1,89 @@
+"""A checkpoint back into its method, whole and without an engine: what evaluation, export and pictures begin with."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from pipeline.checkpoint import files
+from pipeline.checkpoint.files import Saved
+from pipeline.checkpoint.writer import read_student, read_teacher
+from pipeline.errors import CheckpointError
+from pipeline.masking import shown
+from pipeline.methods.base import Recipe
+from pipeline.runtime.run_directory import RunDirectory
+
+
+def newest(run: Path) -> Saved:
+    """The newest whole checkpoint of a run; damaged newer ones are told of on stderr.
+
+    Raises:
+        CheckpointError: there is none.
+    """
+    found, complaints = files.newest(RunDirectory(run).checkpoints)
+    for complaint in complaints:
+        print(shown(complaint), file=sys.stderr)
+    if found is None:
+        raise CheckpointError(
+            "the run has no checkpoint yet",
+            where=str(RunDirectory(run).checkpoints),
+            hint="Let it train until its first checkpoint (checkpoint.every), or name another run.",
+        )
+    return found
+
+
+def named_or_newest(run: Path, checkpoint: Path | None) -> Saved:
+    """The checkpoint that is named, whole, or else the run's newest.
+
+    Raises:
+        CheckpointError: there is none, or it is damaged.
+    """
+    if checkpoint is None:
+        return newest(run)
+    found = files.read(checkpoint)
+    files.verify(found)
+    return found
+
+
+def fill_trained(recipe: Recipe, saved: Saved, *, student: bool = False) -> None:
+    """Put the weights of a checkpoint into a method, strictly: its teacher's, and the student's where it exports those.
+
+    Args:
+        recipe: the method, before an engine has it.
+        saved: the checkpoint.
+        student: put the student's in, whatever is exported.
+
+    Raises:
+        CheckpointError: names or shapes differ.
+    """
+    exported = {id(p) for module in recipe.export().values() for p in module.parameters()}
+    own = dict(recipe.named_parameters())
+    trainable = {name for name, p in own.items() if p.requires_grad}
+    if recipe.teacher is not None:
+        _fitting(dict(recipe.teacher.named_parameters()), trainable, saved, "teacher's")
+        recipe.teacher.load_state_dict(dict(read_teacher(saved)))
+    if student or any(id(p) in exported for p in own.values()):
+        _fitting(own, trainable, saved, "student's")
+        tensors = {**own, **dict(recipe.named_buffers())}
+        with torch.no_grad():
+            for name, tensor in read_student(saved):
+                tensors[name].copy_(tensor)
+
+
+def _fitting(own: Mapping[str, Tensor], trainable: set[str], saved: Saved, whose: str) -> None:
+    """Shapes come first, so that a checkpoint of a larger network is refused before its gigabytes are read."""
+    ours = {name: list(tensor.shape) for name, tensor in own.items() if name in trainable}
+    theirs = {name: shape for name, shape in saved.manifest.get("shapes", {}).items() if name in ours}
+    wrong = [name for name in ours if name in theirs and theirs[name] != ours[name]] or sorted(ours.keys() - theirs.keys())
+    if wrong:
+        first = wrong[0]
+        raise CheckpointError(
+            f"{len(wrong)} of the {whose} weights do not fit, the first is {first}: "
+            f"{theirs.get(first, 'absent')} in the checkpoint, {ours[first]} by the settings",
+            where=str(saved.path),
+            hint="Evaluate with the settings it was trained with: leave model.* and recipe.* as they are.",
+        )

@@ -1,0 +1,300 @@
+"""Where a run's first weights come from, if not from chance: ``init_from``. How stages follow one another.
+
+Read once, at step 0 of a fresh run, on every rank, before an engine cuts anything; a resumed run never looks there. What was
+taken is written into the manifest of every checkpoint that follows (``init``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from pipeline.checkpoint import files as saved
+from pipeline.checkpoint.files import Saved
+from pipeline.checkpoint.manifest import MANIFEST
+from pipeline.checkpoint.writer import read_student, read_teacher
+from pipeline.config.schema import Config
+from pipeline.errors import CheckpointError, ConfigError
+from pipeline.methods.base import Recipe
+from pipeline.models.tensor_files import only_weights, opened, read_tensors, reason
+from pipeline.models.vision import VisionTower
+from pipeline.weights.public_layouts import compare, fit, unwrapped
+from pipeline.weights.settings import InitSettings
+
+_FILES = (".safetensors", ".pth", ".pt", ".bin")
+
+
+@dataclass(frozen=True)
+class Source:
+    """What ``init_from.source`` names.
+
+    Attributes:
+        name: as it was given.
+        kind: a checkpoint of ours, a file of weights, or a name of timm's.
+        path: the checkpoint's directory or the file.
+        saved: the checkpoint.
+    """
+
+    name: str
+    kind: Literal["checkpoint", "file", "timm"]
+    path: Path | None = None
+    saved: Saved | None = None
+
+    def __str__(self) -> str:
+        return f"{self.path or self.name}" + (f" (step {self.saved.step})" if self.saved is not None else "")
+
+    def record(self) -> dict[str, Any]:
+        """What is kept of it in manifests: where it lay, and a digest that no other has."""
+        facts: dict[str, Any] = {"source": self.name, "kind": self.kind}
+        if self.saved is not None:
+            facts |= {"path": str(self.saved.path.resolve()), "id": self.saved.id, "step": self.saved.step}
+        elif self.path is not None:
+            facts |= {"path": str(self.path.resolve()), "blake2b": saved.entry(self.path, "blake2b")["blake2b"]}
+        return facts
+
+
+@dataclass(frozen=True)
+class Start:
+    """What a fresh run began with.
+
+    Attributes:
+        record: for the manifest.
+        notes: sentences worth saying, what was not taken as it stood among them.
+    """
+
+    record: dict[str, Any]
+    notes: tuple[str, ...] = field(default=())
+
+
+def find(name: str) -> Source:
+    """Looks at what a source is, reading no weights.
+
+    Raises:
+        CheckpointError: nothing is there, or nothing that holds weights.
+    """
+    if name.startswith("timm:"):
+        return Source(name, "timm")
+    path = Path(name)
+    if "://" in name or not path.exists():
+        raise CheckpointError(
+            "weights are read from this machine's files only" if "://" in name else "there is no such file or directory",
+            where=f"init_from.source={name}",
+            hint="download them first and give their path" if "://" in name else "give a run, a checkpoint or a file of weights",
+        )
+    if path.is_file():
+        if path.suffix in _FILES:
+            return Source(name, "file", path)
+    elif (path / MANIFEST).exists():
+        return Source(name, "checkpoint", path, saved.read(path))
+    else:
+        folder = path / "checkpoints" if (path / "checkpoints").is_dir() else path
+        newest, _ = saved.newest(folder)
+        if newest is not None:
+            return Source(name, "checkpoint", newest.path, newest)
+    raise CheckpointError(
+        "this is neither a run with checkpoints, nor a checkpoint, nor a file of weights",
+        where=f"init_from.source={name}",
+        hint=f"give a run's directory, one of its checkpoints/step_…, or a file that ends in {', '.join(_FILES)}",
+    )
+
+
+def check(config: Config) -> None:
+    """Refuses, without ranks and without reading weights, what :func:`begin` would refuse.
+
+    Raises:
+        CheckpointError: the source is missing or damaged, or its names or shapes do not fit the settings.
+    """
+    from pipeline.methods.registry import build_recipe
+
+    with torch.device("meta"):
+        recipe = build_recipe(config)
+    for name in {config.init_from.source, *config.recipe.anchors.values()} - {None}:
+        if (found := find(str(name)).saved) is not None:
+            saved.verify(found)
+    if config.init_from.source is not None:
+        _matched(recipe, find(config.init_from.source), config.init_from, shapes_only=True)
+    for name, given in config.recipe.anchors.items():
+        _anchored(recipe, name, given, shapes_only=True)
+
+
+@torch.no_grad()
+def begin(recipe: Recipe, config: Config, *, record: bool = True) -> Start | None:
+    """Fills the student with the weights that ``init_from`` names, makes the teacher its equal, and fills frozen networks.
+
+    Args:
+        recipe: the method with its random weights, whole, before an engine has it.
+        config: the settings.
+        record: whether to take the source's digest, which one rank may do for all.
+
+    Returns:
+        What was taken, or ``None`` if the settings name no source.
+
+    Raises:
+        CheckpointError: as :func:`check`.
+    """
+    facts: dict[str, Any] = {}
+    told: list[str] = []
+    parameters = dict(recipe.named_parameters())
+    if config.init_from.source is not None:
+        source = find(config.init_from.source)
+        weights, notes = _matched(recipe, source, config.init_from, shapes_only=False)
+        for name, tensor in weights.items():
+            parameters[name].copy_(tensor)
+        if recipe.teacher is not None:
+            recipe.teacher.reset()
+        network = f"{config.init_from.network} of " if source.kind == "checkpoint" else ""
+        told += [f"starting from the {network}{source}: {len(weights)} tensors", *notes]
+        if record:
+            facts = source.record() | {"network": config.init_from.network, "heads": config.init_from.heads}
+    for anchor, given in config.recipe.anchors.items():
+        weights, notes = _anchored(recipe, anchor, given, shapes_only=False)
+        for name, tensor in weights.items():
+            parameters[name].copy_(tensor)
+        told += [f"recipe.{anchor} stands still at {find(given) if given else 'what this run starts with'}", *notes]
+        if record and given:
+            facts[anchor] = find(given).record()
+    return Start(facts, tuple(told)) if told else None
+
+
+def student_tower(recipe: Recipe) -> tuple[str, VisionTower]:
+    """Name and module of the tower that a method trains; ``backbone`` if it trains several.
+
+    Raises:
+        ConfigError: it has none, or several of other names.
+    """
+    towers = {
+        name: module
+        for name, module in recipe.named_modules()
+        if isinstance(module, VisionTower) and (name == "backbone" or any(p.requires_grad for p in module.parameters()))
+    }
+    name = "backbone" if "backbone" in towers else next(iter(towers), "")
+    if not towers or (len(towers) > 1 and name != "backbone"):
+        raise ConfigError(
+            f"the method trains {len(towers)} vision towers ({', '.join(towers)})",
+            where="init_from.source",
+            hint="set it to null",
+        )
+    return name, towers[name]
+
+
+def _matched(recipe: Recipe, source: Source, settings: InitSettings, *, shapes_only: bool) -> tuple[dict[str, Tensor], list[str]]:
+    """Weights by the recipe's names, and notes."""
+    name, tower = student_tower(recipe)
+    if settings.heads and source.saved is None:
+        raise CheckpointError(
+            "only checkpoints of fovea hold heads", where=f"init_from.source={source.name}", hint="set init_from.heads=false"
+        )
+    state, rest, notes = _read(source, settings.network, shapes_only)
+    fitted = fit(state, tower, where=f"init_from.source={source.name}")
+    weights = {f"{name}.{inner}": tensor for inner, tensor in fitted.weights.items()}
+    if settings.heads:
+        own = {n: tuple(p.shape) for n, p in recipe.named_parameters() if p.requires_grad and not n.startswith(f"{name}.")}
+        compare(own, {n: tuple(t.shape) for n, t in rest.items()}, where=f"init_from.source={source.name}, heads")
+        weights |= rest
+    return weights, [*notes, *fitted.notes]
+
+
+def _anchored(recipe: Recipe, name: str, given: str | None, *, shapes_only: bool) -> tuple[dict[str, Tensor], list[str]]:
+    """Weights of a frozen network of the recipe, by the recipe's names, and notes; of the teacher as it is if none are given."""
+    networks = dict(recipe.get_submodule(name).named_children())
+    if given is None and recipe.teacher is not None:
+        taught = {n: t for n, t in recipe.teacher.named_parameters() if n.split(".")[0] in networks}
+        return {f"{name}.{n}": tensor for n, tensor in taught.items()}, []
+    source = find(given or "")
+    state, rest, notes = _read(source, "teacher", shapes_only)
+    where = f"recipe.{name}: {source}"
+    tower = networks.pop("backbone")
+    if not isinstance(tower, VisionTower):
+        raise ConfigError(f"the network {name} holds no vision tower", where=where)
+    fitted = fit(state, tower, where=where)
+    own = {f"{head}.{n}": tuple(p.shape) for head, module in networks.items() for n, p in module.named_parameters()}
+    rest = {n: tensor for n, tensor in rest.items() if n.split(".")[0] in networks}
+    compare(own, {n: tuple(t.shape) for n, t in rest.items()}, where=where)
+    weights = {f"backbone.{n}": tensor for n, tensor in fitted.weights.items()} | rest
+    return {f"{name}.{n}": tensor for n, tensor in weights.items()}, [*notes, *fitted.notes]
+
+
+def _read(source: Source, network: str, shapes_only: bool) -> tuple[dict[str, Tensor], dict[str, Tensor], list[str]]:
+    """The tower's tensors, those beside it, and notes."""
+    if source.saved is not None:
+        return (*_split(_ours(source.saved, network, shapes_only), source), [])
+    loaded = (
+        _of_timm(source) if source.kind == "timm" else read_tensors(source.path or Path(source.name), shapes_only=shapes_only)
+    )
+    state, notes = unwrapped(loaded)
+    return state, {}, notes
+
+
+def _split(state: dict[str, Tensor], source: Source) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """The tower's tensors of one of our checkpoints, without its name, and all others."""
+    names = sorted({name.split(".vit.")[0] for name in state if ".vit." in name})
+    tower = "backbone" if "backbone" in names else names[0] if len(names) == 1 else None
+    if tower is None:
+        raise CheckpointError(
+            f"the checkpoint holds {len(names)} vision towers", where=f"init_from.source={source.name}", hint="name another"
+        )
+    inside = {name.removeprefix(f"{tower}."): tensor for name, tensor in state.items() if name.startswith(f"{tower}.")}
+    trained = source.saved.manifest.get("shapes", {}) if source.saved is not None else {}
+    return inside, {name: t for name, t in state.items() if not name.startswith(f"{tower}.") and name in trained}
+
+
+def _ours(found: Saved, network: str, shapes_only: bool) -> dict[str, Tensor]:
+    read = read_teacher if network == "teacher" else read_student
+    state = _shapes(found, network) if shapes_only else dict(read(found))
+    if not state:
+        raise CheckpointError(
+            f"the checkpoint holds no {network}", where=str(found.path), hint="set init_from.network=student, or name another"
+        )
+    return state
+
+
+def _shapes(found: Saved, network: str) -> dict[str, Tensor]:
+    """Tensors without content for all that :func:`_ours` would read."""
+    kinds = ("teacher/",) if network == "teacher" else ("master/", "frozen/")
+    shapes: dict[str, list[int]] = {}
+    for path in sorted(found.path.glob("*.safetensors")):
+        with opened(path) as file:
+            for key in file.keys():  # noqa: SIM118 - not a dict
+                kind, _, name = key.partition("/")
+                if f"{kind}/" in kinds:
+                    shapes[name] = found.manifest.get("shapes", {}).get(name) or file.get_slice(key).get_shape()
+    return {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
+
+
+def weights_of(source: Source) -> Mapping[str, Any]:
+    """The tensors of a file, or those of timm's name, as they stand there.
+
+    Raises:
+        CheckpointError: they cannot be read or fetched.
+    """
+    return _of_timm(source) if source.kind == "timm" else read_tensors(source.path or Path(source.name))
+
+
+def _of_timm(source: Source) -> dict[str, Tensor]:
+    import timm
+
+    name = source.name.removeprefix("timm:")
+    if not timm.is_model(name) or not timm.is_model_pretrained(name):
+        raise CheckpointError(
+            f"timm has no weights for {name!r}",
+            where=f"init_from.source={source.name}",
+            hint="see timm.list_models(pretrained=True), or give a file",
+        )
+    try:
+        # With its classifier, which goes afterwards: asked for no classes, timm takes files that lack any tensor at all.
+        with only_weights():
+            model = timm.create_model(name, pretrained=True)
+    except Exception as error:  # of timm, the hub's client, the network, or a damaged file
+        raise CheckpointError(
+            f"timm cannot fetch the weights of {name!r}, or they are not whole ({reason(error)})",
+            where=f"init_from.source={source.name}",
+            hint="download them where there is a network and give the file's path, or set HF_HOME to a folder that holds them",
+        ) from None
+    model.reset_classifier(0)
+    state: dict[str, Tensor] = model.state_dict()
+    return state

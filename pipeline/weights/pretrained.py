@@ -1,0 +1,309 @@
+"""Weights from elsewhere, to be judged by the code that judges ours: timm, Hugging Face and open_clip folders, files, names."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
+
+from pipeline.errors import CheckpointError, ConfigError
+from pipeline.untrusted import printable, read_json
+from pipeline.weights.folder_settings import read_settings, side, three
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from pipeline.models.eval_model import Subject
+
+_HALF = (0.5, 0.5, 0.5)
+_TIMM_WEIGHTS = ("model.safetensors", "pytorch_model.bin", "pytorch_model.pth", "model.pth")
+_TRANSFORMERS = ("dinov2", "dinov2_with_registers", "dinov3_vit", "vit", "vit_msn")
+_TRANSFORMERS_WEIGHTS = ("model.safetensors", "pytorch_model.bin")
+
+
+@dataclass(frozen=True)
+class Peer:
+    """Weights that were loaded.
+
+    Attributes:
+        name: what they are called.
+        subject: who is judged.
+        size: side of the pictures it was made for, pixels.
+    """
+
+    name: str
+    subject: Subject
+    size: int
+
+
+def load(source: str, *, model: str | None, device: torch.device) -> Peer:
+    """Loads weights, strictly.
+
+    Args:
+        source: a folder as ``fovea export`` and the Hugging Face hub have them (of timm, transformers or open_clip), a file of
+            weights, or ``timm:NAME``.
+        model: timm's name of the architecture that a file is of.
+        device: where they go.
+
+    Raises:
+        CheckpointError: nothing is there, or the weights are of another architecture.
+        ConfigError: a file without ``model``, or a library that is not installed.
+    """
+    path = Path(source)
+    if source.startswith("timm:") or path.is_file():
+        return _of_tower(source, model, device)
+    if (path / "open_clip_config.json").is_file():
+        return _of_open_clip(path, device)
+    if (path / "config.json").is_file():
+        about = read_json(path / "config.json", error=CheckpointError)
+        if isinstance(about, dict) and isinstance(about.get("architecture"), str):
+            return _of_timm(path, about, device)
+        if isinstance(about, dict) and isinstance(about.get("model_type"), str):
+            return _of_transformers(path, about, device)
+    raise CheckpointError(
+        "this is neither a run, nor weights",
+        where=source,
+        hint="give a run, a folder of timm, Hugging Face or open_clip, a file with --model NAME, or timm:NAME",
+    )
+
+
+class _Tower:
+    """A model of another library, as :class:`pipeline.models.eval_model.Tower`."""
+
+    def __init__(self, call: Any, blocks: Any, prefix: int, patch: int, width: int, module: Any) -> None:
+        self._call, self.patch, self.width, self.module = call, patch, width, module
+        self.vit = SimpleNamespace(blocks=blocks, num_prefix_tokens=prefix)
+
+    def __call__(self, images: Tensor) -> Any:
+        return self._call(images)
+
+
+def _tokens(tokens: Tensor, prefix: int) -> Any:
+    from pipeline.models.tokens import Tokens
+
+    return Tokens(cls=tokens[:, 0], registers=tokens[:, 1:prefix], patches=tokens[:, prefix:], kept=None)
+
+
+def _wrapped(model: Any, name: str, size: int, mean: Any, std: Any, device: torch.device) -> Peer:
+    from pipeline.models.eval_model import Subject
+
+    model = model.to(device).eval().requires_grad_(False)
+    prefix, patch = model.num_prefix_tokens, int(model.patch_embed.patch_size[0])
+    if not prefix:
+        raise CheckpointError("the model has no class token", where=name, hint="choose a ViT that has one")
+    tower = _Tower(lambda x: _tokens(model.forward_features(x), prefix), model.blocks, prefix, patch, model.num_features, model)
+    return Peer(name, Subject(tower, tuple(mean), tuple(std)), size)
+
+
+def _of_timm(path: Path, about: dict[str, Any], device: torch.device) -> Peer:
+    """timm's layout, read by ourselves: timm follows paths and URLs that the file names, and older releases unpickle anything."""
+    import timm
+    import torch
+    from timm.models.eva import Eva
+    from timm.models.vision_transformer import VisionTransformer
+
+    from pipeline.models.tensor_files import read_folder, reason
+
+    where, name = str(path / "config.json"), about["architecture"]
+    if not timm.is_model(name):
+        raise CheckpointError(
+            f"timm has no model {printable(name, limit=80)!r}", where=where, hint="see timm.list_models('vit_*')"
+        )
+    own = about.get("pretrained_cfg")
+    shown = own if isinstance(own, dict) else about  # an older form
+    usual = timm.get_pretrained_cfg(name, allow_unregistered=True)
+    given = about.get("model_args")
+    takes = _keywords(_parameters(VisionTransformer) | _parameters(Eva))
+    args = read_settings(given if isinstance(given, dict) else {}, takes, where=where).values
+    for key in ("num_classes", "global_pool"):
+        value = about.get(key, shown.get(key))
+        if value is not None:
+            args.setdefault(key, read_settings({key: value}, takes, where=where).values[key])
+    size = shown.get("input_size", getattr(usual, "input_size", (3, 224, 224)))
+    pixels = side(size[-1] if isinstance(size, list | tuple) and len(size) == 3 else size, where=where)
+    if shown.get("fixed_input_size", True):
+        args.setdefault("img_size", pixels)
+    mean = three(shown.get("mean", getattr(usual, "mean", _HALF)), where=where)
+    std = three(shown.get("std", getattr(usual, "std", _HALF)), where=where, positive=True)
+    state = read_folder(path, _TIMM_WEIGHTS)
+    try:
+        with torch.device("meta"):
+            shapes = {key: tensor.shape for key, tensor in timm.create_model(name, pretrained=False, **args).state_dict().items()}
+        if not shapes.keys() - state.keys():
+            # As it is, with its classifier: of no classes, timm takes files that lack any tensor at all.
+            weights = {"state_dict": state, "num_classes": args.get("num_classes", getattr(usual, "num_classes", 1000))}
+            model = timm.create_model(name, pretrained=True, pretrained_cfg=weights, **args)
+    except Exception as error:  # timm's own checks are assertions, and arithmetic on sizes that make no model
+        raise CheckpointError(f"timm cannot load it ({reason(error)})", where=str(path), hint="give a whole folder") from None
+    if missing := sorted(shapes.keys() - state.keys()):
+        raise CheckpointError(
+            f"timm cannot load it ({len(missing)} tensors are missing, the first is {missing[0]})",
+            where=str(path),
+            hint="give a whole folder",
+        )
+    model.reset_classifier(0)
+    return _wrapped(model, path.name, pixels, mean, std, device)
+
+
+def _of_tower(source: str, model: str | None, device: torch.device) -> Peer:
+    import timm
+    import torch
+
+    from pipeline.models.eval_model import Subject
+    from pipeline.models.settings import ModelSettings
+    from pipeline.models.vision import build_tower
+    from pipeline.weights.init_from import find, weights_of
+    from pipeline.weights.public_layouts import fit, unwrapped
+
+    name = source.removeprefix("timm:") if source.startswith("timm:") else model
+    if name is None:
+        raise ConfigError(
+            "a file does not say what architecture it is of", where="--model", hint="name timm's, such as vit_small_patch16_224"
+        )
+    about = timm.get_pretrained_cfg(name, allow_unregistered=True) if timm.is_model(name) else None
+    size = int(about.input_size[-1]) if about is not None else 224
+    tower = build_tower(ModelSettings(timm=name), image_size=size)
+    state, _ = unwrapped(weights_of(find(source)))
+    fitted = fit(state, tower, where=source)
+    with torch.no_grad():
+        for key, parameter in tower.named_parameters():
+            if key in fitted.weights:
+                parameter.copy_(fitted.weights[key])
+    mean, std = (about.mean, about.std) if about is not None else (_HALF, _HALF)
+    subject = Subject(tower.to(device).eval().requires_grad_(False), tuple(mean), tuple(std))
+    return Peer(source, subject, size)
+
+
+def _of_open_clip(path: Path, device: torch.device) -> Peer:
+    import torch
+
+    from pipeline.models.eval_model import Subject
+    from pipeline.weights.open_clip_folder import load as load_folder
+
+    read = load_folder(path)
+    model: Any = read.model.to(device).eval().requires_grad_(False)
+    visual = model.visual
+    if not hasattr(visual, "transformer"):
+        raise CheckpointError(
+            "its vision tower is none of open_clip's own", where=str(path), hint="judge it in timm's layout instead"
+        )
+    visual.output_tokens = True
+
+    def tokens(images: Tensor) -> Any:
+        pooled, patches = visual(images)
+        return _Tokens(pooled, patches)
+
+    patch, width = int(visual.patch_size[0]), int(visual.class_embedding.shape[0])
+    tower = _Tower(tokens, visual.transformer.resblocks, 1, patch, width, model)
+
+    def texts(sentences: list[str]) -> Tensor:
+        features: Tensor = model.encode_text(read.tokenize(sentences).to(device))
+        return features
+
+    def images(pictures: Tensor) -> Tensor:
+        features: Tensor = torch.as_tensor(visual(pictures)[0])
+        return features
+
+    return Peer(path.name, Subject(tower, read.mean, read.std, images=images, texts=texts), read.size)
+
+
+class _Tokens(SimpleNamespace):
+    def __init__(self, cls: Tensor, patches: Tensor) -> None:
+        super().__init__(cls=cls, patches=patches)
+
+
+def _of_transformers(path: Path, about: dict[str, Any], device: torch.device) -> Peer:
+    """transformers' layout. The library sees checked settings and tensors, never the folder: from a folder it reads ``auto_map``,
+    adapters, quantisers and kernels, all of which may fetch or run code."""
+    try:
+        import torch
+        import transformers
+    except ImportError as error:
+        raise ConfigError("transformers is not installed", where=str(path), hint="pip install 'fovea[export]'") from error
+    from pipeline.models.eval_model import Subject
+    from pipeline.models.tensor_files import read_folder, reason
+
+    where, kind = str(path / "config.json"), about["model_type"]
+    if kind not in _TRANSFORMERS or kind not in transformers.CONFIG_MAPPING:
+        raise CheckpointError(
+            f"a {printable(kind, limit=80)} is no plain ViT that is read here",
+            where=where,
+            hint=f"give one of {', '.join(_TRANSFORMERS)}",
+        )
+    makes = transformers.CONFIG_MAPPING[kind]
+    takes = _without(makes, transformers.PretrainedConfig)
+    settings = read_settings(about, takes, where=where, ignore_unknown=True).values
+    state = {name: t for name, t in read_folder(path, _TRANSFORMERS_WEIGHTS).items() if not isinstance(t, dict)}
+    try:
+        config = makes(**settings)
+        with torch.device("meta"):
+            needed = sum(t.numel() for t in transformers.MODEL_MAPPING[makes](config).state_dict().values())
+        if needed > 2 * sum(t.numel() for t in state.values()):
+            raise CheckpointError(
+                f"the settings ask for {needed} weights, more than there are", where=where, hint="give a whole folder"
+            )
+        model, report = transformers.MODEL_MAPPING[makes].from_pretrained(
+            None,
+            config=config,
+            state_dict=state,
+            output_loading_info=True,
+            trust_remote_code=False,
+            attn_implementation="sdpa",
+        )
+    except CheckpointError:
+        raise
+    except Exception as error:  # transformers' checks are of any class
+        raise CheckpointError(
+            f"transformers cannot load it ({reason(error)})", where=str(path), hint="give a whole folder"
+        ) from None
+    wrong = sorted({*report["missing_keys"], *report["unexpected_keys"], *map(str, report["mismatched_keys"])})
+    if wrong:
+        raise CheckpointError(
+            f"{len(wrong)} weights do not fit, the first is {printable(wrong[0], limit=80)}",
+            where=str(path),
+            hint="give a whole folder",
+        )
+    model = model.to(device).eval().requires_grad_(False)
+    layers = next((m for m in (getattr(model, "encoder", None), getattr(model, "model", None)) if hasattr(m, "layer")), None)
+    if layers is None:
+        raise CheckpointError(f"a {kind} is no plain ViT", where=str(path), hint="give a DINOv2 or DINOv3 model")
+    prefix = 1 + int(getattr(config, "num_register_tokens", 0))
+    shown = path / "preprocessor_config.json"
+    document = read_json(shown, error=CheckpointError) if shown.is_file() else {}
+    pixels = document if isinstance(document, dict) else {}
+    tower = _Tower(
+        lambda x: _tokens(model(x).last_hidden_state, prefix),
+        layers.layer,
+        prefix,
+        side(config.patch_size, where=where),
+        int(config.hidden_size),
+        model,
+    )
+    mean = three(pixels.get("image_mean", (0.485, 0.456, 0.406)), where=str(shown))
+    std = three(pixels.get("image_std", (0.229, 0.224, 0.225)), where=str(shown), positive=True)
+    crop = pixels.get("crop_size")
+    size = crop.get("height") if isinstance(crop, dict) else config.image_size
+    return Peer(path.name, Subject(tower, mean, std), side(size, where=where))
+
+
+def _without(one: type, base: type) -> Any:
+    """A callable that has the parameters of a class, without those that every class of its kind has."""
+    return _keywords(_parameters(one) - _parameters(base))
+
+
+def _parameters(one: Any) -> set[str]:
+    if dataclasses.is_dataclass(one):
+        return {field.name for field in dataclasses.fields(one)}
+    return set(inspect.signature(one).parameters) - {"self", "args", "kwargs"}
+
+
+def _keywords(names: set[str]) -> Any:
+    def takes() -> None: ...
+
+    parameters = [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY) for name in sorted(names)]
+    takes.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    return takes

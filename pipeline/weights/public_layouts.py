@@ -1,0 +1,213 @@
+"""Weights from elsewhere, under the names and on the grid of a tower. Strict: whatever does not fit is named, nothing is skipped.
+
+Understood are a tower's own names (``vit.…``), timm's, and those of DINOv2's public files: blocks in chunks or not,
+``register_tokens``, ``mlp.w12`` and ``mlp.w3`` of SwiGLU, a ``mask_token`` of two dimensions, and the class token's position
+apart. A rotary tower understands DINOv3's too: ``storage_tokens``, the three biases in one, ``ls1``, ``mlp.w1``. Some files wrap
+their tensors (``teacher``, ``model``, ``state_dict``) or put ``backbone.`` or ``module.`` before each name.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from timm.models.eva import Eva
+from torch import Tensor
+
+from pipeline.errors import CheckpointError
+from pipeline.models.positions import resample_positions
+from pipeline.models.tensor_files import reason
+from pipeline.models.vision import VisionTower
+from pipeline.untrusted import printable
+
+_WRAPPERS = ("teacher", "model", "state_dict", "student")
+_PREFIXES = ("module.", "_orig_mod.", "backbone.")
+_WRAPPED = 8  # wrappers in each other
+_NAMED = 6
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """Weights that fit.
+
+    Attributes:
+        weights: a tensor for each parameter of the tower that has one in the source, by the tower's names.
+        notes: sentences about what was not taken as it stood.
+    """
+
+    weights: dict[str, Tensor]
+    notes: tuple[str, ...]
+
+
+def unwrapped(state: Mapping[str, Any]) -> tuple[dict[str, Tensor], list[str]]:
+    """The tower's tensors of a file, without wrappers and prefixes, and a note on what stood beside them.
+
+    Args:
+        state: what ``torch.load`` or safetensors gave.
+    """
+    notes: list[str] = []
+    for _ in range(_WRAPPED):
+        inner = [state[name] for name in _WRAPPERS if isinstance(state.get(name), Mapping)]
+        if not inner:
+            break
+        state = inner[0]
+    tensors = {name: value for name, value in state.items() if isinstance(name, str) and isinstance(value, Tensor)}
+    for prefix in (*_PREFIXES, *_PREFIXES):
+        under = {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
+        if under and (prefix == "backbone." or len(under) == len(tensors)):
+            if beside := sorted({name.split(".")[0] for name in tensors if not name.startswith(prefix)}):
+                notes.append(f"left out beside the backbone: {', '.join(beside)}")
+            tensors = under
+    return tensors, notes
+
+
+def fit(state: Mapping[str, Tensor], tower: VisionTower, *, where: str) -> Fitted:
+    """Brings weights under a tower's names and its positions onto the tower's grid.
+
+    Args:
+        state: tensors by name; those of the ``meta`` device will do to see whether they fit.
+        tower: whose names and shapes count.
+        where: the source, for messages.
+
+    Raises:
+        CheckpointError: lists what is missing, what is too much, and what has another shape.
+    """
+    notes: list[str] = []
+    own = {name: tuple(p.shape) for name, p in tower.named_parameters()}
+    ours = any(name.startswith("vit.") for name in state)
+    try:
+        weights = dict(state) if ours else _renamed(state, notes)
+        if isinstance(tower.vit, Eva) and not ours:
+            weights = _rotary(weights, tower, notes)
+        for name, _ in tower.named_buffers():  # computed, not learned
+            weights.pop(name, None)
+        _fit_positions(weights, tower, notes)
+    except (RuntimeError, IndexError, ValueError) as error:  # tensors of an impossible shape
+        raise CheckpointError(
+            f"its tensors cannot be reshaped to the tower's ({reason(error)})", where=where, hint="name other weights"
+        ) from None
+    if "mask_token" not in weights and not ours:
+        notes.append("the source has no mask token: it starts at zero")
+        own.pop("mask_token")
+    if tower.class_position is not None and "class_position" not in weights:
+        weights["class_position"] = torch.zeros_like(weights["vit.cls_token"]) if "vit.cls_token" in weights else torch.zeros(0)
+        notes.append("the source's class token holds its position already: the tower's own position of it starts at zero")
+    elif tower.class_position is None and "class_position" in weights and "vit.cls_token" in weights:
+        weights["vit.cls_token"] = weights["vit.cls_token"] + weights.pop("class_position")
+    if tower.local_norm is not None and "local_norm.weight" not in weights:
+        notes.append("the source has no norm for local crops: it starts as a copy of the final norm")
+        weights |= {f"local_norm.{end}": weights[f"vit.norm.{end}"] for end in ("weight", "bias") if f"vit.norm.{end}" in weights}
+    elif tower.local_norm is None and (extra := [name for name in weights if name.startswith("local_norm.")]):
+        notes.append("the source's norm for local crops is left out")
+        weights = {name: tensor for name, tensor in weights.items() if name not in extra}
+    compare(own, {name: tuple(tensor.shape) for name, tensor in weights.items()}, where=where)
+    return Fitted(weights, tuple(notes))
+
+
+def compare(own: Mapping[str, tuple[int, ...]], theirs: Mapping[str, tuple[int, ...]], *, where: str) -> None:
+    """Refuses names and shapes that differ, and says which.
+
+    Raises:
+        CheckpointError: with the three lists, each cut after a few.
+    """
+    other = [
+        f"{printable(name, limit=80)} {list(theirs[name])} there, {list(own[name])} here"
+        for name in own
+        if theirs.get(name, own[name]) != own[name]
+    ]
+    lists = {
+        "missing": [name for name in own if name not in theirs],
+        "not wanted": [name for name in theirs if name not in own],
+        "of another shape": other,
+    }
+    wrong = {kind: names for kind, names in lists.items() if names}
+    if wrong:
+        told = "; ".join(f"{len(names)} {kind}: {_some(names)}" for kind, names in wrong.items())
+        raise CheckpointError(
+            f"its weights do not fit ({told})", where=where, hint="set model.* to the architecture of the weights, or name others"
+        )
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join([*(printable(name, limit=200) for name in names[:_NAMED]), *(["…"] if len(names) > _NAMED else [])])
+
+
+def _renamed(state: Mapping[str, Tensor], notes: list[str]) -> dict[str, Tensor]:
+    weights: dict[str, Tensor] = {}
+    packed = any(".mlp.w12." in name for name in state)
+    for name, tensor in state.items():
+        if name in ("head.weight", "head.bias"):
+            notes.append(f"left out: {name}, of a classifier")
+            continue
+        if name == "mask_token":
+            weights[name] = tensor.reshape(1, 1, -1)
+            continue
+        new = re.sub(r"^blocks\.\d+\.(\d+)\.", r"blocks.\1.", name)
+        new = new.replace("register_tokens", "reg_token") if name == "register_tokens" else new
+        if packed:
+            new = new.replace(".mlp.w12.", ".mlp.fc1.").replace(".mlp.w3.", ".mlp.fc2.")
+        weights[f"vit.{new}"] = tensor
+    return weights
+
+
+def _rotary(weights: Mapping[str, Tensor], tower: VisionTower, notes: list[str]) -> dict[str, Tensor]:
+    """DINOv3's names to those of timm's rotary towers, whose keys have no bias and whose queries and values may have none."""
+    renamed: dict[str, Tensor] = {}
+    masked = any(name.endswith(".bias_mask") for name in weights)  # the keys' bias is there, and multiplied by nothing
+    biased = tower.vit.blocks[0].attn.q_bias is not None
+    for name, tensor in weights.items():
+        if name.endswith((".periods", ".bias_mask")):  # constants
+            continue
+        new = re.sub(r"\.ls([12])\.gamma$", r".gamma_\1", name).replace("vit.storage_tokens", "vit.reg_token")
+        new = new.replace("vit.local_cls_norm.", "local_norm.").replace(".mlp.w1.", ".mlp.fc1_g.")
+        new = new.replace(".mlp.w2.", ".mlp.fc1_x.").replace(".mlp.w3.", ".mlp.fc2.")
+        if not name.endswith(".attn.qkv.bias"):
+            renamed[new] = tensor
+            continue
+        query, key, value = tensor.chunk(3)
+        if not masked and not tensor.is_meta and bool(key.any()):
+            renamed[new] = tensor  # not wanted, and will be named
+        elif biased:
+            renamed |= {new.replace("qkv.bias", "q_bias"): query, new.replace("qkv.bias", "v_bias"): value}
+        elif not tensor.is_meta and bool(query.any() or value.any()):
+            renamed[new] = tensor
+        else:
+            notes.append(f"left out: {name.removeprefix('vit.')}, all zeros")
+    return renamed
+
+
+def _fit_positions(weights: dict[str, Tensor], tower: VisionTower, notes: list[str]) -> None:
+    """Class position and grid as the tower has them; what cannot be brought there is left for the comparison to name."""
+    name, vit = "vit.pos_embed", tower.vit
+    if name not in weights or vit.pos_embed is None or weights[name].ndim != 3:
+        return
+    positions, grid = weights[name], tuple(vit.patch_embed.grid_size)
+    wanted = 0 if vit.no_embed_class else vit.num_prefix_tokens
+    tokens = positions.shape[1]
+    candidates = [(wanted, grid)] if tokens == wanted + math.prod(grid) else []
+    for prefix in (wanted, 1, 0, vit.num_prefix_tokens):
+        side = math.isqrt(max(tokens - prefix, 0))
+        candidates += [(prefix, (side, side))] if side and side * side == tokens - prefix else []
+    if not candidates:
+        return
+    prefix, old = candidates[0]
+    if prefix == 1 and wanted == 0 and tower.class_position is not None:
+        weights["class_position"], positions, prefix = positions[:, :1], positions[:, 1:], 0
+    elif prefix == 1 and wanted == 0 and "vit.cls_token" in weights:  # one addition earlier is the same sum
+        weights["vit.cls_token"] = weights["vit.cls_token"] + positions[:, :1]
+        positions, prefix = positions[:, 1:], 0
+        notes.append("the class token's position is added to the class token, as timm's models with registers have it")
+    elif prefix < wanted:
+        nothing = positions.new_zeros(1, wanted - prefix, positions.shape[2])
+        positions, prefix = torch.cat([positions[:, :prefix], nothing, positions[:, prefix:]], dim=1), wanted
+    if prefix == wanted and old != grid:
+        positions = resample_positions(positions, grid, old, prefix=prefix, how=tower.resampling)
+        shown = [f"{rows} x {columns}" for rows, columns in (old, grid)]
+        notes.append(
+            f"positions are resampled from {shown[0]} to {shown[1]} patches (model.position_resampling={tower.resampling})"
+        )
+    weights[name] = positions

@@ -1,0 +1,299 @@
+"""What is refused about the data before a rank starts, and where an index is kept."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tarfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from launch.resume import choose_checkpoint
+from pipeline.checkpoint.files import Saved, entry
+from pipeline.config.load import load
+from pipeline.config.schema import Config
+from pipeline.data.inputs import Inputs, check_data, data_identity, prepare, record_data
+from pipeline.data.order.mixture import Mixture, Source
+from pipeline.data.order.order import Order
+from pipeline.data.pack import synthetic as scenes
+from pipeline.errors import CheckpointError, ConfigError, DataError
+from pipeline.methods.dinov2.settings import Dinov2Settings
+from pipeline.runtime.run_directory import RunDirectory
+from pipeline.training import build as assemble
+from tests.helpers.runs import TOY
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("scenes")
+    scenes.write(folder, train=40, val=10, size=32, samples_per_shard=20)
+    return folder
+
+
+def settings(shards: Path, folder: Path, *overrides: str) -> Config:
+    (folder / "toy.yaml").write_text(TOY)
+    words = [f"data.shards={shards}/scenes-train-*.tar", f"data.index={folder / 'index'}"]
+    return load(folder / "toy.yaml", [*words, *overrides]).config
+
+
+def test_a_run_without_evaluation_reads_its_training_shards_only(shards: Path, tmp_path: Path) -> None:
+    told: list[tuple[int, int]] = []
+    inputs = prepare(settings(shards, tmp_path), 2, lambda done, total, _: told.append((done, total)))
+    assert (inputs.train.total, inputs.bank, inputs.queries) == (40, None, None)
+    assert (inputs.order.total, inputs.order.lanes, inputs.order.global_batch, inputs.order.seed) == (40, 4, 16, 7)
+    assert told == [(1, 2), (2, 2)]
+
+
+def test_the_bank_is_the_training_set_unless_another_is_named(shards: Path, tmp_path: Path) -> None:
+    knn = ["evaluation.knn.enabled=true", f"evaluation.knn.val_shards={shards}/scenes-val-*.tar"]
+    inputs = prepare(settings(shards, tmp_path, *knn), 2)
+    assert inputs.bank is inputs.train
+    assert inputs.queries is not None
+    assert inputs.queries.total == 10
+    other = prepare(settings(shards, tmp_path, *knn, f"evaluation.knn.train_shards={shards}/scenes-train-00001.tar"), 2)
+    assert other.bank is not None
+    assert other.bank.total == 20
+
+
+def test_each_set_of_shards_has_a_folder_of_its_own_below_the_index(
+    shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = settings(shards, tmp_path)
+    urls = [f"{shards}/scenes-train-00000.tar", f"{shards}/scenes-train-00001.tar"]
+    folder = config.data.index_folder(urls)
+    assert folder.parent == tmp_path / "index"
+    prepare(config, 2)
+    assert (folder / "manifest.json").exists()
+    assert config.data.index_folder(urls[:1]) != folder
+    monkeypatch.chdir(shards)
+    assert config.data.index_folder([Path(url).name for url in urls]) == folder
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    free = config.data.model_copy(update={"index": None})
+    assert free.index_folder(urls) == tmp_path / "cache" / "fovea" / "index" / folder.name
+
+
+def test_an_index_is_built_once(shards: Path, tmp_path: Path) -> None:
+    config = settings(shards, tmp_path)
+    prepare(config, 2)
+    before = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "index").rglob("*.npz")}
+    assert len(before) == 2
+    prepare(config, 2)
+    assert {path.name: path.stat().st_mtime_ns for path in (tmp_path / "index").rglob("*.npz")} == before
+
+
+def test_numbers_that_do_not_divide_are_refused_with_those_that_do(shards: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="3 ranks cannot share 4 lanes"):
+        prepare(settings(shards, tmp_path), 3)
+    with pytest.raises(ConfigError, match="16 samples do not divide by 2 ranks times 3") as caught:
+        prepare(
+            settings(shards, tmp_path, "launch.ranks=1", "train.micro_batch=4").replace(
+                train=settings(shards, tmp_path).train.model_copy(update={"micro_batch": 3})
+            ),
+            2,
+        )
+    assert caught.value.where == "train.micro_batch"
+    assert "divisor of 8" in caught.value.hint
+
+
+def test_no_shards_few_samples_and_no_place_for_the_index_are_refused(shards: Path, tmp_path: Path) -> None:
+    with pytest.raises(DataError):
+        prepare(settings(shards, tmp_path, f"data.shards={shards}/none-*.tar"), 2)
+    with pytest.raises(DataError, match="40 usable samples are fewer than one global batch of 64"):
+        prepare(settings(shards, tmp_path, "train.global_batch=64"), 2)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(DataError, match="cannot be kept here") as caught:
+        prepare(settings(shards, tmp_path, f"data.index={tmp_path / 'file'}"), 2)
+    assert "data.index" in caught.value.hint
+
+
+# ---- several data sets --------------------------------------------------------------------------------------------------
+
+
+def mixed(shards: Path, folder: Path, sources: str, *overrides: str) -> Config:
+    return settings(shards, folder, "data.shards=[]", f"data.sources={sources.replace('@', str(shards))}", *overrides)
+
+
+TWO = "[{name: a, shards: '@/scenes-train-00000.tar', repeat: 3}, {name: b, shards: '@/scenes-train-00001.tar'}]"
+
+
+def test_several_data_sets_make_one_manifest_and_a_mixture(shards: Path, tmp_path: Path) -> None:
+    inputs = prepare(mixed(shards, tmp_path, TWO), 2)
+    assert [shard.samples for shard in inputs.train.shards] == [20, 20]
+    assert inputs.sources == (Source("a", 0, 1, None, 3.0), Source("b", 1, 1, None, 1.0))
+    assert isinstance(inputs.order, Mixture)
+    assert inputs.order.shares == (0.75, 0.25)
+    assert (inputs.order.samples_per_epoch, inputs.order.lanes, inputs.order.seed) == (80, 4, 7)
+    weighted = prepare(mixed(shards, tmp_path, TWO.replace("repeat: 3", "weight: 1").replace("1.tar'", "1.tar', weight: 3")), 2)
+    assert isinstance(weighted.order, Mixture)
+    assert weighted.order.shares == (0.25, 0.75)
+
+
+def test_a_single_data_set_with_a_name_has_the_order_it_has_without(shards: Path, tmp_path: Path) -> None:
+    named = prepare(mixed(shards, tmp_path, "[{name: a, shards: '@/scenes-train-*.tar', weight: 2}]"), 2)
+    plain = prepare(settings(shards, tmp_path), 2)
+    assert isinstance(named.order, Order)
+    assert named.order.batch(5).ids.tolist() == plain.order.batch(5).ids.tolist()
+    assert data_identity(named) == data_identity(plain)
+    assert named.sources == (Source("a", 0, 2, 2.0, 1.0),)
+
+
+def test_data_sets_that_share_a_shard_or_are_too_small_are_refused_by_name(shards: Path, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="'a' and 'b' share a shard") as caught:
+        prepare(mixed(shards, tmp_path, TWO.replace("00001.tar", "*.tar")), 2)
+    assert caught.value.where.endswith("scenes-train-00000.tar")
+    with pytest.raises(DataError, match="'v' has 10 usable samples, fewer than the 16 lanes"):
+        val = ", {name: v, shards: '@/scenes-val-*.tar'}]"
+        prepare(mixed(shards, tmp_path, TWO[:-1] + val, "data.lanes=16"), 2)
+
+
+def test_the_evaluation_finds_its_shards_beside_the_first_data_set(shards: Path, tmp_path: Path) -> None:
+    inputs = prepare(mixed(shards, tmp_path, TWO, "evaluation.knn.enabled=true"), 2)
+    assert inputs.bank is inputs.train
+    assert inputs.queries is not None
+    assert inputs.queries.total == 10
+
+
+# ---- captions -----------------------------------------------------------------------------------------------------------
+
+
+def test_samples_without_a_caption_are_left_out_where_the_method_reads_text(
+    shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    silent = tmp_path / "silent"
+    silent.mkdir()
+    for shard in shards.glob("*.tar"):  # every second sample loses what is written about it
+        with tarfile.open(shard) as source, tarfile.open(silent / shard.name, "w") as copy:
+            for member in source:
+                key, _, extension = member.name.partition(".")
+                if extension == "jpg" or int(key[-1]) % 2:
+                    copy.addfile(member, source.extractfile(member))
+    assert prepare(settings(silent, tmp_path), 2).train.total == 40
+    monkeypatch.setattr(Dinov2Settings, "reads_text", True)
+    excluded = prepare(settings(silent, tmp_path), 2).train
+    assert excluded.counts == {"ok": 20, "missing_caption": 20}
+    assert prepare(settings(silent, tmp_path, "data.missing_caption=blank"), 2).train.total == 40
+    evaluated = ["evaluation.knn.enabled=true", f"evaluation.knn.train_shards={silent}/scenes-train-*.tar"]
+    inputs = prepare(settings(silent, tmp_path, *evaluated), 2)
+    assert inputs.bank is not None
+    # The same shards by two rules are two indexes, made by reading them once: one must not overwrite the other.
+    assert (inputs.train.fields.require, inputs.bank.fields.require) == (("caption",), ())
+    assert (len(inputs.train.rows(0).keys), len(inputs.bank.rows(0).keys)) == (10, 20)
+    lines = prepare(settings(shards, tmp_path, "data.caption_lines=true"), 2)
+    assert lines.train.fields.caption_lines
+
+
+# ---- data that have changed -----------------------------------------------------------------------------------------------
+
+
+def checkpoint(run: RunDirectory, config: Config, inputs: Inputs, **data: Any) -> Saved:
+    path = run.checkpoints / "step_000000010"
+    path.mkdir(parents=True, exist_ok=True)
+    (path / "rank_00000.safetensors").write_bytes(b"tensors")
+    manifest = {
+        "format": 1,
+        "step": 10,
+        "config": config.model_dump(mode="json"),
+        "data": {**data_identity(inputs), "samples": inputs.train.total, **data},
+        "files": [entry(path / "rank_00000.safetensors")],
+    }
+    (path / "manifest.json").write_text(json.dumps(manifest))
+    record_data(run.data, inputs)
+    return Saved(path, json.loads((path / "manifest.json").read_text()))
+
+
+@pytest.fixture
+def three(tmp_path: Path) -> Path:
+    folder = tmp_path / "three"
+    scenes.write(folder, train=60, val=1, size=32, samples_per_shard=20)
+    return folder
+
+
+def edit(folder: Path) -> None:
+    """One shard gone, one new, one with other samples."""
+    other = folder.parent / "other"
+    scenes.write(other, train=15, val=1, size=32, samples_per_shard=15, seed=9)
+    (folder / "scenes-train-00001.tar").unlink()
+    shutil.copy(other / "scenes-train-00000.tar", folder / "scenes-train-00002.tar")
+    shutil.copy(other / "scenes-train-00000.tar", folder / "scenes-train-00007.tar")
+
+
+def test_changed_data_are_refused_with_the_shards_that_differ(three: Path, tmp_path: Path) -> None:
+    config = settings(three, tmp_path)
+    saved = checkpoint(RunDirectory(tmp_path / "run"), config, prepare(config, 2))
+    edit(three)
+    with pytest.raises(CheckpointError) as caught:
+        check_data(saved, prepare(config, 2))
+    told = caught.value.what
+    assert "60 samples in 3 shards then, 50 in 3 now" in told
+    assert "1 gone: scenes-train-00001.tar (20)" in told
+    assert "1 new: scenes-train-00007.tar (15)" in told
+    assert "1 changed: scenes-train-00002.tar (20 samples, " in told
+    assert "scenes-train-00000.tar" not in told
+    assert "checkpoint.allow_data_change=true" in caught.value.hint
+    shutil.rmtree(tmp_path / "run" / "data")  # a checkpoint that was copied without the rest of its run
+    with pytest.raises(CheckpointError, match="60 samples then, 50 in 3 shards now"):
+        check_data(saved, prepare(config, 2))
+
+
+def test_changed_data_are_accepted_knowingly_and_told_once(three: Path, tmp_path: Path) -> None:
+    run = RunDirectory(tmp_path / "run")
+    config = settings(three, tmp_path, "checkpoint.allow_data_change=true")
+    checkpoint(run, config, prepare(config, 2))
+    assert choose_checkpoint(config, run, prepare(config, 2))[1] == []
+    edit(three)
+    inputs = prepare(config, 2)
+    found, told = choose_checkpoint(config, run, inputs)
+    assert found is not None
+    assert found.step == 10
+    (sentence,) = told
+    assert "goes on at step 10 over other data" in sentence
+    assert "1 gone: scenes-train-00001.tar (20)" in sentence
+    checkpoint(run, config, inputs)  # the next one is of the new data, so nothing is left to tell
+    assert choose_checkpoint(config, run, inputs)[1] == []
+
+
+def test_other_shares_are_other_data_and_may_be_accepted(shards: Path, tmp_path: Path) -> None:
+    run = RunDirectory(tmp_path / "run")
+    config = mixed(shards, tmp_path, TWO)
+    saved = checkpoint(run, config, prepare(config, 2))
+    assert check_data(saved, prepare(config, 2)) == ""
+    for changed in (mixed(shards, tmp_path, TWO.replace("3}", "2}")), settings(shards, tmp_path)):
+        with pytest.raises(CheckpointError, match=r"sources was \[\['a', 1, None, 3.0\]"):
+            check_data(saved, prepare(changed, 2))
+        assert "sources was" in check_data(saved, prepare(changed, 2), allow=True)
+
+
+@pytest.mark.parametrize(("name", "value"), [("seed", 8), ("lanes", 2), ("plan", 0), ("block", 3)])
+def test_what_is_no_data_is_never_accepted(shards: Path, tmp_path: Path, name: str, value: int) -> None:
+    config = settings(shards, tmp_path)
+    saved = checkpoint(RunDirectory(tmp_path / "run"), config, prepare(config, 2), **{name: value})
+    with pytest.raises(CheckpointError, match=f"{name} was {value}") as caught:
+        check_data(saved, prepare(config, 2), allow=True)
+    assert "allow_data_change" not in caught.value.hint
+
+
+class Nothing:
+    """Stands where an engine or a recipe would."""
+
+
+def test_over_other_data_the_quarantine_is_dropped_and_the_counters_stay(
+    three: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(assemble, "load", lambda *_: None)
+    monkeypatch.setattr("torch.distributed.get_rank", lambda: 0)
+    config = settings(three, tmp_path)
+    facts = {"seen": 160, "substituted": {"corrupt": 1}, "quarantine": {"5": "corrupt"}, "counts": {"seen/a": 160}}
+    saved = checkpoint(RunDirectory(tmp_path / "run"), config, prepare(config, 2), **facts)
+    saved.manifest.update({"applied": 10, "skipped": 0, "scores": {}, "seconds": 1.0})
+    engine: Any = Nothing()
+    ledger = assemble.Ledger(None)
+    assemble._restore(saved, engine, engine, ledger, prepare(config, 2), False)
+    assert ledger.state() == {"seen": 160, "reasons": {"corrupt": 1}, "counts": {"seen/a": 160}, "quarantine": {"5": "corrupt"}}
+    edit(three)
+    progress = assemble._restore(saved, engine, engine, ledger, prepare(config, 2), True)
+    assert progress.step == 10
+    assert ledger.state() == {"seen": 160, "reasons": {"corrupt": 1}, "counts": {"seen/a": 160}, "quarantine": {}}
+    with pytest.raises(CheckpointError):
+        assemble._restore(saved, engine, engine, ledger, prepare(config, 2), False)

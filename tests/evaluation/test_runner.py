@@ -1,0 +1,76 @@
+"""Who judges when, within the budget; and settings that cannot be judged by."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+
+from launch.cli.eval_ranks import world_here
+from pipeline.config.load import InvalidConfig, load
+from pipeline.data.inputs import prepare
+from pipeline.evaluation.runner import Evaluations
+from pipeline.training.build import make_recipe
+from tests.helpers.runs import TOY
+from tests.launch.cli.test_eval_run import toy
+
+
+def test_an_evaluation_that_would_cost_too_much_waits_until_there_is_time(tmp_path: Path) -> None:
+    loaded = toy(tmp_path, "evaluation.budget=10", "evaluation.knn.every=2 steps", "launch.backend=gloo")
+    config = loaded.config
+    with world_here(config) as world:
+        judge = Evaluations(config, prepare(config, 1), make_recipe(config, torch.device("cpu")), world, fresh=True)
+        first = judge(0, 0.0)
+        assert set(first) == {f"{name}/k{k}" for name in ("knn", "untrained", "pixels") for k in (1, 5)}
+        judge._took["knn"], judge._spent = 1.0, 1.0
+        assert judge(1, 100.0) == {}  # it is not due
+        assert judge(2, 19.0) == {}  # a tenth of 19 s, less the second that is spent, is less than one
+        found = judge(3, 21.0)  # it waited
+        assert found.keys() == {"knn/k1", "knn/k5"}
+        assert found == {name: first[name] for name in found}
+        judge._took["knn"], judge._spent = 1.0, 1e9
+        assert judge(4, 21.0) == {}
+        assert judge(24, 21.0).keys() == {"knn/k1", "knn/k5"}  # the last step has its scores
+
+
+def test_pictures_are_the_same_each_time_and_the_random_state_is_untouched(tmp_path: Path) -> None:
+    config = toy(tmp_path, "launch.backend=gloo", "evaluation.knn.every=2 steps").config
+    sheets: dict[tuple[int, str], NDArray[np.uint8]] = {}
+    with world_here(config) as world:
+        recipe = make_recipe(config, torch.device("cpu")).train()
+        keep = lambda step, name, sheet: sheets.update({(step, name): sheet})  # noqa: E731
+        judge = Evaluations(config, prepare(config, 1), recipe, world, fresh=True, show=keep)
+        state = torch.get_rng_state()
+        judge(0, 0.0)
+        assert judge(1, 0.0) == {} and len(sheets) == 3  # none at steps without evaluations
+        judge(2, 0.0)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert recipe.training
+    names = ("pca", "attention", "neighbours")
+    assert set(sheets) == {(step, name) for step in (0, 2) for name in names}
+    for name in names:
+        assert np.array_equal(sheets[0, name], sheets[2, name]) and len(np.unique(sheets[0, name])) > 20
+
+
+REFUSED = {
+    "evaluation.segmentation.classes is required": ["evaluation.segmentation={enabled: true, train_shards: a, val_shards: b}"],
+    "names the very shards": ["evaluation.segmentation={enabled: true, train_shards: a, val_shards: a, classes: 3}"],
+    "2 names of 3 classes": [
+        "evaluation.segmentation={enabled: true, train_shards: a, val_shards: b, classes: 3, names: [x, y]}",
+    ],
+    "a file of class names": ["evaluation.zeroshot.enabled=true"],
+    "dinov2 reads no captions": ["evaluation.retrieval.enabled=true"],
+    "no gradient flows into pictures": ["evaluation.robustness.enabled=true", "train.zero=3"],
+    "no evaluation of this run gives it": ["evaluation.linear.enabled=true", "checkpoint.keep_best=knn/k10"],
+    "evaluation.linear.every = 0": ["evaluation.linear.every=0 steps"],
+}
+
+
+@pytest.mark.parametrize("told", REFUSED)
+def test_settings_that_cannot_be_judged_by_are_refused(told: str, tmp_path: Path) -> None:
+    (tmp_path / "toy.yaml").write_text(TOY)
+    with pytest.raises(InvalidConfig, match=told):
+        load(tmp_path / "toy.yaml", ["data.shards=x.tar", *REFUSED[told]])

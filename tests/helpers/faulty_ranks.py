@@ -1,0 +1,96 @@
+"""``fovea train`` whose ranks fail on purpose.
+
+Run ``python -m tests.helpers.faulty_ranks train …`` with ``FAULT=<rank> <step> <kind>``.
+
+The product has no hook for this: the process that starts the ranks makes them this module too, which wraps what is to break.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import time
+from typing import Any
+
+import torch
+
+
+def _break(kind: str) -> None:
+    if kind == "oom":
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
+    if kind == "memory":
+        raise MemoryError
+    if kind == "bug":
+        raise KeyError("a mistake of ours")
+    if kind == "kill":
+        os.kill(os.getpid(), signal.SIGKILL)
+    if kind == "freeze":
+        os.kill(os.getpid(), signal.SIGSTOP)
+    time.sleep(600)
+
+
+def _arm(rank: int, step: int, place: str, kind: str, last: int) -> None:
+    from pipeline.data.loader.batch_stream import BatchStream
+    from pipeline.training.engine import Engine
+
+    here = int(os.environ["RANK"]) == rank
+    forward_backward, engine_step, batches = Engine.forward_backward, Engine.step, BatchStream.__iter__
+
+    def broken_forward(self: Engine, batch: Any, now: Any) -> Any:
+        if here and now.index == step and place == "forward" and kind != "nan":
+            _break(kind)
+        terms = forward_backward(self, batch, now)
+        if here and step <= now.index <= last and kind == "nan":
+            terms = {name: term * float("nan") for name, term in terms.items()}
+        return terms
+
+    def broken_step(self: Engine, now: Any, finite: Any) -> Any:
+        if here and now.index == step and place == "step":
+            _break(kind)
+        return engine_step(self, now, finite)
+
+    def broken_data(self: BatchStream) -> Any:
+        for number, micro_batches in batches(self):
+            if here and number == step and place == "data":
+                _break(kind)
+            yield number, micro_batches
+
+    Engine.forward_backward, Engine.step, BatchStream.__iter__ = broken_forward, broken_step, broken_data  # type: ignore[method-assign]
+
+
+def main() -> int:
+    """The command line if there is no rank yet, else a rank."""
+    if "RANK" not in os.environ:
+        from launch import local
+        from launch.cli import main as cli
+
+        start = local.start
+
+        def replaced(argv: list[str], *arguments: Any, **named: Any) -> int:
+            return start(
+                ["tests.helpers.faulty_ranks" if word == "launch.rank_main" else word for word in argv], *arguments, **named
+            )
+
+        local.start = replaced  # type: ignore[assignment]
+        cli.main()
+        return 0
+    rank, step, place, kind, *rest = os.environ["FAULT"].split()
+    _arm(int(rank), int(step), place, kind, int(rest[0]) if rest else int(step))
+    if sys.argv[1] == "train":
+        from launch.cli import main as cli
+
+        cli.main()
+        return 0
+    from launch import rank_main as worker
+
+    return worker.main()
+
+
+if __name__ == "__main__":
+    code = main()
+    if code:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)

@@ -1,0 +1,216 @@
+"""Every registered method, small: settings, a batch of whatever it asks for, and what ranks do with it.
+
+A method is tested by being registered; what it needs besides ``COMMON`` to be small stands in ``TINY``.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import yaml
+from torch import Tensor
+
+from pipeline.config.load import load
+from pipeline.config.schema import Config
+from pipeline.data.augment.masks import block_masks, mask_counts
+from pipeline.data.augment.views import Batch, Boxes, Masks
+from pipeline.methods.base import Recipe, Step
+from pipeline.methods.discovery import RECIPES
+from pipeline.methods.registry import build_recipe
+
+SAMPLES, CONTEXT, SIDE, LOCAL, PATCH = 8, 7, 16, 8, 4
+VIEWS = {"global_size": SIDE, "local_size": LOCAL}
+PROTOTYPES = {"prototypes": 24, "head_hidden": 16, "head_bottleneck": 8, "views": {**VIEWS, "local_count": 2}}
+TEXT = {"image_size": SIDE, "text": {"architecture": None, "width": 16, "depth": 1, "heads": 2, "context": CONTEXT}}
+MODEL = {"width": 16, "depth": 2, "heads": 2, "patch": PATCH, "layer_scale": None}
+
+TINY: dict[str, dict[str, Any]] = {
+    "byol": {"views": VIEWS, "head_hidden": 24, "head_out": 8},
+    "clip": {**TEXT, "embed": 12},
+    "coca": {**TEXT, "embed": 12, "decoder_depth": 1, "caption_queries": 3},
+    "detailclip": {**TEXT, "embed": 12, "prototypes": 24, "head_hidden": 16, "head_bottleneck": 8, "decoder_heads": 2},
+    "dino": {**PROTOTYPES, "repel": {"noise": 0.0, "hidden": 12}},
+    "dinov2": {**PROTOTYPES, "koleo_group": 2},
+    "distill": {**PROTOTYPES, "koleo_group": 2, "judge": {**MODEL, "width": 24}, "judge_from": "none"},
+    "mocov2": {"views": {**VIEWS, "local_count": 2}, "queue": 21, "head_out": 8, "repel": {"noise": 0.0, "hidden": 12}},
+    "mocov3": {"views": VIEWS, "head_hidden": 24, "head_out": 8, "freeze_patches": True, "positions": "sincos"},
+    "simclr": {"views": VIEWS, "head_out": 8},
+    "simvlm": TEXT,
+}
+
+
+def config(name: str, **changes: Any) -> Config:
+    """The settings of a method, through the same checks as a person's."""
+    assert name in TINY or name not in RECIPES, f"give the method {name!r} small settings in {__name__}.TINY"
+    optim = {"lr": 3e-3, "lr_rule": "none"}
+    tree = {
+        "recipe": {"name": name, **TINY[name], **changes.pop("recipe", {})},
+        "model": MODEL,
+        "data": {"shards": "none.tar"},
+        "optim": optim,
+        "train": {"global_batch": SAMPLES, "precision": "fp32"},
+        **changes,
+    }
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "tiny.yaml"
+        path.write_text(yaml.safe_dump(tree))
+        return load(str(path)).config
+
+
+def recipe(name: str, seed: int = 0, **changes: Any) -> Recipe:
+    """The method; its student is not quite its teacher, and what it remembers is not zero."""
+    torch.manual_seed(seed)
+    made = build_recipe(config(name, **changes))
+    with torch.no_grad():
+        for p in made.parameters():
+            if p.requires_grad:
+                p.add_(0.05 * torch.randn_like(p))
+        made.memory = {key: value + 0.1 * torch.randn_like(value) for key, value in made.memory.items()}
+    return made
+
+
+def batch_at(made: Recipe, index: int, rows: slice = slice(None), samples: int = SAMPLES) -> Batch:
+    """The global batch of a step as the method asks for it, or some of its rows."""
+    numbers = list(range(samples))[rows]
+    views, masks, boxes = {}, {}, {}
+    for spec in made.views:
+        # A view is a scene of its picture: otherwise there is nothing to be learnt.
+        common = _noise(f"{index}", samples, 3, spec.size, spec.size)
+        whole = [common + 0.3 * _noise(f"{index} {spec.name} {i}", samples, 3, spec.size, spec.size) for i in range(spec.count)]
+        views[spec.name] = [view[rows] for view in whole]
+        if spec.boxes:
+            corners = torch.tensor([0.0, 0.0, spec.size, spec.size]).expand(len(numbers), 4)
+            boxes[spec.name] = Boxes([corners] * spec.count, [torch.zeros(len(numbers), dtype=torch.bool)] * spec.count)
+        if spec.mask is not None:
+            masks[spec.name] = _masks(spec.mask, spec.count, spec.size // spec.mask.patch, samples, index, rows)
+    return Batch(
+        views=views,
+        masks=masks,
+        boxes=boxes,
+        labels=torch.full((len(numbers),), -1),
+        keys=[str(n) for n in numbers],
+        ids=[index * samples + n for n in numbers],
+        position=index * samples,
+        tokens=_captions(samples, index)[rows] if made.text is not None else None,
+        seed=1000 * index + numbers[0],
+    )
+
+
+def _noise(name: str, *size: int) -> Tensor:
+    seed = int.from_bytes(hashlib.sha256(name.encode()).digest()[:4], "big")
+    return torch.randn(*size, generator=torch.Generator().manual_seed(seed))
+
+
+def _masks(spec: Any, count: int, side: int, samples: int, index: int, rows: slice) -> Masks:
+    grid = block_masks(
+        mask_counts(count * samples, side * side, spec, index), side, side, np.arange(count * samples, dtype=np.uint64), index, 1
+    )
+    hidden = torch.from_numpy(grid).unflatten(0, (count, samples))[:, rows].flatten(0, 1)
+    weight = (1.0 / hidden.sum(1, keepdim=True).clamp(min=1)).expand(hidden.shape)[hidden]
+    return Masks(hidden, hidden.flatten().nonzero().flatten(), weight)
+
+
+def _captions(samples: int, index: int) -> Tensor:
+    """Start, two to five words, end, padding."""
+    tokens = torch.randint(300, 312, (samples, CONTEXT), generator=torch.Generator().manual_seed(index))
+    tokens[:, 0] = 49406
+    for row, end in enumerate(3 + (torch.arange(samples) * 2) % 4):
+        tokens[row, end], tokens[row, end + 1 :] = 49407, 0
+    return tokens
+
+
+STEP = Step(lr=3e-3, last_layer_lr=3e-3, weight_decay=0.05, momentum=0.9, teacher_temperature=0.05)
+
+
+def engine_of(made: Recipe, zero: Literal[0, 1, 2, 3], accumulation: int = 1) -> Any:
+    from pipeline.training.engine import Engine, EngineOptions
+
+    micro = SAMPLES // dist.get_world_size() // accumulation
+    # A large eps: rounding in a gradient of zero is not blown up.
+    options = EngineOptions(zero, "fp32", micro, accumulation, (0.9, 0.95), 1e-3, None, "global")
+    return Engine(made, options, torch.device("cpu"))
+
+
+def advance(made: Recipe, engine: Any, index: int, accumulation: int = 1) -> dict[str, Tensor]:
+    """One step as the trainer does it, on this rank's share."""
+    share = SAMPLES // dist.get_world_size()
+    micro, begin = share // accumulation, dist.get_rank() * share
+    parts = [batch_at(made, index, slice(low, low + micro)) for low in range(begin, begin + share, micro)]
+    step = replace(STEP, index=index)
+    engine.prepare(parts, step)
+    each = [engine.forward_backward(part, step) for part in parts]
+    applied, _ = engine.step(step, torch.tensor(True))
+    assert applied
+    made.after_step(step)
+    return {name: torch.stack([one[name] for one in each]).mean() for name in each[0]}
+
+
+def state(made: Recipe, engine: Any) -> dict[str, Tensor]:
+    """Copies of all that a step moves, whole."""
+    with engine.gathered(teacher=True):
+        found = {f"student {name}": p.detach().clone() for name, p in made.named_parameters()}
+        found |= {f"buffer {name}": b.clone() for name, b in made.named_buffers()}
+        if made.teacher is not None:
+            found |= {f"teacher {name}": t.clone() for name, t in made.teacher.state_dict().items()}
+    return found | {f"memory {name}": t.clone() for name, t in made.memory.items()}
+
+
+def gradients(engine: Any) -> list[tuple[str, int, tuple[int, ...], Tensor]]:
+    """This rank's pieces."""
+    return [(f.name, f.start, f.shape, f.gradient.flatten().clone()) for _, f in engine.layout.owned(gradients=True)]
+
+
+def first_steps(name: str, zero: Literal[0, 1, 2, 3], accumulation: int = 1, steps: int = 2, **changes: Any) -> dict[str, Any]:
+    """On a rank: terms and gradients of the first step, and what there is after some."""
+    made = recipe(name, **changes)
+    engine = engine_of(made, zero, accumulation)
+    found: dict[str, Any] = {}
+    original = engine.step
+
+    def watched(step: Step, finite: Tensor) -> Any:
+        found.setdefault("gradients", gradients(engine))
+        return original(step, finite)
+
+    engine.step = watched
+    terms = [advance(made, engine, index, accumulation) for index in range(steps)]
+    found |= {"terms": terms[0], "state": state(made, engine)}
+    engine.close()
+    return found
+
+
+def interrupted(
+    name: str,
+    zero: Literal[0, 1, 2, 3],
+    directory: str,
+    *,
+    load_at: int | None,
+    until: int,
+    save_at: int | None,
+    seed: int,
+    **changes: Any,
+) -> dict[str, Any]:
+    """On a rank: steps from a checkpoint, or from the beginning."""
+    from pipeline.checkpoint import files as saved
+    from pipeline.checkpoint import writer as checkpoint
+
+    made = recipe(name, seed, **changes)
+    engine = engine_of(made, zero)
+    folder = Path(directory)
+    if load_at is not None:
+        checkpoint.load(saved.read(folder / f"step_{load_at:09d}"), engine, made)
+    for index in range(load_at or 0, until):
+        advance(made, engine, index)
+        if index + 1 == save_at:
+            facts = {"data": {}, "config": {}, "scores": {}, "step": save_at, "applied": save_at, "skipped": 0}
+            checkpoint.Checkpoints(folder, keep_last=9).save(engine, made, facts)
+    found = state(made, engine)
+    found |= {f"moment {f.name} {kind}": m.clone() for f in engine.fragments() for kind, m in f.moments.items()}
+    engine.close()
+    return found

@@ -1,0 +1,315 @@
+"""A real Slurm of two nodes, and ranks that train nothing: what becomes of a run when things go wrong around it."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from launch.slurm import job_record as record
+from launch.slurm import render, status
+from launch.slurm import slurm_commands as tools
+from launch.slurm.profile import ClusterProfile
+from launch.slurm.submit import submit
+from pipeline.config.load import load
+from pipeline.errors import LaunchError
+from pipeline.runtime.run_directory import RunDirectory
+from tests.helpers.runs import TOY
+from tests.helpers.slurm import Cluster, cluster, missing
+
+RANK = Path(__file__).parents[2] / "helpers" / "cluster_rank.py"
+pytestmark = [
+    pytest.mark.slurm,
+    pytest.mark.slow,
+    pytest.mark.skipif(bool(missing()), reason=f"no Slurm: {missing()}; apt install slurmctld slurmd slurm-client munge"),
+]
+SITE: dict[str, Any] = {
+    "nodes": 2,
+    "gpus_per_node": 0,
+    "cpus_per_rank": 1,
+    "memory": "50",
+    "time": "30",
+    "lead": 60,
+    "exclusive": False,
+    "host_python": sys.executable,
+    "local_paths": (),
+    "preflight": {"disk_gb": 0.01},
+}
+
+
+@pytest.fixture(scope="module")
+def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    partitions = [
+        "PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE State=UP PriorityTier=1",
+        "PartitionName=urgent Nodes=ALL MaxTime=INFINITE State=UP PriorityTier=10 PreemptMode=OFF",
+    ]
+    extra = {"PreemptType": "preempt/partition_prio", "PreemptMode": "REQUEUE"}
+    partitions[0] += " GraceTime=15"
+    with cluster(tmp_path_factory.mktemp("slurm") / "c", extra=extra, partitions=partitions) as made:
+        yield made
+
+
+Start = Callable[..., tuple[RunDirectory, int]]
+
+
+@pytest.fixture
+def start(slurm: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Start:
+    """Submits a run whose ranks follow a plan; the run and its job."""
+    for name, value in slurm.environment.items():
+        monkeypatch.setenv(name, value)
+
+    real = render.step
+
+    def begin(
+        acts: dict[str, Any] | None = None, *, steps: int = 8, seconds: float = 0.15, **profile: Any
+    ) -> tuple[RunDirectory, int]:
+        config = tmp_path / "toy.yaml"
+        config.write_text(TOY)
+        run = RunDirectory(tmp_path / "run")
+        plan = {"steps": steps, "seconds": seconds, "every": 4, "acts": acts or {}}
+        words = ["srun", "--nodes=2", "--ntasks=2", "--ntasks-per-node=1", "--kill-on-bad-exit=1", "--wait=5", "--unbuffered"]
+        words += ["--open-mode=append", "--output=%LOGS%/rank-%t.log"]
+
+        def step(profile: ClusterProfile, run: Path, module: list[str] | None = None) -> list[str]:
+            return real(profile, run, module) if module else [*words, sys.executable, str(RANK), str(run), json.dumps(plan)]
+
+        monkeypatch.setattr("launch.slurm.render.step", step)
+        loaded = load(config, ["data.shards=/nowhere/x.tar", f"run.directory={run.path}"])
+        done = submit(loaded, ClusterProfile(**{**SITE, **profile}), index=False)
+        assert done.job is not None
+        return run, done.job
+
+    return begin
+
+
+def verdict(run: RunDirectory, seconds: float = 900) -> dict[str, Any]:
+    end = time.monotonic() + seconds
+    while not (found := record.verdict(run)):
+        assert time.monotonic() < end, f"no verdict: {[path.read_text() for path in (run.path / 'logs').glob('batch-*')]}"
+        time.sleep(0.2)
+    return found
+
+
+def reach(run: RunDirectory, step: int, attempt: int = 0, seconds: float = 600) -> None:
+    end = time.monotonic() + seconds
+    while int(record.read(run.logs(attempt) / "pulse" / "rank-0.json").get("step", -1)) < step:
+        assert time.monotonic() < end, f"attempt {attempt} did not reach step {step}"
+        time.sleep(0.05)
+
+
+def causes(run: RunDirectory) -> list[str]:
+    return [str(row.get("cause")) for row in record.endings(run)]
+
+
+def test_a_run_is_submitted_once_and_ends_finished(slurm: Cluster, start: Start) -> None:
+    run, job = start()
+    assert verdict(run)["state"] == "finished"
+    assert slurm.wait(job, "COMPLETED", "FAILED") == "COMPLETED"
+    assert causes(run) == ["finished"]
+    one = status.status(run)
+    assert (one.state, one.step) == ("finished", 8) and 0 < one.goodput.share <= 1
+    logs = sorted(path.name for path in run.logs(0).glob("rank-*.log"))
+    assert logs == ["rank-0.log", "rank-1.log"]
+    assert {path.stem for path in (run.logs(0) / "preflight").glob("*.json")} == {"n1", "n2"}
+
+
+def test_a_second_job_on_a_run_is_refused_while_the_first_lives(start: Start) -> None:
+    run, job = start(steps=40)
+    with pytest.raises(LaunchError, match=f"job {job} of this run"):
+        start(steps=40)
+    record.ask(run, record.STOP, "enough")
+    assert verdict(run)["state"] == "stopped"
+
+
+def test_a_crash_is_tried_again_and_the_same_crash_twice_is_the_end(slurm: Cluster, start: Start) -> None:
+    run, job = start({"0": [6, "crash"], "1": [6, "crash"]})
+    found = verdict(run)
+    assert found["state"] == "failed" and "twice in a row" in found["why"] and "broken at 6" in found["why"]
+    assert causes(run) == ["crash", "crash"]
+    assert slurm.wait(job, "COMPLETED", "FAILED") == "FAILED"
+
+
+def test_a_killed_rank_is_no_end(start: Start) -> None:
+    run, _ = start({"0": [6, "kill"]})
+    assert verdict(run)["state"] == "finished"
+    assert causes(run) == ["crash", "finished"]
+
+
+def test_a_refusal_is_not_tried_again(start: Start) -> None:
+    run, _ = start({"0": [0, "refuse"]})
+    found = verdict(run)
+    assert (found["state"], found["why"]) == ("failed", "no such shard")
+    assert causes(run) == ["refused"]
+
+
+def test_ranks_that_do_not_meet_are_started_again_in_the_same_attempt(start: Start) -> None:
+    run, _ = start({"0": [-1, "meet"]})
+    assert verdict(run)["state"] == "finished"
+    assert causes(run) == ["finished"]
+    assert (run.logs(0) / "failure-meeting.json").exists()
+
+
+def test_a_rank_that_leaves_early_does_not_keep_the_others_waiting(start: Start) -> None:
+    run, _ = start({"0": [5, "quiet"]}, steps=200)
+    reach(run, 6)
+    end = time.monotonic() + 40
+    while "ended_at" not in record.endings(run)[0]:
+        assert time.monotonic() < end, "the attempt goes on without rank 1"
+        time.sleep(0.2)
+    record.ask(run, record.STOP, "enough")
+    assert verdict(run)["state"] == "stopped"
+
+
+def test_ranks_that_stand_still_are_ended_and_started_again(start: Start) -> None:
+    run, _ = start({"0": [6, "freeze"]}, hang=6)
+    assert verdict(run)["state"] == "finished"
+    assert causes(run) == ["hang", "finished"]
+
+
+def test_the_warning_before_the_time_limit_saves_and_requeues(slurm: Cluster, start: Start) -> None:
+    run, job = start(steps=60)
+    reach(run, 6)
+    slurm.call("scancel", "--batch", "-s", "USR2", str(job))
+    reach(run, 1, attempt=1)
+    record.ask(run, record.STOP, "enough")
+    assert verdict(run)["state"] == "stopped"
+    first = record.endings(run)[0]
+    assert first["cause"] == "preempted" and first["after"] >= 6, "it was told half an hour before its limit"
+
+
+def test_a_real_time_limit_is_met_with_a_checkpoint_in_hand(start: Start) -> None:
+    run, _ = start(steps=5000, time="1", lead=25)
+    reach(run, 1, attempt=1, seconds=200)
+    record.ask(run, record.STOP, "enough")
+    assert verdict(run)["state"] == "stopped"
+    first = record.endings(run)[0]
+    assert first["cause"] == "time limit" and first["after"] > 10
+    assert first["ended_at"] - first["started_at"] < 60, "it did not end before its limit"
+
+
+def test_a_step_whose_daemon_was_killed_does_not_hold_the_run_for_ever(start: Start) -> None:
+    run, job = start(steps=60, hang=8)
+    reach(run, 6)
+    daemons = [int(entry.name) for entry in Path("/proc").iterdir() if entry.name.isdigit() and _says(entry, f"[{job}.1]")]
+    assert daemons
+    os.kill(max(daemons), signal.SIGKILL)
+    assert verdict(run, 120)["state"] == "finished"
+
+
+def _says(entry: Path, words: str) -> bool:
+    try:
+        text = (entry / "cmdline").read_bytes().decode(errors="replace")
+    except OSError:
+        return False
+    return "slurmstepd" in text and words in text
+
+
+def test_a_requeue_by_the_administrator_saves_and_goes_on(slurm: Cluster, start: Start) -> None:
+    run, job = start(steps=40)
+    reach(run, 6)
+    slurm.call("scontrol", "requeue", str(job))
+    assert verdict(run)["state"] == "finished"
+    first = record.endings(run)[0]
+    assert first["cause"] == "preempted" and first["after"] >= 6
+
+
+def test_a_preempted_run_comes_back_by_itself(slurm: Cluster, start: Start, tmp_path: Path) -> None:
+    run, _ = start(steps=60)
+    reach(run, 6)
+    urgent = tmp_path / "urgent.sh"
+    urgent.write_text("#!/bin/bash\n#SBATCH --partition=urgent --nodes=2 --exclusive --output=/dev/null\nsleep 3\n")
+    other = int(slurm.call("sbatch", "--parsable", str(urgent)))
+    slurm.wait(other, "COMPLETED", seconds=120)
+    assert verdict(run, 120)["state"] == "finished"
+    assert causes(run) == ["preempted", "finished"]
+    assert record.endings(run)[0]["after"] >= 6
+
+
+def test_a_node_that_is_lost_costs_no_more_than_what_was_not_saved(slurm: Cluster, start: Start) -> None:
+    run, _ = start(steps=50)
+    reach(run, 6)
+    slurm.call("scontrol", "update", "nodename=n1", "state=down", "reason=test")
+    time.sleep(1)
+    slurm.call("scontrol", "update", "nodename=n1", "state=resume", check=False)  # refused if it came back by itself
+    assert verdict(run, 120)["state"] == "finished"
+    assert causes(run)[0] in ("node", "preempted") and causes(run)[-1] == "finished"
+    assert record.endings(run)[0]["after"] >= 4
+
+
+def test_where_preempted_jobs_are_cancelled_a_successor_takes_over(slurm: Cluster, start: Start) -> None:
+    run, job = start(steps=40, after="chain")
+    reach(run, 6)
+    slurm.call("scancel", "--signal=KILL", "--full", str(job))
+    assert verdict(run, 120)["state"] == "finished"
+    assert record.endings(run)[-1]["job"] != job
+    end = time.monotonic() + 30
+    while any(one.live for one in tools.jobs(name="toy")):
+        assert time.monotonic() < end, "a successor of a finished run is left in the queue"
+        time.sleep(0.5)
+
+
+def test_a_person_stops_and_resumes(slurm: Cluster, start: Start) -> None:
+    run, job = start(steps=300)
+    reach(run, 5)
+
+    def fovea(*words: str) -> str:
+        command = [sys.executable, "-m", "launch.cli.main", *words]
+        done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[3], check=False)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    assert "saves and stops" in fovea("stop", str(run.path))
+    assert verdict(run)["state"] == "stopped"
+    slurm.wait(job, "COMPLETED")
+    assert "stopped" in fovea("status", str(run.path)) and "rank 0" in fovea("logs", str(run.path))
+    start(steps=300, seconds=0.01)
+    assert verdict(run)["state"] == "finished"
+    assert causes(run) == ["stopped", "finished"]
+
+
+def test_what_preflight_finds_on_every_node_is_told_and_no_node_is_blamed(start: Start) -> None:
+    run, _ = start(preflight={"disk_gb": 1e9})
+    found = verdict(run)
+    assert found["state"] == "failed" and "free of 1e+09 wanted" in found["why"]
+    assert not record.excluded(run) and not list(run.logs(0).glob("rank-*.log"))
+
+
+@pytest.mark.parametrize(("wanted", "state"), [(1e-6, "finished"), (1e6, "failed")])
+def test_nodes_that_are_badly_connected_are_not_trained_on(start: Start, wanted: float, state: str) -> None:
+    run, _ = start(preflight={"disk_gb": 0.01, "bandwidth_gbps": wanted}, budgets={"node": 1})
+    found = verdict(run, 200)
+    assert found["state"] == state, found
+    assert record.read(run.logs(0) / "links.json")["ranks"] == 2
+    if state == "failed":
+        assert "of 1e+06 wanted" in found["why"]
+
+
+def test_a_killed_attendant_is_accounted_for(slurm: Cluster, start: Start) -> None:
+    run, job = start(steps=60, seconds=0.2)
+    reach(run, 6)
+    pids = slurm.call("scontrol", "listpids", str(job), check=False)
+    mine = [int(entry.name) for entry in Path("/proc").iterdir() if entry.name.isdigit() and _attends(entry, run)]
+    assert mine, pids
+    os.kill(mine[0], signal.SIGKILL)
+    slurm.wait(job, "FAILED", "CANCELLED", "COMPLETED", "NODE_FAIL")
+    assert not record.verdict(run)
+    assert status.status(run).state == "idle"
+    start(steps=60, seconds=0.01)
+    assert verdict(run)["state"] == "finished"
+    assert causes(run)[0] in ("node", "preempted")
+
+
+def _attends(entry: Path, run: RunDirectory) -> bool:
+    try:
+        words = (entry / "cmdline").read_bytes().split(b"\0")
+    except OSError:
+        return False
+    return b"launch.slurm.supervisor" in words and str(run.path).encode() in words

@@ -1,0 +1,96 @@
+"""The slow copy: exact in fp32, invisible to the student, aligned with it by name."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from pipeline.errors import CheckpointError
+from pipeline.methods.ema_teacher import Teacher
+
+
+def constant(value: float, dtype: torch.dtype = torch.float32) -> nn.Linear:
+    layer = nn.Linear(3, 2, dtype=dtype)
+    with torch.no_grad():
+        for parameter in layer.parameters():
+            parameter.fill_(value)
+    return layer
+
+
+@pytest.mark.parametrize(("momentum", "expected"), [(0.992, 1.0099968), (0.999, 1.0063230)])
+def test_a_thousand_small_steps_arrive(momentum: float, expected: float) -> None:
+    student = constant(1.0)
+    teacher = Teacher(net=student)
+    with torch.no_grad():
+        for parameter in student.parameters():
+            parameter.fill_(1.01)
+    for _ in range(1000):
+        teacher.update(momentum)
+    for _, weight in teacher.named_parameters():
+        torch.testing.assert_close(weight, torch.full_like(weight, expected), atol=1.5e-5, rtol=0)
+
+
+def test_the_teacher_of_a_half_precision_student_is_fp32_and_follows_the_masters() -> None:
+    student = constant(1.0, torch.bfloat16)
+    teacher = Teacher(net=student)
+    masters = {f"net.{name}": torch.full(p.shape, 1.01) for name, p in student.named_parameters()}
+    for _ in range(1000):
+        teacher.update(0.992, masters)
+    for _, weight in teacher.named_parameters():
+        assert weight.dtype == torch.float32
+        torch.testing.assert_close(weight, torch.full_like(weight, 1.0099968), atol=1.5e-5, rtol=0)
+
+
+def test_momentum_one_keeps_and_reset_copies_bit_for_bit() -> None:
+    student = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4))
+    teacher = Teacher(net=student)
+    before = {name: tensor.clone() for name, tensor in teacher.named_parameters()}
+    student(torch.randn(8, 4))
+    with torch.no_grad():
+        for parameter in student.parameters():
+            parameter.add_(torch.randn_like(parameter))
+    teacher.update(1.0)
+    assert all(torch.equal(before[name], tensor) for name, tensor in teacher.named_parameters())
+    teacher.reset()
+    state = teacher.state_dict()
+    assert all(torch.equal(state[f"net.{name}"], tensor) for name, tensor in student.state_dict().items())
+
+
+def test_the_copy_is_frozen_still_and_its_own() -> None:
+    student = nn.Sequential(nn.Linear(4, 4), nn.Dropout(0.5))
+    student.train()
+    teacher = Teacher(net=student)
+    copied = teacher.modules["net"]
+    assert not copied.training
+    assert student.training
+    assert not any(p.requires_grad for p in copied.parameters())
+    assert {p.data_ptr() for p in copied.parameters()}.isdisjoint({p.data_ptr() for p in student.parameters()})
+
+
+def test_a_module_that_holds_it_does_not_register_it() -> None:
+    holder = nn.Module()
+    holder.net = nn.Linear(4, 4)
+    holder.teacher = Teacher(net=holder.net)
+    assert [name for name, _ in holder.named_parameters()] == ["net.weight", "net.bias"]
+    assert [name for name, _ in holder.teacher.named_parameters()] == ["net.weight", "net.bias"]
+    twin = copy.deepcopy(holder)
+    with torch.no_grad():
+        twin.net.weight.zero_()
+    twin.teacher.update(0.0)
+    assert not dict(twin.teacher.named_parameters())["net.weight"].any()
+    assert dict(holder.teacher.named_parameters())["net.weight"].any()
+
+
+def test_its_state_goes_out_and_in_unchanged() -> None:
+    first, second = Teacher(net=nn.Linear(4, 4)), Teacher(net=nn.Linear(4, 4))
+    second.load_state_dict({name: tensor.clone() for name, tensor in first.state_dict().items()})
+    assert all(torch.equal(second.state_dict()[name], tensor) for name, tensor in first.state_dict().items())
+
+
+@pytest.mark.parametrize("other", [nn.Linear(4, 4, bias=False), nn.Linear(5, 4)])
+def test_a_state_of_another_network_is_refused(other: nn.Module) -> None:
+    with pytest.raises(CheckpointError, match="do not fit"):
+        Teacher(net=nn.Linear(4, 4)).load_state_dict(Teacher(net=other).state_dict())

@@ -1,0 +1,121 @@
+"""What the methods of two views ask for, compare and remember."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from pydantic import ValidationError
+
+from pipeline.methods.byol.settings import ByolSettings
+from pipeline.methods.dino.settings import DinoSettings
+from pipeline.methods.mocov2.method import MoCoV2
+from pipeline.methods.mocov2.settings import Mocov2Settings
+from pipeline.methods.settings import ViewSettings
+from pipeline.methods.shared.two_views import Repeller, two_views
+from pipeline.methods.shared.two_views_settings import RepelSettings
+from pipeline.methods.simclr.settings import SimclrSettings
+from tests.helpers.rank_pool import pool
+from tests.helpers.tiny_recipes import STEP, advance, batch_at, config, engine_of, recipe
+
+
+def test_views_are_the_papers() -> None:
+    (views,) = two_views(SimclrSettings())
+    assert (views.count, views.size, views.crop_scale) == (2, 224, (0.08, 1.0))
+    assert [a.blur_p for a in views.augment] == [0.5, 0.5] and views.augment[0].blur_kernel == 23
+    assert (views.augment[0].brightness, views.augment[0].hue, views.normalize.mean) == (0.8, 0.2, (0.0, 0.0, 0.0))
+    (views,) = two_views(ByolSettings())
+    assert [(a.blur_p, a.solarize_p) for a in views.augment] == [(1.0, 0.0), (0.1, 0.2)]
+    (views,) = two_views(Mocov2Settings())
+    assert (views.crop_scale, views.augment[0].saturation) == ((0.2, 1.0), 0.4)
+    large, small = two_views(DinoSettings())
+    assert (large.crop_scale, small.count, small.size, small.crop_scale) == ((0.4, 1.0), 8, 96, (0.05, 0.4))
+
+
+def test_what_a_section_leaves_out_is_the_methods_own() -> None:
+    views = config("mocov2").recipe.views  # type: ignore[attr-defined]
+    assert (views.global_size, views.global_scale) == (16, (0.2, 1.0))
+    assert config("simclr", recipe={"augment": {"hue": "yiq"}}).recipe.augment.brightness == 0.8  # type: ignore[attr-defined]
+    assert config("simclr", recipe={"augment": {"hue": "yiq"}}).recipe.hue == "yiq"
+
+
+def test_there_is_nothing_to_repel_without_local_crops() -> None:
+    with pytest.raises(ValidationError, match="local_count of 2"):
+        ByolSettings(repel=RepelSettings())
+    with pytest.raises(ValidationError, match="local_count should be 0"):
+        SimclrSettings(views=ViewSettings(local_count=2))
+
+
+def test_the_judge_learns_from_features_that_do_not_and_they_from_a_judge_that_does_not() -> None:
+    torch.manual_seed(0)
+    repeller = Repeller(6, RepelSettings(hidden=8))
+    local = [torch.randn(5, 6).requires_grad_() for _ in range(2)]
+    terms = repeller(local)
+    weights = list(repeller.parameters())
+    assert torch.autograd.grad(terms["repel"], weights, allow_unused=True, retain_graph=True) == (None,) * len(weights)
+    assert all(g is not None and g.abs().sum() > 0 for g in torch.autograd.grad(terms["repel"], local, retain_graph=True))
+    assert torch.autograd.grad(terms["judge"], local, allow_unused=True, retain_graph=True) == (None, None)
+    assert all(g is not None for g in torch.autograd.grad(terms["judge"], weights))
+
+
+def test_the_queue_takes_the_newest_pictures_first_and_forgets_the_oldest() -> None:
+    made = recipe("mocov2", recipe={"queue": 11, "repel": None})
+    assert isinstance(made, MoCoV2)
+    before, kept = made.memory["queue"].clone(), []
+    for index in range(2):
+        batch = batch_at(made, index)
+        made(replace(batch, ids=batch.ids[::-1]), STEP)
+        kept.append(made._new[0][1])
+        made.after_step(STEP)
+    queue = made.memory["queue"]
+    assert queue.shape == (11, 8)
+    torch.testing.assert_close(queue[:8], kept[1])  # the last row has the lowest number, so the first the highest
+    torch.testing.assert_close(queue[8:], kept[0][:3])
+    assert not torch.equal(queue[8:], before[:3])
+    made(batch_at(made, 3), STEP)
+    made.after_skip()
+    assert made._new == [] and torch.equal(made.memory["queue"], queue)
+
+
+def queue_after(accumulation: int) -> torch.Tensor:
+    made = recipe("mocov2", recipe={"repel": None})
+    engine = engine_of(made, 1, accumulation)
+    advance(made, engine, 0, accumulation)
+    queue = made.memory["queue"].clone()
+    engine.close()
+    return queue
+
+
+def test_the_queue_is_the_same_on_any_number_of_ranks() -> None:
+    (alone,) = pool(1).run(queue_after, accumulation=2)
+    for queue in pool(2).run(queue_after, accumulation=2):
+        torch.testing.assert_close(queue, alone, atol=1e-6, rtol=0)
+
+
+def test_a_batch_norm_in_dinos_head_couples_the_batch_and_the_teachers_pass_does_not_move_its_averages() -> None:
+    assert not recipe("dino", recipe={"repel": None}).batch_coupled
+    made = recipe("dino", recipe={"repel": None, "head_norm": "batch"}).train()
+    assert made.batch_coupled and made.teacher is not None
+    before = {name: buffer.clone() for name, buffer in made.teacher.named_buffers() if "running" in name}
+    first = made(batch_at(made, 0), STEP)["dino"]
+    now = dict(made.teacher.named_buffers())
+    assert before and all(torch.equal(now[name], buffer) for name, buffer in before.items())
+    for name in before:
+        now[name].fill_(0.3)  # never read: targets are normalised by their own batch
+    assert torch.equal(made(batch_at(made, 0), STEP)["dino"], first)
+
+
+def test_without_predictor_features_of_byol_become_alike() -> None:
+    ranks = {}
+    for predictor in (True, False):
+        made = recipe("byol", recipe={"predictor": predictor})
+        optimizer = torch.optim.AdamW(made.parameters(), lr=1e-2)
+        for index in range(30):
+            loss = torch.stack(list(made(batch_at(made, index), STEP).values())).sum()
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            made.after_step(STEP)
+        ranks[predictor] = (float(loss.detach()), float(made.metrics["feature_rank"]))
+    assert ranks[False][0] < 0.1 * ranks[True][0], ranks
