@@ -14,15 +14,9 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from pipeline.masking import shown
+from pipeline.runtime.clock import clock
 
 _SHOWN = {"linear/top1", "logistic/top1", "segmentation/miou", "zeroshot/top1"}
-
-
-def clock(seconds: float) -> str:
-    """``1:02:03``, or ``2:03`` below an hour."""
-    whole = int(max(seconds, 0))
-    hours, rest = divmod(whole, 3600)
-    return f"{hours}:{rest // 60:02d}:{rest % 60:02d}" if hours else f"{rest // 60}:{rest % 60:02d}"
 
 
 class Lasting:

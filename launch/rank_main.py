@@ -18,7 +18,6 @@ from launch import accelerate_environment as accelerate
 from launch.progress import Clocked, outlive_terminal, watcher
 from launch.rank_environment import RankEnvironment
 from launch.resume import check_identity, choose_checkpoint, copies_of, origins
-from launch.slurm import job_record as record
 from pipeline.checkpoint import files as saved
 from pipeline.checkpoint.files import Saved
 from pipeline.config.load import fingerprint, flatten
@@ -27,6 +26,7 @@ from pipeline.config.schema import Config
 from pipeline.errors import FoveaError, LaunchError, of_system, verdict
 from pipeline.masking import hide_secrets, masked, shown
 from pipeline.runtime import failure_claim as claims
+from pipeline.runtime import job_record as record
 from pipeline.runtime.run_directory import RunDirectory
 
 if TYPE_CHECKING:

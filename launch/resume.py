@@ -9,10 +9,11 @@ from pydantic import ValidationError
 
 from pipeline.checkpoint import files as saved
 from pipeline.checkpoint import mirror as copies
+from pipeline.checkpoint.data_check import check_data
 from pipeline.checkpoint.files import Saved
 from pipeline.config.load import difference
 from pipeline.config.schema import Config
-from pipeline.data.inputs import Inputs, check_data, open_storage
+from pipeline.data.inputs import Inputs, open_storage
 from pipeline.errors import CheckpointError
 from pipeline.runtime.run_directory import RunDirectory
 

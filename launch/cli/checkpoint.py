@@ -151,8 +151,8 @@ def convert(
         raise ConfigError("is there already", where=str(out), hint="Name another file, or add --overwrite.")
     saved = _one(path)
     verify(saved)
+    from pipeline.checkpoint.reader import read_student, read_teacher
     from pipeline.checkpoint.tensor_writer import write_tensors
-    from pipeline.checkpoint.writer import read_student, read_teacher
 
     found: dict[str, Tensor] = {}
     for kind, reader in (("teacher", read_teacher), ("student", read_student)):

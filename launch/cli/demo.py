@@ -20,10 +20,10 @@ from pathlib import Path
 from typing import Any
 
 from launch.gpus import gpus
-from launch.progress import clock
 from pipeline.config.load import available, load
 from pipeline.data.pack import synthetic as scenes
 from pipeline.errors import ConfigError, LaunchError
+from pipeline.runtime.clock import clock
 from pipeline.runtime.interpreter import alone_environment, module_command
 from pipeline.tracking.mlflow_database import uri_of
 

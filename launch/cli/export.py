@@ -5,34 +5,13 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from pipeline.checkpoint import files
-from pipeline.checkpoint.files import Saved
-from pipeline.checkpoint.manifest import MANIFEST
-from pipeline.checkpoint.retention import read_best
-from pipeline.errors import CheckpointError, ConfigError
+from pipeline.errors import ConfigError
 from pipeline.runtime.run_directory import RunDirectory
 from pipeline.tracking import Shipper, destination_of
 from pipeline.untrusted import printable
 from pipeline.weights.export import networks
 from pipeline.weights.export.write import TARGETS, write
-from pipeline.weights.from_checkpoint import newest
-
-
-def chosen(path: Path, *, best: bool = False) -> Saved:
-    """The checkpoint that a path means: itself, or a run's newest or best.
-
-    Raises:
-        CheckpointError: there is none.
-    """
-    if (path / MANIFEST).exists():
-        return files.read(path)
-    if not best:
-        return newest(path)
-    folder = path / "checkpoints"
-    found = read_best(folder)
-    if "checkpoint" not in found:
-        raise CheckpointError("no checkpoint was kept as the best", where=str(folder), hint="Leave --best out.")
-    return files.read(folder / str(found["checkpoint"]))
+from pipeline.weights.from_checkpoint import chosen
 
 
 def run(

@@ -80,7 +80,7 @@ def demo(
 
     fovea demo --data 'cifar10/train-{00000..00009}.tar' --val 'cifar10/val-{00000..00001}.tar'
     """
-    from pipeline.methods.discovery import RECIPES
+    from pipeline.config.schema import RECIPES
 
     if method not in RECIPES:
         raise ConfigError(f"there is no method {method!r}", where="--method", hint=f"Choose of {', '.join(sorted(RECIPES))}.")

@@ -111,8 +111,8 @@ def logs(
     lines: Annotated[int, typer.Option("--lines", "-n", min=1, help="How many to begin with.")] = 40,
 ) -> None:
     """Show a log of a run: rank 0's of its newest attempt, if nothing else is asked for."""
-    from launch.slurm import job_record as record
     from launch.slurm import status as standing
+    from pipeline.runtime import job_record as record
 
     found = standing.find(run)
 
@@ -151,8 +151,8 @@ def stop(
     run: RunArgument, now: Annotated[bool, typer.Option("--now", help="Do not wait for a step's end and a checkpoint.")] = False
 ) -> None:
     """Ask a run to save and stop; it stays stopped until it is resumed."""
-    from launch.slurm import job_record as record
     from launch.slurm import status as standing
+    from pipeline.runtime import job_record as record
 
     found = standing.find(run)
     record.ask(found, record.STOP, f"asked for by {os.environ.get('USER', 'somebody')}")
@@ -164,8 +164,8 @@ def stop(
 
 def save(run: RunArgument) -> None:
     """Ask a run for a checkpoint after the step it is in; it goes on."""
-    from launch.slurm import job_record as record
     from launch.slurm import status as standing
+    from pipeline.runtime import job_record as record
 
     found = standing.find(run)
     before = record.saved_step(found)
@@ -184,11 +184,11 @@ def resume(
 
     fovea resume runs/trial cluster.nodes=4
     """
-    from launch.slurm import job_record as record
     from launch.slurm import profile as profiles
     from launch.slurm import status as standing
     from launch.slurm.submit import submit as hand_over
     from pipeline.config.load import load
+    from pipeline.runtime import job_record as record
 
     found = standing.find(run)
     facts = record.job(found)
@@ -204,10 +204,10 @@ def requeue(
     run: RunArgument, now: Annotated[bool, typer.Option("--now", help="Do not wait for a step's end and a checkpoint.")] = False
 ) -> None:
     """Put a run's job back into the queue: the run saves, leaves its machines, and waits for others."""
-    from launch.slurm import job_record as record
     from launch.slurm import slurm_commands as tools
     from launch.slurm import status as standing
     from launch.slurm.submit import living
+    from pipeline.runtime import job_record as record
 
     found = standing.find(run)
     alive = [job for job in living(found) if job.state == "RUNNING"]
@@ -223,10 +223,10 @@ def requeue(
 
 def cancel(run: RunArgument) -> None:
     """End a run's jobs at once, running or waiting; nothing is saved that is not on disk."""
-    from launch.slurm import job_record as record
     from launch.slurm import slurm_commands as tools
     from launch.slurm import status as standing
     from launch.slurm.submit import living
+    from pipeline.runtime import job_record as record
 
     found = standing.find(run)
     record.judge(found, "stopped", "cancelled")

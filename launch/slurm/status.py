@@ -9,10 +9,10 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from launch.progress import clock
-from launch.slurm import job_record as record
 from launch.slurm.submit import living
 from pipeline.errors import ConfigError
+from pipeline.runtime import job_record as record
+from pipeline.runtime.clock import clock
 from pipeline.runtime.run_directory import RunDirectory
 
 

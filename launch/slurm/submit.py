@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from launch.resume import check_identity
-from launch.slurm import job_record as record
 from launch.slurm import render
 from launch.slurm import slurm_commands as tools
 from launch.slurm.profile import ClusterProfile
@@ -18,6 +17,7 @@ from pipeline.config.types import path_values
 from pipeline.config.validate import check_ranks
 from pipeline.errors import ConfigError, LaunchError
 from pipeline.masking import shown
+from pipeline.runtime import job_record as record
 from pipeline.runtime.run_directory import RunDirectory
 from pipeline.tracking.mlflow_servers import remember
 from pipeline.untrusted import printable

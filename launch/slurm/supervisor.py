@@ -19,11 +19,11 @@ import time
 from pathlib import Path
 from typing import Any
 
-from launch.slurm import job_record as record
 from launch.slurm import slurm_commands as tools
 from launch.slurm.decide import Budgets, Decision, Ending, cause_of, decide
 from pipeline.errors import LaunchError
 from pipeline.masking import printable
+from pipeline.runtime import job_record as record
 from pipeline.runtime.run_directory import RunDirectory
 
 _PORTS = range(61001, 65536)  # above the range from which outgoing connections get theirs

@@ -22,6 +22,7 @@ import torch.distributed as dist
 
 from pipeline.bench.machine import describe
 from pipeline.checkpoint import files as saved
+from pipeline.checkpoint import reader
 from pipeline.checkpoint import writer as checkpoint
 from pipeline.data.augment.masks import block_masks, mask_counts
 from pipeline.data.augment.views import Batch, Masks
@@ -167,7 +168,7 @@ def _measure(options: Options, folder: Path, control: Any, tell: Callable[[str],
     result.size = sum(file["size"] for file in last.manifest["files"])
     tell("loading")
     result.verify = timed(lambda: saved.verify(last))
-    result.load = timed(lambda: checkpoint.load(last, engine, recipe))
+    result.load = timed(lambda: reader.load(last, engine, recipe))
     for name, values in lists.items():
         setattr(result, name, statistics.median(values))
     result.samples = lists

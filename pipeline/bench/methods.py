@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.config.load import available, load
+from pipeline.config.schema import RECIPES
 from pipeline.data.pack.synthetic import CLASS_NAMES
 from pipeline.errors import FoveaError, TrainingError
-from pipeline.methods.discovery import RECIPES
 from pipeline.runtime.interpreter import alone_environment, module_command
 
 PROBE = 20  # steps, from which the number of steps is reckoned

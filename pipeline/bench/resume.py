@@ -12,6 +12,7 @@ import torch
 
 from pipeline.bench.plain import Plain, Size, advance, alone, batch_of, engine_of
 from pipeline.checkpoint import files as saved
+from pipeline.checkpoint import reader
 from pipeline.checkpoint import writer as checkpoint
 from pipeline.methods.base import Step
 
@@ -77,7 +78,7 @@ def measure(options: Options, *, tell: Callable[[str], None] = lambda _: None) -
             if again is not None:
                 found = saved.read(again)
                 saved.verify(found)
-                checkpoint.load(found, started, method)
+                reader.load(found, started, method)
             advance(started, method, batch, at)
             spent = time.process_time() - begin
             started.close()

@@ -71,6 +71,11 @@ def sync(path: Path) -> None:
         os.close(handle)
 
 
+def rank_file(rank: int) -> str:
+    """Name of the file of a rank's fragments."""
+    return f"rank_{rank:05d}.safetensors"
+
+
 def entry(path: Path, kind: str = CHECKSUM) -> dict[str, Any]:
     """Name, size and checksum of a file, as the manifest lists it.
 

@@ -22,35 +22,28 @@ boundary, all learn how it ended. No thread but the main one ever speaks to anot
 from __future__ import annotations
 
 import json
-import math
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from enum import IntEnum
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
 
-from pipeline.checkpoint.files import Saved, listed, sync
+from pipeline.checkpoint.files import Saved, listed, rank_file, sync
+from pipeline.checkpoint.fragments import ShardedWeights
 from pipeline.checkpoint.manifest import FORMAT, MANIFEST, WHOLE
 from pipeline.checkpoint.retention import Mark, Retention, write_best
-from pipeline.checkpoint.snapshot import Snapshot, Staging, whole_tensors
-from pipeline.checkpoint.tensor_writer import begins, write_tensors
+from pipeline.checkpoint.snapshot import Snapshot, Staging
+from pipeline.checkpoint.tensor_writer import write_tensors
 from pipeline.errors import CheckpointError
 from pipeline.methods.base import Recipe
-from pipeline.models.tensor_files import opened
-from pipeline.training.engine import Engine
-from pipeline.untrusted import open_regular, printable
 
 _TEMPORARY = ".tmp-"
-_FP32 = 4  # bytes
-_ANOTHER = "resume from another one"
 
 
 class Saving(IntEnum):
@@ -123,7 +116,7 @@ class Checkpoints:
         self._thread = ThreadPoolExecutor(1, "checkpoint")
         self._marks: dict[str, Mark] | None = None
 
-    def save(self, engine: Engine, recipe: Recipe, facts: dict[str, Any]) -> Path:
+    def save(self, engine: ShardedWeights, recipe: Recipe, facts: dict[str, Any]) -> Path:
         """Write a checkpoint with all ranks and make it current, before training goes on.
 
         Args:
@@ -141,7 +134,7 @@ class Checkpoints:
             raise (outcome and outcome.problem) or CheckpointError("nothing was written", where=str(self.directory))
         return outcome.path
 
-    def begin(self, engine: Engine, recipe: Recipe, facts: dict[str, Any]) -> Outcome | None:
+    def begin(self, engine: ShardedWeights, recipe: Recipe, facts: dict[str, Any]) -> Outcome | None:
         """Take a copy of this moment, have it written beside the training, and return; a save under way is waited for first.
 
         To be followed by a :meth:`poll` at every step boundary, and by :meth:`finish` at the end.
@@ -216,7 +209,7 @@ class Checkpoints:
         if self._pending is not None and self._pending.committing:
             wait([self._pending.job])
 
-    def _begin(self, engine: Engine, recipe: Recipe, facts: dict[str, Any], *, copy: bool) -> None:
+    def _begin(self, engine: ShardedWeights, recipe: Recipe, facts: dict[str, Any], *, copy: bool) -> None:
         name = f"step_{facts['step']:09d}"
         rank = dist.get_rank()
         temporary = self.directory / f"{_TEMPORARY}{name}"
@@ -247,7 +240,7 @@ class Checkpoints:
             for stale in self.directory.glob(f"{_TEMPORARY}*"):
                 if stale != temporary:
                     shutil.rmtree(stale)
-        files = [write_tensors(temporary / _rank_file(rank), snapshot.pieces)]
+        files = [write_tensors(temporary / rank_file(rank), snapshot.pieces)]
         if rank == 0:
             files.append(write_tensors(temporary / WHOLE, snapshot.whole))
         return {"fragments": snapshot.table, "files": files}
@@ -312,137 +305,3 @@ def _failure(job: Future[Any]) -> str:
     if isinstance(error, OSError | MemoryError):
         return str(error) or type(error).__name__
     raise error
-
-
-def _rank_file(rank: int) -> str:
-    return f"rank_{rank:05d}.safetensors"
-
-
-class _Pieces:
-    """Reads any range of any saved tensor out of the rank files, straight to where it is wanted: mapped into memory, a file costs
-    a page fault for each of its pages."""
-
-    def __init__(self, saved: Saved) -> None:
-        self._path = saved.path
-        self._files: list[BinaryIO] = []
-        self._begins: list[dict[str, int]] = []
-        self._where: dict[str, list[tuple[int, int, int]]] = {}
-        self._elements = 0  # that all files can hold
-        with ExitStack() as stack:
-            for rank, table in enumerate(saved.manifest.get("fragments", [])):
-                path = saved.path / _rank_file(rank)
-                try:
-                    self._files.append(stack.enter_context(os.fdopen(open_regular(path, error=CheckpointError), "rb", 0)))
-                    self._begins.append(begins(self._files[-1]))
-                except (ValueError, OSError) as error:
-                    reason = error.strerror if isinstance(error, OSError) else error
-                    raise CheckpointError(f"header unreadable, {reason}", where=printable(str(path)), hint=_ANOTHER) from error
-                self._elements += os.fstat(self._files[-1].fileno()).st_size // _FP32
-                for name, (start, length) in table.items():
-                    self._where.setdefault(name, []).append((start, length, rank))
-            self.close = stack.pop_all().close
-
-    def names(self, kind: str) -> set[str]:
-        """Which tensors there are of a kind."""
-        start = f"{kind}/"
-        return {key.removeprefix(start) for held in self._begins for key in held if key.startswith(start)}
-
-    def fill(self, target: Tensor, kind: str, name: str, start: int) -> None:
-        """Fills fp32 memory ``[length]`` with a flattened tensor's elements from ``start`` on.
-
-        Raises:
-            CheckpointError: it does not have them all.
-        """
-        if target.device.type != "cpu" or not target.is_contiguous():
-            target.copy_(self.read(kind, name, start, target.numel()))
-            return
-        length = left = target.numel()
-        memory = memoryview(target.numpy().data).cast("B")
-        for begin, size, rank in self._where.get(name, []):
-            low, high = max(begin, start), min(begin + size, start + length)
-            place = self._begins[rank].get(f"{kind}/{name}")
-            if low < high and place is not None:
-                self._files[rank].seek(place + _FP32 * (low - begin))
-                wanted = memory[_FP32 * (low - start) : _FP32 * (high - start)]
-                while wanted and (count := self._files[rank].readinto(wanted)):  # type: ignore[attr-defined]
-                    wanted = wanted[count:]
-                left -= high - low - len(wanted) // _FP32
-        if left:
-            raise CheckpointError(f"{left} elements of {kind}/{name} are not in it", where=str(self._path), hint=_ANOTHER)
-
-    def read(self, kind: str, name: str, start: int, length: int) -> Tensor:
-        """Elements ``start`` to ``start + length`` of a flattened tensor, fp32 ``[length]``.
-
-        Raises:
-            CheckpointError: as :meth:`fill`, before memory is taken for more than the files hold.
-        """
-        if length > self._elements:
-            raise CheckpointError(f"{length} elements of {kind}/{name} are not in it", where=str(self._path), hint=_ANOTHER)
-        out = torch.empty(length, dtype=torch.float32)
-        self.fill(out, kind, name, start)
-        return out
-
-
-def load(saved: Saved, engine: Engine, recipe: Recipe) -> None:
-    """Bring student, moments, teacher and memory to what they were, on any number of ranks.
-
-    Raises:
-        CheckpointError: the checkpoint is of another architecture; the first parameters that differ are named.
-    """
-    ours = {name: list(shape) for name, shape in engine.shapes.items()}
-    _compare(ours, saved.manifest.get("shapes", {}), saved.path)
-    with closing(_Pieces(saved)) as pieces:
-        for f in engine.held():
-            pieces.fill(f.master, "master", f.name, f.start)
-            for moment, tensor in f.moments.items():
-                pieces.fill(tensor, moment, f.name, f.start)
-        engine.set_optimizer_steps(int(saved.manifest.get("applied", saved.step)))
-        engine.refresh()
-        with engine.gathered(write=True):
-            _load_whole(saved, recipe, engine)
-        for name, start, piece in engine.teacher_pieces(owned=False):
-            pieces.fill(piece, "teacher", name, start)
-
-
-def _load_whole(saved: Saved, recipe: Recipe, engine: Engine) -> None:
-    targets = whole_tensors(recipe, engine)
-    with opened(saved.path / WHOLE) as file:
-        stored = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
-    _compare({k: list(t.shape) for k, t in targets.items()}, {k: list(t.shape) for k, t in stored.items()}, saved.path)
-    for name, tensor in stored.items():
-        targets[name].detach().copy_(tensor)
-
-
-def _compare(ours: dict[str, list[int]], theirs: dict[str, list[int]], where: Path) -> None:
-    """Refuse tensors of other names or shapes than this run's."""
-    different = sorted(name for name in ours.keys() | theirs.keys() if ours.get(name) != theirs.get(name))
-    if different:
-        first = different[0]
-        there, here = theirs.get(first, "nothing"), ours.get(first, "nothing")
-        raise CheckpointError(
-            f"{len(different)} tensors differ, the first is {first}: {there} in the checkpoint, {here} in this run",
-            where=str(where),
-            hint="resume with the config it was written with, or start a new run",
-        )
-
-
-def read_teacher(saved: Saved) -> Iterator[tuple[str, Tensor]]:
-    """The whole teacher out of a checkpoint, without an engine: names as in the recipe, fp32."""
-    return _read_whole(saved, "teacher", "teacher")
-
-
-def read_student(saved: Saved) -> Iterator[tuple[str, Tensor]]:
-    """The whole student out of a checkpoint, without an engine: its fp32 masters, and what is frozen; names as in the recipe."""
-    return _read_whole(saved, "master", "frozen")
-
-
-def _read_whole(saved: Saved, sharded: str, whole: str) -> Iterator[tuple[str, Tensor]]:
-    with closing(_Pieces(saved)) as pieces:
-        names = pieces.names(sharded)
-        for name, shape in saved.manifest.get("shapes", {}).items():
-            if name in names:
-                yield name, pieces.read(sharded, name, 0, math.prod(shape)).view(shape)
-    with opened(saved.path / WHOLE) as file:
-        for key in file.keys():  # noqa: SIM118
-            if key.startswith(f"{whole}/"):
-                yield key.removeprefix(f"{whole}/"), file.get_tensor(key)

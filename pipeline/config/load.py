@@ -29,13 +29,12 @@ from pydantic.fields import FieldInfo
 
 from pipeline.config.layers import Branch, Leaf, Problem, display, merge, origin_of, override, read, scalar, unwrap
 from pipeline.config.paths import same
-from pipeline.config.schema import Config, without_retired
+from pipeline.config.schema import RECIPES, Config, without_retired
 from pipeline.config.types import Length, Settings, absolute_paths, path_marker
 from pipeline.config.validate import check
 from pipeline.errors import ConfigError
 from pipeline.masking import masked
 from pipeline.methods.dinov2.settings import Dinov2Settings
-from pipeline.methods.discovery import RECIPES
 from pipeline.methods.settings import RecipeSettings
 from pipeline.untrusted import printable
 

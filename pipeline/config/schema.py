@@ -7,7 +7,9 @@ are in :mod:`pipeline.config.validate`.
 
 from __future__ import annotations
 
+import importlib
 import re
+from pathlib import Path
 from typing import Annotated, Any, Self
 
 from pydantic import BeforeValidator, Field, SerializeAsAny
@@ -20,13 +22,23 @@ from pipeline.config.types import (
 from pipeline.data.settings import DataSettings
 from pipeline.evaluation.settings import EvaluationSettings
 from pipeline.methods.dinov2.settings import Dinov2Settings
-from pipeline.methods.discovery import RECIPES
-from pipeline.methods.settings import RecipeSettings
+from pipeline.methods.settings import REGISTERED, RecipeSettings
 from pipeline.models.settings import ModelSettings
 from pipeline.runtime.settings import HealthSettings, LaunchSettings, RunSettings
 from pipeline.tracking.settings import TrackingSettings
 from pipeline.training.settings import OptimSettings, ScheduleSettings, TrainSettings
 from pipeline.weights.settings import InitSettings
+
+
+def _methods() -> dict[str, type[RecipeSettings]]:
+    """Settings of every method by its name: of all folders below ``pipeline/methods`` with a ``settings.py``."""
+    folder = Path(__file__).resolve().parents[1] / "methods"
+    for file in sorted(folder.glob("*/settings.py")):
+        importlib.import_module(f"pipeline.methods.{file.parent.name}.settings")
+    return dict(sorted(REGISTERED.items()))
+
+
+RECIPES = _methods()
 
 
 def _beside(pattern: str) -> str:

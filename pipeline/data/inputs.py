@@ -2,31 +2,25 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
-from pipeline.checkpoint.files import Saved
 from pipeline.config.schema import Config
 from pipeline.data import storage
 from pipeline.data.augment.plan import PLAN_VERSION
 from pipeline.data.index.build import build
 from pipeline.data.index.filters import narrow
-from pipeline.data.index.manifest import Fields, Manifest, Shard
+from pipeline.data.index.manifest import Fields, Manifest
 from pipeline.data.order.mixture import Mixture, Source
 from pipeline.data.order.order import Order
 from pipeline.data.overlap import check_held_out
-from pipeline.errors import CheckpointError, ConfigError, DataError
+from pipeline.errors import ConfigError, DataError
 from pipeline.evaluation.settings import VOTED
 from pipeline.runtime.locks import lock
-from pipeline.untrusted import plain_name
 
 DATA_STATE_VERSION = 1
 _START_GRACE = 20.0  # seconds
-_ACCEPTABLE = {"fingerprint", "sources"}  # what may change knowingly; all else is a setting that can be put back
-_NAMED = 5
 
 
 @dataclass(frozen=True)
@@ -275,84 +269,3 @@ def data_identity(inputs: Inputs) -> dict[str, Any]:
         "block": inputs.order.block,
         "sources": [[s.name, s.shards, s.weight, s.repeat] for s in inputs.sources] if mixed else None,
     }
-
-
-def record_data(folder: Path, inputs: Inputs) -> None:
-    """Keep what a run was trained on, so that a later attempt can tell what has changed.
-
-    Args:
-        folder: the run's folder for it, see :meth:`pipeline.runtime.run_directory.RunDirectory.data`.
-        inputs: the data sets.
-    """
-    place = folder / inputs.train.fingerprint
-    if not (place / "manifest.json").exists():
-        place.mkdir(parents=True, exist_ok=True)
-        inputs.train.save(place)
-
-
-def check_data(saved: Saved, inputs: Inputs, *, allow: bool = False) -> str:
-    """Refuse to resume over other data or in another order.
-
-    Args:
-        saved: the checkpoint.
-        inputs: what there is now.
-        allow: accept other shards and other shares of them. The step number stays; the order is the new data's.
-
-    Returns:
-        Empty if nothing has changed, else what was accepted.
-
-    Raises:
-        CheckpointError: what the checkpoint was trained on, and what the shards hold now.
-    """
-    data, now = saved.manifest.get("data") or {}, data_identity(inputs)
-    changed = [name for name, value in now.items() if data.get(name) != value]
-    if not changed:
-        return ""
-    told = "; ".join(f"{name} was {data.get(name)!r} and is {now[name]!r}" for name in changed)
-    if "fingerprint" in changed:
-        told += f"; {_difference(saved, inputs.train)}"
-    acceptable = set(changed) <= _ACCEPTABLE
-    if allow and acceptable:
-        return f"{saved.path}: goes on at step {saved.step} over other data, as checkpoint.allow_data_change says ({told})"
-    then = data.get("samples", "unknown")
-    consent = "; or checkpoint.allow_data_change=true goes on at the same step over the new data" if acceptable else ""
-    raise CheckpointError(
-        f"the data of this run have changed ({told})",
-        where=str(saved.path),
-        hint=f"resume over the {then} samples it was trained on, or start a new run in another run.directory{consent}",
-    )
-
-
-def _difference(saved: Saved, now: Manifest) -> str:
-    """Which shards are gone, new and changed since a checkpoint, with numbers."""
-    data = saved.manifest.get("data") or {}
-    try:
-        fingerprint = plain_name(data.get("fingerprint"), where=str(saved.path))
-        old = Manifest.load(saved.path.parent.parent / "data" / fingerprint)
-    except DataError:
-        return f"{data.get('samples', 'unknown')} samples then, {now.total} in {len(now.shards)} shards now"
-    then, here = _by_name(old), _by_name(now)
-    parts = [f"{old.total} samples in {len(old.shards)} shards then, {now.total} in {len(now.shards)} now"]
-    gone = [f"{shard.name} ({shard.samples})" for key, shard in then.items() if key not in here]
-    new = [f"{shard.name} ({shard.samples})" for key, shard in here.items() if key not in then]
-    both = [(then[key], here[key]) for key in then if key in here]
-    altered = [
-        f"{a.name} ({a.samples} samples, {a.size} bytes then; {b.samples} samples, {b.size} bytes now)"
-        for a, b in both
-        if (a.size, a.digest) != (b.size, b.digest)
-    ]
-    for word, names in (("gone", gone), ("new", new), ("changed", altered)):
-        if names:
-            more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
-            parts.append(f"{len(names)} {word}: {', '.join(names[:_NAMED])}{more}")
-    return "; ".join(parts if len(parts) > 1 else [*parts, "the same shards in another order"])
-
-
-def _by_name(manifest: Manifest) -> dict[tuple[str, int], Shard]:
-    """Shards by base name; several of one name, in different folders, are told apart by their turn."""
-    turns: Counter[str] = Counter()
-    found = {}
-    for shard in manifest.shards:
-        found[shard.name, turns[shard.name]] = shard
-        turns[shard.name] += 1
-    return found

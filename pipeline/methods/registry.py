@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import importlib
 
-from pipeline.config.schema import Config
+import torch
+
+from pipeline.config.schema import RECIPES, Config
 from pipeline.errors import ConfigError
 from pipeline.methods.base import Recipe
-from pipeline.methods.discovery import RECIPES
 
 
 def build_recipe(config: Config) -> Recipe:
@@ -29,3 +30,9 @@ def build_recipe(config: Config) -> Recipe:
         raise ConfigError(f"no method {name!r}", where="recipe.name", hint=f"write {module}, or choose another") from None
     recipe: Recipe = found.build(config, config.recipe)
     return recipe
+
+
+def make_recipe(config: Config, device: torch.device) -> Recipe:
+    """The method with its initial weights, a function of ``run.seed`` alone, on the device."""
+    torch.manual_seed(config.run.seed)
+    return build_recipe(config).to(device).place(device)

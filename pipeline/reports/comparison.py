@@ -10,7 +10,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from launch.progress import clock
 from pipeline.checkpoint import files
 from pipeline.config.load import flatten
 from pipeline.config.schema import Config
@@ -19,6 +18,7 @@ from pipeline.masking import masked
 from pipeline.reports import html as pictures
 from pipeline.reports.html import Chart, Line
 from pipeline.reports.run_page import History, history
+from pipeline.runtime.clock import clock
 from pipeline.runtime.run_directory import RunDirectory
 from pipeline.tracking.journal import read
 from pipeline.untrusted import read_json

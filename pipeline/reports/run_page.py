@@ -12,19 +12,20 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from launch.cli.eval_run import SOURCES, Gallery, load_trained, newest, varied
-from launch.progress import clock
 from pipeline.checkpoint.files import Saved
 from pipeline.config.schema import Config
 from pipeline.data.inputs import Inputs, prepare
 from pipeline.errors import DataError, FoveaError
+from pipeline.evaluation.gallery import SOURCES, Gallery, varied
 from pipeline.evaluation.principal import principal
 from pipeline.reports import html as pictures
 from pipeline.reports import preview
 from pipeline.reports.html import Chart, Line
+from pipeline.runtime.clock import clock
 from pipeline.runtime.run_directory import RunDirectory
 from pipeline.tracking.journal import read
 from pipeline.untrusted import read_json
+from pipeline.weights.from_checkpoint import load_trained, newest
 
 if TYPE_CHECKING:
     from pipeline.data.augment.views import ViewSpec
@@ -130,7 +131,7 @@ def write(run: Path, config: Config, out: Path, *, facts: dict[str, str] | None 
     """
     import torch
 
-    from pipeline.training.build import make_recipe
+    from pipeline.methods.registry import make_recipe
 
     directory = RunDirectory(run)
     saved, past = newest(run), history(directory)

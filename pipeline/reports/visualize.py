@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from launch.cli.export import chosen
 from pipeline.errors import ConfigError, DataError
 from pipeline.reports import html as pictures
+from pipeline.weights.from_checkpoint import chosen
 
 if TYPE_CHECKING:
     from torch import Tensor

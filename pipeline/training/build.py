@@ -17,11 +17,13 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import nn
 
+from pipeline.checkpoint.data_check import check_data, record_data
 from pipeline.checkpoint.files import Saved, newest, read
 from pipeline.checkpoint.mirror import Copies
-from pipeline.checkpoint.writer import Checkpoints, load
+from pipeline.checkpoint.reader import load
+from pipeline.checkpoint.writer import Checkpoints
 from pipeline.config.schema import Config
-from pipeline.data.inputs import Inputs, check_data, data_identity, open_storage, record_data
+from pipeline.data.inputs import Inputs, data_identity, open_storage
 from pipeline.data.loader.bad_samples import Ledger
 from pipeline.data.loader.batch_stream import BatchStream, StreamOptions
 from pipeline.data.loader.encoded_batches import Portions
@@ -32,7 +34,7 @@ from pipeline.data.order.order import Order
 from pipeline.errors import CheckpointError, ConfigError, NonFiniteError
 from pipeline.evaluation.runner import Evaluations, Show
 from pipeline.methods.base import Recipe
-from pipeline.methods.registry import build_recipe
+from pipeline.methods.registry import make_recipe
 from pipeline.models.fp8 import use_fp8
 from pipeline.models.text import TextTower
 from pipeline.models.vision import VisionTower
@@ -71,12 +73,6 @@ def make_plan(config: Config, order: Order | Mixture, run: RunDirectory, attempt
         asynchronous=config.checkpoint.asynchronous,
         save_evaluated=config.checkpoint.keep_best,
     )
-
-
-def make_recipe(config: Config, device: torch.device) -> Recipe:
-    """The method with its initial weights, a function of ``run.seed`` alone, on the device."""
-    torch.manual_seed(config.run.seed)
-    return build_recipe(config).to(device).place(device)
 
 
 def prepare_towers(recipe: Recipe, config: Config) -> None:

@@ -26,6 +26,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from pipeline.checkpoint.fragments import Fragment
 from pipeline.data.augment.views import Batch
 from pipeline.errors import TrainingError
 from pipeline.estimate.communication import communication
@@ -33,7 +34,7 @@ from pipeline.methods.base import Recipe, Step, seed
 from pipeline.models.groups import ParameterGroup
 from pipeline.training import accelerate_init as accelerated
 from pipeline.training.optimizers import Lamb, Lars, Layerwise, Sgd
-from pipeline.training.zero_layouts import ADAM, Flat, Fragment, Layout, Partitioned, Whole, piece_of
+from pipeline.training.zero_layouts import ADAM, Flat, Layout, Partitioned, Whole, piece_of
 from pipeline.training.zero_offload import OffloadedFlat, OffloadedPartitioned
 
 os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")

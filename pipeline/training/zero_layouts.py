@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,30 +15,10 @@ import torch.distributed as dist
 from torch import Tensor
 from typing_extensions import override
 
+from pipeline.checkpoint.fragments import Fragment
 from pipeline.training.optimizers import Segment
 
 ADAM = ("exp_avg", "exp_avg_sq")
-
-
-@dataclass(frozen=True)
-class Fragment:
-    """The piece of one parameter that this rank owns, as views into the optimizer's own memory.
-
-    Attributes:
-        name: the parameter's name in the recipe.
-        start: first element of the piece in the flattened parameter.
-        shape: the whole parameter's shape.
-        master: fp32 ``[elements]``, the weights that the optimizer moves.
-        moments: fp32 ``[elements]`` each: AdamW's and LAMB's ``exp_avg`` and ``exp_avg_sq``, LARS's ``momentum_buffer``.
-        gradient: the averaged gradient, after backward and before the step.
-    """
-
-    name: str
-    start: int
-    shape: tuple[int, ...]
-    master: Tensor
-    moments: dict[str, Tensor]
-    gradient: Tensor | None
 
 
 class Layout(ABC):

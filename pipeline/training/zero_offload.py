@@ -13,7 +13,8 @@ from dataclasses import replace
 from torch import Tensor
 from typing_extensions import override
 
-from pipeline.training.zero_layouts import Flat, Fragment, Partitioned
+from pipeline.checkpoint.fragments import Fragment
+from pipeline.training.zero_layouts import Flat, Partitioned
 
 
 def _gradient(flat: Tensor, fragment: Fragment) -> Tensor:

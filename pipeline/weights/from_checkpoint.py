@@ -11,10 +11,14 @@ from torch import Tensor
 
 from pipeline.checkpoint import files
 from pipeline.checkpoint.files import Saved
-from pipeline.checkpoint.writer import read_student, read_teacher
+from pipeline.checkpoint.manifest import MANIFEST
+from pipeline.checkpoint.reader import read_student, read_teacher
+from pipeline.checkpoint.retention import read_best
+from pipeline.config.schema import Config
 from pipeline.errors import CheckpointError
 from pipeline.masking import shown
 from pipeline.methods.base import Recipe
+from pipeline.methods.registry import make_recipe
 from pipeline.runtime.run_directory import RunDirectory
 
 
@@ -87,3 +91,36 @@ def _fitting(own: Mapping[str, Tensor], trainable: set[str], saved: Saved, whose
             where=str(saved.path),
             hint="Evaluate with the settings it was trained with: leave model.* and recipe.* as they are.",
         )
+
+
+def load_trained(config: Config, saved: Saved, device: torch.device) -> Recipe:
+    """The method with the networks of a checkpoint that are worth judging; a student whose teacher is judged stays as it began.
+
+    Args:
+        config: the run's settings.
+        saved: the checkpoint.
+        device: where the networks go.
+
+    Raises:
+        CheckpointError: the checkpoint holds another architecture.
+    """
+    recipe = make_recipe(config, device)
+    fill_trained(recipe, saved)
+    return recipe
+
+
+def chosen(path: Path, *, best: bool = False) -> Saved:
+    """The checkpoint that a path means: itself, or a run's newest or best.
+
+    Raises:
+        CheckpointError: there is none.
+    """
+    if (path / MANIFEST).exists():
+        return files.read(path)
+    if not best:
+        return newest(path)
+    folder = path / "checkpoints"
+    found = read_best(folder)
+    if "checkpoint" not in found:
+        raise CheckpointError("no checkpoint was kept as the best", where=str(folder), hint="Leave --best out.")
+    return files.read(folder / str(found["checkpoint"]))

@@ -17,7 +17,7 @@ from torch import Tensor
 from pipeline.checkpoint import files as saved
 from pipeline.checkpoint.files import Saved
 from pipeline.checkpoint.manifest import MANIFEST
-from pipeline.checkpoint.writer import read_student, read_teacher
+from pipeline.checkpoint.reader import read_student, read_teacher
 from pipeline.config.schema import Config
 from pipeline.errors import CheckpointError, ConfigError
 from pipeline.methods.base import Recipe

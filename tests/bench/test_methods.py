@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pipeline.bench.methods import Row, configs, markdown
-from pipeline.methods.discovery import RECIPES
+from pipeline.config.schema import RECIPES
 
 
 def test_every_method_that_starts_from_nothing_has_a_config_for_scenes() -> None:

@@ -100,7 +100,7 @@ def _facts(step: int) -> dict[str, Any]:
 def _kill_everywhere(directory: str, step: int, leftovers: bool, beside: bool) -> dict[str, Any]:
     """Save the same step over the same folder again and again, each time dying one operation later."""
     from pipeline.checkpoint import files as saved
-    from pipeline.checkpoint import retention
+    from pipeline.checkpoint import reader, retention
     from pipeline.checkpoint import writer as checkpoint
 
     recipe, engine = build(zero=2)
@@ -140,7 +140,7 @@ def _kill_everywhere(directory: str, step: int, leftovers: bool, beside: bool) -
             best = retention.read_best(folder).get("checkpoint")
             assert best in there, f"killed at {deaths[-1]}: best.json names {best}, which is not there"
             assert {"step_000000001", "step_000000002"} & set(there), "the older ones were touched"
-            checkpoint.load(newest, engine, recipe)
+            reader.load(newest, engine, recipe)
             store().save(engine, recipe, _facts(9))
             assert (folder / "step_000000009").is_dir() and not list(folder.glob(".tmp-*"))
     engine.close()

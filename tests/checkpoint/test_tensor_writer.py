@@ -13,8 +13,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from pipeline.checkpoint.files import Saved, entry, read, verify
+from pipeline.checkpoint.reader import read_student
 from pipeline.checkpoint.tensor_writer import begins, write_tensors
-from pipeline.checkpoint.writer import read_student
 from pipeline.errors import CheckpointError
 from pipeline.models.tensor_files import opened, read_tensors
 

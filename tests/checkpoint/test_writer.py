@@ -37,13 +37,14 @@ def _train(
     offload: str = "none",
 ) -> dict[str, Any]:
     """Steps from a checkpoint, or from the beginning, to ``until``; what was there after loading, and at the end."""
+    from pipeline.checkpoint import reader
     from pipeline.checkpoint import writer as checkpoint
 
     folder = Path(directory)
     recipe, engine = build(seed, zero=zero, offload=offload)
     store = checkpoint.Checkpoints(folder, keep_last=keep)
     if load is not None:
-        checkpoint.load(saved.read(folder / f"step_{load:09d}"), engine, recipe)
+        reader.load(saved.read(folder / f"step_{load:09d}"), engine, recipe)
     loaded = snapshot(recipe, engine)
     for index in range(load or 0, until):
         advance(recipe, engine, index)
@@ -123,7 +124,7 @@ def test_the_manifest_tells_all(written: tuple[Path, list[dict[str, Any]]]) -> N
 
 
 def test_the_teacher_can_be_read_without_an_engine(written: tuple[Path, list[dict[str, Any]]]) -> None:
-    from pipeline.checkpoint.writer import read_teacher
+    from pipeline.checkpoint.reader import read_teacher
 
     teacher = dict(read_teacher(saved.read(written[0] / "step_000000006")))
     expected = written[1][0]["end"]["teacher"]
@@ -140,13 +141,13 @@ def test_so_many_are_kept_and_never_fewer_than_two(tmp_path: Path) -> None:
 
 
 def _load_wider(directory: str) -> str:
-    from pipeline.checkpoint import writer as checkpoint
+    from pipeline.checkpoint import reader
     from pipeline.training.engine import Engine
 
     recipe = Toy(hidden=18)
     engine = Engine(recipe, options(), torch.device("cpu"))
     try:
-        checkpoint.load(saved.read(Path(directory)), engine, recipe)
+        reader.load(saved.read(Path(directory)), engine, recipe)
     except CheckpointError as error:
         return str(error)
     finally:
@@ -155,12 +156,12 @@ def _load_wider(directory: str) -> str:
 
 
 def _load_with_other_memory(directory: str) -> str:
-    from pipeline.checkpoint import writer as checkpoint
+    from pipeline.checkpoint import reader
 
     recipe, engine = build()
     recipe.memory["queue"] = torch.zeros(4)
     try:
-        checkpoint.load(saved.read(Path(directory)), engine, recipe)
+        reader.load(saved.read(Path(directory)), engine, recipe)
     except CheckpointError as error:
         return str(error)
     finally:
@@ -381,7 +382,7 @@ def spoil(path: Path, how: str) -> None:
     ],
 )
 def test_a_rank_file_that_is_not_what_the_manifest_tells_is_refused(folder: Path, write: Any, problem: str) -> None:
-    from pipeline.checkpoint.writer import read_teacher
+    from pipeline.checkpoint.reader import read_teacher
 
     path = folder / "step_000000006" / "rank_00001.safetensors"
     raw = path.read_bytes()

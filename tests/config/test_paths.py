@@ -12,9 +12,8 @@ from hypothesis import strategies as st
 
 from pipeline.config.load import InvalidConfig, difference, load, schema, show
 from pipeline.config.paths import absolute, patterns, same
-from pipeline.config.schema import Config
+from pipeline.config.schema import RECIPES, Config
 from pipeline.config.types import path_marker, path_values
-from pipeline.methods.discovery import RECIPES
 from tests.helpers.runs import TOY
 
 # Texts that name no files. A new setting that is a text belongs here, or gets one of the path types of pipeline/config/types.py.

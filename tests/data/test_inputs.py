@@ -11,10 +11,11 @@ from typing import Any
 import pytest
 
 from launch.resume import choose_checkpoint
+from pipeline.checkpoint.data_check import check_data, record_data
 from pipeline.checkpoint.files import Saved, entry
 from pipeline.config.load import load
 from pipeline.config.schema import Config
-from pipeline.data.inputs import Inputs, check_data, data_identity, prepare, record_data
+from pipeline.data.inputs import Inputs, data_identity, prepare
 from pipeline.data.order.mixture import Mixture, Source
 from pipeline.data.order.order import Order
 from pipeline.data.pack import synthetic as scenes

@@ -13,7 +13,7 @@ from launch.cli.eval_ranks import world_here
 from pipeline.config.load import InvalidConfig, load
 from pipeline.data.inputs import prepare
 from pipeline.evaluation.runner import Evaluations
-from pipeline.training.build import make_recipe
+from pipeline.methods.registry import make_recipe
 from tests.helpers.runs import TOY
 from tests.launch.cli.test_eval_run import toy
 

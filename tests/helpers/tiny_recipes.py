@@ -18,11 +18,10 @@ import yaml
 from torch import Tensor
 
 from pipeline.config.load import load
-from pipeline.config.schema import Config
+from pipeline.config.schema import RECIPES, Config
 from pipeline.data.augment.masks import block_masks, mask_counts
 from pipeline.data.augment.views import Batch, Boxes, Masks
 from pipeline.methods.base import Recipe, Step
-from pipeline.methods.discovery import RECIPES
 from pipeline.methods.registry import build_recipe
 
 SAMPLES, CONTEXT, SIDE, LOCAL, PATCH = 8, 7, 16, 8, 4
@@ -198,13 +197,14 @@ def interrupted(
 ) -> dict[str, Any]:
     """On a rank: steps from a checkpoint, or from the beginning."""
     from pipeline.checkpoint import files as saved
+    from pipeline.checkpoint import reader
     from pipeline.checkpoint import writer as checkpoint
 
     made = recipe(name, seed, **changes)
     engine = engine_of(made, zero)
     folder = Path(directory)
     if load_at is not None:
-        checkpoint.load(saved.read(folder / f"step_{load_at:09d}"), engine, made)
+        reader.load(saved.read(folder / f"step_{load_at:09d}"), engine, made)
     for index in range(load_at or 0, until):
         advance(made, engine, index)
         if index + 1 == save_at:

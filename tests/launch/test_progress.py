@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from launch.progress import Lines, Live, Silent, clock, watcher
+from launch.progress import Lines, Live, Silent, watcher
+from pipeline.runtime.clock import clock
 
 
 @pytest.mark.parametrize(

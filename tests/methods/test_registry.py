@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from pipeline.methods.discovery import RECIPES
+from pipeline.config.schema import RECIPES
 from pipeline.models.tokens import Tokens
 from tests.helpers.rank_pool import pool
 from tests.helpers.tiny_recipes import STEP, batch_at, config, first_steps, interrupted, recipe

@@ -22,11 +22,11 @@ from pipeline.config.load import Loaded
 from pipeline.data.inputs import prepare
 from pipeline.errors import CheckpointError
 from pipeline.evaluation.principal import principal
+from pipeline.methods.registry import make_recipe
 from pipeline.reports import html as pictures
 from pipeline.reports import run_page as page
 from pipeline.reports.html import Chart, Line
 from pipeline.runtime.run_directory import RunDirectory
-from pipeline.training.build import make_recipe
 from tests.launch.cli.test_eval_run import CPU, changed, toy, write_checkpoint
 from tests.reports.test_preview import OUTSIDE, VIEWS
 

@@ -30,8 +30,8 @@ from pipeline.data.index.manifest import (
     make_columns,
     sidecar_name,
 )
-from pipeline.data.loader.processes import process_pool
 from pipeline.errors import DataError, FoveaError
+from pipeline.runtime.process_pool import process_pool
 
 __all__ = ["Fields", "Judgement", "UnusableShards", "build", "captions_of", "index_shard", "judge", "whole"]
 

@@ -21,10 +21,10 @@ import numpy as np
 
 from pipeline.data import storage
 from pipeline.data.index.manifest import STATUSES, Manifest, Shard, load_sidecar
-from pipeline.data.loader.processes import process_pool
 from pipeline.data.loader.reader import Reader
 from pipeline.errors import DataError
 from pipeline.runtime.locks import lock
+from pipeline.runtime.process_pool import process_pool
 
 CHUNK = 128  # samples of one task: what is lost by a stop, and what is tried again after a crash
 _BATCH, _BATCH_PIXELS = 32, 1 << 26  # decoded at once; 64 megapixels are 200 MB

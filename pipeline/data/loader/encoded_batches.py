@@ -25,12 +25,12 @@ from pipeline.data import storage
 from pipeline.data.augment.masks import block_masks, mask_counts
 from pipeline.data.augment.plan import ViewPlan, make_plan, set_of_step
 from pipeline.data.augment.views import MaskSpec, TextSpec, ViewSet, ViewSpec
-from pipeline.data.loader.processes import adopt
 from pipeline.data.loader.reader import Reader, Record
 from pipeline.data.loader.text import choose, tokenizer
 from pipeline.data.order.mixture import Source
 from pipeline.data.order.order import GlobalBatch
 from pipeline.errors import FoveaError
+from pipeline.runtime.process_pool import adopt
 
 _MASK_STREAM = 1_000_003
 _REPLACEMENTS = 3

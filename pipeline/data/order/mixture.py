@@ -1,6 +1,6 @@
 """Several data sets in one stream, in fixed proportions: which sample comes when is still a function of the step alone.
 
-Each data set is a run of neighbouring shards of one manifest and has an :class:`~pipeline.data.order.order.Order` of its own, so its
+Each data set is a run of neighbouring shards of one manifest and has an order of its own, so its
 epochs are its own: the epoch of a sample counts the passes over *its* set, and in one pass each sample comes once (but for a
 remainder smaller than the number of lanes).
 

@@ -32,7 +32,7 @@ from pipeline.models.resnet import Tower, build_trunk
 class SimCLR(TwoViews):
     """The method; see the module.
 
-    A global batch in several micro-batches is compared as one, as in :class:`~pipeline.methods.shared.contrastive.Contrastive`. Norms
+    A global batch in several micro-batches is compared as one, as in :mod:`~pipeline.methods.shared.contrastive`. Norms
     over a batch see their micro-batch only, so with them it is still not the large batch, and ``batch_coupled`` says so.
 
     Args:

@@ -9,8 +9,8 @@ import pytest
 
 from launch.cli import demo
 from pipeline.config.load import load
+from pipeline.config.schema import RECIPES
 from pipeline.errors import ConfigError
-from pipeline.methods.discovery import RECIPES
 
 
 @pytest.mark.parametrize("method", sorted(RECIPES))

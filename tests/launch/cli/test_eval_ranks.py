@@ -18,9 +18,9 @@ from launch.cli.eval_ranks import Telling, agreed, many
 from launch.cli.main import main
 from pipeline.config.load import show
 from pipeline.errors import LaunchError
+from pipeline.methods.registry import make_recipe
 from pipeline.tracking import Journal, Shipper
 from pipeline.tracking.journal import read
-from pipeline.training.build import make_recipe
 from tests.helpers.rank_pool import pool
 from tests.helpers.runs import ROOT, environment
 from tests.launch.cli.test_eval_run import CPU, changed, toy, write_checkpoint

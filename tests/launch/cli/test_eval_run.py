@@ -23,7 +23,7 @@ from pipeline.data.storage import expand
 from pipeline.errors import CheckpointError, DataError
 from pipeline.evaluation.knn import knn_accuracy
 from pipeline.methods.base import Recipe
-from pipeline.training.build import make_recipe
+from pipeline.methods.registry import make_recipe
 from tests.helpers.runs import TOY, train
 
 CPU = torch.device("cpu")

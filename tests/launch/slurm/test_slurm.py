@@ -14,13 +14,13 @@ from typing import Any
 
 import pytest
 
-from launch.slurm import job_record as record
 from launch.slurm import render, status
 from launch.slurm import slurm_commands as tools
 from launch.slurm.profile import ClusterProfile
 from launch.slurm.submit import submit
 from pipeline.config.load import load
 from pipeline.errors import LaunchError
+from pipeline.runtime import job_record as record
 from pipeline.runtime.run_directory import RunDirectory
 from tests.helpers.runs import TOY
 from tests.helpers.slurm import Cluster, cluster, missing

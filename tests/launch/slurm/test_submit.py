@@ -13,7 +13,6 @@ from pathlib import Path
 import pytest
 from pydantic import ValidationError
 
-from launch.slurm import job_record as record
 from launch.slurm import profile as profiles
 from launch.slurm import render
 from launch.slurm import supervisor as attend
@@ -22,6 +21,7 @@ from launch.slurm.submit import submit
 from pipeline.config.load import InvalidConfig, load, show
 from pipeline.data.pack import synthetic as scenes
 from pipeline.errors import ConfigError, LaunchError
+from pipeline.runtime import job_record as record
 from pipeline.runtime.run_directory import RunDirectory
 from tests.helpers.runs import ROOT, TOY
 

@@ -14,9 +14,9 @@ from typing import Any
 import pytest
 import yaml
 
-from launch.slurm import job_record as record
 from launch.slurm import status
 from pipeline.data.pack import synthetic as scenes
+from pipeline.runtime import job_record as record
 from pipeline.runtime.run_directory import RunDirectory
 from tests.helpers.mlflow_server import MlflowServer
 from tests.helpers.runs import ROOT, TOY, environment, recorded, train, weights

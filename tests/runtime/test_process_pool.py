@@ -9,9 +9,9 @@ import sys
 import time
 from pathlib import Path
 
-from pipeline.data.loader.processes import process_pool
+from pipeline.runtime.process_pool import process_pool
 
-ROOT = Path(__file__).resolve().parents[3]
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def begun(word: str) -> None:
@@ -38,7 +38,7 @@ def test_a_process_is_prepared_before_its_first_work() -> None:
 def test_no_process_outlives_a_killed_parent() -> None:
     code = (
         "import os, sys, time\n"
-        "from pipeline.data.loader.processes import process_pool\n"
+        "from pipeline.runtime.process_pool import process_pool\n"
         "pool = process_pool(2)\n"
         "print(pool.submit(os.getpid).result(), flush=True)\n"
         "pool.submit(time.sleep, 600)\n"

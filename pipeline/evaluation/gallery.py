@@ -1,0 +1,120 @@
+"""Images to look at: evaluation views of chosen samples, and the networks that they are shown to."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pipeline.config.schema import Config
+from pipeline.data.inputs import Inputs, open_storage
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from pipeline.data.augment.views import Batch, Normalize
+    from pipeline.data.index.manifest import Manifest
+
+SOURCES = {"trained": "trained network", "untrained": "same network, untrained", "pixels": "raw pixels"}
+"""What is judged, by the names of the scores, in words."""
+
+
+def varied(manifest: Manifest, count: int, among: int = 20_000) -> NDArray[np.uint64]:
+    """The first samples of a data set that differ in class, then the first again: no choice by eye or by score.
+
+    Args:
+        manifest: the data set.
+        count: how many samples.
+        among: how many of the first samples to choose from.
+
+    Returns:
+        uint64 ``[count]`` sample numbers, fewer if the set is smaller.
+    """
+    ids = manifest.ids()[:among]
+    labels = [int(manifest.column(int(number) >> 32, "label")[int(number) & 0xFFFFFFFF]) for number in ids]
+    turns: dict[int, int] = {}
+    keys = []
+    for place, label in enumerate(labels):
+        turns[label] = turns.get(label, -1) + 1
+        keys.append((turns[label], place))
+    return ids[[place for _, place in sorted(keys)[:count]]]
+
+
+def shown(
+    config: Config,
+    manifest: Manifest,
+    ids: NDArray[np.uint64],
+    size: int,
+    device: torch.device,
+    normalize: Normalize | None = None,
+) -> Iterator[Batch]:
+    """Evaluation views (a centred square) of some samples, decoded and cut as in every evaluation.
+
+    Args:
+        config: the settings.
+        manifest: the data set.
+        ids: sample numbers.
+        size: side of the square, pixels.
+        device: where the views go.
+        normalize: with which numbers; ImageNet's if not given.
+    """
+    from pipeline.data.augment.views import Normalize, ViewSpec
+    from pipeline.data.loader.bad_samples import Ledger
+    from pipeline.data.loader.batch_stream import BatchStream, StreamOptions
+    from pipeline.data.loader.encoded_batches import Portions
+    from pipeline.data.loader.reader import Reader
+    from pipeline.evaluation.online import FixedList
+
+    order = FixedList(ids, config.evaluation.knn.batch)
+    reader = Reader(manifest, wants=("image", "label", "caption"), checksum=config.data.crc, store=open_storage(config))
+    spec = ViewSpec("image", 1, size, None, normalize=normalize or Normalize())
+    dataset = Portions(reader, order, (spec,), seed=0, world=1, rank=0)
+    options = StreamOptions(micro_batch=order.global_batch, workers=0, threads=config.data.decode_threads, hue="off")
+    for _, batches in BatchStream(dataset, device=device, options=options, ledger=Ledger(None, budget=1.0), last=len(order)):
+        yield from batches
+
+
+class Gallery:
+    """Evaluation views of chosen samples, and the towers to show them to.
+
+    Args:
+        config: the run's settings.
+        inputs: its indexed data sets; without any for evaluation, the training data serve.
+        towers: the networks, ``trained`` among them.
+        size: side of the views, pixels.
+        device: where the towers are.
+
+    Attributes:
+        bank, queries: where neighbours are looked for, and what they are looked for to.
+        judged: what the queries are, in a word.
+    """
+
+    def __init__(self, config: Config, inputs: Inputs, towers: dict[str, Any], size: int, device: torch.device) -> None:
+        self._config, self._device = config, device
+        self.towers, self.size = towers, size
+        self.bank, self.queries = inputs.bank or inputs.train, inputs.queries or inputs.train
+        self.judged = "validation" if self.queries is not self.bank else "training"
+
+    def pictures(self, manifest: Manifest, ids: NDArray[np.uint64], size: int) -> tuple[Tensor, list[str]]:
+        """Views ``[n, 3, size, size]`` of some samples, and their captions."""
+        import torch
+
+        batches = list(shown(self._config, manifest, ids, size, self._device))
+        captions = [caption for batch in batches for caption in batch.captions or [""] * len(batch.keys)]
+        return torch.cat([batch.views["image"][0] for batch in batches]), captions
+
+    def classes(self, manifest: Manifest, ids: NDArray[np.uint64]) -> tuple[Tensor, list[int]]:
+        """Normalised class tokens ``[n, width]`` of the trained tower, float64, and class numbers."""
+        import torch
+        from torch.nn import functional as F
+
+        found, labels = [], []
+        with torch.inference_mode():
+            for batch in shown(self._config, manifest, ids, self.size, self._device):
+                # In double precision: early in training all class tokens are alike to seven digits.
+                found.append(F.normalize(self.towers["trained"](batch.views["image"][0]).cls.double().cpu(), dim=1))
+                labels += batch.labels.tolist()
+        return torch.cat(found), labels
