@@ -12,57 +12,37 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 FILES = sorted([*(ROOT / "pipeline").rglob("*.py"), *(ROOT / "launch").rglob("*.py")])
 
-# A module stands on the floor of its longest listed prefix and imports only what stands below, or in its own room.
-FLOORS = {
-    "pipeline": 0,
-    "pipeline.errors": 0,
-    "pipeline.masking": 0,
-    "pipeline.untrusted": 0,
-    "pipeline.runtime.locks": 0,
-    "pipeline.config.paths": 0,
-    "pipeline.runtime.interpreter": 0,
-    "pipeline.config.schema": 0,
-    "pipeline.config.types": 0,
-    "pipeline.sections": 0,
-    "pipeline.evaluation.settings": 0,
-    "pipeline.methods": 0,
-    "pipeline.data": 1,
-    "pipeline.models": 1,
-    "pipeline.losses": 1,
-    "pipeline.tracking": 1,
-    "pipeline.recipes": 2,
-    "pipeline.evaluation": 2,
-    "pipeline.training": 3,
-    "pipeline.config.layers": 4,
-    "pipeline.config.validate": 4,
-    "pipeline.config.load": 4,
-    "pipeline.weights.export": 4,
-    "pipeline.bench": 4,
-    "launch": 5,
-}
-
-# Neighbours on one floor that may be used nevertheless: config.py is read layer by layer, and tracking and data know nobody.
-NEIGHBOURS = {
-    ("pipeline.errors", "pipeline.masking"),
-    ("pipeline.untrusted", "pipeline.masking"),
-    ("pipeline.untrusted", "pipeline.errors"),
-    ("pipeline.runtime.locks", "pipeline.untrusted"),
-    ("pipeline.config.types", "pipeline.config.paths"),
-    ("pipeline.config.types", "pipeline.untrusted"),
-    ("pipeline.config.schema", "pipeline.config.types"),
-    ("pipeline.config.schema", "pipeline.errors"),
-    ("pipeline.config.schema", "pipeline.sections"),
-    ("pipeline.config.schema", "pipeline.evaluation.settings"),
-    ("pipeline.evaluation.settings", "pipeline.config.types"),
-    ("pipeline.config.schema", "pipeline.methods"),
-    ("pipeline.methods", "pipeline.config.types"),
-    ("pipeline.methods", "pipeline.sections"),
-    ("pipeline.sections", "pipeline.config.types"),
-    ("pipeline.config.load", "pipeline.config.layers"),
-    ("pipeline.config.load", "pipeline.config.validate"),
-    ("pipeline.weights.export", "pipeline.config.load"),
-    ("pipeline.bench", "pipeline.config.load"),
-}
+# The rooms from the ground up. A module belongs to the longest name that fits, and imports only its own room and those before it.
+ROOMS = (
+    "pipeline.masking",
+    "pipeline.errors",
+    "pipeline.untrusted",
+    "pipeline.config",
+    "pipeline.runtime",
+    "pipeline.tracking",
+    "pipeline.losses",
+    "pipeline.models",
+    "pipeline.data.storage",
+    "pipeline.data.index",
+    "pipeline.data.order",
+    "pipeline.data.augment",
+    "pipeline.data.loader",
+    "pipeline.data.inspect",
+    "pipeline.data.pack",
+    "pipeline.data",
+    "pipeline.methods",
+    "pipeline.checkpoint",
+    "pipeline.weights",
+    "pipeline.estimate",
+    "pipeline.evaluation",
+    "pipeline.training",
+    "pipeline.bench",
+    "pipeline.reports",
+    "launch",
+    "launch.slurm",
+    "launch.cli",
+)
+GROUND = {"pipeline.masking", "pipeline.errors", "pipeline.untrusted", "pipeline.config"}
 
 # Where a part of the outside world may be imported at all.
 ONLY_IN = {
@@ -72,30 +52,18 @@ ONLY_IN = {
     "obstore": ("pipeline/data/storage/",),
     "boto3": ("pipeline/data/storage/",),
 }
+SLURM = {"sbatch", "squeue", "scontrol", "sacct", "scancel", "sinfo"}
 
-# What each room of the ground floors may know of the house.
-MAY_KNOW = {
+# Rooms that know less than the order would let them.
+KNOWS = {
     "pipeline.losses": set(),
-    "pipeline.models": {
-        "pipeline.errors",
-        "pipeline.untrusted",
-        "pipeline.config.types",
-        "pipeline.config.schema",
-        "pipeline.methods",
-    },
-    "pipeline.data": {
-        *("pipeline.errors", "pipeline.untrusted", "pipeline.runtime.locks", "pipeline.config.paths"),
-        *("pipeline.config.types", "pipeline.config.schema", "pipeline.methods"),
-    },
-    "pipeline.tracking": {
-        *("pipeline.errors", "pipeline.untrusted", "pipeline.runtime.locks", "pipeline.config.paths"),
-        *("pipeline.config.types", "pipeline.config.schema", "pipeline.methods"),
-    },
-    "pipeline.recipes": {
-        *("pipeline.errors", "pipeline.untrusted", "pipeline.config.types", "pipeline.config.schema", "pipeline.methods"),
-        *("pipeline.models", "pipeline.losses", "pipeline.data.augment.views"),
-    },
+    "pipeline.tracking": {*GROUND, "pipeline.runtime"},
+    "pipeline.models": GROUND,
+    "pipeline.data": {*GROUND, "pipeline.runtime"},
+    "pipeline.methods": {*GROUND, "pipeline.models", "pipeline.losses", "pipeline.data.augment.views"},
 }
+METHOD_SURFACE = {"pipeline.methods.base", "pipeline.methods.registry", "pipeline.methods.health_metrics", "pipeline.methods"}
+HEAVY = {"torch", "timm", "numpy", "deepspeed", "nvidia", "mlflow"}
 
 
 @cache
@@ -113,7 +81,10 @@ def inside(module: str, package: str) -> bool:
 
 
 def room(module: str) -> str:
-    return max((name for name in FLOORS if inside(module, name)), key=len, default="")
+    """The room of a module. Settings stand beside their users and are the configuration's."""
+    if module.startswith("pipeline.") and module.endswith("settings"):
+        return "pipeline.config"
+    return max((name for name in ROOMS if inside(module, name)), key=len, default="")
 
 
 def imports(path: Path, *, hints: bool = True) -> Iterator[tuple[str, int]]:
@@ -153,26 +124,60 @@ def test_no_import_runs_upward() -> None:
         here = room(module_of(path))
         for module, line in imports(path):
             there = room(module)
-            if not ours(module) or here == there or (here, there) in NEIGHBOURS:
-                continue
-            if FLOORS[there] >= FLOORS[here] and there != "pipeline":
+            if there and (not here or ROOMS.index(there) > ROOMS.index(here)):
                 wrong.append(f"{path.relative_to(ROOT)}:{line} imports {module}")
     assert not wrong, "\n".join(wrong)
 
 
-def test_every_module_has_its_floor() -> None:
-    homeless = [module_of(path) for path in FILES if room(module_of(path)) == "pipeline" and module_of(path) != "pipeline"]
-    assert not homeless, f"give these a floor in FLOORS: {homeless}"
+def test_every_module_has_its_room() -> None:
+    homeless = [module_of(path) for path in FILES if not room(module_of(path)) and module_of(path) != "pipeline"]
+    assert not homeless, f"in no room: {homeless}"
+    assert set(ROOMS) == {room(module_of(path)) for path in FILES} - {""}, "a room is empty"
 
 
-@pytest.mark.parametrize("package", sorted(MAY_KNOW))
+def test_settings_know_nothing_but_settings() -> None:
+    wrong = [
+        f"{path.relative_to(ROOT)}:{line} imports {module}"
+        for path in FILES
+        if module_of(path).startswith("pipeline.") and module_of(path).endswith("settings")
+        for module, line in imports(path)
+        if ours(module) and module not in ("pipeline.config.types", "pipeline.errors") and not module.endswith("settings")
+    ]
+    assert not wrong, "\n".join(wrong)
+
+
+@pytest.mark.parametrize("package", sorted(KNOWS))
 def test_a_room_knows_only_what_it_may(package: str) -> None:
     wrong = [
         f"{path.relative_to(ROOT)}:{line} imports {module}"
         for path in FILES
-        if inside(module_of(path), package)
+        if inside(room(module_of(path)), package)
         for module, line in imports(path)
-        if ours(module) and not any(inside(module, known) for known in {package, *MAY_KNOW[package]})
+        if ours(module) and not any(inside(module, known) or inside(room(module), known) for known in {package, *KNOWS[package]})
+    ]
+    assert not wrong, "\n".join(wrong)
+
+
+def test_the_trainer_knows_no_method() -> None:
+    wrong = [
+        f"{path.relative_to(ROOT)}:{line} imports {module}"
+        for path in FILES
+        if room(module_of(path)) == "pipeline.training"
+        for module, line in imports(path)
+        if inside(module, "pipeline.methods") and module not in METHOD_SURFACE
+    ]
+    assert not wrong, "\n".join(wrong)
+
+
+def test_slurms_commands_are_called_in_one_place() -> None:
+    wrong = [
+        f"{path.relative_to(ROOT)}:{node.lineno} {node.value}"
+        for path in FILES
+        if not inside(module_of(path), "launch.slurm")
+        for node in ast.walk(parsed(path))
+        if isinstance(node, ast.List | ast.Tuple)
+        for node in node.elts[:1]
+        if isinstance(node, ast.Constant) and node.value in SLURM
     ]
     assert not wrong, "\n".join(wrong)
 
@@ -234,24 +239,52 @@ def test_no_import_runs_in_a_circle() -> None:
         visit(module, ())
 
 
-@pytest.mark.parametrize(
-    "module",
-    [
-        "pipeline.config.types",
-        "pipeline.sections",
-        "pipeline.evaluation.settings",
-        "pipeline.config.schema",
-        "pipeline.errors",
-        "pipeline.config.layers",
-        "pipeline.config.validate",
-        "pipeline.config.load",
-        "launch.ranks",
-        "launch.local",
-    ],
+def loaded_by(module: str) -> dict[str, tuple[str, ...]]:
+    """Everything that importing a module imports, with the way to it: what stands in functions and for type hints does not."""
+    known = {module_of(path): path for path in FILES}
+    ways: dict[str, tuple[str, ...]] = {module: ()}
+    waiting = [module]
+    while waiting:
+        here = waiting.pop()
+        above = [".".join(here.split(".")[:n]) for n in range(1, here.count(".") + 1)]
+        for other in [*above, *at_import(known[here])]:
+            if other not in ways:
+                ways[other] = (*ways[here], here)
+                if other in known:
+                    waiting.append(other)
+    return ways
+
+
+def at_import(path: Path) -> Iterator[str]:
+    """Modules that a file imports when it is itself imported."""
+    known = {module_of(file) for file in FILES}
+
+    def look(body: list[ast.stmt]) -> Iterator[str]:
+        for node in body:
+            if isinstance(node, ast.Import):
+                yield from (alias.name for alias in node.names)
+            elif isinstance(node, ast.ImportFrom):
+                for alias in node.names:
+                    full = f"{node.module}.{alias.name}"
+                    yield full if full in known else node.module or ""
+            elif isinstance(node, ast.If) and not ast.unparse(node.test).endswith("TYPE_CHECKING"):
+                yield from look([*node.body, *node.orelse])
+            elif isinstance(node, ast.Try | ast.With):
+                yield from look(node.body)
+
+    return look(parsed(path).body)
+
+
+BEFORE_TORCH = sorted(
+    {"launch.cli.main", "launch.local", "launch.rank_environment", "launch.slurm.supervisor"}
+    | {module_of(path) for path in FILES if room(module_of(path)) == "pipeline.config"}
 )
-def test_what_runs_before_torch_never_names_it(module: str) -> None:
-    path = next(path for path in FILES if module_of(path) == module)
-    heavy = {name.partition(".")[0] for name, _ in imports(path)} & {"torch", "timm", "numpy", "deepspeed", "nvidia", "mlflow"}
+
+
+@pytest.mark.parametrize("module", BEFORE_TORCH)
+def test_what_runs_before_torch_never_loads_it(module: str) -> None:
+    ways = loaded_by(module)
+    heavy = {other: " -> ".join(way) for other, way in ways.items() if other.partition(".")[0] in HEAVY}
     assert not heavy
 
 

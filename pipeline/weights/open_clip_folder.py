@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from pipeline.errors import CheckpointError, ConfigError
 from pipeline.untrusted import printable, read_bytes, read_json
-from pipeline.weights.folder_settings import Settings, read_settings
+from pipeline.weights.folder_config import Settings, read_settings
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -166,7 +166,7 @@ def load(folder: Path) -> OpenClipFolder:
 
 
 def _preprocessing(given: Any, where: str) -> tuple[int, tuple[float, float, float], tuple[float, float, float]]:
-    from pipeline.weights.folder_settings import side, three
+    from pipeline.weights.folder_config import side, three
 
     about = given if isinstance(given, dict) else {}
     return (

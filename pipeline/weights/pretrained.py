@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from pipeline.errors import CheckpointError, ConfigError
 from pipeline.untrusted import printable, read_json
-from pipeline.weights.folder_settings import read_settings, side, three
+from pipeline.weights.folder_config import read_settings, side, three
 
 if TYPE_CHECKING:
     import torch
