@@ -38,8 +38,8 @@ def check(config: Config, world: int, environment: Mapping[str, str] | None = No
         wrong += _differences(_read(Path(file)), config, world)
     elif env.get("ACCELERATE_USE_DEEPSPEED", "").lower() == "true":
         stage = env.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", "")
-        if stage and int(stage) != config.train.zero:
-            wrong.append(f"the ZeRO stage is {stage} there and train.zero={config.train.zero} here")
+        if stage and int(stage) != config.train.zero_stage:
+            wrong.append(f"the ZeRO stage is {stage} there and train.zero_stage={config.train.zero_stage} here")
     if wrong:
         raise ConfigError(
             f"accelerate was configured otherwise: {'; '.join(wrong)}",
@@ -62,13 +62,13 @@ def _read(path: Path) -> dict[str, Any]:
 
 def _differences(file: dict[str, Any], config: Config, world: int) -> list[str]:
     train, zero = config.train, file.get("zero_optimization", {})
-    share = train.global_batch // world
-    micro = train.micro_batch or share
+    share = train.global_batch_size // world
+    micro = train.micro_batch_size or share
     ours: dict[str, tuple[Any, Any]] = {
-        "zero_optimization.stage": (zero.get("stage", "auto"), train.zero),
+        "zero_optimization.stage": (zero.get("stage", "auto"), train.zero_stage),
         "bf16.enabled": (file.get("bf16", {}).get("enabled", "auto"), train.precision == "bf16"),
         "fp16.enabled": (file.get("fp16", {}).get("enabled", "auto"), False),
-        "train_batch_size": (file.get("train_batch_size", "auto"), train.global_batch),
+        "train_batch_size": (file.get("train_batch_size", "auto"), train.global_batch_size),
         "train_micro_batch_size_per_gpu": (file.get("train_micro_batch_size_per_gpu", "auto"), micro),
         "gradient_accumulation_steps": (file.get("gradient_accumulation_steps", "auto"), share // micro),
     }
@@ -79,5 +79,5 @@ def _differences(file: dict[str, Any], config: Config, world: int) -> list[str]:
     if device not in ("auto", train.offload):
         wrong.append(f"zero_optimization.offload_optimizer is {device!r} there and train.offload={train.offload} here")
     if file.get("gradient_clipping", "auto") not in ("auto", 0, 0.0):
-        wrong.append("gradient_clipping is set there; here recipe.clip_norm clips")
+        wrong.append("gradient_clipping is set there; here method.clip_norm clips")
     return wrong

@@ -89,7 +89,7 @@ def start(
         LaunchError: the program cannot be started.
     """
     if ranks < 1:
-        raise LaunchError(f"cannot start {ranks} ranks", where="launch.ranks", hint="Give 1 or more.")
+        raise LaunchError(f"cannot start {ranks} ranks", where="launch.num_processes", hint="Give 1 or more.")
     base = safe_environment(environment)
     base.setdefault("OMP_NUM_THREADS", str(threads or max(1, _cores() // ranks)))
     if threads is not None:

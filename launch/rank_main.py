@@ -141,25 +141,25 @@ def train(config: Config, here: RankEnvironment, attempt: int | None, found: Sav
         if "FOVEA_ATTEMPT" not in os.environ:
             record.clear(run)  # somebody starts it by hand: what stopped it before is over
         requests.watch(run.path / "control", number)
-    health = config.health
-    away = config.data.storage.grace + 60 if any("://" in pattern for pattern in config.data.patterns) else 0.0
+    health = config.watchdog
+    away = config.data.storage.outage_timeout + 60 if any("://" in pattern for pattern in config.data.patterns) else 0.0
     watchdog = Watchdog(
         run.logs(number),
         world.rank,
         world.size,
         Limits(
-            factor=health.stall_factor,
-            floor=max(health.stall_floor, away),  # a storage that is away is waited for
-            start=health.start_limit,
-            evaluate=health.evaluate_limit,
-            checkpoint=health.checkpoint_limit,
+            factor=health.hang_factor,
+            floor=max(health.hang_floor, away),  # a storage that is away is waited for
+            start=health.startup_timeout,
+            evaluate=health.evaluation_timeout,
+            checkpoint=health.checkpoint_timeout,
         ),
     )
     watchdog.start()
     try:
         _train(config, world, run, number, found, requests, watchdog, begin, alone=attempt is None)
     except Exception as error:
-        return tell(error, watchdog, {"micro_batch": config.train.micro_batch or "all", "zero": config.train.zero})
+        return tell(error, watchdog, {"micro_batch": config.train.micro_batch_size or "all", "zero": config.train.zero_stage})
     finally:
         watchdog.stop()
     return 0
@@ -186,7 +186,7 @@ def _train(
     from pipeline.tracking import Journal, Shipper, destination_of, remember
     from pipeline.training.build import assemble
 
-    show = watcher(world.rank, config.train.global_batch, run.logs(number) / "rank-0.log" if alone else None)
+    show = watcher(world.rank, config.train.global_batch_size, run.logs(number) / "rank-0.log" if alone else None)
     journal = shipper = None
     tracked = ""
     if world.rank == 0:
@@ -212,7 +212,7 @@ def _train(
     copies = None
     if world.rank == 0 and mirror is not None:
         c = config.checkpoint
-        every = c.keep_every.steps(inputs.order.samples_per_epoch, config.train.global_batch) if c.keep_every else 0
+        every = c.keep_every.steps(inputs.order.samples_per_epoch, config.train.global_batch_size) if c.keep_every else 0
         copies = Copies(mirror, open_storage(config), Retention(c.keep_last, every, c.keep_best), show.say)
         copies.start(saved.listed(run.checkpoints))
     trainer = assemble(
@@ -237,7 +237,7 @@ def _train(
         copies=copies,
     )
     if world.rank == 0:
-        total, batch = trainer.plan.steps, config.train.global_batch
+        total, batch = trainer.plan.steps, config.train.global_batch_size
         parameters = sum(math.prod(shape) for shape in trainer.engine.shapes.values())
         start = f"resuming at step {trainer.progress.step}" if found else "starting"
         show.say(
@@ -261,7 +261,7 @@ def _train(
             "step": trainer.progress.step,
             "steps": trainer.plan.steps,
             "attempt": number,
-            "samples_seen": trainer.progress.step * config.train.global_batch,
+            "samples_seen": trainer.progress.step * config.train.global_batch_size,
             "scores": trainer.progress.scores,
             "skipped": trainer.progress.skipped,
             "seconds": trainer.progress.seconds,

@@ -44,7 +44,7 @@ def check_identity(config: Config, old: dict[str, Any], where: Path) -> None:
 
 def copies_of(config: Config) -> str | None:
     """Where the run's checkpoints are copied to; the run's name keeps those of several runs apart."""
-    target = config.checkpoint.copy_to
+    target = config.checkpoint.mirror
     return f"{target.rstrip('/')}/{config.run.name}" if target else None
 
 

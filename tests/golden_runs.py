@@ -45,7 +45,7 @@ def run(method: str, ranks: int, shards: str, folder: Path) -> dict[str, Any]:
         AssertionError: the training failed, or the resumed half differs from the whole.
     """
     config, directory = FOLDER / f"{method}.yaml", folder / f"{method}-{ranks}"
-    words = (f"launch.ranks={ranks}",)
+    words = (f"launch.num_processes={ranks}",)
     done = train(config, shards, directory, *words)
     assert done.returncode == 0, done.stderr + done.stdout
     whole = _record(directory, ranks)

@@ -20,11 +20,11 @@ def test_a_run_that_collapses_says_so_once_on_the_screen_and_in_the_journal(tmp_
         config,
         str(tmp_path / "*train-*.tar"),
         directory,
-        "train.length=150 steps",
+        "train.duration=150 steps",
         "train.log_every=5",
         "checkpoint.every=150 steps",
         "evaluation.knn.enabled=false",
-        "launch.ranks=1",
+        "launch.num_processes=1",
         "schedule.teacher_temperature.start=0.8",
         "schedule.teacher_temperature.peak=0.8",
     )

@@ -76,15 +76,15 @@ def test_a_run_that_is_killed_again_and_again_ends_bitwise_like_one_that_never_w
     shards = str(tmp_path / "scenes" / "*train-*.tar")
     config = tmp_path / "toy.yaml"
     config.write_text(TOY)
-    words = (f"train.length={STEPS} steps", "checkpoint.every=3 steps")
+    words = (f"train.duration={STEPS} steps", "checkpoint.every=3 steps")
     reference, directory = tmp_path / "undisturbed", tmp_path / "run"
-    done = train(config, shards, reference, *words, "checkpoint.asynchronous=false")
+    done = train(config, shards, reference, *words, "checkpoint.async_save=false")
     assert done.returncode == 0, done.stderr + done.stdout
 
     chance, crashes = random.Random(5), 0
     while crashes < CRASHES:
         launcher = subprocess.Popen(
-            command(config, shards, directory, *words, "checkpoint.asynchronous=true"),
+            command(config, shards, directory, *words, "checkpoint.async_save=true"),
             env=environment(),
             cwd=ROOT,
             stdin=subprocess.DEVNULL,
@@ -114,8 +114,8 @@ def test_a_node_that_lost_its_disk_goes_on_from_the_copy_as_if_nothing_had_happe
     config = tmp_path / "toy.yaml"
     config.write_text(TOY)
     reference, first, second = tmp_path / "undisturbed", tmp_path / "first", tmp_path / "second"
-    words = ("train.length=12 steps", "checkpoint.every=3 steps")
-    copied = (*words, f"checkpoint.copy_to={tmp_path / 'bucket'}")
+    words = ("train.duration=12 steps", "checkpoint.every=3 steps")
+    copied = (*words, f"checkpoint.mirror={tmp_path / 'bucket'}")
     assert train(config, shards, reference, *words).returncode == 0
     launcher = subprocess.Popen(
         command(config, shards, first, *copied),
@@ -148,7 +148,7 @@ def test_a_disk_that_takes_no_checkpoint_is_told_and_stops_the_run_only_after_se
     directory = tmp_path / "run"
     directory.mkdir()
     (directory / "checkpoints").write_text("a file where a folder should be")
-    words = ("checkpoint.every=3 steps", "checkpoint.most_failures=2")
+    words = ("checkpoint.every=3 steps", "checkpoint.max_failures=2")
     done = train(config, str(tmp_path / "scenes" / "*train-*.tar"), directory, *words)
     assert done.returncode == 2, done.stderr + done.stdout
     assert "no checkpoint of step 3" in done.stdout

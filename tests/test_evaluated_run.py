@@ -17,12 +17,12 @@ from tests.helpers.runs import TOY, recorded, train, weights
 pytestmark = pytest.mark.slow
 
 RECIPE = """
-recipe:
+method:
   name: clip
   image_size: 32
-  embed: 16
+  embed_dim: 16
   patch_dropout: 0.25
-  text: {architecture: null, width: 16, depth: 1, heads: 2, context: 16}
+  text: {architecture: null, width: 16, depth: 1, num_heads: 2, context_length: 16}
 """
 EVERYTHING = [
     "evaluation.knn.enabled=true",
@@ -59,7 +59,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     ]
     for name, overrides in (("judged", judged), ("plain", [])):
         shards = f"{folder}/scenes/*train-*.tar"
-        words = ["train.length=6 steps", "checkpoint.every=3 steps", "checkpoint.keep_last=9", *overrides]
+        words = ["train.duration=6 steps", "checkpoint.every=3 steps", "checkpoint.keep_last=9", *overrides]
         done = train(folder / "toy.yaml", shards, folder / name, *words)
         assert done.returncode == 0, done.stderr + done.stdout
     return folder / "judged", folder / "plain"
@@ -93,9 +93,9 @@ def test_a_run_whose_weights_are_cut_is_judged_alike(runs: tuple[Path, Path], tm
     """ZeRO 3 holds no tower whole: all ranks have to make the same passes."""
     folder, run = runs[0].parent, tmp_path / "cut"
     words = [
-        "train.length=2 steps",
+        "train.duration=2 steps",
         "schedule.lr.warmup=1 steps",
-        "train.zero=3",
+        "train.zero_stage=3",
         *(word for word in EVERYTHING if "robustness" not in word),
         f"evaluation.zeroshot={{enabled: true, every: 4 steps, classes: {folder}/classes.txt}}",
         f"evaluation.knn.val_shards={folder}/scenes/*val-*.tar",
@@ -152,7 +152,7 @@ def test_an_export_scores_as_its_run_does(runs: tuple[Path, Path], layout: str, 
     assert command("export", str(judged), "--to", layout, "--out", str(folder)) == 0
     shards = [f"data.shards={judged.parent}/scenes/*train-*.tar", f"evaluation.knn.val_shards={judged.parent}/scenes/*val-*.tar"]
     flags = ["--retrieval"] if layout == "open_clip" else ["--knn", "--logistic"]
-    settings = ["evaluation.knn.k=[3]", "evaluation.logistic.costs=[1.0]", "launch.backend=gloo"]
+    settings = ["evaluation.knn.k=[3]", "evaluation.logistic.C=[1.0]", "launch.backend=gloo"]
     assert command("eval", str(folder), *flags, "--json", str(out), *shards, *settings) == 0
     found: dict[str, Any] = json.loads(out.read_text())["scores"]["weights"]
     told = scored(judged)

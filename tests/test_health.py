@@ -57,7 +57,7 @@ def errors(done: subprocess.CompletedProcess[str]) -> list[str]:
     return [line.strip().removeprefix("| ") for line in done.stderr.splitlines() if "error: " in line]
 
 
-QUICK = ("health.stall_floor=1.5", "health.stall_factor=5", "train.length=12 steps")
+QUICK = ("watchdog.hang_floor=1.5", "watchdog.hang_factor=5", "train.duration=12 steps")
 
 
 @pytest.mark.slow
@@ -92,11 +92,11 @@ def test_a_frozen_rank_is_named_by_another(config: Path, shards: str, tmp_path: 
 @pytest.mark.parametrize("torchrun", [False, True], ids=["fovea", "torchrun"])
 def test_out_of_memory_is_one_message_with_the_mend(config: Path, shards: str, tmp_path: Path, torchrun: bool) -> None:
     directory = tmp_path / "run"
-    done = broken(config, shards, directory, "1 7 forward oom", "train.length=12 steps", torchrun=torchrun)
+    done = broken(config, shards, directory, "1 7 forward oom", "train.duration=12 steps", torchrun=torchrun)
     assert done.returncode == 1, done.stderr + done.stdout
     (message,) = errors(done)
     assert message.startswith("error: rank 1, forward and backward, step 7: out of GPU memory: CUDA out of memory. Tried")
-    assert "lower train.micro_batch" in message and "raise train.zero (now 1)" in message
+    assert "lower train.micro_batch_size" in message and "raise train.zero_stage (now 1)" in message
     assert "rank 0 ends because of rank 1: out of GPU memory" in done.stderr
     assert "Connection" not in done.stderr and ("Traceback" not in done.stderr or torchrun)
     assert not living(directory)
@@ -105,7 +105,7 @@ def test_out_of_memory_is_one_message_with_the_mend(config: Path, shards: str, t
 @pytest.mark.slow
 def test_a_killed_rank_is_named_by_the_one_that_is_left(config: Path, shards: str, tmp_path: Path) -> None:
     directory = tmp_path / "run"
-    done = broken(config, shards, directory, "1 7 forward kill", "train.length=12 steps")
+    done = broken(config, shards, directory, "1 7 forward kill", "train.duration=12 steps")
     assert done.returncode == 137, done.stderr + done.stdout
     (message,) = errors(done)
     assert "the connection to another rank broke: rank 1 is gone; last heard of in" in message and "log of rank 1" in message
@@ -115,7 +115,7 @@ def test_a_killed_rank_is_named_by_the_one_that_is_left(config: Path, shards: st
 @pytest.mark.slow
 def test_a_collective_that_takes_too_long_names_who_is_missing(config: Path, shards: str, tmp_path: Path) -> None:
     directory = tmp_path / "run"
-    done = broken(config, shards, directory, "1 7 data sleep", "train.length=12 steps", "launch.timeout=20")
+    done = broken(config, shards, directory, "1 7 data sleep", "train.duration=12 steps", "launch.timeout=20")
     assert done.returncode == RESTART, done.stderr + done.stdout
     (message,) = errors(done)
     # On a machine that is busy enough a beat of rank 1 may be late between the two looks at it.
@@ -127,7 +127,7 @@ def test_a_collective_that_takes_too_long_names_who_is_missing(config: Path, sha
 @pytest.mark.slow
 def test_a_mistake_of_ours_shows_its_traceback_once(config: Path, shards: str, tmp_path: Path) -> None:
     directory = tmp_path / "run"
-    done = broken(config, shards, directory, "0 3 step bug", "train.length=12 steps")
+    done = broken(config, shards, directory, "0 3 step bug", "train.duration=12 steps")
     assert done.returncode == 1
     assert done.stderr.count("Traceback") == 1 and "error: rank 0, step, step 3: KeyError" in done.stderr
     assert "Traceback" not in (directory / "logs" / "attempt-0000" / "rank-1.log").read_text()
@@ -138,7 +138,7 @@ def test_a_broken_loss_sends_the_run_back_and_its_batches_are_left_out_for_good(
     config: Path, shards: str, tmp_path: Path
 ) -> None:
     directory = tmp_path / "run"
-    words = ("train.length=14 steps", "health.rewind_after=3", "health.rewind_margin=1", "checkpoint.keep_last=5")
+    words = ("train.duration=14 steps", "watchdog.rollback_after=3", "watchdog.rollback_margin=1", "checkpoint.keep_last=5")
     done = broken(config, shards, directory, "1 8 forward nan 10", *words)
     assert done.returncode == 0, done.stderr + done.stdout
     assert json.loads((directory / "left_out.json").read_text()) == {"steps": [[7, 10]]}
@@ -159,7 +159,12 @@ def test_a_broken_loss_sends_the_run_back_and_its_batches_are_left_out_for_good(
 @pytest.mark.slow
 def test_a_run_goes_back_only_so_often(config: Path, shards: str, tmp_path: Path) -> None:
     directory = tmp_path / "run"
-    words = ("health.rewind_after=2", "health.rewind_margin=1", "health.max_rewinds=1", "train.max_nonfinite=3")
+    words = (
+        "watchdog.rollback_after=2",
+        "watchdog.rollback_margin=1",
+        "watchdog.max_rollbacks=1",
+        "train.max_consecutive_nonfinite=3",
+    )
     done = broken(config, shards, directory, "1 8 forward nan 40", *words)
     assert done.returncode == 1
     (message,) = errors(done)

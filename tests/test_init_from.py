@@ -18,9 +18,9 @@ from tests.helpers.runs import TOY, train
 # Nothing moves: what the first checkpoint of the second stage holds is what it began with.
 STILL = (
     "schedule.lr.warmup=1 steps",
-    "optim.lr=1e-30",
+    "schedule.lr.peak=1e-30",
     "schedule.lr.end=0",
-    "schedule.momentum={start: 1.0, end: 1.0}",
+    "schedule.teacher_momentum={start: 1.0, end: 1.0}",
     "schedule.weight_decay={start: 0.0, end: 0.0}",
 )
 
@@ -35,7 +35,7 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> str:
 @pytest.fixture(scope="module")
 def first(tmp_path_factory: pytest.TempPathFactory, shards: str, config: Path) -> Path:
     directory = tmp_path_factory.mktemp("first") / "run"
-    done = train(config, shards, directory, "train.length=4 steps", "schedule.lr.warmup=1 steps")
+    done = train(config, shards, directory, "train.duration=4 steps", "schedule.lr.warmup=1 steps")
     assert done.returncode == 0, done.stderr + done.stdout
     return directory
 
@@ -58,8 +58,14 @@ def test_the_second_stage_begins_with_the_first_ones_teacher(
 ) -> None:
     source = tmp_path / "source"
     shutil.copytree(first, source)
-    stage = [f"init_from.source={source}", "init_from.heads=true", "recipe.views.global_size=48", f"train.zero={zero}", *STILL]
-    done = train(config, shards, tmp_path / "run", *stage, "train.length=2 steps", "checkpoint.every=1 steps")
+    stage = [
+        f"init_from.source={source}",
+        "init_from.heads=true",
+        "method.views.global_size=48",
+        f"train.zero_stage={zero}",
+        *STILL,
+    ]
+    done = train(config, shards, tmp_path / "run", *stage, "train.duration=2 steps", "checkpoint.every=1 steps")
     assert done.returncode == 0, done.stderr + done.stdout
     assert "starting from the teacher of" in done.stdout and "resampled from 4 x 4 to 6 x 6" in done.stdout
     taught = whole(first, 4, "teacher")
@@ -74,7 +80,7 @@ def test_the_second_stage_begins_with_the_first_ones_teacher(
 
     shutil.rmtree(source)  # the run has its own checkpoints now
     shutil.rmtree(tmp_path / "run" / "checkpoints" / "step_000000002")
-    again = train(config, shards, tmp_path / "run", *stage, "train.length=2 steps", "checkpoint.every=1 steps")
+    again = train(config, shards, tmp_path / "run", *stage, "train.duration=2 steps", "checkpoint.every=1 steps")
     assert again.returncode == 0, again.stderr + again.stdout
     assert read(tmp_path / "run" / "checkpoints" / "step_000000002").manifest["init"] == manifest["init"]
 
@@ -83,13 +89,13 @@ def test_the_second_stage_begins_with_the_first_ones_teacher(
 def test_a_small_student_learns_from_a_frozen_run_and_resumes_without_it(first: Path, shards: str, tmp_path: Path) -> None:
     source = tmp_path / "source"
     shutil.copytree(first, source)
-    judge = "name: distill\n  judge: {width: 32, depth: 1, heads: 2, patch: 8}\n  judge_from: nowhere\n  gram_weight: 1.0"
+    judge = "name: distill\n  teacher_model: {embed_dim: 32, depth: 1, num_heads: 2, patch_size: 8}\n  teacher_weights: nowhere\n  gram_weight: 1.0"
     config = tmp_path / "distill.yaml"
-    config.write_text(TOY.replace("name: dinov2", judge).replace("model: {width: 32", "model: {width: 16"))
-    stage = ["train.zero=3", "checkpoint.every=2 steps", "schedule.lr.warmup=1 steps", "train.length=4 steps"]
+    config.write_text(TOY.replace("name: dinov2", judge).replace("model: {embed_dim: 32", "model: {embed_dim: 16"))
+    stage = ["train.zero_stage=3", "checkpoint.every=2 steps", "schedule.lr.warmup=1 steps", "train.duration=4 steps"]
     away = train(config, shards, tmp_path / "run", *stage)
     assert away.returncode == 2 and "no such file" in away.stderr and not (tmp_path / "run" / "logs").exists()
-    stage.append(f"recipe.judge_from={source}")
+    stage.append(f"method.teacher_weights={source}")
     done = train(config, shards, tmp_path / "run", *stage)
     assert done.returncode == 0, done.stderr + done.stdout
     taught = whole(first, 4, "teacher")

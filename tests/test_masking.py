@@ -39,7 +39,7 @@ def settings(*overrides: str) -> Any:
         f"tracking.uri=postgresql://u:{SECRET}@h/db",
         f"data.shards=http://u:{SECRET}@h/x.tar",
         f"data.storage.endpoint=http://u:{SECRET}@h:9000",
-        f"checkpoint.copy_to=s3://u:{SECRET}@bucket/x",
+        f"checkpoint.mirror=s3://u:{SECRET}@bucket/x",
         f"evaluation.knn.val_shards=['https://u:{SECRET}@h/x.tar']",
         f"tracking.uri=[http://u:{SECRET}@h]",
         f"no.such.key=http://u:{SECRET}@h",
@@ -150,7 +150,7 @@ def test_signed_links_are_read_indexed_and_resumed_without_their_signature(
     host: SignedHost, shards: str, tmp_path: Path, mode: str
 ) -> None:
     names = sorted(file.name for file in Path(shards).parent.glob("*train-*.tar"))
-    store = Storage(StorageSettings(mode=mode, cache=tmp_path / "cache", retries=0, grace=0.0))  # type: ignore[arg-type]
+    store = Storage(StorageSettings(access=mode, cache=tmp_path / "cache", retries=0, outage_timeout=0.0))  # type: ignore[arg-type]
     urls = expand([f"{host.root}/d/{name}?sig=good%2F1" for name in names], store)
     assert urls == [f"{host.root}/d/{name}" for name in names]
     manifest = build(urls, tmp_path / "index", fields=Fields(), workers=2, store=store)

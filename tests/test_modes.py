@@ -10,7 +10,7 @@ from pipeline.data.pack import synthetic as scenes
 from tests.helpers.runs import recorded, train
 
 STEPS = 6
-KNN = ("evaluation.knn.enabled=true", "evaluation.knn.every=6 steps", "evaluation.knn.batch=7")
+KNN = ("evaluation.knn.enabled=true", "evaluation.knn.every=6 steps", "evaluation.knn.batch_size=7")
 
 
 @pytest.fixture(scope="module")
@@ -23,7 +23,7 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> str:
 @pytest.fixture(scope="module")
 def plain(tmp_path_factory: pytest.TempPathFactory, shards: str, config: Path) -> Path:
     directory = tmp_path_factory.mktemp("plain") / "run"
-    done = train(config, shards, directory, f"train.length={STEPS} steps", *KNN)
+    done = train(config, shards, directory, f"train.duration={STEPS} steps", *KNN)
     assert done.returncode == 0, done.stderr + done.stdout
     return directory
 
@@ -32,9 +32,9 @@ def plain(tmp_path_factory: pytest.TempPathFactory, shards: str, config: Path) -
 @pytest.mark.parametrize(
     "settings",
     [
-        ("train.zero=0",),
-        ("train.zero=2", "train.micro_batch=4"),
-        ("train.zero=3", "train.recompute=true"),
+        ("train.zero_stage=0",),
+        ("train.zero_stage=2", "train.micro_batch_size=4"),
+        ("train.zero_stage=3", "train.activation_checkpointing=true"),
     ],
     ids=" ".join,
 )
@@ -42,7 +42,7 @@ def test_the_losses_are_those_of_the_plain_run(
     plain: Path, shards: str, config: Path, tmp_path: Path, settings: tuple[str, ...]
 ) -> None:
     directory = tmp_path / "run"
-    done = train(config, shards, directory, f"train.length={STEPS} steps", *KNN, *settings)
+    done = train(config, shards, directory, f"train.duration={STEPS} steps", *KNN, *settings)
     assert done.returncode == 0, done.stderr + done.stdout
     for rank in (0, 1):
         ours, theirs = recorded(directory, rank), recorded(plain, rank)

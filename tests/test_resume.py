@@ -106,7 +106,7 @@ def test_a_signal_saves_at_a_step_boundary_and_the_same_command_goes_on_exactly(
 
 @pytest.mark.slow
 def test_a_run_of_several_sizes_taken_up_in_the_middle_is_bitwise_the_undisturbed_one(shards: str, tmp_path: Path) -> None:
-    config, whole, run, length = tmp_path / "mixed.yaml", tmp_path / "whole", tmp_path / "run", "train.length=12 steps"
+    config, whole, run, length = tmp_path / "mixed.yaml", tmp_path / "whole", tmp_path / "run", "train.duration=12 steps"
     config.write_text(TOY.replace("model:", MIXED + "model:"))
     done = train(config, shards, whole, length)
     assert done.returncode == 0, done.stderr + done.stdout

@@ -60,7 +60,7 @@ def _children(parent: int) -> list[int]:
 
 def settings(door: Proxy, directory: Path, *more: str) -> list[str]:
     cache = f"data.storage.cache={directory.parent / 'cache'}"
-    return [f"data.storage.endpoint={door.endpoint}", cache, "data.storage.timeout=3", "data.storage.grace=60", *more]
+    return [f"data.storage.endpoint={door.endpoint}", cache, "data.storage.timeout=3", "data.storage.outage_timeout=60", *more]
 
 
 def batches(directory: Path) -> dict[int, tuple[str, ...]]:
@@ -99,7 +99,10 @@ def test_a_bucket_in_trouble_gives_the_batches_of_a_disk(
     kinds = ("503", "cut", "stall", "403")
     door.troubles = [Trouble(kind, times=2, match="train-", after=9 + number) for number, kind in enumerate(kinds)]
     done = train(
-        config, "s3://training/*train-*.tar", directory, *settings(door, directory, f"data.storage.mode={mode}", "data.workers=1")
+        config,
+        "s3://training/*train-*.tar",
+        directory,
+        *settings(door, directory, f"data.storage.access={mode}", "data.num_workers=1"),
     )
     assert done.returncode == 0, done.stderr + done.stdout
     assert all(trouble.hit == trouble.times for trouble in door.troubles), door.troubles
@@ -115,7 +118,9 @@ def test_stopped_and_resumed_on_one_two_and_four_ranks_the_global_batches_are_th
     for ranks, steps in ((2, 8), (4, 16), (1, STEPS)):
         door.troubles = [Trouble("503", times=3, match="train-", after=2)]
         # The length decides the schedules, so the run is stopped, not shortened.
-        words = command(config, "s3://training/*train-*.tar", directory, *settings(door, directory, f"launch.ranks={ranks}"))
+        words = command(
+            config, "s3://training/*train-*.tar", directory, *settings(door, directory, f"launch.num_processes={ranks}")
+        )
         launcher = subprocess.Popen(
             words, env=environment(), cwd=ROOT, stdin=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
         )
@@ -185,7 +190,7 @@ def test_an_object_replaced_while_training_stops_the_run_and_the_old_one_put_bac
             upload(s3_port, "changing", dict.fromkeys(names, other))
 
     door.on_request = watch
-    stopped = train(config, "s3://changing/*train-*.tar", directory, *settings(door, directory, "data.storage.mode=direct"))
+    stopped = train(config, "s3://changing/*train-*.tar", directory, *settings(door, directory, "data.storage.access=range_read"))
     assert changed
     assert stopped.returncode == 2, stopped.stderr + stopped.stdout
     assert "was replaced since it was indexed" in stopped.stderr + stopped.stdout

@@ -10,11 +10,11 @@ from pipeline.data.pack import synthetic as scenes
 from tests.helpers.runs import TOY, recorded, train
 
 STEPS = 4
-MODEL = "drop_path: 0.2, positions: rope, registers: 2, rope_rescale: 2.0, local_norm: true}"
+MODEL = "drop_path: 0.2, pos_embed: rope, registers: 2, rope_rescale_coords: 2.0, untie_local_norm: true}"
 TOWER = TOY.replace("drop_path: 0.1}", MODEL).replace("name: dinov2", "name: dinov2\n  gram_weight: 1.0\n  gram_refresh: 2")
 
 
-APART = "drop_path: 0.2, drop_path_rates: linear, registers: 2, class_position: true}"
+APART = "drop_path: 0.2, drop_path_schedule: linear, registers: 2, cls_pos_embed: true}"
 
 
 @pytest.mark.slow
@@ -23,9 +23,9 @@ def test_cut_and_recomputed_it_loses_what_it_loses_whole(model: str, tmp_path: P
     scenes.write(tmp_path / "scenes", train=60, val=10, size=32, seed=3, samples_per_shard=30)
     config = tmp_path / "tower.yaml"
     config.write_text(TOWER.replace(MODEL, model))
-    runs = {"whole": ("train.zero=0",), "cut": ("train.zero=3", "train.recompute=true")}
+    runs = {"whole": ("train.zero_stage=0",), "cut": ("train.zero_stage=3", "train.activation_checkpointing=true")}
     for name, settings in runs.items():
-        length = ("schedule.lr.warmup=1 steps", f"train.length={STEPS} steps")
+        length = ("schedule.lr.warmup=1 steps", f"train.duration={STEPS} steps")
         done = train(config, str(tmp_path / "scenes/*train-*.tar"), tmp_path / name, *length, *settings)
         assert done.returncode == 0, done.stderr + done.stdout
     for rank in (0, 1):
@@ -43,9 +43,13 @@ def test_with_products_of_8_bits_every_stage_loses_the_same(tmp_path: Path) -> N
     scenes.write(tmp_path / "scenes", train=60, val=10, size=32, seed=3, samples_per_shard=30)
     config = tmp_path / "toy.yaml"
     config.write_text(TOY)
-    runs = {"bf16": ("train.zero=1",), "whole": ("train.zero=1", "train.fp8=all"), "cut": ("train.zero=3", "train.fp8=all")}
+    runs = {
+        "bf16": ("train.zero_stage=1",),
+        "whole": ("train.zero_stage=1", "train.fp8=all"),
+        "cut": ("train.zero_stage=3", "train.fp8=all"),
+    }
     for name, settings in runs.items():
-        length = ("schedule.lr.warmup=1 steps", f"train.length={STEPS} steps", "train.precision=bf16")
+        length = ("schedule.lr.warmup=1 steps", f"train.duration={STEPS} steps", "train.precision=bf16")
         done = train(config, str(tmp_path / "scenes/*train-*.tar"), tmp_path / name, *length, *settings)
         assert done.returncode == 0, done.stderr + done.stdout
     plain, whole, cut = (recorded(tmp_path / name, 0) for name in runs)

@@ -231,7 +231,7 @@ def _rows(folder: Path) -> list[dict[str, Any]]:
 def _zero(manifest: dict[str, Any]) -> Any:
     """The ZeRO stage in the settings of a checkpoint, which may be of another version."""
     train = (manifest.get("config") or {}).get("train")
-    return train.get("zero", "?") if isinstance(train, dict) else "?"
+    return train.get("zero_stage", "?") if isinstance(train, dict) else "?"
 
 
 def _state(saved: Saved) -> str:

@@ -85,7 +85,7 @@ def images_per_second(name: str, words: list[str], directory: Path) -> float:
     folder = directory / ".probe"
     shutil.rmtree(folder, ignore_errors=True)
     off = [f"evaluation.{evaluation}.enabled=false" for evaluation in NAMES]
-    short = [f"train.length={_PROBE_STEPS} steps", "schedule.lr.warmup=0", "train.log_every=1", "tracking.enabled=false"]
+    short = [f"train.duration={_PROBE_STEPS} steps", "schedule.lr.warmup=0", "train.log_every=1", "tracking.enabled=false"]
     short += [f"run.directory={json.dumps(str(folder))}", f"checkpoint.every={_PROBE_STEPS} steps", "checkpoint.keep_best=null"]
     done = subprocess.run(
         module_command("launch.cli.main", "train", name, *words, *off, *short),
@@ -211,16 +211,16 @@ def run(*, minutes: float, method: str, data: str | None, directory: Path, val: 
     run_directory = directory / f"{method}-{stamp}"
     words = [
         *shards,
-        f"launch.ranks={ranks}",
+        f"launch.num_processes={ranks}",
         f"tracking.uri={json.dumps(store)}",
         "tracking.experiment=fovea demo",
     ]
     if method == "distill":
-        words.append(f"recipe.judge_from={json.dumps(str(_teacher(words, directory / f'teacher-{stamp}', minutes, steps)))}")
+        words.append(f"method.teacher_weights={json.dumps(str(_teacher(words, directory / f'teacher-{stamp}', minutes, steps)))}")
     words.append(f"run.directory={json.dumps(str(run_directory))}")
     words += _length(name, words, directory, minutes - (time.monotonic() - begin) / 60, steps)
     config = load(name, words).config
-    total = int(config.train.length.amount)
+    total = int(config.train.duration.amount)
     typed = f"fovea train {name} {' '.join(map(_quoted, words))}"
     say(f"2. The run: {method} with {ranks} ranks, {total} steps; the same as\n\n   {typed}\n")
     _train([name, *words], run_directory, stop_at=total // 2)
@@ -263,17 +263,17 @@ def _length(name: str, words: list[str], directory: Path, minutes: float, steps:
         seconds = 60 * minutes - 2 * _START_SECONDS - (time.monotonic() - begin)
         if seconds < _LEAST_SECONDS:
             raise _too_few(minutes)
-        steps = max(20, int(seconds * rate / config.train.global_batch))
+        steps = max(20, int(seconds * rate / config.train.global_batch_size))
     tenth = max(steps // 10, 1)
     chosen = [
-        f"train.length={steps} steps",
+        f"train.duration={steps} steps",
         f"checkpoint.every={max(steps // 4, 1)} steps",
         f"train.log_every={max(steps // 100, 1)}",
         f"schedule.lr.warmup={tenth} steps",
         *(f"evaluation.{evaluation}.every={tenth} steps" for evaluation in config.evaluation.enabled),
     ]
-    if "freeze_last_layer" in type(config.recipe).model_fields:
-        chosen.append(f"recipe.freeze_last_layer={max(steps // 50, 1)} steps")
+    if "freeze_last_layer" in type(config.method).model_fields:
+        chosen.append(f"method.freeze_last_layer={max(steps // 50, 1)} steps")
     return chosen
 
 

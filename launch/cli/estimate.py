@@ -68,8 +68,8 @@ def measure(config: Config) -> Sizes:
 
 def needed(config: Config, sizes: Sizes, stage: int, ranks: int) -> tuple[Held, float]:
     """Bytes held on one GPU, and its activations."""
-    share = max(config.train.global_batch // ranks, 1)
-    micro = min(config.train.micro_batch or share, share)
+    share = max(config.train.global_batch_size // ranks, 1)
+    micro = min(config.train.micro_batch_size or share, share)
     bf16 = config.train.precision == "bf16"
     memory = held(
         sizes.groups,
@@ -93,22 +93,22 @@ def advice(config: Config, sizes: Sizes, ranks: int, capacity: float) -> str:
         memory, live = needed(config, sizes, stage, ranks)
         if memory.total + live <= capacity:
             taken = f"{(memory.total + live) / 1e9:.1f} of {capacity / 1e9:.0f} GB"
-            return f"Choose train.zero={stage}: {taken} on each of {ranks} GPUs."
-    share = max(config.train.global_batch // ranks, 1)
-    micro = min(config.train.micro_batch or share, share)
+            return f"Choose train.zero_stage={stage}: {taken} on each of {ranks} GPUs."
+    share = max(config.train.global_batch_size // ranks, 1)
+    micro = min(config.train.micro_batch_size or share, share)
     while micro > 1:
         micro = max(divisor for divisor in range(1, micro // 2 + 1) if share % divisor == 0)
-        smaller = config.replace(train=config.train.model_copy(update={"micro_batch": micro}))
+        smaller = config.replace(train=config.train.model_copy(update={"micro_batch_size": micro}))
         for stage in (2, 3):
             memory, live = needed(smaller, sizes, stage, ranks)
             if memory.total + live <= capacity:
                 return (
-                    f"Choose train.zero={stage} and train.micro_batch={micro}: {(memory.total + live) / 1e9:.1f} GB; or use "
+                    f"Choose train.zero_stage={stage} and train.micro_batch_size={micro}: {(memory.total + live) / 1e9:.1f} GB; or use "
                     "activation checkpointing, or more GPUs."
                 )
     memory, _ = needed(config, sizes, 3, ranks)
     enough = next((r for r in (2**n for n in range(20)) if r > ranks and needed(config, sizes, 3, r)[0].total < capacity), None)
-    more = f"{enough} GPUs with train.zero=3 hold the states" if enough else "no number of such GPUs holds it"
+    more = f"{enough} GPUs with train.zero_stage=3 hold the states" if enough else "no number of such GPUs holds it"
     if config.train.offload == "none" and config.optim.name == "adamw":
         more += f"; train.offload=cpu takes {(memory.masters + memory.moments) / 1e9:.1f} GB of them to host memory"
     return f"Does not fit: without activations it is {memory.total / 1e9:.1f} GB at stage 3 on {ranks} GPUs; {more}."
@@ -121,25 +121,25 @@ def run(config: Config, *, ranks: int | None, gigabytes: float, console: Termina
         ConfigError: the global batch cannot be shared by so many GPUs.
     """
     out = console or Terminal()
-    ranks = ranks or config.launch.ranks or gpus() or 1
-    if config.train.global_batch % ranks:
+    ranks = ranks or config.launch.num_processes or gpus() or 1
+    if config.train.global_batch_size % ranks:
         raise ConfigError(
-            f"{config.train.global_batch} samples cannot be shared by {ranks} GPUs",
-            where="train.global_batch",
+            f"{config.train.global_batch_size} samples cannot be shared by {ranks} GPUs",
+            where="train.global_batch_size",
             hint="Change --gpus.",
         )
     sizes, capacity = measure(config), gigabytes * 1e9 * _SLACK
     parts = ", ".join(f"{name} {count / 1e6:.1f} M" for name, count in sizes.networks.items())
     out.print(f"Student {sizes.trained / 1e6:.1f} M parameters ({parts}); teacher {sum(sizes.teacher) / 1e6:.1f} M, in fp32.")
     table = Table(
-        title=f"GB on one GPU; {config.train.global_batch} samples a step, compute in {config.train.precision}",
+        title=f"GB on one GPU; {config.train.global_batch_size} samples a step, compute in {config.train.precision}",
         box=SIMPLE,
         padding=(0, 1, 0, 0),  # eleven columns in a terminal of 80
     )
     for name in ("GPUs", "ZeRO", "weights", "grads", "Adam", "teacher", "DALI", "buff.", "activ.", "all", "fits"):
         table.add_column(name, justify="right")
     fits = False
-    counts = sorted({ranks, *(r for r in (1, 2, 4, 8, 64, 256) if r < ranks and config.train.global_batch % r == 0)})
+    counts = sorted({ranks, *(r for r in (1, 2, 4, 8, 64, 256) if r < ranks and config.train.global_batch_size % r == 0)})
     for count in counts:
         for stage in range(4):
             memory, live = needed(config, sizes, stage, count)
@@ -158,10 +158,10 @@ def run(config: Config, *, ranks: int | None, gigabytes: float, console: Termina
             table.add_row(str(count), str(stage), *(f"{size / 1e9:.2f}" for size in row), "yes" if good else "no")
         table.add_section()
     out.print(table)
-    memory, live = needed(config, sizes, config.train.zero, ranks)
+    memory, live = needed(config, sizes, config.train.zero_stage, ranks)
     share = memory.teacher / (memory.total + live)
-    out.print(f"The teacher takes {share:.0%} of a GPU's memory at train.zero={config.train.zero} on {ranks} GPUs.")
-    if config.train.offload == "cpu" and config.train.zero:
+    out.print(f"The teacher takes {share:.0%} of a GPU's memory at train.zero_stage={config.train.zero_stage} on {ranks} GPUs.")
+    if config.train.offload == "cpu" and config.train.zero_stage:
         out.print(f"Host memory: {memory.host / 1e9:.2f} GB for each GPU, for AdamW (train.offload=cpu).")
     out.print(advice(config, sizes, ranks, capacity))
     out.print(
@@ -215,14 +215,14 @@ def bill(config: Config, site: ClusterProfile, *, ranks: int, efficiency: float,
         raise ConfigError(
             "no peak of the GPU is known", where="gpu_tflops of the cluster profile", hint="name it: 989 for an H100"
         )
-    length, size = config.train.length, None
+    length, size = config.train.duration, None
     if length.unit == "epochs" and samples is None:
         from pipeline.data.inputs import indexed
 
         manifest = indexed(config, config.data.patterns)
         samples, size = manifest.total, sum(shard.size for shard in manifest.shards) / max(manifest.total, 1)
-    steps = length.steps(samples or 0, config.train.global_batch)
-    whole = steps * config.train.global_batch
+    steps = length.steps(samples or 0, config.train.global_batch_size)
+    whole = steps * config.train.global_batch_size
     flop = counted(config)
     rate = ranks * site.gpu_tflops * 1e12 * efficiency / flop
     hours = whole / rate / 3600
@@ -237,7 +237,7 @@ def cost(
     out, b = console or Terminal(), bill(config, site, ranks=ranks, efficiency=efficiency, samples=samples)
     attempts = max(math.ceil(b.hours * 3600 / site.seconds), 1)
     out.print(
-        f"{b.steps:,} steps of {config.train.global_batch:,}, {b.samples:,} samples at {b.gflop:,.1f} GFLOP: about {b.rate:,.0f} "
+        f"{b.steps:,} steps of {config.train.global_batch_size:,}, {b.samples:,} samples at {b.gflop:,.1f} GFLOP: about {b.rate:,.0f} "
         f"samples/s on {ranks} GPUs, {b.hours:,.1f} hours, {b.gpu_hours:,.0f} GPU-hours"
         + ("" if b.price is None else f", {b.price:,.0f} in the profile's currency")
         + ("" if b.gigabytes is None else f"; {b.gigabytes:,.0f} GB read where no node keeps its shards")

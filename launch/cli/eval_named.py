@@ -164,7 +164,7 @@ def settings_for_weights(overrides: Sequence[str]) -> Config:
 
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "weights.yaml"
-        file.write_text("model: {timm: vit_tiny_patch16_224}\nrecipe: {name: clip}\n")
+        file.write_text("model: {timm_name: vit_tiny_patch16_224}\nmethod: {name: clip}\n")
         return load(file, overrides).config
 
 
@@ -216,7 +216,7 @@ def _data(config: Config, find: Any, *, trained: bool = False) -> dict[str, Any]
             raise DataError(
                 "the shards have no class number",
                 where=f"evaluation.knn.{'train_shards' if name == 'bank' else 'val_shards'}",
-                hint=f"Name shards whose samples have a .{config.data.label} member.",
+                hint=f"Name shards whose samples have a .{config.data.label_extension} member.",
             )
     return found
 

@@ -48,7 +48,7 @@ def labelled(config: Config) -> Inputs:
             raise DataError(
                 f"the shards {'to be judged' if role == 'judged' else 'that vote'} have no class number",
                 where=f"evaluation.knn.{key}",
-                hint=f"Name shards whose samples have a .{config.data.label} member.",
+                hint=f"Name shards whose samples have a .{config.data.label_extension} member.",
             )
     return inputs
 
@@ -57,7 +57,7 @@ def judging(config: Config) -> Config:
     """The settings with k-NN switched on, baselines and all, whatever training did."""
     knn = config.evaluation.knn.model_copy(update={"baselines": True})
     chosen = config.evaluation.only("knn", knn=knn)
-    return config.replace(evaluation=chosen.model_copy(update={"pictures": False}))
+    return config.replace(evaluation=chosen.model_copy(update={"log_images": False}))
 
 
 def scores(config: Config, run: Path) -> dict[str, dict[int, float]]:
@@ -159,8 +159,8 @@ def _tell(
 
 
 def _side(config: Config) -> int | None:
-    views = getattr(config.recipe, "views", None)
-    return config.evaluation.knn.size or getattr(views, "global_size", None) or getattr(config.recipe, "image_size", None)
+    views = getattr(config.method, "views", None)
+    return config.evaluation.knn.image_size or getattr(views, "global_size", None) or getattr(config.method, "image_size", None)
 
 
 def _print(found: dict[str, dict[int, float]], about: dict[str, Any]) -> None:

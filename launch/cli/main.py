@@ -31,7 +31,7 @@ app = typer.Typer(
     help="Pretrain vision models from tar shards.\n\n"
     "[b]See it work:[/b]          fovea demo\n\n"
     "[b]Train on your shards:[/b] fovea train dinov2/cifar10_vit_tiny data.shards='/data/train-{000..099}.tar'\n\n"
-    "[b]Change any setting:[/b]   fovea train my.yaml optim.lr=1e-3 train.global_batch=512\n\n"
+    "[b]Change any setting:[/b]   fovea train my.yaml schedule.lr.peak=1e-3 train.global_batch_size=512\n\n"
     "[b]Which settings are there?[/b]  fovea config show dinov2/cifar10_vit_tiny",
 )
 config = typer.Typer(no_args_is_help=True, help="Look at and check configurations.")
@@ -97,7 +97,7 @@ def train(config: ConfigArgument, overrides: Overrides = None) -> None:
 
     fovea train dinov2/cifar10_vit_tiny data.shards='cifar10/train-{00000..00009}.tar'
 
-    fovea train my.yaml launch.ranks=2 train.length='10 epochs' run.name=trial
+    fovea train my.yaml launch.num_processes=2 train.duration='10 epochs' run.name=trial
 
     Stop it with Ctrl-C, SIGTERM, SIGHUP or SIGUSR1: it saves, and the same command goes on. Start anew with
     checkpoint.resume=never.
@@ -183,7 +183,7 @@ def evaluate(
     extra = [*(overrides or ())]
     if zeroshot is not None:
         extra += [
-            f"evaluation.zeroshot.classes={zeroshot}",
+            f"evaluation.zeroshot.class_names={zeroshot}",
             *([f"evaluation.zeroshot.templates={templates}"] if templates else []),
         ]
         names.append("zeroshot")
@@ -317,7 +317,7 @@ def config_show(
 
     fovea config show
 
-    fovea config show dinov2/cifar10_vit_tiny optim.lr=1e-3 > mine.yaml
+    fovea config show dinov2/cifar10_vit_tiny schedule.lr.peak=1e-3 > mine.yaml
     """
     from pipeline.config.load import available, headline, show
 
@@ -336,7 +336,7 @@ def config_check(config: ConfigArgument, overrides: Overrides = None) -> None:
 
     [b]Example[/b]
 
-    fovea config check my.yaml train.global_batch=512
+    fovea config check my.yaml train.global_batch_size=512
     """
     from pipeline.config.load import fingerprint
 

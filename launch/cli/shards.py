@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Sequence
+from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -26,7 +27,7 @@ ConfigArgument = Annotated[
 Overrides = Annotated[
     list[str] | None,
     typer.Argument(
-        metavar="[KEY=VALUE]...", help="Settings to change, by dotted key: optim.lr=1e-3 evaluation.knn.k='[10, 20]'."
+        metavar="[KEY=VALUE]...", help="Settings to change, by dotted key: schedule.lr.peak=1e-3 evaluation.knn.k='[10, 20]'."
     ),
 ]
 Patterns = Annotated[list[str], typer.Argument(metavar="SHARDS...", help="Paths or URLs, with {000..123} or *.")]
@@ -37,7 +38,18 @@ WorkersOption = Annotated[int | None, typer.Option(min=1, help="Processes; by de
 ImageOption = Annotated[str | None, typer.Option(help="Extensions of the picture, comma-separated.")]
 CaptionOption = Annotated[str | None, typer.Option(help="Extension of the caption.")]
 LabelOption = Annotated[str | None, typer.Option(help="Extension of the class number.")]
-DamagedOption = Annotated[str, typer.Option(help="A shard cut short: refuse it, or use what is whole.")]
+
+
+class OnTruncated(StrEnum):
+    """What is done with a tar that breaks off."""
+
+    ERROR = "error"
+    KEEP_READABLE = "keep-readable"
+
+
+OnTruncatedOption = Annotated[
+    OnTruncated, typer.Option(help="A tar that is cut short: stop, or keep the samples before the cut.")
+]
 _GRACE = 20.0  # seconds that object storage may be away
 _NAMED = 20  # shards or samples that a screen shows before it points to the file
 
@@ -50,7 +62,7 @@ def index(
     image: ImageOption = None,
     caption: CaptionOption = None,
     label: LabelOption = None,
-    damaged: DamagedOption = "refuse",
+    on_truncated_shard: OnTruncatedOption = OnTruncated.ERROR,
     report: Annotated[
         Path | None, typer.Option(help="Where to write what is wrong, as JSON and .txt; by default report.json in the index.")
     ] = None,
@@ -64,9 +76,9 @@ def index(
 
     fovea shards index '/data/train-{000..099}.tar'
 
-    fovea shards index /data/web --damaged use --report broken.json
+    fovea shards index /data/web --on-truncated-shard keep-readable --report broken.json
     """
-    settings = _settings(patterns, directory, image, caption, label, damaged)
+    settings = _settings(patterns, directory, image, caption, label, on_truncated_shard)
     manifest, folder = _index(settings, workers, report)
     classes = f", {manifest.classes} classes" if manifest.classes else ", no class numbers"
     print(f"{manifest.total} samples in {len(manifest.shards)} shards{classes}; index in {folder}")
@@ -81,7 +93,7 @@ def verify(
     image: ImageOption = None,
     caption: CaptionOption = None,
     label: LabelOption = None,
-    damaged: DamagedOption = "refuse",
+    on_truncated_shard: OnTruncatedOption = OnTruncated.ERROR,
     exclude: Annotated[
         bool, typer.Option("--exclude", help="Mark what fails in the index, so that no training sees it; the shards stay.")
     ] = False,
@@ -101,7 +113,7 @@ def verify(
     from launch.progress_bar import meter
     from pipeline.data.inspect import verify as verification
 
-    manifest, folder = _index(_settings(patterns, directory, image, caption, label, damaged), workers, None)
+    manifest, folder = _index(_settings(patterns, directory, image, caption, label, on_truncated_shard), workers, None)
     with meter("decoding") as tell:
         verdict = verification.verify(manifest, workers=workers, progress=tell, store=_store())
     found = [
@@ -147,7 +159,7 @@ def pack(
     layout: Annotated[
         str, typer.Option(help="What SOURCE is: auto, folder, flat (no classes), table, files (img2dataset's) or shards.")
     ] = "auto",
-    damaged: Annotated[str, typer.Option(help="A tar that is cut short: refuse it, or use what is whole.")] = "refuse",
+    on_truncated_shard: OnTruncatedOption = OnTruncated.ERROR,
     threads: Annotated[int, typer.Option(min=1, max=256, help="Samples read at a time.")] = 8,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace shards of the same prefix.")] = False,
     follow_links: Annotated[
@@ -207,7 +219,7 @@ def pack(
         raise ConfigError(f"{labels!r} is no kind of labels", where="--labels", hint=f"Choose of {', '.join(LABEL_MODES)}.")
     _check_out(source, out)
     options = Options(
-        use_damaged=_damaged(damaged) == "use",
+        use_damaged=on_truncated_shard is OnTruncated.KEEP_READABLE,
         follow_links=follow_links,
         roots=tuple(root or ()),
         labels=mode,
@@ -260,7 +272,7 @@ def stats(
     image: ImageOption = None,
     caption: CaptionOption = None,
     label: LabelOption = None,
-    damaged: DamagedOption = "refuse",
+    on_truncated_shard: OnTruncatedOption = OnTruncated.ERROR,
     global_batch: Annotated[int, typer.Option(min=1, help="Global batch to give advice for.")] = 1024,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
@@ -276,7 +288,7 @@ def stats(
     """
     from pipeline.data.inspect.stats import statistics
 
-    manifest, _ = _index(_settings(patterns, directory, image, caption, label, damaged), workers, None, quiet=as_json)
+    manifest, _ = _index(_settings(patterns, directory, image, caption, label, on_truncated_shard), workers, None, quiet=as_json)
     found = statistics(manifest, global_batch=global_batch)
     print(json.dumps(found.document(), indent=1) if as_json else found.text())
 
@@ -305,7 +317,7 @@ def preview(
     if _names_shards(config):
         from pipeline.reports.contact_sheet import write as write_raw
 
-        manifest, _ = _index(_settings([config, *(overrides or ())], None, None, None, None, "refuse"), None, None)
+        manifest, _ = _index(_settings([config, *(overrides or ())], None, None, None, None, OnTruncated.ERROR), None, None)
         write_raw(manifest, out, samples)
     else:
         from pipeline.config.load import load
@@ -344,27 +356,31 @@ def ls(
 
 
 def _settings(
-    patterns: Sequence[str], directory: Path | None, image: str | None, caption: str | None, label: str | None, damaged: str
+    patterns: Sequence[str],
+    directory: Path | None,
+    image: str | None,
+    caption: str | None,
+    label: str | None,
+    on_truncated: OnTruncated,
 ) -> DataSettings:
     from pydantic import ValidationError
 
     from pipeline.data.settings import DataSettings
 
-    chosen = {"index": directory, "image": image.split(",") if image else None, "caption": caption, "label": label}
+    chosen = {
+        "index": directory,
+        "image_extensions": image.split(",") if image else None,
+        "caption_extension": caption,
+        "label_extension": label,
+    }
     given = {key: value for key, value in chosen.items() if value is not None}
     try:
-        return DataSettings.model_validate({"shards": list(patterns), "damaged": _damaged(damaged), **given})
+        return DataSettings.model_validate({"shards": list(patterns), "on_truncated_shard": on_truncated.value, **given})
     except ValidationError as error:
         first = error.errors()[0]
         key = ".".join(str(part) for part in first["loc"][:1]) or "shards"
         what = first["msg"].removeprefix("Value error, ")
         raise ConfigError(f"{str(first['input'])[:200]!r} {what}", where=key, hint="Name a folder, or a pattern with *") from None
-
-
-def _damaged(word: str) -> Literal["refuse", "use"]:
-    if word not in ("refuse", "use"):
-        raise ConfigError(f"{word!r} is neither refuse nor use", where="--damaged", hint="Choose one of the two.")
-    return "use" if word == "use" else "refuse"
 
 
 def _index(settings: DataSettings, workers: int | None, report: Path | None, *, quiet: bool = False) -> tuple[Manifest, Path]:
@@ -376,9 +392,9 @@ def _index(settings: DataSettings, workers: int | None, report: Path | None, *, 
     from pipeline.data.storage import expand
 
     fields = Fields(
-        images=settings.image,
-        caption=settings.caption,
-        label=settings.label,
+        images=settings.image_extensions,
+        caption=settings.caption_extension,
+        label=settings.label_extension,
         min_side=settings.min_side,
         max_pixels=settings.max_pixels,
     )
@@ -392,7 +408,9 @@ def _index(settings: DataSettings, workers: int | None, report: Path | None, *, 
             def told(done: int, total: int, shard: Shard) -> None:
                 tell(done, total, f"{printable(shard.url)}: {shard.samples} samples")
 
-            manifest = build(urls, folder, fields=fields, workers=workers, damaged=settings.damaged, progress=told, store=store)
+            manifest = build(
+                urls, folder, fields=fields, workers=workers, on_truncated=settings.on_truncated_shard, progress=told, store=store
+            )
     except UnusableShards as error:
         found = index_report(folder, error.shards, error.problems)
         found.save(place)
@@ -410,7 +428,7 @@ def _store() -> Storage:
     from pipeline.data.settings import StorageSettings
     from pipeline.data.storage import Storage
 
-    return Storage(StorageSettings(grace=_GRACE))
+    return Storage(StorageSettings(outage_timeout=_GRACE))
 
 
 def _class_names(path: Path | None) -> tuple[str, ...]:

@@ -54,7 +54,7 @@ def run(
         raise ConfigError("give a step or a key, one of them", where="ls", hint="For instance --step 1234, or --key 000123.")
     # k-NN shards are none of this business: they may be missing.
     config = loaded.config.replace(evaluation=loaded.config.evaluation.only())
-    world = ranks or config.launch.ranks or 1
+    world = ranks or config.launch.num_processes or 1
     inputs = prepare(config, world)
     last = math.ceil(epochs * inputs.order.samples_per_epoch / inputs.order.global_batch) if until is None else until
     if last < 0 or (step or 0) < 0:

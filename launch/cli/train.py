@@ -57,12 +57,12 @@ def run(loaded: Loaded) -> int:
     config = loaded.config
     outlive_terminal()
     here = RankEnvironment.read()
-    default = loaded.nobodys_choice("launch.ranks")
+    default = loaded.nobodys_choice("launch.num_processes")
     ranks = ranks_to_start(
-        here, config.launch.ranks, where="launch.ranks", on_cpu=config.launch.backend == "gloo", default=default
+        here, config.launch.num_processes, where="launch.num_processes", on_cpu=config.launch.backend == "gloo", default=default
     )
-    if default and config.launch.ranks != (ranks or here.world_size):
-        config = config.replace(launch=config.launch.model_copy(update={"ranks": ranks or None}))
+    if default and config.launch.num_processes != (ranks or here.world_size):
+        config = config.replace(launch=config.launch.model_copy(update={"num_processes": ranks or None}))
     if not ranks:
         from launch.rank_main import be_rank
 
@@ -77,7 +77,7 @@ def run(loaded: Loaded) -> int:
         found, complaints = choose_checkpoint(config, directory, inputs)
         for complaint in complaints:
             print(shown(complaint), file=sys.stderr)
-        if found is None and (config.init_from.source is not None or config.recipe.anchors):
+        if found is None and (config.init_from.source is not None or config.method.anchors):
             from pipeline.weights import init_from as initial
 
             initial.check(config)

@@ -42,7 +42,7 @@ def examine(cluster: str | None) -> Iterator[Finding]:
     if cluster is not None:
         profile = load(cluster)
         mode = settings.get("PreemptMode", "OFF")
-        if "CANCEL" in mode and profile.after == "requeue":
+        if "CANCEL" in mode and profile.requeue_mode == "requeue":
             yield "bad", f"preempted jobs are cancelled here (PreemptMode={mode})", "set after: chain in the profile"
         grace = _seconds(settings.get("KillWait", "30"))
         if grace < 30:

@@ -67,7 +67,7 @@ class ClusterProfile(Settings):
     cpus_per_rank: Count = Field(default=12, description="cores of a rank")
     memory: str = Field(default="0", description="memory of a machine as sbatch takes it; 0 means all")
     time: str = Field(default="24:00:00", description="time limit of one attempt, as sbatch takes it")
-    lead: Positive = Field(default=300.0, description="seconds before the limit at which the run saves and stops")
+    checkpoint_lead_time: Positive = Field(default=300.0, description="seconds before the limit at which the run saves and stops")
     partition: str | None = Field(default=None, description="partition")
     account: str | None = Field(default=None, description="account that is charged")
     qos: str | None = Field(default=None, description="quality of service")
@@ -75,7 +75,7 @@ class ClusterProfile(Settings):
     reservation: str | None = Field(default=None, description="reservation")
     exclusive: bool = Field(default=True, description="share the machines with no other job")
     options: Texts = Field(default=(), description="further #SBATCH options, such as --mail-type=FAIL")
-    after: Literal["requeue", "chain"] = Field(
+    requeue_mode: Literal["requeue", "chain"] = Field(
         default="requeue",
         description="how a run comes back: the same job is put back into the queue, or (where preempted jobs are cancelled) "
         "a successor waits in the queue all the time",
@@ -86,7 +86,7 @@ class ClusterProfile(Settings):
     python: str | None = Field(default=None, description="python of the ranks; null means the one that fovea submit runs with")
     setup: Texts = Field(default=(), description="lines of the batch script before anything else, such as module load cuda")
     environment: dict[str, str] = Field(default={}, description="variables of the ranks, such as NCCL's")
-    pass_on: Texts = Field(
+    export_env: Texts = Field(
         default=("AWS_*", "MLFLOW_*", "FOVEA_*", "GOOGLE_APPLICATION_CREDENTIALS", "AZURE_*", "XDG_CACHE_HOME"),
         description="names of variables that the job takes over from whoever submits it; their values are written nowhere",
     )
@@ -94,7 +94,7 @@ class ClusterProfile(Settings):
     local_paths: Texts = Field(
         default=("/tmp", "/var/tmp", "/dev/shm", "/scratch/local"), description="folders that other machines do not see"
     )
-    hang: Positive = Field(
+    hang_timeout: Positive = Field(
         default=1800.0, description="seconds without any sign of life of any rank after which an attempt is ended"
     )
     budgets: BudgetSettings = Field(default=BudgetSettings(), description="how often a cause may end an attempt")
@@ -107,7 +107,7 @@ class ClusterProfile(Settings):
     def _one_line_each(self) -> Self:
         """All of these become lines of the batch script; only ``setup`` is meant to."""
         single = ("memory", "partition", "account", "qos", "constraint", "reservation", "host_python", "python")
-        texts = {name: (getattr(self, name),) for name in single} | {"options": self.options, "pass_on": self.pass_on}
+        texts = {name: (getattr(self, name),) for name in single} | {"options": self.options, "pass_on": self.export_env}
         for name, values in texts.items():
             for value in values:
                 if value is not None and printable(value) != value:
@@ -212,9 +212,9 @@ def _made(tree: Branch, problems: list[Problem], overrides: Sequence[str], shown
             problems.append(Problem(path, told.replace("Value error, ", ""), origin_of(tree, names) or shown))
     if problems or profile is None:
         raise InvalidConfig(problems)
-    if profile.lead >= profile.seconds:
+    if profile.checkpoint_lead_time >= profile.seconds:
         raise ConfigError(
-            f"the run would have to stop {profile.lead:.0f} s before a limit of {profile.seconds} s",
+            f"the run would have to stop {profile.checkpoint_lead_time:.0f} s before a limit of {profile.seconds} s",
             where=f"{shown}: lead",
             hint="lower lead, or raise time",
         )

@@ -51,7 +51,7 @@ def script(config: Config, profile: ClusterProfile, run: Path, *, command: str, 
         run=str(run),
         output=sbatch_word(f"{str(run).replace('%', '%%')}/logs/batch-%j.log"),
         code=str(run / "code"),
-        lead=round(profile.lead),
+        lead=round(profile.checkpoint_lead_time),
         threads=config.train.threads or max(profile.cpus_per_rank // 2, 1),
         environment=profile.environment,
         command=printable(" ".join(command.split())),
@@ -70,7 +70,7 @@ def sbatch_word(text: str) -> str:
 
 def passed_on(profile: ClusterProfile) -> list[str]:
     """Names of this process's variables that the job takes over."""
-    return sorted(name for name in os.environ if any(fnmatch.fnmatchcase(name, pattern) for pattern in profile.pass_on))
+    return sorted(name for name in os.environ if any(fnmatch.fnmatchcase(name, pattern) for pattern in profile.export_env))
 
 
 def facts(config: Config, profile: ClusterProfile, run: Path) -> dict[str, Any]:
@@ -79,9 +79,9 @@ def facts(config: Config, profile: ClusterProfile, run: Path) -> dict[str, Any]:
         "ranks": profile.world,
         "nodes": profile.nodes,
         "gpus_per_node": profile.gpus_per_node,
-        "after": profile.after,
-        "lead": profile.lead,
-        "hang": profile.hang,
+        "after": profile.requeue_mode,
+        "lead": profile.checkpoint_lead_time,
+        "hang": profile.hang_timeout,
         "budgets": profile.budgets.model_dump(),
         "preflight": profile.preflight.model_dump(),
         "host_python": profile.host_python,

@@ -182,7 +182,7 @@ def method(options: Options, device: torch.device) -> tuple[DINOv2, Batch]:
     local = max(options.side // 2 // 16 * 16, 16)
     views = ViewSettings(global_size=options.side, local_size=local, local_count=4)
     settings = Dinov2Settings(views=views, prototypes=options.prototypes)
-    tower = build_tower(ModelSettings(timm=MODELS[options.model]), image_size=options.side)
+    tower = build_tower(ModelSettings(timm_name=MODELS[options.model]), image_size=options.side)
     recipe = DINOv2(tower, settings).to(device).place(device)
     spec = dinov2_views(settings, patch=16)[0].mask
     grid, rows = options.side // 16, 2 * options.batch

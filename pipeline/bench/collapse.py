@@ -40,20 +40,20 @@ class Trial:
         return f"{self.question}-{self.name}".replace(" ", "_").replace(",", "")
 
 
-LOCALS = ("recipe.views.local_count=2", "recipe.views.local_size=16", "recipe.views.local_scale=[0.15, 0.5]")
+LOCALS = ("method.views.local_count=2", "method.views.local_size=16", "method.views.local_scale=[0.15, 0.5]")
 TRIALS = (
     Trial("byol", "as it is", "byol/scenes"),
-    Trial("byol", "without predictor", "byol/scenes", ("recipe.predictor=false",)),
+    Trial("byol", "without predictor", "byol/scenes", ("method.predictor=false",)),
     Trial("dino", "as it is", "dino/scenes"),
-    Trial("dino", "without centring", "dino/scenes", ("recipe.center_momentum=1.0",)),
+    Trial("dino", "without centring", "dino/scenes", ("method.center_momentum=1.0",)),
     Trial("dino", "without sharpening", "dino/scenes", ("schedule.teacher_temperature.start=0.1",)),
-    Trial("dino", "without batch norm", "dino/scenes", ("recipe.head_norm=none",)),
+    Trial("dino", "without batch norm", "dino/scenes", ("method.head_norm=none",)),
     Trial("mocov2", "as it is", "mocov2/scenes"),
-    Trial("mocov2", "without batch norm", "mocov2/scenes", ("recipe.head_norm=none",)),
+    Trial("mocov2", "without batch norm", "mocov2/scenes", ("method.head_norm=none",)),
     Trial("simclr", "batch 128", "simclr/scenes"),
-    Trial("simclr", "batch 16", "simclr/scenes", ("train.global_batch=16",)),
+    Trial("simclr", "batch 16", "simclr/scenes", ("train.global_batch_size=16",)),
     Trial("logo", "local crops attracted", "mocov2/scenes", LOCALS),
-    Trial("logo", "and repelled from each other", "mocov2/scenes", (*LOCALS, "recipe.repel={}")),
+    Trial("logo", "and repelled from each other", "mocov2/scenes", (*LOCALS, "method.local_repulsion={}")),
 )
 QUESTIONS = tuple(dict.fromkeys(trial.question for trial in TRIALS))
 _EVALUATIONS = 4
@@ -99,13 +99,13 @@ def measure(questions: Sequence[str], shards: str, *, samples: int, ranks: int, 
 
 
 def _one(trial: Trial, shards: str, samples: int, ranks: int, directory: Path) -> Found:
-    batch = load(trial.config, trial.settings).config.train.global_batch
+    batch = load(trial.config, trial.settings).config.train.global_batch_size
     steps = max(samples // batch, _EVALUATIONS)
     settings = [
         f"data.shards={json.dumps(shards)}",
-        f"launch.ranks={ranks}",
+        f"launch.num_processes={ranks}",
         f"run.name={trial.slug}",
-        f"train.length={steps} steps",
+        f"train.duration={steps} steps",
         f"schedule.lr.warmup={max(steps // 10, 1)} steps",
         f"evaluation.knn.every={math.ceil(steps / _EVALUATIONS)} steps",
         f"checkpoint.every={steps} steps",
@@ -117,7 +117,7 @@ def _one(trial: Trial, shards: str, samples: int, ranks: int, directory: Path) -
 
 def told(trial: Trial, directory: Path) -> Found:
     """What a run that was finished says of its trial."""
-    batch = load(trial.config, trial.settings).config.train.global_batch
+    batch = load(trial.config, trial.settings).config.train.global_batch_size
     outcome = json.loads((directory / "outcome.json").read_text())
     metrics, alarms = journal(directory)
     names = [name for name in metrics if name.startswith("knn/k")]

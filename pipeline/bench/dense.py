@@ -51,15 +51,15 @@ def measure(shards: str, *, samples: int, seeds: Sequence[int], ranks: int, dire
 
 def _one(method: str, shards: str, samples: int, seed: int, ranks: int, directory: Path) -> Found:
     name = f"{method}/scenes"
-    steps = max(samples // load(name).config.train.global_batch, 1)
+    steps = max(samples // load(name).config.train.global_batch_size, 1)
     held_out = shards.replace("train-", "val-")
     judged = {"enabled": True, "every": f"{steps} steps", "train_shards": [shards], "val_shards": [held_out]}
     judged |= {"classes": len(CLASS_NAMES) + 1, **_SEGMENTATION}
     settings = [
         f"data.shards={json.dumps(shards)}",
-        f"launch.ranks={ranks}",
+        f"launch.num_processes={ranks}",
         f"run.seed={seed}",
-        f"train.length={steps} steps",
+        f"train.duration={steps} steps",
         f"schedule.lr.warmup={max(steps // 10, 1)} steps",
         f"evaluation.knn.every={steps} steps",
         f"checkpoint.every={steps} steps",

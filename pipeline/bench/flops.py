@@ -43,7 +43,7 @@ def cost(name: str, config: Config) -> Cost:
 
 def formula(config: Config) -> float | None:
     """Operations of one sample in one step by hand; ``None`` for methods and towers without a formula."""
-    recipe = config.recipe
+    recipe = config.method
     if type(recipe) is Dinov2Settings:
         return _dinov2(config.model, recipe)
     if isinstance(recipe, ClipSettings) and recipe.image_pool == "class_token" and not recipe.freeze:
@@ -56,14 +56,14 @@ def _shape(model: ModelSettings) -> tuple[int, int, int, bool, int | None] | Non
     patch = model.patch_side
     if patch is None or model.stem != "patch":
         return None
-    if model.timm:
-        size = re.match(r"vit_(tiny|small|base|large|huge)_patch", model.timm)
+    if model.timm_name:
+        size = re.match(r"vit_(tiny|small|base|large|huge)_patch", model.timm_name)
         return (*_TIMM[size[1]], patch, False, None) if size else None
-    if model.width is None or model.depth is None:
+    if model.embed_dim is None or model.depth is None:
         return None
     gated = model.ffn == "swiglu"
-    hidden = flops.swiglu_hidden(model.width, model.mlp_ratio) if gated else int(model.width * model.mlp_ratio)
-    return model.width, model.depth, patch, gated, hidden
+    hidden = flops.swiglu_hidden(model.embed_dim, model.mlp_ratio) if gated else int(model.embed_dim * model.mlp_ratio)
+    return model.embed_dim, model.depth, patch, gated, hidden
 
 
 def _dinov2(model: ModelSettings, s: Dinov2Settings) -> float | None:
@@ -77,7 +77,7 @@ def _dinov2(model: ModelSettings, s: Dinov2Settings) -> float | None:
         return None
     width, depth, patch, gated, hidden = shape
     prefix = 1 + model.registers
-    keep = 1 - model.drop_path if model.drop_path_mode == "subset" else 1.0
+    keep = 1 - model.drop_path if model.batched_drop_path else 1.0
 
     def forward(side: int, read: float | None = None) -> float:
         return flops.tower(side, patch, width, depth, prefix=prefix, gated=gated, hidden=hidden, read=read)
@@ -92,7 +92,7 @@ def _dinov2(model: ModelSettings, s: Dinov2Settings) -> float | None:
     logits = 2.0 * s.head_bottleneck * s.prototypes
     crops = v.global_count + v.local_count
     # The teacher's logits are made for Sinkhorn and again beside the student's; large batches make them anew in each round.
-    again = logits if s.targets == "sinkhorn" else 0.0
+    again = logits if s.centering == "sinkhorn_knopp" else 0.0
     teacher_tokens, student_tokens = v.global_count + hidden_patches, crops + hidden_patches
     anchor = v.global_count * forward(s.gram_size or v.global_size) if s.gram_weight else 0.0
     return anchor + teacher + student + teacher_tokens * (head + again) + 3 * student_tokens * head
@@ -108,7 +108,7 @@ def _clip(model: ModelSettings, s: ClipSettings) -> float | None:
     image = (depth - 1) * flops.block(patches + 1, width, hidden=hidden, gated=gated)
     image += flops.block(patches + 1, width, hidden=hidden, gated=gated, read=1)
     image += 2.0 * (s.image_size // patch) ** 2 * 3 * patch**2 * width
-    text = flops.text_tower(s.text.context, s.text.sizes.width, s.text.sizes.depth, s.embed or s.text.sizes.embed)
+    text = flops.text_tower(s.text.context_length, s.text.sizes.width, s.text.sizes.depth, s.embed_dim or s.text.sizes.embed)
     return 3 * (image + text)
 
 

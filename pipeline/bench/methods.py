@@ -49,7 +49,7 @@ def configs() -> dict[str, str]:
     found: dict[str, str] = {}
     for name in sorted(available()):
         if "scenes" in name.split("/")[-1]:
-            method = load(name).config.recipe.name
+            method = load(name).config.method.name
             if method in RECIPES:
                 found.setdefault(method, name)
     return found
@@ -77,14 +77,14 @@ def measure(
 
 def _one(method: str, shards: str, minutes: float, ranks: int, directory: Path, samples: int | None) -> Row:
     name = configs()[method]
-    common = [f"data.shards={json.dumps(shards)}", f"launch.ranks={ranks}", "tracking.enabled=false"]
+    common = [f"data.shards={json.dumps(shards)}", f"launch.num_processes={ranks}", "tracking.enabled=false"]
     if samples is None:
-        short = [f"train.length={PROBE} steps", "schedule.lr.warmup=1 steps", "evaluation.knn.enabled=false"]
+        short = [f"train.duration={PROBE} steps", "schedule.lr.warmup=1 steps", "evaluation.knn.enabled=false"]
         probe = train(name, directory / "probe", [*common, *short])
         steps = max(int(60 * minutes / (probe["seconds"] / PROBE)), PROBE)
     else:
-        steps = max(samples // load(name).config.train.global_batch, 1)
-    lengths = [f"train.length={steps} steps", f"schedule.lr.warmup={max(steps // 10, 1)} steps"]
+        steps = max(samples // load(name).config.train.global_batch_size, 1)
+    lengths = [f"train.duration={steps} steps", f"schedule.lr.warmup={max(steps // 10, 1)} steps"]
     often = [f"evaluation.knn.every={steps} steps", f"checkpoint.every={steps} steps"]
     outcome = train(name, directory / "run", [*common, *lengths, *often])
     scores = outcome["scores"]

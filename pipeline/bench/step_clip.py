@@ -84,11 +84,11 @@ def _models(model: str, device: torch.device) -> tuple[CLIP, Any]:
     import open_clip
 
     tiny, torch_name = model == "tiny", TOWERS[model]
-    text = TextSettings(architecture=None, width=64, depth=2, heads=2) if tiny else TextSettings()
+    text = TextSettings(architecture=None, width=64, depth=2, num_heads=2) if tiny else TextSettings()
     sizes = text.sizes
     torch.manual_seed(0)
     settings = ClipSettings(image_size=224, text=text, patch_dropout=0.0)
-    ours = CLIP(build_tower(ModelSettings(timm=torch_name), image_size=224), settings)
+    ours = CLIP(build_tower(ModelSettings(timm_name=torch_name), image_size=224), settings)
     theirs: Any = open_clip.CustomTextCLIP(
         sizes.embed,
         vision_cfg={"timm_model_name": torch_name, "timm_pool": "token", "timm_proj": "linear", "image_size": 224},

@@ -44,14 +44,14 @@ def contest(model: str, samples: int, prototypes: int, drop: float, *, bf16: boo
         views=ViewSettings(global_size=sides[0], local_size=sides[1], local_count=8), prototypes=prototypes, shared_heads=True
     )
     sizes = ModelSettings(
-        width=width,
+        embed_dim=width,
         depth=depth,
-        heads=heads,
-        patch=patch,
+        num_heads=heads,
+        patch_size=patch,
         layer_scale=_LAYER_SCALE,
         drop_path=drop,
-        drop_path_mode="subset",
-        position_resampling="offset",
+        batched_drop_path=True,
+        pos_embed_interpolation="offset",
     )
     recipe = DINOv2(build_tower(sizes, image_size=sides[0]), settings).to(device).place(device).train()
     batch = _batch(settings, patch, samples, device)

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pipeline.config.upgrade import upgrade
 from pipeline.errors import CheckpointError
 from pipeline.untrusted import plain_name, printable, read_json
 
@@ -26,7 +27,7 @@ _HINT = "the checkpoint is damaged or not to be trusted; name another"
 
 
 def read_manifest(path: Path) -> dict[str, Any]:
-    """A checkpoint's ``manifest.json`` as it stands there, once all of it is what it has to be.
+    """A checkpoint's ``manifest.json``, its settings under today's names, once all of it is what it has to be.
 
     Args:
         path: the file; regular, at most 256 MiB.
@@ -43,6 +44,8 @@ def read_manifest(path: Path) -> dict[str, Any]:
             where=printable(str(path)),
             hint="name a directory step_… of a run",
         ) from None
+    if isinstance(document, dict) and isinstance(document.get("config"), dict):
+        document["config"] = upgrade(document["config"])
     return check_manifest(document, where=printable(str(path)))
 
 

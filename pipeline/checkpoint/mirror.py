@@ -150,7 +150,7 @@ def fetch(target: str, directory: Path, storage: Storage) -> tuple[Saved | None,
         raise CheckpointError(
             f"none of the {len(found)} copies is whole; the newest: {complaints[0]}",
             where=target,
-            hint="start anew with another run.name, or with checkpoint.copy_to=null",
+            hint="start anew with another run.name, or with checkpoint.mirror=null",
         )
     return None, []
 

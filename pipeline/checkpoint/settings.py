@@ -17,8 +17,8 @@ class CheckpointSettings(Settings):
     """What is saved, and what a start takes up again."""
 
     every: Length = Field(default=Length(3750, "steps"), description="distance of two checkpoints")
-    asynchronous: bool = Field(default=True, description="write while training goes on, from a copy in host memory")
-    most_failures: Count = Field(default=3, description="checkpoints in a row that may fail before the run stops")
+    async_save: bool = Field(default=True, description="write while training goes on, from a copy in host memory")
+    max_failures: Count = Field(default=3, description="checkpoints in a row that may fail before the run stops")
     keep_last: Count = Field(default=3, description="checkpoints kept, the newest")
     keep_every: Length | None = Field(default=None, description="distance of checkpoints that are kept for ever; null for none")
     keep_best: str | None = Field(
@@ -26,7 +26,7 @@ class CheckpointSettings(Settings):
         min_length=1,
         description="metric whose highest checkpoint is kept, such as knn/k20; each evaluation is then saved; null for none",
     )
-    copy_to: PathName | None = Field(
+    mirror: PathName | None = Field(
         default=None,
         min_length=1,
         description="bucket or folder that each checkpoint is copied to, below the run's name, and fetched from; null for none",

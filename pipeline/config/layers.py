@@ -68,6 +68,13 @@ class Branch:
     origin: str
 
 
+def grown(document: dict[str, Any], origin: str) -> Branch:
+    """A tree of plain values, all of one origin."""
+    return Branch(
+        {key: grown(value, origin) if isinstance(value, dict) else Leaf(value, origin) for key, value in document.items()}, origin
+    )
+
+
 def scalar(text: str) -> Any:
     """What a plain YAML 1.2 scalar means: null, a boolean, an integer, a float, or the text itself."""
     if text in _WORDS:
@@ -230,7 +237,7 @@ def override(text: str, problems: list[Problem]) -> Branch:
     key, equals, value = text.partition("=")
     parts = key.strip().split(".")
     if not equals or not all(parts):
-        problems.append(Problem("", f"{text!r} should read key.path=value, for instance optim.lr=1e-3", COMMAND_LINE))
+        problems.append(Problem("", f"{text!r} should read key.path=value, for instance schedule.lr.peak=1e-3", COMMAND_LINE))
         return Branch({}, COMMAND_LINE)
     value = value.strip()
     end: Leaf | Branch = Leaf(scalar(value), COMMAND_LINE)
@@ -259,7 +266,7 @@ def merge(onto: Branch, update: Branch, *, top: bool = True) -> None:
 
 
 def _exchanged(section: str, old: Branch, new: Branch) -> bool:
-    if section not in ("recipe", "optim"):
+    if section not in ("method", "optim"):
         return False
     return _name_of(new) not in (None, _name_of(old) or Config.model_fields[section].default.name)
 

@@ -2,7 +2,7 @@
 
 A config file is a mapping of the sections of :class:`pipeline.config.schema.Config`. ``base:`` names one or several other files,
 relative to this one, that are merged first, in order: mappings key by key, everything else as a whole. Dotted overrides
-(``optim.lr=1e-3``) come last. How files are read is told in :mod:`pipeline.config.layers`.
+(``schedule.lr.peak=1e-3``) come last. How files are read is told in :mod:`pipeline.config.layers`.
 
 Every problem of a file is reported at once, each with its place, the key's full path, the value, what is allowed, and the
 nearest valid name. Nothing here imports torch.
@@ -27,10 +27,11 @@ from typing import Any
 from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 
-from pipeline.config.layers import Branch, Leaf, Problem, display, merge, origin_of, override, read, scalar, unwrap
+from pipeline.config.layers import Branch, Leaf, Problem, display, grown, merge, origin_of, override, read, scalar, unwrap
 from pipeline.config.paths import same
-from pipeline.config.schema import RECIPES, Config, without_retired
+from pipeline.config.schema import RECIPES, Config
 from pipeline.config.types import Length, Settings, absolute_paths, path_marker
+from pipeline.config.upgrade import upgrade
 from pipeline.config.validate import check
 from pipeline.errors import ConfigError
 from pipeline.masking import masked
@@ -152,6 +153,8 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Loaded:
     problems: list[Problem] = []
     tree = read(file, problems, ())
     if (found_in := _run_of(file)) is not None:
+        if "recipe" in tree.children:
+            tree = grown(upgrade(unwrap(tree)), display(file))
         merge(tree, Branch({"run": Branch({"directory": Leaf(os.path.abspath(found_in), display(file))}, display(file))}, ""))
     for text in overrides:
         merge(tree, override(text, problems))
@@ -178,20 +181,20 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Loaded:
 def _validate(tree: Branch, shown: str) -> tuple[Config | None, list[Problem]]:
     """The settings, or all that is wrong with single keys."""
     problems: list[Problem] = []
-    raw = without_retired(unwrap(tree))
-    section, method = raw.pop("recipe", {}), str(Dinov2Settings().name)
+    raw = unwrap(tree)
+    section, method = raw.pop("method", {}), str(Dinov2Settings().name)
     name: Any = section.get("name", method) if isinstance(section, dict) else method
     if isinstance(name, str) and name in RECIPES:
         method = name
     else:
         near = difflib.get_close_matches(str(name), RECIPES, 1)
         hint = f"; did you mean {near[0]}?" if near else ""
-        message = f"recipe.name = {_quote(name)}: no such method{hint} (allowed: {', '.join(sorted(RECIPES))})"
-        problems.append(Problem("recipe.name", message, origin_of(tree, ["recipe", "name"]) or shown))
+        message = f"method.name = {_quote(name)}: no such method{hint} (allowed: {', '.join(sorted(RECIPES))})"
+        problems.append(Problem("method.name", message, origin_of(tree, ["method", "name"]) or shown))
         section = {}
     fields = schema(method)
     parts: dict[str, Any] = {}
-    for prefix, kind, value in (("", Config, raw), ("recipe", RECIPES[method], section)):
+    for prefix, kind, value in (("", Config, raw), ("method", RECIPES[method], section)):
         try:
             parts[prefix] = kind.model_validate_json(json.dumps(value), strict=True)
         except ValidationError as error:
@@ -200,7 +203,7 @@ def _validate(tree: Branch, shown: str) -> tuple[Config | None, list[Problem]]:
     if problems:
         order = {problem: _position(problem.origin) for problem in problems}
         return None, sorted(problems, key=lambda problem: order[problem])
-    return parts[""].replace(recipe=parts["recipe"]), []
+    return parts[""].replace(method=parts["method"]), []
 
 
 def _position(origin: str) -> tuple[str, int, int]:
@@ -274,7 +277,7 @@ def schema(recipe: str = "dinov2") -> dict[str, FieldInfo]:
     def walk(kind: type[Settings], prefix: str) -> Iterator[tuple[str, FieldInfo]]:
         for name, info in kind.model_fields.items():
             yield prefix + name, info
-            inner = RECIPES[recipe] if info.annotation is RecipeSettings or name == "recipe" else info.annotation
+            inner = RECIPES[recipe] if info.annotation is RecipeSettings or name == "method" else info.annotation
             for part in (
                 inner,
                 *typing.get_args(inner),
@@ -338,7 +341,7 @@ def identity(config: Config) -> dict[str, Any]:
 
     Which samples the shards hold is not among them: the index's fingerprint says that, wherever the shards lie.
     """
-    fields = schema(config.recipe.name)
+    fields = schema(config.method.name)
     runtime = {
         key for key, info in fields.items() if isinstance(info.json_schema_extra, dict) and info.json_schema_extra.get("runtime")
     }
@@ -357,7 +360,7 @@ def difference(old: Config, new: Config, *, runtime: bool = False) -> dict[str, 
     first, second = (flatten(old), flatten(new)) if runtime else (identity(old), identity(new))
     keys = [*first, *(key for key in second if key not in first)]
     changed = {key: (first.get(key), second.get(key)) for key in keys if first.get(key) != second.get(key)}
-    fields = schema(new.recipe.name)
+    fields = schema(new.method.name)
     paths = {key for key in changed if key in fields and path_marker(fields[key])}
     return {key: pair for key, pair in changed.items() if key not in paths or not same(*pair)}
 

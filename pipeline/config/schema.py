@@ -19,6 +19,7 @@ from pipeline.config.types import (
     RUNTIME,
     Settings,
 )
+from pipeline.config.upgrade import upgrade
 from pipeline.data.settings import DataSettings
 from pipeline.evaluation.settings import EvaluationSettings
 from pipeline.methods.dinov2.settings import Dinov2Settings
@@ -57,25 +58,11 @@ def _known_recipe(value: object) -> object:
     return value
 
 
-# Settings that are gone because only one value was legal. Runs and checkpoints of earlier versions hold them.
-_RETIRED = {"recipe.local_loss": True, "recipe.gather_with_grad": True, "recipe.views.global_count": 2}
-
-
-def without_retired(document: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Settings as they are read, without those that are gone, where they have the only value that was legal."""
-    kept: dict[str, Any] = {}
-    for name, value in document.items():
-        key = prefix + name
-        if key not in _RETIRED or value != _RETIRED[key]:
-            kept[name] = without_retired(value, f"{key}.") if isinstance(value, dict) else value
-    return kept
-
-
 class Config(Settings):
-    """The whole tree. ``recipe`` holds the class registered under ``recipe.name``."""
+    """The whole tree. ``recipe`` holds the class registered under ``method.name``."""
 
     run: RunSettings = Field(default=RunSettings(), description="which run this is")
-    recipe: Annotated[SerializeAsAny[RecipeSettings], BeforeValidator(_known_recipe)] = Field(
+    method: Annotated[SerializeAsAny[RecipeSettings], BeforeValidator(_known_recipe)] = Field(
         default=Dinov2Settings(), description="the method"
     )
     model: ModelSettings = Field(description="the vision tower")
@@ -94,7 +81,7 @@ class Config(Settings):
         default=EvaluationSettings(), json_schema_extra=RUNTIME, description="what the weights are worth"
     )
     launch: LaunchSettings = Field(default=LaunchSettings(), json_schema_extra=RUNTIME, description="how ranks are started")
-    health: HealthSettings = Field(
+    watchdog: HealthSettings = Field(
         default=HealthSettings(),
         json_schema_extra=RUNTIME,
         description="stalled ranks and broken losses",
@@ -103,7 +90,7 @@ class Config(Settings):
     @classmethod
     def model_validate(cls, obj: Any, **options: Any) -> Self:
         """Reads settings as a run keeps them, those of earlier versions included."""
-        return super().model_validate(without_retired(obj) if isinstance(obj, dict) else obj, **options)
+        return super().model_validate(upgrade(obj) if isinstance(obj, dict) else obj, **options)
 
     @property
     def voting_shards(self) -> tuple[str, ...]:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import re
 import typing
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, Self, TypeVar
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, GetCoreSchemaHandler
 from pydantic.fields import FieldInfo
@@ -141,6 +141,16 @@ class Settings(BaseModel):
     """Base of all sections: frozen, unknown keys refused, no infinities."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, protected_namespaces=())
+
+    def model_copy(self, *, update: Mapping[str, Any] | None = None, deep: bool = False) -> Self:
+        """A copy with some values exchanged, which are not validated; their names are.
+
+        Raises:
+            TypeError: there is no such setting.
+        """
+        if unknown := sorted(set(update or ()) - type(self).model_fields.keys()):
+            raise TypeError(f"{type(self).__name__} has no setting {', '.join(unknown)}")
+        return super().model_copy(update=update, deep=deep)
 
 
 def path_marker(info: FieldInfo) -> PathLike | None:

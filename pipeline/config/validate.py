@@ -24,10 +24,10 @@ def check(config: Config) -> list[tuple[str, str]]:
         *_check_model(config),
         *_check_recipe(config),
     ]
-    if config.launch.ranks is not None:
-        found += check_ranks(config, config.launch.ranks)
-    elif config.train.micro_batch and config.train.global_batch % config.train.micro_batch:
-        found.append(("train.global_batch", _indivisible(config, 1)))
+    if config.launch.num_processes is not None:
+        found += check_ranks(config, config.launch.num_processes)
+    elif config.train.micro_batch_size and config.train.global_batch_size % config.train.micro_batch_size:
+        found.append(("train.global_batch_size", _indivisible(config, 1)))
     knn = config.evaluation.knn
     if (
         config.evaluation.enabled.keys() & VOTED
@@ -43,26 +43,28 @@ def check(config: Config) -> list[tuple[str, str]]:
             )
         )
     found += _check_evaluation(config)
-    if config.train.offload == "cpu" and (config.train.zero == 0 or config.optim.name != "adamw"):
-        told = "train.offload = cpu: needs train.zero of 1 to 3, which give each rank a share to keep, and optim.name=adamw"
+    if config.train.offload == "cpu" and (config.train.zero_stage == 0 or config.optim.name != "adamw"):
+        told = "train.offload = cpu: needs train.zero_stage of 1 to 3, which give each rank a share to keep, and optim.name=adamw"
         found.append(("train.offload", told))
-    moving = config.train.zero == 3 or config.train.recompute or config.train.micro_batch is not None
-    if config.train.graphs and (moving or not config.train.compile):
-        told = "train.graphs: needs train.compile=true, weights that stay where they are (train.zero of 0 to 2), and neither "
-        told += "train.recompute nor train.micro_batch"
-        found.append(("train.graphs", told))
+    moving = config.train.zero_stage == 3 or config.train.activation_checkpointing or config.train.micro_batch_size is not None
+    if config.train.cuda_graphs and (moving or not config.train.compile):
+        told = "train.cuda_graphs: needs train.compile=true, weights that stay where they are (train.zero_stage of 0 to 2), and neither "
+        told += "train.activation_checkpointing nor train.micro_batch_size"
+        found.append(("train.cuda_graphs", told))
     if config.train.fp8 != "off" and config.train.precision != "bf16":
         told = f"train.fp8 = {config.train.fp8}: goes with train.precision=bf16, not {config.train.precision}"
         found.append(("train.fp8", told))
-    if config.launch.init == "accelerate" and importlib.util.find_spec("transformers") is None:
-        told = "launch.init = accelerate: needs transformers, as accelerate does for DeepSpeed; pip install transformers"
-        found.append(("launch.init", told))
-    whole = config.train.length
+    if config.launch.deepspeed_init == "accelerate" and importlib.util.find_spec("transformers") is None:
+        told = (
+            "launch.deepspeed_init = accelerate: needs transformers, as accelerate does for DeepSpeed; pip install transformers"
+        )
+        found.append(("launch.deepspeed_init", told))
+    whole = config.train.duration
     if whole.amount == 0:
-        found.append(("train.length", "train.length = 0: should be longer than nothing"))
+        found.append(("train.duration", "train.duration = 0: should be longer than nothing"))
     warmup = config.schedule.lr.warmup
     if warmup.unit == whole.unit and warmup.amount > whole.amount:
-        found.append(("schedule.lr.warmup", f"schedule.lr.warmup = {warmup}: longer than the run, train.length = {whole}"))
+        found.append(("schedule.lr.warmup", f"schedule.lr.warmup = {warmup}: longer than the run, train.duration = {whole}"))
     best, scores = config.checkpoint.keep_best, config.evaluation.scores
     if best is not None and best not in scores:
         hint = f"choose of {', '.join(scores)}" if scores else "set evaluation.knn.enabled=true for knn/k10 and the like"
@@ -85,35 +87,35 @@ def _check_evaluation(config: Config) -> list[tuple[str, str]]:
         for key in ("train_shards", "val_shards", "classes"):
             if getattr(s, key) is None:
                 found.append((f"evaluation.segmentation.{key}", f"evaluation.segmentation.{key} is required"))
-        if s.names and s.classes is not None and len(s.names) != s.classes:
-            told = f"evaluation.segmentation.names: {len(s.names)} names of {s.classes} classes"
-            found.append(("evaluation.segmentation.names", told))
+        if s.class_names and s.num_classes is not None and len(s.class_names) != s.num_classes:
+            told = f"evaluation.segmentation.class_names: {len(s.class_names)} names of {s.num_classes} classes"
+            found.append(("evaluation.segmentation.class_names", told))
         if s.train_shards and s.val_shards and set(s.train_shards) & set(s.val_shards):
             told = "evaluation.segmentation.val_shards names the very shards that are learned from; judge others"
             found.append(("evaluation.segmentation.val_shards", told))
-    if e.zeroshot.enabled and e.zeroshot.classes is None:
-        found.append(("evaluation.zeroshot.classes", "evaluation.zeroshot.classes is required: a file of class names"))
+    if e.zeroshot.enabled and e.zeroshot.class_names is None:
+        found.append(("evaluation.zeroshot.class_names", "evaluation.zeroshot.class_names is required: a file of class names"))
     for name in ("zeroshot", "retrieval"):
-        if name in e.enabled and not config.recipe.reads_text:
-            found.append((f"evaluation.{name}.enabled", f"evaluation.{name}.enabled: {config.recipe.name} reads no captions"))
-    if e.robustness.enabled and config.train.zero == 3:
-        told = "evaluation.robustness.enabled: no gradient flows into pictures with train.zero = 3; use `fovea eval RUN`"
+        if name in e.enabled and not config.method.reads_text:
+            found.append((f"evaluation.{name}.enabled", f"evaluation.{name}.enabled: {config.method.name} reads no captions"))
+    if e.robustness.enabled and config.train.zero_stage == 3:
+        told = "evaluation.robustness.enabled: no gradient flows into pictures with train.zero_stage = 3; use `fovea eval RUN`"
         found.append(("evaluation.robustness.enabled", told))
     return found
 
 
 def check_ranks(config: Config, ranks: int) -> list[tuple[str, str]]:
     """What does not go with so many ranks; called again once their number is known."""
-    batch, micro = config.train.global_batch, config.train.micro_batch or 1
-    return [("train.global_batch", _indivisible(config, ranks))] if batch % (ranks * micro) else []
+    batch, micro = config.train.global_batch_size, config.train.micro_batch_size or 1
+    return [("train.global_batch_size", _indivisible(config, ranks))] if batch % (ranks * micro) else []
 
 
 def _indivisible(config: Config, ranks: int) -> str:
-    batch, micro = config.train.global_batch, config.train.micro_batch or 1
+    batch, micro = config.train.global_batch_size, config.train.micro_batch_size or 1
     unit = ranks * micro
     near = [str(number) for number in (batch // unit * unit, (batch // unit + 1) * unit) if number > 0]
-    parts = [f"{ranks} ranks"] * (ranks > 1) + [f"train.micro_batch = {micro}"] * (micro > 1)
-    return f"train.global_batch = {batch}: does not divide by {' times '.join(parts)}; {' or '.join(near)} would"
+    parts = [f"{ranks} ranks"] * (ranks > 1) + [f"train.micro_batch_size = {micro}"] * (micro > 1)
+    return f"train.global_batch_size = {batch}: does not divide by {' times '.join(parts)}; {' or '.join(near)} would"
 
 
 def _check_addresses(config: Config) -> Iterator[tuple[str, str]]:
@@ -154,83 +156,86 @@ def _leaves(value: object, kind: type[_T], key: str = "") -> Iterator[tuple[str,
 
 def _check_model(config: Config) -> Iterator[tuple[str, str]]:
     model = config.model
-    shape = {"width": model.width, "depth": model.depth, "heads": model.heads, "patch": model.patch}
+    shape = {name: getattr(model, name) for name in ("embed_dim", "depth", "num_heads", "patch_size")}
     yield from _check_start(model)
-    if model.timm is None:
+    if model.timm_name is None:
         if missing := [name for name, value in shape.items() if value is None]:
-            yield "model", f"model.{missing[0]} is required: give model.timm, or all of model.width, depth, heads and patch"
-        elif model.width and model.heads and model.width % model.heads:
-            yield "model.width", f"model.width = {model.width}: does not divide by model.heads = {model.heads}"
+            yield "model", f"model.{missing[0]} is required: give model.timm_name, or model.{', '.join(shape)}"
+        elif model.embed_dim and model.num_heads and model.embed_dim % model.num_heads:
+            yield (
+                "model.embed_dim",
+                f"model.embed_dim = {model.embed_dim}: does not divide by model.num_heads = {model.num_heads}",
+            )
         if model.stem == "small":
-            yield "model.stem", "model.stem = small: is a ResNet's; give model.timm, or choose patch or conv"
+            yield "model.stem", "model.stem = small: is a ResNet's; give model.timm_name, or choose patch or conv"
         return
-    if "resnet" in model.timm:
+    if "resnet" in model.timm_name:
         if model.stem == "conv":
             yield "model.stem", "model.stem = conv: is a transformer's; choose patch (as timm has it) or small"
         model = model.model_copy(update={"stem": "patch"})
-    names = ("mlp_ratio", "registers", "stem", "ffn", "positions", "rope_base")
+    names = ("mlp_ratio", "registers", "stem", "ffn", "pos_embed", "rope_base")
     fixed = {**shape, **{name: getattr(model, name) for name in names}}
     for name, value in fixed.items():
         if value != type(model).model_fields[name].default:
             yield (
                 f"model.{name}",
-                f"model.{name} = {value}: has no effect beside model.timm = {model.timm}; remove one of the two",
+                f"model.{name} = {value}: has no effect beside model.timm_name = {model.timm_name}; remove one of the two",
             )
 
 
 def _check_start(model: ModelSettings) -> Iterator[tuple[str, str]]:
     """Initial weights and extra parameters that the tower has no place for."""
-    resnet, rotary = "resnet" in (model.timm or ""), model.positions == "rope"
+    resnet, rotary = "resnet" in (model.timm_name or ""), model.pos_embed == "rope"
     fitting = {"timm", "dino", "mocov3", "simclr", "byol"} if resnet else {"timm", "dino", "mocov3", "open_clip"}
     fitting -= {"mocov3", "open_clip"} if rotary else set()
     if model.init not in fitting:
         kind = "ResNet" if resnet else "tower with rotary positions" if rotary else "transformer"
         yield "model.init", f"model.init = {model.init}: is no start of a {kind}; choose one of {', '.join(sorted(fitting))}"
-    if model.class_position and (resnet or rotary or (model.timm is None and not model.registers)):
+    if model.cls_pos_embed and (resnet or rotary or (model.timm_name is None and not model.registers)):
         yield (
-            "model.class_position",
-            "model.class_position = true: needs learned positions and model.registers of 1 or more; set it to false",
+            "model.cls_pos_embed",
+            "model.cls_pos_embed = true: needs learned positions and model.registers of 1 or more; set it to false",
         )
-    if model.stem == "small" and re.search(r"resnet\d+[dt]", model.timm or ""):
+    if model.stem == "small" and re.search(r"resnet\d+[dt]", model.timm_name or ""):
         yield (
             "model.stem",
-            f"model.stem = small: {model.timm} has a deep stem of its own; set model.stem=patch, or choose resnet18, resnet34 or "
+            f"model.stem = small: {model.timm_name} has a deep stem of its own; set model.stem=patch, or choose resnet18, resnet34 or "
             "resnet50",
         )
 
 
 def _check_recipe(config: Config) -> Iterator[tuple[str, str]]:
-    views, patch = getattr(config.recipe, "views", None), config.model.patch_side
-    side = getattr(config.recipe, "image_size", None)
+    views, patch = getattr(config.method, "views", None), config.model.patch_side
+    side = getattr(config.method, "image_size", None)
     if side is not None and patch is not None and side % patch:
         near = [str(size) for size in (side // patch * patch, (side // patch + 1) * patch) if size]
         yield (
-            "recipe.image_size",
-            f"recipe.image_size = {side}: does not divide by the patch side {patch}; {' or '.join(near)} would",
+            "method.image_size",
+            f"method.image_size = {side}: does not divide by the patch side {patch}; {' or '.join(near)} would",
         )
-    if side is not None and patch is not None and getattr(config.recipe, "granularity", "") == "cells" and side // patch % 2:
+    if side is not None and patch is not None and getattr(config.method, "mask_unit", "") == "cells" and side // patch % 2:
         yield (
-            "recipe.granularity",
-            f"recipe.granularity = cells: {side // patch} patches a side make no cells of 2 x 2; choose patch, or another size",
+            "method.mask_unit",
+            f"method.mask_unit = cells: {side // patch} patches a side make no cells of 2 x 2; choose patch, or another size",
         )
     if views is None or patch is None:
         return
     local = {"local_size": views.local_size} if views.local_count else {}
-    sizes = {f"recipe.views.{name}": size for name, size in ({"global_size": views.global_size} | local).items()}
-    if isinstance(config.recipe, Dinov2Settings):
-        sizes["recipe.gram_size"] = config.recipe.gram_size
-        for number, resolution in enumerate(config.recipe.resolutions):
-            sizes |= {f"recipe.resolutions.{number}.{name}": size for name, size in resolution if name != "weight"}
-        if config.recipe.gram_weight == 0 and (idle := [key for key, size in sizes.items() if size and "gram_size" in key]):
-            yield idle[0], f"{idle[0]} = {sizes[idle[0]]}: has no effect while recipe.gram_weight = 0; set that, or leave it null"
+    sizes = {f"method.views.{name}": size for name, size in ({"global_size": views.global_size} | local).items()}
+    if isinstance(config.method, Dinov2Settings):
+        sizes["method.gram_size"] = config.method.gram_size
+        for number, resolution in enumerate(config.method.resolutions):
+            sizes |= {f"method.resolutions.{number}.{name}": size for name, size in resolution if name != "weight"}
+        if config.method.gram_weight == 0 and (idle := [key for key, size in sizes.items() if size and "gram_size" in key]):
+            yield idle[0], f"{idle[0]} = {sizes[idle[0]]}: has no effect while method.gram_weight = 0; set that, or leave it null"
     for key, size in sizes.items():
         if size is not None and size % patch:
             near = [str(side) for side in (size // patch * patch, (size // patch + 1) * patch) if side]
-            place = "recipe.resolutions" if "resolutions" in key else key
+            place = "method.resolutions" if "resolutions" in key else key
             yield place, f"{key} = {size}: does not divide by the patch side {patch}; {' or '.join(near)} would"
     smallest = min(size for key, size in sizes.items() if size is not None and key.endswith("global_size"))
-    if getattr(config.recipe, "mask_probability", 0) and smallest // patch < 2:
+    if getattr(config.method, "mask_probability", 0) and smallest // patch < 2:
         yield (
-            "recipe.mask_probability",
-            "recipe.mask_probability: a picture of a single patch leaves nothing to hide; make views larger or patches smaller",
+            "method.mask_probability",
+            "method.mask_probability: a picture of a single patch leaves nothing to hide; make views larger or patches smaller",
         )

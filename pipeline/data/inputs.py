@@ -47,10 +47,10 @@ def fields(config: Config) -> Fields:
     """What makes a sample, as the settings say."""
     d = config.data
     return Fields(
-        images=d.image,
-        caption=d.caption,
+        images=d.image_extensions,
+        caption=d.caption_extension,
         caption_lines=d.caption_lines,
-        label=d.label,
+        label=d.label_extension,
         min_side=d.min_side,
         max_pixels=d.max_pixels,
     )
@@ -59,7 +59,9 @@ def fields(config: Config) -> Fields:
 def open_storage(config: Config, *, at_start: bool = False) -> storage.Storage:
     """The door to a run's shards. At the start there is little patience: nothing is lost yet, and somebody waits."""
     settings = config.data.storage
-    return storage.Storage(settings.model_copy(update={"grace": min(settings.grace, _START_GRACE)}) if at_start else settings)
+    return storage.Storage(
+        settings.model_copy(update={"outage_timeout": min(settings.outage_timeout, _START_GRACE)}) if at_start else settings
+    )
 
 
 def indexed(
@@ -99,7 +101,9 @@ def _index(
     with file:
         lock(file.fileno(), file.name)
         store = open_storage(config, at_start=True)
-        manifest = build(urls, directory, fields=fields(config), damaged=config.data.damaged, progress=progress, store=store)
+        manifest = build(
+            urls, directory, fields=fields(config), on_truncated=config.data.on_truncated_shard, progress=progress, store=store
+        )
         return narrow(manifest, directory / f"with-{'-'.join(require)}", require) if require else manifest
 
 
@@ -114,20 +118,22 @@ def prepare(config: Config, world: int, progress: Callable[[int, int, Any], None
     Raises:
         DataError, ConfigError: with what is wrong and how to fix it.
     """
-    require = ("caption",) if config.recipe.reads_text and config.data.missing_caption == "exclude" else ()
+    require = ("caption",) if config.method.reads_text and config.data.missing_caption == "exclude" else ()
     urls, sources = _found(config)
     train = _index(config, urls, progress, require)
-    batch, micro = config.train.global_batch, config.train.micro_batch
+    batch, micro = config.train.global_batch_size, config.train.micro_batch_size
     order: Order | Mixture
     if len(sources) > 1:
-        order = Mixture(train.sizes, sources, config.run.seed, batch, config.data.lanes, config.data.block)
+        order = Mixture(
+            train.sizes, sources, config.run.seed, batch, config.data.canonical_streams, config.data.shuffle_block_size
+        )
     else:
-        order = Order(train.sizes, config.run.seed, batch, config.data.lanes, config.data.block)
+        order = Order(train.sizes, config.run.seed, batch, config.data.canonical_streams, config.data.shuffle_block_size)
     order.check_world(world)
     if micro is not None and batch % (world * micro):
         raise ConfigError(
             f"{batch} samples do not divide by {world} ranks times {micro}",
-            where="train.micro_batch",
+            where="train.micro_batch_size",
             hint=f"choose a divisor of {batch // world}",
         )
     check_warmups(config, order.samples_per_epoch)
@@ -244,15 +250,15 @@ def check_warmups(config: Config, epoch_samples: int) -> None:
     Raises:
         ConfigError: with the key and both lengths.
     """
-    batch = config.train.global_batch
-    steps = config.train.length.steps(epoch_samples, batch)
+    batch = config.train.global_batch_size
+    steps = config.train.duration.steps(epoch_samples, batch)
     for name in type(config.schedule).model_fields:
         curve = getattr(config.schedule, name)
         if curve.shape != "constant" and curve.warmup.samples(epoch_samples, batch) > steps * batch:
             raise ConfigError(
                 f"a warm-up of {curve.warmup.steps(epoch_samples, batch)} steps in a run of {steps}",
                 where=f"schedule.{name}.warmup = {curve.warmup}",
-                hint="make it shorter, or train.length longer",
+                hint="make it shorter, or train.duration longer",
             )
 
 

@@ -31,7 +31,7 @@ class StorageSettings(Settings):
     endpoint: str | None = Field(default=None, description="URL of an S3-compatible or Azure server; null means AWS_ENDPOINT_URL")
     region: str | None = Field(default=None, description="region of the bucket; null means AWS_REGION")
     anonymous: bool = Field(default=False, description="read public buckets without credentials")
-    mode: Literal["cache", "direct"] = Field(
+    access: Literal["cache", "range_read"] = Field(
         default="cache", description="keep whole shards on the node's disk, or read each sample by range"
     )
     cache: FilePath | None = Field(
@@ -39,11 +39,13 @@ class StorageSettings(Settings):
     )
     cache_gb: Positive | None = Field(default=None, description="most GB kept; null means four fifths of the free disk")
     free_gb: NonNegative = Field(default=2.0, description="GB of the disk that stay free")
-    part_mb: Count = Field(default=16, description="MB of one request of a download")
-    parallel: int = Field(default=8, ge=1, le=256, description="requests of a download at a time")
+    part_size_mb: Count = Field(default=16, description="MB of one request of a download")
+    download_concurrency: int = Field(default=8, ge=1, le=256, description="requests of a download at a time")
     timeout: Positive = Field(default=60.0, description="seconds one request may take")
     retries: int = Field(default=5, ge=0, le=100, description="quick retries of one request")
-    grace: NonNegative = Field(default=600.0, description="seconds a training waits for a storage that is away, before it stops")
+    outage_timeout: NonNegative = Field(
+        default=600.0, description="seconds a training waits for a storage that is away, before it stops"
+    )
 
 
 class SourceSettings(Settings):
@@ -78,36 +80,38 @@ class DataSettings(Settings):
     storage: StorageSettings = Field(
         default=StorageSettings(), json_schema_extra=RUNTIME, description="object storage and the node's cache"
     )
-    lanes: Count | None = Field(default=None, description="shards read side by side; null chooses from the data set")
-    block: Count = Field(default=16384, description="samples shuffled together")
-    image: Texts = Field(
+    canonical_streams: Count | None = Field(default=None, description="shards read side by side; null chooses from the data set")
+    shuffle_block_size: Count = Field(default=16384, description="samples shuffled together")
+    image_extensions: Texts = Field(
         default=("jpg", "jpeg", "png", "webp", "tif", "tiff", "bmp", "jp2", "ppm"),
         min_length=1,
         description="extensions of a sample's picture, the preferred one first",
     )
-    caption: str = Field(default="txt", description="extension of a sample's caption")
+    caption_extension: str = Field(default="txt", description="extension of a sample's caption")
     caption_lines: bool = Field(
         default=False, description="each line of a caption member is a caption, of which an epoch shows one"
     )
     missing_caption: Literal["exclude", "blank"] = Field(
         default="exclude", description="samples without a caption, where the method reads text: left out, or with an empty one"
     )
-    label: str = Field(default="cls", description="extension of a sample's class number")
+    label_extension: str = Field(default="cls", description="extension of a sample's class number")
     min_side: Count = Field(default=16, description="smallest accepted side, pixels")
     max_pixels: Count = Field(default=50_000_000, description="largest accepted area, pixels")
-    damaged: Literal["refuse", "use"] = Field(
-        default="refuse", description="shards whose tar breaks off or is damaged: stop, or use the samples before the damage"
+    on_truncated_shard: Literal["error", "keep-readable"] = Field(
+        default="error", description="shards whose tar breaks off or is damaged: stop, or use the samples before the damage"
     )
-    workers: int = Field(
+    num_workers: int = Field(
         default=1, ge=0, le=64, json_schema_extra=RUNTIME, description="feeder processes of a rank; 0 reads in the rank itself"
     )
     decode_threads: int = Field(default=2, ge=1, le=256, json_schema_extra=RUNTIME, description="decoding threads of a rank")
     prefetch: int = Field(default=2, ge=1, le=64, json_schema_extra=RUNTIME, description="batches prepared ahead")
-    bad_budget: Probability = Field(
+    max_bad_fraction: Probability = Field(
         default=0.01, json_schema_extra=RUNTIME, description="share of unusable samples that stops the run"
     )
-    bad_window: Count = Field(default=10_000, json_schema_extra=RUNTIME, description="samples over which bad_budget is counted")
-    crc: bool = Field(
+    bad_fraction_window: Count = Field(
+        default=10_000, json_schema_extra=RUNTIME, description="samples over which bad_budget is counted"
+    )
+    verify_checksums: bool = Field(
         default=True, json_schema_extra=RUNTIME, description="compare each picture's bytes with the index's checksum"
     )
 

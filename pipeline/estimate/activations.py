@@ -90,10 +90,10 @@ def counted(config: Config) -> Activations:
     left out.
     """
     found = max((_counted(config, number) for number in range(len(_recipe(config).view_sets))), key=lambda one: one.each)
-    if not config.train.recompute:
+    if not config.train.activation_checkpointing:
         return found
     # The block that is computed again keeps what all of them would have kept.
-    whole = counted(config.replace(train=config.train.model_copy(update={"recompute": False})))
+    whole = counted(config.replace(train=config.train.model_copy(update={"activation_checkpointing": False})))
     blocks = max(len(getattr(m, "blocks", ())) for m in _recipe(config).modules())
     return Activations(found.fixed, found.each + (whole.each - found.each) / max(blocks, 1), found.passing)
 
@@ -110,7 +110,7 @@ def alive(config: Config, samples: int, number: int = 0) -> tuple[int, int]:
     recipe = _recipe(config)
     for module in (*recipe.modules(), *_teachers(recipe)):
         if hasattr(module, "checkpointing"):
-            module.checkpointing = config.train.recompute  # type: ignore[assignment]
+            module.checkpointing = config.train.activation_checkpointing  # type: ignore[assignment]
     bf16 = torch.autocast("cpu", torch.bfloat16, enabled=config.train.precision == "bf16")
     with FakeTensorMode(allow_non_fake_inputs=True), bf16:
         for network in (recipe, *(recipe.teacher.modules.values() if recipe.teacher is not None else ())):

@@ -87,7 +87,7 @@ def counted(config: Config, samples: int = _SAMPLES) -> float:
 
 def whole_groups(config: Config, samples: int) -> int:
     """As many samples, or the next number that makes whole groups where samples are compared in such."""
-    group = getattr(config.recipe, "koleo_group", None) or 1
+    group = getattr(config.method, "koleo_group_size", None) or 1
     return int(group * math.ceil(samples / group))
 
 

@@ -68,8 +68,10 @@ def shown(
     from pipeline.data.loader.reader import Reader
     from pipeline.evaluation.online import FixedList
 
-    order = FixedList(ids, config.evaluation.knn.batch)
-    reader = Reader(manifest, wants=("image", "label", "caption"), checksum=config.data.crc, store=open_storage(config))
+    order = FixedList(ids, config.evaluation.knn.batch_size)
+    reader = Reader(
+        manifest, wants=("image", "label", "caption"), checksum=config.data.verify_checksums, store=open_storage(config)
+    )
     spec = ViewSpec("image", 1, size, None, normalize=normalize or Normalize())
     dataset = Portions(reader, order, (spec,), seed=0, world=1, rank=0)
     options = StreamOptions(micro_batch=order.global_batch, workers=0, threads=config.data.decode_threads, hue="off")

@@ -129,9 +129,9 @@ def suite(
     found: dict[str, Evaluator] = {}
     knn: OnlineKnn | None = None
     if e.labelled:
-        side = e.knn.size or size
-        bank = pictures(inputs.bank, e.knn.max_train, side, e.knn.batch)
-        queries = pictures(inputs.queries, e.knn.max_val, side, e.knn.batch)
+        side = e.knn.image_size or size
+        bank = pictures(inputs.bank, e.knn.max_train, side, e.knn.batch_size)
+        queries = pictures(inputs.queries, e.knn.max_val, side, e.knn.batch_size)
     if e.knn.enabled:
         knn = OnlineKnn(bank, queries, ks=e.knn.k, temperature=e.knn.temperature, group=group)
         found["knn"] = _nearest(knn)
@@ -140,41 +140,41 @@ def suite(
         found["linear"] = LinearProbe(
             bank,
             queries,
-            rates=li.rates,
+            rates=li.learning_rates,
             layers=li.layers,
             epochs=li.epochs,
-            batch=li.batch,
-            hold_out=li.hold_out,
+            batch=li.batch_size,
+            hold_out=li.validation_fraction,
             group=group,
         )
     if e.logistic.enabled:
         lo = e.logistic
         found["logistic"] = LogisticRegression(
-            bank, queries, costs=lo.costs, iterations=lo.iterations, hold_out=lo.hold_out, group=group
+            bank, queries, costs=lo.C, iterations=lo.max_iter, hold_out=lo.validation_fraction, group=group
         )
     if e.segmentation.enabled and inputs.dense is not None:
         s = e.segmentation
         readers = [Reader(m, wants=("segmentation",), checksum=False, store=store) for m in inputs.dense]
         found["segmentation"] = Segmentation(
-            pictures(inputs.dense[0], s.max_train, s.size or size, s.batch),
-            pictures(inputs.dense[1], s.max_val, s.size or size, s.batch),
+            pictures(inputs.dense[0], s.max_train, s.image_size or size, s.batch_size),
+            pictures(inputs.dense[1], s.max_val, s.image_size or size, s.batch_size),
             (readers[0], readers[1]),
-            size=s.size or size,
-            classes=s.classes or 0,
-            ignore=s.ignore,
-            names=s.names,
-            rates=s.rates,
+            size=s.image_size or size,
+            classes=s.num_classes or 0,
+            ignore=s.ignore_index,
+            names=s.class_names,
+            rates=s.learning_rates,
             epochs=s.epochs,
-            batch=s.batch,
-            hold_out=s.hold_out,
+            batch=s.batch_size,
+            hold_out=s.validation_fraction,
             windows={
-                place: pictures(inputs.dense[1], s.max_val, s.size or size, s.batch, place)
-                for place in (places(inputs.dense[1]) if s.whole else ())
+                place: pictures(inputs.dense[1], s.max_val, s.image_size or size, s.batch_size, place)
+                for place in (places(inputs.dense[1]) if s.sliding_window else ())
             },
             group=group,
         )
     if e.zeroshot.enabled:
-        names = lines(e.zeroshot.classes, what="class names") if e.zeroshot.classes else []
+        names = lines(e.zeroshot.class_names, what="class names") if e.zeroshot.class_names else []
         given = lines(e.zeroshot.templates, what="sentences", place="{}") if e.zeroshot.templates else SIMPLE
         found["zeroshot"] = ZeroShot(queries, names, templates=given, group=group)
     if e.retrieval.enabled and inputs.queries is not None:
@@ -182,7 +182,7 @@ def suite(
         found["retrieval"] = Retrieval(queries, reader, merge=e.retrieval.merge_equal_captions, group=group)
     if e.robustness.enabled:
         r = e.robustness
-        found["robustness"] = Robustness(bank, queries, budget=r.budget, epochs=r.epochs, k=r.k, group=group)
+        found["robustness"] = Robustness(bank, queries, budget=r.epsilon, epochs=r.epochs, k=r.k, group=group)
     return found, knn
 
 
@@ -224,28 +224,28 @@ class Evaluations:
         self._subject = subject_of(recipe, config, world.device)
         self._modules: list[nn.Module] = [recipe, *recipe.export().values()]
         self._evaluators, self._knn = suite(config, inputs, world, size=view.size, normalize=view.normalize or Normalize())
-        epoch, batch = inputs.order.samples_per_epoch, config.train.global_batch
+        epoch, batch = inputs.order.samples_per_epoch, config.train.global_batch_size
         self._every = {name: every.steps(epoch, batch) for name, every in e.enabled.items()}
-        self._last = config.train.length.steps(epoch, batch)
+        self._last = config.train.duration.steps(epoch, batch)
         self._first, self._before = fresh and e.knn.baselines, "start" if begun else "untrained"
-        self._budget, self._world = e.budget, world
+        self._budget, self._world = e.max_time_percent, world
         self._spent, self._took = 0.0, dict.fromkeys(self._evaluators, 0.0)
         self._waiting: set[str] = set()
         self._show = show
         shown = inputs.queries or (inputs.dense[1] if inputs.dense else None)
         self._pictures = self._finding = None
-        if e.pictures and shown is not None:
+        if e.log_images and shown is not None:
             drawn = partial(
                 Pictures,
                 shown,
-                size=e.knn.size or view.size,
+                size=e.knn.image_size or view.size,
                 normalize=view.normalize or Normalize(),
                 device=world.device,
                 store=open_storage(config),
             )
             self._pictures = drawn(most=_DRAWN, batch=_DRAWN, rank=0, world=1)  # all ranks look at the same few
             reader = Reader(shown, wants=("caption",), checksum=False, store=open_storage(config))
-            searched = drawn(most=_SEARCHED, batch=min(e.knn.batch, _SEARCHED), rank=world.rank, world=world.size)
+            searched = drawn(most=_SEARCHED, batch=min(e.knn.batch_size, _SEARCHED), rank=world.rank, world=world.size)
             self._finding = Finding(searched, reader, group=world.control)
 
     def __call__(self, step: int = 0, seconds: float = 0.0) -> dict[str, float]:

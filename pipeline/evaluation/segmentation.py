@@ -124,7 +124,7 @@ def _known(cut: NDArray[np.int64], classes: int, ignore: Sequence[int], key: str
         raise DataError(
             f"the class map holds {wrong[:4].tolist()}, but there are {classes} classes, 0 to {classes - 1}",
             where=key,
-            hint="set evaluation.segmentation.classes, or name what is no class in evaluation.segmentation.ignore",
+            hint="set evaluation.segmentation.num_classes, or name what is no class in evaluation.segmentation.ignore_index",
         )
     return cut
 

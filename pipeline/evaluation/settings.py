@@ -23,8 +23,10 @@ class KnnSettings(Settings):
     temperature: Positive = Field(default=0.07, description="temperature of the votes' weights")
     max_train: Count | None = Field(default=None, description="voters used at most; null means all")
     max_val: Count | None = Field(default=None, description="judged samples at most; null means all")
-    size: int | None = Field(default=None, ge=8, le=4096, description="side of the picture, pixels; null means a global crop's")
-    batch: Count = Field(default=256, description="pictures of one forward pass")
+    image_size: int | None = Field(
+        default=None, ge=8, le=4096, description="side of the picture, pixels; null means a global crop's"
+    )
+    batch_size: Count = Field(default=256, description="pictures of one forward pass")
     baselines: bool = Field(default=True, description="judge the untrained network and raw pixels too, once")
 
 
@@ -33,13 +35,17 @@ class LinearSettings(Settings):
 
     enabled: bool = Field(default=False, description="run this evaluation")
     every: Length = Field(default=Length(50, "epochs"), description=_EVERY)
-    rates: tuple[Positive, ...] = Field(default=_RATES, min_length=1, description="learning rates of the grid, for 256 samples")
+    learning_rates: tuple[Positive, ...] = Field(
+        default=_RATES, min_length=1, description="learning rates of the grid, for 256 samples"
+    )
     layers: tuple[Count, ...] = Field(
         default=(1, 4), min_length=1, description="last blocks that are read, the grid's other side"
     )
     epochs: Count = Field(default=10, description="passes over the training samples")
-    batch: Count = Field(default=256, description="samples of a step")
-    hold_out: Share = Field(default=0.1, le=0.5, description="share of the training samples that choose the best of the grid")
+    batch_size: Count = Field(default=256, description="samples of a step")
+    validation_fraction: Share = Field(
+        default=0.1, le=0.5, description="share of the training samples that choose the best of the grid"
+    )
 
 
 class LogisticSettings(Settings):
@@ -47,11 +53,11 @@ class LogisticSettings(Settings):
 
     enabled: bool = Field(default=False, description="run this evaluation")
     every: Length = Field(default=Length(50, "epochs"), description=_EVERY)
-    costs: tuple[Positive, ...] = Field(
+    C: tuple[Positive, ...] = Field(
         default=(1e-2, 1e-1, 1.0, 1e1, 1e2, 1e3), min_length=1, description="scikit-learn's C, of which the best is chosen"
     )
-    iterations: Count = Field(default=1000, description="iterations at most")
-    hold_out: Share = Field(default=0.1, le=0.5, description="share of the training samples that choose the cost")
+    max_iter: Count = Field(default=1000, description="iterations at most")
+    validation_fraction: Share = Field(default=0.1, le=0.5, description="share of the training samples that choose the cost")
 
 
 class SegmentationSettings(Settings):
@@ -61,17 +67,21 @@ class SegmentationSettings(Settings):
     every: Length = Field(default=Length(50, "epochs"), description=_EVERY)
     train_shards: Shards | None = Field(default=None, description="shards to learn from; required")
     val_shards: Shards | None = Field(default=None, description="shards to judge; required")
-    classes: int | None = Field(default=None, ge=2, le=250, description="number of classes; required")
-    ignore: tuple[int, ...] = Field(default=(255,), description="numbers in class maps that are no class")
-    names: tuple[str, ...] = Field(default=(), description="names of the classes; their numbers if none are given")
-    size: int | None = Field(default=None, ge=8, le=4096, description="side of the picture, pixels; null means a global crop's")
+    num_classes: int | None = Field(default=None, ge=2, le=250, description="number of classes; required")
+    ignore_index: tuple[int, ...] = Field(default=(255,), description="numbers in class maps that are no class")
+    class_names: tuple[str, ...] = Field(default=(), description="names of the classes; their numbers if none are given")
+    image_size: int | None = Field(
+        default=None, ge=8, le=4096, description="side of the picture, pixels; null means a global crop's"
+    )
     max_train: Count | None = Field(default=None, description="pictures learned from at most; null means all")
     max_val: Count | None = Field(default=None, description="pictures judged at most; null means all")
-    rates: tuple[Positive, ...] = Field(default=_RATES, min_length=1, description="learning rates, of which the best is chosen")
+    learning_rates: tuple[Positive, ...] = Field(
+        default=_RATES, min_length=1, description="learning rates, of which the best is chosen"
+    )
     epochs: Count = Field(default=20, description="passes over the training pictures")
-    batch: Count = Field(default=16, description="pictures of a step and of a forward pass")
-    hold_out: Share = Field(default=0.1, le=0.5, description="share of the training pictures that choose the rate")
-    whole: bool = Field(
+    batch_size: Count = Field(default=16, description="pictures of a step and of a forward pass")
+    validation_fraction: Share = Field(default=0.1, le=0.5, description="share of the training pictures that choose the rate")
+    sliding_window: bool = Field(
         default=False,
         description="judge whole class maps in their own size, by squares that slide over the picture, as published figures are; "
         "false judges the centre square in the size that the network sees, which is faster",
@@ -83,7 +93,9 @@ class ZeroShotSettings(Settings):
 
     enabled: bool = Field(default=False, description="run this evaluation")
     every: Length = Field(default=Length(10, "epochs"), description=_EVERY)
-    classes: FilePath | None = Field(default=None, description="file of class names, one a line, in the order of their numbers")
+    class_names: FilePath | None = Field(
+        default=None, description="file of class names, one a line, in the order of their numbers"
+    )
     templates: FilePath | None = Field(default=None, description="file of sentences with {}, one a line; null means SLIP's seven")
 
 
@@ -104,7 +116,7 @@ class RobustnessSettings(Settings):
 
     enabled: bool = Field(default=False, description="run this evaluation")
     every: Length = Field(default=Length(50, "epochs"), description=_EVERY)
-    budget: float = Field(default=10 / 255, gt=0, lt=1, description="largest change of a pixel, as a share of full intensity")
+    epsilon: float = Field(default=10 / 255, gt=0, lt=1, description="largest change of a pixel, as a share of full intensity")
     epochs: Count = Field(default=2, description="passes over the pictures it is fitted on")
     k: Count = Field(default=20, description="neighbours that vote")
 
@@ -112,13 +124,13 @@ class RobustnessSettings(Settings):
 class EvaluationSettings(Settings):
     """What the weights are worth, measured as training goes."""
 
-    budget: float | None = Field(
+    max_time_percent: float | None = Field(
         default=None,
         gt=0,
         le=100,
         description="percent of the training time that evaluations may take; one that would take more waits; null for no limit",
     )
-    pictures: bool = Field(
+    log_images: bool = Field(
         default=True,
         description="keep sheets at each evaluation: PCA of patches, attention, pictures found by captions or by pictures",
     )

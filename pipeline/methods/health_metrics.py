@@ -57,21 +57,23 @@ def remedy_of_distillation(student_temperature: float, *, centred: bool, center_
             )
         if illness == SINGLE and centred and center_momentum > 0.99:
             return (
-                f"the centre stands still (recipe.center_momentum is {center_momentum:g}): set it to 0.9, or "
-                "recipe.targets=sinkhorn"
+                f"the centre stands still (method.center_momentum is {center_momentum:g}): set it to 0.9, or "
+                "method.centering=sinkhorn_knopp"
             )
         if illness == SINGLE:
             return (
-                "nothing keeps one prototype from taking all samples: set recipe.targets=sinkhorn, or raise "
+                "nothing keeps one prototype from taking all samples: set method.centering=sinkhorn_knopp, or raise "
                 "schedule.teacher_temperature"
             )
         if illness == NARROW and koleo <= 0:
-            return "nothing spreads the features: set recipe.koleo_weight=0.1"
+            return "nothing spreads the features: set method.koleo_weight=0.1"
         if illness == NARROW:
-            return "the spreading term is too weak or the steps are too large: raise recipe.koleo_weight, or lower optim.lr"
+            return (
+                "the spreading term is too weak or the steps are too large: raise method.koleo_weight, or lower schedule.lr.peak"
+            )
         return (
-            f"the steps are too large (optim.lr is {step.lr:.2g} here) or the teacher follows too fast: lower optim.lr, lengthen "
-            "schedule.lr.warmup and recipe.freeze_last_layer, or raise schedule.momentum.start"
+            f"the steps are too large (schedule.lr.peak is {step.lr:.2g} here) or the teacher follows too fast: lower schedule.lr.peak, lengthen "
+            "schedule.lr.warmup and method.freeze_last_layer, or raise schedule.teacher_momentum.start"
         )
 
     return remedy

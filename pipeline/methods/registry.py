@@ -1,4 +1,4 @@
-"""Builds the method that ``recipe.name`` names: function ``build`` of ``pipeline/methods/<name>/method.py``."""
+"""Builds the method that ``method.name`` names: function ``build`` of ``pipeline/methods/<name>/method.py``."""
 
 from __future__ import annotations
 
@@ -12,23 +12,23 @@ from pipeline.methods.base import Recipe
 
 
 def build_recipe(config: Config) -> Recipe:
-    """The method that ``recipe.name`` names, with fresh weights from torch's current random state.
+    """The method that ``method.name`` names, with fresh weights from torch's current random state.
 
     Raises:
         ConfigError: settings exist for the name, but no method, or they are of another one.
     """
-    name, module = config.recipe.name, f"{__package__}.{config.recipe.name}.method"
-    if not isinstance(config.recipe, RECIPES.get(name, type(None))):
+    name, module = config.method.name, f"{__package__}.{config.method.name}.method"
+    if not isinstance(config.method, RECIPES.get(name, type(None))):
         raise ConfigError(
-            f"no method {name!r} has these settings", where="recipe.name", hint=f"choose one of {', '.join(sorted(RECIPES))}"
+            f"no method {name!r} has these settings", where="method.name", hint=f"choose one of {', '.join(sorted(RECIPES))}"
         )
     try:
         found = importlib.import_module(module)
     except ModuleNotFoundError as error:
         if error.name != module:
             raise
-        raise ConfigError(f"no method {name!r}", where="recipe.name", hint=f"write {module}, or choose another") from None
-    recipe: Recipe = found.build(config, config.recipe)
+        raise ConfigError(f"no method {name!r}", where="method.name", hint=f"write {module}, or choose another") from None
+    recipe: Recipe = found.build(config, config.method)
     return recipe
 
 

@@ -1,7 +1,7 @@
 """What the settings of all methods share: crops, colours, clipping, and the register they are entered in.
 
 A new method is a folder here: ``<name>/settings.py`` with a subclass of :class:`RecipeSettings` under ``@register``, and
-``<name>/method.py`` with a function ``build``; ``recipe.name`` then selects both.
+``<name>/method.py`` with a function ``build``; ``method.name`` then selects both.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class AugmentSettings(Settings):
         description="probabilities of blur for global 1, global 2, local: as_released (0, 0.9, 0.5) trained the public weights, "
         "paper (1, 0.1, 0.5) is what the text says, off is for crops too small to blur",
     )
-    hue: Literal["hsv", "yiq", "off"] = Field(
+    hue_space: Literal["hsv", "yiq", "off"] = Field(
         default="hsv", description="how the hue is shifted: exact (hsv), as a rotation (yiq, faster), not at all"
     )
     flip_probability: Probability = Field(default=0.5, description="probability of a horizontal flip")
@@ -82,7 +82,7 @@ class RecipeSettings(Settings):
     def hue(self) -> Literal["hsv", "yiq", "off"]:
         """How the hue of its views is shifted."""
         augment = getattr(self, "augment", None)
-        return augment.hue if isinstance(augment, AugmentSettings) else "hsv"
+        return augment.hue_space if isinstance(augment, AugmentSettings) else "hsv"
 
 
 R = TypeVar("R", bound=type[RecipeSettings])
@@ -90,7 +90,7 @@ REGISTERED: dict[str, type[RecipeSettings]] = {}
 
 
 def register(name: str) -> Callable[[R], R]:
-    """Class decorator: makes a method's settings known as ``recipe.name: <name>``.
+    """Class decorator: makes a method's settings known as ``method.name: <name>``.
 
     Raises:
         ValueError: if another class holds the name.

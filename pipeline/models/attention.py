@@ -79,7 +79,7 @@ def kept_and_removed(
     if cells and grid % 2:
         raise ConfigError(
             f"a grid of {grid} patches a side has no cells of 2 x 2",
-            where="recipe.granularity",
+            where="method.mask_unit",
             hint="choose patch, or another size",
         )
     scores = attention.unflatten(1, (grid, grid))

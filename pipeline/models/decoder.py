@@ -26,7 +26,7 @@ class Decoder(nn.Module):
         super().__init__()
         if width % heads or width % 4:
             raise ConfigError(
-                f"a decoder of width {width} over {heads} heads", where="recipe.decoder_heads", hint="choose sizes that divide"
+                f"a decoder of width {width} over {heads} heads", where="method.decoder_heads", hint="choose sizes that divide"
             )
         self.embed = nn.Linear(width, width)
         self.mask_token = nn.Parameter(torch.empty(1, 1, width))

@@ -26,18 +26,18 @@ def kept_rows(batch: int, rate: float) -> int:
 
 
 def set_stochastic_depth(
-    blocks: nn.Module, rate: float, mode: Literal["rows", "subset"], rates: Literal["constant", "linear"] = "constant"
+    blocks: nn.Module, rate: float, batched: bool, rates: Literal["constant", "linear"] = "constant"
 ) -> None:
     """Gives the blocks of a tower their rates; no parameter and no name changes.
 
     Args:
         blocks: timm's blocks, in a container.
         rate: probability of leaving a branch out, 0 to below 1; of the last block where rates rise.
-        mode: see the module.
+        batched: compute a branch for a subset of the batch, instead of dropping each sample on its own.
         rates: one for all blocks, or rising linearly from 0 in the first block.
 
     Raises:
-        ConfigError: ``subset`` for a kind of block that is built otherwise.
+        ConfigError: ``batched`` for a kind of block that is built otherwise.
     """
     block: Any
     last = max(len(list(blocks.children())) - 1, 1)
@@ -45,14 +45,14 @@ def set_stochastic_depth(
         own = rate * index / last if rates == "linear" else rate
         if own <= 0:
             continue
-        if mode == "rows":
+        if not batched:
             block.drop_path1, block.drop_path2 = DropPath(own), DropPath(own)
             continue
         if type(block) not in (Block, EvaBlock):
             raise ConfigError(
                 f"blocks of the kind {type(block).__name__} cannot leave samples out of a branch",
-                where="model.drop_path_mode",
-                hint="set it to rows",
+                where="model.batched_drop_path",
+                hint="set it to false",
             )
         block.drop_path1, block.drop_path2 = nn.Identity(), nn.Identity()
         block.dropped = own

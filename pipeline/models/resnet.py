@@ -43,16 +43,18 @@ Tower = VisionTower | ResNetTower
 
 
 def build_trunk(settings: ModelSettings, *, image_size: int) -> Tower:
-    """A ResNet where ``model.timm`` names one, else a vision transformer.
+    """A ResNet where ``model.timm_name`` names one, else a vision transformer.
 
     Raises:
         ConfigError: timm knows no such network.
     """
-    name = settings.timm or ""
+    name = settings.timm_name or ""
     if "resnet" not in name:
         return build_tower(settings, image_size=image_size)
     if not timm.is_model(name) or timm.models.model_entrypoint(name).__module__ != "timm.models.resnet":
-        raise ConfigError(f"timm has no plain ResNet {name!r}", where="model.timm", hint="choose resnet18, resnet34 or resnet50")
+        raise ConfigError(
+            f"timm has no plain ResNet {name!r}", where="model.timm_name", hint="choose resnet18, resnet34 or resnet50"
+        )
     args: dict[str, Any] = {"num_classes": 0, "zero_init_last": False}
     net = timm.create_model(name, pretrained=False, norm_layer=GlobalBatchNorm, drop_path_rate=settings.drop_path, **args)
     small = settings.stem == "small"
@@ -78,7 +80,7 @@ def freeze_patches(tower: Tower) -> None:
         ConfigError: the tower has none.
     """
     if not isinstance(tower, VisionTower):
-        raise ConfigError("a ResNet has no patch embedding", where="recipe.freeze_patches", hint="set it to false")
+        raise ConfigError("a ResNet has no patch embedding", where="method.freeze_patches", hint="set it to false")
     tower.vit.patch_embed.requires_grad_(False)
 
 
@@ -89,7 +91,7 @@ def fix_positions(tower: Tower) -> None:
     Raises:
         ConfigError: the tower has no learned positions, or a width that does not divide by 4.
     """
-    where = {"where": "recipe.positions", "hint": "set recipe.positions=learned"}
+    where = {"where": "method.pos_embed", "hint": "set method.pos_embed=learned"}
     if not isinstance(tower, VisionTower) or tower.vit.pos_embed is None:
         raise ConfigError("the tower has no positions to fix", **where)
     positions = tower.vit.pos_embed

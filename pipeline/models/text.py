@@ -97,7 +97,7 @@ class TextTower(nn.Module):
     ) -> None:
         super().__init__()
         if width % heads:
-            raise ConfigError(f"text width {width} over {heads} heads", where="recipe.text", hint="choose sizes that divide")
+            raise ConfigError(f"text width {width} over {heads} heads", where="method.text", hint="choose sizes that divide")
         self.end, self.checkpointing = end, False
         self.tokens = nn.Embedding(vocabulary, width)
         self.positions = nn.Parameter(torch.empty(context, width))
@@ -161,7 +161,7 @@ class LogitScale(nn.Module):
         super().__init__()
         if not 1.0 <= scale <= largest:
             raise ConfigError(
-                f"a scale of {scale} is not within 1 and {largest}", where="recipe.init_scale", hint="choose another"
+                f"a scale of {scale} is not within 1 and {largest}", where="method.init_logit_scale", hint="choose another"
             )
         self.log_scale = nn.Parameter(torch.tensor([math.log(scale)], dtype=torch.float32))
         self.bias = nn.Parameter(torch.tensor([bias], dtype=torch.float32)) if bias is not None else None

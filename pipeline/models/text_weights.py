@@ -32,6 +32,6 @@ def _fill(module: nn.Module, state: Mapping[str, Tensor], file: Path) -> None:
         raise CheckpointError(
             f"{len(wrong)} tensors do not fit, the first is {wrong[0]!r}",
             where=str(file),
-            hint="choose recipe.text.* and recipe.embed as the weights were trained with",
+            hint="choose method.text.* and method.embed_dim as the weights were trained with",
         )
     module.load_state_dict(dict(state))

@@ -61,20 +61,20 @@ class VisionTower(nn.Module):
         if class_position and (isinstance(vit, Eva) or vit.pos_embed is None or not vit.no_embed_class):
             raise ConfigError(
                 "this tower's class token has its position already, or none",
-                where="model.class_position",
+                where="model.cls_pos_embed",
                 hint="set it to false, or model.registers above 0 with learned positions",
             )
         if vit.cls_token is None or not vit.dynamic_img_size or not isinstance(vit.head, nn.Identity):
             raise ConfigError(
                 "a tower needs a class token, dynamic_img_size=True and num_classes=0",
-                where=f"model.timm={timm_name!r}",
+                where=f"model.timm_name={timm_name!r}",
                 hint="choose a timm ViT with a class token, such as vit_small_patch16_224",
             )
         if isinstance(vit, Eva) and (vit.rope_mixed or (vit.pos_embed is not None and resampling != "antialias")):
             raise ConfigError(
                 "learned rotary frequencies, or resampling of learned positions in another form than timm's",
-                where=f"model.timm={timm_name!r}",
-                hint="choose a model with fixed rotary positions, and leave model.position_resampling=antialias",
+                where=f"model.timm_name={timm_name!r}",
+                hint="choose a model with fixed rotary positions, and leave model.pos_embed_interpolation=antialias",
             )
         vit.forward = MethodType(_walk, vit)
         vit.reads_some = read_some(vit.blocks[-1])
@@ -218,17 +218,17 @@ def build_tower(settings: ModelSettings, *, image_size: int) -> VisionTower:
     """
     name, args = _timm_call(settings, image_size)
     vit = timm.create_model(name, pretrained=False, **args)
-    if isinstance(vit, Eva) and not settings.timm:
+    if isinstance(vit, Eva) and not settings.timm_name:
         _same_start(vit)
     initialize_transformer(vit, settings)
-    set_stochastic_depth(vit.blocks, settings.drop_path, settings.drop_path_mode, settings.drop_path_rates)
+    set_stochastic_depth(vit.blocks, settings.drop_path, settings.batched_drop_path, settings.drop_path_schedule)
     return VisionTower(
         vit,
         timm_name=name,
         timm_args=args,
-        resampling=settings.position_resampling,
-        local_norm=settings.local_norm,
-        class_position=settings.class_position,
+        resampling=settings.pos_embed_interpolation,
+        local_norm=settings.untie_local_norm,
+        class_position=settings.cls_pos_embed,
     )
 
 
@@ -241,14 +241,16 @@ def _same_start(vit: Eva) -> None:
 
 def _timm_call(settings: ModelSettings, image_size: int) -> tuple[str, dict[str, Any]]:
     common: dict[str, Any] = {"img_size": image_size, "num_classes": 0, "dynamic_img_size": True}
-    moved = {"shift": settings.rope_shift, "jitter": settings.rope_jitter, "rescale": settings.rope_rescale}
+    moved = {"shift": settings.rope_shift_coords, "jitter": settings.rope_jitter_coords, "rescale": settings.rope_rescale_coords}
     rotary = {f"rope_{name}_coords": value for name, value in moved.items() if value is not None}
-    if settings.timm:
-        return settings.timm, common | _named(settings.timm, rotary)
-    width, depth, heads, patch = settings.width, settings.depth, settings.heads, settings.patch
+    if settings.timm_name:
+        return settings.timm_name, common | _named(settings.timm_name, rotary)
+    width, depth, heads, patch = settings.embed_dim, settings.depth, settings.num_heads, settings.patch_size
     if width is None or depth is None or heads is None or patch is None:
         raise ConfigError(
-            "neither a timm name nor a whole architecture", where="model", hint="set model.timm, or width, depth, heads and patch"
+            "neither a timm name nor a whole architecture",
+            where="model",
+            hint="set model.timm_name, or width, depth, heads and patch",
         )
     if width % heads or image_size % patch:
         raise ConfigError(
@@ -265,7 +267,7 @@ def _timm_call(settings: ModelSettings, image_size: int) -> tuple[str, dict[str,
         "init_values": settings.layer_scale or None,
     }
     hidden = 8 * math.ceil(int(width * settings.mlp_ratio * 2 / 3) / 8)  # of SwiGLU, which has three matrices for two
-    if settings.positions == "rope":
+    if settings.pos_embed == "rope":
         _check_rope(width, heads, settings.stem)
         args |= {"num_reg_tokens": settings.registers, "rope_temperature": settings.rope_base, **rotary}
         if settings.ffn == "swiglu":
@@ -284,14 +286,14 @@ def _timm_call(settings: ModelSettings, image_size: int) -> tuple[str, dict[str,
 def _named(name: str, rotary: dict[str, float]) -> dict[str, Any]:
     """What timm's model of this name is given besides sizes."""
     if not timm.is_model(name):
-        raise ConfigError(f"timm has no model {name!r}", where="model.timm", hint="see timm.list_models('vit_*')")
+        raise ConfigError(f"timm has no model {name!r}", where="model.timm_name", hint="see timm.list_models('vit_*')")
     module = timm.models.model_entrypoint(name).__module__
     if module == Eva.__module__:
         return {"global_pool": "token", **rotary}
     if module != VisionTransformer.__module__:
         raise ConfigError(
             f"{name!r} is no plain vision transformer",
-            where="model.timm",
+            where="model.timm_name",
             hint="choose one of timm's vit_* models with a class token",
         )
     if rotary:
@@ -303,7 +305,7 @@ def _unturned() -> ConfigError:
     return ConfigError(
         "rope_shift, rope_jitter and rope_rescale move rotary positions, and this tower has none",
         where="model",
-        hint="set model.positions=rope, or leave them null",
+        hint="set model.pos_embed=rope, or leave them null",
     )
 
 
@@ -311,7 +313,7 @@ def _check_rope(width: int, heads: int, stem: str) -> None:
     if width // heads % 4:
         raise ConfigError(
             f"heads of width {width // heads} cannot hold two axes of rotary positions",
-            where="model.heads",
+            where="model.num_heads",
             hint="choose heads whose width is a multiple of 4",
         )
     if stem != "patch":

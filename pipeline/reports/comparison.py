@@ -61,7 +61,7 @@ class Told:
     @property
     def batch(self) -> int:
         """Samples of a step."""
-        return int(self.config.get("train", {}).get("global_batch", 1))
+        return int(self.config.get("train", {}).get("global_batch_size", 1))
 
     @property
     def scores(self) -> dict[str, dict[int, float]]:
@@ -188,7 +188,7 @@ def _overview(runs: Sequence[Told]) -> str:
         bad = sum(int(n) for n in data.get("substituted", {}).values())
         total = int(_json(told.directory.path / "length.json").get("steps", o.get("steps", 0)))
         for name, value in {
-            "method": str(told.config.get("recipe", {}).get("name", "unknown")),
+            "method": str(told.config.get("method", {}).get("name", "unknown")),
             "state": _state(told),
             "samples seen": _number(seen),
             "steps": f"{_number(step)} of {_number(total)}" if total else _number(step),

@@ -50,7 +50,9 @@ def gather(manifest: Manifest, count: int, seed: int = 0) -> list[tuple[Image.Im
     from pipeline.data.storage import Storage
 
     chosen = np.sort(permutation(manifest.total, seed, _DRAW)[:count])
-    near = Storage(StorageSettings(mode="direct", grace=20.0))  # a few samples are no reason to download whole shards
+    near = Storage(
+        StorageSettings(access="range_read", outage_timeout=20.0)
+    )  # a few samples are no reason to download whole shards
     records = Reader(manifest, wants=("image", "caption", "label"), store=near).fetch(manifest.ids()[chosen])
     decoder, cells = Decoder(), []
     for record in records:

@@ -106,7 +106,9 @@ def gather(config: Config, inputs: Inputs, specs: tuple[ViewSpec, ...], count: i
     order = inputs.order
     # The first rank of as many as still get enough each: so little is read, and yet it is what that rank would read.
     ranks = max(n for n in divisors(order.lanes) if order.global_batch // n >= min(count, order.global_batch))
-    reader = Reader(inputs.train, wants=("image", "caption", "label"), checksum=config.data.crc, store=open_storage(config))
+    reader = Reader(
+        inputs.train, wants=("image", "caption", "label"), checksum=config.data.verify_checksums, store=open_storage(config)
+    )
     portion = Portions(reader, order, specs, seed=config.run.seed, world=ranks, rank=0)[0]
     records = portion.records[:count]
     decoded = Decoder(threads=config.data.decode_threads).decode([record.image or b"" for record in records])
@@ -121,7 +123,7 @@ def gather(config: Config, inputs: Inputs, specs: tuple[ViewSpec, ...], count: i
             where=", ".join(sorted({record.shard_name for record in records})),
             hint="`fovea shards verify` names every picture that cannot be decoded.",
         )
-    augmenter = Augmenter(specs, batch_size=len(fine), threads=config.data.decode_threads, hue=config.recipe.hue)
+    augmenter = Augmenter(specs, batch_size=len(fine), threads=config.data.decode_threads, hue=config.method.hue)
     plans = [_rows(plan, fine) for plan in portion.plan]
     cut = augmenter.run([decoded[row] for row in fine], plans)
     samples = []
@@ -260,7 +262,7 @@ def _page(config: Config, inputs: Inputs, specs: tuple[ViewSpec, ...], samples: 
     shards = "shard" if len(train.shards) == 1 else "shards"
     classes = f", {train.classes} classes" if train.classes else ", no classes"
     head = (
-        f'<p class="over">fovea shards preview</p><h1>What {html.escape(config.recipe.name)} will be shown of these shards</h1>'
+        f'<p class="over">fovea shards preview</p><h1>What {html.escape(config.method.name)} will be shown of these shards</h1>'
         f"<p>{train.total:,} samples in {len(train.shards):,} {shards}{classes}.{refused} "
         f"Below are the first {len(samples)} samples of the first global batch with seed {config.run.seed}: frames on the "
         f"picture show where each view was cut, hatched patches are hidden from the student.</p>"

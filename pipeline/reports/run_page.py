@@ -139,7 +139,7 @@ def write(run: Path, config: Config, out: Path, *, facts: dict[str, str] | None 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     trained, untrained = load_trained(config, saved, device), make_recipe(config, device)
     towers = {"trained": trained.export()["backbone"].eval(), "untrained": untrained.export()["backbone"].eval()}
-    look = Gallery(config, inputs, towers, config.evaluation.knn.size or trained.views[0].size, device)
+    look = Gallery(config, inputs, towers, config.evaluation.knn.image_size or trained.views[0].size, device)
     scores, judged = _scores(directory, past, saved)
     own = _facts(config, past, saved, sum(p.numel() for p in towers["trained"].parameters()))
     own |= {name: value for name, value in (facts or {}).items() if not name.startswith("k-NN")}
@@ -197,7 +197,7 @@ def _scores(run: RunDirectory, past: History, saved: Saved) -> tuple[dict[str, d
 
 
 def _facts(config: Config, past: History, saved: Saved, weights: int) -> dict[str, str]:
-    about, seen = saved.manifest, saved.step * config.train.global_batch
+    about, seen = saved.manifest, saved.step * config.train.global_batch_size
     data, seconds = about.get("data", {}), float(about.get("seconds", 0.0))
     bad = {str(reason): int(count) for reason, count in data.get("substituted", {}).items()}
     reasons = f" ({', '.join(f'{count} {reason}' for reason, count in bad.items())})" if bad else ""
@@ -216,8 +216,8 @@ def _facts(config: Config, past: History, saved: Saved, weights: int) -> dict[st
 
 
 def _head(config: Config, scores: dict[str, dict[int, float]], step: int, judged: str) -> str:
-    seen = _number(step * config.train.global_batch)
-    words = f"{config.recipe.name} after {seen} samples"
+    seen = _number(step * config.train.global_batch_size)
+    words = f"{config.method.name} after {seen} samples"
     if scores["trained"]:
         k = max(scores["trained"])
         named = f"name the class of {_percent(scores['trained'][k])} of the {judged} pictures"
@@ -225,7 +225,7 @@ def _head(config: Config, scores: dict[str, dict[int, float]], step: int, judged
         names = {"untrained": "the same network untrained", "pixels": "raw pixels"}
         rivals = [f"{text}: {_percent(scores[name][k])}" for name, text in names.items() if k in scores[name]]
         words += "; " * bool(rivals) + ", ".join(rivals)
-    over = f"fovea · {config.recipe.name} · {config.run.name}"
+    over = f"fovea · {config.method.name} · {config.run.name}"
     return f'<p class="over">{html.escape(over)}</p><h1>{html.escape(words)}</h1>'
 
 
@@ -252,7 +252,7 @@ def _result(scores: dict[str, dict[int, float]], facts: dict[str, str]) -> str:
 
 
 def _curves(config: Config, past: History, scores: dict[str, dict[int, float]]) -> str:
-    batch = config.train.global_batch
+    batch = config.train.global_batch_size
     marks = [(step * batch, text) for step, text in sorted(past.resumes.items())]
     k = max(scores["trained"], default=0)
     names = {"untrained": ("untrained", 1), "pixels": ("raw pixels", 2)}

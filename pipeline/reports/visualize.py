@@ -63,13 +63,13 @@ def run(path: Path, files: Sequence[Path], *, out: Path, texts: Sequence[str], s
             hint=f"choose a multiple of {patch}",
         )
     if texts and (not isinstance(recipe, Contrastive) or "image_pool" in recipe.export()):
-        raise ConfigError(f"{config.recipe.name} does not compare patches with texts", where="--text", hint="Leave it out.")
+        raise ConfigError(f"{config.method.name} does not compare patches with texts", where="--text", hint="Leave it out.")
     normalize = view.normalize or Normalize()
     squares = [square(file, side) for file in files]
     images = torch.stack([_normal(one, normalize.mean, normalize.std) for one in squares])
     rows = _rows(subject, recipe, images, squares, list(texts))
     body = [
-        f'<p class="over">fovea · {html.escape(config.recipe.name)} · {html.escape(config.run.name)}</p>',
+        f'<p class="over">fovea · {html.escape(config.method.name)} · {html.escape(config.run.name)}</p>',
         f"<h1>{len(files)} pictures, as {html.escape(saved.path.name)} sees them</h1>",
         f'<figure><div class="scroll"><div class="rows">{"".join(rows)}</div></div><figcaption>Pictures are cut to the square in '
         f"their middle and shown at {side} pixels, {side // patch} x {side // patch} patches. Colours are the three directions "

@@ -25,8 +25,8 @@ from pipeline.runtime.watchdog import RESTART, Watchdog
 _COLLECTIVE = ("gloo", "nccl", "connection closed by peer", "connection reset", "broken pipe", "timed out waiting", "tcpstore")
 _HOST_MEMORY = ("can't allocate memory", "cannot allocate memory", "not enough memory", "std::bad_alloc")
 _LESS = (
-    "lower train.micro_batch (now {micro_batch}; the mathematics stays where the method allows accumulation), "
-    "raise train.zero (now {zero}), use activation checkpointing or more ranks; `fovea plan` tells what fits"
+    "lower train.micro_batch_size (now {micro_batch}; the mathematics stays where the method allows accumulation), "
+    "raise train.zero_stage (now {zero}), use activation checkpointing or more ranks; `fovea plan` tells what fits"
 )
 
 
@@ -61,7 +61,7 @@ def read(error: BaseException, facts: dict[str, Any]) -> Failure:
     if isinstance(error, torch.OutOfMemoryError):
         return Failure(f"out of GPU memory: {text[:300]}", _LESS.format(**facts))
     if isinstance(error, MemoryError) or any(sign in text.lower() for sign in _HOST_MEMORY):
-        hint = f"lower data.prefetch or data.workers, or {_LESS.format(**facts)}"
+        hint = f"lower data.prefetch or data.num_workers, or {_LESS.format(**facts)}"
         return Failure(f"out of memory of the machine: {text[:300] or type(error).__name__}", hint)
     if isinstance(error, OSError) and (known := of_system(error)) is not None:
         return Failure(str(known))

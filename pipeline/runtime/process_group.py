@@ -121,7 +121,7 @@ def gpu_of(local_rank: int, local_size: int, gpus: int) -> int:
         return 0
     raise LaunchError(
         f"{local_size} ranks run on this node, and {gpus} GPUs are visible",
-        where="launch.ranks",
+        where="launch.num_processes",
         hint=f"start {gpus} ranks a node, or let CUDA_VISIBLE_DEVICES show more GPUs",
     )
 

@@ -23,6 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pipeline.config.upgrade import upgrade
 from pipeline.errors import ConfigError, DataError
 from pipeline.masking import masked
 from pipeline.untrusted import printable, read_bytes, read_json
@@ -49,7 +50,7 @@ class RunDirectory:
         return self.path / "config.json"
 
     def settings_document(self) -> dict[str, Any]:
-        """What ``config.json`` holds, unchecked.
+        """What ``config.json`` holds, under today's names, unchecked.
 
         Raises:
             ConfigError: it cannot be read, or holds no settings.
@@ -61,7 +62,7 @@ class RunDirectory:
             raise ConfigError(f"cannot be read ({error.strerror})", where=printable(str(self.config)), hint=hint) from None
         if not isinstance(document, dict):
             raise ConfigError("must hold settings", where=printable(str(self.config)), hint=hint)
-        return document
+        return upgrade(document)
 
     def settings(self) -> Config:
         """The settings of the last attempt.

@@ -36,11 +36,11 @@ class RunSettings(Settings):
 class LaunchSettings(Settings):
     """How ranks are started on this machine."""
 
-    ranks: Count | None = Field(default=None, description="processes; null means one for each GPU, or one")
+    num_processes: Count | None = Field(default=None, description="processes; null means one for each GPU, or one")
     backend: Literal["auto", "gloo", "nccl"] = Field(
         default="auto", description="collective library; auto is nccl with GPUs, else gloo"
     )
-    init: Literal["deepspeed", "accelerate"] = Field(
+    deepspeed_init: Literal["deepspeed", "accelerate"] = Field(
         default="deepspeed",
         description="who sets DeepSpeed up: fovea, or Hugging Face Accelerate (which needs transformers); the run is the same",
     )
@@ -50,23 +50,23 @@ class LaunchSettings(Settings):
 class HealthSettings(Settings):
     """What is done when a rank stands still, and when the loss is no longer a number."""
 
-    stall_factor: float = Field(
+    hang_factor: float = Field(
         default=20.0, gt=1, description="a phase of a step that lasts this many median steps has stalled, and ends the attempt"
     )
-    stall_floor: Positive = Field(
+    hang_floor: Positive = Field(
         default=300.0, description="seconds that a phase of a step may always take; should be less than launch.timeout"
     )
-    start_limit: Positive = Field(default=3600.0, description="seconds the start and the first three steps may take, each")
-    evaluate_limit: Positive = Field(default=7200.0, description="seconds an evaluation may take")
-    checkpoint_limit: Positive = Field(default=3600.0, description="seconds a checkpoint may take")
-    rewind_after: Count | None = Field(
+    startup_timeout: Positive = Field(default=3600.0, description="seconds the start and the first three steps may take, each")
+    evaluation_timeout: Positive = Field(default=7200.0, description="seconds an evaluation may take")
+    checkpoint_timeout: Positive = Field(default=3600.0, description="seconds a checkpoint may take")
+    rollback_after: Count | None = Field(
         default=None,
         description="non-finite steps in a row after which training goes back to the last checkpoint; null means never",
     )
-    rewind_margin: int = Field(
+    rollback_margin: int = Field(
         default=100, ge=0, description="steps before the first non-finite one that are left out too after going back"
     )
-    max_rewinds: Count = Field(default=2, description="times a run goes back before it stops instead")
+    max_rollbacks: Count = Field(default=2, description="times a run goes back before it stops instead")
     peak_tflops: Positive | None = Field(
         default=None, description="TFLOP/s of a GPU that MFU is measured against; null reads a table by the GPU's name"
     )

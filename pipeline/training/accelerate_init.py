@@ -45,10 +45,12 @@ def initialize(model: nn.Module, optimizer: torch.optim.Optimizer, config: dict[
     if found != dist.get_world_size() or kind != "DEEPSPEED":
         raise TrainingError(
             f"accelerate sees {found} ranks by way of {kind}, but there are {dist.get_world_size()} and DeepSpeed is wanted",
-            where="launch.init",
-            hint="set launch.init=deepspeed",
+            where="launch.deepspeed_init",
+            hint="set launch.deepspeed_init=deepspeed",
         )
     engine, _ = accelerator.prepare(model, optimizer)
     if rounded := next((name for name, p in model.named_parameters() if p.dtype != torch.float32), None):
-        raise TrainingError("accelerate rounded the weights", where=f"parameter {rounded}", hint="set launch.init=deepspeed")
+        raise TrainingError(
+            "accelerate rounded the weights", where=f"parameter {rounded}", hint="set launch.deepspeed_init=deepspeed"
+        )
     return engine

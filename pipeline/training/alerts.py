@@ -21,8 +21,8 @@ from pipeline.methods.health_metrics import NARROW, SINGLE, STILL, UNIFORM, WORS
 SMOOTH, PATIENCE, WINDOW = 40, 100, 150  # steps
 NEAR_GUESS, UNDECIDED = 0.01, 0.99  # shares of the loss of a guess, and of the largest entropy
 FAR_WORSE, NEARLY = 0.1, 0.95  # the same, together
-_DEFAULT = "the steps are too large: lower optim.lr, or lengthen schedule.lr.warmup"
-_STUCK = "nothing is trained, or everything is frozen: see gradient_norm, optim.lr and schedule.lr"
+_DEFAULT = "the steps are too large: lower schedule.lr.peak, or lengthen schedule.lr.warmup"
+_STUCK = "nothing is trained, or everything is frozen: see gradient_norm, schedule.lr.peak and schedule.lr"
 
 
 @dataclass(frozen=True)

@@ -55,22 +55,22 @@ from pipeline.weights import init_from as initial
 
 def make_plan(config: Config, order: Order | Mixture, run: RunDirectory, attempt: int, rank: int) -> Plan:
     """Lengths and distances in optimizer steps."""
-    batch, epoch = config.train.global_batch, order.samples_per_epoch
+    batch, epoch = config.train.global_batch_size, order.samples_per_epoch
     record = run.batches(attempt, rank) if config.train.record_batches else None
     if record is not None:
         record.parent.mkdir(parents=True, exist_ok=True)
     return Plan(
-        steps=config.train.length.steps(epoch, batch),
+        steps=config.train.duration.steps(epoch, batch),
         log_every=config.train.log_every,
         evaluate_every=math.gcd(*(every.steps(epoch, batch) for every in config.evaluation.enabled.values())),
         checkpoint_every=config.checkpoint.every.steps(epoch, batch),
-        max_nonfinite=config.train.max_nonfinite,
+        max_nonfinite=config.train.max_consecutive_nonfinite,
         seed=config.run.seed,
         record=record,
-        rewind_after=config.health.rewind_after,
-        rewind_margin=config.health.rewind_margin,
-        max_rewinds=config.health.max_rewinds,
-        asynchronous=config.checkpoint.asynchronous,
+        rewind_after=config.watchdog.rollback_after,
+        rewind_margin=config.watchdog.rollback_margin,
+        max_rewinds=config.watchdog.max_rollbacks,
+        asynchronous=config.checkpoint.async_save,
         save_evaluated=config.checkpoint.keep_best,
     )
 
@@ -88,7 +88,7 @@ def prepare_towers(recipe: Recipe, config: Config) -> None:
     teachers = list(recipe.teacher.modules.values()) if recipe.teacher is not None else []
     towers = [m for root in (recipe, *teachers) for m in root.modules() if isinstance(m, VisionTower | TextTower)]
     for tower in towers:
-        tower.checkpointing = config.train.recompute
+        tower.checkpointing = config.train.activation_checkpointing
         if config.train.fp8 == "all" or (config.train.fp8 == "teacher" and not any(p.requires_grad for p in tower.parameters())):
             use_fp8(_blocks(tower))
     if not config.train.compile:
@@ -97,7 +97,7 @@ def prepare_towers(recipe: Recipe, config: Config) -> None:
         raise ConfigError("there is no C++ compiler", where="train.compile", hint="install g++, or set train.compile=false")
     for tower in towers:
         for block in _blocks(tower):
-            block.compile(mode="reduce-overhead" if config.train.graphs else None)
+            block.compile(mode="reduce-overhead" if config.train.cuda_graphs else None)
 
 
 def _blocks(tower: VisionTower | TextTower) -> Any:
@@ -139,39 +139,41 @@ def assemble(
         if journal is not None:
             journal.tags({f"fovea.init.{key}": value for key, value in start.record.items()})
     prepare_towers(recipe, config)
-    share = config.train.global_batch // world.size
-    micro = config.train.micro_batch or share
+    share = config.train.global_batch_size // world.size
+    micro = config.train.micro_batch_size or share
     engine = Engine(
         recipe,
         EngineOptions(
-            zero=config.train.zero,
+            zero=config.train.zero_stage,
             precision=config.train.precision,
             micro_batch=micro,
             accumulation=share // micro,
             betas=config.optim.betas,
             eps=config.optim.eps,
-            clip_norm=config.recipe.clip_norm,
-            clip_scope=config.recipe.clip_scope,
+            clip_norm=config.method.clip_norm,
+            clip_scope=config.method.clip_scope,
             optimizer=config.optim.name,
             momentum=config.optim.momentum,
-            trust=config.optim.trust,
+            trust=config.optim.trust_coefficient,
             offload=config.train.offload,
-            init=config.launch.init,
-            graphs=config.train.graphs,
+            init=config.launch.deepspeed_init,
+            graphs=config.train.cuda_graphs,
         ),
         world.device,
     )
-    ledger = Ledger(run.ledger(world.rank), budget=config.data.bad_budget, window=config.data.bad_window)
+    ledger = Ledger(run.ledger(world.rank), budget=config.data.max_bad_fraction, window=config.data.bad_fraction_window)
     progress = Progress()
     if resume is not None:
         progress = _restore(resume, engine, recipe, ledger, inputs, config.checkpoint.allow_data_change)
     if world.rank == 0:
         record_data(run.data, inputs)
-    reader = Reader(inputs.train, wants=("image", "label", "caption"), checksum=config.data.crc, store=open_storage(config))
-    if (recipe.text is not None) != config.recipe.reads_text:
+    reader = Reader(
+        inputs.train, wants=("image", "label", "caption"), checksum=config.data.verify_checksums, store=open_storage(config)
+    )
+    if (recipe.text is not None) != config.method.reads_text:
         raise ConfigError(
             f"the method {'reads' if recipe.text else 'does not read'} text, but its settings say otherwise",
-            where=f"{type(config.recipe).__name__}.reads_text",
+            where=f"{type(config.method).__name__}.reads_text",
             hint="Both must agree: the settings decide before the start which samples are left out for want of a caption.",
         )
     dataset = Portions(
@@ -187,10 +189,10 @@ def assemble(
     )
     options = StreamOptions(
         micro_batch=micro,
-        workers=config.data.workers,
+        workers=config.data.num_workers,
         threads=config.data.decode_threads,
         prefetch=config.data.prefetch,
-        hue=config.recipe.hue,
+        hue=config.method.hue,
     )
 
     def stream(first: int, last: int) -> BatchStream:
@@ -220,7 +222,7 @@ def assemble(
             raise NonFiniteError(
                 "the loss is not finite and there is no checkpoint to go back to",
                 where=str(run.checkpoints),
-                hint="lower optim.lr or lengthen schedule.lr.warmup, or save more often with checkpoint.every",
+                hint="lower schedule.lr.peak or lengthen schedule.lr.warmup, or save more often with checkpoint.every",
             )
         return _restore(read(Path(chosen[0])), engine, recipe, ledger, inputs, config.checkpoint.allow_data_change)
 
@@ -266,7 +268,7 @@ def _sheets(run: RunDirectory, journal: Journal) -> Show:
 
 def _peak(config: Config, device: torch.device) -> float | None:
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
-    return config.health.peak_tflops or peak_tflops(name, config.train.precision)
+    return config.watchdog.peak_tflops or peak_tflops(name, config.train.precision)
 
 
 def _checkpoints(config: Config, inputs: Inputs, run: RunDirectory, world: World, copies: Copies | None) -> Checkpoints:
@@ -274,9 +276,9 @@ def _checkpoints(config: Config, inputs: Inputs, run: RunDirectory, world: World
     return Checkpoints(
         run.checkpoints,
         keep_last=c.keep_last,
-        keep_every=c.keep_every.steps(inputs.order.samples_per_epoch, config.train.global_batch) if c.keep_every else 0,
+        keep_every=c.keep_every.steps(inputs.order.samples_per_epoch, config.train.global_batch_size) if c.keep_every else 0,
         keep_best=c.keep_best,
-        most_failures=c.most_failures,
+        most_failures=c.max_failures,
         group=world.control,
         on_commit=copies.offer if copies else None,
         pinned=copies.pinned if copies else set,

@@ -117,9 +117,9 @@ class Schedules:
         Raises:
             ConfigError: a warm-up longer than the run.
         """
-        batch, schedule = config.train.global_batch, config.schedule
+        batch, schedule = config.train.global_batch_size, config.schedule
         check_warmups(config, epoch_samples)
-        length = config.train.length.steps(epoch_samples, batch) * batch
+        length = config.train.duration.steps(epoch_samples, batch) * batch
 
         def curve(start: float, peak: float, end: float, rest: CurveSettings | LearningRateCurve) -> Curve:
             warmup = rest.warmup.samples(epoch_samples, batch)
@@ -132,11 +132,11 @@ class Schedules:
         return cls(
             global_batch=batch,
             epoch_samples=epoch_samples,
-            lr=curve(schedule.lr.start, config.optim.peak_lr(batch), schedule.lr.end, schedule.lr),
+            lr=curve(schedule.lr.start, config.optim.lr_scaling.scaled(schedule.lr.peak, batch), schedule.lr.end, schedule.lr),
             weight_decay=plain(schedule.weight_decay),
-            momentum=plain(schedule.momentum),
+            momentum=plain(schedule.teacher_momentum),
             teacher_temperature=plain(schedule.teacher_temperature),
-            last_layer_freeze=config.recipe.last_layer_freeze.samples(epoch_samples, batch),
+            last_layer_freeze=config.method.last_layer_freeze.samples(epoch_samples, batch),
         )
 
     def at(self, samples_seen: int) -> Step:

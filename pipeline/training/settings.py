@@ -17,32 +17,47 @@ from pipeline.config.types import (
 )
 
 
+class LrScalingSettings(Settings):
+    """How the peak learning rate follows the global batch size."""
+
+    rule: Literal["sqrt", "linear", "none"] = Field(
+        default="sqrt",
+        description="sqrt multiplies the peak by sqrt(global batch size / reference_batch) (DINOv2), linear by the ratio itself "
+        "(DINO, MoCo, SimCLR), none leaves it",
+    )
+    reference_batch: Count | None = Field(
+        default=None, description="batch size at which the peak is as given; null is 1024 for sqrt and 256 for linear"
+    )
+
+    def scaled(self, lr: float, global_batch_size: int) -> float:
+        """The learning rate ``lr`` for a global batch of so many samples."""
+        if self.rule == "none":
+            return lr
+        ratio = global_batch_size / (self.reference_batch or {"sqrt": 1024, "linear": 256}[self.rule])
+        return lr * (ratio**0.5 if self.rule == "sqrt" else ratio)
+
+
 class OptimSettings(Settings):
     """The optimizer."""
 
     name: Literal["adamw", "lamb", "lars", "sgd"] = Field(
         default="adamw",
-        description="the optimizer; lars and sgd have their uses for convolutions with batch norm, not for transformers",
+        description="optimizer; lars and sgd are for convolutional networks with batch norm, not for transformers",
     )
-    momentum: Probability = Field(default=0.9, description="LARS and SGD: share of the old velocity kept")
-    trust: Positive = Field(default=1e-3, description="LARS: the trust coefficient eta")
-    lr: Positive = Field(default=2e-4, description="base learning rate, before lr_rule")
-    lr_rule: Literal["sqrt1024", "linear256", "none"] = Field(
-        default="sqrt1024", description="peak rate: lr * sqrt(global batch / 1024), lr * global batch / 256, or lr"
+    momentum: Probability = Field(default=0.9, description="momentum of LARS and SGD")
+    trust_coefficient: Positive = Field(default=1e-3, description="LARS: trust coefficient eta")
+    lr_scaling: LrScalingSettings = Field(
+        default=LrScalingSettings(), description="how the peak learning rate follows the global batch size"
     )
-    betas: tuple[Probability, Probability] = Field(default=(0.9, 0.999), description="decay of the two moments")
+    betas: tuple[Probability, Probability] = Field(default=(0.9, 0.999), description="decay rates of AdamW's and LAMB's moments")
     eps: Positive = Field(default=1e-8, description="added to the root of the second moment")
-
-    def peak_lr(self, global_batch: int) -> float:
-        """The learning rate after warm-up, for a global batch of so many samples."""
-        factor = {"sqrt1024": (global_batch / 1024) ** 0.5, "linear256": global_batch / 256, "none": 1.0}
-        return self.lr * factor[self.lr_rule]
 
 
 class LearningRateCurve(Settings):
-    """The learning rate over the run: a linear warm-up from ``start`` to the optimizer's peak, then ``shape`` to ``end``."""
+    """The learning rate over the run: a linear warm-up from ``start`` to ``peak``, then ``shape`` to ``end``."""
 
     start: NonNegative = Field(default=0.0, description="learning rate at the first sample")
+    peak: Positive = Field(default=2e-4, description="learning rate after the warm-up, before optim.lr_scaling")
     end: NonNegative = Field(default=1e-6, description="learning rate at the last sample")
     warmup: Length = Field(default=Length(0), description="length of the rise from start to the peak")
     per_epoch: bool = Field(
@@ -79,7 +94,7 @@ class ScheduleSettings(Settings):
 
     lr: LearningRateCurve = Field(default=LearningRateCurve(), description="learning rate")
     weight_decay: Curve = Field(default=Curve(start=0.04, end=0.2), description="weight decay")
-    momentum: Curve = Field(default=Curve(start=0.994, end=1.0), description="share of the old teacher kept each step")
+    teacher_momentum: Curve = Field(default=Curve(start=0.994, end=1.0), description="share of the old teacher kept each step")
     teacher_temperature: Curve = Field(
         default=Curve(start=0.04, peak=0.07, warmup=Length(37500, "steps"), shape="constant"),
         description="temperature of the teacher's targets",
@@ -89,15 +104,15 @@ class ScheduleSettings(Settings):
 class TrainSettings(Settings):
     """The loop."""
 
-    global_batch: Count = Field(default=1024, description="samples of one optimizer step over all ranks")
-    micro_batch: Count | None = Field(
+    global_batch_size: Count = Field(default=1024, description="samples of one optimizer step over all ranks")
+    micro_batch_size: Count | None = Field(
         default=None, description="samples of one forward pass of a rank; null means the rank's whole share"
     )
-    length: Length = Field(default=Length(125_000, "steps"), description="length of the run")
+    duration: Length = Field(default=Length(125_000, "steps"), description="length of the run")
     precision: Literal["fp32", "bf16"] = Field(
         default="bf16", description="number format of the student's forward and backward pass"
     )
-    zero: Literal[0, 1, 2, 3] = Field(
+    zero_stage: Literal[0, 1, 2, 3] = Field(
         default=1,
         json_schema_extra=RUNTIME,
         description="DeepSpeed ZeRO stage: shard nothing (0), optimizer state (1), also gradients (2), also all weights (3)",
@@ -117,7 +132,7 @@ class TrainSettings(Settings):
         json_schema_extra=RUNTIME,
         description="write every step's sample keys, pixel digest and terms of each rank to <run>/batches (slow; for audits)",
     )
-    recompute: bool = Field(
+    activation_checkpointing: bool = Field(
         default=False,
         json_schema_extra=RUNTIME,
         description="activation checkpointing: forget a block's activations and compute them again (less memory, a third slower)",
@@ -125,7 +140,7 @@ class TrainSettings(Settings):
     compile: bool = Field(
         default=False, json_schema_extra=RUNTIME, description="torch.compile each transformer block; needs a C++ compiler on CPU"
     )
-    graphs: bool = Field(
+    cuda_graphs: bool = Field(
         default=False,
         json_schema_extra=RUNTIME,
         description="with train.compile: replay the compiled blocks as CUDA graphs, for small models whose steps are mostly "
@@ -137,4 +152,6 @@ class TrainSettings(Settings):
         "or of all; needs bf16 and a GPU of compute capability 8.9, and gives other numbers",
     )
     deterministic: bool = Field(default=False, description="refuse operations whose result varies from run to run")
-    max_nonfinite: Count = Field(default=10, json_schema_extra=RUNTIME, description="non-finite steps in a row that stop the run")
+    max_consecutive_nonfinite: Count = Field(
+        default=10, json_schema_extra=RUNTIME, description="non-finite steps in a row that stop the run"
+    )

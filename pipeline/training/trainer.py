@@ -284,7 +284,7 @@ class Trainer:
             raise NonFiniteError(
                 f"{in_a_row} steps in a row were not finite ({', '.join(terms_there)})",
                 where=f"step {number}, first keys on rank {rank}: {keys_there}",
-                hint="lower optim.lr or optim.betas, lengthen schedule.lr.warmup, or train.precision=fp32; then resume",
+                hint="lower schedule.lr.peak or optim.betas, lengthen schedule.lr.warmup, or train.precision=fp32; then resume",
             )
 
     def _log(self, step: Step, meter: _Meter, norms: dict[str, Tensor], batches: BatchStream) -> None:

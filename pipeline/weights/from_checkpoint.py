@@ -89,7 +89,7 @@ def _fitting(own: Mapping[str, Tensor], trainable: set[str], saved: Saved, whose
             f"{len(wrong)} of the {whose} weights do not fit, the first is {first}: "
             f"{theirs.get(first, 'absent')} in the checkpoint, {ours[first]} by the settings",
             where=str(saved.path),
-            hint="Evaluate with the settings it was trained with: leave model.* and recipe.* as they are.",
+            hint="Evaluate with the settings it was trained with: leave model.* and method.* as they are.",
         )
 
 

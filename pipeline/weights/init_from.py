@@ -113,12 +113,12 @@ def check(config: Config) -> None:
 
     with torch.device("meta"):
         recipe = build_recipe(config)
-    for name in {config.init_from.source, *config.recipe.anchors.values()} - {None}:
+    for name in {config.init_from.source, *config.method.anchors.values()} - {None}:
         if (found := find(str(name)).saved) is not None:
             saved.verify(found)
     if config.init_from.source is not None:
         _matched(recipe, find(config.init_from.source), config.init_from, shapes_only=True)
-    for name, given in config.recipe.anchors.items():
+    for name, given in config.method.anchors.items():
         _anchored(recipe, name, given, shapes_only=True)
 
 
@@ -151,11 +151,11 @@ def begin(recipe: Recipe, config: Config, *, record: bool = True) -> Start | Non
         told += [f"starting from the {network}{source}: {len(weights)} tensors", *notes]
         if record:
             facts = source.record() | {"network": config.init_from.network, "heads": config.init_from.heads}
-    for anchor, given in config.recipe.anchors.items():
+    for anchor, given in config.method.anchors.items():
         weights, notes = _anchored(recipe, anchor, given, shapes_only=False)
         for name, tensor in weights.items():
             parameters[name].copy_(tensor)
-        told += [f"recipe.{anchor} stands still at {find(given) if given else 'what this run starts with'}", *notes]
+        told += [f"method.{anchor} stands still at {find(given) if given else 'what this run starts with'}", *notes]
         if record and given:
             facts[anchor] = find(given).record()
     return Start(facts, tuple(told)) if told else None
@@ -207,7 +207,7 @@ def _anchored(recipe: Recipe, name: str, given: str | None, *, shapes_only: bool
         return {f"{name}.{n}": tensor for n, tensor in taught.items()}, []
     source = find(given or "")
     state, rest, notes = _read(source, "teacher", shapes_only)
-    where = f"recipe.{name}: {source}"
+    where = f"method.{name}: {source}"
     tower = networks.pop("backbone")
     if not isinstance(tower, VisionTower):
         raise ConfigError(f"the network {name} holds no vision tower", where=where)

@@ -166,7 +166,7 @@ def _of_tower(source: str, model: str | None, device: torch.device) -> Peer:
         )
     about = timm.get_pretrained_cfg(name, allow_unregistered=True) if timm.is_model(name) else None
     size = int(about.input_size[-1]) if about is not None else 224
-    tower = build_tower(ModelSettings(timm=name), image_size=size)
+    tower = build_tower(ModelSettings(timm_name=name), image_size=size)
     state, _ = unwrapped(weights_of(find(source)))
     fitted = fit(state, tower, where=source)
     with torch.no_grad():

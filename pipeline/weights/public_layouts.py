@@ -208,6 +208,6 @@ def _fit_positions(weights: dict[str, Tensor], tower: VisionTower, notes: list[s
         positions = resample_positions(positions, grid, old, prefix=prefix, how=tower.resampling)
         shown = [f"{rows} x {columns}" for rows, columns in (old, grid)]
         notes.append(
-            f"positions are resampled from {shown[0]} to {shown[1]} patches (model.position_resampling={tower.resampling})"
+            f"positions are resampled from {shown[0]} to {shown[1]} patches (model.pos_embed_interpolation={tower.resampling})"
         )
     weights[name] = positions

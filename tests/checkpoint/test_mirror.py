@@ -42,7 +42,7 @@ def place(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[str, Storage]
 
 
 def bucket(door: Proxy, tmp_path: Path, grace: float = 3.0) -> tuple[str, Storage]:
-    settings = StorageSettings(endpoint=door.endpoint, part_mb=5, timeout=2.0, retries=0, grace=grace)
+    settings = StorageSettings(endpoint=door.endpoint, part_size_mb=5, timeout=2.0, retries=0, outage_timeout=grace)
     return f"s3://{tmp_path.name.replace('_', '-')}/runs/run", Storage(settings)
 
 

@@ -38,7 +38,7 @@ def test_an_alias_of_itself_is_refused(tmp_path: Path) -> None:
 
 
 def test_few_aliases_are_fine(tmp_path: Path) -> None:
-    (tmp_path / "good.yaml").write_text("data: {shards: &s [a.tar]}\nevaluation: {knn: {val_shards: *s}}\nrecipe: {name: clip}\n")
+    (tmp_path / "good.yaml").write_text("data: {shards: &s [a.tar]}\nevaluation: {knn: {val_shards: *s}}\nmethod: {name: clip}\n")
     assert refused(tmp_path, "data: {shards: &s [a.tar]}\nx: *s", "unknown key 'x'")
 
 
@@ -106,7 +106,7 @@ VALUE = st.recursive(
 @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     key=st.sampled_from(
-        ["run", "data", "data.shards", "recipe", "recipe.name", "optim.lr", "train.length", "model", "base", "x"]
+        ["run", "data", "data.shards", "method", "method.name", "schedule.lr.peak", "train.duration", "model", "base", "x"]
     ),
     value=VALUE | st.text(max_size=12),
 )
@@ -136,14 +136,14 @@ def test_a_base_with_a_name_that_is_too_long_does_not_exist(tmp_path: Path) -> N
         load(tmp_path / "x.yaml", [])
 
 
-@pytest.mark.parametrize("key", ["tracking.experiment", "data.label", "data.storage.endpoint", "model.timm"])
+@pytest.mark.parametrize("key", ["tracking.experiment", "data.label_extension", "data.storage.endpoint", "model.timm_name"])
 def test_no_text_holds_control_characters(key: str) -> None:
     with pytest.raises(ConfigError, match=key) as caught:
         load("clip/scenes", ["data.shards=x.tar", f"{key}=a\nb\x1b]0;x\x07"])
     assert "\x1b" not in str(caught.value)
 
 
-@pytest.mark.parametrize("key", ["train.global_batch", "checkpoint.keep_last"])
+@pytest.mark.parametrize("key", ["train.global_batch_size", "checkpoint.keep_last"])
 def test_numbers_fit_64_bits(key: str) -> None:
     with pytest.raises(ConfigError, match="should be less than"):
         load("clip/scenes", ["data.shards=x.tar", f"{key}={'9' * 390}"])
@@ -152,4 +152,4 @@ def test_numbers_fit_64_bits(key: str) -> None:
 @pytest.mark.parametrize("name", ["hf-hub:somebody/x", "local-dir:/tmp"])
 def test_a_model_is_a_name_of_timm_not_a_place(name: str) -> None:
     with pytest.raises(ConfigError, match="timm"):
-        load("clip/scenes", ["data.shards=x.tar", f"model.timm={name}"])
+        load("clip/scenes", ["data.shards=x.tar", f"model.timm_name={name}"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import importlib
 import string
 import subprocess
 import sys
@@ -36,11 +37,11 @@ from pipeline.config.validate import check_ranks
 from pipeline.errors import ConfigError
 from pipeline.methods.dinov2.settings import Dinov2Settings
 from pipeline.methods.settings import RecipeSettings, register
-from pipeline.training.settings import Curve
+from pipeline.training.settings import Curve, LrScalingSettings
 
 ROOT = Path(__file__).resolve().parents[2]
 NAME = "dinov2/cifar10_vit_tiny"
-MINIMAL = "model: {width: 8, depth: 1, heads: 2, patch: 14}\ndata: {shards: a.tar}\n"
+MINIMAL = "model: {embed_dim: 8, depth: 1, num_heads: 2, patch_size: 14}\ndata: {shards: a.tar}\n"
 LEAVES = sorted(flatten(load(NAME).config))
 
 
@@ -88,9 +89,9 @@ def test_plain_scalars_follow_yaml_1_2(tmp_path: Path, text: str, value: Any) ->
 
 
 def test_scalars_mean_the_same_in_a_file_and_on_the_command_line(tmp_path: Path) -> None:
-    path = write(tmp_path, MINIMAL + "optim: {lr: 1e-3}\nrun: {name: '010'}\ntracking: {experiment: on}\n")
+    path = write(tmp_path, MINIMAL + "schedule: {lr: {peak: 1e-3}}\nrun: {name: '010'}\ntracking: {experiment: on}\n")
     config = load(path, ["optim.eps=1e-3", "run.seed=010"]).config
-    assert (config.optim.lr, config.optim.eps, config.run.name, config.run.seed) == (1e-3, 1e-3, "010", 10)
+    assert (config.schedule.lr.peak, config.optim.eps, config.run.name, config.run.seed) == (1e-3, 1e-3, "010", 10)
     assert config.tracking.experiment == "on"
 
 
@@ -134,18 +135,27 @@ def test_a_length_survives_being_written(amount: int, unit: Any) -> None:
 
 
 def test_all_problems_of_a_file_are_told_at_once_with_their_place(tmp_path: Path) -> None:
-    text = "optim:\n  lrr: 3\n  lr: -1\ntrain:\n  length: many\n  precision: fp16\n"
-    text += "data:\n  shards: a.tar\n  workers: 2\n  workers: 3\n"
+    text = "optim:\n  epss: 3\n  eps: -1\ntrain:\n  duration: many\n  precision: fp16\n"
+    text += "data:\n  shards: a.tar\n  num_workers: 2\n  num_workers: 3\n"
     error = refused(write(tmp_path, text), "train.lr=1e-3", "nonsense")
     found = {problem.path: problem for problem in error.problems}
-    assert set(found) == {"optim.lrr", "optim.lr", "train.length", "train.precision", "data.workers", "model", "train.lr", ""}
-    assert found["optim.lrr"].origin.endswith("run.yaml:2:3")
-    assert "did you mean 'optim.lr'" in found["optim.lrr"].message and "betas, eps, lr" in found["optim.lrr"].message
-    assert found["optim.lr"].message.startswith("optim.lr = -1: should be greater than 0")
+    assert set(found) == {
+        "optim.epss",
+        "optim.eps",
+        "train.duration",
+        "train.precision",
+        "data.num_workers",
+        "model",
+        "train.lr",
+        "",
+    }
+    assert found["optim.epss"].origin.endswith("run.yaml:2:3")
+    assert "did you mean 'optim.eps'" in found["optim.epss"].message and "betas, eps, lr" in found["optim.epss"].message
+    assert found["schedule.lr.peak"].message.startswith("schedule.lr.peak = -1: should be greater than 0")
     assert "fp32, bf16" in found["train.precision"].message and '"fp16"' in found["train.precision"].message
-    assert "3 epochs" in found["train.length"].message
-    assert "given twice" in found["data.workers"].message and found["data.workers"].origin.endswith(":10:3")
-    assert found["train.lr"].origin == "command line" and "optim.lr" in found["train.lr"].message
+    assert "3 epochs" in found["train.duration"].message
+    assert "given twice" in found["data.num_workers"].message and found["data.num_workers"].origin.endswith(":10:3")
+    assert found["train.lr"].origin == "command line" and "schedule.lr.peak" in found["train.lr"].message
     assert all(str(problem) in str(error) for problem in error.problems) and error.exit_code == 2
 
 
@@ -184,13 +194,13 @@ PATHS = st.text(st.characters(exclude_categories=["Cc", "Cf", "Cs", "Zl", "Zp"])
         {},
         optional={
             "run.seed": st.integers(0, 2**63 - 1),
-            "optim.lr": st.floats(1e-300, 1e300),
+            "schedule.lr.peak": st.floats(1e-300, 1e300),
             "optim.betas": st.tuples(st.floats(0, 1), st.floats(0, 1)),
             "tracking.experiment": PATHS.filter(bool),
             "tracking.uri": st.none() | PATHS,
             "data.shards": st.lists(PATHS, min_size=1, max_size=3),
-            "data.crc": st.booleans(),
-            "train.length": st.integers(1, 10**15) | st.sampled_from(["30 epochs", "7 steps", "5.25 epochs"]),
+            "data.verify_checksums": st.booleans(),
+            "train.duration": st.integers(1, 10**15) | st.sampled_from(["30 epochs", "7 steps", "5.25 epochs"]),
             "evaluation.knn.k": st.lists(st.integers(1, 10**4), min_size=1, max_size=3),
         },
     )
@@ -228,21 +238,21 @@ def test_each_config_that_comes_with_fovea_loads_and_says_what_it_is(name: str) 
 
 
 def test_show_tells_where_each_value_came_from(tmp_path: Path) -> None:
-    write(tmp_path, "optim: {eps: 1e-7, lr: 1}\n", "below.yaml")
-    path = write(tmp_path, MINIMAL + "base: below.yaml\noptim: {lr: 2}\n")
-    lines = {line.split(":")[0].strip(): line for line in show(load(path, ["train.zero=2"])).splitlines()}
-    assert "below.yaml:1:9" in lines["eps"] and "run.yaml:4:9" in lines["lr_rule"].replace("default", "run.yaml:4:9")
-    assert lines["zero"].endswith("# command line") and lines["betas"].endswith("# default")
-    assert load(path).config.optim.lr == 2
+    write(tmp_path, "optim: {eps: 1e-7, momentum: 0.1}\n", "below.yaml")
+    path = write(tmp_path, MINIMAL + "base: below.yaml\noptim: {momentum: 0.2}\n")
+    lines = {line.split(":")[0].strip(): line for line in show(load(path, ["train.zero_stage=2"])).splitlines()}
+    assert "below.yaml:1:9" in lines["eps"] and "run.yaml:4:9" in lines["momentum"]
+    assert lines["zero_stage"].endswith("# command line") and lines["betas"].endswith("# default")
+    assert load(path).config.optim.momentum == 0.2
 
 
 def test_bases_merge_in_order_and_lists_are_replaced(tmp_path: Path) -> None:
-    write(tmp_path, "evaluation: {knn: {k: [1, 2, 3], size: 32}}\noptim: {lr: 1, eps: 1e-4}\n", "a.yaml")
-    write(tmp_path, "optim: {lr: 2}\n", "b.yaml")
+    write(tmp_path, "evaluation: {knn: {k: [1, 2, 3], image_size: 32}}\noptim: {momentum: 0.1, eps: 1e-4}\n", "a.yaml")
+    write(tmp_path, "optim: {momentum: 0.2}\n", "b.yaml")
     path = write(tmp_path / "deep", "base: [../a.yaml, ../b.yaml]\n" + MINIMAL + "evaluation: {knn: {k: [7]}}\n")
     config = load(path).config
-    assert (config.optim.lr, config.optim.eps) == (2, 1e-4)
-    assert (config.evaluation.knn.k, config.evaluation.knn.size) == ((7,), 32)
+    assert (config.optim.momentum, config.optim.eps) == (0.2, 1e-4)
+    assert (config.evaluation.knn.k, config.evaluation.knn.image_size) == ((7,), 32)
 
 
 def test_a_circle_of_bases_and_a_missing_base_are_refused(tmp_path: Path) -> None:
@@ -286,40 +296,40 @@ def test_overrides_take_lists_mappings_and_quoted_text(tmp_path: Path) -> None:
         path,
         [
             "evaluation.knn.k=[1, 2]",
-            "recipe={prototypes: 9, views: {local_size: 28}}",
+            "method={prototypes: 9, views: {local_size: 28}}",
             "run.name='7'",
             "data.shards={a,b}/x-{0..9}.tar",
         ],
     ).config
-    assert isinstance(config.recipe, Dinov2Settings)
-    assert (config.evaluation.knn.k, config.recipe.prototypes, config.recipe.views.local_size) == ((1, 2), 9, 28)
+    assert isinstance(config.method, Dinov2Settings)
+    assert (config.evaluation.knn.k, config.method.prototypes, config.method.views.local_size) == ((1, 2), 9, 28)
     assert (config.run.name, config.data.shards) == ("7", (f"{Path.cwd()}/{{a,b}}/x-{{0..9}}.tar",))
 
 
 @pytest.mark.parametrize(
     ("override", "words"),
     [
-        ("train.global_batch=255", "254 or 256"),
-        ("train.micro_batch=100", "2 ranks times train.micro_batch = 100"),
-        ("model.heads=5", "does not divide by model.heads = 5"),
-        ("recipe.views.local_size=15", "12 or 16"),
-        ("recipe.views.global_scale=[0.9, 0.1]", "0.9 is above 0.1"),
-        ("recipe.prototypes=1", "greater than 1"),
-        ("recipe.name=dinov3", "did you mean dinov2"),
-        ("model.timm=vit_tiny_patch16_224", "has no effect beside model.timm"),
-        ("model.width=null", "model.width is required"),
+        ("train.global_batch_size=255", "254 or 256"),
+        ("train.micro_batch_size=100", "2 ranks times train.micro_batch_size = 100"),
+        ("model.num_heads=5", "does not divide by model.num_heads = 5"),
+        ("method.views.local_size=15", "12 or 16"),
+        ("method.views.global_scale=[0.9, 0.1]", "0.9 is above 0.1"),
+        ("method.prototypes=1", "greater than 1"),
+        ("method.name=dinov3", "did you mean dinov2"),
+        ("model.timm_name=vit_tiny_patch16_224", "has no effect beside model.timm_name"),
+        ("model.embed_dim=null", "model.embed_dim is required"),
         ("evaluation.knn.max_train=5", "more neighbours"),
         ("schedule.lr.warmup=60 epochs", "longer than the run"),
         ("checkpoint.every=0", "longer than nothing"),
-        ("train.zero=4", "0, 1, 2 or 3"),
+        ("train.zero_stage=4", "0, 1, 2 or 3"),
         ("run.name=../up", "pattern"),
-        ("optim.lr=true", "valid number"),
-        ("data.crc=yes", "true or false"),
-        ("train.global_batch='128'", "valid integer"),
+        ("schedule.lr.peak=true", "valid number"),
+        ("data.verify_checksums=yes", "true or false"),
+        ("train.global_batch_size='128'", "valid integer"),
         ("evaluation.knn.k=[]", "at least 1"),
         ("optim.betas=[0.9]", "too few"),
         ("schedule=5", "section"),
-        ("optim.lr=1e999", "finite"),
+        ("schedule.lr.peak=1e999", "finite"),
     ],
 )
 def test_settings_that_cannot_be_are_refused_with_key_and_mend(override: str, words: str) -> None:
@@ -329,10 +339,10 @@ def test_settings_that_cannot_be_are_refused_with_key_and_mend(override: str, wo
 
 
 def test_ranks_are_checked_again_once_their_number_is_known() -> None:
-    config = load(NAME, ["train.global_batch=256"]).config
+    config = load(NAME, ["train.global_batch_size=256"]).config
     assert not check_ranks(config, 4)
     assert check_ranks(config, 3) == [
-        ("train.global_batch", "train.global_batch = 256: does not divide by 3 ranks; 255 or 258 would")
+        ("train.global_batch_size", "train.global_batch_size = 256: does not divide by 3 ranks; 255 or 258 would")
     ]
 
 
@@ -343,21 +353,21 @@ def test_the_fingerprint_knows_what_is_computed_and_nothing_else() -> None:
         [
             "run.directory=/else",
             "run.name=x",
-            "launch.ranks=1",
+            "launch.num_processes=1",
             "tracking.enabled=false",
-            "data.workers=4",
+            "data.num_workers=4",
             "data.shards=b.tar",
-            "train.zero=2",
+            "train.zero_stage=2",
         ],
     ).config
     assert fingerprint(one) == fingerprint(other) and difference(one, other) == {}
-    assert "data.workers" in difference(one, other, runtime=True)
+    assert "data.num_workers" in difference(one, other, runtime=True)
     for change in (
-        "optim.lr=1",
+        "schedule.lr.peak=1",
         "run.seed=1",
-        "recipe.views.local_count=3",
-        "train.length=9 epochs",
-        "data.block=1",
+        "method.views.local_count=3",
+        "train.duration=9 epochs",
+        "data.shuffle_block_size=1",
         "model.stem=patch",
     ):
         other = load(NAME, [change]).config
@@ -373,13 +383,13 @@ def test_every_setting_is_described_and_says_what_is_allowed() -> None:
 def test_runtime_settings_are_not_part_of_the_identity() -> None:
     keys = set(identity(load(NAME).config))
     assert not {key for key in keys if key.startswith(("launch.", "tracking.", "evaluation.", "checkpoint."))}
-    assert {"run.seed", "train.global_batch", "optim.lr", "data.block", "recipe.name"} <= keys
+    assert {"run.seed", "train.global_batch_size", "schedule.lr.peak", "data.shuffle_block_size", "method.name"} <= keys
 
 
 def test_settings_are_frozen_and_strict() -> None:
     config = load(NAME).config
     with pytest.raises(ValidationError):
-        config.optim.lr = 3  # type: ignore[misc]
+        config.optim.eps = 3  # type: ignore[misc]
     with pytest.raises(ValidationError):
         Curve(start=1, en=2)  # type: ignore[call-arg]
 
@@ -399,13 +409,13 @@ def test_another_method_brings_its_settings_under_its_name(tmp_path: Path, monke
         name: str = "toy"
         queue: int = 5
 
-    path = write(tmp_path, MINIMAL + "recipe: {name: dinov2, prototypes: 7}\n")
-    upper = write(tmp_path, "base: run.yaml\nrecipe: {name: toy, queue: 6}\n", "toy.yaml")
+    path = write(tmp_path, MINIMAL + "method: {name: dinov2, prototypes: 7}\n")
+    upper = write(tmp_path, "base: run.yaml\nmethod: {name: toy, queue: 6}\n", "toy.yaml")
     loaded = load(upper)
-    assert isinstance(loaded.config.recipe, Toy) and loaded.config.recipe.queue == 6
+    assert isinstance(loaded.config.method, Toy) and loaded.config.method.queue == 6
     assert load(write(tmp_path, show(loaded), "again.yaml")).config == loaded.config
-    assert "recipe.queue" in schema("toy") and "recipe.prototypes" not in schema("toy")
-    assert isinstance(load(path).config.recipe, Dinov2Settings)
+    assert "method.queue" in schema("toy") and "method.prototypes" not in schema("toy")
+    assert isinstance(load(path).config.method, Dinov2Settings)
     with pytest.raises(ValueError, match="two recipes"):
         register("toy")(Dinov2Settings)
 
@@ -424,9 +434,10 @@ def test_the_run_is_called_after_its_file(tmp_path: Path) -> None:
 
 
 def test_peak_learning_rate_follows_the_rule() -> None:
-    optim = load(NAME, ["optim.lr=4e-3", "optim.lr_rule=sqrt1024"]).config.optim
-    assert optim.peak_lr(2048) == pytest.approx(5.657e-3, rel=1e-4)
-    assert load(NAME, ["optim.lr=1", "optim.lr_rule=linear256"]).config.optim.peak_lr(128) == 0.5
+    assert LrScalingSettings(rule="sqrt").scaled(4e-3, 2048) == pytest.approx(5.657e-3, rel=1e-4)
+    assert LrScalingSettings(rule="linear").scaled(1.0, 128) == 0.5
+    assert LrScalingSettings(rule="linear", reference_batch=64).scaled(1.0, 128) == 2.0
+    assert LrScalingSettings(rule="none").scaled(1.0, 128) == 1.0
 
 
 def test_importing_the_config_imports_nothing_heavy() -> None:
@@ -446,11 +457,11 @@ def test_every_folder_of_configs_is_installed_with_the_package() -> None:
 
 def test_every_section_is_a_strict_settings_class() -> None:
     found = []
-    for module in ("settings", "sections", "judges"):
-        tree = ast.parse((ROOT / "pipeline" / f"{module}.py").read_text())
-        names = [node.name for node in tree.body if isinstance(node, ast.ClassDef) and node.name.endswith("Settings")]
-        found += [getattr(__import__(f"pipeline.{module}", fromlist=[name]), name) for name in names]
-    assert len(found) > 14 and all(issubclass(section, Settings) for section in found)
+    for path in [*ROOT.glob("pipeline/**/*settings.py"), ROOT / "pipeline/config/schema.py"]:
+        module = ".".join(path.relative_to(ROOT).with_suffix("").parts)
+        names = [node.name for node in ast.parse(path.read_text()).body if isinstance(node, ast.ClassDef)]
+        found += [getattr(importlib.import_module(module), name) for name in names if name.endswith(("Settings", "Curve"))]
+    assert len(found) > 40 and all(issubclass(section, Settings) for section in found)
 
 
 @pytest.mark.parametrize(
@@ -467,5 +478,5 @@ def test_every_section_is_a_strict_settings_class() -> None:
     ],
 )
 def test_validation_shards_lie_beside_the_training_shards_or_in_their_folder(shards: str, validation: str) -> None:
-    config = Config.model_validate({"model": {"timm": "vit_small_patch16_224"}, "data": {"shards": shards}})
+    config = Config.model_validate({"model": {"timm_name": "vit_small_patch16_224"}, "data": {"shards": shards}})
     assert config.validation_shards == (validation,)

@@ -21,14 +21,20 @@ PLAIN = {
     *(
         "run.name",
         "data.sources.name",
-        "data.image",
-        "data.caption",
-        "data.label",
+        "data.image_extensions",
+        "data.caption_extension",
+        "data.label_extension",
         "data.storage.endpoint",
         "data.storage.region",
     ),
-    *("model.timm", "recipe.judge.timm", "recipe.students.timm", "recipe.students.name", "recipe.text.architecture"),
-    *("recipe.text.tokenizer", "checkpoint.keep_best", "tracking.experiment", "evaluation.segmentation.names"),
+    *(
+        "model.timm_name",
+        "method.teacher_model.timm_name",
+        "method.students.timm_name",
+        "method.students.name",
+        "method.text.architecture",
+    ),
+    *("method.text.tokenizer", "checkpoint.keep_best", "tracking.experiment", "evaluation.segmentation.class_names"),
 }
 
 
@@ -51,17 +57,17 @@ def test_every_text_of_the_settings_names_files_or_is_known_not_to() -> None:
 
 OLD = """
 run: {name: toy, directory: runs/a}
-recipe: {name: distill, judge_from: runs/teacher, gram_from: ../gram, gram_weight: 1.0, views: {global_size: 32, local_size: 16}}
+method: {name: distill, teacher_weights: runs/teacher, gram_weights: ../gram, gram_weight: 1.0, views: {global_size: 32, local_size: 16}}
 init_from: {source: weights.safetensors}
 data: {shards: [train-*.tar, 's3://bucket/x-*.tar', /there/y.tar, 'file://z.tar'], index: ix, storage: {cache: ../kept}}
-checkpoint: {copy_to: copies, resume: runs/a/checkpoints/step_000000006}
+checkpoint: {mirror: copies, resume: runs/a/checkpoints/step_000000006}
 tracking: {uri: 'sqlite:///all.db'}
 evaluation:
   knn: {train_shards: vote, val_shards: './v-{00..03}.tar'}
   segmentation: {train_shards: [a.tar, b.tar], val_shards: c.tar}
-  zeroshot: {classes: names.txt, templates: /t.txt}
-model: {width: 32, depth: 1, heads: 2, patch: 8}
-train: {global_batch: 16}
+  zeroshot: {class_names: names.txt, templates: /t.txt}
+model: {embed_dim: 32, depth: 1, num_heads: 2, patch_size: 8}
+train: {global_batch_size: 16}
 """
 
 
@@ -79,20 +85,20 @@ def test_every_path_is_absolute_once_it_is_loaded(written: Path) -> None:
     up = written.parent
     assert path_values(config) == {
         "run.directory": written / "runs/a",
-        "recipe.judge_from": f"{written}/runs/teacher",
-        "recipe.gram_from": f"{up}/gram",
+        "method.teacher_weights": f"{written}/runs/teacher",
+        "method.gram_weights": f"{up}/gram",
         "init_from.source": f"{written}/weights.safetensors",
         "data.shards": (f"{written}/train-*.tar", "s3://bucket/x-*.tar", "/there/y.tar", f"file://{written}/z.tar"),
         "data.index": written / "ix",
         "data.storage.cache": up / "kept",
-        "checkpoint.copy_to": f"{written}/copies",
+        "checkpoint.mirror": f"{written}/copies",
         "checkpoint.resume": f"{written}/runs/a/checkpoints/step_000000006",
         "tracking.uri": f"sqlite:///{written}/all.db",
         "evaluation.knn.train_shards": (f"{written}/vote",),
         "evaluation.knn.val_shards": (f"{written}/v-{{00..03}}.tar",),
         "evaluation.segmentation.train_shards": (f"{written}/a.tar", f"{written}/b.tar"),
         "evaluation.segmentation.val_shards": (f"{written}/c.tar",),
-        "evaluation.zeroshot.classes": written / "names.txt",
+        "evaluation.zeroshot.class_names": written / "names.txt",
         "evaluation.zeroshot.templates": Path("/t.txt"),
     }
     sources = load("my.yaml", ["data.shards=[]", "data.sources=[{name: a, shards: a.tar}]"]).config.data.sources
@@ -100,9 +106,9 @@ def test_every_path_is_absolute_once_it_is_loaded(written: Path) -> None:
 
 
 def test_they_are_shown_as_typed_and_kept_absolute(written: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    loaded = load("my.yaml", ["evaluation.zeroshot.classes=other.txt"])
+    loaded = load("my.yaml", ["evaluation.zeroshot.class_names=other.txt"])
     shown = show(loaded)
-    assert str(written) not in shown and "classes: other.txt" in shown and "judge_from: runs/teacher" in shown
+    assert str(written) not in shown and "class_names: other.txt" in shown and "teacher_weights: runs/teacher" in shown
     assert load_text(written, shown) == loaded.config
     kept = show(loaded, absolute=True)
     monkeypatch.chdir(tmp_path)
@@ -197,7 +203,7 @@ def test_a_path_made_absolute_is_where_it_was(parts: list[str]) -> None:
     "key",
     [
         *("run.name", "run.directory", "data.index", "data.shards", "data.storage.cache", "init_from.source", "tracking.uri"),
-        *("checkpoint.copy_to", "checkpoint.resume", "evaluation.knn.val_shards", "evaluation.zeroshot.classes"),
+        *("checkpoint.mirror", "checkpoint.resume", "evaluation.knn.val_shards", "evaluation.zeroshot.class_names"),
     ],
 )
 def test_control_characters_in_paths_are_refused(tmp_path: Path, key: str, bad: str) -> None:
@@ -223,14 +229,16 @@ def test_a_run_that_was_moved_is_the_run_that_lies_there(tmp_path: Path) -> None
 def test_what_nobody_chose_is_told_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     shipped = load("dinov2/cifar10_vit_tiny", ["data.shards=/d/a.tar"])
-    assert "cifar10_vit_tiny.yaml:" in shipped.nobodys_choice("launch.ranks")
+    assert "cifar10_vit_tiny.yaml:" in shipped.nobodys_choice("launch.num_processes")
     assert not shipped.nobodys_choice("data.shards") and not shipped.nobodys_choice("launch.timeout")
-    assert not load("dinov2/cifar10_vit_tiny", ["data.shards=/d/a.tar", "launch.ranks=2"]).nobodys_choice("launch.ranks")
+    assert not load("dinov2/cifar10_vit_tiny", ["data.shards=/d/a.tar", "launch.num_processes=2"]).nobodys_choice(
+        "launch.num_processes"
+    )
     (tmp_path / "mine.yaml").write_text(TOY)
     mine = load("mine.yaml", ["data.shards=/d/a.tar"])
-    assert not mine.nobodys_choice("launch.ranks")
+    assert not mine.nobodys_choice("launch.num_processes")
     run = tmp_path / "run"
     run.mkdir()
     (run / "config.yaml").write_text(show(mine))
     (run / "config.json").write_text("{}")
-    assert load(run).nobodys_choice("launch.ranks")
+    assert load(run).nobodys_choice("launch.num_processes")

@@ -93,7 +93,9 @@ def test_dinov3s_tower_is_timms_without_registers() -> None:
 @pytest.mark.parametrize("name", PEAKS)
 def test_the_peak_rate_is_that_of_the_reference(name: str) -> None:
     config = load(name).config
-    assert config.optim.peak_lr(config.train.global_batch) == pytest.approx(PEAKS[name], rel=1e-8)
+    assert config.optim.lr_scaling.scaled(config.schedule.lr.peak, config.train.global_batch_size) == pytest.approx(
+        PEAKS[name], rel=1e-8
+    )
 
 
 @pytest.mark.parametrize(
@@ -110,7 +112,7 @@ def test_the_peak_rate_is_that_of_the_reference(name: str) -> None:
 )
 def test_rates_on_the_way_are_those_of_the_reference(name: str, step: int, lr: float) -> None:
     config = load(name).config
-    batch = config.train.global_batch
+    batch = config.train.global_batch_size
     at = Schedules.from_config(config, epoch_samples=1250 * batch).at(step * batch)
     assert at.lr == pytest.approx(lr, rel=3e-8)
     expected = {"dinov2/vitl16_short": 0.07 if step > 37_500 else 0.0450001333, "dinov2/dinov3_gram": 0.07}

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
-from typing import Any
 
 import pytest
-from pydantic import ValidationError
 
-from pipeline.config.load import difference, fingerprint, load, show
+from pipeline.config.load import fingerprint, load, show
 from pipeline.config.schema import Config
 from pipeline.errors import ConfigError
 from tests.config.test_load import MINIMAL, NAME, refused, write
@@ -17,35 +14,9 @@ from tests.config.test_load import MINIMAL, NAME, refused, write
 TWO = "[{name: a, shards: /x/a-*.tar, weight: 2}, {name: b, shards: [b.tar, c.tar], weight: 1e-4}]"
 
 
-@pytest.mark.parametrize(
-    ("name", "section", "old"),
-    [
-        ("clip/scenes", ["recipe"], {"local_loss": True, "gather_with_grad": True}),
-        ("dinov2/scenes_vit_tiny", ["recipe", "views"], {"global_count": 2}),
-        ("byol/scenes", ["recipe", "views"], {"global_count": 2}),
-    ],
-)
-def test_settings_of_earlier_versions_with_one_legal_value_are_read_and_gone(
-    name: str, section: list[str], old: dict[str, Any]
-) -> None:
-    config = load(name).config
-    document = json.loads(json.dumps(config.model_dump(mode="json")))
-    inner = document
-    for part in section:
-        inner = inner[part]
-    assert not old.keys() & inner.keys()
-    inner |= old
-    assert Config.model_validate(document) == config and difference(Config.model_validate(document), config) == {}
-    again = load(name, [f"{'.'.join([*section, key])}={json.dumps(value)}" for key, value in old.items()])
-    assert again.config == config and show(again) == show(load(name))
-    inner |= {key: 3 for key in old}
-    with pytest.raises(ValidationError):
-        Config.model_validate(document)
-
-
 def test_several_data_sets_stand_in_the_place_of_shards(tmp_path: Path) -> None:
     path = write(
-        tmp_path, f"model: {{timm: vit_tiny_patch16_224}}\nrecipe: {{views: {{local_size: 96}}}}\ndata: {{sources: {TWO}}}\n"
+        tmp_path, f"model: {{timm_name: vit_tiny_patch16_224}}\nmethod: {{views: {{local_size: 96}}}}\ndata: {{sources: {TWO}}}\n"
     )
     loaded = load(path)
     config = loaded.config
@@ -85,35 +56,37 @@ def test_shards_and_data_sets_together_are_refused(tmp_path: Path) -> None:
     assert problem.message.startswith("data.shards and data.sources are both given")
 
 
-@pytest.mark.parametrize("wrong", ["train.compile=false", "train.zero=3", "train.recompute=true", "train.micro_batch=8"])
+@pytest.mark.parametrize(
+    "wrong", ["train.compile=false", "train.zero_stage=3", "train.activation_checkpointing=true", "train.micro_batch_size=8"]
+)
 def test_graphs_are_of_compiled_blocks_whose_weights_stay_where_they_are(wrong: str) -> None:
     asked = [
         "data.shards=none.tar",
         "train.compile=true",
-        "train.zero=1",
-        "train.recompute=false",
-        "train.micro_batch=null",
-        "train.graphs=true",
+        "train.zero_stage=1",
+        "train.activation_checkpointing=false",
+        "train.micro_batch_size=null",
+        "train.cuda_graphs=true",
     ]
-    assert load("dinov2/vits16_node", asked).config.train.graphs
-    with pytest.raises(ConfigError, match=r"train\.graphs"):
+    assert load("dinov2/vits16_node", asked).config.train.cuda_graphs
+    with pytest.raises(ConfigError, match=r"train\.cuda_graphs"):
         load("dinov2/vits16_node", [*asked, wrong])
 
 
 @pytest.mark.parametrize(
     ("model", "key"),
     [
-        ("timm: resnet50, init: open_clip", "model.init"),
-        ("width: 32, depth: 1, heads: 2, patch: 8, init: simclr", "model.init"),
-        ("width: 32, depth: 1, heads: 2, patch: 8, positions: rope, init: mocov3", "model.init"),
-        ("width: 32, depth: 1, heads: 2, patch: 8, class_position: true", "model.class_position"),
-        ("timm: resnet50, class_position: true", "model.class_position"),
-        ("timm: resnet10t, stem: small", "model.stem"),
-        ("timm: resnet18d, stem: small", "model.stem"),
+        ("timm_name: resnet50, init: open_clip", "model.init"),
+        ("embed_dim: 32, depth: 1, num_heads: 2, patch_size: 8, init: simclr", "model.init"),
+        ("embed_dim: 32, depth: 1, num_heads: 2, patch_size: 8, pos_embed: rope, init: mocov3", "model.init"),
+        ("embed_dim: 32, depth: 1, num_heads: 2, patch_size: 8, cls_pos_embed: true", "model.cls_pos_embed"),
+        ("timm_name: resnet50, cls_pos_embed: true", "model.cls_pos_embed"),
+        ("timm_name: resnet10t, stem: small", "model.stem"),
+        ("timm_name: resnet18d, stem: small", "model.stem"),
     ],
 )
 def test_a_start_that_the_tower_has_no_place_for_is_refused_before_it_is_built(tmp_path: Path, model: str, key: str) -> None:
     file = tmp_path / "c.yaml"
-    file.write_text(f"recipe: {{name: byol}}\nmodel: {{{model}}}\ndata: {{shards: x.tar}}\n")
+    file.write_text(f"method: {{name: byol}}\nmodel: {{{model}}}\ndata: {{shards: x.tar}}\n")
     with pytest.raises(ConfigError, match=key.replace(".", r"\.")):
         load(file)

@@ -425,7 +425,7 @@ def test_a_cut_tar_gives_the_samples_before_the_cut_if_asked_to(tmp_path: Path) 
         url = put(tmp_path, ARCHIVE[:length])
         with pytest.raises(DataError):
             index_shard(url, fields=Fields())
-        index = index_shard(url, fields=Fields(), damaged="use")
+        index = index_shard(url, fields=Fields(), on_truncated="keep-readable")
         assert index.keys == keys[: len(index.keys)]
         assert index.damage
 
@@ -489,7 +489,9 @@ def test_whatever_is_done_to_a_tar_its_walk_ends_and_is_told_apart(tmp_path: Pat
             break
     walk_to_the_end(tmp_path, bytes(changed))
     with contextlib.suppress(DataError):
-        index_shard(put(tmp_path, bytes(changed)), fields=Fields(), damaged=data.draw(st.sampled_from(["refuse", "use"])))
+        index_shard(
+            put(tmp_path, bytes(changed)), fields=Fields(), on_truncated=data.draw(st.sampled_from(["error", "keep-readable"]))
+        )
 
 
 # --- a run ------------------------------------------------------------------------------------------------------------------

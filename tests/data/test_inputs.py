@@ -89,12 +89,12 @@ def test_numbers_that_do_not_divide_are_refused_with_those_that_do(shards: Path,
         prepare(settings(shards, tmp_path), 3)
     with pytest.raises(ConfigError, match="16 samples do not divide by 2 ranks times 3") as caught:
         prepare(
-            settings(shards, tmp_path, "launch.ranks=1", "train.micro_batch=4").replace(
-                train=settings(shards, tmp_path).train.model_copy(update={"micro_batch": 3})
+            settings(shards, tmp_path, "launch.num_processes=1", "train.micro_batch_size=4").replace(
+                train=settings(shards, tmp_path).train.model_copy(update={"micro_batch_size": 3})
             ),
             2,
         )
-    assert caught.value.where == "train.micro_batch"
+    assert caught.value.where == "train.micro_batch_size"
     assert "divisor of 8" in caught.value.hint
 
 
@@ -102,7 +102,7 @@ def test_no_shards_few_samples_and_no_place_for_the_index_are_refused(shards: Pa
     with pytest.raises(DataError):
         prepare(settings(shards, tmp_path, f"data.shards={shards}/none-*.tar"), 2)
     with pytest.raises(DataError, match="40 usable samples are fewer than one global batch of 64"):
-        prepare(settings(shards, tmp_path, "train.global_batch=64"), 2)
+        prepare(settings(shards, tmp_path, "train.global_batch_size=64"), 2)
     (tmp_path / "file").write_text("")
     with pytest.raises(DataError, match="cannot be kept here") as caught:
         prepare(settings(shards, tmp_path, f"data.index={tmp_path / 'file'}"), 2)
@@ -146,7 +146,7 @@ def test_data_sets_that_share_a_shard_or_are_too_small_are_refused_by_name(shard
     assert caught.value.where.endswith("scenes-train-00000.tar")
     with pytest.raises(DataError, match="'v' has 10 usable samples, fewer than the 16 lanes"):
         val = ", {name: v, shards: '@/scenes-val-*.tar'}]"
-        prepare(mixed(shards, tmp_path, TWO[:-1] + val, "data.lanes=16"), 2)
+        prepare(mixed(shards, tmp_path, TWO[:-1] + val, "data.canonical_streams=16"), 2)
 
 
 def test_the_evaluation_finds_its_shards_beside_the_first_data_set(shards: Path, tmp_path: Path) -> None:

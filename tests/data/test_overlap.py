@@ -118,7 +118,7 @@ def test_captions_that_were_trained_on_are_not_searched_for(shards: Path, name: 
     from launch.cli.eval_named import settings_for_weights
 
     words = [f"data.shards={shards}/*.tar", f"data.index={shards}/index", f"evaluation.{name}.enabled=true"]
-    words += [f"evaluation.zeroshot.classes={shards}/classes.txt"]
+    words += [f"evaluation.zeroshot.class_names={shards}/classes.txt"]
     config = settings_for_weights(words)
     with pytest.raises(DataError, match="trained on too"):
         judged(config, trained=True)

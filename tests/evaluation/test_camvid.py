@@ -37,7 +37,7 @@ def test_even_untrained_patches_know_more_of_streets_than_the_commonest_class(
     whole: bool, shared_data: Path, tmp_path: Path, alone: None, capsys: pytest.CaptureFixture[str]
 ) -> None:
     torch.manual_seed(0)
-    tower = build_tower(ModelSettings(width=96, depth=2, heads=3, patch=8, layer_scale=None), image_size=SIZE).eval()
+    tower = build_tower(ModelSettings(embed_dim=96, depth=2, num_heads=3, patch_size=8, layer_scale=None), image_size=SIZE).eval()
     made = []
     for split in ("train", "val"):
         urls = [str(path) for path in sorted((shared_data / "camvid").glob(f"{split}-*.tar"))]

@@ -158,7 +158,7 @@ def shown(manifest: Manifest) -> Pictures:
 
 def subject(texts: bool = False) -> Subject:
     torch.manual_seed(3)
-    tower = build_tower(ModelSettings(width=16, depth=2, heads=2, patch=4, layer_scale=None), image_size=24).eval()
+    tower = build_tower(ModelSettings(embed_dim=16, depth=2, num_heads=2, patch_size=4, layer_scale=None), image_size=24).eval()
 
     def sentences(given: list[str]) -> Tensor:
         return torch.stack([torch.randn(16, generator=torch.Generator().manual_seed(len(t) + sum(map(ord, t)))) for t in given])

@@ -19,7 +19,7 @@ from tests.launch.cli.test_eval_run import toy
 
 
 def test_an_evaluation_that_would_cost_too_much_waits_until_there_is_time(tmp_path: Path) -> None:
-    loaded = toy(tmp_path, "evaluation.budget=10", "evaluation.knn.every=2 steps", "launch.backend=gloo")
+    loaded = toy(tmp_path, "evaluation.max_time_percent=10", "evaluation.knn.every=2 steps", "launch.backend=gloo")
     config = loaded.config
     with world_here(config) as world:
         judge = Evaluations(config, prepare(config, 1), make_recipe(config, torch.device("cpu")), world, fresh=True)
@@ -56,14 +56,16 @@ def test_pictures_are_the_same_each_time_and_the_random_state_is_untouched(tmp_p
 
 
 REFUSED = {
-    "evaluation.segmentation.classes is required": ["evaluation.segmentation={enabled: true, train_shards: a, val_shards: b}"],
+    "evaluation.segmentation.num_classes is required": [
+        "evaluation.segmentation={enabled: true, train_shards: a, val_shards: b}"
+    ],
     "names the very shards": ["evaluation.segmentation={enabled: true, train_shards: a, val_shards: a, classes: 3}"],
     "2 names of 3 classes": [
         "evaluation.segmentation={enabled: true, train_shards: a, val_shards: b, classes: 3, names: [x, y]}",
     ],
     "a file of class names": ["evaluation.zeroshot.enabled=true"],
     "dinov2 reads no captions": ["evaluation.retrieval.enabled=true"],
-    "no gradient flows into pictures": ["evaluation.robustness.enabled=true", "train.zero=3"],
+    "no gradient flows into pictures": ["evaluation.robustness.enabled=true", "train.zero_stage=3"],
     "no evaluation of this run gives it": ["evaluation.linear.enabled=true", "checkpoint.keep_best=knn/k10"],
     "evaluation.linear.every = 0": ["evaluation.linear.every=0 steps"],
 }

@@ -105,7 +105,7 @@ def pictures(manifest: Manifest, place: float = 0.5) -> Pictures:
 
 def judged(train: Manifest, test: Manifest, whole: bool) -> dict[str, float]:
     torch.manual_seed(3)
-    tower = build_tower(ModelSettings(width=16, depth=1, heads=2, patch=4, layer_scale=None), image_size=SIZE).eval()
+    tower = build_tower(ModelSettings(embed_dim=16, depth=1, num_heads=2, patch_size=4, layer_scale=None), image_size=SIZE).eval()
     readers = Reader(train, wants=("segmentation",)), Reader(test, wants=("segmentation",))
     windows = {place: pictures(test, place) for place in places(test)} if whole else None
     judge = Segmentation(

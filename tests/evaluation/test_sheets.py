@@ -38,7 +38,7 @@ GRAYS = [10, 60, 20, 200, 190, 90, 30, 120, 250, 100, 55]
 
 def tower(**changes: Any) -> Any:
     torch.manual_seed(0)
-    settings = ModelSettings(**{"width": 16, "depth": 2, "heads": 2, "patch": 4, "layer_scale": None, **changes})
+    settings = ModelSettings(**{"embed_dim": 16, "depth": 2, "num_heads": 2, "patch_size": 4, "layer_scale": None, **changes})
     built = build_tower(settings, image_size=8).eval()
     for parameter in built.parameters():  # as they begin, all patches get the same
         nn.init.normal_(parameter, std=0.4)
@@ -48,7 +48,7 @@ def tower(**changes: Any) -> Any:
 # ---- attention --------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("changes", [{}, {"registers": 2}, {"positions": "rope"}, {"positions": "rope", "registers": 2}])
+@pytest.mark.parametrize("changes", [{}, {"registers": 2}, {"pos_embed": "rope"}, {"pos_embed": "rope", "registers": 2}])
 def test_the_attention_that_is_read_is_the_one_that_the_block_computes(changes: dict[str, Any]) -> None:
     built = tower(**changes)
     images, kept = torch.randn(2, 3, 16, 12), []
@@ -71,7 +71,7 @@ def test_reading_leaves_no_hook_behind() -> None:
 
 
 def test_a_network_without_attention_shows_likeness_instead() -> None:
-    trunk = build_trunk(ModelSettings(timm="resnet18"), image_size=32).eval()
+    trunk = build_trunk(ModelSettings(timm_name="resnet18"), image_size=32).eval()
     subject: Any = Subject(trunk, MEAN, STD)  # type: ignore[arg-type]
     assert not readable(subject)
     tokens, attention = with_attention(subject, torch.randn(1, 3, 64, 64))

@@ -32,7 +32,7 @@ SETTINGS = Dinov2Settings(
 
 def method(**changes: Any) -> DINOv2:
     torch.manual_seed(0)
-    tower = build_tower(ModelSettings(width=24, depth=1, heads=2, patch=4, layer_scale=None), image_size=16)
+    tower = build_tower(ModelSettings(embed_dim=24, depth=1, num_heads=2, patch_size=4, layer_scale=None), image_size=16)
     return DINOv2(tower, SETTINGS.model_copy(update=changes))
 
 

@@ -25,14 +25,14 @@ CLIP: dict[str, Any] = {
     "name": "clip",
     "image_size": 32,
     "embed": 12,
-    "text": {"architecture": None, "width": 16, "depth": 2, "heads": 2, "context": 16},
+    "text": {"architecture": None, "width": 16, "depth": 2, "num_heads": 2, "context_length": 16},
 }
-MODEL: dict[str, Any] = {"width": 32, "depth": 2, "heads": 2, "patch": 8}
+MODEL: dict[str, Any] = {"embed_dim": 32, "depth": 2, "num_heads": 2, "patch_size": 8}
 
 
 def settings(recipe: dict[str, Any], **model: Any) -> Config:
     return Config.model_validate(
-        {"run": {"name": "toy"}, "recipe": recipe, "model": {**MODEL, **model}, "data": {"shards": ["nowhere.tar"]}}
+        {"run": {"name": "toy"}, "method": recipe, "model": {**MODEL, **model}, "data": {"shards": ["nowhere.tar"]}}
     )
 
 

@@ -16,13 +16,13 @@ from pipeline.models.settings import ModelSettings
 from pipeline.models.vision import build_tower
 
 SAMPLES, CONTEXT, SIDE = 8, 6, 8
-TEXT = TextSettings(architecture=None, width=16, depth=2, heads=2, context=CONTEXT)
-MODEL = ModelSettings(width=16, depth=2, heads=2, patch=4, layer_scale=None)
+TEXT = TextSettings(architecture=None, width=16, depth=2, num_heads=2, context_length=CONTEXT)
+MODEL = ModelSettings(embed_dim=16, depth=2, num_heads=2, patch_size=4, layer_scale=None)
 
 
 def clip(model: ModelSettings = MODEL, **changes: Any) -> CLIP:
     torch.manual_seed(0)
-    return CLIP(build_tower(model, image_size=SIDE), ClipSettings(image_size=SIDE, text=TEXT, embed=12, **changes))
+    return CLIP(build_tower(model, image_size=SIDE), ClipSettings(image_size=SIDE, text=TEXT, embed_dim=12, **changes))
 
 
 def captions(n: int, seed: int = 0) -> Tensor:
@@ -65,11 +65,11 @@ def trained(
     accumulation: int,
     steps: int = 2,
     precision: Literal["fp32", "bf16"] = "fp32",
-    accumulation_rule: Literal["exact", "plain"] = "exact",
+    grad_cache: bool = True,
     **changes: Any,
 ) -> dict[str, Any]:
     """Some steps on this rank's share; terms, gradient norms and all weights."""
-    recipe = clip(accumulation=accumulation_rule, **changes)
+    recipe = clip(grad_cache=grad_cache, **changes)
     share = SAMPLES // dist.get_world_size()
     micro, begin = share // accumulation, dist.get_rank() * share
     engine = engine_of(recipe, zero, micro, accumulation, precision)

@@ -13,25 +13,24 @@ ROOT = Path(__file__).resolve().parents[2]
 
 TOY = """
 run: {name: toy, seed: 7}
-recipe:
+method:
   name: dinov2
   views: {global_size: 32, local_count: 2, local_size: 16}
-  augment: {hue: yiq}
+  augment: {hue_space: yiq}
   prototypes: 32
   head_hidden: 32
   head_bottleneck: 16
   freeze_last_layer: 2 steps
-model: {width: 32, depth: 1, heads: 2, patch: 8, drop_path: 0.1}
-data: {workers: 0, lanes: 4, block: 64}
-optim: {lr: 1e-2}
+model: {embed_dim: 32, depth: 1, num_heads: 2, patch_size: 8, drop_path: 0.1}
+data: {num_workers: 0, canonical_streams: 4, shuffle_block_size: 64}
 schedule:
-  lr: {warmup: 4 steps}
-  momentum: {start: 0.9, end: 1.0}
+  lr: {peak: 1e-2, warmup: 4 steps}
+  teacher_momentum: {start: 0.9, end: 1.0}
   teacher_temperature: {start: 0.04, peak: 0.07, warmup: 6 steps, shape: constant}
-train: {global_batch: 16, length: 24 steps, precision: fp32, record_batches: true, log_every: 1, threads: 1}
+train: {global_batch_size: 16, duration: 24 steps, precision: fp32, record_batches: true, log_every: 1, threads: 1}
 checkpoint: {every: 6 steps, keep_last: 2}
 tracking: {enabled: false}
-launch: {ranks: 2}
+launch: {num_processes: 2}
 """
 
 

@@ -27,19 +27,19 @@ from pipeline.methods.registry import build_recipe
 SAMPLES, CONTEXT, SIDE, LOCAL, PATCH = 8, 7, 16, 8, 4
 VIEWS = {"global_size": SIDE, "local_size": LOCAL}
 PROTOTYPES = {"prototypes": 24, "head_hidden": 16, "head_bottleneck": 8, "views": {**VIEWS, "local_count": 2}}
-TEXT = {"image_size": SIDE, "text": {"architecture": None, "width": 16, "depth": 1, "heads": 2, "context": CONTEXT}}
-MODEL = {"width": 16, "depth": 2, "heads": 2, "patch": PATCH, "layer_scale": None}
+TEXT = {"image_size": SIDE, "text": {"architecture": None, "width": 16, "depth": 1, "num_heads": 2, "context_length": CONTEXT}}
+MODEL = {"embed_dim": 16, "depth": 2, "num_heads": 2, "patch_size": PATCH, "layer_scale": None}
 
 TINY: dict[str, dict[str, Any]] = {
     "byol": {"views": VIEWS, "head_hidden": 24, "head_out": 8},
-    "clip": {**TEXT, "embed": 12},
-    "coca": {**TEXT, "embed": 12, "decoder_depth": 1, "caption_queries": 3},
-    "detailclip": {**TEXT, "embed": 12, "prototypes": 24, "head_hidden": 16, "head_bottleneck": 8, "decoder_heads": 2},
-    "dino": {**PROTOTYPES, "repel": {"noise": 0.0, "hidden": 12}},
-    "dinov2": {**PROTOTYPES, "koleo_group": 2},
-    "distill": {**PROTOTYPES, "koleo_group": 2, "judge": {**MODEL, "width": 24}, "judge_from": "none"},
-    "mocov2": {"views": {**VIEWS, "local_count": 2}, "queue": 21, "head_out": 8, "repel": {"noise": 0.0, "hidden": 12}},
-    "mocov3": {"views": VIEWS, "head_hidden": 24, "head_out": 8, "freeze_patches": True, "positions": "sincos"},
+    "clip": {**TEXT, "embed_dim": 12},
+    "coca": {**TEXT, "embed_dim": 12, "decoder_depth": 1, "caption_queries": 3},
+    "detailclip": {**TEXT, "embed_dim": 12, "prototypes": 24, "head_hidden": 16, "head_bottleneck": 8, "decoder_heads": 2},
+    "dino": {**PROTOTYPES, "local_repulsion": {"noise": 0.0, "hidden": 12}},
+    "dinov2": {**PROTOTYPES, "koleo_group_size": 2},
+    "distill": {**PROTOTYPES, "koleo_group_size": 2, "teacher_model": {**MODEL, "embed_dim": 24}, "teacher_weights": "none"},
+    "mocov2": {"views": {**VIEWS, "local_count": 2}, "queue": 21, "head_out": 8, "local_repulsion": {"noise": 0.0, "hidden": 12}},
+    "mocov3": {"views": VIEWS, "head_hidden": 24, "head_out": 8, "freeze_patches": True, "pos_embed": "sincos"},
     "simclr": {"views": VIEWS, "head_out": 8},
     "simvlm": TEXT,
 }
@@ -48,13 +48,13 @@ TINY: dict[str, dict[str, Any]] = {
 def config(name: str, **changes: Any) -> Config:
     """The settings of a method, through the same checks as a person's."""
     assert name in TINY or name not in RECIPES, f"give the method {name!r} small settings in {__name__}.TINY"
-    optim = {"lr": 3e-3, "lr_rule": "none"}
     tree = {
-        "recipe": {"name": name, **TINY[name], **changes.pop("recipe", {})},
+        "method": {"name": name, **TINY[name], **changes.pop("method", {})},
         "model": MODEL,
         "data": {"shards": "none.tar"},
-        "optim": optim,
-        "train": {"global_batch": SAMPLES, "precision": "fp32"},
+        "optim": {"lr_scaling": {"rule": "none"}},
+        "schedule": {"lr": {"peak": 3e-3}},
+        "train": {"global_batch_size": SAMPLES, "precision": "fp32"},
         **changes,
     }
     with tempfile.TemporaryDirectory() as folder:

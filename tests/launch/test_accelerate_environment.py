@@ -16,7 +16,9 @@ from pipeline.errors import ConfigError
 
 @pytest.fixture(scope="module")
 def config() -> Config:
-    return load("dinov2/cifar10_vit_tiny", ["train.global_batch=64", "train.micro_batch=16", "train.zero=2"]).config
+    return load(
+        "dinov2/cifar10_vit_tiny", ["train.global_batch_size=64", "train.micro_batch_size=16", "train.zero_stage=2"]
+    ).config
 
 
 def told(tmp_path: Path, document: Any) -> dict[str, str]:
@@ -51,7 +53,7 @@ def test_nothing_said_the_same_said_and_auto_are_accepted(config: Config, tmp_pa
         ({"fp16": {"enabled": True}}, "fp16.enabled is True"),
         ({"train_batch_size": 128}, "train_batch_size is 128 there and 64 here"),
         ({"gradient_accumulation_steps": 4}, "gradient_accumulation_steps is 4 there and 2 here"),
-        ({"gradient_clipping": 1.0}, "recipe.clip_norm"),
+        ({"gradient_clipping": 1.0}, "method.clip_norm"),
         ({"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}}}, "'cpu' there and train.offload=none here"),
         ({"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "nvme"}}}, "'nvme' there"),
         ({"zero_optimization": {"stage": 2, "offload_param": {"device": "cpu"}}}, "offload_param is asked for there"),
@@ -66,7 +68,7 @@ def test_a_contradiction_is_refused_by_name(config: Config, tmp_path: Path, docu
 def test_precision_stage_and_a_missing_file_are_told(config: Config, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="mixed precision is 'fp16'"):
         check(config, 2, {"ACCELERATE_MIXED_PRECISION": "fp16"})
-    with pytest.raises(ConfigError, match=r"stage is 1 there and train\.zero=2 here"):
+    with pytest.raises(ConfigError, match=r"stage is 1 there and train\.zero_stage=2 here"):
         check(config, 2, {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "1"})
     with pytest.raises(ConfigError, match="cannot be read"):
         check(config, 2, {"ACCELERATE_DEEPSPEED_CONFIG_FILE": str(tmp_path / "none.json")})

@@ -19,7 +19,7 @@ from pipeline.data.pack import synthetic as scenes
 from pipeline.tracking import mlflow_database as database
 from tests.helpers.runs import ROOT, TOY, environment
 
-SHORT = ["data.shards=data/*train-*.tar", "data.index=ix", "run.directory=run", "schedule.lr.warmup=0", "launch.ranks=1"]
+SHORT = ["data.shards=data/*train-*.tar", "data.index=ix", "run.directory=run", "schedule.lr.warmup=0", "launch.num_processes=1"]
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +54,7 @@ def fovea(*words: str, cwd: Path, **variables: str) -> subprocess.CompletedProce
 
 @pytest.mark.slow
 def test_a_short_run_is_in_mlflow_and_is_worked_with_from_any_folder(work: Path, tmp_path: Path) -> None:
-    words = ["train", "toy.yaml", *SHORT, "train.length=2 steps", "tracking.enabled=true"]
+    words = ["train", "toy.yaml", *SHORT, "train.duration=2 steps", "tracking.enabled=true"]
     done = fovea(*words, cwd=work)
     assert done.returncode == 0, done.stderr
     run, elsewhere = work / "run", tmp_path / "elsewhere"
@@ -75,7 +75,7 @@ def test_a_short_run_is_in_mlflow_and_is_worked_with_from_any_folder(work: Path,
 @pytest.mark.slow
 def test_the_tracking_server_of_the_environment_is_used_and_named(work: Path, tmp_path: Path) -> None:
     named = {"MLFLOW_TRACKING_URI": f"sqlite:///{tmp_path}/mine.db", "MLFLOW_EXPERIMENT_NAME": "mine"}
-    words = ["train", "toy.yaml", *SHORT, "train.length=2 steps", "tracking.enabled=true"]
+    words = ["train", "toy.yaml", *SHORT, "train.duration=2 steps", "tracking.enabled=true"]
     done = fovea(*words, cwd=work, **named)
     assert done.returncode == 0, done.stderr
     assert f"MLflow at sqlite:///{tmp_path}/mine.db (MLFLOW_TRACKING_URI)" in done.stdout
@@ -88,7 +88,7 @@ def test_the_tracking_server_of_the_environment_is_used_and_named(work: Path, tm
 
 
 def begin(work: Path, **options: object) -> subprocess.Popen[bytes]:
-    words = ["train", "toy.yaml", *SHORT, "train.length=400 steps", "checkpoint.every=400 steps"]
+    words = ["train", "toy.yaml", *SHORT, "train.duration=400 steps", "checkpoint.every=400 steps"]
     return subprocess.Popen([sys.executable, "-m", "launch.cli.main", *words], cwd=work, env=environment(), **options)  # type: ignore[call-overload,no-any-return]
 
 
@@ -151,7 +151,7 @@ def test_files_of_common_names_in_the_working_directory_change_nothing(work: Pat
     (work / name).parent.mkdir(exist_ok=True)
     (work / name).write_text("raise SystemExit('mine')\n")
     start = "import sys; sys.path[0] = sys.argv.pop(1); from launch.cli.main import main; main()"  # as the installed command
-    words = ["train", "toy.yaml", *SHORT[:-1], "launch.ranks=2", "train.length=2 steps"]
+    words = ["train", "toy.yaml", *SHORT[:-1], "launch.num_processes=2", "train.duration=2 steps"]
     done = subprocess.run(
         [sys.executable, "-c", start, str(ROOT), *words],
         cwd=work,
@@ -191,10 +191,10 @@ def test_a_user_id_without_a_name_trains_or_is_refused_in_a_sentence(work: Path,
         return done
 
     no_index = [word for word in SHORT if not word.startswith("data.index")]
-    for words in (["train", "toy.yaml", *no_index, "train.length=2 steps"], ["shards", "index", "data"]):
+    for words in (["train", "toy.yaml", *no_index, "train.duration=2 steps"], ["shards", "index", "data"]):
         done = run(*words)
         assert done.returncode == 2 and "index" in done.stderr, done.stderr
-    done = run("train", "toy.yaml", *SHORT, "train.length=2 steps", "tracking.enabled=true")
+    done = run("train", "toy.yaml", *SHORT, "train.duration=2 steps", "tracking.enabled=true")
     assert done.returncode == 0, done.stderr
     done = run("eval", "run")
     assert done.returncode == 0, done.stderr

@@ -18,7 +18,7 @@ from tests.helpers.runs import ROOT, command, environment, recorded, train, weig
 from tests.helpers.s3 import free_port
 
 STEPS = 8
-LENGTH = f"train.length={STEPS} steps"
+LENGTH = f"train.duration={STEPS} steps"
 
 
 @pytest.fixture(scope="module")

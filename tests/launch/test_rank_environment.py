@@ -129,7 +129,9 @@ def test_a_single_task_meets_itself_without_any_address() -> None:
 
 
 def start(environment: dict[str, str], wanted: int | None, **more: Any) -> int:
-    return ranks_to_start(RankEnvironment.read(environment), wanted, where="launch.ranks", environment=environment, **more)
+    return ranks_to_start(
+        RankEnvironment.read(environment), wanted, where="launch.num_processes", environment=environment, **more
+    )
 
 
 @pytest.fixture
@@ -149,7 +151,7 @@ def test_alone_a_rank_is_started_on_each_visible_gpu_and_never_more() -> None:
     assert start({"CUDA_VISIBLE_DEVICES": ""}, 4) == 4  # on the CPU as many as one likes
     assert start({}, 12, on_cpu=True) == 12
     assert start({}, None, on_cpu=True) == 1
-    with pytest.raises(LaunchError, match=r"launch.ranks = 3, but 2 GPUs are visible \(CUDA_VISIBLE_DEVICES='2,5'\)"):
+    with pytest.raises(LaunchError, match=r"launch.num_processes = 3, but 2 GPUs are visible \(CUDA_VISIBLE_DEVICES='2,5'\)"):
         start({"CUDA_VISIBLE_DEVICES": "2,5"}, 3)
 
 
@@ -167,8 +169,8 @@ def test_a_contradiction_between_launcher_and_settings_is_refused_with_both(
 ) -> None:
     with pytest.raises(LaunchError) as caught:
         start(environment, wanted)
-    assert f"launch.ranks = {wanted}" in str(caught.value) and names in str(caught.value)
-    assert "launch.ranks=null" in caught.value.hint
+    assert f"launch.num_processes = {wanted}" in str(caught.value) and names in str(caught.value)
+    assert "launch.num_processes=null" in caught.value.hint
     size = int(environment.get("WORLD_SIZE") or environment["SLURM_STEP_NUM_TASKS"])
     assert start(environment, size) == start(environment, None) == 0
     assert start({**environment, "FOVEA_ATTEMPT": "0"}, wanted) == 0  # the cluster's profile has decided
@@ -179,7 +181,10 @@ def test_a_number_that_comes_with_fovea_gives_way_to_a_launcher_and_says_so(caps
     for environment, who in ((four, "torchrun"), (step(4, SLURM_STEP_NUM_NODES="1"), "slurm")):
         assert start(environment, 2, default="configs/a.yaml:5:3") == 0
         told = capsys.readouterr().err
-        assert told == f"fovea: {who} started 4 ranks; launch.ranks = 2 of configs/a.yaml:5:3 is for starts without a launcher\n"
+        assert (
+            told
+            == f"fovea: {who} started 4 ranks; launch.num_processes = 2 of configs/a.yaml:5:3 is for starts without a launcher\n"
+        )
         with pytest.raises(LaunchError):
             start(environment, 2)
     assert start({**four, "RANK": "1", "LOCAL_RANK": "1"}, 2, default="x") == 0
@@ -193,7 +198,7 @@ def test_a_number_that_comes_with_fovea_gives_way_to_fewer_gpus(
 ) -> None:
     monkeypatch.setattr(module, "gpus", lambda env: 1)
     assert start({}, 2, default="configs/a.yaml:5:3") == 1
-    assert "1 rank, one a visible GPU, instead of launch.ranks = 2 of configs/a.yaml:5:3" in capsys.readouterr().err
+    assert "1 rank, one a visible GPU, instead of launch.num_processes = 2 of configs/a.yaml:5:3" in capsys.readouterr().err
     with pytest.raises(LaunchError, match="1 GPU is visible"):
         start({}, 2)
 
@@ -209,7 +214,7 @@ def test_one_task_of_slurm_with_several_gpus_starts_a_rank_on_each() -> None:
     assert start(step(1), 4) == 4
     assert start(step(1), 1) == 0
     assert start(step(1, CUDA_VISIBLE_DEVICES="3"), None) == 0
-    with pytest.raises(LaunchError, match=r"launch\.ranks = 9"):
+    with pytest.raises(LaunchError, match=r"launch\.num_processes = 9"):
         start(step(1), 9)
 
 

@@ -85,38 +85,40 @@ def test_a_truncated_shard_is_refused(refused: Refusal, tmp_path: Path, shards: 
 
 
 def test_a_global_batch_that_the_ranks_cannot_share_is_refused(refused: Refusal, shards: Path) -> None:
-    message = refused(str(shards / "*train-*.tar"), "train.global_batch=15", "data.lanes=15")
-    assert "train.global_batch" in message
+    message = refused(str(shards / "*train-*.tar"), "train.global_batch_size=15", "data.canonical_streams=15")
+    assert "train.global_batch_size" in message
     assert "14 or 16" in message
 
 
 def test_lanes_that_do_not_divide_are_refused_with_those_that_do(refused: Refusal, shards: Path) -> None:
-    message = refused(str(shards / "*train-*.tar"), "data.lanes=3")
-    assert "data.lanes" in message
+    message = refused(str(shards / "*train-*.tar"), "data.canonical_streams=3")
+    assert "data.canonical_streams" in message
     assert "8" in message
 
 
 def test_a_data_set_smaller_than_a_batch_is_refused(refused: Refusal, shards: Path) -> None:
-    assert "64" in refused(str(shards / "*train-*.tar"), "train.global_batch=64", "data.lanes=4")
+    assert "64" in refused(str(shards / "*train-*.tar"), "train.global_batch_size=64", "data.canonical_streams=4")
 
 
 def test_a_typo_is_refused_with_the_nearest_name(refused: Refusal, shards: Path) -> None:
     message = refused(str(shards / "*train-*.tar"), "optim.lrr=1")
     assert "optim.lrr" in message
-    assert "optim.lr" in message
+    assert "schedule.lr.peak" in message
 
 
 def test_a_checkpoint_of_another_run_is_refused_with_the_difference(refused: Refusal, shards: Path, tmp_path: Path) -> None:
     from pipeline.config.load import load
 
-    other = load(tmp_path / "toy.yaml", [f"data.shards={shards}/*train-*.tar", "model.width=64", "run.directory=/nowhere"]).config
+    other = load(
+        tmp_path / "toy.yaml", [f"data.shards={shards}/*train-*.tar", "model.embed_dim=64", "run.directory=/nowhere"]
+    ).config
     saved = tmp_path / "other" / "step_000000006"
     saved.mkdir(parents=True)
     (saved / "manifest.json").write_text(
         json.dumps({"format": 1, "step": 6, "files": [], "config": other.model_dump(mode="json"), "data": {}})
     )
     message = refused(str(shards / "*train-*.tar"), f"checkpoint.resume={saved}")
-    assert "model.width" in message
+    assert "model.embed_dim" in message
     assert "64" in message
     assert "32" in message
 
@@ -128,10 +130,10 @@ def test_a_directory_that_is_no_checkpoint_is_refused(refused: Refusal, shards: 
 def test_a_run_directory_of_other_settings_is_refused(refused: Refusal, shards: Path, tmp_path: Path) -> None:
     from pipeline.config.load import load
 
-    old = load(tmp_path / "toy.yaml", [f"data.shards={shards}/*train-*.tar", "optim.lr=5e-3"]).config
+    old = load(tmp_path / "toy.yaml", [f"data.shards={shards}/*train-*.tar", "schedule.lr.peak=5e-3"]).config
     RunDirectory(tmp_path / "run").write("config.json", old.model_dump(mode="json"))
     message = refused(str(shards / "*train-*.tar"))
-    assert "optim.lr" in message
+    assert "schedule.lr.peak" in message
     assert "0.005" in message
 
 

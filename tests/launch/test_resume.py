@@ -97,11 +97,11 @@ def test_a_changed_setting_is_refused_by_its_key(
     text: Path, shards: Path, config: Config, inputs: Inputs, run: RunDirectory
 ) -> None:
     save(run.checkpoints, 10, config, inputs)
-    changed = settings(text, shards, "optim.lr=2e-2", "recipe.prototypes=64")
+    changed = settings(text, shards, "schedule.lr.peak=2e-2", "method.prototypes=64")
     with pytest.raises(CheckpointError) as caught:
         choose_checkpoint(changed, run, inputs)
-    assert "optim.lr was 0.01 and is 0.02" in caught.value.what
-    assert "recipe.prototypes was 32 and is 64" in caught.value.what
+    assert "schedule.lr.peak was 0.01 and is 0.02" in caught.value.what
+    assert "method.prototypes was 32 and is 64" in caught.value.what
     assert "step_000000010" in caught.value.where
 
 
@@ -109,7 +109,7 @@ def test_a_setting_that_does_not_touch_the_mathematics_may_change(
     text: Path, shards: Path, config: Config, inputs: Inputs, run: RunDirectory
 ) -> None:
     save(run.checkpoints, 10, config, inputs)
-    changed = settings(text, shards, "data.workers=2", "train.log_every=5", "checkpoint.keep_last=5", "tracking.enabled=true")
+    changed = settings(text, shards, "data.num_workers=2", "train.log_every=5", "checkpoint.keep_last=5", "tracking.enabled=true")
     found, _ = choose_checkpoint(changed, run, inputs)
     assert found is not None
 
@@ -222,7 +222,7 @@ def test_another_checkpoint_at_the_same_path_is_another_beginning(
 def test_a_run_without_checkpoints_fetches_its_newest_copy(
     text: Path, shards: Path, config: Config, inputs: Inputs, run: RunDirectory, tmp_path: Path
 ) -> None:
-    copied = settings(text, shards, f"checkpoint.copy_to={tmp_path / 'copies'}")
+    copied = settings(text, shards, f"checkpoint.mirror={tmp_path / 'copies'}")
     assert choose_checkpoint(copied, run, inputs) == (None, [])
     for step in (10, 20):
         save(tmp_path / "copies" / "toy", step, config, inputs)
@@ -264,7 +264,15 @@ def test_settings_of_another_version_are_told_not_thrown(config: Config) -> None
 
 
 def test_a_long_list_of_changes_is_cut(text: Path, shards: Path, config: Config) -> None:
-    words = ["optim.lr=1", "optim.eps=1", "run.seed=3", "model.depth=2", "model.heads=4", "recipe.prototypes=64", "data.block=65"]
+    words = [
+        "schedule.lr.peak=1",
+        "optim.eps=1",
+        "run.seed=3",
+        "model.depth=2",
+        "model.num_heads=4",
+        "method.prototypes=64",
+        "data.shuffle_block_size=65",
+    ]
     with pytest.raises(CheckpointError) as caught:
         check_identity(settings(text, shards, *words), config.model_dump(mode="json"), Path("config.json"))
     assert caught.value.what.count(" was ") == 5

@@ -71,7 +71,7 @@ def _group(groups: list[ParameterGroup], name: str) -> ParameterGroup:
 
 
 def test_rates_and_decay_of_each_part() -> None:
-    groups = clip(layer_decay=0.5, text_layer_decay=0.25, text_lr_scale=0.1, loss="sigmoid").parameter_groups()
+    groups = clip(layerwise_lr_decay=0.5, text_layerwise_lr_decay=0.25, text_lr_mult=0.1, loss="sigmoid").parameter_groups()
     expected = {
         "backbone.vit.pos_embed": (0.5**3, 0.0),
         "backbone.vit.cls_token": (0.5**3, 0.0),
@@ -89,7 +89,7 @@ def test_rates_and_decay_of_each_part() -> None:
     for name, (lr, wd) in expected.items():
         group = _group(groups, name)
         assert (group.lr_scale, group.wd_scale) == pytest.approx((lr, wd)), name
-    decayed = clip(undecayed=()).parameter_groups()
+    decayed = clip(no_weight_decay=()).parameter_groups()
     assert _group(decayed, "backbone.vit.pos_embed").wd_scale == _group(decayed, "text_tower.positions").wd_scale == 1.0
 
 
@@ -169,7 +169,7 @@ def test_short_captions_without_their_padding_give_the_same_features_and_gradien
 def test_captions_are_never_trimmed_for_a_tower_that_looks_at_their_padding() -> None:
     both_ways = CLIP(
         build_tower(MODEL, image_size=SIDE),
-        ClipSettings(image_size=SIDE, text=TEXT.model_copy(update={"causal": False}), embed=12),
+        ClipSettings(image_size=SIDE, text=TEXT.model_copy(update={"causal": False}), embed_dim=12),
     )
     assert both_ways.text is not None and not both_ways.text.trim
     tokens = captions(SAMPLES)
@@ -202,13 +202,13 @@ def test_a_hundred_steps_on_one_batch_teach_it_and_clip_finds_every_pair(loss: s
 @pytest.mark.parametrize(
     ("words", "told"),
     [
-        (["recipe.gather_with_grad=false"], "unknown key 'recipe.gather_with_grad'"),
-        (["recipe.local_loss=false"], "unknown key 'recipe.local_loss'"),
-        (["recipe.freeze=[image, text]"], "should leave one tower to train"),
-        (["recipe.image_size=225"], "does not divide by the patch side 32; 224 or 256 would"),
-        (["recipe.text.architecture=ViT-B-33"], "ViT-B-32"),
-        (["recipe.text={architecture: null, width: 64}"], "width, depth and heads are all required"),
-        (["recipe.text.heads=7"], "does not divide by 7 heads"),
+        (["method.gather_with_grad=false"], "unknown key 'method.gather_with_grad'"),
+        (["method.local_loss=false"], "unknown key 'method.local_loss'"),
+        (["method.freeze=[image, text]"], "should leave one tower to train"),
+        (["method.image_size=225"], "does not divide by the patch side 32; 224 or 256 would"),
+        (["method.text.architecture=ViT-B-33"], "ViT-B-32"),
+        (["method.text={architecture: null, embed_dim: 64}"], "width, depth and heads are all required"),
+        (["method.text.num_heads=7"], "does not divide by 7 heads"),
     ],
 )
 def test_settings_that_train_wrongly_or_not_at_all_are_refused(words: list[str], told: str) -> None:
@@ -217,6 +217,6 @@ def test_settings_that_train_wrongly_or_not_at_all_are_refused(words: list[str],
 
 
 def test_an_odd_grid_has_no_cells() -> None:
-    with pytest.raises(InvalidConfig, match=r"recipe\.granularity"):
-        load("detailclip/vit_b16_25ep", ["recipe.image_size=240"])
-    assert load("detailclip/vit_b16_25ep", ["recipe.image_size=240", "recipe.granularity=patch"])
+    with pytest.raises(InvalidConfig, match=r"method\.mask_unit"):
+        load("detailclip/vit_b16_25ep", ["method.image_size=240"])
+    assert load("detailclip/vit_b16_25ep", ["method.image_size=240", "method.mask_unit=patch"])

@@ -40,13 +40,13 @@ def test_ranks_and_micro_batches_train_like_one_large_batch(loss: str, ranks: in
 
 
 def test_plain_accumulation_is_another_training() -> None:
-    found = pool(1).run(trained, zero=0, accumulation=4, accumulation_rule="plain")
+    found = pool(1).run(trained, zero=0, accumulation=4, grad_cache=False)
     assert abs(found[0]["terms"][0] - reference("softmax", 0.0)["terms"][0]) > 0.1
 
 
 def _scales(zero: Literal[0, 1, 2, 3]) -> list[float]:
     """The scale in use before and after steps that push it far beyond its bound."""
-    recipe = clip(init_scale=99.0)
+    recipe = clip(init_logit_scale=99.0)
     engine = engine_of(recipe, zero, SAMPLES // dist.get_world_size(), 1)
     begin = dist.get_rank() * engine.options.micro_batch
     seen = []

@@ -25,7 +25,9 @@ from tests.helpers.recipe_pairs import SAMPLES, TEXT, engine_of, pairs_at
 
 STEP = Step(momentum=0.9, teacher_temperature=0.07)
 K = 24
-MODEL = ModelSettings(width=16, depth=2, heads=2, patch=2, layer_scale=None)  # 4 x 4 patches of 8 pixels, 2 x 2 cells
+MODEL = ModelSettings(
+    embed_dim=16, depth=2, num_heads=2, patch_size=2, layer_scale=None
+)  # 4 x 4 patches of 8 pixels, 2 x 2 cells
 
 
 def method(**changes: Any) -> DetailCLIP:
@@ -33,7 +35,7 @@ def method(**changes: Any) -> DetailCLIP:
     settings = DetailClipSettings(
         image_size=8,
         text=TEXT,
-        embed=12,
+        embed_dim=12,
         prototypes=K,
         head_hidden=16,
         head_bottleneck=8,
@@ -174,7 +176,7 @@ def test_views_are_those_of_the_released_code() -> None:
 
 def test_the_released_sizes() -> None:
     with torch.device("meta"):
-        tower = build_tower(ModelSettings(timm="vit_base_patch16_224"), image_size=224)
+        tower = build_tower(ModelSettings(timm_name="vit_base_patch16_224"), image_size=224)
         recipe = DetailCLIP(tower, DetailClipSettings(text={"architecture": "ViT-B-16", "activation": "quick_gelu"}))
 
     def count(module: torch.nn.Module) -> float:
@@ -251,7 +253,7 @@ def test_a_teacher_that_cannot_see_so_many_pixels_is_refused(side: int) -> None:
     config = load("detailclip/scenes").config.model_copy(update={"model": MODEL})
     with pytest.raises(ConfigError, match=f"cannot see {side} pixels") as told:
         build(config, settings)
-    assert told.value.where == "recipe.teacher_size"
+    assert told.value.where == "method.teacher_size"
 
 
 def test_the_quick_recipe_costs_at_most_1_6_times_clip() -> None:

@@ -35,7 +35,7 @@ STEP = Step(momentum=0.9, teacher_temperature=0.05)
 
 def recipe(**changes: Any) -> DINOv2:
     torch.manual_seed(0)
-    model = ModelSettings(width=16, depth=2, heads=2, patch=4, layer_scale=None, registers=1)
+    model = ModelSettings(embed_dim=16, depth=2, num_heads=2, patch_size=4, layer_scale=None, registers=1)
     return DINOv2(build_tower(model, image_size=16), SMALL.model_copy(update=changes))
 
 
@@ -65,9 +65,9 @@ def batch(n: int = BATCH, crops: int = LOCALS, seed: int = 0) -> Batch:
 
 
 @pytest.mark.parametrize("shared", [False, True])
-@pytest.mark.parametrize("targets", ["sinkhorn", "centering"])
+@pytest.mark.parametrize("targets", ["sinkhorn_knopp", "softmax_center"])
 def test_terms_are_finite_named_scalars_and_metrics_stay_apart(shared: bool, targets: str) -> None:
-    method = recipe(shared_heads=shared, targets=targets)
+    method = recipe(shared_heads=shared, centering=targets)
     terms = method(batch(), STEP)
     assert list(terms) == ["dino_local", "dino_global", "ibot", "koleo"]
     assert all(term.ndim == 0 and term.dtype == torch.float32 and torch.isfinite(term) for term in terms.values())
@@ -149,7 +149,7 @@ def in_plain_words(method: DINOv2, data: Batch) -> dict[str, Tensor]:
     with torch.no_grad():
         told = nets["backbone"](torch.cat(data.views["global"]))
         said = [nets["dino_head"](told.cls), nets.get("ibot_head", nets["dino_head"])(told.patches.flatten(0, 1)[hidden.index])]
-        if s.targets == "sinkhorn":
+        if s.centering == "sinkhorn":
             dino, ibot = (losses.sinkhorn(logits, STEP.teacher_temperature) for logits in said)
         else:
             centers = (method.memory["dino_center"], method.memory["ibot_center"])
@@ -172,9 +172,9 @@ def in_plain_words(method: DINOv2, data: Batch) -> dict[str, Tensor]:
 
 @pytest.mark.parametrize("norm", ["weight_norm", "plain"])
 @pytest.mark.parametrize("shared", [False, True])
-@pytest.mark.parametrize("targets", ["sinkhorn", "centering"])
+@pytest.mark.parametrize("targets", ["sinkhorn_knopp", "softmax_center"])
 def test_logits_in_pieces_are_the_formulas_with_all_logits(targets: str, shared: bool, norm: str) -> None:
-    method = recipe(targets=targets, shared_heads=shared, head_norm=norm, logit_rows=5)
+    method = recipe(centering=targets, shared_heads=shared, head_norm=norm, prototype_chunk_size=5)
     with torch.no_grad():
         for p in method.parameters():
             p.add_(0.05 * torch.randn_like(p))
@@ -191,7 +191,7 @@ def test_logits_in_pieces_are_the_formulas_with_all_logits(targets: str, shared:
 
 
 def test_no_tensor_holds_the_logits_of_all_tokens() -> None:
-    method, data = recipe(prototypes=2048, logit_rows=3), batch()
+    method, data = recipe(prototypes=2048, prototype_chunk_size=3), batch()
     weights = {p.numel() for p in method.parameters()}
     with Largest() as largest:
         torch.stack(list(method(data, STEP).values())).sum().backward()
@@ -199,9 +199,9 @@ def test_no_tensor_holds_the_logits_of_all_tokens() -> None:
     assert largest.numbers < 2 * BATCH * 2048
 
 
-@pytest.mark.parametrize("targets", ["sinkhorn", "centering"])
+@pytest.mark.parametrize("targets", ["sinkhorn_knopp", "softmax_center"])
 def test_under_bf16_autocast_terms_are_fp32_and_near_those_of_fp32(targets: str) -> None:
-    method, data = recipe(targets=targets), batch()
+    method, data = recipe(centering=targets), batch()
     plain = method(data, STEP)
     with torch.autocast("cpu", torch.bfloat16):
         method.prepare([data], STEP)
@@ -247,8 +247,8 @@ def test_metrics_are_means_over_the_steps_micro_batches() -> None:
 
 def test_a_group_that_no_micro_batch_holds_is_refused_with_the_mend() -> None:
     with pytest.raises(ConfigError, match="6 features do not make groups of 4") as told:
-        recipe(koleo_group=4)(batch(), STEP)
-    assert "recipe.koleo_group" in str(told.value) and "divisor of the 6 samples" in str(told.value)
+        recipe(koleo_group_size=4)(batch(), STEP)
+    assert "method.koleo_group_size" in str(told.value) and "divisor of the 6 samples" in str(told.value)
 
 
 def test_weights_scale_their_own_term_only() -> None:
@@ -292,9 +292,9 @@ def test_without_masks_or_local_crops_it_still_runs() -> None:
     assert float(terms["ibot"]) == float(terms["dino_local"]) == 0.0
 
 
-@pytest.mark.parametrize("targets", ["sinkhorn", "centering"])
+@pytest.mark.parametrize("targets", ["sinkhorn_knopp", "softmax_center"])
 def test_twenty_steps_on_one_batch_teach_the_student(targets: str) -> None:
-    method, data = recipe(targets=targets), batch()
+    method, data = recipe(centering=targets), batch()
     start = copy.deepcopy(method.state_dict())
     optimizer = torch.optim.AdamW(method.parameters(), lr=3e-3)
     step = replace(STEP, momentum=0.99)
@@ -313,7 +313,7 @@ def test_twenty_steps_on_one_batch_teach_the_student(targets: str) -> None:
 
 
 def test_centres_move_after_the_step_and_only_then() -> None:
-    method, data = recipe(targets="centering"), batch()
+    method, data = recipe(centering="softmax_center"), batch()
     tokens = method.teacher.modules["backbone"](torch.cat(data.views["global"]))
     said = method.teacher.modules["dino_head"](tokens.cls).mean(0)
     method(data, STEP)

@@ -37,11 +37,11 @@ SIZES: dict[str, Any] = {
 
 def tower(width: int, seed: int = 0, patch: int = 4) -> Any:
     torch.manual_seed(seed)
-    return build_tower(ModelSettings(width=width, depth=1, heads=2, patch=patch, layer_scale=None), image_size=16)
+    return build_tower(ModelSettings(embed_dim=width, depth=1, num_heads=2, patch_size=patch, layer_scale=None), image_size=16)
 
 
 def distill(**changes: Any) -> Distill:
-    return Distill(tower(16), tower(24, seed=1), DistillSettings(judge_from="x", **(SIZES | changes)))
+    return Distill(tower(16), tower(24, seed=1), DistillSettings(teacher_weights="x", **(SIZES | changes)))
 
 
 def batch(hidden: float = 1.0) -> Batch:
@@ -107,9 +107,11 @@ def test_frozen_networks_are_in_no_group_and_no_network_of_their_own() -> None:
 
 
 def test_patches_of_two_sizes_are_refused() -> None:
-    large = {"judge": {"width": 32, "depth": 1, "heads": 2, "patch": 8}, "judge_from": "x"}
+    large = {"judge": {"embed_dim": 32, "depth": 1, "num_heads": 2, "patch_size": 8}, "judge_from": "x"}
     settings = DistillSettings.model_validate({**SIZES, **large})
-    config = Config.model_validate({"model": {"width": 16, "depth": 1, "heads": 2, "patch": 4}, "data": {"shards": "x.tar"}})
+    config = Config.model_validate(
+        {"model": {"embed_dim": 16, "depth": 1, "num_heads": 2, "patch_size": 4}, "data": {"shards": "x.tar"}}
+    )
     with pytest.raises(ConfigError, match="4 pixels a side and the frozen teacher's 8"):
         build(config, settings)
 
@@ -131,7 +133,7 @@ def test_the_anchor_adds_a_term_that_is_nothing_while_nothing_has_moved() -> Non
 
 
 def test_the_anchor_becomes_the_teacher_so_often_and_no_more() -> None:
-    method = anchored(gram_refresh=2, gram_refreshes=2)
+    method = anchored(gram_update_every=2, gram_max_updates=2)
     assert method.gram is not None
     moves = []
     for index in range(8):
@@ -148,7 +150,7 @@ def test_the_anchor_becomes_the_teacher_so_often_and_no_more() -> None:
 
 
 def test_patch_tokens_may_have_a_head_of_other_sizes() -> None:
-    method = anchored(ibot_prototypes=20, ibot_bottleneck=6, ibot_hidden=10, targets="centering")
+    method = anchored(ibot_prototypes=20, ibot_bottleneck=6, ibot_hidden=10, centering="softmax_center")
     assert method.ibot_head is not None and method.ibot_head.last.direction.shape == (20, 6)
     assert method.ibot_head.mlp[0].out_features == 10 and method.dino_head.last.direction.shape == (K, 8)
     terms = method(batch(0.4), STEP)
@@ -179,9 +181,9 @@ def trained(method: Distill, steps: int = 4) -> list[dict[str, float]]:
     return told
 
 
-@pytest.mark.parametrize("targets", ["sinkhorn", "centering"])
+@pytest.mark.parametrize("targets", ["sinkhorn_knopp", "softmax_center"])
 def test_students_that_learn_together_are_what_each_would_be_alone(targets: Any) -> None:
-    settings = DistillSettings(judge_from="x", targets=targets, **SIZES)
+    settings = DistillSettings(teacher_weights="x", centering=targets, **SIZES)
     together = Distill(tower(16), tower(24, seed=1), settings, {"wide": tower(32, seed=2), "same": tower(16, seed=3)})
     alone = {
         name: Distill(one, tower(24, seed=1), settings)
@@ -215,7 +217,7 @@ def test_students_that_learn_together_are_what_each_would_be_alone(targets: Any)
     assert all(torch.equal(together.memory[key], alone["wide"].memory[key]) for key in together.memory)
 
 
-TWO: dict[str, Any] = {"recipe": {"students": [{**MODEL, "name": "wide", "width": 32}]}}
+TWO: dict[str, Any] = {"method": {"students": [{**MODEL, "name": "wide", "embed_dim": 32}]}}
 
 
 @pytest.mark.parametrize("zero", [1, 3])
@@ -235,14 +237,14 @@ def test_two_students_go_on_from_a_checkpoint_as_if_nothing_had_happened(tmp_pat
 
 
 def test_students_of_one_name_of_another_patch_or_with_an_anchor_are_refused() -> None:
-    one = {"name": "b", "width": 8, "depth": 1, "heads": 2, "patch": 4}
+    one = {"name": "b", "embed_dim": 8, "depth": 1, "num_heads": 2, "patch_size": 4}
     for wrong, words in (({"students": [one, one]}, "one name"), ({"students": [one], "gram_weight": 1.0}, "Gram anchor")):
         with pytest.raises(ValueError, match=words):
-            DistillSettings(judge_from="x", **(SIZES | wrong))
+            DistillSettings(teacher_weights="x", **(SIZES | wrong))
     with pytest.raises(ValueError, match="name"):
-        DistillSettings(judge_from="x", **(SIZES | {"students": [one | {"name": "a.b"}]}))
-    shape = ModelSettings(width=16, depth=1, heads=2, patch=4)
-    settings = DistillSettings(judge=shape, judge_from="x", **(SIZES | {"students": [one | {"patch": 8}]}))
-    config = Config.model_validate({"model": shape, "data": {"shards": "x.tar"}}).replace(recipe=settings)
+        DistillSettings(teacher_weights="x", **(SIZES | {"students": [one | {"name": "a.b"}]}))
+    shape = ModelSettings(embed_dim=16, depth=1, num_heads=2, patch_size=4)
+    settings = DistillSettings(teacher_model=shape, teacher_weights="x", **(SIZES | {"students": [one | {"patch": 8}]}))
+    config = Config.model_validate({"model": shape, "data": {"shards": "x.tar"}}).replace(method=settings)
     with pytest.raises(ConfigError, match=r"students \(b\)"):
         build(config, settings)

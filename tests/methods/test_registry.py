@@ -21,7 +21,7 @@ METHODS = sorted(RECIPES)
 @pytest.mark.parametrize("name", METHODS)
 def test_it_is_built_from_checked_settings(name: str) -> None:
     made = recipe(name)
-    assert config(name).recipe.reads_text == (made.text is not None)
+    assert config(name).method.reads_text == (made.text is not None)
     trainable = {parameter for parameter, p in made.named_parameters() if p.requires_grad}
     grouped = [parameter for group in made.parameter_groups() for parameter in group.names]
     assert sorted(grouped) == sorted(trainable) and trainable
@@ -115,8 +115,8 @@ def compare(ranks: list[dict[str, Any]], expected: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("name", METHODS)
 def test_micro_batches_are_one_batch_unless_the_method_says_otherwise(name: str) -> None:
-    changes = {"recipe": {"head_norm": "layer"}} if name in ("byol", "mocov3", "simclr") else {}
-    changes = {"recipe": {"repel": None}} if name in ("dino", "mocov2") else changes
+    changes = {"method": {"head_norm": "layer"}} if name in ("byol", "mocov3", "simclr") else {}
+    changes = {"method": {"local_repulsion": None}} if name in ("dino", "mocov2") else changes
     made = recipe(name, **changes)
     if made.batch_coupled and name not in ("clip", "coca", "detailclip"):  # which compare all pairs, and prepare for it
         pytest.fail(f"{name} has no form that accumulates exactly")
@@ -135,8 +135,8 @@ def test_going_on_from_a_checkpoint_is_as_if_nothing_had_happened(name: str, zer
         assert [key for key in theirs if not torch.equal(ours[key], theirs[key])] == []
 
 
-RESNET = {"model": {"timm": "resnet18", "stem": "small"}}
-NORMED = {"recipe": {"head_norm": "batch", "repel": None}}
+RESNET = {"model": {"timm_name": "resnet18", "stem": "small"}}
+NORMED = {"method": {"head_norm": "batch", "local_repulsion": None}}
 
 
 @pytest.mark.parametrize(("name", "changes"), [("simclr", RESNET), ("dino", NORMED), ("mocov2", NORMED)])

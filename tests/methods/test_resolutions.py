@@ -22,7 +22,7 @@ from pipeline.methods.dinov2.settings import Dinov2Settings, Resolution
 from tests.methods.test_distill import SIZES, STEP, batch, tower
 
 TEXT = """
-recipe:
+method:
   name: dinov2
   views: {global_size: 64, local_size: 32}
   prototypes: 4096
@@ -32,7 +32,7 @@ recipe:
   resolutions:
     - {weight: 1, gram_size: 128}
     - {weight: 3, global_size: 96, local_size: 48, gram_size: 160}
-model: {width: 192, depth: 2, heads: 3, patch: 16}
+model: {embed_dim: 192, depth: 2, num_heads: 3, patch_size: 16}
 data: {shards: x.tar}
 """
 
@@ -123,8 +123,8 @@ def test_the_local_crops_part_can_weigh_less() -> None:
 
 def test_plan_makes_room_for_the_largest_and_operations_are_the_mean(tmp_path: Path) -> None:
     mixed = loaded(tmp_path)
-    small = loaded(tmp_path, TEXT, "recipe.resolutions=[]", "recipe.gram_size=128")
-    sized = ["recipe.resolutions=[]", "recipe.views={global_size: 96, local_size: 48}", "recipe.gram_size=160"]
+    small = loaded(tmp_path, TEXT, "method.resolutions=[]", "method.gram_size=128")
+    sized = ["method.resolutions=[]", "method.views={global_size: 96, local_size: 48}", "method.gram_size=160"]
     large = loaded(tmp_path, TEXT, *sized)
     assert measure(mixed).live.each == pytest.approx(measure(large).live.each)
     assert measure(large).live.each > 1.5 * measure(small).live.each
@@ -137,14 +137,14 @@ def test_plan_makes_room_for_the_largest_and_operations_are_the_mean(tmp_path: P
 @pytest.mark.parametrize(
     ("override", "words"),
     [
-        ("recipe.resolutions=[{global_size: 96}, {global_size: 100}]", "recipe.resolutions.1.global_size = 100: does not divide"),
-        ("recipe.resolutions=[{local_size: 50}]", "48 or 64 would"),
-        ("recipe.resolutions=[{gram_size: 130}]", "recipe.resolutions.0.gram_size = 130"),
-        ("recipe.gram_size=100", "recipe.gram_size = 100: does not divide"),
-        ("recipe.resolutions=[{weight: 0}]", "greater than 0"),
-        ("recipe.resolutions=[{size: 96}]", "allowed under recipe.resolutions: global_size, gram_size, local_size, weight"),
-        ("recipe.resolutions=[{global_size: 16}]", "nothing to hide"),
-        ("recipe.gram_weight=0", "has no effect while recipe.gram_weight = 0"),
+        ("method.resolutions=[{global_size: 96}, {global_size: 100}]", "method.resolutions.1.global_size = 100: does not divide"),
+        ("method.resolutions=[{local_size: 50}]", "48 or 64 would"),
+        ("method.resolutions=[{gram_size: 130}]", "method.resolutions.0.gram_size = 130"),
+        ("method.gram_size=100", "method.gram_size = 100: does not divide"),
+        ("method.resolutions=[{weight: 0}]", "greater than 0"),
+        ("method.resolutions=[{size: 96}]", "allowed under method.resolutions: global_size, gram_size, local_size, weight"),
+        ("method.resolutions=[{global_size: 16}]", "nothing to hide"),
+        ("method.gram_weight=0", "has no effect while method.gram_weight = 0"),
     ],
 )
 def test_sizes_that_cannot_be_are_refused_by_name(tmp_path: Path, override: str, words: str) -> None:

@@ -18,7 +18,9 @@ from pipeline.models.vision import VisionTower, build_tower
 
 def tower(registers: int = 0) -> VisionTower:
     torch.manual_seed(0)
-    made = build_tower(ModelSettings(width=16, depth=3, heads=2, patch=4, layer_scale=None, registers=registers), image_size=16)
+    made = build_tower(
+        ModelSettings(embed_dim=16, depth=3, num_heads=2, patch_size=4, layer_scale=None, registers=registers), image_size=16
+    )
     with torch.no_grad():
         for block in made.vit.blocks:
             block.attn.qkv.weight.mul_(20)  # attention far from uniform

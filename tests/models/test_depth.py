@@ -14,7 +14,7 @@ from pipeline.models.depth import kept_rows, set_stochastic_depth
 from pipeline.models.settings import ModelSettings
 from pipeline.models.vision import VisionTower, build_tower
 
-TINY: dict[str, Any] = {"width": 16, "depth": 2, "heads": 2, "patch": 4, "layer_scale": 0.5}
+TINY: dict[str, Any] = {"embed_dim": 16, "depth": 2, "num_heads": 2, "patch_size": 4, "layer_scale": 0.5}
 
 
 def tiny(**changes: Any) -> VisionTower:
@@ -31,7 +31,7 @@ def test_so_many_samples_are_kept_as_in_the_reference(batch: int, rate: float, k
 
 
 def test_all_blocks_have_one_rate_and_no_name_changes() -> None:
-    tower = tiny(drop_path=0.25, drop_path_mode="rows")
+    tower = tiny(drop_path=0.25, batched_drop_path=False)
     assert [block.drop_path1.drop_prob for block in tower.vit.blocks] == [0.25, 0.25]
     assert [block.dropped for block in tiny(drop_path=0.25).vit.blocks] == [0.25, 0.25]
     assert tower.state_dict().keys() == tiny().state_dict().keys() == tiny(drop_path=0.25).state_dict().keys()
@@ -41,7 +41,7 @@ def test_all_blocks_have_one_rate_and_no_name_changes() -> None:
 def test_a_branch_sees_the_kept_samples_only_and_its_mean_is_the_whole_branch(
     positions: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    tower = tiny(drop_path=0.4, depth=1, positions=positions).train()
+    tower = tiny(drop_path=0.4, depth=1, pos_embed=positions).train()
     block, x = tower.vit.blocks[0], torch.randn(4, 3, 16)
     with torch.no_grad():
         for name, p in block.named_parameters():
@@ -93,11 +93,11 @@ def test_evaluation_leaves_nothing_out_and_half_precision_streams_stay_fp32() ->
 
 
 def test_blocks_that_are_built_otherwise_are_refused() -> None:
-    model = ModelSettings(timm="vit_base_patch14_dinov2", drop_path=0.1)
+    model = ModelSettings(timm_name="vit_base_patch14_dinov2", drop_path=0.1)
     with torch.device("meta"):
         tower = build_tower(model.model_copy(update={"drop_path": 0.0}), image_size=28)
-    with pytest.raises(ConfigError, match="rows"):
-        set_stochastic_depth(tower.vit.blocks[0], 0.1, "subset")
+    with pytest.raises(ConfigError, match="set it to false"):
+        set_stochastic_depth(tower.vit.blocks[0], 0.1, True)
 
 
 @pytest.mark.parametrize("positions", ["learned", "rope"])
@@ -105,7 +105,7 @@ def test_a_block_with_a_subset_is_one_graph_for_the_compiler(positions: str) -> 
     images = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(0))
     results = []
     for compiled in (False, True):
-        tower = tiny(drop_path=0.5, depth=1, positions=positions).train()
+        tower = tiny(drop_path=0.5, depth=1, pos_embed=positions).train()
         if compiled:
             tower.vit.blocks[0].compile(backend="aot_eager", fullgraph=True)
         torch.manual_seed(1)

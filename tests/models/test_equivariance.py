@@ -18,7 +18,7 @@ SIDE, PATCHES, KEPT = 5, 25, 9
 KINDS: dict[str, dict[str, Any]] = {
     "learned": {},
     "registers": {"registers": 2},
-    "rope": {"positions": "rope", "registers": 2},
+    "rope": {"pos_embed": "rope", "registers": 2},
     "swiglu": {"ffn": "swiglu"},
 }
 
@@ -26,7 +26,7 @@ KINDS: dict[str, dict[str, Any]] = {
 @pytest.fixture(params=KINDS)
 def tower(request: pytest.FixtureRequest) -> VisionTower:
     torch.manual_seed(0)
-    model = ModelSettings(width=32, depth=4, heads=2, patch=4, layer_scale=None, **KINDS[request.param])
+    model = ModelSettings(embed_dim=32, depth=4, num_heads=2, patch_size=4, layer_scale=None, **KINDS[request.param])
     built = build_tower(model, image_size=4 * SIDE).eval().double()
     with torch.no_grad():
         for p in built.parameters():
@@ -120,7 +120,9 @@ def test_keeping_everything_is_no_dropping(tower: VisionTower, images: Tensor) -
 @pytest.mark.parametrize("kind", ["learned", "swiglu"])
 def test_packing_needs_a_mask_that_follows_the_tokens(kind: str, images: Tensor, order: Tensor) -> None:
     torch.manual_seed(0)
-    tower = build_tower(ModelSettings(width=32, depth=4, heads=2, patch=4, layer_scale=None, **KINDS[kind]), image_size=20)
+    tower = build_tower(
+        ModelSettings(embed_dim=32, depth=4, num_heads=2, patch_size=4, layer_scale=None, **KINDS[kind]), image_size=20
+    )
     tower = tower.eval().double().requires_grad_(False)
     for p in tower.parameters():
         p.copy_(torch.randn(p.shape, dtype=torch.float64) * 0.2)

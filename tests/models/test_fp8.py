@@ -56,12 +56,12 @@ def test_a_layer_is_near_the_plain_one_and_its_weights_gradient_is_a_bf16_produc
 
 
 def test_layers_of_other_sizes_and_the_last_projection_stay() -> None:
-    tower = build_tower(ModelSettings(width=48, depth=2, heads=2, patch=4, mlp_ratio=1.5), image_size=8)
+    tower = build_tower(ModelSettings(embed_dim=48, depth=2, num_heads=2, patch_size=4, mlp_ratio=1.5), image_size=8)
     assert use_fp8(tower.vit.blocks) == ["0.attn.qkv", "0.attn.proj", "1.attn.qkv"], "72 is no multiple of 16"
 
 
 def test_a_rotary_tower_computes_its_queries_keys_and_values_so_too() -> None:
-    tower = build_tower(ModelSettings(width=64, depth=1, heads=2, patch=4, positions="rope"), image_size=8)
+    tower = build_tower(ModelSettings(embed_dim=64, depth=1, num_heads=2, patch_size=4, pos_embed="rope"), image_size=8)
     assert use_fp8(tower.vit.blocks) == ["0.attn.qkv", "0.mlp.fc1", "0.mlp.fc2"]
     calls = []
     tower.vit.blocks[0].attn.qkv.register_forward_hook(lambda *_: calls.append(1))

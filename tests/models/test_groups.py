@@ -24,7 +24,7 @@ class Student(nn.Module):
 @pytest.fixture(scope="module")
 def large() -> Student:
     with torch.device("meta"):
-        return Student(ModelSettings(width=1024, depth=24, heads=16, patch=16), 224)
+        return Student(ModelSettings(embed_dim=1024, depth=24, num_heads=16, patch_size=16), 224)
 
 
 def where(groups: list[ParameterGroup], name: str) -> ParameterGroup:
@@ -69,7 +69,7 @@ def test_without_decay_few_groups_remain(large: Student) -> None:
 
 
 def test_every_trainable_parameter_is_in_exactly_one_group() -> None:
-    student = Student(ModelSettings(width=16, depth=2, heads=2, patch=4, stem="conv", registers=2), 16)
+    student = Student(ModelSettings(embed_dim=16, depth=2, num_heads=2, patch_size=4, stem="conv", registers=2), 16)
     student.alpha.vit.pos_embed.requires_grad_(False)
     groups = parameter_groups(student, layer_decay=0.5, patch_lr=0.2)
     names = [name for group in groups for name in group.names]
@@ -79,7 +79,7 @@ def test_every_trainable_parameter_is_in_exactly_one_group() -> None:
 
 
 def test_a_conv_stem_is_scaled_like_a_patch_embedding() -> None:
-    student = Student(ModelSettings(width=16, depth=2, heads=2, patch=4, stem="conv"), 16)
+    student = Student(ModelSettings(embed_dim=16, depth=2, num_heads=2, patch_size=4, stem="conv"), 16)
     groups = parameter_groups(student, layer_decay=0.5, patch_lr=0.2)
     stem = {id(p) for p in student.alpha.vit.patch_embed.parameters()}
     assert {g.lr_scale for g in groups for p in g.params if id(p) in stem} == {0.5**3 * 0.2}

@@ -93,7 +93,7 @@ def transformer(config: Config) -> dict[str, Rule]:
     rules: dict[str, Rule] = {**NORMS, **SCALES, r"backbone\.mask_token$": ZERO}
     if m.init == "open_clip":
         rules |= {r"vit\.(pos_embed|cls_token)$": width(-0.5)}
-    rules |= {r"vit\.pos_embed$": SMALL, r"vit\.(cls_token|reg_token)$": SMALL if m.positions == "rope" else token}
+    rules |= {r"vit\.pos_embed$": SMALL, r"vit\.(cls_token|reg_token)$": SMALL if m.pos_embed == "rope" else token}
     if m.init == "mocov3":
         rules |= {r"\.patch_embed\.proj\.weight$": xavier(), r"\.patch_embed\.proj\.bias$": ZERO}
         rules |= {r"\.attn\.qkv\.weight$": xavier(3), r"vit\.blocks.*\.weight$": xavier(), r"vit\.blocks.*\.bias$": ZERO}
@@ -108,7 +108,7 @@ def transformer(config: Config) -> dict[str, Rule]:
 
 
 def _patch_bias(m: ModelSettings) -> Rule:
-    side, inner = m.patch_side or 0, (m.width or 0) // 2
+    side, inner = m.patch_side or 0, (m.embed_dim or 0) // 2
     # The last layer of a stack of convolutions is a linear one from half as many channels.
     return (
         (lambda shape: Drawn(0.0, (shape[0] / 2) ** -0.5 / math.sqrt(3)))
@@ -120,7 +120,7 @@ def _patch_bias(m: ModelSettings) -> Rule:
 def resnet(config: Config) -> dict[str, Rule]:
     """A ResNet: torchvision's, MoCo v3's with the last norm at 0, SimCLR's by TensorFlow, BYOL's by haiku."""
     init = config.model.init
-    last = r"\.bn3\.weight$" if "50" in (config.model.timm or "") else r"layer\d\.\d+\.bn2\.weight$"
+    last = r"\.bn3\.weight$" if "50" in (config.model.timm_name or "") else r"layer\d\.\d+\.bn2\.weight$"
     convolution = {"simclr": fan_in(1.0), "byol": fan_in(TRUNCATED)}.get(init, fan_out)
     zeroed = {last: ZERO} if init in ("simclr", "byol", "mocov3") else {}
     # A projection beside a block is a convolution, then a norm of its own.
@@ -148,7 +148,7 @@ def text(prefix: str, depth: int) -> dict[str, Rule]:
 
 def prototypes(config: Config) -> dict[str, Rule]:
     """DINO's head: weight-normed prototypes as ``nn.Linear`` draws them; DINOv3's plain ones from 0.02."""
-    plain = getattr(config.recipe, "head_norm", None) == "plain"
+    plain = getattr(config.method, "head_norm", None) == "plain"
     head = r"(^|\.)(\w*head|heads\.\w+|teacher_\w+|ibot_head|dino_head)\."
     return {
         head + r"(\w+\.)*mlp\.\d+\.weight$": SMALL,
@@ -161,13 +161,13 @@ def prototypes(config: Config) -> dict[str, Rule]:
 def mlps(config: Config) -> dict[str, Rule]:
     """Projector and predictor: batch norms at 1 and 0, layers as ``nn.Linear`` draws them or by the authors' framework."""
     layer: Rule = {"simclr": normal(0.01), "byol": fan_in(TRUNCATED)}.get(config.model.init, torch_linear)
-    heads = ("projector", "predictor", *(["head.mlp"] if getattr(config.recipe, "head_norm", "") == "batch" else []))
+    heads = ("projector", "predictor", *(["head.mlp"] if getattr(config.method, "head_norm", "") == "batch" else []))
     norm = rf"({'|'.join(map(re.escape, heads))})\.(1|4|7)\."
     last = r"(projector|predictor)\.\d\."
-    inner = config.model.width or (2048 if config.model.timm == "resnet50" else 512)
-    biased = config.recipe.name == "mocov2"
-    rules: dict[str, Rule] = {norm + "weight$": ONE, norm + "bias$": ZERO} if config.recipe.name != "mocov2" else {}
-    if biased and getattr(config.recipe, "head_norm", "none") == "batch":
+    inner = config.model.embed_dim or (2048 if config.model.timm_name == "resnet50" else 512)
+    biased = config.method.name == "mocov2"
+    rules: dict[str, Rule] = {norm + "weight$": ONE, norm + "bias$": ZERO} if config.method.name != "mocov2" else {}
+    if biased and getattr(config.method, "head_norm", "none") == "batch":
         rules |= {r"projector\.1\.weight$": ONE, r"projector\.1\.bias$": ZERO}
     rules |= {last + "weight$": layer}
     return rules | ({last + "bias$": lambda shape: Drawn(0.0, inner**-0.5 / math.sqrt(3))} if biased else {})
@@ -175,15 +175,15 @@ def mlps(config: Config) -> dict[str, Rule]:
 
 def table(config: Config) -> dict[str, Rule]:
     """All rules of a config, the first that fits counts."""
-    recipe, m = config.recipe, config.model
-    rules: dict[str, Rule] = resnet(config) if "resnet" in (m.timm or "") else transformer(config)
+    recipe, m = config.method, config.model
+    rules: dict[str, Rule] = resnet(config) if "resnet" in (m.timm_name or "") else transformer(config)
     rules |= {r"^logits\.": lambda shape: Drawn(math.nan, 0.0), r"^image_projection\.weight$": width(-0.5)}
     if recipe.name in ("clip", "detailclip", "coca"):
         rules |= text("text_tower", getattr(recipe, "text").sizes.depth)  # noqa: B009
     if recipe.name == "detailclip":
         rules |= {r"decoder\.mask_token$": SMALL, r"decoder\.embed\.weight$": xavier(), r"decoder\.pixels\.weight$": torch_linear}
         rules |= {r"decoder\.blocks.*\.weight$": xavier(), r"decoder\.blocks.*\.bias$": ZERO}
-        rules |= {r"decoder\.(embed|pixels)\.bias$": torch_bias(768 if m.timm else m.width or 0)}
+        rules |= {r"decoder\.(embed|pixels)\.bias$": torch_bias(768 if m.timm_name else m.embed_dim or 0)}
     if recipe.name in ("dinov2", "detailclip", "dino", "distill"):
         rules = prototypes(config) | rules
     if recipe.name in ("simclr", "byol", "mocov2", "mocov3", "dino"):
@@ -208,14 +208,14 @@ def differs(tensor: Tensor, drawn: Drawn) -> bool:
 def shallow(config: Config) -> Config:
     """With few blocks and prototypes: none of the rules looks at how many there are."""
     update = {"depth": 2} if config.model.depth else {}
-    recipe = {"prototypes": 512} if hasattr(config.recipe, "prototypes") else {}
-    recipe |= {"ibot_prototypes": None} if hasattr(config.recipe, "ibot_prototypes") else {}
-    if hasattr(config.recipe, "judge"):
-        recipe |= {"judge": config.recipe.judge.model_copy(update={"depth": 2})}
-    if getattr(config.recipe, "students", ()):
-        few = [one.model_copy(update={"depth": 2}) for one in config.recipe.students]
+    recipe = {"prototypes": 512} if hasattr(config.method, "prototypes") else {}
+    recipe |= {"ibot_prototypes": None} if hasattr(config.method, "ibot_prototypes") else {}
+    if hasattr(config.method, "teacher_model"):
+        recipe |= {"teacher_model": config.method.teacher_model.model_copy(update={"depth": 2})}
+    if getattr(config.method, "students", ()):
+        few = [one.model_copy(update={"depth": 2}) for one in config.method.students]
         recipe |= {"students": tuple(few)}
-    return config.replace(model=config.model.model_copy(update=update), recipe=config.recipe.model_copy(update=recipe))
+    return config.replace(model=config.model.model_copy(update=update), method=config.method.model_copy(update=recipe))
 
 
 @pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] if LARGE.search(n) else []) for n in NAMES])
@@ -226,7 +226,7 @@ def test_every_initial_tensor_is_drawn_as_in_the_authors_code(name: str) -> None
     recipe = build_recipe(config)
     wrong = []
     for key, tensor in recipe.named_parameters():
-        if not tensor.requires_grad and key.endswith("pos_embed") and getattr(config.recipe, "positions", "") == "sincos":
+        if not tensor.requires_grad and key.endswith("pos_embed") and getattr(config.method, "pos_embed", "") == "sincos":
             continue
         rule = next((rule for pattern, rule in rules.items() if re.search(pattern, key)), None)
         if rule is None:
@@ -244,7 +244,7 @@ def test_the_start_called_open_clip_is_that_librarys() -> None:
     theirs = VisionTransformer(
         image_size=64, patch_size=16, width=256, layers=2, heads=4, mlp_ratio=4.0, output_dim=32
     ).state_dict()
-    sizes = {"width": 256, "depth": 2, "heads": 4, "patch": 16, "layer_scale": None, "init": "open_clip"}
+    sizes = {"embed_dim": 256, "depth": 2, "num_heads": 4, "patch_size": 16, "layer_scale": None, "init": "open_clip"}
     vit = build_tower(ModelSettings.model_validate(sizes), image_size=64).vit.state_dict()
     inner = {
         "attn.qkv.weight": "attn.in_proj_weight",
@@ -270,11 +270,11 @@ def test_the_last_norm_of_each_block_starts_at_zero(init: str, name: str) -> Non
 
 
 def test_the_rate_of_stochastic_depth_can_rise_with_the_block() -> None:
-    settings = {"width": 32, "depth": 5, "heads": 2, "patch": 8, "drop_path": 0.4}
+    settings = {"embed_dim": 32, "depth": 5, "num_heads": 2, "patch_size": 8, "drop_path": 0.4}
     rising = build_tower(ModelSettings.model_validate({**settings, "drop_path_rates": "linear"}), image_size=32)
     assert [getattr(block, "dropped", 0.0) for block in rising.vit.blocks] == pytest.approx([0.0, 0.1, 0.2, 0.3, 0.4])
     rows = build_tower(
-        ModelSettings.model_validate({**settings, "drop_path_rates": "linear", "drop_path_mode": "rows"}), image_size=32
+        ModelSettings.model_validate({**settings, "drop_path_schedule": "linear", "batched_drop_path": False}), image_size=32
     )
     probabilities = [getattr(block.drop_path1, "drop_prob", 0.0) for block in rows.vit.blocks]
     assert probabilities == pytest.approx([0.0, 0.1, 0.2, 0.3, 0.4])
@@ -282,7 +282,7 @@ def test_the_rate_of_stochastic_depth_can_rise_with_the_block() -> None:
 
 
 def test_a_class_position_of_its_own_moves_apart_and_merges_into_the_token() -> None:
-    settings = {"width": 32, "depth": 2, "heads": 2, "patch": 8, "registers": 3}
+    settings = {"embed_dim": 32, "depth": 2, "num_heads": 2, "patch_size": 8, "registers": 3}
     torch.manual_seed(0)
     apart = build_tower(ModelSettings.model_validate({**settings, "class_position": True}), image_size=32).eval()
     images = torch.randn(2, 3, 32, 32)

@@ -18,7 +18,7 @@ VECTORS: dict[Resampling, dict[tuple[int, int], float]] = {
 
 def tower(how: Resampling, registers: int = 0) -> VisionTower:
     torch.manual_seed(0)
-    model = ModelSettings(width=16, depth=1, heads=2, patch=4, registers=registers, position_resampling=how)
+    model = ModelSettings(embed_dim=16, depth=1, num_heads=2, patch_size=4, registers=registers, pos_embed_interpolation=how)
     return build_tower(model, image_size=16).eval()
 
 
@@ -49,7 +49,9 @@ def test_a_tower_resamples_as_it_is_told(registers: int) -> None:
     assert not torch.allclose(features["plain"], features["offset"], atol=1e-4)
     # A tower whose positions were resampled beforehand, once, says the same.
     for how, t in towers.items():
-        ready = build_tower(ModelSettings(width=16, depth=1, heads=2, patch=4, registers=registers), image_size=16).eval()
+        ready = build_tower(
+            ModelSettings(embed_dim=16, depth=1, num_heads=2, patch_size=4, registers=registers), image_size=16
+        ).eval()
         ready.load_state_dict(t.state_dict())
         prefix = 0 if registers else 1
         ready.vit.patch_embed.grid_size = (2, 3)

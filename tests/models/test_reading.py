@@ -13,7 +13,7 @@ from pipeline.models.settings import ModelSettings
 from pipeline.models.tokens import Tokens
 from pipeline.models.vision import VisionTower, build_tower
 
-TINY: dict[str, Any] = {"width": 16, "depth": 2, "heads": 2, "patch": 4, "layer_scale": 0.5}
+TINY: dict[str, Any] = {"embed_dim": 16, "depth": 2, "num_heads": 2, "patch_size": 4, "layer_scale": 0.5}
 SIDE, PATCHES = 16, 16
 READ = torch.tensor([3, 0, 17, 30, 31, 47])  # of 3 pictures: some of each, in any order
 
@@ -42,9 +42,9 @@ def learnt(tower: VisionTower, cls: Tensor, patches: Tensor) -> list[Tensor]:
     [
         {},
         {"registers": 2, "ffn": "swiglu"},
-        {"layer_scale": None, "drop_path": 0.4, "drop_path_mode": "rows"},
+        {"layer_scale": None, "drop_path": 0.4, "batched_drop_path": "rows"},
         {"drop_path": 0.4, "drop_path_mode": "subset"},
-        {"drop_path": 0.4, "drop_path_mode": "subset", "positions": "rope", "registers": 2},
+        {"drop_path": 0.4, "batched_drop_path": "subset", "pos_embed": "rope", "registers": 2},
         {"positions": "rope"},
         {"local_norm": True},
     ],
@@ -81,7 +81,7 @@ def test_dropped_patches_and_recomputation_go_together_with_it() -> None:
 
 
 def test_a_block_of_another_kind_computes_all_and_gives_the_same() -> None:
-    tower = tiny(timm="vit_base_patch16_224", width=None, depth=None, heads=None, patch=None)
+    tower = tiny(timm_name="vit_base_patch16_224", embed_dim=None, depth=None, num_heads=None, patch_size=None)
     whole = tower(pictures()[:1]).cls
     tower.vit.reads_some = False
     assert torch.equal(tower(pictures()[:1], patches="none").cls, whole)
@@ -89,7 +89,7 @@ def test_a_block_of_another_kind_computes_all_and_gives_the_same() -> None:
 
 @pytest.mark.parametrize("positions", ["learned", "rope"])
 def test_most_of_the_last_block_is_left_out(positions: str) -> None:
-    tower, counts = tiny(depth=1, positions=positions).float().eval(), []
+    tower, counts = tiny(depth=1, pos_embed=positions).float().eval(), []
     for patches in ("all", "none"):
         with FlopCounterMode(display=False) as counter, torch.no_grad():
             tower(pictures().float(), patches=patches)

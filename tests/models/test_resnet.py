@@ -11,12 +11,12 @@ from pipeline.models.resnet import ResNetTower, build_trunk, fix_positions, free
 from pipeline.models.settings import ModelSettings
 from pipeline.models.vision import VisionTower
 
-VIT = ModelSettings(width=16, depth=1, heads=2, patch=4, layer_scale=None)
+VIT = ModelSettings(embed_dim=16, depth=1, num_heads=2, patch_size=4, layer_scale=None)
 
 
 def test_tokens_are_the_last_map_and_its_mean_and_weights_are_timms() -> None:
     torch.manual_seed(0)
-    tower = build_trunk(ModelSettings(timm="resnet18"), image_size=64).eval()
+    tower = build_trunk(ModelSettings(timm_name="resnet18"), image_size=64).eval()
     assert isinstance(tower, ResNetTower)
     images = torch.randn(2, 3, 64, 64)
     theirs = timm.create_model("resnet18", num_classes=0).eval()
@@ -29,7 +29,7 @@ def test_tokens_are_the_last_map_and_its_mean_and_weights_are_timms() -> None:
 
 
 def test_a_small_stem_keeps_small_pictures_large() -> None:
-    tower = build_trunk(ModelSettings(timm="resnet18", stem="small"), image_size=32).eval()
+    tower = build_trunk(ModelSettings(timm_name="resnet18", stem="small"), image_size=32).eval()
     with torch.no_grad():
         assert tower(torch.randn(1, 3, 32, 32)).patches.shape == (1, (32 // tower.patch) ** 2, 512)
     assert tower.patch == 8
@@ -38,7 +38,7 @@ def test_a_small_stem_keeps_small_pictures_large() -> None:
 def test_other_names_are_other_things() -> None:
     assert isinstance(build_trunk(VIT, image_size=16), VisionTower)
     with pytest.raises(ConfigError, match="no plain ResNet"):
-        build_trunk(ModelSettings(timm="resnetv2_50"), image_size=64)
+        build_trunk(ModelSettings(timm_name="resnetv2_50"), image_size=64)
 
 
 def test_positions_of_sines_tell_row_from_column_and_stand_still() -> None:
@@ -53,4 +53,4 @@ def test_positions_of_sines_tell_row_from_column_and_stand_still() -> None:
     assert torch.equal(grid[0, :, :8], grid[3, :, :8]) and torch.equal(grid[:, 0, 8:], grid[:, 3, 8:])
     torch.testing.assert_close(grid[2, 3, :4], torch.sin(3 * 10000.0 ** -(torch.arange(4) / 4)), atol=1e-6, rtol=0)
     with pytest.raises(ConfigError):
-        freeze_patches(build_trunk(ModelSettings(timm="resnet18"), image_size=32))
+        freeze_patches(build_trunk(ModelSettings(timm_name="resnet18"), image_size=32))

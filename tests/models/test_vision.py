@@ -13,7 +13,7 @@ from pipeline.errors import ConfigError
 from pipeline.models.settings import ModelSettings
 from pipeline.models.vision import VisionTower, build_tower
 
-TINY: dict[str, Any] = {"width": 32, "depth": 2, "heads": 2, "patch": 4}
+TINY: dict[str, Any] = {"embed_dim": 32, "depth": 2, "num_heads": 2, "patch_size": 4}
 PATCH = {
     "vit_small_patch14_dinov2": 14,
     "vit_small_patch14_reg4_dinov2": 14,
@@ -43,9 +43,16 @@ def spread(module: nn.Module) -> None:
         {"stem": "conv"},
         {"ffn": "swiglu"},
         {"layer_scale": None},
-        {"patch": 8, "stem": "conv", "registers": 1},
+        {"patch_size": 8, "stem": "conv", "registers": 1},
         {"positions": "rope"},
-        {"positions": "rope", "registers": 4, "ffn": "swiglu", "rope_base": 50.0, "rope_rescale": 2.0, "layer_scale": None},
+        {
+            "pos_embed": "rope",
+            "registers": 4,
+            "ffn": "swiglu",
+            "rope_base": 50.0,
+            "rope_rescale_coords": 2.0,
+            "layer_scale": None,
+        },
         {"drop_path": 0.5, "local_norm": True},
         {"drop_path": 0.5, "positions": "rope"},
     ],
@@ -74,7 +81,7 @@ def test_tokens_are_exactly_what_the_same_timm_model_gives(changes: dict[str, An
     ],
 )
 def test_released_architectures_are_held_unchanged(name: str, registers: int) -> None:
-    tower = build_tower(ModelSettings(timm=name, drop_path=0.1), image_size=2 * PATCH[name]).eval()
+    tower = build_tower(ModelSettings(timm_name=name, drop_path=0.1), image_size=2 * PATCH[name]).eval()
     spread(tower.vit.blocks[0])
     other = timm.create_model(name, img_size=2 * PATCH[name], num_classes=0, dynamic_img_size=True).eval()
     other.load_state_dict(tower.vit.state_dict(), strict=True)
@@ -86,26 +93,26 @@ def test_released_architectures_are_held_unchanged(name: str, registers: int) ->
 
 
 def test_a_tower_given_by_sizes_has_the_size_of_the_paper() -> None:
-    sizes = ModelSettings(width=384, depth=12, heads=6, patch=14)
+    sizes = ModelSettings(embed_dim=384, depth=12, num_heads=6, patch_size=14)
     with torch.device("meta"):
         tower = build_tower(sizes, image_size=518)
     assert sum(p.numel() for p in tower.parameters()) == 22_056_576
     with torch.device("meta"):
-        swiglu = build_tower(ModelSettings(width=1024, depth=24, heads=16, patch=14, ffn="swiglu"), image_size=224)
+        swiglu = build_tower(ModelSettings(embed_dim=1024, depth=24, num_heads=16, patch_size=14, ffn="swiglu"), image_size=224)
     assert sum(p.numel() for p in swiglu.parameters()) == 303_655_168
 
 
-GIANT = ModelSettings(width=1536, depth=40, heads=24, patch=14, ffn="swiglu", registers=4)
+GIANT = ModelSettings(embed_dim=1536, depth=40, num_heads=24, patch_size=14, ffn="swiglu", registers=4)
 
 
 @pytest.mark.parametrize(
     ("settings", "size", "parameters"),
     [
-        (ModelSettings(width=384, depth=12, heads=6, patch=16), 224, 21_675_264),
-        (ModelSettings(width=768, depth=12, heads=12, patch=14), 518, 86_580_480),
-        (ModelSettings(width=768, depth=12, heads=12, patch=16), 224, 85_817_856),
-        (ModelSettings(width=1024, depth=24, heads=16, patch=14), 518, 304_368_640),
-        (ModelSettings(width=1024, depth=24, heads=16, patch=16), 224, 303_351_808),
+        (ModelSettings(embed_dim=384, depth=12, num_heads=6, patch_size=16), 224, 21_675_264),
+        (ModelSettings(embed_dim=768, depth=12, num_heads=12, patch_size=14), 518, 86_580_480),
+        (ModelSettings(embed_dim=768, depth=12, num_heads=12, patch_size=16), 224, 85_817_856),
+        (ModelSettings(embed_dim=1024, depth=24, num_heads=16, patch_size=14), 518, 304_368_640),
+        (ModelSettings(embed_dim=1024, depth=24, num_heads=16, patch_size=16), 224, 303_351_808),
         (GIANT.model_copy(update={"registers": 0}), 224, 1_134_771_200),
     ],
     ids=["S16", "B14", "B16", "L14", "L16", "g14"],
@@ -161,7 +168,7 @@ def test_checkpointing_changes_memory_only() -> None:
 
 
 def test_local_crops_have_a_norm_of_their_own_if_asked_for() -> None:
-    tower, images = tiny(local_norm=True), torch.randn(2, 3, 8, 8)
+    tower, images = tiny(untie_local_norm=True), torch.randn(2, 3, 8, 8)
     assert tower.local_norm is not None and torch.equal(tower(images, local=True).cls, tower(images).cls)
     with torch.no_grad():
         tower.local_norm.bias.add_(1.0)
@@ -173,7 +180,10 @@ def test_local_crops_have_a_norm_of_their_own_if_asked_for() -> None:
 
 
 def test_rotary_coordinates_move_in_training_only_and_with_the_seed() -> None:
-    tower, images = tiny(positions="rope", rope_rescale=2.0, rope_jitter=1.5, rope_shift=0.3), torch.randn(1, 3, 16, 16)
+    tower, images = (
+        tiny(pos_embed="rope", rope_rescale_coords=2.0, rope_jitter_coords=1.5, rope_shift_coords=0.3),
+        torch.randn(1, 3, 16, 16),
+    )
     spread(tower)
     with torch.no_grad():
         still = tower(images).cls
@@ -187,7 +197,7 @@ def test_rotary_coordinates_move_in_training_only_and_with_the_seed() -> None:
 
 
 def test_rotary_periods_are_those_of_dinov3() -> None:
-    tower = tiny(positions="rope", width=128, heads=2)
+    tower = tiny(pos_embed="rope", embed_dim=128, num_heads=2)
     periods = tower.vit.rope.periods
     assert periods[:4].tolist() == pytest.approx([1, 1.333521, 1.778279, 2.371374], abs=1e-5)
     assert float(periods[-1]) == pytest.approx(74.98942, abs=1e-4)
@@ -199,7 +209,7 @@ def test_rotary_periods_are_those_of_dinov3() -> None:
 
 def test_a_rotary_tower_starts_with_matrices_of_one_size_at_every_depth() -> None:
     torch.manual_seed(0)
-    blocks = tiny(positions="rope", width=128, depth=4).vit.blocks
+    blocks = tiny(pos_embed="rope", embed_dim=128, depth=4).vit.blocks
     deviations = [float(layer.weight.detach().std()) for block in blocks for layer in (block.attn.proj, block.mlp.fc2)]
     assert deviations == pytest.approx([0.02] * 8, rel=0.05)
 
@@ -212,17 +222,17 @@ def test_no_parameter_is_a_bare_number_or_strided() -> None:
     ("settings", "match"),
     [
         (ModelSettings(), "architecture"),
-        (ModelSettings(**(TINY | {"width": 33})), "divide"),
+        (ModelSettings(**(TINY | {"embed_dim": 33})), "divide"),
         (ModelSettings(**(TINY | {"patch": 5})), "divide"),
-        (ModelSettings(timm="vit_smal_patch16_224"), "no model"),
-        (ModelSettings(timm="resnet18"), "vit"),
-        (ModelSettings(timm="vit_wee_patch16_reg1_gap_256"), "class token"),
-        (ModelSettings(**TINY, positions="rope", stem="conv"), "no convolutional stem"),
-        (ModelSettings(**(TINY | {"width": 36}), positions="rope"), "multiple of 4"),
-        (ModelSettings(**TINY, rope_rescale=2.0), "this tower has none"),
-        (ModelSettings(timm="vit_tiny_patch16_224", rope_shift=0.1), "this tower has none"),
-        (ModelSettings(timm="eva02_tiny_patch14_224", position_resampling="offset"), "antialias"),
-        (ModelSettings(timm="vit_small_patch16_rope_mixed_224"), "frequencies|class token"),
+        (ModelSettings(timm_name="vit_smal_patch16_224"), "no model"),
+        (ModelSettings(timm_name="resnet18"), "vit"),
+        (ModelSettings(timm_name="vit_wee_patch16_reg1_gap_256"), "class token"),
+        (ModelSettings(**TINY, pos_embed="rope", stem="conv"), "no convolutional stem"),
+        (ModelSettings(**(TINY | {"embed_dim": 36}), pos_embed="rope"), "multiple of 4"),
+        (ModelSettings(**TINY, rope_rescale_coords=2.0), "this tower has none"),
+        (ModelSettings(timm_name="vit_tiny_patch16_224", rope_shift_coords=0.1), "this tower has none"),
+        (ModelSettings(timm_name="eva02_tiny_patch14_224", pos_embed_interpolation="offset"), "antialias"),
+        (ModelSettings(timm_name="vit_small_patch16_rope_mixed_224"), "frequencies|class token"),
     ],
 )
 def test_what_cannot_be_built_is_refused_in_words(settings: ModelSettings, match: str) -> None:

@@ -59,12 +59,12 @@ def test_the_page_tells_two_runs_apart(tmp_path: Path) -> None:
     assert told["attempts"] == ["2", "1"]
     assert told["samples substituted"] == ["5 of 3\u202f072"] * 2
     assert told["images per second, median"] == ["200", "200"]
-    assert told["model.width"] == ["32", "48"]
+    assert told["model.embed_dim"] == ["32", "48"]
     assert told["knn/k10"] == ["0.4700 (best 0.4900 at step 1)", "0.6700 (best 0.6900 at step 1)"]
     assert told["linear/top1, fovea eval"] == ["0.5000 (step_000000003)", "0.7000 (step_000000003)"]
     assert "the node was &lt;preempted&gt;" in page and "<preempted>" not in page
     before, _, alike = page.partition("that are alike")
-    assert "recipe.prototypes" in alike.partition("Settings")[2] and "recipe.prototypes" not in before
+    assert "method.prototypes" in alike.partition("Settings")[2] and "method.prototypes" not in before
     assert page.count("<svg") == 4 - 2 + 1  # loss, images per second, k-NN; a rate is no score
 
 

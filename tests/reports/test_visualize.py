@@ -71,7 +71,7 @@ def test_what_is_no_picture_is_named(tmp_path: Path, capsys: pytest.CaptureFixtu
 
 def test_attention_is_the_tower_s_own() -> None:
     torch.manual_seed(0)
-    tower = build_tower(ModelSettings(width=16, depth=1, heads=2, patch=4, layer_scale=None), image_size=8).eval()
+    tower = build_tower(ModelSettings(embed_dim=16, depth=1, num_heads=2, patch_size=4, layer_scale=None), image_size=8).eval()
     images = torch.randn(2, 3, 8, 8)
     found = looked_at(Subject(tower, HALF, HALF), images)
     attention = tower.vit.blocks[0].attn

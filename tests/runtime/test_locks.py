@@ -117,7 +117,7 @@ def test_every_command_works_without_locks(shim: Path, tmp_path: Path, number: i
         f"data.shards={made}/*train-*.tar",
         "data.index=ix",
         "run.directory=run",
-        "train.length=4 steps",
+        "train.duration=4 steps",
     ]
     for words in (
         ["shards", "index", str(made), "--index", "ix2"],

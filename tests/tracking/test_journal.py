@@ -25,12 +25,12 @@ def records(path: Path, offset: int = 0) -> list[dict[str, object]]:
 
 def test_what_is_written_is_read_in_order_with_its_time(journal: Journal, tmp_path: Path) -> None:
     journal.metrics(7, {"train/loss": 5.25, "n": 3})
-    journal.params({"optim.lr": 1e-3, "data.shards": ("a", "b"), "none": None})
+    journal.params({"schedule.lr.peak": 1e-3, "data.shards": ("a", "b"), "none": None})
     journal.tags({"fovea.attempt": 2})
     journal.artifact(tmp_path / "report.html")
     assert records(journal.path) == [
         {"t": 100.123, "kind": "metrics", "step": 7, "values": {"train/loss": 5.25, "n": 3.0}},
-        {"t": 101.123, "kind": "params", "values": {"optim.lr": "0.001", "data.shards": "('a', 'b')", "none": "None"}},
+        {"t": 101.123, "kind": "params", "values": {"schedule.lr.peak": "0.001", "data.shards": "('a', 'b')", "none": "None"}},
         {"t": 102.123, "kind": "tags", "values": {"fovea.attempt": "2"}},
         {"t": 103.123, "kind": "artifact", "path": str(tmp_path / "report.html")},
     ]

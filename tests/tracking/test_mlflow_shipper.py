@@ -87,7 +87,7 @@ def test_everything_a_journal_says_arrives(bench: Bench, tmp_path: Path) -> None
     report = bench.folder.parent / "report.html"
     report.write_text("<html></html>")
     journal = bench.journal()
-    journal.params({"optim.lr": 0.1, "long": "x" * 9000})
+    journal.params({"schedule.lr.peak": 0.1, "long": "x" * 9000})
     journal.tags({"fovea.state": "running", "fovea.attempt": 0})
     for step in range(5):
         journal.metrics(step, {"train/loss": 5.0 - step, "lr": 0.1})
@@ -98,7 +98,7 @@ def test_everything_a_journal_says_arrives(bench: Bench, tmp_path: Path) -> None
     run = bench.run
     assert run.info.run_name == "toy"
     assert run.info.status == "RUNNING"
-    assert run.data.params["optim.lr"] == "0.1"
+    assert run.data.params["schedule.lr.peak"] == "0.1"
     assert len(run.data.params["long"]) == 6000
     assert run.data.tags["fovea.attempt"] == "0"
     assert bench.history("train/loss") == [(step, 5.0 - step) for step in range(5)]
@@ -138,11 +138,11 @@ def test_the_state_of_the_run_is_told(bench: Bench) -> None:
 
 
 def test_a_setting_that_changed_between_attempts_becomes_a_tag(bench: Bench) -> None:
-    bench.journal(0).params({"data.workers": 1, "optim.lr": 0.1})
+    bench.journal(0).params({"data.num_workers": 1, "schedule.lr.peak": 0.1})
     bench.shipper().ship()
-    bench.journal(1).params({"data.workers": 4, "optim.lr": 0.1, "new": 1})
+    bench.journal(1).params({"data.num_workers": 4, "schedule.lr.peak": 0.1, "new": 1})
     bench.shipper().ship()
-    assert bench.run.data.params == {"data.workers": "1", "optim.lr": "0.1", "new": "1"}
+    assert bench.run.data.params == {"data.num_workers": "1", "schedule.lr.peak": "0.1", "new": "1"}
     assert {key: value for key, value in bench.run.data.tags.items() if key.startswith("changed.")} == {
         "changed.data.workers": "4"
     }

@@ -28,15 +28,15 @@ SETTINGS = Dinov2Settings(
     prototypes=K,
     head_hidden=16,
     head_bottleneck=8,
-    koleo_group=8,
-    logit_rows=37,
+    koleo_group_size=8,
+    prototype_chunk_size=37,
 )
 
 
 def recipe(**changes: Any) -> DINOv2:
     """A student that is not its teacher, and centres that are not zero."""
     torch.manual_seed(0)
-    model = ModelSettings(width=16, depth=2, heads=2, patch=4, layer_scale=None, registers=1)
+    model = ModelSettings(embed_dim=16, depth=2, num_heads=2, patch_size=4, layer_scale=None, registers=1)
     made = DINOv2(build_tower(model, image_size=16), SETTINGS.model_copy(update=changes))
     with torch.no_grad():
         for _, p in made.named_parameters():
@@ -110,7 +110,7 @@ def result(world: int, zero: int, accumulation: int, **changes: Any) -> dict[str
 @cache
 def whole(targets: str) -> dict[str, dict[str, Tensor]]:
     """One rank, one batch."""
-    return result(1, 0, 1, targets=targets)
+    return result(1, 0, 1, centering=targets)
 
 
 def difference(found: dict[str, dict[str, Tensor]], expected: dict[str, dict[str, Tensor]], kind: str) -> float:
@@ -122,7 +122,7 @@ def difference(found: dict[str, dict[str, Tensor]], expected: dict[str, dict[str
     )
 
 
-@pytest.mark.parametrize("targets", ["sinkhorn", "centering"])
+@pytest.mark.parametrize("targets", ["sinkhorn_knopp", "softmax_center"])
 @pytest.mark.parametrize(
     ("world", "zero", "accumulation"),
     [
@@ -134,7 +134,7 @@ def difference(found: dict[str, dict[str, Tensor]], expected: dict[str, dict[str
     ],
 )
 def test_micro_batches_and_ranks_are_one_large_batch(world: int, zero: int, accumulation: int, targets: str) -> None:
-    expected, found = whole(targets), result(world, zero, accumulation, targets=targets)
+    expected, found = whole(targets), result(world, zero, accumulation, centering=targets)
     assert difference(found, expected, "terms") < 1e-6
     assert difference(found, expected, "gradients") < 1e-5
     assert difference(found, expected, "centers") < 1e-6
@@ -142,21 +142,21 @@ def test_micro_batches_and_ranks_are_one_large_batch(world: int, zero: int, accu
 
 
 def test_micro_batches_that_do_not_know_of_each_other_are_another_thing() -> None:
-    found = result(1, 0, 4, unprepared=True, targets="sinkhorn")
+    found = result(1, 0, 4, unprepared=True, centering="sinkhorn_knopp")
     assert difference(found, whole("sinkhorn"), "terms") > 1e-4
     assert difference(found, whole("sinkhorn"), "gradients") > 1e-2
 
 
 def test_neighbours_within_a_micro_batch_depend_on_its_size() -> None:
-    found, expected = (result(1, 0, cut, koleo_group=None) for cut in (4, 1))
+    found, expected = (result(1, 0, cut, koleo_group_size=None) for cut in (4, 1))
     assert difference(found, expected, "terms") > 1e-3
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("zero", [1, 3])
 def test_neighbours_across_ranks_are_those_of_one_rank(zero: int) -> None:
-    expected = result(1, 0, 1, koleo_group=None)
-    found = result(2, zero, 1, koleo_group=None, koleo_across_ranks=True)
+    expected = result(1, 0, 1, koleo_group_size=None)
+    found = result(2, zero, 1, koleo_group_size=None, koleo_across_ranks=True)
     assert difference(found, expected, "terms") < 1e-6
     assert difference(found, expected, "gradients") < 1e-5
 

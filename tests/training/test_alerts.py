@@ -105,7 +105,7 @@ def test_a_plateau_at_ln_k_is_told_where_the_targets_stay_decided() -> None:
 def test_a_loss_that_never_moves_is_told_of_any_method() -> None:
     raised = watch(lambda step: {"loss": 2.5}, vitals=None, lr=lambda step: 1e-3)
     assert [(alarm.illness, done <= 200) for done, alarm in raised] == [("still", True)]
-    assert "optim.lr and schedule.lr" in raised[0][1].text
+    assert "schedule.lr.peak and schedule.lr" in raised[0][1].text
 
 
 def test_a_rising_loss_is_told_of_any_method() -> None:
@@ -146,17 +146,19 @@ def test_causes_follow_the_settings() -> None:
     step = Step(teacher_temperature=0.09, lr=1e-3)
     remedy = remedy_of_distillation(0.1, centred=True, center_momentum=1.0, koleo=0.0)
     assert "schedule.teacher_temperature" in remedy("uniform", step)
-    assert "recipe.center_momentum is 1" in remedy("single", step)
-    assert "recipe.koleo_weight=0.1" in remedy("narrow", step)
-    assert "optim.lr" in remedy("uniform", Step(teacher_temperature=0.05)) and "optim.lr" in remedy("worse", step)
+    assert "method.center_momentum is 1" in remedy("single", step)
+    assert "method.koleo_weight=0.1" in remedy("narrow", step)
+    assert "schedule.lr.peak" in remedy("uniform", Step(teacher_temperature=0.05)) and "schedule.lr.peak" in remedy("worse", step)
     balanced = remedy_of_distillation(0.1, centred=False, center_momentum=0.9, koleo=0.1)
-    assert "recipe.targets=sinkhorn" in balanced("single", step) and "raise recipe.koleo_weight" in balanced("narrow", step)
+    assert "method.centering=sinkhorn_knopp" in balanced("single", step) and "raise method.koleo_weight" in balanced(
+        "narrow", step
+    )
 
 
 ILL = {
     "no_centre": ({"targets": "centering", "center_momentum": 1.0, "temperature": 0.04, "koleo_weight": 0.0}, "single", "centre"),
     "no_sharpening": ({"temperature": 0.5, "koleo_weight": 0.0}, "uniform", "teacher's temperature (0.5)"),
-    "absurd_rate": ({"lr": 1.0}, "uniform", "lower optim.lr"),
+    "absurd_rate": ({"lr": 1.0}, "uniform", "lower schedule.lr.peak"),
 }
 
 

@@ -139,9 +139,9 @@ def test_a_warm_up_longer_than_the_curve_is_refused() -> None:
 
 def _config(schedule: ScheduleSettings) -> Config:
     return Config(
-        model=ModelSettings(width=32, depth=1, heads=1, patch=4),
+        model=ModelSettings(embed_dim=32, depth=1, num_heads=1, patch_size=4),
         data=DataSettings(shards=("a.tar",)),
-        train=TrainSettings(global_batch=100, length=Length(10, "epochs")),
+        train=TrainSettings(global_batch_size=100, duration=Length(10, "epochs")),
         schedule=schedule,
     )
 
@@ -149,7 +149,7 @@ def _config(schedule: ScheduleSettings) -> Config:
 def test_config_lengths_become_samples() -> None:
     schedule = ScheduleSettings(
         lr=LearningRateCurve(warmup=Length(1, "epochs")),
-        momentum=CurveSettings(start=0.9, end=1.0),
+        teacher_momentum=CurveSettings(start=0.9, end=1.0),
         teacher_temperature=CurveSettings(start=0.04, peak=0.07, warmup=Length(30, "steps"), shape="constant"),
     )
     schedules = Schedules.from_config(_config(schedule), epoch_samples=1000)
@@ -163,7 +163,7 @@ def test_config_lengths_become_samples() -> None:
 
 def test_a_run_of_epochs_that_fill_no_whole_batches_ends_its_curves_with_its_last_step() -> None:
     """Three epochs of 150 samples in batches of 100 are five steps: the curve is the reference's over five iterations."""
-    config = _config(ScheduleSettings()).replace(train=TrainSettings(global_batch=100, length=Length(3, "epochs")))
+    config = _config(ScheduleSettings()).replace(train=TrainSettings(global_batch_size=100, duration=Length(3, "epochs")))
     schedules = Schedules.from_config(config, epoch_samples=150)
     assert schedules.lr.length == 500
     peak, end = schedules.lr.peak, 1e-6
@@ -176,8 +176,8 @@ def test_a_short_run_sees_the_beginning_of_a_long_warm_up_that_leads_to_a_consta
         teacher_temperature=CurveSettings(start=0.04, peak=0.07, warmup=Length(1000, "steps"), shape="constant")
     )
     short, long = _config(schedule), _config(schedule)
-    short = short.replace(train=TrainSettings(global_batch=100, length=Length(20, "steps")))
-    long = long.replace(train=TrainSettings(global_batch=100, length=Length(2000, "steps")))
+    short = short.replace(train=TrainSettings(global_batch_size=100, duration=Length(20, "steps")))
+    long = long.replace(train=TrainSettings(global_batch_size=100, duration=Length(2000, "steps")))
     both = [Schedules.from_config(config, epoch_samples=1000) for config in (short, long)]
     assert [one.at(1500).teacher_temperature for one in both] == [both[1].at(1500).teacher_temperature] * 2
     assert 0.04 < both[0].at(1500).teacher_temperature < 0.041
@@ -188,7 +188,7 @@ def test_a_warm_up_in_other_units_than_the_run_is_refused_too(name: str) -> None
     changed = ScheduleSettings().model_dump(mode="json") | {}
     changed[name]["warmup"] = "2 epochs"
     config = _config(ScheduleSettings.model_validate(changed))
-    config = config.replace(train=TrainSettings(global_batch=100, length=Length(15, "steps")))
+    config = config.replace(train=TrainSettings(global_batch_size=100, duration=Length(15, "steps")))
     with pytest.raises(ConfigError, match=rf"schedule\.{name}\.warmup = 2 epochs: a warm-up of 20 steps in a run of 15"):
         Schedules.from_config(config, epoch_samples=1000)
 

@@ -84,8 +84,8 @@ def test_gradients_are_clipped_where_the_optimizer_reads_them_and_emptied_after(
     assert all(rank == {"inside": True, "emptied": True} for rank in pool(2).run(_owners, zero=zero))
 
 
-@pytest.mark.parametrize("typed", [["train.zero=0"], ["optim.name=lamb"]])
+@pytest.mark.parametrize("typed", [["train.zero_stage=0"], ["optim.name=lamb"]])
 def test_what_cannot_be_offloaded_is_refused(typed: list[str]) -> None:
     words = ["data.shards=/nowhere/x.tar", "train.offload=cpu", *typed]
-    with pytest.raises(InvalidConfig, match=r"train\.offload = cpu: needs train\.zero of 1 to 3"):
+    with pytest.raises(InvalidConfig, match=r"train\.offload = cpu: needs train\.zero_stage of 1 to 3"):
         load("dinov2/scenes_vit_tiny", words)

@@ -22,10 +22,10 @@ EXACT = 2e-6  # what differs in the order of fp32 sums
 TOWERS: dict[str, dict[str, Any]] = {
     "plain": {},
     "registers": {"registers": 2},
-    "position apart": {"registers": 2, "class_position": True},
-    "swiglu": {"ffn": "swiglu", "width": 48, "layer_scale": None},
-    "rotary": {"positions": "rope", "registers": 2},
-    "rotary swiglu": {"positions": "rope", "ffn": "swiglu", "width": 48},
+    "position apart": {"registers": 2, "cls_pos_embed": True},
+    "swiglu": {"ffn": "swiglu", "embed_dim": 48, "layer_scale": None},
+    "rotary": {"pos_embed": "rope", "registers": 2},
+    "rotary swiglu": {"pos_embed": "rope", "ffn": "swiglu", "embed_dim": 48},
 }
 
 
@@ -203,7 +203,7 @@ def test_what_is_no_export_of_this_checkpoint_is_refused(tmp_path: Path) -> None
     with pytest.raises(ConfigError, match="something already"):
         write(read(saved), "timm", folder)
     write(read(saved), "safetensors", folder, overwrite=True)
-    assert json.loads((folder / "config.json").read_text())["fovea"]["recipe"]["name"] == "dinov2"
+    assert json.loads((folder / "config.json").read_text())["fovea"]["method"]["name"] == "dinov2"
     part = saved.path / "rank_00000.safetensors"
     part.write_bytes(part.read_bytes()[:-1])
     with pytest.raises(CheckpointError, match="damaged"):
@@ -221,7 +221,7 @@ def test_the_command_exports_the_newest_checkpoint_beside_the_run(tmp_path: Path
 
 
 def test_one_of_several_students_is_exported_by_its_name(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    judge = {**MODEL, "width": 16}
+    judge = {**MODEL, "embed_dim": 16}
     several = {**DINO, "name": "distill", "judge": judge, "judge_from": "x", "students": [{**judge, "name": "small", "depth": 1}]}
     saved, recipe = checkpoint(tmp_path / "run", settings(several))
     for network, towers in (("auto", recipe.students()), ("student", recipe.students(slow=False))):

@@ -66,10 +66,10 @@ def write(run: Path, of: Recipe, *, step: int = 8, ranks: int = 2) -> dict[str, 
 @pytest.mark.parametrize("heads", [False, True])
 @pytest.mark.parametrize("positions", ["learned", "rope"])
 def test_a_checkpoint_fills_student_and_teacher(tmp_path: Path, network: str, heads: bool, positions: str) -> None:
-    plain = config(tmp_path, f"model.positions={positions}")
+    plain = config(tmp_path, f"model.pos_embed={positions}")
     content = write(tmp_path / "run", recipe(plain))[network]
     chosen = [f"init_from.source={tmp_path / 'run'}", f"init_from.network={network}", f"init_from.heads={str(heads).lower()}"]
-    settings = config(tmp_path, f"model.positions={positions}", *chosen)
+    settings = config(tmp_path, f"model.pos_embed={positions}", *chosen)
     initial.check(settings)
     fresh, method = recipe(plain), recipe(plain)
     start = initial.begin(method, settings)
@@ -95,7 +95,7 @@ def test_the_newest_checkpoint_of_a_run_is_taken_or_the_one_that_is_named(tmp_pa
 def test_positions_are_resampled_for_larger_pictures_and_that_is_said(tmp_path: Path) -> None:
     small = config(tmp_path)
     content = write(tmp_path / "run", recipe(small))["teacher"]
-    large = config(tmp_path, f"init_from.source={tmp_path / 'run'}", "recipe.views.global_size=64")
+    large = config(tmp_path, f"init_from.source={tmp_path / 'run'}", "method.views.global_size=64")
     initial.check(large)
     method = recipe(large)
     start = initial.begin(method, large)
@@ -142,8 +142,8 @@ def test_what_cannot_be_begun_with_is_refused_in_words(tmp_path: Path) -> None:
         (str(tmp_path / "list.pth"),): "no tensors by name",
         (str(tmp_path / "run"), "model.depth=2"): "missing: vit.blocks.1.",
         (str(tmp_path / "run"), "model.registers=1"): "missing: vit.reg_token",
-        (str(tmp_path / "run"), "recipe.prototypes=64", "init_from.heads=true"): "dino_head.last.direction",
-        (str(tmp_path / "run"), "recipe.shared_heads=true", "init_from.heads=true"): "not wanted: ibot_head",
+        (str(tmp_path / "run"), "method.prototypes=64", "init_from.heads=true"): "dino_head.last.direction",
+        (str(tmp_path / "run"), "method.shared_heads=true", "init_from.heads=true"): "not wanted: ibot_head",
     }
     for (source, *overrides), words in cases.items():
         settings = config(tmp_path, f"init_from.source={source}", *overrides)
@@ -201,8 +201,8 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Hub:
 
 def test_timms_weights_fill_the_backbone_without_their_classifier(tmp_path: Path, hub: Hub) -> None:
     held = hub.hold()
-    shape = "model={timm: vit_tiny_patch16_224, width: null, depth: null, heads: null, patch: null}"
-    settings = config(tmp_path, shape, f"init_from.source=timm:{hub.NAME}", "recipe.views.local_size=16")
+    shape = "model={timm_name: vit_tiny_patch16_224, embed_dim: null, depth: null, num_heads: null, patch_size: null}"
+    settings = config(tmp_path, shape, f"init_from.source=timm:{hub.NAME}", "method.views.local_size=16")
     initial.check(settings)
     made = recipe(settings)
     start = initial.begin(made, settings)

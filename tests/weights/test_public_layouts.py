@@ -17,7 +17,7 @@ from pipeline.models.settings import ModelSettings
 from pipeline.models.vision import VisionTower, build_tower
 from pipeline.weights.public_layouts import fit, unwrapped
 
-TINY: dict[str, Any] = {"width": 32, "depth": 2, "heads": 2, "patch": 4}
+TINY: dict[str, Any] = {"embed_dim": 32, "depth": 2, "num_heads": 2, "patch_size": 4}
 
 
 def tower(size: int = 16, **changes: Any) -> VisionTower:
@@ -67,7 +67,7 @@ def test_public_weights_give_what_timm_makes_of_them(changes: dict[str, Any], ch
 
 @pytest.mark.parametrize("ffn", ["mlp", "swiglu"])
 def test_dinov3s_layout_gives_what_timm_makes_of_it(ffn: str) -> None:
-    source = tower(positions="rope", registers=4, ffn=ffn)
+    source = tower(pos_embed="rope", registers=4, ffn=ffn)
     generator = torch.Generator().manual_seed(1)
     state: dict[str, Tensor] = {"mask_token": torch.randn(1, 32), "rope_embed.periods": torch.ones(4)}
     for name, tensor in source.vit.state_dict().items():
@@ -79,7 +79,7 @@ def test_dinov3s_layout_gives_what_timm_makes_of_it(ffn: str) -> None:
         shape = (96,) if name.endswith("q_bias") else tuple(tensor.shape)
         state[new.replace("q_bias", "qkv.bias")] = torch.randn(shape, generator=generator) * 0.2
     state["blocks.0.attn.qkv.bias_mask"] = torch.ones(96)
-    ours, _ = filled(tower(positions="rope", registers=4, ffn=ffn), state)
+    ours, _ = filled(tower(pos_embed="rope", registers=4, ffn=ffn), state)
     other = timm.create_model(ours.timm_name, **ours.timm_args).eval()
     other.load_state_dict(eva_filter(dict(state), other), strict=True)
     images = torch.randn(2, 3, 16, 16)
@@ -100,8 +100,8 @@ def test_a_training_checkpoint_of_the_reference_is_unwrapped_and_what_is_left_ou
 
 @pytest.mark.parametrize("layout", ["official", "timm", "ours, merged", "ours, apart"])
 def test_a_class_position_of_its_own_takes_every_layout(layout: str) -> None:
-    apart, merged = tower(registers=4, class_position=True), tower(registers=4)
-    source = tower(registers=4, class_position=layout == "ours, apart")
+    apart, merged = tower(registers=4, cls_pos_embed=True), tower(registers=4)
+    source = tower(registers=4, cls_pos_embed=layout == "ours, apart")
     with torch.no_grad():
         for parameter in source.parameters():
             parameter.normal_(std=0.1)
@@ -126,13 +126,13 @@ def test_timms_own_weights_load_and_the_mask_token_starts_at_zero() -> None:
 @pytest.mark.parametrize("how", ["antialias", "offset"])
 @pytest.mark.parametrize("registers", [0, 3])
 def test_another_grid_is_resampled_as_the_tower_would_and_said(how: str, registers: int) -> None:
-    changes = {"registers": registers, "position_resampling": how}
+    changes = {"registers": registers, "pos_embed_interpolation": how}
     source = tower(24, **changes)
     with torch.no_grad():
         for p in source.parameters():
             p.copy_(torch.randn_like(p) * 0.2)
     ours, notes = filled(tower(16, **changes), dict(source.state_dict()))
-    assert notes == (f"positions are resampled from 6 x 6 to 4 x 4 patches (model.position_resampling={how})",)
+    assert notes == (f"positions are resampled from 6 x 6 to 4 x 4 patches (model.pos_embed_interpolation={how})",)
     images = torch.randn(1, 3, 16, 16)
     with torch.no_grad():
         assert torch.equal(ours(images).patches, source(images).patches)
@@ -148,7 +148,7 @@ def test_whether_it_fits_is_seen_without_any_content() -> None:
 
 def test_a_norm_for_local_crops_starts_as_a_copy_and_is_left_out_where_none_is_wanted() -> None:
     state = public(tower(), 4)
-    with_norm, notes = filled(tower(local_norm=True), state)
+    with_norm, notes = filled(tower(untie_local_norm=True), state)
     assert with_norm.local_norm is not None and torch.equal(with_norm.local_norm.weight, state["norm.weight"])
     assert any("copy of the final norm" in note for note in notes)
     assert filled(tower(), dict(with_norm.state_dict()))[1] == ("the source's norm for local crops is left out",)
@@ -161,7 +161,7 @@ def test_a_norm_for_local_crops_starts_as_a_copy_and_is_left_out_where_none_is_w
         ({"depth": 3}, r"14 missing: vit\.blocks\.2\.norm1\.weight, .*…"),
         ({"depth": 1}, r"14 not wanted: vit\.blocks\.1\."),
         ({"layer_scale": None}, r"4 not wanted: vit\.blocks\.0\.ls1\.gamma"),
-        ({"width": 64}, r"of another shape: mask_token \[1, 1, 32\] there, \[1, 1, 64\] here"),
+        ({"embed_dim": 64}, r"of another shape: mask_token \[1, 1, 32\] there, \[1, 1, 64\] here"),
         ({"patch": 8}, r"vit\.patch_embed\.proj\.weight \[32, 3, 4, 4\] there, \[32, 3, 8, 8\] here"),
         ({"ffn": "swiglu"}, r"vit\.blocks\.0\.mlp\.fc1\.weight"),
         ({"positions": "rope"}, r"3 not wanted: vit\.pos_embed, vit\.blocks\.0\.attn\.qkv\.bias"),

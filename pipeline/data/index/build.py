@@ -51,20 +51,20 @@ class UnusableShards(DataError):
         self.shards, self.problems = tuple(shards), tuple(problems)
 
 
-Damaged = Literal["refuse", "use"]
+OnTruncated = Literal["error", "keep-readable"]
 _MAX_SIDE = 2**31 - 1  # pixels that the index can hold; a header may say more
 _SMALL_WORK = 48 << 20  # below this many bytes starting processes takes longer than indexing
 
 
 def index_shard(
-    shard: str | storage.ObjectStat, *, fields: Fields, damaged: Damaged = "refuse", store: storage.Storage | None = None
+    shard: str | storage.ObjectStat, *, fields: Fields, on_truncated: OnTruncated = "error", store: storage.Storage | None = None
 ) -> ShardIndex:
     """Walks one shard and judges each of its samples.
 
     Args:
         shard: the shard, or what storage said of it.
         fields: what makes a sample.
-        damaged: ``use`` keeps the whole samples before a cut; ``refuse`` raises.
+        on_truncated: ``keep-readable`` keeps the whole samples before a cut; ``error`` raises.
         store: how to reach it.
 
     Raises:
@@ -74,14 +74,14 @@ def index_shard(
     about = store.stat(shard) if isinstance(shard, str) else shard
     source = store.open(about)
     try:
-        return _walked(source, about, fields, damaged)
+        return _walked(source, about, fields, on_truncated)
     finally:
         source.close()
 
 
-def _walked(source: storage.Source, about: storage.ObjectStat, fields: Fields, damaged: Damaged) -> ShardIndex:
+def _walked(source: storage.Source, about: storage.ObjectStat, fields: Fields, on_truncated: OnTruncated) -> ShardIndex:
     notes = tar.Notes()
-    runs, damage = tar.runs(source, notes, use_damaged=damaged == "use")
+    runs, damage = tar.runs(source, notes, use_damaged=on_truncated == "keep-readable")
     doubts = tar.doubts([(key, set(members)) for key, members in runs])
     rows = [_row(source, key, members, fields, doubt, notes) for (key, members), doubt in zip(runs, doubts, strict=True)]
     return ShardIndex(
@@ -103,7 +103,7 @@ def build(
     *,
     fields: Fields | None = None,
     workers: int | None = None,
-    damaged: Damaged = "refuse",
+    on_truncated: OnTruncated = "error",
     progress: Callable[[int, int, Shard], None] | None = None,
     store: storage.Storage | None = None,
 ) -> Manifest:
@@ -117,7 +117,7 @@ def build(
         directory: where sidecars and manifest go.
         fields: what makes a sample.
         workers: processes; None: as many as there are processors and work for them.
-        damaged: ``use`` keeps the whole samples before a cut, ``refuse`` stops.
+        on_truncated: ``keep-readable`` keeps the whole samples before a cut; ``error`` stops.
         progress: called after each shard with (shards done, shards in all, its summary).
         store: how to reach them.
 
@@ -143,12 +143,12 @@ def build(
         if isinstance(about, DataError):
             problems[url] = about
             continue
-        kept = _reusable(folder / sidecar_name(url), about, fields, damaged)
+        kept = _reusable(folder / sidecar_name(url), about, fields, on_truncated)
         if kept is None:
             pending.append(about)
         else:
             tell(Shard.of(kept))
-    for url, result in _index_all(pending, folder, fields, damaged, workers, store):
+    for url, result in _index_all(pending, folder, fields, on_truncated, workers, store):
         if isinstance(result, Shard):
             tell(result)
         else:
@@ -172,7 +172,7 @@ def _index_all(
     pending: list[storage.ObjectStat],
     folder: Path,
     fields: Fields,
-    damaged: Damaged,
+    on_truncated: OnTruncated,
     workers: int | None,
     store: storage.Storage,
 ) -> Iterator[tuple[str, Shard | FoveaError]]:
@@ -181,27 +181,27 @@ def _index_all(
     workers = min(workers, len(pending))
     if workers <= 1:
         for about in pending:
-            yield about.url, _index_one(about, folder, fields, damaged, store)
+            yield about.url, _index_one(about, folder, fields, on_truncated, store)
         return
     with process_pool(workers) as pool:
         largest_first = sorted(pending, key=lambda about: about.size, reverse=True)
-        jobs = {pool.submit(_index_one, about, folder, fields, damaged, store): about.url for about in largest_first}
+        jobs = {pool.submit(_index_one, about, folder, fields, on_truncated, store): about.url for about in largest_first}
         for job in as_completed(jobs):
             yield jobs[job], job.result()
 
 
 def _index_one(
-    about: storage.ObjectStat, folder: Path, fields: Fields, damaged: Damaged, store: storage.Storage
+    about: storage.ObjectStat, folder: Path, fields: Fields, on_truncated: OnTruncated, store: storage.Storage
 ) -> Shard | FoveaError:
     try:
-        index = index_shard(about, fields=fields, damaged=damaged, store=store)
+        index = index_shard(about, fields=fields, on_truncated=on_truncated, store=store)
     except FoveaError as error:
         return error
     index.save(folder / sidecar_name(about.url))
     return Shard.of(index)
 
 
-def _reusable(path: Path, about: storage.ObjectStat, fields: Fields, damaged: Damaged) -> ShardIndex | None:
+def _reusable(path: Path, about: storage.ObjectStat, fields: Fields, on_truncated: OnTruncated) -> ShardIndex | None:
     if not path.exists():
         return None
     try:
@@ -209,7 +209,7 @@ def _reusable(path: Path, about: storage.ObjectStat, fields: Fields, damaged: Da
     except DataError:
         return None
     same = (index.url, index.size, index.tag, index.fields) == (about.url, about.size, about.tag, fields)
-    return index if same and (damaged == "use" or not index.damage) else None
+    return index if same and (on_truncated == "keep-readable" or not index.damage) else None
 
 
 def _make(folder: Path) -> None:
@@ -230,7 +230,7 @@ def _refusal(problems: list[FoveaError], found: list[Shard]) -> UnusableShards:
     among = len(problems) + len(found)
     named = "; ".join(f"{problem.where}: {problem.what}" for problem in problems[:5])
     more = f"; and {len(problems) - 5} more" if len(problems) > 5 else ""
-    hint = 'Copy them again or leave them out; damaged="use" keeps the whole samples before a cut.'
+    hint = "Copy them again or leave them out; data.on_truncated_shard=keep-readable (--on-truncated-shard) keeps the whole samples before a cut."
     what = f"{len(problems)} of {among} shards cannot be used: {named}{more}"
     return UnusableShards(what, hint=hint, shards=found, problems=problems)
 

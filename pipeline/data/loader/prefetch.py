@@ -63,7 +63,7 @@ class Prefetcher:
     @staticmethod
     def useful(manifest: Manifest, storage: Storage) -> bool:
         """Whether there is anything to fetch ahead."""
-        return storage.settings.mode == "cache" and any(is_remote(shard.url) for shard in manifest.shards)
+        return storage.settings.access == "cache" and any(is_remote(shard.url) for shard in manifest.shards)
 
     def start(self, step: int) -> None:
         """Begin at a step."""

@@ -274,7 +274,7 @@ def lanes_of(global_batch: int, lanes: int | None, block: int) -> int:
     if lanes < 1 or global_batch % lanes:
         raise ConfigError(
             f"{lanes} lanes do not divide the global batch of {global_batch}",
-            where="data.lanes",
+            where="data.canonical_streams",
             hint=f"Choose of {_listed(divisors(global_batch))}.",
         )
     return lanes
@@ -289,7 +289,7 @@ def share_of(lanes: int, world: int, rank: int) -> range:
     if world < 1 or lanes % world:
         raise ConfigError(
             f"{world} ranks cannot share {lanes} lanes evenly",
-            where="data.lanes",
+            where="data.canonical_streams",
             hint=f"Use {_listed(divisors(lanes))} ranks, or a global batch with a suitable divisor.",
         )
     if not 0 <= rank < world:

@@ -160,7 +160,7 @@ class Remote:
             ShardChanged, StorageAway: as :meth:`read`.
             OSError: the disk is full.
         """
-        part = self._settings.part_mb << 20
+        part = self._settings.part_size_mb << 20
 
         def one(offset: int) -> None:
             data = memoryview(self.read(about, offset, min(part, about.size - offset)))
@@ -168,7 +168,7 @@ class Remote:
                 written = os.pwrite(descriptor, data, offset)
                 data, offset = data[written:], offset + written
 
-        with ThreadPoolExecutor(self._settings.parallel) as pool:
+        with ThreadPoolExecutor(self._settings.download_concurrency) as pool:
             for _ in pool.map(one, range(0, about.size, part)):
                 pass
 
@@ -181,12 +181,12 @@ class Remote:
         """
         import obstore
 
-        place, part = split(url), self._settings.part_mb << 20
+        place, part = split(url), self._settings.part_size_mb << 20
         if place.kind == "https":
             raise DataError("a web server takes no files", where=url, hint="Name a bucket or a folder.")
         if not path.is_file():
             raise DataError("is no file that could be copied", where=str(path), hint="Was it deleted meanwhile?")
-        parallel = self._settings.parallel
+        parallel = self._settings.download_concurrency
         self._patiently(
             url, place, lambda store: obstore.put(store, place.key, path, chunk_size=max(part, 5 << 20), max_concurrency=parallel)
         )
@@ -205,7 +205,7 @@ class Remote:
 
     def scan(self, about: ObjectStat) -> Scan:
         """Reads an object from front to back in large pieces, for callers that ask for small ones."""
-        return Scan(self, about, self._settings.part_mb << 20)
+        return Scan(self, about, self._settings.part_size_mb << 20)
 
     def _contact(self, url: str, place: Place) -> None:
         import obstore
@@ -240,7 +240,7 @@ class Remote:
                 if isinstance(error, FileNotFoundError) or type(error).__name__ == "PreconditionError":
                     raise self._explained(url, error, place) from error
                 waited = time.monotonic() - begin
-                if waited + pause > self._settings.grace:
+                if waited + pause > self._settings.outage_timeout:
                     raise self._explained(url, error, place, waited) from error
                 _log.warning("%s: %s; trying again in %.0f s (after %.0f s)", url, _short(error), pause, waited)
                 self.counters["retries"] += 1

@@ -67,7 +67,7 @@ class Storage:
             DataError: it cannot be written and was asked for by name.
         """
         s = self.settings
-        if s.mode == "direct":
+        if s.access == "range_read":
             return None
         if self._cache is None:
             limit = None if s.cache_gb is None else int(s.cache_gb * 1e9)
@@ -122,7 +122,7 @@ class Storage:
         """A shard to be read once from front to back, past the cache."""
         if not is_remote(about.url):
             return _File(about)
-        kept = None if self.settings.mode == "direct" or self._cache is None else self._cache.kept(about)
+        kept = None if self.settings.access == "range_read" or self._cache is None else self._cache.kept(about)
         if kept is not None:
             return _File(about, str(kept))
         return self.remote.scan(about)

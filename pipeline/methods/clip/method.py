@@ -39,8 +39,8 @@ class CLIP(Contrastive):
         super().__init__(
             backbone,
             settings,
-            scale=settings.init_scale or INIT_SCALE[settings.loss],
-            bias=settings.init_bias if sigmoid else None,
+            scale=settings.init_logit_scale or INIT_SCALE[settings.loss],
+            bias=settings.init_logit_bias if sigmoid else None,
         )
         self.views = one_view(settings)
         if settings.image_pool == "attention":

@@ -44,8 +44,8 @@ class TextSettings(Settings):
     architecture: str | None = Field(default="ViT-B-32", description="open_clip name that gives the sizes not set here")
     width: Count | None = Field(default=None, description="width of a token; null means the architecture's")
     depth: Count | None = Field(default=None, description="transformer blocks; null means the architecture's")
-    heads: Count | None = Field(default=None, description="attention heads of a block; null means the architecture's")
-    context: int = Field(default=77, ge=3, le=4096, description="tokens of a caption at most, both marks included")
+    num_heads: Count | None = Field(default=None, description="attention heads of a block; null means the architecture's")
+    context_length: int = Field(default=77, ge=3, le=4096, description="tokens of a caption at most, both marks included")
     tokenizer: str = Field(default="ViT-B-32", min_length=1, description="open_clip name whose tokenizer is used")
     causal: bool = Field(default=True, description="a token sees only those before it (CLIP); false is SigLIP's")
     activation: Literal["gelu", "quick_gelu"] = Field(
@@ -61,7 +61,7 @@ class TextSettings(Settings):
 
     @model_validator(mode="after")
     def _whole(self) -> Self:
-        if self.architecture is None and None in (self.width, self.depth, self.heads):
+        if self.architecture is None and None in (self.width, self.depth, self.num_heads):
             raise ValueError("without an architecture, width, depth and heads are all required")
         if self.sizes.width % self.sizes.heads:
             raise ValueError(f"width {self.sizes.width} does not divide by {self.sizes.heads} heads")
@@ -70,7 +70,7 @@ class TextSettings(Settings):
     @property
     def sizes(self) -> TextSizes:
         """The sizes that hold; without an architecture the features are as wide as the tokens."""
-        width, depth, heads = self.width or 0, self.depth or 0, self.heads or 0
+        width, depth, heads = self.width or 0, self.depth or 0, self.num_heads or 0
         base = TEXT_SIZES[self.architecture] if self.architecture else TextSizes(width, width, depth, heads)
         return TextSizes(base.embed, width or base.width, depth or base.depth, heads or base.heads)
 
@@ -81,26 +81,26 @@ class ContrastiveSettings(RecipeSettings):
     reads_text: ClassVar[bool] = True
 
     text: TextSettings = Field(default=TextSettings(), description="the text tower")
-    embed: Count | None = Field(
+    embed_dim: Count | None = Field(
         default=None, description="features that pictures and texts share; null means the text architecture's"
     )
-    max_scale: float = Field(
+    max_logit_scale: float = Field(
         default=100.0, gt=1, description="largest inverse temperature; the scale is clamped to it in the forward"
     )
-    chunk: Count = Field(default=1024, json_schema_extra=RUNTIME, description="rows of logits that exist at a time")
-    accumulation: Literal["exact", "plain"] = Field(
-        default="exact",
-        description="micro-batches: exact compares each sample with the whole global batch, at the cost of another forward pass; "
-        "plain compares it with those of its micro-batches over all ranks only",
+    logit_chunk_size: Count = Field(default=1024, json_schema_extra=RUNTIME, description="rows of logits that exist at a time")
+    grad_cache: bool = Field(
+        default=True,
+        description="compare each sample with the whole global batch though it comes in micro-batches (GradCache, arXiv 2101.06983), "
+        "at the cost of a second forward pass; false compares it with its micro-batch over all ranks only",
     )
-    text_layer_decay: Share = Field(
+    text_layerwise_lr_decay: Share = Field(
         default=1.0, description="learning-rate factor from one block of the text tower to the block below"
     )
-    layer_decay: Share = Field(
+    layerwise_lr_decay: Share = Field(
         default=1.0, description="learning-rate factor from one block of the vision tower to the block below"
     )
-    text_lr_scale: NonNegative = Field(default=1.0, description="learning-rate factor of the whole text tower")
-    undecayed: tuple[Literal["positions", "class_token", "token_embedding"], ...] = Field(
+    text_lr_mult: NonNegative = Field(default=1.0, description="learning-rate factor of the whole text tower")
+    no_weight_decay: tuple[Literal["positions", "class_token", "token_embedding"], ...] = Field(
         default=("positions", "class_token"),
         description="matrices without weight decay; biases, norms, logit scale and other vectors never have any",
     )
@@ -112,10 +112,10 @@ class ClipSettings(ContrastiveSettings, OneViewSettings):
 
     name: Literal["clip"] = Field(default="clip", description="the method")
     loss: Literal["softmax", "sigmoid"] = Field(default="softmax", description="CLIP's or SigLIP's")
-    init_scale: Positive | None = Field(
+    init_logit_scale: Positive | None = Field(
         default=None, description="initial inverse temperature; null is 1/0.07, or 10 with sigmoid"
     )
-    init_bias: float = Field(default=-10.0, description="initial bias of the sigmoid's logits")
+    init_logit_bias: float = Field(default=-10.0, description="initial bias of the sigmoid's logits")
     image_pool: Literal["class_token", "attention"] = Field(
         default="class_token",
         description="what stands for the picture: the class token, or attention over the patches (SigLIP's)",

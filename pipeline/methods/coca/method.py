@@ -44,8 +44,8 @@ class CoCa(Contrastive):
             width=sizes.width,
             depth=sizes.depth,
             heads=sizes.heads,
-            embed=settings.embed or sizes.embed,
-            context=t.context,
+            embed=settings.embed_dim or sizes.embed,
+            context=t.context_length,
             decoder_depth=settings.decoder_depth,
             picture=backbone.width,
             quick_gelu=t.activation == "quick_gelu",
@@ -69,7 +69,7 @@ class CoCa(Contrastive):
         count = self._counts.popleft() if self._counts else average_count([wanted])
         pooled = self._pooled(batch.views["image"][0])
         features, states = self.text_tower(tokens, pooled[:, 1:])
-        caption = written(states, tokens, wanted, self.text_tower.vocabulary, s.token_rows) / count
+        caption = written(states, tokens, wanted, self.text_tower.vocabulary, s.caption_chunk_size) / count
         compared = self.contrast((unit(self.image_projection(pooled[:, 0])), unit(features)))
         self.metrics |= {"token_perplexity": caption.detach().exp()}
         return {"contrastive": s.contrastive_weight * compared, "caption": s.caption_weight * caption}

@@ -20,4 +20,4 @@ class CocaSettings(ContrastiveSettings, OneViewSettings):
     caption_weight: NonNegative = Field(default=2.0, description="weight of the next-token term")
     decoder_depth: Count = Field(default=12, description="blocks that see the picture, above those of the text alone")
     caption_queries: Count = Field(default=256, description="tokens that the picture is pooled to for the decoder")
-    token_rows: Count = Field(default=1024, json_schema_extra=RUNTIME, description="tokens whose logits exist at a time")
+    caption_chunk_size: Count = Field(default=1024, json_schema_extra=RUNTIME, description="tokens whose logits exist at a time")

@@ -68,7 +68,7 @@ class DetailCLIP(Contrastive):
     settings: DetailClipSettings
 
     def __init__(self, backbone: VisionTower, settings: DetailClipSettings) -> None:
-        super().__init__(backbone, settings, scale=settings.init_scale)
+        super().__init__(backbone, settings, scale=settings.init_logit_scale)
         s = settings
         self.views = detailclip_views(s)
         self.grid = s.image_size // backbone.patch
@@ -99,7 +99,7 @@ class DetailCLIP(Contrastive):
             attention = losses.resampled_patches(tokens.attention[..., None], self.grid)[..., 0]
             seen_patches = losses.resampled_patches(tokens.patches, self.grid)
             keep, removed = kept_and_removed(
-                attention, self.grid, s.keep_ratio, cells=s.granularity == "cells", plus_one=s.keep_count == "plus_one"
+                attention, self.grid, s.keep_ratio, cells=s.mask_unit == "cells", plus_one=s.keep_count == "plus_one"
             )
             told = (
                 removed
@@ -135,7 +135,7 @@ class DetailCLIP(Contrastive):
         told, pixels = self.decoder(tokens, known.removed, everywhere=s.patch_positions == "all")
         views, samples = len(tokens.cls), len(tokens.cls) // 2
         told = told.flatten(0, 1)
-        each = partial(losses.prototype_cross_entropy, temperature=s.student_temperature, rows=s.logit_rows)
+        each = partial(losses.prototype_cross_entropy, temperature=s.student_temperature, rows=s.prototype_chunk_size)
 
         def compare(units: Tensor, matrix: Tensor) -> tuple[Tensor, ...]:
             weight = units.new_full((samples,), 1 / views, dtype=torch.float32)
@@ -148,7 +148,7 @@ class DetailCLIP(Contrastive):
 
         cls, patch, entropy, mass, _ = self.head(torch.cat([tokens.cls, told.to(tokens.cls.dtype)]), compare)
         targets = taken(
-            patchified(torch.cat(batch.views["global"]), self.backbone.patch, standardise=s.standardise_pixels), known.removed
+            patchified(torch.cat(batch.views["global"]), self.backbone.patch, standardise=s.norm_pix_loss), known.removed
         )
         rec = (pixels.float() - targets).square().mean()
         use = mass / views
@@ -160,7 +160,7 @@ class DetailCLIP(Contrastive):
             "clip": s.clip_weight * clip,
             "cls": s.cls_weight * cls,
             "patch": s.patch_weight * patch,
-            "rec": s.rec_weight * rec,
+            "rec": s.reconstruction_weight * rec,
         }
 
     def features(self, batch: Batch) -> tuple[Tensor, ...]:
@@ -170,7 +170,7 @@ class DetailCLIP(Contrastive):
     def compare(self, features: Sequence[Tensor], scale: Tensor, bias: Tensor | None) -> Tensor:
         """The mean over the views of CLIP's loss."""
         first, second, texts = features
-        compared = partial(losses.clip_loss, chunk=self.settings.chunk)
+        compared = partial(losses.clip_loss, chunk=self.settings.logit_chunk_size)
         return (compared(first, texts, scale) + compared(second, texts, scale)) / 2
 
     def after_step(self, step: Step) -> None:
@@ -248,7 +248,7 @@ def build(config: Config, settings: DetailClipSettings) -> DetailCLIP:
     if side % tower.patch or side > settings.image_size:
         raise ConfigError(
             f"the teacher cannot see {side} pixels: patches have {tower.patch}, the student's views {settings.image_size}",
-            where="recipe.teacher_size",
+            where="method.teacher_size",
             hint=f"choose a multiple of {tower.patch} up to {settings.image_size}, or null",
         )
     return DetailCLIP(tower, settings)

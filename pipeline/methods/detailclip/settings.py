@@ -37,13 +37,13 @@ class DetailClipSettings(ContrastiveSettings):
     normalize: Literal["openai", "imagenet", "half"] = Field(
         default="imagenet", description="mean and deviation taken off the colours; half is 0.5 and 0.5"
     )
-    init_scale: Positive = Field(default=1 / 0.07, description="initial inverse temperature of the image-text loss")
+    init_logit_scale: Positive = Field(default=1 / 0.07, description="initial inverse temperature of the image-text loss")
     keep_ratio: float = Field(default=0.5, gt=0, lt=1, description="share of a view's cells that the student sees")
     keep_count: Literal["plus_one", "round"] = Field(
         default="plus_one",
         description="cells kept: one more than the whole part of the share (as released), or the nearest number",
     )
-    granularity: Literal["cells", "patch"] = Field(
+    mask_unit: Literal["cells", "patch"] = Field(
         default="cells", description="what is kept or removed: 2 x 2 patches, or single ones"
     )
     aggregation: Literal["all", "last"] = Field(
@@ -80,18 +80,18 @@ class DetailClipSettings(ContrastiveSettings):
     decoder_heads: Count = Field(
         default=16, description="attention heads of the decoder, whose tokens are as wide as the tower's"
     )
-    standardise_pixels: bool = Field(default=True, description="each patch's pixels are told as deviations from its own mean")
+    norm_pix_loss: bool = Field(default=True, description="each patch's pixels are told as deviations from its own mean")
     clip_weight: NonNegative = Field(default=1.0, description="weight of the image-text term")
     cls_weight: NonNegative = Field(default=1.0, description="weight of the class-token term")
     patch_weight: NonNegative = Field(default=1.0, description="weight of the patch term")
-    rec_weight: NonNegative = Field(default=1.0, description="weight of the reconstruction of removed patches")
-    undecayed: tuple[Literal["positions", "class_token", "token_embedding"], ...] = Field(
+    reconstruction_weight: NonNegative = Field(default=1.0, description="weight of the reconstruction of removed patches")
+    no_weight_decay: tuple[Literal["positions", "class_token", "token_embedding"], ...] = Field(
         default=(), description="matrices without weight decay; biases, norms, logit scale and other vectors never have any"
     )
-    layer_decay: Share = Field(
+    layerwise_lr_decay: Share = Field(
         default=1.0, description="learning-rate factor from one block of the vision tower to the block below"
     )
-    logit_rows: Count | None = Field(
+    prototype_chunk_size: Count | None = Field(
         default=None,
         description="rows of prototype logits that are in memory at once; null means as many as fill 128 MiB, or 256 MiB where "
         "Triton works on them in place. Changes no result",

@@ -84,7 +84,7 @@ class DINO(TwoViews):
         def compared(unit: Tensor, matrix: Tensor) -> tuple[Tensor, ...]:
             crops = unit.unflatten(0, (-1, samples))
             terms, watched = losses.prototype_cross_entropy(
-                crops, matrix, targets, pairings, each, s.student_temperature, rows=s.logit_rows, watch=True
+                crops, matrix, targets, pairings, each, s.student_temperature, rows=s.prototype_chunk_size, watch=True
             )
             return terms.sum(), *(watched or ()), crops[2:]
 

@@ -33,7 +33,7 @@ class DinoSettings(TwoViewSettings):
     )
     student_temperature: Positive = Field(default=0.1, description="temperature of the student's softmax")
     center_momentum: Probability = Field(default=0.9, description="share of the old centre kept each step; 1 leaves it at 0")
-    logit_rows: Count | None = Field(
+    prototype_chunk_size: Count | None = Field(
         default=None,
         description="rows of prototype logits that are in memory at once; null means as many as fill 128 MiB, or 256 MiB where "
         "Triton works on them in place. Changes no result",

@@ -62,7 +62,7 @@ class DINOv2(Recipe):
     def __init__(self, backbone: VisionTower, settings: Dinov2Settings) -> None:
         super().__init__()
         self.settings = settings
-        self.batch_coupled = settings.koleo_weight > 0 and settings.koleo_group is None  # the rest is exact, see prepare
+        self.batch_coupled = settings.koleo_weight > 0 and settings.koleo_group_size is None  # the rest is exact, see prepare
         self.views = dinov2_views(settings, patch=backbone.patch)
         self._sets = tuple(ViewSet(dinov2_views(settings.at(r), patch=backbone.patch), r.weight) for r in settings.resolutions)
         self.backbone = backbone
@@ -70,7 +70,7 @@ class DINOv2(Recipe):
         self.ibot_head = None if settings.shared_heads else prototype_head(backbone.width, settings, ibot=True)
         heads = {"dino_head": self.dino_head} | ({"ibot_head": self.ibot_head} if self.ibot_head is not None else {})
         self.teacher: Teacher = Teacher(backbone=backbone, **heads)
-        if settings.targets == "centering":
+        if settings.centering == "softmax_center":
             self.memory = {
                 "dino_center": torch.zeros(settings.prototypes),
                 "ibot_center": torch.zeros(_patch_prototypes(settings)),
@@ -85,7 +85,7 @@ class DINOv2(Recipe):
             agreement="agreement",
             remedy=remedy_of_distillation(
                 settings.student_temperature,
-                centred=settings.targets == "centering",
+                centred=settings.centering == "softmax_center",
                 center_momentum=settings.center_momentum,
                 koleo=settings.koleo_weight,
             ),
@@ -137,7 +137,7 @@ class DINOv2(Recipe):
         pairings = losses.multi_crop_pairings(len(batch.views.get("local", ())))
         each = seen.cls.new_full((samples,), 1 / (samples * sum(sum(p.targets) * (p.views[1] - p.views[0]) for p in pairings)))
 
-        cross_entropy = partial(losses.prototype_cross_entropy, temperature=s.student_temperature, rows=s.logit_rows)
+        cross_entropy = partial(losses.prototype_cross_entropy, temperature=s.student_temperature, rows=s.prototype_chunk_size)
 
         def dino(unit: Tensor, matrix: Tensor) -> tuple[Tensor, ...]:
             crop_major = unit.unflatten(0, (-1, samples))
@@ -183,9 +183,9 @@ class DINOv2(Recipe):
     def after_step(self, step: Step) -> None:
         """Moves the teacher, and the centres by the mean of what the teacher said since the last step."""
         super().after_step(step)
-        if self.gram is not None and self.settings.gram_refresh:
-            times, rest = divmod(step.index + 1, self.settings.gram_refresh)
-            if rest == 0 and times <= self.settings.gram_refreshes:
+        if self.gram is not None and self.settings.gram_update_every:
+            times, rest = divmod(step.index + 1, self.settings.gram_update_every)
+            if rest == 0 and times <= self.settings.gram_max_updates:
                 self._refresh(self.gram["backbone"])
         for name, mean in self._means.items():
             self.memory[name] = losses.moved_center(self.memory[name], mean, self.settings.center_momentum)
@@ -197,7 +197,7 @@ class DINOv2(Recipe):
 
     def parameter_groups(self) -> list[ParameterGroup]:
         """Layer-wise learning rates in the tower, the prototype layers marked, vectors without weight decay."""
-        return parameter_groups(self, layer_decay=self.settings.layer_decay, patch_lr=self.settings.patch_embed_lr_scale)
+        return parameter_groups(self, layer_decay=self.settings.layerwise_lr_decay, patch_lr=self.settings.patch_embed_lr_mult)
 
     def export(self) -> dict[str, nn.Module]:
         """The teacher's tower, as ``backbone``."""
@@ -216,8 +216,8 @@ class DINOv2(Recipe):
 
     def _potential(self, name: str, units: list[Tensor], matrix: Tensor, temperature: float) -> Tensor:
         """What makes targets of logits: the Sinkhorn potential of the global batch, or the centre of the batches before it."""
-        if self.settings.targets == "sinkhorn":
-            pieces = losses.logit_pieces(units, matrix, temperature, self.settings.logit_rows)
+        if self.settings.centering == "sinkhorn_knopp":
+            pieces = losses.logit_pieces(units, matrix, temperature, self.settings.prototype_chunk_size)
             zeros = matrix.new_zeros(len(matrix), dtype=torch.float32)
             return losses.potential_over_pieces(pieces, zeros, self.settings.sinkhorn_iterations)
         sums = torch.stack([unit.float().sum(0) for unit in units]).sum(0)
@@ -230,10 +230,10 @@ class DINOv2(Recipe):
         s = self.settings
         spread = losses.koleo_across_ranks if s.koleo_across_ranks else losses.koleo
         try:
-            return spread(cls, group=s.koleo_group, neighbours=s.koleo_neighbours)
+            return spread(cls, group=s.koleo_group_size, neighbours=s.koleo_topk)
         except ValueError as error:
-            hint = f"choose a divisor of the {len(cls)} samples of a micro-batch, or recipe.koleo_across_ranks=true"
-            raise ConfigError(str(error), where="recipe.koleo_group", hint=hint) from error
+            hint = f"choose a divisor of the {len(cls)} samples of a micro-batch, or method.koleo_across_ranks=true"
+            raise ConfigError(str(error), where="method.koleo_group_size", hint=hint) from error
 
     @torch.no_grad()
     def _watch(self, batch: Batch, targets: _Prepared, dino: Tensor, w: losses.Watched) -> None:

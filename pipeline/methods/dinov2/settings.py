@@ -20,7 +20,7 @@ class Resolution(Settings):
     )
     local_size: int | None = Field(default=None, ge=8, le=4096, description="side of a local crop, pixels; null means the views'")
     gram_size: int | None = Field(
-        default=None, ge=8, le=4096, description="side of what the Gram anchor sees, pixels; null means recipe.gram_size"
+        default=None, ge=8, le=4096, description="side of what the Gram anchor sees, pixels; null means method.gram_size"
     )
 
 
@@ -55,13 +55,13 @@ class Dinov2Settings(RecipeSettings):
     local_weight: NonNegative = Field(default=1.0, description="factor of the local crops' part of the class-token term")
     ibot_weight: NonNegative = Field(default=1.0, description="weight of the masked-patch term")
     koleo_weight: NonNegative = Field(default=0.1, description="weight of the spreading term")
-    koleo_group: int | None = Field(
+    koleo_group_size: int | None = Field(
         default=None,
         ge=2,
         description="samples that are kept apart from one another, this many consecutive ones; null means a rank's micro-batch, "
-        "as in the reference. With a divisor of train.micro_batch the term no longer depends on how the batch is cut",
+        "as in the reference. With a divisor of train.micro_batch_size the term no longer depends on how the batch is cut",
     )
-    koleo_neighbours: int = Field(default=1, ge=1, le=16, description="nearest neighbours that each sample is kept from")
+    koleo_topk: int = Field(default=1, ge=1, le=16, description="nearest neighbours that each sample is kept from")
     koleo_across_ranks: bool = Field(
         default=False, description="compare with the other ranks' samples of the same micro-batch too; groups may then span ranks"
     )
@@ -75,28 +75,30 @@ class Dinov2Settings(RecipeSettings):
         description="side, pixels, at which the anchor sees the global crops, without any distortion of colours; its patches are "
         "then resampled to the student's grid. null means as the student sees them",
     )
-    gram_from: PathName | None = Field(
+    gram_weights: PathName | None = Field(
         default=None,
         min_length=1,
         description="run or checkpoint whose teacher is the anchor; null means what this run starts with",
     )
-    gram_refresh: Count | None = Field(
+    gram_update_every: Count | None = Field(
         default=None, description="steps after which the teacher becomes the anchor; null for never"
     )
-    gram_refreshes: Count = Field(default=3, description="how often it does")
+    gram_max_updates: Count = Field(default=3, description="how often it does")
     student_temperature: Positive = Field(default=0.1, description="temperature of the student's softmax")
-    targets: Literal["sinkhorn", "centering"] = Field(default="sinkhorn", description="how the teacher's outputs become targets")
+    centering: Literal["sinkhorn_knopp", "softmax_center"] = Field(
+        default="sinkhorn_knopp", description="how the teacher's outputs become targets"
+    )
     sinkhorn_iterations: int = Field(default=3, ge=1, le=100, description="normalisation rounds of the Sinkhorn targets")
     center_momentum: Probability = Field(
         default=0.9, description="share of the old centre kept each step, if targets are centred"
     )
-    logit_rows: Count | None = Field(
+    prototype_chunk_size: Count | None = Field(
         default=None,
         description="rows of prototype logits that are in memory at once; null means as many as fill 128 MiB, or 256 MiB where "
         "Triton works on them in place. Changes no result",
     )
-    layer_decay: Share = Field(default=1.0, description="learning-rate factor from one block to the block below")
-    patch_embed_lr_scale: NonNegative = Field(default=0.2, description="learning-rate factor of the patch embedding")
+    layerwise_lr_decay: Share = Field(default=1.0, description="learning-rate factor from one block to the block below")
+    patch_embed_lr_mult: NonNegative = Field(default=0.2, description="learning-rate factor of the patch embedding")
     freeze_last_layer: Length = Field(
         default=Length(1250, "steps"), description="how long the prototype layer's learning rate is 0"
     )
@@ -115,7 +117,7 @@ class Dinov2Settings(RecipeSettings):
     @override
     def anchors(self) -> dict[str, str | None]:
         """The Gram anchor's source, where one is wanted."""
-        return {"gram": self.gram_from} if self.gram_weight else {}
+        return {"gram": self.gram_weights} if self.gram_weight else {}
 
     @property
     def last_layer_freeze(self) -> Length:

@@ -114,9 +114,12 @@ def build(config: Config, settings: DistillSettings) -> Distill:
         ConfigError: patches of two sizes.
     """
     student = build_tower(config.model, image_size=settings.views.global_size)
-    judge = build_tower(settings.judge, image_size=settings.views.global_size)
+    judge = build_tower(settings.teacher_model, image_size=settings.views.global_size)
     others = {other.name: build_tower(other, image_size=settings.views.global_size) for other in settings.students}
-    for where, tower in {"recipe.judge.patch": student, **{f"recipe.students ({n})": t for n, t in others.items()}}.items():
+    for where, tower in {
+        "method.teacher_model.patch_size": student,
+        **{f"method.students ({n})": t for n, t in others.items()},
+    }.items():
         if tower.patch != judge.patch:
             raise ConfigError(
                 f"the student's patches have {tower.patch} pixels a side and the frozen teacher's {judge.patch}",

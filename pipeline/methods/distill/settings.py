@@ -24,7 +24,7 @@ class DistillSettings(Dinov2Settings):
     """DINOv2's distillation (arXiv 2304.07193, section 5): the same losses, against a frozen tower and its heads."""
 
     name: Literal["distill"] = Field(default="distill", description="the method")  # type: ignore[assignment]
-    judge: ModelSettings = Field(
+    teacher_model: ModelSettings = Field(
         default=ModelSettings(), description="the frozen teacher's tower; its heads are as the student's"
     )
     students: tuple[StudentSettings, ...] = Field(
@@ -32,7 +32,7 @@ class DistillSettings(Dinov2Settings):
         description="towers that learn beside model from the same pass of the frozen teacher, each with heads and a slow copy of "
         "its own, as if it were trained alone",
     )
-    judge_from: PathName = Field(
+    teacher_weights: PathName = Field(
         min_length=1, description="run or checkpoint of fovea whose teacher is frozen here, heads and all"
     )
     mask_probability: Probability = Field(default=1.0, ge=1.0, description="1: the patches of all global crops are compared")
@@ -50,4 +50,4 @@ class DistillSettings(Dinov2Settings):
     @override
     def anchors(self) -> dict[str, str | None]:
         """The frozen teacher's source."""
-        return {**super().anchors, "judge": self.judge_from}
+        return {**super().anchors, "judge": self.teacher_weights}

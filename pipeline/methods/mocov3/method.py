@@ -56,7 +56,7 @@ class MoCoV3(TwoViews):
         s = settings
         if s.freeze_patches:
             freeze_patches(backbone)
-        if s.positions == "sincos":
+        if s.pos_embed == "sincos":
             fix_positions(backbone)
         super().__init__(backbone, s, out=s.head_out)
         hidden = (s.head_hidden,) * (s.head_layers - 1)

@@ -22,6 +22,6 @@ class Mocov3Settings(TwoViewSettings):
     head_layers: int = Field(default=3, ge=1, le=8, description="linear layers of the projector; 2 for ResNet-50 in the paper")
     predictor_norm: bool = Field(default=True, description="a norm after the predictor; not for ResNet-50 in the paper")
     freeze_patches: bool = Field(default=False, description="leave the patch embedding as it is at random (the paper's, for ViT)")
-    positions: Literal["learned", "sincos"] = Field(
+    pos_embed: Literal["learned", "sincos"] = Field(
         default="learned", description="positions of a ViT: learned, or sines and cosines that stand still (the paper's)"
     )

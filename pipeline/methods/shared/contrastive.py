@@ -57,13 +57,13 @@ class Contrastive(Recipe):
         super().__init__()
         self.settings = settings
         # What stands behind the end mark reaches a feature only where a token sees those after it.
-        self.text = TextSpec(settings.text.tokenizer, settings.text.context, trim=settings.text.causal)
-        embed = settings.embed or settings.text.sizes.embed
+        self.text = TextSpec(settings.text.tokenizer, settings.text.context_length, trim=settings.text.causal)
+        embed = settings.embed_dim or settings.text.sizes.embed
         self.backbone = backbone
         self.image_projection = nn.Linear(backbone.width, embed, bias=False)
         nn.init.normal_(self.image_projection.weight, std=backbone.width**-0.5)
         self.text_tower = build_text(settings.text, embed)
-        self.logits = LogitScale(scale, bias=bias, largest=settings.max_scale)
+        self.logits = LogitScale(scale, bias=bias, largest=settings.max_logit_scale)
         self._replays: list[Replay] = []
 
     @abstractmethod
@@ -84,13 +84,13 @@ class Contrastive(Recipe):
         """This rank's loss of its features against those of all ranks."""
         images, texts = features
         if bias is None:
-            return losses.clip_loss(images, texts, scale, chunk=self.settings.chunk)
-        return losses.siglip_loss(images, texts, scale, bias, chunk=self.settings.chunk)
+            return losses.clip_loss(images, texts, scale, chunk=self.settings.logit_chunk_size)
+        return losses.siglip_loss(images, texts, scale, bias, chunk=self.settings.logit_chunk_size)
 
     def prepare(self, batches: Sequence[Batch], step: Step) -> None:
         """Compares all micro-batches as one batch, where there are several and the settings do not say otherwise."""
         self._replays = []
-        if len(batches) < 2 or self.settings.accumulation == "plain":
+        if len(batches) < 2 or not self.settings.grad_cache:
             return
         kept = []
         for batch in batches:
@@ -130,9 +130,9 @@ class Contrastive(Recipe):
             "class_token": [vit.cls_token, getattr(vit, "reg_token", None)],
             "token_embedding": [self.text_tower.tokens.weight],
         }
-        undecayed = [p for tag in s.undecayed for p in tags[tag] if p is not None]
-        scales = dict(self.text_tower.lr_scales(s.text_layer_decay, s.text_lr_scale))
-        return parameter_groups(self, layer_decay=s.layer_decay, undecayed=undecayed, scales=scales)
+        undecayed = [p for tag in s.no_weight_decay for p in tags[tag] if p is not None]
+        scales = dict(self.text_tower.lr_scales(s.text_layerwise_lr_decay, s.text_lr_mult))
+        return parameter_groups(self, layer_decay=s.layerwise_lr_decay, undecayed=undecayed, scales=scales)
 
     def export(self) -> dict[str, nn.Module]:
         """Both towers and the picture's projection."""
@@ -147,7 +147,7 @@ def build_text(t: TextSettings, embed: int) -> TextTower:
         depth=sizes.depth,
         heads=sizes.heads,
         embed=embed,
-        context=t.context,
+        context=t.context_length,
         causal=t.causal,
         quick_gelu=t.activation == "quick_gelu",
     )

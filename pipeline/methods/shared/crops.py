@@ -25,7 +25,7 @@ def colours(a: AugmentSettings | ColourSettings) -> Augment:
         brightness=a.brightness,
         contrast=a.contrast,
         saturation=a.saturation,
-        hue=a.hue_shift if a.hue != "off" else 0.0,
+        hue=a.hue_shift if a.hue_space != "off" else 0.0,
         gray_p=a.gray_probability,
     )
 

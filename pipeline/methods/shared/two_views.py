@@ -37,7 +37,7 @@ class TwoViews(Recipe):
         self.backbone = backbone
         if isinstance(backbone, VisionTower):
             backbone.mask_token.requires_grad_(False)  # other methods': no gradient ever reaches it
-        self.repeller = Repeller(out, settings.repel) if settings.repel is not None else None
+        self.repeller = Repeller(out, settings.local_repulsion) if settings.local_repulsion is not None else None
         self.vitals = Vitals(rank="feature_rank", remedy=_remedy)
 
     def sees_batches(self) -> bool:
@@ -68,8 +68,8 @@ class TwoViews(Recipe):
         """Layer-wise learning rates in a transformer, vectors without weight decay or layer-wise scaling."""
         return parameter_groups(
             self,
-            layer_decay=self.settings.layer_decay,
-            patch_lr=self.settings.patch_embed_lr_scale,
+            layer_decay=self.settings.layerwise_lr_decay,
+            patch_lr=self.settings.patch_embed_lr_mult,
             vectors=self.settings.decay_vectors,
         )
 
@@ -147,7 +147,7 @@ def _window(size: int) -> int:
 def _remedy(illness: str, step: Step) -> str:
     if illness == NARROW:
         return (
-            f"all pictures look alike to the network: lower optim.lr ({step.lr:.2g} here) or lengthen schedule.lr.warmup; a "
+            f"all pictures look alike to the network: lower schedule.lr.peak ({step.lr:.2g} here) or lengthen schedule.lr.warmup; a "
             "method without negatives also needs its predictor and a teacher that does not stand still"
         )
-    return f"the steps are too large (optim.lr is {step.lr:.2g} here): lower optim.lr, or lengthen schedule.lr.warmup"
+    return f"the steps are too large (schedule.lr.peak is {step.lr:.2g} here): lower schedule.lr.peak, or lengthen schedule.lr.warmup"

@@ -21,7 +21,7 @@ class ColourSettings(Settings):
     brightness: Probability = Field(default=0.4, description="brightness factor is uniform in 1 ± this")
     contrast: Probability = Field(default=0.4, description="contrast factor is uniform in 1 ± this")
     saturation: Probability = Field(default=0.2, description="saturation factor is uniform in 1 ± this")
-    hue: Literal["hsv", "yiq", "off"] = Field(
+    hue_space: Literal["hsv", "yiq", "off"] = Field(
         default="hsv", description="how the hue is shifted: exact (hsv), as a rotation (yiq, faster), not at all"
     )
     hue_shift: float = Field(
@@ -55,15 +55,15 @@ class TwoViewSettings(RecipeSettings):
 
     views: ViewSettings = Field(default=PAIR, description="the crops of a picture")
     augment: ColourSettings = Field(default=ColourSettings(), description="what happens to a crop")
-    repel: RepelSettings | None = Field(
+    local_repulsion: RepelSettings | None = Field(
         default=None, description="LoGo's repulsion of local crops, for which views.local_count is 2 or more; null for none"
     )
     head_norm: Literal["batch", "layer", "none"] = Field(
         default="batch",
         description="norm in the heads; batch is over all ranks, and with it micro-batches are never one large batch",
     )
-    layer_decay: Share = Field(default=1.0, description="learning-rate factor from one block to the block below")
-    patch_embed_lr_scale: NonNegative = Field(default=1.0, description="learning-rate factor of the patch embedding")
+    layerwise_lr_decay: Share = Field(default=1.0, description="learning-rate factor from one block to the block below")
+    patch_embed_lr_mult: NonNegative = Field(default=1.0, description="learning-rate factor of the patch embedding")
     decay_vectors: bool = Field(
         default=False,
         description="weight decay on biases, norms and other vectors too (the code of MoCo v2 and v3 with SGD, AdamW)",
@@ -86,10 +86,10 @@ class TwoViewSettings(RecipeSettings):
     @property
     def hue(self) -> Literal["hsv", "yiq", "off"]:
         """How the hue of its views is shifted."""
-        return self.augment.hue
+        return self.augment.hue_space
 
     @model_validator(mode="after")
     def _something_to_repel(self) -> Self:
-        if self.repel is not None and self.views.local_count < 2:
+        if self.local_repulsion is not None and self.views.local_count < 2:
             raise ValueError(f"repel wants views.local_count of 2 or more, not {self.views.local_count}")
         return self

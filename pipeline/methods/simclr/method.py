@@ -48,7 +48,7 @@ class SimCLR(TwoViews):
         super().__init__(backbone, s, out=s.head_out)
         widths = (backbone.width, *(s.head_hidden or backbone.width,) * (s.head_layers - 1), s.head_out)
         self.projector = mlp(widths, norm=s.head_norm, last="norm", init=init)
-        self.batch_coupled = self.sees_batches() or s.accumulation == "plain"
+        self.batch_coupled = self.sees_batches() or not s.grad_cache
         self._replays: deque[Replay] = deque()
 
     def features(self, batch: Batch) -> tuple[Tensor, Tensor]:
@@ -61,7 +61,7 @@ class SimCLR(TwoViews):
     def prepare(self, batches: Sequence[Batch], step: Step) -> None:
         """The loss of all micro-batches as one batch, and its slope by each projection."""
         self._replays.clear()
-        if len(batches) < 2 or self.settings.accumulation == "plain":
+        if len(batches) < 2 or not self.settings.grad_cache:
             return
         kept = []
         for batch in batches:

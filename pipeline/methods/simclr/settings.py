@@ -32,10 +32,10 @@ class SimclrSettings(TwoViewSettings):
     head_layers: int = Field(default=3, ge=1, le=8, description="linear layers of the projector; 2 in the paper, 3 in its code")
     head_hidden: Count | None = Field(default=None, description="width of its hidden layers; null means the tower's")
     head_out: Count = Field(default=128, description="features that are compared")
-    accumulation: Literal["exact", "plain"] = Field(
-        default="exact",
-        description="micro-batches: exact compares each view with those of the whole global batch, at the cost of another "
-        "forward pass (a norm over the batch sees its micro-batch only); plain compares it with those of its micro-batch only",
+    grad_cache: bool = Field(
+        default=True,
+        description="compare each sample with the whole global batch though it comes in micro-batches (GradCache, arXiv 2101.06983), "
+        "at the cost of a second forward pass; false compares it with its micro-batch over all ranks only",
     )
 
     @model_validator(mode="after")

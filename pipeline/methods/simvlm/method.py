@@ -41,11 +41,11 @@ class SimVLM(Recipe):
         super().__init__()
         self.settings = settings
         self.views = one_view(settings)
-        self.text = TextSpec(settings.text.tokenizer, settings.text.context)
+        self.text = TextSpec(settings.text.tokenizer, settings.text.context_length)
         sizes = settings.text.sizes
         self.backbone = backbone
         self.language = PrefixLanguageModel(
-            width=sizes.width, depth=sizes.depth, heads=sizes.heads, context=settings.text.context, picture=backbone.width
+            width=sizes.width, depth=sizes.depth, heads=sizes.heads, context=settings.text.context_length, picture=backbone.width
         )
         self.backbone.mask_token.requires_grad_(False)  # other methods': no gradient ever reaches it
         self._counts: deque[Tensor] = deque()
@@ -65,7 +65,7 @@ class SimVLM(Recipe):
         seen = self.backbone(batch.views["image"][0])
         picture = torch.cat([seen.cls[:, None], seen.patches], dim=1)
         states = self.language(picture, tokens, prefix)
-        caption = written(states, tokens, wanted, self.language.vocabulary, self.settings.token_rows) / count
+        caption = written(states, tokens, wanted, self.language.vocabulary, self.settings.caption_chunk_size) / count
         self.metrics = {"token_perplexity": caption.detach().exp()}
         return {"caption": caption}
 
@@ -87,7 +87,7 @@ class SimVLM(Recipe):
     @override
     def parameter_groups(self) -> list[ParameterGroup]:
         """Layer-wise learning rates in the tower, vectors without weight decay."""
-        return parameter_groups(self, layer_decay=self.settings.layer_decay)
+        return parameter_groups(self, layer_decay=self.settings.layerwise_lr_decay)
 
     @override
     def export(self) -> dict[str, nn.Module]:

@@ -25,5 +25,7 @@ class SimvlmSettings(OneViewSettings):
     longest_prefix: Count = Field(
         default=8, description="text tokens, the start mark among them, that at most belong to the prefix; drawn for each caption"
     )
-    layer_decay: Share = Field(default=1.0, description="learning-rate factor from one block of the tower to the block below")
-    token_rows: Count = Field(default=1024, json_schema_extra=RUNTIME, description="tokens whose logits exist at a time")
+    layerwise_lr_decay: Share = Field(
+        default=1.0, description="learning-rate factor from one block of the tower to the block below"
+    )
+    caption_chunk_size: Count = Field(default=1024, json_schema_extra=RUNTIME, description="tokens whose logits exist at a time")

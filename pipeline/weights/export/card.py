@@ -27,10 +27,10 @@ def card(networks: Networks, *, layout: str, usage: str, notes: Sequence[str], l
         "license": license_,
         "library_name": layout,
         "pipeline_tag": "zero-shot-image-classification" if layout == "open_clip" else "image-feature-extraction",
-        "tags": ["fovea", config.recipe.name],
+        "tags": ["fovea", config.method.name],
     }
     facts = {
-        "method": config.recipe.name,
+        "method": config.method.name,
         "weights": f"the {networks.network}'s, fp32",
         "parameters": f"{sum(t.numel() for t in networks.tower.vit.parameters()):,} in the vision tower",
         "samples seen": f"{manifest.get('samples_seen', 'unknown')}",

@@ -133,10 +133,10 @@ def read(
         tower = named[student]
     students = {id(module) for module in recipe.modules()}
     if not isinstance(tower, VisionTower):
-        raise ConfigError(f"{config.recipe.name} exports no vision tower", where="recipe.name", hint="export another run")
+        raise ConfigError(f"{config.method.name} exports no vision tower", where="method.name", hint="export another run")
     own: Literal["teacher", "student"] = "student" if id(tower) in students else "teacher"
     if network == "teacher" and own != "teacher":
-        raise ConfigError(f"{config.recipe.name} has no teacher", where="--network", hint="export the student")
+        raise ConfigError(f"{config.method.name} has no teacher", where="--network", hint="export the student")
     if network == "student" and own == "teacher":
         tower = recipe.get_submodule("backbone")
         if not isinstance(tower, VisionTower):
@@ -167,4 +167,4 @@ def read(
 def meta(config: Config) -> dict[str, Any]:
     """Settings that say what a network is, for a card: everything that another run would have to repeat."""
     tree = config.model_dump(mode="json")
-    return {name: tree[name] for name in ("recipe", "model", "optim", "schedule", "train")}
+    return {name: tree[name] for name in ("method", "model", "optim", "schedule", "train")}

@@ -44,14 +44,14 @@ def write(networks: Networks, folder: Path) -> tuple[str, list[str]]:
     text, projection, logits = networks.text, networks.others.get("image_projection"), networks.logits
     if text is None or logits is None or not isinstance(projection, nn.Linear):
         raise ConfigError(
-            f"{networks.config.recipe.name} has no text tower",
+            f"{networks.config.method.name} has no text tower",
             where="--to open_clip",
             hint="export it to timm, or, with a convolutional stem, to safetensors or onnx",
         )
     if "image_pool" in networks.others:
         raise ConfigError(
             "open_clip has no attention pooling beside a class token",
-            where="recipe.image_pool",
+            where="method.image_pool",
             hint="export it to safetensors",
         )
     p = networks.preprocessing
@@ -112,7 +112,7 @@ def _model(tower: VisionTower, text: TextTower, projection: nn.Linear, logits: L
     if quick:
         raise ConfigError(
             "open_clip takes one activation for both towers, and the text tower alone has the quick GELU",
-            where="recipe.text.activation",
+            where="method.text.activation",
             hint="export it to safetensors",
         )
     vision = {

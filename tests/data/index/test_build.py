@@ -286,7 +286,7 @@ def test_damaged_shards_can_be_used_up_to_the_cut(tmp_path: Path) -> None:
     index = index_shard(str(tmp_path / "a.tar"), fields=Fields())
     third = int(index.columns["caption_offset"][2])
     (tmp_path / "a.tar").write_bytes(whole[: third + 4])
-    manifest = build([str(tmp_path / "a.tar")], tmp_path / "index", damaged="use")
+    manifest = build([str(tmp_path / "a.tar")], tmp_path / "index", on_truncated="keep-readable")
     assert manifest.total == 2
     assert manifest.notes == {"cut_sample": 1}
     assert "cut short" in manifest.shards[0].damage

@@ -102,7 +102,7 @@ def test_it_stays_within_the_cache_and_drops_what_was_read(manifest: Manifest, o
 def test_storage_that_is_away_for_a_while_is_asked_again(
     manifest: Manifest, open_storage: Callable[..., Storage], door: Proxy
 ) -> None:
-    order, store = Order(manifest.sizes, 3, 8, lanes=2, block=10), open_storage(grace=0.1)
+    order, store = Order(manifest.sizes, 3, 8, lanes=2, block=10), open_storage(outage_timeout=0.1)
     cache = store.cache
     assert cache is not None
     door.troubles = [Trouble("503", times=4)]

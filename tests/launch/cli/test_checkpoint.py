@@ -94,7 +94,7 @@ def test_verify_reads_every_byte_and_says_so_by_its_exit_code(run: Path) -> None
 
 def test_inspect_shows_what_it_is_of_and_every_tensor(run: Path) -> None:
     text = told("inspect", run)
-    for part in ("step_000000003", "abc123", "knn/k20 0.5000", "train.global_batch = 8", "2, ZeRO stage 2"):
+    for part in ("step_000000003", "abc123", "knn/k20 0.5000", "train.global_batch_size = 8", "2, ZeRO stage 2"):
         assert part in text
     tensors = told("inspect", run / "checkpoints" / "step_000000002", "--tensors")
     for line in (

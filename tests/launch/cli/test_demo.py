@@ -16,11 +16,16 @@ from pipeline.errors import ConfigError
 @pytest.mark.parametrize("method", sorted(RECIPES))
 def test_every_method_has_a_config_that_takes_the_demos_settings(method: str, tmp_path: Path) -> None:
     name = demo.config_of(method)
-    words = ["data.shards=x/*train-*.tar", "evaluation.knn.val_shards=x/*val-*.tar", "launch.ranks=2", "tracking.experiment=e"]
+    words = [
+        "data.shards=x/*train-*.tar",
+        "evaluation.knn.val_shards=x/*val-*.tar",
+        "launch.num_processes=2",
+        "tracking.experiment=e",
+    ]
     words += demo._length(name, words, tmp_path, 5.0, 60)
     config = load(name, words).config
-    assert config.recipe.name == method
-    assert str(config.train.length) == "60 steps" and str(config.checkpoint.every) == "15 steps"
+    assert config.method.name == method
+    assert str(config.train.duration) == "60 steps" and str(config.checkpoint.every) == "15 steps"
     assert {str(every) for every in config.evaluation.enabled.values()} == {"6 steps"}
     assert "knn" in config.evaluation.enabled
 
@@ -46,7 +51,7 @@ def test_the_speed_is_that_of_a_short_run_which_leaves_nothing(tmp_path: Path, m
     monkeypatch.setattr(demo, "TRAIN", 512)
     monkeypatch.setattr(demo, "VALIDATION", 64)
     monkeypatch.setattr(demo, "SIZE", 32)
-    words = [*demo.shards_of(None, None, tmp_path), "launch.ranks=1", "train.global_batch=16"]
+    words = [*demo.shards_of(None, None, tmp_path), "launch.num_processes=1", "train.global_batch_size=16"]
     assert demo.images_per_second(demo.config_of("byol"), words, tmp_path) > 0
     assert not (tmp_path / ".probe").exists()
 

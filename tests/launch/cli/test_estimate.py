@@ -16,10 +16,10 @@ from pipeline.methods.registry import build_recipe
 from tests.helpers.runs import TOY
 
 LARGE = """
-recipe: {name: dinov2, prototypes: 131072}
-model: {timm: vit_giant_patch14_dinov2}
+method: {name: dinov2, prototypes: 131072}
+model: {timm_name: vit_giant_patch14_dinov2}
 data: {shards: /x/a.tar}
-train: {global_batch: 1024}
+train: {global_batch_size: 1024}
 """
 
 
@@ -37,15 +37,15 @@ def test_a_recipe_is_counted_as_it_is_built(tmp_path: Path) -> None:
     assert sizes.live.each > 4 * 32 * (2 * (16 + 1) + 2 * (4 + 1)), "more than one number of each feature of each token"
     assert sizes.views == 4 * 3 * sum(view.count * view.size**2 for view in recipe.views) > 0
     waiting = needed(config.replace(data=config.data.model_copy(update={"prefetch": 5})), sizes, 1, 2)[0]
-    assert waiting.input == 7 * config.train.global_batch / 2 * sizes.views
-    assert waiting.total - needed(config, sizes, 1, 2)[0].total == 3 * config.train.global_batch / 2 * sizes.views
+    assert waiting.input == 7 * config.train.global_batch_size / 2 * sizes.views
+    assert waiting.total - needed(config, sizes, 1, 2)[0].total == 3 * config.train.global_batch_size / 2 * sizes.views
 
 
 def test_the_table_the_teachers_share_and_the_advice_are_told(tmp_path: Path) -> None:
     out = StringIO()
     assert run(loaded(tmp_path, TOY, "data.shards=/x/a.tar"), ranks=2, gigabytes=80, console=Console(file=out, width=120)) == 0
     text = out.getvalue()
-    assert "Choose train.zero=1" in text and "The teacher takes" in text and text.count("yes") == 8
+    assert "Choose train.zero_stage=1" in text and "The teacher takes" in text and text.count("yes") == 8
 
 
 def test_a_model_too_large_for_its_gpus_is_told_so_with_the_mend(tmp_path: Path) -> None:
@@ -54,7 +54,7 @@ def test_a_model_too_large_for_its_gpus_is_told_so_with_the_mend(tmp_path: Path)
     assert 1.1e9 < sizes.trained < 1.5e9
     memory, _ = needed(config, sizes, 2, 8)
     assert memory.teacher == 4 * sum(sizes.teacher)
-    assert "train.micro_batch=" in advice(config, sizes, 8, 40e9)
+    assert "train.micro_batch_size=" in advice(config, sizes, 8, 40e9)
     assert advice(config, sizes, 1, 20e9).startswith("Does not fit")
     assert run(config, ranks=1, gigabytes=8, console=Console(file=StringIO())) == 1
     with pytest.raises(ConfigError, match="cannot be shared by 3"):
@@ -62,7 +62,7 @@ def test_a_model_too_large_for_its_gpus_is_told_so_with_the_mend(tmp_path: Path)
 
 
 def test_an_optimizer_in_host_memory_is_no_longer_counted_on_the_gpu(tmp_path: Path) -> None:
-    config = loaded(tmp_path, TOY, "data.shards=/x/a.tar", "train.zero=2")
+    config = loaded(tmp_path, TOY, "data.shards=/x/a.tar", "train.zero_stage=2")
     away = config.replace(train=config.train.model_copy(update={"offload": "cpu"}))
     sizes = measure(config)
     before, after = needed(config, sizes, 2, 8)[0], needed(away, sizes, 2, 8)[0]
@@ -78,7 +78,9 @@ def test_hours_follow_from_operations_and_the_peak() -> None:
     from launch.cli.estimate import bill
     from launch.slurm.profile import ClusterProfile
 
-    config = load("dinov2/scenes_vit_tiny", ["data.shards=none.tar", "train.length=10 epochs", "train.global_batch=64"]).config
+    config = load(
+        "dinov2/scenes_vit_tiny", ["data.shards=none.tar", "train.duration=10 epochs", "train.global_batch_size=64"]
+    ).config
     site = ClusterProfile(gpus_per_node=4, gpu_tflops=100, gpu_hour_price=2.0)
     one = bill(config, site, ranks=4, efficiency=0.5, samples=6400)
     assert (one.steps, one.samples) == (1000, 64000)

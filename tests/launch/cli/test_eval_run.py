@@ -158,7 +158,7 @@ def test_a_run_without_a_checkpoint_is_refused(tmp_path: Path) -> None:
 
 def test_a_checkpoint_of_another_architecture_is_refused_by_name_and_shapes(judged: tuple[Loaded, Recipe]) -> None:
     config = judged[0].config
-    wider = config.replace(model=config.model.model_copy(update={"width": 48}))
+    wider = config.replace(model=config.model.model_copy(update={"embed_dim": 48}))
     with pytest.raises(
         CheckpointError, match=r"backbone\.mask_token: \[1, 1, 32\] in the checkpoint, \[1, 1, 48\] by the settings"
     ):
@@ -196,8 +196,8 @@ def test_shards_without_classes_are_refused_before_any_network_is_built(judged: 
 def test_eval_agrees_with_what_training_measured(tmp_path: Path) -> None:
     loaded = toy(tmp_path)
     words = (
-        "launch.ranks=1",
-        "train.length=8 steps",
+        "launch.num_processes=1",
+        "train.duration=8 steps",
         "checkpoint.every=8 steps",
         "evaluation.knn.every=4 steps",
         f"evaluation.knn.val_shards={tmp_path}/scenes/*val-*.tar",

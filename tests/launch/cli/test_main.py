@@ -77,7 +77,7 @@ def test_a_mistake_is_one_message_on_stderr_and_code_2() -> None:
     done = fovea("config", "check", NAME, "train.lr=1e-3")
     assert done.returncode == 2 and done.stdout == ""
     assert "Traceback" not in done.stderr and done.stderr.count("\n") == 1
-    assert "unknown key 'train.lr'; did you mean 'optim.lr'?" in done.stderr
+    assert "unknown key 'train.lr'; did you mean 'schedule.lr.peak'?" in done.stderr
 
 
 def test_debug_shows_where_a_mistake_was_found(capsys: pytest.CaptureFixture[str]) -> None:
@@ -108,10 +108,10 @@ def test_config_show_without_a_name_lists_names_with_their_headlines(capsys: pyt
 
 
 def test_what_config_show_prints_is_a_config(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert leaves(["config", "show", NAME, "optim.lr=1e-3"]) == 0
+    assert leaves(["config", "show", NAME, "schedule.lr.peak=1e-3"]) == 0
     saved = tmp_path / "mine.yaml"
     saved.write_text(capsys.readouterr().out)
-    assert load(saved).config == load(NAME, ["optim.lr=1e-3"]).config
+    assert load(saved).config == load(NAME, ["schedule.lr.peak=1e-3"]).config
     assert "# command line" in saved.read_text()
 
 

@@ -13,7 +13,7 @@ from pipeline.errors import ConfigError
 from pipeline.evaluation.runner import lines
 from tests.helpers.runs import TOY, recorded, train, weights
 
-TEXT = "text: {architecture: null, width: 16, depth: 1, heads: 2, context: 16}"
+TEXT = "text: {architecture: null, embed_dim: 16, depth: 1, num_heads: 2, context: 16}"
 RECIPES = {
     "clip": f"""
 recipe:
@@ -47,7 +47,11 @@ def run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
     head, _, rest = TOY.partition("recipe:")
     (folder / "toy.yaml").write_text(head + RECIPES[request.param] + "model:" + rest.partition("model:")[2])
     done = train(
-        folder / "toy.yaml", f"{folder}/scenes/*train-*.tar", folder / "run", "train.length=12 steps", "train.micro_batch=4"
+        folder / "toy.yaml",
+        f"{folder}/scenes/*train-*.tar",
+        folder / "run",
+        "train.duration=12 steps",
+        "train.micro_batch_size=4",
     )
     assert done.returncode == 0, done.stderr
     return folder
@@ -56,7 +60,7 @@ def run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 @pytest.mark.slow
 def test_a_run_that_was_stopped_goes_on_as_if_it_had_not_been(run: Path) -> None:
     middle = run / "run" / "checkpoints" / "step_000000006"
-    words = ("train.length=12 steps", "train.micro_batch=4", f"checkpoint.resume={middle}")
+    words = ("train.duration=12 steps", "train.micro_batch_size=4", f"checkpoint.resume={middle}")
     done = train(run / "toy.yaml", f"{run}/scenes/*train-*.tar", run / "next", *words)
     assert done.returncode == 0, done.stderr
     for rank in (0, 1):

@@ -201,8 +201,8 @@ def test_eval_of_no_run_says_so_whatever_is_asked_of_it(tmp_path: Path, capsys: 
 
 def test_training_without_labelled_shards_beside_names_the_setting(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_tar(tmp_path / "a.tar", [(f"{n}.jpg", picture(n)) for n in range(8)])
-    words = [f"data.shards={tmp_path / 'a.tar'}", f"run.directory={tmp_path / 'run'}", "launch.ranks=1"]
-    assert fovea("train", "dinov2/scenes_vit_tiny", *words, "train.global_batch=4", "schedule.lr.warmup=0 steps") == 2
+    words = [f"data.shards={tmp_path / 'a.tar'}", f"run.directory={tmp_path / 'run'}", "launch.num_processes=1"]
+    assert fovea("train", "dinov2/scenes_vit_tiny", *words, "train.global_batch_size=4", "schedule.lr.warmup=0 steps") == 2
     assert "evaluation.knn.val_shards" in capsys.readouterr().err
 
 

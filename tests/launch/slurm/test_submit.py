@@ -215,7 +215,7 @@ def test_a_full_disk_is_told_and_leaves_no_job(toy: Path, tmp_path: Path) -> Non
         "--cluster",
         "one_node_8gpu",
         "--no-index",
-        "train.global_batch=64",
+        "train.global_batch_size=64",
     ]
     words += ["data.shards=/nowhere/x.tar", f"run.directory={tmp_path / 'run'}"]
     limit = (

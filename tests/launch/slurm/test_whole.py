@@ -95,7 +95,7 @@ def test_submitted_once_interrupted_by_everything_it_ends_as_if_nothing_had_happ
     config, profile = tmp_path / "toy.yaml", tmp_path / "site.yaml"
     config.write_text(TOY)
     profile.write_text(yaml.safe_dump(SITE))
-    same = [f"train.length={STEPS} steps"]
+    same = [f"train.duration={STEPS} steps"]
     reference = tmp_path / "reference"
     done = train(config, f"{tmp_path}/scenes/*train-*.tar", reference, *same)
     assert done.returncode == 0, done.stderr
