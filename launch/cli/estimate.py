@@ -103,8 +103,8 @@ def advice(config: Config, sizes: Sizes, ranks: int, capacity: float) -> str:
             memory, live = needed(smaller, sizes, stage, ranks)
             if memory.total + live <= capacity:
                 return (
-                    f"Choose train.zero_stage={stage} and train.micro_batch_size={micro}: {(memory.total + live) / 1e9:.1f} GB; or use "
-                    "activation checkpointing, or more GPUs."
+                    f"Choose train.zero_stage={stage} and train.micro_batch_size={micro}: {(memory.total + live) / 1e9:.1f} GB; "
+                    "or use activation checkpointing, or more GPUs."
                 )
     memory, _ = needed(config, sizes, 3, ranks)
     enough = next((r for r in (2**n for n in range(20)) if r > ranks and needed(config, sizes, 3, r)[0].total < capacity), None)
@@ -237,8 +237,8 @@ def cost(
     out, b = console or Terminal(), bill(config, site, ranks=ranks, efficiency=efficiency, samples=samples)
     attempts = max(math.ceil(b.hours * 3600 / site.seconds), 1)
     out.print(
-        f"{b.steps:,} steps of {config.train.global_batch_size:,}, {b.samples:,} samples at {b.gflop:,.1f} GFLOP: about {b.rate:,.0f} "
-        f"samples/s on {ranks} GPUs, {b.hours:,.1f} hours, {b.gpu_hours:,.0f} GPU-hours"
+        f"{b.steps:,} steps of {config.train.global_batch_size:,}, {b.samples:,} samples at {b.gflop:,.1f} GFLOP: about "
+        f"{b.rate:,.0f} samples/s on {ranks} GPUs, {b.hours:,.1f} hours, {b.gpu_hours:,.0f} GPU-hours"
         + ("" if b.price is None else f", {b.price:,.0f} in the profile's currency")
         + ("" if b.gigabytes is None else f"; {b.gigabytes:,.0f} GB read where no node keeps its shards")
         + "."

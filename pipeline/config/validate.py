@@ -48,8 +48,8 @@ def check(config: Config) -> list[tuple[str, str]]:
         found.append(("train.offload", told))
     moving = config.train.zero_stage == 3 or config.train.activation_checkpointing or config.train.micro_batch_size is not None
     if config.train.cuda_graphs and (moving or not config.train.compile):
-        told = "train.cuda_graphs: needs train.compile=true, weights that stay where they are (train.zero_stage of 0 to 2), and neither "
-        told += "train.activation_checkpointing nor train.micro_batch_size"
+        told = "train.cuda_graphs: needs train.compile=true, weights that stay where they are (train.zero_stage of 0 to 2), and "
+        told += "neither train.activation_checkpointing nor train.micro_batch_size"
         found.append(("train.cuda_graphs", told))
     if config.train.fp8 != "off" and config.train.precision != "bf16":
         told = f"train.fp8 = {config.train.fp8}: goes with train.precision=bf16, not {config.train.precision}"
@@ -199,8 +199,8 @@ def _check_start(model: ModelSettings) -> Iterator[tuple[str, str]]:
     if model.stem == "small" and re.search(r"resnet\d+[dt]", model.timm_name or ""):
         yield (
             "model.stem",
-            f"model.stem = small: {model.timm_name} has a deep stem of its own; set model.stem=patch, or choose resnet18, resnet34 or "
-            "resnet50",
+            f"model.stem = small: {model.timm_name} has its own deep stem; set model.stem=patch, or choose resnet18, resnet34 "
+            "or resnet50",
         )
 
 

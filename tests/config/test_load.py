@@ -150,12 +150,12 @@ def test_all_problems_of_a_file_are_told_at_once_with_their_place(tmp_path: Path
         "",
     }
     assert found["optim.epss"].origin.endswith("run.yaml:2:3")
-    assert "did you mean 'optim.eps'" in found["optim.epss"].message and "betas, eps, lr" in found["optim.epss"].message
-    assert found["schedule.lr.peak"].message.startswith("schedule.lr.peak = -1: should be greater than 0")
+    assert "did you mean 'optim.eps'" in found["optim.epss"].message and "betas, eps, lr_scaling" in found["optim.epss"].message
+    assert found["optim.eps"].message.startswith("optim.eps = -1: should be greater than 0")
     assert "fp32, bf16" in found["train.precision"].message and '"fp16"' in found["train.precision"].message
     assert "3 epochs" in found["train.duration"].message
     assert "given twice" in found["data.num_workers"].message and found["data.num_workers"].origin.endswith(":10:3")
-    assert found["train.lr"].origin == "command line" and "schedule.lr.peak" in found["train.lr"].message
+    assert found["train.lr"].origin == "command line" and "schedule.lr" in found["train.lr"].message
     assert all(str(problem) in str(error) for problem in error.problems) and error.exit_code == 2
 
 

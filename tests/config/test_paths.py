@@ -57,7 +57,12 @@ def test_every_text_of_the_settings_names_files_or_is_known_not_to() -> None:
 
 OLD = """
 run: {name: toy, directory: runs/a}
-method: {name: distill, teacher_weights: runs/teacher, gram_weights: ../gram, gram_weight: 1.0, views: {global_size: 32, local_size: 16}}
+method:
+  name: distill
+  teacher_weights: runs/teacher
+  gram_weights: ../gram
+  gram_weight: 1.0
+  views: {global_size: 32, local_size: 16}
 init_from: {source: weights.safetensors}
 data: {shards: [train-*.tar, 's3://bucket/x-*.tar', /there/y.tar, 'file://z.tar'], index: ix, storage: {cache: ../kept}}
 checkpoint: {mirror: copies, resume: runs/a/checkpoints/step_000000006}

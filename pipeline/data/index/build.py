@@ -230,7 +230,7 @@ def _refusal(problems: list[FoveaError], found: list[Shard]) -> UnusableShards:
     among = len(problems) + len(found)
     named = "; ".join(f"{problem.where}: {problem.what}" for problem in problems[:5])
     more = f"; and {len(problems) - 5} more" if len(problems) > 5 else ""
-    hint = "Copy them again or leave them out; data.on_truncated_shard=keep-readable (--on-truncated-shard) keeps the whole samples before a cut."
+    hint = "Copy them again or leave them out; data.on_truncated_shard=keep-readable keeps the whole samples before a cut."
     what = f"{len(problems)} of {among} shards cannot be used: {named}{more}"
     return UnusableShards(what, hint=hint, shards=found, problems=problems)
 

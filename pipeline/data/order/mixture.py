@@ -89,7 +89,7 @@ class Mixture:
                 raise DataError(
                     f"data set {source.name!r} has {sum(own)} usable samples, fewer than the {self.lanes} lanes that share it",
                     where="data.sources",
-                    hint="Set data.canonical_streams to fewer (it must divide the global batch), add shards to the set, or leave it out.",
+                    hint="Set data.canonical_streams to fewer (a divisor of the global batch), add shards, or leave the set out.",
                 )
             low, high = mix(seed, number, _SET)
             self._orders.append(Order(own, high << 32 | low, self.lanes, self.lanes, block))

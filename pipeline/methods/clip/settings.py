@@ -90,8 +90,8 @@ class ContrastiveSettings(RecipeSettings):
     logit_chunk_size: Count = Field(default=1024, json_schema_extra=RUNTIME, description="rows of logits that exist at a time")
     grad_cache: bool = Field(
         default=True,
-        description="compare each sample with the whole global batch though it comes in micro-batches (GradCache, arXiv 2101.06983), "
-        "at the cost of a second forward pass; false compares it with its micro-batch over all ranks only",
+        description="compare each sample with the whole global batch though it comes in micro-batches (GradCache, arXiv "
+        "2101.06983), at the cost of a second forward pass; false compares it with its micro-batch over all ranks only",
     )
     text_layerwise_lr_decay: Share = Field(
         default=1.0, description="learning-rate factor from one block of the text tower to the block below"

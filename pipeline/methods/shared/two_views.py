@@ -147,7 +147,7 @@ def _window(size: int) -> int:
 def _remedy(illness: str, step: Step) -> str:
     if illness == NARROW:
         return (
-            f"all pictures look alike to the network: lower schedule.lr.peak ({step.lr:.2g} here) or lengthen schedule.lr.warmup; a "
-            "method without negatives also needs its predictor and a teacher that does not stand still"
+            f"all images look alike to the network: lower schedule.lr.peak ({step.lr:.2g} here) or lengthen schedule.lr.warmup; "
+            "a method without negatives also needs its predictor and a teacher that does not stand still"
         )
-    return f"the steps are too large (schedule.lr.peak is {step.lr:.2g} here): lower schedule.lr.peak, or lengthen schedule.lr.warmup"
+    return f"the steps are too large ({step.lr:.2g} here): lower schedule.lr.peak, or lengthen schedule.lr.warmup"

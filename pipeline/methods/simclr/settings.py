@@ -34,8 +34,8 @@ class SimclrSettings(TwoViewSettings):
     head_out: Count = Field(default=128, description="features that are compared")
     grad_cache: bool = Field(
         default=True,
-        description="compare each sample with the whole global batch though it comes in micro-batches (GradCache, arXiv 2101.06983), "
-        "at the cost of a second forward pass; false compares it with its micro-batch over all ranks only",
+        description="compare each sample with the whole global batch though it comes in micro-batches (GradCache, arXiv "
+        "2101.06983), at the cost of a second forward pass; false compares it with its micro-batch over all ranks only",
     )
 
     @model_validator(mode="after")
