@@ -27,8 +27,8 @@ method:
 EVERYTHING = [
     "evaluation.knn.enabled=true",
     "evaluation.knn.k=[3]",
-    "evaluation.linear={enabled: true, every: 4 steps, rates: [1.0, 10.0], layers: [1], epochs: 6, batch: 8}",
-    "evaluation.logistic={enabled: true, every: 4 steps, costs: [1.0]}",
+    "evaluation.linear={enabled: true, every: 4 steps, learning_rates: [1.0, 10.0], layers: [1], epochs: 6, batch_size: 8}",
+    "evaluation.logistic={enabled: true, every: 4 steps, C: [1.0]}",
     "evaluation.retrieval={enabled: true, every: 2 steps}",
     "evaluation.robustness={enabled: true, every: 4 steps, epochs: 1, k: 3}",
     "evaluation.knn.every=2 steps",

@@ -59,9 +59,9 @@ REFUSED = {
     "evaluation.segmentation.num_classes is required": [
         "evaluation.segmentation={enabled: true, train_shards: a, val_shards: b}"
     ],
-    "names the very shards": ["evaluation.segmentation={enabled: true, train_shards: a, val_shards: a, classes: 3}"],
+    "names the very shards": ["evaluation.segmentation={enabled: true, train_shards: a, val_shards: a, num_classes: 3}"],
     "2 names of 3 classes": [
-        "evaluation.segmentation={enabled: true, train_shards: a, val_shards: b, classes: 3, names: [x, y]}",
+        "evaluation.segmentation={enabled: true, train_shards: a, val_shards: b, num_classes: 3, class_names: [x, y]}",
     ],
     "a file of class names": ["evaluation.zeroshot.enabled=true"],
     "dinov2 reads no captions": ["evaluation.retrieval.enabled=true"],

@@ -263,7 +263,7 @@ def test_the_start_called_open_clip_is_that_librarys() -> None:
 
 @pytest.mark.parametrize(("init", "name"), [("mocov3", "resnet50"), ("mocov3", "resnet18"), ("simclr", "resnet34")])
 def test_the_last_norm_of_each_block_starts_at_zero(init: str, name: str) -> None:
-    net = build_trunk(ModelSettings.model_validate({"timm": name, "init": init}), image_size=32).net
+    net = build_trunk(ModelSettings.model_validate({"timm_name": name, "init": init}), image_size=32).net
     blocks = [block for stage in (net.layer1, net.layer4) for block in stage]  # type: ignore[union-attr]
     last = "bn3" if name == "resnet50" else "bn2"
     assert all(not getattr(block, last).weight.any() and getattr(block, "bn1").weight.all() for block in blocks)  # noqa: B009

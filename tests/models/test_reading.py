@@ -43,7 +43,7 @@ def learnt(tower: VisionTower, cls: Tensor, patches: Tensor) -> list[Tensor]:
         {},
         {"registers": 2, "ffn": "swiglu"},
         {"layer_scale": None, "drop_path": 0.4, "batched_drop_path": "rows"},
-        {"drop_path": 0.4, "drop_path_mode": "subset"},
+        {"drop_path": 0.4, "batched_drop_path": True},
         {"drop_path": 0.4, "batched_drop_path": "subset", "pos_embed": "rope", "registers": 2},
         {"positions": "rope"},
         {"local_norm": True},

@@ -71,8 +71,8 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def configured(run: Path, uri: str | None) -> None:
     document = {
         "data": {"shards": ["x.tar"]},
-        "recipe": {"name": "clip"},
-        "model": {"timm": "vit_tiny_patch16_224"},
+        "method": {"name": "clip"},
+        "model": {"timm_name": "vit_tiny_patch16_224"},
         "tracking": {"uri": uri},
     }
     (run / "config.json").write_text(json.dumps(document))

@@ -51,12 +51,19 @@ def door(s3_port: int, bucket: str) -> Iterator[Proxy]:
 
 
 def settings(door: Proxy, tmp_path: Path, **values: object) -> StorageSettings:
-    usual = {"endpoint": door.endpoint, "cache": tmp_path / "cache", "part_mb": 1, "timeout": 2.0, "retries": 1, "grace": 10.0}
+    usual = {
+        "endpoint": door.endpoint,
+        "cache": tmp_path / "cache",
+        "part_size_mb": 1,
+        "timeout": 2.0,
+        "retries": 1,
+        "outage_timeout": 10.0,
+    }
     return StorageSettings.model_validate({**usual, **values})
 
 
 def test_ranges_of_an_object_are_its_bytes(door: Proxy, tmp_path: Path) -> None:
-    store = Storage(settings(door, tmp_path, mode="direct"))
+    store = Storage(settings(door, tmp_path, access="range_read"))
     about = store.stat("s3://remote/data/big.tar")
     assert about.size == len(BYTES)
     for offset, length in ((0, 10), (1_000_000, 77), (len(BYTES) - 5, 5), (0, len(BYTES))):
@@ -65,10 +72,10 @@ def test_ranges_of_an_object_are_its_bytes(door: Proxy, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", ["503", "cut", "stall", "403"])
-@pytest.mark.parametrize("mode", ["direct", "cache"])
+@pytest.mark.parametrize("mode", ["range_read", "cache"])
 @pytest.mark.slow
 def test_trouble_that_passes_costs_time_and_nothing_else(door: Proxy, tmp_path: Path, kind: str, mode: str) -> None:
-    store = Storage(settings(door, tmp_path, mode=mode))
+    store = Storage(settings(door, tmp_path, access=mode))
     about = store.stat("s3://remote/data/big.tar")
     door.troubles = [Trouble(kind, times=3)]
     assert store.read(about, 100, 2_500_000) == BYTES[100:2_500_100]
@@ -79,7 +86,7 @@ def test_trouble_that_passes_costs_time_and_nothing_else(door: Proxy, tmp_path: 
 
 
 def test_a_body_that_was_cut_is_not_read_twice(door: Proxy, tmp_path: Path) -> None:
-    store = Storage(settings(door, tmp_path, mode="direct"))
+    store = Storage(settings(door, tmp_path, access="range_read"))
     about = store.stat("s3://remote/data/big.tar")
     door.troubles, door.served = [Trouble("cut")], 0
     assert store.read(about, 0, 1_000_000) == BYTES[:1_000_000]
@@ -87,7 +94,7 @@ def test_a_body_that_was_cut_is_not_read_twice(door: Proxy, tmp_path: Path) -> N
 
 
 def test_storage_that_stays_away_ends_in_a_message_and_not_in_a_substitute(door: Proxy, tmp_path: Path) -> None:
-    store = Storage(settings(door, tmp_path, mode="direct", retries=0, grace=1.5))
+    store = Storage(settings(door, tmp_path, access="range_read", retries=0, outage_timeout=1.5))
     manifest = build(storage.expand("s3://remote/scenes/*train-*.tar", store), tmp_path / "index", store=store)
     reader = Reader(manifest, store=store)
     door.troubles = [Trouble("503", times=10**6)]
@@ -100,8 +107,8 @@ def test_storage_that_stays_away_ends_in_a_message_and_not_in_a_substitute(door:
 def test_an_object_that_was_replaced_is_refused(door: Proxy, tmp_path: Path, s3_port: int) -> None:
     (tmp_path / "a").write_bytes(BYTES[:2_000_000])
     upload(s3_port, "remote", {"data/changing.tar": tmp_path / "a"})
-    for mode in ("direct", "cache"):
-        store = Storage(settings(door, tmp_path, mode=mode))
+    for mode in ("range_read", "cache"):
+        store = Storage(settings(door, tmp_path, access=mode))
         about = store.stat("s3://remote/data/changing.tar")
         (tmp_path / "b").write_bytes(os.urandom(2_000_000))
         upload(s3_port, "remote", {"data/changing.tar": tmp_path / "b"})
@@ -146,7 +153,7 @@ def test_missing_and_wrong_credentials_are_told_apart(door: Proxy, tmp_path: Pat
 def test_public_data_need_no_credentials(door: Proxy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in KEYS:
         monkeypatch.delenv(name)
-    store = Storage(settings(door, tmp_path, anonymous=True, mode="direct"))
+    store = Storage(settings(door, tmp_path, anonymous=True, access="range_read"))
     for url in ("s3://public/big.tar", f"{door.endpoint}/public/big.tar"):
         (found,) = storage.expand(url, store)
         assert store.read(store.stat(found), 7, 90) == BYTES[7:97]
@@ -207,7 +214,7 @@ def _read_in_child(pickled: bytes, queue: multiprocessing.Queue[bytes]) -> None:
 
 @pytest.mark.slow
 def test_a_storage_sent_to_another_process_reads_there(door: Proxy, tmp_path: Path) -> None:
-    store = Storage(settings(door, tmp_path, mode="direct"))
+    store = Storage(settings(door, tmp_path, access="range_read"))
     about = store.stat("s3://remote/data/big.tar")
     store.read(about, 0, 1)
     context = multiprocessing.get_context("spawn")
@@ -219,7 +226,7 @@ def test_a_storage_sent_to_another_process_reads_there(door: Proxy, tmp_path: Pa
 
 
 def test_a_fork_after_use_is_refused_and_does_not_hang(door: Proxy, tmp_path: Path) -> None:
-    store = Storage(settings(door, tmp_path, mode="direct"))
+    store = Storage(settings(door, tmp_path, access="range_read"))
     about = store.stat("s3://remote/data/big.tar")
     child = os.fork()
     if child == 0:

@@ -27,7 +27,7 @@ from tests.launch.cli.test_eval_run import CPU, changed, toy, write_checkpoint
 
 DEAD = "http://127.0.0.1:9"
 FLAGS = ["--knn", "--linear", "--logistic"]
-SETTINGS = ["evaluation.linear={rates: [1.0], layers: [1], epochs: 4, batch: 8}", "evaluation.logistic.C=[1.0]"]
+SETTINGS = ["evaluation.linear={learning_rates: [1.0], layers: [1], epochs: 4, batch_size: 8}", "evaluation.logistic.C=[1.0]"]
 
 
 def call(*words: str) -> int:
