@@ -84,7 +84,7 @@ def _check_evaluation(config: Config) -> list[tuple[str, str]]:
     e, found = config.evaluation, []
     s = e.segmentation
     if s.enabled:
-        for key in ("train_shards", "val_shards", "classes"):
+        for key in ("train_shards", "val_shards", "num_classes"):
             if getattr(s, key) is None:
                 found.append((f"evaluation.segmentation.{key}", f"evaluation.segmentation.{key} is required"))
         if s.class_names and s.num_classes is not None and len(s.class_names) != s.num_classes:

@@ -106,10 +106,10 @@ def test_shares_shrink_with_the_ranks_and_the_stage() -> None:
 
 @pytest.mark.parametrize("name", ["dinov2", "clip", "detailclip", "mocov2", "coca"])
 def test_what_a_forward_pass_keeps_is_counted_without_memory_within_five_percent(name: str) -> None:
-    settings = config(name, train={"global_batch": 8, "precision": "fp32"})
+    settings = config(name, train={"global_batch_size": 8, "precision": "fp32"})
     kept = []
     for samples in (8, 16):
-        made = recipe(name, train={"global_batch": 8, "precision": "fp32"}).train()
+        made = recipe(name, train={"global_batch_size": 8, "precision": "fp32"}).train()
         batch = batch_at(made, 0, samples=samples)
         with Alive() as found:
             made.prepare([batch], STEP)
@@ -124,5 +124,5 @@ def test_what_a_forward_pass_keeps_is_counted_without_memory_within_five_percent
 def test_recomputation_keeps_less_and_bf16_half_of_most() -> None:
     each = {}
     for name, train in {"fp32": {}, "bf16": {"precision": "bf16"}, "again": {"recompute": True}}.items():
-        each[name] = counted(config("dinov2", train={"global_batch": 8, "precision": "fp32", **train})).each
+        each[name] = counted(config("dinov2", train={"global_batch_size": 8, "precision": "fp32", **train})).each
     assert each["again"] < 0.7 * each["fp32"] and 0.5 * each["fp32"] < each["bf16"] < 0.85 * each["fp32"]

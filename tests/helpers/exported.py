@@ -24,7 +24,7 @@ DINO: dict[str, Any] = {
 CLIP: dict[str, Any] = {
     "name": "clip",
     "image_size": 32,
-    "embed": 12,
+    "embed_dim": 12,
     "text": {"architecture": None, "width": 16, "depth": 2, "num_heads": 2, "context_length": 16},
 }
 MODEL: dict[str, Any] = {"embed_dim": 32, "depth": 2, "num_heads": 2, "patch_size": 8}

@@ -36,8 +36,8 @@ def test_views_are_the_papers() -> None:
 def test_what_a_section_leaves_out_is_the_methods_own() -> None:
     views = config("mocov2").recipe.views  # type: ignore[attr-defined]
     assert (views.global_size, views.global_scale) == (16, (0.2, 1.0))
-    assert config("simclr", recipe={"augment": {"hue": "yiq"}}).recipe.augment.brightness == 0.8  # type: ignore[attr-defined]
-    assert config("simclr", recipe={"augment": {"hue": "yiq"}}).method.hue == "yiq"
+    assert config("simclr", method={"augment": {"hue_space": "yiq"}}).method.augment.brightness == 0.8  # type: ignore[attr-defined]
+    assert config("simclr", method={"augment": {"hue_space": "yiq"}}).method.hue == "yiq"
 
 
 def test_there_is_nothing_to_repel_without_local_crops() -> None:

@@ -74,7 +74,7 @@ def test_a_rotary_tower_computes_its_queries_keys_and_values_so_too() -> None:
 
 @pytest.mark.parametrize(("mode", "student", "teacher"), [("off", 0, 0), ("teacher", 0, 7), ("all", 7, 7)])
 def test_it_is_for_the_towers_that_the_settings_name(mode: str, student: int, teacher: int) -> None:
-    settings = config("dinov2", train={"global_batch": 8, "precision": "bf16", "fp8": mode})
+    settings = config("dinov2", train={"global_batch_size": 8, "precision": "bf16", "fp8": mode})
     recipe = build_recipe(settings)
     prepare_towers(recipe, settings)
 
@@ -89,7 +89,7 @@ def test_it_is_for_the_towers_that_the_settings_name(mode: str, student: int, te
 def test_a_method_learns_with_it_as_it_does_without(name: str) -> None:
     ends = []
     for mode in ("off", "all"):
-        settings = config(name, train={"global_batch": 8, "precision": "bf16", "fp8": mode})
+        settings = config(name, train={"global_batch_size": 8, "precision": "bf16", "fp8": mode})
         torch.manual_seed(0)
         recipe = build_recipe(settings)
         prepare_towers(recipe, settings)
@@ -110,4 +110,4 @@ def test_a_method_learns_with_it_as_it_does_without(name: str) -> None:
 
 def test_it_wants_bf16() -> None:
     with pytest.raises(ConfigError, match=r"train\.fp8"):
-        config("dinov2", train={"global_batch": 8, "precision": "fp32", "fp8": "all"})
+        config("dinov2", train={"global_batch_size": 8, "precision": "fp32", "fp8": "all"})

@@ -271,7 +271,7 @@ def test_the_last_norm_of_each_block_starts_at_zero(init: str, name: str) -> Non
 
 def test_the_rate_of_stochastic_depth_can_rise_with_the_block() -> None:
     settings = {"embed_dim": 32, "depth": 5, "num_heads": 2, "patch_size": 8, "drop_path": 0.4}
-    rising = build_tower(ModelSettings.model_validate({**settings, "drop_path_rates": "linear"}), image_size=32)
+    rising = build_tower(ModelSettings.model_validate({**settings, "drop_path_schedule": "linear"}), image_size=32)
     assert [getattr(block, "dropped", 0.0) for block in rising.vit.blocks] == pytest.approx([0.0, 0.1, 0.2, 0.3, 0.4])
     rows = build_tower(
         ModelSettings.model_validate({**settings, "drop_path_schedule": "linear", "batched_drop_path": False}), image_size=32
@@ -284,7 +284,7 @@ def test_the_rate_of_stochastic_depth_can_rise_with_the_block() -> None:
 def test_a_class_position_of_its_own_moves_apart_and_merges_into_the_token() -> None:
     settings = {"embed_dim": 32, "depth": 2, "num_heads": 2, "patch_size": 8, "registers": 3}
     torch.manual_seed(0)
-    apart = build_tower(ModelSettings.model_validate({**settings, "class_position": True}), image_size=32).eval()
+    apart = build_tower(ModelSettings.model_validate({**settings, "cls_pos_embed": True}), image_size=32).eval()
     images = torch.randn(2, 3, 32, 32)
     tokens = apart(images)
     (tokens.cls * torch.randn(2, 32)).sum().backward()

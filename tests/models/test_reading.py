@@ -42,11 +42,11 @@ def learnt(tower: VisionTower, cls: Tensor, patches: Tensor) -> list[Tensor]:
     [
         {},
         {"registers": 2, "ffn": "swiglu"},
-        {"layer_scale": None, "drop_path": 0.4, "batched_drop_path": "rows"},
+        {"layer_scale": None, "drop_path": 0.4, "batched_drop_path": False},
         {"drop_path": 0.4, "batched_drop_path": True},
-        {"drop_path": 0.4, "batched_drop_path": "subset", "pos_embed": "rope", "registers": 2},
-        {"positions": "rope"},
-        {"local_norm": True},
+        {"drop_path": 0.4, "batched_drop_path": True, "pos_embed": "rope", "registers": 2},
+        {"pos_embed": "rope"},
+        {"untie_local_norm": True},
     ],
     ids=lambda changes: "-".join(map(str, changes.values())) or "plain",
 )

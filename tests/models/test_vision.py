@@ -44,7 +44,7 @@ def spread(module: nn.Module) -> None:
         {"ffn": "swiglu"},
         {"layer_scale": None},
         {"patch_size": 8, "stem": "conv", "registers": 1},
-        {"positions": "rope"},
+        {"pos_embed": "rope"},
         {
             "pos_embed": "rope",
             "registers": 4,
@@ -53,7 +53,7 @@ def spread(module: nn.Module) -> None:
             "rope_rescale_coords": 2.0,
             "layer_scale": None,
         },
-        {"drop_path": 0.5, "local_norm": True},
+        {"drop_path": 0.5, "untie_local_norm": True},
         {"drop_path": 0.5, "positions": "rope"},
     ],
     ids=["plain", "registers", "conv", "swiglu", "no_scale", "conv_registers", "rope", "rope_all", "depth", "rope_depth"],

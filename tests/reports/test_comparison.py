@@ -16,7 +16,7 @@ from tests.helpers.exported import DINO, checkpoint, settings
 
 
 def made(folder: Path, *, width: int, score: float, interrupted: bool) -> Path:
-    config = settings(DINO, width=width)
+    config = settings(DINO, embed_dim=width)
     saved, _ = checkpoint(folder, config, step=3)
     manifest = json.loads((saved.path / "manifest.json").read_text())
     manifest["data"] |= {"seen": 3072, "substituted": {"corrupt": 5}, "quarantine": {"7": "corrupt"}}

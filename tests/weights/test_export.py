@@ -170,7 +170,7 @@ def test_the_card_says_what_it_is(tmp_path: Path) -> None:
 REFUSED = [
     ("open_clip", DINO, {}, "has no text tower"),
     ("open_clip", CLIP, {"registers": 2}, "registers"),
-    ("open_clip", CLIP, {"positions": "rope"}, "rotary positions"),
+    ("open_clip", CLIP, {"pos_embed": "rope"}, "rotary positions"),
     ("open_clip", {**CLIP, "image_pool": "attention"}, {}, "attention pooling"),
     ("open_clip", {**CLIP, "text": {**CLIP["text"], "activation": "quick_gelu"}}, {}, "quick GELU"),
     ("timm", DINO, {"stem": "conv"}, "Python objects"),
@@ -193,7 +193,7 @@ def test_what_is_no_export_of_this_checkpoint_is_refused(tmp_path: Path) -> None
     saved, _ = checkpoint(tmp_path / "run", settings(DINO))
     with pytest.raises(ConfigError, match="do not divide into patches of 8"):
         read(saved, size=36)
-    wide = settings(DINO, width=48)
+    wide = settings(DINO, embed_dim=48)
     with pytest.raises(CheckpointError, match=r"backbone\..*\[.*32.*in the checkpoint"):
         read(saved, config=wide)
     clip, _ = checkpoint(tmp_path / "clip", settings(CLIP))
@@ -222,7 +222,7 @@ def test_the_command_exports_the_newest_checkpoint_beside_the_run(tmp_path: Path
 
 def test_one_of_several_students_is_exported_by_its_name(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     judge = {**MODEL, "embed_dim": 16}
-    several = {**DINO, "name": "distill", "judge": judge, "judge_from": "x", "students": [{**judge, "name": "small", "depth": 1}]}
+    several = {**DINO, "name": "distill", "teacher_model": judge, "teacher_weights": "x", "students": [{**judge, "name": "small", "depth": 1}]}
     saved, recipe = checkpoint(tmp_path / "run", settings(several))
     for network, towers in (("auto", recipe.students()), ("student", recipe.students(slow=False))):
         found = read(saved, student="small", network=network)  # type: ignore[arg-type]

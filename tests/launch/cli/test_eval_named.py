@@ -66,7 +66,7 @@ def test_a_file_needs_the_name_of_its_architecture_and_has_to_fit_it(tmp_path: P
 
 def test_a_folder_whose_weights_are_of_another_architecture_is_refused(tmp_path: Path) -> None:
     for name, width in (("narrow", 32), ("wide", 48)):
-        write(read(checkpoint(tmp_path / f"run-{name}", settings(DINO, width=width))[0]), "timm", tmp_path / name)
+        write(read(checkpoint(tmp_path / f"run-{name}", settings(DINO, embed_dim=width))[0]), "timm", tmp_path / name)
     (tmp_path / "wide" / "model.safetensors").replace(tmp_path / "narrow" / "model.safetensors")
     with pytest.raises(CheckpointError, match="timm cannot load it"):
         load(str(tmp_path / "narrow"), model=None, device=CPU)
