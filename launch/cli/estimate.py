@@ -50,10 +50,10 @@ def measure(config: Config) -> Sizes:
     """Builds the recipe without memory and counts it."""
     import torch
 
-    from pipeline.methods.registry import build_recipe
+    from pipeline.methods.registry import build_method
 
     with torch.device("meta"):
-        recipe = build_recipe(config)
+        recipe = build_method(config)
     return Sizes(
         groups=[[p.numel() for p in group.params] for group in recipe.parameter_groups()],
         frozen=[p.numel() for p in recipe.parameters() if not p.requires_grad],

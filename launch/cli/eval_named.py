@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from launch.cli.eval_ranks import Telling, agreed, closing, world_here
+from launch.cli.eval_ranks import EvalReporter, agreed, closing, world_here
 from launch.rank_environment import RankEnvironment
 from pipeline.checkpoint import files
 from pipeline.checkpoint.files import Saved
@@ -23,14 +23,14 @@ from pipeline.weights.from_checkpoint import fill_trained, named_or_newest
 
 if TYPE_CHECKING:
     from pipeline.data.augment.views import Normalize
-    from pipeline.models.eval_model import Subject
+    from pipeline.models.eval_model import EvalModel
     from pipeline.runtime.process_group import World
 
 POLL = 10.0  # seconds between two looks at a run's checkpoints
 
 
 @dataclass(frozen=True)
-class Asked:
+class EvalRequest:
     """What a person asked for.
 
     Attributes:
@@ -50,7 +50,7 @@ class Asked:
     checkpoint: Path | None = None
 
 
-def asking(config: Config, asked: Asked) -> Config:
+def asking(config: Config, asked: EvalRequest) -> Config:
     """The settings with these evaluators on and all others off, checked.
 
     Raises:
@@ -66,7 +66,7 @@ def asking(config: Config, asked: Asked) -> Config:
     return chosen
 
 
-def refuse(config: Config, asked: Asked, directory: Path | None = None) -> None:
+def refuse(config: Config, asked: EvalRequest, directory: Path | None = None) -> None:
     """Find out what cannot be judged before any rank is started; the data are indexed on the way.
 
     Args:
@@ -85,7 +85,7 @@ def refuse(config: Config, asked: Asked, directory: Path | None = None) -> None:
     _data(chosen, judged, trained=directory is not None)
 
 
-def of_run(directory: Path, config: Config, asked: Asked) -> int:
+def of_run(directory: Path, config: Config, asked: EvalRequest) -> int:
     """Judge a run's newest checkpoint or the one that is named, or with ``watch`` each until the run's last: the exit code.
 
     All ranks that this was started on share the work. Each answer is a table, a file ``<run>/evaluations/<checkpoint>.json``
@@ -95,8 +95,8 @@ def of_run(directory: Path, config: Config, asked: Asked) -> int:
         FoveaError: no checkpoint, another architecture, or data that the evaluators cannot use.
     """
     from pipeline.data.inputs import judged
-    from pipeline.evaluation.runner import Judged, subject_of, suite
-    from pipeline.methods.registry import build_recipe
+    from pipeline.evaluation.runner import EvalData, build_evaluators, eval_model_of
+    from pipeline.methods.registry import build_method
 
     config = asking(config, asked)
     first = RankEnvironment.read().rank == 0
@@ -106,12 +106,12 @@ def of_run(directory: Path, config: Config, asked: Asked) -> int:
     with world_here(config) as world:
         data = _data(config, judged, trained=True)
         sizes = _sizes(config, data)
-        recipe = _fresh(config, world, build_recipe)
+        recipe = _fresh(config, world, build_method)
         view = recipe.views[0]
-        evaluators, _ = suite(config, Judged(**data), world, size=view.size, normalize=_normalize(view.normalize))
-        subject = subject_of(recipe, config, world.device)
+        evaluators, _ = build_evaluators(config, EvalData(**data), world, size=view.size, normalize=_normalize(view.normalize))
+        subject = eval_model_of(recipe, config, world.device)
         columns = {"untrained": _scores(evaluators, subject)} if asked.untrained else {}
-        with closing(Telling.of_run(directory, config, asked.track) if first else None) as telling:
+        with closing(EvalReporter.of_run(directory, config, asked.track) if first else None) as telling:
             for saved in agreed(coming, world):
                 fill_trained(recipe, saved)
                 recipe.eval()
@@ -168,7 +168,7 @@ def settings_for_weights(overrides: Sequence[str]) -> Config:
         return load(file, overrides).config
 
 
-def of_weights(source: str, config: Config, asked: Asked, *, model: str | None, size: int | None) -> int:
+def of_weights(source: str, config: Config, asked: EvalRequest, *, model: str | None, size: int | None) -> int:
     """Judge weights from elsewhere; returns the exit code.
 
     Args:
@@ -183,7 +183,7 @@ def of_weights(source: str, config: Config, asked: Asked, *, model: str | None, 
     """
     from pipeline.data.augment.views import Normalize
     from pipeline.data.inputs import judged
-    from pipeline.evaluation.runner import Judged, suite
+    from pipeline.evaluation.runner import EvalData, build_evaluators
     from pipeline.weights.pretrained import load
 
     config = asking(config, asked)
@@ -196,13 +196,13 @@ def of_weights(source: str, config: Config, asked: Asked, *, model: str | None, 
                 where="--size",
                 hint=f"choose a multiple of {peer.subject.tower.patch}",
             )
-        data = Judged(**_data(config, judged))
+        data = EvalData(**_data(config, judged))
         normalize = Normalize(peer.subject.mean, peer.subject.std)
-        evaluators, _ = suite(config, data, world, size=side, normalize=normalize)
+        evaluators, _ = build_evaluators(config, data, world, size=side, normalize=normalize)
         scores = {"weights": _scores(evaluators, peer.subject)}
         if world.rank == 0:
             _told(peer.name, {"weights": source, "size": side, "scores": scores}, asked.output)
-            with closing(Telling.of_weights(peer.name, config, asked.track)) as telling:
+            with closing(EvalReporter.of_weights(peer.name, config, asked.track)) as telling:
                 if telling is not None:
                     telling(0, scores, asked.output)
     return 0
@@ -234,7 +234,7 @@ def _normalize(given: Normalize | None) -> Normalize:
     return given or Normalize()
 
 
-def _scores(evaluators: dict[str, Any], subject: Subject) -> dict[str, float]:
+def _scores(evaluators: dict[str, Any], subject: EvalModel) -> dict[str, float]:
     scores: dict[str, float] = {}
     for evaluator in evaluators.values():
         scores |= evaluator(subject)

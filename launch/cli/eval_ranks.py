@@ -93,7 +93,7 @@ def world_here(config: Config) -> Iterator[World]:
             leave()
 
 
-class Telling:
+class EvalReporter:
     """Scores on their way to MLflow, through a journal: a server that is away holds up nothing and loses nothing.
 
     A run's scores go to the run's own MLflow run as ``eval/<score>`` at the checkpoint's step, those of another network
@@ -114,7 +114,7 @@ class Telling:
         self._shipper: Shipper | None = None
 
     @classmethod
-    def of_run(cls, directory: Path, config: Config, uri: str | None) -> Telling | None:
+    def of_run(cls, directory: Path, config: Config, uri: str | None) -> EvalReporter | None:
         """For a run's checkpoints.
 
         Args:
@@ -142,7 +142,7 @@ class Telling:
         return cls(run.tracking / f"eval-{_stamp()}", aside, hint, refusal=refusal)
 
     @classmethod
-    def of_weights(cls, name: str, config: Config, uri: str | None) -> Telling | None:
+    def of_weights(cls, name: str, config: Config, uri: str | None) -> EvalReporter | None:
         """For weights from elsewhere; ``None`` if no server is named.
 
         Args:
@@ -214,7 +214,7 @@ class Telling:
 
 
 @contextlib.contextmanager
-def closing(telling: Telling | None) -> Iterator[Telling | None]:
+def closing(telling: EvalReporter | None) -> Iterator[EvalReporter | None]:
     """Closes it at the end, if there is one."""
     try:
         yield telling

@@ -9,7 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from launch.cli.eval_ranks import Telling, agreed, closing, world_here
+from launch.cli.eval_ranks import EvalReporter, agreed, closing, world_here
 from launch.rank_environment import RankEnvironment
 from pipeline.checkpoint.files import Saved
 from pipeline.config.load import Loaded
@@ -81,10 +81,10 @@ def scores(config: Config, run: Path) -> dict[str, dict[int, float]]:
 def _judge(config: Config, saved: Saved, world: World) -> tuple[dict[str, dict[int, float]], dict[str, int]]:
     inputs = labelled(config)
     from pipeline.evaluation.runner import Evaluations
-    from pipeline.methods.registry import make_recipe
+    from pipeline.methods.registry import build_seeded_method
 
     found: dict[str, dict[int, float]] = {name: {} for name in SOURCES}
-    recipe = make_recipe(config, world.device)
+    recipe = build_seeded_method(config, world.device)
     evaluate = Evaluations(config, inputs, recipe, world, fresh=True)
     # The first call judges the fresh weights and the pixels, the second what was trained; pictures are decoded once.
     first = evaluate()
@@ -152,7 +152,7 @@ def _tell(
     if output is not None:
         RunDirectory(output.parent).write(output.name, document)
     _print(found, document)
-    with closing(Telling.of_run(directory, config, track)) as telling:
+    with closing(EvalReporter.of_run(directory, config, track)) as telling:
         if telling is not None:
             rows = {source: {f"knn/k{k}": value for k, value in row.items()} for source, row in found.items()}
             telling(saved.step, rows, directory / "evaluation.json")

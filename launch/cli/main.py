@@ -80,10 +80,10 @@ def demo(
 
     fovea demo --data 'cifar10/train-{00000..00009}.tar' --val 'cifar10/val-{00000..00001}.tar'
     """
-    from pipeline.config.schema import RECIPES
+    from pipeline.config.schema import METHODS
 
-    if method not in RECIPES:
-        raise ConfigError(f"there is no method {method!r}", where="--method", hint=f"Choose of {', '.join(sorted(RECIPES))}.")
+    if method not in METHODS:
+        raise ConfigError(f"there is no method {method!r}", where="--method", hint=f"Choose of {', '.join(sorted(METHODS))}.")
     from launch.cli.demo import run
 
     run(minutes=minutes, method=method, data=data, directory=directory, val=val)
@@ -191,7 +191,7 @@ def evaluate(
     loaded = _load(str(resolved), extra) if own else None
     config = loaded.config if loaded else judge.settings_for_weights(extra)
     names = names or (["knn"] if plain else list(config.evaluation.enabled) or ["knn"])
-    asked = judge.Asked(tuple(names), untrained, output, watch, track, checkpoint)
+    asked = judge.EvalRequest(tuple(names), untrained, output, watch, track, checkpoint)
     if (count := many(config, ranks)) > 1:
         judge.refuse(config, asked, Path(run) if own else None)
         raise typer.Exit(spread(_words, count, Path(run) / "logs" / "eval" if own else None))

@@ -229,7 +229,7 @@ def cancel(run: RunArgument) -> None:
     from pipeline.runtime import job_record as record
 
     found = standing.find(run)
-    record.judge(found, "stopped", "cancelled")
+    record.end(found, "stopped", "cancelled")
     alive = living(found)
     for job in alive:
         tools.cancel(job.id)

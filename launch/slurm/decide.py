@@ -42,7 +42,7 @@ class Budgets:
 
 
 @dataclass(frozen=True)
-class Ending:
+class AttemptResult:
     """What is known of the attempt that has just ended.
 
     Attributes:
@@ -87,7 +87,7 @@ class Decision:
     exclude: Mapping[str, str] = field(default_factory=dict)
 
 
-def cause_of(end: Ending) -> tuple[str, str]:
+def classify(end: AttemptResult) -> tuple[str, str]:
     """One word for what ended an attempt, and the sentence."""
     if end.bad_nodes and end.everywhere:
         return "refused", f"every node is at fault: {'; '.join(sorted(set(end.bad_nodes.values())))}"
@@ -120,7 +120,7 @@ def cause_of(end: Ending) -> tuple[str, str]:
     return "crash", f"the ranks ended with code {end.code} and said nothing (killed, or out of memory?)"
 
 
-def decide(end: Ending, history: Sequence[Mapping[str, Any]], budgets: Budgets) -> Decision:
+def decide(end: AttemptResult, history: Sequence[Mapping[str, Any]], budgets: Budgets) -> Decision:
     """What to do after an attempt.
 
     Args:
@@ -128,7 +128,7 @@ def decide(end: Ending, history: Sequence[Mapping[str, Any]], budgets: Budgets) 
         history: the attempts before it, oldest first, each with ``cause``, ``before``, ``after`` and ``why``.
         budgets: how often which cause may occur.
     """
-    cause, why = cause_of(end)
+    cause, why = classify(end)
     if cause == "finished":
         return Decision("finish", cause, why)
     if cause == "stopped":

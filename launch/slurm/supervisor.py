@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from launch.slurm import slurm_commands as tools
-from launch.slurm.decide import Budgets, Decision, Ending, cause_of, decide
+from launch.slurm.decide import AttemptResult, Budgets, Decision, classify, decide
 from pipeline.errors import LaunchError
 from pipeline.masking import printable
 from pipeline.runtime import job_record as record
@@ -31,7 +31,7 @@ _MEETINGS = 3  # starts of the ranks in one attempt, if the port was taken meanw
 _TICK = 0.5
 
 
-class Attendant:
+class Supervisor:
     """One attempt of a run on a cluster.
 
     Args:
@@ -58,7 +58,7 @@ class Attendant:
         if (over := record.verdict(self.run)) or record.asked(self.run, record.STOP):
             self._say(f"nothing to do: {over.get('why') or 'a person asked the run to stop'}")
             if not over:
-                record.judge(self.run, "stopped", "stopped by request before the attempt began")
+                record.end(self.run, "stopped", "stopped by request before the attempt began")
             return 0
         if other := self._another():
             self._say(f"error: job {other} is attending this run already; this one leaves it alone")
@@ -93,7 +93,7 @@ class Attendant:
             with contextlib.suppress(OSError):
                 (self.run.logs(self.attempt) / "failure.json").rename(self.run.logs(self.attempt) / "failure-meeting.json")
         failure = slow or record.failure(self.run, self.attempt)
-        end = Ending(
+        end = AttemptResult(
             code=code,
             outcome=record.outcome(self.run, self.attempt),
             failure=failure,
@@ -256,7 +256,7 @@ class Attendant:
     def _act(self, decision: Decision) -> int:
         self._say(f"attempt {self.attempt}: {decision.why} → {decision.action}")
         if decision.action != "requeue":
-            record.judge(self.run, {"finish": "finished", "stop": "stopped", "fail": "failed"}[decision.action], decision.why)
+            record.end(self.run, {"finish": "finished", "stop": "stopped", "fail": "failed"}[decision.action], decision.why)
             if self.facts["after"] == "chain":
                 self._cancel_successor()
             return 0 if decision.action != "fail" else 1
@@ -318,7 +318,7 @@ class Attendant:
                 told = record.asked(self.run, f"{record.STOP}-{number}")
                 outcome = record.outcome(self.run, number)
                 if outcome is not None:
-                    cause, why = cause_of(Ending(outcome=outcome, told=str((told or {}).get("reason", ""))))
+                    cause, why = classify(AttemptResult(outcome=outcome, told=str((told or {}).get("reason", ""))))
                 elif told:
                     cause, why = str(told.get("reason")), "cut off while it was stopping"
                 else:
@@ -345,7 +345,7 @@ def _free_port() -> int:
 
 def main() -> int:
     """Entry of ``python -m launch.slurm.supervisor RUN``."""
-    return Attendant(RunDirectory(Path(sys.argv[1])), dict(os.environ)).attend()
+    return Supervisor(RunDirectory(Path(sys.argv[1])), dict(os.environ)).attend()
 
 
 if __name__ == "__main__":

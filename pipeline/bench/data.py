@@ -29,9 +29,9 @@ from pipeline.data.augment.decode import Decoder
 from pipeline.data.augment.plan import make_plan
 from pipeline.data.index.build import build
 from pipeline.data.index.manifest import Manifest
-from pipeline.data.loader.bad_samples import Ledger
+from pipeline.data.loader.bad_samples import BadSamples
 from pipeline.data.loader.batch_stream import BatchStream, StreamOptions
-from pipeline.data.loader.encoded_batches import Portions, portions
+from pipeline.data.loader.encoded_batches import StepDataset, portions
 from pipeline.data.loader.reader import Reader
 from pipeline.data.order.order import Order
 from pipeline.data.pack.shard_writer import ShardWriter
@@ -186,11 +186,11 @@ def _pull(batches: Iterator[Any], steps: int) -> Callable[[], float]:
     return run
 
 
-def dataset(manifest: Manifest, options: Options) -> Portions:
+def dataset(manifest: Manifest, options: Options) -> StepDataset:
     """What our stream reads: the order and views of a training."""
     order = Order(manifest.sizes, _SEED, options.batch * options.world)
     reader = Reader(manifest, wants=("image", "label", "caption"))
-    return Portions(reader, order, rivals.specs(), seed=_SEED, world=options.world, rank=0)
+    return StepDataset(reader, order, rivals.specs(), seed=_SEED, world=options.world, rank=0)
 
 
 def _ours(manifest: Manifest, options: Options, hue: Hue, steps: int) -> float:
@@ -199,7 +199,7 @@ def _ours(manifest: Manifest, options: Options, hue: Hue, steps: int) -> float:
         dataset(manifest, options),
         device=torch.device("cpu"),
         options=StreamOptions(micro_batch=options.batch, workers=0, threads=options.threads, prefetch=1, hue=hue),
-        ledger=Ledger(None),
+        ledger=BadSamples(None),
         first=0,
         last=steps,
     )

@@ -30,7 +30,7 @@ def measure(options: Options, *, rounds: int, tell: Callable[[str], None] = lamb
         torch.stack([term.float() for term in terms.values()]).sum().backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        recipe.after_skip()
+        recipe.on_step_skipped()
 
     tell("measuring")
     try:

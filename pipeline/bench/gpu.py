@@ -23,7 +23,7 @@ from pipeline.bench.data import Options, Result, dataset, prepare
 from pipeline.data.augment.dali import Augmenter, Hue
 from pipeline.data.augment.decode import Decoder
 from pipeline.data.augment.plan import make_plan
-from pipeline.data.loader.bad_samples import Ledger
+from pipeline.data.loader.bad_samples import BadSamples
 from pipeline.data.loader.batch_stream import BatchStream, StreamOptions
 from pipeline.errors import ConfigError
 
@@ -116,7 +116,7 @@ def _stream(ours: Any, options: Options, last: int | None, hue: Any) -> BatchStr
         ours,
         device=torch.device("cuda", 0),
         options=StreamOptions(micro_batch=options.batch, workers=max(options.workers, 1), threads=options.threads, hue=hue),
-        ledger=Ledger(None),
+        ledger=BadSamples(None),
         first=0,
         last=last,
     )

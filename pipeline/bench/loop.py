@@ -22,7 +22,7 @@ from pipeline.runtime.process_group import World
 from pipeline.runtime.stop_requests import StopRequests
 from pipeline.runtime.watchdog import Watchdog
 from pipeline.tracking import Journal
-from pipeline.training.rollback import LeftOut
+from pipeline.training.rollback import SkippedSteps
 from pipeline.training.schedules import Schedules, constant
 from pipeline.training.timing import Phases
 from pipeline.training.trainer import Plan, Progress, Trainer
@@ -135,7 +135,7 @@ def measure(options: Options, *, tell: Callable[[str], None] = lambda _: None) -
             plan=Plan(steps, options.log_every, 0, 0, 3, seed=0),
             requests=StopRequests(folder),
             phases=Phases(world, watchdog),
-            left_out=LeftOut(folder / "left_out.json"),
+            left_out=SkippedSteps(folder / "left_out.json"),
             go_back=never,
         )
         tell(f"{steps} steps, three times")

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.config.load import available, load
-from pipeline.config.schema import RECIPES
+from pipeline.config.schema import METHODS
 from pipeline.data.pack.synthetic import CLASS_NAMES
 from pipeline.errors import FoveaError, TrainingError
 from pipeline.runtime.interpreter import alone_environment, module_command
@@ -50,7 +50,7 @@ def configs() -> dict[str, str]:
     for name in sorted(available()):
         if "scenes" in name.split("/")[-1]:
             method = load(name).config.method.name
-            if method in RECIPES:
+            if method in METHODS:
                 found.setdefault(method, name)
     return found
 
@@ -95,7 +95,7 @@ def _one(method: str, shards: str, minutes: float, ranks: int, directory: Path, 
 
 
 def _compares(method: str) -> bool:
-    return "max_scale" in RECIPES[method].model_fields  # the temperature with which pictures and texts are compared
+    return "max_scale" in METHODS[method].model_fields  # the temperature with which pictures and texts are compared
 
 
 def train(config: str, directory: Path, overrides: Sequence[str]) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pipeline.data.augment.views import Batch
-from pipeline.methods.base import Recipe, Step
+from pipeline.methods.base import Method, Step
 from pipeline.methods.ema_teacher import Teacher
 from pipeline.models.groups import ParameterGroup
 from pipeline.training.engine import Engine, EngineOptions
@@ -35,7 +35,7 @@ class Size:
     samples: int = 8
 
 
-class Plain(Recipe):
+class Plain(Method):
     """A student follows its own teacher on random vectors; speaks with no other rank itself.
 
     Args:

@@ -20,7 +20,7 @@ from typing import Any
 from pipeline.checkpoint.files import Saved, read, sync, verify
 from pipeline.checkpoint.manifest import MANIFEST, MAX_MANIFEST
 from pipeline.checkpoint.retention import Mark, Retention
-from pipeline.data.storage import NotThere, Storage, StorageAway
+from pipeline.data.storage import ShardNotFound, Storage, StorageUnavailable
 from pipeline.errors import CheckpointError, DataError
 from pipeline.untrusted import printable
 
@@ -172,7 +172,7 @@ def _fetch(folder: str, name: str, manifest: dict[str, Any], directory: Path, st
         sync(temporary)
         temporary.rename(directory / name)
         sync(directory)
-    except NotThere as error:
+    except ShardNotFound as error:
         raise CheckpointError("a file of it is missing", where=error.where, hint="an older one is taken") from error
     except OSError as error:
         raise DataError(
@@ -197,7 +197,7 @@ def _manifest(storage: Storage, url: str) -> dict[str, Any] | None:
                 return None
             storage.get(url, Path(folder) / MANIFEST)
             return read(Path(folder)).manifest
-        except (NotThere, CheckpointError):
+        except (ShardNotFound, CheckpointError):
             return None
 
 
@@ -206,11 +206,11 @@ def _size(storage: Storage, url: str) -> int:
 
     Raises:
         CheckpointError: it is missing, or no regular file.
-        StorageAway: object storage did not answer for as long as the grace lasts.
+        StorageUnavailable: object storage did not answer for as long as the grace lasts.
     """
     try:
         return storage.stat(url).size
-    except StorageAway:
+    except StorageUnavailable:
         raise
     except DataError as error:
         raise CheckpointError("a file of it is missing", where=error.where, hint="an older one is taken") from error

@@ -18,7 +18,7 @@ from pipeline.checkpoint.manifest import WHOLE
 from pipeline.checkpoint.snapshot import whole_tensors
 from pipeline.checkpoint.tensor_writer import begins
 from pipeline.errors import CheckpointError
-from pipeline.methods.base import Recipe
+from pipeline.methods.base import Method
 from pipeline.models.tensor_files import opened
 from pipeline.untrusted import open_regular, printable
 
@@ -91,7 +91,7 @@ class _Pieces:
         return out
 
 
-def load(saved: Saved, engine: ShardedWeights, recipe: Recipe) -> None:
+def load(saved: Saved, engine: ShardedWeights, recipe: Method) -> None:
     """Bring student, moments, teacher and memory to what they were, on any number of ranks.
 
     Raises:
@@ -112,7 +112,7 @@ def load(saved: Saved, engine: ShardedWeights, recipe: Recipe) -> None:
             pieces.fill(piece, "teacher", name, start)
 
 
-def _load_whole(saved: Saved, recipe: Recipe, engine: ShardedWeights) -> None:
+def _load_whole(saved: Saved, recipe: Method, engine: ShardedWeights) -> None:
     targets = whole_tensors(recipe, engine)
     with opened(saved.path / WHOLE) as file:
         stored = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict

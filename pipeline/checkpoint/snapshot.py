@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from pipeline.checkpoint.fragments import ShardedWeights
-from pipeline.methods.base import Recipe
+from pipeline.methods.base import Method
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class Staging:
     def __init__(self) -> None:
         self._kept: dict[str, Tensor] = {}
 
-    def take(self, engine: ShardedWeights, recipe: Recipe, *, rank: int, copy: bool) -> Snapshot:
+    def take(self, engine: ShardedWeights, recipe: Method, *, rank: int, copy: bool) -> Snapshot:
         """This rank's part of a checkpoint of this moment; all ranks must take part.
 
         Args:
@@ -72,9 +72,9 @@ class Staging:
         return copies
 
 
-def whole_tensors(recipe: Recipe, engine: ShardedWeights) -> dict[str, Tensor]:
+def whole_tensors(recipe: Method, engine: ShardedWeights) -> dict[str, Tensor]:
     """The tensors themselves, by their names in the file, of everything that has no fragments."""
-    tensors = {f"memory/{name}": tensor for name, tensor in recipe.memory.items()}
+    tensors = {f"memory/{name}": tensor for name, tensor in recipe.extra_state.items()}
     trainable = engine.shapes
     frozen = {**dict(recipe.named_parameters()), **dict(recipe.named_buffers())}
     tensors.update({f"frozen/{name}": t for name, t in frozen.items() if name not in trainable})

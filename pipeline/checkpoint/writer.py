@@ -41,7 +41,7 @@ from pipeline.checkpoint.retention import Mark, Retention, write_best
 from pipeline.checkpoint.snapshot import Snapshot, Staging
 from pipeline.checkpoint.tensor_writer import write_tensors
 from pipeline.errors import CheckpointError
-from pipeline.methods.base import Recipe
+from pipeline.methods.base import Method
 
 _TEMPORARY = ".tmp-"
 
@@ -116,7 +116,7 @@ class Checkpoints:
         self._thread = ThreadPoolExecutor(1, "checkpoint")
         self._marks: dict[str, Mark] | None = None
 
-    def save(self, engine: ShardedWeights, recipe: Recipe, facts: dict[str, Any]) -> Path:
+    def save(self, engine: ShardedWeights, recipe: Method, facts: dict[str, Any]) -> Path:
         """Write a checkpoint with all ranks and make it current, before training goes on.
 
         Args:
@@ -134,7 +134,7 @@ class Checkpoints:
             raise (outcome and outcome.problem) or CheckpointError("nothing was written", where=str(self.directory))
         return outcome.path
 
-    def begin(self, engine: ShardedWeights, recipe: Recipe, facts: dict[str, Any]) -> Outcome | None:
+    def begin(self, engine: ShardedWeights, recipe: Method, facts: dict[str, Any]) -> Outcome | None:
         """Take a copy of this moment, have it written beside the training, and return; a save under way is waited for first.
 
         To be followed by a :meth:`poll` at every step boundary, and by :meth:`finish` at the end.
@@ -209,7 +209,7 @@ class Checkpoints:
         if self._pending is not None and self._pending.committing:
             wait([self._pending.job])
 
-    def _begin(self, engine: ShardedWeights, recipe: Recipe, facts: dict[str, Any], *, copy: bool) -> None:
+    def _begin(self, engine: ShardedWeights, recipe: Method, facts: dict[str, Any], *, copy: bool) -> None:
         name = f"step_{facts['step']:09d}"
         rank = dist.get_rank()
         temporary = self.directory / f"{_TEMPORARY}{name}"

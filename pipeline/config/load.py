@@ -29,14 +29,14 @@ from pydantic.fields import FieldInfo
 
 from pipeline.config.layers import Branch, Leaf, Problem, display, grown, merge, origin_of, override, read, scalar, unwrap
 from pipeline.config.paths import same
-from pipeline.config.schema import RECIPES, Config
+from pipeline.config.schema import METHODS, Config
 from pipeline.config.types import Length, Settings, absolute_paths, path_marker
 from pipeline.config.upgrade import upgrade
 from pipeline.config.validate import check
 from pipeline.errors import ConfigError
 from pipeline.masking import masked
 from pipeline.methods.dinov2.settings import Dinov2Settings
-from pipeline.methods.settings import RecipeSettings
+from pipeline.methods.settings import MethodSettings
 from pipeline.untrusted import printable
 
 DEFAULT = "default"
@@ -184,17 +184,17 @@ def _validate(tree: Branch, shown: str) -> tuple[Config | None, list[Problem]]:
     raw = unwrap(tree)
     section, method = raw.pop("method", {}), str(Dinov2Settings().name)
     name: Any = section.get("name", method) if isinstance(section, dict) else method
-    if isinstance(name, str) and name in RECIPES:
+    if isinstance(name, str) and name in METHODS:
         method = name
     else:
-        near = difflib.get_close_matches(str(name), RECIPES, 1)
+        near = difflib.get_close_matches(str(name), METHODS, 1)
         hint = f"; did you mean {near[0]}?" if near else ""
-        message = f"method.name = {_quote(name)}: no such method{hint} (allowed: {', '.join(sorted(RECIPES))})"
+        message = f"method.name = {_quote(name)}: no such method{hint} (allowed: {', '.join(sorted(METHODS))})"
         problems.append(Problem("method.name", message, origin_of(tree, ["method", "name"]) or shown))
         section = {}
     fields = schema(method)
     parts: dict[str, Any] = {}
-    for prefix, kind, value in (("", Config, raw), ("method", RECIPES[method], section)):
+    for prefix, kind, value in (("", Config, raw), ("method", METHODS[method], section)):
         try:
             parts[prefix] = kind.model_validate_json(json.dumps(value), strict=True)
         except ValidationError as error:
@@ -277,7 +277,7 @@ def schema(recipe: str = "dinov2") -> dict[str, FieldInfo]:
     def walk(kind: type[Settings], prefix: str) -> Iterator[tuple[str, FieldInfo]]:
         for name, info in kind.model_fields.items():
             yield prefix + name, info
-            inner = RECIPES[recipe] if info.annotation is RecipeSettings or name == "method" else info.annotation
+            inner = METHODS[recipe] if info.annotation is MethodSettings or name == "method" else info.annotation
             for part in (
                 inner,
                 *typing.get_args(inner),

@@ -23,7 +23,7 @@ from pipeline.config.upgrade import upgrade
 from pipeline.data.settings import DataSettings
 from pipeline.evaluation.settings import EvaluationSettings
 from pipeline.methods.dinov2.settings import Dinov2Settings
-from pipeline.methods.settings import REGISTERED, RecipeSettings
+from pipeline.methods.settings import REGISTERED, MethodSettings
 from pipeline.models.settings import ModelSettings
 from pipeline.runtime.settings import HealthSettings, LaunchSettings, RunSettings
 from pipeline.tracking.settings import TrackingSettings
@@ -31,7 +31,7 @@ from pipeline.training.settings import OptimSettings, ScheduleSettings, TrainSet
 from pipeline.weights.settings import InitSettings
 
 
-def _methods() -> dict[str, type[RecipeSettings]]:
+def _methods() -> dict[str, type[MethodSettings]]:
     """Settings of every method by its name: of all folders below ``pipeline/methods`` with a ``settings.py``."""
     folder = Path(__file__).resolve().parents[1] / "methods"
     for file in sorted(folder.glob("*/settings.py")):
@@ -39,7 +39,7 @@ def _methods() -> dict[str, type[RecipeSettings]]:
     return dict(sorted(REGISTERED.items()))
 
 
-RECIPES = _methods()
+METHODS = _methods()
 
 
 def _beside(pattern: str) -> str:
@@ -53,8 +53,8 @@ def _beside(pattern: str) -> str:
 
 
 def _known_recipe(value: object) -> object:
-    if isinstance(value, dict) and value.get("name") in RECIPES:
-        return RECIPES[value["name"]].model_validate(value)
+    if isinstance(value, dict) and value.get("name") in METHODS:
+        return METHODS[value["name"]].model_validate(value)
     return value
 
 
@@ -62,7 +62,7 @@ class Config(Settings):
     """The whole tree. ``recipe`` holds the class registered under ``method.name``."""
 
     run: RunSettings = Field(default=RunSettings(), description="which run this is")
-    method: Annotated[SerializeAsAny[RecipeSettings], BeforeValidator(_known_recipe)] = Field(
+    method: Annotated[SerializeAsAny[MethodSettings], BeforeValidator(_known_recipe)] = Field(
         default=Dinov2Settings(), description="the method"
     )
     model: ModelSettings = Field(description="the vision tower")

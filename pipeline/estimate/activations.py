@@ -20,8 +20,8 @@ from torch.utils._pytree import tree_flatten
 
 from pipeline.config.schema import Config
 from pipeline.estimate.flops import fake_batch, whole_groups
-from pipeline.methods.base import Recipe, Step
-from pipeline.methods.registry import build_recipe
+from pipeline.methods.base import Method, Step
+from pipeline.methods.registry import build_method
 
 
 class Alive(TorchDispatchMode):
@@ -115,23 +115,23 @@ def alive(config: Config, samples: int, number: int = 0) -> tuple[int, int]:
     with FakeTensorMode(allow_non_fake_inputs=True), bf16:
         for network in (recipe, *(recipe.teacher.modules.values() if recipe.teacher is not None else ())):
             network.to_empty(device="cpu")
-        recipe.memory = {name: torch.empty_like(tensor, device="cpu") for name, tensor in recipe.memory.items()}
+        recipe.extra_state = {name: torch.empty_like(tensor, device="cpu") for name, tensor in recipe.extra_state.items()}
         context = recipe.text.context if recipe.text else 0
         batch = fake_batch(recipe.view_sets[number].views, samples, context=context)
         with mock.patch.dict(os.environ, {"FOVEA_KERNELS": "torch"}), Alive() as found:
             with torch.no_grad():
-                recipe.prepare([batch], Step())
+                recipe.before_accumulation([batch], Step())
             terms = recipe(batch, Step())
             kept = found.now
         del terms
     return kept, found.peak
 
 
-def _recipe(config: Config) -> Recipe:
+def _recipe(config: Config) -> Method:
     with torch.device("meta"):
-        return build_recipe(config).train()
+        return build_method(config).train()
 
 
-def _teachers(recipe: Recipe) -> Iterator[torch.nn.Module]:
+def _teachers(recipe: Method) -> Iterator[torch.nn.Module]:
     for network in recipe.teacher.modules.values() if recipe.teacher is not None else ():
         yield from network.modules()

@@ -20,7 +20,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from pipeline.config.schema import Config
 from pipeline.data.augment.views import Batch, Boxes, Masks, ViewSpec
 from pipeline.methods.base import Step
-from pipeline.methods.registry import build_recipe
+from pipeline.methods.registry import build_method
 
 _SAMPLES = 8
 
@@ -68,17 +68,17 @@ def counted(config: Config, samples: int = _SAMPLES) -> float:
     """
     samples = whole_groups(config, samples)
     with torch.device("meta"):  # a tower's constructor reads numbers, which fake tensors do not have
-        recipe = build_recipe(config)
+        recipe = build_method(config)
     with FakeTensorMode(allow_non_fake_inputs=True):
         for network in (recipe, *(recipe.teacher.modules.values() if recipe.teacher is not None else ())):
             network.to_empty(device="cpu")
-        recipe.memory = {name: torch.empty_like(tensor, device="cpu") for name, tensor in recipe.memory.items()}
+        recipe.extra_state = {name: torch.empty_like(tensor, device="cpu") for name, tensor in recipe.extra_state.items()}
         total = 0.0
         for one in recipe.view_sets:
             batch = fake_batch(one.views, samples, context=recipe.text.context if recipe.text else 0)
             with flop_counter() as counter:
                 with torch.no_grad():
-                    recipe.prepare([batch], Step())
+                    recipe.before_accumulation([batch], Step())
                 terms = recipe(batch, Step())
                 torch.stack([term.float() for term in terms.values()]).sum().backward()
             total += one.weight * counter.get_total_flops()

@@ -11,18 +11,18 @@ from numpy.typing import NDArray
 from timm.layers import apply_rot_embed_cat
 from torch import Tensor, nn
 
-from pipeline.models.eval_model import Subject, uncompiled
+from pipeline.models.eval_model import EvalModel, uncompiled
 
 _SHADES = ((0, 0, 40), (60, 20, 120), (190, 50, 90), (250, 150, 40), (255, 250, 190))
 
 
-def readable(subject: Subject) -> bool:
+def readable(subject: EvalModel) -> bool:
     """Whether the tower is one of timm's transformers, whose queries and keys can be read."""
     return _last(subject) is not None
 
 
 @torch.inference_mode()
-def with_attention(subject: Subject, images: Tensor) -> tuple[Any, Tensor | None]:
+def with_attention(subject: EvalModel, images: Tensor) -> tuple[Any, Tensor | None]:
     """The tokens of pictures, and how much of the class token's attention in the last block each patch has.
 
     Queries and keys are overheard while the block works, so that weights are read by their owners alone; rotary positions are
@@ -68,7 +68,7 @@ def with_attention(subject: Subject, images: Tensor) -> tuple[Any, Tensor | None
 
 
 @torch.inference_mode()
-def looked_at(subject: Subject, images: Tensor) -> Tensor:
+def looked_at(subject: EvalModel, images: Tensor) -> Tensor:
     """:func:`with_attention`, the mean of all heads, ``[n, patches]``; of a tower that cannot be read, the cosine of each patch
     with the class token."""
     tokens, attention = with_attention(subject, images)
@@ -87,7 +87,7 @@ def shaded(values: NDArray[Any]) -> NDArray[np.uint8]:
     return np.rint(table[below] * (1 - share) + table[below + 1] * share).astype(np.uint8)
 
 
-def _last(subject: Subject) -> Any:
+def _last(subject: EvalModel) -> Any:
     """The last block's attention, if its queries and keys pass through modules of their own."""
     blocks = getattr(getattr(subject.tower, "vit", None), "blocks", None)
     attention = getattr(blocks[-1], "attn", None) if blocks is not None else None

@@ -62,9 +62,9 @@ def shown(
         normalize: with which numbers; ImageNet's if not given.
     """
     from pipeline.data.augment.views import Normalize, ViewSpec
-    from pipeline.data.loader.bad_samples import Ledger
+    from pipeline.data.loader.bad_samples import BadSamples
     from pipeline.data.loader.batch_stream import BatchStream, StreamOptions
-    from pipeline.data.loader.encoded_batches import Portions
+    from pipeline.data.loader.encoded_batches import StepDataset
     from pipeline.data.loader.reader import Reader
     from pipeline.evaluation.online import FixedList
 
@@ -73,9 +73,9 @@ def shown(
         manifest, wants=("image", "label", "caption"), checksum=config.data.verify_checksums, store=open_storage(config)
     )
     spec = ViewSpec("image", 1, size, None, normalize=normalize or Normalize())
-    dataset = Portions(reader, order, (spec,), seed=0, world=1, rank=0)
+    dataset = StepDataset(reader, order, (spec,), seed=0, world=1, rank=0)
     options = StreamOptions(micro_batch=order.global_batch, workers=0, threads=config.data.decode_threads, hue="off")
-    for _, batches in BatchStream(dataset, device=device, options=options, ledger=Ledger(None, budget=1.0), last=len(order)):
+    for _, batches in BatchStream(dataset, device=device, options=options, ledger=BadSamples(None, budget=1.0), last=len(order)):
         yield from batches
 
 

@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from pipeline.data.order.random import permutation
-from pipeline.evaluation.table import summed
+from pipeline.evaluation.table import all_reduce_sum
 
 RATES = (1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0, 3.0)
 _MOMENTUM = 0.9
@@ -96,7 +96,7 @@ def train_heads(
             logits = torch.einsum("nd,rcd->rnc", features, weight) + bias[:, None]
             error = (logits.softmax(-1) * wanted.sum(1)[None, :, None] - wanted).transpose(1, 2)
             slope = torch.cat([error @ features, error.sum(2, keepdim=True)], dim=2)
-            flat = summed(torch.cat([slope.flatten(), wanted.sum().reshape(1)]).double().cpu(), group)
+            flat = all_reduce_sum(torch.cat([slope.flatten(), wanted.sum().reshape(1)]).double().cpu(), group)
             slope = (flat[:-1] / flat[-1].clamp_min(1.0)).float().view_as(speed).to(device)
             speed = _MOMENTUM * speed + slope
             rate = peaks * (0.5 * (1 + math.cos(math.pi * done / steps)))
@@ -110,7 +110,7 @@ def _moments(x: Tensor, group: dist.ProcessGroup | None) -> tuple[Tensor, Tensor
     """Mean, and one over the deviation, of each channel over all ranks."""
     flat = x.double().flatten(0, 1)
     sums = torch.cat([flat.sum(0), flat.square().sum(0), flat.new_tensor([float(len(flat))])])
-    summed(sums, group)
+    all_reduce_sum(sums, group)
     total, squares, count = sums[: x.shape[2]], sums[x.shape[2] : -1], sums[-1].clamp_min(1.0)
     mean = total / count
     deviation = (squares / count - mean.square()).clamp_min(0.0).sqrt()

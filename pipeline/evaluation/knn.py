@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 
-def votes(
+def knn_votes(
     similarities: Tensor, labels: Tensor, *, classes: int, ks: Sequence[int], temperature: float = 0.07
 ) -> dict[int, Tensor]:
     """Class scores from the nearest neighbours.
@@ -69,7 +69,7 @@ def knn_accuracy(
     right = dict.fromkeys(ks, 0)
     for low in range(0, len(queries), chunk):
         nearest, index = (queries[low : low + chunk] @ bank.T).topk(most, dim=1)
-        scores = votes(nearest, bank_labels[index], classes=classes, ks=[min(k, most) for k in ks], temperature=temperature)
+        scores = knn_votes(nearest, bank_labels[index], classes=classes, ks=[min(k, most) for k in ks], temperature=temperature)
         for k in ks:
             right[k] += int((scores[min(k, most)].argmax(dim=1) == query_labels[low : low + chunk]).sum())
     return {k: n / len(queries) for k, n in right.items()}

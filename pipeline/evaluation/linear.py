@@ -17,8 +17,8 @@ from torch import Tensor
 from pipeline.errors import DataError
 from pipeline.evaluation.heads import RATES, held_out, train_heads
 from pipeline.evaluation.online import Pictures
-from pipeline.evaluation.table import Table, extract, summed, together
-from pipeline.models.eval_model import Subject
+from pipeline.evaluation.table import Table, all_gather_table, all_reduce_sum, extract
+from pipeline.models.eval_model import EvalModel
 
 COSTS = (1e-2, 1e-1, 1.0, 1e1, 1e2, 1e3)
 
@@ -50,7 +50,7 @@ class LinearProbe:
         self._train, self._test, self._rates, self._layers = train, test, tuple(rates), tuple(layers)
         self._epochs, self._batch, self._hold_out, self._group = epochs, batch, hold_out, group
 
-    def __call__(self, subject: Subject) -> dict[str, float]:
+    def __call__(self, subject: EvalModel) -> dict[str, float]:
         """``linear/top1`` of the choice on the test split, ``linear/chosen_on`` what it scored where it was chosen, and the
         choice: ``linear/rate``, ``linear/layers``, ``linear/patches`` (1 with the mean of patches).
 
@@ -123,14 +123,14 @@ class LogisticRegression:
         self._train, self._test, self._costs = train, test, tuple(costs)
         self._iterations, self._hold_out, self._group = iterations, hold_out, group
 
-    def __call__(self, subject: Subject) -> dict[str, float]:
+    def __call__(self, subject: EvalModel) -> dict[str, float]:
         """``logistic/top1`` on the test split, and ``logistic/cost``.
 
         Raises:
             DataError: on all ranks, if a split has no labelled sample, or the training split a single class.
         """
-        train = together(extract(self._train, subject.cls), self._group)
-        test = together(extract(self._test, subject.cls), self._group)
+        train = all_gather_table(extract(self._train, subject.cls), self._group)
+        test = all_gather_table(extract(self._test, subject.cls), self._group)
         if not len(test) or len(train.labels.unique()) < 2:
             raise _empty()
         x, y = F.normalize(train.values, dim=1).numpy(), train.labels.numpy()
@@ -141,12 +141,12 @@ class LogisticRegression:
             for place in range(rank, len(self._costs), world):
                 model = fitted(x[~kept], y[~kept], self._costs[place], self._iterations)
                 scores[place] = float((model.predict(x[kept]) == y[kept]).mean())
-        place = int(summed(scores, self._group).argmax())  # the smallest cost of equals
+        place = int(all_reduce_sum(scores, self._group).argmax())  # the smallest cost of equals
         right = torch.zeros(1, dtype=torch.float64)
         if rank == 0:
             model = fitted(x, y, self._costs[place], self._iterations)
             right[0] = float((model.predict(F.normalize(test.values, dim=1).numpy()) == test.labels.numpy()).mean())
-        return {"logistic/top1": float(summed(right, self._group)), "logistic/cost": self._costs[place]}
+        return {"logistic/top1": float(all_reduce_sum(right, self._group)), "logistic/cost": self._costs[place]}
 
 
 def fitted(x: np.ndarray, y: np.ndarray, cost: float, iterations: int):  # type: ignore[no-untyped-def]
@@ -167,7 +167,7 @@ def _read(values: Tensor, count: int, pooled: bool) -> Tensor:
 def _right(logits: Tensor, labels: Tensor, group: dist.ProcessGroup | None) -> Tensor:
     """Share of right answers ``[rates]`` over all ranks."""
     right = (logits.argmax(2) == labels[None]).sum(1).double()
-    counts = summed(torch.cat([right, right.new_tensor([float(len(labels))])]), group)
+    counts = all_reduce_sum(torch.cat([right, right.new_tensor([float(len(labels))])]), group)
     return counts[:-1] / counts[-1].clamp_min(1.0)
 
 
@@ -183,7 +183,7 @@ def _agreed(tables: Sequence[Table], group: dist.ProcessGroup | None) -> Tensor:
 def _places(table: Table, total: int, group: dist.ProcessGroup | None) -> Tensor:
     there = torch.zeros(total, dtype=torch.int64)
     there[table.numbers] = 1
-    return summed(there, group).nonzero().squeeze(1)
+    return all_reduce_sum(there, group).nonzero().squeeze(1)
 
 
 def _empty() -> DataError:

@@ -13,9 +13,9 @@ from torch import Tensor
 
 from pipeline.data.augment.views import Normalize, ViewSpec
 from pipeline.data.index.manifest import Manifest
-from pipeline.data.loader.bad_samples import Ledger
+from pipeline.data.loader.bad_samples import BadSamples
 from pipeline.data.loader.batch_stream import BatchStream, StreamOptions
-from pipeline.data.loader.encoded_batches import Portions
+from pipeline.data.loader.encoded_batches import StepDataset
 from pipeline.data.loader.reader import Reader
 from pipeline.data.order.order import GlobalBatch
 from pipeline.data.order.random import permutation
@@ -129,10 +129,10 @@ class Pictures:
         if self._cached is not None:
             yield from self._cached
             return
-        dataset = Portions(self._reader, self._order, (self._spec,), seed=0, world=1, rank=0)
+        dataset = StepDataset(self._reader, self._order, (self._spec,), seed=0, world=1, rank=0)
         options = StreamOptions(micro_batch=self._order.global_batch, workers=0, threads=self._threads, hue="off")
         stream = BatchStream(
-            dataset, device=self.device, options=options, ledger=Ledger(None, budget=1.0), first=0, last=len(self._order)
+            dataset, device=self.device, options=options, ledger=BadSamples(None, budget=1.0), first=0, last=len(self._order)
         )
         seen, first = [], 0
         for _, (batch,) in stream:

@@ -13,9 +13,9 @@ from pipeline.data.loader.reader import Reader
 from pipeline.errors import ConfigError, DataError
 from pipeline.evaluation.online import Pictures
 from pipeline.evaluation.retrieval import retrieval
-from pipeline.evaluation.table import extract, together
+from pipeline.evaluation.table import all_gather_table, extract
 from pipeline.evaluation.zeroshot import SIMPLE, class_vectors, classified
-from pipeline.models.eval_model import Subject
+from pipeline.models.eval_model import EvalModel
 
 _TEXTS = 256  # encoded at a time
 
@@ -40,7 +40,7 @@ class ZeroShot:
     ) -> None:
         self._pictures, self._names, self._templates, self._group = pictures, list(names), list(templates), group
 
-    def __call__(self, subject: Subject) -> dict[str, float]:
+    def __call__(self, subject: EvalModel) -> dict[str, float]:
         """``zeroshot/top1``, ``zeroshot/top5``, ``zeroshot/mean_per_class``.
 
         Raises:
@@ -53,7 +53,7 @@ class ZeroShot:
                 where="evaluation.zeroshot",
                 hint="name a file of classes, and judge a method that reads captions",
             )
-        found = together(extract(self._pictures, subject.embedded), self._group)
+        found = all_gather_table(extract(self._pictures, subject.embedded), self._group)
         if not len(found) or int(found.labels.max()) >= len(self._names):
             raise DataError(
                 f"labels reach to {int(found.labels.max()) if len(found) else 'nothing'}, {len(self._names)} classes are named",
@@ -81,7 +81,7 @@ class Retrieval:
     ) -> None:
         self._pictures, self._reader, self._merge, self._group = pictures, reader, merge, group
 
-    def __call__(self, subject: Subject) -> dict[str, float]:
+    def __call__(self, subject: EvalModel) -> dict[str, float]:
         """``retrieval/image_to_text/recall@1`` and so on, see :func:`pipeline.evaluation.retrieval.retrieval`.
 
         Raises:
@@ -92,7 +92,7 @@ class Retrieval:
             raise ConfigError(
                 "retrieval wants a text tower", where="evaluation.retrieval", hint="judge a method that reads captions"
             )
-        found = together(extract(self._pictures, subject.embedded, labelled=False), self._group)
+        found = all_gather_table(extract(self._pictures, subject.embedded, labelled=False), self._group)
         captions = [record.captions for record in self._reader.fetch(np.array(found.ids, dtype=np.uint64))]
         if not captions or not all(captions):
             raise DataError("some samples have no caption", where="evaluation.retrieval", hint="judge shards that have them")

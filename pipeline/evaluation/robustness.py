@@ -17,10 +17,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pipeline.errors import DataError
-from pipeline.evaluation.knn import votes
+from pipeline.evaluation.knn import knn_votes
 from pipeline.evaluation.online import Pictures
-from pipeline.evaluation.table import Table, extract, summed, together
-from pipeline.models.eval_model import Subject
+from pipeline.evaluation.table import Table, all_gather_table, all_reduce_sum, extract
+from pipeline.models.eval_model import EvalModel
 
 BUDGET = 10 / 255
 
@@ -85,7 +85,7 @@ class Robustness:
         self._batch = batch
         self.perturbation: Tensor | None = None
 
-    def __call__(self, subject: Subject) -> dict[str, float]:
+    def __call__(self, subject: EvalModel) -> dict[str, float]:
         """``robustness/…``: the k-NN's fooling rate, the share of pictures that no longer find themselves (``identity``),
         cosines, and all of it with random signs under ``noise_…``.
 
@@ -94,13 +94,13 @@ class Robustness:
         """
         random = self._corner(subject)
         self.perturbation = self._fitted(subject, random.clone())
-        bank = together(extract(self._train, subject.cls), self._group)
-        clean = together(extract(self._test, subject.cls), self._group)
+        bank = all_gather_table(extract(self._train, subject.cls), self._group)
+        clean = all_gather_table(extract(self._test, subject.cls), self._group)
         if not len(bank) or not len(clean):
             raise DataError("no labelled samples", where="evaluation.robustness", hint="give shards with .cls members")
         found: dict[str, float] = {}
         for name, r in (("", self.perturbation), ("noise_", -random)):
-            disturbed = together(extract(self._test, _added(subject, r, subject.cls)), self._group)
+            disturbed = all_gather_table(extract(self._test, _added(subject, r, subject.cls)), self._group)
             scores = self._judged(clean, disturbed, bank)
             found |= {f"robustness/{name}{key}": value for key, value in scores.items() if not (name and key == "accuracy")}
         return found
@@ -121,13 +121,13 @@ class Robustness:
             "cosine_p10": float(cosine.quantile(0.1)),
         }
 
-    def _corner(self, subject: Subject) -> Tensor:
+    def _corner(self, subject: EvalModel) -> Tensor:
         blank = self._train.blank()
         generator = torch.Generator().manual_seed(0x0A9)
         signs = torch.randint(0, 2, tuple(blank.shape[1:]), generator=generator)
         return (2.0 * signs - 1.0).to(blank.device) * self._budget
 
-    def _fitted(self, subject: Subject, r: Tensor) -> Tensor:
+    def _fitted(self, subject: EvalModel, r: Tensor) -> Tensor:
         steps = -(-self._train.total // self._batch)
         with torch.enable_grad():
             for _ in range(self._epochs):
@@ -139,7 +139,7 @@ class Robustness:
                     raise DataError(f"{done} of {steps} steps", where="evaluation.robustness", hint="look at the shards")
         return r
 
-    def _stepped(self, subject: Subject, r: Tensor, images: Tensor) -> Tensor:
+    def _stepped(self, subject: EvalModel, r: Tensor, images: Tensor) -> Tensor:
         """One step against the gradient's sign, the same on all ranks; a rank without pictures adds nothing to the gradient."""
         slope = torch.zeros_like(r)
         if len(images):
@@ -149,7 +149,7 @@ class Robustness:
             moved = r.clone().requires_grad_()
             features = F.normalize(_added(subject, moved, subject.cls)(images).float(), dim=1)
             (slope,) = torch.autograd.grad((features * target).sum(), moved)
-        total = summed(slope.double().cpu(), self._group).to(r)
+        total = all_reduce_sum(slope.double().cpu(), self._group).to(r)
         return (r - 0.1 * self._budget * total.sign()).clamp(-self._budget, self._budget)
 
 
@@ -173,7 +173,7 @@ def _stacked(waiting: list[tuple[int, Tensor]], pictures: Pictures) -> Tensor:
     return torch.stack([image for _, image in waiting]) if waiting else pictures.blank()[:0]
 
 
-def _added(subject: Subject, r: Tensor, features: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+def _added(subject: EvalModel, r: Tensor, features: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
     """The features of pictures with a perturbation added in the space of pixels."""
 
     def call(images: Tensor) -> Tensor:
@@ -188,4 +188,4 @@ def _neighbours(queries: Tensor, bank: Tensor, labels: Tensor, k: int) -> Tensor
     """The class that the nearest neighbours vote for."""
     k = min(k, len(bank))
     nearest, index = (queries @ bank.T).topk(k, dim=1)
-    return votes(nearest, labels[index], classes=int(labels.max()) + 1, ks=[k])[k].argmax(1)
+    return knn_votes(nearest, labels[index], classes=int(labels.max()) + 1, ks=[k])[k].argmax(1)

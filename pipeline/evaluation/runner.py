@@ -31,15 +31,15 @@ from pipeline.evaluation.robustness import Robustness
 from pipeline.evaluation.segmentation import Segmentation, places
 from pipeline.evaluation.sheets import Finding, attention_sheet
 from pipeline.evaluation.zeroshot import SIMPLE
-from pipeline.methods.base import Recipe
+from pipeline.methods.base import Method
 from pipeline.methods.shared.contrastive import Contrastive
-from pipeline.models.eval_model import Subject, undisturbed
+from pipeline.models.eval_model import EvalModel, preserve_rng_and_mode
 from pipeline.runtime.process_group import World
 
 _DRAWN = 8  # pictures on a sheet
 _SEARCHED = 128  # among which is looked for the nearest
 Show = Callable[[int, str, NDArray[np.uint8]], None]
-Evaluator = Callable[[Subject], dict[str, float]]
+Evaluator = Callable[[EvalModel], dict[str, float]]
 
 
 def lines(file: Path, *, what: str, place: str = "") -> list[str]:
@@ -63,24 +63,24 @@ def lines(file: Path, *, what: str, place: str = "") -> list[str]:
     return found
 
 
-def subject_of(recipe: Recipe, config: Config, device: torch.device) -> Subject:
+def eval_model_of(recipe: Method, config: Config, device: torch.device) -> EvalModel:
     """What a method exports, as evaluations see it."""
     view = recipe.views[0]
     normalize = view.normalize or Normalize()
     tower: Any = recipe.export()["backbone"]
     if not isinstance(recipe, Contrastive) or recipe.text is None:
-        return Subject(tower, normalize.mean, normalize.std, config.train.precision)
+        return EvalModel(tower, normalize.mean, normalize.std, config.train.precision)
     numbers = tokenizer(recipe.text)
 
     def texts(sentences: list[str]) -> Tensor:
         with torch.autocast(device.type, torch.bfloat16, enabled=config.train.precision == "bf16"):
             return recipe.encode_texts(torch.from_numpy(numbers(sentences)).to(device))
 
-    return Subject(tower, normalize.mean, normalize.std, config.train.precision, recipe.encode_images, texts)
+    return EvalModel(tower, normalize.mean, normalize.std, config.train.precision, recipe.encode_images, texts)
 
 
 @dataclass(frozen=True)
-class Judged:
+class EvalData:
     """What evaluations look at, as :func:`pipeline.data.inputs.judged` finds it.
 
     Attributes:
@@ -93,8 +93,8 @@ class Judged:
     dense: tuple[Manifest, Manifest] | None = None
 
 
-def suite(
-    config: Config, inputs: Judged | Inputs, world: World, *, size: int, normalize: Normalize
+def build_evaluators(
+    config: Config, inputs: EvalData | Inputs, world: World, *, size: int, normalize: Normalize
 ) -> tuple[dict[str, Evaluator], OnlineKnn | None]:
     """The evaluators that are on, by name, and the k-NN itself, which judges raw pixels too.
 
@@ -187,7 +187,7 @@ def suite(
 
 
 def _nearest(knn: OnlineKnn) -> Evaluator:
-    def judge(subject: Subject) -> dict[str, float]:
+    def judge(subject: EvalModel) -> dict[str, float]:
         return {f"knn/k{k}": value for k, value in knn(subject.cls).items()}
 
     return judge
@@ -213,7 +213,7 @@ class Evaluations:
         self,
         config: Config,
         inputs: Inputs,
-        recipe: Recipe,
+        recipe: Method,
         world: World,
         fresh: bool,
         *,
@@ -221,9 +221,11 @@ class Evaluations:
         show: Show | None = None,
     ) -> None:
         e, view = config.evaluation, recipe.views[0]
-        self._subject = subject_of(recipe, config, world.device)
+        self._subject = eval_model_of(recipe, config, world.device)
         self._modules: list[nn.Module] = [recipe, *recipe.export().values()]
-        self._evaluators, self._knn = suite(config, inputs, world, size=view.size, normalize=view.normalize or Normalize())
+        self._evaluators, self._knn = build_evaluators(
+            config, inputs, world, size=view.size, normalize=view.normalize or Normalize()
+        )
         epoch, batch = inputs.order.samples_per_epoch, config.train.global_batch_size
         self._every = {name: every.steps(epoch, batch) for name, every in e.enabled.items()}
         self._last = config.train.duration.steps(epoch, batch)
@@ -257,7 +259,7 @@ class Evaluations:
         """
         due = self._due(step, seconds)
         scores: dict[str, float] = {}
-        with undisturbed(self._modules):
+        with preserve_rng_and_mode(self._modules):
             for name in due:
                 begin = time.perf_counter()
                 found = self._evaluators[name](self._subject)

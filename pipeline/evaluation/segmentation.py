@@ -26,8 +26,8 @@ from pipeline.data.loader.reader import Reader
 from pipeline.errors import DataError
 from pipeline.evaluation.heads import RATES, Heads, held_out, train_heads
 from pipeline.evaluation.online import Pictures
-from pipeline.evaluation.table import Table, extract, summed
-from pipeline.models.eval_model import Subject
+from pipeline.evaluation.table import Table, all_reduce_sum, extract
+from pipeline.models.eval_model import EvalModel
 
 IGNORED = 255
 
@@ -169,7 +169,7 @@ class Segmentation:
         self._rates, self._epochs, self._batch, self._hold_out, self._group = tuple(rates), epochs, batch, hold_out, group
         self._windows = dict(windows or {})
 
-    def __call__(self, subject: Subject) -> dict[str, float]:
+    def __call__(self, subject: EvalModel) -> dict[str, float]:
         """``segmentation/miou``, ``segmentation/pixels`` (share of right pixels), ``segmentation/majority`` (mIoU of always
         saying the commonest class of the training split), ``segmentation/iou/<class>`` and the rate that was chosen.
 
@@ -188,7 +188,7 @@ class Segmentation:
             torch.stack(given) if (given := self._maps(train, 0)) else torch.zeros(0, self._size, self._size, dtype=torch.int64)
         )
         wanted = self._maps(test, 1, whole=bool(self._windows))
-        counts = summed(torch.tensor([len(train), len(test)]), self._group)
+        counts = all_reduce_sum(torch.tensor([len(train), len(test)]), self._group)
         if int(counts.min()) < 2:
             raise DataError(
                 f"{int(counts[0])} pictures to learn from and {int(counts[1])} to judge",
@@ -204,7 +204,7 @@ class Segmentation:
             train.values[~mine],
             shares[~mine],
             train.numbers[~mine],
-            order=summed(there, self._group).nonzero().squeeze(1),
+            order=all_reduce_sum(there, self._group).nonzero().squeeze(1),
             rates=self._rates,
             epochs=self._epochs,
             batch=self._batch,
@@ -214,7 +214,7 @@ class Segmentation:
         choosing = [self._judged(heads, rate, [train.values[mine]], list(maps[mine])) for rate in range(len(self._rates))]
         best = max(range(len(self._rates)), key=lambda rate: mean_iou(choosing[rate]))
         matrix = self._judged(heads, best, [table.values for table in seen], wanted, list(self._windows) or None)
-        commonest = int(summed(shares.double().sum((0, 1)), self._group).argmax())
+        commonest = int(all_reduce_sum(shares.double().sum((0, 1)), self._group).argmax())
         majority = torch.zeros_like(matrix)
         majority[:, commonest] = matrix.sum(1)
         return {
@@ -257,7 +257,7 @@ class Segmentation:
             logits = [one(square[row])[0].T.reshape(self._classes, side, side) for square in tokens]
             predicted = over_windows(logits, places or (0.5,), *wanted.shape[-2:])
             matrix += confusion(predicted, wanted.long(), self._classes)
-        return summed(matrix, self._group)
+        return all_reduce_sum(matrix, self._group)
 
 
 def _shares(maps: Tensor, patch: int, classes: int) -> Tensor:

@@ -17,8 +17,8 @@ from pipeline.data.loader.reader import Reader
 from pipeline.evaluation.attention import shaded
 from pipeline.evaluation.online import Pictures
 from pipeline.evaluation.pairs import numbered
-from pipeline.evaluation.table import extract, gathered, together
-from pipeline.models.eval_model import Subject
+from pipeline.evaluation.table import all_gather_table, extract, gathered
+from pipeline.models.eval_model import EvalModel
 
 Sheet = NDArray[np.uint8]
 _RIGHT, _WRONG, _UNKNOWN = (40, 160, 70), (190, 60, 50), (150, 150, 150)
@@ -87,13 +87,13 @@ class Finding:
         self._captions: list[tuple[str, ...]] | None = None
         self._thumbs: Sheet | None = None
 
-    def __call__(self, subject: Subject) -> tuple[str, Sheet] | None:
+    def __call__(self, subject: EvalModel) -> tuple[str, Sheet] | None:
         """What it is (``retrieval`` or ``neighbours``) and the sheet, the same on all ranks.
 
         Left is what was looked for. A green frame is a picture that the caption tells of, or one of the same class; a red one is
         another, a gray one has no class. ``None`` if there is nothing to look for, or among.
         """
-        found = together(extract(self._pictures, subject.embedded, labelled=False), self._group)
+        found = all_gather_table(extract(self._pictures, subject.embedded, labelled=False), self._group)
         if self._thumbs is None:
             self._thumbs = self._seen(subject)
         features = F.normalize(found.values.double(), dim=1)
@@ -112,7 +112,7 @@ class Finding:
             [[_frame(labels[row], labels[place]) for place in places] for row, places in enumerate(best.tolist())],
         )
 
-    def _by_captions(self, subject: Subject, features: Tensor, ids: list[int]) -> tuple[str, Sheet] | None:
+    def _by_captions(self, subject: EvalModel, features: Tensor, ids: list[int]) -> tuple[str, Sheet] | None:
         if self._captions is None:
             self._captions = [record.captions for record in self._reader.fetch(np.array(ids, dtype=np.uint64))]
         asked = [(place, own[0]) for place, own in enumerate(self._captions) if own][: self._rows]
@@ -128,7 +128,7 @@ class Finding:
         ]
         return "retrieval", self._drawn([_written(caption, self._tile) for _, caption in asked], best, frames)
 
-    def _seen(self, subject: Subject) -> Sheet:
+    def _seen(self, subject: EvalModel) -> Sheet:
         """All pictures, small, in the order of the list."""
         side, none = self._tile, np.zeros((0, self._tile, self._tile, 3), dtype=np.uint8)
         parts = [

@@ -67,7 +67,7 @@ def extract(pictures: Pictures, features: Callable[[Tensor], Tensor], *, labelle
     return Table(torch.cat(values), torch.cat(labels), torch.cat(numbers), ids)
 
 
-def together(table: Table, group: dist.ProcessGroup | None) -> Table:
+def all_gather_table(table: Table, group: dist.ProcessGroup | None) -> Table:
     """All ranks' samples, in the order of the list: the same on every rank, however many there are."""
     parts = gathered((table.values, table.labels, table.numbers, table.ids), group)
     numbers = torch.cat([part[2] for part in parts])
@@ -88,7 +88,7 @@ def gathered(mine: tuple[Any, ...], group: dist.ProcessGroup | None) -> Sequence
     return parts
 
 
-def summed(value: Tensor, group: dist.ProcessGroup | None) -> Tensor:
+def all_reduce_sum(value: Tensor, group: dist.ProcessGroup | None) -> Tensor:
     """The sum over ranks, in the tensor itself; host tensors travel through the group of the host."""
     dist.all_reduce(value, group=group)
     return value

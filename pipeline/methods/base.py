@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from pipeline.data.augment.views import Batch, TextSpec, ViewSet, ViewSpec
 from pipeline.methods.ema_teacher import Teacher
-from pipeline.methods.health_metrics import Vitals
+from pipeline.methods.health_metrics import HealthMetrics
 from pipeline.models.groups import ParameterGroup
 
 
@@ -45,13 +45,13 @@ class Step:
     teacher_temperature: float = 0.07
 
 
-class Recipe(nn.Module, ABC):
+class Method(nn.Module, ABC):
     """One pretraining method: its student networks are submodules, all other state is plain.
 
     Attributes:
         views: what the data side must deliver, in the sizes that the method is judged and used at.
         text: what the data side must make of captions, or ``None`` if the method reads none. Its settings must say the same
-            (``RecipeSettings.reads_text``).
+            (``MethodSettings.reads_text``).
         teacher: slow copy of student networks, or ``None``. Not a submodule: no engine sees it.
         memory: fp32 tensors that are neither parameters nor the teacher's (centres, queues), saved with each checkpoint
             under their names. Equal on all ranks. Not buffers, because an engine may cast buffers to bf16.
@@ -63,21 +63,21 @@ class Recipe(nn.Module, ABC):
 
     views: tuple[ViewSpec, ...] = ()
     text: TextSpec | None = None
-    batch_coupled: bool = False
+    couples_batch: bool = False
 
     def __init__(self) -> None:
         super().__init__()
         self.teacher: Teacher | None = None
-        self.memory: dict[str, Tensor] = {}
+        self.extra_state: dict[str, Tensor] = {}
         self.metrics: dict[str, Tensor] = {}
-        self.vitals: Vitals | None = None
+        self.health_metrics: HealthMetrics | None = None
 
     @property
     def view_sets(self) -> tuple[ViewSet, ...]:
         """The sets of views of which each step takes one: ``views`` alone, unless the method mixes sizes."""
         return (ViewSet(self.views),)
 
-    def prepare(self, batches: Sequence[Batch], step: Step) -> None:
+    def before_accumulation(self, batches: Sequence[Batch], step: Step) -> None:
         """Looks at all micro-batches of a step before the first :meth:`forward`, without gradients.
 
         This is where a method whose samples see one another makes accumulation equal to one large batch: it keeps what the
@@ -97,7 +97,7 @@ class Recipe(nn.Module, ABC):
         if self.teacher is not None:
             self.teacher.update(step.momentum)
 
-    def after_skip(self) -> None:
+    def on_step_skipped(self) -> None:
         """Drops what ``forward`` kept for :meth:`after_step`. Called instead of it when a step was not applied."""
 
     def networks(self) -> dict[str, nn.Module]:
@@ -120,7 +120,7 @@ class Recipe(nn.Module, ABC):
         """Moves teacher and memory, which ``nn.Module.to`` does not see; the student is the engine's to move."""
         if self.teacher is not None:
             self.teacher.to(device)
-        self.memory = {name: tensor.to(device) for name, tensor in self.memory.items()}
+        self.extra_state = {name: tensor.to(device) for name, tensor in self.extra_state.items()}
         return self
 
 

@@ -16,8 +16,8 @@ Remedy = Callable[[str, "Step"], str]
 
 
 @dataclass(frozen=True)
-class Vitals:
-    """What a method's metrics mean; names are those in ``Recipe.metrics``, and ``None`` is a sign that it does not have.
+class HealthMetrics:
+    """What a method's metrics mean; names are those in ``Method.metrics``, and ``None`` is a sign that it does not have.
 
     Attributes:
         guess: loss of a mere guess, nats; ln K for K prototypes.
@@ -35,10 +35,10 @@ class Vitals:
     below_guess: str | None = None
     rank: str | None = None
     agreement: str | None = None
-    remedy: Remedy | None = None
+    suggest_fix: Remedy | None = None
 
 
-def remedy_of_distillation(student_temperature: float, *, centred: bool, center_momentum: float, koleo: float) -> Remedy:
+def suggest_fix_of_distillation(student_temperature: float, *, centred: bool, center_momentum: float, koleo: float) -> Remedy:
     """What usually ails self-distillation over prototypes (DINO, iBOT, DINOv2).
 
     Args:
@@ -48,26 +48,26 @@ def remedy_of_distillation(student_temperature: float, *, centred: bool, center_
         koleo: weight of the term that spreads features.
     """
 
-    def remedy(illness: str, step: Step) -> str:
+    def suggest_fix(failure_mode: str, step: Step) -> str:
         warm = step.teacher_temperature
-        if illness == UNIFORM and warm >= 0.75 * student_temperature:
+        if failure_mode == UNIFORM and warm >= 0.75 * student_temperature:
             return (
                 f"the teacher's temperature ({warm:g}) is not well below the student's ({student_temperature:g}), which is what "
                 "keeps targets decided: lower schedule.teacher_temperature to 0.04-0.07"
             )
-        if illness == SINGLE and centred and center_momentum > 0.99:
+        if failure_mode == SINGLE and centred and center_momentum > 0.99:
             return (
                 f"the centre stands still (method.center_momentum is {center_momentum:g}): set it to 0.9, or "
                 "method.centering=sinkhorn_knopp"
             )
-        if illness == SINGLE:
+        if failure_mode == SINGLE:
             return (
                 "nothing keeps one prototype from taking all samples: set method.centering=sinkhorn_knopp, or raise "
                 "schedule.teacher_temperature"
             )
-        if illness == NARROW and koleo <= 0:
+        if failure_mode == NARROW and koleo <= 0:
             return "nothing spreads the features: set method.koleo_weight=0.1"
-        if illness == NARROW:
+        if failure_mode == NARROW:
             return (
                 "the spreading term is too weak or the steps are too large: raise method.koleo_weight, or lower schedule.lr.peak"
             )
@@ -76,4 +76,4 @@ def remedy_of_distillation(student_temperature: float, *, centred: bool, center_
             "schedule.lr.peak, lengthen schedule.lr.warmup and method.freeze_last_layer, or raise schedule.teacher_momentum.start"
         )
 
-    return remedy
+    return suggest_fix

@@ -1,6 +1,6 @@
 """What the settings of all methods share: crops, colours, clipping, and the register they are entered in.
 
-A new method is a folder here: ``<name>/settings.py`` with a subclass of :class:`RecipeSettings` under ``@register``, and
+A new method is a folder here: ``<name>/settings.py`` with a subclass of :class:`MethodSettings` under ``@register``, and
 ``<name>/method.py`` with a function ``build``; ``method.name`` then selects both.
 """
 
@@ -56,7 +56,7 @@ class AugmentSettings(Settings):
     solarize_probability: Probability = Field(default=0.2, description="probability of solarizing the second global crop")
 
 
-class RecipeSettings(Settings):
+class MethodSettings(Settings):
     """Base of every method's settings; subclasses narrow ``name`` to a literal and are registered."""
 
     reads_text: ClassVar[bool] = False  # whether the method wants captions
@@ -85,8 +85,8 @@ class RecipeSettings(Settings):
         return augment.hue_space if isinstance(augment, AugmentSettings) else "hsv"
 
 
-R = TypeVar("R", bound=type[RecipeSettings])
-REGISTERED: dict[str, type[RecipeSettings]] = {}
+R = TypeVar("R", bound=type[MethodSettings])
+REGISTERED: dict[str, type[MethodSettings]] = {}
 
 
 def register(name: str) -> Callable[[R], R]:
@@ -104,7 +104,7 @@ def register(name: str) -> Callable[[R], R]:
     return enter
 
 
-class OneViewSettings(RecipeSettings):
+class OneViewSettings(MethodSettings):
     """Base of the methods that see each picture once, as one crop, and read its caption."""
 
     image_size: int = Field(default=224, ge=8, le=4096, description="side of the picture, pixels")

@@ -27,7 +27,7 @@ class Tower(Protocol):
 
 
 @dataclass(frozen=True)
-class Subject:
+class EvalModel:
     """A tower, the numbers its pictures are normalised with, and what compares them with texts.
 
     Attributes:
@@ -94,7 +94,7 @@ def uncompiled(blocks: Iterable[nn.Module]) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def undisturbed(modules: Sequence[nn.Module]) -> Iterator[None]:
+def preserve_rng_and_mode(modules: Sequence[nn.Module]) -> Iterator[None]:
     """Evaluation mode for these modules; then all random states and every module's own mode are what they were before."""
     modes = [(inner, inner.training) for module in modules for inner in module.modules()]
     state = random.getstate(), np.random.get_state(), torch.get_rng_state()

@@ -35,7 +35,7 @@ _ABSENT = "—"
 
 
 @dataclass
-class Told:
+class RunSummary:
     """All that a run's directory has to say.
 
     Attributes:
@@ -69,13 +69,13 @@ class Told:
         return {name: points for name, points in self.past.metrics.items() if not name.startswith(_PLAIN)}
 
 
-def gather(paths: Sequence[Path]) -> list[Told]:
+def gather(paths: Sequence[Path]) -> list[RunSummary]:
     """Read runs.
 
     Raises:
         ConfigError: one of them is no run.
     """
-    found: list[Told] = []
+    found: list[RunSummary] = []
     for path in paths:
         run = RunDirectory(path)
         if not run.config.is_file():
@@ -88,7 +88,7 @@ def gather(paths: Sequence[Path]) -> list[Told]:
             name = f"{name} ({path.name})" if all(other.directory.path.name != path.name for other in found) else str(path)
         manifests = files.listed(run.checkpoints)
         newest = max(manifests, key=lambda s: (s.serial, s.step), default=None)
-        told = Told(name, run, config, history(run), _json(path / "outcome.json"), newest.manifest if newest else {})
+        told = RunSummary(name, run, config, history(run), _json(path / "outcome.json"), newest.manifest if newest else {})
         for journal in sorted(run.tracking.glob("journal-*.jsonl")):
             for _, record in read(journal):
                 if record["kind"] == "tags":
@@ -140,7 +140,7 @@ def write(paths: Sequence[Path], out: Path) -> Path:
     return out
 
 
-def _page(runs: Sequence[Told]) -> str:
+def _page(runs: Sequence[RunSummary]) -> str:
     count = f"{len(runs)} runs side by side" if len(runs) > 1 else f"The run {runs[0].name}"
     body = [
         f'<p class="over">fovea · report</p><h1>{html.escape(count)}</h1>',
@@ -177,7 +177,7 @@ def _json(path: Path) -> dict[str, Any]:
 # ---- sections -------------------------------------------------------------------------------------------------------------
 
 
-def _overview(runs: Sequence[Told]) -> str:
+def _overview(runs: Sequence[RunSummary]) -> str:
     rows: dict[str, list[str]] = {}
     for told in runs:
         m, o, data = told.manifest, told.outcome, told.manifest.get("data", {})
@@ -204,7 +204,7 @@ def _overview(runs: Sequence[Told]) -> str:
     return _table(["", *(told.name for told in runs)], [[name, *values] for name, values in rows.items()], kind="overview")
 
 
-def _state(told: Told) -> str:
+def _state(told: RunSummary) -> str:
     verdict = _json(told.directory.path / "verdict.json")
     if verdict:
         return str(verdict.get("state", "unknown"))
@@ -216,7 +216,7 @@ def _state(told: Told) -> str:
     return "running, or broke off" if len(starts) > len(ends) else "broke off"
 
 
-def _curves(runs: Sequence[Told]) -> str:
+def _curves(runs: Sequence[RunSummary]) -> str:
     drawn = [_chart(runs, name, title) for name, title in _CURVES]
     return (
         "<h2>Curves</h2>"
@@ -234,20 +234,20 @@ def _figure(content: str, look: str, name: str, kind: str = "pair") -> str:
     return f'<figure id="{name}"><div class="{kind}">{content}</div><figcaption>{look}</figcaption></figure>'
 
 
-def _metrics(runs: Sequence[Told]) -> list[str]:
+def _metrics(runs: Sequence[RunSummary]) -> list[str]:
     names = dict.fromkeys(name for told in runs for name, points in told.scores.items() if len(points) > 1)
     apart = ("untrained/", "start/", "pixels/", "segmentation/iou/")
     return [name for name in names if not name.startswith(apart) and not name.endswith(_CHOICES)]
 
 
-def _chart(runs: Sequence[Told], metric: str, title: str, *, small: bool = False) -> str:
+def _chart(runs: Sequence[RunSummary], metric: str, title: str, *, small: bool = False) -> str:
     lines = [Line(told.name, told.past.line(metric, told.batch), i % 3, small) for i, told in enumerate(runs)]
     marks = [(float(step * told.batch), f"{told.name}: {text}") for told in runs for step, text in told.past.resumes.items()]
     shown = [line for line in lines if line.points]
     return pictures.draw(Chart(title, shown, marks=marks, width=360 if small else 520, height=180 if small else 280))
 
 
-def _evaluations(runs: Sequence[Told]) -> str:
+def _evaluations(runs: Sequence[RunSummary]) -> str:
     names = dict.fromkeys(name for told in runs for name in told.scores)
     rows = []
     for name in names:
@@ -287,7 +287,7 @@ def _trained(document: Mapping[str, Any]) -> dict[str, float]:
     }
 
 
-def _interruptions(runs: Sequence[Told]) -> str:
+def _interruptions(runs: Sequence[RunSummary]) -> str:
     rows = []
     for told in runs:
         ends = {row.get("attempt"): row for row in told.directory.attempts() if row.get("event") == "end"}
@@ -311,7 +311,7 @@ def _interruptions(runs: Sequence[Told]) -> str:
     return f"<h2>Attempts</h2>{_table(head, rows)}" if rows else ""
 
 
-def _losses(runs: Sequence[Told]) -> str:
+def _losses(runs: Sequence[RunSummary]) -> str:
     rows = []
     for told in runs:
         data = told.manifest.get("data", {})
@@ -324,7 +324,7 @@ def _losses(runs: Sequence[Told]) -> str:
     return f'<h2>Samples lost</h2><p class="note">{note}</p>{table}'
 
 
-def _environment(runs: Sequence[Told]) -> str:
+def _environment(runs: Sequence[RunSummary]) -> str:
     rows: dict[str, list[str]] = {}
     for place, told in enumerate(runs):
         m = told.manifest
@@ -337,7 +337,7 @@ def _environment(runs: Sequence[Told]) -> str:
     return f"<h2>Environment</h2>{_side_by_side(rows, runs)}"
 
 
-def _settings(runs: Sequence[Told]) -> str:
+def _settings(runs: Sequence[RunSummary]) -> str:
     rows: dict[str, list[str]] = {}
     for place, told in enumerate(runs):
         for key, value in _flat(told.config).items():
@@ -352,7 +352,7 @@ def _flat(config: Mapping[str, Any]) -> dict[str, str]:
         return {str(key): json.dumps(value) for key, value in masked(dict(config)).items()}
 
 
-def _side_by_side(rows: Mapping[str, Sequence[str]], runs: Sequence[Told]) -> str:
+def _side_by_side(rows: Mapping[str, Sequence[str]], runs: Sequence[RunSummary]) -> str:
     head = ["", *(told.name for told in runs)]
     different = [[key, *values] for key, values in rows.items() if len(set(values)) > 1]
     same = [[key, *values] for key, values in rows.items() if len(set(values)) <= 1]

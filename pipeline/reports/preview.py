@@ -79,10 +79,10 @@ def views_of(config: Config) -> tuple[ViewSpec, ...]:
     """The views that the configured method asks for; no memory is taken for its networks."""
     import torch
 
-    from pipeline.methods.registry import build_recipe
+    from pipeline.methods.registry import build_method
 
     with torch.device("meta"):
-        return build_recipe(config).views
+        return build_method(config).views
 
 
 def gather(config: Config, inputs: Inputs, specs: tuple[ViewSpec, ...], count: int = SAMPLES) -> list[Sample]:
@@ -99,7 +99,7 @@ def gather(config: Config, inputs: Inputs, specs: tuple[ViewSpec, ...], count: i
     """
     from pipeline.data.augment.dali import Augmenter
     from pipeline.data.augment.decode import Decoder
-    from pipeline.data.loader.encoded_batches import Portions
+    from pipeline.data.loader.encoded_batches import StepDataset
     from pipeline.data.loader.reader import Reader
     from pipeline.data.order.order import divisors
 
@@ -109,7 +109,7 @@ def gather(config: Config, inputs: Inputs, specs: tuple[ViewSpec, ...], count: i
     reader = Reader(
         inputs.train, wants=("image", "caption", "label"), checksum=config.data.verify_checksums, store=open_storage(config)
     )
-    portion = Portions(reader, order, specs, seed=config.run.seed, world=ranks, rank=0)[0]
+    portion = StepDataset(reader, order, specs, seed=config.run.seed, world=ranks, rank=0)[0]
     records = portion.records[:count]
     decoded = Decoder(threads=config.data.decode_threads).decode([record.image or b"" for record in records])
     fine = [

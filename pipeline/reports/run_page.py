@@ -131,13 +131,13 @@ def write(run: Path, config: Config, out: Path, *, facts: dict[str, str] | None 
     """
     import torch
 
-    from pipeline.methods.registry import make_recipe
+    from pipeline.methods.registry import build_seeded_method
 
     directory = RunDirectory(run)
     saved, past = newest(run), history(directory)
     inputs = prepare(config, 1)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    trained, untrained = load_trained(config, saved, device), make_recipe(config, device)
+    trained, untrained = load_trained(config, saved, device), build_seeded_method(config, device)
     towers = {"trained": trained.export()["backbone"].eval(), "untrained": untrained.export()["backbone"].eval()}
     look = Gallery(config, inputs, towers, config.evaluation.knn.image_size or trained.views[0].size, device)
     scores, judged = _scores(directory, past, saved)

@@ -17,7 +17,7 @@ from pipeline.weights.from_checkpoint import chosen
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from pipeline.models.eval_model import Subject
+    from pipeline.models.eval_model import EvalModel
 
 _TILE = 168  # pixels of a picture on the page
 
@@ -39,8 +39,8 @@ def run(path: Path, files: Sequence[Path], *, out: Path, texts: Sequence[str], s
 
     from pipeline.checkpoint.files import verify
     from pipeline.data.augment.views import Normalize
-    from pipeline.evaluation.runner import subject_of
-    from pipeline.methods.registry import build_recipe
+    from pipeline.evaluation.runner import eval_model_of
+    from pipeline.methods.registry import build_method
     from pipeline.methods.shared.contrastive import Contrastive
     from pipeline.weights.export.networks import settings_of
     from pipeline.weights.from_checkpoint import fill_trained
@@ -50,10 +50,10 @@ def run(path: Path, files: Sequence[Path], *, out: Path, texts: Sequence[str], s
     saved = chosen(path)
     verify(saved)
     config = settings_of(saved)
-    recipe = build_recipe(config)
+    recipe = build_method(config)
     fill_trained(recipe, saved)
     recipe.eval()
-    subject = subject_of(recipe, config, torch.device("cpu"))
+    subject = eval_model_of(recipe, config, torch.device("cpu"))
     view = recipe.views[0]
     side, patch = size or 2 * view.size, subject.tower.patch
     if side % patch:
@@ -108,7 +108,7 @@ def _normal(pixels: np.ndarray, mean: Sequence[float], std: Sequence[float]) -> 
     return torch.from_numpy(values.transpose(2, 0, 1).copy())
 
 
-def _rows(subject: Subject, recipe: Any, images: Tensor, squares: Sequence[np.ndarray], texts: list[str]) -> list[str]:
+def _rows(subject: EvalModel, recipe: Any, images: Tensor, squares: Sequence[np.ndarray], texts: list[str]) -> list[str]:
     import torch
     from torch.nn import functional as F
 

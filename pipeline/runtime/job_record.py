@@ -45,7 +45,7 @@ def verdict(run: RunDirectory) -> dict[str, Any]:
     return read(run.path / "verdict.json")
 
 
-def judge(run: RunDirectory, state: str, why: str) -> None:
+def end(run: RunDirectory, state: str, why: str) -> None:
     """Say how the run ended for good."""
     run.write("verdict.json", {"state": state, "why": why, "t": round(time.time(), 3)})
 

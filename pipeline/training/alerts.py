@@ -16,7 +16,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from pipeline.methods.base import Step
-from pipeline.methods.health_metrics import NARROW, SINGLE, STILL, UNIFORM, WORSE, Vitals
+from pipeline.methods.health_metrics import NARROW, SINGLE, STILL, UNIFORM, WORSE, HealthMetrics
 
 SMOOTH, PATIENCE, WINDOW = 40, 100, 150  # steps
 NEAR_GUESS, UNDECIDED = 0.01, 0.99  # shares of the loss of a guess, and of the largest entropy
@@ -26,7 +26,7 @@ _STUCK = "nothing is trained, or everything is frozen: see gradient_norm, schedu
 
 
 @dataclass(frozen=True)
-class Alarm:
+class Alert:
     """An illness, told once.
 
     Attributes:
@@ -35,12 +35,12 @@ class Alarm:
         text: one sentence: what is wrong, the likely cause, the setting to change.
     """
 
-    illness: str
+    failure_mode: str
     since: int
     text: str
 
 
-class Alarms:
+class Alerts:
     """Looks at a run's numbers, one logged step after another.
 
     Args:
@@ -48,13 +48,13 @@ class Alarms:
             where it began, is noticed.
     """
 
-    def __init__(self, vitals: Vitals | None = None) -> None:
-        self._vitals = vitals or Vitals()
+    def __init__(self, health_metrics: HealthMetrics | None = None) -> None:
+        self._vitals = health_metrics or HealthMetrics()
         self._told: set[str] = set()
         self._first: dict[str, float] | None = None
         self._forget()
 
-    def look(self, step: Step, done: int, values: Mapping[str, float]) -> list[Alarm]:
+    def look(self, step: Step, done: int, values: Mapping[str, float]) -> list[Alert]:
         """Alarms that are due.
 
         Args:
@@ -75,17 +75,17 @@ class Alarms:
         ill = dict(self._signs(done, smooth))
         if UNIFORM in ill:
             ill.pop(STILL, None)  # says the same with less
-        for illness in (UNIFORM, SINGLE, NARROW, WORSE, STILL):
-            if illness not in ill:
-                self._since.pop(illness, None)
+        for failure_mode in (UNIFORM, SINGLE, NARROW, WORSE, STILL):
+            if failure_mode not in ill:
+                self._since.pop(failure_mode, None)
                 continue
-            since = self._since.setdefault(illness, done)
+            since = self._since.setdefault(failure_mode, done)
             # What stands still has been looked at for a whole window already.
-            if illness not in self._told and (done - since >= PATIENCE or illness == STILL):
-                self._told.add(illness)
-                remedy = self._vitals.remedy(illness, step) if self._vitals.remedy else _DEFAULT
-                cause = _STUCK if illness == STILL and self._frozen() else remedy
-                found.append(Alarm(illness, since, f"{ill[illness]}; likely {cause}"))
+            if failure_mode not in self._told and (done - since >= PATIENCE or failure_mode == STILL):
+                self._told.add(failure_mode)
+                suggest_fix = self._vitals.suggest_fix(failure_mode, step) if self._vitals.suggest_fix else _DEFAULT
+                cause = _STUCK if failure_mode == STILL and self._frozen() else suggest_fix
+                found.append(Alert(failure_mode, since, f"{ill[failure_mode]}; likely {cause}"))
         return found
 
     def _forget(self) -> None:

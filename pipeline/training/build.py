@@ -24,17 +24,17 @@ from pipeline.checkpoint.reader import load
 from pipeline.checkpoint.writer import Checkpoints
 from pipeline.config.schema import Config
 from pipeline.data.inputs import Inputs, data_identity, open_storage
-from pipeline.data.loader.bad_samples import Ledger
+from pipeline.data.loader.bad_samples import BadSamples
 from pipeline.data.loader.batch_stream import BatchStream, StreamOptions
-from pipeline.data.loader.encoded_batches import Portions
+from pipeline.data.loader.encoded_batches import StepDataset
 from pipeline.data.loader.prefetch import Prefetcher
 from pipeline.data.loader.reader import Reader
 from pipeline.data.order.mixture import Mixture
 from pipeline.data.order.order import Order
 from pipeline.errors import CheckpointError, ConfigError, NonFiniteError
 from pipeline.evaluation.runner import Evaluations, Show
-from pipeline.methods.base import Recipe
-from pipeline.methods.registry import make_recipe
+from pipeline.methods.base import Method
+from pipeline.methods.registry import build_seeded_method
 from pipeline.models.fp8 import use_fp8
 from pipeline.models.text import TextTower
 from pipeline.models.vision import VisionTower
@@ -44,9 +44,9 @@ from pipeline.runtime.stop_requests import StopRequests
 from pipeline.runtime.system_metrics import Nodes
 from pipeline.runtime.watchdog import Watchdog
 from pipeline.tracking import Journal
-from pipeline.training.alerts import Alarms
+from pipeline.training.alerts import Alerts
 from pipeline.training.engine import Engine, EngineOptions
-from pipeline.training.rollback import LeftOut
+from pipeline.training.rollback import SkippedSteps
 from pipeline.training.schedules import Schedules
 from pipeline.training.timing import Phases, peak_tflops
 from pipeline.training.trainer import Plan, Progress, Trainer, Watcher
@@ -75,7 +75,7 @@ def make_plan(config: Config, order: Order | Mixture, run: RunDirectory, attempt
     )
 
 
-def prepare_towers(recipe: Recipe, config: Config) -> None:
+def prepare_towers(recipe: Method, config: Config) -> None:
     """Switches recomputation, 8-bit products and compilation on where the settings say so.
 
     Raises:
@@ -130,7 +130,7 @@ def assemble(
         torch.use_deterministic_algorithms(True)
     if config.train.threads:
         torch.set_num_threads(config.train.threads)
-    recipe = make_recipe(config, world.device)
+    recipe = build_seeded_method(config, world.device)
     init = resume.manifest.get("init") if resume is not None else None
     if resume is None and (start := initial.begin(recipe, config, record=world.rank == 0)) is not None:
         init = start.record
@@ -161,7 +161,7 @@ def assemble(
         ),
         world.device,
     )
-    ledger = Ledger(run.ledger(world.rank), budget=config.data.max_bad_fraction, window=config.data.bad_fraction_window)
+    ledger = BadSamples(run.ledger(world.rank), budget=config.data.max_bad_fraction, window=config.data.bad_fraction_window)
     progress = Progress()
     if resume is not None:
         progress = _restore(resume, engine, recipe, ledger, inputs, config.checkpoint.allow_data_change)
@@ -176,7 +176,7 @@ def assemble(
             where=f"{type(config.method).__name__}.reads_text",
             hint="Both must agree: the settings decide before the start which samples are left out for want of a caption.",
         )
-    dataset = Portions(
+    dataset = StepDataset(
         reader,
         inputs.order,
         recipe.views,
@@ -246,9 +246,9 @@ def assemble(
         plan=make_plan(config, inputs.order, run, attempt, world.rank),
         requests=requests,
         phases=Phases(world, watchdog, _peak(config, world.device), count=not config.train.compile),
-        left_out=LeftOut(run.path / "left_out.json"),
+        left_out=SkippedSteps(run.path / "left_out.json"),
         go_back=go_back,
-        alarms=Alarms(recipe.vitals),
+        alarms=Alerts(recipe.health_metrics),
         machines=Nodes(world, run.path).read,
         progress=progress,
     )
@@ -285,7 +285,7 @@ def _checkpoints(config: Config, inputs: Inputs, run: RunDirectory, world: World
     )
 
 
-def _data_state(inputs: Inputs, ledger: Ledger, world: World) -> dict[str, Any]:
+def _data_state(inputs: Inputs, ledger: BadSamples, world: World) -> dict[str, Any]:
     """The data plane's state: constants that must not change, and what each rank could not use."""
     states: list[dict[str, Any] | None] = [None] * world.size
     dist.all_gather_object(states, ledger.state(), group=world.control)
@@ -309,7 +309,7 @@ def _data_state(inputs: Inputs, ledger: Ledger, world: World) -> dict[str, Any]:
     }
 
 
-def _restore(saved: Saved, engine: Engine, recipe: Recipe, ledger: Ledger, inputs: Inputs, allow: bool) -> Progress:
+def _restore(saved: Saved, engine: Engine, recipe: Method, ledger: BadSamples, inputs: Inputs, allow: bool) -> Progress:
     changed = check_data(saved, inputs, allow=allow)
     load(saved, engine, recipe)
     missing = [key for key in ("applied", "skipped", "scores", "seconds", "data") if key not in saved.manifest]

@@ -30,12 +30,12 @@ from pipeline.checkpoint.fragments import Fragment
 from pipeline.data.augment.views import Batch
 from pipeline.errors import TrainingError
 from pipeline.estimate.communication import communication
-from pipeline.methods.base import Recipe, Step, seed
+from pipeline.methods.base import Method, Step, seed
 from pipeline.models.groups import ParameterGroup
 from pipeline.training import accelerate_init as accelerated
 from pipeline.training.optimizers import Lamb, Lars, Layerwise, Sgd
-from pipeline.training.zero_layouts import ADAM, Flat, Layout, Partitioned, Whole, piece_of
-from pipeline.training.zero_offload import OffloadedFlat, OffloadedPartitioned
+from pipeline.training.zero_layouts import ADAM, Layout, Zero0Layout, Zero3Layout, Zero12Layout, piece_of
+from pipeline.training.zero_offload import OffloadedZero3Layout, OffloadedZero12Layout
 
 os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
 
@@ -51,8 +51,8 @@ if _tracker is None:
 logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
 # Its shared-memory all-reduce serves inference only, and would be compiled here, with a compiler that users may not have.
 deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-_LAYOUTS: dict[int, Callable[..., Layout]] = {0: Whole, 1: Flat, 2: Flat, 3: Partitioned}
-_OFFLOADED: dict[int, Callable[..., Layout]] = {1: OffloadedFlat, 2: OffloadedFlat, 3: OffloadedPartitioned}
+_LAYOUTS: dict[int, Callable[..., Layout]] = {0: Zero0Layout, 1: Zero12Layout, 2: Zero12Layout, 3: Zero3Layout}
+_OFFLOADED: dict[int, Callable[..., Layout]] = {1: OffloadedZero12Layout, 2: OffloadedZero12Layout, 3: OffloadedZero3Layout}
 _OUTSIDE = "other"  # the network of parameters that belong to none, such as a logit scale
 
 
@@ -105,7 +105,7 @@ class Engine:
         TrainingError: a parameter that DeepSpeed cannot take (0-dimensional, not contiguous).
     """
 
-    def __init__(self, recipe: Recipe, options: EngineOptions, device: torch.device) -> None:
+    def __init__(self, recipe: Method, options: EngineOptions, device: torch.device) -> None:
         self.recipe, self.options, self.device = recipe, options, device
         self._names = {id(p): name for name, p in recipe.named_parameters()}
         self.shapes = {name: tuple(p.shape) for name, p in recipe.named_parameters() if p.requires_grad}
@@ -155,11 +155,11 @@ class Engine:
         return engine
 
     @torch.no_grad()
-    def prepare(self, batches: Sequence[Batch], step: Step) -> None:
+    def before_accumulation(self, batches: Sequence[Batch], step: Step) -> None:
         """Shows the recipe all micro-batches of a step, in the precision of the forward pass."""
         self._begin_pass()
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.options.precision == "bf16"):
-            self.recipe.prepare(batches, step)
+            self.recipe.before_accumulation(batches, step)
 
     def forward_backward(self, batch: Batch, step: Step) -> dict[str, Tensor]:
         """One micro-batch: terms, and the gradient of their sum. To be called ``accumulation`` times before :meth:`step`.
@@ -344,7 +344,7 @@ def _optimizer(options: EngineOptions, groups: list[ParameterGroup]) -> torch.op
     return torch.optim.AdamW(chosen, lr=0.0, betas=options.betas, eps=options.eps, fused=True)
 
 
-def _check(recipe: Recipe, groups: list[ParameterGroup]) -> None:
+def _check(recipe: Method, groups: list[ParameterGroup]) -> None:
     grouped = Counter(id(p) for g in groups for p in g.params)
     for name, p in recipe.named_parameters():
         if p.dim() == 0 or not p.is_contiguous():

@@ -14,7 +14,7 @@ from pathlib import Path
 from pipeline.errors import TrainingError
 
 
-class LeftOut:
+class SkippedSteps:
     """The steps, and how often the run went back.
 
     Args:

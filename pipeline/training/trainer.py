@@ -23,14 +23,14 @@ from pipeline.data.augment.views import Batch
 from pipeline.data.loader.batch_stream import BatchStream
 from pipeline.data.order.random import mix
 from pipeline.errors import NonFiniteError, TrainingError
-from pipeline.methods.base import Recipe, Step
+from pipeline.methods.base import Method, Step
 from pipeline.runtime.process_group import World
 from pipeline.runtime.stop_requests import Stop, StopRequests
 from pipeline.runtime.watchdog import CHECKPOINT, COMPUTE, DATA, END, EVALUATE, LOG, STEP, TEACHER
 from pipeline.tracking import Journal
-from pipeline.training.alerts import Alarms
+from pipeline.training.alerts import Alerts
 from pipeline.training.engine import Engine
-from pipeline.training.rollback import LeftOut
+from pipeline.training.rollback import SkippedSteps
 from pipeline.training.schedules import Schedules
 from pipeline.training.timing import Phases, memory_now
 
@@ -130,7 +130,7 @@ class Trainer:
     """
 
     world: World
-    recipe: Recipe
+    recipe: Method
     engine: Engine
     schedules: Schedules
     stream: Callable[[int, int], BatchStream]
@@ -143,9 +143,9 @@ class Trainer:
     plan: Plan
     requests: StopRequests
     phases: Phases
-    left_out: LeftOut
+    left_out: SkippedSteps
     go_back: Callable[[], Progress]
-    alarms: Alarms = field(default_factory=Alarms)
+    alarms: Alerts = field(default_factory=Alerts)
     machines: Callable[[], dict[str, float]] = dict
     progress: Progress = field(default_factory=Progress)
     data_counts: dict[str, Any] = field(default_factory=dict)
@@ -192,7 +192,7 @@ class Trainer:
 
                 self.phases.enter(COMPUTE)
                 size = micro_batches[0].sides
-                self.phases.counted(self.engine.prepare, 1, size)(micro_batches, step)
+                self.phases.counted(self.engine.before_accumulation, 1, size)(micro_batches, step)
                 forward_backward = self.phases.counted(self.engine.forward_backward, len(micro_batches), size)
                 terms = _mean([forward_backward(batch, step) for batch in micro_batches])
                 finite = torch.stack(list(terms.values())).isfinite().all()
@@ -202,7 +202,7 @@ class Trainer:
                 if applied:
                     self.recipe.after_step(step)
                 else:
-                    self.recipe.after_skip()
+                    self.recipe.on_step_skipped()
                 self.phases.enter(LOG)
 
                 p.step += 1
@@ -319,8 +319,8 @@ class Trainer:
             for alarm in self.alarms.look(step, p.step, values):
                 self.watcher.say(f"step {p.step}: {alarm.text}")
                 if self.journal is not None:
-                    self.journal.metrics(p.step, {f"alarm/{alarm.illness}": float(alarm.since)})
-                    self.journal.tags({f"alarm/{alarm.illness}": f"step {p.step}: {alarm.text}"})
+                    self.journal.metrics(p.step, {f"alarm/{alarm.failure_mode}": float(alarm.since)})
+                    self.journal.tags({f"alarm/{alarm.failure_mode}": f"step {p.step}: {alarm.text}"})
 
     def _memory(self) -> dict[str, float]:
         parts = self.engine.memory()

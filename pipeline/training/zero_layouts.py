@@ -80,7 +80,7 @@ class Layout(ABC):
         """After a step: empties gradient memory that lasts, so that what the next one does not touch is not applied again."""
 
 
-class Whole(Layout):
+class Zero0Layout(Layout):
     """Stage 0: every rank has every parameter, gradient and moment; by convention it owns an equal share of each."""
 
     def __init__(self, engine: Any, parameters: Sequence[Tensor], names: dict[int, str], moments: tuple[str, ...] = ADAM) -> None:
@@ -163,7 +163,7 @@ class Whole(Layout):
         pass
 
 
-class Flat(Layout):
+class Zero12Layout(Layout):
     """Stages 1 and 2: parameters are whole on every rank; masters, moments and gradients are cut from one flat tensor a group."""
 
     def __init__(self, engine: Any, parameters: Sequence[Tensor], names: dict[int, str], moments: tuple[str, ...] = ADAM) -> None:
@@ -239,7 +239,7 @@ class Flat(Layout):
         self._zero.compute_grad_norm = self._normed
 
 
-class Partitioned(Layout):
+class Zero3Layout(Layout):
     """Stage 3: parameters are cut too; rank ``r`` has the ``r``-th of equal pieces of each, the last ones padded."""
 
     def __init__(self, engine: Any, parameters: Sequence[Tensor], names: dict[int, str], moments: tuple[str, ...] = ADAM) -> None:

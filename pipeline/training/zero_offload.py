@@ -14,7 +14,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from pipeline.checkpoint.fragments import Fragment
-from pipeline.training.zero_layouts import Flat, Partitioned
+from pipeline.training.zero_layouts import Zero3Layout, Zero12Layout
 
 
 def _gradient(flat: Tensor, fragment: Fragment) -> Tensor:
@@ -23,7 +23,7 @@ def _gradient(flat: Tensor, fragment: Fragment) -> Tensor:
     return flat.grad.view(-1).narrow(0, at, fragment.master.numel())
 
 
-class OffloadedFlat(Flat):
+class OffloadedZero12Layout(Zero12Layout):
     """Stages 1 and 2 over host memory."""
 
     @override
@@ -55,7 +55,7 @@ class OffloadedFlat(Flat):
                 flat.grad.zero_()
 
 
-class OffloadedPartitioned(Partitioned):
+class OffloadedZero3Layout(Zero3Layout):
     """Stage 3 over host memory; DeepSpeed gathers its pieces of gradients beside the flat ones."""
 
     @override

@@ -17,8 +17,8 @@ from pipeline.checkpoint.retention import read_best
 from pipeline.config.schema import Config
 from pipeline.errors import CheckpointError
 from pipeline.masking import shown
-from pipeline.methods.base import Recipe
-from pipeline.methods.registry import make_recipe
+from pipeline.methods.base import Method
+from pipeline.methods.registry import build_seeded_method
 from pipeline.runtime.run_directory import RunDirectory
 
 
@@ -53,7 +53,7 @@ def named_or_newest(run: Path, checkpoint: Path | None) -> Saved:
     return found
 
 
-def fill_trained(recipe: Recipe, saved: Saved, *, student: bool = False) -> None:
+def fill_trained(recipe: Method, saved: Saved, *, student: bool = False) -> None:
     """Put the weights of a checkpoint into a method, strictly: its teacher's, and the student's where it exports those.
 
     Args:
@@ -93,7 +93,7 @@ def _fitting(own: Mapping[str, Tensor], trainable: set[str], saved: Saved, whose
         )
 
 
-def load_trained(config: Config, saved: Saved, device: torch.device) -> Recipe:
+def load_trained(config: Config, saved: Saved, device: torch.device) -> Method:
     """The method with the networks of a checkpoint that are worth judging; a student whose teacher is judged stays as it began.
 
     Args:
@@ -104,7 +104,7 @@ def load_trained(config: Config, saved: Saved, device: torch.device) -> Recipe:
     Raises:
         CheckpointError: the checkpoint holds another architecture.
     """
-    recipe = make_recipe(config, device)
+    recipe = build_seeded_method(config, device)
     fill_trained(recipe, saved)
     return recipe
 

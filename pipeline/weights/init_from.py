@@ -20,7 +20,7 @@ from pipeline.checkpoint.manifest import MANIFEST
 from pipeline.checkpoint.reader import read_student, read_teacher
 from pipeline.config.schema import Config
 from pipeline.errors import CheckpointError, ConfigError
-from pipeline.methods.base import Recipe
+from pipeline.methods.base import Method
 from pipeline.models.tensor_files import only_weights, opened, read_tensors, reason
 from pipeline.models.vision import VisionTower
 from pipeline.weights.public_layouts import compare, fit, unwrapped
@@ -109,10 +109,10 @@ def check(config: Config) -> None:
     Raises:
         CheckpointError: the source is missing or damaged, or its names or shapes do not fit the settings.
     """
-    from pipeline.methods.registry import build_recipe
+    from pipeline.methods.registry import build_method
 
     with torch.device("meta"):
-        recipe = build_recipe(config)
+        recipe = build_method(config)
     for name in {config.init_from.source, *config.method.anchors.values()} - {None}:
         if (found := find(str(name)).saved) is not None:
             saved.verify(found)
@@ -123,7 +123,7 @@ def check(config: Config) -> None:
 
 
 @torch.no_grad()
-def begin(recipe: Recipe, config: Config, *, record: bool = True) -> Start | None:
+def begin(recipe: Method, config: Config, *, record: bool = True) -> Start | None:
     """Fills the student with the weights that ``init_from`` names, makes the teacher its equal, and fills frozen networks.
 
     Args:
@@ -161,7 +161,7 @@ def begin(recipe: Recipe, config: Config, *, record: bool = True) -> Start | Non
     return Start(facts, tuple(told)) if told else None
 
 
-def student_tower(recipe: Recipe) -> tuple[str, VisionTower]:
+def student_tower(recipe: Method) -> tuple[str, VisionTower]:
     """Name and module of the tower that a method trains; ``backbone`` if it trains several.
 
     Raises:
@@ -182,7 +182,7 @@ def student_tower(recipe: Recipe) -> tuple[str, VisionTower]:
     return name, towers[name]
 
 
-def _matched(recipe: Recipe, source: Source, settings: InitSettings, *, shapes_only: bool) -> tuple[dict[str, Tensor], list[str]]:
+def _matched(recipe: Method, source: Source, settings: InitSettings, *, shapes_only: bool) -> tuple[dict[str, Tensor], list[str]]:
     """Weights by the recipe's names, and notes."""
     name, tower = student_tower(recipe)
     if settings.heads and source.saved is None:
@@ -199,7 +199,7 @@ def _matched(recipe: Recipe, source: Source, settings: InitSettings, *, shapes_o
     return weights, [*notes, *fitted.notes]
 
 
-def _anchored(recipe: Recipe, name: str, given: str | None, *, shapes_only: bool) -> tuple[dict[str, Tensor], list[str]]:
+def _anchored(recipe: Method, name: str, given: str | None, *, shapes_only: bool) -> tuple[dict[str, Tensor], list[str]]:
     """Weights of a frozen network of the recipe, by the recipe's names, and notes; of the teacher as it is if none are given."""
     networks = dict(recipe.get_submodule(name).named_children())
     if given is None and recipe.teacher is not None:

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-    from pipeline.models.eval_model import Subject
+    from pipeline.models.eval_model import EvalModel
 
 _HALF = (0.5, 0.5, 0.5)
 _TIMM_WEIGHTS = ("model.safetensors", "pytorch_model.bin", "pytorch_model.pth", "model.pth")
@@ -26,7 +26,7 @@ _TRANSFORMERS_WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 
 
 @dataclass(frozen=True)
-class Peer:
+class PretrainedModel:
     """Weights that were loaded.
 
     Attributes:
@@ -36,11 +36,11 @@ class Peer:
     """
 
     name: str
-    subject: Subject
+    subject: EvalModel
     size: int
 
 
-def load(source: str, *, model: str | None, device: torch.device) -> Peer:
+def load(source: str, *, model: str | None, device: torch.device) -> PretrainedModel:
     """Loads weights, strictly.
 
     Args:
@@ -88,18 +88,18 @@ def _tokens(tokens: Tensor, prefix: int) -> Any:
     return Tokens(cls=tokens[:, 0], registers=tokens[:, 1:prefix], patches=tokens[:, prefix:], kept=None)
 
 
-def _wrapped(model: Any, name: str, size: int, mean: Any, std: Any, device: torch.device) -> Peer:
-    from pipeline.models.eval_model import Subject
+def _wrapped(model: Any, name: str, size: int, mean: Any, std: Any, device: torch.device) -> PretrainedModel:
+    from pipeline.models.eval_model import EvalModel
 
     model = model.to(device).eval().requires_grad_(False)
     prefix, patch = model.num_prefix_tokens, int(model.patch_embed.patch_size[0])
     if not prefix:
         raise CheckpointError("the model has no class token", where=name, hint="choose a ViT that has one")
     tower = _Tower(lambda x: _tokens(model.forward_features(x), prefix), model.blocks, prefix, patch, model.num_features, model)
-    return Peer(name, Subject(tower, tuple(mean), tuple(std)), size)
+    return PretrainedModel(name, EvalModel(tower, tuple(mean), tuple(std)), size)
 
 
-def _of_timm(path: Path, about: dict[str, Any], device: torch.device) -> Peer:
+def _of_timm(path: Path, about: dict[str, Any], device: torch.device) -> PretrainedModel:
     """timm's layout, read by ourselves: timm follows paths and URLs that the file names, and older releases unpickle anything."""
     import timm
     import torch
@@ -149,11 +149,11 @@ def _of_timm(path: Path, about: dict[str, Any], device: torch.device) -> Peer:
     return _wrapped(model, path.name, pixels, mean, std, device)
 
 
-def _of_tower(source: str, model: str | None, device: torch.device) -> Peer:
+def _of_tower(source: str, model: str | None, device: torch.device) -> PretrainedModel:
     import timm
     import torch
 
-    from pipeline.models.eval_model import Subject
+    from pipeline.models.eval_model import EvalModel
     from pipeline.models.settings import ModelSettings
     from pipeline.models.vision import build_tower
     from pipeline.weights.init_from import find, weights_of
@@ -174,14 +174,14 @@ def _of_tower(source: str, model: str | None, device: torch.device) -> Peer:
             if key in fitted.weights:
                 parameter.copy_(fitted.weights[key])
     mean, std = (about.mean, about.std) if about is not None else (_HALF, _HALF)
-    subject = Subject(tower.to(device).eval().requires_grad_(False), tuple(mean), tuple(std))
-    return Peer(source, subject, size)
+    subject = EvalModel(tower.to(device).eval().requires_grad_(False), tuple(mean), tuple(std))
+    return PretrainedModel(source, subject, size)
 
 
-def _of_open_clip(path: Path, device: torch.device) -> Peer:
+def _of_open_clip(path: Path, device: torch.device) -> PretrainedModel:
     import torch
 
-    from pipeline.models.eval_model import Subject
+    from pipeline.models.eval_model import EvalModel
     from pipeline.weights.open_clip_folder import load as load_folder
 
     read = load_folder(path)
@@ -208,7 +208,7 @@ def _of_open_clip(path: Path, device: torch.device) -> Peer:
         features: Tensor = torch.as_tensor(visual(pictures)[0])
         return features
 
-    return Peer(path.name, Subject(tower, read.mean, read.std, images=images, texts=texts), read.size)
+    return PretrainedModel(path.name, EvalModel(tower, read.mean, read.std, images=images, texts=texts), read.size)
 
 
 class _Tokens(SimpleNamespace):
@@ -216,7 +216,7 @@ class _Tokens(SimpleNamespace):
         super().__init__(cls=cls, patches=patches)
 
 
-def _of_transformers(path: Path, about: dict[str, Any], device: torch.device) -> Peer:
+def _of_transformers(path: Path, about: dict[str, Any], device: torch.device) -> PretrainedModel:
     """transformers' layout. The library sees checked settings and tensors, never the folder: from a folder it reads ``auto_map``,
     adapters, quantisers and kernels, all of which may fetch or run code."""
     try:
@@ -224,7 +224,7 @@ def _of_transformers(path: Path, about: dict[str, Any], device: torch.device) ->
         import transformers
     except ImportError as error:
         raise ConfigError("transformers is not installed", where=str(path), hint="pip install 'fovea[export]'") from error
-    from pipeline.models.eval_model import Subject
+    from pipeline.models.eval_model import EvalModel
     from pipeline.models.tensor_files import read_folder, reason
 
     where, kind = str(path / "config.json"), about["model_type"]
@@ -287,7 +287,7 @@ def _of_transformers(path: Path, about: dict[str, Any], device: torch.device) ->
     std = three(pixels.get("image_std", (0.229, 0.224, 0.225)), where=str(shown), positive=True)
     crop = pixels.get("crop_size")
     size = crop.get("height") if isinstance(crop, dict) else config.image_size
-    return Peer(path.name, Subject(tower, mean, std), side(size, where=where))
+    return PretrainedModel(path.name, EvalModel(tower, mean, std), side(size, where=where))
 
 
 def _without(one: type, base: type) -> Any:

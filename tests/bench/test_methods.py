@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from pipeline.bench.methods import Row, configs, markdown
-from pipeline.config.schema import RECIPES
+from pipeline.config.schema import METHODS
 
 
 def test_every_method_that_starts_from_nothing_has_a_config_for_scenes() -> None:
     found = configs()
-    assert set(RECIPES) - set(found) <= {"distill", "detailclip"}  # distill needs a trained judge
+    assert set(METHODS) - set(found) <= {"distill", "detailclip"}  # distill needs a trained judge
     assert found["simclr"] == "simclr/scenes" and found["dinov2"] == "dinov2/scenes_vit_tiny"
 
 

@@ -14,7 +14,7 @@ from pipeline.checkpoint.files import Saved, entry, listed, read, verify
 from pipeline.checkpoint.mirror import Copies, fetch
 from pipeline.checkpoint.retention import Retention
 from pipeline.data.settings import StorageSettings
-from pipeline.data.storage import Storage, StorageAway
+from pipeline.data.storage import Storage, StorageUnavailable
 from pipeline.errors import CheckpointError
 from tests.helpers.s3 import KEYS, Proxy, Trouble, proxy, upload
 
@@ -167,7 +167,7 @@ def test_a_storage_that_is_away_is_not_taken_for_one_without_copies(door: Proxy,
     place = bucket(door, tmp_path, grace=0.5)
     copy(place, save(tmp_path / "own", 3))
     door.troubles = [Trouble("503", times=10_000, match=".")]
-    with pytest.raises(StorageAway):
+    with pytest.raises(StorageUnavailable):
         fetch(place[0], tmp_path / "new", place[1])
     assert listed(tmp_path / "new") == []
 

@@ -159,7 +159,7 @@ def _load_with_other_memory(directory: str) -> str:
     from pipeline.checkpoint import reader
 
     recipe, engine = build()
-    recipe.memory["queue"] = torch.zeros(4)
+    recipe.extra_state["queue"] = torch.zeros(4)
     try:
         reader.load(saved.read(Path(directory)), engine, recipe)
     except CheckpointError as error:

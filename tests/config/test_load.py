@@ -36,7 +36,7 @@ from pipeline.config.types import Length, Settings, absolute_paths
 from pipeline.config.validate import check_ranks
 from pipeline.errors import ConfigError
 from pipeline.methods.dinov2.settings import Dinov2Settings
-from pipeline.methods.settings import RecipeSettings, register
+from pipeline.methods.settings import MethodSettings, register
 from pipeline.training.settings import Curve, LrScalingSettings
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -400,12 +400,12 @@ def test_another_method_brings_its_settings_under_its_name(tmp_path: Path, monke
     from pipeline.methods import settings as base
 
     recipes = {"dinov2": Dinov2Settings}
-    monkeypatch.setattr(tree, "RECIPES", recipes)
+    monkeypatch.setattr(tree, "METHODS", recipes)
     monkeypatch.setattr(base, "REGISTERED", recipes)
-    monkeypatch.setattr(module, "RECIPES", recipes)
+    monkeypatch.setattr(module, "METHODS", recipes)
 
     @register("toy")
-    class Toy(RecipeSettings):
+    class Toy(MethodSettings):
         name: str = "toy"
         queue: int = 5
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from pipeline.config.load import InvalidConfig, difference, load, schema, show
 from pipeline.config.paths import absolute, patterns, same
-from pipeline.config.schema import RECIPES, Config
+from pipeline.config.schema import METHODS, Config
 from pipeline.config.types import path_marker, path_values
 from tests.helpers.runs import TOY
 
@@ -45,7 +45,7 @@ def kinds(annotation: typing.Any) -> set[typing.Any]:
 
 def test_every_text_of_the_settings_names_files_or_is_known_not_to() -> None:
     unknown, marked = set(), set()
-    for method in RECIPES:
+    for method in METHODS:
         for key, info in schema(method).items():
             if path_marker(info) is not None:
                 marked.add(key)

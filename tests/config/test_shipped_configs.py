@@ -10,8 +10,8 @@ import timm
 import torch
 
 from pipeline.config.load import available, load
-from pipeline.methods.base import Recipe
-from pipeline.methods.registry import build_recipe
+from pipeline.methods.base import Method
+from pipeline.methods.registry import build_method
 from pipeline.training.schedules import Schedules
 from pipeline.weights import init_from as initial
 
@@ -44,10 +44,10 @@ PEAKS = {
 
 
 @cache
-def built(name: str) -> Recipe:
+def built(name: str) -> Method:
     config = load(name).config
     with torch.device("meta"):
-        return build_recipe(config)
+        return build_method(config)
 
 
 def size(module: torch.nn.Module) -> int:

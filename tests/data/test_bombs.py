@@ -19,7 +19,7 @@ from PIL import Image
 from pipeline.data import storage
 from pipeline.data.augment.decode import _by_pillow
 from pipeline.data.index.build import Fields, build
-from pipeline.data.index.image_header import judge
+from pipeline.data.index.image_header import inspect_header
 from pipeline.data.index.manifest import Manifest, Shard, ShardIndex, load_sidecar
 from pipeline.data.pack.transcode import transcode
 from pipeline.errors import DataError
@@ -40,19 +40,19 @@ def progressive(side: int, scans: int, *, restarts: bool = False) -> bytes:
 @pytest.mark.parametrize("restarts", [False, True])
 def test_scans_without_end_are_refused(side: int, scans: int, status: str, restarts: bool) -> None:
     data = progressive(side, scans, restarts=restarts)
-    assert judge(data).status == status
+    assert inspect_header(data).status == status
     assert (transcode(data, "jpg") is not None) == (status == "ok")
 
 
 def test_scans_are_counted_with_their_pixels() -> None:
     data = progressive(6000, 30)
-    assert judge(data).status == "unsupported" and judge(progressive(6000, 1)).status == "ok"
+    assert inspect_header(data).status == "unsupported" and inspect_header(progressive(6000, 1)).status == "ok"
 
 
 def test_a_thumbnail_counts_for_nothing() -> None:
     buffer = io.BytesIO()
     Image.fromarray(np.zeros((64, 64, 3), np.uint8)).save(buffer, "JPEG", exif=b"Exif\0\0" + b"\xff\xda" * 500)
-    assert judge(buffer.getvalue()).status == "ok"
+    assert inspect_header(buffer.getvalue()).status == "ok"
 
 
 @pytest.mark.parametrize("head", [b"\0\0\1\0", b"\0\0\2\0"])
@@ -91,7 +91,7 @@ def test_a_codestream_with_more_channels_than_its_box_says_is_refused() -> None:
     data = bytearray(buffer.getvalue())
     at = data.find(b"\xff\x4f\xff\x51")
     struct.pack_into(">H", data, at + 40, 16384)
-    assert judge(buffer.getvalue()).status == "ok" and judge(bytes(data)).status != "ok"
+    assert inspect_header(buffer.getvalue()).status == "ok" and inspect_header(bytes(data)).status != "ok"
 
 
 def test_a_width_beyond_the_index_is_no_error(tmp_path: Path) -> None:

@@ -29,11 +29,11 @@ from pipeline.data import storage
 from pipeline.data.augment.views import Augment, ViewSpec
 from pipeline.data.index import tar
 from pipeline.data.index.build import Fields, build, index_shard
-from pipeline.data.index.image_header import judge, whole
+from pipeline.data.index.image_header import inspect_header, is_complete
 from pipeline.data.index.manifest import STATUSES
-from pipeline.data.loader.bad_samples import Ledger
+from pipeline.data.loader.bad_samples import BadSamples
 from pipeline.data.loader.batch_stream import BatchStream, StreamOptions
-from pipeline.data.loader.encoded_batches import Portions
+from pipeline.data.loader.encoded_batches import StepDataset
 from pipeline.data.loader.reader import Reader
 from pipeline.data.order.order import Order
 from pipeline.errors import DataError
@@ -216,14 +216,14 @@ def test_whole_pictures_of_every_guise_are_decoded_rightly() -> None:
 def test_lossless_and_arithmetic_jpegs_are_refused_by_header(marker: int) -> None:
     data = encode("JPEG", progressive=marker == 0xCA)
     at = data.index(b"\xff\xc2" if marker == 0xCA else b"\xff\xc0") + 1
-    assert judge(data[:at] + bytes([marker]) + data[at + 1 :]).status == "unsupported"
+    assert inspect_header(data[:at] + bytes([marker]) + data[at + 1 :]).status == "unsupported"
 
 
 @pytest.mark.parametrize("name", sorted(bombs()))
 def test_a_bomb_is_refused_by_its_header_at_once(name: str) -> None:
     data = bombs()[name]
     begin = time.process_time()
-    judgement = judge(data)
+    judgement = inspect_header(data)
     assert time.process_time() - begin < 0.05
     if name == "webp":  # Pillow looks further than the header here, and finds that it lies
         assert judgement.status in ("too_large", "not_image")
@@ -236,23 +236,23 @@ def test_a_small_box_around_a_large_codestream_is_refused() -> None:
     data = bytearray(encode("JPEG2000"))
     at = data.index(b"\xff\x4f\xff\x51") + 8
     data[at : at + 8] = struct.pack(">II", 30_000, 30_000)
-    assert judge(bytes(data)).status in ("unsupported", "too_large")
+    assert inspect_header(bytes(data)).status in ("unsupported", "too_large")
 
 
 @pytest.mark.parametrize(
     "junk", [b"", b"\xff", b"\xff\xd8\xff", b"<html>404</html>", b"P6", b"P6 ", b"BM", b"RIFF\0\0\0\0WEBP", bytes(64)]
 )
 def test_what_is_hardly_a_file_has_a_status(junk: bytes) -> None:
-    assert judge(junk).status in ("not_image", "truncated")
+    assert inspect_header(junk).status in ("not_image", "truncated")
 
 
 def test_a_png_whose_chunk_claims_gigabytes_is_refused() -> None:
     """The decoder would ask for them before it looks how long the file is."""
     data = bytearray(encode("PNG"))
     data[data.index(b"IDAT") - 4] = 0xFF
-    assert judge(bytes(data)).status != "ok"
-    assert not whole(bytes(data), "png")
-    assert whole(encode("PNG") + b"bytes after the end", "png")
+    assert inspect_header(bytes(data)).status != "ok"
+    assert not is_complete(bytes(data), "png")
+    assert is_complete(encode("PNG") + b"bytes after the end", "png")
 
 
 def cut(files: dict[str, bytes], points: int) -> dict[str, bytes]:
@@ -305,7 +305,7 @@ def test_damaged_pictures_never_harm_the_process_however_many(seed: int) -> None
 @settings(max_examples=120, deadline=None)
 @given(name=st.sampled_from(sorted(odd())), seed=st.integers(0, 2**32))
 def test_judging_never_raises(name: str, seed: int) -> None:
-    assert judge(mutated(odd()[name], np.random.default_rng(seed))).status in STATUSES
+    assert inspect_header(mutated(odd()[name], np.random.default_rng(seed))).status in STATUSES
 
 
 @settings(max_examples=60, deadline=None)
@@ -315,7 +315,7 @@ def test_judging_never_raises(name: str, seed: int) -> None:
 )
 @example(start=b"RIFF", rest=b"\xff\xff\xff\xffWEBPVP8X\n\0\0\0")
 def test_judging_noise_never_raises(start: bytes, rest: bytes) -> None:
-    assert judge(start + rest).status in STATUSES
+    assert inspect_header(start + rest).status in STATUSES
 
 
 # --- tars -------------------------------------------------------------------------------------------------------------------
@@ -524,8 +524,8 @@ def test_a_run_over_a_hostile_shard_goes_on_to_its_end_and_tells_what_was_lost(t
     storage.forget()
     spec = (ViewSpec("view", 1, 32, (0.3, 1.0), augment=(Augment(),)),)
     order = Order(manifest.sizes, 0, 8, lanes=1, block=1024)
-    ledger = Ledger(tmp_path / "ledger.jsonl", budget=1.0)
-    dataset = Portions(Reader(manifest, wants=("image",)), order, spec, seed=0, world=1, rank=0)
+    ledger = BadSamples(tmp_path / "ledger.jsonl", budget=1.0)
+    dataset = StepDataset(Reader(manifest, wants=("image",)), order, spec, seed=0, world=1, rank=0)
     steps = manifest.total // 8
     options = StreamOptions(micro_batch=8, workers=0, hue="off")
     stream = BatchStream(dataset, device=torch.device("cpu"), options=options, ledger=ledger, first=0, last=steps)

@@ -289,7 +289,7 @@ def test_over_other_data_the_quarantine_is_dropped_and_the_counters_stay(
     saved = checkpoint(RunDirectory(tmp_path / "run"), config, prepare(config, 2), **facts)
     saved.manifest.update({"applied": 10, "skipped": 0, "scores": {}, "seconds": 1.0})
     engine: Any = Nothing()
-    ledger = assemble.Ledger(None)
+    ledger = assemble.BadSamples(None)
     assemble._restore(saved, engine, engine, ledger, prepare(config, 2), False)
     assert ledger.state() == {"seen": 160, "reasons": {"corrupt": 1}, "counts": {"seen/a": 160}, "quarantine": {"5": "corrupt"}}
     edit(three)

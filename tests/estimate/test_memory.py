@@ -112,7 +112,7 @@ def test_what_a_forward_pass_keeps_is_counted_without_memory_within_five_percent
         made = recipe(name, train={"global_batch_size": 8, "precision": "fp32"}).train()
         batch = batch_at(made, 0, samples=samples)
         with Alive() as found:
-            made.prepare([batch], STEP)
+            made.before_accumulation([batch], STEP)
             terms = made(batch, STEP)
             kept.append(found.now)
         del terms

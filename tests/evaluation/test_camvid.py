@@ -16,7 +16,7 @@ from pipeline.data.index.manifest import Manifest
 from pipeline.data.loader.reader import Reader
 from pipeline.evaluation.online import Pictures
 from pipeline.evaluation.segmentation import Segmentation, places
-from pipeline.models.eval_model import Subject
+from pipeline.models.eval_model import EvalModel
 from pipeline.models.settings import ModelSettings
 from pipeline.models.vision import build_tower
 
@@ -54,7 +54,7 @@ def test_even_untrained_patches_know_more_of_streets_than_the_commonest_class(
     judge = Segmentation(
         *pictures, (readers[0], readers[1]), size=SIZE, classes=11, ignore=(11,), names=NAMES, epochs=20, batch=8, windows=windows
     )
-    scores = judge(Subject(tower, IMAGENET_MEAN, IMAGENET_STD))
+    scores = judge(EvalModel(tower, IMAGENET_MEAN, IMAGENET_STD))
     with capsys.disabled():
         print({name: round(value, 4) for name, value in scores.items()})
     assert scores["segmentation/miou"] > 1.5 * scores["segmentation/majority"]

@@ -30,8 +30,8 @@ from pipeline.evaluation.pairs import Retrieval, ZeroShot, numbered
 from pipeline.evaluation.robustness import Fooled, Robustness, fooled
 from pipeline.evaluation.segmentation import IGNORED, Segmentation, class_map, confusion, ious, mean_iou
 from pipeline.evaluation.settings import RetrievalSettings
-from pipeline.evaluation.table import extract, together
-from pipeline.models.eval_model import Subject, undisturbed
+from pipeline.evaluation.table import all_gather_table, extract
+from pipeline.models.eval_model import EvalModel, preserve_rng_and_mode
 from pipeline.models.settings import ModelSettings
 from pipeline.models.vision import build_tower
 from tests.helpers.rank_pool import pool
@@ -156,7 +156,7 @@ def shown(manifest: Manifest) -> Pictures:
     return Pictures(manifest, size=24, most=None, batch=5, rank=rank, world=world, device=CPU)
 
 
-def subject(texts: bool = False) -> Subject:
+def subject(texts: bool = False) -> EvalModel:
     torch.manual_seed(3)
     tower = build_tower(ModelSettings(embed_dim=16, depth=2, num_heads=2, patch_size=4, layer_scale=None), image_size=24).eval()
 
@@ -164,8 +164,8 @@ def subject(texts: bool = False) -> Subject:
         return torch.stack([torch.randn(16, generator=torch.Generator().manual_seed(len(t) + sum(map(ord, t)))) for t in given])
 
     if not texts:
-        return Subject(tower, IMAGENET_MEAN, IMAGENET_STD)
-    return Subject(tower, IMAGENET_MEAN, IMAGENET_STD, images=lambda x: tower(x).cls, texts=sentences)
+        return EvalModel(tower, IMAGENET_MEAN, IMAGENET_STD)
+    return EvalModel(tower, IMAGENET_MEAN, IMAGENET_STD, images=lambda x: tower(x).cls, texts=sentences)
 
 
 def judge(name: str, train: Manifest, test: Manifest) -> dict[str, float]:
@@ -280,7 +280,7 @@ def test_judging_disturbs_neither_random_numbers_nor_modes() -> None:
     module = torch.nn.Sequential(torch.nn.Dropout(), torch.nn.Linear(2, 2)).train()
     module[1].eval()
     state = torch.get_rng_state()
-    with undisturbed([module]):
+    with preserve_rng_and_mode([module]):
         assert not module[0].training
         torch.randn(3), np.random.rand(3)
     assert torch.equal(torch.get_rng_state(), state)
@@ -304,6 +304,6 @@ def test_what_cannot_be_judged_is_refused(manifests: tuple[Manifest, Manifest], 
 
 
 def test_tables_come_together_in_the_order_of_the_list(manifests: tuple[Manifest, Manifest], alone: None) -> None:
-    table = together(extract(shown(manifests[0]), lambda x: x.mean((2, 3)), labelled=False), None)
+    table = all_gather_table(extract(shown(manifests[0]), lambda x: x.mean((2, 3)), labelled=False), None)
     assert table.numbers.tolist() == list(range(36))
     assert table.ids == [int(i) for i in manifests[0].ids()]

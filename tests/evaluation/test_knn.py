@@ -18,7 +18,7 @@ from pipeline.data.index.manifest import Manifest
 from pipeline.data.pack import synthetic as scenes
 from pipeline.data.pack.shard_writer import ShardWriter
 from pipeline.errors import DataError
-from pipeline.evaluation.knn import knn_accuracy, votes
+from pipeline.evaluation.knn import knn_accuracy, knn_votes
 from pipeline.evaluation.online import OnlineKnn, Pictures, raw_pixels
 from tests.helpers.rank_pool import pool
 
@@ -28,12 +28,12 @@ KS = (1, 5, 20)
 
 def test_the_vote_is_weighted_by_the_softmax_over_the_largest_k() -> None:
     similarities, labels = torch.tensor([[0.9, 0.85, 0.8, 0.5]]), torch.tensor([[0, 1, 1, 2]])
-    scores = votes(similarities, labels, classes=3, ks=(1, 3, 4), temperature=0.07)
+    scores = knn_votes(similarities, labels, classes=3, ks=(1, 3, 4), temperature=0.07)
     torch.testing.assert_close(scores[1], torch.tensor([[0.577204, 0.0, 0.0]]), atol=1e-6, rtol=0)
     torch.testing.assert_close(scores[3], torch.tensor([[0.577204, 0.420893, 0.0]]), atol=1e-6, rtol=0)
     torch.testing.assert_close(scores[4], torch.tensor([[0.577204, 0.420893, 0.001904]]), atol=1e-6, rtol=0)
     assert int(scores[3].argmax()) == 0
-    assert int(votes(similarities, labels, classes=3, ks=(3,), temperature=1.0)[3].argmax()) == 1
+    assert int(knn_votes(similarities, labels, classes=3, ks=(3,), temperature=1.0)[3].argmax()) == 1
 
 
 def by_hand(queries: Tensor, answers: Tensor, bank: Tensor, labels: Tensor, k: int, most: int, temperature: float) -> float:

@@ -13,7 +13,7 @@ from launch.cli.eval_ranks import world_here
 from pipeline.config.load import InvalidConfig, load
 from pipeline.data.inputs import prepare
 from pipeline.evaluation.runner import Evaluations
-from pipeline.methods.registry import make_recipe
+from pipeline.methods.registry import build_seeded_method
 from tests.helpers.runs import TOY
 from tests.launch.cli.test_eval_run import toy
 
@@ -22,7 +22,7 @@ def test_an_evaluation_that_would_cost_too_much_waits_until_there_is_time(tmp_pa
     loaded = toy(tmp_path, "evaluation.max_time_percent=10", "evaluation.knn.every=2 steps", "launch.backend=gloo")
     config = loaded.config
     with world_here(config) as world:
-        judge = Evaluations(config, prepare(config, 1), make_recipe(config, torch.device("cpu")), world, fresh=True)
+        judge = Evaluations(config, prepare(config, 1), build_seeded_method(config, torch.device("cpu")), world, fresh=True)
         first = judge(0, 0.0)
         assert set(first) == {f"{name}/k{k}" for name in ("knn", "untrained", "pixels") for k in (1, 5)}
         judge._took["knn"], judge._spent = 1.0, 1.0
@@ -40,7 +40,7 @@ def test_pictures_are_the_same_each_time_and_the_random_state_is_untouched(tmp_p
     config = toy(tmp_path, "launch.backend=gloo", "evaluation.knn.every=2 steps").config
     sheets: dict[tuple[int, str], NDArray[np.uint8]] = {}
     with world_here(config) as world:
-        recipe = make_recipe(config, torch.device("cpu")).train()
+        recipe = build_seeded_method(config, torch.device("cpu")).train()
         keep = lambda step, name, sheet: sheets.update({(step, name): sheet})  # noqa: E731
         judge = Evaluations(config, prepare(config, 1), recipe, world, fresh=True, show=keep)
         state = torch.get_rng_state()

@@ -21,7 +21,7 @@ from pipeline.data.pack.shard_writer import ShardWriter
 from pipeline.errors import DataError
 from pipeline.evaluation.online import Pictures
 from pipeline.evaluation.segmentation import Segmentation, confusion, ious, over_windows, places, whole_map
-from pipeline.models.eval_model import Subject
+from pipeline.models.eval_model import EvalModel
 from pipeline.models.settings import ModelSettings
 from pipeline.models.vision import build_tower
 from tests.helpers.rank_pool import pool
@@ -111,7 +111,7 @@ def judged(train: Manifest, test: Manifest, whole: bool) -> dict[str, float]:
     judge = Segmentation(
         pictures(train), pictures(test), readers, size=SIZE, classes=2, rates=(1.0,), epochs=8, batch=8, windows=windows
     )
-    return judge(Subject(tower, IMAGENET_MEAN, IMAGENET_STD))
+    return judge(EvalModel(tower, IMAGENET_MEAN, IMAGENET_STD))
 
 
 def test_squares_reach_from_end_to_end_and_share_a_third(manifests: tuple[Manifest, Manifest]) -> None:

@@ -23,7 +23,7 @@ from pipeline.data.pack.shard_writer import ShardWriter
 from pipeline.evaluation.attention import looked_at, readable, shaded, with_attention
 from pipeline.evaluation.online import Pictures
 from pipeline.evaluation.sheets import _RIGHT, _UNKNOWN, _WRONG, Finding, attention_sheet, thumbs
-from pipeline.models.eval_model import Subject
+from pipeline.models.eval_model import EvalModel
 from pipeline.models.resnet import build_trunk
 from pipeline.models.settings import ModelSettings
 from pipeline.models.vision import build_tower
@@ -52,7 +52,7 @@ def tower(**changes: Any) -> Any:
 def test_the_attention_that_is_read_is_the_one_that_the_block_computes(changes: dict[str, Any]) -> None:
     built = tower(**changes)
     images, kept = torch.randn(2, 3, 16, 12), []
-    tokens, found = with_attention(Subject(built, MEAN, STD), images)
+    tokens, found = with_attention(EvalModel(built, MEAN, STD), images)
     assert found is not None and found.shape == (2, 2, 12)
     built._fused = False  # then the block has its shares in its hands
     built.vit.blocks[-1].attn.attn_drop.register_forward_hook(lambda _, __, out: kept.append(out))
@@ -61,18 +61,18 @@ def test_the_attention_that_is_read_is_the_one_that_the_block_computes(changes: 
     torch.testing.assert_close(found, kept[0][:, :, 0, built.vit.num_prefix_tokens :])
     torch.testing.assert_close(tokens.patches, again.patches)
     assert float(found.std(2).min()) > 1e-3
-    torch.testing.assert_close(looked_at(Subject(built, MEAN, STD), images), found.mean(1))
+    torch.testing.assert_close(looked_at(EvalModel(built, MEAN, STD), images), found.mean(1))
 
 
 def test_reading_leaves_no_hook_behind() -> None:
     built = tower()
-    with_attention(Subject(built, MEAN, STD), torch.randn(1, 3, 8, 8))
+    with_attention(EvalModel(built, MEAN, STD), torch.randn(1, 3, 8, 8))
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in built.modules())
 
 
 def test_a_network_without_attention_shows_likeness_instead() -> None:
     trunk = build_trunk(ModelSettings(timm_name="resnet18"), image_size=32).eval()
-    subject: Any = Subject(trunk, MEAN, STD)  # type: ignore[arg-type]
+    subject: Any = EvalModel(trunk, MEAN, STD)  # type: ignore[arg-type]
     assert not readable(subject)
     tokens, attention = with_attention(subject, torch.randn(1, 3, 64, 64))
     assert attention is None and tokens.patches.shape[1] == 4
@@ -81,7 +81,7 @@ def test_a_network_without_attention_shows_likeness_instead() -> None:
 
 def test_blocks_that_were_compiled_can_be_read() -> None:
     built, images = tower(), torch.randn(2, 3, 8, 8)
-    subject = Subject(built, MEAN, STD)
+    subject = EvalModel(built, MEAN, STD)
     expected, layers = with_attention(subject, images)[1], subject.layers(images, 2)
     for block in built.vit.blocks:
         block.compile(backend="eager")
@@ -142,7 +142,7 @@ def finder(texts: bool) -> Any:
         return _angle(torch.tensor([float(sentence.split()[-1]) + 10 for sentence in sentences]))
 
     seen: Any = SimpleNamespace()
-    return Subject(seen, MEAN, STD, images=look, texts=read if texts else None)
+    return EvalModel(seen, MEAN, STD, images=look, texts=read if texts else None)
 
 
 def find(manifest: Manifest, texts: bool) -> tuple[str, np.ndarray] | None:

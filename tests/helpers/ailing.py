@@ -18,7 +18,7 @@ from pipeline.methods.dinov2.settings import Dinov2Settings
 from pipeline.methods.settings import ViewSettings
 from pipeline.models.settings import ModelSettings
 from pipeline.models.vision import build_tower
-from pipeline.training.alerts import Alarm, Alarms
+from pipeline.training.alerts import Alert, Alerts
 
 SAMPLES, LOCALS = 12, 1
 SETTINGS = Dinov2Settings(
@@ -79,7 +79,7 @@ def train(
     frozen: bool = True,
     every: int = 5,
     **changes: Any,
-) -> tuple[list[tuple[int, Alarm]], list[dict[str, float]]]:
+) -> tuple[list[tuple[int, Alert]], list[dict[str, float]]]:
     """Train as the trainer does, in one process.
 
     Returns:
@@ -88,7 +88,7 @@ def train(
     made = method(**changes)
     groups = made.parameter_groups()
     optimizer = torch.optim.AdamW([{"params": list(g.params)} for g in groups], lr=0.0)
-    alarms, raised, logged = Alarms(made.vitals), [], []
+    alarms, raised, logged = Alerts(made.health_metrics), [], []
     since: list[dict[str, Tensor]] = []
     for index in range(steps):
         rate = lr * min(1.0, (index + 1) / 40)

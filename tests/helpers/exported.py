@@ -11,8 +11,8 @@ from safetensors.torch import save_file
 
 from pipeline.checkpoint.files import Saved, entry, read
 from pipeline.config.schema import Config
-from pipeline.methods.base import Recipe
-from pipeline.methods.registry import build_recipe
+from pipeline.methods.base import Method
+from pipeline.methods.registry import build_method
 
 DINO: dict[str, Any] = {
     "name": "dinov2",
@@ -36,9 +36,9 @@ def settings(recipe: dict[str, Any], **model: Any) -> Config:
     )
 
 
-def checkpoint(folder: Path, config: Config, *, step: int = 3) -> tuple[Saved, Recipe]:
+def checkpoint(folder: Path, config: Config, *, step: int = 3) -> tuple[Saved, Method]:
     """A checkpoint with weights that no seed gives, teacher and student different; and the recipe that holds them."""
-    recipe = build_recipe(config).eval()
+    recipe = build_method(config).eval()
     generator = torch.Generator().manual_seed(9)
     students = dict(recipe.named_parameters())
     teachers = dict(recipe.teacher.named_parameters()) if recipe.teacher is not None else {}

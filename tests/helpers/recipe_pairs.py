@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from pipeline.data.augment.views import Batch
-from pipeline.methods.base import Recipe, Step
+from pipeline.methods.base import Method, Step
 from pipeline.methods.clip.method import CLIP
 from pipeline.methods.clip.settings import ClipSettings, TextSettings
 from pipeline.models.settings import ModelSettings
@@ -49,7 +49,7 @@ def pairs_at(index: int, rows: slice = slice(None), views: tuple[str, ...] = ("i
 
 
 def engine_of(
-    recipe: Recipe, zero: Literal[0, 1, 2, 3], micro: int, accumulation: int, precision: Literal["fp32", "bf16"] = "fp32"
+    recipe: Method, zero: Literal[0, 1, 2, 3], micro: int, accumulation: int, precision: Literal["fp32", "bf16"] = "fp32"
 ) -> Any:
     from pipeline.training.engine import Engine, EngineOptions
 
@@ -77,7 +77,7 @@ def trained(
     for index in range(steps):
         step = Step(index=index, lr=1e-2, last_layer_lr=1e-2, weight_decay=0.1)
         parts = [pairs_at(index, slice(low, low + micro)) for low in range(begin, begin + share, micro)]
-        engine.prepare(parts, step)
+        engine.before_accumulation(parts, step)
         found = torch.stack([engine.forward_backward(part, step)["contrastive"] for part in parts]).mean()
         applied, norm = engine.step(step, found.isfinite())
         assert applied

@@ -18,11 +18,11 @@ import yaml
 from torch import Tensor
 
 from pipeline.config.load import load
-from pipeline.config.schema import RECIPES, Config
+from pipeline.config.schema import METHODS, Config
 from pipeline.data.augment.masks import block_masks, mask_counts
 from pipeline.data.augment.views import Batch, Boxes, Masks
-from pipeline.methods.base import Recipe, Step
-from pipeline.methods.registry import build_recipe
+from pipeline.methods.base import Method, Step
+from pipeline.methods.registry import build_method
 
 SAMPLES, CONTEXT, SIDE, LOCAL, PATCH = 8, 7, 16, 8, 4
 VIEWS = {"global_size": SIDE, "local_size": LOCAL}
@@ -47,7 +47,7 @@ TINY: dict[str, dict[str, Any]] = {
 
 def config(name: str, **changes: Any) -> Config:
     """The settings of a method, through the same checks as a person's."""
-    assert name in TINY or name not in RECIPES, f"give the method {name!r} small settings in {__name__}.TINY"
+    assert name in TINY or name not in METHODS, f"give the method {name!r} small settings in {__name__}.TINY"
     tree = {
         "method": {"name": name, **TINY[name], **changes.pop("method", {})},
         "model": MODEL,
@@ -63,19 +63,19 @@ def config(name: str, **changes: Any) -> Config:
         return load(str(path)).config
 
 
-def recipe(name: str, seed: int = 0, **changes: Any) -> Recipe:
+def recipe(name: str, seed: int = 0, **changes: Any) -> Method:
     """The method; its student is not quite its teacher, and what it remembers is not zero."""
     torch.manual_seed(seed)
-    made = build_recipe(config(name, **changes))
+    made = build_method(config(name, **changes))
     with torch.no_grad():
         for p in made.parameters():
             if p.requires_grad:
                 p.add_(0.05 * torch.randn_like(p))
-        made.memory = {key: value + 0.1 * torch.randn_like(value) for key, value in made.memory.items()}
+        made.extra_state = {key: value + 0.1 * torch.randn_like(value) for key, value in made.extra_state.items()}
     return made
 
 
-def batch_at(made: Recipe, index: int, rows: slice = slice(None), samples: int = SAMPLES) -> Batch:
+def batch_at(made: Method, index: int, rows: slice = slice(None), samples: int = SAMPLES) -> Batch:
     """The global batch of a step as the method asks for it, or some of its rows."""
     numbers = list(range(samples))[rows]
     views, masks, boxes = {}, {}, {}
@@ -128,7 +128,7 @@ def _captions(samples: int, index: int) -> Tensor:
 STEP = Step(lr=3e-3, last_layer_lr=3e-3, weight_decay=0.05, momentum=0.9, teacher_temperature=0.05)
 
 
-def engine_of(made: Recipe, zero: Literal[0, 1, 2, 3], accumulation: int = 1) -> Any:
+def engine_of(made: Method, zero: Literal[0, 1, 2, 3], accumulation: int = 1) -> Any:
     from pipeline.training.engine import Engine, EngineOptions
 
     micro = SAMPLES // dist.get_world_size() // accumulation
@@ -137,13 +137,13 @@ def engine_of(made: Recipe, zero: Literal[0, 1, 2, 3], accumulation: int = 1) ->
     return Engine(made, options, torch.device("cpu"))
 
 
-def advance(made: Recipe, engine: Any, index: int, accumulation: int = 1) -> dict[str, Tensor]:
+def advance(made: Method, engine: Any, index: int, accumulation: int = 1) -> dict[str, Tensor]:
     """One step as the trainer does it, on this rank's share."""
     share = SAMPLES // dist.get_world_size()
     micro, begin = share // accumulation, dist.get_rank() * share
     parts = [batch_at(made, index, slice(low, low + micro)) for low in range(begin, begin + share, micro)]
     step = replace(STEP, index=index)
-    engine.prepare(parts, step)
+    engine.before_accumulation(parts, step)
     each = [engine.forward_backward(part, step) for part in parts]
     applied, _ = engine.step(step, torch.tensor(True))
     assert applied
@@ -151,14 +151,14 @@ def advance(made: Recipe, engine: Any, index: int, accumulation: int = 1) -> dic
     return {name: torch.stack([one[name] for one in each]).mean() for name in each[0]}
 
 
-def state(made: Recipe, engine: Any) -> dict[str, Tensor]:
+def state(made: Method, engine: Any) -> dict[str, Tensor]:
     """Copies of all that a step moves, whole."""
     with engine.gathered(teacher=True):
         found = {f"student {name}": p.detach().clone() for name, p in made.named_parameters()}
         found |= {f"buffer {name}": b.clone() for name, b in made.named_buffers()}
         if made.teacher is not None:
             found |= {f"teacher {name}": t.clone() for name, t in made.teacher.state_dict().items()}
-    return found | {f"memory {name}": t.clone() for name, t in made.memory.items()}
+    return found | {f"memory {name}": t.clone() for name, t in made.extra_state.items()}
 
 
 def gradients(engine: Any) -> list[tuple[str, int, tuple[int, ...], Tensor]]:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pipeline.data.augment.views import Batch
-from pipeline.methods.base import Recipe, Step
+from pipeline.methods.base import Method, Step
 from pipeline.methods.ema_teacher import Teacher
 from pipeline.models.groups import ParameterGroup
 
@@ -20,7 +20,7 @@ SAMPLES, WIDTH, CLASSES = 8, 12, 5
 BETAS, EPS = (0.9, 0.95), 1e-8
 
 
-class Toy(Recipe):
+class Toy(Method):
     """Two networks, a teacher of both, a memory, a frozen weight, buffers, and one parameter outside the networks.
 
     Sizes are odd, so that the ranks' pieces end inside parameters.
@@ -36,7 +36,7 @@ class Toy(Recipe):
         self.fixed = nn.Parameter(torch.randn(3), requires_grad=False)
         self.register_buffer("seen", torch.zeros((), dtype=torch.int64))
         self.teacher = Teacher(backbone=self.backbone, head=self.head)
-        self.memory = {"center": torch.zeros(CLASSES)}
+        self.extra_state = {"center": torch.zeros(CLASSES)}
         self.means: list[Tensor] = []
         self.poison: str | None = None
         self.without_head = False
@@ -48,7 +48,7 @@ class Toy(Recipe):
         if not self.without_head:
             with torch.no_grad():
                 logits = self.teacher.modules["head"](self.teacher.modules["backbone"](images))
-                targets = ((logits - self.memory["center"]) / step.teacher_temperature).softmax(1)
+                targets = ((logits - self.extra_state["center"]) / step.teacher_temperature).softmax(1)
                 self.means.append(logits.mean(0))
             terms["dino"] = -(targets * F.log_softmax(self.head(features) / 0.1, dim=1)).sum(1).mean()
         if self.poison == "loss":
@@ -66,13 +66,13 @@ class Toy(Recipe):
             if dist.is_initialized():
                 dist.all_reduce(mean)
                 mean /= dist.get_world_size()
-            self.memory["center"].mul_(0.9).add_(mean, alpha=0.1)
+            self.extra_state["center"].mul_(0.9).add_(mean, alpha=0.1)
             self.means.clear()
         self.seen += 1
         self.backbone.steps += 1
         super().after_step(step)
 
-    def after_skip(self) -> None:
+    def on_step_skipped(self) -> None:
         self.means.clear()
 
     def networks(self) -> dict[str, nn.Module]:
@@ -147,7 +147,7 @@ def by_torch(
         parts = {name: list(module.parameters()) for name, module in recipe.networks().items()} | {"other": [recipe.scale]}
         norms.append({name: float(nn.utils.clip_grad_norm_(part, float("inf"))) for name, part in parts.items()})
         if index in skipped:
-            recipe.after_skip()
+            recipe.on_step_skipped()
             continue
         if clip is not None:
             everything = [p for part in parts.values() for p in part]
@@ -180,7 +180,7 @@ def state_of(recipe: Toy) -> dict[str, Any]:
     return {
         "weights": {name: p.detach().clone() for name, p in recipe.named_parameters()},
         "teacher": {name: t.clone() for name, t in recipe.teacher.state_dict().items()} if recipe.teacher else {},
-        "memory": {name: t.clone() for name, t in recipe.memory.items()},
+        "memory": {name: t.clone() for name, t in recipe.extra_state.items()},
         "buffers": {name: t.clone() for name, t in recipe.named_buffers()},
     }
 
@@ -225,7 +225,7 @@ def advance(recipe: Toy, engine: Any, index: int) -> dict[str, Any]:
     if applied:
         recipe.after_step(step)
     else:
-        recipe.after_skip()
+        recipe.on_step_skipped()
     return {
         "terms": {name: float(term) for name, term in terms.items()},
         "applied": applied,

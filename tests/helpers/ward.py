@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
 from pipeline.data.augment.decode import Decoder
-from pipeline.data.index.image_header import Judgement, judge
+from pipeline.data.index.image_header import HeaderInfo, inspect_header
 
 ROOT = Path(__file__).resolve().parents[2]
 SECONDS = 20
@@ -42,7 +42,7 @@ class Outcome:
         death: the signal that killed the process, 0 if it lived.
     """
 
-    judgement: Judgement | None
+    judgement: HeaderInfo | None
     shape: tuple[int, ...] | None = None
     distance: float | None = None
     digest: int = 0
@@ -88,7 +88,7 @@ def by_pillow(data: bytes) -> NDArray[np.uint8]:
 
 def _outcome(decoder: Decoder, data: bytes, decode_all: bool) -> Outcome:
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    judgement = judge(data, min_side=1)
+    judgement = inspect_header(data, min_side=1)
     if judgement.status != "ok" and not decode_all:
         return Outcome(judgement)
     (pixels,) = decoder.decode([data])

@@ -129,7 +129,7 @@ def test_what_is_drawn_in_a_micro_batch_is_drawn_alike_when_it_comes_again() -> 
     method = clip(model=ModelSettings(**{**MODEL.model_dump(), "drop_path": 0.5}), patch_dropout=0.5)
     parts = [pairs_at(0, slice(0, 4)), pairs_at(0, slice(4, 8))]
     with torch.no_grad():
-        method.prepare(parts, STEP)
+        method.before_accumulation(parts, STEP)
     both = []
     for part in parts:
         torch.manual_seed(part.seed)
@@ -156,7 +156,7 @@ def test_short_captions_without_their_padding_give_the_same_features_and_gradien
         assert batch.tokens is not None and method.text is not None and method.text.trim
         parts = [replace(pairs_at(0, rows), tokens=batch.tokens[rows, :length]) for rows in (slice(0, 4), slice(4, 8))]
         with torch.no_grad():
-            method.prepare(parts, STEP)
+            method.before_accumulation(parts, STEP)
         torch.stack([method(part, STEP)["contrastive"] for part in parts]).mean().backward()
         gradients = {name: p.grad for name, p in method.named_parameters() if p.grad is not None}
         found.append((torch.cat([method.features(part)[1].detach() for part in parts]), gradients))

@@ -53,7 +53,7 @@ def batch(index: int = 0, rows: slice = slice(None)) -> Any:
 
 def run(recipe: DetailCLIP, data: Any, step: Step = STEP) -> dict[str, Tensor]:
     with torch.no_grad():
-        recipe.prepare([data], step)
+        recipe.before_accumulation([data], step)
     return recipe(data, step)
 
 
@@ -84,17 +84,17 @@ def test_blind_networks_cost_the_logarithm_of_the_prototypes() -> None:
 @pytest.mark.parametrize("pairing", ["cross", "same", "both"])
 def test_terms_are_those_of_the_plain_formulas(pairing: str, positions: str) -> None:
     recipe = method(cls_pairing=pairing, patch_positions=positions)
-    recipe.memory = {name: torch.randn(K, generator=torch.Generator().manual_seed(5)) for name in recipe.memory}
+    recipe.extra_state = {name: torch.randn(K, generator=torch.Generator().manual_seed(5)) for name in recipe.extra_state}
     data = batch()
     with torch.no_grad():
-        recipe.prepare([data], STEP)
+        recipe.before_accumulation([data], STEP)
         known = recipe._prepared[0]
         terms = recipe(data, STEP)
         slow, images = recipe.teacher.modules, torch.cat(data.views["global"])
         seen = slow["backbone"](images)
         z_cls = slow["head"](seen.cls).unflatten(0, (2, -1))
-        targets = losses.centered_targets(z_cls, recipe.memory["cls_center"], 0.04)
-        patch_targets = losses.centered_targets(slow["head"](seen.patches), recipe.memory["patch_center"], 0.07)
+        targets = losses.centered_targets(z_cls, recipe.extra_state["cls_center"], 0.04)
+        patch_targets = losses.centered_targets(slow["head"](seen.patches), recipe.extra_state["patch_center"], 0.07)
         tokens = recipe.backbone(images, keep=known.keep)
         decoded, _ = recipe.decoder(tokens, known.removed, everywhere=True)
         student = recipe.head(tokens.cls).unflatten(0, (2, -1))
@@ -146,14 +146,14 @@ def test_centres_move_after_the_step_by_the_means_of_all_rows() -> None:
         tokens = slow["backbone"](torch.cat(data.views["global"]))
         cls, patches = slow["head"](tokens.cls).mean(0), slow["head"](tokens.patches).flatten(0, 1).mean(0)
     run(recipe, data)
-    assert not recipe.memory["cls_center"].any()
-    recipe.after_skip()
+    assert not recipe.extra_state["cls_center"].any()
+    recipe.on_step_skipped()
     recipe.after_step(STEP)
-    assert not recipe.memory["cls_center"].any()
+    assert not recipe.extra_state["cls_center"].any()
     run(recipe, data)
     recipe.after_step(STEP)
-    torch.testing.assert_close(recipe.memory["cls_center"], 0.1 * cls, atol=1e-6, rtol=1e-5)
-    torch.testing.assert_close(recipe.memory["patch_center"], 0.1 * patches, atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(recipe.extra_state["cls_center"], 0.1 * cls, atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(recipe.extra_state["patch_center"], 0.1 * patches, atol=1e-6, rtol=1e-5)
 
 
 @pytest.mark.parametrize("text_teacher", [False, True])
@@ -195,7 +195,7 @@ def _trained(zero: Literal[0, 1, 2, 3], accumulation: int, steps: int = 2) -> di
     for index in range(steps):
         step = Step(index=index, lr=1e-2, last_layer_lr=1e-2, weight_decay=0.1, momentum=0.9, teacher_temperature=0.07)
         parts = [batch(index, slice(low, low + micro)) for low in range(begin, begin + share, micro)]
-        engine.prepare(parts, step)
+        engine.before_accumulation(parts, step)
         each = [engine.forward_backward(part, step) for part in parts]
         mean = torch.stack([torch.stack(list(terms.values())) for terms in each]).mean(0)
         assert engine.step(step, mean.isfinite().all())[0]
@@ -205,7 +205,7 @@ def _trained(zero: Literal[0, 1, 2, 3], accumulation: int, steps: int = 2) -> di
         weights = {name: p.detach().clone() for name, p in recipe.named_parameters()}
         weights |= {f"teacher {name}": p.clone() for name, p in recipe.teacher.named_parameters()}
     engine.close()
-    return {"terms": torch.stack(seen), "weights": weights | recipe.memory}
+    return {"terms": torch.stack(seen), "weights": weights | recipe.extra_state}
 
 
 @pytest.mark.slow
@@ -229,7 +229,7 @@ def test_forty_steps_on_one_batch_lower_every_term_while_the_teacher_stands() ->
         optimizer.zero_grad()
         torch.stack(list(terms.values())).sum().backward()
         optimizer.step()
-        recipe.after_skip()
+        recipe.on_step_skipped()
         seen.append({name: float(term.detach()) for name, term in terms.items()})
     assert all(seen[-1][name] < seen[0][name] for name in seen[0])
     assert sum(seen[-1].values()) < 0.8 * sum(seen[0].values())

@@ -152,7 +152,7 @@ def in_plain_words(method: DINOv2, data: Batch) -> dict[str, Tensor]:
         if s.centering == "sinkhorn":
             dino, ibot = (losses.sinkhorn(logits, STEP.teacher_temperature) for logits in said)
         else:
-            centers = (method.memory["dino_center"], method.memory["ibot_center"])
+            centers = (method.extra_state["dino_center"], method.extra_state["ibot_center"])
             dino, ibot = (
                 losses.centered_targets(logits, center, STEP.teacher_temperature)
                 for logits, center in zip(said, centers, strict=True)
@@ -178,7 +178,7 @@ def test_logits_in_pieces_are_the_formulas_with_all_logits(targets: str, shared:
     with torch.no_grad():
         for p in method.parameters():
             p.add_(0.05 * torch.randn_like(p))
-    method.memory = {name: torch.randn_like(center) for name, center in method.memory.items()}
+    method.extra_state = {name: torch.randn_like(center) for name, center in method.extra_state.items()}
     data, weights = batch(), list(method.parameters())
     found, expected = method(data, STEP), in_plain_words(method, data)
     assert list(found) == list(expected)
@@ -204,7 +204,7 @@ def test_under_bf16_autocast_terms_are_fp32_and_near_those_of_fp32(targets: str)
     method, data = recipe(centering=targets), batch()
     plain = method(data, STEP)
     with torch.autocast("cpu", torch.bfloat16):
-        method.prepare([data], STEP)
+        method.before_accumulation([data], STEP)
         assert method._prepared[0].dino.unit.dtype == torch.bfloat16
         assert method._prepared[0].dino.potential.dtype == torch.float32
         low = method(data, STEP)
@@ -218,24 +218,24 @@ def test_under_bf16_autocast_terms_are_fp32_and_near_those_of_fp32(targets: str)
 def test_what_was_prepared_is_used_once_and_only_for_its_own_batch() -> None:
     method, first, second = recipe(), batch(seed=1), batch(seed=2)
     alone = float(method(second, STEP)["dino_global"].detach())
-    method.prepare([first, second], STEP)
+    method.before_accumulation([first, second], STEP)
     method(first, STEP)
     together = float(method(second, STEP)["dino_global"].detach())
     assert together != alone
     assert float(method(second, STEP)["dino_global"].detach()) == alone
-    method.prepare([first, second], STEP)
-    method.after_skip()
+    method.before_accumulation([first, second], STEP)
+    method.on_step_skipped()
     assert float(method(second, STEP)["dino_global"].detach()) == alone
 
 
 def test_metrics_are_means_over_the_steps_micro_batches() -> None:
     method, parts = recipe(), [batch(seed=1), batch(seed=2)]
-    method.prepare(parts, STEP)
+    method.before_accumulation(parts, STEP)
     each = []
     for part in parts:
         method(part, STEP)
         each.append({name: float(value) for name, value in method.metrics.items()})
-    method.prepare(parts[::-1], STEP)
+    method.before_accumulation(parts[::-1], STEP)
     method(parts[1], STEP)
     second = {name: float(value) for name, value in method.metrics.items()}
     for name in ("target_entropy", "agreement", "dino_below_uniform", "masked_share"):
@@ -317,11 +317,11 @@ def test_centres_move_after_the_step_and_only_then() -> None:
     tokens = method.teacher.modules["backbone"](torch.cat(data.views["global"]))
     said = method.teacher.modules["dino_head"](tokens.cls).mean(0)
     method(data, STEP)
-    assert not method.memory["dino_center"].any()
+    assert not method.extra_state["dino_center"].any()
     method.after_step(STEP)
-    torch.testing.assert_close(method.memory["dino_center"], 0.1 * said)
+    torch.testing.assert_close(method.extra_state["dino_center"], 0.1 * said)
     method.after_step(STEP)
-    torch.testing.assert_close(method.memory["dino_center"], 0.1 * said)
+    torch.testing.assert_close(method.extra_state["dino_center"], 0.1 * said)
 
 
 def test_the_teacher_follows_under_the_students_names() -> None:

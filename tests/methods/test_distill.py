@@ -156,7 +156,7 @@ def test_patch_tokens_may_have_a_head_of_other_sizes() -> None:
     terms = method(batch(0.4), STEP)
     method.after_step(STEP)
     assert all(bool(term.isfinite()) for term in terms.values())
-    assert {name: len(center) for name, center in method.memory.items()} == {"dino_center": K, "ibot_center": 20}
+    assert {name: len(center) for name, center in method.extra_state.items()} == {"dino_center": K, "ibot_center": 20}
 
 
 # ---- several students ------------------------------------------------------------------------------------------------------
@@ -214,7 +214,7 @@ def test_students_that_learn_together_are_what_each_would_be_alone(targets: Any)
             assert torch.allclose(slow[f"{prefix}{key}"], p, atol=1e-6), (name, key)
         assert any(not torch.equal(p, before[key]) for key, p in method.named_parameters())
         assert {f"{name}/{m}" if name else m for m in method.metrics} <= together.metrics.keys()
-    assert all(torch.equal(together.memory[key], alone["wide"].memory[key]) for key in together.memory)
+    assert all(torch.equal(together.extra_state[key], alone["wide"].extra_state[key]) for key in together.extra_state)
 
 
 TWO: dict[str, Any] = {"method": {"students": [{**MODEL, "name": "wide", "embed_dim": 32}]}}

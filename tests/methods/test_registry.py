@@ -10,12 +10,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from pipeline.config.schema import RECIPES
+from pipeline.config.schema import METHODS
 from pipeline.models.tokens import Tokens
 from tests.helpers.rank_pool import pool
 from tests.helpers.tiny_recipes import STEP, batch_at, config, first_steps, interrupted, recipe
 
-METHODS = sorted(RECIPES)
+METHODS = sorted(METHODS)
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -26,14 +26,14 @@ def test_it_is_built_from_checked_settings(name: str) -> None:
     grouped = [parameter for group in made.parameter_groups() for parameter in group.names]
     assert sorted(grouped) == sorted(trainable) and trainable
     assert all(p.ndim > 0 for p in made.parameters())
-    assert made.views and all(value.dtype == torch.float32 for value in made.memory.values())
+    assert made.views and all(value.dtype == torch.float32 for value in made.extra_state.values())
 
 
 @pytest.mark.parametrize("name", METHODS)
 def test_every_trainable_weight_has_a_slope_and_nothing_else_has(name: str) -> None:
     made = recipe(name)
     batch = batch_at(made, 0)
-    made.prepare([batch], STEP)
+    made.before_accumulation([batch], STEP)
     terms = made(batch, STEP)
     assert all(term.ndim == 0 and bool(term.isfinite()) for term in terms.values())
     torch.stack(list(terms.values())).sum().backward()
@@ -41,7 +41,7 @@ def test_every_trainable_weight_has_a_slope_and_nothing_else_has(name: str) -> N
         unused = name == "distill" and parameter == "backbone.mask_token"  # its student sees all
         assert (p.grad is not None) == (p.requires_grad and not unused), parameter
     teachers = made.teacher.state_dict().values() if made.teacher is not None else ()
-    assert not any(t.requires_grad for t in [*teachers, *made.memory.values(), *made.metrics.values()])
+    assert not any(t.requires_grad for t in [*teachers, *made.extra_state.values(), *made.metrics.values()])
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -62,15 +62,15 @@ def test_twenty_steps_on_one_batch_teach_it(name: str) -> None:
     optimizer = torch.optim.AdamW([p for p in made.parameters() if p.requires_grad], lr=STEP.lr)
     history = []
     for _ in range(20):
-        made.prepare([batch], STEP)
+        made.before_accumulation([batch], STEP)
         loss = torch.stack(list(made(batch, STEP).values())).sum()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         # What earlier batches left stays: of one batch alone a queue would fill with the very keys that are to be found.
-        earlier = dict(made.memory)
+        earlier = dict(made.extra_state)
         made.after_step(STEP)
-        made.memory = earlier
+        made.extra_state = earlier
         history.append(float(loss.detach()))
     assert sum(history[-3:]) / 3 < 0.97 * sum(history[:3]) / 3, history
 
@@ -118,7 +118,7 @@ def test_micro_batches_are_one_batch_unless_the_method_says_otherwise(name: str)
     changes = {"method": {"head_norm": "layer"}} if name in ("byol", "mocov3", "simclr") else {}
     changes = {"method": {"local_repulsion": None}} if name in ("dino", "mocov2") else changes
     made = recipe(name, **changes)
-    if made.batch_coupled and name not in ("clip", "coca", "detailclip"):  # which compare all pairs, and prepare for it
+    if made.couples_batch and name not in ("clip", "coca", "detailclip"):  # which compare all pairs, and prepare for it
         pytest.fail(f"{name} has no form that accumulates exactly")
     expected = pool(1).run(first_steps, name=name, zero=0, steps=1, **changes)[0]
     compare(pool(1).run(first_steps, name=name, zero=0, accumulation=4, steps=1, **changes), expected)

@@ -62,27 +62,27 @@ def test_the_judge_learns_from_features_that_do_not_and_they_from_a_judge_that_d
 def test_the_queue_takes_the_newest_pictures_first_and_forgets_the_oldest() -> None:
     made = recipe("mocov2", recipe={"queue": 11, "repel": None})
     assert isinstance(made, MoCoV2)
-    before, kept = made.memory["queue"].clone(), []
+    before, kept = made.extra_state["queue"].clone(), []
     for index in range(2):
         batch = batch_at(made, index)
         made(replace(batch, ids=batch.ids[::-1]), STEP)
         kept.append(made._new[0][1])
         made.after_step(STEP)
-    queue = made.memory["queue"]
+    queue = made.extra_state["queue"]
     assert queue.shape == (11, 8)
     torch.testing.assert_close(queue[:8], kept[1])  # the last row has the lowest number, so the first the highest
     torch.testing.assert_close(queue[8:], kept[0][:3])
     assert not torch.equal(queue[8:], before[:3])
     made(batch_at(made, 3), STEP)
-    made.after_skip()
-    assert made._new == [] and torch.equal(made.memory["queue"], queue)
+    made.on_step_skipped()
+    assert made._new == [] and torch.equal(made.extra_state["queue"], queue)
 
 
 def queue_after(accumulation: int) -> torch.Tensor:
     made = recipe("mocov2", recipe={"repel": None})
     engine = engine_of(made, 1, accumulation)
     advance(made, engine, 0, accumulation)
-    queue = made.memory["queue"].clone()
+    queue = made.extra_state["queue"].clone()
     engine.close()
     return queue
 
@@ -94,9 +94,9 @@ def test_the_queue_is_the_same_on_any_number_of_ranks() -> None:
 
 
 def test_a_batch_norm_in_dinos_head_couples_the_batch_and_the_teachers_pass_does_not_move_its_averages() -> None:
-    assert not recipe("dino", recipe={"repel": None}).batch_coupled
+    assert not recipe("dino", recipe={"repel": None}).couples_batch
     made = recipe("dino", recipe={"repel": None, "head_norm": "batch"}).train()
-    assert made.batch_coupled and made.teacher is not None
+    assert made.couples_batch and made.teacher is not None
     before = {name: buffer.clone() for name, buffer in made.teacher.named_buffers() if "running" in name}
     first = made(batch_at(made, 0), STEP)["dino"]
     now = dict(made.teacher.named_buffers())

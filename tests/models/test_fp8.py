@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.errors import ConfigError
-from pipeline.methods.registry import build_recipe
+from pipeline.methods.registry import build_method
 from pipeline.models.fp8 import E4M3, rounded, scaled_product, use_fp8
 from pipeline.models.settings import ModelSettings
 from pipeline.models.vision import build_tower
@@ -75,7 +75,7 @@ def test_a_rotary_tower_computes_its_queries_keys_and_values_so_too() -> None:
 @pytest.mark.parametrize(("mode", "student", "teacher"), [("off", 0, 0), ("teacher", 0, 7), ("all", 7, 7)])
 def test_it_is_for_the_towers_that_the_settings_name(mode: str, student: int, teacher: int) -> None:
     settings = config("dinov2", train={"global_batch_size": 8, "precision": "bf16", "fp8": mode})
-    recipe = build_recipe(settings)
+    recipe = build_method(settings)
     prepare_towers(recipe, settings)
 
     def taught(module: Any) -> int:
@@ -91,14 +91,14 @@ def test_a_method_learns_with_it_as_it_does_without(name: str) -> None:
     for mode in ("off", "all"):
         settings = config(name, train={"global_batch_size": 8, "precision": "bf16", "fp8": mode})
         torch.manual_seed(0)
-        recipe = build_recipe(settings)
+        recipe = build_method(settings)
         prepare_towers(recipe, settings)
         optimizer = torch.optim.AdamW([p for p in recipe.parameters() if p.requires_grad], lr=3e-3)
         data = batch_at(recipe, 0)
         for _ in range(15):
             torch.manual_seed(1)
             with torch.autocast("cpu", torch.bfloat16):
-                recipe.prepare([data], STEP)
+                recipe.before_accumulation([data], STEP)
                 terms = recipe(data, STEP)
             loss = torch.stack([term.float() for term in terms.values()]).sum()
             optimizer.zero_grad()

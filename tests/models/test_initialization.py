@@ -18,7 +18,7 @@ from torch import Tensor
 
 from pipeline.config.load import load
 from pipeline.config.schema import Config
-from pipeline.methods.registry import build_recipe
+from pipeline.methods.registry import build_method
 from pipeline.models.depth import kept_rows
 from pipeline.models.initialization import TRUNCATED
 from pipeline.models.resnet import build_trunk
@@ -223,7 +223,7 @@ def test_every_initial_tensor_is_drawn_as_in_the_authors_code(name: str) -> None
     config = shallow(load(name).config)
     rules = table(config)
     torch.manual_seed(0)
-    recipe = build_recipe(config)
+    recipe = build_method(config)
     wrong = []
     for key, tensor in recipe.named_parameters():
         if not tensor.requires_grad and key.endswith("pos_embed") and getattr(config.method, "pos_embed", "") == "sincos":

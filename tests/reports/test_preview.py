@@ -12,9 +12,9 @@ from PIL import Image
 
 from pipeline.config.load import Loaded
 from pipeline.data.inputs import Inputs, prepare
-from pipeline.data.loader.bad_samples import Ledger
+from pipeline.data.loader.bad_samples import BadSamples
 from pipeline.data.loader.batch_stream import BatchStream, StreamOptions
-from pipeline.data.loader.encoded_batches import Portions
+from pipeline.data.loader.encoded_batches import StepDataset
 from pipeline.data.loader.reader import Reader
 from pipeline.errors import DataError
 from pipeline.reports import html as pictures
@@ -54,9 +54,9 @@ def test_views_and_masks_are_the_very_ones_of_the_first_step(
     loaded: Loaded, inputs: Inputs, samples: list[preview.Sample]
 ) -> None:
     config, specs = loaded.config, preview.views_of(loaded.config)
-    dataset = Portions(Reader(inputs.train), inputs.order, specs, seed=config.run.seed, world=1, rank=0)
+    dataset = StepDataset(Reader(inputs.train), inputs.order, specs, seed=config.run.seed, world=1, rank=0)
     options = StreamOptions(micro_batch=16, workers=0, hue="yiq")
-    stream = BatchStream(dataset, device=torch.device("cpu"), options=options, ledger=Ledger(None), last=1)
+    stream = BatchStream(dataset, device=torch.device("cpu"), options=options, ledger=BadSamples(None), last=1)
     ((_, (batch,)),) = list(stream)
     assert [sample.key for sample in samples] == batch.keys[:4]
     hidden = batch.masks["global"].grid.view(2, 16, 16)

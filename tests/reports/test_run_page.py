@@ -22,7 +22,7 @@ from pipeline.config.load import Loaded
 from pipeline.data.inputs import prepare
 from pipeline.errors import CheckpointError
 from pipeline.evaluation.principal import principal
-from pipeline.methods.registry import make_recipe
+from pipeline.methods.registry import build_seeded_method
 from pipeline.reports import html as pictures
 from pipeline.reports import run_page as page
 from pipeline.reports.html import Chart, Line
@@ -73,7 +73,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Loaded:
     journal(folder, 1, [*logged(12, 18), metrics(17, train__loss=99.0)])
     journal(folder, 2, [*logged(18, 24), metrics(24, knn__k1=0.55, knn__k5=0.65), tags(state="finished")])
     attempts(folder, None, 10, 16)
-    recipe = changed(make_recipe(loaded.config, CPU), 1)
+    recipe = changed(build_seeded_method(loaded.config, CPU), 1)
     data = {"substituted": {"corrupt": 2, "unreadable": 1}, "samples": 40}
     write_checkpoint(folder, recipe, step=24, seconds=3.0, skipped=4, data=data)
     return loaded
@@ -196,7 +196,7 @@ def test_numbers_of_eval_count_where_the_journals_stop_before_the_checkpoint(run
 
 def test_a_run_without_k_nn_or_journals_still_has_its_page(run: Loaded, tmp_path: Path) -> None:
     config = run.config
-    write_checkpoint(tmp_path / "run", make_recipe(config, CPU))
+    write_checkpoint(tmp_path / "run", build_seeded_method(config, CPU))
     knn = config.evaluation.knn.model_copy(update={"enabled": False})
     config = config.replace(evaluation=config.evaluation.model_copy(update={"knn": knn}))
     told = page.write(tmp_path / "run", config, tmp_path / "page.html").read_text(encoding="utf-8")

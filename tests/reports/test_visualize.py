@@ -15,7 +15,7 @@ from PIL import Image
 from launch.cli.main import main
 from pipeline.evaluation.attention import looked_at, shaded
 from pipeline.evaluation.principal import sheet
-from pipeline.models.eval_model import Subject
+from pipeline.models.eval_model import EvalModel
 from pipeline.models.settings import ModelSettings
 from pipeline.models.vision import build_tower
 from pipeline.reports.visualize import square
@@ -73,7 +73,7 @@ def test_attention_is_the_tower_s_own() -> None:
     torch.manual_seed(0)
     tower = build_tower(ModelSettings(embed_dim=16, depth=1, num_heads=2, patch_size=4, layer_scale=None), image_size=8).eval()
     images = torch.randn(2, 3, 8, 8)
-    found = looked_at(Subject(tower, HALF, HALF), images)
+    found = looked_at(EvalModel(tower, HALF, HALF), images)
     attention = tower.vit.blocks[0].attn
     with torch.inference_mode():
         x = tower.vit.blocks[0].norm1(tower.vit._pos_embed(tower.vit.patch_embed(images)))

@@ -14,7 +14,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from launch.cli.eval_ranks import Telling
+from launch.cli.eval_ranks import EvalReporter
 from launch.cli.main import main
 from pipeline.errors import ConfigError
 from pipeline.runtime.run_directory import RunDirectory
@@ -93,7 +93,7 @@ def test_a_server_that_only_the_run_names_is_never_contacted(run: Path, sink: Si
     assert "only the run names the MLflow server http://127.0.0.1" in capsys.readouterr().err
     assert call("track", "sync", "--all") == 2
     assert "skipped" in capsys.readouterr().out
-    telling = Telling.of_run(run, RunDirectory(run).settings(), None)
+    telling = EvalReporter.of_run(run, RunDirectory(run).settings(), None)
     assert telling is not None
     telling(3, {"trained": {"knn/k1": 0.5}})
     telling.close()

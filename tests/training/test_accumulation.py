@@ -41,7 +41,7 @@ def recipe(**changes: Any) -> DINOv2:
     with torch.no_grad():
         for _, p in made.named_parameters():
             p.add_(0.05 * torch.randn_like(p))
-        made.memory = {name: 0.1 * torch.randn_like(center) for name, center in made.memory.items()}
+        made.extra_state = {name: 0.1 * torch.randn_like(center) for name, center in made.extra_state.items()}
     return made
 
 
@@ -83,14 +83,14 @@ def step_of(zero: int, accumulation: int, unprepared: bool = False, **changes: A
     first = dist.get_rank() * micro * accumulation
     parts = [part(slice(first + i * micro, first + (i + 1) * micro)) for i in range(accumulation)]
     if not unprepared:
-        engine.prepare(parts, STEP)
+        engine.before_accumulation(parts, STEP)
     each = [engine.forward_backward(batch, STEP) for batch in parts]
     terms = {name: torch.stack([one[name] for one in each]).mean() for name in each[0]}
     pieces = [(f.name, f.start, f.shape, f.gradient.flatten().clone()) for _, f in engine.layout.owned(gradients=True)]
     metrics = {name: float(value) for name, value in made.metrics.items()}
     engine.step(STEP, torch.tensor(True))
     made.after_step(STEP)
-    centers = {name: center.clone() for name, center in made.memory.items()}
+    centers = {name: center.clone() for name, center in made.extra_state.items()}
     engine.close()
     return {"terms": terms, "pieces": pieces, "metrics": metrics, "centers": centers}
 

@@ -9,19 +9,19 @@ from typing import Any
 import pytest
 
 from pipeline.methods.base import Step
-from pipeline.methods.health_metrics import Vitals, remedy_of_distillation
-from pipeline.training.alerts import Alarm, Alarms
+from pipeline.methods.health_metrics import HealthMetrics, suggest_fix_of_distillation
+from pipeline.training.alerts import Alert, Alerts
 from tests.helpers.ailing import train
 
 GUESS = math.log(65536)
-VITALS = Vitals(
+VITALS = HealthMetrics(
     guess=GUESS,
     entropy="entropy",
     use="use",
     below_guess="below",
     rank="rank",
     agreement="agreement",
-    remedy=remedy_of_distillation(0.1, centred=True, center_momentum=0.9, koleo=0.1),
+    suggest_fix=suggest_fix_of_distillation(0.1, centred=True, center_momentum=0.9, koleo=0.1),
 )
 ONSET = 600
 
@@ -44,10 +44,10 @@ def watch(
     *,
     steps: int = 1500,
     every: int = 10,
-    vitals: Vitals | None = VITALS,
+    health_metrics: HealthMetrics | None = VITALS,
     lr: Callable[[int], float] = lambda step: min(step / 300, 1.0),
-) -> list[tuple[int, Alarm]]:
-    alarms, raised = Alarms(vitals), []
+) -> list[tuple[int, Alert]]:
+    alarms, raised = Alerts(health_metrics), []
     for done in range(every, steps + 1, every):
         step = Step(index=done - 1, lr=lr(done), teacher_temperature=0.05)
         raised += [(done, alarm) for alarm in alarms.look(step, done, numbers(done))]
@@ -76,8 +76,8 @@ CASES = {
 
 @pytest.mark.parametrize("every", [1, 10, 40])
 @pytest.mark.parametrize("illness", CASES)
-def test_each_illness_is_told_once_and_within_200_steps(illness: str, every: int) -> None:
-    raised = [(done, alarm) for done, alarm in watch(CASES[illness], every=every) if alarm.illness == illness]
+def test_each_illness_is_told_once_and_within_200_steps(failure_mode: str, every: int) -> None:
+    raised = [(done, alarm) for done, alarm in watch(CASES[failure_mode], every=every) if alarm.failure_mode == failure_mode]
     assert len(raised) == 1
     done, alarm = raised[0]
     assert ONSET < done <= ONSET + 200
@@ -92,25 +92,25 @@ def test_a_healthy_run_raises_no_alarm(every: int) -> None:
 
 def test_what_was_learnt_and_is_lost_again_is_told() -> None:
     raised = watch(ill(onset=1500, below=lambda since: 0.2 + math.exp(-since / 20)), steps=2000)
-    assert [alarm.illness for _, alarm in raised] == ["worse"]
+    assert [alarm.failure_mode for _, alarm in raised] == ["worse"]
     assert raised[0][0] <= 1700
 
 
 def test_a_plateau_at_ln_k_is_told_where_the_targets_stay_decided() -> None:
     raised = watch(ill(below=0.05, agreement=0.01), steps=900)
-    assert {alarm.illness for _, alarm in raised} == {"still"}
+    assert {alarm.failure_mode for _, alarm in raised} == {"still"}
     assert all(done <= ONSET + 200 for done, _ in raised)
 
 
 def test_a_loss_that_never_moves_is_told_of_any_method() -> None:
-    raised = watch(lambda step: {"loss": 2.5}, vitals=None, lr=lambda step: 1e-3)
-    assert [(alarm.illness, done <= 200) for done, alarm in raised] == [("still", True)]
+    raised = watch(lambda step: {"loss": 2.5}, health_metrics=None, lr=lambda step: 1e-3)
+    assert [(alarm.failure_mode, done <= 200) for done, alarm in raised] == [("still", True)]
     assert "schedule.lr.peak and schedule.lr" in raised[0][1].text
 
 
 def test_a_rising_loss_is_told_of_any_method() -> None:
-    raised = watch(lambda step: {"loss": 2.0 * 1.01 ** max(step - ONSET, 0) + 0.01 * math.sin(step)}, vitals=None)
-    assert [alarm.illness for _, alarm in raised] == ["worse"]
+    raised = watch(lambda step: {"loss": 2.0 * 1.01 ** max(step - ONSET, 0) + 0.01 * math.sin(step)}, health_metrics=None)
+    assert [alarm.failure_mode for _, alarm in raised] == ["worse"]
     assert ONSET < raised[0][0] <= ONSET + 200
 
 
@@ -124,16 +124,16 @@ def test_fresh_networks_may_be_undecided_while_the_rate_warms_up_but_not_for_eve
         return healthy(step) | {"entropy": 0.999, "below": -0.01, "rank": 1.05}
 
     raised = watch(undecided, steps=1500, lr=lambda step: min(step / 1000, 1.0))
-    assert {alarm.illness for _, alarm in raised} >= {"uniform", "narrow"}
+    assert {alarm.failure_mode for _, alarm in raised} >= {"uniform", "narrow"}
     assert all(1000 < done <= 1250 for done, _ in raised)
 
 
 def test_a_second_onset_is_not_told_again_and_a_rewind_starts_anew() -> None:
-    alarms = Alarms(VITALS)
+    alarms = Alerts(VITALS)
     for done in range(10, 2000, 10):
         sick = 600 < done < 900 or done > 1200
         found = alarms.look(Step(lr=1.0), done, healthy(done) | ({"use": 0.0} if sick else {}))
-        assert [alarm.illness for alarm in found] == (["single"] if 700 <= done <= 760 and found else [])
+        assert [alarm.failure_mode for alarm in found] == (["single"] if 700 <= done <= 760 and found else [])
     assert alarms.look(Step(lr=1.0), 500, healthy(500)) == []
     assert len(alarms._seen) == 1
 
@@ -144,12 +144,14 @@ def test_numbers_that_are_not_finite_are_left_to_the_trainer() -> None:
 
 def test_causes_follow_the_settings() -> None:
     step = Step(teacher_temperature=0.09, lr=1e-3)
-    remedy = remedy_of_distillation(0.1, centred=True, center_momentum=1.0, koleo=0.0)
-    assert "schedule.teacher_temperature" in remedy("uniform", step)
-    assert "method.center_momentum is 1" in remedy("single", step)
-    assert "method.koleo_weight=0.1" in remedy("narrow", step)
-    assert "schedule.lr.peak" in remedy("uniform", Step(teacher_temperature=0.05)) and "schedule.lr.peak" in remedy("worse", step)
-    balanced = remedy_of_distillation(0.1, centred=False, center_momentum=0.9, koleo=0.1)
+    suggest_fix = suggest_fix_of_distillation(0.1, centred=True, center_momentum=1.0, koleo=0.0)
+    assert "schedule.teacher_temperature" in suggest_fix("uniform", step)
+    assert "method.center_momentum is 1" in suggest_fix("single", step)
+    assert "method.koleo_weight=0.1" in suggest_fix("narrow", step)
+    assert "schedule.lr.peak" in suggest_fix("uniform", Step(teacher_temperature=0.05)) and "schedule.lr.peak" in suggest_fix(
+        "worse", step
+    )
+    balanced = suggest_fix_of_distillation(0.1, centred=False, center_momentum=0.9, koleo=0.1)
     assert "method.centering=sinkhorn_knopp" in balanced("single", step) and "raise method.koleo_weight" in balanced(
         "narrow", step
     )
@@ -165,9 +167,9 @@ ILL = {
 @pytest.mark.slow
 @pytest.mark.parametrize("case", ILL)
 def test_dinov2_made_to_collapse_is_told_within_200_steps_and_why(case: str) -> None:
-    changes, illness, cause = ILL[case]
+    changes, failure_mode, cause = ILL[case]
     raised, _ = train(200, **changes)
-    assert raised and raised[0][1].illness == illness
+    assert raised and raised[0][1].failure_mode == failure_mode
     assert cause in raised[0][1].text
 
 

@@ -222,7 +222,13 @@ def test_the_command_exports_the_newest_checkpoint_beside_the_run(tmp_path: Path
 
 def test_one_of_several_students_is_exported_by_its_name(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     judge = {**MODEL, "embed_dim": 16}
-    several = {**DINO, "name": "distill", "teacher_model": judge, "teacher_weights": "x", "students": [{**judge, "name": "small", "depth": 1}]}
+    several = {
+        **DINO,
+        "name": "distill",
+        "teacher_model": judge,
+        "teacher_weights": "x",
+        "students": [{**judge, "name": "small", "depth": 1}],
+    }
     saved, recipe = checkpoint(tmp_path / "run", settings(several))
     for network, towers in (("auto", recipe.students()), ("student", recipe.students(slow=False))):
         found = read(saved, student="small", network=network)  # type: ignore[arg-type]

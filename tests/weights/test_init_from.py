@@ -15,8 +15,8 @@ from pipeline.checkpoint.files import entry
 from pipeline.config.load import load
 from pipeline.config.schema import Config
 from pipeline.errors import CheckpointError, FoveaError
-from pipeline.methods.base import Recipe
-from pipeline.methods.registry import build_recipe
+from pipeline.methods.base import Method
+from pipeline.methods.registry import build_method
 from pipeline.weights import init_from as initial
 from tests.helpers.runs import TOY
 
@@ -26,12 +26,12 @@ def config(folder: Path, *overrides: str) -> Config:
     return load(folder / "toy.yaml", ["data.shards=x.tar", *overrides]).config
 
 
-def recipe(config: Config, seed: int = 0) -> Recipe:
+def recipe(config: Config, seed: int = 0) -> Method:
     torch.manual_seed(seed)
-    return build_recipe(config)
+    return build_method(config)
 
 
-def write(run: Path, of: Recipe, *, step: int = 8, ranks: int = 2) -> dict[str, dict[str, Tensor]]:
+def write(run: Path, of: Method, *, step: int = 8, ranks: int = 2) -> dict[str, dict[str, Tensor]]:
     """A checkpoint with random weights, in pieces, and what it holds by network."""
     folder = run / "checkpoints" / f"step_{step:09d}"
     folder.mkdir(parents=True)

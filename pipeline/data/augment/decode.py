@@ -36,7 +36,7 @@ class Decoder:
     """Decodes JPEG, PNG, WebP, TIFF, BMP, PNM and JPEG 2000 to RGB, orientation applied, alpha dropped.
 
     Orientation is that of EXIF; what XMP says about it is not heeded. Give it only what
-    :func:`pipeline.data.index.image_header.judge` accepts: a picture's size is not limited here.
+    :func:`pipeline.data.index.image_header.inspect_header` accepts: a picture's size is not limited here.
 
     Args:
         threads: CPU threads.

@@ -16,7 +16,7 @@ from typing import Any, Literal
 from pipeline.data import storage
 from pipeline.data.index import tar
 from pipeline.data.index.captions import REPLACED, captions_of, decode_text, encoding_of, json_caption_replaced, read_json_member
-from pipeline.data.index.image_header import Judgement, judge, whole
+from pipeline.data.index.image_header import inspect_header
 from pipeline.data.index.labels import BAD, read_label
 from pipeline.data.index.manifest import (
     CAPTION_SOURCES,
@@ -33,7 +33,7 @@ from pipeline.data.index.manifest import (
 from pipeline.errors import DataError, FoveaError
 from pipeline.runtime.process_pool import process_pool
 
-__all__ = ["Fields", "Judgement", "UnusableShards", "build", "captions_of", "index_shard", "judge", "whole"]
+__all__ = ["Fields", "UnusableShards", "build", "captions_of", "index_shard"]
 
 
 class UnusableShards(DataError):
@@ -246,7 +246,7 @@ def _row(
     status = "missing_image"
     if image is not None:
         data = _data(source, members[image])
-        verdict = judge(data, min_side=fields.min_side, max_pixels=fields.max_pixels)
+        verdict = inspect_header(data, min_side=fields.min_side, max_pixels=fields.max_pixels)
         status = verdict.status
         row |= {
             "image_offset": members[image].offset,

@@ -22,7 +22,7 @@ from PIL import (
     WebPImagePlugin,
 )
 
-__all__ = ["Judgement", "judge", "open_header", "orientation", "sniff", "too_many_scans", "whole"]
+__all__ = ["HeaderInfo", "inspect_header", "is_complete", "open_header", "orientation", "sniff", "too_many_scans"]
 
 _OPENERS: dict[str, Callable[[io.BytesIO], Image.Image]] = {
     "jpeg": JpegImagePlugin.JpegImageFile,
@@ -43,7 +43,7 @@ _SIXTEEN_BIT = {"png", "pnm"}  # Pillow opens their 16-bit grays as I, which els
 
 
 @dataclass(frozen=True)
-class Judgement:
+class HeaderInfo:
     """What a picture's header says.
 
     Attributes:
@@ -59,31 +59,31 @@ class Judgement:
     height: int = 0
 
 
-def judge(data: bytes, *, min_side: int = 16, max_pixels: int = 50_000_000) -> Judgement:
+def inspect_header(data: bytes, *, min_side: int = 16, max_pixels: int = 50_000_000) -> HeaderInfo:
     """Judges the bytes of a picture without decoding it.
 
     Only formats that the decoder reads are looked into; the file's name plays no part.
     """
     kind = sniff(data)
     if kind in ("none", "other"):
-        return Judgement("unsupported" if kind == "other" else "not_image")
+        return HeaderInfo("unsupported" if kind == "other" else "not_image")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             size, known = _header(data, kind)
     except Exception:  # a hostile header can make a parser raise anything at all
-        return Judgement("not_image" if whole(data, kind) else "truncated", kind)
+        return HeaderInfo("not_image" if is_complete(data, kind) else "truncated", kind)
     if min(size) <= 0:
-        return Judgement("not_image", kind)
+        return HeaderInfo("not_image", kind)
     if size[0] * size[1] > max_pixels:
-        return Judgement("too_large", kind, *size)
+        return HeaderInfo("too_large", kind, *size)
     if min(size) < min_side:
-        return Judgement("too_small", kind, *size)
-    if not whole(data, kind):
-        return Judgement("truncated", kind, *size)
+        return HeaderInfo("too_small", kind, *size)
+    if not is_complete(data, kind):
+        return HeaderInfo("truncated", kind, *size)
     if not known or (kind == "jpeg" and too_many_scans(data, size[0] * size[1])):
-        return Judgement("unsupported", kind, *size)
-    return Judgement("ok", kind, *size)
+        return HeaderInfo("unsupported", kind, *size)
+    return HeaderInfo("ok", kind, *size)
 
 
 def too_many_scans(data: bytes, pixels: int) -> bool:
@@ -98,7 +98,7 @@ def too_many_scans(data: bytes, pixels: int) -> bool:
     return scans > _MAX_SCANS or scans * pixels > _MAX_SCANNED
 
 
-def whole(data: bytes, kind: str) -> bool:
+def is_complete(data: bytes, kind: str) -> bool:
     """Whether a picture's bytes reach its end marker (a matter of microseconds; formats without one pass).
 
     JPEG, JPEG 2000: an end marker after the start of the data, though other bytes may follow it. PNG: chunk by chunk to the last

@@ -252,7 +252,7 @@ def _check(task: _Task) -> tuple[Failure, ...]:
         last = row + max(int(within.sum()), 1)
         try:
             records = reader.fetch((np.uint64(task.shard) << np.uint64(32)) | np.arange(row, last, dtype=np.uint64))
-        except storage.StorageAway:
+        except storage.StorageUnavailable:
             raise
         except DataError:
             failures += [Failure(task.shard, bad, "changed_shard") for bad in range(row, task.last)]

@@ -36,7 +36,7 @@ class Event:
     substitute: int
 
 
-class Ledger:
+class BadSamples:
     """Counts samples, records the bad ones, and stops a run that loses too many.
 
     Args:

@@ -22,8 +22,8 @@ from pipeline.data.augment.dali import Augmenter, Hue
 from pipeline.data.augment.decode import Decoder
 from pipeline.data.augment.plan import ViewPlan, make_plan
 from pipeline.data.augment.views import Batch, Boxes, Masks, ViewSpec
-from pipeline.data.loader.bad_samples import Event, Ledger
-from pipeline.data.loader.encoded_batches import Portion, Portions, portions
+from pipeline.data.loader.bad_samples import BadSamples, Event
+from pipeline.data.loader.encoded_batches import RankBatch, StepDataset, portions
 from pipeline.data.loader.prefetch import Prefetcher
 from pipeline.data.loader.reader import Record
 from pipeline.data.loader.text import tokenizer, trimmed
@@ -78,11 +78,11 @@ class BatchStream:
 
     def __init__(
         self,
-        dataset: Portions,
+        dataset: StepDataset,
         *,
         device: torch.device,
         options: StreamOptions,
-        ledger: Ledger,
+        ledger: BadSamples,
         first: int = 0,
         last: int | None = None,
         prefetcher: Prefetcher | None = None,
@@ -161,7 +161,7 @@ class BatchStream:
         except BaseException as error:  # the consumer raises it
             self._put(error)
 
-    def _ready(self, portion: Portion) -> _Ready:
+    def _ready(self, portion: RankBatch) -> _Ready:
         images, records = self._decode(portion.records), list(portion.records)
         bad: list[Event] = []
         for row, image in enumerate(images):
@@ -186,7 +186,7 @@ class BatchStream:
             for image, record in zip(images, records, strict=True)
         ]
 
-    def _substitute(self, portion: Portion, row: int) -> tuple[Any, Record, Event]:
+    def _substitute(self, portion: RankBatch, row: int) -> tuple[Any, Record, Event]:
         """Another sample of the same shard in the same place, so that the stream does not shift."""
         bad, epoch = portion.records[row], int(portion.epochs[row])
         data = self._dataset
@@ -208,7 +208,7 @@ class BatchStream:
             whole.replace_row(row, one)
         return image, record, Event(portion.step, bad.id, bad.key, bad.shard_name, reason, other)
 
-    def _micro(self, portion: Portion, records: list[Record], images: list[Any], rows: slice) -> Batch:
+    def _micro(self, portion: RankBatch, records: list[Record], images: list[Any], rows: slice) -> Batch:
         plan: list[ViewPlan] = [view.take(rows) for view in portion.plan]
         specs = self._dataset.specs_at(portion.step)
         views = self._augmenter.run(images[rows], plan, specs)
@@ -225,7 +225,7 @@ class BatchStream:
             boxes=self._boxes(specs, plan),
         )
 
-    def _tokens(self, portion: Portion, rows: slice) -> torch.Tensor | None:
+    def _tokens(self, portion: RankBatch, rows: slice) -> torch.Tensor | None:
         if portion.tokens is None:
             return None
         tokens, text = portion.tokens[rows], self._dataset.text

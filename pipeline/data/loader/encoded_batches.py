@@ -51,7 +51,7 @@ class Ordering(Protocol):
 
 
 @dataclass(frozen=True)
-class Portion:
+class RankBatch:
     """One rank's share of a step, not yet decoded.
 
     Attributes:
@@ -75,8 +75,8 @@ class Portion:
     counts: dict[str, int] = field(default_factory=dict)
 
 
-class Portions(Dataset[Portion]):
-    """Map-style data set from step number to :class:`Portion`; picklable, stateless.
+class StepDataset(Dataset[RankBatch]):
+    """Map-style data set from step number to :class:`RankBatch`; picklable, stateless.
 
     Args:
         reader: where the bytes come from.
@@ -115,7 +115,7 @@ class Portions(Dataset[Portion]):
         """The views of a step, the same on every rank."""
         return self.sets[set_of_step(self.sets, step, seed=self.seed)].views
 
-    def __getitem__(self, step: int) -> Portion:
+    def __getitem__(self, step: int) -> RankBatch:
         """Read and plan one step."""
         specs = self.specs_at(step)
         batch = self.order.rank_batch(step, self.world, self.rank)
@@ -132,7 +132,7 @@ class Portions(Dataset[Portion]):
             if spec.mask is not None
         }
         tokens = tokenizer(self.text)([record.caption or "" for record in records]) if self.text is not None else None
-        return Portion(step, records, batch.epochs, plan, masks, usage, tokens, self._counts(batch.ids))
+        return RankBatch(step, records, batch.epochs, plan, masks, usage, tokens, self._counts(batch.ids))
 
     def told(self, record: Record, epoch: int) -> Record:
         """The sample with the caption that an epoch shows."""
@@ -155,13 +155,13 @@ class Portions(Dataset[Portion]):
         return np.stack([block_masks(mine[:, v], side, side, ids, self.seed, stream, step, v) for v in range(spec.count)])
 
 
-class _Told(Dataset[Portion | FoveaError]):
+class _Told(Dataset[RankBatch | FoveaError]):
     """Hands our errors over as values: raised in a worker, the loader would bury their sentence in its traceback."""
 
-    def __init__(self, dataset: Portions) -> None:
+    def __init__(self, dataset: StepDataset) -> None:
         self._dataset = dataset
 
-    def __getitem__(self, step: int) -> Portion | FoveaError:
+    def __getitem__(self, step: int) -> RankBatch | FoveaError:
         try:
             return self._dataset[step]
         except FoveaError as error:
@@ -176,7 +176,7 @@ def _quiet_worker(environment: dict[str, str], _: int) -> None:
     ctypes.CDLL(None).prctl(1, signal.SIGKILL)
 
 
-def portions(dataset: Portions, *, first: int, last: int | None, workers: int, prefetch: int) -> Iterator[Portion]:
+def portions(dataset: StepDataset, *, first: int, last: int | None, workers: int, prefetch: int) -> Iterator[RankBatch]:
     """Portions of steps ``first``, ``first + 1``, … in order.
 
     Args:
@@ -204,7 +204,7 @@ def portions(dataset: Portions, *, first: int, last: int | None, workers: int, p
             _log.warning("a reader process died (%s); reading goes on at step %d with new ones", str(error), step)
 
 
-def _read(dataset: Portions, steps: Any, workers: int, prefetch: int) -> Iterator[Portion]:
+def _read(dataset: StepDataset, steps: Any, workers: int, prefetch: int) -> Iterator[RankBatch]:
     if workers == 0:
         yield from (dataset[step] for step in steps)
         return

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.data import storage
-from pipeline.data.index.build import whole
+from pipeline.data.index.build import is_complete
 from pipeline.data.index.captions import captions_of, decode_text, read_json_member
 from pipeline.data.index.manifest import CAPTION_SOURCES, FORMATS, Manifest, Rows
 from pipeline.data.order.random import uniforms
@@ -120,7 +120,7 @@ class Reader:
         status, parts = "ok", {}
         try:
             parts = _read(self.store, shard.about, spans)
-        except (storage.StorageAway, storage.ShardChanged):
+        except (storage.StorageUnavailable, storage.ShardChanged):
             raise
         except DataError:
             status = "unreadable"
@@ -146,7 +146,7 @@ class Reader:
     def _verdict(self, image: bytes, rows: Rows, row: int) -> str:
         if self.checksum and zlib.crc32(image) != rows.columns["crc32"][row]:
             return "corrupt"
-        return "ok" if whole(image, FORMATS[rows.columns["format"][row]]) else "truncated"
+        return "ok" if is_complete(image, FORMATS[rows.columns["format"][row]]) else "truncated"
 
     def _captions(self, data: bytes | None, rows: Rows, row: int) -> tuple[str, ...]:
         if data is None:

@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.data.order.order import GlobalBatch, Order, in_order, lanes_of, remember, share_of
+from pipeline.data.order.order import GlobalBatch, Order, in_order, lru_get, num_streams, rank_slice
 from pipeline.data.order.random import mix, permutation
 from pipeline.errors import ConfigError, DataError
 
@@ -79,7 +79,7 @@ class Mixture:
         block: int = 16384,
     ) -> None:
         self.seed, self.global_batch, self.block = seed, global_batch, block
-        self.lanes = lanes_of(global_batch, lanes, block)
+        self.lanes = num_streams(global_batch, lanes, block)
         self.sources = tuple(sources)
         _check(self.sources, len(counts))
         self._orders = []
@@ -140,7 +140,7 @@ class Mixture:
         Raises:
             ConfigError: with the numbers that do.
         """
-        share_of(self.lanes, world, 0)
+        rank_slice(self.lanes, world, 0)
 
     def batch(self, step: int) -> GlobalBatch:
         """The whole global batch of a step, lane by lane: ``[global_batch]``."""
@@ -152,7 +152,7 @@ class Mixture:
         Raises:
             ConfigError: an illegal number of ranks, or no such rank.
         """
-        return self._of_lanes(step, share_of(self.lanes, world, rank))
+        return self._of_lanes(step, rank_slice(self.lanes, world, rank))
 
     def steps_of(self, number: int, first: int, last: int) -> list[int]:
         """The steps from ``first`` to before ``last`` that hold a sample, found without drawing any of them.
@@ -229,7 +229,7 @@ class Mixture:
                 positions[labels == which] = np.arange(start, start + count)
             return labels, positions
 
-        return remember(self._tables, (lane, period), 2 * self.lanes + 2, draw)
+        return lru_get(self._tables, (lane, period), 2 * self.lanes + 2, draw)
 
     def _taken(self, lane: int, slots: int) -> list[int]:
         """How many of the first ``slots`` places of a lane each data set has; they add up to ``slots``."""

@@ -59,7 +59,7 @@ class Order:
     """
 
     def __init__(self, counts: Sequence[int], seed: int, global_batch: int, lanes: int | None = None, block: int = 16384) -> None:
-        lanes = lanes_of(global_batch, lanes, block)
+        lanes = num_streams(global_batch, lanes, block)
         self._counts = np.asarray(counts, dtype=np.int64)
         self._total = int(self._counts.sum())
         if self._total < global_batch:
@@ -102,7 +102,7 @@ class Order:
         Raises:
             ConfigError: with the numbers that do.
         """
-        share_of(self.lanes, world, 0)
+        rank_slice(self.lanes, world, 0)
 
     def batch(self, step: int) -> GlobalBatch:
         """The whole global batch of a step, lane by lane: ``[global_batch]``."""
@@ -114,7 +114,7 @@ class Order:
         Raises:
             ConfigError: an illegal number of ranks, or no such rank.
         """
-        share = share_of(self.lanes, world, rank)
+        share = rank_slice(self.lanes, world, rank)
         return self._of_lanes(step, share.start, share.stop)
 
     def steps_of(self, number: int, first: int, last: int) -> list[int]:
@@ -182,7 +182,7 @@ class Order:
             raise DataError(f"there is no sample {number}", where="order", hint="Use numbers of this manifest.")
         found = []
         for epoch in range(first // self._span, -(-last // self._span)):
-            shards, ends, shift = remember(self._epochs, epoch, 3, self._epoch)
+            shards, ends, shift = lru_get(self._epochs, epoch, 3, self._epoch)
             slot = int(np.flatnonzero(shards == shard)[0])
             lane, place = divmod((int(ends[slot] - self._counts[shard]) + row - shift) % self._total, self._span)
             if lane >= self.lanes:
@@ -203,7 +203,7 @@ class Order:
             epoch, position = divmod(first, self._span)
             number = position // self.block
             size = min(self.block, self._span - number * self.block)
-            shards, ends, shift = remember(self._epochs, epoch, 3, self._epoch)
+            shards, ends, shift = lru_get(self._epochs, epoch, 3, self._epoch)
             for lane in lanes:
                 begin = (lane * self._span + number * self.block + shift) % self._total
                 for low, high in ((begin, min(begin + size, self._total)), (0, begin + size - self._total)):
@@ -238,7 +238,7 @@ class Order:
         return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
     def _ids(self, epoch: int, places: NDArray[np.int64]) -> NDArray[np.uint64]:
-        shards, ends, shift = remember(self._epochs, epoch, 3, self._epoch)
+        shards, ends, shift = lru_get(self._epochs, epoch, 3, self._epoch)
         places = (places + shift) % self._total
         slot = np.searchsorted(ends, places, side="right")
         shard = shards[slot]
@@ -255,10 +255,10 @@ class Order:
             size = min(self.block, self._span - number * self.block)
             return permutation(size, self.seed, *key, _BLOCK).astype(np.min_scalar_type(size))
 
-        return remember(self._blocks, (epoch, lane, number), 2 * self.lanes + 2, draw)
+        return lru_get(self._blocks, (epoch, lane, number), 2 * self.lanes + 2, draw)
 
 
-def lanes_of(global_batch: int, lanes: int | None, block: int) -> int:
+def num_streams(global_batch: int, lanes: int | None, block: int) -> int:
     """The number of lanes: the one asked for, or the greatest common divisor of the global batch and 256.
 
     Raises:
@@ -280,7 +280,7 @@ def lanes_of(global_batch: int, lanes: int | None, block: int) -> int:
     return lanes
 
 
-def share_of(lanes: int, world: int, rank: int) -> range:
+def rank_slice(lanes: int, world: int, rank: int) -> range:
     """The lanes of a rank.
 
     Raises:
@@ -309,7 +309,7 @@ def in_order(uses: Iterable[tuple[float, int]]) -> list[int]:
     return list(dict.fromkeys(shard for _, shard in uses))
 
 
-def remember(cache: OrderedDict[_Key, _Value], key: _Key, limit: int, make: Callable[[_Key], _Value]) -> _Value:
+def lru_get(cache: OrderedDict[_Key, _Value], key: _Key, limit: int, make: Callable[[_Key], _Value]) -> _Value:
     """What ``make`` gives for a key; the last ``limit`` answers are kept."""
     if key in cache:
         cache.move_to_end(key)

@@ -13,7 +13,7 @@ from pipeline.data.index import tar
 from pipeline.data.pack.keys import safe_extension, safe_key, unique_keys
 from pipeline.data.pack.layouts import is_bookkeeping
 from pipeline.data.pack.listing import Listing, litter_reason
-from pipeline.data.pack.samples import IMAGES, MAX_FILE, LeftOut, Raw, read_file
+from pipeline.data.pack.samples import IMAGES, MAX_FILE, Raw, SkippedSteps, read_file
 from pipeline.errors import DataError
 
 _IMAGES = frozenset(IMAGES)
@@ -38,19 +38,19 @@ class Part:
         """The bytes.
 
         Raises:
-            LeftOut: they cannot be read or are too many.
-            StorageAway, ShardChanged: that is no fault of the sample.
+            SkippedSteps: they cannot be read or are too many.
+            StorageUnavailable, ShardChanged: that is no fault of the sample.
         """
         if self.offset < 0:
             return read_file(Path(self.about.url), limit=limit, roots=roots)
         if self.size > limit:
-            raise LeftOut("file_too_large")
+            raise SkippedSteps("file_too_large")
         try:
             return store.read(self.about, self.offset, self.size)
-        except (storage.StorageAway, storage.ShardChanged):
+        except (storage.StorageUnavailable, storage.ShardChanged):
             raise
         except DataError as error:
-            raise LeftOut("unreadable") from error
+            raise SkippedSteps("unreadable") from error
 
 
 @dataclass(frozen=True)
@@ -105,7 +105,7 @@ class Members:
         parts = self.parts[position]
         image = _image(parts)
         if image is None:
-            raise LeftOut("missing_image")
+            raise SkippedSteps("missing_image")
         read = {extension: part.read(self.store, self.max_file, self.roots) for extension, part in parts.items()}
         return Raw(read.pop(image), read, image)
 

@@ -14,12 +14,12 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
-from pipeline.data.index.image_header import judge
+from pipeline.data.index.image_header import inspect_header
 from pipeline.data.order.random import permutation
 from pipeline.data.pack.account import NOTES, REASONS, WITH_IMAGE, Account, left_out_line, note_line, settle, write_lists
 from pipeline.data.pack.layouts import extension_counts
 from pipeline.data.pack.resume import PackState, Piece
-from pipeline.data.pack.samples import LeftOut, Source
+from pipeline.data.pack.samples import SkippedSteps, Source
 from pipeline.data.pack.shard_writer import ShardWriter
 from pipeline.data.pack.sources import Pictures
 from pipeline.data.pack.transcode import Form, transcode
@@ -289,9 +289,9 @@ def _prepare(source: Source, packing: Packing, position: int) -> _Prepared:
     """The members of a sample and its notes, or None and the reason; and whether its image was written anew."""
     try:
         raw = source.load(position)
-    except LeftOut as error:
+    except SkippedSteps as error:
         return None, (str(error),), False
-    verdict = judge(raw.image, min_side=packing.min_side, max_pixels=packing.max_pixels)
+    verdict = inspect_header(raw.image, min_side=packing.min_side, max_pixels=packing.max_pixels)
     form: Form | None = None
     if verdict.status in ("unsupported", "not_image"):
         form = packing.transcode
@@ -301,7 +301,7 @@ def _prepare(source: Source, packing: Packing, position: int) -> _Prepared:
     if form is not None:
         image = transcode(image, form, max_pixels=packing.max_pixels, max_side=packing.max_side) or image
     if image is not raw.image:
-        verdict = judge(image, min_side=packing.min_side, max_pixels=packing.max_pixels)
+        verdict = inspect_header(image, min_side=packing.min_side, max_pixels=packing.max_pixels)
     if verdict.status != "ok":
         return None, (verdict.status,), False
     return raw.sample(image, verdict), raw.notes, image is not raw.image

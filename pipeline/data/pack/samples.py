@@ -9,7 +9,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, Protocol
 
-from pipeline.data.index.image_header import Judgement
+from pipeline.data.index.image_header import HeaderInfo
 from pipeline.data.index.manifest import Fields
 from pipeline.errors import DataError
 from pipeline.untrusted import open_regular
@@ -20,7 +20,7 @@ EXTENSIONS = {"jpeg": "jpg", "png": "png", "webp": "webp", "tiff": "tif", "bmp":
 MAX_FILE = 1 << 30  # bytes of a file or member that is packed
 
 
-class LeftOut(Exception):
+class SkippedSteps(Exception):
     """A sample that cannot be packed; its text is the reason, one word."""
 
 
@@ -40,7 +40,7 @@ class Raw:
     extension: str = ""
     notes: tuple[str, ...] = ()
 
-    def sample(self, image: bytes, judged: Judgement) -> dict[str, Any]:
+    def sample(self, image: bytes, judged: HeaderInfo) -> dict[str, Any]:
         """What is written: the image (perhaps another than the source's) with its companions.
 
         Args:
@@ -114,7 +114,7 @@ class Source(Protocol):
         """Reads a sample.
 
         Raises:
-            LeftOut: it cannot be read, or has no image.
+            SkippedSteps: it cannot be read, or has no image.
         """
 
 
@@ -127,21 +127,21 @@ def read_file(path: str | Path, *, limit: int = MAX_FILE, roots: Sequence[str] =
         roots: resolved folders of which one must hold the file after all links were followed; empty: it may lie anywhere.
 
     Raises:
-        LeftOut: ``missing_file``, ``outside_link``, ``special_file`` (a device, a pipe, a folder), ``file_too_large`` or
+        SkippedSteps: ``missing_file``, ``outside_link``, ``special_file`` (a device, a pipe, a folder), ``file_too_large`` or
             ``unreadable``.
     """
     try:
         if roots:
             real = os.path.realpath(path) if os.path.islink(path) else real_folder(os.path.dirname(path))
             if not is_below(real, roots):
-                raise LeftOut("outside_link")
+                raise SkippedSteps("outside_link")
         descriptor = open_regular(Path(path))
     except DataError as error:
-        raise LeftOut("special_file") from error
+        raise SkippedSteps("special_file") from error
     except (FileNotFoundError, NotADirectoryError, ValueError) as error:  # ValueError: no file can have such a name
-        raise LeftOut("missing_file") from error
+        raise SkippedSteps("missing_file") from error
     except OSError as error:
-        raise LeftOut("unreadable") from error
+        raise SkippedSteps("unreadable") from error
     try:
         with os.fdopen(descriptor, "rb", buffering=0) as file:
             size = os.fstat(descriptor).st_size
@@ -149,9 +149,9 @@ def read_file(path: str | Path, *, limit: int = MAX_FILE, roots: Sequence[str] =
             while size <= limit and len(data) <= limit and (more := file.read(1 << 20)):
                 data += more  # it grew, or says nothing of its size
     except OSError as error:
-        raise LeftOut("unreadable") from error
+        raise SkippedSteps("unreadable") from error
     if size > limit or len(data) > limit:
-        raise LeftOut("file_too_large")
+        raise SkippedSteps("file_too_large")
     return data
 
 

@@ -7,16 +7,16 @@ what stands between two of its bytes.
 from pipeline.data.storage.local import forget, forget_deleted, read, stat, write_whole
 from pipeline.data.storage.names import ObjectStat, absolute, base_name, is_remote, local_path
 from pipeline.data.storage.patterns import expand
-from pipeline.data.storage.remote import NotThere, ShardChanged, StorageAway
+from pipeline.data.storage.remote import ShardChanged, ShardNotFound, StorageUnavailable
 from pipeline.data.storage.store import Source, Storage, cache_folder
 
 __all__ = [
-    "NotThere",
     "ObjectStat",
     "ShardChanged",
+    "ShardNotFound",
     "Source",
     "Storage",
-    "StorageAway",
+    "StorageUnavailable",
     "absolute",
     "base_name",
     "cache_folder",

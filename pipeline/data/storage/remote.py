@@ -37,14 +37,14 @@ _log = logging.getLogger(__name__)
 _Value = TypeVar("_Value")
 
 
-class StorageAway(DataError):
+class StorageUnavailable(DataError):
     """Storage did not answer, or refused, for as long as patience lasts. Not a fault of one sample: no substitute is taken."""
 
     retryable = True
     cause = "crash"
 
 
-class NotThere(DataError):
+class ShardNotFound(DataError):
     """The object does not exist."""
 
 
@@ -97,12 +97,12 @@ class Remote:
 
         Raises:
             DataError: it does not exist.
-            StorageAway: storage did not answer.
+            StorageUnavailable: storage did not answer.
         """
         import obstore
 
         place, ask = split(url), _probe if query_of(url) else obstore.head
-        return _stat(url, self._patiently(url, place, lambda store: ask(store, place.key)))
+        return _stat(url, self._with_retry(url, place, lambda store: ask(store, place.key)))
 
     def stats(self, urls: list[str]) -> list[ObjectStat | DataError]:
         """:meth:`stat` of many, side by side, errors as values; folders with many of them are listed instead."""
@@ -131,7 +131,7 @@ class Remote:
         place = split(prefix)
         if place.kind == "https":
             raise _no_listing(prefix)
-        found = self._patiently(prefix, place, lambda store: obstore.list(store, place.key or None).collect())
+        found = self._with_retry(prefix, place, lambda store: obstore.list(store, place.key or None).collect())
         return sorted((_stat(f"{place.root}/{meta['path']}", meta) for meta in found), key=lambda about: about.url)
 
     def read(self, about: ObjectStat, offset: int, length: int) -> bytes:
@@ -139,7 +139,7 @@ class Remote:
 
         Raises:
             ShardChanged: another version lies there now, or it is shorter.
-            StorageAway: storage did not answer for as long as the settings' grace.
+            StorageUnavailable: storage did not answer for as long as the settings' grace.
         """
         import obstore
 
@@ -147,7 +147,7 @@ class Remote:
         options: dict[str, Any] = {"range": (offset, offset + length)}
         if _strong(about.tag):
             options["if_match"] = about.tag
-        data = self._patiently(about.url, place, lambda store: bytes(obstore.get(store, place.key, options=options).bytes()))
+        data = self._with_retry(about.url, place, lambda store: bytes(obstore.get(store, place.key, options=options).bytes()))
         if len(data) != length:
             raise _changed(about.url)
         self.counters["bytes"] += length
@@ -157,7 +157,7 @@ class Remote:
         """Writes a whole object to an open file, in ranges side by side.
 
         Raises:
-            ShardChanged, StorageAway: as :meth:`read`.
+            ShardChanged, StorageUnavailable: as :meth:`read`.
             OSError: the disk is full.
         """
         part = self._settings.part_size_mb << 20
@@ -176,7 +176,7 @@ class Remote:
         """Make an object of a file, in parts side by side if it is large; it is there whole or not at all.
 
         Raises:
-            StorageAway: storage did not answer, or refused, for as long as the settings' grace.
+            StorageUnavailable: storage did not answer, or refused, for as long as the settings' grace.
             DataError: the file cannot be read, or a web server is named.
         """
         import obstore
@@ -187,7 +187,7 @@ class Remote:
         if not path.is_file():
             raise DataError("is no file that could be copied", where=str(path), hint="Was it deleted meanwhile?")
         parallel = self._settings.download_concurrency
-        self._patiently(
+        self._with_retry(
             url, place, lambda store: obstore.put(store, place.key, path, chunk_size=max(part, 5 << 20), max_concurrency=parallel)
         )
 
@@ -195,13 +195,13 @@ class Remote:
         """Remove an object; one that is not there is removed already.
 
         Raises:
-            StorageAway: as :meth:`put`.
+            StorageUnavailable: as :meth:`put`.
         """
         import obstore
 
         place = split(url)
-        with contextlib.suppress(NotThere):
-            self._patiently(url, place, lambda store: obstore.delete(store, place.key))
+        with contextlib.suppress(ShardNotFound):
+            self._with_retry(url, place, lambda store: obstore.delete(store, place.key))
 
     def scan(self, about: ObjectStat) -> Scan:
         """Reads an object from front to back in large pieces, for callers that ask for small ones."""
@@ -210,7 +210,7 @@ class Remote:
     def _contact(self, url: str, place: Place) -> None:
         import obstore
 
-        store = self._store(place, hasty=True, query=query_of(url))
+        store = self._store(place, probe=True, query=query_of(url))
         try:
             if place.kind == "https" or (place.key and not glob.has_magic(place.key) and not place.key.endswith("/")):
                 try:
@@ -225,7 +225,7 @@ class Remote:
         except Exception as error:
             raise self._explained(url, error, place) from error
 
-    def _patiently(self, url: str, place: Place, act: Callable[[Any], _Value]) -> _Value:
+    def _with_retry(self, url: str, place: Place, act: Callable[[Any], _Value]) -> _Value:
         """Acts, and goes on trying while storage is away: back-off up to half a minute, until the grace is used up."""
         if os.getpid() != self._pid:
             raise DataError("object storage was used before this process was forked", where=url, hint="Start processes by spawn.")
@@ -247,17 +247,17 @@ class Remote:
                 time.sleep(pause)
                 pause = min(2 * pause, _LONGEST_PAUSE)
 
-    def _store(self, place: Place, hasty: bool = False, query: str = "") -> Any:
-        key = (f"{place.root}/?{query}" if query else place.root, hasty)
+    def _store(self, place: Place, probe: bool = False, query: str = "") -> Any:
+        key = (f"{place.root}/?{query}" if query else place.root, probe)
         with self._lock:
             store = self._stores.get(key)
             if store is None:
-                store = self._stores[key] = self._connect(replace(place, root=key[0]), hasty)
+                store = self._stores[key] = self._connect(replace(place, root=key[0]), probe)
                 if query and len(self._stores) > _CONNECTIONS:  # each signed link has its own
                     del self._stores[next(iter(self._stores))]
             return store
 
-    def _connect(self, place: Place, hasty: bool) -> Any:
+    def _connect(self, place: Place, probe: bool) -> Any:
         from obstore.store import AzureStore, GCSStore, HTTPStore, S3Store
 
         s = self._settings
@@ -265,16 +265,16 @@ class Remote:
         plain = place.root.startswith("http://") or (place.kind == "s3" and endpoint.startswith("http://"))
         common: dict[str, Any] = {
             "client_options": {
-                "connect_timeout": timedelta(seconds=3 if hasty else 5),
-                "timeout": timedelta(seconds=4 if hasty else s.timeout),
+                "connect_timeout": timedelta(seconds=3 if probe else 5),
+                "timeout": timedelta(seconds=4 if probe else s.timeout),
                 "allow_http": plain or bool(s.endpoint and s.endpoint.startswith("http://")),
             },
             "retry_config": {
-                "max_retries": 1 if hasty else s.retries,
-                "retry_timeout": timedelta(seconds=5 if hasty else 180),
+                "max_retries": 1 if probe else s.retries,
+                "retry_timeout": timedelta(seconds=5 if probe else 180),
                 "backoff": {
                     "init_backoff": timedelta(milliseconds=100),
-                    "max_backoff": timedelta(seconds=1 if hasty else 15),
+                    "max_backoff": timedelta(seconds=1 if probe else 15),
                     "base": 2,
                 },
             },
@@ -304,8 +304,8 @@ class Remote:
         if "NoSuchBucket" in text:
             return DataError(f"bucket {place.root} does not exist", where=url, hint="Check its name and the endpoint.")
         if isinstance(error, FileNotFoundError):
-            return NotThere("shard does not exist", where=url, hint="Check the path and the range of the pattern.")
-        away = StorageAway if waited is not None else DataError
+            return ShardNotFound("shard does not exist", where=url, hint="Check the path and the range of the pattern.")
+        away = StorageUnavailable if waited is not None else DataError
         spent = f" for {waited:.0f} s" if waited else ""
         keys = {
             "s3": "Set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY or AWS_PROFILE; for public data data.storage.anonymous=true.",

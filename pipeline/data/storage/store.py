@@ -17,7 +17,7 @@ from pipeline.data.settings import StorageSettings
 from pipeline.data.storage import local, signed
 from pipeline.data.storage.cache import CacheFull, ShardCache
 from pipeline.data.storage.names import ObjectStat, is_remote, local_path, split
-from pipeline.data.storage.remote import NotThere, Remote
+from pipeline.data.storage.remote import Remote, ShardNotFound
 from pipeline.errors import DataError
 
 _FULL_FOR = 60.0  # seconds until room is looked for again
@@ -106,7 +106,7 @@ class Storage:
 
         Raises:
             DataError: it cannot be read or ends too early.
-            StorageAway: object storage did not answer for as long as the grace lasts.
+            StorageUnavailable: object storage did not answer for as long as the grace lasts.
         """
         if length <= 0:
             return b""
@@ -136,7 +136,7 @@ class Storage:
 
         Raises:
             DataError: it cannot be written.
-            StorageAway: object storage did not answer for as long as the grace lasts.
+            StorageUnavailable: object storage did not answer for as long as the grace lasts.
         """
         if is_remote(url):
             self.remote.put(path, url)
@@ -161,9 +161,9 @@ class Storage:
         """Copy an object, or another path's file, to a local file.
 
         Raises:
-            NotThere: there is no such object.
+            ShardNotFound: there is no such object.
             DataError: the file cannot be written.
-            StorageAway: object storage did not answer for as long as the grace lasts.
+            StorageUnavailable: object storage did not answer for as long as the grace lasts.
         """
         try:
             if not is_remote(url):
@@ -173,7 +173,7 @@ class Storage:
                 self.remote.download(self.remote.stat(url), file.fileno())
                 os.fsync(file.fileno())
         except FileNotFoundError as error:
-            raise NotThere("does not exist", where=url, hint="Name another.") from error
+            raise ShardNotFound("does not exist", where=url, hint="Name another.") from error
         except OSError as error:
             raise DataError(f"cannot be copied ({error.strerror})", where=url, hint=f"Can {path} be written?") from error
 
@@ -181,7 +181,7 @@ class Storage:
         """Remove an object or a file; one that is not there is removed already.
 
         Raises:
-            DataError, StorageAway: as :meth:`put`.
+            DataError, StorageUnavailable: as :meth:`put`.
         """
         if is_remote(url):
             self.remote.delete(url)
@@ -195,7 +195,7 @@ class Storage:
         """URLs of all files below a folder, at any depth, sorted; none if there is no such folder.
 
         Raises:
-            StorageAway: object storage did not answer for as long as the grace lasts.
+            StorageUnavailable: object storage did not answer for as long as the grace lasts.
         """
         if is_remote(folder):
             return [about.url for about in self.remote.list(f"{folder.rstrip('/')}/")]

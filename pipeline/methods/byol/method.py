@@ -45,7 +45,7 @@ class BYOL(TwoViews):
         widths = (s.head_out, s.head_hidden, s.head_out)
         self.predictor: nn.Module = mlp(widths, norm=s.head_norm, init=init) if s.predictor else nn.Identity()
         self.teacher: Teacher = Teacher(backbone=backbone, projector=self.projector)
-        self.batch_coupled = self.sees_batches()
+        self.couples_batch = self.sees_batches()
 
     @override
     def forward(self, batch: Batch, step: Step) -> dict[str, Tensor]:

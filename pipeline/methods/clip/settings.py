@@ -8,7 +8,7 @@ from typing import ClassVar, Literal, Self
 from pydantic import Field, field_validator, model_validator
 
 from pipeline.config.types import RUNTIME, Count, FilePath, NonNegative, Positive, Settings, Share
-from pipeline.methods.settings import OneViewSettings, RecipeSettings, register
+from pipeline.methods.settings import MethodSettings, OneViewSettings, register
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,7 @@ class TextSettings(Settings):
         return TextSizes(base.embed, width or base.width, depth or base.depth, heads or base.heads)
 
 
-class ContrastiveSettings(RecipeSettings):
+class ContrastiveSettings(MethodSettings):
     """What all methods share that compare pictures with captions."""
 
     reads_text: ClassVar[bool] = True

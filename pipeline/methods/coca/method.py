@@ -55,9 +55,9 @@ class CoCa(Contrastive):
         self._counts: deque[Tensor] = deque()
 
     @override
-    def prepare(self, batches: Sequence[Batch], step: Step) -> None:
+    def before_accumulation(self, batches: Sequence[Batch], step: Step) -> None:
         """The comparison of all micro-batches as one, and how many tokens they have to tell."""
-        super().prepare(batches, step)
+        super().before_accumulation(batches, step)
         count = average_count([told(caption_tokens(batch)) for batch in batches])
         self._counts = deque([count] * len(batches))
 
@@ -92,9 +92,9 @@ class CoCa(Contrastive):
         return pooled
 
     @override
-    def after_skip(self) -> None:
+    def on_step_skipped(self) -> None:
         """Forgets what was prepared."""
-        super().after_skip()
+        super().on_step_skipped()
         self._counts.clear()
 
     @override

@@ -83,12 +83,12 @@ class DetailCLIP(Contrastive):
         backbone.vit.patch_embed.requires_grad_(not s.freeze_patch_embed)
         judged = {"image_projection": self.image_projection, "text_tower": self.text_tower} if s.text_teacher else {}
         self.teacher: Teacher = Teacher(backbone=backbone, head=self.head, **judged)
-        self.memory = {name: torch.zeros(s.prototypes) for name in ("cls_center", "patch_center")}
+        self.extra_state = {name: torch.zeros(s.prototypes) for name in ("cls_center", "patch_center")}
         self._means: dict[str, Tensor] = {}
         self._prepared: list[_Prepared] = []
 
     @torch.no_grad()
-    def prepare(self, batches: Sequence[Batch], step: Step) -> None:
+    def before_accumulation(self, batches: Sequence[Batch], step: Step) -> None:
         """The teacher's part of a step, then features of all micro-batches, if there are several."""
         self._forget()
         backbone, head = cast(VisionTower, self.teacher.modules["backbone"]), cast(PrototypeHead, self.teacher.modules["head"])
@@ -112,22 +112,21 @@ class DetailCLIP(Contrastive):
             rows = [rows[0] + len(cls), rows[1] + centred.shape[0] * centred.shape[1]]
             seen.append((batch, keep, removed, told, cls, taken(patches, told).flatten(0, 1)))
         matrix = head.matrix(seen[0][4].dtype)
-        for name, total, count in zip(self.memory, torch.stack(sums).sum(0), rows, strict=True):
+        for name, total, count in zip(self.extra_state, torch.stack(sums).sum(0), rows, strict=True):
             with torch.autocast(total.device.type, enabled=False):  # logits are linear in features, and so are their means
                 self._means[name] = matrix.float() @ losses.global_mean(total, count)
-        shift = [
-            -center / t for center, t in zip(self.memory.values(), (s.cls_temperature, step.teacher_temperature), strict=True)
-        ]
+        temperatures = (s.cls_temperature, step.teacher_temperature)
+        shift = [-center / temperature for center, temperature in zip(self.extra_state.values(), temperatures, strict=True)]
         for batch, keep, removed, told, cls, patches in seen:
             cls_targets = losses.Targets(cls.unflatten(0, (2, -1)), matrix, shift[0], s.cls_temperature)
             patch_targets = losses.Targets(patches[None], matrix, shift[1], step.teacher_temperature)
             self._prepared.append(_Prepared(batch, keep, removed, told, cls_targets, patch_targets))
-        super().prepare(batches, step)
+        super().before_accumulation(batches, step)
 
     def forward(self, batch: Batch, step: Step) -> dict[str, Tensor]:
         """Terms ``clip``, ``cls``, ``patch`` and ``rec``."""
         if not self._prepared or self._prepared[0].batch is not batch:
-            self.prepare([batch], step)
+            self.before_accumulation([batch], step)
         s, known = self.settings, self._prepared[0]
         tokens, features = self._student(batch)
         clip = self.contrast(features)
@@ -177,12 +176,12 @@ class DetailCLIP(Contrastive):
         """Moves the teacher, and the centres by the mean of what it said before."""
         super().after_step(step)
         for name, mean in self._means.items():
-            self.memory[name] = losses.moved_center(self.memory[name], mean, self.settings.center_momentum)
+            self.extra_state[name] = losses.moved_center(self.extra_state[name], mean, self.settings.center_momentum)
         self._forget()
 
-    def after_skip(self) -> None:
+    def on_step_skipped(self) -> None:
         """Forgets the skipped batch: its means may not be finite."""
-        super().after_skip()
+        super().on_step_skipped()
         self._forget()
 
     def export(self) -> dict[str, nn.Module]:

@@ -20,7 +20,7 @@ from pipeline.data.augment.views import Batch
 from pipeline.methods.base import Step
 from pipeline.methods.dino.settings import DinoSettings
 from pipeline.methods.ema_teacher import Teacher
-from pipeline.methods.health_metrics import Vitals, remedy_of_distillation
+from pipeline.methods.health_metrics import HealthMetrics, suggest_fix_of_distillation
 from pipeline.methods.shared.two_views import TwoViews
 from pipeline.models.heads import PrototypeHead
 from pipeline.models.norms import batch_statistics
@@ -54,16 +54,18 @@ class DINO(TwoViews):
         if s.freeze_gain and self.head.last.gain is not None:
             self.head.last.gain.requires_grad_(False)
         self.teacher: Teacher = Teacher(backbone=backbone, head=self.head)
-        self.memory = {"center": torch.zeros(s.prototypes)}
-        self.batch_coupled = self.sees_batches()
-        self.vitals = Vitals(
+        self.extra_state = {"center": torch.zeros(s.prototypes)}
+        self.couples_batch = self.sees_batches()
+        self.health_metrics = HealthMetrics(
             guess=math.log(s.prototypes),
             entropy="target_entropy",
             use="prototype_use",
             below_guess="dino_below_uniform",
             rank="feature_rank",
             agreement="agreement",
-            remedy=remedy_of_distillation(s.student_temperature, centred=True, center_momentum=s.center_momentum, koleo=0.0),
+            suggest_fix=suggest_fix_of_distillation(
+                s.student_temperature, centred=True, center_momentum=s.center_momentum, koleo=0.0
+            ),
         )
         self._sums: list[tuple[Tensor, int]] = []
 
@@ -97,11 +99,11 @@ class DINO(TwoViews):
         """Moves the teacher, and the centre by the mean of what the teacher said since the last step."""
         super().after_step(step)
         mean = losses.global_mean(torch.stack([total for total, _ in self._sums]).sum(0), sum(n for _, n in self._sums))
-        self.memory["center"] = losses.moved_center(self.memory["center"], mean, self.settings.center_momentum)
+        self.extra_state["center"] = losses.moved_center(self.extra_state["center"], mean, self.settings.center_momentum)
         self._sums.clear()
 
     @override
-    def after_skip(self) -> None:
+    def on_step_skipped(self) -> None:
         """Forgets the skipped batch: its mean may not be finite."""
         self._sums.clear()
 
@@ -119,7 +121,7 @@ class DINO(TwoViews):
         matrix = head.matrix(units.dtype)
         with torch.autocast(units.device.type, enabled=False):
             self._sums.append((matrix.float() @ units.float().sum(0), len(units)))  # logits are linear in features
-        potential = -self.memory["center"] / step.teacher_temperature
+        potential = -self.extra_state["center"] / step.teacher_temperature
         return losses.Targets(units.unflatten(0, (2, -1)), matrix, potential, step.teacher_temperature)
 
     @torch.no_grad()

@@ -23,10 +23,10 @@ from pipeline import losses
 from pipeline.config.schema import Config
 from pipeline.data.augment.views import Augment, Batch, Masks, MaskSpec, ViewSet, ViewSpec
 from pipeline.errors import ConfigError
-from pipeline.methods.base import Recipe, Step
+from pipeline.methods.base import Method, Step
 from pipeline.methods.dinov2.settings import Dinov2Settings
 from pipeline.methods.ema_teacher import Teacher
-from pipeline.methods.health_metrics import Vitals, remedy_of_distillation
+from pipeline.methods.health_metrics import HealthMetrics, suggest_fix_of_distillation
 from pipeline.methods.shared.crops import colours
 from pipeline.methods.shared.frozen import Frozen
 from pipeline.models.groups import ParameterGroup, parameter_groups
@@ -47,7 +47,7 @@ class _Prepared:
     ibot: losses.Targets
 
 
-class DINOv2(Recipe):
+class DINOv2(Method):
     """The method; see the module.
 
     Samples meet in the targets, whose Sinkhorn or centre is that of the whole global batch: so the teacher reads all
@@ -62,7 +62,7 @@ class DINOv2(Recipe):
     def __init__(self, backbone: VisionTower, settings: Dinov2Settings) -> None:
         super().__init__()
         self.settings = settings
-        self.batch_coupled = settings.koleo_weight > 0 and settings.koleo_group_size is None  # the rest is exact, see prepare
+        self.couples_batch = settings.koleo_weight > 0 and settings.koleo_group_size is None  # the rest is exact, see prepare
         self.views = dinov2_views(settings, patch=backbone.patch)
         self._sets = tuple(ViewSet(dinov2_views(settings.at(r), patch=backbone.patch), r.weight) for r in settings.resolutions)
         self.backbone = backbone
@@ -71,19 +71,19 @@ class DINOv2(Recipe):
         heads = {"dino_head": self.dino_head} | ({"ibot_head": self.ibot_head} if self.ibot_head is not None else {})
         self.teacher: Teacher = Teacher(backbone=backbone, **heads)
         if settings.centering == "softmax_center":
-            self.memory = {
+            self.extra_state = {
                 "dino_center": torch.zeros(settings.prototypes),
                 "ibot_center": torch.zeros(_patch_prototypes(settings)),
             }
         self.gram = Frozen(backbone=copy.deepcopy(backbone)) if settings.gram_weight else None
-        self.vitals = Vitals(
+        self.health_metrics = HealthMetrics(
             guess=math.log(settings.prototypes),
             entropy="target_entropy",
             use="prototype_use",
             below_guess="dino_below_uniform",
             rank="feature_rank",
             agreement="agreement",
-            remedy=remedy_of_distillation(
+            suggest_fix=suggest_fix_of_distillation(
                 settings.student_temperature,
                 centred=settings.centering == "softmax_center",
                 center_momentum=settings.center_momentum,
@@ -102,7 +102,7 @@ class DINOv2(Recipe):
         return self._sets or super().view_sets
 
     @torch.no_grad()
-    def prepare(self, batches: Sequence[Batch], step: Step) -> None:
+    def before_accumulation(self, batches: Sequence[Batch], step: Step) -> None:
         """The teacher's part of a step: features of all micro-batches, then the potentials that make targets of them."""
         self._forget()
         backbone, *heads = self.judges().values()
@@ -126,7 +126,7 @@ class DINOv2(Recipe):
     def forward(self, batch: Batch, step: Step) -> dict[str, Tensor]:
         """Terms ``dino_local``, ``dino_global``, ``ibot`` and ``koleo``."""
         if not self._prepared or self._prepared[0].batch is not batch:
-            self.prepare([batch], step)
+            self.before_accumulation([batch], step)
         s, targets, masks = self.settings, self._prepared.popleft(), batch.masks["global"]
         globals_ = torch.cat(batch.views["global"])
         seen = self.backbone(globals_, self.hidden(masks), patches=masks.index if self.gram is None else "all")
@@ -188,10 +188,10 @@ class DINOv2(Recipe):
             if rest == 0 and times <= self.settings.gram_max_updates:
                 self._refresh(self.gram["backbone"])
         for name, mean in self._means.items():
-            self.memory[name] = losses.moved_center(self.memory[name], mean, self.settings.center_momentum)
+            self.extra_state[name] = losses.moved_center(self.extra_state[name], mean, self.settings.center_momentum)
         self._forget()
 
-    def after_skip(self) -> None:
+    def on_step_skipped(self) -> None:
         """Forgets the skipped batch: its means may not be finite."""
         self._forget()
 
@@ -224,7 +224,7 @@ class DINOv2(Recipe):
         mean = losses.global_mean(sums, sum(map(len, units)))  # of features: logits are linear in them
         with torch.autocast(mean.device.type, enabled=False):
             self._means[name] = matrix.float() @ mean
-        return -self.memory[name] / temperature
+        return -self.extra_state[name] / temperature
 
     def _koleo(self, cls: Tensor) -> Tensor:
         s = self.settings

@@ -8,7 +8,7 @@ from pydantic import Field
 from typing_extensions import override
 
 from pipeline.config.types import Count, Length, NonNegative, PathName, Positive, Probability, Settings, Share, ShareRange
-from pipeline.methods.settings import AugmentSettings, RecipeSettings, ViewSettings, register
+from pipeline.methods.settings import AugmentSettings, MethodSettings, ViewSettings, register
 
 
 class Resolution(Settings):
@@ -25,7 +25,7 @@ class Resolution(Settings):
 
 
 @register("dinov2")
-class Dinov2Settings(RecipeSettings):
+class Dinov2Settings(MethodSettings):
     """DINOv2 (arXiv 2304.07193): self-distillation of class and patch tokens."""
 
     name: Literal["dinov2"] = Field(default="dinov2", description="the method")

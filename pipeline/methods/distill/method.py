@@ -16,7 +16,7 @@ from typing_extensions import override
 from pipeline.config.schema import Config
 from pipeline.data.augment.views import Batch, Masks
 from pipeline.errors import ConfigError
-from pipeline.methods.base import Recipe, Step
+from pipeline.methods.base import Method, Step
 from pipeline.methods.dinov2.method import DINOv2, prototype_head
 from pipeline.methods.distill.settings import DistillSettings
 from pipeline.methods.ema_teacher import Teacher
@@ -60,17 +60,17 @@ class Distill(_Student):
         if others:
             self.others = nn.ModuleDict({name: _Student(tower, settings) for name, tower in others.items()})
             for other in self._others():
-                cast(Recipe, other).teacher, other.memory = None, {}  # the slow copies are kept together, and so are the centres
+                cast(Method, other).teacher, other.extra_state = None, {}  # this method keeps them
             own = {name: module for name, module in self.named_children() if name.startswith(("backbone", "dino", "ibot"))}
             self.teacher = Teacher(**own, others=self.others)
 
     @override
     @torch.no_grad()
-    def prepare(self, batches: Sequence[Batch], step: Step) -> None:
+    def before_accumulation(self, batches: Sequence[Batch], step: Step) -> None:
         """The frozen teacher's part of a step, once for all students."""
-        super().prepare(batches, step)
+        super().before_accumulation(batches, step)
         for other in self._others():
-            other.after_skip()
+            other.on_step_skipped()
             other.told(self)
 
     @override

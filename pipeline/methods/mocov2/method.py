@@ -45,8 +45,8 @@ class MoCoV2(TwoViews):
         widths = (backbone.width, s.head_hidden or backbone.width, s.head_out)
         self.projector = mlp(widths, norm=s.head_norm, last_bias=True)
         self.teacher: Teacher = Teacher(backbone=backbone, projector=self.projector)
-        self.memory = {"queue": F.normalize(torch.randn(s.queue, s.head_out), dim=1)}
-        self.batch_coupled = self.sees_batches()
+        self.extra_state = {"queue": F.normalize(torch.randn(s.queue, s.head_out), dim=1)}
+        self.couples_batch = self.sees_batches()
         self._new: list[tuple[Tensor, Tensor]] = []
 
     @override
@@ -60,7 +60,7 @@ class MoCoV2(TwoViews):
         queries = [self.projector(self.backbone(view, patches="none").cls) for view in (large if small else large[:1])]
         local = [self.projector(self.backbone(view, local=True, patches="none").cls) for view in small]
         pairs = [(q, keys[1 - i]) for i, q in enumerate(queries)] + [(q, key) for q in local for key in keys.values()]
-        terms = [losses.queue_contrast(q, key, self.memory["queue"], self.settings.temperature) for q, key in pairs]
+        terms = [losses.queue_contrast(q, key, self.extra_state["queue"], self.settings.temperature) for q, key in pairs]
         self._new.append((torch.tensor(batch.ids, dtype=torch.int64, device=keys[1].device), keys[1]))
         self.watch(queries)
         return {"contrastive": torch.stack(terms).mean(), **self.repelled(local)}
@@ -72,11 +72,11 @@ class MoCoV2(TwoViews):
         ids, keys = (torch.cat(parts) for parts in zip(*self._new, strict=True))
         order = losses.gathered(ids[:, None])[:, 0].argsort(descending=True, stable=True)
         new = losses.gathered(keys)[order]
-        self.memory["queue"] = torch.cat([new, self.memory["queue"]])[: self.settings.queue]
+        self.extra_state["queue"] = torch.cat([new, self.extra_state["queue"]])[: self.settings.queue]
         self._new.clear()
 
     @override
-    def after_skip(self) -> None:
+    def on_step_skipped(self) -> None:
         """Forgets the keys of the skipped batch."""
         self._new.clear()
 

@@ -64,12 +64,12 @@ class MoCoV3(TwoViews):
         widths = (s.head_out, s.head_hidden, s.head_out)
         self.predictor = mlp(widths, norm=s.head_norm, last="plain_norm" if s.predictor_norm else "none", bias=False)
         self.teacher: Teacher = Teacher(backbone=backbone, projector=self.projector)
-        self.batch_coupled = self.sees_batches()
+        self.couples_batch = self.sees_batches()
         self._keys: deque[_Keys] = deque()
 
     @override
     @torch.no_grad()
-    def prepare(self, batches: Sequence[Batch], step: Step) -> None:
+    def before_accumulation(self, batches: Sequence[Batch], step: Step) -> None:
         """The keys of all micro-batches of all ranks."""
         backbone, projector = self.teacher.modules.values()
         with batch_statistics(backbone, projector):
@@ -83,7 +83,7 @@ class MoCoV3(TwoViews):
     def forward(self, batch: Batch, step: Step) -> dict[str, Tensor]:
         """Term ``contrastive``, the sum of both directions, and those of repulsion."""
         if not self._keys or self._keys[0].batch is not batch:
-            self.prepare([batch], step)
+            self.before_accumulation([batch], step)
         keys = self._keys.popleft()
         large, small = self.project(batch, self.projector)
         pairs = [(large[0], keys.views[1]), (large[1], keys.views[0]), *((q, key) for q in small for key in keys.views)]
@@ -92,7 +92,7 @@ class MoCoV3(TwoViews):
         return {"contrastive": 2 * torch.stack(terms).mean(), **self.repelled(small)}
 
     @override
-    def after_skip(self) -> None:
+    def on_step_skipped(self) -> None:
         """Forgets what was prepared."""
         self._keys.clear()
 

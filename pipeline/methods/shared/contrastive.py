@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from pipeline import losses
 from pipeline.data.augment.views import Batch, TextSpec
 from pipeline.errors import DataError
-from pipeline.methods.base import Recipe, Step, seed
+from pipeline.methods.base import Method, Step, seed
 from pipeline.methods.clip.settings import ContrastiveSettings, TextSettings
 from pipeline.models.groups import ParameterGroup, parameter_groups
 from pipeline.models.text import LogitScale, TextTower
@@ -37,10 +37,10 @@ class Replay:
     numbers: tuple[Tensor, ...]
 
 
-class Contrastive(Recipe):
+class Contrastive(Method):
     """Base of the methods that compare unit features of pictures with those of captions.
 
-    A global batch in several micro-batches is compared as one: :meth:`prepare` computes all features without their
+    A global batch in several micro-batches is compared as one: :meth:`before_accumulation` computes all features without their
     activations, then the loss of the whole and its gradient by each feature, scale and bias; :meth:`contrast` then gives a
     term with exactly that gradient ("GradCache", arXiv 2101.06983). What is random in a micro-batch is drawn alike both times.
 
@@ -51,7 +51,7 @@ class Contrastive(Recipe):
         bias: initial bias of the logits; ``None`` for the softmax loss.
     """
 
-    batch_coupled = True
+    couples_batch = True
 
     def __init__(self, backbone: VisionTower, settings: ContrastiveSettings, *, scale: float, bias: float | None = None) -> None:
         super().__init__()
@@ -87,7 +87,7 @@ class Contrastive(Recipe):
             return losses.clip_loss(images, texts, scale, chunk=self.settings.logit_chunk_size)
         return losses.siglip_loss(images, texts, scale, bias, chunk=self.settings.logit_chunk_size)
 
-    def prepare(self, batches: Sequence[Batch], step: Step) -> None:
+    def before_accumulation(self, batches: Sequence[Batch], step: Step) -> None:
         """Compares all micro-batches as one batch, where there are several and the settings do not say otherwise."""
         self._replays = []
         if len(batches) < 2 or not self.settings.grad_cache:
@@ -117,7 +117,7 @@ class Contrastive(Recipe):
         linear = torch.stack([(value.float() * slope).sum() for value, slope in parts]).sum()
         return replay.value + (linear - linear.detach())
 
-    def after_skip(self) -> None:
+    def on_step_skipped(self) -> None:
         """Forgets what was prepared."""
         self._replays = []
 

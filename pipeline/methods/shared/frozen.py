@@ -12,7 +12,7 @@ class Frozen(nn.ModuleDict):
     """Networks by name, fp32, without gradients, always in evaluation mode.
 
     A submodule of its recipe, so an engine may cut it, and every checkpoint holds it: a run that resumes needs no other file.
-    Its first weights are those that ``RecipeSettings.anchors`` names for the recipe's attribute.
+    Its first weights are those that ``MethodSettings.anchors`` names for the recipe's attribute.
 
     Args:
         modules: the networks, which become its own.

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from pipeline import losses
 from pipeline.data.augment.views import Batch, ViewSpec
-from pipeline.methods.base import Recipe, Step
-from pipeline.methods.health_metrics import NARROW, Vitals
+from pipeline.methods.base import Method, Step
+from pipeline.methods.health_metrics import NARROW, HealthMetrics
 from pipeline.methods.shared.crops import NORMALIZE, colours
 from pipeline.methods.shared.two_views_settings import RepelSettings, TwoViewSettings
 from pipeline.models.groups import ParameterGroup, parameter_groups
@@ -21,7 +21,7 @@ from pipeline.models.resnet import Tower
 from pipeline.models.vision import VisionTower
 
 
-class TwoViews(Recipe):
+class TwoViews(Method):
     """Base of those methods.
 
     Args:
@@ -38,7 +38,7 @@ class TwoViews(Recipe):
         if isinstance(backbone, VisionTower):
             backbone.mask_token.requires_grad_(False)  # other methods': no gradient ever reaches it
         self.repeller = Repeller(out, settings.local_repulsion) if settings.local_repulsion is not None else None
-        self.vitals = Vitals(rank="feature_rank", remedy=_remedy)
+        self.health_metrics = HealthMetrics(rank="feature_rank", suggest_fix=_remedy)
 
     def sees_batches(self) -> bool:
         """Whether a norm or the judge of repulsion makes the samples of a micro-batch see one another."""
@@ -144,8 +144,8 @@ def _window(size: int) -> int:
     return max(size // 10 | 1, 3)
 
 
-def _remedy(illness: str, step: Step) -> str:
-    if illness == NARROW:
+def _remedy(failure_mode: str, step: Step) -> str:
+    if failure_mode == NARROW:
         return (
             f"all images look alike to the network: lower schedule.lr.peak ({step.lr:.2g} here) or lengthen schedule.lr.warmup; "
             "a method without negatives also needs its predictor and a teacher that does not stand still"

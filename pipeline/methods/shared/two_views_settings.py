@@ -7,7 +7,7 @@ from typing import Any, Literal, Self
 from pydantic import Field, model_validator
 
 from pipeline.config.types import NonNegative, Positive, Probability, Settings, Share
-from pipeline.methods.settings import RecipeSettings, ViewSettings
+from pipeline.methods.settings import MethodSettings, ViewSettings
 
 PAIR = ViewSettings(global_scale=(0.08, 1.0), local_count=0, local_size=96, local_scale=(0.05, 0.4))
 """Two crops of any size above a twelfth of the picture and no local ones: SimCLR's and BYOL's."""
@@ -50,7 +50,7 @@ class RepelSettings(Settings):
     )
 
 
-class TwoViewSettings(RecipeSettings):
+class TwoViewSettings(MethodSettings):
     """Base of the methods of two views."""
 
     views: ViewSettings = Field(default=PAIR, description="the crops of a picture")

@@ -33,7 +33,7 @@ class SimCLR(TwoViews):
     """The method; see the module.
 
     A global batch in several micro-batches is compared as one, as in :mod:`~pipeline.methods.shared.contrastive`. Norms
-    over a batch see their micro-batch only, so with them it is still not the large batch, and ``batch_coupled`` says so.
+    over a batch see their micro-batch only, so with them it is still not the large batch, and ``couples_batch`` says so.
 
     Args:
         backbone: the tower.
@@ -48,7 +48,7 @@ class SimCLR(TwoViews):
         super().__init__(backbone, s, out=s.head_out)
         widths = (backbone.width, *(s.head_hidden or backbone.width,) * (s.head_layers - 1), s.head_out)
         self.projector = mlp(widths, norm=s.head_norm, last="norm", init=init)
-        self.batch_coupled = self.sees_batches() or not s.grad_cache
+        self.couples_batch = self.sees_batches() or not s.grad_cache
         self._replays: deque[Replay] = deque()
 
     def features(self, batch: Batch) -> tuple[Tensor, Tensor]:
@@ -58,7 +58,7 @@ class SimCLR(TwoViews):
         return first, second
 
     @override
-    def prepare(self, batches: Sequence[Batch], step: Step) -> None:
+    def before_accumulation(self, batches: Sequence[Batch], step: Step) -> None:
         """The loss of all micro-batches as one batch, and its slope by each projection."""
         self._replays.clear()
         if len(batches) < 2 or not self.settings.grad_cache:
@@ -87,7 +87,7 @@ class SimCLR(TwoViews):
         return {"contrastive": replay.value + (linear - linear.detach())}
 
     @override
-    def after_skip(self) -> None:
+    def on_step_skipped(self) -> None:
         """Forgets what was prepared."""
         self._replays.clear()
 

@@ -19,7 +19,7 @@ from typing_extensions import override
 
 from pipeline.config.schema import Config
 from pipeline.data.augment.views import Batch, TextSpec
-from pipeline.methods.base import Recipe, Step
+from pipeline.methods.base import Method, Step
 from pipeline.methods.shared.captioning import average_count, told, written
 from pipeline.methods.shared.contrastive import caption_tokens, random_keep
 from pipeline.methods.shared.crops import one_view
@@ -29,7 +29,7 @@ from pipeline.models.groups import ParameterGroup, parameter_groups
 from pipeline.models.vision import VisionTower, build_tower
 
 
-class SimVLM(Recipe):
+class SimVLM(Method):
     """The method; see the module.
 
     Args:
@@ -51,7 +51,7 @@ class SimVLM(Recipe):
         self._counts: deque[Tensor] = deque()
 
     @override
-    def prepare(self, batches: Sequence[Batch], step: Step) -> None:
+    def before_accumulation(self, batches: Sequence[Batch], step: Step) -> None:
         """How many tokens all micro-batches have to tell."""
         count = average_count([told(caption_tokens(batch), self.prefix(batch)) for batch in batches])
         self._counts = deque([count] * len(batches))
@@ -80,7 +80,7 @@ class SimVLM(Recipe):
         return torch.minimum(drawn, last_place(tokens).clamp(min=1))
 
     @override
-    def after_skip(self) -> None:
+    def on_step_skipped(self) -> None:
         """Forgets what was prepared."""
         self._counts.clear()
 

@@ -13,7 +13,7 @@ from pipeline.checkpoint.files import Saved, verify
 from pipeline.config.schema import Config
 from pipeline.data.augment.views import Normalize
 from pipeline.errors import CheckpointError, ConfigError
-from pipeline.methods.registry import build_recipe
+from pipeline.methods.registry import build_method
 from pipeline.models.text import LogitScale, TextTower
 from pipeline.models.vision import VisionTower
 from pipeline.weights.from_checkpoint import fill_trained
@@ -120,7 +120,7 @@ def read(
     verify(saved)
     config = settings_of(saved) if config is None else config
     torch.manual_seed(config.run.seed)
-    recipe = build_recipe(config)
+    recipe = build_method(config)
     fill_trained(recipe, saved, student=network == "student")
     recipe.eval()
     exported = recipe.export()

@@ -11,7 +11,7 @@ import pytest
 from PIL import Image, ImageFilter, ImageOps
 
 from pipeline.data.augment.decode import Decoder
-from pipeline.data.index.build import judge
+from pipeline.data.index.build import inspect_header
 
 
 @pytest.fixture(scope="module")
@@ -130,7 +130,7 @@ def test_photographs_are_decoded_as_pillow_does(decoder: Decoder, shared_data: P
 
 def test_hostile_files_never_do_harm(decoder: Decoder, shared_data: Path) -> None:
     files = [path.read_bytes() for path in sorted((shared_data / "hostile").iterdir()) if path.stat().st_size < 100_000]
-    judged = [judge(data, min_side=1) for data in files]
+    judged = [inspect_header(data, min_side=1) for data in files]
     files = [data for data, verdict in zip(files, judged, strict=True) if verdict.status != "truncated"]
     judged = [verdict for verdict in judged if verdict.status != "truncated"]
     images = decoder.decode(files)

@@ -20,9 +20,9 @@ from pipeline.data.augment.plan import make_plan
 from pipeline.data.augment.views import IMAGENET_MEAN, IMAGENET_STD, OPENAI_MEAN, OPENAI_STD, Augment, Batch, Normalize, ViewSpec
 from pipeline.data.index.build import build
 from pipeline.data.index.manifest import Manifest
-from pipeline.data.loader.bad_samples import Ledger
+from pipeline.data.loader.bad_samples import BadSamples
 from pipeline.data.loader.batch_stream import BatchStream, StreamOptions
-from pipeline.data.loader.encoded_batches import Portions
+from pipeline.data.loader.encoded_batches import StepDataset
 from pipeline.data.loader.reader import Reader
 from pipeline.data.order.order import Order
 from pipeline.data.pack import synthetic as scenes
@@ -84,9 +84,9 @@ def crops(
     made: dict[int, list[Tensor]] = {}
     for rank in range(world):
         order = Order(manifest.sizes, SEED, GLOBAL, lanes=4, block=8)
-        dataset = Portions(Reader(manifest), order, specs, seed=SEED, world=world, rank=rank)
+        dataset = StepDataset(Reader(manifest), order, specs, seed=SEED, world=world, rank=rank)
         options = StreamOptions(micro_batch=micro or GLOBAL // world, workers=0, threads=threads, hue="yiq")
-        stream = BatchStream(dataset, device=torch.device("cpu"), options=options, ledger=Ledger(None), first=0, last=1)
+        stream = BatchStream(dataset, device=torch.device("cpu"), options=options, ledger=BadSamples(None), first=0, last=1)
         for _, batches in stream:
             for batch in batches:
                 for row, number in enumerate(batch.ids):
@@ -121,10 +121,10 @@ def test_views_outlive_the_batches_that_come_after_them(manifest: Manifest) -> N
     """Their memory is DALI's own, handed over: nothing may be written into it later."""
     specs = KINDS["dinov2 as released"]
     order = Order(manifest.sizes, SEED, GLOBAL, lanes=4, block=8)
-    dataset = Portions(Reader(manifest), order, specs, seed=SEED, world=1, rank=0)
+    dataset = StepDataset(Reader(manifest), order, specs, seed=SEED, world=1, rank=0)
     options = StreamOptions(micro_batch=2, workers=0, hue="off")
     kept, copies = [], []
-    for _, batches in BatchStream(dataset, device=torch.device("cpu"), options=options, ledger=Ledger(None), first=0, last=8):
+    for _, batches in BatchStream(dataset, device=torch.device("cpu"), options=options, ledger=BadSamples(None), first=0, last=8):
         for batch in batches:
             kept += [view for views in batch.views.values() for view in views]
             copies += [view.clone() for views in batch.views.values() for view in views]
@@ -244,9 +244,9 @@ def test_boxes_tell_where_a_view_was_cut(manifest: Manifest) -> None:
     """Cutting the picture itself at the box gives the view."""
     specs = (ViewSpec("view", 2, 32, (0.2, 0.6), augment=(Augment(),), boxes=True), ViewSpec("silent", 1, 16, None))
     order = Order(manifest.sizes, SEED, GLOBAL, lanes=4, block=8)
-    dataset = Portions(Reader(manifest), order, specs, seed=SEED, world=1, rank=0)
+    dataset = StepDataset(Reader(manifest), order, specs, seed=SEED, world=1, rank=0)
     options = StreamOptions(micro_batch=4, workers=0)
-    stream = BatchStream(dataset, device=torch.device("cpu"), options=options, ledger=Ledger(None), first=0, last=1)
+    stream = BatchStream(dataset, device=torch.device("cpu"), options=options, ledger=BadSamples(None), first=0, last=1)
     decoded = {record.id: record.image for record in dataset[0].records}
     ((_, batches),) = list(stream)
     flips = set()

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from pipeline.data import storage
-from pipeline.data.index.build import Fields, build, index_shard, judge
+from pipeline.data.index.build import Fields, build, index_shard, inspect_header
 from pipeline.data.index.manifest import STATUSES, Manifest, ShardIndex, sidecar_name
 from pipeline.errors import DataError
 
@@ -157,13 +157,14 @@ def test_a_shard_of_trouble_gets_the_expected_statuses(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("form", ["JPEG", "PNG", "WEBP"])
 def test_sizes_are_those_after_turning(form: str) -> None:
-    sizes = [(v.width, v.height) for o in range(1, 9) if (v := judge(picture(form, (40, 20), orientation=o))).status == "ok"]
+    headers = [inspect_header(picture(form, (40, 20), orientation=o)) for o in range(1, 9)]
+    sizes = [(header.width, header.height) for header in headers if header.status == "ok"]
     assert sizes == [(40, 20)] * 4 + [(20, 40)] * 4
 
 
 @pytest.mark.parametrize("form", ["JPEG", "PNG", "WEBP", "TIFF", "BMP", "PPM", "JPEG2000"])
 def test_formats_the_decoder_reads_are_accepted(form: str) -> None:
-    verdict = judge(picture(form, (40, 20)))
+    verdict = inspect_header(picture(form, (40, 20)))
     assert (verdict.status, verdict.width, verdict.height) == ("ok", 40, 20)
 
 
@@ -174,7 +175,7 @@ def test_judging_never_raises(data: st.DataObject) -> None:
     raw = bytearray(picture(form))
     for _ in range(data.draw(st.integers(0, 6))):
         raw[data.draw(st.integers(0, min(len(raw), 400) - 1))] = data.draw(st.integers(0, 255))
-    assert judge(bytes(raw[: data.draw(st.integers(0, len(raw)))])).status in STATUSES
+    assert inspect_header(bytes(raw[: data.draw(st.integers(0, len(raw)))])).status in STATUSES
 
 
 def test_hostile_files_are_judged_without_an_exception(tmp_path: Path, shared_data: Path) -> None:

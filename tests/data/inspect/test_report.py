@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.data.index.build import UnusableShards, build
-from pipeline.data.index.image_header import judge
+from pipeline.data.index.image_header import inspect_header
 from pipeline.data.index.manifest import STATUSES
 from pipeline.data.inspect import report as module
 from pipeline.data.inspect.report import MEANING, index_report
@@ -82,7 +82,7 @@ def test_nothing_usable_still_has_a_report(tmp_path: Path) -> None:
 
 def test_every_status_is_explained() -> None:
     assert set(STATUSES) - {"ok"} <= MEANING.keys()
-    assert judge(b"").status in MEANING
+    assert inspect_header(b"").status in MEANING
 
 
 def test_an_unwritable_place_is_one_sentence(tmp_path: Path) -> None:

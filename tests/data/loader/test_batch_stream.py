@@ -24,9 +24,9 @@ from pipeline.data.augment.plan import make_plan
 from pipeline.data.augment.views import Augment, Batch, MaskSpec, TextSpec, ViewSet, ViewSpec
 from pipeline.data.index.build import build
 from pipeline.data.index.manifest import Manifest
-from pipeline.data.loader.bad_samples import Event, Ledger
+from pipeline.data.loader.bad_samples import BadSamples, Event
 from pipeline.data.loader.batch_stream import BatchStream, StreamOptions
-from pipeline.data.loader.encoded_batches import Portions
+from pipeline.data.loader.encoded_batches import StepDataset
 from pipeline.data.loader.reader import Reader, Record
 from pipeline.data.loader.text import choose, tokenizer
 from pipeline.data.order.mixture import Mixture, Source
@@ -62,18 +62,24 @@ def manifest(shards: Path, tmp_path: Path) -> Manifest:
     return build(sorted(str(path) for path in folder.glob("*train*.tar")), tmp_path / "index")
 
 
-def portions(manifest: Manifest, *, world: int = 1, rank: int = 0, reader: Reader | None = None) -> Portions:
+def portions(manifest: Manifest, *, world: int = 1, rank: int = 0, reader: Reader | None = None) -> StepDataset:
     order = Order(manifest.sizes, SEED, BATCH, lanes=4, block=8)
-    return Portions(
+    return StepDataset(
         reader or Reader(manifest, wants=("image", "label", "caption")), order, SPECS, seed=SEED, world=world, rank=rank
     )
 
 
 def stream(
-    dataset: Portions, first: int, last: int | None, *, ledger: Ledger | None = None, micro: int | None = None, workers: int = 0
+    dataset: StepDataset,
+    first: int,
+    last: int | None,
+    *,
+    ledger: BadSamples | None = None,
+    micro: int | None = None,
+    workers: int = 0,
 ) -> BatchStream:
     options = StreamOptions(micro_batch=micro or BATCH // dataset.world, workers=workers, hue="yiq")
-    ledger = ledger or Ledger(None, budget=1.0)
+    ledger = ledger or BadSamples(None, budget=1.0)
     return BatchStream(dataset, device=torch.device("cpu"), options=options, ledger=ledger, first=first, last=last)
 
 
@@ -197,7 +203,7 @@ def test_a_bad_sample_is_replaced_in_its_place_and_nothing_else_changes(
     row = 3
     bad = clean[1].ids[row]
     damage(manifest, bad)
-    ledger = Ledger(tmp_path / "ledger" / "rank-0.jsonl", budget=1.0)
+    ledger = BadSamples(tmp_path / "ledger" / "rank-0.jsonl", budget=1.0)
     for step, (batch,) in stream(portions(manifest), 0, 3, ledger=ledger):
         rows = [r for r in range(BATCH) if clean[step].ids[r] != bad]
         assert_same(batch, clean[step], rows)
@@ -239,7 +245,7 @@ class Doctored(Reader):
 def test_what_does_not_decode_or_has_another_size_is_replaced_too(clean: dict[int, Batch], manifest: Manifest) -> None:
     first, second = clean[0].ids[0], clean[0].ids[5]
     reader = Doctored(manifest, {first: {"image": b"no picture"}, second: {"width": 1000}})
-    ledger = Ledger(None, budget=1.0)
+    ledger = BadSamples(None, budget=1.0)
     ((_, (batch,)),) = stream(portions(manifest, reader=reader), 0, 1, ledger=ledger)
     assert ledger.reasons == {"undecodable": 2}
     assert {row for row in range(BATCH) if batch.ids[row] != clean[0].ids[row]} == {0, 5}
@@ -250,7 +256,7 @@ def test_a_shard_without_one_good_sample_gives_gray_pictures_without_a_label(man
     for number in manifest.ids():
         if int(number) >> 32 == 0:
             damage(manifest, int(number))
-    ledger = Ledger(None, budget=1.0)
+    ledger = BadSamples(None, budget=1.0)
     ((_, (batch,)),) = stream(portions(manifest), 0, 1, ledger=ledger)
     blank = [row for row in range(BATCH) if batch.ids[row] >> 32 == 0]
     assert 0 < len(blank) < BATCH
@@ -263,7 +269,7 @@ def test_a_shard_without_one_good_sample_gives_gray_pictures_without_a_label(man
 
 def test_a_sample_once_bad_stays_out_after_a_resume(clean: dict[int, Batch], manifest: Manifest) -> None:
     bad = clean[2].ids[6]
-    ledger = Ledger(None, budget=1.0)
+    ledger = BadSamples(None, budget=1.0)
     ledger.load({"seen": 16, "reasons": {"unreadable": 1}, "quarantine": {str(bad): "unreadable"}})
     ((_, (batch,)),) = stream(portions(manifest), 2, 3, ledger=ledger)
     assert bad not in batch.ids
@@ -278,7 +284,7 @@ def test_a_sample_once_bad_stays_out_after_a_resume(clean: dict[int, Batch], man
 
 def test_samples_count_when_they_are_taken_not_when_they_are_prepared(clean: dict[int, Batch], manifest: Manifest) -> None:
     damage(manifest, clean[2].ids[0])
-    ledger = Ledger(None, budget=1.0)
+    ledger = BadSamples(None, budget=1.0)
     steps = iter(stream(portions(manifest), 0, None, ledger=ledger))
     for expected in range(1, 5):
         next(steps)
@@ -293,7 +299,7 @@ def test_too_many_bad_samples_stop_the_run_with_their_names(clean: dict[int, Bat
     path = tmp_path / "ledger.jsonl"
     done = []
     with pytest.raises(TrainingError, match=r"3 of the last 16 samples could not be used \(corrupt 3\)") as caught:
-        for step, _ in stream(portions(manifest), 0, 6, ledger=Ledger(path, budget=0.1, window=20)):
+        for step, _ in stream(portions(manifest), 0, 6, ledger=BadSamples(path, budget=0.1, window=20)):
             done.append(step)
     assert done == [0]
     assert clean[1].keys[2] in caught.value.where
@@ -336,10 +342,10 @@ def said(tmp_path: Path) -> Manifest:
     return build(sorted(str(path) for path in (tmp_path / "said").glob("*.tar")), tmp_path / "said-index")
 
 
-def reading(manifest: Manifest, *, world: int = 1, rank: int = 0, text: TextSpec = TEXT) -> Portions:
+def reading(manifest: Manifest, *, world: int = 1, rank: int = 0, text: TextSpec = TEXT) -> StepDataset:
     order = Mixture(manifest.sizes, SOURCES, SEED, BATCH, lanes=4, block=8)
     reader = Reader(manifest, wants=("image", "label", "caption"))
-    return Portions(reader, order, SPECS, seed=SEED, world=world, rank=rank, text=text, sources=SOURCES)
+    return StepDataset(reader, order, SPECS, seed=SEED, world=world, rank=rank, text=text, sources=SOURCES)
 
 
 def test_trimmed_captions_are_the_padded_ones_without_what_is_padding_in_all_rows(said: Manifest) -> None:
@@ -355,7 +361,7 @@ def test_trimmed_captions_are_the_padded_ones_without_what_is_padding_in_all_row
 
 
 def test_captions_are_chosen_by_epoch_tokenised_and_counted_the_same_on_any_rank_and_after_a_resume(said: Manifest) -> None:
-    dataset, ledger = reading(said), Ledger(None, budget=1.0)
+    dataset, ledger = reading(said), BadSamples(None, budget=1.0)
     steps = {step: batch for step, (batch,) in stream(dataset, 0, 9, ledger=ledger)}
     chosen: dict[int, set[str]] = {}
     blank = 0
@@ -397,7 +403,7 @@ def test_a_substitute_brings_its_own_caption_and_tokens(said: Manifest) -> None:
     row = next(row for row, bad in enumerate(before.ids) if spoken(substitute(bad)) not in ("", substitute(bad).caption))
     other = substitute(before.ids[row])
     damage(said, before.ids[row])
-    ledger = Ledger(None, budget=1.0)
+    ledger = BadSamples(None, budget=1.0)
     ((_, (after,)),) = stream(dataset, 0, 1, ledger=ledger)
     assert after.captions is not None
     assert before.captions is not None
@@ -420,7 +426,7 @@ def events(n: int) -> list[Event]:
 
 
 def test_the_budget_is_a_share_of_the_last_samples() -> None:
-    ledger = Ledger(None, budget=0.1, window=100)
+    ledger = BadSamples(None, budget=0.1, window=100)
     for _ in range(50):
         ledger.saw(10, events(1))
     with pytest.raises(TrainingError, match="11 of the last 100"):
@@ -428,7 +434,7 @@ def test_the_budget_is_a_share_of_the_last_samples() -> None:
 
 
 def test_old_losses_are_forgiven() -> None:
-    ledger = Ledger(None, budget=0.1, window=100)
+    ledger = BadSamples(None, budget=0.1, window=100)
     for _ in range(20):
         ledger.saw(50, events(5))
         ledger.saw(50, events(5))
@@ -440,15 +446,15 @@ def test_old_losses_are_forgiven() -> None:
 
 def test_a_budget_of_nothing_and_of_everything() -> None:
     with pytest.raises(TrainingError, match="1 of the last 8"):
-        Ledger(None, budget=0.0).saw(8, events(1))
-    ledger = Ledger(None, budget=1.0, window=100)
+        BadSamples(None, budget=0.0).saw(8, events(1))
+    ledger = BadSamples(None, budget=1.0, window=100)
     for _ in range(30):
         ledger.saw(64, events(64))
     assert ledger.seen == sum(ledger.reasons.values()) == 30 * 64
 
 
 def test_its_state_goes_through_json() -> None:
-    first, second = Ledger(None, budget=1.0), Ledger(None)
+    first, second = BadSamples(None, budget=1.0), BadSamples(None)
     first.saw(8, events(3))
     second.load(json.loads(json.dumps(first.state())))
     assert second.state() == first.state()
@@ -506,9 +512,9 @@ LARGE = (*SPECS, ViewSpec("gram", 2, 64, (0.32, 1.0), augment=(Augment(),), same
 SETS = (ViewSet(SMALL, 1.0), ViewSet(LARGE, 2.0))
 
 
-def mixed(manifest: Manifest, *, world: int = 1, rank: int = 0) -> Portions:
+def mixed(manifest: Manifest, *, world: int = 1, rank: int = 0) -> StepDataset:
     dataset = portions(manifest, world=world, rank=rank)
-    return Portions(dataset.reader, dataset.order, SPECS, seed=SEED, world=world, rank=rank, sets=SETS)
+    return StepDataset(dataset.reader, dataset.order, SPECS, seed=SEED, world=world, rank=rank, sets=SETS)
 
 
 def test_steps_of_several_sizes_are_the_same_wherever_the_stream_starts_and_on_any_number_of_ranks(
@@ -534,7 +540,7 @@ def test_the_same_crops_at_twice_the_size_and_undistorted_show_the_same(manifest
     plain = replace(SPECS[0], augment=(Augment(),))
     dataset = portions(manifest)
     sets = (ViewSet((plain, LARGE[2])),)
-    dataset = Portions(dataset.reader, dataset.order, (plain,), seed=SEED, world=1, rank=0, sets=sets)
+    dataset = StepDataset(dataset.reader, dataset.order, (plain,), seed=SEED, world=1, rank=0, sets=sets)
     ((_, (batch,)),) = stream(dataset, 0, 1)
     for small, large in zip(batch.views["global"], batch.views["gram"], strict=True):
         halved = torch.nn.functional.avg_pool2d(large, 2)

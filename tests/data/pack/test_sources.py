@@ -11,10 +11,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.data.index.image_header import judge
+from pipeline.data.index.image_header import inspect_header
 from pipeline.data.pack.keys import unique_keys
 from pipeline.data.pack.packer import pack
-from pipeline.data.pack.sources import LeftOut, Members, Pictures, open_source
+from pipeline.data.pack.sources import Members, Pictures, SkippedSteps, open_source
 from pipeline.errors import DataError
 from tests.data.pack.test_packer import contents, packed, picture
 
@@ -75,7 +75,7 @@ def test_keys_that_occur_again_get_a_number_and_scattered_members_come_together(
     assert keys == ["1", "2", "3", "1-2", "1-3", "1-1", "lonely"]
     assert source.load(0).members == {"txt": b"far away"}
     assert [source.load(n).image for n in range(6)] == [picture(n) for n in (1, 2, 6, 3, 4, 5)]
-    with pytest.raises(LeftOut, match="missing_image"):
+    with pytest.raises(SkippedSteps, match="missing_image"):
         source.load(6)
 
 
@@ -92,7 +92,7 @@ def test_a_picture_written_anew_stands_in_the_place_of_the_old(tmp_path: Path) -
     write_tar(tmp_path / "a.tar", [("1.gif", picture(1, "GIF")), ("1.cls", b"3"), ("1.seg.png", b"map")])
     raw = open_source(tmp_path).load(0)
     png = picture(1, "PNG")
-    assert raw.sample(png, judge(png)) == {"png": png, "cls": b"3", "seg.png": b"map"}
+    assert raw.sample(png, inspect_header(png)) == {"png": png, "cls": b"3", "seg.png": b"map"}
 
 
 @pytest.mark.parametrize(
@@ -103,10 +103,10 @@ def test_a_member_that_training_would_not_find_gets_the_extension_of_its_format(
 ) -> None:
     write_tar(tmp_path / "a.tar", [(f"1.{extension}", picture(1)), ("1.cls", b"3")])
     raw = open_source(tmp_path).load(0)
-    assert raw.sample(raw.image, judge(raw.image)) == {written: picture(1), "cls": b"3"}
+    assert raw.sample(raw.image, inspect_header(raw.image)) == {written: picture(1), "cls": b"3"}
     raw = open_source(tmp_path / "a.tar").load(0)
     raw.members["jpg"] = b"another image"
-    assert raw.sample(raw.image, judge(raw.image)) == {extension: picture(1), "cls": b"3", "jpg": b"another image"}
+    assert raw.sample(raw.image, inspect_header(raw.image)) == {extension: picture(1), "cls": b"3", "jpg": b"another image"}
 
 
 def test_other_names_of_formats_that_are_read_are_images(tmp_path: Path) -> None:
@@ -172,7 +172,7 @@ def test_a_table_gives_labels_captions_and_facts(tmp_path: Path, kind: str) -> N
     assert raw.image == picture(1) and raw.members["cls"] == 1
     assert (raw.members["txt"], raw.members["json"]["licence"]) == ('a zebra,\n"striped"', "free")
     assert "txt" not in source.load(1).members
-    with pytest.raises(LeftOut, match="missing_file"):
+    with pytest.raises(SkippedSteps, match="missing_file"):
         source.load(2)
     report = packed(table, tmp_path / "out")
     assert report.packed == 2 and report.skipped == (("cat/gone.jpg", "missing_file"),)

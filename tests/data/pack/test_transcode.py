@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from pipeline.data.index.image_header import judge
+from pipeline.data.index.image_header import inspect_header
 from pipeline.data.pack.transcode import transcode
 
 
@@ -30,7 +30,7 @@ def test_the_first_frame_of_an_animation_is_kept() -> None:
     frames = [Image.new("RGB", (20, 30), colour) for colour in ("red", "blue")]
     gif = encoded(frames[0], "GIF", save_all=True, append_images=frames[1:])
     assert (decoded(transcode(gif, "png")) == (255, 0, 0)).all()
-    assert judge(transcode(gif, "jpg") or b"").format == "jpeg"
+    assert inspect_header(transcode(gif, "jpg") or b"").format == "jpeg"
 
 
 def test_sixteen_bits_are_scaled_down_and_not_clipped() -> None:
@@ -55,7 +55,7 @@ def test_a_bomb_is_not_decoded_and_size_is_limited() -> None:
 @given(st.binary(max_size=300), st.sampled_from([b"GIF89a", b"8BPS\0\1", b"\0\0\1\0", b"DDS ", b"%!PS-Adobe-3.0 EPSF-3.0\n"]))
 def test_rubbish_gives_nothing_and_never_raises(data: bytes, magic: bytes) -> None:
     out = transcode(magic + data, "png", max_pixels=1_000_000)
-    assert out is None or judge(out, min_side=1).status == "ok"
+    assert out is None or inspect_header(out, min_side=1).status == "ok"
 
 
 def test_of_the_hostile_pictures_the_decoder_gets_what_pillow_can_read(shared_data: Path) -> None:
@@ -63,7 +63,7 @@ def test_of_the_hostile_pictures_the_decoder_gets_what_pillow_can_read(shared_da
     for path in sorted((shared_data / "hostile").glob("*.gif")) + sorted((shared_data / "hostile").glob("*.avif")):
         out = transcode(path.read_bytes(), "png")
         if out is not None:
-            assert judge(out, min_side=1).status == "ok", path.name
+            assert inspect_header(out, min_side=1).status == "ok", path.name
             gained += 1
     assert gained > 10
 

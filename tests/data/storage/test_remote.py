@@ -17,7 +17,7 @@ from pipeline.data.index.build import build
 from pipeline.data.loader.reader import Reader
 from pipeline.data.pack import synthetic as scenes
 from pipeline.data.settings import StorageSettings
-from pipeline.data.storage import ShardChanged, Storage, StorageAway
+from pipeline.data.storage import ShardChanged, Storage, StorageUnavailable
 from pipeline.errors import DataError
 from tests.helpers.s3 import KEYS, Proxy, Trouble, proxy, upload
 
@@ -99,7 +99,7 @@ def test_storage_that_stays_away_ends_in_a_message_and_not_in_a_substitute(door:
     reader = Reader(manifest, store=store)
     door.troubles = [Trouble("503", times=10**6)]
     begin = time.monotonic()
-    with pytest.raises(StorageAway, match=r"did not answer for \d+ s .*503"):
+    with pytest.raises(StorageUnavailable, match=r"did not answer for \d+ s .*503"):
         reader.fetch(manifest.ids()[:1])
     assert time.monotonic() - begin < 10
 

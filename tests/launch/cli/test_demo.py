@@ -9,11 +9,11 @@ import pytest
 
 from launch.cli import demo
 from pipeline.config.load import load
-from pipeline.config.schema import RECIPES
+from pipeline.config.schema import METHODS
 from pipeline.errors import ConfigError
 
 
-@pytest.mark.parametrize("method", sorted(RECIPES))
+@pytest.mark.parametrize("method", sorted(METHODS))
 def test_every_method_has_a_config_that_takes_the_demos_settings(method: str, tmp_path: Path) -> None:
     name = demo.config_of(method)
     words = [

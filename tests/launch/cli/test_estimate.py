@@ -12,7 +12,7 @@ from launch.cli.estimate import advice, measure, needed, run
 from pipeline.config.load import load
 from pipeline.config.schema import Config
 from pipeline.errors import ConfigError
-from pipeline.methods.registry import build_recipe
+from pipeline.methods.registry import build_method
 from tests.helpers.runs import TOY
 
 LARGE = """
@@ -31,7 +31,7 @@ def loaded(tmp_path: Path, text: str, *overrides: str) -> Config:
 
 def test_a_recipe_is_counted_as_it_is_built(tmp_path: Path) -> None:
     config = loaded(tmp_path, TOY, "data.shards=/x/a.tar")
-    sizes, recipe = measure(config), build_recipe(config)
+    sizes, recipe = measure(config), build_method(config)
     assert sizes.trained == sum(p.numel() for p in recipe.parameters() if p.requires_grad)
     assert recipe.teacher is not None and sum(sizes.teacher) == sum(p.numel() for _, p in recipe.teacher.named_parameters())
     assert sizes.live.each > 4 * 32 * (2 * (16 + 1) + 2 * (4 + 1)), "more than one number of each feature of each token"

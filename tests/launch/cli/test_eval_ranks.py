@@ -14,11 +14,11 @@ from typing import Any
 
 import pytest
 
-from launch.cli.eval_ranks import Telling, agreed, many
+from launch.cli.eval_ranks import EvalReporter, agreed, many
 from launch.cli.main import main
 from pipeline.config.load import show
 from pipeline.errors import LaunchError
-from pipeline.methods.registry import make_recipe
+from pipeline.methods.registry import build_seeded_method
 from pipeline.tracking import Journal, Shipper
 from pipeline.tracking.journal import read
 from tests.helpers.rank_pool import pool
@@ -42,7 +42,7 @@ def run(tmp_path: Path) -> Path:
     loaded = toy(tmp_path, "launch.backend=gloo", "tracking.enabled=true", *SETTINGS)
     folder = loaded.config.run.folder
     settings = loaded.config.model_dump(mode="json")
-    write_checkpoint(folder, changed(make_recipe(loaded.config, CPU), 1), config=settings)
+    write_checkpoint(folder, changed(build_seeded_method(loaded.config, CPU), 1), config=settings)
     (folder / "config.yaml").write_text(show(loaded))
     (folder / "config.json").write_text(json.dumps(settings))
     return folder
@@ -112,9 +112,9 @@ def test_scores_of_others_have_names_of_their_own(run: Path) -> None:
     from pipeline.config.schema import Config
 
     config = Config.model_validate(json.loads((run / "config.json").read_text()))
-    assert Telling.of_run(run, config.replace(tracking=config.tracking.model_copy(update={"enabled": False})), None) is None
-    assert Telling.of_weights("x", config, None) is None
-    telling = Telling.of_run(run, config, None)
+    assert EvalReporter.of_run(run, config.replace(tracking=config.tracking.model_copy(update={"enabled": False})), None) is None
+    assert EvalReporter.of_weights("x", config, None) is None
+    telling = EvalReporter.of_run(run, config, None)
     assert telling is not None
     telling(3, {"trained": {"knn/k1": 0.5}, "untrained": {"knn/k1": 0.25}})
     telling.close()  # at once: the run itself was never sent anywhere

@@ -22,8 +22,8 @@ from pipeline.data.pack.shard_writer import ShardWriter
 from pipeline.data.storage import expand
 from pipeline.errors import CheckpointError, DataError
 from pipeline.evaluation.knn import knn_accuracy
-from pipeline.methods.base import Recipe
-from pipeline.methods.registry import make_recipe
+from pipeline.methods.base import Method
+from pipeline.methods.registry import build_seeded_method
 from tests.helpers.runs import TOY, train
 
 CPU = torch.device("cpu")
@@ -45,7 +45,7 @@ def toy(folder: Path, *overrides: str) -> Loaded:
     return load(folder / "toy.yaml", settings)
 
 
-def write_checkpoint(run: Path, recipe: Recipe, *, step: int = 24, **facts: Any) -> Path:
+def write_checkpoint(run: Path, recipe: Method, *, step: int = 24, **facts: Any) -> Path:
     """A checkpoint as one rank writes it, with the recipe's teacher and without what training alone needs."""
     assert recipe.teacher is not None
     folder = run / "checkpoints" / f"step_{step:09d}"
@@ -67,7 +67,7 @@ def write_checkpoint(run: Path, recipe: Recipe, *, step: int = 24, **facts: Any)
     return folder
 
 
-def changed(recipe: Recipe, seed: int) -> Recipe:
+def changed(recipe: Method, seed: int) -> Method:
     """The recipe with other weights in its teacher."""
     assert recipe.teacher is not None
     generator = torch.Generator().manual_seed(seed)
@@ -77,16 +77,16 @@ def changed(recipe: Recipe, seed: int) -> Recipe:
 
 
 @pytest.fixture(scope="module")
-def judged(tmp_path_factory: pytest.TempPathFactory) -> tuple[Loaded, Recipe]:
+def judged(tmp_path_factory: pytest.TempPathFactory) -> tuple[Loaded, Method]:
     """A run whose newest checkpoint holds weights that no seed gives; an older one holds others."""
     loaded = toy(tmp_path_factory.mktemp("judged"))
-    write_checkpoint(loaded.config.run.folder, make_recipe(loaded.config, CPU), step=12)
-    recipe = changed(make_recipe(loaded.config, CPU), 1)
+    write_checkpoint(loaded.config.run.folder, build_seeded_method(loaded.config, CPU), step=12)
+    recipe = changed(build_seeded_method(loaded.config, CPU), 1)
     write_checkpoint(loaded.config.run.folder, recipe)
     return loaded, recipe
 
 
-def accuracy(loaded: Loaded, recipe: Recipe) -> dict[int, float]:
+def accuracy(loaded: Loaded, recipe: Method) -> dict[int, float]:
     """k-NN from first principles: class tokens of all pictures, every similarity."""
     config, inputs = loaded.config, prepare(loaded.config, 1)
     assert inputs.bank is not None and inputs.queries is not None
@@ -96,10 +96,10 @@ def accuracy(loaded: Loaded, recipe: Recipe) -> dict[int, float]:
     return knn_accuracy(queries, torch.tensor(answers), bank, torch.tensor(classes), ks=(1, 5))
 
 
-def test_the_newest_teacher_is_judged_beside_the_fresh_network(judged: tuple[Loaded, Recipe]) -> None:
+def test_the_newest_teacher_is_judged_beside_the_fresh_network(judged: tuple[Loaded, Method]) -> None:
     loaded, recipe = judged
     scores = evaluate.scores(loaded.config, loaded.config.run.folder)
-    fresh = make_recipe(loaded.config, CPU)
+    fresh = build_seeded_method(loaded.config, CPU)
     assert scores["trained"] == accuracy(loaded, recipe)
     assert scores["untrained"] == accuracy(loaded, fresh)
     assert scores["trained"] != scores["untrained"]
@@ -107,7 +107,7 @@ def test_the_newest_teacher_is_judged_beside_the_fresh_network(judged: tuple[Loa
     assert not torch.distributed.is_initialized()
 
 
-def test_the_teacher_comes_back_bit_for_bit(judged: tuple[Loaded, Recipe]) -> None:
+def test_the_teacher_comes_back_bit_for_bit(judged: tuple[Loaded, Method]) -> None:
     loaded, recipe = judged
     back = evaluate.load_trained(loaded.config, evaluate.newest(loaded.config.run.folder), CPU)
     assert recipe.teacher is not None and back.teacher is not None
@@ -116,7 +116,7 @@ def test_the_teacher_comes_back_bit_for_bit(judged: tuple[Loaded, Recipe]) -> No
 
 
 def test_eval_prints_a_table_and_writes_the_numbers_down(
-    judged: tuple[Loaded, Recipe], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    judged: tuple[Loaded, Method], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("COLUMNS", "120")
     loaded, _ = judged
@@ -136,7 +136,7 @@ def test_eval_prints_a_table_and_writes_the_numbers_down(
         assert all(f"{100 * value:.1f} %" in row for value in told["knn"][source].values())
 
 
-def test_a_checkpoint_may_be_named_and_a_damaged_one_is_refused(judged: tuple[Loaded, Recipe], tmp_path: Path) -> None:
+def test_a_checkpoint_may_be_named_and_a_damaged_one_is_refused(judged: tuple[Loaded, Method], tmp_path: Path) -> None:
     loaded, _ = judged
     run = loaded.config.run.folder
     older = run / "checkpoints" / "step_000000012"
@@ -156,7 +156,7 @@ def test_a_run_without_a_checkpoint_is_refused(tmp_path: Path) -> None:
     assert not (tmp_path / "run").exists()
 
 
-def test_a_checkpoint_of_another_architecture_is_refused_by_name_and_shapes(judged: tuple[Loaded, Recipe]) -> None:
+def test_a_checkpoint_of_another_architecture_is_refused_by_name_and_shapes(judged: tuple[Loaded, Method]) -> None:
     config = judged[0].config
     wider = config.replace(model=config.model.model_copy(update={"embed_dim": 48}))
     with pytest.raises(
@@ -168,7 +168,7 @@ def test_a_checkpoint_of_another_architecture_is_refused_by_name_and_shapes(judg
         evaluate.load_trained(deeper, evaluate.newest(config.run.folder), CPU)
 
 
-def test_without_validation_shards_their_setting_is_named(judged: tuple[Loaded, Recipe], tmp_path: Path) -> None:
+def test_without_validation_shards_their_setting_is_named(judged: tuple[Loaded, Method], tmp_path: Path) -> None:
     config = judged[0].config
     for shard in expand(config.data.shards):
         (tmp_path / Path(shard).name).symlink_to(shard)
@@ -179,7 +179,7 @@ def test_without_validation_shards_their_setting_is_named(judged: tuple[Loaded, 
         evaluate.scores(nowhere, config.run.folder)
 
 
-def test_shards_without_classes_are_refused_before_any_network_is_built(judged: tuple[Loaded, Recipe], tmp_path: Path) -> None:
+def test_shards_without_classes_are_refused_before_any_network_is_built(judged: tuple[Loaded, Method], tmp_path: Path) -> None:
     with ShardWriter(tmp_path, "plain") as writer:
         for number in range(3):
             picture = io.BytesIO()

@@ -14,7 +14,7 @@ from pipeline.evaluation.runner import lines
 from tests.helpers.runs import TOY, recorded, train, weights
 
 TEXT = "text: {architecture: null, embed_dim: 16, depth: 1, num_heads: 2, context: 16}"
-RECIPES = {
+METHODS = {
     "clip": f"""
 recipe:
   name: clip
@@ -39,13 +39,13 @@ recipe:
 }
 
 
-@pytest.fixture(scope="module", params=sorted(RECIPES))
+@pytest.fixture(scope="module", params=sorted(METHODS))
 def run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a finished toy run in micro-batches."""
     folder = tmp_path_factory.mktemp(request.param)
     scenes.write(folder / "scenes", train=40, val=20, size=32, seed=3)
     head, _, rest = TOY.partition("recipe:")
-    (folder / "toy.yaml").write_text(head + RECIPES[request.param] + "model:" + rest.partition("model:")[2])
+    (folder / "toy.yaml").write_text(head + METHODS[request.param] + "model:" + rest.partition("model:")[2])
     done = train(
         folder / "toy.yaml",
         f"{folder}/scenes/*train-*.tar",

@@ -13,7 +13,7 @@ import pytest
 from launch.cli import shards_ls as ls
 from pipeline.config.load import Loaded, load
 from pipeline.data.inputs import prepare
-from pipeline.data.loader.encoded_batches import Portions
+from pipeline.data.loader.encoded_batches import StepDataset
 from pipeline.data.loader.reader import Reader
 from pipeline.data.pack import synthetic as scenes
 from pipeline.errors import ConfigError, DataError
@@ -57,7 +57,7 @@ def test_a_step_lists_what_its_ranks_read(loaded: Loaded, capsys: pytest.Capture
     assert (document["ranks"], document["fingerprint"]) == (2, inputs.train.fingerprint)
     assert [row["place"] for row in rows] == list(range(16))
     for rank in range(2):
-        portion = Portions(Reader(inputs.train), inputs.order, (), seed=7, world=2, rank=rank)[9]
+        portion = StepDataset(Reader(inputs.train), inputs.order, (), seed=7, world=2, rank=rank)[9]
         mine = [row for row in rows if row["rank"] == rank]
         assert [(row["key"], row["id"]) for row in mine] == [(record.key, record.id) for record in portion.records]
         assert [row["epoch"] for row in mine] == portion.epochs.tolist()

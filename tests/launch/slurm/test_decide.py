@@ -6,9 +6,10 @@ from typing import Any
 
 import pytest
 
-from launch.slurm.decide import Budgets, Ending, decide
+from launch.slurm.decide import AttemptResult as Result
+from launch.slurm.decide import Budgets, decide
 from pipeline.config.load import InvalidConfig
-from pipeline.data.storage import ShardChanged, StorageAway
+from pipeline.data.storage import ShardChanged, StorageUnavailable
 from pipeline.errors import CheckpointError, ConfigError, LaunchError, NonFiniteError, RendezvousError, TrainingError, verdict
 
 
@@ -32,39 +33,39 @@ def row(cause: str, before: int = 0, after: int = 1, why: str = "") -> dict[str,
 @pytest.mark.parametrize(
     ("end", "history", "action", "cause"),
     [
-        (Ending(outcome=done("FINISHED", 24)), [], "finish", "finished"),
-        (Ending(outcome=done("ASKED")), [], "stop", "stopped"),
-        (Ending(outcome=done("TOLD"), told="time limit", before=0, after=9), [], "requeue", "time limit"),
-        (Ending(outcome=done("TOLD"), told="preempted", before=0, after=9), [], "requeue", "preempted"),
-        (Ending(outcome=done("SIGTERM"), before=0, after=9), [], "requeue", "preempted"),
-        (Ending(outcome=done("TOLD"), before=0, after=9), [], "requeue", "requeued"),
-        (Ending(code=137, told="preempted", before=0, after=6), [], "requeue", "preempted"),
-        (Ending(code=1, outcome=done("SIGTERM"), failure=failed(ValueError()), before=0, after=6), [], "requeue", "crash"),
-        (Ending(code=137, failure=failed(RuntimeError()), before=0, after=6), [], "requeue", "crash"),
-        (Ending(code=137, before=0, after=6), [], "requeue", "crash"),
-        (Ending(code=2, failure=failed(ConfigError("x"))), [], "fail", "refused"),
-        (Ending(code=2, failure=failed(CheckpointError("x"))), [], "fail", "refused"),
-        (Ending(code=2, failure=failed(Deeper("x"))), [], "fail", "refused"),
-        (Ending(code=2, failure=failed(InvalidConfig([]))), [], "fail", "refused"),
-        (Ending(code=2, failure=failed(ShardChanged("x"))), [], "fail", "refused"),
-        (Ending(code=2, failure=failed(StorageAway("x")), before=0, after=6), [], "requeue", "crash"),
-        (Ending(code=2, failure=failed(LaunchError("no GPU"))), [], "fail", "refused"),
-        (Ending(code=1, failure=failed("node", "an all-reduce ran slowly"), after=6), [], "requeue", "node"),
-        (Ending(code=1, failure={"what": "an old record"}, after=6), [], "requeue", "crash"),
-        (Ending(code=1, failure=failed(NonFiniteError("x"), "10 steps in a row were not finite")), [], "fail", "nonfinite"),
-        (Ending(code=1, failure=failed(TrainingError("x"), "too many bad samples")), [], "fail", "refused"),
-        (Ending(code=75, failure=failed("hang", "rank 1 has been in data at step 5 for 400 s"), after=6), [], "requeue", "hang"),
-        (Ending(code=137, hung=True, before=0, after=6), [], "requeue", "hang"),
-        (Ending(code=2, failure=failed(RendezvousError("x"), "address in use"), after=6), [], "requeue", "rendezvous"),
-        (Ending(code=1, failure=failed(RuntimeError(), "uncorrectable ECC error", node="n7"), after=6), [], "requeue", "node"),
-        (Ending(bad_nodes={"n2": "7 GPUs answer of 8 wanted"}), [], "requeue", "node"),
-        (Ending(bad_nodes={"n1": "no disk", "n2": "no disk"}, everywhere=True), [], "fail", "refused"),
-        (Ending(code=137, outcome=done("SIGTERM"), before=0, after=6), [], "requeue", "crash"),
-        (Ending(lost_node=True, before=0, after=6), [], "requeue", "node"),
+        (Result(outcome=done("FINISHED", 24)), [], "finish", "finished"),
+        (Result(outcome=done("ASKED")), [], "stop", "stopped"),
+        (Result(outcome=done("TOLD"), told="time limit", before=0, after=9), [], "requeue", "time limit"),
+        (Result(outcome=done("TOLD"), told="preempted", before=0, after=9), [], "requeue", "preempted"),
+        (Result(outcome=done("SIGTERM"), before=0, after=9), [], "requeue", "preempted"),
+        (Result(outcome=done("TOLD"), before=0, after=9), [], "requeue", "requeued"),
+        (Result(code=137, told="preempted", before=0, after=6), [], "requeue", "preempted"),
+        (Result(code=1, outcome=done("SIGTERM"), failure=failed(ValueError()), before=0, after=6), [], "requeue", "crash"),
+        (Result(code=137, failure=failed(RuntimeError()), before=0, after=6), [], "requeue", "crash"),
+        (Result(code=137, before=0, after=6), [], "requeue", "crash"),
+        (Result(code=2, failure=failed(ConfigError("x"))), [], "fail", "refused"),
+        (Result(code=2, failure=failed(CheckpointError("x"))), [], "fail", "refused"),
+        (Result(code=2, failure=failed(Deeper("x"))), [], "fail", "refused"),
+        (Result(code=2, failure=failed(InvalidConfig([]))), [], "fail", "refused"),
+        (Result(code=2, failure=failed(ShardChanged("x"))), [], "fail", "refused"),
+        (Result(code=2, failure=failed(StorageUnavailable("x")), before=0, after=6), [], "requeue", "crash"),
+        (Result(code=2, failure=failed(LaunchError("no GPU"))), [], "fail", "refused"),
+        (Result(code=1, failure=failed("node", "an all-reduce ran slowly"), after=6), [], "requeue", "node"),
+        (Result(code=1, failure={"what": "an old record"}, after=6), [], "requeue", "crash"),
+        (Result(code=1, failure=failed(NonFiniteError("x"), "10 steps in a row were not finite")), [], "fail", "nonfinite"),
+        (Result(code=1, failure=failed(TrainingError("x"), "too many bad samples")), [], "fail", "refused"),
+        (Result(code=75, failure=failed("hang", "rank 1 has been in data at step 5 for 400 s"), after=6), [], "requeue", "hang"),
+        (Result(code=137, hung=True, before=0, after=6), [], "requeue", "hang"),
+        (Result(code=2, failure=failed(RendezvousError("x"), "address in use"), after=6), [], "requeue", "rendezvous"),
+        (Result(code=1, failure=failed(RuntimeError(), "uncorrectable ECC error", node="n7"), after=6), [], "requeue", "node"),
+        (Result(bad_nodes={"n2": "7 GPUs answer of 8 wanted"}), [], "requeue", "node"),
+        (Result(bad_nodes={"n1": "no disk", "n2": "no disk"}, everywhere=True), [], "fail", "refused"),
+        (Result(code=137, outcome=done("SIGTERM"), before=0, after=6), [], "requeue", "crash"),
+        (Result(lost_node=True, before=0, after=6), [], "requeue", "node"),
     ],
 )  # fmt: skip
 def test_each_ending_has_its_cause_and_its_consequence(
-    end: Ending, history: list[dict[str, Any]], action: str, cause: str
+    end: AttemptResult, history: list[dict[str, Any]], action: str, cause: str
 ) -> None:
     decision = decide(end, history, Budgets())
     assert (decision.action, decision.cause) == (action, cause)
@@ -72,46 +73,46 @@ def test_each_ending_has_its_cause_and_its_consequence(
 
 
 def test_a_broken_machine_is_kept_away_from() -> None:
-    preflight = decide(Ending(bad_nodes={"n2": "its disk is full"}), [], Budgets())
+    preflight = decide(Result(bad_nodes={"n2": "its disk is full"}), [], Budgets())
     assert preflight.exclude == {"n2": "its disk is full"}
-    gpu = decide(Ending(code=1, failure=failed(RuntimeError(), "Xid 79", node="n7"), after=6), [], Budgets())
+    gpu = decide(Result(code=1, failure=failed(RuntimeError(), "Xid 79", node="n7"), after=6), [], Budgets())
     assert list(gpu.exclude) == ["n7"]
-    program = decide(Ending(code=1, failure=failed(RuntimeError(), "index out of range", node="n7"), after=6), [], Budgets())
+    program = decide(Result(code=1, failure=failed(RuntimeError(), "index out of range", node="n7"), after=6), [], Budgets())
     assert not program.exclude
 
 
 def test_the_same_crash_twice_from_the_same_checkpoint_is_the_end() -> None:
     history = [row("crash", 6, 6, "index out of range")]
-    again = Ending(code=1, failure=failed(IndexError(), "index out of range"), before=6, after=6)
+    again = Result(code=1, failure=failed(IndexError(), "index out of range"), before=6, after=6)
     assert decide(again, history, Budgets()).action == "fail"
-    other = Ending(code=1, failure=failed(IndexError(), "something else"), before=6, after=6)
+    other = Result(code=1, failure=failed(IndexError(), "something else"), before=6, after=6)
     assert decide(other, history, Budgets()).action == "requeue"
-    further = Ending(code=1, failure=failed(IndexError(), "index out of range"), before=6, after=12)
+    further = Result(code=1, failure=failed(IndexError(), "index out of range"), before=6, after=12)
     assert decide(further, history, Budgets()).action == "requeue"
 
 
 @pytest.mark.parametrize(
     ("cause", "end"),
     [
-        ("crash", Ending(code=137, before=6, after=12)),
-        ("hang", Ending(hung=True, before=6, after=12)),
-        ("node", Ending(lost_node=True, before=6, after=12)),
-        ("rendezvous", Ending(failure=failed(RendezvousError("x")), before=6, after=12)),
+        ("crash", Result(code=137, before=6, after=12)),
+        ("hang", Result(hung=True, before=6, after=12)),
+        ("node", Result(lost_node=True, before=6, after=12)),
+        ("rendezvous", Result(failure=failed(RendezvousError("x")), before=6, after=12)),
     ],
 )
-def test_each_cause_has_a_budget_of_its_own(cause: str, end: Ending) -> None:
+def test_each_cause_has_a_budget_of_its_own(cause: str, end: AttemptResult) -> None:
     budgets = Budgets(crash=2, hang=2, node=2, rendezvous=2, no_progress=99)
     assert decide(end, [row(cause, why="a"), *[row("preempted")] * 9], budgets).action == "requeue"
     assert decide(end, [row(cause, why="a"), row(cause, why="b")], budgets).action == "fail"
 
 
 def test_preemption_is_forgiven_as_long_as_there_is_progress() -> None:
-    end = Ending(outcome=done("TOLD"), told="preempted", before=50, after=51)
+    end = Result(outcome=done("TOLD"), told="preempted", before=50, after=51)
     assert decide(end, [row("preempted", i, i + 1) for i in range(50)], Budgets()).action == "requeue"
 
 
 def test_attempts_that_leave_nothing_are_not_repeated_for_ever() -> None:
-    idle = Ending(told="preempted", before=6, after=6)
+    idle = Result(told="preempted", before=6, after=6)
     assert decide(idle, [row("preempted", 6, 6)], Budgets(no_progress=3)).action == "requeue"
     assert decide(idle, [row("preempted", 6, 6)] * 2, Budgets(no_progress=3)).action == "fail"
     assert decide(idle, [row("preempted", 6, 6), row("preempted", 0, 6)], Budgets(no_progress=3)).action == "requeue"

@@ -199,7 +199,7 @@ def test_what_cannot_work_is_refused_before_anything_is_submitted(toy: Path, pro
 
 def test_a_finished_run_is_not_submitted_again(toy: Path, tmp_path: Path) -> None:
     run = RunDirectory(tmp_path / "run")
-    record.judge(run, "finished", "all 24 steps are done")
+    record.end(run, "finished", "all 24 steps are done")
     loaded = load(toy, ["data.shards=/nowhere/x.tar", f"run.directory={run.path}"])
     with pytest.raises(LaunchError, match="all 24 steps"):
         submit(loaded, ClusterProfile(nodes=1, gpus_per_node=2), dry=True)
