@@ -11,8 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.data import storage
-from pipeline.data.index.build import is_complete
 from pipeline.data.index.captions import captions_of, decode_text, read_json_member
+from pipeline.data.index.image_header import is_complete
 from pipeline.data.index.manifest import CAPTION_SOURCES, FORMATS, Manifest, Rows
 from pipeline.data.order.random import uniforms
 from pipeline.errors import DataError

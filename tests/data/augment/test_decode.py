@@ -11,7 +11,7 @@ import pytest
 from PIL import Image, ImageFilter, ImageOps
 
 from pipeline.data.augment.decode import Decoder
-from pipeline.data.index.build import inspect_header
+from pipeline.data.index.image_header import inspect_header
 
 
 @pytest.fixture(scope="module")

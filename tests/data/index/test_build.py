@@ -19,7 +19,8 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from pipeline.data import storage
-from pipeline.data.index.build import Fields, build, index_shard, inspect_header
+from pipeline.data.index.build import Fields, build, index_shard
+from pipeline.data.index.image_header import inspect_header
 from pipeline.data.index.manifest import STATUSES, Manifest, ShardIndex, sidecar_name
 from pipeline.errors import DataError
 

@@ -65,7 +65,7 @@ def row(cause: str, before: int = 0, after: int = 1, why: str = "") -> dict[str,
     ],
 )  # fmt: skip
 def test_each_ending_has_its_cause_and_its_consequence(
-    end: AttemptResult, history: list[dict[str, Any]], action: str, cause: str
+    end: Result, history: list[dict[str, Any]], action: str, cause: str
 ) -> None:
     decision = decide(end, history, Budgets())
     assert (decision.action, decision.cause) == (action, cause)
@@ -100,7 +100,7 @@ def test_the_same_crash_twice_from_the_same_checkpoint_is_the_end() -> None:
         ("rendezvous", Result(failure=failed(RendezvousError("x")), before=6, after=12)),
     ],
 )
-def test_each_cause_has_a_budget_of_its_own(cause: str, end: AttemptResult) -> None:
+def test_each_cause_has_a_budget_of_its_own(cause: str, end: Result) -> None:
     budgets = Budgets(crash=2, hang=2, node=2, rendezvous=2, no_progress=99)
     assert decide(end, [row(cause, why="a"), *[row("preempted")] * 9], budgets).action == "requeue"
     assert decide(end, [row(cause, why="a"), row(cause, why="b")], budgets).action == "fail"
