@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import re
+import subprocess
+import sys
 import tomllib
+import zipfile
 from importlib.metadata import version
 from pathlib import Path
 
@@ -41,3 +44,24 @@ def test_services_listen_on_this_machine_and_images_have_a_tag() -> None:
 def test_secrets_and_data_stay_out_of_the_build() -> None:
     ignored = set((ROOT / ".dockerignore").read_text().split())
     assert {"**/.env", "**/*.pem", "mlruns", "data", "runs", ".git"} <= ignored
+
+
+@pytest.mark.slow
+def test_a_wheel_holds_every_config_and_two_packages(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", str(tmp_path), str(ROOT)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    with zipfile.ZipFile(next(tmp_path.glob("fovea-*.whl"))) as wheel:
+        names = wheel.namelist()
+    shared = {name.partition("/data/share/fovea/")[2] for name in names if "/data/share/fovea/" in name}
+    own = {
+        path.relative_to(ROOT).as_posix()
+        for folder in ("configs", "slurm")
+        for path in (ROOT / folder).rglob("*")
+        if path.is_file()
+    }
+    assert own <= shared
+    top = {name.split("/")[0] for name in names}
+    assert {name for name in top if not name.startswith("fovea-")} == {"pipeline", "launch"}
+    modules = {path.relative_to(ROOT).as_posix() for room in ("pipeline", "launch") for path in (ROOT / room).rglob("*.py")}
+    assert modules <= set(names)

@@ -7,7 +7,6 @@ import importlib
 import string
 import subprocess
 import sys
-import tomllib
 from pathlib import Path
 from typing import Any
 
@@ -446,13 +445,6 @@ def test_importing_the_config_imports_nothing_heavy() -> None:
     assert (
         subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip() == "[]"
     )
-
-
-def test_every_folder_of_configs_is_installed_with_the_package() -> None:
-    listed = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["data-files"]
-    patterns = {pattern for group in listed.values() for pattern in group}
-    configs = {pattern for pattern in patterns if pattern.startswith("configs")}
-    assert {f"{file.parent.relative_to(ROOT).as_posix()}/*.yaml" for file in (ROOT / "configs").rglob("*.yaml")} == configs
 
 
 def test_every_section_is_a_strict_settings_class() -> None:
