@@ -145,7 +145,7 @@ def host(shards: str) -> Iterator[SignedHost]:
     made.server.server_close()
 
 
-@pytest.mark.parametrize("mode", ["direct", "cache"])
+@pytest.mark.parametrize("mode", ["range_read", "cache"])
 def test_signed_links_are_read_indexed_and_resumed_without_their_signature(
     host: SignedHost, shards: str, tmp_path: Path, mode: str
 ) -> None:

@@ -41,6 +41,18 @@ from pipeline.untrusted import printable
 
 DEFAULT = "default"
 _PROBLEMS = 100  # reported at once
+# What others call a setting, or where they have it.
+_ELSEWHERE = {
+    "lr": "schedule.lr.peak",
+    "learning_rate": "schedule.lr.peak",
+    "lr_rule": "optim.lr_scaling",
+    "batch_size": "train.global_batch_size",
+    "epochs": "train.duration",
+    "max_steps": "train.duration",
+    "output_dir": "run.directory",
+    "workers": "data.num_workers",
+    "gpus": "launch.num_processes",
+}
 _LONGEST_KEY = 200  # letters of a key for which a similar one is looked for
 
 
@@ -260,6 +272,8 @@ def nearest(path: str, fields: Mapping[str, Any] | None = None) -> str | None:
     if len(path) > _LONGEST_KEY:
         return None
     parent, _, leaf = path.rpartition(".")
+    if leaf in _ELSEWHERE and (fields is None or _ELSEWHERE[leaf] in fields):
+        return _ELSEWHERE[leaf]
     best: tuple[float, str] | None = None
     for key in fields if fields is not None else schema():
         above, _, name = key.rpartition(".")

@@ -16,7 +16,9 @@ from pipeline.tracking.journal import Journal
 @pytest.mark.parametrize("trial", TRIALS, ids=lambda trial: trial.slug)
 def test_every_trial_is_a_valid_config(trial: Trial) -> None:
     plain, changed = (flatten(load(trial.config, words).config) for words in ((), trial.settings))
-    assert len([name for name in plain if plain[name] != changed.get(name)]) == sum("repel" not in w for w in trial.settings)
+    assert len([name for name in plain if plain[name] != changed.get(name)]) == sum(
+        "local_repulsion" not in w for w in trial.settings
+    )
 
 
 def test_the_names_of_trials_are_their_own() -> None:

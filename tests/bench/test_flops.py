@@ -14,7 +14,7 @@ from pipeline.estimate.flops import flop_counter
 
 TOWER = "model: {embed_dim: 192, depth: 4, num_heads: 3, patch_size: 16, drop_path: %s}\ndata: {shards: x.tar}\n"
 DINO = "method: {name: dinov2, views: {local_size: 96}, prototypes: 4096, head_hidden: 512, head_bottleneck: 64}\n" + TOWER
-CLIP = "recipe: {name: clip, image_size: 224, patch_dropout: %s, text: {architecture: ViT-S-32}}\n" + TOWER
+CLIP = "method: {name: clip, image_size: 224, patch_dropout: %s, text: {architecture: ViT-S-32}}\n" + TOWER
 GATED = DINO.replace("patch: 16", "patch_size: 16, ffn: swiglu, registers: 4")
 
 
@@ -23,7 +23,7 @@ GATED = DINO.replace("patch: 16", "patch_size: 16, ffn: swiglu, registers: 4")
     [
         DINO % 0.0,
         DINO % 0.25,
-        (DINO % 0.0).replace("prototypes", "targets: centering, prototypes"),
+        (DINO % 0.0).replace("prototypes", "centering: softmax_center, prototypes"),
         GATED % 0.0,
         CLIP % (0.0, 0.0),
     ],

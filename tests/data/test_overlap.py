@@ -144,7 +144,7 @@ def test_segmentation_has_its_own_pair(shards: Path, tmp_path: Path) -> None:
     scenes.write(tmp_path / "dense", train=8, val=4, size=32, samples_per_shard=4)
     train = sorted((tmp_path / "dense").glob("*train-*.tar"))
     shutil.copy(train[0], tmp_path / "held-out.tar")
-    pair = f"train_shards: '{tmp_path}/dense/*train-*.tar', val_shards: '{tmp_path}/held-out.tar', classes: 4"
+    pair = f"train_shards: '{tmp_path}/dense/*train-*.tar', val_shards: '{tmp_path}/held-out.tar', num_classes: 4"
     config = settings(shards, f"data.shards={shards}/train-*.tar", f"evaluation.segmentation={{enabled: true, {pair}}}")
     with pytest.raises(DataError, match="1 of 1 evaluated shards") as caught:
         prepare(config, 1)

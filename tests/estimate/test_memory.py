@@ -123,6 +123,6 @@ def test_what_a_forward_pass_keeps_is_counted_without_memory_within_five_percent
 
 def test_recomputation_keeps_less_and_bf16_half_of_most() -> None:
     each = {}
-    for name, train in {"fp32": {}, "bf16": {"precision": "bf16"}, "again": {"recompute": True}}.items():
+    for name, train in {"fp32": {}, "bf16": {"precision": "bf16"}, "again": {"activation_checkpointing": True}}.items():
         each[name] = counted(config("dinov2", train={"global_batch_size": 8, "precision": "fp32", **train})).each
     assert each["again"] < 0.7 * each["fp32"] and 0.5 * each["fp32"] < each["bf16"] < 0.85 * each["fp32"]

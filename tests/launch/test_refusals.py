@@ -101,8 +101,8 @@ def test_a_data_set_smaller_than_a_batch_is_refused(refused: Refusal, shards: Pa
 
 
 def test_a_typo_is_refused_with_the_nearest_name(refused: Refusal, shards: Path) -> None:
-    message = refused(str(shards / "*train-*.tar"), "optim.lrr=1")
-    assert "optim.lrr" in message
+    message = refused(str(shards / "*train-*.tar"), "schedule.lr.peek=1")
+    assert "schedule.lr.peek" in message
     assert "schedule.lr.peak" in message
 
 

@@ -149,7 +149,7 @@ def in_plain_words(method: DINOv2, data: Batch) -> dict[str, Tensor]:
     with torch.no_grad():
         told = nets["backbone"](torch.cat(data.views["global"]))
         said = [nets["dino_head"](told.cls), nets.get("ibot_head", nets["dino_head"])(told.patches.flatten(0, 1)[hidden.index])]
-        if s.centering == "sinkhorn":
+        if s.centering == "sinkhorn_knopp":
             dino, ibot = (losses.sinkhorn(logits, STEP.teacher_temperature) for logits in said)
         else:
             centers = (method.extra_state["dino_center"], method.extra_state["ibot_center"])

@@ -107,7 +107,7 @@ def test_frozen_networks_are_in_no_group_and_no_network_of_their_own() -> None:
 
 
 def test_patches_of_two_sizes_are_refused() -> None:
-    large = {"judge": {"embed_dim": 32, "depth": 1, "num_heads": 2, "patch_size": 8}, "judge_from": "x"}
+    large = {"teacher_model": {"embed_dim": 32, "depth": 1, "num_heads": 2, "patch_size": 8}, "teacher_weights": "x"}
     settings = DistillSettings.model_validate({**SIZES, **large})
     config = Config.model_validate(
         {"model": {"embed_dim": 16, "depth": 1, "num_heads": 2, "patch_size": 4}, "data": {"shards": "x.tar"}}

@@ -34,7 +34,7 @@ def test_views_are_the_papers() -> None:
 
 
 def test_what_a_section_leaves_out_is_the_methods_own() -> None:
-    views = config("mocov2").recipe.views  # type: ignore[attr-defined]
+    views = config("mocov2").method.views  # type: ignore[attr-defined]
     assert (views.global_size, views.global_scale) == (16, (0.2, 1.0))
     assert config("simclr", method={"augment": {"hue_space": "yiq"}}).method.augment.brightness == 0.8  # type: ignore[attr-defined]
     assert config("simclr", method={"augment": {"hue_space": "yiq"}}).method.hue == "yiq"
@@ -60,7 +60,7 @@ def test_the_judge_learns_from_features_that_do_not_and_they_from_a_judge_that_d
 
 
 def test_the_queue_takes_the_newest_pictures_first_and_forgets_the_oldest() -> None:
-    made = recipe("mocov2", recipe={"queue": 11, "repel": None})
+    made = recipe("mocov2", method={"queue": 11, "local_repulsion": None})
     assert isinstance(made, MoCoV2)
     before, kept = made.extra_state["queue"].clone(), []
     for index in range(2):
@@ -79,7 +79,7 @@ def test_the_queue_takes_the_newest_pictures_first_and_forgets_the_oldest() -> N
 
 
 def queue_after(accumulation: int) -> torch.Tensor:
-    made = recipe("mocov2", recipe={"repel": None})
+    made = recipe("mocov2", method={"local_repulsion": None})
     engine = engine_of(made, 1, accumulation)
     advance(made, engine, 0, accumulation)
     queue = made.extra_state["queue"].clone()
@@ -94,8 +94,8 @@ def test_the_queue_is_the_same_on_any_number_of_ranks() -> None:
 
 
 def test_a_batch_norm_in_dinos_head_couples_the_batch_and_the_teachers_pass_does_not_move_its_averages() -> None:
-    assert not recipe("dino", recipe={"repel": None}).couples_batch
-    made = recipe("dino", recipe={"repel": None, "head_norm": "batch"}).train()
+    assert not recipe("dino", method={"local_repulsion": None}).couples_batch
+    made = recipe("dino", method={"local_repulsion": None, "head_norm": "batch"}).train()
     assert made.couples_batch and made.teacher is not None
     before = {name: buffer.clone() for name, buffer in made.teacher.named_buffers() if "running" in name}
     first = made(batch_at(made, 0), STEP)["dino"]
@@ -109,7 +109,7 @@ def test_a_batch_norm_in_dinos_head_couples_the_batch_and_the_teachers_pass_does
 def test_without_predictor_features_of_byol_become_alike() -> None:
     ranks = {}
     for predictor in (True, False):
-        made = recipe("byol", recipe={"predictor": predictor})
+        made = recipe("byol", method={"predictor": predictor})
         optimizer = torch.optim.AdamW(made.parameters(), lr=1e-2)
         for index in range(30):
             loss = torch.stack(list(made(batch_at(made, index), STEP).values())).sum()

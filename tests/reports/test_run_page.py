@@ -21,6 +21,7 @@ from launch.cli import eval_run as evaluate
 from pipeline.config.load import Loaded
 from pipeline.data.inputs import prepare
 from pipeline.errors import CheckpointError
+from pipeline.evaluation import gallery
 from pipeline.evaluation.principal import principal
 from pipeline.methods.registry import build_seeded_method
 from pipeline.reports import html as pictures
@@ -216,10 +217,10 @@ def test_a_run_without_a_checkpoint_has_no_page(run: Loaded, tmp_path: Path) -> 
 def test_chosen_pictures_are_the_first_of_each_class(run: Loaded) -> None:
     manifest = prepare(run.config, 1).train
     labels = manifest.column(0, "label").tolist()
-    chosen = evaluate.varied(manifest, 12).astype(int).tolist()
+    chosen = gallery.varied(manifest, 12).astype(int).tolist()
     assert sorted(labels[n] for n in chosen[:10]) == list(range(10))
     assert [labels.index(labels[n]) for n in chosen[:10]] == chosen[:10] == sorted(chosen[:10])
-    assert len(set(chosen)) == 12 and len(evaluate.varied(manifest, 100)) == 40
+    assert len(set(chosen)) == 12 and len(gallery.varied(manifest, 100)) == 40
 
 
 def test_principal_directions_give_like_tokens_like_colours() -> None:

@@ -144,7 +144,7 @@ def test_a_setting_that_changed_between_attempts_becomes_a_tag(bench: Bench) -> 
     bench.shipper().ship()
     assert bench.run.data.params == {"data.num_workers": "1", "schedule.lr.peak": "0.1", "new": "1"}
     assert {key: value for key, value in bench.run.data.tags.items() if key.startswith("changed.")} == {
-        "changed.data.workers": "4"
+        "changed.data.num_workers": "4"
     }
 
 

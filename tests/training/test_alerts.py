@@ -75,7 +75,7 @@ CASES = {
 
 
 @pytest.mark.parametrize("every", [1, 10, 40])
-@pytest.mark.parametrize("illness", CASES)
+@pytest.mark.parametrize("failure_mode", CASES)
 def test_each_illness_is_told_once_and_within_200_steps(failure_mode: str, every: int) -> None:
     raised = [(done, alarm) for done, alarm in watch(CASES[failure_mode], every=every) if alarm.failure_mode == failure_mode]
     assert len(raised) == 1

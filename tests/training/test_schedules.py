@@ -183,7 +183,7 @@ def test_a_short_run_sees_the_beginning_of_a_long_warm_up_that_leads_to_a_consta
     assert 0.04 < both[0].at(1500).teacher_temperature < 0.041
 
 
-@pytest.mark.parametrize("name", ["lr", "weight_decay", "momentum"])
+@pytest.mark.parametrize("name", ["lr", "weight_decay", "teacher_momentum"])
 def test_a_warm_up_in_other_units_than_the_run_is_refused_too(name: str) -> None:
     changed = ScheduleSettings().model_dump(mode="json") | {}
     changed[name]["warmup"] = "2 epochs"

@@ -39,7 +39,7 @@ def door(s3_port: int, names: list[str], monkeypatch: pytest.MonkeyPatch) -> Ite
 @pytest.fixture
 def open_storage(door: Proxy, tmp_path: Path) -> Callable[..., Storage]:
     def made(**values: object) -> Storage:
-        usual = {"endpoint": door.endpoint, "cache": tmp_path / "cache", "retries": 0, "grace": 1.0}
+        usual = {"endpoint": door.endpoint, "cache": tmp_path / "cache", "retries": 0, "outage_timeout": 1.0}
         return Storage(StorageSettings.model_validate({**usual, **values}))
 
     return made

@@ -24,6 +24,7 @@ from pipeline.errors import CheckpointError, DataError
 from pipeline.evaluation.knn import knn_accuracy
 from pipeline.methods.base import Method
 from pipeline.methods.registry import build_seeded_method
+from pipeline.weights import from_checkpoint
 from tests.helpers.runs import TOY, train
 
 CPU = torch.device("cpu")
@@ -109,7 +110,7 @@ def test_the_newest_teacher_is_judged_beside_the_fresh_network(judged: tuple[Loa
 
 def test_the_teacher_comes_back_bit_for_bit(judged: tuple[Loaded, Method]) -> None:
     loaded, recipe = judged
-    back = evaluate.load_trained(loaded.config, evaluate.newest(loaded.config.run.folder), CPU)
+    back = from_checkpoint.load_trained(loaded.config, from_checkpoint.newest(loaded.config.run.folder), CPU)
     assert recipe.teacher is not None and back.teacher is not None
     for name, weight in recipe.teacher.state_dict().items():
         assert torch.equal(back.teacher.state_dict()[name], weight), name
@@ -162,10 +163,10 @@ def test_a_checkpoint_of_another_architecture_is_refused_by_name_and_shapes(judg
     with pytest.raises(
         CheckpointError, match=r"backbone\.mask_token: \[1, 1, 32\] in the checkpoint, \[1, 1, 48\] by the settings"
     ):
-        evaluate.load_trained(wider, evaluate.newest(config.run.folder), CPU)
+        from_checkpoint.load_trained(wider, from_checkpoint.newest(config.run.folder), CPU)
     deeper = config.replace(model=config.model.model_copy(update={"depth": 2}))
     with pytest.raises(CheckpointError, match=r"blocks\.1\..*absent in the checkpoint"):
-        evaluate.load_trained(deeper, evaluate.newest(config.run.folder), CPU)
+        from_checkpoint.load_trained(deeper, from_checkpoint.newest(config.run.folder), CPU)
 
 
 def test_without_validation_shards_their_setting_is_named(judged: tuple[Loaded, Method], tmp_path: Path) -> None:
