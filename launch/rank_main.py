@@ -279,7 +279,7 @@ def _train(
         # A run that was told to stop must be gone soon; one that is finished may wait for MLflow's database to be made.
         if shipper is not None and not shipper.close(_PATIENCE if finished else 5.0):
             rest = (
-                f"`fovea track sync {shlex.quote(str(run.path))}` sends the rest"
+                f"`fovea mlflow sync {shlex.quote(str(run.path))}` sends the rest"
                 if finished
                 else "the next attempt sends the rest"
             )

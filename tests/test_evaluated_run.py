@@ -125,7 +125,7 @@ def test_eval_says_what_training_said(runs: tuple[Path, Path], tmp_path: Path) -
     judged = runs[0]
     out = tmp_path / "scores.json"
     flags = ["--knn", "--linear", "--logistic", "--retrieval", "--zeroshot", str(judged.parent / "classes.txt")]
-    assert command("eval", str(judged), *flags, "--json", str(out), "launch.backend=gloo") == 0
+    assert command("eval", str(judged), *flags, "--output", str(out), "launch.backend=gloo") == 0
     found: dict[str, float] = json.loads(out.read_text())["scores"]["trained"]
     told = scored(judged)
     for name in ("knn/k3", "linear/top1", "logistic/top1", "retrieval/text_to_image/recall@5", "zeroshot/mean_per_class"):
@@ -153,7 +153,7 @@ def test_an_export_scores_as_its_run_does(runs: tuple[Path, Path], layout: str, 
     shards = [f"data.shards={judged.parent}/scenes/*train-*.tar", f"evaluation.knn.val_shards={judged.parent}/scenes/*val-*.tar"]
     flags = ["--retrieval"] if layout == "open_clip" else ["--knn", "--logistic"]
     settings = ["evaluation.knn.k=[3]", "evaluation.logistic.C=[1.0]", "launch.backend=gloo"]
-    assert command("eval", str(folder), *flags, "--json", str(out), *shards, *settings) == 0
+    assert command("eval", str(folder), *flags, "--output", str(out), *shards, *settings) == 0
     found: dict[str, Any] = json.loads(out.read_text())["scores"]["weights"]
     told = scored(judged)
     assert found and all(value == pytest.approx(told[name][6], abs=1e-6) for name, value in found.items())

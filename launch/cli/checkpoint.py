@@ -294,3 +294,20 @@ def _age(seconds: float | None) -> str:
         if seconds >= length:
             return f"{seconds / length:.0f} {unit}"
     return f"{max(seconds, 0):.0f} s"
+
+
+@app.command("now")
+def now(run: Annotated[str, typer.Argument(metavar="RUN", help="A run's directory, or its name below runs/.")]) -> None:
+    """Ask a running training for a checkpoint after the step it is in; it goes on.
+
+    [b]Example[/b]
+
+    fovea checkpoint now my_run
+    """
+    from launch.slurm.status import find
+    from pipeline.runtime import job_record
+
+    found = find(run)
+    before = job_record.saved_step(found)
+    job_record.ask(found, job_record.SAVE, "asked for")
+    print(f"asked; the newest checkpoint is of step {before} so far")

@@ -1,4 +1,4 @@
-"""``fovea plan``: what a configuration needs of a GPU's memory, by ZeRO stage and number of GPUs, before any GPU is asked for."""
+"""``fovea estimate``: what a configuration needs of a GPU's memory, by ZeRO stage and number of GPUs, before it runs."""
 
 from __future__ import annotations
 

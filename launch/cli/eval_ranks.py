@@ -132,7 +132,7 @@ class EvalReporter:
         if uri is None and not t.enabled:
             return None
         joins = "../cursor.json" if t.enabled and uri in (None, own.uri) else ""
-        hint = f"fovea track sync {directory}"
+        hint = f"fovea mlflow sync {directory}"
         try:
             destination_of(t, run.path, named=uri)
             refusal = ""
@@ -163,9 +163,9 @@ class EvalReporter:
         chosen = config.replace(
             run=config.run.model_copy(update={"name": title}), tracking=config.tracking.model_copy(update={"uri": uri})
         )
-        run.write_settings(chosen)  # for `fovea track sync`
+        run.write_settings(chosen)  # for `fovea mlflow sync`
         wanted = {key: value for key, value in flatten(config).items() if key.startswith(("evaluation.", "data.shards"))}
-        return cls(run.tracking / "eval", aside, f"fovea track sync {run.path}", {"weights": name, **wanted})
+        return cls(run.tracking / "eval", aside, f"fovea mlflow sync {run.path}", {"weights": name, **wanted})
 
     def __call__(self, step: int, scores: Scores, file: Path | None = None) -> None:
         """Say scores.

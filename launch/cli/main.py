@@ -15,7 +15,7 @@ from launch.cli import shards
 from launch.cli import slurm as cluster
 from launch.cli.bench_all import app as bench
 from launch.cli.checkpoint import app as checkpoint
-from launch.cli.mlflow import app as track
+from launch.cli.mlflow import app as mlflow
 from launch.terminal import Terminal, clean_logs, open_streams
 from pipeline.errors import ConfigError, FoveaError, of_system
 
@@ -130,11 +130,13 @@ def evaluate(
         Path | None, typer.Option(metavar="FILE", help="Sentences with {} for --zeroshot, one a line; SLIP's seven if not given.")
     ] = None,
     retrieval: Annotated[bool, typer.Option(help="Find captions by pictures and pictures by captions.")] = False,
-    untrained: Annotated[bool, typer.Option("--untrained", help="Judge the network with fresh weights too.")] = False,
+    random_init_baseline: Annotated[
+        bool, typer.Option("--random-init-baseline", help="Evaluate the network with random weights too.")
+    ] = False,
     watch: Annotated[bool, typer.Option("--watch", help="Judge each checkpoint as it comes, until the run's last.")] = False,
     model: Annotated[str | None, typer.Option(metavar="NAME", help="timm's name of what a file of weights is of.")] = None,
     size: Annotated[int | None, typer.Option(metavar="PIXELS", help="Side of the pictures, for weights.")] = None,
-    output: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write the scores there too.")] = None,
+    output: Annotated[Path | None, typer.Option(metavar="FILE", help="Write the scores to this JSON file too.")] = None,
     ranks: Annotated[
         int | None, typer.Option(min=1, help="Processes that share the work; one a GPU if not given, 1 without GPUs.")
     ] = None,
@@ -179,7 +181,7 @@ def evaluate(
     from launch.cli.eval_ranks import many, spread
 
     plain = own and not names and not watch and not texts
-    untrained = untrained or (own and not names and not watch and texts)
+    untrained = random_init_baseline or (own and not names and not watch and texts)
     extra = [*(overrides or ())]
     if zeroshot is not None:
         extra += [
@@ -269,30 +271,30 @@ def visualize(
 
 
 @app.command(short_help="Estimate memory, time and cost before anything runs.", rich_help_panel=_DATA)
-def plan(
+def estimate(
     config: ConfigArgument,
     overrides: Overrides = None,
     gpus: Annotated[
         int | None, typer.Option("--gpus", min=1, help="GPUs of the run; as configured or found if not given.")
     ] = None,
-    gb: Annotated[float | None, typer.Option("--gb", min=0.1, help="Memory of one GPU, GB; 80 if nobody says.")] = None,
+    gpu_memory_gb: Annotated[float | None, typer.Option(min=0.1, help="Memory of one GPU, GB; 80 by default.")] = None,
     cluster: Annotated[
         str, typer.Option("--cluster", "-c", help="A cluster profile: its GPUs, and with it hours and costs.")
     ] = "",
     efficiency: Annotated[
         float, typer.Option(min=0.01, max=1, help="Share of the GPU's peak that a step is taken to reach.")
     ] = 0.35,
-    samples: Annotated[
-        int | None, typer.Option(min=1, help="Samples of an epoch, for lengths in epochs; else the shards are counted.")
+    dataset_size: Annotated[
+        int | None, typer.Option(min=1, help="Samples of an epoch, for durations in epochs; else the shards are counted.")
     ] = None,
 ) -> None:
     """Tell what a configuration needs of a GPU's memory, by ZeRO stage and number of GPUs, what to choose, and what it costs.
 
     [b]Examples[/b]
 
-    fovea plan dinov2/cifar10_vit_tiny data.shards=/data/train.tar --gpus 8 --gb 80
+    fovea estimate dinov2/cifar10_vit_tiny data.shards=/data/train.tar --gpus 8 --gpu-memory-gb 80
 
-    fovea plan dinov2/vitl16_short data.shards=none.tar --cluster one_node_8gpu --samples 1281167
+    fovea estimate dinov2/vitl16_short data.shards=none.tar --cluster one_node_8gpu --dataset-size 1281167
     """
     loaded = _load(config, overrides)
     from launch.cli.estimate import cost, run
@@ -300,9 +302,9 @@ def plan(
 
     site = profiles.load(cluster) if cluster else None
     ranks = gpus or (site.world if site else None)
-    code = run(loaded.config, ranks=ranks, gigabytes=gb or (site.gpu_memory_gb if site else 80.0))
+    code = run(loaded.config, ranks=ranks, gigabytes=gpu_memory_gb or (site.gpu_memory_gb if site else 80.0))
     if site is not None:
-        cost(loaded.config, site, ranks=ranks or site.world, efficiency=efficiency, samples=samples)
+        cost(loaded.config, site, ranks=ranks or site.world, efficiency=efficiency, samples=dataset_size)
     raise typer.Exit(code)
 
 
@@ -354,7 +356,7 @@ def _load(name: str, overrides: Sequence[str] | None) -> Loaded:
 app.add_typer(shards.app, name="shards", rich_help_panel=_DATA, short_help="Pack, index, verify and inspect shards.")
 app.add_typer(config, name="config", rich_help_panel=_DATA, short_help="Show and check configs.")
 app.add_typer(checkpoint, name="checkpoint", rich_help_panel=_DATA, short_help="List, verify, inspect and convert checkpoints.")
-app.add_typer(track, name="track", rich_help_panel=_DATA, short_help="Send runs' journals to MLflow.")
+app.add_typer(mlflow, name="mlflow", rich_help_panel=_DATA, short_help="Send runs' journals to MLflow.")
 cluster.enter(app)
 app.add_typer(bench, name="bench", rich_help_panel=_BENCH, short_help="Measure speed and memory against baselines.")
 

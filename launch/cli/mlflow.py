@@ -1,4 +1,4 @@
-"""``fovea track``: bring MLflow up to what runs have kept in their journals."""
+"""``fovea mlflow``: bring MLflow up to what runs have kept in their journals."""
 
 from __future__ import annotations
 
@@ -30,12 +30,12 @@ def sync(
 
     [b]Examples[/b]
 
-    fovea track sync runs/trial
+    fovea mlflow sync runs/trial
 
-    fovea track sync --all --uri http://mlflow:5000
+    fovea mlflow sync --all --uri http://mlflow:5000
     """
     if everything == (run is not None):
-        raise ConfigError("no run is named", where="fovea track sync", hint="name one, or give --all")
+        raise ConfigError("no run is named", where="fovea mlflow sync", hint="name one, or give --all")
     from launch.slurm.status import find
 
     every = [RunDirectory(file.parent) for file in [*_there("*"), *_there("evaluations/*")]]

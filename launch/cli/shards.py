@@ -243,8 +243,8 @@ def pack(
     print(f"shards: {printable(_range(report.shards))}")
 
 
-@app.command("scenes")
-def scenes(
+@app.command("synthesize")
+def synthesize(
     out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder for the shards.")],
     train: Annotated[int, typer.Option(min=1, help="Pictures to train on.")] = 8000,
     val: Annotated[int, typer.Option(min=1, help="Pictures to judge by.")] = 1000,
@@ -255,7 +255,7 @@ def scenes(
 
     [b]Example[/b]
 
-    fovea shards scenes runs/scenes
+    fovea shards synthesize runs/scenes
     """
     from pipeline.data.pack.synthetic import CLASS_NAMES, write
 

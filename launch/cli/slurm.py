@@ -1,4 +1,4 @@
-"""The verbs for clusters: submit, status, logs, stop, save, resume, requeue, cancel, runs, doctor."""
+"""The verbs for clusters: submit, status, logs, stop, resume, requeue, cancel, runs, doctor."""
 
 from __future__ import annotations
 
@@ -162,17 +162,6 @@ def stop(
     print(f"{found.path.name} saves and stops after the step it is in; take it up again with: fovea resume {run}")
 
 
-def save(run: RunArgument) -> None:
-    """Ask a run for a checkpoint after the step it is in; it goes on."""
-    from launch.slurm import status as standing
-    from pipeline.runtime import job_record as record
-
-    found = standing.find(run)
-    before = record.saved_step(found)
-    record.ask(found, record.SAVE, "asked for")
-    print(f"asked; the newest checkpoint is of step {before} so far")
-
-
 def resume(
     run: RunArgument,
     overrides: Overrides = None,
@@ -253,6 +242,6 @@ def doctor(
 
 def enter(app: typer.Typer) -> None:
     """Adds the verbs to the command line."""
-    for verb in (submit, status, logs, stop, save, resume, requeue, cancel, runs, doctor):
+    for verb in (submit, status, logs, stop, resume, requeue, cancel, runs, doctor):
         first = (verb.__doc__ or "").split(":")[0].split(";")[0].split(".")[0].split(",")[0]
         app.command(verb.__name__, rich_help_panel="Slurm", short_help=f"{first}.")(verb)

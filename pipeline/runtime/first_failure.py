@@ -26,7 +26,7 @@ _COLLECTIVE = ("gloo", "nccl", "connection closed by peer", "connection reset", 
 _HOST_MEMORY = ("can't allocate memory", "cannot allocate memory", "not enough memory", "std::bad_alloc")
 _LESS = (
     "lower train.micro_batch_size (now {micro_batch}; the mathematics stays where the method allows accumulation), "
-    "raise train.zero_stage (now {zero}), use activation checkpointing or more ranks; `fovea plan` tells what fits"
+    "raise train.zero_stage (now {zero}), use activation checkpointing or more ranks; `fovea estimate` tells what fits"
 )
 
 

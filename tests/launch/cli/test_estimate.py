@@ -1,4 +1,4 @@
-"""``fovea plan`` counts a recipe without building it and says what to choose."""
+"""``fovea estimate`` counts a recipe without building it and says what to choose."""
 
 from __future__ import annotations
 

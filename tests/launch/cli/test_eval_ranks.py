@@ -101,9 +101,9 @@ def test_a_server_that_is_away_costs_nothing_and_gets_everything_later(
     run: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     begin = time.monotonic()
-    assert call("eval", str(run), "--knn", "--json", str(run / "out.json"), "--track", DEAD) == 0
+    assert call("eval", str(run), "--knn", "--output", str(run / "out.json"), "--track", DEAD) == 0
     assert time.monotonic() - begin < 60
-    assert "fovea track sync" in capsys.readouterr().err
+    assert "fovea mlflow sync" in capsys.readouterr().err
     scores: dict[str, float] = json.loads((run / "out.json").read_text())["scores"]["trained"]
     assert told(run) == {f"eval/{name}": value for name, value in scores.items()} and scores
 
@@ -150,7 +150,7 @@ def test_one_rank_two_ranks_and_torchrun_say_the_same_in_table_file_and_mlflow(r
     scores: dict[str, dict[str, float]] = {}
     for name, (ranks, launcher) in ways.items():
         out = run / f"{name}.json"
-        done = fovea("eval", str(run), *FLAGS, "--json", str(out), *ranks, launcher=launcher)
+        done = fovea("eval", str(run), *FLAGS, "--output", str(out), *ranks, launcher=launcher)
         assert done.returncode == 0, done.stderr
         scores[name] = json.loads(out.read_text())["scores"]["trained"]
         for key in ("knn/k1", "knn/k5", "linear/top1", "logistic/top1"):
@@ -195,7 +195,7 @@ def test_weights_get_an_mlflow_run_to_themselves_and_what_is_left_is_sent_by_tra
     assert call("export", saved, "--to", "timm", "--out", str(tmp_path / "peer")) == 0
     data = [f"data.shards={tmp_path}/scenes/*train-*.tar", f"evaluation.knn.val_shards={tmp_path}/scenes/*val-*.tar"]
     words = ["eval", str(tmp_path / "peer"), "--knn", "evaluation.knn.k=[1]", "launch.backend=gloo", *data]
-    assert call(*words, "--track", DEAD, "--json", str(tmp_path / "scores.json")) == 0
+    assert call(*words, "--track", DEAD, "--output", str(tmp_path / "scores.json")) == 0
     (folder,) = (tmp_path / "runs" / "evaluations").iterdir()
     uri = f"sqlite:///{tmp_path}/elsewhere.db"
     assert call("track", "sync", str(folder), "--uri", uri) == 0
