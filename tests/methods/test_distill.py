@@ -244,7 +244,7 @@ def test_students_of_one_name_of_another_patch_or_with_an_anchor_are_refused() -
     with pytest.raises(ValueError, match="name"):
         DistillSettings(teacher_weights="x", **(SIZES | {"students": [one | {"name": "a.b"}]}))
     shape = ModelSettings(embed_dim=16, depth=1, num_heads=2, patch_size=4)
-    settings = DistillSettings(teacher_model=shape, teacher_weights="x", **(SIZES | {"students": [one | {"patch": 8}]}))
+    settings = DistillSettings(teacher_model=shape, teacher_weights="x", **(SIZES | {"students": [one | {"patch_size": 8}]}))
     config = Config.model_validate({"model": shape, "data": {"shards": "x.tar"}}).replace(method=settings)
     with pytest.raises(ConfigError, match=r"students \(b\)"):
         build(config, settings)

@@ -223,7 +223,7 @@ def test_no_parameter_is_a_bare_number_or_strided() -> None:
     [
         (ModelSettings(), "architecture"),
         (ModelSettings(**(TINY | {"embed_dim": 33})), "divide"),
-        (ModelSettings(**(TINY | {"patch": 5})), "divide"),
+        (ModelSettings(**(TINY | {"patch_size": 5})), "divide"),
         (ModelSettings(timm_name="vit_smal_patch16_224"), "no model"),
         (ModelSettings(timm_name="resnet18"), "vit"),
         (ModelSettings(timm_name="vit_wee_patch16_reg1_gap_256"), "class token"),

@@ -118,7 +118,7 @@ def test_what_ends_in_time_is_left_alone(tmp_path: Path) -> None:
 
 def test_python_stuck_in_c_is_ended_from_outside_of_python(tmp_path: Path) -> None:
     code = (
-        "import ctypes, sys, time; from pathlib import Path; from pipeline.training import watchdog as w\n"
+        "import ctypes, sys, time; from pathlib import Path; from pipeline.runtime import watchdog as w\n"
         "dog = w.Watchdog(Path(sys.argv[1]), 0, 1, w.Limits(floor=0.2, start=0.2)); w.BACKSTOP = 0.5\n"
         "dog.start(); time.sleep(0.12)\n"
         "ctypes.PyDLL(None).sleep(60)"  # holds the interpreter's lock

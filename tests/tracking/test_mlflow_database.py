@@ -26,7 +26,7 @@ SHIP = """
 import sys
 from pathlib import Path
 from pipeline.tracking import Shipper
-from pipeline.tracking.database import uri_of
+from pipeline.tracking.mlflow_database import uri_of
 run = Path(sys.argv[1])
 print("go", flush=True)
 Shipper(run / "tracking", uri=uri_of(run / "mlflow.db"), experiment="e", name="n", log=print).ship()

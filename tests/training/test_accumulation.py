@@ -162,7 +162,7 @@ def test_neighbours_across_ranks_are_those_of_one_rank(zero: int) -> None:
 
 
 def test_a_shared_plain_head_is_cut_as_well() -> None:
-    changes = {"shared_heads": True, "head_norm": "plain", "koleo_neighbours": 2}
+    changes = {"shared_heads": True, "head_norm": "plain", "koleo_topk": 2}
     expected, found = result(1, 0, 1, **changes), result(2, 3, 2, **changes)
     assert difference(found, expected, "terms") < 1e-6
     assert difference(found, expected, "gradients") < 1e-5

@@ -118,5 +118,5 @@ def test_local_shards_and_direct_reading_need_none(
     scenes.write(tmp_path / "near", train=20, val=5, size=32, seed=1, samples_per_shard=20)
     near = build(expand(f"{tmp_path}/near/*train*.tar"), tmp_path / "near-index")
     assert not Prefetcher.useful(near, open_storage())
-    assert not Prefetcher.useful(manifest, open_storage(mode="direct"))
+    assert not Prefetcher.useful(manifest, open_storage(access="range_read"))
     assert Prefetcher.useful(manifest, open_storage())

@@ -176,9 +176,9 @@ def test_killed_in_the_middle_the_same_command_ends_with_the_same_bytes(tmp_path
         place.write_bytes(picture(n) if n % 10 else b"broken")
     slow = (
         "import sys, time\n"
-        "from pipeline.data import packing\n"
+        "from pipeline.data.pack import packer as packing\n"
         "from pipeline.data.pack.sources import open_source\n"
-        "judge = packing.inspect_header\n"
+        "inspect_header = packing.inspect_header\n"
         "packing.inspect_header = lambda *a, **k: (time.sleep(float(sys.argv[3])), inspect_header(*a, **k))[1]\n"
         "packing.pack(open_source(sys.argv[1]), sys.argv[2], packing.Packing(samples_per_shard=20), threads=2)\n"
     )

@@ -187,7 +187,7 @@ def test_a_folder_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
 HAMMER = """
 import os, random, sys, time
 from pathlib import Path
-from tests.data.test_cache import SIZE, Source, content, shard
+from tests.data.storage.test_cache import SIZE, Source, content, shard
 from pipeline.data.storage.cache import CacheFull, ShardCache
 folder, seed = Path(sys.argv[1]), int(sys.argv[2])
 draw, cache, source = random.Random(seed), ShardCache(Path(folder), limit=6 * SIZE), Source(0.001)

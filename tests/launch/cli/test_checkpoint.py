@@ -31,7 +31,7 @@ def _write(directory: str) -> dict[str, Any]:
             "skipped": 0,
             "samples_seen": 8 * step,
             "scores": {"knn/k20": score},
-            "config": {"train": {"zero": 2, "global_batch": 8}},
+            "config": {"train": {"zero_stage": 2, "global_batch_size": 8}},
             "data": {"samples": 60, "fingerprint": "abc123"},
             "fovea": "0.1.0",
             "torch": torch.__version__,

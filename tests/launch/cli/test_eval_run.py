@@ -21,6 +21,7 @@ from pipeline.data.pack import synthetic as scenes
 from pipeline.data.pack.shard_writer import ShardWriter
 from pipeline.data.storage import expand
 from pipeline.errors import CheckpointError, DataError
+from pipeline.evaluation import gallery
 from pipeline.evaluation.knn import knn_accuracy
 from pipeline.methods.base import Method
 from pipeline.methods.registry import build_seeded_method
@@ -91,7 +92,7 @@ def accuracy(loaded: Loaded, recipe: Method) -> dict[int, float]:
     """k-NN from first principles: class tokens of all pictures, every similarity."""
     config, inputs = loaded.config, prepare(loaded.config, 1)
     assert inputs.bank is not None and inputs.queries is not None
-    gallery = evaluate.Gallery(config, inputs, {"trained": recipe.export()["backbone"]}, 32, CPU)
+    gallery = gallery.Gallery(config, inputs, {"trained": recipe.export()["backbone"]}, 32, CPU)
     bank, classes = gallery.classes(inputs.bank, inputs.bank.ids())
     queries, answers = gallery.classes(inputs.queries, inputs.queries.ids())
     return knn_accuracy(queries, torch.tensor(answers), bank, torch.tensor(classes), ks=(1, 5))

@@ -94,7 +94,7 @@ def test_pack_goes_from_a_download_to_shards_that_index_takes(tmp_path: Path, ca
     [
         (["--transcode", "gif"], "jpg, png"),
         (["--layout", "tree"], "auto, folder, flat, table, files, shards"),
-        (["--damaged", "maybe"], "refuse nor use"),
+        (["--on-truncated-shard", "maybe"], "keep-readable"),
     ],
 )
 def test_wrong_words_are_refused_with_the_right_ones(

@@ -89,7 +89,8 @@ def test_a_percent_sign_is_doubled_in_patterns_of_srun_only() -> None:
 
 @pytest.mark.parametrize("bad", ["x\ny", "x\r", "x\x1b[2J", "x\u2028y"])
 @pytest.mark.parametrize(
-    "key", ["memory", "partition", "account", "qos", "constraint", "reservation", "options", "pass_on", "host_python", "python"]
+    "key",
+    ["memory", "partition", "account", "qos", "constraint", "reservation", "options", "export_env", "host_python", "python"],
 )
 def test_a_profile_brings_no_lines_of_its_own_into_the_script(key: str, bad: str) -> None:
     with pytest.raises(ValidationError, match=f"{key} should hold no line breaks"):
@@ -229,7 +230,7 @@ def test_a_full_disk_is_told_and_leaves_no_job(toy: Path, tmp_path: Path) -> Non
 
 def test_a_job_knows_its_code_whatever_becomes_of_the_checkout(tmp_path: Path) -> None:
     state = render.snapshot(tmp_path / "code")
-    assert state and (tmp_path / "code" / "pipeline" / "config.py").read_text() == (ROOT / "pipeline" / "config.py").read_text()
+    assert state and (tmp_path / "code" / "pipeline" / "errors.py").read_text() == (ROOT / "pipeline" / "errors.py").read_text()
     code = (
         "import sys; sys.path.insert(0, sys.argv[1]); import launch.slurm.supervisor as a, json; "
         "print(json.dumps([a.__file__, [m for m in ('pydantic', 'torch', 'yaml', 'numpy') if m in sys.modules]]))"
