@@ -107,7 +107,7 @@ class ClusterProfile(Settings):
     def _one_line_each(self) -> Self:
         """All of these become lines of the batch script; only ``setup`` is meant to."""
         single = ("memory", "partition", "account", "qos", "constraint", "reservation", "host_python", "python")
-        texts = {name: (getattr(self, name),) for name in single} | {"options": self.options, "pass_on": self.export_env}
+        texts = {name: (getattr(self, name),) for name in single} | {"options": self.options, "export_env": self.export_env}
         for name, values in texts.items():
             for value in values:
                 if value is not None and printable(value) != value:

@@ -95,7 +95,7 @@ def _one(method: str, shards: str, minutes: float, ranks: int, directory: Path, 
 
 
 def _compares(method: str) -> bool:
-    return "max_scale" in METHODS[method].model_fields  # the temperature with which pictures and texts are compared
+    return "max_logit_scale" in METHODS[method].model_fields  # the temperature with which pictures and texts are compared
 
 
 def train(config: str, directory: Path, overrides: Sequence[str]) -> dict[str, Any]:

@@ -54,7 +54,7 @@ def spread(module: nn.Module) -> None:
             "layer_scale": None,
         },
         {"drop_path": 0.5, "untie_local_norm": True},
-        {"drop_path": 0.5, "positions": "rope"},
+        {"drop_path": 0.5, "pos_embed": "rope"},
     ],
     ids=["plain", "registers", "conv", "swiglu", "no_scale", "conv_registers", "rope", "rope_all", "depth", "rope_depth"],
 )

@@ -92,9 +92,9 @@ def accuracy(loaded: Loaded, recipe: Method) -> dict[int, float]:
     """k-NN from first principles: class tokens of all pictures, every similarity."""
     config, inputs = loaded.config, prepare(loaded.config, 1)
     assert inputs.bank is not None and inputs.queries is not None
-    gallery = gallery.Gallery(config, inputs, {"trained": recipe.export()["backbone"]}, 32, CPU)
-    bank, classes = gallery.classes(inputs.bank, inputs.bank.ids())
-    queries, answers = gallery.classes(inputs.queries, inputs.queries.ids())
+    shown = gallery.Gallery(config, inputs, {"trained": recipe.export()["backbone"]}, 32, CPU)
+    bank, classes = shown.classes(inputs.bank, inputs.bank.ids())
+    queries, answers = shown.classes(inputs.queries, inputs.queries.ids())
     return knn_accuracy(queries, torch.tensor(answers), bank, torch.tensor(classes), ks=(1, 5))
 
 

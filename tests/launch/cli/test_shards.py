@@ -188,7 +188,7 @@ def test_every_verb_takes_shards_from_a_bucket(
 
 
 def test_scenes_are_drawn_with_the_names_of_their_classes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert fovea("shards", "scenes", tmp_path / "set", "--train", "12", "--val", "6", "--size", "32") == 0
+    assert fovea("shards", "synthesize", tmp_path / "set", "--train", "12", "--val", "6", "--size", "32") == 0
     assert "12 pictures to train on and 6 to judge by" in capsys.readouterr().out
     assert len((tmp_path / "set" / "classes.txt").read_text().splitlines()) == 10
     assert {path.name for path in (tmp_path / "set").glob("*.tar")} == {"scenes-train-00000.tar", "scenes-val-00000.tar"}
