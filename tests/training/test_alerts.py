@@ -158,7 +158,7 @@ def test_causes_follow_the_settings() -> None:
 
 
 ILL = {
-    "no_centre": ({"targets": "centering", "center_momentum": 1.0, "temperature": 0.04, "koleo_weight": 0.0}, "single", "centre"),
+    "no_centre": ({"centering": "softmax_center", "center_momentum": 1.0, "temperature": 0.04, "koleo_weight": 0.0}, "single", "centre"),
     "no_sharpening": ({"temperature": 0.5, "koleo_weight": 0.0}, "uniform", "teacher's temperature (0.5)"),
     "absurd_rate": ({"lr": 1.0}, "uniform", "lower schedule.lr.peak"),
 }
@@ -174,7 +174,7 @@ def test_dinov2_made_to_collapse_is_told_within_200_steps_and_why(case: str) -> 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("targets", [{}, {"targets": "centering", "temperature": 0.04, "momentum": 0.98, "lr": 1e-3}])
+@pytest.mark.parametrize("targets", [{}, {"centering": "softmax_center", "temperature": 0.04, "momentum": 0.98, "lr": 1e-3}])
 def test_dinov2_that_learns_raises_no_alarm(targets: dict[str, Any]) -> None:
     raised, logged = train(200, **targets)
     assert raised == []
