@@ -271,7 +271,7 @@ def _whole(saved: Saved) -> bool:
 def _steps(run: RunDirectory) -> int | None:
     """The run's last step, once it has said so."""
     try:
-        return int(read_json(run.path / "length.json")["steps"])
+        return int(read_json(run.path / "plan.json")["steps"])
     except (OSError, FoveaError, ValueError, KeyError, TypeError, OverflowError):
         return None
 

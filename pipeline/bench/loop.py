@@ -135,7 +135,7 @@ def measure(options: Options, *, tell: Callable[[str], None] = lambda _: None) -
             plan=Plan(steps, options.log_every, 0, 0, 3, seed=0),
             requests=StopRequests(folder),
             phases=Phases(world, watchdog),
-            left_out=SkippedSteps(folder / "left_out.json"),
+            skipped_steps=SkippedSteps(folder / "skipped_steps.json"),
             go_back=never,
         )
         tell(f"{steps} steps, three times")

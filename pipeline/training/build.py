@@ -67,9 +67,9 @@ def make_plan(config: Config, order: Order | Mixture, run: RunDirectory, attempt
         max_nonfinite=config.train.max_consecutive_nonfinite,
         seed=config.run.seed,
         record=record,
-        rewind_after=config.watchdog.rollback_after,
-        rewind_margin=config.watchdog.rollback_margin,
-        max_rewinds=config.watchdog.max_rollbacks,
+        rollback_after=config.watchdog.rollback_after,
+        rollback_margin=config.watchdog.rollback_margin,
+        max_rollbacks=config.watchdog.max_rollbacks,
         asynchronous=config.checkpoint.async_save,
         save_evaluated=config.checkpoint.keep_best,
     )
@@ -161,10 +161,12 @@ def assemble(
         ),
         world.device,
     )
-    ledger = BadSamples(run.ledger(world.rank), budget=config.data.max_bad_fraction, window=config.data.bad_fraction_window)
+    bad_samples = BadSamples(
+        run.bad_samples(world.rank), budget=config.data.max_bad_fraction, window=config.data.bad_fraction_window
+    )
     progress = Progress()
     if resume is not None:
-        progress = _restore(resume, engine, recipe, ledger, inputs, config.checkpoint.allow_data_change)
+        progress = _restore(resume, engine, recipe, bad_samples, inputs, config.checkpoint.allow_data_change)
     if world.rank == 0:
         record_data(run.data, inputs)
     reader = Reader(
@@ -209,7 +211,7 @@ def assemble(
                 share=1 / world.local_size,
             )
         return BatchStream(
-            dataset, device=world.device, options=options, ledger=ledger, first=first, last=last, prefetcher=prefetcher
+            dataset, device=world.device, options=options, bad_samples=bad_samples, first=first, last=last, prefetcher=prefetcher
         )
 
     def go_back() -> Progress:
@@ -224,7 +226,7 @@ def assemble(
                 where=str(run.checkpoints),
                 hint="lower schedule.lr.peak or lengthen schedule.lr.warmup, or save more often with checkpoint.every",
             )
-        return _restore(read(Path(chosen[0])), engine, recipe, ledger, inputs, config.checkpoint.allow_data_change)
+        return _restore(read(Path(chosen[0])), engine, recipe, bad_samples, inputs, config.checkpoint.allow_data_change)
 
     begun = config.init_from.source is not None
     evaluate = None
@@ -239,14 +241,14 @@ def assemble(
         stream=stream,
         checkpoints=_checkpoints(config, inputs, run, world, copies),
         evaluate=evaluate,
-        data_state=lambda: _data_state(inputs, ledger, world),
+        data_state=lambda: _data_state(inputs, bad_samples, world),
         facts={**facts, "init": init, "world": world.size, "torch": torch.__version__, "python": platform.python_version()},
         journal=journal,
         watcher=watcher,
         plan=make_plan(config, inputs.order, run, attempt, world.rank),
         requests=requests,
         phases=Phases(world, watchdog, _peak(config, world.device), count=not config.train.compile),
-        left_out=SkippedSteps(run.path / "left_out.json"),
+        skipped_steps=SkippedSteps(run.path / "skipped_steps.json"),
         go_back=go_back,
         alarms=Alerts(recipe.health_metrics),
         machines=Nodes(world, run.path).read,
@@ -285,10 +287,10 @@ def _checkpoints(config: Config, inputs: Inputs, run: RunDirectory, world: World
     )
 
 
-def _data_state(inputs: Inputs, ledger: BadSamples, world: World) -> dict[str, Any]:
+def _data_state(inputs: Inputs, bad_samples: BadSamples, world: World) -> dict[str, Any]:
     """The data plane's state: constants that must not change, and what each rank could not use."""
     states: list[dict[str, Any] | None] = [None] * world.size
-    dist.all_gather_object(states, ledger.state(), group=world.control)
+    dist.all_gather_object(states, bad_samples.state(), group=world.control)
     reasons: Counter[str] = Counter()
     counts: Counter[str] = Counter()
     quarantine: dict[str, str] = {}
@@ -309,7 +311,7 @@ def _data_state(inputs: Inputs, ledger: BadSamples, world: World) -> dict[str, A
     }
 
 
-def _restore(saved: Saved, engine: Engine, recipe: Method, ledger: BadSamples, inputs: Inputs, allow: bool) -> Progress:
+def _restore(saved: Saved, engine: Engine, recipe: Method, bad_samples: BadSamples, inputs: Inputs, allow: bool) -> Progress:
     changed = check_data(saved, inputs, allow=allow)
     load(saved, engine, recipe)
     missing = [key for key in ("applied", "skipped", "scores", "seconds", "data") if key not in saved.manifest]
@@ -321,7 +323,7 @@ def _restore(saved: Saved, engine: Engine, recipe: Method, ledger: BadSamples, i
     data = saved.manifest["data"]
     # The totals live on rank 0 from here on; the others count what they see themselves.
     first = dist.get_rank() == 0
-    ledger.load(
+    bad_samples.load(
         {
             "seen": data["seen"] if first else 0,
             "reasons": data["substituted"] if first else {},

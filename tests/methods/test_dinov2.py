@@ -73,7 +73,10 @@ def test_terms_are_finite_named_scalars_and_metrics_stay_apart(shared: bool, tar
     assert all(term.ndim == 0 and term.dtype == torch.float32 and torch.isfinite(term) for term in terms.values())
     assert all(term.requires_grad for term in terms.values())
     assert not any(metric.requires_grad for metric in method.metrics.values())
-    assert all(0.0 <= float(method.metrics[name]) <= 1.0 + 1e-5 for name in ("target_entropy", "prototype_use", "agreement"))
+    assert all(
+        0.0 <= float(method.metrics[name]) <= 1.0 + 1e-5
+        for name in ("target_entropy", "prototype_entropy", "teacher_student_top1_agreement")
+    )
 
 
 @pytest.mark.parametrize("shared", [False, True])
@@ -139,7 +142,7 @@ def test_uniform_outputs_cost_ln_k() -> None:
     assert float(terms["dino_local"] + terms["dino_global"]) == pytest.approx(math.log(K), abs=1e-5)
     assert float(terms["dino_local"]) == pytest.approx(math.log(K) * LOCALS / (1 + LOCALS), abs=1e-5)
     assert float(terms["ibot"]) == pytest.approx(math.log(K) * masked, abs=1e-5)
-    assert float(method.metrics["dino_below_uniform"]) == pytest.approx(0.0, abs=1e-5)
+    assert float(method.metrics["dino_loss_vs_log_k"]) == pytest.approx(0.0, abs=1e-5)
     assert float(method.metrics["target_entropy"]) == pytest.approx(1.0, abs=1e-5)
 
 
@@ -238,11 +241,13 @@ def test_metrics_are_means_over_the_steps_micro_batches() -> None:
     method.before_accumulation(parts[::-1], STEP)
     method(parts[1], STEP)
     second = {name: float(value) for name, value in method.metrics.items()}
-    for name in ("target_entropy", "agreement", "dino_below_uniform", "masked_share"):
+    for name in ("target_entropy", "teacher_student_top1_agreement", "dino_loss_vs_log_k", "mask_ratio"):
         assert each[1][name] == pytest.approx((each[0][name] + second[name]) / 2, abs=1e-5)
-    assert each[1]["prototype_use"] > max(each[0]["prototype_use"], second["prototype_use"])  # more samples reach more of them
+    assert each[1]["prototype_entropy"] > max(
+        each[0]["prototype_entropy"], second["prototype_entropy"]
+    )  # more samples reach more of them
     assert each[0]["feature_rank"] == each[1]["feature_rank"] > 1.0
-    assert each[0]["masked_share"] == pytest.approx(float(parts[0].masks["global"].grid.float().mean()))
+    assert each[0]["mask_ratio"] == pytest.approx(float(parts[0].masks["global"].grid.float().mean()))
 
 
 def test_a_group_that_no_micro_batch_holds_is_refused_with_the_mend() -> None:

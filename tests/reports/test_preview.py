@@ -56,7 +56,7 @@ def test_views_and_masks_are_the_very_ones_of_the_first_step(
     config, specs = loaded.config, preview.views_of(loaded.config)
     dataset = StepDataset(Reader(inputs.train), inputs.order, specs, seed=config.run.seed, world=1, rank=0)
     options = StreamOptions(micro_batch=16, workers=0, hue="yiq")
-    stream = BatchStream(dataset, device=torch.device("cpu"), options=options, ledger=BadSamples(None), last=1)
+    stream = BatchStream(dataset, device=torch.device("cpu"), options=options, bad_samples=BadSamples(None), last=1)
     ((_, (batch,)),) = list(stream)
     assert [sample.key for sample in samples] == batch.keys[:4]
     hidden = batch.masks["global"].grid.view(2, 16, 16)

@@ -98,7 +98,7 @@ BROKEN = ["[]", "null", "1e999", '{"scores": []}', '{"scores": {"trained": 1}}',
 @pytest.mark.parametrize("content", BROKEN)
 def test_foreign_records_of_a_run_neither_block_nor_end_an_evaluation(tmp_path: Path, content: str) -> None:
     run = RunDirectory(tmp_path)
-    for name in ("evaluations/step_000000003.json", "length.json"):
+    for name in ("evaluations/step_000000003.json", "plan.json"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         if content == "fifo":
             os.mkfifo(tmp_path / name)
