@@ -75,7 +75,7 @@ def make_plan(config: Config, order: Order | Mixture, run: RunDirectory, attempt
     )
 
 
-def prepare_towers(recipe: Method, config: Config) -> None:
+def prepare_towers(method: Method, config: Config) -> None:
     """Switches recomputation, 8-bit products and compilation on where the settings say so.
 
     Raises:
@@ -85,8 +85,8 @@ def prepare_towers(recipe: Method, config: Config) -> None:
         raise ConfigError(
             f"{torch.cuda.get_device_name()} has no products of 8-bit floats", where="train.fp8", hint="set train.fp8=off"
         )
-    teachers = list(recipe.teacher.modules.values()) if recipe.teacher is not None else []
-    towers = [m for root in (recipe, *teachers) for m in root.modules() if isinstance(m, VisionTower | TextTower)]
+    teachers = list(method.teacher.modules.values()) if method.teacher is not None else []
+    towers = [m for root in (method, *teachers) for m in root.modules() if isinstance(m, VisionTower | TextTower)]
     for tower in towers:
         tower.checkpointing = config.train.activation_checkpointing
         if config.train.fp8 == "all" or (config.train.fp8 == "teacher" and not any(p.requires_grad for p in tower.parameters())):
@@ -130,19 +130,19 @@ def assemble(
         torch.use_deterministic_algorithms(True)
     if config.train.threads:
         torch.set_num_threads(config.train.threads)
-    recipe = build_seeded_method(config, world.device)
+    method = build_seeded_method(config, world.device)
     init = resume.manifest.get("init") if resume is not None else None
-    if resume is None and (start := initial.begin(recipe, config, record=world.rank == 0)) is not None:
+    if resume is None and (start := initial.begin(method, config, record=world.rank == 0)) is not None:
         init = start.record
         for note in start.notes:
             watcher.say(note)
         if journal is not None:
             journal.tags({f"fovea.init.{key}": value for key, value in start.record.items()})
-    prepare_towers(recipe, config)
+    prepare_towers(method, config)
     share = config.train.global_batch_size // world.size
     micro = config.train.micro_batch_size or share
     engine = Engine(
-        recipe,
+        method,
         EngineOptions(
             zero=config.train.zero_stage,
             precision=config.train.precision,
@@ -166,28 +166,28 @@ def assemble(
     )
     progress = Progress()
     if resume is not None:
-        progress = _restore(resume, engine, recipe, bad_samples, inputs, config.checkpoint.allow_data_change)
+        progress = _restore(resume, engine, method, bad_samples, inputs, config.checkpoint.allow_data_change)
     if world.rank == 0:
         record_data(run.data, inputs)
     reader = Reader(
         inputs.train, wants=("image", "label", "caption"), checksum=config.data.verify_checksums, store=open_storage(config)
     )
-    if (recipe.text is not None) != config.method.reads_text:
+    if (method.text is not None) != config.method.reads_text:
         raise ConfigError(
-            f"the method {'reads' if recipe.text else 'does not read'} text, but its settings say otherwise",
+            f"the method {'reads' if method.text else 'does not read'} text, but its settings say otherwise",
             where=f"{type(config.method).__name__}.reads_text",
             hint="Both must agree: the settings decide before the start which samples are left out for want of a caption.",
         )
     dataset = StepDataset(
         reader,
         inputs.order,
-        recipe.views,
+        method.views,
         seed=config.run.seed,
         world=world.size,
         rank=world.rank,
-        text=recipe.text,
+        text=method.text,
         sources=inputs.sources,
-        sets=recipe.view_sets,
+        sets=method.view_sets,
     )
     options = StreamOptions(
         micro_batch=micro,
@@ -226,16 +226,16 @@ def assemble(
                 where=str(run.checkpoints),
                 hint="lower schedule.lr.peak or lengthen schedule.lr.warmup, or save more often with checkpoint.every",
             )
-        return _restore(read(Path(chosen[0])), engine, recipe, bad_samples, inputs, config.checkpoint.allow_data_change)
+        return _restore(read(Path(chosen[0])), engine, method, bad_samples, inputs, config.checkpoint.allow_data_change)
 
     begun = config.init_from.source is not None
     evaluate = None
     if config.evaluation.enabled:
         show = _sheets(run, journal) if journal is not None else None
-        evaluate = Evaluations(config, inputs, recipe, world, resume is None, begun=begun, show=show)
+        evaluate = Evaluations(config, inputs, method, world, resume is None, begun=begun, show=show)
     return Trainer(
         world=world,
-        recipe=recipe,
+        method=method,
         engine=engine,
         schedules=Schedules.from_config(config, epoch_samples=inputs.order.samples_per_epoch),
         stream=stream,
@@ -250,7 +250,7 @@ def assemble(
         phases=Phases(world, watchdog, _peak(config, world.device), count=not config.train.compile),
         skipped_steps=SkippedSteps(run.path / "skipped_steps.json"),
         go_back=go_back,
-        alarms=Alerts(recipe.health_metrics),
+        alarms=Alerts(method.health_metrics),
         machines=Nodes(world, run.path).read,
         progress=progress,
     )
@@ -311,9 +311,9 @@ def _data_state(inputs: Inputs, bad_samples: BadSamples, world: World) -> dict[s
     }
 
 
-def _restore(saved: Saved, engine: Engine, recipe: Method, bad_samples: BadSamples, inputs: Inputs, allow: bool) -> Progress:
+def _restore(saved: Saved, engine: Engine, method: Method, bad_samples: BadSamples, inputs: Inputs, allow: bool) -> Progress:
     changed = check_data(saved, inputs, allow=allow)
-    load(saved, engine, recipe)
+    load(saved, engine, method)
     missing = [key for key in ("applied", "skipped", "scores", "seconds", "data") if key not in saved.manifest]
     missing += [key for key in ("seen", "substituted", "quarantine") if key not in saved.manifest.get("data", {})]
     if missing:

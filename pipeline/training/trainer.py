@@ -107,7 +107,7 @@ class Trainer:
 
     Attributes:
         world: this rank's place.
-        recipe: the method.
+        method: the method.
         engine: DeepSpeed around it.
         schedules: what changes over the run.
         stream: opens the batches from a step on.
@@ -130,7 +130,7 @@ class Trainer:
     """
 
     world: World
-    recipe: Method
+    method: Method
     engine: Engine
     schedules: Schedules
     stream: Callable[[int, int], BatchStream]
@@ -200,9 +200,9 @@ class Trainer:
                 applied, norms = self.engine.step(step, finite)
                 self.phases.enter(TEACHER)
                 if applied:
-                    self.recipe.after_step(step)
+                    self.method.after_step(step)
                 else:
-                    self.recipe.on_step_skipped()
+                    self.method.on_step_skipped()
                 self.phases.enter(LOG)
 
                 p.step += 1
@@ -219,7 +219,7 @@ class Trainer:
                         self._rewind(number, in_a_row)
                         in_a_row, saved_at = 0, p.step
                         continue
-                meter.add(terms, self.recipe.metrics if applied else {}, self.schedules.global_batch)
+                meter.add(terms, self.method.metrics if applied else {}, self.schedules.global_batch)
                 if _due(p.step, self.plan.log_every, self.plan.steps):
                     self._log(step, meter, norms, batches)
                 if self.evaluate is not None and _due(p.step, self.plan.evaluate_every, self.plan.steps):
@@ -363,10 +363,10 @@ class Trainer:
         data = facts["data"]
         self.data_counts = {name: data[name] for name in ("seen", "substituted", "counts", "samples", "fingerprint")}
         if beside:
-            self._tell(self.checkpoints.begin(self.engine, self.recipe, facts))
+            self._tell(self.checkpoints.begin(self.engine, self.method, facts))
         else:
             self._tell(self.checkpoints.finish())
-            self._tell(Outcome(p.step, self.checkpoints.save(self.engine, self.recipe, facts)))
+            self._tell(Outcome(p.step, self.checkpoints.save(self.engine, self.method, facts)))
         if self.journal is not None:
             lost = {f"substituted/{reason}": count for reason, count in data["substituted"].items()}
             told = {"seen": data["seen"], "quarantined": len(data["quarantine"]), **lost, **data["counts"]}

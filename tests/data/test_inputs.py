@@ -276,7 +276,7 @@ def test_what_is_no_data_is_never_accepted(shards: Path, tmp_path: Path, name: s
 
 
 class Nothing:
-    """Stands where an engine or a recipe would."""
+    """Stands where an engine or a method would."""
 
 
 def test_over_other_data_the_quarantine_is_dropped_and_the_counters_stay(

@@ -43,7 +43,7 @@ def samples(loaded: Loaded, inputs: Inputs) -> list[preview.Sample]:
     return preview.gather(loaded.config, inputs, preview.views_of(loaded.config), 4)
 
 
-def test_every_view_of_the_recipe_is_drawn(samples: list[preview.Sample]) -> None:
+def test_every_view_of_the_method_is_drawn(samples: list[preview.Sample]) -> None:
     assert len(samples) == 4
     for sample in samples:
         assert [view.name for view in sample.views] == ["global 1", "global 2", "local 1", "local 2"]

@@ -230,7 +230,7 @@ def test_a_blur_of_pillows_radius_is_near_to_pillows(request: pytest.FixtureRequ
 
 
 @pytest.mark.parametrize("normalize", [Normalize(), OPENAI])
-def test_views_are_normalised_with_the_numbers_of_their_recipe(normalize: Normalize) -> None:
+def test_views_are_normalised_with_the_numbers_of_their_method(normalize: Normalize) -> None:
     gray = [np.full((32, 32, 3), 100, dtype=np.uint8)]
     spec = ViewSpec("image", 1, 16, None, normalize=normalize)
     plain = ViewSpec("plain", 1, 16, None)

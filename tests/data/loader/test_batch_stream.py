@@ -145,7 +145,7 @@ def damage(manifest: Manifest, number: int) -> None:
         file.write(bytes(16))
 
 
-def test_batches_hold_what_recipes_are_promised(clean: dict[int, Batch], manifest: Manifest) -> None:
+def test_batches_hold_what_methods_are_promised(clean: dict[int, Batch], manifest: Manifest) -> None:
     assert list(clean) == list(range(6))
     for step, batch in clean.items():
         expected = Order(manifest.sizes, SEED, BATCH, lanes=4, block=8).batch(step)
