@@ -167,7 +167,7 @@ def watcher(rank: int, global_batch: int, keep: Path | None = None) -> Silent | 
 
 
 class Clocked:
-    """A watcher that also keeps ``clock.json`` beside the attempt's logs: seconds of training, for the account of a run's time.
+    """A watcher that also keeps ``train_seconds.json`` beside the attempt's logs: seconds of training.
 
     Args:
         inner: who shows progress.

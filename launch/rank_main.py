@@ -244,9 +244,9 @@ def _train(
             f"{start} · attempt {number} · {world.size} ranks on {world.device.type} · {parameters / 1e6:.1f} M parameters · "
             f"{inputs.train.total} samples · {total} steps of {batch} · {time.time() - begin:.0f} s to start{tracked}"
         )
-        run.write("length.json", {"steps": total})
+        run.write("plan.json", {"steps": total})
         run.note("training", attempt=number, step=trainer.progress.step)
-        trainer.watcher = clocked = Clocked(show, run.logs(number) / "clock.json", lambda: trainer.progress.seconds)
+        trainer.watcher = clocked = Clocked(show, run.logs(number) / "train_seconds.json", lambda: trainer.progress.seconds)
         clocked.note(trainer.progress.step)
     stop = trainer.run()
     if isinstance(trainer.watcher, Clocked):
@@ -268,8 +268,8 @@ def _train(
             "data": trainer.data_counts,
         }
         for rank in range(world.size):
-            if run.ledger(rank).exists():
-                journal.artifact(run.ledger(rank).resolve())
+            if run.bad_samples(rank).exists():
+                journal.artifact(run.bad_samples(rank).resolve())
         journal.close()
         run.write("outcome.json", outcome)
         if finished:

@@ -46,7 +46,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """The judged one and the other."""
     folder = tmp_path_factory.mktemp("evaluated")
     scenes.write(folder / "scenes", train=48, val=20, size=32, seed=3)
-    toy = TOY[: TOY.index("recipe:")] + RECIPE + TOY[TOY.index("model:") :]
+    toy = TOY[: TOY.index("method:")] + RECIPE + TOY[TOY.index("model:") :]
     toy = toy.replace("model: {", "model: {layer_scale: 1.0, ")  # or all features are alike
     (folder / "toy.yaml").write_text(toy.replace("train: {", "train: {zero: 2, "))
     classes = sorted({scenes.render(3, number, 32).label for number in range(60)})

@@ -141,7 +141,7 @@ def test_a_broken_loss_sends_the_run_back_and_its_batches_are_left_out_for_good(
     words = ("train.duration=14 steps", "watchdog.rollback_after=3", "watchdog.rollback_margin=1", "checkpoint.keep_last=5")
     done = broken(config, shards, directory, "1 8 forward nan 10", *words)
     assert done.returncode == 0, done.stderr + done.stdout
-    assert json.loads((directory / "left_out.json").read_text()) == {"steps": [[7, 10]]}
+    assert json.loads((directory / "skipped_steps.json").read_text()) == {"steps": [[7, 10]]}
     outcome = json.loads((directory / "outcome.json").read_text())
     assert outcome["step"] == 14 and outcome["skipped"] == 4
     for rank in range(2):
@@ -169,4 +169,4 @@ def test_a_run_goes_back_only_so_often(config: Path, shards: str, tmp_path: Path
     assert done.returncode == 1
     (message,) = errors(done)
     assert "3 steps in a row were not finite" in message and "step 12, first keys on rank 1: [" in message
-    assert json.loads((directory / "left_out.json").read_text()) == {"steps": [[7, 9]]}
+    assert json.loads((directory / "skipped_steps.json").read_text()) == {"steps": [[7, 9]]}

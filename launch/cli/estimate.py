@@ -22,7 +22,7 @@ _SLACK = 0.92  # share of a GPU that may be filled: the rest is CUDA's context, 
 
 @dataclass(frozen=True)
 class Sizes:
-    """Elements of each parameter of a recipe.
+    """Elements of each parameter of a method.
 
     Attributes:
         groups: trained ones by parameter group.
@@ -47,22 +47,22 @@ class Sizes:
 
 
 def measure(config: Config) -> Sizes:
-    """Builds the recipe without memory and counts it."""
+    """Builds the method without memory and counts it."""
     import torch
 
     from pipeline.methods.registry import build_method
 
     with torch.device("meta"):
-        recipe = build_method(config)
+        method = build_method(config)
     return Sizes(
-        groups=[[p.numel() for p in group.params] for group in recipe.parameter_groups()],
-        frozen=[p.numel() for p in recipe.parameters() if not p.requires_grad],
-        teacher=[p.numel() for _, p in recipe.teacher.named_parameters()] if recipe.teacher is not None else [],
+        groups=[[p.numel() for p in group.params] for group in method.parameter_groups()],
+        frozen=[p.numel() for p in method.parameters() if not p.requires_grad],
+        teacher=[p.numel() for _, p in method.teacher.named_parameters()] if method.teacher is not None else [],
         networks={
-            name: sum(p.numel() for p in module.parameters() if p.requires_grad) for name, module in recipe.networks().items()
+            name: sum(p.numel() for p in module.parameters() if p.requires_grad) for name, module in method.networks().items()
         },
         live=activations.counted(config),
-        views=max(sum(view.count * 3 * view.size**2 * FP32 for view in one.views) for one in recipe.view_sets),
+        views=max(sum(view.count * 3 * view.size**2 * FP32 for view in one.views) for one in method.view_sets),
     )
 
 

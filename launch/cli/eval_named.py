@@ -106,15 +106,15 @@ def of_run(directory: Path, config: Config, asked: EvalRequest) -> int:
     with world_here(config) as world:
         data = _data(config, judged, trained=True)
         sizes = _sizes(config, data)
-        recipe = _fresh(config, world, build_method)
-        view = recipe.views[0]
+        method = _fresh(config, world, build_method)
+        view = method.views[0]
         evaluators, _ = build_evaluators(config, EvalData(**data), world, size=view.size, normalize=_normalize(view.normalize))
-        subject = eval_model_of(recipe, config, world.device)
+        subject = eval_model_of(method, config, world.device)
         columns = {"untrained": _scores(evaluators, subject)} if asked.untrained else {}
         with closing(EvalReporter.of_run(directory, config, asked.track) if first else None) as telling:
             for saved in agreed(coming, world):
-                fill_trained(recipe, saved)
-                recipe.eval()
+                fill_trained(method, saved)
+                method.eval()
                 scores = {**columns, "trained": _scores(evaluators, subject)}
                 if first:
                     file = _kept(RunDirectory(directory), saved, sizes, scores)
@@ -271,7 +271,7 @@ def _whole(saved: Saved) -> bool:
 def _steps(run: RunDirectory) -> int | None:
     """The run's last step, once it has said so."""
     try:
-        return int(read_json(run.path / "length.json")["steps"])
+        return int(read_json(run.path / "plan.json")["steps"])
     except (OSError, FoveaError, ValueError, KeyError, TypeError, OverflowError):
         return None
 

@@ -84,11 +84,11 @@ def _judge(config: Config, saved: Saved, world: World) -> tuple[dict[str, dict[i
     from pipeline.methods.registry import build_seeded_method
 
     found: dict[str, dict[int, float]] = {name: {} for name in SOURCES}
-    recipe = build_seeded_method(config, world.device)
-    evaluate = Evaluations(config, inputs, recipe, world, fresh=True)
+    method = build_seeded_method(config, world.device)
+    evaluate = Evaluations(config, inputs, method, world, fresh=True)
     # The first call judges the fresh weights and the pixels, the second what was trained; pictures are decoded once.
     first = evaluate()
-    fill_trained(recipe, saved)
+    fill_trained(method, saved)
     for name, value in {**first, **evaluate()}.items():
         source, _, k = name.partition("/k")
         found[_METRICS[source]][int(k)] = value

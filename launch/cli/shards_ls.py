@@ -20,7 +20,7 @@ from pipeline.masking import shown
 from pipeline.runtime.run_directory import RunDirectory
 from pipeline.untrusted import printable, read_bytes
 
-_LEDGER = 1 << 30  # bytes, most of a ledger
+_LEDGER = 1 << 30  # bytes, most of a rank's record
 _STEP = ("place", "rank", "lane", "set", "epoch", "shard", "row", "key", "replaced")
 _KEY = ("step", "rank", "lane", "place", "set", "epoch", "shard", "row", "key", "replaced")
 
@@ -110,10 +110,10 @@ def of_key(config: Config, inputs: Inputs, key: str, world: int, last: int) -> d
             where=f"{len(inputs.train.shards)} shards",
             hint="A key is a member's name up to the first dot after the last slash; it may follow a shard's: shard.tar/key.",
         )
-    replaced, seen, left_out = _replaced(config), [], []
+    replaced, seen, skipped_steps = _replaced(config), [], []
     for shard, row, status in places:
         if row < 0:
-            left_out.append({"shard": inputs.train.shards[shard].name, "status": status})
+            skipped_steps.append({"shard": inputs.train.shards[shard].name, "status": status})
             continue
         number = shard << 32 | row
         for step in sorted(set(inputs.order.steps_of(number, 0, last))):
@@ -123,14 +123,14 @@ def of_key(config: Config, inputs: Inputs, key: str, world: int, last: int) -> d
     seen.sort(key=lambda row: (row["step"], row["place"]))
     samples = f"{len(places)} {'sample' if len(places) == 1 else 'samples'}"
     words = [f"{printable(key)}: {samples}, seen {len(seen)} times in steps 0 to {last - 1}"]
-    words += [f"left out of {entry['shard']} by the index ({entry['status']})" for entry in left_out]
+    words += [f"left out of {entry['shard']} by the index ({entry['status']})" for entry in skipped_steps]
     return {
         "about": "; ".join(words),
         "key": key,
         "steps": last,
         "ranks": world,
         "fingerprint": inputs.train.fingerprint,
-        "left_out": left_out,
+        "skipped_steps": skipped_steps,
         "seen": seen,
     }
 
@@ -184,9 +184,9 @@ def _find(inputs: Inputs, key: str) -> Iterator[tuple[int, int, str]]:
 
 
 def _replaced(config: Config) -> dict[tuple[int, int], str]:
-    """What the run's ledgers say was replaced: why, by step and sample."""
+    """What the run's records of bad samples say was replaced: why, by step and sample."""
     found = {}
-    for path in sorted((RunDirectory(config.run.folder).ledger(0).parent).glob("rank-*.jsonl")):
+    for path in sorted((RunDirectory(config.run.folder).bad_samples(0).parent).glob("rank-*.jsonl")):
         try:
             text = read_bytes(path, limit=_LEDGER).decode("utf-8", "replace")
         except OSError as error:

@@ -13,7 +13,7 @@ _MACHINE = re.compile(
 )
 
 TOLD = {
-    "TOLD": "requeued",
+    "PREEMPTED": "requeued",
     "SIGTERM": "preempted",
     "SIGUSR1": "signal",
     "SIGUSR2": "signal",
@@ -99,7 +99,7 @@ def classify(end: AttemptResult) -> tuple[str, str]:
     if end.outcome is not None and not echo:
         if stop == "FINISHED":
             return "finished", f"all {end.outcome.get('steps')} steps are done"
-        if stop == "ASKED":
+        if stop == "USER_REQUEST":
             return "stopped", f"stopped by request at step {end.outcome.get('step')}"
         cause = end.told or TOLD.get(stop, "signal")
         return cause, f"{cause}: saved at step {end.outcome.get('step')}"

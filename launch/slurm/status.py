@@ -116,11 +116,11 @@ def _steps_seconds(run: RunDirectory, rows: list[dict[str, Any]]) -> tuple[float
     kept = float(record.read(newest / "manifest.json").get("seconds", 0.0)) if newest is not None else 0.0
     done = 0.0
     for row in rows:
-        last = record.read(run.logs(int(row["attempt"])) / "clock.json")
+        last = record.read(run.logs(int(row["attempt"])) / "train_seconds.json")
         done += float(last.get("seconds", 0.0)) - float(last.get("began", 0.0))
     if done <= kept or record.verdict(run).get("state") == "finished":
         return kept, max(done - kept, 0.0)
-    unsaved = record.read(run.logs(int(rows[-1]["attempt"])) / "clock.json") if "ended_at" not in rows[-1] else {}
+    unsaved = record.read(run.logs(int(rows[-1]["attempt"])) / "train_seconds.json") if "ended_at" not in rows[-1] else {}
     current = max(float(unsaved.get("seconds", 0.0)) - kept, 0.0)  # a live attempt's steps since its checkpoint are not lost
     return kept + current, max(done - kept - current, 0.0)
 
@@ -137,7 +137,7 @@ def status(run: RunDirectory) -> Status:
         raise ConfigError(
             f"a record of the run is damaged ({type(error).__name__})",
             where=str(run.path),
-            hint="see its attempts.jsonl, outcome.json and verdict.json",
+            hint="see its attempts.jsonl, outcome.json and final_state.json",
         ) from error
 
 
@@ -185,7 +185,7 @@ def _status(run: RunDirectory) -> Status:
 
 def _steps(run: RunDirectory) -> int:
     """Steps of the whole run, as its last attempt said in its log."""
-    return int(record.read(run.path / "length.json").get("steps", 0))
+    return int(record.read(run.path / "plan.json").get("steps", 0))
 
 
 def table(one: Status) -> str:

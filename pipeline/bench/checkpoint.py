@@ -113,9 +113,9 @@ def measure(options: Options, *, tell: Callable[[str], None] = lambda _: None) -
 
 def _measure(options: Options, folder: Path, control: Any, tell: Callable[[str], None]) -> Result:
     device = torch.device(options.device, 0) if options.device == "cuda" else torch.device("cpu")
-    recipe, batch = method(options, device)
+    method, batch = make_method(options, device)
     precision: Literal["fp32", "bf16"] = "bf16" if options.device == "cuda" else "fp32"
-    engine = Engine(recipe, EngineOptions(2, precision, options.batch, 1, (0.9, 0.999), 1e-8, 3.0, "network"), device)
+    engine = Engine(method, EngineOptions(2, precision, options.batch, 1, (0.9, 0.999), 1e-8, 3.0, "network"), device)
     store = checkpoint.Checkpoints(folder, keep_last=2, group=control)
     number = 0
 
@@ -125,7 +125,7 @@ def _measure(options: Options, folder: Path, control: Any, tell: Callable[[str],
         at = Step(index=number, lr=1e-4, last_layer_lr=1e-4, momentum=0.99)
         terms = engine.forward_backward(batch, at)
         engine.step(at, torch.stack(list(terms.values())).isfinite().all())
-        recipe.after_step(at)
+        method.after_step(at)
         if device.type == "cuda":
             torch.cuda.synchronize()
         number += 1
@@ -139,7 +139,7 @@ def _measure(options: Options, folder: Path, control: Any, tell: Callable[[str],
         act()
         return time.perf_counter() - begin
 
-    result = Result(parameters=sum(p.numel() for p in recipe.parameters()))
+    result = Result(parameters=sum(p.numel() for p in method.parameters()))
     lists: dict[str, list[float]] = {name: [] for name in ("step", "waiting", "beside", "slower", "until_current")}
     tell("steps")
     for _ in range(3):
@@ -149,11 +149,11 @@ def _measure(options: Options, folder: Path, control: Any, tell: Callable[[str],
     tell("saves that the loop waits for")
     for _ in range(options.saves):
         step()
-        lists["waiting"].append(timed(lambda: store.save(engine, recipe, facts())))
+        lists["waiting"].append(timed(lambda: store.save(engine, method, facts())))
     tell("saves beside the loop")
     for number_of in range(options.saves + 1):
         begin, slower = time.perf_counter(), 0.0
-        still = timed(lambda: store.begin(engine, recipe, facts()))
+        still = timed(lambda: store.begin(engine, method, facts()))
         done = False
         while not done:
             slower += step() - plain
@@ -168,7 +168,7 @@ def _measure(options: Options, folder: Path, control: Any, tell: Callable[[str],
     result.size = sum(file["size"] for file in last.manifest["files"])
     tell("loading")
     result.verify = timed(lambda: saved.verify(last))
-    result.load = timed(lambda: reader.load(last, engine, recipe))
+    result.load = timed(lambda: reader.load(last, engine, method))
     for name, values in lists.items():
         setattr(result, name, statistics.median(values))
     result.samples = lists
@@ -176,14 +176,14 @@ def _measure(options: Options, folder: Path, control: Any, tell: Callable[[str],
     return result
 
 
-def method(options: Options, device: torch.device) -> tuple[DINOv2, Batch]:
+def make_method(options: Options, device: torch.device) -> tuple[DINOv2, Batch]:
     """DINOv2 with a batch of noise, both on the device."""
     torch.manual_seed(0)
     local = max(options.side // 2 // 16 * 16, 16)
     views = ViewSettings(global_size=options.side, local_size=local, local_count=4)
     settings = Dinov2Settings(views=views, prototypes=options.prototypes)
     tower = build_tower(ModelSettings(timm_name=MODELS[options.model]), image_size=options.side)
-    recipe = DINOv2(tower, settings).to(device).place(device)
+    method = DINOv2(tower, settings).to(device).place(device)
     spec = dinov2_views(settings, patch=16)[0].mask
     grid, rows = options.side // 16, 2 * options.batch
     hidden = np.zeros((rows, grid * grid), dtype=bool)
@@ -204,7 +204,7 @@ def method(options: Options, device: torch.device) -> tuple[DINOv2, Batch]:
         ids=list(range(options.batch)),
         position=0,
     )
-    return recipe, batch
+    return method, batch
 
 
 def markdown(result: Result, options: Options, machine: dict[str, str], command: str) -> str:

@@ -57,7 +57,7 @@ TRIALS = (
 )
 QUESTIONS = tuple(dict.fromkeys(trial.question for trial in TRIALS))
 _EVALUATIONS = 4
-_TOLD = ("train/feature_spread", "train/feature_rank", "train/target_entropy", "train/prototype_use")
+_TOLD = ("train/feature_std", "train/feature_rank", "train/target_entropy", "train/prototype_entropy")
 
 
 @dataclass(frozen=True)
@@ -148,7 +148,7 @@ def journal(directory: Path) -> tuple[dict[str, dict[int, float]], dict[str, str
                 for name, value in values.items():
                     metrics.setdefault(name, {})[int(record["step"])] = float(value)
             elif record["kind"] == "tags":
-                alarms |= {str(key).removeprefix("alarm/"): str(v) for key, v in values.items() if str(key).startswith("alarm/")}
+                alarms |= {str(key).removeprefix("alert/"): str(v) for key, v in values.items() if str(key).startswith("alert/")}
     return metrics, alarms
 
 

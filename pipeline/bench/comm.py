@@ -130,16 +130,16 @@ def expected(parameters: int, teacher: int, *, stage: int, accumulation: int = 1
 def count(stage: Literal[0, 1, 2, 3], *, width: int = 64, depth: int = 4, accumulation: int = 1) -> dict[str, dict[str, int]]:
     """On a rank: calls and bytes of the third step, when all that is done once is done."""
     size = Size(width=width, depth=depth)
-    recipe = Plain(size)
+    method = Plain(size)
     options = EngineOptions(stage, "fp32", size.samples, accumulation, (0.9, 0.95), 1e-8, None, "network")
-    engine = Engine(recipe, options, torch.device("cpu"))
+    engine = Engine(method, options, torch.device("cpu"))
     at = Step(lr=1e-3, last_layer_lr=1e-3, momentum=0.9)
 
     def step() -> None:
         for number in range(accumulation):
             terms = engine.forward_backward(batch_of(size, dist.get_rank() + 2 * number), at)
         engine.step(at, torch.stack(list(terms.values())).isfinite().all())
-        recipe.after_step(at)
+        method.after_step(at)
 
     step()
     step()

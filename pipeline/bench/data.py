@@ -199,7 +199,7 @@ def _ours(manifest: Manifest, options: Options, hue: Hue, steps: int) -> float:
         dataset(manifest, options),
         device=torch.device("cpu"),
         options=StreamOptions(micro_batch=options.batch, workers=0, threads=options.threads, prefetch=1, hue=hue),
-        ledger=BadSamples(None),
+        bad_samples=BadSamples(None),
         first=0,
         last=steps,
     )

@@ -8,7 +8,7 @@ from functools import partial
 import torch
 
 from pipeline.bench import pairs
-from pipeline.bench.checkpoint import Options, method
+from pipeline.bench.checkpoint import Options, make_method
 from pipeline.methods.base import Step
 
 NORMAL, STRICT = "normal", "deterministic"
@@ -18,19 +18,19 @@ def measure(options: Options, *, rounds: int, tell: Callable[[str], None] = lamb
     """Forward, backward and AdamW of a micro-batch; on a GPU cuDNN, cuBLAS and atomic additions are what differs."""
     device = torch.device(options.device, 0) if options.device == "cuda" else torch.device("cpu")
     tell("building the method")
-    recipe, batch = method(options, device)
-    recipe.to(device)
-    optimizer = torch.optim.AdamW([p for p in recipe.parameters() if p.requires_grad], lr=1e-4, fused=device.type == "cuda")
+    method, batch = make_method(options, device)
+    method.to(device)
+    optimizer = torch.optim.AdamW([p for p in method.parameters() if p.requires_grad], lr=1e-4, fused=device.type == "cuda")
     before = torch.are_deterministic_algorithms_enabled()
 
     def act(strict: bool) -> None:
         torch.use_deterministic_algorithms(strict)
         with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-            terms = recipe(batch, Step(lr=1e-4, last_layer_lr=1e-4, momentum=0.99))
+            terms = method(batch, Step(lr=1e-4, last_layer_lr=1e-4, momentum=0.99))
         torch.stack([term.float() for term in terms.values()]).sum().backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        recipe.on_step_skipped()
+        method.on_step_skipped()
 
     tell("measuring")
     try:

@@ -43,11 +43,11 @@ def cost(name: str, config: Config) -> Cost:
 
 def formula(config: Config) -> float | None:
     """Operations of one sample in one step by hand; ``None`` for methods and towers without a formula."""
-    recipe = config.method
-    if type(recipe) is Dinov2Settings:
-        return _dinov2(config.model, recipe)
-    if isinstance(recipe, ClipSettings) and recipe.image_pool == "class_token" and not recipe.freeze:
-        return _clip(config.model, recipe)
+    method = config.method
+    if type(method) is Dinov2Settings:
+        return _dinov2(config.model, method)
+    if isinstance(method, ClipSettings) and method.image_pool == "class_token" and not method.freeze:
+        return _clip(config.model, method)
     return None
 
 

@@ -116,7 +116,7 @@ def _stream(ours: Any, options: Options, last: int | None, hue: Any) -> BatchStr
         ours,
         device=torch.device("cuda", 0),
         options=StreamOptions(micro_batch=options.batch, workers=max(options.workers, 1), threads=options.threads, hue=hue),
-        ledger=BadSamples(None),
+        bad_samples=BadSamples(None),
         first=0,
         last=last,
     )

@@ -107,8 +107,8 @@ def measure(options: Options, *, tell: Callable[[str], None] = lambda _: None) -
     """Trains the smallest method with the real trainer on one rank of the CPU."""
     size, batch = options.size, batch_of(options.size)
     with alone() as folder:
-        recipe, twin, other = Plain(size), Plain(size), Plain(size)
-        engine, twins = engine_of(recipe, size), engine_of(twin, size)
+        method, twin, other = Plain(size), Plain(size), Plain(size)
+        engine, twins = engine_of(method, size), engine_of(twin, size)
         at = Step(lr=_LR, last_layer_lr=_LR, momentum=0.99)
         others = {"engine": lambda: advance(twins, twin, batch, at), "bare": _bare(other, batch, at)}
         steps = _WARM + options.steps
@@ -122,7 +122,7 @@ def measure(options: Options, *, tell: Callable[[str], None] = lambda _: None) -
 
         trainer = Trainer(
             world=world,
-            recipe=recipe,
+            method=method,
             engine=engine,
             schedules=Schedules(size.samples, 1000 * size.samples, constant(_LR), constant(0.0), constant(0.99)),
             stream=lambda first, last: turns,
@@ -135,7 +135,7 @@ def measure(options: Options, *, tell: Callable[[str], None] = lambda _: None) -
             plan=Plan(steps, options.log_every, 0, 0, 3, seed=0),
             requests=StopRequests(folder),
             phases=Phases(world, watchdog),
-            left_out=SkippedSteps(folder / "left_out.json"),
+            skipped_steps=SkippedSteps(folder / "skipped_steps.json"),
             go_back=never,
         )
         tell(f"{steps} steps, three times")
@@ -150,15 +150,15 @@ def measure(options: Options, *, tell: Callable[[str], None] = lambda _: None) -
     return Result(**turns.seconds)
 
 
-def _bare(recipe: Plain, batch: Batch, at: Step) -> Callable[[], None]:
-    optimizer = torch.optim.AdamW(recipe.parameters(), lr=_LR)
+def _bare(method: Plain, batch: Batch, at: Step) -> Callable[[], None]:
+    optimizer = torch.optim.AdamW(method.parameters(), lr=_LR)
 
     def act() -> None:
-        torch.stack(list(recipe(batch, at).values())).sum().backward()
-        torch.nn.utils.clip_grad_norm_(recipe.parameters(), 3.0)
+        torch.stack(list(method(batch, at).values())).sum().backward()
+        torch.nn.utils.clip_grad_norm_(method.parameters(), 3.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        recipe.after_step(at)
+        method.after_step(at)
 
     return act
 

@@ -89,14 +89,14 @@ def alone(device: str = "cpu") -> Iterator[Path]:
             dist.destroy_process_group()
 
 
-def engine_of(recipe: Plain, size: Size) -> Engine:
+def engine_of(method: Plain, size: Size) -> Engine:
     """A ZeRO 2 engine in fp32 around it."""
     options = EngineOptions(2, "fp32", size.samples, 1, (0.9, 0.95), 1e-8, 3.0, "network")
-    return Engine(recipe, options, torch.device("cpu"))
+    return Engine(method, options, torch.device("cpu"))
 
 
-def advance(engine: Engine, recipe: Plain, batch: Batch, step: Step) -> None:
+def advance(engine: Engine, method: Plain, batch: Batch, step: Step) -> None:
     """One step, as short as the engine lets it be."""
     terms = engine.forward_backward(batch, step)
     engine.step(step, torch.stack(list(terms.values())).isfinite().all())
-    recipe.after_step(step)
+    method.after_step(step)

@@ -61,25 +61,25 @@ def measure(options: Options, *, tell: Callable[[str], None] = lambda _: None) -
     at = Step(lr=1e-4, last_layer_lr=1e-4, momentum=0.99)
     with alone() as folder:
         tell("saving")
-        recipe = Plain(size)
-        engine = engine_of(recipe, size)
-        advance(engine, recipe, batch, at)
+        method = Plain(size)
+        engine = engine_of(method, size)
+        advance(engine, method, batch, at)
         store = checkpoint.Checkpoints(folder / "checkpoints", keep_last=1)
         facts = {"step": 1, "applied": 1, "skipped": 0, "scores": {}, "config": {}, "data": {}}
-        path = store.save(engine, recipe, facts)
+        path = store.save(engine, method, facts)
         store.close()
         engine.close()
         whole = saved.read(path)
 
         def start(again: Path | None) -> float:
-            method = Plain(size)
+            second = Plain(size)
             begin = time.process_time()
-            started = engine_of(method, size)
+            started = engine_of(second, size)
             if again is not None:
                 found = saved.read(again)
                 saved.verify(found)
-                reader.load(found, started, method)
-            advance(started, method, batch, at)
+                reader.load(found, started, second)
+            advance(started, second, batch, at)
             spent = time.process_time() - begin
             started.close()
             return spent
@@ -98,7 +98,7 @@ def measure(options: Options, *, tell: Callable[[str], None] = lambda _: None) -
         finally:
             torch.set_num_threads(threads)
     stored = sum(file["size"] for file in whole.manifest["files"])
-    return Result(sum(p.numel() for p in recipe.parameters()), stored, **seconds)
+    return Result(sum(p.numel() for p in method.parameters()), stored, **seconds)
 
 
 def markdown(result: Result, options: Options, machine: dict[str, str], command: str) -> str:

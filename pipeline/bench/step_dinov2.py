@@ -53,41 +53,41 @@ def contest(model: str, samples: int, prototypes: int, drop: float, *, bf16: boo
         batched_drop_path=True,
         pos_embed_interpolation="offset",
     )
-    recipe = DINOv2(build_tower(sizes, image_size=sides[0]), settings).to(device).place(device).train()
+    method = DINOv2(build_tower(sizes, image_size=sides[0]), settings).to(device).place(device).train()
     batch = _batch(settings, patch, samples, device)
-    theirs = None if missing() else Official(recipe, SIZES[name], drop, _LAYER_SCALE, batch, bf16)
+    theirs = None if missing() else Official(method, SIZES[name], drop, _LAYER_SCALE, batch, bf16)
     options = EngineOptions(
         1, "bf16" if bf16 else "fp32", samples, 1, (0.9, 0.999), 1e-8, settings.clip_norm, settings.clip_scope
     )
-    engine = Engine(recipe, options, device)
+    engine = Engine(method, options, device)
 
     def ours() -> float:
         terms = torch.stack(list(engine.forward_backward(batch, _STILL).values()))
         engine.step(_STILL, terms.isfinite().all())
-        recipe.after_step(_STILL)
+        method.after_step(_STILL)
         return float(terms.detach().sum())  # once, where our loop reads it when a later step has begun
 
     def losses() -> tuple[float, float]:
         assert theirs is not None
-        _set_drop(recipe, 0.0)
+        _set_drop(method, 0.0)
         theirs.set_drop(0.0)
         found = ours(), theirs.step()
-        _set_drop(recipe, drop)
+        _set_drop(method, drop)
         theirs.set_drop(drop)
         return found
 
     about = f"ViT-{model}, {samples} samples of 2 crops of {sides[0]} and 8 of {sides[1]} pixels, {prototypes} prototypes in a "
     about += f"shared head, stochastic depth {drop:g}; forward, backward, clipping, AdamW, teacher"
-    towers: list[Any] = [recipe.backbone, recipe.teacher.modules["backbone"]]
+    towers: list[Any] = [method.backbone, method.teacher.modules["backbone"]]
     blocks = [block for tower in towers for block in tower.vit.blocks]
     if theirs is None:
         return Contest(ours, None, blocks, None, about)
     return Contest(ours, ("official", theirs.step), blocks, losses, about)
 
 
-def _set_drop(recipe: DINOv2, rate: float) -> None:
+def _set_drop(method: DINOv2, rate: float) -> None:
     block: Any
-    for block in recipe.backbone.vit.blocks:
+    for block in method.backbone.vit.blocks:
         block.dropped = rate
 
 

@@ -19,7 +19,7 @@ class Fragment:
     """The piece of one parameter that this rank owns, as views into the optimizer's own memory.
 
     Attributes:
-        name: the parameter's name in the recipe.
+        name: the parameter's name in the method.
         start: first element of the piece in the flattened parameter.
         shape: the whole parameter's shape.
         master: fp32 ``[elements]``, the weights that the optimizer moves.

@@ -91,7 +91,7 @@ class _Pieces:
         return out
 
 
-def load(saved: Saved, engine: ShardedWeights, recipe: Method) -> None:
+def load(saved: Saved, engine: ShardedWeights, method: Method) -> None:
     """Bring student, moments, teacher and memory to what they were, on any number of ranks.
 
     Raises:
@@ -107,13 +107,13 @@ def load(saved: Saved, engine: ShardedWeights, recipe: Method) -> None:
         engine.set_optimizer_steps(int(saved.manifest.get("applied", saved.step)))
         engine.refresh()
         with engine.gathered(write=True):
-            _load_whole(saved, recipe, engine)
+            _load_whole(saved, method, engine)
         for name, start, piece in engine.teacher_pieces(owned=False):
             pieces.fill(piece, "teacher", name, start)
 
 
-def _load_whole(saved: Saved, recipe: Method, engine: ShardedWeights) -> None:
-    targets = whole_tensors(recipe, engine)
+def _load_whole(saved: Saved, method: Method, engine: ShardedWeights) -> None:
+    targets = whole_tensors(method, engine)
     with opened(saved.path / WHOLE) as file:
         stored = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
     _compare({k: list(t.shape) for k, t in targets.items()}, {k: list(t.shape) for k, t in stored.items()}, saved.path)
@@ -135,12 +135,12 @@ def _compare(ours: dict[str, list[int]], theirs: dict[str, list[int]], where: Pa
 
 
 def read_teacher(saved: Saved) -> Iterator[tuple[str, Tensor]]:
-    """The whole teacher out of a checkpoint, without an engine: names as in the recipe, fp32."""
+    """The whole teacher out of a checkpoint, without an engine: names as in the method, fp32."""
     return _read_whole(saved, "teacher", "teacher")
 
 
 def read_student(saved: Saved) -> Iterator[tuple[str, Tensor]]:
-    """The whole student out of a checkpoint, without an engine: its fp32 masters, and what is frozen; names as in the recipe."""
+    """The whole student out of a checkpoint, without an engine: its fp32 masters, and what is frozen; names as in the method."""
     return _read_whole(saved, "master", "frozen")
 
 

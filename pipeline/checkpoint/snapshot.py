@@ -36,12 +36,12 @@ class Staging:
     def __init__(self) -> None:
         self._kept: dict[str, Tensor] = {}
 
-    def take(self, engine: ShardedWeights, recipe: Method, *, rank: int, copy: bool) -> Snapshot:
+    def take(self, engine: ShardedWeights, method: Method, *, rank: int, copy: bool) -> Snapshot:
         """This rank's part of a checkpoint of this moment; all ranks must take part.
 
         Args:
             engine: whose fragments.
-            recipe: whose teacher, memory and frozen parameters.
+            method: whose teacher, memory and frozen parameters.
             rank: this one; rank 0 holds what is whole.
             copy: into host memory. Otherwise the pieces are the live tensors, and nothing may train until they are written.
         """
@@ -55,7 +55,7 @@ class Staging:
             pieces[f"teacher/{name}"] = piece
         with engine.gathered():
             # Stage 3 cuts what is whole as soon as this block ends, so it is copied in any case.
-            whole = self._copied(whole_tensors(recipe, engine), "whole") if rank == 0 else {}
+            whole = self._copied(whole_tensors(method, engine), "whole") if rank == 0 else {}
         return Snapshot(self._copied(pieces, "piece") if copy else pieces, table, whole)
 
     def _copied(self, tensors: Mapping[str, Tensor], kind: str) -> dict[str, Tensor]:
@@ -72,13 +72,13 @@ class Staging:
         return copies
 
 
-def whole_tensors(recipe: Method, engine: ShardedWeights) -> dict[str, Tensor]:
+def whole_tensors(method: Method, engine: ShardedWeights) -> dict[str, Tensor]:
     """The tensors themselves, by their names in the file, of everything that has no fragments."""
-    tensors = {f"memory/{name}": tensor for name, tensor in recipe.extra_state.items()}
+    tensors = {f"memory/{name}": tensor for name, tensor in method.extra_state.items()}
     trainable = engine.shapes
-    frozen = {**dict(recipe.named_parameters()), **dict(recipe.named_buffers())}
+    frozen = {**dict(method.named_parameters()), **dict(method.named_buffers())}
     tensors.update({f"frozen/{name}": t for name, t in frozen.items() if name not in trainable})
-    if recipe.teacher is not None:
-        rest = recipe.teacher.state_dict()
+    if method.teacher is not None:
+        rest = method.teacher.state_dict()
         tensors.update({f"teacher/{name}": t for name, t in rest.items() if name not in trainable})
     return tensors

@@ -116,25 +116,25 @@ class Checkpoints:
         self._thread = ThreadPoolExecutor(1, "checkpoint")
         self._marks: dict[str, Mark] | None = None
 
-    def save(self, engine: ShardedWeights, recipe: Method, facts: dict[str, Any]) -> Path:
+    def save(self, engine: ShardedWeights, method: Method, facts: dict[str, Any]) -> Path:
         """Write a checkpoint with all ranks and make it current, before training goes on.
 
         Args:
             engine: whose fragments to write.
-            recipe: whose teacher, memory and frozen parameters to write.
+            method: whose teacher, memory and frozen parameters to write.
             facts: what goes into the manifest; must hold ``step``.
 
         Raises:
             CheckpointError: on all ranks, if any rank could not write; the checkpoints before are untouched.
         """
         self.finish()
-        self._begin(engine, recipe, facts, copy=False)
+        self._begin(engine, method, facts, copy=False)
         outcome = self.finish()
         if outcome is None or outcome.path is None:
             raise (outcome and outcome.problem) or CheckpointError("nothing was written", where=str(self.directory))
         return outcome.path
 
-    def begin(self, engine: ShardedWeights, recipe: Method, facts: dict[str, Any]) -> Outcome | None:
+    def begin(self, engine: ShardedWeights, method: Method, facts: dict[str, Any]) -> Outcome | None:
         """Take a copy of this moment, have it written beside the training, and return; a save under way is waited for first.
 
         To be followed by a :meth:`poll` at every step boundary, and by :meth:`finish` at the end.
@@ -146,7 +146,7 @@ class Checkpoints:
             CheckpointError: on all ranks, if as many saves in a row have failed as may.
         """
         before = self.finish()
-        self._begin(engine, recipe, facts, copy=True)
+        self._begin(engine, method, facts, copy=True)
         return before
 
     @property
@@ -209,11 +209,11 @@ class Checkpoints:
         if self._pending is not None and self._pending.committing:
             wait([self._pending.job])
 
-    def _begin(self, engine: ShardedWeights, recipe: Method, facts: dict[str, Any], *, copy: bool) -> None:
+    def _begin(self, engine: ShardedWeights, method: Method, facts: dict[str, Any], *, copy: bool) -> None:
         name = f"step_{facts['step']:09d}"
         rank = dist.get_rank()
         temporary = self.directory / f"{_TEMPORARY}{name}"
-        snapshot = self._staging.take(engine, recipe, rank=rank, copy=copy)
+        snapshot = self._staging.take(engine, method, rank=rank, copy=copy)
         failed: Exception | None = None
         try:
             if rank == 0:

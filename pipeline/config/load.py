@@ -165,7 +165,7 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Loaded:
     problems: list[Problem] = []
     tree = read(file, problems, ())
     if (found_in := _run_of(file)) is not None:
-        if "recipe" in tree.children:
+        if "method" in tree.children:
             tree = grown(upgrade(unwrap(tree)), display(file))
         merge(tree, Branch({"run": Branch({"directory": Leaf(os.path.abspath(found_in), display(file))}, display(file))}, ""))
     for text in overrides:
@@ -285,13 +285,13 @@ def nearest(path: str, fields: Mapping[str, Any] | None = None) -> str | None:
 
 
 @cache
-def schema(recipe: str = "dinov2") -> dict[str, FieldInfo]:
+def schema(method: str = "dinov2") -> dict[str, FieldInfo]:
     """Every section and setting by its dotted key, for the given method."""
 
     def walk(kind: type[Settings], prefix: str) -> Iterator[tuple[str, FieldInfo]]:
         for name, info in kind.model_fields.items():
             yield prefix + name, info
-            inner = METHODS[recipe] if info.annotation is MethodSettings or name == "method" else info.annotation
+            inner = METHODS[method] if info.annotation is MethodSettings or name == "method" else info.annotation
             for part in (
                 inner,
                 *typing.get_args(inner),

@@ -52,17 +52,17 @@ def _beside(pattern: str) -> str:
     return f"{folder}/*val-*.tar" if folder else "*val-*.tar"
 
 
-def _known_recipe(value: object) -> object:
+def _known_method(value: object) -> object:
     if isinstance(value, dict) and value.get("name") in METHODS:
         return METHODS[value["name"]].model_validate(value)
     return value
 
 
 class Config(Settings):
-    """The whole tree. ``recipe`` holds the class registered under ``method.name``."""
+    """The whole tree. ``method`` holds the class registered under ``method.name``."""
 
     run: RunSettings = Field(default=RunSettings(), description="which run this is")
-    method: Annotated[SerializeAsAny[MethodSettings], BeforeValidator(_known_recipe)] = Field(
+    method: Annotated[SerializeAsAny[MethodSettings], BeforeValidator(_known_method)] = Field(
         default=Dinov2Settings(), description="the method"
     )
     model: ModelSettings = Field(description="the vision tower")

@@ -22,7 +22,7 @@ def check(config: Config) -> list[tuple[str, str]]:
         *_check_plain(config),
         *_check_addresses(config),
         *_check_model(config),
-        *_check_recipe(config),
+        *_check_method(config),
     ]
     if config.launch.num_processes is not None:
         found += check_ranks(config, config.launch.num_processes)
@@ -204,7 +204,7 @@ def _check_start(model: ModelSettings) -> Iterator[tuple[str, str]]:
         )
 
 
-def _check_recipe(config: Config) -> Iterator[tuple[str, str]]:
+def _check_method(config: Config) -> Iterator[tuple[str, str]]:
     views, patch = getattr(config.method, "views", None), config.model.patch_side
     side = getattr(config.method, "image_size", None)
     if side is not None and patch is not None and side % patch:

@@ -89,12 +89,12 @@ def counted(config: Config) -> Activations:
     Captions count with all the tokens that they may have. What grows with the square of the batch, as logits of pairs do, is
     left out.
     """
-    found = max((_counted(config, number) for number in range(len(_recipe(config).view_sets))), key=lambda one: one.each)
+    found = max((_counted(config, number) for number in range(len(_method(config).view_sets))), key=lambda one: one.each)
     if not config.train.activation_checkpointing:
         return found
     # The block that is computed again keeps what all of them would have kept.
     whole = counted(config.replace(train=config.train.model_copy(update={"activation_checkpointing": False})))
-    blocks = max(len(getattr(m, "blocks", ())) for m in _recipe(config).modules())
+    blocks = max(len(getattr(m, "blocks", ())) for m in _method(config).modules())
     return Activations(found.fixed, found.each + (whole.each - found.each) / max(blocks, 1), found.passing)
 
 
@@ -107,31 +107,31 @@ def _counted(config: Config, number: int) -> Activations:
 
 def alive(config: Config, samples: int, number: int = 0) -> tuple[int, int]:
     """Bytes alive when the losses of a batch of fake tensors are there, and at most before, beyond weights and views."""
-    recipe = _recipe(config)
-    for module in (*recipe.modules(), *_teachers(recipe)):
+    method = _method(config)
+    for module in (*method.modules(), *_teachers(method)):
         if hasattr(module, "checkpointing"):
             module.checkpointing = config.train.activation_checkpointing  # type: ignore[assignment]
     bf16 = torch.autocast("cpu", torch.bfloat16, enabled=config.train.precision == "bf16")
     with FakeTensorMode(allow_non_fake_inputs=True), bf16:
-        for network in (recipe, *(recipe.teacher.modules.values() if recipe.teacher is not None else ())):
+        for network in (method, *(method.teacher.modules.values() if method.teacher is not None else ())):
             network.to_empty(device="cpu")
-        recipe.extra_state = {name: torch.empty_like(tensor, device="cpu") for name, tensor in recipe.extra_state.items()}
-        context = recipe.text.context if recipe.text else 0
-        batch = fake_batch(recipe.view_sets[number].views, samples, context=context)
+        method.extra_state = {name: torch.empty_like(tensor, device="cpu") for name, tensor in method.extra_state.items()}
+        context = method.text.context if method.text else 0
+        batch = fake_batch(method.view_sets[number].views, samples, context=context)
         with mock.patch.dict(os.environ, {"FOVEA_KERNELS": "torch"}), Alive() as found:
             with torch.no_grad():
-                recipe.before_accumulation([batch], Step())
-            terms = recipe(batch, Step())
+                method.before_accumulation([batch], Step())
+            terms = method(batch, Step())
             kept = found.now
         del terms
     return kept, found.peak
 
 
-def _recipe(config: Config) -> Method:
+def _method(config: Config) -> Method:
     with torch.device("meta"):
         return build_method(config).train()
 
 
-def _teachers(recipe: Method) -> Iterator[torch.nn.Module]:
-    for network in recipe.teacher.modules.values() if recipe.teacher is not None else ():
+def _teachers(method: Method) -> Iterator[torch.nn.Module]:
+    for network in method.teacher.modules.values() if method.teacher is not None else ():
         yield from network.modules()

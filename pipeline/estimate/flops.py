@@ -68,21 +68,21 @@ def counted(config: Config, samples: int = _SAMPLES) -> float:
     """
     samples = whole_groups(config, samples)
     with torch.device("meta"):  # a tower's constructor reads numbers, which fake tensors do not have
-        recipe = build_method(config)
+        method = build_method(config)
     with FakeTensorMode(allow_non_fake_inputs=True):
-        for network in (recipe, *(recipe.teacher.modules.values() if recipe.teacher is not None else ())):
+        for network in (method, *(method.teacher.modules.values() if method.teacher is not None else ())):
             network.to_empty(device="cpu")
-        recipe.extra_state = {name: torch.empty_like(tensor, device="cpu") for name, tensor in recipe.extra_state.items()}
+        method.extra_state = {name: torch.empty_like(tensor, device="cpu") for name, tensor in method.extra_state.items()}
         total = 0.0
-        for one in recipe.view_sets:
-            batch = fake_batch(one.views, samples, context=recipe.text.context if recipe.text else 0)
+        for one in method.view_sets:
+            batch = fake_batch(one.views, samples, context=method.text.context if method.text else 0)
             with flop_counter() as counter:
                 with torch.no_grad():
-                    recipe.before_accumulation([batch], Step())
-                terms = recipe(batch, Step())
+                    method.before_accumulation([batch], Step())
+                terms = method(batch, Step())
                 torch.stack([term.float() for term in terms.values()]).sum().backward()
             total += one.weight * counter.get_total_flops()
-    return total / samples / sum(one.weight for one in recipe.view_sets)
+    return total / samples / sum(one.weight for one in method.view_sets)
 
 
 def whole_groups(config: Config, samples: int) -> int:

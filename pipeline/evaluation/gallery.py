@@ -75,7 +75,9 @@ def shown(
     spec = ViewSpec("image", 1, size, None, normalize=normalize or Normalize())
     dataset = StepDataset(reader, order, (spec,), seed=0, world=1, rank=0)
     options = StreamOptions(micro_batch=order.global_batch, workers=0, threads=config.data.decode_threads, hue="off")
-    for _, batches in BatchStream(dataset, device=device, options=options, ledger=BadSamples(None, budget=1.0), last=len(order)):
+    for _, batches in BatchStream(
+        dataset, device=device, options=options, bad_samples=BadSamples(None, budget=1.0), last=len(order)
+    ):
         yield from batches
 
 

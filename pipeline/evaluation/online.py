@@ -132,7 +132,7 @@ class Pictures:
         dataset = StepDataset(self._reader, self._order, (self._spec,), seed=0, world=1, rank=0)
         options = StreamOptions(micro_batch=self._order.global_batch, workers=0, threads=self._threads, hue="off")
         stream = BatchStream(
-            dataset, device=self.device, options=options, ledger=BadSamples(None, budget=1.0), first=0, last=len(self._order)
+            dataset, device=self.device, options=options, bad_samples=BadSamples(None, budget=1.0), first=0, last=len(self._order)
         )
         seen, first = [], 0
         for _, (batch,) in stream:

@@ -63,20 +63,20 @@ def lines(file: Path, *, what: str, place: str = "") -> list[str]:
     return found
 
 
-def eval_model_of(recipe: Method, config: Config, device: torch.device) -> EvalModel:
+def eval_model_of(method: Method, config: Config, device: torch.device) -> EvalModel:
     """What a method exports, as evaluations see it."""
-    view = recipe.views[0]
+    view = method.views[0]
     normalize = view.normalize or Normalize()
-    tower: Any = recipe.export()["backbone"]
-    if not isinstance(recipe, Contrastive) or recipe.text is None:
+    tower: Any = method.export()["backbone"]
+    if not isinstance(method, Contrastive) or method.text is None:
         return EvalModel(tower, normalize.mean, normalize.std, config.train.precision)
-    numbers = tokenizer(recipe.text)
+    numbers = tokenizer(method.text)
 
     def texts(sentences: list[str]) -> Tensor:
         with torch.autocast(device.type, torch.bfloat16, enabled=config.train.precision == "bf16"):
-            return recipe.encode_texts(torch.from_numpy(numbers(sentences)).to(device))
+            return method.encode_texts(torch.from_numpy(numbers(sentences)).to(device))
 
-    return EvalModel(tower, normalize.mean, normalize.std, config.train.precision, recipe.encode_images, texts)
+    return EvalModel(tower, normalize.mean, normalize.std, config.train.precision, method.encode_images, texts)
 
 
 @dataclass(frozen=True)
@@ -202,7 +202,7 @@ class Evaluations:
     Args:
         config: the settings.
         inputs: the data sets.
-        recipe: the method; what it exports is judged.
+        method: the method; what it exports is judged.
         world: this rank's place.
         fresh: whether step 0 is still to come.
         begun: whether the network began with weights from elsewhere.
@@ -213,16 +213,16 @@ class Evaluations:
         self,
         config: Config,
         inputs: Inputs,
-        recipe: Method,
+        method: Method,
         world: World,
         fresh: bool,
         *,
         begun: bool = False,
         show: Show | None = None,
     ) -> None:
-        e, view = config.evaluation, recipe.views[0]
-        self._subject = eval_model_of(recipe, config, world.device)
-        self._modules: list[nn.Module] = [recipe, *recipe.export().values()]
+        e, view = config.evaluation, method.views[0]
+        self._subject = eval_model_of(method, config, world.device)
+        self._modules: list[nn.Module] = [method, *method.export().values()]
         self._evaluators, self._knn = build_evaluators(
             config, inputs, world, size=view.size, normalize=view.normalize or Normalize()
         )

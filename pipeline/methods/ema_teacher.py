@@ -22,7 +22,7 @@ class Teacher:
     A plain object on purpose: a module attribute would be registered with the student and handed to the optimiser.
 
     Args:
-        modules: student modules by the names of the recipe's attributes, so that the teacher's parameter names are the
+        modules: student modules by the names of the method's attributes, so that the teacher's parameter names are the
             student's.
 
     Example::

@@ -9,8 +9,11 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from pipeline.methods.base import Step
 
-UNIFORM, SINGLE, NARROW, WORSE, STILL = "uniform", "single", "narrow", "worse", "still"
-"""Illnesses: targets all undecided; targets all the same; features in few directions; what was learnt is lost; nothing moves."""
+UNIFORM_TARGETS = "uniform_targets"  # all undecided
+PROTOTYPE_COLLAPSE = "prototype_collapse"  # all targets the same
+RANK_COLLAPSE = "rank_collapse"  # features in few directions
+DIVERGENCE = "divergence"  # what was learnt is lost
+PLATEAU = "plateau"  # nothing moves
 
 Remedy = Callable[[str, "Step"], str]
 
@@ -50,24 +53,24 @@ def suggest_fix_of_distillation(student_temperature: float, *, centred: bool, ce
 
     def suggest_fix(failure_mode: str, step: Step) -> str:
         warm = step.teacher_temperature
-        if failure_mode == UNIFORM and warm >= 0.75 * student_temperature:
+        if failure_mode == UNIFORM_TARGETS and warm >= 0.75 * student_temperature:
             return (
                 f"the teacher's temperature ({warm:g}) is not well below the student's ({student_temperature:g}), which is what "
                 "keeps targets decided: lower schedule.teacher_temperature to 0.04-0.07"
             )
-        if failure_mode == SINGLE and centred and center_momentum > 0.99:
+        if failure_mode == PROTOTYPE_COLLAPSE and centred and center_momentum > 0.99:
             return (
                 f"the centre stands still (method.center_momentum is {center_momentum:g}): set it to 0.9, or "
                 "method.centering=sinkhorn_knopp"
             )
-        if failure_mode == SINGLE:
+        if failure_mode == PROTOTYPE_COLLAPSE:
             return (
                 "nothing keeps one prototype from taking all samples: set method.centering=sinkhorn_knopp, or raise "
                 "schedule.teacher_temperature"
             )
-        if failure_mode == NARROW and koleo <= 0:
+        if failure_mode == RANK_COLLAPSE and koleo <= 0:
             return "nothing spreads the features: set method.koleo_weight=0.1"
-        if failure_mode == NARROW:
+        if failure_mode == RANK_COLLAPSE:
             return (
                 "the spreading term is too weak or the steps are too large: raise method.koleo_weight, or lower schedule.lr.peak"
             )

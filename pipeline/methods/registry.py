@@ -28,8 +28,8 @@ def build_method(config: Config) -> Method:
         if error.name != module:
             raise
         raise ConfigError(f"no method {name!r}", where="method.name", hint=f"write {module}, or choose another") from None
-    recipe: Method = found.build(config, config.method)
-    return recipe
+    method: Method = found.build(config, config.method)
+    return method
 
 
 def build_seeded_method(config: Config, device: torch.device) -> Method:

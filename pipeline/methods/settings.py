@@ -98,7 +98,7 @@ def register(name: str) -> Callable[[R], R]:
 
     def enter(cls: R) -> R:
         if REGISTERED.setdefault(name, cls) is not cls:
-            raise ValueError(f"two recipes are called {name!r}")
+            raise ValueError(f"two methods are called {name!r}")
         return cls
 
     return enter

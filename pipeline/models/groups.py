@@ -47,7 +47,7 @@ def parameter_groups(
     """All trainable parameters of ``root``, fused into as few groups as the rules allow.
 
     Args:
-        root: a recipe or any module; each :class:`VisionTower` in it gets layer-wise decay, each :class:`Prototypes` is a
+        root: a method or any module; each :class:`VisionTower` in it gets layer-wise decay, each :class:`Prototypes` is a
             last layer, everything else has learning rate multiplier 1.
         layer_decay: factor from one block to the one before it.
         patch_lr: further factor of the patch embedding.

@@ -23,12 +23,12 @@ from pipeline.runtime.run_directory import RunDirectory
 from pipeline.tracking.journal import read
 from pipeline.untrusted import read_json
 
-_PLAIN = ("train/", "perf/", "memory/", "system/", "gradient_norm/", "data/", "storage/", "checkpoint/", "alarm/", "copies/")
+_PLAIN = ("train/", "perf/", "memory/", "system/", "gradient_norm/", "data/", "storage/", "checkpoint/", "alert/", "copies/")
 _CURVES = (
     ("train/loss", "loss, sum of its terms (nats)"),
     ("train/lr", "learning rate"),
     ("perf/images_per_second", "images per second"),
-    ("perf/data_wait_share", "share of the time spent waiting for data"),
+    ("perf/data_wait_fraction", "share of the time spent waiting for data"),
 )
 _CHOICES = ("/rate", "/layers", "/patches", "/cost", "/chosen_on", "_rank", "_p10")  # in the table, but no curve
 _ABSENT = "—"
@@ -186,7 +186,7 @@ def _overview(runs: Sequence[RunSummary]) -> str:
         seconds = float(o.get("seconds", m.get("seconds", 0.0)))
         rates = list(told.past.metrics.get("perf/images_per_second", {}).values())
         bad = sum(int(n) for n in data.get("substituted", {}).values())
-        total = int(_json(told.directory.path / "length.json").get("steps", o.get("steps", 0)))
+        total = int(_json(told.directory.path / "plan.json").get("steps", o.get("steps", 0)))
         for name, value in {
             "method": str(told.config.get("method", {}).get("name", "unknown")),
             "state": _state(told),
@@ -205,7 +205,7 @@ def _overview(runs: Sequence[RunSummary]) -> str:
 
 
 def _state(told: RunSummary) -> str:
-    verdict = _json(told.directory.path / "verdict.json")
+    verdict = _json(told.directory.path / "final_state.json")
     if verdict:
         return str(verdict.get("state", "unknown"))
     stop = told.outcome.get("stop")
@@ -319,7 +319,7 @@ def _losses(runs: Sequence[RunSummary]) -> str:
             rows.append([told.name, str(reason), _number(float(count))])
         if data.get("quarantine"):
             rows.append([told.name, "different samples in quarantine", _number(len(data["quarantine"]))])
-    note = "Samples that could not be used, and were replaced by others of their shard; the ledger names them."
+    note = "Samples that could not be used, and were replaced by others of their shard; the run's `bad_samples/` names them."
     table = _table(["run", "reason", "times"], rows) if rows else '<p class="empty">No sample was lost.</p>'
     return f'<h2>Samples lost</h2><p class="note">{note}</p>{table}'
 
@@ -331,7 +331,7 @@ def _environment(runs: Sequence[RunSummary]) -> str:
         facts: dict[str, str] = {name: str(m[name]) for name in ("fovea", "torch", "python", "world") if name in m}
         data = m.get("data", {})
         facts |= {f"data.{name}": str(data[name]) for name in ("fingerprint", "samples", "lanes", "block") if name in data}
-        facts |= {name: value for name, value in told.tags.items() if not name.startswith(("alarm/", "mlflow."))}
+        facts |= {name: value for name, value in told.tags.items() if not name.startswith(("alert/", "mlflow."))}
         for name, value in facts.items():
             rows.setdefault(name, [_ABSENT] * len(runs))[place] = value
     return f"<h2>Environment</h2>{_side_by_side(rows, runs)}"

@@ -1,4 +1,4 @@
-"""A contact sheet of shards as they are: pictures drawn evenly from all of them, without a recipe."""
+"""A contact sheet of shards as they are: pictures drawn evenly from all of them, without a method."""
 
 from __future__ import annotations
 

@@ -9,7 +9,7 @@ from pipeline.reports import html as pictures
 from pipeline.reports.html import Chart, Line
 
 _SIGNS = {
-    "feature_spread": "spread of the features, 0 is all alike",
+    "feature_std": "spread of the features, 0 is all alike",
     "feature_rank": "rank of the features",
     "target_entropy": "entropy of the targets, 1 is uniform",
 }

@@ -1,4 +1,4 @@
-"""``fovea shards preview``: a few training samples with the very crops, colours and masks that a recipe will be shown.
+"""``fovea shards preview``: a few training samples with the very crops, colours and masks that a method will be shown.
 
 Samples come from the run's own order, plans and masks from its seed, pixels from the decoder and the DALI graph that training
 uses: what the sheet shows is the beginning of the first global batch, not an imitation of it.
@@ -64,7 +64,7 @@ class Sample:
         caption: text, empty if it has none.
         about: shard and size, in words.
         image: the picture with the crops' frames.
-        views: in the order of the recipe; empty if the sample cannot be used.
+        views: in the order of the method; empty if the sample cannot be used.
     """
 
     key: str

@@ -36,18 +36,18 @@ _BANK = 4000  # pictures searched at most
 _THUMB = 216  # most pixels of a small picture in the file; the page shows it at half of that
 _CHOICE = 0xE7A1  # names the draw, the one of the k-NN evaluation
 _SERIES = {"knn": "trained", "untrained": "untrained", "pixels": "pixels"}
-_SCHEDULES = {"lr", "weight_decay", "momentum", "teacher_temperature", "epoch", "skipped_steps", "loss"}
+_SCHEDULES = {"lr", "weight_decay", "teacher_momentum", "teacher_temperature", "epoch", "skipped_steps", "loss"}
 _TITLES = {
     "dino_local": "DINO, local crops",
     "dino_global": "DINO, global crops",
     "ibot": "iBOT, hidden patches",
     "koleo": "KoLeo, spreading",
-    "prototype_use": "prototypes in use, 1 = all",
+    "prototype_entropy": "prototypes in use, 1 = all",
     "target_entropy": "entropy of targets, 1 = undecided",
-    "agreement": "student agrees with teacher",
-    "dino_below_uniform": "DINO below a mere guess",
+    "teacher_student_top1_agreement": "student agrees with teacher",
+    "dino_loss_vs_log_k": "DINO below a mere guess",
 }
-_SHARES = {"prototype_use", "target_entropy", "agreement"}
+_SHARES = {"prototype_entropy", "target_entropy", "teacher_student_top1_agreement"}
 
 
 # ---- what the journals say ----------------------------------------------------------------------------------------------

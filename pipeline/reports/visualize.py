@@ -50,11 +50,11 @@ def run(path: Path, files: Sequence[Path], *, out: Path, texts: Sequence[str], s
     saved = chosen(path)
     verify(saved)
     config = settings_of(saved)
-    recipe = build_method(config)
-    fill_trained(recipe, saved)
-    recipe.eval()
-    subject = eval_model_of(recipe, config, torch.device("cpu"))
-    view = recipe.views[0]
+    method = build_method(config)
+    fill_trained(method, saved)
+    method.eval()
+    subject = eval_model_of(method, config, torch.device("cpu"))
+    view = method.views[0]
     side, patch = size or 2 * view.size, subject.tower.patch
     if side % patch:
         raise ConfigError(
@@ -62,12 +62,12 @@ def run(path: Path, files: Sequence[Path], *, out: Path, texts: Sequence[str], s
             where="--size",
             hint=f"choose a multiple of {patch}",
         )
-    if texts and (not isinstance(recipe, Contrastive) or "image_pool" in recipe.export()):
+    if texts and (not isinstance(method, Contrastive) or "image_pool" in method.export()):
         raise ConfigError(f"{config.method.name} does not compare patches with texts", where="--text", hint="Leave it out.")
     normalize = view.normalize or Normalize()
     squares = [square(file, side) for file in files]
     images = torch.stack([_normal(one, normalize.mean, normalize.std) for one in squares])
-    rows = _rows(subject, recipe, images, squares, list(texts))
+    rows = _rows(subject, method, images, squares, list(texts))
     body = [
         f'<p class="over">fovea · {html.escape(config.method.name)} · {html.escape(config.run.name)}</p>',
         f"<h1>{len(files)} pictures, as {html.escape(saved.path.name)} sees them</h1>",
@@ -108,7 +108,7 @@ def _normal(pixels: np.ndarray, mean: Sequence[float], std: Sequence[float]) -> 
     return torch.from_numpy(values.transpose(2, 0, 1).copy())
 
 
-def _rows(subject: EvalModel, recipe: Any, images: Tensor, squares: Sequence[np.ndarray], texts: list[str]) -> list[str]:
+def _rows(subject: EvalModel, method: Any, images: Tensor, squares: Sequence[np.ndarray], texts: list[str]) -> list[str]:
     import torch
     from torch.nn import functional as F
 
@@ -127,7 +127,7 @@ def _rows(subject: EvalModel, recipe: Any, images: Tensor, squares: Sequence[np.
     rows.append(_row("attention", note, [shaded(one.numpy().reshape(side, side)) for one in attention]))
     if texts and subject.texts is not None:
         with torch.inference_mode():
-            embedded = F.normalize(recipe.image_projection(patches).float(), dim=2)
+            embedded = F.normalize(method.image_projection(patches).float(), dim=2)
             found = embedded @ F.normalize(subject.texts(texts).float(), dim=1).T
         for number, text in enumerate(texts):
             rows.append(_row(f"“{text}”", "cosine", [shaded(one[:, number].numpy().reshape(side, side)) for one in found]))

@@ -6,7 +6,7 @@
 <run>/control/stop            a person wants the run to stop, to be taken up by ``fovea resume``
 <run>/control/save            a person wants a checkpoint now
 <run>/control/stop-0003       attempt 3 has to stop (time limit, preemption); the next goes on
-<run>/verdict.json            how the run ended for good, if it has
+<run>/final_state.json            how the run ended for good, if it has
 <run>/excluded.json           nodes that it keeps away from, with the reasons
 """
 
@@ -42,12 +42,12 @@ def job(run: RunDirectory) -> dict[str, Any]:
 
 def verdict(run: RunDirectory) -> dict[str, Any]:
     """How the run ended for good: ``state`` (finished, stopped or failed) and ``why``; empty while it has not."""
-    return read(run.path / "verdict.json")
+    return read(run.path / "final_state.json")
 
 
 def end(run: RunDirectory, state: str, why: str) -> None:
     """Say how the run ended for good."""
-    run.write("verdict.json", {"state": state, "why": why, "t": round(time.time(), 3)})
+    run.write("final_state.json", {"state": state, "why": why, "t": round(time.time(), 3)})
 
 
 def excluded(run: RunDirectory) -> dict[str, str]:
@@ -79,7 +79,7 @@ def asked(run: RunDirectory, what: str) -> dict[str, Any] | None:
 
 def clear(run: RunDirectory) -> None:
     """Take back a verdict and a person's requests: the run is to go on."""
-    for path in (run.path / "verdict.json", run.path / "control" / STOP, run.path / "control" / SAVE):
+    for path in (run.path / "final_state.json", run.path / "control" / STOP, run.path / "control" / SAVE):
         with contextlib.suppress(FileNotFoundError):
             path.unlink()
 

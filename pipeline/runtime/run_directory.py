@@ -6,9 +6,9 @@
 <run>/evaluations/           scores of checkpoints that were judged by hand
 <run>/pictures/              sheets of pictures, by step
 <run>/logs/attempt-0000/     output of each rank, its pulse, its stacks if it stalled, the first failure
-<run>/left_out.json          steps that are not trained on since the run went back (rewind.py)
+<run>/skipped_steps.json          steps that are not trained on since the run went back (rewind.py)
 <run>/batches/               every step's keys, if asked for
-<run>/ledger/rank-0.jsonl    samples that could not be used
+<run>/bad_samples/rank-0.jsonl    samples that could not be used
 <run>/data/<fingerprint>/    manifest of the data trained on, for telling what has changed
 <run>/attempts.jsonl         one line when an attempt starts, one when it ends
 <run>/outcome.json           how the last attempt ended
@@ -99,9 +99,9 @@ class RunDirectory:
         """Journal of an attempt."""
         return self.tracking / f"journal-{attempt:04d}.jsonl"
 
-    def ledger(self, rank: int) -> Path:
+    def bad_samples(self, rank: int) -> Path:
         """Ledger of bad samples of a rank."""
-        return self.path / "ledger" / f"rank-{rank}.jsonl"
+        return self.path / "bad_samples" / f"rank-{rank}.jsonl"
 
     @property
     def data(self) -> Path:

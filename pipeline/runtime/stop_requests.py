@@ -14,8 +14,10 @@ import torch.distributed as dist
 
 
 class Stop(IntEnum):
-    """Why a run stops; the largest asked for by any rank wins. ``TOLD``: the job's attendant says that the attempt has to end.
-    ``ASKED``: a person wants the run to stop."""
+    """Why a run stops; the largest of all ranks wins.
+
+    ``PREEMPTED``: the job's supervisor ends the attempt. ``USER_REQUEST``: a person wants the run to stop.
+    """
 
     NO = 0
     FINISHED = 1
@@ -24,8 +26,8 @@ class Stop(IntEnum):
     SIGUSR2 = 4
     SIGTERM = 5
     SIGINT = 6
-    TOLD = 7
-    ASKED = 8
+    PREEMPTED = 7
+    USER_REQUEST = 8
 
 
 _SIGNALS = {
@@ -88,9 +90,9 @@ class StopRequests:
             return False
         self._looked = now
         if (self._folder / f"stop-{self._attempt}").exists():
-            self.asked = max(self.asked, Stop.TOLD)
+            self.asked = max(self.asked, Stop.PREEMPTED)
         if (self._folder / "stop").exists():
-            self.asked = max(self.asked, Stop.ASKED)
+            self.asked = max(self.asked, Stop.USER_REQUEST)
         with contextlib.suppress(FileNotFoundError):
             (self._folder / "save").unlink()
             return True

@@ -1,6 +1,6 @@
 """Tells a run that has gone wrong from one that goes on, by the numbers that are logged anyway.
 
-Four illnesses are known besides numbers that are not finite, which the trainer skips and rewinds by itself: *collapse* of the
+Four illnesses are known besides numbers that are not finite, which the trainer skips and rollbacks by itself: *collapse* of the
 targets, all undecided or all the same, or of the features, into few directions; *divergence*, when what was learnt is lost again;
 and *standing still*. All but one are judged by what the method says its metrics mean (:mod:`pipeline.methods.health_metrics`).
 
@@ -16,7 +16,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from pipeline.methods.base import Step
-from pipeline.methods.health_metrics import NARROW, SINGLE, STILL, UNIFORM, WORSE, HealthMetrics
+from pipeline.methods.health_metrics import DIVERGENCE, PLATEAU, PROTOTYPE_COLLAPSE, RANK_COLLAPSE, UNIFORM_TARGETS, HealthMetrics
 
 SMOOTH, PATIENCE, WINDOW = 40, 100, 150  # steps
 NEAR_GUESS, UNDECIDED = 0.01, 0.99  # shares of the loss of a guess, and of the largest entropy
@@ -73,18 +73,18 @@ class Alerts:
         self._first = self._first or (smooth if done > SMOOTH else None)
         found = []
         ill = dict(self._signs(done, smooth))
-        if UNIFORM in ill:
-            ill.pop(STILL, None)  # says the same with less
-        for failure_mode in (UNIFORM, SINGLE, NARROW, WORSE, STILL):
+        if UNIFORM_TARGETS in ill:
+            ill.pop(PLATEAU, None)  # says the same with less
+        for failure_mode in (UNIFORM_TARGETS, PROTOTYPE_COLLAPSE, RANK_COLLAPSE, DIVERGENCE, PLATEAU):
             if failure_mode not in ill:
                 self._since.pop(failure_mode, None)
                 continue
             since = self._since.setdefault(failure_mode, done)
             # What stands still has been looked at for a whole window already.
-            if failure_mode not in self._told and (done - since >= PATIENCE or failure_mode == STILL):
+            if failure_mode not in self._told and (done - since >= PATIENCE or failure_mode == PLATEAU):
                 self._told.add(failure_mode)
                 suggest_fix = self._vitals.suggest_fix(failure_mode, step) if self._vitals.suggest_fix else _DEFAULT
-                cause = _STUCK if failure_mode == STILL and self._frozen() else suggest_fix
+                cause = _STUCK if failure_mode == PLATEAU and self._frozen() else suggest_fix
                 found.append(Alert(failure_mode, since, f"{ill[failure_mode]}; likely {cause}"))
         return found
 
@@ -112,17 +112,17 @@ class Alerts:
         thrown = entropy >= NEARLY and below <= -FAR_WORSE * guess
         if v.guess is not None and (aimless or thrown) and not fresh:
             yield (
-                UNIFORM,
+                UNIFORM_TARGETS,
                 f"the targets have become uniform (their entropy is {entropy:.1%} of the most possible) and the loss is no "
                 f"better than a guess ({v.guess - below:.2f}, ln K is {v.guess:.2f})",
             )
         if v.guess is not None and use * v.guess <= math.log(2):
             yield (
-                SINGLE,
+                PROTOTYPE_COLLAPSE,
                 f"nearly all samples have the same target: {math.exp(max(use * v.guess, 0.0)):.1f} prototypes are in use",
             )
         if rank < max(0.0 if fresh else 1.2, self._most("rank", rank) / 4):
-            yield NARROW, f"features differ in {rank:.1f} directions only, of {self._best['rank']:.1f} at best"
+            yield RANK_COLLAPSE, f"features differ in {rank:.1f} directions only, of {self._best['rank']:.1f} at best"
         yield from self._lost(now, below)
         yield from self._unmoved(done, below)
 
@@ -131,9 +131,9 @@ class Alerts:
             return
         loss, begun, guess = now["loss"], self._first["loss"], self._vitals.guess
         if loss > begun + 0.3 * (guess or abs(begun)):
-            yield WORSE, f"the loss has risen to {loss:.3g}, far above the {begun:.3g} it began with"
+            yield DIVERGENCE, f"the loss has risen to {loss:.3g}, far above the {begun:.3g} it began with"
         elif guess is not None and self._most("below", below) > 0.05 * guess and below < 0.25 * self._best["below"]:
-            yield WORSE, f"the loss was {self._best['below']:.2f} nats better than a guess, and is {below:.2f} now"
+            yield DIVERGENCE, f"the loss was {self._best['below']:.2f} nats better than a guess, and is {below:.2f} now"
 
     def _unmoved(self, done: int, below: float) -> Iterator[tuple[str, str]]:
         span = done - self._seen[0][0]
@@ -144,11 +144,11 @@ class Alerts:
             return
         v, guess = self._vitals, self._vitals.guess
         if self._frozen():
-            yield STILL, f"the loss has been exactly {late['loss']:.6g} for {span} steps"
+            yield PLATEAU, f"the loss has been exactly {late['loss']:.6g} for {span} steps"
         elif guess and v.below_guess and abs(below) < NEAR_GUESS * guess and not self._rising(done, WINDOW):
             firmer = late.get(v.agreement or "", 0.0) - early.get(v.agreement or "", 0.0)
             if late[v.below_guess] - early[v.below_guess] < 0.001 * guess and firmer < 0.01:
-                yield STILL, f"for {span} steps the loss has been that of a guess ({guess - below:.2f}, ln K is {guess:.2f})"
+                yield PLATEAU, f"for {span} steps the loss has been that of a guess ({guess - below:.2f}, ln K is {guess:.2f})"
 
     def _rising(self, done: int, steps: int) -> bool:
         """Whether the learning rate has grown over the last steps, as it does during a warm-up."""

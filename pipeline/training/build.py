@@ -67,15 +67,15 @@ def make_plan(config: Config, order: Order | Mixture, run: RunDirectory, attempt
         max_nonfinite=config.train.max_consecutive_nonfinite,
         seed=config.run.seed,
         record=record,
-        rewind_after=config.watchdog.rollback_after,
-        rewind_margin=config.watchdog.rollback_margin,
-        max_rewinds=config.watchdog.max_rollbacks,
+        rollback_after=config.watchdog.rollback_after,
+        rollback_margin=config.watchdog.rollback_margin,
+        max_rollbacks=config.watchdog.max_rollbacks,
         asynchronous=config.checkpoint.async_save,
         save_evaluated=config.checkpoint.keep_best,
     )
 
 
-def prepare_towers(recipe: Method, config: Config) -> None:
+def prepare_towers(method: Method, config: Config) -> None:
     """Switches recomputation, 8-bit products and compilation on where the settings say so.
 
     Raises:
@@ -85,8 +85,8 @@ def prepare_towers(recipe: Method, config: Config) -> None:
         raise ConfigError(
             f"{torch.cuda.get_device_name()} has no products of 8-bit floats", where="train.fp8", hint="set train.fp8=off"
         )
-    teachers = list(recipe.teacher.modules.values()) if recipe.teacher is not None else []
-    towers = [m for root in (recipe, *teachers) for m in root.modules() if isinstance(m, VisionTower | TextTower)]
+    teachers = list(method.teacher.modules.values()) if method.teacher is not None else []
+    towers = [m for root in (method, *teachers) for m in root.modules() if isinstance(m, VisionTower | TextTower)]
     for tower in towers:
         tower.checkpointing = config.train.activation_checkpointing
         if config.train.fp8 == "all" or (config.train.fp8 == "teacher" and not any(p.requires_grad for p in tower.parameters())):
@@ -130,19 +130,19 @@ def assemble(
         torch.use_deterministic_algorithms(True)
     if config.train.threads:
         torch.set_num_threads(config.train.threads)
-    recipe = build_seeded_method(config, world.device)
+    method = build_seeded_method(config, world.device)
     init = resume.manifest.get("init") if resume is not None else None
-    if resume is None and (start := initial.begin(recipe, config, record=world.rank == 0)) is not None:
+    if resume is None and (start := initial.begin(method, config, record=world.rank == 0)) is not None:
         init = start.record
         for note in start.notes:
             watcher.say(note)
         if journal is not None:
             journal.tags({f"fovea.init.{key}": value for key, value in start.record.items()})
-    prepare_towers(recipe, config)
+    prepare_towers(method, config)
     share = config.train.global_batch_size // world.size
     micro = config.train.micro_batch_size or share
     engine = Engine(
-        recipe,
+        method,
         EngineOptions(
             zero=config.train.zero_stage,
             precision=config.train.precision,
@@ -161,31 +161,33 @@ def assemble(
         ),
         world.device,
     )
-    ledger = BadSamples(run.ledger(world.rank), budget=config.data.max_bad_fraction, window=config.data.bad_fraction_window)
+    bad_samples = BadSamples(
+        run.bad_samples(world.rank), budget=config.data.max_bad_fraction, window=config.data.bad_fraction_window
+    )
     progress = Progress()
     if resume is not None:
-        progress = _restore(resume, engine, recipe, ledger, inputs, config.checkpoint.allow_data_change)
+        progress = _restore(resume, engine, method, bad_samples, inputs, config.checkpoint.allow_data_change)
     if world.rank == 0:
         record_data(run.data, inputs)
     reader = Reader(
         inputs.train, wants=("image", "label", "caption"), checksum=config.data.verify_checksums, store=open_storage(config)
     )
-    if (recipe.text is not None) != config.method.reads_text:
+    if (method.text is not None) != config.method.reads_text:
         raise ConfigError(
-            f"the method {'reads' if recipe.text else 'does not read'} text, but its settings say otherwise",
+            f"the method {'reads' if method.text else 'does not read'} text, but its settings say otherwise",
             where=f"{type(config.method).__name__}.reads_text",
             hint="Both must agree: the settings decide before the start which samples are left out for want of a caption.",
         )
     dataset = StepDataset(
         reader,
         inputs.order,
-        recipe.views,
+        method.views,
         seed=config.run.seed,
         world=world.size,
         rank=world.rank,
-        text=recipe.text,
+        text=method.text,
         sources=inputs.sources,
-        sets=recipe.view_sets,
+        sets=method.view_sets,
     )
     options = StreamOptions(
         micro_batch=micro,
@@ -209,7 +211,7 @@ def assemble(
                 share=1 / world.local_size,
             )
         return BatchStream(
-            dataset, device=world.device, options=options, ledger=ledger, first=first, last=last, prefetcher=prefetcher
+            dataset, device=world.device, options=options, bad_samples=bad_samples, first=first, last=last, prefetcher=prefetcher
         )
 
     def go_back() -> Progress:
@@ -224,31 +226,31 @@ def assemble(
                 where=str(run.checkpoints),
                 hint="lower schedule.lr.peak or lengthen schedule.lr.warmup, or save more often with checkpoint.every",
             )
-        return _restore(read(Path(chosen[0])), engine, recipe, ledger, inputs, config.checkpoint.allow_data_change)
+        return _restore(read(Path(chosen[0])), engine, method, bad_samples, inputs, config.checkpoint.allow_data_change)
 
     begun = config.init_from.source is not None
     evaluate = None
     if config.evaluation.enabled:
         show = _sheets(run, journal) if journal is not None else None
-        evaluate = Evaluations(config, inputs, recipe, world, resume is None, begun=begun, show=show)
+        evaluate = Evaluations(config, inputs, method, world, resume is None, begun=begun, show=show)
     return Trainer(
         world=world,
-        recipe=recipe,
+        method=method,
         engine=engine,
         schedules=Schedules.from_config(config, epoch_samples=inputs.order.samples_per_epoch),
         stream=stream,
         checkpoints=_checkpoints(config, inputs, run, world, copies),
         evaluate=evaluate,
-        data_state=lambda: _data_state(inputs, ledger, world),
+        data_state=lambda: _data_state(inputs, bad_samples, world),
         facts={**facts, "init": init, "world": world.size, "torch": torch.__version__, "python": platform.python_version()},
         journal=journal,
         watcher=watcher,
         plan=make_plan(config, inputs.order, run, attempt, world.rank),
         requests=requests,
         phases=Phases(world, watchdog, _peak(config, world.device), count=not config.train.compile),
-        left_out=SkippedSteps(run.path / "left_out.json"),
+        skipped_steps=SkippedSteps(run.path / "skipped_steps.json"),
         go_back=go_back,
-        alarms=Alerts(recipe.health_metrics),
+        alarms=Alerts(method.health_metrics),
         machines=Nodes(world, run.path).read,
         progress=progress,
     )
@@ -285,10 +287,10 @@ def _checkpoints(config: Config, inputs: Inputs, run: RunDirectory, world: World
     )
 
 
-def _data_state(inputs: Inputs, ledger: BadSamples, world: World) -> dict[str, Any]:
+def _data_state(inputs: Inputs, bad_samples: BadSamples, world: World) -> dict[str, Any]:
     """The data plane's state: constants that must not change, and what each rank could not use."""
     states: list[dict[str, Any] | None] = [None] * world.size
-    dist.all_gather_object(states, ledger.state(), group=world.control)
+    dist.all_gather_object(states, bad_samples.state(), group=world.control)
     reasons: Counter[str] = Counter()
     counts: Counter[str] = Counter()
     quarantine: dict[str, str] = {}
@@ -309,9 +311,9 @@ def _data_state(inputs: Inputs, ledger: BadSamples, world: World) -> dict[str, A
     }
 
 
-def _restore(saved: Saved, engine: Engine, recipe: Method, ledger: BadSamples, inputs: Inputs, allow: bool) -> Progress:
+def _restore(saved: Saved, engine: Engine, method: Method, bad_samples: BadSamples, inputs: Inputs, allow: bool) -> Progress:
     changed = check_data(saved, inputs, allow=allow)
-    load(saved, engine, recipe)
+    load(saved, engine, method)
     missing = [key for key in ("applied", "skipped", "scores", "seconds", "data") if key not in saved.manifest]
     missing += [key for key in ("seen", "substituted", "quarantine") if key not in saved.manifest.get("data", {})]
     if missing:
@@ -321,7 +323,7 @@ def _restore(saved: Saved, engine: Engine, recipe: Method, ledger: BadSamples, i
     data = saved.manifest["data"]
     # The totals live on rank 0 from here on; the others count what they see themselves.
     first = dist.get_rank() == 0
-    ledger.load(
+    bad_samples.load(
         {
             "seen": data["seen"] if first else 0,
             "reasons": data["substituted"] if first else {},

@@ -67,7 +67,7 @@ class EngineOptions:
         accumulation: forward passes of one optimizer step.
         betas, eps: AdamW's.
         clip_norm: largest L2 norm of a gradient, ``None`` for no clipping.
-        clip_scope: ``network`` clips each of the recipe's networks by its own norm, ``global`` all together, ``parameter`` each
+        clip_scope: ``network`` clips each of the method's networks by its own norm, ``global`` all together, ``parameter`` each
             parameter by its own.
         optimizer: ``adamw``, ``lamb``, ``lars`` or ``sgd``.
         momentum: of LARS and SGD.
@@ -94,10 +94,10 @@ class EngineOptions:
 
 
 class Engine:
-    """Forward, backward, clip, step, for one recipe on all ranks.
+    """Forward, backward, clip, step, for one method on all ranks.
 
     Args:
-        recipe: the method with its student; its teacher and memory must already be on the device.
+        method: the method with its student; its teacher and memory must already be on the device.
         options: see :class:`EngineOptions`.
         device: this rank's device.
 
@@ -105,21 +105,21 @@ class Engine:
         TrainingError: a parameter that DeepSpeed cannot take (0-dimensional, not contiguous).
     """
 
-    def __init__(self, recipe: Method, options: EngineOptions, device: torch.device) -> None:
-        self.recipe, self.options, self.device = recipe, options, device
-        self._names = {id(p): name for name, p in recipe.named_parameters()}
-        self.shapes = {name: tuple(p.shape) for name, p in recipe.named_parameters() if p.requires_grad}
-        self._groups = recipe.parameter_groups()
-        _check(recipe, self._groups)
+    def __init__(self, method: Method, options: EngineOptions, device: torch.device) -> None:
+        self.method, self.options, self.device = method, options, device
+        self._names = {id(p): name for name, p in method.named_parameters()}
+        self.shapes = {name: tuple(p.shape) for name, p in method.named_parameters() if p.requires_grad}
+        self._groups = method.parameter_groups()
+        _check(method, self._groups)
         optimizer = _optimizer(options, self._groups)
         # DeepSpeed insists on this variable and takes it for the device's number, whoever started the ranks.
         os.environ["LOCAL_RANK"] = str(device.index or 0)
         sizes = [p.numel() for group in self._groups for p in group.params]
         config = _configuration(options, dist.get_world_size(), device, sizes)
         if options.init == "accelerate":
-            self._engine = accelerated.initialize(recipe, optimizer, config)
+            self._engine = accelerated.initialize(method, optimizer, config)
         else:
-            self._engine, _, _, _ = deepspeed.initialize(model=recipe, optimizer=optimizer, config=config)
+            self._engine, _, _, _ = deepspeed.initialize(model=method, optimizer=optimizer, config=config)
         # DeepSpeed wraps it, but in stage 0; the learning rates are the inner one's.
         self._optimizer = getattr(self._engine.optimizer, "optimizer", self._engine.optimizer)
         parameters = [p for group in self._groups for p in group.params]
@@ -130,7 +130,7 @@ class Engine:
             layerwise.segments, layerwise.parameters = self.layout.segments(), len(parameters)
             layerwise.sharded = options.zero > 0
         self._teacher_engine = self._shard_teacher(config) if options.zero == 3 else None
-        network = {id(p): name for name, module in recipe.networks().items() for p in module.parameters()}
+        network = {id(p): name for name, module in method.networks().items() for p in module.parameters()}
         for p in parameters:
             network.setdefault(id(p), _OUTSIDE)
         self._networks = sorted(set(network.values()))
@@ -144,10 +144,10 @@ class Engine:
 
     def _shard_teacher(self, config: dict[str, Any]) -> Any:
         """Cut the teacher's parameters exactly as the student's are, so that each piece lies beside its student's piece."""
-        teacher = self.recipe.teacher
+        teacher = self.method.teacher
         if teacher is None:
             return None
-        students: dict[str, Any] = dict(self.recipe.named_parameters())
+        students: dict[str, Any] = dict(self.method.named_parameters())
         weights: dict[str, Any] = dict(teacher.named_parameters())
         engine, _, _, _ = deepspeed.initialize(model=nn.ModuleDict(teacher.modules), config=config)
         teacher.follow([(weight.ds_tensor, students[name].ds_tensor) for name, weight in weights.items()])
@@ -156,16 +156,16 @@ class Engine:
 
     @torch.no_grad()
     def before_accumulation(self, batches: Sequence[Batch], step: Step) -> None:
-        """Shows the recipe all micro-batches of a step, in the precision of the forward pass."""
+        """Shows the method all micro-batches of a step, in the precision of the forward pass."""
         self._begin_pass()
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.options.precision == "bf16"):
-            self.recipe.before_accumulation(batches, step)
+            self.method.before_accumulation(batches, step)
 
     def forward_backward(self, batch: Batch, step: Step) -> dict[str, Tensor]:
         """One micro-batch: terms, and the gradient of their sum. To be called ``accumulation`` times before :meth:`step`.
 
         Returns:
-            The recipe's terms, detached, on the device.
+            The method's terms, detached, on the device.
         """
         self._begin_pass()
         seed(batch)
@@ -257,7 +257,7 @@ class Engine:
         Args:
             owned: only the pieces beside this rank's fragments, so that every element is in one rank's; else all it holds.
         """
-        teacher = self.recipe.teacher
+        teacher = self.method.teacher
         if teacher is None:
             return
         if self._teacher_engine is not None:
@@ -285,9 +285,9 @@ class Engine:
         if self.options.zero < 3:
             yield
             return
-        chosen: list[Tensor] = [p for p in self.recipe.parameters() if teacher or not p.requires_grad]
-        if self.recipe.teacher is not None:
-            chosen += [p for name, p in self.recipe.teacher.named_parameters() if teacher or name not in self.shapes]
+        chosen: list[Tensor] = [p for p in self.method.parameters() if teacher or not p.requires_grad]
+        if self.method.teacher is not None:
+            chosen += [p for name, p in self.method.teacher.named_parameters() if teacher or name not in self.shapes]
         with deepspeed.zero.GatheredParameters(chosen, modifier_rank=0 if write else None):
             yield
 
@@ -306,9 +306,9 @@ class Engine:
         Those of an offloaded optimizer lie in host memory and count as ``host`` alone, but on a CPU, where all do.
         """
         parts = self.layout.parts()
-        frozen: list[Any] = [p for p in self.recipe.parameters() if not p.requires_grad]
+        frozen: list[Any] = [p for p in self.method.parameters() if not p.requires_grad]
         parts["frozen"] = [getattr(p, "ds_tensor", p) for p in frozen]
-        teacher: list[Any] = [p for _, p in self.recipe.teacher.named_parameters()] if self.recipe.teacher is not None else []
+        teacher: list[Any] = [p for _, p in self.method.teacher.named_parameters()] if self.method.teacher is not None else []
         parts["teacher"] = [getattr(p, "ds_tensor", p) for p in teacher]
         away = [t for tensors in parts.values() for t in tensors if t.device.type != self.device.type]
         if away:
@@ -344,20 +344,20 @@ def _optimizer(options: EngineOptions, groups: list[ParameterGroup]) -> torch.op
     return torch.optim.AdamW(chosen, lr=0.0, betas=options.betas, eps=options.eps, fused=True)
 
 
-def _check(recipe: Method, groups: list[ParameterGroup]) -> None:
+def _check(method: Method, groups: list[ParameterGroup]) -> None:
     grouped = Counter(id(p) for g in groups for p in g.params)
-    for name, p in recipe.named_parameters():
+    for name, p in method.named_parameters():
         if p.dim() == 0 or not p.is_contiguous():
             raise TrainingError(
                 "a parameter is 0-dimensional or not contiguous, which DeepSpeed cannot shard",
                 where=f"parameter {name}",
-                hint="give it shape [1], or call .contiguous() in the recipe",
+                hint="give it shape [1], or call .contiguous() in the method",
             )
         if grouped[id(p)] != p.requires_grad:
             raise TrainingError(
                 f"a {'trainable' if p.requires_grad else 'frozen'} parameter is in {grouped[id(p)]} parameter groups",
                 where=f"parameter {name}",
-                hint="parameter_groups() of the recipe must list each trainable one exactly once, and no other",
+                hint="parameter_groups() of the method must list each trainable one exactly once, and no other",
             )
 
 

@@ -1,6 +1,6 @@
 """Steps that a run leaves out: what led to a broken loss is not trained on again after the run went back to a checkpoint.
 
-``<run>/left_out.json`` outlives attempts, so that each later one leaves out the same global batches; all others keep their
+``<run>/skipped_steps.json`` outlives attempts, so that each later one leaves out the same global batches; all others keep their
 numbers, samples and schedules. Steps just before the first broken one are left out too: replayed as they were, they would lead
 to the very same weights.
 """
@@ -42,7 +42,7 @@ class SkippedSteps:
         return any(first <= step <= last for first, last in self.stretches)
 
     @property
-    def rewinds(self) -> int:
+    def rollbacks(self) -> int:
         """How often the run went back."""
         return len(self.stretches)
 

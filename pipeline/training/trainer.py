@@ -45,9 +45,9 @@ class Plan:
         max_nonfinite: non-finite steps in a row that stop the run.
         seed: the run's seed.
         record: file that takes each step's keys and terms of this rank, or ``None``.
-        rewind_after: non-finite steps in a row that send the run back to its last checkpoint, ``None`` for never.
-        rewind_margin: steps before them that are left out as well.
-        max_rewinds: how often.
+        rollback_after: non-finite steps in a row that send the run back to its last checkpoint, ``None`` for never.
+        rollback_margin: steps before them that are left out as well.
+        max_rollbacks: how often.
         asynchronous: whether checkpoints are written while training goes on.
         save_evaluated: the metric whose measurement is followed by a checkpoint, so that the best one can be kept.
     """
@@ -59,9 +59,9 @@ class Plan:
     max_nonfinite: int
     seed: int
     record: Path | None = None
-    rewind_after: int | None = None
-    rewind_margin: int = 0
-    max_rewinds: int = 0
+    rollback_after: int | None = None
+    rollback_margin: int = 0
+    max_rollbacks: int = 0
     asynchronous: bool = False
     save_evaluated: str | None = None
 
@@ -107,7 +107,7 @@ class Trainer:
 
     Attributes:
         world: this rank's place.
-        recipe: the method.
+        method: the method.
         engine: DeepSpeed around it.
         schedules: what changes over the run.
         stream: opens the batches from a step on.
@@ -121,7 +121,7 @@ class Trainer:
         plan: how far and how often.
         requests: signals asking to stop.
         phases: who is told what this rank does, and counts the time.
-        left_out: steps that are not trained on.
+        skipped_steps: steps that are not trained on.
         go_back: loads the last checkpoint on all ranks.
         alarms: who tells collapse and divergence from progress.
         machines: how busy each node is; called by all ranks.
@@ -130,7 +130,7 @@ class Trainer:
     """
 
     world: World
-    recipe: Method
+    method: Method
     engine: Engine
     schedules: Schedules
     stream: Callable[[int, int], BatchStream]
@@ -143,7 +143,7 @@ class Trainer:
     plan: Plan
     requests: StopRequests
     phases: Phases
-    left_out: SkippedSteps
+    skipped_steps: SkippedSteps
     go_back: Callable[[], Progress]
     alarms: Alerts = field(default_factory=Alerts)
     machines: Callable[[], dict[str, float]] = dict
@@ -181,7 +181,7 @@ class Trainer:
                     raise TrainingError(
                         f"the data side delivered step {number} instead of {p.step}", where=f"rank {self.world.rank}"
                     )
-                if number in self.left_out:
+                if number in self.skipped_steps:
                     p.step += 1
                     p.skipped += 1
                     continue
@@ -200,9 +200,9 @@ class Trainer:
                 applied, norms = self.engine.step(step, finite)
                 self.phases.enter(TEACHER)
                 if applied:
-                    self.recipe.after_step(step)
+                    self.method.after_step(step)
                 else:
-                    self.recipe.on_step_skipped()
+                    self.method.on_step_skipped()
                 self.phases.enter(LOG)
 
                 p.step += 1
@@ -215,11 +215,11 @@ class Trainer:
                     record.write(json.dumps(_line(number, micro_batches, terms, applied)) + "\n")
                 if not applied:
                     self._skipped(number, micro_batches, terms, in_a_row)
-                    if in_a_row == self.plan.rewind_after and self.left_out.rewinds < self.plan.max_rewinds:
+                    if in_a_row == self.plan.rollback_after and self.skipped_steps.rollbacks < self.plan.max_rollbacks:
                         self._rewind(number, in_a_row)
                         in_a_row, saved_at = 0, p.step
                         continue
-                meter.add(terms, self.recipe.metrics if applied else {}, self.schedules.global_batch)
+                meter.add(terms, self.method.metrics if applied else {}, self.schedules.global_batch)
                 if _due(p.step, self.plan.log_every, self.plan.steps):
                     self._log(step, meter, norms, batches)
                 if self.evaluate is not None and _due(p.step, self.plan.evaluate_every, self.plan.steps):
@@ -256,8 +256,8 @@ class Trainer:
 
     def _rewind(self, number: int, in_a_row: int) -> None:
         """Back to the last checkpoint; this rank's part of what all ranks do now, for all have seen the same steps skipped."""
-        p, first = self.progress, max(number - in_a_row + 1 - self.plan.rewind_margin, 0)
-        self.left_out.add(first, number, write=self.world.rank == 0)
+        p, first = self.progress, max(number - in_a_row + 1 - self.plan.rollback_margin, 0)
+        self.skipped_steps.add(first, number, write=self.world.rank == 0)
         with self.phases.phase(CHECKPOINT):
             self._tell(self.checkpoints.finish())
             before = self.go_back()
@@ -267,7 +267,7 @@ class Trainer:
         if self.world.rank == 0:
             self.watcher.say(f"back to step {p.step}; steps {first} to {number} are left out from now on")
         if self.journal is not None:
-            self.journal.metrics(p.step, {"train/rewinds": float(self.left_out.rewinds)})
+            self.journal.metrics(p.step, {"train/rollbacks": float(self.skipped_steps.rollbacks)})
 
     def _skipped(self, number: int, batches: list[Batch], terms: dict[str, Tensor], in_a_row: int) -> None:
         bad = [name for name, term in terms.items() if not bool(term.isfinite())] or ["gradient"]
@@ -275,8 +275,8 @@ class Trainer:
         self.watcher.say(f"step {number}: {', '.join(bad)} not finite, step skipped; rank {self.world.rank} held {keys[:4]}…")
         if self.journal is not None:
             self.journal.metrics(number, {"train/skipped_steps": float(self.progress.skipped)})
-        rewinds = self.plan.rewind_after is not None and self.left_out.rewinds < self.plan.max_rewinds
-        if in_a_row >= self.plan.max_nonfinite and not rewinds:
+        rollbacks = self.plan.rollback_after is not None and self.skipped_steps.rollbacks < self.plan.max_rollbacks
+        if in_a_row >= self.plan.max_nonfinite and not rollbacks:
             # All ranks are here together, and the message is to name the samples of the one whose terms broke.
             found: list[tuple[int, list[str], list[str]]] = [(0, [], [])] * self.world.size
             dist.all_gather_object(found, (self.world.rank, bad, keys[:4]), group=self.world.control)
@@ -301,12 +301,12 @@ class Trainer:
                     **{f"gradient_norm/{name}": float(norm) for name, norm in norms.items()},
                     "train/lr": step.lr,
                     "train/weight_decay": step.weight_decay,
-                    "train/momentum": step.momentum,
+                    "train/teacher_momentum": step.momentum,
                     "train/teacher_temperature": step.teacher_temperature,
                     "train/epoch": step.epoch,
                     "perf/samples_seen": float(p.step * self.schedules.global_batch),
                     "perf/images_per_second": rate,
-                    "perf/data_wait_share": share,
+                    "perf/data_wait_fraction": share,
                     **{f"perf/{name}": value for name, value in seconds.items()},
                     **self._memory(),
                     **{f"system/{name}": value for name, value in machines.items()},
@@ -319,8 +319,8 @@ class Trainer:
             for alarm in self.alarms.look(step, p.step, values):
                 self.watcher.say(f"step {p.step}: {alarm.text}")
                 if self.journal is not None:
-                    self.journal.metrics(p.step, {f"alarm/{alarm.failure_mode}": float(alarm.since)})
-                    self.journal.tags({f"alarm/{alarm.failure_mode}": f"step {p.step}: {alarm.text}"})
+                    self.journal.metrics(p.step, {f"alert/{alarm.failure_mode}": float(alarm.since)})
+                    self.journal.tags({f"alert/{alarm.failure_mode}": f"step {p.step}: {alarm.text}"})
 
     def _memory(self) -> dict[str, float]:
         parts = self.engine.memory()
@@ -363,10 +363,10 @@ class Trainer:
         data = facts["data"]
         self.data_counts = {name: data[name] for name in ("seen", "substituted", "counts", "samples", "fingerprint")}
         if beside:
-            self._tell(self.checkpoints.begin(self.engine, self.recipe, facts))
+            self._tell(self.checkpoints.begin(self.engine, self.method, facts))
         else:
             self._tell(self.checkpoints.finish())
-            self._tell(Outcome(p.step, self.checkpoints.save(self.engine, self.recipe, facts)))
+            self._tell(Outcome(p.step, self.checkpoints.save(self.engine, self.method, facts)))
         if self.journal is not None:
             lost = {f"substituted/{reason}": count for reason, count in data["substituted"].items()}
             told = {"seen": data["seen"], "quarantined": len(data["quarantine"]), **lost, **data["counts"]}

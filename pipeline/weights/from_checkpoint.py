@@ -53,26 +53,26 @@ def named_or_newest(run: Path, checkpoint: Path | None) -> Saved:
     return found
 
 
-def fill_trained(recipe: Method, saved: Saved, *, student: bool = False) -> None:
+def fill_trained(method: Method, saved: Saved, *, student: bool = False) -> None:
     """Put the weights of a checkpoint into a method, strictly: its teacher's, and the student's where it exports those.
 
     Args:
-        recipe: the method, before an engine has it.
+        method: the method, before an engine has it.
         saved: the checkpoint.
         student: put the student's in, whatever is exported.
 
     Raises:
         CheckpointError: names or shapes differ.
     """
-    exported = {id(p) for module in recipe.export().values() for p in module.parameters()}
-    own = dict(recipe.named_parameters())
+    exported = {id(p) for module in method.export().values() for p in module.parameters()}
+    own = dict(method.named_parameters())
     trainable = {name for name, p in own.items() if p.requires_grad}
-    if recipe.teacher is not None:
-        _fitting(dict(recipe.teacher.named_parameters()), trainable, saved, "teacher's")
-        recipe.teacher.load_state_dict(dict(read_teacher(saved)))
+    if method.teacher is not None:
+        _fitting(dict(method.teacher.named_parameters()), trainable, saved, "teacher's")
+        method.teacher.load_state_dict(dict(read_teacher(saved)))
     if student or any(id(p) in exported for p in own.values()):
         _fitting(own, trainable, saved, "student's")
-        tensors = {**own, **dict(recipe.named_buffers())}
+        tensors = {**own, **dict(method.named_buffers())}
         with torch.no_grad():
             for name, tensor in read_student(saved):
                 tensors[name].copy_(tensor)
@@ -104,9 +104,9 @@ def load_trained(config: Config, saved: Saved, device: torch.device) -> Method:
     Raises:
         CheckpointError: the checkpoint holds another architecture.
     """
-    recipe = build_seeded_method(config, device)
-    fill_trained(recipe, saved)
-    return recipe
+    method = build_seeded_method(config, device)
+    fill_trained(method, saved)
+    return method
 
 
 def chosen(path: Path, *, best: bool = False) -> Saved:

@@ -112,22 +112,22 @@ def check(config: Config) -> None:
     from pipeline.methods.registry import build_method
 
     with torch.device("meta"):
-        recipe = build_method(config)
+        method = build_method(config)
     for name in {config.init_from.source, *config.method.anchors.values()} - {None}:
         if (found := find(str(name)).saved) is not None:
             saved.verify(found)
     if config.init_from.source is not None:
-        _matched(recipe, find(config.init_from.source), config.init_from, shapes_only=True)
+        _matched(method, find(config.init_from.source), config.init_from, shapes_only=True)
     for name, given in config.method.anchors.items():
-        _anchored(recipe, name, given, shapes_only=True)
+        _anchored(method, name, given, shapes_only=True)
 
 
 @torch.no_grad()
-def begin(recipe: Method, config: Config, *, record: bool = True) -> Start | None:
+def begin(method: Method, config: Config, *, record: bool = True) -> Start | None:
     """Fills the student with the weights that ``init_from`` names, makes the teacher its equal, and fills frozen networks.
 
     Args:
-        recipe: the method with its random weights, whole, before an engine has it.
+        method: the method with its random weights, whole, before an engine has it.
         config: the settings.
         record: whether to take the source's digest, which one rank may do for all.
 
@@ -139,20 +139,20 @@ def begin(recipe: Method, config: Config, *, record: bool = True) -> Start | Non
     """
     facts: dict[str, Any] = {}
     told: list[str] = []
-    parameters = dict(recipe.named_parameters())
+    parameters = dict(method.named_parameters())
     if config.init_from.source is not None:
         source = find(config.init_from.source)
-        weights, notes = _matched(recipe, source, config.init_from, shapes_only=False)
+        weights, notes = _matched(method, source, config.init_from, shapes_only=False)
         for name, tensor in weights.items():
             parameters[name].copy_(tensor)
-        if recipe.teacher is not None:
-            recipe.teacher.reset()
+        if method.teacher is not None:
+            method.teacher.reset()
         network = f"{config.init_from.network} of " if source.kind == "checkpoint" else ""
         told += [f"starting from the {network}{source}: {len(weights)} tensors", *notes]
         if record:
             facts = source.record() | {"network": config.init_from.network, "heads": config.init_from.heads}
     for anchor, given in config.method.anchors.items():
-        weights, notes = _anchored(recipe, anchor, given, shapes_only=False)
+        weights, notes = _anchored(method, anchor, given, shapes_only=False)
         for name, tensor in weights.items():
             parameters[name].copy_(tensor)
         told += [f"method.{anchor} stands still at {find(given) if given else 'what this run starts with'}", *notes]
@@ -161,7 +161,7 @@ def begin(recipe: Method, config: Config, *, record: bool = True) -> Start | Non
     return Start(facts, tuple(told)) if told else None
 
 
-def student_tower(recipe: Method) -> tuple[str, VisionTower]:
+def student_tower(method: Method) -> tuple[str, VisionTower]:
     """Name and module of the tower that a method trains; ``backbone`` if it trains several.
 
     Raises:
@@ -169,7 +169,7 @@ def student_tower(recipe: Method) -> tuple[str, VisionTower]:
     """
     towers = {
         name: module
-        for name, module in recipe.named_modules()
+        for name, module in method.named_modules()
         if isinstance(module, VisionTower) and (name == "backbone" or any(p.requires_grad for p in module.parameters()))
     }
     name = "backbone" if "backbone" in towers else next(iter(towers), "")
@@ -182,9 +182,9 @@ def student_tower(recipe: Method) -> tuple[str, VisionTower]:
     return name, towers[name]
 
 
-def _matched(recipe: Method, source: Source, settings: InitSettings, *, shapes_only: bool) -> tuple[dict[str, Tensor], list[str]]:
-    """Weights by the recipe's names, and notes."""
-    name, tower = student_tower(recipe)
+def _matched(method: Method, source: Source, settings: InitSettings, *, shapes_only: bool) -> tuple[dict[str, Tensor], list[str]]:
+    """Weights by the method's names, and notes."""
+    name, tower = student_tower(method)
     if settings.heads and source.saved is None:
         raise CheckpointError(
             "only checkpoints of fovea hold heads", where=f"init_from.source={source.name}", hint="set init_from.heads=false"
@@ -193,17 +193,17 @@ def _matched(recipe: Method, source: Source, settings: InitSettings, *, shapes_o
     fitted = fit(state, tower, where=f"init_from.source={source.name}")
     weights = {f"{name}.{inner}": tensor for inner, tensor in fitted.weights.items()}
     if settings.heads:
-        own = {n: tuple(p.shape) for n, p in recipe.named_parameters() if p.requires_grad and not n.startswith(f"{name}.")}
+        own = {n: tuple(p.shape) for n, p in method.named_parameters() if p.requires_grad and not n.startswith(f"{name}.")}
         compare(own, {n: tuple(t.shape) for n, t in rest.items()}, where=f"init_from.source={source.name}, heads")
         weights |= rest
     return weights, [*notes, *fitted.notes]
 
 
-def _anchored(recipe: Method, name: str, given: str | None, *, shapes_only: bool) -> tuple[dict[str, Tensor], list[str]]:
-    """Weights of a frozen network of the recipe, by the recipe's names, and notes; of the teacher as it is if none are given."""
-    networks = dict(recipe.get_submodule(name).named_children())
-    if given is None and recipe.teacher is not None:
-        taught = {n: t for n, t in recipe.teacher.named_parameters() if n.split(".")[0] in networks}
+def _anchored(method: Method, name: str, given: str | None, *, shapes_only: bool) -> tuple[dict[str, Tensor], list[str]]:
+    """Weights of a frozen network of the method, by the method's names, and notes; of the teacher as it is if none are given."""
+    networks = dict(method.get_submodule(name).named_children())
+    if given is None and method.teacher is not None:
+        taught = {n: t for n, t in method.teacher.named_parameters() if n.split(".")[0] in networks}
         return {f"{name}.{n}": tensor for n, tensor in taught.items()}, []
     source = find(given or "")
     state, rest, notes = _read(source, "teacher", shapes_only)

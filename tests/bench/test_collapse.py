@@ -29,7 +29,7 @@ def test_the_page_says_what_was_learnt_what_collapsed_and_what_failed() -> None:
     well, ill, gone = TRIALS[:3]
     found = [
         Found(well, 10, 1280, {640: 0.25, 1280: 0.5}, 0.2, 0.123, {"feature_rank": 12.5}, {}),
-        Found(ill, 10, 1280, {1280: 0.1}, 0.2, 0.0, {"feature_rank": 1.0}, {"narrow": "features in one direction"}),
+        Found(ill, 10, 1280, {1280: 0.1}, 0.2, 0.0, {"feature_rank": 1.0}, {"rank_collapse": "features in one direction"}),
         Found(gone, failed="no memory"),
     ]
     text = page(found, {"cores": "2"}, "fovea bench collapse")
@@ -56,8 +56,8 @@ def test_numbers_and_alarms_are_read_from_a_runs_journals(tmp_path: Path) -> Non
     written = Journal(tmp_path / "tracking" / "journal-0.jsonl")
     written.metrics(5, {"train/loss": 2.5, "knn/k20": 0.25})
     written.metrics(10, {"train/loss": math.inf})
-    written.tags({"alarm/narrow": "few directions", "fovea.other": "1"})
+    written.tags({"alert/rank_collapse": "few directions", "fovea.other": "1"})
     written.close()
     metrics, alarms = journal(tmp_path)
     assert metrics == {"train/loss": {5: 2.5, 10: math.inf}, "knn/k20": {5: 0.25}}
-    assert alarms == {"narrow": "few directions"}
+    assert alarms == {"rank_collapse": "few directions"}

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from tests.helpers.rank_pool import pool
-from tests.helpers.toy_recipe import advance, build
+from tests.helpers.toy_method import advance, build
 
 NEVER = 1_000
 
@@ -80,13 +80,13 @@ class Operations:
         return "rubbish" if inner.startswith(".tmp-old") else inner
 
 
-def _attempt(store: Any, recipe: Any, engine: Any, step: int, beside: bool) -> None:
+def _attempt(store: Any, method: Any, engine: Any, step: int, beside: bool) -> None:
     """One save; if it is beside the training, the training goes on meanwhile."""
     if not beside:
-        store.save(engine, recipe, _facts(step))
+        store.save(engine, method, _facts(step))
         return
-    store.begin(engine, recipe, _facts(step))
-    advance(recipe, engine, step)
+    store.begin(engine, method, _facts(step))
+    advance(method, engine, step)
     outcome = None
     while outcome is None:
         outcome = store.poll(store.state)
@@ -103,14 +103,14 @@ def _kill_everywhere(directory: str, step: int, leftovers: bool, beside: bool) -
     from pipeline.checkpoint import reader, retention
     from pipeline.checkpoint import writer as checkpoint
 
-    recipe, engine = build(zero=2)
+    method, engine = build(zero=2)
     folder, before = Path(directory) / "run", Path(directory) / "before"
 
     def store() -> Any:
         return checkpoint.Checkpoints(folder, keep_last=2, keep_best="score")
 
     for first in (1, 2, 3):
-        store().save(engine, recipe, _facts(first))
+        store().save(engine, method, _facts(first))
     if leftovers:
         for name in (f".tmp-step_{step:09d}", ".tmp-step_000000002", ".tmp-old-0badf00d-step_000000001"):
             (folder / name).mkdir()
@@ -124,7 +124,7 @@ def _kill_everywhere(directory: str, step: int, leftovers: bool, beside: bool) -
             shutil.copytree(before, folder)
             operations.start(len(deaths))
             try:
-                _attempt(store(), recipe, engine, step, beside)
+                _attempt(store(), method, engine, step, beside)
             except Killed:
                 deaths.append(operations.done[-1])
             else:
@@ -140,8 +140,8 @@ def _kill_everywhere(directory: str, step: int, leftovers: bool, beside: bool) -
             best = retention.read_best(folder).get("checkpoint")
             assert best in there, f"killed at {deaths[-1]}: best.json names {best}, which is not there"
             assert {"step_000000001", "step_000000002"} & set(there), "the older ones were touched"
-            reader.load(newest, engine, recipe)
-            store().save(engine, recipe, _facts(9))
+            reader.load(newest, engine, method)
+            store().save(engine, method, _facts(9))
             assert (folder / "step_000000009").is_dir() and not list(folder.glob(".tmp-*"))
     engine.close()
     return {"deaths": deaths, "undisturbed": operations.done}

@@ -16,7 +16,7 @@ import torch.distributed as dist
 from pipeline.checkpoint import files as saved
 from pipeline.errors import CheckpointError
 from tests.helpers.rank_pool import pool
-from tests.helpers.toy_recipe import Toy, advance, assembled, build, options, snapshot
+from tests.helpers.toy_method import Toy, advance, assembled, build, options, snapshot
 
 FACTS = {"data": {}, "config": {}, "scores": {"score": 0.5}}
 
@@ -41,16 +41,16 @@ def _train(
     from pipeline.checkpoint import writer as checkpoint
 
     folder = Path(directory)
-    recipe, engine = build(seed, zero=zero, offload=offload)
+    method, engine = build(seed, zero=zero, offload=offload)
     store = checkpoint.Checkpoints(folder, keep_last=keep)
     if load is not None:
-        reader.load(saved.read(folder / f"step_{load:09d}"), engine, recipe)
-    loaded = snapshot(recipe, engine)
+        reader.load(saved.read(folder / f"step_{load:09d}"), engine, method)
+    loaded = snapshot(method, engine)
     for index in range(load or 0, until):
-        advance(recipe, engine, index)
+        advance(method, engine, index)
         if index + 1 in save:
-            assert store.save(engine, recipe, _facts(index + 1)) == folder / f"step_{index + 1:09d}"
-    end = snapshot(recipe, engine)
+            assert store.save(engine, method, _facts(index + 1)) == folder / f"step_{index + 1:09d}"
+    end = snapshot(method, engine)
     engine.close()
     return {"loaded": loaded, "end": end}
 
@@ -144,10 +144,10 @@ def _load_wider(directory: str) -> str:
     from pipeline.checkpoint import reader
     from pipeline.training.engine import Engine
 
-    recipe = Toy(hidden=18)
-    engine = Engine(recipe, options(), torch.device("cpu"))
+    method = Toy(hidden=18)
+    engine = Engine(method, options(), torch.device("cpu"))
     try:
-        reader.load(saved.read(Path(directory)), engine, recipe)
+        reader.load(saved.read(Path(directory)), engine, method)
     except CheckpointError as error:
         return str(error)
     finally:
@@ -158,10 +158,10 @@ def _load_wider(directory: str) -> str:
 def _load_with_other_memory(directory: str) -> str:
     from pipeline.checkpoint import reader
 
-    recipe, engine = build()
-    recipe.extra_state["queue"] = torch.zeros(4)
+    method, engine = build()
+    method.extra_state["queue"] = torch.zeros(4)
     try:
-        reader.load(saved.read(Path(directory)), engine, recipe)
+        reader.load(saved.read(Path(directory)), engine, method)
     except CheckpointError as error:
         return str(error)
     finally:
@@ -185,7 +185,7 @@ def _fail_then_save(directory: str, victim: int, file: str) -> dict[str, Any]:
     """The disk is full for one file of one rank, then it is not."""
     from pipeline.checkpoint import writer as checkpoint
 
-    recipe, engine = build(zero=2)
+    method, engine = build(zero=2)
     store = checkpoint.Checkpoints(Path(directory))
     real = checkpoint.write_tensors
 
@@ -197,7 +197,7 @@ def _fail_then_save(directory: str, victim: int, file: str) -> dict[str, Any]:
 
     checkpoint.write_tensors = full
     try:
-        store.save(engine, recipe, _facts(9))
+        store.save(engine, method, _facts(9))
         told = "accepted"
     except CheckpointError as error:
         told = str(error)
@@ -205,7 +205,7 @@ def _fail_then_save(directory: str, victim: int, file: str) -> dict[str, Any]:
         checkpoint.write_tensors = real
     left = sorted(path.name for path in Path(directory).iterdir())
     dist.barrier()
-    store.save(engine, recipe, _facts(9))
+    store.save(engine, method, _facts(9))
     engine.close()
     return {"told": told, "left": left}
 
@@ -225,9 +225,9 @@ def test_a_disk_that_is_full_on_one_rank_fails_the_save_on_all_and_spoils_nothin
 def _save_into(directory: str) -> str:
     from pipeline.checkpoint import writer as checkpoint
 
-    recipe, engine = build(zero=2)
+    method, engine = build(zero=2)
     try:
-        checkpoint.Checkpoints(Path(directory)).save(engine, recipe, _facts(1))
+        checkpoint.Checkpoints(Path(directory)).save(engine, method, _facts(1))
     except CheckpointError as error:
         return str(error)
     finally:
@@ -249,7 +249,7 @@ def _beside(directory: str, *, slow: bool = True, zero: int = 2) -> list[Any]:
     """Nine steps saved at three, six and nine beside the training, and nothing is written before two more steps are done."""
     from pipeline.checkpoint import writer as checkpoint
 
-    recipe, engine = build(zero=zero)
+    method, engine = build(zero=zero)
     store = checkpoint.Checkpoints(Path(directory), keep_last=9)
     real, gate, told = checkpoint.write_tensors, threading.Event(), []
 
@@ -260,13 +260,13 @@ def _beside(directory: str, *, slow: bool = True, zero: int = 2) -> list[Any]:
     checkpoint.write_tensors = late
     try:
         for index in range(9):
-            advance(recipe, engine, index)
+            advance(method, engine, index)
             states = torch.tensor(int(store.state))
             dist.all_reduce(states, op=dist.ReduceOp.MAX)
             told.append(store.poll(int(states)))
             if (index + 1) % 3 == 0:
                 gate.clear() if index < 8 else gate.set()
-                told.append(store.begin(engine, recipe, _facts(index + 1)))
+                told.append(store.begin(engine, method, _facts(index + 1)))
             elif (index + 1) % 3 == 2:
                 gate.set()
         told.append(store.finish())
@@ -292,7 +292,7 @@ def _often_full(directory: str, full: tuple[int, ...]) -> dict[str, Any]:
     """Saves beside the training, of which some find the disk of rank 1 full."""
     from pipeline.checkpoint import writer as checkpoint
 
-    recipe, engine = build(zero=2)
+    method, engine = build(zero=2)
     store = checkpoint.Checkpoints(Path(directory), most_failures=3)
     real, told = checkpoint.write_tensors, []
 
@@ -305,8 +305,8 @@ def _often_full(directory: str, full: tuple[int, ...]) -> dict[str, Any]:
     stopped = ""
     try:
         for step in range(1, 7):
-            advance(recipe, engine, step)
-            store.begin(engine, recipe, _facts(step))
+            advance(method, engine, step)
+            store.begin(engine, method, _facts(step))
             outcome = store.finish()
             told.append((outcome.step, str(outcome.problem or ""), outcome.in_a_row))
     except CheckpointError as error:

@@ -398,10 +398,10 @@ def test_another_method_brings_its_settings_under_its_name(tmp_path: Path, monke
     from pipeline.config import schema as tree
     from pipeline.methods import settings as base
 
-    recipes = {"dinov2": Dinov2Settings}
-    monkeypatch.setattr(tree, "METHODS", recipes)
-    monkeypatch.setattr(base, "REGISTERED", recipes)
-    monkeypatch.setattr(module, "METHODS", recipes)
+    methods = {"dinov2": Dinov2Settings}
+    monkeypatch.setattr(tree, "METHODS", methods)
+    monkeypatch.setattr(base, "REGISTERED", methods)
+    monkeypatch.setattr(module, "METHODS", methods)
 
     @register("toy")
     class Toy(MethodSettings):
@@ -415,7 +415,7 @@ def test_another_method_brings_its_settings_under_its_name(tmp_path: Path, monke
     assert load(write(tmp_path, show(loaded), "again.yaml")).config == loaded.config
     assert "method.queue" in schema("toy") and "method.prototypes" not in schema("toy")
     assert isinstance(load(path).config.method, Dinov2Settings)
-    with pytest.raises(ValueError, match="two recipes"):
+    with pytest.raises(ValueError, match="two methods"):
         register("toy")(Dinov2Settings)
 
 

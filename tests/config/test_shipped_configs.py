@@ -56,10 +56,10 @@ def size(module: torch.nn.Module) -> int:
 
 @pytest.mark.parametrize("name", sorted(available()))
 def test_it_is_built_and_every_weight_is_in_one_group(name: str) -> None:
-    recipe = built(name)
-    grouped = sorted(itertools.chain.from_iterable(group.names for group in recipe.parameter_groups()))
-    assert grouped == sorted(n for n, p in recipe.named_parameters() if p.requires_grad) and grouped
-    assert recipe.views and recipe.export()
+    method = built(name)
+    grouped = sorted(itertools.chain.from_iterable(group.names for group in method.parameter_groups()))
+    assert grouped == sorted(n for n, p in method.named_parameters() if p.requires_grad) and grouped
+    assert method.views and method.export()
 
 
 @pytest.mark.parametrize("name", TOWERS)

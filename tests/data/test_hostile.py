@@ -524,16 +524,16 @@ def test_a_run_over_a_hostile_shard_goes_on_to_its_end_and_tells_what_was_lost(t
     storage.forget()
     spec = (ViewSpec("view", 1, 32, (0.3, 1.0), augment=(Augment(),)),)
     order = Order(manifest.sizes, 0, 8, lanes=1, block=1024)
-    ledger = BadSamples(tmp_path / "ledger.jsonl", budget=1.0)
+    bad_samples = BadSamples(tmp_path / "bad_samples.jsonl", budget=1.0)
     dataset = StepDataset(Reader(manifest, wants=("image",)), order, spec, seed=0, world=1, rank=0)
     steps = manifest.total // 8
     options = StreamOptions(micro_batch=8, workers=0, hue="off")
-    stream = BatchStream(dataset, device=torch.device("cpu"), options=options, ledger=ledger, first=0, last=steps)
+    stream = BatchStream(dataset, device=torch.device("cpu"), options=options, bad_samples=bad_samples, first=0, last=steps)
     met: list[int] = []
     for _, (batch,) in stream:
         assert all(torch.isfinite(view).all() for view in batch.views["view"])
         met += batch.ids
-    events = [json.loads(line) for line in (tmp_path / "ledger.jsonl").read_text().splitlines()]
+    events = [json.loads(line) for line in (tmp_path / "bad_samples.jsonl").read_text().splitlines()]
     assert len(met) == steps * 8
     reasons = {event["id"]: event["reason"] for event in events}
     planned = [int(number) for step in range(steps) for number in order.rank_batch(step, 1, 0).ids]

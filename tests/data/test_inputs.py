@@ -276,7 +276,7 @@ def test_what_is_no_data_is_never_accepted(shards: Path, tmp_path: Path, name: s
 
 
 class Nothing:
-    """Stands where an engine or a recipe would."""
+    """Stands where an engine or a method would."""
 
 
 def test_over_other_data_the_quarantine_is_dropped_and_the_counters_stay(
@@ -289,12 +289,17 @@ def test_over_other_data_the_quarantine_is_dropped_and_the_counters_stay(
     saved = checkpoint(RunDirectory(tmp_path / "run"), config, prepare(config, 2), **facts)
     saved.manifest.update({"applied": 10, "skipped": 0, "scores": {}, "seconds": 1.0})
     engine: Any = Nothing()
-    ledger = assemble.BadSamples(None)
-    assemble._restore(saved, engine, engine, ledger, prepare(config, 2), False)
-    assert ledger.state() == {"seen": 160, "reasons": {"corrupt": 1}, "counts": {"seen/a": 160}, "quarantine": {"5": "corrupt"}}
+    bad_samples = assemble.BadSamples(None)
+    assemble._restore(saved, engine, engine, bad_samples, prepare(config, 2), False)
+    assert bad_samples.state() == {
+        "seen": 160,
+        "reasons": {"corrupt": 1},
+        "counts": {"seen/a": 160},
+        "quarantine": {"5": "corrupt"},
+    }
     edit(three)
-    progress = assemble._restore(saved, engine, engine, ledger, prepare(config, 2), True)
+    progress = assemble._restore(saved, engine, engine, bad_samples, prepare(config, 2), True)
     assert progress.step == 10
-    assert ledger.state() == {"seen": 160, "reasons": {"corrupt": 1}, "counts": {"seen/a": 160}, "quarantine": {}}
+    assert bad_samples.state() == {"seen": 160, "reasons": {"corrupt": 1}, "counts": {"seen/a": 160}, "quarantine": {}}
     with pytest.raises(CheckpointError):
-        assemble._restore(saved, engine, engine, ledger, prepare(config, 2), False)
+        assemble._restore(saved, engine, engine, bad_samples, prepare(config, 2), False)

@@ -10,7 +10,7 @@ import pytest
 from pipeline.estimate.activations import Alive, alive, counted
 from pipeline.estimate.memory import held
 from tests.helpers.rank_pool import pool
-from tests.helpers.tiny_recipes import STEP, batch_at, config, recipe
+from tests.helpers.tiny_methods import STEP, batch_at, config, make_method
 
 HIDDEN = 20_000
 
@@ -21,7 +21,7 @@ def live(zero: int) -> dict[str, Any]:
     import torch.distributed as dist
 
     from pipeline.training.engine import Engine, _configuration
-    from tests.helpers import toy_recipe as toy
+    from tests.helpers import toy_method as toy
 
     def reachable() -> dict[int, int]:
         found = {}
@@ -35,9 +35,9 @@ def live(zero: int) -> dict[str, Any]:
 
     gc.collect()
     before = reachable()
-    recipe = toy.Toy(0, HIDDEN)
-    engine = Engine(recipe, toy.options(zero=zero), torch.device("cpu"))  # type: ignore[arg-type]
-    groups = [[engine.shapes[name] for name in group.names] for group in recipe.parameter_groups()]
+    method = toy.Toy(0, HIDDEN)
+    engine = Engine(method, toy.options(zero=zero), torch.device("cpu"))  # type: ignore[arg-type]
+    groups = [[engine.shapes[name] for name in group.names] for group in method.parameter_groups()]
     share = toy.SAMPLES // dist.get_world_size()
     for index in range(2):
         rows = slice(dist.get_rank() * share, (dist.get_rank() + 1) * share)
@@ -45,7 +45,7 @@ def live(zero: int) -> dict[str, Any]:
         if index == 1:
             break
         engine.step(toy.step_at(index), torch.tensor(True))
-        recipe.after_step(toy.step_at(index))
+        method.after_step(toy.step_at(index))
     gc.collect()
     parts = engine.memory()
     everything = sum(size for place, size in reachable().items() if place not in before)
@@ -109,7 +109,7 @@ def test_what_a_forward_pass_keeps_is_counted_without_memory_within_five_percent
     settings = config(name, train={"global_batch_size": 8, "precision": "fp32"})
     kept = []
     for samples in (8, 16):
-        made = recipe(name, train={"global_batch_size": 8, "precision": "fp32"}).train()
+        made = make_method(name, train={"global_batch_size": 8, "precision": "fp32"}).train()
         batch = batch_at(made, 0, samples=samples)
         with Alive() as found:
             made.before_accumulation([batch], STEP)

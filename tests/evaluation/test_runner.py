@@ -40,15 +40,15 @@ def test_pictures_are_the_same_each_time_and_the_random_state_is_untouched(tmp_p
     config = toy(tmp_path, "launch.backend=gloo", "evaluation.knn.every=2 steps").config
     sheets: dict[tuple[int, str], NDArray[np.uint8]] = {}
     with world_here(config) as world:
-        recipe = build_seeded_method(config, torch.device("cpu")).train()
+        method = build_seeded_method(config, torch.device("cpu")).train()
         keep = lambda step, name, sheet: sheets.update({(step, name): sheet})  # noqa: E731
-        judge = Evaluations(config, prepare(config, 1), recipe, world, fresh=True, show=keep)
+        judge = Evaluations(config, prepare(config, 1), method, world, fresh=True, show=keep)
         state = torch.get_rng_state()
         judge(0, 0.0)
         assert judge(1, 0.0) == {} and len(sheets) == 3  # none at steps without evaluations
         judge(2, 0.0)
     assert torch.equal(torch.get_rng_state(), state)
-    assert recipe.training
+    assert method.training
     names = ("pca", "attention", "neighbours")
     assert set(sheets) == {(step, name) for step in (0, 2) for name in names}
     for name in names:

@@ -93,9 +93,9 @@ while step < plan["steps"]:
     if step % plan["every"] == 0:
         save(step)
     if (run / "control" / "stop").exists():
-        stop = "ASKED"
+        stop = "USER_REQUEST"
     elif (run / "control" / f"stop-{attempt}").exists():
-        stop = "TOLD"
+        stop = "PREEMPTED"
     elif told and (logs / "failure.json").exists():
         os._exit(1)  # another rank has failed, and Slurm ends the rest
     elif told:

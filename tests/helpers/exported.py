@@ -1,4 +1,4 @@
-"""Checkpoints as one rank writes them, of recipes small enough for tests, and their settings."""
+"""Checkpoints as one rank writes them, of methods small enough for tests, and their settings."""
 
 from __future__ import annotations
 
@@ -30,18 +30,18 @@ CLIP: dict[str, Any] = {
 MODEL: dict[str, Any] = {"embed_dim": 32, "depth": 2, "num_heads": 2, "patch_size": 8}
 
 
-def settings(recipe: dict[str, Any], **model: Any) -> Config:
+def settings(method: dict[str, Any], **model: Any) -> Config:
     return Config.model_validate(
-        {"run": {"name": "toy"}, "method": recipe, "model": {**MODEL, **model}, "data": {"shards": ["nowhere.tar"]}}
+        {"run": {"name": "toy"}, "method": method, "model": {**MODEL, **model}, "data": {"shards": ["nowhere.tar"]}}
     )
 
 
 def checkpoint(folder: Path, config: Config, *, step: int = 3) -> tuple[Saved, Method]:
-    """A checkpoint with weights that no seed gives, teacher and student different; and the recipe that holds them."""
-    recipe = build_method(config).eval()
+    """A checkpoint with weights that no seed gives, teacher and student different; and the method that holds them."""
+    method = build_method(config).eval()
     generator = torch.Generator().manual_seed(9)
-    students = dict(recipe.named_parameters())
-    teachers = dict(recipe.teacher.named_parameters()) if recipe.teacher is not None else {}
+    students = dict(method.named_parameters())
+    teachers = dict(method.teacher.named_parameters()) if method.teacher is not None else {}
     with torch.no_grad():
         for weight in (*students.values(), *teachers.values()):
             weight += 0.1 * torch.randn(weight.shape, generator=generator)
@@ -52,8 +52,8 @@ def checkpoint(folder: Path, config: Config, *, step: int = 3) -> tuple[Saved, M
     pieces |= {f"teacher/{name}": t.detach().flatten() for name, t in teachers.items() if name in trained}
     whole = {f"frozen/{name}": p.detach() for name, p in students.items() if not p.requires_grad}
     whole |= {f"teacher/{name}": p.detach() for name, p in teachers.items() if name not in trained}
-    if recipe.teacher is not None:
-        whole |= {f"teacher/{name}": t for name, t in recipe.teacher.named_buffers()}
+    if method.teacher is not None:
+        whole |= {f"teacher/{name}": t for name, t in method.teacher.named_buffers()}
     save_file({name: t.clone() for name, t in pieces.items()}, place / "rank_00000.safetensors")
     save_file({name: t.clone() for name, t in whole.items()}, place / "whole.safetensors")
     manifest = {
@@ -72,4 +72,4 @@ def checkpoint(folder: Path, config: Config, *, step: int = 3) -> tuple[Saved, M
         "files": [entry(place / "rank_00000.safetensors"), entry(place / "whole.safetensors")],
     }
     (place / "manifest.json").write_text(json.dumps(manifest))
-    return read(place), recipe
+    return read(place), method

@@ -99,7 +99,7 @@ def test_errors_tables_lines_and_logs_are_cleaned(capsys: pytest.CaptureFixture[
 def test_status_and_logs_of_a_foreign_run_are_escaped(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = RunDirectory(tmp_path / "run")
     run.write("config.json", {})
-    run.write("verdict.json", {"state": f"failed{EVIL}", "why": EVIL})
+    run.write("final_state.json", {"state": f"failed{EVIL}", "why": EVIL})
     run.note("start", attempt=0, ranks=EVIL, nodes=EVIL)
     run.note("end", attempt=0, code=1, cause=EVIL, why=EVIL)
     run.logs(0).mkdir(parents=True)
@@ -111,7 +111,7 @@ def test_status_and_logs_of_a_foreign_run_are_escaped(tmp_path: Path, capsys: py
 
 
 RECORDS = [
-    *("outcome.json", "verdict.json", "length.json", "config.json", "submit/job.json"),
+    *("outcome.json", "final_state.json", "plan.json", "config.json", "submit/job.json"),
     *("evaluations/step_3.json", "attempts.jsonl"),
 ]
 KEYS = ["steps", "state", "why", "scores", "stop", "job", "event", "attempt", "t", "seconds"]

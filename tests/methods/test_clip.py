@@ -21,7 +21,7 @@ from pipeline.methods.shared.crops import one_view
 from pipeline.models.groups import ParameterGroup
 from pipeline.models.settings import ModelSettings
 from pipeline.models.vision import build_tower
-from tests.helpers.recipe_pairs import CONTEXT, MODEL, SAMPLES, SIDE, TEXT, captions, clip, pairs_at
+from tests.helpers.method_pairs import CONTEXT, MODEL, SAMPLES, SIDE, TEXT, captions, clip, pairs_at
 
 STEP = Step()
 

@@ -10,8 +10,8 @@ import torch
 import torch.distributed as dist
 
 from pipeline.methods.base import Step
+from tests.helpers.method_pairs import SAMPLES, clip, engine_of, pairs_at, trained
 from tests.helpers.rank_pool import pool
-from tests.helpers.recipe_pairs import SAMPLES, clip, engine_of, pairs_at, trained
 
 
 @cache
@@ -46,17 +46,17 @@ def test_plain_accumulation_is_another_training() -> None:
 
 def _scales(zero: Literal[0, 1, 2, 3]) -> list[float]:
     """The scale in use before and after steps that push it far beyond its bound."""
-    recipe = clip(init_logit_scale=99.0)
-    engine = engine_of(recipe, zero, SAMPLES // dist.get_world_size(), 1)
+    method = clip(init_logit_scale=99.0)
+    engine = engine_of(method, zero, SAMPLES // dist.get_world_size(), 1)
     begin = dist.get_rank() * engine.options.micro_batch
     seen = []
     for index in range(4):
         step = Step(index=index, lr=3.0, last_layer_lr=3.0)
         same = pairs_at(index, slice(begin, begin + engine.options.micro_batch))
         terms = engine.forward_backward(same, step)
-        seen.append(float(recipe.metrics["logit_scale"]))
+        seen.append(float(method.metrics["logit_scale"]))
         engine.step(step, terms["contrastive"].isfinite())
-        recipe.after_step(step)
+        method.after_step(step)
     engine.close()
     return seen
 

@@ -33,7 +33,7 @@ SMALL = Dinov2Settings(
 STEP = Step(momentum=0.9, teacher_temperature=0.05)
 
 
-def recipe(**changes: Any) -> DINOv2:
+def make_method(**changes: Any) -> DINOv2:
     torch.manual_seed(0)
     model = ModelSettings(embed_dim=16, depth=2, num_heads=2, patch_size=4, layer_scale=None, registers=1)
     return DINOv2(build_tower(model, image_size=16), SMALL.model_copy(update=changes))
@@ -67,18 +67,21 @@ def batch(n: int = BATCH, crops: int = LOCALS, seed: int = 0) -> Batch:
 @pytest.mark.parametrize("shared", [False, True])
 @pytest.mark.parametrize("targets", ["sinkhorn_knopp", "softmax_center"])
 def test_terms_are_finite_named_scalars_and_metrics_stay_apart(shared: bool, targets: str) -> None:
-    method = recipe(shared_heads=shared, centering=targets)
+    method = make_method(shared_heads=shared, centering=targets)
     terms = method(batch(), STEP)
     assert list(terms) == ["dino_local", "dino_global", "ibot", "koleo"]
     assert all(term.ndim == 0 and term.dtype == torch.float32 and torch.isfinite(term) for term in terms.values())
     assert all(term.requires_grad for term in terms.values())
     assert not any(metric.requires_grad for metric in method.metrics.values())
-    assert all(0.0 <= float(method.metrics[name]) <= 1.0 + 1e-5 for name in ("target_entropy", "prototype_use", "agreement"))
+    assert all(
+        0.0 <= float(method.metrics[name]) <= 1.0 + 1e-5
+        for name in ("target_entropy", "prototype_entropy", "teacher_student_top1_agreement")
+    )
 
 
 @pytest.mark.parametrize("shared", [False, True])
 def test_gradient_reaches_every_trainable_parameter_and_no_other(shared: bool) -> None:
-    method = recipe(shared_heads=shared)
+    method = make_method(shared_heads=shared)
     sum(method(batch(), STEP).values()).backward()
     assert [name for name, p in method.named_parameters() if p.grad is None] == []
     assert all(p.grad is None for _, p in method.teacher.named_parameters())
@@ -88,7 +91,7 @@ def test_gradient_reaches_every_trainable_parameter_and_no_other(shared: bool) -
 
 
 def test_each_network_runs_as_often_as_the_paper_says() -> None:
-    method = recipe()
+    method = make_method()
     calls: list[tuple[str, int]] = []
 
     def count(name: str) -> Callable[..., None]:
@@ -114,7 +117,7 @@ def test_each_network_runs_as_often_as_the_paper_says() -> None:
 
 
 def test_the_teacher_sees_whole_crops_and_the_student_masked_ones() -> None:
-    method = recipe()
+    method = make_method()
     seen: dict[str, Any] = {}
 
     def note(name: str) -> Callable[..., None]:
@@ -129,7 +132,7 @@ def test_the_teacher_sees_whole_crops_and_the_student_masked_ones() -> None:
 
 
 def test_uniform_outputs_cost_ln_k() -> None:
-    method = recipe(koleo_weight=0.0)
+    method = make_method(koleo_weight=0.0)
     with torch.no_grad():
         for head in (*list(method.networks().values())[1:], *list(method.teacher.modules.values())[1:]):
             head.last.gain.zero_()
@@ -139,7 +142,7 @@ def test_uniform_outputs_cost_ln_k() -> None:
     assert float(terms["dino_local"] + terms["dino_global"]) == pytest.approx(math.log(K), abs=1e-5)
     assert float(terms["dino_local"]) == pytest.approx(math.log(K) * LOCALS / (1 + LOCALS), abs=1e-5)
     assert float(terms["ibot"]) == pytest.approx(math.log(K) * masked, abs=1e-5)
-    assert float(method.metrics["dino_below_uniform"]) == pytest.approx(0.0, abs=1e-5)
+    assert float(method.metrics["dino_loss_vs_log_k"]) == pytest.approx(0.0, abs=1e-5)
     assert float(method.metrics["target_entropy"]) == pytest.approx(1.0, abs=1e-5)
 
 
@@ -174,7 +177,7 @@ def in_plain_words(method: DINOv2, data: Batch) -> dict[str, Tensor]:
 @pytest.mark.parametrize("shared", [False, True])
 @pytest.mark.parametrize("targets", ["sinkhorn_knopp", "softmax_center"])
 def test_logits_in_pieces_are_the_formulas_with_all_logits(targets: str, shared: bool, norm: str) -> None:
-    method = recipe(centering=targets, shared_heads=shared, head_norm=norm, prototype_chunk_size=5)
+    method = make_method(centering=targets, shared_heads=shared, head_norm=norm, prototype_chunk_size=5)
     with torch.no_grad():
         for p in method.parameters():
             p.add_(0.05 * torch.randn_like(p))
@@ -191,7 +194,7 @@ def test_logits_in_pieces_are_the_formulas_with_all_logits(targets: str, shared:
 
 
 def test_no_tensor_holds_the_logits_of_all_tokens() -> None:
-    method, data = recipe(prototypes=2048, prototype_chunk_size=3), batch()
+    method, data = make_method(prototypes=2048, prototype_chunk_size=3), batch()
     weights = {p.numel() for p in method.parameters()}
     with Largest() as largest:
         torch.stack(list(method(data, STEP).values())).sum().backward()
@@ -201,7 +204,7 @@ def test_no_tensor_holds_the_logits_of_all_tokens() -> None:
 
 @pytest.mark.parametrize("targets", ["sinkhorn_knopp", "softmax_center"])
 def test_under_bf16_autocast_terms_are_fp32_and_near_those_of_fp32(targets: str) -> None:
-    method, data = recipe(centering=targets), batch()
+    method, data = make_method(centering=targets), batch()
     plain = method(data, STEP)
     with torch.autocast("cpu", torch.bfloat16):
         method.before_accumulation([data], STEP)
@@ -216,7 +219,7 @@ def test_under_bf16_autocast_terms_are_fp32_and_near_those_of_fp32(targets: str)
 
 
 def test_what_was_prepared_is_used_once_and_only_for_its_own_batch() -> None:
-    method, first, second = recipe(), batch(seed=1), batch(seed=2)
+    method, first, second = make_method(), batch(seed=1), batch(seed=2)
     alone = float(method(second, STEP)["dino_global"].detach())
     method.before_accumulation([first, second], STEP)
     method(first, STEP)
@@ -229,7 +232,7 @@ def test_what_was_prepared_is_used_once_and_only_for_its_own_batch() -> None:
 
 
 def test_metrics_are_means_over_the_steps_micro_batches() -> None:
-    method, parts = recipe(), [batch(seed=1), batch(seed=2)]
+    method, parts = make_method(), [batch(seed=1), batch(seed=2)]
     method.before_accumulation(parts, STEP)
     each = []
     for part in parts:
@@ -238,29 +241,31 @@ def test_metrics_are_means_over_the_steps_micro_batches() -> None:
     method.before_accumulation(parts[::-1], STEP)
     method(parts[1], STEP)
     second = {name: float(value) for name, value in method.metrics.items()}
-    for name in ("target_entropy", "agreement", "dino_below_uniform", "masked_share"):
+    for name in ("target_entropy", "teacher_student_top1_agreement", "dino_loss_vs_log_k", "mask_ratio"):
         assert each[1][name] == pytest.approx((each[0][name] + second[name]) / 2, abs=1e-5)
-    assert each[1]["prototype_use"] > max(each[0]["prototype_use"], second["prototype_use"])  # more samples reach more of them
+    assert each[1]["prototype_entropy"] > max(
+        each[0]["prototype_entropy"], second["prototype_entropy"]
+    )  # more samples reach more of them
     assert each[0]["feature_rank"] == each[1]["feature_rank"] > 1.0
-    assert each[0]["masked_share"] == pytest.approx(float(parts[0].masks["global"].grid.float().mean()))
+    assert each[0]["mask_ratio"] == pytest.approx(float(parts[0].masks["global"].grid.float().mean()))
 
 
 def test_a_group_that_no_micro_batch_holds_is_refused_with_the_mend() -> None:
     with pytest.raises(ConfigError, match="6 features do not make groups of 4") as told:
-        recipe(koleo_group_size=4)(batch(), STEP)
+        make_method(koleo_group_size=4)(batch(), STEP)
     assert "method.koleo_group_size" in str(told.value) and "divisor of the 6 samples" in str(told.value)
 
 
 def test_weights_scale_their_own_term_only() -> None:
-    plain = recipe()(batch(), STEP)
-    heavy = recipe(dino_weight=2.0, ibot_weight=3.0, koleo_weight=0.4)(batch(), STEP)
+    plain = make_method()(batch(), STEP)
+    heavy = make_method(dino_weight=2.0, ibot_weight=3.0, koleo_weight=0.4)(batch(), STEP)
     factors = {"dino_local": 2.0, "dino_global": 2.0, "ibot": 3.0, "koleo": 4.0}
     for name, factor in factors.items():
         torch.testing.assert_close(heavy[name], plain[name] * factor)
 
 
 def test_only_hidden_patches_are_read_and_each_gets_a_gradient_from_ibot() -> None:
-    method = recipe()
+    method = make_method()
     kept: list[Tensor] = []
 
     def keep(module: torch.nn.Module, args: Any, out: Tokens) -> None:
@@ -275,7 +280,7 @@ def test_only_hidden_patches_are_read_and_each_gets_a_gradient_from_ibot() -> No
 
 
 def test_permuting_the_images_leaves_every_term() -> None:
-    method, data = recipe(), batch()
+    method, data = make_method(), batch()
     order = torch.randperm(BATCH, generator=torch.Generator().manual_seed(3))
     grid = data.masks["global"].grid.unflatten(0, (2, BATCH))[:, order].flatten(0, 1)
     views = {name: [view[order] for view in kind] for name, kind in data.views.items()}
@@ -285,7 +290,7 @@ def test_permuting_the_images_leaves_every_term() -> None:
 
 
 def test_without_masks_or_local_crops_it_still_runs() -> None:
-    method = recipe()
+    method = make_method()
     data = replace(batch(crops=0), masks={"global": masks(torch.zeros(2 * BATCH, 16, dtype=torch.bool))})
     terms = method(data, STEP)
     sum(terms.values()).backward()
@@ -294,7 +299,7 @@ def test_without_masks_or_local_crops_it_still_runs() -> None:
 
 @pytest.mark.parametrize("targets", ["sinkhorn_knopp", "softmax_center"])
 def test_twenty_steps_on_one_batch_teach_the_student(targets: str) -> None:
-    method, data = recipe(centering=targets), batch()
+    method, data = make_method(centering=targets), batch()
     start = copy.deepcopy(method.state_dict())
     optimizer = torch.optim.AdamW(method.parameters(), lr=3e-3)
     step = replace(STEP, momentum=0.99)
@@ -313,7 +318,7 @@ def test_twenty_steps_on_one_batch_teach_the_student(targets: str) -> None:
 
 
 def test_centres_move_after_the_step_and_only_then() -> None:
-    method, data = recipe(centering="softmax_center"), batch()
+    method, data = make_method(centering="softmax_center"), batch()
     tokens = method.teacher.modules["backbone"](torch.cat(data.views["global"]))
     said = method.teacher.modules["dino_head"](tokens.cls).mean(0)
     method(data, STEP)
@@ -325,7 +330,7 @@ def test_centres_move_after_the_step_and_only_then() -> None:
 
 
 def test_the_teacher_follows_under_the_students_names() -> None:
-    method = recipe()
+    method = make_method()
     student = dict(method.named_parameters())
     assert [name for name, _ in method.teacher.named_parameters()] == list(student)
     before = {name: tensor.clone() for name, tensor in method.teacher.named_parameters()}

@@ -22,7 +22,7 @@ from pipeline.methods.settings import ViewSettings
 from pipeline.models.settings import ModelSettings
 from pipeline.models.vision import build_tower
 from tests.helpers.rank_pool import pool
-from tests.helpers.tiny_recipes import MODEL, first_steps, interrupted
+from tests.helpers.tiny_methods import MODEL, first_steps, interrupted
 from tests.methods.test_registry import compare
 
 K, N = 12, 4

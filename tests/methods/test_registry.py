@@ -13,14 +13,14 @@ from torch import Tensor
 from pipeline.config.schema import METHODS
 from pipeline.models.tokens import Tokens
 from tests.helpers.rank_pool import pool
-from tests.helpers.tiny_recipes import STEP, batch_at, config, first_steps, interrupted, recipe
+from tests.helpers.tiny_methods import STEP, batch_at, config, first_steps, interrupted, make_method
 
 METHODS = sorted(METHODS)
 
 
 @pytest.mark.parametrize("name", METHODS)
 def test_it_is_built_from_checked_settings(name: str) -> None:
-    made = recipe(name)
+    made = make_method(name)
     assert config(name).method.reads_text == (made.text is not None)
     trainable = {parameter for parameter, p in made.named_parameters() if p.requires_grad}
     grouped = [parameter for group in made.parameter_groups() for parameter in group.names]
@@ -31,7 +31,7 @@ def test_it_is_built_from_checked_settings(name: str) -> None:
 
 @pytest.mark.parametrize("name", METHODS)
 def test_every_trainable_weight_has_a_slope_and_nothing_else_has(name: str) -> None:
-    made = recipe(name)
+    made = make_method(name)
     batch = batch_at(made, 0)
     made.before_accumulation([batch], STEP)
     terms = made(batch, STEP)
@@ -46,7 +46,7 @@ def test_every_trainable_weight_has_a_slope_and_nothing_else_has(name: str) -> N
 
 @pytest.mark.parametrize("name", METHODS)
 def test_it_exports_a_backbone_that_sees_pictures(name: str) -> None:
-    made = recipe(name)
+    made = make_method(name)
     backbone = made.export()["backbone"].eval()
     size = made.views[0].size
     with torch.no_grad():
@@ -57,7 +57,7 @@ def test_it_exports_a_backbone_that_sees_pictures(name: str) -> None:
 
 @pytest.mark.parametrize("name", METHODS)
 def test_twenty_steps_on_one_batch_teach_it(name: str) -> None:
-    made = recipe(name)
+    made = make_method(name)
     batch = batch_at(made, 0)
     optimizer = torch.optim.AdamW([p for p in made.parameters() if p.requires_grad], lr=STEP.lr)
     history = []
@@ -117,7 +117,7 @@ def compare(ranks: list[dict[str, Any]], expected: dict[str, Any]) -> None:
 def test_micro_batches_are_one_batch_unless_the_method_says_otherwise(name: str) -> None:
     changes = {"method": {"head_norm": "layer"}} if name in ("byol", "mocov3", "simclr") else {}
     changes = {"method": {"local_repulsion": None}} if name in ("dino", "mocov2") else changes
-    made = recipe(name, **changes)
+    made = make_method(name, **changes)
     if made.couples_batch and name not in ("clip", "coca", "detailclip"):  # which compare all pairs, and prepare for it
         pytest.fail(f"{name} has no form that accumulates exactly")
     expected = pool(1).run(first_steps, name=name, zero=0, steps=1, **changes)[0]

@@ -17,7 +17,7 @@ from pipeline.methods.shared.two_views import Repeller, two_views
 from pipeline.methods.shared.two_views_settings import RepelSettings
 from pipeline.methods.simclr.settings import SimclrSettings
 from tests.helpers.rank_pool import pool
-from tests.helpers.tiny_recipes import STEP, advance, batch_at, config, engine_of, recipe
+from tests.helpers.tiny_methods import STEP, advance, batch_at, config, engine_of, make_method
 
 
 def test_views_are_the_papers() -> None:
@@ -60,7 +60,7 @@ def test_the_judge_learns_from_features_that_do_not_and_they_from_a_judge_that_d
 
 
 def test_the_queue_takes_the_newest_pictures_first_and_forgets_the_oldest() -> None:
-    made = recipe("mocov2", method={"queue": 11, "local_repulsion": None})
+    made = make_method("mocov2", method={"queue": 11, "local_repulsion": None})
     assert isinstance(made, MoCoV2)
     before, kept = made.extra_state["queue"].clone(), []
     for index in range(2):
@@ -79,7 +79,7 @@ def test_the_queue_takes_the_newest_pictures_first_and_forgets_the_oldest() -> N
 
 
 def queue_after(accumulation: int) -> torch.Tensor:
-    made = recipe("mocov2", method={"local_repulsion": None})
+    made = make_method("mocov2", method={"local_repulsion": None})
     engine = engine_of(made, 1, accumulation)
     advance(made, engine, 0, accumulation)
     queue = made.extra_state["queue"].clone()
@@ -94,8 +94,8 @@ def test_the_queue_is_the_same_on_any_number_of_ranks() -> None:
 
 
 def test_a_batch_norm_in_dinos_head_couples_the_batch_and_the_teachers_pass_does_not_move_its_averages() -> None:
-    assert not recipe("dino", method={"local_repulsion": None}).couples_batch
-    made = recipe("dino", method={"local_repulsion": None, "head_norm": "batch"}).train()
+    assert not make_method("dino", method={"local_repulsion": None}).couples_batch
+    made = make_method("dino", method={"local_repulsion": None, "head_norm": "batch"}).train()
     assert made.couples_batch and made.teacher is not None
     before = {name: buffer.clone() for name, buffer in made.teacher.named_buffers() if "running" in name}
     first = made(batch_at(made, 0), STEP)["dino"]
@@ -109,7 +109,7 @@ def test_a_batch_norm_in_dinos_head_couples_the_batch_and_the_teachers_pass_does
 def test_without_predictor_features_of_byol_become_alike() -> None:
     ranks = {}
     for predictor in (True, False):
-        made = recipe("byol", method={"predictor": predictor})
+        made = make_method("byol", method={"predictor": predictor})
         optimizer = torch.optim.AdamW(made.parameters(), lr=1e-2)
         for index in range(30):
             loss = torch.stack(list(made(batch_at(made, index), STEP).values())).sum()

@@ -14,7 +14,7 @@ from pipeline.models.fp8 import E4M3, rounded, scaled_product, use_fp8
 from pipeline.models.settings import ModelSettings
 from pipeline.models.vision import build_tower
 from pipeline.training.build import prepare_towers
-from tests.helpers.tiny_recipes import STEP, batch_at, config
+from tests.helpers.tiny_methods import STEP, batch_at, config
 
 
 def factors(*shape: int, seed: int = 0) -> Tensor:
@@ -75,14 +75,14 @@ def test_a_rotary_tower_computes_its_queries_keys_and_values_so_too() -> None:
 @pytest.mark.parametrize(("mode", "student", "teacher"), [("off", 0, 0), ("teacher", 0, 7), ("all", 7, 7)])
 def test_it_is_for_the_towers_that_the_settings_name(mode: str, student: int, teacher: int) -> None:
     settings = config("dinov2", train={"global_batch_size": 8, "precision": "bf16", "fp8": mode})
-    recipe = build_method(settings)
-    prepare_towers(recipe, settings)
+    method = build_method(settings)
+    prepare_towers(method, settings)
 
     def taught(module: Any) -> int:
         return sum(isinstance(m, nn.Linear) and "forward" in vars(m) for m in module.backbone.vit.blocks.modules()) - 1
 
-    assert recipe.teacher is not None
-    assert (taught(recipe), taught(nn.ModuleDict(dict(recipe.teacher.modules)))) == (student, teacher)
+    assert method.teacher is not None
+    assert (taught(method), taught(nn.ModuleDict(dict(method.teacher.modules)))) == (student, teacher)
 
 
 @pytest.mark.parametrize("name", ["dinov2", "clip"])
@@ -91,15 +91,15 @@ def test_a_method_learns_with_it_as_it_does_without(name: str) -> None:
     for mode in ("off", "all"):
         settings = config(name, train={"global_batch_size": 8, "precision": "bf16", "fp8": mode})
         torch.manual_seed(0)
-        recipe = build_method(settings)
-        prepare_towers(recipe, settings)
-        optimizer = torch.optim.AdamW([p for p in recipe.parameters() if p.requires_grad], lr=3e-3)
-        data = batch_at(recipe, 0)
+        method = build_method(settings)
+        prepare_towers(method, settings)
+        optimizer = torch.optim.AdamW([p for p in method.parameters() if p.requires_grad], lr=3e-3)
+        data = batch_at(method, 0)
         for _ in range(15):
             torch.manual_seed(1)
             with torch.autocast("cpu", torch.bfloat16):
-                recipe.before_accumulation([data], STEP)
-                terms = recipe(data, STEP)
+                method.before_accumulation([data], STEP)
+                terms = method(data, STEP)
             loss = torch.stack([term.float() for term in terms.values()]).sum()
             optimizer.zero_grad()
             loss.backward()

@@ -175,20 +175,20 @@ def mlps(config: Config) -> dict[str, Rule]:
 
 def table(config: Config) -> dict[str, Rule]:
     """All rules of a config, the first that fits counts."""
-    recipe, m = config.method, config.model
+    method, m = config.method, config.model
     rules: dict[str, Rule] = resnet(config) if "resnet" in (m.timm_name or "") else transformer(config)
     rules |= {r"^logits\.": lambda shape: Drawn(math.nan, 0.0), r"^image_projection\.weight$": width(-0.5)}
-    if recipe.name in ("clip", "detailclip", "coca"):
-        rules |= text("text_tower", getattr(recipe, "text").sizes.depth)  # noqa: B009
-    if recipe.name == "detailclip":
+    if method.name in ("clip", "detailclip", "coca"):
+        rules |= text("text_tower", getattr(method, "text").sizes.depth)  # noqa: B009
+    if method.name == "detailclip":
         rules |= {r"decoder\.mask_token$": SMALL, r"decoder\.embed\.weight$": xavier(), r"decoder\.pixels\.weight$": torch_linear}
         rules |= {r"decoder\.blocks.*\.weight$": xavier(), r"decoder\.blocks.*\.bias$": ZERO}
         rules |= {r"decoder\.(embed|pixels)\.bias$": torch_bias(768 if m.timm_name else m.embed_dim or 0)}
-    if recipe.name in ("dinov2", "detailclip", "dino", "distill"):
+    if method.name in ("dinov2", "detailclip", "dino", "distill"):
         rules = prototypes(config) | rules
-    if recipe.name in ("simclr", "byol", "mocov2", "mocov3", "dino"):
+    if method.name in ("simclr", "byol", "mocov2", "mocov3", "dino"):
         rules = mlps(config) | rules
-    if recipe.name in ("coca", "simvlm") or getattr(recipe, "image_pool", "") == "attention":  # no code of the authors
+    if method.name in ("coca", "simvlm") or getattr(method, "image_pool", "") == "attention":  # no code of the authors
         rules |= {r"^(text_tower\.(decoder|vocabulary)|language|pooler|pool)\.": lambda shape: Drawn(math.nan, math.nan)}
     return rules
 
@@ -208,14 +208,14 @@ def differs(tensor: Tensor, drawn: Drawn) -> bool:
 def shallow(config: Config) -> Config:
     """With few blocks and prototypes: none of the rules looks at how many there are."""
     update = {"depth": 2} if config.model.depth else {}
-    recipe = {"prototypes": 512} if hasattr(config.method, "prototypes") else {}
-    recipe |= {"ibot_prototypes": None} if hasattr(config.method, "ibot_prototypes") else {}
+    method = {"prototypes": 512} if hasattr(config.method, "prototypes") else {}
+    method |= {"ibot_prototypes": None} if hasattr(config.method, "ibot_prototypes") else {}
     if hasattr(config.method, "teacher_model"):
-        recipe |= {"teacher_model": config.method.teacher_model.model_copy(update={"depth": 2})}
+        method |= {"teacher_model": config.method.teacher_model.model_copy(update={"depth": 2})}
     if getattr(config.method, "students", ()):
         few = [one.model_copy(update={"depth": 2}) for one in config.method.students]
-        recipe |= {"students": tuple(few)}
-    return config.replace(model=config.model.model_copy(update=update), method=config.method.model_copy(update=recipe))
+        method |= {"students": tuple(few)}
+    return config.replace(model=config.model.model_copy(update=update), method=config.method.model_copy(update=method))
 
 
 @pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] if LARGE.search(n) else []) for n in NAMES])
@@ -223,9 +223,9 @@ def test_every_initial_tensor_is_drawn_as_in_the_authors_code(name: str) -> None
     config = shallow(load(name).config)
     rules = table(config)
     torch.manual_seed(0)
-    recipe = build_method(config)
+    method = build_method(config)
     wrong = []
-    for key, tensor in recipe.named_parameters():
+    for key, tensor in method.named_parameters():
         if not tensor.requires_grad and key.endswith("pos_embed") and getattr(config.method, "pos_embed", "") == "sincos":
             continue
         rule = next((rule for pattern, rule in rules.items() if re.search(pattern, key)), None)

@@ -23,7 +23,7 @@ def made(folder: Path, *, width: int, score: float, interrupted: bool) -> Path:
     (saved.path / "manifest.json").write_text(json.dumps(manifest))
     run = RunDirectory(folder)
     run.write("config.json", config.model_dump(mode="json"))
-    run.write("length.json", {"steps": 4})
+    run.write("plan.json", {"steps": 4})
     for attempt, first in ((0, 1), (1, 3)) if interrupted else ((0, 1),):
         run.note("start", attempt=attempt, ranks=2, resumed_from=None if attempt == 0 else 2)
         journal = Journal(run.journal(attempt))

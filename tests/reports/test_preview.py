@@ -43,7 +43,7 @@ def samples(loaded: Loaded, inputs: Inputs) -> list[preview.Sample]:
     return preview.gather(loaded.config, inputs, preview.views_of(loaded.config), 4)
 
 
-def test_every_view_of_the_recipe_is_drawn(samples: list[preview.Sample]) -> None:
+def test_every_view_of_the_method_is_drawn(samples: list[preview.Sample]) -> None:
     assert len(samples) == 4
     for sample in samples:
         assert [view.name for view in sample.views] == ["global 1", "global 2", "local 1", "local 2"]
@@ -56,7 +56,7 @@ def test_views_and_masks_are_the_very_ones_of_the_first_step(
     config, specs = loaded.config, preview.views_of(loaded.config)
     dataset = StepDataset(Reader(inputs.train), inputs.order, specs, seed=config.run.seed, world=1, rank=0)
     options = StreamOptions(micro_batch=16, workers=0, hue="yiq")
-    stream = BatchStream(dataset, device=torch.device("cpu"), options=options, ledger=BadSamples(None), last=1)
+    stream = BatchStream(dataset, device=torch.device("cpu"), options=options, bad_samples=BadSamples(None), last=1)
     ((_, (batch,)),) = list(stream)
     assert [sample.key for sample in samples] == batch.keys[:4]
     hidden = batch.masks["global"].grid.view(2, 16, 16)

@@ -74,9 +74,9 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Loaded:
     journal(folder, 1, [*logged(12, 18), metrics(17, train__loss=99.0)])
     journal(folder, 2, [*logged(18, 24), metrics(24, knn__k1=0.55, knn__k5=0.65), tags(state="finished")])
     attempts(folder, None, 10, 16)
-    recipe = changed(build_seeded_method(loaded.config, CPU), 1)
+    method = changed(build_seeded_method(loaded.config, CPU), 1)
     data = {"substituted": {"corrupt": 2, "unreadable": 1}, "samples": 40}
-    write_checkpoint(folder, recipe, step=24, seconds=3.0, skipped=4, data=data)
+    write_checkpoint(folder, method, step=24, seconds=3.0, skipped=4, data=data)
     return loaded
 
 

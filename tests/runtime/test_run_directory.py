@@ -38,7 +38,7 @@ def test_a_record_is_replaced_whole(tmp_path: Path) -> None:
 
 def test_every_attempt_and_rank_writes_files_of_its_own(tmp_path: Path) -> None:
     run = RunDirectory(tmp_path)
-    places = [run.journal(0), run.journal(1), run.ledger(0), run.ledger(1), run.logs(0), run.logs(1)]
+    places = [run.journal(0), run.journal(1), run.bad_samples(0), run.bad_samples(1), run.logs(0), run.logs(1)]
     places += [run.batches(attempt, rank) for attempt in (0, 1) for rank in (0, 1)]
     assert len(set(places)) == len(places)
     assert all(place.is_relative_to(tmp_path) for place in places)

@@ -83,10 +83,10 @@ def _read_files(folder: str, names: list[str]) -> list[object]:
     ("names", "stop", "saves", "left"),
     [
         ([], "NO", False, []),
-        (["stop"], "ASKED", False, ["stop"]),
-        (["stop-3"], "TOLD", False, ["stop-3"]),
+        (["stop"], "USER_REQUEST", False, ["stop"]),
+        (["stop-3"], "PREEMPTED", False, ["stop-3"]),
         (["stop-2"], "NO", False, ["stop-2"]),
-        (["stop", "stop-3"], "ASKED", False, ["stop", "stop-3"]),
+        (["stop", "stop-3"], "USER_REQUEST", False, ["stop", "stop-3"]),
         (["save"], "NO", True, []),
     ],
 )

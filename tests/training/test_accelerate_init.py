@@ -9,7 +9,7 @@ import torch
 
 from pipeline.errors import TrainingError
 from tests.helpers.rank_pool import pool
-from tests.helpers.toy_recipe import advance, assembled, build
+from tests.helpers.toy_method import advance, assembled, build
 from tests.training.test_engine import _train
 
 
@@ -45,9 +45,9 @@ def _launched_with_bf16() -> set[torch.dtype]:
     asked = {"ACCELERATE_MIXED_PRECISION": "bf16", "ACCELERATE_DYNAMO_BACKEND": "inductor"}
     os.environ.update(asked)
     try:
-        recipe, engine = build(init="accelerate", precision="bf16")
-        kinds = {p.dtype for p in recipe.parameters()} | {f.master.dtype for f in engine.fragments()}
-        advance(recipe, engine, 0)
+        method, engine = build(init="accelerate", precision="bf16")
+        kinds = {p.dtype for p in method.parameters()} | {f.master.dtype for f in engine.fragments()}
+        advance(method, engine, 0)
         engine.close()
     finally:
         for name in asked:

@@ -33,7 +33,7 @@ SETTINGS = Dinov2Settings(
 )
 
 
-def recipe(**changes: Any) -> DINOv2:
+def make_method(**changes: Any) -> DINOv2:
     """A student that is not its teacher, and centres that are not zero."""
     torch.manual_seed(0)
     model = ModelSettings(embed_dim=16, depth=2, num_heads=2, patch_size=4, layer_scale=None, registers=1)
@@ -76,7 +76,7 @@ def step_of(zero: int, accumulation: int, unprepared: bool = False, **changes: A
     """On a rank: terms, gradients and centres of one step over its share of the global batch."""
     from pipeline.training.engine import Engine, EngineOptions
 
-    made = recipe(**changes)
+    made = make_method(**changes)
     micro = GLOBAL // dist.get_world_size() // accumulation
     options = EngineOptions(zero, "fp32", micro, accumulation, (0.9, 0.95), 1e-8, None, "network")  # type: ignore[arg-type]
     engine = Engine(made, options, torch.device("cpu"))

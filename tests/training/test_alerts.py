@@ -20,7 +20,7 @@ VITALS = HealthMetrics(
     use="use",
     below_guess="below",
     rank="rank",
-    agreement="agreement",
+    agreement="teacher_student_top1_agreement",
     suggest_fix=suggest_fix_of_distillation(0.1, centred=True, center_momentum=0.9, koleo=0.1),
 )
 ONSET = 600
@@ -35,7 +35,7 @@ def healthy(step: int) -> dict[str, float]:
         "use": 0.95 + noise / 10,
         "below": -0.2 + 2 * progress + noise,
         "rank": 3 + 20 * progress + noise,
-        "agreement": 0.4 * progress,
+        "teacher_student_top1_agreement": 0.4 * progress,
     }
 
 
@@ -67,10 +67,10 @@ def ill(onset: int = ONSET, **changes: Any) -> Callable[[int], dict[str, float]]
 
 
 CASES = {
-    "uniform": ill(entropy=1.0, below=0.0),
-    "single": ill(use=0.01, entropy=0.01),
-    "narrow": ill(rank=1.1),
-    "worse": ill(loss=lambda since: 12.0 + 0.1 * since),
+    "uniform_targets": ill(entropy=1.0, below=0.0),
+    "prototype_collapse": ill(use=0.01, entropy=0.01),
+    "rank_collapse": ill(rank=1.1),
+    "divergence": ill(loss=lambda since: 12.0 + 0.1 * since),
 }
 
 
@@ -92,25 +92,25 @@ def test_a_healthy_run_raises_no_alarm(every: int) -> None:
 
 def test_what_was_learnt_and_is_lost_again_is_told() -> None:
     raised = watch(ill(onset=1500, below=lambda since: 0.2 + math.exp(-since / 20)), steps=2000)
-    assert [alarm.failure_mode for _, alarm in raised] == ["worse"]
+    assert [alarm.failure_mode for _, alarm in raised] == ["divergence"]
     assert raised[0][0] <= 1700
 
 
 def test_a_plateau_at_ln_k_is_told_where_the_targets_stay_decided() -> None:
     raised = watch(ill(below=0.05, agreement=0.01), steps=900)
-    assert {alarm.failure_mode for _, alarm in raised} == {"still"}
+    assert {alarm.failure_mode for _, alarm in raised} == {"plateau"}
     assert all(done <= ONSET + 200 for done, _ in raised)
 
 
 def test_a_loss_that_never_moves_is_told_of_any_method() -> None:
     raised = watch(lambda step: {"loss": 2.5}, health_metrics=None, lr=lambda step: 1e-3)
-    assert [(alarm.failure_mode, done <= 200) for done, alarm in raised] == [("still", True)]
+    assert [(alarm.failure_mode, done <= 200) for done, alarm in raised] == [("plateau", True)]
     assert "schedule.lr.peak and schedule.lr" in raised[0][1].text
 
 
 def test_a_rising_loss_is_told_of_any_method() -> None:
     raised = watch(lambda step: {"loss": 2.0 * 1.01 ** max(step - ONSET, 0) + 0.01 * math.sin(step)}, health_metrics=None)
-    assert [alarm.failure_mode for _, alarm in raised] == ["worse"]
+    assert [alarm.failure_mode for _, alarm in raised] == ["divergence"]
     assert ONSET < raised[0][0] <= ONSET + 200
 
 
@@ -124,7 +124,7 @@ def test_fresh_networks_may_be_undecided_while_the_rate_warms_up_but_not_for_eve
         return healthy(step) | {"entropy": 0.999, "below": -0.01, "rank": 1.05}
 
     raised = watch(undecided, steps=1500, lr=lambda step: min(step / 1000, 1.0))
-    assert {alarm.failure_mode for _, alarm in raised} >= {"uniform", "narrow"}
+    assert {alarm.failure_mode for _, alarm in raised} >= {"uniform_targets", "rank_collapse"}
     assert all(1000 < done <= 1250 for done, _ in raised)
 
 
@@ -133,7 +133,7 @@ def test_a_second_onset_is_not_told_again_and_a_rewind_starts_anew() -> None:
     for done in range(10, 2000, 10):
         sick = 600 < done < 900 or done > 1200
         found = alarms.look(Step(lr=1.0), done, healthy(done) | ({"use": 0.0} if sick else {}))
-        assert [alarm.failure_mode for alarm in found] == (["single"] if 700 <= done <= 760 and found else [])
+        assert [alarm.failure_mode for alarm in found] == (["prototype_collapse"] if 700 <= done <= 760 and found else [])
     assert alarms.look(Step(lr=1.0), 500, healthy(500)) == []
     assert len(alarms._seen) == 1
 
@@ -145,22 +145,26 @@ def test_numbers_that_are_not_finite_are_left_to_the_trainer() -> None:
 def test_causes_follow_the_settings() -> None:
     step = Step(teacher_temperature=0.09, lr=1e-3)
     suggest_fix = suggest_fix_of_distillation(0.1, centred=True, center_momentum=1.0, koleo=0.0)
-    assert "schedule.teacher_temperature" in suggest_fix("uniform", step)
-    assert "method.center_momentum is 1" in suggest_fix("single", step)
-    assert "method.koleo_weight=0.1" in suggest_fix("narrow", step)
-    assert "schedule.lr.peak" in suggest_fix("uniform", Step(teacher_temperature=0.05)) and "schedule.lr.peak" in suggest_fix(
-        "worse", step
-    )
+    assert "schedule.teacher_temperature" in suggest_fix("uniform_targets", step)
+    assert "method.center_momentum is 1" in suggest_fix("prototype_collapse", step)
+    assert "method.koleo_weight=0.1" in suggest_fix("rank_collapse", step)
+    assert "schedule.lr.peak" in suggest_fix(
+        "uniform_targets", Step(teacher_temperature=0.05)
+    ) and "schedule.lr.peak" in suggest_fix("divergence", step)
     balanced = suggest_fix_of_distillation(0.1, centred=False, center_momentum=0.9, koleo=0.1)
-    assert "method.centering=sinkhorn_knopp" in balanced("single", step) and "raise method.koleo_weight" in balanced(
-        "narrow", step
+    assert "method.centering=sinkhorn_knopp" in balanced("prototype_collapse", step) and "raise method.koleo_weight" in balanced(
+        "rank_collapse", step
     )
 
 
 ILL = {
-    "no_centre": ({"centering": "softmax_center", "center_momentum": 1.0, "temperature": 0.04, "koleo_weight": 0.0}, "single", "centre"),
-    "no_sharpening": ({"temperature": 0.5, "koleo_weight": 0.0}, "uniform", "teacher's temperature (0.5)"),
-    "absurd_rate": ({"lr": 1.0}, "uniform", "lower schedule.lr.peak"),
+    "no_centre": (
+        {"centering": "softmax_center", "center_momentum": 1.0, "temperature": 0.04, "koleo_weight": 0.0},
+        "prototype_collapse",
+        "centre",
+    ),
+    "no_sharpening": ({"temperature": 0.5, "koleo_weight": 0.0}, "uniform_targets", "teacher's temperature (0.5)"),
+    "absurd_rate": ({"lr": 1.0}, "uniform_targets", "lower schedule.lr.peak"),
 }
 
 

@@ -12,7 +12,7 @@ from torch import nn
 from pipeline.errors import TrainingError
 from pipeline.models.groups import ParameterGroup
 from tests.helpers.rank_pool import pool
-from tests.helpers.toy_recipe import SAMPLES, Toy, advance, assembled, batch_at, build, by_torch, options, snapshot, step_at
+from tests.helpers.toy_method import SAMPLES, Toy, advance, assembled, batch_at, build, by_torch, options, snapshot, step_at
 
 STEPS = 6
 # What processors may differ by: their products of other sizes add in other orders. A teacher is a mean of weights.
@@ -20,13 +20,13 @@ LOSS, WEIGHT, TEACHER, ULP = 4e-6, 1e-6, 5e-7, 1.2e-7
 
 
 def _train(steps: int = STEPS, headless: tuple[int, ...] = (), **chosen: Any) -> dict[str, Any]:
-    recipe, engine = build(**chosen)
-    start = snapshot(recipe, engine)
+    method, engine = build(**chosen)
+    start = snapshot(method, engine)
     done = []
     for index in range(steps):
-        recipe.without_head = index in headless
-        done.append(advance(recipe, engine, index))
-    end = snapshot(recipe, engine)
+        method.without_head = index in headless
+        done.append(advance(method, engine, index))
+    end = snapshot(method, engine)
     engine.close()
     return {"start": start, "steps": done, **end}
 
@@ -62,8 +62,8 @@ def mean_terms(ranks: list[dict[str, Any]], index: int) -> dict[str, float]:
 
 
 def test_the_pieces_cover_every_trainable_parameter_once_and_their_ends_lie_inside(plain: list[dict[str, Any]]) -> None:
-    recipe = Toy()
-    trainable = {name: p.detach() for name, p in recipe.named_parameters() if p.requires_grad}
+    method = Toy()
+    trainable = {name: p.detach() for name, p in method.named_parameters() if p.requires_grad}
     masters = assembled([rank["start"] for rank in plain])
     assert masters.keys() == trainable.keys()
     for name, weight in trainable.items():
@@ -128,15 +128,15 @@ def test_a_network_without_gradient_in_a_step_is_like_one_with_zeroes(zero: int)
 
 
 def _with_poison(kind: str, zero: int, **chosen: Any) -> dict[str, Any]:
-    recipe, engine = build(zero=zero, **chosen)
+    method, engine = build(zero=zero, **chosen)
     seen = []
     for index in range(STEPS):
-        recipe.poison = kind if index == 3 and dist.get_rank() == 1 else None
-        before = snapshot(recipe, engine)
-        done = advance(recipe, engine, index)
-        after = snapshot(recipe, engine)
+        method.poison = kind if index == 3 and dist.get_rank() == 1 else None
+        before = snapshot(method, engine)
+        done = advance(method, engine, index)
+        after = snapshot(method, engine)
         seen.append((done["applied"], _same(before, after)))
-    end = snapshot(recipe, engine)
+    end = snapshot(method, engine)
     engine.close()
     return {"seen": seen, **end}
 
@@ -221,23 +221,23 @@ def _refused(kind: type[Toy]) -> str:
         (Thawing, "parameter fixed: a frozen parameter is in 1 parameter groups"),
     ],
 )
-def test_recipes_that_deepspeed_would_break_on_are_refused_by_name(kind: type[Toy], sentence: str) -> None:
+def test_methods_that_deepspeed_would_break_on_are_refused_by_name(kind: type[Toy], sentence: str) -> None:
     for told in pool(2).run(_refused, kind=kind):
         assert told.startswith(sentence)
 
 
 def _in_bf16() -> dict[str, Any]:
-    recipe, engine = build(zero=2, precision="bf16", clip=3.0)
-    start = snapshot(recipe, engine)
+    method, engine = build(zero=2, precision="bf16", clip=3.0)
+    start = snapshot(method, engine)
     kinds = []
-    hook = recipe.backbone[0].register_forward_hook(lambda module, inputs, output: kinds.append(output.dtype))
-    done = [advance(recipe, engine, index) for index in range(STEPS)]
+    hook = method.backbone[0].register_forward_hook(lambda module, inputs, output: kinds.append(output.dtype))
+    done = [advance(method, engine, index) for index in range(STEPS)]
     hook.remove()
     gradients = []
     engine.forward_backward(batch_at(9, slice(0, SAMPLES // 2)), step_at(9))
     gradients = [f.gradient.dtype for _, f in engine.layout.owned(gradients=True)]
     engine.step(step_at(9), torch.tensor(True))
-    end = snapshot(recipe, engine)
+    end = snapshot(method, engine)
     engine.close()
     return {"start": start, "steps": done, "compute": set(kinds), "gradients": set(gradients), **end}
 

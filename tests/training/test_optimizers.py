@@ -9,7 +9,7 @@ import torch
 
 from pipeline.training.optimizers import Lamb, Lars, Layerwise, Segment, Sgd
 from tests.helpers.rank_pool import pool
-from tests.helpers.toy_recipe import by_torch
+from tests.helpers.toy_method import by_torch
 from tests.training.test_engine import STEPS, _train, compare, mean_terms
 
 

@@ -1,4 +1,4 @@
-"""Schedules against the per-iteration tables of DINOv2's short recipe (batch 2048, 125 000 iterations)."""
+"""Schedules against the per-iteration tables of DINOv2's short method (batch 2048, 125 000 iterations)."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ SHORT = Schedules(
         (200_000, 1e-6, 0.4, 1.0, 0.07),
     ],
 )
-def test_short_recipe_equals_the_reference_table(
+def test_short_method_equals_the_reference_table(
     iteration: int, lr: float, weight_decay: float, momentum: float, temperature: float
 ) -> None:
     step = SHORT.at(its(iteration))
@@ -70,7 +70,7 @@ def test_last_layer_stands_still_at_first_then_follows() -> None:
 
 
 @pytest.mark.parametrize(("iteration", "lr"), [(50_000, 1.73206813e-4), (362_500, 1.73705081e-4), (624_999, 1.000000003e-6)])
-def test_long_recipe_equals_the_reference_table(iteration: int, lr: float) -> None:
+def test_long_method_equals_the_reference_table(iteration: int, lr: float) -> None:
     peak = square_root_lr(2e-4, 3072)
     assert peak == pytest.approx(3.46410162e-4, rel=1e-8)
     curve = Curve(0.0, peak, 1e-6, warmup=100_000 * 3072, length=625_000 * 3072)

@@ -12,7 +12,7 @@ from pipeline.config.load import InvalidConfig, load
 from tests.checkpoint.test_writer import _train as _saved
 from tests.checkpoint.test_writer import assert_same, of
 from tests.helpers.rank_pool import pool
-from tests.helpers.toy_recipe import SAMPLES, assembled, batch_at, build, by_torch, step_at
+from tests.helpers.toy_method import SAMPLES, assembled, batch_at, build, by_torch, step_at
 from tests.training.test_engine import STEPS, _train, _with_poison, compare
 
 CASES = [(1, 1), (2, 1), (2, 2), (3, 1), (3, 2)]

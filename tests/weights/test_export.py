@@ -43,12 +43,12 @@ def tokens_of(tower: torch.nn.Module, pictures: Tensor) -> Tensor:
 def test_timm_loads_it_and_gives_the_same_tokens(kind: str, tmp_path: Path) -> None:
     import timm
 
-    saved, recipe = checkpoint(tmp_path, settings(DINO, **TOWERS[kind]))
+    saved, method = checkpoint(tmp_path, settings(DINO, **TOWERS[kind]))
     folder = write(read(saved), "timm", tmp_path / "out")
     model = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
     with torch.inference_mode():
         found = model.forward_features(images())
-    torch.testing.assert_close(found, tokens_of(recipe.export()["backbone"], images()), atol=EXACT, rtol=0)
+    torch.testing.assert_close(found, tokens_of(method.export()["backbone"], images()), atol=EXACT, rtol=0)
     data = timm.data.resolve_data_config(model=model)
     assert tuple(data["input_size"]) == (3, 32, 32)
     assert data["interpolation"] == "bicubic"
@@ -61,13 +61,13 @@ def test_timm_loads_it_and_gives_the_same_tokens(kind: str, tmp_path: Path) -> N
 def test_transformers_loads_it_and_gives_the_same_tokens(kind: str, tmp_path: Path) -> None:
     from transformers import AutoImageProcessor, AutoModel
 
-    saved, recipe = checkpoint(tmp_path, settings(DINO, **TOWERS[kind]))
+    saved, method = checkpoint(tmp_path, settings(DINO, **TOWERS[kind]))
     folder = write(read(saved), "huggingface", tmp_path / "out")
     model, report = AutoModel.from_pretrained(folder, output_loading_info=True)
     assert not report["missing_keys"] and not report["unexpected_keys"] and not report["mismatched_keys"]
     with torch.inference_mode():
         found = model.eval()(images()).last_hidden_state
-    torch.testing.assert_close(found, tokens_of(recipe.export()["backbone"], images()), atol=EXACT * 5, rtol=0)
+    torch.testing.assert_close(found, tokens_of(method.export()["backbone"], images()), atol=EXACT * 5, rtol=0)
     processor = AutoImageProcessor.from_pretrained(folder)
     picture = np.full((64, 48, 3), 255, dtype=np.uint8)
     pixels = processor(picture, return_tensors="pt")["pixel_values"]
@@ -81,65 +81,65 @@ def test_open_clip_loads_it_and_gives_the_same_features(tmp_path: Path) -> None:
     from pipeline.data.loader.text import tokenizer
 
     config = settings(CLIP, layer_scale=1e-5)
-    saved, recipe = checkpoint(tmp_path, config)
+    saved, method = checkpoint(tmp_path, config)
     folder = write(read(saved), "open_clip", tmp_path / "out")
     model, _ = open_clip.create_model_from_pretrained(f"local-dir:{folder}")
     texts = ["a photo of a dog", "", "two black cats on a very long wall that does not end before the sixteenth token"]
     tokens = open_clip.get_tokenizer(f"local-dir:{folder}")(texts)
-    assert recipe.text is not None
-    assert np.array_equal(tokens.numpy(), tokenizer(recipe.text)(texts))
+    assert method.text is not None
+    assert np.array_equal(tokens.numpy(), tokenizer(method.text)(texts))
     with torch.inference_mode():
         pictures, captions = model.encode_image(images()), model.encode_text(tokens)
-        torch.testing.assert_close(pictures, recipe.encode_images(images()), atol=EXACT * 5, rtol=0)
-        torch.testing.assert_close(captions, recipe.encode_texts(tokens), atol=EXACT * 5, rtol=0)
-        scale, _ = recipe.logits()
+        torch.testing.assert_close(pictures, method.encode_images(images()), atol=EXACT * 5, rtol=0)
+        torch.testing.assert_close(captions, method.encode_texts(tokens), atol=EXACT * 5, rtol=0)
+        scale, _ = method.logits()
     assert float(model.logit_scale.exp()) == pytest.approx(float(scale), rel=1e-6)
 
 
 def test_open_clip_gets_the_bias_of_a_sigmoid(tmp_path: Path) -> None:
     import open_clip
 
-    saved, recipe = checkpoint(tmp_path, settings({**CLIP, "loss": "sigmoid"}, layer_scale=None))
+    saved, method = checkpoint(tmp_path, settings({**CLIP, "loss": "sigmoid"}, layer_scale=None))
     folder = write(read(saved), "open_clip", tmp_path / "out")
     model = open_clip.create_model(f"local-dir:{folder}")
-    assert float(model.logit_bias) == pytest.approx(float(recipe.logits()[1]), rel=1e-6)
+    assert float(model.logit_bias) == pytest.approx(float(method.logits()[1]), rel=1e-6)
 
 
 @pytest.mark.parametrize("kind", ["plain", pytest.param("rotary", marks=pytest.mark.slow)])
 def test_onnx_runtime_runs_it_on_any_number_of_pictures(kind: str, tmp_path: Path) -> None:
     import onnxruntime
 
-    saved, recipe = checkpoint(tmp_path, settings(CLIP, **TOWERS[kind]))
+    saved, method = checkpoint(tmp_path, settings(CLIP, **TOWERS[kind]))
     folder = write(read(saved), "onnx", tmp_path / "out")
     session = onnxruntime.InferenceSession(folder / "model.onnx", providers=["CPUExecutionProvider"])
     for count in (1, 5):
         cls, patches, feature = session.run(None, {"images": images(count).numpy()})
         with torch.inference_mode():
-            tokens = recipe.export()["backbone"](images(count))
-            expected = recipe.encode_images(images(count))
+            tokens = method.export()["backbone"](images(count))
+            expected = method.encode_images(images(count))
         np.testing.assert_allclose(cls, tokens.cls.numpy(), atol=1e-5)
         np.testing.assert_allclose(patches, tokens.patches.numpy(), atol=1e-5)
         np.testing.assert_allclose(feature, expected.numpy(), atol=1e-5)
 
 
 def test_the_students_weights_are_not_the_teachers(tmp_path: Path) -> None:
-    saved, recipe = checkpoint(tmp_path, settings(DINO))
+    saved, method = checkpoint(tmp_path, settings(DINO))
     teacher, student = read(saved), read(saved, network="student")
     assert (teacher.network, student.network) == ("teacher", "student")
-    assert torch.equal(teacher.tower.vit.cls_token, recipe.export()["backbone"].vit.cls_token)
-    assert torch.equal(student.tower.vit.cls_token, recipe.get_submodule("backbone").vit.cls_token)
+    assert torch.equal(teacher.tower.vit.cls_token, method.export()["backbone"].vit.cls_token)
+    assert torch.equal(student.tower.vit.cls_token, method.get_submodule("backbone").vit.cls_token)
     assert not torch.equal(teacher.tower.vit.cls_token, student.tower.vit.cls_token)
 
 
 def test_another_size_is_the_same_tower_with_resampled_positions(tmp_path: Path) -> None:
     import timm
 
-    saved, recipe = checkpoint(tmp_path, settings(DINO))
+    saved, method = checkpoint(tmp_path, settings(DINO))
     folder = write(read(saved, size=48), "timm", tmp_path / "out")
     model = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
     with torch.inference_mode():
         found = model.forward_features(images(size=48))
-    torch.testing.assert_close(found, tokens_of(recipe.export()["backbone"], images(size=48)), atol=EXACT, rtol=0)
+    torch.testing.assert_close(found, tokens_of(method.export()["backbone"], images(size=48)), atol=EXACT, rtol=0)
 
 
 def test_our_own_file_begins_another_run(tmp_path: Path) -> None:
@@ -149,11 +149,11 @@ def test_our_own_file_begins_another_run(tmp_path: Path) -> None:
     from pipeline.weights.public_layouts import fit, unwrapped
 
     config = settings(CLIP)
-    saved, recipe = checkpoint(tmp_path, config)
+    saved, method = checkpoint(tmp_path, config)
     folder = write(read(saved), "safetensors", tmp_path / "out")
     state, _ = unwrapped(load_file(folder / "model.safetensors"))
     tower = build_tower(config.model, image_size=32)
-    assert torch.equal(fit(state, tower, where="file").weights["vit.cls_token"], recipe.backbone.vit.cls_token)
+    assert torch.equal(fit(state, tower, where="file").weights["vit.cls_token"], method.backbone.vit.cls_token)
 
 
 def test_the_card_says_what_it_is(tmp_path: Path) -> None:
@@ -179,11 +179,11 @@ REFUSED = [
 ]
 
 
-@pytest.mark.parametrize(("target", "recipe", "model", "told"), REFUSED, ids=[f"{r[0]}-{r[3]}" for r in REFUSED])
+@pytest.mark.parametrize(("target", "method", "model", "told"), REFUSED, ids=[f"{r[0]}-{r[3]}" for r in REFUSED])
 def test_what_a_layout_cannot_hold_is_refused_and_leaves_nothing(
-    target: str, recipe: dict[str, Any], model: dict[str, Any], told: str, tmp_path: Path
+    target: str, method: dict[str, Any], model: dict[str, Any], told: str, tmp_path: Path
 ) -> None:
-    saved, _ = checkpoint(tmp_path / "run", settings(recipe, **model))
+    saved, _ = checkpoint(tmp_path / "run", settings(method, **model))
     with pytest.raises(ConfigError, match=told):
         write(read(saved), target, tmp_path / "out")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["run"]
@@ -229,8 +229,8 @@ def test_one_of_several_students_is_exported_by_its_name(tmp_path: Path, capsys:
         "teacher_weights": "x",
         "students": [{**judge, "name": "small", "depth": 1}],
     }
-    saved, recipe = checkpoint(tmp_path / "run", settings(several))
-    for network, towers in (("auto", recipe.students()), ("student", recipe.students(slow=False))):
+    saved, method = checkpoint(tmp_path / "run", settings(several))
+    for network, towers in (("auto", method.students()), ("student", method.students(slow=False))):
         found = read(saved, student="small", network=network)  # type: ignore[arg-type]
         assert found.tower.width == 16 and not found.others
         expected = towers["small"].state_dict()

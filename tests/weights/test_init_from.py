@@ -26,7 +26,7 @@ def config(folder: Path, *overrides: str) -> Config:
     return load(folder / "toy.yaml", ["data.shards=x.tar", *overrides]).config
 
 
-def recipe(config: Config, seed: int = 0) -> Method:
+def make_method(config: Config, seed: int = 0) -> Method:
     torch.manual_seed(seed)
     return build_method(config)
 
@@ -67,11 +67,11 @@ def write(run: Path, of: Method, *, step: int = 8, ranks: int = 2) -> dict[str, 
 @pytest.mark.parametrize("positions", ["learned", "rope"])
 def test_a_checkpoint_fills_student_and_teacher(tmp_path: Path, network: str, heads: bool, positions: str) -> None:
     plain = config(tmp_path, f"model.pos_embed={positions}")
-    content = write(tmp_path / "run", recipe(plain))[network]
+    content = write(tmp_path / "run", make_method(plain))[network]
     chosen = [f"init_from.source={tmp_path / 'run'}", f"init_from.network={network}", f"init_from.heads={str(heads).lower()}"]
     settings = config(tmp_path, f"model.pos_embed={positions}", *chosen)
     initial.check(settings)
-    fresh, method = recipe(plain), recipe(plain)
+    fresh, method = make_method(plain), make_method(plain)
     start = initial.begin(method, settings)
     assert start is not None and start.record["step"] == 8 and start.record["network"] == network
     assert method.teacher is not None
@@ -82,7 +82,7 @@ def test_a_checkpoint_fills_student_and_teacher(tmp_path: Path, network: str, he
 
 
 def test_the_newest_checkpoint_of_a_run_is_taken_or_the_one_that_is_named(tmp_path: Path) -> None:
-    method = recipe(config(tmp_path))
+    method = make_method(config(tmp_path))
     for step in (4, 12, 8):
         write(tmp_path / "run", method, step=step)
     for name, step in (("run", 12), ("run/checkpoints", 12), ("run/checkpoints/step_000000004", 4)):
@@ -94,10 +94,10 @@ def test_the_newest_checkpoint_of_a_run_is_taken_or_the_one_that_is_named(tmp_pa
 
 def test_positions_are_resampled_for_larger_pictures_and_that_is_said(tmp_path: Path) -> None:
     small = config(tmp_path)
-    content = write(tmp_path / "run", recipe(small))["teacher"]
+    content = write(tmp_path / "run", make_method(small))["teacher"]
     large = config(tmp_path, f"init_from.source={tmp_path / 'run'}", "method.views.global_size=64")
     initial.check(large)
-    method = recipe(large)
+    method = make_method(large)
     start = initial.begin(method, large)
     assert start is not None and any("from 4 x 4 to 8 x 8" in note for note in start.notes)
     positions = dict(method.named_parameters())["backbone.vit.pos_embed"]
@@ -107,7 +107,7 @@ def test_positions_are_resampled_for_larger_pictures_and_that_is_said(tmp_path: 
 @pytest.mark.parametrize("suffix", ["safetensors", "pth"])
 def test_a_file_of_weights_fills_the_backbone(tmp_path: Path, suffix: str) -> None:
     plain = config(tmp_path)
-    method, other = recipe(plain), recipe(plain, seed=1)
+    method, other = make_method(plain), make_method(plain, seed=1)
     state = {name: t.contiguous() for name, t in other.backbone.vit.state_dict().items()}  # type: ignore[union-attr, operator]
     path = tmp_path / f"weights.{suffix}"
     if suffix == "pth":
@@ -120,11 +120,11 @@ def test_a_file_of_weights_fills_the_backbone(tmp_path: Path, suffix: str) -> No
     assert start is not None and start.record["kind"] == "file" and len(start.record["blake2b"]) == 32
     got = dict(method.named_parameters())
     assert all(torch.equal(got[f"backbone.vit.{name}"], tensor) for name, tensor in state.items())
-    assert torch.equal(got["dino_head.mlp.0.weight"], dict(recipe(plain).named_parameters())["dino_head.mlp.0.weight"])
+    assert torch.equal(got["dino_head.mlp.0.weight"], dict(make_method(plain).named_parameters())["dino_head.mlp.0.weight"])
 
 
 def test_what_cannot_be_begun_with_is_refused_in_words(tmp_path: Path) -> None:
-    method = recipe(config(tmp_path))
+    method = make_method(config(tmp_path))
     write(tmp_path / "run", method)
     (tmp_path / "empty").mkdir()
     (tmp_path / "notes.txt").write_text("no weights")
@@ -166,7 +166,7 @@ def test_heads_are_not_looked_for_in_files(tmp_path: Path) -> None:
 def test_without_a_source_nothing_happens(tmp_path: Path) -> None:
     settings = config(tmp_path)
     initial.check(settings)
-    assert initial.begin(recipe(settings), settings) is None
+    assert initial.begin(make_method(settings), settings) is None
 
 
 class Hub:
@@ -204,7 +204,7 @@ def test_timms_weights_fill_the_backbone_without_their_classifier(tmp_path: Path
     shape = "model={timm_name: vit_tiny_patch16_224, embed_dim: null, depth: null, num_heads: null, patch_size: null}"
     settings = config(tmp_path, shape, f"init_from.source=timm:{hub.NAME}", "method.views.local_size=16")
     initial.check(settings)
-    made = recipe(settings)
+    made = make_method(settings)
     start = initial.begin(made, settings)
     assert start is not None and start.record["kind"] == "timm" and start.record["source"] == f"timm:{hub.NAME}"
     assert any("resampled from 14 x 14 to 2 x 2" in note for note in start.notes)

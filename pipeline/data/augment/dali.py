@@ -181,7 +181,7 @@ class Augmenter:
     Views of one size pass through one DALI pipeline together: half of the time of small views is overhead of operators.
 
     Args:
-        sets: the views a recipe asked for; several sets where it mixes sizes. What sets have in common is made once.
+        sets: the views a method asked for; several sets where it mixes sizes. What sets have in common is made once.
         batch_size: the largest batch that :meth:`run` will be given.
         threads: CPU threads of each DALI pipeline.
         device_id: a CUDA device, or ``None`` for the CPU operators.

@@ -120,7 +120,7 @@ def plan_view(
     Args:
         spec: the kind of view.
         view: which of its ``count`` views.
-        stream: a number that no other view of the recipe has.
+        stream: a number that no other view of the method has.
         ids: ``[n]`` uint64 sample numbers.
         epochs: ``[n]`` epoch of each sample.
         sizes: ``[n, 2]`` height and width of the decoded images, pixels.

@@ -1,6 +1,6 @@
-"""The contract between the data side and the methods: what a recipe asks for, and what it is given.
+"""The contract between the data side and the methods: what a method asks for, and what it is given.
 
-Nothing here decodes, trains or knows a method. A recipe describes its views with :class:`ViewSpec`; the data side answers
+Nothing here decodes, trains or knows a method. A method describes its views with :class:`ViewSpec`; the data side answers
 with a :class:`Batch`.
 """
 
@@ -74,7 +74,7 @@ class MaskSpec:
 
 @dataclass(frozen=True)
 class ViewSpec:
-    """All that a recipe tells the data side about one kind of view.
+    """All that a method tells the data side about one kind of view.
 
     Attributes:
         name: ``global``, ``local``, ``image``…
@@ -123,7 +123,7 @@ class ViewSet:
 
 @dataclass(frozen=True)
 class TextSpec:
-    """All that a recipe tells the data side about the text it reads: one caption of each sample, as numbers.
+    """All that a method tells the data side about the text it reads: one caption of each sample, as numbers.
 
     Attributes:
         tokenizer: name of an open_clip architecture, whose tokenizer is meant.
@@ -167,16 +167,16 @@ class Boxes:
 
 @dataclass(frozen=True)
 class Batch:
-    """All that the data side tells a recipe: one rank's (micro-)batch, on the device.
+    """All that the data side tells a method: one rank's (micro-)batch, on the device.
 
     Attributes:
         views: for each view name its views, each float ``[batch, 3, size, size]``, normalised.
         masks: for each view name with a ``MaskSpec``.
-        labels: int64 ``[batch]``, -1 where a sample has none. Never read by self-supervised recipes.
+        labels: int64 ``[batch]``, -1 where a sample has none. Never read by self-supervised methods.
         keys: the samples' own names, in order.
         ids: the samples' numbers, ``shard << 32 | row``, in order.
         position: samples of the run consumed before this global batch.
-        tokens: int64 ``[batch, context]`` of caption tokens, if the recipe reads text; padded with 0 after the end mark.
+        tokens: int64 ``[batch, context]`` of caption tokens, if the method reads text; padded with 0 after the end mark.
             Fewer than the context if the ``TextSpec`` says ``trim``.
         captions: the caption of each sample that was chosen for this epoch; empty where there is none.
         boxes: for each view name whose ``ViewSpec`` asks for them.

@@ -1,7 +1,7 @@
 """From step numbers to batches on the device: decode, replace what is bad, augment, hand over; always some steps ahead.
 
 Everything random was decided by number (``order``, ``plan``, ``masks``), so the only state is the number of the next step, and
-the trainer owns that: what was produced but not taken leaves no trace, in the ledger neither.
+the trainer owns that: what was produced but not taken leaves no trace, nor does it count as a bad sample.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ class BatchStream:
         dataset: what a step holds.
         device: where batches go; decoding and augmenting run there too.
         options: how to run.
-        ledger: where bad samples are recorded.
+        bad_samples: where bad samples are recorded.
         first: the first step to yield.
         last: one past the last step, ``None`` for no end.
         prefetcher: fills the node's cache ahead of the readers; begun and ended with the stream.
@@ -82,12 +82,12 @@ class BatchStream:
         *,
         device: torch.device,
         options: StreamOptions,
-        ledger: BadSamples,
+        bad_samples: BadSamples,
         first: int = 0,
         last: int | None = None,
         prefetcher: Prefetcher | None = None,
     ) -> None:
-        self._dataset, self._device, self._options, self._ledger = dataset, device, options, ledger
+        self._dataset, self._device, self._options, self._bad_samples = dataset, device, options, bad_samples
         self._first, self._last = first, last
         device_id = device.index or 0 if device.type == "cuda" else None
         self._decoder = Decoder(threads=options.threads, device_id=device_id)
@@ -124,7 +124,7 @@ class BatchStream:
                     return
                 if isinstance(item, BaseException):
                     raise item
-                self._ledger.saw(item.samples, item.bad, item.counts)
+                self._bad_samples.saw(item.samples, item.bad, item.counts)
                 self.usage.update(item.usage)
                 if self._prefetcher is not None:
                     self._prefetcher.advance(item.step)
@@ -179,7 +179,7 @@ class BatchStream:
 
     def _decode(self, records: list[Record]) -> list[Any]:
         """Pictures of the size the index says, which the plan was made for; ``None`` for everything else."""
-        known = self._ledger.quarantine
+        known = self._bad_samples.quarantine
         images = self._decoder.decode([b"" if r.image is None or r.id in known else r.image for r in records])
         return [
             image if image is not None and tuple(image.shape[:2]) == (record.height, record.width) else None
@@ -190,7 +190,7 @@ class BatchStream:
         """Another sample of the same shard in the same place, so that the stream does not shift."""
         bad, epoch = portion.records[row], int(portion.epochs[row])
         data = self._dataset
-        reason = bad.status if bad.status != "ok" else self._ledger.quarantine.get(bad.id, "undecodable")
+        reason = bad.status if bad.status != "ok" else self._bad_samples.quarantine.get(bad.id, "undecodable")
         for attempt in range(_SUBSTITUTES):
             other = data.reader.substitute(bad.id, epoch, data.seed, attempt)
             (record,) = data.reader.fetch(np.array([other], dtype=np.uint64))

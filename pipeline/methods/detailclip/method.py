@@ -153,7 +153,7 @@ class DetailCLIP(Contrastive):
         use = mass / views
         self.metrics |= {
             "target_entropy": entropy / views / mass.new_tensor(len(mass)).log(),
-            "prototype_use": -torch.xlogy(use, use).sum() / mass.new_tensor(len(mass)).log(),
+            "prototype_entropy": -torch.xlogy(use, use).sum() / mass.new_tensor(len(mass)).log(),
         }
         return {
             "clip": s.clip_weight * clip,

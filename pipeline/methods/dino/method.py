@@ -59,10 +59,10 @@ class DINO(TwoViews):
         self.health_metrics = HealthMetrics(
             guess=math.log(s.prototypes),
             entropy="target_entropy",
-            use="prototype_use",
-            below_guess="dino_below_uniform",
+            use="prototype_entropy",
+            below_guess="dino_loss_vs_log_k",
             rank="feature_rank",
-            agreement="agreement",
+            agreement="teacher_student_top1_agreement",
             suggest_fix=suggest_fix_of_distillation(
                 s.student_temperature, centred=True, center_momentum=s.center_momentum, koleo=0.0
             ),
@@ -130,11 +130,11 @@ class DINO(TwoViews):
         uniform, mass = math.log(self.settings.prototypes), watched.mass / rows
         self.metrics = {
             "target_entropy": watched.entropy / rows / uniform,
-            "prototype_use": -torch.xlogy(mass, mass).sum() / uniform,
-            "dino_below_uniform": uniform - loss,
-            "agreement": watched.agreed / rows,
+            "prototype_entropy": -torch.xlogy(mass, mass).sum() / uniform,
+            "dino_loss_vs_log_k": uniform - loss,
+            "teacher_student_top1_agreement": watched.agreed / rows,
             "feature_rank": losses.effective_rank(features),
-            "feature_spread": losses.spread(features),
+            "feature_std": losses.spread(features),
         }
 
 

@@ -79,10 +79,10 @@ class DINOv2(Method):
         self.health_metrics = HealthMetrics(
             guess=math.log(settings.prototypes),
             entropy="target_entropy",
-            use="prototype_use",
-            below_guess="dino_below_uniform",
+            use="prototype_entropy",
+            below_guess="dino_loss_vs_log_k",
             rank="feature_rank",
-            agreement="agreement",
+            agreement="teacher_student_top1_agreement",
             suggest_fix=suggest_fix_of_distillation(
                 settings.student_temperature,
                 centred=settings.centering == "softmax_center",
@@ -253,10 +253,10 @@ class DINOv2(Method):
         mean = {name: value / self._watched["times"] for name, value in self._watched.items()}
         self.metrics = {
             "target_entropy": mean["entropy"],
-            "prototype_use": -torch.xlogy(mean["mass"], mean["mass"]).sum() / uniform,
-            "dino_below_uniform": uniform - mean["dino"],
-            "agreement": mean["agreed"],
-            "masked_share": mean["masked"],
+            "prototype_entropy": -torch.xlogy(mean["mass"], mean["mass"]).sum() / uniform,
+            "dino_loss_vs_log_k": uniform - mean["dino"],
+            "teacher_student_top1_agreement": mean["agreed"],
+            "mask_ratio": mean["masked"],
             "feature_rank": self._rank,
         }
 

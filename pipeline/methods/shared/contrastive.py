@@ -160,7 +160,7 @@ def caption_tokens(batch: Batch) -> Tensor:
         DataError: it has none.
     """
     if batch.tokens is None:
-        raise DataError("a batch came without captions", where="Recipe.text", hint="deliver what the recipe asks for")
+        raise DataError("a batch came without captions", where="Method.text", hint="deliver what the method asks for")
     return batch.tokens
 
 

@@ -11,8 +11,8 @@ from typing_extensions import override
 class Frozen(nn.ModuleDict):
     """Networks by name, fp32, without gradients, always in evaluation mode.
 
-    A submodule of its recipe, so an engine may cut it, and every checkpoint holds it: a run that resumes needs no other file.
-    Its first weights are those that ``MethodSettings.anchors`` names for the recipe's attribute.
+    A submodule of its method, so an engine may cut it, and every checkpoint holds it: a run that resumes needs no other file.
+    Its first weights are those that ``MethodSettings.anchors`` names for the method's attribute.
 
     Args:
         modules: the networks, which become its own.
@@ -24,5 +24,5 @@ class Frozen(nn.ModuleDict):
 
     @override
     def train(self, mode: bool = True) -> Self:
-        """Stays in evaluation mode, whatever the recipe around it does."""
+        """Stays in evaluation mode, whatever the method around it does."""
         return super().train(False)

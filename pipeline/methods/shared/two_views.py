@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from pipeline import losses
 from pipeline.data.augment.views import Batch, ViewSpec
 from pipeline.methods.base import Method, Step
-from pipeline.methods.health_metrics import NARROW, HealthMetrics
+from pipeline.methods.health_metrics import RANK_COLLAPSE, HealthMetrics
 from pipeline.methods.shared.crops import NORMALIZE, colours
 from pipeline.methods.shared.two_views_settings import RepelSettings, TwoViewSettings
 from pipeline.models.groups import ParameterGroup, parameter_groups
@@ -45,10 +45,10 @@ class TwoViews(Method):
         return normalises_batches(self) or self.repeller is not None
 
     def watch(self, features: Sequence[Tensor]) -> None:
-        """Metrics ``feature_rank``, in how many directions the features of a view differ, and ``feature_spread``, how far they
+        """Metrics ``feature_rank``, in how many directions the features of a view differ, and ``feature_std``, how far they
         are from all pointing one way; 1 and 0 if they have collapsed."""
         seen = features[0].detach()
-        self.metrics = {"feature_rank": losses.effective_rank(seen), "feature_spread": losses.spread(seen)}
+        self.metrics = {"feature_rank": losses.effective_rank(seen), "feature_std": losses.spread(seen)}
 
     def repelled(self, local: Sequence[Tensor]) -> dict[str, Tensor]:
         """Terms ``repel`` and ``judge`` of the projected local crops, if the settings want them."""
@@ -145,7 +145,7 @@ def _window(size: int) -> int:
 
 
 def _remedy(failure_mode: str, step: Step) -> str:
-    if failure_mode == NARROW:
+    if failure_mode == RANK_COLLAPSE:
         return (
             f"all images look alike to the network: lower schedule.lr.peak ({step.lr:.2g} here) or lengthen schedule.lr.warmup; "
             "a method without negatives also needs its predictor and a teacher that does not stand still"

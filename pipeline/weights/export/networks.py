@@ -120,29 +120,29 @@ def read(
     verify(saved)
     config = settings_of(saved) if config is None else config
     torch.manual_seed(config.run.seed)
-    recipe = build_method(config)
-    fill_trained(recipe, saved, student=network == "student")
-    recipe.eval()
-    exported = recipe.export()
+    method = build_method(config)
+    fill_trained(method, saved, student=network == "student")
+    method.eval()
+    exported = method.export()
     tower = exported.pop("backbone", None)
     if student is not None:
-        named = recipe.students(slow=network != "student")
+        named = method.students(slow=network != "student")
         if student not in named:
             hint = f"choose of {', '.join(named)}" if named else "leave it out: the method trains one tower"
             raise ConfigError(f"there is no student {student!r}", where="--student", hint=hint)
         tower = named[student]
-    students = {id(module) for module in recipe.modules()}
+    students = {id(module) for module in method.modules()}
     if not isinstance(tower, VisionTower):
         raise ConfigError(f"{config.method.name} exports no vision tower", where="method.name", hint="export another run")
     own: Literal["teacher", "student"] = "student" if id(tower) in students else "teacher"
     if network == "teacher" and own != "teacher":
         raise ConfigError(f"{config.method.name} has no teacher", where="--network", hint="export the student")
     if network == "student" and own == "teacher":
-        tower = recipe.get_submodule("backbone")
+        tower = method.get_submodule("backbone")
         if not isinstance(tower, VisionTower):
             raise ConfigError("the student has no vision tower", where="--network", hint="export the teacher")
         own = "student"
-    view = recipe.views[0]
+    view = method.views[0]
     side = size or view.size
     if side % tower.patch:
         raise ConfigError(
@@ -152,7 +152,7 @@ def read(
         )
     tower.merge_class_position()
     normalize = view.normalize or Normalize()
-    found = getattr(recipe, "logits", None)
+    found = getattr(method, "logits", None)
     return Networks(
         config=config,
         saved=saved,

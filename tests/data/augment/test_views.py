@@ -86,7 +86,7 @@ def crops(
         order = Order(manifest.sizes, SEED, GLOBAL, lanes=4, block=8)
         dataset = StepDataset(Reader(manifest), order, specs, seed=SEED, world=world, rank=rank)
         options = StreamOptions(micro_batch=micro or GLOBAL // world, workers=0, threads=threads, hue="yiq")
-        stream = BatchStream(dataset, device=torch.device("cpu"), options=options, ledger=BadSamples(None), first=0, last=1)
+        stream = BatchStream(dataset, device=torch.device("cpu"), options=options, bad_samples=BadSamples(None), first=0, last=1)
         for _, batches in stream:
             for batch in batches:
                 for row, number in enumerate(batch.ids):
@@ -124,7 +124,9 @@ def test_views_outlive_the_batches_that_come_after_them(manifest: Manifest) -> N
     dataset = StepDataset(Reader(manifest), order, specs, seed=SEED, world=1, rank=0)
     options = StreamOptions(micro_batch=2, workers=0, hue="off")
     kept, copies = [], []
-    for _, batches in BatchStream(dataset, device=torch.device("cpu"), options=options, ledger=BadSamples(None), first=0, last=8):
+    for _, batches in BatchStream(
+        dataset, device=torch.device("cpu"), options=options, bad_samples=BadSamples(None), first=0, last=8
+    ):
         for batch in batches:
             kept += [view for views in batch.views.values() for view in views]
             copies += [view.clone() for views in batch.views.values() for view in views]
@@ -228,7 +230,7 @@ def test_a_blur_of_pillows_radius_is_near_to_pillows(request: pytest.FixtureRequ
 
 
 @pytest.mark.parametrize("normalize", [Normalize(), OPENAI])
-def test_views_are_normalised_with_the_numbers_of_their_recipe(normalize: Normalize) -> None:
+def test_views_are_normalised_with_the_numbers_of_their_method(normalize: Normalize) -> None:
     gray = [np.full((32, 32, 3), 100, dtype=np.uint8)]
     spec = ViewSpec("image", 1, 16, None, normalize=normalize)
     plain = ViewSpec("plain", 1, 16, None)
@@ -246,7 +248,7 @@ def test_boxes_tell_where_a_view_was_cut(manifest: Manifest) -> None:
     order = Order(manifest.sizes, SEED, GLOBAL, lanes=4, block=8)
     dataset = StepDataset(Reader(manifest), order, specs, seed=SEED, world=1, rank=0)
     options = StreamOptions(micro_batch=4, workers=0)
-    stream = BatchStream(dataset, device=torch.device("cpu"), options=options, ledger=BadSamples(None), first=0, last=1)
+    stream = BatchStream(dataset, device=torch.device("cpu"), options=options, bad_samples=BadSamples(None), first=0, last=1)
     decoded = {record.id: record.image for record in dataset[0].records}
     ((_, batches),) = list(stream)
     flips = set()

@@ -74,13 +74,13 @@ def stream(
     first: int,
     last: int | None,
     *,
-    ledger: BadSamples | None = None,
+    bad_samples: BadSamples | None = None,
     micro: int | None = None,
     workers: int = 0,
 ) -> BatchStream:
     options = StreamOptions(micro_batch=micro or BATCH // dataset.world, workers=workers, hue="yiq")
-    ledger = ledger or BadSamples(None, budget=1.0)
-    return BatchStream(dataset, device=torch.device("cpu"), options=options, ledger=ledger, first=first, last=last)
+    bad_samples = bad_samples or BadSamples(None, budget=1.0)
+    return BatchStream(dataset, device=torch.device("cpu"), options=options, bad_samples=bad_samples, first=first, last=last)
 
 
 def assert_same(ours: Batch, theirs: Batch, rows: list[int] | None = None) -> None:
@@ -145,7 +145,7 @@ def damage(manifest: Manifest, number: int) -> None:
         file.write(bytes(16))
 
 
-def test_batches_hold_what_recipes_are_promised(clean: dict[int, Batch], manifest: Manifest) -> None:
+def test_batches_hold_what_methods_are_promised(clean: dict[int, Batch], manifest: Manifest) -> None:
     assert list(clean) == list(range(6))
     for step, batch in clean.items():
         expected = Order(manifest.sizes, SEED, BATCH, lanes=4, block=8).batch(step)
@@ -203,8 +203,8 @@ def test_a_bad_sample_is_replaced_in_its_place_and_nothing_else_changes(
     row = 3
     bad = clean[1].ids[row]
     damage(manifest, bad)
-    ledger = BadSamples(tmp_path / "ledger" / "rank-0.jsonl", budget=1.0)
-    for step, (batch,) in stream(portions(manifest), 0, 3, ledger=ledger):
+    bad_samples = BadSamples(tmp_path / "bad_samples" / "rank-0.jsonl", budget=1.0)
+    for step, (batch,) in stream(portions(manifest), 0, 3, bad_samples=bad_samples):
         rows = [r for r in range(BATCH) if clean[step].ids[r] != bad]
         assert_same(batch, clean[step], rows)
         assert len(rows) == (BATCH - 1 if step == 1 else BATCH)
@@ -219,7 +219,7 @@ def test_a_bad_sample_is_replaced_in_its_place_and_nothing_else_changes(
     for name, group in views.items():
         for view, expected in zip(changed.views[name], group, strict=True):
             assert torch.equal(view[row], expected[0])
-    (line,) = (tmp_path / "ledger" / "rank-0.jsonl").read_text().splitlines()
+    (line,) = (tmp_path / "bad_samples" / "rank-0.jsonl").read_text().splitlines()
     assert json.loads(line) == {
         "step": 1,
         "id": bad,
@@ -228,7 +228,12 @@ def test_a_bad_sample_is_replaced_in_its_place_and_nothing_else_changes(
         "reason": "corrupt",
         "substitute": other.id,
     }
-    assert ledger.state() == {"seen": 3 * BATCH, "reasons": {"corrupt": 1}, "counts": {}, "quarantine": {str(bad): "corrupt"}}
+    assert bad_samples.state() == {
+        "seen": 3 * BATCH,
+        "reasons": {"corrupt": 1},
+        "counts": {},
+        "quarantine": {str(bad): "corrupt"},
+    }
 
 
 class Doctored(Reader):
@@ -245,9 +250,9 @@ class Doctored(Reader):
 def test_what_does_not_decode_or_has_another_size_is_replaced_too(clean: dict[int, Batch], manifest: Manifest) -> None:
     first, second = clean[0].ids[0], clean[0].ids[5]
     reader = Doctored(manifest, {first: {"image": b"no picture"}, second: {"width": 1000}})
-    ledger = BadSamples(None, budget=1.0)
-    ((_, (batch,)),) = stream(portions(manifest, reader=reader), 0, 1, ledger=ledger)
-    assert ledger.reasons == {"undecodable": 2}
+    bad_samples = BadSamples(None, budget=1.0)
+    ((_, (batch,)),) = stream(portions(manifest, reader=reader), 0, 1, bad_samples=bad_samples)
+    assert bad_samples.reasons == {"undecodable": 2}
     assert {row for row in range(BATCH) if batch.ids[row] != clean[0].ids[row]} == {0, 5}
     assert not {first, second} & set(batch.ids)
 
@@ -256,11 +261,11 @@ def test_a_shard_without_one_good_sample_gives_gray_pictures_without_a_label(man
     for number in manifest.ids():
         if int(number) >> 32 == 0:
             damage(manifest, int(number))
-    ledger = BadSamples(None, budget=1.0)
-    ((_, (batch,)),) = stream(portions(manifest), 0, 1, ledger=ledger)
+    bad_samples = BadSamples(None, budget=1.0)
+    ((_, (batch,)),) = stream(portions(manifest), 0, 1, bad_samples=bad_samples)
     blank = [row for row in range(BATCH) if batch.ids[row] >> 32 == 0]
     assert 0 < len(blank) < BATCH
-    assert ledger.reasons == {"corrupt": len(blank)}
+    assert bad_samples.reasons == {"corrupt": len(blank)}
     assert (batch.labels == -1).nonzero().flatten().tolist() == blank
     for view in (*batch.views["global"], *batch.views["local"]):
         assert all(view[row].flatten(1).std(dim=1).max() < 1e-6 for row in blank)
@@ -269,12 +274,12 @@ def test_a_shard_without_one_good_sample_gives_gray_pictures_without_a_label(man
 
 def test_a_sample_once_bad_stays_out_after_a_resume(clean: dict[int, Batch], manifest: Manifest) -> None:
     bad = clean[2].ids[6]
-    ledger = BadSamples(None, budget=1.0)
-    ledger.load({"seen": 16, "reasons": {"unreadable": 1}, "quarantine": {str(bad): "unreadable"}})
-    ((_, (batch,)),) = stream(portions(manifest), 2, 3, ledger=ledger)
+    bad_samples = BadSamples(None, budget=1.0)
+    bad_samples.load({"seen": 16, "reasons": {"unreadable": 1}, "quarantine": {str(bad): "unreadable"}})
+    ((_, (batch,)),) = stream(portions(manifest), 2, 3, bad_samples=bad_samples)
     assert bad not in batch.ids
     assert_same(batch, clean[2], [row for row in range(BATCH) if row != 6])
-    assert ledger.state() == {
+    assert bad_samples.state() == {
         "seen": 16 + BATCH,
         "reasons": {"unreadable": 2},
         "counts": {},
@@ -284,22 +289,22 @@ def test_a_sample_once_bad_stays_out_after_a_resume(clean: dict[int, Batch], man
 
 def test_samples_count_when_they_are_taken_not_when_they_are_prepared(clean: dict[int, Batch], manifest: Manifest) -> None:
     damage(manifest, clean[2].ids[0])
-    ledger = BadSamples(None, budget=1.0)
-    steps = iter(stream(portions(manifest), 0, None, ledger=ledger))
+    bad_samples = BadSamples(None, budget=1.0)
+    steps = iter(stream(portions(manifest), 0, None, bad_samples=bad_samples))
     for expected in range(1, 5):
         next(steps)
-        assert ledger.seen == expected * BATCH
-        assert len(ledger.quarantine) == (expected >= 3)
+        assert bad_samples.seen == expected * BATCH
+        assert len(bad_samples.quarantine) == (expected >= 3)
     steps.close()  # type: ignore[attr-defined]
 
 
 def test_too_many_bad_samples_stop_the_run_with_their_names(clean: dict[int, Batch], manifest: Manifest, tmp_path: Path) -> None:
     for row in range(3):
         damage(manifest, clean[1].ids[row])
-    path = tmp_path / "ledger.jsonl"
+    path = tmp_path / "bad_samples.jsonl"
     done = []
     with pytest.raises(TrainingError, match=r"3 of the last 16 samples could not be used \(corrupt 3\)") as caught:
-        for step, _ in stream(portions(manifest), 0, 6, ledger=BadSamples(path, budget=0.1, window=20)):
+        for step, _ in stream(portions(manifest), 0, 6, bad_samples=BadSamples(path, budget=0.1, window=20)):
             done.append(step)
     assert done == [0]
     assert clean[1].keys[2] in caught.value.where
@@ -361,8 +366,8 @@ def test_trimmed_captions_are_the_padded_ones_without_what_is_padding_in_all_row
 
 
 def test_captions_are_chosen_by_epoch_tokenised_and_counted_the_same_on_any_rank_and_after_a_resume(said: Manifest) -> None:
-    dataset, ledger = reading(said), BadSamples(None, budget=1.0)
-    steps = {step: batch for step, (batch,) in stream(dataset, 0, 9, ledger=ledger)}
+    dataset, bad_samples = reading(said), BadSamples(None, budget=1.0)
+    steps = {step: batch for step, (batch,) in stream(dataset, 0, 9, bad_samples=bad_samples)}
     chosen: dict[int, set[str]] = {}
     blank = 0
     for step, batch in steps.items():
@@ -378,7 +383,7 @@ def test_captions_are_chosen_by_epoch_tokenised_and_counted_the_same_on_any_rank
     assert {label: len(captions) for label, captions in chosen.items() if label % 3} == {n: 1 for n in range(24) if n % 3}
     assert len([label for label, captions in chosen.items() if len(captions) > 1]) >= 5
     assert blank > 10
-    assert ledger.counts == {"seen/first": 9 * BATCH // 2, "seen/second": 9 * BATCH // 2, "blank_caption": blank}
+    assert bad_samples.counts == {"seen/first": 9 * BATCH // 2, "seen/second": 9 * BATCH // 2, "blank_caption": blank}
     ranks = [dict(stream(reading(said, world=2, rank=rank), 5, 7, micro=2)) for rank in range(2)]
     for step in (5, 6):
         parts = [part for rank in ranks for part in rank[step]]
@@ -403,22 +408,22 @@ def test_a_substitute_brings_its_own_caption_and_tokens(said: Manifest) -> None:
     row = next(row for row, bad in enumerate(before.ids) if spoken(substitute(bad)) not in ("", substitute(bad).caption))
     other = substitute(before.ids[row])
     damage(said, before.ids[row])
-    ledger = BadSamples(None, budget=1.0)
-    ((_, (after,)),) = stream(dataset, 0, 1, ledger=ledger)
+    bad_samples = BadSamples(None, budget=1.0)
+    ((_, (after,)),) = stream(dataset, 0, 1, bad_samples=bad_samples)
     assert after.captions is not None
     assert before.captions is not None
     assert after.tokens is not None
     assert (after.ids[row], after.captions[row]) == (other.id, spoken(other))
     assert [c for r, c in enumerate(after.captions) if r != row] == [c for r, c in enumerate(before.captions) if r != row]
     assert torch.equal(after.tokens, torch.from_numpy(tokenizer(TEXT)(after.captions)))
-    assert ledger.counts.get("blank_caption", 0) == after.captions.count("")
+    assert bad_samples.counts.get("blank_caption", 0) == after.captions.count("")
 
 
 def test_a_method_without_text_gets_no_tokens(clean: dict[int, Batch]) -> None:
     assert all(batch.tokens is None for batch in clean.values())
 
 
-# ---- ledger ---------------------------------------------------------------------------------------------------------------
+# ---- bad_samples ---------------------------------------------------------------------------------------------------------------
 
 
 def events(n: int) -> list[Event]:
@@ -426,31 +431,31 @@ def events(n: int) -> list[Event]:
 
 
 def test_the_budget_is_a_share_of_the_last_samples() -> None:
-    ledger = BadSamples(None, budget=0.1, window=100)
+    bad_samples = BadSamples(None, budget=0.1, window=100)
     for _ in range(50):
-        ledger.saw(10, events(1))
+        bad_samples.saw(10, events(1))
     with pytest.raises(TrainingError, match="11 of the last 100"):
-        ledger.saw(10, events(2))
+        bad_samples.saw(10, events(2))
 
 
 def test_old_losses_are_forgiven() -> None:
-    ledger = BadSamples(None, budget=0.1, window=100)
+    bad_samples = BadSamples(None, budget=0.1, window=100)
     for _ in range(20):
-        ledger.saw(50, events(5))
-        ledger.saw(50, events(5))
+        bad_samples.saw(50, events(5))
+        bad_samples.saw(50, events(5))
         for _ in range(2):
-            ledger.saw(50)
-    assert ledger.reasons == {"corrupt": 200}
-    assert ledger.seen == 4000
+            bad_samples.saw(50)
+    assert bad_samples.reasons == {"corrupt": 200}
+    assert bad_samples.seen == 4000
 
 
 def test_a_budget_of_nothing_and_of_everything() -> None:
     with pytest.raises(TrainingError, match="1 of the last 8"):
         BadSamples(None, budget=0.0).saw(8, events(1))
-    ledger = BadSamples(None, budget=1.0, window=100)
+    bad_samples = BadSamples(None, budget=1.0, window=100)
     for _ in range(30):
-        ledger.saw(64, events(64))
-    assert ledger.seen == sum(ledger.reasons.values()) == 30 * 64
+        bad_samples.saw(64, events(64))
+    assert bad_samples.seen == sum(bad_samples.reasons.values()) == 30 * 64
 
 
 def test_its_state_goes_through_json() -> None:

@@ -15,16 +15,16 @@ from typer.testing import CliRunner
 from launch.cli.checkpoint import app
 from pipeline.errors import CheckpointError, ConfigError, FoveaError
 from tests.helpers.rank_pool import pool
-from tests.helpers.toy_recipe import Toy, advance, build, snapshot
+from tests.helpers.toy_method import Toy, advance, build, snapshot
 
 
 def _write(directory: str) -> dict[str, Any]:
     from pipeline.checkpoint.writer import Checkpoints
 
-    recipe, engine = build(zero=2)
+    method, engine = build(zero=2)
     store = Checkpoints(Path(directory), keep_last=9, keep_best="knn/k20")
     for step, score in ((1, 0.25), (2, 0.75), (3, 0.5)):
-        advance(recipe, engine, step)
+        advance(method, engine, step)
         facts = {
             "step": step,
             "applied": step,
@@ -36,8 +36,8 @@ def _write(directory: str) -> dict[str, Any]:
             "fovea": "0.1.0",
             "torch": torch.__version__,
         }
-        store.save(engine, recipe, facts)
-    end = snapshot(recipe, engine)
+        store.save(engine, method, facts)
+    end = snapshot(method, engine)
     engine.close()
     return end
 

@@ -1,4 +1,4 @@
-"""``fovea estimate`` counts a recipe without building it and says what to choose."""
+"""``fovea estimate`` counts a method without building it and says what to choose."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ def loaded(tmp_path: Path, text: str, *overrides: str) -> Config:
     return load(path, overrides).config
 
 
-def test_a_recipe_is_counted_as_it_is_built(tmp_path: Path) -> None:
+def test_a_method_is_counted_as_it_is_built(tmp_path: Path) -> None:
     config = loaded(tmp_path, TOY, "data.shards=/x/a.tar")
-    sizes, recipe = measure(config), build_method(config)
-    assert sizes.trained == sum(p.numel() for p in recipe.parameters() if p.requires_grad)
-    assert recipe.teacher is not None and sum(sizes.teacher) == sum(p.numel() for _, p in recipe.teacher.named_parameters())
+    sizes, method = measure(config), build_method(config)
+    assert sizes.trained == sum(p.numel() for p in method.parameters() if p.requires_grad)
+    assert method.teacher is not None and sum(sizes.teacher) == sum(p.numel() for _, p in method.teacher.named_parameters())
     assert sizes.live.each > 4 * 32 * (2 * (16 + 1) + 2 * (4 + 1)), "more than one number of each feature of each token"
-    assert sizes.views == 4 * 3 * sum(view.count * view.size**2 for view in recipe.views) > 0
+    assert sizes.views == 4 * 3 * sum(view.count * view.size**2 for view in method.views) > 0
     waiting = needed(config.replace(data=config.data.model_copy(update={"prefetch": 5})), sizes, 1, 2)[0]
     assert waiting.input == 7 * config.train.global_batch_size / 2 * sizes.views
     assert waiting.total - needed(config, sizes, 1, 2)[0].total == 3 * config.train.global_batch_size / 2 * sizes.views

@@ -32,12 +32,12 @@ def images() -> Tensor:
 
 @pytest.mark.parametrize("layout", ["timm", "open_clip"])
 def test_a_folder_is_judged_as_the_network_it_came_from(layout: str, tmp_path: Path) -> None:
-    saved, recipe = checkpoint(tmp_path / "run", settings(CLIP))
+    saved, method = checkpoint(tmp_path / "run", settings(CLIP))
     peer = load(str(write(read(saved), layout, tmp_path / layout)), model=None, device=CPU)
-    tower = recipe.export()["backbone"]
+    tower = method.export()["backbone"]
     assert peer.size == 32 and peer.subject.tower.patch == tower.patch
     with torch.inference_mode():
-        expected = recipe.encode_images(images()) if layout == "open_clip" else tower(images()).cls
+        expected = method.encode_images(images()) if layout == "open_clip" else tower(images()).cls
         torch.testing.assert_close(peer.subject.embedded(images()), expected, atol=1e-5, rtol=0)
         assert peer.subject.tokens(images()).patches.shape == (2, 16, 32)
         assert peer.subject.layers(images(), 2).shape == (2, 2, 2, 32)
@@ -98,7 +98,7 @@ BROKEN = ["[]", "null", "1e999", '{"scores": []}', '{"scores": {"trained": 1}}',
 @pytest.mark.parametrize("content", BROKEN)
 def test_foreign_records_of_a_run_neither_block_nor_end_an_evaluation(tmp_path: Path, content: str) -> None:
     run = RunDirectory(tmp_path)
-    for name in ("evaluations/step_000000003.json", "length.json"):
+    for name in ("evaluations/step_000000003.json", "plan.json"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         if content == "fifo":
             os.mkfifo(tmp_path / name)

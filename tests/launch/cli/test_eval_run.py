@@ -47,14 +47,14 @@ def toy(folder: Path, *overrides: str) -> Loaded:
     return load(folder / "toy.yaml", settings)
 
 
-def write_checkpoint(run: Path, recipe: Method, *, step: int = 24, **facts: Any) -> Path:
-    """A checkpoint as one rank writes it, with the recipe's teacher and without what training alone needs."""
-    assert recipe.teacher is not None
+def write_checkpoint(run: Path, method: Method, *, step: int = 24, **facts: Any) -> Path:
+    """A checkpoint as one rank writes it, with the method's teacher and without what training alone needs."""
+    assert method.teacher is not None
     folder = run / "checkpoints" / f"step_{step:09d}"
     folder.mkdir(parents=True)
-    teacher = dict(recipe.teacher.named_parameters())
+    teacher = dict(method.teacher.named_parameters())
     save_file({f"teacher/{name}": t.detach().flatten() for name, t in teacher.items()}, folder / "rank_00000.safetensors")
-    save_file({f"teacher/{name}": t for name, t in recipe.teacher.named_buffers()}, folder / "whole.safetensors")
+    save_file({f"teacher/{name}": t for name, t in method.teacher.named_buffers()}, folder / "whole.safetensors")
     manifest = {
         "format": 1,
         "step": step,
@@ -69,13 +69,13 @@ def write_checkpoint(run: Path, recipe: Method, *, step: int = 24, **facts: Any)
     return folder
 
 
-def changed(recipe: Method, seed: int) -> Method:
-    """The recipe with other weights in its teacher."""
-    assert recipe.teacher is not None
+def changed(method: Method, seed: int) -> Method:
+    """The method with other weights in its teacher."""
+    assert method.teacher is not None
     generator = torch.Generator().manual_seed(seed)
-    for _, weight in recipe.teacher.named_parameters():
+    for _, weight in method.teacher.named_parameters():
         weight += 0.2 * torch.randn(weight.shape, generator=generator)
-    return recipe
+    return method
 
 
 @pytest.fixture(scope="module")
@@ -83,26 +83,26 @@ def judged(tmp_path_factory: pytest.TempPathFactory) -> tuple[Loaded, Method]:
     """A run whose newest checkpoint holds weights that no seed gives; an older one holds others."""
     loaded = toy(tmp_path_factory.mktemp("judged"))
     write_checkpoint(loaded.config.run.folder, build_seeded_method(loaded.config, CPU), step=12)
-    recipe = changed(build_seeded_method(loaded.config, CPU), 1)
-    write_checkpoint(loaded.config.run.folder, recipe)
-    return loaded, recipe
+    method = changed(build_seeded_method(loaded.config, CPU), 1)
+    write_checkpoint(loaded.config.run.folder, method)
+    return loaded, method
 
 
-def accuracy(loaded: Loaded, recipe: Method) -> dict[int, float]:
+def accuracy(loaded: Loaded, method: Method) -> dict[int, float]:
     """k-NN from first principles: class tokens of all pictures, every similarity."""
     config, inputs = loaded.config, prepare(loaded.config, 1)
     assert inputs.bank is not None and inputs.queries is not None
-    shown = gallery.Gallery(config, inputs, {"trained": recipe.export()["backbone"]}, 32, CPU)
+    shown = gallery.Gallery(config, inputs, {"trained": method.export()["backbone"]}, 32, CPU)
     bank, classes = shown.classes(inputs.bank, inputs.bank.ids())
     queries, answers = shown.classes(inputs.queries, inputs.queries.ids())
     return knn_accuracy(queries, torch.tensor(answers), bank, torch.tensor(classes), ks=(1, 5))
 
 
 def test_the_newest_teacher_is_judged_beside_the_fresh_network(judged: tuple[Loaded, Method]) -> None:
-    loaded, recipe = judged
+    loaded, method = judged
     scores = evaluate.scores(loaded.config, loaded.config.run.folder)
     fresh = build_seeded_method(loaded.config, CPU)
-    assert scores["trained"] == accuracy(loaded, recipe)
+    assert scores["trained"] == accuracy(loaded, method)
     assert scores["untrained"] == accuracy(loaded, fresh)
     assert scores["trained"] != scores["untrained"]
     assert set(scores["pixels"]) == {1, 5}
@@ -110,10 +110,10 @@ def test_the_newest_teacher_is_judged_beside_the_fresh_network(judged: tuple[Loa
 
 
 def test_the_teacher_comes_back_bit_for_bit(judged: tuple[Loaded, Method]) -> None:
-    loaded, recipe = judged
+    loaded, method = judged
     back = from_checkpoint.load_trained(loaded.config, from_checkpoint.newest(loaded.config.run.folder), CPU)
-    assert recipe.teacher is not None and back.teacher is not None
-    for name, weight in recipe.teacher.state_dict().items():
+    assert method.teacher is not None and back.teacher is not None
+    for name, weight in method.teacher.state_dict().items():
         assert torch.equal(back.teacher.state_dict()[name], weight), name
 
 

@@ -16,7 +16,7 @@ from tests.helpers.runs import TOY, recorded, train, weights
 TEXT = "text: {architecture: null, embed_dim: 16, depth: 1, num_heads: 2, context: 16}"
 METHODS = {
     "clip": f"""
-recipe:
+method:
   name: clip
   image_size: 32
   embed: 16
@@ -24,7 +24,7 @@ recipe:
   {TEXT}
 """,
     "detailclip": f"""
-recipe:
+method:
   name: detailclip
   image_size: 32
   embed: 16
@@ -44,7 +44,7 @@ def run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
     """A folder with a finished toy run in micro-batches."""
     folder = tmp_path_factory.mktemp(request.param)
     scenes.write(folder / "scenes", train=40, val=20, size=32, seed=3)
-    head, _, rest = TOY.partition("recipe:")
+    head, _, rest = TOY.partition("method:")
     (folder / "toy.yaml").write_text(head + METHODS[request.param] + "model:" + rest.partition("model:")[2])
     done = train(
         folder / "toy.yaml",

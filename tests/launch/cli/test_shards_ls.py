@@ -95,9 +95,9 @@ def test_what_was_left_out_or_replaced_is_told(loaded: Loaded, capsys: pytest.Ca
     assert found["seen"] == []
     assert found["left_out"] == [{"shard": "scenes-train-00002.tar", "status": "not_image"}]
     row = told(capsys, loaded, step=2)["samples"][5]
-    ledger = loaded.config.run.folder / "ledger" / "rank-1.jsonl"
-    ledger.parent.mkdir(parents=True)
-    ledger.write_text(json.dumps({"step": 2, "id": row["id"], "reason": "corrupt"}) + '\n{"step": 3, "i')
+    bad_samples = loaded.config.run.folder / "bad_samples" / "rank-1.jsonl"
+    bad_samples.parent.mkdir(parents=True)
+    bad_samples.write_text(json.dumps({"step": 2, "id": row["id"], "reason": "corrupt"}) + '\n{"step": 3, "i')
     assert [r["place"] for r in told(capsys, loaded, step=2)["samples"] if r["replaced"] == "corrupt"] == [5]
     assert [r["step"] for r in told(capsys, loaded, key=row["key"], until=9)["seen"] if r["replaced"]] == [2]
 

@@ -34,11 +34,11 @@ def row(cause: str, before: int = 0, after: int = 1, why: str = "") -> dict[str,
     ("end", "history", "action", "cause"),
     [
         (Result(outcome=done("FINISHED", 24)), [], "finish", "finished"),
-        (Result(outcome=done("ASKED")), [], "stop", "stopped"),
-        (Result(outcome=done("TOLD"), told="time limit", before=0, after=9), [], "requeue", "time limit"),
-        (Result(outcome=done("TOLD"), told="preempted", before=0, after=9), [], "requeue", "preempted"),
+        (Result(outcome=done("USER_REQUEST")), [], "stop", "stopped"),
+        (Result(outcome=done("PREEMPTED"), told="time limit", before=0, after=9), [], "requeue", "time limit"),
+        (Result(outcome=done("PREEMPTED"), told="preempted", before=0, after=9), [], "requeue", "preempted"),
         (Result(outcome=done("SIGTERM"), before=0, after=9), [], "requeue", "preempted"),
-        (Result(outcome=done("TOLD"), before=0, after=9), [], "requeue", "requeued"),
+        (Result(outcome=done("PREEMPTED"), before=0, after=9), [], "requeue", "requeued"),
         (Result(code=137, told="preempted", before=0, after=6), [], "requeue", "preempted"),
         (Result(code=1, outcome=done("SIGTERM"), failure=failed(ValueError()), before=0, after=6), [], "requeue", "crash"),
         (Result(code=137, failure=failed(RuntimeError()), before=0, after=6), [], "requeue", "crash"),
@@ -107,7 +107,7 @@ def test_each_cause_has_a_budget_of_its_own(cause: str, end: Result) -> None:
 
 
 def test_preemption_is_forgiven_as_long_as_there_is_progress() -> None:
-    end = Result(outcome=done("TOLD"), told="preempted", before=50, after=51)
+    end = Result(outcome=done("PREEMPTED"), told="preempted", before=50, after=51)
     assert decide(end, [row("preempted", i, i + 1) for i in range(50)], Budgets()).action == "requeue"
 
 

@@ -59,7 +59,7 @@ def _reach(run: RunDirectory, step: int, seconds: float = 2400) -> int:
     end = time.monotonic() + seconds
     while True:
         attempt = run.next_attempt() - 1
-        if int(record.read(run.logs(attempt) / "clock.json").get("step", -1)) >= step:
+        if int(record.read(run.logs(attempt) / "train_seconds.json").get("step", -1)) >= step:
             return attempt
         logs = "\n".join(path.read_text()[-1500:] for path in sorted((run.path / "logs").rglob("*.log")))
         assert time.monotonic() < end and not record.verdict(run), f"step {step} was not reached\n{logs}"
@@ -69,7 +69,7 @@ def _reach(run: RunDirectory, step: int, seconds: float = 2400) -> int:
 def _next(run: RunDirectory, attempt: int, seconds: float = 2400) -> None:
     """Waits until the attempt after this one trains."""
     end = time.monotonic() + seconds
-    while run.next_attempt() - 1 <= attempt or not (run.logs(attempt + 1) / "clock.json").exists():
+    while run.next_attempt() - 1 <= attempt or not (run.logs(attempt + 1) / "train_seconds.json").exists():
         assert time.monotonic() < end and not record.verdict(run), record.verdict(run) or "the next attempt does not train"
         time.sleep(0.2)
 

@@ -63,7 +63,7 @@ def config(name: str, **changes: Any) -> Config:
         return load(str(path)).config
 
 
-def recipe(name: str, seed: int = 0, **changes: Any) -> Method:
+def make_method(name: str, seed: int = 0, **changes: Any) -> Method:
     """The method; its student is not quite its teacher, and what it remembers is not zero."""
     torch.manual_seed(seed)
     made = build_method(config(name, **changes))
@@ -168,7 +168,7 @@ def gradients(engine: Any) -> list[tuple[str, int, tuple[int, ...], Tensor]]:
 
 def first_steps(name: str, zero: Literal[0, 1, 2, 3], accumulation: int = 1, steps: int = 2, **changes: Any) -> dict[str, Any]:
     """On a rank: terms and gradients of the first step, and what there is after some."""
-    made = recipe(name, **changes)
+    made = make_method(name, **changes)
     engine = engine_of(made, zero, accumulation)
     found: dict[str, Any] = {}
     original = engine.step
@@ -200,7 +200,7 @@ def interrupted(
     from pipeline.checkpoint import reader
     from pipeline.checkpoint import writer as checkpoint
 
-    made = recipe(name, seed, **changes)
+    made = make_method(name, seed, **changes)
     engine = engine_of(made, zero)
     folder = Path(directory)
     if load_at is not None:

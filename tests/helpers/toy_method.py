@@ -130,24 +130,24 @@ def by_torch(
     optimizer_name: str = "adamw",
 ) -> dict[str, Any]:
     """What training is: one process, the whole batch, torch's own AdamW and clipping."""
-    recipe = Toy()
-    groups = recipe.parameter_groups()
+    method = Toy()
+    groups = method.parameter_groups()
     optimizer = _optimizer(optimizer_name, groups)
     history, norms = [], []
     for index in range(steps):
-        step, recipe.without_head = step_at(index), index in headless
+        step, method.without_head = step_at(index), index in headless
         with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
-            terms = recipe(batch_at(index), step)
+            terms = method(batch_at(index), step)
         history.append({name: float(term.detach()) for name, term in terms.items()})
         optimizer.zero_grad(set_to_none=False)
         torch.stack([term.float() for term in terms.values()]).sum().backward()
-        for p in recipe.parameters():
+        for p in method.parameters():
             if p.requires_grad and p.grad is None:
                 p.grad = torch.zeros_like(p)
-        parts = {name: list(module.parameters()) for name, module in recipe.networks().items()} | {"other": [recipe.scale]}
+        parts = {name: list(module.parameters()) for name, module in method.networks().items()} | {"other": [method.scale]}
         norms.append({name: float(nn.utils.clip_grad_norm_(part, float("inf"))) for name, part in parts.items()})
         if index in skipped:
-            recipe.on_step_skipped()
+            method.on_step_skipped()
             continue
         if clip is not None:
             everything = [p for part in parts.values() for p in part]
@@ -158,8 +158,8 @@ def by_torch(
             group["lr"] = (step.last_layer_lr if ours.last_layer else step.lr) * ours.lr_scale
             group["weight_decay"] = step.weight_decay * ours.wd_scale
         optimizer.step()
-        recipe.after_step(step)
-    return {"terms": history, "norms": norms, **state_of(recipe)}
+        method.after_step(step)
+    return {"terms": history, "norms": norms, **state_of(method)}
 
 
 def _optimizer(name: str, groups: list[ParameterGroup]) -> torch.optim.Optimizer:
@@ -175,13 +175,13 @@ def _optimizer(name: str, groups: list[ParameterGroup]) -> torch.optim.Optimizer
     return optimizer
 
 
-def state_of(recipe: Toy) -> dict[str, Any]:
+def state_of(method: Toy) -> dict[str, Any]:
     """Copies of everything that a step moves, apart from the optimizer."""
     return {
-        "weights": {name: p.detach().clone() for name, p in recipe.named_parameters()},
-        "teacher": {name: t.clone() for name, t in recipe.teacher.state_dict().items()} if recipe.teacher else {},
-        "memory": {name: t.clone() for name, t in recipe.extra_state.items()},
-        "buffers": {name: t.clone() for name, t in recipe.named_buffers()},
+        "weights": {name: p.detach().clone() for name, p in method.named_parameters()},
+        "teacher": {name: t.clone() for name, t in method.teacher.state_dict().items()} if method.teacher else {},
+        "memory": {name: t.clone() for name, t in method.extra_state.items()},
+        "buffers": {name: t.clone() for name, t in method.named_buffers()},
     }
 
 
@@ -206,14 +206,14 @@ def options(
 
 
 def build(seed: int = 0, **chosen: Any) -> tuple[Toy, Any]:
-    """A recipe and the engine around it."""
+    """A method and the engine around it."""
     from pipeline.training.engine import Engine
 
-    recipe = Toy(seed)
-    return recipe, Engine(recipe, options(**chosen), torch.device("cpu"))
+    method = Toy(seed)
+    return method, Engine(method, options(**chosen), torch.device("cpu"))
 
 
-def advance(recipe: Toy, engine: Any, index: int) -> dict[str, Any]:
+def advance(method: Toy, engine: Any, index: int) -> dict[str, Any]:
     """One step as the trainer does it, on this rank's share."""
     share = SAMPLES // dist.get_world_size()
     micro, begin = engine.options.micro_batch, dist.get_rank() * share
@@ -223,9 +223,9 @@ def advance(recipe: Toy, engine: Any, index: int) -> dict[str, Any]:
     terms = {name: torch.stack([terms[name] for terms in each]).mean() for name in each[0]}
     applied, norms = engine.step(step, torch.stack(list(terms.values())).isfinite().all())
     if applied:
-        recipe.after_step(step)
+        method.after_step(step)
     else:
-        recipe.on_step_skipped()
+        method.on_step_skipped()
     return {
         "terms": {name: float(term) for name, term in terms.items()},
         "applied": applied,
@@ -233,14 +233,14 @@ def advance(recipe: Toy, engine: Any, index: int) -> dict[str, Any]:
     }
 
 
-def snapshot(recipe: Toy, engine: Any) -> dict[str, Any]:
+def snapshot(method: Toy, engine: Any) -> dict[str, Any]:
     """Copies of all that this rank holds."""
     fragments = [
         replace(f, master=f.master.clone(), moments={name: m.clone() for name, m in f.moments.items()})
         for f in engine.fragments()
     ]
     with engine.gathered(teacher=True):
-        state = state_of(recipe)
+        state = state_of(method)
     return {"fragments": fragments, "adam": engine.optimizer_steps(), **state}
 
 

@@ -49,14 +49,14 @@ def pairs_at(index: int, rows: slice = slice(None), views: tuple[str, ...] = ("i
 
 
 def engine_of(
-    recipe: Method, zero: Literal[0, 1, 2, 3], micro: int, accumulation: int, precision: Literal["fp32", "bf16"] = "fp32"
+    method: Method, zero: Literal[0, 1, 2, 3], micro: int, accumulation: int, precision: Literal["fp32", "bf16"] = "fp32"
 ) -> Any:
     from pipeline.training.engine import Engine, EngineOptions
 
     options = EngineOptions(
         zero, precision, micro, accumulation, (0.9, 0.98), 1e-2, None, "global"
     )  # a large eps: no noise is blown up
-    return Engine(recipe, options, torch.device("cpu"))
+    return Engine(method, options, torch.device("cpu"))
 
 
 def trained(
@@ -69,10 +69,10 @@ def trained(
     **changes: Any,
 ) -> dict[str, Any]:
     """Some steps on this rank's share; terms, gradient norms and all weights."""
-    recipe = clip(grad_cache=grad_cache, **changes)
+    method = clip(grad_cache=grad_cache, **changes)
     share = SAMPLES // dist.get_world_size()
     micro, begin = share // accumulation, dist.get_rank() * share
-    engine = engine_of(recipe, zero, micro, accumulation, precision)
+    engine = engine_of(method, zero, micro, accumulation, precision)
     terms, norms = [], []
     for index in range(steps):
         step = Step(index=index, lr=1e-2, last_layer_lr=1e-2, weight_decay=0.1)
@@ -81,10 +81,10 @@ def trained(
         found = torch.stack([engine.forward_backward(part, step)["contrastive"] for part in parts]).mean()
         applied, norm = engine.step(step, found.isfinite())
         assert applied
-        recipe.after_step(step)
+        method.after_step(step)
         terms.append(float(found))
         norms.append({name: float(value) for name, value in norm.items()})
     with engine.gathered(teacher=True):
-        weights = {name: p.detach().clone() for name, p in recipe.named_parameters()}
+        weights = {name: p.detach().clone() for name, p in method.named_parameters()}
     engine.close()
     return {"terms": terms, "norms": norms, "weights": weights}
