@@ -31,7 +31,7 @@ from pipeline.config.layers import Branch, Leaf, Problem, display, grown, merge,
 from pipeline.config.paths import same
 from pipeline.config.schema import METHODS, Config
 from pipeline.config.types import Length, Settings, absolute_paths, path_marker
-from pipeline.config.upgrade import upgrade
+from pipeline.config.upgrade import is_old, upgrade
 from pipeline.config.validate import check
 from pipeline.errors import ConfigError
 from pipeline.masking import masked
@@ -165,7 +165,7 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Loaded:
     problems: list[Problem] = []
     tree = read(file, problems, ())
     if (found_in := _run_of(file)) is not None:
-        if "method" in tree.children:
+        if is_old(tree.children):
             tree = grown(upgrade(unwrap(tree)), display(file))
         merge(tree, Branch({"run": Branch({"directory": Leaf(os.path.abspath(found_in), display(file))}, display(file))}, ""))
     for text in overrides:

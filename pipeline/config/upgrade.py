@@ -5,7 +5,7 @@ Only what fovea itself wrote is read so. A config that a person writes has today
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from typing import Any
 
 _MODEL = {
@@ -138,13 +138,18 @@ _VALUES: dict[str, Callable[[Any], Any]] = {
 _RETIRED = {"recipe.local_loss", "recipe.gather_with_grad", "recipe.views.global_count"}  # only one value was legal
 
 
+def is_old(document: Container[str]) -> bool:
+    """Whether settings have the section names of earlier versions."""
+    return "recipe" in document
+
+
 def upgrade(document: dict[str, Any]) -> dict[str, Any]:
     """Settings as plain values under today's keys; those that have them already are returned as they are.
 
     Args:
         document: the settings of a run, by section.
     """
-    if "recipe" not in document:
+    if not is_old(document):
         return document
     optim, schedule = document.get("optim"), document.get("schedule")
     if isinstance(optim, dict) and "lr" in optim:
