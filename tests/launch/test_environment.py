@@ -60,7 +60,7 @@ def test_a_short_run_is_in_mlflow_and_is_worked_with_from_any_folder(work: Path,
     run, elsewhere = work / "run", tmp_path / "elsewhere"
     elsewhere.mkdir()
     assert database.inspect(run / "mlflow.db") in ("absent", "whole")
-    done = fovea("track", "sync", str(run), cwd=elsewhere)
+    done = fovea("mlflow", "sync", str(run), cwd=elsewhere)
     assert done.returncode == 0, done.stderr + done.stdout
     with closing(sqlite3.connect(run / "mlflow.db")) as base:
         assert base.execute("SELECT count(*) FROM metrics WHERE key = 'train/loss'").fetchone()[0] == 2
@@ -80,7 +80,7 @@ def test_the_tracking_server_of_the_environment_is_used_and_named(work: Path, tm
     assert done.returncode == 0, done.stderr
     assert f"MLflow at sqlite:///{tmp_path}/mine.db (MLFLOW_TRACKING_URI)" in done.stdout
     assert not (work / "run" / "mlflow.db").exists()
-    done = fovea("track", "sync", "run", cwd=work)  # another shell, without the variable
+    done = fovea("mlflow", "sync", "run", cwd=work)  # another shell, without the variable
     assert done.returncode == 0 and "mine.db" in done.stdout, done.stderr
     with closing(sqlite3.connect(tmp_path / "mine.db")) as base:
         assert base.execute("SELECT name FROM experiments WHERE name = 'mine'").fetchone()

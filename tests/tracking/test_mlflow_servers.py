@@ -89,9 +89,9 @@ def test_a_server_that_only_the_run_names_is_never_contacted(run: Path, sink: Si
     (run / "tracking" / "cursor.json").write_text(
         json.dumps({"uri": sink.uri, "run_id": "a" * 32, "offsets": {}, "steps": {}, "artifacts": []})
     )
-    assert call("track", "sync", str(run)) == 2
+    assert call("mlflow", "sync", str(run)) == 2
     assert "only the run names the MLflow server http://127.0.0.1" in capsys.readouterr().err
-    assert call("track", "sync", "--all") == 2
+    assert call("mlflow", "sync", "--all") == 2
     assert "skipped" in capsys.readouterr().out
     telling = EvalReporter.of_run(run, RunDirectory(run).settings(), None)
     assert telling is not None
@@ -104,7 +104,7 @@ def test_a_server_that_only_the_run_names_is_never_contacted(run: Path, sink: Si
 def test_a_server_that_only_an_evaluation_of_the_run_names_is_never_contacted(run: Path, sink: Sink) -> None:
     Aside(sink.uri, "fovea", "eval").begin(run / "tracking" / "eval-1").close()
     Journal(run / "tracking" / "eval-1" / "journal-0000.jsonl").metrics(1, {"eval/knn": 0.5})
-    assert call("track", "sync", str(run)) == 2
+    assert call("mlflow", "sync", str(run)) == 2
     assert sink.asked == []
 
 
@@ -118,7 +118,7 @@ def test_the_users_own_server_is_asked_with_credentials(
     elif how == "trained":
         remember(sink.uri)
     words = ["--uri", sink.uri] if how == "named" else []
-    assert call("track", "sync", str(run), *words) != 0, "the sink accepts nothing"
+    assert call("mlflow", "sync", str(run), *words) != 0, "the sink accepts nothing"
     assert any("CANARY" in line for line in sink.asked)
     assert capsys.readouterr().out.startswith(f"theirs: sending to {sink.uri}")
 

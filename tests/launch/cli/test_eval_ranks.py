@@ -198,7 +198,7 @@ def test_weights_get_an_mlflow_run_to_themselves_and_what_is_left_is_sent_by_tra
     assert call(*words, "--track", DEAD, "--output", str(tmp_path / "scores.json")) == 0
     (folder,) = (tmp_path / "runs" / "evaluations").iterdir()
     uri = f"sqlite:///{tmp_path}/elsewhere.db"
-    assert call("track", "sync", str(folder), "--uri", uri) == 0
+    assert call("mlflow", "sync", str(folder), "--uri", uri) == 0
     client = MlflowClient(tracking_uri=uri)
     (only,) = client.search_runs([e.experiment_id for e in client.search_experiments()])
     scores = json.loads((tmp_path / "scores.json").read_text())["scores"]["weights"]

@@ -229,7 +229,7 @@ def test_a_failed_installation_is_explained_and_tried_again(tmp_path: Path, word
 
 
 @pytest.mark.parametrize(
-    "words", [["eval"], ["report"], ["status"], ["checkpoint", "list"], ["track", "sync"], ["shards", "pack"]]
+    "words", [["eval"], ["report"], ["status"], ["checkpoint", "list"], ["mlflow", "sync"], ["shards", "pack"]]
 )
 def test_a_path_that_the_system_refuses_is_one_message(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert leaves([*words, "a" * 5000, *(["out"] if words[-1] == "pack" else [])]) == 1

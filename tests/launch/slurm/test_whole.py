@@ -147,7 +147,7 @@ def test_submitted_once_interrupted_by_everything_it_ends_as_if_nothing_had_happ
 
 
 def _everything_is_in_mlflow(mlflow: MlflowServer, run: RunDirectory, folder: Path) -> None:
-    words = [sys.executable, "-m", "launch.cli.main", "track", "sync", str(run.path)]
+    words = [sys.executable, "-m", "launch.cli.main", "mlflow", "sync", str(run.path)]
     done = subprocess.run(words, env=environment(), cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     from mlflow.tracking import MlflowClient
