@@ -97,7 +97,7 @@ def test_what_was_learnt_and_is_lost_again_is_told() -> None:
 
 
 def test_a_plateau_at_ln_k_is_told_where_the_targets_stay_decided() -> None:
-    raised = watch(ill(below=0.05, agreement=0.01), steps=900)
+    raised = watch(ill(below=0.05, teacher_student_top1_agreement=0.01), steps=900)
     assert {alarm.failure_mode for _, alarm in raised} == {"plateau"}
     assert all(done <= ONSET + 200 for done, _ in raised)
 

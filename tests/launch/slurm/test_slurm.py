@@ -37,7 +37,7 @@ SITE: dict[str, Any] = {
     "cpus_per_rank": 1,
     "memory": "50",
     "time": "30",
-    "lead": 60,
+    "checkpoint_lead_time": 60,
     "exclusive": False,
     "host_python": sys.executable,
     "local_paths": (),
@@ -169,7 +169,7 @@ def test_a_rank_that_leaves_early_does_not_keep_the_others_waiting(start: Start)
 
 
 def test_ranks_that_stand_still_are_ended_and_started_again(start: Start) -> None:
-    run, _ = start({"0": [6, "freeze"]}, hang=6)
+    run, _ = start({"0": [6, "freeze"]}, hang_timeout=6)
     assert verdict(run)["state"] == "finished"
     assert causes(run) == ["hang", "finished"]
 
@@ -186,7 +186,7 @@ def test_the_warning_before_the_time_limit_saves_and_requeues(slurm: Cluster, st
 
 
 def test_a_real_time_limit_is_met_with_a_checkpoint_in_hand(start: Start) -> None:
-    run, _ = start(steps=5000, time="1", lead=25)
+    run, _ = start(steps=5000, time="1", checkpoint_lead_time=25)
     reach(run, 1, attempt=1, seconds=200)
     record.ask(run, record.STOP, "enough")
     assert verdict(run)["state"] == "stopped"
@@ -196,7 +196,7 @@ def test_a_real_time_limit_is_met_with_a_checkpoint_in_hand(start: Start) -> Non
 
 
 def test_a_step_whose_daemon_was_killed_does_not_hold_the_run_for_ever(start: Start) -> None:
-    run, job = start(steps=60, hang=8)
+    run, job = start(steps=60, hang_timeout=8)
     reach(run, 6)
     daemons = [int(entry.name) for entry in Path("/proc").iterdir() if entry.name.isdigit() and _says(entry, f"[{job}.1]")]
     assert daemons
@@ -245,7 +245,7 @@ def test_a_node_that_is_lost_costs_no_more_than_what_was_not_saved(slurm: Cluste
 
 
 def test_where_preempted_jobs_are_cancelled_a_successor_takes_over(slurm: Cluster, start: Start) -> None:
-    run, job = start(steps=40, after="chain")
+    run, job = start(steps=40, requeue_mode="chain")
     reach(run, 6)
     slurm.call("scancel", "--signal=KILL", "--full", str(job))
     assert verdict(run, 120)["state"] == "finished"

@@ -30,7 +30,15 @@ pytestmark = [
 ]
 STEPS = 240
 SITE: dict[str, Any] = {
-    **{"nodes": 2, "gpus_per_node": 0, "ranks_per_node": 1, "cpus_per_rank": 1, "memory": "100", "time": "30", "lead": 60},
+    **{
+        "nodes": 2,
+        "gpus_per_node": 0,
+        "ranks_per_node": 1,
+        "cpus_per_rank": 1,
+        "memory": "100",
+        "time": "30",
+        "checkpoint_lead_time": 60,
+    },
     **{"exclusive": False, "host_python": sys.executable, "local_paths": [], "preflight": {"disk_gb": 0.01}},
 }
 
