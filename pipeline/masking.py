@@ -59,8 +59,10 @@ def _hide(address: str) -> str:
 
 
 def shown_address(address: str, *, limit: int = 0) -> str:
-    """Returns an address for display, masked and printable. The whole text is treated as one address, whatever characters its
-    password has."""
+    """Returns an address for display, masked and printable.
+
+    The whole text is treated as one address, whatever characters its password has.
+    """
     return printable(_hide(address.strip()), limit=limit)
 
 

@@ -82,10 +82,9 @@ def inside(path: str | os.PathLike[str], folder: Path, *, where: str, error: typ
 
 
 def open_regular(path: Path, *, where: str = "", error: type[FoveaError] = DataError) -> int:
-    """Opens a regular file for reading without blocking and returns its descriptor. Links are followed; other file types are
-    rejected.
+    """Opens a regular file for reading without blocking and returns its descriptor.
 
-    A FIFO, a device or a socket could block or never end.
+    Links are followed; other file types are rejected, since a FIFO, a device or a socket could block or never end.
 
     Raises:
         FoveaError: of class ``error``, if it is not a regular file.

@@ -106,8 +106,10 @@ def roots() -> list[Path]:
 
 
 def available() -> dict[str, Path]:
-    """Lists names and files of the configs shipped with fovea, without those under ``base`` or starting with ``_``, which only
-    serve as bases."""
+    """Lists names and files of the configs shipped with fovea.
+
+    Those under ``base`` or starting with ``_`` only serve as bases and are omitted.
+    """
     found: dict[str, Path] = {}
     for root in roots():
         for file in sorted(root.rglob("*.yaml")):
@@ -372,8 +374,13 @@ def fingerprint(config: Config) -> str:
 
 
 def difference(old: Config, new: Config, *, runtime: bool = False) -> dict[str, tuple[Any, Any]]:
-    """Returns changed settings by dotted key as (old, new), ``None`` for a missing key. Runtime settings only if ``runtime`` is
-    set."""
+    """Returns changed settings by dotted key as (old, new), ``None`` for a missing key.
+
+    Args:
+        old: settings before.
+        new: settings after.
+        runtime: include runtime settings.
+    """
     first, second = (flatten(old), flatten(new)) if runtime else (identity(old), identity(new))
     keys = [*first, *(key for key in second if key not in first)]
     changed = {key: (first.get(key), second.get(key)) for key in keys if first.get(key) != second.get(key)}

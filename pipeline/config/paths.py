@@ -92,8 +92,7 @@ def _uri(text: str, folder: str | None) -> str:
 
 
 def _taken_apart(text: str) -> list[str]:
-    """Expands ``{/a,b}/x.tar`` to ``/a/x.tar`` and ``b/x.tar``; returns anything without directories in leading braces
-    unchanged."""
+    """Expands ``{/a,b}/x.tar`` to ``/a/x.tar`` and ``b/x.tar``; other braces, without directories in them, are left unchanged."""
     if not text.startswith("{"):
         return [text]
     depth, parts, begin = 0, [], 1

@@ -1,5 +1,4 @@
-"""Decides which MLflow server may receive a run's journals: only one that the user named, never one that only a run directory
-names.
+"""Decides which MLflow server may receive a run's journals: only one that the user named.
 
 A run directory may come from somebody else. A server that it names would receive the user's credentials, and could cause files to
 be written anywhere, since MLflow stores artifacts wherever the server says. A server is therefore accepted only if the user named
