@@ -105,7 +105,7 @@ def tell(error: BaseException, watchdog: Watchdog, facts: dict[str, Any]) -> int
     same = isinstance(error, FoveaError) and (cause["kind"], cause["step"]) == (
         own["kind"],
         own["step"],
-    )  # all ranks raise it together
+    )  # all ranks raise it
     if failure.because_of_others or cause["what"] == what or same:
         _say(f"rank {watchdog.rank} ends because of rank {cause['rank']}: {cause['what']}")
         return int(cause["code"])

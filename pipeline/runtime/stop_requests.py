@@ -48,7 +48,7 @@ class StopRequests:
 
     Attributes:
         asked: the request that this rank received.
-        saving: after :meth:`agreed`, the maximum over all ranks of the state of an asynchronous save.
+        saving: after :meth:`agreed`, the maximum over all ranks of the state of their part of a save.
         save: after :meth:`agreed`, whether a user requested a checkpoint.
     """
 

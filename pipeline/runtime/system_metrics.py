@@ -19,9 +19,9 @@ _ABSENT = float("nan")
 
 
 class Nodes:
-    """Reads the metrics of this node and gathers those of all nodes. Values that cannot be read are omitted, so that tracking
-    never stops
-    training.
+    """Reads the metrics of this node and gathers those of all nodes.
+
+    Values that cannot be read are omitted, so that tracking never stops training.
 
     Args:
         world: this rank's position; the first rank of a node reports for the node, and each rank for its own GPU.
@@ -66,8 +66,7 @@ class Nodes:
         ]
 
     def _gpu(self) -> list[float]:
-        """Returns the fraction of time in which this rank's GPU was busy, and the fraction of its memory in use by any
-        process."""
+        """Returns the fraction of time in which this rank's GPU was busy, and of its memory in use by any process."""
         device = self._world.device
         if device.type != "cuda":
             return [_ABSENT, _ABSENT]

@@ -90,10 +90,10 @@ class Decoder:
 
 
 def _pillows(data: bytes) -> str | None:
-    """Returns the format if Pillow must decode it; nvImageCodec decodes the others, and returns ``None`` for data that is no
-    image.
+    """Returns the format if Pillow must decode it; ``None`` if nvImageCodec does.
 
-    WebP with EXIF: nvImageCodec cannot read lossless ones and ignores the orientation if the EXIF block has a prefix.
+    Data that is not an image goes to nvImageCodec too, which returns ``None`` for it. WebP with EXIF: nvImageCodec cannot read
+    lossless ones and ignores the orientation if the EXIF block has a prefix.
     """
     kind = sniff(data)
     if kind in ("tiff", "bmp", "pnm", "jpeg2000"):
@@ -107,9 +107,7 @@ def _by_pillow(data: bytes, kind: str) -> NDArray[np.uint8]:
         if image.mode.startswith("I"):  # 16 bits: Pillow's own conversion clips
             values = np.asarray(image)
             gray = np.empty(values.shape, dtype=np.uint8)
-            for row in range(
-                0, len(values), _ROWS
-            ):  # converting the whole image to wider integers would take a multiple of its memory
+            for row in range(0, len(values), _ROWS):  # wider integers for the whole image would need a multiple of its memory
                 part = values[row : row + _ROWS].astype(np.int32)
                 gray[row : row + _ROWS] = ((part + 128) // 257).clip(0, 255)
             return np.repeat(gray[:, :, None], 3, axis=2)
