@@ -60,8 +60,10 @@ def read_label(value: Any) -> tuple[int | str | None, str]:
 
 
 def read_name(value: Any) -> tuple[str | None, str]:
-    """Parses a value as a class name, even if it looks like a number; None and a note as :func:`read_label` if it is empty or
-    not a plain value."""
+    """Parses a value as a class name, even if it looks like a number.
+
+    None and a note, as in :func:`read_label`, if it is empty or not a plain value.
+    """
     number, note = read_label(value)
     if note == EMPTY:
         return None, EMPTY

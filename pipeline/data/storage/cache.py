@@ -91,8 +91,7 @@ class ShardCache:
         return path if self._whole(path, about.size) else None
 
     def _whole(self, path: Path, size: int) -> bool:
-        """Whether a regular file of that size exists, owned by this user unless the cache is shared; any other file is
-        removed."""
+        """Whether a regular file of that size exists, owned by this user unless the cache is shared. Removes any other file."""
         try:
             about = path.lstat()
         except FileNotFoundError:

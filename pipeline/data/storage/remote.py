@@ -105,7 +105,7 @@ class Remote:
         return _stat(url, self._with_retry(url, place, lambda store: ask(store, place.key)))
 
     def stats(self, urls: list[str]) -> list[ObjectStat | DataError]:
-        """Runs :meth:`stat` for many URLs concurrently and returns errors as values; directories with many of them are listed
+        """Runs :meth:`stat` for many URLs concurrently and returns errors as values; lists directories with many of them
         instead."""
         known: dict[str, ObjectStat] = {}
         folders = Counter(url.rpartition("/")[0] for url in urls)
@@ -227,8 +227,7 @@ class Remote:
             raise self._explained(url, error, place) from error
 
     def _with_retry(self, url: str, place: Place, act: Callable[[Any], _Value]) -> _Value:
-        """Calls ``act`` and retries while storage is unavailable, with a backoff of up to half a minute, until
-        ``outage_timeout``."""
+        """Calls ``act`` and retries while storage is unavailable, with a backoff of up to 30 s, until ``outage_timeout``."""
         if os.getpid() != self._pid:
             raise DataError("object storage was used before this process was forked", where=url, hint="Start processes by spawn.")
         begin, pause = time.monotonic(), 0.5
@@ -406,7 +405,10 @@ def _has_keys() -> bool:
 
 
 def _profile_credentials() -> Any:
-    """Returns credentials of ``~/.aws`` and single sign-on, which need boto3; ``None`` if the environment has keys."""
+    """Returns credentials of ``~/.aws`` and single sign-on, which need boto3.
+
+    ``None`` if the environment has keys, or if there is neither a profile nor such a file.
+    """
     places = {"AWS_SHARED_CREDENTIALS_FILE": "~/.aws/credentials", "AWS_CONFIG_FILE": "~/.aws/config"}
     files = [Path(os.path.expanduser(os.environ.get(name, usual))) for name, usual in places.items()]
     if _has_keys() or not ("AWS_PROFILE" in os.environ or any(file.exists() for file in files)):
