@@ -107,8 +107,11 @@ def _is_quoted(file: Any, shape: _Shape) -> bool:
 
 
 def _quote_state(line: str, delimiter: str, *, inside: bool = False) -> str:
-    """Returns ``none``: no field begins with a quote; ``closed``: all that do end with one; ``open``: the last does not; or
-    ``wrong``."""
+    """Classifies a line by its quotes.
+
+    Returns:
+        ``none``: no field begins with a quote; ``closed``: all that do end with one; ``open``: the last does not; or ``wrong``.
+    """
     at, state = 0, "none"
     while at <= len(line):
         if inside or line.startswith('"', at):

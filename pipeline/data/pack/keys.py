@@ -13,7 +13,7 @@ _SURROGATES = re.compile("[\ud800-\udfff]")
 _PART, _KEY = (
     200,
     1000,
-)  # maximum bytes of a directory or base name, and of a key, such that file systems accept both with an extension
+)  # maximum bytes of a directory or base name, and of a key, to leave room for an extension
 
 
 def safe_key(key: str) -> str:

@@ -27,7 +27,7 @@ READ = (
     "jpf",
     "pgm",
     "pnm",
-)  # extensions of formats that the decoder reads
+)  # by the decoder
 IMAGES = (*READ, "gif", "avif", "heic", "heif", "tga", "ico", "psd", "dds")
 EXTENSIONS = {"jpeg": "jpg", "png": "png", "webp": "webp", "tiff": "tif", "bmp": "bmp", "jpeg2000": "jp2", "pnm": "ppm"}
 MAX_FILE = 1 << 30  # maximum size of a packed file or member, bytes
@@ -118,8 +118,7 @@ class Source(Protocol):
         """Returns the names of the files or members beside the image that are counted as this sample's."""
 
     def sharers(self, companion: str) -> Sequence[str]:
-        """Returns the names of all samples that share a companion, if there are several; names as :func:`printable` shows
-        them."""
+        """Returns the names of all samples that share a companion, if there are several; formatted by :func:`printable`."""
 
     def key(self, position: int, number: int) -> str:
         """Returns the key of a sample in the shards, where it is the ``number``-th."""

@@ -23,8 +23,7 @@ _FORMATS = (
 
 
 def transcode(data: bytes, form: Form, *, max_pixels: int = 50_000_000, max_side: int | None = None) -> bytes | None:
-    """Returns the first frame of an image as 8-bit RGB, orientation applied, alpha dropped, as the decoder does for its own
-    formats.
+    """Returns the first frame of an image as 8-bit RGB, orientation applied, alpha dropped, like the decoder.
 
     Args:
         data: an image of any format that Pillow reads.

@@ -105,8 +105,10 @@ class Remote:
         return _stat(url, self._with_retry(url, place, lambda store: ask(store, place.key)))
 
     def stats(self, urls: list[str]) -> list[ObjectStat | DataError]:
-        """Runs :meth:`stat` for many URLs concurrently and returns errors as values; lists directories with many of them
-        instead."""
+        """Runs :meth:`stat` for many URLs concurrently and returns errors as values.
+
+        Directories with many of the URLs are listed instead.
+        """
         known: dict[str, ObjectStat] = {}
         folders = Counter(url.rpartition("/")[0] for url in urls)
         for folder, wanted in folders.items():
