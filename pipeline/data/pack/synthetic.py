@@ -370,8 +370,7 @@ def _distance(shape: str, x: Plane, y: Plane) -> Plane:
 
 
 def _weave(texture: str, x: Plane, y: Plane, u: float) -> Plane:
-    """Returns a pattern with one period per unit, positive in one colour and negative in the other, with slope about 2 per
-    unit."""
+    """Returns a pattern with one period per unit, positive in one colour and negative in the other, of slope about 2 per unit."""
     if texture == "striped":
         return _triangle(x + np.float32(u))
     if texture == "ringed":
