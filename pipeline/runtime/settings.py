@@ -20,7 +20,7 @@ class RunSettings(Settings):
     """Name, directory and seed of the run."""
 
     name: str = Field(
-        default="run", pattern=r"^[A-Za-z0-9][\w.+-]*$", description="name of the run; null means the name of the config file"
+        default="run", pattern=r"^[A-Za-z0-9][\w.+-]*$", description="name of the run; by default the name of the config file"
     )
     directory: FilePath | None = Field(
         default=None,

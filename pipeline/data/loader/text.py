@@ -1,11 +1,9 @@
 """Chooses the caption of an epoch and tokenizes it.
 
 Uses open_clip's own tokenizer, byte-pair encoding with the vocabulary in its package, so nothing is downloaded. Only that one
-module
-of the package is imported, which takes a tenth of the package's import time, and only in the process that first tokenizes.
+module of the package is imported, which takes a tenth of the package's import time, and only in the process that first tokenizes.
 Untrusted captions are sanitized: they cannot forge the start or end token, break the encoder with a lone surrogate, delay it
-with a
-word of a million letters, or fill the memory with rare words.
+with a word of a million letters, or fill the memory with rare words.
 """
 
 from __future__ import annotations
