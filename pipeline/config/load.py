@@ -5,8 +5,7 @@ relative to this one, that are merged first, in order: mappings key by key, ever
 (``schedule.lr.peak=1e-3``) come last. :mod:`pipeline.config.layers` parses the files.
 
 All errors of a file are reported at once, each with its location, the key's full path, the value, what is allowed, and the
-nearest
-valid name. This module does not import torch.
+nearest valid name. This module does not import torch.
 """
 
 from __future__ import annotations

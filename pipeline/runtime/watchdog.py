@@ -2,8 +2,7 @@
 
 Each rank writes a heartbeat (*pulse*) of a few hundred bytes to ``<run>/logs/attempt-…/pulse/rank-<n>.json`` every second or two.
 Other ranks read these files without a collective; this distinguishes a rank that hangs from one that waits for it. All ranks
-enter
-the same phases in the same order, so the rank that has entered the fewest is behind.
+enter the same phases in the same order, so the rank that has entered the fewest is behind.
 
 After a hang every rank writes the stack traces of all its threads to ``stacks-rank-<n>.txt`` beside the pulse directory, the rank
 at fault reports it in one line, and all ranks exit with :data:`RESTART`, which a launcher may treat as "restart".

@@ -50,8 +50,7 @@ def destination(settings: TrackingSettings, run: Path, environment: Mapping[str,
     """Returns the MLflow server and experiment of a run.
 
     ``tracking.uri`` takes precedence, then ``MLFLOW_TRACKING_URI``, then the value of that variable when the run was trained,
-    then
-    ``<run>/mlflow.db``. Likewise ``tracking.experiment``, ``MLFLOW_EXPERIMENT_NAME``, ``fovea``.
+    then ``<run>/mlflow.db``. Likewise ``tracking.experiment``, ``MLFLOW_EXPERIMENT_NAME``, ``fovea``.
 
     Args:
         settings: the run's section ``tracking``.

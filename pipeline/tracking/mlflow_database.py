@@ -38,8 +38,7 @@ def uri_of(path: Path) -> str:
     """Returns the tracking URI of a SQLite file.
 
     SQLAlchemy treats a ``?`` in the path as the start of options and decodes ``%3F``. Such paths are quoted, and the URI names
-    the
-    driver, without which MLflow would create directories of the quoted name.
+    the driver, without which MLflow would create directories of the quoted name.
     """
     text = str(path.absolute())
     return f"sqlite+pysqlite:///{quote(text, safe=_PLAIN)}" if re.search(r"[?%]", text) else f"sqlite:///{text}"

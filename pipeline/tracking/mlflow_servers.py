@@ -3,8 +3,7 @@
 A run directory may come from somebody else. A server that it names would receive the user's credentials, and could cause files to
 be written anywhere, since MLflow stores artifacts wherever the server says. A server is therefore accepted only if the user named
 it on the command line or in ``MLFLOW_TRACKING_URI``, if this user has trained with it before (each training stores a digest of
-its
-address in a file of the user), or if it is an SQLite file inside the run directory.
+its address in a file of the user), or if it is an SQLite file inside the run directory.
 """
 
 from __future__ import annotations

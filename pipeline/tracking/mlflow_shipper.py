@@ -45,8 +45,7 @@ class Shipper:
         joins: another shipper's cursor, whose MLflow run is used instead of a new one. Records wait until that run exists.
         once: skip points at steps that a metric already has: an attempt that repeats them records the same values.
         root: the only directory whose files are sent as artifacts, after resolving links; by default the run directory, the
-            parent
-            of ``folder``.
+            parent of ``folder``.
     """
 
     def __init__(

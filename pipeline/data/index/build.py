@@ -110,8 +110,7 @@ def build(
     """Indexes shards, or reuses an existing index, and writes the manifest.
 
     A sidecar is reused while the shard's URL, size and version, the rules and the format are the same. A second build is
-    therefore
-    quick, and an interrupted one continues where it stopped.
+    therefore quick, and an interrupted one continues where it stopped.
 
     Args:
         urls: the shards in order, see :func:`pipeline.data.storage.expand`.

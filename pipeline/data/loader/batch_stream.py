@@ -1,8 +1,7 @@
 """Streams batches to the device: decodes, substitutes bad samples, augments; prepares several steps in advance.
 
 All random choices are functions of sample and step numbers (``order``, ``plan``, ``masks``), so the only state is the number of
-the
-next step, which the trainer owns. Batches that were prepared but not consumed have no effect, and their bad samples are not
+the next step, which the trainer owns. Batches that were prepared but not consumed have no effect, and their bad samples are not
 counted.
 """
 

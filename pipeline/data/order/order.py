@@ -5,9 +5,8 @@ samples from each lane. A rank owns consecutive lanes, so the world size determi
 occurs. Nothing here has state: resuming means asking for another step.
 
 One epoch: the shards are shuffled and concatenated, the start is shifted by a random amount, and the result is split into lanes
-of
-equal length. Inside a lane, blocks of samples are shuffled. The remainder (fewer samples than lanes) is dropped; because of the
-shift it differs between epochs.
+of equal length. Inside a lane, blocks of samples are shuffled. The remainder (fewer samples than lanes) is dropped; because of
+the shift it differs between epochs.
 """
 
 from __future__ import annotations

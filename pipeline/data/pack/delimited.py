@@ -89,8 +89,7 @@ def _is_quoted(file: Any, shape: _Shape) -> bool:
     """Whether a table is written with quotes: every field that begins with a quote also ends with one.
 
     A quoted field may contain tabs and line breaks. Lines are therefore joined until it closes, but never across a line that
-    could
-    itself be a row.
+    could itself be a row.
     """
     file.seek(0)
     any_quoted, state, length = False, "none", 0

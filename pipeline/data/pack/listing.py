@@ -193,8 +193,7 @@ def lost_by_links(listing: Listing, extensions: frozenset[str]) -> list[str]:
     """Returns directories, shards and classes that are lost because links are not followed or are broken.
 
     These are linked directories that contain images; linked tars; top-level directories whose images are all links; and the
-    directory
-    itself (``.``), if most of its images are links.
+    directory itself (``.``), if most of its images are links.
 
     Args:
         listing: of the directory.

@@ -128,8 +128,7 @@ def pack(
     """Packs the samples of a source into shards, or resumes an interrupted packing with the same arguments.
 
     The bytes depend on the source, the settings and (where images are transcoded) the version of Pillow. Besides the shards, it
-    writes
-    ``<prefix>.pack.json``, which finally contains the account, ``classes.txt`` if the source names classes,
+    writes ``<prefix>.pack.json``, which finally contains the account, ``classes.txt`` if the source names classes,
     ``<prefix>.skipped.txt`` if anything was left out, and ``<prefix>.notes.txt`` if samples are packed with something replaced or
     missing.
 

@@ -1,8 +1,7 @@
 """The built-in synthetic data set *scenes*: procedural images of textured shapes in spatial relations.
 
 An image shows several *dominant* objects of one kind, the class, and one or two smaller objects of other kinds (distractors), on
-a
-ground. A kind is a texture with a shape; each texture occurs with two shapes and each shape with two textures, so neither alone
+a ground. A kind is a texture with a shape; each texture occurs with two shapes and each shape with two textures, so neither alone
 determines the class. A kind has two opposite colours, which cancel in the mean; brightness, positions, sizes, rotations, light,
 ground and noise are drawn for each image and are independent of the class. Raw pixels are therefore of little use, and the
 features that determine the class survive crops, flips and mild colour jitter.
