@@ -1,4 +1,4 @@
-"""The errors a user can meet. Each message says what is wrong, where, and how to fix it."""
+"""Exceptions with user-facing messages: what is wrong, where, and how to fix it."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ from pipeline.masking import shown
 
 
 class FoveaError(Exception):
-    """A mistake or a state of the world that the user can fix.
+    """An error that the user can fix.
 
     Args:
         what: what is wrong, with the offending value.
         where: config key, file, shard, member or rank.
-        hint: what to do about it.
+        hint: how to fix it.
 
     The command line prints ``str(error)`` without a traceback and exits with ``exit_code``.
 
     Attributes:
         retryable: whether the same command may succeed later, so that a cluster's supervisor starts another attempt.
-        cause: one word for the account of attempts: ``refused``, ``nonfinite``, ``rendezvous``, ``hang``, ``node`` or ``crash``.
+        cause: category in the record of attempts: ``refused``, ``nonfinite``, ``rendezvous``, ``hang``, ``node`` or ``crash``.
     """
 
     exit_code = 2
@@ -29,14 +29,14 @@ class FoveaError(Exception):
     cause: ClassVar[str] = "refused"
 
     def __init__(self, what: str, *, where: str = "", hint: str = "") -> None:
-        # What is wrong is often a foreign name or an address: no message holds a control character or a password.
+        # The text often contains untrusted names or addresses: no message may hold a control character or a password.
         self.what, self.where, self.hint = shown(what), shown(where), shown(hint)
         text = f"{self.where}: {self.what}" if where else self.what
         super().__init__(f"{text}. {self.hint}" if hint else text)
 
 
 class ConfigError(FoveaError):
-    """A setting that is unknown, of the wrong type, out of range or at odds with another."""
+    """A setting that is unknown, of the wrong type, out of range, or in conflict with another."""
 
 
 class DataError(FoveaError):
@@ -48,11 +48,11 @@ class CheckpointError(FoveaError):
 
 
 class LaunchError(FoveaError):
-    """Ranks that cannot be started or cannot find each other."""
+    """Ranks that cannot be started or cannot connect to each other."""
 
 
 class RendezvousError(LaunchError):
-    """Ranks that did not meet in time, or whose port was taken: another port or another moment may do."""
+    """Ranks that did not connect before the timeout, or whose port was in use; a retry with another port may succeed."""
 
     retryable = True
     cause = "rendezvous"
@@ -65,13 +65,13 @@ class TrainingError(FoveaError):
 
 
 class NonFiniteError(TrainingError):
-    """Too many steps whose loss or gradient is no finite number: the same steps would give the same."""
+    """Too many steps with a non-finite loss or gradient; repeating the same steps would give the same result."""
 
     cause = "nonfinite"
 
 
 class SystemFault(FoveaError):
-    """Something that the operating system refused: a full disk, a folder that cannot be written, a name that is too long."""
+    """An operation that the operating system refused: disk full, directory not writable, name too long."""
 
     exit_code = 1
     retryable = True
@@ -96,7 +96,7 @@ _ADVICE = {
 
 
 def of_system(error: OSError) -> FoveaError | None:
-    """What the operating system refused, in a sentence; ``None`` for errors that are a library's own and name no reason.
+    """Converts an operating system error to a message; ``None`` for errors that a library raised itself, without a reason.
 
     Args:
         error: as Python raised it.
@@ -114,9 +114,9 @@ def of_system(error: OSError) -> FoveaError | None:
 
 
 def verdict(error: BaseException) -> dict[str, Any]:
-    """What a failure record says of an exception: ``kind`` for people, ``retryable`` and ``cause`` for whoever decides.
+    """Returns the entries of a failure record for an exception: ``kind`` for display, ``retryable`` and ``cause`` for decisions.
 
-    Anything but a :class:`FoveaError` is a crash, which may be the machine's.
+    Anything but a :class:`FoveaError` counts as a crash, which the node may have caused.
     """
     known = error if isinstance(error, FoveaError) else None
     return {

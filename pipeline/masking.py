@@ -1,4 +1,4 @@
-"""Makes text fit to be shown: control characters are escaped, user names, passwords and query values of addresses are masked."""
+"""Makes text safe to display: escapes control characters, masks user names, passwords and query values of addresses."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ import re
 from typing import Any
 
 _MASK = "***"
-# Control characters, line and paragraph separators, marks that reorder text, lone surrogates.
+# Control characters, line and paragraph separators, bidirectional marks, lone surrogates.
 NO_PASSWORD = "must not carry a user name or password; use MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD"
 UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff\ufeff]")
 _UNPRINTABLE_BUT_LINES = re.compile(UNPRINTABLE.pattern.replace("\x00-\x1f", "\x00-\x08\x0b-\x1f"))
-# Schemes are bounded, and no name of a query holds a "?": text of strangers must not take quadratic time.
+# Schemes are bounded, and query names exclude "?": untrusted text must not cause quadratic time.
 _ADDRESS = re.compile(r"[A-Za-z][A-Za-z0-9+.-]{0,30}://[^\s'\"<>|]+")
-# After a host only a port follows a colon: anything else is a password, with "/", "?" or "#" in it perhaps. abfs has a container
-# where others have a user.
+# After a host, only a port may follow a colon: anything else is a password, which may contain "/", "?" or "#". abfs has a
+# container where other schemes have a user.
 _USERINFO = re.compile(
     r"^((?!abfss?:)[A-Za-z][A-Za-z0-9+.-]*:/{1,2})(?:[^/?#]*@|[^/?#@:\[]*:(?!\d+(?:[/?#]|$)|/|$)[^@]*@)",
     re.IGNORECASE | re.DOTALL,
@@ -23,14 +23,14 @@ _BARE_QUERY = re.compile(r"^(https?://[^?#]*\?)[^=&#]+(?=$|[&#])", re.IGNORECASE
 
 
 def printable(text: str, *, limit: int = 0) -> str:
-    r"""Text that can be written to a terminal, a log or one line of a file.
+    r"""Returns text that is safe to write to a terminal, a log or one line of a file.
 
-    Control characters (also C1, bidirectional marks, line separators) become ``\x1b``-style escapes, lone surrogates the
+    Control characters (also C1, bidirectional marks, line separators) become ``\x1b``-style escapes; lone surrogates become the
     byte or code unit they stand for.
 
     Args:
         text: any string.
-        limit: the longest result in characters, the end replaced by an ellipsis; 0 for no limit.
+        limit: maximum length of the result in characters, the end replaced by an ellipsis; 0 for no limit.
     """
     if limit and len(text) > 4 * limit:
         text = text[: 4 * limit]
@@ -40,13 +40,13 @@ def printable(text: str, *, limit: int = 0) -> str:
 
 def _escape(match: re.Match[str]) -> str:
     code = ord(match[0])
-    if 0xDC80 <= code <= 0xDCFF:  # a byte that is no UTF-8, as surrogateescape keeps it
+    if 0xDC80 <= code <= 0xDCFF:  # a byte that is not UTF-8, as surrogateescape keeps it
         return f"\\x{code - 0xDC00:02x}"
     return f"\\x{code:02x}" if code < 0x100 else f"\\u{code:04x}"
 
 
 def hide_secrets(text: str) -> str:
-    """Text with the user names, passwords and query values of all addresses in it replaced by ``***``.
+    """Replaces the user names, passwords and query values of all addresses in a text by ``***``.
 
     Every address that leaves the process (messages, logs, reports, files of a run) passes through here.
     """
@@ -59,12 +59,15 @@ def _hide(address: str) -> str:
 
 
 def shown_address(address: str, *, limit: int = 0) -> str:
-    """An address for people: all of the text is taken for it, whatever characters its password has; masked, then printable."""
+    """Returns an address for display, masked and printable.
+
+    The whole text is treated as one address, whatever characters its password has.
+    """
     return printable(_hide(address.strip()), limit=limit)
 
 
 def shown(text: str) -> str:
-    """A message for a terminal or a log: :func:`printable` but for its line breaks and tabs, and :func:`hide_secrets`."""
+    """Returns a message for a terminal or a log: :func:`printable` except for line breaks and tabs, and :func:`hide_secrets`."""
     return hide_secrets(_UNPRINTABLE_BUT_LINES.sub(_escape, text))
 
 
@@ -74,7 +77,7 @@ def has_password(address: str) -> bool:
 
 
 def masked(value: Any) -> Any:
-    """JSON with :func:`hide_secrets` applied to every text in it: settings as they may leave the process."""
+    """Applies :func:`hide_secrets` to every string of a JSON value, for settings that leave the process."""
     if isinstance(value, str):
         return hide_secrets(value)
     if isinstance(value, dict):

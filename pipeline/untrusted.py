@@ -1,6 +1,6 @@
-"""Checks and cleans what comes from outside: names, paths, addresses, text and JSON of files that somebody else may have written.
+"""Validates untrusted input: names, paths, addresses, text and JSON of files that somebody else may have written.
 
-One function per kind; every reader of foreign input calls these instead of checks of its own.
+There is one function for each kind; all readers of foreign input call these instead of their own checks.
 """
 
 from __future__ import annotations
@@ -34,15 +34,15 @@ MAX_JSON = 64 << 20  # bytes of a JSON document
 
 
 def plain_name(name: object, *, where: str, error: type[FoveaError] = DataError) -> str:
-    """The name, if it is a plain file name: no separators, no ``.`` or ``..``, printable, at most 255 bytes.
+    """Returns the name if it is a plain file name: no separators, no ``.`` or ``..``, printable, at most 255 bytes.
 
     Args:
         name: as read from a manifest, a table or a journal.
-        where: the file that names it, for the message.
+        where: the file that contains the name, for the message.
         error: class of the error.
 
     Raises:
-        FoveaError: of class ``error``, if it is anything else.
+        FoveaError: of class ``error``, if the name is anything else.
     """
     if (
         isinstance(name, str)
@@ -56,16 +56,16 @@ def plain_name(name: object, *, where: str, error: type[FoveaError] = DataError)
 
 
 def inside(path: str | os.PathLike[str], folder: Path, *, where: str, error: type[FoveaError] = DataError) -> Path:
-    """The resolved path, if it lies in the folder after all links were followed.
+    """Returns the resolved path if it is inside the folder after resolving links.
 
     Args:
         path: absolute, or relative to ``folder``.
-        folder: the only place it may lie in.
-        where: who names the path, for the message.
+        folder: the directory that must contain it.
+        where: what names the path, for the message.
         error: class of the error.
 
     Raises:
-        FoveaError: of class ``error``, if it lies elsewhere or cannot be resolved.
+        FoveaError: of class ``error``, if the path is elsewhere or cannot be resolved.
     """
     root = folder.resolve()
     try:
@@ -82,12 +82,12 @@ def inside(path: str | os.PathLike[str], folder: Path, *, where: str, error: typ
 
 
 def open_regular(path: Path, *, where: str = "", error: type[FoveaError] = DataError) -> int:
-    """Opens a regular file for reading without waiting and returns its descriptor; links are followed, anything else is refused.
+    """Opens a regular file for reading without blocking and returns its descriptor.
 
-    A FIFO, a device or a socket would block or never end.
+    Links are followed; other file types are rejected, since a FIFO, a device or a socket could block or never end.
 
     Raises:
-        FoveaError: of class ``error``, if it is no regular file.
+        FoveaError: of class ``error``, if it is not a regular file.
         OSError: it cannot be opened.
     """
     descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
@@ -98,10 +98,10 @@ def open_regular(path: Path, *, where: str = "", error: type[FoveaError] = DataE
 
 
 def read_bytes(path: Path, *, limit: int, where: str = "", error: type[FoveaError] = DataError) -> bytes:
-    """The content of a regular file of at most ``limit`` bytes.
+    """Reads a regular file of at most ``limit`` bytes.
 
     Raises:
-        FoveaError: of class ``error``, if it is larger or no regular file.
+        FoveaError: of class ``error``, if it is larger or not a regular file.
         OSError: it cannot be read.
     """
     with os.fdopen(open_regular(path, where=where, error=error), "rb") as file:
@@ -112,15 +112,15 @@ def read_bytes(path: Path, *, limit: int, where: str = "", error: type[FoveaErro
 
 
 def read_json(path: Path, *, limit: int = MAX_JSON, error: type[FoveaError] = DataError) -> Any:
-    """A JSON document of a regular file, with every failure as one error.
+    """Reads a JSON document from a regular file; all parse failures raise one error class.
 
     Raises:
-        FoveaError: of class ``error``, if it is no JSON, too large or nested too deeply.
+        FoveaError: of class ``error``, if it is not JSON, too large or nested too deeply.
         OSError: it cannot be read.
     """
     content = read_bytes(path, limit=limit, error=error)
     try:
         return json.loads(content)
-    except (ValueError, RecursionError) as cause:  # ValueError: also no UTF-8, and numbers of more than 4300 digits
+    except (ValueError, RecursionError) as cause:  # ValueError includes invalid UTF-8 and numbers of more than 4300 digits
         reason = "nested too deeply" if isinstance(cause, RecursionError) else printable(str(cause), limit=120)
         raise error(f"{printable(str(path))} must hold JSON ({reason})", hint="The file is damaged") from None

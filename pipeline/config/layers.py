@@ -1,7 +1,7 @@
-"""Layers of YAML files and overrides, merged to one tree in which every value knows where it came from.
+"""Parses YAML files and overrides and merges them to one tree that records the origin of every value.
 
-Plain scalars follow YAML 1.2's core: ``1e-3`` is a number, ``12:30:00``, ``on`` and ``yes`` are texts, ``010`` is ten. Keys are
-texts. A key given twice is refused. ``base:`` names the files below this one.
+Plain scalars follow the YAML 1.2 core schema: ``1e-3`` is a number, ``12:30:00``, ``on`` and ``yes`` are strings, ``010`` is ten.
+Keys are strings. Duplicate keys are rejected. ``base:`` names the files that this one extends.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from pipeline.errors import ConfigError
 from pipeline.untrusted import printable, read_bytes
 
 COMMAND_LINE = "command line"
-_BYTES = 4 << 20  # of one file
-_FILES = 200  # read for one config, bases of bases included
+_BYTES = 4 << 20  # maximum size of one file
+_FILES = 200  # maximum number of files read for one config, bases included
 _UNDER_WAY = -1
-_NODES = 50_000  # values of one file, aliases unfolded
+_NODES = 50_000  # maximum number of values in one file, aliases expanded
 _INTEGER = re.compile(r"[-+]?[0-9]+")
 _FLOAT = re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?")
-_DIGITS = 400  # of a number; more are a text
+_DIGITS = 400  # of a number; longer ones are strings
 _WORDS: dict[str, Any] = {"": None, "~": None, "true": True, "false": False} | {
     form: value
     for word, value in (("null", None), ("true", True), ("false", False))
@@ -36,10 +36,10 @@ _WORDS: dict[str, Any] = {"": None, "~": None, "true": True, "false": False} | {
 
 @dataclass(frozen=True)
 class Problem:
-    """One thing wrong with a configuration.
+    """One error in a configuration.
 
     Attributes:
-        path: dotted key, empty if it concerns the whole file.
+        path: dotted key; empty if the error concerns the whole file.
         message: what is wrong and what is allowed, starting with the key.
         origin: ``file:line:column``, ``command line`` or ``default``.
     """
@@ -54,7 +54,7 @@ class Problem:
 
 @dataclass
 class Leaf:
-    """A value that is no mapping, and where it was written."""
+    """A value that is not a mapping, with its origin."""
 
     value: Any
     origin: str
@@ -62,21 +62,21 @@ class Leaf:
 
 @dataclass
 class Branch:
-    """A mapping by key, and where it was written."""
+    """A mapping, with its origin."""
 
     children: dict[str, Leaf | Branch]
     origin: str
 
 
 def grown(document: dict[str, Any], origin: str) -> Branch:
-    """A tree of plain values, all of one origin."""
+    """Builds a tree from plain values, all with the same origin."""
     return Branch(
         {key: grown(value, origin) if isinstance(value, dict) else Leaf(value, origin) for key, value in document.items()}, origin
     )
 
 
 def scalar(text: str) -> Any:
-    """What a plain YAML 1.2 scalar means: null, a boolean, an integer, a float, or the text itself."""
+    """Parses a plain YAML 1.2 scalar: null, a boolean, an integer, a float, or the string itself."""
     if text in _WORDS:
         return _WORDS[text]
     if _INTEGER.fullmatch(text) and len(text) <= _DIGITS:
@@ -87,22 +87,23 @@ def scalar(text: str) -> Any:
 
 
 def display(file: Path) -> str:
-    """A file's path as a person reads it: relative where it lies below the working directory."""
+    """Returns a file's path for display: relative if it is below the working directory."""
     relative = os.path.relpath(file)
     return str(file.resolve()) if relative.startswith("..") else relative
 
 
 def read(file: Path, problems: list[Problem], above: tuple[Path, ...], seen: list[Path] | None = None) -> Branch:
-    """The tree of a file laid over the trees of its bases.
+    """Reads a file and merges it onto its bases.
 
     Args:
         file: the YAML file.
-        problems: receives what is wrong with single keys.
-        above: the files whose base this one is.
-        seen: receives every file that is read; a file that is the base of several counts each time.
+        problems: receives the errors of single keys.
+        above: the files that extend this one.
+        seen: receives every file that is read, once for each time it is used as a base.
 
     Raises:
-        ConfigError: the file cannot be read, is no YAML mapping or a very large one, or is its own base; or there are too many.
+        ConfigError: the file cannot be read, is not a YAML mapping, is too large, or is its own base; or there are too many
+            files.
     """
     seen = [] if seen is None else seen
     seen.append(file)
@@ -148,23 +149,23 @@ def read(file: Path, problems: list[Problem], above: tuple[Path, ...], seen: lis
 def _is_file(path: Path) -> bool:
     try:
         return path.is_file()
-    except OSError:  # a name that is too long
+    except OSError:  # the name is too long
         return False
 
 
 def compose(text: str, where: str) -> yaml.Node | None:
-    """The nodes of a YAML document, none of which is built into an object; ``None`` if it is empty.
+    """Parses a YAML document to nodes, without constructing objects; ``None`` if it is empty.
 
     Raises:
-        ConfigError: nested too deeply, more than 50000 values once its aliases are unfolded, or an impossible escape.
-        yaml.YAMLError: it is no YAML.
+        ConfigError: nested too deeply, more than 50000 values with aliases expanded, or an invalid escape.
+        yaml.YAMLError: invalid YAML.
     """
     try:
         node = _compose(text, where)
         weight = _weight(node, {}, where) if node is not None else 0
     except RecursionError:
         raise ConfigError("is nested too deeply", where=where) from None
-    except (ValueError, OverflowError) as error:  # an escape that is no character
+    except (ValueError, OverflowError) as error:  # an escape that is not a character
         raise ConfigError(f"is no valid YAML ({printable(str(error), limit=80)})", where=where) from None
     if weight > _NODES:
         raise ConfigError(f"must not hold more than {_NODES} values, aliases unfolded", where=where)
@@ -172,7 +173,7 @@ def compose(text: str, where: str) -> yaml.Node | None:
 
 
 def _compose(text: str, where: str) -> yaml.Node | None:
-    """``yaml.compose`` that gives up at the 50000th node: PyYAML takes minutes and gigabytes for a file of 4 MiB."""
+    """``yaml.compose`` with a limit of 50000 nodes: PyYAML takes minutes and gigabytes for a file of 4 MiB."""
     count = 0
 
     class Loader(yaml.SafeLoader):
@@ -189,7 +190,7 @@ def _compose(text: str, where: str) -> yaml.Node | None:
 
 
 def _weight(node: yaml.Node, known: dict[int, int], where: str) -> int:
-    """How many values a node stands for, itself included."""
+    """Counts the values of a node, itself included, with aliases expanded."""
     if known.get(id(node)) == _UNDER_WAY:
         raise ConfigError("is nested too deeply: an alias stands inside what it stands for", where=where)
     if id(node) not in known:
@@ -233,7 +234,7 @@ def _plain(node: yaml.Node, depth: int = 0) -> Any:
 
 
 def override(text: str, problems: list[Problem]) -> Branch:
-    """The tree of one ``key.path=value`` from the command line; what is wrong with it goes to ``problems``."""
+    """Parses one ``key.path=value`` of the command line to a tree; errors go to ``problems``."""
     key, equals, value = text.partition("=")
     parts = key.strip().split(".")
     if not equals or not all(parts):
@@ -246,16 +247,16 @@ def override(text: str, problems: list[Problem]) -> Branch:
             node = compose(value, COMMAND_LINE)
             end = _grow(node, COMMAND_LINE, problems) if node is not None else end
         except yaml.YAMLError:
-            pass  # a path may well begin with a brace: it stays a text
+            pass  # a path may begin with a brace: keep it as a string
     for part in reversed(parts):
         end = Branch({part: end}, COMMAND_LINE)
     return end if isinstance(end, Branch) else Branch({}, COMMAND_LINE)
 
 
 def merge(onto: Branch, update: Branch, *, top: bool = True) -> None:
-    """Lays ``update`` over ``onto``, in place: mappings key by key, everything else as a whole.
+    """Merges ``update`` into ``onto``, in place: mappings key by key, everything else as a whole.
 
-    A section that names another method or optimizer replaces the old one: its keys mean other things.
+    A section that selects another method or optimizer replaces the old one, since its keys have other meanings.
     """
     for name, child in update.children.items():
         old = onto.children.get(name)
@@ -277,7 +278,7 @@ def _name_of(branch: Branch) -> Any:
 
 
 def origin_of(tree: Branch, path: Sequence[str]) -> str:
-    """Where the value of a key was written, or the mapping or list that holds it; empty if nowhere."""
+    """Returns the origin of a key's value, or of the mapping or list that contains it; empty if there is none."""
     node: Leaf | Branch = tree
     for part in path:
         if isinstance(node, Leaf):
@@ -289,5 +290,5 @@ def origin_of(tree: Branch, path: Sequence[str]) -> str:
 
 
 def unwrap(node: Leaf | Branch) -> Any:
-    """The plain values of a tree."""
+    """Converts a tree to plain values."""
     return node.value if isinstance(node, Leaf) else {name: unwrap(child) for name, child in node.children.items()}

@@ -1,11 +1,11 @@
-"""One strict tree of settings, read from YAML files and from the command line.
+"""Loads the configuration from YAML files and command line overrides, strictly validated.
 
 A config file is a mapping of the sections of :class:`pipeline.config.schema.Config`. ``base:`` names one or several other files,
 relative to this one, that are merged first, in order: mappings key by key, everything else as a whole. Dotted overrides
-(``schedule.lr.peak=1e-3``) come last. How files are read is told in :mod:`pipeline.config.layers`.
+(``schedule.lr.peak=1e-3``) come last. :mod:`pipeline.config.layers` parses the files.
 
-Every problem of a file is reported at once, each with its place, the key's full path, the value, what is allowed, and the
-nearest valid name. Nothing here imports torch.
+All errors of a file are reported at once, each with its location, the key's full path, the value, what is allowed, and the
+nearest valid name. This module does not import torch.
 """
 
 from __future__ import annotations
@@ -40,8 +40,8 @@ from pipeline.methods.settings import MethodSettings
 from pipeline.untrusted import printable
 
 DEFAULT = "default"
-_PROBLEMS = 100  # reported at once
-# What others call a setting, or where they have it.
+_PROBLEMS = 100  # maximum number of errors reported at once
+# Names that other projects use for a setting, or where they put it.
 _ELSEWHERE = {
     "lr": "schedule.lr.peak",
     "learning_rate": "schedule.lr.peak",
@@ -53,11 +53,11 @@ _ELSEWHERE = {
     "workers": "data.num_workers",
     "gpus": "launch.num_processes",
 }
-_LONGEST_KEY = 200  # letters of a key for which a similar one is looked for
+_LONGEST_KEY = 200  # length of a key up to which a similar one is searched
 
 
 class InvalidConfig(ConfigError):
-    """A configuration that was refused, with all that is wrong with it."""
+    """A configuration that was rejected, with all its errors."""
 
     def __init__(self, problems: Sequence[Problem], *, hint: str = "") -> None:
         self.problems = tuple(problems)
@@ -70,13 +70,13 @@ class InvalidConfig(ConfigError):
 
 @dataclass(frozen=True)
 class Loaded:
-    """A checked configuration and where each value came from.
+    """A validated configuration with the origin of each value.
 
     Attributes:
         config: the settings.
         provenance: for each dotted key ``file:line:column``, ``command line``, or ``default``.
-        typed: paths as they were typed, by dotted key; in ``config`` they are absolute.
-        source: the file that was asked for.
+        typed: paths as the user wrote them, by dotted key; in ``config`` they are absolute.
+        source: the file that was requested.
     """
 
     config: Config
@@ -85,9 +85,9 @@ class Loaded:
     typed: Mapping[str, Any] = field(default_factory=dict)
 
     def nobodys_choice(self, key: str) -> str:
-        """The place of a value that the person chose neither on the command line nor in a file of theirs; empty if they did.
+        """Returns the origin of a value that the user set neither on the command line nor in their own file; empty if they did.
 
-        It stands in a config that comes with fovea, or in the settings that a run keeps.
+        Such a value comes from a config shipped with fovea, or from the settings stored in a run.
         """
         origin = self.provenance.get(key, DEFAULT)
         place = re.fullmatch(r"(.*):\d+:\d+", origin)
@@ -99,13 +99,16 @@ class Loaded:
 
 
 def roots() -> list[Path]:
-    """Folders in which configs are found by name: the checkout's ``configs``, then the installed ones."""
+    """Returns the directories in which configs are looked up by name: the checkout's ``configs``, then the installed ones."""
     places = [Path(__file__).resolve().parents[2] / "configs", Path(sys.prefix) / "share" / "fovea" / "configs"]
     return [place for place in places if place.is_dir()]
 
 
 def available() -> dict[str, Path]:
-    """Names and files of the configs that come with fovea; those under ``base`` or starting with ``_`` are parts of others."""
+    """Lists names and files of the configs shipped with fovea.
+
+    Those under ``base`` or starting with ``_`` only serve as bases and are omitted.
+    """
     found: dict[str, Path] = {}
     for root in roots():
         for file in sorted(root.rglob("*.yaml")):
@@ -116,21 +119,21 @@ def available() -> dict[str, Path]:
 
 
 def headline(file: Path) -> str:
-    """The first line of the comment that opens a config: what it is."""
+    """Returns the first line of a config's header comment."""
     with file.open(encoding="utf-8") as lines:
         return next(lines, "").lstrip("# ").strip()
 
 
 def resolve(name: str | Path) -> Path:
-    """The file of a config given as a path, by name (``dinov2/cifar10_vit_tiny``), or as a run's directory.
+    """Returns the file of a config given as a path, by name (``dinov2/cifar10_vit_tiny``), or as a run directory.
 
     Raises:
-        ConfigError: there is no such file; the nearest names are told.
+        ConfigError: there is no such file; the message lists the nearest names.
     """
     path = Path(name)
     if path.is_file():
         return path
-    if (path / "config.yaml").is_file():  # a run's directory
+    if (path / "config.yaml").is_file():  # a run directory
         return path / "config.yaml"
     known = available()
     bare = path.with_suffix("").as_posix().removeprefix("./").removeprefix("configs/")
@@ -144,22 +147,22 @@ def resolve(name: str | Path) -> Path:
 
 
 def _run_of(file: Path) -> Path | None:
-    """The run whose settings a file is; ``None`` for configs that people write."""
+    """Returns the run whose stored settings a file holds; ``None`` for configs that users write."""
     return file.parent if file.name == "config.yaml" and (file.parent / "config.json").is_file() else None
 
 
 def load(path: str | Path, overrides: Sequence[str] = ()) -> Loaded:
-    """Reads a config with its bases, applies overrides, checks everything.
+    """Reads a config with its bases, applies overrides, and validates everything.
 
-    A run's own settings are those of the run that lies where they were found: it may have been moved.
+    A run's stored settings refer to the run directory they are found in, which may have been moved.
 
     Args:
-        path: a file, or the name of one of fovea's own configs.
-        overrides: texts ``key.path=value``; the value is read like a YAML scalar, list or mapping.
+        path: a file, or the name of a config shipped with fovea.
+        overrides: ``key.path=value`` strings; the value is parsed as a YAML scalar, list or mapping.
 
     Raises:
-        InvalidConfig: with every problem found.
-        ConfigError: no such file, or no YAML.
+        InvalidConfig: with every error found.
+        ConfigError: no such file, or invalid YAML.
     """
     file = resolve(path)
     problems: list[Problem] = []
@@ -191,7 +194,7 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Loaded:
 
 
 def _validate(tree: Branch, shown: str) -> tuple[Config | None, list[Problem]]:
-    """The settings, or all that is wrong with single keys."""
+    """Validates a tree; returns the settings, or the errors of single keys."""
     problems: list[Problem] = []
     raw = unwrap(tree)
     section, method = raw.pop("method", {}), str(Dinov2Settings().name)
@@ -268,7 +271,7 @@ def _quote(value: Any) -> str:
 
 
 def nearest(path: str, fields: Mapping[str, Any] | None = None) -> str | None:
-    """The valid dotted key that most resembles an unknown one: by its last part first, then by what stands before it."""
+    """Returns the valid dotted key most similar to an unknown one: by its last part first, then by its prefix."""
     if len(path) > _LONGEST_KEY:
         return None
     parent, _, leaf = path.rpartition(".")
@@ -286,7 +289,7 @@ def nearest(path: str, fields: Mapping[str, Any] | None = None) -> str | None:
 
 @cache
 def schema(method: str = "dinov2") -> dict[str, FieldInfo]:
-    """Every section and setting by its dotted key, for the given method."""
+    """Returns every section and setting by dotted key, for the given method."""
 
     def walk(kind: type[Settings], prefix: str) -> Iterator[tuple[str, FieldInfo]]:
         for name, info in kind.model_fields.items():
@@ -295,7 +298,7 @@ def schema(method: str = "dinov2") -> dict[str, FieldInfo]:
             for part in (
                 inner,
                 *typing.get_args(inner),
-            ):  # into lists, so that a wrong key in an entry is told with the right ones
+            ):  # descend into lists, so that an unknown key in an entry is reported with the valid ones
                 inner = typing.get_args(part)[0] if typing.get_origin(part) is tuple else inner
             if isinstance(inner, type) and issubclass(inner, Settings):
                 yield from walk(inner, f"{prefix}{name}.")
@@ -304,7 +307,7 @@ def schema(method: str = "dinov2") -> dict[str, FieldInfo]:
 
 
 def allowed(info: FieldInfo) -> str:
-    """What a setting may be, in words."""
+    """Describes the values that a setting allows."""
     return _words(info.annotation, list(info.metadata))
 
 
@@ -341,7 +344,7 @@ def _words(kind: Any, limits: list[Any]) -> str:
 
 
 def flatten(config: Settings, prefix: str = "") -> dict[str, Any]:
-    """All settings by dotted key, as JSON values."""
+    """Returns all settings by dotted key, as JSON values."""
     plain = config.model_dump(mode="json")
     flat: dict[str, Any] = {}
     for name in type(config).model_fields:
@@ -351,26 +354,32 @@ def flatten(config: Settings, prefix: str = "") -> dict[str, Any]:
 
 
 def identity(config: Config) -> dict[str, Any]:
-    """The settings that decide what a run computes: :func:`flatten` without run.name and what is marked as runtime.
+    """Returns the settings that determine what a run computes: :func:`flatten` without run.name and runtime settings.
 
-    Which samples the shards hold is not among them: the index's fingerprint says that, wherever the shards lie.
+    The samples in the shards are not included: the index's fingerprint covers them, wherever the shards are stored.
     """
     fields = schema(config.method.name)
     runtime = {
         key for key, info in fields.items() if isinstance(info.json_schema_extra, dict) and info.json_schema_extra.get("runtime")
     }
     prefixes = tuple(f"{key}." for key in runtime)
-    flat = masked(flatten(config))  # a link that is signed anew is the same link
+    flat = masked(flatten(config))  # a renewed signature does not change the link
     return {key: value for key, value in flat.items() if key not in runtime | {"run.name"} and not key.startswith(prefixes)}
 
 
 def fingerprint(config: Config) -> str:
-    """SHA-256 (hex) of the canonical JSON of :func:`identity`."""
+    """Returns the SHA-256 (hex) of the canonical JSON of :func:`identity`."""
     return hashlib.sha256(json.dumps(identity(config), sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
 def difference(old: Config, new: Config, *, runtime: bool = False) -> dict[str, tuple[Any, Any]]:
-    """Changed settings by dotted key: old and new value, ``None`` where one has no such key. Runtime settings on request only."""
+    """Returns changed settings by dotted key as (old, new), ``None`` for a missing key.
+
+    Args:
+        old: settings before.
+        new: settings after.
+        runtime: include runtime settings.
+    """
     first, second = (flatten(old), flatten(new)) if runtime else (identity(old), identity(new))
     keys = [*first, *(key for key in second if key not in first)]
     changed = {key: (first.get(key), second.get(key)) for key in keys if first.get(key) != second.get(key)}
@@ -380,12 +389,12 @@ def difference(old: Config, new: Config, *, runtime: bool = False) -> dict[str, 
 
 
 def show(loaded: Loaded, *, secrets: bool = False, absolute: bool = False) -> str:
-    """The whole effective configuration as YAML that loads again, each line telling where its value came from.
+    """Returns the effective configuration as YAML that can be loaded again, with the origin of each value in a comment.
 
     Args:
         loaded: the configuration.
         secrets: keep the queries of signed links, for a file that only the user can read; otherwise they are masked.
-        absolute: write paths so that they hold in any working directory, instead of as they were typed.
+        absolute: write absolute paths instead of the paths as typed.
     """
     lines: list[tuple[str, str]] = []
     section: list[str] = []

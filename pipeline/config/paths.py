@@ -1,4 +1,4 @@
-"""Makes the paths that people type independent of the working directory: plain paths, shard patterns, names, tracking URIs."""
+"""Makes paths independent of the working directory: plain paths, shard patterns, names, tracking URIs."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ _SCHEME = re.compile(r"^[A-Za-z][A-Za-z0-9+.-]*:")
 
 
 def absolute(text: str, kind: Kind, folder: str | None = None, *, words: frozenset[str] = frozenset()) -> str:
-    """A path by a name that holds in every working directory.
+    """Returns a path that is valid in every working directory.
 
     Args:
-        text: as typed, relative to ``folder``; ``~`` is the home directory.
+        text: the path as typed, relative to ``folder``; ``~`` is the home directory.
         kind: a plain ``path``; a ``name`` that may be a URL or ``scheme:NAME`` instead; one of several shard ``patterns``; or a
             tracking ``uri``, where ``sqlite:///mlflow.db`` and ``./mlruns`` are relative.
-        folder: what it is relative to; the working directory if not given.
-        words: texts that are no paths.
+        folder: the directory it is relative to; by default the working directory.
+        words: values that are not paths.
     """
     if not text or text in words:
         return text
@@ -32,17 +32,17 @@ def absolute(text: str, kind: Kind, folder: str | None = None, *, words: frozens
     if text.startswith("~"):
         text = os.path.expanduser(text)
     if kind == "patterns" and not os.path.isabs(text) and _MAGIC.search(_base(text, folder)[0]):
-        return text  # joined, the folder's own name would be read as a pattern
+        return text  # if joined, the directory's own name would be parsed as a pattern
     return _joined(text, folder)
 
 
 def patterns(texts: tuple[str, ...], folder: str | None = None) -> tuple[str, ...]:
-    """Shard patterns by names that hold in every working directory; braces that begin with several folders are taken apart."""
+    """Returns shard patterns that are valid in every working directory; leading braces with several directories are expanded."""
     return tuple(absolute(part, "patterns", folder) for text in texts for part in _taken_apart(text))
 
 
 def user_name() -> str:
-    """The user's login name; ``uid-1234`` where the user ID has none, as in many containers."""
+    """Returns the user's login name; ``uid-1234`` if the user ID has none, as in many containers."""
     try:
         return getpass.getuser()
     except (KeyError, OSError, ImportError):
@@ -50,7 +50,7 @@ def user_name() -> str:
 
 
 def same(one: object, other: object) -> bool:
-    """Whether two settings may name the same path, one of them typed in a folder that is not known any more."""
+    """Whether two settings may name the same path, one of them relative to an unknown directory."""
     if one == other:
         return True
     if not isinstance(one, str) or not isinstance(other, str):
@@ -72,7 +72,7 @@ def _joined(text: str, folder: str | None) -> str:
 
 
 def _base(text: str, folder: str | None) -> tuple[str, str]:
-    """Leading ``./`` and ``../`` are worked out; what follows is left as it is, since a link may be in it."""
+    """Resolves leading ``./`` and ``../``; the rest is left as it is, since it may contain a link."""
     base = folder or os.getcwd()
     while match := re.match(r"(\.\.?)(/+|$)", text):
         base = os.path.dirname(base) if match[1] == ".." else base
@@ -92,7 +92,7 @@ def _uri(text: str, folder: str | None) -> str:
 
 
 def _taken_apart(text: str) -> list[str]:
-    """``{/a,b}/x.tar`` as ``/a/x.tar`` and ``b/x.tar``; anything without folders of its own in leading braces as it is."""
+    """Expands ``{/a,b}/x.tar`` to ``/a/x.tar`` and ``b/x.tar``; other braces, without directories in them, are left unchanged."""
     if not text.startswith("{"):
         return [text]
     depth, parts, begin = 0, [], 1

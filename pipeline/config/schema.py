@@ -1,8 +1,8 @@
-"""Every setting of a run: one tree of frozen pydantic models. Each field carries its meaning, its unit and its limits.
+"""Schema of the configuration: one tree of frozen pydantic models. Each field documents its meaning, unit and limits.
 
-Each section is in the ``settings.py`` of the room that uses it, each method's own in its folder below :mod:`pipeline.methods`.
-Nothing here or there imports torch. YAML and overrides are read by :mod:`pipeline.config.load`; checks that span several sections
-are in :mod:`pipeline.config.validate`.
+Each section is in the ``settings.py`` of the package that uses it; each method's settings are in its folder below
+:mod:`pipeline.methods`. None of these modules imports torch. :mod:`pipeline.config.load` reads YAML and overrides;
+:mod:`pipeline.config.validate` has the checks across sections.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from pipeline.weights.settings import InitSettings
 
 
 def _methods() -> dict[str, type[MethodSettings]]:
-    """Settings of every method by its name: of all folders below ``pipeline/methods`` with a ``settings.py``."""
+    """Returns the settings class of every method by name: of all folders below ``pipeline/methods`` with a ``settings.py``."""
     folder = Path(__file__).resolve().parents[1] / "methods"
     for file in sorted(folder.glob("*/settings.py")):
         importlib.import_module(f"pipeline.methods.{file.parent.name}.settings")
@@ -43,7 +43,7 @@ METHODS = _methods()
 
 
 def _beside(pattern: str) -> str:
-    """The pattern of validation shards beside a pattern of training shards, or in a folder of them."""
+    """Returns the pattern of validation shards beside a pattern of training shards, or in a directory of them."""
     folder, _, name = pattern.rstrip("/").rpartition("/")
     if not name.endswith(".tar") and not re.search(r"[{*?\[]", name):
         folder = pattern.rstrip("/")
@@ -59,37 +59,37 @@ def _known_method(value: object) -> object:
 
 
 class Config(Settings):
-    """The whole tree. ``method`` holds the class registered under ``method.name``."""
+    """The whole configuration. ``method`` is an instance of the class registered under ``method.name``."""
 
-    run: RunSettings = Field(default=RunSettings(), description="which run this is")
+    run: RunSettings = Field(default=RunSettings(), description="name, directory and seed of the run")
     method: Annotated[SerializeAsAny[MethodSettings], BeforeValidator(_known_method)] = Field(
-        default=Dinov2Settings(), description="the method"
+        default=Dinov2Settings(), description="the pretraining method"
     )
-    model: ModelSettings = Field(description="the vision tower")
-    init_from: InitSettings = Field(default=InitSettings(), description="the weights a fresh run begins with")
-    data: DataSettings = Field(description="where samples come from")
+    model: ModelSettings = Field(description="the vision encoder")
+    init_from: InitSettings = Field(default=InitSettings(), description="pretrained weights that a new run starts from")
+    data: DataSettings = Field(description="training data")
     optim: OptimSettings = Field(default=OptimSettings(), description="the optimizer")
-    schedule: ScheduleSettings = Field(default=ScheduleSettings(), description="what changes while a run goes on")
-    train: TrainSettings = Field(default=TrainSettings(), description="the loop")
+    schedule: ScheduleSettings = Field(
+        default=ScheduleSettings(), description="schedules of learning rate, weight decay and the like"
+    )
+    train: TrainSettings = Field(default=TrainSettings(), description="the training loop")
     checkpoint: CheckpointSettings = Field(
-        default=CheckpointSettings(), json_schema_extra=RUNTIME, description="what is saved and resumed"
+        default=CheckpointSettings(), json_schema_extra=RUNTIME, description="checkpoints and resuming"
     )
-    tracking: TrackingSettings = Field(
-        default=TrackingSettings(), json_schema_extra=RUNTIME, description="what is told to MLflow"
-    )
+    tracking: TrackingSettings = Field(default=TrackingSettings(), json_schema_extra=RUNTIME, description="logging to MLflow")
     evaluation: EvaluationSettings = Field(
-        default=EvaluationSettings(), json_schema_extra=RUNTIME, description="what the weights are worth"
+        default=EvaluationSettings(), json_schema_extra=RUNTIME, description="evaluations during training"
     )
     launch: LaunchSettings = Field(default=LaunchSettings(), json_schema_extra=RUNTIME, description="how ranks are started")
     watchdog: HealthSettings = Field(
         default=HealthSettings(),
         json_schema_extra=RUNTIME,
-        description="stalled ranks and broken losses",
+        description="hang detection and rollback",
     )
 
     @classmethod
     def model_validate(cls, obj: Any, **options: Any) -> Self:
-        """Reads settings as a run keeps them, those of earlier versions included."""
+        """Validates settings as a run stores them, including those of earlier versions."""
         return super().model_validate(upgrade(obj) if isinstance(obj, dict) else obj, **options)
 
     @property
@@ -99,9 +99,9 @@ class Config(Settings):
 
     @property
     def validation_shards(self) -> tuple[str, ...]:
-        """Patterns of the shards that evaluations judge; ``*val-*.tar`` beside the training shards if none are named."""
+        """Patterns of the validation shards; ``*val-*.tar`` beside the training shards if none are named."""
         return self.evaluation.knn.val_shards or (_beside(self.data.patterns[0]),)
 
     def replace(self, **sections: Any) -> Self:
-        """A copy with whole sections exchanged. Not validated again (:mod:`pipeline.config.validate`)."""
+        """Returns a copy with whole sections replaced. The copy is not validated again (:mod:`pipeline.config.validate`)."""
         return self.model_copy(update=sections)

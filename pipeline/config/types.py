@@ -1,4 +1,4 @@
-"""What settings are made of: lengths of training, ranges, texts, and the strict base class of every section."""
+"""Types of settings: durations, ranges, strings, paths, and the strict base class of every section."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from pydantic_core import CoreSchema, core_schema
 from pipeline.config.paths import Kind, absolute, patterns
 from pipeline.untrusted import printable
 
-# A field marked so changes neither the samples nor the mathematics of a run: a resume may change it freely.
+# A field marked so changes neither the samples nor the computation of a run: a resume may change it.
 RUNTIME: dict[str, Any] = {"runtime": True}
 
 
 @dataclass(frozen=True)
 class Length:
-    """A stretch of training: a number of samples, of optimizer steps, or of passes over the data.
+    """A duration of training: a number of samples, of optimizer steps, or of epochs.
 
     In a config: ``1500000``, ``1.5M samples``, ``500 steps`` or ``3 epochs``. ``k``, ``M`` and ``G`` are 1e3, 1e6 and 1e9.
     """
@@ -34,10 +34,10 @@ class Length:
 
     @classmethod
     def parse(cls, value: object) -> Length:
-        """Reads what a person wrote.
+        """Parses a duration as written in a config.
 
         Raises:
-            ValueError: if it is no length, negative, or a fraction of a sample or of a step.
+            ValueError: not a duration, negative, or a fraction of a sample or of a step.
         """
         if isinstance(value, Length):
             return value
@@ -56,16 +56,16 @@ class Length:
         return cls(amount if unit == "epochs" else float(round(amount)), unit)  # type: ignore[arg-type]
 
     def samples(self, epoch_samples: int, global_batch: int) -> int:
-        """The length in samples, rounded to the nearest.
+        """Returns the duration in samples, rounded to the nearest.
 
         Args:
-            epoch_samples: samples of one pass over the data.
+            epoch_samples: samples per epoch.
             global_batch: samples of one optimizer step over all ranks.
         """
         return round(self.amount * {"samples": 1, "steps": global_batch, "epochs": epoch_samples}[self.unit])
 
     def steps(self, epoch_samples: int, global_batch: int) -> int:
-        """The least whole number of optimizer steps that covers the length."""
+        """Returns the smallest number of optimizer steps that covers the duration."""
         return -(-self.samples(epoch_samples, global_batch) // global_batch)
 
     def __str__(self) -> str:
@@ -73,7 +73,7 @@ class Length:
         return number if self.unit == "samples" else f"{number} {self.unit}"
 
     def plain(self) -> int | str:
-        """The form a config holds: an integer for samples, text otherwise."""
+        """Returns the form used in a config: an integer for samples, a string otherwise."""
         return int(self.amount) if self.unit == "samples" else str(self)
 
     @classmethod
@@ -94,7 +94,7 @@ def _texts(value: object) -> object:
 
 
 def _plain(value: Any) -> Any:
-    """Refuses control characters, which would become lines of scripts and commands of terminals."""
+    """Rejects control characters, which would end up in scripts and terminals."""
     for text in value if isinstance(value, tuple) else (value,):
         if printable(str(text)) != str(text):
             raise ValueError("should hold no line breaks and no other control characters")
@@ -103,18 +103,18 @@ def _plain(value: Any) -> Any:
 
 @dataclass(frozen=True)
 class PathLike:
-    """Marks a setting that names files: it is relative to the folder in which it is typed.
+    """Marks a setting that names files; it is relative to the directory in which it was typed.
 
     Attributes:
         kind: see :func:`pipeline.config.paths.absolute`.
-        words: values that are no paths.
+        words: values that are not paths.
     """
 
     kind: Kind
     words: frozenset[str] = frozenset()
 
     def absolute(self, value: Any, folder: str | None = None) -> Any:
-        """The value by names that hold in every working directory."""
+        """Returns the value with paths that are valid in every working directory."""
         if value is None:
             return None
         if isinstance(value, tuple):
@@ -129,7 +129,7 @@ NonNegative = Annotated[float, Field(ge=0)]
 Count = Annotated[int, Field(ge=1)]
 ShareRange = Annotated[tuple[Share, Share], AfterValidator(_ordered)]
 Texts = Annotated[tuple[str, ...], BeforeValidator(_texts)]
-# Settings that name files are of these types; tests/config/test_paths.py refuses any other text that does.
+# Settings that name files have these types; tests/config/test_paths.py rejects any other string setting that does.
 FilePath = Annotated[Path, AfterValidator(_plain), PathLike("path")]
 PathName = Annotated[str, AfterValidator(_plain), PathLike("name")]
 ResumePath = Annotated[str, AfterValidator(_plain), PathLike("name", frozenset(("auto", "never")))]
@@ -138,12 +138,12 @@ Shards = Annotated[tuple[str, ...], BeforeValidator(_texts), AfterValidator(_pla
 
 
 class Settings(BaseModel):
-    """Base of all sections: frozen, unknown keys refused, no infinities."""
+    """Base class of all sections: frozen, rejects unknown keys and infinities."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, protected_namespaces=())
 
     def model_copy(self, *, update: Mapping[str, Any] | None = None, deep: bool = False) -> Self:
-        """A copy with some values exchanged, which are not validated; their names are.
+        """Returns a copy with some values replaced. The names are checked, the values are not.
 
         Raises:
             TypeError: there is no such setting.
@@ -154,7 +154,7 @@ class Settings(BaseModel):
 
 
 def path_marker(info: FieldInfo) -> PathLike | None:
-    """How a setting names files, ``None`` if it does not."""
+    """Returns how a setting names files; ``None`` if it does not."""
     return next((mark for mark in [*info.metadata, *_metadata(info.annotation)] if isinstance(mark, PathLike)), None)
 
 
@@ -169,11 +169,11 @@ _S = TypeVar("_S", bound="Settings")
 
 
 def absolute_paths(settings: _S, folder: str | None = None) -> _S:
-    """A copy of a section, with all sections below it, in which every path holds in any working directory.
+    """Returns a copy of a section, with all sections below it, in which every path is absolute.
 
     Args:
         settings: any section.
-        folder: what its paths are relative to; the working directory if not given.
+        folder: the directory its paths are relative to; by default the working directory.
     """
     changed: dict[str, Any] = {}
     for name, info in type(settings).model_fields.items():
@@ -188,7 +188,7 @@ def absolute_paths(settings: _S, folder: str | None = None) -> _S:
 
 
 def path_values(settings: Settings, prefix: str = "") -> dict[str, Any]:
-    """All settings that name files and are set, by dotted key."""
+    """Returns all settings that name files and are set, by dotted key."""
     named: dict[str, Any] = {}
     for name, info in type(settings).model_fields.items():
         value = getattr(settings, name)

@@ -1,6 +1,6 @@
-"""Settings as earlier versions of fovea kept them in runs and checkpoints, read under today's names.
+"""Upgrades settings that earlier versions of fovea stored in runs and checkpoints to the current keys.
 
-Only what fovea itself wrote is read so. A config that a person writes has today's names.
+Only files that fovea itself wrote are upgraded. Configs that users write must have the current keys.
 """
 
 from __future__ import annotations
@@ -115,7 +115,7 @@ _RENAMED = {
     "train.zero": "zero_stage",
     **{f"{section}.{old}": new for section in ("model", "recipe.judge", "recipe.students") for old, new in _MODEL.items()},
 }
-"""The last part of a dotted key as it was, and as it is."""
+"""Maps the last part of a dotted key from its old to its current name."""
 
 
 def _choice(**names: Any) -> Callable[[Any], Any]:
@@ -135,7 +135,7 @@ _VALUES: dict[str, Callable[[Any], Any]] = {
     "optim.lr_rule": _choice(**_SCALING),
     **{f"{section}.drop_path_mode": _choice(subset=True, rows=False) for section in ("model", "recipe.judge", "recipe.students")},
 }
-_RETIRED = {"recipe.local_loss", "recipe.gather_with_grad", "recipe.views.global_count"}  # only one value was legal
+_RETIRED = {"recipe.local_loss", "recipe.gather_with_grad", "recipe.views.global_count"}  # only one value was allowed
 
 
 def is_old(document: Container[str]) -> bool:
@@ -144,7 +144,7 @@ def is_old(document: Container[str]) -> bool:
 
 
 def upgrade(document: dict[str, Any]) -> dict[str, Any]:
-    """Settings as plain values under today's keys; those that have them already are returned as they are.
+    """Returns settings as plain values under the current keys; settings that already have them are returned unchanged.
 
     Args:
         document: the settings of a run, by section.

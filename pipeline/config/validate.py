@@ -1,4 +1,4 @@
-"""Settings that are each in order and do not go together; nothing here imports torch."""
+"""Validates combinations of settings that are valid on their own. Does not import torch."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _T = TypeVar("_T")
 
 
 def check(config: Config) -> list[tuple[str, str]]:
-    """What settings contradict each other: pairs of dotted key and sentence."""
+    """Returns conflicts between settings as pairs of dotted key and message."""
     found: list[tuple[str, str]] = [
         *_check_plain(config),
         *_check_addresses(config),
@@ -105,7 +105,7 @@ def _check_evaluation(config: Config) -> list[tuple[str, str]]:
 
 
 def check_ranks(config: Config, ranks: int) -> list[tuple[str, str]]:
-    """What does not go with so many ranks; called again once their number is known."""
+    """Returns conflicts with the number of ranks; called again once that number is known."""
     batch, micro = config.train.global_batch_size, config.train.micro_batch_size or 1
     return [("train.global_batch_size", _indivisible(config, ranks))] if batch % (ranks * micro) else []
 
@@ -119,7 +119,7 @@ def _indivisible(config: Config, ranks: int) -> str:
 
 
 def _check_addresses(config: Config) -> Iterator[tuple[str, str]]:
-    """No setting carries a password: settings end in files, logs, reports and MLflow."""
+    """No setting may contain a password: settings end up in files, logs, reports and MLflow."""
     if config.tracking.uri is not None and has_password(config.tracking.uri):
         yield "tracking.uri", f"tracking.uri = {shown_address(config.tracking.uri)}: {NO_PASSWORD}"
     document = config.model_dump(mode="json")
@@ -131,7 +131,7 @@ def _check_addresses(config: Config) -> Iterator[tuple[str, str]]:
 
 
 def _check_plain(config: Config) -> Iterator[tuple[str, str]]:
-    """Texts are printable and numbers fit 64 bits: both end in scripts, logs, file names and arithmetic."""
+    """Strings must be printable and integers must fit 64 bits: both end up in scripts, logs, file names and arithmetic."""
     document = config.model_dump(mode="json")
     for key, text in _texts(document):
         if UNPRINTABLE.search(text):
@@ -184,7 +184,7 @@ def _check_model(config: Config) -> Iterator[tuple[str, str]]:
 
 
 def _check_start(model: ModelSettings) -> Iterator[tuple[str, str]]:
-    """Initial weights and extra parameters that the tower has no place for."""
+    """Checks initial weights and extra parameters that the encoder does not support."""
     resnet, rotary = "resnet" in (model.timm_name or ""), model.pos_embed == "rope"
     fitting = {"timm", "dino", "mocov3", "simclr", "byol"} if resnet else {"timm", "dino", "mocov3", "open_clip"}
     fitting -= {"mocov3", "open_clip"} if rotary else set()

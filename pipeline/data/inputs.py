@@ -1,4 +1,4 @@
-"""All about the data that can be known, and refused, before a rank is started: shards, indexes, order, batch arithmetic."""
+"""Finds, indexes and validates all data of a run before ranks start: shards, indexes, order, batch sizes."""
 
 from __future__ import annotations
 
@@ -28,11 +28,12 @@ class Inputs:
     """Indexed data sets of a run.
 
     Attributes:
-        train: what is trained on.
-        bank, queries: what evaluations learn from and judge, ``None`` if all are off that would look at them.
-        order: which sample comes when.
-        sources: the data sets that ``train`` consists of, in the order of their shards; empty if it is a single unnamed one.
-        dense: pictures with a class for each pixel, to learn from and to judge.
+        train: training set.
+        bank, queries: labelled samples that evaluations learn from, and samples they are evaluated on; ``None`` if no enabled
+            evaluation uses them.
+        order: the order of the training samples.
+        sources: the data sets that ``train`` consists of, in the order of their shards; empty for a single unnamed one.
+        dense: segmentation data sets, for training a probe and for evaluation.
     """
 
     train: Manifest
@@ -44,7 +45,7 @@ class Inputs:
 
 
 def fields(config: Config) -> Fields:
-    """What makes a sample, as the settings say."""
+    """Returns which members make a sample, according to the settings."""
     d = config.data
     return Fields(
         images=d.image_extensions,
@@ -57,7 +58,7 @@ def fields(config: Config) -> Fields:
 
 
 def open_storage(config: Config, *, at_start: bool = False) -> storage.Storage:
-    """The door to a run's shards. At the start there is little patience: nothing is lost yet, and somebody waits."""
+    """Returns access to a run's shards. At startup it times out sooner: no progress can be lost yet, and the user is waiting."""
     settings = config.data.storage
     return storage.Storage(
         settings.model_copy(update={"outage_timeout": min(settings.outage_timeout, _START_GRACE)}) if at_start else settings
@@ -71,13 +72,13 @@ def indexed(
     *,
     require: tuple[str, ...] = (),
 ) -> Manifest:
-    """Find and index shards; what was indexed before and has not changed is reused.
+    """Finds and indexes shards; an existing index is reused where the shards have not changed.
 
     Args:
         config: the settings.
         patterns: paths or URLs of shards.
-        progress: told of each shard indexed.
-        require: parts without which a sample is left out, of ``caption``, ``label`` and ``segmentation``.
+        progress: called for each shard indexed.
+        require: parts without which a sample is excluded, of ``caption``, ``label`` and ``segmentation``.
 
     Raises:
         DataError: no shard matches, or shards cannot be used.
@@ -108,15 +109,15 @@ def _index(
 
 
 def prepare(config: Config, world: int, progress: Callable[[int, int, Any], None] | None = None) -> Inputs:
-    """Check and index everything a run reads.
+    """Validates and indexes everything a run reads.
 
     Args:
         config: the settings.
         world: number of ranks.
-        progress: told of each shard indexed.
+        progress: called for each shard indexed.
 
     Raises:
-        DataError, ConfigError: with what is wrong and how to fix it.
+        DataError, ConfigError: the data or the settings cannot be used.
     """
     require = ("caption",) if config.method.reads_text and config.data.missing_caption == "exclude" else ()
     urls, sources = _found(config)
@@ -148,16 +149,16 @@ def judged(
     *,
     trained: bool = False,
 ) -> dict[str, Any]:
-    """What the evaluations of a run look at: ``bank``, ``queries`` and ``dense`` of :class:`Inputs`, as far as they are wanted.
+    """Returns the data of a run's evaluations: ``bank``, ``queries`` and ``dense`` of :class:`Inputs`, as far as they are used.
 
     Args:
         config: the settings.
-        train: the training data, where they vote too and are indexed already.
-        progress: told of each shard indexed.
-        trained: whether ``data.shards`` is what the network was trained on; with ``train`` it is.
+        train: the training set, if it is indexed already; used where its labels vote.
+        progress: called for each shard indexed.
+        trained: whether the network was trained on ``data.shards``; with ``train`` it was.
 
     Raises:
-        DataError: no shard matches, shards cannot be used, or what is evaluated is learned from too.
+        DataError: no shard matches, shards cannot be used, or training and evaluation samples overlap.
     """
     found: dict[str, Any] = {}
     if config.evaluation.labelled:
@@ -184,7 +185,7 @@ def judged(
 
 
 def _check_labelled(config: Config, bank: Manifest, queries: Manifest, train: Manifest | None, trained: bool) -> None:
-    """No sample votes, or trains a probe, and is evaluated; nor is one that the network saw with its caption.
+    """Checks that no evaluated sample votes, trains a probe, or was seen by the network with its caption.
 
     Raises:
         DataError: with the shards.
@@ -203,7 +204,7 @@ def _check_labelled(config: Config, bank: Manifest, queries: Manifest, train: Ma
 
 
 def _trained_on(config: Config, bank: Manifest) -> Manifest | None:
-    """The training shards, which vote unless others do; ``None`` if they are not here any more."""
+    """Returns the training shards, which vote unless others are configured; ``None`` if they no longer exist."""
     if not config.evaluation.knn.train_shards:
         return bank
     try:
@@ -215,7 +216,7 @@ def _trained_on(config: Config, bank: Manifest) -> Manifest | None:
 
 
 def _found(config: Config) -> tuple[list[str], tuple[Source, ...]]:
-    """The training shards in order, and which of them make which data set.
+    """Returns the training shards in order, and the data sets they belong to.
 
     Raises:
         DataError: no shard matches a pattern, or two data sets share a shard.
@@ -241,7 +242,7 @@ def _found(config: Config) -> tuple[list[str], tuple[Source, ...]]:
 
 
 def check_warmups(config: Config, epoch_samples: int) -> None:
-    """Refuse warm-ups that do not fit into the run. Of a curve that then stays constant, a short run sees the beginning.
+    """Rejects warmups longer than the run. For schedules that are constant after the warmup, a short run covers its beginning.
 
     Args:
         config: the settings.
@@ -263,7 +264,7 @@ def check_warmups(config: Config, epoch_samples: int) -> None:
 
 
 def data_identity(inputs: Inputs) -> dict[str, Any]:
-    """What decides which samples come when and how they look: part of every checkpoint, and the same in all attempts."""
+    """Returns what determines the order and the augmentation of samples: part of every checkpoint, and equal in all attempts."""
     mixed = isinstance(inputs.order, Mixture)
     return {
         "version": DATA_STATE_VERSION,

@@ -1,7 +1,8 @@
-"""Refuses evaluations whose samples are learned from: by file, by the content of whole shards, and sample by sample.
+"""Rejects overlap between training and evaluation data: by file, by the content of whole shards, and sample by sample.
 
-A shard is the same as another if it is the same file (path, symbolic link, hard link), the same URL, or holds the same samples in
-the same places (size and digest of its index), whatever it is called. Samples are the same if size and CRC-32 of the image are.
+Two shards are the same if they are the same file (path, symbolic link, hard link), have the same URL, or hold the same samples in
+the same places (size and digest of the index), whatever their names. Two samples are the same if size and CRC-32 of the image
+are equal.
 """
 
 from __future__ import annotations
@@ -22,19 +23,19 @@ from pipeline.errors import DataError
 from pipeline.untrusted import hide_secrets, printable
 
 _NAMED = 3
-_MOST = 20_000_000  # samples learned from, above which single samples are not compared
-_TOLERATED = 0.01  # share of the evaluated samples: public data sets have a few duplicates of their own
+_MOST = 20_000_000  # number of training samples above which single samples are not compared
+_TOLERATED = 0.01  # fraction of the evaluated samples: public data sets contain a few duplicates
 
 
 def check_held_out(learned: Manifest, evaluated: Manifest, *, where: str, hint: str, learning: str = "learned from") -> None:
-    """Refuse to evaluate samples that are learned from. A few single duplicates are reported on stderr instead.
+    """Rejects evaluation samples that are also training samples. A few single duplicates are only reported on stderr.
 
     Args:
-        learned: index of what votes, trains a probe, or trained the network.
-        evaluated: index of what scores are computed on.
+        learned: index of the samples that vote, train a probe, or trained the network.
+        evaluated: index of the evaluated samples.
         where: setting that names the latter.
-        hint: what to do about it.
-        learning: what happens to the former, in words.
+        hint: how to fix it.
+        learning: how the former are used, for the message.
 
     Raises:
         DataError: a shard is in both, or more than 1 % of the evaluated samples are.
@@ -57,14 +58,14 @@ def check_held_out(learned: Manifest, evaluated: Manifest, *, where: str, hint: 
 
 
 def report(text: str) -> None:
-    """One line on stderr of whoever speaks for all ranks."""
+    """Prints one line on stderr, from one rank only."""
     rank = os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or "0"
-    if rank == "0" and "FOVEA_KEY" not in os.environ:  # the launcher, which has looked at the data before, speaks for its ranks
+    if rank == "0" and "FOVEA_KEY" not in os.environ:  # the launcher has already checked the data and reports for its ranks
         print(f"fovea: {text}", file=sys.stderr, flush=True)
 
 
 def _names(shard: Shard) -> list[Hashable]:
-    """All by which a shard is recognised."""
+    """Returns everything that identifies a shard."""
     names: list[Hashable] = [storage.absolute(shard.url)]
     if shard.samples:
         names.append((shard.size, shard.digest))
@@ -89,7 +90,7 @@ def _pair(shard: Shard, other: Shard) -> str:
 
 
 def _twice(learned: Manifest, evaluated: Manifest) -> int:
-    """How many evaluated samples are among those learned from; kept beside the index, since every rank asks."""
+    """Counts the evaluated samples that are also training samples; cached beside the index, since every rank calls this."""
     if not evaluated.total or learned.total > _MOST:
         return 0
     kept = Path(evaluated.directory) / f"shared-with-{learned.fingerprint[:16]}.json"
@@ -106,7 +107,7 @@ def _twice(learned: Manifest, evaluated: Manifest) -> int:
         seen |= np.isin(wanted, _samples(learned, number))
     among = wanted[seen]
     twice = int(sum(np.isin(one, among).sum() for one in ours))
-    with contextlib.suppress(OSError):  # counted again next time
+    with contextlib.suppress(OSError):  # not cached: counted again next time
         storage.write_whole(kept, json.dumps({"evaluated": evaluated.fingerprint, "samples": twice}).encode())
     return twice
 

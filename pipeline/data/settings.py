@@ -1,4 +1,4 @@
-"""Settings of the data: shards, data sets that are mixed, object storage."""
+"""Settings of the data: shards, mixtures of data sets, object storage."""
 
 from __future__ import annotations
 
@@ -26,43 +26,52 @@ from pipeline.errors import ConfigError
 
 
 class StorageSettings(Settings):
-    """How shards in object storage are reached, and what a node keeps of them."""
+    """How shards in object storage are accessed, and how much of them a node caches."""
 
-    endpoint: str | None = Field(default=None, description="URL of an S3-compatible or Azure server; null means AWS_ENDPOINT_URL")
+    endpoint: str | None = Field(
+        default=None, description="URL of an S3-compatible or Azure endpoint; null means AWS_ENDPOINT_URL"
+    )
     region: str | None = Field(default=None, description="region of the bucket; null means AWS_REGION")
-    anonymous: bool = Field(default=False, description="read public buckets without credentials")
+    anonymous: bool = Field(default=False, description="access public buckets without credentials")
     access: Literal["cache", "range_read"] = Field(
-        default="cache", description="keep whole shards on the node's disk, or read each sample by range"
+        default="cache",
+        description="cache: download whole shards to the node's disk; range_read: fetch each sample with a range request",
     )
     cache: FilePath | None = Field(
-        default=None, description="folder of kept shards; null means FOVEA_CACHE, SLURM_TMPDIR or the temporary folder"
+        default=None, description="directory of cached shards; null means FOVEA_CACHE, SLURM_TMPDIR or the temporary directory"
     )
-    cache_gb: Positive | None = Field(default=None, description="most GB kept; null means four fifths of the free disk")
-    free_gb: NonNegative = Field(default=2.0, description="GB of the disk that stay free")
-    part_size_mb: Count = Field(default=16, description="MB of one request of a download")
-    download_concurrency: int = Field(default=8, ge=1, le=256, description="requests of a download at a time")
-    timeout: Positive = Field(default=60.0, description="seconds one request may take")
-    retries: int = Field(default=5, ge=0, le=100, description="quick retries of one request")
+    cache_gb: Positive | None = Field(
+        default=None, description="maximum size of the cache, GB; null means 80 % of the free disk space"
+    )
+    free_gb: NonNegative = Field(default=2.0, description="disk space that the cache leaves free, GB")
+    part_size_mb: Count = Field(default=16, description="size of one request of a download, MB")
+    download_concurrency: int = Field(default=8, ge=1, le=256, description="concurrent requests of a download")
+    timeout: Positive = Field(default=60.0, description="timeout of one request, seconds")
+    retries: int = Field(default=5, ge=0, le=100, description="immediate retries of a failed request")
     outage_timeout: NonNegative = Field(
-        default=600.0, description="seconds a training waits for a storage that is away, before it stops"
+        default=600.0, description="seconds that training waits for unavailable storage before it stops"
     )
 
 
 class SourceSettings(Settings):
-    """One of several data sets that are mixed."""
+    """One data set of a mixture."""
 
-    name: str = Field(min_length=1, max_length=64, pattern=r"^[\w.+-]+$", description="what the data set is called in counts")
-    shards: Shards = Field(min_length=1, description="its shards: a path or URL with {000..123} or *, or a list of them")
+    name: str = Field(
+        min_length=1, max_length=64, pattern=r"^[\w.+-]+$", description="name of the data set in reported sample counts"
+    )
+    shards: Shards = Field(
+        min_length=1, description="shards of the data set: a path or URL with {000..123} or *, or a list of them"
+    )
     weight: Positive | None = Field(
-        default=None, description="share of the samples, relative to the other sets' weights; null means by size and repeat"
+        default=None, description="sampling weight relative to the other data sets; null means proportional to size and repeat"
     )
     repeat: Positive | None = Field(
-        default=None, description="how often its samples come while a set with repeat 1 is seen once; null means 1"
+        default=None, description="epochs of this data set during one epoch of a data set with repeat 1; null means 1"
     )
 
 
 class DataSettings(Settings):
-    """Where samples come from and how they are read."""
+    """Where samples are stored and how they are read."""
 
     shards: Shards = Field(
         default=(),
@@ -72,47 +81,55 @@ class DataSettings(Settings):
     sources: tuple[SourceSettings, ...] | None = Field(
         default=None,
         json_schema_extra=RUNTIME,
-        description="several data sets instead of shards, each with name, shards, and weight or repeat",
+        description="a mixture of data sets, used instead of shards; each has name, shards, and weight or repeat",
     )
     index: FilePath | None = Field(
-        default=None, json_schema_extra=RUNTIME, description="folder of the shard index; null means the user's cache"
+        default=None, json_schema_extra=RUNTIME, description="directory of the shard index; null means the user's cache directory"
     )
     storage: StorageSettings = Field(
-        default=StorageSettings(), json_schema_extra=RUNTIME, description="object storage and the node's cache"
+        default=StorageSettings(), json_schema_extra=RUNTIME, description="object storage and the node's shard cache"
     )
-    canonical_streams: Count | None = Field(default=None, description="shards read side by side; null chooses from the data set")
-    shuffle_block_size: Count = Field(default=16384, description="samples shuffled together")
+    canonical_streams: Count | None = Field(
+        default=None, description="number of shards read concurrently in the global order; null chooses it from the data set"
+    )
+    shuffle_block_size: Count = Field(default=16384, description="number of samples shuffled together")
     image_extensions: Texts = Field(
         default=("jpg", "jpeg", "png", "webp", "tif", "tiff", "bmp", "jp2", "ppm"),
         min_length=1,
-        description="extensions of a sample's picture, the preferred one first",
+        description="file extensions of a sample's image, in order of preference",
     )
-    caption_extension: str = Field(default="txt", description="extension of a sample's caption")
+    caption_extension: str = Field(default="txt", description="file extension of a sample's caption")
     caption_lines: bool = Field(
-        default=False, description="each line of a caption member is a caption, of which an epoch shows one"
+        default=False, description="treat each line of a caption file as one caption; each epoch uses one of them"
     )
     missing_caption: Literal["exclude", "blank"] = Field(
-        default="exclude", description="samples without a caption, where the method reads text: left out, or with an empty one"
+        default="exclude",
+        description="samples without a caption, for methods that read text: exclude them, or use an empty caption",
     )
-    label_extension: str = Field(default="cls", description="extension of a sample's class number")
-    min_side: Count = Field(default=16, description="smallest accepted side, pixels")
-    max_pixels: Count = Field(default=50_000_000, description="largest accepted area, pixels")
+    label_extension: str = Field(default="cls", description="file extension of a sample's class index")
+    min_side: Count = Field(default=16, description="minimum side of an image, pixels")
+    max_pixels: Count = Field(default=50_000_000, description="maximum area of an image, pixels")
     on_truncated_shard: Literal["error", "keep-readable"] = Field(
-        default="error", description="shards whose tar breaks off or is damaged: stop, or use the samples before the damage"
+        default="error",
+        description="shards whose tar is truncated or damaged: stop with an error, or use the samples before the damage",
     )
     num_workers: int = Field(
-        default=1, ge=0, le=64, json_schema_extra=RUNTIME, description="feeder processes of a rank; 0 reads in the rank itself"
+        default=1,
+        ge=0,
+        le=64,
+        json_schema_extra=RUNTIME,
+        description="data loading processes per rank; 0 loads in the rank's own process",
     )
-    decode_threads: int = Field(default=2, ge=1, le=256, json_schema_extra=RUNTIME, description="decoding threads of a rank")
-    prefetch: int = Field(default=2, ge=1, le=64, json_schema_extra=RUNTIME, description="batches prepared ahead")
+    decode_threads: int = Field(default=2, ge=1, le=256, json_schema_extra=RUNTIME, description="decoding threads per rank")
+    prefetch: int = Field(default=2, ge=1, le=64, json_schema_extra=RUNTIME, description="batches prepared in advance")
     max_bad_fraction: Probability = Field(
-        default=0.01, json_schema_extra=RUNTIME, description="share of unusable samples that stops the run"
+        default=0.01, json_schema_extra=RUNTIME, description="fraction of unusable samples above which the run stops"
     )
     bad_fraction_window: Count = Field(
-        default=10_000, json_schema_extra=RUNTIME, description="samples over which bad_budget is counted"
+        default=10_000, json_schema_extra=RUNTIME, description="number of samples over which max_bad_fraction is measured"
     )
     verify_checksums: bool = Field(
-        default=True, json_schema_extra=RUNTIME, description="compare each picture's bytes with the index's checksum"
+        default=True, json_schema_extra=RUNTIME, description="compare each image's bytes with the checksum in the index"
     )
 
     @model_validator(mode="after")
@@ -137,14 +154,14 @@ class DataSettings(Settings):
 
     @property
     def patterns(self) -> tuple[str, ...]:
-        """Patterns of all training shards, of one data set or of several."""
+        """Patterns of all training shards, of one data set or of a mixture."""
         return self.shards or tuple(pattern for source in self.sources or () for pattern in source.shards)
 
     def index_folder(self, urls: Sequence[str]) -> Path:
-        """Where the index of these shards is kept: a folder named after them in ``index`` or in the user's cache.
+        """Returns the index directory of these shards: one named after them, in ``index`` or in the user's cache directory.
 
         Raises:
-            ConfigError: there is no such cache, since the user has no home directory.
+            ConfigError: there is no cache directory because the user has no home directory.
         """
         name = hashlib.sha256("\n".join(os.path.abspath(url) if "://" not in url else url for url in urls).encode()).hexdigest()
         return (self.index or _user_cache() / "fovea" / "index") / name[:16]
@@ -152,7 +169,7 @@ class DataSettings(Settings):
 
 def _user_cache() -> Path:
     cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    if cache.startswith("~"):  # a user ID without a name, as containers have, and no HOME
+    if cache.startswith("~"):  # a user ID without a name, as in containers, and no HOME
         raise ConfigError(
             f"user {os.getuid()} has no home directory for the index of the shards",
             where="data.index",

@@ -1,1 +1,1 @@
-"""The process group, the run directory, and how processes end: watchdog, first failure, stop requests."""
+"""Runtime of a rank: process group, run directory, watchdog, failure reports, stop requests."""

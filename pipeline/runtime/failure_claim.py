@@ -1,4 +1,4 @@
-"""Which rank failed first: whoever claims ``failure.json`` in the attempt's folder of logs. Works under every launcher."""
+"""Records which rank of an attempt failed first, in ``failure.json`` in its log directory. Works under every launcher."""
 
 from __future__ import annotations
 
@@ -16,21 +16,21 @@ NAME = "failure.json"
 
 
 def claim(folder: Path, own: dict[str, Any]) -> bool:
-    """Say that this rank failed first; false if another has said so before.
+    """Claims that this rank failed first; false if another rank already has.
 
     Args:
-        folder: the attempt's logs.
-        own: ``rank``, ``what``, ``code``, ``step`` and the fields of :func:`pipeline.errors.verdict`; the machine is added.
+        folder: the attempt's log directory.
+        own: ``rank``, ``what``, ``code``, ``step`` and the fields of :func:`pipeline.errors.verdict`; the host name is added.
     """
     node = os.environ.get("SLURMD_NODENAME") or socket.gethostname()
     temporary = folder / f".failure-{own['rank']}"
     try:
         folder.mkdir(parents=True, exist_ok=True)
         temporary.write_text(json.dumps({**own, "node": node}))
-        os.link(temporary, folder / NAME)  # whole or not there, and only the first succeeds
+        os.link(temporary, folder / NAME)  # atomic: only the first link succeeds
     except FileExistsError:
         return False
-    except OSError:  # a full disk: better told twice than not at all
+    except OSError:  # for example a full disk: better reported twice than not at all
         return True
     finally:
         with contextlib.suppress(OSError):
@@ -39,7 +39,7 @@ def claim(folder: Path, own: dict[str, Any]) -> bool:
 
 
 def claimed(folder: Path) -> dict[str, Any] | None:
-    """What the rank that failed first said, if any has."""
+    """Returns the record of the rank that failed first, if any."""
     try:
         found = read_json(folder / NAME, limit=1 << 20)
     except (OSError, DataError):

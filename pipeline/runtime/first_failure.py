@@ -1,8 +1,8 @@
-"""How a rank that failed ends: one message from the first, one line from those that failed because of it.
+"""Reports failures of ranks: one message from the first, one line from those that failed because of it.
 
-Whoever fails first claims ``failure.json`` in the attempt's folder of logs; a rank whose collective broke looks there for the
-reason before it speaks. Works the same under fovea's launcher, torchrun, accelerate and srun, because it goes through files and
-stderr alone.
+The rank that fails first claims ``failure.json`` in the attempt's log directory. A rank whose collective failed looks there for
+the cause before it reports anything. Only files and stderr are used, so this works under fovea's launcher, torchrun, accelerate
+and srun.
 """
 
 from __future__ import annotations
@@ -32,13 +32,13 @@ _LESS = (
 
 @dataclass(frozen=True)
 class Failure:
-    """What an exception means.
+    """Classification of an exception.
 
     Attributes:
         what, hint: for the message.
         code: exit code of the process.
-        because_of_others: whether it may only be the echo of another rank's failure.
-        expected: whether the message tells all, so that nobody needs a traceback.
+        because_of_others: whether another rank's failure may have caused it.
+        expected: whether the message is sufficient, so that no traceback is needed.
     """
 
     what: str
@@ -49,11 +49,11 @@ class Failure:
 
 
 def read(error: BaseException, facts: dict[str, Any]) -> Failure:
-    """What an exception in a rank means.
+    """Classifies an exception of a rank.
 
     Args:
-        error: what ended the training.
-        facts: ``micro_batch`` and ``zero``, for the advice.
+        error: the exception that ended training.
+        facts: ``micro_batch`` and ``zero``, for the hint.
     """
     text = shown(" ".join(str(error).split()))
     if isinstance(error, FoveaError):
@@ -74,7 +74,7 @@ def read(error: BaseException, facts: dict[str, Any]) -> Failure:
 
 
 def tell(error: BaseException, watchdog: Watchdog, facts: dict[str, Any]) -> int:
-    """Says what has to be said on stderr about the exception that ended this rank; the exit code to end with."""
+    """Reports the exception that ended this rank on stderr; returns the exit code."""
     failure = read(error, facts)
     phase, step = watchdog.place
     place = f"rank {watchdog.rank}, {phase}, step {step}"
@@ -101,8 +101,11 @@ def tell(error: BaseException, watchdog: Watchdog, facts: dict[str, Any]) -> int
     cause = cause or _wait_for_claim(watchdog, 1.0) or own
     with contextlib.suppress(OSError), watchdog.stacks.open("a") as file:
         file.write(f"--- {place}\n{shown(''.join(traceback.format_exception(error)))}")
-    time.sleep(0.5)  # the launcher shall see the first failure first
-    same = isinstance(error, FoveaError) and (cause["kind"], cause["step"]) == (own["kind"], own["step"])  # agreed on by all
+    time.sleep(0.5)  # so that the launcher sees the first failure first
+    same = isinstance(error, FoveaError) and (cause["kind"], cause["step"]) == (
+        own["kind"],
+        own["step"],
+    )  # all ranks raise it
     if failure.because_of_others or cause["what"] == what or same:
         _say(f"rank {watchdog.rank} ends because of rank {cause['rank']}: {cause['what']}")
         return int(cause["code"])

@@ -1,4 +1,4 @@
-"""Starts modules of ours in new interpreters, whatever lies in the working directory."""
+"""Starts modules of this project in new Python interpreters, independently of the working directory."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ _OF_LAUNCHERS = frozenset(
 )
 ROOT = Path(__file__).resolve().parents[2]
 
-# The module is searched as by ``python -m``, but never in the working directory, and found where this process found it: a folder
-# of ours that comes later on the path than another package of the same name is put in front.
+# Finds the module as ``python -m`` does, but never in the working directory, and in the location where this process found it: a
+# directory of this project that comes later on the path than another package of the same name is put first.
 _START = (
     "import sys\n"
     "root, name = sys.argv[1:3]\n"
@@ -31,24 +31,24 @@ _START = (
 
 
 def module_command(name: str, *arguments: str) -> list[str]:
-    """The command line that runs a module of ours, as ``python -m`` would in an empty folder.
+    """Returns the command line that runs a module, as ``python -m`` would in an empty directory.
 
     Args:
-        name: dotted, such as ``launch.rank_main``.
-        arguments: of the program.
+        name: dotted name, such as ``launch.rank_main``.
+        arguments: arguments of the program.
     """
     return [sys.executable, "-P", "-c", _START, str(ROOT), name, *arguments]
 
 
 def safe_environment(environment: Mapping[str, str] | None = None) -> dict[str, str]:
-    """Variables for such a process: interpreters that it starts leave the working directory alone too.
+    """Returns environment variables for such a process: interpreters that it starts also ignore the working directory.
 
     Args:
-        environment: to begin with; this process's if not given.
+        environment: variables to start from; by default those of this process.
     """
     return {**(os.environ if environment is None else environment), "PYTHONSAFEPATH": "1"}
 
 
 def alone_environment() -> dict[str, str]:
-    """Variables for a command that starts ranks of its own, also inside a step of Slurm or a process of torchrun."""
+    """Returns environment variables for a command that starts its own ranks, even inside a Slurm step or a torchrun process."""
     return {name: value for name, value in safe_environment().items() if name not in _OF_LAUNCHERS}

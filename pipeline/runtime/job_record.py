@@ -1,13 +1,13 @@
-"""What a run on a cluster keeps about itself, beside what every run keeps. Standard library only.
+"""Reads and writes the files of a run on a cluster, in addition to those of every run. Standard library only.
 
-<run>/submit/script.sbatch    the batch script, as it was handed to Slurm
-<run>/submit/job.json         the job's number, the profile, how ranks are started; read by the job itself
-<run>/code/                   the code that was submitted; a requeued job runs it, whatever became of the checkout
-<run>/control/stop            a person wants the run to stop, to be taken up by ``fovea resume``
-<run>/control/save            a person wants a checkpoint now
-<run>/control/stop-0003       attempt 3 has to stop (time limit, preemption); the next goes on
-<run>/final_state.json            how the run ended for good, if it has
-<run>/excluded.json           nodes that it keeps away from, with the reasons
+<run>/submit/script.sbatch    the batch script as submitted to Slurm
+<run>/submit/job.json         job number, cluster profile, launch command; read by the job itself
+<run>/code/                   the code as submitted; a requeued job runs it, whatever happened to the checkout
+<run>/control/stop            user request to stop the run, to be continued by ``fovea resume``
+<run>/control/save            user request for a checkpoint
+<run>/control/stop-0003       request to stop attempt 3 (time limit, preemption); the next attempt continues
+<run>/final_state.json        the final state of the run, once it has ended
+<run>/excluded.json           nodes that the run avoids, with reasons
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ STOP, SAVE = "stop", "save"
 
 
 def read(path: Path) -> dict[str, Any]:
-    """A JSON object of a file; empty if there is none or it is torn."""
+    """Reads a JSON object; empty if the file is missing or incomplete."""
     try:
         found = read_json(path)
     except (OSError, DataError):
@@ -36,33 +36,33 @@ def read(path: Path) -> dict[str, Any]:
 
 
 def job(run: RunDirectory) -> dict[str, Any]:
-    """What was submitted."""
+    """Returns what was submitted."""
     return read(run.path / "submit" / "job.json")
 
 
 def verdict(run: RunDirectory) -> dict[str, Any]:
-    """How the run ended for good: ``state`` (finished, stopped or failed) and ``why``; empty while it has not."""
+    """Returns the final ``state`` of the run (finished, stopped or failed) and ``why``; empty while it has not ended."""
     return read(run.path / "final_state.json")
 
 
 def end(run: RunDirectory, state: str, why: str) -> None:
-    """Say how the run ended for good."""
+    """Records the final state of the run."""
     run.write("final_state.json", {"state": state, "why": why, "t": round(time.time(), 3)})
 
 
 def excluded(run: RunDirectory) -> dict[str, str]:
-    """Nodes to keep away from, with the reasons."""
+    """Returns the nodes to avoid, with reasons."""
     return read(run.path / "excluded.json")
 
 
 def exclude(run: RunDirectory, nodes: dict[str, str]) -> None:
-    """Keep away from these nodes too."""
+    """Adds nodes to avoid."""
     if nodes:
         run.write("excluded.json", {**excluded(run), **nodes})
 
 
 def ask(run: RunDirectory, what: str, reason: str) -> Path:
-    """Leave a request where the ranks look: ``stop``, ``save`` or ``stop-<attempt>``."""
+    """Writes a request where the ranks look for it: ``stop``, ``save`` or ``stop-<attempt>``."""
     folder = run.path / "control"
     folder.mkdir(parents=True, exist_ok=True)
     temporary = folder / f".{what}.{os.getpid()}"
@@ -72,37 +72,37 @@ def ask(run: RunDirectory, what: str, reason: str) -> Path:
 
 
 def asked(run: RunDirectory, what: str) -> dict[str, Any] | None:
-    """The request, if there is one."""
+    """Returns the request, if there is one."""
     path = run.path / "control" / what
     return read(path) if path.exists() else None
 
 
 def clear(run: RunDirectory) -> None:
-    """Take back a verdict and a person's requests: the run is to go on."""
+    """Removes the final state and the user's requests, so that the run can continue."""
     for path in (run.path / "final_state.json", run.path / "control" / STOP, run.path / "control" / SAVE):
         with contextlib.suppress(FileNotFoundError):
             path.unlink()
 
 
 def failure(run: RunDirectory, attempt: int) -> dict[str, Any] | None:
-    """What the rank that failed first in an attempt said of itself."""
+    """Returns the failure record of the rank that failed first in an attempt."""
     return read(run.logs(attempt) / "failure.json") or None
 
 
 def outcome(run: RunDirectory, attempt: int) -> dict[str, Any] | None:
-    """How an attempt ended, if it ended in order."""
+    """Returns the outcome of an attempt, if it ended regularly."""
     found = read(run.path / "outcome.json")
     return found if found.get("attempt") == attempt else None
 
 
 def saved_step(run: RunDirectory) -> int:
-    """Step of the newest checkpoint, -1 if there is none."""
+    """Returns the step of the newest checkpoint; -1 if there is none."""
     steps = [path.name[5:] for path in run.checkpoints.glob("step_*") if (path / "manifest.json").exists()]
     return max((int(step) for step in steps if step.isdigit()), default=-1)
 
 
 def endings(run: RunDirectory) -> list[dict[str, Any]]:
-    """One row an attempt, in order: its start, and what became of it if that is known."""
+    """Returns one entry per attempt, in order: its start, and its end if known."""
     rows: dict[int, dict[str, Any]] = {}
     for row in run.attempts():
         number = int(row.get("attempt", -1))

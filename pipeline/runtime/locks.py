@@ -1,7 +1,7 @@
-"""File locks between processes, on file systems that may have none.
+"""File locks between processes, also on file systems without lock support.
 
-``flock`` is missing on Lustre mounted without ``-o flock``, on some NFS, EFS and FUSE mounts. There the work goes on without the
-lock, and one line on stderr names the file and its file system.
+``flock`` is missing on Lustre mounted without ``-o flock``, and on some NFS, EFS and FUSE mounts. There the caller continues
+without the lock, and one line on stderr names the file and its file system.
 """
 
 from __future__ import annotations
@@ -22,17 +22,17 @@ def lock(descriptor: int, path: str | os.PathLike[str], *, wait: bool = True, sh
     """Locks an open file until it is closed.
 
     Args:
-        descriptor: of the open file.
+        descriptor: descriptor of the open file.
         path: its name, for the message.
-        wait: wait for whoever holds the lock.
-        shared: many may hold it at once.
+        wait: block until the lock is free.
+        shared: take a shared lock.
 
     Returns:
-        Whether the lock is held; ``False`` if the file system has no locks, which is reported once a process and file system.
+        Whether the lock is held; ``False`` if the file system has no locks, which is reported once per process and file system.
 
     Raises:
-        BlockingIOError: somebody else holds it, and ``wait`` is false.
-        OSError: whatever else goes wrong.
+        BlockingIOError: another process holds the lock, and ``wait`` is false.
+        OSError: any other failure.
     """
     kind = fcntl.LOCK_SH if shared else fcntl.LOCK_EX
     try:
@@ -50,7 +50,7 @@ def lock(descriptor: int, path: str | os.PathLike[str], *, wait: bool = True, sh
 
 
 def file_system(path: Path) -> tuple[str, str]:
-    """Mount point and type (``ext4``, ``nfs4``, ``lustre``…) of the file system that holds a path; ``?`` where unknown."""
+    """Returns mount point and type (``ext4``, ``nfs4``, ``lustre``…) of the file system of a path; ``?`` where unknown."""
     real, best = os.path.realpath(path), ("?", "?")
     try:
         rows = Path("/proc/self/mountinfo").read_text(encoding="utf-8", errors="surrogateescape").splitlines()

@@ -1,4 +1,4 @@
-"""The process group: set up from explicit addresses, checked, and taken down in the order that does not crash."""
+"""Initializes, checks and destroys the torch.distributed process group."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ import torch.distributed as dist
 from pipeline.errors import LaunchError, RendezvousError
 
 _LOOPBACK = ("127.0.0.1", "localhost")
-_NOTICE = 30.0  # seconds after which rank 0 tells what it waits for
+_NOTICE = 30.0  # seconds after which rank 0 reports which ranks are missing
 
 
 @dataclass(frozen=True)
 class World:
-    """Where this process stands among the ranks of a run.
+    """Position of this process among the ranks of a run.
 
     Attributes:
-        rank, size: global rank and number of ranks.
+        rank, size: global rank and world size.
         local_rank: rank on this node.
         device: this rank's device.
-        control: a gloo group for small host-side agreements; ``None`` (the default group) where that is gloo itself.
+        control: gloo group for small collectives on the host; ``None`` (the default group) if that is gloo itself.
         local_size: number of ranks on this node.
     """
 
@@ -52,19 +52,19 @@ def join(
     timeout: float = 600.0,
     local_size: int = 1,
 ) -> World:
-    """Meet the other ranks.
+    """Initializes the process group.
 
     Args:
-        rank, size, local_rank: this process's place.
+        rank, size, local_rank: global rank, world size, and rank on this node.
         address, port: where rank 0 listens.
-        key: names this set of ranks and this start of it; ranks with another key on the same port never meet these, nor
-            what an earlier start left behind there.
+        key: identifies this set of ranks and this start; ranks with another key on the same port do not connect to these, nor
+            do leftovers of an earlier start.
         backend: ``auto`` (NCCL with GPUs, else gloo), ``nccl`` or ``gloo``.
-        timeout: seconds a collective may take.
+        timeout: timeout of a collective, seconds.
         local_size: number of ranks on this node.
 
     Raises:
-        LaunchError: the ranks do not meet in time, the port is taken, or there is no GPU for NCCL.
+        LaunchError: the ranks do not connect in time, the port is in use, or there is no GPU for NCCL.
     """
     gpus = torch.cuda.device_count() if backend != "gloo" else 0
     chosen = backend if backend != "auto" else ("nccl" if gpus else "gloo")
@@ -102,15 +102,15 @@ def join(
 
 
 def _say_waiting(rank: int, size: int, where: str, timeout: float) -> None:
-    """Somebody whose shell has variables of an old job should not wait for ten minutes to learn of it."""
+    """Reports that ranks are missing, so that stale variables of an old job are noticed before the timeout of ten minutes."""
     told = f"rank {rank} of {size} still waits for the others at {where}, for {timeout:.0f} s at most (launch.timeout)"
     print(f"fovea: {told}. If nobody starts them, unset RANK and WORLD_SIZE", file=sys.stderr, flush=True)
 
 
 def gpu_of(local_rank: int, local_size: int, gpus: int) -> int:
-    """The number of a rank's GPU among those that its process sees.
+    """Returns the index of a rank's GPU among those visible to its process.
 
-    A launcher may show each rank all GPUs of its node, or each rank one of its own.
+    A launcher may show each rank all GPUs of its node, or only one.
 
     Raises:
         LaunchError: there are fewer GPUs than ranks.
@@ -127,11 +127,11 @@ def gpu_of(local_rank: int, local_size: int, gpus: int) -> int:
 
 
 def check_gpus(store: dist.Store, own: str, rank: int, peers: Iterable[int]) -> None:
-    """Refuses ranks of one node that share a GPU.
+    """Rejects ranks of one node that share a GPU.
 
     Args:
-        store: where the ranks tell each other.
-        own: names this rank's node and GPU.
+        store: key-value store shared by the ranks.
+        own: identifies this rank's node and GPU.
         rank: this rank.
         peers: the ranks that may be on the same node.
 
@@ -149,8 +149,9 @@ def check_gpus(store: dist.Store, own: str, rank: int, peers: Iterable[int]) -> 
 
 
 def _meet(address: str, port: int, size: int, *, is_master: bool, limit: timedelta) -> dist.TCPStore:
-    """The store in which ranks find each other. Ranks of one machine listen on its loopback interface only: by itself torch's
-    store takes connections from everywhere, and whoever joins can send pickles."""
+    """Creates the store for rendezvous. Ranks of a single node listen on the loopback interface only: by default, torch's store
+    accepts connections from everywhere, and any client can send pickles.
+    """
     if address not in _LOOPBACK:
         return dist.TCPStore(address, port, size, is_master=is_master, timeout=limit, wait_for_workers=False)
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
@@ -163,7 +164,7 @@ def _meet(address: str, port: int, size: int, *, is_master: bool, limit: timedel
         except OSError:
             if not os.environ.get("TORCHELASTIC_USE_AGENT_STORE"):
                 raise
-            # torchrun's own store listens there, which torch then uses.
+            # torchrun's own store listens there, and torch uses it.
             return dist.TCPStore(_LOOPBACK[0], port, size, is_master=True, timeout=limit, wait_for_workers=False)
         listening.listen(1024)
         return dist.TCPStore(
@@ -173,11 +174,11 @@ def _meet(address: str, port: int, size: int, *, is_master: bool, limit: timedel
             is_master=True,
             timeout=limit,
             wait_for_workers=False,
-            master_listen_fd=listening.detach(),  # the store closes it
+            master_listen_fd=listening.detach(),  # the store closes the descriptor
         )
 
 
 def leave() -> None:
-    """Take the process group down after a clean end; call it after the engine was closed."""
+    """Destroys the process group after a regular end. Call it after closing the engine."""
     dist.barrier()
     dist.destroy_process_group()

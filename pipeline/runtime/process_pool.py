@@ -1,4 +1,4 @@
-"""Pools of helper processes that never outlive the one that started them, even if it is killed."""
+"""Pools of worker processes that end with their parent, even if it is killed."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from typing import Any
 
 
 def process_pool(workers: int, begin: Callable[..., None] | None = None, *arguments: Any) -> ProcessPoolExecutor:
-    """A pool whose processes are started fresh (no fork of this one, which may hold threads and open connections).
+    """Creates a pool of spawned processes (not forked: this process may have threads and open connections).
 
     Args:
-        workers: processes.
-        begin: called once in each of them, with the arguments.
+        workers: number of processes.
+        begin: called once in each process, with ``arguments``.
         arguments: must be picklable.
     """
     context = multiprocessing.get_context("forkserver")
@@ -24,7 +24,7 @@ def process_pool(workers: int, begin: Callable[..., None] | None = None, *argume
 
 
 def adopt(environment: dict[str, str]) -> None:
-    """Takes over the variables of the process that asks for help: it may have set keys after the server of helpers began."""
+    """Applies the environment variables of the parent, which may have changed after the process server was started."""
     os.environ.clear()
     os.environ.update(environment)
 
@@ -37,7 +37,7 @@ def _begin(environment: dict[str, str], begin: Callable[..., None] | None, argum
 
 
 def _leave_with_parent() -> None:
-    """A worker of an executor waits for work for ever; when the one who would send it is dead, it must go."""
+    """Ends this worker when its parent dies; an executor's worker would otherwise wait for work forever."""
     parent = multiprocessing.parent_process()
     if parent is not None:
         wait([parent.sentinel])

@@ -1,16 +1,16 @@
-"""The run directory: everything a run writes, and the identity that its attempts share.
+"""The run directory: all files of a run, and the settings that its attempts share.
 
 <run>/config.json            the resolved settings of the last attempt
-<run>/checkpoints/           see checkpoint.py
-<run>/tracking/              journals, and how far MLflow has them; eval-.../ of evaluations by hand (tracking/aside.py)
-<run>/evaluations/           scores of checkpoints that were judged by hand
-<run>/pictures/              sheets of pictures, by step
-<run>/logs/attempt-0000/     output of each rank, its pulse, its stacks if it stalled, the first failure
-<run>/skipped_steps.json          steps that are not trained on since the run went back (rewind.py)
-<run>/batches/               every step's keys, if asked for
+<run>/checkpoints/           see checkpoint/writer.py
+<run>/tracking/              journals and MLflow cursors; eval-.../ of standalone evaluations (tracking/eval_journal.py)
+<run>/evaluations/           scores of standalone evaluations
+<run>/pictures/              grids of images, by step
+<run>/logs/attempt-0000/     output and heartbeat of each rank, its stack traces after a hang, the first failure
+<run>/skipped_steps.json     steps that are skipped after a rollback (training/rollback.py)
+<run>/batches/               the sample keys of every step, if enabled
 <run>/bad_samples/rank-0.jsonl    samples that could not be used
-<run>/data/<fingerprint>/    manifest of the data trained on, for telling what has changed
-<run>/attempts.jsonl         one line when an attempt starts, one when it ends
+<run>/data/<fingerprint>/    manifest of the training data, to report later changes
+<run>/attempts.jsonl         one line at the start and one at the end of each attempt
 <run>/outcome.json           how the last attempt ended
 """
 
@@ -31,7 +31,7 @@ from pipeline.untrusted import printable, read_bytes, read_json
 if TYPE_CHECKING:
     from pipeline.config.schema import Config
 
-_ATTEMPTS = 64 << 20  # bytes, most of attempts.jsonl
+_ATTEMPTS = 64 << 20  # maximum size of attempts.jsonl, bytes
 
 
 @dataclass(frozen=True)
@@ -39,21 +39,21 @@ class RunDirectory:
     """Paths and small records of one run.
 
     Attributes:
-        path: the directory.
+        path: the run directory.
     """
 
     path: Path
 
     @property
     def config(self) -> Path:
-        """Resolved settings of the run."""
+        """File with the resolved settings."""
         return self.path / "config.json"
 
     def settings_document(self) -> dict[str, Any]:
-        """What ``config.json`` holds, under today's names, unchecked.
+        """Returns the content of ``config.json`` under the current keys, not validated.
 
         Raises:
-            ConfigError: it cannot be read, or holds no settings.
+            ConfigError: the file cannot be read, or holds no settings.
         """
         hint = "name the directory that a training wrote"
         try:
@@ -65,12 +65,12 @@ class RunDirectory:
         return upgrade(document)
 
     def settings(self) -> Config:
-        """The settings of the last attempt.
+        """Returns the settings of the last attempt.
 
         Raises:
             ConfigError: ``config.json`` cannot be read, or its settings are of another version of fovea.
         """
-        from pydantic import ValidationError  # a job's supervisor imports this module without packages
+        from pydantic import ValidationError  # a job's supervisor imports this module without third-party packages
 
         from pipeline.config.schema import Config
 
@@ -96,20 +96,20 @@ class RunDirectory:
         return self.path / "tracking"
 
     def journal(self, attempt: int) -> Path:
-        """Journal of an attempt."""
+        """Journal file of an attempt."""
         return self.tracking / f"journal-{attempt:04d}.jsonl"
 
     def bad_samples(self, rank: int) -> Path:
-        """Ledger of bad samples of a rank."""
+        """Log of a rank's bad samples."""
         return self.path / "bad_samples" / f"rank-{rank}.jsonl"
 
     @property
     def data(self) -> Path:
-        """Manifests of the data that attempts were trained on, each in a folder of its fingerprint."""
+        """Manifests of the training data of all attempts, each in a directory named after its fingerprint."""
         return self.path / "data"
 
     def batches(self, attempt: int, rank: int) -> Path:
-        """Record of every batch's keys, if asked for."""
+        """Record of every batch's sample keys, if enabled."""
         return self.path / "batches" / f"attempt-{attempt:04d}-rank-{rank}.jsonl"
 
     def logs(self, attempt: int) -> Path:
@@ -117,7 +117,7 @@ class RunDirectory:
         return self.path / "logs" / f"attempt-{attempt:04d}"
 
     def attempts(self) -> list[dict[str, Any]]:
-        """All lines of ``attempts.jsonl`` that are whole."""
+        """Returns all complete lines of ``attempts.jsonl``."""
         try:
             content = read_bytes(self.path / "attempts.jsonl", limit=_ATTEMPTS)
         except (OSError, DataError):
@@ -126,18 +126,18 @@ class RunDirectory:
         for line in content.decode("utf-8", "replace").split("\n"):
             try:
                 row = json.loads(line)
-            except (ValueError, RecursionError):  # torn by a crash of the machine
+            except (ValueError, RecursionError):  # incomplete after a crash of the node
                 continue
             if isinstance(row, dict) and isinstance(row.get("event"), str):
                 found.append(row)
         return found
 
     def next_attempt(self) -> int:
-        """Number of the attempt that starts now."""
+        """Returns the number of the next attempt."""
         return sum(row["event"] == "start" for row in self.attempts())
 
     def note(self, event: str, **facts: Any) -> None:
-        """Append a line about this attempt, synced."""
+        """Appends a line about this attempt and syncs."""
         self.path.mkdir(parents=True, exist_ok=True)
         with (self.path / "attempts.jsonl").open("a") as file:
             file.write(json.dumps({"event": event, "t": round(time.time(), 3), **facts}) + "\n")
@@ -145,17 +145,18 @@ class RunDirectory:
             os.fsync(file.fileno())
 
     def write(self, name: str, value: Any) -> None:
-        """Replace a JSON file of the run in one act."""
+        """Replaces a JSON file of the run atomically."""
         self._replace(self.path / name, json.dumps(value, indent=1))
 
     def write_settings(self, config: Config, text: str | None = None) -> None:
-        """Keep the settings as ``config.json``, and as ``config.yaml`` if its text is given.
+        """Writes the settings to ``config.json``, and to ``config.yaml`` if its text is given.
 
-        Both must keep signed links, with which a later attempt reads; then nobody but the user can read the files.
+        Both include the signatures of signed links, since a later attempt needs them; the files are then readable by the user
+        only.
 
         Args:
             config: the settings.
-            text: the same as YAML.
+            text: the same settings as YAML.
         """
         document = config.model_dump(mode="json")
         private = masked(document) != document

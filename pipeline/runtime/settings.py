@@ -1,4 +1,4 @@
-"""Settings of the run itself: its name and folder, how ranks are started, the watchdog."""
+"""Settings of a run's name and directory, of the launch, and of the watchdog."""
 
 from __future__ import annotations
 
@@ -17,15 +17,17 @@ from pipeline.config.types import (
 
 
 class RunSettings(Settings):
-    """Which run this is."""
+    """Name, directory and seed of the run."""
 
     name: str = Field(
-        default="run", pattern=r"^[A-Za-z0-9][\w.+-]*$", description="name of the run; the config file's name if not given"
+        default="run", pattern=r"^[A-Za-z0-9][\w.+-]*$", description="name of the run; by default the name of the config file"
     )
     directory: FilePath | None = Field(
-        default=None, json_schema_extra=RUNTIME, description="folder of everything the run writes; null means runs/<name>"
+        default=None,
+        json_schema_extra=RUNTIME,
+        description="run directory, for everything the run writes; null means runs/<name>",
     )
-    seed: int = Field(default=0, ge=0, lt=2**63, description="seed of order, crops, masks and initial weights")
+    seed: int = Field(default=0, ge=0, lt=2**63, description="random seed of data order, crops, masks and initial weights")
 
     @property
     def folder(self) -> Path:
@@ -34,39 +36,48 @@ class RunSettings(Settings):
 
 
 class LaunchSettings(Settings):
-    """How ranks are started on this machine."""
+    """How ranks are started on this node."""
 
-    num_processes: Count | None = Field(default=None, description="processes; null means one for each GPU, or one")
+    num_processes: Count | None = Field(
+        default=None, description="number of processes (ranks); null means one per GPU, or one without GPUs"
+    )
     backend: Literal["auto", "gloo", "nccl"] = Field(
-        default="auto", description="collective library; auto is nccl with GPUs, else gloo"
+        default="auto", description="collective communication backend; auto means nccl with GPUs, else gloo"
     )
     deepspeed_init: Literal["deepspeed", "accelerate"] = Field(
         default="deepspeed",
-        description="who sets DeepSpeed up: fovea, or Hugging Face Accelerate (which needs transformers); the run is the same",
+        description="what initializes DeepSpeed: fovea, or Hugging Face Accelerate (needs transformers); the computation "
+        "is the same",
     )
-    timeout: Positive = Field(default=600.0, description="seconds a collective may take")
+    timeout: Positive = Field(default=600.0, description="timeout of a collective, seconds")
 
 
 class HealthSettings(Settings):
-    """What is done when a rank stands still, and when the loss is no longer a number."""
+    """What happens when a rank hangs or the loss is not finite."""
 
     hang_factor: float = Field(
-        default=20.0, gt=1, description="a phase of a step that lasts this many median steps has stalled, and ends the attempt"
+        default=20.0,
+        gt=1,
+        description="a phase of a training step longer than this many median steps counts as a hang and ends the attempt",
     )
     hang_floor: Positive = Field(
-        default=300.0, description="seconds that a phase of a step may always take; should be less than launch.timeout"
+        default=300.0,
+        description="seconds below which a phase of a step never counts as a hang; should be less than launch.timeout",
     )
-    startup_timeout: Positive = Field(default=3600.0, description="seconds the start and the first three steps may take, each")
-    evaluation_timeout: Positive = Field(default=7200.0, description="seconds an evaluation may take")
-    checkpoint_timeout: Positive = Field(default=3600.0, description="seconds a checkpoint may take")
+    startup_timeout: Positive = Field(
+        default=3600.0, description="timeout of startup, and of each of the first three steps, seconds"
+    )
+    evaluation_timeout: Positive = Field(default=7200.0, description="timeout of an evaluation, seconds")
+    checkpoint_timeout: Positive = Field(default=3600.0, description="timeout of a checkpoint, seconds")
     rollback_after: Count | None = Field(
         default=None,
-        description="non-finite steps in a row after which training goes back to the last checkpoint; null means never",
+        description="consecutive non-finite steps after which training rolls back to the last checkpoint; null disables rollback",
     )
     rollback_margin: int = Field(
-        default=100, ge=0, description="steps before the first non-finite one that are left out too after going back"
+        default=100, ge=0, description="number of steps before the first non-finite one that are also skipped after a rollback"
     )
-    max_rollbacks: Count = Field(default=2, description="times a run goes back before it stops instead")
+    max_rollbacks: Count = Field(default=2, description="maximum number of rollbacks; one more stops the run")
     peak_tflops: Positive | None = Field(
-        default=None, description="TFLOP/s of a GPU that MFU is measured against; null reads a table by the GPU's name"
+        default=None,
+        description="peak TFLOP/s of one GPU, for the model FLOPs utilization (MFU); null looks it up by the GPU's name",
     )

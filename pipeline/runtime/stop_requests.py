@@ -1,4 +1,4 @@
-"""Requests to stop, noted by signal handlers and acted on by all ranks together at a step boundary."""
+"""Collects stop requests from signals and files; all ranks act on them together at a step boundary."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ import torch.distributed as dist
 
 
 class Stop(IntEnum):
-    """Why a run stops; the largest of all ranks wins.
+    """Why a run stops; the maximum over all ranks applies.
 
-    ``PREEMPTED``: the job's supervisor ends the attempt. ``USER_REQUEST``: a person wants the run to stop.
+    ``PREEMPTED``: the job's supervisor ends the attempt. ``USER_REQUEST``: a user wants the run to stop.
     """
 
     NO = 0
@@ -40,16 +40,16 @@ _SIGNALS = {
 
 
 class StopRequests:
-    """Requests by signal, whose handlers only set a flag, and by file, which one rank looks for once a second.
+    """Stop requests by signal, whose handlers only set a flag, and by file, which one rank checks once per second.
 
     Args:
-        folder: where files ``stop``, ``stop-<attempt>`` and ``save`` are looked for; ``None`` on all ranks but one.
+        folder: directory of the files ``stop``, ``stop-<attempt>`` and ``save``; ``None`` on all ranks but one.
         attempt: the attempt's number.
 
     Attributes:
-        asked: what this rank was asked for.
-        saving: after :meth:`agreed`, the largest state that any rank told of its part of a save.
-        save: after :meth:`agreed`, whether a person wants a checkpoint now.
+        asked: the request that this rank received.
+        saving: after :meth:`agreed`, the maximum over all ranks of the state of their part of a save.
+        save: after :meth:`agreed`, whether a user requested a checkpoint.
     """
 
     def __init__(self, folder: Path | None = None, attempt: int = 0) -> None:
@@ -58,7 +58,7 @@ class StopRequests:
         self._folder, self._attempt, self._looked = folder, attempt, 0.0
 
     def listen(self) -> None:
-        """Install the handlers (main thread only). An ignored SIGHUP stays ignored: ``nohup`` wants the run to go on."""
+        """Installs the signal handlers (main thread only). An ignored SIGHUP stays ignored, so that ``nohup`` works."""
         for number in _SIGNALS:
             if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
                 signal.signal(number, self._note)
@@ -67,11 +67,11 @@ class StopRequests:
         self.asked = max(self.asked, _SIGNALS[signal.Signals(number)])
 
     def agreed(self, group: dist.ProcessGroup | None, saving: int = 0) -> Stop:
-        """What all ranks do now: one small all-reduce on the host, the same answer everywhere.
+        """Returns what all ranks do now: one small all-reduce on the host, with the same result on every rank.
 
         Args:
             group: the ranks' group on the host.
-            saving: this rank's part of a save; what all make of it is in :attr:`saving` afterwards.
+            saving: the state of this rank's part of a save; the maximum over all ranks is then in :attr:`saving`.
         """
         save = self._look()
         code = torch.tensor([int(self.asked), saving, save], dtype=torch.int32)
@@ -80,11 +80,11 @@ class StopRequests:
         return Stop(int(code[0]))
 
     def watch(self, folder: Path, attempt: int) -> None:
-        """Look for files from now on."""
+        """Starts checking for request files."""
         self._folder, self._attempt = folder, attempt
 
     def _look(self) -> bool:
-        """Read the files' requests, at most once a second; whether a checkpoint is wanted."""
+        """Reads the request files, at most once per second; returns whether a checkpoint is requested."""
         now = time.monotonic()
         if self._folder is None or now - self._looked < 1.0:
             return False

@@ -1,4 +1,4 @@
-"""How busy each machine of a run is: processors, memory, disk, network and GPUs, one line for a node."""
+"""System metrics of each node of a run: CPU, memory, disk, network and GPU."""
 
 from __future__ import annotations
 
@@ -19,27 +19,29 @@ _ABSENT = float("nan")
 
 
 class Nodes:
-    """Reads this machine and gathers all. Tracking never stops training: what cannot be read is left out.
+    """Reads the metrics of this node and gathers those of all nodes.
+
+    Values that cannot be read are omitted, so that tracking never stops training.
 
     Args:
-        world: this rank's place; the first rank of a machine speaks for it, and each for its own GPU.
-        folder: on the disk whose free space counts.
+        world: this rank's position; the first rank of a node reports for the node, and each rank for its own GPU.
+        folder: a directory on the disk whose free space is reported.
     """
 
     def __init__(self, world: World, folder: Path) -> None:
         self._world, self._folder = world, folder
         self._since, self._network = time.monotonic(), _read(psutil.net_io_counters)
-        _read(psutil.cpu_percent)  # the next call tells the share since this one
+        _read(psutil.cpu_percent)  # the next call returns the average since this one
 
     def read(self) -> dict[str, float]:
-        """``node<n>/<name>`` for each machine since the last call, without what it does not have; all ranks call it."""
+        """Returns ``node<n>/<name>`` of each node since the last call, without missing values. Must be called on all ranks."""
         first = self._world.local_rank == 0
         machine = self._machine() if first else [_ABSENT] * len(MACHINE)
         own = torch.tensor([float(first), *machine, *self._gpu()], dtype=torch.float64)
         everyone = [torch.zeros_like(own) for _ in range(self._world.size)]
         dist.all_gather(everyone, own, group=self._world.control)
         rows = torch.stack(everyone)
-        node = rows[:, 0].cumsum(0) - 1  # ranks of a machine follow one another
+        node = rows[:, 0].cumsum(0) - 1  # the ranks of a node are consecutive
         found: dict[str, float] = {}
         for number in range(int(node.max()) + 1):
             mean = rows[node == number, 1:].nanmean(0).tolist()
@@ -64,7 +66,7 @@ class Nodes:
         ]
 
     def _gpu(self) -> list[float]:
-        """Share of time in which this rank's GPU computed, and of its memory that is taken by whomever."""
+        """Returns the fraction of time in which this rank's GPU was busy, and of its memory in use by any process."""
         device = self._world.device
         if device.type != "cuda":
             return [_ABSENT, _ABSENT]
@@ -75,5 +77,5 @@ class Nodes:
 def _read(act: Callable[[], Any]) -> Any:
     try:
         return act()
-    except Exception:  # the boundary: drivers and kernels raise what they like, some of it of no known class
+    except Exception:  # drivers and kernels raise arbitrary exceptions, some without a documented class
         return None

@@ -1,11 +1,11 @@
-"""A thread beside each rank that knows what the rank is doing, and ends the attempt when that takes far too long.
+"""Detects hangs: a thread in each rank tracks the rank's phase and ends the attempt when the phase exceeds its time limit.
 
-Each rank writes its *pulse*, a few hundred bytes, to ``<run>/logs/attempt-…/pulse/rank-<n>.json`` every second or two. No
-collective is needed to read the others': that is what tells a rank which sleeps from one that waits for it. All ranks enter the
-same phases in the same order, so whoever has entered the fewest is behind.
+Each rank writes a heartbeat (*pulse*) of a few hundred bytes to ``<run>/logs/attempt-…/pulse/rank-<n>.json`` every second or two.
+Other ranks read these files without a collective; this distinguishes a rank that hangs from one that waits for it. All ranks
+enter the same phases in the same order, so the rank that has entered the fewest is behind.
 
-A stall ends like this: every rank writes the stacks of all its threads to ``stacks-rank-<n>.txt`` beside the pulses' folder, the
-rank at fault says so in one line, and all end with :data:`RESTART`, which a launcher may take for "start again".
+After a hang every rank writes the stack traces of all its threads to ``stacks-rank-<n>.txt`` beside the pulse directory, the rank
+at fault reports it in one line, and all ranks exit with :data:`RESTART`, which a launcher may treat as "restart".
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ from typing import IO
 
 from pipeline.runtime import failure_claim as claims
 
-BACKSTOP = 60.0  # seconds beyond a limit after which a process is ended whose Python runs no thread any more
-RESTART = 75  # the exit code of what a new attempt may fix (EX_TEMPFAIL of sysexits.h)
+BACKSTOP = 60.0  # seconds beyond a limit after which a process whose Python threads no longer run is ended
+RESTART = 75  # exit code of failures that a new attempt may fix (EX_TEMPFAIL of sysexits.h)
 START, DATA, COMPUTE, STEP, TEACHER, LOG = "start", "data", "forward and backward", "step", "teacher", "log"
 EVALUATE, CHECKPOINT, END = "evaluation", "checkpoint", "end"
 _LOOP = (DATA, COMPUTE, STEP, TEACHER, LOG)
@@ -37,12 +37,12 @@ _WAITING_ROOMS = (f"{os.sep}torch{os.sep}distributed{os.sep}", f"{os.sep}deepspe
 
 @dataclass(frozen=True)
 class Limits:
-    """How long is too long, in seconds.
+    """Time limits in seconds.
 
     Attributes:
-        factor: a phase of a step may last this many median steps,
-        floor: but always this long.
-        start, evaluate, checkpoint: what the other phases may last; the first three steps count as start.
+        factor: limit of a phase of a step, as a multiple of the median step time,
+        floor: but at least this many seconds.
+        start, evaluate, checkpoint: limits of the other phases; the first three steps count as start.
     """
 
     factor: float = 20.0
@@ -54,16 +54,16 @@ class Limits:
 
 @dataclass(frozen=True)
 class Pulse:
-    """What one rank last said of itself.
+    """The last heartbeat of a rank.
 
     Attributes:
-        rank: whose it is.
-        beat: counts the pulses; one that stands still belongs to a rank that is gone or frozen.
-        entered: phases entered so far.
-        phase, step, seconds: where it is, and for how long.
-        waiting: whether its main thread is inside a collective.
-        stalled: whether it takes itself to be in a stall.
-        host, pid: its process.
+        rank: the rank.
+        beat: counter of heartbeats; if it stops increasing, the rank is gone or frozen.
+        entered: number of phases entered so far.
+        phase, step, seconds: current phase and step, and the time in that phase.
+        waiting: whether the main thread is inside a collective.
+        stalled: whether the rank has detected a hang.
+        host, pid: host name and process ID.
     """
 
     rank: int
@@ -79,20 +79,20 @@ class Pulse:
 
     @property
     def where(self) -> str:
-        """In words."""
+        """Describes the rank's phase and step."""
         return f"in {self.phase} at step {self.step} for {self.seconds:.0f} s"
 
 
 class Watchdog:
-    """Watches the main thread of one rank.
+    """Monitors the main thread of one rank.
 
     Args:
-        folder: the attempt's folder of logs.
-        rank, size: which of how many.
-        limits: how long is too long.
-        say: takes the one line about a stall; stderr by default.
+        folder: the attempt's log directory.
+        rank, size: rank and world size.
+        limits: time limits.
+        say: receives the one line about a hang; by default it goes to stderr.
         end: ends the process with an exit code.
-        clock: seconds, monotonic.
+        clock: monotonic clock, seconds.
     """
 
     def __init__(
@@ -119,23 +119,23 @@ class Watchdog:
 
     @property
     def stacks(self) -> Path:
-        """Where this rank's stacks and the tracebacks of consequential errors go."""
+        """File for this rank's stack traces and for tracebacks of errors that other ranks caused."""
         return self.folder / f"stacks-rank-{self.rank}.txt"
 
     @property
     def place(self) -> tuple[str, int]:
-        """Phase and step of now."""
+        """Current phase and step."""
         return self._now[1], self._now[2]
 
     def start(self) -> None:
-        """Begin to watch."""
+        """Starts the thread."""
         (self.folder / "pulse").mkdir(parents=True, exist_ok=True)
         self._stacks = self.stacks.open("a")
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
         self._thread.start()
 
     def stop(self) -> None:
-        """Watch no more."""
+        """Stops the thread."""
         self._stop.set()
         if self._thread is not None:
             self._thread.join(5.0)
@@ -143,7 +143,7 @@ class Watchdog:
             self._thread = None
 
     def enter(self, phase: str, step: int | None = None) -> None:
-        """The main thread begins a phase; costs less than a microsecond."""
+        """Marks the start of a phase in the main thread; takes less than a microsecond."""
         entered, before, at, since = self._now
         now = self._clock()
         if before in _LOOP:
@@ -155,14 +155,14 @@ class Watchdog:
 
     @contextlib.contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        """A phase inside another, which it goes back to."""
+        """Context manager of a nested phase; afterwards the outer phase continues."""
         before = self._now[1]
         self.enter(name)
         yield
         self.enter(before)
 
     def limit(self, phase: str) -> float:
-        """Seconds that a phase may last now."""
+        """Returns the current time limit of a phase, seconds."""
         if phase not in _LOOP:
             others = {EVALUATE: self.limits.evaluate, CHECKPOINT: self.limits.checkpoint}
             return others.get(phase, self.limits.start)
@@ -171,7 +171,7 @@ class Watchdog:
         return max(self.limits.floor, self.limits.factor * statistics.median(tuple(self._recent)))
 
     def pulses(self) -> dict[int, Pulse]:
-        """Last pulses of all ranks that have one."""
+        """Returns the last heartbeats of all ranks that have one."""
         found = {}
         for rank in range(self.size):
             with contextlib.suppress(OSError, ValueError, TypeError):
@@ -179,10 +179,10 @@ class Watchdog:
         return found
 
     def verdict(self, *, waits: bool = False) -> tuple[list[int], str]:
-        """Ranks that the others wait for and a sentence about them; looks twice, some pulses apart.
+        """Returns the ranks that the others wait for, and a sentence about them; reads the heartbeats twice, some beats apart.
 
         Args:
-            waits: this rank's collective broke, so it counts as one that waited.
+            waits: this rank's collective failed, so it counts as waiting.
         """
         self._waits = waits
         first = self.pulses()
@@ -193,7 +193,7 @@ class Watchdog:
         return judge(first, self.pulses(), self.size, self._gone(first), self.rank)
 
     def _gone(self, pulses: dict[int, Pulse]) -> list[int]:
-        """Ranks of this machine whose process has ended."""
+        """Returns the ranks of this node whose process has ended."""
         here = socket.gethostname()
         return [p.rank for p in pulses.values() if p.host == here and not _lives(p.pid)]
 
@@ -212,7 +212,7 @@ class Watchdog:
             host=socket.gethostname(),
             pid=os.getpid(),
         )
-        # A run's folder may be away for a while: that is the checkpoint's trouble, not a reason to end here.
+        # The run directory may be unavailable for a while: the checkpoint handles that, and it is no reason to exit here.
         with contextlib.suppress(OSError):
             (self.folder / "pulse" / f"rank-{self.rank}.json").write_text(json.dumps(asdict(pulse)))
 
@@ -220,7 +220,7 @@ class Watchdog:
         while not self._stop.wait(self.interval):
             _, phase, _, since = self._now
             seconds, limit = self._clock() - since, self.limit(phase)
-            # If Python itself is stuck this thread does not run either; a timer outside of Python then ends the process.
+            # If the interpreter itself hangs, this thread does not run either; a timer outside of Python then ends the process.
             faulthandler.dump_traceback_later(limit + BACKSTOP + 20 * self.interval, exit=True, file=self._stacks or sys.stderr)
             self._pulse(stalled=seconds > limit)
             if seconds > limit or (seconds > limit / 2 and any(pulse.stalled for pulse in self.pulses().values())):
@@ -245,16 +245,16 @@ class Watchdog:
             claims.claim(self.folder, own)
             self._say(f"error: {text}")
         else:
-            self._stop.wait(1.0 + 4 * self.interval)  # let the one who says it be the first to end
+            self._stop.wait(1.0 + 4 * self.interval)  # let the rank that reports the hang exit first
             self._say(f"rank {self.rank} ends: {sentence}")
         self._end(RESTART)
 
     def _speaks(self, blamed: list[int]) -> bool:
-        """Whether one of these is well enough to tell of itself."""
+        """Whether one of these ranks is able to report the hang itself."""
         return any(pulse.stalled for rank, pulse in self.pulses().items() if rank in blamed)
 
     def dump(self, title: str) -> None:
-        """Write the stacks of all threads under a title."""
+        """Writes the stack traces of all threads under a title."""
         with contextlib.suppress(OSError), self.stacks.open("a") as file:
             file.write(f"--- {time.strftime('%Y-%m-%d %H:%M:%S')} {title}\n")
             file.flush()
@@ -262,16 +262,16 @@ class Watchdog:
 
 
 def judge(first: dict[int, Pulse], second: dict[int, Pulse], size: int, gone: list[int], teller: int) -> tuple[list[int], str]:
-    """Whom the others wait for, from two looks at the pulses.
+    """Determines the ranks that the others wait for, from two readings of the heartbeats.
 
     Args:
-        first, second: the pulses, some beats apart.
-        size: number of ranks.
+        first, second: the heartbeats, some beats apart.
+        size: world size.
         gone: ranks whose process is known to have ended.
-        teller: the rank that asks, which is alive.
+        teller: the calling rank, which is alive.
 
     Returns:
-        The ranks at fault, all of them if none stands out, and a sentence.
+        The ranks at fault, all ranks if none can be identified, and a sentence.
     """
     silent = [
         rank
@@ -314,7 +314,7 @@ def _lives(pid: int) -> bool:
 
 
 def _in_collective(thread: int | None) -> bool:
-    """Whether a thread is somewhere below torch.distributed, or DeepSpeed has the floor."""
+    """Whether a thread is inside torch.distributed or DeepSpeed."""
     frame = sys._current_frames().get(thread or 0)
     innermost = True
     while frame is not None:

@@ -1,4 +1,4 @@
-"""What is told about a run: a journal on disk, and a shipper that copies it to MLflow."""
+"""Experiment tracking: a journal on disk, and a shipper that copies it to MLflow."""
 
 from pipeline.tracking.destination import Destination, destination
 from pipeline.tracking.eval_journal import Aside, asides

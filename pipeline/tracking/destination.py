@@ -1,4 +1,4 @@
-"""Where a run's journal goes: the server of its settings, of the environment, or a SQLite file of its own."""
+"""Resolves the MLflow server of a run: from its settings, from the environment, or the run's own SQLite file."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Destination:
     Attributes:
         uri: tracking URI.
         experiment: name of the experiment.
-        origin: who named the server: ``tracking.uri``, ``MLFLOW_TRACKING_URI``, or empty for the run's own file.
+        origin: what named the server: ``tracking.uri``, ``MLFLOW_TRACKING_URI``, or empty for the run's own file.
     """
 
     uri: str
@@ -34,11 +34,11 @@ class Destination:
     origin: str = ""
 
     def __str__(self) -> str:
-        """For a person: the server without its secrets, and who named it."""
+        """The server with secrets masked, and what named it."""
         return shown_address(self.uri) + (f" ({self.origin})" if self.origin else "")
 
     def record(self, tracking: Path) -> None:
-        """Keeps what the environment named, for commands that are typed in another shell later."""
+        """Saves what the environment named, for later commands in another shell."""
         if self.origin == "MLFLOW_TRACKING_URI" or (tracking / _FILE).exists():
             tracking.mkdir(parents=True, exist_ok=True)
             temporary = tracking / f".{_FILE}.{os.getpid()}"
@@ -47,15 +47,15 @@ class Destination:
 
 
 def destination(settings: TrackingSettings, run: Path, environment: Mapping[str, str] | None = None) -> Destination:
-    """Where the journal of a run goes.
+    """Returns the MLflow server and experiment of a run.
 
-    ``tracking.uri`` wins, then ``MLFLOW_TRACKING_URI``, then what that variable held when the run was trained, then
-    ``<run>/mlflow.db``; likewise ``tracking.experiment``, ``MLFLOW_EXPERIMENT_NAME``, ``fovea``.
+    ``tracking.uri`` takes precedence, then ``MLFLOW_TRACKING_URI``, then the value of that variable when the run was trained,
+    then ``<run>/mlflow.db``. Likewise ``tracking.experiment``, ``MLFLOW_EXPERIMENT_NAME``, ``fovea``.
 
     Args:
         settings: the run's section ``tracking``.
-        run: the run's directory.
-        environment: variables; this process's if not given.
+        run: the run directory.
+        environment: environment variables; by default those of this process.
     """
     env = os.environ if environment is None else environment
     kept = _recorded(run / "tracking" / _FILE)
@@ -71,7 +71,7 @@ def destination(settings: TrackingSettings, run: Path, environment: Mapping[str,
 
 
 def _recorded(path: Path) -> dict[str, str]:
-    """What :meth:`Destination.record` kept; empty if there is none, or another document. Nothing of it is trusted."""
+    """Reads what :meth:`Destination.record` saved; empty if missing or malformed. The content is untrusted."""
     try:
         document = read_json(path, limit=1 << 20)
     except (OSError, FoveaError):

@@ -1,10 +1,10 @@
-"""What is said about weights when no training runs: a folder with a journal, a cursor, and where the journal is to go.
+"""Journals of standalone evaluations: a directory with a journal, its cursor, and its destination.
 
     <folder>/about.json           the fields of :class:`Aside`
-    <folder>/journal-0000.jsonl   what was said
-    <folder>/cursor.json          how far MLflow has it
+    <folder>/journal-0000.jsonl   the records
+    <folder>/cursor.json          how much of the journal MLflow has accepted
 
-Each evaluation by hand has a folder of its own, so that neither another one nor a training that goes on shares its cursor.
+Each standalone evaluation has its own directory, so it shares no cursor with another evaluation or with a training that resumes.
 """
 
 from __future__ import annotations
@@ -24,13 +24,14 @@ _JOINS = ("", "../cursor.json")  # cursors that may be joined
 
 @dataclass(frozen=True)
 class Aside:
-    """Where a journal beside a run's own is to go.
+    """Destination of a journal that is separate from the run's own.
 
     Attributes:
         uri: MLflow tracking URI.
         experiment: MLflow experiment.
-        name: name of the MLflow run that is made.
-        joins: name of a cursor file, relative to the folder: its MLflow run is written to and none is made. Empty for none.
+        name: name of the MLflow run to create.
+        joins: name of a cursor file, relative to the folder, whose MLflow run receives the records instead of a new one. Empty
+            for a new run.
     """
 
     uri: str
@@ -39,13 +40,13 @@ class Aside:
     joins: str = ""
 
     def begin(self, folder: Path) -> Journal:
-        """Make the folder, write down where its journal goes, and open it."""
+        """Creates the folder, records the journal's destination, and opens the journal."""
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "about.json").write_text(json.dumps(asdict(self), indent=1))
         return Journal(folder / "journal-0000.jsonl")
 
     def shipper(self, folder: Path, log: Callable[[str], None] = lambda _: None) -> Shipper:
-        """Who sends a folder's journal; artifacts may lie anywhere in the run directory, two folders above."""
+        """Returns the shipper of a folder's journal; artifacts may be anywhere in the run directory, two levels up."""
         joins = folder / self.joins if self.joins else None
         root = folder.parent.parent
         return Shipper(
@@ -54,7 +55,7 @@ class Aside:
 
 
 def asides(tracking: Path) -> list[tuple[Path, Aside]]:
-    """All folders of that kind below ``<run>/tracking``, oldest first, but for those with another ``about.json``."""
+    """Lists all such folders below ``<run>/tracking``, oldest first; skips those with a malformed ``about.json``."""
     return [(file.parent, one) for file in sorted(tracking.glob("*/about.json")) if (one := _read(file)) is not None]
 
 

@@ -1,6 +1,7 @@
-"""The journal: what a run has to say, as JSON lines on its own disk. This is the truth; MLflow is a copy made later.
+"""Writes and reads the journal: metrics, parameters, tags and artifacts of a run as JSON lines on local disk.
 
-Writing a line costs about a tenth of a millisecond and never waits for a server. One file an attempt; records are
+The journal is the source of truth; MLflow receives a copy later. Writing a line takes about 0.1 ms and never waits for a server.
+Each attempt has its own file. Records are
 
     {"t": seconds, "kind": "metrics", "step": 120, "values": {"train/loss": 5.1}}
     {"t": seconds, "kind": "params" | "tags", "values": {...}}
@@ -19,15 +20,15 @@ from typing import Any
 
 from pipeline.untrusted import hide_secrets, open_regular
 
-_LINE = 16 << 20  # bytes, most of a record
+_LINE = 16 << 20  # maximum size of a record, bytes
 
 
 class Journal:
-    """Append-only record of one attempt.
+    """Append-only journal of one attempt.
 
     Args:
-        path: the file; its folder is made.
-        clock: seconds since 1970.
+        path: the file; its directory is created.
+        clock: returns seconds since 1970.
     """
 
     def __init__(self, path: Path, clock: Callable[[], float] = time.time) -> None:
@@ -36,28 +37,28 @@ class Journal:
         self._file = path.open("a", buffering=1)
 
     def metrics(self, step: int, values: Mapping[str, float]) -> None:
-        """Record numbers at a step; the x-axis is the optimizer step."""
+        """Records metrics at an optimizer step."""
         self._write({"kind": "metrics", "step": step, "values": {k: _number(v) for k, v in values.items()}})
 
     def params(self, values: Mapping[str, Any]) -> None:
-        """Record settings, which never change over a run; secrets of addresses are masked, as in all texts of a journal."""
+        """Records settings, which are constant over a run. Secrets in addresses are masked, as in all text of a journal."""
         self._write({"kind": "params", "values": {k: hide_secrets(str(v)) for k, v in values.items()}})
 
     def tags(self, values: Mapping[str, Any]) -> None:
-        """Record facts that may change: state, attempt, last checkpoint."""
+        """Records facts that may change: state, attempt, last checkpoint."""
         self._write({"kind": "tags", "values": {k: hide_secrets(str(v)) for k, v in values.items()}})
 
     def artifact(self, path: Path) -> None:
-        """Record a file to be copied to the run's artifacts."""
+        """Records a file to be uploaded to the run's artifacts."""
         self._write({"kind": "artifact", "path": str(path)})
 
     def sync(self) -> None:
-        """Force what was written to disk; called with each checkpoint."""
+        """Flushes to disk with ``fsync``; called with each checkpoint."""
         self._file.flush()
         os.fsync(self._file.fileno())
 
     def close(self) -> None:
-        """Sync and close."""
+        """Syncs and closes the file."""
         if not self._file.closed:
             self.sync()
             self._file.close()
@@ -72,12 +73,12 @@ def _number(value: float) -> float | str:
 
 
 def read(path: Path, offset: int = 0) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Whole records from a byte offset on, each with the offset behind it; a torn last line is left for later.
+    """Yields complete records from a byte offset on, each with the offset after it. An incomplete last line is left for later.
 
-    Lines that are no record are left out: torn by a crash, longer than 16 MiB, or with values of a wrong type.
+    Lines that are no valid record are skipped: torn by a crash, longer than 16 MiB, or with values of a wrong type.
 
     Raises:
-        DataError: the path is no regular file.
+        DataError: the path is not a regular file.
     """
     with os.fdopen(open_regular(path), "rb") as file:
         file.seek(offset)
@@ -96,7 +97,7 @@ def read(path: Path, offset: int = 0) -> Iterator[tuple[int, dict[str, Any]]]:
 
 
 def _record(line: bytes) -> dict[str, Any] | None:
-    """The record of a line, if it is one of those that :class:`Journal` writes."""
+    """Parses a line; ``None`` if it is not a record that :class:`Journal` writes."""
     try:
         record = json.loads(line)
         if not isinstance(record, dict) or not math.isfinite(record["t"]):

@@ -1,8 +1,9 @@
-"""Makes MLflow's SQLite file whole before it gets its name, and replaces one that was left half-made.
+"""Creates MLflow's SQLite database atomically; replaces one whose creation was interrupted.
 
-MLflow makes a new database in place, by some sixty migrations; a process that ends in between leaves a file that MLflow can
-neither use nor complete. Here the migrations run on a file in the temporary folder, which is copied beside its destination,
-synced, and linked there in one act. A run's own database is a copy of its journal: a broken one is renamed and sent anew.
+MLflow creates a database in place, with about sixty migrations. A process that is killed in between leaves a file that MLflow can
+neither use nor repair. Here the migrations run on a file in the temporary directory, which is copied next to its destination,
+synced, and linked there atomically. A run's own database is a copy of its journal: a broken one is renamed, and the journal is
+sent again.
 """
 
 from __future__ import annotations
@@ -30,21 +31,21 @@ _VERSION = "alembic_version"
 _SUPER = bytes.fromhex("d9d505f920a163d7")  # the end of a rollback journal that names a super-journal
 _PLAIN = "".join(chr(code) for code in range(32, 127) if chr(code) not in "?%")
 _QUIET, _PATIENCE, _TICK = 3.0, 60.0, 0.25  # seconds
-_STALE = 3600.0  # seconds after which a file that somebody was copying is litter
+_STALE = 3600.0  # seconds after which an unfinished copy counts as abandoned
 
 
 def uri_of(path: Path) -> str:
-    """The tracking URI of a SQLite file.
+    """Returns the tracking URI of a SQLite file.
 
-    SQLAlchemy takes a ``?`` of the path for the begin of options and decodes ``%3F``. Such paths are quoted, and name the driver,
-    without which MLflow would make folders of the quoted name.
+    SQLAlchemy treats a ``?`` in the path as the start of options and decodes ``%3F``. Such paths are quoted, and the URI names
+    the driver, without which MLflow would create directories of the quoted name.
     """
     text = str(path.absolute())
     return f"sqlite+pysqlite:///{quote(text, safe=_PLAIN)}" if re.search(r"[?%]", text) else f"sqlite:///{text}"
 
 
 def path_of(uri: str) -> Path | None:
-    """The file of a SQLite tracking URI; ``None`` for servers and databases in memory."""
+    """Returns the file of a SQLite tracking URI; ``None`` for servers and in-memory databases."""
     scheme, _, rest = uri.partition(":///")
     text = unquote(rest.partition("?")[0])
     if scheme.partition("+")[0] != "sqlite" or text in ("", ":memory:") or text.startswith("file:"):
@@ -53,17 +54,17 @@ def path_of(uri: str) -> Path | None:
 
 
 def ensure(uri: str, *, own: bool, log: Callable[[str], None] = lambda _: None) -> None:
-    """See to it that a SQLite tracking URI leads to a database that MLflow can open.
+    """Ensures that a SQLite tracking URI points to a database that MLflow can open.
 
     Args:
         uri: MLflow tracking URI; anything but a SQLite file is left alone.
-        own: whether the file is the run's own copy of its journal, so that nothing is lost with it.
-        log: where to say that a broken one was set aside.
+        own: whether the file is the run's own copy of its journal, so that replacing it loses nothing.
+        log: receives a message if a broken database was set aside.
 
     Raises:
-        DataError: SQLite would delete another file with what lies beside it.
+        DataError: SQLite would delete another file because of the rollback journal beside the database.
         OSError: the file cannot be written.
-        Exception: whatever MLflow raises.
+        Exception: any error of MLflow.
     """
     path = path_of(uri)
     if path is None:
@@ -75,18 +76,18 @@ def ensure(uri: str, *, own: bool, log: Callable[[str], None] = lambda _: None) 
         with _made(path) as fresh:
             if state != "absent":
                 _replace(path, state, log)
-            with contextlib.suppress(FileExistsError):  # another process was faster: its database is as good
+            with contextlib.suppress(FileExistsError):  # another process was faster: its database is equivalent
                 _link(fresh, path)
         _forget(uri)
 
 
 def check_journal(path: Path) -> None:
-    """Refuses a rollback journal that names a super-journal, a file that SQLite deletes wherever it lies.
+    """Rejects a rollback journal that names a super-journal, since SQLite deletes that file wherever it is.
 
     SQLite writes such a name when one transaction changes several attached databases, which MLflow never does.
 
     Raises:
-        DataError: it names one, or is no regular file.
+        DataError: the journal names a super-journal, or is not a regular file.
     """
     journal = path.with_name(f"{path.name}-journal")
     try:
@@ -105,7 +106,7 @@ def check_journal(path: Path) -> None:
 
 
 def _forget(uri: str) -> None:
-    """Closes what this process has open of the file that had the name before."""
+    """Closes this process's connections to the file that previously had this name."""
     from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
 
     engine = getattr(SqlAlchemyStore, "_engine_map", {}).get(uri)
@@ -114,11 +115,11 @@ def _forget(uri: str) -> None:
 
 
 def inspect(path: Path) -> State:
-    """What a file is to this version of MLflow.
+    """Returns the state of a database file for the installed version of MLflow.
 
     Returns:
-        ``absent``; ``whole``; ``half``: its making was broken off, and it holds no runs; ``other``: it holds runs, or belongs to
-        another version of MLflow; ``unreadable``: no database, or a damaged one.
+        ``absent``; ``whole``; ``half``: its creation was interrupted, and it holds no runs; ``other``: it holds runs, or belongs
+        to another version of MLflow; ``unreadable``: not a database, or a damaged one.
     """
     try:
         if path.stat().st_size == 0:
@@ -126,7 +127,7 @@ def inspect(path: Path) -> State:
     except FileNotFoundError:
         return "absent"
     try:
-        # Not read-only: what a killed process left in the rollback journal has to be undone first.
+        # Not read-only: SQLite must first roll back what a killed process left in the rollback journal.
         with contextlib.closing(sqlite3.connect(f"file:{quote(str(path.absolute()))}?mode=rw", uri=True, timeout=20)) as base:
             tables = {row[0] for row in base.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
             versions = {row[0] for row in base.execute(f"SELECT version_num FROM {_VERSION}")} if _VERSION in tables else set()
@@ -135,7 +136,7 @@ def inspect(path: Path) -> State:
             if "runs" in tables and base.execute("SELECT 1 FROM runs LIMIT 1").fetchone():
                 return "other"
             return "half" if not tables or tables & {"experiments", "runs", _VERSION} else "other"
-    except sqlite3.OperationalError:  # locked, or a folder that cannot be written: MLflow says more
+    except sqlite3.OperationalError:  # locked, or a directory that is not writable: MLflow's own error says more
         return "whole"
     except sqlite3.DatabaseError:
         return "unreadable"
@@ -149,7 +150,7 @@ def _heads() -> set[str]:
 
 
 def _settled(path: Path) -> State:
-    """The file's state, once nobody is at work on it: a server that was started on it may be making it right now."""
+    """Returns the file's state once it no longer changes: a server that uses it may be creating it right now."""
     begin, before, since = time.monotonic(), None, time.monotonic()
     while True:
         state = inspect(path)
@@ -166,7 +167,7 @@ def _settled(path: Path) -> State:
 
 @contextlib.contextmanager
 def _made(path: Path) -> Iterator[Path]:
-    """A whole, empty database beside ``path``, under a name of its own."""
+    """Creates a complete, empty database beside ``path``, under a unique name."""
     from mlflow import MlflowClient
 
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -175,7 +176,8 @@ def _made(path: Path) -> Iterator[Path]:
         with tempfile.TemporaryDirectory(prefix="fovea-mlflow-") as folder:
             raw = Path(folder) / OWN
             MlflowClient(tracking_uri=uri_of(raw)).search_experiments(max_results=1)
-            # The experiment "Default" would keep this folder for its artifacts; MLflow makes a missing one anew.
+            # The experiment "Default" would keep this directory for its artifacts; MLflow creates the experiment again if it is
+            # missing.
             with contextlib.closing(sqlite3.connect(raw)) as base, base:
                 for table in ("experiment_tags", "experiments"):
                     base.execute(f"DELETE FROM {table}")
@@ -189,16 +191,16 @@ def _made(path: Path) -> Iterator[Path]:
 
 
 def _link(fresh: Path, path: Path) -> None:
-    """Gives the file its name, unless that is taken.
+    """Links the file to its final name.
 
     Raises:
-        FileExistsError: it is taken.
+        FileExistsError: the name is taken.
     """
     try:
         os.link(fresh, path)
     except FileExistsError:
         raise
-    except OSError:  # no hard links here
+    except OSError:  # the file system has no hard links
         if path.exists():
             raise FileExistsError(path) from None
         fresh.replace(path)
@@ -211,7 +213,7 @@ def _link(fresh: Path, path: Path) -> None:
 
 
 def _replace(path: Path, state: State, log: Callable[[str], None]) -> None:
-    """Renames a broken database, unless somebody else has done so meanwhile."""
+    """Renames a broken database, unless another process has already done so."""
     with path.with_name(f".{path.name}.lock").open("a") as file:
         lock(file.fileno(), file.name)
         if inspect(path) != state:
@@ -226,7 +228,7 @@ def _replace(path: Path, state: State, log: Callable[[str], None]) -> None:
 
 
 def _sweep(path: Path) -> None:
-    """Removes what killed processes left of copies."""
+    """Removes unfinished copies of killed processes."""
     for left in path.parent.glob(f".{path.name}.*.new"):
         with contextlib.suppress(OSError):
             if time.time() - left.stat().st_mtime > _STALE:

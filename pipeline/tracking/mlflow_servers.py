@@ -1,9 +1,9 @@
-"""Which MLflow server a run's journals may go to: one that the user named, never one that only a run directory names.
+"""Decides which MLflow server may receive a run's journals: only one that the user named.
 
-A run directory may come from somebody else. A server that it names would get the user's credentials, and could have files
-written where it likes, since MLflow stores artifacts wherever the server says. So a server counts only if the user named it
-on the command line or in ``MLFLOW_TRACKING_URI``, if this user has trained with it before (each training leaves a digest of its
-address in a file of the user's), or if it is an SQLite file inside the run directory.
+A run directory may come from somebody else. A server that it names would receive the user's credentials, and could cause files to
+be written anywhere, since MLflow stores artifacts wherever the server says. A server is therefore accepted only if the user named
+it on the command line or in ``MLFLOW_TRACKING_URI``, if this user has trained with it before (each training stores a digest of
+its address in a file of the user), or if it is an SQLite file inside the run directory.
 """
 
 from __future__ import annotations
@@ -21,24 +21,24 @@ from pipeline.tracking.settings import TrackingSettings
 from pipeline.untrusted import NO_PASSWORD, has_password, inside, printable, read_bytes, shown_address
 
 _SQLITE = "sqlite:///"
-_MOST = 1 << 20  # bytes of the list
+_MOST = 1 << 20  # maximum size of the list, bytes
 
 
 def own_database(run: Path) -> str:
-    """The tracking URI of a run that names no server: an SQLite file in its directory."""
+    """Returns the tracking URI of a run that names no server: an SQLite file in its directory."""
     return uri_of((run / OWN).resolve())
 
 
 def server_of(run: Path, configured: str | None, *, named: str | None = None) -> str:
-    """The tracking URI that a run directory's journals go to.
+    """Returns the tracking URI for a run directory's journals.
 
     Args:
         run: the run directory.
         configured: ``tracking.uri`` of the run's own settings; ``None`` for its SQLite file.
-        named: what the user names on the command line, which needs no further check.
+        named: server given on the command line, which is accepted without further checks.
 
     Raises:
-        ConfigError: only the run directory names that server; with the words that name it.
+        ConfigError: only the run directory names that server; the hint shows how to name it.
     """
     check_address(named or "", where="--uri or --track")
     uri = named or configured or own_database(run)
@@ -53,16 +53,16 @@ def server_of(run: Path, configured: str | None, *, named: str | None = None) ->
 
 
 def destination_of(settings: TrackingSettings, run: Path, *, named: str | None = None, trained: bool = False) -> Destination:
-    """Where a run directory's journals go, if the user named that server: :func:`destination` under :func:`server_of`'s rule.
+    """Returns the destination of a run directory's journals: :func:`destination` with the check of :func:`server_of`.
 
     Args:
         settings: section ``tracking`` of the run's own settings.
         run: the run directory.
-        named: server that the user names on the command line.
-        trained: whether the user starts or resumes this training, and so has named the server of its settings.
+        named: server given on the command line.
+        trained: whether the user starts or resumes this training, and so has named the server in its settings.
 
     Raises:
-        ConfigError: only the run directory names the server, or its address holds a password.
+        ConfigError: only the run directory names the server, or its address contains a password.
     """
     place = destination(settings, run)
     here = os.environ.get("MLFLOW_TRACKING_URI", "").strip()
@@ -72,22 +72,22 @@ def destination_of(settings: TrackingSettings, run: Path, *, named: str | None =
 
 
 def check_address(uri: str, *, where: str) -> None:
-    """Refuses a tracking URI with a user name or a password, which would end in files, logs and reports.
+    """Rejects a tracking URI with a user name or password, which would end up in files, logs and reports.
 
     Raises:
-        ConfigError: with the sentence that says where they belong.
+        ConfigError: the URI has credentials; the message says where they belong.
     """
     if has_password(uri):
         raise ConfigError(f"{shown_server(uri)}: {NO_PASSWORD}", where=where)
 
 
 def shown_server(uri: str) -> str:
-    """A tracking URI for people: printable, without user names, passwords and query values."""
+    """Returns a tracking URI for display: printable, without user names, passwords and query values."""
     return shown_address(uri, limit=200)
 
 
 def remember(uri: str) -> None:
-    """Note a server that this user trains with, for :func:`server_of`. A folder that cannot be written is no error."""
+    """Records a server that this user trains with, for :func:`server_of`. A directory that is not writable is no error."""
     line = _digest(uri)
     with contextlib.suppress(OSError, ConfigError):
         path = _list()
@@ -100,7 +100,7 @@ def remember(uri: str) -> None:
 
 
 def _own(run: Path, uri: str) -> bool:
-    """Whether it is an SQLite file inside the run directory, after all links were followed."""
+    """Whether the URI is an SQLite file inside the run directory, after resolving links."""
     if uri == own_database(run):
         return not (run / OWN).is_symlink()
     path = uri.removeprefix(_SQLITE)
@@ -127,7 +127,7 @@ def _list() -> Path:
     state = os.environ.get("XDG_STATE_HOME") or "~/.local/state"
     try:
         return Path(state).expanduser() / "fovea" / "mlflow-servers"
-    except RuntimeError as error:  # no home
+    except RuntimeError as error:  # no home directory
         raise ConfigError("there is no home directory", where=state) from error
 
 

@@ -1,8 +1,7 @@
-"""Copies journals to MLflow from a thread of its own: a dead, slow or full server costs training nothing, and nothing is lost.
+"""Copies journals to MLflow in a background thread: a slow or unreachable server never delays training, and no record is lost.
 
-The cursor file says which MLflow run the journals go to, how far each was accepted, and the last step of each metric. A resumed
-attempt repeats the steps after its checkpoint bit for bit, so points of a step that was shipped already are left out rather than
-sent twice.
+The cursor file stores the MLflow run, how far each journal was accepted, and the last step of each metric. A resumed attempt
+repeats the steps after its checkpoint bit for bit, so points of steps that were already sent are skipped.
 """
 
 from __future__ import annotations
@@ -32,21 +31,21 @@ _REFUSED = "INVALID_PARAMETER_VALUE"
 
 
 class Shipper:
-    """Ships all journals of a run to one MLflow run.
+    """Sends all journals of a run to one MLflow run.
 
     Attributes:
-        trouble: what went wrong last, ``None`` since everything was accepted.
+        trouble: the last error; ``None`` once everything was accepted.
 
     Args:
-        folder: ``<run>/tracking``, with ``journal-*.jsonl``; the cursor is kept there.
+        folder: ``<run>/tracking``, with ``journal-*.jsonl``; the cursor is stored there.
         uri: MLflow tracking URI.
-        experiment: MLflow experiment, made if it is not there.
-        name: the run's name.
-        log: where to say that the server is away, once an outage, and what it refuses, once a name.
-        joins: another shipper's cursor; its MLflow run is written to, and none is made. What is sent waits until it has one.
-        once: leave out points of steps that a metric has already: an attempt that repeats them says the same.
-        root: the only folder whose files are sent as artifacts, after all links were followed; the run's directory, the folder
-            above ``folder``, if not given.
+        experiment: MLflow experiment, created if missing.
+        name: name of the run.
+        log: receives a message when the server is unreachable, once per outage, and for rejected data, once per name.
+        joins: another shipper's cursor, whose MLflow run is used instead of a new one. Records wait until that run exists.
+        once: skip points at steps that a metric already has: an attempt that repeats them records the same values.
+        root: the only directory whose files are sent as artifacts, after resolving links; by default the run directory, the
+            parent of ``folder``.
     """
 
     def __init__(
@@ -73,11 +72,11 @@ class Shipper:
         self._thread = threading.Thread(target=self._run, name="fovea-mlflow", daemon=True)
 
     def start(self) -> None:
-        """Begin shipping in the background."""
+        """Starts the background thread."""
         self._thread.start()
 
     def close(self, seconds: float = 5.0) -> bool:
-        """Ship what is left, for at most so long.
+        """Sends the remaining records, for at most ``seconds``.
 
         Returns:
             Whether everything was accepted; if not, the next attempt sends the rest.
@@ -87,10 +86,10 @@ class Shipper:
         return not self._thread.is_alive() and not self._pending()
 
     def connected(self) -> tuple[Any, str]:
-        """MLflow's client and the id of this run, which is made if it is not there.
+        """Returns MLflow's client and the ID of this run, which is created if missing.
 
         Raises:
-            Exception: whatever MLflow raises.
+            Exception: any error of MLflow.
         """
         self._folder.mkdir(parents=True, exist_ok=True)
         client = self._connect()
@@ -113,7 +112,7 @@ class Shipper:
             try:
                 self.ship()
                 pause, away, self.trouble = _PAUSES[0], False, None
-            except Exception as error:  # the boundary: whatever MLflow raises must not reach training
+            except Exception as error:  # no error of MLflow may reach training
                 self._client, self.trouble = None, error
                 if not away:
                     server = shown_address(self._uri)
@@ -124,10 +123,10 @@ class Shipper:
             self._stop.wait(pause)
 
     def ship(self) -> None:
-        """Send everything that the server has not accepted yet.
+        """Sends everything that the server has not accepted yet.
 
         Raises:
-            Exception: whatever MLflow raises; what was accepted before it is remembered.
+            Exception: any error of MLflow; the cursor keeps what was accepted before it.
         """
         if not self._pending():
             return
@@ -138,13 +137,13 @@ class Shipper:
                 self._send(client, [record for _, record in chunk])
                 self._cursor["offsets"][path.name] = chunk[-1][0]
                 self._remember()
-        while self._cursor["artifacts"]:  # last, so that a broken artifact store holds up nothing else
+        while self._cursor["artifacts"]:  # last, so that a broken artifact store delays nothing else
             self._send_artifact(client, self._cursor["artifacts"][0])
             del self._cursor["artifacts"][0]
             self._remember()
 
     def _send_artifact(self, client: Any, named: str) -> None:
-        """Send a regular file of the run's directory to where the run's own artifacts belong; say what is left out, and why."""
+        """Uploads a regular file of the run directory to the run's artifacts; logs what is skipped, and why."""
         shown = printable(named, limit=200)
         try:
             path = inside(named, self._root, where="journal")
@@ -162,7 +161,7 @@ class Shipper:
             client.log_artifact(self._cursor["run_id"], str(path))
 
     def _may_store(self, target: str) -> bool:
-        """Whether a database that lies in the run's directory, and may come from anywhere, has artifacts stored there too."""
+        """Whether a database in the run directory, which may be untrusted, stores its artifacts there too."""
         try:
             inside(self._uri.removeprefix("sqlite:///"), self._root, where="uri")
         except DataError:
@@ -179,7 +178,7 @@ class Shipper:
         temporary.replace(self._cursor_path)
 
     def _connect(self) -> Any:
-        """A client whose run exists; a run that was deleted is replaced by a new one, to which everything is sent again."""
+        """Returns a client whose run exists. A deleted run is replaced by a new one, to which everything is sent again."""
         if self._client is not None:
             return self._client
         joined = self._joined()
@@ -218,7 +217,7 @@ class Shipper:
         return client
 
     def _joined(self) -> str:
-        """The MLflow run that is to be written to; empty if one is to be made."""
+        """Returns the ID of the MLflow run to join; empty if a new one is to be created."""
         if self._joins is None:
             return ""
         theirs = _load(self._joins)
@@ -272,7 +271,7 @@ class Shipper:
             client.update_run(run_id, status="RUNNING")
 
     def _offer(self, client: Any, kind: str, items: list[Any]) -> None:
-        """Send items; what the server refuses for good is named and left out, so that it holds up nothing else."""
+        """Sends items; those that the server rejects permanently are logged and skipped, so that they block nothing else."""
         from mlflow.exceptions import MlflowException
 
         run_id = self._cursor["run_id"]
@@ -292,7 +291,7 @@ class Shipper:
 
 
 def _exists(client: Any, run_id: str) -> bool:
-    """Whether a run is there and not deleted."""
+    """Whether a run exists and is not deleted."""
     from mlflow.exceptions import MlflowException
 
     try:
@@ -312,7 +311,7 @@ def _cursor(uri: str, run_id: str) -> dict[str, Any]:
 
 
 def _load(path: Path) -> dict[str, Any]:
-    """A cursor; empty if there is none, or if one of its values is of a wrong type."""
+    """Reads a cursor; empty if missing, or if one of its values has a wrong type."""
     try:
         loaded = read_json(path)
     except (OSError, FoveaError):

@@ -1,4 +1,4 @@
-"""Exported weights as a version in MLflow's model registry, bound to the run that trained them."""
+"""Registers exported weights in MLflow's model registry, linked to the run that trained them."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from pipeline.tracking.mlflow_shipper import Shipper
 
 
 def register(shipper: Shipper, folder: Path, model: str) -> int:
-    """Uploads a folder to the run, to a place of its own, and makes it the newest version of a registered model.
+    """Uploads a folder to a new artifact path of the run and registers it as the newest version of a model.
 
     Args:
-        shipper: of the run.
-        folder: what ``fovea export`` wrote.
-        model: name in the registry, made if it is not there.
+        shipper: shipper of the run.
+        folder: output of ``fovea export``.
+        model: name in the registry, created if missing.
 
     Returns:
         The version.
 
     Raises:
-        LaunchError: MLflow is away, or keeps no registry.
+        LaunchError: MLflow is unreachable, or has no model registry.
     """
     from mlflow.exceptions import MlflowException
 

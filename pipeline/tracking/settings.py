@@ -1,4 +1,4 @@
-"""Settings of tracking: what is logged to MLflow."""
+"""Settings of experiment tracking with MLflow."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from pipeline.config.types import (
 
 
 class TrackingSettings(Settings):
-    """What is told to MLflow."""
+    """Whether and where metrics are logged to MLflow."""
 
     enabled: bool = Field(default=True, description="log to MLflow")
     uri: TrackingUri | None = Field(
         default=None,
-        description="MLflow tracking URI; null means MLFLOW_TRACKING_URI, or else a SQLite file in the run's directory",
+        description="MLflow tracking URI; null means MLFLOW_TRACKING_URI if set, else a SQLite file in the run directory",
     )
     experiment: str | None = Field(
-        default=None, min_length=1, description="MLflow experiment; null means MLFLOW_EXPERIMENT_NAME, or else fovea"
+        default=None, min_length=1, description="MLflow experiment name; null means MLFLOW_EXPERIMENT_NAME if set, else fovea"
     )

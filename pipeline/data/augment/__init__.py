@@ -1,1 +1,1 @@
-"""From encoded images to views: random choices, masks, decoding, the DALI graph."""
+"""Augmentation: random parameters, masks, image decoding, the DALI graph."""

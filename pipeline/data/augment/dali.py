@@ -1,8 +1,8 @@
-"""The DALI graph: decoded images and a plan in, normalised crops out. The only file that imports DALI.
+"""Applies augmentation plans with DALI: decoded images in, normalized crops out. The only module that imports DALI.
 
-The graph holds no random operator and no state: it is a pure function of its inputs, and the same graph runs on CPU and GPU.
-Colour operations follow torchvision's ColorJitter. DALI's own contrast pivots on a constant and its hue turns in YIQ space, so
-contrast is done by arithmetic around the image's mean gray and hue, unless ``hue="yiq"``, by arithmetic in HSV space.
+The graph has no random operator and no state: it is a pure function of its inputs, and the same graph runs on CPU and GPU.
+Colour operations follow torchvision's ColorJitter. DALI's own contrast pivots on a constant, and its hue rotates in YIQ space.
+Therefore contrast is computed arithmetically around the image's mean gray, and hue, unless ``hue="yiq"``, in HSV space.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ def _byte(image: Any) -> Any:
 def _hue_channel(sixths: Any, value: Any, chroma: Any, offset: float) -> Any:
     k = sixths + np.float32(offset + 12)
     k = k - math.floor(k * np.float32(1 / 6)) * np.float32(6)
-    # clamp() would do, but is many times slower on a CPU.
+    # clamp() is equivalent but many times slower on a CPU.
     return value - chroma * math.min(math.max(math.min(k, np.float32(4) - k), np.float32(0)), np.float32(1))
 
 
 def _turn_hue(image: Any, turns: Any) -> Any:
-    """Turn the hue by a share of the colour circle, exactly, by arithmetic on channels; ``[h, w, 3]`` uint8 in and out."""
+    """Rotates the hue by a fraction of the colour circle, exactly, by channel arithmetic; ``[h, w, 3]`` uint8 in and out."""
     x = fn.cast(image, dtype=types.FLOAT) * np.float32(1 / 255)
     r, g, b = x[:, :, 0:1], x[:, :, 1:2], x[:, :, 2:3]
     value = math.max(r, math.max(g, b))
@@ -68,7 +68,7 @@ def _jitter(x: Any, hue: str, device: str) -> Any:
     if jittered:
         x = fn.brightness_contrast(x, brightness=brightness)
         mean = fn.reductions.mean(_luma(x))
-        # One operator is six times as fast as arithmetic, with the same pixels, but takes its arguments from the CPU only.
+        # A single operator is six times as fast as arithmetic, with the same pixels, but takes its arguments from the CPU only.
         x = (
             fn.brightness_contrast(x, contrast=contrast, contrast_center=mean)
             if device == "cpu"
@@ -107,13 +107,13 @@ def _solarize(x: Any, threshold: int) -> Any:
 
 @dataclass(frozen=True)
 class _Group:
-    """Views that one graph makes as one long batch, view after view: what they differ in stands in their plans.
+    """Views that one graph processes as one long batch, view after view; they differ only in their plans.
 
     Attributes:
-        views: their places in the plan.
+        views: their positions in the plan.
         size, normalize, interpolation: as in :class:`ViewSpec`.
         kernel, threshold: of blur and solarization.
-        fields: what the graph reads of the plan; an input that nobody reads is an error in DALI.
+        fields: the plan's fields that the graph reads; DALI rejects unused inputs.
     """
 
     views: tuple[int, ...]
@@ -126,7 +126,7 @@ class _Group:
 
 
 def _groups(specs: tuple[ViewSpec, ...], hue: str) -> list[_Group]:
-    """The views by what the graph must be built for; views that are never blurred go with any blur."""
+    """Groups views by what the graph must be built for; views without blur fit any blur kernel."""
     views = [(spec, spec.augment[v % len(spec.augment)]) for spec in specs for v in range(spec.count)]
     found: dict[Any, list[int]] = {}
     for index, (spec, augment) in enumerate(views):
@@ -147,7 +147,7 @@ def _groups(specs: tuple[ViewSpec, ...], hue: str) -> list[_Group]:
 
 @pipeline_def(enable_conditionals=True)
 def _graph(group: _Group, hue: str, device: str) -> Any:
-    # Each picture is fed once for each of its views, always the same bytes: they must not be copied.
+    # Each image is fed once for each of its views, always the same bytes: they must not be copied.
     images = fn.external_source(name="images", device=device, layout="HWC", ndim=3, dtype=types.UINT8, batch=True, no_copy=True)
     x = fn.resize(
         images,
@@ -176,16 +176,16 @@ def _graph(group: _Group, hue: str, device: str) -> Any:
 
 
 class Augmenter:
-    """Cuts, resizes, distorts and normalises the views of a batch as its plan says.
+    """Crops, resizes, augments and normalizes the views of a batch according to its plan.
 
-    Views of one size pass through one DALI pipeline together: half of the time of small views is overhead of operators.
+    Views of one size share one DALI pipeline: for small views, half of the time is operator overhead.
 
     Args:
-        sets: the views a method asked for; several sets where it mixes sizes. What sets have in common is made once.
-        batch_size: the largest batch that :meth:`run` will be given.
+        sets: the views of a method; several sets if it mixes sizes. Pipelines are shared between sets where possible.
+        batch_size: maximum batch size of :meth:`run`.
         threads: CPU threads of each DALI pipeline.
         device_id: a CUDA device, or ``None`` for the CPU operators.
-        hue: ``hsv`` turns hue exactly, ``yiq`` is DALI's faster approximation, ``off`` leaves hue alone.
+        hue: ``hsv`` rotates hue exactly, ``yiq`` is DALI's faster approximation, ``off`` leaves hue unchanged.
     """
 
     def __init__(
@@ -218,18 +218,18 @@ class Augmenter:
     def run(
         self, images: list[Any], plan: list[ViewPlan], specs: tuple[ViewSpec, ...] | None = None
     ) -> dict[str, list[torch.Tensor]]:
-        """Make the views.
+        """Computes the views.
 
         Args:
             images: decoded images, uint8 ``[height, width, 3]`` each, of any sizes.
-            plan: one :class:`ViewPlan` a view, in the order of the specs.
-            specs: which of the sets; the first unless told.
+            plan: one :class:`ViewPlan` per view, in the order of the specs.
+            specs: which of the sets; by default the first.
 
         Returns:
-            For each spec's name its views, float32 ``[batch, 3, size, size]``, normalised as the spec says.
+            For each spec's name its views, float32 ``[batch, 3, size, size]``, normalized as the spec says.
         """
         tensor = tensors.TensorCPU if self._on_cpu else tensors.TensorGPU
-        # Read in place, so they must be there already, and stay until the pipelines have read them.
+        # Read in place: they must be complete now, and stay alive until the pipelines have read them.
         self._fed = fed = [tensor(image, "HWC") for image in images]
         if not self._on_cpu:
             torch.cuda.current_stream(self._device_id).synchronize()
@@ -244,7 +244,7 @@ class Augmenter:
         for group, pipeline in pipelines:
             (out,) = pipeline.outputs()
             joint = torch.from_dlpack(out.as_tensor())
-            # The executor hands its buffers over and never writes to them again; on a GPU the copy also orders the streams.
+            # The executor gives up its buffers and never writes to them again; on a GPU the copy also orders the streams.
             made |= zip(group.views, (joint if self._on_cpu else joint.clone()).split(len(images)), strict=True)
         numbers = iter(range(len(plan)))
         return {spec.name: [made[next(numbers)] for _ in range(spec.count)] for spec in specs}

@@ -1,9 +1,9 @@
-"""Encoded bytes to pixels, one bad picture at a time: what cannot be decoded comes back as ``None`` and nothing dies.
+"""Decodes images to RGB; an image that cannot be decoded is returned as ``None`` instead of raising.
 
-A decode error inside a DALI pipeline kills the pipeline for good, so decoding happens before it, with nvImageCodec, the same
-decoder DALI is built on. It releases the GIL and runs on CPU and GPU. It is trusted with JPEG, PNG and WebP only: a damaged
-JPEG 2000 brings nvImageCodec 0.9 down with the process, and its TIFF multiplies colour by alpha once the picture is turned.
-Pillow decodes the rest, on the CPU.
+A decode error inside a DALI pipeline makes the pipeline unusable, so decoding happens before it, with nvImageCodec, the decoder
+that DALI uses. It releases the GIL and runs on CPU and GPU. It is used for JPEG, PNG and WebP only: a damaged JPEG 2000 crashes
+nvImageCodec 0.9 and the process, and its TIFF decoder multiplies colour by alpha if the image is rotated. Pillow decodes the
+other formats, on the CPU.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from PIL import Image
 
 from pipeline.data.index.image_header import open_header, orientation, sniff
 
-_ROWS = 256  # of a 16-bit picture converted at once
+_ROWS = 256  # rows of a 16-bit image converted at once
 _WEBP_EXIF = 0x08
 _TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -35,8 +35,8 @@ _TURNS = {
 class Decoder:
     """Decodes JPEG, PNG, WebP, TIFF, BMP, PNM and JPEG 2000 to RGB, orientation applied, alpha dropped.
 
-    Orientation is that of EXIF; what XMP says about it is not heeded. Give it only what
-    :func:`pipeline.data.index.image_header.inspect_header` accepts: a picture's size is not limited here.
+    The orientation is that of EXIF; XMP is ignored. Pass only images that
+    :func:`pipeline.data.index.image_header.inspect_header` accepts: the image size is not limited here.
 
     Args:
         threads: CPU threads.
@@ -49,26 +49,26 @@ class Decoder:
             device_id=nvimgcodec.NVIMGCODEC_DEVICE_CPU_ONLY if device_id is None else device_id,
             max_num_cpu_threads=min(threads, max(len(os.sched_getaffinity(0)) - 1, 1)),
             backends=[nvimgcodec.Backend(nvimgcodec.BackendKind.CPU_ONLY)] if device_id is None else None,
-            # Smooth chroma, as the CPU decoders do: the GPU's default is nearest and differs visibly.
+            # Smooth chroma upsampling, as in CPU decoders: the GPU's default is nearest neighbour and differs visibly.
             options=":fancy_upsampling=1",
         )
         self._params = nvimgcodec.DecodeParams(apply_exif_orientation=True, color_spec=nvimgcodec.ColorSpec.SRGB)
 
     def decode(self, encoded: list[bytes]) -> list[Any]:
-        """Decode a batch.
+        """Decodes a batch.
 
         Args:
             encoded: the files' bytes.
 
         Returns:
-            One uint8 ``[height, width, 3]`` array (or device image) each, ``None`` for what cannot be decoded.
+            One uint8 ``[height, width, 3]`` array (or device image) each, ``None`` where decoding failed.
         """
         kinds = [_pillows(data) for data in encoded]
         quick = iter(self._quick([data for data, kind in zip(encoded, kinds, strict=True) if kind is None]))
         return [next(quick) if kind is None else self._slow(data, kind) for data, kind in zip(encoded, kinds, strict=True)]
 
     def blank(self, side: int) -> Any:
-        """A uniform gray picture, of the kind that :meth:`decode` returns."""
+        """Returns a uniform gray image, of the type that :meth:`decode` returns."""
         return self._placed(np.full((side, side, 3), 128, dtype=np.uint8))
 
     def _quick(self, encoded: list[bytes]) -> list[Any]:
@@ -81,7 +81,7 @@ class Decoder:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 pixels = _by_pillow(data, kind)
-        except Exception:  # a hostile file can make a parser raise anything at all
+        except Exception:  # a malicious file can make a parser raise any exception
             return None
         return self._placed(pixels)
 
@@ -90,9 +90,10 @@ class Decoder:
 
 
 def _pillows(data: bytes) -> str | None:
-    """The format, if Pillow is to decode it; nvImageCodec takes the others, and gives ``None`` for what is no picture.
+    """Returns the format if Pillow must decode it; ``None`` if nvImageCodec does.
 
-    WebP with EXIF: nvImageCodec reads the lossless ones not at all and overlooks the orientation where the block has a prefix.
+    Data that is not an image goes to nvImageCodec too, which returns ``None`` for it. WebP with EXIF: nvImageCodec cannot read
+    lossless ones and ignores the orientation if the EXIF block has a prefix.
     """
     kind = sniff(data)
     if kind in ("tiff", "bmp", "pnm", "jpeg2000"):
@@ -106,7 +107,7 @@ def _by_pillow(data: bytes, kind: str) -> NDArray[np.uint8]:
         if image.mode.startswith("I"):  # 16 bits: Pillow's own conversion clips
             values = np.asarray(image)
             gray = np.empty(values.shape, dtype=np.uint8)
-            for row in range(0, len(values), _ROWS):  # the whole picture as wider integers would take its size many times
+            for row in range(0, len(values), _ROWS):  # wider integers for the whole image would need a multiple of its memory
                 part = values[row : row + _ROWS].astype(np.int32)
                 gray[row : row + _ROWS] = ((part + 128) // 257).clip(0, 255)
             return np.repeat(gray[:, :, None], 3, axis=2)

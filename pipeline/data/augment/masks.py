@@ -1,7 +1,7 @@
 """Block masks for masked image modelling, keyed by sample, with exact counts.
 
-The blocks are BEiT's (arXiv 2106.08254): rectangles of random area and aspect until the count is nearly reached; what is
-missing is filled with single patches, as in DINOv3, so that a global batch hides the same number of patches at every step.
+The blocks are those of BEiT (arXiv 2106.08254): rectangles of random area and aspect ratio until the count is nearly reached. The
+rest is filled with single patches, as in DINOv3, so that a global batch masks the same number of patches at every step.
 """
 
 from __future__ import annotations
@@ -19,18 +19,18 @@ _DRAWS = 4
 
 
 def mask_counts(crops: int, patches: int, spec: MaskSpec, *key: int) -> NDArray[np.int64]:
-    """How many patches each crop of a global batch hides.
+    """Returns how many patches to mask in each crop of a global batch.
 
-    ``int(crops * probability)`` crops are masked; their ratios are spread evenly over ``spec.ratio``; who gets which is random.
+    ``int(crops * probability)`` crops are masked; their ratios are spread evenly over ``spec.ratio`` and assigned at random.
 
     Args:
         crops: crops of the global batch, all views of the name together.
         patches: patches of a crop.
         spec: probability and ratios.
-        key: integers that name the draw, such as ``(seed, step, stream)``.
+        key: integers that identify the draw, such as ``(seed, step, stream)``.
 
     Returns:
-        ``[crops]`` int64; the sum depends on nothing but ``crops``, ``patches`` and ``spec``.
+        ``[crops]`` int64; the sum depends only on ``crops``, ``patches`` and ``spec``.
     """
     masked = int(crops * spec.probability)
     edges = np.linspace(*spec.ratio, masked + 1)[1:]
@@ -40,17 +40,17 @@ def mask_counts(crops: int, patches: int, spec: MaskSpec, *key: int) -> NDArray[
 
 
 def block_masks(counts: NDArray[np.int64], height: int, width: int, ids: NDArray[np.uint64], *key: int) -> NDArray[np.bool_]:
-    """Masks of exactly ``counts`` patches each, mostly in blocks.
+    """Draws masks of exactly ``counts`` patches each, mostly in blocks.
 
     Args:
-        counts: ``[n]`` patches to hide in each crop, 0 to ``height * width``.
+        counts: ``[n]`` patches to mask in each crop, 0 to ``height * width``.
         height: rows of the patch grid.
         width: columns of the patch grid.
         ids: ``[n]`` uint64 sample ids.
-        key: integers that name the draw, such as ``(seed, epoch, view)``.
+        key: integers that identify the draw, such as ``(seed, epoch, view)``.
 
     Returns:
-        bool ``[n, height * width]``, true where hidden. A row depends on its own count and id and the key only.
+        bool ``[n, height * width]``, true where masked. A row depends only on its own count and id and the key.
     """
     masks = np.zeros((len(counts), height, width), dtype=bool)
     counts = np.asarray(counts, dtype=np.int64)

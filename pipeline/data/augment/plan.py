@@ -1,7 +1,7 @@
-"""The augmentation plan: every random choice about every crop, made on the host before a pixel is touched.
+"""Draws the augmentation plan: all random parameters of every crop, computed on the host before decoding.
 
-The plan of a sample depends on its id, its epoch, the run's seed and the view specification, and on nothing else. So the crops of
-a sample are the same whatever the batch size, the rank, the number of threads or the point of resume; DALI only carries it out.
+The plan of a sample depends only on its id, its epoch, the run's seed and the view specification. The crops of a sample are
+therefore the same whatever the batch size, the rank, the number of threads or the point of resume; DALI only applies the plan.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ PLAN_VERSION = 1
 
 @dataclass(frozen=True)
 class ViewPlan:
-    """What to do for one view of ``n`` samples.
+    """Augmentation parameters of one view of ``n`` samples.
 
     Attributes:
         start, end: float32 ``[n, 2]``, the box as (y, x), pixels of the decoded image.
@@ -47,11 +47,11 @@ class ViewPlan:
     solarize: NDArray[np.bool_]
 
     def take(self, rows: slice) -> ViewPlan:
-        """The plan of some of the samples."""
+        """Returns the plan of a slice of the samples."""
         return ViewPlan(*(getattr(self, name)[rows] for name in self.__dataclass_fields__))
 
     def replace_row(self, row: int, other: ViewPlan) -> None:
-        """Put the first row of another plan in place of one of ours (a substituted sample)."""
+        """Replaces one row by the first row of another plan (for a substituted sample)."""
         for name in self.__dataclass_fields__:
             getattr(self, name)[row] = getattr(other, name)[0]
 
@@ -59,13 +59,13 @@ class ViewPlan:
 def random_boxes(
     draws: NDArray[np.float64], sizes: NDArray[np.int64], scale: tuple[float, float], ratio: tuple[float, float]
 ) -> NDArray[np.int64]:
-    """Random resized crops: ten attempts, then the centre, as torchvision's RandomResizedCrop does.
+    """Draws random resized crops: ten attempts, then the centre, as torchvision's RandomResizedCrop.
 
     Args:
         draws: ``[n, 22]`` uniforms: ten areas, ten log-ratios, two positions.
         sizes: ``[n, 2]`` heights and widths of the images, pixels.
-        scale: least and largest share of the area.
-        ratio: least and largest width/height.
+        scale: minimum and maximum fraction of the area.
+        ratio: minimum and maximum width/height.
 
     Returns:
         ``[n, 4]`` int64: top, left, height, width.
@@ -115,12 +115,12 @@ def plan_view(
     sizes: NDArray[np.int64],
     seed: int,
 ) -> ViewPlan:
-    """Plan one view of a set of samples.
+    """Draws the plan of one view of a set of samples.
 
     Args:
         spec: the kind of view.
         view: which of its ``count`` views.
-        stream: a number that no other view of the method has.
+        stream: a number unique to this view within the method.
         ids: ``[n]`` uint64 sample numbers.
         epochs: ``[n]`` epoch of each sample.
         sizes: ``[n, 2]`` height and width of the decoded images, pixels.
@@ -152,7 +152,7 @@ def plan_view(
 def make_plan(
     specs: tuple[ViewSpec, ...], *, ids: NDArray[np.uint64], epochs: NDArray[np.int64], sizes: NDArray[np.int64], seed: int
 ) -> list[ViewPlan]:
-    """Plans for all views of all specs, in the order of the specs, one :class:`ViewPlan` a view."""
+    """Draws the plans of all views of all specs, in the order of the specs, one :class:`ViewPlan` per view."""
     plans: list[ViewPlan] = []
     streams: dict[str, int] = {}
     free = 0
@@ -165,7 +165,7 @@ def make_plan(
 
 
 def set_of_step(sets: Sequence[ViewSet], step: int, *, seed: int) -> int:
-    """Which set of views a step takes: a function of the step's number and the run's seed, and so the same on every rank."""
+    """Returns which set of views a step uses: a function of the step and the run's seed, and so the same on every rank."""
     shares = np.cumsum([one.weight for one in sets])
     draw = uniforms(np.array([step], dtype=np.uint64), 1, seed, _SET_STREAM)[0, 0]
     return min(int(np.searchsorted(shares, draw * shares[-1], side="right")), len(sets) - 1)

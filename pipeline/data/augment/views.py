@@ -1,7 +1,7 @@
-"""The contract between the data side and the methods: what a method asks for, and what it is given.
+"""Interface between data loading and methods: view specifications and batches.
 
-Nothing here decodes, trains or knows a method. A method describes its views with :class:`ViewSpec`; the data side answers
-with a :class:`Batch`.
+A method describes its views with :class:`ViewSpec`; the data pipeline answers with a :class:`Batch`. Nothing here decodes, trains
+or depends on a method.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ OPENAI_STD = (0.26862954, 0.26130258, 0.27577711)
 
 @dataclass(frozen=True)
 class Normalize:
-    """What is subtracted from, and what divides, the red, green and blue of a view, as shares of full intensity."""
+    """Mean and standard deviation of the red, green and blue channels, as fractions of full intensity."""
 
     mean: tuple[float, float, float] = IMAGENET_MEAN
     std: tuple[float, float, float] = IMAGENET_STD
@@ -28,18 +28,18 @@ class Normalize:
 
 @dataclass(frozen=True)
 class Augment:
-    """What happens to one crop after it was cut and resized, in this order: flip, jitter, gray, blur, solarize, normalise.
+    """Augmentation of a crop after it was cut and resized, in this order: flip, jitter, gray, blur, solarize, normalize.
 
-    Jitter runs in the fixed order brightness, contrast, saturation, hue. Ranges follow torchvision's ColorJitter: a factor
+    Jitter has the fixed order brightness, contrast, saturation, hue. Ranges follow torchvision's ColorJitter: a factor
     is uniform in ``[1 - v, 1 + v]``, the hue shift uniform in ``[-v, v]`` turns of the colour circle.
 
     Attributes:
         flip_p: probability of a horizontal flip.
-        jitter_p: probability that colour is jittered at all.
+        jitter_p: probability of colour jitter.
         gray_p: probability of grayscale (three equal channels, ITU-R 601 luma).
         blur_p: probability of a Gaussian blur, sigma uniform in ``blur_sigma`` pixels.
-        blur_kernel: width of the blur's window in pixels, odd; ``auto`` lets it grow with sigma, which is near to a blur by
-            Pillow's radius (DINO, SLIP, DetailCLIP).
+        blur_kernel: width of the blur kernel in pixels, odd; ``auto`` grows it with sigma, which approximates Pillow's blur by
+            radius (DINO, SLIP, DetailCLIP).
         solarize_p: probability that values of ``solarize_threshold`` (0..255) and above are inverted.
     """
 
@@ -63,8 +63,8 @@ class MaskSpec:
 
     Attributes:
         patch: patch side in pixels.
-        probability: share of the crops of a global batch that are masked at all.
-        ratio: least and largest share of patches hidden in a masked crop; stratified over the global batch.
+        probability: fraction of the crops of a global batch that are masked.
+        ratio: minimum and maximum fraction of masked patches in a masked crop; stratified over the global batch.
     """
 
     patch: int
@@ -74,23 +74,23 @@ class MaskSpec:
 
 @dataclass(frozen=True)
 class ViewSpec:
-    """All that a method tells the data side about one kind of view.
+    """Specification of one kind of view of a method.
 
     Attributes:
         name: ``global``, ``local``, ``image``…
-        count: how many such views of each sample.
+        count: number of such views per sample.
         size: side of the square view, pixels.
-        crop_scale: least and largest share of the image's area; ``None`` means the evaluation view: a centred square.
-        centre: side of that square as a share of the image's shorter side (224 of 256 in most protocols).
-        place: where that square lies along the longer side, from 0 (left or top) over the middle to 1.
-        crop_ratio: least and largest width/height of the crop.
-        augment: one per view, cycled when there are fewer than ``count`` (BYOL's and DINO's asymmetry).
-        mask: block masks to draw for each view, if the method hides patches.
-        normalize: with which numbers; CLIP has its own.
-        boxes: whether the batch tells where in the picture each view was cut.
-        interpolation: how a crop is resized: bicubic, or bilinear as in the code of MoCo and SLIP; both antialiased.
-        same_as: name of an earlier spec whose views these are once more: cut from the same places and mirrored alike, given the
-            same scale, ratio and probability of a flip; ``None`` for places of their own.
+        crop_scale: minimum and maximum fraction of the image's area; ``None`` means the evaluation view: a centred square.
+        centre: side of that square as a fraction of the image's shorter side (224 of 256 in most protocols).
+        place: position of that square along the longer side, from 0 (left or top) over the middle to 1.
+        crop_ratio: minimum and maximum width/height of the crop.
+        augment: one per view, cycled when there are fewer than ``count`` (asymmetric augmentations of BYOL and DINO).
+        mask: block masks to draw for each view, if the method masks patches.
+        normalize: mean and standard deviation; CLIP has its own.
+        boxes: whether the batch includes the crop boxes.
+        interpolation: bicubic, or bilinear as in the code of MoCo and SLIP; both antialiased.
+        same_as: name of an earlier spec whose crop boxes and flips these views share, given the same scale, ratio and flip
+            probability; ``None`` for independent ones.
     """
 
     name: str
@@ -110,11 +110,11 @@ class ViewSpec:
 
 @dataclass(frozen=True)
 class ViewSet:
-    """Views that a step may take, where a method mixes sizes.
+    """A set of views that a step may use, where a method mixes sizes.
 
     Attributes:
-        views: in every set of a method the same, but for their sizes.
-        weight: how often a step takes this set, relative to the others' weights.
+        views: the same in every set of a method, except for their sizes.
+        weight: how often a step uses this set, relative to the others' weights.
     """
 
     views: tuple[ViewSpec, ...]
@@ -123,13 +123,13 @@ class ViewSet:
 
 @dataclass(frozen=True)
 class TextSpec:
-    """All that a method tells the data side about the text it reads: one caption of each sample, as numbers.
+    """Specification of the text that a method reads: one tokenized caption per sample.
 
     Attributes:
-        tokenizer: name of an open_clip architecture, whose tokenizer is meant.
-        context: tokens of a row, start and end marks included; longer captions are cut, the end mark stays.
-        trim: whether a micro-batch may come with fewer: as many as its longest caption has, up to the next multiple of 8.
-            For towers that read a caption at its end mark and never look beyond it.
+        tokenizer: name of an open_clip architecture whose tokenizer is used.
+        context: context length in tokens, start and end tokens included; longer captions are truncated, the end token stays.
+        trim: whether a micro-batch may have fewer tokens: as many as its longest caption, rounded up to a multiple of 8. For
+            text encoders that pool at the end token and never attend beyond it.
     """
 
     tokenizer: str = "ViT-B-32"
@@ -142,9 +142,9 @@ class Masks:
     """Masks of all views of one name, crop-major: row ``v * batch + i`` is view ``v`` of sample ``i``.
 
     Attributes:
-        grid: bool ``[views * batch, patches]``, true where hidden.
-        index: int64 ``[masked]``, positions of the hidden patches in ``grid.flatten()``, ascending.
-        weight: float32 ``[masked]``, one over the number of hidden patches of the same crop.
+        grid: bool ``[views * batch, patches]``, true where masked.
+        index: int64 ``[masked]``, positions of the masked patches in ``grid.flatten()``, ascending.
+        weight: float32 ``[masked]``, one over the number of masked patches of the same crop.
     """
 
     grid: Tensor
@@ -154,11 +154,11 @@ class Masks:
 
 @dataclass(frozen=True)
 class Boxes:
-    """Where the views of one name were cut, one tensor a view.
+    """Crop boxes of the views of one name, one tensor per view.
 
     Attributes:
-        corners: float32 ``[batch, 4]`` each: top, left, bottom, right, pixels of the picture as shown (EXIF applied).
-        flipped: bool ``[batch]`` each: whether the view was mirrored after it was cut.
+        corners: float32 ``[batch, 4]`` each: top, left, bottom, right, pixels of the image as displayed (EXIF applied).
+        flipped: bool ``[batch]`` each: whether the crop was flipped horizontally.
     """
 
     corners: list[Tensor]
@@ -167,20 +167,20 @@ class Boxes:
 
 @dataclass(frozen=True)
 class Batch:
-    """All that the data side tells a method: one rank's (micro-)batch, on the device.
+    """One rank's (micro-)batch, on the device.
 
     Attributes:
-        views: for each view name its views, each float ``[batch, 3, size, size]``, normalised.
+        views: for each view name its views, each float ``[batch, 3, size, size]``, normalized.
         masks: for each view name with a ``MaskSpec``.
-        labels: int64 ``[batch]``, -1 where a sample has none. Never read by self-supervised methods.
+        labels: int64 ``[batch]``, -1 for samples without a label. Never read by self-supervised methods.
         keys: the samples' own names, in order.
         ids: the samples' numbers, ``shard << 32 | row``, in order.
         position: samples of the run consumed before this global batch.
-        tokens: int64 ``[batch, context]`` of caption tokens, if the method reads text; padded with 0 after the end mark.
-            Fewer than the context if the ``TextSpec`` says ``trim``.
-        captions: the caption of each sample that was chosen for this epoch; empty where there is none.
-        boxes: for each view name whose ``ViewSpec`` asks for them.
-        seed: what a method draws on the device for this micro-batch comes from this seed, so that it can be drawn again.
+        tokens: int64 ``[batch, context]`` caption tokens, if the method reads text; padded with 0 after the end token. Fewer
+            than the context length if the ``TextSpec`` says ``trim``.
+        captions: the caption of each sample chosen for this epoch; empty where there is none.
+        boxes: for each view name whose ``ViewSpec`` requests them.
+        seed: seed of what a method draws on the device for this micro-batch, so that it can be drawn again.
     """
 
     views: dict[str, list[Tensor]]

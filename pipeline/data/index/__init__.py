@@ -1,1 +1,1 @@
-"""The shard index: what is known of a data set before it is read."""
+"""Shard index: metadata of a data set, collected before training."""

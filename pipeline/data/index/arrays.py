@@ -1,6 +1,6 @@
-"""Reads an npz file of one-dimensional arrays of known types, as ``numpy.savez`` writes it, without believing its headers.
+"""Reads npz files of one-dimensional arrays, as ``numpy.savez`` writes them, without trusting their headers.
 
-``numpy.load`` takes the memory that a header asks for; here no more is taken than the file has bytes.
+``numpy.load`` allocates the memory that a header claims; here allocations are limited by the size of the file.
 """
 
 from __future__ import annotations
@@ -16,19 +16,19 @@ from numpy.typing import DTypeLike, NDArray
 
 from pipeline.untrusted import open_regular
 
-_HEADER = 4096  # bytes, most of the header of one array
+_HEADER = 4096  # maximum size of an array's header, bytes
 
 
 def read_arrays(path: Path, types: Mapping[str, DTypeLike]) -> dict[str, NDArray[Any]]:
-    """The arrays, one-dimensional.
+    """Returns the arrays, one-dimensional.
 
     Args:
         path: a regular file.
-        types: names and types of the arrays that must be there; others are not looked at.
+        types: names and types of the required arrays; others are ignored.
 
     Raises:
         ValueError: an array is missing, of another type or shape, compressed, or the file is damaged.
-        DataError: it is no regular file.
+        DataError: it is not a regular file.
         OSError: it cannot be opened.
     """
     with open(open_regular(path), "rb") as file:
@@ -55,16 +55,16 @@ def _array(archive: zipfile.ZipFile, name: str, dtype: np.dtype[Any]) -> NDArray
 
 
 def check_columns(columns: Mapping[str, NDArray[Any]], samples: int, size: int, tables: Mapping[str, int]) -> None:
-    """Columns of a shard's index are of equal length, their numbers mean something, every member lies inside the shard.
+    """Validates the columns of a shard's index: equal lengths, values in range, every member inside the shard.
 
     Args:
         columns: by name, see :class:`pipeline.data.index.manifest.ShardIndex`.
         samples: length of each.
         size: bytes of the shard.
-        tables: for columns that number the entries of a table, how many entries it has.
+        tables: for columns of indices into a table, the number of its entries.
 
     Raises:
-        ValueError: they do not.
+        ValueError: a column is invalid.
     """
     if any(len(column) != samples for column in columns.values()):
         raise ValueError("columns are of unequal length")

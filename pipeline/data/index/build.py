@@ -1,6 +1,6 @@
-"""Building an index: every shard is walked once, every sample gets a status, nothing is dropped without being counted.
+"""Builds the index: reads every shard once and gives every sample a status; nothing is dropped without being counted.
 
-Pictures are judged by their headers alone: nothing is decoded here, so a picture that claims a gigapixel costs nothing.
+Images are validated by their headers alone. Nothing is decoded, so an image that claims a gigapixel costs nothing.
 """
 
 from __future__ import annotations
@@ -37,11 +37,11 @@ __all__ = ["Fields", "UnusableShards", "build", "captions_of", "index_shard"]
 
 
 class UnusableShards(DataError):
-    """Shards that no index can be made of.
+    """Shards that cannot be indexed.
 
     Attributes:
-        shards: what is known of the others.
-        problems: one error for each shard that cannot be read; empty if all can, but none of their samples can be used.
+        shards: summaries of the other shards.
+        problems: one error for each shard that cannot be read; empty if all can be read, but none of their samples can be used.
     """
 
     def __init__(
@@ -52,23 +52,23 @@ class UnusableShards(DataError):
 
 
 OnTruncated = Literal["error", "keep-readable"]
-_MAX_SIDE = 2**31 - 1  # pixels that the index can hold; a header may say more
-_SMALL_WORK = 48 << 20  # below this many bytes starting processes takes longer than indexing
+_MAX_SIDE = 2**31 - 1  # maximum side that the index can store, pixels; a header may claim more
+_SMALL_WORK = 48 << 20  # bytes below which starting processes takes longer than indexing
 
 
 def index_shard(
     shard: str | storage.ObjectStat, *, fields: Fields, on_truncated: OnTruncated = "error", store: storage.Storage | None = None
 ) -> ShardIndex:
-    """Walks one shard and judges each of its samples.
+    """Reads one shard and validates each of its samples.
 
     Args:
-        shard: the shard, or what storage said of it.
-        fields: what makes a sample.
-        on_truncated: ``keep-readable`` keeps the whole samples before a cut; ``error`` raises.
-        store: how to reach it.
+        shard: the shard, or its metadata in storage.
+        fields: which members make a sample.
+        on_truncated: ``keep-readable`` keeps the complete samples before the truncation; ``error`` raises.
+        store: access to the shard.
 
     Raises:
-        DataError: the shard cannot be read, is no tar or is damaged.
+        DataError: the shard cannot be read, is not a tar or is damaged.
     """
     store = store or storage.Storage()
     about = store.stat(shard) if isinstance(shard, str) else shard
@@ -107,23 +107,23 @@ def build(
     progress: Callable[[int, int, Shard], None] | None = None,
     store: storage.Storage | None = None,
 ) -> Manifest:
-    """Indexes shards, or reuses what is already there, and writes the manifest.
+    """Indexes shards, or reuses an existing index, and writes the manifest.
 
-    A sidecar is reused while the shard's url, size and version, the rules and the format are the same; so a second build
-    is quick and an interrupted one goes on where it stopped.
+    A sidecar is reused while the shard's URL, size and version, the rules and the format are the same. A second build is
+    therefore quick, and an interrupted one continues where it stopped.
 
     Args:
         urls: the shards in order, see :func:`pipeline.data.storage.expand`.
-        directory: where sidecars and manifest go.
-        fields: what makes a sample.
+        directory: directory of sidecars and manifest.
+        fields: which members make a sample.
         workers: processes; None: as many as there are processors and work for them.
-        on_truncated: ``keep-readable`` keeps the whole samples before a cut; ``error`` stops.
-        progress: called after each shard with (shards done, shards in all, its summary).
-        store: how to reach them.
+        on_truncated: ``keep-readable`` keeps the complete samples before a truncation; ``error`` raises.
+        progress: called after each shard with (shards done, total shards, summary of the shard).
+        store: access to the shards.
 
     Raises:
-        UnusableShards: shards cannot be used (all are looked at first, up to five are named), or no sample can.
-        DataError: the directory cannot be written.
+        UnusableShards: shards cannot be used (all are checked first, up to five are named), or no sample can.
+        DataError: the directory is not writable.
     """
     fields = fields or Fields()
     folder = Path(directory)
@@ -297,7 +297,7 @@ def _add_label(
     if text is None and fields.json_label not in document:
         return
     label, note = read_label(document[fields.json_label] if text is None else text)
-    if not isinstance(label, int):  # a name has no number here: only packing sees all of them
+    if not isinstance(label, int):  # class names are numbered only by packing, which sees all of them
         notes.note(note or BAD, key)
     row["label"] = label if isinstance(label, int) else -1
 
@@ -313,7 +313,7 @@ def _add_caption(
 ) -> None:
     text, value = others.get(fields.caption, b""), document.get(fields.json_caption)
     readable, replaced = decode_text(text)
-    if text.strip() and (readable.strip() or encoding_of(text) == "utf-8"):  # a mark alone is no caption
+    if text.strip() and (readable.strip() or encoding_of(text) == "utf-8"):  # a byte order mark alone is not a caption
         source, member = "text", members[fields.caption]
     elif not captions_of(value):
         if any(not isinstance(item, str) and item is not None for item in (value if isinstance(value, list) else [value])):

@@ -1,4 +1,4 @@
-"""A stricter reading of an index that is there: samples without a caption, say, left out, and no shard read again."""
+"""Narrows an existing index to samples with certain parts, such as a caption, without reading shards again."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from pipeline.errors import DataError
 
 
 def narrow(manifest: Manifest, directory: str | Path, require: tuple[str, ...]) -> Manifest:
-    """The same shards, without the samples that lack something; sidecars and manifest go to a directory of their own.
+    """Returns the same shards without the samples that lack a part; sidecars and manifest are written to another directory.
 
-    Equal to an index built with ``Fields(require=…)``, from the columns of one built without.
+    Equal to an index built with ``Fields(require=…)``, but derived from the columns of one built without.
 
     Args:
         manifest: an index whose rules require nothing.
-        directory: where the narrower index goes; what is there and still fits is kept.
+        directory: directory of the narrower index; up-to-date files there are kept.
         require: of ``caption``, ``label`` and ``segmentation``.
 
     Raises:
-        DataError: no sample is left, or a sidecar is gone.
+        DataError: no sample is left, or a sidecar is missing.
     """
     fields, folder, shards = replace(manifest.fields, require=require), Path(directory), []
     for shard in manifest.shards:

@@ -1,6 +1,6 @@
-"""What a picture's first bytes say: what it is, how large, whole or cut, fit for the decoder or not. Nothing is decoded.
+"""Validates image headers without decoding: format, size, completeness, and whether the decoder supports the image.
 
-This is the guard before the decoder: what would bring it down, take gigabytes or come out wrong is refused here.
+This protects the decoder: images that would crash it, need gigabytes or be decoded wrongly are rejected here.
 """
 
 from __future__ import annotations
@@ -39,12 +39,12 @@ _EXIF_SWAPS = (5, 6, 7, 8)
 _MODES = {"1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr", "LAB", "I;16", "I;16B", "I;16L"}
 _MAX_SCANS = 100
 _MAX_SCANNED = 1_000_000_000  # pixels times scans: about two seconds
-_SIXTEEN_BIT = {"png", "pnm"}  # Pillow opens their 16-bit grays as I, which elsewhere means 32 bits of unknown range
+_SIXTEEN_BIT = {"png", "pnm"}  # Pillow opens their 16-bit grayscale as mode I, which elsewhere means 32 bits of unknown range
 
 
 @dataclass(frozen=True)
 class HeaderInfo:
-    """What a picture's header says.
+    """Result of validating an image's header.
 
     Attributes:
         status: ``ok``, ``not_image``, ``unsupported``, ``truncated``, ``too_large`` or ``too_small``.
@@ -60,9 +60,9 @@ class HeaderInfo:
 
 
 def inspect_header(data: bytes, *, min_side: int = 16, max_pixels: int = 50_000_000) -> HeaderInfo:
-    """Judges the bytes of a picture without decoding it.
+    """Validates the bytes of an image without decoding it.
 
-    Only formats that the decoder reads are looked into; the file's name plays no part.
+    The format is detected from the content, not from the file's name; only formats that the decoder reads are parsed.
     """
     kind = sniff(data)
     if kind in ("none", "other"):
@@ -71,7 +71,7 @@ def inspect_header(data: bytes, *, min_side: int = 16, max_pixels: int = 50_000_
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             size, known = _header(data, kind)
-    except Exception:  # a hostile header can make a parser raise anything at all
+    except Exception:  # a malicious header can make a parser raise any exception
         return HeaderInfo("not_image" if is_complete(data, kind) else "truncated", kind)
     if min(size) <= 0:
         return HeaderInfo("not_image", kind)
@@ -87,11 +87,11 @@ def inspect_header(data: bytes, *, min_side: int = 16, max_pixels: int = 50_000_
 
 
 def too_many_scans(data: bytes, pixels: int) -> bool:
-    """Whether a JPEG has so many scans that decoding it would take far longer than its size says; real ones have about ten.
+    """Whether a JPEG has so many scans that decoding would take far longer than its size suggests; real ones have about ten.
 
     Args:
-        data: the file. Within the data of a scan the marker of the next one cannot occur by chance.
-        pixels: width times height; each scan goes over all of them.
+        data: the file. Within the data of a scan, the marker of the next one cannot occur by chance.
+        pixels: width times height; each scan processes all of them.
     """
     first = _jpeg_frame(data)[0]
     scans = data.count(b"\xff\xda", first) + 1 if first else 0
@@ -99,18 +99,18 @@ def too_many_scans(data: bytes, pixels: int) -> bool:
 
 
 def is_complete(data: bytes, kind: str) -> bool:
-    """Whether a picture's bytes reach its end marker (a matter of microseconds; formats without one pass).
+    """Whether an image's bytes reach its end marker (takes microseconds; formats without one pass).
 
     JPEG, JPEG 2000: an end marker after the start of the data, though other bytes may follow it. PNG: chunk by chunk to the last
-    one, as a length that reaches beyond the file makes the decoder ask for gigabytes.
-    WebP: the length that the header announces.
+    one, since a length beyond the end of the file makes the decoder allocate gigabytes.
+    WebP: the length in the header.
     """
     if kind == "jpeg":
         scan = _jpeg_frame(data)[0]
         return scan > 0 and data.rfind(b"\xff\xd9", scan) >= 0
     if kind == "png":
         return _png_ends(data)
-    if kind == "jpeg2000":  # packets never hold two bytes above FF8F, so this is the end of the codestream and no accident
+    if kind == "jpeg2000":  # packets never contain two bytes above FF8F, so this is the end of the codestream
         return data.rfind(b"\xff\xd9", max(data.find(b"\xff\x4f"), 0)) >= 0
     if kind == "webp":
         return len(data) >= 12 and len(data) >= struct.unpack_from("<I", data, 4)[0] + 8
@@ -127,7 +127,7 @@ def _png_ends(data: bytes) -> bool:
 
 
 def sniff(data: bytes) -> str:
-    """The format by a file's first bytes: one that is read, ``other`` for known pictures that are not, ``none``."""
+    """Detects the format from a file's first bytes: a supported one, ``other`` for unsupported images, or ``none``."""
     if data.startswith(b"\xff\xd8\xff"):
         return "jpeg"
     if data.startswith(b"\x89PNG\r\n\x1a\n"):
@@ -146,30 +146,30 @@ def sniff(data: bytes) -> str:
 
 
 def open_header(data: bytes, kind: str) -> Image.Image:
-    """A picture of a known format, its header read by Pillow, its pixels not yet.
+    """Opens an image of a known format with Pillow, which reads the header but not the pixels.
 
     Raises:
-        Exception: anything at all, if the header is broken.
+        Exception: any exception, if the header is broken.
     """
-    # Not Image.open: its own limit of pixels is global state, and it would try other formats.
+    # Not Image.open: its pixel limit is global state, and it would try other formats.
     return _OPENERS[kind](io.BytesIO(data))
 
 
 def orientation(image: Image.Image) -> int:
-    """The EXIF orientation 1..8 still to be applied; 1 if there is none, or none that can be read."""
+    """Returns the EXIF orientation 1..8 still to be applied; 1 if there is none, or none that can be read."""
     if image.format == "TIFF":
-        return 1  # Pillow turns these itself
+        return 1  # Pillow applies it itself
     exif = Image.Exif()
     try:
         exif.load(image.info.get("exif") or b"")
         found = exif.get(_ORIENTATION)
-    except Exception:  # broken EXIF is no reason to lose a picture
+    except Exception:  # broken EXIF is no reason to reject an image
         return 1
     return found if isinstance(found, int) and 1 <= found <= 8 else 1
 
 
 def _header(data: bytes, kind: str) -> tuple[tuple[int, int], bool]:
-    """Width and height as shown, and whether the decoder knows this kind of pixels."""
+    """Returns width and height as displayed, and whether the decoder supports this pixel type."""
     with open_header(data, kind) as image:
         width, height = image.size
         known = image.mode in _MODES or (image.mode == "I" and kind in _SIXTEEN_BIT)
@@ -182,7 +182,7 @@ def _header(data: bytes, kind: str) -> tuple[tuple[int, int], bool]:
 
 
 def _codestream_size(data: bytes) -> tuple[int, int]:
-    """Width and height by the codestream itself, which is what takes memory, not by the box around it."""
+    """Returns width and height from the codestream, which determines the memory, not from the box around it."""
     at = data.find(b"\xff\x4f\xff\x51")
     right, bottom, left, top = struct.unpack_from(">4I", data, at + 8)
     return right - left, bottom - top
@@ -194,7 +194,7 @@ def _codestream_components(data: bytes) -> int:
 
 
 def _jpeg_frame(data: bytes) -> tuple[int, int, int]:
-    """Where the first scan begins (0: nowhere), the frame marker and its bits per channel, by walking the segments."""
+    """Returns the offset of the first scan (0: none), the frame marker and its bits per channel, by parsing the segments."""
     at, frame, precision = 2, 0, 0
     while at + 4 <= len(data):
         if data[at] != 0xFF:

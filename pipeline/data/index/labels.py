@@ -1,8 +1,8 @@
-"""Class labels: one rule for folder names, tables, ``.cls`` members and JSON.
+"""Parses class labels of folder names, tables, ``.cls`` members and JSON, by one rule.
 
-Whole numbers from 0 on, also as text (``"3"``, ``"3.0"``, ``3.0``), are class numbers. Negative ones and NaN mean that there is
-no label, as nothing does. Other text is a class name, in Unicode's composed form (NFC; macOS writes accents apart); names are
-numbered in alphabetical order, and never mixed with numbers.
+Non-negative integers, also as text (``"3"``, ``"3.0"``, ``3.0``), are class indices. Negative ones, NaN and empty values mean no
+label. Other text is a class name, normalized to NFC (macOS decomposes accents); names are numbered in alphabetical order, and
+never mixed with indices.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from pipeline.untrusted import printable
 
 LabelMode = Literal["auto", "names"]
 LABEL_MODES: tuple[LabelMode, ...] = ("auto", "names")
-MAX_LABEL = 10**9  # class numbers are below
+MAX_LABEL = 10**9  # upper bound of class indices, exclusive
 EMPTY, NEGATIVE, BAD = "empty_label", "negative_label", "bad_label"  # notes
 _NUMBER = re.compile(r"[+-]?[0-9]{1,400}(\.[0-9]{0,400})?([eE][+-]?[0-9]{1,3})?")
 _NOTHING = ("", "nan", "<na>")  # as pandas writes missing values
@@ -28,20 +28,20 @@ _MAYBE_NOTHING = ("none", "null", "n/a", "#n/a", "nil")
 
 
 def read_label(value: Any) -> tuple[int | str | None, str]:
-    """What a value says of a sample's class.
+    """Parses the class label of a sample.
 
     Args:
-        value: a folder name, a table's or JSON's value, or the bytes of a ``.cls`` member.
+        value: a folder name, a value of a table or JSON, or the bytes of a ``.cls`` member.
 
     Returns:
-        The class number, or the class name, or None; and if it is None why: ``empty_label``, ``negative_label``, or ``bad_label``
-        for what is neither a name nor a whole number below 10^9.
+        The class index, or the class name, or None; and if it is None the reason: ``empty_label``, ``negative_label``, or
+        ``bad_label`` for what is neither a name nor an integer below 10^9.
     """
     if isinstance(value, bytes):
         value = decode_text(value)[0]
     if isinstance(value, str):
         text = value.strip()
-        if text.isascii() and text.isdigit() and len(text) < 10:  # what nearly all are
+        if text.isascii() and text.isdigit() and len(text) < 10:  # fast path for nearly all labels
             return int(text), ""
         if text.lower() in _NOTHING:
             return None, EMPTY
@@ -60,7 +60,10 @@ def read_label(value: Any) -> tuple[int | str | None, str]:
 
 
 def read_name(value: Any) -> tuple[str | None, str]:
-    """A value as a class name, whatever it looks like; None and a note as :func:`read_label` if it is empty or no plain value."""
+    """Parses a value as a class name, even if it looks like a number.
+
+    None and a note, as in :func:`read_label`, if it is empty or not a plain value.
+    """
     number, note = read_label(value)
     if note == EMPTY:
         return None, EMPTY
@@ -74,7 +77,7 @@ def read_name(value: Any) -> tuple[str | None, str]:
 
 
 def maybe_none(classes: Sequence[str]) -> list[str]:
-    """Class names that programs write for a missing value, but that may be meant."""
+    """Returns the class names that programs write for a missing value, but that may be intended."""
     return [name for name in classes if name.lower() in _MAYBE_NOTHING]
 
 
@@ -90,17 +93,17 @@ def number_labels(
     classes: Sequence[str] = (),
     mixed_hint: str = "",
 ) -> tuple[list[int | None], tuple[str, ...], list[tuple[str, str]]]:
-    """Class numbers of labels.
+    """Converts labels to class indices.
 
     Args:
-        labels: for each sample where its label stands (a row, a folder) and the label.
+        labels: for each sample the location of its label (a row, a folder) and the label.
         where: the source, for messages.
-        mode: ``names`` takes numbers for names too and numbers them anew.
-        classes: names whose positions are the class numbers; names beyond them are refused. Empty: the names that occur, sorted.
-        mixed_hint: what to do where names are mixed with numbers, if the source has a way out of its own.
+        mode: ``names`` treats numbers as names too and numbers them anew.
+        classes: names whose positions are the class indices; other names are rejected. Empty: the names that occur, sorted.
+        mixed_hint: the hint for names mixed with numbers, if the source has its own.
 
     Returns:
-        A number or None for each sample; the class names, empty if the labels are numbers; (where, note) of each sample without
+        An index or None for each sample; the class names, empty if the labels are numbers; (where, note) of each sample without
         a usable label and of each name with characters replaced.
 
     Raises:

@@ -1,11 +1,11 @@
-"""What is known of a data set before it is read: one sidecar per shard, and one manifest over all of them.
+"""Index files of a data set: one sidecar per shard, and one manifest over all of them.
 
-A directory of an index holds
+The directory of an index contains
 
 * ``manifest.json``: the shards in order, with size, version and number of accepted samples;
 * ``<shard name>-<hash of its url>.npz``: the columns of one shard (:class:`ShardIndex`), an npz without pickles.
 
-Every file is written under a temporary name and renamed, so each is whole or absent. A sample's number is
+Every file is written under a temporary name and renamed, so each is complete or absent. A sample's number is
 ``shard << 32 | row``, where ``row`` counts the *accepted* samples of that shard only.
 """
 
@@ -65,10 +65,10 @@ _COLUMNS = {
     "other_crc32": np.uint32,
 }
 _CACHED_SHARDS = 256
-_MAX_STEM = 230  # bytes of a sidecar's name that a shard's name may be
-_MANIFEST = 1 << 30  # bytes of manifest.json
+_MAX_STEM = 230  # maximum length of the shard name within a sidecar's name, bytes
+_MANIFEST = 1 << 30  # maximum size of manifest.json, bytes
 Count = Annotated[int, Field(strict=True, ge=0, lt=1 << 62)]
-Text = InstanceOf[str]  # pydantic's own type refuses names that are no UTF-8
+Text = InstanceOf[str]  # pydantic's own type rejects names that are not UTF-8
 
 
 @dataclass(frozen=True)
@@ -76,17 +76,17 @@ class Fields:
     """Which members make a sample, and which samples are accepted.
 
     Attributes:
-        images: extensions of the image, the preferred one first.
+        images: extensions of the image, in order of preference.
         caption: extension of the caption, UTF-8 text.
-        caption_lines: whether each line of that member is a caption of its own.
-        label: extension of the class number, decimal text.
-        segmentation: extension of the class map (one byte a pixel, PNG).
-        json: extension of a JSON object, read for what has no member of its own.
-        json_caption: key of the caption in it: a text, or a list of texts of which each is a caption.
-        json_label: key of the class number in it.
-        require: of ``caption``, ``label``, ``segmentation`` those without which a sample is refused.
-        min_side: least width and height, pixels.
-        max_pixels: most pixels, by the header: larger pictures are never decoded.
+        caption_lines: whether each line of that member is a separate caption.
+        label: extension of the class index, decimal text.
+        segmentation: extension of the segmentation map (one byte per pixel, PNG).
+        json: extension of a JSON object, read for parts that have no member of their own.
+        json_caption: key of the caption in it: a string, or a list of strings, each of them a caption.
+        json_label: key of the class index in it.
+        require: of ``caption``, ``label``, ``segmentation`` those without which a sample is rejected.
+        min_side: minimum width and height, pixels.
+        max_pixels: maximum pixels, by the header: larger images are never decoded.
     """
 
     images: tuple[str, ...] = ("jpg", "jpeg", "png", "webp", "tif", "tiff", "bmp", "jp2", "ppm")
@@ -110,26 +110,26 @@ class Fields:
 
     @classmethod
     def of(cls, document: dict[str, Any]) -> Fields:
-        """The rules from a JSON object."""
+        """Parses the rules from a JSON object."""
         values: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in document.items()}
         return cls(**values)
 
 
 @dataclass(frozen=True)
 class ShardIndex:
-    """All that is known of one shard.
+    """Index of one shard.
 
     Attributes:
         url: where it was read.
         size: bytes.
         tag: version, see :class:`pipeline.data.storage.ObjectStat`.
-        fields: the rules it was judged by.
-        damage: empty, or why the walk stopped early (only in an index built with ``damaged="use"``).
-        notes: counts of things that are no sample: links, members without an extension, class texts that are no number…
+        fields: the rules it was indexed by.
+        damage: empty, or why reading stopped early (only in an index built with ``on_truncated="keep-readable"``).
+        notes: counts of things that are not samples: links, members without an extension, class labels that are not numbers…
         keys: the samples' keys, ``[n]``.
-        columns: one array ``[n]`` for each name of the format; offsets and sizes are bytes in the shard, 0 size if absent;
+        columns: one array ``[n]`` for each name of the format; offsets and sizes are bytes in the shard, size 0 if absent;
             ``width`` and ``height`` are pixels after EXIF orientation; ``label`` is -1 if there is none.
-        examples: the first few names behind each note.
+        examples: the first few names for each note.
     """
 
     url: str
@@ -149,18 +149,18 @@ class ShardIndex:
 
     @property
     def counts(self) -> dict[str, int]:
-        """How many samples have each status that occurs."""
+        """Returns the number of samples by status."""
         found = np.bincount(self.columns["status"], minlength=len(STATUSES))
         return {status: int(n) for status, n in zip(STATUSES, found, strict=True) if n}
 
     @property
     def accepted(self) -> NDArray[np.int64]:
-        """Positions of the samples with status ``ok``, ascending."""
+        """Returns the positions of the samples with status ``ok``, ascending."""
         return np.flatnonzero(self.columns["status"] == 0)
 
     @property
     def digest(self) -> str:
-        """Hash of what the samples are, whatever the path and the time of copying: 128 bits in hex."""
+        """Hash of the samples' content, independent of path and modification time: 128 bits in hex."""
         digest = hashlib.blake2b(digest_size=16)
         for key in self.keys:
             digest.update(key.encode("utf-8", "surrogateescape") + b"\0")
@@ -169,7 +169,7 @@ class ShardIndex:
         return digest.hexdigest()
 
     def save(self, path: Path) -> None:
-        """Writes the sidecar, whole or not at all."""
+        """Writes the sidecar atomically."""
         blob = b"".join(key.encode("utf-8", "surrogateescape") + b"\0" for key in self.keys)
         meta = {
             "format": FORMAT,
@@ -192,12 +192,12 @@ class ShardIndex:
 
 
 def make_columns(rows: list[dict[str, int]]) -> dict[str, NDArray[Any]]:
-    """The columns of a :class:`ShardIndex` from one dictionary a sample."""
+    """Builds the columns of a :class:`ShardIndex` from one dictionary per sample."""
     return {name: np.array([row[name] for row in rows], dtype=dtype) for name, dtype in _COLUMNS.items()}
 
 
 def sidecar_name(url: str) -> str:
-    """File name of a shard's sidecar: equal base names in different folders do not collide."""
+    """Returns the file name of a shard's sidecar; equal base names in different directories do not collide."""
     place = hashlib.blake2b(storage.absolute(url).encode("utf-8", "surrogateescape"), digest_size=6).hexdigest()
     name = re.sub(rf"{UNPRINTABLE.pattern}|\\\\", "_", storage.base_name(url))
     return f"{name if len(name.encode()) <= _MAX_STEM else name[-_MAX_STEM // 4 :]}-{place}.npz"
@@ -229,7 +229,7 @@ def load_sidecar(path: Path) -> ShardIndex:
 
 @dataclass(frozen=True)
 class _Meta:
-    """What a sidecar holds beside its columns."""
+    """Content of a sidecar beside its columns."""
 
     url: Text
     size: Count
@@ -249,19 +249,19 @@ def _first_line(error: BaseException) -> str:
 
 @dataclass(frozen=True)
 class Shard:
-    """One shard of a manifest.
+    """Summary of one shard in a manifest.
 
     Attributes:
-        url: where its bytes are.
+        url: location of its bytes.
         size: bytes.
         tag: version when it was indexed.
         samples: accepted samples.
-        classes: largest class number plus one; 0 without labels.
+        classes: largest class index plus one; 0 without labels.
         digest: hash of its samples.
         sidecar: file name of its index.
         counts: samples by status.
-        notes: counts of things that are no sample.
-        damage: empty, or why the shard is used in part only.
+        notes: counts of things that are not samples.
+        damage: empty, or why only part of the shard is used.
     """
 
     url: Text
@@ -282,12 +282,12 @@ class Shard:
 
     @property
     def about(self) -> storage.ObjectStat:
-        """The version that was indexed."""
+        """Metadata of the version that was indexed."""
         return storage.ObjectStat(self.url, self.size, self.tag)
 
     @classmethod
     def of(cls, index: ShardIndex) -> Shard:
-        """The summary of an index."""
+        """Returns the summary of an index."""
         labels = index.columns["label"][index.accepted]
         return cls(
             url=index.url,
@@ -305,7 +305,7 @@ class Shard:
 
 @dataclass(frozen=True)
 class _Document:
-    """``manifest.json``."""
+    """Content of ``manifest.json``."""
 
     fingerprint: str
     fields: Fields
@@ -330,12 +330,12 @@ class Rows:
 
 @dataclass(frozen=True)
 class Manifest:
-    """All shards of a data set, in order.
+    """Index of a data set: all its shards, in order.
 
     Attributes:
-        directory: where the sidecars are.
+        directory: directory of the sidecars.
         shards: in the order that numbers the samples.
-        fields: the rules the samples were judged by.
+        fields: the rules the samples were indexed by.
     """
 
     directory: str
@@ -352,17 +352,17 @@ class Manifest:
 
     @property
     def total(self) -> int:
-        """Accepted samples."""
+        """Number of accepted samples."""
         return sum(shard.samples for shard in self.shards)
 
     @property
     def sizes(self) -> tuple[int, ...]:
-        """Accepted samples of each shard: what :class:`pipeline.data.order.order.Order` wants."""
+        """Accepted samples of each shard, as :class:`pipeline.data.order.order.Order` takes them."""
         return tuple(shard.samples for shard in self.shards)
 
     @property
     def classes(self) -> int:
-        """Largest class number plus one; 0 without labels."""
+        """Largest class index plus one; 0 without labels."""
         return max((shard.classes for shard in self.shards), default=0)
 
     @property
@@ -372,23 +372,23 @@ class Manifest:
 
     @property
     def notes(self) -> dict[str, int]:
-        """Counts of things that are no sample."""
+        """Counts of things that are not samples."""
         names = sorted({name for shard in self.shards for name in shard.notes})
         return {name: sum(shard.notes.get(name, 0) for shard in self.shards) for name in names}
 
     @property
     def fingerprint(self) -> str:
-        """Hash over the ordered shards (name, size, samples): 128 bits in hex, the same wherever the files lie."""
+        """Hash over the ordered shards (name, size, samples): 128 bits in hex, independent of where the files are."""
         digest = hashlib.blake2b(digest_size=16)
         for shard in self.shards:
             digest.update(f"{shard.name}\0{shard.size}\0{shard.digest}\0".encode("utf-8", "surrogateescape"))
         return digest.hexdigest()
 
     def rows(self, shard: int) -> Rows:
-        """The accepted samples of a shard (the last few shards asked for are kept in memory).
+        """Returns the accepted samples of a shard; the most recently used shards are cached in memory.
 
         Raises:
-            DataError: the sidecar is missing, damaged, or not the one this manifest was made of.
+            DataError: the sidecar is missing, damaged, or not the one this manifest was built from.
         """
         rows = self._cache.get(shard)
         if rows is None:
@@ -406,11 +406,11 @@ class Manifest:
         return rows
 
     def column(self, shard: int, name: str) -> NDArray[Any]:
-        """One column of a shard's accepted samples, ``[samples]``; names as in :class:`ShardIndex`."""
+        """Returns one column of a shard's accepted samples, ``[samples]``; names as in :class:`ShardIndex`."""
         return self.rows(shard).columns[name]
 
     def ids(self) -> NDArray[np.uint64]:
-        """The numbers of all samples in storage order, ``[total]`` uint64."""
+        """Returns the numbers of all samples in storage order, ``[total]`` uint64."""
         parts = [
             (np.uint64(number) << np.uint64(32)) | np.arange(shard.samples, dtype=np.uint64)
             for number, shard in enumerate(self.shards)
@@ -418,7 +418,7 @@ class Manifest:
         return np.concatenate(parts) if parts else np.zeros(0, dtype=np.uint64)
 
     def save(self, directory: str | Path) -> None:
-        """Writes ``manifest.json``; the sidecars stay where they are."""
+        """Writes ``manifest.json``; the sidecars are not moved."""
         document = {
             "format": FORMAT,
             "fingerprint": self.fingerprint,
@@ -453,7 +453,7 @@ class Manifest:
         return manifest
 
     def diff(self, other: Manifest) -> str:
-        """What differs in ``other``, for a human; empty if the fingerprints are equal."""
+        """Describes the differences to ``other``; empty if the fingerprints are equal."""
         if self.fingerprint == other.fingerprint:
             return ""
         mine, theirs = ({shard.name: shard for shard in manifest.shards} for manifest in (self, other))

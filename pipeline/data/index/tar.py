@@ -1,8 +1,8 @@
-"""A strict walk over tar archives: every member is accounted for, and damage is never taken for the end.
+"""Strict reader of tar archives: reports every member, and never mistakes damage for the end.
 
-Reads ustar, GNU and PAX headers (long names, large sizes). Links, directories, devices and sparse members are handed on with
-their kind, so that the caller can count them. Anything wrong with the archive itself ends the walk with :class:`TarDamage`,
-after the members that stand before it.
+Reads ustar, GNU and PAX headers (long names, large sizes). Links, directories, devices and sparse members are yielded with
+their kind, so that the caller can count them. Any error in the archive itself raises :class:`TarDamage`, after the members
+before it were yielded.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ Reason = Literal["not_tar", "compressed", "empty_file", "truncated", "corrupt", 
 
 _SPLIT = re.compile(r"((?:.*/)?[^./]+)\.([^/]+)", re.DOTALL)
 _ZEROS = bytes(BLOCK)
-_HEADER_LIMIT = 1 << 20  # no sane PAX or long-name record is larger; a broken size field asks for gigabytes
+_HEADER_LIMIT = 1 << 20  # no valid PAX or long-name record is larger; a broken size field may claim gigabytes
 _COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ\x00": "xz", b"\x28\xb5\x2f\xfd": "zstd", b"PK\x03\x04": "zip"}
 _KINDS: dict[bytes, Kind] = {
     tarfile.REGTYPE: "file",
@@ -40,12 +40,12 @@ _KINDS: dict[bytes, Kind] = {
 
 
 class TarDamage(DataError):
-    """An archive that is not whole.
+    """A damaged or incomplete archive.
 
     Attributes:
         reason: ``not_tar``, ``compressed``, ``empty_file``, ``truncated``, ``corrupt`` (a header is broken) or ``trailing``
             (more data after the end marker).
-        at: byte where the walk stopped.
+        at: byte offset where reading stopped.
     """
 
     def __init__(self, what: str, *, where: str, hint: str, reason: Reason, at: int) -> None:
@@ -62,8 +62,8 @@ class Member:
     """One entry of an archive.
 
     Attributes:
-        name: full path inside the archive; bytes that are no UTF-8 are kept as surrogate escapes.
-        offset: first byte of the data, counted from the start of the archive.
+        name: full path inside the archive; bytes that are not UTF-8 are kept as surrogate escapes.
+        offset: first byte of the data, from the start of the archive.
         size: bytes of data.
         kind: ``file``, ``directory``, ``link``, ``device``, ``sparse`` or ``unknown``.
     """
@@ -75,7 +75,7 @@ class Member:
 
 
 class Notes(Counter[str]):
-    """Counts of things that are no sample, or that a sample lacks, by kind.
+    """Counts, by kind, of things that are not samples or that a sample lacks.
 
     Attributes:
         examples: the first few names of each kind.
@@ -88,7 +88,7 @@ class Notes(Counter[str]):
         self.examples: dict[str, list[str]] = {}
 
     def note(self, kind: str, name: str) -> None:
-        """Counts one of a kind."""
+        """Counts one occurrence of a kind."""
         self[kind] += 1
         named = self.examples.setdefault(kind, [])
         if len(named) < self.most_examples:
@@ -96,9 +96,9 @@ class Notes(Counter[str]):
 
 
 def split_name(name: str) -> tuple[str, str] | None:
-    """Key and lower-case extension of a member, by WebDataset's rule.
+    """Splits a member's name into key and lower-case extension, by WebDataset's rule.
 
-    The key is the directory with the base name up to its first dot, the extension all after that dot.
+    The key is the directory with the base name up to its first dot, the extension is the rest after that dot.
 
     Returns:
         ``(key, extension)``, or None for a base name without an extension or without a key (``README``, ``.hidden``).
@@ -108,13 +108,13 @@ def split_name(name: str) -> tuple[str, str] | None:
 
 
 def walk(shard: str | storage.Source) -> Iterator[Member]:
-    """All members of an archive, in order.
+    """Yields all members of an archive, in order.
 
     Args:
-        shard: a local path, or whatever :meth:`pipeline.data.storage.Storage.open` opened.
+        shard: a local path, or the result of :meth:`pipeline.data.storage.Storage.open`.
 
     Raises:
-        TarDamage: the file is no tar, is compressed, is cut, has a broken header, or goes on after its end marker.
+        TarDamage: the file is not a tar, is compressed, is truncated, has a broken header, or continues after its end marker.
         DataError: the file cannot be read.
     """
     source = _opened(shard)
@@ -162,7 +162,7 @@ def walk(shard: str | storage.Source) -> Iterator[Member]:
             kind = "sparse"
         if header.type == tarfile.GNUTYPE_SPARSE:
             data = _after_sparse_map(source, at, block)
-        # Readers must not skip the "size" of links and directories: it is not stored for them.
+        # The "size" of links and directories must not be skipped: no data is stored for them.
         stored = member_size if kind in ("file", "sparse", "unknown") else 0
         if data + stored > size:
             raise _cut(url, at, f"member {_shown(name)} reaches {data + stored - size} bytes past the end")
@@ -172,17 +172,17 @@ def walk(shard: str | storage.Source) -> Iterator[Member]:
 
 
 def samples(shard: str | storage.Source, notes: Notes) -> Iterator[tuple[str, dict[str, Member]]]:
-    """The samples of an archive: runs of neighbouring members with one key; a repeated extension begins a new run.
+    """Yields the samples of an archive: runs of consecutive members with one key; a repeated extension begins a new run.
 
     Args:
         shard: the archive, as for :func:`walk`.
-        notes: counts what is no part of a sample: links, devices…, and ``no_extension``.
+        notes: counts what is not part of a sample: links, devices…, and ``no_extension``.
 
     Yields:
         Key and members by extension.
 
     Raises:
-        TarDamage: after the last run, which may lack members then.
+        TarDamage: after the last run, which may then be incomplete.
     """
     key: str | None = None
     members: dict[str, Member] = {}
@@ -212,15 +212,15 @@ def samples(shard: str | storage.Source, notes: Notes) -> Iterator[tuple[str, di
 def runs(
     shard: str | storage.Source, notes: Notes, *, use_damaged: bool = False
 ) -> tuple[list[tuple[str, dict[str, Member]]], str]:
-    """The runs of :func:`samples` as a list, and why the archive could be used in part only (empty: it is whole).
+    """Returns the runs of :func:`samples`, and why only part of the archive could be used (empty if it is complete).
 
     Args:
         shard: see :func:`walk`.
-        notes: see :func:`samples`; ``cut_sample`` is the one before a cut, which is left out.
-        use_damaged: keep the whole samples before a cut or a broken header, rather than raise.
+        notes: see :func:`samples`; ``cut_sample`` is the one before a truncation, which is dropped.
+        use_damaged: keep the complete samples before a truncation or a broken header instead of raising.
 
     Raises:
-        TarDamage: the archive is damaged, and may not be used or cannot.
+        TarDamage: the archive is damaged, and may not or cannot be used.
     """
     found: list[tuple[str, dict[str, Member]]] = []
     walker = samples(shard, notes)
@@ -233,18 +233,18 @@ def runs(
             if not use_damaged or error.reason not in ("truncated", "corrupt", "trailing"):
                 raise
             if error.reason != "trailing" and found:
-                notes.note("cut_sample", found.pop()[0])  # its next members may be what was lost
+                notes.note("cut_sample", found.pop()[0])  # its remaining members may be lost
             return found, str(error)
 
 
 def doubts(runs: Sequence[tuple[str, set[str]]]) -> list[str]:
-    """What is wrong with runs of a key that occurs more than once.
+    """Checks the runs of a key that occurs more than once.
 
     Args:
         runs: key and extensions of each run, in order.
 
     Returns:
-        For each run ``""``, ``duplicate_key`` (one of its extensions was there before) or ``not_adjacent`` (the members of the
+        For each run ``""``, ``duplicate_key`` (one of its extensions occurred before) or ``not_adjacent`` (the members of the
         key are scattered: none of its runs is the whole sample).
     """
     seen: dict[str, set[str]] = {}
@@ -288,7 +288,7 @@ def _extra(source: storage.Source, at: int, length: int) -> bytes:
 
 
 def _pax(url: str, at: int, data: bytes) -> dict[str, str]:
-    """The ``length key=value`` records of a PAX header."""
+    """Parses the ``length key=value`` records of a PAX header."""
     records: dict[str, str] = {}
     position = 0
     while position < len(data) and data[position] != 0:
@@ -304,7 +304,7 @@ def _pax(url: str, at: int, data: bytes) -> dict[str, str]:
 
 
 def _after_sparse_map(source: storage.Source, at: int, block: bytes) -> int:
-    """Where the data of an old GNU sparse member begins: its map may go on over further blocks."""
+    """Returns where the data of an old GNU sparse member begins: its map may span further blocks."""
     position, more = at + BLOCK, block[482]
     while more:
         if position + BLOCK > source.size:
@@ -315,7 +315,7 @@ def _after_sparse_map(source: storage.Source, at: int, block: bytes) -> int:
 
 
 def _check_end(source: storage.Source, at: int) -> None:
-    """Nothing but zeros may follow the end marker, which is two blocks of zeros."""
+    """Checks that only zeros follow the end marker, which is two blocks of zeros."""
     url, size = source.url, source.size
     if at + 2 * BLOCK > size:
         raise _cut(url, at, "half of the end marker is missing")

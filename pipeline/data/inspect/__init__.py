@@ -1,1 +1,1 @@
-"""What a person asks of shards: verification, statistics, reports."""
+"""Tools for inspecting shards: verification, statistics, reports."""

@@ -1,4 +1,4 @@
-"""What an index found wrong, and where: counts by reason, the first few samples of each, and every shard that was refused."""
+"""Reports the problems that indexing found: counts by reason, examples, and every rejected shard."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from pipeline.data.index.manifest import STATUSES, Shard, load_sidecar
 from pipeline.errors import DataError, FoveaError
 from pipeline.untrusted import printable, shown
 
-# What a person can do about each reason.
+# Explains each reason and how to fix it.
 MEANING = {
     "missing_image": "no member with an extension of a picture",
     "missing_caption": "a caption is required and there is none",
@@ -45,14 +45,14 @@ MEANING = {
 
 @dataclass(frozen=True)
 class Finding:
-    """One reason.
+    """One kind of problem.
 
     Attributes:
         reason: a status of the index, or a note.
-        count: how often.
-        refused: whether each is a sample that is not used; else it is something beside the samples, or part of a used one.
+        count: number of occurrences.
+        refused: whether each is a sample that is not used; otherwise it is beside the samples, or part of a used one.
         examples: the first few, as (shard, key or member).
-        shards: how often in each shard where it occurs, by url.
+        shards: number of occurrences by shard URL.
     """
 
     reason: str
@@ -63,19 +63,19 @@ class Finding:
 
     @property
     def meaning(self) -> str:
-        """What it means and what can be done, in words."""
+        """What it means and how to fix it."""
         return MEANING.get(self.reason, "")
 
 
 @dataclass(frozen=True)
 class IndexReport:
-    """What an index says of a data set.
+    """Report on an index.
 
     Attributes:
-        shards: shards looked at.
+        shards: number of shards.
         samples: samples in them, used or not.
         accepted: samples that can be used.
-        findings: reasons, those that refuse samples first, then by count.
+        findings: problems, those that reject samples first, then by count.
         refused: (shard, what is wrong, hint) of each shard that cannot be read.
         damaged: (shard, what is wrong) of those used in part.
     """
@@ -88,7 +88,7 @@ class IndexReport:
     damaged: tuple[tuple[str, str], ...]
 
     def document(self) -> dict[str, Any]:
-        """The report for JSON; keys that are no UTF-8 have their odd bytes replaced."""
+        """Returns the report for JSON; invalid UTF-8 in keys is replaced."""
         document = {
             "shards": self.shards,
             "samples": self.samples,
@@ -100,10 +100,10 @@ class IndexReport:
         return json.loads(_printable(json.dumps(document, ensure_ascii=False)))
 
     def text(self, *, most_shards: int | None = None) -> str:
-        """The report for a person.
+        """Returns the report as text.
 
         Args:
-            most_shards: refused or damaged shards to name; all by default.
+            most_shards: maximum number of rejected or damaged shards to name; all by default.
         """
         lines = [f"{self.accepted:,} of {self.samples:,} samples in {self.shards:,} shards can be used"]
         for refused, title in ((True, "samples left out"), (False, "noted beside the samples")):
@@ -130,7 +130,7 @@ class IndexReport:
         """Writes the report as JSON, and beside it as text (``report.json`` and ``report.txt``).
 
         Raises:
-            DataError: the place cannot be written.
+            DataError: the file cannot be written.
         """
         try:
             storage.write_whole(path, (json.dumps(self.document(), indent=1, ensure_ascii=False) + "\n").encode())
@@ -142,12 +142,12 @@ class IndexReport:
 def index_report(
     directory: str | Path, shards: Sequence[Shard], problems: Sequence[FoveaError] = (), few: int = 5
 ) -> IndexReport:
-    """Collects what the sidecars of an index say; those of shards without a fault are not opened.
+    """Collects the problems recorded in the sidecars of an index; sidecars of shards without problems are not opened.
 
     Args:
-        directory: where the sidecars are.
+        directory: directory of the sidecars.
         shards: the summaries of the shards that could be read.
-        problems: what was wrong with the others.
+        problems: the errors of the other shards.
         few: examples for each reason.
 
     Raises:

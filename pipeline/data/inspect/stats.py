@@ -1,4 +1,4 @@
-"""What is in a data set, counted from its index: no picture is read again."""
+"""Computes statistics of a data set from its index, without reading images."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ from pipeline.errors import FoveaError
 from pipeline.untrusted import printable, shown
 
 PERCENTILES = (0, 1, 5, 25, 50, 75, 95, 99, 100)
-SMALL_SHARD, LARGE_SHARD = 100_000_000, 1_000_000_000  # bytes; 200 to 500 MB are advised
+SMALL_SHARD, LARGE_SHARD = 100_000_000, 1_000_000_000  # bytes; 200 to 500 MB are recommended
 _TOP = 10
 
 
 @dataclass(frozen=True)
 class Spread:
-    """How a number is distributed.
+    """Distribution of a value.
 
     Attributes:
         unit: of the values.
-        mean: of all.
+        mean: mean of all values.
         percentiles: value at each of :data:`PERCENTILES`.
     """
 
@@ -39,13 +39,13 @@ class Spread:
 
 @dataclass(frozen=True)
 class Duplicates:
-    """Pictures that occur more than once, byte for byte (by checksum, size and sides).
+    """Images that occur more than once, byte for byte (by checksum, size and sides).
 
     Attributes:
-        pictures: how many different ones do.
-        superfluous: samples that would be gone if each was kept once.
-        labels_differ: how many of the pictures have several class numbers.
-        examples: the first few, each as (shard, key) of all the places where it is, at most four of them.
+        pictures: number of distinct images with duplicates.
+        superfluous: samples that deduplication would remove.
+        labels_differ: how many of these images have several class indices.
+        examples: the first few images, each as (shard, key) of at most four of its occurrences.
     """
 
     pictures: int
@@ -56,28 +56,28 @@ class Duplicates:
 
 @dataclass(frozen=True)
 class Statistics:
-    """What is in a data set; only samples that can be used are counted, but for ``left_out``.
+    """Statistics of a data set; only usable samples are counted, except in ``left_out``.
 
     Attributes:
         shards: number of shards.
         samples: number of samples.
-        image_bytes: of the encoded pictures together.
-        shard_bytes: of the shards together.
+        image_bytes: total size of the encoded images.
+        shard_bytes: total size of the shards.
         fingerprint: of the data set.
         left_out: samples that cannot be used, by status.
-        formats: pictures by format.
-        spreads: of width, height, aspect (width by height), megapixels and encoded size of the pictures, of the captions' length
-            in bytes (those with a text of their own) and of the shards' size and samples.
-        captions: samples by where their caption stands: text, json, none.
-        noted: counts of labels and captions that are not as they should be, and of members that are no sample's.
-        labelled: samples with a class number.
-        classes: largest class number plus one.
-        empty_classes: class numbers below it without a sample.
-        largest: (class number, samples) of the largest classes.
+        formats: images by format.
+        spreads: distributions of width, height, aspect ratio (width/height), megapixels and encoded size of the images, of the
+            captions' length in bytes (those in a text member) and of the shards' size and samples.
+        captions: samples by where their caption is stored: text, json, none.
+        noted: counts of irregular labels and captions, and of members that belong to no sample.
+        labelled: samples with a class index.
+        classes: largest class index plus one.
+        empty_classes: class indices below it without a sample.
+        largest: (class index, samples) of the largest classes.
         smallest: likewise of the smallest that have samples.
-        duplicates: pictures that occur more than once.
-        order: what a global batch makes of it: lanes, steps and samples of an epoch, possible numbers of ranks.
-        advice: sentences on what could be better.
+        duplicates: images that occur more than once.
+        order: the resulting order: lanes, steps and samples per epoch, possible world sizes.
+        advice: recommendations.
     """
 
     shards: int
@@ -100,7 +100,7 @@ class Statistics:
     advice: tuple[str, ...]
 
     def document(self) -> dict[str, Any]:
-        """All of it for JSON; percentiles by their number."""
+        """Returns the statistics for JSON, with percentiles by number."""
         spreads = {
             name: {"unit": spread.unit, "mean": spread.mean, **dict(zip(map(str, PERCENTILES), spread.percentiles, strict=True))}
             for name, spread in self.spreads.items()
@@ -108,7 +108,7 @@ class Statistics:
         return {**asdict(self), "spreads": spreads}
 
     def text(self) -> str:
-        """All of it for a person."""
+        """Returns the statistics as text."""
         lines = [
             f"{self.samples:,} samples in {self.shards:,} shards",
             f"bytes        {_bytes(self.shard_bytes)} of shards, {_bytes(self.image_bytes)} of pictures",
@@ -151,13 +151,13 @@ class Statistics:
 
 
 def statistics(manifest: Manifest, *, global_batch: int = 1024) -> Statistics:
-    """Counts what an index holds.
+    """Computes the statistics of an index.
 
-    Memory: about 40 bytes a sample.
+    Memory: about 40 bytes per sample.
 
     Args:
         manifest: the index.
-        global_batch: to give advice on order and ranks for.
+        global_batch: for recommendations on order and world size.
 
     Raises:
         DataError: a sidecar is missing or damaged.

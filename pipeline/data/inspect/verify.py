@@ -1,8 +1,8 @@
-"""A full decode of every accepted sample, in processes: what the headers promised, the pixels must keep.
+"""Verifies a data set by decoding every accepted sample, in worker processes.
 
-A picture that brings the decoder down takes one process with it and no more: the samples that were being decoded then are tried
-again one by one, so the guilty one is found. What was checked is written down as it goes, in ``verify.jsonl`` in
-the folder of the index, so a stopped verification goes on where it was; a finished one leaves no such file.
+An image that crashes the decoder ends one process only: the samples being decoded are tried again one by one to find the one at
+fault. Progress is recorded in ``verify.jsonl`` in the index directory, so that an interrupted verification continues where it
+stopped; a completed one removes the file.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ from pipeline.errors import DataError
 from pipeline.runtime.locks import lock
 from pipeline.runtime.process_pool import process_pool
 
-CHUNK = 128  # samples of one task: what is lost by a stop, and what is tried again after a crash
+CHUNK = 128  # samples per task: what an interruption loses, and what is tried again after a crash
 _BATCH, _BATCH_PIXELS = 32, 1 << 26  # decoded at once; 64 megapixels are 200 MB
 
-# What each reason means.
+# Explains each reason.
 REASONS = {
     "corrupt": "the bytes are not those that were indexed (checksum)",
     "truncated": "the end of the picture is missing",
@@ -42,19 +42,19 @@ REASONS = {
 
 
 class Decodes(Protocol):
-    """What turns bytes into pixels: :class:`pipeline.data.augment.decode.Decoder`."""
+    """Interface of decoders such as :class:`pipeline.data.augment.decode.Decoder`."""
 
     def decode(self, encoded: list[bytes]) -> list[Any]:
-        """One array ``[height, width, 3]`` each, None for what cannot be decoded."""
+        """Returns one array ``[height, width, 3]`` each, None where decoding failed."""
 
 
 @dataclass(frozen=True)
 class Failure:
-    """A sample that cannot be used though the index accepts it.
+    """A sample that cannot be used although the index accepts it.
 
     Attributes:
         shard: number of the shard in the manifest.
-        row: among its accepted samples.
+        row: row among its accepted samples.
         reason: one of :data:`REASONS`.
     """
 
@@ -65,12 +65,12 @@ class Failure:
 
 @dataclass(frozen=True)
 class Verdict:
-    """What became of a verification.
+    """Result of a verification.
 
     Attributes:
         checked: samples decoded or tried.
         failures: by shard and row.
-        resumed: samples of them that an earlier, stopped verification had checked.
+        resumed: number of them that an earlier, interrupted verification had checked.
     """
 
     checked: int
@@ -79,7 +79,7 @@ class Verdict:
 
     @property
     def reasons(self) -> dict[str, int]:
-        """How many failed for each reason, the commonest first."""
+        """Returns the number of failures by reason, the most frequent first."""
         return dict(Counter(failure.reason for failure in self.failures).most_common())
 
 
@@ -97,11 +97,11 @@ class _Worker:
 
 
 _Setup = tuple[str, Callable[[], Decodes], storage.Storage]
-_here: list[_Worker] = []  # the one of this process
+_here: list[_Worker] = []  # the worker of this process
 
 
 def cpu_decoder() -> Decodes:
-    """The decoder of training, on one thread of the CPU."""
+    """Returns the decoder used in training, with one CPU thread."""
     from pipeline.data.augment.decode import Decoder
 
     return Decoder()
@@ -118,11 +118,11 @@ def verify(
     """Reads and decodes every accepted sample, and compares checksum and size with the index.
 
     Args:
-        manifest: a saved one: processes read it from its directory.
+        manifest: a saved manifest: processes read it from its directory.
         workers: processes; None: as many as there are processors and tasks for them.
-        decoder: makes each process its decoder; a function of a module.
-        progress: called with (samples done, samples in all, a line after the last sample of a shard).
-        store: how to reach the shards.
+        decoder: creates the decoder in each process; a function of a module.
+        progress: called with (samples done, total samples, a line after the last sample of a shard).
+        store: access to the shards.
 
     Raises:
         DataError: another verification of this index is running, or the index cannot be read.
@@ -156,16 +156,17 @@ def verify(
 
 
 def exclude(manifest: Manifest, failures: tuple[Failure, ...]) -> Manifest:
-    """Marks samples in their sidecars as ``undecodable``, so that no training sees them, and writes the manifest anew.
+    """Marks samples in their sidecars as ``undecodable``, so that training skips them, and writes the manifest again.
 
-    The fingerprint changes: to a run, these are other data. A shard that is written again is indexed again, without the marks.
+    The fingerprint changes, so a run treats this as different data. A shard that is rewritten is indexed again, without the
+    marks.
 
     Args:
         manifest: the index.
         failures: see :func:`verify`.
 
     Raises:
-        DataError: a sidecar is not that of the manifest.
+        DataError: a sidecar does not belong to the manifest.
     """
     shards = list(manifest.shards)
     folder = Path(manifest.directory)
@@ -187,13 +188,13 @@ def exclude(manifest: Manifest, failures: tuple[Failure, ...]) -> Manifest:
 
 
 def _run(pending: deque[_Task], workers: int, setup: _Setup) -> Iterator[tuple[_Task, tuple[Failure, ...]]]:
-    """Each task with its failures, in the order in which they are done."""
+    """Yields each task with its failures, in the order of completion."""
     while pending:
         flying: dict[Future[tuple[Failure, ...]], _Task] = {}
         with _pool(workers, setup) as pool:
             try:
                 while pending or flying:
-                    # No more at a time than are in work or next: after a crash, each of them is a suspect.
+                    # Limits the queue: after a crash, every submitted task is a suspect.
                     while pending and len(flying) < 2 * workers:
                         flying[pool.submit(_check, pending[0])] = pending[0]
                         pending.popleft()
@@ -207,7 +208,7 @@ def _run(pending: deque[_Task], workers: int, setup: _Setup) -> Iterator[tuple[_
 
 
 def _carefully(task: _Task, setup: _Setup) -> tuple[Failure, ...]:
-    """A task sample by sample, each crash in a process of its own."""
+    """Runs a task sample by sample, so that a crash affects one sample's process only."""
     failures: list[Failure] = []
     row = task.first
     while row < task.last:
@@ -238,7 +239,7 @@ def _pool(workers: int, setup: _Setup) -> ProcessPoolExecutor:
 def _begin(directory: str, decoder: Callable[[], Decodes], store: storage.Storage) -> None:
     _here[:] = [_Worker(Reader(Manifest.load(directory), wants=("image",), store=store), decoder())]
     with open(os.devnull, "wb") as nowhere:
-        os.dup2(nowhere.fileno(), 2)  # the decoder's own words on each bad picture: the verdict says it better
+        os.dup2(nowhere.fileno(), 2)  # suppresses the decoder's own messages; the result reports the reason
 
 
 def _check(task: _Task) -> tuple[Failure, ...]:
@@ -271,12 +272,12 @@ def _check(task: _Task) -> tuple[Failure, ...]:
     return tuple(failures)
 
 
-# ---- going on where it stopped ------------------------------------------------------------------------------------------
+# ---- resuming -----------------------------------------------------------------------------------------------------------
 
 
 @dataclass
 class _Notebook:
-    """What has been checked, a line for each task; held by one process at a time."""
+    """Record of completed tasks, one line each; held by one process at a time."""
 
     path: Path
     fingerprint: str
@@ -296,7 +297,7 @@ class _Notebook:
             raise DataError("another verification is running", where=str(self.path), hint="Wait for it, or stop it.") from None
         self._file.seek(0)
         text = self._file.read()
-        whole = text[: text.rfind("\n") + 1]  # the last line may be half a line
+        whole = text[: text.rfind("\n") + 1]  # the last line may be incomplete
         lines = whole.splitlines()
         header = json.dumps({"fingerprint": self.fingerprint, "chunk": CHUNK})
         if not lines or lines[0] != header:

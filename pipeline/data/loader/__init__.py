@@ -1,1 +1,1 @@
-"""The loader: reads samples, in worker processes, and streams batches."""
+"""Data loading: reads samples in worker processes and streams batches to the device."""

@@ -1,6 +1,6 @@
-"""What could not be used, written down: one JSON line for each bad sample, counters by reason, and a budget.
+"""Records bad samples: one JSON line each, counters by reason, and a maximum fraction.
 
-Silent rot is worse than a stop, so a run that loses too large a share of its samples ends with a message.
+A run that loses too large a fraction of its samples stops with an error instead of silently training on less data.
 """
 
 from __future__ import annotations
@@ -17,15 +17,15 @@ from pipeline.errors import TrainingError
 
 @dataclass(frozen=True)
 class Event:
-    """A sample that was replaced.
+    """A sample that was substituted.
 
     Attributes:
-        step: global step that wanted it.
+        step: global step of the sample.
         id: its number, ``shard << 32 | row``.
         key: its name.
         shard: the shard's file name.
         reason: what was wrong, one word.
-        substitute: number of the sample shown in its place, -1 for a blank image.
+        substitute: number of the sample used instead, -1 for a blank image.
     """
 
     step: int
@@ -41,8 +41,8 @@ class BadSamples:
 
     Args:
         path: JSON-lines file, appended to; ``None`` keeps the events in memory only.
-        budget: largest share of bad samples in the window.
-        window: samples over which the share is taken.
+        budget: maximum fraction of bad samples in the window.
+        window: samples over which the fraction is measured.
     """
 
     def __init__(self, path: Path | None, *, budget: float = 0.01, window: int = 10_000) -> None:
@@ -51,18 +51,18 @@ class BadSamples:
         self.reasons: Counter[str] = Counter()
         self.counts: Counter[str] = Counter()
         self.quarantine: dict[int, str] = {}
-        self._steps: deque[tuple[int, int]] = deque()  # samples and bad ones of each step in the window, and their sums
+        self._steps: deque[tuple[int, int]] = deque()  # samples and bad samples of each step in the window, and their sums
         self._recent = self._lost = 0
         if path is not None:
             path.parent.mkdir(parents=True, exist_ok=True)
 
     def saw(self, samples: int, bad: Sequence[Event] = (), counts: Mapping[str, int] | None = None) -> None:
-        """Count one step: its samples, good and substituted alike, and what became of the bad ones.
+        """Counts one step: its samples, including substituted ones, and its bad samples.
 
         Args:
-            samples: how many samples it had.
-            bad: those that were replaced.
-            counts: other things worth counting, such as samples of a data set and empty captions.
+            samples: number of samples.
+            bad: those that were substituted.
+            counts: further counters, such as samples of a data set and empty captions.
 
         Raises:
             TrainingError: more than ``budget`` of the last ``window`` samples were bad.
@@ -87,7 +87,7 @@ class BadSamples:
             )
 
     def _slide(self, samples: int, bad: int) -> None:
-        """Move the window on: the fewest last steps that hold ``window`` samples."""
+        """Advances the window: the smallest number of last steps that hold ``window`` samples."""
         self._steps.append((samples, bad))
         self._recent, self._lost = self._recent + samples, self._lost + bad
         while self._recent - self._steps[0][0] >= self._window:
@@ -95,7 +95,7 @@ class BadSamples:
             self._recent, self._lost = self._recent - old, self._lost - lost
 
     def state(self) -> dict[str, Any]:
-        """Counters and quarantine, for the checkpoint."""
+        """Returns counters and quarantine, for the checkpoint."""
         return {
             "seen": self.seen,
             "reasons": dict(self.reasons),
@@ -104,7 +104,7 @@ class BadSamples:
         }
 
     def load(self, state: dict[str, Any]) -> None:
-        """Take counters and quarantine from a checkpoint."""
+        """Restores counters and quarantine from a checkpoint."""
         self.seen = int(state["seen"])
         self.reasons = Counter(state["reasons"])
         self.counts = Counter(state.get("counts", {}))

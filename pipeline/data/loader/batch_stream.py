@@ -1,7 +1,8 @@
-"""From step numbers to batches on the device: decode, replace what is bad, augment, hand over; always some steps ahead.
+"""Streams batches to the device: decodes, substitutes bad samples, augments; prepares several steps in advance.
 
-Everything random was decided by number (``order``, ``plan``, ``masks``), so the only state is the number of the next step, and
-the trainer owns that: what was produced but not taken leaves no trace, nor does it count as a bad sample.
+All random choices are functions of sample and step numbers (``order``, ``plan``, ``masks``), so the only state is the number of
+the next step, which the trainer owns. Batches that were prepared but not consumed have no effect, and their bad samples are not
+counted.
 """
 
 from __future__ import annotations
@@ -34,14 +35,14 @@ _BLANK = 64
 
 @dataclass(frozen=True)
 class StreamOptions:
-    """How the stream runs; nothing here changes what it yields.
+    """Options of the stream that do not change what it yields.
 
     Attributes:
-        micro_batch: samples of one forward pass on this rank; divides the rank's share of the global batch.
+        micro_batch: samples of one forward pass on this rank; divides the rank's part of the global batch.
         workers: reader processes, 0 for none.
         threads: decode and augmentation threads.
-        prefetch: steps prepared ahead.
-        hue: how hue is turned (this one does change pixels).
+        prefetch: steps prepared in advance.
+        hue: color space of the hue shift (the exception: it does change pixels).
     """
 
     micro_batch: int
@@ -53,7 +54,7 @@ class StreamOptions:
 
 @dataclass(frozen=True)
 class _Ready:
-    """A step that waits to be taken: its micro-batches, its samples, and what had to be replaced."""
+    """A prepared step: its micro-batches, its samples, and its substitutions."""
 
     step: int
     batches: list[Batch]
@@ -67,13 +68,13 @@ class BatchStream:
     """Iterates over ``(step, micro-batches)`` from a given step on.
 
     Args:
-        dataset: what a step holds.
-        device: where batches go; decoding and augmenting run there too.
+        dataset: maps steps to samples.
+        device: where batches go; decoding and augmentation run there too.
         options: how to run.
-        bad_samples: where bad samples are recorded.
+        bad_samples: records bad samples.
         first: the first step to yield.
         last: one past the last step, ``None`` for no end.
-        prefetcher: fills the node's cache ahead of the readers; begun and ended with the stream.
+        prefetcher: fills the node's cache ahead of the readers; started and stopped with the stream.
     """
 
     def __init__(
@@ -106,11 +107,11 @@ class BatchStream:
         self.usage: Counter[str] = Counter()
 
     def __iter__(self) -> Iterator[tuple[int, list[Batch]]]:
-        """Yield steps in order, once.
+        """Yields steps in order, once.
 
         Raises:
             TrainingError: too many samples could not be used.
-            DataError: a shard is gone or was changed. It, and any other error of the producing thread, is raised here.
+            DataError: a shard is missing or was changed. This and any other error of the producing thread is raised here.
         """
         if self._prefetcher is not None:
             self._prefetcher.start(self._first)
@@ -133,7 +134,7 @@ class BatchStream:
             self.close()
 
     def close(self) -> None:
-        """Stop preparing batches."""
+        """Stops preparing batches."""
         self._stop.set()
         while not self._queue.empty():
             self._queue.get_nowait()
@@ -158,7 +159,7 @@ class BatchStream:
                     return
                 self._put(self._ready(portion))
             self._put(None)
-        except BaseException as error:  # the consumer raises it
+        except BaseException as error:  # raised in the consumer
             self._put(error)
 
     def _ready(self, portion: RankBatch) -> _Ready:
@@ -178,7 +179,7 @@ class BatchStream:
         return _Ready(portion.step, batches, len(records), bad, portion.usage, counts)
 
     def _decode(self, records: list[Record]) -> list[Any]:
-        """Pictures of the size the index says, which the plan was made for; ``None`` for everything else."""
+        """Decodes images; ``None`` for those that fail or differ in size from the index, for which the plan was made."""
         known = self._bad_samples.quarantine
         images = self._decoder.decode([b"" if r.image is None or r.id in known else r.image for r in records])
         return [
@@ -187,7 +188,7 @@ class BatchStream:
         ]
 
     def _substitute(self, portion: RankBatch, row: int) -> tuple[Any, Record, Event]:
-        """Another sample of the same shard in the same place, so that the stream does not shift."""
+        """Uses another sample of the same shard at the same position, so that the stream does not shift."""
         bad, epoch = portion.records[row], int(portion.epochs[row])
         data = self._dataset
         reason = bad.status if bad.status != "ok" else self._bad_samples.quarantine.get(bad.id, "undecodable")
@@ -229,7 +230,7 @@ class BatchStream:
         if portion.tokens is None:
             return None
         tokens, text = portion.tokens[rows], self._dataset.text
-        if text is not None and text.trim:  # here, where lengths are known without asking the device
+        if text is not None and text.trim:  # done here, where lengths are known without a device synchronization
             tokens = np.ascontiguousarray(trimmed(tokens))
         return torch.from_numpy(tokens).to(self._device, non_blocking=True)
 

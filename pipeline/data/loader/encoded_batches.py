@@ -1,7 +1,7 @@
-"""Steps in, encoded samples with their plans out: the stateless half of the loader, in worker processes.
+"""Stateless part of the loader, run in worker processes: maps steps to encoded samples with their augmentation plans.
 
-A torch ``DataLoader`` runs over step *numbers*. What a step holds is a pure function of its number, so a worker has nothing to
-save, a dead one is replaced, and resuming means starting the count elsewhere.
+A torch ``DataLoader`` iterates over step *numbers*. The content of a step is a pure function of its number, so a worker has no
+state to save, a dead worker can be replaced, and resuming means starting at another number.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ _log = logging.getLogger(__name__)
 
 
 class Ordering(Protocol):
-    """Which samples a step holds, as a pure function of its number."""
+    """Maps step numbers to samples, as a pure function."""
 
     @property
     def global_batch(self) -> int:
@@ -46,22 +46,22 @@ class Ordering(Protocol):
         ...
 
     def rank_batch(self, step: int, world: int, rank: int) -> GlobalBatch:
-        """One rank's share of a global batch."""
+        """Returns one rank's part of a global batch."""
         ...
 
 
 @dataclass(frozen=True)
 class RankBatch:
-    """One rank's share of a step, not yet decoded.
+    """One rank's part of a step, not yet decoded.
 
     Attributes:
         step: the step's number.
         records: the samples as stored, good and bad.
         epochs: int64 ``[n]``, the epoch each sample belongs to.
-        plan: one :class:`ViewPlan` a view; rows of bad samples are made again once their substitute is known.
+        plan: one :class:`ViewPlan` per view; rows of bad samples are drawn again once their substitute is known.
         masks: for each masked view name bool ``[count, n, patches]``.
-        usage: what reading it took of storage, see :meth:`pipeline.data.storage.Storage.usage`.
-        tokens: int64 ``[n, context]``, if text is wanted.
+        usage: storage counters of reading it, see :meth:`pipeline.data.storage.Storage.usage`.
+        tokens: int64 ``[n, context]``, if text is requested.
         counts: samples of each data set, as ``seen/<name>``.
     """
 
@@ -79,15 +79,15 @@ class StepDataset(Dataset[RankBatch]):
     """Map-style data set from step number to :class:`RankBatch`; picklable, stateless.
 
     Args:
-        reader: where the bytes come from.
-        order: which samples a step holds.
-        specs: the views to plan, where ``sets`` names none.
+        reader: reads the bytes of samples.
+        order: maps steps to samples.
+        specs: the views to plan, unless ``sets`` is given.
         seed: the run's seed.
         world: number of ranks.
         rank: this rank.
-        text: what to make of captions, if the method reads them.
-        sources: the data sets, for counting; none counts nothing.
-        sets: views of several sizes, of which each step takes one set; none means ``specs`` at every step.
+        text: how to tokenize captions, if the method reads them.
+        sources: the data sets, for counting; empty counts nothing.
+        sets: views of several sizes, of which each step uses one set; empty means ``specs`` at every step.
     """
 
     def __init__(
@@ -109,14 +109,14 @@ class StepDataset(Dataset[RankBatch]):
         self.text, self._names = text, [source.name for source in sources]
         self._ends = np.cumsum([source.shards for source in sources])
         if text is not None:
-            tokenizer(text)  # refuses here what it would refuse in a worker
+            tokenizer(text)  # fails here rather than in a worker
 
     def specs_at(self, step: int) -> tuple[ViewSpec, ...]:
-        """The views of a step, the same on every rank."""
+        """Returns the views of a step, the same on every rank."""
         return self.sets[set_of_step(self.sets, step, seed=self.seed)].views
 
     def __getitem__(self, step: int) -> RankBatch:
-        """Read and plan one step."""
+        """Reads and plans one step."""
         specs = self.specs_at(step)
         batch = self.order.rank_batch(step, self.world, self.rank)
         epochs = batch.epochs.tolist()
@@ -135,7 +135,7 @@ class StepDataset(Dataset[RankBatch]):
         return RankBatch(step, records, batch.epochs, plan, masks, usage, tokens, self._counts(batch.ids))
 
     def told(self, record: Record, epoch: int) -> Record:
-        """The sample with the caption that an epoch shows."""
+        """Returns the sample with the caption chosen for an epoch."""
         if len(record.captions) < 2:
             return record
         return replace(record, caption=choose(record.captions, record.id, epoch, self.seed))
@@ -148,7 +148,7 @@ class StepDataset(Dataset[RankBatch]):
     def _masks(self, spec: ViewSpec, mask: MaskSpec, stream: int, ids: NDArray[np.uint64], step: int) -> NDArray[np.bool_]:
         side = spec.size // mask.patch
         total = self.order.global_batch
-        # Dealt over the whole global batch, so that another number of ranks deals the same.
+        # Assigned over the whole global batch, so that the result does not depend on the number of ranks.
         counts = mask_counts(spec.count * total, side * side, mask, self.seed, stream, step).reshape(total, spec.count)
         share = total // self.world
         mine = counts[self.rank * share : (self.rank + 1) * share]
@@ -156,7 +156,7 @@ class StepDataset(Dataset[RankBatch]):
 
 
 class _Told(Dataset[RankBatch | FoveaError]):
-    """Hands our errors over as values: raised in a worker, the loader would bury their sentence in its traceback."""
+    """Returns this project's errors as values: raised in a worker, the loader would wrap them in a traceback."""
 
     def __init__(self, dataset: StepDataset) -> None:
         self._dataset = dataset
@@ -169,7 +169,7 @@ class _Told(Dataset[RankBatch | FoveaError]):
 
 
 def _quiet_worker(environment: dict[str, str], _: int) -> None:
-    """Signals are the trainer's business; a worker ends with its parent, even one killed with -9."""
+    """Ignores signals, which the trainer handles; a worker ends with its parent, even after SIGKILL."""
     adopt(environment)
     for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2"):
         signal.signal(getattr(signal, name), signal.SIG_IGN)
@@ -177,19 +177,19 @@ def _quiet_worker(environment: dict[str, str], _: int) -> None:
 
 
 def portions(dataset: StepDataset, *, first: int, last: int | None, workers: int, prefetch: int) -> Iterator[RankBatch]:
-    """Portions of steps ``first``, ``first + 1``, … in order.
+    """Yields the rank's batches of steps ``first``, ``first + 1``, … in order.
 
     Args:
-        dataset: what to read.
+        dataset: the data set.
         first: the first step.
         last: one past the last step, or ``None`` for no end.
-        workers: reader processes; 0 reads in the calling thread. When one dies (out of memory, by hand) all are started
-            again at the step that is due.
-        prefetch: steps each worker reads ahead.
+        workers: reader processes; 0 reads in the calling thread. When one dies (out of memory, killed) all are restarted at the
+            next step due.
+        prefetch: steps each worker reads in advance.
 
     Raises:
-        DataError: a shard is gone or was changed.
-        RuntimeError: workers die again and again at the same step.
+        DataError: a shard is missing or was changed.
+        RuntimeError: workers die repeatedly at the same step.
     """
     step, deaths = first, 0
     while last is None or step < last:
@@ -217,7 +217,7 @@ def _read(dataset: StepDataset, steps: Any, workers: int, prefetch: int) -> Iter
         multiprocessing_context="forkserver",
         worker_init_fn=partial(_quiet_worker, dict(os.environ)),
         collate_fn=_as_is,
-        generator=torch.Generator(),  # the loader draws a seed; it must not be from the training's random numbers
+        generator=torch.Generator(),  # the loader draws a seed, which must not advance the training's random numbers
     )
     try:
         for portion in loader:
@@ -225,7 +225,7 @@ def _read(dataset: StepDataset, steps: Any, workers: int, prefetch: int) -> Iter
                 raise portion
             yield portion
     except Exception as error:
-        # The frames it came through hold the loader, whose processes would live, deaf to SIGTERM, as long as the error does.
+        # The traceback's frames reference the loader, whose processes ignore SIGTERM and would live as long as the error.
         raise error.with_traceback(None) from None
 
 

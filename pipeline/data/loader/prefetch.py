@@ -1,4 +1,4 @@
-"""Shards before they are needed: a thread that follows the order and fills the node's cache ahead of the readers."""
+"""Prefetches shards: a thread follows the sample order and fills the node's cache ahead of the readers."""
 
 from __future__ import annotations
 
@@ -16,27 +16,27 @@ _RETRY = 5.0  # seconds
 
 
 class Route(Protocol):
-    """The part of an order that a prefetcher asks."""
+    """The part of a sample order that a prefetcher uses."""
 
     lanes: int
 
     def shards(self, first: int, last: int, lanes: range) -> list[int]:
-        """Numbers of the shards that some lanes read in steps ``first`` to ``last``, in order of first use."""
+        """Returns the numbers of the shards that some lanes read in steps ``[first, last)``, in order of first use."""
         ...
 
 
 class Prefetcher:
-    """Keeps the cache filled with the shards of the next steps.
+    """Keeps the shards of the next steps in the cache.
 
     Args:
         manifest: the shards.
         route: the order of the run.
-        storage: how to reach them; its cache is filled.
+        storage: access to the shards; its cache is filled.
         world: number of ranks.
-        rank: this rank; it fetches for its own lanes, and what ranks of a node share is downloaded once.
+        rank: this rank; it fetches for its own lanes, and shards shared by ranks of a node are downloaded once.
         last: one past the last step of the run.
         horizon: steps to look ahead.
-        share: part of the cache that this rank may fill.
+        share: fraction of the cache that this rank may fill.
     """
 
     def __init__(
@@ -62,21 +62,21 @@ class Prefetcher:
 
     @staticmethod
     def useful(manifest: Manifest, storage: Storage) -> bool:
-        """Whether there is anything to fetch ahead."""
+        """Whether there is anything to prefetch."""
         return storage.settings.access == "cache" and any(is_remote(shard.url) for shard in manifest.shards)
 
     def start(self, step: int) -> None:
-        """Begin at a step."""
+        """Starts at a step."""
         self._step = step
         self._thread.start()
 
     def advance(self, step: int) -> None:
-        """The readers are at this step now."""
+        """Reports the current step of the readers."""
         self._step = step
         self._changed.set()
 
     def close(self) -> None:
-        """Stop; a download that is under way ends with the process, or first."""
+        """Stops; a download in progress completes, or ends with the process."""
         self._stop.set()
         self._changed.set()
         if self._thread.is_alive():
@@ -86,7 +86,7 @@ class Prefetcher:
             cache.close()
 
     def wanted(self, step: int) -> list[ObjectStat]:
-        """The shards of the steps ahead in order of use, as many as the cache may hold for this rank."""
+        """Returns the shards of the next steps in order of use, as many as the cache may hold for this rank."""
         last = step + self._horizon if self._last is None else min(step + self._horizon, self._last)
         cache = self._storage.cache
         room = int(cache.limit * self._share) if cache is not None else 0
@@ -106,12 +106,12 @@ class Prefetcher:
             step = self._step
             try:
                 self._fetch(step)
-            except DataError as error:  # the reader that needs the shard will wait, or say it
+            except DataError as error:  # the reader that needs the shard will wait, or report the error
                 _log.warning("prefetching: %s", error)
                 self._stop.wait(_RETRY)
                 continue
             begun = time.monotonic()
-            # Looking again after each step would cost more than it brings: an eighth of the way is soon enough.
+            # Checking after each step would cost more than it gains: an eighth of the horizon is often enough.
             while not self._stop.is_set() and self._step < step + max(self._horizon // 8, 1):
                 self._changed.wait(timeout=1.0)
                 self._changed.clear()
@@ -128,4 +128,4 @@ class Prefetcher:
             if self._stop.is_set():
                 return
             if not cache.has(about) and not self._storage.fetch(about):
-                return  # no room: what was fetched has to be read first
+                return  # no room: prefetched shards must be read first

@@ -1,4 +1,4 @@
-"""From sample numbers to bytes: one read for each sample, checked against the index."""
+"""Reads samples by number: one read per sample, validated against the index."""
 
 from __future__ import annotations
 
@@ -18,27 +18,27 @@ from pipeline.data.order.random import uniforms
 from pipeline.errors import DataError
 
 Want = Literal["image", "caption", "label", "segmentation"]
-_SUBSTITUTE = 0x50B5  # names the draw
+_SUBSTITUTE = 0x50B5  # identifies the random draw
 _MEMBERS: tuple[Want, ...] = ("image", "caption", "segmentation")
 
 
 @dataclass(frozen=True)
 class Record:
-    """One sample as it stands in its shard.
+    """One sample as stored in its shard.
 
     Attributes:
         id: ``shard << 32 | row``.
         key: its own name.
         shard_name: base name of the shard.
-        image: encoded bytes; None if not wanted or not readable.
-        width: pixels after EXIF orientation, by the index.
+        image: encoded bytes; None if not requested or not readable.
+        width: pixels after EXIF orientation, from the index.
         height: likewise.
-        caption: text, the first of ``captions``; None if not wanted or not there.
-        label: class number, -1 if not wanted or not there.
-        segmentation: bytes of the PNG class map; None if not wanted or not there.
+        caption: text, the first of ``captions``; None if not requested or absent.
+        label: class index, -1 if not requested or absent.
+        segmentation: bytes of the PNG segmentation map; None if not requested or absent.
         status: ``ok``; ``unreadable`` (the shard ends too early or cannot be read), ``corrupt`` (checksum) or ``truncated``
             (no end marker): then ``image`` is None.
-        captions: all its captions that are not empty.
+        captions: all its non-empty captions.
     """
 
     id: int
@@ -58,10 +58,10 @@ class Reader:
     """Fetches samples by number. Holds no open file, so it can be sent to other processes.
 
     Args:
-        manifest: which samples there are.
+        manifest: index of the samples.
         wants: the parts to read.
-        checksum: compare the image's crc32 with the index (about 10 µs for 64 KB).
-        store: how to reach the shards.
+        checksum: compare the image's CRC-32 with the index (about 10 µs for 64 KB).
+        store: access to the shards.
     """
 
     def __init__(
@@ -84,19 +84,19 @@ class Reader:
             )
 
     def fetch(self, ids: NDArray[np.uint64]) -> list[Record]:
-        """The records of some samples, in the order asked for.
+        """Returns the records of some samples, in the given order.
 
-        Faults of one sample's bytes are told by its status.
+        Errors in one sample's bytes are reported in its status.
 
         Raises:
-            DataError: a whole shard is gone or has another size than when it was indexed; or there is no such sample.
+            DataError: a whole shard is missing or has another size than when it was indexed; or there is no such sample.
         """
         return [self._one(int(number)) for number in np.asarray(ids, dtype=np.uint64).tolist()]
 
     def substitute(self, number: int, epoch: int, seed: int, attempt: int) -> int:
-        """Another sample of the same shard, to stand in for one that cannot be used.
+        """Returns another sample of the same shard, to substitute one that cannot be used.
 
-        The same arguments always name the same sample. A shard with a single sample has no other.
+        A pure function of its arguments. A shard with a single sample has no other.
         """
         shard, row = number >> 32, number & 0xFFFFFFFF
         others = self.manifest.shards[shard].samples - 1
@@ -162,7 +162,7 @@ class Reader:
 
     def _check(self, about: storage.ObjectStat) -> None:
         if storage.is_remote(about.url):
-            return  # every read names the version it wants
+            return  # every read names the version it needs
         now = self.store.stat(about.url).size
         if now != about.size:
             raise DataError(

@@ -1,9 +1,9 @@
-"""Captions: which one an epoch shows, and its tokens.
+"""Chooses the caption of an epoch and tokenizes it.
 
-Tokens are those of open_clip's own tokenizer, byte-pair encoding with the vocabulary that its package holds, so nothing is
-fetched. Only that one module of the package is loaded, which takes a tenth of the package's time, and only in the process
-that first tokenises. On the way in, what a web caption must not be able to do is prevented: forge the start or end mark, break
-the encoder with half a surrogate pair, hold it up with a word of a million letters, or fill the memory with rare words.
+Uses open_clip's own tokenizer, byte-pair encoding with the vocabulary in its package, so nothing is downloaded. Only that one
+module of the package is imported, which takes a tenth of the package's import time, and only in the process that first tokenizes.
+Untrusted captions are sanitized: they cannot forge the start or end token, break the encoder with a lone surrogate, delay it
+with a word of a million letters, or fill the memory with rare words.
 """
 
 from __future__ import annotations
@@ -24,15 +24,15 @@ from pipeline.data.augment.views import TextSpec
 from pipeline.data.order.random import uniforms
 from pipeline.errors import ConfigError
 
-_CAPTION = 0xCA97  # names the draw
-_LETTERS = 256  # of one word; byte-pair encoding takes the square of it
-_TEXT = 128  # letters a token of context; more of a caption is never looked at
-_WORDS = 100_000  # words remembered with their tokens
-_MULTIPLE = 8  # of the lengths of trimmed rows: few shapes to compile, and products whose sizes suit a GPU
+_CAPTION = 0xCA97  # identifies the random draw
+_LETTERS = 256  # maximum letters of one word; byte-pair encoding takes quadratic time
+_TEXT = 128  # maximum letters per token of context; the rest of a caption is ignored
+_WORDS = 100_000  # maximum number of words cached with their tokens
+_MULTIPLE = 8  # trimmed lengths are multiples of this: fewer shapes to compile, and sizes that suit a GPU
 
 
 def choose(captions: Sequence[str], number: int, epoch: int, seed: int) -> str:
-    """The caption of a sample that an epoch shows: a function of (seed, epoch, sample) alone.
+    """Returns the caption of a sample used in an epoch: a function of (seed, epoch, sample) alone.
 
     Args:
         captions: those of the sample; empty ones are never chosen.
@@ -41,7 +41,7 @@ def choose(captions: Sequence[str], number: int, epoch: int, seed: int) -> str:
         seed: the run's seed.
 
     Returns:
-        The text, or an empty one if there is none.
+        The caption, or an empty string if there is none.
     """
     filled = [caption for caption in captions if caption.strip()]
     if len(filled) < 2:
@@ -51,13 +51,13 @@ def choose(captions: Sequence[str], number: int, epoch: int, seed: int) -> str:
 
 
 class Tokenizer:
-    """Texts to tokens; sends itself to other processes as its description.
+    """Converts texts to tokens; pickled as its specification only.
 
     Args:
-        spec: which tokenizer, and how many tokens.
+        spec: tokenizer and context length.
 
     Raises:
-        ConfigError: open_clip is not installed, has no such architecture, or that one's tokenizer must be fetched.
+        ConfigError: open_clip is not installed, has no such architecture, or that architecture's tokenizer would be downloaded.
     """
 
     def __init__(self, spec: TextSpec) -> None:
@@ -71,7 +71,7 @@ class Tokenizer:
         return {**self.__dict__, "_made": None}
 
     def __call__(self, texts: Sequence[str]) -> NDArray[np.int64]:
-        """The tokens of some texts, ``[n, context]`` int64: start mark, text, end mark, zeros."""
+        """Tokenizes texts to ``[n, context]`` int64: start token, text, end token, zeros."""
         if self._made is None:
             self._made = _module().SimpleTokenizer(**self._options)
             self._marks = frozenset(self._made.all_special_ids)
@@ -87,15 +87,15 @@ class Tokenizer:
 
 @cache
 def tokenizer(spec: TextSpec) -> Tokenizer:
-    """The tokenizer of this process for a description; see :class:`Tokenizer`."""
+    """Returns this process's tokenizer for a specification; see :class:`Tokenizer`."""
     return Tokenizer(spec)
 
 
 def trimmed(tokens: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Tokens ``[n, length]`` without the columns that are padding in all rows, ``length`` rounded up to a multiple of 8.
+    """Returns tokens ``[n, length]`` without the columns that are padding in all rows, ``length`` rounded up to a multiple of 8.
 
     Args:
-        tokens: ``[n, context]``, each row ending in an end mark and then zeros.
+        tokens: ``[n, context]``, each row ending in an end token and then zeros.
     """
     filled = np.flatnonzero(tokens.any(axis=0))
     longest = int(filled[-1]) + 1 if len(filled) else 1
@@ -108,7 +108,7 @@ def _tame(text: str, context: int) -> str:
 
 
 def _package() -> Path:
-    spec = importlib.util.find_spec("open_clip")  # finds the package without importing it
+    spec = importlib.util.find_spec("open_clip")  # locates the package without importing it
     if spec is None or not spec.submodule_search_locations:
         raise ConfigError("reading captions needs open_clip", where="TextSpec", hint="Install it: pip install open_clip_torch.")
     return Path(next(iter(spec.submodule_search_locations)))
@@ -125,7 +125,7 @@ def _module() -> ModuleType:
 
 
 def _options(architecture: str) -> dict[str, Any]:
-    """What open_clip would make an architecture's tokenizer with."""
+    """Returns the options with which open_clip would create an architecture's tokenizer."""
     folder = _package() / "model_configs"
     file = folder / f"{architecture.replace('/', '-')}.json"
     try:

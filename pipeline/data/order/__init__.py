@@ -1,1 +1,1 @@
-"""Which sample comes when: a pure function of the step."""
+"""Deterministic sample order: a pure function of the step."""

@@ -1,13 +1,12 @@
-"""Several data sets in one stream, in fixed proportions: which sample comes when is still a function of the step alone.
+"""Mixes several data sets in fixed proportions; the order of samples is a pure function of the step.
 
-Each data set is a run of neighbouring shards of one manifest and has an order of its own, so its
-epochs are its own: the epoch of a sample counts the passes over *its* set, and in one pass each sample comes once (but for a
-remainder smaller than the number of lanes).
+Each data set is a run of consecutive shards of one manifest and has its own order and epochs: the epoch of a sample counts the
+passes over *its* data set, and in one pass each sample occurs once (except for a remainder smaller than the number of lanes).
 
-A lane deals its places to the sets like a fair queue: set ``d`` with share ``w`` is due for the ``j``-th time when
-``w * t + phase >= j``. What is due is taken in the order of ``t``, in whole numbers, so after any number of places a set had
-its share to within a sample or two, however small the share is and however long the run. The phases of the lanes are spread
-evenly, so that a rare set comes evenly in the global batches too. Periods of 1024 places are then shuffled.
+A lane assigns its slots to the data sets like a fair queue: data set ``d`` with fraction ``w`` is due for the ``j``-th time when
+``w * t + phase >= j``. Slots are assigned in the order of ``t``, in integers, so after any number of slots a data set has had its
+fraction to within a sample or two, however small the fraction and however long the run. The phases of the lanes are spread
+evenly, so that a rare data set is spread evenly over the global batches too. Periods of 1024 slots are then shuffled.
 """
 
 from __future__ import annotations
@@ -27,20 +26,20 @@ from pipeline.data.order.order import GlobalBatch, Order, in_order, lru_get, num
 from pipeline.data.order.random import mix, permutation
 from pipeline.errors import ConfigError, DataError
 
-_SET, _PERIOD = 0x5E7, 0x9E210D  # name the draws
+_SET, _PERIOD = 0x5E7, 0x9E210D  # identify the random draws
 PERIOD = 1024
 
 
 @dataclass(frozen=True)
 class Source:
-    """One data set of a mixture: a run of neighbouring shards.
+    """One data set of a mixture: a run of consecutive shards.
 
     Attributes:
-        name: what a person calls it.
-        first: number of its first shard.
-        shards: how many it has.
-        weight: its share of the samples, relative to the others'; None: proportional to ``repeat`` times its size.
-        repeat: how often each of its samples comes while a set with repeat 1 is seen once.
+        name: name of the data set.
+        first: index of its first shard.
+        shards: number of its shards.
+        weight: its fraction of the samples, relative to the others'; None: proportional to ``repeat`` times its size.
+        repeat: how often each of its samples occurs during one epoch of a data set with repeat 1.
     """
 
     name: str
@@ -53,20 +52,20 @@ class Source:
 class Mixture:
     """An endless, seekable stream of global batches over several data sets; the interface of ``Order``.
 
-    An epoch of the mixture, in which lengths and schedules are told, is: with repeats, as many samples as it takes for every
-    set to be seen ``repeat`` times; with weights, as many samples as all sets have together.
+    An epoch of the mixture, the unit of durations and schedules, is: with repeats, as many samples as it takes for every data
+    set to be seen ``repeat`` times; with weights, as many samples as all data sets have together.
 
     Args:
         counts: accepted samples of each shard, over all data sets.
         sources: the data sets, in the order of their shards, without gaps. Either all have a weight or none has.
-        seed: another seed, another order.
-        global_batch: samples a step, over all ranks.
+        seed: seed of the order.
+        global_batch: samples per step, over all ranks.
         lanes: as for ``Order``.
-        block: samples of one set that are shuffled together inside a lane.
+        block: samples of one data set that are shuffled together inside a lane.
 
     Raises:
-        ConfigError: sizes that do not divide, weights that make no sense.
-        DataError: a data set with fewer samples than lanes; it is named.
+        ConfigError: sizes that do not divide, or invalid weights.
+        DataError: a data set with fewer samples than lanes; the message names it.
     """
 
     def __init__(
@@ -112,7 +111,7 @@ class Mixture:
 
     @property
     def total(self) -> int:
-        """Samples to choose from, over all data sets."""
+        """Number of samples over all data sets."""
         return self._total
 
     @property
@@ -122,44 +121,44 @@ class Mixture:
 
     @property
     def steps_per_epoch(self) -> int:
-        """Whole steps in one epoch of the mixture."""
+        """Complete steps in one epoch of the mixture."""
         return self._span // self._each
 
     @property
     def shares(self) -> tuple[float, ...]:
-        """The part of all samples that each data set gives; they add up to 1."""
+        """Fraction of the samples from each data set; they sum to 1."""
         return tuple(weight / self._sum for weight in self._weights)
 
     def epoch_of(self, step: int) -> int:
-        """The mixture's epoch of the first sample of a step; a sample's own epoch is in the batch."""
+        """Returns the mixture's epoch of the first sample of a step; a sample's own epoch is in the batch."""
         return step * self._each // self._span
 
     def check_world(self, world: int) -> None:
-        """Refuses a number of ranks that does not divide the lanes.
+        """Rejects a world size that does not divide the number of lanes.
 
         Raises:
-            ConfigError: with the numbers that do.
+            ConfigError: the message lists the valid ones.
         """
         rank_slice(self.lanes, world, 0)
 
     def batch(self, step: int) -> GlobalBatch:
-        """The whole global batch of a step, lane by lane: ``[global_batch]``."""
+        """Returns the global batch of a step, lane by lane: ``[global_batch]``."""
         return self._of_lanes(step, range(self.lanes))
 
     def rank_batch(self, step: int, world: int, rank: int) -> GlobalBatch:
-        """One rank's contiguous part of :meth:`batch`: ``[global_batch / world]``.
+        """Returns one rank's contiguous part of :meth:`batch`: ``[global_batch / world]``.
 
         Raises:
-            ConfigError: an illegal number of ranks, or no such rank.
+            ConfigError: an invalid world size, or no such rank.
         """
         return self._of_lanes(step, rank_slice(self.lanes, world, rank))
 
     def steps_of(self, number: int, first: int, last: int) -> list[int]:
-        """The steps from ``first`` to before ``last`` that hold a sample, found without drawing any of them.
+        """Returns the steps in ``[first, last)`` that contain a sample, without drawing any of them.
 
         Args:
             number: the sample, ``shard << 32 | row``.
-            first: the first step looked at.
+            first: the first step.
             last: one past the last.
 
         Raises:
@@ -175,9 +174,9 @@ class Mixture:
         return sorted(slot // self._each for slot in slots if first * self._each <= slot < last * self._each)
 
     def shards(self, first: int, last: int, lanes: range | None = None) -> list[int]:
-        """The shards that steps ``first`` to before ``last`` read, about in the order of first use.
+        """Returns the shards that steps in ``[first, last)`` read, approximately in the order of first use.
 
-        As for ``Order``: never is one missing, but one may be listed that only neighbouring steps read.
+        As for ``Order``: none is missing, but some may be listed that only adjacent steps read.
         """
         lanes = range(self.lanes) if lanes is None else lanes
 
@@ -210,14 +209,14 @@ class Mixture:
             rows = np.flatnonzero(counts)
             if not len(rows):
                 continue
-            starts = positions[rows, mine[rows].argmax(axis=1)]  # a set's positions in a lane follow each other
+            starts = positions[rows, mine[rows].argmax(axis=1)]  # the positions of a data set in a lane are consecutive
             part = order.lane_samples([lanes[row] for row in rows], starts.tolist(), counts[rows].tolist())
             ids[mine] = part.ids + (np.uint64(self.sources[which].first) << np.uint64(32))
             epochs[mine] = part.epochs
         return GlobalBatch(ids.reshape(-1), epochs.reshape(-1))
 
     def _table(self, lane: int, period: int) -> tuple[NDArray[np.uint16], NDArray[np.int64]]:
-        """For each place of a period: the data set, and the position in this lane of that set's stream."""
+        """Returns for each slot of a period the data set, and the position in this lane of that data set's stream."""
 
         def draw(key: tuple[int, int]) -> tuple[NDArray[np.uint16], NDArray[np.int64]]:
             before, after = self._taken(lane, period * PERIOD), self._taken(lane, (period + 1) * PERIOD)
@@ -232,14 +231,14 @@ class Mixture:
         return lru_get(self._tables, (lane, period), 2 * self.lanes + 2, draw)
 
     def _taken(self, lane: int, slots: int) -> list[int]:
-        """How many of the first ``slots`` places of a lane each data set has; they add up to ``slots``."""
+        """Returns how many of the first ``slots`` slots of a lane each data set has; they sum to ``slots``."""
         unit, phase = 2 * self.lanes * self._sum, (2 * lane + 1) * self._sum
 
         def due(t: int) -> list[int]:
             return [(2 * self.lanes * weight * t + phase) // unit for weight in self._weights]
 
         low, high = max(0, slots - len(self._weights) - 1), slots + len(self._weights) + 1
-        while high - low > 1:  # the last t at which no more than the wanted number is due
+        while high - low > 1:  # the last t at which at most the requested number is due
             middle = (low + high) // 2
             low, high = (middle, high) if sum(due(middle)) <= slots else (low, middle)
         taken = due(low)
@@ -250,13 +249,13 @@ class Mixture:
         return taken
 
     def _bounds(self, which: int, first: int, last: int) -> tuple[int, int]:
-        """Positions of a set's streams that places ``[first, last)`` can hold, whatever the lane and the shuffling."""
+        """Bounds of the positions of a data set's streams in slots ``[first, last)``, for any lane and shuffle."""
         weight, slack = self._weights[which], len(self._weights) + 1
         first, last = first // PERIOD * PERIOD, -(-last // PERIOD) * PERIOD
         return max(0, weight * (first - slack) // self._sum - 1), -(-weight * (last + slack) // self._sum) + 1
 
     def _slot(self, which: int, lane: int, position: int) -> int:
-        """The place in a lane at which a set's stream reaches a position."""
+        """Returns the slot of a lane at which a data set's stream reaches a position."""
         near = position * self._sum // self._weights[which]
         period = max(0, (near - len(self._weights) - 1 - self._sum // self._weights[which]) // PERIOD)
         while self._taken(lane, (period + 1) * PERIOD)[which] <= position:
@@ -266,7 +265,7 @@ class Mixture:
 
 
 def _check(sources: tuple[Source, ...], shards: int) -> None:
-    """Refuses sources that do not cover the shards, share a name, or mix weights with repeats."""
+    """Rejects sources that do not cover the shards, share a name, or mix weights with repeats."""
     where = "data.sources"
     if not sources:
         raise ConfigError("no data set is given", where=where, hint="Name at least one.")

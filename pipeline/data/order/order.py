@@ -1,12 +1,12 @@
-"""Which sample comes when: a pure function of the step number.
+"""Global sample order: a pure function of the step number.
 
-A fixed number of *lanes* share the data set; every global batch takes the same number of samples from each lane. A rank owns
-a run of neighbouring lanes, so the number of ranks decides who reads a sample, never when it comes. Nothing here has state:
-resuming is asking for another step.
+A fixed number of *lanes* (setting ``data.canonical_streams``) partition the data set; every global batch takes the same number of
+samples from each lane. A rank owns consecutive lanes, so the world size determines which rank reads a sample, never when it
+occurs. Nothing here has state: resuming means asking for another step.
 
-One epoch: the shards are shuffled and laid end to end, the start is shifted by a random amount, and the whole is cut into
-lanes of equal length. Inside a lane blocks of samples are shuffled. What does not divide by the lanes (fewer samples than
-lanes) is left out, others in each epoch because of the shift.
+One epoch: the shards are shuffled and concatenated, the start is shifted by a random amount, and the result is split into lanes
+of equal length. Inside a lane, blocks of samples are shuffled. The remainder (fewer samples than lanes) is dropped; because of
+the shift it differs between epochs.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from pipeline.data.order.random import mix, permutation
 from pipeline.errors import ConfigError, DataError
 
-_SHARDS, _SHIFT, _BLOCK = 0x5AAD, 0x5817, 0xB10C  # name the draws
+_SHARDS, _SHIFT, _BLOCK = 0x5AAD, 0x5817, 0xB10C  # identify the random draws
 _DEFAULT_LANES = 256
 _Key = TypeVar("_Key")
 _Value = TypeVar("_Value")
@@ -47,10 +47,10 @@ class Order:
 
     Args:
         counts: accepted samples of each shard.
-        seed: another seed, another order.
-        global_batch: samples a step, over all ranks.
-        lanes: shares of the data set; must divide the global batch, and the world size must divide it. None: the greatest
-            common divisor of the global batch and 256.
+        seed: seed of the order.
+        global_batch: samples per step, over all ranks.
+        lanes: number of lanes; must divide the global batch, and be a multiple of the world size. None: the greatest common
+            divisor of the global batch and 256.
         block: samples that are shuffled together inside a lane.
 
     Raises:
@@ -79,7 +79,7 @@ class Order:
 
     @property
     def total(self) -> int:
-        """Samples to choose from."""
+        """Number of samples."""
         return self._total
 
     @property
@@ -89,40 +89,40 @@ class Order:
 
     @property
     def steps_per_epoch(self) -> int:
-        """Whole steps in one epoch; epochs follow each other without a gap, so a step may straddle two."""
+        """Complete steps in one epoch; epochs follow each other without a gap, so a step may span two."""
         return self._span // self._each
 
     def epoch_of(self, step: int) -> int:
-        """The epoch of the first sample of a step."""
+        """Returns the epoch of the first sample of a step."""
         return step * self._each // self._span
 
     def check_world(self, world: int) -> None:
-        """Refuses a number of ranks that does not divide the lanes.
+        """Rejects a world size that does not divide the number of lanes.
 
         Raises:
-            ConfigError: with the numbers that do.
+            ConfigError: the message lists the valid ones.
         """
         rank_slice(self.lanes, world, 0)
 
     def batch(self, step: int) -> GlobalBatch:
-        """The whole global batch of a step, lane by lane: ``[global_batch]``."""
+        """Returns the global batch of a step, lane by lane: ``[global_batch]``."""
         return self._of_lanes(step, 0, self.lanes)
 
     def rank_batch(self, step: int, world: int, rank: int) -> GlobalBatch:
-        """One rank's contiguous part of :meth:`batch`: ``[global_batch / world]``.
+        """Returns one rank's contiguous part of :meth:`batch`: ``[global_batch / world]``.
 
         Raises:
-            ConfigError: an illegal number of ranks, or no such rank.
+            ConfigError: an invalid world size, or no such rank.
         """
         share = rank_slice(self.lanes, world, rank)
         return self._of_lanes(step, share.start, share.stop)
 
     def steps_of(self, number: int, first: int, last: int) -> list[int]:
-        """The steps from ``first`` to before ``last`` that hold a sample; found by inverting each epoch, not by drawing it.
+        """Returns the steps in ``[first, last)`` that contain a sample, by inverting the permutation of each epoch.
 
         Args:
             number: the sample, ``shard << 32 | row``.
-            first: the first step looked at.
+            first: the first step.
             last: one past the last.
 
         Raises:
@@ -132,21 +132,21 @@ class Order:
         return sorted(steps)
 
     def shards(self, first: int, last: int, lanes: range | None = None) -> list[int]:
-        """The shards that steps ``first`` to before ``last`` read, in the order of first use.
+        """Returns the shards that steps in ``[first, last)`` read, in the order of first use.
 
-        Told from the blocks that the steps touch, without drawing a sample: so a shard may be listed that only other steps
-        of the same block read, but never is one missing.
+        Derived from the blocks that the steps touch, without drawing samples. Shards may be listed that only other steps of the
+        same block read, but none is missing.
 
         Args:
             first: the first step.
             last: one past the last.
-            lanes: those of interest, such as a rank's or a node's; None: all.
+            lanes: restrict to these lanes, such as a rank's or a node's; None: all.
         """
         lanes = range(self.lanes) if lanes is None else lanes
         return in_order(self.uses(first * self._each, last * self._each, lanes))
 
     def lane_samples(self, lanes: Sequence[int], starts: Sequence[int], counts: Sequence[int]) -> GlobalBatch:
-        """Some runs of samples of lanes' endless streams, one after the other.
+        """Returns runs of consecutive samples of the lanes' endless streams, concatenated.
 
         Args:
             lanes: the lane of each run.
@@ -172,7 +172,7 @@ class Order:
         return GlobalBatch(ids, epochs)
 
     def positions_of(self, number: int, first: int, last: int) -> list[tuple[int, int]]:
-        """Where a sample stands in the lanes' endless streams: pairs of position and lane, positions in ``[first, last)``.
+        """Returns the (position, lane) pairs of a sample in the lanes' endless streams, for positions in ``[first, last)``.
 
         Raises:
             DataError: there is no such sample.
@@ -195,9 +195,9 @@ class Order:
         return found
 
     def uses(self, first: int, last: int, lanes: range) -> Iterator[tuple[int, int]]:
-        """Shards with the position at which their block begins, for positions ``[first, last)`` of some lanes.
+        """Yields shards with the position at which their block begins, for positions ``[first, last)`` of some lanes.
 
-        Pairs of position (not below ``first``) and shard, by position; a shard comes once for each block and lane.
+        Pairs of position (not below ``first``) and shard, by position; a shard occurs once for each block and lane.
         """
         while first < last:
             epoch, position = divmod(first, self._span)
@@ -228,7 +228,7 @@ class Order:
         return GlobalBatch(ids.reshape(-1), np.tile(epochs, last - first))
 
     def _places(self, epoch: int, lane: int, position: int, take: int) -> NDArray[np.int64]:
-        """Places in the lane of its samples ``position`` to ``position + take``, before the shift."""
+        """Returns the slots in the lane of its samples ``position`` to ``position + take``, before the shift."""
         parts = []
         while take > 0:
             number, index = divmod(position, self.block)
@@ -259,7 +259,7 @@ class Order:
 
 
 def num_streams(global_batch: int, lanes: int | None, block: int) -> int:
-    """The number of lanes: the one asked for, or the greatest common divisor of the global batch and 256.
+    """Returns the number of lanes: as requested, or the greatest common divisor of the global batch and 256.
 
     Raises:
         ConfigError: it does not divide the global batch, or a size is not positive.
@@ -281,10 +281,10 @@ def num_streams(global_batch: int, lanes: int | None, block: int) -> int:
 
 
 def rank_slice(lanes: int, world: int, rank: int) -> range:
-    """The lanes of a rank.
+    """Returns the lanes of a rank.
 
     Raises:
-        ConfigError: an illegal number of ranks, or no such rank.
+        ConfigError: an invalid world size, or no such rank.
     """
     if world < 1 or lanes % world:
         raise ConfigError(
@@ -299,18 +299,18 @@ def rank_slice(lanes: int, world: int, rank: int) -> range:
 
 
 def divisors(n: int) -> list[int]:
-    """All divisors of a positive integer, ascending."""
+    """Returns all divisors of a positive integer, ascending."""
     small = [d for d in range(1, math.isqrt(n) + 1) if n % d == 0]
     return sorted({*small, *(n // d for d in small)})
 
 
 def in_order(uses: Iterable[tuple[float, int]]) -> list[int]:
-    """The shards of (time, shard) pairs that are sorted by time, each once."""
+    """Returns the shards of (time, shard) pairs sorted by time, each once."""
     return list(dict.fromkeys(shard for _, shard in uses))
 
 
 def lru_get(cache: OrderedDict[_Key, _Value], key: _Key, limit: int, make: Callable[[_Key], _Value]) -> _Value:
-    """What ``make`` gives for a key; the last ``limit`` answers are kept."""
+    """Returns ``make(key)`` from a cache of the last ``limit`` results."""
     if key in cache:
         cache.move_to_end(key)
         return cache[key]

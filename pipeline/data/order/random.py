@@ -1,7 +1,7 @@
-"""Counter-based random numbers: the same key always gives the same numbers, whoever asks, in whatever order.
+"""Counter-based random numbers: the same key always gives the same numbers, in any process and order.
 
-Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011), vectorised over samples. Nothing here
-has state, so nothing has to be saved to resume, and neither batch size nor world size can change a draw.
+Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011), vectorized over samples. There is no state,
+so nothing has to be saved to resume, and neither batch size nor world size can change a draw.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ def philox(counter: NDArray[np.uint32], key: tuple[int, int]) -> NDArray[np.uint
     """Ten rounds of Philox4x32.
 
     Args:
-        counter: ``[n, 4]`` uint32, one block a row.
+        counter: ``[n, 4]`` uint32, one block per row.
         key: two 32-bit words.
 
     Returns:
@@ -40,7 +40,7 @@ def philox(counter: NDArray[np.uint32], key: tuple[int, int]) -> NDArray[np.uint
 
 
 def mix(*words: int) -> tuple[int, int]:
-    """Two 32-bit key words out of any number of non-negative integers (splitmix64 over them)."""
+    """Hashes any number of non-negative integers to two 32-bit key words (splitmix64)."""
     state = 0
     for word in words:
         state = (state ^ (int(word) & 0xFFFFFFFFFFFFFFFF)) & 0xFFFFFFFFFFFFFFFF
@@ -52,13 +52,13 @@ def mix(*words: int) -> tuple[int, int]:
 
 
 def uniforms(ids: NDArray[np.uint64], count: int, *key: int, epochs: NDArray[np.int64] | int = 0) -> NDArray[np.float64]:
-    """Uniform numbers in [0, 1) that depend on nothing but a sample's id and the key.
+    """Draws uniform numbers in [0, 1) that depend only on a sample's id and the key.
 
     Args:
         ids: ``[n]`` uint64 sample ids.
-        count: numbers wanted for each sample.
-        key: integers that name the draw, such as ``(seed, stream)``.
-        epochs: the epoch of each sample, ``[n]`` or one for all; a batch may hold the end of one and the start of the next.
+        count: numbers per sample.
+        key: integers that identify the draw, such as ``(seed, stream)``.
+        epochs: the epoch of each sample, ``[n]`` or one for all; a batch may span two epochs.
 
     Returns:
         ``[n, count]`` float64 with 32 random bits each.
@@ -75,7 +75,7 @@ def uniforms(ids: NDArray[np.uint64], count: int, *key: int, epochs: NDArray[np.
 
 
 def permutation(n: int, *key: int) -> NDArray[np.int64]:
-    """A permutation of ``range(n)`` that depends on nothing but the key; stable across numpy versions."""
+    """Returns a permutation of ``range(n)`` that depends only on the key; stable across numpy versions."""
     blocks = -(-n // 2)
     counter = np.zeros((blocks, 4), dtype=np.uint32)
     index = np.arange(blocks, dtype=np.uint64)

@@ -1,1 +1,1 @@
-"""Packing: folders, tables and tars of images to shards."""
+"""Packs directories, tables and tars of images into shards."""

@@ -1,4 +1,4 @@
-"""The account of a packing: everything that was seen is packed or left out with a reason, and listed beside the shards."""
+"""Accounts for everything a packing has seen: packed, or left out with a reason, and listed beside the shards."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from pipeline.data.pack.samples import Source
 from pipeline.errors import DataError
 from pipeline.untrusted import printable
 
-WITH_IMAGE = "with_image"  # the reason of a caption or another member whose image is left out
-_NOTE = "+"  # begins the lines of the journal that are no reasons
+WITH_IMAGE = "with_image"  # the reason for a caption or another member whose image is left out
+_NOTE = "+"  # prefix of the journal's lines that are notes, not reasons
 Names = tuple[tuple[str, str], ...]
-# What a person can do about reasons and notes that do not speak for themselves; those of images are the index's.
+# Explains reasons and notes that are not obvious, and how to fix them; those of images are in the index.
 REASONS = {
     "outside_link": "links that leave the source: --follow-links packs what they lead to",
     "broken_link": "links that lead to nothing",
@@ -57,12 +57,12 @@ NOTES = {
 
 @dataclass(frozen=True)
 class Account:
-    """What became of everything a source holds: ``seen = packed + companions + left_out``, always.
+    """Totals over everything in a source: ``seen = packed + companions + left_out``, always.
 
     Attributes:
         unit: what is counted: ``files``, ``rows`` or ``members``.
-        seen: all of them.
-        packed: samples written, each for its image.
+        seen: total number.
+        packed: samples written, each counted as its image.
         companions: files or members written with them: captions, labels, JSON.
         left_out: counts by reason.
         noted: counts by note of samples that are packed with something replaced or missing.
@@ -81,23 +81,23 @@ class Account:
         return self.seen == self.packed + self.companions + sum(self.left_out.values())
 
     def text(self) -> str:
-        """The equation in one line."""
+        """Returns the equation in one line."""
         beside = f" + {self.companions:,} packed with them" if self.companions else ""
         total = sum(self.left_out.values())
         return f"{self.seen:,} {self.unit} seen = {self.packed:,} packed{beside} + {total:,} left out"
 
 
 def settle(source: Source, packed: int, skipped: Sequence[tuple[str, str]], notes: Sequence[tuple[str, str]]) -> Account:
-    """The account of a packing that came to its end.
+    """Returns the account of a completed packing.
 
     Args:
         source: what was packed.
         packed: samples written.
-        skipped: (name, reason) of all that was left out.
+        skipped: (name, reason) of everything left out.
         notes: (name, note) of what is packed with something replaced or missing.
 
     Raises:
-        DataError: it does not balance.
+        DataError: the numbers do not add up.
     """
     left_out = dict(sorted(Counter(reason for _, reason in skipped).items()))
     companions = sum(len(source.companions(position)) for position in range(len(source)))
@@ -116,17 +116,17 @@ def settle(source: Source, packed: int, skipped: Sequence[tuple[str, str]], note
 
 
 def write_lists(source: Source, out: Path, prefix: str, journal: IO[bytes], complete: bool) -> tuple[Names, Names]:
-    """Writes the lists beside the shards: what was left out, and what was packed otherwise than it stood.
+    """Writes lists beside the shards: what was left out, and what was packed with changes.
 
     Args:
         source: what was packed.
-        out: folder of the shards.
+        out: directory of the shards.
         prefix: of their names.
         journal: lines of :func:`left_out_line` and :func:`note_line`.
-        complete: the lists are there already.
+        complete: the lists exist already.
 
     Returns:
-        (name, reason) of all that was left out and (name, note), both by name.
+        (name, reason) of everything left out and (name, note), both by name.
     """
     paths = out / f"{prefix}.skipped.txt", out / f"{prefix}.notes.txt"
     if complete:
@@ -157,17 +157,17 @@ def write_lists(source: Source, out: Path, prefix: str, journal: IO[bytes], comp
 
 
 def _pairs(data: bytes) -> list[tuple[str, str]]:
-    """(name, reason) of each line."""
+    """Parses (name, reason) of each line."""
     lines = data.decode("utf-8", "replace").split("\n")
     split = [line.split("\t", 1) for line in lines if line]
     return sorted((parts[-1], parts[0]) for parts in split)
 
 
 def left_out_line(reason: str, name: str) -> bytes:
-    """A line of the journal for what is left out."""
+    """Returns a line of the journal for something left out."""
     return f"{reason}\t{printable(name)}\n".encode()
 
 
 def note_line(note: str, name: str) -> bytes:
-    """A line of the journal for a sample that is packed with something replaced or missing."""
+    """Returns a line of the journal for a sample that is packed with something replaced or missing."""
     return left_out_line(_NOTE + note, name)

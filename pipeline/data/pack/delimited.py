@@ -1,7 +1,7 @@
-"""Reads CSV and TSV strictly: every row has the fields of the header, and a quote that does not close is no row's end.
+"""Reads CSV and TSV strictly: every row must have the header's number of fields, and every quote must be closed.
 
-CSV is read with quotes (RFC 4180). Columns between tabs or bars (``|``) are mostly written without: quotes are taken for quoting
-only where every field that begins with one ends with one, and else for letters.
+CSV is read with quotes (RFC 4180). Tables separated by tabs or bars (``|``) are mostly written without: there, quotes count as
+quoting only if every field that begins with one also ends with one, and as plain characters otherwise.
 """
 
 from __future__ import annotations
@@ -17,29 +17,29 @@ from pipeline.errors import DataError
 from pipeline.untrusted import printable
 
 TAB = "\t"
-DELIMITERS = ",;\t|"  # the one that makes a column ``path`` of the header is taken
+DELIMITERS = ",;\t|"  # the one that yields a column ``path`` in the header is used
 MAX_FIELD = 16 << 20  # characters
-_NAMED = 5  # lines that a message names
+_NAMED = 5  # maximum number of lines named in a message
 _CLOSE = re.compile(r'[^"]*(?:""[^"]*)*"(?!")')  # up to the quote that ends a field
 
 Records = Iterator[tuple[int, list[str]]]
 
 
 def read_delimited(file: Any, where: str, *, tabs_first: bool) -> tuple[list[str], Records]:
-    """The header and the rows of a table.
+    """Reads the header and the rows of a table.
 
     Args:
         file: seekable text, opened with ``newline=""``.
         where: the file, for messages.
-        tabs_first: the columns of a ``.tsv``; else commas are tried first. Whatever is first, the delimiter is the one that makes
-            a column ``path`` of the header.
+        tabs_first: try tabs first, as for ``.tsv``; otherwise commas. In both cases the delimiter is the one that yields a column
+            ``path`` in the header.
 
     Returns:
-        Column names without blanks around them; and (line of its beginning, fields) of each row whose line is not blank.
+        Column names, stripped; and (number of its first line, fields) of each row that is not blank.
 
     Raises:
-        DataError: now or from the iterator, with the lines: rows of another length, an open quote, a field of more than 16
-            million characters, line separators or quotes that do not fit.
+        DataError: immediately or from the iterator, with the lines: rows of another length, an unclosed quote, a field of more
+            than 16 million characters, line separators or quotes that do not fit.
     """
     file.seek(0)
     header = file.readline(MAX_FIELD)
@@ -59,18 +59,18 @@ def read_delimited(file: Any, where: str, *, tabs_first: bool) -> tuple[list[str
 
 @dataclass(frozen=True)
 class _Shape:
-    """The delimiter, the number of columns and the position of the path among them."""
+    """The delimiter, the number of columns and the position of the path column."""
 
     delimiter: str
     columns: int
     path: int
 
     def is_row(self, line: str, like: str = "") -> bool:
-        """Whether a line by itself could be a row: so many fields, and a path in its place that no quote stands before.
+        """Whether a line by itself could be a row: the right number of fields, and an unquoted path in its column.
 
         Args:
-            line: without its end or with it.
-            like: a path that the line's must resemble: in extension, number of folders, and white space; empty for any.
+            line: with or without its line ending.
+            like: a path that the line's must resemble in extension, number of directories, and white space; empty for any.
         """
         parts = line.rstrip("\r\n").split(self.delimiter)
         plain = len(parts) == self.columns and not any('"' in part for part in parts[: self.path + 1])
@@ -86,10 +86,10 @@ def _names(header: str, delimiter: str) -> list[str]:
 
 
 def _is_quoted(file: Any, shape: _Shape) -> bool:
-    """Whether a table is written with quotes: no field that begins with one is without its end.
+    """Whether a table is written with quotes: every field that begins with a quote also ends with one.
 
-    A quoted field may hold tabs and line breaks; then lines are put together until it closes, but never over a line that could be
-    a row of its own.
+    A quoted field may contain tabs and line breaks. Lines are therefore joined until it closes, but never across a line that
+    could itself be a row.
     """
     file.seek(0)
     any_quoted, state, length = False, "none", 0
@@ -106,7 +106,11 @@ def _is_quoted(file: Any, shape: _Shape) -> bool:
 
 
 def _quote_state(line: str, delimiter: str, *, inside: bool = False) -> str:
-    """``none``: no field begins with a quote; ``closed``: all that do end with one; ``open``: the last does not; or ``wrong``."""
+    """Classifies a line by its quotes.
+
+    Returns:
+        ``none``: no field begins with a quote; ``closed``: all that do end with one; ``open``: the last does not; or ``wrong``.
+    """
     at, state = 0, "none"
     while at <= len(line):
         if inside or line.startswith('"', at):
@@ -128,9 +132,9 @@ def _quote_state(line: str, delimiter: str, *, inside: bool = False) -> str:
 
 
 def _records(file: Any, where: str, shape: _Shape, quoted: bool, *, spaced: bool) -> Records:
-    """(line of its beginning, fields) of each row, the header among them; blank lines are passed over."""
+    """Yields (number of its first line, fields) of each row, including the header; skips blank lines."""
     file.seek(0)
-    physical: list[str] = []  # the lines of the row that is being read
+    physical: list[str] = []  # the lines of the current row
 
     def lines() -> Iterator[str]:
         for line in file:
@@ -143,7 +147,7 @@ def _records(file: Any, where: str, shape: _Shape, quoted: bool, *, spaced: bool
         reader = csv.reader(lines(), delimiter=shape.delimiter, strict=True, skipinitialspace=spaced, quoting=csv.QUOTE_NONE)
     usual, begin = csv.field_size_limit(), 1
     while True:
-        csv.field_size_limit(MAX_FIELD)  # of the process, so only for this row
+        csv.field_size_limit(MAX_FIELD)  # global to the process, so set for this row only
         try:
             fields = next(reader, None)
         except csv.Error as error:
@@ -154,7 +158,7 @@ def _records(file: Any, where: str, shape: _Shape, quoted: bool, *, spaced: bool
             return
         if len(physical) > 1:
             path = fields[shape.path] if len(fields) > shape.path else ""
-            # A quote that was never meant to open a field swallows rows until the next one.
+            # A quote that is not meant to open a field would swallow rows until the next quote.
             if any(shape.is_row(line, path) for line in physical[1:]):
                 raise _broken(where, begin, "unexpected end")
         blank = not any(line.strip() for line in physical)
@@ -165,7 +169,7 @@ def _records(file: Any, where: str, shape: _Shape, quoted: bool, *, spaced: bool
 
 
 def _fitting(records: Records, columns: int, where: str) -> Records:
-    """The rows behind the header; raises at their end if some had another number of fields."""
+    """Yields the rows after the header; raises at the end if some had another number of fields."""
     odd: list[tuple[int, int]] = []
     count = total = 0
     for line, fields in records:

@@ -1,4 +1,4 @@
-"""Keys of samples: safe to unpack anywhere, and each once."""
+"""Makes sample keys unique and safe to unpack."""
 
 from __future__ import annotations
 
@@ -7,17 +7,21 @@ import re
 from collections.abc import Iterable
 
 _DRIVE = re.compile(r"^[A-Za-z]:")
-# Control characters, marks that reorder text, line separators; and the separator of Windows.
+# Control characters, bidirectional marks, line separators; and the separator of Windows.
 _UNSAFE = re.compile("[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ufeff\\\\]")
 _SURROGATES = re.compile("[\ud800-\udfff]")
-_PART, _KEY = 200, 1000  # bytes of a folder or base name, and of a key: with an extension file systems take both
+_PART, _KEY = (
+    200,
+    1000,
+)  # maximum bytes of a directory or base name, and of a key, to leave room for an extension
 
 
 def safe_key(key: str) -> str:
-    """The key, or one close to it that stays inside the folder it is unpacked to and can be printed.
+    """Returns the key, changed if necessary so that it stays inside the directory it is unpacked to and is printable.
 
-    Absolute keys become relative, ``..`` becomes ``_``, control characters and backslashes ``_``, bytes that are no UTF-8 and
-    lone surrogates U+FFFD; what is too long for a file system is cut and marked with a hash. The result is a fixed point.
+    Absolute keys become relative; ``..``, control characters and backslashes become ``_``; invalid UTF-8 and lone surrogates
+    become
+    U+FFFD; what is too long for a file system is truncated and marked with a hash. The function is idempotent.
     """
     clean = _DRIVE.sub(lambda match: f"{match[0][0]}_", _clean(key).lstrip("/"))
     parts = [_short("_" if part == ".." else part) for part in clean.split("/")]
@@ -34,12 +38,12 @@ def is_safe(key: str) -> bool:
 
 
 def safe_extension(extension: str) -> str:
-    """The extension, cleaned as :func:`safe_key` cleans a key."""
+    """Returns the extension, sanitized as :func:`safe_key` does for a key."""
     return _short(_clean(extension).replace("/", "_")) or "_"
 
 
 def unique_keys(keys: Iterable[str]) -> list[str]:
-    """The keys, those that occurred before with the first free number behind them."""
+    """Returns the keys, with the first free number appended to those that occurred before."""
     given = list(keys)
     taken, out, following = set(given), [], dict.fromkeys(given, -1)
     for key in given:

@@ -1,4 +1,4 @@
-"""Recognises how a folder is to be read; a folder that can be read in two ways is refused with both."""
+"""Detects the layout of a directory; rejects an ambiguous directory with all candidates."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ TABLES = ("csv", "tsv", "jsonl", "parquet")
 _IMAGES = frozenset(IMAGES)
 _CHUNK_FOLDER = re.compile(r"\d{5,}")
 _CHUNK_STATS = re.compile(r"\d{5,}_stats\.json")
-# Also with what data sets put around it: ``train2017``, ``test_images``, ``images_val``.
+# Also matches names with additions: ``train2017``, ``test_images``, ``images_val``.
 _SPLIT = re.compile(
     r"(images?[-_ ]?)?(train|training|trainval|val|valid|validation|dev|test|testing|eval|unlabell?ed)(set)?"
     r"([-_ ]?(images?|data|\d+))*"
@@ -29,14 +29,14 @@ _SPLIT = re.compile(
 
 
 def recognize(listing: Listing, where: str) -> Layout:
-    """The layout of a folder.
+    """Detects the layout of a directory.
 
     Args:
-        listing: what is in it.
-        where: the folder, for messages.
+        listing: its content.
+        where: the directory, for messages.
 
     Raises:
-        DataError: it can be read in two ways, or holds nothing that can be packed.
+        DataError: the layout is ambiguous, or nothing can be packed.
     """
     top = [file for file in listing.files if "/" not in file.shown]
     images = [file for file in listing.files if file.extension in _IMAGES]
@@ -72,7 +72,7 @@ def recognize(listing: Listing, where: str) -> Layout:
 
 
 def _check_classes(classes: set[str], images: list[File], where: str, by_folder: tuple[str, str]) -> None:
-    """Refuses top folders that are rather splits than classes, or one around the class folders."""
+    """Rejects top-level directories that look like splits rather than classes, or a single one around the class directories."""
     deep = any(len(file.parts) > 2 for file in images)
     first = printable(f"{where.rstrip('/')}/{min(classes, default='')}")
     if classes and all(_SPLIT.fullmatch(name.lower()) for name in classes) and (deep or len(classes) > 1):
@@ -85,14 +85,14 @@ def _check_classes(classes: set[str], images: list[File], where: str, by_folder:
 
 
 def is_bookkeeping(file: File) -> bool:
-    """Whether a file at the top of a folder is what img2dataset writes beside its shards or chunk folders."""
+    """Whether a top-level file is one that img2dataset writes beside its shards or chunk directories."""
     return "/" not in file.shown and (
         _CHUNK_STATS.fullmatch(file.shown) is not None or re.fullmatch(r"\d{5,}\.parquet", file.shown) is not None
     )
 
 
 def extension_counts(counts: Mapping[str, int], most: int = 5) -> str:
-    """Counts by extension in words, the most frequent first."""
+    """Formats counts by extension, the most frequent first."""
     ranked = sorted(counts.items(), key=lambda pair: (-pair[1], pair[0]))
     shown = ", ".join(f"{n} {printable(f'.{name}') if name else 'without extension'}" for name, n in ranked[:most])
     return shown + (f" and {len(ranked) - most} other extensions" if len(ranked) > most else "")
@@ -109,7 +109,7 @@ def _as_folder(images: list[File], top_images: int) -> tuple[str, str]:
 
 
 def _img2dataset(listing: Listing, images: list[File]) -> bool | None:
-    """Whether the folder is img2dataset's output in files; None if it looks like it but may be class folders as well."""
+    """Whether the directory is img2dataset's output in files; None if it looks like it but may be class directories as well."""
     chunked = [file for file in images if len(file.parts) == 2 and _CHUNK_FOLDER.fullmatch(file.parts[0])]
     if not chunked:
         return False
@@ -118,7 +118,7 @@ def _img2dataset(listing: Listing, images: list[File]) -> bool | None:
     sidecars = {file.stem for file in listing.files if file.extension == "json" and len(file.parts) == 2}
     if not any(file.stem in sidecars for file in chunked):
         return False
-    # Its keys begin with the number of the chunk.
+    # Keys of img2dataset begin with the number of the chunk.
     return True if len(chunked) == len(images) and all(file.parts[1].startswith(file.parts[0]) for file in chunked) else None
 
 
@@ -146,7 +146,7 @@ def _parquet_has_path(path: str) -> bool:
         from pyarrow import parquet
 
         return "path" in parquet.read_schema(path).names
-    except Exception:  # no Parquet file at all, or pyarrow is not installed: it is counted as passed over
+    except Exception:  # not a Parquet file, or pyarrow is not installed: counted as skipped
         return False
 
 

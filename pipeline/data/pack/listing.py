@@ -1,6 +1,7 @@
-"""Lists the files of a folder tree: links, hidden folders, devices and loops are counted, never silently passed over.
+"""Lists the files of a directory tree; links, hidden directories, devices and loops are counted, never silently skipped.
 
-Every entry that is no folder is either listed or left out with a reason, and so is every folder that is not entered.
+Every entry that is not a directory is either listed or left out with a reason; directories that are not entered also have a
+reason.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from pipeline.errors import DataError
 from pipeline.untrusted import printable
 
 LINK, LOOP, BROKEN = "outside_link", "link_loop", "broken_link"
-# What operating systems, file servers and editors leave in folders; names that begin with a dot are left out as well.
+# Files of operating systems, file servers and editors; names that begin with a dot are left out as well.
 _LITTER = frozenset(
     (
         *("__macosx", "@eadir", "#recycle", "#snapshot", "@recycle", "@recently-snapshot", "lost+found", "lost.dir"),
@@ -24,17 +25,17 @@ _LITTER = frozenset(
         *("thumbs.db", "ehthumbs.db", "ehthumbs_vista.db", "desktop.ini", "icon\r", "__pycache__", "found.000"),
     )
 )
-_MOST_VISITS = 16  # of one folder through links: links that lead to links multiply
-_PEEKED = 5_000  # entries looked at behind a link that is not followed
+_MOST_VISITS = 16  # maximum visits of one directory through links: links to links multiply
+_PEEKED = 5_000  # entries checked behind a link that is not followed
 
 
 @dataclass(frozen=True, slots=True)
 class File:
-    """A regular file below a folder.
+    """A regular file below a directory.
 
     Attributes:
-        path: where it is opened.
-        shown: relative to the folder, with forward slashes; bytes that are no UTF-8 as surrogate escapes.
+        path: the path to open.
+        shown: relative to the directory, with forward slashes; invalid UTF-8 as surrogate escapes.
         size: bytes.
     """
 
@@ -60,12 +61,12 @@ class File:
 
 @dataclass(frozen=True)
 class Listing:
-    """What is below a folder.
+    """Content of a directory tree.
 
     Attributes:
-        root: the folder.
-        files: regular files that are no litter, in the order of their path's components.
-        left_out: (name, reason) of every other entry, and of folders that were not entered, by name.
+        root: the directory.
+        files: regular data files, ordered by their path's components.
+        left_out: (name, reason) of every other entry, and of directories that were not entered, by name.
     """
 
     root: Path
@@ -74,22 +75,23 @@ class Listing:
 
     @property
     def reasons(self) -> dict[str, int]:
-        """How many entries were left out for each reason."""
+        """Returns the number of entries left out by reason."""
         return dict(sorted(Counter(reason for _, reason in self.left_out).items()))
 
 
 def list_files(root: Path, *, follow_links: bool = False) -> Listing:
-    """Walks a folder tree in a fixed order.
+    """Lists a directory tree in a fixed order.
 
-    Links that stay below ``root`` are followed, those that leave it only if asked; a link to a folder that is being walked is
-    left out, and so is one to a folder that links led to 16 times already.
+    Links inside ``root`` are followed, links out of it only on request. A link to a directory that is being traversed is left
+    out,
+    and so is one to a directory already reached 16 times through links.
 
     Args:
-        root: the folder; may itself be a link.
-        follow_links: follow links out of the folder.
+        root: the directory; may itself be a link.
+        follow_links: follow links out of the directory.
 
     Raises:
-        DataError: the folder cannot be read.
+        DataError: the directory cannot be read.
     """
     walk = _Walk(root, follow_links)
     try:
@@ -105,7 +107,7 @@ def list_files(root: Path, *, follow_links: bool = False) -> Listing:
 
 
 def holds_image(folder: str, extensions: frozenset[str]) -> bool:
-    """Whether a folder that is not walked seems to hold images: looks at the names of the first 5,000 entries."""
+    """Whether a directory that is not traversed seems to contain images: checks the names of the first 5,000 entries."""
     looked_at = 0
     for _, folders, names in os.walk(folder):
         folders[:] = sorted(name for name in folders if not litter_reason(name))
@@ -119,14 +121,14 @@ def holds_image(folder: str, extensions: frozenset[str]) -> bool:
 
 
 def litter_reason(name: str) -> str:
-    """``hidden`` or ``litter`` for the name of a file or folder that is no data, empty for any other."""
+    """Returns ``hidden`` or ``litter`` for the name of a file or directory that is not data, empty for any other."""
     if name.startswith("."):
         return "hidden"
     return "litter" if name.lower() in _LITTER else ""
 
 
 class _Walk:
-    """Goes through a tree with a stack of its own: a deep tree is no reason to fail."""
+    """Traverses a tree iteratively, without a recursion limit."""
 
     def __init__(self, root: Path, follow_links: bool) -> None:
         self.files: list[File] = []
@@ -137,7 +139,7 @@ class _Walk:
 
     def run(self) -> None:
         top = os.stat(self._root)
-        # folder, its name with a slash behind it, the folders on the way to it
+        # directory, its name with a trailing slash, its ancestors
         pending: list[tuple[str, str, frozenset[tuple[int, int]]]] = [(self._root, "", frozenset({(top.st_dev, top.st_ino)}))]
         while pending:
             folder, prefix, above = pending.pop()
@@ -158,7 +160,7 @@ class _Walk:
                     self.files.append(File(entry.path, shown, info.st_size))
 
     def _look(self, entry: os.DirEntry[str], reason: str, above: frozenset[tuple[int, int]]) -> tuple[str, os.stat_result | None]:
-        """Why an entry is left out, and what it is; nothing if it is not to be entered."""
+        """Returns why an entry is left out, and its status; no status if it is not to be entered."""
         try:
             linked = entry.is_symlink()
             if linked and reason:
@@ -188,13 +190,13 @@ def _link_reason(entry: os.DirEntry[str], error: OSError) -> str:
 
 
 def lost_by_links(listing: Listing, extensions: frozenset[str]) -> list[str]:
-    """Folders, shards and classes that are lost because links out of the folder were not followed, or lead to nothing.
+    """Returns directories, shards and classes that are lost because links are not followed or are broken.
 
-    These are linked folders that hold images; linked tars; top folders whose images are all links; the folder itself (``.``), if
-    most of its images are.
+    These are linked directories that contain images; linked tars; top-level directories whose images are all links; and the
+    directory itself (``.``), if most of its images are links.
 
     Args:
-        listing: of the folder.
+        listing: of the directory.
         extensions: of images, without dots.
     """
     images = Counter(file.parts[0] for file in listing.files if file.extension in extensions)

@@ -1,4 +1,4 @@
-"""Sources whose samples have a key already: the members of tars, and files that share a name up to the first dot."""
+"""Sources whose samples already have keys: the members of tars, and files that share a name up to the first dot."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from pipeline.data.pack.samples import IMAGES, MAX_FILE, Raw, SkippedSteps, read
 from pipeline.errors import DataError
 
 _IMAGES = frozenset(IMAGES)
-_COPIES = 64  # of one key that a further member may still belong to
+_COPIES = 64  # copies of one key that a further member may still belong to
 
 
-@dataclass(frozen=True, slots=True)  # there is one for each member of each sample
+@dataclass(frozen=True, slots=True)  # slots save memory: there is one for each member of each sample
 class Part:
-    """Where a member's bytes lie.
+    """Location of a member's bytes.
 
     Attributes:
         about: the shard, or the file itself.
@@ -35,11 +35,11 @@ class Part:
     size: int
 
     def read(self, store: storage.Storage, limit: int, roots: Sequence[str]) -> bytes:
-        """The bytes.
+        """Returns the bytes.
 
         Raises:
             SkippedSteps: they cannot be read or are too many.
-            StorageUnavailable, ShardChanged: that is no fault of the sample.
+            StorageUnavailable, ShardChanged: not an error of the sample.
         """
         if self.offset < 0:
             return read_file(Path(self.about.url), limit=limit, roots=roots)
@@ -55,15 +55,15 @@ class Part:
 
 @dataclass(frozen=True)
 class Members:
-    """Samples that keep their key, with all that belongs to it. See :class:`pipeline.data.pack.samples.Source`.
+    """Samples that keep their key and all members. See :class:`pipeline.data.pack.samples.Source`.
 
     Attributes:
-        store: how to reach shards.
-        keys: of the samples, as they are written.
-        parts: of each sample its members by extension.
-        names: what to call each sample.
-        roots: resolved folders that files must lie in after links; empty for anywhere.
-        max_file: largest member, bytes.
+        store: access to shards.
+        keys: of the samples, as written.
+        parts: for each sample its members by extension.
+        names: display name of each sample.
+        roots: resolved directories that must contain the files after resolving links; empty for anywhere.
+        max_file: maximum size of a member, bytes.
     """
 
     store: storage.Storage
@@ -83,21 +83,21 @@ class Members:
         return len(self.keys)
 
     def name(self, position: int) -> str:
-        """Shard or folder, and key."""
+        """Shard or directory, and key."""
         return self.names[position]
 
     def companions(self, position: int) -> tuple[str, ...]:
-        """All members but the image, or but the first if there is none."""
+        """All members but the image, or but the first if there is no image."""
         parts = self.parts[position]
         image = _image(parts) or next(iter(parts))
         return tuple(f"{self.names[position]}.{extension}" for extension in parts if extension != image)
 
     def sharers(self, companion: str) -> tuple[str, ...]:
-        """None: each member is of one sample."""
+        """Empty: each member belongs to one sample."""
         return ()
 
     def key(self, position: int, number: int) -> str:
-        """Its own; what occurs again gets a number behind it."""
+        """The sample's own key; a number is appended to repeated keys."""
         return self.keys[position]
 
     def load(self, position: int) -> Raw:
@@ -111,7 +111,7 @@ class Members:
 
 
 class _Groups:
-    """Members gathered into samples: those of one key that lie apart are one sample, a second copy of a member makes another."""
+    """Groups members into samples: scattered members of one key form one sample, a second copy of a member begins another."""
 
     def __init__(self) -> None:
         self.samples: list[tuple[str, str, dict[str, Part]]] = []
@@ -119,7 +119,7 @@ class _Groups:
         self._places: dict[tuple[str, str], list[int]] = {}
 
     def next_shard(self) -> None:
-        """Members that come from here on belong to none of the samples so far."""
+        """Starts a new shard: further members belong to none of the samples so far."""
         self._places.clear()
 
     def add(self, group: str, key: str, name: str, parts: dict[str, Part]) -> None:
@@ -133,7 +133,7 @@ class _Groups:
             self.samples.append((key, name, parts))
 
     def keys(self) -> list[str]:
-        """The keys to write; those that had to be changed are noted."""
+        """Returns the keys to write; changed ones are noted."""
         clean = [safe_key(key) for key, _, _ in self.samples]
         out = unique_keys(clean)
         for (key, name, parts), safe, unique in zip(self.samples, clean, out, strict=True):
@@ -161,14 +161,14 @@ class _Groups:
 def tars_of(
     store: storage.Storage, urls: Sequence[str], use_damaged: bool, listing: Listing | None = None, max_file: int = MAX_FILE
 ) -> Members:
-    """The samples of shards.
+    """Returns the samples of shards.
 
     Args:
-        store: how to reach them.
+        store: access to the shards.
         urls: the shards.
-        use_damaged: take the whole samples of tars that are cut.
-        listing: the folder they lie in, if one was named: its other files are left out.
-        max_file: largest member, bytes.
+        use_damaged: use the complete samples of truncated tars.
+        listing: their directory, if one was given: its other files are left out.
+        max_file: maximum size of a member, bytes.
 
     Raises:
         DataError: a shard cannot be read or is damaged.
@@ -186,7 +186,7 @@ def tars_of(
         versions.append(f"{url}\0{about.size}\0{about.tag}")
         base = storage.base_name(url)
         notes = tar.Notes()
-        notes.most_examples = sys.maxsize  # each is named
+        notes.most_examples = sys.maxsize  # every one is named
         shard = store.open(about)
         try:
             runs, damage = tar.runs(shard, notes, use_damaged=use_damaged)
@@ -218,7 +218,7 @@ def tars_of(
 
 
 def _shards_of(listing: Listing, urls: Sequence[str]) -> tuple[list[str], list[tuple[str, str]]]:
-    """The shards among those of a folder that may be read, and what else is in it."""
+    """Returns the shards of a directory that may be read, and its other files."""
     listed = {str(listing.root / file.shown) for file in listing.files}
     chosen = [url for url in urls if url in listed]
     if not chosen:
@@ -237,13 +237,13 @@ def _shards_of(listing: Listing, urls: Sequence[str]) -> tuple[list[str], list[t
 
 
 def files_of(store: storage.Storage, listing: Listing, max_file: int = MAX_FILE, roots: tuple[str, ...] = ()) -> Members:
-    """The samples of a folder whose files share a name up to the first dot, as img2dataset writes.
+    """Returns the samples of a directory whose files share a name up to the first dot, as img2dataset writes them.
 
     Args:
-        store: of shards; not used for files.
-        listing: the folder.
-        max_file: largest file, bytes.
-        roots: resolved folders that files must lie in after links.
+        store: access to shards; not used for files.
+        listing: the directory.
+        max_file: maximum size of a file, bytes.
+        roots: resolved directories that must contain the files after resolving links.
     """
     groups = _Groups()
     lines, left_out = [], list(listing.left_out)
@@ -275,7 +275,7 @@ def files_of(store: storage.Storage, listing: Listing, max_file: int = MAX_FILE,
 
 
 def digest_of(kind: str, lines: Iterable[str]) -> str:
-    """Hash of a listing, one line a sample: 128 bits in hex."""
+    """Hashes a listing, one line per sample: 128 bits in hex."""
     digest = hashlib.blake2b(kind.encode() + b"\0", digest_size=16)
     for line in lines:
         try:
@@ -287,7 +287,7 @@ def digest_of(kind: str, lines: Iterable[str]) -> str:
 
 
 def _litter_in(key: str) -> str:
-    """Why a key is no data: one of its folders is hidden or litter; empty if none is."""
+    """Returns why a key is not data: one of its directories is hidden or litter; empty if none is."""
     folders = key.split("/")[:-1]
     return next((reason for name in folders if name not in (".", "..") and (reason := litter_reason(name))), "")
 

@@ -1,7 +1,7 @@
-"""Packing samples into shards: deterministic in the seed, and going on where it was killed.
+"""Packs samples into shards, deterministically in the seed; resumes after an interruption.
 
-After each whole shard ``<prefix>.pack.json`` says how far the work is and of which source, seed and sizes it is. The same command
-keeps the shards that are finished, goes on with the next, and ends with the bytes that an undisturbed run would have written.
+After each complete shard, ``<prefix>.pack.json`` records the progress with source, seed and sizes. The same command keeps the
+finished shards, continues with the next, and produces the same bytes as an uninterrupted run.
 """
 
 from __future__ import annotations
@@ -27,23 +27,23 @@ from pipeline.errors import DataError
 from pipeline.runtime.locks import lock
 from pipeline.untrusted import printable
 
-_SHUFFLE = 0x9ACC  # names the draw
+_SHUFFLE = 0x9ACC  # identifies the random draw
 _Prepared = tuple[dict[str, Any] | None, tuple[str, ...], bool]
 
 
 @dataclass(frozen=True)
 class Packing:
-    """How to pack.
+    """Settings of a packing.
 
     Attributes:
-        prefix: begins the names of the shards.
+        prefix: prefix of the shards' names.
         samples_per_shard: see :class:`ShardWriter`.
         bytes_per_shard: see :class:`ShardWriter`.
-        seed: of the shuffling; None keeps the order of the source.
-        min_side: pictures with a smaller side are left out, pixels.
-        max_pixels: larger pictures are left out.
-        transcode: write what the decoder does not read (GIF, AVIF…) anew in this form; None leaves it out.
-        max_side: scale pictures down so that the longer side has no more pixels.
+        seed: seed of the shuffle; None keeps the order of the source.
+        min_side: images with a smaller side are left out, pixels.
+        max_pixels: larger images are left out.
+        transcode: format to which unsupported ones (GIF, AVIF…) are transcoded; None leaves them out.
+        max_side: downscale images so that the longer side has at most this many pixels.
     """
 
     prefix: str = "train"
@@ -58,18 +58,18 @@ class Packing:
 
 @dataclass(frozen=True)
 class PackReport:
-    """What became of the samples.
+    """Result of a packing.
 
     Attributes:
         shards: paths of the shards.
         packed: samples in them.
-        rewritten: pictures among them that were transcoded or scaled.
+        rewritten: images among them that were transcoded or downscaled.
         skipped: (name, reason) of each file, row or member left out, by name.
-        classes: class names, the position is the class number.
+        classes: class names; the position is the class index.
         kept: shards that an earlier attempt had finished.
-        account: what became of every file, row or member that was seen.
+        account: totals over every file, row or member seen.
         notes: (name, note) of each sample that is packed with something replaced or missing, by name.
-        remarks: sentences on the source as a whole.
+        remarks: remarks on the source as a whole.
     """
 
     shards: tuple[str, ...]
@@ -84,14 +84,14 @@ class PackReport:
 
     @property
     def reasons(self) -> dict[str, int]:
-        """How many files, rows or members were left out for each reason."""
+        """Returns the number of files, rows or members left out by reason."""
         return dict(sorted(Counter(reason for _, reason in self.skipped).items()))
 
     def text(self, out: Path, prefix: str) -> str:
-        """What was packed, what was not and why, for a person, in counts that add up.
+        """Formats the result: what was packed, what was left out and why, in counts that add up.
 
         Args:
-            out: folder of the shards and lists.
+            out: directory of the shards and lists.
             prefix: of their names.
         """
         classes = f", {len(self.classes)} classes" if self.classes else ""
@@ -125,23 +125,23 @@ def pack(
     threads: int = 8,
     progress: Callable[[int, int, str], None] | None = None,
 ) -> PackReport:
-    """Packs the samples of a source into shards, or goes on where a packing with the same arguments was stopped.
+    """Packs the samples of a source into shards, or resumes an interrupted packing with the same arguments.
 
-    The bytes depend on the source, the settings and (where pictures are written anew) the version of Pillow. Besides the shards
-    there are ``<prefix>.pack.json``, which ends with the account, ``classes.txt`` if the source names classes,
+    The bytes depend on the source, the settings and (where images are transcoded) the version of Pillow. Besides the shards, it
+    writes ``<prefix>.pack.json``, which finally contains the account, ``classes.txt`` if the source names classes,
     ``<prefix>.skipped.txt`` if anything was left out, and ``<prefix>.notes.txt`` if samples are packed with something replaced or
     missing.
 
     Args:
         source: see :func:`pipeline.data.pack.sources.open_source`.
-        out: where the shards go.
-        packing: how.
-        overwrite: replace shards of the same prefix, whatever they are.
-        threads: read and judge this many samples at a time.
-        progress: called with (samples seen, samples in all, a line after each shard).
+        out: directory of the shards.
+        packing: the settings.
+        overwrite: replace existing shards of the same prefix.
+        threads: number of samples read and validated concurrently.
+        progress: called with (samples seen, total samples, a line after each shard).
 
     Raises:
-        DataError: nothing to pack, shards of something else are there already, or another packing is at work.
+        DataError: nothing to pack, shards of another packing exist, or another packing is running.
     """
     packing, out = packing or Packing(), Path(out)
     if not len(source):
@@ -238,7 +238,7 @@ def _pack(
 
 
 def _empty_classes(source: Source, skipped: Sequence[tuple[str, str]]) -> list[str]:
-    """Says which class numbers occur in the source but in no packed sample."""
+    """Reports class indices that occur in the source but in no packed sample."""
     if not source.classes or not isinstance(source, Pictures):
         return []
     gone = {name for name, _ in skipped}
@@ -274,7 +274,7 @@ def _nothing_packed(path: Path, source: Source, skipped: Sequence[tuple[str, str
 def _ahead(
     pool: ThreadPoolExecutor, source: Source, packing: Packing, positions: Sequence[int], most: int
 ) -> Iterator[tuple[int, _Prepared]]:
-    """Each position in turn with what :func:`_prepare` makes of it; the next few are under way already."""
+    """Yields each position with the result of :func:`_prepare`; the next few are computed in advance."""
     flying: deque[tuple[int, Future[_Prepared]]] = deque()
     for position in positions:
         flying.append((position, pool.submit(_prepare, source, packing, position)))
@@ -286,7 +286,7 @@ def _ahead(
 
 
 def _prepare(source: Source, packing: Packing, position: int) -> _Prepared:
-    """The members of a sample and its notes, or None and the reason; and whether its image was written anew."""
+    """Returns the members of a sample and its notes, or None and the reason; and whether its image was transcoded."""
     try:
         raw = source.load(position)
     except SkippedSteps as error:

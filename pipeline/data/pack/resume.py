@@ -1,4 +1,4 @@
-"""How far a packing is: ``<prefix>.pack.json``, from which the same command goes on."""
+"""Progress of a packing in ``<prefix>.pack.json``, from which the same command resumes."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from pipeline.data.pack.samples import MAX_FILE, Source
 from pipeline.errors import DataError
 from pipeline.untrusted import read_json
 
-FORMAT = 2  # 2: every source is listed by other rules than before
+FORMAT = 2  # 2: the rules for listing sources have changed
 
 
 @dataclass(frozen=True)
@@ -24,11 +24,11 @@ class Piece:
     """A finished shard.
 
     Attributes:
-        name: of the file.
+        name: name of the file.
         bytes: its size.
         samples: samples in it.
-        rewritten: pictures in it that were transcoded or scaled.
-        following: how many samples of the source had been looked at when it was full.
+        rewritten: images in it that were transcoded or downscaled.
+        following: number of samples of the source processed when it was full.
         skipped: length of the list of those left out by then, bytes.
     """
 
@@ -41,16 +41,16 @@ class Piece:
 
 
 class PackState:
-    """``<prefix>.pack.json``: the settings of a packing and the shards that are finished.
+    """Content of ``<prefix>.pack.json``: the settings of a packing and its finished shards.
 
     Args:
-        out: folder of the shards.
+        out: directory of the shards.
         prefix: of their names.
-        settings: of the packing; another value is another packing.
+        settings: of the packing; other values mean another packing.
         source: what is packed.
 
     Attributes:
-        account: of a packing that is complete.
+        account: the account of a completed packing.
     """
 
     def __init__(self, out: Path, prefix: str, settings: dict[str, Any], source: Source) -> None:
@@ -63,14 +63,14 @@ class PackState:
             self._settings["max_file"] = source.max_file
 
     def load(self, overwrite: bool, journal: int) -> tuple[list[Piece], bool]:
-        """The shards to keep, and whether they are all; what cannot be kept is removed.
+        """Returns the shards to keep, and whether they are all; removes what cannot be kept.
 
         Args:
             overwrite: keep nothing.
             journal: length of the list of samples left out, bytes.
 
         Raises:
-            DataError: shards of something else are there.
+            DataError: shards of another packing exist.
         """
         prefix = glob.escape(self._prefix)
         there = sorted(self._out.glob(f"{prefix}-[0-9]*.tar"))
@@ -80,7 +80,7 @@ class PackState:
             self._check(document, there)
         for torn in self._out.glob(f".{prefix}-[0-9]*.tar.*.tmp"):
             torn.unlink()
-        for torn in self._out.glob(f".{prefix}.pack.json.*.tmp"):  # of a kill while this state was written
+        for torn in self._out.glob(f".{prefix}.pack.json.*.tmp"):  # left by a process killed while it wrote this state
             torn.unlink()
         pieces: list[Piece] = []
         complete = False
@@ -93,13 +93,13 @@ class PackState:
             complete = bool(document["complete"]) and len(pieces) == len(document["shards"])
             self.account = Account(**document["account"]) if document.get("account") else None
             if not complete and pieces and journal < pieces[-1].skipped:
-                pieces = []  # the list of those left out is gone, so nothing can be continued
+                pieces = []  # without the list of those left out, nothing can be resumed
         for path in there[len(pieces) :]:
             path.unlink()
         return pieces, complete
 
     def save(self, pieces: Sequence[Piece], account: Account | None = None) -> None:
-        """Writes how far the work is, whole or not at all; with the account it is complete."""
+        """Writes the progress atomically; with the account it is complete."""
         document = {
             "format": FORMAT,
             "complete": account is not None,
@@ -137,7 +137,7 @@ class PackState:
             raise DataError(what, where=str(there[0]), hint=f"With the same settings it goes on where it stopped. {hint}")
 
     def _check_classes(self, own: Sequence[Path]) -> None:
-        """Shards of two prefixes in one folder share the class numbers, or labels would not mean the same."""
+        """Shards of two prefixes in one directory must share the class indices, or labels would differ in meaning."""
         path = self._out / "classes.txt"
         if not self._classes or not path.is_file() or set(self._out.glob("*.tar")) <= set(own):
             return

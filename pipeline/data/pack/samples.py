@@ -1,4 +1,4 @@
-"""Samples before they are packed: what every source hands out, and how a source's files are read."""
+"""Interface of packing sources: samples by position, and safe reading of their files."""
 
 from __future__ import annotations
 
@@ -14,23 +14,36 @@ from pipeline.data.index.manifest import Fields
 from pipeline.errors import DataError
 from pipeline.untrusted import open_regular
 
-READ = (*Fields().images, "jpe", "jfif", "jif", "pjpeg", "mpo", "apng", "j2k", "jpx", "jpf", "pgm", "pnm")  # by the decoder
+READ = (
+    *Fields().images,
+    "jpe",
+    "jfif",
+    "jif",
+    "pjpeg",
+    "mpo",
+    "apng",
+    "j2k",
+    "jpx",
+    "jpf",
+    "pgm",
+    "pnm",
+)  # by the decoder
 IMAGES = (*READ, "gif", "avif", "heic", "heif", "tga", "ico", "psd", "dds")
 EXTENSIONS = {"jpeg": "jpg", "png": "png", "webp": "webp", "tiff": "tif", "bmp": "bmp", "jpeg2000": "jp2", "pnm": "ppm"}
-MAX_FILE = 1 << 30  # bytes of a file or member that is packed
+MAX_FILE = 1 << 30  # maximum size of a packed file or member, bytes
 
 
 class SkippedSteps(Exception):
-    """A sample that cannot be packed; its text is the reason, one word."""
+    """Raised for a sample that cannot be packed; the text is the reason, one word."""
 
 
 @dataclass(frozen=True)
 class Raw:
-    """A sample as its source holds it.
+    """A sample as stored in its source.
 
     Attributes:
         image: encoded bytes of the image.
-        members: all else, by extension; the values are what :class:`pipeline.data.pack.shard_writer.ShardWriter` takes.
+        members: everything else, by extension; values as in :class:`pipeline.data.pack.shard_writer.ShardWriter`.
         extension: of the image, empty if it follows from the format.
         notes: what was changed or is missing, one word each, such as ``caption_replaced``.
     """
@@ -41,11 +54,11 @@ class Raw:
     notes: tuple[str, ...] = ()
 
     def sample(self, image: bytes, judged: HeaderInfo) -> dict[str, Any]:
-        """What is written: the image (perhaps another than the source's) with its companions.
+        """Returns the members to write: the image (possibly transcoded) with its companions.
 
         Args:
             image: encoded bytes.
-            judged: what their header says.
+            judged: result of validating their header.
         """
         fitting = EXTENSIONS[judged.format]
         if not self.extension:
@@ -63,9 +76,9 @@ class Source(Protocol):
     Attributes:
         unit: what is counted: ``files``, ``rows`` or ``members``.
         left_out: (name, reason) of each file, row or member that belongs to no sample.
-        notes: (name, note) of samples that are packed with something replaced or missing, as far as the listing knows.
-        remarks: sentences on the source as a whole.
-        max_file: largest file or member that is read, bytes.
+        notes: (name, note) of samples that are packed with something replaced or missing, as far as the listing shows.
+        remarks: remarks on the source as a whole.
+        max_file: maximum size of a file or member, bytes.
     """
 
     @property
@@ -78,37 +91,37 @@ class Source(Protocol):
 
     @property
     def notes(self) -> Sequence[tuple[str, str]]:
-        """What the listing had to replace or miss."""
+        """What the listing replaced or found missing."""
 
     @property
     def remarks(self) -> Sequence[str]:
-        """Sentences on the source as a whole."""
+        """Remarks on the source as a whole."""
 
     @property
     def max_file(self) -> int:
-        """Largest file or member, bytes."""
+        """Maximum size of a file or member, bytes."""
 
     @property
     def classes(self) -> tuple[str, ...]:
-        """Class names, the position is the class number; empty if the source names none."""
+        """Class names; the position is the class index; empty if the source has no class names."""
 
     @property
     def digest(self) -> str:
-        """Changes whenever the listing does."""
+        """Hash that changes whenever the listing does."""
 
     def __len__(self) -> int: ...
 
     def name(self, position: int) -> str:
-        """What to call a sample before a person."""
+        """Returns the display name of a sample."""
 
     def companions(self, position: int) -> Sequence[str]:
-        """Names of the files or members beside the image that are counted as this sample's."""
+        """Returns the names of the files or members beside the image that are counted as this sample's."""
 
     def sharers(self, companion: str) -> Sequence[str]:
-        """Names of all samples that a companion belongs to, if these are several; names as :func:`printable` shows them."""
+        """Returns the names of all samples that share a companion, if there are several; formatted by :func:`printable`."""
 
     def key(self, position: int, number: int) -> str:
-        """The key of a sample in the shards, where it is the ``number``-th."""
+        """Returns the key of a sample in the shards, where it is the ``number``-th."""
 
     def load(self, position: int) -> Raw:
         """Reads a sample.
@@ -119,15 +132,15 @@ class Source(Protocol):
 
 
 def read_file(path: str | Path, *, limit: int = MAX_FILE, roots: Sequence[str] = ()) -> bytes:
-    """The bytes of a regular file.
+    """Returns the bytes of a regular file.
 
     Args:
         path: the file.
-        limit: largest size, bytes.
-        roots: resolved folders of which one must hold the file after all links were followed; empty: it may lie anywhere.
+        limit: maximum size, bytes.
+        roots: resolved directories of which one must contain the file after resolving links; empty: anywhere.
 
     Raises:
-        SkippedSteps: ``missing_file``, ``outside_link``, ``special_file`` (a device, a pipe, a folder), ``file_too_large`` or
+        SkippedSteps: ``missing_file``, ``outside_link``, ``special_file`` (a device, a pipe, a directory), ``file_too_large`` or
             ``unreadable``.
     """
     try:
@@ -138,16 +151,16 @@ def read_file(path: str | Path, *, limit: int = MAX_FILE, roots: Sequence[str] =
         descriptor = open_regular(Path(path))
     except DataError as error:
         raise SkippedSteps("special_file") from error
-    except (FileNotFoundError, NotADirectoryError, ValueError) as error:  # ValueError: no file can have such a name
+    except (FileNotFoundError, NotADirectoryError, ValueError) as error:  # ValueError: an invalid file name
         raise SkippedSteps("missing_file") from error
     except OSError as error:
         raise SkippedSteps("unreadable") from error
     try:
         with os.fdopen(descriptor, "rb", buffering=0) as file:
             size = os.fstat(descriptor).st_size
-            data = file.read(size + 1) if size <= limit else b""  # never of the limit's size: that memory would be taken
+            data = file.read(size + 1) if size <= limit else b""  # not read(limit): that would allocate the limit's size
             while size <= limit and len(data) <= limit and (more := file.read(1 << 20)):
-                data += more  # it grew, or says nothing of its size
+                data += more  # the file grew, or reports no size
     except OSError as error:
         raise SkippedSteps("unreadable") from error
     if size > limit or len(data) > limit:
@@ -157,13 +170,13 @@ def read_file(path: str | Path, *, limit: int = MAX_FILE, roots: Sequence[str] =
 
 @lru_cache(maxsize=1 << 16)
 def real_folder(folder: str) -> str:
-    """A folder after all links and ``..``."""
+    """Returns a directory's path after resolving links and ``..``."""
     try:
         return os.path.realpath(folder)
-    except ValueError:  # no folder can have such a name
+    except ValueError:  # an invalid directory name
         return os.path.normpath(folder)
 
 
 def is_below(path: str, roots: Sequence[str]) -> bool:
-    """Whether a path lies in one of some folders, by its components alone."""
+    """Whether a path is inside one of some directories, by its components alone."""
     return any(path == root or path.startswith(root.rstrip("/") + "/") for root in roots)

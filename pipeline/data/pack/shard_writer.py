@@ -1,7 +1,7 @@
-"""Writing shards: WebDataset tars whose bytes depend on nothing but the samples.
+"""Writes shards: WebDataset tars whose bytes depend only on the samples.
 
 Times, owners and modes are fixed, so packing the same samples twice gives the same files. A shard is written under a
-temporary name and renamed when it is whole. What is to be packed is the matter of :mod:`pipeline.data.pack.packer`.
+temporary name and renamed when complete. :mod:`pipeline.data.pack.packer` decides what is packed.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ class ShardWriter:
     Use it as a context manager: after an exception the unfinished shard is removed.
 
     Args:
-        directory: made if it is not there.
-        prefix: begins the names of the shards.
+        directory: created if missing.
+        prefix: prefix of the shards' names.
         samples_per_shard: samples after which the next shard begins.
         bytes_per_shard: likewise for the bytes of the members.
-        shards: finished shards of an earlier attempt to go on after.
+        shards: finished shards of an earlier attempt, to continue after.
         samples: samples in them.
-        finished: called with the path of each shard when it is whole.
+        finished: called with the path of each completed shard.
 
     Attributes:
         shards: paths of the finished shards.
@@ -71,11 +71,11 @@ class ShardWriter:
     def write(self, sample: Mapping[str, Any]) -> None:
         """Appends a sample: ``__key__`` and one entry for each extension.
 
-        Values are bytes, text (written as UTF-8), integers (as decimal text) or what JSON can hold.
+        Values are bytes, text (written as UTF-8), integers (as decimal text) or JSON values.
 
         Raises:
-            DataError: the key does not make a name that reads back as this key, leads out of the folder it is unpacked to, or
-                holds control characters.
+            DataError: the key does not make a name that reads back as this key, leads out of the directory it is unpacked to, or
+                contains control characters.
         """
         key = sample["__key__"]
         if not is_safe(key):
@@ -102,7 +102,7 @@ class ShardWriter:
         self._in_shard, self._bytes, self.samples = self._in_shard + 1, self._bytes + size, self.samples + 1
 
     def close(self) -> None:
-        """Finishes the shard that is open."""
+        """Finishes the open shard."""
         if self._tar is not None:
             self._finish()
 

@@ -1,7 +1,7 @@
-"""What can be packed: a folder of images, a table of their paths, what img2dataset left behind, or other shards.
+"""Opens packing sources: a directory of images, a table of their paths, the output of img2dataset, or other shards.
 
-Each source lists its samples in a fixed order and hands out any of them by position; its digest changes with the listing, so a
-packing that was stopped goes on over the same samples or not at all. What a listing passes over is kept with the reason.
+Each source lists its samples in a fixed order and returns any of them by position. Its digest changes with the listing, so an
+interrupted packing resumes with the same samples or not at all. What a listing leaves out is recorded with the reason.
 """
 
 from __future__ import annotations
@@ -36,14 +36,15 @@ class Options:
     """How a source is listed and read.
 
     Attributes:
-        use_damaged: take the whole samples of tars that are cut.
-        follow_links: follow links that leave the source. None: do not, and refuse a source of which a whole class or shard is
-            lost by that; False: do not, and count them.
-        roots: folders that the paths of a table may lead to, besides the table's own; relative paths are looked for in them
+        use_damaged: use the complete samples of truncated tars.
+        follow_links: follow links that leave the source. None: do not, and reject a source that would lose a whole class or
+            shard;
+            False: do not, and count them.
+        roots: directories that the paths of a table may lead to, besides the table's own; relative paths are looked up in them
             first.
-        labels: ``names`` takes numbers for class names.
-        classes: class names whose positions are the numbers to use; empty: those of the source, sorted.
-        max_file: largest file or member, bytes.
+        labels: ``names`` treats numbers as class names.
+        classes: class names whose positions are the class indices; empty: those of the source, sorted.
+        max_file: maximum size of a file or member, bytes.
     """
 
     use_damaged: bool = False
@@ -62,19 +63,19 @@ def open_source(
     store: storage.Storage | None = None,
     options: Options | None = None,
 ) -> Source:
-    """Finds out what a source is, and lists its samples.
+    """Detects the layout of a source and lists its samples.
 
     Args:
-        source: a folder, a table, or shards by path or pattern.
-        layout: ``folder``: images, top folders are classes. ``flat``: images without classes. ``table``: see
+        source: a directory, a table, or shards by path or pattern.
+        layout: ``folder``: images, top-level directories are classes. ``flat``: images without classes. ``table``: see
             :func:`pipeline.data.pack.tables.rows`. ``files``: ``00000/000000000.jpg`` with ``.txt`` and ``.json`` beside it, as
-            img2dataset writes. ``shards``: tars. ``auto``: what it looks like, if that is only one of these.
-        use_damaged: take the whole samples of tars that are cut; also in ``options``.
-        store: how to reach shards.
+            img2dataset writes. ``shards``: tars. ``auto``: detected, if unambiguous.
+        use_damaged: use the complete samples of truncated tars; also in ``options``.
+        store: access to shards.
         options: links, labels and limits.
 
     Raises:
-        DataError: it is none of these, more than one of them, holds nothing, or is not finished.
+        DataError: the source has none of these layouts, more than one of them, is empty, or is incomplete.
         ConfigError: an option does not fit the layout.
     """
     path, store, options = Path(source), store or storage.Storage(), options or Options(use_damaged=use_damaged)
@@ -118,7 +119,7 @@ def _look(path: Path, where: str, listing: Listing | None) -> Layout:
 
 
 def _check_downloads(path: Path) -> None:
-    """In a folder of img2dataset's, a shard without its statistics is still being written."""
+    """Rejects unfinished downloads: an img2dataset shard without its statistics is still being written."""
     if not path.is_dir() or not any(path.glob("[0-9]*_stats.json")):
         return
     open_ones = [shard for shard in sorted(path.glob("[0-9]*.tar")) if not shard.with_name(f"{shard.stem}_stats.json").exists()]
@@ -147,7 +148,7 @@ def _check_links(listing: Listing, where: str, follow_links: bool | None) -> Non
 
 
 def _allowed_roots(root: Path, options: Options) -> tuple[str, ...]:
-    """Where the files of a folder may lie in the end; empty for anywhere."""
+    """Returns the directories that must contain the files after resolving links; empty for anywhere."""
     return () if options.follow_links else (os.path.realpath(root),)
 
 
@@ -156,16 +157,16 @@ def _allowed_roots(root: Path, options: Options) -> tuple[str, ...]:
 
 @dataclass(frozen=True, slots=True)
 class Picture:
-    """An image file that a folder or a table names.
+    """An image file that a directory or a table names.
 
     Attributes:
         path: the file.
-        shown: its path as the source says it.
-        label: class number, or None.
-        captions: texts, none of them empty.
-        extra: what else the table says of it; goes to the ``.json`` member.
-        caption_file: a file beside it that holds its caption.
-        owns_caption: the file is counted as this image's; else as another's with the same name.
+        shown: its path as in the source.
+        label: class index, or None.
+        captions: non-empty texts.
+        extra: the table's other columns; written to the ``.json`` member.
+        caption_file: a file beside it with its caption.
+        owns_caption: the file is counted as this image's; else as that of another image with the same name.
     """
 
     path: Path | str
@@ -182,9 +183,9 @@ class Pictures:
     """Single image files; their keys in the shards are numbers. See :class:`pipeline.data.pack.samples.Source`.
 
     Attributes:
-        roots: resolved folders that the files must lie in after links; empty for anywhere.
-        max_file: largest file, bytes.
-        shared: names of caption files of several images, and of these.
+        roots: resolved directories that must contain the files after resolving links; empty for anywhere.
+        max_file: maximum size of a file, bytes.
+        shared: names of caption files that several images share, with the names of these images.
     """
 
     entries: Sequence[Picture]
@@ -202,7 +203,7 @@ class Pictures:
         return len(self.entries)
 
     def name(self, position: int) -> str:
-        """The file's path as the source says it."""
+        """The file's path as in the source."""
         return self.entries[position].shown
 
     def companions(self, position: int) -> tuple[str, ...]:
@@ -211,7 +212,7 @@ class Pictures:
         return (entry.caption_file.shown,) if entry.caption_file is not None and entry.owns_caption else ()
 
     def sharers(self, companion: str) -> tuple[str, ...]:
-        """Images that one caption file belongs to, if these are several: ``a.jpg`` and ``a.png`` have ``a.txt``."""
+        """Images that share one caption file, if there are several: ``a.jpg`` and ``a.png`` have ``a.txt``."""
         return self.shared.get(companion, ())
 
     def key(self, position: int, number: int) -> str:
@@ -303,7 +304,7 @@ def _of_folder(listing: Listing, where: str, options: Options, *, classes: bool)
 
 
 def _usable_classes(images: Sequence[File], tops: Sequence[str | None], listing: Listing) -> tuple[set[str], list[str]]:
-    """Top folders with an image that can be read, and those that look like a class but have none."""
+    """Returns top-level directories with a readable image, and those that look like a class but have none."""
     usable: set[str] = set()
     for file, top in zip(images, tops, strict=True):
         if top is not None and top not in usable and _seems_whole(file):
@@ -311,13 +312,13 @@ def _usable_classes(images: Sequence[File], tops: Sequence[str | None], listing:
     if not any(tops):
         return usable, []
     others = {file.parts[0] for file in listing.files if "/" in file.shown}
-    with os.scandir(listing.root) as entries:  # empty folders hold nothing that is listed
+    with os.scandir(listing.root) as entries:  # the listing does not contain empty directories
         others |= {entry.name for entry in entries if entry.is_dir() and not litter_reason(entry.name)}
     return usable, sorted(others - usable)
 
 
 def _seems_whole(file: File) -> bool:
-    """Whether an image's header and end are there; formats that only a transcoding reads are taken for whole."""
+    """Whether an image's header and end are present; formats that need transcoding count as complete."""
     if file.extension not in _PROBED:
         return True
     try:
@@ -374,7 +375,7 @@ def _of_table(source: Path, options: Options) -> Pictures:
         notes = [(place, note) for place, note in notes if note != "empty_label"]
     notes += [(row.where, note) for row in rows for note in row.notes]
     folders = [*options.roots, source.parent]
-    # A link may lead out if that was asked for, a path that the table writes may not.
+    # With follow_links, links may lead out of the roots; paths written in the table may not.
     resolve = os.path.abspath if options.follow_links else real_folder
     allowed = tuple(resolve(str(folder)) for folder in folders)
     entries, outside = [], []
@@ -389,7 +390,7 @@ def _of_table(source: Path, options: Options) -> Pictures:
     kind = "\0".join(("table", *(str(root) for root in options.roots), *(("anywhere",) if options.follow_links else ())))
     digest = digest_of(kind, (f"{e.shown}\0{e.label}\0{e.captions}\0{e.extra}" for e in entries))
     remarks = _doubtful_names(names)
-    measured = ("width", "height")  # the image's own stand there
+    measured = ("width", "height")  # the image's own width and height are stored there
     other = dict.fromkeys(name for row in rows for name in row.extra if name not in measured)
     if other:
         remarks.insert(0, f"columns kept in .json alone: {_few([name or '(without a name)' for name in other], 8)}")
@@ -397,13 +398,13 @@ def _of_table(source: Path, options: Options) -> Pictures:
 
 
 def _locate(path: str, folders: Sequence[Path]) -> str:
-    """Where a table's path leads: in the first of the folders that has it, or else in the last."""
+    """Resolves a table's path: in the first of the directories that has it, or else in the last."""
     candidates = [os.path.join(folder, path) for folder in folders]
     if os.path.isabs(path) or len(candidates) == 1:
         return candidates[-1]
     try:
         return next((candidate for candidate in candidates if os.path.lexists(candidate)), candidates[-1])
-    except ValueError:  # no file can have such a name
+    except ValueError:  # an invalid file name
         return candidates[-1]
 
 

@@ -1,15 +1,15 @@
-"""The embedded data set *scenes*: procedural pictures of textured shapes in relation to each other.
+"""The built-in synthetic data set *scenes*: procedural images of textured shapes in spatial relations.
 
-A picture shows several *dominant* objects of one kind, the class, and one or two smaller objects of other kinds, on a ground.
-A kind is a texture with a shape; each texture comes with two shapes and each shape with two textures, so neither alone names
-the class. A kind is woven of two opposite colours of its own, which cancel in the mean; brightness, places, sizes, rotations,
-light, ground and noise are drawn for each picture and say nothing about the class. So raw pixels are of little use, and what
-carries the class survives crops, flips and mild colour jitter.
+An image shows several *dominant* objects of one kind, the class, and one or two smaller objects of other kinds (distractors), on
+a ground. A kind is a texture with a shape; each texture occurs with two shapes and each shape with two textures, so neither alone
+determines the class. A kind has two opposite colours, which cancel in the mean; brightness, positions, sizes, rotations, light,
+ground and noise are drawn for each image and are independent of the class. Raw pixels are therefore of little use, and the
+features that determine the class survive crops, flips and mild colour jitter.
 
-Every picture has a class, captions that tell how two of its objects stand to each other, and a segmentation: 0 for the
-ground, otherwise the kind of the object a pixel belongs to plus one.
+Every image has a class, captions that describe the spatial relation of two of its objects, and a segmentation: 0 for the
+ground, otherwise one plus the kind of the object a pixel belongs to.
 
-Everything is a function of (seed, index), so any part of the set can be made anywhere.
+Everything is a function of (seed, index), so any part of the data set can be generated anywhere.
 """
 
 from __future__ import annotations
@@ -38,36 +38,36 @@ KINDS = tuple((texture, shape) for texture in range(5) for shape in (texture, (t
 CLASS_NAMES = tuple(f"{TEXTURES[texture]} {SHAPES[shape]}" for texture, shape in KINDS)
 GROUNDS = ("smooth", "rough", "misty", "grainy")
 
-# How hard the set is. Lengths are shares of the picture's side, densities are periods per object radius.
+# Difficulty of the data set. Lengths are fractions of the image's side, densities are periods per object radius.
 DOMINANT = (3, 5)
-"""Fewest and most objects of the picture's class."""
+"""Minimum and maximum number of objects of the image's class."""
 DOMINANT_RADIUS = (0.2, 0.32)
 DISTRACTORS = (1, 2)
-"""Fewest and most objects of other kinds."""
+"""Minimum and maximum number of distractors."""
 DISTRACTOR_RADIUS = (0.08, 0.13)
 TEXTURE_PERIODS = (1.4, 2.2)
 CONTRAST = (0.1, 0.5)
-"""Least and largest difference in brightness between the two colours of a texture, of 1."""
+"""Minimum and maximum brightness difference between the two colours of a texture, of 1."""
 CHROMA = 0.3
-"""How far the ground's colour may stray from gray, of 1."""
+"""Maximum deviation of the ground's colour from gray, of 1."""
 OPPOSITION = 0.4
-"""How far a kind's two colours lie from gray, on opposite sides, of 1."""
+"""Distance of a kind's two colours from gray, on opposite sides, of 1."""
 GROUND_RELIEF = 0.25
-"""Brightness of the ground's own structure, of 1."""
+"""Brightness amplitude of the ground's texture, of 1."""
 LIGHT = 0.35
-"""Largest change of brightness from one side of the picture to the other, of 1."""
+"""Maximum change of brightness from one side of the image to the other, of 1."""
 NOISE = 0.06
-"""Largest standard deviation of pixel noise, of 1."""
+"""Maximum standard deviation of pixel noise, of 1."""
 INSIDE_P = 0.25
-"""Share of the pictures in which the first distractor lies on the largest object."""
+"""Fraction of the images in which the first distractor lies on the largest object."""
 
 JPEG_QUALITY = 92
 VERSION = 3
-"""Raise it when pictures change: written sets are then made anew."""
+"""Increase it when the images change: existing data sets are then generated again."""
 
-_VALIDATION = 1 << 40  # validation pictures have indices from here on
-_LAYOUT, _PIXELS, _LABELS = 0x5CE0, 0x5CE1, 0x5CE2  # name the draws
-_DRAWS = 20  # numbers for each object
+_VALIDATION = 1 << 40  # validation images have indices from here on
+_LAYOUT, _PIXELS, _LABELS = 0x5CE0, 0x5CE1, 0x5CE2  # identify the random draws
+_DRAWS = 20  # random numbers per object
 
 
 @dataclass(frozen=True)
@@ -75,10 +75,10 @@ class Thing:
     """One object of a scene.
 
     Attributes:
-        kind: position in :data:`KINDS`.
-        x: centre, share of the side, from the left.
-        y: centre, share of the side, from the top.
-        radius: share of the side.
+        kind: index in :data:`KINDS`.
+        x: centre, fraction of the side, from the left.
+        y: centre, fraction of the side, from the top.
+        radius: fraction of the side.
     """
 
     kind: int
@@ -93,10 +93,10 @@ class Scene:
 
     Attributes:
         image: uint8 ``[size, size, 3]``.
-        label: class number, position in :data:`CLASS_NAMES`.
+        label: class index, position in :data:`CLASS_NAMES`.
         class_name: its name.
-        caption: how two objects stand to each other, and on which ground.
-        captions: the same scene told in other ways, the first is ``caption``.
+        caption: the spatial relation of two objects, and the ground.
+        captions: paraphrases of the caption; the first is ``caption``.
         segmentation: uint8 ``[size, size]``, 0 for the ground, else kind + 1.
         things: the objects, the farthest first.
         ground: name of the ground.
@@ -113,16 +113,16 @@ class Scene:
 
 
 def label_of(seed: int, index: int) -> int:
-    """The class of a scene: any ten scenes from a multiple of ten on have ten different ones."""
+    """Returns the class of a scene: any ten scenes from a multiple of ten on have ten different classes."""
     return int(permutation(len(KINDS), seed, index // len(KINDS), _LABELS)[index % len(KINDS)])
 
 
 def render(seed: int, index: int, size: int = 64) -> Scene:
-    """Paints one scene.
+    """Renders one scene.
 
     Args:
-        seed: of the whole set.
-        index: of the scene.
+        seed: seed of the data set.
+        index: index of the scene.
         size: side in pixels.
 
     Returns:
@@ -151,18 +151,18 @@ def write(
     samples_per_shard: int = 1000,
     progress: Callable[[int, int], None] | None = None,
 ) -> list[str]:
-    """Writes the set as shards ``scenes-train-00000.tar``… and ``scenes-val-00000.tar``….
+    """Writes the data set as shards ``scenes-train-00000.tar``… and ``scenes-val-00000.tar``….
 
-    Nothing is done if the very same set lies there already (told by ``scenes.json``).
+    Does nothing if the same data set exists already (according to ``scenes.json``).
 
     Args:
-        directory: where to.
-        train: scenes for training.
-        val: scenes for validation, none of them among those for training.
+        directory: output directory.
+        train: number of training scenes.
+        val: number of validation scenes, disjoint from the training scenes.
         size: side in pixels.
-        seed: of the set.
-        samples_per_shard: scenes in a shard.
-        progress: called with (scenes done, scenes in all).
+        seed: seed of the data set.
+        samples_per_shard: scenes per shard.
+        progress: called with (scenes done, total scenes).
 
     Returns:
         Paths of all shards, training first.
@@ -240,7 +240,7 @@ def _count(u: float, bounds: tuple[int, int]) -> int:
 
 
 def _things(label: int, u: list[float]) -> tuple[Thing, ...]:
-    """Dominant objects, the largest first, in cells of a shifted grid; then distractors in the gaps, or on the largest."""
+    """Places dominant objects, the largest first, in cells of a shifted grid; then distractors in the gaps, or on the largest."""
     dominant, others = _count(u[0], DOMINANT), _count(u[1], DISTRACTORS)
     cells = _cells(u[8:24])
     things = []
@@ -267,7 +267,7 @@ def _things(label: int, u: list[float]) -> tuple[Thing, ...]:
 
 
 def _cells(u: list[float]) -> list[tuple[int, int]]:
-    """The nine cells of a 3 x 3 grid in random order."""
+    """Returns the nine cells of a 3 x 3 grid in random order."""
     order = sorted(range(9), key=lambda cell: u[cell])
     return [(cell % 3, cell // 3) for cell in order]
 
@@ -311,15 +311,15 @@ def _ground(name: str, axis: Plane, noise: Plane, u: list[float]) -> Plane:
 
 
 def _color(brightness: float, u: list[float]) -> Plane:
-    """A colour of about the given brightness."""
+    """Draws a colour of about the given brightness."""
     stray = np.array(u, dtype=np.float32) - np.float32(0.5)
     stray -= stray @ np.array([0.299, 0.587, 0.114], dtype=np.float32)
     return np.clip(np.float32(brightness) + np.float32(CHROMA) * stray, 0, 1)
 
 
 def _opposites(kind: int, low: float, high: float, u: float, v: float) -> tuple[Plane, Plane]:
-    """The kind's two colours, opposite each other; which of them is the brighter one is drawn."""
-    # The two kinds of a texture lie at right angles, so that a network has to tell more than textures.
+    """Returns the kind's two opposite colours; which of them is brighter is random."""
+    # The two kinds of a texture have hues at right angles, so that the network must distinguish more than textures.
     angle = math.pi * (kind // 2 / len(KINDS) + kind % 2 / 2)
     axis = np.array([2, -1, -1]) * (math.cos(angle) / math.sqrt(6)) + np.array([0, 1, -1]) * (math.sin(angle) / math.sqrt(2))
     axis = (axis - axis @ np.array([0.299, 0.587, 0.114])).astype(np.float32)
@@ -353,7 +353,7 @@ def _draw(image: Plane, segmentation: NDArray[np.uint8], thing: Thing, axis: Pla
 
 
 def _distance(shape: str, x: Plane, y: Plane) -> Plane:
-    """How far a point is outside (negative: inside) a shape of about radius one, in radii."""
+    """Returns how far a point is outside (negative: inside) a shape of about radius one, in radii."""
     ax, ay = np.abs(x), np.abs(y)
     if shape == "circle":
         return np.sqrt(x * x + y * y) - np.float32(0.95)
@@ -369,7 +369,7 @@ def _distance(shape: str, x: Plane, y: Plane) -> Plane:
 
 
 def _weave(texture: str, x: Plane, y: Plane, u: float) -> Plane:
-    """A pattern with one period a unit, positive in one colour and negative in the other, its slope about two a unit."""
+    """Returns a pattern with one period per unit, positive in one colour and negative in the other, of slope about 2 per unit."""
     if texture == "striped":
         return _triangle(x + np.float32(u))
     if texture == "ringed":
@@ -410,7 +410,7 @@ def _plural(name: str) -> str:
 
 
 def _relation(a: Thing, b: Thing) -> str:
-    """Where ``a`` is, seen from ``b``; empty if ``b`` lies on ``a``."""
+    """Returns where ``a`` is relative to ``b``; empty if ``b`` lies on ``a``."""
     dx, dy = a.x - b.x, a.y - b.y
     gap = math.hypot(dx, dy)
     if gap + a.radius < b.radius * 1.05:

@@ -1,8 +1,8 @@
-"""Tables that name images: ``.csv``, ``.tsv``, ``.jsonl`` and ``.parquet``, read strictly.
+"""Reads tables that name images: ``.csv``, ``.tsv``, ``.jsonl`` and ``.parquet``, strictly.
 
-Columns: ``path``, and if wanted ``label`` (number or name), ``caption`` (text, or a list of texts) or ``captions``. Every other
-column is kept for the sample's ``.json`` member. A row that does not fit its header, a line that is no JSON, a quote that never
-closes or a byte that is no text ends the reading with the line's number: nothing is guessed, nothing is cut.
+Columns: ``path``, and optionally ``label`` (number or name), ``caption`` (a string, or a list of strings) or ``captions``. Every
+other column is kept for the sample's ``.json`` member. A row that does not fit its header, a line that is not JSON, an unclosed
+quote or invalid text raises an error with the line's number: nothing is guessed, nothing is truncated.
 """
 
 from __future__ import annotations
@@ -27,22 +27,22 @@ _OWN = ("path", "label", "caption", "captions")
 _ADDRESS = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://")
 _FETCH = "Images behind a url must be fetched first: img2dataset does it, and its output can be packed"
 _LIST = re.compile(r"""\s*\[\s*(['"]).*\1\s*\]\s*""", re.DOTALL)
-_MAX_LINE = 64 << 20  # characters of a line of JSON
-_MAX_DEPTH = 64  # of lists and objects in a column
+_MAX_LINE = 64 << 20  # maximum characters of a line of JSON
+_MAX_DEPTH = 64  # maximum depth of lists and objects in a column
 
 
 @dataclass(frozen=True)
 class Row:
-    """One image.
+    """One row of a table, naming an image.
 
     Attributes:
-        path: as the table says it.
-        label: number, name or whatever stands there; see :func:`pipeline.data.index.labels.read_label`.
-        captions: texts, none of them empty.
-        extra: the other columns, fit for JSON.
+        path: as in the table.
+        label: number, name or any other value; see :func:`pipeline.data.index.labels.read_label`.
+        captions: non-empty texts.
+        extra: the other columns, as JSON values.
         where: file and line or row.
-        notes: ``caption_replaced`` or ``text_replaced`` if half characters were replaced in it; ``caption_list`` for a caption
-            such as ``['a dog', 'a cat']``, one text that was a list.
+        notes: ``caption_replaced`` or ``text_replaced`` if lone surrogates were replaced in it; ``caption_list`` for a caption
+            such as ``['a dog', 'a cat']``, a list written as one string.
     """
 
     path: str
@@ -54,7 +54,7 @@ class Row:
 
 
 def rows(table: Path) -> Iterator[Row]:
-    """The rows of a table. A mistake is raised at the latest behind the last row.
+    """Yields the rows of a table. Some errors are raised only after the last row.
 
     Raises:
         DataError: it cannot be read, has no column ``path``, or a row does not fit.
@@ -106,7 +106,7 @@ def _blank(value: Any) -> bool:
 
 
 def _plain(value: Any, place: str, name: str, notes: list[str], depth: int = 0) -> Any:
-    """A value as JSON can hold it."""
+    """Converts a value to JSON types."""
     if depth > _MAX_DEPTH:
         hint = "Flatten it, or leave the column out of the table"
         raise DataError(f"column {printable(name, limit=60)!r} is nested too deeply", where=place, hint=hint)
@@ -137,7 +137,7 @@ def _csv(table: Path) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def _open(table: Path) -> Any:
-    """The table as text, its encoding by the byte order mark; only line feeds and carriage returns end a line."""
+    """Opens the table as text, with the encoding of its byte order mark; only line feeds and carriage returns end a line."""
     descriptor = open_regular(table, where=str(table))
     try:
         start = os.pread(descriptor, 4, 0)
@@ -148,7 +148,7 @@ def _open(table: Path) -> Any:
 
 
 def _no_text(table: Path) -> DataError:
-    """Names the first line that is no text."""
+    """Returns an error that names the first line that is not valid text."""
     with table.open("rb") as file:
         start = file.read(4096)
         encoding = encoding_of(start)
@@ -185,7 +185,7 @@ def _jsonl(table: Path) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def _lines(file: Any, table: Path) -> Iterator[str]:
-    """Lines that end in a line feed alone: a carriage return inside a line is white space of JSON."""
+    """Yields lines that end in a line feed alone: a carriage return inside a line is white space in JSON."""
     rest = ""
     while chunk := file.read(1 << 20):
         *whole, rest = (rest + chunk).split("\n")
@@ -253,7 +253,7 @@ def _check_columns(table: Path, names: Any) -> None:
 
 
 def _check_spelling(names: Iterable[str], where: str) -> None:
-    """Refuses ``Label`` for ``label``, which would silently be kept beside the image only."""
+    """Rejects ``Label`` for ``label``, which would otherwise silently be kept as an extra column."""
     given = tuple(names)
     for name in given:
         own = name.strip().lower()

@@ -1,4 +1,4 @@
-"""Pictures that the decoder does not read, or that are needlessly large, written anew with Pillow."""
+"""Transcodes images that the decoder does not support, and downscales large ones, with Pillow."""
 
 from __future__ import annotations
 
@@ -23,16 +23,16 @@ _FORMATS = (
 
 
 def transcode(data: bytes, form: Form, *, max_pixels: int = 50_000_000, max_side: int | None = None) -> bytes | None:
-    """The first frame of a picture as 8-bit RGB, orientation applied, alpha dropped: what the decoder does with its own formats.
+    """Returns the first frame of an image as 8-bit RGB, orientation applied, alpha dropped, like the decoder.
 
     Args:
-        data: a picture of any format that Pillow reads.
-        form: ``jpg`` (quality 95, full chroma) or ``png`` (lossless).
-        max_pixels: larger pictures, by their header, are not decoded.
-        max_side: scale down so that the longer side has no more pixels.
+        data: an image of any format that Pillow reads.
+        form: ``jpg`` (quality 95, no chroma subsampling) or ``png`` (lossless).
+        max_pixels: larger images, by their header, are not decoded.
+        max_side: downscale so that the longer side has at most this many pixels.
 
     Returns:
-        The new file, or None if Pillow cannot read the picture or its values have no natural range.
+        The new file, or None if Pillow cannot read the image or its values have no natural range.
     """
     try:
         with warnings.catch_warnings():
@@ -45,7 +45,7 @@ def transcode(data: bytes, form: Form, *, max_pixels: int = 50_000_000, max_side
                 if pixels > max_pixels or (image.format in ("JPEG", "MPO") and too_many_scans(data, pixels)):
                     return None
                 picture = _eight_bits(ImageOps.exif_transpose(image))
-    except Exception:  # a hostile file can make a parser raise anything at all
+    except Exception:  # a malicious file can make a parser raise any exception
         return None
     if picture is None:
         return None
@@ -62,7 +62,7 @@ def transcode(data: bytes, form: Form, *, max_pixels: int = 50_000_000, max_side
 
 
 def _inner_pixels(data: bytes) -> int:
-    """Pixels of the largest PNG or JPEG 2000 inside an icon, whose own directory may say anything."""
+    """Returns the pixels of the largest PNG or JPEG 2000 inside an icon, whose own directory is not trusted."""
     if not data.startswith((b"\0\0\1\0", b"\0\0\2\0", b"icns")):
         return 0
     sizes = [(int.from_bytes(m[1], "big"), int.from_bytes(m[2], "big")) for m in _INNER_PNG.finditer(data)]
@@ -71,13 +71,13 @@ def _inner_pixels(data: bytes) -> int:
 
 
 def _readable() -> list[str]:
-    """Plain picture formats: some of Pillow's others start programs (EPS) or are no pictures at all."""
+    """Returns Pillow's plain image formats: some of its others start programs (EPS) or are not images."""
     Image.init()
     return [form for form in _FORMATS if form in Image.OPEN]
 
 
 def _eight_bits(image: Image.Image) -> Image.Image | None:
-    """RGB; 16 bits are scaled down, which Pillow's own conversion would clip."""
+    """Converts to RGB; 16-bit values are scaled, which Pillow's own conversion would clip."""
     if image.mode.startswith("I;16"):
         image = Image.fromarray((np.asarray(image).astype(np.uint16) >> 8).astype(np.uint8))
     elif image.mode in ("I", "F"):

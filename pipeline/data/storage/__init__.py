@@ -1,7 +1,6 @@
-"""The only place that touches the bytes of shards: on disks, in object storage, and in the node's cache of it.
+"""Access to the bytes of shards: on local disks, in object storage, and in the node's cache.
 
-Everything above asks four questions: which shards does a pattern name, how big is one, which version of it lies there, and
-what stands between two of its bytes.
+All other modules only need to know which shards a pattern names, the size of a shard, its version, and the bytes of a range.
 """
 
 from pipeline.data.storage.local import forget, forget_deleted, read, stat, write_whole

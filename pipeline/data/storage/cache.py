@@ -1,9 +1,9 @@
-"""A folder of whole shards that the ranks and jobs of a node share.
+"""Cache of whole shards on a node's disk, shared by its ranks and jobs.
 
-A shard is downloaded into ``.<name>.part``, whose lock says that somebody is at it and is freed by the kernel when that
-somebody dies; then it is synced and renamed, so every file under its own name is whole. Readers keep descriptors, so a
-shard may be evicted from under them. What a running job is going to read is written down in ``.needs-…``, whose lock says
-that the job lives; everything else may be evicted, the longest unused first.
+A shard is downloaded to ``.<name>.part``, locked by the downloading process; the kernel releases the lock if that process dies.
+The file is then synced and renamed, so every file under its final name is complete. Readers keep descriptors, so a shard may be
+evicted while it is read. The shards that a running job is going to read are listed in ``.needs-…``, locked while the job lives;
+everything else may be evicted, least recently used first.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from pipeline.errors import DataError
 from pipeline.runtime.locks import lock
 from pipeline.untrusted import read_json
 
-_FORGOTTEN = 86400.0  # seconds after which a file is litter, where no lock tells whether somebody uses it
+_FORGOTTEN = 86400.0  # seconds after which a file counts as abandoned, where no lock shows whether it is in use
 _log = logging.getLogger(__name__)
 Fetch = Callable[[ObjectStat, int], None]
 
@@ -37,17 +37,17 @@ class CacheFull(Exception):
 
 
 class ShardCache:
-    """The folder.
+    """Directory of cached shards.
 
     Args:
-        folder: on a disk of this node; made if it is not there.
-        limit: most bytes of shards to keep; ``None`` for four fifths of what is free and cached now.
-        floor: bytes of the disk that stay free.
-        shared: the user named the folder, so others may write there, whose shards are then trained on. Otherwise it must be this
-            user's alone: mode 0700, no link, and no file of anybody else's is read or written.
+        folder: on a disk of this node; created if missing.
+        limit: maximum size of the cache, bytes; ``None`` for four fifths of the space that is free or cached now.
+        floor: disk space to keep free, bytes.
+        shared: the user named the directory, so other users may write to it, and their shards are used for training. Otherwise it
+            must belong to this user alone: mode 0700, not a link; files of other users are neither read nor written.
 
     Raises:
-        DataError: the folder cannot be written, or belongs to somebody else.
+        DataError: the directory is not writable, or belongs to another user.
     """
 
     def __init__(self, folder: Path, *, limit: int | None = None, floor: int = 0, shared: bool = False) -> None:
@@ -72,26 +72,26 @@ class ShardCache:
         self._needs: int | None = None
 
     def path(self, about: ObjectStat) -> Path:
-        """Where this version of a shard is kept."""
+        """Returns the path of this version of a shard."""
         return self.folder / self.name(about)
 
     @staticmethod
     def name(about: ObjectStat) -> str:
-        """File name for this version of a shard."""
+        """Returns the file name of this version of a shard."""
         text = f"{about.url}\0{about.size}\0{about.tag}".encode("utf-8", "surrogateescape")
         return f"{hashlib.blake2b(text, digest_size=10).hexdigest()}-{base_name(about.url)[-80:]}"
 
     def has(self, about: ObjectStat) -> bool:
-        """Whether a shard is here, whole."""
+        """Whether the complete shard is cached."""
         return self._whole(self.path(about), about.size)
 
     def kept(self, about: ObjectStat) -> Path | None:
-        """The path of a shard that is here, whole; ``None`` if it is not."""
+        """Returns the path of a complete cached shard; ``None`` if it is not cached."""
         path = self.path(about)
         return path if self._whole(path, about.size) else None
 
     def _whole(self, path: Path, size: int) -> bool:
-        """Whether a regular file of that size is there, of this user unless the folder is shared; another file is removed."""
+        """Whether a regular file of that size exists, owned by this user unless the cache is shared. Removes any other file."""
         try:
             about = path.lstat()
         except FileNotFoundError:
@@ -118,7 +118,7 @@ class ShardCache:
             self.folder.chmod(0o700)
 
     def ensure(self, about: ObjectStat, fetch: Fetch) -> Path:
-        """The path of a shard, downloaded first if need be; of several who ask at once one downloads and the others wait.
+        """Returns the path of a shard, downloading it if needed. Of several concurrent callers one downloads and the others wait.
 
         Args:
             about: the shard.
@@ -126,7 +126,7 @@ class ShardCache:
 
         Raises:
             CacheFull: there is no room.
-            DataError: what ``fetch`` raises.
+            DataError: raised by ``fetch``.
         """
         final = self.path(about)
         while not self._whole(final, about.size):
@@ -149,13 +149,13 @@ class ShardCache:
         return final
 
     def need(self, abouts: Iterable[ObjectStat]) -> None:
-        """Tells the other users of the folder which shards this process is going to read; replaces what it said before."""
+        """Declares to other users of the cache which shards this process is going to read; replaces the previous list."""
         names = sorted({self.name(about) for about in abouts})
         while self._needs is None:
             path = self.folder / f".needs-{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex[:8]}"
             self._needs = os.open(path, os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_RDWR | os.O_CLOEXEC, self._mode)
             lock(self._needs, path)
-            if not _still(self._needs, path):  # swept as litter before it was locked
+            if not _still(self._needs, path):  # removed as abandoned before it was locked
                 os.close(self._needs)
                 self._needs = None
         with self._alone():
@@ -164,13 +164,13 @@ class ShardCache:
             os.pwrite(self._needs, data, 0)
 
     def close(self) -> None:
-        """Takes back what :meth:`need` said."""
+        """Withdraws the list of :meth:`need`."""
         if self._needs is not None:
             os.close(self._needs)
             self._needs = None
 
     def held(self) -> int:
-        """Bytes of shards here, those being downloaded included."""
+        """Returns the bytes of cached shards, including those being downloaded."""
         return sum(size for _, size, _ in self._files())
 
     @contextlib.contextmanager
@@ -183,10 +183,10 @@ class ShardCache:
             os.close(descriptor)
 
     def _open(self, path: Path) -> int:
-        """A descriptor of a regular file with one name, made if need be; links are not followed, so nothing else is written.
+        """Opens or creates a regular file with a single name; links are not followed, so no other file is written.
 
         Raises:
-            DataError: something else is there, or a file of another user in a folder that is not shared.
+            DataError: it is not such a file, or belongs to another user while the cache is not shared.
         """
         descriptor = os.open(path, os.O_CREAT | os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, self._mode)
         about = os.fstat(descriptor)
@@ -201,7 +201,7 @@ class ShardCache:
 
     @contextlib.contextmanager
     def _part(self, final: Path) -> Iterator[tuple[int, Path]]:
-        """The locked, empty file to download into; waits while another process downloads the same shard."""
+        """Yields the locked, empty file to download into; waits while another process downloads the same shard."""
         path, private = self._temporary(final), False
         while True:
             descriptor = self._open(path)
@@ -210,7 +210,7 @@ class ShardCache:
                     private, path = True, final.with_name(f".{final.name}.{uuid.uuid4().hex[:8]}.part")
                     continue  # without locks, two processes must not write to one file
                 if not _still(descriptor, path):
-                    continue  # it was finished, or swept, while we waited
+                    continue  # completed, or removed as abandoned, while this process waited
                 try:
                     yield descriptor, path
                 finally:
@@ -221,7 +221,7 @@ class ShardCache:
                 os.close(descriptor)
 
     def _reserve(self, descriptor: int, size: int) -> None:
-        """Makes room for a shard and takes it, so that the disk cannot fill up half way."""
+        """Makes room for a shard and allocates it, so that the disk cannot fill up during the download."""
         with self._alone():
             self._evict(size)
             try:
@@ -251,7 +251,7 @@ class ShardCache:
             raise CacheFull(f"{excess} bytes too few")
 
     def _files(self) -> list[tuple[Path, int, float]]:
-        """Path, bytes and time of last use of every shard, begun ones too."""
+        """Returns path, bytes and time of last use of every shard, incomplete ones included."""
         found = []
         with os.scandir(self.folder) as entries:
             for entry in entries:
@@ -271,14 +271,14 @@ class ShardCache:
         return names
 
     def _sweep(self) -> None:
-        """Removes what dead processes left."""
+        """Removes files of dead processes."""
         for pattern in (".needs-*", ".*.part"):
             for path in self.folder.glob(pattern):
                 _abandoned(path)
 
 
 def _still(descriptor: int, path: Path) -> bool:
-    """Whether the path names the very file that is open."""
+    """Whether the path still names the open file."""
     try:
         return os.path.samestat(os.fstat(descriptor), os.lstat(path))
     except FileNotFoundError:
@@ -286,7 +286,7 @@ def _still(descriptor: int, path: Path) -> bool:
 
 
 def _abandoned(path: Path) -> bool:
-    """Whether nobody holds a file's lock; then it is removed."""
+    """Whether no process holds a file's lock; the file is then removed."""
     try:
         descriptor = os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
     except OSError:

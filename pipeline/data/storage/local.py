@@ -1,4 +1,4 @@
-"""Shards on a disk: open descriptors that are kept, and files that are written whole or not at all."""
+"""Reads shards from local disks through cached descriptors; writes files atomically."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ _OPEN_FILES = 64
 
 
 def stat(url: str) -> ObjectStat:
-    """Size and version of a shard.
+    """Returns size and version of a shard.
 
     Raises:
-        DataError: it is not there, or is no file.
+        DataError: it does not exist, or is not a file.
     """
     path = local_path(url)
     try:
@@ -32,7 +32,7 @@ def stat(url: str) -> ObjectStat:
 
 
 def read(url: str, offset: int, length: int) -> bytes:
-    """``length`` bytes from ``offset`` on. Safe to call from several threads.
+    """Reads ``length`` bytes at ``offset``. Thread-safe.
 
     Raises:
         DataError: the file cannot be opened, or ends before ``offset + length``.
@@ -53,12 +53,12 @@ def read(url: str, offset: int, length: int) -> bytes:
 
 
 def forget(url: str | None = None) -> None:
-    """Closes the descriptor kept for a shard, or all of them; the next read opens anew."""
+    """Closes the cached descriptor of a shard, or all of them; the next read opens the file again."""
     _FILES.forget(None if url is None else local_path(url))
 
 
 def forget_deleted() -> None:
-    """Closes descriptors of files that were deleted, so that their bytes become free."""
+    """Closes descriptors of deleted files, so that their disk space is freed."""
     _FILES.forget_deleted()
 
 
@@ -77,7 +77,7 @@ def write_whole(path: Path, data: bytes) -> None:
 
 
 class _File:
-    """An open descriptor that closes when nobody holds it any more, so that eviction cannot pull it from under a reader."""
+    """A descriptor that closes with its last reference, so that eviction cannot close it during a read."""
 
     def __init__(self, path: str) -> None:
         self._descriptor = -1
@@ -103,7 +103,7 @@ class _File:
 
 
 class _Files:
-    """The descriptors used last."""
+    """Cache of the most recently used descriptors."""
 
     def __init__(self, limit: int) -> None:
         self._limit = limit
@@ -138,7 +138,7 @@ _FILES = _Files(_OPEN_FILES)
 
 
 def describe(url: str) -> str:
-    """Why a path is no shard: it is missing, a directory or something else."""
+    """Describes why a path is not a shard: missing, a directory, or something else."""
     path = local_path(url)
     if os.path.isdir(path):
         return "is a directory, not a shard"

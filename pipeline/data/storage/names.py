@@ -1,4 +1,4 @@
-"""What a shard is called: a path, or a URL whose scheme says which storage holds it."""
+"""Parses shard names: paths, and URLs whose scheme selects the storage."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ REMOTE = {
 
 @dataclass(frozen=True)
 class ObjectStat:
-    """What storage knows of a shard without opening it.
+    """Metadata of a shard in storage.
 
     Attributes:
-        url: as it was asked for.
+        url: as requested.
         size: bytes.
         tag: changes whenever the content may have changed (local files: modification time in nanoseconds; objects: ETag).
     """
@@ -40,11 +40,11 @@ class ObjectStat:
 
 @dataclass(frozen=True)
 class Place:
-    """Where an object lies.
+    """Location of an object.
 
     Attributes:
         kind: ``s3``, ``gs``, ``az`` or ``https``.
-        root: what a connection is made to, such as ``s3://bucket``.
+        root: the target of a connection, such as ``s3://bucket``.
         key: name of the object below the root, without a leading slash.
     """
 
@@ -54,10 +54,10 @@ class Place:
 
 
 def is_remote(url: str) -> bool:
-    """Whether a shard lies in object storage or behind a web server.
+    """Whether a shard is in object storage or on a web server.
 
     Raises:
-        DataError: a scheme that is not known.
+        DataError: an unknown scheme.
     """
     match = _SCHEME.match(url)
     if match is None or not match[2] or match[1].lower() == "file":
@@ -70,7 +70,7 @@ def is_remote(url: str) -> bool:
 
 
 def split(url: str) -> Place:
-    """The parts of a remote URL.
+    """Splits a remote URL.
 
     Raises:
         DataError: no bucket, container or host is named.
@@ -87,10 +87,10 @@ def split(url: str) -> Place:
 
 
 def local_path(url: str) -> str:
-    """The path of a local file or of a ``file://`` URL.
+    """Returns the path of a local file or of a ``file://`` URL.
 
     Raises:
-        DataError: it is a URL of another scheme.
+        DataError: a URL of another scheme.
     """
     match = _SCHEME.match(url)
     if match is None:
@@ -104,14 +104,14 @@ def local_path(url: str) -> str:
 
 
 def absolute(url: str) -> str:
-    """The same shard by a name that holds in any working directory.
+    """Returns the shard's name as an absolute path or URL.
 
     Raises:
-        DataError: a scheme that is not known.
+        DataError: an unknown scheme.
     """
     return url if is_remote(url) else os.path.abspath(local_path(url))
 
 
 def base_name(url: str) -> str:
-    """The last part of a shard's name."""
+    """Returns the last component of a shard's name."""
     return posixpath.basename(split(url).key) if is_remote(url) else os.path.basename(local_path(url))

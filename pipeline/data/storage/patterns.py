@@ -1,4 +1,4 @@
-"""From patterns to shards: braces, globs and folders, on disks and in buckets."""
+"""Expands shard patterns: braces, globs and directories, on disks and in buckets."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from pipeline.errors import DataError
 
 
 def expand(patterns: str | Sequence[str], storage: Storage | None = None) -> list[str]:
-    """The shards that one or several patterns name, in order.
+    """Returns the shards that one or several patterns name, in order.
 
     A pattern is a path or URL, a brace range (``train-{00000..00009}.tar``), a glob (``train-*.tar``; ``**`` crosses
-    folders) or a folder (all its ``*.tar``; a URL of a folder ends with a slash). Globs and folders are sorted by name; the
-    rest keeps the order given. Local shards are looked for; remote ones that are named one by one are not.
+    directories) or a directory (all its ``*.tar``; the URL of a directory ends with a slash). Globs and directories are sorted by
+    name; otherwise the given order is kept. Local shards must exist; remote ones that are named one by one are not checked.
 
     Raises:
         DataError: no shard matches, one is missing, or one is named twice; storage cannot be reached.
@@ -83,7 +83,7 @@ def _local_ones(one: str) -> list[str]:
 
 
 def _existing_escaped(path: str) -> str:
-    """A glob whose leading folders count by their own names where they exist: ``data[v2]/*.tar``."""
+    """Escapes the leading directories of a glob that exist under their literal names: ``data[v2]/*.tar``."""
     parts = path.split(os.sep)
     for number, part in enumerate(parts):
         if glob.has_magic(part) and not os.path.isdir(os.sep.join(parts[: number + 1])):
@@ -96,7 +96,7 @@ def _remote_ones(one: str, storage: Storage) -> list[str]:
         one += "*.tar"
     if not glob.has_magic(one):
         return [one]
-    found = _listed(one.replace("[", "[[]"), one, r"[*?]", storage) if "[" in one else []  # a folder whose name has brackets
+    found = _listed(one.replace("[", "[[]"), one, r"[*?]", storage) if "[" in one else []  # a directory whose name has brackets
     found = found or _listed(one, one, r"[*?\[]", storage)
     if not found:
         raise DataError("no shard matches", where=one, hint="Check the pattern and the bucket.")

@@ -1,7 +1,7 @@
-"""Object storage and web servers: the only file that imports obstore.
+"""Reads and writes object storage and web servers. The only module that imports obstore.
 
-obstore resumes a body that was cut or has stalled by asking for the rest alone, and it refuses if the object was replaced
-meanwhile. Above it stands one more loop: what a storage that is away for minutes needs is patience, not an exception.
+obstore resumes an interrupted or stalled response by requesting the remaining bytes, and fails if the object was replaced
+meanwhile. An additional retry loop handles storage that is unavailable for minutes.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ from pipeline.data.storage.signed import query_of
 from pipeline.errors import DataError
 from pipeline.untrusted import hide_secrets, printable
 
-_FIRST_CONTACT = 8.0  # seconds; a refusal has to come before anyone wonders whether the program hangs
-_CONNECTIONS = 64  # kept at most
+_FIRST_CONTACT = 8.0  # seconds; an error must be reported before the user suspects a hang
+_CONNECTIONS = 64  # maximum number of cached connections
 _LONGEST_PAUSE = 30.0
 _CREDENTIAL_WORDS = ("169.254.169.254", "169.254.170.2", "metadata.google", "NoCredentials", "redentialProvider")
 _KEY_NAMES = ("AWS_ACCESS_KEY_ID", "AWS_WEB_IDENTITY_TOKEN_FILE", "AWS_CONTAINER_CREDENTIALS_RELATIVE_URI")
@@ -38,7 +38,7 @@ _Value = TypeVar("_Value")
 
 
 class StorageUnavailable(DataError):
-    """Storage did not answer, or refused, for as long as patience lasts. Not a fault of one sample: no substitute is taken."""
+    """Storage did not answer, or refused, until the timeout. Not an error of one sample: no substitute is used."""
 
     retryable = True
     cause = "crash"
@@ -49,16 +49,16 @@ class ShardNotFound(DataError):
 
 
 class ShardChanged(DataError):
-    """The object is not the one that was indexed."""
+    """The object is not the version that was indexed."""
 
 
 class Remote:
-    """Reads objects by range. Cheap to make: connections are opened when they are needed, one client a bucket.
+    """Reads objects by range. Cheap to create: connections are opened when needed, one client per bucket.
 
     A process that has used it must not be forked: the client's threads would be missing in the child.
 
     Args:
-        settings: endpoint, patience and parallelism.
+        settings: endpoint, timeouts and concurrency.
 
     Attributes:
         counters: ``bytes`` read, ``requests``, ``retries`` and whole ``seconds`` spent waiting in them.
@@ -75,10 +75,10 @@ class Remote:
         return Remote, (self._settings,)
 
     def check(self, url: str) -> None:
-        """First contact with a bucket: one request, one retry, an answer within ten seconds.
+        """Checks access to a bucket: one request, one retry, a result within ten seconds.
 
         Raises:
-            DataError: no credentials, wrong ones, no such bucket, or nobody there; with the hint.
+            DataError: missing or wrong credentials, no such bucket, or no server; with a hint.
         """
         place = split(url)
         if place.kind == "https" and (glob.has_magic(place.key) or url.endswith("/")):
@@ -93,7 +93,7 @@ class Remote:
             pool.shutdown(wait=False)
 
     def stat(self, url: str) -> ObjectStat:
-        """Size and ETag of an object.
+        """Returns size and ETag of an object.
 
         Raises:
             DataError: it does not exist.
@@ -105,7 +105,10 @@ class Remote:
         return _stat(url, self._with_retry(url, place, lambda store: ask(store, place.key)))
 
     def stats(self, urls: list[str]) -> list[ObjectStat | DataError]:
-        """:meth:`stat` of many, side by side, errors as values; folders with many of them are listed instead."""
+        """Runs :meth:`stat` for many URLs concurrently and returns errors as values.
+
+        Directories with many of the URLs are listed instead.
+        """
         known: dict[str, ObjectStat] = {}
         folders = Counter(url.rpartition("/")[0] for url in urls)
         for folder, wanted in folders.items():
@@ -121,7 +124,7 @@ class Remote:
             return error
 
     def list(self, prefix: str) -> list[ObjectStat]:
-        """All objects directly or deeper below a URL that ends with a slash, sorted by name.
+        """Returns all objects at any depth below a URL that ends with a slash, sorted by name.
 
         Raises:
             DataError: a web server cannot be listed, or there is no such bucket.
@@ -135,11 +138,11 @@ class Remote:
         return sorted((_stat(f"{place.root}/{meta['path']}", meta) for meta in found), key=lambda about: about.url)
 
     def read(self, about: ObjectStat, offset: int, length: int) -> bytes:
-        """``length`` bytes of that version of an object. Safe to call from several threads.
+        """Reads ``length`` bytes of that version of an object. Thread-safe.
 
         Raises:
-            ShardChanged: another version lies there now, or it is shorter.
-            StorageUnavailable: storage did not answer for as long as the settings' grace.
+            ShardChanged: the object has another version now, or is shorter.
+            StorageUnavailable: storage did not answer within ``outage_timeout``.
         """
         import obstore
 
@@ -154,7 +157,7 @@ class Remote:
         return data
 
     def download(self, about: ObjectStat, descriptor: int) -> None:
-        """Writes a whole object to an open file, in ranges side by side.
+        """Downloads a whole object to an open file, in concurrent ranges.
 
         Raises:
             ShardChanged, StorageUnavailable: as :meth:`read`.
@@ -173,11 +176,11 @@ class Remote:
                 pass
 
     def put(self, path: Path, url: str) -> None:
-        """Make an object of a file, in parts side by side if it is large; it is there whole or not at all.
+        """Uploads a file to an object atomically, in concurrent parts if it is large.
 
         Raises:
-            StorageUnavailable: storage did not answer, or refused, for as long as the settings' grace.
-            DataError: the file cannot be read, or a web server is named.
+            StorageUnavailable: storage did not answer, or refused, within ``outage_timeout``.
+            DataError: the file cannot be read, or the URL is that of a web server.
         """
         import obstore
 
@@ -192,7 +195,7 @@ class Remote:
         )
 
     def delete(self, url: str) -> None:
-        """Remove an object; one that is not there is removed already.
+        """Deletes an object; a missing one is no error.
 
         Raises:
             StorageUnavailable: as :meth:`put`.
@@ -204,7 +207,7 @@ class Remote:
             self._with_retry(url, place, lambda store: obstore.delete(store, place.key))
 
     def scan(self, about: ObjectStat) -> Scan:
-        """Reads an object from front to back in large pieces, for callers that ask for small ones."""
+        """Opens an object for sequential reading in large pieces, for callers that read small ones."""
         return Scan(self, about, self._settings.part_size_mb << 20)
 
     def _contact(self, url: str, place: Place) -> None:
@@ -219,14 +222,14 @@ class Remote:
                 except FileNotFoundError:
                     if place.kind == "https":
                         raise
-            # Of a missing object storage does not say whether its bucket exists; a listing tells.
+            # For a missing object, storage does not report whether its bucket exists; a listing does.
             folder = re.split(r"[*?\[]", place.key)[0].rpartition("/")[0]
             next(iter(obstore.list(store, folder or None, chunk_size=1)), None)
         except Exception as error:
             raise self._explained(url, error, place) from error
 
     def _with_retry(self, url: str, place: Place, act: Callable[[Any], _Value]) -> _Value:
-        """Acts, and goes on trying while storage is away: back-off up to half a minute, until the grace is used up."""
+        """Calls ``act`` and retries while storage is unavailable, with a backoff of up to 30 s, until ``outage_timeout``."""
         if os.getpid() != self._pid:
             raise DataError("object storage was used before this process was forked", where=url, hint="Start processes by spawn.")
         begin, pause = time.monotonic(), 0.5
@@ -253,7 +256,7 @@ class Remote:
             store = self._stores.get(key)
             if store is None:
                 store = self._stores[key] = self._connect(replace(place, root=key[0]), probe)
-                if query and len(self._stores) > _CONNECTIONS:  # each signed link has its own
+                if query and len(self._stores) > _CONNECTIONS:  # each signed link has its own client
                     del self._stores[next(iter(self._stores))]
             return store
 
@@ -297,7 +300,7 @@ class Remote:
         return HTTPStore(place.root, **common)
 
     def _explained(self, url: str, error: Exception, place: Place, waited: float | None = None) -> DataError:
-        """The sentence a person can act on, from what the client library says."""
+        """Converts an error of the client library to a message with a hint."""
         text, kind = str(error), type(error).__name__
         if kind == "PreconditionError":
             return _changed(url)
@@ -329,7 +332,7 @@ class Remote:
 
 
 class Scan:
-    """An object read from front to back; pieces are large, two are kept, and the next is fetched while one is used."""
+    """Reads an object sequentially in large pieces: two are kept, and the next is fetched while one is used."""
 
     def __init__(self, remote: Remote, about: ObjectStat, piece: int) -> None:
         self._remote, self._about, self._piece = remote, about, piece
@@ -338,7 +341,7 @@ class Scan:
         self._jobs: dict[int, Any] = {}
 
     def read(self, offset: int, length: int) -> bytes:
-        """Bytes of the object; see :meth:`Remote.read`."""
+        """Reads bytes of the object; see :meth:`Remote.read`."""
         first, last = offset // self._piece, (offset + length - 1) // self._piece
         parts = []
         for number in range(first, last + 1):
@@ -348,7 +351,7 @@ class Scan:
         return b"".join(parts)
 
     def close(self) -> None:
-        """Forgets the pieces."""
+        """Releases the pieces."""
         self._jobs.clear()
         self._pool.shutdown(wait=False, cancel_futures=True)
 
@@ -364,7 +367,7 @@ class Scan:
 
 
 def _probe(store: Any, key: str) -> Any:
-    """What ``obstore.head`` answers, by a request for one byte: a signed link often allows no other kind of request."""
+    """Returns the result of ``obstore.head`` from a request for one byte: a signed link often allows no other kind of request."""
     import obstore
 
     return obstore.get(store, key, options={"range": (0, 1)}).meta
@@ -375,7 +378,7 @@ def _stat(url: str, meta: Any) -> ObjectStat:
 
 
 def _strong(tag: str) -> bool:
-    """Whether an ETag can be a condition; weak ones and times cannot."""
+    """Whether an ETag can be used as a condition; weak ones and timestamps cannot."""
     return tag.startswith('"')
 
 
@@ -404,7 +407,10 @@ def _has_keys() -> bool:
 
 
 def _profile_credentials() -> Any:
-    """Keys of ``~/.aws`` and single sign-on, which need boto3; ``None`` where the environment has keys or no such file."""
+    """Returns credentials of ``~/.aws`` and single sign-on, which need boto3.
+
+    ``None`` if the environment has keys, or if there is neither a profile nor such a file.
+    """
     places = {"AWS_SHARED_CREDENTIALS_FILE": "~/.aws/credentials", "AWS_CONFIG_FILE": "~/.aws/config"}
     files = [Path(os.path.expanduser(os.environ.get(name, usual))) for name, usual in places.items()]
     if _has_keys() or not ("AWS_PROFILE" in os.environ or any(file.exists() for file in files)):

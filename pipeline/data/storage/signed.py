@@ -1,7 +1,7 @@
-"""Signed links (``https://host/x.tar?X-Amz-Signature=…``): their queries are kept here, in memory, and nowhere else.
+"""Keeps the queries of signed links (``https://host/x.tar?X-Amz-Signature=…``) in memory only.
 
-Everything above storage knows a signed shard by its address without the query. So indexes, manifests, logs and messages hold no
-signature, and a new link to the same shard is the same shard: a run resumes with links that were signed anew.
+All other modules identify a signed shard by its address without the query. Indexes, manifests, logs and messages therefore
+contain no signature, and a renewed link names the same shard: a run can resume with new signatures.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ _QUERIES: dict[str, str] = {}
 
 
 def strip(url: str) -> str:
-    """The address of a shard without query and fragment; the query is remembered for requests.
+    """Returns a shard's address without query and fragment; the query is stored for requests.
 
     Args:
         url: of any scheme; only those of web servers are changed.
 
     Raises:
-        DataError: it carries a user name or a password.
+        DataError: the URL contains a user name or a password.
     """
     if has_password(url):
         raise DataError(
@@ -37,15 +37,15 @@ def strip(url: str) -> str:
 
 
 def query_of(url: str) -> str:
-    """The query that requests for a shard carry; empty for most."""
+    """Returns the query for requests of a shard; empty for most."""
     return _QUERIES.get(url, "")
 
 
 def known() -> dict[str, str]:
-    """All queries by address, for other processes of the run."""
+    """Returns all queries by address, for other processes of the run."""
     return dict(_QUERIES)
 
 
 def learn(queries: dict[str, str]) -> None:
-    """Take over the queries of another process."""
+    """Adds the queries of another process."""
     _QUERIES.update(queries)

@@ -1,4 +1,4 @@
-"""One door to all shards: local files, objects read by range, and objects kept in the node's cache."""
+"""Unified access to shards: local files, objects read by range, and objects in the node's cache."""
 
 from __future__ import annotations
 
@@ -20,30 +20,30 @@ from pipeline.data.storage.names import ObjectStat, is_remote, local_path, split
 from pipeline.data.storage.remote import Remote, ShardNotFound
 from pipeline.errors import DataError
 
-_FULL_FOR = 60.0  # seconds until room is looked for again
+_FULL_FOR = 60.0  # seconds after a full cache until room is checked again
 _log = logging.getLogger(__name__)
 
 
 class Source(Protocol):
-    """One shard, opened to be read from front to back: its name and its size in bytes."""
+    """A shard opened for sequential reading, with its name and size in bytes."""
 
     url: str
     size: int
 
     def read(self, offset: int, length: int) -> bytes:
-        """Bytes of the shard."""
+        """Reads bytes of the shard."""
         ...
 
     def close(self) -> None:
-        """Lets go of it."""
+        """Closes the shard."""
         ...
 
 
 class Storage:
-    """Reads shards wherever they lie. Sent to another process it arrives without connections and opens its own.
+    """Reads shards from any storage. Pickled without connections; another process opens its own.
 
     Args:
-        settings: how to reach object storage, and where to keep shards.
+        settings: access to object storage, and the shard cache.
 
     Attributes:
         counters: bytes and seconds of reading since the start, by name.
@@ -61,10 +61,10 @@ class Storage:
 
     @property
     def cache(self) -> ShardCache | None:
-        """The node's cache, made at the first call; ``None`` where objects are read by range.
+        """Returns the node's cache, created at the first call; ``None`` where objects are read by range.
 
         Raises:
-            DataError: it cannot be written and was asked for by name.
+            DataError: the directory is not writable and was set explicitly.
         """
         s = self.settings
         if s.access == "range_read":
@@ -76,10 +76,10 @@ class Storage:
         return self._cache
 
     def check(self, urls: Sequence[str]) -> None:
-        """First contact with every bucket that is named; quick, and with a message that helps.
+        """Checks access to every bucket in ``urls``, with short timeouts.
 
         Raises:
-            DataError: what is wrong and how to fix it.
+            DataError: a bucket cannot be accessed; with a hint.
         """
         seen = set()
         for url in urls:
@@ -88,25 +88,25 @@ class Storage:
                 self.remote.check(url)
 
     def stat(self, url: str) -> ObjectStat:
-        """Size and version of a shard.
+        """Returns size and version of a shard.
 
         Raises:
-            DataError: it is not there, or is no file.
+            DataError: it does not exist, or is not a file.
         """
         return self.remote.stat(url) if is_remote(url) else local.stat(url)
 
     def stats(self, urls: Sequence[str]) -> list[ObjectStat | DataError]:
-        """:meth:`stat` of many, errors as values; objects are asked for side by side."""
+        """Runs :meth:`stat` for many URLs and returns errors as values; objects are requested concurrently."""
         far = [url for url in urls if is_remote(url)]
         known = dict(zip(far, self.remote.stats(far), strict=True)) if far else {}
         return [known[url] if url in known else _or_error(local.stat, url) for url in urls]
 
     def read(self, about: ObjectStat, offset: int, length: int) -> bytes:
-        """``length`` bytes from ``offset`` on of that version of a shard. Safe to call from several threads.
+        """Reads ``length`` bytes at ``offset`` of that version of a shard. Thread-safe.
 
         Raises:
-            DataError: it cannot be read or ends too early.
-            StorageUnavailable: object storage did not answer for as long as the grace lasts.
+            DataError: the shard cannot be read or ends too early.
+            StorageUnavailable: object storage did not answer within ``outage_timeout``.
         """
         if length <= 0:
             return b""
@@ -119,7 +119,7 @@ class Storage:
         return self.remote.read(about, offset, length)
 
     def open(self, about: ObjectStat) -> Source:
-        """A shard to be read once from front to back, past the cache."""
+        """Opens a shard to be read once sequentially, bypassing the cache."""
         if not is_remote(about.url):
             return _File(about)
         kept = None if self.settings.access == "range_read" or self._cache is None else self._cache.kept(about)
@@ -128,15 +128,15 @@ class Storage:
         return self.remote.scan(about)
 
     def fetch(self, about: ObjectStat) -> bool:
-        """Downloads a shard into the cache ahead of its use; whether it is there now."""
+        """Downloads a shard into the cache ahead of its use; returns whether it is cached now."""
         return not is_remote(about.url) or self._kept(about) is not None
 
     def put(self, path: Path, url: str) -> None:
-        """Copy a local file to an object or to another path; there it is whole or not at all.
+        """Copies a local file to an object or to another path, atomically.
 
         Raises:
             DataError: it cannot be written.
-            StorageUnavailable: object storage did not answer for as long as the grace lasts.
+            StorageUnavailable: object storage did not answer within ``outage_timeout``.
         """
         if is_remote(url):
             self.remote.put(path, url)
@@ -145,7 +145,7 @@ class Storage:
         temporary = target.with_name(f".{target.name}.part")
         try:
             target.parent.mkdir(parents=True, exist_ok=True)
-            temporary.unlink(missing_ok=True)  # what somebody else may have put there is not followed
+            temporary.unlink(missing_ok=True)  # a link that another user may have created there is not followed
             descriptor = os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_CLOEXEC, 0o666)
             with path.open("rb") as source, open(descriptor, "wb") as copy:
                 shutil.copyfileobj(source, copy, 16 << 20)
@@ -158,12 +158,12 @@ class Storage:
             ) from error
 
     def get(self, url: str, path: Path) -> None:
-        """Copy an object, or another path's file, to a local file.
+        """Copies an object, or a file at another path, to a local file.
 
         Raises:
             ShardNotFound: there is no such object.
             DataError: the file cannot be written.
-            StorageUnavailable: object storage did not answer for as long as the grace lasts.
+            StorageUnavailable: object storage did not answer within ``outage_timeout``.
         """
         try:
             if not is_remote(url):
@@ -178,7 +178,7 @@ class Storage:
             raise DataError(f"cannot be copied ({error.strerror})", where=url, hint=f"Can {path} be written?") from error
 
     def delete(self, url: str) -> None:
-        """Remove an object or a file; one that is not there is removed already.
+        """Deletes an object or a file; a missing one is no error.
 
         Raises:
             DataError, StorageUnavailable: as :meth:`put`.
@@ -192,17 +192,17 @@ class Storage:
             raise DataError(f"cannot be deleted ({error.strerror})", where=url, hint="Check the folder's permissions.") from error
 
     def list(self, folder: str) -> list[str]:
-        """URLs of all files below a folder, at any depth, sorted; none if there is no such folder.
+        """Returns the URLs of all files below a directory, at any depth, sorted; empty if there is no such directory.
 
         Raises:
-            StorageUnavailable: object storage did not answer for as long as the grace lasts.
+            StorageUnavailable: object storage did not answer within ``outage_timeout``.
         """
         if is_remote(folder):
             return [about.url for about in self.remote.list(f"{folder.rstrip('/')}/")]
         return sorted(str(path) for path in Path(local_path(folder)).rglob("*") if path.is_file())
 
     def usage(self) -> dict[str, float]:
-        """Counters of reading, by name: bytes, requests, retries, seconds, cache hits and misses."""
+        """Returns counters of reading, by name: bytes, requests, retries, seconds, cache hits and misses."""
         return {**self.counters, **self.remote.counters}
 
     def _kept(self, about: ObjectStat) -> Path | None:
@@ -256,7 +256,7 @@ class _File:
 
 
 def cache_folder(settings: StorageSettings) -> Path:
-    """Where a node keeps shards: as set, else ``$FOVEA_CACHE``, the job's scratch folder, or the system's temporary folder."""
+    """Returns the cache directory: as set, else ``$FOVEA_CACHE``, the job's scratch directory, or the temporary directory."""
     if settings.cache is not None:
         return Path(os.path.expanduser(settings.cache))
     for name in ("FOVEA_CACHE", "SLURM_TMPDIR", "LOCAL_SCRATCH"):
