@@ -1,4 +1,4 @@
-"""Base settings of two-view methods (SimCLR, BYOL, MoCo, DINO): crops, augmentation of each view, heads, LoGo's local repulsion."""
+"""Base settings of two-view methods (SimCLR, BYOL, MoCo, DINO): crops, augmentation, heads, LoGo's local repulsion."""
 
 from __future__ import annotations
 
