@@ -1,7 +1,7 @@
 """Distillation from a larger frozen teacher (DINOv2, arXiv 2304.07193, section 5).
 
-Uses DINOv2's losses with three differences: the targets come from a frozen backbone and its heads; the student's crops are not
-masked and all their patches are predicted; and stochastic depth is off. The student's EMA is still kept and is the exported
+Uses DINOv2's losses with these differences: the targets come from a frozen backbone and its heads; the student's crops are not
+masked, all their patches are predicted, and ``drop_path`` should be 0. The student's EMA is still kept and is the exported
 model.
 """
 

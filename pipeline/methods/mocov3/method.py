@@ -35,7 +35,7 @@ from pipeline.models.resnet import Tower, build_trunk, fix_positions, freeze_pat
 
 @dataclass(frozen=True)
 class _Keys:
-    """The teacher's projections of both views of the global batch, ``[B, out]`` each, and each micro-batch's first row in them."""
+    """The teacher's projections of both views of the global batch, ``[B, out]`` each, and the first row of each micro-batch."""
 
     batch: Batch
     views: list[Tensor]
