@@ -1,8 +1,7 @@
 """Fragments: the interface through which checkpoints read and write an engine's sharded weights.
 
 A *fragment* is the part of one parameter that one rank owns. Every element of every trainable parameter is in exactly one
-rank's
-fragments, whatever the ZeRO stage, so a checkpoint written with any world size can be read with any other.
+rank's fragments, whatever the ZeRO stage, so a checkpoint written with any world size can be read with any other.
 """
 
 from __future__ import annotations

@@ -1,8 +1,7 @@
 """Reads a checkpoint's ``manifest.json`` and validates types, bounds and file names. Does not import torch.
 
 A checkpoint folder may come from an untrusted source, so all shapes, numbers and names are validated here, once; code after
-this
-point can rely on them.
+this point can rely on them.
 """
 
 from __future__ import annotations

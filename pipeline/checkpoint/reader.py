@@ -27,9 +27,8 @@ _ANOTHER = "resume from another one"
 
 
 class _Pieces:
-    """Reads any range of any saved tensor from the rank files directly into the target memory. Does not mmap, which would cost a
-    page
-    fault per page.
+    """Reads any range of any saved tensor from the rank files directly into the target memory. Does not mmap, which would cost
+    a page fault per page.
     """
 
     def __init__(self, saved: Saved) -> None:

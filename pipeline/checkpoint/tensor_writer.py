@@ -1,8 +1,7 @@
 """Writes tensors to a safetensors file with fsync and checksum, without blocking other threads.
 
 The public format is: eight bytes with the length of a JSON header, the header, the raw tensors. The safetensors package reads
-the
-files; it does not write them, because it copies everything while holding Python's global lock and cannot checksum what it
+the files; it does not write them, because it copies everything while holding Python's global lock and cannot checksum what it
 writes.
 """
 
@@ -46,8 +45,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], *, metadata: Mappin
 
     Returns:
         Name, size and checksum of the file as listed in a manifest. The checksum is of the bytes in memory, so it reveals
-        write
-        errors.
+        write errors.
 
     Raises:
         OSError: the disk is full, or the file cannot be created.

@@ -10,18 +10,13 @@ Layout, one directory per checkpoint, below ``<run>/checkpoints``::
     best.json                  the best checkpoint, if keep_best is set
 
 A checkpoint is written to ``.tmp-step_…``, every file is synced, and a rename commits it. Deletion first renames it back to
-such a
-name. Leftover directories of that name are deleted by the next save. Fragments record their position in the whole parameter,
-so a
-checkpoint can be read with any world size.
+such a name. Leftover directories of that name are deleted by the next save. Fragments record their position in the whole
+parameter, so a checkpoint can be read with any world size.
 
 An asynchronous save has three states. *Writing*: every rank has copied its part to host memory, and a background thread writes
-it.
-*Committing*: at a later step boundary all ranks have learned, in an all-reduce that happens at every step anyway, that all
-have
-written; a thread of rank 0 writes the manifest, renames and prunes. At another such boundary all ranks learn the outcome. Only
-the
-main thread communicates with other ranks.
+it. *Committing*: at a later step boundary all ranks have learned, in an all-reduce that happens at every step anyway, that all
+have written; a thread of rank 0 writes the manifest, renames and prunes. At another such boundary all ranks learn the outcome.
+Only the main thread communicates with other ranks.
 """
 
 from __future__ import annotations

@@ -1,12 +1,9 @@
 """Image-text losses over all pairs of a global batch: CLIP's softmax (arXiv 2103.00020), SigLIP's sigmoid (arXiv 2303.15343).
 
 Each rank contrasts its own ``b`` images and texts with all ``B`` of the other kind. Gradients flow into the gathered features
-and
-are reduced to the rank they came from, so that the mean over ranks of the local losses has the gradient of one process with
-the
-whole batch. Logits are computed ``chunk`` rows at a time together with their gradients, so the memory kept for the backward
-pass
-is only the size of the features.
+and are reduced to the rank they came from, so that the mean over ranks of the local losses has the gradient of one process
+with the whole batch. Logits are computed ``chunk`` rows at a time together with their gradients, so the memory kept for the
+backward pass is only the size of the features.
 """
 
 from __future__ import annotations
@@ -70,9 +67,7 @@ def siglip_loss(
 
 
 def gathered(x: Tensor, group: dist.ProcessGroup | None = None) -> Tensor:
-    """All-gathers ``[b, d]`` to ``[world * b, d]`` in rank order; the backward pass sums all ranks' gradients of this rank's
-    rows.
-    """
+    """All-gathers ``[b, d]`` to ``[world * b, d]`` in rank order; backward sums all ranks' gradients of this rank's rows."""
     if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size(group) == 1:
         return x
     whole: Tensor = _Gather.apply(x, group)

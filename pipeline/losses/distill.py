@@ -1,6 +1,5 @@
 """Self-distillation losses: cross-entropy of a student's prototypes with a teacher's targets, over crops (DINO) and masked
-patches
-(iBOT).
+patches (iBOT).
 """
 
 from __future__ import annotations

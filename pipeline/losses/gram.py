@@ -1,4 +1,4 @@
-"""Gram anchoring (DINOv3, arXiv 2508.10104): keeps the similarities between an image's patch tokens close to an anchor network's."""
+"""Gram anchoring (DINOv3, arXiv 2508.10104): keeps the similarities between patch tokens close to an anchor network's."""
 
 from __future__ import annotations
 

@@ -9,8 +9,8 @@ from torch import Tensor
 
 @torch.no_grad()
 def effective_rank(x: Tensor) -> Tensor:
-    """``(sum of variances)^2 / sum of squared variances`` along the principal directions: 1 for features on a line, the
-    width for features with equal variance in all directions. Takes two matrix products, no decomposition and no device
+    """``(sum of variances)^2 / sum of squared variances`` along the principal directions: 1 for features on a line, the width
+    for features with equal variance in all directions. Takes two matrix products, no decomposition and no device
     synchronization.
 
     Args:

@@ -18,8 +18,8 @@ def koleo(x: Tensor, eps: float = 1e-8, *, group: int | None = None, neighbours:
     Args:
         x: ``[n, width]``, features of one crop of some images.
         eps: keeps distances and logarithms finite.
-        group: number of consecutive images among which neighbours are searched; ``None`` means all. With groups the mean
-            over the parts of a batch does not depend on how it was split, as long as no group was.
+        group: number of consecutive images among which neighbours are searched; ``None`` means all. With groups the mean over
+            the parts of a batch does not depend on how it was split, as long as no group was.
         neighbours: number of nearest neighbours that each feature is pushed from.
 
     Returns:
@@ -69,8 +69,7 @@ def koleo_across_ranks(
 
 class _Gather(torch.autograd.Function):
     """All-gathers rows. Every rank computes the same loss, so the gradient of its own rows needs no communication; it is
-    multiplied
-    by the world size, because the engine averages over ranks.
+    multiplied by the world size, because the engine averages over ranks.
     """
 
     @staticmethod

@@ -1,22 +1,15 @@
 """Memory-efficient cross-entropy over prototypes (DINO, iBOT), in chunks, without materializing all logits.
 
 DINO and iBOT compare a student with a teacher over K prototypes, up to 262144, for every class token and every masked patch.
-The
-logits of one batch would fill gigabytes, several times over. But logits are ``unit vectors x prototypes``, and unit vectors
-are
-small, so only those are kept. For each chunk of rows the forward pass computes the logits of teacher and student, the
-cross-entropy
-and its gradient with respect to both of the student's factors, and frees the chunk. The backward pass only scales these
-gradients:
-nothing is recomputed, and no ``[tokens, K]`` tensor outlives its chunk.
+The logits of one batch would fill gigabytes, several times over. But logits are ``unit vectors x prototypes``, and unit
+vectors are small, so only those are kept. For each chunk of rows the forward pass computes the logits of teacher and student,
+the cross-entropy and its gradient with respect to both of the student's factors, and frees the chunk. The backward pass only
+scales these gradients: nothing is recomputed, and no ``[tokens, K]`` tensor outlives its chunk.
 
 Two implementations of the elementwise part agree up to rounding. ``triton`` reads the logits as the matrix product left them
-and
-overwrites them with gradients; it is the default for CUDA tensors if Triton is installed. ``torch`` works on fp32 copies; it
-is used
-for all other tensors, and always for fp64. The environment variable ``FOVEA_KERNELS`` (``torch`` or ``triton``) overrides the
-choice
-for the process: where Triton fails (it needs a C compiler), set ``FOVEA_KERNELS=torch``.
+and overwrites them with gradients; it is the default for CUDA tensors if Triton is installed. ``torch`` works on fp32 copies;
+it is used for all other tensors, and always for fp64. The environment variable ``FOVEA_KERNELS`` (``torch`` or ``triton``)
+overrides the choice for the process: where Triton fails (it needs a C compiler), set ``FOVEA_KERNELS=torch``.
 """
 
 from __future__ import annotations
@@ -49,8 +42,8 @@ class Targets:
     Attributes:
         unit: ``[views, n, width]``, the teacher's features before its prototypes.
         matrix: ``[K, width]``, the teacher's prototypes.
-        potential: ``[K]`` fp32: Sinkhorn's (:func:`pipeline.losses.sinkhorn_potential`), or the negative centre divided by
-            the temperature.
+        potential: ``[K]`` fp32: Sinkhorn's (:func:`pipeline.losses.sinkhorn_potential`), or the negative centre divided by the
+            temperature.
         temperature: the teacher's temperature.
     """
 
@@ -154,8 +147,7 @@ def prototype_cross_entropy(
 
 def kernels_for(device: torch.device) -> Kernels:
     """Kernels by ``FOVEA_KERNELS``; by default ``triton`` on a CUDA device where Triton and the C compiler that it needs are
-    installed,
-    else ``torch``.
+    installed, else ``torch``.
 
     Raises:
         ValueError: ``FOVEA_KERNELS`` has another value.
@@ -186,8 +178,7 @@ def logit_pieces(
         matrix: ``[K, width]``.
         temperature: divides the logits.
         rows: maximum rows in memory at once; ``None`` uses :func:`rows_at_once`, and more where they need less memory. Logits
-            are
-            computed once if all fit, else again at each call.
+            are computed once if all fit, else again at each call.
         kernels: ``torch`` yields fp32 logits divided by the temperature, ``triton`` yields :class:`Products`; ``None`` uses
             :func:`kernels_for`.
     """

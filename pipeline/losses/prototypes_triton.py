@@ -1,16 +1,14 @@
 """Triton kernels for the elementwise part of Sinkhorn and of the prototype cross-entropy, in place on unscaled logits.
 
 In plain torch each element of a chunk of logits is copied to fp32 and then read and written a dozen times. Here one program
-handles
-a row, block by block: it computes the row's log-sum-exp online, reads the row once more together with its targets, and
-overwrites
-the logits with the gradient in their own dtype; all sums are in fp32. A patch's bf16 logit and its teacher's take 10 bytes of
-memory
-traffic together (five accesses of two bytes), 4 more per Sinkhorn iteration, and no tensor of their size is allocated.
+handles a row, block by block: it computes the row's log-sum-exp online, reads the row once more together with its targets, and
+overwrites the logits with the gradient in their own dtype; all sums are in fp32. A patch's bf16 logit and its teacher's take
+10 bytes of memory traffic together (five accesses of two bytes), 4 more per Sinkhorn iteration, and no tensor of their size is
+allocated.
 
 The kernels contain no autograd and no matrix products; :mod:`pipeline.losses.prototypes` multiplies. They use no atomics: a
-sum over
-columns is computed by the row's program, a sum over rows by the columns' program, so equal inputs give bitwise equal results.
+sum over columns is computed by the row's program, a sum over rows by the columns' program, so equal inputs give bitwise equal
+results.
 """
 
 from __future__ import annotations
@@ -89,8 +87,7 @@ class FusedTargets:
 
         Returns:
             The weighted sum of the cross-entropies, fp32; the number of rows with the same top-1 prototype; the gradient with
-            respect
-            to the unscaled logits, in their dtype and memory.
+            respect to the unscaled logits, in their dtype and memory.
         """
         views, rows, prototypes = logits.shape
         if not logits.is_contiguous():
@@ -180,7 +177,7 @@ def column_sums(
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ) -> None:
-    """``mass[k] = sum over rows of target``, and partial sums of ``-sum target * log target``; one program per group of columns."""
+    """``mass[k] = sum over rows of target``, and partial sums of ``-sum target * log target``; one program per column group."""
     program = tl.program_id(0)
     column = program * COLUMNS + tl.arange(0, COLUMNS)
     within = column < prototypes

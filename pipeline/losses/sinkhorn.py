@@ -1,16 +1,12 @@
 """Sinkhorn-Knopp targets (SwAV, arXiv 2006.09882; DINOv2, arXiv 2304.07193).
 
 The matrix ``exp(logits / T)`` is scaled alternately so that each prototype gets equal mass over the global batch and each
-sample
-sums to one. The matrix itself never changes: the two scalings are vectors, and an iteration is two matrix-vector products.
-Only the
-prototypes' sums are communicated: K floats, twice per iteration. If logits lie so far apart that their exponentials would
-underflow,
-the same iteration runs in log space.
+sample sums to one. The matrix itself never changes: the two scalings are vectors, and an iteration is two matrix-vector
+products. Only the prototypes' sums are communicated: K floats, twice per iteration. If logits lie so far apart that their
+exponentials would underflow, the same iteration runs in log space.
 
 The K potentials determine the whole result, and they can be computed from the logits chunk by chunk. This makes a batch that
-is
-split over micro-batches and ranks equivalent to one that is not.
+is split over micro-batches and ranks equivalent to one that is not.
 """
 
 from __future__ import annotations
@@ -67,10 +63,8 @@ def potential_over_pieces(
 
     Args:
         pieces: returns ``logits / temperature`` at each call, in chunks ``[any, K]`` that may be overwritten. A tuple is
-            requested
-            once and reused; any other iterable is requested again in each iteration. Ranks may have different numbers of
-            chunks,
-            also none. Triton reads :class:`Products` without a copy.
+            requested once and reused; any other iterable is requested again in each iteration. Ranks may have different
+            numbers of chunks, also none. Triton reads :class:`Products` without a copy.
         zeros: ``[K]``, dtype and device of the result.
         iterations: number of scalings of prototypes and samples each.
         group: ranks that share the batch.

@@ -1,7 +1,7 @@
 """Memory-efficient next-token cross-entropy over a vocabulary, in chunks, without materializing all logits.
 
-As in :mod:`pipeline.losses.prototypes`, gradients are computed in the forward pass, a chunk of rows at a time: no
-``[tokens, vocabulary]`` tensor outlives its chunk, and nothing is recomputed.
+As in :mod:`pipeline.losses.prototypes`, gradients are computed in the forward pass, a chunk of rows at a time: no ``[tokens,
+vocabulary]`` tensor outlives its chunk, and nothing is recomputed.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """The interface between methods and the trainer: views, named loss terms, extra state, hooks around a step.
 
 The trainer knows no specific method and a method does not know the trainer. The trainer fixes the order of one step:
-schedules,
-batch, ``forward`` (teacher, student, loss terms), finite check, backward of the sum, optimizer step, ``after_step``.
+schedules, batch, ``forward`` (teacher, student, loss terms), finite check, backward of the sum, optimizer step,
+``after_step``.
 """
 
 from __future__ import annotations
@@ -54,8 +54,7 @@ class Method(nn.Module, ABC):
         text: how the data pipeline tokenizes captions, or ``None`` if the method reads none. Must agree with
             ``MethodSettings.reads_text``.
         couples_batch: whether the loss of a sample depends on other samples of its (micro-)batch, so that gradient
-            accumulation
-            is not equivalent to a larger batch.
+            accumulation is not equivalent to a larger batch.
         teacher: EMA teacher of the student networks, or ``None``. Not a submodule, so that no engine wraps it.
         extra_state: fp32 tensors that are neither parameters nor teacher weights (centres, queues), saved with each checkpoint
             under their names. Equal on all ranks. Not buffers, because an engine may cast buffers to bf16.
@@ -83,8 +82,7 @@ class Method(nn.Module, ABC):
         """Processes all micro-batches of a step before the first :meth:`forward`, without gradients.
 
         A method whose loss couples samples makes accumulation equivalent to one large batch here: it keeps what the
-        micro-batches
-        need from each other; :meth:`forward` is then called with each of them, in this order.
+        micro-batches need from each other; :meth:`forward` is then called with each of them, in this order.
 
         Args:
             batches: this rank's micro-batches; the same number on every rank.

@@ -1,8 +1,7 @@
 """EMA teacher: an exponential moving average of the student's weights, in fp32.
 
 In bf16 or fp16 the average would not change: at momentum 0.992 one step moves a weight by less than half a unit in the last
-place.
-The teacher is therefore fp32 whatever the student's dtype, and averages the fp32 master weights.
+place. The teacher is therefore fp32 whatever the student's dtype, and averages the fp32 master weights.
 """
 
 from __future__ import annotations

@@ -1,10 +1,8 @@
 """CoCa (Yu et al., "Contrastive captioners are image-text foundation models", arXiv 2205.01917).
 
 CLIP's contrastive loss plus a captioning decoder. The lower half of the text tower is a causal, text-only decoder; a class
-token
-at its end gives the caption's feature. The upper half adds cross-attention to the image, pooled to a few tokens, and predicts
-each
-next token. Both losses come from one forward pass.
+token at its end gives the caption's feature. The upper half adds cross-attention to the image, pooled to a few tokens, and
+predicts each next token. Both losses come from one forward pass.
 """
 
 from __future__ import annotations

@@ -2,10 +2,8 @@
 
 The EMA teacher sees two full views of each image; the student sees only the patches that the teacher's class token attends to
 most. The student's class tokens are contrasted with captions (term CLIP) and predict the teacher's class tokens of the other
-view
-(CLS). A small decoder fills the masked positions and predicts there the teacher's patch tokens of the same view (Patch) and
-the
-pixels (Rec).
+view (CLS). A small decoder fills the masked positions and predicts there the teacher's patch tokens of the same view (Patch)
+and the pixels (Rec).
 """
 
 from __future__ import annotations

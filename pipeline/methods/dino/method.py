@@ -3,8 +3,7 @@
 The student sees two global and several local crops, its EMA teacher only the global ones. Both output a distribution over
 prototypes, and each student crop predicts the teacher's distribution of every *other* global crop. There are no negatives. Two
 operations on the teacher's logits prevent collapse: subtracting a running centre keeps single prototypes from dominating, and
-a low
-temperature (sharpening) keeps the distribution from becoming uniform.
+a low temperature (sharpening) keeps the distribution from becoming uniform.
 """
 
 from __future__ import annotations
@@ -32,8 +31,7 @@ class DINO(TwoViews):
     """DINO; see the module.
 
     The centre comes from earlier batches, so accumulating micro-batches is equivalent to one large batch, except for batch
-    norms
-    in a ResNet or in the head.
+    norms in a ResNet or in the head.
 
     Args:
         backbone: the student's backbone.

@@ -1,10 +1,8 @@
 """DINOv2 (Oquab et al., "Learning robust visual features without supervision", arXiv 2304.07193).
 
 The student sees two global crops, half of them with masked patches, and several local crops. The EMA teacher sees the two
-global
-crops unmasked. The student's class tokens predict the teacher's of the *other* crops (DINO), its mask tokens predict the
-teacher's
-patch tokens in the *same* crop (iBOT), and KoLeo spreads the class tokens of a batch.
+global crops unmasked. The student's class tokens predict the teacher's of the *other* crops (DINO), its mask tokens predict
+the teacher's patch tokens in the *same* crop (iBOT), and KoLeo spreads the class tokens of a batch.
 """
 
 from __future__ import annotations
@@ -220,9 +218,8 @@ class DINOv2(Method):
         self._prepared.clear()
 
     def _potential(self, name: str, units: list[Tensor], matrix: Tensor, temperature: float) -> Tensor:
-        """Term added to the logits to make targets: the Sinkhorn-Knopp potential of the global batch, or the negative centre of
-        earlier
-        batches.
+        """Term added to the logits to make targets: the Sinkhorn-Knopp potential of the global batch, or the negative centre
+        of earlier batches.
         """
         if self.settings.centering == "sinkhorn_knopp":
             pieces = losses.logit_pieces(units, matrix, temperature, self.settings.prototype_chunk_size)
@@ -246,8 +243,7 @@ class DINOv2(Method):
     @torch.no_grad()
     def _watch(self, batch: Batch, targets: _Prepared, dino: Tensor, w: losses.Watched) -> None:
         """Records running means over the step's micro-batches. Signs of collapse: a loss of ln K or an entropy of 1 (uniform
-        targets),
-        a mean target of one prototype, features of rank 1.
+        targets), a mean target of one prototype, features of rank 1.
         """
         uniform, rows = math.log(self.settings.prototypes), targets.dino.unit.shape[0] * targets.dino.unit.shape[1]
         masks = batch.masks["global"]
@@ -277,9 +273,8 @@ def build(config: Config, settings: Dinov2Settings) -> DINOv2:
 
 
 def dinov2_views(settings: Dinov2Settings, *, patch: int) -> tuple[ViewSpec, ...]:
-    """The paper's two global and several local crops, with block masks on the global ones. If the Gram anchor uses another size,
-    the
-    global crops are repeated in that size without colour augmentation.
+    """The paper's two global and several local crops, with block masks on the global ones. If the Gram anchor uses another
+    size, the global crops are repeated in that size without colour augmentation.
 
     Args:
         settings: sizes, scales and probabilities.

@@ -1,15 +1,13 @@
 """MoCo v2 (Chen, Fan, Girshick & He, "Improved baselines with momentum contrastive learning", arXiv 2003.04297).
 
 Each query (the student's first view) is contrasted with its key (the teacher's second view) and the keys of many earlier
-images,
-which a queue holds. This gives many negatives with small batches.
+images, which a queue holds. This gives many negatives with small batches.
 
 The queue is filled in the order of the samples' indices, independent of the world size. It drops the oldest keys as new ones
 arrive, so its length need not be a multiple of the batch size.
 
 The reference code shuffles images between ranks before the teacher's batch norms, so that a query cannot identify its key by
-its
-rank's batch statistics. Here batch norms are synchronized over all ranks, so there is no such leak.
+its rank's batch statistics. Here batch norms are synchronized over all ranks, so there is no such leak.
 """
 
 from __future__ import annotations

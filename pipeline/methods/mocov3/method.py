@@ -1,14 +1,11 @@
 """MoCo v3 (Chen, Xie & He, "An empirical study of training self-supervised vision transformers", arXiv 2104.02057).
 
 Each query (the student's projected and predicted view) is contrasted with the teacher's projections of the other view of all
-images
-in the global batch, and symmetrically with the views exchanged. Negatives come only from the other view: unlike in SimCLR, no
-view
-is contrasted with views of its own kind.
+images in the global batch, and symmetrically with the views exchanged. Negatives come only from the other view: unlike in
+SimCLR, no view is contrasted with views of its own kind.
 
 The teacher is updated after each step; the reference code updates it before the next forward pass. The teacher in the forward
-pass
-is the same, that in checkpoints is the newer one.
+pass is the same, that in checkpoints is the newer one.
 """
 
 from __future__ import annotations
@@ -46,8 +43,7 @@ class MoCoV3(TwoViews):
     """MoCo v3; see the module.
 
     Keys need no gradient, so the teacher processes all micro-batches before the student's first forward pass, and accumulation
-    is
-    equivalent to one large batch, except for batch norms.
+    is equivalent to one large batch, except for batch norms.
 
     Args:
         backbone: the student's backbone.

@@ -30,8 +30,7 @@ def average_count(wanted: Sequence[Tensor]) -> Tensor:
     """Average number of predicted tokens per micro-batch of the step, over all micro-batches and ranks.
 
     Each micro-batch's sum is divided by it, so that the mean over micro-batches and ranks is the mean over all tokens: each
-    token
-    has the same weight, however the batch is split.
+    token has the same weight, however the batch is split.
     """
     count = torch.stack([one.sum() for one in wanted]).float().mean()
     return losses.mean_over_ranks(count).clamp(min=1e-6)

@@ -41,10 +41,9 @@ class Contrastive(Method):
     """Base class of methods that contrast L2-normalized features of images and captions.
 
     A global batch in several micro-batches is contrasted as one: :meth:`before_accumulation` computes all features without
-    storing
-    activations, then the loss of the whole batch and its gradients with respect to features, scale and bias; :meth:`contrast`
-    then
-    returns a term with exactly that gradient ("GradCache", arXiv 2101.06983). Both passes use the same random draws.
+    storing activations, then the loss of the whole batch and its gradients with respect to features, scale and bias;
+    :meth:`contrast` then returns a term with exactly that gradient ("GradCache", arXiv 2101.06983). Both passes use the same
+    random draws.
 
     Args:
         backbone: the vision tower.

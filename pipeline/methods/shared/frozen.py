@@ -12,8 +12,7 @@ class Frozen(nn.ModuleDict):
     """Networks by name, fp32, without gradients, always in evaluation mode.
 
     A submodule of its method, so that an engine can shard it and every checkpoint contains it: resuming needs no other file.
-    Its
-    initial weights are those that ``MethodSettings.anchors`` names for the method's attribute.
+    Its initial weights are those that ``MethodSettings.anchors`` names for the method's attribute.
 
     Args:
         modules: the networks, which become submodules.

@@ -83,9 +83,8 @@ class Repeller(nn.Module):
     """LoGo's repulsion (Zhang et al., "Leverage your local and global representations", CVPR 2022).
 
     A regressor learns to distinguish pairs of local crops of one image from pairs of two images; the encoder learns to make
-    the former
-    look like the latter. The authors alternate three optimizers; here both terms are in one loss with disjoint gradients: the
-    regressor's inputs are detached, and the encoder's term does not update the regressor.
+    the former look like the latter. The authors alternate three optimizers; here both terms are in one loss with disjoint
+    gradients: the regressor's inputs are detached, and the encoder's term does not update the regressor.
 
     Args:
         width: feature dimension.

@@ -1,10 +1,8 @@
 """SimCLR (Chen et al., "A simple framework for contrastive learning of visual representations", arXiv 2002.05709).
 
 Two views of each image, with the same augmentation, pass one network and a projector. Each view is contrasted with all views
-of the
-global batch; its positive is the image's other view. There is no teacher. Negatives come only from the batch, so batches are
-large
-and are trained with LARS.
+of the global batch; its positive is the image's other view. There is no teacher. Negatives come only from the batch, so
+batches are large and are trained with LARS.
 
 The colour jitter's operations have a fixed order; in the paper it is random.
 """
@@ -35,8 +33,8 @@ class SimCLR(TwoViews):
     """SimCLR; see the module.
 
     A global batch in several micro-batches is contrasted as one, as in :mod:`~pipeline.methods.shared.contrastive`. Batch
-    norms see
-    only their micro-batch, so with them the result still differs from one large batch; ``couples_batch`` reports this.
+    norms see only their micro-batch, so with them the result still differs from one large batch; ``couples_batch`` reports
+    this.
 
     Args:
         backbone: the backbone.

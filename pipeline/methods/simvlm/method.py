@@ -1,8 +1,7 @@
 """SimVLM (Wang et al., "Simple visual language model pretraining with weak supervision", arXiv 2108.10904), in a small form.
 
 Prefix language modelling: a transformer gets the image and the beginning of its caption as a prefix with bidirectional
-attention,
-and predicts the rest of the caption causally. The number of prefix tokens is drawn for each caption.
+attention, and predicts the rest of the caption causally. The number of prefix tokens is drawn for each caption.
 
 Differences from the paper: images pass a vision tower (so that there is a backbone to export) instead of three convolutional
 stages, there is one transformer instead of encoder and decoder, and no text-only batches.
