@@ -1,8 +1,8 @@
 """Activation memory: bytes that a forward pass keeps for its backward pass, counted on fake tensors.
 
 The method's own forward pass runs on fake tensors, with fused attention and a GPU's dtypes, while the storages are counted
-from
-creation until they are freed. Two batch sizes separate what is proportional to the samples from what is constant per step.
+from creation until they are freed. Two batch sizes separate what is proportional to the samples from what is constant per
+step.
 """
 
 from __future__ import annotations

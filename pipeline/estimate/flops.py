@@ -1,8 +1,7 @@
 """FLOPs per sample, counted on fake tensors and by formula.
 
 A multiply-add is two operations, and only matrix products count, as in a GPU's stated peak. :func:`counted` runs a method's
-own
-forward and backward pass on fake tensors under torch's counter, so it works for every method and accounts for skipped work
+own forward and backward pass on fake tensors under torch's counter, so it works for every method and accounts for skipped work
 (stochastic depth by subset, dropped patches). The formulas allow a check by hand.
 """
 
@@ -37,8 +36,7 @@ _FUSED_ATTENTION = (
 
 def flop_counter() -> FlopCounterMode:
     """torch's FLOP counter, with attention counted the same for every kernel and torch version: two products forward, four
-    backward,
-    as in the plain formula.
+    backward, as in the plain formula.
     """
     table: dict[Any, Callable[..., int]] = {}
     for name in _FUSED_ATTENTION:
@@ -62,8 +60,7 @@ def _attention_backward(
 
 def counted(config: Config, samples: int = _SAMPLES) -> float:
     """FLOPs of one sample in one step: teacher, student and its backward pass, heads and losses. If steps use views of several
-    sizes,
-    their mean.
+    sizes, their mean.
 
     Args:
         config: the method and its model.
@@ -168,9 +165,8 @@ def tower(
 
 
 def text_tower(context: int, width: int, depth: int, embed: int) -> float:
-    """FLOPs of a text tower's forward pass for one caption, whose feature is taken at one token; all blocks but the last compute
-    the
-    whole attention.
+    """FLOPs of a text tower's forward pass for one caption, whose feature is taken at one token; all blocks but the last
+    compute the whole attention.
     """
     last = block(context, width, read=1) - 4.0 * context * (context - 1) * width  # one row of its attention
     return (depth - 1) * block(context, width) + last + 2.0 * width * embed

@@ -9,8 +9,7 @@ Parameters are fp32 and only compute is bf16. Bytes per trained parameter with R
 
 Stages 1 and 2 differ while gradients of several micro-batches are accumulated: stage 1 then holds them whole. Both partition
 gradients by whole parameters: one that crosses the boundary of two ranks' shards is held by both. Additional memory:
-DeepSpeed's
-buckets, in stage 3 the gathered parameters, with bf16 the cast weights of a forward pass, and activations.
+DeepSpeed's buckets, in stage 3 the gathered parameters, with bf16 the cast weights of a forward pass, and activations.
 ``tests/estimate/test_memory.py`` compares the persistent part with an engine's tensors.
 """
 
@@ -57,10 +56,8 @@ class Held:
 
     def offloaded(self, *, stage: int, accumulation: int = 1) -> Held:
         """The same with AdamW in host memory: masters, moments, a flat gradient, and DeepSpeed's staging buffers of weights
-        (stages 1 and 2)
-        or of gradients (stage 3); with several micro-batches also accumulated gradients. Gradients still pass through the
-        device and
-        count there as before, so this is an upper bound.
+        (stages 1 and 2) or of gradients (stage 3); with several micro-batches also accumulated gradients. Gradients still pass
+        through the device and count there as before, so this is an upper bound.
         """
         each = self.masters
         flat = each + (self.gradients if accumulation > 1 and stage < 3 else 0.0)

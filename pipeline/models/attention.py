@@ -19,8 +19,7 @@ def with_attention(tower: VisionTower, images: Tensor, *, layers: Literal["all",
     """The tower's tokens, with the class token's attention to each patch in ``attention``.
 
     Attention is ``softmax(q_cls @ K.T / sqrt(d))``, averaged over heads and over the selected layers; the entries of class
-    token
-    and registers are dropped without renormalization. Takes the memory of one attention row per head.
+    token and registers are dropped without renormalization. Takes the memory of one attention row per head.
 
     Args:
         tower: a timm ViT without rotary positions.

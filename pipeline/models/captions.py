@@ -105,8 +105,7 @@ class CaptionTower(TextTower):
     """CoCa's text side: text-only blocks, then blocks with cross-attention to the image.
 
     A class token after the text attends to all of it except padding; no token attends to it. It gives the caption's feature,
-    so one
-    forward pass serves both the contrastive and the captioning loss.
+    so one forward pass serves both the contrastive and the captioning loss.
 
     Args:
         width, depth, heads, embed, context: as in :class:`TextTower`; ``depth`` counts the text-only blocks.
@@ -141,8 +140,7 @@ class CaptionTower(TextTower):
         """Features ``[batch, embed]`` of int64 ``[batch, length]`` tokens, not normalized.
 
         With image tokens ``[batch, any, picture]`` also returns the states ``[batch, length, width]``, each of which predicts
-        the next
-        token.
+        the next token.
         """
         length = tokens.shape[1]
         x = torch.cat([self.tokens(tokens), self.cls.expand(len(tokens), 1, -1)], dim=1) + self.positions[: length + 1]

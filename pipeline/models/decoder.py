@@ -79,8 +79,7 @@ class Decoder(nn.Module):
 
 def sincos_positions(grid: int, width: int) -> Tensor:
     """Fixed sine-cosine positions of a square grid in row-major order, ``[grid * grid, width]``: half of the channels for the
-    column,
-    half for the row; each half first sines, then cosines, of frequencies from 1 down to 1 / 10000.
+    column, half for the row; each half first sines, then cosines, of frequencies from 1 down to 1 / 10000.
     """
     quarter = width // 4
     frequencies = 10000.0 ** -(torch.arange(quarter, dtype=torch.float64) / quarter)
@@ -97,8 +96,7 @@ def patchified(images: Tensor, patch: int, *, standardise: bool = True) -> Tenso
         images: ``[batch, 3, side, side]``, the side a multiple of the patch.
         patch: side of a patch in pixels.
         standardise: normalize each patch by its own mean and (unbiased) standard deviation, so that a prediction of 0 has a
-            mean
-            squared error of ``(n - 1) / n``.
+            mean squared error of ``(n - 1) / n``.
     """
     cut = images.float().unflatten(3, (-1, patch)).unflatten(2, (-1, patch))
     pixels = cut.permute(0, 2, 4, 3, 5, 1).flatten(3).flatten(1, 2)

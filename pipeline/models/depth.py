@@ -1,10 +1,8 @@
 """Stochastic depth (arXiv 1603.09382): skips a block's branch for some samples of a batch.
 
 Two variants. ``rows`` computes the branch for all samples and multiplies it by 0 for independently drawn samples. ``subset``
-is
-DINOv2's: of ``b`` samples a fixed number ``s = max(floor(b * (1 - rate)), 1)`` is drawn, the branch is computed only for these
-and
-added with weight ``b / s``. It saves the compute of the skipped samples, and shapes are constant.
+is DINOv2's: of ``b`` samples a fixed number ``s = max(floor(b * (1 - rate)), 1)`` is drawn, the branch is computed only for
+these and added with weight ``b / s``. It saves the compute of the skipped samples, and shapes are constant.
 """
 
 from __future__ import annotations

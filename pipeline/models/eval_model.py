@@ -64,8 +64,7 @@ class EvalModel:
 
     def layers(self, pictures: Tensor, last: int) -> Tensor:
         """Features of the last blocks, ``[n, last, 2, width]`` fp32: class token and mean of the patch tokens, in block order,
-        each
-        normalized to mean 0 and standard deviation 1 over its channels.
+        each normalized to mean 0 and standard deviation 1 over its channels.
         """
         kept: list[Tensor] = []
         blocks = list(self.tower.vit.blocks)[-last:]

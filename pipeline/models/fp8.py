@@ -1,12 +1,9 @@
 """FP8 matrix products in the linear layers of a backbone's blocks: faster on GPUs with FP8 tensor cores, with lower precision.
 
 Each row of both factors is scaled to the range of e4m3 by its own largest magnitude, and ``torch._scaled_mm`` multiplies them
-into
-bf16 (DINOv3's choice for its largest model, arXiv 2508.10104). This applies to the output and to the gradient with respect to
-the
-input; the gradient with respect to the weight, a sum over all tokens, stays a bf16 product. Master weights, optimizer and
-teacher
-stay fp32. Layers whose sizes are not multiples of 16 are unchanged.
+into bf16 (DINOv3's choice for its largest model, arXiv 2508.10104). This applies to the output and to the gradient with
+respect to the input; the gradient with respect to the weight, a sum over all tokens, stays a bf16 product. Master weights,
+optimizer and teacher stay fp32. Layers whose sizes are not multiples of 16 are unchanged.
 """
 
 from __future__ import annotations

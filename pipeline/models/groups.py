@@ -1,10 +1,8 @@
 """Parameter groups: learning-rate and weight-decay multipliers, decided by module structure and never by name.
 
 DINOv2's rules (arXiv 2304.07193 and its code): the learning rate of block ``i`` of ``n`` is scaled by ``decay ** (n - i)``,
-that of
-everything before the blocks by ``decay ** (n + 1)``, the patch embedding additionally by ``patch_lr``. Vectors (biases, norms,
-layer
-scales) have no weight decay; everything else has, including tokens and position embeddings.
+that of everything before the blocks by ``decay ** (n + 1)``, the patch embedding additionally by ``patch_lr``. Vectors
+(biases, norms, layer scales) have no weight decay; everything else has, including tokens and position embeddings.
 """
 
 from __future__ import annotations
@@ -49,8 +47,8 @@ def parameter_groups(
     """All trainable parameters of ``root``, in as few groups as the rules allow.
 
     Args:
-        root: a method or any module; each :class:`VisionTower` in it gets layer-wise decay, each :class:`Prototypes` is a
-            last layer, everything else has learning-rate multiplier 1.
+        root: a method or any module; each :class:`VisionTower` in it gets layer-wise decay, each :class:`Prototypes` is a last
+            layer, everything else has learning-rate multiplier 1.
         layer_decay: factor from each block to the one below.
         patch_lr: additional factor of the patch embedding.
         undecayed: parameters without weight decay, besides vectors.

@@ -20,14 +20,13 @@ class Prototypes(nn.Module):
     """Bias-free last layer: cosine-like logits of ``[n, width]`` unit vectors with ``count`` prototypes.
 
     Its parameters are read only within its forward pass, as an engine that shards them (ZeRO 3) requires. Callers that need
-    more than
-    logits, or need them in chunks, pass a function of the matrix to the forward pass.
+    more than logits, or need them in chunks, pass a function of the matrix to the forward pass.
 
     Args:
         width: input dimension.
         count: number of prototypes, the K of DINO.
-        weight_norm: DINOv2's form, ``g * v / |v|`` with a trainable gain initialized to 1, so that logits start within
-            ``[-1, 1]``; otherwise a plain matrix (DINOv3).
+        weight_norm: DINOv2's form, ``g * v / |v|`` with a trainable gain initialized to 1, so that logits start within ``[-1,
+            1]``; otherwise a plain matrix (DINOv3).
     """
 
     def __init__(self, width: int, count: int, *, weight_norm: bool = True) -> None:

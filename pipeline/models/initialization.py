@@ -1,8 +1,7 @@
 """Weight initialization as in each method's released code; tests/models/test_initialization.py has a table of them.
 
 timm's own initialization is that of DINOv2: linear layers from a truncated normal of standard deviation 0.02, biases 0, class
-token
-and registers of standard deviation 1e-6. The functions here change what differs.
+token and registers of standard deviation 1e-6. The functions here change what differs.
 """
 
 from __future__ import annotations
@@ -61,8 +60,7 @@ def initialize_resnet(net: Any, settings: ModelSettings) -> None:
     """Reinitializes a timm ResNet, whose default is torchvision's: ``kaiming_normal`` by fan-out, norms 1 and 0.
 
     ``mocov3``, ``simclr`` and ``byol`` start the last batch norm of each block at 0; the latter two draw convolutions from a
-    truncated
-    normal by fan-in (TensorFlow's with standard deviation ``fan_in ** -0.5``, haiku's with 0.88 of it).
+    truncated normal by fan-in (TensorFlow's with standard deviation ``fan_in ** -0.5``, haiku's with 0.88 of it).
 
     Raises:
         ConfigError: ``model.init`` is for transformers only.
@@ -117,8 +115,7 @@ def _uniform(weight: Tensor, fans: int) -> None:
 
 def _open_clip(vit: Any) -> None:
     """Attention input Xavier-uniform over query, key and value together, attention output and MLP by ``nn.Linear``'s default;
-    tokens
-    and positions with standard deviation ``width ** -0.5``.
+    tokens and positions with standard deviation ``width ** -0.5``.
     """
     for token in (vit.cls_token, vit.pos_embed):
         if token is not None:

@@ -34,8 +34,7 @@ def mlp(
         bias: whether hidden layers have a bias; never before a batch norm, which would cancel it.
         last_bias: whether the last layer has a bias.
         init: initialization: ``nn.Linear``'s, SimCLR's (a normal of standard deviation 0.01), or BYOL's (haiku's truncated
-            normal
-            by fan-in); the latter two with zero biases.
+            normal by fan-in); the latter two with zero biases.
     """
     layers = nn.Sequential()
     for before, after in pairwise(widths[:-1]):

@@ -16,9 +16,8 @@ class GlobalBatchNorm(nn.SyncBatchNorm):
     """Batch norm whose mean and variance in training are computed over all ranks' micro-batches.
 
     On CUDA it is torch's SyncBatchNorm; on CPU an equivalent that works with any backend. Ranks that share a batch get the
-    result of
-    one process with the whole batch. Successive micro-batches of a rank are normalized separately, so with batch norm gradient
-    accumulation never equals a larger batch.
+    result of one process with the whole batch. Successive micro-batches of a rank are normalized separately, so with batch
+    norm gradient accumulation never equals a larger batch.
     """
 
     def forward(self, input: Tensor) -> Tensor:
@@ -72,8 +71,7 @@ def normalises_batches(*modules: nn.Module) -> bool:
 @contextmanager
 def batch_statistics(*modules: nn.Module) -> Iterator[None]:
     """Context in which batch norms use the batch's statistics and do not update their running ones: for the teacher's forward
-    pass, or
-    a pass that is computed twice.
+    pass, or a pass that is computed twice.
     """
     norms = [m for module in modules for m in module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
     before = [(norm.training, norm.momentum) for norm in norms]

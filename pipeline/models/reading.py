@@ -1,8 +1,7 @@
 """Computes a transformer's last block only for the tokens whose output is used.
 
 A block needs keys and values of all tokens, but its output, and everything after the attention, only where it is used: at the
-class
-token of a local crop, at the masked patches of a global one. Skipping the rest does not change any used output.
+class token of a local crop, at the masked patches of a global one. Skipping the rest does not change any used output.
 """
 
 from __future__ import annotations
@@ -19,9 +18,8 @@ from pipeline.models.depth import branch_scales, kept_rows, whole_block
 
 
 def read_some(block: Any) -> bool:
-    """Makes a block accept the argument ``read``, int64 ``[n]``, indices into the batch's tokens, sample after sample; the block
-    then
-    returns ``[n, width]``. Returns whether the block is supported; parameters and names do not change.
+    """Makes a block accept the argument ``read``, int64 ``[n]``, indices into the batch's tokens, sample after sample; the
+    block then returns ``[n, width]``. Returns whether the block is supported; parameters and names do not change.
     """
     if type(block) not in (Block, EvaBlock):
         return False
@@ -74,8 +72,7 @@ def _forward(block: Any, x: Tensor, read: Tensor | None = None, **attention: Any
 
 def _drawn(block: Any, drop_path: nn.Module, x: Tensor) -> tuple[Tensor | None, Tensor]:
     """The samples whose branch is computed, ``None`` for all, and the weight ``[batch, 1]`` of each sample's branch; uses the
-    same
-    random draws as the full block, so that the same samples are dropped.
+    same random draws as the full block, so that the same samples are dropped.
     """
     batch, rate = len(x), getattr(block, "dropped", 0.0) if block.training else 0.0
     if not rate:

@@ -16,8 +16,7 @@ from pipeline.errors import ConfigError
 
 def conv_stem(patch: int, width: int) -> Callable[..., nn.Module]:
     """Returns an ``embed_layer`` for timm: stride-2 3x3 convolutions, norm, GELU, down to one token per patch ("Early
-    convolutions help
-    transformers see better", arXiv 2106.14881).
+    convolutions help transformers see better", arXiv 2106.14881).
 
     Args:
         patch: side of a patch in pixels, a power of two.

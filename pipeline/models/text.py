@@ -151,10 +151,8 @@ class LogitScale(nn.Module):
     """Learned temperature, and the sigmoid loss's bias: fp32, shape ``[1]``, read through the module's own forward pass.
 
     The scale is stored as a logarithm and clamped to ``[1, largest]`` in the forward pass, not after the step, because an
-    engine with
-    fp32 master weights would undo that. Beyond a bound only the gradient that leads back passes; a plain clamp would pass
-    none, and the
-    scale could never return.
+    engine with fp32 master weights would undo that. Beyond a bound only the gradient that leads back passes; a plain clamp
+    would pass none, and the scale could never return.
 
     Args:
         scale: initial scale.

@@ -39,8 +39,7 @@ class VisionTower(nn.Module):
         resampling: how learned positions are resampled to a grid of another size, see
             :func:`pipeline.models.positions.resample_positions`.
         local_norm: whether local crops have a final norm of their own (DINOv3, arXiv 2508.10104). It belongs to the tower, not
-            to
-            the timm model: evaluation and export do not use it.
+            to the timm model: evaluation and export do not use it.
         class_position: whether the class token's position is a separate parameter where timm's model has none, as in DINOv2's
             code for models with registers; see :meth:`merge_class_position`.
     """
@@ -109,8 +108,7 @@ class VisionTower(nn.Module):
             keep: int64 ``[batch, kept]``, patches to keep after positions are added; all others are dropped.
             local: whether these are local crops, which use the local norm if the tower has one.
             patches: patches to return: all, none, or those at int64 ``[n]`` indices among the patches of the whole batch,
-                returned as
-                ``[n, width]``. Unless all are returned, the last block skips the others and the registers.
+                returned as ``[n, width]``. Unless all are returned, the last block skips the others and the registers.
         """
         # torch's fused attention has no fast bf16 backward on CPUs: 118 ms a block where plain products need 10. Fake tensors use
         # the fused
@@ -200,9 +198,9 @@ def _walk(
     norm: nn.Module | None,
     read: Tensor | None,
 ) -> Tensor:
-    """All tokens ``[batch, prefix + patches, width]``, or class tokens and the patches to read, ``[batch + n, width]``. Runs as
-    the
-    model's own forward pass, so that an engine that shards parameters (ZeRO 3) gathers class token and positions in time.
+    """All tokens ``[batch, prefix + patches, width]``, or class tokens and the patches to read, ``[batch + n, width]``. Runs
+    as the model's own forward pass, so that an engine that shards parameters (ZeRO 3) gathers class token and positions in
+    time.
     """
     x, rope = embed(vit, images, mask, keep, mask_token, class_position, resampling)
     at = None if read is None else places(len(x), x.shape[1], vit.num_prefix_tokens, read)

@@ -1,8 +1,7 @@
 """Loads open_clip model folders safely, with its own parser of ``open_clip_config.json``.
 
 open_clip passes settings of that file to transformers, which imports Python files on request, and takes paths from it. Here
-the
-file only provides sizes; text is tokenized by open_clip's own tokenizer or by a plain ``tokenizer.json``.
+the file only provides sizes; text is tokenized by open_clip's own tokenizer or by a plain ``tokenizer.json``.
 """
 
 from __future__ import annotations

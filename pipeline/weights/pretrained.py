@@ -101,8 +101,7 @@ def _wrapped(model: Any, name: str, size: int, mean: Any, std: Any, device: torc
 
 def _of_timm(path: Path, about: dict[str, Any], device: torch.device) -> PretrainedModel:
     """Loads a folder in timm's layout without timm's loader, which follows paths and URLs in the file, and in older versions
-    unpickles
-    anything.
+    unpickles anything.
     """
     import timm
     import torch
@@ -221,8 +220,7 @@ class _Tokens(SimpleNamespace):
 
 def _of_transformers(path: Path, about: dict[str, Any], device: torch.device) -> PretrainedModel:
     """Loads a folder in transformers' layout. The library gets only validated settings and tensors, never the folder: from a
-    folder it
-    reads ``auto_map``, adapters, quantizers and kernels, all of which may download or run code.
+    folder it reads ``auto_map``, adapters, quantizers and kernels, all of which may download or run code.
     """
     try:
         import torch

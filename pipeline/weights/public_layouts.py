@@ -2,10 +2,8 @@
 
 Accepted are a tower's own names (``vit.…``), timm's, and those of DINOv2's public files: blocks in chunks or not,
 ``register_tokens``, ``mlp.w12`` and ``mlp.w3`` of SwiGLU, a ``mask_token`` of two dimensions, and a separate class token
-position.
-A rotary tower also accepts DINOv3's: ``storage_tokens``, the three biases in one, ``ls1``, ``mlp.w1``. Files may wrap their
-tensors
-(``teacher``, ``model``, ``state_dict``) or prefix each name with ``backbone.`` or ``module.``.
+position. A rotary tower also accepts DINOv3's: ``storage_tokens``, the three biases in one, ``ls1``, ``mlp.w1``. Files may
+wrap their tensors (``teacher``, ``model``, ``state_dict``) or prefix each name with ``backbone.`` or ``module.``.
 """
 
 from __future__ import annotations

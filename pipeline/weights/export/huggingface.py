@@ -1,8 +1,7 @@
 """Export for Hugging Face: fills a ``transformers`` model strictly and lets ``transformers`` save it.
 
 A tower with learned positions becomes a ``Dinov2Model``, with registers a ``Dinov2WithRegistersModel``, with rotary positions
-a
-``DINOv3ViTModel``. Absent parts get neutral values: a layer scale of one, a class position of zero.
+a ``DINOv3ViTModel``. Absent parts get neutral values: a layer scale of one, a class position of zero.
 """
 
 from __future__ import annotations
@@ -25,8 +24,7 @@ from pipeline.weights.export.timm import timm_state
 
 def write(networks: Networks, folder: Path) -> tuple[str, list[str]]:
     """Writes ``config.json``, ``model.safetensors`` and ``preprocessor_config.json`` to a folder; returns lines of Python that
-    load
-    them, and notes.
+    load them, and notes.
 
     Raises:
         ConfigError: transformers is not installed, or has no model of this architecture.

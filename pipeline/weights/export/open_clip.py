@@ -1,8 +1,7 @@
 """open_clip export: ``open_clip_config.json`` and weights for ``open_clip.create_model_from_pretrained("local-dir:…")``.
 
 open_clip's own vision transformer computes the same as ours. Its patch embedding has no bias, so the bias is added to the
-positions,
-which gives the same sum.
+positions, which gives the same sum.
 """
 
 from __future__ import annotations
