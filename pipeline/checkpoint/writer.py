@@ -5,7 +5,7 @@ Layout, one directory per checkpoint, below ``<run>/checkpoints``::
     step_000000120/
       rank_00000.safetensors   a rank's fragments: master/<name>, exp_avg/<name>, exp_avg_sq/<name>, teacher/<name>, fp32, 1-D
       rank_00001.safetensors   …
-      whole.safetensors        the same on all ranks: memory/<name>, frozen/<name>, teacher/<buffer name>
+      whole.safetensors        the same on all ranks: memory/<name> (extra state), frozen/<name>, teacher/<buffer name>
       manifest.json            written last: counters, data state, config, fragment table, size and checksum of every file
     best.json                  the best checkpoint, if keep_best is set
 

@@ -105,7 +105,7 @@ class _Gather(torch.autograd.Function):
 
 
 class _Pairs(torch.autograd.Function):
-    """Mean over rows of the loss that ``slope`` computes, with its gradient, for each chunk of logits ``scale * x @ y.T + bias``."""
+    """Mean over rows of the loss and gradient that ``slope`` computes per chunk of logits ``scale * x @ y.T + bias``."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, y: Tensor, scale: Tensor, bias: Tensor, first: int, chunk: int, slope: Slope) -> Tensor:

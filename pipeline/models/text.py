@@ -136,7 +136,7 @@ class TextTower(nn.Module):
         return features
 
     def lr_scales(self, decay: float, factor: float = 1.0) -> Iterator[tuple[nn.Parameter, float]]:
-        """Learning-rate multiplier of each parameter: factor ``decay`` from each block to the one below, as in the vision tower."""
+        """Learning-rate multiplier of each parameter: ``decay`` from each block to the one below, as in the vision tower."""
         depth = len(self.blocks)
         for parameter in self.parameters():
             yield parameter, factor * decay ** (depth + 1)

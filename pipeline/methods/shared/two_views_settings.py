@@ -44,9 +44,11 @@ class RepelSettings(Settings):
     """LoGo's repulsion between local crops of one image, an additional loss of the two-view methods with local crops."""
 
     weight: NonNegative = Field(default=0.05, description="weight of the repulsion loss")
-    hidden: int = Field(default=256, ge=1, description="hidden width of the network that learns the similarity of features")
+    hidden: int = Field(
+        default=256, ge=1, description="hidden width of LoGo's regressor, which predicts whether two crops are of one image"
+    )
     noise: NonNegative = Field(
-        default=0.3, description="norm of the noise on the features that this network trains on, relative to the features' norm"
+        default=0.3, description="norm of the noise added to the regressor's training features, relative to the features' norm"
     )
 
 
