@@ -94,9 +94,7 @@ class Watched(NamedTuple):
 
 
 def multi_crop_pairings(local: int) -> tuple[Pairing, ...]:
-    """DINO's pairings: each of the two global crops against the other's target, ``local`` crops against both. Terms: local 0,
-    global 1.
-    """
+    """DINO's pairings: each global crop against the other's target, ``local`` crops against both. Terms: local 0, global 1."""
     swapped = (Pairing((0, 1), (0.0, 1.0), 1), Pairing((1, 2), (1.0, 0.0), 1))
     return (*swapped, Pairing((2, 2 + local), (1.0, 1.0), 0)) if local else swapped
 
@@ -205,8 +203,8 @@ def _pieces(
 
 
 def _rows(unit: Tensor, matrix: Tensor, kernels: Kernels) -> int:
-    """Rows per chunk. In place, logits of student and teacher take 4 bytes an element in bf16, 8 in fp32; torch's copies take 16
-    or more.
+    """Rows per chunk. Student's and teacher's logits take 4 bytes each pair in place in bf16, 8 in fp32; torch's copies 16 or
+    more.
     """
     return rows_at_once(len(matrix)) * (8 // unit.element_size() if kernels == "triton" else 1)
 
@@ -232,8 +230,7 @@ class _Piece(Protocol):
         self, logits: Tensor, meets: tuple[float, ...], weight: Tensor, temperature: float, *, sloped: bool, watch: bool
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         # Returns the weighted loss of logits [views, rows, K], which may be overwritten; the number of rows that agree; the
-        # gradient in
-        # the logits' dtype.
+        # gradient in the logits' dtype.
         ...
 
 

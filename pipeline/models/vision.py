@@ -111,15 +111,13 @@ class VisionTower(nn.Module):
                 returned as ``[n, width]``. Unless all are returned, the last block skips the others and the registers.
         """
         # torch's fused attention has no fast bf16 backward on CPUs: 118 ms a block where plain products need 10. Fake tensors use
-        # the fused
-        # attention, so that their counts are those of a GPU.
+        # the fused attention, so that their counts are those of a GPU.
         slow = images.device.type == "cpu" and torch.is_autocast_enabled("cpu") and type(images) is Tensor
         fused = self._fused and not slow
         for block in self.vit.blocks:
             block.attn.fused_attn = fused
             # Eva reads this weight outside of its owner's forward pass, where it is empty once an engine has sharded it (ZeRO 3).
-            # Then call the
-            # owner and add the bias after; otherwise do what timm does, bit for bit.
+            # Then call the owner and add the bias after; otherwise do what timm does, bit for bit.
             if getattr(block.attn, "q_bias", None) is not None and block.attn.qkv.weight.ndim != 2:
                 block.attn.qkv_bias_separate = True
         norm = self.local_norm if local else None
@@ -132,9 +130,7 @@ class VisionTower(nn.Module):
 
     @torch.no_grad()
     def merge_class_position(self) -> None:
-        """Adds the class token's position to the token, where they are separate, so that timm's own model computes the same
-        features.
-        """
+        """Adds a separate class token position to the token, so that timm's own model computes the same features."""
         if self.class_position is not None:
             self.vit.cls_token += self.class_position
             self.class_position = None
