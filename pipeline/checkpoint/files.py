@@ -58,9 +58,7 @@ class Saved:
 
     @property
     def origins(self) -> list[dict[str, str]]:
-        """``id`` and ``path`` of the checkpoints that ``checkpoint.resume`` named in the attempts that led to this one, oldest
-        first.
-        """
+        """``id`` and ``path`` of the checkpoints that ``checkpoint.resume`` named in earlier attempts, oldest first."""
         return list(self.manifest.get("origins", []))
 
 

@@ -141,9 +141,7 @@ def read_teacher(saved: Saved) -> Iterator[tuple[str, Tensor]]:
 
 
 def read_student(saved: Saved) -> Iterator[tuple[str, Tensor]]:
-    """Reads the whole student from a checkpoint, without an engine: fp32 master weights and frozen parameters, names as in the
-    method.
-    """
+    """Reads the whole student without an engine: fp32 master weights and frozen parameters, names as in the method."""
     return _read_whole(saved, "master", "frozen")
 
 

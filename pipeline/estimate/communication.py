@@ -3,20 +3,17 @@
 No setting here changes results. The considerations, in elements of 4 bytes:
 
 - *Gradient bucket.* Gradients are reduced while others are still computed, but only when a bucket is full: with a bucket as
-large as
-  the model nothing overlaps, and two buckets hold the gradients twice more. So the bucket is a quarter of the model, within
-  bounds.
-  Lower bound: 2 million elements per rank, at most 25 million, since a ring of R ranks takes ``2 (R-1)`` hops, whose latency a
-  message must outweigh. Upper bound: 100 million, since longer messages are no faster, and two buckets take 800 MB. DeepSpeed
-  handles a parameter that exceeds a bucket separately, so a bucket holds the largest one, in DINOv2 a prototype matrix.
+  large as the model nothing overlaps, and two buckets hold the gradients twice more. So the bucket is a quarter of the model,
+  within bounds. Lower bound: 2 million elements per rank, at most 25 million, since a ring of R ranks takes ``2 (R-1)`` hops,
+  whose latency a message must outweigh. Upper bound: 100 million, since longer messages are no faster, and two buckets take
+  800 MB. DeepSpeed handles a parameter that exceeds a bucket separately, so a bucket holds the largest one, in DINOv2 a
+  prototype matrix.
 - *Parameter bucket* (stages 1 and 2, after the step): nothing overlaps with it, so everything at once, up to 200 million.
 - *Stage 3* prefetches half a bucket, and keeps as much gathered between forward and backward pass as DeepSpeed's default: up
-to
-  1 000 million parameters the student is gathered once per micro-batch instead of twice.
+  to 1 000 million parameters the student is gathered once per micro-batch instead of twice.
 - *Overlap* on GPUs with more than one rank; a CPU has no second stream.
-- Not used: ZeRO++'s quantized weights and gradients, which change results, and its copy inside each node, which does not cover
-the
-  teacher's shards. NCCL handles the hierarchy of links inside and between nodes.
+- Not used: ZeRO++'s quantized weights and gradients, which change results, and its copy inside each node, which does not
+  cover the teacher's shards. NCCL handles the hierarchy of links inside and between nodes.
 
 The figures for links and messages are estimates for GPU clusters, not measured here.
 """

@@ -155,9 +155,7 @@ def tower(
     hidden: int | None = None,
     read: float | None = None,
 ) -> float:
-    """FLOPs of a vision transformer's forward pass, for one image of ``side`` pixels; ``read`` as in :func:`block`, for the last
-    block.
-    """
+    """FLOPs of a vision transformer's forward pass for one image; ``read`` applies to the last block, see :func:`block`."""
     patches = (side // patch) ** 2
     blocks = (depth - 1) * block(patches + prefix, width, hidden=hidden, gated=gated)
     last = block(patches + prefix, width, hidden=hidden, gated=gated, read=read)

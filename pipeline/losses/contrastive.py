@@ -46,8 +46,7 @@ def clip_loss(
 def siglip_loss(
     images: Tensor, texts: Tensor, scale: Tensor, bias: Tensor, *, group: dist.ProcessGroup | None = None, chunk: int = 1024
 ) -> Tensor:
-    """SigLIP's loss ``-1/b sum_ij log sigmoid(z_ij (scale * images_i . texts_j + bias))``; ``z`` is 1 for matching pairs, else
-    -1.
+    """SigLIP's loss ``-1/b sum_ij log sigmoid(z_ij (scale * images_i . texts_j + bias))``; ``z`` is 1 for pairs, else -1.
 
     Args:
         images: ``[b, d]`` unit vectors; the same number on every rank.

@@ -1,6 +1,4 @@
-"""Self-distillation losses: cross-entropy of a student's prototypes with a teacher's targets, over crops (DINO) and masked
-patches (iBOT).
-"""
+"""Self-distillation losses: cross-entropy with a teacher's targets, over crops (DINO) and masked patches (iBOT)."""
 
 from __future__ import annotations
 

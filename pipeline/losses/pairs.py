@@ -33,10 +33,10 @@ def info_nce(query: Tensor, keys: Tensor, positive: Tensor, temperature: float, 
 
 
 def nt_xent(first: Tensor, second: Tensor, temperature: float, *, group: dist.ProcessGroup | None = None) -> Tensor:
-    """SimCLR's NT-Xent loss (arXiv 2002.05709): each view against all views of the global batch; the image's other view is
-    positive.
+    """SimCLR's NT-Xent loss (arXiv 2002.05709): each view against all views of the global batch.
 
-    The mean over the views; the authors' code sums the two halves and so has twice this value.
+    The positive is the image's other view. The mean over the views; the authors' code sums the two halves and so has twice
+    this value.
 
     Args:
         first, second: ``[b, d]``, the two views of this rank's images; the same number on every rank.

@@ -203,9 +203,7 @@ def _pieces(
 
 
 def _rows(unit: Tensor, matrix: Tensor, kernels: Kernels) -> int:
-    """Rows per chunk. Student's and teacher's logits take 4 bytes each pair in place in bf16, 8 in fp32; torch's copies 16 or
-    more.
-    """
+    """Rows per chunk: student and teacher together take 4 bytes an element in bf16, 8 in fp32; torch's copies 16 or more."""
     return rows_at_once(len(matrix)) * (8 // unit.element_size() if kernels == "triton" else 1)
 
 

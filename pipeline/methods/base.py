@@ -94,9 +94,7 @@ class Method(nn.Module, ABC):
         """Returns named scalar loss terms, already weighted; their sum is the loss."""
 
     def after_step(self, step: Step) -> None:
-        """Updates the teacher and other state without gradients. Called once after each applied optimizer step, never after a
-        skipped one.
-        """
+        """Updates the teacher and other state without gradients. Called after each optimizer step, but not a skipped one."""
         if self.teacher is not None:
             self.teacher.update(step.momentum)
 
@@ -116,9 +114,7 @@ class Method(nn.Module, ABC):
         """The networks for evaluation and export, by name."""
 
     def students(self, *, slow: bool = True) -> dict[str, nn.Module]:
-        """Backbones of further students by name, besides the one that :meth:`export` calls ``backbone``; with ``slow`` their EMA
-        teachers.
-        """
+        """Backbones, or with ``slow`` EMA teachers, of students besides the one that :meth:`export` calls ``backbone``."""
         return {}
 
     def place(self, device: torch.device | str) -> Self:

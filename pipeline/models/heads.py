@@ -97,9 +97,7 @@ class PrototypeHead(nn.Module):
     def forward(self, x: Tensor, use: Use[R]) -> R: ...
 
     def forward(self, x: Tensor, use: Use[R] | None = None) -> Tensor | R:
-        """Logits ``[n, prototypes]`` of tokens ``[n, width]``, or the result of ``use`` on their unit vectors and the prototypes;
-        ``n`` may be 0.
-        """
+        """Logits ``[n, prototypes]`` of tokens ``[n, width]``, or the result of ``use``; ``n`` may be 0."""
         return self.last(self.units(x)) if use is None else self.last(self.units(x), use)
 
     def units(self, x: Tensor) -> Tensor:

@@ -33,9 +33,7 @@ class ResNetTower(nn.Module):
         self.patch = 8 if small_stem else 32
 
     def forward(self, images: Tensor, *, local: bool = False, patches: Literal["all", "none"] = "all") -> Tokens:
-        """Tokens of ``[batch, 3, height, width]``; the other arguments exist for the interface of vision transformers and are
-        ignored.
-        """
+        """Tokens of ``[batch, 3, height, width]``; the other arguments, for vision transformers, are ignored."""
         features = self.net.forward_features(images)  # type: ignore[operator]
         cells = features.flatten(2).transpose(1, 2)
         return Tokens(cls=cells.mean(1), registers=cells[:, :0], patches=cells)

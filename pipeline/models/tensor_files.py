@@ -168,9 +168,7 @@ def reason(error: BaseException) -> str:
 
 @contextlib.contextmanager
 def only_weights() -> Iterator[None]:
-    """Context in which ``torch.load`` runs no code from pickles, whatever a library requests: old timm versions request full
-    loading.
-    """
+    """Context in which ``torch.load`` runs no code from pickles; old timm versions would request full loading."""
     before = os.environ.get(_FORCE)
     os.environ[_FORCE] = "1"
     try:

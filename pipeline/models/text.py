@@ -210,8 +210,7 @@ _THEIRS = {ours: theirs for theirs, ours in (_OUTER | _INNER).items()}
 
 
 def from_open_clip(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Extracts the text tower's state dict from that of a whole open_clip model, in either of its layouts (with or without
-    ``text.``).
+    """Extracts the text tower's state dict from an open_clip model's, in either layout (with or without ``text.``).
 
     Raises:
         CheckpointError: it holds no text tower.

@@ -94,8 +94,7 @@ def _fitting(own: Mapping[str, Tensor], trainable: set[str], saved: Saved, whose
 
 
 def load_trained(config: Config, saved: Saved, device: torch.device) -> Method:
-    """Builds the method with a checkpoint's networks for evaluation; a student whose teacher is evaluated keeps its initial
-    weights.
+    """Builds the method with a checkpoint's networks for evaluation; a student that is not evaluated keeps its initial weights.
 
     Args:
         config: the run's configuration.

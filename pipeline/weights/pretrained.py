@@ -100,9 +100,7 @@ def _wrapped(model: Any, name: str, size: int, mean: Any, std: Any, device: torc
 
 
 def _of_timm(path: Path, about: dict[str, Any], device: torch.device) -> PretrainedModel:
-    """Loads a folder in timm's layout without timm's loader, which follows paths and URLs in the file, and in older versions
-    unpickles anything.
-    """
+    """Loads timm's layout without timm's loader, which follows paths and URLs, and in old versions unpickles anything."""
     import timm
     import torch
     from timm.models.eva import Eva

@@ -155,9 +155,7 @@ def _renamed(state: Mapping[str, Tensor], notes: list[str]) -> dict[str, Tensor]
 
 
 def _rotary(weights: Mapping[str, Tensor], tower: VisionTower, notes: list[str]) -> dict[str, Tensor]:
-    """Renames DINOv3's parameters to those of timm's rotary towers, whose keys have no bias and whose queries and values may have
-    none.
-    """
+    """Renames DINOv3's parameters to timm's rotary towers', whose keys have no bias and whose queries and values may lack it."""
     renamed: dict[str, Tensor] = {}
     masked = any(name.endswith(".bias_mask") for name in weights)  # the keys' bias exists, but is multiplied by zero
     biased = tower.vit.blocks[0].attn.q_bias is not None

@@ -34,8 +34,7 @@ from pipeline.models.heads import PrototypeHead
 from pipeline.models.vision import VisionTower, build_tower
 
 # Blur probabilities of the first global, the second global and the local crops. The public weights were trained with the first
-# row
-# (the code's blur wrapper inverted its argument); the paper's text gives the second.
+# row (the code's blur wrapper inverted its argument); the paper's text gives the second.
 BLUR = {"as_released": (0.0, 0.9, 0.5), "paper": (1.0, 0.1, 0.5), "off": (0.0, 0.0, 0.0)}
 
 
@@ -218,9 +217,7 @@ class DINOv2(Method):
         self._prepared.clear()
 
     def _potential(self, name: str, units: list[Tensor], matrix: Tensor, temperature: float) -> Tensor:
-        """Term added to the logits to make targets: the Sinkhorn-Knopp potential of the global batch, or the negative centre
-        of earlier batches.
-        """
+        """Term added to the logits to make targets: the global batch's Sinkhorn-Knopp potential, or the negative centre."""
         if self.settings.centering == "sinkhorn_knopp":
             pieces = losses.logit_pieces(units, matrix, temperature, self.settings.prototype_chunk_size)
             zeros = matrix.new_zeros(len(matrix), dtype=torch.float32)
@@ -314,9 +311,7 @@ def _patch_prototypes(s: Dinov2Settings) -> int:
 
 
 def prototype_head(width: int, s: Dinov2Settings, *, ibot: bool = False) -> PrototypeHead:
-    """Builds a projection head: for class tokens (and for patch tokens, if shared), or with ``ibot`` the separate patch-token
-    head.
-    """
+    """Builds a projection head: for class tokens (and patch tokens, if shared), or with ``ibot`` for patch tokens."""
     return PrototypeHead(
         width,
         hidden=(s.ibot_hidden if ibot else None) or s.head_hidden,

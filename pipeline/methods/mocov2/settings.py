@@ -13,9 +13,7 @@ from pipeline.methods.shared.two_views_settings import PAIR, ColourSettings, Two
 
 @register("mocov2")
 class Mocov2Settings(TwoViewSettings):
-    """MoCo v2 (arXiv 2003.04297): contrastive loss against a queue of earlier keys. The paper's teacher momentum is constant,
-    0.999.
-    """
+    """MoCo v2 (arXiv 2003.04297): contrastive loss with a queue of keys. The paper's teacher momentum is constant, 0.999."""
 
     name: Literal["mocov2"] = Field(default="mocov2", description="the method")
     views: ViewSettings = Field(default=PAIR.model_copy(update={"global_scale": (0.2, 1.0)}), description="crop sizes and counts")

@@ -45,9 +45,7 @@ class TwoViews(Method):
         return normalises_batches(self) or self.repeller is not None
 
     def watch(self, features: Sequence[Tensor]) -> None:
-        """Records ``feature_rank``, the effective rank of a view's features, and ``feature_std``, their spread; 1 and 0 on
-        collapse.
-        """
+        """Records ``feature_rank``, a view's effective rank, and ``feature_std``, the features' spread; 1 and 0 on collapse."""
         seen = features[0].detach()
         self.metrics = {"feature_rank": losses.effective_rank(seen), "feature_std": losses.spread(seen)}
 
@@ -97,9 +95,7 @@ class Repeller(nn.Module):
         self.judge = PairJudge(width, settings.hidden)
 
     def forward(self, local: Sequence[Tensor]) -> dict[str, Tensor]:
-        """Loss terms of features ``[b, width]`` of two or more local crops, paired as first and second, third and fourth, and so
-        on.
-        """
+        """Loss terms of features ``[b, width]`` of two or more local crops: the first is paired with the second, and so on."""
         pairs = [(a, b) for a, b in zip(local[0::2], local[1::2], strict=False)]
         a = nn.functional.normalize(torch.cat([first for first, _ in pairs]).float(), dim=1)
         b = nn.functional.normalize(torch.cat([second for _, second in pairs]).float(), dim=1)

@@ -23,8 +23,7 @@ from pipeline.weights.export.timm import timm_state
 
 
 def write(networks: Networks, folder: Path) -> tuple[str, list[str]]:
-    """Writes ``config.json``, ``model.safetensors`` and ``preprocessor_config.json`` to a folder; returns lines of Python that
-    load them, and notes.
+    """Writes ``config.json``, ``model.safetensors``, ``preprocessor_config.json``; returns the lines that load them, and notes.
 
     Raises:
         ConfigError: transformers is not installed, or has no model of this architecture.
