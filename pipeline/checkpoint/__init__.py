@@ -1,1 +1,1 @@
-"""Checkpoints: written, verified, read, kept, mirrored."""
+"""Checkpoints: writing, verification, reading, retention and mirroring."""

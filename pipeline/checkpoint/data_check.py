@@ -1,4 +1,4 @@
-"""Compares the data of a checkpoint with the data at hand; a resume over other data is refused, with what has changed."""
+"""Compares a checkpoint's data with the current data; refuses to resume on changed data and reports the changes."""
 
 from __future__ import annotations
 
@@ -11,12 +11,15 @@ from pipeline.data.inputs import Inputs, data_identity
 from pipeline.errors import CheckpointError, DataError
 from pipeline.untrusted import plain_name
 
-_ACCEPTABLE = {"fingerprint", "sources"}  # what may change knowingly; all else is a setting that can be put back
+_ACCEPTABLE = {
+    "fingerprint",
+    "sources",
+}  # changes that checkpoint.allow_data_change permits; all others are settings that can be restored
 _NAMED = 5
 
 
 def record_data(folder: Path, inputs: Inputs) -> None:
-    """Keep what a run was trained on, so that a later attempt can tell what has changed.
+    """Saves the manifest of a run's training data, so that a later attempt can report what has changed.
 
     Args:
         folder: the run's folder for it, see :meth:`pipeline.runtime.run_directory.RunDirectory.data`.
@@ -29,18 +32,18 @@ def record_data(folder: Path, inputs: Inputs) -> None:
 
 
 def check_data(saved: Saved, inputs: Inputs, *, allow: bool = False) -> str:
-    """Refuse to resume over other data or in another order.
+    """Refuses to resume on other data or in another order.
 
     Args:
         saved: the checkpoint.
-        inputs: what there is now.
-        allow: accept other shards and other shares of them. The step number stays; the order is the new data's.
+        inputs: the current data sets.
+        allow: accept other shards and other mixing weights. The step number stays; the order is the new data's.
 
     Returns:
-        Empty if nothing has changed, else what was accepted.
+        Empty if nothing has changed, else a description of the accepted changes.
 
     Raises:
-        CheckpointError: what the checkpoint was trained on, and what the shards hold now.
+        CheckpointError: the data differ; the message names the checkpoint's data and the current shards.
     """
     data, now = saved.manifest.get("data") or {}, data_identity(inputs)
     changed = [name for name, value in now.items() if data.get(name) != value]
@@ -62,7 +65,7 @@ def check_data(saved: Saved, inputs: Inputs, *, allow: bool = False) -> str:
 
 
 def _difference(saved: Saved, now: Manifest) -> str:
-    """Which shards are gone, new and changed since a checkpoint, with numbers."""
+    """Removed, new and changed shards since a checkpoint, with counts."""
     data = saved.manifest.get("data") or {}
     try:
         fingerprint = plain_name(data.get("fingerprint"), where=str(saved.path))
@@ -87,7 +90,7 @@ def _difference(saved: Saved, now: Manifest) -> str:
 
 
 def _by_name(manifest: Manifest) -> dict[tuple[str, int], Shard]:
-    """Shards by base name; several of one name, in different folders, are told apart by their turn."""
+    """Shards by base name; shards of the same name in different folders are numbered."""
     turns: Counter[str] = Counter()
     found = {}
     for shard in manifest.shards:

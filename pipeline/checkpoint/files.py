@@ -1,4 +1,4 @@
-"""Checkpoints as files: which there are, whether they are whole. Knows no torch: a launcher looks before it starts ranks."""
+"""Finds and verifies checkpoint directories. Does not import torch, so that a launcher can use it before starting ranks."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ from pipeline.untrusted import printable
 DIGEST_BYTES = 16
 CHECKSUM = "xxh3"
 CHECKSUMS: dict[str, Callable[[], Any]] = {
-    CHECKSUM: xxhash.xxh3_128,  # ten times as fast: it guards against damage, not against forgery
-    "blake2b": lambda: hashlib.blake2b(digest_size=DIGEST_BYTES),  # of checkpoints that were written before
+    CHECKSUM: xxhash.xxh3_128,  # ten times as fast as blake2b; protects against damage, not against tampering
+    "blake2b": lambda: hashlib.blake2b(digest_size=DIGEST_BYTES),  # used by older checkpoints
 }
-_PIECE = 1 << 20  # bytes read at once: they stay in the processor's cache
+_PIECE = 1 << 20  # bytes per read; fits into the CPU cache
 
 
 @dataclass(frozen=True)
@@ -42,28 +42,28 @@ class Saved:
 
     @property
     def step(self) -> int:
-        """Optimizer steps done, skipped ones included."""
+        """Completed optimizer steps, including skipped ones."""
         return int(self.manifest["step"])
 
     @property
     def serial(self) -> int:
-        """The how-manieth checkpoint of its run it is; 0 if that was not counted yet when it was written."""
+        """Sequence number of the checkpoint within its run; 0 for checkpoints from before it was recorded."""
         return int(self.manifest.get("serial", 0))
 
     @property
     def id(self) -> str:
-        """Equal for copies of one checkpoint and for no others: a digest of its step and its files' checksums."""
+        """Digest of the step and the files' checksums; equal only for copies of one checkpoint."""
         text = json.dumps([self.step, self.manifest["files"]], sort_keys=True)
         return hashlib.blake2b(text.encode(), digest_size=DIGEST_BYTES).hexdigest()
 
     @property
     def origins(self) -> list[dict[str, str]]:
-        """``id`` and ``path`` of the checkpoints that ``checkpoint.resume`` named for attempts that led here, oldest first."""
+        """``id`` and ``path`` of the checkpoints that ``checkpoint.resume`` named in earlier attempts, oldest first."""
         return list(self.manifest.get("origins", []))
 
 
 def sync(path: Path) -> None:
-    """Force a file or a directory to disk."""
+    """Flushes a file or a directory to disk (fsync)."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -72,16 +72,16 @@ def sync(path: Path) -> None:
 
 
 def rank_file(rank: int) -> str:
-    """Name of the file of a rank's fragments."""
+    """File name of a rank's fragments."""
     return f"rank_{rank:05d}.safetensors"
 
 
 def entry(path: Path, kind: str = CHECKSUM) -> dict[str, Any]:
-    """Name, size and checksum of a file, as the manifest lists it.
+    """Name, size and checksum of a file, as listed in the manifest.
 
     Args:
         path: the file.
-        kind: of checksum, a key of :data:`CHECKSUMS`.
+        kind: checksum algorithm, a key of :data:`CHECKSUMS`.
     """
     with path.open("rb", buffering=0) as file:
         return {"name": path.name, "size": os.fstat(file.fileno()).st_size, kind: _digest(file, kind)}
@@ -95,16 +95,16 @@ def _digest(file: RawIOBase, kind: str) -> str:
 
 
 def read(path: Path) -> Saved:
-    """One checkpoint by its directory.
+    """Reads the checkpoint in a directory.
 
     Raises:
-        CheckpointError: there is no manifest of a checkpoint in it.
+        CheckpointError: the directory has no valid checkpoint manifest.
     """
     return Saved(path, read_manifest(path / MANIFEST))
 
 
 def listed(directory: Path) -> list[Saved]:
-    """Committed checkpoints of a run by step; unreadable manifests are left out."""
+    """Committed checkpoints of a run by step; skips unreadable manifests."""
     found = []
     for path in sorted(directory.glob("step_*")):
         try:
@@ -115,16 +115,16 @@ def listed(directory: Path) -> list[Saved]:
 
 
 def newest(directory: Path, *, begun_at: Path | None = None) -> tuple[Saved | None, list[str]]:
-    """The newest checkpoint whose files all verify, and a sentence for each newer one that was passed over.
+    """Finds the newest checkpoint whose files all verify; also returns a message for each newer one that was skipped.
 
-    The newest is the one that was written last: a run that went back to an earlier step goes on from there.
+    The newest is the one written last: a run that rolled back to an earlier step continues from there.
 
     Args:
         directory: ``<run>/checkpoints``.
-        begun_at: only such as came of an attempt that ``checkpoint.resume`` started from this checkpoint.
+        begun_at: consider only checkpoints of attempts that ``checkpoint.resume`` started from this checkpoint.
 
     Raises:
-        CheckpointError: checkpoints exist, but not one is whole.
+        CheckpointError: checkpoints exist, but none is complete.
     """
     complaints: list[str] = []
     saved = sorted(listed(directory), key=lambda s: (s.serial, s.step), reverse=True)
@@ -150,10 +150,10 @@ def newest(directory: Path, *, begun_at: Path | None = None) -> tuple[Saved | No
 
 
 def _came_of(saved: Saved, begun_at: Path) -> bool:
-    """Whether a checkpoint came of an attempt that was begun at this path, and what lies there is still what was begun with."""
+    """Whether a checkpoint descends from an attempt started from this path, and the path still holds the same checkpoint."""
     try:
         there = read(begun_at).id
-    except CheckpointError:  # pruned since
+    except CheckpointError:  # deleted since
         there = None
     where = str(begun_at.resolve())
     return str(saved.path.resolve()) != where and any(
@@ -162,10 +162,10 @@ def _came_of(saved: Saved, begun_at: Path) -> bool:
 
 
 def verify(saved: Saved) -> None:
-    """Compare every file of a checkpoint with its size and checksum.
+    """Checks size and checksum of every file of a checkpoint.
 
     Raises:
-        CheckpointError: names the first file that is missing, short or changed.
+        CheckpointError: names the first file that is missing, truncated or changed.
     """
     if saved.manifest.get("format") != FORMAT:
         raise CheckpointError(
@@ -182,7 +182,7 @@ def verify(saved: Saved) -> None:
 
 
 def _problem(path: Path, known: dict[str, Any]) -> str:
-    """Why a file is not the one that the manifest lists; empty if it is. Nothing is read of one that has another size."""
+    """Why a file does not match its manifest entry; empty if it does. A file of the wrong size is not read."""
     kind = next((kind for kind in CHECKSUMS if known.get(kind) is not None), CHECKSUM)
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC)

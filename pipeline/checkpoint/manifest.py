@@ -1,7 +1,7 @@
-"""The manifest of a checkpoint: types, bounds and plain names, checked once, when ``manifest.json`` is read. Knows no torch.
+"""Reads a checkpoint's ``manifest.json`` and validates types, bounds and file names. Does not import torch.
 
-Whoever can write into a folder of checkpoints could write anything there, so nothing beyond this door trusts a shape, a number
-or a name of it.
+A checkpoint folder may come from an untrusted source, so all shapes, numbers and names are validated here, once; code after
+this point can rely on them.
 """
 
 from __future__ import annotations
@@ -22,18 +22,18 @@ FORMAT = 1
 MANIFEST = "manifest.json"
 WHOLE = "whole.safetensors"
 MAX_MANIFEST = 256 << 20  # bytes
-_MAX_ELEMENTS = 1 << 50  # of a tensor
+_MAX_ELEMENTS = 1 << 50  # maximum elements of a tensor
 _HINT = "the checkpoint is damaged or not to be trusted; name another"
 
 
 def read_manifest(path: Path) -> dict[str, Any]:
-    """A checkpoint's ``manifest.json``, its settings under today's names, once all of it is what it has to be.
+    """Reads and validates a checkpoint's ``manifest.json``; renames old settings to their current names.
 
     Args:
-        path: the file; regular, at most 256 MiB.
+        path: a regular file of at most 256 MiB.
 
     Raises:
-        CheckpointError: it cannot be read, or one of its values is of a wrong type, out of bounds or no plain name.
+        CheckpointError: it cannot be read, or a value has a wrong type, is out of bounds or is not a plain file name.
     """
     try:
         document = read_json(path, limit=MAX_MANIFEST, error=CheckpointError)
@@ -50,7 +50,7 @@ def read_manifest(path: Path) -> dict[str, Any]:
 
 
 def check_manifest(document: Any, *, where: str) -> dict[str, Any]:
-    """The document, if it is a checkpoint's manifest; one of another format is only checked as far as every format goes.
+    """Validates a manifest and returns it; of a manifest in another format only the fields common to all formats are checked.
 
     Raises:
         CheckpointError: as :func:`read_manifest`.
@@ -61,7 +61,10 @@ def check_manifest(document: Any, *, where: str) -> dict[str, Any]:
         )
     from pydantic import ValidationError
 
-    from pipeline.checkpoint.manifest_types import Head, Manifest  # only a command that reads a manifest waits for pydantic
+    from pipeline.checkpoint.manifest_types import (
+        Head,
+        Manifest,
+    )  # imported here so that only commands that read a manifest pay for importing pydantic
 
     kind: type[Head] = Manifest if document["format"] == FORMAT else Head
     try:

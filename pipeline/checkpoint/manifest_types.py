@@ -1,4 +1,4 @@
-"""The types and bounds of a checkpoint's manifest; :mod:`pipeline.checkpoint.manifest` checks documents against them."""
+"""Types and bounds of a checkpoint's manifest, as pydantic models; :mod:`pipeline.checkpoint.manifest` validates with them."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class _Part(BaseModel):
 
 
 class File(_Part):
-    """One file of a checkpoint: plain name, bytes, and a checksum."""
+    """One file of a checkpoint: plain name, size in bytes, and checksum."""
 
     name: str
     size: Count
@@ -39,7 +39,7 @@ class _Data(_Part):
 
 
 class Head(_Part):
-    """What every version of the format has."""
+    """Fields that every version of the format has."""
 
     format: int
     step: Count
@@ -47,7 +47,7 @@ class Head(_Part):
 
 
 class Manifest(Head):
-    """What this version of the format has; keys that older or smaller checkpoints lack may be missing."""
+    """Fields of this version of the format; keys that older or smaller checkpoints lack may be missing."""
 
     serial: Count = 0
     applied: Count = 0

@@ -1,7 +1,7 @@
-"""Copies of checkpoints in a bucket or on another disk, made beside the training and fetched where there are none.
+"""Mirrors checkpoints to a bucket or another disk during training, and fetches them where the run has none.
 
-Below the target each checkpoint is a folder as on the run's own disk. Its files go first and ``manifest.json`` last, and it is
-deleted in the opposite order: a folder with a manifest is whole, one without is none. Knows no torch.
+Below the target each checkpoint is a folder as in the run directory. Its files are uploaded first and ``manifest.json`` last;
+deletion is in the opposite order. A folder with a manifest is therefore complete. Does not import torch.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ from pipeline.untrusted import printable
 
 
 class Copies:
-    """Copies checkpoints as they become current, in a thread of its own; what fails is told and tried again with the next.
+    """Copies new checkpoints in a background thread; failures are logged and retried with the next checkpoint.
 
     Args:
-        target: URL or folder below which the run's checkpoints lie.
-        storage: how to get there.
-        retention: which copies stay.
-        tell: says a sentence; called from another thread.
+        target: URL or folder below which the copies are stored.
+        storage: access to the target.
+        retention: which copies are kept.
+        tell: logs a message; called from another thread.
     """
 
     def __init__(self, target: str, storage: Storage, retention: Retention, tell: Callable[[str], None]) -> None:
@@ -45,24 +45,24 @@ class Copies:
         self._thread = threading.Thread(target=self._work, name="copies", daemon=True)
 
     def start(self, own: Sequence[Saved] = ()) -> None:
-        """Begin, with the run's checkpoints that an earlier attempt could not copy."""
+        """Starts the thread, first with the run's checkpoints that an earlier attempt did not copy."""
         self._waiting += own
         self._thread.start()
 
     def offer(self, saved: Saved) -> None:
-        """Have a checkpoint copied soon."""
+        """Queues a checkpoint for copying."""
         with self._changed:
             self._waiting.append(saved)
             self._again_at = 0.0
             self._changed.notify_all()
 
     def pinned(self) -> set[str]:
-        """Names of the checkpoints being read just now."""
+        """Names of the checkpoints being read at the moment."""
         with self._changed:
             return {self._under_way.path.name} if self._under_way else set()
 
     def close(self) -> bool:
-        """Copy what is left, trying each once more; whether all is copied."""
+        """Copies what is queued, with one more attempt each; returns whether everything is copied."""
         with self._changed:
             self._closing = True
             self._changed.notify_all()
@@ -81,7 +81,7 @@ class Copies:
                 self._copy(self._under_way)
                 done = True
             except (DataError, OSError) as error:
-                done = not self._under_way.path.exists()  # pruned before its turn came
+                done = not self._under_way.path.exists()  # deleted before it was copied
                 if not done:
                     name = self._under_way.path.name
                     self._tell(f"{name} is not copied yet, training goes on and the next checkpoint tries again: {error}")
@@ -121,19 +121,19 @@ class Copies:
 
 
 def fetch(target: str, directory: Path, storage: Storage) -> tuple[Saved | None, list[str]]:
-    """Bring the newest whole copy into a run that has no checkpoint.
+    """Fetches the newest complete copy into a run that has no checkpoint.
 
     Args:
-        target: where the copies lie.
+        target: where the copies are stored.
         directory: ``<run>/checkpoints``.
-        storage: how to get there.
+        storage: access to the target.
 
     Returns:
-        The checkpoint, now the run's own, or ``None`` if there is no copy; and sentences worth saying.
+        The checkpoint, now in the run's directory, or ``None`` if there is no copy; and messages to log.
 
     Raises:
-        CheckpointError: there are copies, but not one is whole.
-        DataError: the storage cannot be reached or the disk not be written.
+        CheckpointError: copies exist, but none is complete.
+        DataError: the storage is unreachable or the disk cannot be written.
     """
     target = target.rstrip("/")
     found = {url: manifest for url in _manifests(storage, target) if (manifest := _manifest(storage, url)) is not None}
@@ -160,7 +160,7 @@ def _fetch(folder: str, name: str, manifest: dict[str, Any], directory: Path, st
     try:
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
-        for entry in manifest["files"]:  # plain names: see the reading of the manifest
+        for entry in manifest["files"]:  # names were validated when the manifest was read
             url = f"{folder}/{entry['name']}"
             if _size(storage, url) != entry["size"]:
                 raise CheckpointError("its size is wrong", where=url, hint="an older one is taken")
@@ -190,7 +190,7 @@ def _manifests(storage: Storage, target: str) -> list[str]:
 
 
 def _manifest(storage: Storage, url: str) -> dict[str, Any] | None:
-    """The parsed manifest of a copy, ``None`` if there is none to be read."""
+    """The parsed manifest of a copy; ``None`` if it is missing or unreadable."""
     with tempfile.TemporaryDirectory() as folder:
         try:
             if _size(storage, url) > MAX_MANIFEST:
@@ -202,11 +202,11 @@ def _manifest(storage: Storage, url: str) -> dict[str, Any] | None:
 
 
 def _size(storage: Storage, url: str) -> int:
-    """Bytes of a copy's file, before any of them is fetched.
+    """Size of a copy's file in bytes, before any of it is fetched.
 
     Raises:
-        CheckpointError: it is missing, or no regular file.
-        StorageUnavailable: object storage did not answer for as long as the grace lasts.
+        CheckpointError: it is missing or not a regular file.
+        StorageUnavailable: object storage did not respond within the outage timeout.
     """
     try:
         return storage.stat(url).size

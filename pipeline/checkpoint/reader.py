@@ -1,4 +1,4 @@
-"""Reads checkpoints: into a running engine on any number of ranks, or student and teacher whole, without an engine."""
+"""Reads checkpoints: into a running engine with any world size, or the whole student or teacher without an engine."""
 
 from __future__ import annotations
 
@@ -27,15 +27,16 @@ _ANOTHER = "resume from another one"
 
 
 class _Pieces:
-    """Reads any range of any saved tensor out of the rank files, straight to where it is wanted: mapped into memory, a file costs
-    a page fault for each of its pages."""
+    """Reads any range of any saved tensor from the rank files directly into the target memory. Does not mmap, which would cost
+    a page fault per page.
+    """
 
     def __init__(self, saved: Saved) -> None:
         self._path = saved.path
         self._files: list[BinaryIO] = []
         self._begins: list[dict[str, int]] = []
         self._where: dict[str, list[tuple[int, int, int]]] = {}
-        self._elements = 0  # that all files can hold
+        self._elements = 0  # capacity of all files together
         with ExitStack() as stack:
             for rank, table in enumerate(saved.manifest.get("fragments", [])):
                 path = saved.path / rank_file(rank)
@@ -51,7 +52,7 @@ class _Pieces:
             self.close = stack.pop_all().close
 
     def names(self, kind: str) -> set[str]:
-        """Which tensors there are of a kind."""
+        """Names of the tensors of a kind."""
         start = f"{kind}/"
         return {key.removeprefix(start) for held in self._begins for key in held if key.startswith(start)}
 
@@ -59,7 +60,7 @@ class _Pieces:
         """Fills fp32 memory ``[length]`` with a flattened tensor's elements from ``start`` on.
 
         Raises:
-            CheckpointError: it does not have them all.
+            CheckpointError: the checkpoint lacks some of them.
         """
         if target.device.type != "cpu" or not target.is_contiguous():
             target.copy_(self.read(kind, name, start, target.numel()))
@@ -82,7 +83,7 @@ class _Pieces:
         """Elements ``start`` to ``start + length`` of a flattened tensor, fp32 ``[length]``.
 
         Raises:
-            CheckpointError: as :meth:`fill`, before memory is taken for more than the files hold.
+            CheckpointError: as :meth:`fill`, and before allocating more memory than the files hold.
         """
         if length > self._elements:
             raise CheckpointError(f"{length} elements of {kind}/{name} are not in it", where=str(self._path), hint=_ANOTHER)
@@ -92,10 +93,10 @@ class _Pieces:
 
 
 def load(saved: Saved, engine: ShardedWeights, method: Method) -> None:
-    """Bring student, moments, teacher and memory to what they were, on any number of ranks.
+    """Restores student, moments, teacher and extra state, with any world size.
 
     Raises:
-        CheckpointError: the checkpoint is of another architecture; the first parameters that differ are named.
+        CheckpointError: the checkpoint has another architecture; names the first parameters that differ.
     """
     ours = {name: list(shape) for name, shape in engine.shapes.items()}
     _compare(ours, saved.manifest.get("shapes", {}), saved.path)
@@ -122,7 +123,7 @@ def _load_whole(saved: Saved, method: Method, engine: ShardedWeights) -> None:
 
 
 def _compare(ours: dict[str, list[int]], theirs: dict[str, list[int]], where: Path) -> None:
-    """Refuse tensors of other names or shapes than this run's."""
+    """Refuses tensors whose names or shapes differ from this run's."""
     different = sorted(name for name in ours.keys() | theirs.keys() if ours.get(name) != theirs.get(name))
     if different:
         first = different[0]
@@ -135,12 +136,12 @@ def _compare(ours: dict[str, list[int]], theirs: dict[str, list[int]], where: Pa
 
 
 def read_teacher(saved: Saved) -> Iterator[tuple[str, Tensor]]:
-    """The whole teacher out of a checkpoint, without an engine: names as in the method, fp32."""
+    """Reads the whole teacher from a checkpoint, without an engine: names as in the method, fp32."""
     return _read_whole(saved, "teacher", "teacher")
 
 
 def read_student(saved: Saved) -> Iterator[tuple[str, Tensor]]:
-    """The whole student out of a checkpoint, without an engine: its fp32 masters, and what is frozen; names as in the method."""
+    """Reads the whole student without an engine: fp32 master weights and frozen parameters, names as in the method."""
     return _read_whole(saved, "master", "frozen")
 
 

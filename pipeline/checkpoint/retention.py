@@ -1,4 +1,4 @@
-"""Which checkpoints stay: the last ones, one in so many steps for ever, and the best. The same rule on disk and in a copy."""
+"""Retention rule of checkpoints: the last ones, one per interval permanently, and the best. The same on disk and in a mirror."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ BEST = "best.json"
 
 @dataclass(frozen=True)
 class Mark:
-    """What the rule has to know of a checkpoint.
+    """The properties of a checkpoint that the retention rule uses.
 
     Attributes:
         name: its directory's name.
-        step: optimizer steps done.
-        serial: the how-manieth checkpoint of the run it is; a run that went back has a later one at an earlier step.
-        scores: by metric, of an evaluation at this very step.
+        step: completed optimizer steps.
+        serial: sequence number within the run; after a rollback, a later checkpoint may have an earlier step.
+        scores: by metric, of an evaluation at this step.
     """
 
     name: str
@@ -35,22 +35,22 @@ class Mark:
 
     @classmethod
     def of(cls, name: str, manifest: Mapping[str, Any]) -> Mark:
-        """The mark of a checkpoint by its manifest."""
+        """The mark of a checkpoint, from its manifest."""
         step = int(manifest["step"])
         scores = manifest.get("scores", {}) if manifest.get("scored", step) == step else {}
-        if "judged" in manifest:  # each evaluation has its own distance: others of the scores are older
+        if "judged" in manifest:  # each evaluation has its own interval: other scores are from earlier steps
             scores = {metric: value for metric, value in scores.items() if metric in manifest["judged"]}
         return cls(name, step, int(manifest.get("serial", 0)), scores)
 
 
 @dataclass(frozen=True)
 class Retention:
-    """The rule.
+    """The retention rule.
 
     Attributes:
-        last: newest ones to keep; never fewer than two are, because the newest may turn out to be damaged.
-        every: the first checkpoint at or after each multiple of so many steps is kept for ever; 0 for none.
-        best: metric of which the highest is kept, ``None`` for none.
+        last: number of newest checkpoints to keep; at least two are kept, because the newest may turn out to be damaged.
+        every: keep the first checkpoint at or after each multiple of this many steps permanently; 0 for none.
+        best: metric whose highest-scoring checkpoint is kept, ``None`` for none.
     """
 
     last: int = 3
@@ -58,13 +58,13 @@ class Retention:
     best: str | None = None
 
     def best_of(self, marks: Iterable[Mark]) -> Mark | None:
-        """The one with the highest score, of equal ones the first; ``None`` if none has a score."""
+        """The mark with the highest score, the first of equal ones; ``None`` if none has a score."""
         metric = self.best or ""
         scored = [mark for mark in marks if math.isfinite(mark.scores.get(metric, math.nan))]
         return max(scored, key=lambda mark: (mark.scores[metric], -mark.serial), default=None) if metric else None
 
     def superfluous(self, marks: Iterable[Mark]) -> list[Mark]:
-        """What may go, oldest first."""
+        """Checkpoints to delete, oldest first."""
         ordered = sorted(marks, key=lambda mark: (mark.serial, mark.step))
         kept = {best.name} if (best := self.best_of(ordered)) else set()
         if self.every:
@@ -76,7 +76,7 @@ class Retention:
 
 
 def write_best(directory: Path, metric: str, best: Mark) -> None:
-    """Say in ``best.json`` which checkpoint is the best, in one act."""
+    """Writes atomically to ``best.json`` which checkpoint is the best."""
     temporary = directory / f".{BEST}"
     with temporary.open("w") as file:
         json.dump({"checkpoint": best.name, "step": best.step, "metric": metric, "score": best.scores[metric]}, file)
@@ -87,7 +87,7 @@ def write_best(directory: Path, metric: str, best: Mark) -> None:
 
 
 def read_best(directory: Path) -> dict[str, Any]:
-    """What ``best.json`` says: checkpoint (a plain name), step, metric and score; empty if there is none, or another document."""
+    """Reads ``best.json``: checkpoint (a plain name), step, metric and score; empty if it is missing or invalid."""
     try:
         best = read_json(directory / BEST, limit=1 << 20)
         plain_name(best["checkpoint"], where=BEST)

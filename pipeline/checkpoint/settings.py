@@ -1,4 +1,4 @@
-"""Settings of checkpoints: what is saved and what is resumed."""
+"""Checkpoint settings: what is saved, kept, mirrored and resumed."""
 
 from __future__ import annotations
 
@@ -14,29 +14,35 @@ from pipeline.config.types import (
 
 
 class CheckpointSettings(Settings):
-    """What is saved, and what a start takes up again."""
+    """When checkpoints are saved, which are kept, and what a start resumes from."""
 
-    every: Length = Field(default=Length(3750, "steps"), description="distance of two checkpoints")
-    async_save: bool = Field(default=True, description="write while training goes on, from a copy in host memory")
-    max_failures: Count = Field(default=3, description="checkpoints in a row that may fail before the run stops")
-    keep_last: Count = Field(default=3, description="checkpoints kept, the newest")
-    keep_every: Length | None = Field(default=None, description="distance of checkpoints that are kept for ever; null for none")
+    every: Length = Field(default=Length(3750, "steps"), description="interval between two checkpoints")
+    async_save: bool = Field(default=True, description="copy the state to host memory and write it while training continues")
+    max_failures: Count = Field(default=3, description="failed checkpoints in a row after which the run stops")
+    keep_last: Count = Field(default=3, description="number of most recent checkpoints to keep")
+    keep_every: Length | None = Field(
+        default=None, description="interval between checkpoints that are never deleted; null keeps none permanently"
+    )
     keep_best: str | None = Field(
         default=None,
         min_length=1,
-        description="metric whose highest checkpoint is kept, such as knn/k20; each evaluation is then saved; null for none",
+        description="metric, such as knn/k20, whose highest-scoring checkpoint is kept; saves a checkpoint at each "
+        "evaluation; null for none",
     )
     mirror: PathName | None = Field(
         default=None,
         min_length=1,
-        description="bucket or folder that each checkpoint is copied to, below the run's name, and fetched from; null for none",
+        description="bucket or folder to which each checkpoint is copied, under the run's name, and from which missing "
+        "ones are fetched; null for none",
     )
     resume: ResumePath = Field(
         default="auto",
         min_length=1,
-        description="auto takes the run's newest whole checkpoint, never starts anew, or a checkpoint's path to begin from",
+        description="auto resumes from the run's newest complete checkpoint, never starts from scratch; a path starts "
+        "from that checkpoint",
     )
     allow_data_change: bool = Field(
         default=False,
-        description="go on over other data than the checkpoint was trained on: at the same step, in the new data's order",
+        description="allow resuming on data other than the checkpoint's: training continues at the same step, in the new "
+        "data's order",
     )

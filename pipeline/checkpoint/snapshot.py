@@ -1,4 +1,4 @@
-"""What this rank has to save, and a copy of it in host memory that training cannot change any more."""
+"""Snapshot of what a rank saves, copied to host memory so that training can continue."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ class Snapshot:
 
     Attributes:
         pieces: master/<name>, exp_avg/<name>, exp_avg_sq/<name> and teacher/<name>, fp32 ``[elements]``.
-        table: first element and number of elements of each parameter's piece.
-        whole: rank 0: what is the same on all ranks and is written once; elsewhere nothing.
+        table: first element and number of elements of each parameter's fragment.
+        whole: on rank 0 the tensors that are the same on all ranks and are written once; empty on other ranks.
     """
 
     pieces: dict[str, Tensor]
@@ -28,22 +28,23 @@ class Snapshot:
 
 
 class Staging:
-    """Takes snapshots; its host memory is kept from one to the next, since getting it takes longer than filling it.
+    """Takes snapshots into host memory that is reused, since allocating it takes longer than filling it.
 
-    So a copied snapshot is good until the next is taken.
+    A copied snapshot is therefore valid only until the next is taken.
     """
 
     def __init__(self) -> None:
         self._kept: dict[str, Tensor] = {}
 
     def take(self, engine: ShardedWeights, method: Method, *, rank: int, copy: bool) -> Snapshot:
-        """This rank's part of a checkpoint of this moment; all ranks must take part.
+        """Takes this rank's part of a checkpoint of the current state; collective over all ranks.
 
         Args:
-            engine: whose fragments.
-            method: whose teacher, memory and frozen parameters.
-            rank: this one; rank 0 holds what is whole.
-            copy: into host memory. Otherwise the pieces are the live tensors, and nothing may train until they are written.
+            engine: provides the fragments.
+            method: provides teacher, extra state and frozen parameters.
+            rank: this rank; rank 0 holds the whole tensors.
+            copy: copy to host memory. Otherwise the pieces are the live tensors, and training must wait until they are
+                written.
         """
         pieces: dict[str, Tensor] = {}
         table: dict[str, list[int]] = {}
@@ -54,7 +55,7 @@ class Staging:
         for name, _, piece in engine.teacher_pieces(owned=True):
             pieces[f"teacher/{name}"] = piece
         with engine.gathered():
-            # Stage 3 cuts what is whole as soon as this block ends, so it is copied in any case.
+            # ZeRO stage 3 shards whole tensors again at the end of this block, so they are always copied.
             whole = self._copied(whole_tensors(method, engine), "whole") if rank == 0 else {}
         return Snapshot(self._copied(pieces, "piece") if copy else pieces, table, whole)
 
@@ -73,7 +74,7 @@ class Staging:
 
 
 def whole_tensors(method: Method, engine: ShardedWeights) -> dict[str, Tensor]:
-    """The tensors themselves, by their names in the file, of everything that has no fragments."""
+    """The tensors of everything without fragments, by their names in the file; not copied."""
     tensors = {f"memory/{name}": tensor for name, tensor in method.extra_state.items()}
     trainable = engine.shapes
     frozen = {**dict(method.named_parameters()), **dict(method.named_buffers())}

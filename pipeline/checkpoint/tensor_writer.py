@@ -1,7 +1,8 @@
-"""Writes tensors as a safetensors file, on disk and with its checksum, without holding up the threads beside it.
+"""Writes tensors to a safetensors file with fsync and checksum, without blocking other threads.
 
-The format is public: eight bytes with the length of a JSON header, the header, the raw tensors. The safetensors package reads
-the files; it is not used to write them because it copies everything under Python's global lock and could not hash what it writes.
+The public format is: eight bytes with the length of a JSON header, the header, the raw tensors. The safetensors package reads
+the files; it does not write them, because it copies everything while holding Python's global lock and cannot checksum what it
+writes.
 """
 
 from __future__ import annotations
@@ -18,8 +19,8 @@ from torch import Tensor
 from pipeline.checkpoint.files import CHECKSUM, CHECKSUMS
 from pipeline.untrusted import printable
 
-_HEADER = 256 << 20  # bytes, most of a header
-_PIECE = 16 << 20  # bytes between which other threads get their turn
+_HEADER = 256 << 20  # maximum size of a header in bytes
+_PIECE = 16 << 20  # bytes written before other threads get a turn
 _TYPES = {
     torch.float64: "F64",
     torch.float32: "F32",
@@ -35,21 +36,21 @@ _TYPES = {
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], *, metadata: Mapping[str, str] | None = None) -> dict[str, Any]:
-    """Write tensors of any device and sync the file.
+    """Writes tensors of any device and syncs the file.
 
     Args:
-        path: the file; one of that name is replaced.
-        tensors: what to write, by name. They must not change meanwhile.
-        metadata: facts for the header, as safetensors allows them.
+        path: the file; an existing one is replaced.
+        tensors: tensors by name. They must not change during the call.
+        metadata: entries for the header, as safetensors allows them.
 
     Returns:
-        Name, size and checksum of the file as a manifest lists them. The checksum is of the bytes that were meant to be
-        written, so it tells whether they got there.
+        Name, size and checksum of the file as listed in a manifest. The checksum is of the bytes in memory, so it reveals
+        write errors.
 
     Raises:
-        OSError: the disk is full, or the file cannot be made.
+        OSError: the disk is full, or the file cannot be created.
     """
-    names = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))  # large items first: all are aligned
+    names = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))  # large items first, so that all are aligned
     header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
     end = 0
     for name in names:
@@ -69,10 +70,10 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], *, metadata: Mappin
 
 
 def begins(file: BinaryIO) -> dict[str, int]:
-    """Where each fp32 tensor's raw values begin in an open safetensors file, bytes from its start.
+    """Offset of each fp32 tensor's raw values in an open safetensors file, in bytes from its start.
 
     Raises:
-        ValueError: the header cannot be read, or a tensor is of another type or lies outside the file.
+        ValueError: the header cannot be read, or a tensor has another dtype or lies outside the file.
     """
     size, whole = int.from_bytes(file.read(8), "little"), os.fstat(file.fileno()).st_size
     if size > min(whole, _HEADER):

@@ -1,22 +1,22 @@
-"""Checkpoints that are whole or not there, written beside the training.
+"""Writes checkpoints atomically, in the background of training.
 
-Layout, one directory a checkpoint, below ``<run>/checkpoints``::
+Layout, one directory per checkpoint, below ``<run>/checkpoints``::
 
     step_000000120/
       rank_00000.safetensors   a rank's fragments: master/<name>, exp_avg/<name>, exp_avg_sq/<name>, teacher/<name>, fp32, 1-D
       rank_00001.safetensors   …
-      whole.safetensors        what is the same on all ranks: memory/<name>, frozen/<name>, teacher/<buffer name>
-      manifest.json            written last: counters, data state, config, fragment table, and size and checksum of every file
-    best.json                  which of them is the best, if one is asked for
+      whole.safetensors        the same on all ranks: memory/<name> (extra state), frozen/<name>, teacher/<buffer name>
+      manifest.json            written last: counters, data state, config, fragment table, size and checksum of every file
+    best.json                  the best checkpoint, if keep_best is set
 
-A checkpoint is written to ``.tmp-step_…``, every file synced, and becomes current by one rename; it is pruned by another rename
-back to such a name, then deleted. A directory of that name is rubbish and is swept away by the next save. Fragments carry their
-place in the whole parameter, so any number of ranks can read what any other number wrote.
+A checkpoint is written to ``.tmp-step_…``, every file is synced, and a rename commits it. Deletion first renames it back to
+such a name. Leftover directories of that name are deleted by the next save. Fragments record their position in the whole
+parameter, so a checkpoint can be read with any world size.
 
-A save that does not hold up training goes through three states. *Writing*: every rank has copied its part to host memory, and a
-thread of its own writes it. *Committing*: all ranks have learnt, at a later step boundary and in an agreement that they reach at
-every step anyway, that all have written; a thread of rank 0 writes the manifest, renames and prunes. Then, again at such a
-boundary, all learn how it ended. No thread but the main one ever speaks to another rank.
+An asynchronous save has three states. *Writing*: every rank has copied its part to host memory, and a background thread writes
+it. *Committing*: at a later step boundary all ranks have learned, in an all-reduce that happens at every step anyway, that all
+have written; a thread of rank 0 writes the manifest, renames and prunes. At another such boundary all ranks learn the outcome.
+Only the main thread communicates with other ranks.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ _TEMPORARY = ".tmp-"
 
 
 class Saving(IntEnum):
-    """What a rank tells the others of its part of a save; the largest of all ranks counts."""
+    """State of a rank's part of a save; ranks agree on the maximum."""
 
     QUIET = 0
     FAILED = 1
@@ -56,13 +56,13 @@ class Saving(IntEnum):
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a save ended.
+    """Outcome of a save.
 
     Attributes:
-        step: the step it is of.
+        step: step of the checkpoint.
         path: its directory, or ``None`` if it could not be written.
         problem: why it could not, else ``None``.
-        in_a_row: saves that failed one after another, this one included.
+        in_a_row: number of consecutive failed saves, this one included.
     """
 
     step: int
@@ -73,7 +73,7 @@ class Outcome:
 
 @dataclass
 class _Pending:
-    """A save under way: where to, and this rank's work at it."""
+    """A save in progress: its paths, and this rank's work on it."""
 
     temporary: Path
     final: Path
@@ -87,13 +87,13 @@ class Checkpoints:
 
     Args:
         directory: ``<run>/checkpoints``.
-        keep_last: how many are kept, but never fewer than two: the newest may turn out to be damaged.
-        keep_every: the first at or after each multiple of so many steps is kept for ever; 0 for none.
-        keep_best: metric of which the highest is kept too.
-        most_failures: saves in a row that may fail beside the training before it is stopped.
+        keep_last: number to keep, at least two, because the newest may turn out to be damaged.
+        keep_every: keep the first at or after each multiple of this many steps permanently; 0 for none.
+        keep_best: metric whose highest-scoring checkpoint is kept too.
+        most_failures: consecutive asynchronous saves that may fail before training is stopped.
         group: a gloo group for agreement between ranks, ``None`` for the default group.
-        on_commit: told by rank 0, in another thread, of each checkpoint that is current now.
-        pinned: names of checkpoints that must not be deleted just now.
+        on_commit: called by rank 0, in another thread, with each committed checkpoint.
+        pinned: names of checkpoints that must not be deleted at the moment.
     """
 
     def __init__(
@@ -117,15 +117,15 @@ class Checkpoints:
         self._marks: dict[str, Mark] | None = None
 
     def save(self, engine: ShardedWeights, method: Method, facts: dict[str, Any]) -> Path:
-        """Write a checkpoint with all ranks and make it current, before training goes on.
+        """Writes and commits a checkpoint synchronously; collective over all ranks.
 
         Args:
-            engine: whose fragments to write.
-            method: whose teacher, memory and frozen parameters to write.
-            facts: what goes into the manifest; must hold ``step``.
+            engine: provides the fragments.
+            method: provides teacher, extra state and frozen parameters.
+            facts: content of the manifest; must hold ``step``.
 
         Raises:
-            CheckpointError: on all ranks, if any rank could not write; the checkpoints before are untouched.
+            CheckpointError: on all ranks, if any rank could not write; earlier checkpoints are untouched.
         """
         self.finish()
         self._begin(engine, method, facts, copy=False)
@@ -135,15 +135,15 @@ class Checkpoints:
         return outcome.path
 
     def begin(self, engine: ShardedWeights, method: Method, facts: dict[str, Any]) -> Outcome | None:
-        """Take a copy of this moment, have it written beside the training, and return; a save under way is waited for first.
+        """Takes a snapshot, starts writing it in the background, and returns; waits first for a save in progress.
 
-        To be followed by a :meth:`poll` at every step boundary, and by :meth:`finish` at the end.
+        Must be followed by :meth:`poll` at every step boundary, and by :meth:`finish` at the end.
 
         Returns:
-            How the save that was waited for ended, if one was.
+            The outcome of the save that was waited for, if any.
 
         Raises:
-            CheckpointError: on all ranks, if as many saves in a row have failed as may.
+            CheckpointError: on all ranks, if the maximum of consecutive failed saves is reached.
         """
         before = self.finish()
         self._begin(engine, method, facts, copy=True)
@@ -151,7 +151,7 @@ class Checkpoints:
 
     @property
     def state(self) -> Saving:
-        """What this rank has to say of the save under way."""
+        """This rank's state of the save in progress."""
         if self._pending is None:
             return Saving.QUIET
         if not self._pending.job.done():
@@ -159,16 +159,16 @@ class Checkpoints:
         return Saving.FAILED if _failure(self._pending.job) else Saving.QUIET
 
     def poll(self, agreed: int) -> Outcome | None:
-        """Take the save under way a stage further if all ranks are ready; waits for nothing.
+        """Advances the save in progress if all ranks are ready; does not block.
 
         Args:
-            agreed: the largest of all ranks' :attr:`state`.
+            agreed: the maximum of all ranks' :attr:`state`.
 
         Returns:
-            How the save ended, once, when it has.
+            The outcome of the save, once, when it is complete.
 
         Raises:
-            CheckpointError: on all ranks, if as many saves in a row have failed as may.
+            CheckpointError: on all ranks, if the maximum of consecutive failed saves is reached.
         """
         pending = self._pending
         if pending is None or agreed == Saving.BUSY:
@@ -191,7 +191,7 @@ class Checkpoints:
         return None
 
     def finish(self) -> Outcome | None:
-        """Wait for the save under way, if there is one, and make it current.
+        """Waits for the save in progress, if any, and commits it.
 
         Raises:
             CheckpointError: as :meth:`poll`.
@@ -205,7 +205,7 @@ class Checkpoints:
         return outcome
 
     def close(self) -> None:
-        """After a failure of the training: speak to no rank, but let rank 0 end what it can end alone."""
+        """Closes after a failure of training: no communication with other ranks, but rank 0 completes what it can alone."""
         if self._pending is not None and self._pending.committing:
             wait([self._pending.job])
 
@@ -220,7 +220,7 @@ class Checkpoints:
                 self._prepare(temporary)
         except OSError as error:
             failed = error
-        dist.barrier(group=self._group)  # nobody writes before there is a directory, or into one that is about to be swept away
+        dist.barrier(group=self._group)  # no rank may write before the directory exists, or into one that is about to be deleted
         job: Future[Any] = Future()
         if failed is not None:
             job.set_exception(failed)
@@ -263,7 +263,7 @@ class Checkpoints:
             file.flush()
             os.fsync(file.fileno())
         sync(pending.temporary)
-        if final.exists():  # an earlier attempt came as far: its checkpoint was damaged since, or the run went back
+        if final.exists():  # from an earlier attempt: the checkpoint was damaged since, or the run rolled back
             self._discard(final)
         pending.temporary.rename(final)
         sync(self.directory)
@@ -281,7 +281,7 @@ class Checkpoints:
         if path.exists():
             rubbish = self._rubbish(path.name)
             path.rename(rubbish)
-            shutil.rmtree(rubbish, ignore_errors=True)  # what cannot be deleted now is swept away by the next save
+            shutil.rmtree(rubbish, ignore_errors=True)  # what cannot be deleted now is deleted by the next save
 
     def _rubbish(self, name: str) -> Path:
         return self.directory / f"{_TEMPORARY}old-{os.urandom(4).hex()}-{name.removeprefix(_TEMPORARY)}"
@@ -298,7 +298,7 @@ class Checkpoints:
 
 
 def _failure(job: Future[Any]) -> str:
-    """Why a piece of work failed, in words; empty if it did not. What is no failure of the disk is raised here."""
+    """Why a job failed, as text; empty if it succeeded. Re-raises exceptions that are not I/O failures."""
     error = job.exception()
     if error is None:
         return ""

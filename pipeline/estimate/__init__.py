@@ -1,1 +1,1 @@
-"""What a configuration costs before it runs: memory, operations, activations."""
+"""Estimates memory, FLOPs and communication of a configuration before it runs."""

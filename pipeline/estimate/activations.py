@@ -1,7 +1,8 @@
-"""How many bytes a forward pass keeps for its backward pass, counted on tensors without memory.
+"""Activation memory: bytes that a forward pass keeps for its backward pass, counted on fake tensors.
 
-The method's own pass runs on fake tensors, with fused attention and a GPU's number format, while every storage that
-is made is counted until it is dropped. Two batches tell what belongs to a sample and what to a step.
+The method's own forward pass runs on fake tensors, with fused attention and a GPU's dtypes, while the storages are counted
+from creation until they are freed. Two batch sizes separate what is proportional to the samples from what is constant per
+step.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from pipeline.methods.registry import build_method
 
 
 class Alive(TorchDispatchMode):
-    """Counts the bytes of all storages that operations make and nobody has dropped yet; not of those they are given.
+    """Counts the bytes of all storages that operations create and that are not yet freed; inputs are not counted.
 
     Attributes:
         now, peak: bytes.
@@ -37,7 +38,7 @@ class Alive(TorchDispatchMode):
         self._known: dict[int, int] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        for given in _storages((args, kwargs)):  # a view of a weight is nothing new
+        for given in _storages((args, kwargs)):  # a view of a weight is not new memory
             self._count(given, made=False)
         result = func(*args, **(kwargs or {}))
         for storage in _storages(result):
@@ -63,12 +64,12 @@ def _storages(tree: Any) -> list[torch.UntypedStorage]:
 
 @dataclass(frozen=True)
 class Activations:
-    """Bytes of one micro-batch on a GPU, without what ``train.compile`` saves.
+    """Bytes of one micro-batch on a GPU, without the savings of ``train.compile``.
 
     Attributes:
-        fixed: kept whatever the batch, such as the slope of the prototypes.
-        each: kept of a sample.
-        passing: what comes and goes on top of that before the loss is there, such as a piece of logits.
+        fixed: kept independently of the batch size, such as the gradient of the prototypes.
+        each: kept per sample.
+        passing: temporary memory on top of that before the loss is computed, such as a chunk of logits.
     """
 
     fixed: float
@@ -76,7 +77,7 @@ class Activations:
     passing: float
 
     def of(self, samples: int) -> float:
-        """At most, with so many samples."""
+        """Upper bound for this number of samples."""
         return self.fixed + self.each * samples + self.passing
 
 
@@ -84,15 +85,15 @@ _SAMPLES = 8
 
 
 def counted(config: Config) -> Activations:
-    """What the method keeps; where steps take views of several sizes, of those that need most.
+    """Activation memory of the method; if steps use views of several sizes, the maximum over these.
 
-    Captions count with all the tokens that they may have. What grows with the square of the batch, as logits of pairs do, is
-    left out.
+    Captions count with their maximum number of tokens. Terms quadratic in the batch size, such as logits of pairs, are left
+    out.
     """
     found = max((_counted(config, number) for number in range(len(_method(config).view_sets))), key=lambda one: one.each)
     if not config.train.activation_checkpointing:
         return found
-    # The block that is computed again keeps what all of them would have kept.
+    # The block that is being recomputed holds at that time what all blocks would have held.
     whole = counted(config.replace(train=config.train.model_copy(update={"activation_checkpointing": False})))
     blocks = max(len(getattr(m, "blocks", ())) for m in _method(config).modules())
     return Activations(found.fixed, found.each + (whole.each - found.each) / max(blocks, 1), found.passing)
@@ -106,7 +107,7 @@ def _counted(config: Config, number: int) -> Activations:
 
 
 def alive(config: Config, samples: int, number: int = 0) -> tuple[int, int]:
-    """Bytes alive when the losses of a batch of fake tensors are there, and at most before, beyond weights and views."""
+    """Bytes alive when the losses of a batch of fake tensors are computed, and the peak before, excluding weights and views."""
     method = _method(config)
     for module in (*method.modules(), *_teachers(method)):
         if hasattr(module, "checkpointing"):

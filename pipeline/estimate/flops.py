@@ -1,8 +1,8 @@
-"""How many floating-point operations a sample costs: counted on tensors without memory, and by formula.
+"""FLOPs per sample, counted on fake tensors and by formula.
 
-A multiply-add is two operations, and only matrix products count: that is what a GPU's peak is stated in. :func:`counted` runs a
-method's own forward and backward pass on fake tensors under torch's counter, so it holds for every method and knows what is
-skipped (stochastic depth by subset, dropped patches). The formulas are for checking it by hand.
+A multiply-add is two operations, and only matrix products count, as in a GPU's stated peak. :func:`counted` runs a method's
+own forward and backward pass on fake tensors under torch's counter, so it works for every method and accounts for skipped work
+(stochastic depth by subset, dropped patches). The formulas allow a check by hand.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from pipeline.methods.registry import build_method
 
 _SAMPLES = 8
 
-# torch's own table lacks some of these kernels in some versions, and counts what a fused backward pass computes again.
+# In some versions torch's own table lacks some of these kernels, and counts the recomputation in a fused backward pass.
 _FUSED_ATTENTION = (
     "_scaled_dot_product_flash_attention",
     "_scaled_dot_product_flash_attention_for_cpu",
@@ -35,8 +35,9 @@ _FUSED_ATTENTION = (
 
 
 def flop_counter() -> FlopCounterMode:
-    """Torch's counter of matrix products, with attention counted alike by whichever kernel and torch version it is computed:
-    two products forward, four backward, as the plain formula has them."""
+    """torch's FLOP counter, with attention counted the same for every kernel and torch version: two products forward, four
+    backward, as in the plain formula.
+    """
     table: dict[Any, Callable[..., int]] = {}
     for name in _FUSED_ATTENTION:
         for suffix, formula in (("", _attention), ("_backward", _attention_backward)):
@@ -46,7 +47,7 @@ def flop_counter() -> FlopCounterMode:
 
 
 def _attention(query: Sequence[int], key: Sequence[int], value: Sequence[int], *_: Any, **__: Any) -> int:
-    """Operations of ``softmax(q k^T) v`` by the shapes ``[batch, heads, tokens, width]``."""
+    """FLOPs of ``softmax(q k^T) v`` from the shapes ``[batch, heads, tokens, width]``."""
     rows = math.prod(query[:-1])
     return 2 * rows * key[-2] * (query[-1] + value[-1])
 
@@ -58,16 +59,16 @@ def _attention_backward(
 
 
 def counted(config: Config, samples: int = _SAMPLES) -> float:
-    """Operations of one sample in one step: teacher, student and its backward pass, heads and losses. Where steps take views of
-    several sizes, their mean.
+    """FLOPs of one sample in one step: teacher, student and its backward pass, heads and losses. If steps use views of several
+    sizes, their mean.
 
     Args:
         config: the method and its model.
-        samples: batch that is counted, or as many more as make whole groups where samples are compared in such; terms that grow
-            with the batch are those of this one.
+        samples: batch size to count with, rounded up to whole groups if the method compares samples in groups; terms that grow
+            with the batch size are for this one.
     """
     samples = whole_groups(config, samples)
-    with torch.device("meta"):  # a tower's constructor reads numbers, which fake tensors do not have
+    with torch.device("meta"):  # constructors read tensor values, which fake tensors do not have
         method = build_method(config)
     with FakeTensorMode(allow_non_fake_inputs=True):
         for network in (method, *(method.teacher.modules.values() if method.teacher is not None else ())):
@@ -86,18 +87,18 @@ def counted(config: Config, samples: int = _SAMPLES) -> float:
 
 
 def whole_groups(config: Config, samples: int) -> int:
-    """As many samples, or the next number that makes whole groups where samples are compared in such."""
+    """``samples`` rounded up to whole groups, if the method compares samples in groups."""
     group = getattr(config.method, "koleo_group_size", None) or 1
     return int(group * math.ceil(samples / group))
 
 
 def fake_batch(views: Sequence[ViewSpec], samples: int, *, context: int = 0) -> Batch:
-    """A batch of shapes only, with masks on exactly as many patches as the method hides on average.
+    """A batch without values, with masks on as many patches as the method masks on average.
 
     Args:
         views: the method's ``ViewSpec``s.
-        samples: of the batch.
-        context: tokens of a caption, 0 for no captions.
+        samples: batch size.
+        context: tokens per caption, 0 for no captions.
     """
     pictures: dict[str, list[Tensor]] = {}
     masks: dict[str, Masks] = {}
@@ -129,14 +130,14 @@ def fake_batch(views: Sequence[ViewSpec], samples: int, *, context: int = 0) -> 
 
 
 def block(tokens: int, width: int, *, hidden: int | None = None, gated: bool = False, read: float | None = None) -> float:
-    """Operations of a transformer block, forward, for one sequence.
+    """FLOPs of a transformer block's forward pass, for one sequence.
 
     Args:
-        tokens: its length.
-        width: of a token.
-        hidden: of the feed-forward layer, four widths unless told.
-        gated: whether that layer has a gate (SwiGLU), hence three matrices instead of two.
-        read: tokens that are read of it, which alone pass its projection and feed-forward layer; ``None`` for all.
+        tokens: sequence length.
+        width: token width.
+        hidden: width of the feed-forward layer; default is four times ``width``.
+        gated: whether that layer is gated (SwiGLU), with three matrices instead of two.
+        read: number of tokens whose output is used, which alone pass projection and feed-forward layer; ``None`` for all.
     """
     out = tokens if read is None else read
     feed = 2 * out * width * (hidden or 4 * width) * (3 if gated else 2)
@@ -154,8 +155,7 @@ def tower(
     hidden: int | None = None,
     read: float | None = None,
 ) -> float:
-    """Operations of a vision transformer, forward, for one picture of ``side`` pixels, of whose last block ``read`` tokens (or
-    all) are wanted."""
+    """FLOPs of a vision transformer's forward pass for one image; ``read`` applies to the last block, see :func:`block`."""
     patches = (side // patch) ** 2
     blocks = (depth - 1) * block(patches + prefix, width, hidden=hidden, gated=gated)
     last = block(patches + prefix, width, hidden=hidden, gated=gated, read=read)
@@ -163,18 +163,19 @@ def tower(
 
 
 def text_tower(context: int, width: int, depth: int, embed: int) -> float:
-    """Operations of a text tower, forward, for one caption, which is read at one token; of all blocks but the last the whole
-    attention is counted, as is done."""
+    """FLOPs of a text tower's forward pass for one caption, whose feature is taken at one token; all blocks but the last
+    compute the whole attention.
+    """
     last = block(context, width, read=1) - 4.0 * context * (context - 1) * width  # one row of its attention
     return (depth - 1) * block(context, width) + last + 2.0 * width * embed
 
 
 def prototype_head(width: int, hidden: int, bottleneck: int, prototypes: int, layers: int = 3) -> float:
-    """Operations of a projection head with prototypes, forward, for one token."""
+    """FLOPs of a projection head with prototypes, forward pass, for one token."""
     inner = [width, *[hidden] * (layers - 1), bottleneck]
     return 2.0 * (sum(a * b for a, b in itertools.pairwise(inner)) + bottleneck * prototypes)
 
 
 def swiglu_hidden(width: int, ratio: float = 4.0) -> int:
-    """Width inside a gated layer that costs what a plain one does: two thirds, rounded up to eight."""
+    """Hidden width of a gated layer with the cost of a plain one: two thirds, rounded up to a multiple of eight."""
     return 8 * math.ceil(int(width * ratio * 2 / 3) / 8)

@@ -1,16 +1,16 @@
-"""How many bytes a rank holds, by formula: what the engine of this project keeps in each ZeRO stage.
+"""Memory per rank by formula: parameters, gradients, optimizer state, teacher and buffers in each ZeRO stage.
 
-Parameters are fp32 and only compute is bf16, so that per trained parameter, R ranks::
+Parameters are fp32 and only compute is bf16. Bytes per trained parameter with R ranks::
 
     stage   parameters  gradients  masters  AdamW's moments   teacher
     0       4           4          -        8                 4
     1, 2    4           4/R        4/R      8/R               4
     3       4/R         4/R        4/R      8/R               4/R
 
-Stages 1 and 2 differ while gradients of several micro-batches are gathered: stage 1 then holds them whole. Both keep gradients by
-whole parameters: one that lies across the border of two ranks' shares is held by both. Besides there are DeepSpeed's buckets, in
-stage 3 what is gathered for computing, with bf16 the rounded weights of a forward pass, and activations.
-``tests/estimate/test_memory.py`` compares the lasting part with an engine's tensors.
+Stages 1 and 2 differ while gradients of several micro-batches are accumulated: stage 1 then holds them whole. Both partition
+gradients by whole parameters: one that crosses the boundary of two ranks' shards is held by both. Additional memory:
+DeepSpeed's buckets, in stage 3 the gathered parameters, with bf16 the cast weights of a forward pass, and activations.
+``tests/estimate/test_memory.py`` compares the persistent part with an engine's tensors.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ class Held:
     """Bytes on one rank.
 
     Attributes:
-        parameters, gradients, masters, moments, frozen, teacher: what lasts, with gradients at their peak.
-        buckets: for communication.
-        gathered: stage 3's whole parameters of student and teacher while they compute, at most.
+        parameters, gradients, masters, moments, frozen, teacher: persistent memory, with gradients at their peak.
+        buckets: communication buckets.
+        gathered: stage 3's gathered parameters of student and teacher during compute, at most.
         rounded: bf16 copies of weights while the student computes.
-        input: batches that DALI has made ahead of the step that is computed.
-        host: in host memory beside it, for an offloaded optimizer; not part of the total.
+        input: batches that DALI prefetches.
+        host: host memory of an offloaded optimizer; not part of the total.
     """
 
     parameters: float
@@ -51,13 +51,14 @@ class Held:
 
     @property
     def total(self) -> float:
-        """All of it on the device."""
+        """Sum of all memory on the device."""
         return float(sum(getattr(self, field.name) for field in fields(self) if field.name != "host"))
 
     def offloaded(self, *, stage: int, accumulation: int = 1) -> Held:
-        """The same with AdamW in host memory: masters, moments, a flat gradient, and DeepSpeed's staging of weights (stages 1
-        and 2) or of gradients (stage 3); with several micro-batches also what was accumulated. Gradients still pass through the
-        device, and count there as before: a bound."""
+        """The same with AdamW in host memory: masters, moments, a flat gradient, and DeepSpeed's staging buffers of weights
+        (stages 1 and 2) or of gradients (stage 3); with several micro-batches also accumulated gradients. Gradients still pass
+        through the device and count there as before, so this is an upper bound.
+        """
         each = self.masters
         flat = each + (self.gradients if accumulation > 1 and stage < 3 else 0.0)
         return replace(self, masters=0.0, moments=0.0, host=self.masters + self.moments + each + flat)
@@ -79,12 +80,12 @@ def held(
     Args:
         groups: elements of each trained parameter, by parameter group.
         frozen: elements of each parameter that is not trained.
-        teacher: elements of each of the teacher's.
+        teacher: elements of each teacher parameter.
         stage: ZeRO stage, 0 to 3.
-        ranks: number of ranks.
-        accumulation: micro-batches of a step.
+        ranks: world size.
+        accumulation: micro-batches per step.
         bf16: compute in bf16.
-        overlap: on GPUs, where gradients are reduced while others are computed.
+        overlap: on GPUs, whether gradients are reduced while others are computed.
     """
     trained = [size for group in groups for size in group]
     whole = sum(trained)
@@ -134,7 +135,7 @@ def held(
 
 
 def _touched(group: Sequence[int], share: int, rank: int) -> int:
-    """Elements of all parameters of which the rank's share of the group has a piece."""
+    """Elements of all parameters that the rank's shard of the group intersects."""
     low, high = rank * share, (rank + 1) * share
     begin = elements = 0
     for size in group:

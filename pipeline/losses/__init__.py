@@ -1,4 +1,4 @@
-"""Losses and targets: pure functions of tensors, in fp32 whatever comes in."""
+"""Losses and targets: pure functions of tensors, computed in fp32 whatever the input dtype."""
 
 from pipeline.losses.centering import batch_center, centered_targets, global_mean, moved_center
 from pipeline.losses.contrastive import clip_loss, gathered, place, siglip_loss

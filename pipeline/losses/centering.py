@@ -1,4 +1,4 @@
-"""Centred targets (DINO, arXiv 2104.14294): a running mean of the teacher's logits is taken off before the softmax."""
+"""Centred targets (DINO, arXiv 2104.14294): softmax of the teacher's logits minus their running mean."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ def centered_targets(logits: Tensor, center: Tensor, temperature: float) -> Tens
 
     Args:
         logits: ``[n, K]``.
-        center: ``[K]``, from batches before this one.
+        center: ``[K]``, from earlier batches.
         temperature: the teacher's temperature.
     """
     return torch.softmax((logits.float() - center.float()) / temperature, dim=-1)
@@ -21,11 +21,11 @@ def centered_targets(logits: Tensor, center: Tensor, temperature: float) -> Tens
 
 @torch.no_grad()
 def global_mean(sums: Tensor, count: int, group: dist.ProcessGroup | None = None) -> Tensor:
-    """Mean over all rows of all ranks, each row weighing the same however they are spread; zeros if there is none.
+    """Mean over all rows of all ranks, each row with the same weight however rows are distributed; zeros if there are no rows.
 
     Args:
         sums: ``[width]``, the sum of this rank's rows.
-        count: how many they are.
+        count: number of this rank's rows.
         group: ranks that share the batch; without a process group, this process alone.
     """
     both = torch.cat([sums, sums.new_full((1,), count)])
@@ -36,7 +36,7 @@ def global_mean(sums: Tensor, count: int, group: dist.ProcessGroup | None = None
 
 @torch.no_grad()
 def batch_center(logits: Tensor, group: dist.ProcessGroup | None = None) -> Tensor:
-    """Mean over ranks of each rank's mean logits, ``[K]`` fp32 (not weighted by the ranks' counts, as in DINOv2).
+    """Mean over ranks of each rank's mean logits, ``[K]`` fp32; as in DINOv2 not weighted by the ranks' numbers of rows.
 
     Args:
         logits: ``[n, K]``; a rank without rows adds zeros.
@@ -50,5 +50,5 @@ def batch_center(logits: Tensor, group: dist.ProcessGroup | None = None) -> Tens
 
 
 def moved_center(center: Tensor, batch_mean: Tensor, momentum: float = 0.9) -> Tensor:
-    """``momentum * center + (1 - momentum) * batch_mean``."""
+    """Updated centre, ``momentum * center + (1 - momentum) * batch_mean``."""
     return torch.lerp(center, batch_mean.to(center), 1.0 - momentum)

@@ -1,9 +1,9 @@
 """Image-text losses over all pairs of a global batch: CLIP's softmax (arXiv 2103.00020), SigLIP's sigmoid (arXiv 2303.15343).
 
-Each rank compares its own ``b`` pictures and texts with all ``B`` of the other kind. Gradients flow into the gathered features
-and are summed back on the rank they came from, so that the mean over ranks of the local losses has the gradient of one process
-with the whole batch. Logits exist for ``chunk`` rows at a time: their gradients are taken while they are there, and what is kept
-for the backward pass is as large as the features.
+Each rank contrasts its own ``b`` images and texts with all ``B`` of the other kind. Gradients flow into the gathered features
+and are reduced to the rank they came from, so that the mean over ranks of the local losses has the gradient of one process
+with the whole batch. Logits are computed ``chunk`` rows at a time together with their gradients, so the memory kept for the
+backward pass is only the size of the features.
 """
 
 from __future__ import annotations
@@ -22,17 +22,17 @@ Slope = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 def clip_loss(
     images: Tensor, texts: Tensor, scale: Tensor, *, group: dist.ProcessGroup | None = None, chunk: int = 1024
 ) -> Tensor:
-    """``(mean CE(rows) + mean CE(columns)) / 2`` of the logits ``scale * images @ texts.T``, this rank's share.
+    """CLIP's loss ``(mean CE(rows) + mean CE(columns)) / 2`` of the logits ``scale * images @ texts.T``, this rank's part.
 
     Args:
-        images: ``[b, d]`` unit vectors; every rank as many.
-        texts: ``[b, d]`` unit vectors, row ``i`` belongs to picture ``i``.
+        images: ``[b, d]`` unit vectors; the same number on every rank.
+        texts: ``[b, d]`` unit vectors, row ``i`` belongs to image ``i``.
         scale: ``[1]``, the inverse temperature (not its logarithm).
         group: ranks that share the batch; without a process group, this process alone.
-        chunk: rows of logits that exist at a time.
+        chunk: rows of logits in memory at a time.
 
     Returns:
-        Scalar, fp32 or wider. Its mean over the ranks is the loss of the global batch; at random it is ``ln B``.
+        Scalar, fp32 or wider. Its mean over the ranks is the loss of the global batch; ``ln B`` for random features.
     """
     images, texts, scale = _wide(images), _wide(texts), _wide(scale)
     first = place(len(images), group)
@@ -46,15 +46,15 @@ def clip_loss(
 def siglip_loss(
     images: Tensor, texts: Tensor, scale: Tensor, bias: Tensor, *, group: dist.ProcessGroup | None = None, chunk: int = 1024
 ) -> Tensor:
-    """``-1/b sum_ij log sigmoid(z_ij (scale * images_i . texts_j + bias))``, ``z`` = 1 for pairs and -1 else.
+    """SigLIP's loss ``-1/b sum_ij log sigmoid(z_ij (scale * images_i . texts_j + bias))``; ``z`` is 1 for pairs, else -1.
 
     Args:
-        images: ``[b, d]`` unit vectors; every rank as many.
-        texts: ``[b, d]`` unit vectors, row ``i`` belongs to picture ``i``.
+        images: ``[b, d]`` unit vectors; the same number on every rank.
+        texts: ``[b, d]`` unit vectors, row ``i`` belongs to image ``i``.
         scale: ``[1]``, the inverse temperature.
         bias: ``[1]``, added to every logit.
         group: ranks that share the batch; without a process group, this process alone.
-        chunk: rows of logits that exist at a time.
+        chunk: rows of logits in memory at a time.
 
     Returns:
         Scalar, fp32 or wider. Its mean over the ranks is the loss of the global batch.
@@ -66,7 +66,7 @@ def siglip_loss(
 
 
 def gathered(x: Tensor, group: dist.ProcessGroup | None = None) -> Tensor:
-    """``[world * b, d]`` of all ranks' ``[b, d]``, by rank; backward, a rank gets the sum of what all have of its rows."""
+    """All-gathers ``[b, d]`` to ``[world * b, d]`` in rank order; backward sums all ranks' gradients of this rank's rows."""
     if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size(group) == 1:
         return x
     whole: Tensor = _Gather.apply(x, group)
@@ -74,7 +74,7 @@ def gathered(x: Tensor, group: dist.ProcessGroup | None = None) -> Tensor:
 
 
 def place(rows: int, group: dist.ProcessGroup | None = None) -> int:
-    """Number of this rank's first row in the gathered batch."""
+    """Index of this rank's first row in the gathered batch."""
     together = dist.is_available() and dist.is_initialized()
     return rows * dist.get_rank(group) if together else 0
 
@@ -104,7 +104,7 @@ class _Gather(torch.autograd.Function):
 
 
 class _Pairs(torch.autograd.Function):
-    """Mean over rows of what ``slope`` says of each chunk of logits ``scale * x @ y.T + bias``."""
+    """Mean over rows of the loss and gradient that ``slope`` computes per chunk of logits ``scale * x @ y.T + bias``."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, y: Tensor, scale: Tensor, bias: Tensor, first: int, chunk: int, slope: Slope) -> Tensor:

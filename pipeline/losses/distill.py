@@ -1,4 +1,4 @@
-"""Cross-entropies between a student's prototypes and a teacher's targets: DINO over crops, iBOT over masked patches."""
+"""Self-distillation losses: cross-entropy with a teacher's targets, over crops (DINO) and masked patches (iBOT)."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ def cross_entropy(student_logits: Tensor, targets: Tensor, student_temperature: 
     """``-sum_k targets * log_softmax(student_logits / temperature)`` of each row, fp32.
 
     Args:
-        student_logits: ``[..., K]``, any float type.
-        targets: ``[..., K]``, broadcastable; rows need not sum to 1, so targets of several views can be added first.
+        student_logits: ``[..., K]``, any float dtype.
+        targets: ``[..., K]``, broadcastable; rows need not sum to 1, so targets of several views can be summed first.
         student_temperature: the student's temperature.
 
     Returns:
@@ -26,7 +26,7 @@ def multi_crop(
 ) -> tuple[Tensor, Tensor]:
     """DINO's loss over crops: each student crop against the targets of every *other* global crop.
 
-    Two global and L local crops make ``n = 2 + 2 L`` pairs; each of them weighs ``1 / n``.
+    Two global and L local crops make ``n = 2 + 2 L`` pairs, each with weight ``1 / n``.
 
     Args:
         student_global: logits ``[2, batch, K]`` of the student's global crops.
@@ -46,12 +46,12 @@ def multi_crop(
 def masked_patches(
     student_logits: Tensor, targets: Tensor, weight: Tensor, crops: int, student_temperature: float = 0.1
 ) -> Tensor:
-    """iBOT's loss: mean over the hidden patches of a crop, then over *all* crops, those without a mask too.
+    """iBOT's loss: mean over the masked patches of a crop, then over *all* crops, including those without a mask.
 
     Args:
         student_logits: ``[masked, K]``; ``masked`` may be 0.
         targets: ``[masked, K]``, same patches of the same crops.
-        weight: ``[masked]``, one over the number of hidden patches of the patch's crop.
+        weight: ``[masked]``, one over the number of masked patches of the patch's crop.
         crops: number of global crops in the batch.
         student_temperature: the student's temperature.
     """

@@ -1,4 +1,4 @@
-"""Gram anchoring (DINOv3, arXiv 2508.10104): how alike the patches of a picture are to one another stays as it was."""
+"""Gram anchoring (DINOv3, arXiv 2508.10104): keeps the similarities between patch tokens close to an anchor network's."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from torch import Tensor
 
 
 def gram(student: Tensor, anchor: Tensor) -> Tensor:
-    """Mean squared difference of the two matrices of cosines between the patches of each picture, fp32.
+    """Mean squared difference of the Gram matrices (cosines between the patches of each image), fp32.
 
     Args:
         student: patch tokens ``[batch, patches, width]``.
-        anchor: the same patches by a network that stands still, ``[batch, patches, any width]``; no gradient flows to it.
+        anchor: the same patches by a frozen network, ``[batch, patches, any width]``; gets no gradient.
     """
     with torch.autocast(student.device.type, enabled=False):
         ours, theirs = F.normalize(student.float(), dim=-1), F.normalize(anchor.detach().float(), dim=-1)
@@ -22,13 +22,13 @@ def gram(student: Tensor, anchor: Tensor) -> Tensor:
 
 
 def resampled_patches(patches: Tensor, side: int) -> Tensor:
-    """Features of a square grid of patches on a grid of another size, fp32: bicubic (a = -0.75), without antialiasing.
+    """Resamples the features of a square patch grid to another size, fp32: bicubic (a = -0.75), without antialiasing.
 
-    An anchor that sees a crop at twice the size gives four features where the student gives one (DINOv3's choice of resampling).
+    An anchor that sees a crop at twice the size has four features per feature of the student (DINOv3's choice of resampling).
 
     Args:
         patches: ``[batch, n * n, width]``.
-        side: rows, and columns, of the grid wanted; the grid's own gives the features as they are.
+        side: rows and columns of the target grid; ``n`` returns the features unchanged.
 
     Returns:
         ``[batch, side * side, width]``.

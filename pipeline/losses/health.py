@@ -1,4 +1,4 @@
-"""How far features lie apart, and how many directions they really use."""
+"""Collapse metrics of features: effective rank and spread."""
 
 from __future__ import annotations
 
@@ -9,14 +9,15 @@ from torch import Tensor
 
 @torch.no_grad()
 def effective_rank(x: Tensor) -> Tensor:
-    """``(sum of variances)^2 / sum of squared variances`` along the principal directions: 1 for features on a line, and the
-    width for features that vary alike in all directions. Two matrix products, no decomposition and no wait for the device.
+    """``(sum of variances)^2 / sum of squared variances`` along the principal directions: 1 for features on a line, the width
+    for features with equal variance in all directions. Takes two matrix products, no decomposition and no device
+    synchronization.
 
     Args:
-        x: ``[n, width]``; no more than ``n - 1`` directions can be found.
+        x: ``[n, width]``; the rank is at most ``n - 1``.
 
     Returns:
-        fp32 scalar; 0 if the features do not vary at all.
+        fp32 scalar; 0 if the features have no variance.
     """
     with torch.autocast(x.device.type, enabled=False):
         centred = x.float() - x.float().mean(0)
@@ -27,8 +28,9 @@ def effective_rank(x: Tensor) -> Tensor:
 
 @torch.no_grad()
 def spread(x: Tensor) -> Tensor:
-    """``1 - |mean of the unit vectors|^2``: 0 if all features point one way, 1 if they point anywhere. It tells what
-    :func:`effective_rank`, which knows no scale, does not: features that move together and keep their directions.
+    """``1 - |mean of the unit vectors|^2``: 0 if all features have the same direction, 1 if directions are balanced.
+
+    Complements the scale-free :func:`effective_rank`: it also detects features that share a common direction.
 
     Args:
         x: ``[n, width]``.

@@ -1,4 +1,4 @@
-"""KoLeo: spreads features evenly by pushing each one from its nearest neighbours (arXiv 1806.03198; DINOv2)."""
+"""KoLeo regularizer: spreads features evenly by pushing each one from its nearest neighbours (arXiv 1806.03198; DINOv2)."""
 
 from __future__ import annotations
 
@@ -11,22 +11,22 @@ from torch import Tensor
 
 
 def koleo(x: Tensor, eps: float = 1e-8, *, group: int | None = None, neighbours: int = 1) -> Tensor:
-    """``-mean log(distance to the nearest neighbours)`` of L2-normalised features, fp32 (fp64 if the features are).
+    """``-mean log(distance to the nearest neighbours)`` of L2-normalized features, fp32 (fp64 if the features are).
 
-    Always computed wide: in fp16 ``eps`` is 0, and two equal features would give infinity.
+    Always computed in at least fp32: in fp16 ``eps`` is 0, and two equal features would give infinity.
 
     Args:
         x: ``[n, width]``, features of one crop of some images.
         eps: keeps distances and logarithms finite.
-        group: images that are compared with one another, ``group`` consecutive ones; ``None`` is all. With groups the
-            mean over the parts of a batch does not depend on how it was cut, as long as no group was.
-        neighbours: nearest ones that each feature is pushed from.
+        group: number of consecutive images among which neighbours are searched; ``None`` means all. With groups the mean over
+            the parts of a batch does not depend on how it was split, as long as no group was.
+        neighbours: number of nearest neighbours that each feature is pushed from.
 
     Returns:
-        Scalar. Gradient flows to both ends of each pair. Fewer than two features give 0.
+        Scalar. Gradient flows to both features of each pair. Fewer than two features give 0.
 
     Raises:
-        ValueError: ``n`` is no multiple of ``group``.
+        ValueError: ``n`` is not a multiple of ``group``.
     """
     with torch.autocast(x.device.type, enabled=False):
         unit = F.normalize(x if x.dtype == torch.float64 else x.float(), dim=-1, eps=eps)
@@ -53,14 +53,14 @@ def koleo_across_ranks(
     neighbours: int = 1,
     ranks: dist.ProcessGroup | None = None,
 ) -> Tensor:
-    """:func:`koleo` of all ranks' features together, in the order of the ranks; the same number on every rank.
+    """:func:`koleo` over all ranks' features, in rank order; the same value on every rank.
 
-    Its gradient is made for an engine that takes the mean of the ranks' gradients.
+    Its gradient is scaled for an engine that averages gradients over ranks.
 
     Args:
-        x: ``[n, width]``, this rank's features; every rank must bring as many.
+        x: ``[n, width]``, this rank's features; the same number on every rank.
         eps, group, neighbours: as for :func:`koleo`.
-        ranks: who takes part; without a process group, this process alone.
+        ranks: process group; without one, this process alone.
     """
     if dist.is_available() and dist.is_initialized():
         x = _Gather.apply(x, ranks)
@@ -68,8 +68,9 @@ def koleo_across_ranks(
 
 
 class _Gather(torch.autograd.Function):
-    """All ranks' rows. Each rank then computes the same loss, so its own rows' share of the slope needs no message; the
-    engine's mean over ranks would divide it by their number, which is made up for here."""
+    """All-gathers rows. Every rank computes the same loss, so the gradient of its own rows needs no communication; it is
+    multiplied by the world size, because the engine averages over ranks.
+    """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, ranks: dist.ProcessGroup | None) -> Tensor:

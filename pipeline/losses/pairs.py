@@ -1,8 +1,7 @@
-"""Losses between views of pictures: InfoNCE in the forms of SimCLR and MoCo, BYOL's regression, LoGo's repulsion.
+"""Losses between views of images: InfoNCE as in SimCLR and MoCo, BYOL's regression, LoGo's repulsion.
 
-All normalise their inputs, in fp32 or wider. Each is a mean over this rank's rows whose mean over the ranks is the loss of the
-global batch; where others' rows are compared with, gradients flow into them if the method wants that (SimCLR) and do not if they
-are a teacher's (MoCo).
+All normalize their inputs, in fp32 or wider. Each is a mean over this rank's rows, and its mean over ranks is the loss of the
+global batch. Gradients flow into other ranks' rows in SimCLR; in MoCo these are the teacher's and get none.
 """
 
 from __future__ import annotations
@@ -16,14 +15,14 @@ from pipeline.losses.contrastive import gathered, place
 
 
 def info_nce(query: Tensor, keys: Tensor, positive: Tensor, temperature: float, *, drop: Tensor | None = None) -> Tensor:
-    """``mean_i -log softmax_j(query_i . keys_j / temperature)[positive_i]``; ``ln(number of keys)`` at random.
+    """``mean_i -log softmax_j(query_i . keys_j / temperature)[positive_i]``; ``ln(number of keys)`` for random features.
 
     Args:
         query: ``[n, d]``.
         keys: ``[m, d]``.
-        positive: int64 ``[n]``, the key that belongs to each query.
-        temperature: what cosines are divided by.
-        drop: int64 ``[n]``, one key of each query that is not compared, such as the query itself.
+        positive: int64 ``[n]``, index of each query's positive key.
+        temperature: divides the cosines.
+        drop: int64 ``[n]``, index of one key per query to exclude, such as the query itself.
     """
     query, keys = _unit(query), _unit(keys)
     with torch.autocast(query.device.type, enabled=False):
@@ -34,13 +33,14 @@ def info_nce(query: Tensor, keys: Tensor, positive: Tensor, temperature: float, 
 
 
 def nt_xent(first: Tensor, second: Tensor, temperature: float, *, group: dist.ProcessGroup | None = None) -> Tensor:
-    """SimCLR's loss (arXiv 2002.05709): each view finds its picture's other view among all views of the global batch.
+    """SimCLR's NT-Xent loss (arXiv 2002.05709): each view against all views of the global batch.
 
-    The mean over the views; the authors' code adds up the two halves and so has twice this.
+    The positive is the image's other view. The mean over the views; the authors' code sums the two halves and so has twice
+    this value.
 
     Args:
-        first, second: ``[b, d]``, the two views of this rank's pictures; every rank as many.
-        temperature: what cosines are divided by.
+        first, second: ``[b, d]``, the two views of this rank's images; the same number on every rank.
+        temperature: divides the cosines.
         group: ranks that share the batch.
     """
     views, rows = torch.cat([_unit(first), _unit(second)]), len(first)
@@ -56,20 +56,20 @@ def momentum_contrast(query: Tensor, keys: Tensor, first: int, temperature: floa
     Args:
         query: ``[b, d]``, the student's.
         keys: ``[B, d]``, the teacher's of the whole batch.
-        first: the key of the first query; the others follow.
-        temperature: what cosines are divided by.
+        first: index of the first query's key; the other queries' keys follow.
+        temperature: divides the cosines.
     """
     positive = torch.arange(first, first + len(query), device=query.device)
     return 2 * temperature * info_nce(query, keys.detach(), positive, temperature)
 
 
 def queue_contrast(query: Tensor, key: Tensor, queue: Tensor, temperature: float) -> Tensor:
-    """MoCo's loss (arXiv 1911.05722): each query finds its own key among it and those of earlier batches.
+    """MoCo's loss (arXiv 1911.05722): each query against its own key and the queue of earlier keys.
 
     Args:
         query, key: ``[b, d]``, the student's and the teacher's.
-        queue: ``[K, d]``, keys of earlier pictures.
-        temperature: what cosines are divided by.
+        queue: ``[K, d]``, keys of earlier images.
+        temperature: divides the cosines.
     """
     query, key, queue = _unit(query), _unit(key.detach()), _unit(queue)
     with torch.autocast(query.device.type, enabled=False):
@@ -84,12 +84,12 @@ def cosine_regression(prediction: Tensor, target: Tensor) -> Tensor:
 
 
 def same_or_not(same: Tensor, different: Tensor) -> Tensor:
-    """LoGo's regressor: logits of "one picture" for pairs that are of one picture and for pairs that are not."""
+    """LoGo's regressor loss: binary cross-entropy of "same image" logits for pairs of one image and pairs of two images."""
     return F.softplus(-same.float()).mean() + F.softplus(different.float()).mean()
 
 
 def repulsion(same: Tensor) -> Tensor:
-    """LoGo's term for the encoder: crops of one picture should look to the regressor like those of two."""
+    """LoGo's encoder loss: crops of one image should look to the regressor like crops of two images."""
     return F.softplus(same.float()).mean()
 
 

@@ -1,15 +1,15 @@
-"""Cross-entropies over prototypes whose logits are never whole in memory.
+"""Memory-efficient cross-entropy over prototypes (DINO, iBOT), in chunks, without materializing all logits.
 
-DINO and iBOT compare a student with a teacher over K prototypes, up to 262144 of them, for every class token and every masked
-patch. The logits of one batch would fill gigabytes, several times over. But logits are ``unit vectors x prototypes``, and unit
-vectors are small: so only those are kept. A piece of rows at a time, the logits of teacher and student are made, the
-cross-entropy and its slope with respect to both factors of the student's are taken, and the piece is dropped. The backward pass
-only scales what was found: nothing is computed twice, and no ``[tokens, K]`` lives longer than its piece.
+DINO and iBOT compare a student with a teacher over K prototypes, up to 262144, for every class token and every masked patch.
+The logits of one batch would fill gigabytes, several times over. But logits are ``unit vectors x prototypes``, and unit
+vectors are small, so only those are kept. For each chunk of rows the forward pass computes the logits of teacher and student,
+the cross-entropy and its gradient with respect to both of the student's factors, and frees the chunk. The backward pass only
+scales these gradients: nothing is recomputed, and no ``[tokens, K]`` tensor outlives its chunk.
 
-What lies between the products is done by one of two kernels, equal within rounding. ``triton`` reads the logits as the product
-left them and writes the slopes in their place; CUDA tensors take it wherever Triton is installed. ``torch`` works on copies in
-fp32; all other tensors take it, and fp64 always. The environment variable ``FOVEA_KERNELS``, ``torch`` or ``triton``, decides for
-a whole process: should Triton not work on some machine (it needs a C compiler), ``FOVEA_KERNELS=torch`` trains without it.
+Two implementations of the elementwise part agree up to rounding. ``triton`` reads the logits as the matrix product left them
+and overwrites them with gradients; it is the default for CUDA tensors if Triton is installed. ``torch`` works on fp32 copies;
+it is used for all other tensors, and always for fp64. The environment variable ``FOVEA_KERNELS`` (``torch`` or ``triton``)
+overrides the choice for the process: where Triton fails (it needs a C compiler), set ``FOVEA_KERNELS=torch``.
 """
 
 from __future__ import annotations
@@ -26,25 +26,25 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-NUMBERS = 2**25  # logits held at once, unless told otherwise: 128 MiB in fp32
+NUMBERS = 2**25  # default number of logits in memory at once: 128 MiB in fp32
 Kernels = Literal["torch", "triton"]
 
 
 def rows_at_once(prototypes: int) -> int:
-    """Rows of logits that fill :data:`NUMBERS`."""
+    """Rows of logits that make up :data:`NUMBERS`."""
     return max(NUMBERS // prototypes, 1)
 
 
 @dataclass(frozen=True)
 class Targets:
-    """A teacher's targets, in the few numbers they can be made from: ``softmax(unit @ matrix.T / temperature + potential)``.
+    """A teacher's targets in factored form: ``softmax(unit @ matrix.T / temperature + potential)``.
 
     Attributes:
         unit: ``[views, n, width]``, the teacher's features before its prototypes.
         matrix: ``[K, width]``, the teacher's prototypes.
-        potential: ``[K]`` fp32: Sinkhorn's (:func:`pipeline.losses.sinkhorn_potential`), or minus the centre over the
+        potential: ``[K]`` fp32: Sinkhorn's (:func:`pipeline.losses.sinkhorn_potential`), or the negative centre divided by the
             temperature.
-        temperature: the teacher's.
+        temperature: the teacher's temperature.
     """
 
     unit: Tensor
@@ -54,11 +54,11 @@ class Targets:
 
 
 class Products(NamedTuple):
-    """Logits as the product left them, for kernels that scale while they read.
+    """Unscaled logits, for kernels that scale them while reading.
 
     Attributes:
-        logits: ``[any, K]``, in the features' type.
-        temperature: what they are still to be divided by.
+        logits: ``[any, K]``, in the features' dtype.
+        temperature: divisor still to be applied.
     """
 
     logits: Tensor
@@ -66,12 +66,12 @@ class Products(NamedTuple):
 
 
 class Pairing(NamedTuple):
-    """Which student views meet which target views.
+    """Which student views are compared with which target views.
 
     Attributes:
-        views: the student's views, first and one past the last.
-        targets: how often they meet each of the target views.
-        term: the term of the loss that this belongs to.
+        views: range of the student's views, first and one past the last.
+        targets: weight of each target view.
+        term: index of the loss term that this pairing belongs to.
     """
 
     views: tuple[int, int]
@@ -80,12 +80,12 @@ class Pairing(NamedTuple):
 
 
 class Watched(NamedTuple):
-    """Sums over the rows of a batch that tell whether targets and student are healthy; without gradient.
+    """Health statistics of targets and student, summed over the rows of a batch; without gradient.
 
     Attributes:
-        entropy: scalar, of each target, nats, summed over target views and rows.
+        entropy: scalar, entropy of the targets in nats, summed over target views and rows.
         mass: ``[K]``, the sum of all targets.
-        agreed: scalar, rows in which a student and the one target that it meets prefer the same prototype.
+        agreed: scalar, number of rows in which student and target (if there is exactly one) have the same top-1 prototype.
     """
 
     entropy: Tensor
@@ -94,13 +94,13 @@ class Watched(NamedTuple):
 
 
 def multi_crop_pairings(local: int) -> tuple[Pairing, ...]:
-    """DINO's pairs: two global crops meet each other's target, ``local`` crops meet both. Terms: local 0, global 1."""
+    """DINO's pairings: each global crop against the other's target, ``local`` crops against both. Terms: local 0, global 1."""
     swapped = (Pairing((0, 1), (0.0, 1.0), 1), Pairing((1, 2), (1.0, 0.0), 1))
     return (*swapped, Pairing((2, 2 + local), (1.0, 1.0), 0)) if local else swapped
 
 
 SAME_VIEW = (Pairing((0, 1), (1.0,), 0),)
-"""iBOT's pairs: each patch meets the target of the same patch of the same crop."""
+"""iBOT's pairing: each patch against the target of the same patch of the same crop."""
 
 
 def prototype_cross_entropy(
@@ -115,24 +115,24 @@ def prototype_cross_entropy(
     watch: bool = False,
     kernels: Kernels | None = None,
 ) -> tuple[Tensor, Watched | None]:
-    """Weighted sums of ``-sum_k target * log_softmax(unit @ matrix.T / temperature)``, one for each term.
+    """Weighted sums of ``-sum_k target * log_softmax(unit @ matrix.T / temperature)``, one per term.
 
     Args:
-        unit: ``[views, n, width]``, the student's features before its prototypes; products are made in their type.
-        matrix: ``[K, width]``, the student's prototypes; its gradient is summed in fp32.
-        targets: what they are to predict, of the same ``n``; ``n`` may be 0 and may differ between ranks.
-        pairings: which views meet.
-        weight: ``[n]`` of each row.
-        temperature: the student's.
-        rows: rows of logits held at once; ``None`` takes :func:`rows_at_once`, and more where they need less memory.
-        watch: whether to look at the targets' health as well.
-        kernels: what works between the products; ``None`` takes :func:`kernels_for`.
+        unit: ``[views, n, width]``, the student's features before its prototypes; products are computed in their dtype.
+        matrix: ``[K, width]``, the student's prototypes; its gradient is accumulated in fp32.
+        targets: targets of the same ``n`` samples; ``n`` may be 0 and may differ between ranks.
+        pairings: which views are compared.
+        weight: ``[n]``, weight of each row.
+        temperature: the student's temperature.
+        rows: rows of logits in memory at once; ``None`` uses :func:`rows_at_once`, and more where they need less memory.
+        watch: whether to compute health statistics too.
+        kernels: implementation; ``None`` uses :func:`kernels_for`.
 
     Returns:
-        Terms ``[1 + the largest term]`` in fp32 (fp64 if the features are), and what was watched.
+        Terms ``[1 + the largest term]`` in fp32 (fp64 if the features are), and the health statistics or ``None``.
 
     Raises:
-        ValueError: ``FOVEA_KERNELS`` names no kernels.
+        ValueError: ``FOVEA_KERNELS`` has an unknown value.
     """
     kernels = "torch" if torch.float64 in (unit.dtype, targets.unit.dtype) else kernels or kernels_for(unit.device)
     rows = rows or _rows(unit, matrix, kernels)
@@ -144,11 +144,11 @@ def prototype_cross_entropy(
 
 
 def kernels_for(device: torch.device) -> Kernels:
-    """What ``FOVEA_KERNELS`` says; else ``triton`` on a CUDA device where it and the C compiler that it needs are installed,
-    ``torch`` elsewhere.
+    """Kernels by ``FOVEA_KERNELS``; by default ``triton`` on a CUDA device where Triton and the C compiler that it needs are
+    installed, else ``torch``.
 
     Raises:
-        ValueError: ``FOVEA_KERNELS`` is neither.
+        ValueError: ``FOVEA_KERNELS`` has another value.
     """
     told = os.environ.get("FOVEA_KERNELS")
     for known in get_args(Kernels):
@@ -161,23 +161,23 @@ def kernels_for(device: torch.device) -> Kernels:
 
 
 def scaled_logits(unit: Tensor, matrix: Tensor, temperature: float) -> Tensor:
-    """``unit @ matrix.T / temperature``: the product in the features' type, then fp32 (fp64 if the features are)."""
+    """``unit @ matrix.T / temperature``: the product in the features' dtype, then fp32 (fp64 if the features are)."""
     return (unit @ matrix.to(unit.dtype).T).to(_wide(unit)).div_(temperature)
 
 
 def logit_pieces(
     units: Sequence[Tensor], matrix: Tensor, temperature: float, rows: int | None = None, *, kernels: Kernels | None = None
 ) -> Callable[[], Iterable[Tensor | Products]]:
-    """Logits of all features of a batch that came in several parts, for one who asks for them again and again and may write over
-    them (:func:`pipeline.losses.potential_over_pieces`).
+    """Returns a function that yields the logits of a batch's features in chunks, repeatedly; callers may overwrite the chunks
+    (:func:`pipeline.losses.potential_over_pieces`).
 
     Args:
-        units: each ``[any, width]``.
+        units: parts of the batch, each ``[any, width]``.
         matrix: ``[K, width]``.
-        temperature: what they are divided by.
-        rows: the most rows that are in memory at once; ``None`` takes :func:`rows_at_once`, and more where they need less memory.
-            Made once if all fit, else anew each time.
-        kernels: for ``torch`` they come over the temperature and in fp32, for ``triton`` as :class:`Products`; ``None`` takes
+        temperature: divides the logits.
+        rows: maximum rows in memory at once; ``None`` uses :func:`rows_at_once`, and more where they need less memory. Logits
+            are computed once if all fit, else again at each call.
+        kernels: ``torch`` yields fp32 logits divided by the temperature, ``triton`` yields :class:`Products`; ``None`` uses
             :func:`kernels_for`.
     """
     kind = units[0] if units else matrix
@@ -203,7 +203,7 @@ def _pieces(
 
 
 def _rows(unit: Tensor, matrix: Tensor, kernels: Kernels) -> int:
-    """In place, products of student and teacher take 4 bytes a number in bf16, 8 in fp32; copies in torch take 16 and more."""
+    """Rows per chunk: student and teacher together take 4 bytes an element in bf16, 8 in fp32; torch's copies 16 or more."""
     return rows_at_once(len(matrix)) * (8 // unit.element_size() if kernels == "triton" else 1)
 
 
@@ -220,14 +220,15 @@ def _wide(x: Tensor) -> torch.dtype:
 
 
 class _Piece(Protocol):
-    # Targets of some rows, and, if they are watched, their entropy and mass.
+    # The targets of a chunk of rows and, if watched, their entropy and mass.
     entropy: Tensor | None
     mass: Tensor | None
 
     def met(
         self, logits: Tensor, meets: tuple[float, ...], weight: Tensor, temperature: float, *, sloped: bool, watch: bool
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        # Weighted cost of products [views, rows, K], which are given away; rows that agree; the slope, in the products' type.
+        # Returns the weighted loss of logits [views, rows, K], which may be overwritten; the number of rows that agree; the
+        # gradient in the logits' dtype.
         ...
 
 
@@ -245,7 +246,7 @@ class _PlainTargets:
         logits = logits.to(_wide(logits)).div_(temperature)
         agreed = (logits.argmax(-1) == target.argmax(-1)).sum() if watch else None
         guess = logits.log_softmax(-1)
-        del logits  # they were given away: nobody else holds them
+        del logits  # the caller has dropped its reference, so this frees the memory
         each = -(guess * target).sum(-1)
         slope = None
         if sloped:
@@ -255,7 +256,7 @@ class _PlainTargets:
 
 
 class _PrototypeCrossEntropy(torch.autograd.Function):
-    """The slopes are found beside the values: a second look at the logits would cost what the first did."""
+    """Computes gradients in the forward pass: recomputing the logits later would double the cost."""
 
     @staticmethod
     def forward(
@@ -330,7 +331,7 @@ def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
 
 
 def _mixture(targets: Tensor, meets: tuple[float, ...]) -> Tensor:
-    """``[rows, K]``: the targets of the views that are met, as often as they are met, added up."""
+    """Weighted sum of the target views, ``[rows, K]``."""
     (first, times), *others = ((view, times) for view, times in enumerate(meets) if times)
     mixed = targets[first] if times == 1.0 else targets[first] * times
     for view, times in others:

@@ -1,12 +1,14 @@
-"""The elementwise half of Sinkhorn and of the prototypes' cross-entropy in Triton: logits are read as the product left them.
+"""Triton kernels for the elementwise part of Sinkhorn and of the prototype cross-entropy, in place on unscaled logits.
 
-In plain torch each number of a piece of logits is copied to fp32 and then read and written a dozen times. Here a program takes a
-whole row, block by block: it finds the row's log-sum-exp online, reads the row once more beside its targets, and writes the slope
-over the logits, in their own type; all that is added up is added in fp32. A patch's bf16 logit and its teacher's cost 10 bytes of
-traffic together (five visits of two), 4 more for each iteration of Sinkhorn, and nothing of their size is made anew.
+In plain torch each element of a chunk of logits is copied to fp32 and then read and written a dozen times. Here one program
+handles a row, block by block: it computes the row's log-sum-exp online, reads the row once more together with its targets, and
+overwrites the logits with the gradient in their own dtype; all sums are in fp32. A patch's bf16 logit and its teacher's take
+10 bytes of memory traffic together (five accesses of two bytes), 4 more per Sinkhorn iteration, and no tensor of their size is
+allocated.
 
-The kernels know nothing of gradients and matrices; :mod:`pipeline.losses.prototypes` multiplies. No atomics: a sum over columns
-belongs to the program of the row, a sum over rows to the program of the columns, so that equal inputs give equal bits.
+The kernels contain no autograd and no matrix products; :mod:`pipeline.losses.prototypes` multiplies. They use no atomics: a
+sum over columns is computed by the row's program, a sum over rows by the columns' program, so equal inputs give bitwise equal
+results.
 """
 
 from __future__ import annotations
@@ -18,21 +20,24 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-BLOCK, WARPS = 4096, 16  # columns of a row at once: 16 bytes of bf16 a thread
-TILE_ROWS, TILE_COLUMNS = 32, 64  # of a sum over rows: a cache line of bf16 wide, so that there are programs for all of a GPU
+BLOCK, WARPS = 4096, 16  # columns of a row per block: 16 bytes of bf16 per thread
+TILE_ROWS, TILE_COLUMNS = (
+    32,
+    64,
+)  # tile of a sum over rows: one cache line of bf16 wide, so that there are enough programs for a whole GPU
 
 
 class FusedTargets:
-    """A piece of the teacher's logits as targets, never softened in memory.
+    """A chunk of the teacher's logits as targets, whose softmax is never materialized.
 
     Args:
-        logits: ``[target views, rows, K]``, products as they are: bf16, fp16 or fp32.
-        potential: ``[K]``, added to the logits over their temperature.
-        temperature: the teacher's.
-        watch: whether to look at the targets' health.
+        logits: ``[target views, rows, K]``, unscaled: bf16, fp16 or fp32.
+        potential: ``[K]``, added to the logits divided by the temperature.
+        temperature: the teacher's temperature.
+        watch: whether to compute health statistics.
 
     Attributes:
-        entropy: scalar fp32, sum of the targets' entropies, nats; ``None`` if not watched.
+        entropy: scalar fp32, sum of the targets' entropies in nats; ``None`` if not watched.
         mass: ``[K]`` fp32, the sum of all targets; ``None`` if not watched.
     """
 
@@ -70,19 +75,19 @@ class FusedTargets:
     def met(
         self, logits: Tensor, meets: tuple[float, ...], weight: Tensor, temperature: float, *, sloped: bool, watch: bool
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """What the student's logits cost against a mixture of the targets.
+        """Cross-entropy of the student's logits with a mixture of the targets.
 
         Args:
-            logits: ``[views, rows, K]``, products as they are; overwritten by the slope if one is wanted.
-            meets: how often each target view is met.
+            logits: ``[views, rows, K]``, unscaled; overwritten by the gradient if ``sloped``.
+            meets: weight of each target view.
             weight: ``[rows]`` fp32.
-            temperature: the student's.
-            sloped: whether a slope is wanted.
-            watch: whether agreement is.
+            temperature: the student's temperature.
+            sloped: whether to compute the gradient.
+            watch: whether to compute the agreement.
 
         Returns:
-            The weighted sum of the cross-entropies, fp32; rows in which the preferred prototypes agree; the slope with respect to
-            the products, in their type and place.
+            The weighted sum of the cross-entropies, fp32; the number of rows with the same top-1 prototype; the gradient with
+            respect to the unscaled logits, in their dtype and memory.
         """
         views, rows, prototypes = logits.shape
         if not logits.is_contiguous():
@@ -114,14 +119,14 @@ class FusedTargets:
 
 
 def take_in(logits: Tensor, temperature: float, potential: Tensor | None, peak: Tensor, total: Tensor) -> None:
-    """Adds rows to the running log-sum-exps of all columns: ``log(total) + peak``, as an iteration of Sinkhorn needs them.
+    """Adds rows to the running log-sum-exps of all columns, ``log(total) + peak``, for an iteration of Sinkhorn.
 
     Args:
-        logits: ``[rows, K]``, products as they are: bf16, fp16 or fp32.
-        temperature: of these.
-        potential: ``[K]`` fp32, with which each row is made to sum to one before; ``None``: rows are taken as they are.
-        peak: ``[K]`` fp32, changed in place; minus infinity at first.
-        total: ``[K]`` fp32, changed in place; zero at first.
+        logits: ``[rows, K]``, unscaled: bf16, fp16 or fp32.
+        temperature: divides the logits.
+        potential: ``[K]`` fp32, with which each row is first normalized to sum to one; ``None`` for no normalization.
+        peak: ``[K]`` fp32, updated in place; initially minus infinity.
+        total: ``[K]`` fp32, updated in place; initially zero.
     """
     rows, prototypes = logits.shape
     logits = logits.contiguous()
@@ -154,7 +159,7 @@ def _norms(logits: Tensor, potential: Tensor, scale: float, norm: Tensor) -> Non
 def row_norms(
     logits: tl.tensor, potential: tl.tensor, norm: tl.tensor, prototypes: int, scale: float, BLOCK: tl.constexpr
 ) -> None:
-    """``norm[row] = logsumexp(logits[row] * scale + potential)``; one program a row."""
+    """``norm[row] = logsumexp(logits[row] * scale + potential)``; one program per row."""
     row = tl.program_id(0).to(tl.int64)
     tl.store(norm + row, _row_norm(logits + row * prototypes, potential, prototypes, scale, True, BLOCK))
 
@@ -172,7 +177,7 @@ def column_sums(
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ) -> None:
-    """``mass[k] = sum over rows of target``, and a program's part of ``-sum target * log target``; one program some columns."""
+    """``mass[k] = sum over rows of target``, and partial sums of ``-sum target * log target``; one program per column group."""
     program = tl.program_id(0)
     column = program * COLUMNS + tl.arange(0, COLUMNS)
     within = column < prototypes
@@ -205,7 +210,7 @@ def column_norms(
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ) -> None:
-    """Running log-sum-exps of columns take in ``logits * scale - norm`` of all rows; one program some columns."""
+    """Adds ``logits * scale - norm`` of all rows to the columns' running log-sum-exps; one program per group of columns."""
     column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     within = column < prototypes
     highest = tl.full([ROWS, COLUMNS], -1e30, tl.float32)
@@ -244,9 +249,9 @@ def cross_entropy_rows(
     WATCHED: tl.constexpr,
     BLOCK: tl.constexpr,
 ) -> None:
-    """Cost, and in place of the logits the slope, of one row of one view against its targets; one program a row.
+    """Loss of one row of one view against its targets, and its gradient in place of the logits; one program per row.
 
-    The views of one sample are neighbours, so that those that meet the same targets find them in the cache.
+    The views of a sample are adjacent, so that views with the same targets find them in the cache.
     """
     program = tl.program_id(0).to(tl.int64)
     row, view = program // views, program % views
@@ -295,7 +300,7 @@ def cross_entropy_rows(
 
 @triton.jit
 def _taken_in(peak: tl.tensor, total: tl.tensor, x: tl.tensor) -> tl.tensor:
-    """One more number for each running log-sum-exp, at one exponential: either the old sum shrinks or the new number does."""
+    """Adds an element to each running log-sum-exp with one exponential: either the old sum or the new element is scaled down."""
     shrunk = tl.exp(-tl.abs(x - peak))
     higher = x > peak
     return tl.where(higher, x, peak), tl.where(higher, total * shrunk + 1.0, total + shrunk)
@@ -305,7 +310,7 @@ def _taken_in(peak: tl.tensor, total: tl.tensor, x: tl.tensor) -> tl.tensor:
 def _row_norm(
     row: tl.tensor, potential: tl.tensor, prototypes: int, scale: float, SHIFTED: tl.constexpr, BLOCK: tl.constexpr
 ) -> tl.tensor:
-    """``logsumexp(row * scale + potential)`` of a row, found online block by block."""
+    """``logsumexp(row * scale + potential)`` of a row, computed online block by block."""
     peak = tl.full([BLOCK], -1e30, tl.float32)
     total = tl.zeros([BLOCK], tl.float32)
     for start in range(0, prototypes, BLOCK):
@@ -320,14 +325,14 @@ def _row_norm(
 
 @triton.jit
 def _closed(peak: tl.tensor, total: tl.tensor) -> tl.tensor:
-    """The one log-sum-exp of all running ones."""
+    """Combines all running log-sum-exps into one."""
     highest = tl.max(peak, 0)
     return highest + tl.log(tl.sum(total * tl.exp(peak - highest), 0))
 
 
 @triton.jit
 def _first(best: tl.tensor, choice: tl.tensor, prototypes: int) -> tl.tensor:
-    """The lowest column that holds the highest number."""
+    """The lowest column with the maximum value."""
     return tl.min(tl.where(best == tl.max(best, 0), choice, prototypes), 0)
 
 
@@ -336,5 +341,5 @@ def _block(prototypes: int) -> int:
 
 
 def _on(tensor: Tensor) -> AbstractContextManager[object]:
-    """Triton launches on the current device, whatever the tensors'."""
+    """Makes the tensor's device current, since Triton launches on the current device."""
     return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()

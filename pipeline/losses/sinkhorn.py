@@ -1,12 +1,12 @@
 """Sinkhorn-Knopp targets (SwAV, arXiv 2006.09882; DINOv2, arXiv 2304.07193).
 
-The plan ``exp(logits / T)`` is scaled alternately so that each prototype gets equal mass over the global batch and each
-sample sums to one. The plan itself never changes: its two scalings are vectors, and an iteration is two products of the plan with
-a vector. Only the prototypes' sums cross ranks: K floats, twice an iteration. Logits that lie so far apart that their
-exponentials would vanish are never exponentiated whole: the same iteration then runs on logarithms.
+The matrix ``exp(logits / T)`` is scaled alternately so that each prototype gets equal mass over the global batch and each
+sample sums to one. The matrix itself never changes: the two scalings are vectors, and an iteration is two matrix-vector
+products. Only the prototypes' sums are communicated: K floats, twice per iteration. If logits lie so far apart that their
+exponentials would underflow, the same iteration runs in log space.
 
-The K potentials hold the whole plan, and they can be had from the logits piece by piece: that is what makes a batch that was
-cut into micro-batches and ranks the same as one that was not.
+The K potentials determine the whole result, and they can be computed from the logits chunk by chunk. This makes a batch that
+is split over micro-batches and ranks equivalent to one that is not.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from torch import Tensor
 
 from pipeline.losses.prototypes import Products
 
-_RANGE = 60.0  # of logits over the temperature, whose exponentials, sums and quotients all fit into fp32
+_RANGE = 60.0  # range of logits / temperature within which exponentials, sums and quotients fit into fp32
 
 
 def sinkhorn(logits: Tensor, temperature: float, iterations: int = 3, group: dist.ProcessGroup | None = None) -> Tensor:
@@ -29,8 +29,8 @@ def sinkhorn(logits: Tensor, temperature: float, iterations: int = 3, group: dis
     Args:
         logits: ``[n, K]``; ``n`` may differ between ranks and may be 0.
         temperature: the teacher's temperature.
-        iterations: scalings of prototypes and samples each.
-        group: ranks that share the batch; ``None`` is all of them. Without a process group, this process alone.
+        iterations: number of scalings of prototypes and samples each.
+        group: ranks that share the batch; ``None`` means all of them. Without a process group, this process alone.
 
     Returns:
         ``[n, K]`` fp32, rows sum to 1.
@@ -40,12 +40,12 @@ def sinkhorn(logits: Tensor, temperature: float, iterations: int = 3, group: dis
 
 
 def sinkhorn_potential(logits: Tensor, temperature: float, iterations: int = 3, group: dist.ProcessGroup | None = None) -> Tensor:
-    """The K numbers that hold the whole plan: ``targets = softmax(logits / temperature + potential)``.
+    """The K potentials that determine the targets: ``targets = softmax(logits / temperature + potential)``.
 
     Args:
         logits: as for :func:`sinkhorn`.
         temperature: the teacher's temperature.
-        iterations: scalings of prototypes and samples each.
+        iterations: number of scalings of prototypes and samples each.
         group: ranks that share the batch.
 
     Returns:
@@ -59,14 +59,14 @@ def sinkhorn_potential(logits: Tensor, temperature: float, iterations: int = 3, 
 def potential_over_pieces(
     pieces: Callable[[], Iterable[Tensor | Products]], zeros: Tensor, iterations: int = 3, group: dist.ProcessGroup | None = None
 ) -> Tensor:
-    """:func:`sinkhorn_potential` of logits that are never whole in memory.
+    """:func:`sinkhorn_potential` of logits in chunks, which need not all be in memory.
 
     Args:
-        pieces: gives ``logits / temperature`` at each call, ``[any, K]`` at a time, to be overwritten: a tuple once and for all,
-            anything else anew in each iteration. Ranks may have different numbers of pieces, also none. Products are read as
-            they are, by Triton.
-        zeros: ``[K]``, type and device of the result.
-        iterations: scalings of prototypes and samples each.
+        pieces: returns ``logits / temperature`` at each call, in chunks ``[any, K]`` that may be overwritten. A tuple is
+            requested once and reused; any other iterable is requested again in each iteration. Ranks may have different
+            numbers of chunks, also none. Triton reads :class:`Products` without a copy.
+        zeros: ``[K]``, dtype and device of the result.
+        iterations: number of scalings of prototypes and samples each.
         group: ranks that share the batch.
 
     Returns:
@@ -100,9 +100,9 @@ class _Logits(NamedTuple):
 
 
 def _exponentiated(piece: Tensor | Products) -> _Plan | _Logits | Products:
-    """The piece of the plan in place of its logits, if none of it vanishes.
+    """Exponentiates a chunk in place, if nothing in it underflows.
 
-    That can only be asked of numbers in host memory: a GPU would have to be waited for, what stands for numbers has none.
+    Checked only for CPU tensors: a GPU would have to synchronize, and fake tensors have no values.
     """
     if isinstance(piece, Products):
         return piece
@@ -113,7 +113,7 @@ def _exponentiated(piece: Tensor | Products) -> _Plan | _Logits | Products:
 
 
 def _taken_in(given: _Plan | _Logits | Products, potential: Tensor | None, peak: Tensor, total: Tensor) -> tuple[Tensor, Tensor]:
-    """The columns' sums, ``exp(peak) * total``, with some more rows; with a potential these are made to sum to one before."""
+    """Adds rows to the columns' sums ``exp(peak) * total``; with a potential the rows are first normalized to sum to one."""
     if isinstance(given, _Plan):
         if potential is None:
             sums, top = given.numbers.sum(0), given.top

@@ -1,7 +1,7 @@
-"""Next-token cross-entropy over a vocabulary whose logits are never whole in memory.
+"""Memory-efficient next-token cross-entropy over a vocabulary, in chunks, without materializing all logits.
 
-As with prototypes, the slopes are taken beside the values, a piece of rows at a time: ``[tokens, vocabulary]`` never lives
-longer than its piece, and nothing is computed twice.
+As in :mod:`pipeline.losses.prototypes`, gradients are computed in the forward pass, a chunk of rows at a time: no ``[tokens,
+vocabulary]`` tensor outlives its chunk, and nothing is recomputed.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from torch.autograd.function import once_differentiable
 def token_cross_entropy(hidden: Tensor, vocabulary: Tensor, targets: Tensor, *, rows: int = 1024) -> Tensor:
     """Sum over rows of ``-log softmax(hidden @ vocabulary.T)[target]``, fp32 (fp64 if the states are).
 
-    A sum and no mean: captions have different lengths, and the mean over the tokens of the whole batch is not the mean of the
-    ranks' means. Whoever calls divides by the number of all ranks' tokens.
+    A sum, not a mean: captions have different lengths, so the mean over all tokens of the batch is not the mean of the ranks'
+    means. The caller divides by the number of all ranks' tokens.
 
     Args:
-        hidden: ``[n, d]``, the states that tell the next token; ``n`` may be 0.
+        hidden: ``[n, d]``, the hidden states that predict the next token; ``n`` may be 0.
         vocabulary: ``[V, d]``.
         targets: int64 ``[n]``.
-        rows: rows of logits held at once.
+        rows: rows of logits in memory at once.
     """
     with torch.autocast(hidden.device.type, enabled=False):
         total: Tensor = _TokenCrossEntropy.apply(hidden, vocabulary, targets, rows)
@@ -34,7 +34,7 @@ def token_cross_entropy(hidden: Tensor, vocabulary: Tensor, targets: Tensor, *, 
 
 @torch.no_grad()
 def mean_over_ranks(x: Tensor, group: dist.ProcessGroup | None = None) -> Tensor:
-    """The mean of what all ranks have; without a process group, this process alone."""
+    """Mean over ranks; without a process group, of this process alone."""
     x = x.clone()
     if dist.is_available() and dist.is_initialized():
         dist.all_reduce(x, group=group)

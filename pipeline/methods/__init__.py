@@ -1,1 +1,1 @@
-"""The methods: one folder each, with its settings and its formulas."""
+"""Training methods, one folder each with its settings and its losses."""

@@ -1,7 +1,8 @@
-"""What a method is to the trainer: views it wants, named loss terms it returns, state that no gradient moves.
+"""The interface between methods and the trainer: views, named loss terms, extra state, hooks around a step.
 
-The trainer knows no method and a method knows no trainer. The order of one step is the trainer's: schedules, batch,
-``forward`` (teacher, student, terms), finite check, backward of the sum, optimiser step, ``after_step``.
+The trainer knows no specific method and a method does not know the trainer. The trainer fixes the order of one step:
+schedules, batch, ``forward`` (teacher, student, loss terms), finite check, backward of the sum, optimizer step,
+``after_step``.
 """
 
 from __future__ import annotations
@@ -22,17 +23,17 @@ from pipeline.models.groups import ParameterGroup
 
 @dataclass(frozen=True)
 class Step:
-    """Where the run is, and what the schedules say there. Evaluated by the trainer, passed in explicitly.
+    """Position in the run and the schedules' values there. Computed by the trainer and passed in explicitly.
 
     Attributes:
-        index: number of the step, from 0.
-        samples_seen: samples of the run consumed before this step.
-        epoch: ``samples_seen`` in units of the training set.
+        index: step number, from 0.
+        samples_seen: samples consumed by the run before this step.
+        epoch: ``samples_seen`` divided by the size of the training set.
         lr: learning rate, before each group's own multiplier.
         last_layer_lr: learning rate of groups marked ``last_layer`` (0 while they are frozen).
         weight_decay: weight decay, before each group's own multiplier.
-        momentum: share of the old teacher kept by ``after_step``.
-        teacher_temperature: temperature of the targets.
+        momentum: EMA momentum of the teacher in ``after_step``.
+        teacher_temperature: softmax temperature of the targets.
     """
 
     index: int = 0
@@ -46,19 +47,19 @@ class Step:
 
 
 class Method(nn.Module, ABC):
-    """One pretraining method: its student networks are submodules, all other state is plain.
+    """Base class of pretraining methods: student networks are submodules, all other state is held in plain attributes.
 
     Attributes:
-        views: what the data side must deliver, in the sizes that the method is judged and used at.
-        text: what the data side must make of captions, or ``None`` if the method reads none. Its settings must say the same
-            (``MethodSettings.reads_text``).
-        teacher: slow copy of student networks, or ``None``. Not a submodule: no engine sees it.
-        memory: fp32 tensors that are neither parameters nor the teacher's (centres, queues), saved with each checkpoint
+        views: views that the data pipeline must produce, in the sizes used for evaluation and export.
+        text: how the data pipeline tokenizes captions, or ``None`` if the method reads none. Must agree with
+            ``MethodSettings.reads_text``.
+        couples_batch: whether the loss of a sample depends on other samples of its (micro-)batch, so that gradient
+            accumulation is not equivalent to a larger batch.
+        teacher: EMA teacher of the student networks, or ``None``. Not a submodule, so that no engine wraps it.
+        extra_state: fp32 tensors that are neither parameters nor teacher weights (centres, queues), saved with each checkpoint
             under their names. Equal on all ranks. Not buffers, because an engine may cast buffers to bf16.
-        metrics: what the last ``forward`` wants logged: detached scalars that never enter the loss.
-        vitals: which of these metrics tell whether the method is well, or ``None``.
-        batch_coupled: whether the loss of a sample depends on the other samples of its (micro-)batch, so that gradient
-            accumulation is not the same as a larger batch.
+        metrics: detached scalars of the last ``forward`` for logging; never part of the loss.
+        health_metrics: which of these metrics indicate training health, or ``None``.
     """
 
     views: tuple[ViewSpec, ...] = ()
@@ -74,34 +75,34 @@ class Method(nn.Module, ABC):
 
     @property
     def view_sets(self) -> tuple[ViewSet, ...]:
-        """The sets of views of which each step takes one: ``views`` alone, unless the method mixes sizes."""
+        """The sets of views of which each step draws one; only ``views``, unless the method mixes resolutions."""
         return (ViewSet(self.views),)
 
     def before_accumulation(self, batches: Sequence[Batch], step: Step) -> None:
-        """Looks at all micro-batches of a step before the first :meth:`forward`, without gradients.
+        """Processes all micro-batches of a step before the first :meth:`forward`, without gradients.
 
-        This is where a method whose samples see one another makes accumulation equal to one large batch: it keeps what the
-        micro-batches have to know of each other, and :meth:`forward` is then called with each of them, in this order.
+        A method whose loss couples samples makes accumulation equivalent to one large batch here: it keeps what the
+        micro-batches need from each other; :meth:`forward` is then called with each of them, in this order.
 
         Args:
-            batches: this rank's micro-batches, every rank as many.
+            batches: this rank's micro-batches; the same number on every rank.
             step: as for :meth:`forward`.
         """
 
     @abstractmethod
     def forward(self, batch: Batch, step: Step) -> dict[str, Tensor]:
-        """Named scalar loss terms, already weighted; their sum is the loss."""
+        """Returns named scalar loss terms, already weighted; their sum is the loss."""
 
     def after_step(self, step: Step) -> None:
-        """Moves what no gradient moves. Called once after each applied optimiser step, never after a skipped one."""
+        """Updates the teacher and other state without gradients. Called after each optimizer step, but not a skipped one."""
         if self.teacher is not None:
             self.teacher.update(step.momentum)
 
     def on_step_skipped(self) -> None:
-        """Drops what ``forward`` kept for :meth:`after_step`. Called instead of it when a step was not applied."""
+        """Discards what ``forward`` kept for :meth:`after_step`. Called instead of it when a step was not applied."""
 
     def networks(self) -> dict[str, nn.Module]:
-        """Sub-networks that are trained, by name, each clipped by its own gradient norm."""
+        """Trained sub-networks by name; with network-wise clipping each is clipped by its own gradient norm."""
         return {name: m for name, m in self.named_children() if any(p.requires_grad for p in m.parameters())}
 
     @abstractmethod
@@ -110,14 +111,14 @@ class Method(nn.Module, ABC):
 
     @abstractmethod
     def export(self) -> dict[str, nn.Module]:
-        """The networks worth keeping, by name: what evaluation and export read."""
+        """The networks for evaluation and export, by name."""
 
     def students(self, *, slow: bool = True) -> dict[str, nn.Module]:
-        """Towers by name that are trained beside the one :meth:`export` calls ``backbone``, or their slow copies."""
+        """Backbones, or with ``slow`` EMA teachers, of students besides the one that :meth:`export` calls ``backbone``."""
         return {}
 
     def place(self, device: torch.device | str) -> Self:
-        """Moves teacher and memory, which ``nn.Module.to`` does not see; the student is the engine's to move."""
+        """Moves teacher and extra state, which ``nn.Module.to`` does not reach; the engine moves the student."""
         if self.teacher is not None:
             self.teacher.to(device)
         self.extra_state = {name: tensor.to(device) for name, tensor in self.extra_state.items()}
@@ -125,8 +126,10 @@ class Method(nn.Module, ABC):
 
 
 def seed(batch: Batch) -> None:
-    """What is drawn on the batch's device from now on depends on ``batch.seed`` alone: ``torch.manual_seed`` for one device,
-    without the stack traces that it takes for every kind of device that is not in use (0.4 ms)."""
+    """Seeds the random generators of the CPU and the batch's device with ``batch.seed``.
+
+    Unlike ``torch.manual_seed`` it skips unused device types, for each of which that takes a stack trace (0.4 ms).
+    """
     torch.default_generator.manual_seed(batch.seed)
     device = next(view.device for views in batch.views.values() for view in views)
     if device.type == "cuda":

@@ -1,7 +1,7 @@
-"""The slow copy of the student: an exponential moving average in fp32.
+"""EMA teacher: an exponential moving average of the student's weights, in fp32.
 
-In bf16 or fp16 the average stands still: at momentum 0.992 one step moves a weight by less than half a unit in its last
-place. So the teacher is fp32 whatever the student is, and it follows fp32 masters.
+In bf16 or fp16 the average would not change: at momentum 0.992 one step moves a weight by less than half a unit in the last
+place. The teacher is therefore fp32 whatever the student's dtype, and averages the fp32 master weights.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from pipeline.errors import CheckpointError
 class Teacher:
     """Frozen fp32 copies of student modules, in evaluation mode.
 
-    A plain object on purpose: a module attribute would be registered with the student and handed to the optimiser.
+    A plain object on purpose: as a module attribute it would be registered with the student and passed to the optimizer.
 
     Args:
         modules: student modules by the names of the method's attributes, so that the teacher's parameter names are the
@@ -41,20 +41,20 @@ class Teacher:
         self._pairs: list[tuple[Tensor, Tensor]] | None = None
 
     def follow(self, pairs: list[tuple[Tensor, Tensor]]) -> None:
-        """From now on move these tensors after those: this rank's pieces of weights that an engine has cut.
+        """Makes later updates use these tensors: this rank's shards of weights that an engine has partitioned.
 
         Args:
-            pairs: the teacher's piece and the student's, fp32, of equal shape.
+            pairs: the teacher's shard and the student's, fp32, of equal shape.
         """
         self._pairs = pairs
 
     @torch.no_grad()
     def update(self, momentum: float, masters: Mapping[str, Tensor] | None = None) -> None:
-        """Moves every weight to ``momentum * teacher + (1 - momentum) * student``; buffers are copied.
+        """Sets every weight to ``momentum * teacher + (1 - momentum) * student``; copies buffers.
 
         Args:
-            momentum: share of the old teacher kept, 0..1.
-            masters: fp32 student weights by name, where the modules themselves hold a rounded copy of them.
+            momentum: EMA momentum, 0 to 1.
+            masters: fp32 student weights by name, where the modules hold only a lower-precision copy.
         """
         if self._pairs is not None and masters is None:
             weights, targets = [weight for weight, _ in self._pairs], [student.detach() for _, student in self._pairs]
@@ -69,11 +69,11 @@ class Teacher:
 
     @torch.no_grad()
     def reset(self, masters: Mapping[str, Tensor] | None = None) -> None:
-        """Makes the teacher equal to the student: after loading weights, or after an engine broadcast rank 0's."""
+        """Copies the student's weights into the teacher: after loading weights, or after an engine broadcast rank 0's."""
         self.update(0.0, masters)
 
     def to(self, device: torch.device | str) -> Self:
-        """Moves the copies; the type stays fp32."""
+        """Moves the copies to the device; the dtype stays fp32."""
         for module in self.modules.values():
             module.to(device)
         return self
@@ -96,7 +96,7 @@ class Teacher:
 
     @torch.no_grad()
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Strict inverse of :meth:`state_dict`.
+        """Loads the output of :meth:`state_dict`, strictly.
 
         Raises:
             CheckpointError: names or shapes differ.

@@ -1,4 +1,4 @@
-"""Which of a method's metrics tell whether it is well, and what is usually wrong when they say it is not."""
+"""Health metrics: which metrics of a method reveal collapse or divergence, and the usual causes and fixes."""
 
 from __future__ import annotations
 
@@ -9,27 +9,27 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from pipeline.methods.base import Step
 
-UNIFORM_TARGETS = "uniform_targets"  # all undecided
-PROTOTYPE_COLLAPSE = "prototype_collapse"  # all targets the same
-RANK_COLLAPSE = "rank_collapse"  # features in few directions
-DIVERGENCE = "divergence"  # what was learnt is lost
-PLATEAU = "plateau"  # nothing moves
+UNIFORM_TARGETS = "uniform_targets"  # near-uniform targets
+PROTOTYPE_COLLAPSE = "prototype_collapse"  # all samples have the same target
+RANK_COLLAPSE = "rank_collapse"  # features span few directions
+DIVERGENCE = "divergence"  # learned features are lost
+PLATEAU = "plateau"  # metrics do not change
 
 Remedy = Callable[[str, "Step"], str]
 
 
 @dataclass(frozen=True)
 class HealthMetrics:
-    """What a method's metrics mean; names are those in ``Method.metrics``, and ``None`` is a sign that it does not have.
+    """Maps the roles of health metrics to names in ``Method.metrics``; ``None`` where the method lacks the metric.
 
     Attributes:
-        guess: loss of a mere guess, nats; ln K for K prototypes.
-        entropy: mean entropy of a target, as a share of the most possible.
-        use: entropy of the mean target, as a share of the most possible.
-        below_guess: nats by which the loss lies below that of a guess.
-        rank: effective number of directions in which features differ.
-        agreement: share of samples for which student and teacher prefer the same.
-        remedy: for an illness, in the words that follow "likely": its cause and the setting to change.
+        guess: loss of uniform predictions in nats; ln K for K prototypes.
+        entropy: mean entropy of a target, as a fraction of the maximum.
+        use: entropy of the mean target, as a fraction of the maximum.
+        below_guess: difference in nats between the loss of uniform predictions and the loss.
+        rank: effective rank of the features.
+        agreement: fraction of samples whose top-1 prototype is the same for student and teacher.
+        suggest_fix: for a failure mode, a text that follows "likely": the cause and the setting to change.
     """
 
     guess: float | None = None
@@ -42,13 +42,13 @@ class HealthMetrics:
 
 
 def suggest_fix_of_distillation(student_temperature: float, *, centred: bool, center_momentum: float, koleo: float) -> Remedy:
-    """What usually ails self-distillation over prototypes (DINO, iBOT, DINOv2).
+    """Returns the function that suggests causes and fixes for self-distillation over prototypes (DINO, iBOT, DINOv2).
 
     Args:
-        student_temperature: the student's.
-        centred: whether targets are centred; otherwise they are balanced.
-        center_momentum: share of the old centre that is kept.
-        koleo: weight of the term that spreads features.
+        student_temperature: the student's softmax temperature.
+        centred: whether targets are centred; otherwise they come from Sinkhorn-Knopp.
+        center_momentum: EMA momentum of the centre.
+        koleo: weight of the KoLeo loss.
     """
 
     def suggest_fix(failure_mode: str, step: Step) -> str:

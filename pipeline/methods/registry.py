@@ -1,4 +1,4 @@
-"""Builds the method that ``method.name`` names: function ``build`` of ``pipeline/methods/<name>/method.py``."""
+"""Builds the method selected by ``method.name``, with function ``build`` of ``pipeline/methods/<name>/method.py``."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from pipeline.methods.base import Method
 
 
 def build_method(config: Config) -> Method:
-    """The method that ``method.name`` names, with fresh weights from torch's current random state.
+    """Builds the method selected by ``method.name``, initialized from torch's current random state.
 
     Raises:
-        ConfigError: settings exist for the name, but no method, or they are of another one.
+        ConfigError: the name has settings but no method, or the settings belong to another method.
     """
     name, module = config.method.name, f"{__package__}.{config.method.name}.method"
     if not isinstance(config.method, METHODS.get(name, type(None))):
@@ -33,6 +33,6 @@ def build_method(config: Config) -> Method:
 
 
 def build_seeded_method(config: Config, device: torch.device) -> Method:
-    """The method with its initial weights, a function of ``run.seed`` alone, on the device."""
+    """Builds the method on the device, with initial weights that depend only on ``run.seed``."""
     torch.manual_seed(config.run.seed)
     return build_method(config).to(device).place(device)

@@ -1,1 +1,1 @@
-"""Towers, heads, and how their parameters are grouped. Knows timm and torch, no method and no data."""
+"""Backbones, heads and their parameter groups. Depends on timm and torch; knows no method and no data."""

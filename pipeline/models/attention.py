@@ -1,4 +1,4 @@
-"""What a tower's class token looks at: one row of each block's attention, read beside the forward pass, never the whole map."""
+"""Attention of a vision transformer's class token to the patches, without materializing whole attention maps."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ from pipeline.models.vision import VisionTower
 
 
 def with_attention(tower: VisionTower, images: Tensor, *, layers: Literal["all", "last"] = "all") -> Tokens:
-    """The tower's tokens, and in ``attention`` how much its class token attends to each patch.
+    """The tower's tokens, with the class token's attention to each patch in ``attention``.
 
-    The row is ``softmax(q_cls @ K.T / sqrt(d))``, the mean over heads, and over the layers asked for; the shares of class token
-    and registers are dropped without making up for them. Memory is that of one row a head.
+    Attention is ``softmax(q_cls @ K.T / sqrt(d))``, averaged over heads and over the selected layers; the entries of class
+    token and registers are dropped without renormalization. Takes the memory of one attention row per head.
 
     Args:
         tower: a timm ViT without rotary positions.
         images: ``[batch, 3, height, width]``.
-        layers: which blocks are looked at.
+        layers: blocks whose attention is averaged.
 
     Raises:
-        ConfigError: the tower's attention is of another kind.
+        ConfigError: the tower has an unsupported kind of attention.
     """
     blocks = list(tower.vit.blocks)[0 if layers == "all" else -1 :]
     if not all(isinstance(block.attn, Attention) for block in blocks):
@@ -61,20 +61,20 @@ def _read(attention: Attention, prefix: int, rows: list[Tensor], module: nn.Modu
 def kept_and_removed(
     attention: Tensor, grid: int, ratio: float, *, cells: bool = True, plus_one: bool = True
 ) -> tuple[Tensor, Tensor]:
-    """Which patches stay: those the class token attends to most.
+    """Selects the patches with the most attention from the class token as visible.
 
     Args:
         attention: ``[batch, grid * grid]``.
-        grid: patches a side.
-        ratio: share of the cells that stay.
-        cells: whether cells of 2 x 2 patches stay and go together, by their mean; else each patch is a cell.
-        plus_one: ``int(cells * ratio) + 1`` stay, as in DetailCLIP's code; else the nearest number, at least one.
+        grid: patches per side.
+        ratio: fraction of the cells to keep.
+        cells: select cells of 2 x 2 patches by their mean attention; else each patch is a cell.
+        plus_one: keep ``int(cells * ratio) + 1``, as in DetailCLIP's code; else the nearest number, at least one.
 
     Returns:
         int64 positions ``[batch, kept]`` and ``[batch, removed]``, ascending; at least one patch is removed.
 
     Raises:
-        ConfigError: the grid has no even side for cells.
+        ConfigError: the grid's side is odd, so it has no cells.
     """
     if cells and grid % 2:
         raise ConfigError(

@@ -1,4 +1,4 @@
-"""Transformers that write captions: CoCa's text tower with its decoder, SimVLM's prefix language model."""
+"""Captioning transformers: CoCa's text tower with its decoder, SimVLM's prefix language model."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from pipeline.models.text import END, VOCABULARY, TextBlock, TextTower
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, *, heads: int, mask: Tensor | None = None) -> Tensor:
-    """Attention of ``[batch, n, width]`` to ``[batch, m, width]``; ``mask`` is bool, true where one sees the other."""
+    """Attention of ``[batch, n, width]`` to ``[batch, m, width]``; ``mask`` is bool, true where attention is allowed."""
     q, k, v = (x.unflatten(2, (heads, -1)).transpose(1, 2) for x in (q, k, v))
-    if q.device.type == "cpu" and q.dtype == torch.bfloat16:  # no fast backward of the fused kernel, see VisionTower
+    if q.device.type == "cpu" and q.dtype == torch.bfloat16:  # the fused kernel has no fast backward here, see VisionTower
         scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)
         if mask is not None:
             scores = scores.masked_fill(~mask, float("-inf"))
@@ -28,12 +28,12 @@ def attend(q: Tensor, k: Tensor, v: Tensor, *, heads: int, mask: Tensor | None =
 
 
 class MaskedBlock(TextBlock):
-    """A block whose caller says who sees whom, and that may look at something else as well.
+    """Transformer block with an explicit attention mask and optional cross-attention.
 
     Args:
-        width, heads: of the tokens.
+        width, heads: token width and number of attention heads.
         quick_gelu: see :class:`TextBlock`.
-        context: width of the tokens of what else is looked at; ``None`` for nothing.
+        context: width of the tokens for cross-attention; ``None`` for no cross-attention.
     """
 
     def __init__(self, width: int, heads: int, *, quick_gelu: bool = False, context: int | None = None) -> None:
@@ -56,12 +56,12 @@ class MaskedBlock(TextBlock):
 
 
 class Pooler(nn.Module):
-    """Trained queries that look at all tokens of a picture.
+    """Attention pooling: learned queries attend to all tokens of an image.
 
     Args:
-        width: of a token.
-        queries: tokens out.
-        heads: of the attention.
+        width: token width.
+        queries: number of output tokens.
+        heads: attention heads.
     """
 
     def __init__(self, width: int, queries: int, heads: int) -> None:
@@ -82,11 +82,11 @@ class Pooler(nn.Module):
 
 
 class Vocabulary(nn.Module):
-    """The last layer of a language model: one vector a token.
+    """Output layer of a language model: one vector per token.
 
     Args:
-        count: tokens.
-        width: of a state.
+        count: vocabulary size.
+        width: width of the hidden states.
     """
 
     def __init__(self, count: int, width: int) -> None:
@@ -96,21 +96,21 @@ class Vocabulary(nn.Module):
         nn.init.normal_(self.weight, std=0.02)
 
     def forward(self, hidden: Tensor, use: Callable[[Tensor, Tensor], Tensor] | None = None) -> Tensor:
-        """Logits ``[n, count]`` of states ``[n, width]``, or what ``use`` makes of the normalised states and the matrix."""
+        """Logits ``[n, count]`` of states ``[n, width]``, or the result of ``use`` on the normalized states and the matrix."""
         hidden = self.norm(hidden)
         return F.linear(hidden, self.weight) if use is None else use(hidden, self.weight)
 
 
 class CaptionTower(TextTower):
-    """CoCa's text side: blocks that read the caption alone, then blocks that look at the picture too.
+    """CoCa's text side: text-only blocks, then blocks with cross-attention to the image.
 
-    A class token stands after the text and sees all of it, padding apart; no token sees it. It gives the caption's feature, so
-    one pass serves comparison and writing.
+    A class token after the text attends to all of it except padding; no token attends to it. It gives the caption's feature,
+    so one forward pass serves both the contrastive and the captioning loss.
 
     Args:
-        width, depth, heads, embed, context: as of :class:`TextTower`; ``depth`` counts the blocks without the picture.
-        decoder_depth: blocks with it.
-        picture: width of its tokens.
+        width, depth, heads, embed, context: as in :class:`TextTower`; ``depth`` counts the text-only blocks.
+        decoder_depth: number of blocks with cross-attention.
+        picture: width of the image tokens.
         quick_gelu: see :class:`TextBlock`.
     """
 
@@ -137,10 +137,10 @@ class CaptionTower(TextTower):
 
     @override
     def forward(self, tokens: Tensor, picture: Tensor | None = None) -> Any:
-        """Features ``[batch, embed]`` of int64 ``[batch, length]`` tokens, not normalised.
+        """Features ``[batch, embed]`` of int64 ``[batch, length]`` tokens, not normalized.
 
-        With tokens of the picture ``[batch, any, width of the picture]`` also the states ``[batch, length, width]``, each of
-        which tells the next token.
+        With image tokens ``[batch, any, picture]`` also returns the states ``[batch, length, width]``, each of which predicts
+        the next token.
         """
         length = tokens.shape[1]
         x = torch.cat([self.tokens(tokens), self.cls.expand(len(tokens), 1, -1)], dim=1) + self.positions[: length + 1]
@@ -162,19 +162,19 @@ class CaptionTower(TextTower):
 
     @override
     def lr_scales(self, decay: float, factor: float = 1.0) -> Iterator[tuple[nn.Parameter, float]]:
-        """As the text tower's; the decoder stands above its blocks."""
+        """As in the text tower; the decoder counts as being above the text-only blocks."""
         yield from super().lr_scales(decay, factor)
         for parameter in (*self.decoder.parameters(), *self.vocabulary.parameters()):
             yield parameter, factor
 
 
 class PrefixLanguageModel(nn.Module):
-    """One transformer over a picture's tokens and a text's: a prefix sees itself whole, the rest what stands before it.
+    """One transformer over image and text tokens: bidirectional attention within the prefix, causal attention after it.
 
     Args:
-        width, depth, heads: of the transformer.
-        context: text tokens at most.
-        picture: width of the picture's tokens.
+        width, depth, heads: sizes of the transformer.
+        context: maximum number of text tokens.
+        picture: width of the image tokens.
     """
 
     def __init__(self, *, width: int, depth: int, heads: int, context: int, picture: int) -> None:
@@ -192,12 +192,12 @@ class PrefixLanguageModel(nn.Module):
                 nn.init.zeros_(block.get_parameter(f"{name}.bias"))
 
     def forward(self, patches: Tensor, tokens: Tensor, prefix: Tensor) -> Tensor:
-        """States ``[batch, length, width]`` of the text's places, each of which tells the next token.
+        """States ``[batch, length, width]`` of the text positions, each of which predicts the next token.
 
         Args:
-            patches: ``[batch, n, width of the picture]``.
+            patches: image tokens ``[batch, n, picture]``.
             tokens: int64 ``[batch, length]``.
-            prefix: int64 ``[batch]``, the text's tokens that belong to the prefix.
+            prefix: int64 ``[batch]``, number of text tokens in the prefix.
         """
         count, length = patches.shape[1], tokens.shape[1]
         x = torch.cat([self.picture(patches), self.tokens(tokens) + self.positions[:length]], dim=1)
@@ -209,16 +209,16 @@ class PrefixLanguageModel(nn.Module):
 
 
 def causal(length: int, device: torch.device) -> Tensor:
-    """Bool ``[1, 1, length, length]``: each place sees itself and those before it."""
+    """Causal mask, bool ``[1, 1, length, length]``: each position attends to itself and earlier ones."""
     return torch.ones(length, length, dtype=torch.bool, device=device).tril()[None, None]
 
 
 def last_place(tokens: Tensor, end: int = END) -> Tensor:
-    """Int64 ``[batch]``, where the first end mark stands; the last place of a text without one."""
+    """Position of the first end token, int64 ``[batch]``; the last position of a text without one."""
     ends = tokens == end
     return torch.where(ends.any(1), ends.int().argmax(1), tokens.shape[1] - 1)
 
 
 def inside(tokens: Tensor, end: int = END) -> Tensor:
-    """Bool ``[batch, length]``: text up to its end mark, that included; the rest is padding, whatever number stands there."""
+    """Bool ``[batch, length]``: text up to and including its first end token; all that follows is padding, whatever its value."""
     return torch.arange(tokens.shape[1], device=tokens.device) <= last_place(tokens, end)[:, None]

@@ -1,4 +1,4 @@
-"""A small decoder over the tokens that a tower kept: it fills the places of the removed ones (MAE, arXiv 2111.06377)."""
+"""Small transformer decoder that predicts masked patches from the visible ones (MAE, arXiv 2111.06377)."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from pipeline.models.tokens import Tokens, taken
 
 
 class Decoder(nn.Module):
-    """Tokens of all patches from those of some.
+    """Decodes the tokens of all patches from those of the visible ones.
 
     Args:
-        width: of a token, the tower's.
-        grid: patches a side.
-        patch: pixels a side of a patch.
-        depth, heads: of the transformer.
+        width: token width, the tower's.
+        grid: patches per side.
+        patch: side of a patch in pixels.
+        depth, heads: sizes of the transformer.
     """
 
     positions: Tensor
@@ -37,19 +37,19 @@ class Decoder(nn.Module):
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
-                if module is not self.embed:  # whose bias the release leaves as nn.Linear draws it
+                if module is not self.embed:  # the released code leaves this bias at nn.Linear's default
                     nn.init.zeros_(module.bias)
             elif isinstance(module, nn.LayerNorm):
                 module.eps = 1e-6
         self.pixels = nn.Linear(width, 3 * patch * patch)
 
     def forward(self, tokens: Tokens, removed: Tensor, *, everywhere: bool = False) -> tuple[Tensor, Tensor]:
-        """Decoded patches, and the pixels of the removed ones. What nobody reads is not computed in the last block.
+        """Decoded patches, and the pixels of the masked ones. The last block skips tokens whose output is not used.
 
         Args:
-            tokens: of a tower that went on with ``tokens.kept`` patches only.
-            removed: int64 ``[batch, removed]``, the positions of the others.
-            everywhere: decode the kept patches too.
+            tokens: output of a tower that processed only the patches ``tokens.kept``.
+            removed: int64 ``[batch, removed]``, positions of the other patches.
+            everywhere: decode the visible patches too.
 
         Returns:
             ``[batch, removed, width]`` in the order of ``removed``, or ``[batch, patches, width]`` in the grid's order; and
@@ -60,7 +60,7 @@ class Decoder(nn.Module):
         kept = self.embed(tokens.patches)
         batch, width, count = len(kept), kept.shape[2], kept.shape[1] + removed.shape[1]
         hidden = self.mask_token.to(kept.dtype).expand(batch, removed.shape[1], width)
-        # Where each patch of the grid stands in what was kept, followed by what was removed.
+        # Index of each grid patch in the sequence of kept patches followed by removed ones.
         order = torch.cat([tokens.kept, removed], dim=1)
         places = torch.empty_like(order).scatter_(1, order, torch.arange(count, device=order.device).expand_as(order))
         patches = torch.cat([kept, hidden], dim=1).gather(1, places[:, :, None].expand(-1, -1, width)) + self.positions
@@ -78,8 +78,9 @@ class Decoder(nn.Module):
 
 
 def sincos_positions(grid: int, width: int) -> Tensor:
-    """Fixed positions of a square grid in row-major order, ``[grid * grid, width]``: half of the channels for the column, half
-    for the row, each half sines, then cosines, of frequencies from 1 down to 1 / 10000."""
+    """Fixed sine-cosine positions of a square grid in row-major order, ``[grid * grid, width]``: half of the channels for the
+    column, half for the row; each half first sines, then cosines, of frequencies from 1 down to 1 / 10000.
+    """
     quarter = width // 4
     frequencies = 10000.0 ** -(torch.arange(quarter, dtype=torch.float64) / quarter)
     angles = torch.arange(grid, dtype=torch.float64)[:, None] * frequencies
@@ -89,13 +90,13 @@ def sincos_positions(grid: int, width: int) -> Tensor:
 
 
 def patchified(images: Tensor, patch: int, *, standardise: bool = True) -> Tensor:
-    """The pixels of each patch, ``[batch, patches, patch * patch * 3]`` fp32, by row, column and colour.
+    """The pixels of each patch, ``[batch, patches, patch * patch * 3]`` fp32, by row, column and channel.
 
     Args:
         images: ``[batch, 3, side, side]``, the side a multiple of the patch.
-        patch: pixels a side.
-        standardise: whether each patch's mean is taken off and its deviation (of the unbiased variance) divided out, so that a
-            prediction of 0 has a mean square error of ``(n - 1) / n``.
+        patch: side of a patch in pixels.
+        standardise: normalize each patch by its own mean and (unbiased) standard deviation, so that a prediction of 0 has a
+            mean squared error of ``(n - 1) / n``.
     """
     cut = images.float().unflatten(3, (-1, patch)).unflatten(2, (-1, patch))
     pixels = cut.permute(0, 2, 4, 3, 5, 1).flatten(3).flatten(1, 2)

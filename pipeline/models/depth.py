@@ -1,8 +1,8 @@
-"""Stochastic depth (arXiv 1603.09382): a block's branch is left out for some samples of a batch.
+"""Stochastic depth (arXiv 1603.09382): skips a block's branch for some samples of a batch.
 
-Two forms. ``rows`` computes the branch for all samples and multiplies it by 0 for those drawn, each on its own. ``subset`` is
-DINOv2's: of ``b`` samples a fixed number ``s = max(floor(b * (1 - rate)), 1)`` is drawn, the branch is computed for these alone
-and added with weight ``b / s``. That saves the share of the work that is dropped, and shapes never change.
+Two variants. ``rows`` computes the branch for all samples and multiplies it by 0 for independently drawn samples. ``subset``
+is DINOv2's: of ``b`` samples a fixed number ``s = max(floor(b * (1 - rate)), 1)`` is drawn, the branch is computed only for
+these and added with weight ``b / s``. It saves the compute of the skipped samples, and shapes are constant.
 """
 
 from __future__ import annotations
@@ -21,23 +21,23 @@ from pipeline.errors import ConfigError
 
 
 def kept_rows(batch: int, rate: float) -> int:
-    """How many of ``batch`` samples a branch is computed for, where ``rate`` of them are to be dropped."""
+    """Number of samples for which a branch is computed, of ``batch`` samples at drop rate ``rate``."""
     return max(int(batch * (1.0 - rate)), 1)
 
 
 def set_stochastic_depth(
     blocks: nn.Module, rate: float, batched: bool, rates: Literal["constant", "linear"] = "constant"
 ) -> None:
-    """Gives the blocks of a tower their rates; no parameter and no name changes.
+    """Sets the drop rates of a tower's blocks; parameters and names do not change.
 
     Args:
         blocks: timm's blocks, in a container.
-        rate: probability of leaving a branch out, 0 to below 1; of the last block where rates rise.
-        batched: compute a branch for a subset of the batch, instead of dropping each sample on its own.
-        rates: one for all blocks, or rising linearly from 0 in the first block.
+        rate: probability of skipping a branch, 0 to below 1; that of the last block if rates rise.
+        batched: compute a branch for a subset of the batch, instead of dropping each sample independently.
+        rates: the same for all blocks, or rising linearly from 0 in the first block.
 
     Raises:
-        ConfigError: ``batched`` for a kind of block that is built otherwise.
+        ConfigError: ``batched`` for an unsupported kind of block.
     """
     block: Any
     last = max(len(list(blocks.children())) - 1, 1)
@@ -76,7 +76,7 @@ def _some_rows(block: Any, x: Tensor, **attention: Any) -> Tensor:
 
 
 def whole_block(block: Any, x: Tensor, **attention: Any) -> Tensor:
-    """What a block does with all tokens, with the rate that it was given."""
+    """A block's forward pass over all tokens, with its drop rate."""
     if hasattr(block, "dropped"):
         return _some_rows(block, x, **attention)
     whole: Tensor = type(block).forward(block, x, **attention)
@@ -84,7 +84,7 @@ def whole_block(block: Any, x: Tensor, **attention: Any) -> Tensor:
 
 
 def branch_scales(block: Any) -> tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]:
-    """What a block multiplies its attention's and its feed-forward's output by."""
+    """Functions that apply a block's LayerScale to the outputs of its attention and of its feed-forward layer."""
     return (block.ls1, block.ls2) if isinstance(block, Block) else (_scale(block.gamma_1), _scale(block.gamma_2))
 
 

@@ -1,4 +1,4 @@
-"""Who is judged: a tower behind one surface, whether it is trained here, read from a checkpoint, or comes from elsewhere."""
+"""The model under evaluation: one interface for backbones trained here, read from a checkpoint, or pretrained elsewhere."""
 
 from __future__ import annotations
 
@@ -15,27 +15,27 @@ from torch import Tensor, nn
 
 
 class Tower(Protocol):
-    """What a judged tower has to be: a ViT whose call returns class token, registers and patches."""
+    """Interface of an evaluated backbone: a ViT whose call returns class token, registers and patch tokens."""
 
     vit: Any
     patch: int
     width: int
 
     def __call__(self, images: Tensor) -> Any:
-        """Tokens of normalised pictures ``[n, 3, h, w]``: ``cls [n, width]`` and ``patches [n, count, width]``."""
+        """Tokens of normalized images ``[n, 3, h, w]``: ``cls [n, width]`` and ``patches [n, count, width]``."""
         ...
 
 
 @dataclass(frozen=True)
 class EvalModel:
-    """A tower, the numbers its pictures are normalised with, and what compares them with texts.
+    """A backbone with its normalization constants and, if available, its image-text encoders.
 
     Attributes:
         tower: the network.
-        mean, std: of its pictures, in shares of full intensity.
-        precision: ``bf16`` judges under autocast.
-        images: features ``[n, embed]`` of pictures beside texts, not normalised; ``None`` if it knows no texts.
-        texts: features of sentences likewise.
+        mean, std: of its images, as fractions of full intensity.
+        precision: ``bf16`` evaluates under autocast.
+        images: encodes images in the joint image-text space, ``[n, embed]``, not normalized; ``None`` without a text encoder.
+        texts: encodes texts likewise.
     """
 
     tower: Tower
@@ -46,7 +46,7 @@ class EvalModel:
     texts: Callable[[list[str]], Tensor] | None = None
 
     def tokens(self, pictures: Tensor) -> Any:
-        """Class token and patches, see :class:`Tower`."""
+        """Class token and patch tokens, see :class:`Tower`."""
         with torch.autocast(pictures.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
             return self.tower(pictures)
 
@@ -56,15 +56,16 @@ class EvalModel:
         return found
 
     def embedded(self, pictures: Tensor) -> Tensor:
-        """Features beside texts ``[n, embed]``; class tokens if the subject knows no texts."""
+        """Image features ``[n, embed]`` in the joint image-text space; class tokens if the model has no text encoder."""
         if self.images is None:
             return self.cls(pictures)
         with torch.autocast(pictures.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
             return self.images(pictures)
 
     def layers(self, pictures: Tensor, last: int) -> Tensor:
-        """What the last blocks say, ``[n, last, 2, width]`` fp32: their class token and the mean of their patches, the last
-        block's last, each normalised to mean 0 and deviation 1 over its channels."""
+        """Features of the last blocks, ``[n, last, 2, width]`` fp32: class token and mean of the patch tokens, in block order,
+        each normalized to mean 0 and standard deviation 1 over its channels.
+        """
         kept: list[Tensor] = []
         blocks = list(self.tower.vit.blocks)[-last:]
         prefix = self.tower.vit.num_prefix_tokens
@@ -85,7 +86,7 @@ class EvalModel:
 
 @contextlib.contextmanager
 def uncompiled(blocks: Iterable[nn.Module]) -> Iterator[None]:
-    """Run compiled blocks as they are written: what is compiled already knows nothing of hooks that come later."""
+    """Runs compiled blocks eagerly in this context, because compiled code ignores hooks that are added later."""
     if not any(getattr(block, "_compiled_call_impl", None) is not None for block in blocks):
         yield
         return
@@ -95,7 +96,7 @@ def uncompiled(blocks: Iterable[nn.Module]) -> Iterator[None]:
 
 @contextlib.contextmanager
 def preserve_rng_and_mode(modules: Sequence[nn.Module]) -> Iterator[None]:
-    """Evaluation mode for these modules; then all random states and every module's own mode are what they were before."""
+    """Sets these modules to evaluation mode; on exit restores all random states and every module's own mode."""
     modes = [(inner, inner.training) for module in modules for inner in module.modules()]
     state = random.getstate(), np.random.get_state(), torch.get_rng_state()
     devices = torch.cuda.get_rng_state_all() if torch.cuda.is_available() and torch.cuda.is_initialized() else []

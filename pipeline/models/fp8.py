@@ -1,9 +1,9 @@
-"""Matrix products of 8-bit floats in the linear layers of a tower's blocks: faster where tensor cores have them, not the same.
+"""FP8 matrix products in the linear layers of a backbone's blocks: faster on GPUs with FP8 tensor cores, with lower precision.
 
-Each row of both factors is scaled to the range of e4m3 by its own largest magnitude, ``torch._scaled_mm`` multiplies, and what
-comes back is bf16 (DINOv3's choice for its largest model, arXiv 2508.10104). So are the output and the gradient with respect to
-the input; that with respect to the weight stays a bf16 product, whose sum runs over all tokens. Masters, optimizer and teacher
-stay fp32. A layer whose sizes are no multiples of 16 stays as it is.
+Each row of both factors is scaled to the range of e4m3 by its own largest magnitude, and ``torch._scaled_mm`` multiplies them
+into bf16 (DINOv3's choice for its largest model, arXiv 2508.10104). This applies to the output and to the gradient with
+respect to the input; the gradient with respect to the weight, a sum over all tokens, stays a bf16 product. Master weights,
+optimizer and teacher stay fp32. Layers whose sizes are not multiples of 16 are unchanged.
 """
 
 from __future__ import annotations
@@ -19,17 +19,17 @@ from torch.autograd.function import once_differentiable
 
 E4M3 = torch.float8_e4m3fn
 LARGEST = torch.finfo(E4M3).max
-_MULTIPLE = 16  # what the product asks of the inner and the outer size
+_MULTIPLE = 16  # required of the product's inner and outer sizes
 
 
 def use_fp8(blocks: nn.Module) -> list[str]:
-    """Lets the linear layers below compute so, under autocast to bf16 only; no parameter and no name changes.
+    """Makes linear layers compute in FP8 under autocast to bf16; parameters and names do not change.
 
     Args:
-        blocks: the blocks of a tower.
+        blocks: the blocks of a backbone.
 
     Returns:
-        Names of the layers that do.
+        Names of the converted layers.
     """
     fitting = dict(_fitting(blocks))
     for layer in fitting.values():
@@ -37,7 +37,7 @@ def use_fp8(blocks: nn.Module) -> list[str]:
     attention: Any
     for attention in blocks.modules():
         if getattr(attention, "q_bias", None) is not None:
-            attention.qkv_bias_separate = True  # else Eva multiplies with the weight itself, past its layer
+            attention.qkv_bias_separate = True  # otherwise Eva uses the weight itself and bypasses the layer
     return list(fitting)
 
 
@@ -54,7 +54,7 @@ def scaled_product(a: Tensor, b: Tensor) -> Tensor:
 
 @cache
 def _scales_rows(device: str) -> bool:
-    """Whether torch multiplies with a factor for each row there: on CPUs some versions do not, and the plain product is taken."""
+    """Whether torch supports row-wise scaling on the device; on CPUs some versions do not, and the plain product is used."""
     if device != "cpu":
         return True
     ones, scale = torch.ones(16, 16, dtype=E4M3), torch.ones(16, 1)
@@ -66,7 +66,7 @@ def _scales_rows(device: str) -> bool:
 
 
 def rounded(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Rows ``[n, k]`` in e4m3, and the fp32 factors ``[n, 1]`` that give the old numbers back."""
+    """Rows ``[n, k]`` in e4m3, and the fp32 factors ``[n, 1]`` that scale them back."""
     x = x.float()
     scale = x.abs().amax(1, keepdim=True).clamp(min=1e-12) / LARGEST
     return (x / scale).to(E4M3).contiguous(), scale
@@ -75,7 +75,9 @@ def rounded(x: Tensor) -> tuple[Tensor, Tensor]:
 def _fitting(blocks: nn.Module) -> Iterator[tuple[str, nn.Linear]]:
     for name, layer in blocks.named_modules():
         fits = isinstance(layer, nn.Linear) and layer.in_features % _MULTIPLE == 0 and layer.out_features % _MULTIPLE == 0
-        if fits and "forward" not in vars(layer):  # the last projection of a tower reads rows of its own choice
+        if fits and "forward" not in vars(
+            layer
+        ):  # skip a tower's last projection, whose forward is replaced to compute selected rows only
             yield name, layer
 
 
@@ -83,12 +85,14 @@ def _forward(layer: nn.Linear, x: Tensor) -> Tensor:
     if not torch.is_autocast_enabled(x.device.type):
         return nn.Linear.forward(layer, x)
     product: Tensor = _Linear.apply(x.flatten(0, -2), layer.weight)
-    y = product.unflatten(0, x.shape[:-1])  # out here: Eva adds its bias in place, which a custom function's view forbids
+    y = product.unflatten(
+        0, x.shape[:-1]
+    )  # outside the custom function: Eva adds its bias in place, which a custom function's view forbids
     return y if layer.bias is None else y + layer.bias.to(y.dtype)
 
 
 class _Linear(torch.autograd.Function):
-    # The weight is saved as it is: an engine that cuts it has it whole again when the gradient is wanted (ZeRO 3).
+    # The weight is saved by reference: an engine that shards it (ZeRO 3) gathers it again when the gradient is computed.
     @staticmethod
     def forward(ctx: Any, rows: Tensor, weight: Tensor) -> Tensor:
         ctx.save_for_backward(rows.bfloat16(), weight)

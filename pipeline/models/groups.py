@@ -1,8 +1,8 @@
-"""Which learning rate and weight decay each parameter gets, decided by structure and never by name.
+"""Parameter groups: learning-rate and weight-decay multipliers, decided by module structure and never by name.
 
 DINOv2's rules (arXiv 2304.07193 and its code): the learning rate of block ``i`` of ``n`` is scaled by ``decay ** (n - i)``,
-that of everything before the blocks by ``decay ** (n + 1)``, the patch embedding further by ``patch_lr``; vectors (biases,
-norms, layer scales) are not decayed, everything else is, tokens and position embeddings too.
+that of everything before the blocks by ``decay ** (n + 1)``, the patch embedding additionally by ``patch_lr``. Vectors
+(biases, norms, layer scales) have no weight decay; everything else has, including tokens and position embeddings.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ class ParameterGroup:
 
     Attributes:
         params: the parameters.
-        names: their names in the module they were gathered from, in the same order.
+        names: their names in the module they were collected from, in the same order.
         lr_scale: multiplies the scheduled learning rate.
         wd_scale: multiplies the scheduled weight decay.
         last_layer: whether ``Step.last_layer_lr`` is used instead of ``Step.lr``.
@@ -44,16 +44,16 @@ def parameter_groups(
     vectors: bool = False,
     scales: Mapping[nn.Parameter, float] | None = None,
 ) -> list[ParameterGroup]:
-    """All trainable parameters of ``root``, fused into as few groups as the rules allow.
+    """All trainable parameters of ``root``, in as few groups as the rules allow.
 
     Args:
-        root: a method or any module; each :class:`VisionTower` in it gets layer-wise decay, each :class:`Prototypes` is a
-            last layer, everything else has learning rate multiplier 1.
-        layer_decay: factor from one block to the one before it.
-        patch_lr: further factor of the patch embedding.
+        root: a method or any module; each :class:`VisionTower` in it gets layer-wise decay, each :class:`Prototypes` is a last
+            layer, everything else has learning-rate multiplier 1.
+        layer_decay: factor from each block to the one below.
+        patch_lr: additional factor of the patch embedding.
         undecayed: parameters without weight decay, besides vectors.
         vectors: whether vectors (biases, norms, layer scales) are decayed.
-        scales: learning rate multipliers of parameters that are in no :class:`VisionTower`.
+        scales: learning-rate multipliers of parameters that are in no :class:`VisionTower`.
 
     Returns:
         Groups in order of their first parameter; each parameter is in exactly one.

@@ -1,4 +1,4 @@
-"""Projection heads: from a tower's tokens to prototype logits."""
+"""Projection heads: map backbone tokens to prototype logits."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ from torch import Tensor, nn
 from pipeline.models.norms import GlobalBatchNorm
 
 R = TypeVar("R")
-Use = Callable[[Tensor, Tensor], R]  # of unit vectors [n, width] and the whole matrix [count, width]
+Use = Callable[[Tensor, Tensor], R]  # takes unit vectors [n, width] and the whole matrix [count, width]
 
 
 class Prototypes(nn.Module):
-    """The bias-free last layer: cosine-like logits of ``[n, width]`` unit vectors against ``count`` prototypes.
+    """Bias-free last layer: cosine-like logits of ``[n, width]`` unit vectors with ``count`` prototypes.
 
-    Its parameters are read in its forward alone, which a partitioning engine (ZeRO-3) needs. So whoever wants more than logits,
-    or never all of them at once, hands the forward what is to be done with the matrix.
+    Its parameters are read only within its forward pass, as an engine that shards them (ZeRO 3) requires. Callers that need
+    more than logits, or need them in chunks, pass a function of the matrix to the forward pass.
 
     Args:
-        width: features in.
-        count: prototypes, the K of DINO.
-        weight_norm: DINOv2's form, ``g * v / |v|`` with a trainable gain that starts at 1, so that logits start within
-            ``[-1, 1]``; otherwise a plain matrix (DINOv3).
+        width: input dimension.
+        count: number of prototypes, the K of DINO.
+        weight_norm: DINOv2's form, ``g * v / |v|`` with a trainable gain initialized to 1, so that logits start within ``[-1,
+            1]``; otherwise a plain matrix (DINOv3).
     """
 
     def __init__(self, width: int, count: int, *, weight_norm: bool = True) -> None:
@@ -45,25 +45,25 @@ class Prototypes(nn.Module):
     def forward(self, x: Tensor, use: Use[R]) -> R: ...
 
     def forward(self, x: Tensor, use: Use[R] | None = None) -> Tensor | R:
-        """Logits ``[n, count]``, or whatever ``use`` makes of ``x`` and the matrix ``[count, width]``, fp32.
+        """Logits ``[n, count]``, or the result of ``use`` on ``x`` and the matrix ``[count, width]``, fp32.
 
-        What ``use`` returns is a tensor or a tuple of tensors, and may not alias the matrix.
+        ``use`` returns a tensor or a tuple of tensors, which must not alias the matrix.
         """
         matrix = self.direction if self.gain is None else torch._weight_norm(self.direction, self.gain, 0)
         return F.linear(x, matrix.to(x.dtype)) if use is None else use(x, matrix)
 
 
 class PrototypeHead(nn.Module):
-    """DINO's head: an MLP, an L2 normalisation, then :class:`Prototypes`.
+    """DINO's head: an MLP, L2 normalization, then :class:`Prototypes`.
 
     Args:
-        width: features in, the tower's width.
+        width: input dimension, the backbone's width.
         hidden: width of the hidden layers.
-        bottleneck: features that are normalised.
-        prototypes: logits out.
+        bottleneck: dimension of the normalized features.
+        prototypes: number of logits.
         layers: linear layers of the MLP.
         weight_norm: see :class:`Prototypes`.
-        batch_norm: whether one over the batch of all ranks follows each hidden layer; DINO's code has it as a choice.
+        batch_norm: whether a batch norm, synchronized over all ranks, follows each hidden layer; an option of DINO's code.
     """
 
     def __init__(
@@ -97,16 +97,15 @@ class PrototypeHead(nn.Module):
     def forward(self, x: Tensor, use: Use[R]) -> R: ...
 
     def forward(self, x: Tensor, use: Use[R] | None = None) -> Tensor | R:
-        """Logits ``[n, prototypes]`` of tokens ``[n, width]``, or whatever ``use`` makes of their unit vectors and the
-        prototypes; ``n`` may be 0."""
+        """Logits ``[n, prototypes]`` of tokens ``[n, width]``, or the result of ``use``; ``n`` may be 0."""
         return self.last(self.units(x)) if use is None else self.last(self.units(x), use)
 
     def units(self, x: Tensor) -> Tensor:
-        """Unit vectors ``[n, bottleneck]`` of tokens ``[n, width]``: all that has to be kept of them."""
+        """Unit vectors ``[n, bottleneck]`` of tokens ``[n, width]``, from which logits can be computed later."""
         hidden = self.mlp(x)
         return F.normalize(hidden.float(), dim=-1, eps=1e-12).to(hidden.dtype)
 
     def matrix(self, kind: torch.dtype) -> Tensor:
-        """A copy of the prototypes as they are used, ``[prototypes, bottleneck]``."""
+        """A copy of the prototypes after weight normalization, ``[prototypes, bottleneck]``."""
         nothing = self.last.direction.new_zeros(0)
         return self.last(nothing, lambda _, matrix: matrix.detach().to(kind, copy=True))

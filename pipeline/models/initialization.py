@@ -1,7 +1,7 @@
-"""Initial weights as the released code of each method draws them; a table of them is in tests/models/test_initialization.py.
+"""Weight initialization as in each method's released code; tests/models/test_initialization.py has a table of them.
 
-timm's own start is that of DINOv2: linear layers from a truncated normal of deviation 0.02, biases 0, class token and registers
-of deviation 1e-6. The functions here change what differs.
+timm's own initialization is that of DINOv2: linear layers from a truncated normal of standard deviation 0.02, biases 0, class
+token and registers of standard deviation 1e-6. The functions here change what differs.
 """
 
 from __future__ import annotations
@@ -18,21 +18,21 @@ from pipeline.errors import ConfigError
 from pipeline.models.settings import ModelSettings
 
 TRUNCATED = 0.87962566103423978
-"""Deviation of a standard normal that is cut at two deviations."""
+"""Standard deviation of a standard normal truncated at two standard deviations."""
 
 
 def initialize_transformer(vit: Any, settings: ModelSettings) -> None:
-    """Draws a timm vision transformer's weights again where ``model.init`` asks for another start than timm's.
+    """Reinitializes a timm vision transformer if ``model.init`` selects other than timm's initialization.
 
     Args:
-        vit: a ``VisionTransformer`` or ``Eva`` of timm, fresh.
-        settings: ``init`` is looked at, and whether timm names the model.
+        vit: a newly created ``VisionTransformer`` or ``Eva`` of timm.
+        settings: provides ``init``, and whether a timm name is set.
 
     Raises:
-        ConfigError: ``model.init`` is for ResNets only, or the tower has no such start.
+        ConfigError: ``model.init`` is for ResNets only, or is not available for this model.
     """
     for module in vit.modules():
-        if isinstance(module, GluMlp):  # timm starts half of it near zero, DINOv2 does not
+        if isinstance(module, GluMlp):  # timm initializes half of it near zero, DINOv2 does not
             _truncated_normal(module.fc1)
     if isinstance(vit, Eva):
         if settings.init not in ("timm", "dino"):
@@ -57,10 +57,10 @@ def initialize_transformer(vit: Any, settings: ModelSettings) -> None:
 
 
 def initialize_resnet(net: Any, settings: ModelSettings) -> None:
-    """The same for a ResNet of timm, whose own start is torchvision's: ``kaiming_normal`` by fan-out, norms 1 and 0.
+    """Reinitializes a timm ResNet, whose default is torchvision's: ``kaiming_normal`` by fan-out, norms 1 and 0.
 
     ``mocov3``, ``simclr`` and ``byol`` start the last batch norm of each block at 0; the latter two draw convolutions from a
-    truncated normal by fan-in (TensorFlow's with the deviation ``fan_in ** -0.5``, haiku's with 0.88 of it).
+    truncated normal by fan-in (TensorFlow's with standard deviation ``fan_in ** -0.5``, haiku's with 0.88 of it).
 
     Raises:
         ConfigError: ``model.init`` is for transformers only.
@@ -78,11 +78,11 @@ def initialize_resnet(net: Any, settings: ModelSettings) -> None:
 
 @torch.no_grad()
 def truncated_fan_in(weight: Tensor, *, corrected: bool) -> None:
-    """A normal of variance 1 / fan-in, cut at two deviations.
+    """Fills a weight from a normal of variance 1 / fan-in, truncated at two standard deviations.
 
     Args:
         weight: of a linear layer or a convolution, filled in place.
-        corrected: whether the deviation after the cut is ``fan_in ** -0.5`` (TensorFlow), or the one before it (haiku).
+        corrected: whether ``fan_in ** -0.5`` is the standard deviation after truncation (TensorFlow) or before it (haiku).
     """
     std = math.prod(weight.shape[1:]) ** -0.5 / (TRUNCATED if corrected else 1.0)
     nn.init.trunc_normal_(weight, std=std, a=-2 * std, b=2 * std)
@@ -95,7 +95,7 @@ def _truncated_normal(layer: nn.Linear) -> None:
 
 
 def _mocov3(vit: Any) -> None:
-    """Xavier-uniform, with query, key and value as layers of their own; the patch embedding as if it were a linear layer."""
+    """Xavier-uniform, with query, key and value as separate layers, and the patch embedding as a linear layer."""
     for name, module in vit.named_modules():
         if isinstance(module, nn.Linear):
             rows, columns = module.weight.shape
@@ -114,8 +114,9 @@ def _uniform(weight: Tensor, fans: int) -> None:
 
 
 def _open_clip(vit: Any) -> None:
-    """Attention's input Xavier-uniform over the three together, its output and the MLP as ``nn.Linear`` draws them; tokens and
-    positions of deviation ``width ** -0.5``."""
+    """Attention input Xavier-uniform over query, key and value together, attention output and MLP by ``nn.Linear``'s default;
+    tokens and positions with standard deviation ``width ** -0.5``.
+    """
     for token in (vit.cls_token, vit.pos_embed):
         if token is not None:
             nn.init.normal_(token, std=vit.embed_dim**-0.5)

@@ -1,4 +1,4 @@
-"""Projectors and predictors: small perceptrons between a tower and a loss, and LoGo's judge of pairs."""
+"""Projector and predictor MLPs, and LoGo's pair regressor."""
 
 from __future__ import annotations
 
@@ -25,16 +25,16 @@ def mlp(
     last_bias: bool = False,
     init: Literal["torch", "simclr", "byol"] = "torch",
 ) -> nn.Sequential:
-    """``Linear, norm, ReLU`` for each hidden width, then ``Linear`` and perhaps a norm.
+    """``Linear, norm, ReLU`` for each hidden width, then ``Linear`` and an optional norm.
 
     Args:
-        widths: features in, hidden, out.
-        norm: of the hidden layers, and of the last if it has one.
-        last: what follows the last layer: the norm, the norm without weights of its own, or nothing.
-        bias: whether hidden layers have one, unless a batch norm follows, which takes it off again.
-        last_bias: whether the last layer has.
-        init: whose code the weights' start follows: ``nn.Linear``'s, SimCLR's (a normal of deviation 0.01), or BYOL's (haiku's
-            truncated normal by fan-in); the latter two with zero biases.
+        widths: input, hidden and output widths.
+        norm: norm of the hidden layers, and of the last layer if it has one.
+        last: what follows the last layer: the norm, the norm without affine parameters, or nothing.
+        bias: whether hidden layers have a bias; never before a batch norm, which would cancel it.
+        last_bias: whether the last layer has a bias.
+        init: initialization: ``nn.Linear``'s, SimCLR's (a normal of standard deviation 0.01), or BYOL's (haiku's truncated
+            normal by fan-in); the latter two with zero biases.
     """
     layers = nn.Sequential()
     for before, after in pairwise(widths[:-1]):
@@ -61,11 +61,11 @@ def _norm(norm: Norm, width: int, *, affine: bool = True) -> list[nn.Module]:
 
 
 class PairJudge(nn.Module):
-    """LoGo's regressor: the logit of two features being of one picture.
+    """LoGo's regressor: the logit that two features are of one image.
 
     Args:
-        width: of a feature.
-        hidden: of the two hidden layers.
+        width: feature dimension.
+        hidden: width of the two hidden layers.
     """
 
     def __init__(self, width: int, hidden: int = 256) -> None:
@@ -75,7 +75,7 @@ class PairJudge(nn.Module):
             _Layer(hidden, hidden, bias=False),
             _Layer(hidden, 1),
         )
-        # Without weights of their own: what a frozen pass may not move is then in the layers alone.
+        # Without affine parameters, so that only the linear layers have weights to freeze in a frozen pass.
         self.norms = nn.ModuleList(GlobalBatchNorm(hidden, affine=False) for _ in range(2))
 
     def forward(self, a: Tensor, b: Tensor, *, frozen: bool = False) -> Tensor:
@@ -83,7 +83,7 @@ class PairJudge(nn.Module):
 
         Args:
             a, b: the features.
-            frozen: no gradient reaches this module's own weights, only the features.
+            frozen: send gradients only to the features, not to this module's weights.
         """
         x = F.relu(self.norms[0](self.first(torch.cat([a, b], dim=1), frozen)))
         x = F.relu(self.norms[1](self.second(x, frozen)))

@@ -1,4 +1,4 @@
-"""Batch norm over the batch of all ranks."""
+"""Synchronized batch norm, over the batch of all ranks."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from torch.autograd.function import once_differentiable
 
 
 class GlobalBatchNorm(nn.SyncBatchNorm):
-    """Batch norm whose mean and variance in training are those of all ranks' micro-batches together.
+    """Batch norm whose mean and variance in training are computed over all ranks' micro-batches.
 
-    On CUDA it is torch's, on CPU the same over any backend: the result for ranks that share a batch is that of one process with
-    the whole batch. Micro-batches of one rank are another thing: each is normalised by itself, so with batch norm accumulation
-    never equals a larger batch.
+    On CUDA it is torch's SyncBatchNorm; on CPU an equivalent that works with any backend. Ranks that share a batch get the
+    result of one process with the whole batch. Successive micro-batches of a rank are normalized separately, so with batch
+    norm gradient accumulation never equals a larger batch.
     """
 
     def forward(self, input: Tensor) -> Tensor:
-        """``[batch, channels, ...]`` to the same, in its type."""
+        """``[batch, channels, ...]`` to the same shape and dtype."""
         together = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
         if not together or not self.training:
             return nn.modules.batchnorm._BatchNorm.forward(self, input)
@@ -47,7 +47,7 @@ class GlobalBatchNorm(nn.SyncBatchNorm):
 
 
 class _Sum(torch.autograd.Function):
-    """The sum over ranks of what each has, and of what each wants of it."""
+    """All-reduce sum over ranks, whose backward pass is the all-reduce sum of the gradients."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
@@ -64,14 +64,15 @@ class _Sum(torch.autograd.Function):
 
 
 def normalises_batches(*modules: nn.Module) -> bool:
-    """Whether any of them holds a batch norm, through which the samples of a micro-batch see one another."""
+    """Whether any of the modules holds a batch norm, which couples the samples of a micro-batch."""
     return any(isinstance(m, nn.modules.batchnorm._BatchNorm) for module in modules for m in module.modules())
 
 
 @contextmanager
 def batch_statistics(*modules: nn.Module) -> Iterator[None]:
-    """Within it batch norms take the batch's own statistics and leave their running ones alone: a teacher's pass, or one that is
-    made twice."""
+    """Context in which batch norms use the batch's statistics and do not update their running ones: for the teacher's forward
+    pass, or a pass that is computed twice.
+    """
     norms = [m for module in modules for m in module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
     before = [(norm.training, norm.momentum) for norm in norms]
     for norm in norms:

@@ -1,4 +1,4 @@
-"""Learned positions on a grid of another size, in the forms that public weights were trained and are used with."""
+"""Resampling of learned position embeddings to another grid, in the variants that public weights use."""
 
 from __future__ import annotations
 
@@ -15,18 +15,15 @@ Resampling = Literal["antialias", "offset", "plain"]
 def resample_positions(
     positions: Tensor, new: tuple[int, int], old: tuple[int, int], *, prefix: int = 0, how: Resampling = "antialias"
 ) -> Tensor:
-    """Bicubic resampling of a position embedding, in fp32; the same grid gives the embedding itself.
+    """Bicubic resampling of a position embedding, in fp32; the same grid returns the embedding itself.
 
     Args:
-        positions: ``[1, prefix + old patches, width]``; the prefix (class token, registers) is left alone.
-        new: rows and columns wanted.
-        old: rows and columns there are.
+        positions: ``[1, prefix + old patches, width]``; the prefix (class token, registers) is unchanged.
+        new: target rows and columns.
+        old: current rows and columns.
         prefix: tokens before the patches.
-        how: ``antialias`` is timm's form, and that of DINOv2's models with registers; ``offset`` is DINOv2's own for the models
-            without, whose sampling grid is stretched by 0.1 of a patch; ``plain`` is neither.
-
-    Returns:
-        ``[1, prefix + new patches, width]``.
+        how: ``antialias`` as timm and DINOv2's models with registers; ``offset`` as DINOv2's models without registers, whose
+            sampling grid is stretched by 0.1 of a patch; ``plain`` bicubic.
     """
     if new == old:
         return positions

@@ -1,7 +1,7 @@
-"""The last block of a tower for those tokens alone that somebody reads.
+"""Computes a transformer's last block only for the tokens whose output is used.
 
-A block's keys and values are of all tokens; its output, and all that follows the attention, is needed only where it is read: at
-the class token of a local crop, at the masked patches of a global one. What is left out changes no number that is read.
+A block needs keys and values of all tokens, but its output, and everything after the attention, only where it is used: at the
+class token of a local crop, at the masked patches of a global one. Skipping the rest does not change any used output.
 """
 
 from __future__ import annotations
@@ -18,8 +18,9 @@ from pipeline.models.depth import branch_scales, kept_rows, whole_block
 
 
 def read_some(block: Any) -> bool:
-    """Teaches a block the argument ``read``, int64 ``[n]`` places among all tokens of the batch, one sample after another: then
-    it returns ``[n, width]``. Whether it could be taught; no parameter and no name changes."""
+    """Makes a block accept the argument ``read``, int64 ``[n]``, indices into the batch's tokens, sample after sample; the
+    block then returns ``[n, width]``. Returns whether the block is supported; parameters and names do not change.
+    """
     if type(block) not in (Block, EvaBlock):
         return False
     projection = block.attn.proj
@@ -30,13 +31,13 @@ def read_some(block: Any) -> bool:
 
 
 def places(batch: int, tokens: int, prefix: int, patches: Tensor) -> Tensor:
-    """Where the class tokens and some patches stand among all tokens of a batch, int64 ``[batch + n]``.
+    """Indices of the class tokens and of some patches among all tokens of a batch, int64 ``[batch + n]``.
 
     Args:
-        batch: samples.
-        tokens: of a sample.
-        prefix: tokens of a sample before its first patch.
-        patches: int64 ``[n]``, places among all patches of the batch.
+        batch: number of samples.
+        tokens: tokens per sample.
+        prefix: tokens per sample before its first patch.
+        patches: int64 ``[n]``, indices among all patches of the batch.
     """
     each = tokens - prefix
     samples = torch.arange(batch, device=patches.device)
@@ -70,8 +71,9 @@ def _forward(block: Any, x: Tensor, read: Tensor | None = None, **attention: Any
 
 
 def _drawn(block: Any, drop_path: nn.Module, x: Tensor) -> tuple[Tensor | None, Tensor]:
-    """The samples whose branch is computed, ``None`` for all, and the weight ``[batch, 1]`` of each sample's branch: drawn as for
-    the whole block, so that the same samples are left out."""
+    """The samples whose branch is computed, ``None`` for all, and the weight ``[batch, 1]`` of each sample's branch; uses the
+    same random draws as the full block, so that the same samples are dropped.
+    """
     batch, rate = len(x), getattr(block, "dropped", 0.0) if block.training else 0.0
     if not rate:
         weight: Tensor = drop_path(x.new_ones(batch, 1))
@@ -81,7 +83,7 @@ def _drawn(block: Any, drop_path: nn.Module, x: Tensor) -> tuple[Tensor | None, 
 
 
 def _attend(block: Any, x: Tensor, read: Tensor, attention: dict[str, Any]) -> Tensor:
-    """The attention's output at some tokens, ``[n, width]``."""
+    """The attention's output at selected tokens, ``[n, width]``."""
     block.attn.proj.read = read
     try:
         branch: Tensor = block.attn(block.norm1(x), **attention)

@@ -1,4 +1,4 @@
-"""timm's ResNet behind the surface of a vision tower: for the methods that were made with one."""
+"""timm ResNets with the interface of a vision tower."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from pipeline.models.vision import VisionTower, build_tower
 
 
 class ResNetTower(nn.Module):
-    """A ResNet that returns :class:`Tokens`: its pooled features as the class token, its last map as patches.
+    """A ResNet that returns :class:`Tokens`: pooled features as the class token, the last feature map as patches.
 
     Args:
         net: a timm ResNet without classifier.
-        timm_name, timm_args: what to give ``timm.create_model`` for the same network (with a small stem, but for the stem).
-        small_stem: whether the first convolution is 3x3 without stride and no pooling follows it, for pictures of 32 pixels.
+        timm_name, timm_args: arguments with which ``timm.create_model`` builds the same network (except for a small stem).
+        small_stem: whether the first convolution is 3x3 without stride or pooling, for images of 32 pixels.
     """
 
     def __init__(self, net: nn.Module, *, timm_name: str, timm_args: dict[str, Any], small_stem: bool) -> None:
@@ -33,7 +33,7 @@ class ResNetTower(nn.Module):
         self.patch = 8 if small_stem else 32
 
     def forward(self, images: Tensor, *, local: bool = False, patches: Literal["all", "none"] = "all") -> Tokens:
-        """Tokens of ``[batch, 3, height, width]``; the rest is for towers that treat local crops, or what is read, otherwise."""
+        """Tokens of ``[batch, 3, height, width]``; the other arguments, for vision transformers, are ignored."""
         features = self.net.forward_features(images)  # type: ignore[operator]
         cells = features.flatten(2).transpose(1, 2)
         return Tokens(cls=cells.mean(1), registers=cells[:, :0], patches=cells)
@@ -43,10 +43,10 @@ Tower = VisionTower | ResNetTower
 
 
 def build_trunk(settings: ModelSettings, *, image_size: int) -> Tower:
-    """A ResNet where ``model.timm_name`` names one, else a vision transformer.
+    """Builds a ResNet if ``model.timm_name`` names one, else a vision transformer.
 
     Raises:
-        ConfigError: timm knows no such network.
+        ConfigError: timm has no such model.
     """
     name = settings.timm_name or ""
     if "resnet" not in name:
@@ -74,10 +74,10 @@ def build_trunk(settings: ModelSettings, *, image_size: int) -> Tower:
 
 @torch.no_grad()
 def freeze_patches(tower: Tower) -> None:
-    """Leaves the patch embedding at its random start for ever, which steadies MoCo v3's transformers (arXiv 2104.02057).
+    """Freezes the patch embedding at its random initialization, which stabilizes MoCo v3's transformers (arXiv 2104.02057).
 
     Raises:
-        ConfigError: the tower has none.
+        ConfigError: the tower has no patch embedding.
     """
     if not isinstance(tower, VisionTower):
         raise ConfigError("a ResNet has no patch embedding", where="method.freeze_patches", hint="set it to false")
@@ -86,10 +86,10 @@ def freeze_patches(tower: Tower) -> None:
 
 @torch.no_grad()
 def fix_positions(tower: Tower) -> None:
-    """Positions that are sines and cosines of row and column instead of learned ones, and stand still.
+    """Replaces learned positions by fixed sine-cosine ones of row and column.
 
     Raises:
-        ConfigError: the tower has no learned positions, or a width that does not divide by 4.
+        ConfigError: the tower has no learned positions, or its width is not divisible by 4.
     """
     where = {"where": "method.pos_embed", "hint": "set method.pos_embed=learned"}
     if not isinstance(tower, VisionTower) or tower.vit.pos_embed is None:

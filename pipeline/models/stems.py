@@ -1,4 +1,4 @@
-"""Patch embeddings other than one convolution."""
+"""Convolutional stems as patch embeddings."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from pipeline.errors import ConfigError
 
 
 def conv_stem(patch: int, width: int) -> Callable[..., nn.Module]:
-    """An ``embed_layer`` for timm: stride-2 3x3 convolutions, norm, GELU, down to one token a patch ("Early convolutions
-    help transformers see better", arXiv 2106.14881).
+    """Returns an ``embed_layer`` for timm: stride-2 3x3 convolutions, norm, GELU, down to one token per patch ("Early
+    convolutions help transformers see better", arXiv 2106.14881).
 
     Args:
-        patch: pixels a side of a token, a power of two.
-        width: channels of a token; each earlier convolution has half the channels of the next.
+        patch: side of a patch in pixels, a power of two.
+        width: token width; each earlier convolution has half the channels of the next.
     """
     halvings = int(math.log2(patch)) if patch > 0 else 0
     if patch != 2**halvings or halvings < 1:

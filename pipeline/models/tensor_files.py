@@ -1,7 +1,7 @@
-"""Reads weights of unknown origin as tensors by name. Nothing in a file is executed, at any version of the libraries.
+"""Reads untrusted weight files as tensors by name, without executing code from them, with any library version.
 
 A ``.safetensors`` file holds no code. Every other file is a pickle and goes to ``torch.load(weights_only=True)``, which builds
-tensors and containers only. No other function of this package reads a foreign file of weights.
+only tensors and containers. No other function of this package reads foreign weight files.
 """
 
 from __future__ import annotations
@@ -23,21 +23,21 @@ from torch import Tensor
 from pipeline.errors import CheckpointError
 from pipeline.untrusted import hide_secrets, open_regular, plain_name, printable, read_json
 
-MAX_SHARDS = 1000  # files of one set of weights
-_DEPTH = 8  # of containers in each other
-_ENTRIES = 1_000_000  # of all containers of a file; one that stands in many places counts in each
+MAX_SHARDS = 1000  # maximum files of one set of weights
+_DEPTH = 8  # maximum nesting of containers
+_ENTRIES = 1_000_000  # maximum entries of all containers of a file; a container referenced several times counts each time
 _ZIP = b"PK\x03\x04"
-_ZEROS = b"bytearray\n"  # as a pickle names the type, which torch allows: a few bytes ask for any amount of memory
+_ZEROS = b"bytearray\n"  # type name in a pickle, which torch allows: a few bytes could request any amount of memory
 _FORCE = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
 _HINT = "download it again, or convert it to safetensors where it is trusted"
 
 
 @contextlib.contextmanager
 def opened(path: Path) -> Iterator[Any]:
-    """An open safetensors file, as ``safetensors.safe_open`` gives it; whatever is wrong with it is one error, also within.
+    """Opens a safetensors file with ``safetensors.safe_open``; converts every error, also within the context, to CheckpointError.
 
     Raises:
-        CheckpointError: it cannot be read, or holds no such tensor.
+        CheckpointError: the file cannot be read, or holds no such tensor.
     """
     try:
         os.close(open_regular(path, error=CheckpointError))
@@ -48,15 +48,15 @@ def opened(path: Path) -> Iterator[Any]:
 
 
 def read_tensors(path: Path, *, shapes_only: bool = False) -> dict[str, Any]:
-    """The content of a file of weights: tensors, and containers of tensors, by name.
+    """Reads a weights file: tensors, and containers of tensors, by name.
 
     Args:
-        path: a regular file; ``.safetensors``, else what ``torch.save`` wrote.
-        shapes_only: tensors of the ``meta`` device, which hold no values.
+        path: a regular file; ``.safetensors``, else the output of ``torch.save``.
+        shapes_only: return tensors on the ``meta`` device, without values.
 
     Raises:
-        CheckpointError: it cannot be read, holds objects that are no tensors, or tensors that claim more memory than the file
-            has.
+        CheckpointError: the file cannot be read, holds objects other than tensors, or tensors that claim more memory than the
+            file has.
     """
     try:
         os.close(open_regular(path, error=CheckpointError))
@@ -67,11 +67,11 @@ def read_tensors(path: Path, *, shapes_only: bool = False) -> dict[str, Any]:
                 return {k: file.get_tensor(k) for k in file.keys()}  # noqa: SIM118
         _check_pickle(path)
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of torch, about the pickle's protocol
+            warnings.simplefilter("ignore")  # torch warns about the pickle's protocol
             state: Any = torch.load(path, map_location="meta" if shapes_only else "cpu", weights_only=True)
     except CheckpointError:
         raise
-    except Exception as error:  # a parser of foreign bytes can raise anything
+    except Exception as error:  # parsing foreign bytes can raise anything
         raise CheckpointError(f"it cannot be read as tensors ({reason(error)})", where=printable(str(path)), hint=_HINT) from None
     if not isinstance(state, Mapping):
         raise CheckpointError("it holds no tensors by name", where=printable(str(path)), hint="give a state dict")
@@ -79,7 +79,7 @@ def read_tensors(path: Path, *, shapes_only: bool = False) -> dict[str, Any]:
 
 
 def _check_pickle(path: Path) -> None:
-    """Refuses what would take far more memory than the file has bytes: compressed archives, and byte arrays by their length."""
+    """Refuses files that would take far more memory than their size: compressed archives, and byte arrays by their length."""
     with path.open("rb") as file:
         if not os.fstat(file.fileno()).st_size:
             return
@@ -97,14 +97,15 @@ def _check_pickle(path: Path) -> None:
 
 
 def read_folder(folder: Path, names: tuple[str, ...]) -> dict[str, Any]:
-    """The tensors of a folder's weights: of the first file that is there, or of all files that an index beside it lists.
+    """Reads the weights of a folder: the first file that exists, or all files that an index beside it lists.
 
     Args:
         folder: the folder.
         names: file names, the preferred one first.
 
     Raises:
-        CheckpointError: as :func:`read_tensors`; none of the files is there, or an index lists what is no plain file name.
+        CheckpointError: as :func:`read_tensors`; none of the files exists, or an index lists a name that is not a plain file
+            name.
     """
     for name in names:
         if (folder / name).exists():
@@ -128,13 +129,13 @@ def _read_shards(folder: Path, index: Path) -> dict[str, Any]:
 
 
 def _plain(state: Mapping[Any, Any], where: str, depth: int, seen: Iterator[int]) -> dict[str, Any]:
-    """The same containers as plain dictionaries, of what has a name; refuses tensors that no memory stands behind."""
+    """The named entries of the containers, as plain dictionaries; refuses tensors without backing memory."""
     kept: dict[str, Any] = {}
     for name, value in state.items():
         if next(seen) >= _ENTRIES:
             raise CheckpointError(f"its containers hold more than {_ENTRIES} entries", where=printable(where), hint=_HINT)
         if not isinstance(name, str):
-            continue  # the state of an optimizer
+            continue  # optimizer state
         if isinstance(value, Mapping):
             if depth == 0:
                 raise CheckpointError("its containers are nested too deeply", where=printable(where), hint=_HINT)
@@ -167,7 +168,7 @@ def reason(error: BaseException) -> str:
 
 @contextlib.contextmanager
 def only_weights() -> Iterator[None]:
-    """Within, ``torch.load`` runs no code of a pickle, whatever a library asks for: old releases of timm ask for everything."""
+    """Context in which ``torch.load`` runs no code from pickles; old timm versions would request full loading."""
     before = os.environ.get(_FORCE)
     os.environ[_FORCE] = "1"
     try:

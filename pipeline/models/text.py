@@ -1,6 +1,6 @@
-"""Text towers: CLIP's transformer over caption tokens (arXiv 2103.00020), with open_clip's sizes and its weights' layout.
+"""CLIP text towers (arXiv 2103.00020), with open_clip's sizes and conversion to and from its state dict.
 
-The state of the tower and open_clip's are converted into each other by :func:`from_open_clip` and :func:`to_open_clip`.
+:func:`from_open_clip` and :func:`to_open_clip` convert between the two state dict layouts.
 """
 
 from __future__ import annotations
@@ -19,16 +19,16 @@ from pipeline.errors import CheckpointError, ConfigError
 from pipeline.models.tokens import taken
 
 VOCABULARY, END = 49408, 49407
-"""Tokens of CLIP's byte-pair vocabulary, and the one that ends a text."""
+"""Size of CLIP's byte-pair vocabulary, and its end token."""
 
 
 class TextBlock(nn.Module):
-    """Pre-norm attention and MLP of a token sequence.
+    """Pre-norm transformer block.
 
     Args:
-        width: of a token.
-        heads: of the attention.
-        causal: whether a token sees only those before it.
+        width: token width.
+        heads: attention heads.
+        causal: whether attention is causal.
         quick_gelu: OpenAI's ``x * sigmoid(1.702 x)`` instead of the exact GELU.
     """
 
@@ -40,7 +40,7 @@ class TextBlock(nn.Module):
         self.fc1, self.fc2 = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
 
     def forward(self, x: Tensor, read: Tensor | None = None) -> Tensor:
-        """``[batch, tokens, width]`` to the same, or to what becomes of the tokens at ``read``, int64 ``[batch, n]``, alone."""
+        """``[batch, tokens, width]`` to the same, or to the outputs at the tokens ``read`` only, int64 ``[batch, n]``."""
         out = self._attend(self.qkv(self.norm1(x)), read)
         x = (x if read is None else taken(x, read)) + self.proj(out)
         hidden = self.fc1(self.norm2(x))
@@ -49,12 +49,14 @@ class TextBlock(nn.Module):
 
     def _attend(self, qkv: Tensor, read: Tensor | None = None) -> Tensor:
         q, k, v = qkv.unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
-        seen = None  # by each token that is read, where it does not see all
+        seen = None  # mask of the positions that each selected token attends to, if not all
         if read is not None:
             q = q.gather(2, read[:, None, :, None].expand(-1, self.heads, -1, q.shape[3]))
             if self.causal:
                 seen = torch.arange(k.shape[2], device=k.device) <= read[:, None, :, None]
-        if qkv.device.type == "cpu" and qkv.dtype == torch.bfloat16:  # no fast backward of the fused kernel, see VisionTower
+        if (
+            qkv.device.type == "cpu" and qkv.dtype == torch.bfloat16
+        ):  # the fused kernel has no fast backward here, see VisionTower
             scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)
             if self.causal and seen is None:
                 seen = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
@@ -67,19 +69,19 @@ class TextBlock(nn.Module):
 
 
 class TextTower(nn.Module):
-    """One feature vector a text, read at its end mark.
+    """Text transformer: one feature vector per text, taken at its end token.
 
     Args:
-        width, depth, heads: of the transformer.
-        embed: features out.
-        context: tokens of a text at most.
-        vocabulary: different tokens.
-        causal: CLIP's; SigLIP lets every token see all others, padding too.
+        width, depth, heads: sizes of the transformer.
+        embed: output dimension.
+        context: maximum tokens per text.
+        vocabulary: vocabulary size.
+        causal: causal attention (CLIP); SigLIP's is bidirectional and includes padding.
         quick_gelu: see :class:`TextBlock`; weights trained with one activation are silently worse with the other.
-        end: the token that ends a text.
+        end: the end token.
 
     Attributes:
-        checkpointing: whether blocks forget their activations and compute them again.
+        checkpointing: whether blocks use activation checkpointing.
     """
 
     def __init__(
@@ -115,13 +117,14 @@ class TextTower(nn.Module):
         for block in self.blocks:
             for name, std in stds.items():
                 nn.init.normal_(block.get_parameter(f"{name}.weight"), std=std)
-                if name in ("qkv", "proj"):  # the MLP's biases stay as nn.Linear draws them, as in open_clip and SLIP
+                if name in ("qkv", "proj"):  # the MLP's biases keep nn.Linear's default, as in open_clip and SLIP
                     nn.init.zeros_(block.get_parameter(f"{name}.bias"))
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """Features ``[batch, embed]``, not normalised, of int64 ``[batch, length]`` tokens, ``length`` at most the context.
+        """Features ``[batch, embed]``, not normalized, of int64 ``[batch, length]`` tokens; ``length`` is at most the context.
 
-        A text is read at its *first* end mark; one without any, at its last place, where a causal tower has seen it all.
+        The feature is taken at the *first* end token; without one, at the last position, which in a causal tower attends to
+        all.
         """
         x = self.tokens(tokens) + self.positions[: tokens.shape[1]]
         ends = tokens == self.end
@@ -133,7 +136,7 @@ class TextTower(nn.Module):
         return features
 
     def lr_scales(self, decay: float, factor: float = 1.0) -> Iterator[tuple[nn.Parameter, float]]:
-        """Learning-rate multiplier of each parameter: ``decay`` from one block to the one before, as in the vision tower."""
+        """Learning-rate multiplier of each parameter: ``decay`` from each block to the one below, as in the vision tower."""
         depth = len(self.blocks)
         for parameter in self.parameters():
             yield parameter, factor * decay ** (depth + 1)
@@ -145,11 +148,11 @@ class TextTower(nn.Module):
 
 
 class LogitScale(nn.Module):
-    """The trained temperature, and the sigmoid loss's bias: fp32, shape ``[1]``, read through the module's own forward.
+    """Learned temperature, and the sigmoid loss's bias: fp32, shape ``[1]``, read through the module's own forward pass.
 
-    The scale is kept as a logarithm and held within ``[1, largest]`` here and not after the step: an engine that keeps fp32
-    masters would undo that. Beyond a bound only the gradient that leads back to it passes; a plain clamp would pass none, and a
-    scale that a step took too far would stay there for ever.
+    The scale is stored as a logarithm and clamped to ``[1, largest]`` in the forward pass, not after the step, because an
+    engine with fp32 master weights would undo that. Beyond a bound only the gradient that leads back passes; a plain clamp
+    would pass none, and the scale could never return.
 
     Args:
         scale: initial scale.
@@ -207,7 +210,7 @@ _THEIRS = {ours: theirs for theirs, ours in (_OUTER | _INNER).items()}
 
 
 def from_open_clip(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The text tower's state out of a whole model's of open_clip, in either of its layouts (with or without ``text.``).
+    """Extracts the text tower's state dict from an open_clip model's, in either layout (with or without ``text.``).
 
     Raises:
         CheckpointError: it holds no text tower.

@@ -1,4 +1,4 @@
-"""Initial weights of a text tower, from a safetensors file; a vision tower's are ``init_from``'s matter."""
+"""Loads a text tower's initial weights from a safetensors file; ``init_from`` loads a vision tower's."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from pipeline.models.text import TextTower, from_open_clip
 
 
 def load_text(tower: TextTower, file: Path) -> None:
-    """Fills a text tower from a file by open_clip's names, or by fovea's own (``fovea checkpoint convert``).
+    """Loads a text tower from a file with open_clip's names, or fovea's own (``fovea checkpoint convert``).
 
     Raises:
-        CheckpointError: it cannot be read, or names or shapes differ.
+        CheckpointError: the file cannot be read, or names or shapes differ.
     """
     if file.suffix != ".safetensors":
         raise CheckpointError("initial weights must be a safetensors file", where=str(file), hint="name a safetensors file")

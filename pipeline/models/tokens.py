@@ -1,4 +1,4 @@
-"""What every vision tower returns."""
+"""Output tokens of vision towers."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ from torch import Tensor
 
 
 class Tokens(NamedTuple):
-    """The tokens of one tower, after its final normalisation.
+    """The output tokens of a vision tower, after its final norm.
 
     Attributes:
-        cls: ``[batch, width]``, one token for the whole image.
-        registers: ``[batch, registers, width]``; zero registers give an empty tensor.
+        cls: ``[batch, width]``, the class token.
+        registers: ``[batch, registers, width]``; empty without registers.
         patches: ``[batch, patches, width]`` in row-major order of the grid (of the kept ones, if tokens were dropped); or
-            ``[n, width]``, if only some of the whole batch were asked for.
+            ``[n, width]``, if only some patches of the batch were requested.
         kept: int64 ``[batch, patches]``, positions of ``patches`` in the full grid; ``None`` means all of them.
-        attention: ``[batch, patches]``, attention of the class token in the last block; ``None`` unless asked for.
+        attention: ``[batch, patches]``, attention of the class token in the last block; ``None`` unless requested.
     """
 
     cls: Tensor
@@ -27,5 +27,5 @@ class Tokens(NamedTuple):
 
 
 def taken(patches: Tensor, index: Tensor) -> Tensor:
-    """``[batch, n, width]`` of ``[batch, patches, width]`` at the positions ``[batch, n]``."""
+    """Gathers patches ``[batch, n, width]`` from ``[batch, patches, width]`` at the positions ``[batch, n]``."""
     return patches.gather(1, index[:, :, None].expand(-1, -1, patches.shape[2]))

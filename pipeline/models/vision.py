@@ -1,7 +1,7 @@
-"""Vision towers: timm's VisionTransformer, or its Eva with rotary positions, with a mask token, behind one surface.
+"""Vision towers: timm's VisionTransformer, or its Eva with rotary positions, with a mask token and one interface.
 
-The timm model is held whole as ``tower.vit``, only its ``forward`` returns all tokens and takes masks: its state dict loads,
-strictly, into the model that ``timm.create_model(tower.timm_name, **tower.timm_args)`` makes.
+The unmodified timm model is ``tower.vit``; only the tower's forward pass differs: it returns all tokens and accepts masks. The
+model's state dict loads strictly into the model that ``timm.create_model(tower.timm_name, **tower.timm_args)`` creates.
 """
 
 from __future__ import annotations
@@ -30,17 +30,17 @@ from pipeline.models.tokens import Tokens
 
 
 class VisionTower(nn.Module):
-    """A timm ViT that returns :class:`Tokens` and can hide patches behind a learned mask token.
+    """A timm ViT that returns :class:`Tokens` and can replace patches by a learned mask token.
 
     Args:
         vit: a timm ViT with a class token, ``dynamic_img_size`` and no classifier.
-        timm_name: name to give ``timm.create_model`` for the same model.
+        timm_name: name with which ``timm.create_model`` creates the same model.
         timm_args: its keyword arguments.
-        resampling: how learned positions are fitted to a grid of another size, see
+        resampling: how learned positions are resampled to a grid of another size, see
             :func:`pipeline.models.positions.resample_positions`.
-        local_norm: whether local crops have a final norm of their own (DINOv3, arXiv 2508.10104). It belongs to the tower, not to
-            the timm model: evaluation and export never see it.
-        class_position: whether the class token's position is a parameter of its own where timm's model has none, as in DINOv2's
+        local_norm: whether local crops have a final norm of their own (DINOv3, arXiv 2508.10104). It belongs to the tower, not
+            to the timm model: evaluation and export do not use it.
+        class_position: whether the class token's position is a separate parameter where timm's model has none, as in DINOv2's
             code for models with registers; see :meth:`merge_class_position`.
     """
 
@@ -100,24 +100,24 @@ class VisionTower(nn.Module):
         local: bool = False,
         patches: Tensor | Literal["all", "none"] = "all",
     ) -> Tokens:
-        """Tokens of a batch of images, normalised by the final norm.
+        """Tokens of a batch of images, after the final norm.
 
         Args:
-            images: float ``[batch, 3, height, width]``, sides multiples of the patch.
-            mask: bool ``[batch, patches]``, true where the mask token takes a patch's place, before positions are added.
-            keep: int64 ``[batch, kept]``, the only patches to go on with, once positions are added; all others are left out.
-            local: these are local crops, which are normalised by the norm for them, if the tower has one.
-            patches: which are read: all, none, or those at int64 ``[n]`` places among the patches of the whole batch, which are
-                then ``[n, width]`` in the answer. The last block computes no other, and no registers, unless all are read.
+            images: float ``[batch, 3, height, width]``, sides multiples of the patch size.
+            mask: bool ``[batch, patches]``, true where the mask token replaces a patch, before positions are added.
+            keep: int64 ``[batch, kept]``, patches to keep after positions are added; all others are dropped.
+            local: whether these are local crops, which use the local norm if the tower has one.
+            patches: patches to return: all, none, or those at int64 ``[n]`` indices among the patches of the whole batch,
+                returned as ``[n, width]``. Unless all are returned, the last block skips the others and the registers.
         """
-        # torch's fused attention has no fast bf16 backward on CPUs: 118 ms a block where plain products need 10.
-        # What only stands for numbers is counted as on a GPU.
+        # torch's fused attention has no fast bf16 backward on CPUs: 118 ms a block where plain products need 10. Fake tensors use
+        # the fused attention, so that their counts are those of a GPU.
         slow = images.device.type == "cpu" and torch.is_autocast_enabled("cpu") and type(images) is Tensor
         fused = self._fused and not slow
         for block in self.vit.blocks:
             block.attn.fused_attn = fused
-            # Eva reads this weight outside of its owner's forward, where it is gone once an engine has cut it (ZeRO 3). Then the
-            # owner is called and the bias added after; else what timm does, to the last bit.
+            # Eva reads this weight outside of its owner's forward pass, where it is empty once an engine has sharded it (ZeRO 3).
+            # Then call the owner and add the bias after; otherwise do what timm does, bit for bit.
             if getattr(block.attn, "q_bias", None) is not None and block.attn.qkv.weight.ndim != 2:
                 block.attn.qkv_bias_separate = True
         norm = self.local_norm if local else None
@@ -130,7 +130,7 @@ class VisionTower(nn.Module):
 
     @torch.no_grad()
     def merge_class_position(self) -> None:
-        """Adds the class token's position to the token, where they are apart: the same features by timm's own model."""
+        """Adds a separate class token position to the token, so that timm's own model computes the same features."""
         if self.class_position is not None:
             self.vit.cls_token += self.class_position
             self.class_position = None
@@ -145,8 +145,9 @@ def embed(
     class_position: Tensor | None,
     resampling: Resampling,
 ) -> tuple[Tensor, dict[str, Any]]:
-    """What the first block gets: all tokens with their learned positions ``[batch, prefix + patches, width]``, and as ``rope``
-    the rotary ones ``[patches, 2 * head width]`` of a model that has such; of kept patches, each sample has its own."""
+    """Input of the first block: all tokens with their learned positions ``[batch, prefix + patches, width]``, and as ``rope`` the
+    rotary positions ``[patches, 2 * head width]`` if the model has them; with kept patches, separate ones per sample.
+    """
     x = vit.patch_embed(images)
     if mask is not None:
         hidden = mask.reshape(x.shape[:3]).unsqueeze(-1)
@@ -170,7 +171,7 @@ def embed(
 
 
 def _positioned(vit: VisionTransformer, x: Tensor, how: Resampling) -> Tensor:
-    """As timm's ``_pos_embed``, with another resampling."""
+    """timm's ``_pos_embed`` with a different resampling."""
     batch, height, width, _ = x.shape
     own = vit.num_prefix_tokens if not vit.no_embed_class else 0
     positions = resample_positions(vit.pos_embed, (height, width), vit.patch_embed.grid_size, prefix=own, how=how)
@@ -193,8 +194,10 @@ def _walk(
     norm: nn.Module | None,
     read: Tensor | None,
 ) -> Tensor:
-    """All tokens ``[batch, prefix + patches, width]``, or class tokens and the patches to read, ``[batch + n, width]``. The
-    model's own forward, so that an engine that cuts parameters (ZeRO 3) knows when class token and positions are wanted."""
+    """All tokens ``[batch, prefix + patches, width]``, or class tokens and the patches to read, ``[batch + n, width]``. Runs
+    as the model's own forward pass, so that an engine that shards parameters (ZeRO 3) gathers class token and positions in
+    time.
+    """
     x, rope = embed(vit, images, mask, keep, mask_token, class_position, resampling)
     at = None if read is None else places(len(x), x.shape[1], vit.num_prefix_tokens, read)
     for block in vit.blocks:
@@ -207,14 +210,14 @@ def _walk(
 
 
 def build_tower(settings: ModelSettings, *, image_size: int) -> VisionTower:
-    """Builds a tower with random weights.
+    """Builds a vision tower with random weights.
 
     Args:
         settings: a timm name, or the sizes.
-        image_size: side of the images whose grid the position embedding is made for, pixels; other sizes are resampled.
+        image_size: side in pixels of the images that set the position embedding's grid; other sizes are resampled.
 
     Raises:
-        ConfigError: sizes that do not divide, or a timm model that is no plain ViT with a class token.
+        ConfigError: incompatible sizes, or a timm model that is not a plain ViT with a class token.
     """
     name, args = _timm_call(settings, image_size)
     vit = timm.create_model(name, pretrained=False, **args)
@@ -233,7 +236,7 @@ def build_tower(settings: ModelSettings, *, image_size: int) -> VisionTower:
 
 
 def _same_start(vit: Eva) -> None:
-    """Eva scales the last matrix of each branch down with depth; DINOv3 does not."""
+    """Undoes Eva's scaling of each branch's last matrix by depth, which DINOv3 does not have."""
     for block in vit.blocks:
         for layer in (block.attn.proj, block.mlp.fc2):
             nn.init.trunc_normal_(layer.weight, std=0.02)
@@ -266,7 +269,7 @@ def _timm_call(settings: ModelSettings, image_size: int) -> tuple[str, dict[str,
         "mlp_ratio": settings.mlp_ratio,
         "init_values": settings.layer_scale or None,
     }
-    hidden = 8 * math.ceil(int(width * settings.mlp_ratio * 2 / 3) / 8)  # of SwiGLU, which has three matrices for two
+    hidden = 8 * math.ceil(int(width * settings.mlp_ratio * 2 / 3) / 8)  # SwiGLU has three matrices instead of two
     if settings.pos_embed == "rope":
         _check_rope(width, heads, settings.stem)
         args |= {"num_reg_tokens": settings.registers, "rope_temperature": settings.rope_base, **rotary}
@@ -284,7 +287,7 @@ def _timm_call(settings: ModelSettings, image_size: int) -> tuple[str, dict[str,
 
 
 def _named(name: str, rotary: dict[str, float]) -> dict[str, Any]:
-    """What timm's model of this name is given besides sizes."""
+    """Keyword arguments for the timm model of this name, besides sizes."""
     if not timm.is_model(name):
         raise ConfigError(f"timm has no model {name!r}", where="model.timm_name", hint="see timm.list_models('vit_*')")
     module = timm.models.model_entrypoint(name).__module__

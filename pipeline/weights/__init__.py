@@ -1,1 +1,1 @@
-"""Weights from and for elsewhere: ``init_from``, public layouts, pretrained models, export."""
+"""Weight import and export: ``init_from``, public weight layouts, pretrained models, exports."""

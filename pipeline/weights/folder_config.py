@@ -1,4 +1,4 @@
-"""Checks the settings of an architecture in a foreign folder of weights: allow-listed names, bounded plain values."""
+"""Validates the architecture settings in an untrusted weights folder: allow-listed names, bounded plain values."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 from pipeline.errors import CheckpointError
 from pipeline.untrusted import printable
 
-_MOST = 1 << 20  # of any size: a vocabulary is the largest
+_MOST = 1 << 20  # maximum of any size: a vocabulary is the largest
 _MOST_LAYERS = 512
 _LAYERS = ("depth", "layers", "num_hidden_layers", "attn_pooler_queries", "reg_tokens", "num_register_tokens")
 _HINT = "the folder is damaged, or made for another program"
@@ -20,11 +20,11 @@ _HINT = "the folder is damaged, or made for another program"
 
 @dataclass(frozen=True)
 class Settings:
-    """Settings of a foreign file.
+    """Settings read from a foreign file.
 
     Attributes:
-        values: names that the architecture takes, with numbers, flags, words or short lists of numbers.
-        other: what this program reads itself, unchecked.
+        values: arguments of the architecture: numbers, flags, strings or short lists of numbers.
+        other: entries that this program interprets itself, unchecked.
     """
 
     values: dict[str, Any]
@@ -40,18 +40,18 @@ def read_settings(
     other: tuple[str, ...] = (),
     ignore_unknown: bool = False,
 ) -> Settings:
-    """The settings that an architecture takes.
+    """Reads the settings that an architecture accepts.
 
     Args:
-        given: as the foreign file has them.
+        given: content of the foreign file.
         takes: the class or function whose parameters are allowed.
         where: the file, for messages.
-        never: beginnings of names that are refused, unless they are empty or off: they would load from elsewhere.
-        other: beginnings of names that go to ``other``.
-        ignore_unknown: leave out what ``takes`` does not know instead of refusing it.
+        never: prefixes of names that are refused unless empty or off, because they would load from elsewhere.
+        other: prefixes of names that go to ``other``.
+        ignore_unknown: drop names that ``takes`` does not accept instead of refusing them.
 
     Raises:
-        CheckpointError: a name that is not allowed, or a value that is no plain one.
+        CheckpointError: a name that is not allowed, or a value that is not plain.
     """
     if dataclasses.is_dataclass(takes):
         allowed = {field.name for field in dataclasses.fields(takes)}
@@ -86,7 +86,7 @@ def _value(name: str, value: Any, where: str) -> Any:
         return value
     if isinstance(value, list) and len(value) <= 64 and all(type(v) in (int, float) and abs(v) <= most for v in value):
         return value
-    if isinstance(value, dict) and name.endswith("_kwargs") and len(value) <= 8:  # of a norm or an activation
+    if isinstance(value, dict) and name.endswith("_kwargs") and len(value) <= 8:  # arguments of a norm or an activation
         return {key: _value(key, inner, where) for key, inner in value.items() if key.isidentifier()}
     raise CheckpointError(f"{name} must be a number, a flag or a plain word", where=where, hint=_HINT)
 
@@ -95,7 +95,7 @@ def side(value: Any, *, where: str) -> int:
     """The side of square images in pixels, given as a number or a pair.
 
     Raises:
-        CheckpointError: it is no number from 1 to 65536.
+        CheckpointError: it is not a number from 1 to 65536.
     """
     value = value[0] if isinstance(value, list | tuple) and value else value
     if type(value) is int and 0 < value <= 1 << 16:
@@ -104,10 +104,10 @@ def side(value: Any, *, where: str) -> int:
 
 
 def three(value: Any, *, where: str, positive: bool = False) -> tuple[float, float, float]:
-    """One number for each of red, green and blue.
+    """One number each for red, green and blue.
 
     Raises:
-        CheckpointError: there are not three, or one is not finite, or not above 0 where it has to be.
+        CheckpointError: there are not three, or one is not finite, or not above 0 where required.
     """
     if isinstance(value, list | tuple) and len(value) == 3 and all(type(v) in (int, float) and math.isfinite(v) for v in value):
         red, green, blue = map(float, value)

@@ -1,4 +1,4 @@
-"""A checkpoint back into its method, whole and without an engine: what evaluation, export and pictures begin with."""
+"""Loads a checkpoint into its method, without an engine, for evaluation, export and visualization."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from pipeline.runtime.run_directory import RunDirectory
 
 
 def newest(run: Path) -> Saved:
-    """The newest whole checkpoint of a run; damaged newer ones are told of on stderr.
+    """The newest complete checkpoint of a run; reports damaged newer ones on stderr.
 
     Raises:
         CheckpointError: there is none.
@@ -41,7 +41,7 @@ def newest(run: Path) -> Saved:
 
 
 def named_or_newest(run: Path, checkpoint: Path | None) -> Saved:
-    """The checkpoint that is named, whole, or else the run's newest.
+    """The given checkpoint after verification, or else the run's newest.
 
     Raises:
         CheckpointError: there is none, or it is damaged.
@@ -54,12 +54,12 @@ def named_or_newest(run: Path, checkpoint: Path | None) -> Saved:
 
 
 def fill_trained(method: Method, saved: Saved, *, student: bool = False) -> None:
-    """Put the weights of a checkpoint into a method, strictly: its teacher's, and the student's where it exports those.
+    """Loads a checkpoint's weights into a method, strictly: the teacher's, and the student's where the method exports those.
 
     Args:
-        method: the method, before an engine has it.
+        method: the method, before an engine wraps it.
         saved: the checkpoint.
-        student: put the student's in, whatever is exported.
+        student: load the student's weights, whatever the method exports.
 
     Raises:
         CheckpointError: names or shapes differ.
@@ -79,7 +79,7 @@ def fill_trained(method: Method, saved: Saved, *, student: bool = False) -> None
 
 
 def _fitting(own: Mapping[str, Tensor], trainable: set[str], saved: Saved, whose: str) -> None:
-    """Shapes come first, so that a checkpoint of a larger network is refused before its gigabytes are read."""
+    """Checks shapes first, so that a checkpoint of a larger network is refused before its gigabytes are read."""
     ours = {name: list(tensor.shape) for name, tensor in own.items() if name in trainable}
     theirs = {name: shape for name, shape in saved.manifest.get("shapes", {}).items() if name in ours}
     wrong = [name for name in ours if name in theirs and theirs[name] != ours[name]] or sorted(ours.keys() - theirs.keys())
@@ -94,12 +94,12 @@ def _fitting(own: Mapping[str, Tensor], trainable: set[str], saved: Saved, whose
 
 
 def load_trained(config: Config, saved: Saved, device: torch.device) -> Method:
-    """The method with the networks of a checkpoint that are worth judging; a student whose teacher is judged stays as it began.
+    """Builds the method with a checkpoint's networks for evaluation; a student that is not evaluated keeps its initial weights.
 
     Args:
-        config: the run's settings.
+        config: the run's configuration.
         saved: the checkpoint.
-        device: where the networks go.
+        device: device of the networks.
 
     Raises:
         CheckpointError: the checkpoint holds another architecture.
@@ -110,7 +110,7 @@ def load_trained(config: Config, saved: Saved, device: torch.device) -> Method:
 
 
 def chosen(path: Path, *, best: bool = False) -> Saved:
-    """The checkpoint that a path means: itself, or a run's newest or best.
+    """The checkpoint at a path: the path itself, or a run's newest or best.
 
     Raises:
         CheckpointError: there is none.

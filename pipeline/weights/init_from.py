@@ -1,7 +1,7 @@
-"""Where a run's first weights come from, if not from chance: ``init_from``. How stages follow one another.
+"""Initial weights of a new run (``init_from``), as used to chain training stages.
 
-Read once, at step 0 of a fresh run, on every rank, before an engine cuts anything; a resumed run never looks there. What was
-taken is written into the manifest of every checkpoint that follows (``init``).
+Read once, at step 0 of a new run, on every rank, before an engine shards anything; a resumed run ignores them. The source is
+recorded in the manifest of every following checkpoint (``init``).
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ _FILES = (".safetensors", ".pth", ".pt", ".bin")
 
 @dataclass(frozen=True)
 class Source:
-    """What ``init_from.source`` names.
+    """The resolved ``init_from.source``.
 
     Attributes:
-        name: as it was given.
-        kind: a checkpoint of ours, a file of weights, or a name of timm's.
+        name: as given.
+        kind: a fovea checkpoint, a weights file, or a timm model name.
         path: the checkpoint's directory or the file.
         saved: the checkpoint.
     """
@@ -49,7 +49,7 @@ class Source:
         return f"{self.path or self.name}" + (f" (step {self.saved.step})" if self.saved is not None else "")
 
     def record(self) -> dict[str, Any]:
-        """What is kept of it in manifests: where it lay, and a digest that no other has."""
+        """Entry for manifests: path and a unique digest."""
         facts: dict[str, Any] = {"source": self.name, "kind": self.kind}
         if self.saved is not None:
             facts |= {"path": str(self.saved.path.resolve()), "id": self.saved.id, "step": self.saved.step}
@@ -60,11 +60,11 @@ class Source:
 
 @dataclass(frozen=True)
 class Start:
-    """What a fresh run began with.
+    """Initial weights of a new run.
 
     Attributes:
-        record: for the manifest.
-        notes: sentences worth saying, what was not taken as it stood among them.
+        record: entry for the manifest.
+        notes: messages to log, among them what was converted or left out.
     """
 
     record: dict[str, Any]
@@ -72,10 +72,10 @@ class Start:
 
 
 def find(name: str) -> Source:
-    """Looks at what a source is, reading no weights.
+    """Identifies a source without reading weights.
 
     Raises:
-        CheckpointError: nothing is there, or nothing that holds weights.
+        CheckpointError: it does not exist, or holds no weights.
     """
     if name.startswith("timm:"):
         return Source(name, "timm")
@@ -104,7 +104,7 @@ def find(name: str) -> Source:
 
 
 def check(config: Config) -> None:
-    """Refuses, without ranks and without reading weights, what :func:`begin` would refuse.
+    """Checks, without ranks and without reading weights, what :func:`begin` would refuse.
 
     Raises:
         CheckpointError: the source is missing or damaged, or its names or shapes do not fit the settings.
@@ -124,15 +124,15 @@ def check(config: Config) -> None:
 
 @torch.no_grad()
 def begin(method: Method, config: Config, *, record: bool = True) -> Start | None:
-    """Fills the student with the weights that ``init_from`` names, makes the teacher its equal, and fills frozen networks.
+    """Loads the weights that ``init_from`` names into the student, resets the teacher to it, and loads frozen networks.
 
     Args:
-        method: the method with its random weights, whole, before an engine has it.
-        config: the settings.
-        record: whether to take the source's digest, which one rank may do for all.
+        method: the method with random weights, before an engine wraps it.
+        config: the configuration.
+        record: whether to compute the source's digest, which one rank may do for all.
 
     Returns:
-        What was taken, or ``None`` if the settings name no source.
+        What was loaded, or ``None`` if the settings name no source.
 
     Raises:
         CheckpointError: as :func:`check`.
@@ -162,7 +162,7 @@ def begin(method: Method, config: Config, *, record: bool = True) -> Start | Non
 
 
 def student_tower(method: Method) -> tuple[str, VisionTower]:
-    """Name and module of the tower that a method trains; ``backbone`` if it trains several.
+    """Name and module of the backbone that a method trains; ``backbone`` if it trains several.
 
     Raises:
         ConfigError: it has none, or several of other names.
@@ -183,7 +183,7 @@ def student_tower(method: Method) -> tuple[str, VisionTower]:
 
 
 def _matched(method: Method, source: Source, settings: InitSettings, *, shapes_only: bool) -> tuple[dict[str, Tensor], list[str]]:
-    """Weights by the method's names, and notes."""
+    """Weights under the method's names, and notes."""
     name, tower = student_tower(method)
     if settings.heads and source.saved is None:
         raise CheckpointError(
@@ -200,7 +200,7 @@ def _matched(method: Method, source: Source, settings: InitSettings, *, shapes_o
 
 
 def _anchored(method: Method, name: str, given: str | None, *, shapes_only: bool) -> tuple[dict[str, Tensor], list[str]]:
-    """Weights of a frozen network of the method, by the method's names, and notes; of the teacher as it is if none are given."""
+    """Weights of a frozen network under the method's names, and notes; the current teacher's if no source is given."""
     networks = dict(method.get_submodule(name).named_children())
     if given is None and method.teacher is not None:
         taught = {n: t for n, t in method.teacher.named_parameters() if n.split(".")[0] in networks}
@@ -220,7 +220,7 @@ def _anchored(method: Method, name: str, given: str | None, *, shapes_only: bool
 
 
 def _read(source: Source, network: str, shapes_only: bool) -> tuple[dict[str, Tensor], dict[str, Tensor], list[str]]:
-    """The tower's tensors, those beside it, and notes."""
+    """The backbone's tensors, all others, and notes."""
     if source.saved is not None:
         return (*_split(_ours(source.saved, network, shapes_only), source), [])
     loaded = (
@@ -231,7 +231,7 @@ def _read(source: Source, network: str, shapes_only: bool) -> tuple[dict[str, Te
 
 
 def _split(state: dict[str, Tensor], source: Source) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """The tower's tensors of one of our checkpoints, without its name, and all others."""
+    """Splits a fovea checkpoint's tensors into the backbone's, without its prefix, and all others."""
     names = sorted({name.split(".vit.")[0] for name in state if ".vit." in name})
     tower = "backbone" if "backbone" in names else names[0] if len(names) == 1 else None
     if tower is None:
@@ -254,7 +254,7 @@ def _ours(found: Saved, network: str, shapes_only: bool) -> dict[str, Tensor]:
 
 
 def _shapes(found: Saved, network: str) -> dict[str, Tensor]:
-    """Tensors without content for all that :func:`_ours` would read."""
+    """Tensors without values for everything that :func:`_ours` would read."""
     kinds = ("teacher/",) if network == "teacher" else ("master/", "frozen/")
     shapes: dict[str, list[int]] = {}
     for path in sorted(found.path.glob("*.safetensors")):
@@ -267,10 +267,10 @@ def _shapes(found: Saved, network: str) -> dict[str, Tensor]:
 
 
 def weights_of(source: Source) -> Mapping[str, Any]:
-    """The tensors of a file, or those of timm's name, as they stand there.
+    """The tensors of a file or of a timm model, under their original names.
 
     Raises:
-        CheckpointError: they cannot be read or fetched.
+        CheckpointError: they cannot be read or downloaded.
     """
     return _of_timm(source) if source.kind == "timm" else read_tensors(source.path or Path(source.name))
 
@@ -286,10 +286,10 @@ def _of_timm(source: Source) -> dict[str, Tensor]:
             hint="see timm.list_models(pretrained=True), or give a file",
         )
     try:
-        # With its classifier, which goes afterwards: asked for no classes, timm takes files that lack any tensor at all.
+        # Created with its classifier, which is dropped afterwards: without classes, timm accepts files that lack tensors.
         with only_weights():
             model = timm.create_model(name, pretrained=True)
-    except Exception as error:  # of timm, the hub's client, the network, or a damaged file
+    except Exception as error:  # from timm, the hub's client, the network, or a damaged file
         raise CheckpointError(
             f"timm cannot fetch the weights of {name!r}, or they are not whole ({reason(error)})",
             where=f"init_from.source={source.name}",

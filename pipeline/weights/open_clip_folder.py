@@ -1,7 +1,7 @@
-"""Reads a folder in open_clip's layout: its own reading of ``open_clip_config.json``, so that nothing in it is executed.
+"""Loads open_clip model folders safely, with its own parser of ``open_clip_config.json``.
 
-open_clip hands settings of that file to transformers, which imports Python files on request, and takes paths from it. Here
-the file only gives sizes; its text is tokenized by open_clip's own tokenizer or by a plain ``tokenizer.json``.
+open_clip passes settings of that file to transformers, which imports Python files on request, and takes paths from it. Here
+the file only provides sizes; text is tokenized by open_clip's own tokenizer or by a plain ``tokenizer.json``.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ _CLEANINGS = ("lower", "whitespace", "canonicalize")
 
 @dataclass(frozen=True)
 class OpenClipFolder:
-    """A model of such a folder.
+    """A model loaded from such a folder.
 
     Attributes:
         folder: the folder.
         model: open_clip's model with the weights.
-        size: side of its images, pixels.
-        mean, std: of its images, fractions of full intensity.
-        text: the checked settings of its text tower.
+        size: side of its images in pixels.
+        mean, std: of its images, as fractions of full intensity.
+        text: the validated settings of its text tower.
     """
 
     folder: Path
@@ -46,10 +46,10 @@ class OpenClipFolder:
 
     @cached_property
     def tokenize(self) -> Callable[[list[str]], Tensor]:
-        """Turns sentences into tokens ``[n, context]`` int64; made at the first use.
+        """Function from sentences to tokens ``[n, context]`` int64; created on first use.
 
         Raises:
-            CheckpointError: the folder's tokenizer is none of open_clip's and has no ``tokenizer.json``.
+            CheckpointError: the folder's tokenizer is not one of open_clip's and has no ``tokenizer.json``.
         """
         context = int(self.text.values.get("context_length", 77))
         options = self.text.other.get("tokenizer_kwargs") or {}
@@ -67,7 +67,7 @@ class OpenClipFolder:
 
 
 def _fast_tokenizer(folder: Path, context: int, clean: str, pad: int) -> Callable[[list[str]], Tensor]:
-    """The tokenizer of ``tokenizer.json``, which is data; a tokenizer class or ``auto_map`` of the folder is never looked at."""
+    """The tokenizer of ``tokenizer.json``, which is pure data; ignores a tokenizer class or ``auto_map`` of the folder."""
     try:
         from tokenizers import Tokenizer
     except ImportError as error:
@@ -88,7 +88,7 @@ def _fast_tokenizer(folder: Path, context: int, clean: str, pad: int) -> Callabl
         made.enable_padding(length=context, pad_id=pad)
     except CheckpointError:
         raise
-    except BaseException as error:  # a panic of Rust is no Exception
+    except BaseException as error:  # a Rust panic is not an Exception
         if isinstance(error, KeyboardInterrupt | SystemExit):
             raise
         raise CheckpointError(
@@ -103,10 +103,10 @@ def _fast_tokenizer(folder: Path, context: int, clean: str, pad: int) -> Callabl
 
 
 def load(folder: Path) -> OpenClipFolder:
-    """Reads a folder, strictly.
+    """Loads a folder, strictly.
 
     Raises:
-        CheckpointError: its settings are not of a model that open_clip makes by itself, or the weights do not fit.
+        CheckpointError: its settings are not of a model that open_clip builds on its own, or the weights do not fit.
     """
     import torch
     from open_clip.model import (
@@ -151,7 +151,7 @@ def load(folder: Path) -> OpenClipFolder:
         if not wrong:
             model = make(**arguments)
             model.load_state_dict({name: tensor.reshape(shapes[name].shape) for name, tensor in state.items()})
-    except Exception as error:  # open_clip's own checks are assertions, and arithmetic on sizes that make no model
+    except Exception as error:  # open_clip validates with assertions, and invalid sizes raise arithmetic errors
         raise CheckpointError(
             f"open_clip cannot load it ({reason(error)})", where=str(folder), hint="give a whole folder"
         ) from None

@@ -1,4 +1,4 @@
-"""Weights from elsewhere, to be judged by the code that judges ours: timm, Hugging Face and open_clip folders, files, names."""
+"""Loads pretrained weights for evaluation: timm, Hugging Face and open_clip folders, weights files, timm names."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ _TRANSFORMERS_WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 
 @dataclass(frozen=True)
 class PretrainedModel:
-    """Weights that were loaded.
+    """A loaded pretrained model.
 
     Attributes:
-        name: what they are called.
-        subject: who is judged.
-        size: side of the pictures it was made for, pixels.
+        name: display name.
+        subject: the model for evaluation.
+        size: side in pixels of the images it was trained on.
     """
 
     name: str
@@ -44,10 +44,10 @@ def load(source: str, *, model: str | None, device: torch.device) -> PretrainedM
     """Loads weights, strictly.
 
     Args:
-        source: a folder as ``fovea export`` and the Hugging Face hub have them (of timm, transformers or open_clip), a file of
-            weights, or ``timm:NAME``.
-        model: timm's name of the architecture that a file is of.
-        device: where they go.
+        source: a folder as written by ``fovea export`` or found on the Hugging Face hub (timm, transformers or open_clip), a
+            weights file, or ``timm:NAME``.
+        model: timm name of the architecture of a weights file.
+        device: device of the model.
 
     Raises:
         CheckpointError: nothing is there, or the weights are of another architecture.
@@ -72,7 +72,7 @@ def load(source: str, *, model: str | None, device: torch.device) -> PretrainedM
 
 
 class _Tower:
-    """A model of another library, as :class:`pipeline.models.eval_model.Tower`."""
+    """A model of another library, adapted to :class:`pipeline.models.eval_model.Tower`."""
 
     def __init__(self, call: Any, blocks: Any, prefix: int, patch: int, width: int, module: Any) -> None:
         self._call, self.patch, self.width, self.module = call, patch, width, module
@@ -100,7 +100,7 @@ def _wrapped(model: Any, name: str, size: int, mean: Any, std: Any, device: torc
 
 
 def _of_timm(path: Path, about: dict[str, Any], device: torch.device) -> PretrainedModel:
-    """timm's layout, read by ourselves: timm follows paths and URLs that the file names, and older releases unpickle anything."""
+    """Loads timm's layout without timm's loader, which follows paths and URLs, and in old versions unpickles anything."""
     import timm
     import torch
     from timm.models.eva import Eva
@@ -114,7 +114,7 @@ def _of_timm(path: Path, about: dict[str, Any], device: torch.device) -> Pretrai
             f"timm has no model {printable(name, limit=80)!r}", where=where, hint="see timm.list_models('vit_*')"
         )
     own = about.get("pretrained_cfg")
-    shown = own if isinstance(own, dict) else about  # an older form
+    shown = own if isinstance(own, dict) else about  # an older layout
     usual = timm.get_pretrained_cfg(name, allow_unregistered=True)
     given = about.get("model_args")
     takes = _keywords(_parameters(VisionTransformer) | _parameters(Eva))
@@ -134,10 +134,10 @@ def _of_timm(path: Path, about: dict[str, Any], device: torch.device) -> Pretrai
         with torch.device("meta"):
             shapes = {key: tensor.shape for key, tensor in timm.create_model(name, pretrained=False, **args).state_dict().items()}
         if not shapes.keys() - state.keys():
-            # As it is, with its classifier: of no classes, timm takes files that lack any tensor at all.
+            # Created with its classifier: without classes, timm accepts files that lack tensors.
             weights = {"state_dict": state, "num_classes": args.get("num_classes", getattr(usual, "num_classes", 1000))}
             model = timm.create_model(name, pretrained=True, pretrained_cfg=weights, **args)
-    except Exception as error:  # timm's own checks are assertions, and arithmetic on sizes that make no model
+    except Exception as error:  # timm validates with assertions, and invalid sizes raise arithmetic errors
         raise CheckpointError(f"timm cannot load it ({reason(error)})", where=str(path), hint="give a whole folder") from None
     if missing := sorted(shapes.keys() - state.keys()):
         raise CheckpointError(
@@ -217,8 +217,9 @@ class _Tokens(SimpleNamespace):
 
 
 def _of_transformers(path: Path, about: dict[str, Any], device: torch.device) -> PretrainedModel:
-    """transformers' layout. The library sees checked settings and tensors, never the folder: from a folder it reads ``auto_map``,
-    adapters, quantisers and kernels, all of which may fetch or run code."""
+    """Loads a folder in transformers' layout. The library gets only validated settings and tensors, never the folder: from a
+    folder it reads ``auto_map``, adapters, quantizers and kernels, all of which may download or run code.
+    """
     try:
         import torch
         import transformers
@@ -256,7 +257,7 @@ def _of_transformers(path: Path, about: dict[str, Any], device: torch.device) ->
         )
     except CheckpointError:
         raise
-    except Exception as error:  # transformers' checks are of any class
+    except Exception as error:  # transformers' checks raise exceptions of any class
         raise CheckpointError(
             f"transformers cannot load it ({reason(error)})", where=str(path), hint="give a whole folder"
         ) from None
@@ -291,7 +292,7 @@ def _of_transformers(path: Path, about: dict[str, Any], device: torch.device) ->
 
 
 def _without(one: type, base: type) -> Any:
-    """A callable that has the parameters of a class, without those that every class of its kind has."""
+    """A callable with the parameters of a class, except those of its base class."""
     return _keywords(_parameters(one) - _parameters(base))
 
 

@@ -1,9 +1,9 @@
-"""Weights from elsewhere, under the names and on the grid of a tower. Strict: whatever does not fit is named, nothing is skipped.
+"""Converts public weights (timm, DINOv2, DINOv3) to a tower's parameter names and position grid. Strict: mismatches are reported.
 
-Understood are a tower's own names (``vit.…``), timm's, and those of DINOv2's public files: blocks in chunks or not,
-``register_tokens``, ``mlp.w12`` and ``mlp.w3`` of SwiGLU, a ``mask_token`` of two dimensions, and the class token's position
-apart. A rotary tower understands DINOv3's too: ``storage_tokens``, the three biases in one, ``ls1``, ``mlp.w1``. Some files wrap
-their tensors (``teacher``, ``model``, ``state_dict``) or put ``backbone.`` or ``module.`` before each name.
+Accepted are a tower's own names (``vit.…``), timm's, and those of DINOv2's public files: blocks in chunks or not,
+``register_tokens``, ``mlp.w12`` and ``mlp.w3`` of SwiGLU, a ``mask_token`` of two dimensions, and a separate class token
+position. A rotary tower also accepts DINOv3's: ``storage_tokens``, the three biases in one, ``ls1``, ``mlp.w1``. Files may
+wrap their tensors (``teacher``, ``model``, ``state_dict``) or prefix each name with ``backbone.`` or ``module.``.
 """
 
 from __future__ import annotations
@@ -26,17 +26,17 @@ from pipeline.untrusted import printable
 
 _WRAPPERS = ("teacher", "model", "state_dict", "student")
 _PREFIXES = ("module.", "_orig_mod.", "backbone.")
-_WRAPPED = 8  # wrappers in each other
+_WRAPPED = 8  # maximum nested wrappers
 _NAMED = 6
 
 
 @dataclass(frozen=True)
 class Fitted:
-    """Weights that fit.
+    """Converted weights.
 
     Attributes:
-        weights: a tensor for each parameter of the tower that has one in the source, by the tower's names.
-        notes: sentences about what was not taken as it stood.
+        weights: a tensor for each parameter of the tower that the source contains, under the tower's names.
+        notes: messages about what was converted or left out.
     """
 
     weights: dict[str, Tensor]
@@ -44,10 +44,10 @@ class Fitted:
 
 
 def unwrapped(state: Mapping[str, Any]) -> tuple[dict[str, Tensor], list[str]]:
-    """The tower's tensors of a file, without wrappers and prefixes, and a note on what stood beside them.
+    """The tower's tensors of a file, without wrappers and prefixes, and a note on other content.
 
     Args:
-        state: what ``torch.load`` or safetensors gave.
+        state: output of ``torch.load`` or safetensors.
     """
     notes: list[str] = []
     for _ in range(_WRAPPED):
@@ -66,15 +66,15 @@ def unwrapped(state: Mapping[str, Any]) -> tuple[dict[str, Tensor], list[str]]:
 
 
 def fit(state: Mapping[str, Tensor], tower: VisionTower, *, where: str) -> Fitted:
-    """Brings weights under a tower's names and its positions onto the tower's grid.
+    """Renames weights to a tower's names and resamples positions to its grid.
 
     Args:
-        state: tensors by name; those of the ``meta`` device will do to see whether they fit.
-        tower: whose names and shapes count.
+        state: tensors by name; ``meta`` tensors suffice to check whether they fit.
+        tower: provides names and shapes.
         where: the source, for messages.
 
     Raises:
-        CheckpointError: lists what is missing, what is too much, and what has another shape.
+        CheckpointError: lists missing and unexpected names and differing shapes.
     """
     notes: list[str] = []
     own = {name: tuple(p.shape) for name, p in tower.named_parameters()}
@@ -109,10 +109,10 @@ def fit(state: Mapping[str, Tensor], tower: VisionTower, *, where: str) -> Fitte
 
 
 def compare(own: Mapping[str, tuple[int, ...]], theirs: Mapping[str, tuple[int, ...]], *, where: str) -> None:
-    """Refuses names and shapes that differ, and says which.
+    """Refuses names and shapes that differ, and lists them.
 
     Raises:
-        CheckpointError: with the three lists, each cut after a few.
+        CheckpointError: with the three lists, each truncated to a few entries.
     """
     other = [
         f"{printable(name, limit=80)} {list(theirs[name])} there, {list(own[name])} here"
@@ -155,9 +155,9 @@ def _renamed(state: Mapping[str, Tensor], notes: list[str]) -> dict[str, Tensor]
 
 
 def _rotary(weights: Mapping[str, Tensor], tower: VisionTower, notes: list[str]) -> dict[str, Tensor]:
-    """DINOv3's names to those of timm's rotary towers, whose keys have no bias and whose queries and values may have none."""
+    """Renames DINOv3's parameters to timm's rotary towers', whose keys have no bias and whose queries and values may lack it."""
     renamed: dict[str, Tensor] = {}
-    masked = any(name.endswith(".bias_mask") for name in weights)  # the keys' bias is there, and multiplied by nothing
+    masked = any(name.endswith(".bias_mask") for name in weights)  # the keys' bias exists, but is multiplied by zero
     biased = tower.vit.blocks[0].attn.q_bias is not None
     for name, tensor in weights.items():
         if name.endswith((".periods", ".bias_mask")):  # constants
@@ -170,7 +170,7 @@ def _rotary(weights: Mapping[str, Tensor], tower: VisionTower, notes: list[str])
             continue
         query, key, value = tensor.chunk(3)
         if not masked and not tensor.is_meta and bool(key.any()):
-            renamed[new] = tensor  # not wanted, and will be named
+            renamed[new] = tensor  # unexpected, and will be reported
         elif biased:
             renamed |= {new.replace("qkv.bias", "q_bias"): query, new.replace("qkv.bias", "v_bias"): value}
         elif not tensor.is_meta and bool(query.any() or value.any()):
@@ -181,7 +181,7 @@ def _rotary(weights: Mapping[str, Tensor], tower: VisionTower, notes: list[str])
 
 
 def _fit_positions(weights: dict[str, Tensor], tower: VisionTower, notes: list[str]) -> None:
-    """Class position and grid as the tower has them; what cannot be brought there is left for the comparison to name."""
+    """Converts class position and grid to the tower's; what cannot be converted is left for the comparison to report."""
     name, vit = "vit.pos_embed", tower.vit
     if name not in weights or vit.pos_embed is None or weights[name].ndim != 3:
         return
@@ -197,7 +197,7 @@ def _fit_positions(weights: dict[str, Tensor], tower: VisionTower, notes: list[s
     prefix, old = candidates[0]
     if prefix == 1 and wanted == 0 and tower.class_position is not None:
         weights["class_position"], positions, prefix = positions[:, :1], positions[:, 1:], 0
-    elif prefix == 1 and wanted == 0 and "vit.cls_token" in weights:  # one addition earlier is the same sum
+    elif prefix == 1 and wanted == 0 and "vit.cls_token" in weights:  # adding it one step earlier gives the same sum
         weights["vit.cls_token"] = weights["vit.cls_token"] + positions[:, :1]
         positions, prefix = positions[:, 1:], 0
         notes.append("the class token's position is added to the class token, as timm's models with registers have it")

@@ -1,4 +1,4 @@
-"""Settings of the weights that a fresh run begins with."""
+"""Settings of a new run's initial weights."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from pipeline.config.types import PathName, Settings
 
 
 class InitSettings(Settings):
-    """The weights a fresh run begins with, if not random ones. Never looked at by a run that resumes."""
+    """Initial weights of a new run, if not random. A run that resumes ignores them."""
 
     source: PathName | None = Field(
         default=None,
         min_length=1,
-        description="a run or checkpoint of fovea, a file of weights under timm's or DINOv2's names, or timm:NAME; null for none",
+        description="fovea run or checkpoint, weights file under timm's or DINOv2's names, or timm:NAME; null for random weights",
     )
-    network: Literal["teacher", "student"] = Field(default="teacher", description="which network of a checkpoint of fovea")
-    heads: bool = Field(default=False, description="take the heads of a checkpoint of fovea too, not the backbone alone")
+    network: Literal["teacher", "student"] = Field(default="teacher", description="network to take from a fovea checkpoint")
+    heads: bool = Field(default=False, description="load the heads of a fovea checkpoint too, not only the backbone")

@@ -1,1 +1,1 @@
-"""See ``method.py`` and ``settings.py``."""
+"""BYOL: self-supervised learning by predicting an EMA teacher's features (arXiv 2006.07733)."""

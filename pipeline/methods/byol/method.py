@@ -1,10 +1,10 @@
 """BYOL (Grill et al., "Bootstrap your own latent", arXiv 2006.07733).
 
-The student's view, after projector and predictor, predicts the teacher's projection of the other view, whose colours were
-distorted otherwise. There are no negatives. What keeps all pictures from looking alike is the predictor together with targets
-that no gradient reaches; the slow teacher steadies it.
+The student projects and predicts one view; the target is the EMA teacher's projection of the other view, which has a different
+augmentation. There are no negatives. The predictor and the stop-gradient on the targets prevent collapse; the EMA teacher
+stabilizes the targets.
 
-The teacher begins as the student's copy; the reference begins with other random weights.
+The teacher is initialized as a copy of the student; the reference code initializes it independently.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ from pipeline.models.resnet import Tower, build_trunk
 
 
 class BYOL(TwoViews):
-    """The method; see the module. Local crops, if there are any, predict both global ones.
+    """BYOL; see the module. Local crops, if any, predict both global crops.
 
     Args:
-        backbone: the student's tower.
+        backbone: the student's backbone.
         settings: heads and views.
-        init: start of projector and predictor, see :func:`pipeline.models.mlps.mlp`.
+        init: initialization of projector and predictor, see :func:`pipeline.models.mlps.mlp`.
     """
 
     settings: ByolSettings
@@ -49,7 +49,7 @@ class BYOL(TwoViews):
 
     @override
     def forward(self, batch: Batch, step: Step) -> dict[str, Tensor]:
-        """Term ``regression``, 0 to 8, the sum of both directions; and those of repulsion."""
+        """Loss term ``regression``, 0 to 8, the sum of both directions; with local repulsion also ``repel`` and ``judge``."""
         backbone, projector = self.teacher.modules.values()
         with torch.no_grad(), batch_statistics(backbone, projector):
             targets = [projector(backbone(view, patches="none").cls) for view in batch.views["global"]]
@@ -61,6 +61,6 @@ class BYOL(TwoViews):
 
 
 def build(config: Config, settings: ByolSettings) -> BYOL:
-    """The method around a fresh tower."""
+    """Builds BYOL with a newly initialized backbone."""
     trunk = build_trunk(config.model, image_size=settings.views.global_size)
     return BYOL(trunk, settings, init="byol" if config.model.init == "byol" else "torch")

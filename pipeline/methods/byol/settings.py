@@ -1,4 +1,4 @@
-"""Settings of BYOL."""
+"""BYOL settings."""
 
 from __future__ import annotations
 
@@ -16,6 +16,6 @@ class ByolSettings(TwoViewSettings):
     """BYOL (arXiv 2006.07733)."""
 
     name: Literal["byol"] = Field(default="byol", description="the method")
-    head_hidden: Count = Field(default=4096, description="width of the hidden layer of projector and predictor")
-    head_out: Count = Field(default=256, description="features that are predicted")
-    predictor: bool = Field(default=True, description="predict the teacher's features; without, features collapse: to be seen")
+    head_hidden: Count = Field(default=4096, description="hidden width of the projector and the predictor")
+    head_out: Count = Field(default=256, description="output dimension of the projector and the predictor")
+    predictor: bool = Field(default=True, description="use the predictor; false makes the features collapse (for demonstrations)")

@@ -1,8 +1,8 @@
 """CLIP (Radford et al., arXiv 2103.00020) and SigLIP (Zhai et al., arXiv 2303.15343).
 
-A picture and its caption are each one unit vector. Their products over all pairs of a global batch, times a trained scale, are
-logits: CLIP asks of each picture which caption is its own and of each caption which picture is, SigLIP asks of each pair
-whether it is one.
+Images and captions are embedded as unit vectors. Their dot products over all pairs of the global batch, times a learned scale,
+are the logits. CLIP classifies the matching caption of each image and the matching image of each caption (softmax); SigLIP
+classifies each pair as matching or not (sigmoid).
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ INIT_SCALE = {"softmax": 1 / 0.07, "sigmoid": 10.0}
 
 
 class CLIP(Contrastive):
-    """The method; see the module.
+    """CLIP or SigLIP; see the module.
 
     Args:
         backbone: the vision tower.
-        settings: sizes, loss and rules.
+        settings: sizes, loss and optimization settings.
     """
 
     settings: ClipSettings
@@ -51,15 +51,15 @@ class CLIP(Contrastive):
         frozen = {"image": self.backbone, "text": self.text_tower}
         for name in settings.freeze:
             frozen[name].requires_grad_(False)
-        # The mask token belongs to other methods: no gradient ever reaches it.
+        # Only other methods use the mask token: here it never gets a gradient.
         self.backbone.mask_token.requires_grad_(False)
 
     def forward(self, batch: Batch, step: Step) -> dict[str, Tensor]:
-        """Term ``contrastive``."""
+        """Loss term ``contrastive``."""
         return {"contrastive": self.contrast(self.features(batch))}
 
     def features(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Unit features of pictures and captions."""
+        """L2-normalized features of images and captions."""
         s, images = self.settings, batch.views["image"][0]
         keep = None
         if self.training and s.patch_dropout > 0:
@@ -72,7 +72,7 @@ class CLIP(Contrastive):
         return unit(self._pooled(tokens)), unit(texts)
 
     def encode_images(self, images: Tensor) -> Tensor:
-        """Features ``[batch, embed]`` of whole pictures, not normalised."""
+        """Features ``[batch, embed]`` of full images, not normalized."""
         return self._pooled(self.backbone(images))
 
     def _pooled(self, tokens: Tokens) -> Tensor:
@@ -80,12 +80,12 @@ class CLIP(Contrastive):
         return features
 
     def export(self) -> dict[str, nn.Module]:
-        """Both towers, the picture's projection, and its pooling if that has weights."""
+        """Both towers, the image projection, and the image pooling if it has weights."""
         return super().export() | ({"image_pool": self.pool} if self.pool is not None else {})
 
 
 def build(config: Config, settings: ClipSettings) -> CLIP:
-    """The method around fresh towers, or around those whose initial weights are given."""
+    """Builds CLIP with newly initialized towers; loads the text tower's initial weights if the settings name them."""
     method = CLIP(build_tower(config.model, image_size=settings.image_size), settings)
     if settings.text_weights is not None:
         load_text(method.text_tower, settings.text_weights)

@@ -1,4 +1,4 @@
-"""Settings of CLIP and SigLIP: pictures and their captions."""
+"""CLIP and SigLIP settings."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ class TextSizes:
     """Sizes of a text tower.
 
     Attributes:
-        embed: features that pictures and texts share.
-        width, depth, heads: of the transformer.
+        embed: dimension of the joint image-text embedding.
+        width, depth, heads: sizes of the transformer.
     """
 
     embed: int
@@ -35,21 +35,23 @@ TEXT_SIZES = {
     **dict.fromkeys(("ViT-H-14", "ViT-g-14"), TextSizes(1024, 1024, 24, 16)),
     "ViT-bigG-14": TextSizes(1280, 1280, 32, 20),
 }
-"""Sizes by the names of open_clip."""
+"""Text tower sizes by open_clip model name."""
 
 
 class TextSettings(Settings):
-    """The text tower: sizes by an open_clip name, each of which may be set otherwise."""
+    """Text tower; sizes come from an open_clip model name, and each can be overridden."""
 
-    architecture: str | None = Field(default="ViT-B-32", description="open_clip name that gives the sizes not set here")
-    width: Count | None = Field(default=None, description="width of a token; null means the architecture's")
-    depth: Count | None = Field(default=None, description="transformer blocks; null means the architecture's")
-    num_heads: Count | None = Field(default=None, description="attention heads of a block; null means the architecture's")
-    context_length: int = Field(default=77, ge=3, le=4096, description="tokens of a caption at most, both marks included")
-    tokenizer: str = Field(default="ViT-B-32", min_length=1, description="open_clip name whose tokenizer is used")
-    causal: bool = Field(default=True, description="a token sees only those before it (CLIP); false is SigLIP's")
+    architecture: str | None = Field(default="ViT-B-32", description="open_clip model name that provides the sizes not set here")
+    width: Count | None = Field(default=None, description="token width; null means the architecture's")
+    depth: Count | None = Field(default=None, description="number of transformer blocks; null means the architecture's")
+    num_heads: Count | None = Field(default=None, description="attention heads per block; null means the architecture's")
+    context_length: int = Field(
+        default=77, ge=3, le=4096, description="maximum tokens per caption, start and end tokens included"
+    )
+    tokenizer: str = Field(default="ViT-B-32", min_length=1, description="open_clip model name whose tokenizer is used")
+    causal: bool = Field(default=True, description="causal attention (CLIP); false is bidirectional (SigLIP)")
     activation: Literal["gelu", "quick_gelu"] = Field(
-        default="gelu", description="exact GELU, or x * sigmoid(1.702 x) of OpenAI's weights and of the SLIP family"
+        default="gelu", description="exact GELU, or x * sigmoid(1.702 x) as in OpenAI's weights and the SLIP family"
     )
 
     @field_validator("architecture")
@@ -69,40 +71,43 @@ class TextSettings(Settings):
 
     @property
     def sizes(self) -> TextSizes:
-        """The sizes that hold; without an architecture the features are as wide as the tokens."""
+        """The resolved sizes; without an architecture the embedding is as wide as the tokens."""
         width, depth, heads = self.width or 0, self.depth or 0, self.num_heads or 0
         base = TEXT_SIZES[self.architecture] if self.architecture else TextSizes(width, width, depth, heads)
         return TextSizes(base.embed, width or base.width, depth or base.depth, heads or base.heads)
 
 
 class ContrastiveSettings(MethodSettings):
-    """What all methods share that compare pictures with captions."""
+    """Base settings of the methods with an image-text contrastive loss."""
 
     reads_text: ClassVar[bool] = True
 
     text: TextSettings = Field(default=TextSettings(), description="the text tower")
     embed_dim: Count | None = Field(
-        default=None, description="features that pictures and texts share; null means the text architecture's"
+        default=None, description="dimension of the joint image-text embedding; null means the text architecture's"
     )
     max_logit_scale: float = Field(
-        default=100.0, gt=1, description="largest inverse temperature; the scale is clamped to it in the forward"
+        default=100.0, gt=1, description="upper limit of the inverse temperature; the scale is clamped to it in the forward pass"
     )
-    logit_chunk_size: Count = Field(default=1024, json_schema_extra=RUNTIME, description="rows of logits that exist at a time")
+    logit_chunk_size: Count = Field(
+        default=1024, json_schema_extra=RUNTIME, description="rows of the logit matrix computed at a time; limits memory"
+    )
     grad_cache: bool = Field(
         default=True,
-        description="compare each sample with the whole global batch though it comes in micro-batches (GradCache, arXiv "
-        "2101.06983), at the cost of a second forward pass; false compares it with its micro-batch over all ranks only",
+        description="contrast each sample with the whole global batch even when it is split into micro-batches "
+        "(GradCache, arXiv 2101.06983), at the cost of a second forward pass; false contrasts it with its "
+        "micro-batch over all ranks only",
     )
     text_layerwise_lr_decay: Share = Field(
-        default=1.0, description="learning-rate factor from one block of the text tower to the block below"
+        default=1.0, description="layer-wise learning-rate decay of the text tower: factor from each block to the one below"
     )
     layerwise_lr_decay: Share = Field(
-        default=1.0, description="learning-rate factor from one block of the vision tower to the block below"
+        default=1.0, description="layer-wise learning-rate decay of the vision tower: factor from each block to the one below"
     )
-    text_lr_mult: NonNegative = Field(default=1.0, description="learning-rate factor of the whole text tower")
+    text_lr_mult: NonNegative = Field(default=1.0, description="learning-rate multiplier of the whole text tower")
     no_weight_decay: tuple[Literal["positions", "class_token", "token_embedding"], ...] = Field(
         default=("positions", "class_token"),
-        description="matrices without weight decay; biases, norms, logit scale and other vectors never have any",
+        description="parameters without weight decay; biases, norms, logit scale and other vectors are never decayed",
     )
 
 
@@ -111,23 +116,27 @@ class ClipSettings(ContrastiveSettings, OneViewSettings):
     """CLIP (arXiv 2103.00020), and with ``loss: sigmoid`` SigLIP (arXiv 2303.15343)."""
 
     name: Literal["clip"] = Field(default="clip", description="the method")
-    loss: Literal["softmax", "sigmoid"] = Field(default="softmax", description="CLIP's or SigLIP's")
+    loss: Literal["softmax", "sigmoid"] = Field(default="softmax", description="softmax (CLIP) or sigmoid (SigLIP) loss")
     init_logit_scale: Positive | None = Field(
-        default=None, description="initial inverse temperature; null is 1/0.07, or 10 with sigmoid"
+        default=None, description="initial inverse temperature; null means 1/0.07, or 10 with the sigmoid loss"
     )
-    init_logit_bias: float = Field(default=-10.0, description="initial bias of the sigmoid's logits")
+    init_logit_bias: float = Field(default=-10.0, description="initial bias of the sigmoid loss's logits")
     image_pool: Literal["class_token", "attention"] = Field(
         default="class_token",
-        description="what stands for the picture: the class token, or attention over the patches (SigLIP's)",
+        description="image feature: the class token, or attention pooling over the patch tokens (SigLIP)",
     )
     patch_dropout: float = Field(
-        default=0.0, ge=0, lt=1, description="share of the patches that training leaves out of each picture (FLIP); end with 0"
+        default=0.0,
+        ge=0,
+        lt=1,
+        description="fraction of patches dropped from each image in training (FLIP); finish training with 0",
     )
     freeze: tuple[Literal["image", "text"], ...] = Field(
-        default=(), description="towers that stand still (LiT: image, whose weights init_from.source gives)"
+        default=(), description="towers that are frozen (LiT: image, with weights from init_from.source)"
     )
     text_weights: FilePath | None = Field(
-        default=None, description="safetensors file of initial weights of the text tower, by open_clip's names or fovea's"
+        default=None,
+        description="safetensors file with initial weights of the text tower, under open_clip's or fovea's names; null for none",
     )
 
     @field_validator("freeze")

@@ -1,1 +1,1 @@
-"""See ``method.py`` and ``settings.py``."""
+"""CoCa: contrastive image-text pretraining with a captioning decoder (arXiv 2205.01917)."""

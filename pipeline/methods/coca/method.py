@@ -1,8 +1,8 @@
 """CoCa (Yu et al., "Contrastive captioners are image-text foundation models", arXiv 2205.01917).
 
-CLIP's comparison of pictures and captions, and a decoder that writes the caption. The lower half of the text tower reads the
-caption alone, from left to right; a class token at its end gives the caption's feature. The upper half looks at the picture as
-well, pooled to a few tokens, and tells each next token. Both terms come from one pass.
+CLIP's contrastive loss plus a captioning decoder. The lower half of the text tower is a causal, text-only decoder; a class
+token at its end gives the caption's feature. The upper half adds cross-attention to the image, pooled to a few tokens, and
+predicts each next token. Both losses come from one forward pass.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ from pipeline.models.vision import VisionTower, build_tower
 
 
 class CoCa(Contrastive):
-    """The method; see the module.
+    """CoCa; see the module.
 
     Args:
         backbone: the vision tower.
-        settings: sizes and weights.
+        settings: sizes and loss weights.
     """
 
     settings: CocaSettings
@@ -51,19 +51,19 @@ class CoCa(Contrastive):
             quick_gelu=t.activation == "quick_gelu",
         )
         self.pooler = Pooler(backbone.width, 1 + settings.caption_queries, backbone.vit.blocks[0].attn.num_heads)
-        self.backbone.mask_token.requires_grad_(False)  # other methods': no gradient ever reaches it
+        self.backbone.mask_token.requires_grad_(False)  # used by other methods only: it never gets a gradient here
         self._counts: deque[Tensor] = deque()
 
     @override
     def before_accumulation(self, batches: Sequence[Batch], step: Step) -> None:
-        """The comparison of all micro-batches as one, and how many tokens they have to tell."""
+        """Prepares the contrastive loss over all micro-batches and counts the tokens to predict."""
         super().before_accumulation(batches, step)
         count = average_count([told(caption_tokens(batch)) for batch in batches])
         self._counts = deque([count] * len(batches))
 
     @override
     def forward(self, batch: Batch, step: Step) -> dict[str, Tensor]:
-        """Terms ``contrastive`` and ``caption``."""
+        """Loss terms ``contrastive`` and ``caption``."""
         s, tokens = self.settings, caption_tokens(batch)
         wanted = told(tokens)
         count = self._counts.popleft() if self._counts else average_count([wanted])
@@ -76,33 +76,33 @@ class CoCa(Contrastive):
 
     @override
     def features(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Unit features of pictures and captions."""
+        """L2-normalized features of images and captions."""
         return unit(self.encode_images(batch.views["image"][0])), unit(self.encode_texts(caption_tokens(batch)))
 
     @override
     def encode_images(self, images: Tensor) -> Tensor:
-        """Features ``[batch, embed]`` of whole pictures, not normalised."""
+        """Features ``[batch, embed]`` of full images, not normalized."""
         features: Tensor = self.image_projection(self._pooled(images)[:, 0])
         return features
 
     def _pooled(self, images: Tensor) -> Tensor:
-        """The feature that is compared, then those the decoder sees, ``[batch, 1 + queries, width]``."""
+        """Pooled image tokens ``[batch, 1 + queries, width]``: first the contrastive feature, then the decoder's."""
         seen = self.backbone(images)
         pooled: Tensor = self.pooler(torch.cat([seen.cls[:, None], seen.patches], dim=1))
         return pooled
 
     @override
     def on_step_skipped(self) -> None:
-        """Forgets what was prepared."""
+        """Discards the prepared state."""
         super().on_step_skipped()
         self._counts.clear()
 
     @override
     def export(self) -> dict[str, nn.Module]:
-        """Both towers, the picture's projection and its pooling."""
+        """Both towers, the image projection and the image pooling."""
         return super().export() | {"pooler": self.pooler}
 
 
 def build(config: Config, settings: CocaSettings) -> CoCa:
-    """The method around fresh towers."""
+    """Builds CoCa with newly initialized towers."""
     return CoCa(build_tower(config.model, image_size=settings.image_size), settings)

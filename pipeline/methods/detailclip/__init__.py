@@ -1,1 +1,1 @@
-"""See ``method.py`` and ``settings.py``."""
+"""DetailCLIP: CLIP with masked self-distillation and pixel reconstruction (arXiv 2409.06809)."""

@@ -1,8 +1,9 @@
 """DetailCLIP (Monsefi et al., arXiv 2409.06809).
 
-Of two views of a picture the teacher, a slow copy, sees all; the student sees only the cells that the teacher's class token
-attends to most. The student's class tokens are compared with captions (CLIP) and predict the teacher's of the other view (CLS). A
-small decoder fills the removed places: there it predicts the teacher's patches of the same view (Patch) and the pixels (Rec).
+The EMA teacher sees two full views of each image; the student sees only the patches that the teacher's class token attends to
+most. The student's class tokens are contrasted with captions (term CLIP) and predict the teacher's class tokens of the other
+view (CLS). A small decoder fills the masked positions and predicts there the teacher's patch tokens of the same view (Patch)
+and the pixels (Rec).
 """
 
 from __future__ import annotations
@@ -40,12 +41,12 @@ PAIRINGS = {
 
 @dataclass(frozen=True)
 class _Prepared:
-    """What the teacher says of a micro-batch, views first.
+    """The teacher's outputs for a micro-batch, views first.
 
     Attributes:
         batch: the micro-batch.
-        keep, removed: int64 ``[2 * batch, ...]``, the patches that the student sees and does not.
-        told: int64 ``[2 * batch, ...]``, the patches whose targets are predicted.
+        keep, removed: int64 ``[2 * batch, ...]``, indices of the patches that are visible to and masked from the student.
+        told: int64 ``[2 * batch, ...]``, indices of the patches in the patch loss.
         cls, patches: targets ``[2, batch]`` and ``[1, 2 * batch * told]``.
     """
 
@@ -58,11 +59,11 @@ class _Prepared:
 
 
 class DetailCLIP(Contrastive):
-    """The method; see the module.
+    """DetailCLIP; see the module.
 
     Args:
-        backbone: the student's tower.
-        settings: views, what is removed, weights, temperatures.
+        backbone: the student's vision tower.
+        settings: views, masking, loss weights, temperatures.
     """
 
     settings: DetailClipSettings
@@ -76,7 +77,7 @@ class DetailCLIP(Contrastive):
             backbone.width, hidden=s.head_hidden, bottleneck=s.head_bottleneck, prototypes=s.prototypes, layers=s.head_layers
         )
         self.decoder = Decoder(backbone.width, grid=self.grid, patch=backbone.patch, depth=s.decoder_depth, heads=s.decoder_heads)
-        # Prototypes are unit vectors; places of removed patches are the decoder's, not the tower's.
+        # Prototypes are unit vectors; masked positions use the decoder's mask token, not the tower's.
         for frozen in (self.head.last.gain, backbone.mask_token):
             if frozen is not None:
                 frozen.requires_grad_(False)
@@ -89,7 +90,7 @@ class DetailCLIP(Contrastive):
 
     @torch.no_grad()
     def before_accumulation(self, batches: Sequence[Batch], step: Step) -> None:
-        """The teacher's part of a step, then features of all micro-batches, if there are several."""
+        """Runs the teacher, then, if there are several micro-batches, computes the student's features of all."""
         self._forget()
         backbone, head = cast(VisionTower, self.teacher.modules["backbone"]), cast(PrototypeHead, self.teacher.modules["head"])
         s, seen, sums, rows = self.settings, [], [], [0, 0]
@@ -113,7 +114,9 @@ class DetailCLIP(Contrastive):
             seen.append((batch, keep, removed, told, cls, taken(patches, told).flatten(0, 1)))
         matrix = head.matrix(seen[0][4].dtype)
         for name, total, count in zip(self.extra_state, torch.stack(sums).sum(0), rows, strict=True):
-            with torch.autocast(total.device.type, enabled=False):  # logits are linear in features, and so are their means
+            with torch.autocast(
+                total.device.type, enabled=False
+            ):  # logits are linear in features, so the mean of logits is the logit of the mean feature
                 self._means[name] = matrix.float() @ losses.global_mean(total, count)
         temperatures = (s.cls_temperature, step.teacher_temperature)
         shift = [-center / temperature for center, temperature in zip(self.extra_state.values(), temperatures, strict=True)]
@@ -124,7 +127,7 @@ class DetailCLIP(Contrastive):
         super().before_accumulation(batches, step)
 
     def forward(self, batch: Batch, step: Step) -> dict[str, Tensor]:
-        """Terms ``clip``, ``cls``, ``patch`` and ``rec``."""
+        """Loss terms ``clip``, ``cls``, ``patch`` and ``rec``."""
         if not self._prepared or self._prepared[0].batch is not batch:
             self.before_accumulation([batch], step)
         s, known = self.settings, self._prepared[0]
@@ -163,42 +166,42 @@ class DetailCLIP(Contrastive):
         }
 
     def features(self, batch: Batch) -> tuple[Tensor, ...]:
-        """Unit features of both views as the student sees them, and of the captions."""
+        """L2-normalized features of both views as the student sees them, and of the captions."""
         return self._student(batch)[1]
 
     def compare(self, features: Sequence[Tensor], scale: Tensor, bias: Tensor | None) -> Tensor:
-        """The mean over the views of CLIP's loss."""
+        """Mean over the views of CLIP's loss."""
         first, second, texts = features
         compared = partial(losses.clip_loss, chunk=self.settings.logit_chunk_size)
         return (compared(first, texts, scale) + compared(second, texts, scale)) / 2
 
     def after_step(self, step: Step) -> None:
-        """Moves the teacher, and the centres by the mean of what it said before."""
+        """Updates the teacher, and the centres with the mean of its outputs in this step."""
         super().after_step(step)
         for name, mean in self._means.items():
             self.extra_state[name] = losses.moved_center(self.extra_state[name], mean, self.settings.center_momentum)
         self._forget()
 
     def on_step_skipped(self) -> None:
-        """Forgets the skipped batch: its means may not be finite."""
+        """Discards the skipped batch, whose means may not be finite."""
         super().on_step_skipped()
         self._forget()
 
     def export(self) -> dict[str, nn.Module]:
-        """Both towers and the picture's projection: the slow ones, or the student's if the text tower has no slow copy."""
+        """Both towers and the image projection: the teacher's, or the student's if the text tower has no EMA teacher."""
         if not self.settings.text_teacher:
             return super().export()
         slow = self.teacher.modules
         return {"backbone": slow["backbone"], "image_projection": slow["image_projection"], "text": slow["text_tower"]}
 
     def encode_images(self, images: Tensor) -> Tensor:
-        """Features ``[batch, embed]`` of whole pictures by the exported towers, not normalised."""
+        """Features ``[batch, embed]`` of full images by the exported towers, not normalized."""
         towers = self.export()
         features: Tensor = towers["image_projection"](towers["backbone"](images).cls)
         return features
 
     def encode_texts(self, tokens: Tensor) -> Tensor:
-        """Features ``[batch, embed]`` of captions by the exported tower, not normalised."""
+        """Features ``[batch, embed]`` of captions by the exported tower, not normalized."""
         return cast(TextTower, self.export()["text"])(tokens)
 
     def _student(self, batch: Batch) -> tuple[Tokens, tuple[Tensor, ...]]:
@@ -208,7 +211,7 @@ class DetailCLIP(Contrastive):
         return tokens, (first, second, unit(self.text_tower(caption_tokens(batch))))
 
     def _shrunk(self, images: Tensor) -> Tensor:
-        """What the teacher sees of views."""
+        """The teacher's input: views, downscaled if ``teacher_size`` is set."""
         side = self.settings.teacher_size
         if side in (None, images.shape[-1]):
             return images
@@ -219,7 +222,7 @@ class DetailCLIP(Contrastive):
 
 
 def detailclip_views(settings: DetailClipSettings) -> tuple[ViewSpec, ...]:
-    """Two views of each picture, treated alike."""
+    """Two views of each image with the same augmentation."""
     a = settings.augment
     blur = a.blur_probability if a.blur != "off" else 0.0
     augment = replace(colours(a), blur_p=blur, blur_kernel="auto", solarize_p=a.solarize_probability)
@@ -237,10 +240,10 @@ def detailclip_views(settings: DetailClipSettings) -> tuple[ViewSpec, ...]:
 
 
 def build(config: Config, settings: DetailClipSettings) -> DetailCLIP:
-    """The method around fresh towers.
+    """Builds DetailCLIP with newly initialized towers.
 
     Raises:
-        ConfigError: the teacher's views are not made of whole patches, or larger than the student's.
+        ConfigError: the teacher's view size is not a multiple of the patch size, or exceeds the student's.
     """
     tower = build_tower(config.model, image_size=settings.image_size)
     side = settings.teacher_size or settings.image_size

@@ -1,1 +1,1 @@
-"""See ``method.py`` and ``settings.py``."""
+"""DINO: self-distillation of class tokens with multi-crop (arXiv 2104.14294)."""

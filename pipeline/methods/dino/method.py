@@ -1,9 +1,9 @@
 """DINO (Caron et al., "Emerging properties in self-supervised vision transformers", arXiv 2104.14294).
 
-The student sees two global and several local crops, its slow copy the teacher the global ones. Both answer with a distribution
-over prototypes, and each of the student's crops predicts what the teacher said of every *other* global crop. There are no
-negatives: no term pushes pictures apart. Two opposite treatments of the teacher's answers keep it from saying one thing always:
-a running centre taken off its logits lets no prototype dominate, and a low temperature keeps it decided.
+The student sees two global and several local crops, its EMA teacher only the global ones. Both output a distribution over
+prototypes, and each student crop predicts the teacher's distribution of every *other* global crop. There are no negatives. Two
+operations on the teacher's logits prevent collapse: subtracting a running centre keeps single prototypes from dominating, and
+a low temperature (sharpening) keeps the distribution from becoming uniform.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ from pipeline.models.resnet import Tower, build_trunk
 
 
 class DINO(TwoViews):
-    """The method; see the module.
+    """DINO; see the module.
 
-    The centre is that of the batches before this one, so micro-batches are one large batch, but for norms over a batch in a
-    ResNet or in the head.
+    The centre comes from earlier batches, so accumulating micro-batches is equivalent to one large batch, except for batch
+    norms in a ResNet or in the head.
 
     Args:
-        backbone: the student's tower.
+        backbone: the student's backbone.
         settings: head, temperatures and views.
     """
 
@@ -71,7 +71,7 @@ class DINO(TwoViews):
 
     @override
     def forward(self, batch: Batch, step: Step) -> dict[str, Tensor]:
-        """Term ``dino``, and those of repulsion."""
+        """Loss term ``dino``; with local repulsion also ``repel`` and ``judge``."""
         s, locals_ = self.settings, batch.views.get("local", [])
         globals_ = torch.cat(batch.views["global"])
         targets = self._targets(globals_, step)
@@ -96,7 +96,7 @@ class DINO(TwoViews):
 
     @override
     def after_step(self, step: Step) -> None:
-        """Moves the teacher, and the centre by the mean of what the teacher said since the last step."""
+        """Updates the teacher, and the centre with the mean of the teacher's logits since the last step."""
         super().after_step(step)
         mean = losses.global_mean(torch.stack([total for total, _ in self._sums]).sum(0), sum(n for _, n in self._sums))
         self.extra_state["center"] = losses.moved_center(self.extra_state["center"], mean, self.settings.center_momentum)
@@ -104,12 +104,12 @@ class DINO(TwoViews):
 
     @override
     def on_step_skipped(self) -> None:
-        """Forgets the skipped batch: its mean may not be finite."""
+        """Discards the skipped batch, whose mean may not be finite."""
         self._sums.clear()
 
     @override
     def export(self) -> dict[str, nn.Module]:
-        """The teacher's tower, as ``backbone``."""
+        """The teacher's backbone, as ``backbone``."""
         return {"backbone": self.teacher.modules["backbone"]}
 
     @torch.no_grad()
@@ -120,13 +120,15 @@ class DINO(TwoViews):
             units = head.units(backbone(images, patches="none").cls)
         matrix = head.matrix(units.dtype)
         with torch.autocast(units.device.type, enabled=False):
-            self._sums.append((matrix.float() @ units.float().sum(0), len(units)))  # logits are linear in features
+            self._sums.append(
+                (matrix.float() @ units.float().sum(0), len(units))
+            )  # logits are linear in features: summing features first is cheaper
         potential = -self.extra_state["center"] / step.teacher_temperature
         return losses.Targets(units.unflatten(0, (2, -1)), matrix, potential, step.teacher_temperature)
 
     @torch.no_grad()
     def _look(self, loss: Tensor, watched: losses.Watched, rows: int, features: Tensor) -> None:
-        """Signs of collapse: a loss of ln K or an entropy of 1, a mean target of one prototype, features of rank 1."""
+        """Records collapse metrics: a loss of ln K or an entropy of 1, a mean target of one prototype, features of rank 1."""
         uniform, mass = math.log(self.settings.prototypes), watched.mass / rows
         self.metrics = {
             "target_entropy": watched.entropy / rows / uniform,
@@ -139,5 +141,5 @@ class DINO(TwoViews):
 
 
 def build(config: Config, settings: DinoSettings) -> DINO:
-    """The method around a fresh tower."""
+    """Builds DINO with a newly initialized backbone."""
     return DINO(build_trunk(config.model, image_size=settings.views.global_size), settings)

@@ -1,8 +1,8 @@
 """DINOv2 (Oquab et al., "Learning robust visual features without supervision", arXiv 2304.07193).
 
-The student sees two global crops, half of them with hidden patches, and several local crops. The teacher, its slow copy,
-sees the two global crops whole. The student's class tokens predict the teacher's of the *other* crops (DINO), its mask
-tokens predict the teacher's patches in the *same* crop (iBOT), and KoLeo keeps the class tokens of a batch apart.
+The student sees two global crops, half of them with masked patches, and several local crops. The EMA teacher sees the two
+global crops unmasked. The student's class tokens predict the teacher's of the *other* crops (DINO), its mask tokens predict
+the teacher's patch tokens in the *same* crop (iBOT), and KoLeo spreads the class tokens of a batch.
 """
 
 from __future__ import annotations
@@ -33,14 +33,14 @@ from pipeline.models.groups import ParameterGroup, parameter_groups
 from pipeline.models.heads import PrototypeHead
 from pipeline.models.vision import VisionTower, build_tower
 
-# Probability of blur for the first global, the second global and the local crops. The public weights were trained with the
-# first row (the code's blur wrapper inverted its argument); the paper's text means the second.
+# Blur probabilities of the first global, the second global and the local crops. The public weights were trained with the first
+# row (the code's blur wrapper inverted its argument); the paper's text gives the second.
 BLUR = {"as_released": (0.0, 0.9, 0.5), "paper": (1.0, 0.1, 0.5), "off": (0.0, 0.0, 0.0)}
 
 
 @dataclass(frozen=True)
 class _Prepared:
-    """What the teacher has to say about a micro-batch."""
+    """The teacher's outputs for a micro-batch."""
 
     batch: Batch
     dino: losses.Targets
@@ -48,21 +48,23 @@ class _Prepared:
 
 
 class DINOv2(Method):
-    """The method; see the module.
+    """DINOv2; see the module.
 
-    Samples meet in the targets, whose Sinkhorn or centre is that of the whole global batch: so the teacher reads all
-    micro-batches before the student reads the first, and keeps nothing of them but bottleneck features. Logits come and go in
-    pieces.
+    The targets depend on the whole global batch through Sinkhorn-Knopp or the centre. Therefore the teacher processes all
+    micro-batches before the student's first forward pass and keeps only the heads' bottleneck features; logits are computed in
+    chunks.
 
     Args:
-        backbone: the student's tower.
-        settings: weights, temperatures, heads and views.
+        backbone: the student's backbone.
+        settings: loss weights, temperatures, heads and views.
     """
 
     def __init__(self, backbone: VisionTower, settings: Dinov2Settings) -> None:
         super().__init__()
         self.settings = settings
-        self.couples_batch = settings.koleo_weight > 0 and settings.koleo_group_size is None  # the rest is exact, see prepare
+        self.couples_batch = (
+            settings.koleo_weight > 0 and settings.koleo_group_size is None
+        )  # all other terms are exact under accumulation, see before_accumulation
         self.views = dinov2_views(settings, patch=backbone.patch)
         self._sets = tuple(ViewSet(dinov2_views(settings.at(r), patch=backbone.patch), r.weight) for r in settings.resolutions)
         self.backbone = backbone
@@ -103,10 +105,10 @@ class DINOv2(Method):
 
     @torch.no_grad()
     def before_accumulation(self, batches: Sequence[Batch], step: Step) -> None:
-        """The teacher's part of a step: features of all micro-batches, then the potentials that make targets of them."""
+        """Runs the teacher on all micro-batches, then computes the potentials that turn its logits into targets."""
         self._forget()
         backbone, *heads = self.judges().values()
-        dino_head, ibot_head = cast(PrototypeHead, heads[0]), cast(PrototypeHead, heads[-1])  # one and the same if shared
+        dino_head, ibot_head = cast(PrototypeHead, heads[0]), cast(PrototypeHead, heads[-1])  # the same head if shared
         features, cls, patches = [], [], []
         for batch in batches:
             tokens = backbone(torch.cat(batch.views["global"]), patches=batch.masks["global"].index)
@@ -124,7 +126,7 @@ class DINOv2(Method):
             self._prepared.append(_Prepared(batch, dino_targets, losses.Targets(p[None], ibot_matrix, ibot, temperature)))
 
     def forward(self, batch: Batch, step: Step) -> dict[str, Tensor]:
-        """Terms ``dino_local``, ``dino_global``, ``ibot`` and ``koleo``."""
+        """Loss terms ``dino_local``, ``dino_global``, ``ibot`` and ``koleo``."""
         if not self._prepared or self._prepared[0].batch is not batch:
             self.before_accumulation([batch], step)
         s, targets, masks = self.settings, self._prepared.popleft(), batch.masks["global"]
@@ -169,19 +171,19 @@ class DINOv2(Method):
         return terms
 
     def told(self, by: DINOv2) -> None:
-        """Takes the targets that another has prepared, of the same prototypes."""
+        """Takes over the targets that another instance has prepared, over the same prototypes."""
         self._prepared, self._rank = deque(by._prepared), by._rank
 
     def judges(self) -> Mapping[str, nn.Module]:
-        """Whose word the targets are: a tower and its heads."""
+        """The networks that produce the targets: a backbone and its heads."""
         return self.teacher.modules
 
     def hidden(self, masks: Masks) -> Tensor | None:
-        """The patches of the global crops that the student does not see, bool ``[crops, patches]``; ``None`` for none."""
+        """Patches of the global crops that are masked from the student, bool ``[crops, patches]``; ``None`` for none."""
         return masks.grid
 
     def after_step(self, step: Step) -> None:
-        """Moves the teacher, and the centres by the mean of what the teacher said since the last step."""
+        """Updates the teacher, and the centres with the mean of the teacher's logits since the last step."""
         super().after_step(step)
         if self.gram is not None and self.settings.gram_update_every:
             times, rest = divmod(step.index + 1, self.settings.gram_update_every)
@@ -192,20 +194,20 @@ class DINOv2(Method):
         self._forget()
 
     def on_step_skipped(self) -> None:
-        """Forgets the skipped batch: its means may not be finite."""
+        """Discards the skipped batch, whose means may not be finite."""
         self._forget()
 
     def parameter_groups(self) -> list[ParameterGroup]:
-        """Layer-wise learning rates in the tower, the prototype layers marked, vectors without weight decay."""
+        """Groups with layer-wise learning rates in the backbone, marked prototype layers, and no weight decay on vectors."""
         return parameter_groups(self, layer_decay=self.settings.layerwise_lr_decay, patch_lr=self.settings.patch_embed_lr_mult)
 
     def export(self) -> dict[str, nn.Module]:
-        """The teacher's tower, as ``backbone``."""
+        """The teacher's backbone, as ``backbone``."""
         return {"backbone": self.teacher.modules["backbone"]}
 
     @torch.no_grad()
     def _refresh(self, anchor: nn.Module) -> None:
-        """Makes the anchor the teacher of now: piece by piece, where an engine has cut both alike."""
+        """Copies the current teacher into the anchor, shard by shard, since an engine shards both alike."""
         teacher: dict[str, Tensor] = dict(self.teacher.modules["backbone"].named_parameters())
         for name, weight in anchor.named_parameters():
             getattr(weight, "ds_tensor", weight).copy_(getattr(teacher[name], "ds_tensor", teacher[name]))
@@ -215,13 +217,13 @@ class DINOv2(Method):
         self._prepared.clear()
 
     def _potential(self, name: str, units: list[Tensor], matrix: Tensor, temperature: float) -> Tensor:
-        """What makes targets of logits: the Sinkhorn potential of the global batch, or the centre of the batches before it."""
+        """Term added to the logits to make targets: the global batch's Sinkhorn-Knopp potential, or the negative centre."""
         if self.settings.centering == "sinkhorn_knopp":
             pieces = losses.logit_pieces(units, matrix, temperature, self.settings.prototype_chunk_size)
             zeros = matrix.new_zeros(len(matrix), dtype=torch.float32)
             return losses.potential_over_pieces(pieces, zeros, self.settings.sinkhorn_iterations)
         sums = torch.stack([unit.float().sum(0) for unit in units]).sum(0)
-        mean = losses.global_mean(sums, sum(map(len, units)))  # of features: logits are linear in them
+        mean = losses.global_mean(sums, sum(map(len, units)))  # mean of features, since logits are linear in them
         with torch.autocast(mean.device.type, enabled=False):
             self._means[name] = matrix.float() @ mean
         return -self.extra_state[name] / temperature
@@ -237,8 +239,9 @@ class DINOv2(Method):
 
     @torch.no_grad()
     def _watch(self, batch: Batch, targets: _Prepared, dino: Tensor, w: losses.Watched) -> None:
-        """Means over the step's micro-batches so far. Signs of collapse: a loss of ln K or an entropy of 1 (everything alike),
-        a mean target of one prototype, features of rank 1."""
+        """Records running means over the step's micro-batches. Signs of collapse: a loss of ln K or an entropy of 1 (uniform
+        targets), a mean target of one prototype, features of rank 1.
+        """
         uniform, rows = math.log(self.settings.prototypes), targets.dino.unit.shape[0] * targets.dino.unit.shape[1]
         masks = batch.masks["global"]
         seen = {
@@ -262,17 +265,17 @@ class DINOv2(Method):
 
 
 def build(config: Config, settings: Dinov2Settings) -> DINOv2:
-    """The method around a fresh tower."""
+    """Builds DINOv2 with a newly initialized backbone."""
     return DINOv2(build_tower(config.model, image_size=settings.views.global_size), settings)
 
 
 def dinov2_views(settings: Dinov2Settings, *, patch: int) -> tuple[ViewSpec, ...]:
-    """The two global and the local crops of the paper, with block masks on the global ones; once more the global ones as they
-    lie in the picture, if the Gram anchor sees them in another size.
+    """The paper's two global and several local crops, with block masks on the global ones. If the Gram anchor uses another
+    size, the global crops are repeated in that size without colour augmentation.
 
     Args:
         settings: sizes, scales and probabilities.
-        patch: patch side of the tower, pixels.
+        patch: patch side of the backbone in pixels.
     """
     v, a = settings.views, settings.augment
     blur = BLUR[a.blur]
@@ -308,7 +311,7 @@ def _patch_prototypes(s: Dinov2Settings) -> int:
 
 
 def prototype_head(width: int, s: Dinov2Settings, *, ibot: bool = False) -> PrototypeHead:
-    """A head by the settings: the class tokens' (and everybody's, if shared), or the patch tokens' own."""
+    """Builds a projection head: for class tokens (and patch tokens, if shared), or with ``ibot`` for patch tokens."""
     return PrototypeHead(
         width,
         hidden=(s.ibot_hidden if ibot else None) or s.head_hidden,

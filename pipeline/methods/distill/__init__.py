@@ -1,1 +1,1 @@
-"""See ``method.py`` and ``settings.py``."""
+"""Distillation of DINOv2 students from a larger frozen teacher (arXiv 2304.07193, section 5)."""

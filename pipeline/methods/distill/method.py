@@ -1,7 +1,8 @@
 """Distillation from a larger frozen teacher (DINOv2, arXiv 2304.07193, section 5).
 
-DINOv2's losses with three differences: the targets are those of a frozen tower and its heads, the student sees whole crops and
-answers for every patch of them, and nothing is dropped. The slow copy of the student is still kept: it is the model in the end.
+Uses DINOv2's losses with these differences: the targets come from a frozen backbone and its heads; the student's crops are not
+masked, all their patches are predicted, and ``drop_path`` should be 0. The student's EMA is still kept and is the exported
+model.
 """
 
 from __future__ import annotations
@@ -25,23 +26,23 @@ from pipeline.models.vision import VisionTower, build_tower
 
 
 class _Student(DINOv2):
-    """A student that is told its targets, and sees whole crops."""
+    """A student that gets its targets from outside and sees unmasked crops."""
 
     @override
     def hidden(self, masks: Masks) -> Tensor | None:
-        """Nothing is hidden."""
+        """No patch is masked."""
         return None
 
 
 class Distill(_Student):
-    """The method; see the module. The frozen teacher reads each crop once, however many students learn from it.
+    """Distillation; see the module. The frozen teacher runs once per crop, however many students train.
 
     Args:
-        backbone: the student's tower.
-        judge: the frozen teacher's, with its patch.
-        settings: weights, temperatures, heads and views.
-        others: towers of further students by name. They share nothing but the targets: their terms are summed, so each moves as
-            it would alone, but for what is drawn at random (stochastic depth).
+        backbone: the student's backbone.
+        judge: the frozen teacher's backbone, with the same patch size.
+        settings: loss weights, temperatures, heads and views.
+        others: backbones of further students by name. Students share only the targets, and their losses are summed, so each is
+            updated as if trained alone, except for random draws (stochastic depth).
     """
 
     def __init__(
@@ -60,14 +61,14 @@ class Distill(_Student):
         if others:
             self.others = nn.ModuleDict({name: _Student(tower, settings) for name, tower in others.items()})
             for other in self._others():
-                cast(Method, other).teacher, other.extra_state = None, {}  # this method keeps them
+                cast(Method, other).teacher, other.extra_state = None, {}  # this method holds them
             own = {name: module for name, module in self.named_children() if name.startswith(("backbone", "dino", "ibot"))}
             self.teacher = Teacher(**own, others=self.others)
 
     @override
     @torch.no_grad()
     def before_accumulation(self, batches: Sequence[Batch], step: Step) -> None:
-        """The frozen teacher's part of a step, once for all students."""
+        """Runs the frozen teacher, once for all students."""
         super().before_accumulation(batches, step)
         for other in self._others():
             other.on_step_skipped()
@@ -75,7 +76,7 @@ class Distill(_Student):
 
     @override
     def forward(self, batch: Batch, step: Step) -> dict[str, Tensor]:
-        """DINOv2's terms, and those of further students under ``name/``."""
+        """DINOv2's loss terms; those of further students are prefixed with ``name/``."""
         terms = super().forward(batch, step)
         for name, other in self._named():
             terms |= {f"{name}/{term}": value for term, value in other(batch, step).items()}
@@ -84,13 +85,13 @@ class Distill(_Student):
 
     @override
     def networks(self) -> dict[str, nn.Module]:
-        """Each student's tower and heads, each clipped by itself."""
+        """Each student's backbone and heads, each clipped by its own gradient norm."""
         own = {name: module for name, module in super().networks().items() if name != "others"}
         return own | {f"{name}.{part}": module for name, other in self._named() for part, module in other.networks().items()}
 
     @override
     def students(self, *, slow: bool = True) -> dict[str, nn.Module]:
-        """The further students' towers."""
+        """Backbones of the further students."""
         if slow and self.teacher is not None and "others" in self.teacher.modules:
             return {name: self.teacher.modules["others"].get_submodule(f"{name}.backbone") for name, _ in self._named()}
         return {name: other.backbone for name, other in self._named()}
@@ -103,15 +104,15 @@ class Distill(_Student):
 
     @override
     def judges(self) -> Mapping[str, nn.Module]:
-        """The frozen networks, in the teacher's place."""
+        """The frozen networks, which take the place of the EMA teacher."""
         return dict(self.judge.items())
 
 
 def build(config: Config, settings: DistillSettings) -> Distill:
-    """The method around fresh students and a frozen tower that is filled at the start of the run.
+    """Builds the method with newly initialized students and a frozen backbone whose weights are loaded at the start of the run.
 
     Raises:
-        ConfigError: patches of two sizes.
+        ConfigError: teacher and student have different patch sizes.
     """
     student = build_tower(config.model, image_size=settings.views.global_size)
     judge = build_tower(settings.teacher_model, image_size=settings.views.global_size)

@@ -14,29 +14,31 @@ from pipeline.models.settings import ModelSettings
 
 
 class StudentSettings(ModelSettings):
-    """The tower of one of several students."""
+    """Backbone of one of several students."""
 
-    name: str = Field(pattern=r"^[a-z][a-z0-9_]*$", max_length=32, description="what the student is called in terms and exports")
+    name: str = Field(pattern=r"^[a-z][a-z0-9_]*$", max_length=32, description="name of the student in metrics and exports")
 
 
 @register("distill")
 class DistillSettings(Dinov2Settings):
-    """DINOv2's distillation (arXiv 2304.07193, section 5): the same losses, against a frozen tower and its heads."""
+    """DINOv2's distillation (arXiv 2304.07193, section 5): DINOv2's losses against a frozen teacher with its heads."""
 
     name: Literal["distill"] = Field(default="distill", description="the method")  # type: ignore[assignment]
     teacher_model: ModelSettings = Field(
-        default=ModelSettings(), description="the frozen teacher's tower; its heads are as the student's"
+        default=ModelSettings(), description="backbone of the frozen teacher; its heads have the student's sizes"
     )
     students: tuple[StudentSettings, ...] = Field(
         default=(),
-        description="towers that learn beside model from the same pass of the frozen teacher, each with heads and a slow copy of "
-        "its own, as if it were trained alone",
+        description="further student backbones that train beside model on the same teacher forward pass; each has its own "
+        "heads and EMA teacher, as if trained alone",
     )
     teacher_weights: PathName = Field(
-        min_length=1, description="run or checkpoint of fovea whose teacher is frozen here, heads and all"
+        min_length=1, description="fovea run or checkpoint whose teacher, heads included, is the frozen teacher"
     )
-    mask_probability: Probability = Field(default=1.0, ge=1.0, description="1: the patches of all global crops are compared")
-    mask_ratio: ShareRange = Field(default=(1.0, 1.0), description="[1, 1]: all their patches, and none is hidden")
+    mask_probability: Probability = Field(default=1.0, ge=1.0, description="must be 1: the patch loss covers all global crops")
+    mask_ratio: ShareRange = Field(
+        default=(1.0, 1.0), description="must be [1, 1]: the patch loss covers all patches, and none is hidden"
+    )
 
     @model_validator(mode="after")
     def _apart(self) -> Self:
@@ -49,5 +51,5 @@ class DistillSettings(Dinov2Settings):
     @property
     @override
     def anchors(self) -> dict[str, str | None]:
-        """The frozen teacher's source."""
+        """Source of the frozen teacher's weights."""
         return {**super().anchors, "judge": self.teacher_weights}

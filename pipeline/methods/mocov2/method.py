@@ -1,13 +1,13 @@
 """MoCo v2 (Chen, Fan, Girshick & He, "Improved baselines with momentum contrastive learning", arXiv 2003.04297).
 
-A query, the student's first view, has to find its key, the teacher's second view, among the keys of many earlier pictures that a
-queue remembers. So negatives are many though batches are small.
+Each query (the student's first view) is contrasted with its key (the teacher's second view) and the keys of many earlier
+images, which a queue holds. This gives many negatives with small batches.
 
-The queue follows the pictures' numbers, whichever rank saw them: another number of ranks fills it in the same order. It loses its
-oldest keys as new ones come, so its length need not be a multiple of the batch.
+The queue is filled in the order of the samples' indices, independent of the world size. It drops the oldest keys as new ones
+arrive, so its length need not be a multiple of the batch size.
 
-The reference shuffles pictures between ranks before the teacher's batch norms, lest a query recognise its key by the statistics
-of the few pictures that shared its rank. Here batch norms see all ranks, and there is no such signature to hide.
+The reference code shuffles images between ranks before the teacher's batch norms, so that a query cannot identify its key by
+its rank's batch statistics. Here batch norms are synchronized over all ranks, so there is no such leak.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ from pipeline.models.resnet import Tower, build_trunk
 
 
 class MoCoV2(TwoViews):
-    """The method; see the module. With local crops, LoGo's attraction: both globals and each local find the globals' keys.
+    """MoCo v2; see the module. Local crops add LoGo's attraction: both global and all local crops predict the global crops' keys.
 
     Args:
-        backbone: the student's tower.
+        backbone: the student's backbone.
         settings: head, temperature, queue and views.
     """
 
@@ -51,7 +51,7 @@ class MoCoV2(TwoViews):
 
     @override
     def forward(self, batch: Batch, step: Step) -> dict[str, Tensor]:
-        """Term ``contrastive``, and those of repulsion."""
+        """Loss term ``contrastive``; with local repulsion also ``repel`` and ``judge``."""
         large, small = batch.views["global"], batch.views.get("local", [])
         backbone, projector = self.teacher.modules.values()
         with torch.no_grad(), batch_statistics(backbone, projector):
@@ -67,7 +67,7 @@ class MoCoV2(TwoViews):
 
     @override
     def after_step(self, step: Step) -> None:
-        """Moves the teacher, and puts the keys of all ranks into the queue, the newest first."""
+        """Updates the teacher, and enqueues the keys of all ranks, the newest first."""
         super().after_step(step)
         ids, keys = (torch.cat(parts) for parts in zip(*self._new, strict=True))
         order = losses.gathered(ids[:, None])[:, 0].argsort(descending=True, stable=True)
@@ -77,10 +77,10 @@ class MoCoV2(TwoViews):
 
     @override
     def on_step_skipped(self) -> None:
-        """Forgets the keys of the skipped batch."""
+        """Discards the keys of the skipped batch."""
         self._new.clear()
 
 
 def build(config: Config, settings: Mocov2Settings) -> MoCoV2:
-    """The method around a fresh tower."""
+    """Builds MoCo v2 with a newly initialized backbone."""
     return MoCoV2(build_trunk(config.model, image_size=settings.views.global_size), settings)

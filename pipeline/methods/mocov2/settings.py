@@ -1,4 +1,4 @@
-"""Settings of MoCo v2."""
+"""MoCo v2 settings."""
 
 from __future__ import annotations
 
@@ -13,18 +13,16 @@ from pipeline.methods.shared.two_views_settings import PAIR, ColourSettings, Two
 
 @register("mocov2")
 class Mocov2Settings(TwoViewSettings):
-    """MoCo v2 (arXiv 2003.04297): a queue of earlier keys. The teacher's momentum is constant in the paper, 0.999."""
+    """MoCo v2 (arXiv 2003.04297): contrastive loss with a queue of keys. The paper's teacher momentum is constant, 0.999."""
 
     name: Literal["mocov2"] = Field(default="mocov2", description="the method")
-    views: ViewSettings = Field(
-        default=PAIR.model_copy(update={"global_scale": (0.2, 1.0)}), description="the crops of a picture"
-    )
+    views: ViewSettings = Field(default=PAIR.model_copy(update={"global_scale": (0.2, 1.0)}), description="crop sizes and counts")
     augment: ColourSettings = Field(
         default=ColourSettings(saturation=0.4, blur_probability=(0.5, 0.5), solarize_probability=(0.0, 0.0)),
-        description="what happens to a crop; both views alike",
+        description="augmentation of a crop, the same for both views",
     )
-    head_norm: Literal["batch", "layer", "none"] = Field(default="none", description="norm in the head; none in the paper")
-    temperature: Positive = Field(default=0.2, description="what cosines are divided by")
-    queue: Count = Field(default=65536, description="keys of earlier pictures that each query is compared with")
-    head_hidden: Count | None = Field(default=None, description="width of the head's hidden layer; null means the tower's")
-    head_out: Count = Field(default=128, description="features that are compared")
+    head_norm: Literal["batch", "layer", "none"] = Field(default="none", description="norm in the head; the paper has none")
+    temperature: Positive = Field(default=0.2, description="softmax temperature of the contrastive loss")
+    queue: Count = Field(default=65536, description="number of earlier keys in the queue, the negatives of each query")
+    head_hidden: Count | None = Field(default=None, description="hidden width of the head; null means the backbone's width")
+    head_out: Count = Field(default=128, description="output dimension of the head")

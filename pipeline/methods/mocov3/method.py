@@ -1,11 +1,11 @@
 """MoCo v3 (Chen, Xie & He, "An empirical study of training self-supervised vision transformers", arXiv 2104.02057).
 
-The student's view, after projector and predictor, has to find the teacher's projection of the picture's other view among the
-teacher's projections of that view of all pictures of the global batch; and with the views exchanged. Negatives are other pictures
-only: unlike in SimCLR, no view is compared with those of its own kind.
+Each query (the student's projected and predicted view) is contrasted with the teacher's projections of the other view of all
+images in the global batch, and symmetrically with the views exchanged. Negatives come only from the other view: unlike in
+SimCLR, no view is contrasted with views of its own kind.
 
-The teacher moves after each step, where the reference moves it before the next forward: the same teacher there, the newer one in
-checkpoints.
+The teacher is updated after each step; the reference code updates it before the next forward pass. The teacher in the forward
+pass is the same, that in checkpoints is the newer one.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from pipeline.models.resnet import Tower, build_trunk, fix_positions, freeze_pat
 
 @dataclass(frozen=True)
 class _Keys:
-    """The teacher's projections of either view of the global batch, ``[B, out]`` each, and where a micro-batch begins there."""
+    """The teacher's projections of both views of the global batch, ``[B, out]`` each, and the first row of each micro-batch."""
 
     batch: Batch
     views: list[Tensor]
@@ -40,13 +40,13 @@ class _Keys:
 
 
 class MoCoV3(TwoViews):
-    """The method; see the module.
+    """MoCo v3; see the module.
 
-    Keys need no gradient, so the teacher reads all micro-batches before the student reads the first, and accumulation is one
-    large batch, but for norms over a batch.
+    Keys need no gradient, so the teacher processes all micro-batches before the student's first forward pass, and accumulation
+    is equivalent to one large batch, except for batch norms.
 
     Args:
-        backbone: the student's tower.
+        backbone: the student's backbone.
         settings: heads, temperature and views.
     """
 
@@ -70,7 +70,7 @@ class MoCoV3(TwoViews):
     @override
     @torch.no_grad()
     def before_accumulation(self, batches: Sequence[Batch], step: Step) -> None:
-        """The keys of all micro-batches of all ranks."""
+        """Computes the keys of all micro-batches of all ranks."""
         backbone, projector = self.teacher.modules.values()
         with batch_statistics(backbone, projector):
             own = [[projector(backbone(view, patches="none").cls).float() for view in batch.views["global"]] for batch in batches]
@@ -81,7 +81,7 @@ class MoCoV3(TwoViews):
 
     @override
     def forward(self, batch: Batch, step: Step) -> dict[str, Tensor]:
-        """Term ``contrastive``, the sum of both directions, and those of repulsion."""
+        """Loss term ``contrastive``, the sum of both directions; with local repulsion also ``repel`` and ``judge``."""
         if not self._keys or self._keys[0].batch is not batch:
             self.before_accumulation([batch], step)
         keys = self._keys.popleft()
@@ -93,10 +93,10 @@ class MoCoV3(TwoViews):
 
     @override
     def on_step_skipped(self) -> None:
-        """Forgets what was prepared."""
+        """Discards the prepared keys."""
         self._keys.clear()
 
 
 def build(config: Config, settings: Mocov3Settings) -> MoCoV3:
-    """The method around a fresh tower."""
+    """Builds MoCo v3 with a newly initialized backbone."""
     return MoCoV3(build_trunk(config.model, image_size=settings.views.global_size), settings)

@@ -1,4 +1,4 @@
-"""What CLIP and its kin share: features of all pictures and captions, and a batch in pieces that is compared as a whole."""
+"""Base of contrastive image-text methods: both towers, and gradient caching to contrast a split batch as a whole."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ from pipeline.models.vision import VisionTower
 
 @dataclass(frozen=True)
 class Replay:
-    """What one micro-batch has to know of the whole batch.
+    """What one micro-batch needs from the whole batch (gradient cache).
 
     Attributes:
         value: this rank's loss of the whole batch, scalar.
-        features: its gradient by each of the micro-batch's features, times the number of micro-batches.
-        numbers: its gradient by scale and bias.
+        features: gradient of the loss with respect to each of the micro-batch's features, times the number of micro-batches.
+        numbers: gradient with respect to scale and bias.
     """
 
     value: Tensor
@@ -38,15 +38,16 @@ class Replay:
 
 
 class Contrastive(Method):
-    """Base of the methods that compare unit features of pictures with those of captions.
+    """Base class of methods that contrast L2-normalized features of images and captions.
 
-    A global batch in several micro-batches is compared as one: :meth:`before_accumulation` computes all features without their
-    activations, then the loss of the whole and its gradient by each feature, scale and bias; :meth:`contrast` then gives a
-    term with exactly that gradient ("GradCache", arXiv 2101.06983). What is random in a micro-batch is drawn alike both times.
+    A global batch in several micro-batches is contrasted as one: :meth:`before_accumulation` computes all features without
+    storing activations, then the loss of the whole batch and its gradients with respect to features, scale and bias;
+    :meth:`contrast` then returns a term with exactly that gradient ("GradCache", arXiv 2101.06983). Both passes use the same
+    random draws.
 
     Args:
         backbone: the vision tower.
-        settings: sizes and rules.
+        settings: sizes and optimization settings.
         scale: initial inverse temperature.
         bias: initial bias of the logits; ``None`` for the softmax loss.
     """
@@ -56,7 +57,7 @@ class Contrastive(Method):
     def __init__(self, backbone: VisionTower, settings: ContrastiveSettings, *, scale: float, bias: float | None = None) -> None:
         super().__init__()
         self.settings = settings
-        # What stands behind the end mark reaches a feature only where a token sees those after it.
+        # Tokens after the end token affect the feature only without causal attention.
         self.text = TextSpec(settings.text.tokenizer, settings.text.context_length, trim=settings.text.causal)
         embed = settings.embed_dim or settings.text.sizes.embed
         self.backbone = backbone
@@ -68,15 +69,15 @@ class Contrastive(Method):
 
     @abstractmethod
     def features(self, batch: Batch) -> tuple[Tensor, ...]:
-        """Unit features of a micro-batch, fp32 ``[batch, embed]`` each, the caption's last."""
+        """L2-normalized features of a micro-batch, fp32 ``[batch, embed]`` each, the captions' last."""
 
     def encode_images(self, images: Tensor) -> Tensor:
-        """Features ``[batch, embed]`` of whole pictures, as evaluation wants them; not normalised."""
+        """Features ``[batch, embed]`` of full images for evaluation, not normalized."""
         features: Tensor = self.image_projection(self.backbone(images).cls)
         return features
 
     def encode_texts(self, tokens: Tensor) -> Tensor:
-        """Features ``[batch, embed]`` of captions, not normalised."""
+        """Features ``[batch, embed]`` of captions, not normalized."""
         features: Tensor = self.text_tower(tokens)
         return features
 
@@ -88,13 +89,13 @@ class Contrastive(Method):
         return losses.siglip_loss(images, texts, scale, bias, chunk=self.settings.logit_chunk_size)
 
     def before_accumulation(self, batches: Sequence[Batch], step: Step) -> None:
-        """Compares all micro-batches as one batch, where there are several and the settings do not say otherwise."""
+        """Contrasts all micro-batches as one batch, if there are several and ``grad_cache`` is on."""
         self._replays = []
         if len(batches) < 2 or not self.settings.grad_cache:
             return
         kept = []
         for batch in batches:
-            seed(batch)  # as before the pass with gradients
+            seed(batch)  # the same draws as in the pass with gradients
             kept.append(self.features(batch))
         whole = [torch.cat(parts).requires_grad_() for parts in zip(*kept, strict=True)]
         numbers = [number.detach().requires_grad_() for number in self.logits() if number is not None]
@@ -106,7 +107,7 @@ class Contrastive(Method):
         self._replays = [Replay(value.detach(), own, rest) for own in zip(*pieces, strict=True)]
 
     def contrast(self, features: Sequence[Tensor]) -> Tensor:
-        """The loss of a micro-batch's features: as it is, or its part of the whole batch's."""
+        """The loss of a micro-batch's features, or with ``grad_cache`` its part of the whole batch's loss."""
         numbers = [number for number in self.logits() if number is not None]
         images, texts = features[0].detach(), features[-1].detach()
         self.metrics = {"logit_scale": numbers[0].detach().squeeze(0), "pair_similarity": (images * texts).sum(1).mean()}
@@ -118,11 +119,11 @@ class Contrastive(Method):
         return replay.value + (linear - linear.detach())
 
     def on_step_skipped(self) -> None:
-        """Forgets what was prepared."""
+        """Discards the gradient cache."""
         self._replays = []
 
     def parameter_groups(self) -> list[ParameterGroup]:
-        """Layer-wise learning rates in both towers, and no decay where the settings say so."""
+        """Groups with layer-wise learning rates in both towers, without weight decay where the settings exclude it."""
         s = self.settings
         vit = self.backbone.vit
         tags: dict[str, list[Any]] = {
@@ -135,12 +136,12 @@ class Contrastive(Method):
         return parameter_groups(self, layer_decay=s.layerwise_lr_decay, undecayed=undecayed, scales=scales)
 
     def export(self) -> dict[str, nn.Module]:
-        """Both towers and the picture's projection."""
+        """Both towers and the image projection."""
         return {"backbone": self.backbone, "image_projection": self.image_projection, "text": self.text_tower}
 
 
 def build_text(t: TextSettings, embed: int) -> TextTower:
-    """A fresh text tower of so many features."""
+    """Builds a newly initialized text tower with output dimension ``embed``."""
     sizes = t.sizes
     return TextTower(
         width=sizes.width,
@@ -154,10 +155,10 @@ def build_text(t: TextSettings, embed: int) -> TextTower:
 
 
 def caption_tokens(batch: Batch) -> Tensor:
-    """The tokens of a batch's captions.
+    """The caption tokens of a batch.
 
     Raises:
-        DataError: it has none.
+        DataError: the batch has no captions.
     """
     if batch.tokens is None:
         raise DataError("a batch came without captions", where="Method.text", hint="deliver what the method asks for")
@@ -165,19 +166,19 @@ def caption_tokens(batch: Batch) -> Tensor:
 
 
 def unit(features: Tensor) -> Tensor:
-    """Unit vectors, fp32."""
+    """L2-normalizes features, in fp32."""
     return F.normalize(features.float(), dim=-1, eps=1e-12)
 
 
 def random_keep(ids: Sequence[int], position: int, patches: int, drop: float, device: torch.device) -> Tensor:
-    """Which patches each sample keeps: a function of the sample, of where the run is and of nothing else.
+    """Indices of the patches that each sample keeps; depends only on the sample and the position in the run.
 
     Args:
-        ids: the samples' numbers.
-        position: samples of the run consumed before this global batch.
-        patches: patches of a picture.
-        drop: share left out; at least one stays.
-        device: where the answer is drawn.
+        ids: sample indices.
+        position: samples consumed by the run before this global batch.
+        patches: number of patches per image.
+        drop: fraction of patches to drop; at least one is kept.
+        device: device of the result.
 
     Returns:
         int64 ``[samples, kept]``, ascending.
@@ -190,7 +191,7 @@ def random_keep(ids: Sequence[int], position: int, patches: int, drop: float, de
 
 
 def _mixed(x: Tensor) -> Tensor:
-    """A bijection of int64 that scatters neighbours (splitmix64's finalizer; shifts of signed numbers are masked)."""
+    """A bijective hash of int64 (splitmix64's finalizer; masks make arithmetic shifts logical)."""
     x = x + -7046029254386353131
     x = (x ^ ((x >> 30) & ((1 << 34) - 1))) * -4658895280553007687
     x = (x ^ ((x >> 27) & ((1 << 37) - 1))) * -7723592293110705685

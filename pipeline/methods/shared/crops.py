@@ -1,4 +1,4 @@
-"""From settings to descriptions of views, where several methods mean the same."""
+"""Converts settings to view specifications, for conversions that several methods share."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ NORMALIZE = {
 
 
 def colours(a: AugmentSettings | ColourSettings) -> Augment:
-    """Flip, jitter and gray as the settings say; blur and solarizing differ between views and are each method's own."""
+    """Flip, jitter and grayscale from the settings; each method adds blur and solarization, which differ between views."""
     return Augment(
         flip_p=a.flip_probability,
         jitter_p=a.jitter_probability,
@@ -31,7 +31,7 @@ def colours(a: AugmentSettings | ColourSettings) -> Augment:
 
 
 def one_view(s: ClipSettings | CocaSettings | SimvlmSettings) -> tuple[ViewSpec, ...]:
-    """One crop of nearly the whole picture, as methods take it whose captions tell of all of it."""
+    """One crop of nearly the whole image, for methods whose captions describe all of it."""
     augment = Augment(flip_p=s.flip_probability)
     return (
         ViewSpec(

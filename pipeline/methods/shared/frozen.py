@@ -1,4 +1,4 @@
-"""Networks that a method looks at and that no step moves: a larger teacher, an earlier one."""
+"""Frozen networks of a method, such as a larger teacher or a Gram anchor."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from typing_extensions import override
 class Frozen(nn.ModuleDict):
     """Networks by name, fp32, without gradients, always in evaluation mode.
 
-    A submodule of its method, so an engine may cut it, and every checkpoint holds it: a run that resumes needs no other file.
-    Its first weights are those that ``MethodSettings.anchors`` names for the method's attribute.
+    A submodule of its method, so that an engine can shard it and every checkpoint contains it: resuming needs no other file.
+    Its initial weights are those that ``MethodSettings.anchors`` names for the method's attribute.
 
     Args:
-        modules: the networks, which become its own.
+        modules: the networks, which become submodules.
     """
 
     def __init__(self, **modules: nn.Module) -> None:
@@ -24,5 +24,5 @@ class Frozen(nn.ModuleDict):
 
     @override
     def train(self, mode: bool = True) -> Self:
-        """Stays in evaluation mode, whatever the method around it does."""
+        """Stays in evaluation mode."""
         return super().train(False)

@@ -1,4 +1,4 @@
-"""What the methods share that compare views of a picture with each other: the views, a judge of repulsion, signs of collapse."""
+"""Base of two-view methods: view specifications, LoGo's local repulsion, collapse metrics."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ from pipeline.models.vision import VisionTower
 
 
 class TwoViews(Method):
-    """Base of those methods.
+    """Base class of two-view methods.
 
     Args:
-        backbone: the student's tower.
-        settings: crops, colours, heads and repulsion.
-        out: features of the projector, which the judge of repulsion reads.
+        backbone: the student's backbone.
+        settings: crops, augmentation, heads and local repulsion.
+        out: output dimension of the projector, the input of local repulsion.
     """
 
     def __init__(self, backbone: Tower, settings: TwoViewSettings, *, out: int) -> None:
@@ -36,28 +36,27 @@ class TwoViews(Method):
         self.views = two_views(settings)
         self.backbone = backbone
         if isinstance(backbone, VisionTower):
-            backbone.mask_token.requires_grad_(False)  # other methods': no gradient ever reaches it
+            backbone.mask_token.requires_grad_(False)  # used by other methods only: it never gets a gradient here
         self.repeller = Repeller(out, settings.local_repulsion) if settings.local_repulsion is not None else None
         self.health_metrics = HealthMetrics(rank="feature_rank", suggest_fix=_remedy)
 
     def sees_batches(self) -> bool:
-        """Whether a norm or the judge of repulsion makes the samples of a micro-batch see one another."""
+        """Whether batch norm or local repulsion makes a sample's loss depend on the rest of its micro-batch."""
         return normalises_batches(self) or self.repeller is not None
 
     def watch(self, features: Sequence[Tensor]) -> None:
-        """Metrics ``feature_rank``, in how many directions the features of a view differ, and ``feature_std``, how far they
-        are from all pointing one way; 1 and 0 if they have collapsed."""
+        """Records ``feature_rank``, a view's effective rank, and ``feature_std``, the features' spread; 1 and 0 on collapse."""
         seen = features[0].detach()
         self.metrics = {"feature_rank": losses.effective_rank(seen), "feature_std": losses.spread(seen)}
 
     def repelled(self, local: Sequence[Tensor]) -> dict[str, Tensor]:
-        """Terms ``repel`` and ``judge`` of the projected local crops, if the settings want them."""
+        """Loss terms ``repel`` and ``judge`` of the projected local crops; empty without local repulsion."""
         return self.repeller(local) if self.repeller is not None else {}
 
     def project(self, batch: Batch, *heads: nn.Module) -> tuple[list[Tensor], list[Tensor]]:
-        """What the heads, one after another, make of the student's class tokens: of each global and of each local crop.
+        """Applies the heads in sequence to the student's class tokens, for each global and each local crop.
 
-        Each view passes alone, as in MoCo v3 and BYOL: a norm over the batch then sees one view.
+        Each view has its own forward pass, as in MoCo v3 and BYOL, so that batch norm sees one view at a time.
         """
         net = nn.Sequential(*heads)
         large: list[Tensor] = [net(self.backbone(view, patches="none").cls) for view in batch.views["global"]]
@@ -65,7 +64,7 @@ class TwoViews(Method):
         return large, small
 
     def parameter_groups(self) -> list[ParameterGroup]:
-        """Layer-wise learning rates in a transformer, vectors without weight decay or layer-wise scaling."""
+        """Groups with layer-wise learning rates in a transformer; vectors have no weight decay or layer-wise scaling."""
         return parameter_groups(
             self,
             layer_decay=self.settings.layerwise_lr_decay,
@@ -74,20 +73,20 @@ class TwoViews(Method):
         )
 
     def export(self) -> dict[str, nn.Module]:
-        """The student's tower, as ``backbone``."""
+        """The student's backbone, as ``backbone``."""
         return {"backbone": self.backbone}
 
 
 class Repeller(nn.Module):
     """LoGo's repulsion (Zhang et al., "Leverage your local and global representations", CVPR 2022).
 
-    A judge learns to tell pairs of local crops of one picture from pairs of two pictures; the encoder learns to make the former
-    look like the latter. The authors take three steps of three optimizers in turn; here both terms are of one loss, and touch
-    weights of their own: the judge's features are detached, and the encoder's term does not move the judge.
+    A regressor learns to distinguish pairs of local crops of one image from pairs of two images; the encoder learns to make
+    the former look like the latter. The authors alternate three optimizers; here both terms are in one loss with disjoint
+    gradients: the regressor's inputs are detached, and the encoder's term does not update the regressor.
 
     Args:
-        width: of a feature.
-        settings: weight, width and noise.
+        width: feature dimension.
+        settings: weight, hidden width and noise.
     """
 
     def __init__(self, width: int, settings: RepelSettings) -> None:
@@ -96,7 +95,7 @@ class Repeller(nn.Module):
         self.judge = PairJudge(width, settings.hidden)
 
     def forward(self, local: Sequence[Tensor]) -> dict[str, Tensor]:
-        """Terms of features ``[b, width]`` of two or more local crops: the first with the second, and so on."""
+        """Loss terms of features ``[b, width]`` of two or more local crops: the first is paired with the second, and so on."""
         pairs = [(a, b) for a, b in zip(local[0::2], local[1::2], strict=False)]
         a = nn.functional.normalize(torch.cat([first for first, _ in pairs]).float(), dim=1)
         b = nn.functional.normalize(torch.cat([second for _, second in pairs]).float(), dim=1)
@@ -109,7 +108,7 @@ class Repeller(nn.Module):
 
     @torch.no_grad()
     def _others(self, pairs: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
-        """For each pair the second crop of the next picture of all ranks' micro-batches."""
+        """For each pair, the second crop of the next image in the micro-batches of all ranks."""
         found = []
         for _, second in pairs:
             everyone = losses.gathered(second.detach())
@@ -119,7 +118,7 @@ class Repeller(nn.Module):
 
 
 def two_views(settings: TwoViewSettings) -> tuple[ViewSpec, ...]:
-    """Two global crops, each with its colours, and local ones if wanted."""
+    """Two global crops, each with its augmentation, and local crops if ``local_count`` is set."""
     v, a = settings.views, settings.augment
     first = replace(colours(a), blur_kernel=_window(v.global_size))
     both = tuple(replace(first, blur_p=b, solarize_p=s) for b, s in zip(a.blur_probability, a.solarize_probability, strict=True))
@@ -140,7 +139,7 @@ def two_views(settings: TwoViewSettings) -> tuple[ViewSpec, ...]:
 
 
 def _window(size: int) -> int:
-    """A tenth of the view, odd."""
+    """Blur kernel size: a tenth of the view, odd."""
     return max(size // 10 | 1, 3)
 
 

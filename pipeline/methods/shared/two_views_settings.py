@@ -1,4 +1,4 @@
-"""What the settings share of methods that compare two views of a picture: crops, colours of either view, heads, repulsion."""
+"""Base settings of two-view methods (SimCLR, BYOL, MoCo, DINO): crops, augmentation, heads, LoGo's local repulsion."""
 
 from __future__ import annotations
 
@@ -10,70 +10,77 @@ from pipeline.config.types import NonNegative, Positive, Probability, Settings, 
 from pipeline.methods.settings import MethodSettings, ViewSettings
 
 PAIR = ViewSettings(global_scale=(0.08, 1.0), local_count=0, local_size=96, local_scale=(0.05, 0.4))
-"""Two crops of any size above a twelfth of the picture and no local ones: SimCLR's and BYOL's."""
+"""SimCLR's and BYOL's crops: two of at least 8 % of the image's area, no local ones."""
 
 
 class ColourSettings(Settings):
-    """What happens to the crops' colours and sharpness; where there are two numbers, to the first and to the second view."""
+    """Colour and blur augmentation; where a setting has two numbers, they are for the first and the second view."""
 
     flip_probability: Probability = Field(default=0.5, description="probability of a horizontal flip")
-    jitter_probability: Probability = Field(default=0.8, description="probability of any colour jitter")
-    brightness: Probability = Field(default=0.4, description="brightness factor is uniform in 1 ± this")
-    contrast: Probability = Field(default=0.4, description="contrast factor is uniform in 1 ± this")
-    saturation: Probability = Field(default=0.2, description="saturation factor is uniform in 1 ± this")
+    jitter_probability: Probability = Field(default=0.8, description="probability of colour jitter")
+    brightness: Probability = Field(default=0.4, description="brightness factor is drawn uniformly from 1 ± this")
+    contrast: Probability = Field(default=0.4, description="contrast factor is drawn uniformly from 1 ± this")
+    saturation: Probability = Field(default=0.2, description="saturation factor is drawn uniformly from 1 ± this")
     hue_space: Literal["hsv", "yiq", "off"] = Field(
-        default="hsv", description="how the hue is shifted: exact (hsv), as a rotation (yiq, faster), not at all"
+        default="hsv", description="hue shift: exact in HSV (hsv), a rotation in YIQ (yiq, faster), or off"
     )
     hue_shift: float = Field(
-        default=0.1, ge=0, le=0.5, description="hue shift is uniform in ± this, in turns of the colour circle"
+        default=0.1, ge=0, le=0.5, description="hue shift is drawn uniformly from ± this, in turns of the colour circle"
     )
-    gray_probability: Probability = Field(default=0.2, description="probability of grayscale")
+    gray_probability: Probability = Field(default=0.2, description="probability of conversion to grayscale")
     blur_probability: tuple[Probability, Probability] = Field(
-        default=(1.0, 0.1), description="probability of blur, its window a tenth of the view"
+        default=(1.0, 0.1), description="probability of Gaussian blur, with a kernel a tenth of the view's side"
     )
-    local_blur_probability: Probability = Field(default=0.5, description="probability of blur of a local crop")
+    local_blur_probability: Probability = Field(default=0.5, description="probability of blurring a local crop")
     solarize_probability: tuple[Probability, Probability] = Field(
-        default=(0.0, 0.2), description="probability of inverting bright colours"
+        default=(0.0, 0.2), description="probability of solarization (inverting bright pixels)"
     )
     normalize: Literal["imagenet", "none"] = Field(
-        default="imagenet", description="what is taken off the colours: ImageNet's mean and deviation, or nothing (SimCLR)"
+        default="imagenet", description="normalization: ImageNet's mean and standard deviation, or none (SimCLR)"
     )
 
 
 class RepelSettings(Settings):
-    """LoGo's repulsion of the local crops of one picture, as a further term of any method here that attracts local crops."""
+    """LoGo's repulsion between local crops of one image, an additional loss of the two-view methods with local crops."""
 
-    weight: NonNegative = Field(default=0.05, description="weight of the repelling term")
-    hidden: int = Field(default=256, ge=1, description="width of the judge's hidden layers")
+    weight: NonNegative = Field(default=0.05, description="weight of the repulsion loss")
+    hidden: int = Field(
+        default=256, ge=1, description="hidden width of LoGo's regressor, which predicts whether two crops are of one image"
+    )
     noise: NonNegative = Field(
-        default=0.3, description="length of the noise on the features that the judge learns from, relative to theirs"
+        default=0.3, description="norm of the noise added to the regressor's training features, relative to the features' norm"
     )
 
 
 class TwoViewSettings(MethodSettings):
-    """Base of the methods of two views."""
+    """Base settings of the methods with two global views."""
 
-    views: ViewSettings = Field(default=PAIR, description="the crops of a picture")
-    augment: ColourSettings = Field(default=ColourSettings(), description="what happens to a crop")
+    views: ViewSettings = Field(default=PAIR, description="crop sizes and counts")
+    augment: ColourSettings = Field(default=ColourSettings(), description="augmentation of a crop")
     local_repulsion: RepelSettings | None = Field(
-        default=None, description="LoGo's repulsion of local crops, for which views.local_count is 2 or more; null for none"
+        default=None,
+        description="LoGo's repulsion between local crops, which requires views.local_count of at least 2; null disables it",
     )
     head_norm: Literal["batch", "layer", "none"] = Field(
         default="batch",
-        description="norm in the heads; batch is over all ranks, and with it micro-batches are never one large batch",
+        description="norm in the heads; batch norm is synchronized over all ranks, and makes results depend on the "
+        "micro-batch size",
     )
-    layerwise_lr_decay: Share = Field(default=1.0, description="learning-rate factor from one block to the block below")
-    patch_embed_lr_mult: NonNegative = Field(default=1.0, description="learning-rate factor of the patch embedding")
+    layerwise_lr_decay: Share = Field(
+        default=1.0, description="layer-wise learning-rate decay: factor from each block to the one below"
+    )
+    patch_embed_lr_mult: NonNegative = Field(default=1.0, description="learning-rate multiplier of the patch embedding")
     decay_vectors: bool = Field(
         default=False,
-        description="weight decay on biases, norms and other vectors too (the code of MoCo v2 and v3 with SGD, AdamW)",
+        description="apply weight decay to biases, norms and other vectors too (the code of MoCo v2 with SGD and MoCo v3 "
+        "with AdamW)",
     )
-    clip_norm: Positive | None = Field(default=None, description="largest L2 norm of the gradient; null means no clipping")
+    clip_norm: Positive | None = Field(default=None, description="maximum L2 norm of the gradient; null disables clipping")
 
     @model_validator(mode="before")
     @classmethod
     def _as_the_method_has_it(cls, values: Any) -> Any:
-        """What a section leaves out is this method's default, not that of another that shares the section."""
+        """Fills partial ``views`` and ``augment`` sections with this method's defaults, not those of the shared class."""
         if not isinstance(values, dict):
             return values
         found = dict(values)
@@ -85,7 +92,7 @@ class TwoViewSettings(MethodSettings):
 
     @property
     def hue(self) -> Literal["hsv", "yiq", "off"]:
-        """How the hue of its views is shifted."""
+        """Hue shift of the method's views."""
         return self.augment.hue_space
 
     @model_validator(mode="after")

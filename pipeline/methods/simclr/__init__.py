@@ -1,1 +1,1 @@
-"""See ``method.py`` and ``settings.py``."""
+"""SimCLR: contrastive learning of two augmented views (arXiv 2002.05709)."""

@@ -1,10 +1,10 @@
 """SimCLR (Chen et al., "A simple framework for contrastive learning of visual representations", arXiv 2002.05709).
 
-Two views of each picture, distorted alike, pass one network and a projector. Each view has to find its picture's other view among
-all views of the global batch. There is no teacher; what the batch does not hold is no negative, so batches are large, and LARS is
-what trains them.
+Two views of each image, with the same augmentation, pass one network and a projector. Each view is contrasted with all views
+of the global batch; its positive is the image's other view. There is no teacher. Negatives come only from the batch, so
+batches are large and are trained with LARS.
 
-Jitter has a fixed order here, where the paper's is random.
+The colour jitter's operations have a fixed order; in the paper it is random.
 """
 
 from __future__ import annotations
@@ -30,15 +30,16 @@ from pipeline.models.resnet import Tower, build_trunk
 
 
 class SimCLR(TwoViews):
-    """The method; see the module.
+    """SimCLR; see the module.
 
-    A global batch in several micro-batches is compared as one, as in :mod:`~pipeline.methods.shared.contrastive`. Norms
-    over a batch see their micro-batch only, so with them it is still not the large batch, and ``couples_batch`` says so.
+    A global batch in several micro-batches is contrasted as one, as in :mod:`~pipeline.methods.shared.contrastive`. Batch
+    norms see only their micro-batch, so with them the result still differs from one large batch; ``couples_batch`` reports
+    this.
 
     Args:
-        backbone: the tower.
+        backbone: the backbone.
         settings: head, temperature and views.
-        init: start of the projector, see :func:`pipeline.models.mlps.mlp`.
+        init: initialization of the projector, see :func:`pipeline.models.mlps.mlp`.
     """
 
     settings: SimclrSettings
@@ -52,20 +53,20 @@ class SimCLR(TwoViews):
         self._replays: deque[Replay] = deque()
 
     def features(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Projections ``[b, out]`` of the two views, fp32; both pass at once, a norm over the batch sees both."""
+        """Projections ``[b, out]`` of the two views, fp32; one forward pass, so that batch norm sees both."""
         both = self.projector(self.backbone(torch.cat(batch.views["global"]), patches="none").cls).float()
         first, second = both.chunk(2)
         return first, second
 
     @override
     def before_accumulation(self, batches: Sequence[Batch], step: Step) -> None:
-        """The loss of all micro-batches as one batch, and its slope by each projection."""
+        """Computes the loss of all micro-batches as one batch, and its gradient with respect to each projection."""
         self._replays.clear()
         if len(batches) < 2 or not self.settings.grad_cache:
             return
         kept = []
         for batch in batches:
-            seed(batch)  # as before the pass with gradients
+            seed(batch)  # the same draws as in the pass with gradients
             with batch_statistics(*((self,) if self.training else ())):
                 kept.append(self.features(batch))
         whole = [torch.cat(parts).requires_grad_() for parts in zip(*kept, strict=True)]
@@ -77,7 +78,7 @@ class SimCLR(TwoViews):
 
     @override
     def forward(self, batch: Batch, step: Step) -> dict[str, Tensor]:
-        """Term ``contrastive``."""
+        """Loss term ``contrastive``."""
         views = self.features(batch)
         self.watch(views)
         if not self._replays:
@@ -88,11 +89,11 @@ class SimCLR(TwoViews):
 
     @override
     def on_step_skipped(self) -> None:
-        """Forgets what was prepared."""
+        """Discards the gradient cache."""
         self._replays.clear()
 
 
 def build(config: Config, settings: SimclrSettings) -> SimCLR:
-    """The method around a fresh tower."""
+    """Builds SimCLR with a newly initialized backbone."""
     trunk = build_trunk(config.model, image_size=settings.views.global_size)
     return SimCLR(trunk, settings, init="simclr" if config.model.init == "simclr" else "torch")

@@ -1,4 +1,4 @@
-"""Settings of SimCLR."""
+"""SimCLR settings."""
 
 from __future__ import annotations
 
@@ -26,16 +26,19 @@ class SimclrSettings(TwoViewSettings):
             solarize_probability=(0.0, 0.0),
             normalize="none",
         ),
-        description="what happens to a crop; both views alike",
+        description="augmentation of a crop, the same for both views",
     )
-    temperature: Positive = Field(default=0.1, description="what cosines are divided by")
-    head_layers: int = Field(default=3, ge=1, le=8, description="linear layers of the projector; 2 in the paper, 3 in its code")
-    head_hidden: Count | None = Field(default=None, description="width of its hidden layers; null means the tower's")
-    head_out: Count = Field(default=128, description="features that are compared")
+    temperature: Positive = Field(default=0.1, description="softmax temperature of the contrastive loss")
+    head_layers: int = Field(
+        default=3, ge=1, le=8, description="number of linear layers of the projector; 2 in the paper, 3 in its code"
+    )
+    head_hidden: Count | None = Field(default=None, description="hidden width of the projector; null means the backbone's width")
+    head_out: Count = Field(default=128, description="output dimension of the projector")
     grad_cache: bool = Field(
         default=True,
-        description="compare each sample with the whole global batch though it comes in micro-batches (GradCache, arXiv "
-        "2101.06983), at the cost of a second forward pass; false compares it with its micro-batch over all ranks only",
+        description="contrast each sample with the whole global batch even when it is split into micro-batches "
+        "(GradCache, arXiv 2101.06983), at the cost of a second forward pass; false contrasts it with its "
+        "micro-batch over all ranks only",
     )
 
     @model_validator(mode="after")

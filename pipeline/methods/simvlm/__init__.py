@@ -1,1 +1,1 @@
-"""See ``method.py`` and ``settings.py``."""
+"""SimVLM: prefix language modelling over images and captions (arXiv 2108.10904)."""

@@ -1,11 +1,10 @@
-"""SimVLM (Wang et al., "Simple visual language model pretraining with weak supervision", arXiv 2108.10904), a small one.
+"""SimVLM (Wang et al., "Simple visual language model pretraining with weak supervision", arXiv 2108.10904), in a small form.
 
-One objective: a transformer is given the picture and the beginning of its caption, and goes on with the caption. Picture and
-beginning are a prefix whose places all see one another; what follows is told from left to right. How many tokens belong to the
-prefix is drawn for each caption anew.
+Prefix language modelling: a transformer gets the image and the beginning of its caption as a prefix with bidirectional
+attention, and predicts the rest of the caption causally. The number of prefix tokens is drawn for each caption.
 
-Smaller than the paper in three ways: pictures pass a vision tower first (so that there is a backbone to take away) instead of
-three convolutional stages, there is one transformer instead of encoder and decoder, and no batches of text alone.
+Differences from the paper: images pass a vision tower (so that there is a backbone to export) instead of three convolutional
+stages, there is one transformer instead of encoder and decoder, and no text-only batches.
 """
 
 from __future__ import annotations
@@ -30,7 +29,7 @@ from pipeline.models.vision import VisionTower, build_tower
 
 
 class SimVLM(Method):
-    """The method; see the module.
+    """SimVLM; see the module.
 
     Args:
         backbone: the vision tower.
@@ -47,18 +46,18 @@ class SimVLM(Method):
         self.language = PrefixLanguageModel(
             width=sizes.width, depth=sizes.depth, heads=sizes.heads, context=settings.text.context_length, picture=backbone.width
         )
-        self.backbone.mask_token.requires_grad_(False)  # other methods': no gradient ever reaches it
+        self.backbone.mask_token.requires_grad_(False)  # used by other methods only: it never gets a gradient here
         self._counts: deque[Tensor] = deque()
 
     @override
     def before_accumulation(self, batches: Sequence[Batch], step: Step) -> None:
-        """How many tokens all micro-batches have to tell."""
+        """Counts the tokens to predict in all micro-batches."""
         count = average_count([told(caption_tokens(batch), self.prefix(batch)) for batch in batches])
         self._counts = deque([count] * len(batches))
 
     @override
     def forward(self, batch: Batch, step: Step) -> dict[str, Tensor]:
-        """Term ``caption``."""
+        """Loss term ``caption``."""
         tokens, prefix = caption_tokens(batch), self.prefix(batch)
         wanted = told(tokens, prefix)
         count = self._counts.popleft() if self._counts else average_count([wanted])
@@ -70,9 +69,9 @@ class SimVLM(Method):
         return {"caption": caption}
 
     def prefix(self, batch: Batch) -> Tensor:
-        """Text tokens of each prefix, int64 ``[batch]``: at least the start mark, and never the last token.
+        """Number of text tokens in each prefix, int64 ``[batch]``: at least the start token, never the last token.
 
-        A function of the sample and of where the run is, whichever rank asks.
+        Depends only on the sample and the position in the run, not on the rank.
         """
         tokens = caption_tokens(batch)
         most = self.settings.longest_prefix
@@ -81,20 +80,20 @@ class SimVLM(Method):
 
     @override
     def on_step_skipped(self) -> None:
-        """Forgets what was prepared."""
+        """Discards the prepared state."""
         self._counts.clear()
 
     @override
     def parameter_groups(self) -> list[ParameterGroup]:
-        """Layer-wise learning rates in the tower, vectors without weight decay."""
+        """Groups with layer-wise learning rates in the tower and no weight decay on vectors."""
         return parameter_groups(self, layer_decay=self.settings.layerwise_lr_decay)
 
     @override
     def export(self) -> dict[str, nn.Module]:
-        """The vision tower, as ``backbone``, and the transformer that writes."""
+        """The vision tower, as ``backbone``, and the language model."""
         return {"backbone": self.backbone, "language": self.language}
 
 
 def build(config: Config, settings: SimvlmSettings) -> SimVLM:
-    """The method around a fresh tower."""
+    """Builds SimVLM with a newly initialized vision tower."""
     return SimVLM(build_tower(config.model, image_size=settings.image_size), settings)

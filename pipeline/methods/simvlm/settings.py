@@ -1,4 +1,4 @@
-"""Settings of SimVLM."""
+"""SimVLM settings."""
 
 from __future__ import annotations
 
@@ -13,19 +13,23 @@ from pipeline.methods.settings import OneViewSettings, register
 
 @register("simvlm")
 class SimvlmSettings(OneViewSettings):
-    """SimVLM's objective (arXiv 2108.10904): one transformer goes on with the caption after picture and prefix."""
+    """SimVLM (arXiv 2108.10904): prefix language modelling with one transformer over image, prefix and caption."""
 
     reads_text: ClassVar[bool] = True
 
     name: Literal["simvlm"] = Field(default="simvlm", description="the method")
     normalize: Literal["openai", "imagenet", "half"] = Field(
-        default="imagenet", description="mean and deviation taken off the colours; half is 0.5 and 0.5"
+        default="imagenet", description="mean and standard deviation for normalization; half is 0.5 and 0.5"
     )
-    text: TextSettings = Field(default=TextSettings(), description="sizes of the transformer over picture and text, tokenizer")
+    text: TextSettings = Field(default=TextSettings(), description="sizes and tokenizer of the transformer over image and text")
     longest_prefix: Count = Field(
-        default=8, description="text tokens, the start mark among them, that at most belong to the prefix; drawn for each caption"
+        default=8, description="maximum text tokens in the prefix, the start token included; the length is drawn for each caption"
     )
     layerwise_lr_decay: Share = Field(
-        default=1.0, description="learning-rate factor from one block of the tower to the block below"
+        default=1.0, description="layer-wise learning-rate decay: factor from each block of the tower to the one below"
     )
-    caption_chunk_size: Count = Field(default=1024, json_schema_extra=RUNTIME, description="tokens whose logits exist at a time")
+    caption_chunk_size: Count = Field(
+        default=1024,
+        json_schema_extra=RUNTIME,
+        description="tokens whose vocabulary logits are computed at a time; limits memory",
+    )

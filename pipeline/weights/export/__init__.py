@@ -1,5 +1,5 @@
-"""Exports weights: what timm, Hugging Face, open_clip and ONNX Runtime load without a script of ours.
+"""Exports weights in formats that timm, Hugging Face, open_clip and ONNX Runtime load without custom code.
 
-:mod:`~pipeline.weights.export.networks` takes the networks out of a checkpoint, :mod:`~pipeline.weights.export.write` puts them
-into a folder in one of its layouts.
+:mod:`~pipeline.weights.export.networks` extracts the networks from a checkpoint; :mod:`~pipeline.weights.export.write` writes
+them to a folder in one of the layouts.
 """

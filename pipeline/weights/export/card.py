@@ -1,4 +1,4 @@
-"""The model card: what the weights are, of what they were made, how to load them, what they scored."""
+"""Model card of an export: weights, training data and settings, usage, scores."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from pipeline.weights.export.networks import Networks, meta
 
 
 def card(networks: Networks, *, layout: str, usage: str, notes: Sequence[str], license_: str, name: str) -> str:
-    """A README in Hugging Face's form: a head of YAML, then sentences and tables.
+    """A README in Hugging Face's model card format: YAML metadata, then text and tables.
 
     Args:
-        networks: what is exported.
-        layout: whose layout the files have.
+        networks: the exported networks.
+        layout: layout of the files.
         usage: lines of Python that load them.
-        notes: what did not come along, or came in another form.
-        license_: identifier of the licence, as Hugging Face has them.
-        name: of the model.
+        notes: what was left out or converted.
+        license_: licence identifier as used by Hugging Face.
+        name: name of the model.
     """
     manifest, config, p = networks.saved.manifest, networks.config, networks.preprocessing
     data = manifest.get("data", {})

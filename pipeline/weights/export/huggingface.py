@@ -1,7 +1,7 @@
-"""Hugging Face's folder: ``transformers`` itself writes it, from its own model that the weights filled strictly.
+"""Export for Hugging Face: fills a ``transformers`` model strictly and lets ``transformers`` save it.
 
-A tower with learned positions is a ``Dinov2Model``, with registers a ``Dinov2WithRegistersModel``, with rotary positions a
-``DINOv3ViTModel``. Absent parts are their neutral values: a layer scale of one, a class position of zero.
+A tower with learned positions becomes a ``Dinov2Model``, with registers a ``Dinov2WithRegistersModel``, with rotary positions
+a ``DINOv3ViTModel``. Absent parts get neutral values: a layer scale of one, a class position of zero.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from pipeline.weights.export.timm import timm_state
 
 
 def write(networks: Networks, folder: Path) -> tuple[str, list[str]]:
-    """``config.json``, ``model.safetensors`` and ``preprocessor_config.json`` into a folder; lines that load them, and notes.
+    """Writes ``config.json``, ``model.safetensors``, ``preprocessor_config.json``; returns the lines that load them, and notes.
 
     Raises:
         ConfigError: transformers is not installed, or has no model of this architecture.
@@ -57,10 +57,10 @@ tokens = model(**processor(picture, return_tensors="pt")).last_hidden_state  # t
 
 
 def architecture(tower: VisionTower, size: int) -> tuple[str, dict[str, Any]]:
-    """Name of transformers' architecture and its settings.
+    """Name and settings of the equivalent transformers architecture.
 
     Raises:
-        ConfigError: transformers has none that computes the same.
+        ConfigError: transformers has no equivalent.
     """
     vit = tower.vit
     block = vit.blocks[0]
@@ -99,7 +99,7 @@ def architecture(tower: VisionTower, size: int) -> tuple[str, dict[str, Any]]:
 
 
 def converted(tower: VisionTower, size: int) -> dict[str, Tensor]:
-    """The weights by the names of transformers 5's modules."""
+    """The weights under the names of transformers 5's modules."""
     state = timm_state(tower, size)
     rotary = isinstance(tower.vit, Eva)
     width = tower.width
@@ -176,7 +176,7 @@ def _inner(name: str, tensor: Tensor, rotary: bool, gated: bool) -> dict[str, Te
 
 
 def _hidden(width: int, ratio: int, gated: bool) -> int:
-    """Hidden channels as transformers makes them of the ratio."""
+    """Hidden width that transformers derives from the ratio."""
     return (int(width * ratio * 2 / 3) + 7) // 8 * 8 if gated else width * ratio
 
 

@@ -1,4 +1,4 @@
-"""The networks of a checkpoint that are worth keeping, whole, in fp32, on the CPU, with what has to be told of them."""
+"""Extracts the networks to export from a checkpoint, whole, in fp32, on the CPU, with their metadata."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ Network = Literal["auto", "teacher", "student"]
 
 @dataclass(frozen=True)
 class Preprocessing:
-    """How a picture becomes what a network reads: shorter side to ``size / centre``, a square of ``size`` from its middle.
+    """Image preprocessing of a network: resize the shorter side to ``size / centre``, then centre-crop ``size``.
 
     Attributes:
-        size: side of the square, pixels.
-        centre: side of the centre square as a share of the shorter side.
-        mean, std: taken off, and divided by, in shares of full intensity.
-        interpolation: of the resizing.
+        size: side of the crop in pixels.
+        centre: side of the centre crop as a fraction of the shorter side.
+        mean, std: normalization, as fractions of full intensity.
+        interpolation: resize interpolation.
     """
 
     size: int
@@ -41,16 +41,16 @@ class Preprocessing:
 
 @dataclass(frozen=True)
 class Networks:
-    """What an export can draw on.
+    """Input of an export.
 
     Attributes:
-        config: the settings of the run.
+        config: the run's configuration.
         saved: the checkpoint.
-        network: whose weights these are.
+        network: whether the weights are the teacher's or the student's.
         tower: the vision tower.
-        others: everything else that the method exports, by the method's names (``text``, ``image_projection``, …).
-        logits: scale and bias of a method that compares pictures with texts.
-        preprocessing: of pictures.
+        others: all other exported networks by the method's names (``text``, ``image_projection``, …).
+        logits: scale and bias of an image-text method.
+        preprocessing: image preprocessing.
     """
 
     config: Config
@@ -80,10 +80,10 @@ class Networks:
 
 
 def settings_of(saved: Saved) -> Config:
-    """The settings that a checkpoint was written with.
+    """The configuration that a checkpoint was written with.
 
     Raises:
-        CheckpointError: they are not in it, or of another version of fovea.
+        CheckpointError: it is missing, or of another version of fovea.
     """
     try:
         return Config.model_validate(saved.manifest["config"])
@@ -104,18 +104,18 @@ def read(
     config: Config | None = None,
     student: str | None = None,
 ) -> Networks:
-    """Takes the networks out of a checkpoint of any ZeRO stage and any number of ranks.
+    """Reads the networks from a checkpoint of any ZeRO stage and world size.
 
     Args:
-        saved: the checkpoint; its files are compared with their checksums.
-        network: the teacher's or the student's; ``auto`` is what the method itself exports.
-        size: side of the pictures the tower is to be used on; as trained on if not given.
-        config: the settings, where they are not to be read from the checkpoint.
-        student: which of several that learnt together, by name; the one ``model`` describes if not given.
+        saved: the checkpoint; its files' checksums are verified.
+        network: the teacher's or the student's; ``auto`` is the method's own choice.
+        size: side in pixels of the images the tower will be used on; default is the training size.
+        config: the configuration, if it should not be read from the checkpoint.
+        student: name of one of several jointly trained students; default is the one that ``model`` describes.
 
     Raises:
         CheckpointError: the checkpoint is damaged, or of another architecture.
-        ConfigError: the method has no teacher, no such student, no vision tower, or the size is no multiple of the patch.
+        ConfigError: the method has no teacher, no such student or no vision tower, or the size is not a multiple of the patch.
     """
     verify(saved)
     config = settings_of(saved) if config is None else config
@@ -165,6 +165,6 @@ def read(
 
 
 def meta(config: Config) -> dict[str, Any]:
-    """Settings that say what a network is, for a card: everything that another run would have to repeat."""
+    """The settings for a model card: everything needed to repeat the run."""
     tree = config.model_dump(mode="json")
     return {name: tree[name] for name in ("method", "model", "optim", "schedule", "train")}

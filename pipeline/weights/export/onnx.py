@@ -1,4 +1,4 @@
-"""One ONNX graph: pixels in, class token and patch tokens out (and the picture's feature, where texts are compared with it)."""
+"""ONNX export: one graph from pixels to class token and patch tokens (and the image feature of image-text methods)."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ OPSET = 18
 
 
 class _Picture(nn.Module):
-    """timm's model with named outputs, and what a method puts on top."""
+    """timm's model with named outputs, and the method's image projection on top."""
 
     def __init__(self, model: nn.Module, prefix: int, projection: nn.Module | None) -> None:
         super().__init__()
@@ -34,7 +34,7 @@ class _Picture(nn.Module):
 
 
 def write(networks: Networks, folder: Path) -> tuple[str, list[str]]:
-    """``model.onnx`` and ``preprocessor.json`` into a folder; the lines that load them, and notes.
+    """Writes ``model.onnx`` and ``preprocessor.json`` to a folder; returns lines of Python that load them, and notes.
 
     Raises:
         ConfigError: onnx is not installed, or the tower cannot be traced.

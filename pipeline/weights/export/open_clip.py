@@ -1,7 +1,7 @@
-"""open_clip's folder: ``open_clip_config.json`` and weights, read by ``open_clip.create_model_from_pretrained("local-dir:…")``.
+"""open_clip export: ``open_clip_config.json`` and weights for ``open_clip.create_model_from_pretrained("local-dir:…")``.
 
-open_clip's own vision transformer computes what ours does. Its patch embedding has no bias: the bias is added to the positions,
-which is the same sum.
+open_clip's own vision transformer computes the same as ours. Its patch embedding has no bias, so the bias is added to the
+positions, which gives the same sum.
 """
 
 from __future__ import annotations
@@ -36,10 +36,10 @@ _INNER = {
 
 
 def write(networks: Networks, folder: Path) -> tuple[str, list[str]]:
-    """Config and weights into a folder; the lines that load them, and notes.
+    """Writes config and weights to a folder; returns lines of Python that load them, and notes.
 
     Raises:
-        ConfigError: the method has no text tower, or open_clip cannot compute what the towers do.
+        ConfigError: the method has no text tower, or open_clip has no equivalent of the towers.
     """
     text, projection, logits = networks.text, networks.others.get("image_projection"), networks.logits
     if text is None or logits is None or not isinstance(projection, nn.Linear):
@@ -172,7 +172,7 @@ def _numbers(logits: LogitScale) -> dict[str, Tensor]:
 
 
 def _compare(config: dict[str, Any], state: dict[str, Tensor]) -> None:
-    """open_clip loads what it likes; here every tensor has to be wanted, and there."""
+    """Checks that open_clip's model and the weights have the same tensors, since open_clip itself loads non-strictly."""
     from open_clip.model import CustomTextCLIP
 
     with torch.device("meta"):

@@ -1,4 +1,4 @@
-"""One safetensors file of all networks under fovea's own names: what ``fovea eval`` and ``init_from`` read again."""
+"""Safetensors export: all networks in one file under fovea's own names, readable by ``fovea eval`` and ``init_from``."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pipeline.weights.export.networks import Networks, meta
 
 
 def write(networks: Networks, folder: Path) -> tuple[str, list[str]]:
-    """``model.safetensors`` and ``config.json`` into a folder; the lines that load them, and notes."""
+    """Writes ``model.safetensors`` and ``config.json`` to a folder; returns lines of Python that load them, and notes."""
     save_file(networks.state(), folder / "model.safetensors", metadata={"format": "pt"})
     (folder / "config.json").write_text(json.dumps({"fovea": meta(networks.config)}, indent=1) + "\n")
     usage = f"""

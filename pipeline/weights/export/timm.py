@@ -1,4 +1,4 @@
-"""timm's folder: ``config.json`` and weights, read by ``timm.create_model("local-dir:FOLDER", pretrained=True)``."""
+"""timm export: ``config.json`` and weights for ``timm.create_model("local-dir:FOLDER", pretrained=True)``."""
 
 from __future__ import annotations
 
@@ -17,21 +17,21 @@ from pipeline.models.positions import resample_positions
 from pipeline.models.vision import VisionTower
 from pipeline.weights.export.networks import Networks
 
-_SWIGLU = "vit_giant_patch14_dinov2"  # timm's only plain name with this feed-forward layer; every size is given besides
+_SWIGLU = "vit_giant_patch14_dinov2"  # timm's only plain name with this feed-forward layer; all sizes are given explicitly
 
 
 def call(tower: VisionTower, size: int) -> tuple[str, dict[str, Any]]:
-    """Name and keyword arguments, all of them JSON, with which timm makes the same tower.
+    """Name and JSON-serializable keyword arguments with which timm creates the same tower.
 
     Raises:
-        ConfigError: no arguments that JSON can hold make it.
+        ConfigError: no such arguments exist.
     """
     name, args = tower.timm_name, {**tower.timm_args, "img_size": size}
     layer: Any = args.get("mlp_layer")  # a copied partial is another object
     gated = getattr(layer, "func", None) is SwiGLUPacked.func and layer.keywords == SwiGLUPacked.keywords
     if gated and args.get("act_layer") is nn.SiLU:
         name = _SWIGLU
-        args["init_values"] = args.get("init_values") or 1.0  # this name has a layer scale, and None does not take it away
+        args["init_values"] = args.get("init_values") or 1.0  # this name has a layer scale, which None does not remove
         args = {key: value for key, value in args.items() if key not in ("mlp_layer", "act_layer")}
     wrong = [key for key, value in args.items() if not isinstance(value, int | float | str | bool | None)]
     if wrong or not name:
@@ -44,7 +44,7 @@ def call(tower: VisionTower, size: int) -> tuple[str, dict[str, Any]]:
 
 
 def rebuilt(tower: VisionTower, size: int, *, name: str, args: dict[str, Any]) -> nn.Module:
-    """timm's own model with the tower's weights, strictly; positions are resampled if the size is another.
+    """timm's own model, loaded strictly with the tower's weights; positions are resampled if the size differs.
 
     Raises:
         ConfigError: timm's model has other tensors.
@@ -62,7 +62,7 @@ def rebuilt(tower: VisionTower, size: int, *, name: str, args: dict[str, Any]) -
 
 
 def weights(tower: VisionTower, size: int) -> dict[str, Tensor]:
-    """:func:`timm_state`, with a layer scale of one where the name that :func:`call` gives has one and the tower has none."""
+    """:func:`timm_state`, with a layer scale of one where the model of :func:`call` has one and the tower has none."""
     state = timm_state(tower, size)
     name, _ = call(tower, size)
     if name == _SWIGLU and "blocks.0.ls1.gamma" not in state:
@@ -72,7 +72,7 @@ def weights(tower: VisionTower, size: int) -> dict[str, Tensor]:
 
 
 def timm_state(tower: VisionTower, size: int) -> dict[str, Tensor]:
-    """The weights by timm's names, positions on the grid of a picture of this size."""
+    """The weights under timm's names, with positions on the grid of images of this size."""
     state = {key: tensor.detach().float().clone().contiguous() for key, tensor in tower.vit.state_dict().items()}
     grid = (size // tower.patch, size // tower.patch)
     old = tuple(tower.vit.patch_embed.grid_size)
@@ -83,14 +83,14 @@ def timm_state(tower: VisionTower, size: int) -> dict[str, Tensor]:
 
 
 def write(networks: Networks, folder: Path) -> tuple[str, list[str]]:
-    """Files into a folder; the lines that load them, and notes.
+    """Writes the files to a folder; returns lines of Python that load them, and notes.
 
     Raises:
-        ConfigError: timm cannot make this tower.
+        ConfigError: timm cannot create this tower.
     """
     tower, p = networks.tower, networks.preprocessing
     name, args = call(tower, p.size)
-    rebuilt(tower, p.size, name=name, args=args)  # or nobody could load it
+    rebuilt(tower, p.size, name=name, args=args)  # checks that the export can be loaded
     save_file(weights(tower, p.size), folder / "model.safetensors", metadata={"format": "pt"})
     known = {"img_size", "num_classes"}
     pretrained = {

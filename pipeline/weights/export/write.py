@@ -1,4 +1,4 @@
-"""An export as a folder: weights, preprocessing and card, whole or not at all."""
+"""Writes an export folder atomically: weights, preprocessing and model card."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ TARGETS: dict[str, Callable[[Networks, Path], tuple[str, list[str]]]] = {
     "onnx": to_onnx.write,
     "safetensors": to_safetensors.write,
 }
-"""The layouts, by name. Each writes its files and returns the lines that load them, and notes for the card."""
+"""Export layouts by name. Each writes its files and returns the lines that load them, and notes for the card."""
 _LIBRARIES = {"huggingface": "transformers"}
 
 
@@ -32,15 +32,15 @@ def write(networks: Networks, target: str, folder: Path, *, license_: str = "unk
     Args:
         networks: what to write.
         target: one of :data:`TARGETS`.
-        folder: where to; made if it is not there.
-        license_: for the card, as Hugging Face names licences.
-        overwrite: replace what is there.
+        folder: output folder; created if it does not exist.
+        license_: licence identifier for the card, as used by Hugging Face.
+        overwrite: replace an existing export.
 
     Returns:
         The folder.
 
     Raises:
-        ConfigError: no such target, a folder that is not empty, or a target that cannot hold these networks.
+        ConfigError: unknown target, a folder that is not empty, or a target that does not support these networks.
     """
     if target not in TARGETS:
         raise ConfigError(f"there is no target {target!r}", where="--to", hint=f"Choose of {', '.join(TARGETS)}.")
