@@ -17,21 +17,21 @@ import typer
 
 from pipeline.errors import ConfigError
 
-app = typer.Typer(no_args_is_help=True, help="Measure how fast the parts are, against their rivals in the same run.")
+app = typer.Typer(no_args_is_help=True, help="Measure how fast the parts are, against their baselines in the same run.")
 
 
 @app.command()
 def data(
-    shards: Annotated[list[str] | None, typer.Option(help="Shards to measure on; by default pictures are packed for it.")] = None,
+    shards: Annotated[list[str] | None, typer.Option(help="Shards to measure on; by default images are packed for it.")] = None,
     photos: Annotated[Path | None, typer.Option(help="Folder of photographs to pack; by default scenes are drawn.")] = None,
-    images: Annotated[int, typer.Option(min=1, help="Pictures of a round.")] = 128,
+    images: Annotated[int, typer.Option(min=1, help="Images of a round.")] = 128,
     rounds: Annotated[int, typer.Option(min=1, help="Rounds, of which the best counts.")] = 3,
-    batch: Annotated[int, typer.Option(min=1, help="Pictures of a micro-batch.")] = 32,
+    batch: Annotated[int, typer.Option(min=1, help="Images of a micro-batch.")] = 32,
     threads: Annotated[int, typer.Option(min=1, help="Threads of decoder and DALI.")] = 1,
     workers: Annotated[int, typer.Option(min=0, help="Processes of torchvision's DataLoader.")] = 0,
     world: Annotated[int, typer.Option(min=1, help="Ranks to play the first of.")] = 1,
-    device: Annotated[str, typer.Option(help="cpu, or cuda for pictures a second on the GPU.")] = "cpu",
-    quick: Annotated[bool, typer.Option("--quick", help="One round of 64 pictures: to see that it works.")] = False,
+    device: Annotated[str, typer.Option(help="cpu, or cuda for images a second on the GPU.")] = "cpu",
+    quick: Annotated[bool, typer.Option("--quick", help="One round of 64 images: to see that it works.")] = False,
     out: Annotated[Path | None, typer.Option(help="Where the results go, without ending.")] = None,
 ) -> None:
     """Reading, decoding and augmenting against torchvision's DataLoader and DALI's own reader.
@@ -422,7 +422,7 @@ def dense(
 
 
 def _scenes(directory: Path) -> str:
-    """Draws scenes to train on, with others to judge by beside them."""
+    """Draws scenes to train on, with others to evaluate by beside them."""
     from pipeline.data.pack.synthetic import write
 
     write(directory / "scenes", train=8000, val=1000)

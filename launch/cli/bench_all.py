@@ -90,7 +90,7 @@ def choose(
     tiny: Annotated[bool, typer.Option("--tiny", help="With --all: at toy size.")] = False,
     out: Annotated[Path | None, typer.Option(help="With --all: folder of the results.")] = None,
 ) -> None:
-    """Measure how fast the parts are, against their rivals in the same run."""
+    """Measure how fast the parts are, against their baselines in the same run."""
     if context.invoked_subcommand is None:
         if not all_:
             print(context.get_help())

@@ -35,7 +35,7 @@ IndexOption = Annotated[
     Path | None, typer.Option("--index", help="Folder of the index; by default in your cache, where training looks for it.")
 ]
 WorkersOption = Annotated[int | None, typer.Option(min=1, help="Processes; by default one for each core with work.")]
-ImageOption = Annotated[str | None, typer.Option(help="Extensions of the picture, comma-separated.")]
+ImageOption = Annotated[str | None, typer.Option(help="Extensions of the image, comma-separated.")]
 CaptionOption = Annotated[str | None, typer.Option(help="Extension of the caption.")]
 LabelOption = Annotated[str | None, typer.Option(help="Extension of the class number.")]
 
@@ -150,9 +150,9 @@ def pack(
     samples: Annotated[int, typer.Option(min=1, help="Most samples in a shard.")] = 10_000,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the shuffled order.")] = 0,
     shuffle: Annotated[bool, typer.Option("--shuffle/--no-shuffle", help="Shuffle, or keep the order of the source.")] = True,
-    min_side: Annotated[int, typer.Option(min=1, help="Leave out pictures with a shorter side, pixels.")] = 16,
-    max_pixels: Annotated[int, typer.Option(min=1, help="Leave out pictures with more pixels.")] = 50_000_000,
-    max_side: Annotated[int | None, typer.Option(min=16, help="Scale pictures down to this longer side, pixels.")] = None,
+    min_side: Annotated[int, typer.Option(min=1, help="Leave out images with a shorter side, pixels.")] = 16,
+    max_pixels: Annotated[int, typer.Option(min=1, help="Leave out images with more pixels.")] = 50_000_000,
+    max_side: Annotated[int | None, typer.Option(min=16, help="Scale images down to this longer side, pixels.")] = None,
     transcode: Annotated[
         str | None, typer.Option(help="Write GIF, AVIF… anew as jpg or png (first frame), instead of leaving them out.")
     ] = None,
@@ -189,7 +189,7 @@ def pack(
 
     - the output of img2dataset, tars or files;
 
-    - other shards, to shuffle them anew, change their sizes or leave out small pictures; all members are kept.
+    - other shards, to shuffle them anew, change their sizes or leave out small images; all members are kept.
 
     A SOURCE that can be read in two ways is refused. Whatever is left out is counted, and listed in OUT/PREFIX.skipped.txt.
 
@@ -246,10 +246,10 @@ def pack(
 @app.command("synthesize")
 def synthesize(
     out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder for the shards.")],
-    train: Annotated[int, typer.Option(min=1, help="Pictures to train on.")] = 8000,
-    val: Annotated[int, typer.Option(min=1, help="Pictures to judge by.")] = 1000,
+    train: Annotated[int, typer.Option(min=1, help="Images to train on.")] = 8000,
+    val: Annotated[int, typer.Option(min=1, help="Images to evaluate by.")] = 1000,
     size: Annotated[int, typer.Option(min=16, help="Their side, pixels.")] = 64,
-    seed: Annotated[int, typer.Option(min=0, help="Another seed draws other pictures.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Another seed draws other images.")] = 0,
 ) -> None:
     """Draw the set that the configs called scenes are for: textured shapes with class, caption and segmentation.
 
@@ -276,9 +276,9 @@ def stats(
     global_batch: Annotated[int, typer.Option(min=1, help="Global batch to give advice for.")] = 1024,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Count what is in the shards: sizes, formats, classes, captions, equal pictures; and say what would slow a training.
+    """Count what is in the shards: sizes, formats, classes, captions, equal images; and say what would slow a training.
 
-    Everything comes from the index, which is made if need be; no picture is read again.
+    Everything comes from the index, which is made if need be; no image is read again.
 
     [b]Examples[/b]
 
@@ -297,14 +297,14 @@ def stats(
 def preview(
     config: ConfigArgument,
     overrides: Overrides = None,
-    out: Annotated[Path, typer.Option("--out", "-o", help="The file: .html for a page, .png for one picture.")] = Path(
+    out: Annotated[Path, typer.Option("--out", "-o", help="The file: .html for a page, .png for one image.")] = Path(
         "preview.html"
     ),
     samples: Annotated[int, typer.Option(min=1, max=512, help="How many samples.")] = 8,
 ) -> None:
     """Draw the very crops that training would see, on a page or a contact sheet: a look before the GPU hours.
 
-    With shards instead of a CONFIG it draws the pictures as they are.
+    With shards instead of a CONFIG it draws the images as they are.
 
     [b]Examples[/b]
 

@@ -1,6 +1,6 @@
 """How long training stands still for a checkpoint, written while it waits or while it goes on, and how long loading takes.
 
-One rank, DINOv2 on random pictures, on the CPU or the first CUDA device. What a save costs is counted twice: the time in which
+One rank, DINOv2 on random images, on the CPU or the first CUDA device. What a save costs is counted twice: the time in which
 the loop stands still, and the time that its steps take longer while something is being written beside them.
 """
 

@@ -1,6 +1,6 @@
-"""How much processor time a picture costs before it is trained on: ours against torchvision's DataLoader and DALI's own reader.
+"""How much processor time an image costs before it is trained on: ours against torchvision's DataLoader and DALI's own reader.
 
-All paths make DINOv2's views of the same pictures in the same process, one after the other, round after round, and each is given
+All paths make DINOv2's views of the same images in the same process, one after the other, round after round, and each is given
 its best round: processor time hardly depends on what else the machine does, wall time does.
 """
 
@@ -49,11 +49,11 @@ class Options:
     """What is measured.
 
     Attributes:
-        shards: patterns of WebDataset shards; none: pictures are packed for the occasion.
+        shards: patterns of WebDataset shards; none: images are packed for the occasion.
         photos: folder of photographs to pack; none: drawn scenes.
-        images: pictures that each path processes in a round.
+        images: images that each path processes in a round.
         rounds: of which the best counts.
-        batch: pictures of a micro-batch.
+        batch: images of a micro-batch.
         threads: of the decoder and of DALI.
         workers: processes of torchvision's DataLoader; ours reads in the process that is measured.
         world: ranks that share a global batch of ``world * batch``; the first one is measured.
@@ -74,10 +74,10 @@ class Result:
     """What was found.
 
     Attributes:
-        options: as asked for, and what the pictures were.
-        milliseconds: processor milliseconds a picture, by path, one for each round.
+        options: as asked for, and what the images were.
+        milliseconds: processor milliseconds an image, by path, one for each round.
         stages: of our path without hue, by stage.
-        rates: on a GPU, pictures a second and shares, by what was measured.
+        rates: on a GPU, images a second and shares, by what was measured.
     """
 
     options: dict[str, Any]
@@ -86,7 +86,7 @@ class Result:
     rates: dict[str, float] = field(default_factory=dict)
 
     def best(self, path: str) -> float:
-        """The cheapest round of a path, ms a picture."""
+        """The cheapest round of a path, ms an image."""
         return min(self.milliseconds[path])
 
 
@@ -98,7 +98,7 @@ def measure(options: Options, *, tell: Callable[[str], None] = lambda _: None) -
         tell: called with a sentence about what is done now.
 
     Raises:
-        DataError: there are no shards or pictures, or too few.
+        DataError: there are no shards or images, or too few.
     """
     torch.set_num_threads(1)
     with ExitStack() as stack:
@@ -210,7 +210,7 @@ def _ours(manifest: Manifest, options: Options, hue: Hue, steps: int) -> float:
 
 
 def _stages(manifest: Manifest, options: Options, steps: int) -> dict[str, float]:
-    """Milliseconds of CPU a picture by stage, the least of the rounds of each; a worker process reads in the last one."""
+    """Milliseconds of CPU an image by stage, the least of the rounds of each; a worker process reads in the last one."""
     best = dict.fromkeys(_STAGES, float("inf"))
     for _ in range(options.rounds):
         for stage, seconds in {**_serial(manifest, options, steps), "hand over": _loader(manifest, options, steps)}.items():
@@ -256,7 +256,7 @@ def _loader(manifest: Manifest, options: Options, steps: int) -> float:
 
 
 def rows(result: Result) -> list[tuple[str, float, Sequence[str]]]:
-    """The table: path, ms a picture, and how many times its cost each rival takes at the same task."""
+    """The table: path, ms an image, and how many times its cost each baseline takes at the same task."""
     found: list[tuple[str, float, Sequence[str]]] = []
     for name in result.milliseconds:
         with_hue = "hue" in name and not name.endswith("off")

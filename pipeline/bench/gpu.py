@@ -1,4 +1,4 @@
-"""Decoding and augmenting on a GPU: pictures a second, how to share the JPEG engine, and what is taken from training.
+"""Decoding and augmenting on a GPU: images a second, how to share the JPEG engine, and what is taken from training.
 
 Wall time, as a GPU's work has no other; run it on a machine that does nothing else.
 """
@@ -36,7 +36,7 @@ def measure(options: Options, *, tell: Callable[[str], None] = lambda _: None) -
 
     Raises:
         ConfigError: there is no CUDA device.
-        DataError: there are no shards or pictures, or too few.
+        DataError: there are no shards or images, or too few.
     """
     if not torch.cuda.is_available():
         raise ConfigError("there is no CUDA device here", where="--device", hint="Run it where there is one, or measure cpu.")

@@ -1,6 +1,6 @@
 """Prototype heads, Sinkhorn and losses: in pieces, as training does them, against the plain formulas with whole logits.
 
-Where training takes the Triton kernels, the same pieces in plain torch are a third rival.
+Where training takes the Triton kernels, the same pieces in plain torch are a third baseline.
 """
 
 from __future__ import annotations

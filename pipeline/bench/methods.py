@@ -28,7 +28,7 @@ class Row:
         steps, samples: of the run.
         seconds: of training alone.
         knn, untrained, pixels: k-NN accuracy of the backbone, of the same one untrained, and of raw pixels, 0 to 1.
-        zeroshot: accuracy by class names, of methods that compare pictures with texts.
+        zeroshot: accuracy by class names, of methods that compare images with texts.
         failed: why there are no figures.
     """
 
@@ -95,7 +95,7 @@ def _one(method: str, shards: str, minutes: float, ranks: int, directory: Path, 
 
 
 def _compares(method: str) -> bool:
-    return "max_logit_scale" in METHODS[method].model_fields  # the temperature with which pictures and texts are compared
+    return "max_logit_scale" in METHODS[method].model_fields  # the temperature with which images and texts are compared
 
 
 def train(config: str, directory: Path, overrides: Sequence[str]) -> dict[str, Any]:

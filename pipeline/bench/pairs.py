@@ -16,7 +16,7 @@ from pipeline.estimate.activations import Alive
 
 @dataclass(frozen=True)
 class Case:
-    """One of the rivals.
+    """One of the baselines.
 
     Attributes:
         seconds: of each round: processor time of this process on a CPU, the stream's own time on a GPU.
@@ -51,9 +51,9 @@ class Contest:
 
     Attributes:
         ours: a whole step; the loss.
-        theirs: the rival's name and step, ``None`` if it is not installed.
+        theirs: the baseline's name and step, ``None`` if it is not installed.
         blocks: ours, to be compiled.
-        losses: of both for the same weights, with nothing left to chance; ``None`` without a rival.
+        losses: of both for the same weights, with nothing left to chance; ``None`` without a baseline.
         about: model, batch and what a step is.
     """
 
@@ -82,10 +82,10 @@ class _Counted(TorchDispatchMode):
 
 
 def measure(rivals: Mapping[str, Callable[[], object]], *, rounds: int, device: torch.device, warm: int = 1) -> dict[str, Case]:
-    """Runs all rivals in turns.
+    """Runs all baselines in turns.
 
     Args:
-        rivals: what to run, by name.
+        baselines: what to run, by name.
         rounds: how often each counts.
         device: where they work.
         warm: rounds before that do not count.

@@ -53,10 +53,10 @@ class Result:
     """What was found.
 
     Attributes:
-        cases: by name: ours, ours compiled, the rival.
-        losses: of the same weights and batch, by name; ours alone without a rival.
+        cases: by name: ours, ours compiled, the baseline.
+        losses: of the same weights and batch, by name; ours alone without a baseline.
         operations: dispatched in a step, by name; compiled ones are not counted.
-        rival: its name; empty if it is not installed.
+        baseline: its name; empty if it is not installed.
         about: model, batch and what a step is.
     """
 

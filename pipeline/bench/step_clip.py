@@ -32,7 +32,7 @@ def contest(model: str, samples: int, caption: int, *, bf16: bool, device: torch
 
     Args:
         model: of :data:`TOWERS`.
-        samples: pictures with captions.
+        samples: images with captions.
         caption: tokens of a caption, marks included; the rest of 77 is padding, which our data plane leaves out.
         bf16: compute under autocast.
         device: where.

@@ -23,7 +23,7 @@ def readable(subject: EvalModel) -> bool:
 
 @torch.inference_mode()
 def with_attention(subject: EvalModel, images: Tensor) -> tuple[Any, Tensor | None]:
-    """The tokens of pictures, and how much of the class token's attention in the last block each patch has.
+    """The tokens of images, and how much of the class token's attention in the last block each patch has.
 
     Queries and keys are overheard while the block works, so that weights are read by their owners alone; rotary positions are
     applied as the block does.

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from pipeline.data.index.manifest import Manifest
 
 SOURCES = {"trained": "trained network", "untrained": "same network, untrained", "pixels": "raw pixels"}
-"""What is judged, by the names of the scores, in words."""
+"""What is evaluated, by the names of the scores, in words."""
 
 
 def varied(manifest: Manifest, count: int, among: int = 20_000) -> NDArray[np.uint64]:
@@ -93,7 +93,7 @@ class Gallery:
 
     Attributes:
         bank, queries: where neighbours are looked for, and what they are looked for to.
-        judged: what the queries are, in a word.
+        evaluated: what the queries are, in a word.
     """
 
     def __init__(self, config: Config, inputs: Inputs, towers: dict[str, Any], size: int, device: torch.device) -> None:

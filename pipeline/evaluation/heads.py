@@ -61,7 +61,7 @@ def train_heads(
     """SGD with momentum and a cosine to zero, without weight decay, from zero weights.
 
     Args:
-        x: this rank's features ``[n, tokens, width]`` (one token for a picture's class, all patches for dense ones).
+        x: this rank's features ``[n, tokens, width]`` (one token for an image's class, all patches for dense ones).
         targets: ``[n, tokens, classes]`` shares of the classes; a token of weight 0 is not learned from.
         numbers: int64 ``[n]``, the samples' places in the whole list.
         order: int64, the places of all training samples of all ranks, ascending.

@@ -62,7 +62,7 @@ def knn_accuracy(
     """
     if not len(queries) or not len(bank):
         return dict.fromkeys(ks, float("nan"))
-    # An untrained network's features differ in the last bits of fp32: there the order of the bank would decide, not the pictures.
+    # An untrained network's features differ in the last bits of fp32: there the order of the bank would decide, not the images.
     queries, bank = F.normalize(queries.double(), dim=1), F.normalize(bank.double(), dim=1)
     classes = int(max(query_labels.max(), bank_labels.max())) + 1
     most = min(max(ks), len(bank))

@@ -27,7 +27,7 @@ class LinearProbe:
     """A linear layer on the class token of the last blocks, with and without the mean of their patches (DINOv2's protocol).
 
     Args:
-        train, test: labelled pictures.
+        train, test: labelled images.
         rates: learning rates of the grid.
         layers: how many of the last blocks are read, the grid's other side.
         epochs, batch: of the training.
@@ -103,7 +103,7 @@ class LogisticRegression:
     Costs are shared out among the ranks; then all train with the chosen one on everything, so that all say the same.
 
     Args:
-        train, test: labelled pictures.
+        train, test: labelled images.
         costs: scikit-learn's C.
         iterations: of L-BFGS at most.
         hold_out: share of the training samples that choose.

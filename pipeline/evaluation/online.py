@@ -69,7 +69,7 @@ class Pictures:
         centre: side of the centre square as a share of the shorter side.
         place: where the square lies along the longer side, 0.5 for its middle.
         most: at most so many samples, chosen by ``seed``; ``None`` takes all.
-        batch: pictures of one forward pass.
+        batch: images of one forward pass.
         rank, world: this rank's place.
         device: where views go.
         seed: of the choice.
@@ -80,7 +80,7 @@ class Pictures:
     Attributes:
         device: where views go.
         total: samples of all ranks.
-        passes: forward passes that every rank makes, those over a blank picture included: an engine that has cut the weights
+        passes: forward passes that every rank makes, those over a blank image included: an engine that has cut the weights
             gathers them with all ranks.
     """
 
@@ -115,7 +115,7 @@ class Pictures:
         self._cached: list[Shown] | None = None
 
     def blank(self) -> Tensor:
-        """One gray picture, ``[1, 3, size, size]``."""
+        """One gray image, ``[1, 3, size, size]``."""
         return torch.zeros(1, 3, self._spec.size, self._spec.size, device=self.device)
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
@@ -151,8 +151,8 @@ class OnlineKnn:
     """k-NN accuracy of a feature function, the bank gathered from all ranks, the queries shared out.
 
     Args:
-        bank: labelled pictures that vote.
-        queries: labelled pictures to judge.
+        bank: labelled images that vote.
+        queries: labelled images to evaluate.
         ks: numbers of voters.
         temperature: of the vote.
         group: a gloo group, or ``None`` for the default.
@@ -206,5 +206,5 @@ def _extract(pictures: Pictures, features: Features) -> list[tuple[Tensor, Tenso
 
 
 def raw_pixels(images: Tensor) -> Tensor:
-    """The pictures themselves as features ``[n, 3 * h * w]``: what a representation has to beat."""
+    """The images themselves as features ``[n, 3 * h * w]``: what a representation has to beat."""
     return images.flatten(1)

@@ -1,4 +1,4 @@
-"""Zero-shot classification and retrieval on shards, all ranks sharing the pictures."""
+"""Zero-shot classification and retrieval on shards, all ranks sharing the images."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ _TEXTS = 256  # encoded at a time
 
 
 class ZeroShot:
-    """Pictures put to the class whose name is nearest.
+    """Images put to the class whose name is nearest.
 
     Args:
-        pictures: to be classified.
+        images: to be classified.
         names: of the classes, in the order of their numbers.
         templates: sentences with one ``{}``.
         group: a gloo group, or ``None`` for the default.
@@ -67,10 +67,10 @@ class ZeroShot:
 
 
 class Retrieval:
-    """Captions found by pictures and pictures by captions; a picture may have several captions.
+    """Captions found by images and images by captions; an image may have several captions.
 
     Args:
-        pictures: with captions in their shards.
+        images: with captions in their shards.
         reader: where the captions are read from.
         merge: whether images that share a caption answer for each other, see :func:`numbered`.
         group: a gloo group, or ``None`` for the default.

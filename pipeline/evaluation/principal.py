@@ -15,7 +15,7 @@ def principal(tokens: Tensor) -> tuple[NDArray[np.float32], float]:
     """The three directions in which tokens differ most, as colours.
 
     Args:
-        tokens: ``[pictures, patches, width]``; the directions are fitted over all pictures together.
+        tokens: ``[pictures, patches, width]``; the directions are fitted over all images together.
 
     Returns:
         float32 ``[pictures, patches, 3]`` in 0..1 (1st to 99th percentile of each direction), and the share of the variance
@@ -33,13 +33,13 @@ def principal(tokens: Tensor) -> tuple[NDArray[np.float32], float]:
 
 
 def sheet(images: Tensor, patches: Tensor, *, mean: Sequence[float], std: Sequence[float], tile: int = 128) -> NDArray[np.uint8]:
-    """Pictures above the principal directions of their patches, as one picture ``[2 * tile, n * tile, 3]``.
+    """Images above the principal directions of their patches, as one image ``[2 * tile, n * tile, 3]``.
 
     Args:
         images: normalised, ``[n, 3, size, size]``.
         patches: ``[n, patches, width]``, a square of them.
         mean, std: of the normalisation.
-        tile: side of one picture, pixels.
+        tile: side of one image, pixels.
     """
     colours, _ = principal(patches)
     side = round(patches.shape[1] ** 0.5)

@@ -1,8 +1,8 @@
-"""Retrieval between pictures and captions: how often a right one is among the nearest k (protocol of CLIP_benchmark).
+"""Retrieval between images and captions: how often a right one is among the nearest k (protocol of CLIP_benchmark).
 
-A picture may have several captions, and several pictures may be told of in the same words: a picture and a caption belong
+An image may have several captions, and several images may be told of in the same words: an image and a caption belong
 together where their numbers are equal, and *any* that belongs is a right answer. Ranks are counted in chunks, so nothing of the
-size pictures x captions is kept.
+size images x captions is kept.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""One small picture added to every other that turns an encoder's features around: a universal adversarial perturbation.
+"""One small image added to every other that turns an encoder's features around: a universal adversarial perturbation.
 
-Fitted without labels: the mean cosine between features of disturbed and clean pictures is minimised by signs of the gradient
+Fitted without labels: the mean cosine between features of disturbed and clean images is minimised by signs of the gradient
 (after Shafahi et al., arXiv 1811.11304), within ``budget`` of full intensity for each pixel, before normalisation, and the sum
-clipped to what a picture can hold. At zero the gradient vanishes, for the cosine is at its largest there; so it starts in a
+clipped to what an image can hold. At zero the gradient vanishes, for the cosine is at its largest there; so it starts in a
 corner. Random signs of the same size are the control: an encoder that they fool just as often is brittle to any noise.
 """
 
@@ -55,15 +55,15 @@ def fooled(clean: Tensor, disturbed: Tensor, labels: Tensor) -> Fooled:
 
 
 class Robustness:
-    """Fits a perturbation on the training pictures and judges it on others.
+    """Fits a perturbation on the training images and evaluates it on others.
 
     Args:
-        train: pictures that it is fitted on, and that vote.
-        test: pictures that it is added to.
+        train: images that it is fitted on, and that vote.
+        test: images that it is added to.
         budget: largest change of a pixel, as a share of full intensity.
         epochs: passes over ``train``.
         k: neighbours that vote.
-        batch: pictures of a step, over all ranks.
+        batch: images of a step, over all ranks.
         group: a gloo group, or ``None`` for the default.
 
     Attributes:
@@ -86,11 +86,11 @@ class Robustness:
         self.perturbation: Tensor | None = None
 
     def __call__(self, subject: EvalModel) -> dict[str, float]:
-        """``robustness/…``: the k-NN's fooling rate, the share of pictures that no longer find themselves (``identity``),
+        """``robustness/…``: the k-NN's fooling rate, the share of images that no longer find themselves (``identity``),
         cosines, and all of it with random signs under ``noise_…``.
 
         Raises:
-            DataError: on all ranks, if no picture has a label.
+            DataError: on all ranks, if no image has a label.
         """
         random = self._corner(subject)
         self.perturbation = self._fitted(subject, random.clone())
@@ -140,7 +140,7 @@ class Robustness:
         return r
 
     def _stepped(self, subject: EvalModel, r: Tensor, images: Tensor) -> Tensor:
-        """One step against the gradient's sign, the same on all ranks; a rank without pictures adds nothing to the gradient."""
+        """One step against the gradient's sign, the same on all ranks; a rank without images adds nothing to the gradient."""
         slope = torch.zeros_like(r)
         if len(images):
             images = images.clone()  # they may have been made under inference mode
@@ -174,7 +174,7 @@ def _stacked(waiting: list[tuple[int, Tensor]], pictures: Pictures) -> Tensor:
 
 
 def _added(subject: EvalModel, r: Tensor, features: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
-    """The features of pictures with a perturbation added in the space of pixels."""
+    """The features of images with a perturbation added in the space of pixels."""
 
     def call(images: Tensor) -> Tensor:
         mean, std = (torch.tensor(v, device=images.device).view(3, 1, 1) for v in (subject.mean, subject.std))

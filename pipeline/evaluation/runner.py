@@ -1,4 +1,4 @@
-"""The evaluations of a run: who is asked when, on which pictures, and for how much of the training's time."""
+"""The evaluations of a run: who is asked when, on which images, and for how much of the training's time."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ from pipeline.methods.shared.contrastive import Contrastive
 from pipeline.models.eval_model import EvalModel, preserve_rng_and_mode
 from pipeline.runtime.process_group import World
 
-_DRAWN = 8  # pictures on a sheet
+_DRAWN = 8  # images on a sheet
 _SEARCHED = 128  # among which is looked for the nearest
 Show = Callable[[int, str, NDArray[np.uint8]], None]
 Evaluator = Callable[[EvalModel], dict[str, float]]
@@ -84,7 +84,7 @@ class EvalData:
     """What evaluations look at, as :func:`pipeline.data.inputs.judged` finds it.
 
     Attributes:
-        bank, queries: labelled pictures to learn from and to judge.
+        bank, queries: labelled images to learn from and to evaluate.
         dense: the same with a class for each pixel.
     """
 
@@ -96,14 +96,14 @@ class EvalData:
 def build_evaluators(
     config: Config, inputs: EvalData | Inputs, world: World, *, size: int, normalize: Normalize
 ) -> tuple[dict[str, Evaluator], OnlineKnn | None]:
-    """The evaluators that are on, by name, and the k-NN itself, which judges raw pixels too.
+    """The evaluators that are on, by name, and the k-NN itself, which evaluates raw pixels too.
 
     Args:
         config: the settings.
         inputs: the data sets they ask for.
         world: this rank's place.
-        size: side of the pictures where the settings name none.
-        normalize: the pictures' numbers.
+        size: side of the images where the settings name none.
+        normalize: the images' numbers.
 
     Raises:
         ConfigError: a file of names cannot be read.
@@ -196,17 +196,17 @@ def _nearest(knn: OnlineKnn) -> Evaluator:
 class Evaluations:
     """All evaluations of a run, called at step 0 and then as often as the settings say.
 
-    The network as it is at step 0 and raw pixels are judged once, by the same code: as ``start`` if it began with weights from
+    The network as it is at step 0 and raw pixels are evaluated once, by the same code: as ``start`` if it began with weights from
     elsewhere, else as ``untrained``. Nothing that training draws on is moved: random states and modes are put back.
 
     Args:
         config: the settings.
         inputs: the data sets.
-        method: the method; what it exports is judged.
+        method: the method; what it exports is evaluated.
         world: this rank's place.
         fresh: whether step 0 is still to come.
         begun: whether the network began with weights from elsewhere.
-        show: takes each step's sheets of pictures and their names, on the rank that has one.
+        show: takes each step's sheets of images and their names, on the rank that has one.
     """
 
     def __init__(
@@ -277,7 +277,7 @@ class Evaluations:
 
     @torch.inference_mode()
     def _draw(self, step: int, pictures: Pictures, finding: Finding) -> None:
-        """Shows what some pictures look like to the network; all ranks make the same passes, one at most has a use for them."""
+        """Shows what some images look like to the network; all ranks make the same passes, one at most has a use for them."""
         shown = next(iter(pictures.shown()), None)
         images = pictures.blank() if shown is None else shown.images
         tokens, attention = with_attention(self._subject, images)

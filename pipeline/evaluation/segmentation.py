@@ -1,8 +1,8 @@
-"""Linear segmentation: a linear layer on each patch token says of what the patch is; judged pixel by pixel (mIoU).
+"""Linear segmentation: a linear layer on each patch token says of what the patch is; evaluated pixel by pixel (mIoU).
 
 A patch learns the shares of the classes among its pixels, on the centre square in the size that the tower sees; pixels of the
-classes to be ignored are neither learned nor judged. To be judged, logits are enlarged bilinearly and then compared: to that same
-square, or, as published figures are made, to the whole class map in its own size. Then squares of the picture's height (or width)
+classes to be ignored are neither learned nor evaluated. To be evaluated, logits are enlarged bilinearly and then compared: to that same
+square, or, as published figures are made, to the whole class map in its own size. Then squares of the image's height (or width)
 slide over it, a third of each seen by the next one too, and where several look, their mean logits decide.
 """
 
@@ -56,10 +56,10 @@ def mean_iou(matrix: Tensor) -> float:
 
 
 def class_map(data: bytes, *, size: int, classes: int, ignore: Sequence[int], key: str) -> NDArray[np.int64]:
-    """The classes of the pixels of a picture's centre square, ``[size, size]``; what is ignored is 255.
+    """The classes of the pixels of an image's centre square, ``[size, size]``; what is ignored is 255.
 
     Raises:
-        DataError: it is no picture of class numbers, or holds others than those.
+        DataError: it is no image of class numbers, or holds others than those.
     """
     numbers = _numbers(data, key)
     height, width = numbers.shape
@@ -75,9 +75,9 @@ def whole_map(data: bytes, *, classes: int, ignore: Sequence[int], key: str) -> 
 
 
 def places(manifest: Manifest) -> list[float]:
-    """Where squares are laid along the longer side, so that each sees a third of the one before it, of the longest picture.
+    """Where squares are laid along the longer side, so that each sees a third of the one before it, of the longest image.
 
-    One in the middle if all pictures are square.
+    One in the middle if all images are square.
     """
     rows = [(manifest.column(n, "height"), manifest.column(n, "width")) for n in range(len(manifest.shards))]
     longest = max((float((np.maximum(h, w) / np.minimum(h, w)).max()) for h, w in rows if len(h)), default=1.0)
@@ -133,16 +133,16 @@ class Segmentation:
     """The evaluator; see the module.
 
     Args:
-        train, test: pictures of samples with class maps.
+        train, test: images of samples with class maps.
         readers: where their class maps are read from.
-        size: side of the pictures, pixels.
+        size: side of the images, pixels.
         classes: how many.
         ignore: numbers that are no class.
         names: of the classes, for per-class scores; their numbers if not given.
-        rates, epochs, batch: of the training; the best rate is chosen on held-out pictures.
+        rates, epochs, batch: of the training; the best rate is chosen on held-out images.
         hold_out: their share.
-        windows: the pictures of ``test`` once more, cut as squares at the places of :func:`places`, by place: then whole class
-            maps are judged in their own size. Without any, the centre squares are judged in ``size``.
+        windows: the images of ``test`` once more, cut as squares at the places of :func:`places`, by place: then whole class
+            maps are evaluated in their own size. Without any, the centre squares are evaluated in ``size``.
         group: a gloo group, or ``None`` for the default.
     """
 

@@ -1,4 +1,4 @@
-"""Sheets of pictures for eyes: what the class token looks at, and what is found by a caption or by a picture."""
+"""Sheets of images for eyes: what the class token looks at, and what is found by a caption or by an image."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _FRAME, _INK, _LETTERS, _POINTS = 3, (30, 30, 30), 17, 12
 
 
 def thumbs(images: Tensor, *, mean: Sequence[float], std: Sequence[float], side: int) -> Sheet:
-    """Normalised pictures ``[n, 3, h, w]`` as one sees them, uint8 ``[n, side, side, 3]``."""
+    """Normalised images ``[n, 3, h, w]`` as one sees them, uint8 ``[n, side, side, 3]``."""
     shape = (1, 3, 1, 1)
     pixels = images.detach().float().cpu() * torch.tensor(std).view(shape) + torch.tensor(mean).view(shape)
     small = F.interpolate(pixels, (side, side), mode="bilinear", antialias=True).clamp(0, 1).permute(0, 2, 3, 1)
@@ -37,13 +37,13 @@ def thumbs(images: Tensor, *, mean: Sequence[float], std: Sequence[float], side:
 def attention_sheet(
     images: Tensor, attention: Tensor, *, mean: Sequence[float], std: Sequence[float], tile: int = 96, heads: int = 8
 ) -> Sheet:
-    """Pictures above what the class token looks at in them: all heads together, then one row a head.
+    """Images above what the class token looks at in them: all heads together, then one row a head.
 
     Args:
         images: normalised, ``[n, 3, size, size]``.
         attention: ``[n, heads, patches]``, a square of patches.
         mean, std: of the normalisation.
-        tile: side of one picture, pixels.
+        tile: side of one image, pixels.
         heads: rows of single heads at most.
 
     Returns:
@@ -59,17 +59,17 @@ def attention_sheet(
 
 
 class Finding:
-    """What is nearest to some captions, for a subject that reads them, or else to some pictures, among a few pictures.
+    """What is nearest to some captions, for a subject that reads them, or else to some images, among a few images.
 
     Features are compared on all ranks alike, so the sheet is the same however many there are.
 
     Args:
-        pictures: among which is looked; all ranks share them.
+        images: among which is looked; all ranks share them.
         reader: where their captions are read from.
         group: a gloo group, or ``None`` for the default.
-        rows: captions or pictures that are looked for, the first of the list.
+        rows: captions or images that are looked for, the first of the list.
         columns: how many of the nearest are shown.
-        tile: side of one picture, pixels.
+        tile: side of one image, pixels.
     """
 
     def __init__(
@@ -90,7 +90,7 @@ class Finding:
     def __call__(self, subject: EvalModel) -> tuple[str, Sheet] | None:
         """What it is (``retrieval`` or ``neighbours``) and the sheet, the same on all ranks.
 
-        Left is what was looked for. A green frame is a picture that the caption tells of, or one of the same class; a red one is
+        Left is what was looked for. A green frame is an image that the caption tells of, or one of the same class; a red one is
         another, a gray one has no class. ``None`` if there is nothing to look for, or among.
         """
         found = all_gather_table(extract(self._pictures, subject.embedded, labelled=False), self._group)
@@ -129,7 +129,7 @@ class Finding:
         return "retrieval", self._drawn([_written(caption, self._tile) for _, caption in asked], best, frames)
 
     def _seen(self, subject: EvalModel) -> Sheet:
-        """All pictures, small, in the order of the list."""
+        """All images, small, in the order of the list."""
         side, none = self._tile, np.zeros((0, self._tile, self._tile, 3), dtype=np.uint8)
         parts = [
             (thumbs(shown.images, mean=subject.mean, std=subject.std, side=side), shown.numbers.numpy())

@@ -42,7 +42,7 @@ def extract(pictures: Pictures, features: Callable[[Tensor], Tensor], *, labelle
     """Features of this rank's share; every rank makes the same number of passes.
 
     Args:
-        pictures: what to look at.
+        images: what to look at.
         features: ``[n, 3, h, w]`` to ``[n, …]``.
         labelled: leave out samples without a class number.
     """

@@ -1,7 +1,7 @@
 """Zero-shot classification: each class is the mean of what its name says in some sentences (protocol of CLIP, arXiv 2103.00020).
 
 For each class every template is filled in and encoded, each feature is made a unit vector, their mean is made one again; a
-picture belongs to the class whose vector is nearest. Scores by different templates are not comparable.
+image belongs to the class whose vector is nearest. Scores by different templates are not comparable.
 """
 
 from __future__ import annotations
@@ -42,10 +42,10 @@ def class_vectors(
 
 
 def classified(features: Tensor, vectors: Tensor, labels: Tensor, *, ks: Sequence[int] = (1, 5)) -> dict[str, float]:
-    """Share of pictures whose class is among the nearest, and the mean over classes of that share.
+    """Share of images whose class is among the nearest, and the mean over classes of that share.
 
     Args:
-        features: ``[n, width]`` of the pictures.
+        features: ``[n, width]`` of the images.
         vectors: ``[classes, width]``, see :func:`class_vectors`.
         labels: int64 ``[n]``.
         ks: how many of the nearest count; more than there are classes count as all.

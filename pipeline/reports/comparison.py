@@ -46,7 +46,7 @@ class RunSummary:
         outcome: how it ended, if it has.
         manifest: of its newest checkpoint.
         tags: what the journals told of the environment.
-        judged: scores of ``fovea eval``, by checkpoint.
+        evaluated: scores of ``fovea eval``, by checkpoint.
     """
 
     name: str

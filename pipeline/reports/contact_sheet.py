@@ -1,4 +1,4 @@
-"""A contact sheet of shards as they are: pictures drawn evenly from all of them, without a method."""
+"""A contact sheet of shards as they are: images drawn evenly from all of them, without a method."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def write(manifest: Manifest, out: Path, count: int, seed: int = 0) -> None:
 
     Args:
         manifest: the index.
-        out: the file; a picture if its name ends in ``.png``, else an HTML page that holds everything.
+        out: the file; an image if its name ends in ``.png``, else an HTML page that holds everything.
         count: how many samples.
         seed: another seed, other samples.
 
@@ -43,7 +43,7 @@ def write(manifest: Manifest, out: Path, count: int, seed: int = 0) -> None:
 
 
 def gather(manifest: Manifest, count: int, seed: int = 0) -> list[tuple[Image.Image, str, str]]:
-    """Picture, key and a line about each of some samples, in the order of the shards; gray where a picture cannot be decoded."""
+    """Image, key and a line about each of some samples, in the order of the shards; gray where an image cannot be decoded."""
     from pipeline.data.augment.decode import Decoder
     from pipeline.data.loader.reader import Reader
     from pipeline.data.settings import StorageSettings
@@ -72,7 +72,7 @@ def gather(manifest: Manifest, count: int, seed: int = 0) -> list[tuple[Image.Im
 
 
 def sheet(cells: list[tuple[Image.Image, str, str]]) -> Image.Image:
-    """The samples in rows, as one picture."""
+    """The samples in rows, as one image."""
     columns = min(_COLUMNS, len(cells))
     rows = -(-len(cells) // columns)
     width, height = _SIDE + _GAP, _SIDE + 2 * _LINE + _GAP

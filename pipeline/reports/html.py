@@ -1,6 +1,6 @@
-"""What a page is made of: pictures as data, charts as inline SVG, and the one HTML file around them.
+"""What a page is made of: images as data, charts as inline SVG, and the one HTML file around them.
 
-Nothing a page shows lies outside the file: no script, font, style or picture is fetched. Colours are Okabe and Ito's, which
+Nothing a page shows lies outside the file: no script, font, style or image is fetched. Colours are Okabe and Ito's, which
 readers with any colour vision can tell apart, in a light and a dark dress.
 """
 
@@ -29,7 +29,7 @@ _MOST_POINTS = 300
 
 
 def pixels(view: Any) -> Pixels:
-    """A normalised view as a picture.
+    """A normalised view as an image.
 
     Args:
         view: float tensor ``[3, height, width]``, normalised with ImageNet's mean and deviation.
@@ -44,10 +44,10 @@ def pixels(view: Any) -> Pixels:
 
 
 def fitted(picture: Pixels, side: int, *, sharp: bool = False) -> Image.Image:
-    """A picture whose longer side has ``side`` pixels.
+    """An image whose longer side has ``side`` pixels.
 
     Args:
-        picture: uint8 ``[height, width, 3]``.
+        image: uint8 ``[height, width, 3]``.
         side: pixels.
         sharp: show enlarged pixels as squares rather than smoothed.
     """
@@ -59,10 +59,10 @@ def fitted(picture: Pixels, side: int, *, sharp: bool = False) -> Image.Image:
 
 
 def veiled(image: Image.Image, hidden: NDArray[np.bool_]) -> Image.Image:
-    """A picture with hatched gray over the hidden patches.
+    """An image with hatched gray over the hidden patches.
 
     Args:
-        image: the picture.
+        image: the image.
         hidden: bool ``[rows, columns]``, true where hidden.
     """
     rows, columns = hidden.shape
@@ -80,10 +80,10 @@ def veiled(image: Image.Image, hidden: NDArray[np.bool_]) -> Image.Image:
 
 
 def boxed(image: Image.Image, boxes: Sequence[tuple[tuple[float, float, float, float], str, str, int]]) -> Image.Image:
-    """A picture with named frames drawn on it, rimmed in white so that they show on any ground.
+    """An image with named frames drawn on it, rimmed in white so that they show on any ground.
 
     Args:
-        image: the picture.
+        image: the image.
         boxes: of each frame left, top, right and bottom as shares of the sides, its colour, its name of a letter or two, and its
             width in pixels.
     """
@@ -119,19 +119,19 @@ def font(size: int) -> Any:
 
 
 def embedded(image: Image.Image) -> str:
-    """A picture as the text of an ``src`` attribute: PNG in base64."""
+    """An image as the text of an ``src`` attribute: PNG in base64."""
     buffer = io.BytesIO()
     image.convert("RGB").save(buffer, "PNG")
     return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
 def tag(image: Image.Image, about: str, *, width: int | None = None, kind: str = "") -> str:
-    """An ``img`` element that carries its picture.
+    """An ``img`` element that carries its image.
 
     Args:
-        image: the picture.
+        image: the image.
         about: what it shows, for those who do not see it and for those who point at it.
-        width: pixels on the page; default, the picture's own.
+        width: pixels on the page; default, the image's own.
         kind: CSS classes.
     """
     words = html.escape(about, quote=True)
@@ -161,7 +161,7 @@ class Line:
 
 @dataclass(frozen=True)
 class Chart:
-    """A picture of numbers over samples seen.
+    """An image of numbers over samples seen.
 
     Attributes:
         title: what is shown, with the unit.

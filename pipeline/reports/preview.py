@@ -40,7 +40,7 @@ class View:
     Attributes:
         name: ``global 1``, ``local 3``…
         done: what was done to it, in words; empty if it was only cut out.
-        image: the picture, hidden patches veiled.
+        image: the image, hidden patches veiled.
         hidden: share of its patches that is hidden, 0 if none.
         sign: number of its frame on the original.
         colour: of that frame.
@@ -63,7 +63,7 @@ class Sample:
         label: class number, -1 if it has none.
         caption: text, empty if it has none.
         about: shard and size, in words.
-        image: the picture with the crops' frames.
+        image: the image with the crops' frames.
         views: in the order of the method; empty if the sample cannot be used.
     """
 
@@ -190,7 +190,7 @@ def write(loaded: Loaded, out: Path, count: int = SAMPLES) -> None:
 
     Args:
         loaded: the configuration.
-        out: the file; a picture if its name ends in ``.png``, else an HTML page that holds everything.
+        out: the file; an image if its name ends in ``.png``, else an HTML page that holds everything.
         count: how many samples; no more than a global batch has.
 
     Raises:
@@ -272,7 +272,7 @@ def _page(config: Config, inputs: Inputs, specs: tuple[ViewSpec, ...], samples: 
 
 
 def sheet(samples: Sequence[Sample]) -> Image.Image:
-    """The samples under each other as one picture."""
+    """The samples under each other as one image."""
     gap, line = 24, 22
     rows = []
     for sample in samples:

@@ -1,4 +1,4 @@
-"""The picture page of a run: what came out, how it went, and what the network makes of pictures, in one HTML file.
+"""The image page of a run: what came out, how it went, and what the network makes of images, in one HTML file.
 
 Everything is read from the run's directory (journals, attempts, newest checkpoint) and from its shards; nothing is fetched.
 """
@@ -31,9 +31,9 @@ if TYPE_CHECKING:
     from pipeline.data.augment.views import ViewSpec
 
 CROPS, PCA, QUERIES, NEIGHBOURS = 4, 8, 6, 6
-"""Samples shown with their crops, pictures in the PCA, and rows and columns of the neighbours."""
-_BANK = 4000  # pictures searched at most
-_THUMB = 216  # most pixels of a small picture in the file; the page shows it at half of that
+"""Samples shown with their crops, images in the PCA, and rows and columns of the neighbours."""
+_BANK = 4000  # images searched at most
+_THUMB = 216  # most pixels of a small image in the file; the page shows it at half of that
 _CHOICE = 0xE7A1  # names the draw, the one of the k-NN evaluation
 _SERIES = {"knn": "trained", "untrained": "untrained", "pixels": "pixels"}
 _SCHEDULES = {"lr", "weight_decay", "teacher_momentum", "teacher_temperature", "epoch", "skipped_steps", "loss"}
@@ -177,7 +177,7 @@ def _number(value: float) -> str:
 
 
 def _scores(run: RunDirectory, past: History, saved: Saved) -> tuple[dict[str, dict[int, float]], int]:
-    """The newest k-NN of the journals and its step; of ``fovea eval`` if that judged a later one, the checkpoint itself."""
+    """The newest k-NN of the journals and its step; of ``fovea eval`` if that evaluated a later one, the checkpoint itself."""
     found: dict[str, dict[int, float]] = {name: {} for name in SOURCES}
     step = -1
     for name, points in past.metrics.items():
@@ -300,7 +300,7 @@ def _panel(
     return pictures.draw(Chart(title, [Line(title, points)], marks=marks, floor=low, ceiling=high, width=250, height=160))
 
 
-# ---- what the network saw, and what it makes of pictures ----------------------------------------------------------------
+# ---- what the network saw, and what it makes of images ----------------------------------------------------------------
 
 
 def _crops(config: Config, inputs: Inputs, views: tuple[ViewSpec, ...]) -> str:
@@ -358,7 +358,7 @@ def _neighbours(look: Gallery, most: int) -> str:
     keys, classes = look.classes(look.bank, ids)
     asked, answers = look.classes(look.queries, wanted)
     similarity = asked @ keys.T
-    if look.bank is look.queries:  # a picture is not its own neighbour
+    if look.bank is look.queries:  # an image is not its own neighbour
         similarity[torch.from_numpy(wanted[:, None] == ids[None])] = -2.0
     near, place = similarity.topk(min(NEIGHBOURS, len(ids)), dim=1)
     queries, said = look.pictures(look.queries, wanted, look.size)

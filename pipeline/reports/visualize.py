@@ -1,4 +1,4 @@
-"""``fovea visualize``: a person's own pictures as a run's network sees them, in one HTML page."""
+"""``fovea visualize``: a person's own images as a run's network sees them, in one HTML page."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from pipeline.models.eval_model import EvalModel
 
-_TILE = 168  # pixels of a picture on the page
+_TILE = 168  # pixels of an image on the page
 
 
 def run(path: Path, files: Sequence[Path], *, out: Path, texts: Sequence[str], size: int | None) -> int:
@@ -27,13 +27,13 @@ def run(path: Path, files: Sequence[Path], *, out: Path, texts: Sequence[str], s
 
     Args:
         path: a run or a checkpoint.
-        files: pictures.
+        files: images.
         out: the HTML file.
         texts: sentences to look for in them, of a method that reads captions.
-        size: side of the pictures, pixels; twice that of training if not given.
+        size: side of the images, pixels; twice that of training if not given.
 
     Raises:
-        FoveaError: no checkpoint, no picture, a size that is no multiple of the patch, or texts that the method cannot read.
+        FoveaError: no checkpoint, no image, a size that is no multiple of the patch, or texts that the method cannot read.
     """
     import torch
 
@@ -86,10 +86,10 @@ def run(path: Path, files: Sequence[Path], *, out: Path, texts: Sequence[str], s
 
 
 def square(file: Path, side: int) -> np.ndarray:
-    """The square in the middle of a picture, uint8 ``[side, side, 3]``.
+    """The square in the middle of an image, uint8 ``[side, side, 3]``.
 
     Raises:
-        DataError: it is no picture.
+        DataError: it is no image.
     """
     from PIL import ImageOps
 

@@ -2,7 +2,7 @@
 
 Four illnesses are known besides numbers that are not finite, which the trainer skips and rollbacks by itself: *collapse* of the
 targets, all undecided or all the same, or of the features, into few directions; *divergence*, when what was learnt is lost again;
-and *standing still*. All but one are judged by what the method says its metrics mean (:mod:`pipeline.methods.health_metrics`).
+and *standing still*. All but one are evaluated by what the method says its metrics mean (:mod:`pipeline.methods.health_metrics`).
 
 Every sign is a mean over the last :data:`SMOOTH` steps, and has to hold for :data:`PATIENCE` steps: an illness is told of within
 200 steps of its onset, as long as numbers are logged at least every :data:`SMOOTH`, and a bad batch is not. Each is told once.

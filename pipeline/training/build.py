@@ -257,7 +257,7 @@ def assemble(
 
 
 def _sheets(run: RunDirectory, journal: Journal) -> Show:
-    """Keeps pictures beside the run's numbers, and has them sent with these."""
+    """Keeps images beside the run's numbers, and has them sent with these."""
 
     def keep(step: int, name: str, sheet: NDArray[np.uint8]) -> None:
         path = run.path / "pictures" / f"{name}-{step:09d}.png"

@@ -76,7 +76,7 @@ class Progress:
         skipped: steps left out because something was not finite.
         scores: the last evaluation, by metric.
         scored: the step it was made at, -1 for none.
-        judged: the metrics that were measured at that step; others of ``scores`` are older.
+        evaluated: the metrics that were measured at that step; others of ``scores`` are older.
         seconds: wall time that advanced training, over all attempts.
     """
 
