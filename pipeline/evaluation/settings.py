@@ -75,7 +75,7 @@ class SegmentationSettings(Settings):
     val_shards: Shards | None = Field(default=None, description="validation shards with class maps; required")
     num_classes: int | None = Field(default=None, ge=2, le=250, description="number of classes; required")
     ignore_index: tuple[int, ...] = Field(default=(255,), description="values in the class maps that are not a class")
-    class_names: tuple[str, ...] = Field(default=(), description="names of the classes; null or empty means their numbers")
+    class_names: tuple[str, ...] = Field(default=(), description="names of the classes; by default their numbers")
     image_size: int | None = Field(
         default=None, ge=8, le=4096, description="side of the image in pixels; null means the size of a global crop"
     )

@@ -22,8 +22,8 @@ class LrScalingSettings(Settings):
 
     rule: Literal["sqrt", "linear", "none"] = Field(
         default="sqrt",
-        description="scaling of the peak learning rate: sqrt multiplies it by sqrt(global batch size / reference_batch) (DINOv2), "
-        "linear by the ratio itself (DINO, MoCo, SimCLR), none leaves it",
+        description="scaling rule: sqrt multiplies the peak by sqrt(global batch size / reference_batch) (DINOv2), linear by "
+        "the ratio itself (DINO, MoCo, SimCLR), none leaves it unchanged",
     )
     reference_batch: Count | None = Field(
         default=None, description="global batch size at which the peak is not scaled; null means 1024 for sqrt and 256 for linear"
@@ -120,14 +120,14 @@ class TrainSettings(Settings):
     zero_stage: Literal[0, 1, 2, 3] = Field(
         default=1,
         json_schema_extra=RUNTIME,
-        description="DeepSpeed ZeRO stage: shard nothing (0), the optimizer state (1), also the gradients (2), also the parameters "
-        "(3)",
+        description="DeepSpeed ZeRO stage: shard nothing (0), the optimizer state (1), also the gradients (2), also the "
+        "parameters (3)",
     )
     offload: Literal["none", "cpu"] = Field(
         default="none",
         json_schema_extra=RUNTIME,
-        description="where AdamW runs and keeps its fp32 state: on the GPU, or in host memory (saves 12 bytes per parameter on the "
-        "GPUs, makes steps slower; stages 1 to 3)",
+        description="where AdamW runs and keeps its fp32 state: on the GPU, or in host memory (saves 12 bytes per parameter on "
+        "the GPUs, makes steps slower; stages 1 to 3)",
     )
     log_every: Count = Field(default=10, json_schema_extra=RUNTIME, description="steps between two log lines")
     threads: Count | None = Field(
@@ -138,7 +138,8 @@ class TrainSettings(Settings):
     record_batches: bool = Field(
         default=False,
         json_schema_extra=RUNTIME,
-        description="write each rank's sample keys, pixel digest and loss terms of every step to <run>/batches (slow; for audits)",
+        description="write each rank's sample keys, pixel digest and loss terms of every step to <run>/batches (slow, for "
+        "audits)",
     )
     activation_checkpointing: bool = Field(
         default=False,
@@ -154,14 +155,14 @@ class TrainSettings(Settings):
     cuda_graphs: bool = Field(
         default=False,
         json_schema_extra=RUNTIME,
-        description="with train.compile: replay the compiled blocks as CUDA graphs, for small models whose steps are dominated by "
-        "kernel launches; uses additional memory; ZeRO stages 0 to 2, one micro-batch, no activation checkpointing; "
-        "not yet run on a GPU",
+        description="with train.compile: replay the compiled blocks as CUDA graphs, for small models whose steps are dominated "
+        "by kernel launches; uses additional memory; ZeRO stages 0 to 2, one micro-batch, no activation "
+        "checkpointing; not yet run on a GPU",
     )
     fp8: Literal["off", "teacher", "all"] = Field(
         default="off",
-        description="towers whose blocks compute matrix products in 8-bit floats: none, those without gradient, or all; needs bf16 "
-        "and a GPU of compute capability 8.9, and changes the numbers",
+        description="towers whose blocks compute matrix products in 8-bit floats: none, those without gradient, or all; needs "
+        "bf16 and a GPU of compute capability 8.9, and changes the numbers",
     )
     deterministic: bool = Field(default=False, description="raise an error for operations whose result varies from run to run")
     max_consecutive_nonfinite: Count = Field(
