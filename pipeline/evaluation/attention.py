@@ -70,8 +70,7 @@ def with_attention(subject: EvalModel, images: Tensor) -> tuple[Any, Tensor | No
 @torch.inference_mode()
 def looked_at(subject: EvalModel, images: Tensor) -> Tensor:
     """:func:`with_attention` averaged over heads, ``[n, patches]``; if the attention cannot be read, the cosine similarity of
-    each
-    patch with the class token.
+    each patch with the class token.
     """
     tokens, attention = with_attention(subject, images)
     if attention is not None:
