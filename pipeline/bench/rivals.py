@@ -1,7 +1,7 @@
-"""The two obvious ways to make the same views from the same shards: torchvision's transforms, and DALI's own reader.
+"""Baseline data pipelines with the same views and shards: torchvision's transforms, and DALI's own reader.
 
-Both give DINOv2's views: two of 224 pixels and eight of 96, with the augmentation of :func:`specs`. They read images by the
-same offsets as we do, and neither tokenises, checks or records anything.
+Both make DINOv2's views: two of 224 pixels and eight of 96, with the augmentation of :func:`specs`. They read images at the same
+offsets as ours, and neither tokenises, checks or records anything.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def specs(*, globals_: int = 2, locals_: int = 8) -> tuple[ViewSpec, ...]:
 
 
 def spans(manifest: Manifest) -> list[tuple[str, int, int]]:
-    """File, first byte and length of every accepted image; shards must be local."""
+    """File, offset and length of every accepted image; shards must be local."""
     found = []
     for number, shard in enumerate(manifest.shards):
         offsets, sizes = (manifest.column(number, f"image_{part}").tolist() for part in ("offset", "size"))
@@ -92,7 +92,7 @@ def torchvision_batches(manifest: Manifest, *, batch: int, hue: bool, kind: str,
 
 
 def write_dali_indices(manifest: Manifest, folder: Path) -> tuple[list[str], list[str]]:
-    """Tars and the index files that DALI's reader wants, made from our index."""
+    """Tars and the index files for DALI's reader, created from our index."""
     tars, indices = [], []
     for number, shard in enumerate(manifest.shards):
         offsets, sizes = (manifest.column(number, f"image_{part}").tolist() for part in ("offset", "size"))
