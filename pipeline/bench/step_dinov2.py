@@ -26,15 +26,16 @@ _STILL = Step(teacher_temperature=0.07, momentum=1.0)  # learning rate 0: every 
 
 
 def contest(model: str, samples: int, prototypes: int, drop: float, *, bf16: bool, device: torch.device) -> Contest:
-    """Both, if theirs is installed, with ten crops of a sample as published: two of 224 and eight of 98 or 96 pixels.
+    """Both steps (ours only if the official code is not installed), with ten crops per sample as published: two of 224 and eight
+    of 98 or 96 pixels.
 
     Args:
-        model: of :data:`MODELS`.
-        samples: of a step.
+        model: one of :data:`MODELS`.
+        samples: samples per step.
         prototypes: of the head that class and patch tokens share.
-        drop: share of samples that a branch leaves out.
+        drop: rate of stochastic depth.
         bf16: compute under autocast.
-        device: where.
+        device: device of the weights and the batch.
     """
     name, patch = model.split("-")[0], int(model.split("-")[1])
     sides = (4 * patch, 2 * patch) if name == "tiny" else (224, 98 if patch == 14 else 96)

@@ -164,7 +164,7 @@ class Zero0Layout(Layout):
 
 
 class Zero12Layout(Layout):
-    """Stages 1 and 2: parameters are whole on every rank; masters, moments and gradients are slices of one flat tensor a group."""
+    """Stages 1 and 2: parameters are whole on every rank; masters, moments, gradients are slices of a flat tensor per group."""
 
     def __init__(self, engine: Any, parameters: Sequence[Tensor], names: dict[int, str], moments: tuple[str, ...] = ADAM) -> None:
         self._moments = moments
