@@ -58,8 +58,7 @@ def origins(found: Saved | None, config: Config) -> list[dict[str, str]]:
 
 
 def choose_checkpoint(config: Config, run: RunDirectory, inputs: Inputs, *, fetch: bool = True) -> tuple[Saved | None, list[str]]:
-    """The verified checkpoint to start from, and messages about damaged ones that were skipped and changed data that was
-    accepted.
+    """The verified checkpoint to start from, and messages about skipped checkpoints and accepted changes of the data.
 
     ``auto`` selects the run's last checkpoint; if the run has none, its newest mirrored copy is fetched. A path is where the run
     begins, or returns to: once the run has written checkpoints that descend from it, the last of those is selected, so that the

@@ -1,6 +1,4 @@
-"""``fovea shards``: indexes, verifies, packs and inspects WebDataset shards. Each subcommand imports its dependencies when it
-runs.
-"""
+"""``fovea shards``: indexes, verifies, packs and inspects WebDataset shards. Each subcommand imports lazily."""
 
 from __future__ import annotations
 
@@ -195,7 +193,7 @@ def pack(
 
     - the output of img2dataset, tars or files;
 
-    - other shards, to reshuffle or resize them or to skip small images; all members are kept.
+    - other shards, to shuffle them again, change the shard size or skip small images; all members are kept.
 
     An ambiguous SOURCE is refused. Skipped samples are counted, and listed in OUT/PREFIX.skipped.txt.
 

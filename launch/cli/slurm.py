@@ -199,7 +199,7 @@ def requeue(
         bool, typer.Option("--now", help="Requeue at once, without waiting for the end of the step and a checkpoint.")
     ] = False,
 ) -> None:
-    """Save a checkpoint, release the nodes and put the run's job back into the queue."""
+    """Put a run's job back into the queue, after saving a checkpoint and releasing its nodes."""
     from launch.slurm import slurm_commands as tools
     from launch.slurm import status as standing
     from launch.slurm.submit import living

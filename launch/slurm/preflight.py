@@ -22,7 +22,7 @@ def look(options: dict[str, Any]) -> dict[str, Any]:
 
     Args:
         options: ``gpus`` a node should have, ``run`` directory, ``disk_gb`` of free space for it and the temporary folder,
-            ``clock_skew`` in seconds relative to ``t``, the first node's clock at submission of the check, ``seconds`` this may
+            ``clock_skew`` in seconds relative to ``t``, the first node's clock when it started the check, ``seconds`` this may
             take.
     """
     began = time.time()

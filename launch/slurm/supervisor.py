@@ -27,7 +27,7 @@ from pipeline.runtime import job_record as record
 from pipeline.runtime.run_directory import RunDirectory
 
 _PORTS = range(61001, 65536)  # above the range for outgoing connections
-_MEETINGS = 3  # rendezvous attempts in one attempt, if the port was taken meanwhile
+_MEETINGS = 3  # rendezvous tries per attempt, if the port was taken meanwhile
 _TICK = 0.5
 
 
