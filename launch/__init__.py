@@ -1,1 +1,1 @@
-"""The command line and everything that starts processes. Imports ``pipeline``; nothing in ``pipeline`` imports this."""
+"""The command line and process launchers. Imports ``pipeline``; nothing in ``pipeline`` imports this package."""

@@ -1,8 +1,8 @@
-"""What ``accelerate launch`` was told, held against the run's own settings.
+"""Checks the settings of ``accelerate launch`` against the run's own settings.
 
-Accelerate is a launcher and a source of configuration here: its variables place the ranks, and a DeepSpeed file it names may
-tune DeepSpeed. It does not run the loop: its backward takes the optimizer step with it, which leaves no room for clipping each
-network apart, and its saves are not atomic. Where it says something else than the settings nobody wins: the start is refused.
+Accelerate serves here as a launcher and a source of configuration: its variables place the ranks, and a DeepSpeed file it names
+may tune DeepSpeed. It does not run the training loop: its backward includes the optimizer step, which prevents clipping each
+network separately, and its checkpoints are not atomic. If it contradicts the settings, the run does not start.
 """
 
 from __future__ import annotations
@@ -18,15 +18,15 @@ from pipeline.errors import ConfigError
 
 
 def check(config: Config, world: int, environment: Mapping[str, str] | None = None) -> None:
-    """Compares the settings with Accelerate's variables and with the DeepSpeed file they name.
+    """Compare the settings with Accelerate's variables and with the DeepSpeed file they name.
 
     Args:
         config: the settings.
-        world: number of ranks.
-        environment: default this process's.
+        world: world size.
+        environment: environment variables; this process's by default.
 
     Raises:
-        ConfigError: they contradict each other, or the file cannot be read; every contradiction is named.
+        ConfigError: they contradict each other, or the file cannot be read; lists every contradiction.
     """
     env = os.environ if environment is None else environment
     wrong = []

@@ -1,4 +1,4 @@
-"""Counts the GPUs that a process may use, without loading torch."""
+"""Counts the GPUs that a process may use, without importing torch."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from pathlib import Path
 
 
 def gpus(environment: Mapping[str, str] | None = None) -> int:
-    """GPUs of this machine that CUDA shows to this process.
+    """Number of GPUs of this host that CUDA makes visible to this process.
 
     Args:
-        environment: variables, of which ``CUDA_VISIBLE_DEVICES`` counts; this process's if not given.
+        environment: variables, of which ``CUDA_VISIBLE_DEVICES`` is used; this process's by default.
     """
     env = os.environ if environment is None else environment
     there = sum(1 for path in Path("/dev").glob("nvidia[0-9]*") if path.name[6:].isdigit())
@@ -21,13 +21,13 @@ def gpus(environment: Mapping[str, str] | None = None) -> int:
 
 
 def visible(there: int, chosen: str | None) -> int:
-    """How many of a machine's GPUs ``CUDA_VISIBLE_DEVICES`` leaves, by CUDA's own rules.
+    """Number of GPUs that ``CUDA_VISIBLE_DEVICES`` leaves visible, by CUDA's own rules.
 
-    Numbers, UUIDs (``GPU-…``) or MIG instances count up to the first that is none, a repetition makes the whole list empty, and
+    Numbers, UUIDs (``GPU-…``) or MIG instances count up to the first invalid entry, a repetition makes the whole list empty, and
     a process never sees more than one MIG instance.
 
     Args:
-        there: GPUs of the machine.
+        there: GPUs of the host.
         chosen: the variable's value, ``None`` if it is not set.
     """
     if chosen is None:
@@ -50,7 +50,7 @@ def _number(part: str, there: int) -> int | None:
 
 
 def _until(parts: list[str], read: Callable[[str], object]) -> list[object]:
-    """What can be read of a list up to the first entry that cannot; nothing if one comes twice."""
+    """Parse a list up to the first invalid entry; empty if an entry is repeated."""
     taken: list[object] = []
     for part in parts:
         value = read(part)
@@ -63,6 +63,6 @@ def _until(parts: list[str], read: Callable[[str], object]) -> list[object]:
 
 
 def shown(environment: Mapping[str, str] | None = None) -> str:
-    """The variable that chooses the GPUs, for messages; empty if it is not set."""
+    """The variable that selects the GPUs, for messages; empty if it is not set."""
     env = os.environ if environment is None else environment
     return f" (CUDA_VISIBLE_DEVICES={env['CUDA_VISIBLE_DEVICES']!r})" if "CUDA_VISIBLE_DEVICES" in env else ""

@@ -1,4 +1,4 @@
-"""Slurm's compressed lists of nodes (``a[1-3,5],b07-[01-02]``), taken apart without Slurm. Standard library only."""
+"""Expands Slurm's compressed node lists (``a[1-3,5],b07-[01-02]``) without Slurm. Standard library only."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ _RANGE = re.compile(r"(\d+)(?:-(\d+))?")
 
 
 def hosts(text: str) -> Iterator[str]:
-    """The nodes of a list, in its order, as ``scontrol show hostnames`` gives them.
+    """The nodes of a list, in its order, as printed by ``scontrol show hostnames``.
 
     Args:
         text: names with numbers in brackets, such as ``rack[1-2]n[01-16]-ib,login``; widths are kept.
 
     Raises:
-        ValueError: it is no such list.
+        ValueError: not a node list.
     """
     for item in _split(text):
         parts: list[list[str]] = []
@@ -33,7 +33,7 @@ def hosts(text: str) -> Iterator[str]:
 
 
 def _split(text: str) -> Iterator[str]:
-    """Parts between commas that are in no brackets."""
+    """Split at the commas outside brackets."""
     depth, begin = 0, 0
     for at, letter in enumerate(text):
         depth += (letter == "[") - (letter == "]")

@@ -1,9 +1,9 @@
-"""Starts ranks on this machine, watches them, and leaves no process behind.
+"""Starts and monitors ranks on this host, and leaves no process behind.
 
-Rank 0 writes to the terminal, every other rank to ``<log_directory>/rank-<n>.log``. SIGTERM, SIGINT, SIGHUP, SIGUSR1 and
-SIGUSR2 are passed on to every rank, and the launcher waits for what they make of it; the third SIGINT (Ctrl-C) kills them. When a
-rank fails, the others get ``grace`` seconds to end by themselves, then SIGTERM, then SIGKILL. The kernel kills the ranks if
-this process dies, even by SIGKILL: each asks for that before it does anything else. Imports no torch.
+Rank 0 writes to the terminal, every other rank to ``<log_directory>/rank-<n>.log``. SIGTERM, SIGINT, SIGHUP, SIGUSR1 and SIGUSR2
+are forwarded to every rank, and the launcher waits for the ranks to exit; the third SIGINT (Ctrl-C) kills them. When a rank
+fails, the others get ``grace`` seconds to exit by themselves, then SIGTERM, then SIGKILL. The kernel kills the ranks if this
+process dies, even by SIGKILL: each rank requests that first. Does not import torch.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ from pipeline.runtime.interpreter import safe_environment
 
 FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 
-# Head of every rank: die with the launcher (PR_SET_PDEATHSIG = 1), then become the wanted program in the same process.
-# If the launcher died before the request took effect, its child has already been handed to another parent.
+# Start of every rank: die with the launcher (PR_SET_PDEATHSIG = 1), then exec the program in the same process. If the launcher
+# died before the request took effect, the child already has another parent.
 _HEAD = (
     "import ctypes, os, sys\n"
     "if ctypes.CDLL(None, use_errno=True).prctl(1, 9, 0, 0, 0) or os.getppid() != int(sys.argv[1]): os._exit(143)\n"
@@ -51,7 +51,7 @@ class _Rank:
 
 
 def free_port() -> int:
-    """A TCP port nobody listens on, above the range from which the kernel takes ports of outgoing connections.
+    """A free TCP port above the kernel's range for outgoing connections.
 
     Raises:
         LaunchError: none could be bound.
@@ -72,18 +72,19 @@ def start(
     threads: int | None = None,
     grace: float = 10.0,
 ) -> int:
-    """Runs ``ranks`` copies of a program and returns when all have ended.
+    """Run ``ranks`` copies of a program and return when all have exited.
 
     Args:
-        argv_of_rank: the program and its arguments, the same for all ranks; ``sys.executable`` is a good first one.
+        argv_of_rank: the program and its arguments, the same for all ranks; usually starts with ``sys.executable``.
         ranks: number of processes.
-        log_directory: made if need be; receives ``rank-<n>.log`` of every rank but 0, appended to.
+        log_directory: created if necessary; ``rank-<n>.log`` of every rank but 0 is appended to there.
         environment: the ranks' environment (default: this process's); each rank's own variables are added.
-        threads: compute threads of a rank (``OMP_NUM_THREADS``); default shares the cores out, unless the variable is set.
-        grace: seconds that the other ranks get to end after one failed, and again after SIGTERM.
+        threads: compute threads per rank (``OMP_NUM_THREADS``); by default the cores are divided among the ranks, unless the
+            variable is set.
+        grace: seconds that the other ranks get to exit after one failed, and again after SIGTERM.
 
     Returns:
-        0 if every rank returned 0; else the code of the rank that failed first, 128 + n if signal n ended it.
+        0 if every rank returned 0; else the code of the rank that failed first, 128 + n if it was ended by signal n.
 
     Raises:
         LaunchError: the program cannot be started.
@@ -122,7 +123,7 @@ def _spawn(argv: Sequence[str], number: int, environment: Mapping[str, str], log
     sink: IO[bytes] | None = log.open("ab", buffering=0) if log is not None else None
     command = [sys.executable, "-I", "-S", "-c", _HEAD, str(os.getpid()), *argv]
     try:
-        # A session of its own: Ctrl-C in the terminal reaches the launcher only, which passes it on once.
+        # A separate session: Ctrl-C in the terminal reaches only the launcher, which forwards it once.
         process = subprocess.Popen(
             command,
             env=dict(environment),
@@ -141,9 +142,9 @@ def _spawn(argv: Sequence[str], number: int, environment: Mapping[str, str], log
 
 @contextlib.contextmanager
 def _forwarding(ranks: list[_Rank]) -> Iterator[Callable[[], None]]:
-    """Passes signals on while the body runs, from the moment it calls what it is given: until then they are kept.
+    """Forward signals to the ranks within the context; signals are queued until the yielded function is called.
 
-    Only the main thread may set handlers; elsewhere signals stay as they are.
+    Only the main thread may set handlers; in other threads signals are left as they are.
     """
     kept: list[int] = []
     seen: Counter[int] = Counter()
@@ -167,7 +168,7 @@ def _forwarding(ranks: list[_Rank]) -> Iterator[Callable[[], None]]:
     if threading.current_thread() is not threading.main_thread():
         yield begin
         return
-    # An ignored SIGHUP stays ignored, here and in the ranks: nohup wants the run to go on without its terminal.
+    # An ignored SIGHUP stays ignored, here and in the ranks: with nohup the run continues without its terminal.
     heeded = [n for n in FORWARDED if n != signal.SIGHUP or signal.getsignal(n) != signal.SIG_IGN]
     before = {number: signal.signal(number, forward) for number in heeded}
     try:

@@ -1,4 +1,4 @@
-"""What a person sees while a run goes on: one live line on a terminal, plain lines everywhere else."""
+"""Progress display of a run: one live line on a terminal, plain lines otherwise."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _SHOWN = {"linear/top1", "logistic/top1", "segmentation/miou", "zeroshot/top1"}
 
 
 class Lasting:
-    """A standard stream that outlives its terminal or pipe: what can no longer be shown is dropped, and the run goes on.
+    """Wrapper of a standard stream that survives the loss of its terminal or pipe; output is then dropped and the run continues.
 
     Args:
         stream: standard output or error.
@@ -30,7 +30,7 @@ class Lasting:
         self._stream = stream
 
     def write(self, text: str) -> int:
-        """Write, if anybody is there to read."""
+        """Write, unless the stream is closed."""
         try:
             return self._stream.write(text)
         except OSError:
@@ -38,7 +38,7 @@ class Lasting:
             return len(text)
 
     def flush(self) -> None:
-        """Flush, if anybody is there to read."""
+        """Flush, unless the stream is closed."""
         try:
             self._stream.flush()
         except OSError:
@@ -54,7 +54,7 @@ class Lasting:
 
 
 def outlive_terminal() -> None:
-    """Makes both standard streams of this process :class:`Lasting`."""
+    """Replace both standard streams of this process by :class:`Lasting`."""
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
         if stream is not None and not isinstance(stream, Lasting):
@@ -62,22 +62,22 @@ def outlive_terminal() -> None:
 
 
 class Silent:
-    """The watcher of all ranks but 0; speaks only when something is wrong."""
+    """Progress logger of all ranks but 0; prints only messages."""
 
     def step(self, done: int, total: int, loss: float, rate: float, scores: dict[str, float], scored: int) -> None:
-        """Nothing."""
+        """No output."""
 
     def say(self, text: str) -> None:
-        """To this rank's log."""
+        """Write to this rank's log."""
         print(shown(text), flush=True)
 
 
 class Lines:
-    """Plain lines, for logs.
+    """Progress logger that prints plain lines.
 
     Args:
-        global_batch: samples of a step, for the time left.
-        out: where they go instead of the standard output.
+        global_batch: samples per step, for the remaining time.
+        out: output stream instead of the standard output.
     """
 
     def __init__(self, global_batch: int, out: TextIO | None = None) -> None:
@@ -92,29 +92,29 @@ class Lines:
         return f"step {done:>6}/{total}  loss {loss:8.4f}  {rate:6.0f} img/s{knn}{old}  left {left}"
 
     def step(self, done: int, total: int, loss: float, rate: float, scores: dict[str, float], scored: int) -> None:
-        """One line."""
+        """Print one line."""
         print(shown(self._text(done, total, loss, rate, scores, scored)), file=self._out, flush=True)
 
     def say(self, text: str) -> None:
-        """One line."""
+        """Print one line."""
         print(shown(text), file=self._out, flush=True)
 
 
 class Live(Lines):
-    """One line that rewrites itself, with a bar as far as there is room; messages scroll above it."""
+    """Progress logger that rewrites a single line, with a bar if the width allows; messages scroll above it."""
 
     def __init__(self, global_batch: int) -> None:
         super().__init__(global_batch)
         self._shown = 0.0
 
     def _line(self, done: int, total: int, text: str) -> str:
-        columns = shutil.get_terminal_size().columns - 1  # a line that wraps cannot be rewritten
+        columns = shutil.get_terminal_size().columns - 1  # a wrapped line cannot be rewritten
         width = max(min(24, columns - len(text) - 1), 0)
         full = round(width * done / max(total, 1))
         return f"{'━' * full}{'╌' * (width - full)} {text}".lstrip()[:columns]
 
     def step(self, done: int, total: int, loss: float, rate: float, scores: dict[str, float], scored: int) -> None:
-        """Rewrite the line, at most ten times a second."""
+        """Rewrite the line, at most ten times per second."""
         text = self._text(done, total, loss, rate, scores, scored)
         if time.monotonic() - self._shown > 0.1 or done == total:
             self._shown = time.monotonic()
@@ -122,18 +122,18 @@ class Live(Lines):
             sys.stdout.flush()
 
     def say(self, text: str) -> None:
-        """Above the line."""
+        """Print above the line."""
         sys.stdout.write(f"\r\x1b[2K{text}\n")
         sys.stdout.flush()
 
 
 class Kept:
-    """A watcher of which plain lines are kept in a file too, as far as the disk lets them.
+    """Progress logger that also appends plain lines to a file, unless the disk fails.
 
     Args:
-        inner: who shows progress.
+        inner: the progress logger that displays.
         path: the file, appended to.
-        global_batch: samples of a step.
+        global_batch: samples per step.
     """
 
     def __init__(self, inner: Lines, path: Path, global_batch: int) -> None:
@@ -146,20 +146,20 @@ class Kept:
         self._copy = Lines(global_batch, file)
 
     def step(self, done: int, total: int, loss: float, rate: float, scores: dict[str, float], scored: int) -> None:
-        """Show it, and keep it."""
+        """Display and write to the file."""
         self._inner.step(done, total, loss, rate, scores, scored)
         with contextlib.suppress(OSError):
             self._copy.step(done, total, loss, rate, scores, scored)
 
     def say(self, text: str) -> None:
-        """Show it, and keep it."""
+        """Display and write to the file."""
         self._inner.say(text)
         with contextlib.suppress(OSError):
             self._copy.say(text)
 
 
 def watcher(rank: int, global_batch: int, keep: Path | None = None) -> Silent | Lines | Kept:
-    """The right one for this rank and this output; ``keep`` is a file for its lines where nobody else keeps them."""
+    """The progress logger for this rank and output; ``keep`` is a log file, for runs whose output is not logged otherwise."""
     if rank:
         return Silent()
     shown = Live(global_batch) if sys.stdout.isatty() else Lines(global_batch)
@@ -167,28 +167,28 @@ def watcher(rank: int, global_batch: int, keep: Path | None = None) -> Silent | 
 
 
 class Clocked:
-    """A watcher that also keeps ``train_seconds.json`` beside the attempt's logs: seconds of training.
+    """Progress logger that also records the seconds of training in ``train_seconds.json``, beside the attempt's logs.
 
     Args:
-        inner: who shows progress.
+        inner: the progress logger that displays.
         path: the file.
-        seconds: reads the seconds of all steps so far, those of earlier attempts that count included.
+        seconds: returns the seconds of all steps so far, including those of earlier attempts that count.
     """
 
     def __init__(self, inner: Silent | Lines | Kept, path: Path, seconds: Callable[[], float]) -> None:
         self._inner, self._path, self._seconds, self._began = inner, path, seconds, seconds()
 
     def step(self, done: int, total: int, loss: float, rate: float, scores: dict[str, float], scored: int) -> None:
-        """Show it, and note the time."""
+        """Display and record the time."""
         self._inner.step(done, total, loss, rate, scores, scored)
         self.note(done)
 
     def say(self, text: str) -> None:
-        """Show it."""
+        """Display."""
         self._inner.say(text)
 
     def note(self, step: int) -> None:
-        """Write the file, if the disk lets it."""
+        """Write the file, unless the disk fails."""
         with contextlib.suppress(OSError):
             temporary = self._path.with_suffix(".new")
             temporary.write_text(json.dumps({"began": self._began, "seconds": self._seconds(), "step": step}))

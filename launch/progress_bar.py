@@ -1,4 +1,4 @@
-"""How far a long work is: a bar on a terminal, a line for each finished piece elsewhere. All of it on stderr."""
+"""Progress of a long task on stderr: a bar on a terminal, otherwise a line per finished piece."""
 
 from __future__ import annotations
 
@@ -11,21 +11,21 @@ from pipeline.masking import printable
 
 
 class Tell(Protocol):
-    """Told of progress: pieces done, pieces in all, and a line if there is something worth one."""
+    """Progress callback: pieces done, total pieces, and a line of text if there is one."""
 
     def __call__(self, done: int, total: int, line: str = "") -> None:
-        """Tells it."""
+        """Report progress."""
 
 
 @contextmanager
 def meter(what: str) -> Iterator[Tell]:
-    """Shows the progress of a work while the block runs.
+    """Show the progress of a task within the context.
 
     Args:
-        what: the work, in a word or two.
+        what: the task, in a word or two.
 
     Yields:
-        What to call with (done, total, line). On a terminal it moves a bar with the time left, elsewhere it prints the line.
+        Callback (done, total, line). On a terminal it moves a bar with the remaining time, otherwise it prints the line.
     """
     if not sys.stderr.isatty():
 

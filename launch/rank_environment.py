@@ -1,6 +1,6 @@
-"""Who am I among the ranks? Read from the environment of torchrun, of a Slurm step, of fovea's own launcher, or of nobody.
+"""Determines rank and world size from the environment: torchrun, a Slurm step, fovea's own launcher, or a single process.
 
-Imports no torch: a rank must know its place before anything heavy is loaded.
+Does not import torch: a rank must know its place before anything heavy is loaded.
 """
 
 from __future__ import annotations
@@ -22,17 +22,17 @@ from pipeline.untrusted import printable
 
 @dataclass(frozen=True)
 class RankEnvironment:
-    """One rank's place.
+    """Rank, world size and rendezvous address of this process.
 
     Attributes:
-        rank: number of this process, from 0.
+        rank: global rank, from 0.
         world_size: number of processes.
-        local_rank: number of this process on its machine, from 0.
-        local_world_size: processes on this machine.
-        address: host name or address of rank 0's machine.
-        port: TCP port of the rendezvous there; 0 for a single rank, which meets nobody.
-        source: who started the ranks: ``torchrun`` (or fovea's local launcher), ``slurm``, or ``single``.
-        key: names this set of ranks apart from any other (Slurm: job, restart, step), so that strangers never join.
+        local_rank: rank on its node, from 0.
+        local_world_size: processes on this node.
+        address: host name or address of rank 0's node.
+        port: TCP port of the rendezvous there; 0 for a single rank, which needs none.
+        source: what started the ranks: ``torchrun`` (or fovea's local launcher), ``slurm``, or ``single``.
+        key: unique name of this set of ranks (Slurm: job, restart, step), so that ranks of another run cannot join.
     """
 
     rank: int = 0
@@ -46,13 +46,13 @@ class RankEnvironment:
 
     @classmethod
     def read(cls, environment: Mapping[str, str] | None = None) -> RankEnvironment:
-        """The place told by ``environment`` (default: this process's).
+        """Read ``environment`` (default: this process's).
 
-        ``RANK`` wins. ``SLURM_PROCID`` alone says nothing, since a batch script has it too: only inside a step, where
-        ``SLURM_STEP_ID`` is set to a number, is this process one of the step's tasks.
+        ``RANK`` takes precedence. ``SLURM_PROCID`` alone is not sufficient, since a batch script has it too: only inside a step,
+        where ``SLURM_STEP_ID`` is a number, is this process one of the step's tasks.
 
         Raises:
-            LaunchError: variables that are missing, no numbers, or contradict each other.
+            LaunchError: variables are missing, not numbers, or contradictory.
         """
         env = os.environ if environment is None else environment
         if "RANK" in env:
@@ -112,7 +112,7 @@ class RankEnvironment:
         )
 
     def variables(self) -> dict[str, str]:
-        """The variables that torch, DeepSpeed and Accelerate read. Without ``RANK``, DeepSpeed would look for MPI."""
+        """The variables that torch, DeepSpeed and Accelerate read. Without ``RANK``, DeepSpeed would try MPI."""
         return {
             "RANK": str(self.rank),
             "WORLD_SIZE": str(self.world_size),
@@ -133,26 +133,26 @@ def ranks_to_start(
     default: str = "",
     environment: Mapping[str, str] | None = None,
 ) -> int:
-    """How many ranks this process starts on its machine; 0 if it is a rank itself.
+    """Number of ranks that this process starts on its node; 0 if it is a rank itself.
 
     Args:
-        here: this process's place.
-        wanted: ranks that the person asks for; ``None`` leaves it to launcher and GPUs.
+        here: this process's rank environment.
+        wanted: requested number of ranks; ``None`` leaves it to launcher and GPUs.
         where: the setting or option that holds ``wanted``, for the message.
         on_cpu: no GPU is going to be used.
-        default: the file that holds ``wanted``, if nobody chose it for this start: what a launcher and the GPUs say wins then,
-            and one line says so.
-        environment: variables; this process's if not given.
+        default: the file that holds ``wanted``, if it was not chosen for this start: launcher and GPUs then take precedence, and
+            a line is printed.
+        environment: environment variables; this process's by default.
 
     Raises:
-        LaunchError: the launcher's number of processes and the person's contradict, or there are fewer GPUs than ranks.
+        LaunchError: the launcher's number of processes contradicts the requested one, or there are fewer GPUs than ranks.
     """
     env = os.environ if environment is None else environment
     there = 0 if on_cpu else gpus(env)
     if here.source == "single":
         _refuse_mpi(env)
         return _enough(wanted or there or 1, there, where, env, default)
-    if "FOVEA_ATTEMPT" in env or "FOVEA_KEY" in env:  # started by fovea itself, which has counted
+    if "FOVEA_ATTEMPT" in env or "FOVEA_KEY" in env:  # started by fovea itself, which has already checked
         return 0
     if here.world_size == 1 and here.source == "slurm" and 1 < (wanted or there) <= there:
         return wanted or there  # a shell on a node: srun --gres=gpu:8 --pty bash
@@ -209,9 +209,9 @@ def _refuse_mpi(env: Mapping[str, str]) -> None:
 
 
 def _address_of_slurm(env: Mapping[str, str]) -> str:
-    """Where rank 0 listens: the first node of the step. The machine where srun was typed may be a login node.
+    """Address of rank 0: the first node of the step. The host where srun was typed may be a login node.
 
-    A job's attendant starts its ranks from the first node itself, and node names need not resolve: its address is taken then.
+    A job's supervisor starts its ranks from the first node, and node names need not resolve: its address is used then.
     """
     if env.get("MASTER_ADDR"):
         return env["MASTER_ADDR"]
@@ -241,7 +241,7 @@ def _resolves(name: str) -> bool:
 
 
 def _port_of(key: str) -> int:
-    """A port of the step's own, the same on all its ranks, above the range from which outgoing connections get theirs."""
+    """A port specific to the step, the same on all its ranks, above the range for outgoing connections."""
     return 61001 + int.from_bytes(hashlib.blake2b(key.encode(), digest_size=4).digest(), "big") % (65536 - 61001)
 
 
@@ -257,12 +257,12 @@ def _number(env: Mapping[str, str], name: str, default: str | None = None) -> in
 
 
 def _elastic_key(env: Mapping[str, str]) -> str:
-    """torchrun's store outlives a restart of the ranks, so each restart needs a name of its own in it."""
+    """torchrun's store persists over restarts of the ranks, so that each restart needs a unique key in it."""
     return f"{env.get('TORCHELASTIC_RUN_ID') or 'torchrun'}.{env.get('TORCHELASTIC_RESTART_COUNT') or 0}"
 
 
 def _tasks_per_node(text: str) -> list[int]:
-    """Slurm's ``4(x2),3`` as one number a node; empty if it cannot be read."""
+    """Expand Slurm's ``4(x2),3`` to one number per node; empty if it cannot be parsed."""
     tasks: list[int] = []
     for part in filter(None, text.split(",")):
         count, _, times = part.partition("(x")

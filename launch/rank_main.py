@@ -1,4 +1,4 @@
-"""One rank of a run: ``python -m launch.rank_main CONFIG.json ATTEMPT CHECKPOINT``, started by ``fovea train``."""
+"""Runs one rank: ``python -m launch.rank_main CONFIG.json ATTEMPT CHECKPOINT``, started by ``fovea train``."""
 
 from __future__ import annotations
 
@@ -35,13 +35,13 @@ if TYPE_CHECKING:
     from pipeline.runtime.watchdog import Watchdog
 
 
-_PATIENCE = 60.0  # seconds that MLflow gets once the run is finished
+_PATIENCE = 60.0  # seconds to flush to MLflow after the run is finished
 
 
 def be_rank(config: Config, here: RankEnvironment) -> int:
-    """Be a rank that torchrun, accelerate or srun started: agree on the attempt and the checkpoint, then train.
+    """Run as a rank started by torchrun, accelerate or srun: agree on the attempt and the checkpoint, then train.
 
-    A job's attendant, which counts the attempts (``FOVEA_ATTEMPT``), learns from files what went wrong before the ranks had met.
+    A job's supervisor, which counts the attempts (``FOVEA_ATTEMPT``), reads errors before the rendezvous from files.
     """
     attended = os.environ.get("FOVEA_ATTEMPT")
     attempt = int(attended) if attended else None
@@ -73,27 +73,27 @@ def _be_rank(config: Config, here: RankEnvironment, attempt: int | None) -> int:
 
 
 def _leave(code: int) -> None:
-    """A failed rank must not wait for its peers or for threads: they learn of it from the broken connection."""
+    """Exit without waiting for other ranks or threads after a failure; the others notice the broken connection."""
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
 
 
 def train(config: Config, here: RankEnvironment, attempt: int | None, found: Saved | None) -> int:
-    """Join the others, assemble, train, leave.
+    """Join the process group, build the trainer, train, and leave.
 
     Args:
         config: the settings.
-        here: this rank's place.
+        here: this process's rank environment.
         attempt: number of the attempt, or ``None`` to let rank 0 count it.
         found: the checkpoint to start from.
 
     Returns:
-        The exit code. Whatever went wrong after the ranks had met has been told.
+        The exit code. Errors after the rendezvous have already been reported.
     """
     begin = time.time()
     outlive_terminal()
-    os.environ.setdefault("USER", user_name())  # torch and others ask for it, and fail where the user ID has no name
+    os.environ.setdefault("USER", user_name())  # torch and others need it, and fail if the user ID has no name
     os.environ.setdefault("OMP_NUM_THREADS", str(config.train.threads or 1))
     if config.train.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it once, when it is loaded
@@ -139,7 +139,7 @@ def train(config: Config, here: RankEnvironment, attempt: int | None, found: Sav
     number = int(chosen[0] or 0)
     if world.rank == 0:
         if "FOVEA_ATTEMPT" not in os.environ:
-            record.clear(run)  # somebody starts it by hand: what stopped it before is over
+            record.clear(run)  # started by hand: earlier stop requests no longer apply
         requests.watch(run.path / "control", number)
     health = config.watchdog
     away = config.data.storage.outage_timeout + 60 if any("://" in pattern for pattern in config.data.patterns) else 0.0
@@ -149,7 +149,7 @@ def train(config: Config, here: RankEnvironment, attempt: int | None, found: Sav
         world.size,
         Limits(
             factor=health.hang_factor,
-            floor=max(health.hang_floor, away),  # a storage that is away is waited for
+            floor=max(health.hang_floor, away),  # storage outages are waited for
             start=health.startup_timeout,
             evaluate=health.evaluation_timeout,
             checkpoint=health.checkpoint_timeout,
@@ -177,7 +177,7 @@ def _train(
     *,
     alone: bool,
 ) -> None:
-    """From the meeting of the ranks to their leaving; ``alone`` if no launcher of ours notes the attempt's end."""
+    """From joining the process group to leaving it; ``alone`` if no launcher of ours records the attempt's end."""
     from pipeline.checkpoint.mirror import Copies
     from pipeline.checkpoint.retention import Retention
     from pipeline.data.inputs import open_storage, prepare
@@ -276,7 +276,7 @@ def _train(
             show.say(f"finished at step {trainer.progress.step}{_scores(trainer.progress.scores)}; all of it is in {run.path}")
         else:
             show.say(f"stopped by {stop.name} at step {trainer.progress.step}, saved; the same command resumes")
-        # A run that was told to stop must be gone soon; one that is finished may wait for MLflow's database to be made.
+        # A run that was asked to stop must exit soon; a finished one may wait until MLflow's database has been created.
         if shipper is not None and not shipper.close(_PATIENCE if finished else 5.0):
             rest = (
                 f"`fovea mlflow sync {shlex.quote(str(run.path))}` sends the rest"
@@ -291,7 +291,7 @@ def _train(
 
 
 def _shown_settings(run: RunDirectory) -> Path:
-    """The settings as they may be sent: ``config.yaml``, or its copy without the queries of signed links."""
+    """Settings for upload: ``config.yaml``, or a copy without the query strings of signed URLs."""
     text = (run.path / "config.yaml").read_text()
     if (clean := hide_secrets(text)) == text:
         return (run.path / "config.yaml").resolve()

@@ -1,4 +1,4 @@
-"""What an attempt starts from: the newest whole checkpoint of the same run over the same data, or nothing."""
+"""Selects the checkpoint to start from: the newest complete one of the same run over the same data, or none."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from pipeline.runtime.run_directory import RunDirectory
 
 
 def check_identity(config: Config, old: dict[str, Any], where: Path) -> None:
-    """Refuse to go on with a run whose mathematics has changed.
+    """Refuse to resume a run if settings that change its results differ.
 
     Raises:
         CheckpointError: the settings that differ, old and new.
@@ -43,7 +43,7 @@ def check_identity(config: Config, old: dict[str, Any], where: Path) -> None:
 
 
 def copies_of(config: Config) -> str | None:
-    """Where the run's checkpoints are copied to; the run's name keeps those of several runs apart."""
+    """Where the run's checkpoints are mirrored; the run's name separates those of several runs."""
     target = config.checkpoint.mirror
     return f"{target.rstrip('/')}/{config.run.name}" if target else None
 
@@ -58,20 +58,20 @@ def origins(found: Saved | None, config: Config) -> list[dict[str, str]]:
 
 
 def choose_checkpoint(config: Config, run: RunDirectory, inputs: Inputs, *, fetch: bool = True) -> tuple[Saved | None, list[str]]:
-    """What this attempt starts from, verified, and sentences worth saying: damaged ones passed over, changed data accepted.
+    """The verified checkpoint to start from, and messages about skipped checkpoints and accepted changes of the data.
 
-    ``auto`` takes the checkpoint that the run wrote last; if the run has none, its newest copy is fetched.
-    A path is where the run begins, or goes back to: once the run has written checkpoints that came of it, the last of those is
-    taken, so the same command goes on as often as it is repeated.
+    ``auto`` selects the run's last checkpoint; if the run has none, its newest mirrored copy is fetched. A path is where the run
+    begins, or returns to: once the run has written checkpoints that descend from it, the last of those is selected, so that the
+    same command can be repeated to resume.
 
     Args:
         config: the settings.
-        run: the run's directory.
+        run: the run directory.
         inputs: the indexed data.
         fetch: whether this process may fetch a copy.
 
     Raises:
-        CheckpointError: nothing whole is there, or it belongs to another run or other data.
+        CheckpointError: no complete checkpoint, or it belongs to another run or other data.
     """
     wanted = config.checkpoint.resume
     complaints: list[str] = []

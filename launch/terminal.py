@@ -1,4 +1,4 @@
-"""The terminal: what is printed there, or logged, holds no control character of a file name, a key or a foreign log."""
+"""Terminal and log output without control characters from file names, keys or external logs."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from pipeline.masking import shown
 
 
 class Terminal(Console):
-    """A console whose texts pass :func:`pipeline.masking.shown`; the styles are rich's own."""
+    """A rich console whose texts pass :func:`pipeline.masking.shown`; the styles are rich's own."""
 
     def render_str(self, text: str, **options: Any) -> Text:
-        """The text, cleaned, with its markup."""
+        """Render the cleaned text with its markup."""
         return super().render_str(shown(text), **options)
 
 
@@ -27,19 +27,19 @@ class _Clean(logging.Formatter):
 
 
 def open_streams() -> None:
-    """Leads standard streams that were closed (``>&-``) to /dev/null: the next file that is opened would get their number."""
+    """Redirect closed standard streams (``>&-``) to /dev/null; otherwise the next opened file would get their number."""
     for number, name in enumerate(("stdin", "stdout", "stderr")):
         try:
             os.fstat(number)
         except OSError:
-            os.open(os.devnull, os.O_RDWR)  # takes the lowest free number
+            os.open(os.devnull, os.O_RDWR)  # uses the lowest free number
             os.set_inheritable(number, True)
             if getattr(sys, name) is None:
                 setattr(sys, name, os.fdopen(number, "r" if number == 0 else "w", closefd=False))
 
 
 def clean_logs() -> None:
-    """Have all messages of Python's logging cleaned that no library writes by itself."""
+    """Clean all messages of Python's logging, except those of libraries with their own handlers."""
     if logging.lastResort is not None:
         logging.lastResort.setFormatter(_Clean())
     for handler in logging.getLogger().handlers:

@@ -1,4 +1,4 @@
-"""``fovea bench``: how fast the parts are, against what one would use without them."""
+"""``fovea bench``: benchmarks of speed, memory and methods against baselines."""
 
 from __future__ import annotations
 
@@ -17,24 +17,26 @@ import typer
 
 from pipeline.errors import ConfigError
 
-app = typer.Typer(no_args_is_help=True, help="Measure how fast the parts are, against their rivals in the same run.")
+app = typer.Typer(no_args_is_help=True, help="Measure speed and memory against baselines in the same run.")
 
 
 @app.command()
 def data(
-    shards: Annotated[list[str] | None, typer.Option(help="Shards to measure on; by default pictures are packed for it.")] = None,
-    photos: Annotated[Path | None, typer.Option(help="Folder of photographs to pack; by default scenes are drawn.")] = None,
-    images: Annotated[int, typer.Option(min=1, help="Pictures of a round.")] = 128,
-    rounds: Annotated[int, typer.Option(min=1, help="Rounds, of which the best counts.")] = 3,
-    batch: Annotated[int, typer.Option(min=1, help="Pictures of a micro-batch.")] = 32,
-    threads: Annotated[int, typer.Option(min=1, help="Threads of decoder and DALI.")] = 1,
-    workers: Annotated[int, typer.Option(min=0, help="Processes of torchvision's DataLoader.")] = 0,
-    world: Annotated[int, typer.Option(min=1, help="Ranks to play the first of.")] = 1,
-    device: Annotated[str, typer.Option(help="cpu, or cuda for pictures a second on the GPU.")] = "cpu",
-    quick: Annotated[bool, typer.Option("--quick", help="One round of 64 pictures: to see that it works.")] = False,
-    out: Annotated[Path | None, typer.Option(help="Where the results go, without ending.")] = None,
+    shards: Annotated[
+        list[str] | None, typer.Option(help="Shards to measure on; by default images are packed for the benchmark.")
+    ] = None,
+    photos: Annotated[Path | None, typer.Option(help="Folder of photographs to pack; by default synthetic scenes.")] = None,
+    images: Annotated[int, typer.Option(min=1, help="Images per round.")] = 128,
+    rounds: Annotated[int, typer.Option(min=1, help="Number of rounds, of which the best counts.")] = 3,
+    batch: Annotated[int, typer.Option(min=1, help="Images per micro-batch.")] = 32,
+    threads: Annotated[int, typer.Option(min=1, help="Threads of the decoder and of DALI.")] = 1,
+    workers: Annotated[int, typer.Option(min=0, help="Worker processes of torchvision's DataLoader.")] = 0,
+    world: Annotated[int, typer.Option(min=1, help="World size to simulate; the first rank is measured.")] = 1,
+    device: Annotated[str, typer.Option(help="cpu, or cuda to measure images per second on the GPU.")] = "cpu",
+    quick: Annotated[bool, typer.Option("--quick", help="One round of 64 images, as a smoke test.")] = False,
+    out: Annotated[Path | None, typer.Option(help="Output path of the results, without extension.")] = None,
 ) -> None:
-    """Reading, decoding and augmenting against torchvision's DataLoader and DALI's own reader.
+    """Benchmark reading, decoding and augmenting against torchvision's DataLoader and DALI's own reader.
 
     [b]Examples[/b]
 
@@ -69,15 +71,15 @@ def data(
 @app.command()
 def checkpoint(
     model: Annotated[str, typer.Option(help="Size of the ViT: tiny, small, base or large.")] = "small",
-    batch: Annotated[int, typer.Option(min=1, help="Samples of a step.")] = 16,
+    batch: Annotated[int, typer.Option(min=1, help="Samples per step.")] = 16,
     side: Annotated[int, typer.Option(min=32, help="Side of the global crops, pixels; a multiple of 16.")] = 224,
-    prototypes: Annotated[int, typer.Option(min=16, help="Prototypes of each head.")] = 65536,
+    prototypes: Annotated[int, typer.Option(min=16, help="Prototypes per head.")] = 65536,
     saves: Annotated[int, typer.Option(min=1, help="Checkpoints of each kind, of which the median counts.")] = 3,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
-    directory: Annotated[Path | None, typer.Option(help="Folder on the disk to be measured.")] = None,
-    out: Annotated[Path | None, typer.Option(help="Where the results go, without ending.")] = None,
+    directory: Annotated[Path | None, typer.Option(help="Folder on the disk to measure.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Output path of the results, without extension.")] = None,
 ) -> None:
-    """How long training stands still for a checkpoint, waiting for it or going on beside it, and how long loading takes.
+    """Benchmark checkpoints: how long training pauses for a synchronous and an asynchronous save, and how long loading takes.
 
     [b]Examples[/b]
 
@@ -99,10 +101,12 @@ def checkpoint(
 
 @app.command()
 def flops(
-    names: Annotated[list[str] | None, typer.Argument(metavar="[CONFIG]...", help="Configs; the known sizes if none.")] = None,
-    out: Annotated[Path | None, typer.Option(help="Where the results go, without ending.")] = None,
+    names: Annotated[
+        list[str] | None, typer.Argument(metavar="[CONFIG]...", help="Configs; by default the standard model sizes.")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="Output path of the results, without extension.")] = None,
 ) -> None:
-    """Operations of a sample in a step, counted by torch and by formula; needs no GPU and no data.
+    """Count the FLOPs per sample of a step with torch's counter and by formula; needs no GPU and no data.
 
     [b]Example[/b]
 
@@ -123,16 +127,18 @@ def flops(
 def heads(
     prototypes: Annotated[int, typer.Option(min=2, help="Prototypes of the head.")] = 65536,
     samples: Annotated[int, typer.Option(min=1, help="Samples, of ten crops each.")] = 16,
-    masked: Annotated[int, typer.Option(min=1, help="Masked patches of all of them.")] = 600,
-    rows: Annotated[int | None, typer.Option(min=1, help="Rows of logits at once; the default if not given.")] = None,
-    bf16: Annotated[bool | None, typer.Option("--bf16/--fp32", help="Type of the products; by default bf16 on cuda.")] = None,
-    rounds: Annotated[int, typer.Option(min=1, help="Rounds that count.")] = 3,
+    masked: Annotated[int, typer.Option(min=1, help="Masked patches in total.")] = 600,
+    rows: Annotated[int | None, typer.Option(min=1, help="Rows of logits per chunk; by default the training default.")] = None,
+    bf16: Annotated[
+        bool | None, typer.Option("--bf16/--fp32", help="Precision of matrix products; by default bf16 on cuda.")
+    ] = None,
+    rounds: Annotated[int, typer.Option(min=1, help="Measured rounds.")] = 3,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
-    out: Annotated[Path | None, typer.Option(help="Where the results go, without ending.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Output path of the results, without extension.")] = None,
 ) -> None:
-    """Prototype heads, Sinkhorn and losses in pieces, against the plain formulas with whole logits: time and memory.
+    """Benchmark prototype heads, Sinkhorn and losses in chunks against the plain formulas with full logits: time and memory.
 
-    On a GPU with Triton its kernels are measured beside the same pieces in plain torch.
+    On a GPU with Triton, its kernels are compared with the same chunks in plain torch.
 
     [b]Example[/b]
 
@@ -154,18 +160,18 @@ def step(
     model: Annotated[
         str | None, typer.Option(help="clip: B-32, B-16, L-16, tiny; dinov2: S-14, B-14, L-14, -16, tiny-14.")
     ] = None,
-    batch: Annotated[int, typer.Option(min=2, help="Samples of a step.")] = 8,
-    caption: Annotated[int, typer.Option(min=3, max=77, help="Tokens of a caption, marks included.")] = 20,
+    batch: Annotated[int, typer.Option(min=2, help="Samples per step.")] = 8,
+    caption: Annotated[int, typer.Option(min=3, max=77, help="Tokens per caption, including start and end tokens.")] = 20,
     prototypes: Annotated[int, typer.Option(min=2, help="Prototypes of DINOv2's head.")] = 65536,
-    drop: Annotated[float, typer.Option(min=0.0, max=0.9, help="Stochastic depth of DINOv2.")] = 0.3,
-    compiled: Annotated[bool, typer.Option("--compiled", help="Ours with compiled blocks as well.")] = False,
+    drop: Annotated[float, typer.Option(min=0.0, max=0.9, help="Drop rate of DINOv2's stochastic depth.")] = 0.3,
+    compiled: Annotated[bool, typer.Option("--compiled", help="Also measure our step with compiled blocks.")] = False,
     graphs: Annotated[bool, typer.Option("--graphs", help="As --compiled, replayed as CUDA graphs.")] = False,
-    rounds: Annotated[int, typer.Option(min=1, help="Rounds that count.")] = 3,
+    rounds: Annotated[int, typer.Option(min=1, help="Measured rounds.")] = 3,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
-    bf16: Annotated[bool, typer.Option("--bf16", help="Compute under autocast.")] = False,
-    out: Annotated[Path | None, typer.Option(help="Where the results go, without ending.")] = None,
+    bf16: Annotated[bool, typer.Option("--bf16", help="Compute under bf16 autocast.")] = False,
+    out: Annotated[Path | None, typer.Option(help="Output path of the results, without extension.")] = None,
 ) -> None:
-    """A training step against the same step by others, same weights and batch; the losses are compared before the times.
+    """Benchmark a training step against other implementations with the same weights and batch; the losses are compared first.
 
     The official DINOv2: pip install --no-deps dinov2 xformers && pip install omegaconf fvcore
 
@@ -190,13 +196,13 @@ def step(
 
 @app.command()
 def comm(
-    width: Annotated[int, typer.Option(min=16, help="Of the student's layers.")] = 256,
-    depth: Annotated[int, typer.Option(min=1, help="Layers.")] = 4,
-    ranks: Annotated[int, typer.Option(min=2, help="Ranks on this machine.")] = 2,
-    accumulation: Annotated[int, typer.Option(min=1, help="Micro-batches of a step.")] = 1,
-    out: Annotated[Path | None, typer.Option(help="Where the results go, without ending.")] = None,
+    width: Annotated[int, typer.Option(min=16, help="Width of the student's layers.")] = 256,
+    depth: Annotated[int, typer.Option(min=1, help="Number of layers.")] = 4,
+    ranks: Annotated[int, typer.Option(min=2, help="Ranks on this host.")] = 2,
+    accumulation: Annotated[int, typer.Option(min=1, help="Micro-batches per step.")] = 1,
+    out: Annotated[Path | None, typer.Option(help="Output path of the results, without extension.")] = None,
 ) -> None:
-    """Calls and bytes between ranks in a step of each ZeRO stage, counted on gloo ranks and held against theory.
+    """Count the collectives and bytes per step of each ZeRO stage on gloo ranks, and compare them with theory.
 
     [b]Example[/b]
 
@@ -212,11 +218,11 @@ def comm(
 
 @app.command()
 def loop(
-    steps: Annotated[int, typer.Option(min=2, help="Steps that count.")] = 200,
-    log_every: Annotated[int, typer.Option(min=1, help="Steps from one line of the journal to the next.")] = 10,
-    out: Annotated[Path | None, typer.Option(help="Where the results go, without ending.")] = None,
+    steps: Annotated[int, typer.Option(min=2, help="Measured steps.")] = 200,
+    log_every: Annotated[int, typer.Option(min=1, help="Steps between two lines of the journal.")] = 10,
+    out: Annotated[Path | None, typer.Option(help="Output path of the results, without extension.")] = None,
 ) -> None:
-    """What the training loop adds to a step: the trainer, the engine alone and plain torch in turns, on next to no model.
+    """Measure the overhead of the training loop: the trainer, the engine alone and plain torch in turns, on a minimal model.
 
     [b]Example[/b]
 
@@ -231,12 +237,12 @@ def loop(
 
 @app.command()
 def resume(
-    width: Annotated[int, typer.Option(min=16, help="Of the student's layers.")] = 512,
-    depth: Annotated[int, typer.Option(min=1, help="Layers.")] = 16,
-    rounds: Annotated[int, typer.Option(min=1, help="Rounds that count.")] = 5,
-    out: Annotated[Path | None, typer.Option(help="Where the results go, without ending.")] = None,
+    width: Annotated[int, typer.Option(min=16, help="Width of the student's layers.")] = 512,
+    depth: Annotated[int, typer.Option(min=1, help="Number of layers.")] = 16,
+    rounds: Annotated[int, typer.Option(min=1, help="Measured rounds.")] = 5,
+    out: Annotated[Path | None, typer.Option(help="Output path of the results, without extension.")] = None,
 ) -> None:
-    """Starting from a checkpoint against starting afresh, each up to the end of its first step.
+    """Compare a resume from a checkpoint with a fresh start, each up to the end of its first step.
 
     [b]Example[/b]
 
@@ -253,14 +259,14 @@ def resume(
 @app.command()
 def determinism(
     model: Annotated[str, typer.Option(help="Size of the ViT: tiny, small, base or large.")] = "tiny",
-    batch: Annotated[int, typer.Option(min=1, help="Samples of a step.")] = 8,
+    batch: Annotated[int, typer.Option(min=1, help="Samples per step.")] = 8,
     side: Annotated[int, typer.Option(min=32, help="Side of the global crops, pixels; a multiple of 16.")] = 96,
-    prototypes: Annotated[int, typer.Option(min=16, help="Prototypes of each head.")] = 4096,
-    rounds: Annotated[int, typer.Option(min=1, help="Rounds that count.")] = 5,
+    prototypes: Annotated[int, typer.Option(min=16, help="Prototypes per head.")] = 4096,
+    rounds: Annotated[int, typer.Option(min=1, help="Measured rounds.")] = 5,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
-    out: Annotated[Path | None, typer.Option(help="Where the results go, without ending.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Output path of the results, without extension.")] = None,
 ) -> None:
-    """What train.deterministic costs: DINOv2's step with and without, in turns.
+    """Measure the cost of train.deterministic: DINOv2's step with and without it, in turns.
 
     [b]Example[/b]
 
@@ -295,7 +301,7 @@ def _tell(sentence: str) -> None:
 
 
 def _keep(name: str, out: Path | None, page: Any, document: dict[str, Any]) -> None:
-    """Prints the page, and keeps it with all figures beside it."""
+    """Print the page, and save it with all figures."""
     stem = _stem(name, out)
     print(_written(stem, page, document))
     _tell(f"wrote {stem.with_suffix('.md')}")
@@ -304,7 +310,7 @@ def _keep(name: str, out: Path | None, page: Any, document: dict[str, Any]) -> N
 def _collected(
     name: str, out: Path | None, runs: Iterable[Any], line: Any, page: Any, key: str = "runs", **more: Any
 ) -> list[Any]:
-    """Tells of each run as it ends and keeps all there are so far: a bench that is killed loses the run it was at, no other."""
+    """Report each run as it ends and save all results so far: a killed benchmark loses only the current run."""
     stem, found, text = _stem(name, out), list[Any](), ""
     for one in runs:
         _tell(line(one))
@@ -332,15 +338,19 @@ def _written(stem: Path, page: Any, document: dict[str, Any]) -> str:
 
 @app.command()
 def methods(
-    names: Annotated[list[str] | None, typer.Argument(help="Methods; by default all that have a config for scenes.")] = None,
-    minutes: Annotated[float, typer.Option(min=0.05, help="Minutes of training for each method.")] = 2.0,
-    samples: Annotated[int | None, typer.Option(min=1, help="Instead of minutes: samples that each method sees.")] = None,
-    shards: Annotated[str | None, typer.Option(help="Training shards of scenes; by default they are drawn.")] = None,
-    ranks: Annotated[int, typer.Option(min=1, help="Processes of a run.")] = 2,
-    directory: Annotated[Path, typer.Option(help="Folder of the runs, which should be new.")] = Path("runs/bench-methods"),
-    out: Annotated[Path | None, typer.Option(help="Where the results go, without ending.")] = None,
+    names: Annotated[
+        list[str] | None, typer.Argument(help="Methods; by default all that have a config for synthetic scenes.")
+    ] = None,
+    minutes: Annotated[float, typer.Option(min=0.05, help="Minutes of training per method.")] = 2.0,
+    samples: Annotated[int | None, typer.Option(min=1, help="Samples per method, instead of minutes.")] = None,
+    shards: Annotated[str | None, typer.Option(help="Training shards of scenes; generated by default.")] = None,
+    ranks: Annotated[int, typer.Option(min=1, help="Ranks per run.")] = 2,
+    directory: Annotated[Path, typer.Option(help="Output directory of the runs, which should be new.")] = Path(
+        "runs/bench-methods"
+    ),
+    out: Annotated[Path | None, typer.Option(help="Output path of the results, without extension.")] = None,
 ) -> None:
-    """What each method learns of the same drawn scenes in the same time, or from as many samples: k-NN and zero-shot.
+    """Train each method on the same synthetic scenes for the same time or number of samples, and compare k-NN and zero-shot.
 
     [b]Examples[/b]
 
@@ -361,8 +371,8 @@ def methods(
 
 
 @app.command()
-def readme(file: Annotated[Path, typer.Argument(help="The README.")] = Path("README.md")) -> None:
-    """Write the table of measurements into README, from the results that are kept in pipeline/bench/results."""
+def readme(file: Annotated[Path, typer.Argument(help="The README file.")] = Path("README.md")) -> None:
+    """Update the benchmark table in the README from the results in pipeline/bench/results."""
     from pipeline.bench.summary import written
 
     try:
@@ -374,13 +384,15 @@ def readme(file: Annotated[Path, typer.Argument(help="The README.")] = Path("REA
 @app.command()
 def collapse(
     questions: Annotated[list[str] | None, typer.Argument(help="byol, dino, mocov2, simclr, logo; by default all.")] = None,
-    samples: Annotated[int, typer.Option(min=1, help="Samples that each run sees.")] = 24_000,
-    shards: Annotated[str | None, typer.Option(help="Training shards of scenes; by default they are drawn.")] = None,
-    ranks: Annotated[int, typer.Option(min=1, help="Processes of a run.")] = 2,
-    directory: Annotated[Path, typer.Option(help="Folder of the runs, which should be new.")] = Path("runs/bench-collapse"),
-    out: Annotated[Path | None, typer.Option(help="Where the results go, without ending.")] = None,
+    samples: Annotated[int, typer.Option(min=1, help="Samples per run.")] = 24_000,
+    shards: Annotated[str | None, typer.Option(help="Training shards of scenes; generated by default.")] = None,
+    ranks: Annotated[int, typer.Option(min=1, help="Ranks per run.")] = 2,
+    directory: Annotated[Path, typer.Option(help="Output directory of the runs, which should be new.")] = Path(
+        "runs/bench-collapse"
+    ),
+    out: Annotated[Path | None, typer.Option(help="Output path of the results, without extension.")] = None,
 ) -> None:
-    """Why features do not collapse: BYOL without predictor, DINO without centring or sharpening, small batches, repelled crops.
+    """Ablate what prevents collapse: BYOL without predictor, DINO without centring or sharpening, small batches, repelled crops.
 
     [b]Examples[/b]
 
@@ -402,14 +414,16 @@ def collapse(
 
 @app.command()
 def dense(
-    samples: Annotated[int, typer.Option(min=1, help="Samples that each run sees.")] = 64_000,
-    seeds: Annotated[int, typer.Option(min=1, help="Runs of each method, with seeds from 0.")] = 3,
-    shards: Annotated[str | None, typer.Option(help="Training shards of scenes; by default they are drawn.")] = None,
-    ranks: Annotated[int, typer.Option(min=1, help="Processes of a run.")] = 2,
-    directory: Annotated[Path, typer.Option(help="Folder of the runs, which should be new.")] = Path("runs/bench-dense"),
-    out: Annotated[Path | None, typer.Option(help="Where the results go, without ending.")] = None,
+    samples: Annotated[int, typer.Option(min=1, help="Samples per run.")] = 64_000,
+    seeds: Annotated[int, typer.Option(min=1, help="Runs per method, with seeds from 0.")] = 3,
+    shards: Annotated[str | None, typer.Option(help="Training shards of scenes; generated by default.")] = None,
+    ranks: Annotated[int, typer.Option(min=1, help="Ranks per run.")] = 2,
+    directory: Annotated[Path, typer.Option(help="Output directory of the runs, which should be new.")] = Path(
+        "runs/bench-dense"
+    ),
+    out: Annotated[Path | None, typer.Option(help="Output path of the results, without extension.")] = None,
 ) -> None:
-    """Whether DetailCLIP's patches tell more than CLIP's after equal samples, by linear segmentation of drawn scenes.
+    """Compare the dense features of DetailCLIP and CLIP after equal samples, by linear segmentation of synthetic scenes.
 
     [b]Examples[/b]
 
@@ -422,7 +436,7 @@ def dense(
 
 
 def _scenes(directory: Path) -> str:
-    """Draws scenes to train on, with others to judge by beside them."""
+    """Generate training scenes, with validation shards beside them."""
     from pipeline.data.pack.synthetic import write
 
     write(directory / "scenes", train=8000, val=1000)

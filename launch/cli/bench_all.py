@@ -1,4 +1,4 @@
-"""``fovea bench all``: every bench of speed and memory in turn."""
+"""``fovea bench all``: runs every benchmark of speed and memory in turn."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ _DATA: dict[str, Any] = {
 }
 _COMMON: dict[str, Any] = {"device": "cpu"}
 
-Acts = list[tuple[str, Any, dict[str, Any], dict[str, Any]]]  # name, command, its arguments, those at toy size
+Acts = list[tuple[str, Any, dict[str, Any], dict[str, Any]]]  # name, command, its arguments, those at smoke-test size
 
 
 def acts() -> Acts:
-    """What ``all`` runs: all but benches that train for long."""
+    """The benchmarks of ``all``: all except those that train for long."""
     small = {"prototypes": 256, "samples": 2, "masked": 100, "rows": None, "rounds": 1}
     return [
         ("flops", bench.flops, {"names": None}, {"names": ["dinov2/vits16_node"]}),
@@ -65,10 +65,10 @@ def acts() -> Acts:
 
 @app.command(name="all")
 def everything(
-    tiny: Annotated[bool, typer.Option("--tiny", help="At toy size: to see that all of it works.")] = False,
-    out: Annotated[Path | None, typer.Option(help="Folder of the results.")] = None,
+    tiny: Annotated[bool, typer.Option("--tiny", help="Minimal size, as a smoke test.")] = False,
+    out: Annotated[Path | None, typer.Option(help="Output directory of the results.")] = None,
 ) -> None:
-    """Every bench in turn, on the CPU.
+    """Run every benchmark in turn, on the CPU.
 
     [b]Example[/b]
 
@@ -77,7 +77,7 @@ def everything(
     from pipeline.bench.plain import alone
 
     folder = out or Path("bench-results")
-    with alone():  # one group for all: DeepSpeed cannot go on with a second one in the same process
+    with alone():  # one group for all: DeepSpeed does not support a second one in the same process
         for name, act, large, small in acts():
             print(f"bench {name}", file=sys.stderr)
             act(**(small if tiny else large), out=folder / name)
@@ -86,11 +86,11 @@ def everything(
 @app.callback(invoke_without_command=True)
 def choose(
     context: typer.Context,
-    all_: Annotated[bool, typer.Option("--all", help="Every bench in turn, as the command all.")] = False,
-    tiny: Annotated[bool, typer.Option("--tiny", help="With --all: at toy size.")] = False,
-    out: Annotated[Path | None, typer.Option(help="With --all: folder of the results.")] = None,
+    all_: Annotated[bool, typer.Option("--all", help="Run every benchmark in turn, like the command all.")] = False,
+    tiny: Annotated[bool, typer.Option("--tiny", help="With --all: minimal size, as a smoke test.")] = False,
+    out: Annotated[Path | None, typer.Option(help="With --all: output directory of the results.")] = None,
 ) -> None:
-    """Measure how fast the parts are, against their rivals in the same run."""
+    """Measure speed and memory against baselines in the same run."""
     if context.invoked_subcommand is None:
         if not all_:
             print(context.get_help())

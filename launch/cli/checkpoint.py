@@ -1,4 +1,4 @@
-"""``fovea checkpoint``: which checkpoints a run has, whether they are whole, what is in them, and weights out of them."""
+"""``fovea checkpoint``: lists, verifies, inspects and converts checkpoints."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 app = typer.Typer(no_args_is_help=True, help="List, verify, inspect and convert checkpoints.")
 
-RunArgument = Annotated[Path, typer.Argument(metavar="RUN", help="A run's directory.")]
+RunArgument = Annotated[Path, typer.Argument(metavar="RUN", help="Run directory.")]
 AnyArgument = Annotated[Path, typer.Argument(metavar="PATH", help="A checkpoint (a directory step_…), or a run for its newest.")]
 WEIGHTS = ("teacher", "student", "both")
 TYPES = ("fp32", "bf16")
@@ -29,7 +29,7 @@ TYPES = ("fp32", "bf16")
 
 @app.command("list")
 def list_(run: RunArgument, as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False) -> None:
-    """Show a run's checkpoints, the newest last. Files are looked for and measured, not read: verify does that.
+    """List a run's checkpoints, the newest last. File contents are not read; verify does that.
 
     [b]Example[/b]
 
@@ -51,8 +51,8 @@ def list_(run: RunArgument, as_json: Annotated[bool, typer.Option("--json", help
 
 
 @app.command("verify")
-def verify_(path: Annotated[Path, typer.Argument(metavar="RUN|PATH", help="A run's directory, or one checkpoint.")]) -> None:
-    """Compare every file with the size and checksum that its manifest holds. Exit code 1 if anything is damaged.
+def verify_(path: Annotated[Path, typer.Argument(metavar="RUN|PATH", help="A run directory, or one checkpoint.")]) -> None:
+    """Verify the size and checksum of every file against the manifest. Exit code 1 if anything is damaged.
 
     [b]Examples[/b]
 
@@ -79,10 +79,10 @@ def verify_(path: Annotated[Path, typer.Argument(metavar="RUN|PATH", help="A run
 @app.command("inspect")
 def inspect(
     path: AnyArgument,
-    tensors: Annotated[bool, typer.Option("--tensors", help="List every tensor with its shape too.")] = False,
+    tensors: Annotated[bool, typer.Option("--tensors", help="Also list every tensor with its shape.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the whole manifest as JSON.")] = False,
 ) -> None:
-    """Show what a checkpoint is of: step, scores, data, versions, settings.
+    """Show the contents of a checkpoint: step, scores, data, versions, settings.
 
     [b]Examples[/b]
 
@@ -129,14 +129,14 @@ def inspect(
 @app.command("convert")
 def convert(
     path: AnyArgument,
-    out: Annotated[Path, typer.Argument(metavar="OUT", help="The file to write, such as teacher.safetensors.")],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="Output file, such as teacher.safetensors.")],
     weights: Annotated[
-        str, typer.Option(help="teacher, student, or both, with teacher. and student. before the names.")
+        str, typer.Option(help="teacher, student, or both, with names prefixed by teacher. and student.")
     ] = "teacher",
     dtype: Annotated[str, typer.Option(help="fp32 or bf16.")] = "fp32",
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Overwrite OUT.")] = False,
 ) -> None:
-    """Put the pieces of all ranks together: one safetensors file of whole tensors, named as in the method.
+    """Merge the shards of all ranks into one safetensors file of full tensors, with the method's parameter names.
 
     [b]Examples[/b]
 
@@ -181,7 +181,7 @@ def _typed(tensor: Tensor, dtype: str) -> Tensor:
 
 
 def _folder(run: Path) -> Path:
-    """The folder of checkpoints that a person means by a run."""
+    """The checkpoint directory of a run."""
     for folder in (run / "checkpoints", run):
         if folder.is_dir() and (folder.name == "checkpoints" or any(folder.glob("step_*"))):
             return folder
@@ -189,7 +189,7 @@ def _folder(run: Path) -> Path:
 
 
 def _one(path: Path) -> Saved:
-    """The checkpoint that is named, or the newest whole one of the run that is named."""
+    """The given checkpoint, or the newest complete one of the given run."""
     if (path / MANIFEST).exists() or path.name.startswith("step_"):
         return read(path)
     found, complaints = newest(_folder(path))
@@ -247,7 +247,7 @@ def _state(saved: Saved) -> str:
 
 
 def _tensors(saved: Saved) -> list[tuple[str, str, tuple[int, ...]]]:
-    """Name, type and whole shape of every tensor.
+    """Name, dtype and full shape of every tensor.
 
     Raises:
         CheckpointError: a file cannot be read as tensors.
@@ -297,8 +297,8 @@ def _age(seconds: float | None) -> str:
 
 
 @app.command("now")
-def now(run: Annotated[str, typer.Argument(metavar="RUN", help="A run's directory, or its name below runs/.")]) -> None:
-    """Ask a running training for a checkpoint after the step it is in; it goes on.
+def now(run: Annotated[str, typer.Argument(metavar="RUN", help="A run directory, or its name below runs/.")]) -> None:
+    """Request a checkpoint from a running training after the current step; training continues.
 
     [b]Example[/b]
 

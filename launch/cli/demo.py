@@ -1,7 +1,7 @@
-"""``fovea demo``: the main job, small and whole, before the reader's eyes.
+"""``fovea demo``: a complete small training run with an interruption, a resume and an evaluation.
 
-It draws a data set, trains a small network on it with the very command that trains a large one, stops the run in the middle with
-SIGTERM, resumes it, and ends with a table, a page of pictures and the address of the MLflow run. Distillation trains its teacher
+Generates a data set, trains a small network on it with the same command as a large one, stops the run halfway with SIGTERM,
+resumes it, and prints a table, the path of an HTML page and the address of the MLflow run. For distillation it trains the teacher
 first.
 """
 
@@ -28,19 +28,19 @@ from pipeline.runtime.interpreter import alone_environment, module_command
 from pipeline.tracking.mlflow_database import uri_of
 
 TRAIN, VALIDATION, SIZE = 8000, 1000, 64
-_CONFIGS = {"dinov2": "dinov2/scenes_vit_tiny", "distill": "dinov2/distill_scenes"}  # the others have NAME/scenes
-_START_SECONDS = 25.0  # imports, first evaluation and the page, per run
+_CONFIGS = {"dinov2": "dinov2/scenes_vit_tiny", "distill": "dinov2/distill_scenes"}  # all others are named METHOD/scenes
+_START_SECONDS = 25.0  # imports, first evaluation and the HTML page, per run
 _PROBE_STEPS = 12
-_LEAST_SECONDS = 20.0  # of training
+_LEAST_SECONDS = 20.0  # minimum training time
 
 
 def say(text: str) -> None:
-    """A heading between the run's own lines."""
+    """Print a heading between the run's own log lines."""
     print(f"\n\x1b[1m{text}\x1b[0m" if sys.stdout.isatty() else f"\n{text}", flush=True)
 
 
 def shards_of(data: str | None, val: str | None, directory: Path) -> list[str]:
-    """Overrides that name the data: the user's shards, or scenes drawn now."""
+    """Overrides that select the data: the user's shards, or newly generated scenes."""
     if data is not None:
         named = [f"evaluation.knn.val_shards={json.dumps(val)}"] if val else []
         return [f"data.shards={json.dumps(data)}", *named]
@@ -57,7 +57,7 @@ def shards_of(data: str | None, val: str | None, directory: Path) -> list[str]:
 
 
 def config_of(method: str) -> str:
-    """The name of the config that a method's demo trains.
+    """Name of the config that the demo of a method trains.
 
     Raises:
         ConfigError: the method has none.
@@ -69,15 +69,15 @@ def config_of(method: str) -> str:
 
 
 def images_per_second(name: str, words: list[str], directory: Path) -> float:
-    """What the method trains on here: the speed of a few steps of the very run, without evaluations.
+    """Measure the training throughput on this machine with a few steps of the same run, without evaluations.
 
     Args:
-        name: the config.
-        words: its overrides; the run's directory is exchanged.
-        directory: where the short run may be written; it is removed again.
+        name: config name.
+        words: overrides of the config; the run directory is replaced.
+        directory: where the short run is written; it is removed afterwards.
 
     Raises:
-        LaunchError: it failed, with what it said.
+        LaunchError: the short run failed; contains its output.
     """
     from pipeline.evaluation.settings import NAMES
     from pipeline.tracking.journal import read
@@ -112,7 +112,7 @@ def _start(words: list[str]) -> subprocess.Popen[bytes]:
 
 
 def _steps_done(run: Path) -> int:
-    """The last step that the run's journals tell of."""
+    """Last step recorded in the run's journals."""
     from pipeline.tracking.journal import read
 
     done = 0
@@ -123,10 +123,10 @@ def _steps_done(run: Path) -> int:
 
 
 def _train(words: list[str], run: Path, stop_at: int | None) -> None:
-    """One attempt; stopped with SIGTERM once it has come so far.
+    """Run one attempt; send SIGTERM once it reaches step ``stop_at``.
 
     Raises:
-        LaunchError: the attempt failed; what it said is above.
+        LaunchError: the attempt failed; its output is above.
     """
     process = _start(words)
     try:
@@ -153,7 +153,7 @@ def _outcome(run: Path) -> dict[str, Any]:
 
 
 def _table(run: Path, wall: float) -> dict[str, str]:
-    """The facts worth a line, also printed."""
+    """Print and return the summary of the run."""
     from rich.table import Table
 
     from launch.terminal import Terminal
@@ -189,15 +189,15 @@ def run(*, minutes: float, method: str, data: str | None, directory: Path, val: 
     """Run the demo.
 
     Args:
-        minutes: wall time it may take, installation apart.
+        minutes: wall time limit, without installation.
         method: a registered method.
-        data: pattern of the user's shards, or ``None`` to draw some.
-        directory: where everything goes.
+        data: pattern of the user's shards, or ``None`` to generate some.
+        directory: output directory.
         val: labelled shards for k-NN, if ``data`` is given.
         steps: steps to train, instead of as many as fit into the time.
 
     Raises:
-        FoveaError: whatever goes wrong, in a sentence.
+        FoveaError: any failure, as a readable message.
     """
     name = config_of(method)
     if steps is None and 60 * minutes / (2 if method == "distill" else 1) < 2 * _START_SECONDS + _LEAST_SECONDS:
@@ -241,7 +241,7 @@ def run(*, minutes: float, method: str, data: str | None, directory: Path, val: 
 
 
 def _teacher(words: list[str], folder: Path, minutes: float, steps: int | None) -> Path:
-    """Trains what is to be distilled, for half of the time; its run's directory."""
+    """Train the teacher of a distillation for half of the time; returns its run directory."""
     name = config_of("dinov2")
     words = [*words, f"run.directory={json.dumps(str(folder))}"]
     words += _length(name, words, folder.parent, minutes / 2, steps)
@@ -255,7 +255,7 @@ def _too_few(minutes: float) -> ConfigError:
 
 
 def _length(name: str, words: list[str], directory: Path, minutes: float, steps: int | None) -> list[str]:
-    """How many steps fit, and when to evaluate and save on the way."""
+    """Choose the number of steps that fit, and when to evaluate and save."""
     config = load(name, words).config
     if steps is None:
         begin = time.monotonic()

@@ -1,4 +1,4 @@
-"""``fovea estimate``: what a configuration needs of a GPU's memory, by ZeRO stage and number of GPUs, before it runs."""
+"""``fovea estimate``: estimates GPU memory by ZeRO stage and number of GPUs, time and cost before a run."""
 
 from __future__ import annotations
 
@@ -17,20 +17,20 @@ from pipeline.estimate import activations
 from pipeline.estimate.flops import counted
 from pipeline.estimate.memory import FP32, Held, held
 
-_SLACK = 0.92  # share of a GPU that may be filled: the rest is CUDA's context, NCCL and the allocator's gaps
+_SLACK = 0.92  # usable share of a GPU's memory: the rest is the CUDA context, NCCL and allocator fragmentation
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """Elements of each parameter of a method.
+    """Element counts of a method's parameters.
 
     Attributes:
-        groups: trained ones by parameter group.
-        frozen: not trained ones of the student.
-        teacher: the teacher's.
-        networks: trained elements by sub-network.
-        live: what a forward pass keeps.
-        views: bytes of a sample's views as DALI makes them, fp32 pixels.
+        groups: trained parameters, by parameter group.
+        frozen: untrained parameters of the student.
+        teacher: parameters of the teacher.
+        networks: trained elements, by sub-network.
+        live: activations kept by a forward pass.
+        views: bytes of a sample's views as produced by DALI, fp32 pixels.
     """
 
     groups: list[list[int]]
@@ -42,12 +42,12 @@ class Sizes:
 
     @property
     def trained(self) -> int:
-        """All trained elements."""
+        """Number of trained elements."""
         return sum(map(sum, self.groups))
 
 
 def measure(config: Config) -> Sizes:
-    """Builds the method without memory and counts it."""
+    """Build the method on the meta device and count its parameters."""
     import torch
 
     from pipeline.methods.registry import build_method
@@ -67,7 +67,7 @@ def measure(config: Config) -> Sizes:
 
 
 def needed(config: Config, sizes: Sizes, stage: int, ranks: int) -> tuple[Held, float]:
-    """Bytes held on one GPU, and its activations."""
+    """Persistent bytes on one GPU, and its activations."""
     share = max(config.train.global_batch_size // ranks, 1)
     micro = min(config.train.micro_batch_size or share, share)
     bf16 = config.train.precision == "bf16"
@@ -80,15 +80,15 @@ def needed(config: Config, sizes: Sizes, stage: int, ranks: int) -> tuple[Held, 
         accumulation=max(share // micro, 1),
         bf16=bf16,
     )
-    # Those that wait, the one that is computed, and the one that is being made.
+    # Batches that wait, the one that is computed, and the one that is being produced.
     memory = replace(memory, input=(config.data.prefetch + 2) * share * sizes.views)
     if stage and config.train.offload == "cpu":
         memory = memory.offloaded(stage=stage, accumulation=max(share // micro, 1))
-    return memory, max(sizes.live.of(micro) - memory.rounded, 0.0)  # which it has counted too
+    return memory, max(sizes.live.of(micro) - memory.rounded, 0.0)  # already included above
 
 
 def advice(config: Config, sizes: Sizes, ranks: int, capacity: float) -> str:
-    """What to choose, in a sentence."""
+    """Recommendation, in one sentence."""
     for stage in (1, 2, 3):
         memory, live = needed(config, sizes, stage, ranks)
         if memory.total + live <= capacity:
@@ -115,10 +115,10 @@ def advice(config: Config, sizes: Sizes, ranks: int, capacity: float) -> str:
 
 
 def run(config: Config, *, ranks: int | None, gigabytes: float, console: Terminal | None = None) -> int:
-    """Print the table and the advice; 0 if something fits, 1 if nothing does.
+    """Print the table and the recommendation; returns 0 if something fits, 1 if nothing does.
 
     Raises:
-        ConfigError: the global batch cannot be shared by so many GPUs.
+        ConfigError: the global batch cannot be divided among the GPUs.
     """
     out = console or Terminal()
     ranks = ranks or config.launch.num_processes or gpus() or 1
@@ -134,7 +134,7 @@ def run(config: Config, *, ranks: int | None, gigabytes: float, console: Termina
     table = Table(
         title=f"GB on one GPU; {config.train.global_batch_size} samples a step, compute in {config.train.precision}",
         box=SIMPLE,
-        padding=(0, 1, 0, 0),  # eleven columns in a terminal of 80
+        padding=(0, 1, 0, 0),  # eleven columns in a terminal of 80 characters
     )
     for name in ("GPUs", "ZeRO", "weights", "grads", "Adam", "teacher", "DALI", "buff.", "activ.", "all", "fits"):
         table.add_column(name, justify="right")
@@ -175,17 +175,17 @@ def run(config: Config, *, ranks: int | None, gigabytes: float, console: Termina
 
 @dataclass(frozen=True)
 class Bill:
-    """What a run takes.
+    """Time and cost of a run.
 
     Attributes:
         steps: optimizer steps.
         samples: samples of the whole run.
-        gflop: operations of one sample, 1e9.
-        rate: samples a second of all GPUs together.
-        hours: of the whole run.
+        gflop: GFLOP per sample.
+        rate: samples per second of all GPUs together.
+        hours: duration of the run.
         gpu_hours: of all GPUs.
-        price: in the profile's currency, ``None`` if it names no price.
-        gigabytes: read from storage, ``None`` where nobody knows the size of a sample.
+        price: in the profile's currency, ``None`` if it has no price.
+        gigabytes: read from storage, ``None`` if the size of a sample is not known.
     """
 
     steps: int
@@ -199,17 +199,17 @@ class Bill:
 
 
 def bill(config: Config, site: ClusterProfile, *, ranks: int, efficiency: float, samples: int | None) -> Bill:
-    """Hours and costs of a run.
+    """Estimate time and cost of a run.
 
     Args:
         config: the settings.
-        site: the cluster, with the peak of its GPUs.
+        site: the cluster, with the peak FLOPS of its GPUs.
         ranks: GPUs.
-        efficiency: share of that peak that a step is taken to reach; nothing here measures it.
-        samples: samples of an epoch; ``None`` counts the shards' if the length is in epochs.
+        efficiency: assumed share of that peak that a step reaches; not measured here.
+        samples: samples per epoch; ``None`` counts those of the shards if the duration is in epochs.
 
     Raises:
-        ConfigError: the profile names no peak.
+        ConfigError: the profile has no peak.
     """
     if site.gpu_tflops is None:
         raise ConfigError(
@@ -233,7 +233,7 @@ def bill(config: Config, site: ClusterProfile, *, ranks: int, efficiency: float,
 def cost(
     config: Config, site: ClusterProfile, *, ranks: int, efficiency: float, samples: int | None, console: Terminal | None = None
 ) -> Bill:
-    """Print :func:`bill` for a person, with what it rests on."""
+    """Print :func:`bill` with its assumptions."""
     out, b = console or Terminal(), bill(config, site, ranks=ranks, efficiency=efficiency, samples=samples)
     attempts = max(math.ceil(b.hours * 3600 / site.seconds), 1)
     out.print(

@@ -1,4 +1,4 @@
-"""``fovea eval`` with named evaluators: a run's checkpoints, or weights from elsewhere, judged by the code of training."""
+"""``fovea eval`` with selected evaluators, for checkpoints of a run or pretrained weights; uses the evaluators of training."""
 
 from __future__ import annotations
 
@@ -26,20 +26,20 @@ if TYPE_CHECKING:
     from pipeline.models.eval_model import EvalModel
     from pipeline.runtime.process_group import World
 
-POLL = 10.0  # seconds between two looks at a run's checkpoints
+POLL = 10.0  # seconds between two checks for new checkpoints
 
 
 @dataclass(frozen=True)
 class EvalRequest:
-    """What a person asked for.
+    """Options of an evaluation from the command line.
 
     Attributes:
         evaluators: names, as in the section ``evaluation`` of the settings.
-        untrained: judge the same network with fresh weights too.
-        output: JSON file to write besides.
-        watch: go on with each checkpoint that comes.
-        track: another MLflow server than the run's own.
-        checkpoint: directory of the one to judge, instead of the newest.
+        untrained: also evaluate the same network with random weights.
+        output: additional JSON file to write.
+        watch: continue with each new checkpoint.
+        track: an MLflow server other than the run's own.
+        checkpoint: directory of the checkpoint to evaluate, instead of the newest.
     """
 
     evaluators: tuple[str, ...]
@@ -51,15 +51,15 @@ class EvalRequest:
 
 
 def asking(config: Config, asked: EvalRequest) -> Config:
-    """The settings with these evaluators on and all others off, checked.
+    """The settings with only the requested evaluators enabled, validated.
 
     Raises:
-        ConfigError: what an evaluator needs is not set.
+        ConfigError: a setting that an evaluator needs is missing.
     """
     from pipeline.config.validate import check
 
     chosen = config.replace(evaluation=config.evaluation.only(*asked.evaluators))
-    # Nothing is cut here, and whether weights from elsewhere read captions is theirs to say.
+    # Nothing is cropped here, and whether pretrained weights have a text encoder is known only once they are loaded.
     problems = [text for key, text in check(chosen) if key.startswith("evaluation.") and not key.endswith(".enabled")]
     if problems:
         raise ConfigError("; ".join(problems), where="evaluation", hint="Give it as KEY=VALUE behind the run.")
@@ -67,12 +67,12 @@ def asking(config: Config, asked: EvalRequest) -> Config:
 
 
 def refuse(config: Config, asked: EvalRequest, directory: Path | None = None) -> None:
-    """Find out what cannot be judged before any rank is started; the data are indexed on the way.
+    """Detect what cannot be evaluated before any rank is started; indexes the data on the way.
 
     Args:
         config: the settings.
-        asked: what is asked for.
-        directory: the run, if its checkpoints are to be judged.
+        asked: the requested evaluation.
+        directory: the run, if its checkpoints are to be evaluated.
 
     Raises:
         FoveaError: no checkpoint, or data that the evaluators cannot use.
@@ -86,10 +86,11 @@ def refuse(config: Config, asked: EvalRequest, directory: Path | None = None) ->
 
 
 def of_run(directory: Path, config: Config, asked: EvalRequest) -> int:
-    """Judge a run's newest checkpoint or the one that is named, or with ``watch`` each until the run's last: the exit code.
+    """Evaluate a run's newest or selected checkpoint, or with ``watch`` every checkpoint until the last; returns the exit code.
 
-    All ranks that this was started on share the work. Each answer is a table, a file ``<run>/evaluations/<checkpoint>.json``
-    that keeps what other evaluators said before, and metrics ``eval/...`` of the run's MLflow run.
+    All ranks on which the command was started share the work. Each result is printed as a table, merged into
+    ``<run>/evaluations/<checkpoint>.json`` with the scores of other evaluators, and logged as ``eval/...`` to the run's MLflow
+    run.
 
     Raises:
         FoveaError: no checkpoint, another architecture, or data that the evaluators cannot use.
@@ -130,7 +131,7 @@ def _about(saved: Saved) -> dict[str, Any]:
 
 
 def _sizes(config: Config, data: dict[str, Any]) -> dict[str, int]:
-    """How many pictures are judged, and of how many classes, where these have a class each."""
+    """Number of evaluated images, and of classes if the images have labels."""
     if "queries" not in data:
         return {}
     total = data["queries"].total
@@ -138,10 +139,10 @@ def _sizes(config: Config, data: dict[str, Any]) -> dict[str, int]:
 
 
 def _kept(run: RunDirectory, saved: Saved, sizes: dict[str, int], scores: dict[str, dict[str, float]]) -> Path:
-    """Writes a checkpoint's scores beside those that other evaluators gave it."""
+    """Write a checkpoint's scores to its file, keeping those of other evaluators."""
     name = f"evaluations/{saved.path.name}.json"
     (run.path / name).parent.mkdir(parents=True, exist_ok=True)
-    with (run.path / "evaluations" / ".lock").open("a") as file:  # several evaluations of a checkpoint may end at once
+    with (run.path / "evaluations" / ".lock").open("a") as file:  # several evaluations of one checkpoint may end at the same time
         lock(file.fileno(), file.name)
         try:
             document = read_json(run.path / name)
@@ -155,10 +156,10 @@ def _kept(run: RunDirectory, saved: Saved, sizes: dict[str, int], scores: dict[s
 
 
 def settings_for_weights(overrides: Sequence[str]) -> Config:
-    """Settings of which only data and evaluations count, for weights that have none of their own.
+    """Settings for pretrained weights without a run; only data and evaluations are used.
 
     Raises:
-        ConfigError: what is wrong with them.
+        ConfigError: invalid settings.
     """
     from pipeline.config.load import load
 
@@ -169,17 +170,17 @@ def settings_for_weights(overrides: Sequence[str]) -> Config:
 
 
 def of_weights(source: str, config: Config, asked: EvalRequest, *, model: str | None, size: int | None) -> int:
-    """Judge weights from elsewhere; returns the exit code.
+    """Evaluate pretrained weights; returns the exit code.
 
     Args:
         source: see :func:`pipeline.weights.pretrained.load`.
-        config: whose data and evaluators count.
-        asked: what is asked for.
-        model: timm's name of the architecture that a file is of.
-        size: side of the pictures; what the weights were made for if not given.
+        config: settings of the data and the evaluators.
+        asked: the requested evaluation.
+        model: timm architecture name of a weights file.
+        size: side of the images in pixels; by default the weights' own input size.
 
     Raises:
-        FoveaError: the weights cannot be loaded strictly, or data that the evaluators cannot use.
+        FoveaError: the weights cannot be loaded strictly, or the evaluators cannot use the data.
     """
     from pipeline.data.augment.views import Normalize
     from pipeline.data.inputs import judged
@@ -242,8 +243,10 @@ def _scores(evaluators: dict[str, Any], subject: EvalModel) -> dict[str, float]:
 
 
 def _coming(directory: Path) -> Iterator[Saved | None]:
-    """Checkpoints as they come, oldest first, until the run's last step; those judged before are passed over. ``None`` before
-    each wait, since other ranks wait too and want to be told of."""
+    """Yield checkpoints as they are written, oldest first, until the run's last step; skips those already evaluated.
+
+    Yields ``None`` before each wait, as a heartbeat for the other ranks.
+    """
     run = RunDirectory(directory)
     while True:
         total = _steps(run)
@@ -260,7 +263,7 @@ def _coming(directory: Path) -> Iterator[Saved | None]:
 
 
 def _whole(saved: Saved) -> bool:
-    """It may be deleted while we look: newer ones push it out."""
+    """Whether the checkpoint is complete; it may be deleted meanwhile, when newer ones replace it."""
     try:
         files.verify(saved)
     except CheckpointError:
@@ -269,7 +272,7 @@ def _whole(saved: Saved) -> bool:
 
 
 def _steps(run: RunDirectory) -> int | None:
-    """The run's last step, once it has said so."""
+    """The run's last step, or ``None`` until the run has written it."""
     try:
         return int(read_json(run.path / "plan.json")["steps"])
     except (OSError, FoveaError, ValueError, KeyError, TypeError, OverflowError):

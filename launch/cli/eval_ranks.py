@@ -1,4 +1,4 @@
-"""What evaluations by hand share: the ranks they run on, and the way of their scores to MLflow."""
+"""Starts the ranks of ``fovea eval`` and sends their scores to MLflow."""
 
 from __future__ import annotations
 
@@ -28,31 +28,31 @@ if TYPE_CHECKING:
     from pipeline.tracking import Aside, Journal, Shipper
 
 Scores = Mapping[str, Mapping[str, float]]
-"""Scores by name, by whose they are: ``trained``, ``untrained``, ``weights``…"""
+"""Scores by metric name, for each of ``trained``, ``untrained``, ``weights``…"""
 _OWN = ("trained", "weights")
-_PATIENCE = 30.0  # seconds that MLflow gets at the end
+_PATIENCE = 30.0  # seconds to flush to MLflow at the end
 
 
 def many(config: Config, ranks: int | None) -> int:
-    """How many ranks to start here: those asked for, else one a GPU; 1 if this process is a rank already.
+    """Number of ranks to start here: as requested, else one per GPU; 1 if this process is a rank already.
 
     Raises:
-        LaunchError: what is asked for contradicts the launcher that started this process, or there are fewer GPUs.
+        LaunchError: the request contradicts the launcher that started this process, or there are fewer GPUs.
 
     Args:
         config: the settings; with gloo no GPU is used.
-        ranks: what the person says.
+        ranks: the requested number.
     """
     return ranks_to_start(RankEnvironment.read(), ranks, where="--ranks", on_cpu=config.launch.backend == "gloo") or 1
 
 
 def spread(words: Sequence[str], ranks: int, logs: Path | None) -> int:
-    """Run the same command on so many ranks of this machine; returns the exit code.
+    """Run the same command on several ranks of this host; returns the exit code.
 
     Args:
-        words: the command line behind ``fovea``.
-        ranks: how many.
-        logs: where all ranks but the first write; a folder that only a failure leaves behind if not given.
+        words: the command line after ``fovea``.
+        ranks: number of ranks.
+        logs: log directory of all ranks but the first; by default a temporary one that is kept only after a failure.
     """
     folder = logs or Path(tempfile.mkdtemp(prefix="fovea-eval-"))
     code = local.start(module_command("launch.cli.main", *words), ranks, log_directory=folder)
@@ -63,10 +63,10 @@ def spread(words: Sequence[str], ranks: int, logs: Path | None) -> int:
 
 @contextlib.contextmanager
 def world_here(config: Config) -> Iterator[World]:
-    """The process group of all ranks that this command was started on; of this process alone if nobody speaks of others.
+    """The process group of all ranks on which this command was started; of this process alone without a launcher.
 
     Args:
-        config: the settings; ``launch.backend=gloo`` leaves GPUs alone.
+        config: the settings; with ``launch.backend=gloo`` no GPU is used.
     """
     from pipeline.runtime.process_group import join, leave
 
@@ -89,23 +89,23 @@ def world_here(config: Config) -> Iterator[World]:
         yield world
         whole = True
     finally:
-        if whole or alone:  # the others may be anywhere: a failed rank waits for none of them
+        if whole or alone:  # the others may be anywhere: a failed rank does not wait for them
             leave()
 
 
 class EvalReporter:
-    """Scores on their way to MLflow, through a journal: a server that is away holds up nothing and loses nothing.
+    """Sends scores to MLflow through a journal, so that an unreachable server neither blocks nor loses anything.
 
-    A run's scores go to the run's own MLflow run as ``eval/<score>`` at the checkpoint's step, those of another network
-    (untrained, raw pixels) as ``eval/<whose>/<score>``. Weights, and a run that is told to another server than its own, get an
-    MLflow run to themselves.
+    A run's scores are logged to the run's own MLflow run as ``eval/<score>`` at the checkpoint's step, those of another network
+    (untrained, raw pixels) as ``eval/<whose>/<score>``. Pretrained weights, and runs that are sent to another server than their
+    own, get a separate MLflow run.
 
     Args:
-        folder: for journal and cursor, made with the first scores.
-        aside: where the journal goes.
-        hint: command that sends what is left, later.
-        params: settings to be told of first.
-        refusal: why nothing is sent now; the journal is kept all the same.
+        folder: for journal and cursor, created with the first scores.
+        aside: where the journal is sent.
+        hint: command that sends the rest later.
+        params: settings to log first.
+        refusal: why nothing is sent now; the journal is kept nevertheless.
     """
 
     def __init__(self, folder: Path, aside: Aside, hint: str, params: Mapping[str, Any] | None = None, refusal: str = "") -> None:
@@ -115,15 +115,15 @@ class EvalReporter:
 
     @classmethod
     def of_run(cls, directory: Path, config: Config, uri: str | None) -> EvalReporter | None:
-        """For a run's checkpoints.
+        """Reporter for a run's checkpoints.
 
         Args:
             directory: the run.
             config: its settings.
-            uri: another MLflow server than the run's own.
+            uri: an MLflow server other than the run's own.
 
         Returns:
-            ``None`` if the run is not tracked and no server is named.
+            ``None`` if the run is not tracked and no server is given.
         """
         from pipeline.tracking import Aside, destination, destination_of
 
@@ -143,11 +143,11 @@ class EvalReporter:
 
     @classmethod
     def of_weights(cls, name: str, config: Config, uri: str | None) -> EvalReporter | None:
-        """For weights from elsewhere; ``None`` if no server is named.
+        """Reporter for pretrained weights; ``None`` if no server is given.
 
         Args:
-            name: what the weights are called.
-            config: whose data and evaluators counted.
+            name: name of the weights.
+            config: settings of the data and the evaluators.
             uri: the MLflow server.
         """
         if uri is None:
@@ -168,11 +168,11 @@ class EvalReporter:
         return cls(run.tracking / "eval", aside, f"fovea mlflow sync {run.path}", {"weights": name, **wanted})
 
     def __call__(self, step: int, scores: Scores, file: Path | None = None) -> None:
-        """Say scores.
+        """Report scores.
 
         Args:
             step: the checkpoint's step.
-            scores: of whom, and which.
+            scores: by evaluated network and metric.
             file: the same as JSON, kept as an artifact.
         """
         if self._journal is None:
@@ -195,14 +195,14 @@ class EvalReporter:
             self._journal.artifact(self._kept(file))
 
     def _kept(self, file: Path) -> Path:
-        """The file, or its copy beside the journal if it lies outside the run: only files of the run are sent."""
+        """The file, or its copy beside the journal if it is outside the run: only files of the run are sent."""
         root, file = self._folder.parent.parent.resolve(), file.resolve()
         if file.is_relative_to(root):
             return file
         return Path(shutil.copyfile(file, self._folder.resolve() / file.name))
 
     def close(self) -> None:
-        """Send what is left, within half a minute."""
+        """Send the rest, within half a minute."""
         if self._journal is None:
             return
         if not self._aside.joins:
@@ -215,7 +215,7 @@ class EvalReporter:
 
 @contextlib.contextmanager
 def closing(telling: EvalReporter | None) -> Iterator[EvalReporter | None]:
-    """Closes it at the end, if there is one."""
+    """Close the reporter at the end, if there is one."""
     try:
         yield telling
     finally:
@@ -232,11 +232,11 @@ def _stamp() -> str:
 
 
 def agreed(found: Iterator[Any], world: World) -> Iterator[Any]:
-    """What rank 0 finds, on all ranks. A ``None`` of its tells the others only that it is alive, and is passed over.
+    """Broadcast the items of rank 0 to all ranks. ``None`` items are heartbeats and are skipped.
 
     Args:
-        found: asked on rank 0 alone.
-        world: this rank's place.
+        found: iterated on rank 0 only.
+        world: this rank's position in the process group.
     """
     import torch.distributed as dist
 

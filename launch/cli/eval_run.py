@@ -1,7 +1,7 @@
-"""``fovea eval``: what the weights of a run's newest checkpoint are worth, judged by the very code that judges while training.
+"""``fovea eval``: k-NN accuracy of a run's newest checkpoint, computed by the evaluator used during training.
 
-The trained network (the teacher, where the method has one) stands beside the same network as it was before the first step, and
-beside the pixels themselves.
+Compares the trained network (the teacher, where the method has one) with the same network before the first step, and with raw
+pixels.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ _METRICS = {"knn": "trained", "untrained": "untrained", "pixels": "pixels"}
 
 
 def labelled(config: Config) -> Inputs:
-    """The indexed data sets of the evaluation, refused if they cannot answer.
+    """Index the data sets of the evaluation and check that they can be evaluated.
 
     Raises:
-        DataError: no shards to judge on, or shards without class numbers.
+        DataError: no shards to evaluate on, or shards without class numbers.
     """
     chosen = config.evaluation.knn.val_shards
     try:
@@ -54,7 +54,7 @@ def labelled(config: Config) -> Inputs:
 
 
 def judging(config: Config) -> Config:
-    """The settings with k-NN switched on, baselines and all, whatever training did."""
+    """The settings with k-NN and its baselines enabled, whatever the run's own settings."""
     knn = config.evaluation.knn.model_copy(update={"baselines": True})
     chosen = config.evaluation.only("knn", knn=knn)
     return config.replace(evaluation=chosen.model_copy(update={"log_images": False}))
@@ -64,11 +64,11 @@ def scores(config: Config, run: Path) -> dict[str, dict[int, float]]:
     """k-NN accuracy of a run's newest checkpoint, of the same network untrained, and of raw pixels.
 
     Args:
-        config: the run's settings; ``evaluation.knn`` says on what, with how many voters.
-        run: the run's directory.
+        config: the run's settings; ``evaluation.knn`` selects the data and the numbers of neighbours.
+        run: the run directory.
 
     Returns:
-        By the names of :data:`SOURCES` the accuracy (0..1) for each number of voters.
+        For each name in :data:`SOURCES`, the accuracy (0..1) by number of neighbours.
 
     Raises:
         FoveaError: no checkpoint, no labelled data, or a checkpoint of another architecture.
@@ -86,7 +86,7 @@ def _judge(config: Config, saved: Saved, world: World) -> tuple[dict[str, dict[i
     found: dict[str, dict[int, float]] = {name: {} for name in SOURCES}
     method = build_seeded_method(config, world.device)
     evaluate = Evaluations(config, inputs, method, world, fresh=True)
-    # The first call judges the fresh weights and the pixels, the second what was trained; pictures are decoded once.
+    # The first call evaluates the random weights and the pixels, the second the trained weights; images are decoded once.
     first = evaluate()
     fill_trained(method, saved)
     for name, value in {**first, **evaluate()}.items():
@@ -105,16 +105,16 @@ def _sizes(config: Config, inputs: Inputs) -> dict[str, int]:
 def run(
     run_directory: Path, loaded: Loaded, *, output: Path | None = None, track: str | None = None, checkpoint: Path | None = None
 ) -> int:
-    """Judge a run, print the table, write ``<run>/evaluation.json``, tell MLflow; returns the exit code.
+    """Evaluate a run, print the table, write ``<run>/evaluation.json``, log to MLflow; returns the exit code.
 
-    All ranks that this was started on share the work.
+    All ranks on which the command was started share the work.
 
     Args:
         run_directory: the run.
-        loaded: its settings, with what the user changed.
-        output: JSON file to write besides.
-        track: another MLflow server than the run's own.
-        checkpoint: directory of the one to judge, instead of the newest.
+        loaded: its settings, with the user's overrides.
+        output: additional JSON file to write.
+        track: an MLflow server other than the run's own.
+        checkpoint: directory of the checkpoint to evaluate, instead of the newest.
 
     Raises:
         FoveaError: no checkpoint, no labelled data, or a checkpoint of another architecture.

@@ -1,4 +1,4 @@
-"""``fovea export``: weights of a run as timm, Hugging Face, open_clip or ONNX Runtime read them."""
+"""``fovea export``: exports the weights of a run for timm, Hugging Face, open_clip or ONNX Runtime."""
 
 from __future__ import annotations
 
@@ -27,22 +27,22 @@ def run(
     register: str | None = None,
     student: str | None = None,
 ) -> int:
-    """Write the export and say where; returns the exit code.
+    """Write the export and print its path; returns the exit code.
 
     Args:
         path: a run or a checkpoint.
-        to: the layout.
-        out: the folder; ``<run>/export/<layout>`` if not given.
+        to: the export format.
+        out: output directory; ``<run>/export/<layout>`` by default.
         network: auto, teacher or student.
-        size: side of the pictures; as trained on if not given.
-        license_: for the card.
-        best: the best checkpoint of a run instead of the newest.
-        force: replace what is there.
-        register: a model in the registry of the run's MLflow server, of which this becomes a version.
-        student: which of several that learnt together; the one ``model`` describes if not given.
+        size: side of the images in pixels; the training size by default.
+        license_: licence for the model card.
+        best: export the best checkpoint of a run instead of the newest.
+        force: overwrite existing files.
+        register: name of a model in the registry of the run's MLflow server; the export becomes a new version of it.
+        student: name of the student, if several were distilled together; by default the one described by ``model``.
 
     Raises:
-        FoveaError: no checkpoint, a damaged one, or a layout that cannot hold the networks.
+        FoveaError: no checkpoint, a damaged one, or a format that cannot hold the networks.
     """
     if to not in TARGETS:
         raise ConfigError(f"there is no target {to!r}", where="--to", hint=f"Choose of {', '.join(TARGETS)}.")
@@ -71,7 +71,7 @@ def run(
 
 
 def _shipper(run_folder: Path) -> Shipper:
-    """What speaks to the MLflow of a run."""
+    """The MLflow shipper of a run."""
     run = RunDirectory(run_folder)
     if not run.config.is_file():
         raise ConfigError("is no run's directory", where=str(run_folder), hint="--register needs the run that was trained")

@@ -1,4 +1,4 @@
-"""The command ``fovea``. Each verb imports what it needs only when it runs, so that help is instant."""
+"""The command ``fovea``. Each subcommand imports its dependencies only when it runs, so that ``--help`` is fast."""
 
 from __future__ import annotations
 
@@ -34,13 +34,13 @@ app = typer.Typer(
     "[b]Change any setting:[/b]   fovea train my.yaml schedule.lr.peak=1e-3 train.global_batch_size=512\n\n"
     "[b]Which settings are there?[/b]  fovea config show dinov2/cifar10_vit_tiny",
 )
-config = typer.Typer(no_args_is_help=True, help="Look at and check configurations.")
+config = typer.Typer(no_args_is_help=True, help="Show and check configurations.")
 _DATA, _BENCH = "Data, settings and checkpoints", "Benchmarks"
 
 ConfigArgument = shards.ConfigArgument
 Overrides = shards.Overrides
 _debug = False
-_words: list[str] = []  # the command line, for ranks that are to do the same
+_words: list[str] = []  # the command line, for ranks that run the same command
 
 
 def _version(wanted: bool) -> None:
@@ -55,22 +55,22 @@ def _version(wanted: bool) -> None:
 def _options(
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
     version: Annotated[
-        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version and leave.")
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version and exit.")
     ] = False,
 ) -> None:
     global _debug
     _debug = _debug or debug
 
 
-@app.command(short_help="See it work: train, interrupt, resume and evaluate on drawn data.")
+@app.command(short_help="Quick demo: train, interrupt, resume and evaluate on synthetic data.")
 def demo(
-    minutes: Annotated[float, typer.Option(min=0.1, help="About how long to train.")] = 5.0,
-    method: Annotated[str, typer.Option(help="The pretraining method.")] = "dinov2",
-    data: Annotated[str | None, typer.Option(metavar="SHARDS", help="Your own shards instead of the drawn scenes.")] = None,
-    val: Annotated[str | None, typer.Option(metavar="SHARDS", help="Labelled shards to judge on, beside --data.")] = None,
-    directory: Annotated[Path, typer.Option(help="Where everything is written.")] = Path("runs/demo"),
+    minutes: Annotated[float, typer.Option(min=0.1, help="Approximate training time, minutes.")] = 5.0,
+    method: Annotated[str, typer.Option(help="Pretraining method.")] = "dinov2",
+    data: Annotated[str | None, typer.Option(metavar="SHARDS", help="Your own shards instead of synthetic scenes.")] = None,
+    val: Annotated[str | None, typer.Option(metavar="SHARDS", help="Labelled validation shards for --data.")] = None,
+    directory: Annotated[Path, typer.Option(help="Output directory.")] = Path("runs/demo"),
 ) -> None:
-    """Draw a data set, train on it, stop and resume before your eyes, and show what was learnt.
+    """Generate a data set, train on it, interrupt and resume the run, and show the results.
 
     [b]Examples[/b]
 
@@ -89,9 +89,9 @@ def demo(
     run(minutes=minutes, method=method, data=data, directory=directory, val=val)
 
 
-@app.command(short_help="Train, or resume: the same command does both.")
+@app.command(short_help="Start or resume a training run.")
 def train(config: ConfigArgument, overrides: Overrides = None) -> None:
-    """Train, or go on training: a run that was stopped goes on from its newest checkpoint.
+    """Start a training run, or resume it from its newest checkpoint.
 
     [b]Examples[/b]
 
@@ -99,8 +99,8 @@ def train(config: ConfigArgument, overrides: Overrides = None) -> None:
 
     fovea train my.yaml launch.num_processes=2 train.duration='10 epochs' run.name=trial
 
-    Stop it with Ctrl-C, SIGTERM, SIGHUP or SIGUSR1: it saves, and the same command goes on. Start anew with
-    checkpoint.resume=never.
+    On Ctrl-C, SIGTERM, SIGHUP or SIGUSR1 the run saves a checkpoint and stops; the same command resumes it. To start from
+    scratch, set checkpoint.resume=never.
     """
     loaded = _load(config, overrides)
     from launch.cli.train import run
@@ -108,46 +108,55 @@ def train(config: ConfigArgument, overrides: Overrides = None) -> None:
     raise typer.Exit(run(loaded))
 
 
-@app.command("eval", short_help="Evaluate a run, a checkpoint, or weights from elsewhere.")
+@app.command("eval", short_help="Evaluate a run, a checkpoint or pretrained weights.")
 def evaluate(
     run: Annotated[
         str,
         typer.Argument(
             metavar="RUN|CHECKPOINT|WEIGHTS",
-            help="A run, one of its checkpoints, or weights of timm, HF or open_clip.",
+            help="A run, one of its checkpoints, or weights of timm, Hugging Face or open_clip.",
         ),
     ],
     overrides: Overrides = None,
-    knn: Annotated[bool, typer.Option("--knn", help="Nearest neighbours.")] = False,
-    linear: Annotated[bool, typer.Option("--linear", help="A linear layer, by gradient descent over a grid.")] = False,
-    logistic: Annotated[bool, typer.Option("--logistic", help="scikit-learn's logistic regression.")] = False,
-    segmentation: Annotated[bool, typer.Option("--segmentation", help="A linear layer on patches: mIoU.")] = False,
-    robustness: Annotated[bool, typer.Option("--robustness", help="A universal adversarial perturbation.")] = False,
+    knn: Annotated[bool, typer.Option("--knn", help="k-nearest-neighbour classification.")] = False,
+    linear: Annotated[
+        bool, typer.Option("--linear", help="Linear probe: a grid of learning rates and layers, trained by gradient descent.")
+    ] = False,
+    logistic: Annotated[bool, typer.Option("--logistic", help="Logistic regression (scikit-learn).")] = False,
+    segmentation: Annotated[bool, typer.Option("--segmentation", help="Linear segmentation on patch tokens (mIoU).")] = False,
+    robustness: Annotated[bool, typer.Option("--robustness", help="Universal adversarial perturbation.")] = False,
     zeroshot: Annotated[
-        Path | None, typer.Option(metavar="CLASSES", help="Zero-shot classification: a file with one class name a line.")
+        Path | None, typer.Option(metavar="CLASSES", help="Zero-shot classification; a file with one class name per line.")
     ] = None,
     templates: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Sentences with {} for --zeroshot, one a line; SLIP's seven if not given.")
+        Path | None,
+        typer.Option(
+            metavar="FILE", help="Prompt templates for --zeroshot, one per line, each containing {}; SLIP's seven by default."
+        ),
     ] = None,
-    retrieval: Annotated[bool, typer.Option(help="Find captions by pictures and pictures by captions.")] = False,
+    retrieval: Annotated[bool, typer.Option(help="Image-to-text and text-to-image retrieval.")] = False,
     random_init_baseline: Annotated[
-        bool, typer.Option("--random-init-baseline", help="Evaluate the network with random weights too.")
+        bool, typer.Option("--random-init-baseline", help="Also evaluate the network with random weights.")
     ] = False,
-    watch: Annotated[bool, typer.Option("--watch", help="Judge each checkpoint as it comes, until the run's last.")] = False,
-    model: Annotated[str | None, typer.Option(metavar="NAME", help="timm's name of what a file of weights is of.")] = None,
-    size: Annotated[int | None, typer.Option(metavar="PIXELS", help="Side of the pictures, for weights.")] = None,
-    output: Annotated[Path | None, typer.Option(metavar="FILE", help="Write the scores to this JSON file too.")] = None,
+    watch: Annotated[
+        bool, typer.Option("--watch", help="Evaluate each checkpoint as it is written, until the run's last.")
+    ] = False,
+    model: Annotated[str | None, typer.Option(metavar="NAME", help="timm model name of a weights file.")] = None,
+    size: Annotated[
+        int | None, typer.Option(metavar="PIXELS", help="Side of the images in pixels, for pretrained weights.")
+    ] = None,
+    output: Annotated[Path | None, typer.Option(metavar="FILE", help="Also write the scores to this JSON file.")] = None,
     ranks: Annotated[
-        int | None, typer.Option(min=1, help="Processes that share the work; one a GPU if not given, 1 without GPUs.")
+        int | None, typer.Option(min=1, help="Number of processes; by default one per GPU, or 1 without GPUs.")
     ] = None,
     track: Annotated[
-        str | None, typer.Option(metavar="URI", help="MLflow server, for weights or instead of the run's own.")
+        str | None, typer.Option(metavar="URI", help="MLflow server, for pretrained weights or instead of the run's own.")
     ] = None,
 ) -> None:
-    """Judge weights: k-NN beside the untrained network and raw pixels, or the evaluators that are named.
+    """Evaluate weights. By default: k-NN, compared with the untrained network and raw pixels.
 
-    The evaluators' settings and data are those of the section evaluation of the run's settings; KEY=VALUE changes them. A run's
-    scores go to its own MLflow run, as eval/...; torchrun and srun may start the ranks as well.
+    The section evaluation of the run's settings configures the evaluators and their data; KEY=VALUE overrides it. The scores of
+    a run are logged to its own MLflow run as eval/.... The ranks may also be started by torchrun or srun.
 
     [b]Examples[/b]
 
@@ -206,20 +215,30 @@ def evaluate(
     raise typer.Exit(judge.of_weights(run, config, asked, model=model, size=size))
 
 
-@app.command(short_help="Write weights for timm, Hugging Face, open_clip or ONNX.")
+@app.command(short_help="Export weights for timm, Hugging Face, open_clip or ONNX.")
 def export(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="A run's directory, or one of its checkpoints.")],
-    to: Annotated[str, typer.Option(metavar="LAYOUT", help="timm, huggingface, open_clip, onnx or safetensors.")],
-    out: Annotated[Path | None, typer.Option(metavar="FOLDER", help="Where to; RUN/export/LAYOUT if not given.")] = None,
-    network: Annotated[str, typer.Option(help="teacher or student; auto is what the method means to be used.")] = "auto",
-    student: Annotated[str | None, typer.Option(metavar="NAME", help="Which of several that were distilled together.")] = None,
-    size: Annotated[int | None, typer.Option(metavar="PIXELS", help="Side of the pictures; as trained on if not given.")] = None,
-    licence: Annotated[str, typer.Option("--license", metavar="NAME", help="The weights' licence, for the card.")] = "unknown",
-    best: Annotated[bool, typer.Option("--best", help="The best checkpoint instead of the newest.")] = False,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what is there.")] = False,
-    register: Annotated[str | None, typer.Option(metavar="MODEL", help="Also a new version of this model in MLflow.")] = None,
+    to: Annotated[str, typer.Option(metavar="LAYOUT", help="Export format: timm, huggingface, open_clip, onnx or safetensors.")],
+    out: Annotated[Path | None, typer.Option(metavar="FOLDER", help="Output directory; RUN/export/LAYOUT by default.")] = None,
+    network: Annotated[
+        str, typer.Option(help="teacher or student; auto selects the network that the method trains for use.")
+    ] = "auto",
+    student: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Which student to export, if several were distilled together.")
+    ] = None,
+    size: Annotated[
+        int | None, typer.Option(metavar="PIXELS", help="Side of the images in pixels; the training size by default.")
+    ] = None,
+    licence: Annotated[
+        str, typer.Option("--license", metavar="NAME", help="Licence of the weights, for the model card.")
+    ] = "unknown",
+    best: Annotated[bool, typer.Option("--best", help="Export the best checkpoint instead of the newest.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Overwrite existing files.")] = False,
+    register: Annotated[
+        str | None, typer.Option(metavar="MODEL", help="Also register the export as a new version of this MLflow model.")
+    ] = None,
 ) -> None:
-    """Write the trained weights as other libraries read them, with a model card and the preprocessing.
+    """Export the trained weights in another library's format, with a model card and preprocessing settings.
 
     [b]Examples[/b]
 
@@ -237,10 +256,10 @@ def export(
 
 @app.command(short_help="Compare runs in one HTML page.")
 def report(
-    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Directories of runs.")],
-    out: Annotated[Path, typer.Option(metavar="FILE", help="The page.")] = Path("report.html"),
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Run directories.")],
+    out: Annotated[Path, typer.Option(metavar="FILE", help="Output HTML file.")] = Path("report.html"),
 ) -> None:
-    """Put runs side by side in one HTML page: curves, scores, throughput, interruptions, losses, environment, settings.
+    """Compare runs in one HTML page: curves, scores, throughput, interruptions, losses, environment, settings.
 
     [b]Example[/b]
 
@@ -251,15 +270,17 @@ def report(
     raise typer.Exit(run(runs, out))
 
 
-@app.command(short_help="Show your own images as the network sees them.")
+@app.command(short_help="Visualize the network's features on your own images.")
 def visualize(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="A run's directory, or one of its checkpoints.")],
-    files: Annotated[list[Path], typer.Argument(metavar="PICTURE...", help="Your pictures.")],
-    text: Annotated[list[str] | None, typer.Option(help="What to look for in them, of a method that reads captions.")] = None,
-    size: Annotated[int | None, typer.Option(metavar="PIXELS", help="Side of the pictures; twice that of training.")] = None,
-    out: Annotated[Path, typer.Option(metavar="FILE", help="The page.")] = Path("pictures.html"),
+    files: Annotated[list[Path], typer.Argument(metavar="PICTURE...", help="Image files.")],
+    text: Annotated[list[str] | None, typer.Option(help="Text to locate in the images, for methods with a text encoder.")] = None,
+    size: Annotated[
+        int | None, typer.Option(metavar="PIXELS", help="Side of the images in pixels; twice the training size by default.")
+    ] = None,
+    out: Annotated[Path, typer.Option(metavar="FILE", help="Output HTML file.")] = Path("pictures.html"),
 ) -> None:
-    """Show your own pictures as the network sees them: principal directions of patches, attention, places of texts.
+    """Visualize your own images: PCA of patch features, attention maps, similarity to texts.
 
     [b]Example[/b]
 
@@ -270,25 +291,25 @@ def visualize(
     raise typer.Exit(draw(run, files, out=out, texts=text or [], size=size))
 
 
-@app.command(short_help="Estimate memory, time and cost before anything runs.", rich_help_panel=_DATA)
+@app.command(short_help="Estimate memory, time and cost before a run.", rich_help_panel=_DATA)
 def estimate(
     config: ConfigArgument,
     overrides: Overrides = None,
     gpus: Annotated[
-        int | None, typer.Option("--gpus", min=1, help="GPUs of the run; as configured or found if not given.")
+        int | None, typer.Option("--gpus", min=1, help="Number of GPUs; by default as configured or detected.")
     ] = None,
-    gpu_memory_gb: Annotated[float | None, typer.Option(min=0.1, help="Memory of one GPU, GB; 80 by default.")] = None,
+    gpu_memory_gb: Annotated[float | None, typer.Option(min=0.1, help="Memory of one GPU in GB; 80 by default.")] = None,
     cluster: Annotated[
-        str, typer.Option("--cluster", "-c", help="A cluster profile: its GPUs, and with it hours and costs.")
+        str, typer.Option("--cluster", "-c", help="Cluster profile: sets the GPU type and adds hours and costs to the estimate.")
     ] = "",
     efficiency: Annotated[
-        float, typer.Option(min=0.01, max=1, help="Share of the GPU's peak that a step is taken to reach.")
+        float, typer.Option(min=0.01, max=1, help="Assumed share of the GPU's peak FLOPS that a step reaches.")
     ] = 0.35,
     dataset_size: Annotated[
-        int | None, typer.Option(min=1, help="Samples of an epoch, for durations in epochs; else the shards are counted.")
+        int | None, typer.Option(min=1, help="Samples per epoch, for durations in epochs; by default counted from the shards.")
     ] = None,
 ) -> None:
-    """Tell what a configuration needs of a GPU's memory, by ZeRO stage and number of GPUs, what to choose, and what it costs.
+    """Estimate GPU memory by ZeRO stage and number of GPUs, recommend a stage, and estimate time and cost.
 
     [b]Examples[/b]
 
@@ -310,10 +331,12 @@ def estimate(
 
 @config.command("show")
 def config_show(
-    config: Annotated[str | None, typer.Argument(metavar="[CONFIG]", help="A file or a name; none lists all names.")] = None,
+    config: Annotated[
+        str | None, typer.Argument(metavar="[CONFIG]", help="A config file or name; without it, all names are listed.")
+    ] = None,
     overrides: Overrides = None,
 ) -> None:
-    """Print the whole effective configuration, each value with where it came from; it can be saved and used as a config.
+    """Print the effective configuration and the origin of each value. The output is itself a valid config.
 
     [b]Examples[/b]
 
@@ -334,7 +357,7 @@ def config_show(
 
 @config.command("check")
 def config_check(config: ConfigArgument, overrides: Overrides = None) -> None:
-    """Check a configuration without starting anything; all that is wrong is told at once, and the exit code is 2.
+    """Check a configuration without starting a run. All problems are reported at once; the exit code is then 2.
 
     [b]Example[/b]
 
@@ -352,11 +375,11 @@ def _load(name: str, overrides: Sequence[str] | None) -> Loaded:
     return load(name, overrides or ())
 
 
-# After the verbs above: the order of the help is the order in which they are added.
+# Added last: --help lists the commands in the order in which they are added.
 app.add_typer(shards.app, name="shards", rich_help_panel=_DATA, short_help="Pack, index, verify and inspect shards.")
 app.add_typer(config, name="config", rich_help_panel=_DATA, short_help="Show and check configs.")
 app.add_typer(checkpoint, name="checkpoint", rich_help_panel=_DATA, short_help="List, verify, inspect and convert checkpoints.")
-app.add_typer(mlflow, name="mlflow", rich_help_panel=_DATA, short_help="Send runs' journals to MLflow.")
+app.add_typer(mlflow, name="mlflow", rich_help_panel=_DATA, short_help="Send the journals of runs to MLflow.")
 cluster.enter(app)
 app.add_typer(bench, name="bench", rich_help_panel=_BENCH, short_help="Measure speed and memory against baselines.")
 
@@ -369,7 +392,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     words = list(sys.argv[1:] if arguments is None else arguments)
     _debug, _words[:] = "--debug" in words, words
     try:
-        # DeepSpeed's launcher says the rank a second time, in front of the verb; the environment has it too.
+        # DeepSpeed's launcher also passes --local_rank in front of the subcommand; the environment holds it too.
         app([word for word in words if word != "--debug" and not word.startswith("--local_rank=")], prog_name="fovea")
     except FoveaError as error:
         _refused(error)

@@ -1,4 +1,4 @@
-"""``fovea mlflow``: bring MLflow up to what runs have kept in their journals."""
+"""``fovea mlflow``: sends the journals of runs to MLflow."""
 
 from __future__ import annotations
 
@@ -12,21 +12,21 @@ from pipeline.errors import ConfigError, FoveaError, LaunchError
 from pipeline.runtime.run_directory import RunDirectory
 from pipeline.untrusted import printable
 
-app = typer.Typer(no_args_is_help=True, help="What MLflow is told.")
+app = typer.Typer(no_args_is_help=True, help="Send the journals of runs to MLflow.")
 
 
 @app.callback()
 def _group() -> None:
-    """Keeps ``sync`` a verb of its own, also while it is the only one."""
+    """Keeps ``sync`` a subcommand even while it is the only one."""
 
 
 @app.command()
 def sync(
-    run: Annotated[str | None, typer.Argument(metavar="[RUN]", help="A run's directory, or its name below runs/.")] = None,
+    run: Annotated[str | None, typer.Argument(metavar="[RUN]", help="A run directory, or its name below runs/.")] = None,
     everything: Annotated[bool, typer.Option("--all", help="All runs below runs/.")] = False,
-    uri: Annotated[str | None, typer.Option(help="Another MLflow server than the run was configured with.")] = None,
+    uri: Annotated[str | None, typer.Option(help="An MLflow server other than the configured one.")] = None,
 ) -> None:
-    """Send what a run's journals hold and MLflow has not accepted yet: after an outage, or from a machine without network.
+    """Send the journal records that MLflow has not received yet: after an outage, or for a run without network access.
 
     [b]Examples[/b]
 
@@ -64,7 +64,7 @@ def _sync_or_skip(run: RunDirectory, uri: str | None, *, skip: bool) -> Exceptio
 
 
 def _sync(run: RunDirectory, uri: str | None) -> Exception | None:
-    """Sends one run's journals; why something is left, ``None`` if nothing is."""
+    """Send one run's journals; returns why something is left, or ``None``."""
     from pipeline.tracking import Shipper, asides, destination_of, server_of, shown_server
 
     config = run.settings()
@@ -75,7 +75,7 @@ def _sync(run: RunDirectory, uri: str | None) -> Exception | None:
     own.start()
     done = own.close(seconds=300.0)
     trouble = own.trouble
-    for folder, aside in asides(run.tracking):  # evaluations by hand, after the run that they may belong to
+    for folder, aside in asides(run.tracking):  # evaluations by ``fovea eval``, after the run that they may belong to
         there = server_of(run.path, aside.uri, named=uri or (target if aside.uri == target else None))
         other = replace(aside, uri=there).shipper(folder, log=_say)
         other.start()

@@ -1,4 +1,4 @@
-"""``fovea shards``: index, verify, pack, look at and count WebDataset shards. Each verb imports what it needs when it runs."""
+"""``fovea shards``: indexes, verifies, packs and inspects WebDataset shards. Each subcommand imports lazily."""
 
 from __future__ import annotations
 
@@ -19,39 +19,40 @@ if TYPE_CHECKING:
     from pipeline.data.settings import DataSettings
     from pipeline.data.storage import Storage
 
-app = typer.Typer(no_args_is_help=True, help="Look at, index, check and make WebDataset shards.")
+app = typer.Typer(no_args_is_help=True, help="Pack, index, verify and inspect WebDataset shards.")
 
 ConfigArgument = Annotated[
-    str, typer.Argument(metavar="CONFIG", help="A YAML file, or the name of one of fovea's own: dinov2/cifar10_vit_tiny.")
+    str,
+    typer.Argument(metavar="CONFIG", help="A YAML file, or the name of a config that comes with fovea: dinov2/cifar10_vit_tiny."),
 ]
 Overrides = Annotated[
     list[str] | None,
     typer.Argument(
-        metavar="[KEY=VALUE]...", help="Settings to change, by dotted key: schedule.lr.peak=1e-3 evaluation.knn.k='[10, 20]'."
+        metavar="[KEY=VALUE]...", help="Settings to override, by dotted key: schedule.lr.peak=1e-3 evaluation.knn.k='[10, 20]'."
     ),
 ]
 Patterns = Annotated[list[str], typer.Argument(metavar="SHARDS...", help="Paths or URLs, with {000..123} or *.")]
 IndexOption = Annotated[
-    Path | None, typer.Option("--index", help="Folder of the index; by default in your cache, where training looks for it.")
+    Path | None, typer.Option("--index", help="Directory of the index; by default in your cache, where training looks for it.")
 ]
-WorkersOption = Annotated[int | None, typer.Option(min=1, help="Processes; by default one for each core with work.")]
-ImageOption = Annotated[str | None, typer.Option(help="Extensions of the picture, comma-separated.")]
-CaptionOption = Annotated[str | None, typer.Option(help="Extension of the caption.")]
-LabelOption = Annotated[str | None, typer.Option(help="Extension of the class number.")]
+WorkersOption = Annotated[int | None, typer.Option(min=1, help="Number of processes; by default one per core.")]
+ImageOption = Annotated[str | None, typer.Option(help="File extensions of images, comma-separated.")]
+CaptionOption = Annotated[str | None, typer.Option(help="File extension of captions.")]
+LabelOption = Annotated[str | None, typer.Option(help="File extension of class numbers.")]
 
 
 class OnTruncated(StrEnum):
-    """What is done with a tar that breaks off."""
+    """How truncated tars are handled."""
 
     ERROR = "error"
     KEEP_READABLE = "keep-readable"
 
 
 OnTruncatedOption = Annotated[
-    OnTruncated, typer.Option(help="A tar that is cut short: stop, or keep the samples before the cut.")
+    OnTruncated, typer.Option(help="How to handle a truncated tar: raise an error, or keep the samples before the cut.")
 ]
-_GRACE = 20.0  # seconds that object storage may be away
-_NAMED = 20  # shards or samples that a screen shows before it points to the file
+_GRACE = 20.0  # seconds to wait during a storage outage
+_NAMED = 20  # shards or samples printed before pointing to the report file
 
 
 @app.command("index")
@@ -64,13 +65,13 @@ def index(
     label: LabelOption = None,
     on_truncated_shard: OnTruncatedOption = OnTruncated.ERROR,
     report: Annotated[
-        Path | None, typer.Option(help="Where to write what is wrong, as JSON and .txt; by default report.json in the index.")
+        Path | None, typer.Option(help="Report file of all problems, as JSON and .txt; by default report.json in the index.")
     ] = None,
 ) -> None:
-    """Read every shard once: which samples it has, which can be used, and why the others cannot.
+    """Read every shard once and record its samples, which of them can be used, and why the others cannot.
 
-    Training does this by itself; do it ahead for large data. An index is reused until its shard changes, and one that was stopped
-    goes on where it was. What is wrong where stands in report.txt, for programs in report.json.
+    Training does this automatically; for large data, run it ahead of time. An index is reused until its shard changes, and an
+    interrupted one is continued. Problems are listed in report.txt, and in report.json for programs.
 
     [b]Examples[/b]
 
@@ -95,14 +96,17 @@ def verify(
     label: LabelOption = None,
     on_truncated_shard: OnTruncatedOption = OnTruncated.ERROR,
     exclude: Annotated[
-        bool, typer.Option("--exclude", help="Mark what fails in the index, so that no training sees it; the shards stay.")
+        bool,
+        typer.Option(
+            "--exclude", help="Mark failing samples in the index so that no training uses them; the shards are not changed."
+        ),
     ] = False,
-    report: Annotated[Path | None, typer.Option(help="Write every failure as JSON.")] = None,
+    report: Annotated[Path | None, typer.Option(help="Write every failure to this JSON file.")] = None,
 ) -> None:
     """Decode every accepted sample, and compare its checksum and size with the index. Exit code 1 if any fails.
 
-    Stopped, it goes on where it was. With --exclude the index changes and with it its fingerprint: a run that was trained on the
-    data as they were will not resume on it.
+    If interrupted, the same command continues. --exclude changes the index and its fingerprint: a run that was trained on the
+    unchanged data will not resume on it.
 
     [b]Examples[/b]
 
@@ -144,54 +148,54 @@ def verify(
 @app.command("pack")
 def pack(
     source: Annotated[str, typer.Argument(metavar="SOURCE", help="A folder, a table, or shards; see above.")],
-    out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder for the shards.")],
-    prefix: Annotated[str, typer.Option(help="Beginning of the shards' names.")] = "train",
-    size: Annotated[int, typer.Option(min=1, help="Largest size of a shard, MB; 200 to 500 suit training.")] = 400,
-    samples: Annotated[int, typer.Option(min=1, help="Most samples in a shard.")] = 10_000,
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="Output directory of the shards.")],
+    prefix: Annotated[str, typer.Option(help="Prefix of the shards' names.")] = "train",
+    size: Annotated[int, typer.Option(min=1, help="Maximum size of a shard, MB; 200 to 500 are suitable for training.")] = 400,
+    samples: Annotated[int, typer.Option(min=1, help="Maximum number of samples per shard.")] = 10_000,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the shuffled order.")] = 0,
     shuffle: Annotated[bool, typer.Option("--shuffle/--no-shuffle", help="Shuffle, or keep the order of the source.")] = True,
-    min_side: Annotated[int, typer.Option(min=1, help="Leave out pictures with a shorter side, pixels.")] = 16,
-    max_pixels: Annotated[int, typer.Option(min=1, help="Leave out pictures with more pixels.")] = 50_000_000,
-    max_side: Annotated[int | None, typer.Option(min=16, help="Scale pictures down to this longer side, pixels.")] = None,
+    min_side: Annotated[int, typer.Option(min=1, help="Skip images with a shorter side below this, pixels.")] = 16,
+    max_pixels: Annotated[int, typer.Option(min=1, help="Skip images with more pixels.")] = 50_000_000,
+    max_side: Annotated[int | None, typer.Option(min=16, help="Downscale images to this longer side, pixels.")] = None,
     transcode: Annotated[
-        str | None, typer.Option(help="Write GIF, AVIF… anew as jpg or png (first frame), instead of leaving them out.")
+        str | None, typer.Option(help="Re-encode GIF, AVIF… as jpg or png (first frame), instead of skipping them.")
     ] = None,
     layout: Annotated[
-        str, typer.Option(help="What SOURCE is: auto, folder, flat (no classes), table, files (img2dataset's) or shards.")
+        str, typer.Option(help="Format of SOURCE: auto, folder, flat (no classes), table, files (img2dataset's) or shards.")
     ] = "auto",
     on_truncated_shard: OnTruncatedOption = OnTruncated.ERROR,
-    threads: Annotated[int, typer.Option(min=1, max=256, help="Samples read at a time.")] = 8,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace shards of the same prefix.")] = False,
+    threads: Annotated[int, typer.Option(min=1, max=256, help="Samples read in parallel.")] = 8,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Overwrite shards of the same prefix.")] = False,
     follow_links: Annotated[
         bool | None,
         typer.Option(
             "--follow-links/--no-follow-links",
-            help="Follow links that leave SOURCE, or leave them out. By default they are left out, and the loss of a whole class "
-            "or shard is an error.",
+            help="Follow links that leave SOURCE, or skip them. By default they are skipped, and the loss of a whole class or "
+            "shard is an error.",
         ),
     ] = None,
     root: Annotated[
-        list[Path] | None, typer.Option(help="Folder that paths of a table may lead to, besides its own; may be repeated.")
+        list[Path] | None, typer.Option(help="Folder that paths of a table may point to, besides its own; may be repeated.")
     ] = None,
-    labels: Annotated[str, typer.Option(help="auto, or names to take numbers for class names.")] = "auto",
+    labels: Annotated[str, typer.Option(help="auto, or names to read numbers as class names.")] = "auto",
     classes: Annotated[
-        Path | None, typer.Option(help="A classes.txt whose lines are the class names in the order of their numbers.")
+        Path | None, typer.Option(help="A classes.txt with the class names, one per line, in the order of their numbers.")
     ] = None,
-    max_file_mb: Annotated[int, typer.Option("--max-file-mb", min=1, help="Leave out larger files and members, MB.")] = 1024,
+    max_file_mb: Annotated[int, typer.Option("--max-file-mb", min=1, help="Skip larger files and members, MB.")] = 1024,
 ) -> None:
-    """Make WebDataset shards, shuffled. Killed, the same command goes on, and ends with the very same bytes.
+    """Write shuffled WebDataset shards. If interrupted, the same command continues and produces identical bytes.
 
     SOURCE is one of
 
     - a folder of images: its sub-folders are the classes, KEY.txt beside KEY.jpg is its caption;
 
-    - a table (.csv, .tsv, .jsonl, .parquet) with the columns path and, if wanted, label and caption;
+    - a table (.csv, .tsv, .jsonl, .parquet) with the column path and optionally label and caption;
 
     - the output of img2dataset, tars or files;
 
-    - other shards, to shuffle them anew, change their sizes or leave out small pictures; all members are kept.
+    - other shards, to shuffle them again, change the shard size or skip small images; all members are kept.
 
-    A SOURCE that can be read in two ways is refused. Whatever is left out is counted, and listed in OUT/PREFIX.skipped.txt.
+    An ambiguous SOURCE is refused. Skipped samples are counted, and listed in OUT/PREFIX.skipped.txt.
 
     [b]Examples[/b]
 
@@ -245,13 +249,13 @@ def pack(
 
 @app.command("synthesize")
 def synthesize(
-    out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder for the shards.")],
-    train: Annotated[int, typer.Option(min=1, help="Pictures to train on.")] = 8000,
-    val: Annotated[int, typer.Option(min=1, help="Pictures to judge by.")] = 1000,
-    size: Annotated[int, typer.Option(min=16, help="Their side, pixels.")] = 64,
-    seed: Annotated[int, typer.Option(min=0, help="Another seed draws other pictures.")] = 0,
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="Output directory of the shards.")],
+    train: Annotated[int, typer.Option(min=1, help="Number of training images.")] = 8000,
+    val: Annotated[int, typer.Option(min=1, help="Number of validation images.")] = 1000,
+    size: Annotated[int, typer.Option(min=16, help="Side of the images, pixels.")] = 64,
+    seed: Annotated[int, typer.Option(min=0, help="Random seed.")] = 0,
 ) -> None:
-    """Draw the set that the configs called scenes are for: textured shapes with class, caption and segmentation.
+    """Generate the synthetic data set of the scenes configs: textured shapes with class, caption and segmentation map.
 
     [b]Example[/b]
 
@@ -273,12 +277,12 @@ def stats(
     caption: CaptionOption = None,
     label: LabelOption = None,
     on_truncated_shard: OnTruncatedOption = OnTruncated.ERROR,
-    global_batch: Annotated[int, typer.Option(min=1, help="Global batch to give advice for.")] = 1024,
+    global_batch: Annotated[int, typer.Option(min=1, help="Global batch size for the recommendations.")] = 1024,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Count what is in the shards: sizes, formats, classes, captions, equal pictures; and say what would slow a training.
+    """Show statistics of shards: sizes, formats, classes, captions, duplicate images, and what would slow down training.
 
-    Everything comes from the index, which is made if need be; no picture is read again.
+    Everything comes from the index, which is created if necessary; images are not read again.
 
     [b]Examples[/b]
 
@@ -297,14 +301,14 @@ def stats(
 def preview(
     config: ConfigArgument,
     overrides: Overrides = None,
-    out: Annotated[Path, typer.Option("--out", "-o", help="The file: .html for a page, .png for one picture.")] = Path(
+    out: Annotated[Path, typer.Option("--out", "-o", help="Output file: .html for a page, .png for an image.")] = Path(
         "preview.html"
     ),
-    samples: Annotated[int, typer.Option(min=1, max=512, help="How many samples.")] = 8,
+    samples: Annotated[int, typer.Option(min=1, max=512, help="Number of samples.")] = 8,
 ) -> None:
-    """Draw the very crops that training would see, on a page or a contact sheet: a look before the GPU hours.
+    """Draw the exact crops that training would see, as an HTML page or a contact sheet.
 
-    With shards instead of a CONFIG it draws the pictures as they are.
+    With shards instead of a CONFIG, it draws the images without augmentation.
 
     [b]Examples[/b]
 
@@ -331,14 +335,14 @@ def preview(
 def ls(
     config: ConfigArgument,
     overrides: Overrides = None,
-    step: Annotated[int | None, typer.Option(min=0, help="The samples of this step.")] = None,
-    key: Annotated[str | None, typer.Option(help="The steps in which this sample is seen; shard.tar/key for one shard.")] = None,
-    epochs: Annotated[float, typer.Option(min=0, help="How far to look for --key, in epochs.")] = 1.0,
-    until: Annotated[int | None, typer.Option(min=0, help="One past the last step to look at, instead of --epochs.")] = None,
-    ranks: Annotated[int | None, typer.Option(min=1, help="Say which of so many ranks reads each sample.")] = None,
+    step: Annotated[int | None, typer.Option(min=0, help="Show the samples of this step.")] = None,
+    key: Annotated[str | None, typer.Option(help="Show the steps that contain this sample; shard.tar/key for one shard.")] = None,
+    epochs: Annotated[float, typer.Option(min=0, help="Range to search for --key, in epochs.")] = 1.0,
+    until: Annotated[int | None, typer.Option(min=0, help="End of the range of steps (exclusive), instead of --epochs.")] = None,
+    ranks: Annotated[int | None, typer.Option(min=1, help="Show which of this many ranks reads each sample.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """List what the order holds: the samples of a step, or the steps of a sample.
+    """List the samples of a step, or the steps that contain a sample.
 
     [b]Examples[/b]
 
@@ -352,7 +356,7 @@ def ls(
     run(load(config, overrides or ()), step=step, key=key, epochs=epochs, until=until, ranks=ranks, as_json=as_json)
 
 
-# ---- what the verbs share -------------------------------------------------------------------------------------------------
+# ---- shared by the subcommands -------------------------------------------------------------------------------------------
 
 
 def _settings(
@@ -384,7 +388,7 @@ def _settings(
 
 
 def _index(settings: DataSettings, workers: int | None, report: Path | None, *, quiet: bool = False) -> tuple[Manifest, Path]:
-    """Index shards with progress on stderr; write and show the report of what is wrong."""
+    """Index shards with progress on stderr; write and print the report of problems."""
     from launch.progress_bar import meter
     from pipeline.data.index.build import UnusableShards, build
     from pipeline.data.index.manifest import Fields
@@ -424,7 +428,7 @@ def _index(settings: DataSettings, workers: int | None, report: Path | None, *, 
 
 
 def _store() -> Storage:
-    """The door to the shards, with the patience of somebody who waits before a screen."""
+    """Storage of the shards, with a short outage timeout for interactive use."""
     from pipeline.data.settings import StorageSettings
     from pipeline.data.storage import Storage
 
@@ -448,7 +452,7 @@ def _class_names(path: Path | None) -> tuple[str, ...]:
 
 
 def _check_out(source: str, out: Path) -> None:
-    """The shards must not become part of the source that they are made of."""
+    """Refuse an output directory that would become part of the source."""
     folder = Path(source)
     if folder.is_dir() and out.resolve().is_relative_to(folder.resolve()):
         raise ConfigError(f"lies in {source}, which is to be packed", where=str(out), hint="Choose an OUT beside the source.")
@@ -460,7 +464,7 @@ def _names_shards(word: str) -> bool:
 
 
 def _range(shards: Sequence[str]) -> str:
-    """Numbered shards as one pattern, ready for another command."""
+    """Numbered shards as one pattern, for use in another command."""
     if len(shards) < 2:
         return "".join(shards)
     (stem, first), (_, last) = (shard.removesuffix(".tar").rsplit("-", 1) for shard in (shards[0], shards[-1]))

@@ -1,4 +1,4 @@
-"""``fovea shards ls``: which samples a step holds, and in which steps a sample is seen. Asks the order; nothing is decoded."""
+"""``fovea shards ls``: lists the samples of a step or the steps of a sample, from the order only; nothing is decoded."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from pipeline.masking import shown
 from pipeline.runtime.run_directory import RunDirectory
 from pipeline.untrusted import printable, read_bytes
 
-_LEDGER = 1 << 30  # bytes, most of a rank's record
+_LEDGER = 1 << 30  # maximum bytes of a rank's record
 _STEP = ("place", "rank", "lane", "set", "epoch", "shard", "row", "key", "replaced")
 _KEY = ("step", "rank", "lane", "place", "set", "epoch", "shard", "row", "key", "replaced")
 
@@ -35,24 +35,24 @@ def run(
     ranks: int | None = None,
     as_json: bool = False,
 ) -> None:
-    """Print what a step holds, or where a key comes.
+    """Print the samples of a step, or the steps of a key.
 
     Args:
         loaded: the configuration.
         step: the step to show, from 0.
-        key: the sample to look for; ``shard.tar/key`` looks in that shard only.
-        epochs: how far to look for the key, in epochs of the order.
-        until: one past the last step looked at, instead of ``epochs``.
-        ranks: on how many ranks; None: as the configuration says, or one.
+        key: the sample to look for; ``shard.tar/key`` searches that shard only.
+        epochs: range to search for the key, in epochs of the order.
+        until: end of the range of steps (exclusive), instead of ``epochs``.
+        ranks: world size; ``None`` means as configured, or one.
         as_json: print a JSON document instead of a table.
 
     Raises:
-        ConfigError: neither or both of step and key, or a number that makes no sense.
+        ConfigError: neither or both of step and key, or an invalid number.
         DataError: shards that cannot be used, or no such key.
     """
     if (step is None) == (key is None):
         raise ConfigError("give a step or a key, one of them", where="ls", hint="For instance --step 1234, or --key 000123.")
-    # k-NN shards are none of this business: they may be missing.
+    # The shards of the k-NN evaluation are not needed here and may be missing.
     config = loaded.config.replace(evaluation=loaded.config.evaluation.only())
     world = ranks or config.launch.num_processes or 1
     inputs = prepare(config, world)
@@ -76,7 +76,7 @@ def at_step(config: Config, inputs: Inputs, step: int, world: int) -> dict[str, 
         config: the settings.
         inputs: the data sets and their order.
         step: from 0.
-        world: number of ranks that share it.
+        world: world size.
     """
     batch, replaced = inputs.order.batch(step), _replaced(config)
     samples = [
@@ -96,9 +96,9 @@ def of_key(config: Config, inputs: Inputs, key: str, world: int, last: int) -> d
     Args:
         config: the settings.
         inputs: the data sets and their order.
-        key: its name; several samples may have it.
-        world: number of ranks.
-        last: one past the last step looked at.
+        key: the sample's key; several samples may have it.
+        world: world size.
+        last: end of the range of steps (exclusive).
 
     Raises:
         DataError: no shard has such a key.
@@ -136,7 +136,7 @@ def of_key(config: Config, inputs: Inputs, key: str, world: int, last: int) -> d
 
 
 def table(rows: Sequence[dict[str, Any]], columns: Sequence[str]) -> list[str]:
-    """Rows as lines of aligned text under their names; columns without a value are left out."""
+    """Rows as lines of aligned text under their column names; empty columns are omitted."""
     shown = [name for name in columns if any(row[name] not in (None, "") for row in rows)]
     texts = [shown, *([printable(str(row[name] if row[name] is not None else "")) for name in shown] for row in rows)]
     widths = [max(len(text[column]) for text in texts) for column in range(len(shown))]
@@ -171,7 +171,7 @@ def _row(
 
 
 def _find(inputs: Inputs, key: str) -> Iterator[tuple[int, int, str]]:
-    """Shard, row (-1 if it was left out) and status of all samples with a key."""
+    """Shard, row (-1 if it was rejected) and status of all samples with a key."""
     name, slash, rest = key.partition("/")
     named = [number for number, shard in enumerate(inputs.train.shards) if slash and shard.name == name]
     wanted = rest if named else key
@@ -184,7 +184,7 @@ def _find(inputs: Inputs, key: str) -> Iterator[tuple[int, int, str]]:
 
 
 def _replaced(config: Config) -> dict[tuple[int, int], str]:
-    """What the run's records of bad samples say was replaced: why, by step and sample."""
+    """Substituted samples from the run's records of bad samples: the reason, by step and sample."""
     found = {}
     for path in sorted((RunDirectory(config.run.folder).bad_samples(0).parent).glob("rank-*.jsonl")):
         try:
@@ -195,6 +195,6 @@ def _replaced(config: Config) -> dict[tuple[int, int], str]:
             try:
                 event = json.loads(line)
                 found[int(event["step"]), int(event["id"])] = str(event["reason"])
-            except (ValueError, KeyError, TypeError, OverflowError, RecursionError):  # torn by a crash
+            except (ValueError, KeyError, TypeError, OverflowError, RecursionError):  # truncated by a crash
                 continue
     return found

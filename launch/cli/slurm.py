@@ -1,4 +1,4 @@
-"""The verbs for clusters: submit, status, logs, stop, resume, requeue, cancel, runs, doctor."""
+"""Slurm subcommands: submit, status, logs, stop, resume, requeue, cancel, runs, doctor."""
 
 from __future__ import annotations
 
@@ -18,24 +18,25 @@ from pipeline.masking import printable, shown
 if TYPE_CHECKING:
     from launch.slurm.submit import Submitted
 
-RunArgument = Annotated[str, typer.Argument(metavar="RUN", help="A run's directory, or its name below runs/.")]
+RunArgument = Annotated[str, typer.Argument(metavar="RUN", help="A run directory, or its name below runs/.")]
 Overrides = Annotated[
-    list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Settings to change; cluster.KEY=VALUE changes the profile.")
+    list[str] | None,
+    typer.Argument(metavar="[KEY=VALUE]...", help="Settings to override; cluster.KEY=VALUE overrides the profile."),
 ]
 
 
 def submit(
-    config: Annotated[str, typer.Argument(metavar="CONFIG", help="A YAML file, or the name of one of fovea's own.")],
+    config: Annotated[str, typer.Argument(metavar="CONFIG", help="A YAML file, or the name of a config that comes with fovea.")],
     overrides: Overrides = None,
-    cluster: Annotated[str, typer.Option("--cluster", "-c", help="A cluster profile: a YAML file or a name.")] = "",
+    cluster: Annotated[str, typer.Option("--cluster", "-c", help="Cluster profile: a YAML file or a name.")] = "",
     dry: Annotated[
         bool, typer.Option("--dry-run", help="Print the batch script and the command; write and submit nothing.")
     ] = False,
-    check: Annotated[bool, typer.Option("--check", help="Ask Slurm whether and when it could run.")] = False,
-    index: Annotated[bool, typer.Option("--index/--no-index", help="Look at the shards now, not when the job starts.")] = True,
-    follow: Annotated[bool, typer.Option("--follow", "-f", help="Show the log as it grows.")] = False,
+    check: Annotated[bool, typer.Option("--check", help="Ask Slurm whether and when the job could run.")] = False,
+    index: Annotated[bool, typer.Option("--index/--no-index", help="Index the shards now, or when the job starts.")] = True,
+    follow: Annotated[bool, typer.Option("--follow", "-f", help="Follow the log.")] = False,
 ) -> None:
-    """Submit a run to Slurm, once: it is saved before time limits and preemption, requeued, and ends finished.
+    """Submit a run to Slurm. It saves before time limits and preemption and is requeued until it is finished.
 
     [b]Examples[/b]
 
@@ -69,11 +70,11 @@ def _tell(done: Submitted) -> None:
 
 
 def status(
-    run: Annotated[str | None, typer.Argument(metavar="[RUN]", help="A run; none tells of all below runs/.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
-    watch: Annotated[float, typer.Option("--watch", min=0, help="Tell again every so many seconds; 0 tells once.")] = 0.0,
+    run: Annotated[str | None, typer.Argument(metavar="[RUN]", help="A run; by default all runs below runs/.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    watch: Annotated[float, typer.Option("--watch", min=0, help="Refresh interval in seconds; 0 prints once.")] = 0.0,
 ) -> None:
-    """Tell where a run stands: the queue, the step, the last sign of life, its attempts, and what its time went into."""
+    """Show the status of a run: queue, step, last heartbeat, attempts, and use of the time."""
     from launch.slurm import status as standing
 
     while True:
@@ -87,8 +88,8 @@ def status(
         time.sleep(watch)
 
 
-def runs(folder: Annotated[Path, typer.Argument(help="Where runs are.")] = Path("runs")) -> None:
-    """List the runs of a folder, one line each."""
+def runs(folder: Annotated[Path, typer.Argument(help="Directory of the runs.")] = Path("runs")) -> None:
+    """List the runs of a directory, one line each."""
     from launch.slurm import status as standing
     from pipeline.runtime.run_directory import RunDirectory
 
@@ -104,13 +105,13 @@ def runs(folder: Annotated[Path, typer.Argument(help="Where runs are.")] = Path(
 
 def logs(
     run: RunArgument,
-    follow: Annotated[bool, typer.Option("--follow", "-f", help="Go on as the log grows, over attempts.")] = False,
-    rank: Annotated[int, typer.Option(min=0, help="Which rank's.")] = 0,
-    attempt: Annotated[int | None, typer.Option(min=0, help="Which attempt's; the newest if not given.")] = None,
-    batch: Annotated[bool, typer.Option("--batch", help="The batch script's own log: starts, decisions, requeues.")] = False,
-    lines: Annotated[int, typer.Option("--lines", "-n", min=1, help="How many to begin with.")] = 40,
+    follow: Annotated[bool, typer.Option("--follow", "-f", help="Follow the log, across attempts.")] = False,
+    rank: Annotated[int, typer.Option(min=0, help="Rank whose log is shown.")] = 0,
+    attempt: Annotated[int | None, typer.Option(min=0, help="Attempt whose log is shown; the newest by default.")] = None,
+    batch: Annotated[bool, typer.Option("--batch", help="Show the batch script's own log: starts, decisions, requeues.")] = False,
+    lines: Annotated[int, typer.Option("--lines", "-n", min=1, help="Number of last lines to show first.")] = 40,
 ) -> None:
-    """Show a log of a run: rank 0's of its newest attempt, if nothing else is asked for."""
+    """Show a log of a run; by default rank 0 of the newest attempt."""
     from launch.slurm import status as standing
     from pipeline.runtime import job_record as record
 
@@ -148,9 +149,12 @@ def logs(
 
 
 def stop(
-    run: RunArgument, now: Annotated[bool, typer.Option("--now", help="Do not wait for a step's end and a checkpoint.")] = False
+    run: RunArgument,
+    now: Annotated[
+        bool, typer.Option("--now", help="Stop at once, without waiting for the end of the step and a checkpoint.")
+    ] = False,
 ) -> None:
-    """Ask a run to save and stop; it stays stopped until it is resumed."""
+    """Save a checkpoint and stop a run; it stays stopped until it is resumed."""
     from launch.slurm import status as standing
     from pipeline.runtime import job_record as record
 
@@ -165,9 +169,9 @@ def stop(
 def resume(
     run: RunArgument,
     overrides: Overrides = None,
-    cluster: Annotated[str, typer.Option("--cluster", "-c", help="Another cluster profile than before.")] = "",
+    cluster: Annotated[str, typer.Option("--cluster", "-c", help="A cluster profile other than before.")] = "",
 ) -> None:
-    """Submit a run again that was stopped, or that gave up: it goes on from its newest checkpoint, on the current code.
+    """Resubmit a run that was stopped or gave up: it resumes from its newest checkpoint, with the current code.
 
     [b]Example[/b]
 
@@ -190,9 +194,12 @@ def resume(
 
 
 def requeue(
-    run: RunArgument, now: Annotated[bool, typer.Option("--now", help="Do not wait for a step's end and a checkpoint.")] = False
+    run: RunArgument,
+    now: Annotated[
+        bool, typer.Option("--now", help="Requeue at once, without waiting for the end of the step and a checkpoint.")
+    ] = False,
 ) -> None:
-    """Put a run's job back into the queue: the run saves, leaves its machines, and waits for others."""
+    """Put a run's job back into the queue, after saving a checkpoint and releasing its nodes."""
     from launch.slurm import slurm_commands as tools
     from launch.slurm import status as standing
     from launch.slurm.submit import living
@@ -211,7 +218,7 @@ def requeue(
 
 
 def cancel(run: RunArgument) -> None:
-    """End a run's jobs at once, running or waiting; nothing is saved that is not on disk."""
+    """Cancel a run's jobs at once, running or pending; no checkpoint is saved."""
     from launch.slurm import slurm_commands as tools
     from launch.slurm import status as standing
     from launch.slurm.submit import living
@@ -226,9 +233,9 @@ def cancel(run: RunArgument) -> None:
 
 
 def doctor(
-    cluster: Annotated[str, typer.Option("--cluster", "-c", help="A cluster profile to hold against what is there.")] = "",
+    cluster: Annotated[str, typer.Option("--cluster", "-c", help="Cluster profile to check against this cluster.")] = "",
 ) -> None:
-    """Tell what this machine and its Slurm support, and what a cluster profile should say."""
+    """Check what this host and its Slurm support, and suggest settings for a cluster profile."""
     from launch.slurm.doctor import examine
 
     console = Terminal(highlight=False, soft_wrap=True)
@@ -241,7 +248,7 @@ def doctor(
 
 
 def enter(app: typer.Typer) -> None:
-    """Adds the verbs to the command line."""
+    """Add the subcommands to the command line."""
     for verb in (submit, status, logs, stop, resume, requeue, cancel, runs, doctor):
         first = (verb.__doc__ or "").split(":")[0].split(";")[0].split(".")[0].split(",")[0]
         app.command(verb.__name__, rich_help_panel="Slurm", short_help=f"{first}.")(verb)

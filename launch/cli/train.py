@@ -1,4 +1,4 @@
-"""``fovea train``: refuse what cannot work, then start the ranks, or be one of them."""
+"""``fovea train``: checks the configuration and data, then starts the ranks or runs as one of them."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ from pipeline.runtime.run_directory import RunDirectory
 
 @contextlib.contextmanager
 def alone(run: RunDirectory) -> Iterator[None]:
-    """Hold the run's lock: a run directory has one live attempt.
+    """Hold the run's lock, so that a run directory has at most one live attempt.
 
     Raises:
-        LaunchError: another attempt holds it.
+        LaunchError: another attempt holds the lock.
     """
     run.path.mkdir(parents=True, exist_ok=True)
     with (run.path / ".lock").open("a") as file:
@@ -52,7 +52,7 @@ def run(loaded: Loaded) -> int:
     """Train; returns the exit code.
 
     Raises:
-        FoveaError: whatever can be refused before a process group exists.
+        FoveaError: a problem that can be detected before a process group exists.
     """
     config = loaded.config
     outlive_terminal()

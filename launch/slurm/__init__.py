@@ -1,5 +1,5 @@
-"""Runs on a Slurm cluster: submitted once, attended through preemption, crashes and lost nodes until they are finished.
+"""Runs on a Slurm cluster: submission, and supervision through preemption, crashes and node failures until the run is finished.
 
-What runs beside the job (``attend``, ``decide``, ``record``, ``tools``) needs the standard library only: a batch script's machine
-may have a bare Python while the training lives in a container.
+The modules that run in the batch step (``supervisor``, ``decide``, ``slurm_commands``, ``pipeline.runtime.job_record``) need only
+the standard library: the batch script's node may have a bare Python while the training runs in a container.
 """

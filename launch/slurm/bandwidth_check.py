@@ -1,6 +1,6 @@
-"""A short all-reduce over all ranks, before the training: machines that are up may still be badly connected.
+"""Measures the bandwidth of an all-reduce over all ranks before the training, to detect badly connected nodes.
 
-``python -m launch.slurm.bandwidth_check FILE MEGABYTES``, one task a rank; rank 0 writes what it measured.
+``python -m launch.slurm.bandwidth_check FILE MEGABYTES``, one task per rank; rank 0 writes the result.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def main() -> int:
         dist.all_reduce(numbers)
         float(numbers[0])  # waits for the device
         seconds.append(time.perf_counter() - began)
-    middle = statistics.median(seconds[1:])  # the first one connects
+    middle = statistics.median(seconds[1:])  # the first one sets up connections
     if here.rank == 0:
         temporary = file.with_suffix(".new")
         temporary.write_text(json.dumps({"gbps": megabytes / 1e3 / middle, "seconds": middle, "ranks": here.world_size}))

@@ -1,4 +1,4 @@
-"""What happens after an attempt: a pure function of what is known about it and about those before it. Standard library only."""
+"""Classifies the end of an attempt and decides what to do next; pure functions. Standard library only."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-# Words in a rank's last message that blame the machine rather than the program.
+# Words in a rank's last message that indicate a hardware fault rather than a program error.
 _MACHINE = re.compile(
     r"\bECC\b|\bXid\b|uncorrectable|unhandled system error|NVLink|CUDA error: (unknown|device-side|hardware)", re.I
 )
@@ -24,14 +24,14 @@ TOLD = {
 
 @dataclass(frozen=True)
 class Budgets:
-    """How often a cause may end an attempt before the run gives up.
+    """How many attempts each cause may end before the run gives up.
 
     Attributes:
         crash: exceptions of the program, and ranks that were killed.
-        hang: ranks that stood still.
-        node: machines that failed.
+        hang: hung ranks.
+        node: node failures.
         rendezvous: starts at which the ranks did not meet.
-        no_progress: attempts in a row that left no newer checkpoint, whatever ended them.
+        no_progress: consecutive attempts without a newer checkpoint, whatever ended them.
     """
 
     crash: int = 3
@@ -43,18 +43,18 @@ class Budgets:
 
 @dataclass(frozen=True)
 class AttemptResult:
-    """What is known of the attempt that has just ended.
+    """Facts about the attempt that has just ended.
 
     Attributes:
         code: exit code of ``srun``.
-        outcome: what rank 0 wrote at an orderly end, or ``None``.
-        failure: what the first failing rank said, or ``None``.
-        told: why the attendant told the ranks to stop (``time limit``, ``preempted``), or empty.
-        hung: whether the attendant ended it because no rank showed a pulse.
+        outcome: rank 0's record of an orderly end, or ``None``.
+        failure: the first failing rank's record, or ``None``.
+        told: why the supervisor asked the ranks to stop (``time limit``, ``preempted``), or empty.
+        hung: whether the supervisor ended it because no rank wrote a heartbeat.
         before, after: step of the newest checkpoint at its start and now; -1 for none.
-        bad_nodes: nodes that preflight refused, with the reasons.
-        everywhere: whether preflight refused all of several nodes: then it is no machine's fault.
-        lost_node: whether Slurm took a node away.
+        bad_nodes: nodes that failed preflight, with the reasons.
+        everywhere: whether all of several nodes failed preflight: then no single node is at fault.
+        lost_node: whether Slurm removed a node.
     """
 
     code: int = 0
@@ -71,14 +71,14 @@ class AttemptResult:
 
 @dataclass(frozen=True)
 class Decision:
-    """What to do.
+    """The next action.
 
     Attributes:
-        action: ``finish``, ``stop`` (a person wanted it), ``fail`` or ``requeue``.
-        cause: for the account: finished, stopped, time limit, preempted, signal, crash, hang, node, rendezvous, refused or
+        action: ``finish``, ``stop`` (requested by the user), ``fail`` or ``requeue``.
+        cause: for the accounting: finished, stopped, time limit, preempted, signal, crash, hang, node, rendezvous, refused or
             nonfinite.
-        why: for a person.
-        exclude: nodes to keep away from from now on, with the reasons.
+        why: explanation for the user.
+        exclude: nodes to avoid from now on, with the reasons.
     """
 
     action: str
@@ -88,13 +88,13 @@ class Decision:
 
 
 def classify(end: AttemptResult) -> tuple[str, str]:
-    """One word for what ended an attempt, and the sentence."""
+    """Classify the end of an attempt: one word, and an explanation."""
     if end.bad_nodes and end.everywhere:
         return "refused", f"every node is at fault: {'; '.join(sorted(set(end.bad_nodes.values())))}"
     if end.bad_nodes:
         return "node", "; ".join(f"{node}: {why}" for node, why in end.bad_nodes.items())
     stop = str(end.outcome.get("stop")) if end.outcome is not None else ""
-    # When one rank fails, Slurm tells the others to end; that they managed to save is no preemption.
+    # When one rank fails, Slurm ends the others; that they managed to save does not make it a preemption.
     echo = stop.startswith("SIG") and not end.told and (end.failure is not None or end.code != 0)
     if end.outcome is not None and not echo:
         if stop == "FINISHED":
@@ -121,12 +121,12 @@ def classify(end: AttemptResult) -> tuple[str, str]:
 
 
 def decide(end: AttemptResult, history: Sequence[Mapping[str, Any]], budgets: Budgets) -> Decision:
-    """What to do after an attempt.
+    """Decide what to do after an attempt.
 
     Args:
-        end: what is known of it.
+        end: facts about its end.
         history: the attempts before it, oldest first, each with ``cause``, ``before``, ``after`` and ``why``.
-        budgets: how often which cause may occur.
+        budgets: how often each cause may occur.
     """
     cause, why = classify(end)
     if cause == "finished":

@@ -1,4 +1,4 @@
-"""What this machine and its Slurm support, as sentences a person can act on."""
+"""Diagnoses the host, its GPUs, Slurm and a cluster profile, with advice."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def examine(cluster: str | None) -> Iterator[Finding]:
     """Findings about Python, GPUs, Slurm and a cluster profile.
 
     Args:
-        cluster: a profile to hold against what Slurm says, or ``None``.
+        cluster: a profile to compare with Slurm's configuration, or ``None``.
     """
     yield "ok", f"Python {sys.version.split()[0]} at {sys.executable}", ""
     for package in ("torch", "deepspeed", "nvidia.dali", "mlflow", "timm"):

@@ -1,6 +1,7 @@
-"""A look at one node before ranks are started on it: a few seconds that save hours. Standard library only.
+"""Checks one node before ranks are started on it. Standard library only.
 
-``python -m launch.slurm.preflight OPTIONS``, one task a node; ``problems`` and what was seen go to ``<folder>/<node>.json``.
+``python -m launch.slurm.preflight OPTIONS``, one task per node; ``problems`` and measurements are written to
+``<folder>/<node>.json``.
 """
 
 from __future__ import annotations
@@ -17,11 +18,12 @@ from typing import Any
 
 
 def look(options: dict[str, Any]) -> dict[str, Any]:
-    """What is wrong with this node.
+    """Check this node.
 
     Args:
-        options: ``gpus`` a node should have, ``run`` directory, ``disk_gb`` it and the temporary folder should have free,
-            ``clock_skew`` in seconds against ``t``, the clock of the first node when it asked, ``seconds`` this may take.
+        options: ``gpus`` a node should have, ``run`` directory, ``disk_gb`` of free space for it and the temporary folder,
+            ``clock_skew`` in seconds relative to ``t``, the first node's clock when it started the check, ``seconds`` this may
+            take.
     """
     began = time.time()
     problems, seen = [], {}

@@ -1,4 +1,4 @@
-"""What a site's cluster is like: a file of ``configs/clusters/``, or a person's own."""
+"""Cluster profiles: YAML files in ``configs/clusters/``, or the user's own."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ _TIME = re.compile(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?")
 
 
 class ContainerSettings(Settings):
-    """A container that the ranks run in, started by the pyxis plugin."""
+    """Container of the ranks, started by the pyxis plugin."""
 
-    image: str = Field(min_length=1, description="a .sqsh file's absolute path, or REGISTRY#IMAGE:TAG")
+    image: str = Field(min_length=1, description="absolute path of a .sqsh file, or REGISTRY#IMAGE:TAG")
     mounts: Texts = Field(
-        default=(), description="HOST:CONTAINER[:ro], each; the run, the shards and the caches must be among them"
+        default=(), description="HOST:CONTAINER[:ro] for each mount; must include the run directory, the shards and the caches"
     )
-    python: str = Field(default="python", description="the python inside that has fovea's dependencies")
+    python: str = Field(default="python", description="python inside the container, with fovea's dependencies")
 
     @field_validator("image")
     @classmethod
@@ -37,75 +37,78 @@ class ContainerSettings(Settings):
 
 
 class BudgetSettings(Settings):
-    """How often a cause may end an attempt before the run gives up."""
+    """How many attempts each cause may end before the run gives up."""
 
-    crash: Count = Field(default=3, description="exceptions, and ranks that were killed")
-    hang: Count = Field(default=3, description="ranks that stood still")
-    node: Count = Field(default=5, description="machines that failed")
+    crash: Count = Field(default=3, description="exceptions and killed ranks")
+    hang: Count = Field(default=3, description="hung ranks")
+    node: Count = Field(default=5, description="node failures")
     rendezvous: Count = Field(default=3, description="starts at which the ranks did not meet")
-    no_progress: Count = Field(default=3, description="attempts in a row without a newer checkpoint")
+    no_progress: Count = Field(default=3, description="consecutive attempts without a newer checkpoint")
 
 
 class PreflightSettings(Settings):
-    """What is looked at on every node before the ranks start."""
+    """Checks of every node before the ranks start."""
 
-    enabled: bool = Field(default=True, description="look at all")
-    seconds: Positive = Field(default=60.0, description="longest time it may take")
-    disk_gb: NonNegative = Field(default=5.0, description="free space that the run's disk and the temporary folder must have, GB")
-    clock_skew: Positive = Field(default=30.0, description="most that a node's clock may differ from the first node's, seconds")
+    enabled: bool = Field(default=True, description="run the checks")
+    seconds: Positive = Field(default=60.0, description="time limit of the checks, seconds")
+    disk_gb: NonNegative = Field(default=5.0, description="minimum free space on the run's disk and in the temporary folder, GB")
+    clock_skew: Positive = Field(
+        default=30.0, description="maximum difference between a node's clock and the first node's, seconds"
+    )
     bandwidth_gbps: NonNegative = Field(
-        default=0.0, description="least bandwidth of an all-reduce over all GPUs, GB/s by the algorithm; 0 measures none"
+        default=0.0, description="minimum algorithm bandwidth of an all-reduce over all GPUs, GB/s; 0 skips the measurement"
     )
 
 
 class ClusterProfile(Settings):
-    """How jobs are submitted to a cluster, and what it consists of."""
+    """How jobs are submitted to a cluster, and its hardware."""
 
-    nodes: Count = Field(default=1, description="machines of a job")
-    gpus_per_node: int = Field(default=8, ge=0, description="GPUs of a machine; 0 for a cluster without")
-    ranks_per_node: Count | None = Field(default=None, description="ranks of a machine; null means one a GPU, or one")
-    cpus_per_rank: Count = Field(default=12, description="cores of a rank")
-    memory: str = Field(default="0", description="memory of a machine as sbatch takes it; 0 means all")
-    time: str = Field(default="24:00:00", description="time limit of one attempt, as sbatch takes it")
-    checkpoint_lead_time: Positive = Field(default=300.0, description="seconds before the limit at which the run saves and stops")
-    partition: str | None = Field(default=None, description="partition")
-    account: str | None = Field(default=None, description="account that is charged")
-    qos: str | None = Field(default=None, description="quality of service")
-    constraint: str | None = Field(default=None, description="features that machines must have")
-    reservation: str | None = Field(default=None, description="reservation")
-    exclusive: bool = Field(default=True, description="share the machines with no other job")
+    nodes: Count = Field(default=1, description="nodes per job")
+    gpus_per_node: int = Field(default=8, ge=0, description="GPUs per node; 0 for a cluster without GPUs")
+    ranks_per_node: Count | None = Field(default=None, description="ranks per node; null means one per GPU, or one without GPUs")
+    cpus_per_rank: Count = Field(default=12, description="CPU cores per rank")
+    memory: str = Field(default="0", description="memory per node in the format of sbatch; 0 means all")
+    time: str = Field(default="24:00:00", description="time limit of one attempt in the format of sbatch")
+    checkpoint_lead_time: Positive = Field(
+        default=300.0, description="seconds before the time limit at which the run saves a checkpoint and stops"
+    )
+    partition: str | None = Field(default=None, description="Slurm partition")
+    account: str | None = Field(default=None, description="Slurm account to charge")
+    qos: str | None = Field(default=None, description="Slurm quality of service")
+    constraint: str | None = Field(default=None, description="node features required by the job")
+    reservation: str | None = Field(default=None, description="Slurm reservation")
+    exclusive: bool = Field(default=True, description="do not share nodes with other jobs")
     options: Texts = Field(default=(), description="further #SBATCH options, such as --mail-type=FAIL")
     requeue_mode: Literal["requeue", "chain"] = Field(
         default="requeue",
-        description="how a run comes back: the same job is put back into the queue, or (where preempted jobs are cancelled) "
-        "a successor waits in the queue all the time",
+        description="how a run continues: requeue puts the same job back into the queue; chain (where preempted jobs are "
+        "cancelled) always keeps a successor job in the queue",
     )
-    host_python: str = Field(
-        default="python3", description="python 3.9 or newer of the batch script's machine; needs no packages"
-    )
-    python: str | None = Field(default=None, description="python of the ranks; null means the one that fovea submit runs with")
-    setup: Texts = Field(default=(), description="lines of the batch script before anything else, such as module load cuda")
-    environment: dict[str, str] = Field(default={}, description="variables of the ranks, such as NCCL's")
+    host_python: str = Field(default="python3", description="python 3.9 or newer on the batch script's node; needs no packages")
+    python: str | None = Field(default=None, description="python of the ranks; null means the one that runs fovea submit")
+    setup: Texts = Field(default=(), description="lines at the start of the batch script, such as module load cuda")
+    environment: dict[str, str] = Field(default={}, description="environment variables of the ranks, such as those of NCCL")
     export_env: Texts = Field(
         default=("AWS_*", "MLFLOW_*", "FOVEA_*", "GOOGLE_APPLICATION_CREDENTIALS", "AZURE_*", "XDG_CACHE_HOME"),
-        description="names of variables that the job takes over from whoever submits it; their values are written nowhere",
+        description="names of environment variables that the job inherits from the submitting shell; their values are not "
+        "written to disk",
     )
     container: ContainerSettings | None = Field(default=None, description="container of the ranks; null for none")
     local_paths: Texts = Field(
-        default=("/tmp", "/var/tmp", "/dev/shm", "/scratch/local"), description="folders that other machines do not see"
+        default=("/tmp", "/var/tmp", "/dev/shm", "/scratch/local"), description="directories that are not shared between nodes"
     )
     hang_timeout: Positive = Field(
-        default=1800.0, description="seconds without any sign of life of any rank after which an attempt is ended"
+        default=1800.0, description="seconds without a heartbeat from any rank after which the attempt is ended"
     )
-    budgets: BudgetSettings = Field(default=BudgetSettings(), description="how often a cause may end an attempt")
-    preflight: PreflightSettings = Field(default=PreflightSettings(), description="what is looked at before the ranks start")
-    gpu_memory_gb: Positive = Field(default=80.0, description="memory of a GPU, GB")
-    gpu_tflops: Positive | None = Field(default=None, description="bf16 TFLOP/s of a GPU that plans count with")
-    gpu_hour_price: NonNegative | None = Field(default=None, description="price of a GPU for an hour, in your currency")
+    budgets: BudgetSettings = Field(default=BudgetSettings(), description="how many attempts each cause may end")
+    preflight: PreflightSettings = Field(default=PreflightSettings(), description="checks before the ranks start")
+    gpu_memory_gb: Positive = Field(default=80.0, description="memory per GPU, GB")
+    gpu_tflops: Positive | None = Field(default=None, description="bf16 TFLOP/s per GPU, used in estimates")
+    gpu_hour_price: NonNegative | None = Field(default=None, description="price of a GPU hour, in your currency")
 
     @model_validator(mode="after")
     def _one_line_each(self) -> Self:
-        """All of these become lines of the batch script; only ``setup`` is meant to."""
+        """All of these become single lines of the batch script; only ``setup`` may have several."""
         single = ("memory", "partition", "account", "qos", "constraint", "reservation", "host_python", "python")
         texts = {name: (getattr(self, name),) for name in single} | {"options": self.options, "export_env": self.export_env}
         for name, values in texts.items():
@@ -136,17 +139,17 @@ class ClusterProfile(Settings):
 
     @property
     def tasks_per_node(self) -> int:
-        """Ranks of a machine."""
+        """Ranks per node."""
         return self.ranks_per_node or self.gpus_per_node or 1
 
     @property
     def world(self) -> int:
-        """Ranks of a job."""
+        """Ranks per job."""
         return self.nodes * self.tasks_per_node
 
     @property
     def seconds(self) -> int:
-        """The time limit."""
+        """The time limit in seconds."""
         days, first, second, third = (int(part or 0) for part in _TIME.fullmatch(self.time).groups())  # type: ignore[union-attr]
         if days or "-" in self.time:
             return ((days * 24 + first) * 60 + second) * 60 + third
@@ -161,14 +164,14 @@ def available() -> dict[str, Path]:
 
 
 def load(name: str, overrides: Sequence[str] = ()) -> ClusterProfile:
-    """Reads a profile, from a file or by name.
+    """Read a profile from a file or by name.
 
     Args:
-        name: a YAML file, or the name of one of fovea's own.
+        name: a YAML file, or the name of a profile that comes with fovea.
         overrides: texts ``key=value``.
 
     Raises:
-        ConfigError: there is none of the name, or something in it is wrong; all that is wrong is told.
+        ConfigError: no such profile, or invalid settings; lists all of them.
     """
     known = available()
     file = Path(name) if name.endswith((".yaml", ".yml")) or "/" in name else known.get(name)
@@ -184,7 +187,7 @@ def load(name: str, overrides: Sequence[str] = ()) -> ClusterProfile:
 
 
 def again(values: dict[str, Any], overrides: Sequence[str] = ()) -> ClusterProfile:
-    """The profile that a run was submitted with before, with changes."""
+    """The profile of an earlier submission, with changes."""
     here = "the profile of the last submission"
     tree = Branch({name: Leaf(value, here) for name, value in values.items()}, here)
     return _made(tree, [], overrides, here)

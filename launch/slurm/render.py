@@ -1,4 +1,4 @@
-"""From a config and a cluster profile to a batch script, and to the facts that the job itself reads."""
+"""Renders the batch script and the job's configuration from a config and a cluster profile."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _TEMPLATE = "train.sbatch"
 
 
 def template() -> Path:
-    """The batch script's template: the checkout's, or the installed one."""
+    """Path of the batch script's template: in the checkout, or installed."""
     for folder in (ROOT / "slurm", Path(sys.prefix) / "share" / "fovea" / "slurm"):
         if (folder / _TEMPLATE).is_file():
             return folder / _TEMPLATE
@@ -33,14 +33,14 @@ def template() -> Path:
 
 
 def script(config: Config, profile: ClusterProfile, run: Path, *, command: str, code_state: str) -> str:
-    """The batch script.
+    """Render the batch script.
 
     Args:
         config: the run's settings.
         profile: the cluster.
-        run: the run's directory, absolute.
-        command: what the person typed, for the script's head.
-        code_state: which code was submitted, for the script's head.
+        run: the run directory, absolute.
+        command: the submitted command line, for the script's header.
+        code_state: version of the submitted code, for the script's header.
     """
     environment = jinja2.Environment(undefined=jinja2.StrictUndefined, keep_trailing_newline=True, autoescape=False)
     environment.filters["quote"] = shlex.quote
@@ -62,19 +62,19 @@ def script(config: Config, profile: ClusterProfile, run: Path, *, command: str, 
 
 
 def sbatch_word(text: str) -> str:
-    """A value as ``sbatch`` reads it in a ``#SBATCH`` line: in quotes if it holds blanks, quotes or a ``#``."""
+    """Quote a value for a ``#SBATCH`` line if it holds blanks, quotes or a ``#``."""
     if not re.search(r"""[\s"'#\\]""", text):
         return text
     return '"' + re.sub(r'(["\\#])', r"\\\1", text) + '"'
 
 
 def passed_on(profile: ClusterProfile) -> list[str]:
-    """Names of this process's variables that the job takes over."""
+    """Names of this process's environment variables that the job inherits."""
     return sorted(name for name in os.environ if any(fnmatch.fnmatchcase(name, pattern) for pattern in profile.export_env))
 
 
 def facts(config: Config, profile: ClusterProfile, run: Path) -> dict[str, Any]:
-    """What the attendant has to know, as JSON values: the command of the ranks first of all."""
+    """Facts for the supervisor as JSON values, first of all the command of the ranks."""
     return {
         "ranks": profile.world,
         "nodes": profile.nodes,
@@ -95,11 +95,11 @@ def facts(config: Config, profile: ClusterProfile, run: Path) -> dict[str, Any]:
 
 
 def step(profile: ClusterProfile, run: Path, module: list[str] | None = None) -> list[str]:
-    """``srun`` and what it starts: one task a rank; ``%LOGS%`` stands for the attempt's folder of logs.
+    """The ``srun`` command: one task per rank; ``%LOGS%`` stands for the attempt's log directory.
 
     Args:
         profile: the cluster.
-        run: the run's directory.
+        run: the run directory.
         module: a module of ours and its arguments, instead of the training.
     """
     log = "links-%t.log" if module else "rank-%t.log"
@@ -110,8 +110,8 @@ def step(profile: ClusterProfile, run: Path, module: list[str] | None = None) ->
         f"--ntasks-per-node={profile.tasks_per_node}",
         f"--cpus-per-task={profile.cpus_per_rank}",
         "--unbuffered",
-        "--kill-on-bad-exit=1",  # without it a rank that died leaves the others waiting until the limit
-        "--wait=60",  # likewise for one that ended too early
+        "--kill-on-bad-exit=1",  # otherwise the ranks would wait for a dead one until the time limit
+        "--wait=60",  # likewise for one that exited early
         "--open-mode=append",
         f"--output=%LOGS%/{log}",
     ]
@@ -127,17 +127,17 @@ def step(profile: ClusterProfile, run: Path, module: list[str] | None = None) ->
             f"--container-mounts={mounts}",
             f"--container-workdir={run}",
             "--no-container-mount-home",
-            f"--container-env={names}",  # an image's own value would win otherwise
+            f"--container-env={names}",  # otherwise a value in the image would take precedence
         ]
         python = c.python
     return [*command, python, "-m", *(module or ["launch.cli.main", "train", str(run / "config.yaml")])]
 
 
 def snapshot(target: Path) -> str:
-    """Copies the code that is to run into the run's directory; which code it is, in words.
+    """Copy the code into the run directory; returns a description of its version.
 
     Args:
-        target: the copy's folder; an older copy is replaced.
+        target: directory of the copy; an older copy is replaced.
     """
     fresh = target.with_name(f".{target.name}.new")
     shutil.rmtree(fresh, ignore_errors=True)
@@ -155,7 +155,7 @@ def snapshot(target: Path) -> str:
 
 
 def code_state() -> str:
-    """The commit, and whether there is more than that; or the installed version."""
+    """The commit and whether there are uncommitted changes; or the installed version."""
     commit = _git("rev-parse", "--short=12", "HEAD")
     if not commit:
         from importlib.metadata import version

@@ -1,4 +1,4 @@
-"""Slurm's commands, one function each. Standard library only."""
+"""Wrappers of Slurm's commands. Standard library only."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ class Job:
     """A line of ``squeue``.
 
     Attributes:
-        id: job number.
-        state: as Slurm writes it, ``RUNNING``, ``PENDING``…
-        reason: why it waits.
-        start: when it started, or is expected to.
-        left: time to its limit.
-        nodes: where it runs.
-        elapsed: how long it has run.
-        name: its name.
+        id: job ID.
+        state: as printed by Slurm, ``RUNNING``, ``PENDING``…
+        reason: why it is pending.
+        start: actual or expected start time.
+        left: time left until its limit.
+        nodes: node list.
+        elapsed: elapsed time.
+        name: job name.
     """
 
     id: int
@@ -42,15 +42,15 @@ class Job:
 
     @property
     def live(self) -> bool:
-        """Whether it runs or will run."""
+        """Whether it is running or pending."""
         return self.state in WAITING | RUNNING
 
 
 def call(*argv: str, limit: float = 60.0) -> str:
-    """What a command says.
+    """Output of a command.
 
     Raises:
-        LaunchError: it is not there, does not answer in ``limit`` seconds, or fails; with its own words.
+        LaunchError: it is not installed, does not answer within ``limit`` seconds, or fails; with its error output.
     """
     if shutil.which(argv[0]) is None:
         raise LaunchError(
@@ -71,13 +71,13 @@ def call(*argv: str, limit: float = 60.0) -> str:
 
 
 def submit(script: Path, *options: str) -> int:
-    """Hand a batch script to Slurm; the job's number."""
+    """Submit a batch script; returns the job ID."""
     answer = call("sbatch", "--parsable", *options, str(script))
     return int(answer.strip().split(";")[0])
 
 
 def test(script: Path) -> str:
-    """What Slurm thinks of a script, without submitting it: when and where it would start.
+    """Test a script without submitting it (``sbatch --test-only``): when and where it would start.
 
     Raises:
         LaunchError: it could never run.
@@ -97,7 +97,7 @@ def test(script: Path) -> str:
 
 
 def jobs(*ids: int, name: str | None = None) -> list[Job]:
-    """What the queue holds of these jobs, or of this user's jobs with this name; those that are over are not in it."""
+    """Queue entries of these jobs, or of this user's jobs with this name; finished jobs are not included."""
     options = ["--me"] if not ids else []
     if name is not None:
         options.append(f"--name={name}")
@@ -110,7 +110,7 @@ def jobs(*ids: int, name: str | None = None) -> list[Job]:
 
 
 def facts(job: int) -> dict[str, str]:
-    """All that ``scontrol show job`` says, by key; empty if Slurm does not know the job any more."""
+    """Output of ``scontrol show job`` by key; empty if Slurm no longer knows the job."""
     try:
         text = call("scontrol", "show", "job", "--oneliner", str(job))
     except LaunchError as error:
@@ -121,7 +121,7 @@ def facts(job: int) -> dict[str, str]:
 
 
 def settings() -> dict[str, str]:
-    """All that ``scontrol show config`` says."""
+    """Output of ``scontrol show config`` by key."""
     pairs = (line.split("=", 1) for line in call("scontrol", "show", "config").splitlines() if "=" in line)
     return {key.strip(): value.strip() for key, value in pairs}
 
@@ -132,12 +132,12 @@ def nodes(expression: str) -> list[str]:
 
 
 def requeue(job: int, exclude: Sequence[str] = ()) -> None:
-    """Put a job back into the queue, and keep it off some nodes. A running one is told to end at once."""
+    """Requeue a job and exclude some nodes. A running job is ended at once."""
     call("scontrol", "requeue", str(job))
     if exclude:
         call("scontrol", "update", f"JobId={job}", f"ExcNodeList={','.join(exclude)}")
 
 
 def cancel(job: int | str) -> None:
-    """End a job, or one step of it."""
+    """Cancel a job, or one step of it."""
     call("scancel", str(job))

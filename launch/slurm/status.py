@@ -1,4 +1,4 @@
-"""Where a run stands: the queue, its pulse, its attempts, and what its time went into."""
+"""Status of a run: queue, heartbeat, attempts, and goodput."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ from pipeline.runtime.run_directory import RunDirectory
 
 @dataclass(frozen=True)
 class Goodput:
-    """What the wall time from submission on went into, in seconds.
+    """Use of the wall time since submission, in seconds.
 
     Attributes:
         wall: from the submission, or the first start, to the end or to now.
-        advanced: steps whose result is in the newest checkpoint, or in the run as it goes on.
-        lost: steps that had to be done again.
+        advanced: steps whose result is in the newest checkpoint, or in the running attempt.
+        lost: steps that had to be repeated.
         starting: from an attempt's start to its first step.
-        waiting: no attempt was alive: the queue.
-        other: evaluations, checkpoints, the ends of attempts.
-        by_cause: waiting, starting and lost seconds that an interruption cost, by what caused it.
+        waiting: no attempt was running (queue).
+        other: evaluations, checkpoints, shutdown of attempts.
+        by_cause: waiting, starting and lost seconds due to interruptions, by their cause.
     """
 
     wall: float = 0.0
@@ -46,18 +46,18 @@ class Goodput:
 
 @dataclass(frozen=True)
 class Status:
-    """What ``fovea status`` tells of one run.
+    """Status of one run, as shown by ``fovea status``.
 
     Attributes:
-        run: directory.
+        run: run directory.
         state: finished, stopped, failed, running, waiting, or idle.
-        why: the sentence that goes with it.
-        step, steps: where it is; 0 where not known.
-        age: seconds since the last sign of life.
-        job: number of the living job.
+        why: explanation of the state.
+        step, steps: steps done and in total; 0 where not known.
+        age: seconds since the last heartbeat.
+        job: ID of the running or pending job.
         attempts: one row each.
-        goodput: see there.
-        scores: the last evaluation.
+        goodput: see :class:`Goodput`.
+        scores: the latest evaluation.
     """
 
     run: str
@@ -73,10 +73,10 @@ class Status:
 
 
 def find(name: str) -> RunDirectory:
-    """A run by its directory, or by its name below ``runs``.
+    """Find a run by its directory, or by its name below ``runs``.
 
     Raises:
-        ConfigError: there is none.
+        ConfigError: no such run.
     """
     for path in (Path(name), Path("runs") / name):
         if (path / "config.json").is_file():
@@ -85,7 +85,7 @@ def find(name: str) -> RunDirectory:
 
 
 def goodput(run: RunDirectory) -> Goodput:
-    """The account of a run's time, from its own records."""
+    """Compute the goodput of a run from its own records."""
     rows = [row for row in record.endings(run) if "started_at" in row]
     if not rows:
         return Goodput()
@@ -111,7 +111,7 @@ def goodput(run: RunDirectory) -> Goodput:
 
 
 def _steps_seconds(run: RunDirectory, rows: list[dict[str, Any]]) -> tuple[float, float]:
-    """Seconds of steps that count, and of those that had to be done again."""
+    """Seconds of steps that count, and of those that had to be repeated."""
     newest = max((path for path in run.checkpoints.glob("step_*")), default=None)
     kept = float(record.read(newest / "manifest.json").get("seconds", 0.0)) if newest is not None else 0.0
     done = 0.0
@@ -121,15 +121,17 @@ def _steps_seconds(run: RunDirectory, rows: list[dict[str, Any]]) -> tuple[float
     if done <= kept or record.verdict(run).get("state") == "finished":
         return kept, max(done - kept, 0.0)
     unsaved = record.read(run.logs(int(rows[-1]["attempt"])) / "train_seconds.json") if "ended_at" not in rows[-1] else {}
-    current = max(float(unsaved.get("seconds", 0.0)) - kept, 0.0)  # a live attempt's steps since its checkpoint are not lost
+    current = max(
+        float(unsaved.get("seconds", 0.0)) - kept, 0.0
+    )  # steps of a running attempt since its last checkpoint are not lost
     return kept + current, max(done - kept - current, 0.0)
 
 
 def status(run: RunDirectory) -> Status:
-    """Where a run stands.
+    """Determine the status of a run.
 
     Raises:
-        ConfigError: one of its records is of a wrong type.
+        ConfigError: one of its records has a wrong type.
     """
     try:
         return _status(run)
@@ -184,12 +186,12 @@ def _status(run: RunDirectory) -> Status:
 
 
 def _steps(run: RunDirectory) -> int:
-    """Steps of the whole run, as its last attempt said in its log."""
+    """Total steps of the run, as logged by its last attempt."""
     return int(record.read(run.path / "plan.json").get("steps", 0))
 
 
 def table(one: Status) -> str:
-    """For a person."""
+    """Format for the terminal."""
     done = f"step {one.step}" + (f" of {one.steps}" if one.steps else "")
     lines = [
         f"{Path(one.run).name}: {one.state}: {one.why}",
@@ -218,7 +220,7 @@ def table(one: Status) -> str:
 
 
 def as_json(one: Status) -> str:
-    """For a program."""
+    """Format as JSON."""
     return json.dumps({**asdict(one), "goodput": {**asdict(one.goodput), "share": one.goodput.share}}, indent=1)
 
 

@@ -1,4 +1,4 @@
-"""Handing a run to Slurm: everything that can be refused is refused here, before anybody waits in a queue."""
+"""Submits a run to Slurm; detects every problem that can be known before the job waits in the queue."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ from pipeline.untrusted import printable
 
 @dataclass(frozen=True)
 class Submitted:
-    """What came of it.
+    """Result of a submission.
 
     Attributes:
-        job: the job's number; ``None`` if nothing was submitted.
-        run: the run's directory.
+        job: job ID; ``None`` if nothing was submitted.
+        run: the run directory.
         script: the batch script's text.
-        command: how it was, or would be, submitted.
-        said: what Slurm thinks of it, if it was asked.
+        command: the command that submits it.
+        said: Slurm's answer, if it was asked.
     """
 
     job: int | None
@@ -51,18 +51,18 @@ def submit(
     index: bool = True,
     command: str | None = None,
 ) -> Submitted:
-    """Writes a run's directory and submits its job.
+    """Write the run directory and submit the job.
 
     Args:
         loaded: the run's settings.
         profile: the cluster.
         dry: write and submit nothing.
-        check: ask Slurm what it thinks.
-        index: look at the shards now, so that what is wrong with them is told now.
-        command: what the person typed.
+        check: ask Slurm whether and when the job could run.
+        index: index the shards now, so that problems are found before the job starts.
+        command: the command line as typed.
 
     Raises:
-        ConfigError, DataError, LaunchError: whatever can be known before the job runs.
+        ConfigError, DataError, LaunchError: any problem that can be detected before the job runs.
     """
     config = loaded.config
     folder = config.run.folder.absolute()
@@ -79,7 +79,7 @@ def submit(
         from pipeline.data.inputs import prepare
 
         prepare(config, profile.world)
-    typed = shown(command or " ".join(["fovea", *sys.argv[1:]]))  # into files that others can read
+    typed = shown(command or " ".join(["fovea", *sys.argv[1:]]))  # masked, since others can read these files
     script = folder / "submit" / "script.sbatch"
     options: list[str] = []
     if away := sorted(record.excluded(run)):
@@ -109,7 +109,7 @@ def _submit(
     argv: list[str],
     check: bool,
 ) -> Submitted:
-    """Writes everything, then submits: a directory that cannot be written leaves no job behind."""
+    """Write everything, then submit: if the directory cannot be written, no job is submitted."""
     folder = run.path
     script = folder / "submit" / "script.sbatch"
     state = render.snapshot(_made(folder / "code"))
@@ -132,12 +132,12 @@ def _submit(
 
 
 def check_all(config: Config, profile: ClusterProfile, run: RunDirectory) -> None:
-    """Whether this run can be submitted to this cluster.
+    """Check whether this run can be submitted to this cluster.
 
     Raises:
-        ConfigError: ranks and batch do not divide, or the run's directory is one that other machines do not see.
+        ConfigError: the batch cannot be divided among the ranks, or the run directory is not shared between nodes.
         CheckpointError: the directory belongs to a run with other settings.
-        LaunchError: a job of this run is alive.
+        LaunchError: a job of this run is running or pending.
     """
     if broken := check_ranks(config, profile.world):
         raise ConfigError(
@@ -163,10 +163,10 @@ def check_all(config: Config, profile: ClusterProfile, run: RunDirectory) -> Non
 
 
 def _check_patterns(config: Config) -> None:
-    """Refuses shards that the job, which works in the run's directory, would not find.
+    """Refuse shard patterns that the job, which works in the run directory, would not find.
 
     Raises:
-        ConfigError: a relative pattern, typed in a folder whose own name would be read as one.
+        ConfigError: a relative pattern, in a working directory whose own name would be read as a pattern.
     """
     for key, value in path_values(config).items():
         for text in value if isinstance(value, tuple) else (str(value),):
@@ -179,7 +179,7 @@ def _check_patterns(config: Config) -> None:
 
 
 def living(run: RunDirectory) -> list[tools.Job]:
-    """Jobs of this run that run or wait; none where Slurm cannot be asked."""
+    """Running or pending jobs of this run; none where Slurm cannot be queried."""
     ids = {int(record.read(run.path / name).get("job", 0)) for name in ("submit/job.json", "live.json", "successor.json")} - {0}
     if not ids:
         return []

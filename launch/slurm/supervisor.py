@@ -1,8 +1,8 @@
-"""What the batch script becomes: it starts the ranks of one attempt, watches over them, and decides what happens next.
+"""Supervises one attempt on a Slurm cluster: starts the ranks, monitors them, and decides what happens next.
 
-``python -m launch.slurm.supervisor RUN``, in the batch step on the job's first machine. Standard library only, so that it runs
-outside the container. Signals reach this process alone (``--signal=B:USR2``): it asks the ranks to stop through a file that they
-look at between two steps. A signal to the ranks themselves would kill their data workers before anything is saved.
+``python -m launch.slurm.supervisor RUN``, in the batch step on the job's first node. Standard library only, so that it runs
+outside the container. Signals reach only this process (``--signal=B:USR2``): it asks the ranks to stop through a file that they
+check between steps. A signal to the ranks themselves would kill their data workers before anything is saved.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ from pipeline.masking import printable
 from pipeline.runtime import job_record as record
 from pipeline.runtime.run_directory import RunDirectory
 
-_PORTS = range(61001, 65536)  # above the range from which outgoing connections get theirs
-_MEETINGS = 3  # starts of the ranks in one attempt, if the port was taken meanwhile
+_PORTS = range(61001, 65536)  # above the range for outgoing connections
+_MEETINGS = 3  # rendezvous tries per attempt, if the port was taken meanwhile
 _TICK = 0.5
 
 
@@ -35,8 +35,8 @@ class Supervisor:
     """One attempt of a run on a cluster.
 
     Args:
-        run: the run's directory.
-        environment: the batch step's.
+        run: the run directory.
+        environment: the batch step's environment.
     """
 
     def __init__(self, run: RunDirectory, environment: dict[str, str]) -> None:
@@ -52,7 +52,7 @@ class Supervisor:
         self._everywhere = False
 
     def attend(self) -> int:
-        """The whole attempt; returns the batch script's exit code."""
+        """Run the whole attempt; returns the batch script's exit code."""
         for number in (signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._note)
         if (over := record.verdict(self.run)) or record.asked(self.run, record.STOP):
@@ -118,7 +118,7 @@ class Supervisor:
         return decision
 
     def _preflight(self) -> dict[str, str]:
-        """Nodes that should not be trained on, with the reasons."""
+        """Nodes that failed the checks, with the reasons."""
         settings = self.facts["preflight"]
         if not settings["enabled"]:
             return {}
@@ -154,7 +154,7 @@ class Supervisor:
         return bad
 
     def _links(self) -> dict[str, Any] | None:
-        """What is wrong with the connections between the nodes, as a failure; ``None`` if nothing is, or nobody asked."""
+        """Check the connections between the nodes; returns a failure, or ``None`` if there is none or the check is disabled."""
         settings = self.facts["preflight"]
         wanted = float(settings["bandwidth_gbps"])
         if not settings["enabled"] or not wanted or self.told:
@@ -182,7 +182,7 @@ class Supervisor:
         }
 
     def _ranks(self) -> tuple[int, bool]:
-        """Starts all ranks as one step and waits for their end; its code, and whether it had to be ended as hung."""
+        """Start all ranks as one step and wait for their end; returns its code, and whether it was ended as hung."""
         logs = self.run.logs(self.attempt)
         logs.mkdir(parents=True, exist_ok=True)
         command = [_filled(argument, logs) for argument in self.facts["srun"]]
@@ -205,7 +205,7 @@ class Supervisor:
         return code if code >= 0 else 128 - code, hung
 
     def _beats(self) -> str:
-        """Changes whenever any rank shows a sign of life."""
+        """Fingerprint of the heartbeats: changes whenever any rank writes one."""
         pulses = (self.run.logs(self.attempt) / "pulse").glob("rank-*.json")
         beats = []
         for path in pulses:
@@ -214,7 +214,7 @@ class Supervisor:
         return " ".join(sorted(beats))
 
     def _kill_step(self) -> None:
-        """End the ranks even where their own Slurm daemon is gone."""
+        """End the ranks even if a node's Slurm daemon is gone."""
         with contextlib.suppress(LaunchError):
             for line in tools.call("squeue", "--noheader", "--steps", f"--jobs={self.job}", "--format=%i").split():
                 if line.partition(".")[2].isdigit():
@@ -225,19 +225,19 @@ class Supervisor:
             self._step.kill()
 
     def _end_of_job(self) -> float:
-        """When Slurm will end the job, by the clock; its own warning comes up to a minute early, or never."""
+        """Wall-clock time at which Slurm will end the job; its own warning comes up to a minute early, or never."""
         with contextlib.suppress(LaunchError, ValueError):
             end = tools.facts(self.job).get("EndTime", "Unknown")
             return time.mktime(time.strptime(end, "%Y-%m-%dT%H:%M:%S"))
         return float("inf")
 
-    # ---- being told -------------------------------------------------------------------------------------------------------
+    # ---- stop requests -----------------------------------------------------------------------------------------------------
 
     def _note(self, number: int, _: object) -> None:
         self._signals.append(number)
 
     def _heed(self) -> None:
-        """Act on signals that came, and on the time."""
+        """Act on received signals and on the time limit."""
         if self._signals:
             near = time.time() > self._limit - float(self.facts["lead"]) - 120
             self._stop("time limit" if near and signal.SIGUSR2 in self._signals else "preempted")
@@ -245,7 +245,7 @@ class Supervisor:
             self._stop("time limit")
 
     def _stop(self, reason: str) -> None:
-        """Ask the ranks to save and stop after the step they are in."""
+        """Ask the ranks to save a checkpoint and stop after the current step."""
         if not self.told:
             self.told = reason
             record.ask(self.run, f"{record.STOP}-{self.attempt}", reason)
@@ -261,14 +261,14 @@ class Supervisor:
                 self._cancel_successor()
             return 0 if decision.action != "fail" else 1
         if self.facts["after"] == "chain":
-            return 0  # the successor is in the queue already
+            return 0  # the successor is already in the queue
         for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
-            signal.signal(number, signal.SIG_IGN)  # requeueing ends this very process; it has one thing left to do
+            signal.signal(number, signal.SIG_IGN)  # requeueing ends this process itself, which has one thing left to do
         away = sorted(record.excluded(self.run))
         try:
             if int(self.env.get("SLURM_RESTART_COUNT", 0)) == self.life:
                 tools.requeue(self.job)
-            # Slurm holds a requeued job back for two minutes, for the sake of old credentials that this job does not use.
+            # Slurm delays a requeued job by two minutes because of old credentials, which this job does not use.
             changes = ["StartTime=now", *([f"ExcNodeList={','.join(away)}"] if away else [])]
             for _ in range(20):
                 with contextlib.suppress(LaunchError):
@@ -282,7 +282,7 @@ class Supervisor:
         return 0
 
     def _successor(self, *, after: int) -> None:
-        """A job that takes over when this one ends, however it ends."""
+        """Submit a job that takes over when this one ends, however it ends."""
         options = [f"--dependency=afterany:{after}"]
         if away := sorted(record.excluded(self.run)):
             options.append(f"--exclude={','.join(away)}")
@@ -301,7 +301,7 @@ class Supervisor:
                 tools.cancel(int(number))
 
     def _another(self) -> int | None:
-        """The job that attends this run already, if there is one."""
+        """The job that already supervises this run, if there is one."""
         held = int(record.read(self.run.path / "live.json").get("job", self.job))
         if held == self.job:
             return None
@@ -311,7 +311,7 @@ class Supervisor:
         return None
 
     def _close_dangling(self) -> None:
-        """An attempt without an end was cut off with its machine: this attendant's predecessor could not write one."""
+        """Record the end of attempts that were cut off with their node, since their supervisor could not."""
         for row in record.endings(self.run):
             if "ended_at" not in row and "started_at" in row and "job" in row:
                 number, after = int(row["attempt"]), record.saved_step(self.run)
@@ -330,7 +330,7 @@ class Supervisor:
 
 
 def _filled(argument: str, logs: Path) -> str:
-    """An argument of ``srun`` with the attempt's folder of logs; in a file pattern of Slurm's a ``%`` is written twice."""
+    """An argument of ``srun`` with the attempt's log directory; in Slurm's file patterns ``%`` is written twice."""
     own = str(logs).replace("%", "%%") if argument.startswith("--output=") else str(logs)
     return argument.replace("%LOGS%", own)
 

@@ -1,1 +1,1 @@
-"""How fast, against what: measurements that anyone can repeat, each against its rivals in the same run on the same machine."""
+"""Reproducible benchmarks, each against its baselines in the same run on the same host."""

@@ -1,7 +1,7 @@
-"""How long training stands still for a checkpoint, written while it waits or while it goes on, and how long loading takes.
+"""Benchmarks checkpoints: how long training pauses for a synchronous and an asynchronous save, and how long loading takes.
 
-One rank, DINOv2 on random pictures, on the CPU or the first CUDA device. What a save costs is counted twice: the time in which
-the loop stands still, and the time that its steps take longer while something is being written beside them.
+One rank, DINOv2 on random images, on the CPU or the first CUDA device. The cost of a save has two parts: the time for which the
+loop pauses, and the slowdown of its steps while a checkpoint is written in the background.
 """
 
 from __future__ import annotations
@@ -41,16 +41,16 @@ _TARGET = 0.05
 
 @dataclass(frozen=True)
 class Options:
-    """What is measured.
+    """Options of the benchmark.
 
     Attributes:
         model: one of :data:`MODELS`.
-        batch: samples of a step.
-        side: of the two global crops, pixels; there are four local ones of half of it.
-        prototypes: of each of the two heads.
+        batch: samples per step.
+        side: of the two global crops, pixels; the four local crops have half of it.
+        prototypes: per head; there are two heads.
         saves: checkpoints of each kind.
         device: ``cpu`` or ``cuda``.
-        directory: on the disk to be measured; by default a temporary folder.
+        directory: on the disk to measure; by default a temporary folder.
     """
 
     model: str = "small"
@@ -64,15 +64,15 @@ class Options:
 
 @dataclass
 class Result:
-    """What was found, in seconds, the medians of all saves; shares are of one step.
+    """Results in seconds, medians over all saves; shares refer to one step.
 
     Attributes:
         parameters: of the student.
         size: bytes of a checkpoint.
-        step: a step beside which nothing happens.
-        waiting: the loop stands still for a save that it waits for.
-        beside: the loop stands still for a save beside it: the copy to host memory, and all that is asked at later steps.
-        slower: what the steps beside a save take longer in all.
+        step: a step without a save.
+        waiting: pause for a synchronous save.
+        beside: pause for an asynchronous save: the copy to host memory, and all that is waited for in later steps.
+        slower: total slowdown of the steps during an asynchronous save.
         until_current: from the copy until the checkpoint is current.
         verify, load: of one checkpoint.
     """
@@ -90,7 +90,7 @@ class Result:
 
 
 def measure(options: Options, *, tell: Callable[[str], None] = lambda _: None) -> Result:
-    """Trains, saves and loads.
+    """Train, save and load.
 
     Raises:
         ConfigError: no such model, or no CUDA device.
@@ -100,7 +100,7 @@ def measure(options: Options, *, tell: Callable[[str], None] = lambda _: None) -
     if options.device == "cuda" and not torch.cuda.is_available():
         raise ConfigError("there is no CUDA device here", where="--device", hint="Run it where there is one, or measure cpu.")
     with tempfile.TemporaryDirectory(prefix="fovea-bench-", dir=options.directory) as folder:
-        if dist.is_initialized():  # DeepSpeed cannot go on with a second group in one process
+        if dist.is_initialized():  # DeepSpeed does not support a second group in one process
             return _measure(options, Path(folder) / "checkpoints", dist.new_group(backend="gloo"), tell)
         backend = "nccl" if options.device == "cuda" else "gloo"
         dist.init_process_group(backend, init_method=f"file://{folder}/meet", rank=0, world_size=1)
@@ -160,7 +160,7 @@ def _measure(options: Options, folder: Path, control: Any, tell: Callable[[str],
             poll = time.perf_counter()
             done = store.poll(store.state) is not None
             still += time.perf_counter() - poll
-        if number_of:  # the first one gets its host memory
+        if number_of:  # the first save allocates the host memory
             lists["beside"].append(still)
             lists["slower"].append(slower)
             lists["until_current"].append(time.perf_counter() - begin)
@@ -208,7 +208,7 @@ def make_method(options: Options, device: torch.device) -> tuple[DINOv2, Batch]:
 
 
 def markdown(result: Result, options: Options, machine: dict[str, str], command: str) -> str:
-    """The page that a person reads."""
+    """Render the result page."""
     about = {
         "model": f"{MODELS[options.model]}, heads of {options.prototypes} prototypes, {result.parameters / 1e6:.1f} M parameters",
         "a step": f"{options.batch} samples, 2 crops of {options.side} and 4 of {options.side // 2} pixels, {result.step:.3f} s",
@@ -237,7 +237,7 @@ def markdown(result: Result, options: Options, machine: dict[str, str], command:
 
 
 def save(result: Result, options: Options, path: Path, command: str) -> list[Path]:
-    """Writes ``path`` with the endings ``.json`` and ``.md``, and returns both."""
+    """Write ``path`` with the extensions ``.json`` and ``.md``, and return both."""
     machine = {**describe(), "threads": str(torch.get_num_threads()), "device": _device(options)}
     path.parent.mkdir(parents=True, exist_ok=True)
     document, page = path.with_suffix(".json"), path.with_suffix(".md")

@@ -1,6 +1,6 @@
-"""What keeps methods without negatives from collapse, and what negatives need: each part is taken away and the rest is trained.
+"""Collapse ablations: removes what prevents collapse in methods without negatives, and varies what negatives need.
 
-Every trial is a config for drawn scenes and the one setting that differs; all of one question see the same samples.
+Every trial is a config for synthetic scenes with one changed setting; all trials of one question see the same samples.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ class Trial:
     """One run.
 
     Attributes:
-        question: what it belongs to.
-        name: what differs, in words.
-        config: the config's name.
+        question: group of trials.
+        name: description of the difference.
+        config: config name.
         settings: overrides.
     """
 
@@ -62,18 +62,18 @@ _TOLD = ("train/feature_std", "train/feature_rank", "train/target_entropy", "tra
 
 @dataclass(frozen=True)
 class Found:
-    """What came of a trial.
+    """Result of a trial.
 
     Attributes:
-        trial: which.
+        trial: the trial.
         steps, samples: of the run.
-        knn: accuracy after each number of samples, 0 to 1; the highest ``k`` of the config.
-        untrained: of the same network before.
+        knn: accuracy after each number of samples, 0 to 1; for the highest ``k`` of the config.
+        untrained: of the same network before training.
         loss: the last one logged, nats.
-        signs: the last logged value of what tells collapse.
-        alarms: what fovea itself raised, by name.
-        failed: why there is none of this.
-        curves: all logged values of what tells collapse, by samples.
+        signs: last logged values of the collapse metrics.
+        alarms: alerts raised by fovea, by name.
+        failed: error of a failed run.
+        curves: all logged values of the collapse metrics, by samples.
     """
 
     trial: Trial
@@ -89,7 +89,7 @@ class Found:
 
 
 def measure(questions: Sequence[str], shards: str, *, samples: int, ranks: int, directory: Path) -> Iterator[Found]:
-    """Trains what each question asks for, one run after another."""
+    """Train the trials of each question, one run after another."""
     for trial in TRIALS:
         if trial.question in questions:
             try:
@@ -116,7 +116,7 @@ def _one(trial: Trial, shards: str, samples: int, ranks: int, directory: Path) -
 
 
 def told(trial: Trial, directory: Path) -> Found:
-    """What a run that was finished says of its trial."""
+    """Read the result of a trial from its finished run."""
     batch = load(trial.config, trial.settings).config.train.global_batch_size
     outcome = json.loads((directory / "outcome.json").read_text())
     metrics, alarms = journal(directory)
@@ -138,7 +138,7 @@ def told(trial: Trial, directory: Path) -> Found:
 
 
 def journal(directory: Path) -> tuple[dict[str, dict[int, float]], dict[str, str]]:
-    """A run's metrics by name and step, and its alarms."""
+    """A run's metrics by name and step, and its alerts."""
     metrics: dict[str, dict[int, float]] = {}
     alarms: dict[str, str] = {}
     for path in sorted((directory / "tracking").glob("journal-*.jsonl")):
@@ -157,14 +157,14 @@ def _last(points: Mapping[int, float]) -> float:
 
 
 def line(found: Found) -> str:
-    """One trial in words."""
+    """Describe one trial in a line."""
     if found.failed or not found.knn:
         return f"{found.trial.question}, {found.trial.name}: {found.failed or 'no evaluation'}"
     return f"{found.trial.question}, {found.trial.name}: k-NN {_last(found.knn):.1%}, {found.signs}"
 
 
 def page(found: Sequence[Found], machine: Mapping[str, str], command: str) -> str:
-    """The page that a person reads."""
+    """Render the result page."""
     lines = ["# What keeps features from collapse", "", f"`{command}`", "", *(f"- {k}: {v}" for k, v in machine.items()), ""]
     signs = "spread of features | rank | entropy of targets | in use"
     lines += [f"| question | trial | samples | steps | k-NN | untrained | loss | {signs} |"]

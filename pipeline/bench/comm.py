@@ -1,7 +1,8 @@
-"""What ranks say to each other in a step of each ZeRO stage: collectives counted as torch dispatches them, held against theory.
+"""Counts the collectives and bytes of a step for each ZeRO stage, as dispatched by torch, and compares them with theory.
 
-Bytes do not depend on the device, so gloo ranks on a CPU tell what NCCL carries on as many GPUs. N trained fp32 parameters (4 N
-bytes, rounded up to whole shares) and a teacher of as many, for each optimizer step of A micro-batches::
+The bytes do not depend on the device, so that gloo ranks on a CPU show what NCCL transfers between as many GPUs. With N trained
+fp32 parameters (4 N bytes, rounded up to whole shares) and a teacher of the same size, for each optimizer step of A
+micro-batches::
 
     stage   gradients                      parameters
     0       all-reduce 4 N                 -
@@ -9,9 +10,9 @@ bytes, rounded up to whole shares) and a teacher of as many, for each optimizer 
     2       all-reduce 4 N A               all-gather 4 N
     3       reduce-scatter 4 N A           all-gather 4 (N or 2 N, + N of the teacher) A
 
-Stage 1 reduces once a step, stage 2 with each micro-batch. Stage 3 gathers the student for the forward and for the backward
-pass, for both at once where it may keep all of it (``tuning``), and the teacher for its own. On the wire of a ring an all-reduce
-costs each rank ``2 (R-1)/R`` of its bytes, the others ``(R-1)/R``.
+Stage 1 reduces once per step, stage 2 with each micro-batch. Stage 3 gathers the student for the forward and for the backward
+pass, for both at once where it may keep all of it (``tuning``), and the teacher for its own forward pass. With ring algorithms an
+all-reduce makes each rank send ``2 (R-1)/R`` of its bytes, the other collectives ``(R-1)/R``.
 """
 
 from __future__ import annotations
@@ -51,10 +52,10 @@ _SMALL = 1024  # bytes: norms, flags and counts
 
 
 class Collectives(TorchDispatchMode):
-    """Counts what this thread, and the backward passes that it starts, ask of process groups while it is entered.
+    """Counts the collectives of this thread, and of the backward passes that it starts, while active.
 
     Attributes:
-        calls: by kind; those of less than a kibibyte, which only agree about numbers, are of kind ``small``.
+        calls: by kind; those below a kibibyte, which only synchronize numbers, are of kind ``small``.
         payload: bytes by kind: of the whole tensor that is reduced, gathered or scattered.
     """
 
@@ -79,12 +80,12 @@ def _bytes(argument: Any) -> int:
 
 @dataclass(frozen=True)
 class Options:
-    """What is measured.
+    """Options of the benchmark.
 
     Attributes:
         width, depth: of the student.
-        ranks: gloo ranks on this machine.
-        accumulation: micro-batches of a step.
+        ranks: gloo ranks on this host.
+        accumulation: micro-batches per step.
     """
 
     width: int = 256
@@ -98,9 +99,9 @@ class Counted:
     """A step of one stage on rank 0.
 
     Attributes:
-        stage: ZeRO's.
+        stage: ZeRO stage.
         calls, payload: see :class:`Collectives`.
-        expected: payload by theory, without what is small.
+        expected: payload by theory, without small collectives.
     """
 
     stage: int
@@ -110,13 +111,13 @@ class Counted:
 
 
 def expected(parameters: int, teacher: int, *, stage: int, accumulation: int = 1, kept: bool = True) -> dict[str, int]:
-    """Bytes by kind, see the module; without padding.
+    """Expected bytes by kind, without padding; see the module.
 
     Args:
-        parameters: that are trained.
+        parameters: number of trained parameters.
         teacher: parameters of the teacher.
-        stage: ZeRO's.
-        accumulation: micro-batches of a step.
+        stage: ZeRO stage.
+        accumulation: micro-batches per step.
         kept: whether stage 3 keeps the student whole between its forward and its backward pass.
     """
     n = 4 * parameters
@@ -128,7 +129,7 @@ def expected(parameters: int, teacher: int, *, stage: int, accumulation: int = 1
 
 
 def count(stage: Literal[0, 1, 2, 3], *, width: int = 64, depth: int = 4, accumulation: int = 1) -> dict[str, dict[str, int]]:
-    """On a rank: calls and bytes of the third step, when all that is done once is done."""
+    """On a rank: calls and bytes of the third step, after all one-time work."""
     size = Size(width=width, depth=depth)
     method = Plain(size)
     options = EngineOptions(stage, "fp32", size.samples, accumulation, (0.9, 0.95), 1e-8, None, "network")
@@ -150,10 +151,10 @@ def count(stage: Literal[0, 1, 2, 3], *, width: int = 64, depth: int = 4, accumu
 
 
 def measure(options: Options, *, tell: Callable[[str], None] = lambda _: None) -> list[Counted]:
-    """Counts a step of each stage on ranks that are started for it.
+    """Count a step of each stage on newly started ranks.
 
     Raises:
-        ConfigError: a single rank, which has nobody to speak to, or ranks that did not live to tell.
+        ConfigError: a single rank, which has no collectives, or ranks that failed.
     """
     if options.ranks < 2:
         raise ConfigError("a single rank speaks to nobody", where="--ranks", hint="take 2")
@@ -194,12 +195,12 @@ def _serve(rank: int, options: Options, folder: str, pipe: Any) -> None:
 
 
 def on_the_wire(kind: str, payload: int, ranks: int) -> float:
-    """Bytes that each rank sends for a collective on a ring."""
+    """Bytes that each rank sends for a collective with a ring algorithm."""
     return payload * (ranks - 1) / ranks * (2 if kind == "all-reduce" else 1)
 
 
 def markdown(found: list[Counted], options: Options, machine: dict[str, str], command: str) -> str:
-    """The page that a person reads."""
+    """Render the result page."""
     parameters = options.depth * (options.width**2 + options.width)
     lines = ["# What ranks say to each other in a step", "", f"`{command}`", ""]
     lines += [f"- {name}: {value}" for name, value in machine.items()]

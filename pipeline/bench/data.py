@@ -1,7 +1,7 @@
-"""How much processor time a picture costs before it is trained on: ours against torchvision's DataLoader and DALI's own reader.
+"""Benchmarks the CPU time per image of the data pipeline against torchvision's DataLoader and DALI's own reader.
 
-All paths make DINOv2's views of the same pictures in the same process, one after the other, round after round, and each is given
-its best round: processor time hardly depends on what else the machine does, wall time does.
+All paths make DINOv2's views of the same images in the same process, in turns over several rounds, and the best round of each
+counts: unlike wall time, CPU time hardly depends on the load of the host.
 """
 
 from __future__ import annotations
@@ -46,16 +46,16 @@ _STAGES = ("read", "plan", "decode", "augment", "hand over")
 
 @dataclass(frozen=True)
 class Options:
-    """What is measured.
+    """Options of the benchmark.
 
     Attributes:
-        shards: patterns of WebDataset shards; none: pictures are packed for the occasion.
-        photos: folder of photographs to pack; none: drawn scenes.
-        images: pictures that each path processes in a round.
-        rounds: of which the best counts.
-        batch: pictures of a micro-batch.
+        shards: patterns of WebDataset shards; if empty, images are packed for the benchmark.
+        photos: folder of photographs to pack; ``None`` for synthetic scenes.
+        images: images that each path processes per round.
+        rounds: number of rounds, of which the best counts.
+        batch: images per micro-batch.
         threads: of the decoder and of DALI.
-        workers: processes of torchvision's DataLoader; ours reads in the process that is measured.
+        workers: processes of torchvision's DataLoader; ours reads in the measured process.
         world: ranks that share a global batch of ``world * batch``; the first one is measured.
     """
 
@@ -71,13 +71,13 @@ class Options:
 
 @dataclass
 class Result:
-    """What was found.
+    """Results.
 
     Attributes:
-        options: as asked for, and what the pictures were.
-        milliseconds: processor milliseconds a picture, by path, one for each round.
+        options: as requested, with a description of the images.
+        milliseconds: CPU milliseconds per image, by path, one for each round.
         stages: of our path without hue, by stage.
-        rates: on a GPU, pictures a second and shares, by what was measured.
+        rates: on a GPU, images per second and shares, by measurement.
     """
 
     options: dict[str, Any]
@@ -86,19 +86,19 @@ class Result:
     rates: dict[str, float] = field(default_factory=dict)
 
     def best(self, path: str) -> float:
-        """The cheapest round of a path, ms a picture."""
+        """The fastest round of a path, ms per image."""
         return min(self.milliseconds[path])
 
 
 def measure(options: Options, *, tell: Callable[[str], None] = lambda _: None) -> Result:
-    """Runs all paths on the CPU.
+    """Run all paths on the CPU.
 
     Args:
-        options: what to measure.
-        tell: called with a sentence about what is done now.
+        options: options of the benchmark.
+        tell: called with a description of each stage.
 
     Raises:
-        DataError: there are no shards or pictures, or too few.
+        DataError: there are no shards or images, or too few.
     """
     torch.set_num_threads(1)
     with ExitStack() as stack:
@@ -127,7 +127,7 @@ def measure(options: Options, *, tell: Callable[[str], None] = lambda _: None) -
 
 
 def prepare(options: Options, folder: Path) -> tuple[Manifest, str]:
-    """The index of the shards to measure on, packed into ``folder`` if none are named, and a few words about them."""
+    """The index of the shards to measure on, packed into ``folder`` if none are given, and a short description."""
     if options.shards:
         urls, about = storage.expand(list(options.shards)), "of the shards " + " ".join(options.shards)
     else:
@@ -171,7 +171,7 @@ def _jpeg(image: Image.Image) -> bytes:
 
 
 def _pull(batches: Iterator[Any], steps: int) -> Callable[[], float]:
-    """CPU seconds of the next ``steps`` batches; the first call takes one more before, to warm up."""
+    """CPU seconds of the next ``steps`` batches; the first call runs one more before, as warm-up."""
     warm: list[bool] = []
 
     def run() -> float:
@@ -187,14 +187,14 @@ def _pull(batches: Iterator[Any], steps: int) -> Callable[[], float]:
 
 
 def dataset(manifest: Manifest, options: Options) -> StepDataset:
-    """What our stream reads: the order and views of a training."""
+    """The data set of our stream, with the order and views of training."""
     order = Order(manifest.sizes, _SEED, options.batch * options.world)
     reader = Reader(manifest, wants=("image", "label", "caption"))
     return StepDataset(reader, order, rivals.specs(), seed=_SEED, world=options.world, rank=0)
 
 
 def _ours(manifest: Manifest, options: Options, hue: Hue, steps: int) -> float:
-    """CPU seconds of ``steps`` batches of the very stream that training reads."""
+    """CPU seconds of ``steps`` batches of the stream used in training."""
     stream = BatchStream(
         dataset(manifest, options),
         device=torch.device("cpu"),
@@ -210,7 +210,7 @@ def _ours(manifest: Manifest, options: Options, hue: Hue, steps: int) -> float:
 
 
 def _stages(manifest: Manifest, options: Options, steps: int) -> dict[str, float]:
-    """Milliseconds of CPU a picture by stage, the least of the rounds of each; a worker process reads in the last one."""
+    """CPU milliseconds per image by stage, the minimum over the rounds; the last one is read by a worker process."""
     best = dict.fromkeys(_STAGES, float("inf"))
     for _ in range(options.rounds):
         for stage, seconds in {**_serial(manifest, options, steps), "hand over": _loader(manifest, options, steps)}.items():
@@ -242,8 +242,8 @@ def _serial(manifest: Manifest, options: Options, steps: int) -> dict[str, float
 
 
 def _loader(manifest: Manifest, options: Options, steps: int) -> float:
-    """CPU seconds in all processes to read and plan ``steps`` steps and hand them to the process that trains."""
-    many = 8 * steps  # one step costs a clock tick or less
+    """CPU seconds in all processes to read and plan ``steps`` steps and hand them to the training process."""
+    many = 8 * steps  # one step takes at most a clock tick
     source = portions(dataset(manifest, options), first=0, last=None, workers=1, prefetch=2)
     for _ in islice(source, 8):
         pass
@@ -256,7 +256,7 @@ def _loader(manifest: Manifest, options: Options, steps: int) -> float:
 
 
 def rows(result: Result) -> list[tuple[str, float, Sequence[str]]]:
-    """The table: path, ms a picture, and how many times its cost each rival takes at the same task."""
+    """The table: path, ms per image, and the cost of each baseline at the same task relative to it."""
     found: list[tuple[str, float, Sequence[str]]] = []
     for name in result.milliseconds:
         with_hue = "hue" in name and not name.endswith("off")

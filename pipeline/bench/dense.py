@@ -1,7 +1,7 @@
-"""Whether DetailCLIP's patches tell more than CLIP's.
+"""Compares the patch features of DetailCLIP and CLIP.
 
-Both learn from the same drawn scenes, with several seeds. A linear layer on their patch tokens then names the shape of each
-pixel.
+Both are trained on the same synthetic scenes with several seeds, and evaluated by linear segmentation: a linear layer on patch
+tokens predicts the shape at each pixel.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ _SEGMENTATION = {"size": 64, "max_train": 1000, "max_val": 500, "epochs": 10}
 
 @dataclass(frozen=True)
 class Found:
-    """What came of one run.
+    """Result of one run.
 
     Attributes:
         method, seed, samples: of the run.
         seconds: of training.
-        miou: mean intersection over union of the ground and the kinds of shapes, 0 to 1.
-        untrained: of the same tower before.
-        knn: accuracy by the class token, 0 to 1.
+        miou: mean intersection over union of the background and the kinds of shapes, 0 to 1.
+        untrained: of the same tower before training.
+        knn: accuracy with the class token, 0 to 1.
     """
 
     method: str
@@ -43,7 +43,7 @@ class Found:
 
 
 def measure(shards: str, *, samples: int, seeds: Sequence[int], ranks: int, directory: Path) -> Iterator[Found]:
-    """Trains both methods with each seed, in turns."""
+    """Train both methods with each seed, in turns."""
     for seed in seeds:
         for method in METHODS:
             yield _one(method, shards, samples, seed, ranks, directory / f"{method}-{seed}")
@@ -74,12 +74,12 @@ def _one(method: str, shards: str, samples: int, seed: int, ranks: int, director
 
 
 def line(found: Found) -> str:
-    """One run in words."""
+    """Describe one run in a line."""
     return f"{found.method}, seed {found.seed}: mIoU {found.miou:.1%} (untrained {found.untrained:.1%}), k-NN {found.knn:.1%}"
 
 
 def page(found: Sequence[Found], machine: Mapping[str, str], command: str) -> str:
-    """The page that a person reads."""
+    """Render the result page."""
     lines = [
         "# Patches of DetailCLIP and of CLIP",
         "",

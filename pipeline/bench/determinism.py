@@ -1,4 +1,4 @@
-"""What ``train.deterministic`` costs: DINOv2's step with and without, in turns, on the same weights and crops."""
+"""Benchmarks the cost of ``train.deterministic``: DINOv2's step with and without it, in turns, on the same weights and crops."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ NORMAL, STRICT = "normal", "deterministic"
 
 
 def measure(options: Options, *, rounds: int, tell: Callable[[str], None] = lambda _: None) -> dict[str, pairs.Case]:
-    """Forward, backward and AdamW of a micro-batch; on a GPU cuDNN, cuBLAS and atomic additions are what differs."""
+    """Forward, backward and AdamW of a micro-batch; on a GPU the modes differ in cuDNN, cuBLAS and atomic additions."""
     device = torch.device(options.device, 0) if options.device == "cuda" else torch.device("cpu")
     tell("building the method")
     method, batch = make_method(options, device)
@@ -40,7 +40,7 @@ def measure(options: Options, *, rounds: int, tell: Callable[[str], None] = lamb
 
 
 def page(cases: dict[str, pairs.Case], options: Options, machine: dict[str, str], command: str) -> str:
-    """The page that a person reads."""
+    """Render the result page."""
     ratio = cases[STRICT].best / cases[NORMAL].best
     lines = ["# What deterministic mode costs", "", f"`{command}`", "", *(f"- {key}: {value}" for key, value in machine.items())]
     lines += [f"- {options.model}, {options.batch} samples, 2 crops of {options.side} and 4 of half of it, {options.device}", ""]

@@ -1,4 +1,4 @@
-"""What a sample costs by formula, beside what torch's counter says of the method's own passes."""
+"""FLOPs per sample by formula, compared with torch's FLOP counter."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ class Cost:
     """GFLOP of one sample in one step.
 
     Attributes:
-        name: of the config.
+        name: config name.
         counted: by torch's counter.
-        formula: by hand, ``None`` where there is none for the method or the tower.
+        formula: by formula, ``None`` if there is none for the method or the tower.
     """
 
     name: str
@@ -42,7 +42,7 @@ def cost(name: str, config: Config) -> Cost:
 
 
 def formula(config: Config) -> float | None:
-    """Operations of one sample in one step by hand; ``None`` for methods and towers without a formula."""
+    """FLOPs of one sample in one step by formula; ``None`` for methods and towers without one."""
     method = config.method
     if type(method) is Dinov2Settings:
         return _dinov2(config.model, method)
@@ -52,7 +52,7 @@ def formula(config: Config) -> float | None:
 
 
 def _shape(model: ModelSettings) -> tuple[int, int, int, bool, int | None] | None:
-    """Width, depth, patch, gate and hidden width of a plain tower."""
+    """Width, depth, patch size, gating and hidden width of a standard ViT."""
     patch = model.patch_side
     if patch is None or model.stem != "patch":
         return None
@@ -91,7 +91,8 @@ def _dinov2(model: ModelSettings, s: Dinov2Settings) -> float | None:
     head = flops.prototype_head(width, s.head_hidden, s.head_bottleneck, s.prototypes, s.head_layers)
     logits = 2.0 * s.head_bottleneck * s.prototypes
     crops = v.global_count + v.local_count
-    # The teacher's logits are made for Sinkhorn and again beside the student's; large batches make them anew in each round.
+    # The teacher's logits are computed for Sinkhorn and again beside the student's; large batches recompute them in each
+    # iteration.
     again = logits if s.centering == "sinkhorn_knopp" else 0.0
     teacher_tokens, student_tokens = v.global_count + hidden_patches, crops + hidden_patches
     anchor = v.global_count * forward(s.gram_size or v.global_size) if s.gram_weight else 0.0
@@ -113,7 +114,7 @@ def _clip(model: ModelSettings, s: ClipSettings) -> float | None:
 
 
 def markdown(costs: list[Cost], machine: dict[str, str], command: str) -> str:
-    """The page that a person reads."""
+    """Render the result page."""
     lines = ["# Operations of a sample", "", f"`{command}`", "", *(f"- {name}: {value}" for name, value in machine.items()), ""]
     lines += ["| config | GFLOP counted | by formula | apart |", "|---|---:|---:|---:|"]
     for one in costs:

@@ -1,6 +1,6 @@
-"""Decoding and augmenting on a GPU: pictures a second, how to share the JPEG engine, and what is taken from training.
+"""Benchmarks decoding and augmentation on a GPU: throughput, load of the JPEG engine, and the slowdown of training.
 
-Wall time, as a GPU's work has no other; run it on a machine that does nothing else.
+Measures wall time, since there is no other measure of a GPU's work; run it on an otherwise idle host.
 """
 
 from __future__ import annotations
@@ -32,11 +32,11 @@ _SIDE = 8192  # of the matrices whose product stands for training
 
 
 def measure(options: Options, *, tell: Callable[[str], None] = lambda _: None) -> Result:
-    """Runs every stage alone, and the whole, on the first CUDA device.
+    """Measure every stage alone and the whole pipeline, on the first CUDA device.
 
     Raises:
         ConfigError: there is no CUDA device.
-        DataError: there are no shards or pictures, or too few.
+        DataError: there are no shards or images, or too few.
     """
     if not torch.cuda.is_available():
         raise ConfigError("there is no CUDA device here", where="--device", hint="Run it where there is one, or measure cpu.")
@@ -134,7 +134,7 @@ def _feed_until(ours: Any, options: Options, stop: threading.Event) -> None:
 
 
 def _products(seconds: float) -> float:
-    """Matrix products a second, as a training would ask for them."""
+    """Matrix products per second, as a load similar to training."""
     a, b = (torch.randn(_SIDE, _SIDE, device="cuda", dtype=torch.bfloat16) for _ in range(2))
     begin, done = time.perf_counter(), 0
     for done in count(1):

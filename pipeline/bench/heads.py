@@ -1,6 +1,6 @@
-"""Prototype heads, Sinkhorn and losses: in pieces, as training does them, against the plain formulas with whole logits.
+"""Benchmarks prototype heads, Sinkhorn and losses: in chunks, as in training, against the plain formulas with full logits.
 
-Where training takes the Triton kernels, the same pieces in plain torch are a third rival.
+Where training uses the Triton kernels, the same chunks in plain torch are a third case.
 """
 
 from __future__ import annotations
@@ -23,16 +23,16 @@ OURS, UNFUSED, PLAIN = "in pieces", "in pieces, plain torch", "whole logits"
 
 @dataclass(frozen=True)
 class Options:
-    """What is measured.
+    """Options of the benchmark.
 
     Attributes:
         prototypes, width, hidden, bottleneck: of the head.
-        samples: of a micro-batch; two global and eight local crops each.
-        masked: masked patches of all of them.
-        rows: rows of logits at once; ``None`` for the default.
-        rounds: that count.
+        samples: per micro-batch; two global and eight local crops each.
+        masked: masked patches in total.
+        rows: rows of logits per chunk; ``None`` for the default.
+        rounds: measured rounds.
         device: ``cpu`` or ``cuda``.
-        bf16: whether products are made in bf16, by autocast.
+        bf16: whether products are computed in bf16, by autocast.
     """
 
     prototypes: int = 65536
@@ -49,13 +49,13 @@ class Options:
 
 @dataclass(frozen=True)
 class Result:
-    """What was found.
+    """Results.
 
     Attributes:
         cases: by name, see :data:`OURS`, :data:`UNFUSED` and :data:`PLAIN`.
         kernels: of the first.
-        apart: largest relative difference of a loss from the whole logits'.
-        slopes_apart: largest difference of a gradient from theirs, relative to the largest gradient.
+        apart: largest relative difference of a loss from that with full logits.
+        slopes_apart: largest difference of a gradient from that with full logits, relative to the largest gradient.
     """
 
     cases: dict[str, pairs.Case]
@@ -65,7 +65,7 @@ class Result:
 
 
 def measure(options: Options, *, tell: Callable[[str], None] = lambda _: None) -> Result:
-    """Compares results first, then times and memory; a faster wrong step does not count."""
+    """Compare results first, then times and memory: a faster step with wrong results does not count."""
     device = torch.device(options.device)
     torch.manual_seed(0)
     sizes: dict[str, Any] = {"hidden": options.hidden, "bottleneck": options.bottleneck, "prototypes": options.prototypes}
@@ -143,7 +143,7 @@ def _plain(head: PrototypeHead, teacher: PrototypeHead, cls: Tensor, patches: Te
 
 
 def markdown(result: Result, options: Options, machine: dict[str, str], command: str) -> str:
-    """The page that a person reads."""
+    """Render the result page."""
     lines = ["# Prototype heads, Sinkhorn and losses", "", f"`{command}`", ""]
     lines += [f"- {name}: {value}" for name, value in machine.items()]
     lines += [

@@ -1,7 +1,7 @@
-"""What the training loop itself costs: the trainer's step, the engine's alone, and bare torch's, with next to no model.
+"""Benchmarks the overhead of the training loop: the trainer, the engine alone and bare torch, with a minimal model.
 
 The three take turns within one run of the real trainer, whose data come from memory: between two of its steps the other two are
-done and timed. So what slows the machine slows all three.
+run and timed. Any slowdown of the host therefore affects all three.
 """
 
 from __future__ import annotations
@@ -28,17 +28,17 @@ from pipeline.training.timing import Phases
 from pipeline.training.trainer import Plan, Progress, Trainer
 
 _WARM = 5
-AIM = 1e-3  # seconds of a step
+AIM = 1e-3  # seconds per step
 _LR = 1e-4
 
 
 @dataclass(frozen=True)
 class Options:
-    """What is measured.
+    """Options of the benchmark.
 
     Attributes:
-        steps: that count.
-        log_every: steps from one line of the journal to the next.
+        steps: measured steps.
+        log_every: steps between two lines of the journal.
         size: of the method.
     """
 
@@ -49,10 +49,10 @@ class Options:
 
 @dataclass(frozen=True)
 class Result:
-    """Processor seconds of each step.
+    """CPU seconds of each step.
 
     Attributes:
-        trainer: the whole loop, journal and agreement of ranks included.
+        trainer: the whole loop, including journal and synchronization of ranks.
         engine: forward, backward and step of the engine, and the teacher.
         bare: the same in plain torch, without DeepSpeed.
     """
@@ -63,12 +63,12 @@ class Result:
 
     @property
     def loop(self) -> float:
-        """What the trainer adds to the engine, seconds a step, between medians."""
+        """Overhead of the trainer over the engine, seconds per step, difference of medians."""
         return statistics.median(self.trainer) - statistics.median(self.engine)
 
     @property
     def deepspeed(self) -> float:
-        """What the engine adds to plain torch, seconds a step, between medians."""
+        """Overhead of the engine over plain torch, seconds per step, difference of medians."""
         return statistics.median(self.engine) - statistics.median(self.bare)
 
 
@@ -79,7 +79,7 @@ class _Silent:
 
 
 class _Turns:
-    """A stream from memory that times what happens between its batches, and lets the others have their turn."""
+    """A stream from memory that times the step between its batches, and runs the other cases in turn."""
 
     def __init__(self, batch: Batch, last: int, others: dict[str, Callable[[], None]]) -> None:
         self._batch, self._last, self._others = batch, last, others
@@ -104,7 +104,7 @@ class _Turns:
 
 
 def measure(options: Options, *, tell: Callable[[str], None] = lambda _: None) -> Result:
-    """Trains the smallest method with the real trainer on one rank of the CPU."""
+    """Train the smallest method with the real trainer on one rank on the CPU."""
     size, batch = options.size, batch_of(options.size)
     with alone() as folder:
         method, twin, other = Plain(size), Plain(size), Plain(size)
@@ -164,7 +164,7 @@ def _bare(method: Plain, batch: Batch, at: Step) -> Callable[[], None]:
 
 
 def markdown(result: Result, options: Options, machine: dict[str, str], command: str) -> str:
-    """The page that a person reads."""
+    """Render the result page."""
     lines = ["# What the training loop costs a step", "", f"`{command}`", "", *(f"- {n}: {v}" for n, v in machine.items())]
     s = options.size
     lines += [

@@ -1,4 +1,4 @@
-"""What a number was measured on, and how much processor time was spent for it."""
+"""Describes the host of a benchmark; measures CPU time."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _TICK = os.sysconf("SC_CLK_TCK")
 
 
 def cpu_seconds() -> float:
-    """User and system time of this process and all its descendants, living and dead, seconds; in steps of a clock tick."""
+    """User and system CPU seconds of this process and all its descendants, running and ended; resolution of a clock tick."""
     children: dict[int, list[int]] = {}
     times: dict[int, int] = {}
     for entry in Path("/proc").iterdir():
@@ -21,7 +21,7 @@ def cpu_seconds() -> float:
             continue
         try:
             fields = (entry / "stat").read_text().rpartition(")")[2].split()
-        except OSError:  # it has ended meanwhile
+        except OSError:  # the process has ended meanwhile
             continue
         number = int(entry.name)
         children.setdefault(int(fields[1]), []).append(number)
@@ -35,7 +35,7 @@ def cpu_seconds() -> float:
 
 
 def describe() -> dict[str, str]:
-    """Date, processor, number of usable cores, load, system and versions of the packages that matter."""
+    """Date, processor, number of usable cores, load, system and versions of the relevant packages."""
     models = [line.partition(":")[2].strip() for line in _lines("/proc/cpuinfo") if line.startswith("model name")]
     return {
         "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),

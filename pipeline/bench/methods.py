@@ -1,4 +1,4 @@
-"""What each method learns of the same drawn scenes in the same time: one table of k-NN and zero-shot."""
+"""Compares methods trained on the same synthetic scenes for the same time, by k-NN and zero-shot accuracy."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from pipeline.data.pack.synthetic import CLASS_NAMES
 from pipeline.errors import FoveaError, TrainingError
 from pipeline.runtime.interpreter import alone_environment, module_command
 
-PROBE = 20  # steps, from which the number of steps is reckoned
+PROBE = 20  # steps from which the number of steps is estimated
 
 
 @dataclass(frozen=True)
 class Row:
-    """What came of one method.
+    """Result of one method.
 
     Attributes:
         method: its name.
@@ -28,8 +28,8 @@ class Row:
         steps, samples: of the run.
         seconds: of training alone.
         knn, untrained, pixels: k-NN accuracy of the backbone, of the same one untrained, and of raw pixels, 0 to 1.
-        zeroshot: accuracy by class names, of methods that compare pictures with texts.
-        failed: why there are no figures.
+        zeroshot: zero-shot accuracy, for methods with a text encoder.
+        failed: error of a failed run.
     """
 
     method: str
@@ -45,7 +45,7 @@ class Row:
 
 
 def configs() -> dict[str, str]:
-    """The config for drawn scenes of each method that has one, by the method's name."""
+    """The config for synthetic scenes of each method that has one, by method name."""
     found: dict[str, str] = {}
     for name in sorted(available()):
         if "scenes" in name.split("/")[-1]:
@@ -58,15 +58,15 @@ def configs() -> dict[str, str]:
 def measure(
     methods: Sequence[str], shards: str, *, minutes: float, ranks: int, directory: Path, samples: int | None = None
 ) -> Iterator[Row]:
-    """Trains one method after another for about as long; each comes when it is done.
+    """Train one method after another for about the same time; yields each result when it is available.
 
     Args:
         methods: names, of those in :func:`configs`.
         shards: training shards of scenes, ``*val-*.tar`` beside them.
-        minutes: of training, for each.
-        ranks: processes.
-        directory: where the runs go.
-        samples: instead of minutes, the samples that each sees.
+        minutes: of training, per method.
+        ranks: number of processes.
+        directory: output directory of the runs.
+        samples: samples per method, instead of minutes.
     """
     for method in methods:
         try:
@@ -95,14 +95,14 @@ def _one(method: str, shards: str, minutes: float, ranks: int, directory: Path, 
 
 
 def _compares(method: str) -> bool:
-    return "max_logit_scale" in METHODS[method].model_fields  # the temperature with which pictures and texts are compared
+    return "max_logit_scale" in METHODS[method].model_fields  # the temperature of image-text contrast
 
 
 def train(config: str, directory: Path, overrides: Sequence[str]) -> dict[str, Any]:
-    """Trains a config with ``fovea train`` and returns what its outcome says.
+    """Train a config with ``fovea train`` and return its recorded outcome.
 
     Raises:
-        TrainingError: it failed, with the last line it said.
+        TrainingError: it failed; contains the last line of its output.
     """
     _run(["train", config, f"run.directory={json.dumps(str(directory))}", *overrides])
     outcome: dict[str, Any] = json.loads((directory / "outcome.json").read_text())
@@ -129,14 +129,14 @@ def _run(words: Sequence[str]) -> None:
 
 
 def line(row: Row) -> str:
-    """One row in words."""
+    """Describe one row in a line."""
     if row.failed:
         return f"{row.method}: {row.failed}"
     return f"{row.method}: k-NN {row.knn:.1%} after {row.samples} samples in {row.seconds:.0f} s"
 
 
 def markdown(rows: Sequence[Row], machine: dict[str, str], command: str, each: str) -> str:
-    """The page that a person reads."""
+    """Render the result page."""
     lines = [f"# What each method learns of drawn scenes in {each}", "", f"`{command}`", ""]
     lines += [*(f"- {name}: {value}" for name, value in machine.items()), ""]
     lines += ["| method | config | samples | s of training | k-NN | untrained | raw pixels | zero-shot |"]

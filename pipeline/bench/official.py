@@ -1,10 +1,10 @@
-"""DINOv2's step by its authors' own code, where somebody has that installed: it is driven here, and nothing of it is contained.
+"""Runs DINOv2's step with the authors' own code, if installed; contains none of that code.
 
 The package ``dinov2`` must be importable (from the package index, or a checkout on ``PYTHONPATH``), with xformers, omegaconf,
-fvcore and iopath. Its licence is its own; the first release forbids commercial use.
+fvcore and iopath. It has its own licence; that of the first release forbids commercial use.
 
-What differs from its trainer: one process, so neither FSDP nor its loss scaling, which bf16 does not need; on a CPU, where
-xformers has no kernels, its three operations are done by torch's.
+Differences from its trainer: one process, so neither FSDP nor its loss scaling, which bf16 does not need; on a CPU, where
+xformers has no kernels, its three operations are replaced by those of torch.
 """
 
 from __future__ import annotations
@@ -30,19 +30,19 @@ _ARCHITECTURE = "vit_of_fovea"
 
 
 def missing() -> list[str]:
-    """The packages that are not there."""
+    """The packages that are not installed."""
     return [name for name in PACKAGES if find_spec(name) is None]
 
 
 class Official:
-    """Student, teacher, optimizer and step of the official code, with the weights of ours.
+    """Student, teacher, optimizer and step of the official code, with the weights of our method.
 
     Args:
         ours: the method with shared heads, its teacher equal to its student.
         size: width, depth and heads of the tower.
-        drop: share of samples that a branch leaves out.
-        layer_scale: the first value of LayerScale.
-        batch: what both see.
+        drop: rate of stochastic depth.
+        layer_scale: initial value of LayerScale.
+        batch: the batch of both.
         bf16: compute under autocast.
 
     Raises:
@@ -70,12 +70,14 @@ class Official:
             _without_kernels()
 
     def set_drop(self, rate: float) -> None:
-        """Another share of samples left out."""
+        """Set the rate of stochastic depth."""
         for block in self.model.student.backbone.blocks:
             block.sample_drop_ratio = rate
 
     def step(self) -> float:
-        """A whole step of its trainer that moves nothing, as learning rate and teacher's step are 0; the loss."""
+        """Run a whole step of its trainer without changing weights, since learning rate and teacher update are 0; returns the
+        loss.
+        """
         self._optimizer.zero_grad(set_to_none=True)
         images = {**self._images, "n_masked_patches": self._images["n_masked_patches"].clone()}  # summed over ranks in place
         with _moved_nowhere(self.device), torch.autocast(self.device.type, torch.bfloat16, enabled=self._bf16):
@@ -84,7 +86,7 @@ class Official:
             nn.utils.clip_grad_norm_(network.parameters(), self._clip or torch.inf)
         self._optimizer.step()
         self._follow()
-        told = {name: float(term) for name, term in terms.items()}  # its loop reads each of them at each step
+        told = {name: float(term) for name, term in terms.items()}  # its loop reads each of them in each step
         return (
             told["dino_local_crops_loss"]
             + told["dino_global_crops_loss"]
@@ -146,7 +148,7 @@ def _model(ours: DINOv2, size: tuple[int, int, int], drop: float, layer_scale: f
 
 
 def _collated(batch: Batch) -> dict[str, Any]:
-    """The batch in the form of its collate function; our masks have all the patches that its upper bound allows for."""
+    """The batch in the format of its collate function; our masks have as many patches as its upper bound."""
     masks = batch.masks["global"]
     assert masks.grid is not None
     return {
@@ -182,7 +184,7 @@ def _without_kernels() -> None:
 
 
 def _attention(q: Tensor, k: Tensor, v: Tensor, attn_bias: Any = None, op: Any = None) -> Tensor:
-    """Attention ``[batch, tokens, heads, width]``; with a bias, within each of the sequences that lie one after another."""
+    """Attention ``[batch, tokens, heads, width]``; with a bias, within each of the concatenated sequences."""
     if attn_bias is None:
         return F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)).transpose(1, 2)
     found, at = [], 0

@@ -1,4 +1,4 @@
-"""Rivals measured side by side: in turns, in one process, so that whatever slows the machine slows both."""
+"""Measures baselines side by side: in turns, in one process, so that any slowdown of the host affects all."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from pipeline.estimate.activations import Alive
 
 @dataclass(frozen=True)
 class Case:
-    """One of the rivals.
+    """Measurements of one case.
 
     Attributes:
-        seconds: of each round: processor time of this process on a CPU, the stream's own time on a GPU.
-        peak: bytes of tensors alive at most during one round, beyond those alive before.
+        seconds: per round: CPU time of this process on a CPU, the stream's own time on a GPU.
+        peak: peak bytes of live tensors during one round, in addition to those before.
     """
 
     seconds: tuple[float, ...]
@@ -33,12 +33,12 @@ class Case:
 
     @property
     def best(self) -> float:
-        """The fastest round: on a busy CPU what disturbed it least."""
+        """The fastest round, the least disturbed one on a busy CPU."""
         return min(self.seconds)
 
     @property
     def spread(self) -> float:
-        """Half the distance between the quartiles, as a share of the median."""
+        """Half the interquartile range, as a share of the median."""
         if len(self.seconds) < 2:
             return 0.0
         low, _, high = statistics.quantiles(self.seconds, n=4)
@@ -47,14 +47,14 @@ class Case:
 
 @dataclass(frozen=True)
 class Contest:
-    """A training step of ours and of somebody else, which move nothing, so that every round is the same.
+    """A training step of ours and of a baseline. Neither changes weights, so that every round is the same.
 
     Attributes:
-        ours: a whole step; the loss.
-        theirs: the rival's name and step, ``None`` if it is not installed.
-        blocks: ours, to be compiled.
-        losses: of both for the same weights, with nothing left to chance; ``None`` without a rival.
-        about: model, batch and what a step is.
+        ours: a whole step; returns the loss.
+        theirs: the baseline's name and step, ``None`` if it is not installed.
+        blocks: our blocks, to be compiled.
+        losses: of both for the same weights, without randomness; ``None`` without a baseline.
+        about: model, batch and content of a step.
     """
 
     ours: Callable[[], float]
@@ -65,7 +65,7 @@ class Contest:
 
 
 def operations(act: Callable[[], object]) -> int:
-    """Operations that torch dispatches meanwhile and that do something: views are not counted. A GPU is told of each of them."""
+    """Number of operations that torch dispatches during a call, without views; on a GPU each of them is launched."""
     with _Counted() as counted:
         act()
     return counted.calls
@@ -82,13 +82,13 @@ class _Counted(TorchDispatchMode):
 
 
 def measure(rivals: Mapping[str, Callable[[], object]], *, rounds: int, device: torch.device, warm: int = 1) -> dict[str, Case]:
-    """Runs all rivals in turns.
+    """Run all cases in turns.
 
     Args:
-        rivals: what to run, by name.
-        rounds: how often each counts.
-        device: where they work.
-        warm: rounds before that do not count.
+        rivals: functions to run, by name.
+        rounds: measured rounds of each.
+        device: their device.
+        warm: warm-up rounds.
     """
     seconds: dict[str, list[float]] = {name: [] for name in rivals}
     for number in range(warm + rounds):
@@ -113,7 +113,7 @@ def _timed(act: Callable[[], object], device: torch.device) -> float:
 
 
 def peak_bytes(act: Callable[[], object], device: torch.device) -> int:
-    """Bytes of tensors alive at most while something runs, beyond those alive before."""
+    """Peak bytes of live tensors during a call, in addition to those before."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
         torch.cuda.reset_peak_memory_stats(device)
@@ -127,7 +127,7 @@ def peak_bytes(act: Callable[[], object], device: torch.device) -> int:
 
 
 def table(cases: Mapping[str, Case], baseline: str, *, unit: str = "ms") -> list[str]:
-    """Markdown rows: time, spread, what the baseline takes for it, memory, what the baseline takes of it."""
+    """Markdown rows: time, spread, time relative to the baseline, memory, memory relative to the baseline."""
     base, factor = cases[baseline], {"ms": 1e3, "s": 1.0}[unit]
     rows = [f"| | {unit} | spread | {baseline} takes | peak MB | {baseline} takes |", "|---|---:|---:|---:|---:|---:|"]
     for name, case in cases.items():

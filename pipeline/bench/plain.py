@@ -1,4 +1,4 @@
-"""The smallest method with a student and a teacher: what is left of a step when no model takes its time."""
+"""Minimal method with a student and a teacher, to measure the overhead of a step without the cost of a model."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ from pipeline.training.engine import Engine, EngineOptions
 
 @dataclass(frozen=True)
 class Size:
-    """Of the student.
+    """Size of the student.
 
     Attributes:
         width: of its layers.
-        depth: layers, each with a bias.
-        samples: of a micro-batch.
+        depth: number of layers, each with a bias.
+        samples: per micro-batch.
     """
 
     width: int = 64
@@ -36,7 +36,7 @@ class Size:
 
 
 class Plain(Method):
-    """A student follows its own teacher on random vectors; speaks with no other rank itself.
+    """A student that is trained towards its own teacher on random vectors; has no collectives of its own.
 
     Args:
         size: see :class:`Size`.
@@ -50,7 +50,7 @@ class Plain(Method):
         self.teacher = Teacher(backbone=self.backbone)
 
     def forward(self, batch: Batch, step: Step) -> dict[str, Tensor]:
-        """Term ``distance``."""
+        """Loss term ``distance``."""
         assert self.teacher is not None
         x = batch.views["view"][0]
         with torch.no_grad():
@@ -58,7 +58,7 @@ class Plain(Method):
         return {"distance": F.mse_loss(self.backbone(x), wanted.flip(0))}
 
     def parameter_groups(self) -> list[ParameterGroup]:
-        """One."""
+        """A single group."""
         names, parameters = zip(*self.named_parameters(), strict=True)
         return [ParameterGroup(tuple(parameters), tuple(names), 1.0, 1.0, False)]
 
@@ -76,7 +76,7 @@ def batch_of(size: Size, seed: int = 0) -> Batch:
 
 @contextmanager
 def alone(device: str = "cpu") -> Iterator[Path]:
-    """A folder, and a process group of this process if it is in none; for tensors of the device too."""
+    """Yield a folder, within a process group of this process alone if it is in none; also for tensors on the device."""
     with tempfile.TemporaryDirectory(prefix="fovea-bench-") as folder:
         if dist.is_initialized():
             yield Path(folder)
@@ -90,13 +90,13 @@ def alone(device: str = "cpu") -> Iterator[Path]:
 
 
 def engine_of(method: Plain, size: Size) -> Engine:
-    """A ZeRO 2 engine in fp32 around it."""
+    """A ZeRO 2 engine in fp32 for the method."""
     options = EngineOptions(2, "fp32", size.samples, 1, (0.9, 0.95), 1e-8, 3.0, "network")
     return Engine(method, options, torch.device("cpu"))
 
 
 def advance(engine: Engine, method: Plain, batch: Batch, step: Step) -> None:
-    """One step, as short as the engine lets it be."""
+    """One minimal step of the engine."""
     terms = engine.forward_backward(batch, step)
     engine.step(step, torch.stack(list(terms.values())).isfinite().all())
     method.after_step(step)

@@ -1,4 +1,4 @@
-"""A measurement as JSON, as Markdown, and as a table on the terminal."""
+"""Writes a measurement as JSON, as Markdown, and as a table on the terminal."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from pathlib import Path
 from pipeline.bench.data import Result, rows
 from pipeline.bench.machine import describe
 
-_FED = ("read", "plan", "hand over")  # what it costs beside decoding and augmenting
+_FED = ("read", "plan", "hand over")  # cost besides decoding and augmenting
 
 
 def markdown(result: Result, machine: dict[str, str], command: str) -> str:
-    """The page that a person reads: what, on what, the table, and where our time goes."""
+    """Render the result page: description, host, the table, and the time by stage."""
     lines = ["# Processor time of a picture on its way to training", ""]
     lines += [f"`{command}`", "", *(f"- {name}: {value}" for name, value in {**machine, **result.options}.items())]
     if result.milliseconds:
@@ -36,7 +36,7 @@ def markdown(result: Result, machine: dict[str, str], command: str) -> str:
 
 
 def save(result: Result, path: Path, command: str) -> list[Path]:
-    """Writes ``path`` with the endings ``.json`` and ``.md``, and returns both."""
+    """Write ``path`` with the extensions ``.json`` and ``.md``, and return both."""
     machine = describe()
     path.parent.mkdir(parents=True, exist_ok=True)
     document, page = path.with_suffix(".json"), path.with_suffix(".md")

@@ -1,4 +1,4 @@
-"""What it costs to go on from a checkpoint instead of beginning: engine, load and first step, against engine and first step."""
+"""Benchmarks a resume against a fresh start: engine, load and first step, against engine and first step."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ from pipeline.checkpoint import reader
 from pipeline.checkpoint import writer as checkpoint
 from pipeline.methods.base import Step
 
-AIM = 1.2  # times a fresh start
-BYTES = 16  # of a trained parameter in a checkpoint: master, AdamW's two moments, teacher
+AIM = 1.2  # relative to a fresh start
+BYTES = 16  # per trained parameter in a checkpoint: master, AdamW's two moments, teacher
 
 
 @dataclass(frozen=True)
 class Options:
-    """What is measured.
+    """Options of the benchmark.
 
     Attributes:
         size: of the method.
-        rounds: that count, fresh and resumed in turns.
+        rounds: measured rounds, fresh and resumed in turns.
     """
 
     size: Size = field(default_factory=lambda: Size(width=512, depth=16, samples=256))
@@ -35,13 +35,13 @@ class Options:
 
 @dataclass(frozen=True)
 class Result:
-    """What was found.
+    """Results.
 
     Attributes:
         parameters: of the student.
         stored: bytes of the checkpoint.
-        fresh, resumed: processor seconds of each round from an untouched method to the end of its first step, one thread; the
-            file is in the page cache.
+        fresh, resumed: CPU seconds of each round from an unused method to the end of its first step, one thread; the file is in
+            the page cache.
     """
 
     parameters: int
@@ -56,7 +56,7 @@ class Result:
 
 
 def measure(options: Options, *, tell: Callable[[str], None] = lambda _: None) -> Result:
-    """Saves once, then starts in turns afresh and from what was saved."""
+    """Save once, then start in turns afresh and from the checkpoint."""
     size, batch = options.size, batch_of(options.size)
     at = Step(lr=1e-4, last_layer_lr=1e-4, momentum=0.99)
     with alone() as folder:
@@ -88,7 +88,7 @@ def measure(options: Options, *, tell: Callable[[str], None] = lambda _: None) -
         acts = {"fresh": partial(start, None), "resumed": partial(start, path)}
         seconds: dict[str, list[float]] = {name: [] for name in acts}
         threads = torch.get_num_threads()
-        torch.set_num_threads(1)  # others would burn processor time while they wait
+        torch.set_num_threads(1)  # others would use CPU time while they wait
         try:
             for act in acts.values():
                 act()
@@ -102,7 +102,7 @@ def measure(options: Options, *, tell: Callable[[str], None] = lambda _: None) -
 
 
 def markdown(result: Result, options: Options, machine: dict[str, str], command: str) -> str:
-    """The page that a person reads."""
+    """Render the result page."""
     verdict = "within" if result.ratio <= AIM else "above"
     lines = ["# Going on from a checkpoint", "", f"`{command}`", "", *(f"- {n}: {v}" for n, v in machine.items())]
     lines += [

@@ -1,7 +1,7 @@
-"""The two obvious ways to make the same views from the same shards: torchvision's transforms, and DALI's own reader.
+"""Baseline data pipelines with the same views and shards: torchvision's transforms, and DALI's own reader.
 
-Both give DINOv2's views: two of 224 pixels and eight of 96, with the augmentation of :func:`specs`. They read pictures by the
-same offsets as we do, and neither tokenises, checks or records anything.
+Both make DINOv2's views: two of 224 pixels and eight of 96, with the augmentation of :func:`specs`. They read images at the same
+offsets as ours, and neither tokenises, checks or records anything.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def specs(*, globals_: int = 2, locals_: int = 8) -> tuple[ViewSpec, ...]:
 
 
 def spans(manifest: Manifest) -> list[tuple[str, int, int]]:
-    """File, first byte and length of every accepted picture; shards must be local."""
+    """File, offset and length of every accepted image; shards must be local."""
     found = []
     for number, shard in enumerate(manifest.shards):
         offsets, sizes = (manifest.column(number, f"image_{part}").tolist() for part in ("offset", "size"))
@@ -46,7 +46,7 @@ def spans(manifest: Manifest) -> list[tuple[str, int, int]]:
 
 
 def transform(spec: ViewSpec, view: int, *, hue: bool, kind: str) -> Callable[[Any], torch.Tensor]:
-    """One view's transforms, ``classic`` on Pillow pictures or ``v2`` on uint8 tensors."""
+    """One view's transforms, ``classic`` on Pillow images or ``v2`` on uint8 tensors."""
     a, t = spec.augment[view % len(spec.augment)], classic if kind == "classic" else v2
     assert spec.crop_scale is not None
     steps: list[Any] = [
@@ -92,7 +92,7 @@ def torchvision_batches(manifest: Manifest, *, batch: int, hue: bool, kind: str,
 
 
 def write_dali_indices(manifest: Manifest, folder: Path) -> tuple[list[str], list[str]]:
-    """Tars and the index files that DALI's reader wants, made from our index."""
+    """Tars and the index files for DALI's reader, created from our index."""
     tars, indices = [], []
     for number, shard in enumerate(manifest.shards):
         offsets, sizes = (manifest.column(number, f"image_{part}").tolist() for part in ("offset", "size"))
@@ -170,7 +170,7 @@ def dali_batches(
 ) -> Iterator[Views]:
     """Endless batches of DALI's webdataset reader with DALI's random operators; contrast pivots on a constant, hue is YIQ's.
 
-    On a GPU pictures are decoded inside the pipeline, the share ``hw_load`` of them by the JPEG engine.
+    On a GPU images are decoded inside the pipeline, the share ``hw_load`` of them by the JPEG engine.
     """
     tars, indices = write_dali_indices(manifest, folder)
     decoder = (

@@ -1,4 +1,4 @@
-"""A whole training step against the same step by others: same weights, same batch, the losses compared before the times."""
+"""Benchmarks a whole training step against other implementations: same weights, same batch; the losses are compared first."""
 
 from __future__ import annotations
 
@@ -14,23 +14,23 @@ from pipeline.errors import ConfigError
 
 OURS, COMPILED, GRAPHS = "fovea", "fovea, compiled", "fovea, compiled, CUDA graphs"
 METHODS = {"clip": list(step_clip.TOWERS), "dinov2": step_dinov2.MODELS}
-_APART = {True: 1e-2, False: 1e-4}  # of the losses, in bf16 and in fp32
+_APART = {True: 1e-2, False: 1e-4}  # tolerance of the losses, in bf16 and in fp32
 
 
 @dataclass(frozen=True)
 class Options:
-    """What is measured.
+    """Options of the benchmark.
 
     Attributes:
-        method: of :data:`METHODS`.
-        model: of the method's.
-        batch: samples of a step.
-        caption: tokens of a caption, of CLIP.
-        prototypes: of the head, of DINOv2.
-        drop: share of samples that a branch leaves out, of DINOv2.
-        compiled: whether to measure ours with compiled blocks as well.
-        graphs: whether those are to be replayed as CUDA graphs.
-        rounds: that count.
+        method: one of :data:`METHODS`.
+        model: one of the method's models.
+        batch: samples per step.
+        caption: tokens per caption (CLIP).
+        prototypes: of the head (DINOv2).
+        drop: rate of stochastic depth (DINOv2).
+        compiled: whether to also measure ours with compiled blocks.
+        graphs: whether those are replayed as CUDA graphs.
+        rounds: measured rounds.
         device: ``cpu`` or ``cuda``.
         bf16: compute under autocast.
     """
@@ -50,14 +50,14 @@ class Options:
 
 @dataclass(frozen=True)
 class Result:
-    """What was found.
+    """Results.
 
     Attributes:
-        cases: by name: ours, ours compiled, the rival.
-        losses: of the same weights and batch, by name; ours alone without a rival.
-        operations: dispatched in a step, by name; compiled ones are not counted.
-        rival: its name; empty if it is not installed.
-        about: model, batch and what a step is.
+        cases: by name: ours, ours compiled, the baseline.
+        losses: for the same weights and batch, by name; only ours without a baseline.
+        operations: dispatched per step, by name; compiled ones are not counted.
+        rival: name of the baseline; empty if it is not installed.
+        about: model, batch and content of a step.
     """
 
     cases: dict[str, pairs.Case]
@@ -68,10 +68,10 @@ class Result:
 
 
 def measure(options: Options, *, tell: Callable[[str], None] = lambda _: None) -> Result:
-    """Compares the losses of the same weights first, then times, memory and operations.
+    """Compare the losses for the same weights first, then times, memory and operations.
 
     Raises:
-        ConfigError: no such model, or the two do not agree about the loss: a faster wrong step does not count.
+        ConfigError: no such model, or the losses differ: a faster step with wrong results does not count.
     """
     if options.model not in METHODS.get(options.method, ()):
         known = "; ".join(f"{method}: {', '.join(models)}" for method, models in METHODS.items())
@@ -126,7 +126,7 @@ def _with_compiled(
 
 
 def markdown(result: Result, options: Options, machine: dict[str, str], command: str) -> str:
-    """The page that a person reads."""
+    """Render the result page."""
     told = ", ".join(f"{name} {loss:.6f}" for name, loss in result.losses.items())
     counted = ", ".join(f"{name} {count}" for name, count in result.operations.items())
     lines = [f"# A training step of {options.method}", "", f"`{command}`", "", *(f"- {k}: {v}" for k, v in machine.items())]

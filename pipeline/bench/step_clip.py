@@ -1,4 +1,4 @@
-"""Ours and open_clip's step of CLIP, built for the same weights and the same batch."""
+"""Builds our and open_clip's CLIP training step with the same weights and the same batch."""
 
 from __future__ import annotations
 
@@ -28,20 +28,20 @@ TOWERS = {
 
 
 def contest(model: str, samples: int, caption: int, *, bf16: bool, device: torch.device) -> Contest:
-    """Both, with the same weights and the same batch.
+    """Both steps, with the same weights and the same batch.
 
     Args:
-        model: of :data:`TOWERS`.
-        samples: pictures with captions.
-        caption: tokens of a caption, marks included; the rest of 77 is padding, which our data plane leaves out.
+        model: one of :data:`TOWERS`.
+        samples: images with captions.
+        caption: tokens per caption, including start and end tokens; the rest of 77 is padding, which our data pipeline omits.
         bf16: compute under autocast.
-        device: where.
+        device: device of the weights and the batch.
     """
     ours, theirs = _models(model, device)
     images = torch.randn(samples, 3, 224, 224, device=device)
     tokens = torch.randint(1, 49405, (samples, 77))
     tokens[:, 0], tokens[:, caption - 1], tokens[:, caption:] = 49406, 49407, 0
-    cut = torch.from_numpy(trimmed(tokens.numpy())).to(device)  # as our data plane hands them over
+    cut = torch.from_numpy(trimmed(tokens.numpy())).to(device)  # as provided by our data pipeline
     tokens = tokens.to(device)
     batch = Batch(
         views={"image": [images]},

@@ -1,4 +1,4 @@
-"""Ours and the official step of DINOv2, built for the same weights and the same batch."""
+"""Builds our and the official DINOv2 training step with the same weights and the same batch."""
 
 from __future__ import annotations
 
@@ -21,20 +21,21 @@ from pipeline.training.engine import Engine, EngineOptions
 
 SIZES = {"tiny": (64, 2, 2), "S": (384, 12, 6), "B": (768, 12, 12), "L": (1024, 24, 16)}  # width, depth, heads
 MODELS = [f"{size}-{patch}" for size in SIZES for patch in (14, 16)]
-_LAYER_SCALE = 1.0  # with the 1e-5 of a fresh network all class tokens are alike, and what KoLeo says of them is rounding
-_STILL = Step(teacher_temperature=0.07, momentum=1.0)  # rates of 0: every round is the same step
+_LAYER_SCALE = 1.0  # with 1e-5 as at initialization all class tokens are nearly equal, and KoLeo's value would be rounding error
+_STILL = Step(teacher_temperature=0.07, momentum=1.0)  # learning rate 0: every round is the same step
 
 
 def contest(model: str, samples: int, prototypes: int, drop: float, *, bf16: bool, device: torch.device) -> Contest:
-    """Both, if theirs is installed, with ten crops of a sample as published: two of 224 and eight of 98 or 96 pixels.
+    """Both steps (ours only if the official code is not installed), with ten crops per sample as published: two of 224 and eight
+    of 98 or 96 pixels.
 
     Args:
-        model: of :data:`MODELS`.
-        samples: of a step.
+        model: one of :data:`MODELS`.
+        samples: samples per step.
         prototypes: of the head that class and patch tokens share.
-        drop: share of samples that a branch leaves out.
+        drop: rate of stochastic depth.
         bf16: compute under autocast.
-        device: where.
+        device: device of the weights and the batch.
     """
     name, patch = model.split("-")[0], int(model.split("-")[1])
     sides = (4 * patch, 2 * patch) if name == "tiny" else (224, 98 if patch == 14 else 96)
@@ -65,7 +66,7 @@ def contest(model: str, samples: int, prototypes: int, drop: float, *, bf16: boo
         terms = torch.stack(list(engine.forward_backward(batch, _STILL).values()))
         engine.step(_STILL, terms.isfinite().all())
         method.after_step(_STILL)
-        return float(terms.detach().sum())  # once, where our loop reads it when a later step has begun
+        return float(terms.detach().sum())  # read once here; our loop reads it after a later step has begun
 
     def losses() -> tuple[float, float]:
         assert theirs is not None
@@ -92,7 +93,7 @@ def _set_drop(method: DINOv2, rate: float) -> None:
 
 
 def _batch(settings: Dinov2Settings, patch: int, samples: int, device: torch.device) -> Batch:
-    """Random pixels, and masks that hide what the settings ask for."""
+    """Random pixels, and masks as configured."""
     spec = dinov2_views(settings, patch=patch)[0].mask
     assert spec is not None
     v, rows = settings.views, 2 * samples

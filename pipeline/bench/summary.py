@@ -1,4 +1,4 @@
-"""The table of measurements in README, made of the results that are kept beside this file: no figure is typed by hand."""
+"""Generates the README's benchmark table from the results kept in this package."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ BEGIN, END = "<!-- measured: begin -->", "<!-- measured: end -->"
 _MEGABYTE = 1e6
 
 Document = Mapping[str, Any]
-Row = tuple[str, str, str, str]  # what, ours, against, ratio
+Row = tuple[str, str, str, str]  # what, ours, baseline, ratio
 
 
 def table(results: Path = RESULTS) -> str:
@@ -29,10 +29,10 @@ def table(results: Path = RESULTS) -> str:
 
 
 def written(readme: str, results: Path = RESULTS) -> str:
-    """README with the table between its two marks.
+    """The README text with the table inserted between its two markers.
 
     Raises:
-        ValueError: a mark is missing.
+        ValueError: a marker is missing.
     """
     begin, end = readme.index(BEGIN) + len(BEGIN), readme.index(END)
     return f"{readme[:begin]}\n{table(results)}{readme[end:]}"

@@ -1,4 +1,4 @@
-"""What the class token looks at: its row of the last block's attention, read beside a forward pass, and maps as colours."""
+"""Attention of the class token in the last block, and attention maps as images."""
 
 from __future__ import annotations
 
@@ -17,24 +17,24 @@ _SHADES = ((0, 0, 40), (60, 20, 120), (190, 50, 90), (250, 150, 40), (255, 250, 
 
 
 def readable(subject: EvalModel) -> bool:
-    """Whether the tower is one of timm's transformers, whose queries and keys can be read."""
+    """Whether the tower is a timm transformer whose queries and keys can be read."""
     return _last(subject) is not None
 
 
 @torch.inference_mode()
 def with_attention(subject: EvalModel, images: Tensor) -> tuple[Any, Tensor | None]:
-    """The tokens of pictures, and how much of the class token's attention in the last block each patch has.
+    """The tokens of images, and the class token's attention to each patch in the last block.
 
-    Queries and keys are overheard while the block works, so that weights are read by their owners alone; rotary positions are
-    applied as the block does.
+    Queries and keys are captured by hooks during the block's forward pass, so that sharded weights are accessed only by their own
+    modules; rotary positions are applied as in the block.
 
     Args:
-        subject: whose tower is asked; all ranks ask alike where an engine has cut the weights.
+        subject: model to evaluate; all ranks must make the same calls if an engine has sharded the weights.
         images: normalised, ``[n, 3, h, w]``.
 
     Returns:
-        Tokens, and fp32 ``[n, heads, patches]``: shares of one, of which class token and registers have the rest; ``None`` of
-        a tower that cannot be read so.
+        Tokens, and fp32 ``[n, heads, patches]`` attention weights; together with those of class token and registers they sum to
+        one. ``None`` for a tower whose attention cannot be read.
     """
     attention = _last(subject)
     if attention is None:
@@ -69,8 +69,9 @@ def with_attention(subject: EvalModel, images: Tensor) -> tuple[Any, Tensor | No
 
 @torch.inference_mode()
 def looked_at(subject: EvalModel, images: Tensor) -> Tensor:
-    """:func:`with_attention`, the mean of all heads, ``[n, patches]``; of a tower that cannot be read, the cosine of each patch
-    with the class token."""
+    """:func:`with_attention` averaged over heads, ``[n, patches]``; if the attention cannot be read, the cosine similarity of
+    each patch with the class token.
+    """
     tokens, attention = with_attention(subject, images)
     if attention is not None:
         return attention.mean(1)
@@ -78,7 +79,7 @@ def looked_at(subject: EvalModel, images: Tensor) -> Tensor:
 
 
 def shaded(values: NDArray[Any]) -> NDArray[np.uint8]:
-    """Numbers as colours, dark to bright from their least to their most: uint8 ``[rows, columns, 3]``."""
+    """Map numbers to colours, dark to bright from minimum to maximum: uint8 ``[rows, columns, 3]``."""
     low, high = float(values.min()), float(values.max())
     places = (values - low) / max(high - low, 1e-12) * (len(_SHADES) - 1)
     table = np.asarray(_SHADES, dtype=np.float64)
@@ -88,7 +89,7 @@ def shaded(values: NDArray[Any]) -> NDArray[np.uint8]:
 
 
 def _last(subject: EvalModel) -> Any:
-    """The last block's attention, if its queries and keys pass through modules of their own."""
+    """The last block's attention module, if its queries and keys pass through modules of their own."""
     blocks = getattr(getattr(subject.tower, "vit", None), "blocks", None)
     attention = getattr(blocks[-1], "attn", None) if blocks is not None else None
     return attention if hasattr(attention, "q_norm") and hasattr(attention, "k_norm") and hasattr(attention, "scale") else None

@@ -1,4 +1,4 @@
-"""Images to look at: evaluation views of chosen samples, and the networks that they are shown to."""
+"""Evaluation views of selected samples, and the networks to visualize."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ if TYPE_CHECKING:
     from pipeline.data.index.manifest import Manifest
 
 SOURCES = {"trained": "trained network", "untrained": "same network, untrained", "pixels": "raw pixels"}
-"""What is judged, by the names of the scores, in words."""
+"""Descriptions of the evaluated networks, by the names used in the scores."""
 
 
 def varied(manifest: Manifest, count: int, among: int = 20_000) -> NDArray[np.uint64]:
-    """The first samples of a data set that differ in class, then the first again: no choice by eye or by score.
+    """The first samples of a data set with distinct classes, then again from the first; not selected by eye or by score.
 
     Args:
         manifest: the data set.
-        count: how many samples.
-        among: how many of the first samples to choose from.
+        count: number of samples.
+        among: number of leading samples to choose from.
 
     Returns:
         uint64 ``[count]`` sample numbers, fewer if the set is smaller.
@@ -51,7 +51,7 @@ def shown(
     device: torch.device,
     normalize: Normalize | None = None,
 ) -> Iterator[Batch]:
-    """Evaluation views (a centred square) of some samples, decoded and cut as in every evaluation.
+    """Evaluation views (a centre square) of some samples, decoded and cropped as in every evaluation.
 
     Args:
         config: the settings.
@@ -59,7 +59,7 @@ def shown(
         ids: sample numbers.
         size: side of the square, pixels.
         device: where the views go.
-        normalize: with which numbers; ImageNet's if not given.
+        normalize: mean and standard deviation; ImageNet's by default.
     """
     from pipeline.data.augment.views import Normalize, ViewSpec
     from pipeline.data.loader.bad_samples import BadSamples
@@ -82,18 +82,18 @@ def shown(
 
 
 class Gallery:
-    """Evaluation views of chosen samples, and the towers to show them to.
+    """Evaluation views of selected samples, and the towers to visualize.
 
     Args:
         config: the run's settings.
-        inputs: its indexed data sets; without any for evaluation, the training data serve.
+        inputs: its indexed data sets; without evaluation data, the training data are used.
         towers: the networks, ``trained`` among them.
         size: side of the views, pixels.
-        device: where the towers are.
+        device: device of the towers.
 
     Attributes:
-        bank, queries: where neighbours are looked for, and what they are looked for to.
-        judged: what the queries are, in a word.
+        bank, queries: images that are searched, and images whose neighbours are searched for.
+        judged: description of the queries.
     """
 
     def __init__(self, config: Config, inputs: Inputs, towers: dict[str, Any], size: int, device: torch.device) -> None:
@@ -118,7 +118,7 @@ class Gallery:
         found, labels = [], []
         with torch.inference_mode():
             for batch in shown(self._config, manifest, ids, self.size, self._device):
-                # In double precision: early in training all class tokens are alike to seven digits.
+                # In double precision: early in training all class tokens agree to seven digits.
                 found.append(F.normalize(self.towers["trained"](batch.views["image"][0]).cls.double().cpu(), dim=1))
                 labels += batch.labels.tolist()
         return torch.cat(found), labels

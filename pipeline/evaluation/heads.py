@@ -1,8 +1,8 @@
-"""Many linear classifiers at once on frozen features: one for each learning rate, all in one pass over the data.
+"""Trains linear classifiers with several learning rates at once on frozen features, in one pass over the data.
 
-The features are brought to mean 0 and deviation 1 by the training samples, so that one grid of rates suits all towers. Gradients
-are written out (softmax minus target, times feature) and summed over ranks; which samples a step holds depends on their places
-in the whole list alone. So another number of ranks differs in the order of sums only.
+Features are standardized with the training samples' mean and deviation, so that one grid of learning rates suits all towers.
+Gradients are computed explicitly (softmax minus target, times feature) and summed over ranks; the samples of a step depend only
+on their positions in the whole list. Results with another number of ranks therefore differ only in the order of summation.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class Heads:
     Attributes:
         weight: ``[rates, classes, width]``.
         bias: ``[rates, classes]``.
-        mean, scale: ``[width]``, taken off the features, and multiplied by.
+        mean, scale: ``[width]``, subtracted from the features, and multiplied by.
     """
 
     weight: Tensor
@@ -58,19 +58,19 @@ def train_heads(
     group: dist.ProcessGroup | None = None,
     device: torch.device | None = None,
 ) -> Heads:
-    """SGD with momentum and a cosine to zero, without weight decay, from zero weights.
+    """SGD with momentum and a cosine schedule to zero, without weight decay, from zero weights.
 
     Args:
-        x: this rank's features ``[n, tokens, width]`` (one token for a picture's class, all patches for dense ones).
-        targets: ``[n, tokens, classes]`` shares of the classes; a token of weight 0 is not learned from.
-        numbers: int64 ``[n]``, the samples' places in the whole list.
-        order: int64, the places of all training samples of all ranks, ascending.
+        x: this rank's features ``[n, tokens, width]`` (one token for image classification, all patches for dense tasks).
+        targets: ``[n, tokens, classes]`` shares of the classes; a token with zero shares is ignored.
+        numbers: int64 ``[n]``, the samples' positions in the whole list.
+        order: int64, the positions of all training samples of all ranks, ascending.
         rates: learning rates for a batch of 256, one classifier each.
         epochs: passes over the samples.
-        batch: samples of a step over all ranks.
+        batch: samples per step over all ranks.
         seed: of the order.
-        group: for sums over ranks, of tensors on the host.
-        device: where steps are computed; the features stay on the host, and so does what is returned.
+        group: process group for sums over ranks of host tensors.
+        device: where steps are computed; features and results stay on the host.
     """
     width, classes = x.shape[2], targets.shape[2]
     mean, scale = _moments(x, group)
@@ -107,7 +107,7 @@ def train_heads(
 
 
 def _moments(x: Tensor, group: dist.ProcessGroup | None) -> tuple[Tensor, Tensor]:
-    """Mean, and one over the deviation, of each channel over all ranks."""
+    """Mean and inverse standard deviation of each channel over all ranks."""
     flat = x.double().flatten(0, 1)
     sums = torch.cat([flat.sum(0), flat.square().sum(0), flat.new_tensor([float(len(flat))])])
     all_reduce_sum(sums, group)
@@ -118,7 +118,7 @@ def _moments(x: Tensor, group: dist.ProcessGroup | None) -> tuple[Tensor, Tensor
 
 
 def held_out(total: int, share: float, seed: int = 0) -> Tensor:
-    """Which of ``total`` places are kept for choosing, bool ``[total]``: a share of them, at least one, never all."""
+    """Positions held out for validation, bool ``[total]``: the given share, at least one, never all."""
     count = min(max(round(total * share), 1), total - 1)
     chosen = torch.zeros(total, dtype=torch.bool)
     chosen[torch.from_numpy(permutation(total, seed, 0x8E1D)[:count].astype("int64"))] = True

@@ -22,11 +22,11 @@ def knn_votes(
         similarities: ``[queries, max(ks)]``, cosine similarities in descending order.
         labels: int64 ``[queries, max(ks)]``, the neighbours' classes.
         classes: number of classes.
-        ks: numbers of neighbours that vote.
+        ks: numbers of neighbours.
         temperature: of the softmax over neighbours.
 
     Returns:
-        For each k scores ``[queries, classes]``.
+        For each k, scores ``[queries, classes]``.
     """
     weights = (similarities / temperature).softmax(dim=1)
     scores = {}
@@ -46,15 +46,15 @@ def knn_accuracy(
     temperature: float = 0.07,
     chunk: int = 512,
 ) -> dict[int, float]:
-    """Top-1 accuracy of the vote.
+    """Top-1 accuracy of weighted k-NN classification.
 
     Args:
         queries: ``[q, d]`` features to classify.
         query_labels: int64 ``[q]``.
         bank: ``[n, d]`` features of the training samples.
         bank_labels: int64 ``[n]``.
-        ks: numbers of neighbours; those above ``n`` are cut to ``n``.
-        temperature: of the vote.
+        ks: numbers of neighbours; clipped to ``n``.
+        temperature: of the softmax over neighbours.
         chunk: queries compared at a time.
 
     Returns:
@@ -62,7 +62,7 @@ def knn_accuracy(
     """
     if not len(queries) or not len(bank):
         return dict.fromkeys(ks, float("nan"))
-    # An untrained network's features differ in the last bits of fp32: there the order of the bank would decide, not the pictures.
+    # The features of an untrained network differ only in the last bits of fp32, where the order of the bank would decide.
     queries, bank = F.normalize(queries.double(), dim=1), F.normalize(bank.double(), dim=1)
     classes = int(max(query_labels.max(), bank_labels.max())) + 1
     most = min(max(ks), len(bank))

@@ -1,6 +1,6 @@
-"""Linear probes of frozen features: a grid of rates and layers by gradient descent, or scikit-learn's logistic regression.
+"""Linear probes on frozen features: a grid of learning rates and layers with SGD, or scikit-learn's logistic regression.
 
-What is best of a grid is chosen on samples held out of the training split; of the test split, the choice's score alone is told.
+The best of a grid is chosen on samples held out of the training split; only the chosen one is scored on the test split.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ COSTS = (1e-2, 1e-1, 1.0, 1e1, 1e2, 1e3)
 
 
 class LinearProbe:
-    """A linear layer on the class token of the last blocks, with and without the mean of their patches (DINOv2's protocol).
+    """Linear classifier on the class tokens of the last blocks, with and without the mean of their patches (DINOv2's protocol).
 
     Args:
-        train, test: labelled pictures.
+        train, test: labelled images.
         rates: learning rates of the grid.
-        layers: how many of the last blocks are read, the grid's other side.
+        layers: numbers of last blocks, the grid's second axis.
         epochs, batch: of the training.
-        hold_out: share of the training samples that choose.
+        hold_out: share of the training samples held out to choose the best.
         group: a gloo group, or ``None`` for the default.
     """
 
@@ -51,8 +51,11 @@ class LinearProbe:
         self._epochs, self._batch, self._hold_out, self._group = epochs, batch, hold_out, group
 
     def __call__(self, subject: EvalModel) -> dict[str, float]:
-        """``linear/top1`` of the choice on the test split, ``linear/chosen_on`` what it scored where it was chosen, and the
-        choice: ``linear/rate``, ``linear/layers``, ``linear/patches`` (1 with the mean of patches).
+        """Train and evaluate.
+
+        Returns:
+            ``linear/top1`` of the chosen classifier on the test split, ``linear/chosen_on``, its accuracy on the held-out
+            samples, and the choice: ``linear/rate``, ``linear/layers``, ``linear/patches`` (1 with the mean of patches).
 
         Raises:
             DataError: on all ranks, if a split has no labelled sample.
@@ -86,7 +89,7 @@ class LinearProbe:
                 )
                 chosen = _right(heads(x[mine]), train.labels[mine], self._group)
                 tested = _right(heads(_read(test.values, count, pooled)), test.labels, self._group)
-                place = int(chosen.argmax())  # the smallest rate of equals
+                place = int(chosen.argmax())  # the smallest rate among equals
                 if best is None or float(chosen[place]) > best[0]:
                     told = {"rate": self._rates[place], "layers": float(count), "patches": float(pooled)}
                     best = (float(chosen[place]), float(tested[place]), told)
@@ -98,15 +101,15 @@ class LinearProbe:
 
 
 class LogisticRegression:
-    """scikit-learn's logistic regression (L-BFGS, L2) on unit class tokens, its cost chosen on held-out samples.
+    """scikit-learn's logistic regression (L-BFGS, L2) on L2-normalised class tokens; C is chosen on held-out samples.
 
-    Costs are shared out among the ranks; then all train with the chosen one on everything, so that all say the same.
+    The values of C are divided among the ranks; then all ranks train with the chosen one on all samples, and get the same result.
 
     Args:
-        train, test: labelled pictures.
+        train, test: labelled images.
         costs: scikit-learn's C.
-        iterations: of L-BFGS at most.
-        hold_out: share of the training samples that choose.
+        iterations: maximum number of L-BFGS iterations.
+        hold_out: share of the training samples held out to choose C.
         group: a gloo group, or ``None`` for the default.
     """
 
@@ -141,7 +144,7 @@ class LogisticRegression:
             for place in range(rank, len(self._costs), world):
                 model = fitted(x[~kept], y[~kept], self._costs[place], self._iterations)
                 scores[place] = float((model.predict(x[kept]) == y[kept]).mean())
-        place = int(all_reduce_sum(scores, self._group).argmax())  # the smallest cost of equals
+        place = int(all_reduce_sum(scores, self._group).argmax())  # the smallest cost among equals
         right = torch.zeros(1, dtype=torch.float64)
         if rank == 0:
             model = fitted(x, y, self._costs[place], self._iterations)
@@ -150,11 +153,11 @@ class LogisticRegression:
 
 
 def fitted(x: np.ndarray, y: np.ndarray, cost: float, iterations: int):  # type: ignore[no-untyped-def]
-    """scikit-learn's model, trained."""
+    """Fit scikit-learn's logistic regression."""
     from sklearn.linear_model import LogisticRegression as Model
 
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # that it has not converged
+        warnings.simplefilter("ignore")  # convergence warnings
         return Model(C=cost, max_iter=iterations).fit(x, y)
 
 
@@ -165,14 +168,14 @@ def _read(values: Tensor, count: int, pooled: bool) -> Tensor:
 
 
 def _right(logits: Tensor, labels: Tensor, group: dist.ProcessGroup | None) -> Tensor:
-    """Share of right answers ``[rates]`` over all ranks."""
+    """Accuracy ``[rates]`` over all ranks."""
     right = (logits.argmax(2) == labels[None]).sum(1).double()
     counts = all_reduce_sum(torch.cat([right, right.new_tensor([float(len(labels))])]), group)
     return counts[:-1] / counts[-1].clamp_min(1.0)
 
 
 def _agreed(tables: Sequence[Table], group: dist.ProcessGroup | None) -> Tensor:
-    """The largest class number of all ranks; refused by all if some split has none."""
+    """The largest class number over all ranks; raises on all ranks if a split has no label."""
     most = torch.tensor([int(table.labels.max()) if len(table) else -1 for table in tables])
     dist.all_reduce(most, op=dist.ReduceOp.MAX, group=group)
     if int(most.min()) < 0:

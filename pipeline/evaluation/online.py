@@ -1,4 +1,4 @@
-"""k-NN while training goes on: all ranks share the work, and the training's random state is not touched."""
+"""Evaluation views of a data set, and k-NN accuracy during training; preserves the training's random state."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ _CACHE_BYTES = 256 << 20
 
 @dataclass(frozen=True)
 class FixedList:
-    """An order that shows a list of samples once, in chunks; the last one is shorter."""
+    """A fixed list of samples, read once in chunks; the last chunk may be shorter."""
 
     ids: NDArray[np.uint64]
     global_batch: int
 
     def rank_batch(self, step: int, world: int, rank: int) -> GlobalBatch:
-        """The chunk of a step; the list was already dealt to the ranks."""
+        """The chunk of a step; the list has already been divided among the ranks."""
         ids = self.ids[step * self.global_batch : (step + 1) * self.global_batch]
         return GlobalBatch(ids, np.zeros(len(ids), dtype=np.int64))
 
@@ -50,8 +50,8 @@ class Shown:
     Attributes:
         images: ``[n, 3, size, size]``.
         labels: int64 ``[n]``, -1 for none.
-        numbers: int64 ``[n]`` on the CPU, the samples' places in the whole list of all ranks.
-        ids: the samples' own numbers.
+        numbers: int64 ``[n]`` on the CPU, the samples' positions in the whole list of all ranks.
+        ids: the samples' numbers in the data set.
     """
 
     images: Tensor
@@ -61,27 +61,27 @@ class Shown:
 
 
 class Pictures:
-    """The evaluation views of (a subset of) a labelled data set: this rank's share, cached when small.
+    """This rank's share of the evaluation views of (a subset of) a labelled data set; cached when small.
 
     Args:
         manifest: the labelled shards.
         size: side of the view, pixels.
-        centre: side of the centre square as a share of the shorter side.
-        place: where the square lies along the longer side, 0.5 for its middle.
-        most: at most so many samples, chosen by ``seed``; ``None`` takes all.
-        batch: pictures of one forward pass.
-        rank, world: this rank's place.
+        centre: side of the square crop as a share of the shorter side.
+        place: position of the square along the longer side, 0.5 for its middle.
+        most: maximum number of samples, chosen by ``seed``; ``None`` takes all.
+        batch: images per forward pass.
+        rank, world: rank and world size.
         device: where views go.
-        seed: of the choice.
+        seed: of the selection.
         threads: decode threads.
-        store: how to reach the shards.
-        normalize: with which numbers, the training's.
+        store: storage of the shards.
+        normalize: mean and standard deviation, as in training.
 
     Attributes:
         device: where views go.
         total: samples of all ranks.
-        passes: forward passes that every rank makes, those over a blank picture included: an engine that has cut the weights
-            gathers them with all ranks.
+        passes: forward passes that every rank makes, including those on a blank image: an engine with sharded weights gathers
+            them on all ranks.
     """
 
     def __init__(
@@ -115,17 +115,17 @@ class Pictures:
         self._cached: list[Shown] | None = None
 
     def blank(self) -> Tensor:
-        """One gray picture, ``[1, 3, size, size]``."""
+        """One gray image, ``[1, 3, size, size]``."""
         return torch.zeros(1, 3, self._spec.size, self._spec.size, device=self.device)
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield ``(images [n, 3, size, size], labels [n])``; samples without a label are left out."""
+        """Yield ``(images [n, 3, size, size], labels [n])``; samples without a label are skipped."""
         for shown in self.shown():
             kept = shown.labels >= 0
             yield shown.images[kept], shown.labels[kept]
 
     def shown(self) -> Iterator[Shown]:
-        """Yield all samples of this rank's share, with labels or without."""
+        """Yield all samples of this rank's share, labelled or not."""
         if self._cached is not None:
             yield from self._cached
             return
@@ -148,13 +148,13 @@ class Pictures:
 
 
 class OnlineKnn:
-    """k-NN accuracy of a feature function, the bank gathered from all ranks, the queries shared out.
+    """k-NN accuracy of a feature function; the bank is gathered from all ranks, the queries are divided among them.
 
     Args:
-        bank: labelled pictures that vote.
-        queries: labelled pictures to judge.
-        ks: numbers of voters.
-        temperature: of the vote.
+        bank: labelled images of the feature bank.
+        queries: labelled images to evaluate.
+        ks: numbers of neighbours.
+        temperature: of the softmax over neighbours.
         group: a gloo group, or ``None`` for the default.
     """
 
@@ -173,7 +173,7 @@ class OnlineKnn:
         dist.all_gather_object(parts, _extract(self._bank, features), group=self._group)
         bank = [batch for part in parts for batch in part]
         queries = _extract(self._queries, features)
-        # A rank may have no query of its own; what all ranks together lack, all ranks refuse.
+        # A single rank may have no query; an error is raised only if there is none on any rank, and then on all ranks.
         counts = torch.zeros(len(self._ks) + 1, dtype=torch.int64)
         if bank and queries:
             answers = torch.cat([labels for _, labels in queries])
@@ -192,7 +192,7 @@ class OnlineKnn:
 
 @torch.inference_mode()
 def _extract(pictures: Pictures, features: Features) -> list[tuple[Tensor, Tensor]]:
-    """Features and labels of this rank's share, batch by batch; batches without a label are left out."""
+    """Features and labels of this rank's share, batch by batch; batches without a label are skipped."""
     found, passes = [], 0
     for images, labels in pictures:
         passes += 1
@@ -206,5 +206,5 @@ def _extract(pictures: Pictures, features: Features) -> list[tuple[Tensor, Tenso
 
 
 def raw_pixels(images: Tensor) -> Tensor:
-    """The pictures themselves as features ``[n, 3 * h * w]``: what a representation has to beat."""
+    """The pixels as features ``[n, 3 * h * w]``: a baseline for learned features."""
     return images.flatten(1)

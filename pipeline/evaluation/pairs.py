@@ -1,4 +1,4 @@
-"""Zero-shot classification and retrieval on shards, all ranks sharing the pictures."""
+"""Zero-shot classification and image-text retrieval on shards, with the images divided among the ranks."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ from pipeline.evaluation.table import all_gather_table, extract
 from pipeline.evaluation.zeroshot import SIMPLE, class_vectors, classified
 from pipeline.models.eval_model import EvalModel
 
-_TEXTS = 256  # encoded at a time
+_TEXTS = 256  # texts encoded at a time
 
 
 class ZeroShot:
-    """Pictures put to the class whose name is nearest.
+    """Zero-shot classification of images by class names.
 
     Args:
-        pictures: to be classified.
-        names: of the classes, in the order of their numbers.
+        pictures: images to classify.
+        names: class names, in the order of the class numbers.
         templates: sentences with one ``{}``.
         group: a gloo group, or ``None`` for the default.
     """
@@ -44,8 +44,8 @@ class ZeroShot:
         """``zeroshot/top1``, ``zeroshot/top5``, ``zeroshot/mean_per_class``.
 
         Raises:
-            ConfigError: the subject knows no texts, or there are no class names.
-            DataError: on all ranks, if there is no label, or one that no name was given for.
+            ConfigError: the model has no text encoder, or there are no class names.
+            DataError: on all ranks, if there is no label, or a label without a name.
         """
         if subject.texts is None or not self._names:
             raise ConfigError(
@@ -67,12 +67,12 @@ class ZeroShot:
 
 
 class Retrieval:
-    """Captions found by pictures and pictures by captions; a picture may have several captions.
+    """Image-to-text and text-to-image retrieval; an image may have several captions.
 
     Args:
-        pictures: with captions in their shards.
-        reader: where the captions are read from.
-        merge: whether images that share a caption answer for each other, see :func:`numbered`.
+        pictures: images with captions in their shards.
+        reader: reads the captions.
+        merge: whether images with the same caption are correct for each other, see :func:`numbered`.
         group: a gloo group, or ``None`` for the default.
     """
 
@@ -85,7 +85,7 @@ class Retrieval:
         """``retrieval/image_to_text/recall@1`` and so on, see :func:`pipeline.evaluation.retrieval.retrieval`.
 
         Raises:
-            ConfigError: the subject knows no texts.
+            ConfigError: the model has no text encoder.
             DataError: on all ranks, if a sample has no caption.
         """
         if subject.texts is None:
@@ -104,12 +104,12 @@ class Retrieval:
 
 
 def numbered(captions: Sequence[Sequence[str]], *, merge: bool) -> tuple[torch.Tensor, torch.Tensor, list[str]]:
-    """Numbers that say which images and captions belong together.
+    """Assign numbers that match images and captions.
 
     Args:
         captions: of each image.
-        merge: whether images that share a caption share a number, also over a chain of such images. Otherwise each image belongs
-            to its own captions only, as in the published protocol.
+        merge: whether images with a common caption share a number, transitively. Otherwise each image matches only its own
+            captions, as in the published protocol.
 
     Returns:
         int64 ``[images]``, the number of each image; int64 ``[captions]``, of each caption; and the captions, each once for each

@@ -1,4 +1,4 @@
-"""What patches have in common, as colours."""
+"""PCA of patch tokens as RGB images."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ from torch import Tensor
 
 
 def principal(tokens: Tensor) -> tuple[NDArray[np.float32], float]:
-    """The three directions in which tokens differ most, as colours.
+    """The first three principal components of the tokens, as colours.
 
     Args:
-        tokens: ``[pictures, patches, width]``; the directions are fitted over all pictures together.
+        tokens: ``[images, patches, width]``; the components are fitted on all images together.
 
     Returns:
-        float32 ``[pictures, patches, 3]`` in 0..1 (1st to 99th percentile of each direction), and the share of the variance
-        that the three explain.
+        float32 ``[images, patches, 3]`` in 0..1 (1st to 99th percentile of each component), and the share of the variance that
+        the three explain.
     """
     flat = tokens.detach().double().cpu().flatten(0, 1)
     flat = flat - flat.mean(0)
     values, vectors = torch.linalg.eigh(flat.T @ flat / max(len(flat) - 1, 1))
     three = flat @ vectors[:, -3:].flip(1)
-    three = three * torch.where((three**3).sum(0) < 0, -1.0, 1.0)  # eigenvectors have no sign of their own
+    three = three * torch.where((three**3).sum(0) < 0, -1.0, 1.0)  # the sign of an eigenvector is arbitrary
     low, high = torch.quantile(three, 0.01, dim=0), torch.quantile(three, 0.99, dim=0)
     colours = ((three - low) / (high - low).clamp_min(1e-12)).clamp(0, 1)
     share = float(values[-3:].sum() / values.sum().clamp_min(1e-300))
@@ -33,13 +33,13 @@ def principal(tokens: Tensor) -> tuple[NDArray[np.float32], float]:
 
 
 def sheet(images: Tensor, patches: Tensor, *, mean: Sequence[float], std: Sequence[float], tile: int = 128) -> NDArray[np.uint8]:
-    """Pictures above the principal directions of their patches, as one picture ``[2 * tile, n * tile, 3]``.
+    """Images above the PCA of their patches, as one image ``[2 * tile, n * tile, 3]``.
 
     Args:
         images: normalised, ``[n, 3, size, size]``.
-        patches: ``[n, patches, width]``, a square of them.
+        patches: ``[n, patches, width]``, a square grid of them.
         mean, std: of the normalisation.
-        tile: side of one picture, pixels.
+        tile: side of one image, pixels.
     """
     colours, _ = principal(patches)
     side = round(patches.shape[1] ** 0.5)

@@ -1,8 +1,7 @@
-"""Retrieval between pictures and captions: how often a right one is among the nearest k (protocol of CLIP_benchmark).
+"""Image-text retrieval: recall@k and ranks in both directions (protocol of CLIP_benchmark).
 
-A picture may have several captions, and several pictures may be told of in the same words: a picture and a caption belong
-together where their numbers are equal, and *any* that belongs is a right answer. Ranks are counted in chunks, so nothing of the
-size pictures x captions is kept.
+An image may have several captions, and several images may share a caption: an image and a caption match if their numbers are
+equal, and *any* match is a correct answer. Ranks are counted in chunks, so that no matrix of size images x captions is stored.
 """
 
 from __future__ import annotations
@@ -30,13 +29,13 @@ def retrieval(
         texts: ``[m, width]`` features.
         image_ids: int64 ``[n]``; each number occurs among ``text_ids``.
         text_ids: int64 ``[m]``; each number occurs among ``image_ids``.
-        ks: how many of the nearest count.
+        ks: values of k for recall@k.
         chunk: rows compared at a time.
 
     Returns:
-        ``image_to_text/recall@k`` and ``text_to_image/recall@k`` for each k, and of both directions ``mean_rank`` and
-        ``median_rank`` of the best right answer, 1 being the best. Wrong answers that are as near count against the model: one
-        that tells nothing apart gets no credit.
+        ``image_to_text/recall@k`` and ``text_to_image/recall@k`` for each k, and for both directions ``mean_rank`` and
+        ``median_rank`` of the best correct answer, 1 being the best. Wrong answers with equal similarity count against the model,
+        so that constant features get no credit.
     """
     images, texts = F.normalize(images.double(), dim=1), F.normalize(texts.double(), dim=1)
     found: dict[str, float] = {}
@@ -51,7 +50,7 @@ def retrieval(
 
 
 def _ranks(queries: Tensor, answers: Tensor, query_ids: Tensor, answer_ids: Tensor, chunk: int) -> Tensor:
-    """One more than the wrong answers that are as near as the nearest right one."""
+    """One plus the number of wrong answers that are at least as near as the nearest correct one."""
     ranks = []
     for low in range(0, len(queries), chunk):
         similarity = queries[low : low + chunk] @ answers.T

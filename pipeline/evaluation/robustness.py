@@ -1,9 +1,10 @@
-"""One small picture added to every other that turns an encoder's features around: a universal adversarial perturbation.
+"""Universal adversarial perturbation: one small image which, added to every other image, changes an encoder's features.
 
-Fitted without labels: the mean cosine between features of disturbed and clean pictures is minimised by signs of the gradient
-(after Shafahi et al., arXiv 1811.11304), within ``budget`` of full intensity for each pixel, before normalisation, and the sum
-clipped to what a picture can hold. At zero the gradient vanishes, for the cosine is at its largest there; so it starts in a
-corner. Random signs of the same size are the control: an encoder that they fool just as often is brittle to any noise.
+Fitted without labels: the mean cosine similarity between features of perturbed and clean images is minimised by sign gradient
+steps (after Shafahi et al., arXiv 1811.11304), within ``budget`` of full intensity for each pixel, before normalisation, and the
+sum is clipped to the valid range of pixels. At zero perturbation the gradient vanishes, since the cosine is at its maximum; the
+fit therefore starts in a corner. Random signs of the same size are the control: an encoder that they fool just as often is
+sensitive to any noise.
 """
 
 from __future__ import annotations
@@ -27,13 +28,13 @@ BUDGET = 10 / 255
 
 @dataclass(frozen=True)
 class Fooled:
-    """How a disturbance changed answers.
+    """Effect of a perturbation on the predictions.
 
     Attributes:
-        rate: share of answers that changed, right or wrong before.
-        accuracy: share of right answers without it.
-        disturbed: share of right answers with it.
-        of_right: share of the right answers that became wrong.
+        rate: share of predictions that changed, correct or wrong before.
+        accuracy: accuracy without it.
+        disturbed: accuracy with it.
+        of_right: share of the correct predictions that became wrong.
     """
 
     rate: float
@@ -43,7 +44,7 @@ class Fooled:
 
 
 def fooled(clean: Tensor, disturbed: Tensor, labels: Tensor) -> Fooled:
-    """Compare answers, all int64 ``[n]``; the fooling rate compares with the clean answer and not with the label."""
+    """Compare predictions, all int64 ``[n]``; the fooling rate compares with the clean prediction and not with the label."""
     right = clean == labels
     lost = right & (disturbed != labels)
     return Fooled(
@@ -55,15 +56,15 @@ def fooled(clean: Tensor, disturbed: Tensor, labels: Tensor) -> Fooled:
 
 
 class Robustness:
-    """Fits a perturbation on the training pictures and judges it on others.
+    """Fits a perturbation on the training images and evaluates it on others.
 
     Args:
-        train: pictures that it is fitted on, and that vote.
-        test: pictures that it is added to.
+        train: images on which it is fitted, and the feature bank of the k-NN.
+        test: images to which it is added.
         budget: largest change of a pixel, as a share of full intensity.
         epochs: passes over ``train``.
-        k: neighbours that vote.
-        batch: pictures of a step, over all ranks.
+        k: number of neighbours.
+        batch: images per step, over all ranks.
         group: a gloo group, or ``None`` for the default.
 
     Attributes:
@@ -86,11 +87,14 @@ class Robustness:
         self.perturbation: Tensor | None = None
 
     def __call__(self, subject: EvalModel) -> dict[str, float]:
-        """``robustness/…``: the k-NN's fooling rate, the share of pictures that no longer find themselves (``identity``),
-        cosines, and all of it with random signs under ``noise_…``.
+        """Fit and evaluate a perturbation.
+
+        Returns:
+            ``robustness/…``: the k-NN's fooling rate, the share of images whose nearest neighbour is no longer their clean
+            version (``identity``), cosines, and the same with random signs under ``noise_…``.
 
         Raises:
-            DataError: on all ranks, if no picture has a label.
+            DataError: on all ranks, if no image has a label.
         """
         random = self._corner(subject)
         self.perturbation = self._fitted(subject, random.clone())
@@ -140,10 +144,10 @@ class Robustness:
         return r
 
     def _stepped(self, subject: EvalModel, r: Tensor, images: Tensor) -> Tensor:
-        """One step against the gradient's sign, the same on all ranks; a rank without pictures adds nothing to the gradient."""
+        """One step against the gradient's sign, the same on all ranks; a rank without images contributes a zero gradient."""
         slope = torch.zeros_like(r)
         if len(images):
-            images = images.clone()  # they may have been made under inference mode
+            images = images.clone()  # they may be inference-mode tensors
             with torch.no_grad():
                 target = F.normalize(subject.cls(images).float(), dim=1)
             moved = r.clone().requires_grad_()
@@ -154,8 +158,10 @@ class Robustness:
 
 
 def _chunks(pictures: Pictures, size: int) -> Iterator[Tensor]:
-    """This rank's part of each ``size`` consecutive samples of the whole list, so that a step is the same on any number of
-    ranks; empty where it has none."""
+    """This rank's part of each ``size`` consecutive samples of the whole list; empty where it has none.
+
+    A step is thus the same on any number of ranks.
+    """
     waiting: list[tuple[int, Tensor]] = []
     chunk = 0
     for shown in pictures.shown():
@@ -174,7 +180,7 @@ def _stacked(waiting: list[tuple[int, Tensor]], pictures: Pictures) -> Tensor:
 
 
 def _added(subject: EvalModel, r: Tensor, features: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
-    """The features of pictures with a perturbation added in the space of pixels."""
+    """Wrap a feature function to add a perturbation in pixel space."""
 
     def call(images: Tensor) -> Tensor:
         mean, std = (torch.tensor(v, device=images.device).view(3, 1, 1) for v in (subject.mean, subject.std))
@@ -185,7 +191,7 @@ def _added(subject: EvalModel, r: Tensor, features: Callable[[Tensor], Tensor]) 
 
 
 def _neighbours(queries: Tensor, bank: Tensor, labels: Tensor, k: int) -> Tensor:
-    """The class that the nearest neighbours vote for."""
+    """Class predicted by the nearest neighbours."""
     k = min(k, len(bank))
     nearest, index = (queries @ bank.T).topk(k, dim=1)
     return knn_votes(nearest, labels[index], classes=int(labels.max()) + 1, ks=[k])[k].argmax(1)

@@ -1,4 +1,4 @@
-"""The evaluations of a run: who is asked when, on which pictures, and for how much of the training's time."""
+"""Runs the evaluations of a run on schedule, within a budget of the training time."""
 
 from __future__ import annotations
 
@@ -36,22 +36,22 @@ from pipeline.methods.shared.contrastive import Contrastive
 from pipeline.models.eval_model import EvalModel, preserve_rng_and_mode
 from pipeline.runtime.process_group import World
 
-_DRAWN = 8  # pictures on a sheet
-_SEARCHED = 128  # among which is looked for the nearest
+_DRAWN = 8  # images per sheet
+_SEARCHED = 128  # images searched for the nearest
 Show = Callable[[int, str, NDArray[np.uint8]], None]
 Evaluator = Callable[[EvalModel], dict[str, float]]
 
 
 def lines(file: Path, *, what: str, place: str = "") -> list[str]:
-    """The lines of a text file that are not empty.
+    """The non-empty lines of a text file.
 
     Args:
         file: the file.
         what: its meaning, for messages.
-        place: what every line has to contain.
+        place: text that every line has to contain.
 
     Raises:
-        ConfigError: it cannot be read, is empty, or a line lacks ``place``.
+        ConfigError: the file cannot be read or is empty, or a line lacks ``place``.
     """
     try:
         found = [line.strip() for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
@@ -64,7 +64,7 @@ def lines(file: Path, *, what: str, place: str = "") -> list[str]:
 
 
 def eval_model_of(method: Method, config: Config, device: torch.device) -> EvalModel:
-    """What a method exports, as evaluations see it."""
+    """The network that a method exports, as the evaluators see it."""
     view = method.views[0]
     normalize = view.normalize or Normalize()
     tower: Any = method.export()["backbone"]
@@ -81,10 +81,10 @@ def eval_model_of(method: Method, config: Config, device: torch.device) -> EvalM
 
 @dataclass(frozen=True)
 class EvalData:
-    """What evaluations look at, as :func:`pipeline.data.inputs.judged` finds it.
+    """Data sets of the evaluations, as found by :func:`pipeline.data.inputs.judged`.
 
     Attributes:
-        bank, queries: labelled pictures to learn from and to judge.
+        bank, queries: labelled images to learn from and to evaluate.
         dense: the same with a class for each pixel.
     """
 
@@ -96,14 +96,14 @@ class EvalData:
 def build_evaluators(
     config: Config, inputs: EvalData | Inputs, world: World, *, size: int, normalize: Normalize
 ) -> tuple[dict[str, Evaluator], OnlineKnn | None]:
-    """The evaluators that are on, by name, and the k-NN itself, which judges raw pixels too.
+    """The enabled evaluators by name, and the k-NN itself, which also evaluates raw pixels.
 
     Args:
         config: the settings.
-        inputs: the data sets they ask for.
-        world: this rank's place.
-        size: side of the pictures where the settings name none.
-        normalize: the pictures' numbers.
+        inputs: the data sets they need.
+        world: this rank's position in the process group.
+        size: side of the images where the settings do not set one.
+        normalize: mean and standard deviation of the images.
 
     Raises:
         ConfigError: a file of names cannot be read.
@@ -194,19 +194,19 @@ def _nearest(knn: OnlineKnn) -> Evaluator:
 
 
 class Evaluations:
-    """All evaluations of a run, called at step 0 and then as often as the settings say.
+    """All evaluations of a run, called at step 0 and then at the configured intervals.
 
-    The network as it is at step 0 and raw pixels are judged once, by the same code: as ``start`` if it began with weights from
-    elsewhere, else as ``untrained``. Nothing that training draws on is moved: random states and modes are put back.
+    The network at step 0 and raw pixels are evaluated once, by the same code: under the name ``start`` if the network was
+    initialized with pretrained weights, else ``untrained``. Random states and train/eval modes are restored afterwards.
 
     Args:
         config: the settings.
         inputs: the data sets.
-        method: the method; what it exports is judged.
-        world: this rank's place.
+        method: the method; the network that it exports is evaluated.
+        world: this rank's position in the process group.
         fresh: whether step 0 is still to come.
-        begun: whether the network began with weights from elsewhere.
-        show: takes each step's sheets of pictures and their names, on the rank that has one.
+        begun: whether the network was initialized with pretrained weights.
+        show: receives each step's image sheets and their names, on the rank that has one.
     """
 
     def __init__(
@@ -245,17 +245,17 @@ class Evaluations:
                 device=world.device,
                 store=open_storage(config),
             )
-            self._pictures = drawn(most=_DRAWN, batch=_DRAWN, rank=0, world=1)  # all ranks look at the same few
+            self._pictures = drawn(most=_DRAWN, batch=_DRAWN, rank=0, world=1)  # all ranks use the same few images
             reader = Reader(shown, wants=("caption",), checksum=False, store=open_storage(config))
             searched = drawn(most=_SEARCHED, batch=min(e.knn.batch_size, _SEARCHED), rank=world.rank, world=world.size)
             self._finding = Finding(searched, reader, group=world.control)
 
     def __call__(self, step: int = 0, seconds: float = 0.0) -> dict[str, float]:
-        """Scores by metric name, the same on all ranks, of the evaluations that are due.
+        """Scores of the evaluations that are due, by metric name, the same on all ranks.
 
         Args:
             step: steps done.
-            seconds: what training took so far, without evaluations; counted against the budget.
+            seconds: training time so far, without evaluations; the time budget refers to it.
         """
         due = self._due(step, seconds)
         scores: dict[str, float] = {}
@@ -277,7 +277,7 @@ class Evaluations:
 
     @torch.inference_mode()
     def _draw(self, step: int, pictures: Pictures, finding: Finding) -> None:
-        """Shows what some pictures look like to the network; all ranks make the same passes, one at most has a use for them."""
+        """Draw the image sheets of a step; all ranks make the same forward passes, at most one uses the results."""
         shown = next(iter(pictures.shown()), None)
         images = pictures.blank() if shown is None else shown.images
         tokens, attention = with_attention(self._subject, images)
@@ -292,14 +292,14 @@ class Evaluations:
             self._show(step, *found)
 
     def _baselines(self, name: str, found: dict[str, float]) -> dict[str, float]:
-        """The same scores under the name of what they are scores of; and those of raw pixels."""
+        """The scores renamed as those of a baseline, and those of raw pixels."""
         if name != "knn" or self._knn is None:
             return {f"{self._before}/{key}": value for key, value in found.items()}
         pixels = {f"pixels/k{k}": value for k, value in self._knn(raw_pixels).items()}
         return {key.replace("knn", self._before): value for key, value in found.items()} | pixels
 
     def _due(self, step: int, seconds: float) -> list[str]:
-        """Who is asked now. Rank 0 decides for all: its clock is its own."""
+        """The evaluations that are due. Rank 0 decides for all ranks, since their clocks differ."""
         chosen: list[list[str]] = [[]]
         for name, every in self._every.items():
             if step % every == 0 or step >= self._last:

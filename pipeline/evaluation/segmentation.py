@@ -1,9 +1,9 @@
-"""Linear segmentation: a linear layer on each patch token says of what the patch is; judged pixel by pixel (mIoU).
+"""Linear segmentation: a linear classifier on each patch token, evaluated per pixel (mIoU).
 
-A patch learns the shares of the classes among its pixels, on the centre square in the size that the tower sees; pixels of the
-classes to be ignored are neither learned nor judged. To be judged, logits are enlarged bilinearly and then compared: to that same
-square, or, as published figures are made, to the whole class map in its own size. Then squares of the picture's height (or width)
-slide over it, a third of each seen by the next one too, and where several look, their mean logits decide.
+The target of a patch is the share of each class among its pixels, on the centre square at the tower's input size; ignored classes
+are excluded from training and evaluation. For evaluation, logits are upsampled bilinearly and compared with that same square or,
+as in published results, with the whole class map at its own resolution. In the latter case square windows of the image's height
+(or width) slide over it, each overlapping the next by a third, and overlapping windows are averaged by their logits.
 """
 
 from __future__ import annotations
@@ -33,33 +33,33 @@ IGNORED = 255
 
 
 def confusion(predicted: Tensor, wanted: Tensor, classes: int) -> Tensor:
-    """How often which class was taken for which: int64 ``[classes, classes]``, rows the right ones.
+    """Confusion matrix, int64 ``[classes, classes]``; rows are the true classes.
 
     Args:
         predicted: classes, any shape.
-        wanted: likewise; those that are no class are left out.
-        classes: how many.
+        wanted: true classes, same shape; values that are not a class are skipped.
+        classes: number of classes.
     """
     known = (wanted >= 0) & (wanted < classes)
     return torch.bincount(wanted[known] * classes + predicted[known], minlength=classes**2).view(classes, classes)
 
 
 def ious(matrix: Tensor) -> Tensor:
-    """Intersection over union of each class, float64 ``[classes]``; nan for one that is neither there nor predicted."""
+    """Intersection over union of each class, float64 ``[classes]``; nan for a class neither present nor predicted."""
     hits = matrix.diagonal().double()
     return hits / (matrix.sum(0) + matrix.sum(1) - matrix.diagonal()).double()
 
 
 def mean_iou(matrix: Tensor) -> float:
-    """The mean over the classes that are there or predicted."""
+    """Mean IoU over the classes that are present or predicted."""
     return float(ious(matrix).nanmean())
 
 
 def class_map(data: bytes, *, size: int, classes: int, ignore: Sequence[int], key: str) -> NDArray[np.int64]:
-    """The classes of the pixels of a picture's centre square, ``[size, size]``; what is ignored is 255.
+    """The classes of the pixels of an image's centre square, ``[size, size]``; ignored pixels are 255.
 
     Raises:
-        DataError: it is no picture of class numbers, or holds others than those.
+        DataError: not an image of class numbers, or other numbers than those.
     """
     numbers = _numbers(data, key)
     height, width = numbers.shape
@@ -75,9 +75,9 @@ def whole_map(data: bytes, *, classes: int, ignore: Sequence[int], key: str) -> 
 
 
 def places(manifest: Manifest) -> list[float]:
-    """Where squares are laid along the longer side, so that each sees a third of the one before it, of the longest picture.
+    """Positions of the windows along the longer side of the longest image, with an overlap of a third.
 
-    One in the middle if all pictures are square.
+    A single centred one if all images are square.
     """
     rows = [(manifest.column(n, "height"), manifest.column(n, "width")) for n in range(len(manifest.shards))]
     longest = max((float((np.maximum(h, w) / np.minimum(h, w)).max()) for h, w in rows if len(h)), default=1.0)
@@ -86,11 +86,11 @@ def places(manifest: Manifest) -> list[float]:
 
 
 def over_windows(logits: Sequence[Tensor], places: Sequence[float], height: int, width: int) -> Tensor:
-    """The likeliest class of each pixel by the mean logits of the squares that see it.
+    """Most likely class of each pixel by the mean logits of the windows that cover it.
 
     Args:
-        logits: of each square, ``[classes, side, side]``, one for each patch.
-        places: where the squares lie along the longer side, 0 to 1.
+        logits: of each window, ``[classes, side, side]``, one per patch.
+        places: positions of the windows along the longer side, 0 to 1.
         height, width: of the class map, pixels.
 
     Returns:
@@ -102,7 +102,7 @@ def over_windows(logits: Sequence[Tensor], places: Sequence[float], height: int,
         top, left = round((height - side) * place), round((width - side) * place)
         large = F.interpolate(one[None], size=(side, side), mode="bilinear", align_corners=False)[0]
         total[:, top : top + side, left : left + side] += large
-    # The mean has the same largest class as the sum: all classes of a pixel are seen by the same squares.
+    # The argmax of the sum equals that of the mean: all classes of a pixel are covered by the same windows.
     return total.argmax(0)
 
 
@@ -130,19 +130,19 @@ def _known(cut: NDArray[np.int64], classes: int, ignore: Sequence[int], key: str
 
 
 class Segmentation:
-    """The evaluator; see the module.
+    """Linear segmentation evaluator; see the module.
 
     Args:
-        train, test: pictures of samples with class maps.
-        readers: where their class maps are read from.
-        size: side of the pictures, pixels.
-        classes: how many.
-        ignore: numbers that are no class.
-        names: of the classes, for per-class scores; their numbers if not given.
-        rates, epochs, batch: of the training; the best rate is chosen on held-out pictures.
-        hold_out: their share.
-        windows: the pictures of ``test`` once more, cut as squares at the places of :func:`places`, by place: then whole class
-            maps are judged in their own size. Without any, the centre squares are judged in ``size``.
+        train, test: images of samples with class maps.
+        readers: read their class maps.
+        size: side of the images, pixels.
+        classes: number of classes.
+        ignore: values that are not a class.
+        names: class names for per-class scores; the class numbers by default.
+        rates, epochs, batch: of the training; the best learning rate is chosen on held-out images.
+        hold_out: share of the held-out images.
+        windows: crops of the images of ``test`` at the positions of :func:`places`, by position: whole class maps are then
+            evaluated at their own resolution. Without them, the centre squares are evaluated at ``size``.
         group: a gloo group, or ``None`` for the default.
     """
 
@@ -170,8 +170,11 @@ class Segmentation:
         self._windows = dict(windows or {})
 
     def __call__(self, subject: EvalModel) -> dict[str, float]:
-        """``segmentation/miou``, ``segmentation/pixels`` (share of right pixels), ``segmentation/majority`` (mIoU of always
-        saying the commonest class of the training split), ``segmentation/iou/<class>`` and the rate that was chosen.
+        """Train and evaluate.
+
+        Returns:
+            ``segmentation/miou``, ``segmentation/pixels`` (pixel accuracy), ``segmentation/majority`` (mIoU of always predicting
+            the most frequent class of the training split), ``segmentation/iou/<class>`` and the chosen learning rate.
 
         Raises:
             DataError: on all ranks, if a split is empty, or a class map is unreadable or out of range.
@@ -225,7 +228,7 @@ class Segmentation:
         } | {f"segmentation/iou/{self._names[i]}": v for i, v in enumerate(ious(matrix).tolist()) if v == v}
 
     def _maps(self, table: Table, which: int, *, whole: bool = False) -> list[Tensor]:
-        """Class maps of this rank's samples, ``[size, size]`` or whole; what is wrong on one rank is raised on all."""
+        """Class maps of this rank's samples, ``[size, size]`` or whole; an error on one rank is raised on all."""
         found, problem = [], None
         known: dict[str, Any] = {"classes": self._classes, "ignore": self._ignore}
         try:
@@ -249,7 +252,7 @@ class Segmentation:
     def _judged(
         self, heads: Heads, rate: int, tokens: Sequence[Tensor], maps: Sequence[Tensor], places: Sequence[float] | None = None
     ) -> Tensor:
-        """The confusion matrix of all ranks, from the tokens ``[n, patches, width]`` of each square."""
+        """Confusion matrix over all ranks, from the tokens ``[n, patches, width]`` of each window."""
         matrix = torch.zeros(self._classes, self._classes, dtype=torch.int64)
         one = Heads(heads.weight[rate : rate + 1], heads.bias[rate : rate + 1], heads.mean, heads.scale)
         for row, wanted in enumerate(maps):
@@ -261,7 +264,7 @@ class Segmentation:
 
 
 def _shares(maps: Tensor, patch: int, classes: int) -> Tensor:
-    """Shares of the classes among the pixels of each patch, ``[n, patches, classes]``; what is ignored counts for nothing."""
+    """Shares of the classes among the pixels of each patch, ``[n, patches, classes]``; ignored pixels do not count."""
     found = []
     for one in maps:
         rows, columns = one.shape[0] // patch, one.shape[1] // patch

@@ -1,4 +1,4 @@
-"""Sheets of pictures for eyes: what the class token looks at, and what is found by a caption or by a picture."""
+"""Image sheets: attention maps, and retrieval results by caption or by image."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _FRAME, _INK, _LETTERS, _POINTS = 3, (30, 30, 30), 17, 12
 
 
 def thumbs(images: Tensor, *, mean: Sequence[float], std: Sequence[float], side: int) -> Sheet:
-    """Normalised pictures ``[n, 3, h, w]`` as one sees them, uint8 ``[n, side, side, 3]``."""
+    """Denormalise images ``[n, 3, h, w]`` to uint8 ``[n, side, side, 3]``."""
     shape = (1, 3, 1, 1)
     pixels = images.detach().float().cpu() * torch.tensor(std).view(shape) + torch.tensor(mean).view(shape)
     small = F.interpolate(pixels, (side, side), mode="bilinear", antialias=True).clamp(0, 1).permute(0, 2, 3, 1)
@@ -37,17 +37,17 @@ def thumbs(images: Tensor, *, mean: Sequence[float], std: Sequence[float], side:
 def attention_sheet(
     images: Tensor, attention: Tensor, *, mean: Sequence[float], std: Sequence[float], tile: int = 96, heads: int = 8
 ) -> Sheet:
-    """Pictures above what the class token looks at in them: all heads together, then one row a head.
+    """Images above the class token's attention: the mean of all heads, then one row per head.
 
     Args:
         images: normalised, ``[n, 3, size, size]``.
-        attention: ``[n, heads, patches]``, a square of patches.
+        attention: ``[n, heads, patches]``, a square grid of patches.
         mean, std: of the normalisation.
-        tile: side of one picture, pixels.
-        heads: rows of single heads at most.
+        tile: side of one image, pixels.
+        heads: maximum number of rows of single heads.
 
     Returns:
-        uint8 ``[(2 + heads) * tile, n * tile, 3]``; each map is dark to bright from its own least to its own most.
+        uint8 ``[(2 + heads) * tile, n * tile, 3]``; each map is dark to bright from its own minimum to its own maximum.
     """
     side = round(attention.shape[2] ** 0.5)
     maps = torch.cat([attention.mean(1, keepdim=True), attention[:, :heads]], dim=1).float().cpu().numpy()
@@ -59,17 +59,17 @@ def attention_sheet(
 
 
 class Finding:
-    """What is nearest to some captions, for a subject that reads them, or else to some pictures, among a few pictures.
+    """Nearest images to some captions (for models with a text encoder) or else to some images.
 
-    Features are compared on all ranks alike, so the sheet is the same however many there are.
+    Features are compared identically on all ranks, so that the sheet does not depend on their number.
 
     Args:
-        pictures: among which is looked; all ranks share them.
-        reader: where their captions are read from.
+        pictures: images that are searched; divided among the ranks.
+        reader: reads their captions.
         group: a gloo group, or ``None`` for the default.
-        rows: captions or pictures that are looked for, the first of the list.
-        columns: how many of the nearest are shown.
-        tile: side of one picture, pixels.
+        rows: number of queries, captions or images, the first of the list.
+        columns: number of nearest images shown.
+        tile: side of one image, pixels.
     """
 
     def __init__(
@@ -88,10 +88,10 @@ class Finding:
         self._thumbs: Sheet | None = None
 
     def __call__(self, subject: EvalModel) -> tuple[str, Sheet] | None:
-        """What it is (``retrieval`` or ``neighbours``) and the sheet, the same on all ranks.
+        """The kind of sheet (``retrieval`` or ``neighbours``) and the sheet, the same on all ranks.
 
-        Left is what was looked for. A green frame is a picture that the caption tells of, or one of the same class; a red one is
-        another, a gray one has no class. ``None`` if there is nothing to look for, or among.
+        The query is on the left. A green frame marks an image that matches the caption, or one of the same class; a red one marks
+        another image, a gray one has no class. ``None`` if there is no query or nothing to search.
         """
         found = all_gather_table(extract(self._pictures, subject.embedded, labelled=False), self._group)
         if self._thumbs is None:
@@ -129,7 +129,7 @@ class Finding:
         return "retrieval", self._drawn([_written(caption, self._tile) for _, caption in asked], best, frames)
 
     def _seen(self, subject: EvalModel) -> Sheet:
-        """All pictures, small, in the order of the list."""
+        """All images as thumbnails, in the order of the list."""
         side, none = self._tile, np.zeros((0, self._tile, self._tile, 3), dtype=np.uint8)
         parts = [
             (thumbs(shown.images, mean=subject.mean, std=subject.std, side=side), shown.numbers.numpy())
@@ -153,7 +153,7 @@ class Finding:
 
 
 def _nearest(similarity: Tensor, count: int) -> Tensor:
-    """The places of the largest of each row, of equals the first."""
+    """Indices of the largest values of each row; the first among equals."""
     return similarity.argsort(dim=1, descending=True, stable=True)[:, :count]
 
 
@@ -172,7 +172,7 @@ def _framed(picture: Sheet, colour: tuple[int, int, int]) -> Sheet:
 
 
 def _written(text: str, side: int) -> Sheet:
-    """A caption on white; what has no room is cut."""
+    """A caption on white; text that does not fit is truncated."""
     image = Image.new("RGB", (side, side), "white")
     words = textwrap.wrap(text, _LETTERS, max_lines=(side - 8) // (_POINTS + 2), placeholder=" …")
     font = ImageFont.load_default(_POINTS)

@@ -1,4 +1,4 @@
-"""Features of a list of samples, dealt to the ranks, and how the ranks put them together again."""
+"""Extracts features of a list of samples on all ranks, and gathers them."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from pipeline.evaluation.online import Pictures
 
 @dataclass(frozen=True)
 class Table:
-    """This rank's samples.
+    """Features of this rank's samples.
 
     Attributes:
         values: fp32 ``[n, …]`` on the CPU.
         labels: int64 ``[n]``.
-        numbers: int64 ``[n]``, the samples' places in the whole list.
-        ids: the samples' own numbers.
+        numbers: int64 ``[n]``, the samples' positions in the whole list.
+        ids: the samples' numbers in the data set.
     """
 
     values: Tensor
@@ -33,18 +33,18 @@ class Table:
         return len(self.numbers)
 
     def of(self, rows: Tensor) -> Table:
-        """Some rows."""
+        """Select rows."""
         return Table(self.values[rows], self.labels[rows], self.numbers[rows], [self.ids[i] for i in rows.tolist()])
 
 
 @torch.inference_mode()
 def extract(pictures: Pictures, features: Callable[[Tensor], Tensor], *, labelled: bool = True) -> Table:
-    """Features of this rank's share; every rank makes the same number of passes.
+    """Features of this rank's share; every rank makes the same number of forward passes.
 
     Args:
-        pictures: what to look at.
-        features: ``[n, 3, h, w]`` to ``[n, …]``.
-        labelled: leave out samples without a class number.
+        pictures: the images.
+        features: maps ``[n, 3, h, w]`` to ``[n, …]``.
+        labelled: skip samples without a class number.
     """
     values, labels, numbers, ids, passes = [], [], [], [], 0
     empty = features(pictures.blank()).float().cpu()[:0]
@@ -68,7 +68,7 @@ def extract(pictures: Pictures, features: Callable[[Tensor], Tensor], *, labelle
 
 
 def all_gather_table(table: Table, group: dist.ProcessGroup | None) -> Table:
-    """All ranks' samples, in the order of the list: the same on every rank, however many there are."""
+    """Gather all ranks' samples in the order of the list; the result is the same on every rank, whatever the world size."""
     parts = gathered((table.values, table.labels, table.numbers, table.ids), group)
     numbers = torch.cat([part[2] for part in parts])
     order = numbers.argsort()
@@ -82,13 +82,13 @@ def all_gather_table(table: Table, group: dist.ProcessGroup | None) -> Table:
 
 
 def gathered(mine: tuple[Any, ...], group: dist.ProcessGroup | None) -> Sequence[tuple[Any, ...]]:
-    """What every rank has, by rank."""
+    """Gather the values of every rank, by rank."""
     parts: list[tuple[Any, ...]] = [()] * dist.get_world_size(group)
     dist.all_gather_object(parts, mine, group=group)
     return parts
 
 
 def all_reduce_sum(value: Tensor, group: dist.ProcessGroup | None) -> Tensor:
-    """The sum over ranks, in the tensor itself; host tensors travel through the group of the host."""
+    """All-reduce (sum) in place; host tensors use the host's process group."""
     dist.all_reduce(value, group=group)
     return value

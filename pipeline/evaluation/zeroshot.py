@@ -1,7 +1,7 @@
-"""Zero-shot classification: each class is the mean of what its name says in some sentences (protocol of CLIP, arXiv 2103.00020).
+"""Zero-shot classification with class names in prompt templates (protocol of CLIP, arXiv 2103.00020).
 
-For each class every template is filled in and encoded, each feature is made a unit vector, their mean is made one again; a
-picture belongs to the class whose vector is nearest. Scores by different templates are not comparable.
+For each class every template is filled in and encoded, the features are L2-normalised and averaged, and the mean is normalised
+again; an image is assigned to the class with the nearest vector. Scores with different templates are not comparable.
 """
 
 from __future__ import annotations
@@ -21,17 +21,17 @@ SIMPLE = (
     "art of the {}.",
     "a photo of the small {}.",
 )
-"""The seven sentences of SLIP, A-CLIP and DetailCLIP; the eighty of OpenAI give other numbers."""
+"""The seven templates of SLIP, A-CLIP and DetailCLIP; OpenAI's eighty give different scores."""
 
 
 def class_vectors(
     encode: Callable[[list[str]], Tensor], names: Sequence[str], templates: Sequence[str], *, batch: int = 256
 ) -> Tensor:
-    """One unit vector a class, ``[classes, width]`` fp32.
+    """One unit vector per class, ``[classes, width]`` fp32.
 
     Args:
-        encode: texts to features ``[n, width]``.
-        names: of the classes, in the order of their numbers.
+        encode: maps texts to features ``[n, width]``.
+        names: class names, in the order of the class numbers.
         templates: sentences with one ``{}``.
         batch: texts encoded at a time.
     """
@@ -42,13 +42,13 @@ def class_vectors(
 
 
 def classified(features: Tensor, vectors: Tensor, labels: Tensor, *, ks: Sequence[int] = (1, 5)) -> dict[str, float]:
-    """Share of pictures whose class is among the nearest, and the mean over classes of that share.
+    """Top-k accuracy, and the mean per-class accuracy.
 
     Args:
-        features: ``[n, width]`` of the pictures.
+        features: ``[n, width]`` of the images.
         vectors: ``[classes, width]``, see :func:`class_vectors`.
         labels: int64 ``[n]``.
-        ks: how many of the nearest count; more than there are classes count as all.
+        ks: values of k; clipped to the number of classes.
 
     Returns:
         ``top<k>`` for each k, and ``mean_per_class``, the mean over the classes that occur of their own top-1.

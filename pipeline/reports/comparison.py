@@ -1,4 +1,4 @@
-"""``fovea report``: runs side by side in one HTML file that needs no server: numbers, curves, interruptions, losses, settings."""
+"""``fovea report``: compares runs in one self-contained HTML file: scores, curves, interruptions, losses, settings."""
 
 from __future__ import annotations
 
@@ -30,22 +30,22 @@ _CURVES = (
     ("perf/images_per_second", "images per second"),
     ("perf/data_wait_fraction", "share of the time spent waiting for data"),
 )
-_CHOICES = ("/rate", "/layers", "/patches", "/cost", "/chosen_on", "_rank", "_p10")  # in the table, but no curve
+_CHOICES = ("/rate", "/layers", "/patches", "/cost", "/chosen_on", "_rank", "_p10")  # in the table, but not plotted
 _ABSENT = "—"
 
 
 @dataclass
 class RunSummary:
-    """All that a run's directory has to say.
+    """Contents of a run directory.
 
     Attributes:
-        name: of the run; with a number if others have the same.
-        directory: where it is.
+        name: run name, numbered if others have the same.
+        directory: the run directory.
         config: its settings, or ``None`` if they are of another version.
         past: its journals.
-        outcome: how it ended, if it has.
-        manifest: of its newest checkpoint.
-        tags: what the journals told of the environment.
+        outcome: final state, if the run has ended.
+        manifest: manifest of its newest checkpoint.
+        tags: environment as recorded in the journals.
         judged: scores of ``fovea eval``, by checkpoint.
     """
 
@@ -60,12 +60,12 @@ class RunSummary:
 
     @property
     def batch(self) -> int:
-        """Samples of a step."""
+        """Samples per step."""
         return int(self.config.get("train", {}).get("global_batch_size", 1))
 
     @property
     def scores(self) -> dict[str, dict[int, float]]:
-        """Metrics of evaluations by step."""
+        """Evaluation metrics by step."""
         return {name: points for name, points in self.past.metrics.items() if not name.startswith(_PLAIN)}
 
 
@@ -73,7 +73,7 @@ def gather(paths: Sequence[Path]) -> list[RunSummary]:
     """Read runs.
 
     Raises:
-        ConfigError: one of them is no run.
+        ConfigError: one of the paths is not a run.
     """
     found: list[RunSummary] = []
     for path in paths:
@@ -99,7 +99,7 @@ def gather(paths: Sequence[Path]) -> list[RunSummary]:
 
 
 def _eval_documents(run: Path) -> dict[str, dict[str, Any]]:
-    """Scores of ``fovea eval`` by checkpoint: those of named evaluators, and the k-NN that it computes without any name."""
+    """Scores of ``fovea eval`` by checkpoint: those of named evaluators, and the k-NN that it computes by default."""
     documents = {file.stem: _json(file) for file in sorted((run / "evaluations").glob("*.json"))}
     plain = _json(run / "evaluation.json")
     knn = plain.get("knn")
@@ -113,15 +113,15 @@ def _eval_documents(run: Path) -> dict[str, dict[str, Any]]:
 
 
 def write(paths: Sequence[Path], out: Path) -> Path:
-    """Draw the page.
+    """Write the page.
 
     Args:
-        paths: directories of runs.
+        paths: run directories.
         out: the HTML file.
 
     Raises:
-        ConfigError: one of them is no run.
-        DataError: the file cannot be written, or a record of a run is of a wrong type.
+        ConfigError: one of the paths is not a run.
+        DataError: the file cannot be written, or a record of a run has a wrong type.
     """
     try:
         runs = gather(paths)
@@ -157,7 +157,7 @@ def _page(runs: Sequence[RunSummary]) -> str:
 
 
 def run(paths: Sequence[Path], out: Path) -> int:
-    """Draw the page and say where it is; returns the exit code.
+    """Write the page and print its path; returns the exit code.
 
     Raises:
         FoveaError: see :func:`write`.
@@ -276,7 +276,7 @@ def _evaluations(runs: Sequence[RunSummary]) -> str:
 
 
 def _trained(document: Mapping[str, Any]) -> dict[str, float]:
-    """Scores by metric; those of the untrained network and of raw pixels with whose they are in front."""
+    """Scores by metric; those of the untrained network and of raw pixels are prefixed with their source."""
     scores = document.get("scores", {})
     rows = {whose: row for whose, row in scores.items() if isinstance(row, dict)} if isinstance(scores, dict) else {}
     return {
@@ -348,7 +348,7 @@ def _settings(runs: Sequence[RunSummary]) -> str:
 def _flat(config: Mapping[str, Any]) -> dict[str, str]:
     try:
         return {key: str(value) for key, value in masked(flatten(Config.model_validate(config))).items()}
-    except (ValueError, RecursionError):  # of another version
+    except (ValueError, RecursionError):  # written by another version
         return {str(key): json.dumps(value) for key, value in masked(dict(config)).items()}
 
 

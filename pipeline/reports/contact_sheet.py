@@ -1,4 +1,4 @@
-"""A contact sheet of shards as they are: pictures drawn evenly from all of them, without a method."""
+"""Contact sheet of shards: images sampled evenly from all shards, without augmentation."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ from pipeline.reports import html as pictures
 from pipeline.untrusted import printable
 
 _SIDE, _GAP, _LINE, _COLUMNS = 224, 16, 18, 8
-_DRAW = 0xC0A7  # names the draw
+_DRAW = 0xC0A7  # random stream of this draw
 
 
 def write(manifest: Manifest, out: Path, count: int, seed: int = 0) -> None:
-    """Draws some samples of an index, chosen by the seed from all shards.
+    """Draw some samples of an index, sampled from all shards.
 
     Args:
         manifest: the index.
-        out: the file; a picture if its name ends in ``.png``, else an HTML page that holds everything.
-        count: how many samples.
-        seed: another seed, other samples.
+        out: output file; an image if its name ends in ``.png``, else a self-contained HTML page.
+        count: number of samples.
+        seed: seed of the selection.
 
     Raises:
-        DataError: shards that are gone, or a file that cannot be written.
+        DataError: missing shards, or a file that cannot be written.
     """
     cells = gather(manifest, count, seed)
     try:
@@ -43,16 +43,14 @@ def write(manifest: Manifest, out: Path, count: int, seed: int = 0) -> None:
 
 
 def gather(manifest: Manifest, count: int, seed: int = 0) -> list[tuple[Image.Image, str, str]]:
-    """Picture, key and a line about each of some samples, in the order of the shards; gray where a picture cannot be decoded."""
+    """Image, key and description of some samples, in the order of the shards; gray where an image cannot be decoded."""
     from pipeline.data.augment.decode import Decoder
     from pipeline.data.loader.reader import Reader
     from pipeline.data.settings import StorageSettings
     from pipeline.data.storage import Storage
 
     chosen = np.sort(permutation(manifest.total, seed, _DRAW)[:count])
-    near = Storage(
-        StorageSettings(access="range_read", outage_timeout=20.0)
-    )  # a few samples are no reason to download whole shards
+    near = Storage(StorageSettings(access="range_read", outage_timeout=20.0))  # do not download whole shards for a few samples
     records = Reader(manifest, wants=("image", "caption", "label"), store=near).fetch(manifest.ids()[chosen])
     decoder, cells = Decoder(), []
     for record in records:
@@ -72,7 +70,7 @@ def gather(manifest: Manifest, count: int, seed: int = 0) -> list[tuple[Image.Im
 
 
 def sheet(cells: list[tuple[Image.Image, str, str]]) -> Image.Image:
-    """The samples in rows, as one picture."""
+    """The samples in rows, as one image."""
     columns = min(_COLUMNS, len(cells))
     rows = -(-len(cells) // columns)
     width, height = _SIDE + _GAP, _SIDE + 2 * _LINE + _GAP

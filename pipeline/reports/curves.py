@@ -1,4 +1,4 @@
-"""The curves of the experiments on collapse, as one HTML page that needs nothing beside it."""
+"""HTML page with the curves of the collapse ablations."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _SIGNS = {
 
 
 def page(found: Sequence[Found]) -> str:
-    """One row of charts a question: k-NN, and what of each sign was logged."""
+    """One row of charts per question: k-NN accuracy and the logged metrics of each setting."""
     rows = []
     for question in dict.fromkeys(one.trial.question for one in found):
         trials = [one for one in found if one.trial.question == question and one.knn]

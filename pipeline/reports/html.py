@@ -1,7 +1,7 @@
-"""What a page is made of: pictures as data, charts as inline SVG, and the one HTML file around them.
+"""HTML building blocks of reports: embedded images, inline SVG charts, and the page template.
 
-Nothing a page shows lies outside the file: no script, font, style or picture is fetched. Colours are Okabe and Ito's, which
-readers with any colour vision can tell apart, in a light and a dark dress.
+Pages are self-contained: no script, font, style or image is fetched. Colours are those of Okabe and Ito, which are
+distinguishable with any colour vision, in a light and a dark theme.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ _MOST_POINTS = 300
 
 
 def pixels(view: Any) -> Pixels:
-    """A normalised view as a picture.
+    """Convert a normalised view to an image.
 
     Args:
-        view: float tensor ``[3, height, width]``, normalised with ImageNet's mean and deviation.
+        view: float tensor ``[3, height, width]``, normalised with ImageNet's mean and standard deviation.
 
     Returns:
         uint8 ``[height, width, 3]``.
@@ -44,12 +44,12 @@ def pixels(view: Any) -> Pixels:
 
 
 def fitted(picture: Pixels, side: int, *, sharp: bool = False) -> Image.Image:
-    """A picture whose longer side has ``side`` pixels.
+    """Resize an image so that its longer side has ``side`` pixels.
 
     Args:
         picture: uint8 ``[height, width, 3]``.
         side: pixels.
-        sharp: show enlarged pixels as squares rather than smoothed.
+        sharp: enlarge with nearest-neighbour instead of smooth interpolation.
     """
     height, width = picture.shape[:2]
     scale = side / max(height, width)
@@ -59,10 +59,10 @@ def fitted(picture: Pixels, side: int, *, sharp: bool = False) -> Image.Image:
 
 
 def veiled(image: Image.Image, hidden: NDArray[np.bool_]) -> Image.Image:
-    """A picture with hatched gray over the hidden patches.
+    """Hatch the hidden patches of an image in gray.
 
     Args:
-        image: the picture.
+        image: the image.
         hidden: bool ``[rows, columns]``, true where hidden.
     """
     rows, columns = hidden.shape
@@ -80,12 +80,12 @@ def veiled(image: Image.Image, hidden: NDArray[np.bool_]) -> Image.Image:
 
 
 def boxed(image: Image.Image, boxes: Sequence[tuple[tuple[float, float, float, float], str, str, int]]) -> Image.Image:
-    """A picture with named frames drawn on it, rimmed in white so that they show on any ground.
+    """Draw labelled frames on an image, with a white rim for contrast on any background.
 
     Args:
-        image: the picture.
-        boxes: of each frame left, top, right and bottom as shares of the sides, its colour, its name of a letter or two, and its
-            width in pixels.
+        image: the image.
+        boxes: of each frame left, top, right and bottom as shares of the sides, its colour, its label of one or two letters, and
+            its width in pixels.
     """
     out = image.copy()
     draw = ImageDraw.Draw(out)
@@ -108,30 +108,30 @@ def boxed(image: Image.Image, boxes: Sequence[tuple[tuple[float, float, float, f
 
 
 def on(colour: str) -> str:
-    """Black or white, whichever reads better on a colour such as ``#0072B2``."""
+    """Black or white, whichever contrasts better with a colour such as ``#0072B2``."""
     red, green, blue = (int(colour[at : at + 2], 16) for at in (1, 3, 5))
     return "#000000" if 0.299 * red + 0.587 * green + 0.114 * blue > 140 else "#ffffff"
 
 
 def font(size: int) -> Any:
-    """Pillow's own face, in pixels; characters it lacks are drawn as boxes."""
+    """Pillow's built-in font, size in pixels; missing characters are drawn as boxes."""
     return ImageFont.load_default(size)
 
 
 def embedded(image: Image.Image) -> str:
-    """A picture as the text of an ``src`` attribute: PNG in base64."""
+    """Encode an image as the value of an ``src`` attribute: PNG in base64."""
     buffer = io.BytesIO()
     image.convert("RGB").save(buffer, "PNG")
     return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
 def tag(image: Image.Image, about: str, *, width: int | None = None, kind: str = "") -> str:
-    """An ``img`` element that carries its picture.
+    """An ``img`` element with embedded data.
 
     Args:
-        image: the picture.
-        about: what it shows, for those who do not see it and for those who point at it.
-        width: pixels on the page; default, the picture's own.
+        image: the image.
+        about: description, used as alternative text and tooltip.
+        width: pixels on the page; default, the image's own.
         kind: CSS classes.
     """
     words = html.escape(about, quote=True)
@@ -147,9 +147,9 @@ class Line:
     """One line of a chart.
 
     Attributes:
-        name: what it is; stands at its end if the chart has several.
-        points: pairs of x and y; gaps where y is no finite number.
-        colour: number of a page's colour, 0 to 2.
+        name: label; shown at the line's end if the chart has several.
+        points: pairs of x and y; gaps where y is not finite.
+        colour: index of a page colour, 0 to 2.
         dots: show every point.
     """
 
@@ -161,15 +161,15 @@ class Line:
 
 @dataclass(frozen=True)
 class Chart:
-    """A picture of numbers over samples seen.
+    """A line chart over samples seen.
 
     Attributes:
         title: what is shown, with the unit.
-        lines: what moves.
-        levels: what does not: name, value and colour of dashed lines.
-        marks: x and text of upright lines.
+        lines: the curves.
+        levels: constant levels: name, value and colour of dashed lines.
+        marks: x and text of vertical lines.
         percent: y is a share, shown in percent.
-        floor, ceiling: where the y axis begins and ends; default, a little beyond the numbers.
+        floor, ceiling: limits of the y axis; default, slightly beyond the values.
         width, height: pixels.
     """
 
@@ -185,7 +185,7 @@ class Chart:
 
 
 def short(value: float) -> str:
-    """A number as a reader likes it: 12.8k, 0.25, 3e-06."""
+    """Format a number briefly: 12.8k, 0.25, 3e-06."""
     size = abs(value)
     if size >= 1000:
         power, letter = next((p, n) for p, n in ((1e9, "G"), (1e6, "M"), (1e3, "k")) if size >= p)
@@ -194,7 +194,7 @@ def short(value: float) -> str:
 
 
 def ticks(low: float, high: float, most: int) -> list[float]:
-    """At most ``most`` + 1 round numbers between two others, evenly spaced."""
+    """At most ``most`` + 1 evenly spaced round numbers between ``low`` and ``high``."""
     if not high > low:
         return [low]
     rough = (high - low) / most
@@ -205,7 +205,7 @@ def ticks(low: float, high: float, most: int) -> list[float]:
 
 
 def _labels(values: Sequence[float], percent: bool) -> list[str]:
-    """Texts with just so many digits that neighbours differ."""
+    """Labels with just enough digits that neighbours differ."""
     if percent:
         values = [100 * value for value in values]
     texts = [short(value) for value in values]
@@ -217,7 +217,7 @@ def _labels(values: Sequence[float], percent: bool) -> list[str]:
 
 
 def draw(chart: Chart) -> str:
-    """A chart as an ``svg`` element; a sentence where there is nothing to draw."""
+    """Render a chart as an ``svg`` element, or as a sentence if there is nothing to draw."""
     lines = [_thinned(line) for line in chart.lines]
     shown = [(x, y) for line in lines for x, y in line.points if math.isfinite(y)]
     if not shown:
@@ -278,12 +278,12 @@ def draw(chart: Chart) -> str:
 
 
 def _spots(line: Line, px: Any, py: Any, said: Any) -> list[tuple[float, float, str, str]]:
-    """Places and texts of a line's points."""
+    """Positions and texts of a line's points."""
     return [(px(x), py(y), f"{x:,.0f}".replace(",", "\u202f"), said(y)) for x, y in line.points if math.isfinite(y)]
 
 
 def _thinned(line: Line) -> Line:
-    """At most some hundred points: means over neighbours, the last one as it is."""
+    """Reduce a line to a few hundred points by averaging neighbours; the last point is kept as it is."""
     points = list(line.points)
     if len(points) <= _MOST_POINTS:
         return line
@@ -306,7 +306,7 @@ def _path(line: Line, px: Any, py: Any) -> str:
 
 
 def _apart(ends: list[tuple[float, str, int]], least: float = 14.0) -> list[tuple[float, str, int]]:
-    """Labels moved up and down until none covers another."""
+    """Shift labels vertically until they do not overlap."""
     ends = sorted(ends)
     places = [y for y, _, _ in ends]
     for _ in range(100):
@@ -399,7 +399,7 @@ svg .f0{fill:var(--c0)}svg .f1{fill:var(--c1)}svg .f2{fill:var(--c2)}
 .key.other{border:3px dashed var(--c1)}
 """
 
-# Pointing at a chart shows the nearest values; without scripts the page reads all the same.
+# Hovering over a chart shows the nearest values; the page is readable without scripts.
 _SCRIPT = """
 for (const chart of document.querySelectorAll("svg[data-lines]")) {
   const lines = JSON.parse(chart.dataset.lines);
@@ -432,13 +432,13 @@ for (const chart of document.querySelectorAll("svg[data-lines]")) {
 
 
 def _policy() -> str:
-    """What a browser may do with a page: show what is in it and run our one script, even if an escape is forgotten somewhere."""
+    """Content-Security-Policy: allow only the page's own content and our one script, in case an escape is missing somewhere."""
     digest = base64.b64encode(hashlib.sha256(_SCRIPT.encode()).digest()).decode()
     return f"default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'sha256-{digest}'"
 
 
 def document(title: str, body: str) -> str:
-    """One whole HTML file around a page's sections, with a Content-Security-Policy."""
+    """Wrap a page's sections into an HTML file with a Content-Security-Policy."""
     return (
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'

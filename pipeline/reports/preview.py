@@ -1,7 +1,7 @@
-"""``fovea shards preview``: a few training samples with the very crops, colours and masks that a method will be shown.
+"""``fovea shards preview``: shows some training samples with the exact crops, augmentations and masks of training.
 
-Samples come from the run's own order, plans and masks from its seed, pixels from the decoder and the DALI graph that training
-uses: what the sheet shows is the beginning of the first global batch, not an imitation of it.
+Samples come from the run's own order, augmentation plans and masks from its seed, pixels from the decoder and the DALI graph used
+in training: the sheet shows the beginning of the first global batch.
 """
 
 from __future__ import annotations
@@ -30,19 +30,19 @@ if TYPE_CHECKING:
 
 SAMPLES = 8
 _COLOURS = (BLUE, VERMILLION, GREEN, ORANGE, PURPLE, SKY)
-_LARGE, _SMALL, _ORIGINAL = 288, 192, 448  # sides in pixels; the page shows them at half of that
+_LARGE, _SMALL, _ORIGINAL = 288, 192, 448  # sides in pixels; the page shows them at half size
 
 
 @dataclass(frozen=True)
 class View:
-    """One view of a sample, drawn.
+    """One rendered view of a sample.
 
     Attributes:
         name: ``global 1``, ``local 3``…
-        done: what was done to it, in words; empty if it was only cut out.
-        image: the picture, hidden patches veiled.
-        hidden: share of its patches that is hidden, 0 if none.
-        sign: number of its frame on the original.
+        done: description of its augmentation; empty if it was only cropped.
+        image: the image with masked patches hatched.
+        hidden: share of its patches that is masked, 0 if none.
+        sign: label of its frame on the original.
         colour: of that frame.
     """
 
@@ -59,11 +59,11 @@ class Sample:
     """One sample with all its views.
 
     Attributes:
-        key: its own name.
+        key: key of the sample.
         label: class number, -1 if it has none.
         caption: text, empty if it has none.
-        about: shard and size, in words.
-        image: the picture with the crops' frames.
+        about: description of shard and size.
+        image: the image with the crops' frames.
         views: in the order of the method; empty if the sample cannot be used.
     """
 
@@ -76,7 +76,7 @@ class Sample:
 
 
 def views_of(config: Config) -> tuple[ViewSpec, ...]:
-    """The views that the configured method asks for; no memory is taken for its networks."""
+    """The views of the configured method; its networks are not allocated."""
     import torch
 
     from pipeline.methods.registry import build_method
@@ -86,16 +86,16 @@ def views_of(config: Config) -> tuple[ViewSpec, ...]:
 
 
 def gather(config: Config, inputs: Inputs, specs: tuple[ViewSpec, ...], count: int = SAMPLES) -> list[Sample]:
-    """The first samples of the run as its first step would see them.
+    """The first samples of the run, as in its first step.
 
     Args:
         config: the settings.
         inputs: the indexed shards and the order.
         specs: the method's views.
-        count: how many samples.
+        count: number of samples.
 
     Raises:
-        DataError: shards that are gone, or not one of the samples can be decoded.
+        DataError: missing shards, or none of the samples can be decoded.
     """
     from pipeline.data.augment.dali import Augmenter
     from pipeline.data.augment.decode import Decoder
@@ -104,7 +104,7 @@ def gather(config: Config, inputs: Inputs, specs: tuple[ViewSpec, ...], count: i
     from pipeline.data.order.order import divisors
 
     order = inputs.order
-    # The first rank of as many as still get enough each: so little is read, and yet it is what that rank would read.
+    # Use the largest world size at which rank 0 still has enough samples: little is read, exactly as that rank would read it.
     ranks = max(n for n in divisors(order.lanes) if order.global_batch // n >= min(count, order.global_batch))
     reader = Reader(
         inputs.train, wants=("image", "caption", "label"), checksum=config.data.verify_checksums, store=open_storage(config)
@@ -174,7 +174,7 @@ def _rows(plan: ViewPlan, rows: list[int]) -> ViewPlan:
 
 
 def _done(plan: ViewPlan, row: int) -> str:
-    """What the plan does to a crop, in the order in which it is done."""
+    """Describe the augmentations of a crop in the order in which they are applied."""
     jitter = "jitter" if plan.jitter[row] else ""
     blur = f"blur {plan.sigma[row]:.1f} px" if plan.sigma[row] > 0 else ""
     solarized = "solarized" if plan.solarize[row] else ""
@@ -190,13 +190,13 @@ def write(loaded: Loaded, out: Path, count: int = SAMPLES) -> None:
 
     Args:
         loaded: the configuration.
-        out: the file; a picture if its name ends in ``.png``, else an HTML page that holds everything.
-        count: how many samples; no more than a global batch has.
+        out: output file; an image if its name ends in ``.png``, else a self-contained HTML page.
+        count: number of samples, at most a global batch.
 
     Raises:
         FoveaError: shards that cannot be used, or a file that cannot be written.
     """
-    # k-NN shards are none of a preview's business: they may be missing.
+    # The shards of the k-NN evaluation are not needed here and may be missing.
     config = loaded.config.replace(evaluation=loaded.config.evaluation.only())
     inputs, specs = prepare(config, 1), views_of(config)
     samples = gather(config, inputs, specs, count)
@@ -211,7 +211,7 @@ def write(loaded: Loaded, out: Path, count: int = SAMPLES) -> None:
 
 
 def legend(specs: Sequence[ViewSpec]) -> str:
-    """What views a method asks for, in words."""
+    """Describe the views of a method."""
     words = []
     for spec in specs:
         crop = f"{spec.count} {spec.name} {'view' if spec.count == 1 else 'views'} of {spec.size} pixels"
@@ -272,7 +272,7 @@ def _page(config: Config, inputs: Inputs, specs: tuple[ViewSpec, ...], samples: 
 
 
 def sheet(samples: Sequence[Sample]) -> Image.Image:
-    """The samples under each other as one picture."""
+    """The samples below each other as one image."""
     gap, line = 24, 22
     rows = []
     for sample in samples:

@@ -1,6 +1,6 @@
-"""The picture page of a run: what came out, how it went, and what the network makes of pictures, in one HTML file.
+"""HTML page of a run: scores, curves, and visualizations of the network's features.
 
-Everything is read from the run's directory (journals, attempts, newest checkpoint) and from its shards; nothing is fetched.
+Everything is read from the run directory (journals, attempts, newest checkpoint) and from its shards; nothing is fetched.
 """
 
 from __future__ import annotations
@@ -31,10 +31,10 @@ if TYPE_CHECKING:
     from pipeline.data.augment.views import ViewSpec
 
 CROPS, PCA, QUERIES, NEIGHBOURS = 4, 8, 6, 6
-"""Samples shown with their crops, pictures in the PCA, and rows and columns of the neighbours."""
-_BANK = 4000  # pictures searched at most
-_THUMB = 216  # most pixels of a small picture in the file; the page shows it at half of that
-_CHOICE = 0xE7A1  # names the draw, the one of the k-NN evaluation
+"""Number of samples shown with their crops, images in the PCA, and rows and columns of the neighbour table."""
+_BANK = 4000  # maximum number of images searched
+_THUMB = 216  # maximum size in pixels of a thumbnail in the file; the page shows it at half size
+_CHOICE = 0xE7A1  # random stream of the draw, the one of the k-NN evaluation
 _SERIES = {"knn": "trained", "untrained": "untrained", "pixels": "pixels"}
 _SCHEDULES = {"lr", "weight_decay", "teacher_momentum", "teacher_temperature", "epoch", "skipped_steps", "loss"}
 _TITLES = {
@@ -55,12 +55,12 @@ _SHARES = {"prototype_entropy", "target_entropy", "teacher_student_top1_agreemen
 
 @dataclass
 class History:
-    """A run's numbers over all attempts, each step once.
+    """A run's metrics over all attempts, each step once.
 
     Attributes:
-        metrics: for each name pairs of step and value, by step.
-        resumes: for each step from which an attempt went on, what had happened.
-        attempts: how many there were.
+        metrics: pairs of step and value by metric name, sorted by step.
+        resumes: for each step from which an attempt resumed, the reason.
+        attempts: number of attempts.
     """
 
     metrics: dict[str, dict[int, float]] = field(default_factory=dict)
@@ -73,7 +73,7 @@ class History:
 
 
 def history(run: RunDirectory) -> History:
-    """Join the journals of a run's attempts: what an attempt did after its last checkpoint was done again by the next one."""
+    """Merge the journals of a run's attempts; steps after an attempt's last checkpoint are taken from the next attempt."""
     starts = {row["attempt"]: row for row in run.attempts() if row.get("event") == "start"}
     journals = {int(path.stem.removeprefix("journal-")): path for path in sorted(run.tracking.glob("journal-*.jsonl"))}
     out = History(attempts=len(starts.keys() | journals.keys()))
@@ -114,20 +114,20 @@ def _go_on(out: History, begin: int, what: str, reached: int) -> None:
 
 
 def write(run: Path, config: Config, out: Path, *, facts: dict[str, str] | None = None) -> Path:
-    """Draw the page of a run.
+    """Write the page of a run.
 
     Args:
-        run: the run's directory.
+        run: the run directory.
         config: its settings.
         out: the HTML file to write.
-        facts: lines for the list beside the scores, added to those read from the run, or in place of those of the same name;
-            names that begin with k-NN are left out, since the table holds them.
+        facts: additional lines for the list beside the scores, or replacements for those of the same name read from the run;
+            names that begin with k-NN are dropped, since the table holds them.
 
     Returns:
         ``out``.
 
     Raises:
-        FoveaError: a run without a checkpoint, a checkpoint of another architecture, or shards that are gone.
+        FoveaError: a run without a checkpoint, a checkpoint of another architecture, or missing shards.
     """
     import torch
 
@@ -177,7 +177,7 @@ def _number(value: float) -> str:
 
 
 def _scores(run: RunDirectory, past: History, saved: Saved) -> tuple[dict[str, dict[int, float]], int]:
-    """The newest k-NN of the journals and its step; of ``fovea eval`` if that judged a later one, the checkpoint itself."""
+    """The newest k-NN of the journals and its step; or that of ``fovea eval`` if it evaluated a later checkpoint."""
     found: dict[str, dict[int, float]] = {name: {} for name in SOURCES}
     step = -1
     for name, points in past.metrics.items():
@@ -192,7 +192,7 @@ def _scores(run: RunDirectory, past: History, saved: Saved) -> tuple[dict[str, d
                 found = {name: {int(k): float(value) for k, value in judged["knn"][name].items()} for name in SOURCES}
                 step = saved.step
         except (OSError, FoveaError, ValueError, KeyError, TypeError, AttributeError):
-            pass  # written by nobody, or by another version: the journals have the word
+            pass  # missing, or written by another version: use the journals
     return found, step if step >= 0 else saved.step
 
 
@@ -300,7 +300,7 @@ def _panel(
     return pictures.draw(Chart(title, [Line(title, points)], marks=marks, floor=low, ceiling=high, width=250, height=160))
 
 
-# ---- what the network saw, and what it makes of pictures ----------------------------------------------------------------
+# ---- what the network saw, and what it makes of images ----------------------------------------------------------------
 
 
 def _crops(config: Config, inputs: Inputs, views: tuple[ViewSpec, ...]) -> str:
@@ -342,7 +342,7 @@ def _patches(look: Gallery) -> str:
 
 
 def _tile(picture: pictures.Pixels, about: str, *, sharp: bool = False) -> str:
-    image = pictures.fitted(picture, min(_THUMB, max(picture.shape)))  # the reader's browser enlarges small ones
+    image = pictures.fitted(picture, min(_THUMB, max(picture.shape)))  # small images are enlarged by the browser
     return pictures.tag(image, about, width=_THUMB // 2, kind="sharp" if sharp else "")
 
 
@@ -358,7 +358,7 @@ def _neighbours(look: Gallery, most: int) -> str:
     keys, classes = look.classes(look.bank, ids)
     asked, answers = look.classes(look.queries, wanted)
     similarity = asked @ keys.T
-    if look.bank is look.queries:  # a picture is not its own neighbour
+    if look.bank is look.queries:  # an image is not its own neighbour
         similarity[torch.from_numpy(wanted[:, None] == ids[None])] = -2.0
     near, place = similarity.topk(min(NEIGHBOURS, len(ids)), dim=1)
     queries, said = look.pictures(look.queries, wanted, look.size)

@@ -1,4 +1,4 @@
-"""``fovea visualize``: a person's own pictures as a run's network sees them, in one HTML page."""
+"""``fovea visualize``: shows a run's features on user-supplied images in one HTML page."""
 
 from __future__ import annotations
 
@@ -19,21 +19,21 @@ if TYPE_CHECKING:
 
     from pipeline.models.eval_model import EvalModel
 
-_TILE = 168  # pixels of a picture on the page
+_TILE = 168  # size in pixels of an image on the page
 
 
 def run(path: Path, files: Sequence[Path], *, out: Path, texts: Sequence[str], size: int | None) -> int:
-    """Draw the page and say where it is; returns the exit code.
+    """Write the page and print its path; returns the exit code.
 
     Args:
         path: a run or a checkpoint.
-        files: pictures.
+        files: images.
         out: the HTML file.
-        texts: sentences to look for in them, of a method that reads captions.
-        size: side of the pictures, pixels; twice that of training if not given.
+        texts: sentences to locate in the images, for methods with a text encoder.
+        size: side of the images in pixels; twice the training size by default.
 
     Raises:
-        FoveaError: no checkpoint, no picture, a size that is no multiple of the patch, or texts that the method cannot read.
+        FoveaError: no checkpoint, no image, a size that is not a multiple of the patch size, or texts without a text encoder.
     """
     import torch
 
@@ -86,10 +86,10 @@ def run(path: Path, files: Sequence[Path], *, out: Path, texts: Sequence[str], s
 
 
 def square(file: Path, side: int) -> np.ndarray:
-    """The square in the middle of a picture, uint8 ``[side, side, 3]``.
+    """The centre square of an image, uint8 ``[side, side, 3]``.
 
     Raises:
-        DataError: it is no picture.
+        DataError: the file is not an image.
     """
     from PIL import ImageOps
 

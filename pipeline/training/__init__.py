@@ -1,1 +1,1 @@
-"""Training: the order of one step, DeepSpeed behind one engine, schedules, optimizers, alerts."""
+"""Training loop, DeepSpeed engine, schedules, optimizers, rollback and alerts."""

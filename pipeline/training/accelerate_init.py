@@ -1,7 +1,8 @@
-"""DeepSpeed set up by Hugging Face Accelerate, for who already has its hooks around it; the same engine comes out.
+"""Initializes DeepSpeed through Hugging Face Accelerate, for users whose code depends on its hooks.
 
-Accelerate prepares the student and its optimizer and nothing else. Its ``backward`` would take the optimizer's step along, which
-leaves no room to clip each network apart, and its saves are not atomic: both stay ours, as does the teacher.
+The result is the same engine. Accelerate prepares only the student and its optimizer. Its ``backward`` includes the optimizer
+step, which prevents clipping each network separately, and its checkpoints are not atomic; backward, checkpoints and the teacher
+therefore remain in this package.
 """
 
 from __future__ import annotations
@@ -16,25 +17,25 @@ from pipeline.errors import TrainingError
 
 
 def initialize(model: nn.Module, optimizer: torch.optim.Optimizer, config: dict[str, Any]) -> Any:
-    """What ``deepspeed.initialize`` gives, by way of ``Accelerator.prepare``.
+    """Equivalent of ``deepspeed.initialize``, using ``Accelerator.prepare``.
 
     Args:
         model: the student.
-        optimizer: of its parameters.
-        config: DeepSpeed's settings, complete. Accelerate wants transformers for them; the config's check has looked.
+        optimizer: optimizer of the student's parameters.
+        config: complete DeepSpeed config. Accelerate requires transformers for it; the config check has verified that.
 
     Returns:
         The DeepSpeedEngine.
 
     Raises:
-        TrainingError: Accelerate counts other ranks than there are, took another way than DeepSpeed, or rounded the weights.
+        TrainingError: Accelerate reports another world size, chose a backend other than DeepSpeed, or rounded the weights.
     """
     from accelerate import Accelerator, DeepSpeedPlugin, InitProcessGroupKwargs
     from accelerate.utils import TorchDynamoPlugin
 
-    # Without the backend it takes NCCL for granted, and on a CPU believes to be alone.
+    # Without an explicit backend Accelerate assumes NCCL, and on a CPU it assumes a single process.
     group: Any = InitProcessGroupKwargs(backend=dist.get_backend())
-    # What its launcher's variables ask for is ours to do: its bf16 would round the weights, its dynamo compile the engine.
+    # Ignore its launcher's variables, which fovea handles: its bf16 would round the weights, its dynamo compile the engine.
     accelerator = Accelerator(
         deepspeed_plugin=DeepSpeedPlugin(hf_ds_config=config),
         kwargs_handlers=[group],

@@ -1,11 +1,12 @@
-"""Tells a run that has gone wrong from one that goes on, by the numbers that are logged anyway.
+"""Detects failing runs from the logged metrics.
 
-Four illnesses are known besides numbers that are not finite, which the trainer skips and rollbacks by itself: *collapse* of the
-targets, all undecided or all the same, or of the features, into few directions; *divergence*, when what was learnt is lost again;
-and *standing still*. All but one are judged by what the method says its metrics mean (:mod:`pipeline.methods.health_metrics`).
+Non-finite numbers are handled by the trainer (skip, rollback). The failure modes detected here are *collapse* of the targets
+(uniform, or the same for all samples) or of the features (into few directions), *divergence* (progress is lost again) and
+*plateau*. All but one need the method's description of its metrics (:mod:`pipeline.methods.health_metrics`).
 
-Every sign is a mean over the last :data:`SMOOTH` steps, and has to hold for :data:`PATIENCE` steps: an illness is told of within
-200 steps of its onset, as long as numbers are logged at least every :data:`SMOOTH`, and a bad batch is not. Each is told once.
+Every sign is a mean over the last :data:`SMOOTH` steps and has to hold for :data:`PATIENCE` steps: a failure is reported within
+200 steps of its onset, provided that metrics are logged at least every :data:`SMOOTH` steps, and a single bad batch is not. Each
+failure mode is reported once.
 """
 
 from __future__ import annotations
@@ -19,19 +20,19 @@ from pipeline.methods.base import Step
 from pipeline.methods.health_metrics import DIVERGENCE, PLATEAU, PROTOTYPE_COLLAPSE, RANK_COLLAPSE, UNIFORM_TARGETS, HealthMetrics
 
 SMOOTH, PATIENCE, WINDOW = 40, 100, 150  # steps
-NEAR_GUESS, UNDECIDED = 0.01, 0.99  # shares of the loss of a guess, and of the largest entropy
-FAR_WORSE, NEARLY = 0.1, 0.95  # the same, together
+NEAR_GUESS, UNDECIDED = 0.01, 0.99  # relative to the loss of a guess, and to the maximum entropy
+FAR_WORSE, NEARLY = 0.1, 0.95  # thresholds that must hold together, with the same units
 _DEFAULT = "the steps are too large: lower schedule.lr.peak, or lengthen schedule.lr.warmup"
 _STUCK = "nothing is trained, or everything is frozen: see gradient_norm, schedule.lr.peak and schedule.lr"
 
 
 @dataclass(frozen=True)
 class Alert:
-    """An illness, told once.
+    """A detected failure mode; reported once per run.
 
     Attributes:
-        illness: ``uniform``, ``single``, ``narrow``, ``worse`` or ``still``.
-        since: the step at which it was first seen.
+        failure_mode: one of the constants of :mod:`pipeline.methods.health_metrics`.
+        since: step at which the signs first appeared.
         text: one sentence: what is wrong, the likely cause, the setting to change.
     """
 
@@ -41,11 +42,11 @@ class Alert:
 
 
 class Alerts:
-    """Looks at a run's numbers, one logged step after another.
+    """Detects failure modes from the metrics of successive logged steps.
 
     Args:
-        vitals: what the method's metrics mean; without it only a loss that does not move at all, or that has risen far above
-            where it began, is noticed.
+        health_metrics: names and meaning of the method's metrics; without them only a constant loss, or one that has risen far
+            above its initial value, is detected.
     """
 
     def __init__(self, health_metrics: HealthMetrics | None = None) -> None:
@@ -55,11 +56,11 @@ class Alerts:
         self._forget()
 
     def look(self, step: Step, done: int, values: Mapping[str, float]) -> list[Alert]:
-        """Alarms that are due.
+        """Record the metrics of a step; returns the alerts that are due.
 
         Args:
             step: the schedules' values.
-            done: steps done; when it goes back, as after a rewind, what was seen before is forgotten.
+            done: steps done; if it decreases, as after a rollback, the history is discarded.
             values: ``loss`` and the method's metrics, means since the last call.
         """
         if self._seen and done <= self._seen[-1][0]:
@@ -74,13 +75,13 @@ class Alerts:
         found = []
         ill = dict(self._signs(done, smooth))
         if UNIFORM_TARGETS in ill:
-            ill.pop(PLATEAU, None)  # says the same with less
+            ill.pop(PLATEAU, None)  # implied by uniform targets
         for failure_mode in (UNIFORM_TARGETS, PROTOTYPE_COLLAPSE, RANK_COLLAPSE, DIVERGENCE, PLATEAU):
             if failure_mode not in ill:
                 self._since.pop(failure_mode, None)
                 continue
             since = self._since.setdefault(failure_mode, done)
-            # What stands still has been looked at for a whole window already.
+            # A plateau has already been observed over a whole window.
             if failure_mode not in self._told and (done - since >= PATIENCE or failure_mode == PLATEAU):
                 self._told.add(failure_mode)
                 suggest_fix = self._vitals.suggest_fix(failure_mode, step) if self._vitals.suggest_fix else _DEFAULT
@@ -95,20 +96,20 @@ class Alerts:
         self._best: dict[str, float] = {}
 
     def _mean(self, after: int, until: float = math.inf) -> dict[str, float]:
-        """Means of what was logged in some of the last steps."""
+        """Means of the values logged in steps ``(after, until]``."""
         chosen = [values for done, values in self._seen if after < done <= until]
         return {name: sum(values.get(name, math.nan) for values in chosen) / len(chosen) for name in chosen[-1]} if chosen else {}
 
     def _signs(self, done: int, now: Mapping[str, float]) -> Iterator[tuple[str, str]]:
-        """Illnesses whose signs are there, and how they look."""
+        """Failure modes whose signs are present, with a description."""
         v = self._vitals
         entropy, use, below, rank = (now.get(name or "", math.nan) for name in (v.entropy, v.use, v.below_guess, v.rank))
-        # Fresh networks tell no samples apart, and need not while the learning rate still grows: that is no illness.
+        # Right after initialization the network does not distinguish samples, which is normal while the learning rate warms up.
         decided = self._most("decided", 1.0 - entropy) > 3 * (1.0 - UNDECIDED)
         fresh = self._rising(done, SMOOTH) and not decided
         guess = v.guess or math.nan
         aimless = entropy >= UNDECIDED and below <= NEAR_GUESS * guess
-        # Thrown about by too high a rate, the student is far worse than a guess and targets are not uniform at every moment.
+        # With too high a learning rate the student is far worse than a guess, and the targets are not uniform at every step.
         thrown = entropy >= NEARLY and below <= -FAR_WORSE * guess
         if v.guess is not None and (aimless or thrown) and not fresh:
             yield (
@@ -151,7 +152,7 @@ class Alerts:
                 yield PLATEAU, f"for {span} steps the loss has been that of a guess ({guess - below:.2f}, ln K is {guess:.2f})"
 
     def _rising(self, done: int, steps: int) -> bool:
-        """Whether the learning rate has grown over the last steps, as it does during a warm-up."""
+        """Whether the learning rate has grown over the last ``steps`` steps, as it does during a warm-up."""
         rates = [values["lr"] for step, values in self._seen if step >= done - steps]
         if len(rates) < 2:
             rates = [values["lr"] for _, values in self._seen][-2:]
@@ -162,7 +163,7 @@ class Alerts:
         return max(losses) - min(losses) <= 1e-7 * abs(losses[-1]) and self._seen[-1][1]["lr"] > 0
 
     def _most(self, sign: str, value: float) -> float:
-        """The largest that a sign has been."""
+        """Update and return the maximum of a sign."""
         if not math.isnan(value):
             self._best[sign] = max(value, self._best.get(sign, value))
         return self._best.get(sign, math.nan)

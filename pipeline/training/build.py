@@ -1,4 +1,4 @@
-"""Settings in, a trainer out: the wiring of one rank, in the order in which a sample travels."""
+"""Builds the trainer of one rank from the settings."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ from pipeline.weights import init_from as initial
 
 
 def make_plan(config: Config, order: Order | Mixture, run: RunDirectory, attempt: int, rank: int) -> Plan:
-    """Lengths and distances in optimizer steps."""
+    """Convert lengths and intervals to optimizer steps."""
     batch, epoch = config.train.global_batch_size, order.samples_per_epoch
     record = run.batches(attempt, rank) if config.train.record_batches else None
     if record is not None:
@@ -76,10 +76,10 @@ def make_plan(config: Config, order: Order | Mixture, run: RunDirectory, attempt
 
 
 def prepare_towers(method: Method, config: Config) -> None:
-    """Switches recomputation, 8-bit products and compilation on where the settings say so.
+    """Enable activation checkpointing, fp8 products and compilation as configured.
 
     Raises:
-        ConfigError: ``train.compile`` without the compiler that it needs on a CPU, ``train.fp8`` on a GPU without such products.
+        ConfigError: ``train.compile`` on a CPU without a C++ compiler, or ``train.fp8`` on a GPU that does not support it.
     """
     if config.train.fp8 != "off" and torch.cuda.is_available() and torch.cuda.get_device_capability() < (8, 9):
         raise ConfigError(
@@ -101,7 +101,7 @@ def prepare_towers(method: Method, config: Config) -> None:
 
 
 def _blocks(tower: VisionTower | TextTower) -> Any:
-    """A container of blocks."""
+    """The module list of a tower's blocks."""
     blocks: nn.Module = tower.vit.blocks if isinstance(tower, VisionTower) else tower.blocks
     return blocks
 
@@ -121,7 +121,7 @@ def assemble(
     watchdog: Watchdog,
     copies: Copies | None = None,
 ) -> Trainer:
-    """Everything one rank needs, brought to the state of ``resume`` if there is one.
+    """Build everything one rank needs and load the checkpoint ``resume``, if given.
 
     Raises:
         CheckpointError: the checkpoint does not fit this run.
@@ -257,7 +257,7 @@ def assemble(
 
 
 def _sheets(run: RunDirectory, journal: Journal) -> Show:
-    """Keeps pictures beside the run's numbers, and has them sent with these."""
+    """Save image sheets beside the journal and queue them for upload."""
 
     def keep(step: int, name: str, sheet: NDArray[np.uint8]) -> None:
         path = run.path / "pictures" / f"{name}-{step:09d}.png"
@@ -288,7 +288,7 @@ def _checkpoints(config: Config, inputs: Inputs, run: RunDirectory, world: World
 
 
 def _data_state(inputs: Inputs, bad_samples: BadSamples, world: World) -> dict[str, Any]:
-    """The data plane's state: constants that must not change, and what each rank could not use."""
+    """The data state of a checkpoint: constants that must not change, and the bad samples of each rank."""
     states: list[dict[str, Any] | None] = [None] * world.size
     dist.all_gather_object(states, bad_samples.state(), group=world.control)
     reasons: Counter[str] = Counter()
@@ -321,14 +321,14 @@ def _restore(saved: Saved, engine: Engine, method: Method, bad_samples: BadSampl
             f"its manifest does not say {', '.join(missing)}", where=str(saved.path), hint="resume from another one"
         )
     data = saved.manifest["data"]
-    # The totals live on rank 0 from here on; the others count what they see themselves.
+    # After this point rank 0 holds the totals; the other ranks count only their own samples.
     first = dist.get_rank() == 0
     bad_samples.load(
         {
             "seen": data["seen"] if first else 0,
             "reasons": data["substituted"] if first else {},
             "counts": data.get("counts", {}) if first else {},
-            "quarantine": {} if changed else data["quarantine"],  # in other data its numbers are other samples
+            "quarantine": {} if changed else data["quarantine"],  # with other data, its numbers refer to other samples
         }
     )
     m = saved.manifest

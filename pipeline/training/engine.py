@@ -1,13 +1,13 @@
-"""One engine around DeepSpeed: the only file that imports it.
+"""Wraps DeepSpeed; the only file that imports it.
 
-DeepSpeed shards the optimizer's state (ZeRO 1), the gradients (ZeRO 2) and the parameters (ZeRO 3) over the ranks; stage 0 shards
+DeepSpeed shards the optimizer state (ZeRO 1), the gradients (ZeRO 2) and the parameters (ZeRO 3) over the ranks; stage 0 shards
 nothing. Everything the trainer needs beyond forward, backward and step goes through :meth:`Engine.fragments`: for each parameter
 the flat piece of its fp32 master and of its moments that this rank owns. Checkpoints, per-network clipping and the teacher are
-written in terms of fragments, so that where DeepSpeed keeps them is known here and in ``layout.py`` alone;
-``tests/training/test_engine.py`` is their contract.
+written in terms of fragments, so that DeepSpeed's memory layout is known only here and in ``zero_layouts.py``;
+``tests/training/test_engine.py`` tests this contract.
 
-The teacher is sharded where the student is: whole on every rank up to stage 2, cut like the student's parameters in stage 3. In
-either case it is moved locally, by the piece of the student that lies beside it.
+The teacher is sharded like the student: whole on every rank up to stage 2, partitioned like the student's parameters in stage 3.
+In either case it is updated locally, from the student's piece on the same rank.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ from pipeline.training.zero_offload import OffloadedZero3Layout, OffloadedZero12
 
 os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
 
-# DeepSpeed's autotuner loads MLflow wherever it is installed: seconds of each rank's start, for something never used here.
+# DeepSpeed's autotuner imports MLflow wherever it is installed, which adds seconds to each rank's start and is never used.
 _tracker = sys.modules.get("mlflow")
 sys.modules["mlflow"] = _tracker  # type: ignore[assignment]
 import deepspeed  # noqa: E402
@@ -49,32 +49,32 @@ if _tracker is None:
     del sys.modules["mlflow"]
 
 logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-# Its shared-memory all-reduce serves inference only, and would be compiled here, with a compiler that users may not have.
+# Its shared-memory all-reduce is for inference only, and compiling it here would need a compiler that users may not have.
 deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 _LAYOUTS: dict[int, Callable[..., Layout]] = {0: Zero0Layout, 1: Zero12Layout, 2: Zero12Layout, 3: Zero3Layout}
 _OFFLOADED: dict[int, Callable[..., Layout]] = {1: OffloadedZero12Layout, 2: OffloadedZero12Layout, 3: OffloadedZero3Layout}
-_OUTSIDE = "other"  # the network of parameters that belong to none, such as a logit scale
+_OUTSIDE = "other"  # pseudo-network of parameters outside all networks, such as a logit scale
 
 
 @dataclass(frozen=True)
 class EngineOptions:
-    """What shapes the engine.
+    """Options of :class:`Engine`.
 
     Attributes:
         zero: ZeRO stage, 0 to 3.
         precision: ``fp32``, or ``bf16`` for bf16 compute over fp32 parameters (autocast), fp32 gradients and masters.
         micro_batch: samples of one forward pass of a rank.
         accumulation: forward passes of one optimizer step.
-        betas, eps: AdamW's.
-        clip_norm: largest L2 norm of a gradient, ``None`` for no clipping.
+        betas, eps: of AdamW.
+        clip_norm: maximum L2 norm of a gradient, ``None`` for no clipping.
         clip_scope: ``network`` clips each of the method's networks by its own norm, ``global`` all together, ``parameter`` each
             parameter by its own.
         optimizer: ``adamw``, ``lamb``, ``lars`` or ``sgd``.
         momentum: of LARS and SGD.
-        trust: LARS's.
-        offload: ``cpu`` keeps masters, moments and AdamW's work in host memory, in stages 1 to 3.
-        init: who sets DeepSpeed up for the student.
-        graphs: whether compiled blocks are replayed as CUDA graphs, whose memory is used again from one pass to the next.
+        trust: trust coefficient of LARS.
+        offload: ``cpu`` keeps masters and moments in host memory and runs AdamW there, in stages 1 to 3.
+        init: library that initializes DeepSpeed for the student.
+        graphs: whether compiled blocks are replayed as CUDA graphs, whose memory is reused from one pass to the next.
     """
 
     zero: Literal[0, 1, 2, 3]
@@ -94,7 +94,7 @@ class EngineOptions:
 
 
 class Engine:
-    """Forward, backward, clip, step, for one method on all ranks.
+    """Forward, backward, clipping and optimizer step of a method on all ranks.
 
     Args:
         method: the method with its student; its teacher and memory must already be on the device.
@@ -102,7 +102,7 @@ class Engine:
         device: this rank's device.
 
     Raises:
-        TrainingError: a parameter that DeepSpeed cannot take (0-dimensional, not contiguous).
+        TrainingError: a parameter that DeepSpeed does not support (0-dimensional, not contiguous).
     """
 
     def __init__(self, method: Method, options: EngineOptions, device: torch.device) -> None:
@@ -112,7 +112,7 @@ class Engine:
         self._groups = method.parameter_groups()
         _check(method, self._groups)
         optimizer = _optimizer(options, self._groups)
-        # DeepSpeed insists on this variable and takes it for the device's number, whoever started the ranks.
+        # DeepSpeed requires this variable and uses it as the device number, whatever launcher started the ranks.
         os.environ["LOCAL_RANK"] = str(device.index or 0)
         sizes = [p.numel() for group in self._groups for p in group.params]
         config = _configuration(options, dist.get_world_size(), device, sizes)
@@ -120,7 +120,7 @@ class Engine:
             self._engine = accelerated.initialize(method, optimizer, config)
         else:
             self._engine, _, _, _ = deepspeed.initialize(model=method, optimizer=optimizer, config=config)
-        # DeepSpeed wraps it, but in stage 0; the learning rates are the inner one's.
+        # DeepSpeed wraps the optimizer except in stage 0; the learning rates are those of the inner one.
         self._optimizer = getattr(self._engine.optimizer, "optimizer", self._engine.optimizer)
         parameters = [p for group in self._groups for p in group.params]
         layerwise = optimizer if isinstance(optimizer, Layerwise) else None
@@ -135,7 +135,7 @@ class Engine:
             network.setdefault(id(p), _OUTSIDE)
         self._networks = sorted(set(network.values()))
         self._network = {key: self._networks.index(name) for key, name in network.items()}
-        # Which norms are taken: of whole networks, or of each parameter, whose network is looked up afterwards.
+        # Norms are computed per network, or per parameter and then summed by network.
         self._own_norms = options.clip_scope == "parameter" and options.clip_norm is not None
         self._normed = {id(p): n for n, p in enumerate(parameters)} if self._own_norms else self._network
         members = F.one_hot(torch.tensor([self._network[key] for key in self._normed]), len(self._networks)).T.bool()
@@ -143,7 +143,7 @@ class Engine:
         self._belongs: dict[tuple[int, ...], Tensor] = {}
 
     def _shard_teacher(self, config: dict[str, Any]) -> Any:
-        """Cut the teacher's parameters exactly as the student's are, so that each piece lies beside its student's piece."""
+        """Partition the teacher's parameters exactly like the student's, so that corresponding pieces are on the same rank."""
         teacher = self.method.teacher
         if teacher is None:
             return None
@@ -156,23 +156,23 @@ class Engine:
 
     @torch.no_grad()
     def before_accumulation(self, batches: Sequence[Batch], step: Step) -> None:
-        """Shows the method all micro-batches of a step, in the precision of the forward pass."""
+        """Call the method's hook with all micro-batches of a step, in the precision of the forward pass."""
         self._begin_pass()
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.options.precision == "bf16"):
             self.method.before_accumulation(batches, step)
 
     def forward_backward(self, batch: Batch, step: Step) -> dict[str, Tensor]:
-        """One micro-batch: terms, and the gradient of their sum. To be called ``accumulation`` times before :meth:`step`.
+        """Run forward and backward for one micro-batch; to be called ``accumulation`` times before :meth:`step`.
 
         Returns:
-            The method's terms, detached, on the device.
+            The method's loss terms, detached, on the device.
         """
         self._begin_pass()
         seed(batch)
         terms = self._engine(batch, step)
         self._engine.backward(torch.stack([term.float() for term in terms.values()]).sum())
         if not self._engine.is_gradient_accumulation_boundary():
-            self._engine.step()  # counts the micro-batch, applies nothing
+            self._engine.step()  # counts the micro-batch, updates nothing
         return {name: term.detach().float() for name, term in terms.items()}
 
     def _begin_pass(self) -> None:
@@ -180,15 +180,15 @@ class Engine:
             torch.compiler.cudagraph_mark_step_begin()
 
     def step(self, step: Step, finite: Tensor) -> tuple[bool, dict[str, Tensor]]:
-        """Clip and apply the gradients of all micro-batches, unless something is not finite on any rank.
+        """Clip and apply the gradients of all micro-batches, unless a term or gradient is non-finite on any rank.
 
         Args:
             step: the schedules' values; learning rate and weight decay are set in every group each time.
             finite: bool scalar, whether this rank's terms were all finite.
 
         Returns:
-            Whether the step was applied, and the gradient norm of each network before clipping; parameters outside all
-            networks count as one more, ``other``.
+            Whether the step was applied, and the gradient norm of each network before clipping; parameters outside all networks
+            count as one more, ``other``.
         """
         for group, ours in zip(self._optimizer.param_groups, self._groups, strict=True):
             group["lr"] = (step.last_layer_lr if ours.last_layer else step.lr) * ours.lr_scale
@@ -207,8 +207,11 @@ class Engine:
         return applied, dict(zip(self._networks, lengths.unbind(), strict=True))
 
     def _squares(self) -> Tensor:
-        """Squared lengths of this rank's share of the gradient of each network, or of each parameter where these are clipped
-        apart, fp64 ``[n]``: one sum for all pieces, which is neither a launch for each nor one that adds in any order."""
+        """Squared norms of this rank's share of the gradients, fp64 ``[n]``: per network, or per parameter with
+        ``clip_scope="parameter"``.
+
+        One reduction for all pieces: fewer launches than one per piece, and a deterministic order of summation.
+        """
         size = len(self._normed) if self._own_norms else len(self._networks)
         numbers, gradients = [], []
         for p, gradient in self.layout.gradient_shares():
@@ -228,11 +231,11 @@ class Engine:
         return torch.where(self._belongs[key], each, 0.0).sum(1).to(self.device)
 
     def _by_network(self, squares: Tensor) -> Tensor:
-        """Sums over each network's parameters, fp64 ``[networks]`` of ``[parameters]``."""
+        """Sum over each network's parameters: fp64 ``[parameters]`` to ``[networks]``."""
         return torch.where(self._members, squares, 0.0).sum(1)
 
     def _clip(self, lengths: Tensor) -> None:
-        """Scales the gradients of networks (or parameters) whose gradient is longer than allowed; lengths ``[n]``."""
+        """Scale the gradients of networks (or parameters) whose norm, in ``lengths`` ``[n]``, exceeds the maximum."""
         assert self.options.clip_norm is not None
         by_network: dict[int, list[Tensor]] = {}
         for p, gradient in self.layout.gradients():
@@ -247,7 +250,7 @@ class Engine:
             yield fragment
 
     def held(self) -> Iterator[Fragment]:
-        """What a checkpoint has to give this rank: its fragments, and in stage 0 the whole of each parameter."""
+        """What a checkpoint has to provide to this rank: its fragments, and in stage 0 every parameter in full."""
         for _, fragment in self.layout.held():
             yield fragment
 
@@ -255,7 +258,8 @@ class Engine:
         """Name, first element and fp32 memory ``[elements]`` of the teacher's weights on this rank.
 
         Args:
-            owned: only the pieces beside this rank's fragments, so that every element is in one rank's; else all it holds.
+            owned: only the pieces that correspond to this rank's fragments, so that every element belongs to one rank; else all
+                that it holds.
         """
         teacher = self.method.teacher
         if teacher is None:
@@ -276,11 +280,11 @@ class Engine:
 
     @contextlib.contextmanager
     def gathered(self, *, teacher: bool = False, write: bool = False) -> Iterator[None]:
-        """Within it the parameters that no optimizer moves are whole on every rank; all ranks must take part.
+        """Gather the parameters that the optimizer does not update, on every rank; collective.
 
         Args:
-            teacher: the teacher's weights and the student's trainable ones too.
-            write: what rank 0 writes to them becomes everybody's.
+            teacher: also gather the teacher's weights and the student's trainable ones.
+            write: broadcast what rank 0 writes to them.
         """
         if self.options.zero < 3:
             yield
@@ -292,18 +296,18 @@ class Engine:
             yield
 
     def set_optimizer_steps(self, steps: int) -> None:
-        """Set the optimizer's own count of steps, which Adam's bias correction needs, for every tensor it has a state for."""
+        """Set the optimizer's step count, used by Adam's bias correction, for every tensor that has a state."""
         for flat in self.layout.flats():
             self._optimizer.state[flat]["step"] = torch.full((), float(steps), device=flat.device)
 
     def optimizer_steps(self) -> list[float]:
-        """The optimizer's own counts of steps."""
+        """The optimizer's step counts."""
         return [float(self._optimizer.state[flat]["step"]) for flat in self.layout.flats()]
 
     def memory(self) -> dict[str, float]:
-        """Bytes that last on this rank: ``parameters``, ``gradients``, ``masters``, ``moments``, ``frozen``, ``teacher``.
+        """Bytes that persist on this rank: ``parameters``, ``gradients``, ``masters``, ``moments``, ``frozen``, ``teacher``.
 
-        Those of an offloaded optimizer lie in host memory and count as ``host`` alone, but on a CPU, where all do.
+        The memory of an offloaded optimizer is counted as ``host`` only, except on a CPU, where all of it is host memory.
         """
         parts = self.layout.parts()
         frozen: list[Any] = [p for p in self.method.parameters() if not p.requires_grad]
@@ -323,11 +327,11 @@ class Engine:
         return sizes
 
     def refresh(self) -> None:
-        """After fragments were written: bring every rank's parameters up to date."""
+        """Update every rank's parameters after fragments were written."""
         self.layout.refresh()
 
     def close(self) -> None:
-        """Release DeepSpeed's hooks and buffers; before the process group is destroyed."""
+        """Release DeepSpeed's hooks and buffers; to be called before the process group is destroyed."""
         if self._teacher_engine is not None:
             self._teacher_engine.destroy()
         self._engine.destroy()
@@ -363,7 +367,8 @@ def _check(method: Method, groups: list[ParameterGroup]) -> None:
 
 def _configuration(options: EngineOptions, world: int, device: torch.device, sizes: Sequence[int]) -> dict[str, Any]:
     chosen = communication(sum(sizes), largest=max(sizes, default=0), ranks=world, cuda=device.type == "cuda")
-    # Norms are taken in step; DeepSpeed's own, a launch and a double copy for each parameter, can be left out since some 0.19.
+    # Norms are computed in step; DeepSpeed's own, with a launch and a double copy per parameter, can be disabled since about
+    # 0.19.
     normless = options.zero in (1, 2) and options.offload == "none" and "compute_grad_norm" in DeepSpeedZeroConfig.model_fields
     return {
         "train_micro_batch_size_per_gpu": options.micro_batch,
@@ -380,14 +385,14 @@ def _configuration(options: EngineOptions, world: int, device: torch.device, siz
             "stage3_prefetch_bucket_size": chosen.prefetch,
             "stage3_max_live_parameters": chosen.live,
             "stage3_max_reuse_distance": chosen.live,
-            # No parameter stays whole: the teacher's pieces lie beside the student's. The other computes linear layers' gradients
-            # otherwise than torch does.
+            # Partition every parameter: the teacher's pieces must match the student's. The other option would compute gradients
+            # of linear layers differently from torch.
             "stage3_param_persistence_threshold": 0,
             "memory_efficient_linear": False,
         },
         # Parameters stay fp32 and only compute is bf16: initial weights are exact and gradients are reduced in fp32.
         "torch_autocast": {"enabled": options.precision == "bf16", "dtype": "bfloat16", "lower_precision_safe_modules": []},
-        "zero_allow_untested_optimizer": True,  # LARS and LAMB are ours, and tested
+        "zero_allow_untested_optimizer": True,  # LARS and LAMB are our own and tested here
         "zero_force_ds_cpu_optimizer": False,  # torch has a fused AdamW for CPUs that needs no compiler
         "communication_data_type": "fp32",
         "data_types": {"grad_accum_dtype": "fp32"},

@@ -1,8 +1,8 @@
-"""LARS and LAMB over sharded weights: one trust ratio a parameter, though a rank sees only a piece of it.
+"""LARS, LAMB and SGD over sharded weights.
 
-DeepSpeed hands an optimizer flat tensors, each holding pieces of many parameters. Both methods need the norms of whole
-parameters; the engine tells where each piece lies, and one small all-reduce a step makes the norms whole. AdamW needs no such
-thing and is torch's own.
+DeepSpeed hands an optimizer flat tensors, each holding pieces of many parameters. LARS and LAMB need the norms of whole
+parameters: the engine provides the location of each piece, and one small all-reduce per step completes the norms. AdamW needs no
+such norms and is torch's own.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ class Segment:
     """A piece of a parameter in a flat tensor.
 
     Attributes:
-        number: of the parameter, the same on all ranks.
+        number: index of the parameter, the same on all ranks.
         offset: first element in the flat tensor.
-        length: elements.
+        length: number of elements.
     """
 
     number: int
@@ -33,14 +33,14 @@ class Segment:
 
 
 class Layerwise(torch.optim.Optimizer):
-    """Base of both: finds an update for each flat tensor, scales each parameter's part by its trust ratio, and applies it.
+    """Base class: computes an update for each flat tensor, scales each parameter's part by its trust ratio, and applies it.
 
     Param groups take ``lr``, ``weight_decay`` and ``adapt``: vectors (biases, norms) are neither decayed nor adapted.
 
     Attributes:
-        segments: for the ``id`` of each flat tensor its pieces; set by the engine.
+        segments: pieces of each flat tensor, by its ``id``; set by the engine.
         parameters: number of parameters.
-        sharded: whether the pieces of a parameter lie on several ranks.
+        sharded: whether the pieces of a parameter are on several ranks.
     """
 
     moments: tuple[str, ...] = ()
@@ -53,19 +53,19 @@ class Layerwise(torch.optim.Optimizer):
 
     @abstractmethod
     def update(self, flat: Tensor, gradient: Tensor, group: dict[str, Any]) -> Tensor:
-        """The direction of a flat tensor before its trust ratio, weight decay included."""
+        """Direction of a flat tensor before its trust ratio, weight decay included."""
 
     @abstractmethod
     def apply(self, flat: Tensor, scaled: Tensor, group: dict[str, Any]) -> None:
-        """Moves a flat tensor by a direction that was scaled."""
+        """Update a flat tensor by a scaled direction."""
 
     @abstractmethod
     def ratio(self, weight: Tensor, direction: Tensor) -> Tensor:
-        """Trust ratios ``[parameters]`` from the norms of weights and directions, both above zero."""
+        """Trust ratios ``[parameters]`` from the norms of weights and directions, both positive."""
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
-        """One step over whatever the groups hold now; DeepSpeed calls it once for each of its groups."""
+        """Perform one step on the current groups; DeepSpeed calls it once for each of its groups."""
         work = [
             (flat, self.update(flat, flat.grad, group), group)
             for group in self.param_groups
@@ -102,8 +102,8 @@ class Lars(Layerwise):
 
     Args:
         groups: parameters or groups.
-        momentum: share of the old velocity kept.
-        trust: the coefficient eta.
+        momentum: momentum coefficient.
+        trust: the trust coefficient eta.
     """
 
     moments = ("momentum_buffer",)
@@ -130,7 +130,7 @@ class Lars(Layerwise):
 
 
 class Sgd(Lars):
-    """Gradient descent with momentum, MoCo's: LARS whose every trust ratio is 1."""
+    """SGD with momentum, as in MoCo: LARS with all trust ratios equal to 1."""
 
     def ratio(self, weight: Tensor, direction: Tensor) -> Tensor:
         """Ones."""
@@ -142,8 +142,8 @@ class Lamb(Layerwise):
 
     Args:
         groups: parameters or groups.
-        betas: decay of the two moments.
-        eps: added to the root of the second.
+        betas: decay rates of the two moments.
+        eps: added to the root of the second moment.
     """
 
     moments = ("exp_avg", "exp_avg_sq")

@@ -1,8 +1,8 @@
-"""Steps that a run leaves out: what led to a broken loss is not trained on again after the run went back to a checkpoint.
+"""Steps excluded from training after a rollback.
 
-``<run>/skipped_steps.json`` outlives attempts, so that each later one leaves out the same global batches; all others keep their
-numbers, samples and schedules. Steps just before the first broken one are left out too: replayed as they were, they would lead
-to the very same weights.
+After a rollback to a checkpoint, the steps that led to a non-finite loss are skipped. ``<run>/skipped_steps.json`` outlives
+attempts, so that later attempts skip the same global batches; all other steps keep their numbers, samples and schedules. A margin
+of steps before the first non-finite one is skipped too: replayed unchanged, they would lead to the same weights.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ from pipeline.errors import TrainingError
 
 
 class SkippedSteps:
-    """The steps, and how often the run went back.
+    """The skipped steps and the number of rollbacks.
 
     Args:
-        path: the file; need not be there.
+        path: the file; may be missing.
 
     Raises:
         TrainingError: the file cannot be read.
@@ -43,15 +43,15 @@ class SkippedSteps:
 
     @property
     def rollbacks(self) -> int:
-        """How often the run went back."""
+        """Number of rollbacks."""
         return len(self.stretches)
 
     def add(self, first: int, last: int, *, write: bool) -> None:
-        """Leave out the steps from ``first`` to ``last`` from now on.
+        """Skip the steps from ``first`` to ``last`` from now on.
 
         Args:
-            first, last: both included.
-            write: keep it on disk too; one rank does.
+            first, last: both inclusive.
+            write: also write the file; done by one rank.
         """
         self.stretches.append((first, last))
         if not write:

@@ -1,9 +1,9 @@
-"""What changes over a run, as functions of the samples seen.
+"""Schedules (learning rate, weight decay, teacher momentum and temperature) as functions of the samples seen.
 
-Lengths are in samples, so that another world size or batch leaves the curves where they were. Values at whole steps equal
-those of the per-iteration tables of DINO and DINOv2 (``linspace`` warm-up with both end points, then a half cosine that
-reaches its end one step after the last) or, as ``cosine_to_last``, those of DINOv3 (a warm-up that reaches its peak one step
-after its last, then a half cosine that reaches its end on the last step).
+Lengths are in samples, so that another world size or batch size does not shift the curves. Values at whole steps equal those of
+the per-iteration tables of DINO and DINOv2 (``linspace`` warm-up with both end points, then a half cosine that reaches its end
+one step after the last) or, as ``cosine_to_last``, those of DINOv3 (a warm-up that reaches its peak one step after its last, then
+a half cosine that reaches its end on the last step).
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from pipeline.training.settings import LearningRateCurve
 
 @dataclass(frozen=True)
 class Curve:
-    """A straight warm-up from ``start`` to ``peak``, then a way to ``end``.
+    """A linear warm-up from ``start`` to ``peak``, then a decay to ``end``.
 
     Attributes:
         start: value at sample 0 (unused without warm-up).
@@ -30,9 +30,9 @@ class Curve:
         end: value at ``length`` and beyond.
         warmup: length of the warm-up, samples.
         length: length of the whole curve, samples.
-        shape: the way from ``peak`` to ``end``: half a cosine, DINOv3's ``cosine_to_last``, a line, or ``constant`` (stays at
+        shape: decay from ``peak`` to ``end``: half a cosine, DINOv3's ``cosine_to_last``, linear, or ``constant`` (stays at
             ``peak``).
-        stair: samples of an epoch, where the value changes between epochs only; 0 where it changes with each step.
+        stair: samples of an epoch if the value changes only between epochs; 0 if it changes with each step.
 
     Raises:
         ConfigError: a negative length, or a warm-up longer than the curve.
@@ -54,13 +54,13 @@ class Curve:
             )
 
     def at(self, samples_seen: int, global_batch: int) -> float:
-        """The value for the step that begins after ``samples_seen`` samples.
+        """Value for the step that begins after ``samples_seen`` samples.
 
         Args:
             samples_seen: samples consumed before the step.
-            global_batch: samples of one step; the warm-up is complete on its last step, not one later.
+            global_batch: samples per step; the warm-up is complete on its last step, not one later.
         """
-        if self.stair:  # an epoch is then what a step is otherwise
+        if self.stair:  # the epoch then takes the role of the step
             samples_seen, global_batch = samples_seen - samples_seen % self.stair, self.stair
         if samples_seen < self.warmup:
             whole = self.warmup - (0 if self.shape == "cosine_to_last" else global_batch)
@@ -80,21 +80,21 @@ class Curve:
 
 
 def constant(value: float) -> Curve:
-    """A curve that never moves."""
+    """A constant curve."""
     return Curve(start=value, peak=value, end=value, shape="constant")
 
 
 @dataclass(frozen=True)
 class Schedules:
-    """All curves of a run.
+    """All schedules of a run.
 
     Attributes:
-        global_batch: samples of one step, over all ranks and micro-batches.
+        global_batch: samples per step, over all ranks and micro-batches.
         epoch_samples: samples of the training set.
         lr: learning rate.
         weight_decay: weight decay.
         momentum: the teacher's momentum.
-        teacher_temperature: temperature of the targets.
+        teacher_temperature: temperature of the teacher's targets.
         last_layer_freeze: samples during which groups marked ``last_layer`` have learning rate 0.
     """
 
@@ -108,7 +108,7 @@ class Schedules:
 
     @classmethod
     def from_config(cls, config: Config, *, epoch_samples: int) -> Self:
-        """The curves a config describes, over the optimizer steps of its run: an epoch's rest that fills no batch makes one more.
+        """Build the schedules of a config over the optimizer steps of its run; an epoch's incomplete last batch counts as a step.
 
         Args:
             config: the run's settings.
@@ -140,7 +140,7 @@ class Schedules:
         )
 
     def at(self, samples_seen: int) -> Step:
-        """The step that begins after ``samples_seen`` samples."""
+        """Values for the step that begins after ``samples_seen`` samples."""
         lr = self.lr.at(samples_seen, self.global_batch)
         return Step(
             index=samples_seen // self.global_batch,
@@ -155,5 +155,5 @@ class Schedules:
 
 
 def square_root_lr(base: float, global_batch: int, *, reference: int = 1024) -> float:
-    """DINOv2's rule: ``base * sqrt(global_batch / 1024)``."""
+    """Square-root scaling rule of DINOv2: ``base * sqrt(global_batch / 1024)``."""
     return base * math.sqrt(global_batch / reference)

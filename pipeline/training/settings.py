@@ -18,19 +18,19 @@ from pipeline.config.types import (
 
 
 class LrScalingSettings(Settings):
-    """How the peak learning rate follows the global batch size."""
+    """Scaling of the peak learning rate with the global batch size."""
 
     rule: Literal["sqrt", "linear", "none"] = Field(
         default="sqrt",
-        description="sqrt multiplies the peak by sqrt(global batch size / reference_batch) (DINOv2), linear by the ratio itself "
-        "(DINO, MoCo, SimCLR), none leaves it",
+        description="scaling rule: sqrt multiplies the peak by sqrt(global batch size / reference_batch) (DINOv2), linear by "
+        "the ratio itself (DINO, MoCo, SimCLR), none leaves it unchanged",
     )
     reference_batch: Count | None = Field(
-        default=None, description="batch size at which the peak is as given; null is 1024 for sqrt and 256 for linear"
+        default=None, description="global batch size at which the peak is not scaled; null means 1024 for sqrt and 256 for linear"
     )
 
     def scaled(self, lr: float, global_batch_size: int) -> float:
-        """The learning rate ``lr`` for a global batch of so many samples."""
+        """Scale the learning rate ``lr`` for the given global batch size."""
         if self.rule == "none":
             return lr
         ratio = global_batch_size / (self.reference_batch or {"sqrt": 1024, "linear": 256}[self.rule])
@@ -44,114 +44,129 @@ class OptimSettings(Settings):
         default="adamw",
         description="optimizer; lars and sgd are for convolutional networks with batch norm, not for transformers",
     )
-    momentum: Probability = Field(default=0.9, description="momentum of LARS and SGD")
-    trust_coefficient: Positive = Field(default=1e-3, description="LARS: trust coefficient eta")
+    momentum: Probability = Field(default=0.9, description="momentum coefficient of LARS and SGD")
+    trust_coefficient: Positive = Field(default=1e-3, description="trust coefficient (eta) of LARS")
     lr_scaling: LrScalingSettings = Field(
-        default=LrScalingSettings(), description="how the peak learning rate follows the global batch size"
+        default=LrScalingSettings(), description="scaling of the peak learning rate with the global batch size"
     )
-    betas: tuple[Probability, Probability] = Field(default=(0.9, 0.999), description="decay rates of AdamW's and LAMB's moments")
-    eps: Positive = Field(default=1e-8, description="added to the root of the second moment")
+    betas: tuple[Probability, Probability] = Field(
+        default=(0.9, 0.999), description="AdamW and LAMB: decay rates of the first and second moments"
+    )
+    eps: Positive = Field(default=1e-8, description="AdamW and LAMB: constant added to the root of the second moment")
 
 
 class LearningRateCurve(Settings):
-    """The learning rate over the run: a linear warm-up from ``start`` to ``peak``, then ``shape`` to ``end``."""
+    """Learning rate schedule: a linear warm-up from ``start`` to ``peak``, then ``shape`` down to ``end``."""
 
     start: NonNegative = Field(default=0.0, description="learning rate at the first sample")
-    peak: Positive = Field(default=2e-4, description="learning rate after the warm-up, before optim.lr_scaling")
+    peak: Positive = Field(default=2e-4, description="learning rate after the warm-up, before optim.lr_scaling is applied")
     end: NonNegative = Field(default=1e-6, description="learning rate at the last sample")
-    warmup: Length = Field(default=Length(0), description="length of the rise from start to the peak")
+    warmup: Length = Field(default=Length(0), description="length of the linear warm-up from start to peak")
     per_epoch: bool = Field(
         default=False,
-        description="the value changes between epochs only, as in the code of MoCo v2 (learning rate), DINO and DetailCLIP "
-        "(temperature of the teacher)",
+        description="update the value once per epoch instead of every step, as the code of MoCo v2 (learning rate), DINO and "
+        "DetailCLIP (teacher temperature) does",
     )
     shape: Literal["cosine", "cosine_to_last", "linear", "constant"] = Field(
         default="cosine",
-        description="way from the peak to end; cosine_to_last is DINOv3's; constant stays at the peak",
+        description="decay from peak to end; cosine_to_last is the variant of DINOv3; constant stays at the peak",
     )
 
 
 class Curve(Settings):
-    """A value over the run: linear from ``start`` to ``peak`` during ``warmup``, then ``shape`` from ``peak`` to ``end``."""
+    """Schedule of a value: linear warm-up from ``start`` to ``peak``, then ``shape`` from ``peak`` to ``end``."""
 
     start: NonNegative = Field(description="value at the first sample")
-    peak: NonNegative | None = Field(default=None, description="value after warm-up; null means start")
-    end: NonNegative | None = Field(default=None, description="value at the last sample; null means the peak")
-    warmup: Length = Field(default=Length(0), description="length of the way from start to peak")
+    peak: NonNegative | None = Field(default=None, description="value after the warm-up; null means start")
+    end: NonNegative | None = Field(default=None, description="value at the last sample; null means peak")
+    warmup: Length = Field(default=Length(0), description="length of the linear warm-up from start to peak")
     per_epoch: bool = Field(
         default=False,
-        description="the value changes between epochs only, as in the code of MoCo v2 (learning rate), DINO and DetailCLIP "
-        "(temperature of the teacher)",
+        description="update the value once per epoch instead of every step, as the code of MoCo v2 (learning rate), DINO and "
+        "DetailCLIP (teacher temperature) does",
     )
     shape: Literal["cosine", "cosine_to_last", "linear", "constant"] = Field(
         default="cosine",
-        description="way from the peak to end; cosine_to_last is DINOv3's; constant stays at the peak",
+        description="change from peak to end; cosine_to_last is the variant of DINOv3; constant stays at the peak",
     )
 
 
 class ScheduleSettings(Settings):
-    """What changes while a run goes on, all in samples seen."""
+    """Schedules over the run, as functions of the samples seen."""
 
-    lr: LearningRateCurve = Field(default=LearningRateCurve(), description="learning rate")
-    weight_decay: Curve = Field(default=Curve(start=0.04, end=0.2), description="weight decay")
-    teacher_momentum: Curve = Field(default=Curve(start=0.994, end=1.0), description="share of the old teacher kept each step")
+    lr: LearningRateCurve = Field(default=LearningRateCurve(), description="learning rate schedule")
+    weight_decay: Curve = Field(default=Curve(start=0.04, end=0.2), description="weight decay schedule")
+    teacher_momentum: Curve = Field(
+        default=Curve(start=0.994, end=1.0),
+        description="momentum of the teacher's EMA update: the share of the old teacher weights that is kept each step",
+    )
     teacher_temperature: Curve = Field(
         default=Curve(start=0.04, peak=0.07, warmup=Length(37500, "steps"), shape="constant"),
-        description="temperature of the teacher's targets",
+        description="temperature of the teacher's softmax",
     )
 
 
 class TrainSettings(Settings):
-    """The loop."""
+    """The training loop."""
 
-    global_batch_size: Count = Field(default=1024, description="samples of one optimizer step over all ranks")
+    global_batch_size: Count = Field(default=1024, description="samples per optimizer step, over all ranks")
     micro_batch_size: Count | None = Field(
-        default=None, description="samples of one forward pass of a rank; null means the rank's whole share"
+        default=None, description="samples per forward pass of one rank; null means the rank's whole share of the global batch"
     )
-    duration: Length = Field(default=Length(125_000, "steps"), description="length of the run")
+    duration: Length = Field(default=Length(125_000, "steps"), description="length of the run, in steps, samples or epochs")
     precision: Literal["fp32", "bf16"] = Field(
-        default="bf16", description="number format of the student's forward and backward pass"
+        default="bf16", description="number format of the student's forward and backward passes"
     )
     zero_stage: Literal[0, 1, 2, 3] = Field(
         default=1,
         json_schema_extra=RUNTIME,
-        description="DeepSpeed ZeRO stage: shard nothing (0), optimizer state (1), also gradients (2), also all weights (3)",
+        description="DeepSpeed ZeRO stage: shard nothing (0), the optimizer state (1), also the gradients (2), also the "
+        "parameters (3)",
     )
     offload: Literal["none", "cpu"] = Field(
         default="none",
         json_schema_extra=RUNTIME,
-        description="where AdamW works and keeps its fp32 state: on the GPU, or in host memory (12 bytes a parameter "
-        "less on the GPUs, slower steps; stages 1 to 3)",
+        description="where AdamW runs and keeps its fp32 state: on the GPU, or in host memory (saves 12 bytes per parameter on "
+        "the GPUs, makes steps slower; stages 1 to 3)",
     )
-    log_every: Count = Field(default=10, json_schema_extra=RUNTIME, description="steps between two logged lines")
+    log_every: Count = Field(default=10, json_schema_extra=RUNTIME, description="steps between two log lines")
     threads: Count | None = Field(
-        default=None, json_schema_extra=RUNTIME, description="compute threads of a rank; null shares the cores out"
+        default=None,
+        json_schema_extra=RUNTIME,
+        description="CPU compute threads per rank; null divides the cores among the ranks",
     )
     record_batches: bool = Field(
         default=False,
         json_schema_extra=RUNTIME,
-        description="write every step's sample keys, pixel digest and terms of each rank to <run>/batches (slow; for audits)",
+        description="write each rank's sample keys, pixel digest and loss terms of every step to <run>/batches (slow, for "
+        "audits)",
     )
     activation_checkpointing: bool = Field(
         default=False,
         json_schema_extra=RUNTIME,
-        description="activation checkpointing: forget a block's activations and compute them again (less memory, a third slower)",
+        description="recompute the activations of each block in the backward pass instead of storing them (less memory, about a "
+        "third slower)",
     )
     compile: bool = Field(
-        default=False, json_schema_extra=RUNTIME, description="torch.compile each transformer block; needs a C++ compiler on CPU"
+        default=False,
+        json_schema_extra=RUNTIME,
+        description="apply torch.compile to each transformer block; needs a C++ compiler on CPU",
     )
     cuda_graphs: bool = Field(
         default=False,
         json_schema_extra=RUNTIME,
-        description="with train.compile: replay the compiled blocks as CUDA graphs, for small models whose steps are mostly "
-        "launches; takes memory of its own; ZeRO stages 0 to 2, one micro-batch, without recompute; not yet run on a GPU",
+        description="with train.compile: replay the compiled blocks as CUDA graphs, for small models whose steps are dominated "
+        "by kernel launches; uses additional memory; ZeRO stages 0 to 2, one micro-batch, no activation "
+        "checkpointing; not yet run on a GPU",
     )
     fp8: Literal["off", "teacher", "all"] = Field(
         default="off",
-        description="matrix products of the towers' blocks in 8-bit floats: of no tower, of those that no gradient goes through, "
-        "or of all; needs bf16 and a GPU of compute capability 8.9, and gives other numbers",
+        description="towers whose blocks compute matrix products in 8-bit floats: none, those without gradient, or all; needs "
+        "bf16 and a GPU of compute capability 8.9, and changes the numbers",
     )
-    deterministic: bool = Field(default=False, description="refuse operations whose result varies from run to run")
+    deterministic: bool = Field(default=False, description="raise an error for operations whose result varies from run to run")
     max_consecutive_nonfinite: Count = Field(
-        default=10, json_schema_extra=RUNTIME, description="non-finite steps in a row that stop the run"
+        default=10,
+        json_schema_extra=RUNTIME,
+        description="consecutive steps with a non-finite loss or gradient after which the run stops",
     )

@@ -1,7 +1,7 @@
-"""Where the time of a step goes, told without making the host wait for the device.
+"""Measures the time of each phase of a step without synchronizing host and device.
 
-On a GPU each phase begins with an event in the stream, and events are read only when they have passed: what is measured is the
-device's own time line, so "data" is the time in which it had nothing to do for want of a batch. On a CPU it is the host's clock.
+On a GPU each phase begins with a CUDA event, and events are read only once they have completed: the times are those of the
+device, so "data" is the time in which it was idle for lack of a batch. On a CPU the host's clock is used.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ T = TypeVar("T")
 _LOOP = {DATA: "data", COMPUTE: "forward_backward", STEP: "update", TEACHER: "teacher", LOG: "log"}
 _ASIDE = {EVALUATE: "evaluation", CHECKPOINT: "checkpoint", START: "start", END: "end"}
 
-# Dense bf16 TFLOP/s of the makers' data sheets, without sparsity; the first name found in the device's name counts.
+# Dense bf16 TFLOP/s from the vendors' data sheets, without sparsity; the first entry contained in the device's name is used.
 _PEAKS = (
     ("B200", 2250.0),
     ("H100 PCIe", 756.0),
@@ -46,20 +46,20 @@ _PEAKS = (
 
 
 def peak_tflops(device: str, precision: str) -> float | None:
-    """Dense TFLOP/s of a GPU by its name, ``None`` where unknown: only bf16 is in the table."""
+    """Dense peak TFLOP/s of a GPU by its name; ``None`` if unknown. The table holds only bf16."""
     if precision != "bf16":
         return None
     return next((peak for name, peak in _PEAKS if name in device), None)
 
 
 class Phases:
-    """Tells the watchdog what the rank does, and counts how long each phase takes.
+    """Reports the rank's current phase to the watchdog and measures how long each phase takes.
 
     Args:
-        world: this rank's place.
-        watchdog: who is told.
+        world: this rank's position in the process group.
+        watchdog: receives the current phase.
         peak: TFLOP/s of the device for MFU, ``None`` for no MFU.
-        count: whether FLOPs are counted; not where blocks are compiled, which the counter would run otherwise.
+        count: whether FLOPs are counted; disabled for compiled blocks, which the counter would run uncompiled.
     """
 
     def __init__(self, world: World, watchdog: Watchdog, peak: float | None = None, *, count: bool = True) -> None:
@@ -72,7 +72,7 @@ class Phases:
         self._calls: Counter[tuple[str, Hashable]] = Counter()
 
     def enter(self, phase: str, step: int | None = None) -> None:
-        """A phase begins, and the one before ends."""
+        """Begin a phase and end the previous one."""
         self.watchdog.enter(phase, step)
         mark: Any = time.perf_counter()
         if self._cuda:
@@ -84,19 +84,19 @@ class Phases:
 
     @contextlib.contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        """A phase inside another, which it goes back to."""
+        """Context of a nested phase; the outer phase continues afterwards."""
         before = self.watchdog.place[0]
         self.enter(name)
         yield
         self.enter(before)
 
     def counted(self, function: Callable[..., T], times: int, size: Hashable = None) -> Callable[..., T]:
-        """The function; the first call ever with a size is done under torch's FLOP counter, which changes no result.
+        """Wrap a function; its first call for each size runs under torch's FLOP counter, which does not change the result.
 
         Args:
-            function: a part of a step, such as the forward and backward pass of one micro-batch. Asked for once a step.
-            times: how often the step calls it.
-            size: what its work depends on, where that differs between steps.
+            function: a part of a step, such as the forward and backward pass of one micro-batch. Requested once per step.
+            times: calls per step.
+            size: what its work depends on, if that differs between steps.
         """
         flops, key = self._flops, (function.__name__, size)
         self._calls[key] += 1
@@ -114,11 +114,12 @@ class Phases:
         return first
 
     def read(self) -> dict[str, float]:
-        """What happened since the last call; all ranks call it. What a GPU has not finished yet counts next time.
+        """Timings since the last call; collective. Work that a GPU has not finished yet counts next time.
 
         Returns:
-            Mean seconds of a step, whole (``step_seconds``) and by phase, of which ``update`` is clipping, the optimizer and its
-            collectives; all seconds of what happened aside; FLOP/s; time before the collectives on the slowest and fastest rank.
+            Mean seconds of a step, in total (``step_seconds``) and by phase, of which ``update`` is clipping, the optimizer and
+            its collectives; total seconds of work outside the steps; FLOP/s; time before the collectives on the slowest and
+            fastest rank.
         """
         self._collect()
         steps = max(self._steps, 1)
@@ -135,7 +136,7 @@ class Phases:
             values["tflops_per_rank"] = achieved
             if self._peak:
                 values["mfu"] = achieved / self._peak
-        # Others wait for the slowest rank inside the step's collectives, so that only what comes before them tells ranks apart.
+        # In the step's collectives the ranks wait for the slowest one, so that only the time before them differs between ranks.
         own = torch.tensor([self._totals[DATA] / steps, self._totals[COMPUTE] / steps], dtype=torch.float64)
         everyone = [torch.zeros_like(own) for _ in range(self._world.size)]
         dist.all_gather(everyone, own, group=self._world.control)

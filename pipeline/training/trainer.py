@@ -1,6 +1,7 @@
-"""The loop. It knows no method: it reads in the order of one step, and that order is fixed here once.
+"""The training loop, independent of the method.
 
-schedules, batch, teacher and student forward, terms, finite check, backward, step, after_step, log, evaluate, checkpoint
+Order of one step: schedules, batch, teacher and student forward, loss terms, finite check, backward, step, after_step, log,
+evaluate, checkpoint.
 """
 
 from __future__ import annotations
@@ -37,19 +38,19 @@ from pipeline.training.timing import Phases, memory_now
 
 @dataclass(frozen=True)
 class Plan:
-    """Where the run begins and ends, and what it does on the way; all in optimizer steps.
+    """Start, end and intervals of a run, in optimizer steps.
 
     Attributes:
         steps: the step at which the run is finished.
-        log_every, evaluate_every, checkpoint_every: distances, 0 for never.
-        max_nonfinite: non-finite steps in a row that stop the run.
+        log_every, evaluate_every, checkpoint_every: intervals, 0 for never.
+        max_nonfinite: consecutive non-finite steps that stop the run.
         seed: the run's seed.
-        record: file that takes each step's keys and terms of this rank, or ``None``.
-        rollback_after: non-finite steps in a row that send the run back to its last checkpoint, ``None`` for never.
-        rollback_margin: steps before them that are left out as well.
-        max_rollbacks: how often.
-        asynchronous: whether checkpoints are written while training goes on.
-        save_evaluated: the metric whose measurement is followed by a checkpoint, so that the best one can be kept.
+        record: file for each step's keys and loss terms of this rank, or ``None``.
+        rollback_after: consecutive non-finite steps that trigger a rollback to the last checkpoint, ``None`` for never.
+        rollback_margin: steps before them that are skipped as well.
+        max_rollbacks: maximum number of rollbacks.
+        asynchronous: whether checkpoints are written while training continues.
+        save_evaluated: metric after whose measurement a checkpoint is saved, so that the best one can be kept.
     """
 
     steps: int
@@ -68,15 +69,15 @@ class Plan:
 
 @dataclass
 class Progress:
-    """What a checkpoint has to bring back besides tensors.
+    """Progress of a run, saved in checkpoints beside the tensors.
 
     Attributes:
         step: steps done, which is also the number of the next one.
         applied: steps whose gradients were applied.
-        skipped: steps left out because something was not finite.
-        scores: the last evaluation, by metric.
-        scored: the step it was made at, -1 for none.
-        judged: the metrics that were measured at that step; others of ``scores`` are older.
+        skipped: steps skipped because of a non-finite loss or gradient.
+        scores: the latest evaluation, by metric.
+        scored: step of that evaluation, -1 for none.
+        judged: metrics measured at that step; others in ``scores`` are older.
         seconds: wall time that advanced training, over all attempts.
     """
 
@@ -90,42 +91,42 @@ class Progress:
 
 
 class Watcher(Protocol):
-    """What shows progress to a person; only rank 0 has one that does anything."""
+    """Displays progress; a no-op except on rank 0."""
 
     def step(self, done: int, total: int, loss: float, rate: float, scores: dict[str, float], scored: int) -> None:
-        """After a logged step: steps done and in all, loss, images per second, last scores and the step they are of."""
+        """Called after a logged step: steps done and in total, loss, images per second, latest scores and their step."""
         ...
 
     def say(self, text: str) -> None:
-        """One line worth reading."""
+        """Print one line."""
         ...
 
 
 @dataclass
 class Trainer:
-    """Everything one rank needs to train; see :func:`pipeline.training.build.assemble`.
+    """Trains on one rank; built by :func:`pipeline.training.build.assemble`.
 
     Attributes:
-        world: this rank's place.
+        world: this rank's position in the process group.
         method: the method.
-        engine: DeepSpeed around it.
-        schedules: what changes over the run.
-        stream: opens the batches from a step on.
+        engine: the DeepSpeed engine of the method.
+        schedules: learning rate and other schedules.
+        stream: opens the batches from a given step.
         checkpoints: where to save.
-        evaluate: runs the evaluations that are due at a step, after so many seconds of training, with all ranks, and returns
-            their scores.
+        evaluate: runs the evaluations that are due at a step, given the seconds of training, on all ranks, and returns their
+            scores.
         data_state: the data side's part of a checkpoint, gathered from all ranks.
         facts: constant parts of every checkpoint's manifest.
-        journal: where rank 0 writes numbers, ``None`` elsewhere.
-        watcher: where rank 0 shows progress.
-        plan: how far and how often.
-        requests: signals asking to stop.
-        phases: who is told what this rank does, and counts the time.
+        journal: rank 0's metrics journal, ``None`` on other ranks.
+        watcher: rank 0's progress display.
+        plan: length and intervals of the run.
+        requests: stop requests (signals).
+        phases: reports the rank's current phase and measures time.
         skipped_steps: steps that are not trained on.
         go_back: loads the last checkpoint on all ranks.
-        alarms: who tells collapse and divergence from progress.
-        machines: how busy each node is; called by all ranks.
-        progress: where we are.
+        alarms: detects collapse, divergence and plateaus.
+        machines: utilization of each node; called by all ranks.
+        progress: the current progress.
         data_counts: samples seen, substituted and available, as of the last checkpoint.
     """
 
@@ -153,11 +154,11 @@ class Trainer:
     _went_back: bool = False
 
     def run(self) -> Stop:
-        """Train until the plan is fulfilled or all ranks agree to stop; a checkpoint is on disk in either case.
+        """Train until the planned number of steps is reached or all ranks agree to stop; either way a checkpoint is saved.
 
         Raises:
-            TrainingError: too many non-finite steps in a row, or too many bad samples.
-            CheckpointError: the last checkpoint could not be written, or too many in a row could not.
+            TrainingError: too many consecutive non-finite steps, or too many bad samples.
+            CheckpointError: the last checkpoint could not be written, or too many consecutive saves failed.
         """
         try:
             return self._run()
@@ -186,7 +187,7 @@ class Trainer:
                     p.skipped += 1
                     continue
                 step = self.schedules.at(p.step * self.schedules.global_batch)
-                # Whatever a method draws on the device depends on the step and the rank alone, so nothing of it needs saving.
+                # The method's random draws on the device depend only on step and rank, so that no random state has to be saved.
                 drawn = [mix(self.plan.seed, 0x57E9, number, self.world.rank, i)[0] for i in range(len(micro_batches))]
                 micro_batches = [replace(batch, seed=seed) for batch, seed in zip(micro_batches, drawn, strict=True)]
 
@@ -240,7 +241,7 @@ class Trainer:
         return stop or Stop.FINISHED
 
     def _batches(self) -> Iterator[tuple[int, list[Batch], BatchStream]]:
-        """Batches from the next step on, and the stream they come from; opened anew whenever the run went back."""
+        """Batches from the next step on, with their stream; reopened after each rollback."""
         going = True
         while going:
             self._went_back = False
@@ -255,7 +256,7 @@ class Trainer:
             going = self._went_back
 
     def _rewind(self, number: int, in_a_row: int) -> None:
-        """Back to the last checkpoint; this rank's part of what all ranks do now, for all have seen the same steps skipped."""
+        """Roll back to the last checkpoint. All ranks do so at the same time, since all have skipped the same steps."""
         p, first = self.progress, max(number - in_a_row + 1 - self.plan.rollback_margin, 0)
         self.skipped_steps.add(first, number, write=self.world.rank == 0)
         with self.phases.phase(CHECKPOINT):
@@ -277,7 +278,7 @@ class Trainer:
             self.journal.metrics(number, {"train/skipped_steps": float(self.progress.skipped)})
         rollbacks = self.plan.rollback_after is not None and self.skipped_steps.rollbacks < self.plan.max_rollbacks
         if in_a_row >= self.plan.max_nonfinite and not rollbacks:
-            # All ranks are here together, and the message is to name the samples of the one whose terms broke.
+            # All ranks reach this point together; the message names the samples of the rank with non-finite terms.
             found: list[tuple[int, list[str], list[str]]] = [(0, [], [])] * self.world.size
             dist.all_gather_object(found, (self.world.rank, bad, keys[:4]), group=self.world.control)
             rank, terms_there, keys_there = next((f for f in found if f[1] != ["gradient"]), found[0])
@@ -374,7 +375,7 @@ class Trainer:
         return p.step
 
     def _tell(self, outcome: Outcome | None) -> None:
-        """Say and record how a save ended."""
+        """Print and record the outcome of a save."""
         if outcome is None or self.journal is None:
             return
         if outcome.problem is None:

@@ -1,7 +1,7 @@
-"""Where DeepSpeed keeps the pieces of a parameter, for each ZeRO stage: the engine's other half.
+"""DeepSpeed's memory layout of parameters, gradients and optimizer state for each ZeRO stage.
 
-A *fragment* is the piece of one parameter that one rank owns. Every element of every trainable parameter is in exactly one
-rank's fragments, whatever the stage. DeepSpeed's private attributes appear here and in ``engine.py`` and nowhere else.
+A *fragment* is the piece of one parameter that one rank owns. Every element of every trainable parameter is in exactly one rank's
+fragments, whatever the stage. DeepSpeed's private attributes are used only here and in ``engine.py``.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ ADAM = ("exp_avg", "exp_avg_sq")
 
 
 class Layout(ABC):
-    """What the engine asks of a stage."""
+    """Interface of a ZeRO stage for the engine."""
 
     @abstractmethod
     def owned(self, *, gradients: bool = False) -> Iterator[tuple[Tensor, Fragment]]:
@@ -30,14 +30,14 @@ class Layout(ABC):
 
     @abstractmethod
     def held(self) -> Iterator[tuple[Tensor, Fragment]]:
-        """All that this rank has to be given when a checkpoint is loaded: its fragments, or more."""
+        """Everything this rank needs when a checkpoint is loaded: its fragments, or more."""
 
     @abstractmethod
     def gradients(self) -> list[tuple[Tensor, Tensor]]:
-        """Parameters with all gradient memory of this rank that the optimizer will read: scaled when gradients are clipped."""
+        """Parameters with all gradient memory of this rank that the optimizer reads; this memory is scaled for clipping."""
 
     def gradient_shares(self) -> list[tuple[Tensor, Tensor]]:
-        """Parameters with the gradients of this rank's fragments alone, so that every element is in one rank's."""
+        """Parameters with the gradients of this rank's fragments only, so that every element is on one rank."""
         return self.gradients()
 
     def _of_fragments(self) -> list[tuple[Tensor, Tensor]]:
@@ -45,10 +45,10 @@ class Layout(ABC):
 
     @abstractmethod
     def flats(self) -> list[Tensor]:
-        """The tensors that the optimizer has states for."""
+        """The tensors for which the optimizer has states."""
 
     def segments(self) -> dict[int, list[Segment]]:
-        """For the ``id`` of each of :meth:`flats` the pieces of parameters that it holds."""
+        """For the ``id`` of each of :meth:`flats`, the pieces of parameters that it holds."""
         numbers = {id(p): number for number, p in enumerate(self.order())}
         starts = [(flat.data_ptr(), flat.data_ptr() + flat.numel() * flat.element_size(), flat) for flat in self.flats()]
         found: dict[int, list[Segment]] = {id(flat): [] for _, _, flat in starts}
@@ -65,19 +65,19 @@ class Layout(ABC):
 
     @abstractmethod
     def parts(self) -> dict[str, list[Tensor]]:
-        """All lasting memory of this rank by what it is for: ``parameters``, ``gradients``, ``masters``, ``moments``."""
+        """Persistent memory of this rank by purpose: ``parameters``, ``gradients``, ``masters``, ``moments``."""
 
     @abstractmethod
     def refresh(self) -> None:
-        """After masters were written: make what the forward pass reads equal to them."""
+        """Copy the masters to the forward weights, after the masters were written."""
 
     @abstractmethod
     def drop(self) -> None:
-        """Makes the next optimizer step one that changes nothing."""
+        """Make the next optimizer step a no-op."""
 
     @abstractmethod
     def clean(self) -> None:
-        """After a step: empties gradient memory that lasts, so that what the next one does not touch is not applied again."""
+        """After a step, zero persistent gradient memory, so that stale gradients are not applied again."""
 
 
 class Zero0Layout(Layout):
@@ -119,7 +119,7 @@ class Zero0Layout(Layout):
 
     @staticmethod
     def _gradient(p: Tensor) -> Tensor:
-        if p.grad is None:  # AdamW would leave the parameter out, weight decay and all
+        if p.grad is None:  # AdamW would skip the parameter, weight decay included
             p.grad = torch.zeros_like(p)
         return p.grad
 
@@ -164,7 +164,7 @@ class Zero0Layout(Layout):
 
 
 class Zero12Layout(Layout):
-    """Stages 1 and 2: parameters are whole on every rank; masters, moments and gradients are cut from one flat tensor a group."""
+    """Stages 1 and 2: parameters are whole on every rank; masters, moments, gradients are slices of a flat tensor per group."""
 
     def __init__(self, engine: Any, parameters: Sequence[Tensor], names: dict[int, str], moments: tuple[str, ...] = ADAM) -> None:
         self._moments = moments
@@ -228,8 +228,8 @@ class Zero12Layout(Layout):
 
     @override
     def drop(self) -> None:
-        # DeepSpeed drops a non-finite gradient together with its buffers: a skipped step leaves nothing behind. It finds that out
-        # by the gradient's norm, which it is not asked for otherwise.
+        # DeepSpeed discards a non-finite gradient together with its buffers, so that a skipped step has no effect. It detects one
+        # by the gradient's norm, which is not computed otherwise.
         for _, gradient in self.gradients():
             gradient.fill_(float("nan"))
         self._zero.compute_grad_norm = True
@@ -240,7 +240,7 @@ class Zero12Layout(Layout):
 
 
 class Zero3Layout(Layout):
-    """Stage 3: parameters are cut too; rank ``r`` has the ``r``-th of equal pieces of each, the last ones padded."""
+    """Stage 3: parameters are partitioned too; rank ``r`` has the ``r``-th of equal pieces of each, the last ones padded."""
 
     def __init__(self, engine: Any, parameters: Sequence[Tensor], names: dict[int, str], moments: tuple[str, ...] = ADAM) -> None:
         self._moments = moments
@@ -317,7 +317,7 @@ class Zero3Layout(Layout):
 
 
 def piece_of(parameter: Any) -> tuple[int, int]:
-    """First element and number of elements of this rank's piece of a parameter that stage 3 has cut, without padding."""
+    """First element and number of elements of this rank's piece of a partitioned (stage 3) parameter, without padding."""
     size = parameter.ds_tensor.ds_numel
     start = dist.get_rank() * size
     return start, min(size, parameter.ds_numel - start)
@@ -328,7 +328,7 @@ def _held(optimizer: Any, moments: tuple[str, ...]) -> list[Tensor]:
 
 
 def _fill(state: Any, flats: list[Tensor], moments: tuple[str, ...]) -> None:
-    """Moments from the start, so that a checkpoint of step 0 is like any other."""
+    """Initialize the moments, so that a checkpoint of step 0 has the same contents as any other."""
     for flat in flats:
         state[flat] = {"step": torch.zeros((), dtype=torch.float32, device=flat.device)}
         state[flat].update({moment: torch.zeros_like(flat) for moment in moments})

@@ -1,8 +1,8 @@
-"""Layouts of the stages whose optimizer works in host memory.
+"""ZeRO layouts with the optimizer offloaded to host memory.
 
-DeepSpeed then averages gradients on the device as ever and copies this rank's share into the ``grad`` of its flat fp32 tensors,
-which lie in host memory with masters and moments. It looks for overflow while it copies, not at the step, so that a step is
-dropped by telling it of one.
+DeepSpeed averages gradients on the device as usual and copies this rank's share into the ``grad`` of its flat fp32 tensors, which
+are in host memory with masters and moments. It checks for overflow during the copy, not in the step, so a step is dropped by
+setting its overflow flag.
 """
 
 from __future__ import annotations
@@ -18,18 +18,18 @@ from pipeline.training.zero_layouts import Zero3Layout, Zero12Layout
 
 
 def _gradient(flat: Tensor, fragment: Fragment) -> Tensor:
-    assert flat.grad is not None  # DeepSpeed's own, for as long as it lives
+    assert flat.grad is not None  # DeepSpeed's own, for its whole lifetime
     at = (fragment.master.data_ptr() - flat.data_ptr()) // flat.element_size()
     return flat.grad.view(-1).narrow(0, at, fragment.master.numel())
 
 
 class OffloadedZero12Layout(Zero12Layout):
-    """Stages 1 and 2 over host memory."""
+    """Stages 1 and 2 in host memory."""
 
     @override
     def owned(self, *, gradients: bool = False) -> Iterator[tuple[Tensor, Fragment]]:
         if gradients:
-            self._zero._wait_for_offload_copies()  # DeepSpeed itself waits in its step only
+            self._zero._wait_for_offload_copies()  # DeepSpeed waits only in its own step
         for p, fragment in super().owned():
             if gradients:
                 flat = self._zero.single_partition_of_fp32_groups[p._hp_mapping.param_group_index]  # type: ignore[attr-defined]
@@ -56,7 +56,7 @@ class OffloadedZero12Layout(Zero12Layout):
 
 
 class OffloadedZero3Layout(Zero3Layout):
-    """Stage 3 over host memory; DeepSpeed gathers its pieces of gradients beside the flat ones."""
+    """Stage 3 in host memory; DeepSpeed gathers its pieces of gradients beside the flat ones."""
 
     @override
     def owned(self, *, gradients: bool = False) -> Iterator[tuple[Tensor, Fragment]]:
