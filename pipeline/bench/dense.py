@@ -18,7 +18,7 @@ from pipeline.config.load import load
 from pipeline.data.pack.synthetic import CLASS_NAMES
 
 METHODS = ("clip", "detailclip")
-_SEGMENTATION = {"size": 64, "max_train": 1000, "max_val": 500, "epochs": 10}
+_SEGMENTATION = {"image_size": 64, "max_train": 1000, "max_val": 500, "epochs": 10}
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ def _one(method: str, shards: str, samples: int, seed: int, ranks: int, director
     steps = max(samples // load(name).config.train.global_batch_size, 1)
     held_out = shards.replace("train-", "val-")
     judged = {"enabled": True, "every": f"{steps} steps", "train_shards": [shards], "val_shards": [held_out]}
-    judged |= {"classes": len(CLASS_NAMES) + 1, **_SEGMENTATION}
+    judged |= {"num_classes": len(CLASS_NAMES) + 1, **_SEGMENTATION}
     settings = [
         f"data.shards={json.dumps(shards)}",
         f"launch.num_processes={ranks}",

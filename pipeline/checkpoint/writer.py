@@ -293,7 +293,7 @@ class Checkpoints:
         return CheckpointError(
             f"the checkpoint could not be written ({told})",
             where=str(pending.temporary),
-            hint="free space or hint the directory; the last good checkpoint is untouched and the run resumes from it",
+            hint="free space, or fix the directory; the last good checkpoint is untouched and the run resumes from it",
         )
 
 

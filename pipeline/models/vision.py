@@ -253,11 +253,11 @@ def _timm_call(settings: ModelSettings, image_size: int) -> tuple[str, dict[str,
         raise ConfigError(
             "neither a timm name nor a whole architecture",
             where="model",
-            hint="set model.timm_name, or width, depth, heads and patch",
+            hint="set model.timm_name, or embed_dim, depth, num_heads and patch_size",
         )
     if width % heads or image_size % patch:
         raise ConfigError(
-            f"width {width} over {heads} heads, pictures of {image_size} px over patches of {patch} px",
+            f"width {width} over {heads} heads, images of {image_size} px over patches of {patch} px",
             where="model",
             hint="choose sizes that divide",
         )
@@ -306,7 +306,7 @@ def _named(name: str, rotary: dict[str, float]) -> dict[str, Any]:
 
 def _unturned() -> ConfigError:
     return ConfigError(
-        "rope_shift, rope_jitter and rope_rescale move rotary positions, and this tower has none",
+        "rope_shift_coords, rope_jitter_coords and rope_rescale_coords move rotary positions, and this tower has none",
         where="model",
         hint="set model.pos_embed=rope, or leave them null",
     )

@@ -35,7 +35,7 @@ def test_the_page_says_what_was_learnt_what_collapsed_and_what_failed() -> None:
     text = page(found, {"cores": "2"}, "fovea bench collapse")
     assert "| byol | as it is | 1280 | 10 | 50.0% | 20.0% | 0.123 |  | 12.50 |  |  |" in text
     assert "- byol, as it is: 640: 25.0%, 1280: 50.0%" in text
-    assert "- byol, without predictor: **narrow**: features in one direction" in text
+    assert "- byol, without predictor: **rank_collapse**: features in one direction" in text
     assert "dino, as it is: no memory" in text
 
 

@@ -207,7 +207,7 @@ def test_a_hundred_steps_on_one_batch_teach_it_and_clip_finds_every_pair(loss: s
         (["method.freeze=[image, text]"], "should leave one tower to train"),
         (["method.image_size=225"], "does not divide by the patch side 32; 224 or 256 would"),
         (["method.text.architecture=ViT-B-33"], "ViT-B-32"),
-        (["method.text={architecture: null, width: 64}"], "width, depth and heads are all required"),
+        (["method.text={architecture: null, width: 64}"], "width, depth and num_heads are all required"),
         (["method.text.num_heads=7"], "does not divide by 7 heads"),
     ],
 )

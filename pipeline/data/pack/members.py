@@ -13,7 +13,7 @@ from pipeline.data.index import tar
 from pipeline.data.pack.keys import safe_extension, safe_key, unique_keys
 from pipeline.data.pack.layouts import is_bookkeeping
 from pipeline.data.pack.listing import Listing, litter_reason
-from pipeline.data.pack.samples import IMAGES, MAX_FILE, Raw, SkippedSteps, read_file
+from pipeline.data.pack.samples import IMAGES, MAX_FILE, Raw, SkippedSample, read_file
 from pipeline.errors import DataError
 
 _IMAGES = frozenset(IMAGES)
@@ -38,19 +38,19 @@ class Part:
         """Returns the bytes.
 
         Raises:
-            SkippedSteps: they cannot be read or are too many.
+            SkippedSample: they cannot be read or are too many.
             StorageUnavailable, ShardChanged: not an error of the sample.
         """
         if self.offset < 0:
             return read_file(Path(self.about.url), limit=limit, roots=roots)
         if self.size > limit:
-            raise SkippedSteps("file_too_large")
+            raise SkippedSample("file_too_large")
         try:
             return store.read(self.about, self.offset, self.size)
         except (storage.StorageUnavailable, storage.ShardChanged):
             raise
         except DataError as error:
-            raise SkippedSteps("unreadable") from error
+            raise SkippedSample("unreadable") from error
 
 
 @dataclass(frozen=True)
@@ -105,7 +105,7 @@ class Members:
         parts = self.parts[position]
         image = _image(parts)
         if image is None:
-            raise SkippedSteps("missing_image")
+            raise SkippedSample("missing_image")
         read = {extension: part.read(self.store, self.max_file, self.roots) for extension, part in parts.items()}
         return Raw(read.pop(image), read, image)
 

@@ -19,7 +19,7 @@ from pipeline.data.order.random import permutation
 from pipeline.data.pack.account import NOTES, REASONS, WITH_IMAGE, Account, left_out_line, note_line, settle, write_lists
 from pipeline.data.pack.layouts import extension_counts
 from pipeline.data.pack.resume import PackState, Piece
-from pipeline.data.pack.samples import SkippedSteps, Source
+from pipeline.data.pack.samples import SkippedSample, Source
 from pipeline.data.pack.shard_writer import ShardWriter
 from pipeline.data.pack.sources import Pictures
 from pipeline.data.pack.transcode import Form, transcode
@@ -289,7 +289,7 @@ def _prepare(source: Source, packing: Packing, position: int) -> _Prepared:
     """Returns the members of a sample and its notes, or None and the reason; and whether its image was transcoded."""
     try:
         raw = source.load(position)
-    except SkippedSteps as error:
+    except SkippedSample as error:
         return None, (str(error),), False
     verdict = inspect_header(raw.image, min_side=packing.min_side, max_pixels=packing.max_pixels)
     form: Form | None = None

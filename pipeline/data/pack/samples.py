@@ -33,7 +33,7 @@ EXTENSIONS = {"jpeg": "jpg", "png": "png", "webp": "webp", "tiff": "tif", "bmp":
 MAX_FILE = 1 << 30  # maximum size of a packed file or member, bytes
 
 
-class SkippedSteps(Exception):
+class SkippedSample(Exception):
     """Raised for a sample that cannot be packed; the text is the reason, one word."""
 
 
@@ -127,7 +127,7 @@ class Source(Protocol):
         """Reads a sample.
 
         Raises:
-            SkippedSteps: it cannot be read, or has no image.
+            SkippedSample: it cannot be read, or has no image.
         """
 
 
@@ -140,21 +140,21 @@ def read_file(path: str | Path, *, limit: int = MAX_FILE, roots: Sequence[str] =
         roots: resolved directories of which one must contain the file after resolving links; empty: anywhere.
 
     Raises:
-        SkippedSteps: ``missing_file``, ``outside_link``, ``special_file`` (a device, a pipe, a directory), ``file_too_large`` or
+        SkippedSample: ``missing_file``, ``outside_link``, ``special_file`` (a device, a pipe, a directory), ``file_too_large`` or
             ``unreadable``.
     """
     try:
         if roots:
             real = os.path.realpath(path) if os.path.islink(path) else real_folder(os.path.dirname(path))
             if not is_below(real, roots):
-                raise SkippedSteps("outside_link")
+                raise SkippedSample("outside_link")
         descriptor = open_regular(Path(path))
     except DataError as error:
-        raise SkippedSteps("special_file") from error
+        raise SkippedSample("special_file") from error
     except (FileNotFoundError, NotADirectoryError, ValueError) as error:  # ValueError: an invalid file name
-        raise SkippedSteps("missing_file") from error
+        raise SkippedSample("missing_file") from error
     except OSError as error:
-        raise SkippedSteps("unreadable") from error
+        raise SkippedSample("unreadable") from error
     try:
         with os.fdopen(descriptor, "rb", buffering=0) as file:
             size = os.fstat(descriptor).st_size
@@ -162,9 +162,9 @@ def read_file(path: str | Path, *, limit: int = MAX_FILE, roots: Sequence[str] =
             while size <= limit and len(data) <= limit and (more := file.read(1 << 20)):
                 data += more  # the file grew, or reports no size
     except OSError as error:
-        raise SkippedSteps("unreadable") from error
+        raise SkippedSample("unreadable") from error
     if size > limit or len(data) > limit:
-        raise SkippedSteps("file_too_large")
+        raise SkippedSample("file_too_large")
     return data
 
 

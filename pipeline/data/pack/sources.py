@@ -21,11 +21,11 @@ from pipeline.data.pack import tables
 from pipeline.data.pack.layouts import LAYOUTS, Layout, recognize
 from pipeline.data.pack.listing import BROKEN, LINK, File, Listing, list_files, litter_reason, lost_by_links
 from pipeline.data.pack.members import Members, digest_of, files_of, tars_of
-from pipeline.data.pack.samples import IMAGES, MAX_FILE, READ, Raw, SkippedSteps, Source, is_below, read_file, real_folder
+from pipeline.data.pack.samples import IMAGES, MAX_FILE, READ, Raw, SkippedSample, Source, is_below, read_file, real_folder
 from pipeline.errors import ConfigError, DataError
 from pipeline.untrusted import printable
 
-__all__ = ["LAYOUTS", "Layout", "Members", "Options", "Picture", "Pictures", "Raw", "SkippedSteps", "Source", "open_source"]
+__all__ = ["LAYOUTS", "Layout", "Members", "Options", "Picture", "Pictures", "Raw", "SkippedSample", "Source", "open_source"]
 _IMAGES, _PROBED = frozenset(IMAGES), frozenset(READ)
 _CAPTION = "txt"
 _MAX_CAPTION = 4 << 20  # bytes
@@ -230,8 +230,8 @@ class Pictures:
         if entry.caption_file is not None:
             try:
                 text, replaced = decode_text(read_file(entry.caption_file.path, limit=_MAX_CAPTION, roots=self.roots))
-            except SkippedSteps as error:
-                raise SkippedSteps(f"caption_{error}") from error
+            except SkippedSample as error:
+                raise SkippedSample(f"caption_{error}") from error
             captions = (text,) if text.strip() else ()
             notes = (REPLACED,) if replaced else () if captions else ("empty_caption",)
         if len(captions) == 1:
@@ -323,7 +323,7 @@ def _seems_whole(file: File) -> bool:
         return True
     try:
         return inspect_header(read_file(file.path), min_side=1, max_pixels=1 << 62).status in ("ok", "unsupported")
-    except SkippedSteps:
+    except SkippedSample:
         return False
 
 

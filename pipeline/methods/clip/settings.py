@@ -64,7 +64,7 @@ class TextSettings(Settings):
     @model_validator(mode="after")
     def _whole(self) -> Self:
         if self.architecture is None and None in (self.width, self.depth, self.num_heads):
-            raise ValueError("without an architecture, width, depth and heads are all required")
+            raise ValueError("without an architecture, width, depth and num_heads are all required")
         if self.sizes.width % self.sizes.heads:
             raise ValueError(f"width {self.sizes.width} does not divide by {self.sizes.heads} heads")
         return self

@@ -98,5 +98,5 @@ class TwoViewSettings(MethodSettings):
     @model_validator(mode="after")
     def _something_to_repel(self) -> Self:
         if self.local_repulsion is not None and self.views.local_count < 2:
-            raise ValueError(f"repel wants views.local_count of 2 or more, not {self.views.local_count}")
+            raise ValueError(f"local_repulsion needs views.local_count of 2 or more, not {self.views.local_count}")
         return self

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.data.pack.listing import list_files, litter_reason
-from pipeline.data.pack.samples import SkippedSteps, read_file
+from pipeline.data.pack.samples import SkippedSample, read_file
 from pipeline.data.pack.sources import Options, open_source
 from pipeline.errors import DataError
 from tests.data.pack.test_packer import contents, packed, picture
@@ -125,7 +125,7 @@ def test_a_tree_deeper_than_the_stack_is_listed(tmp_path: Path) -> None:
 
 def test_a_file_that_says_nothing_of_its_size_is_read_up_to_the_limit() -> None:
     assert read_file("/proc/self/status").startswith(b"Name:")
-    with pytest.raises(SkippedSteps, match="file_too_large"):
+    with pytest.raises(SkippedSample, match="file_too_large"):
         read_file("/proc/self/status", limit=10)
 
 
@@ -215,7 +215,7 @@ def test_a_file_that_becomes_a_link_after_the_listing_is_not_read(tmp_path: Path
     (tmp_path / "in" / "a.txt").unlink()
     (tmp_path / "in" / "a.txt").symlink_to(tmp_path / "secret.jpg")
     for position, reason in enumerate(("caption_outside_link", "outside_link")):
-        with pytest.raises(SkippedSteps, match=reason):
+        with pytest.raises(SkippedSample, match=reason):
             source.load(position)
 
 

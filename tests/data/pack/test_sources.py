@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from pipeline.data.index.image_header import inspect_header
 from pipeline.data.pack.keys import unique_keys
 from pipeline.data.pack.packer import pack
-from pipeline.data.pack.sources import Members, Pictures, SkippedSteps, open_source
+from pipeline.data.pack.sources import Members, Pictures, SkippedSample, open_source
 from pipeline.errors import DataError
 from tests.data.pack.test_packer import contents, packed, picture
 
@@ -75,7 +75,7 @@ def test_keys_that_occur_again_get_a_number_and_scattered_members_come_together(
     assert keys == ["1", "2", "3", "1-2", "1-3", "1-1", "lonely"]
     assert source.load(0).members == {"txt": b"far away"}
     assert [source.load(n).image for n in range(6)] == [picture(n) for n in (1, 2, 6, 3, 4, 5)]
-    with pytest.raises(SkippedSteps, match="missing_image"):
+    with pytest.raises(SkippedSample, match="missing_image"):
         source.load(6)
 
 
@@ -172,7 +172,7 @@ def test_a_table_gives_labels_captions_and_facts(tmp_path: Path, kind: str) -> N
     assert raw.image == picture(1) and raw.members["cls"] == 1
     assert (raw.members["txt"], raw.members["json"]["licence"]) == ('a zebra,\n"striped"', "free")
     assert "txt" not in source.load(1).members
-    with pytest.raises(SkippedSteps, match="missing_file"):
+    with pytest.raises(SkippedSample, match="missing_file"):
         source.load(2)
     report = packed(table, tmp_path / "out")
     assert report.packed == 2 and report.skipped == (("cat/gone.jpg", "missing_file"),)
