@@ -110,10 +110,10 @@ def of_key(config: Config, inputs: Inputs, key: str, world: int, last: int) -> d
             where=f"{len(inputs.train.shards)} shards",
             hint="A key is a member's name up to the first dot after the last slash; it may follow a shard's: shard.tar/key.",
         )
-    replaced, seen, skipped_steps = _replaced(config), [], []
+    replaced, seen, left_out = _replaced(config), [], []
     for shard, row, status in places:
         if row < 0:
-            skipped_steps.append({"shard": inputs.train.shards[shard].name, "status": status})
+            left_out.append({"shard": inputs.train.shards[shard].name, "status": status})
             continue
         number = shard << 32 | row
         for step in sorted(set(inputs.order.steps_of(number, 0, last))):
@@ -123,14 +123,14 @@ def of_key(config: Config, inputs: Inputs, key: str, world: int, last: int) -> d
     seen.sort(key=lambda row: (row["step"], row["place"]))
     samples = f"{len(places)} {'sample' if len(places) == 1 else 'samples'}"
     words = [f"{printable(key)}: {samples}, seen {len(seen)} times in steps 0 to {last - 1}"]
-    words += [f"left out of {entry['shard']} by the index ({entry['status']})" for entry in skipped_steps]
+    words += [f"left out of {entry['shard']} by the index ({entry['status']})" for entry in left_out]
     return {
         "about": "; ".join(words),
         "key": key,
         "steps": last,
         "ranks": world,
         "fingerprint": inputs.train.fingerprint,
-        "skipped_steps": skipped_steps,
+        "left_out": left_out,
         "seen": seen,
     }
 
