@@ -90,7 +90,7 @@ def pixels(directory: Path) -> list[str]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("mode", ["cache", "direct"])
+@pytest.mark.parametrize("mode", ["cache", "range_read"])
 def test_a_bucket_in_trouble_gives_the_batches_of_a_disk(
     undisturbed: Path, door: Proxy, config: Path, tmp_path: Path, mode: str
 ) -> None:
