@@ -92,7 +92,7 @@ def test_a_small_student_learns_from_a_frozen_run_and_resumes_without_it(first: 
     tower = "{embed_dim: 32, depth: 1, num_heads: 2, patch_size: 8}"
     judge = f"name: distill\n  teacher_model: {tower}\n  teacher_weights: nowhere\n  gram_weight: 1.0"
     config = tmp_path / "distill.yaml"
-    config.write_text(TOY.replace("name: dinov2", judge).replace("model: {embed_dim: 32", "model: {embed_dim: 16"))
+    config.write_text(TOY.replace("name: dinov2", judge).replace("\nmodel: {embed_dim: 32", "\nmodel: {embed_dim: 16"))
     stage = ["train.zero_stage=3", "checkpoint.every=2 steps", "schedule.lr.warmup=1 steps", "train.duration=4 steps"]
     away = train(config, shards, tmp_path / "run", *stage)
     assert away.returncode == 2 and "no such file" in away.stderr and not (tmp_path / "run" / "logs").exists()
