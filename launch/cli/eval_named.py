@@ -77,12 +77,12 @@ def refuse(config: Config, asked: EvalRequest, directory: Path | None = None) ->
     Raises:
         FoveaError: no checkpoint, or data that the evaluators cannot use.
     """
-    from pipeline.data.inputs import judged
+    from pipeline.data.inputs import evaluation_data
 
     chosen = asking(config, asked)
     if directory is not None and not asked.watch:
         named_or_newest(directory, asked.checkpoint)
-    _data(chosen, judged, trained=directory is not None)
+    _data(chosen, evaluation_data, trained=directory is not None)
 
 
 def of_run(directory: Path, config: Config, asked: EvalRequest) -> int:
@@ -95,7 +95,7 @@ def of_run(directory: Path, config: Config, asked: EvalRequest) -> int:
     Raises:
         FoveaError: no checkpoint, another architecture, or data that the evaluators cannot use.
     """
-    from pipeline.data.inputs import judged
+    from pipeline.data.inputs import evaluation_data
     from pipeline.evaluation.runner import EvalData, build_evaluators, eval_model_of
     from pipeline.methods.registry import build_method
 
@@ -105,7 +105,7 @@ def of_run(directory: Path, config: Config, asked: EvalRequest) -> int:
         iter(()) if not first else _coming(directory) if asked.watch else iter([named_or_newest(directory, asked.checkpoint)])
     )
     with world_here(config) as world:
-        data = _data(config, judged, trained=True)
+        data = _data(config, evaluation_data, trained=True)
         sizes = _sizes(config, data)
         method = _fresh(config, world, build_method)
         view = method.views[0]
@@ -183,7 +183,7 @@ def of_weights(source: str, config: Config, asked: EvalRequest, *, model: str | 
         FoveaError: the weights cannot be loaded strictly, or the evaluators cannot use the data.
     """
     from pipeline.data.augment.views import Normalize
-    from pipeline.data.inputs import judged
+    from pipeline.data.inputs import evaluation_data
     from pipeline.evaluation.runner import EvalData, build_evaluators
     from pipeline.weights.pretrained import load
 
@@ -197,7 +197,7 @@ def of_weights(source: str, config: Config, asked: EvalRequest, *, model: str | 
                 where="--size",
                 hint=f"choose a multiple of {peer.subject.tower.patch}",
             )
-        data = EvalData(**_data(config, judged))
+        data = EvalData(**_data(config, evaluation_data))
         normalize = Normalize(peer.subject.mean, peer.subject.std)
         evaluators, _ = build_evaluators(config, data, world, size=side, normalize=normalize)
         scores = {"weights": _scores(evaluators, peer.subject)}

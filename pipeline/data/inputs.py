@@ -139,10 +139,10 @@ def prepare(config: Config, world: int, progress: Callable[[int, int, Any], None
         )
     check_warmups(config, order.samples_per_epoch)
     inputs = Inputs(train, None, None, order, sources)
-    return replace(inputs, **judged(config, train, progress)) if config.evaluation.enabled else inputs
+    return replace(inputs, **evaluation_data(config, train, progress)) if config.evaluation.enabled else inputs
 
 
-def judged(
+def evaluation_data(
     config: Config,
     train: Manifest | None = None,
     progress: Callable[[int, int, Any], None] | None = None,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -80,3 +81,25 @@ def suggest_fix_of_distillation(student_temperature: float, *, centred: bool, ce
         )
 
     return suggest_fix
+
+
+def distillation_health(
+    prototypes: int, student_temperature: float, *, centred: bool, center_momentum: float, koleo: float
+) -> HealthMetrics:
+    """Health metrics of self-distillation over prototypes, under the names that DINO and DINOv2 record.
+
+    Args:
+        prototypes: number of prototypes K; a uniform guess costs ln K nats.
+        student_temperature, centred, center_momentum, koleo: see :func:`suggest_fix_of_distillation`.
+    """
+    return HealthMetrics(
+        guess=math.log(prototypes),
+        entropy="target_entropy",
+        use="prototype_entropy",
+        below_guess="dino_loss_vs_log_k",
+        rank="feature_rank",
+        agreement="teacher_student_top1_agreement",
+        suggest_fix=suggest_fix_of_distillation(
+            student_temperature, centred=centred, center_momentum=center_momentum, koleo=koleo
+        ),
+    )

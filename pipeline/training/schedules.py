@@ -17,7 +17,6 @@ from pipeline.data.inputs import check_warmups
 from pipeline.errors import ConfigError
 from pipeline.methods.base import Step
 from pipeline.training.settings import Curve as CurveSettings
-from pipeline.training.settings import LearningRateCurve
 
 
 @dataclass(frozen=True)
@@ -121,7 +120,7 @@ class Schedules:
         check_warmups(config, epoch_samples)
         length = config.train.duration.steps(epoch_samples, batch) * batch
 
-        def curve(start: float, peak: float, end: float, rest: CurveSettings | LearningRateCurve) -> Curve:
+        def curve(start: float, peak: float, end: float, rest: CurveSettings) -> Curve:
             warmup = rest.warmup.samples(epoch_samples, batch)
             return Curve(start, peak, end, warmup, length, rest.shape, epoch_samples if rest.per_epoch else 0)
 

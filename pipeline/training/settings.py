@@ -55,24 +55,6 @@ class OptimSettings(Settings):
     eps: Positive = Field(default=1e-8, description="AdamW and LAMB: constant added to the root of the second moment")
 
 
-class LearningRateCurve(Settings):
-    """Learning rate schedule: a linear warm-up from ``start`` to ``peak``, then ``shape`` down to ``end``."""
-
-    start: NonNegative = Field(default=0.0, description="learning rate at the first sample")
-    peak: Positive = Field(default=2e-4, description="learning rate after the warm-up, before optim.lr_scaling is applied")
-    end: NonNegative = Field(default=1e-6, description="learning rate at the last sample")
-    warmup: Length = Field(default=Length(0), description="length of the linear warm-up from start to peak")
-    per_epoch: bool = Field(
-        default=False,
-        description="update the value once per epoch instead of every step, as the code of MoCo v2 (learning rate), DINO and "
-        "DetailCLIP (teacher temperature) does",
-    )
-    shape: Literal["cosine", "cosine_to_last", "linear", "constant"] = Field(
-        default="cosine",
-        description="decay from peak to end; cosine_to_last is the variant of DINOv3; constant stays at the peak",
-    )
-
-
 class Curve(Settings):
     """Schedule of a value: linear warm-up from ``start`` to ``peak``, then ``shape`` from ``peak`` to ``end``."""
 
@@ -89,6 +71,14 @@ class Curve(Settings):
         default="cosine",
         description="change from peak to end; cosine_to_last is the variant of DINOv3; constant stays at the peak",
     )
+
+
+class LearningRateCurve(Curve):
+    """Learning rate schedule: a curve whose peak is scaled by ``optim.lr_scaling``."""
+
+    start: NonNegative = Field(default=0.0, description="learning rate at the first sample")
+    peak: Positive = Field(default=2e-4, description="learning rate after the warm-up, before optim.lr_scaling is applied")
+    end: NonNegative = Field(default=1e-6, description="learning rate at the last sample")
 
 
 class ScheduleSettings(Settings):

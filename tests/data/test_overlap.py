@@ -11,7 +11,7 @@ import pytest
 
 from pipeline.config.load import load
 from pipeline.config.schema import Config
-from pipeline.data.inputs import judged, prepare
+from pipeline.data.inputs import evaluation_data, prepare
 from pipeline.data.pack import synthetic as scenes
 from pipeline.errors import DataError
 from tests.helpers.runs import TOY
@@ -110,7 +110,7 @@ def test_so_are_data_sets_that_are_mixed_and_voters_of_their_own(shards: Path) -
 def test_a_command_that_evaluates_by_hand_refuses_it_too(shards: Path) -> None:
     config = settings(shards, f"data.shards={shards}/*.tar", KNN)
     with pytest.raises(DataError, match="learned from too"):
-        judged(config)
+        evaluation_data(config)
 
 
 @pytest.mark.parametrize("name", ["retrieval", "zeroshot"])
@@ -121,8 +121,8 @@ def test_captions_that_were_trained_on_are_not_searched_for(shards: Path, name: 
     words += [f"evaluation.zeroshot.class_names={shards}/classes.txt"]
     config = settings_for_weights(words)
     with pytest.raises(DataError, match="trained on too"):
-        judged(config, trained=True)
-    assert judged(config)["queries"].total == 10  # weights from elsewhere did not see them
+        evaluation_data(config, trained=True)
+    assert evaluation_data(config)["queries"].total == 10  # weights from elsewhere did not see them
 
 
 def test_nor_when_others_vote_as_far_as_the_training_shards_are_here(shards: Path) -> None:
@@ -135,9 +135,9 @@ def test_nor_when_others_vote_as_far_as_the_training_shards_are_here(shards: Pat
     ]
     words += [f"evaluation.knn.val_shards={shards}/val-*.tar"]
     with pytest.raises(DataError, match="trained on too"):
-        judged(settings_for_weights([f"data.shards={shards}/*.tar", *words]), trained=True)
+        evaluation_data(settings_for_weights([f"data.shards={shards}/*.tar", *words]), trained=True)
     away = settings_for_weights([f"data.shards={shards}/away-*.tar", *words])
-    assert judged(away, trained=True)["queries"].total == 10
+    assert evaluation_data(away, trained=True)["queries"].total == 10
 
 
 def test_segmentation_has_its_own_pair(shards: Path, tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ from pipeline.data.augment.views import Batch
 from pipeline.methods.base import Step
 from pipeline.methods.dino.settings import DinoSettings
 from pipeline.methods.ema_teacher import Teacher
-from pipeline.methods.health_metrics import HealthMetrics, suggest_fix_of_distillation
+from pipeline.methods.health_metrics import distillation_health
 from pipeline.methods.shared.two_views import TwoViews
 from pipeline.models.heads import PrototypeHead
 from pipeline.models.norms import batch_statistics
@@ -56,16 +56,8 @@ class DINO(TwoViews):
         self.teacher: Teacher = Teacher(backbone=backbone, head=self.head)
         self.extra_state = {"center": torch.zeros(s.prototypes)}
         self.couples_batch = self.sees_batches()
-        self.health_metrics = HealthMetrics(
-            guess=math.log(s.prototypes),
-            entropy="target_entropy",
-            use="prototype_entropy",
-            below_guess="dino_loss_vs_log_k",
-            rank="feature_rank",
-            agreement="teacher_student_top1_agreement",
-            suggest_fix=suggest_fix_of_distillation(
-                s.student_temperature, centred=True, center_momentum=s.center_momentum, koleo=0.0
-            ),
+        self.health_metrics = distillation_health(
+            s.prototypes, s.student_temperature, centred=True, center_momentum=s.center_momentum, koleo=0.0
         )
         self._sums: list[tuple[Tensor, int]] = []
 

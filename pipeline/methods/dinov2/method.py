@@ -26,7 +26,7 @@ from pipeline.errors import ConfigError
 from pipeline.methods.base import Method, Step
 from pipeline.methods.dinov2.settings import Dinov2Settings
 from pipeline.methods.ema_teacher import Teacher
-from pipeline.methods.health_metrics import HealthMetrics, suggest_fix_of_distillation
+from pipeline.methods.health_metrics import distillation_health
 from pipeline.methods.shared.crops import colours
 from pipeline.methods.shared.frozen import Frozen
 from pipeline.models.groups import ParameterGroup, parameter_groups
@@ -78,19 +78,12 @@ class DINOv2(Method):
                 "ibot_center": torch.zeros(_patch_prototypes(settings)),
             }
         self.gram = Frozen(backbone=copy.deepcopy(backbone)) if settings.gram_weight else None
-        self.health_metrics = HealthMetrics(
-            guess=math.log(settings.prototypes),
-            entropy="target_entropy",
-            use="prototype_entropy",
-            below_guess="dino_loss_vs_log_k",
-            rank="feature_rank",
-            agreement="teacher_student_top1_agreement",
-            suggest_fix=suggest_fix_of_distillation(
-                settings.student_temperature,
-                centred=settings.centering == "softmax_center",
-                center_momentum=settings.center_momentum,
-                koleo=settings.koleo_weight,
-            ),
+        self.health_metrics = distillation_health(
+            settings.prototypes,
+            settings.student_temperature,
+            centred=settings.centering == "softmax_center",
+            center_momentum=settings.center_momentum,
+            koleo=settings.koleo_weight,
         )
         self._means: dict[str, Tensor] = {}
         self._prepared: deque[_Prepared] = deque()
