@@ -37,7 +37,7 @@ cd "$FOVEA_ROOT" || exit 1
 if [ -n "$floors" ]; then
     run() { "$FOVEA_PYTHON" -m pytest -p no:cacheprovider -n "${FOVEA_TEST_WORKERS:-2}" --dist loadfile "$@" </dev/null; }
     if [ "${#arguments[@]}" -gt 0 ]; then run "${arguments[@]}"; exit; fi
-    run -m "not slow" && run -m slow tests/test_resume.py tests/export
+    run -m "not slow" && run -m slow tests/test_resume.py tests/weights/test_export.py
     exit
 fi
 # Half of the slow tests wait for other processes, so two files at a time take much less than twice as long.

@@ -35,8 +35,8 @@ def test_a_run_that_collapses_says_so_once_on_the_screen_and_in_the_journal(tmp_
     (journal,) = (directory / "tracking").glob("journal-*.jsonl")
     records = [record for _, record in read(journal)]
     values = [record["values"] for record in records if record["kind"] == "metrics"]
-    assert sum("alert/uniform" in value for value in values) == 1
-    assert any(record["kind"] == "tags" and "alert/uniform" in record["values"] for record in records)
+    assert sum("alert/uniform_targets" in value for value in values) == 1
+    assert any(record["kind"] == "tags" and "alert/uniform_targets" in record["values"] for record in records)
     logged = next(value for value in values if "train/mask_ratio" in value)
     assert 0.1 < logged["train/mask_ratio"] < 0.2
     assert {

@@ -48,12 +48,12 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     scenes.write(folder / "scenes", train=48, val=20, size=32, seed=3)
     toy = TOY[: TOY.index("method:")] + RECIPE + TOY[TOY.index("model:") :]
     toy = toy.replace("model: {", "model: {layer_scale: 1.0, ")  # or all features are alike
-    (folder / "toy.yaml").write_text(toy.replace("train: {", "train: {zero: 2, "))
+    (folder / "toy.yaml").write_text(toy.replace("train: {", "train: {zero_stage: 2, "))
     classes = sorted({scenes.render(3, number, 32).label for number in range(60)})
     (folder / "classes.txt").write_text("\n".join(f"thing {number}" for number in range(max(classes) + 1)))
     judged = [
         *EVERYTHING,
-        f"evaluation.zeroshot={{enabled: true, every: 4 steps, classes: {folder}/classes.txt}}",
+        f"evaluation.zeroshot={{enabled: true, every: 4 steps, class_names: {folder}/classes.txt}}",
         f"evaluation.knn.val_shards={folder}/scenes/*val-*.tar",
         "checkpoint.keep_best=linear/top1",
     ]
@@ -97,7 +97,7 @@ def test_a_run_whose_weights_are_cut_is_judged_alike(runs: tuple[Path, Path], tm
         "schedule.lr.warmup=1 steps",
         "train.zero_stage=3",
         *(word for word in EVERYTHING if "robustness" not in word),
-        f"evaluation.zeroshot={{enabled: true, every: 4 steps, classes: {folder}/classes.txt}}",
+        f"evaluation.zeroshot={{enabled: true, every: 4 steps, class_names: {folder}/classes.txt}}",
         f"evaluation.knn.val_shards={folder}/scenes/*val-*.tar",
     ]
     done = train(folder / "toy.yaml", f"{folder}/scenes/*train-*.tar", run, *words)

@@ -11,7 +11,7 @@ from tests.helpers.runs import TOY, recorded, train
 
 STEPS = 4
 MODEL = "drop_path: 0.2, pos_embed: rope, registers: 2, rope_rescale_coords: 2.0, untie_local_norm: true}"
-TOWER = TOY.replace("drop_path: 0.1}", MODEL).replace("name: dinov2", "name: dinov2\n  gram_weight: 1.0\n  gram_refresh: 2")
+TOWER = TOY.replace("drop_path: 0.1}", MODEL).replace("name: dinov2", "name: dinov2\n  gram_weight: 1.0\n  gram_update_every: 2")
 
 
 APART = "drop_path: 0.2, drop_path_schedule: linear, registers: 2, cls_pos_embed: true}"

@@ -43,7 +43,7 @@ def examine(cluster: str | None) -> Iterator[Finding]:
         profile = load(cluster)
         mode = settings.get("PreemptMode", "OFF")
         if "CANCEL" in mode and profile.requeue_mode == "requeue":
-            yield "bad", f"preempted jobs are cancelled here (PreemptMode={mode})", "set after: chain in the profile"
+            yield "bad", f"preempted jobs are cancelled here (PreemptMode={mode})", "set requeue_mode: chain in the profile"
         grace = _seconds(settings.get("KillWait", "30"))
         if grace < 30:
             yield (
@@ -92,7 +92,7 @@ def _slurm(settings: dict[str, str]) -> Iterator[Finding]:
         "" if requeues else "fovea asks for it job by job with --requeue",
     )
     mode = settings.get("PreemptMode", "OFF")
-    told = "after: chain is for you" if "CANCEL" in mode else "after: requeue is for you"
+    told = "requeue_mode: chain fits this site" if "CANCEL" in mode else "requeue_mode: requeue fits this site"
     yield "ok", f"preemption: {mode} by {settings.get('PreemptType', 'nothing')}", told
     user = "preempt_send_user_signal" in settings.get("SlurmctldParameters", "")
     if mode not in ("OFF", "(null)"):

@@ -186,10 +186,14 @@ def load(name: str, overrides: Sequence[str] = ()) -> ClusterProfile:
     return _made(read(file, problems, ()), problems, overrides, display(file))
 
 
+# Keys of submissions by earlier versions.
+_RENAMED = {"lead": "checkpoint_lead_time", "after": "requeue_mode", "pass_on": "export_env", "hang": "hang_timeout"}
+
+
 def again(values: dict[str, Any], overrides: Sequence[str] = ()) -> ClusterProfile:
     """The profile of an earlier submission, with changes."""
     here = "the profile of the last submission"
-    tree = Branch({name: Leaf(value, here) for name, value in values.items()}, here)
+    tree = Branch({_RENAMED.get(name, name): Leaf(value, here) for name, value in values.items()}, here)
     return _made(tree, [], overrides, here)
 
 
@@ -218,7 +222,7 @@ def _made(tree: Branch, problems: list[Problem], overrides: Sequence[str], shown
     if profile.checkpoint_lead_time >= profile.seconds:
         raise ConfigError(
             f"the run would have to stop {profile.checkpoint_lead_time:.0f} s before a limit of {profile.seconds} s",
-            where=f"{shown}: lead",
-            hint="lower lead, or raise time",
+            where=f"{shown}: checkpoint_lead_time",
+            hint="lower checkpoint_lead_time, or raise time",
         )
     return profile

@@ -185,7 +185,7 @@ def page(found: Sequence[Found], machine: Mapping[str, str], command: str) -> st
     raised = []
     for one in found:
         raised += [f"- {one.trial.question}, {one.trial.name}: **{n}**: {told}" for n, told in (one.alarms or {}).items()]
-    lines += ["", "What fovea's own alarms said:", "", *(raised or ["- nothing"])]
+    lines += ["", "What fovea's own alerts said:", "", *(raised or ["- nothing"])]
     return "\n".join(lines) + "\n"
 
 

@@ -11,8 +11,8 @@ micro-batches::
     3       reduce-scatter 4 N A           all-gather 4 (N or 2 N, + N of the teacher) A
 
 Stage 1 reduces once per step, stage 2 with each micro-batch. Stage 3 gathers the student for the forward and for the backward
-pass, for both at once where it may keep all of it (``tuning``), and the teacher for its own forward pass. With ring algorithms an
-all-reduce makes each rank send ``2 (R-1)/R`` of its bytes, the other collectives ``(R-1)/R``.
+pass, for both at once where it may keep all of it (:mod:`pipeline.estimate.communication`), and the teacher for its own forward
+pass. With ring algorithms an all-reduce makes each rank send ``2 (R-1)/R`` of its bytes, the other collectives ``(R-1)/R``.
 """
 
 from __future__ import annotations

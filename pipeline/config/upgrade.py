@@ -123,8 +123,8 @@ def _choice(**names: Any) -> Callable[[Any], Any]:
 
 
 _SCALING = {
-    "sqrt1024": {"rule": "sqrt", "reference_batch": 1024},
-    "linear256": {"rule": "linear", "reference_batch": 256},
+    "sqrt1024": {"rule": "sqrt"},
+    "linear256": {"rule": "linear"},
     "none": {"rule": "none"},
 }
 _VALUES: dict[str, Callable[[Any], Any]] = {

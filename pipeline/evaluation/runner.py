@@ -81,7 +81,7 @@ def eval_model_of(method: Method, config: Config, device: torch.device) -> EvalM
 
 @dataclass(frozen=True)
 class EvalData:
-    """Data sets of the evaluations, as found by :func:`pipeline.data.inputs.judged`.
+    """Data sets of the evaluations, as found by :func:`pipeline.data.inputs.evaluation_data`.
 
     Attributes:
         bank, queries: labelled images to learn from and to evaluate.

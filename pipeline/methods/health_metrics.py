@@ -76,7 +76,7 @@ def suggest_fix_of_distillation(student_temperature: float, *, centred: bool, ce
                 "the spreading term is too weak or the steps are too large: raise method.koleo_weight, or lower schedule.lr.peak"
             )
         return (
-            f"the steps are too large (schedule.lr.peak is {step.lr:.2g} here) or the teacher follows too fast: lower "
+            f"the steps are too large (the learning rate is {step.lr:.2g} here) or the teacher follows too fast: lower "
             "schedule.lr.peak, lengthen schedule.lr.warmup and method.freeze_last_layer, or raise schedule.teacher_momentum.start"
         )
 

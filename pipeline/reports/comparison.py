@@ -13,6 +13,7 @@ from typing import Any
 from pipeline.checkpoint import files
 from pipeline.config.load import flatten
 from pipeline.config.schema import Config
+from pipeline.config.upgrade import upgrade
 from pipeline.errors import ConfigError, DataError
 from pipeline.masking import masked
 from pipeline.reports import html as pictures
@@ -82,7 +83,7 @@ def gather(paths: Sequence[Path]) -> list[RunSummary]:
             raise ConfigError(
                 "is no run's directory", where=str(path), hint="It should hold the config.json that a training wrote."
             )
-        config = _json(run.config)
+        config = upgrade(_json(run.config))
         name = str(config.get("run", {}).get("name") or path.name)
         if any(other.name == name for other in found):
             name = f"{name} ({path.name})" if all(other.directory.path.name != path.name for other in found) else str(path)
@@ -319,7 +320,7 @@ def _losses(runs: Sequence[RunSummary]) -> str:
             rows.append([told.name, str(reason), _number(float(count))])
         if data.get("quarantine"):
             rows.append([told.name, "different samples in quarantine", _number(len(data["quarantine"]))])
-    note = "Samples that could not be used, and were replaced by others of their shard; the run's `bad_samples/` names them."
+    note = "Samples that could not be used, replaced by others of their shard; named in the run's <code>bad_samples/</code>."
     table = _table(["run", "reason", "times"], rows) if rows else '<p class="empty">No sample was lost.</p>'
     return f'<h2>Samples lost</h2><p class="note">{note}</p>{table}'
 

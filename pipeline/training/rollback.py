@@ -27,13 +27,15 @@ class SkippedSteps:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.stretches: list[tuple[int, int]] = []
+        earlier = path.with_name("left_out.json")  # the name of the versions before
         try:
-            self.stretches = [(int(first), int(last)) for first, last in json.loads(path.read_text())["steps"]]
+            text = (path if path.exists() or not earlier.exists() else earlier).read_text()
+            self.stretches = [(int(first), int(last)) for first, last in json.loads(text)["steps"]]
         except FileNotFoundError:
             pass
         except (ValueError, KeyError, TypeError, OSError) as error:
             raise TrainingError(
-                f"the list of steps to leave out cannot be read ({error})",
+                f"the list of skipped steps cannot be read ({error})",
                 where=str(path),
                 hint="delete it to train on all steps",
             ) from error

@@ -155,7 +155,10 @@ def begin(method: Method, config: Config, *, record: bool = True) -> Start | Non
         weights, notes = _anchored(method, anchor, given, shapes_only=False)
         for name, tensor in weights.items():
             parameters[name].copy_(tensor)
-        told += [f"method.{anchor} stands still at {find(given) if given else 'what this run starts with'}", *notes]
+        told += [
+            f"network {anchor} of the method: frozen at {find(given) if given else 'the weights this run starts with'}",
+            *notes,
+        ]
         if record and given:
             facts[anchor] = find(given).record()
     return Start(facts, tuple(told)) if told else None
@@ -207,7 +210,7 @@ def _anchored(method: Method, name: str, given: str | None, *, shapes_only: bool
         return {f"{name}.{n}": tensor for n, tensor in taught.items()}, []
     source = find(given or "")
     state, rest, notes = _read(source, "teacher", shapes_only)
-    where = f"method.{name}: {source}"
+    where = f"network {name} of the method: {source}"
     tower = networks.pop("backbone")
     if not isinstance(tower, VisionTower):
         raise ConfigError(f"the network {name} holds no vision tower", where=where)

@@ -62,9 +62,9 @@ def test_deep_nesting_is_refused(tmp_path: Path, depth: int, form: str) -> None:
 @pytest.mark.parametrize(
     "text",
     [
-        "train: {global_batch: " + "9" * 5000 + "}",
-        "train: {global_batch: 1" + "0" * 300 + "}",
-        "optim: {lr: 1e" + "9" * 5000 + "}",
+        "train: {global_batch_size: " + "9" * 5000 + "}",
+        "train: {global_batch_size: 1" + "0" * 300 + "}",
+        "schedule: {lr: {peak: 1e" + "9" * 5000 + "}}",
         "x" * 3_000_000 + ": 1",
         "run: {name: " + "x" * 3_000_000 + "}",
         "\n".join(f"key{n}: 1" for n in range(20_000)),

@@ -7,9 +7,12 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.config.load import InvalidConfig, load
+from launch.slurm.profile import again
+from pipeline.config.load import InvalidConfig, difference, load
 from pipeline.config.schema import Config
 from pipeline.config.upgrade import upgrade
+from pipeline.reports.comparison import gather
+from pipeline.training.rollback import SkippedSteps
 
 # A run of the version before the keys were renamed, as it stands in config.json; defaults left out.
 KEPT = {
@@ -61,3 +64,30 @@ def test_a_run_is_read_by_its_folder_and_a_persons_own_file_is_not(tmp_path: Pat
     (tmp_path / "config.json").write_text(text)
     assert load(tmp_path).config.method.name == "dinov2"
     assert load(tmp_path, ["method.koleo_group_size=4"]).config.method.koleo_group_size == 4  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("rule", ["sqrt1024", "linear256", "none"])
+def test_a_run_may_be_resumed_with_the_same_rule_for_the_learning_rate(rule: str) -> None:
+    kept = {**KEPT, "optim": {"lr": 1e-2, "lr_rule": rule}, "train": {"global_batch": 16, "length": "24 steps"}}
+    name = {"sqrt1024": "sqrt", "linear256": "linear"}.get(rule, rule)
+    now = {**upgrade(kept), "optim": {"lr_scaling": {"rule": name}}}
+    assert difference(Config.model_validate(kept), Config.model_validate(now)) == {}
+
+
+def test_steps_that_an_earlier_version_skipped_are_still_skipped(tmp_path: Path) -> None:
+    (tmp_path / "left_out.json").write_text('{"steps": [[3, 5]]}')
+    skipped = SkippedSteps(tmp_path / "skipped_steps.json")
+    assert 4 in skipped and 6 not in skipped and skipped.rollbacks == 1
+    skipped.add(8, 9, write=True)
+    assert 4 in SkippedSteps(tmp_path / "skipped_steps.json") and 9 in SkippedSteps(tmp_path / "skipped_steps.json")
+
+
+def test_the_profile_of_an_earlier_submission_is_read() -> None:
+    profile = again({"lead": 60, "after": "chain", "pass_on": ["AWS_*"], "hang": 9})
+    assert (profile.checkpoint_lead_time, profile.requeue_mode, profile.export_env) == (60, "chain", ("AWS_*",))
+
+
+def test_a_run_of_an_earlier_version_is_reported_with_its_method(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(KEPT))
+    (run,) = gather([tmp_path])
+    assert run.config["method"]["name"] == "dinov2" and run.batch == 16

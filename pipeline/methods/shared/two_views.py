@@ -146,7 +146,7 @@ def _window(size: int) -> int:
 def _remedy(failure_mode: str, step: Step) -> str:
     if failure_mode == RANK_COLLAPSE:
         return (
-            f"all images look alike to the network: lower schedule.lr.peak ({step.lr:.2g} here) or lengthen schedule.lr.warmup; "
-            "a method without negatives also needs its predictor and a teacher that does not stand still"
+            f"all images look alike to the network (learning rate {step.lr:.2g}): lower schedule.lr.peak or lengthen "
+            "schedule.lr.warmup; a method without negatives also needs its predictor and a teacher that follows the student"
         )
-    return f"the steps are too large ({step.lr:.2g} here): lower schedule.lr.peak, or lengthen schedule.lr.warmup"
+    return f"the steps are too large (learning rate {step.lr:.2g}): lower schedule.lr.peak, or lengthen schedule.lr.warmup"

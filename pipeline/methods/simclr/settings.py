@@ -38,7 +38,7 @@ class SimclrSettings(TwoViewSettings):
         default=True,
         description="contrast each sample with the whole global batch even when it is split into micro-batches "
         "(GradCache, arXiv 2101.06983), at the cost of a second forward pass; false contrasts it with its "
-        "micro-batch over all ranks only",
+        "micro-batch over all ranks only. Batch norm sees one micro-batch in either case",
     )
 
     @model_validator(mode="after")

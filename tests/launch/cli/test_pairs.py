@@ -13,13 +13,13 @@ from pipeline.errors import ConfigError
 from pipeline.evaluation.runner import lines
 from tests.helpers.runs import TOY, recorded, train, weights
 
-TEXT = "text: {architecture: null, embed_dim: 16, depth: 1, num_heads: 2, context: 16}"
+TEXT = "text: {architecture: null, width: 16, depth: 1, num_heads: 2, context_length: 16}"
 METHODS = {
     "clip": f"""
 method:
   name: clip
   image_size: 32
-  embed: 16
+  embed_dim: 16
   patch_dropout: 0.25
   {TEXT}
 """,
@@ -27,8 +27,8 @@ method:
 method:
   name: detailclip
   image_size: 32
-  embed: 16
-  augment: {{hue: yiq}}
+  embed_dim: 16
+  augment: {{hue_space: yiq}}
   prototypes: 32
   head_hidden: 32
   head_bottleneck: 16
