@@ -23,7 +23,7 @@ SMOOTH, PATIENCE, WINDOW = 40, 100, 150  # steps
 NEAR_GUESS, UNDECIDED = 0.01, 0.99  # relative to the loss of a guess, and to the maximum entropy
 FAR_WORSE, NEARLY = 0.1, 0.95  # thresholds that must hold together, with the same units
 _DEFAULT = "the steps are too large: lower schedule.lr.peak, or lengthen schedule.lr.warmup"
-_STUCK = "nothing is trained, or everything is frozen: see gradient_norm, schedule.lr"
+_STUCK = "nothing is trained, or everything is frozen: see gradient_norm and schedule.lr"
 
 
 @dataclass(frozen=True)
