@@ -123,7 +123,7 @@ def gather(config: Config, inputs: Inputs, specs: tuple[ViewSpec, ...], count: i
             where=", ".join(sorted({record.shard_name for record in records})),
             hint="`fovea shards verify` names every picture that cannot be decoded.",
         )
-    augmenter = Augmenter(specs, batch_size=len(fine), threads=config.data.decode_threads, hue=config.method.hue)
+    augmenter = Augmenter(specs, batch_size=len(fine), threads=config.data.decode_threads, hue=config.method.augment.hue_space)
     plans = [_rows(plan, fine) for plan in portion.plan]
     cut = augmenter.run([decoded[row] for row in fine], plans)
     samples = []

@@ -194,7 +194,7 @@ def assemble(
         workers=config.data.num_workers,
         threads=config.data.decode_threads,
         prefetch=config.data.prefetch,
-        hue=config.method.hue,
+        hue=config.method.augment.hue_space,
     )
 
     def stream(first: int, last: int) -> BatchStream:
