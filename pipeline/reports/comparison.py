@@ -17,7 +17,7 @@ from pipeline.config.upgrade import upgrade
 from pipeline.errors import ConfigError, DataError
 from pipeline.masking import masked
 from pipeline.reports import html as pictures
-from pipeline.reports.html import Chart, Line
+from pipeline.reports.figures import Chart, Line
 from pipeline.reports.run_page import History, history
 from pipeline.runtime.clock import clock
 from pipeline.runtime.run_directory import RunDirectory
@@ -245,7 +245,7 @@ def _chart(runs: Sequence[RunSummary], metric: str, title: str, *, small: bool =
     lines = [Line(told.name, told.past.line(metric, told.batch), i % 3, small) for i, told in enumerate(runs)]
     marks = [(float(step * told.batch), f"{told.name}: {text}") for told in runs for step, text in told.past.resumes.items()]
     shown = [line for line in lines if line.points]
-    return pictures.draw(Chart(title, shown, marks=marks, width=360 if small else 520, height=180 if small else 280))
+    return pictures.chart(Chart(title, shown, marks=marks, width=360 if small else 520, height=180 if small else 280))
 
 
 def _evaluations(runs: Sequence[RunSummary]) -> str:

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 from pipeline.bench.collapse import Found
 from pipeline.reports import html as pictures
-from pipeline.reports.html import Chart, Line
+from pipeline.reports.figures import Chart, Line
 
 _SIGNS = {
     "feature_std": "spread of the features, 0 is all alike",
@@ -28,7 +28,7 @@ def page(found: Sequence[Found]) -> str:
             logged = {one.trial.name: (one.curves or {}).get(sign, {}) for one in trials}
             if any(logged.values()):
                 charts.append(Chart(f"{question}: {title}", _lines(trials, logged), floor=0.0))
-        rows.append(f'<div class="pair">{"".join(pictures.draw(chart) for chart in charts)}</div>')
+        rows.append(f'<div class="pair">{"".join(pictures.chart(chart) for chart in charts)}</div>')
     return pictures.document("What keeps features from collapse", "".join(rows))
 
 

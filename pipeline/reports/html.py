@@ -1,4 +1,4 @@
-"""HTML building blocks of reports: embedded images, inline SVG charts, and the page template.
+"""HTML building blocks of reports: embedded images, charts, and the page template.
 
 Pages are self-contained: no script, font, style or image is fetched. Colours are those of Okabe and Ito, which are
 distinguishable with any colour vision, in a light and a dark theme.
@@ -10,10 +10,7 @@ import base64
 import hashlib
 import html
 import io
-import json
-import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -21,11 +18,11 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
 from pipeline.data.augment.views import IMAGENET_MEAN, IMAGENET_STD
+from pipeline.reports.figures import Chart, draw
 
 Pixels = NDArray[np.uint8]
 
 BLUE, VERMILLION, GREEN, PURPLE, ORANGE, SKY = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"
-_MOST_POINTS = 300
 
 
 def pixels(view: Any) -> Pixels:
@@ -139,182 +136,9 @@ def tag(image: Image.Image, about: str, *, width: int | None = None, kind: str =
     return f'<img src="{embedded(image)}" alt="{words}" title="{words}" class="{kind}"{size}>'
 
 
-# ---- charts -------------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Line:
-    """One line of a chart.
-
-    Attributes:
-        name: label; shown at the line's end if the chart has several.
-        points: pairs of x and y; gaps where y is not finite.
-        colour: index of a page colour, 0 to 2.
-        dots: show every point.
-    """
-
-    name: str
-    points: Sequence[tuple[float, float]]
-    colour: int = 0
-    dots: bool = False
-
-
-@dataclass(frozen=True)
-class Chart:
-    """A line chart over samples seen.
-
-    Attributes:
-        title: what is shown, with the unit.
-        lines: the curves.
-        levels: constant levels: name, value and colour of dashed lines.
-        marks: x and text of vertical lines.
-        percent: y is a share, shown in percent.
-        floor, ceiling: limits of the y axis; default, slightly beyond the values.
-        width, height: pixels.
-    """
-
-    title: str
-    lines: Sequence[Line]
-    levels: Sequence[tuple[str, float, int]] = ()
-    marks: Sequence[tuple[float, str]] = ()
-    percent: bool = False
-    floor: float | None = None
-    ceiling: float | None = None
-    width: int = 520
-    height: int = 280
-
-
-def short(value: float) -> str:
-    """Format a number briefly: 12.8k, 0.25, 3e-06."""
-    size = abs(value)
-    if size >= 1000:
-        power, letter = next((p, n) for p, n in ((1e9, "G"), (1e6, "M"), (1e3, "k")) if size >= p)
-        return f"{value / power:.3g}{letter}"
-    return f"{value:.3g}"
-
-
-def ticks(low: float, high: float, most: int) -> list[float]:
-    """At most ``most`` + 1 evenly spaced round numbers between ``low`` and ``high``."""
-    if not high > low:
-        return [low]
-    rough = (high - low) / most
-    power = 10.0 ** math.floor(math.log10(rough))
-    step = next(factor * power for factor in (1, 2, 2.5, 5, 10) if factor * power >= rough * (1 - 1e-9))
-    first, last = math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9)
-    return [round(number * step, 12) for number in range(first, last + 1)]
-
-
-def _labels(values: Sequence[float], percent: bool) -> list[str]:
-    """Labels with just enough digits that neighbours differ."""
-    if percent:
-        values = [100 * value for value in values]
-    texts = [short(value) for value in values]
-    for digits in range(4, 9):
-        if len(set(texts)) == len(texts):
-            break
-        texts = [f"{value:.{digits}g}" for value in values]
-    return [f"{text} %" for text in texts] if percent else texts
-
-
-def draw(chart: Chart) -> str:
-    """Render a chart as an ``svg`` element, or as a sentence if there is nothing to draw."""
-    lines = [_thinned(line) for line in chart.lines]
-    shown = [(x, y) for line in lines for x, y in line.points if math.isfinite(y)]
-    if not shown:
-        return '<p class="empty">nothing was logged</p>'
-    labelled = bool(chart.levels) or len(lines) > 1
-    left, right, top, bottom = 46, chart.width - (124 if labelled else 14), 26, chart.height - 34
-    highest_x = max([x for x, _ in shown] + [x for x, _ in chart.marks])
-    values = [y for _, y in shown] + [value for _, value, _ in chart.levels]
-    least, most = min(values), max(values)
-    margin = max(0.06 * (most - least), 1e-3 * max(abs(least), abs(most)), 1e-12)
-    low = min(chart.floor, least) if chart.floor is not None else least - margin
-    high = max(chart.ceiling, most) if chart.ceiling is not None else most + margin
-
-    def px(x: float) -> float:
-        return round(left + (right - left) * x / (highest_x or 1), 1)
-
-    def py(y: float) -> float:
-        return round(bottom - (bottom - top) * (y - low) / (high - low), 1)
-
-    def said(y: float) -> str:
-        return f"{100 * y:.1f} %" if chart.percent else f"{y:.4g}"
-
-    parts = []
-    rungs = ticks(low, high, 4 if chart.height > 200 else 3)
-    for value, text in zip(rungs, _labels(rungs, chart.percent), strict=True):
-        parts.append(
-            f'<path class="grid" d="M{left} {py(value)}H{right}"/>'
-            f'<text x="{left - 6}" y="{py(value) + 4}" class="end">{text}</text>'
-        )
-    for value in ticks(0, highest_x, 5 if chart.width > 400 else 3):
-        parts.append(f'<text x="{px(value)}" y="{bottom + 16}" class="mid">{short(value)}</text>')
-    parts.append(f'<path class="axis" d="M{left} {bottom}H{right}"/>')
-    parts.append(f'<text x="{right}" y="{bottom + 30}" class="end soft">samples seen</text>')
-    for x, text in chart.marks:
-        anchor = "end" if px(x) > (left + right) / 2 else ""
-        said_at = px(x) + (-5 if anchor else 5)
-        label = f'<text x="{said_at}" y="{top + 9}" class="soft {anchor}">resumed</text>' if chart.width > 400 else ""
-        parts.append(f'<g><title>{html.escape(text)}</title><path class="mark" d="M{px(x)} {top}V{bottom}"/>{label}</g>')
-    ends: list[tuple[float, str, int]] = []
-    for name, value, colour in chart.levels:
-        parts.append(f'<path class="level c{colour}" d="M{left} {py(value)}H{right}"/>')
-        ends.append((py(value), f"{name} {said(value)}", colour))
-    for line in lines:
-        parts.append(_path(line, px, py))
-        last = [(x, y) for x, y in line.points if math.isfinite(y)]
-        if last and labelled:
-            ends.append((py(last[-1][1]), f"{line.name} {said(last[-1][1])}", line.colour))
-    parts += [
-        f'<text x="{right + 6}" y="{y + 4}" class="name f{colour}">{html.escape(text)}</text>' for y, text, colour in _apart(ends)
-    ]
-    data = [{"name": line.name, "colour": line.colour, "points": _spots(line, px, py, said)} for line in lines]
-    title, points = (html.escape(text, quote=True) for text in (chart.title, json.dumps(data, ensure_ascii=False)))
-    return (
-        f'<svg viewBox="0 0 {chart.width} {chart.height}" role="img" aria-label="{title}" '
-        f'data-plot="{left},{right},{top},{bottom}" data-lines="{points}">'
-        f'<text x="0" y="13" class="title">{html.escape(chart.title)}</text>{"".join(parts)}</svg>'
-    )
-
-
-def _spots(line: Line, px: Any, py: Any, said: Any) -> list[tuple[float, float, str, str]]:
-    """Positions and texts of a line's points."""
-    return [(px(x), py(y), f"{x:,.0f}".replace(",", "\u202f"), said(y)) for x, y in line.points if math.isfinite(y)]
-
-
-def _thinned(line: Line) -> Line:
-    """Reduce a line to a few hundred points by averaging neighbours; the last point is kept as it is."""
-    points = list(line.points)
-    if len(points) <= _MOST_POINTS:
-        return line
-    width = -(-len(points) // _MOST_POINTS)
-    groups = [points[at : at + width] for at in range(0, len(points) - 1, width)]
-    means = [(group[-1][0], sum(y for _, y in group) / len(group)) for group in groups]
-    return Line(line.name, [*means, points[-1]], line.colour, line.dots)
-
-
-def _path(line: Line, px: Any, py: Any) -> str:
-    path, pen = [], False
-    for x, y in line.points:
-        if math.isfinite(y):
-            path.append(f"{'L' if pen else 'M'}{px(x)} {py(y)}")
-        pen = math.isfinite(y)
-    dots = "".join(
-        f'<circle cx="{px(x)}" cy="{py(y)}" r="2.6" class="f{line.colour}"/>' for x, y in line.points if math.isfinite(y)
-    )
-    return f'<path class="line c{line.colour}" d="{"".join(path)}"/>' + (dots if line.dots or len(line.points) == 1 else "")
-
-
-def _apart(ends: list[tuple[float, str, int]], least: float = 14.0) -> list[tuple[float, str, int]]:
-    """Shift labels vertically until they do not overlap."""
-    ends = sorted(ends)
-    places = [y for y, _, _ in ends]
-    for _ in range(100):
-        for i in range(len(places) - 1):
-            overlap = least - (places[i + 1] - places[i])
-            if overlap > 0:
-                places[i], places[i + 1] = places[i] - overlap / 2, places[i + 1] + overlap / 2
-    return [(round(place, 1), text, colour) for place, (_, text, colour) in zip(places, ends, strict=True)]
+def chart(content: Chart) -> str:
+    """A chart as an ``svg`` element, or a sentence if there is nothing to draw."""
+    return draw(content) or '<p class="empty">nothing was logged</p>'
 
 
 # ---- the file -----------------------------------------------------------------------------------------------------------
@@ -359,14 +183,8 @@ dl.facts dt{color:var(--soft)}
 dl.facts dd{text-align:right;padding-left:18px;font-variant-numeric:tabular-nums}
 
 svg{display:block;width:100%;height:auto;overflow:visible;font-size:12px}
+svg *{stroke-linejoin:round}
 svg text{fill:var(--soft)}
-svg .title{fill:var(--ink);font-size:13px;font-weight:600}
-svg .end{text-anchor:end}svg .mid{text-anchor:middle}svg .name{font-weight:600}
-.grid{stroke:var(--rule);fill:none}.axis{stroke:var(--soft);fill:none}
-.line{fill:none;stroke-width:2;stroke-linejoin:round;stroke-linecap:round}
-.level{fill:none;stroke-width:1.5;stroke-dasharray:5 4}
-.mark{stroke:var(--soft);stroke-dasharray:2 3;fill:none}
-.c0{stroke:var(--c0)}.c1{stroke:var(--c1)}.c2{stroke:var(--c2)}
 svg .f0{fill:var(--c0)}svg .f1{fill:var(--c1)}svg .f2{fill:var(--c2)}
 .cursor path{stroke:var(--ink);opacity:.5}
 .cursor circle{stroke:var(--back);stroke-width:1.5}

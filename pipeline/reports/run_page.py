@@ -20,7 +20,7 @@ from pipeline.evaluation.gallery import SOURCES, Gallery, varied
 from pipeline.evaluation.principal import principal
 from pipeline.reports import html as pictures
 from pipeline.reports import preview
-from pipeline.reports.html import Chart, Line
+from pipeline.reports.figures import Chart, Line
 from pipeline.runtime.clock import clock
 from pipeline.runtime.run_directory import RunDirectory
 from pipeline.tracking.journal import read
@@ -273,7 +273,7 @@ def _curves(config: Config, past: History, scores: dict[str, dict[int, float]]) 
     return (
         "<h2>How it went</h2>"
         + _figure(
-            f'<div class="pair">{pictures.draw(knn)}{pictures.draw(loss)}</div>',
+            f'<div class="pair">{pictures.chart(knn)}{pictures.chart(loss)}</div>',
             "k-NN should climb above both dashed lines, which never move: the same network before training, and raw pixels. "
             f"The loss should fall and never jump.{stops}",
             "curves",
@@ -297,7 +297,7 @@ def _panel(
     share: bool = False,
 ) -> str:
     low, high = (0.0, 1.02) if share else (floor, None)
-    return pictures.draw(Chart(title, [Line(title, points)], marks=marks, floor=low, ceiling=high, width=250, height=160))
+    return pictures.chart(Chart(title, [Line(title, points)], marks=marks, floor=low, ceiling=high, width=250, height=160))
 
 
 # ---- what the network saw, and what it makes of images ----------------------------------------------------------------

@@ -18,3 +18,7 @@ def test_a_page_allows_its_own_script_by_digest_and_nothing_from_elsewhere() -> 
     (script,) = re.findall(r"<script>(.*?)</script>", page, re.DOTALL)
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     assert rules["script-src"] == f"'sha256-{digest}'"
+
+
+def test_a_title_is_escaped() -> None:
+    assert "<script>" not in document("<script>", "").partition("<style>")[0]

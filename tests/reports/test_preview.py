@@ -25,7 +25,7 @@ from tests.data.pack.test_sources import write_tar
 from tests.launch.cli.test_eval_run import toy
 
 VIEWS = 4  # two global and two local crops
-OUTSIDE = re.compile(r"https?:|(?:src|href)=\"(?!data:)|url\(|@import", re.IGNORECASE)
+OUTSIDE = re.compile(r"https?:|(?:src|href)=\"(?!data:|#)|url\(|@import", re.IGNORECASE)
 
 
 @pytest.fixture(scope="module")
