@@ -65,3 +65,5 @@ def test_a_wheel_holds_every_config_and_two_packages(tmp_path: Path) -> None:
     assert {name for name in top if not name.startswith("fovea-")} == {"pipeline", "launch"}
     modules = {path.relative_to(ROOT).as_posix() for room in ("pipeline", "launch") for path in (ROOT / room).rglob("*.py")}
     assert modules <= set(names)
+    templates = {path.relative_to(ROOT).as_posix() for path in (ROOT / "pipeline/reports/templates").iterdir()}
+    assert templates and templates <= set(names)

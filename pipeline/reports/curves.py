@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from pipeline.bench.collapse import Found
-from pipeline.reports import html as pictures
 from pipeline.reports.figures import Chart, Line
+from pipeline.reports.page import render
 
 _SIGNS = {
     "feature_std": "spread of the features, 0 is all alike",
@@ -28,8 +28,8 @@ def page(found: Sequence[Found]) -> str:
             logged = {one.trial.name: (one.curves or {}).get(sign, {}) for one in trials}
             if any(logged.values()):
                 charts.append(Chart(f"{question}: {title}", _lines(trials, logged), floor=0.0))
-        rows.append(f'<div class="pair">{"".join(pictures.chart(chart) for chart in charts)}</div>')
-    return pictures.document("What keeps features from collapse", "".join(rows))
+        rows.append(charts)
+    return render("collapse", title="Ablations of what prevents collapse", rows=rows)
 
 
 def _lines(trials: Sequence[Found], points: Mapping[str, Mapping[int, float]], *, dots: bool = False) -> list[Line]:

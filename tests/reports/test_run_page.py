@@ -1,4 +1,4 @@
-"""The picture page: every figure, true numbers, nothing fetched from anywhere."""
+"""The page of a run: every figure, true numbers, nothing fetched from anywhere."""
 
 from __future__ import annotations
 
@@ -23,6 +23,7 @@ from pipeline.evaluation import gallery
 from pipeline.evaluation.principal import principal
 from pipeline.methods.registry import build_seeded_method
 from pipeline.reports import run_page as page
+from pipeline.reports.history import History, read_history
 from pipeline.runtime.run_directory import RunDirectory
 from tests.launch.cli.test_eval_run import CPU, changed, toy, write_checkpoint
 from tests.reports.test_preview import OUTSIDE, VIEWS
@@ -61,7 +62,7 @@ def attempts(run: Path, *resumed_from: int | None) -> None:
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Loaded:
-    """A run of 24 steps that was stopped by a signal at 10, killed after 18, and went on from 16."""
+    """A run of 24 steps that was stopped by a signal at 10, killed after 18, and resumed from 16."""
     loaded = toy(tmp_path_factory.mktemp("page"))
     folder = loaded.config.run.folder
     baselines = {"untrained__k5": 0.25, "pixels__k5": 0.2, "untrained__k1": 0.15, "pixels__k1": 0.1}
@@ -139,14 +140,14 @@ def test_the_table_tells_the_newest_scores_beside_the_baselines(drawn: str) -> N
         ["same network, untrained", "15.0 %", "25.0 %"],
         ["raw pixels", "10.0 %", "20.0 %"],
     ]
-    headline = re.search(r"<h1>(.*?)</h1>", drawn)
-    assert headline and "After 384 samples" in headline[1] and "65.0 % of the validation pictures" in headline[1]
+    headline = re.search(r"<h1>(.*?)</h1>", drawn, re.DOTALL)
+    assert headline and "After 384 samples" in headline[1] and "65.0 % of the validation images" in headline[1]
 
 
 def test_the_facts_are_those_of_the_run(drawn: str) -> None:
     facts = dict(re.findall(r"<dt>(.*?)</dt><dd>(.*?)</dd>", drawn))
     assert facts["images per second, training alone"] == "128"
-    assert facts["samples seen"] == "384" and facts["optimizer steps"] == "24" and facts["passes over the data"] == "9.6"
+    assert facts["samples seen"] == "384" and facts["optimizer steps"] == "24" and facts["epochs"] == "9.6"
     assert facts["attempts"] == "3" and facts["steps skipped as not finite"] == "4" and facts["time spent training"] == "0:03"
     assert facts["samples substituted"] == "3 (2 corrupt, 1 unreadable)"
 
@@ -159,12 +160,12 @@ def test_given_facts_are_added_or_take_the_place_of_the_same_name(run: Loaded, t
 
 
 def test_each_step_counts_once_and_interruptions_are_marked(run: Loaded, drawn: str) -> None:
-    past = page.history(RunDirectory(run.config.run.folder))
+    past = read_history(RunDirectory(run.config.run.folder))
     assert past.line("train/loss", BATCH) == [(BATCH * step, 8 - step / 8) for step in range(2, 25, 2)]
     assert past.attempts == 3
     assert past.resumes == {
-        10: "attempt 0 was stopped by SIGTERM at step 10, attempt 1 went on from step 10",
-        16: "attempt 1 broke off at step 18, attempt 2 went on from step 16; 2 steps were done again",
+        10: "attempt 0 was stopped by SIGTERM at step 10, attempt 1 resumed from step 10",
+        16: "attempt 1 broke off at step 18, attempt 2 resumed from step 16; 2 steps were repeated",
     }
     charts = re.findall(r"<svg .*?</svg>", section(drawn, "curves") + section(drawn, "terms"))
     assert len(charts) == 5
@@ -175,7 +176,7 @@ def test_a_run_started_again_after_its_end_was_not_interrupted(tmp_path: Path) -
     journal(tmp_path, 0, [*logged(2, 4), tags(state="finished")])
     journal(tmp_path, 1, [tags(state="running"), tags(state="finished")])
     attempts(tmp_path, None, 4)
-    past = page.history(RunDirectory(tmp_path))
+    past = read_history(RunDirectory(tmp_path))
     assert past.resumes == {} and past.attempts == 2 and max(past.metrics["train/loss"]) == 4
 
 
@@ -183,10 +184,10 @@ def test_numbers_of_eval_count_where_the_journals_stop_before_the_checkpoint(run
     scores = {"trained": {"1": 0.9}, "untrained": {"1": 0.3}, "pixels": {"1": 0.2}}
     saved = evaluate.newest(run.config.run.folder)
     (tmp_path / "evaluation.json").write_text(json.dumps({"checkpoint": saved.path.name, "knn": scores}))
-    short = page.History(metrics={"knn/k1": {16: 0.5}, "untrained/k1": {0: 0.3}})
+    short = History(metrics={"knn/k1": {16: 0.5}, "untrained/k1": {0: 0.3}})
     found, step = page._scores(RunDirectory(tmp_path), short, saved)
     assert (found["trained"], found["pixels"], step) == ({1: 0.9}, {1: 0.2}, 24)
-    found, step = page._scores(RunDirectory(tmp_path), page.History(metrics={"knn/k1": {24: 0.5}}), saved)
+    found, step = page._scores(RunDirectory(tmp_path), History(metrics={"knn/k1": {24: 0.5}}), saved)
     assert (found["trained"], found["pixels"], step) == ({1: 0.5}, {}, 24)
     (tmp_path / "evaluation.json").write_text(json.dumps({"checkpoint": "step_000000012", "knn": scores}))
     assert page._scores(RunDirectory(tmp_path), short, saved)[1] == 16
