@@ -76,7 +76,7 @@ def test_a_line_has_gaps_where_numbers_are_not_finite() -> None:
 @pytest.mark.parametrize("points", [[], [(0, math.nan), (1, -math.inf)]])
 def test_a_chart_without_a_finite_value_says_so(points: list[tuple[float, float]]) -> None:
     assert draw(Chart("loss", [Line("loss", points)])) == ""
-    assert "nothing was logged" in render("collapse", title="", rows=[[Chart("loss", [Line("loss", points)])]])
+    assert "nothing was logged" in render("collapse_ablation", title="", rows=[[Chart("loss", [Line("loss", points)])]])
 
 
 def test_all_of_a_chart_lies_inside_it_and_labels_do_not_overlap() -> None:

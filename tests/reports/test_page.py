@@ -54,11 +54,13 @@ def test_every_template_is_a_page_with_the_policy_and_marks_no_value_as_safe() -
 
 def test_a_missing_variable_is_an_error() -> None:
     with pytest.raises(jinja2.UndefinedError, match="rows"):
-        page.render("collapse", title="")
+        page.render("collapse_ablation", title="")
 
 
 def test_both_themes_define_every_colour_that_charts_use() -> None:
-    html = page.render("collapse", title="", rows=[[Chart("t", [Line(n, [(0, 1.0), (1, 2.0)], i) for i, n in enumerate("abc")])]])
+    html = page.render(
+        "collapse_ablation", title="", rows=[[Chart("t", [Line(n, [(0, 1.0), (1, 2.0)], i) for i, n in enumerate("abc")])]]
+    )
     used = set(re.findall(r"var\((--\w+)\)", html))
     light, dark = re.findall(r":root\{(?:color-scheme[^;]*;)?(--back[^}]*)\}", html)
     for theme in (light, dark):
@@ -84,4 +86,4 @@ def contrast(one: str, other: str) -> float:
 def test_an_unwritable_file_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(DataError, match=r"file/page\.html: cannot be written"):
-        page.write(tmp_path / "file" / "page.html", "collapse", title="", rows=[])
+        page.write(tmp_path / "file" / "page.html", "collapse_ablation", title="", rows=[])

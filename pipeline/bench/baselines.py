@@ -38,11 +38,11 @@ def specs(*, globals_: int = 2, locals_: int = 8) -> tuple[ViewSpec, ...]:
 
 def spans(manifest: Manifest) -> list[tuple[str, int, int]]:
     """File, offset and length of every accepted image; shards must be local."""
-    found = []
+    entries = []
     for number, shard in enumerate(manifest.shards):
         offsets, sizes = (manifest.column(number, f"image_{part}").tolist() for part in ("offset", "size"))
-        found += [(shard.url, offset, size) for offset, size in zip(offsets, sizes, strict=True)]
-    return found
+        entries += [(shard.url, offset, size) for offset, size in zip(offsets, sizes, strict=True)]
+    return entries
 
 
 def transform(spec: ViewSpec, view: int, *, hue: bool, kind: str) -> Callable[[Any], torch.Tensor]:
