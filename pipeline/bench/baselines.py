@@ -17,11 +17,16 @@ import torch
 from nvidia.dali import fn, pipeline_def, types
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
-from torchvision import transforms as classic
-from torchvision.transforms import v2
 
 from pipeline.data.augment.views import IMAGENET_MEAN, IMAGENET_STD, Augment, ViewSpec
 from pipeline.data.index.manifest import Manifest
+from pipeline.errors import ConfigError
+
+try:
+    from torchvision import transforms as classic
+    from torchvision.transforms import v2
+except ImportError as error:
+    raise ConfigError("torchvision is not installed", where="fovea bench data", hint="pip install 'fovea[bench]'") from error
 
 Views = list[torch.Tensor]
 
