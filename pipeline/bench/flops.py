@@ -38,8 +38,8 @@ _TIMM = {"tiny": (192, 12), "small": (384, 12), "base": (768, 12), "large": (102
 
 def cost(name: str, config: Config) -> Cost:
     """Both figures for a config."""
-    found = formula(config)
-    return Cost(name, flops.counted(config) / 1e9, None if found is None else found / 1e9)
+    expected = formula(config)
+    return Cost(name, flops.counted(config) / 1e9, None if expected is None else expected / 1e9)
 
 
 def formula(config: Config) -> float | None:
@@ -116,9 +116,9 @@ def _clip(model: ModelSettings, s: ClipSettings) -> float | None:
 
 def markdown(costs: list[Cost], machine: dict[str, str], command: str) -> str:
     """Render the result page."""
-    lines = ["# Operations of a sample", "", f"`{command}`", "", *(f"- {name}: {value}" for name, value in machine.items()), ""]
-    lines += ["| config | GFLOP counted | by formula | apart |", "|---|---:|---:|---:|"]
+    lines = ["# FLOPs of a sample", "", f"`{command}`", "", *(f"- {name}: {value}" for name, value in machine.items()), ""]
+    lines += ["| config | GFLOP counted | by formula | difference |", "|---|---:|---:|---:|"]
     for one in costs:
-        told = ("", "") if one.formula is None else (f"{one.formula:,.1f}", f"{one.apart:+.1%}")
-        lines.append(f"| {one.name} | {one.counted:,.1f} | {told[0]} | {told[1]} |")
+        predicted = ("", "") if one.formula is None else (f"{one.formula:,.1f}", f"{one.apart:+.1%}")
+        lines.append(f"| {one.name} | {one.counted:,.1f} | {predicted[0]} | {predicted[1]} |")
     return "\n".join(lines) + "\n"

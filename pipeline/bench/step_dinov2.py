@@ -74,10 +74,10 @@ def contest(model: str, samples: int, prototypes: int, drop: float, *, bf16: boo
         assert theirs is not None
         _set_drop(method, 0.0)
         theirs.set_drop(0.0)
-        found = ours(), theirs.step()
+        losses = ours(), theirs.step()
         _set_drop(method, drop)
         theirs.set_drop(drop)
-        return found
+        return losses
 
     about = f"ViT-{model}, {samples} samples of 2 crops of {sides[0]} and 8 of {sides[1]} pixels, {prototypes} prototypes in a "
     about += f"shared head, stochastic depth {drop:g}; forward, backward, clipping, AdamW, teacher"
@@ -105,11 +105,11 @@ def _batch(settings: Dinov2Settings, patch: int, samples: int, device: torch.dev
     weight = (1.0 / hidden.sum(1, keepdim=True).clamp(min=1)).expand(hidden.shape)[hidden]
     masks = Masks(hidden.to(device), hidden.flatten().nonzero().flatten().to(device), weight.to(device))
 
-    def pictures(count: int, side: int) -> list[torch.Tensor]:
+    def images(count: int, side: int) -> list[torch.Tensor]:
         return [torch.randn(samples, 3, side, side, device=device) for _ in range(count)]
 
     return Batch(
-        views={"global": pictures(2, v.global_size), "local": pictures(v.local_count, v.local_size)},
+        views={"global": images(2, v.global_size), "local": images(v.local_count, v.local_size)},
         masks={"global": masks},
         labels=torch.full((samples,), -1),
         keys=[str(n) for n in range(samples)],

@@ -18,7 +18,7 @@ from pipeline import losses
 from pipeline.bench import pairs
 from pipeline.models.heads import PrototypeHead
 
-OURS, UNFUSED, PLAIN = "in pieces", "in pieces, plain torch", "whole logits"
+OURS, UNFUSED, PLAIN = "chunked", "chunked, plain torch", "full logits"
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ class Result:
     slopes_apart: float
 
 
-def measure(options: Options, *, tell: Callable[[str], None] = lambda _: None) -> Result:
+def measure(options: Options, *, log: Callable[[str], None] = lambda _: None) -> Result:
     """Compare results first, then times and memory: a faster step with wrong results does not count."""
     device = torch.device(options.device)
     torch.manual_seed(0)
@@ -89,7 +89,7 @@ def measure(options: Options, *, tell: Callable[[str], None] = lambda _: None) -
         value.backward()
         return float(value.detach()), [p.grad for p in head.parameters() if p.grad is not None]
 
-    tell("comparing results")
+    log("comparing results")
     plain, slopes = stepped(acts[PLAIN])
     largest = max(float(slope.abs().max()) for slope in slopes)
     apart = slopes_apart = 0.0
@@ -99,9 +99,9 @@ def measure(options: Options, *, tell: Callable[[str], None] = lambda _: None) -
         slopes_apart = max(slopes_apart, *(float((a - b).abs().max()) / largest for a, b in zip(others, slopes, strict=True)))
         del others
     del slopes
-    tell("measuring")
-    rivals = {name: partial(stepped, act) for name, act in acts.items()}
-    return Result(pairs.measure(rivals, rounds=options.rounds, device=device), kernels, apart, slopes_apart)
+    log("measuring")
+    steps = {name: partial(stepped, act) for name, act in acts.items()}
+    return Result(pairs.measure(steps, rounds=options.rounds, device=device), kernels, apart, slopes_apart)
 
 
 def _pieces(
@@ -118,9 +118,9 @@ def _pieces(
         units = (teacher.units(cls[: 2 * n]), teacher.units(patches))
         matrix = teacher.matrix(units[0].dtype)
         pieces = [losses.logit_pieces([unit], matrix, 0.05, rows, kernels=kernels) for unit in units]
-        found = [losses.potential_over_pieces(logits, cls.new_zeros(len(matrix))) for logits in pieces]
-    dino = losses.Targets(units[0].unflatten(0, (2, n)), matrix, found[0], 0.05)
-    ibot = losses.Targets(units[1][None], matrix, found[1], 0.05)
+        potentials = [losses.potential_over_pieces(logits, cls.new_zeros(len(matrix))) for logits in pieces]
+    dino = losses.Targets(units[0].unflatten(0, (2, n)), matrix, potentials[0], 0.05)
+    ibot = losses.Targets(units[1][None], matrix, potentials[1], 0.05)
     pairings, each = losses.multi_crop_pairings(8), cls.new_full((n,), 1 / (18 * n))
     cross_entropy = partial(losses.prototype_cross_entropy, temperature=0.1, rows=rows, kernels=kernels)
 
@@ -148,7 +148,7 @@ def markdown(result: Result, options: Options, machine: dict[str, str], command:
     lines += [f"- {name}: {value}" for name, value in machine.items()]
     lines += [
         f"- {options.prototypes} prototypes, {10 * options.samples} crops, {options.masked} masked patches, forward and backward",
-        f"- products in {'bf16' if options.bf16 else 'fp32'}; in pieces: {result.kernels} kernels between them",
+        f"- products in {'bf16' if options.bf16 else 'fp32'}; chunked: {result.kernels} kernels between them",
         f"- losses differ by {result.apart:.1e}, gradients by {result.slopes_apart:.1e} of the largest",
         "",
         *pairs.table(result.cases, PLAIN),

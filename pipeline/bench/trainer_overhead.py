@@ -103,7 +103,7 @@ class _Turns:
     def close(self) -> None: ...
 
 
-def measure(options: Options, *, tell: Callable[[str], None] = lambda _: None) -> Result:
+def measure(options: Options, *, log: Callable[[str], None] = lambda _: None) -> Result:
     """Train the smallest method with the real trainer on one rank on the CPU."""
     size, batch = options.size, batch_of(options.size)
     with alone() as folder:
@@ -138,7 +138,7 @@ def measure(options: Options, *, tell: Callable[[str], None] = lambda _: None) -
             skipped_steps=SkippedSteps(folder / "skipped_steps.json"),
             go_back=never,
         )
-        tell(f"{steps} steps, three times")
+        log(f"{steps} steps, three times")
         watchdog.start()
         try:
             trainer.run()
@@ -165,19 +165,19 @@ def _bare(method: Plain, batch: Batch, at: Step) -> Callable[[], None]:
 
 def markdown(result: Result, options: Options, machine: dict[str, str], command: str) -> str:
     """Render the result page."""
-    lines = ["# What the training loop costs a step", "", f"`{command}`", "", *(f"- {n}: {v}" for n, v in machine.items())]
+    lines = ["# Overhead of the training loop per step", "", f"`{command}`", "", *(f"- {n}: {v}" for n, v in machine.items())]
     s = options.size
     lines += [
-        f"- {s.depth} layers of {s.width}, {s.samples} samples, one rank, {options.steps} steps, a line every {options.log_every}"
+        f"- {s.depth} layers of {s.width}, {s.samples} samples, one rank, {options.steps} steps, logged every {options.log_every}"
     ]
-    lines += ["", "| | CPU ms, median | 9 of 10 below |", "|---|---:|---:|"]
+    lines += ["", "| | CPU ms, median | 90th percentile |", "|---|---:|---:|"]
     for name in ("bare", "engine", "trainer"):
         values = sorted(getattr(result, name))
         lines.append(f"| {name} | {statistics.median(values) * 1e3:.2f} | {values[int(0.9 * (len(values) - 1))] * 1e3:.2f} |")
-    verdict = "within" if result.loop <= AIM else "above"
+    comparison = "within" if result.loop <= AIM else "above"
     lines += [
         "",
-        f"The loop adds {result.loop * 1e3:.2f} ms to the engine's step, {verdict} the {AIM * 1e3:.0f} ms aimed at; "
+        f"The loop adds {result.loop * 1e3:.2f} ms to the engine's step, {comparison} the {AIM * 1e3:.0f} ms targeted; "
         f"DeepSpeed adds {result.deepspeed * 1e3:.2f} ms to plain torch.",
     ]
     return "\n".join(lines) + "\n"

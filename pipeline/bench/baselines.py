@@ -17,11 +17,16 @@ import torch
 from nvidia.dali import fn, pipeline_def, types
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
-from torchvision import transforms as classic
-from torchvision.transforms import v2
 
 from pipeline.data.augment.views import IMAGENET_MEAN, IMAGENET_STD, Augment, ViewSpec
 from pipeline.data.index.manifest import Manifest
+from pipeline.errors import ConfigError
+
+try:
+    from torchvision import transforms as classic
+    from torchvision.transforms import v2
+except ImportError as error:
+    raise ConfigError("torchvision is not installed", where="fovea bench data", hint="pip install 'fovea[bench]'") from error
 
 Views = list[torch.Tensor]
 
@@ -38,11 +43,11 @@ def specs(*, globals_: int = 2, locals_: int = 8) -> tuple[ViewSpec, ...]:
 
 def spans(manifest: Manifest) -> list[tuple[str, int, int]]:
     """File, offset and length of every accepted image; shards must be local."""
-    found = []
+    entries = []
     for number, shard in enumerate(manifest.shards):
         offsets, sizes = (manifest.column(number, f"image_{part}").tolist() for part in ("offset", "size"))
-        found += [(shard.url, offset, size) for offset, size in zip(offsets, sizes, strict=True)]
-    return found
+        entries += [(shard.url, offset, size) for offset, size in zip(offsets, sizes, strict=True)]
+    return entries
 
 
 def transform(spec: ViewSpec, view: int, *, hue: bool, kind: str) -> Callable[[Any], torch.Tensor]:

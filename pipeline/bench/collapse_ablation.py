@@ -57,11 +57,11 @@ TRIALS = (
 )
 QUESTIONS = tuple(dict.fromkeys(trial.question for trial in TRIALS))
 _EVALUATIONS = 4
-_TOLD = ("train/feature_std", "train/feature_rank", "train/target_entropy", "train/prototype_entropy")
+_METRICS = ("train/feature_std", "train/feature_rank", "train/target_entropy", "train/prototype_entropy")
 
 
 @dataclass(frozen=True)
-class Found:
+class TrialResult:
     """Result of a trial.
 
     Attributes:
@@ -70,8 +70,8 @@ class Found:
         knn: accuracy after each number of samples, 0 to 1; for the highest ``k`` of the config.
         untrained: of the same network before training.
         loss: the last one logged, nats.
-        signs: last logged values of the collapse metrics.
-        alarms: alerts raised by fovea, by name.
+        metrics: last logged values of the collapse metrics.
+        alerts: raised by fovea, by name.
         failed: error of a failed run.
         curves: all logged values of the collapse metrics, by samples.
     """
@@ -82,23 +82,23 @@ class Found:
     knn: Mapping[int, float] | None = None
     untrained: float | None = None
     loss: float = math.nan
-    signs: Mapping[str, float] | None = None
-    alarms: Mapping[str, str] | None = None
+    metrics: Mapping[str, float] | None = None
+    alerts: Mapping[str, str] | None = None
     failed: str = ""
     curves: Mapping[str, Mapping[int, float]] | None = None
 
 
-def measure(questions: Sequence[str], shards: str, *, samples: int, ranks: int, directory: Path) -> Iterator[Found]:
+def measure(questions: Sequence[str], shards: str, *, samples: int, ranks: int, directory: Path) -> Iterator[TrialResult]:
     """Train the trials of each question, one run after another."""
     for trial in TRIALS:
         if trial.question in questions:
             try:
                 yield _one(trial, shards, samples, ranks, directory / trial.slug)
             except FoveaError as error:
-                yield Found(trial, failed=str(error))
+                yield TrialResult(trial, failed=str(error))
 
 
-def _one(trial: Trial, shards: str, samples: int, ranks: int, directory: Path) -> Found:
+def _one(trial: Trial, shards: str, samples: int, ranks: int, directory: Path) -> TrialResult:
     batch = load(trial.config, trial.settings).config.train.global_batch_size
     steps = max(samples // batch, _EVALUATIONS)
     settings = [
@@ -112,35 +112,35 @@ def _one(trial: Trial, shards: str, samples: int, ranks: int, directory: Path) -
         *trial.settings,
     ]
     train(trial.config, directory, settings)
-    return told(trial, directory)
+    return read_result(trial, directory)
 
 
-def told(trial: Trial, directory: Path) -> Found:
+def read_result(trial: Trial, directory: Path) -> TrialResult:
     """Read the result of a trial from its finished run."""
     batch = load(trial.config, trial.settings).config.train.global_batch_size
     outcome = json.loads((directory / "outcome.json").read_text())
-    metrics, alarms = journal(directory)
-    names = [name for name in metrics if name.startswith("knn/k")]
+    logged, alerts = read_journal(directory)
+    names = [name for name in logged if name.startswith("knn/k")]
     best = max(names, key=lambda name: int(name.removeprefix("knn/k")))
-    by_samples = {name: {step * batch: value for step, value in sorted(points.items())} for name, points in metrics.items()}
-    kept = [name for name in _TOLD if name in metrics]
-    return Found(
+    by_samples = {name: {step * batch: value for step, value in sorted(points.items())} for name, points in logged.items()}
+    kept = [name for name in _METRICS if name in logged]
+    return TrialResult(
         trial,
         steps=outcome["steps"],
         samples=outcome["samples_seen"],
         knn=by_samples[best],
         untrained=outcome["scores"].get(best.replace("knn/", "untrained/")),
-        loss=_last(metrics.get("train/loss", {})),
-        signs={name.removeprefix("train/"): _last(metrics[name]) for name in kept},
+        loss=_last(logged.get("train/loss", {})),
+        metrics={name.removeprefix("train/"): _last(logged[name]) for name in kept},
         curves={name.removeprefix("train/"): by_samples[name] for name in kept},
-        alarms=alarms,
+        alerts=alerts,
     )
 
 
-def journal(directory: Path) -> tuple[dict[str, dict[int, float]], dict[str, str]]:
+def read_journal(directory: Path) -> tuple[dict[str, dict[int, float]], dict[str, str]]:
     """A run's metrics by name and step, and its alerts."""
     metrics: dict[str, dict[int, float]] = {}
-    alarms: dict[str, str] = {}
+    alerts: dict[str, str] = {}
     for path in sorted((directory / "tracking").glob("journal-*.jsonl")):
         for _, record in read(path):
             values: dict[str, Any] = record.get("values", {})
@@ -148,46 +148,46 @@ def journal(directory: Path) -> tuple[dict[str, dict[int, float]], dict[str, str
                 for name, value in values.items():
                     metrics.setdefault(name, {})[int(record["step"])] = float(value)
             elif record["kind"] == "tags":
-                alarms |= {str(key).removeprefix("alert/"): str(v) for key, v in values.items() if str(key).startswith("alert/")}
-    return metrics, alarms
+                alerts |= {str(key).removeprefix("alert/"): str(v) for key, v in values.items() if str(key).startswith("alert/")}
+    return metrics, alerts
 
 
 def _last(points: Mapping[int, float]) -> float:
     return points[max(points)] if points else math.nan
 
 
-def line(found: Found) -> str:
+def line(result: TrialResult) -> str:
     """Describe one trial in a line."""
-    if found.failed or not found.knn:
-        return f"{found.trial.question}, {found.trial.name}: {found.failed or 'no evaluation'}"
-    return f"{found.trial.question}, {found.trial.name}: k-NN {_last(found.knn):.1%}, {found.signs}"
+    if result.failed or not result.knn:
+        return f"{result.trial.question}, {result.trial.name}: {result.failed or 'no evaluation'}"
+    return f"{result.trial.question}, {result.trial.name}: k-NN {_last(result.knn):.1%}, {result.metrics}"
 
 
-def page(found: Sequence[Found], machine: Mapping[str, str], command: str) -> str:
+def markdown(results: Sequence[TrialResult], machine: Mapping[str, str], command: str) -> str:
     """Render the result page."""
-    lines = ["# What keeps features from collapse", "", f"`{command}`", "", *(f"- {k}: {v}" for k, v in machine.items()), ""]
-    signs = "spread of features | rank | entropy of targets | in use"
-    lines += [f"| question | trial | samples | steps | k-NN | untrained | loss | {signs} |"]
+    lines = ["# Ablations of what prevents collapse", "", f"`{command}`", "", *(f"- {k}: {v}" for k, v in machine.items()), ""]
+    metrics = "std of features | rank | entropy of targets | entropy of prototypes"
+    lines += [f"| question | trial | samples | steps | k-NN | untrained | loss | {metrics} |"]
     lines += ["|---|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|"]
-    for one in found:
+    for one in results:
         if one.failed or not one.knn:
             lines.append(f"| {one.trial.question} | {one.trial.name} | {line(one)} |||||||||")
             continue
-        ends = [f"{(one.signs or {})[name]:.2f}" if name in (one.signs or {}) else "" for name in _names()]
+        ends = [f"{(one.metrics or {})[name]:.2f}" if name in (one.metrics or {}) else "" for name in _names()]
         start = "" if one.untrained is None else f"{one.untrained:.1%}"
         figures = [str(one.samples), str(one.steps), f"{_last(one.knn):.1%}", start, f"{one.loss:.3f}", *ends]
         lines.append(f"| {one.trial.question} | {one.trial.name} | {' | '.join(figures)} |")
     lines += ["", "One run of each, seed 0. k-NN of 1000 held-out scenes by their 20 nearest of 4000, by samples seen:", ""]
-    for one in found:
+    for one in results:
         if one.knn:
             curve = ", ".join(f"{samples}: {value:.1%}" for samples, value in one.knn.items())
             lines.append(f"- {one.trial.question}, {one.trial.name}: {curve}")
     raised = []
-    for one in found:
-        raised += [f"- {one.trial.question}, {one.trial.name}: **{n}**: {told}" for n, told in (one.alarms or {}).items()]
-    lines += ["", "What fovea's own alerts said:", "", *(raised or ["- nothing"])]
+    for one in results:
+        raised += [f"- {one.trial.question}, {one.trial.name}: **{name}**: {text}" for name, text in (one.alerts or {}).items()]
+    lines += ["", "Alerts that fovea raised:", "", *(raised or ["- none"])]
     return "\n".join(lines) + "\n"
 
 
 def _names() -> list[str]:
-    return [name.removeprefix("train/") for name in _TOLD]
+    return [name.removeprefix("train/") for name in _METRICS]

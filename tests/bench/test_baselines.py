@@ -9,31 +9,35 @@ from typing import Any
 import pytest
 import torch
 
-from pipeline.bench import heads, official, pairs, step
+from pipeline.bench import official, pairs, prototype_loss, step
 from pipeline.errors import ConfigError
 from tests.helpers.rank_pool import pool
 
 
-def test_heads_in_pieces_find_what_whole_logits_do() -> None:
-    options = heads.Options(prototypes=512, width=16, hidden=16, bottleneck=8, samples=2, masked=2000, rows=128, rounds=1)
-    result = heads.measure(options)
+def test_chunked_heads_equal_full_logits() -> None:
+    options = prototype_loss.Options(
+        prototypes=512, width=16, hidden=16, bottleneck=8, samples=2, masked=2000, rows=128, rounds=1
+    )
+    result = prototype_loss.measure(options)
     assert result.apart < 1e-5 and result.slopes_apart < 1e-4
-    assert result.cases[heads.OURS].peak < 0.25 * result.cases[heads.PLAIN].peak
-    page = heads.markdown(result, options, {"cores": "2"}, "fovea bench heads")
-    assert "whole logits takes" in page and "512 prototypes" in page
+    assert result.cases[prototype_loss.OURS].peak < 0.25 * result.cases[prototype_loss.PLAIN].peak
+    page = prototype_loss.markdown(result, options, {"cores": "2"}, "fovea bench prototype-loss")
+    assert "full logits takes" in page and "512 prototypes" in page
 
 
 def test_where_kernels_are_fused_the_unfused_ones_are_measured_beside_them(monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: list[str] = []
+    calls: list[str] = []
     monkeypatch.setenv("FOVEA_KERNELS", "triton")
-    work = heads._pieces
-    monkeypatch.setattr(heads, "_pieces", lambda *arguments: asked.append(arguments[-1]) or work(*arguments[:-1], "torch"))
-    options = heads.Options(64, width=16, hidden=16, bottleneck=8, samples=2, masked=20, rounds=1, bf16=True)
-    result = heads.measure(options)
-    assert list(result.cases) == [heads.OURS, heads.UNFUSED, heads.PLAIN]
-    assert asked.count("triton") == asked.count("torch") > 0
+    work = prototype_loss._pieces
+    monkeypatch.setattr(
+        prototype_loss, "_pieces", lambda *arguments: calls.append(arguments[-1]) or work(*arguments[:-1], "torch")
+    )
+    options = prototype_loss.Options(64, width=16, hidden=16, bottleneck=8, samples=2, masked=20, rounds=1, bf16=True)
+    result = prototype_loss.measure(options)
+    assert list(result.cases) == [prototype_loss.OURS, prototype_loss.UNFUSED, prototype_loss.PLAIN]
+    assert calls.count("triton") == calls.count("torch") > 0
     assert result.apart < 1e-2
-    assert "bf16; in pieces: triton kernels" in heads.markdown(result, options, {}, "fovea bench heads")
+    assert "bf16; chunked: triton kernels" in prototype_loss.markdown(result, options, {}, "fovea bench prototype-loss")
 
 
 def test_memory_is_counted_while_it_is_held() -> None:

@@ -4,34 +4,34 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from pipeline.bench.collapse import Found
-from pipeline.reports import html as pictures
-from pipeline.reports.html import Chart, Line
+from pipeline.bench.collapse_ablation import TrialResult
+from pipeline.reports.figures import Chart, Line
+from pipeline.reports.page import render
 
-_SIGNS = {
-    "feature_std": "spread of the features, 0 is all alike",
+_METRICS = {
+    "feature_std": "standard deviation of the features, 0 is collapse",
     "feature_rank": "rank of the features",
     "target_entropy": "entropy of the targets, 1 is uniform",
 }
 
 
-def page(found: Sequence[Found]) -> str:
+def page(results: Sequence[TrialResult]) -> str:
     """One row of charts per question: k-NN accuracy and the logged metrics of each setting."""
     rows = []
-    for question in dict.fromkeys(one.trial.question for one in found):
-        trials = [one for one in found if one.trial.question == question and one.knn]
+    for question in dict.fromkeys(one.trial.question for one in results):
+        trials = [one for one in results if one.trial.question == question and one.knn]
         start = next((one.untrained for one in trials if one.untrained is not None), None)
         levels = [("untrained", start, 2)] if start is not None else []
         accuracy = _lines(trials, {one.trial.name: one.knn or {} for one in trials}, dots=True)
         charts = [Chart(f"{question}: k-NN", accuracy, levels=levels, percent=True, floor=0.0)]
-        for sign, title in _SIGNS.items():
-            logged = {one.trial.name: (one.curves or {}).get(sign, {}) for one in trials}
+        for metric, title in _METRICS.items():
+            logged = {one.trial.name: (one.curves or {}).get(metric, {}) for one in trials}
             if any(logged.values()):
                 charts.append(Chart(f"{question}: {title}", _lines(trials, logged), floor=0.0))
-        rows.append(f'<div class="pair">{"".join(pictures.draw(chart) for chart in charts)}</div>')
-    return pictures.document("What keeps features from collapse", "".join(rows))
+        rows.append(charts)
+    return render("collapse_ablation", title="Ablations of what prevents collapse", rows=rows)
 
 
-def _lines(trials: Sequence[Found], points: Mapping[str, Mapping[int, float]], *, dots: bool = False) -> list[Line]:
+def _lines(trials: Sequence[TrialResult], points: Mapping[str, Mapping[int, float]], *, dots: bool = False) -> list[Line]:
     names = [one.trial.name for one in trials]
     return [Line(name, sorted(points[name].items()), number % 3, dots) for number, name in enumerate(names) if points[name]]

@@ -150,15 +150,15 @@ def count(stage: Literal[0, 1, 2, 3], *, width: int = 64, depth: int = 4, accumu
     return {"calls": dict(seen.calls), "payload": dict(seen.payload)}
 
 
-def measure(options: Options, *, tell: Callable[[str], None] = lambda _: None) -> list[Counted]:
+def measure(options: Options, *, log: Callable[[str], None] = lambda _: None) -> list[Counted]:
     """Count a step of each stage on newly started ranks.
 
     Raises:
         ConfigError: a single rank, which has no collectives, or ranks that failed.
     """
     if options.ranks < 2:
-        raise ConfigError("a single rank speaks to nobody", where="--ranks", hint="take 2")
-    tell(f"starting {options.ranks} ranks")
+        raise ConfigError("must be at least 2", where="--ranks", hint="A single rank has no collectives")
+    log(f"starting {options.ranks} ranks")
     context = multiprocessing.get_context("spawn")
     with tempfile.TemporaryDirectory(prefix="fovea-bench-") as folder:
         ours, theirs = context.Pipe(duplex=False)
@@ -169,22 +169,24 @@ def measure(options: Options, *, tell: Callable[[str], None] = lambda _: None) -
         try:
             seen = ours.recv()
         except EOFError as error:
-            raise ConfigError("the ranks ended without a result", where="fovea bench comm", hint="see what they wrote") from error
+            raise ConfigError(
+                "the ranks ended without a result", where="fovea bench collectives", hint="See their output above"
+            ) from error
         finally:
             for process in ranks:
                 process.join()
     elements = options.depth * (options.width**2 + options.width)
     return [
-        Counted(stage, **found, expected=expected(elements, elements, stage=stage, accumulation=options.accumulation))
-        for stage, found in zip(STAGES, seen, strict=True)
+        Counted(stage, **counts, expected=expected(elements, elements, stage=stage, accumulation=options.accumulation))
+        for stage, counts in zip(STAGES, seen, strict=True)
     ]
 
 
 def _serve(rank: int, options: Options, folder: str, pipe: Any) -> None:
     os.environ["DS_ACCELERATOR"] = "cpu"
     torch.set_num_threads(1)
-    meet = Path(folder) / "meet"
-    dist.init_process_group("gloo", init_method=f"file://{meet}", rank=rank, world_size=options.ranks)
+    store = Path(folder) / "store"
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=options.ranks)
     sizes = {"width": options.width, "depth": options.depth, "accumulation": options.accumulation}
     seen = [count(stage, **sizes) for stage in STAGES]
     if rank == 0:
@@ -199,10 +201,10 @@ def on_the_wire(kind: str, payload: int, ranks: int) -> float:
     return payload * (ranks - 1) / ranks * (2 if kind == "all-reduce" else 1)
 
 
-def markdown(found: list[Counted], options: Options, machine: dict[str, str], command: str) -> str:
+def markdown(results: list[Counted], options: Options, machine: dict[str, str], command: str) -> str:
     """Render the result page."""
     parameters = options.depth * (options.width**2 + options.width)
-    lines = ["# What ranks say to each other in a step", "", f"`{command}`", ""]
+    lines = ["# Collectives of a step", "", f"`{command}`", ""]
     lines += [f"- {name}: {value}" for name, value in machine.items()]
     lines += [
         f"- {parameters:,} fp32 parameters and a teacher of as many, {options.ranks} ranks, {options.accumulation} micro-batches",
@@ -210,7 +212,7 @@ def markdown(found: list[Counted], options: Options, machine: dict[str, str], co
         "| stage | collective | calls | bytes | by theory | sent by each rank, ring |",
         "|---:|---|---:|---:|---:|---:|",
     ]
-    for one in found:
+    for one in results:
         for kind in sorted(one.calls):
             theory = f"{one.expected[kind]:,}" if kind in one.expected else "-"
             sent = on_the_wire(kind, one.payload[kind], options.ranks)
