@@ -108,12 +108,12 @@ class Repeller(nn.Module):
     @torch.no_grad()
     def _others(self, pairs: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
         """For each pair, the second crop of the next image in the micro-batches of all ranks."""
-        found = []
+        negatives = []
         for _, second in pairs:
             everyone = losses.gathered(second.detach())
             next_ = (losses.place(len(second)) + 1 + torch.arange(len(second), device=second.device)) % len(everyone)
-            found.append(everyone[next_])
-        return nn.functional.normalize(torch.cat(found).float(), dim=1)
+            negatives.append(everyone[next_])
+        return nn.functional.normalize(torch.cat(negatives).float(), dim=1)
 
 
 def two_views(settings: TwoViewSettings) -> tuple[ViewSpec, ...]:
