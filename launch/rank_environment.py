@@ -75,13 +75,15 @@ class RankEnvironment:
             raise LaunchError(
                 "MASTER_PORT is 0, so the ranks cannot find each other",
                 where="environment",
-                hint="torchrun --standalone finds a free port; --master-port=0 does not tell it to the ranks",
+                hint="Start with torchrun --standalone, which chooses a free port and passes it to the ranks; "
+                "--master-port=0 does not",
             )
         if not 0 <= found.rank < found.world_size or not 0 <= found.local_rank < found.local_world_size:
             raise LaunchError(
-                f"rank {found.rank} of {found.world_size}, local rank {found.local_rank} of {found.local_world_size} cannot be",
+                f"rank {found.rank} of {found.world_size}, local rank {found.local_rank} of {found.local_world_size} "
+                "is impossible",
                 where=f"environment of {found.source}",
-                hint="Unset RANK, WORLD_SIZE, LOCAL_RANK and LOCAL_WORLD_SIZE, or start the ranks with fovea, srun or torchrun.",
+                hint="Unset RANK, WORLD_SIZE, LOCAL_RANK and LOCAL_WORLD_SIZE, or start the ranks with fovea, srun or torchrun",
             )
         return found
 
@@ -94,9 +96,9 @@ class RankEnvironment:
         world_size = _number(env, world)
         if world_size > 1 and "SLURM_PTY_PORT" in env:
             raise LaunchError(
-                f"this is task 0 of {world_size} of an interactive step; nobody starts the others",
+                f"this is task 0 of {world_size} of an interactive step; Slurm does not start the others",
                 where="srun --pty",
-                hint="Ask for one task (srun --ntasks=1 --pty), in which fovea starts the ranks, or leave --pty out.",
+                hint="Request one task (srun --ntasks=1 --pty), in which fovea starts the ranks, or leave --pty out",
             )
         address = _address_of_slurm(env) if world_size > 1 else "127.0.0.1"
         key = ".".join((env.get("SLURM_JOB_ID", "0"), env.get("SLURM_RESTART_COUNT", "0"), env["SLURM_STEP_ID"]))
@@ -166,11 +168,11 @@ def ranks_to_start(
         names = "SLURM_STEP_NUM_TASKS" if here.source == "slurm" else "WORLD_SIZE"
         start = f"srun --ntasks={wanted}" if here.source == "slurm" else f"torchrun --nproc-per-node={wanted}"
         leave = f"leave {where} out" if where.startswith("-") else f"set {where}=null"
-        stray = "; unset RANK and WORLD_SIZE if nobody started this process" if here.source == "torchrun" else ""
+        stray = "; unset RANK and WORLD_SIZE if no launcher started this process" if here.source == "torchrun" else ""
         raise LaunchError(
             f"{where} = {wanted}, but this process is rank {here.rank} of {here.world_size} ({names}={here.world_size})",
             where=f"environment of {here.source}",
-            hint=f"Start as many ({start}), or {leave} to take the launcher's number{stray}.",
+            hint=f"Start as many ({start}), or {leave} to take the launcher's number{stray}",
         )
     if here.world_size == 1 and there > 1:
         _say(f"{there - 1} of {there} GPUs stay idle: the launcher started one process only")
@@ -193,7 +195,7 @@ def _enough(ranks: int, there: int, where: str, env: Mapping[str, str], default:
         raise LaunchError(
             f"{where} = {ranks}, but {there} GPU{'s are' if there > 1 else ' is'} visible{shown(env)}",
             where="GPUs of this machine",
-            hint=f"Set {where}={there}, or launch.backend=gloo for ranks without GPUs.",
+            hint=f"Set {where}={there}, or launch.backend=gloo for ranks without GPUs",
         )
     return ranks
 
@@ -202,9 +204,9 @@ def _refuse_mpi(env: Mapping[str, str]) -> None:
     for name in ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE"):
         if env.get(name, "1").isdigit() and int(env.get(name, "1")) > 1:
             raise LaunchError(
-                f"{env[name]} processes were started by MPI ({name}), each of which would begin the whole run",
+                f"{env[name]} processes were started by MPI ({name}), each of which would start the entire run",
                 where="environment",
-                hint="Type fovea train without mpirun, which starts a rank on each GPU, or use torchrun or srun.",
+                hint="Use `fovea train` without mpirun, which starts a rank on each GPU, or use torchrun or srun",
             )
 
 
@@ -229,7 +231,7 @@ def _address_of_slurm(env: Mapping[str, str]) -> str:
     if launched:
         return launched
     raise LaunchError(
-        "nobody says where rank 0 is", where="Slurm step", hint="Export MASTER_ADDR with the address of the first node."
+        "the address of rank 0 is unknown", where="Slurm step", hint="Export MASTER_ADDR with the address of the first node"
     )
 
 
@@ -248,10 +250,10 @@ def _port_of(key: str) -> int:
 def _number(env: Mapping[str, str], name: str, default: str | None = None) -> int:
     text = env.get(name, default)
     if text is None:
-        raise LaunchError(f"{name} is not set", where="environment", hint="Start the ranks with fovea, srun or torchrun.")
+        raise LaunchError(f"{name} is not set", where="environment", hint="Start the ranks with fovea, srun or torchrun")
     if not text.isascii() or not text.isdigit():
         raise LaunchError(
-            f"{name} = {text!r} is no number", where="environment", hint=f"Unset {name}, or let the launcher set it."
+            f"{name} = {text!r} is not a number", where="environment", hint=f"Unset {name}, or let the launcher set it"
         )
     return int(text)
 

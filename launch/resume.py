@@ -28,17 +28,18 @@ def check_identity(config: Config, old: dict[str, Any], where: Path) -> None:
         changed = difference(Config.model_validate(old), config)
     except ValidationError as error:
         raise CheckpointError(
-            f"its settings cannot be read by this version of fovea ({error.error_count()} of them, the first is "
+            f"the settings of the checkpoint cannot be read by this version of fovea "
+            f"({error.error_count()} of them, the first is "
             f"{'.'.join(map(str, error.errors()[0]['loc']))})",
             where=str(where),
-            hint="use the version that wrote it, or choose another run.directory",
+            hint="Use the version that wrote it, or choose another run.directory",
         ) from error
     if changed:
         shown = "; ".join(f"{key} was {was!r} and is {now!r}" for key, (was, now) in list(changed.items())[:5])
         raise CheckpointError(
-            f"it belongs to a run with other settings ({shown}{'; …' if len(changed) > 5 else ''})",
+            f"the checkpoint belongs to a run with other settings ({shown}{'; …' if len(changed) > 5 else ''})",
             where=str(where),
-            hint="put the settings back, or choose another run.directory",
+            hint="Restore the settings, or choose another run.directory",
         )
 
 
@@ -80,7 +81,7 @@ def choose_checkpoint(config: Config, run: RunDirectory, inputs: Inputs, *, fetc
             raise CheckpointError(
                 "checkpoint.resume=never, but the run has checkpoints",
                 where=str(run.checkpoints),
-                hint="choose another run.directory, or checkpoint.resume=auto to go on",
+                hint="Choose another run.directory, or checkpoint.resume=auto to resume",
             )
         return None, complaints
     if wanted == "auto":

@@ -96,7 +96,7 @@ def test_out_of_memory_is_one_message_with_the_mend(config: Path, shards: str, t
     assert done.returncode == 1, done.stderr + done.stdout
     (message,) = errors(done)
     assert message.startswith("error: rank 1, forward and backward, step 7: out of GPU memory: CUDA out of memory. Tried")
-    assert "lower train.micro_batch_size" in message and "raise train.zero_stage (now 1)" in message
+    assert "Lower train.micro_batch_size" in message and "raise train.zero_stage (now 1)" in message
     assert "rank 0 ends because of rank 1: out of GPU memory" in done.stderr
     assert "Connection" not in done.stderr and ("Traceback" not in done.stderr or torchrun)
     assert not living(directory)

@@ -64,7 +64,9 @@ def config_of(method: str) -> str:
     """
     name = _CONFIGS.get(method, f"{method}/scenes")
     if name not in available():
-        raise ConfigError(f"there is no demo of {method}: configs/{name}.yaml is missing", where="--method")
+        raise ConfigError(
+            f"there is no demo of {method}: configs/{name}.yaml is missing", where="--method", hint="Choose another method"
+        )
     return name
 
 
@@ -103,7 +105,9 @@ def images_per_second(name: str, words: list[str], directory: Path) -> float:
     shutil.rmtree(folder, ignore_errors=True)
     if done.returncode or not rates:
         last = (done.stderr.strip() or done.stdout.strip() or "nothing was said").splitlines()[-1]
-        raise LaunchError(f"a first run of {_PROBE_STEPS} steps failed: {last}", where=name)
+        raise LaunchError(
+            f"a first run of {_PROBE_STEPS} steps failed: {last}", where=name, hint=f"See the output of: fovea train {name}"
+        )
     return statistics.median(rates[len(rates) // 2 :])
 
 
@@ -143,7 +147,7 @@ def _train(words: list[str], run: Path, stop_at: int | None) -> None:
         raise
     if code:
         raise LaunchError(
-            f"the run ended with code {code}", where=str(run), hint="its last lines above say why; the same command resumes it"
+            f"the run ended with code {code}", where=str(run), hint="See its last lines above; the same command resumes it"
         )
 
 
@@ -227,13 +231,13 @@ def run(*, minutes: float, method: str, data: str | None, directory: Path, val: 
     say("3. Stopped in the middle, as a preemption would. Now the same command again:")
     _train([name, *words], run_directory, stop_at=None)
     if _outcome(run_directory)["stop"] != "FINISHED":
-        raise LaunchError("the run was stopped before its end", where=str(run_directory), hint="start the demo again")
+        raise LaunchError("the run was stopped before its end", where=str(run_directory), hint="Start the demo again")
     say("4. The result")
     facts = _table(run_directory, time.monotonic() - begin)
     from pipeline.reports.run_page import write
 
     page = write(run_directory, config, run_directory / "page.html", facts=facts)
-    print(f"\npictures, curves, neighbours   {page.resolve()}")
+    print(f"\nimages, curves, neighbors     {page.resolve()}")
     print(f"MLflow                         {sys.executable} -m mlflow ui --backend-store-uri {shlex.quote(store)}")
     print("                               then open http://127.0.0.1:5000, experiment “fovea demo”")
     print(f"the run                        {run_directory.resolve()}")
@@ -251,7 +255,7 @@ def _teacher(words: list[str], folder: Path, minutes: float, steps: int | None) 
 
 
 def _too_few(minutes: float) -> ConfigError:
-    return ConfigError(f"{minutes:.1f} minutes are too few", where="--minutes", hint="give at least 3, or 6 for distill")
+    return ConfigError(f"{minutes:.1f} minutes are too short", where="--minutes", hint="Give at least 3, or 6 for distill")
 
 
 def _length(name: str, words: list[str], directory: Path, minutes: float, steps: int | None) -> list[str]:

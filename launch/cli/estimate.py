@@ -124,9 +124,9 @@ def run(config: Config, *, ranks: int | None, gigabytes: float, console: Termina
     ranks = ranks or config.launch.num_processes or gpus() or 1
     if config.train.global_batch_size % ranks:
         raise ConfigError(
-            f"{config.train.global_batch_size} samples cannot be shared by {ranks} GPUs",
+            f"{config.train.global_batch_size} samples are not divisible by {ranks} GPUs",
             where="train.global_batch_size",
-            hint="Change --gpus.",
+            hint="Choose another --gpus",
         )
     sizes, capacity = measure(config), gigabytes * 1e9 * _SLACK
     parts = ", ".join(f"{name} {count / 1e6:.1f} M" for name, count in sizes.networks.items())
@@ -213,7 +213,9 @@ def bill(config: Config, site: ClusterProfile, *, ranks: int, efficiency: float,
     """
     if site.gpu_tflops is None:
         raise ConfigError(
-            "no peak of the GPU is known", where="gpu_tflops of the cluster profile", hint="name it: 989 for an H100"
+            "the GPU's peak throughput is unknown",
+            where="gpu_tflops of the cluster profile",
+            hint="Set it in TFLOP/s, such as 989 for an H100",
         )
     length, size = config.train.duration, None
     if length.unit == "epochs" and samples is None:

@@ -45,15 +45,15 @@ def run(
         FoveaError: no checkpoint, a damaged one, or a format that cannot hold the networks.
     """
     if to not in TARGETS:
-        raise ConfigError(f"there is no target {to!r}", where="--to", hint=f"Choose of {', '.join(TARGETS)}.")
+        raise ConfigError(f"there is no target {to!r}", where="--to", hint=f"Choose one of {', '.join(TARGETS)}")
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9.+_-]{0,63}", license_):
         raise ConfigError(
-            f"{printable(license_, limit=80)!r} is no identifier",
+            f"{printable(license_, limit=80)!r} is not an SPDX license identifier",
             where="--license",
-            hint="Write apache-2.0, cc-by-4.0 or the like.",
+            hint="Write one such as apache-2.0 or cc-by-4.0",
         )
     if network not in ("auto", "teacher", "student"):
-        raise ConfigError(f"there is no network {network!r}", where="--network", hint="Choose of auto, teacher, student.")
+        raise ConfigError(f"there is no network {network!r}", where="--network", hint="Choose one of auto, teacher, student")
     path = path.absolute()
     saved = chosen(path, best=best)
     run_folder = path if (path / "checkpoints").is_dir() else saved.path.parent.parent
@@ -74,7 +74,11 @@ def _shipper(run_folder: Path) -> Shipper:
     """The MLflow shipper of a run."""
     run = RunDirectory(run_folder)
     if not run.config.is_file():
-        raise ConfigError("is no run's directory", where=str(run_folder), hint="--register needs the run that was trained")
+        raise ConfigError(
+            "is not a run directory",
+            where=str(run_folder),
+            hint="Name the run directory: --register reads its settings and scores",
+        )
     config = run.settings()
     target = destination_of(config.tracking, run.path)
     return Shipper(run.tracking, uri=target.uri, experiment=target.experiment, name=config.run.name)

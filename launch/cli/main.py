@@ -83,7 +83,7 @@ def demo(
     from pipeline.config.schema import METHODS
 
     if method not in METHODS:
-        raise ConfigError(f"there is no method {method!r}", where="--method", hint=f"Choose of {', '.join(sorted(METHODS))}.")
+        raise ConfigError(f"there is no method {method!r}", where="--method", hint=f"Choose one of {', '.join(sorted(METHODS))}")
     from launch.cli.demo import run
 
     run(minutes=minutes, method=method, data=data, directory=directory, val=val)
@@ -178,14 +178,14 @@ def evaluate(
     checkpoint = where if where.name.startswith("step_") and (where.parent.parent / "config.yaml").is_file() else None
     run = str(checkpoint.parent.parent) if checkpoint else run
     if checkpoint and watch:
-        raise ConfigError("one checkpoint cannot be watched", where="--watch", hint="Name the run.")
+        raise ConfigError("must be a run, not one of its checkpoints", where="--watch", hint="Name the run")
     resolved = Path(run) / "config.yaml"
     own = resolved.is_file()
     texts = zeroshot is not None or retrieval
     there = Path(run).exists() or ":" in run
     if not own and (not there or not (names or texts)):
-        hint = "Name an evaluator, such as --knn." if there else "It should hold the config.yaml that a training wrote."
-        raise ConfigError("is no run's directory", where=run, hint=hint)
+        hint = "Name an evaluator, such as --knn" if there else "Name a directory with the config.yaml that `fovea train` wrote"
+        raise ConfigError("is not a run directory", where=run, hint=hint)
     from launch.cli import eval_named as judge
     from launch.cli.eval_ranks import many, spread
 

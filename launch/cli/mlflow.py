@@ -35,7 +35,7 @@ def sync(
     fovea mlflow sync --all --uri http://mlflow:5000
     """
     if everything == (run is not None):
-        raise ConfigError("no run is named", where="fovea mlflow sync", hint="name one, or give --all")
+        raise ConfigError("a run is required", where="fovea mlflow sync", hint="Name one or more, or add --all")
     from launch.slurm.status import find
 
     every = [RunDirectory(file.parent) for file in [*_there("*"), *_there("evaluations/*")]]
@@ -44,8 +44,8 @@ def sync(
     behind = {printable(name): trouble for name, trouble in troubles if trouble is not None}
     if behind:
         last = next((trouble for trouble in behind.values() if isinstance(trouble, FoveaError)), None)
-        hint = last.hint if last else "Is the server up? The same command sends the rest"
-        raise LaunchError(f"MLflow did not take everything of {', '.join(behind)}", hint=hint)
+        hint = last.hint if last else "Check that the server is running; the same command sends the rest"
+        raise LaunchError(f"MLflow has not received all records of {', '.join(behind)}", hint=hint)
 
 
 def _there(pattern: str) -> list[Path]:

@@ -170,7 +170,7 @@ def pack(
         bool | None,
         typer.Option(
             "--follow-links/--no-follow-links",
-            help="Follow links that leave SOURCE, or skip them. By default they are skipped, and the loss of a whole class or "
+            help="Follow links that leave SOURCE, or skip them. By default they are skipped, and the loss of an entire class or "
             "shard is an error.",
         ),
     ] = None,
@@ -214,13 +214,13 @@ def pack(
 
     form = next((known for known in FORMS if known == transcode), None)
     if transcode is not None and form is None:
-        raise ConfigError(f"{transcode!r} is no form", where="--transcode", hint=f"Choose of {', '.join(FORMS)}.")
+        raise ConfigError(f"{transcode!r} is not a format", where="--transcode", hint=f"Choose one of {', '.join(FORMS)}")
     kind = next((known for known in LAYOUTS if known == layout), None)
     if kind is None:
-        raise ConfigError(f"{layout!r} is no layout", where="--layout", hint=f"Choose of {', '.join(LAYOUTS)}.")
+        raise ConfigError(f"{layout!r} is not a layout", where="--layout", hint=f"Choose one of {', '.join(LAYOUTS)}")
     mode = next((known for known in LABEL_MODES if known == labels), None)
     if mode is None:
-        raise ConfigError(f"{labels!r} is no kind of labels", where="--labels", hint=f"Choose of {', '.join(LABEL_MODES)}.")
+        raise ConfigError(f"{labels!r} is not a label mode", where="--labels", hint=f"Choose one of {', '.join(LABEL_MODES)}")
     _check_out(source, out)
     options = Options(
         use_damaged=on_truncated_shard is OnTruncated.KEEP_READABLE,
@@ -265,7 +265,7 @@ def synthesize(
 
     shards = write(out, train=train, val=val, size=size, seed=seed)
     (out / "classes.txt").write_text("\n".join(CLASS_NAMES) + "\n")
-    print(f"{out}: {train} pictures to train on and {val} to judge by in {len(shards)} shards, classes.txt for zero-shot")
+    print(f"{out}: {train} training images and {val} validation images in {len(shards)} shards, classes.txt for zero-shot")
 
 
 @app.command("stats")
@@ -443,10 +443,10 @@ def _class_names(path: Path | None) -> tuple[str, ...]:
     try:
         names = read_bytes(path, limit=64 << 20, error=ConfigError).decode("utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"cannot be read ({error})", where=str(path), hint="Give a text file with one name a line") from error
+        raise ConfigError(f"cannot be read ({error})", where=str(path), hint="Give a text file with one name per line") from error
     if not names or len(set(names)) < len(names) or not all(name.strip() for name in names):
         raise ConfigError(
-            "must hold every class name once, one a line", where=str(path), hint="Give the classes.txt of a packing"
+            "must contain every class name once, one per line", where=str(path), hint="Give the classes.txt of a packing"
         )
     return tuple(names)
 
@@ -455,7 +455,7 @@ def _check_out(source: str, out: Path) -> None:
     """Refuse an output directory that would become part of the source."""
     folder = Path(source)
     if folder.is_dir() and out.resolve().is_relative_to(folder.resolve()):
-        raise ConfigError(f"lies in {source}, which is to be packed", where=str(out), hint="Choose an OUT beside the source.")
+        raise ConfigError(f"is inside the source {source}", where=str(out), hint="Choose an OUT outside the source")
 
 
 def _names_shards(word: str) -> bool:
@@ -482,4 +482,4 @@ def _write_json(path: Path, document: dict[str, object]) -> None:
     try:
         write_whole(path, (json.dumps(document, indent=1) + "\n").encode())
     except OSError as error:
-        raise DataError(f"cannot be written ({error.strerror})", where=str(path), hint="Choose another --report.") from error
+        raise DataError(f"cannot be written ({error.strerror})", where=str(path), hint="Choose another --report") from error

@@ -51,14 +51,16 @@ def run(
         DataError: shards that cannot be used, or no such key.
     """
     if (step is None) == (key is None):
-        raise ConfigError("give a step or a key, one of them", where="ls", hint="For instance --step 1234, or --key 000123.")
+        raise ConfigError(
+            "needs either --step or --key", where="ls", hint="Give one of them, such as --step 1234 or --key 000123"
+        )
     # The shards of the k-NN evaluation are not needed here and may be missing.
     config = loaded.config.replace(evaluation=loaded.config.evaluation.only())
     world = ranks or config.launch.num_processes or 1
     inputs = prepare(config, world)
     last = math.ceil(epochs * inputs.order.samples_per_epoch / inputs.order.global_batch) if until is None else until
     if last < 0 or (step or 0) < 0:
-        raise ConfigError(f"{min(last, step or 0)} is negative", where="ls", hint="Steps count from 0.")
+        raise ConfigError(f"step {min(last, step or 0)} is negative", where="ls", hint="Give a step of 0 or more")
     document = at_step(config, inputs, step, world) if step is not None else of_key(config, inputs, str(key), world, last)
     if as_json:
         print(json.dumps(document, indent=1))
@@ -108,7 +110,7 @@ def of_key(config: Config, inputs: Inputs, key: str, world: int, last: int) -> d
         raise DataError(
             f"no shard has a sample with the key {key!r}",
             where=f"{len(inputs.train.shards)} shards",
-            hint="A key is a member's name up to the first dot after the last slash; it may follow a shard's: shard.tar/key.",
+            hint="Give a member's name up to the first dot after its last slash, or shard.tar/key",
         )
     replaced, seen, left_out = _replaced(config), [], []
     for shard, row, status in places:
@@ -190,7 +192,9 @@ def _replaced(config: Config) -> dict[tuple[int, int], str]:
         try:
             text = read_bytes(path, limit=_LEDGER).decode("utf-8", "replace")
         except OSError as error:
-            raise DataError(f"cannot be read ({error.strerror})", where=printable(str(path))) from None
+            raise DataError(
+                f"cannot be read ({error.strerror})", where=printable(str(path)), hint="Check the path and its permissions"
+            ) from None
         for line in text.splitlines():
             try:
                 event = json.loads(line)

@@ -50,7 +50,7 @@ def submit(
 
     if not cluster:
         known = ", ".join(sorted(profiles.available()))
-        raise ConfigError("no cluster is named", where="--cluster", hint=f"give a profile's file, or one of {known}")
+        raise ConfigError("is required", where="--cluster", hint=f"Give a profile's file, or one of {known}")
     own = [text.removeprefix("cluster.") for text in overrides or () if text.startswith("cluster.")]
     rest = [text for text in overrides or () if not text.startswith("cluster.")]
     done = hand_over(load(config, rest), profiles.load(cluster, own), dry=dry, check=check, index=index)
@@ -95,7 +95,7 @@ def runs(folder: Annotated[Path, typer.Argument(help="Directory of the runs.")] 
 
     found = sorted(path.parent for path in folder.glob("*/config.json"))
     if not found:
-        raise ConfigError(f"there are no runs in {folder}", hint="name the folder that they are in")
+        raise ConfigError(f"there are no runs in {folder}", hint="Name the directory that contains them")
     width = max(len(path.name) for path in found)
     for path in found:
         one = standing.status(RunDirectory(path.absolute()))
@@ -127,7 +127,11 @@ def logs(
     path = current()
     if path is None and not follow:
         there = sorted(str(file.relative_to(found.path)) for file in (found.path / "logs").glob("*/rank-*.log"))
-        raise LaunchError("there is no such log", where=str(found.path), hint=f"there are: {', '.join(there[-5:]) or 'none yet'}")
+        raise LaunchError(
+            "the log file does not exist",
+            where=str(found.path),
+            hint=f"Choose one of {', '.join(there[-5:]) or 'the logs that exist: none yet'}",
+        )
     last, place = None, 0
     while True:
         if path is not None and path != last:
@@ -159,7 +163,7 @@ def stop(
     from pipeline.runtime import job_record as record
 
     found = standing.find(run)
-    record.ask(found, record.STOP, f"asked for by {os.environ.get('USER', 'somebody')}")
+    record.ask(found, record.STOP, f"requested by {os.environ.get('USER', 'an unknown user')}")
     if now:
         cancel(run)
         return
@@ -188,7 +192,7 @@ def resume(
     own = [text.removeprefix("cluster.") for text in overrides or () if text.startswith("cluster.")]
     rest = [text for text in overrides or () if not text.startswith("cluster.")]
     if not cluster and not facts:
-        raise ConfigError("this run was never submitted to a cluster", where=run, hint="give --cluster, or use: fovea train")
+        raise ConfigError("the run was never submitted to a cluster", where=run, hint="Give --cluster, or use `fovea train`")
     profile = profiles.load(cluster, own) if cluster else profiles.again(facts["profile"], own)
     _tell(hand_over(load(str(found.path / "config.yaml"), rest), profile))
 
@@ -208,7 +212,7 @@ def requeue(
     found = standing.find(run)
     alive = [job for job in living(found) if job.state == "RUNNING"]
     if not alive:
-        raise LaunchError("no job of it is running", where=str(found.path), hint="fovea resume submits it again")
+        raise LaunchError("the run has no running job", where=str(found.path), hint="Use `fovea resume` to submit it again")
     if now:
         tools.requeue(alive[0].id, sorted(record.excluded(found)))
         print(f"job {alive[0].id} is back in the queue")

@@ -34,9 +34,9 @@ def alone(run: RunDirectory) -> Iterator[None]:
             lock(file.fileno(), file.name, wait=False)
         except BlockingIOError:
             raise LaunchError(
-                "another attempt of this run is alive",
+                "another attempt of this run is running",
                 where=str(run.path),
-                hint="wait for it, stop it, or choose another run.directory",
+                hint="Wait for it, stop it, or choose another run.directory",
             ) from None
         yield
 

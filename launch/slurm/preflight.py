@@ -50,7 +50,7 @@ def _disk(name: str, folder: Path, wanted: float, seen: dict[str, Any]) -> list[
         return [f"the {name} cannot be written ({folder}: {error.strerror})"]
     seen[f"{name} free GB"] = round(free, 1)
     if free < wanted:
-        return [f"the {name} has {free:.1f} GB free of {wanted:g} wanted ({folder})"]
+        return [f"the {name} has {free:.1f} GB free of {wanted:g} required ({folder})"]
     if nodes.f_files and nodes.f_favail < 1000:
         return [f"the {name} has {nodes.f_favail} inodes left ({folder})"]
     return []
@@ -58,7 +58,7 @@ def _disk(name: str, folder: Path, wanted: float, seen: dict[str, Any]) -> list[
 
 def _gpus(wanted: int, limit: float, seen: dict[str, Any]) -> list[str]:
     if shutil.which("nvidia-smi") is None:
-        return [f"{wanted} GPUs are wanted and there is no nvidia-smi"]
+        return [f"{wanted} GPUs are required and there is no nvidia-smi"]
     query = ["nvidia-smi", "--query-gpu=index,name,ecc.errors.uncorrected.volatile.total", "--format=csv,noheader"]
     try:
         done = subprocess.run(query, capture_output=True, text=True, timeout=limit, check=False)
@@ -72,7 +72,7 @@ def _gpus(wanted: int, limit: float, seen: dict[str, Any]) -> list[str]:
         if len(line) > 2 and line[2].isdigit() and int(line[2])
     ]
     if done.returncode or len(lines) < wanted:
-        problems.append(f"{len(lines)} GPUs answer of {wanted} wanted")
+        problems.append(f"{len(lines)} of {wanted} GPUs respond")
     return problems
 
 

@@ -81,7 +81,7 @@ def find(name: str) -> RunDirectory:
     for path in (Path(name), Path("runs") / name):
         if (path / "config.json").is_file():
             return RunDirectory(path.absolute())
-    raise ConfigError(f"{name} is no run", hint="give its directory, or its name below runs/; fovea runs lists them")
+    raise ConfigError(f"{name} is not a run", hint="Give its directory, or its name below runs/; `fovea runs` lists them")
 
 
 def goodput(run: RunDirectory) -> Goodput:
@@ -139,7 +139,7 @@ def status(run: RunDirectory) -> Status:
         raise ConfigError(
             f"a record of the run is damaged ({type(error).__name__})",
             where=str(run.path),
-            hint="see its attempts.jsonl, outcome.json and final_state.json",
+            hint="See its attempts.jsonl, outcome.json and final_state.json",
         ) from error
 
 
@@ -169,7 +169,7 @@ def _status(run: RunDirectory) -> Status:
     elif outcome.get("stop") == "FINISHED":
         state, why = "finished", f"all {outcome.get('steps')} steps are done"
     else:
-        again = "fovea resume takes it up" if record.job(run) else "the same fovea train command goes on"
+        again = "fovea resume takes it up" if record.job(run) else "the same `fovea train` command resumes it"
         state, why = "idle", f"no process of it is alive; {again}"
     return Status(
         str(run.path),

@@ -69,9 +69,9 @@ def submit(
     _check_patterns(config)
     if "\\" in str(folder):
         raise ConfigError(
-            f"{folder} must hold no backslash",
+            f"{folder} must not contain a backslash",
             where="run.directory",
-            hint="Slurm would write no job number into the log's name; choose another",
+            hint="Choose another: with a backslash, Slurm leaves the job number out of the log's name",
         )
     run = RunDirectory(folder)
     check_all(config, profile, run)
@@ -95,7 +95,7 @@ def submit(
         raise LaunchError(
             f"the run's directory cannot be written ({reason})",
             where=str(folder),
-            hint="free space, or choose another run.directory",
+            hint="Free space, or choose another run.directory",
         ) from error
 
 
@@ -141,24 +141,24 @@ def check_all(config: Config, profile: ClusterProfile, run: RunDirectory) -> Non
     """
     if broken := check_ranks(config, profile.world):
         raise ConfigError(
-            broken[0][1], hint=f"The cluster has {profile.world} ranks: {profile.nodes} x {profile.tasks_per_node}."
+            broken[0][1], hint=f"Match the cluster profile's {profile.world} ranks: {profile.nodes} x {profile.tasks_per_node}"
         )
     local = [path for path in profile.local_paths if run.path.is_relative_to(path)]
     if profile.nodes > 1 and local:
         raise ConfigError(
-            f"{run.path} is seen by one machine only",
+            f"{run.path} is on a disk of one machine only",
             where="run.directory",
-            hint=f"choose a folder on shared storage; {local[0]} is among local_paths of the cluster profile",
+            hint=f"Choose a folder on shared storage; {local[0]} is among local_paths of the cluster profile",
         )
     if run.config.exists():
         check_identity(config, run.settings_document(), run.config)
     if (over := record.verdict(run)).get("state") == "finished":
-        raise LaunchError(f"the run is finished: {over['why']}", where=str(run.path), hint="choose another run.name")
+        raise LaunchError(f"the run is finished: {over['why']}", where=str(run.path), hint="Choose another run.name")
     if alive := living(run):
         raise LaunchError(
             f"job {alive[0].id} of this run is {alive[0].state.lower()}",
             where=str(run.path),
-            hint=f"watch it with: fovea status {run.path}; or stop it with: fovea stop {run.path}",
+            hint=f"See it with `fovea status {run.path}`, or stop it with `fovea stop {run.path}`",
         )
 
 
@@ -193,7 +193,11 @@ def _made(path: Path) -> Path:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise ConfigError(f"cannot be made: {error.strerror}", where=f"run.directory = {path.parent}") from error
+        raise ConfigError(
+            f"cannot be created ({error.strerror})",
+            where=f"run.directory = {path.parent}",
+            hint="Choose a directory that you may write to",
+        ) from error
     return path
 
 

@@ -169,7 +169,7 @@ class Supervisor:
         if found is not None and float(found) >= wanted:
             self._say(f"an all-reduce over all ranks: {float(found):.2f} GB/s")
             return None
-        told = "did not end" if found is None else f"ran at {float(found):.3f} GB/s of {wanted:g} wanted"
+        told = "did not end" if found is None else f"ran at {float(found):.3f} GB/s of {wanted:g} required"
         self._say(f"preflight: an all-reduce over all ranks {told}")
         return {
             "kind": "Links",

@@ -54,13 +54,13 @@ def check_data(saved: Saved, inputs: Inputs, *, allow: bool = False) -> str:
         told += f"; {_difference(saved, inputs.train)}"
     acceptable = set(changed) <= _ACCEPTABLE
     if allow and acceptable:
-        return f"{saved.path}: goes on at step {saved.step} over other data, as checkpoint.allow_data_change says ({told})"
+        return f"{saved.path}: continues at step {saved.step} over other data, as checkpoint.allow_data_change says ({told})"
     then = data.get("samples", "unknown")
-    consent = "; or checkpoint.allow_data_change=true goes on at the same step over the new data" if acceptable else ""
+    consent = "; or checkpoint.allow_data_change=true continues at the same step over the new data" if acceptable else ""
     raise CheckpointError(
         f"the data of this run have changed ({told})",
         where=str(saved.path),
-        hint=f"resume over the {then} samples it was trained on, or start a new run in another run.directory{consent}",
+        hint=f"Resume over the {then} samples it was trained on, or start a new run in another run.directory{consent}",
     )
 
 

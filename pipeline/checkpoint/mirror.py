@@ -84,7 +84,7 @@ class Copies:
                 done = not self._under_way.path.exists()  # deleted before it was copied
                 if not done:
                     name = self._under_way.path.name
-                    self._tell(f"{name} is not copied yet, training goes on and the next checkpoint tries again: {error}")
+                    self._tell(f"{name} is not copied yet; training continues and the next checkpoint tries again: {error}")
             with self._changed:
                 if done:
                     self._waiting.remove(self._under_way)
@@ -110,7 +110,11 @@ class Copies:
                 self._storage.delete(f"{self.target}/{name}/{MANIFEST}")
             for file in [*(entry["name"] for entry in saved.manifest["files"]), MANIFEST]:
                 if not stat.S_ISREG((saved.path / file).lstat().st_mode):
-                    raise DataError("must be a regular file to be copied", where=printable(str(saved.path / file)))
+                    raise DataError(
+                        "must be a regular file to be copied",
+                        where=printable(str(saved.path / file)),
+                        hint="Remove links from the checkpoint",
+                    )
                 self._storage.put(saved.path / file, f"{self.target}/{name}/{file}")
             self._marks[name] = Mark.of(name, saved.manifest)
         for old in self._retention.superfluous(self._marks.values()):
@@ -148,9 +152,9 @@ def fetch(target: str, directory: Path, storage: Storage) -> tuple[Saved | None,
         return one, [*complaints, f"there was no checkpoint in {directory}; {name} was fetched from {target}"]
     if complaints:
         raise CheckpointError(
-            f"none of the {len(found)} copies is whole; the newest: {complaints[0]}",
+            f"none of the {len(found)} copies is complete; the newest: {complaints[0]}",
             where=target,
-            hint="start anew with another run.name, or with checkpoint.mirror=null",
+            hint="Start a new run with another run.name, or with checkpoint.mirror=null",
         )
     return None, []
 
@@ -163,7 +167,9 @@ def _fetch(folder: str, name: str, manifest: dict[str, Any], directory: Path, st
         for entry in manifest["files"]:  # names were validated when the manifest was read
             url = f"{folder}/{entry['name']}"
             if _size(storage, url) != entry["size"]:
-                raise CheckpointError("its size is wrong", where=url, hint="an older one is taken")
+                raise CheckpointError(
+                    "its size differs from the manifest's", where=url, hint="Use an older one, which is chosen automatically"
+                )
             storage.get(url, temporary / entry["name"])
             sync(temporary / entry["name"])
         verify(Saved(temporary, manifest))
@@ -173,12 +179,14 @@ def _fetch(folder: str, name: str, manifest: dict[str, Any], directory: Path, st
         temporary.rename(directory / name)
         sync(directory)
     except ShardNotFound as error:
-        raise CheckpointError("a file of it is missing", where=error.where, hint="an older one is taken") from error
+        raise CheckpointError(
+            "a file of the checkpoint is missing", where=error.where, hint="Use an older one, which is chosen automatically"
+        ) from error
     except OSError as error:
         raise DataError(
-            f"a checkpoint cannot be brought here ({error.strerror})",
+            f"a checkpoint cannot be copied here ({error.strerror})",
             where=str(temporary),
-            hint="Free space, or check permissions.",
+            hint="Free space, or check permissions",
         ) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -213,4 +221,6 @@ def _size(storage: Storage, url: str) -> int:
     except StorageUnavailable:
         raise
     except DataError as error:
-        raise CheckpointError("a file of it is missing", where=error.where, hint="an older one is taken") from error
+        raise CheckpointError(
+            "a file of the checkpoint is missing", where=error.where, hint="Use an older one, which is chosen automatically"
+        ) from error

@@ -23,7 +23,7 @@ from pipeline.models.tensor_files import opened
 from pipeline.untrusted import open_regular, printable
 
 _FP32 = 4  # bytes
-_ANOTHER = "resume from another one"
+_ANOTHER = "Resume from another one"
 
 
 class _Pieces:
@@ -45,7 +45,9 @@ class _Pieces:
                     self._begins.append(begins(self._files[-1]))
                 except (ValueError, OSError) as error:
                     reason = error.strerror if isinstance(error, OSError) else error
-                    raise CheckpointError(f"header unreadable, {reason}", where=printable(str(path)), hint=_ANOTHER) from error
+                    raise CheckpointError(
+                        f"the header cannot be read ({reason})", where=printable(str(path)), hint=_ANOTHER
+                    ) from error
                 self._elements += os.fstat(self._files[-1].fileno()).st_size // _FP32
                 for name, (start, length) in table.items():
                     self._where.setdefault(name, []).append((start, length, rank))
@@ -77,7 +79,9 @@ class _Pieces:
                     wanted = wanted[count:]
                 left -= high - low - len(wanted) // _FP32
         if left:
-            raise CheckpointError(f"{left} elements of {kind}/{name} are not in it", where=str(self._path), hint=_ANOTHER)
+            raise CheckpointError(
+                f"{left} elements of {kind}/{name} are missing in the checkpoint", where=str(self._path), hint=_ANOTHER
+            )
 
     def read(self, kind: str, name: str, start: int, length: int) -> Tensor:
         """Elements ``start`` to ``start + length`` of a flattened tensor, fp32 ``[length]``.
@@ -86,7 +90,9 @@ class _Pieces:
             CheckpointError: as :meth:`fill`, and before allocating more memory than the files hold.
         """
         if length > self._elements:
-            raise CheckpointError(f"{length} elements of {kind}/{name} are not in it", where=str(self._path), hint=_ANOTHER)
+            raise CheckpointError(
+                f"{length} elements of {kind}/{name} are missing in the checkpoint", where=str(self._path), hint=_ANOTHER
+            )
         out = torch.empty(length, dtype=torch.float32)
         self.fill(out, kind, name, start)
         return out
@@ -131,7 +137,7 @@ def _compare(ours: dict[str, list[int]], theirs: dict[str, list[int]], where: Pa
         raise CheckpointError(
             f"{len(different)} tensors differ, the first is {first}: {there} in the checkpoint, {here} in this run",
             where=str(where),
-            hint="resume with the config it was written with, or start a new run",
+            hint="Resume with the config that it was written with, or start a new run",
         )
 
 

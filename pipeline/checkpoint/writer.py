@@ -131,7 +131,9 @@ class Checkpoints:
         self._begin(engine, method, facts, copy=False)
         outcome = self.finish()
         if outcome is None or outcome.path is None:
-            raise (outcome and outcome.problem) or CheckpointError("nothing was written", where=str(self.directory))
+            raise (outcome and outcome.problem) or CheckpointError(
+                "nothing was written", where=str(self.directory), hint="See the log of rank 0"
+            )
         return outcome.path
 
     def begin(self, engine: ShardedWeights, method: Method, facts: dict[str, Any]) -> Outcome | None:
@@ -293,7 +295,7 @@ class Checkpoints:
         return CheckpointError(
             f"the checkpoint could not be written ({told})",
             where=str(pending.temporary),
-            hint="free space, or fix the directory; the last good checkpoint is untouched and the run resumes from it",
+            hint="Free space, or fix the directory; the last good checkpoint is untouched and the run resumes from it",
         )
 
 

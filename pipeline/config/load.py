@@ -142,7 +142,7 @@ def resolve(name: str | Path) -> Path:
     near = difflib.get_close_matches(bare, known, 3, 0.4) or list(known)
     raise ConfigError(
         f"there is no config {str(name)!r}",
-        hint=f"Give a YAML file's path, or a name: {', '.join(near)}. `fovea config show` lists them all.",
+        hint=f"Give a YAML file's path, or a name: {', '.join(near)}. `fovea config show` lists them all",
     )
 
 
@@ -203,8 +203,8 @@ def _validate(tree: Branch, shown: str) -> tuple[Config | None, list[Problem]]:
         method = name
     else:
         near = difflib.get_close_matches(str(name), METHODS, 1)
-        hint = f"; did you mean {near[0]}?" if near else ""
-        message = f"method.name = {_quote(name)}: no such method{hint} (allowed: {', '.join(sorted(METHODS))})"
+        suggestion = f"; did you mean {near[0]}?" if near else ""
+        message = f"method.name = {_quote(name)}: no such method{suggestion} (allowed: {', '.join(sorted(METHODS))})"
         problems.append(Problem("method.name", message, origin_of(tree, ["method", "name"]) or shown))
         section = {}
     fields = schema(method)
@@ -237,12 +237,12 @@ def _problem(detail: Any, prefix: list[str], fields: Mapping[str, FieldInfo], tr
     if detail["type"] == "extra_forbidden":
         parent = ".".join(names[:-1])
         near = nearest(path, fields)
-        hint = f"; did you mean {near!r}?" if near else ""
+        suggestion = f"; did you mean {near!r}?" if near else ""
         names_allowed = ", ".join(_children(parent, fields))
-        told = f"unknown key {printable(path, limit=_LONGEST_KEY)!r}{hint} (allowed {_under(parent)}: {names_allowed})"
+        told = f"unknown key {printable(path, limit=_LONGEST_KEY)!r}{suggestion} (allowed {_under(parent)}: {names_allowed})"
         return Problem(path, told, origin)
     info = fields.get(path)
-    reason = detail["msg"].removeprefix("Value error, ").replace("Input should", "should").replace("an object", "a section")
+    reason = detail["msg"].removeprefix("Value error, ").replace("Input should", "must").replace("an object", "a section")
     limits = allowed(info) if info is not None else ""
     told = "" if limits in reason else f"; allowed: {limits}"
     meaning = f" ({info.description}{told})" if info is not None else ""

@@ -34,7 +34,7 @@ def check(config: Config) -> list[tuple[str, str]]:
         and knn.val_shards is not None
         and set(knn.val_shards) & set(config.voting_shards)
     ):
-        found.append(("evaluation.knn.val_shards", "evaluation.knn.val_shards names the very shards that vote; evaluate others"))
+        found.append(("evaluation.knn.val_shards", "evaluation.knn.val_shards names the shards that vote; choose others"))
     if knn.max_train is not None and max(knn.k) > knn.max_train:
         found.append(
             (
@@ -52,7 +52,7 @@ def check(config: Config) -> list[tuple[str, str]]:
         told += "neither train.activation_checkpointing nor train.micro_batch_size"
         found.append(("train.cuda_graphs", told))
     if config.train.fp8 != "off" and config.train.precision != "bf16":
-        told = f"train.fp8 = {config.train.fp8}: goes with train.precision=bf16, not {config.train.precision}"
+        told = f"train.fp8 = {config.train.fp8}: needs train.precision=bf16, not {config.train.precision}"
         found.append(("train.fp8", told))
     if config.launch.deepspeed_init == "accelerate" and importlib.util.find_spec("transformers") is None:
         told = (
@@ -61,14 +61,14 @@ def check(config: Config) -> list[tuple[str, str]]:
         found.append(("launch.deepspeed_init", told))
     whole = config.train.duration
     if whole.amount == 0:
-        found.append(("train.duration", "train.duration = 0: should be longer than nothing"))
+        found.append(("train.duration", "train.duration = 0: must be longer than 0"))
     warmup = config.schedule.lr.warmup
     if warmup.unit == whole.unit and warmup.amount > whole.amount:
         found.append(("schedule.lr.warmup", f"schedule.lr.warmup = {warmup}: longer than the run, train.duration = {whole}"))
     best, scores = config.checkpoint.keep_best, config.evaluation.scores
     if best is not None and best not in scores:
-        hint = f"choose of {', '.join(scores)}" if scores else "set evaluation.knn.enabled=true for knn/k10 and the like"
-        found.append(("checkpoint.keep_best", f"checkpoint.keep_best = {best}: no evaluation of this run gives it; {hint}"))
+        hint = f"choose one of {', '.join(scores)}" if scores else "set evaluation.knn.enabled=true for knn/k10 and the like"
+        found.append(("checkpoint.keep_best", f"checkpoint.keep_best = {best}: no evaluation of this run computes it; {hint}"))
     distances = (
         ("checkpoint.every", config.checkpoint.every),
         ("checkpoint.keep_every", config.checkpoint.keep_every),
@@ -76,7 +76,7 @@ def check(config: Config) -> list[tuple[str, str]]:
     )
     for key, length in distances:
         if length is not None and length.amount == 0:
-            found.append((key, f"{key} = 0: should be longer than nothing"))
+            found.append((key, f"{key} = 0: must be longer than 0"))
     return found
 
 
@@ -91,7 +91,7 @@ def _check_evaluation(config: Config) -> list[tuple[str, str]]:
             told = f"evaluation.segmentation.class_names: {len(s.class_names)} names of {s.num_classes} classes"
             found.append(("evaluation.segmentation.class_names", told))
         if s.train_shards and s.val_shards and set(s.train_shards) & set(s.val_shards):
-            told = "evaluation.segmentation.val_shards names the very shards that are learned from; judge others"
+            told = "evaluation.segmentation.val_shards names the shards that the classifier is trained on; choose others"
             found.append(("evaluation.segmentation.val_shards", told))
     if e.zeroshot.enabled and e.zeroshot.class_names is None:
         found.append(("evaluation.zeroshot.class_names", "evaluation.zeroshot.class_names is required: a file of class names"))
@@ -99,7 +99,7 @@ def _check_evaluation(config: Config) -> list[tuple[str, str]]:
         if name in e.enabled and not config.method.reads_text:
             found.append((f"evaluation.{name}.enabled", f"evaluation.{name}.enabled: {config.method.name} reads no captions"))
     if e.robustness.enabled and config.train.zero_stage == 3:
-        told = "evaluation.robustness.enabled: no gradient flows into pictures with train.zero_stage = 3; use `fovea eval RUN`"
+        told = "evaluation.robustness.enabled: no gradient flows into images with train.zero_stage = 3; use `fovea eval RUN`"
         found.append(("evaluation.robustness.enabled", told))
     return found
 
@@ -115,7 +115,7 @@ def _indivisible(config: Config, ranks: int) -> str:
     unit = ranks * micro
     near = [str(number) for number in (batch // unit * unit, (batch // unit + 1) * unit) if number > 0]
     parts = [f"{ranks} ranks"] * (ranks > 1) + [f"train.micro_batch_size = {micro}"] * (micro > 1)
-    return f"train.global_batch_size = {batch}: does not divide by {' times '.join(parts)}; {' or '.join(near)} would"
+    return f"train.global_batch_size = {batch}: is not divisible by {' times '.join(parts)}; {' or '.join(near)} would"
 
 
 def _check_addresses(config: Config) -> Iterator[tuple[str, str]]:
@@ -135,10 +135,10 @@ def _check_plain(config: Config) -> Iterator[tuple[str, str]]:
     document = config.model_dump(mode="json")
     for key, text in _texts(document):
         if UNPRINTABLE.search(text):
-            yield key, f"{key} = {printable(text, limit=80)}: should hold no line breaks and no other control characters"
+            yield key, f"{key} = {printable(text, limit=80)}: must not contain line breaks or other control characters"
     for key, number in _leaves(document, int):
         if abs(number) >= 1 << 63:
-            yield key, f"{key} = {str(number)[:20]}…: should be less than {1 << 63}"
+            yield key, f"{key} = {str(number)[:20]}…: must be less than {1 << 63}"
 
 
 def _texts(value: object) -> Iterator[tuple[str, str]]:
@@ -164,14 +164,14 @@ def _check_model(config: Config) -> Iterator[tuple[str, str]]:
         elif model.embed_dim and model.num_heads and model.embed_dim % model.num_heads:
             yield (
                 "model.embed_dim",
-                f"model.embed_dim = {model.embed_dim}: does not divide by model.num_heads = {model.num_heads}",
+                f"model.embed_dim = {model.embed_dim}: is not divisible by model.num_heads = {model.num_heads}",
             )
         if model.stem == "small":
-            yield "model.stem", "model.stem = small: is a ResNet's; give model.timm_name, or choose patch or conv"
+            yield "model.stem", "model.stem = small: applies to a ResNet only; give model.timm_name, or choose patch or conv"
         return
     if "resnet" in model.timm_name:
         if model.stem == "conv":
-            yield "model.stem", "model.stem = conv: is a transformer's; choose patch (as timm has it) or small"
+            yield "model.stem", "model.stem = conv: applies to a transformer only; choose patch (as timm has it) or small"
         model = model.model_copy(update={"stem": "patch"})
     names = ("mlp_ratio", "registers", "stem", "ffn", "pos_embed", "rope_base")
     fixed = {**shape, **{name: getattr(model, name) for name in names}}
@@ -190,7 +190,7 @@ def _check_start(model: ModelSettings) -> Iterator[tuple[str, str]]:
     fitting -= {"mocov3", "open_clip"} if rotary else set()
     if model.init not in fitting:
         kind = "ResNet" if resnet else "tower with rotary positions" if rotary else "transformer"
-        yield "model.init", f"model.init = {model.init}: is no start of a {kind}; choose one of {', '.join(sorted(fitting))}"
+        yield "model.init", f"model.init = {model.init}: does not apply to a {kind}; choose one of {', '.join(sorted(fitting))}"
     if model.cls_pos_embed and (resnet or rotary or (model.timm_name is None and not model.registers)):
         yield (
             "model.cls_pos_embed",
@@ -211,7 +211,7 @@ def _check_method(config: Config) -> Iterator[tuple[str, str]]:
         near = [str(size) for size in (side // patch * patch, (side // patch + 1) * patch) if size]
         yield (
             "method.image_size",
-            f"method.image_size = {side}: does not divide by the patch side {patch}; {' or '.join(near)} would",
+            f"method.image_size = {side}: is not divisible by the patch side {patch}; {' or '.join(near)} would",
         )
     if side is not None and patch is not None and getattr(config.method, "mask_unit", "") == "cells" and side // patch % 2:
         yield (
@@ -232,10 +232,10 @@ def _check_method(config: Config) -> Iterator[tuple[str, str]]:
         if size is not None and size % patch:
             near = [str(side) for side in (size // patch * patch, (size // patch + 1) * patch) if side]
             place = "method.resolutions" if "resolutions" in key else key
-            yield place, f"{key} = {size}: does not divide by the patch side {patch}; {' or '.join(near)} would"
+            yield place, f"{key} = {size}: is not divisible by the patch side {patch}; {' or '.join(near)} would"
     smallest = min(size for key, size in sizes.items() if size is not None and key.endswith("global_size"))
     if getattr(config.method, "mask_probability", 0) and smallest // patch < 2:
         yield (
             "method.mask_probability",
-            "method.mask_probability: a picture of a single patch leaves nothing to hide; make views larger or patches smaller",
+            "method.mask_probability: an image of a single patch leaves nothing to mask; make views larger or patches smaller",
         )

@@ -150,12 +150,12 @@ def kernels_for(device: torch.device) -> Kernels:
     Raises:
         ValueError: ``FOVEA_KERNELS`` has another value.
     """
-    told = os.environ.get("FOVEA_KERNELS")
+    kernels = os.environ.get("FOVEA_KERNELS")
     for known in get_args(Kernels):
-        if told == known:
+        if kernels == known:
             return known
-    if told:
-        raise ValueError(f"FOVEA_KERNELS={told!r} is neither of {get_args(Kernels)}")
+    if kernels:
+        raise ValueError(f"FOVEA_KERNELS={kernels!r} must be one of {', '.join(get_args(Kernels))}")
     compiler = os.environ.get("CC") or next(filter(which, ("gcc", "clang")), None)
     return "triton" if device.type == "cuda" and find_spec("triton") and compiler else "torch"
 

@@ -50,9 +50,9 @@ def set_stochastic_depth(
             continue
         if type(block) not in (Block, EvaBlock):
             raise ConfigError(
-                f"blocks of the kind {type(block).__name__} cannot leave samples out of a branch",
+                f"{type(block).__name__} blocks cannot drop samples from a branch",
                 where="model.batched_drop_path",
-                hint="set it to false",
+                hint="Set it to false",
             )
         block.drop_path1, block.drop_path2 = nn.Identity(), nn.Identity()
         block.dropped = own

@@ -25,8 +25,8 @@ from pipeline.runtime.watchdog import RESTART, Watchdog
 _COLLECTIVE = ("gloo", "nccl", "connection closed by peer", "connection reset", "broken pipe", "timed out waiting", "tcpstore")
 _HOST_MEMORY = ("can't allocate memory", "cannot allocate memory", "not enough memory", "std::bad_alloc")
 _LESS = (
-    "lower train.micro_batch_size (now {micro_batch}; the mathematics stays where the method allows accumulation), "
-    "raise train.zero_stage (now {zero}), use activation checkpointing or more ranks; `fovea estimate` tells what fits"
+    "Lower train.micro_batch_size (now {micro_batch}; results are the same where the method allows accumulation), "
+    "raise train.zero_stage (now {zero}), use activation checkpointing or more ranks; `fovea estimate` shows what fits"
 )
 
 
@@ -61,15 +61,15 @@ def read(error: BaseException, facts: dict[str, Any]) -> Failure:
     if isinstance(error, torch.OutOfMemoryError):
         return Failure(f"out of GPU memory: {text[:300]}", _LESS.format(**facts))
     if isinstance(error, MemoryError) or any(sign in text.lower() for sign in _HOST_MEMORY):
-        hint = f"lower data.prefetch or data.num_workers, or {_LESS.format(**facts)}"
-        return Failure(f"out of memory of the machine: {text[:300] or type(error).__name__}", hint)
+        hint = f"Lower data.prefetch or data.num_workers. {_LESS.format(**facts)}"
+        return Failure(f"out of host memory: {text[:300] or type(error).__name__}", hint)
     if isinstance(error, OSError) and (known := of_system(error)) is not None:
         return Failure(str(known))
     broken = isinstance(error, dist.DistError) or (
         isinstance(error, RuntimeError) and any(sign in text.lower() for sign in _COLLECTIVE)
     )
     if broken:
-        return Failure(f"a collective broke ({text[:200]})", "the same command resumes", RESTART, because_of_others=True)
+        return Failure(f"a collective failed ({text[:200]})", "Resume with the same command", RESTART, because_of_others=True)
     return Failure(f"{type(error).__name__}: {text[:500]}", expected=False)
 
 
@@ -88,7 +88,7 @@ def tell(error: BaseException, watchdog: Watchdog, facts: dict[str, Any]) -> int
             known = [rank for rank in blamed if rank != watchdog.rank]
             logs = f"; see the log of rank {known[0]} and of its machine" if known else ""
             reason = "a collective took longer than launch.timeout" if timed_out else "the connection to another rank broke"
-            what, hint = f"{reason}: {sentence}", f"the same command resumes{logs}"
+            what, hint = f"{reason}: {sentence}", f"Resume with the same command{logs}"
     own: dict[str, Any] = {"rank": watchdog.rank, "what": what, "code": failure.code, "step": step, **verdict(error)}
     if cause is None and claims.claim(watchdog.folder, own):
         if isinstance(error, OSError):

@@ -55,13 +55,13 @@ class RunDirectory:
         Raises:
             ConfigError: the file cannot be read, or holds no settings.
         """
-        hint = "name the directory that a training wrote"
+        hint = "Name the directory that `fovea train` wrote"
         try:
             document = read_json(self.config, error=ConfigError)
         except OSError as error:
             raise ConfigError(f"cannot be read ({error.strerror})", where=printable(str(self.config)), hint=hint) from None
         if not isinstance(document, dict):
-            raise ConfigError("must hold settings", where=printable(str(self.config)), hint=hint)
+            raise ConfigError("must contain settings", where=printable(str(self.config)), hint=hint)
         return upgrade(document)
 
     def settings(self) -> Config:
@@ -82,7 +82,7 @@ class RunDirectory:
                 one = error.errors(include_url=False)[0]
                 first = f"{'.'.join(map(str, one['loc']))}: {one['msg']}"
             raise ConfigError(
-                printable(first, limit=200), where=printable(str(self.config)), hint="use the version of fovea that wrote it"
+                printable(first, limit=200), where=printable(str(self.config)), hint="Use the version of fovea that wrote it"
             ) from None
 
     @property

@@ -62,7 +62,7 @@ class HealthSettings(Settings):
     )
     hang_floor: Positive = Field(
         default=300.0,
-        description="seconds below which a phase of a step never counts as a hang; should be less than launch.timeout",
+        description="seconds below which a phase of a step never counts as a hang; must be less than launch.timeout",
     )
     startup_timeout: Positive = Field(
         default=3600.0, description="timeout of startup, and of each of the first three steps, seconds"

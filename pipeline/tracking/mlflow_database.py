@@ -99,9 +99,9 @@ def check_journal(path: Path) -> None:
         file.seek(max(size - len(_SUPER), 0))
         if file.read() == _SUPER:
             raise DataError(
-                "it names another file, which SQLite would delete",
+                "names another file, which SQLite would delete",
                 where=printable(str(journal)),
-                hint="The run is not to be trusted; delete its mlflow.db-journal",
+                hint="Delete the run's mlflow.db-journal; the run is not to be trusted",
             )
 
 

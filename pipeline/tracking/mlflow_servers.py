@@ -46,9 +46,9 @@ def server_of(run: Path, configured: str | None, *, named: str | None = None) ->
         return uri
     shown = shown_server(uri)
     raise ConfigError(
-        f"only the run names the MLflow server {shown}, so it gets neither data nor credentials",
+        f"the MLflow server {shown} is named by the run only, so it receives neither data nor credentials",
         where=printable(str(run)),
-        hint="if it is yours, name it: --uri (of fovea eval: --track), or MLFLOW_TRACKING_URI",
+        hint="If it is yours, give its address: --uri (of fovea eval: --track), or MLFLOW_TRACKING_URI",
     )
 
 
@@ -78,7 +78,7 @@ def check_address(uri: str, *, where: str) -> None:
         ConfigError: the URI has credentials; the message says where they belong.
     """
     if has_password(uri):
-        raise ConfigError(f"{shown_server(uri)}: {NO_PASSWORD}", where=where)
+        raise ConfigError(f"{shown_server(uri)}: {NO_PASSWORD}", where=where, hint="Remove them from the address")
 
 
 def shown_server(uri: str) -> str:
@@ -128,7 +128,7 @@ def _list() -> Path:
     try:
         return Path(state).expanduser() / "fovea" / "mlflow-servers"
     except RuntimeError as error:  # no home directory
-        raise ConfigError("there is no home directory", where=state) from error
+        raise ConfigError("the home directory does not exist", where=state, hint="Set HOME or XDG_STATE_HOME") from error
 
 
 def _lines(path: Path) -> set[str]:

@@ -207,7 +207,7 @@ class Shipper:
                 raise LaunchError(
                     f"the experiment {self._experiment!r} is deleted",
                     where=shown_address(self._uri),
-                    hint="restore it with `mlflow experiments restore`, or set tracking.experiment to another name",
+                    hint="Restore it with `mlflow experiments restore`, or set tracking.experiment to another name",
                 )
             else:
                 number = experiment.experiment_id

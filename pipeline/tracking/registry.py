@@ -38,8 +38,9 @@ def register(shipper: Shipper, folder: Path, model: str) -> int:
         )
     except (MlflowException, OSError) as error:
         raise LaunchError(
-            f"MLflow did not take the model ({str(error).splitlines()[0][:160]})",
+            f"MLflow did not register the model ({str(error).splitlines()[0][:160]})",
             where=f"--register {model}",
-            hint="the export itself is whole; is the server up, and does it keep a registry? Try again with --overwrite",
+            hint="Check that the server is running and has a registry, "
+            "and try again with --overwrite; the export itself is complete",
         ) from error
     return int(found.version)

@@ -48,8 +48,8 @@ class Curve:
     def __post_init__(self) -> None:
         if self.warmup < 0 or self.length < 0 or (self.shape != "constant" and self.warmup > self.length):
             raise ConfigError(
-                f"a warm-up of {self.warmup} samples in a curve of {self.length}",
-                hint="make the warm-up shorter or the run longer",
+                f"the warm-up of {self.warmup} samples is longer than the curve of {self.length}",
+                hint="Make the warm-up shorter or the run longer",
             )
 
     def at(self, samples_seen: int, global_batch: int) -> float:

@@ -180,7 +180,9 @@ class Trainer:
             for number, micro_batches, batches in self._batches():
                 if number != p.step:
                     raise TrainingError(
-                        f"the data side delivered step {number} instead of {p.step}", where=f"rank {self.world.rank}"
+                        f"the data loader delivered step {number} instead of {p.step}",
+                        where=f"rank {self.world.rank}",
+                        hint="Report this as a bug of fovea",
                     )
                 if number in self.skipped_steps:
                     p.step += 1
@@ -285,7 +287,7 @@ class Trainer:
             raise NonFiniteError(
                 f"{in_a_row} steps in a row were not finite ({', '.join(terms_there)})",
                 where=f"step {number}, first keys on rank {rank}: {keys_there}",
-                hint="lower schedule.lr.peak or optim.betas, lengthen schedule.lr.warmup, or train.precision=fp32; then resume",
+                hint="Lower schedule.lr.peak or optim.betas, lengthen schedule.lr.warmup, or train.precision=fp32; then resume",
             )
 
     def _log(self, step: Step, meter: _Meter, norms: dict[str, Tensor], batches: BatchStream) -> None:
@@ -382,7 +384,7 @@ class Trainer:
             samples = outcome.step * self.schedules.global_batch
             self.journal.tags({"fovea.checkpoint": outcome.path, "fovea.samples_seen": samples})
         else:
-            self.watcher.say(f"no checkpoint of step {outcome.step}: {outcome.problem}; training goes on")
+            self.watcher.say(f"no checkpoint of step {outcome.step}: {outcome.problem}; training continues")
         self.journal.metrics(outcome.step, {"checkpoint/failures_in_a_row": float(outcome.in_a_row)})
         self.journal.sync()
 

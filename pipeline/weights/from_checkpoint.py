@@ -35,7 +35,7 @@ def newest(run: Path) -> Saved:
         raise CheckpointError(
             "the run has no checkpoint yet",
             where=str(RunDirectory(run).checkpoints),
-            hint="Let it train until its first checkpoint (checkpoint.every), or name another run.",
+            hint="Train until the first checkpoint (checkpoint.every), or name another run",
         )
     return found
 
@@ -86,10 +86,10 @@ def _fitting(own: Mapping[str, Tensor], trainable: set[str], saved: Saved, whose
     if wrong:
         first = wrong[0]
         raise CheckpointError(
-            f"{len(wrong)} of the {whose} weights do not fit, the first is {first}: "
-            f"{theirs.get(first, 'absent')} in the checkpoint, {ours[first]} by the settings",
+            f"{len(wrong)} of the {whose} weights do not match, the first is {first}: "
+            f"{theirs.get(first, 'absent')} in the checkpoint, {ours[first]} in the settings",
             where=str(saved.path),
-            hint="Evaluate with the settings it was trained with: leave model.* and method.* as they are.",
+            hint="Use the settings of the run: leave model.* and method.* as they are",
         )
 
 
@@ -122,5 +122,5 @@ def chosen(path: Path, *, best: bool = False) -> Saved:
     folder = path / "checkpoints"
     found = read_best(folder)
     if "checkpoint" not in found:
-        raise CheckpointError("no checkpoint was kept as the best", where=str(folder), hint="Leave --best out.")
+        raise CheckpointError("the run has no best checkpoint", where=str(folder), hint="Leave --best out")
     return files.read(folder / str(found["checkpoint"]))

@@ -82,9 +82,9 @@ def find(name: str) -> Source:
     path = Path(name)
     if "://" in name or not path.exists():
         raise CheckpointError(
-            "weights are read from this machine's files only" if "://" in name else "there is no such file or directory",
+            "must be a local file: weights are not downloaded" if "://" in name else "there is no such file or directory",
             where=f"init_from.source={name}",
-            hint="download them first and give their path" if "://" in name else "give a run, a checkpoint or a file of weights",
+            hint="Download them first and give their path" if "://" in name else "Give a run, a checkpoint or a file of weights",
         )
     if path.is_file():
         if path.suffix in _FILES:
@@ -97,9 +97,9 @@ def find(name: str) -> Source:
         if newest is not None:
             return Source(name, "checkpoint", newest.path, newest)
     raise CheckpointError(
-        "this is neither a run with checkpoints, nor a checkpoint, nor a file of weights",
+        "not a run with checkpoints, a checkpoint or a file of weights",
         where=f"init_from.source={name}",
-        hint=f"give a run's directory, one of its checkpoints/step_…, or a file that ends in {', '.join(_FILES)}",
+        hint=f"Give a run's directory, one of its checkpoints/step_…, or a file that ends in {', '.join(_FILES)}",
     )
 
 
@@ -180,7 +180,7 @@ def student_tower(method: Method) -> tuple[str, VisionTower]:
         raise ConfigError(
             f"the method trains {len(towers)} vision towers ({', '.join(towers)})",
             where="init_from.source",
-            hint="set it to null",
+            hint="Set it to null",
         )
     return name, towers[name]
 
@@ -190,7 +190,7 @@ def _matched(method: Method, source: Source, settings: InitSettings, *, shapes_o
     name, tower = student_tower(method)
     if settings.heads and source.saved is None:
         raise CheckpointError(
-            "only checkpoints of fovea hold heads", where=f"init_from.source={source.name}", hint="set init_from.heads=false"
+            "only checkpoints of fovea contain heads", where=f"init_from.source={source.name}", hint="Set init_from.heads=false"
         )
     state, rest, notes = _read(source, settings.network, shapes_only)
     fitted = fit(state, tower, where=f"init_from.source={source.name}")
@@ -213,7 +213,7 @@ def _anchored(method: Method, name: str, given: str | None, *, shapes_only: bool
     where = f"network {name} of the method: {source}"
     tower = networks.pop("backbone")
     if not isinstance(tower, VisionTower):
-        raise ConfigError(f"the network {name} holds no vision tower", where=where)
+        raise ConfigError(f"the network {name} has no vision tower", where=where, hint="Set init_from.source=null")
     fitted = fit(state, tower, where=where)
     own = {f"{head}.{n}": tuple(p.shape) for head, module in networks.items() for n, p in module.named_parameters()}
     rest = {n: tensor for n, tensor in rest.items() if n.split(".")[0] in networks}
@@ -239,7 +239,7 @@ def _split(state: dict[str, Tensor], source: Source) -> tuple[dict[str, Tensor],
     tower = "backbone" if "backbone" in names else names[0] if len(names) == 1 else None
     if tower is None:
         raise CheckpointError(
-            f"the checkpoint holds {len(names)} vision towers", where=f"init_from.source={source.name}", hint="name another"
+            f"the checkpoint contains {len(names)} vision towers", where=f"init_from.source={source.name}", hint="Name another"
         )
     inside = {name.removeprefix(f"{tower}."): tensor for name, tensor in state.items() if name.startswith(f"{tower}.")}
     trained = source.saved.manifest.get("shapes", {}) if source.saved is not None else {}
@@ -251,7 +251,7 @@ def _ours(found: Saved, network: str, shapes_only: bool) -> dict[str, Tensor]:
     state = _shapes(found, network) if shapes_only else dict(read(found))
     if not state:
         raise CheckpointError(
-            f"the checkpoint holds no {network}", where=str(found.path), hint="set init_from.network=student, or name another"
+            f"the checkpoint contains no {network}", where=str(found.path), hint="Set init_from.network=student, or name another"
         )
     return state
 
@@ -286,7 +286,7 @@ def _of_timm(source: Source) -> dict[str, Tensor]:
         raise CheckpointError(
             f"timm has no weights for {name!r}",
             where=f"init_from.source={source.name}",
-            hint="see timm.list_models(pretrained=True), or give a file",
+            hint="See timm.list_models(pretrained=True), or give a file",
         )
     try:
         # Created with its classifier, which is dropped afterwards: without classes, timm accepts files that lack tensors.
@@ -294,9 +294,10 @@ def _of_timm(source: Source) -> dict[str, Tensor]:
             model = timm.create_model(name, pretrained=True)
     except Exception as error:  # from timm, the hub's client, the network, or a damaged file
         raise CheckpointError(
-            f"timm cannot fetch the weights of {name!r}, or they are not whole ({reason(error)})",
+            f"timm cannot fetch the weights of {name!r}, or they are incomplete ({reason(error)})",
             where=f"init_from.source={source.name}",
-            hint="download them where there is a network and give the file's path, or set HF_HOME to a folder that holds them",
+            hint="Download them on a machine with a network connection and give the file's path, "
+            "or set HF_HOME to a folder that contains them",
         ) from None
     model.reset_classifier(0)
     state: dict[str, Tensor] = model.state_dict()

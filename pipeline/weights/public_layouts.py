@@ -88,7 +88,7 @@ def fit(state: Mapping[str, Tensor], tower: VisionTower, *, where: str) -> Fitte
         _fit_positions(weights, tower, notes)
     except (RuntimeError, IndexError, ValueError) as error:  # tensors of an impossible shape
         raise CheckpointError(
-            f"its tensors cannot be reshaped to the tower's ({reason(error)})", where=where, hint="name other weights"
+            f"its tensors cannot be reshaped to the tower's ({reason(error)})", where=where, hint="Name other weights"
         ) from None
     if "mask_token" not in weights and not ours:
         notes.append("the source has no mask token: it starts at zero")
@@ -121,14 +121,16 @@ def compare(own: Mapping[str, tuple[int, ...]], theirs: Mapping[str, tuple[int, 
     ]
     lists = {
         "missing": [name for name in own if name not in theirs],
-        "not wanted": [name for name in theirs if name not in own],
+        "unexpected": [name for name in theirs if name not in own],
         "of another shape": other,
     }
     wrong = {kind: names for kind, names in lists.items() if names}
     if wrong:
         told = "; ".join(f"{len(names)} {kind}: {_some(names)}" for kind, names in wrong.items())
         raise CheckpointError(
-            f"its weights do not fit ({told})", where=where, hint="set model.* to the architecture of the weights, or name others"
+            f"its weights do not match ({told})",
+            where=where,
+            hint="Set model.* to the architecture of the weights, or name others",
         )
 
 

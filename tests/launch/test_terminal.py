@@ -142,7 +142,7 @@ def test_records_of_a_wrong_type_end_in_one_error(tmp_path: Path, name: str, key
     ("words", "told"),
     [
         (["train", "a" * 5000], "File name too long. Choose a shorter name"),
-        (["shards", "index", "a\nb.tar"], "should hold no line breaks"),
+        (["shards", "index", "a\nb.tar"], "must not contain line breaks"),
         (["train", "FILE", "data.shards=/d/a.tar", "run.directory=FILE/run"], "/toy.yaml/run: Not a directory"),
     ],
 )
@@ -165,7 +165,7 @@ def test_a_working_directory_that_is_gone_is_told(
     (tmp_path / "gone").rmdir()
     with pytest.raises(SystemExit):
         main(["config", "check", "dinov2/cifar10_vit_tiny", "data.shards=a.tar"])
-    assert capsys.readouterr().err.startswith("fovea: the working directory does not exist any more")
+    assert capsys.readouterr().err.startswith("fovea: the working directory does not exist anymore")
 
 
 def test_an_error_of_a_library_keeps_its_traceback() -> None:

@@ -161,7 +161,7 @@ def build(
         raise UnusableShards(
             f"no sample can be used: {counted}",
             where=f"{urls[0]}{' …' if len(urls) > 1 else ''}" if urls else "index",
-            hint=f"Samples need an image with one of the extensions {', '.join(fields.images)}.",
+            hint=f"Give each sample an image with one of the extensions {', '.join(fields.images)}",
             shards=manifest.shards,
         )
     manifest.save(folder)
@@ -219,7 +219,7 @@ def _make(folder: Path) -> None:
             raise PermissionError(13, "Permission denied")
     except OSError as error:
         raise DataError(
-            f"cannot be written ({error.strerror})", where=str(folder), hint="Give another directory for the index."
+            f"cannot be written ({error.strerror})", where=str(folder), hint="Give another directory for the index"
         ) from error
 
 
@@ -230,7 +230,7 @@ def _refusal(problems: list[FoveaError], found: list[Shard]) -> UnusableShards:
     among = len(problems) + len(found)
     named = "; ".join(f"{problem.where}: {problem.what}" for problem in problems[:5])
     more = f"; and {len(problems) - 5} more" if len(problems) > 5 else ""
-    hint = "Copy them again or leave them out; data.on_truncated_shard=keep-readable keeps the whole samples before a cut."
+    hint = "Copy them again or leave them out; data.on_truncated_shard=keep-readable keeps the complete samples before a cut"
     what = f"{len(problems)} of {among} shards cannot be used: {named}{more}"
     return UnusableShards(what, hint=hint, shards=found, problems=problems)
 

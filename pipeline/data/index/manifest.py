@@ -104,9 +104,11 @@ class Fields:
     def __post_init__(self) -> None:
         unknown = sorted(set(self.require) - {"caption", "label", "segmentation"})
         if unknown:
-            raise DataError(f"{unknown[0]!r} cannot be required", where="require", hint="Choose of caption, label, segmentation.")
+            raise DataError(
+                f"{unknown[0]!r} cannot be required", where="require", hint="Choose one of caption, label, segmentation"
+            )
         if not self.images:
-            raise DataError("no image extension is given", where="images", hint="Name at least one, such as jpg.")
+            raise DataError("no image extension is given", where="images", hint="Name at least one, such as jpg")
 
     @classmethod
     def of(cls, document: dict[str, Any]) -> Fields:
@@ -214,7 +216,7 @@ def load_sidecar(path: Path) -> ShardIndex:
         arrays = read_arrays(path, {**_COLUMNS, "meta": np.uint8, "keys": np.uint8})
         document = json.loads(arrays.pop("meta").tobytes())
         if isinstance(document, dict) and document.get("format") != FORMAT:
-            raise DataError(f"has format {document.get('format')}, this program reads {FORMAT}", where=where, hint=hint)
+            raise DataError(f"has format {document.get('format')}, this version of fovea reads {FORMAT}", where=where, hint=hint)
         meta = _META.validate_python(document)
         keys = tuple(part.decode("utf-8", "surrogateescape") for part in arrays.pop("keys").tobytes().split(b"\0")[:-1])
         tables = {"status": STATUSES, "format": FORMATS, "caption_source": CAPTION_SOURCES, "extension": meta.fields.images}
@@ -395,7 +397,7 @@ class Manifest:
             path = Path(self.directory) / self.shards[shard].sidecar
             index = load_sidecar(path)
             if index.digest != self.shards[shard].digest:
-                raise DataError("sidecar belongs to another version of the shard", where=str(path), hint="Build the index again.")
+                raise DataError("sidecar belongs to another version of the shard", where=str(path), hint="Build the index again")
             accepted = index.accepted
             rows = Rows(
                 tuple(index.keys[row] for row in accepted), {name: column[accepted] for name, column in index.columns.items()}
@@ -438,7 +440,9 @@ class Manifest:
         try:
             document = read_json(path, limit=_MANIFEST)
             if isinstance(document, dict) and document.get("format") != FORMAT:
-                raise DataError(f"has format {document.get('format')}, this program reads {FORMAT}", where=str(path), hint=hint)
+                raise DataError(
+                    f"has format {document.get('format')}, this version of fovea reads {FORMAT}", where=str(path), hint=hint
+                )
             checked = _DOCUMENT.validate_python(document)
             for shard in checked.shards:
                 plain_name(shard.sidecar, where=str(path))
@@ -449,7 +453,7 @@ class Manifest:
             reason = printable(_first_line(error), limit=160)
             raise DataError(f"manifest is damaged ({reason})", where=str(path), hint=hint) from error
         if manifest.fingerprint != document["fingerprint"]:
-            raise DataError("manifest was edited: its fingerprint does not fit its shards", where=str(path), hint=hint)
+            raise DataError("manifest was edited: its fingerprint does not match its shards", where=str(path), hint=hint)
         return manifest
 
     def diff(self, other: Manifest) -> str:

@@ -111,7 +111,7 @@ class Statistics:
         """Returns the statistics as text."""
         lines = [
             f"{self.samples:,} samples in {self.shards:,} shards",
-            f"bytes        {_bytes(self.shard_bytes)} of shards, {_bytes(self.image_bytes)} of pictures",
+            f"bytes        {_bytes(self.shard_bytes)} of shards, {_bytes(self.image_bytes)} of images",
             f"fingerprint {self.fingerprint}",
             f"formats      {_counted(self.formats)}",
             f"captions     {_counted(self.captions)}",
@@ -130,7 +130,7 @@ class Statistics:
         if self.duplicates.pictures:
             twice = self.duplicates
             differ = f"; {twice.labels_differ:,} with several classes" if twice.labels_differ else ""
-            lines.append(f"duplicates   {twice.pictures:,} pictures occur {twice.superfluous:,} times too often{differ}")
+            lines.append(f"duplicates   {twice.pictures:,} images occur {twice.superfluous:,} times too often{differ}")
             lines += ["  " + "  =  ".join(printable(f"{shard} {key}") for shard, key in places) for places in twice.examples]
         else:
             lines.append("duplicates   none")
@@ -254,7 +254,7 @@ def _order(manifest: Manifest, global_batch: int) -> dict[str, Any]:
 def _advice(manifest: Manifest, sizes: NDArray[Any], duplicates: Duplicates, order: dict[str, Any]) -> list[str]:
     out = []
     middle, count = float(np.median(sizes)), len(sizes)
-    pack = "`fovea shards pack SHARDS OUT` writes them anew at 200 to 500 MB"
+    pack = "`fovea shards pack SHARDS OUT` repacks them at 200 to 500 MB"
     if middle < SMALL_SHARD and count > 1 and sizes.sum() > 2 * SMALL_SHARD:
         out.append(f"shards of {_bytes(middle)} are small: on object storage each costs a request and a wait; {pack}")
     if middle > LARGE_SHARD:
@@ -273,12 +273,12 @@ def _advice(manifest: Manifest, sizes: NDArray[Any], duplicates: Duplicates, ord
         if order["lanes"] < min(256, 2 ** int(math.log2(order["global_batch"]))):
             out.append(f"a global batch of {order['global_batch']} allows {order['lanes']} lanes only: powers of two share best")
     if duplicates.labels_differ:
-        out.append(f"{duplicates.labels_differ:,} pictures stand in several classes: the labels disagree")
+        out.append(f"{duplicates.labels_differ:,} images have several labels: the classes disagree")
     if duplicates.superfluous * 100 > manifest.total:
         out.append(f"{100 * duplicates.superfluous / manifest.total:.1f} % of the samples are copies of others")
     replaced = manifest.notes.get(REPLACED, 0)
     if replaced:
-        out.append(f"{replaced:,} captions are no UTF-8: what cannot be read is trained on as U+FFFD; write them anew in UTF-8")
+        out.append(f"{replaced:,} captions are not UTF-8: invalid bytes are replaced by U+FFFD; convert them to UTF-8")
     left_out = sum(n for status, n in manifest.counts.items() if status != "ok")
     if left_out * 100 > manifest.total:
         out.append(f"{left_out:,} samples cannot be used: see `fovea shards index`")

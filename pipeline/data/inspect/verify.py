@@ -32,7 +32,7 @@ _BATCH, _BATCH_PIXELS = 32, 1 << 26  # decoded at once; 64 megapixels are 200 MB
 # Explains each reason.
 REASONS = {
     "corrupt": "the bytes are not those that were indexed (checksum)",
-    "truncated": "the end of the picture is missing",
+    "truncated": "the end of the image is missing",
     "unreadable": "the shard cannot be read here",
     "undecodable": "the decoder refuses it",
     "wrong_size": "decodes to another size than its header says",
@@ -174,7 +174,7 @@ def exclude(manifest: Manifest, failures: tuple[Failure, ...]) -> Manifest:
         path = folder / shards[number].sidecar
         index = load_sidecar(path)
         if index.digest != shards[number].digest:
-            raise DataError("sidecar belongs to another version of the shard", where=str(path), hint="Build the index again.")
+            raise DataError("sidecar belongs to another version of the shard", where=str(path), hint="Build the index again")
         rows = [failure.row for failure in failures if failure.shard == number]
         index.columns["status"][index.accepted[rows]] = STATUSES.index("undecodable")
         index.save(path)
@@ -216,8 +216,8 @@ def _carefully(task: _Task, setup: _Setup) -> tuple[Failure, ...]:
             try:
                 pool.submit(_started).result()
             except BrokenProcessPool as error:
-                hint = "See its message above; `python -c 'import nvidia.nvimgcodec'` shows whether the decoder is installed."
-                raise DataError("no process with a decoder can be started", where="verify", hint=hint) from error
+                hint = "See its message above; `python -c 'import nvidia.nvimgcodec'` shows whether the decoder is installed"
+                raise DataError("no decoder process can be started", where="verify", hint=hint) from error
             try:
                 while row < task.last:
                     failures += pool.submit(_check, replace(task, first=row, last=row + 1)).result()
@@ -289,12 +289,12 @@ class _Notebook:
             self._file = self.path.open("a+", encoding="utf-8")
         except OSError as error:
             what = f"cannot be written ({error.strerror})"
-            raise DataError(what, where=str(self.path), hint="Give another --index.") from error
+            raise DataError(what, where=str(self.path), hint="Give another --index") from error
         try:
             lock(self._file.fileno(), self.path, wait=False)
         except BlockingIOError:
             self._file.close()
-            raise DataError("another verification is running", where=str(self.path), hint="Wait for it, or stop it.") from None
+            raise DataError("another verification is running", where=str(self.path), hint="Wait for it, or stop it") from None
         self._file.seek(0)
         text = self._file.read()
         whole = text[: text.rfind("\n") + 1]  # the last line may be incomplete

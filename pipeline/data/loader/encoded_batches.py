@@ -201,7 +201,7 @@ def portions(dataset: StepDataset, *, first: int, last: int | None, workers: int
             deaths += 1
             if deaths > _REPLACEMENTS or "exited unexpectedly" not in str(error):
                 raise
-            _log.warning("a reader process died (%s); reading goes on at step %d with new ones", str(error), step)
+            _log.warning("a reader process died (%s); reading continues at step %d with new ones", str(error), step)
 
 
 def _read(dataset: StepDataset, steps: Any, workers: int, prefetch: int) -> Iterator[RankBatch]:

@@ -225,7 +225,7 @@ def _shards_of(listing: Listing, urls: Sequence[str]) -> tuple[list[str], list[t
         raise DataError(
             f"none of {len(urls)} tars is a regular file in the folder",
             where=str(listing.root),
-            hint="Links that leave the folder are followed with --follow-links",
+            hint="Add --follow-links to follow links that leave the folder, if you trust them",
         )
     taken = set(chosen)
     others = [

@@ -86,9 +86,9 @@ def open_source(
         _check_links(listing, where, options.follow_links)
     chosen = _look(path, where, listing) if layout == "auto" else layout
     if options.roots and chosen != "table":
-        raise ConfigError("only the paths of a table are looked for there", where="--root", hint="Leave it out")
+        raise ConfigError("applies to tables only", where="--root", hint="Leave it out")
     if chosen in ("files", "shards", "flat") and (options.classes or options.labels != "auto"):
-        raise ConfigError(f"the layout {chosen} takes labels as they are", where="--labels, --classes", hint="Leave them out")
+        raise ConfigError(f"the layout {chosen} keeps labels as they are", where="--labels, --classes", hint="Leave them out")
     if chosen == "table":
         return _of_table(path, options)
     if chosen == "shards":
@@ -113,7 +113,7 @@ def _look(path: Path, where: str, listing: Listing | None) -> Layout:
     raise DataError(
         "is neither a folder nor a table" if path.exists() else "does not exist",
         where=where,
-        hint="Point to a folder with one sub-folder a class, to a .csv, .jsonl or .parquet with the columns path, caption, "
+        hint="Point to a folder with one sub-folder per class, to a .csv, .jsonl or .parquet with the columns path, caption, "
         "label, or to shards such as 'old-{00000..00009}.tar'",
     )
 
@@ -125,10 +125,10 @@ def _check_downloads(path: Path) -> None:
     open_ones = [shard for shard in sorted(path.glob("[0-9]*.tar")) if not shard.with_name(f"{shard.stem}_stats.json").exists()]
     if open_ones:
         raise DataError(
-            f"has no {open_ones[0].stem}_stats.json: img2dataset has not finished it"
+            f"has no {open_ones[0].stem}_stats.json: img2dataset has not finished this shard"
             + (f", nor {len(open_ones) - 1} others" if len(open_ones) > 1 else ""),
             where=str(open_ones[0]),
-            hint="Let the download finish, or give --layout shards to take the tars as they are",
+            hint="Let the download finish, or give --layout shards to use the tars as they are",
         )
 
 
@@ -140,10 +140,9 @@ def _check_links(listing: Listing, where: str, follow_links: bool | None) -> Non
         links = sum(listing.reasons.get(reason, 0) for reason in (LINK, BROKEN))
         shown = ", ".join(printable(name) for name in lost[:3]) + (" …" if len(lost) > 3 else "")
         raise DataError(
-            f"{links} links leave the folder or lead to nothing and are not followed; {len(lost)} of its parts would be lost by "
-            f"that: {shown}",
+            f"{links} links leave the folder or are broken and are not followed; {len(lost)} of its parts would be lost: {shown}",
             where=where,
-            hint="Add --follow-links to pack what they lead to, if you trust them, or --no-follow-links to leave them out",
+            hint="Add --follow-links to pack their targets, if you trust them, or --no-follow-links to leave them out",
         )
 
 
@@ -260,7 +259,7 @@ def _of_folder(listing: Listing, where: str, options: Options, *, classes: bool)
     tops = [file.parts[0] if classes and "/" in file.shown else None for file in images]
     usable, without = _usable_classes(images, tops, listing)
     if without:
-        remarks.append(f"{len(without)} folders hold no usable image and are no class: {_few(without)}")
+        remarks.append(f"{len(without)} folders contain no usable image and are not a class: {_few(without)}")
     labels = [(file.shown, top if top in usable else None) for file, top in zip(images, tops, strict=True)]
     numbers, names, label_notes = _numbered_folders(labels, sorted(usable), where, options)
     notes = label_notes if usable else []
@@ -335,13 +334,13 @@ def _numbered_folders(
         where=where,
         mode=options.labels,
         classes=options.classes,
-        mixed_hint="If the folders are no classes (hashes, dates), add --layout flat; if they are, add --labels names",
+        mixed_hint="If the folders are not classes (hashes, dates), add --layout flat; if they are, add --labels names",
     )
     of_class = dict(zip(classes, numbers, strict=True))
     shared = [number for number, n in Counter(number for number in numbers if number is not None).items() if n > 1]
     if shared:
         both = " and ".join(repr(printable(name)) for name in classes if of_class[name] == shared[0])
-        hint = "Rename one of them, or join them" + ("" if names else ", or add --labels names to take the numbers for names")
+        hint = "Rename one of them, or join them" + ("" if names else ", or add --labels names to read the numbers as names")
         raise DataError(f"folders {both} are the same class, number {shared[0]}", where=where, hint=hint)
     reasons = dict(notes)
     out_notes = [
@@ -367,7 +366,7 @@ def _few(names: Sequence[str], most: int = 5) -> str:
 def _of_table(source: Path, options: Options) -> Pictures:
     rows = list(tables.rows(source))
     if not rows:
-        raise DataError("has no rows below its column names", where=str(source), hint="Write a row for each image")
+        raise DataError("has no rows below its header", where=str(source), hint="Write one row per image")
     numbers, names, notes = number_labels(
         [(row.where, row.label) for row in rows], where=str(source), mode=options.labels, classes=options.classes
     )

@@ -129,7 +129,7 @@ def render(seed: int, index: int, size: int = 64) -> Scene:
         The scene. Layout, label and captions do not depend on ``size``.
     """
     if size < 8:
-        raise DataError(f"scenes of {size} pixels are too small", where="size", hint="Use at least 8.")
+        raise DataError(f"scenes of {size} pixels are too small", where="size", hint="Use at least 8")
     seed, index = int(seed), int(index)
     label = label_of(seed, index)
     most = DOMINANT[1] + DISTRACTORS[1]

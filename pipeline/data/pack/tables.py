@@ -61,7 +61,7 @@ def rows(table: Path) -> Iterator[Row]:
     """
     kind = table.suffix.lower()
     if kind not in KINDS:
-        raise DataError("is no table", where=str(table), hint=f"Give a file that ends in one of {', '.join(KINDS)}")
+        raise DataError("is not a table", where=str(table), hint=f"Give a file that ends in one of {', '.join(KINDS)}")
     reader = {".jsonl": _jsonl, ".parquet": _parquet}.get(kind, _csv)
     try:
         for place, row in reader(table):
@@ -91,7 +91,7 @@ def _row(place: str, row: dict[str, Any]) -> Row:
             if _blank(text):
                 continue
             if isinstance(text, bool) or not isinstance(text, (str, int, float)):
-                hint = "Give a text or a list of texts"
+                hint = "Give a string or a list of strings"
                 raise DataError(f"the {name} must be text, not {type(text).__name__}", where=place, hint=hint)
             clean, replaced = clean_text(str(text))
             captions.append(clean)
@@ -112,7 +112,7 @@ def _plain(value: Any, place: str, name: str, notes: list[str], depth: int = 0) 
         raise DataError(f"column {printable(name, limit=60)!r} is nested too deeply", where=place, hint=hint)
     if isinstance(value, (bytes, bytearray, memoryview)):
         hint = "Leave the column out of the table: only text, numbers and lists of them are kept"
-        raise DataError(f"column {printable(name, limit=60)!r} holds bytes", where=place, hint=hint)
+        raise DataError(f"column {printable(name, limit=60)!r} contains bytes", where=place, hint=hint)
     if isinstance(value, float) and not math.isfinite(value):
         return None
     if isinstance(value, str):
@@ -153,15 +153,15 @@ def _no_text(table: Path) -> DataError:
         start = file.read(4096)
         encoding = encoding_of(start)
         if encoding not in ("utf-8", "utf-8-sig"):
-            return DataError(f"is no valid {encoding.upper()}", where=str(table), hint="Save the table in UTF-8")
+            return DataError(f"is not valid {encoding.upper()}", where=str(table), hint="Save the table in UTF-8")
         file.seek(0)
         for number, line in enumerate(file, start=1):
             try:
                 line.decode("utf-8")
             except UnicodeDecodeError as error:
                 hint = "Save the table in UTF-8, for instance: iconv -f latin1 -t utf-8 OLD > NEW"
-                return DataError(f"is no UTF-8 (byte 0x{line[error.start]:02x})", where=f"{table}:{number}", hint=hint)
-    return DataError("is no UTF-8", where=str(table), hint="Save the table in UTF-8")
+                return DataError(f"is not UTF-8 (byte 0x{line[error.start]:02x})", where=f"{table}:{number}", hint=hint)
+    return DataError("is not UTF-8", where=str(table), hint="Save the table in UTF-8")
 
 
 def _jsonl(table: Path) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -175,7 +175,7 @@ def _jsonl(table: Path) -> Iterator[tuple[str, dict[str, Any]]]:
                 row = json.loads(line, object_pairs_hook=_once)
             except (ValueError, RecursionError) as error:
                 reason = "nested too deeply" if isinstance(error, RecursionError) else printable(str(error), limit=120)
-                raise DataError(f"is no JSON ({reason})", where=place, hint="Write one object a line") from error
+                raise DataError(f"is not JSON ({reason})", where=place, hint="Write one JSON object per line") from error
             if not isinstance(row, dict):
                 raise DataError(f"must be an object, not {type(row).__name__}", where=place, hint=hint)
             _check_spelling(row, place)
@@ -191,7 +191,9 @@ def _lines(file: Any, table: Path) -> Iterator[str]:
         *whole, rest = (rest + chunk).split("\n")
         yield from whole
         if len(rest) > _MAX_LINE:
-            raise DataError(f"a line has more than {_MAX_LINE} characters", where=str(table), hint="Write one object a line")
+            raise DataError(
+                f"a line has more than {_MAX_LINE} characters", where=str(table), hint="Write one JSON object per line"
+            )
     if rest:
         yield rest
 
@@ -200,7 +202,7 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     out = dict(pairs)
     if len(out) != len(pairs):
         twice = next(name for name, n in Counter(name for name, _ in pairs).items() if n > 1)
-        raise ValueError(f"the key {twice!r} stands there twice")
+        raise ValueError(f"the key {twice!r} occurs twice")
     return out
 
 
@@ -220,18 +222,18 @@ def _parquet(table: Path) -> Iterator[tuple[str, dict[str, Any]]]:
             kind = schema.field("path").type
             kind = kind.value_type if pyarrow.types.is_dictionary(kind) else kind
             if not any(check(kind) for check in (pyarrow.types.is_string, pyarrow.types.is_large_string, _string_view(pyarrow))):
-                raise DataError(f"column 'path' must hold text, not {kind}", where=str(table), hint="Write paths as strings")
+                raise DataError(f"column 'path' must contain text, not {kind}", where=str(table), hint="Write paths as strings")
             for batch in file.iter_batches(batch_size=4096):
                 for row in batch.to_pylist():
                     number += 1
                     yield f"{table}: row {number}", row
     except UnicodeDecodeError as error:
         hint = "Write its strings in UTF-8"
-        raise DataError("a text is no UTF-8", where=f"{table}: after row {number}", hint=hint) from error
+        raise DataError("a string is not UTF-8", where=f"{table}: after row {number}", hint=hint) from error
     except (pyarrow.ArrowException, ValueError, OverflowError, KeyError, TypeError, MemoryError) as error:
         where = f"{table}: after row {number}" if number else str(table)
         reason = printable(str(error), limit=200)
-        raise DataError(f"is no Parquet file ({reason})", where=where, hint="Write or copy it again") from error
+        raise DataError(f"is not a Parquet file ({reason})", where=where, hint="Write or copy the file again") from error
 
 
 def _string_view(pyarrow: Any) -> Any:
@@ -241,7 +243,7 @@ def _string_view(pyarrow: Any) -> Any:
 def _check_columns(table: Path, names: Any) -> None:
     twice = [name for name, n in Counter(names).items() if n > 1]
     if twice:
-        hint = "Give every column a name of its own"
+        hint = "Give every column a unique name"
         raise DataError(
             f"has {len(twice)} column names twice, such as {printable(twice[0], limit=60)!r}", where=str(table), hint=hint
         )
@@ -259,7 +261,7 @@ def _check_spelling(names: Iterable[str], where: str) -> None:
         own = name.strip().lower()
         if own in _OWN and own not in given:
             shown = printable(name, limit=60)
-            raise DataError(f"column {shown!r} must be written {own!r}", where=where, hint="Rename the column")
+            raise DataError(f"column {shown!r} must be spelled {own!r}", where=where, hint="Rename the column")
 
 
 def _download(names: Iterable[Any]) -> str:

@@ -65,7 +65,7 @@ def is_remote(url: str) -> bool:
     if match[1].lower() in REMOTE:
         return True
     raise DataError(
-        f"the scheme {match[1]!r} is not known", where=url, hint="Name a path, or a URL with s3://, gs://, az:// or https://."
+        f"the scheme {match[1]!r} is not supported", where=url, hint="Name a path, or a URL with s3://, gs://, az:// or https://"
     )
 
 
@@ -81,7 +81,7 @@ def split(url: str) -> Place:
     parts = rest.split("/", depth)
     if len(parts) < depth or not all(parts[:depth]):
         wanted = {"s3": "s3://bucket/path", "gs": "gs://bucket/path", "az": "az://account/container/path"}
-        raise DataError("names no bucket", where=url, hint=f"Write {wanted.get(kind, 'https://host/path')}.")
+        raise DataError("has no bucket", where=url, hint=f"Write {wanted.get(kind, 'https://host/path')}")
     head = scheme.lower() if kind in ("https", "az") else kind
     return Place(kind, f"{head}://{'/'.join(parts[:depth])}", parts[depth] if len(parts) > depth else "")
 
@@ -99,7 +99,7 @@ def local_path(url: str) -> str:
         return url[len(match[0]) :]
     if match[2]:
         is_remote(url)
-        raise DataError("lies in object storage; a local path is wanted here", where=url, hint="Name a local path.")
+        raise DataError("is in object storage and must be a local path", where=url, hint="Name a local path")
     return url
 
 

@@ -186,9 +186,9 @@ class Remote:
 
         place, part = split(url), self._settings.part_size_mb << 20
         if place.kind == "https":
-            raise DataError("a web server takes no files", where=url, hint="Name a bucket or a folder.")
+            raise DataError("a web server does not accept uploads", where=url, hint="Name a bucket or a folder")
         if not path.is_file():
-            raise DataError("is no file that could be copied", where=str(path), hint="Was it deleted meanwhile?")
+            raise DataError("is not a file that can be copied", where=str(path), hint="Check whether it was deleted")
         parallel = self._settings.download_concurrency
         self._with_retry(
             url, place, lambda store: obstore.put(store, place.key, path, chunk_size=max(part, 5 << 20), max_concurrency=parallel)
@@ -231,7 +231,9 @@ class Remote:
     def _with_retry(self, url: str, place: Place, act: Callable[[Any], _Value]) -> _Value:
         """Calls ``act`` and retries while storage is unavailable, with a backoff of up to 30 s, until ``outage_timeout``."""
         if os.getpid() != self._pid:
-            raise DataError("object storage was used before this process was forked", where=url, hint="Start processes by spawn.")
+            raise DataError(
+                "object storage was used before this process was forked", where=url, hint="Start processes with the spawn method"
+            )
         begin, pause = time.monotonic(), 0.5
         while True:
             try:
@@ -305,18 +307,18 @@ class Remote:
         if kind == "PreconditionError":
             return _changed(url)
         if "NoSuchBucket" in text:
-            return DataError(f"bucket {place.root} does not exist", where=url, hint="Check its name and the endpoint.")
+            return DataError(f"bucket {place.root} does not exist", where=url, hint="Check its name and the endpoint")
         if isinstance(error, FileNotFoundError):
-            return ShardNotFound("shard does not exist", where=url, hint="Check the path and the range of the pattern.")
+            return ShardNotFound("shard does not exist", where=url, hint="Check the path and the range of the pattern")
         away = StorageUnavailable if waited is not None else DataError
         spent = f" for {waited:.0f} s" if waited else ""
         keys = {
-            "s3": "Set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY or AWS_PROFILE; for public data data.storage.anonymous=true.",
-            "gs": "Set GOOGLE_APPLICATION_CREDENTIALS, or data.storage.anonymous=true for public data.",
-            "az": "Set AZURE_STORAGE_ACCOUNT_KEY or another Azure credential, or data.storage.anonymous=true for public data.",
-        }.get(place.kind, "Check that the server lets you read it.")
+            "s3": "Set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY or AWS_PROFILE; for public data, data.storage.anonymous=true",
+            "gs": "Set GOOGLE_APPLICATION_CREDENTIALS, or data.storage.anonymous=true for public data",
+            "az": "Set AZURE_STORAGE_ACCOUNT_KEY or another Azure credential, or data.storage.anonymous=true for public data",
+        }.get(place.kind, "Check that the server lets you read it")
         if query_of(url):
-            keys = "The link may have expired: sign it again and start anew; the run goes on."
+            keys = "Sign the link again and restart; the run resumes"
         if any(
             word in text for word in ("169.254.169.254", "169.254.170.2", "metadata.google", "NoCredentials", "redentialProvider")
         ):
@@ -325,9 +327,9 @@ class Remote:
             return away(f"access was refused{spent} ({_short(error)})", where=url, hint=keys)
         endpoint = self._settings.endpoint or os.environ.get("AWS_ENDPOINT_URL")
         through = f" (endpoint {endpoint})" if endpoint and place.kind == "s3" else ""
-        hint = "Check the network, data.storage.endpoint or AWS_ENDPOINT_URL, and the region."
+        hint = "Check the network, data.storage.endpoint or AWS_ENDPOINT_URL, and the region"
         if isinstance(error, TimeoutError) and place.kind == "s3" and not through and not _has_keys():
-            return away("no credentials were found and nobody answered", where=url, hint=keys)
+            return away("no credentials were found and the metadata server did not answer", where=url, hint=keys)
         return away(f"{place.root}{through} did not answer{spent} ({_short(error)})", where=url, hint=hint)
 
 
@@ -383,14 +385,14 @@ def _strong(tag: str) -> bool:
 
 
 def _no_listing(url: str) -> DataError:
-    return DataError("a web server cannot be listed", where=url, hint="Name the shards with {00000..00099}.")
+    return DataError("a web server cannot be listed", where=url, hint="Name the shards with {00000..00099}")
 
 
 def _changed(url: str) -> ShardChanged:
     return ShardChanged(
         "was replaced since it was indexed",
         where=url,
-        hint="Start again: the shard is indexed anew, and the run goes on if its samples are the same.",
+        hint="Start again: the shard is indexed again, and the run continues if its samples are the same",
     )
 
 
@@ -419,11 +421,15 @@ def _profile_credentials() -> Any:
         from obstore.auth.boto3 import Boto3CredentialProvider
     except ImportError as error:
         raise DataError(
-            "credentials of ~/.aws need boto3", where="AWS_PROFILE", hint="pip install 'fovea[aws]', or set AWS_ACCESS_KEY_ID."
+            "credentials of ~/.aws need boto3",
+            where="AWS_PROFILE",
+            hint="Install boto3 (pip install 'fovea[aws]'), or set AWS_ACCESS_KEY_ID",
         ) from error
     try:
         return Boto3CredentialProvider()
     except Exception as error:
         raise DataError(
-            f"~/.aws gave no credentials ({_short(error)})", where="AWS_PROFILE", hint="Log in, or set keys."
+            f"~/.aws gave no credentials ({_short(error)})",
+            where="AWS_PROFILE",
+            hint="Log in, or set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY",
         ) from error

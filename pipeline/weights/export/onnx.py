@@ -43,7 +43,9 @@ def write(networks: Networks, folder: Path) -> tuple[str, list[str]]:
         import onnx  # noqa: F401
         import onnxscript  # noqa: F401
     except ImportError as error:
-        raise ConfigError(f"{error.name} is not installed", where="--to onnx", hint="pip install 'fovea[export]'") from error
+        raise ConfigError(
+            f"{error.name} is not installed", where="--to onnx", hint="Install it: pip install 'fovea[export]'"
+        ) from error
     tower, size = networks.tower, networks.preprocessing.size
     args = {**tower.timm_args, "img_size": size, "dynamic_img_size": False}
     model = timm.create_model(tower.timm_name, pretrained=False, **args)
@@ -66,15 +68,15 @@ def write(networks: Networks, folder: Path) -> tuple[str, list[str]]:
             verbose=False,
         )
     if program is None:
-        raise ConfigError("the tower cannot be traced", where="--to onnx", hint="export it to safetensors")
+        raise ConfigError("the tower cannot be traced", where="--to onnx", hint="Export it to safetensors")
     program.save(str(folder / "model.onnx"))
     (folder / "preprocessor.json").write_text(json.dumps(asdict(networks.preprocessing), indent=1) + "\n")
     usage = f"""
 import onnxruntime
 session = onnxruntime.InferenceSession("{folder / "model.onnx"}")
-{", ".join(names)} = session.run(None, {{"images": pictures}})  # float32 [n, 3, {size}, {size}], normalised as below
+{", ".join(names)} = session.run(None, {{"images": images}})  # float32 [n, 3, {size}, {size}], normalised as below
 """
-    notes = [f"Pictures are {size} x {size} pixels, any number at a time; ONNX opset {OPSET}.", "The mask token is left out."]
+    notes = [f"Images are {size} x {size} pixels, any number at a time; ONNX opset {OPSET}.", "The mask token is left out."]
     if networks.text is not None:
         notes.append("The text tower is not in the graph: export to open_clip for it.")
     if pooled:

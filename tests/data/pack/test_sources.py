@@ -121,7 +121,7 @@ def test_other_names_of_formats_that_are_read_are_images(tmp_path: Path) -> None
 def test_a_cut_tar_is_refused_or_used_as_far_as_it_is_whole(tmp_path: Path) -> None:
     write_tar(tmp_path / "a.tar", [(f"{n}.jpg", picture(n)) for n in range(4)])
     (tmp_path / "a.tar").write_bytes((tmp_path / "a.tar").read_bytes()[:5000])
-    with pytest.raises(DataError, match="is cut short"):
+    with pytest.raises(DataError, match="is truncated"):
         open_source(tmp_path)
     source = open_source(tmp_path, use_damaged=True)
     assert 0 < len(source) < 4 and source.load(0).image == picture(0)
