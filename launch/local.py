@@ -107,9 +107,9 @@ def start(
     with _forwarding(started) as forward:
         try:
             for number in range(ranks):
-                place = RankEnvironment(number, ranks, number, ranks, "127.0.0.1", port, "torchrun", key)
+                rank_environment = RankEnvironment(number, ranks, number, ranks, "127.0.0.1", port, "torchrun", key)
                 log = log_directory / f"rank-{number}.log" if number else None
-                started.append(_spawn(argv_of_rank, number, base | place.variables(), log))
+                started.append(_spawn(argv_of_rank, number, base | rank_environment.variables(), log))
             forward()
             return _wait(started, grace)
         finally:

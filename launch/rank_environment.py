@@ -56,7 +56,7 @@ class RankEnvironment:
         """
         env = os.environ if environment is None else environment
         if "RANK" in env:
-            found = cls(
+            rank_environment = cls(
                 rank=_number(env, "RANK"),
                 world_size=_number(env, "WORLD_SIZE"),
                 local_rank=_number(env, "LOCAL_RANK", env.get("SLURM_LOCALID", "0")),
@@ -68,24 +68,27 @@ class RankEnvironment:
                 key=env.get("FOVEA_KEY") or _elastic_key(env),
             )
         elif env.get("SLURM_STEP_ID", "").isdigit() and "SLURM_PROCID" in env:
-            found = cls._of_slurm(env)
+            rank_environment = cls._of_slurm(env)
         else:
             return cls()
-        if found.source == "torchrun" and found.world_size > 1 and found.port == 0:
+        if rank_environment.source == "torchrun" and rank_environment.world_size > 1 and rank_environment.port == 0:
             raise LaunchError(
                 "MASTER_PORT is 0, so the ranks cannot find each other",
                 where="environment",
                 hint="Start with torchrun --standalone, which chooses a free port and passes it to the ranks; "
                 "--master-port=0 does not",
             )
-        if not 0 <= found.rank < found.world_size or not 0 <= found.local_rank < found.local_world_size:
+        if (
+            not 0 <= rank_environment.rank < rank_environment.world_size
+            or not 0 <= rank_environment.local_rank < rank_environment.local_world_size
+        ):
             raise LaunchError(
-                f"rank {found.rank} of {found.world_size}, local rank {found.local_rank} of {found.local_world_size} "
-                "is impossible",
-                where=f"environment of {found.source}",
+                f"rank {rank_environment.rank} of {rank_environment.world_size}, local rank {rank_environment.local_rank} of "
+                f"{rank_environment.local_world_size} is impossible",
+                where=f"environment of {rank_environment.source}",
                 hint="Unset RANK, WORLD_SIZE, LOCAL_RANK and LOCAL_WORLD_SIZE, or start the ranks with fovea, srun or torchrun",
             )
-        return found
+        return rank_environment
 
     @classmethod
     def _of_slurm(cls, env: Mapping[str, str]) -> RankEnvironment:
@@ -128,7 +131,7 @@ class RankEnvironment:
 
 def ranks_to_start(
     here: RankEnvironment,
-    wanted: int | None,
+    requested: int | None,
     *,
     where: str,
     on_cpu: bool = False,
@@ -139,10 +142,10 @@ def ranks_to_start(
 
     Args:
         here: this process's rank environment.
-        wanted: requested number of ranks; ``None`` leaves it to launcher and GPUs.
-        where: the setting or option that holds ``wanted``, for the message.
+        requested: number of ranks; ``None`` leaves it to launcher and GPUs.
+        where: the setting or option that holds ``requested``, for the message.
         on_cpu: no GPU is going to be used.
-        default: the file that holds ``wanted``, if it was not chosen for this start: launcher and GPUs then take precedence, and
+        default: the file that holds ``requested``, if it was not chosen for this start: launcher and GPUs take precedence, and
             a line is printed.
         environment: environment variables; this process's by default.
 
@@ -153,33 +156,33 @@ def ranks_to_start(
     there = 0 if on_cpu else gpus(env)
     if here.source == "single":
         _refuse_mpi(env)
-        return _enough(wanted or there or 1, there, where, env, default)
+        return _enough(requested or there or 1, there, where, env, default)
     if "FOVEA_ATTEMPT" in env or "FOVEA_KEY" in env:  # started by fovea itself, which has already checked
         return 0
-    if here.world_size == 1 and here.source == "slurm" and 1 < (wanted or there) <= there:
-        return wanted or there  # a shell on a node: srun --gres=gpu:8 --pty bash
-    if here.world_size == 1 and here.source == "slurm" and "SLURM_PTY_PORT" in env and wanted and wanted > 1 > there:
-        return wanted  # such a shell on a node without GPUs
-    if wanted is not None and wanted != here.world_size and default and (here.source == "slurm" or "LOCAL_RANK" in env):
+    if here.world_size == 1 and here.source == "slurm" and 1 < (requested or there) <= there:
+        return requested or there  # a shell on a node: srun --gres=gpu:8 --pty bash
+    if here.world_size == 1 and here.source == "slurm" and "SLURM_PTY_PORT" in env and requested and requested > 1 > there:
+        return requested  # such a shell on a node without GPUs
+    if requested is not None and requested != here.world_size and default and (here.source == "slurm" or "LOCAL_RANK" in env):
         if here.rank == 0:
-            without = f"{where} = {wanted} of {default} is for starts without a launcher"
-            _say(f"{here.source} started {_ranks(here.world_size)}; {without}")
-    elif wanted is not None and wanted != here.world_size:
+            without = f"{where} = {requested} of {default} is for starts without a launcher"
+            _print(f"{here.source} started {_ranks(here.world_size)}; {without}")
+    elif requested is not None and requested != here.world_size:
         names = "SLURM_STEP_NUM_TASKS" if here.source == "slurm" else "WORLD_SIZE"
-        start = f"srun --ntasks={wanted}" if here.source == "slurm" else f"torchrun --nproc-per-node={wanted}"
+        start = f"srun --ntasks={requested}" if here.source == "slurm" else f"torchrun --nproc-per-node={requested}"
         leave = f"leave {where} out" if where.startswith("-") else f"set {where}=null"
         stray = "; unset RANK and WORLD_SIZE if no launcher started this process" if here.source == "torchrun" else ""
         raise LaunchError(
-            f"{where} = {wanted}, but this process is rank {here.rank} of {here.world_size} ({names}={here.world_size})",
+            f"{where} = {requested}, but this process is rank {here.rank} of {here.world_size} ({names}={here.world_size})",
             where=f"environment of {here.source}",
             hint=f"Start as many ({start}), or {leave} to take the launcher's number{stray}",
         )
     if here.world_size == 1 and there > 1:
-        _say(f"{there - 1} of {there} GPUs stay idle: the launcher started one process only")
+        _print(f"{there - 1} of {there} GPUs stay idle: the launcher started one process only")
     return 0
 
 
-def _say(text: str) -> None:
+def _print(text: str) -> None:
     print(f"fovea: {printable(text)}", file=sys.stderr, flush=True)
 
 
@@ -189,7 +192,7 @@ def _ranks(number: int) -> str:
 
 def _enough(ranks: int, there: int, where: str, env: Mapping[str, str], default: str) -> int:
     if 0 < there < ranks and default:
-        _say(f"{_ranks(there)}, one a visible GPU{shown(env)}, instead of {where} = {ranks} of {default}")
+        _print(f"{_ranks(there)}, one a visible GPU{shown(env)}, instead of {where} = {ranks} of {default}")
         return there
     if 0 < there < ranks:
         raise LaunchError(

@@ -120,7 +120,7 @@ def of_system(error: OSError) -> FoveaError | None:
     return SystemFault(what, where=where, hint=_ADVICE.get(error.errno, "Run `fovea --debug …` for the traceback"))
 
 
-def verdict(error: BaseException) -> dict[str, Any]:
+def failure_fields(error: BaseException) -> dict[str, Any]:
     """Returns the entries of a failure record for an exception: ``kind`` for display, ``retryable`` and ``cause`` for decisions.
 
     Anything but a :class:`FoveaError` counts as a crash, which the node may have caused.

@@ -1,4 +1,4 @@
-"""Validates untrusted input: names, paths, addresses, text and JSON of files that somebody else may have written.
+"""Validates untrusted input: names, paths, addresses, text and JSON of files that another user may have written.
 
 There is one function for each kind; all readers of foreign input call these instead of their own checks.
 """

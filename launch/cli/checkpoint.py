@@ -154,18 +154,18 @@ def convert(
     from pipeline.checkpoint.reader import read_student, read_teacher
     from pipeline.checkpoint.tensor_writer import write_tensors
 
-    found: dict[str, Tensor] = {}
+    tensors: dict[str, Tensor] = {}
     for kind, reader in (("teacher", read_teacher), ("student", read_student)):
         if weights in (kind, "both"):
             start = f"{kind}." if weights == "both" else ""
-            found |= {start + name: _typed(tensor, dtype) for name, tensor in reader(saved)}
-    if not found:
+            tensors |= {start + name: _typed(tensor, dtype) for name, tensor in reader(saved)}
+    if not tensors:
         raise CheckpointError("its method has no teacher", where=str(saved.path), hint="Convert with --weights student")
     temporary = out.with_name(f".{out.name}.part")
     facts = {"format": "pt", "fovea.step": str(saved.step), "fovea.weights": weights, "fovea.checkpoint": saved.id}
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        written = write_tensors(temporary, found, metadata=facts)
+        written = write_tensors(temporary, tensors, metadata=facts)
         temporary.replace(out)
     except OSError as error:
         raise CheckpointError(
@@ -173,7 +173,7 @@ def convert(
         ) from error
     finally:
         temporary.unlink(missing_ok=True)
-    print(f"wrote {len(found)} tensors, {_size(written['size'])}, of step {saved.step} to {out}")
+    print(f"wrote {len(tensors)} tensors, {_size(written['size'])}, of step {saved.step} to {out}")
 
 
 def _typed(tensor: Tensor, dtype: str) -> Tensor:
@@ -192,14 +192,14 @@ def _one(path: Path) -> Saved:
     """The given checkpoint, or the newest complete one of the given run."""
     if (path / MANIFEST).exists() or path.name.startswith("step_"):
         return read(path)
-    found, complaints = newest(_folder(path))
+    checkpoint, complaints = newest(_folder(path))
     for complaint in complaints:
         typer.echo(complaint, err=True)
-    if found is None:
+    if checkpoint is None:
         raise CheckpointError(
             "the run has no checkpoint yet", where=str(path), hint="Train until the first one (checkpoint.every)"
         )
-    return found
+    return checkpoint
 
 
 def _rows(folder: Path) -> list[dict[str, Any]]:
@@ -309,7 +309,7 @@ def now(run: Annotated[str, typer.Argument(metavar="RUN", help="A run directory,
     from launch.slurm.status import find
     from pipeline.runtime import job_record
 
-    found = find(run)
-    before = job_record.saved_step(found)
-    job_record.ask(found, job_record.SAVE, "requested")
+    run_directory = find(run)
+    before = job_record.saved_step(run_directory)
+    job_record.request(run_directory, job_record.SAVE, "requested")
     print(f"requested; the newest checkpoint so far is of step {before}")

@@ -224,12 +224,14 @@ def bill(config: Config, site: ClusterProfile, *, ranks: int, efficiency: float,
         manifest = indexed(config, config.data.patterns)
         samples, size = manifest.total, sum(shard.size for shard in manifest.shards) / max(manifest.total, 1)
     steps = length.steps(samples or 0, config.train.global_batch_size)
-    whole = steps * config.train.global_batch_size
+    total_samples = steps * config.train.global_batch_size
     flop = counted(config)
     rate = ranks * site.gpu_tflops * 1e12 * efficiency / flop
-    hours = whole / rate / 3600
+    hours = total_samples / rate / 3600
     price = None if site.gpu_hour_price is None else hours * ranks * site.gpu_hour_price
-    return Bill(steps, whole, flop / 1e9, rate, hours, hours * ranks, price, None if size is None else size * whole / 1e9)
+    return Bill(
+        steps, total_samples, flop / 1e9, rate, hours, hours * ranks, price, None if size is None else size * total_samples / 1e9
+    )
 
 
 def cost(

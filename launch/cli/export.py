@@ -59,10 +59,10 @@ def run(
     run_folder = path if (path / "checkpoints").is_dir() else saved.path.parent.parent
     folder = out if out is not None else run_folder / "export" / (f"{to}-{student}" if student else to)
     shipper = _shipper(run_folder) if register is not None else None
-    found = networks.read(saved, network=network, size=size, student=student)  # type: ignore[arg-type]
-    write(found, to, folder, license_=license_, overwrite=force)
+    selected = networks.read(saved, network=network, size=size, student=student)  # type: ignore[arg-type]
+    write(selected, to, folder, license_=license_, overwrite=force)
     total = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
-    print(f"{folder}: the {found.network} of {saved.path.name} for {to}, {total / 1e6:.1f} MB; README.md says how to load it")
+    print(f"{folder}: the {selected.network} of {saved.path.name} for {to}, {total / 1e6:.1f} MB; README.md says how to load it")
     if shipper is not None and register is not None:
         from pipeline.tracking.registry import register as add
 

@@ -65,19 +65,20 @@ def _sync_or_skip(run: RunDirectory, uri: str | None, *, skip: bool) -> Exceptio
 
 def _sync(run: RunDirectory, uri: str | None) -> Exception | None:
     """Send one run's journals; returns why something is left, or ``None``."""
-    from pipeline.tracking import Shipper, asides, destination_of, server_of, shown_server
+    from pipeline.tracking import Shipper, destination_of, eval_destinations, server_of, shown_server
 
     config = run.settings()
-    place = destination_of(config.tracking, run.path, named=uri)
-    target, name = place.uri, printable(run.path.name)
+    destination = destination_of(config.tracking, run.path, named=uri)
+    target, name = destination.uri, printable(run.path.name)
     print(f"{name}: sending to {shown_server(target)}", flush=True)
-    own = Shipper(run.tracking, uri=target, experiment=place.experiment, name=config.run.name, log=_say, root=run.path)
+    own = Shipper(run.tracking, uri=target, experiment=destination.experiment, name=config.run.name, log=_print, root=run.path)
     own.start()
     done = own.close(seconds=300.0)
     trouble = own.trouble
-    for folder, aside in asides(run.tracking):  # evaluations by ``fovea eval``, after the run that they may belong to
-        there = server_of(run.path, aside.uri, named=uri or (target if aside.uri == target else None))
-        other = replace(aside, uri=there).shipper(folder, log=_say)
+    # Evaluations by ``fovea eval``, after the run that they may belong to.
+    for folder, evaluation in eval_destinations(run.tracking):
+        there = server_of(run.path, evaluation.uri, named=uri or (target if evaluation.uri == target else None))
+        other = replace(evaluation, uri=there).shipper(folder, log=_print)
         other.start()
         done = other.close(seconds=300.0) and done
         trouble = trouble or other.trouble
@@ -85,5 +86,5 @@ def _sync(run: RunDirectory, uri: str | None) -> Exception | None:
     return None if done else trouble or TimeoutError("MLflow did not answer in time")
 
 
-def _say(text: str) -> None:
+def _print(text: str) -> None:
     print(printable(text))

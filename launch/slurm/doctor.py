@@ -92,8 +92,8 @@ def _slurm(settings: dict[str, str]) -> Iterator[Finding]:
         "" if requeues else "fovea requests it for each job with --requeue",
     )
     mode = settings.get("PreemptMode", "OFF")
-    told = "requeue_mode: chain fits this site" if "CANCEL" in mode else "requeue_mode: requeue fits this site"
-    yield "ok", f"preemption: {mode} by {settings.get('PreemptType', 'nothing')}", told
+    advised_mode = "requeue_mode: chain fits this site" if "CANCEL" in mode else "requeue_mode: requeue fits this site"
+    yield "ok", f"preemption: {mode} by {settings.get('PreemptType', 'nothing')}", advised_mode
     user = "preempt_send_user_signal" in settings.get("SlurmctldParameters", "")
     if mode not in ("OFF", "(null)"):
         advice = "" if user else "without it the batch script receives SIGTERM at the start or the end of GraceTime"

@@ -209,14 +209,14 @@ def _made(tree: Branch, problems: list[Problem], overrides: Sequence[str], shown
             path = ".".join(names)
             near = difflib.get_close_matches(names[-1], ClusterProfile.model_fields, 1)
             unknown = f"unknown key {path!r}" + (f"; did you mean {near[0]!r}?" if near else "")
-            told = (
+            message = (
                 unknown
                 if detail["type"] == "extra_forbidden"
                 else f"{path} = {detail['input']!r}: {detail['msg']}"
                 if path
                 else detail["msg"]
             )
-            problems.append(Problem(path, told.replace("Value error, ", ""), origin_of(tree, names) or shown))
+            problems.append(Problem(path, message.replace("Value error, ", ""), origin_of(tree, names) or shown))
     if problems or profile is None:
         raise InvalidConfig(problems)
     if profile.checkpoint_lead_time >= profile.seconds:

@@ -118,7 +118,7 @@ def _steps_seconds(run: RunDirectory, rows: list[dict[str, Any]]) -> tuple[float
     for row in rows:
         last = record.read(run.logs(int(row["attempt"])) / "train_seconds.json")
         done += float(last.get("seconds", 0.0)) - float(last.get("began", 0.0))
-    if done <= kept or record.verdict(run).get("state") == "finished":
+    if done <= kept or record.final_state(run).get("state") == "finished":
         return kept, max(done - kept, 0.0)
     unsaved = record.read(run.logs(int(rows[-1]["attempt"])) / "train_seconds.json") if "ended_at" not in rows[-1] else {}
     current = max(
@@ -145,14 +145,14 @@ def status(run: RunDirectory) -> Status:
 
 def _status(run: RunDirectory) -> Status:
     jobs = living(run)
-    over = record.verdict(run)
+    over = record.final_state(run)
     rows = record.endings(run)
     attempt = int(rows[-1]["attempt"]) if rows else -1
     step, age = record.saved_step(run), None
     for path in (run.logs(attempt) / "pulse").glob("rank-*.json") if attempt >= 0 else ():
         with contextlib.suppress(OSError):
-            mine = time.time() - path.stat().st_mtime
-            age = mine if age is None else min(age, mine)
+            run_age = time.time() - path.stat().st_mtime
+            age = run_age if age is None else min(age, run_age)
             step = max(step, int(record.read(path).get("step", 0)))
     outcome = record.read(run.path / "outcome.json")
     if over:
@@ -210,8 +210,8 @@ def table(one: Status) -> str:
             "done again": g.lost,
             "other": g.other,
         }
-        told = ", ".join(f"{name} {clock(seconds)}" for name, seconds in parts.items() if seconds >= 1)
-        lines.append(f"  goodput {g.share:.0%} of {clock(g.wall)}: {told}")
+        durations = ", ".join(f"{name} {clock(seconds)}" for name, seconds in parts.items() if seconds >= 1)
+        lines.append(f"  goodput {g.share:.0%} of {clock(g.wall)}: {durations}")
     for row in one.attempts:
         begun = time.strftime("%m-%d %H:%M:%S", time.localtime(row["started_at"])) if "started_at" in row else "?"
         what = f"{row.get('cause')}: {row.get('why')}" if "cause" in row else "ended" if "ended_at" in row else "alive"

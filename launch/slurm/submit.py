@@ -32,14 +32,14 @@ class Submitted:
         run: the run directory.
         script: the batch script's text.
         command: the command that submits it.
-        said: Slurm's answer, if it was asked.
+        test_output: output of ``sbatch --test-only``, if it was run.
     """
 
     job: int | None
     run: Path
     script: str
     command: list[str]
-    said: str = ""
+    test_output: str = ""
 
 
 def submit(
@@ -87,7 +87,7 @@ def submit(
     argv = ["sbatch", "--parsable", *options, str(script)]
     if dry:
         text = render.script(config, profile, folder, command=typed, code_state=render.code_state())
-        return Submitted(None, folder, text, argv, _asked(text) if check else "")
+        return Submitted(None, folder, text, argv, _test_output(text) if check else "")
     try:
         return _submit(loaded, config, profile, run, typed, options, argv, check)
     except OSError as error:
@@ -114,7 +114,7 @@ def _submit(
     script = folder / "submit" / "script.sbatch"
     state = render.snapshot(_made(folder / "code"))
     text = render.script(config, profile, folder, command=typed, code_state=state)
-    said = _asked(text) if check else ""
+    estimate = _test_output(text) if check else ""
     (folder / "submit").mkdir(parents=True, exist_ok=True)
     (folder / "logs").mkdir(exist_ok=True)
     script.write_text(text)
@@ -128,7 +128,7 @@ def _submit(
     job = tools.submit(script, *options)
     run.write("submit/job.json", {**facts, "job": job})
     run.note("submit", job=job)
-    return Submitted(job, folder, text, argv, said)
+    return Submitted(job, folder, text, argv, estimate)
 
 
 def check_all(config: Config, profile: ClusterProfile, run: RunDirectory) -> None:
@@ -152,7 +152,7 @@ def check_all(config: Config, profile: ClusterProfile, run: RunDirectory) -> Non
         )
     if run.config.exists():
         check_identity(config, run.settings_document(), run.config)
-    if (over := record.verdict(run)).get("state") == "finished":
+    if (over := record.final_state(run)).get("state") == "finished":
         raise LaunchError(f"the run is finished: {over['why']}", where=str(run.path), hint="Choose another run.name")
     if alive := living(run):
         raise LaunchError(
@@ -201,7 +201,7 @@ def _made(path: Path) -> Path:
     return path
 
 
-def _asked(text: str) -> str:
+def _test_output(text: str) -> str:
     import tempfile
 
     with tempfile.NamedTemporaryFile("w", suffix=".sbatch") as file:

@@ -105,13 +105,13 @@ def read(path: Path) -> Saved:
 
 def listed(directory: Path) -> list[Saved]:
     """Committed checkpoints of a run by step; skips unreadable manifests."""
-    found = []
+    checkpoints = []
     for path in sorted(directory.glob("step_*")):
         try:
-            found.append(read(path))
+            checkpoints.append(read(path))
         except CheckpointError:
             continue
-    return found
+    return checkpoints
 
 
 def newest(directory: Path, *, begun_at: Path | None = None) -> tuple[Saved | None, list[str]]:

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 FORMAT = 1
 MANIFEST = "manifest.json"
-WHOLE = "whole.safetensors"
+UNSHARDED = "whole.safetensors"
 MAX_MANIFEST = 256 << 20  # bytes
 _MAX_ELEMENTS = 1 << 50  # maximum elements of a tensor
 _HINT = "Choose another: this checkpoint is damaged or not to be trusted"
@@ -98,6 +98,6 @@ def _check_tensors(document: Mapping[str, Any], where: str) -> None:
         raise CheckpointError("its manifest is invalid (shapes: a tensor is too large)", where=where, hint=_HINT)
     if fragments := document.get("fragments"):
         listed = {file["name"] for file in document["files"]}
-        needed = {WHOLE, *(f"rank_{rank:05d}.safetensors" for rank in range(len(fragments)))}
+        needed = {UNSHARDED, *(f"rank_{rank:05d}.safetensors" for rank in range(len(fragments)))}
         if missing := sorted(needed - listed):
             raise CheckpointError(f"its manifest is invalid (files: {missing[0]} is not listed)", where=where, hint=_HINT)

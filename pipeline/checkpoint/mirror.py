@@ -32,11 +32,11 @@ class Copies:
         target: URL or folder below which the copies are stored.
         storage: access to the target.
         retention: which copies are kept.
-        tell: logs a message; called from another thread.
+        log: logs a message; called from another thread.
     """
 
-    def __init__(self, target: str, storage: Storage, retention: Retention, tell: Callable[[str], None]) -> None:
-        self.target, self._storage, self._retention, self._tell = target.rstrip("/"), storage, retention, tell
+    def __init__(self, target: str, storage: Storage, retention: Retention, log: Callable[[str], None]) -> None:
+        self.target, self._storage, self._retention, self._log = target.rstrip("/"), storage, retention, log
         self._waiting: list[Saved] = []
         self._under_way: Saved | None = None
         self._marks: dict[str, Mark] | None = None
@@ -84,7 +84,7 @@ class Copies:
                 done = not self._under_way.path.exists()  # deleted before it was copied
                 if not done:
                     name = self._under_way.path.name
-                    self._tell(f"{name} is not copied yet; training continues and the next checkpoint tries again: {error}")
+                    self._log(f"{name} is not copied yet; training continues and the next checkpoint tries again: {error}")
             with self._changed:
                 if done:
                     self._waiting.remove(self._under_way)
@@ -140,9 +140,9 @@ def fetch(target: str, directory: Path, storage: Storage) -> tuple[Saved | None,
         DataError: the storage is unreachable or the disk cannot be written.
     """
     target = target.rstrip("/")
-    found = {url: manifest for url in _manifests(storage, target) if (manifest := _manifest(storage, url)) is not None}
+    manifests = {url: manifest for url in _manifests(storage, target) if (manifest := _manifest(storage, url)) is not None}
     complaints = []
-    for url, manifest in sorted(found.items(), key=lambda item: (item[1].get("serial", 0), item[1]["step"]), reverse=True):
+    for url, manifest in sorted(manifests.items(), key=lambda item: (item[1].get("serial", 0), item[1]["step"]), reverse=True):
         name = url.split("/")[-2]
         try:
             one = _fetch(url.rpartition("/")[0], name, manifest, directory, storage)
@@ -152,7 +152,7 @@ def fetch(target: str, directory: Path, storage: Storage) -> tuple[Saved | None,
         return one, [*complaints, f"there was no checkpoint in {directory}; {name} was fetched from {target}"]
     if complaints:
         raise CheckpointError(
-            f"none of the {len(found)} copies is complete; the newest: {complaints[0]}",
+            f"none of the {len(manifests)} copies is complete; the newest: {complaints[0]}",
             where=target,
             hint="Start a new run with another run.name, or with checkpoint.mirror=null",
         )

@@ -36,7 +36,7 @@ import torch.distributed as dist
 
 from pipeline.checkpoint.files import Saved, listed, rank_file, sync
 from pipeline.checkpoint.fragments import ShardedWeights
-from pipeline.checkpoint.manifest import FORMAT, MANIFEST, WHOLE
+from pipeline.checkpoint.manifest import FORMAT, MANIFEST, UNSHARDED
 from pipeline.checkpoint.retention import Mark, Retention, write_best
 from pipeline.checkpoint.snapshot import Snapshot, Staging
 from pipeline.checkpoint.tensor_writer import write_tensors
@@ -244,7 +244,7 @@ class Checkpoints:
                     shutil.rmtree(stale)
         files = [write_tensors(temporary / rank_file(rank), snapshot.pieces)]
         if rank == 0:
-            files.append(write_tensors(temporary / WHOLE, snapshot.whole))
+            files.append(write_tensors(temporary / UNSHARDED, snapshot.unsharded))
         return {"fragments": snapshot.table, "files": files}
 
     def _commit(self, pending: _Pending, written: list[dict[str, Any]]) -> None:
@@ -258,7 +258,7 @@ class Checkpoints:
             "serial": 1 + max((mark.serial for mark in self._marks.values()), default=0),
             "world": len(written),
             "fragments": [part["fragments"] for part in written],
-            "files": sorted(files, key=lambda file: (file["name"] == WHOLE, file["name"])),
+            "files": sorted(files, key=lambda file: (file["name"] == UNSHARDED, file["name"])),
         }
         with (pending.temporary / MANIFEST).open("w") as file:
             json.dump(manifest, file)
@@ -291,9 +291,9 @@ class Checkpoints:
     def _problem(self, pending: _Pending) -> CheckpointError:
         failures: list[Any] = [None] * dist.get_world_size()
         dist.all_gather_object(failures, _failure(pending.job), group=self._group)
-        told = next((f"rank {rank}: {failure}" for rank, failure in enumerate(failures) if failure), "a rank failed")
+        first_failure = next((f"rank {rank}: {failure}" for rank, failure in enumerate(failures) if failure), "a rank failed")
         return CheckpointError(
-            f"the checkpoint could not be written ({told})",
+            f"the checkpoint could not be written ({first_failure})",
             where=str(pending.temporary),
             hint="Free space, or fix the directory; the last good checkpoint is untouched and the run resumes from it",
         )

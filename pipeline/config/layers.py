@@ -28,7 +28,7 @@ _SIMPLIFY = "Remove levels, lists or aliases"
 _INTEGER = re.compile(r"[-+]?[0-9]+")
 _FLOAT = re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?")
 _DIGITS = 400  # of a number; longer ones are strings
-_WORDS: dict[str, Any] = {"": None, "~": None, "true": True, "false": False} | {
+_KEYWORDS: dict[str, Any] = {"": None, "~": None, "true": True, "false": False} | {
     form: value
     for word, value in (("null", None), ("true", True), ("false", False))
     for form in (word, word.capitalize(), word.upper())
@@ -78,8 +78,8 @@ def grown(document: dict[str, Any], origin: str) -> Branch:
 
 def scalar(text: str) -> Any:
     """Parses a plain YAML 1.2 scalar: null, a boolean, an integer, a float, or the string itself."""
-    if text in _WORDS:
-        return _WORDS[text]
+    if text in _KEYWORDS:
+        return _KEYWORDS[text]
     if _INTEGER.fullmatch(text) and len(text) <= _DIGITS:
         return int(text)
     if _FLOAT.fullmatch(text) and len(text) <= _DIGITS:
@@ -121,9 +121,9 @@ def read(file: Path, problems: list[Problem], above: tuple[Path, ...], seen: lis
         raise ConfigError("is not UTF-8 text", where=shown, hint="Save the file in UTF-8") from error
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
-        place = f"{shown}:{mark.line + 1}:{mark.column + 1}" if mark else shown
+        position = f"{shown}:{mark.line + 1}:{mark.column + 1}" if mark else shown
         raise ConfigError(
-            f"is not valid YAML: {getattr(error, 'problem', None) or error}", where=place, hint="Correct the syntax there"
+            f"is not valid YAML: {getattr(error, 'problem', None) or error}", where=position, hint="Correct the syntax there"
         ) from error
     own = _grow(node, shown, problems) if node is not None else Branch({}, shown)
     if not isinstance(own, Branch):
@@ -221,11 +221,11 @@ def _grow(node: yaml.Node, shown: str, problems: list[Problem], path: str = "", 
     for key, value in node.value:
         name = key.value if isinstance(key, yaml.ScalarNode) else str(_plain(key))
         full = f"{path}.{name}" if path else name
-        place = f"{shown}:{key.start_mark.line + 1}:{key.start_mark.column + 1}" if shown != COMMAND_LINE else shown
+        position = f"{shown}:{key.start_mark.line + 1}:{key.start_mark.column + 1}" if shown != COMMAND_LINE else shown
         if name in children:
-            problems.append(Problem(full, f"{full} is given twice; the first time at {children[name].origin}", place))
+            problems.append(Problem(full, f"{full} is given twice; the first time at {children[name].origin}", position))
         child = _grow(value, shown, problems, full, depth + 1)
-        child.origin = place
+        child.origin = position
         children[name] = child
     return Branch(children, origin)
 

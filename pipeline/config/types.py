@@ -107,11 +107,11 @@ class PathLike:
 
     Attributes:
         kind: see :func:`pipeline.config.paths.absolute`.
-        words: values that are not paths.
+        keywords: values that are not paths.
     """
 
     kind: Kind
-    words: frozenset[str] = frozenset()
+    keywords: frozenset[str] = frozenset()
 
     def absolute(self, value: Any, folder: str | None = None) -> Any:
         """Returns the value with paths that are valid in every working directory."""
@@ -119,7 +119,7 @@ class PathLike:
             return None
         if isinstance(value, tuple):
             return patterns(value, folder)
-        return type(value)(absolute(str(value), self.kind, folder, words=self.words))
+        return type(value)(absolute(str(value), self.kind, folder, keywords=self.keywords))
 
 
 Probability = Annotated[float, Field(ge=0, le=1)]

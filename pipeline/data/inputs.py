@@ -120,7 +120,7 @@ def prepare(config: Config, world: int, progress: Callable[[int, int, Any], None
         DataError, ConfigError: the data or the settings cannot be used.
     """
     require = ("caption",) if config.method.reads_text and config.data.missing_caption == "exclude" else ()
-    urls, sources = _found(config)
+    urls, sources = _training_shards(config)
     train = _index(config, urls, progress, require)
     batch, micro = config.train.global_batch_size, config.train.micro_batch_size
     order: Order | Mixture
@@ -160,12 +160,12 @@ def evaluation_data(
     Raises:
         DataError: no shard matches, shards cannot be used, or training and evaluation samples overlap.
     """
-    found: dict[str, Any] = {}
+    manifests: dict[str, Any] = {}
     if config.evaluation.labelled:
         same = train is not None and not config.evaluation.knn.train_shards
-        found["bank"] = train if same else indexed(config, config.voting_shards, progress)
+        manifests["bank"] = train if same else indexed(config, config.voting_shards, progress)
         try:
-            found["queries"] = indexed(config, config.validation_shards, progress)
+            manifests["queries"] = indexed(config, config.validation_shards, progress)
         except DataError as error:
             if config.evaluation.knn.val_shards is not None or "no shard matches" not in str(error):
                 raise
@@ -174,14 +174,14 @@ def evaluation_data(
                 where=f"evaluation.knn.val_shards, by default {config.validation_shards[0]}",
                 hint="Name some, or turn the evaluation off: evaluation.knn.enabled=false",
             ) from error
-        _check_labelled(config, found["bank"], found["queries"], train, trained)
+        _check_labelled(config, manifests["bank"], manifests["queries"], train, trained)
     s = config.evaluation.segmentation
     if s.enabled:
         pair = [indexed(config, p or (), progress, require=("segmentation",)) for p in (s.train_shards, s.val_shards)]
         hint = "Give evaluation.segmentation.train_shards and val_shards no shard in common"
         check_held_out(pair[0], pair[1], where="evaluation.segmentation.val_shards", hint=hint)
-        found["dense"] = (pair[0], pair[1])
-    return found
+        manifests["dense"] = (pair[0], pair[1])
+    return manifests
 
 
 def _check_labelled(config: Config, bank: Manifest, queries: Manifest, train: Manifest | None, trained: bool) -> None:
@@ -215,7 +215,7 @@ def _trained_on(config: Config, bank: Manifest) -> Manifest | None:
         return None
 
 
-def _found(config: Config) -> tuple[list[str], tuple[Source, ...]]:
+def _training_shards(config: Config) -> tuple[list[str], tuple[Source, ...]]:
     """Returns the training shards in order, and the data sets they belong to.
 
     Raises:
@@ -227,16 +227,16 @@ def _found(config: Config) -> tuple[list[str], tuple[Source, ...]]:
     urls: list[str] = []
     owner: dict[str, str] = {}
     sources = []
-    for given in config.data.sources:
-        own = storage.expand(given.shards, store)
+    for source in config.data.sources:
+        own = storage.expand(source.shards, store)
         for url in own:
-            if owner.setdefault(storage.absolute(url), given.name) != given.name:
+            if owner.setdefault(storage.absolute(url), source.name) != source.name:
                 raise DataError(
-                    f"the data sets {owner[storage.absolute(url)]!r} and {given.name!r} share a shard",
+                    f"the data sets {owner[storage.absolute(url)]!r} and {source.name!r} share a shard",
                     where=url,
                     hint="Give each shard to one set of data.sources; repeat or weight say how often it is seen",
                 )
-        sources.append(Source(given.name, len(urls), len(own), given.weight, given.repeat or 1.0))
+        sources.append(Source(source.name, len(urls), len(own), source.weight, source.repeat or 1.0))
         urls += own
     return urls, tuple(sources)
 

@@ -101,14 +101,14 @@ def _twice(learned: Manifest, evaluated: Manifest) -> int:
     except (OSError, ValueError, KeyError, TypeError):
         pass
     ours = [_samples(evaluated, number) for number in range(len(evaluated.shards))]
-    wanted = np.unique(np.concatenate(ours))
-    seen = np.zeros(len(wanted), dtype=bool)
+    digests = np.unique(np.concatenate(ours))
+    seen = np.zeros(len(digests), dtype=bool)
     for number in range(len(learned.shards)):
-        seen |= np.isin(wanted, _samples(learned, number))
-    among = wanted[seen]
+        seen |= np.isin(digests, _samples(learned, number))
+    among = digests[seen]
     twice = int(sum(np.isin(one, among).sum() for one in ours))
     with contextlib.suppress(OSError):  # not cached: counted again next time
-        storage.write_whole(kept, json.dumps({"evaluated": evaluated.fingerprint, "samples": twice}).encode())
+        storage.write_atomically(kept, json.dumps({"evaluated": evaluated.fingerprint, "samples": twice}).encode())
     return twice
 
 

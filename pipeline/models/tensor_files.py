@@ -148,8 +148,8 @@ def _plain(state: Mapping[Any, Any], where: str, depth: int, seen: Iterator[int]
 
 
 def _dense(tensor: Tensor, name: str, where: str) -> Tensor:
-    whole = tensor.layout is torch.strided and not tensor.is_quantized
-    if not whole or (not tensor.is_meta and tensor.nbytes > tensor.untyped_storage().nbytes()):
+    is_dense = tensor.layout is torch.strided and not tensor.is_quantized
+    if not is_dense or (not tensor.is_meta and tensor.nbytes > tensor.untyped_storage().nbytes()):
         raise CheckpointError(
             f"the tensor {printable(name, limit=80)} must be dense, with a value in the file for each element",
             where=printable(where),

@@ -130,9 +130,9 @@ class TextTower(nn.Module):
         """
         x = self.tokens(tokens) + self.positions[: tokens.shape[1]]
         ends = tokens == self.end
-        place = torch.where(ends.any(1), ends.int().argmax(1), tokens.shape[1] - 1)[:, None]
+        last = torch.where(ends.any(1), ends.int().argmax(1), tokens.shape[1] - 1)[:, None]
         for block in self.blocks:
-            read = place if block is self.blocks[-1] else None
+            read = last if block is self.blocks[-1] else None
             x = checkpoint(block, x, read, use_reentrant=False) if self.checkpointing else block(x, read)
         features: Tensor = self.projection(self.norm(x[:, 0]))
         return features
@@ -222,31 +222,31 @@ def from_open_clip(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     if "token_embedding.weight" not in texts or "text_projection" not in texts:
         raise CheckpointError("contains no open_clip text tower", where="text weights", hint="Name a CLIP checkpoint")
     try:
-        found = {ours: texts[theirs] for theirs, ours in _OUTER.items()}
-        found["projection.weight"] = texts["text_projection"].T.contiguous()
+        converted = {ours: texts[theirs] for theirs, ours in _OUTER.items()}
+        converted["projection.weight"] = texts["text_projection"].T.contiguous()
         for block in count():
             prefix = f"transformer.resblocks.{block}."
             if f"{prefix}ln_1.weight" not in texts:
                 break
-            found |= {f"blocks.{block}.{ours}": texts[prefix + theirs] for theirs, ours in _INNER.items()}
+            converted |= {f"blocks.{block}.{ours}": texts[prefix + theirs] for theirs, ours in _INNER.items()}
     except KeyError as error:
         raise CheckpointError(
             f"a tensor of the text tower is missing: {error.args[0]}",
             where="text weights",
             hint="Name a complete CLIP checkpoint",
         ) from None
-    return found
+    return converted
 
 
 def to_open_clip(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The inverse of :func:`from_open_clip`, in the layout with ``text.``."""
-    found = {}
+    converted = {}
     for name, tensor in state.items():
         inner = re.fullmatch(r"blocks\.(\d+)\.(.+)", name)
         if name == "projection.weight":
-            found["text.text_projection"] = tensor.T.contiguous()
+            converted["text.text_projection"] = tensor.T.contiguous()
         elif inner:
-            found[f"text.transformer.resblocks.{inner[1]}.{_THEIRS[inner[2]]}"] = tensor
+            converted[f"text.transformer.resblocks.{inner[1]}.{_THEIRS[inner[2]]}"] = tensor
         else:
-            found[f"text.{_THEIRS[name]}"] = tensor
-    return found
+            converted[f"text.{_THEIRS[name]}"] = tensor
+    return converted

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from pipeline.errors import FoveaError, of_system, verdict
+from pipeline.errors import FoveaError, failure_fields, of_system
 from pipeline.masking import shown
 from pipeline.runtime import failure_claim as claims
 from pipeline.runtime.watchdog import RESTART, Watchdog
@@ -73,53 +73,53 @@ def read(error: BaseException, facts: dict[str, Any]) -> Failure:
     return Failure(f"{type(error).__name__}: {text[:500]}", expected=False)
 
 
-def tell(error: BaseException, watchdog: Watchdog, facts: dict[str, Any]) -> int:
+def report_failure(error: BaseException, watchdog: Watchdog, facts: dict[str, Any]) -> int:
     """Reports the exception that ended this rank on stderr; returns the exit code."""
     failure = read(error, facts)
-    phase, step = watchdog.place
-    place = f"rank {watchdog.rank}, {phase}, step {step}"
+    phase, step = watchdog.position
+    position = f"rank {watchdog.rank}, {phase}, step {step}"
     what, hint = failure.what, failure.hint
     cause = claims.claimed(watchdog.folder) if not failure.because_of_others else _wait_for_claim(watchdog, 1.5)
     if failure.because_of_others and cause is None:
         timed_out = "timed out" in what.lower() or "timeout" in what.lower()
-        blamed, sentence = watchdog.verdict(waits=True)
+        blamed, sentence = watchdog.diagnose(waits=True)
         cause = claims.claimed(watchdog.folder)
         if blamed != [watchdog.rank] or timed_out:
             known = [rank for rank in blamed if rank != watchdog.rank]
             logs = f"; see the log of rank {known[0]} and of its machine" if known else ""
             reason = "a collective took longer than launch.timeout" if timed_out else "the connection to another rank broke"
             what, hint = f"{reason}: {sentence}", f"Resume with the same command{logs}"
-    own: dict[str, Any] = {"rank": watchdog.rank, "what": what, "code": failure.code, "step": step, **verdict(error)}
+    own: dict[str, Any] = {"rank": watchdog.rank, "what": what, "code": failure.code, "step": step, **failure_fields(error)}
     if cause is None and claims.claim(watchdog.folder, own):
         if isinstance(error, OSError):
             with contextlib.suppress(OSError), watchdog.stacks.open("a") as file:
-                file.write(f"--- {place}\n{shown(''.join(traceback.format_exception(error)))}")
+                file.write(f"--- {position}\n{shown(''.join(traceback.format_exception(error)))}")
         if not failure.expected:
             print(shown("".join(traceback.format_exception(error))), file=sys.stderr, end="")
-        _say(f"error: {place}: {what}" + (f". {hint}" if hint else ""))
+        _print(f"error: {position}: {what}" + (f". {hint}" if hint else ""))
         return failure.code
     cause = cause or _wait_for_claim(watchdog, 1.0) or own
     with contextlib.suppress(OSError), watchdog.stacks.open("a") as file:
-        file.write(f"--- {place}\n{shown(''.join(traceback.format_exception(error)))}")
+        file.write(f"--- {position}\n{shown(''.join(traceback.format_exception(error)))}")
     time.sleep(0.5)  # so that the launcher sees the first failure first
     same = isinstance(error, FoveaError) and (cause["kind"], cause["step"]) == (
         own["kind"],
         own["step"],
     )  # all ranks raise it
     if failure.because_of_others or cause["what"] == what or same:
-        _say(f"rank {watchdog.rank} ends because of rank {cause['rank']}: {cause['what']}")
+        _print(f"rank {watchdog.rank} ends because of rank {cause['rank']}: {cause['what']}")
         return int(cause["code"])
-    _say(f"error: {place}, after rank {cause['rank']} had failed: {what}" + (f". {hint}" if hint else ""))
+    _print(f"error: {position}, after rank {cause['rank']} had failed: {what}" + (f". {hint}" if hint else ""))
     return failure.code
 
 
 def _wait_for_claim(watchdog: Watchdog, seconds: float) -> dict[str, Any] | None:
     end = time.monotonic() + seconds
-    while (found := claims.claimed(watchdog.folder)) is None and time.monotonic() < end:
+    while (claim := claims.claimed(watchdog.folder)) is None and time.monotonic() < end:
         time.sleep(0.05)
-    return found
+    return claim
 
 
-def _say(text: str) -> None:
+def _print(text: str) -> None:
     sys.stdout.flush()
     print(shown(text), file=sys.stderr, flush=True)

@@ -74,7 +74,7 @@ def join(
     if device.type == "cuda":
         torch.cuda.set_device(device)
     limit = timedelta(seconds=timeout)
-    notice = threading.Timer(_NOTICE, _say_waiting, (rank, size, f"{address}:{port}", timeout))
+    notice = threading.Timer(_NOTICE, _report_waiting, (rank, size, f"{address}:{port}", timeout))
     notice.daemon = True
     if size > 1 and rank == 0:
         notice.start()
@@ -101,10 +101,10 @@ def join(
     return World(rank, size, local_rank, device, control, local_size)
 
 
-def _say_waiting(rank: int, size: int, where: str, timeout: float) -> None:
+def _report_waiting(rank: int, size: int, where: str, timeout: float) -> None:
     """Reports that ranks are missing, so that stale variables of an old job are noticed before the timeout of ten minutes."""
-    told = f"rank {rank} of {size} still waits for the others at {where}, for {timeout:.0f} s at most (launch.timeout)"
-    print(f"fovea: {told}. If no launcher starts them, unset RANK and WORLD_SIZE", file=sys.stderr, flush=True)
+    text = f"rank {rank} of {size} still waits for the others at {where}, for {timeout:.0f} s at most (launch.timeout)"
+    print(f"fovea: {text}. If no launcher starts them, unset RANK and WORLD_SIZE", file=sys.stderr, flush=True)
 
 
 def gpu_of(local_rank: int, local_size: int, gpus: int) -> int:

@@ -122,15 +122,15 @@ class RunDirectory:
             content = read_bytes(self.path / "attempts.jsonl", limit=_ATTEMPTS)
         except (OSError, DataError):
             return []
-        found = []
+        attempts = []
         for line in content.decode("utf-8", "replace").split("\n"):
             try:
                 row = json.loads(line)
             except (ValueError, RecursionError):  # incomplete after a crash of the node
                 continue
             if isinstance(row, dict) and isinstance(row.get("event"), str):
-                found.append(row)
-        return found
+                attempts.append(row)
+        return attempts
 
     def next_attempt(self) -> int:
         """Returns the number of the next attempt."""

@@ -52,7 +52,7 @@ class LaunchSettings(Settings):
     timeout: Positive = Field(default=600.0, description="timeout of a collective, seconds")
 
 
-class HealthSettings(Settings):
+class WatchdogSettings(Settings):
     """What happens when a rank hangs or the loss is not finite."""
 
     hang_factor: float = Field(

@@ -49,7 +49,7 @@ from pipeline.training.engine import Engine, EngineOptions
 from pipeline.training.rollback import SkippedSteps
 from pipeline.training.schedules import Schedules
 from pipeline.training.timing import Phases, peak_tflops
-from pipeline.training.trainer import Plan, Progress, Trainer, Watcher
+from pipeline.training.trainer import Plan, Progress, ProgressLogger, Trainer
 from pipeline.weights import init_from as initial
 
 
@@ -117,7 +117,7 @@ def assemble(
     facts: dict[str, Any],
     requests: StopRequests,
     journal: Journal | None,
-    watcher: Watcher,
+    logger: ProgressLogger,
     watchdog: Watchdog,
     copies: Copies | None = None,
 ) -> Trainer:
@@ -135,7 +135,7 @@ def assemble(
     if resume is None and (start := initial.begin(method, config, record=world.rank == 0)) is not None:
         init = start.record
         for note in start.notes:
-            watcher.say(note)
+            logger.log(note)
         if journal is not None:
             journal.tags({f"fovea.init.{key}": value for key, value in start.record.items()})
     prepare_towers(method, config)
@@ -217,8 +217,8 @@ def assemble(
     def go_back() -> Progress:
         chosen: list[str | None] = [None]
         if world.rank == 0:
-            found, _ = newest(run.checkpoints)
-            chosen = [str(found.path) if found else None]
+            checkpoint, _ = newest(run.checkpoints)
+            chosen = [str(checkpoint.path) if checkpoint else None]
         dist.broadcast_object_list(chosen, group=world.control)
         if chosen[0] is None:
             raise NonFiniteError(
@@ -244,7 +244,7 @@ def assemble(
         data_state=lambda: _data_state(inputs, bad_samples, world),
         facts={**facts, "init": init, "world": world.size, "torch": torch.__version__, "python": platform.python_version()},
         journal=journal,
-        watcher=watcher,
+        logger=logger,
         plan=make_plan(config, inputs.order, run, attempt, world.rank),
         requests=requests,
         phases=Phases(world, watchdog, _peak(config, world.device), count=not config.train.compile),

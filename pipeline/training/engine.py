@@ -322,7 +322,7 @@ class Engine:
         sizes = {}
         for name, tensors in parts.items():
             storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
-            sizes[name] = float(sum(size for place, size in storages.items() if place not in counted))
+            sizes[name] = float(sum(size for storage, size in storages.items() if storage not in counted))
             counted |= storages.keys()
         return sizes
 

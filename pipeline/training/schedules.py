@@ -62,8 +62,8 @@ class Curve:
         if self.stair:  # the epoch then takes the role of the step
             samples_seen, global_batch = samples_seen - samples_seen % self.stair, self.stair
         if samples_seen < self.warmup:
-            whole = self.warmup - (0 if self.shape == "cosine_to_last" else global_batch)
-            share = min(samples_seen / whole, 1.0) if whole > 0 else 0.0
+            warmup_samples = self.warmup - (0 if self.shape == "cosine_to_last" else global_batch)
+            share = min(samples_seen / warmup_samples, 1.0) if warmup_samples > 0 else 0.0
             return self.start + (self.peak - self.start) * share
         if self.shape == "constant":
             return self.peak

@@ -32,7 +32,7 @@ class Settings:
 
 
 def read_settings(
-    given: Mapping[str, Any],
+    settings: Mapping[str, Any],
     takes: Callable[..., Any],
     *,
     where: str,
@@ -43,7 +43,7 @@ def read_settings(
     """Reads the settings that an architecture accepts.
 
     Args:
-        given: content of the foreign file.
+        settings: content of the foreign file.
         takes: the class or function whose parameters are allowed.
         where: the file, for messages.
         never: prefixes of names that are refused unless empty or off, because they would load from elsewhere.
@@ -59,7 +59,7 @@ def read_settings(
         allowed = set(inspect.signature(takes).parameters) - {"self", "args", "kwargs"}
     values: dict[str, Any] = {}
     rest: dict[str, Any] = {}
-    for name, value in given.items():
+    for name, value in settings.items():
         if name.startswith(other) and other:
             rest[name] = value
         elif name.startswith(never) and never:

@@ -28,16 +28,16 @@ def newest(run: Path) -> Saved:
     Raises:
         CheckpointError: there is none.
     """
-    found, complaints = files.newest(RunDirectory(run).checkpoints)
+    checkpoint, complaints = files.newest(RunDirectory(run).checkpoints)
     for complaint in complaints:
         print(shown(complaint), file=sys.stderr)
-    if found is None:
+    if checkpoint is None:
         raise CheckpointError(
             "the run has no checkpoint yet",
             where=str(RunDirectory(run).checkpoints),
             hint="Train until the first checkpoint (checkpoint.every), or name another run",
         )
-    return found
+    return checkpoint
 
 
 def named_or_newest(run: Path, checkpoint: Path | None) -> Saved:
@@ -48,9 +48,9 @@ def named_or_newest(run: Path, checkpoint: Path | None) -> Saved:
     """
     if checkpoint is None:
         return newest(run)
-    found = files.read(checkpoint)
-    files.verify(found)
-    return found
+    saved = files.read(checkpoint)
+    files.verify(saved)
+    return saved
 
 
 def fill_trained(method: Method, saved: Saved, *, student: bool = False) -> None:
@@ -120,7 +120,7 @@ def chosen(path: Path, *, best: bool = False) -> Saved:
     if not best:
         return newest(path)
     folder = path / "checkpoints"
-    found = read_best(folder)
-    if "checkpoint" not in found:
+    best_checkpoint = read_best(folder)
+    if "checkpoint" not in best_checkpoint:
         raise CheckpointError("the run has no best checkpoint", where=str(folder), hint="Leave --best out")
-    return files.read(folder / str(found["checkpoint"]))
+    return files.read(folder / str(best_checkpoint["checkpoint"]))

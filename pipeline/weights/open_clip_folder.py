@@ -138,10 +138,10 @@ def load(folder: Path) -> OpenClipFolder:
     vision = read_settings(about["vision_cfg"], CLIPVisionCfg, where=where, never=("timm_model",))
     beside = ("hf_tokenizer_name", "tokenizer_")
     text = read_settings(about["text_cfg"], CLIPTextCfg, where=where, never=("hf_model",), other=beside)
-    whole = read_settings(about, CustomTextCLIP.__init__, where=where, other=("vision_cfg", "text_cfg", "custom_text"))
+    model_settings = read_settings(about, CustomTextCLIP.__init__, where=where, other=("vision_cfg", "text_cfg", "custom_text"))
     custom = about.get("custom_text") is True
     make = CustomTextCLIP if custom else CLIP
-    arguments = {**whole.values, "vision_cfg": vision.values, "text_cfg": text.values}
+    arguments = {**model_settings.values, "vision_cfg": vision.values, "text_cfg": text.values}
     state = read_folder(folder, _WEIGHTS)
     inner = state.get("state_dict")
     state = {name.removeprefix("module."): t for name, t in (inner if isinstance(inner, dict) else state).items()}
@@ -169,10 +169,10 @@ def load(folder: Path) -> OpenClipFolder:
     return OpenClipFolder(folder, model, size, mean, std, text)
 
 
-def _preprocessing(given: Any, where: str) -> tuple[int, tuple[float, float, float], tuple[float, float, float]]:
+def _preprocessing(settings: Any, where: str) -> tuple[int, tuple[float, float, float], tuple[float, float, float]]:
     from pipeline.weights.folder_config import side, three
 
-    about = given if isinstance(given, dict) else {}
+    about = settings if isinstance(settings, dict) else {}
     return (
         side(about.get("size", 224), where=where),
         three(about.get("mean", (0.48145466, 0.4578275, 0.40821073)), where=where),

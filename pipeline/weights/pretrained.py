@@ -116,9 +116,9 @@ def _of_timm(path: Path, about: dict[str, Any], device: torch.device) -> Pretrai
     own = about.get("pretrained_cfg")
     shown = own if isinstance(own, dict) else about  # an older layout
     usual = timm.get_pretrained_cfg(name, allow_unregistered=True)
-    given = about.get("model_args")
+    model_args = about.get("model_args")
     takes = _keywords(_parameters(VisionTransformer) | _parameters(Eva))
-    args = read_settings(given if isinstance(given, dict) else {}, takes, where=where).values
+    args = read_settings(model_args if isinstance(model_args, dict) else {}, takes, where=where).values
     for key in ("num_classes", "global_pool"):
         value = about.get(key, shown.get(key))
         if value is not None:
@@ -204,8 +204,8 @@ def _of_open_clip(path: Path, device: torch.device) -> PretrainedModel:
         features: Tensor = model.encode_text(read.tokenize(sentences).to(device))
         return features
 
-    def images(pictures: Tensor) -> Tensor:
-        features: Tensor = torch.as_tensor(visual(pictures)[0])
+    def images(images: Tensor) -> Tensor:
+        features: Tensor = torch.as_tensor(visual(images)[0])
         return features
 
     return PretrainedModel(path.name, EvalModel(tower, read.mean, read.std, images=images, texts=texts), read.size)

@@ -98,7 +98,7 @@ def number_labels(
     Args:
         labels: for each sample the location of its label (a row, a folder) and the label.
         where: the source, for messages.
-        mode: ``names`` treats numbers as names too and numbers them anew.
+        mode: ``names`` treats numbers as names too and assigns new numbers.
         classes: names whose positions are the class indices; other names are rejected. Empty: the names that occur, sorted.
         mixed_hint: the hint for names mixed with numbers, if the source has its own.
 

@@ -152,8 +152,8 @@ class ShardIndex:
     @property
     def counts(self) -> dict[str, int]:
         """Returns the number of samples by status."""
-        found = np.bincount(self.columns["status"], minlength=len(STATUSES))
-        return {status: int(n) for status, n in zip(STATUSES, found, strict=True) if n}
+        counts = np.bincount(self.columns["status"], minlength=len(STATUSES))
+        return {status: int(n) for status, n in zip(STATUSES, counts, strict=True) if n}
 
     @property
     def accepted(self) -> NDArray[np.int64]:
@@ -190,7 +190,7 @@ class ShardIndex:
         }
         buffer = io.BytesIO()
         np.savez(buffer, **arrays)
-        storage.write_whole(path, buffer.getvalue())
+        storage.write_atomically(path, buffer.getvalue())
 
 
 def make_columns(rows: list[dict[str, int]]) -> dict[str, NDArray[Any]]:
@@ -200,9 +200,9 @@ def make_columns(rows: list[dict[str, int]]) -> dict[str, NDArray[Any]]:
 
 def sidecar_name(url: str) -> str:
     """Returns the file name of a shard's sidecar; equal base names in different directories do not collide."""
-    place = hashlib.blake2b(storage.absolute(url).encode("utf-8", "surrogateescape"), digest_size=6).hexdigest()
+    digest = hashlib.blake2b(storage.absolute(url).encode("utf-8", "surrogateescape"), digest_size=6).hexdigest()
     name = re.sub(rf"{UNPRINTABLE.pattern}|\\\\", "_", storage.base_name(url))
-    return f"{name if len(name.encode()) <= _MAX_STEM else name[-_MAX_STEM // 4 :]}-{place}.npz"
+    return f"{name if len(name.encode()) <= _MAX_STEM else name[-_MAX_STEM // 4 :]}-{digest}.npz"
 
 
 def load_sidecar(path: Path) -> ShardIndex:
@@ -427,7 +427,7 @@ class Manifest:
             "fields": asdict(self.fields),
             "shards": [asdict(shard) for shard in self.shards],
         }
-        storage.write_whole(Path(directory) / "manifest.json", (json.dumps(document, indent=1) + "\n").encode())
+        storage.write_atomically(Path(directory) / "manifest.json", (json.dumps(document, indent=1) + "\n").encode())
 
     @classmethod
     def load(cls, directory: str | Path) -> Manifest:
@@ -460,15 +460,15 @@ class Manifest:
         """Describes the differences to ``other``; empty if the fingerprints are equal."""
         if self.fingerprint == other.fingerprint:
             return ""
-        mine, theirs = ({shard.name: shard for shard in manifest.shards} for manifest in (self, other))
+        ours, theirs = ({shard.name: shard for shard in manifest.shards} for manifest in (self, other))
         lines = [f"{self.total} samples in {len(self.shards)} shards here, {other.total} in {len(other.shards)} there"]
-        gone, new = [name for name in mine if name not in theirs], [name for name in theirs if name not in mine]
-        changed = [name for name in mine if name in theirs and _content(mine[name]) != _content(theirs[name])]
+        gone, new = [name for name in ours if name not in theirs], [name for name in theirs if name not in ours]
+        changed = [name for name in ours if name in theirs and _content(ours[name]) != _content(theirs[name])]
         for text, names in (("only here", gone), ("only there", new)):
             if names:
                 lines.append(f"{text}: {_few(names)}")
         for name in changed[:5]:
-            a, b = mine[name], theirs[name]
+            a, b = ours[name], theirs[name]
             lines.append(f"changed: {name} ({a.samples} samples, {a.size} bytes here; {b.samples} samples, {b.size} bytes there)")
         if len(changed) > 5:
             lines.append(f"changed: {len(changed) - 5} more")

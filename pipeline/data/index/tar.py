@@ -222,19 +222,19 @@ def runs(
     Raises:
         TarDamage: the archive is damaged, and may not or cannot be used.
     """
-    found: list[tuple[str, dict[str, Member]]] = []
+    groups: list[tuple[str, dict[str, Member]]] = []
     walker = samples(shard, notes)
     while True:
         try:
-            found.append(next(walker))
+            groups.append(next(walker))
         except StopIteration:
-            return found, ""
+            return groups, ""
         except TarDamage as error:
             if not use_damaged or error.reason not in ("truncated", "corrupt", "trailing"):
                 raise
-            if error.reason != "trailing" and found:
-                notes.note("cut_sample", found.pop()[0])  # its remaining members may be lost
-            return found, str(error)
+            if error.reason != "trailing" and groups:
+                notes.note("cut_sample", groups.pop()[0])  # its remaining members may be lost
+            return groups, str(error)
 
 
 def doubts(runs: Sequence[tuple[str, set[str]]]) -> list[str]:
@@ -249,14 +249,14 @@ def doubts(runs: Sequence[tuple[str, set[str]]]) -> list[str]:
     """
     seen: dict[str, set[str]] = {}
     scattered = set()
-    found = []
+    reasons = []
     for key, extensions in runs:
         before = seen.setdefault(key, set())
-        found.append("duplicate_key" if before & extensions else "")
+        reasons.append("duplicate_key" if before & extensions else "")
         if before and not before & extensions:
             scattered.add(key)
         before |= extensions
-    return [doubt or ("not_adjacent" if key in scattered else "") for (key, _), doubt in zip(runs, found, strict=True)]
+    return [doubt or ("not_adjacent" if key in scattered else "") for (key, _), doubt in zip(runs, reasons, strict=True)]
 
 
 def _damage(what: str, where: str, hint: str, reason: Reason, at: int) -> TarDamage:

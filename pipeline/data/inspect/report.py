@@ -115,11 +115,11 @@ class IndexReport:
                 among = f"in {len(finding.shards)} shard{'s' if len(finding.shards) > 1 else ''}"
                 lines.append(f"  {finding.count:>9,}  {finding.reason:<{width}}  {among}: {finding.meaning}")
                 lines += [f"{'':13}{printable(shard)}: {printable(name)}" for shard, name in finding.examples]
-        told = (
+        sections = (
             ("shards refused", [f"{shard}: {what}. {hint}".rstrip(". ") for shard, what, hint in self.refused]),
             ("shards used in part", [what for _, what in self.damaged]),
         )
-        for title, entries in told:
+        for title, entries in sections:
             if entries:
                 lines += ["", title, *(f"  {entry}" for entry in entries[:most_shards])]
             if most_shards is not None and len(entries) > most_shards:
@@ -133,8 +133,8 @@ class IndexReport:
             DataError: the file cannot be written.
         """
         try:
-            storage.write_whole(path, (json.dumps(self.document(), indent=1, ensure_ascii=False) + "\n").encode())
-            storage.write_whole(path.with_suffix(".txt"), (self.text() + "\n").encode())
+            storage.write_atomically(path, (json.dumps(self.document(), indent=1, ensure_ascii=False) + "\n").encode())
+            storage.write_atomically(path.with_suffix(".txt"), (self.text() + "\n").encode())
         except OSError as error:
             raise DataError(f"cannot be written ({error.strerror})", where=str(path), hint="Choose another --report") from error
 

@@ -162,8 +162,8 @@ def statistics(manifest: Manifest, *, global_batch: int = 1024) -> Statistics:
     Raises:
         DataError: a sidecar is missing or damaged.
     """
-    wanted = ("width", "height", "image_size", "format", "caption_source", "caption_size", "label", "crc32")
-    columns = {name: np.concatenate([manifest.column(number, name) for number in range(len(manifest.shards))]) for name in wanted}
+    names = ("width", "height", "image_size", "format", "caption_source", "caption_size", "label", "crc32")
+    columns = {name: np.concatenate([manifest.column(number, name) for number in range(len(manifest.shards))]) for name in names}
     width, height = columns["width"].astype(np.float64), columns["height"].astype(np.float64)
     written = columns["caption_size"][columns["caption_source"] == CAPTION_SOURCES.index("text")]
     sizes = np.array([shard.size for shard in manifest.shards])
@@ -205,8 +205,8 @@ def statistics(manifest: Manifest, *, global_batch: int = 1024) -> Statistics:
 
 
 def _spread(unit: str, values: NDArray[Any]) -> Spread:
-    found = np.percentile(values, PERCENTILES, method="nearest")
-    return Spread(unit, float(values.mean()), tuple(float(value) for value in found))
+    percentiles = np.percentile(values, PERCENTILES, method="nearest")
+    return Spread(unit, float(values.mean()), tuple(float(value) for value in percentiles))
 
 
 def _named(names: Sequence[str], column: NDArray[Any]) -> dict[str, int]:
@@ -224,7 +224,7 @@ def _duplicates(manifest: Manifest, columns: dict[str, NDArray[Any]]) -> Duplica
     several = sorted((np.sort(group) for group in groups if len(group) > 1), key=lambda group: int(group[0]))
     ends = np.cumsum(manifest.sizes)
 
-    def place(row: int) -> tuple[str, str]:
+    def folder_and_label(row: int) -> tuple[str, str]:
         shard = int(np.searchsorted(ends, row, side="right"))
         return manifest.shards[shard].name, manifest.rows(shard).keys[row - int(ends[shard]) + manifest.shards[shard].samples]
 
@@ -232,7 +232,7 @@ def _duplicates(manifest: Manifest, columns: dict[str, NDArray[Any]]) -> Duplica
         pictures=len(several),
         superfluous=sum(len(group) - 1 for group in several),
         labels_differ=sum(len(set(columns["label"][group].tolist())) > 1 for group in several),
-        examples=tuple(tuple(place(int(row)) for row in group[:4]) for group in several[:5]),
+        examples=tuple(tuple(folder_and_label(int(row)) for row in group[:4]) for group in several[:5]),
     )
 
 

@@ -128,7 +128,7 @@ class Reader:
             status = "unreadable"
         image = parts.get("image")
         if image is not None:
-            status = self._verdict(image, rows, row)
+            status = self._status(image, rows, row)
         columns = rows.columns
         captions = self._captions(parts.get("caption"), rows, row)
         return Record(
@@ -145,7 +145,7 @@ class Reader:
             captions=captions,
         )
 
-    def _verdict(self, image: bytes, rows: Rows, row: int) -> str:
+    def _status(self, image: bytes, rows: Rows, row: int) -> str:
         if self.checksum and zlib.crc32(image) != rows.columns["crc32"][row]:
             return "corrupt"
         return "ok" if is_complete(image, FORMATS[rows.columns["format"][row]]) else "truncated"

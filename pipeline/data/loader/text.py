@@ -27,7 +27,7 @@ from pipeline.errors import ConfigError
 _CAPTION = 0xCA97  # identifies the random draw
 _LETTERS = 256  # maximum letters of one word; byte-pair encoding takes quadratic time
 _TEXT = 128  # maximum letters per token of context; the rest of a caption is ignored
-_WORDS = 100_000  # maximum number of words cached with their tokens
+_CACHED = 100_000  # maximum number of words cached with their tokens
 _MULTIPLE = 8  # trimmed lengths are multiples of this: fewer shapes to compile, and sizes that suit a GPU
 
 
@@ -76,7 +76,7 @@ class Tokenizer:
             self._made = _module().SimpleTokenizer(**self._options)
             self._marks = frozenset(self._made.all_special_ids)
         made, context = self._made, self.spec.context
-        if len(made.cache) > _WORDS:
+        if len(made.cache) > _CACHED:
             made.cache = {mark: mark for mark in made.cache if made.encoder.get(mark) in self._marks}
         tokens = np.zeros((len(texts), context), dtype=np.int64)
         for row, text in enumerate(texts):

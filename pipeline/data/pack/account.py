@@ -148,11 +148,11 @@ def write_lists(source: Source, out: Path, prefix: str, journal: IO[bytes], comp
     for path, entries in zip(paths, (skipped, notes), strict=True):
         entries.sort()
         if entries:
-            storage.write_whole(path, "".join(f"{reason}\t{name}\n" for name, reason in entries).encode())
+            storage.write_atomically(path, "".join(f"{reason}\t{name}\n" for name, reason in entries).encode())
         else:
             path.unlink(missing_ok=True)
     if source.classes:
-        storage.write_whole(out / "classes.txt", "".join(f"{name}\n" for name in source.classes).encode())
+        storage.write_atomically(out / "classes.txt", "".join(f"{name}\n" for name in source.classes).encode())
     return tuple(skipped), tuple(notes)
 
 

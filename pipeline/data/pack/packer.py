@@ -21,7 +21,7 @@ from pipeline.data.pack.layouts import extension_counts
 from pipeline.data.pack.resume import PackState, Piece
 from pipeline.data.pack.samples import SkippedSample, Source
 from pipeline.data.pack.shard_writer import ShardWriter
-from pipeline.data.pack.sources import Pictures
+from pipeline.data.pack.sources import ImageSource
 from pipeline.data.pack.transcode import Form, transcode
 from pipeline.errors import DataError
 from pipeline.runtime.locks import lock
@@ -241,7 +241,7 @@ def _pack(
 
 def _empty_classes(source: Source, skipped: Sequence[tuple[str, str]]) -> list[str]:
     """Reports class indices that occur in the source but in no packed sample."""
-    if not source.classes or not isinstance(source, Pictures):
+    if not source.classes or not isinstance(source, ImageSource):
         return []
     gone = {name for name, _ in skipped}
     there = {entry.label for entry in source.entries if printable(entry.shown) not in gone}
@@ -293,17 +293,17 @@ def _prepare(source: Source, packing: Packing, position: int) -> _Prepared:
         raw = source.load(position)
     except SkippedSample as error:
         return None, (str(error),), False
-    verdict = inspect_header(raw.image, min_side=packing.min_side, max_pixels=packing.max_pixels)
+    header = inspect_header(raw.image, min_side=packing.min_side, max_pixels=packing.max_pixels)
     form: Form | None = None
-    if verdict.status in ("unsupported", "not_image"):
+    if header.status in ("unsupported", "not_image"):
         form = packing.transcode
-    elif verdict.status == "ok" and packing.max_side is not None and max(verdict.width, verdict.height) > packing.max_side:
-        form = "jpg" if verdict.format == "jpeg" else "png"
+    elif header.status == "ok" and packing.max_side is not None and max(header.width, header.height) > packing.max_side:
+        form = "jpg" if header.format == "jpeg" else "png"
     image = raw.image
     if form is not None:
         image = transcode(image, form, max_pixels=packing.max_pixels, max_side=packing.max_side) or image
     if image is not raw.image:
-        verdict = inspect_header(image, min_side=packing.min_side, max_pixels=packing.max_pixels)
-    if verdict.status != "ok":
-        return None, (verdict.status,), False
-    return raw.sample(image, verdict), raw.notes, image is not raw.image
+        header = inspect_header(image, min_side=packing.min_side, max_pixels=packing.max_pixels)
+    if header.status != "ok":
+        return None, (header.status,), False
+    return raw.sample(image, header), raw.notes, image is not raw.image

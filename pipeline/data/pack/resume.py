@@ -107,7 +107,7 @@ class PackState:
             "shards": [asdict(piece) for piece in pieces],
             "account": None if account is None else asdict(account),
         }
-        storage.write_whole(self._path, (json.dumps(document, indent=1) + "\n").encode())
+        storage.write_atomically(self._path, (json.dumps(document, indent=1) + "\n").encode())
 
     def _read(self) -> dict[str, Any] | None:
         try:

@@ -25,7 +25,18 @@ from pipeline.data.pack.samples import IMAGES, MAX_FILE, READ, Raw, SkippedSampl
 from pipeline.errors import ConfigError, DataError
 from pipeline.untrusted import printable
 
-__all__ = ["LAYOUTS", "Layout", "Members", "Options", "Picture", "Pictures", "Raw", "SkippedSample", "Source", "open_source"]
+__all__ = [
+    "LAYOUTS",
+    "ImageSource",
+    "Layout",
+    "Members",
+    "Options",
+    "Raw",
+    "SkippedSample",
+    "Source",
+    "SourceImage",
+    "open_source",
+]
 _IMAGES, _PROBED = frozenset(IMAGES), frozenset(READ)
 _CAPTION = "txt"
 _MAX_CAPTION = 4 << 20  # bytes
@@ -155,7 +166,7 @@ def _allowed_roots(root: Path, options: Options) -> tuple[str, ...]:
 
 
 @dataclass(frozen=True, slots=True)
-class Picture:
+class SourceImage:
     """An image file that a directory or a table names.
 
     Attributes:
@@ -178,7 +189,7 @@ class Picture:
 
 
 @dataclass(frozen=True)
-class Pictures:
+class ImageSource:
     """Single image files; their keys in the shards are numbers. See :class:`pipeline.data.pack.samples.Source`.
 
     Attributes:
@@ -187,7 +198,7 @@ class Pictures:
         shared: names of caption files that several images share, with the names of these images.
     """
 
-    entries: Sequence[Picture]
+    entries: Sequence[SourceImage]
     classes: tuple[str, ...]
     digest: str
     unit: str = "files"
@@ -240,7 +251,7 @@ class Pictures:
         return Raw(read_file(entry.path, limit=self.max_file, roots=self.roots), members, notes=notes)
 
 
-def _of_folder(listing: Listing, where: str, options: Options, *, classes: bool) -> Pictures:
+def _of_folder(listing: Listing, where: str, options: Options, *, classes: bool) -> ImageSource:
     images: list[File] = []
     left_out, remarks = list(listing.left_out), []
     texts: dict[str, File] = {}
@@ -276,12 +287,12 @@ def _of_folder(listing: Listing, where: str, options: Options, *, classes: bool)
     sidecars = sum(file.extension == "json" and file.stem in stems for file in listing.files)
     if sidecars:
         remarks.append(f"{sidecars} .json files have the name of an image: --layout files packs them with it, without classes")
-    entries: list[Picture] = []
+    entries: list[SourceImage] = []
     used: dict[str, tuple[str, ...]] = {}
     for file, number in zip(images, numbers, strict=True):
         text = texts.get(file.stem) or texts.get(file.shown)
         name = "" if text is None else text.shown
-        entries.append(Picture(file.path, file.shown, number, caption_file=text, owns_caption=name not in used))
+        entries.append(SourceImage(file.path, file.shown, number, caption_file=text, owns_caption=name not in used))
         if text is not None:
             used[name] = (*used.get(name, ()), printable(file.shown))
     left_out += [(text.shown, "text_without_image") for text in texts.values() if text.shown not in used]
@@ -289,7 +300,7 @@ def _of_folder(listing: Listing, where: str, options: Options, *, classes: bool)
     lines += [f"caption\0{entry.shown}\0{entry.caption_file.size}" for entry in entries if entry.caption_file is not None]
     if not names and any(number is not None for number in numbers):
         lines.append(f"numbers\0{numbers}")
-    return Pictures(
+    return ImageSource(
         entries,
         names,
         digest_of("folder", lines),
@@ -306,7 +317,7 @@ def _usable_classes(images: Sequence[File], tops: Sequence[str | None], listing:
     """Returns top-level directories with a readable image, and those that look like a class but have none."""
     usable: set[str] = set()
     for file, top in zip(images, tops, strict=True):
-        if top is not None and top not in usable and _seems_whole(file):
+        if top is not None and top not in usable and _seems_complete(file):
             usable.add(top)
     if not any(tops):
         return usable, []
@@ -316,7 +327,7 @@ def _usable_classes(images: Sequence[File], tops: Sequence[str | None], listing:
     return usable, sorted(others - usable)
 
 
-def _seems_whole(file: File) -> bool:
+def _seems_complete(file: File) -> bool:
     """Whether an image's header and end are present; formats that need transcoding count as complete."""
     if file.extension not in _PROBED:
         return True
@@ -363,7 +374,7 @@ def _few(names: Sequence[str], most: int = 5) -> str:
 # ---- tables ----------------------------------------------------------------------------------------------------------------
 
 
-def _of_table(source: Path, options: Options) -> Pictures:
+def _of_table(source: Path, options: Options) -> ImageSource:
     rows = list(tables.rows(source))
     if not rows:
         raise DataError("has no rows below its header", where=str(source), hint="Write one row per image")
@@ -371,7 +382,7 @@ def _of_table(source: Path, options: Options) -> Pictures:
         [(row.where, row.label) for row in rows], where=str(source), mode=options.labels, classes=options.classes
     )
     if all(number is None for number in numbers):
-        notes = [(place, note) for place, note in notes if note != "empty_label"]
+        notes = [(index, note) for index, note in notes if note != "empty_label"]
     notes += [(row.where, note) for row in rows for note in row.notes]
     folders = [*options.roots, source.parent]
     # With follow_links, links may lead out of the roots; paths written in the table may not.
@@ -383,7 +394,7 @@ def _of_table(source: Path, options: Options) -> Pictures:
         folder = resolve(os.path.dirname(path))
         if not is_below(folder, allowed):
             outside.append((row.where, row.path, folder))
-        entries.append(Picture(path, row.path, number, row.captions, row.extra))
+        entries.append(SourceImage(path, row.path, number, row.captions, row.extra))
     if outside:
         raise _outside(source, outside, len(rows))
     kind = "\0".join(("table", *(str(root) for root in options.roots), *(("anywhere",) if options.follow_links else ())))
@@ -393,7 +404,9 @@ def _of_table(source: Path, options: Options) -> Pictures:
     other = dict.fromkeys(name for row in rows for name in row.extra if name not in measured)
     if other:
         remarks.insert(0, f"columns kept in .json alone: {_few([name or '(without a name)' for name in other], 8)}")
-    return Pictures(entries, names, digest, "rows", (), notes, remarks, () if options.follow_links else allowed, options.max_file)
+    return ImageSource(
+        entries, names, digest, "rows", (), notes, remarks, () if options.follow_links else allowed, options.max_file
+    )
 
 
 def _locate(path: str, folders: Sequence[Path]) -> str:
@@ -408,10 +421,10 @@ def _locate(path: str, folders: Sequence[Path]) -> str:
 
 
 def _outside(source: Path, outside: Sequence[tuple[str, str, str]], total: int) -> DataError:
-    place, path, _ = outside[0]
+    row, path, _ = outside[0]
     common = os.path.commonpath([folder for _, _, folder in outside])
     return DataError(
-        f"{len(outside)} of {total} paths lie outside the table's folder, the first in {printable(place)}: "
+        f"{len(outside)} of {total} paths lie outside the table's folder, the first in {printable(row)}: "
         f"{printable(path, limit=200)}",
         where=str(source),
         hint=f"If you trust the table, name the folder they lie in: --root {printable(common)} (may be given several times)",

@@ -64,25 +64,27 @@ def rows(table: Path) -> Iterator[Row]:
         raise DataError("is not a table", where=str(table), hint=f"Give a file that ends in one of {', '.join(KINDS)}")
     reader = {".jsonl": _jsonl, ".parquet": _parquet}.get(kind, _csv)
     try:
-        for place, row in reader(table):
-            yield _row(place, row)
+        for position, row in reader(table):
+            yield _row(position, row)
     except UnicodeError as error:
         raise _no_text(table) from error
     except OSError as error:
         raise DataError(f"cannot be read ({error.strerror})", where=str(table), hint="Check the path") from error
 
 
-def _row(place: str, row: dict[str, Any]) -> Row:
+def _row(position: str, row: dict[str, Any]) -> Row:
     path = row.get("path")
     if _blank(path):
-        raise DataError("has no path", where=place, hint="Give every row the path of an image")
+        raise DataError("has no path", where=position, hint="Give every row the path of an image")
     if not isinstance(path, str) or "\0" in path:
         shown = repr(path) if isinstance(path, str) else type(path).__name__
-        raise DataError(f"the path must be text, not {printable(shown, limit=60)}", where=place, hint="Write the path of a file")
+        raise DataError(
+            f"the path must be text, not {printable(shown, limit=60)}", where=position, hint="Write the path of a file"
+        )
     if _ADDRESS.match(path):
         hint = "Write the path without file://" if path.lower().startswith("file:") else _FETCH
         shown = printable(hide_secrets(path), limit=80)
-        raise DataError(f"the path must be a file, not the address {shown}", where=place, hint=hint)
+        raise DataError(f"the path must be a file, not the address {shown}", where=position, hint=hint)
     notes: list[str] = []
     captions: list[str] = []
     for name in ("caption", "captions"):
@@ -92,27 +94,27 @@ def _row(place: str, row: dict[str, Any]) -> Row:
                 continue
             if isinstance(text, bool) or not isinstance(text, (str, int, float)):
                 hint = "Give a string or a list of strings"
-                raise DataError(f"the {name} must be text, not {type(text).__name__}", where=place, hint=hint)
+                raise DataError(f"the {name} must be text, not {type(text).__name__}", where=position, hint=hint)
             clean, replaced = clean_text(str(text))
             captions.append(clean)
             notes += [REPLACED] * replaced + ["caption_list"] * bool(_LIST.fullmatch(clean))
-    extra = {clean_text(name)[0]: _plain(value, place, name, notes) for name, value in row.items() if name not in _OWN}
+    extra = {clean_text(name)[0]: _plain(value, position, name, notes) for name, value in row.items() if name not in _OWN}
     label = row.get("label")
-    return Row(path, label, tuple(dict.fromkeys(captions)), extra, place, tuple(dict.fromkeys(notes)))
+    return Row(path, label, tuple(dict.fromkeys(captions)), extra, position, tuple(dict.fromkeys(notes)))
 
 
 def _blank(value: Any) -> bool:
     return value is None or (isinstance(value, float) and math.isnan(value)) or (isinstance(value, str) and not value.strip())
 
 
-def _plain(value: Any, place: str, name: str, notes: list[str], depth: int = 0) -> Any:
+def _plain(value: Any, position: str, name: str, notes: list[str], depth: int = 0) -> Any:
     """Converts a value to JSON types."""
     if depth > _MAX_DEPTH:
         hint = "Flatten it, or leave the column out of the table"
-        raise DataError(f"column {printable(name, limit=60)!r} is nested too deeply", where=place, hint=hint)
+        raise DataError(f"column {printable(name, limit=60)!r} is nested too deeply", where=position, hint=hint)
     if isinstance(value, (bytes, bytearray, memoryview)):
         hint = "Leave the column out of the table: only text, numbers and lists of them are kept"
-        raise DataError(f"column {printable(name, limit=60)!r} contains bytes", where=place, hint=hint)
+        raise DataError(f"column {printable(name, limit=60)!r} contains bytes", where=position, hint=hint)
     if isinstance(value, float) and not math.isfinite(value):
         return None
     if isinstance(value, str):
@@ -122,9 +124,9 @@ def _plain(value: Any, place: str, name: str, notes: list[str], depth: int = 0) 
     if value is None or isinstance(value, (bool, int, float)):
         return value
     if isinstance(value, dict):
-        return {clean_text(str(key))[0]: _plain(inner, place, name, notes, depth + 1) for key, inner in value.items()}
+        return {clean_text(str(key))[0]: _plain(inner, position, name, notes, depth + 1) for key, inner in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_plain(inner, place, name, notes, depth + 1) for inner in value]
+        return [_plain(inner, position, name, notes, depth + 1) for inner in value]
     return str(value)
 
 
@@ -168,28 +170,28 @@ def _jsonl(table: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     hint = 'Write lines such as {"path": "a.jpg"}'
     with _open(table) as file:
         for number, line in enumerate(_lines(file, table), start=1):
-            place = f"{table}:{number}"
+            position = f"{table}:{number}"
             if not line.strip():
                 continue
             try:
                 row = json.loads(line, object_pairs_hook=_once)
             except (ValueError, RecursionError) as error:
                 reason = "nested too deeply" if isinstance(error, RecursionError) else printable(str(error), limit=120)
-                raise DataError(f"is not JSON ({reason})", where=place, hint="Write one JSON object per line") from error
+                raise DataError(f"is not JSON ({reason})", where=position, hint="Write one JSON object per line") from error
             if not isinstance(row, dict):
-                raise DataError(f"must be an object, not {type(row).__name__}", where=place, hint=hint)
-            _check_spelling(row, place)
+                raise DataError(f"must be an object, not {type(row).__name__}", where=position, hint=hint)
+            _check_spelling(row, position)
             if _blank(row.get("path")):
-                raise DataError("has no path", where=place, hint=hint + _download(row))
-            yield place, row
+                raise DataError("has no path", where=position, hint=hint + _download(row))
+            yield position, row
 
 
 def _lines(file: Any, table: Path) -> Iterator[str]:
     """Yields lines that end in a line feed alone: a carriage return inside a line is white space in JSON."""
     rest = ""
     while chunk := file.read(1 << 20):
-        *whole, rest = (rest + chunk).split("\n")
-        yield from whole
+        *complete, rest = (rest + chunk).split("\n")
+        yield from complete
         if len(rest) > _MAX_LINE:
             raise DataError(
                 f"a line has more than {_MAX_LINE} characters", where=str(table), hint="Write one JSON object per line"
@@ -256,10 +258,10 @@ def _check_columns(table: Path, names: Any) -> None:
 
 def _check_spelling(names: Iterable[str], where: str) -> None:
     """Rejects ``Label`` for ``label``, which would otherwise silently be kept as an extra column."""
-    given = tuple(names)
-    for name in given:
+    columns = tuple(names)
+    for name in columns:
         own = name.strip().lower()
-        if own in _OWN and own not in given:
+        if own in _OWN and own not in columns:
             shown = printable(name, limit=60)
             raise DataError(f"column {shown!r} must be spelled {own!r}", where=where, hint="Rename the column")
 

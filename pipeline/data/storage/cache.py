@@ -83,14 +83,14 @@ class ShardCache:
 
     def has(self, about: ObjectStat) -> bool:
         """Whether the complete shard is cached."""
-        return self._whole(self.path(about), about.size)
+        return self._is_complete(self.path(about), about.size)
 
     def kept(self, about: ObjectStat) -> Path | None:
         """Returns the path of a complete cached shard; ``None`` if it is not cached."""
         path = self.path(about)
-        return path if self._whole(path, about.size) else None
+        return path if self._is_complete(path, about.size) else None
 
-    def _whole(self, path: Path, size: int) -> bool:
+    def _is_complete(self, path: Path, size: int) -> bool:
         """Whether a regular file of that size exists, owned by this user unless the cache is shared. Removes any other file."""
         try:
             about = path.lstat()
@@ -129,9 +129,9 @@ class ShardCache:
             DataError: raised by ``fetch``.
         """
         final = self.path(about)
-        while not self._whole(final, about.size):
+        while not self._is_complete(final, about.size):
             with self._part(final) as (descriptor, part):
-                if self._whole(final, about.size):
+                if self._is_complete(final, about.size):
                     break
                 self._reserve(descriptor, about.size)
                 try:
@@ -254,15 +254,15 @@ class ShardCache:
 
     def _files(self) -> list[tuple[Path, int, float]]:
         """Returns path, bytes and time of last use of every shard, incomplete ones included."""
-        found = []
+        files = []
         with os.scandir(self.folder) as entries:
             for entry in entries:
                 if entry.name.startswith(".") and not entry.name.endswith(".part"):
                     continue
                 with contextlib.suppress(FileNotFoundError):
                     info = entry.stat(follow_symlinks=False)
-                    found.append((Path(entry.path), info.st_size, info.st_mtime))
-        return found
+                    files.append((Path(entry.path), info.st_size, info.st_mtime))
+        return files
 
     def _needed(self) -> set[str]:
         names: set[str] = set()

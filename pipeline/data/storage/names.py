@@ -39,7 +39,7 @@ class ObjectStat:
 
 
 @dataclass(frozen=True)
-class Place:
+class Location:
     """Location of an object.
 
     Attributes:
@@ -69,7 +69,7 @@ def is_remote(url: str) -> bool:
     )
 
 
-def split(url: str) -> Place:
+def split(url: str) -> Location:
     """Splits a remote URL.
 
     Raises:
@@ -80,10 +80,10 @@ def split(url: str) -> Place:
     depth = 2 if kind == "az" and scheme.lower() in ("az", "azure") else 1
     parts = rest.split("/", depth)
     if len(parts) < depth or not all(parts[:depth]):
-        wanted = {"s3": "s3://bucket/path", "gs": "gs://bucket/path", "az": "az://account/container/path"}
-        raise DataError("has no bucket", where=url, hint=f"Write {wanted.get(kind, 'https://host/path')}")
+        formats = {"s3": "s3://bucket/path", "gs": "gs://bucket/path", "az": "az://account/container/path"}
+        raise DataError("has no bucket", where=url, hint=f"Write {formats.get(kind, 'https://host/path')}")
     head = scheme.lower() if kind in ("https", "az") else kind
-    return Place(kind, f"{head}://{'/'.join(parts[:depth])}", parts[depth] if len(parts) > depth else "")
+    return Location(kind, f"{head}://{'/'.join(parts[:depth])}", parts[depth] if len(parts) > depth else "")
 
 
 def local_path(url: str) -> str:

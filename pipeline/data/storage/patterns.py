@@ -28,11 +28,11 @@ def expand(patterns: str | Sequence[str], storage: Storage | None = None) -> lis
     Raises:
         DataError: no shard matches, one is missing, or one is named twice; storage cannot be reached.
     """
-    wanted = [str(patterns)] if isinstance(patterns, (str, os.PathLike)) else [str(pattern) for pattern in patterns]
-    if not any(pattern.strip() for pattern in wanted):
+    requested = [str(patterns)] if isinstance(patterns, (str, os.PathLike)) else [str(pattern) for pattern in patterns]
+    if not any(pattern.strip() for pattern in requested):
         raise DataError("no shard pattern is given", hint="Name shards such as 'data/train-{00000..00009}.tar'")
     storage = storage or Storage()
-    shards = [shard for pattern in wanted for shard in _expand_one(pattern, storage)]
+    shards = [shard for pattern in requested for shard in _expand_one(pattern, storage)]
     missing = [shard for shard in shards if not is_remote(shard) and not os.path.isfile(local_path(shard))]
     if missing:
         more = f" and {len(missing) - 1} more of {len(shards)}" if len(missing) > 1 else ""
@@ -68,17 +68,17 @@ def _expand_one(pattern: str, storage: Storage) -> list[str]:
 def _local_ones(one: str) -> list[str]:
     path = local_path(one)
     if os.path.isdir(path):
-        found = sorted(str(file) for file in Path(path).glob("*.tar") if file.is_file())
-        if not found:
+        matches = sorted(str(file) for file in Path(path).glob("*.tar") if file.is_file())
+        if not matches:
             raise DataError(
                 "no shard matches: the directory contains no *.tar", where=one, hint="Point to a directory of tar files"
             )
-        return found
+        return matches
     if glob.has_magic(path) and not os.path.exists(path):
-        found = sorted(glob.glob(_existing_escaped(path), recursive=True))
-        if not found:
+        matches = sorted(glob.glob(_existing_escaped(path), recursive=True))
+        if not matches:
             raise DataError("no shard matches", where=one, hint="Check the pattern and the directory")
-        return found
+        return matches
     return [one]
 
 
@@ -96,11 +96,11 @@ def _remote_ones(one: str, storage: Storage) -> list[str]:
         one += "*.tar"
     if not glob.has_magic(one):
         return [one]
-    found = _listed(one.replace("[", "[[]"), one, r"[*?]", storage) if "[" in one else []  # a directory whose name has brackets
-    found = found or _listed(one, one, r"[*?\[]", storage)
-    if not found:
+    matches = _listed(one.replace("[", "[[]"), one, r"[*?]", storage) if "[" in one else []  # a directory whose name has brackets
+    matches = matches or _listed(one, one, r"[*?\[]", storage)
+    if not matches:
         raise DataError("no shard matches", where=one, hint="Check the pattern and the bucket")
-    return found
+    return matches
 
 
 def _listed(pattern: str, one: str, magic: str, storage: Storage) -> list[str]:

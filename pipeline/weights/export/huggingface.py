@@ -103,23 +103,25 @@ def converted(tower: VisionTower, size: int) -> dict[str, Tensor]:
     state = timm_state(tower, size)
     rotary = isinstance(tower.vit, Eva)
     width = tower.width
-    found: dict[str, Tensor] = {}
+    tensors: dict[str, Tensor] = {}
     for name, tensor in state.items():
         inner = re.fullmatch(r"blocks\.(\d+)\.(.+)", name)
         if inner is None:
-            found |= _outer(name, tensor, rotary, tower)
+            tensors |= _outer(name, tensor, rotary, tower)
             continue
         prefix = f"model.layer.{inner[1]}." if rotary else f"encoder.layer.{inner[1]}."
-        found |= {prefix + key: value for key, value in _inner(inner[2], tensor, rotary, _gated(tower.vit.blocks[0].mlp)).items()}
+        tensors |= {
+            prefix + key: value for key, value in _inner(inner[2], tensor, rotary, _gated(tower.vit.blocks[0].mlp)).items()
+        }
     mask = tower.mask_token.detach().float()
-    found["embeddings.mask_token"] = mask.clone() if rotary else mask[0].clone()
+    tensors["embeddings.mask_token"] = mask.clone() if rotary else mask[0].clone()
     if rotary:
-        found.setdefault("embeddings.register_tokens", torch.zeros(1, 0, width))
+        tensors.setdefault("embeddings.register_tokens", torch.zeros(1, 0, width))
     for number in range(len(tower.vit.blocks)):
         for scale in (1, 2):
             key = f"{'model' if rotary else 'encoder'}.layer.{number}.layer_scale{scale}.lambda1"
-            found.setdefault(key, torch.ones(width))
-    return found
+            tensors.setdefault(key, torch.ones(width))
+    return tensors
 
 
 def _outer(name: str, tensor: Tensor, rotary: bool, tower: VisionTower) -> dict[str, Tensor]:

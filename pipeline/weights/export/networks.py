@@ -64,8 +64,8 @@ class Networks:
     @property
     def text(self) -> TextTower | None:
         """The text tower, if there is one."""
-        found = self.others.get("text")
-        return found if isinstance(found, TextTower) else None
+        tower = self.others.get("text")
+        return tower if isinstance(tower, TextTower) else None
 
     def state(self) -> dict[str, torch.Tensor]:
         """All tensors, fp32, by network: ``backbone.vit.…``, ``text.…``, ``logits.…``."""
@@ -88,9 +88,9 @@ def settings_of(saved: Saved) -> Config:
     try:
         return Config.model_validate(saved.manifest["config"])
     except (KeyError, ValidationError) as error:
-        told = "are not in it" if isinstance(error, KeyError) else f"are not understood ({error.error_count()} problems)"
+        problem = "are not in it" if isinstance(error, KeyError) else f"are not understood ({error.error_count()} problems)"
         raise CheckpointError(
-            f"the settings of this checkpoint {told}",
+            f"the settings of this checkpoint {problem}",
             where=str(saved.path),
             hint="Use the version of fovea that wrote it",
         ) from error
@@ -152,14 +152,14 @@ def read(
         )
     tower.merge_class_position()
     normalize = view.normalize or Normalize()
-    found = getattr(method, "logits", None)
+    logits = getattr(method, "logits", None)
     return Networks(
         config=config,
         saved=saved,
         network=own,
         tower=tower.float().eval(),
         others={name: module.float().eval() for name, module in exported.items()},
-        logits=found if isinstance(found, LogitScale) else None,
+        logits=logits if isinstance(logits, LogitScale) else None,
         preprocessing=Preprocessing(side, normalize.mean, normalize.std),
     )
 

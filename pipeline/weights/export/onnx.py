@@ -20,7 +20,7 @@ from pipeline.weights.export.timm import timm_state
 OPSET = 18
 
 
-class _Picture(nn.Module):
+class _ImageEncoder(nn.Module):
     """timm's model with named outputs, and the method's image projection on top."""
 
     def __init__(self, model: nn.Module, prefix: int, projection: nn.Module | None) -> None:
@@ -29,8 +29,8 @@ class _Picture(nn.Module):
 
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
         tokens = self.model.forward_features(images)  # type: ignore[operator]
-        found = (tokens[:, 0], tokens[:, self.prefix :])
-        return found if self.projection is None else (*found, self.projection(tokens[:, 0]))
+        outputs = (tokens[:, 0], tokens[:, self.prefix :])
+        return outputs if self.projection is None else (*outputs, self.projection(tokens[:, 0]))
 
 
 def write(networks: Networks, folder: Path) -> tuple[str, list[str]]:
@@ -52,13 +52,13 @@ def write(networks: Networks, folder: Path) -> tuple[str, list[str]]:
     model.load_state_dict(timm_state(tower, size))
     pooled = networks.others.get("image_pool") is not None
     projection = None if pooled else networks.others.get("image_projection")
-    picture = _Picture(model.eval(), tower.vit.num_prefix_tokens, projection).eval()
+    encoder = _ImageEncoder(model.eval(), tower.vit.num_prefix_tokens, projection).eval()
     names = ["cls", "patches"] + ([] if projection is None else ["feature"])
     batch = torch.export.Dim("batch", min=1, max=65536)
     with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()), torch.no_grad():
         warnings.simplefilter("ignore")
         program = torch.onnx.export(
-            picture,
+            encoder,
             (torch.zeros(2, 3, size, size),),
             dynamo=True,
             opset_version=OPSET,

@@ -134,13 +134,13 @@ def _model(tower: VisionTower, text: TextTower, projection: nn.Linear, logits: L
         "layers": len(text.blocks),
         "no_causal_mask": not text.blocks[0].causal,
     }
-    found: dict[str, Any] = {
+    config: dict[str, Any] = {
         "embed_dim": projection.out_features,
         "vision_cfg": vision,
         "text_cfg": texts,
         "custom_text": True,
     }
-    return found if logits.bias is None else found | {"init_logit_bias": float(logits.bias.detach())}
+    return config if logits.bias is None else config | {"init_logit_bias": float(logits.bias.detach())}
 
 
 def _vision(tower: VisionTower, size: int) -> dict[str, Tensor]:
@@ -148,7 +148,7 @@ def _vision(tower: VisionTower, size: int) -> dict[str, Tensor]:
     positions = state["pos_embed"][0].clone()
     if (bias := state.get("patch_embed.proj.bias")) is not None:
         positions[1:] += bias
-    found = {
+    config = {
         "visual.conv1.weight": state["patch_embed.proj.weight"],
         "visual.class_embedding": state["cls_token"].reshape(-1).clone(),
         "visual.positional_embedding": positions,
@@ -160,15 +160,15 @@ def _vision(tower: VisionTower, size: int) -> dict[str, Tensor]:
             rest = inner[2]
             module, _, end = rest.rpartition(".")
             theirs = _INNER.get(rest) or f"{_INNER[module]}.{end}"
-            found[f"visual.transformer.resblocks.{inner[1]}.{theirs}"] = tensor
-    return found
+            config[f"visual.transformer.resblocks.{inner[1]}.{theirs}"] = tensor
+    return config
 
 
 def _numbers(logits: LogitScale) -> dict[str, Tensor]:
     with torch.no_grad():
         scale, bias = logits()
-    found = {"logit_scale": scale.log().reshape(()).clone()}
-    return found if bias is None else found | {"logit_bias": bias.reshape(()).clone()}
+    numbers = {"logit_scale": scale.log().reshape(()).clone()}
+    return numbers if bias is None else numbers | {"logit_bias": bias.reshape(()).clone()}
 
 
 def _compare(config: dict[str, Any], state: dict[str, Tensor]) -> None:

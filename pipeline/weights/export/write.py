@@ -53,8 +53,8 @@ def write(networks: Networks, target: str, folder: Path, *, license_: str = "unk
         usage, notes = TARGETS[target](networks, temporary)
         usage = usage.replace(str(temporary), folder.name)
         name = f"{networks.config.run.name}, {networks.saved.path.name}"
-        told = card(networks, layout=_LIBRARIES.get(target, target), usage=usage, notes=notes, license_=license_, name=name)
-        (temporary / "README.md").write_text(told, encoding="utf-8")
+        text = card(networks, layout=_LIBRARIES.get(target, target), usage=usage, notes=notes, license_=license_, name=name)
+        (temporary / "README.md").write_text(text, encoding="utf-8")
         if folder.is_dir():
             shutil.rmtree(folder)
         temporary.rename(folder)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.data.pack.sources import Members, Pictures, open_source
+from pipeline.data.pack.sources import ImageSource, Members, open_source
 from pipeline.errors import ConfigError, DataError
 from tests.data.pack.test_packer import picture
 from tests.data.pack.test_sources import downloaded, write_tar
@@ -84,15 +84,15 @@ def test_three_readings_are_all_named(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("names", "kind", "classes"),
     [
-        (["1.jpg", "2.png"], Pictures, ()),
-        (["cat/1.jpg", "bee/deep/1.jpg"], Pictures, ("bee", "cat")),
+        (["1.jpg", "2.png"], ImageSource, ()),
+        (["cat/1.jpg", "bee/deep/1.jpg"], ImageSource, ("bee", "cat")),
         (["a.tar", "b.tar", "list.csv", "cat/readme.json"], Members, ()),
-        (["cat/1.jpg", "notes.json", "cat/a.tar"], Pictures, ("cat",)),
-        (["1.jpg", ".hidden/2.jpg", "__MACOSX/3.jpg"], Pictures, ()),
-        (["00001/a.jpg", "00002/b.jpg"], Pictures, None),
-        (["train/1.jpg", "list.json"], Pictures, ("train",)),
-        (["train/1.jpg", "trains/1.jpg"], Pictures, ("train", "trains")),
-        (["images/deep/1.jpg", "images/1.jpg"], Pictures, ("images",)),
+        (["cat/1.jpg", "notes.json", "cat/a.tar"], ImageSource, ("cat",)),
+        (["1.jpg", ".hidden/2.jpg", "__MACOSX/3.jpg"], ImageSource, ()),
+        (["00001/a.jpg", "00002/b.jpg"], ImageSource, None),
+        (["train/1.jpg", "list.json"], ImageSource, ("train",)),
+        (["train/1.jpg", "trains/1.jpg"], ImageSource, ("train", "trains")),
+        (["images/deep/1.jpg", "images/1.jpg"], ImageSource, ("images",)),
     ],
 )
 def test_one_reading_is_taken(tmp_path: Path, names: list[str], kind: type, classes: tuple[str, ...] | None) -> None:

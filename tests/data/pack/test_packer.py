@@ -23,7 +23,7 @@ from PIL import Image
 from pipeline.data.index.build import build
 from pipeline.data.loader.reader import Reader
 from pipeline.data.pack.packer import Packing, PackReport, pack
-from pipeline.data.pack.sources import Options, Pictures, open_source
+from pipeline.data.pack.sources import ImageSource, Options, open_source
 from pipeline.errors import DataError
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -132,7 +132,7 @@ class Stop(BaseException):
     """Ends a packing like a signal would."""
 
 
-class Interrupted(Pictures):
+class Interrupted(ImageSource):
     """A source that ends the packing at its ``left``-th sample."""
 
     left = 0
@@ -155,7 +155,7 @@ def test_stopped_anywhere_any_number_of_times_it_ends_with_the_same_bytes(
     (folder / "cat" / "broken.txt").write_bytes(b"of a broken image")
     how = Packing(samples_per_shard=each, transcode="png")
     source = open_source(folder)
-    assert isinstance(source, Pictures)
+    assert isinstance(source, ImageSource)
     pack(source, tmp_path / "whole", how)
     for Interrupted.left in stops:
         try:

@@ -16,7 +16,7 @@ from PIL import Image
 
 from launch.cli.main import main
 from launch.cli.shards import _range
-from launch.progress_bar import meter
+from launch.progress import progress_bar
 from pipeline.data.index.build import build
 from pipeline.reports import contact_sheet as contact
 from tests.data.inspect.test_verify import damaged_png
@@ -145,13 +145,13 @@ def test_ls_asks_the_order(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> N
 
 
 def test_a_terminal_gets_a_bar_and_a_file_gets_lines(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    with meter("working") as tell:
+    with progress_bar("working") as tell:
         tell(1, 2)
         tell(2, 2, "shard [x] done")
     assert capsys.readouterr().err == "2/2 shard [x] done\n"
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     monkeypatch.setenv("TERM", "xterm")
-    with meter("working") as tell:
+    with progress_bar("working") as tell:
         tell(1, 2, "shard [x] done")
     told = capsys.readouterr().err
     assert "working" in told and "1/2" in told and "shard [x] done" in told
