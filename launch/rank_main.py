@@ -276,7 +276,7 @@ def _train(
         journal.close()
         run.write("outcome.json", outcome)
         if finished:
-            show.log(f"finished at step {trainer.progress.step}{_scores(trainer.progress.scores)}; all of it is in {run.path}")
+            show.log(f"finished at step {trainer.progress.step}{_scores(trainer.progress.scores)}; results are in {run.path}")
         else:
             show.log(f"stopped by {stop.name} at step {trainer.progress.step}, saved; the same command resumes")
         # A run that was asked to stop must exit soon; a finished one may wait until MLflow's database has been created.

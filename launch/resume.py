@@ -95,7 +95,9 @@ def choose_checkpoint(config: Config, run: RunDirectory, inputs: Inputs, *, fetc
             checkpoint = saved.read(Path(choice))
             saved.verify(checkpoint)
         else:
-            complaints.append(f"going on from {checkpoint.path}, which came of {choice}; move it away to go back there once more")
+            complaints.append(
+                f"resuming from {checkpoint.path}, which started from {choice}; move it away to start from there again"
+            )
     if checkpoint is not None:
         check_identity(config, checkpoint.manifest.get("config") or {}, checkpoint.path)
         if accepted := check_data(checkpoint, inputs, allow=config.checkpoint.allow_data_change):

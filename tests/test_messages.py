@@ -38,6 +38,7 @@ IMPERATIVES = (
     "Set|Sign|Start|Stop|Submit|Train|Trust|Try|Unpack|Unset|Use|Wait|Write"
 )
 PHRASES = {
+    r"\bgoing on\b|\bsigns? of life\b|\bheard of\b|\btaken? for granted\b": "continuing, heartbeat, assumes",
     r"(?<!there )\b(is|are|was) no (?!longer\b|more\b|better\b)": "is not a …",
     r"\bchoose of\b": "choose one of",
     r"\bor the like\b": "name the choices",
@@ -87,6 +88,15 @@ def error_classes() -> frozenset[str]:
     return frozenset(known)
 
 
+def assigned(node: ast.Assign) -> Iterator[tuple[ast.expr, ast.expr]]:
+    """Pairs of target and value; ``a, b = 1, 2`` gives two."""
+    for target in node.targets:
+        if isinstance(target, ast.Tuple) and isinstance(node.value, ast.Tuple):
+            yield from zip(target.elts, node.value.elts, strict=False)
+        else:
+            yield target, node.value
+
+
 def texts(node: ast.expr, scope: list[ast.AST]) -> Iterator[tuple[int, str]]:
     """All strings that an expression can be: both sides of a condition, all assignments of a name in the innermost scope."""
     if isinstance(node, ast.Constant) and isinstance(node.value, str):
@@ -110,9 +120,11 @@ def texts(node: ast.expr, scope: list[ast.AST]) -> Iterator[tuple[int, str]]:
                 if node.id in {one.arg for one in (*arguments.args, *arguments.kwonlyargs, *arguments.posonlyargs)}:
                     return  # the callers' strings are seen at the calls
             values = [
-                inner.value
+                value
                 for inner in (place.body if isinstance(place, ast.Module) else ast.walk(place))
-                if isinstance(inner, ast.Assign) and any(name_of(target) == node.id for target in inner.targets)
+                if isinstance(inner, ast.Assign)
+                for target, value in assigned(inner)
+                if name_of(target) == node.id
             ]
             if values:
                 for value in values:
@@ -155,6 +167,11 @@ def hints() -> list[Text]:
             for word in call.keywords:
                 if word.arg == "hint":
                     found += [Text(file, line, text) for line, text in texts(word.value, scope) if text.strip("… \n")]
+        for node in ast.walk(parsed(path)):  # keyword arguments in a dictionary
+            if isinstance(node, ast.Dict):
+                for key, value in zip(node.keys, node.values, strict=True):
+                    if isinstance(key, ast.Constant) and key.value == "hint":
+                        found += [Text(file, line, text) for line, text in texts(value, []) if text]
     return found
 
 

@@ -104,7 +104,7 @@ def images_per_second(name: str, arguments: list[str], directory: Path) -> float
     ]
     shutil.rmtree(folder, ignore_errors=True)
     if done.returncode or not rates:
-        last = (done.stderr.strip() or done.stdout.strip() or "nothing was said").splitlines()[-1]
+        last = (done.stderr.strip() or done.stdout.strip() or "no output").splitlines()[-1]
         raise LaunchError(
             f"a first run of {_PROBE_STEPS} steps failed: {last}", where=name, hint=f"See the output of: fovea train {name}"
         )
@@ -182,7 +182,7 @@ def _table(run: Path, wall: float) -> dict[str, str]:
         "samples substituted": str(sum(outcome["data"]["substituted"].values())),
         "wall time": clock(wall),
     }
-    table = Table(title="What came out", show_header=False, title_justify="left")
+    table = Table(title="Results", show_header=False, title_justify="left")
     for label, value in facts.items():
         table.add_row(label, value)
     Terminal().print(table)

@@ -248,7 +248,7 @@ def cost(
         + "."
     )
     out.print(
-        f"Taken for granted: {efficiency:.0%} of {site.gpu_tflops:,.0f} TFLOP/s (--efficiency), no waiting for data or machines. "
+        f"Assumes {efficiency:.0%} of {site.gpu_tflops:,.0f} TFLOP/s (--efficiency), no waiting for data or machines. "
         f"At {site.time} a job that is {attempts} attempt{'s' * (attempts > 1)}."
         + ("" if b.price is not None else " With gpu_hour_price in the profile it also says what that costs."),
         style="dim",

@@ -424,12 +424,12 @@ def _index(settings: DataSettings, workers: int | None, report: Path | None, *, 
     except UnusableShards as error:
         index = index_report(folder, error.shards, error.problems)
         index.save(report_file)
-        print(f"{index.text(most_shards=_NAMED)}\nall of it: {report_file.with_suffix('.txt')}", file=sys.stderr)
+        print(f"{index.text(most_shards=_NAMED)}\nfull report: {report_file.with_suffix('.txt')}", file=sys.stderr)
         raise
     index = index_report(folder, manifest.shards)
     index.save(report_file)
     if (index.findings or index.damaged) and not quiet:
-        print(f"{index.text(most_shards=_NAMED)}\nall of it: {report_file.with_suffix('.txt')}\n")
+        print(f"{index.text(most_shards=_NAMED)}\nfull report: {report_file.with_suffix('.txt')}\n")
     return manifest, folder
 
 

@@ -167,7 +167,7 @@ def stop(
     if now:
         cancel(run)
         return
-    print(f"{run_directory.path.name} saves and stops after the step it is in; take it up again with: fovea resume {run}")
+    print(f"{run_directory.path.name} saves and stops after the step it is in; resume it with: fovea resume {run}")
 
 
 def resume(
@@ -235,7 +235,7 @@ def cancel(run: RunArgument) -> None:
     alive = living(run_directory)
     for job in alive:
         tools.cancel(job.id)
-    print(f"cancelled: {', '.join(str(job.id) for job in alive) or 'nothing was alive'}")
+    print(f"cancelled: {', '.join(str(job.id) for job in alive) or 'no job was running'}")
 
 
 def doctor(

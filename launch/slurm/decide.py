@@ -30,7 +30,7 @@ class Budgets:
         crash: exceptions of the program, and ranks that were killed.
         hang: hung ranks.
         node: node failures.
-        rendezvous: starts at which the ranks did not meet.
+        rendezvous: starts at which the ranks could not connect.
         no_progress: consecutive attempts without a newer checkpoint, whatever ended them.
     """
 
@@ -106,7 +106,7 @@ def classify(end: AttemptResult) -> tuple[str, str]:
     what = str((end.failure or {}).get("what", ""))
     cause = str((end.failure or {}).get("cause", "crash"))
     if end.hung or cause == "hang":
-        return "hang", what or "no rank showed a sign of life"
+        return "hang", what or "no rank sent a heartbeat"
     if end.lost_node:
         return "node", "Slurm lost a node"
     if end.failure is not None:
@@ -117,7 +117,7 @@ def classify(end: AttemptResult) -> tuple[str, str]:
         return "node" if _MACHINE.search(what) else "crash", what
     if end.stop_reason:
         return end.stop_reason, f"{end.stop_reason}, and no time was left to save"
-    return "crash", f"the ranks ended with code {end.code} and said nothing (killed, or out of memory?)"
+    return "crash", f"the ranks ended with code {end.code} without a message (killed, or out of memory?)"
 
 
 def decide(end: AttemptResult, history: Sequence[Mapping[str, Any]], budgets: Budgets) -> Decision:

@@ -42,7 +42,7 @@ class BudgetSettings(Settings):
     crash: Count = Field(default=3, description="exceptions and killed ranks")
     hang: Count = Field(default=3, description="hung ranks")
     node: Count = Field(default=5, description="node failures")
-    rendezvous: Count = Field(default=3, description="starts at which the ranks did not meet")
+    rendezvous: Count = Field(default=3, description="starts at which the ranks could not connect")
     no_progress: Count = Field(default=3, description="consecutive attempts without a newer checkpoint")
 
 
@@ -216,7 +216,11 @@ def _made(tree: Branch, problems: list[Problem], overrides: Sequence[str], shown
                 if path
                 else detail["msg"]
             )
-            problems.append(Problem(path, message.replace("Value error, ", ""), origin_of(tree, names) or shown))
+            problems.append(
+                Problem(
+                    path, message.replace("Value error, ", "").replace("Input should", "must"), origin_of(tree, names) or shown
+                )
+            )
     if problems or profile is None:
         raise InvalidConfig(problems)
     if profile.checkpoint_lead_time >= profile.seconds:

@@ -169,8 +169,8 @@ def _status(run: RunDirectory) -> Status:
     elif outcome.get("stop") == "FINISHED":
         state, why = "finished", f"all {outcome.get('steps')} steps are done"
     else:
-        again = "fovea resume takes it up" if record.job(run) else "the same `fovea train` command resumes it"
-        state, why = "idle", f"no process of it is alive; {again}"
+        again = "`fovea resume` resumes it" if record.job(run) else "the same `fovea train` command resumes it"
+        state, why = "idle", f"no process of the run is running; {again}"
     return Status(
         str(run.path),
         state,
@@ -195,7 +195,7 @@ def table(one: Status) -> str:
     done = f"step {one.step}" + (f" of {one.steps}" if one.steps else "")
     lines = [
         f"{Path(one.run).name}: {one.state}: {one.why}",
-        f"  {done}" + (f", last sign of life {one.age:.0f} s ago" if one.age is not None else ""),
+        f"  {done}" + (f", last heartbeat {one.age:.0f} s ago" if one.age is not None else ""),
     ]
     if one.job is not None:
         lines[-1] += f", job {one.job}"

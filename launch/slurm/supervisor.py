@@ -56,12 +56,12 @@ class Supervisor:
         for number in (signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._note)
         if (over := record.final_state(self.run)) or record.pending_request(self.run, record.STOP):
-            self._log(f"nothing to do: {over.get('why') or 'a person asked the run to stop'}")
+            self._log(f"nothing to do: {over.get('why') or 'the user requested a stop'}")
             if not over:
                 record.end(self.run, "stopped", "stopped by request before the attempt began")
             return 0
         if other := self._another():
-            self._log(f"error: job {other} is attending this run already; this one leaves it alone")
+            self._log(f"error: job {other} supervises this run already; this job exits")
             return 2
         self.run.write("live.json", {"job": self.job, "life": self.life, "host": socket.gethostname()})
         self._close_dangling()
@@ -89,7 +89,7 @@ class Supervisor:
             failure = record.failure(self.run, self.attempt)
             if self.stop_reason or failure is None or failure.get("cause") != "rendezvous":
                 break
-            self._log(f"the ranks did not meet ({failure['what']}); once more, on another port")
+            self._log(f"the ranks could not connect ({failure['what']}); trying again on another port")
             with contextlib.suppress(OSError):
                 (self.run.logs(self.attempt) / "failure.json").rename(self.run.logs(self.attempt) / "failure-meeting.json")
         failure = slow or record.failure(self.run, self.attempt)
@@ -200,7 +200,7 @@ class Supervisor:
                     beats, alive = latest, now
                 elif not hung and now - alive > self.facts["hang"]:
                     hung = True
-                    self._log(f"no rank showed a sign of life for {self.facts['hang']:.0f} s; the attempt is ended")
+                    self._log(f"no rank sent a heartbeat for {self.facts['hang']:.0f} s; the attempt is ended")
                     self._kill_step()
         return code if code >= 0 else 128 - code, hung
 
@@ -249,7 +249,7 @@ class Supervisor:
         if not self.stop_reason:
             self.stop_reason = reason
             record.request(self.run, f"{record.STOP}-{self.attempt}", reason)
-            self._log(f"{reason}: the ranks are asked to save and stop")
+            self._log(f"{reason}: the ranks save and stop")
 
     # ---- afterwards -------------------------------------------------------------------------------------------------------
 
@@ -289,7 +289,7 @@ class Supervisor:
         try:
             number = tools.submit(self.run.path / "submit" / "script.sbatch", *options)
         except LaunchError as error:
-            self._log(f"error: no successor could be submitted ({error}); take the run up with: fovea resume {self.run.path}")
+            self._log(f"error: no successor could be submitted ({error}); resume the run with: fovea resume {self.run.path}")
             return
         self.run.write("successor.json", {"job": number, "after": after})
         self._log(f"job {number} takes over when this one ends")

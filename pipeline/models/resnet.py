@@ -91,7 +91,7 @@ def fix_positions(tower: Tower) -> None:
     Raises:
         ConfigError: the tower has no learned positions, or its width is not divisible by 4.
     """
-    where = {"where": "method.pos_embed", "hint": "set method.pos_embed=learned"}
+    where = {"where": "method.pos_embed", "hint": "Set method.pos_embed=learned"}
     if not isinstance(tower, VisionTower) or tower.vit.pos_embed is None:
         raise ConfigError("a ResNet has no position embeddings", **where)
     positions = tower.vit.pos_embed

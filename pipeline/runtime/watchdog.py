@@ -231,7 +231,7 @@ class Watchdog:
         self.dump(f"stall of rank {self.rank}, {phase} at step {step}")
         blamed, sentence = self.diagnose()
         if self._now[0] != entered or self._stop.is_set():
-            self._log(f"rank {self.rank}: {phase} at step {step} took long, but has ended; going on")
+            self._log(f"rank {self.rank}: {phase} at step {step} took long, but has ended; continuing")
             return
         alive = [rank for rank in range(self.size) if rank not in blamed] or [0]
         if self.rank in blamed or not self._speaks(blamed):
@@ -282,8 +282,8 @@ def find_hung_ranks(
     ]
     if silent_ranks:
         last_pulse = second.get(silent_ranks[0]) or first.get(silent_ranks[0])
-        last_seen = f"; last heard of in {last_pulse.phase} at step {last_pulse.step}" if last_pulse else ""
-        is_gone = ("is gone", "are gone") if silent_ranks[0] in gone else ("gives no sign of life", "give no sign of life")
+        last_seen = f"; last heartbeat in {last_pulse.phase} at step {last_pulse.step}" if last_pulse else ""
+        is_gone = ("has exited", "have exited") if silent_ranks[0] in gone else ("does not respond", "do not respond")
         return silent_ranks, f"{_ranks(silent_ranks)} {is_gone[len(silent_ranks) > 1]}{last_seen}"
     least = min(pulse.entered for pulse in second.values())
     behind = [pulse for pulse in second.values() if pulse.entered == least]

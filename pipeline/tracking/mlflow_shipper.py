@@ -116,7 +116,7 @@ class Shipper:
                 self._client, self.trouble = None, error
                 if not away:
                     server = shown_address(self._uri)
-                    self._log(f"MLflow at {server} takes nothing now ({_line(error)}); the journal keeps everything")
+                    self._log(f"MLflow at {server} accepts no records now ({_line(error)}); the journal keeps everything")
                 pause, away = min(2 * pause, _PAUSES[1]), True
             if last:
                 return

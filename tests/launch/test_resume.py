@@ -188,7 +188,7 @@ def test_a_path_is_where_the_run_begins_and_what_came_of_it_is_gone_on_with(
     found, (told,) = choose_checkpoint(named, run, inputs)
     assert found is not None
     assert found.step == 30
-    assert "going on from" in told
+    assert "resuming from" in told
     assert origins(found, named) == lineage, "an attempt that goes on begins nothing"
     found, _ = choose_checkpoint(config, run, inputs)
     assert found is not None

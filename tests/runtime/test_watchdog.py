@@ -44,9 +44,9 @@ def test_in_one_phase_the_one_outside_of_collectives_is_waited_for() -> None:
 def test_a_rank_without_pulse_is_blamed_before_one_that_is_behind() -> None:
     first = [pulse(0), pulse(1), pulse(2, entered=8)]
     second = [pulse(0, beat=2), pulse(1, beat=1), pulse(2, beat=2, entered=8)]
-    assert judged(first, second, 3) == ([1], "rank 1 gives no sign of life; last heard of in step at step 1234")
-    assert judged(first, second, 3, gone=[1])[1].startswith("rank 1 is gone;")
-    assert judged([pulse(0)], [pulse(0, beat=2)], 3) == ([1, 2], "ranks 1, 2 give no sign of life")
+    assert judged(first, second, 3) == ([1], "rank 1 does not respond; last heartbeat in step at step 1234")
+    assert judged(first, second, 3, gone=[1])[1].startswith("rank 1 has exited;")
+    assert judged([pulse(0)], [pulse(0, beat=2)], 3) == ([1, 2], "ranks 1, 2 do not respond")
 
 
 def test_where_nobody_is_behind_all_are_told_of() -> None:

@@ -211,7 +211,7 @@ def load_sidecar(path: Path) -> ShardIndex:
     Raises:
         DataError: it is missing, damaged or of another format.
     """
-    hint, where = "Build the index again.", printable(str(path))
+    hint, where = "Build the index again", printable(str(path))
     try:
         arrays = read_arrays(path, {**_COLUMNS, "meta": np.uint8, "keys": np.uint8})
         document = json.loads(arrays.pop("meta").tobytes())
@@ -436,7 +436,7 @@ class Manifest:
         Raises:
             DataError: it is missing, damaged or of another format.
         """
-        path, hint = Path(directory) / "manifest.json", "Build the index again."
+        path, hint = Path(directory) / "manifest.json", "Build the index again"
         try:
             document = read_json(path, limit=_MANIFEST)
             if isinstance(document, dict) and document.get("format") != FORMAT:

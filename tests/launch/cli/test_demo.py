@@ -43,7 +43,7 @@ def test_a_demo_is_stopped_resumed_and_shown(
     outcome = json.loads((run / "outcome.json").read_text())
     assert (outcome["stop"], outcome["step"], outcome["attempt"]) == ("FINISHED", 8, 1)
     assert (run / "page.html").stat().st_size > 10_000
-    assert "What came out" in capfd.readouterr().out
+    assert "Results" in capfd.readouterr().out
 
 
 @pytest.mark.slow
