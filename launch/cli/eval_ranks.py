@@ -25,7 +25,7 @@ from pipeline.untrusted import printable
 
 if TYPE_CHECKING:
     from pipeline.runtime.process_group import World
-    from pipeline.tracking import Aside, Journal, Shipper
+    from pipeline.tracking import EvalDestination, Journal, Shipper
 
 Scores = Mapping[str, Mapping[str, float]]
 """Scores by metric name, for each of ``trained``, ``untrained``, ``weights``…"""
@@ -108,7 +108,9 @@ class EvalReporter:
         refusal: why nothing is sent now; the journal is kept nevertheless.
     """
 
-    def __init__(self, folder: Path, aside: Aside, hint: str, params: Mapping[str, Any] | None = None, refusal: str = "") -> None:
+    def __init__(
+        self, folder: Path, aside: EvalDestination, hint: str, params: Mapping[str, Any] | None = None, refusal: str = ""
+    ) -> None:
         self._folder, self._aside, self._hint, self._params, self._refusal = folder, aside, hint, params, refusal
         self._journal: Journal | None = None
         self._shipper: Shipper | None = None
@@ -125,7 +127,7 @@ class EvalReporter:
         Returns:
             ``None`` if the run is not tracked and no server is given.
         """
-        from pipeline.tracking import Aside, destination, destination_of
+        from pipeline.tracking import EvalDestination, destination, destination_of
 
         run, t = RunDirectory(directory), config.tracking
         own = destination(t, run.path)
@@ -138,7 +140,7 @@ class EvalReporter:
             refusal = ""
         except ConfigError as error:
             refusal = str(error)
-        aside = Aside(uri or own.uri, own.experiment, config.run.name, joins)
+        aside = EvalDestination(uri or own.uri, own.experiment, config.run.name, joins)
         return cls(run.tracking / f"eval-{_stamp()}", aside, hint, refusal=refusal)
 
     @classmethod
@@ -153,13 +155,13 @@ class EvalReporter:
         if uri is None:
             return None
         from pipeline.config.load import flatten
-        from pipeline.tracking import Aside, check_address, destination
+        from pipeline.tracking import EvalDestination, check_address, destination
 
         check_address(uri, where="--track")
 
         title = f"eval-{re.sub(r'[^A-Za-z0-9._-]+', '-', name).strip('-') or 'weights'}"
         run = RunDirectory(Path("runs/evaluations") / f"{title}-{_stamp()}")
-        aside = Aside(uri, destination(config.tracking, run.path).experiment, title)
+        aside = EvalDestination(uri, destination(config.tracking, run.path).experiment, title)
         chosen = config.replace(
             run=config.run.model_copy(update={"name": title}), tracking=config.tracking.model_copy(update={"uri": uri})
         )

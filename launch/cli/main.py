@@ -16,7 +16,8 @@ from launch.cli import slurm as cluster
 from launch.cli.bench_methods import app as bench
 from launch.cli.checkpoint import app as checkpoint
 from launch.cli.mlflow import app as mlflow
-from launch.terminal import Terminal, clean_logs, open_streams
+from launch.streams import open_streams
+from launch.terminal import Terminal, clean_logs
 from pipeline.errors import ConfigError, FoveaError, of_system
 
 if TYPE_CHECKING:
@@ -40,11 +41,11 @@ _DATA, _BENCH = "Data, settings and checkpoints", "Benchmarks"
 ConfigArgument = shards.ConfigArgument
 Overrides = shards.Overrides
 _debug = False
-_words: list[str] = []  # the command line, for ranks that run the same command
+_command_line: list[str] = []  # the command line, for ranks that run the same command
 
 
-def _version(wanted: bool) -> None:
-    if wanted:
+def _version(requested: bool) -> None:
+    if requested:
         from importlib.metadata import version
 
         print(f"fovea {version('fovea')}")
@@ -83,7 +84,7 @@ def demo(
     from pipeline.config.schema import METHODS
 
     if method not in METHODS:
-        raise ConfigError(f"there is no method {method!r}", where="--method", hint=f"Choose of {', '.join(sorted(METHODS))}.")
+        raise ConfigError(f"there is no method {method!r}", where="--method", hint=f"Choose one of {', '.join(sorted(METHODS))}")
     from launch.cli.demo import run
 
     run(minutes=minutes, method=method, data=data, directory=directory, val=val)
@@ -173,19 +174,19 @@ def evaluate(
     fovea eval runs/vitl16 --linear --ranks 8 --track http://mlflow:5000
     """
     flags = {"knn": knn, "linear": linear, "logistic": logistic, "segmentation": segmentation, "robustness": robustness}
-    names = [name for name, wanted in flags.items() if wanted]
+    names = [name for name, selected in flags.items() if selected]
     where = Path(run).absolute()
     checkpoint = where if where.name.startswith("step_") and (where.parent.parent / "config.yaml").is_file() else None
     run = str(checkpoint.parent.parent) if checkpoint else run
     if checkpoint and watch:
-        raise ConfigError("one checkpoint cannot be watched", where="--watch", hint="Name the run.")
+        raise ConfigError("must be a run, not one of its checkpoints", where="--watch", hint="Name the run")
     resolved = Path(run) / "config.yaml"
     own = resolved.is_file()
     texts = zeroshot is not None or retrieval
     there = Path(run).exists() or ":" in run
     if not own and (not there or not (names or texts)):
-        hint = "Name an evaluator, such as --knn." if there else "It should hold the config.yaml that a training wrote."
-        raise ConfigError("is no run's directory", where=run, hint=hint)
+        hint = "Name an evaluator, such as --knn" if there else "Name a directory with the config.yaml that `fovea train` wrote"
+        raise ConfigError("is not a run directory", where=run, hint=hint)
     from launch.cli import eval_named as judge
     from launch.cli.eval_ranks import many, spread
 
@@ -202,17 +203,17 @@ def evaluate(
     loaded = _load(str(resolved), extra) if own else None
     config = loaded.config if loaded else judge.settings_for_weights(extra)
     names = names or (["knn"] if plain else list(config.evaluation.enabled) or ["knn"])
-    asked = judge.EvalRequest(tuple(names), untrained, output, watch, track, checkpoint)
+    request = judge.EvalRequest(tuple(names), untrained, output, watch, track, checkpoint)
     if (count := many(config, ranks)) > 1:
-        judge.refuse(config, asked, Path(run) if own else None)
-        raise typer.Exit(spread(_words, count, Path(run) / "logs" / "eval" if own else None))
+        judge.refuse(config, request, Path(run) if own else None)
+        raise typer.Exit(spread(_command_line, count, Path(run) / "logs" / "eval" if own else None))
     if loaded is not None and plain:
         from launch.cli.eval_run import run as compare
 
         raise typer.Exit(compare(Path(run), loaded, output=output, track=track, checkpoint=checkpoint))
     if own:
-        raise typer.Exit(judge.of_run(Path(run), config, asked))
-    raise typer.Exit(judge.of_weights(run, config, asked, model=model, size=size))
+        raise typer.Exit(judge.of_run(Path(run), config, request))
+    raise typer.Exit(judge.of_weights(run, config, request, model=model, size=size))
 
 
 @app.command(short_help="Export weights for timm, Hugging Face, open_clip or ONNX.")
@@ -389,11 +390,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     global _debug
     open_streams()
     clean_logs()
-    words = list(sys.argv[1:] if arguments is None else arguments)
-    _debug, _words[:] = "--debug" in words, words
+    command = list(sys.argv[1:] if arguments is None else arguments)
+    _debug, _command_line[:] = "--debug" in command, command
     try:
         # DeepSpeed's launcher also passes --local_rank in front of the subcommand; the environment holds it too.
-        app([word for word in words if word != "--debug" and not word.startswith("--local_rank=")], prog_name="fovea")
+        app([word for word in command if word != "--debug" and not word.startswith("--local_rank=")], prog_name="fovea")
     except FoveaError as error:
         _refused(error)
     except KeyboardInterrupt:

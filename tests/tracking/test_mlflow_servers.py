@@ -18,7 +18,7 @@ from launch.cli.eval_ranks import EvalReporter
 from launch.cli.main import main
 from pipeline.errors import ConfigError
 from pipeline.runtime.run_directory import RunDirectory
-from pipeline.tracking import Aside, Journal, Shipper, asides, own_database, remember, server_of
+from pipeline.tracking import EvalDestination, Journal, Shipper, eval_destinations, own_database, remember, server_of
 from pipeline.tracking.journal import read
 from tests.checkpoint.test_manifest import JSON
 
@@ -90,7 +90,7 @@ def test_a_server_that_only_the_run_names_is_never_contacted(run: Path, sink: Si
         json.dumps({"uri": sink.uri, "run_id": "a" * 32, "offsets": {}, "steps": {}, "artifacts": []})
     )
     assert call("mlflow", "sync", str(run)) == 2
-    assert "only the run names the MLflow server http://127.0.0.1" in capsys.readouterr().err
+    assert "the MLflow server http://127.0.0.1" in capsys.readouterr().err
     assert call("mlflow", "sync", "--all") == 2
     assert "skipped" in capsys.readouterr().out
     telling = EvalReporter.of_run(run, RunDirectory(run).settings(), None)
@@ -102,7 +102,7 @@ def test_a_server_that_only_the_run_names_is_never_contacted(run: Path, sink: Si
 
 
 def test_a_server_that_only_an_evaluation_of_the_run_names_is_never_contacted(run: Path, sink: Sink) -> None:
-    Aside(sink.uri, "fovea", "eval").begin(run / "tracking" / "eval-1").close()
+    EvalDestination(sink.uri, "fovea", "eval").begin(run / "tracking" / "eval-1").close()
     Journal(run / "tracking" / "eval-1" / "journal-0000.jsonl").metrics(1, {"eval/knn": 0.5})
     assert call("mlflow", "sync", str(run)) == 2
     assert sink.asked == []
@@ -157,7 +157,7 @@ def test_no_store_outside_the_run_is_written(run: Path, tmp_path: Path, uri: str
     (run / "link.db").symlink_to(tmp_path / "elsewhere.db")
     uri = uri.replace("{tmp}", str(tmp_path)).replace("{run}", str(run))
     if uri:
-        with pytest.raises(ConfigError, match="only the run names") as caught:
+        with pytest.raises(ConfigError, match="is named by the run only") as caught:
             server_of(run, uri)
         assert "u:p" not in str(caught.value)
     else:
@@ -234,7 +234,7 @@ def test_cursors_and_asides_of_a_wrong_type_count_as_none(tmp_path: Path, docume
     Shipper(tracking, uri="sqlite:///x", experiment="e", name="n")._pending()
     about = {"uri": "sqlite:///x", "experiment": "e", "name": "n", "joins": ""}
     (tracking / "eval" / "about.json").write_text(json.dumps(document if key is None else {**about, key: document}))
-    for _, aside in asides(tracking):
+    for _, aside in eval_destinations(tracking):
         assert isinstance(aside.uri, str) and aside.joins in ("", "../cursor.json")
 
 
