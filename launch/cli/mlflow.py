@@ -65,7 +65,7 @@ def _sync_or_skip(run: RunDirectory, uri: str | None, *, skip: bool) -> Exceptio
 
 def _sync(run: RunDirectory, uri: str | None) -> Exception | None:
     """Send one run's journals; returns why something is left, or ``None``."""
-    from pipeline.tracking import Shipper, asides, destination_of, server_of, shown_server
+    from pipeline.tracking import Shipper, destination_of, eval_destinations, server_of, shown_server
 
     config = run.settings()
     place = destination_of(config.tracking, run.path, named=uri)
@@ -75,9 +75,9 @@ def _sync(run: RunDirectory, uri: str | None) -> Exception | None:
     own.start()
     done = own.close(seconds=300.0)
     trouble = own.trouble
-    for folder, aside in asides(run.tracking):  # evaluations by ``fovea eval``, after the run that they may belong to
-        there = server_of(run.path, aside.uri, named=uri or (target if aside.uri == target else None))
-        other = replace(aside, uri=there).shipper(folder, log=_say)
+    for folder, destination in eval_destinations(run.tracking):  # after the run, which they may belong to
+        server = server_of(run.path, destination.uri, named=uri or (target if destination.uri == target else None))
+        other = replace(destination, uri=server).shipper(folder, log=_say)
         other.start()
         done = other.close(seconds=300.0) and done
         trouble = trouble or other.trouble

@@ -8,7 +8,6 @@ from collections.abc import Iterator
 from typing import TypeVar
 
 from pipeline.config.schema import Config
-from pipeline.evaluation.settings import NAMES, VOTED
 from pipeline.masking import NO_PASSWORD, UNPRINTABLE, has_password, printable, shown_address
 from pipeline.methods.dinov2.settings import Dinov2Settings
 from pipeline.models.settings import ModelSettings
@@ -29,11 +28,7 @@ def check(config: Config) -> list[tuple[str, str]]:
     elif config.train.micro_batch_size and config.train.global_batch_size % config.train.micro_batch_size:
         found.append(("train.global_batch_size", _indivisible(config, 1)))
     knn = config.evaluation.knn
-    if (
-        config.evaluation.enabled.keys() & VOTED
-        and knn.val_shards is not None
-        and set(knn.val_shards) & set(config.voting_shards)
-    ):
+    if config.evaluation.needing("bank") and knn.val_shards is not None and set(knn.val_shards) & set(config.voting_shards):
         found.append(("evaluation.knn.val_shards", "evaluation.knn.val_shards names the very shards that vote; evaluate others"))
     if knn.max_train is not None and max(knn.k) > knn.max_train:
         found.append(
@@ -72,7 +67,7 @@ def check(config: Config) -> list[tuple[str, str]]:
     distances = (
         ("checkpoint.every", config.checkpoint.every),
         ("checkpoint.keep_every", config.checkpoint.keep_every),
-        *((f"evaluation.{name}.every", getattr(config.evaluation, name).every) for name in NAMES),
+        *((f"evaluation.{name}.every", config.evaluation.section(name).every) for name in config.evaluation.evaluators()),
     )
     for key, length in distances:
         if length is not None and length.amount == 0:
@@ -95,8 +90,8 @@ def _check_evaluation(config: Config) -> list[tuple[str, str]]:
             found.append(("evaluation.segmentation.val_shards", told))
     if e.zeroshot.enabled and e.zeroshot.class_names is None:
         found.append(("evaluation.zeroshot.class_names", "evaluation.zeroshot.class_names is required: a file of class names"))
-    for name in ("zeroshot", "retrieval"):
-        if name in e.enabled and not config.method.reads_text:
+    for name in e.enabled:
+        if "text_encoder" in e.section(name).needs and not config.method.reads_text:
             found.append((f"evaluation.{name}.enabled", f"evaluation.{name}.enabled: {config.method.name} reads no captions"))
     if e.robustness.enabled and config.train.zero_stage == 3:
         told = "evaluation.robustness.enabled: no gradient flows into pictures with train.zero_stage = 3; use `fovea eval RUN`"

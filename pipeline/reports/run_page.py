@@ -15,16 +15,17 @@ import numpy as np
 from pipeline.checkpoint.files import Saved
 from pipeline.config.schema import Config
 from pipeline.data.inputs import Inputs, prepare
-from pipeline.errors import DataError, FoveaError
-from pipeline.evaluation.gallery import SOURCES, Gallery, varied
+from pipeline.errors import DataError
+from pipeline.evaluation import results
+from pipeline.evaluation.gallery import Gallery, varied
 from pipeline.evaluation.principal import principal
+from pipeline.evaluation.results import current_metric, split_metric
 from pipeline.reports import html as pictures
 from pipeline.reports import preview
 from pipeline.reports.html import Chart, Line
 from pipeline.runtime.clock import clock
 from pipeline.runtime.run_directory import RunDirectory
 from pipeline.tracking.journal import read
-from pipeline.untrusted import read_json
 from pipeline.weights.from_checkpoint import load_trained, newest
 
 if TYPE_CHECKING:
@@ -35,7 +36,12 @@ CROPS, PCA, QUERIES, NEIGHBOURS = 4, 8, 6, 6
 _BANK = 4000  # maximum number of images searched
 _THUMB = 216  # maximum size in pixels of a thumbnail in the file; the page shows it at half size
 _CHOICE = 0xE7A1  # random stream of the draw, the one of the k-NN evaluation
-_SERIES = {"knn": "trained", "untrained": "untrained", "pixels": "pixels"}
+_NETWORKS = {
+    "trained": "trained network",
+    "random_init": "same network, random init",
+    "init_from": "same network, as it began",
+    "pixels": "raw pixels",
+}
 _SCHEDULES = {"lr", "weight_decay", "teacher_momentum", "teacher_temperature", "epoch", "skipped_steps", "loss"}
 _TITLES = {
     "dino_local": "DINO, local crops",
@@ -93,7 +99,7 @@ def history(run: RunDirectory) -> History:
                 step = int(record["step"])
                 reached = max(reached, step)
                 for name, value in record["values"].items():
-                    out.metrics.setdefault(name, {})[step] = float(value)
+                    out.metrics.setdefault(current_metric(name), {})[step] = float(value)
             elif record["kind"] == "tags":
                 ended = {"stopped": f"was stopped by {record['values'].get('fovea.stop', 'a signal')}", "finished": ""}.get(
                     record["values"].get("fovea.state"), ended
@@ -140,11 +146,11 @@ def write(run: Path, config: Config, out: Path, *, facts: dict[str, str] | None 
     trained, untrained = load_trained(config, saved, device), build_seeded_method(config, device)
     towers = {"trained": trained.export()["backbone"].eval(), "untrained": untrained.export()["backbone"].eval()}
     look = Gallery(config, inputs, towers, config.evaluation.knn.image_size or trained.views[0].size, device)
-    scores, judged = _scores(directory, past, saved)
+    scores, scored_step = _scores(directory, past, saved)
     own = _facts(config, past, saved, sum(p.numel() for p in towers["trained"].parameters()))
     own |= {name: value for name, value in (facts or {}).items() if not name.startswith("k-NN")}
     body = [
-        _head(config, scores, judged, look.judged),
+        _head(config, scores, scored_step, look.split),
         _result(scores, own),
         _curves(config, past, scores),
         _crops(config, inputs, trained.views),
@@ -178,22 +184,19 @@ def _number(value: float) -> str:
 
 def _scores(run: RunDirectory, past: History, saved: Saved) -> tuple[dict[str, dict[int, float]], int]:
     """The newest k-NN of the journals and its step; or that of ``fovea eval`` if it evaluated a later checkpoint."""
-    found: dict[str, dict[int, float]] = {name: {} for name in SOURCES}
-    step = -1
-    for name, points in past.metrics.items():
-        series, _, k = name.partition("/k")
-        if series in _SERIES and k.isdigit() and points:
-            found[_SERIES[series]][int(k)] = points[max(points)]
-            step = max(step, max(points))
-    if step < saved.step:
-        try:
-            judged = read_json(run.path / "evaluation.json")
-            if judged["checkpoint"] == saved.path.name:
-                found = {name: {int(k): float(value) for k, value in judged["knn"][name].items()} for name in SOURCES}
-                step = saved.step
-        except (OSError, FoveaError, ValueError, KeyError, TypeError, AttributeError):
-            pass  # missing, or written by another version: use the journals
-    return found, step if step >= 0 else saved.step
+    newest = {name: points[max(points)] for name, points in past.metrics.items() if points}
+    knn = {name for name in newest if split_metric(name)[1].startswith("knn/k")}
+    step = max((max(past.metrics[name]) for name in knn), default=-1)
+    if step < saved.step and (result := results.read_all(run).get(saved.path.name)) is not None:
+        evaluated = {name: value for name, value in result.scores.items() if split_metric(name)[1].startswith("knn/k")}
+        newest, step = (evaluated, saved.step) if evaluated else (newest, step)
+    scores: dict[str, dict[int, float]] = {name: {} for name in _NETWORKS}
+    for name, value in newest.items():
+        baseline, metric = split_metric(name)
+        k = metric.removeprefix("knn/k")
+        if metric.startswith("knn/k") and k.isdecimal() and (baseline or "trained") in scores:
+            scores[baseline or "trained"][int(k)] = value
+    return scores, step if step >= 0 else saved.step
 
 
 def _facts(config: Config, past: History, saved: Saved, weights: int) -> dict[str, str]:
@@ -215,15 +218,16 @@ def _facts(config: Config, past: History, saved: Saved, weights: int) -> dict[st
     }
 
 
-def _head(config: Config, scores: dict[str, dict[int, float]], step: int, judged: str) -> str:
+def _head(config: Config, scores: dict[str, dict[int, float]], step: int, split: str) -> str:
     seen = _number(step * config.train.global_batch_size)
     words = f"{config.method.name} after {seen} samples"
     if scores["trained"]:
         k = max(scores["trained"])
-        named = f"name the class of {_percent(scores['trained'][k])} of the {judged} pictures"
+        named = f"name the class of {_percent(scores['trained'][k])} of the {split} pictures"
         words = f"After {seen} samples, nearest neighbours {named}"
-        names = {"untrained": "the same network untrained", "pixels": "raw pixels"}
-        rivals = [f"{text}: {_percent(scores[name][k])}" for name, text in names.items() if k in scores[name]]
+        rivals = [
+            f"{text}: {_percent(scores[name][k])}" for name, text in _NETWORKS.items() if k in scores[name] and name != "trained"
+        ]
         words += "; " * bool(rivals) + ", ".join(rivals)
     over = f"fovea · {config.method.name} · {config.run.name}"
     return f'<p class="over">{html.escape(over)}</p><h1>{html.escape(words)}</h1>'
@@ -235,7 +239,7 @@ def _result(scores: dict[str, dict[int, float]], facts: dict[str, str]) -> str:
     if ks:
         head = "".join(f'<th class="n">k = {k}</th>' for k in ks)
         rows = []
-        for number, (source, words) in enumerate(SOURCES.items()):
+        for number, (source, words) in enumerate((name, text) for name, text in _NETWORKS.items() if scores[name]):
             values = [_percent(scores[source][k]) if k in scores[source] else "unknown" for k in ks]
             cells = "".join(f'<td class="n">{value}</td>' for value in values)
             share = 100 * scores[source].get(ks[-1], 0.0)
@@ -255,7 +259,7 @@ def _curves(config: Config, past: History, scores: dict[str, dict[int, float]]) 
     batch = config.train.global_batch_size
     marks = [(step * batch, text) for step, text in sorted(past.resumes.items())]
     k = max(scores["trained"], default=0)
-    names = {"untrained": ("untrained", 1), "pixels": ("raw pixels", 2)}
+    names = {"random_init": ("random init", 1), "init_from": ("init_from", 1), "pixels": ("raw pixels", 2)}
     levels = [(name, scores[source][k], colour) for source, (name, colour) in names.items() if k in scores[source]]
     trained = Line("trained", past.line(f"knn/k{k}", batch), dots=True)
     knn = Chart(f"k-NN accuracy, k = {k}", [trained], levels=levels, marks=marks, percent=True, floor=0.0)
@@ -318,7 +322,7 @@ def _patches(look: Gallery) -> str:
     import torch
 
     size = 2 * look.size
-    images, captions = look.pictures(look.queries, varied(look.queries, PCA), size)
+    images, captions = look.images(look.queries, varied(look.queries, PCA), size)
     side = size // look.towers["trained"].patch
     rows = [("picture", f"{size} pixels a side", [pictures.pixels(image) for image in images])]
     for name, tower in look.towers.items():
@@ -361,8 +365,8 @@ def _neighbours(look: Gallery, most: int) -> str:
     if look.bank is look.queries:  # an image is not its own neighbour
         similarity[torch.from_numpy(wanted[:, None] == ids[None])] = -2.0
     near, place = similarity.topk(min(NEIGHBOURS, len(ids)), dim=1)
-    queries, said = look.pictures(look.queries, wanted, look.size)
-    found, told = look.pictures(look.bank, ids[place.flatten().numpy()], look.size)
+    queries, said = look.images(look.queries, wanted, look.size)
+    found, told = look.images(look.bank, ids[place.flatten().numpy()], look.size)
     rows, right, known = [], 0, 0
     for row, label in enumerate(answers):
         name = f"class {label}" if label >= 0 else "no class"
@@ -381,7 +385,7 @@ def _neighbours(look: Gallery, most: int) -> str:
         frames += f"here {right} of {known} are of the same class. "
     return "<h2>What it finds alike</h2>" + _figure(
         f'<div class="scroll"><div class="find">{"".join(rows)}</div></div>',
-        f"On the left a {look.judged} picture, beside it the {place.shape[1]} of {_number(len(ids))} training pictures whose "
+        f"On the left a {look.split} picture, beside it the {place.shape[1]} of {_number(len(ids))} training pictures whose "
         f"class tokens are nearest, with the cosine. "
         f"Good neighbours agree in what is shown rather than in colour or ground. {frames}",
         "neighbours",

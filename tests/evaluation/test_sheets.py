@@ -18,11 +18,10 @@ from torch import Tensor, nn
 from pipeline.data.augment.views import Normalize
 from pipeline.data.index.build import build
 from pipeline.data.index.manifest import Manifest
-from pipeline.data.loader.reader import Reader
 from pipeline.data.pack.shard_writer import ShardWriter
 from pipeline.evaluation.attention import looked_at, readable, shaded, with_attention
-from pipeline.evaluation.online import Pictures
-from pipeline.evaluation.sheets import _RIGHT, _UNKNOWN, _WRONG, Finding, attention_sheet, thumbs
+from pipeline.evaluation.images import ImageSet
+from pipeline.evaluation.sheets import _RIGHT, _UNKNOWN, _WRONG, NearestImages, attention_sheet, thumbs
 from pipeline.models.eval_model import EvalModel
 from pipeline.models.resnet import build_trunk
 from pipeline.models.settings import ModelSettings
@@ -147,10 +146,11 @@ def finder(texts: bool) -> Any:
 
 def find(manifest: Manifest, texts: bool) -> tuple[str, np.ndarray] | None:
     rank, world = dist.get_rank(), dist.get_world_size()
-    pictures = Pictures(manifest, size=16, most=None, batch=4, rank=rank, world=world, device=CPU, normalize=Normalize(MEAN, STD))
-    finding = Finding(pictures, Reader(manifest, wants=("caption",)), rows=4, columns=SHOWN, tile=TILE)
-    found = finding(finder(texts))
-    again = finding(finder(texts))  # by what was kept of the first time
+    common = {"size": 16, "batch_size": 4, "device": CPU, "normalize": Normalize(MEAN, STD)}
+    images = ImageSet(manifest, limit=None, rank=rank, world_size=world, **common)  # type: ignore[arg-type]
+    nearest = NearestImages(images, rows=4, columns=SHOWN, tile=TILE)
+    found = nearest(finder(texts))
+    again = nearest(finder(texts))  # by what was kept of the first time
     assert found is not None and again is not None and np.array_equal(found[1], again[1])
     return found
 
@@ -202,8 +202,8 @@ def test_two_ranks_draw_what_one_draws(texts: bool, manifest: Manifest, alone: N
 
 
 def test_a_single_picture_has_no_neighbour(manifest: Manifest, alone: None) -> None:
-    pictures = Pictures(manifest, size=16, most=1, batch=4, rank=0, world=1, device=CPU)
-    assert Finding(pictures, Reader(manifest, wants=("caption",)))(finder(texts=False)) is None
+    images = ImageSet(manifest, size=16, limit=1, batch_size=4, rank=0, world_size=1, device=CPU)
+    assert NearestImages(images)(finder(texts=False)) is None
 
 
 def test_small_pictures_are_what_was_normalised() -> None:

@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from pipeline.evaluation.retrieval import retrieval
+from pipeline.evaluation.retrieval import retrieval_scores
 from pipeline.evaluation.segmentation import IGNORED, confusion, ious, mean_iou
-from pipeline.evaluation.zeroshot import classified
+from pipeline.evaluation.zeroshot import classification_scores
 
 pytestmark = pytest.mark.slow  # importing torchmetrics brings transformers and matplotlib
 CLASSES = 7
@@ -47,7 +47,7 @@ def test_accuracies_are_torchmetrics() -> None:
     labels = torch.arange(200) ** 2 % CLASSES
     labels[:CLASSES] = torch.arange(CLASSES)
     similarity = F.normalize(features, dim=1) @ vectors.T
-    found = classified(features, vectors, labels, ks=(1, 3))
+    found = classification_scores(features, vectors, labels, ks=(1, 3))
     for k in (1, 3):
         theirs = multiclass_accuracy(similarity, labels, num_classes=CLASSES, top_k=k, average="micro")
         assert found[f"top{k}"] == pytest.approx(float(theirs))
@@ -61,7 +61,7 @@ def test_recalls_are_torchmetrics_hit_rates() -> None:
     g = generator()
     images, texts = torch.randn(20, 6, generator=g), torch.randn(60, 6, generator=g)
     owners = torch.arange(60) % 20  # three captions each
-    found = retrieval(images, texts, torch.arange(20), owners)
+    found = retrieval_scores(images, texts, torch.arange(20), owners)
     similarity = F.normalize(images.double(), dim=1) @ F.normalize(texts.double(), dim=1).T
     right = torch.arange(20)[:, None] == owners[None]
     for k in (1, 5, 10):

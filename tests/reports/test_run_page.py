@@ -17,7 +17,6 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from launch.cli import eval_run as evaluate
 from pipeline.config.load import Loaded
 from pipeline.data.inputs import prepare
 from pipeline.errors import CheckpointError
@@ -28,7 +27,8 @@ from pipeline.reports import html as pictures
 from pipeline.reports import run_page as page
 from pipeline.reports.html import Chart, Line
 from pipeline.runtime.run_directory import RunDirectory
-from tests.launch.cli.test_eval_run import CPU, changed, toy, write_checkpoint
+from pipeline.weights.from_checkpoint import newest
+from tests.helpers.evaluation import CPU, changed, toy, write_checkpoint
 from tests.reports.test_preview import OUTSIDE, VIEWS
 
 FIGURES = ("result", "curves", "terms", "crops", "patches", "neighbours")
@@ -133,13 +133,13 @@ def test_trained_and_untrained_patches_differ(drawn: str) -> None:
     assert len(set(images)) == len(images)
 
 
-def test_the_table_tells_the_newest_scores_beside_the_baselines(drawn: str) -> None:
+def test_the_table_has_the_newest_scores_beside_the_baselines(drawn: str) -> None:
     table = drawn[drawn.index('id="result"') :].partition("</table>")[0]
     rows = re.findall(r"<tr.*?</tr>", table)[1:]
     shown = [re.findall(r">([^<>]+)</t[hd]>", row) for row in rows]
     assert shown == [
         ["trained network", "55.0 %", "65.0 %"],
-        ["same network, untrained", "15.0 %", "25.0 %"],
+        ["same network, random init", "15.0 %", "25.0 %"],
         ["raw pixels", "10.0 %", "20.0 %"],
     ]
     headline = re.search(r"<h1>(.*?)</h1>", drawn)
@@ -184,9 +184,9 @@ def test_a_run_started_again_after_its_end_was_not_interrupted(tmp_path: Path) -
 
 def test_numbers_of_eval_count_where_the_journals_stop_before_the_checkpoint(run: Loaded, tmp_path: Path) -> None:
     scores = {"trained": {"1": 0.9}, "untrained": {"1": 0.3}, "pixels": {"1": 0.2}}
-    saved = evaluate.newest(run.config.run.folder)
+    saved = newest(run.config.run.folder)
     (tmp_path / "evaluation.json").write_text(json.dumps({"checkpoint": saved.path.name, "knn": scores}))
-    short = page.History(metrics={"knn/k1": {16: 0.5}, "untrained/k1": {0: 0.3}})
+    short = page.History(metrics={"knn/k1": {16: 0.5}, "baseline/random_init/knn/k1": {0: 0.3}})
     found, step = page._scores(RunDirectory(tmp_path), short, saved)
     assert (found["trained"], found["pixels"], step) == ({1: 0.9}, {1: 0.2}, 24)
     found, step = page._scores(RunDirectory(tmp_path), page.History(metrics={"knn/k1": {24: 0.5}}), saved)

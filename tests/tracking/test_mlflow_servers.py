@@ -14,11 +14,11 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from launch.cli.eval_ranks import EvalReporter
 from launch.cli.main import main
 from pipeline.errors import ConfigError
+from pipeline.evaluation.reporter import EvalReporter
 from pipeline.runtime.run_directory import RunDirectory
-from pipeline.tracking import Aside, Journal, Shipper, asides, own_database, remember, server_of
+from pipeline.tracking import EvalDestination, Journal, Shipper, eval_destinations, own_database, remember, server_of
 from pipeline.tracking.journal import read
 from tests.checkpoint.test_manifest import JSON
 
@@ -93,16 +93,17 @@ def test_a_server_that_only_the_run_names_is_never_contacted(run: Path, sink: Si
     assert "only the run names the MLflow server http://127.0.0.1" in capsys.readouterr().err
     assert call("mlflow", "sync", "--all") == 2
     assert "skipped" in capsys.readouterr().out
-    telling = EvalReporter.of_run(run, RunDirectory(run).settings(), None)
-    assert telling is not None
-    telling(3, {"trained": {"knn/k1": 0.5}})
-    telling.close()
-    assert "the scores stay in" in capsys.readouterr().err
+    messages: list[str] = []
+    reporter = EvalReporter.of_run(run, RunDirectory(run).settings(), None, log=messages.append)
+    assert reporter is not None
+    reporter(3, {"knn/k1": 0.5})
+    reporter.close()
+    assert len(messages) == 1 and messages[0].startswith("the scores stay in")
     assert sink.asked == []
 
 
 def test_a_server_that_only_an_evaluation_of_the_run_names_is_never_contacted(run: Path, sink: Sink) -> None:
-    Aside(sink.uri, "fovea", "eval").begin(run / "tracking" / "eval-1").close()
+    EvalDestination(sink.uri, "fovea", "eval").begin(run / "tracking" / "eval-1").close()
     Journal(run / "tracking" / "eval-1" / "journal-0000.jsonl").metrics(1, {"eval/knn": 0.5})
     assert call("mlflow", "sync", str(run)) == 2
     assert sink.asked == []
@@ -234,7 +235,7 @@ def test_cursors_and_asides_of_a_wrong_type_count_as_none(tmp_path: Path, docume
     Shipper(tracking, uri="sqlite:///x", experiment="e", name="n")._pending()
     about = {"uri": "sqlite:///x", "experiment": "e", "name": "n", "joins": ""}
     (tracking / "eval" / "about.json").write_text(json.dumps(document if key is None else {**about, key: document}))
-    for _, aside in asides(tracking):
+    for _, aside in eval_destinations(tracking):
         assert isinstance(aside.uri, str) and aside.joins in ("", "../cursor.json")
 
 
