@@ -69,8 +69,8 @@ def run(target: str, overrides: Sequence[str], options: EvalOptions, command: Se
     of_run = (directory / "config.yaml").is_file()
     exists = directory.exists() or ":" in target
     if not of_run and not (exists and options.evaluators):
-        hint = "Name an evaluator, such as --knn" if exists else "It should hold the config.yaml that a training wrote."
-        raise ConfigError("is no run's directory", where=target, hint=hint)
+        hint = "Name an evaluator such as --knn for weights" if exists else "A run directory contains config.yaml"
+        raise ConfigError("must be a run directory", where=target, hint=hint)
     config = load(str(directory / "config.yaml"), overrides).config if of_run else standalone.settings_for_weights(overrides)
     request = _request(config, options, checkpoint, of_run=of_run)
     if (count := ranks_for(config, options.ranks)) > 1:
