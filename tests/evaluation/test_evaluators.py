@@ -56,9 +56,9 @@ CLASSES = 3
 
 
 def test_intersection_over_union_by_hand() -> None:
-    wanted = torch.tensor([[0, 0, 1, 1], [2, 2, IGNORED, IGNORED]])
+    target = torch.tensor([[0, 0, 1, 1], [2, 2, IGNORED, IGNORED]])
     predicted = torch.tensor([[0, 1, 1, 1], [2, 0, 0, 1]])
-    matrix = confusion(predicted, wanted, 4)
+    matrix = confusion(predicted, target, 4)
     assert matrix.tolist() == [[1, 1, 0, 0], [0, 2, 0, 0], [1, 0, 1, 0], [0, 0, 0, 0]]
     assert ious(matrix)[:3].tolist() == pytest.approx([1 / 3, 2 / 3, 1 / 2])
     assert math.isnan(float(ious(matrix)[3]))  # the fourth class is nowhere: it counts for nothing
@@ -69,11 +69,11 @@ def test_intersection_over_union_is_scikit_learns() -> None:
     from sklearn.metrics import confusion_matrix, jaccard_score
 
     generator = torch.Generator().manual_seed(0)
-    wanted, predicted = (torch.randint(0, 5, (400,), generator=generator) for _ in range(2))
-    wanted[:50] = IGNORED
-    matrix = confusion(predicted, wanted, 5)
-    assert np.array_equal(matrix.numpy(), confusion_matrix(wanted[50:], predicted[50:]))
-    assert mean_iou(matrix) == pytest.approx(jaccard_score(wanted[50:], predicted[50:], average="macro"))
+    target, predicted = (torch.randint(0, 5, (400,), generator=generator) for _ in range(2))
+    target[:50] = IGNORED
+    matrix = confusion(predicted, target, 5)
+    assert np.array_equal(matrix.numpy(), confusion_matrix(target[50:], predicted[50:]))
+    assert mean_iou(matrix) == pytest.approx(jaccard_score(target[50:], predicted[50:], average="macro"))
 
 
 def test_fooling_compares_with_the_clean_answer_and_not_with_the_label() -> None:
@@ -83,7 +83,7 @@ def test_fooling_compares_with_the_clean_answer_and_not_with_the_label() -> None
     assert fooling(clean, disturbed, labels) == Fooling(0.5, 0.75, 0.25, pytest.approx(2 / 3))
 
 
-def test_pictures_that_share_a_caption_belong_together() -> None:
+def test_images_that_share_a_caption_belong_together() -> None:
     images, owners, texts = match_captions([("a", "b"), ("c",), ("b",)], merge=True)
     assert images[0] == images[2] != images[1]
     assert owners.tolist() == [images[0], images[0], images[1], images[2]]
@@ -108,24 +108,24 @@ def png(pixels: np.ndarray) -> bytes:
     return buffer.getvalue()
 
 
-def test_a_class_map_is_cut_like_its_picture() -> None:
+def test_a_class_map_is_cropped_like_its_image() -> None:
     pixels = np.zeros((4, 8), dtype=np.uint8)
     pixels[:, 2:4], pixels[:, 4:6], pixels[0, 2] = 1, 2, 9
-    found = class_map(png(pixels), size=4, classes=3, ignore=(9,), key="k")
-    assert found.tolist() == [[IGNORED, 1, 2, 2], [1, 1, 2, 2], [1, 1, 2, 2], [1, 1, 2, 2]]
+    result = class_map(png(pixels), size=4, classes=3, ignore=(9,), key="k")
+    assert result.tolist() == [[IGNORED, 1, 2, 2], [1, 1, 2, 2], [1, 1, 2, 2], [1, 1, 2, 2]]
     assert class_map(png(pixels), size=2, classes=3, ignore=(9,), key="k").tolist() == [[1, 2], [1, 2]]
 
 
 @pytest.mark.parametrize(
-    ("data", "told"),
+    ("data", "message"),
     [
         (png(np.full((4, 4), 7, dtype=np.uint8)), r"must be 0 to 2, and it holds \[7\]"),
         (png(np.zeros((4, 4, 3), dtype=np.uint8)), "not of mode RGB"),
-        (b"no picture", "cannot be read"),
+        (b"no image", "cannot be read"),
     ],
 )
-def test_a_class_map_that_says_nothing_is_refused(data: bytes, told: str) -> None:
-    with pytest.raises(DataError, match=told):
+def test_a_class_map_without_class_numbers_is_refused(data: bytes, message: str) -> None:
+    with pytest.raises(DataError, match=message):
         class_map(data, size=4, classes=3, ignore=(), key="k")
 
 
@@ -305,13 +305,13 @@ def test_layers_are_the_blocks_in_order_and_leave_nothing_behind(manifests: tupl
     model = eval_model()
     images = torch.randn(2, 3, 24, 24)
     with torch.inference_mode():
-        found = model.layers(images, 2)
+        result = model.layers(images, 2)
         vit: Any = model.tower.vit
         last = F.layer_norm(
             vit.blocks[1](vit.blocks[0](vit.norm_pre(vit.pos_drop(vit._pos_embed(vit.patch_embed(images)))))), (16,)
         )
-    torch.testing.assert_close(found[:, 1, 0], last[:, 0])
-    torch.testing.assert_close(found[:, 1, 1], last[:, 1:].mean(1))
+    torch.testing.assert_close(result[:, 1, 0], last[:, 0])
+    torch.testing.assert_close(result[:, 1, 1], last[:, 1:].mean(1))
     assert not any(block._forward_hooks for block in model.tower.vit.blocks)
 
 
@@ -336,8 +336,12 @@ def test_unusable_data_is_refused(manifests: tuple[Manifest, Manifest], alone: N
         writer.write({"__key__": "one", "jpg": scenes._sample(scenes.render(1, 0, 32))["jpg"]})
         writer.write({"__key__": "two", "jpg": scenes._sample(scenes.render(1, 1, 32))["jpg"]})
     bare = build(writer.shards, tmp_path / "index")
-    for name, told in (("linear", "no labelled samples"), ("logistic", "no labelled samples"), ("segmentation", "no class map")):
-        with pytest.raises(DataError, match=told):
+    for name, message in (
+        ("linear", "no labelled samples"),
+        ("logistic", "no labelled samples"),
+        ("segmentation", "no class map"),
+    ):
+        with pytest.raises(DataError, match=message):
             scores_of(name, bare, manifests[1], folder)
     with pytest.raises(DataError, match="have no caption"):
         scores_of("retrieval", manifests[0], bare, folder)

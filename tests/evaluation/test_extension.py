@@ -78,6 +78,11 @@ def fovea(root: Path, *words: str) -> subprocess.CompletedProcess[str]:
 @pytest.mark.slow
 def test_a_file_and_a_section_are_all_that_an_evaluator_takes(tmp_path: Path) -> None:
     root, data = install(tmp_path / "root"), tmp_path / "data"
+    files = {path.relative_to(root): path.read_bytes() for path in root.rglob("*.py")}
+    touched = {
+        str(name) for name, content in files.items() if not (ROOT / name).exists() or (ROOT / name).read_bytes() != content
+    }
+    assert touched == {"pipeline/evaluation/settings.py", "pipeline/evaluation/token_norm.py"}
     data.mkdir()
     loaded = toy(data, "launch.backend=gloo", "launch.num_processes=1", "train.duration=2 steps", "schedule.lr.warmup=1 steps")
     (data / "own.yaml").write_text(show(loaded))

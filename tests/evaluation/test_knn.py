@@ -58,11 +58,11 @@ def test_accuracy_is_that_of_brute_force(temperature: float) -> None:
     labels, answers = torch.randint(4, (90,), generator=generator), torch.randint(4, (40,), generator=generator)
     bank = (centres[labels] + 1.5 * torch.randn(90, 8, generator=generator)) * torch.rand(90, 1, generator=generator)
     queries = centres[answers] + 1.5 * torch.randn(40, 8, generator=generator)
-    found = knn_accuracy(queries, answers, bank, labels, ks=KS, temperature=temperature, chunk=7)
+    result = knn_accuracy(queries, answers, bank, labels, ks=KS, temperature=temperature, chunk=7)
     expected = {k: by_hand(queries, answers, bank, labels, k, max(KS), temperature) for k in KS}
-    assert found == pytest.approx(expected)
-    assert len(set(found.values())) > 1
-    assert all(0.3 < value < 1.0 for value in found.values())
+    assert result == pytest.approx(expected)
+    assert len(set(result.values())) > 1
+    assert all(0.3 < value < 1.0 for value in result.values())
 
 
 def test_features_of_any_length_and_type_count_by_their_direction() -> None:
@@ -122,7 +122,7 @@ def labelled(images: ImageSet) -> tuple[Tensor, Tensor]:
     return torch.cat([images for images, _ in batches]), torch.cat([labels for _, labels in batches])
 
 
-def test_pictures_are_the_labelled_samples_in_order_and_ranks_share_them(manifests: tuple[Manifest, Manifest]) -> None:
+def test_images_are_the_labelled_samples_in_order_and_ranks_share_them(manifests: tuple[Manifest, Manifest]) -> None:
     bank = manifests[0]
     images, labels = labelled(image_set(bank))
     stored = np.concatenate([bank.column(shard, "label") for shard in range(len(bank.shards))])
@@ -144,7 +144,7 @@ def test_a_part_is_chosen_by_the_seed_alone(manifests: tuple[Manifest, Manifest]
     assert image_set(bank, limit=1000).total == 45
 
 
-def test_pictures_are_decoded_once_and_the_random_state_is_left_alone(
+def test_images_are_decoded_once_and_the_random_state_is_left_alone(
     manifests: tuple[Manifest, Manifest], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     state = torch.random.get_rng_state()

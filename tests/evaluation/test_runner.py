@@ -36,7 +36,7 @@ def test_an_evaluation_that_would_cost_too_much_waits_until_there_is_time(tmp_pa
         assert evaluate(24, 21.0).keys() == {"knn/k1", "knn/k5"}  # the last step has its scores
 
 
-def test_pictures_are_the_same_each_time_and_the_random_state_is_untouched(tmp_path: Path) -> None:
+def test_images_are_the_same_each_time_and_the_random_state_is_untouched(tmp_path: Path) -> None:
     config = toy(tmp_path, "launch.backend=gloo", "evaluation.knn.every=2 steps").config
     sheets: dict[tuple[int, str], NDArray[np.uint8]] = {}
     with world_here(config) as world:

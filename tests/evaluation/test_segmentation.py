@@ -1,4 +1,4 @@
-"""Class maps in their own size: borders and squares by hand, and whole pictures from shards on one rank and two."""
+"""Class maps in their own size: borders and squares by hand, and whole images from shards on one rank and two."""
 
 from __future__ import annotations
 
@@ -44,13 +44,13 @@ def second(values: list[list[float]]) -> Tensor:
 
 def test_borders_are_where_enlarged_logits_cross_by_hand() -> None:
     # From two patches, -1 and 5, to four pixels: -1, -1 + 6/4, -1 + 18/4, 5.
-    found = merge_windows([second([[-1.0, 5.0], [-1.0, 5.0]])], [0.5], 4, 4)
-    assert found.tolist() == [[0, 1, 1, 1]] * 4
-    wanted = torch.tensor([[0, 0, 1, 1]] * 4)
-    assert ious(confusion(found, wanted, 2)).tolist() == pytest.approx([1 / 2, 2 / 3])
+    result = merge_windows([second([[-1.0, 5.0], [-1.0, 5.0]])], [0.5], 4, 4)
+    assert result.tolist() == [[0, 1, 1, 1]] * 4
+    target = torch.tensor([[0, 0, 1, 1]] * 4)
+    assert ious(confusion(result, target, 2)).tolist() == pytest.approx([1 / 2, 2 / 3])
     # In the network's own size, where each patch is a pixel, nothing is wrong.
     small = merge_windows([second([[-1.0, 5.0], [-1.0, 5.0]])], [0.5], 2, 2)
-    assert ious(confusion(small, wanted[::2, ::2], 2)).tolist() == [1.0, 1.0]
+    assert ious(confusion(small, target[::2, ::2], 2)).tolist() == [1.0, 1.0]
 
 
 def test_where_squares_overlap_their_mean_decides_by_hand() -> None:
@@ -71,7 +71,7 @@ def test_a_whole_map_is_as_it_is_stored() -> None:
 
 
 def made(folder: Path, name: str, first: int, count: int, shape: tuple[int, int]) -> Manifest:
-    """Pictures of bright columns on dark ground, whose maps say so."""
+    """Images of bright columns on dark ground, whose maps say so."""
     with ShardWriter(folder, name) as writer:
         for number in range(first, first + count):
             random = np.random.default_rng(number)
@@ -113,8 +113,8 @@ def scores_of(train: Manifest, test: Manifest, whole: bool) -> dict[str, float]:
 
 def test_squares_reach_from_end_to_end_and_share_a_third(manifests: tuple[Manifest, Manifest]) -> None:
     assert window_positions(manifests[0]) == [0.5]
-    found = window_positions(manifests[1])  # 36 pixels of slack, at most 16 from one to the next
-    assert found == [0.0, pytest.approx(1 / 3), pytest.approx(2 / 3), 1.0]
+    result = window_positions(manifests[1])  # 36 pixels of slack, at most 16 from one to the next
+    assert result == [0.0, pytest.approx(1 / 3), pytest.approx(2 / 3), 1.0]
 
 
 def test_a_square_is_cut_where_it_is_said_to_lie(tmp_path: Path, alone: None) -> None:
