@@ -227,7 +227,7 @@ def test_records_of_a_wrong_type_are_left_out(tmp_path: Path, document: Any, key
 
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(document=JSON, key=st.sampled_from(["uri", "run_id", "offsets", "steps", "artifacts", "joins", None]))
-def test_cursors_and_asides_of_a_wrong_type_count_as_none(tmp_path: Path, document: Any, key: str | None) -> None:
+def test_cursors_and_destinations_of_a_wrong_type_count_as_none(tmp_path: Path, document: Any, key: str | None) -> None:
     tracking = tmp_path / "tracking"
     (tracking / "eval").mkdir(parents=True, exist_ok=True)
     good = {"uri": "sqlite:///x", "run_id": "r", "offsets": {}, "steps": {}, "artifacts": []}

@@ -105,4 +105,4 @@ class CoCa(Contrastive):
 
 def build(config: Config, settings: CocaSettings) -> CoCa:
     """Builds CoCa with newly initialized towers."""
-    return CoCa(build_tower(config.model, image_size=settings.image_size), settings)
+    return CoCa(build_tower(config.model, image_size=settings.views.global_size), settings)

@@ -9,7 +9,7 @@ and the pixels (Rec).
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import cast
 
@@ -18,13 +18,14 @@ from torch import Tensor, nn
 
 from pipeline import losses
 from pipeline.config.schema import Config
+from pipeline.data.augment.settings import GLOBAL_VIEWS
 from pipeline.data.augment.views import Batch, ViewSpec
 from pipeline.errors import ConfigError
 from pipeline.methods.base import Step
 from pipeline.methods.detailclip.settings import DetailClipSettings
 from pipeline.methods.ema_teacher import Teacher
 from pipeline.methods.shared.contrastive import Contrastive, caption_tokens, unit
-from pipeline.methods.shared.crops import NORMALIZE, colours
+from pipeline.methods.shared.crops import NORMALIZE, global_augments
 from pipeline.models.attention import kept_and_removed, with_attention
 from pipeline.models.decoder import Decoder, patchified
 from pipeline.models.heads import PrototypeHead
@@ -72,7 +73,7 @@ class DetailCLIP(Contrastive):
         super().__init__(backbone, settings, scale=settings.init_logit_scale)
         s = settings
         self.views = detailclip_views(s)
-        self.grid = s.image_size // backbone.patch
+        self.grid = s.views.global_size // backbone.patch
         self.head = PrototypeHead(
             backbone.width, hidden=s.head_hidden, bottleneck=s.head_bottleneck, prototypes=s.prototypes, layers=s.head_layers
         )
@@ -222,19 +223,18 @@ class DetailCLIP(Contrastive):
 
 
 def detailclip_views(settings: DetailClipSettings) -> tuple[ViewSpec, ...]:
-    """Two views of each image with the same augmentation."""
-    a = settings.augment
-    blur = a.blur_probability if a.blur != "off" else 0.0
-    augment = replace(colours(a), blur_p=blur, blur_kernel="auto", solarize_p=a.solarize_probability)
+    """Two views of each image, by default with the same augmentation."""
+    v, a = settings.views, settings.augment
+    augments = global_augments(a, blur_kernel="auto")
     return (
         ViewSpec(
             "global",
-            2,
-            settings.image_size,
-            settings.crop_scale,
-            (augment,),
-            normalize=NORMALIZE[settings.normalize],
-            interpolation=settings.interpolation,
+            GLOBAL_VIEWS,
+            v.global_size,
+            v.global_scale,
+            augments,
+            normalize=NORMALIZE[a.normalize],
+            interpolation=v.interpolation,
         ),
     )
 
@@ -245,12 +245,12 @@ def build(config: Config, settings: DetailClipSettings) -> DetailCLIP:
     Raises:
         ConfigError: the teacher's view size is not a multiple of the patch size, or exceeds the student's.
     """
-    tower = build_tower(config.model, image_size=settings.image_size)
-    side = settings.teacher_size or settings.image_size
-    if side % tower.patch or side > settings.image_size:
+    tower = build_tower(config.model, image_size=settings.views.global_size)
+    side = settings.teacher_size or settings.views.global_size
+    if side % tower.patch or side > settings.views.global_size:
         raise ConfigError(
-            f"the teacher cannot see {side} pixels: patches have {tower.patch}, the student's views {settings.image_size}",
+            f"the teacher cannot see {side} pixels: patches have {tower.patch}, the student's views {settings.views.global_size}",
             where="method.teacher_size",
-            hint=f"choose a multiple of {tower.patch} up to {settings.image_size}, or null",
+            hint=f"choose a multiple of {tower.patch} up to {settings.views.global_size}, or null",
         )
     return DetailCLIP(tower, settings)

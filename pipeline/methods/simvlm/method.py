@@ -96,4 +96,4 @@ class SimVLM(Method):
 
 def build(config: Config, settings: SimvlmSettings) -> SimVLM:
     """Builds SimVLM with a newly initialized vision tower."""
-    return SimVLM(build_tower(config.model, image_size=settings.image_size), settings)
+    return SimVLM(build_tower(config.model, image_size=settings.views.global_size), settings)
