@@ -99,7 +99,8 @@ def test_webdataset_reads_every_member_of_every_shard(tmp_path: Path) -> None:
     assert [set(sample) - {"__url__", "__local_path__"} for sample in samples] == [set(sample) for sample in ODD]
 
 
-def test_a_full_disk_leaves_no_shard_and_one_error(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.filterwarnings("error::pytest.PytestUnraisableExceptionWarning")
+def test_a_full_disk_leaves_no_shard_and_one_error(tmp_path: Path) -> None:
     class Full(io.RawIOBase):
         def write(self, data: object) -> int:
             raise OSError(errno.ENOSPC, "No space left on device")
@@ -110,4 +111,4 @@ def test_a_full_disk_leaves_no_shard_and_one_error(tmp_path: Path, capfd: pytest
         writer.write({"__key__": "1", "jpg": bytes(100_000)})
     del writer
     gc.collect()
-    assert list(tmp_path.iterdir()) == [] and capfd.readouterr().err == ""
+    assert list(tmp_path.iterdir()) == []
