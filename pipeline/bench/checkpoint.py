@@ -22,12 +22,12 @@ from pipeline.checkpoint import files as saved
 from pipeline.checkpoint import reader
 from pipeline.checkpoint import writer as checkpoint
 from pipeline.data.augment.masks import block_masks, mask_counts
+from pipeline.data.augment.settings import MultiCropSettings
 from pipeline.data.augment.views import Batch, Masks
 from pipeline.errors import ConfigError
 from pipeline.methods.base import Step
 from pipeline.methods.dinov2.method import DINOv2, dinov2_views
 from pipeline.methods.dinov2.settings import Dinov2Settings
-from pipeline.methods.settings import ViewSettings
 from pipeline.models.settings import ModelSettings
 from pipeline.models.vision import build_tower
 from pipeline.training.engine import Engine, EngineOptions
@@ -177,10 +177,10 @@ def make_method(options: Options, device: torch.device) -> tuple[DINOv2, Batch]:
     """DINOv2 with a batch of noise, both on the device."""
     torch.manual_seed(0)
     local = max(options.side // 2 // 16 * 16, 16)
-    views = ViewSettings(global_size=options.side, local_size=local, local_count=4)
+    views = MultiCropSettings(global_size=options.side, local_size=local, local_count=4)
     settings = Dinov2Settings(views=views, prototypes=options.prototypes)
     tower = build_tower(ModelSettings(timm_name=MODELS[options.model]), image_size=options.side)
-    method = DINOv2(tower, settings).to(device).place(device)
+    method = DINOv2(tower, settings).to(device).place_state(device)
     spec = dinov2_views(settings, patch=16)[0].mask
     grid, rows = options.side // 16, 2 * options.batch
     hidden = np.zeros((rows, grid * grid), dtype=bool)

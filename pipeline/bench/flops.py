@@ -6,6 +6,7 @@ import re
 from dataclasses import dataclass
 
 from pipeline.config.schema import Config
+from pipeline.data.augment.settings import GLOBAL_VIEWS
 from pipeline.estimate import flops
 from pipeline.methods.clip.settings import ClipSettings
 from pipeline.methods.dinov2.settings import Dinov2Settings
@@ -83,19 +84,19 @@ def _dinov2(model: ModelSettings, s: Dinov2Settings) -> float | None:
         return flops.tower(side, patch, width, depth, prefix=prefix, gated=gated, hidden=hidden, read=read)
 
     v = s.views
-    hidden_patches = v.global_count * s.mask_probability * sum(s.mask_ratio) / 2 * (v.global_size // patch) ** 2
-    read = 1 + hidden_patches / v.global_count
-    teacher = v.global_count * forward(v.global_size, read)
-    seen = v.global_count * forward(v.global_size, None if s.gram_weight else read)
+    hidden_patches = GLOBAL_VIEWS * s.mask_probability * sum(s.mask_ratio) / 2 * (v.global_size // patch) ** 2
+    read = 1 + hidden_patches / GLOBAL_VIEWS
+    teacher = GLOBAL_VIEWS * forward(v.global_size, read)
+    seen = GLOBAL_VIEWS * forward(v.global_size, None if s.gram_weight else read)
     student = 3 * keep * (seen + v.local_count * forward(v.local_size, 1))
     head = flops.prototype_head(width, s.head_hidden, s.head_bottleneck, s.prototypes, s.head_layers)
     logits = 2.0 * s.head_bottleneck * s.prototypes
-    crops = v.global_count + v.local_count
+    crops = GLOBAL_VIEWS + v.local_count
     # The teacher's logits are computed for Sinkhorn and again beside the student's; large batches recompute them in each
     # iteration.
     again = logits if s.centering == "sinkhorn_knopp" else 0.0
-    teacher_tokens, student_tokens = v.global_count + hidden_patches, crops + hidden_patches
-    anchor = v.global_count * forward(s.gram_size or v.global_size) if s.gram_weight else 0.0
+    teacher_tokens, student_tokens = GLOBAL_VIEWS + hidden_patches, crops + hidden_patches
+    anchor = GLOBAL_VIEWS * forward(s.gram_size or v.global_size) if s.gram_weight else 0.0
     return anchor + teacher + student + teacher_tokens * (head + again) + 3 * student_tokens * head
 
 
@@ -105,10 +106,10 @@ def _clip(model: ModelSettings, s: ClipSettings) -> float | None:
         return None
     width, depth, patch, gated, hidden = shape
     kept = 1 - s.patch_dropout
-    patches = int((s.image_size // patch) ** 2 * kept)
+    patches = int((s.views.global_size // patch) ** 2 * kept)
     image = (depth - 1) * flops.block(patches + 1, width, hidden=hidden, gated=gated)
     image += flops.block(patches + 1, width, hidden=hidden, gated=gated, read=1)
-    image += 2.0 * (s.image_size // patch) ** 2 * 3 * patch**2 * width
+    image += 2.0 * (s.views.global_size // patch) ** 2 * 3 * patch**2 * width
     text = flops.text_tower(s.text.context_length, s.text.sizes.width, s.text.sizes.depth, s.embed_dim or s.text.sizes.embed)
     return 3 * (image + text)
 

@@ -115,7 +115,7 @@ def gather(config: Config, inputs: Inputs, specs: tuple[ViewSpec, ...], count: i
 
     order = inputs.order
     # Use the largest world size at which rank 0 still has enough samples: little is read, exactly as that rank would read it.
-    ranks = max(n for n in divisors(order.lanes) if order.global_batch // n >= min(count, order.global_batch))
+    ranks = max(n for n in divisors(order.streams) if order.global_batch // n >= min(count, order.global_batch))
     reader = Reader(
         inputs.train, wants=("image", "caption", "label"), checksum=config.data.verify_checksums, store=open_storage(config)
     )
@@ -133,7 +133,7 @@ def gather(config: Config, inputs: Inputs, specs: tuple[ViewSpec, ...], count: i
             where=", ".join(sorted({record.shard_name for record in records})),
             hint="`fovea shards verify` lists all images that cannot be decoded",
         )
-    augmenter = Augmenter(specs, batch_size=len(usable), threads=config.data.decode_threads, hue=config.method.hue)
+    augmenter = Augmenter(specs, batch_size=len(usable), threads=config.data.decode_threads, hue=config.method.augment.hue_space)
     plans = [_rows(plan, usable) for plan in portion.plan]
     cut = augmenter.run([decoded[row] for row in usable], plans)
     samples = []
