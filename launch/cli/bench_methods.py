@@ -31,9 +31,7 @@ def methods(
     samples: Annotated[int | None, typer.Option(min=1, help="Samples per method, instead of minutes.")] = None,
     shards: Scenes = None,
     ranks: Ranks = 2,
-    directory: Annotated[Path, typer.Option(help="Output directory of the runs, which should be new.")] = Path(
-        "runs/bench-methods"
-    ),
+    directory: Annotated[Path, typer.Option(help="New output directory of the runs.")] = Path("runs/bench-methods"),
     out: Out = None,
 ) -> None:
     """Train each method on the same synthetic scenes for the same time or number of samples, and compare k-NN and zero-shot.
@@ -62,9 +60,7 @@ def collapse_ablation(
     samples: Samples = 24_000,
     shards: Scenes = None,
     ranks: Ranks = 2,
-    directory: Annotated[Path, typer.Option(help="Output directory of the runs, which should be new.")] = Path(
-        "runs/bench-collapse-ablation"
-    ),
+    directory: Annotated[Path, typer.Option(help="New output directory of the runs.")] = Path("runs/bench-collapse-ablation"),
     out: Out = None,
 ) -> None:
     """Ablate what prevents collapse: BYOL without predictor, DINO without centring or sharpening, small batches, repelled crops.
@@ -90,9 +86,7 @@ def dense_features(
     seeds: Annotated[int, typer.Option(min=1, help="Runs per method, with seeds from 0.")] = 3,
     shards: Scenes = None,
     ranks: Ranks = 2,
-    directory: Annotated[Path, typer.Option(help="Output directory of the runs, which should be new.")] = Path(
-        "runs/bench-dense-features"
-    ),
+    directory: Annotated[Path, typer.Option(help="New output directory of the runs.")] = Path("runs/bench-dense-features"),
     out: Out = None,
 ) -> None:
     """Compare the dense features of DetailCLIP and CLIP after equal samples, by linear segmentation of synthetic scenes.
