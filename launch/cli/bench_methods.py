@@ -31,7 +31,9 @@ def methods(
     samples: Annotated[int | None, typer.Option(min=1, help="Samples per method, instead of minutes.")] = None,
     shards: Scenes = None,
     ranks: Ranks = 2,
-    directory: Annotated[Path, typer.Option(help="New output directory of the runs.")] = Path("runs/bench-methods"),
+    directory: Annotated[Path, typer.Option(help="Output directory of the runs, which must be new.")] = Path(
+        "runs/bench-methods"
+    ),
     out: Out = None,
 ) -> None:
     """Train each method on the same synthetic scenes for the same time or number of samples, and compare k-NN and zero-shot.
@@ -60,7 +62,9 @@ def collapse_ablation(
     samples: Samples = 24_000,
     shards: Scenes = None,
     ranks: Ranks = 2,
-    directory: Annotated[Path, typer.Option(help="New output directory of the runs.")] = Path("runs/bench-collapse-ablation"),
+    directory: Annotated[Path, typer.Option(help="Output directory of the runs, which must be new.")] = Path(
+        "runs/bench-collapse-ablation"
+    ),
     out: Out = None,
 ) -> None:
     """Ablate what prevents collapse: BYOL without predictor, DINO without centring or sharpening, small batches, repelled crops.
@@ -86,7 +90,9 @@ def dense_features(
     seeds: Annotated[int, typer.Option(min=1, help="Runs per method, with seeds from 0.")] = 3,
     shards: Scenes = None,
     ranks: Ranks = 2,
-    directory: Annotated[Path, typer.Option(help="New output directory of the runs.")] = Path("runs/bench-dense-features"),
+    directory: Annotated[Path, typer.Option(help="Output directory of the runs, which must be new.")] = Path(
+        "runs/bench-dense-features"
+    ),
     out: Out = None,
 ) -> None:
     """Compare the dense features of DetailCLIP and CLIP after equal samples, by linear segmentation of synthetic scenes.

@@ -176,7 +176,7 @@ def evaluate(
     """
     flags = {"knn": knn, "linear": linear, "logistic": logistic, "segmentation": segmentation, "robustness": robustness}
     flags |= {"zeroshot": zeroshot is not None, "retrieval": retrieval}
-    names = [name for name, given in flags.items() if given]
+    names = [name for name, selected in flags.items() if selected]
     extra = [f"evaluation.zeroshot.class_names={zeroshot}"] if zeroshot is not None else []
     extra += [f"evaluation.zeroshot.templates={templates}"] if zeroshot is not None and templates is not None else []
     from launch.cli.eval import EvalOptions

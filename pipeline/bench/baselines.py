@@ -26,9 +26,7 @@ try:
     from torchvision import transforms as classic
     from torchvision.transforms import v2
 except ImportError as error:
-    raise ConfigError(
-        "torchvision is not installed", where="fovea bench data", hint="Install it: pip install 'fovea[bench]'"
-    ) from error
+    raise ConfigError("torchvision is not installed", where="fovea bench data", hint="Run pip install 'fovea[bench]'") from error
 
 Views = list[torch.Tensor]
 

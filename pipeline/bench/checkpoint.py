@@ -180,7 +180,7 @@ def make_method(options: Options, device: torch.device) -> tuple[DINOv2, Batch]:
     views = MultiCropSettings(global_size=options.side, local_size=local, local_count=4)
     settings = Dinov2Settings(views=views, prototypes=options.prototypes)
     tower = build_tower(ModelSettings(timm_name=MODELS[options.model]), image_size=options.side)
-    method = DINOv2(tower, settings).to(device).place_state(device)
+    method = DINOv2(tower, settings).to(device).move_state(device)
     spec = dinov2_views(settings, patch=16)[0].mask
     grid, rows = options.side // 16, 2 * options.batch
     hidden = np.zeros((rows, grid * grid), dtype=bool)

@@ -143,7 +143,7 @@ def prepare(options: Options, folder: Path) -> tuple[Manifest, str]:
     manifest = build(urls, folder / "index")
     if manifest.total < options.batch * options.world:
         raise DataError(
-            f"{manifest.total} images are less than a batch of {options.batch * options.world}",
+            f"{manifest.total} images are fewer than a batch of {options.batch * options.world}",
             where="fovea bench data",
             hint="Add shards, or reduce --batch",
         )

@@ -130,7 +130,7 @@ def _run(arguments: Sequence[str]) -> None:
         raise TrainingError(
             f"`fovea {arguments[0]} {arguments[1]}` ended with {done.returncode}: {last}",
             where="fovea bench methods",
-            hint="Run that command by itself",
+            hint="Run that command alone to see its output",
         )
 
 

@@ -87,7 +87,7 @@ def measure(options: Options, *, log: Callable[[str], None] = lambda _: None) ->
                 raise ConfigError(
                     f"the losses of the same weights differ: {losses}",
                     where="fovea bench step",
-                    hint="Report it: a faster step with wrong results does not count",
+                    hint="Report it with the versions of both packages",
                 )
         else:
             log(f"no baseline: {', '.join(official.missing())} not installed ({official.INSTALL})")

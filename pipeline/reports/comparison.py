@@ -82,7 +82,7 @@ def gather(paths: Sequence[Path]) -> list[RunSummary]:
         run = RunDirectory(path)
         if not run.config.is_file():
             raise ConfigError(
-                "must be a run directory", where=str(path), hint="Choose a directory that training wrote, with its config.json"
+                "must be a run directory", where=str(path), hint="Name a directory with the config.json that training wrote"
             )
         config = upgrade(_json(run.config))
         name = str(config.get("run", {}).get("name") or path.name)

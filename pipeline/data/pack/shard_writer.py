@@ -53,7 +53,7 @@ class ShardWriter:
         finished: Callable[[Path], None] | None = None,
     ) -> None:
         if samples_per_shard < 1 or bytes_per_shard < 1:
-            raise DataError("a shard must hold at least one sample", where="samples_per_shard", hint="Give a positive number")
+            raise DataError("a shard must hold at least one sample", where="samples_per_shard", hint="Choose a positive number")
         self.shards = list(shards)
         self.samples = samples
         self._finished = finished
@@ -67,7 +67,7 @@ class ShardWriter:
             self._folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise DataError(
-                f"cannot be created ({error.strerror})", where=str(directory), hint="Give another directory"
+                f"cannot be created ({error.strerror})", where=str(directory), hint="Choose another directory"
             ) from error
 
     def write(self, sample: Mapping[str, Any]) -> None:
