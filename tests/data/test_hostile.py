@@ -26,7 +26,8 @@ from hypothesis import strategies as st
 from PIL import Image, ImageFilter
 
 from pipeline.data import storage
-from pipeline.data.augment.views import Augment, ViewSpec
+from pipeline.data.augment.operators import Augment
+from pipeline.data.augment.views import ViewSpec
 from pipeline.data.index import tar
 from pipeline.data.index.build import Fields, build, index_shard
 from pipeline.data.index.image_header import inspect_header, is_complete
