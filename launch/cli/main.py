@@ -15,9 +15,11 @@ from launch.cli import shards
 from launch.cli import slurm as cluster
 from launch.cli.bench_methods import app as bench
 from launch.cli.checkpoint import app as checkpoint
+from launch.cli.choices import ExportFormat, Method, Network
 from launch.cli.mlflow import app as mlflow
-from launch.terminal import Terminal, clean_logs, open_streams
-from pipeline.errors import ConfigError, FoveaError, of_system
+from launch.streams import open_streams
+from launch.terminal import Terminal, clean_logs
+from pipeline.errors import FoveaError, of_system
 
 if TYPE_CHECKING:
     from pipeline.config.load import Loaded
@@ -40,11 +42,11 @@ _DATA, _BENCH = "Data, settings and checkpoints", "Benchmarks"
 ConfigArgument = shards.ConfigArgument
 Overrides = shards.Overrides
 _debug = False
-_words: list[str] = []  # the command line, for ranks that run the same command
+_command_line: list[str] = []  # the command line, for ranks that run the same command
 
 
-def _version(wanted: bool) -> None:
-    if wanted:
+def _version(requested: bool) -> None:
+    if requested:
         from importlib.metadata import version
 
         print(f"fovea {version('fovea')}")
@@ -65,7 +67,7 @@ def _options(
 @app.command(short_help="Quick demo: train, interrupt, resume and evaluate on synthetic data.")
 def demo(
     minutes: Annotated[float, typer.Option(min=0.1, help="Approximate training time, minutes.")] = 5.0,
-    method: Annotated[str, typer.Option(help="Pretraining method.")] = "dinov2",
+    method: Annotated[Method, typer.Option(help="Pretraining method.")] = Method("dinov2"),  # noqa: B008
     data: Annotated[str | None, typer.Option(metavar="SHARDS", help="Your own shards instead of synthetic scenes.")] = None,
     val: Annotated[str | None, typer.Option(metavar="SHARDS", help="Labelled validation shards for --data.")] = None,
     directory: Annotated[Path, typer.Option(help="Output directory.")] = Path("runs/demo"),
@@ -80,13 +82,9 @@ def demo(
 
     fovea demo --data 'cifar10/train-{00000..00009}.tar' --val 'cifar10/val-{00000..00001}.tar'
     """
-    from pipeline.config.schema import METHODS
-
-    if method not in METHODS:
-        raise ConfigError(f"there is no method {method!r}", where="--method", hint=f"Choose of {', '.join(sorted(METHODS))}.")
     from launch.cli.demo import run
 
-    run(minutes=minutes, method=method, data=data, directory=directory, val=val)
+    run(minutes=minutes, method=str(method), data=data, directory=directory, val=val)
 
 
 @app.command(short_help="Start or resume a training run.")
@@ -135,8 +133,11 @@ def evaluate(
         ),
     ] = None,
     retrieval: Annotated[bool, typer.Option(help="Image-to-text and text-to-image retrieval.")] = False,
-    random_init_baseline: Annotated[
-        bool, typer.Option("--random-init-baseline", help="Also evaluate the network with random weights.")
+    only: Annotated[
+        list[str] | None, typer.Option(metavar="NAME", help="An evaluator by the name of its section in evaluation; repeatable.")
+    ] = None,
+    baselines: Annotated[
+        bool, typer.Option("--baselines", help="Also evaluate the network as the run began with it, and raw pixels.")
     ] = False,
     watch: Annotated[
         bool, typer.Option("--watch", help="Evaluate each checkpoint as it is written, until the run's last.")
@@ -153,10 +154,11 @@ def evaluate(
         str | None, typer.Option(metavar="URI", help="MLflow server, for pretrained weights or instead of the run's own.")
     ] = None,
 ) -> None:
-    """Evaluate weights. By default: k-NN, compared with the untrained network and raw pixels.
+    """Evaluate weights. By default: k-NN, compared with the network as the run began with it, and with raw pixels.
 
     The section evaluation of the run's settings configures the evaluators and their data; KEY=VALUE overrides it. The scores of
-    a run are logged to its own MLflow run as eval/.... The ranks may also be started by torchrun or srun.
+    a run are written to RUN/evaluations/CHECKPOINT.json and logged to its own MLflow run as eval/.... The ranks may also be
+    started by torchrun or srun.
 
     [b]Examples[/b]
 
@@ -173,56 +175,26 @@ def evaluate(
     fovea eval runs/vitl16 --linear --ranks 8 --track http://mlflow:5000
     """
     flags = {"knn": knn, "linear": linear, "logistic": logistic, "segmentation": segmentation, "robustness": robustness}
-    names = [name for name, wanted in flags.items() if wanted]
-    where = Path(run).absolute()
-    checkpoint = where if where.name.startswith("step_") and (where.parent.parent / "config.yaml").is_file() else None
-    run = str(checkpoint.parent.parent) if checkpoint else run
-    if checkpoint and watch:
-        raise ConfigError("one checkpoint cannot be watched", where="--watch", hint="Name the run.")
-    resolved = Path(run) / "config.yaml"
-    own = resolved.is_file()
-    texts = zeroshot is not None or retrieval
-    there = Path(run).exists() or ":" in run
-    if not own and (not there or not (names or texts)):
-        hint = "Name an evaluator, such as --knn." if there else "It should hold the config.yaml that a training wrote."
-        raise ConfigError("is no run's directory", where=run, hint=hint)
-    from launch.cli import eval_named as judge
-    from launch.cli.eval_ranks import many, spread
+    flags |= {"zeroshot": zeroshot is not None, "retrieval": retrieval}
+    names = [name for name, selected in flags.items() if selected]
+    extra = [f"evaluation.zeroshot.class_names={zeroshot}"] if zeroshot is not None else []
+    extra += [f"evaluation.zeroshot.templates={templates}"] if zeroshot is not None and templates is not None else []
+    from launch.cli.eval import EvalOptions
+    from launch.cli.eval import run as evaluate_target
 
-    plain = own and not names and not watch and not texts
-    untrained = random_init_baseline or (own and not names and not watch and texts)
-    extra = [*(overrides or ())]
-    if zeroshot is not None:
-        extra += [
-            f"evaluation.zeroshot.class_names={zeroshot}",
-            *([f"evaluation.zeroshot.templates={templates}"] if templates else []),
-        ]
-        names.append("zeroshot")
-    names += ["retrieval"] if retrieval else []
-    loaded = _load(str(resolved), extra) if own else None
-    config = loaded.config if loaded else judge.settings_for_weights(extra)
-    names = names or (["knn"] if plain else list(config.evaluation.enabled) or ["knn"])
-    asked = judge.EvalRequest(tuple(names), untrained, output, watch, track, checkpoint)
-    if (count := many(config, ranks)) > 1:
-        judge.refuse(config, asked, Path(run) if own else None)
-        raise typer.Exit(spread(_words, count, Path(run) / "logs" / "eval" if own else None))
-    if loaded is not None and plain:
-        from launch.cli.eval_run import run as compare
-
-        raise typer.Exit(compare(Path(run), loaded, output=output, track=track, checkpoint=checkpoint))
-    if own:
-        raise typer.Exit(judge.of_run(Path(run), config, asked))
-    raise typer.Exit(judge.of_weights(run, config, asked, model=model, size=size))
+    evaluators = tuple(dict.fromkeys([*names, *(only or ())]))
+    options = EvalOptions(evaluators, baselines, watch, model, size, output, ranks, track)
+    raise typer.Exit(evaluate_target(run, [*(overrides or ()), *extra], options, _command_line))
 
 
 @app.command(short_help="Export weights for timm, Hugging Face, open_clip or ONNX.")
 def export(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="A run's directory, or one of its checkpoints.")],
-    to: Annotated[str, typer.Option(metavar="LAYOUT", help="Export format: timm, huggingface, open_clip, onnx or safetensors.")],
-    out: Annotated[Path | None, typer.Option(metavar="FOLDER", help="Output directory; RUN/export/LAYOUT by default.")] = None,
+    to: Annotated[ExportFormat, typer.Option(help="Export format.")],
+    out: Annotated[Path | None, typer.Option(metavar="FOLDER", help="Output directory; RUN/export/FORMAT by default.")] = None,
     network: Annotated[
-        str, typer.Option(help="teacher or student; auto selects the network that the method trains for use.")
-    ] = "auto",
+        Network, typer.Option(help="Network to export; auto selects the one that the method trains for use.")
+    ] = Network.AUTO,
     student: Annotated[
         str | None, typer.Option(metavar="NAME", help="Which student to export, if several were distilled together.")
     ] = None,
@@ -250,8 +222,8 @@ def export(
     """
     from launch.cli.export import run as write
 
-    options: dict[str, Any] = {"out": out, "network": network, "student": student, "size": size, "license_": licence}
-    raise typer.Exit(write(run, to=to, best=best, force=overwrite, register=register, **options))
+    options: dict[str, Any] = {"out": out, "network": network.value, "student": student, "size": size, "license_": licence}
+    raise typer.Exit(write(run, to=to.value, best=best, force=overwrite, register=register, **options))
 
 
 @app.command(short_help="Compare runs in one HTML page.")
@@ -389,11 +361,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     global _debug
     open_streams()
     clean_logs()
-    words = list(sys.argv[1:] if arguments is None else arguments)
-    _debug, _words[:] = "--debug" in words, words
+    command = list(sys.argv[1:] if arguments is None else arguments)
+    _debug, _command_line[:] = "--debug" in command, command
     try:
         # DeepSpeed's launcher also passes --local_rank in front of the subcommand; the environment holds it too.
-        app([word for word in words if word != "--debug" and not word.startswith("--local_rank=")], prog_name="fovea")
+        app([word for word in command if word != "--debug" and not word.startswith("--local_rank=")], prog_name="fovea")
     except FoveaError as error:
         _refused(error)
     except KeyboardInterrupt:

@@ -1,6 +1,6 @@
 """Journals of standalone evaluations: a directory with a journal, its cursor, and its destination.
 
-    <folder>/about.json           the fields of :class:`Aside`
+    <folder>/about.json           the fields of :class:`EvalDestination`
     <folder>/journal-0000.jsonl   the records
     <folder>/cursor.json          how much of the journal MLflow has accepted
 
@@ -23,7 +23,7 @@ _JOINS = ("", "../cursor.json")  # cursors that may be joined
 
 
 @dataclass(frozen=True)
-class Aside:
+class EvalDestination:
     """Destination of a journal that is separate from the run's own.
 
     Attributes:
@@ -54,19 +54,19 @@ class Aside:
         )
 
 
-def asides(tracking: Path) -> list[tuple[Path, Aside]]:
+def eval_destinations(tracking: Path) -> list[tuple[Path, EvalDestination]]:
     """Lists all such folders below ``<run>/tracking``, oldest first; skips those with a malformed ``about.json``."""
     return [(file.parent, one) for file in sorted(tracking.glob("*/about.json")) if (one := _read(file)) is not None]
 
 
-def _read(file: Path) -> Aside | None:
+def _read(file: Path) -> EvalDestination | None:
     try:
         document = read_json(file, limit=1 << 20)
     except (OSError, FoveaError):
         return None
-    names = {field.name for field in fields(Aside)}
+    names = {field.name for field in fields(EvalDestination)}
     if not isinstance(document, dict) or not {"uri", "experiment", "name"} <= document.keys() <= names:
         return None
     if not all(isinstance(value, str) for value in document.values()) or document.get("joins", "") not in _JOINS:
         return None
-    return Aside(**document)
+    return EvalDestination(**document)

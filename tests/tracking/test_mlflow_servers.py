@@ -14,11 +14,11 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from launch.cli.eval_ranks import EvalReporter
 from launch.cli.main import main
 from pipeline.errors import ConfigError
+from pipeline.evaluation.reporter import EvalReporter
 from pipeline.runtime.run_directory import RunDirectory
-from pipeline.tracking import Aside, Journal, Shipper, asides, own_database, remember, server_of
+from pipeline.tracking import EvalDestination, Journal, Shipper, eval_destinations, own_database, remember, server_of
 from pipeline.tracking.journal import read
 from tests.checkpoint.test_manifest import JSON
 
@@ -90,19 +90,20 @@ def test_a_server_that_only_the_run_names_is_never_contacted(run: Path, sink: Si
         json.dumps({"uri": sink.uri, "run_id": "a" * 32, "offsets": {}, "steps": {}, "artifacts": []})
     )
     assert call("mlflow", "sync", str(run)) == 2
-    assert "only the run names the MLflow server http://127.0.0.1" in capsys.readouterr().err
+    assert "the MLflow server http://127.0.0.1" in capsys.readouterr().err
     assert call("mlflow", "sync", "--all") == 2
     assert "skipped" in capsys.readouterr().out
-    telling = EvalReporter.of_run(run, RunDirectory(run).settings(), None)
-    assert telling is not None
-    telling(3, {"trained": {"knn/k1": 0.5}})
-    telling.close()
-    assert "the scores stay in" in capsys.readouterr().err
+    messages: list[str] = []
+    reporter = EvalReporter.of_run(run, RunDirectory(run).settings(), None, log=messages.append)
+    assert reporter is not None
+    reporter(3, {"knn/k1": 0.5})
+    reporter.close()
+    assert len(messages) == 1 and messages[0].startswith("the scores stay in")
     assert sink.asked == []
 
 
 def test_a_server_that_only_an_evaluation_of_the_run_names_is_never_contacted(run: Path, sink: Sink) -> None:
-    Aside(sink.uri, "fovea", "eval").begin(run / "tracking" / "eval-1").close()
+    EvalDestination(sink.uri, "fovea", "eval").begin(run / "tracking" / "eval-1").close()
     Journal(run / "tracking" / "eval-1" / "journal-0000.jsonl").metrics(1, {"eval/knn": 0.5})
     assert call("mlflow", "sync", str(run)) == 2
     assert sink.asked == []
@@ -157,7 +158,7 @@ def test_no_store_outside_the_run_is_written(run: Path, tmp_path: Path, uri: str
     (run / "link.db").symlink_to(tmp_path / "elsewhere.db")
     uri = uri.replace("{tmp}", str(tmp_path)).replace("{run}", str(run))
     if uri:
-        with pytest.raises(ConfigError, match="only the run names") as caught:
+        with pytest.raises(ConfigError, match="is named by the run only") as caught:
             server_of(run, uri)
         assert "u:p" not in str(caught.value)
     else:
@@ -226,7 +227,7 @@ def test_records_of_a_wrong_type_are_left_out(tmp_path: Path, document: Any, key
 
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(document=JSON, key=st.sampled_from(["uri", "run_id", "offsets", "steps", "artifacts", "joins", None]))
-def test_cursors_and_asides_of_a_wrong_type_count_as_none(tmp_path: Path, document: Any, key: str | None) -> None:
+def test_cursors_and_destinations_of_a_wrong_type_count_as_none(tmp_path: Path, document: Any, key: str | None) -> None:
     tracking = tmp_path / "tracking"
     (tracking / "eval").mkdir(parents=True, exist_ok=True)
     good = {"uri": "sqlite:///x", "run_id": "r", "offsets": {}, "steps": {}, "artifacts": []}
@@ -234,7 +235,7 @@ def test_cursors_and_asides_of_a_wrong_type_count_as_none(tmp_path: Path, docume
     Shipper(tracking, uri="sqlite:///x", experiment="e", name="n")._pending()
     about = {"uri": "sqlite:///x", "experiment": "e", "name": "n", "joins": ""}
     (tracking / "eval" / "about.json").write_text(json.dumps(document if key is None else {**about, key: document}))
-    for _, aside in asides(tracking):
+    for _, aside in eval_destinations(tracking):
         assert isinstance(aside.uri, str) and aside.joins in ("", "../cursor.json")
 
 

@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 
 from pipeline.errors import LaunchError
-from pipeline.tracking import Aside, Journal, Shipper, asides
+from pipeline.tracking import EvalDestination, Journal, Shipper, eval_destinations
 
 
 @pytest.fixture(scope="module")
@@ -332,8 +332,8 @@ def test_a_real_server_that_comes_up_during_the_run_gets_everything(bench: Bench
 # ---- beside a run's training ------------------------------------------------------------------------------------------------
 
 
-def aside_of(bench: Bench, name: str, value: float, joins: str = "../cursor.json") -> tuple[Path, Aside]:
-    folder, aside = bench.folder / name, Aside(bench.uri, "tests", "by hand", joins)
+def aside_of(bench: Bench, name: str, value: float, joins: str = "../cursor.json") -> tuple[Path, EvalDestination]:
+    folder, aside = bench.folder / name, EvalDestination(bench.uri, "tests", "by hand", joins)
     journal = aside.begin(folder)
     journal.metrics(3, {"eval/score": value})
     journal.close()
@@ -353,8 +353,8 @@ def test_it_joins_the_run_and_a_second_answer_for_a_step_is_kept(bench: Bench) -
     assert bench.history("eval/score") == [(3, 0.25), (3, 0.5)]
     assert bench.run.info.status == "KILLED"
     assert (bench.folder / "cursor.json").read_bytes() == before
-    assert asides(bench.folder) == [
-        (bench.folder / name, Aside(bench.uri, "tests", "by hand", "../cursor.json")) for name in ("eval-a", "eval-b")
+    assert eval_destinations(bench.folder) == [
+        (bench.folder / name, EvalDestination(bench.uri, "tests", "by hand", "../cursor.json")) for name in ("eval-a", "eval-b")
     ]
 
 

@@ -75,7 +75,7 @@ class MoCoV3(TwoViews):
         with batch_statistics(backbone, projector):
             own = [[projector(backbone(view, patches="none").cls).float() for view in batch.views["global"]] for batch in batches]
         full = [torch.cat(view) for view in zip(*own, strict=True)]
-        first, everyone = losses.place(len(full[0])), [losses.gathered(view) for view in full]
+        first, everyone = losses.rank_offset(len(full[0])), [losses.gathered(view) for view in full]
         starts = [first + sum(len(views[0]) for views in own[:i]) for i in range(len(own))]
         self._keys = deque(_Keys(batch, everyone, start) for batch, start in zip(batches, starts, strict=True))
 

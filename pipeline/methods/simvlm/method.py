@@ -23,7 +23,7 @@ from pipeline.methods.shared.captioning import average_count, caption_nll, predi
 from pipeline.methods.shared.contrastive import caption_tokens, random_keep
 from pipeline.methods.shared.crops import one_view
 from pipeline.methods.simvlm.settings import SimvlmSettings
-from pipeline.models.captions import PrefixLanguageModel, last_place
+from pipeline.models.captions import PrefixLanguageModel, last_position
 from pipeline.models.groups import ParameterGroup, parameter_groups
 from pipeline.models.vision import VisionTower, build_tower
 
@@ -76,7 +76,7 @@ class SimVLM(Method):
         tokens = caption_tokens(batch)
         most = self.settings.longest_prefix
         drawn = 1 + random_keep(batch.ids, batch.position, most, 1 - 1 / most, tokens.device)[:, 0]
-        return torch.minimum(drawn, last_place(tokens).clamp(min=1))
+        return torch.minimum(drawn, last_position(tokens).clamp(min=1))
 
     @override
     def on_step_skipped(self) -> None:
