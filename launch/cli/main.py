@@ -183,9 +183,13 @@ def evaluate(
     resolved = Path(run) / "config.yaml"
     own = resolved.is_file()
     texts = zeroshot is not None or retrieval
-    there = Path(run).exists() or ":" in run
-    if not own and (not there or not (names or texts)):
-        hint = "Name an evaluator, such as --knn" if there else "Name a directory with the config.yaml that `fovea train` wrote"
+    is_run_or_weights = Path(run).exists() or ":" in run
+    if not own and (not is_run_or_weights or not (names or texts)):
+        hint = (
+            "Name an evaluator, such as --knn"
+            if is_run_or_weights
+            else "Name a directory with the config.yaml that `fovea train` wrote"
+        )
         raise ConfigError("is not a run directory", where=run, hint=hint)
     from launch.cli import eval_named as judge
     from launch.cli.eval_ranks import many, spread

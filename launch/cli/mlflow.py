@@ -77,8 +77,8 @@ def _sync(run: RunDirectory, uri: str | None) -> Exception | None:
     trouble = own.trouble
     # Evaluations by ``fovea eval``, after the run that they may belong to.
     for folder, evaluation in eval_destinations(run.tracking):
-        there = server_of(run.path, evaluation.uri, named=uri or (target if evaluation.uri == target else None))
-        other = replace(evaluation, uri=there).shipper(folder, log=_print)
+        server = server_of(run.path, evaluation.uri, named=uri or (target if evaluation.uri == target else None))
+        other = replace(evaluation, uri=server).shipper(folder, log=_print)
         other.start()
         done = other.close(seconds=300.0) and done
         trouble = trouble or other.trouble
