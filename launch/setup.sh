@@ -88,12 +88,13 @@ fovea_setup() {
     fovea_say "installed."
 }
 
-# The floor of each dependency, and of what exports need, as pip's constraints.
+# The floor of each dependency, and of what benchmarks, exports and Parquet tables need, as pip's constraints.
 fovea_floors() {
     "$FOVEA_PYTHON" - "$FOVEA_ROOT/pyproject.toml" <<'PYTHON'
 import re, sys, tomllib
 project = tomllib.load(open(sys.argv[1], "rb"))["project"]
-for text in [*project["dependencies"], *project["optional-dependencies"]["export"]]:
+extras = project["optional-dependencies"]
+for text in [*project["dependencies"], *extras["bench"], *extras["export"], *extras["parquet"]]:
     print(re.sub(r"\[.*\]", "", text).replace(">=", "=="))
 PYTHON
 }

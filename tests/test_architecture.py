@@ -49,6 +49,7 @@ ONLY_IN = {
     "deepspeed": ("pipeline/training/engine.py",),
     "nvidia.dali": ("pipeline/data/augment/dali.py", "pipeline/bench/"),
     "mlflow": ("pipeline/tracking/",),
+    "matplotlib": ("pipeline/reports/figures.py",),
     "obstore": ("pipeline/data/storage/",),
     "boto3": ("pipeline/data/storage/",),
 }
@@ -63,7 +64,7 @@ KNOWS = {
     "pipeline.methods": {*GROUND, "pipeline.models", "pipeline.losses", "pipeline.data.augment.views"},
 }
 METHOD_SURFACE = {"pipeline.methods.base", "pipeline.methods.registry", "pipeline.methods.health_metrics", "pipeline.methods"}
-HEAVY = {"torch", "timm", "numpy", "deepspeed", "nvidia", "mlflow"}
+HEAVY = {"torch", "timm", "numpy", "deepspeed", "nvidia", "mlflow", "matplotlib"}
 
 
 @cache

@@ -19,7 +19,7 @@ pytestmark = pytest.mark.slow
 RECIPE = """
 method:
   name: clip
-  image_size: 32
+  views: {global_size: 32}
   embed_dim: 16
   patch_dropout: 0.25
   text: {architecture: null, width: 16, depth: 1, num_heads: 2, context_length: 16}

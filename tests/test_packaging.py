@@ -30,8 +30,23 @@ def test_every_dependency_has_a_floor_that_this_machine_meets(text: str) -> None
     ("name", "holed"), [("pillow", "10.2"), ("pyarrow", "14.0"), ("jinja2", "3.1.5"), ("scikit-learn", "1.4.2")]
 )
 def test_releases_with_known_holes_are_excluded(name: str, holed: str) -> None:
-    (one,) = [Requirement(text) for text in PROJECT["dependencies"] if Requirement(text).name == name]
-    assert not one.specifier.contains(holed)
+    matching = [Requirement(text) for text in REQUIREMENTS if Requirement(text).name == name]
+    assert matching and not any(one.specifier.contains(holed) for one in matching)
+
+
+def test_the_tests_install_every_extra() -> None:
+    extras = {name: set(texts) for name, texts in PROJECT["optional-dependencies"].items()}
+    assert set().union(*extras.values()) == extras["test"]
+
+
+def test_training_needs_no_extra() -> None:
+    """What only benchmarks, exports or Parquet tables import is not imported by any other room."""
+    only = {"torchvision": ("pipeline/bench/",), "pyarrow": ("pipeline/data/pack/tables.py",)}
+    only |= dict.fromkeys(("onnx", "onnxruntime", "onnxscript"), ("pipeline/weights/export/",))
+    for path in (file for room in ("pipeline", "launch") for file in (ROOT / room).rglob("*.py")):
+        names = re.findall(r"^\s*(?:import|from) (\w+)", path.read_text(), re.MULTILINE)
+        wrong = [name for name in names if not str(path.relative_to(ROOT)).startswith(only.get(name, ""))]
+        assert not wrong, f"{path.relative_to(ROOT)} imports {wrong}"
 
 
 def test_services_listen_on_this_machine_and_images_have_a_tag() -> None:
@@ -65,3 +80,5 @@ def test_a_wheel_holds_every_config_and_two_packages(tmp_path: Path) -> None:
     assert {name for name in top if not name.startswith("fovea-")} == {"pipeline", "launch"}
     modules = {path.relative_to(ROOT).as_posix() for room in ("pipeline", "launch") for path in (ROOT / room).rglob("*.py")}
     assert modules <= set(names)
+    templates = {path.relative_to(ROOT).as_posix() for path in (ROOT / "pipeline/reports/templates").iterdir()}
+    assert templates and templates <= set(names)

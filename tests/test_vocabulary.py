@@ -107,8 +107,6 @@ ALLOWED = {
     ("pipeline/tracking/mlflow_servers.py", "remember"): "stores a server's address; the retired function was a cache",
     ("pipeline/runtime/run_directory.py", "pictures"): "the name of a folder on disk",
     ("pipeline/data/pack/synthetic.py", "slope"): "of a line, not of a loss",
-    ("pipeline/data/inspect/stats.py", "lanes"): "temporary: data/order renames them to streams",
-    ("pipeline/data/loader/prefetch.py", "lanes"): "temporary: as above",
 }
 
 

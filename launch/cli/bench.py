@@ -1,15 +1,18 @@
-"""``fovea bench``: benchmarks of speed, memory and methods against baselines."""
+"""``fovea bench``: benchmarks of speed, memory and methods against baselines.
+
+What each of them measures, and the kept results: pipeline/bench/README.md.
+"""
 
 from __future__ import annotations
 
 import os
 import shlex
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable
 from dataclasses import asdict
 from datetime import UTC, datetime
+from enum import StrEnum
 from functools import partial
-from json import dumps
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -17,7 +20,46 @@ import typer
 
 from pipeline.errors import ConfigError
 
-app = typer.Typer(no_args_is_help=True, help="Measure speed and memory against baselines in the same run.")
+app = typer.Typer(help="Measure speed and memory against baselines in the same run.", no_args_is_help=True)
+
+
+class Device(StrEnum):
+    """Device of a benchmark."""
+
+    CPU = "cpu"
+    CUDA = "cuda"
+
+
+class VitSize(StrEnum):
+    """Size of the ViT of benchmarks on random images."""
+
+    TINY = "tiny"
+    SMALL = "small"
+    BASE = "base"
+    LARGE = "large"
+
+
+class StepMethod(StrEnum):
+    """Method whose training step is compared."""
+
+    CLIP = "clip"
+    DINOV2 = "dinov2"
+
+
+_STEP_MODELS = {StepMethod.CLIP: "B-32", StepMethod.DINOV2: "S-14"}
+_FLOPS = ("dinov2/vits16_node", "dinov2/vitb16_node", "dinov2/vitl16_short", "clip/vit_b32_cc12m", "clip/vit_b16_cc12m")
+
+DeviceOption = Annotated[Device, typer.Option(help="Device to measure on.")]
+ModelOption = Annotated[VitSize, typer.Option(help="Size of the ViT.")]
+Out = Annotated[Path | None, typer.Option(metavar="PATH", help="Output path of the results, without extension.")]
+Prototypes = Annotated[int, typer.Option(min=16, help="Prototypes per head.")]
+Rounds = Annotated[int, typer.Option(min=1, help="Measured rounds.")]
+Side = Annotated[int, typer.Option(min=32, help="Side of the global crops, pixels; a multiple of 16.")]
+Width = Annotated[int, typer.Option(min=16, help="Width of the student's layers.")]
+Depth = Annotated[int, typer.Option(min=1, help="Number of layers.")]
+
+
+# ---- speed and memory ---------------------------------------------------------------------------------------------------
 
 
 @app.command()
@@ -32,52 +74,42 @@ def data(
     threads: Annotated[int, typer.Option(min=1, help="Threads of the decoder and of DALI.")] = 1,
     workers: Annotated[int, typer.Option(min=0, help="Worker processes of torchvision's DataLoader.")] = 0,
     world: Annotated[int, typer.Option(min=1, help="World size to simulate; the first rank is measured.")] = 1,
-    device: Annotated[str, typer.Option(help="cpu, or cuda to measure images per second on the GPU.")] = "cpu",
-    quick: Annotated[bool, typer.Option("--quick", help="One round of 64 images, as a smoke test.")] = False,
-    out: Annotated[Path | None, typer.Option(help="Output path of the results, without extension.")] = None,
+    device: Annotated[Device, typer.Option(help="cuda measures images per second on the GPU.")] = Device.CPU,
+    smoke: Annotated[bool, typer.Option("--smoke", help="One round of at most 64 images, as a smoke test.")] = False,
+    out: Out = None,
 ) -> None:
     """Benchmark reading, decoding and augmenting against torchvision's DataLoader and DALI's own reader.
 
     [b]Examples[/b]
 
-    fovea bench data --photos ~/pictures
+    fovea bench data --photos ~/photos
 
     fovea bench data --shards '/data/train-{000..003}.tar' --threads 4 --out results/mine
     """
-    if device not in ("cpu", "cuda"):
-        raise ConfigError(f"{device!r} is neither cpu nor cuda", where="--device", hint="Choose one of the two.")
-    from pipeline.bench.data import Options, measure
-    from pipeline.bench.report import save
+    from pipeline.bench.data import Options, markdown, measure
 
-    if quick:
+    if smoke:
         images, rounds = min(images, 64), 1
     options = Options(tuple(shards or ()), photos, images, rounds, batch, threads, workers, world)
-
-    def tell(sentence: str) -> None:
-        print(sentence, file=sys.stderr)
-
-    if device == "cuda":
+    if _available(device) == Device.CUDA:
         from pipeline.bench.gpu import measure as measure_gpu
 
-        result = measure_gpu(options, tell=tell)
+        result = measure_gpu(options, log=log)
     else:
-        result = measure(options, tell=tell)
-    stem = out or Path("bench-results") / f"data-{device}-{datetime.now(UTC):%Y%m%d-%H%M}"
-    document, page = save(result, stem, shlex.join(["fovea", *sys.argv[1:]]))
-    print(page.read_text())
-    print(f"wrote {document} and {page}", file=sys.stderr)
+        result = measure(options, log=log)
+    _save(f"data-{device}", out, partial(markdown, result), asdict(result))
 
 
 @app.command()
 def checkpoint(
-    model: Annotated[str, typer.Option(help="Size of the ViT: tiny, small, base or large.")] = "small",
+    model: ModelOption = VitSize.SMALL,
     batch: Annotated[int, typer.Option(min=1, help="Samples per step.")] = 16,
-    side: Annotated[int, typer.Option(min=32, help="Side of the global crops, pixels; a multiple of 16.")] = 224,
-    prototypes: Annotated[int, typer.Option(min=16, help="Prototypes per head.")] = 65536,
+    side: Side = 224,
+    prototypes: Prototypes = 65536,
     saves: Annotated[int, typer.Option(min=1, help="Checkpoints of each kind, of which the median counts.")] = 3,
-    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    device: DeviceOption = Device.CPU,
     directory: Annotated[Path | None, typer.Option(help="Folder on the disk to measure.")] = None,
-    out: Annotated[Path | None, typer.Option(help="Output path of the results, without extension.")] = None,
+    out: Out = None,
 ) -> None:
     """Benchmark checkpoints: how long training pauses for a synchronous and an asynchronous save, and how long loading takes.
 
@@ -87,16 +119,11 @@ def checkpoint(
 
     fovea bench checkpoint --model large --device cuda --batch 32 --directory /scratch
     """
-    if device not in ("cpu", "cuda"):
-        raise ConfigError(f"{device!r} is neither cpu nor cuda", where="--device", hint="Choose one of the two.")
-    from pipeline.bench.checkpoint import Options, measure, save
+    from pipeline.bench.checkpoint import Options, markdown, measure
 
-    options = Options(model, batch, side, prototypes, saves, "cuda" if device == "cuda" else "cpu", directory)
-    result = measure(options, tell=lambda sentence: print(sentence, file=sys.stderr))
-    stem = out or Path("bench-results") / f"checkpoint-{device}-{datetime.now(UTC):%Y%m%d-%H%M}"
-    document, page = save(result, options, stem, shlex.join(["fovea", *sys.argv[1:]]))
-    print(page.read_text())
-    print(f"wrote {document} and {page}", file=sys.stderr)
+    options = Options(model, batch, side, prototypes, saves, _available(device), directory)
+    result = measure(options, log=log)
+    _save(f"checkpoint-{device}", out, partial(markdown, result, options), {"options": asdict(options), **asdict(result)})
 
 
 @app.command()
@@ -104,7 +131,7 @@ def flops(
     names: Annotated[
         list[str] | None, typer.Argument(metavar="[CONFIG]...", help="Configs; by default the standard model sizes.")
     ] = None,
-    out: Annotated[Path | None, typer.Option(help="Output path of the results, without extension.")] = None,
+    out: Out = None,
 ) -> None:
     """Count the FLOPs per sample of a step with torch's counter and by formula; needs no GPU and no data.
 
@@ -115,16 +142,15 @@ def flops(
     from pipeline.bench.flops import cost, markdown
     from pipeline.config.load import load
 
-    known = ("dinov2/vits16_node", "dinov2/vitb16_node", "dinov2/vitl16_short", "clip/vit_b32_cc12m", "clip/vit_b16_cc12m")
     costs = []
-    for name in names or known:
-        print(f"counting {name}", file=sys.stderr)
+    for name in names or _FLOPS:
+        log(f"counting {name}")
         costs.append(cost(name, load(name, ["data.shards=none.tar"]).config))
-    _keep("flops", out, lambda machine, command: markdown(costs, machine, command), {"costs": [asdict(one) for one in costs]})
+    _save("flops", out, partial(markdown, costs), {"costs": [asdict(one) for one in costs]})
 
 
 @app.command()
-def heads(
+def prototype_loss(
     prototypes: Annotated[int, typer.Option(min=2, help="Prototypes of the head.")] = 65536,
     samples: Annotated[int, typer.Option(min=1, help="Samples, of ten crops each.")] = 16,
     masked: Annotated[int, typer.Option(min=1, help="Masked patches in total.")] = 600,
@@ -132,9 +158,9 @@ def heads(
     bf16: Annotated[
         bool | None, typer.Option("--bf16/--fp32", help="Precision of matrix products; by default bf16 on cuda.")
     ] = None,
-    rounds: Annotated[int, typer.Option(min=1, help="Measured rounds.")] = 3,
-    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
-    out: Annotated[Path | None, typer.Option(help="Output path of the results, without extension.")] = None,
+    rounds: Rounds = 3,
+    device: DeviceOption = Device.CPU,
+    out: Out = None,
 ) -> None:
     """Benchmark prototype heads, Sinkhorn and losses in chunks against the plain formulas with full logits: time and memory.
 
@@ -142,21 +168,22 @@ def heads(
 
     [b]Example[/b]
 
-    fovea bench heads --prototypes 131072 --masked 5000 --device cuda
+    fovea bench prototype-loss --prototypes 131072 --masked 5000 --device cuda
     """
-    from pipeline.bench.heads import Options, markdown, measure
+    from pipeline.bench.prototype_loss import Options, markdown, measure
 
-    low = device == "cuda" if bf16 is None else bf16
-    options = Options(prototypes, samples=samples, masked=masked, rows=rows, rounds=rounds, device=_device(device), bf16=low)
-    result = measure(options, tell=_tell)
-    _keep("heads", out, lambda machine, command: markdown(result, options, machine, command), asdict(result))
+    low = device == Device.CUDA if bf16 is None else bf16
+    sizes: dict[str, Any] = {"samples": samples, "masked": masked, "rows": rows, "rounds": rounds}
+    options = Options(prototypes, **sizes, device=_available(device), bf16=low)
+    result = measure(options, log=log)
+    _save("prototype-loss", out, partial(markdown, result, options), asdict(result))
 
 
 @app.command()
 def step(
     method: Annotated[
-        str, typer.Option(help="clip, against open_clip; dinov2, against the official code if installed.")
-    ] = "clip",
+        StepMethod, typer.Option(help="clip, against open_clip; dinov2, against the official code if installed.")
+    ] = StepMethod.CLIP,
     model: Annotated[
         str | None, typer.Option(help="clip: B-32, B-16, L-16, tiny; dinov2: S-14, B-14, L-14, -16, tiny-14.")
     ] = None,
@@ -166,10 +193,10 @@ def step(
     drop: Annotated[float, typer.Option(min=0.0, max=0.9, help="Drop rate of DINOv2's stochastic depth.")] = 0.3,
     compiled: Annotated[bool, typer.Option("--compiled", help="Also measure our step with compiled blocks.")] = False,
     graphs: Annotated[bool, typer.Option("--graphs", help="As --compiled, replayed as CUDA graphs.")] = False,
-    rounds: Annotated[int, typer.Option(min=1, help="Measured rounds.")] = 3,
-    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    rounds: Rounds = 3,
+    device: DeviceOption = Device.CPU,
     bf16: Annotated[bool, typer.Option("--bf16", help="Compute under bf16 autocast.")] = False,
-    out: Annotated[Path | None, typer.Option(help="Output path of the results, without extension.")] = None,
+    out: Out = None,
 ) -> None:
     """Benchmark a training step against other implementations with the same weights and batch; the losses are compared first.
 
@@ -181,67 +208,60 @@ def step(
 
     fovea bench step --method dinov2 --model L-14 --batch 64 --device cuda --bf16 --compiled
     """
-    from pipeline.bench.step import METHODS, Options, markdown, measure
+    from pipeline.bench.step import Options, markdown, measure
 
-    if graphs and device != "cuda":
-        raise ConfigError("CUDA graphs need a CUDA device", where="--graphs", hint="Leave it out, or measure on cuda.")
-    if method not in METHODS:
-        raise ConfigError(f"there is no step of {method!r}", where="--method", hint=f"Choose of {', '.join(METHODS)}.")
-    chosen = model or {"clip": "B-32", "dinov2": "S-14"}[method]
-    numbers = {"batch": batch, "caption": caption, "prototypes": prototypes, "drop": drop, "rounds": rounds}
-    options = Options(method, chosen, compiled=compiled, graphs=graphs, device=_device(device), bf16=bf16, **numbers)  # type: ignore[arg-type]
-    result = measure(options, tell=_tell)
-    _keep(f"step-{method}", out, lambda machine, command: markdown(result, options, machine, command), asdict(result))
+    if graphs and device != Device.CUDA:
+        raise ConfigError("CUDA graphs need a CUDA device", where="--graphs", hint="Remove the option, or add --device cuda")
+    sizes: dict[str, Any] = {"batch": batch, "caption": caption, "prototypes": prototypes, "drop": drop, "rounds": rounds}
+    modes: dict[str, Any] = {"compiled": compiled, "graphs": graphs, "device": _available(device), "bf16": bf16}
+    options = Options(method, model or _STEP_MODELS[method], **sizes, **modes)
+    result = measure(options, log=log)
+    _save(f"step-{method}", out, partial(markdown, result, options), asdict(result))
 
 
 @app.command()
-def comm(
-    width: Annotated[int, typer.Option(min=16, help="Width of the student's layers.")] = 256,
-    depth: Annotated[int, typer.Option(min=1, help="Number of layers.")] = 4,
+def collectives(
+    width: Width = 256,
+    depth: Depth = 4,
     ranks: Annotated[int, typer.Option(min=2, help="Ranks on this host.")] = 2,
     accumulation: Annotated[int, typer.Option(min=1, help="Micro-batches per step.")] = 1,
-    out: Annotated[Path | None, typer.Option(help="Output path of the results, without extension.")] = None,
+    out: Out = None,
 ) -> None:
     """Count the collectives and bytes per step of each ZeRO stage on gloo ranks, and compare them with theory.
 
     [b]Example[/b]
 
-    fovea bench comm --ranks 2 --accumulation 2
+    fovea bench collectives --ranks 2 --accumulation 2
     """
-    from pipeline.bench.comm import Options, markdown, measure
+    from pipeline.bench.collectives import Options, markdown, measure
 
     options = Options(width, depth, ranks, accumulation)
-    found = measure(options, tell=_tell)
-    document = {"options": asdict(options), "stages": [asdict(one) for one in found]}
-    _keep("comm", out, lambda machine, command: markdown(found, options, machine, command), document)
+    stages = measure(options, log=log)
+    document = {"options": asdict(options), "stages": [asdict(one) for one in stages]}
+    _save("collectives", out, partial(markdown, stages, options), document)
 
 
 @app.command()
-def loop(
+def trainer_overhead(
     steps: Annotated[int, typer.Option(min=2, help="Measured steps.")] = 200,
     log_every: Annotated[int, typer.Option(min=1, help="Steps between two lines of the journal.")] = 10,
-    out: Annotated[Path | None, typer.Option(help="Output path of the results, without extension.")] = None,
+    out: Out = None,
 ) -> None:
     """Measure the overhead of the training loop: the trainer, the engine alone and plain torch in turns, on a minimal model.
 
     [b]Example[/b]
 
-    fovea bench loop
+    fovea bench trainer-overhead
     """
-    from pipeline.bench.loop import Options, markdown, measure
+    from pipeline.bench.trainer_overhead import Options, markdown, measure
 
     options = Options(steps, log_every)
-    result = measure(options, tell=_tell)
-    _keep("loop", out, lambda machine, command: markdown(result, options, machine, command), asdict(result))
+    result = measure(options, log=log)
+    _save("trainer-overhead", out, partial(markdown, result, options), asdict(result))
 
 
 @app.command()
-def resume(
-    width: Annotated[int, typer.Option(min=16, help="Width of the student's layers.")] = 512,
-    depth: Annotated[int, typer.Option(min=1, help="Number of layers.")] = 16,
-    rounds: Annotated[int, typer.Option(min=1, help="Measured rounds.")] = 5,
-    out: Annotated[Path | None, typer.Option(help="Output path of the results, without extension.")] = None,
-) -> None:
+def resume(width: Width = 512, depth: Depth = 16, rounds: Rounds = 5, out: Out = None) -> None:
     """Compare a resume from a checkpoint with a fresh start, each up to the end of its first step.
 
     [b]Example[/b]
@@ -252,19 +272,19 @@ def resume(
     from pipeline.bench.resume import Options, markdown, measure
 
     options = Options(Size(width, depth, 256), rounds)
-    result = measure(options, tell=_tell)
-    _keep("resume", out, lambda machine, command: markdown(result, options, machine, command), asdict(result))
+    result = measure(options, log=log)
+    _save("resume", out, partial(markdown, result, options), asdict(result))
 
 
 @app.command()
 def determinism(
-    model: Annotated[str, typer.Option(help="Size of the ViT: tiny, small, base or large.")] = "tiny",
+    model: ModelOption = VitSize.TINY,
     batch: Annotated[int, typer.Option(min=1, help="Samples per step.")] = 8,
-    side: Annotated[int, typer.Option(min=32, help="Side of the global crops, pixels; a multiple of 16.")] = 96,
-    prototypes: Annotated[int, typer.Option(min=16, help="Prototypes per head.")] = 4096,
-    rounds: Annotated[int, typer.Option(min=1, help="Measured rounds.")] = 5,
-    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
-    out: Annotated[Path | None, typer.Option(help="Output path of the results, without extension.")] = None,
+    side: Side = 96,
+    prototypes: Prototypes = 4096,
+    rounds: Rounds = 5,
+    device: DeviceOption = Device.CPU,
+    out: Out = None,
 ) -> None:
     """Measure the cost of train.deterministic: DINOv2's step with and without it, in turns.
 
@@ -272,172 +292,113 @@ def determinism(
 
     fovea bench determinism --device cuda --model large --batch 32 --side 224
     """
-    from pipeline.bench.checkpoint import MODELS, Options
-    from pipeline.bench.determinism import measure, page
+    from pipeline.bench.checkpoint import Options
+    from pipeline.bench.determinism import markdown, measure
 
-    if model not in MODELS:
-        raise ConfigError(f"{model!r} is no size", where="--model", hint=f"Choose of {', '.join(MODELS)}.")
-    if _device(device) == "cuda":
+    if _available(device) == Device.CUDA:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it once, and is deterministic only with it
-    options = Options(model, batch, side, prototypes, device="cuda" if device == "cuda" else "cpu")
-    cases = measure(options, rounds=rounds, tell=_tell)
+    options = Options(model, batch, side, prototypes, device=_available(device))
+    cases = measure(options, rounds=rounds, log=log)
     document = {"cases": {name: asdict(case) for name, case in cases.items()}}
-    _keep("determinism", out, lambda machine, command: page(cases, options, machine, command), document)
+    _save("determinism", out, partial(markdown, cases, options), document)
 
 
-def _device(name: str) -> str:
-    if name not in ("cpu", "cuda"):
-        raise ConfigError(f"{name!r} is neither cpu nor cuda", where="--device", hint="Choose one of the two.")
-    if name == "cuda":
+# ---- all, and the table of results --------------------------------------------------------------------------------------
+
+Benchmark = tuple[str, Callable[..., None], dict[str, Any], dict[str, Any]]  # name, command, its arguments, those of --smoke
+
+
+def benchmarks() -> list[Benchmark]:
+    """The benchmarks of ``all``: all except those of bench_methods.py, which train for long."""
+    tiny = {"model": VitSize.TINY, "batch": 2, "side": 32, "prototypes": 64}
+    large = {"model": VitSize.SMALL, "batch": 16, "side": 224, "prototypes": 65536}
+    return [
+        ("flops", flops, {}, {"names": ["dinov2/vits16_node"]}),
+        ("prototype-loss", prototype_loss, {}, {"prototypes": 256, "samples": 2, "masked": 100, "rounds": 1}),
+        ("step", step, {}, {"model": "tiny", "batch": 2, "rounds": 1}),
+        (
+            "step-dinov2",
+            partial(step, method=StepMethod.DINOV2, batch=4),
+            {},
+            {"model": "tiny-14", "prototypes": 256, "rounds": 1},
+        ),
+        ("collectives", collectives, {}, {"width": 32, "depth": 2}),
+        ("trainer-overhead", trainer_overhead, {}, {"steps": 10, "log_every": 5}),
+        ("determinism", determinism, {**large, "rounds": 3}, {**tiny, "rounds": 1}),
+        ("resume", resume, {}, {"width": 64, "depth": 2, "rounds": 1}),
+        ("checkpoint", checkpoint, large, {**tiny, "saves": 1}),
+        ("data", data, {}, {"images": 16, "batch": 8, "smoke": True}),
+    ]
+
+
+@app.command(name="all")
+def all_(
+    smoke: Annotated[bool, typer.Option("--smoke", help="Minimal size, as a smoke test.")] = False,
+    out: Annotated[Path, typer.Option(metavar="DIR", help="Output directory of the results.")] = Path("bench-results"),
+) -> None:
+    """Run every benchmark of speed and memory in turn, on the CPU.
+
+    [b]Example[/b]
+
+    fovea bench all --smoke
+    """
+    from pipeline.bench.plain import alone
+
+    with alone():  # one group for all: DeepSpeed does not support a second one in the same process
+        for name, command, arguments, smoke_arguments in benchmarks():
+            log(f"bench {name}")
+            command(**(smoke_arguments if smoke else arguments), out=out / name)
+
+
+@app.command()
+def readme(
+    files: Annotated[
+        list[Path] | None, typer.Argument(metavar="[FILE]...", help="By default README.md and pipeline/bench/README.md.")
+    ] = None,
+) -> None:
+    """Update the tables of benchmarks in the READMEs from the results in pipeline/bench/results."""
+    from pipeline.bench.summary import update
+
+    for file in files or (Path("README.md"), Path("pipeline/bench/README.md")):
+        try:
+            file.write_text(update(file.read_text()))
+        except (OSError, ValueError) as error:
+            raise ConfigError(
+                f"the table cannot be written ({error})", where=str(file), hint="Choose a README of fovea"
+            ) from error
+
+
+# ---- shared -------------------------------------------------------------------------------------------------------------
+
+
+def _available(device: Device) -> Device:
+    if device == Device.CUDA:
         import torch
 
         if not torch.cuda.is_available():
-            raise ConfigError("there is no CUDA device here", where="--device", hint="Run it where there is one, or measure cpu.")
-    return name
+            raise ConfigError("no CUDA device is available", where="--device", hint="Choose cpu")
+    return device
 
 
-def _tell(sentence: str) -> None:
-    print(sentence, file=sys.stderr)
+def log(text: str) -> None:
+    """Report progress on stderr."""
+    print(text, file=sys.stderr)
 
 
-def _keep(name: str, out: Path | None, page: Any, document: dict[str, Any]) -> None:
-    """Print the page, and save it with all figures."""
-    stem = _stem(name, out)
-    print(_written(stem, page, document))
-    _tell(f"wrote {stem.with_suffix('.md')}")
-
-
-def _collected(
-    name: str, out: Path | None, runs: Iterable[Any], line: Any, page: Any, key: str = "runs", **more: Any
-) -> list[Any]:
-    """Report each run as it ends and save all results so far: a killed benchmark loses only the current run."""
-    stem, found, text = _stem(name, out), list[Any](), ""
-    for one in runs:
-        _tell(line(one))
-        found.append(one)
-        text = _written(stem, partial(page, found), {**more, key: [asdict(each) for each in found]})
-    print(text)
-    _tell(f"wrote {stem.with_suffix('.md')}")
-    return found
-
-
-def _stem(name: str, out: Path | None) -> Path:
+def stem_of(name: str, out: Path | None) -> Path:
+    """Output path of a result, without extension."""
     return out or Path("bench-results") / f"{name}-{datetime.now(UTC):%Y%m%d-%H%M}"
 
 
-def _written(stem: Path, page: Any, document: dict[str, Any]) -> str:
-    from pipeline.bench.machine import describe
+def _save(name: str, out: Path | None, render: Callable[[dict[str, str], str], str], document: dict[str, Any]) -> None:
+    """Print the page, and save it with all figures."""
+    from pipeline.bench.report import write
 
-    command, machine = shlex.join(["fovea", *sys.argv[1:]]), describe()
-    text: str = page(machine, command)
-    stem.parent.mkdir(parents=True, exist_ok=True)
-    stem.with_suffix(".md").write_text(text)
-    stem.with_suffix(".json").write_text(dumps({"command": command, "machine": machine, **document}, indent=2) + "\n")
-    return text
+    stem = stem_of(name, out)
+    print(write(stem, command_line(), render, document))
+    log(f"wrote {stem}.md")
 
 
-@app.command()
-def methods(
-    names: Annotated[
-        list[str] | None, typer.Argument(help="Methods; by default all that have a config for synthetic scenes.")
-    ] = None,
-    minutes: Annotated[float, typer.Option(min=0.05, help="Minutes of training per method.")] = 2.0,
-    samples: Annotated[int | None, typer.Option(min=1, help="Samples per method, instead of minutes.")] = None,
-    shards: Annotated[str | None, typer.Option(help="Training shards of scenes; generated by default.")] = None,
-    ranks: Annotated[int, typer.Option(min=1, help="Ranks per run.")] = 2,
-    directory: Annotated[Path, typer.Option(help="Output directory of the runs, which should be new.")] = Path(
-        "runs/bench-methods"
-    ),
-    out: Annotated[Path | None, typer.Option(help="Output path of the results, without extension.")] = None,
-) -> None:
-    """Train each method on the same synthetic scenes for the same time or number of samples, and compare k-NN and zero-shot.
-
-    [b]Examples[/b]
-
-    fovea bench methods --minutes 2
-
-    fovea bench methods simclr byol --minutes 5
-    """
-    from pipeline.bench.methods import configs, line, markdown, measure
-
-    known = configs()
-    for name in names or ():
-        if name not in known:
-            raise ConfigError(f"there is no scenes config of {name!r}", where="methods", hint=f"Choose of {', '.join(known)}.")
-    shards = shards or _scenes(directory)
-    each = f"{minutes:g} minutes" if samples is None else f"{samples} samples"
-    runs = measure(names or list(known), shards, minutes=minutes, samples=samples, ranks=ranks, directory=directory)
-    _collected("methods", out, runs, line, partial(markdown, each=each), "rows", each=each)
-
-
-@app.command()
-def readme(file: Annotated[Path, typer.Argument(help="The README file.")] = Path("README.md")) -> None:
-    """Update the benchmark table in the README from the results in pipeline/bench/results."""
-    from pipeline.bench.summary import written
-
-    try:
-        file.write_text(written(file.read_text()))
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"has no place for the table ({error})", where=str(file), hint="Give fovea's own README.md.") from error
-
-
-@app.command()
-def collapse(
-    questions: Annotated[list[str] | None, typer.Argument(help="byol, dino, mocov2, simclr, logo; by default all.")] = None,
-    samples: Annotated[int, typer.Option(min=1, help="Samples per run.")] = 24_000,
-    shards: Annotated[str | None, typer.Option(help="Training shards of scenes; generated by default.")] = None,
-    ranks: Annotated[int, typer.Option(min=1, help="Ranks per run.")] = 2,
-    directory: Annotated[Path, typer.Option(help="Output directory of the runs, which should be new.")] = Path(
-        "runs/bench-collapse"
-    ),
-    out: Annotated[Path | None, typer.Option(help="Output path of the results, without extension.")] = None,
-) -> None:
-    """Ablate what prevents collapse: BYOL without predictor, DINO without centring or sharpening, small batches, repelled crops.
-
-    [b]Examples[/b]
-
-    fovea bench collapse byol
-
-    fovea report runs/bench-collapse/dino-*
-    """
-    from pipeline.bench.collapse import QUESTIONS, line, measure, page
-    from pipeline.reports.curves import page as curves
-
-    for name in questions or ():
-        if name not in QUESTIONS:
-            raise ConfigError(f"{name!r} is no question", where="questions", hint=f"Choose of {', '.join(QUESTIONS)}.")
-    runs = measure(questions or QUESTIONS, shards or _scenes(directory), samples=samples, ranks=ranks, directory=directory)
-    found = _collected("collapse", out, runs, line, page, "trials")
-    (directory / "curves.html").write_text(curves(found))
-    _tell(f"wrote {directory / 'curves.html'}")
-
-
-@app.command()
-def dense(
-    samples: Annotated[int, typer.Option(min=1, help="Samples per run.")] = 64_000,
-    seeds: Annotated[int, typer.Option(min=1, help="Runs per method, with seeds from 0.")] = 3,
-    shards: Annotated[str | None, typer.Option(help="Training shards of scenes; generated by default.")] = None,
-    ranks: Annotated[int, typer.Option(min=1, help="Ranks per run.")] = 2,
-    directory: Annotated[Path, typer.Option(help="Output directory of the runs, which should be new.")] = Path(
-        "runs/bench-dense"
-    ),
-    out: Annotated[Path | None, typer.Option(help="Output path of the results, without extension.")] = None,
-) -> None:
-    """Compare the dense features of DetailCLIP and CLIP after equal samples, by linear segmentation of synthetic scenes.
-
-    [b]Examples[/b]
-
-    fovea bench dense --samples 25600 --seeds 3
-    """
-    from pipeline.bench.dense import line, measure, page
-
-    runs = measure(shards or _scenes(directory), samples=samples, seeds=range(seeds), ranks=ranks, directory=directory)
-    _collected("dense", out, runs, line, page)
-
-
-def _scenes(directory: Path) -> str:
-    """Generate training scenes, with validation shards beside them."""
-    from pipeline.data.pack.synthetic import write
-
-    write(directory / "scenes", train=8000, val=1000)
-    return f"{directory / 'scenes'}/*train-*.tar"
+def command_line() -> str:
+    """This command line, for the result page."""
+    return shlex.join(["fovea", *sys.argv[1:]])

@@ -226,7 +226,7 @@ def _fresh(config: Config, world: World, build: Any) -> Any:
     import torch
 
     torch.manual_seed(config.run.seed)
-    return build(config).to(world.device).place(world.device).eval()
+    return build(config).to(world.device).place_state(world.device).eval()
 
 
 def _normalize(given: Normalize | None) -> Normalize:

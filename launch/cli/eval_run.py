@@ -159,8 +159,7 @@ def _tell(
 
 
 def _side(config: Config) -> int | None:
-    views = getattr(config.method, "views", None)
-    return config.evaluation.knn.image_size or getattr(views, "global_size", None) or getattr(config.method, "image_size", None)
+    return config.evaluation.knn.image_size or config.method.views.global_size
 
 
 def _print(found: dict[str, dict[int, float]], about: dict[str, Any]) -> None:

@@ -13,7 +13,7 @@ from rich.markup import escape
 
 from launch.cli import shards
 from launch.cli import slurm as cluster
-from launch.cli.bench_all import app as bench
+from launch.cli.bench_methods import app as bench
 from launch.cli.checkpoint import app as checkpoint
 from launch.cli.mlflow import app as mlflow
 from launch.streams import open_streams

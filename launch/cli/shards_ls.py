@@ -21,8 +21,8 @@ from pipeline.runtime.run_directory import RunDirectory
 from pipeline.untrusted import printable, read_bytes
 
 _LEDGER = 1 << 30  # maximum bytes of a rank's record
-_STEP = ("place", "rank", "lane", "set", "epoch", "shard", "row", "key", "replaced")
-_KEY = ("step", "rank", "lane", "place", "set", "epoch", "shard", "row", "key", "replaced")
+_STEP = ("place", "rank", "stream", "set", "epoch", "shard", "row", "key", "replaced")
+_KEY = ("step", "rank", "stream", "place", "set", "epoch", "shard", "row", "key", "replaced")
 
 
 def run(
@@ -160,7 +160,7 @@ def _row(
     return {
         "place": position,
         "rank": position // (order.global_batch // world),
-        "lane": position // (order.global_batch // order.lanes),
+        "stream": position // (order.global_batch // order.streams),
         "set": inputs.sources[which].name if inputs.sources else None,
         "epoch": epoch,
         "shard": inputs.train.shards[shard].name,

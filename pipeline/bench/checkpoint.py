@@ -6,13 +6,11 @@ loop pauses, and the slowdown of its steps while a checkpoint is written in the 
 
 from __future__ import annotations
 
-import json
-import os
 import statistics
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,17 +18,16 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from pipeline.bench.machine import describe
 from pipeline.checkpoint import files as saved
 from pipeline.checkpoint import reader
 from pipeline.checkpoint import writer as checkpoint
 from pipeline.data.augment.masks import block_masks, mask_counts
+from pipeline.data.augment.settings import MultiCropSettings
 from pipeline.data.augment.views import Batch, Masks
 from pipeline.errors import ConfigError
 from pipeline.methods.base import Step
 from pipeline.methods.dinov2.method import DINOv2, dinov2_views
 from pipeline.methods.dinov2.settings import Dinov2Settings
-from pipeline.methods.settings import ViewSettings
 from pipeline.models.settings import ModelSettings
 from pipeline.models.vision import build_tower
 from pipeline.training.engine import Engine, EngineOptions
@@ -58,7 +55,7 @@ class Options:
     side: int = 224
     prototypes: int = 65536
     saves: int = 3
-    device: Literal["cpu", "cuda"] = "cpu"
+    device: str = "cpu"
     directory: Path | None = None
 
 
@@ -73,7 +70,7 @@ class Result:
         waiting: pause for a synchronous save.
         beside: pause for an asynchronous save: the copy to host memory, and all that is waited for in later steps.
         slower: total slowdown of the steps during an asynchronous save.
-        until_current: from the copy until the checkpoint is current.
+        until_current: from the copy until the checkpoint is complete.
         verify, load: of one checkpoint.
     """
 
@@ -89,7 +86,7 @@ class Result:
     samples: dict[str, list[float]] = field(default_factory=dict)
 
 
-def measure(options: Options, *, tell: Callable[[str], None] = lambda _: None) -> Result:
+def measure(options: Options, *, log: Callable[[str], None] = lambda _: None) -> Result:
     """Train, save and load.
 
     Raises:
@@ -101,17 +98,17 @@ def measure(options: Options, *, tell: Callable[[str], None] = lambda _: None) -
         raise ConfigError("there is no CUDA device here", where="--device", hint="Run it where there is one, or measure cpu.")
     with tempfile.TemporaryDirectory(prefix="fovea-bench-", dir=options.directory) as folder:
         if dist.is_initialized():  # DeepSpeed does not support a second group in one process
-            return _measure(options, Path(folder) / "checkpoints", dist.new_group(backend="gloo"), tell)
+            return _measure(options, Path(folder) / "checkpoints", dist.new_group(backend="gloo"), log)
         backend = "nccl" if options.device == "cuda" else "gloo"
         dist.init_process_group(backend, init_method=f"file://{folder}/meet", rank=0, world_size=1)
         try:
             control: Any = dist.new_group(backend="gloo")
-            return _measure(options, Path(folder) / "checkpoints", control, tell)
+            return _measure(options, Path(folder) / "checkpoints", control, log)
         finally:
             dist.destroy_process_group()
 
 
-def _measure(options: Options, folder: Path, control: Any, tell: Callable[[str], None]) -> Result:
+def _measure(options: Options, folder: Path, control: Any, log: Callable[[str], None]) -> Result:
     device = torch.device(options.device, 0) if options.device == "cuda" else torch.device("cpu")
     method, batch = make_method(options, device)
     precision: Literal["fp32", "bf16"] = "bf16" if options.device == "cuda" else "fp32"
@@ -141,16 +138,16 @@ def _measure(options: Options, folder: Path, control: Any, tell: Callable[[str],
 
     result = Result(parameters=sum(p.numel() for p in method.parameters()))
     lists: dict[str, list[float]] = {name: [] for name in ("step", "waiting", "beside", "slower", "until_current")}
-    tell("steps")
+    log("steps")
     for _ in range(3):
         step()
     lists["step"] = [step() for _ in range(6)]
     plain = statistics.median(lists["step"])
-    tell("saves that the loop waits for")
+    log("synchronous saves")
     for _ in range(options.saves):
         step()
         lists["waiting"].append(timed(lambda: store.save(engine, method, facts())))
-    tell("saves beside the loop")
+    log("asynchronous saves")
     for number_of in range(options.saves + 1):
         begin, slower = time.perf_counter(), 0.0
         still = timed(lambda: store.begin(engine, method, facts()))
@@ -166,7 +163,7 @@ def _measure(options: Options, folder: Path, control: Any, tell: Callable[[str],
             lists["until_current"].append(time.perf_counter() - begin)
     last = saved.listed(folder)[-1]
     result.size = sum(file["size"] for file in last.manifest["files"])
-    tell("loading")
+    log("loading")
     result.verify = timed(lambda: saved.verify(last))
     result.load = timed(lambda: reader.load(last, engine, method))
     for name, values in lists.items():
@@ -180,10 +177,10 @@ def make_method(options: Options, device: torch.device) -> tuple[DINOv2, Batch]:
     """DINOv2 with a batch of noise, both on the device."""
     torch.manual_seed(0)
     local = max(options.side // 2 // 16 * 16, 16)
-    views = ViewSettings(global_size=options.side, local_size=local, local_count=4)
+    views = MultiCropSettings(global_size=options.side, local_size=local, local_count=4)
     settings = Dinov2Settings(views=views, prototypes=options.prototypes)
     tower = build_tower(ModelSettings(timm_name=MODELS[options.model]), image_size=options.side)
-    method = DINOv2(tower, settings).to(device).place(device)
+    method = DINOv2(tower, settings).to(device).place_state(device)
     spec = dinov2_views(settings, patch=16)[0].mask
     grid, rows = options.side // 16, 2 * options.batch
     hidden = np.zeros((rows, grid * grid), dtype=bool)
@@ -193,11 +190,11 @@ def make_method(options: Options, device: torch.device) -> tuple[DINOv2, Batch]:
     weight = (1.0 / mask.sum(1, keepdim=True).clamp(min=1)).expand(mask.shape)[mask]
     masks = Masks(mask.to(device), mask.flatten().nonzero().flatten().to(device), weight.to(device))
 
-    def pictures(side: int) -> torch.Tensor:
+    def crops(side: int) -> torch.Tensor:
         return torch.randn(options.batch, 3, side, side).to(device)
 
     batch = Batch(
-        views={"global": [pictures(options.side) for _ in range(2)], "local": [pictures(local) for _ in range(4)]},
+        views={"global": [crops(options.side) for _ in range(2)], "local": [crops(local) for _ in range(4)]},
         masks={"global": masks},
         labels=torch.full((options.batch,), -1),
         keys=[str(n) for n in range(options.batch)],
@@ -210,20 +207,22 @@ def make_method(options: Options, device: torch.device) -> tuple[DINOv2, Batch]:
 def markdown(result: Result, options: Options, machine: dict[str, str], command: str) -> str:
     """Render the result page."""
     about = {
+        "threads": str(torch.get_num_threads()),
+        "device": torch.cuda.get_device_name(0) if options.device == "cuda" else "cpu",
         "model": f"{MODELS[options.model]}, heads of {options.prototypes} prototypes, {result.parameters / 1e6:.1f} M parameters",
         "a step": f"{options.batch} samples, 2 crops of {options.side} and 4 of {options.side // 2} pixels, {result.step:.3f} s",
-        "a checkpoint": f"{result.size / 1e6:,.0f} MB; medians of {options.saves}, the JSON beside has all",
+        "a checkpoint": f"{result.size / 1e6:,.0f} MB; medians of {options.saves}, all in the JSON file",
     }
     rate = result.size / 1e6
     rows = [
-        ("the loop stands still, save that it waits for", result.waiting),
-        ("the loop stands still, save beside it", result.beside),
-        ("steps beside a save take longer, in all", result.slower),
-        ("from the copy until the checkpoint is current", result.until_current),
+        ("training pauses, synchronous save", result.waiting),
+        ("training pauses, asynchronous save", result.beside),
+        ("slowdown of the steps during an asynchronous save, in total", result.slower),
+        ("from the copy until the checkpoint is complete", result.until_current),
         ("verify", result.verify),
         ("load", result.load),
     ]
-    lines = ["# What a checkpoint costs", "", f"`{command}`", ""]
+    lines = ["# Cost of a checkpoint", "", f"`{command}`", ""]
     lines += [f"- {name}: {value}" for name, value in {**machine, **about}.items()]
     lines += ["", "| | seconds | of a step | MB/s |", "|---|---:|---:|---:|"]
     lines += [
@@ -231,23 +230,6 @@ def markdown(result: Result, options: Options, machine: dict[str, str], command:
         for name, seconds in rows
     ]
     share = result.beside / result.step
-    verdict = "below" if share < _TARGET else "not below"
-    lines += ["", f"The loop stands still for {share:.1%} of a step, {verdict} the {_TARGET:.0%} aimed at."]
+    comparison = "below" if share < _TARGET else "not below"
+    lines += ["", f"Training pauses for {share:.1%} of a step, {comparison} the target of {_TARGET:.0%}."]
     return "\n".join(lines) + "\n"
-
-
-def save(result: Result, options: Options, path: Path, command: str) -> list[Path]:
-    """Write ``path`` with the extensions ``.json`` and ``.md``, and return both."""
-    machine = {**describe(), "threads": str(torch.get_num_threads()), "device": _device(options)}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    document, page = path.with_suffix(".json"), path.with_suffix(".md")
-    plain = {**asdict(options), "directory": str(options.directory) if options.directory else None}
-    document.write_text(
-        json.dumps({"command": command, "machine": machine, "options": plain, **asdict(result)}, indent=2) + os.linesep
-    )
-    page.write_text(markdown(result, options, machine, command))
-    return [document, page]
-
-
-def _device(options: Options) -> str:
-    return torch.cuda.get_device_name(0) if options.device == "cuda" else "cpu"

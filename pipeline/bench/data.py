@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 
-from pipeline.bench import rivals
+from pipeline.bench import baselines
 from pipeline.bench.machine import cpu_seconds
 from pipeline.data import storage
 from pipeline.data.augment.dali import Augmenter, Hue
@@ -41,6 +41,7 @@ from pipeline.errors import DataError
 SIZE = (500, 375)
 _PER_SHARD = 128
 _SEED = 0
+_FEEDING = ("read", "plan", "hand over")  # stages besides decoding and augmenting
 _STAGES = ("read", "plan", "decode", "augment", "hand over")
 
 
@@ -90,12 +91,12 @@ class Result:
         return min(self.milliseconds[path])
 
 
-def measure(options: Options, *, tell: Callable[[str], None] = lambda _: None) -> Result:
+def measure(options: Options, *, log: Callable[[str], None] = lambda _: None) -> Result:
     """Run all paths on the CPU.
 
     Args:
         options: options of the benchmark.
-        tell: called with a description of each stage.
+        log: called with a description of each stage.
 
     Raises:
         DataError: there are no shards or images, or too few.
@@ -105,23 +106,25 @@ def measure(options: Options, *, tell: Callable[[str], None] = lambda _: None) -
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="fovea-bench-")))
         manifest, about = prepare(options, folder)
         o, steps = options, max(options.images // options.batch, 1)
-        result = Result({**{k: str(v) for k, v in vars(options).items() if k not in ("shards", "photos")}, "pictures": about})
+        result = Result(
+            {**{k: str(v) for k, v in vars(options).items() if k not in ("shards", "photos")}, "images packed": about}
+        )
         paths: dict[str, Callable[[], float]] = {}
         for label, hue in (("", False), (", hue", True)):
             for kind in ("classic", "v2"):
                 paths[f"torchvision {kind}{label}"] = _pull(
-                    rivals.torchvision_batches(manifest, batch=o.batch, hue=hue, kind=kind, workers=o.workers), steps
+                    baselines.torchvision_batches(manifest, batch=o.batch, hue=hue, kind=kind, workers=o.workers), steps
                 )
             paths[f"DALI's reader{label}"] = _pull(
-                rivals.dali_batches(manifest, folder, batch=o.batch, hue=hue, threads=o.threads), steps
+                baselines.dali_batches(manifest, folder, batch=o.batch, hue=hue, threads=o.threads), steps
             )
         for hue_kind in get_args(Hue):
             paths[f"fovea, hue {hue_kind}"] = partial(_ours, manifest, o, hue_kind, steps)
         for number in range(o.rounds):
             for name, run in paths.items():
-                tell(f"round {number + 1} of {o.rounds}: {name}")
+                log(f"round {number + 1} of {o.rounds}: {name}")
                 result.milliseconds.setdefault(name, []).append(run() / (steps * o.batch) * 1000)
-        tell("where our time goes")
+        log("time by stage")
         result.stages = _stages(manifest, o, steps)
         return result
 
@@ -131,23 +134,23 @@ def prepare(options: Options, folder: Path) -> tuple[Manifest, str]:
     if options.shards:
         urls, about = storage.expand(list(options.shards)), "of the shards " + " ".join(options.shards)
     else:
-        pictures, about = _pictures(options)
+        images, about = _images(options)
         with ShardWriter(folder / "shards", "bench", samples_per_shard=_PER_SHARD) as writer:
-            for number, data in enumerate(pictures):
+            for number, data in enumerate(images):
                 sample = {"__key__": f"{number:06d}", "jpg": data, "txt": f"picture {number}", "cls": number % 10}
                 writer.write({**sample, "json": {"number": number}})
         urls = list(writer.shards)
     manifest = build(urls, folder / "index")
     if manifest.total < options.batch * options.world:
         raise DataError(
-            f"{manifest.total} pictures do not fill a batch of {options.batch * options.world}",
+            f"{manifest.total} images are less than a batch of {options.batch * options.world}",
             where="fovea bench data",
             hint="name more shards, or make --batch smaller",
         )
     return manifest, about
 
 
-def _pictures(options: Options) -> tuple[Iterator[bytes], str]:
+def _images(options: Options) -> tuple[Iterator[bytes], str]:
     about = f"{options.images} JPEGs of {SIZE[0]}x{SIZE[1]}, quality 90, "
     if options.photos is None:
         return (_jpeg(Image.fromarray(render(_SEED, n, SIZE[0]).image)) for n in range(options.images)), about + "drawn scenes"
@@ -158,8 +161,8 @@ def _pictures(options: Options) -> tuple[Iterator[bytes], str]:
     def made() -> Iterator[bytes]:
         for number in range(options.images):
             with Image.open(files[number % len(files)]) as image:
-                picture = image.convert("RGB")
-                yield _jpeg(ImageOps.mirror(picture) if number // len(files) % 2 else picture)
+                rgb = image.convert("RGB")
+                yield _jpeg(ImageOps.mirror(rgb) if number // len(files) % 2 else rgb)
 
     return made(), about + f"from {len(files)} photographs"
 
@@ -190,7 +193,7 @@ def dataset(manifest: Manifest, options: Options) -> StepDataset:
     """The data set of our stream, with the order and views of training."""
     order = Order(manifest.sizes, _SEED, options.batch * options.world)
     reader = Reader(manifest, wants=("image", "label", "caption"))
-    return StepDataset(reader, order, rivals.specs(), seed=_SEED, world=options.world, rank=0)
+    return StepDataset(reader, order, baselines.specs(), seed=_SEED, world=options.world, rank=0)
 
 
 def _ours(manifest: Manifest, options: Options, hue: Hue, steps: int) -> float:
@@ -257,11 +260,34 @@ def _loader(manifest: Manifest, options: Options, steps: int) -> float:
 
 def rows(result: Result) -> list[tuple[str, float, Sequence[str]]]:
     """The table: path, ms per image, and the cost of each baseline at the same task relative to it."""
-    found: list[tuple[str, float, Sequence[str]]] = []
+    table: list[tuple[str, float, Sequence[str]]] = []
     for name in result.milliseconds:
         with_hue = "hue" in name and not name.endswith("off")
         suffix = ", hue" if with_hue else ""
         torchvision = min(result.best(f"torchvision {kind}{suffix}") for kind in ("classic", "v2"))
-        ratios = [f"{rival / result.best(name):.2f}" for rival in (torchvision, result.best(f"DALI's reader{suffix}"))]
-        found.append((name, result.best(name), ratios))
-    return found
+        ratios = [f"{other / result.best(name):.2f}" for other in (torchvision, result.best(f"DALI's reader{suffix}"))]
+        table.append((name, result.best(name), ratios))
+    return table
+
+
+def markdown(result: Result, machine: dict[str, str], command: str) -> str:
+    """Render the result page: description, host, the table, and the time by stage."""
+    lines = ["# CPU time per image of the data path", ""]
+    lines += [f"`{command}`", "", *(f"- {name}: {value}" for name, value in {**machine, **result.options}.items())]
+    if result.milliseconds:
+        lines += [
+            "",
+            "Views of DINOv2 (2 of 224 and 8 of 96 pixels). Ratios compare equal tasks: hue with hue, none with none.",
+            "",
+        ]
+        lines += ["| path | CPU ms per image | torchvision takes | DALI's reader takes |", "|---|---:|---:|---:|"]
+        lines += [f"| {name} | {cost:.2f} | {ratios[0]} times | {ratios[1]} times |" for name, cost, ratios in rows(result)]
+    if result.stages:
+        total = sum(result.stages.values())
+        feeding = sum(result.stages.get(stage, 0.0) for stage in _FEEDING)
+        lines += ["", "Ours without hue, by stage:", "", "| stage | CPU ms per image | share |", "|---|---:|---:|"]
+        lines += [f"| {stage} | {cost:.3f} | {cost / total:.1%} |" for stage, cost in result.stages.items()]
+        lines += ["", f"Reading and feeding ({', '.join(_FEEDING)}) take {feeding / total:.1%}."]
+    if result.rates:
+        lines += ["", "| on the GPU | |", "|---|---:|", *(f"| {name} | {rate:,.2f} |" for name, rate in result.rates.items())]
+    return "\n".join(lines) + "\n"

@@ -14,10 +14,10 @@ from pipeline.methods.base import Step
 NORMAL, STRICT = "normal", "deterministic"
 
 
-def measure(options: Options, *, rounds: int, tell: Callable[[str], None] = lambda _: None) -> dict[str, pairs.Case]:
+def measure(options: Options, *, rounds: int, log: Callable[[str], None] = lambda _: None) -> dict[str, pairs.Case]:
     """Forward, backward and AdamW of a micro-batch; on a GPU the modes differ in cuDNN, cuBLAS and atomic additions."""
     device = torch.device(options.device, 0) if options.device == "cuda" else torch.device("cpu")
-    tell("building the method")
+    log("building the method")
     method, batch = make_method(options, device)
     method.to(device)
     optimizer = torch.optim.AdamW([p for p in method.parameters() if p.requires_grad], lr=1e-4, fused=device.type == "cuda")
@@ -32,17 +32,17 @@ def measure(options: Options, *, rounds: int, tell: Callable[[str], None] = lamb
         optimizer.zero_grad(set_to_none=True)
         method.on_step_skipped()
 
-    tell("measuring")
+    log("measuring")
     try:
         return pairs.measure({NORMAL: partial(act, False), STRICT: partial(act, True)}, rounds=rounds, device=device)
     finally:
         torch.use_deterministic_algorithms(before)
 
 
-def page(cases: dict[str, pairs.Case], options: Options, machine: dict[str, str], command: str) -> str:
+def markdown(cases: dict[str, pairs.Case], options: Options, machine: dict[str, str], command: str) -> str:
     """Render the result page."""
     ratio = cases[STRICT].best / cases[NORMAL].best
-    lines = ["# What deterministic mode costs", "", f"`{command}`", "", *(f"- {key}: {value}" for key, value in machine.items())]
+    lines = ["# Cost of deterministic mode", "", f"`{command}`", "", *(f"- {key}: {value}" for key, value in machine.items())]
     lines += [f"- {options.model}, {options.batch} samples, 2 crops of {options.side} and 4 of half of it, {options.device}", ""]
     lines += [*pairs.table(cases, NORMAL), "", f"A deterministic step takes {ratio:.2f} times a normal one."]
     return "\n".join(lines) + "\n"

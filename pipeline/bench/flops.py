@@ -6,6 +6,7 @@ import re
 from dataclasses import dataclass
 
 from pipeline.config.schema import Config
+from pipeline.data.augment.settings import GLOBAL_VIEWS
 from pipeline.estimate import flops
 from pipeline.methods.clip.settings import ClipSettings
 from pipeline.methods.dinov2.settings import Dinov2Settings
@@ -37,8 +38,8 @@ _TIMM = {"tiny": (192, 12), "small": (384, 12), "base": (768, 12), "large": (102
 
 def cost(name: str, config: Config) -> Cost:
     """Both figures for a config."""
-    found = formula(config)
-    return Cost(name, flops.counted(config) / 1e9, None if found is None else found / 1e9)
+    expected = formula(config)
+    return Cost(name, flops.counted(config) / 1e9, None if expected is None else expected / 1e9)
 
 
 def formula(config: Config) -> float | None:
@@ -83,19 +84,19 @@ def _dinov2(model: ModelSettings, s: Dinov2Settings) -> float | None:
         return flops.tower(side, patch, width, depth, prefix=prefix, gated=gated, hidden=hidden, read=read)
 
     v = s.views
-    hidden_patches = v.global_count * s.mask_probability * sum(s.mask_ratio) / 2 * (v.global_size // patch) ** 2
-    read = 1 + hidden_patches / v.global_count
-    teacher = v.global_count * forward(v.global_size, read)
-    seen = v.global_count * forward(v.global_size, None if s.gram_weight else read)
+    hidden_patches = GLOBAL_VIEWS * s.mask_probability * sum(s.mask_ratio) / 2 * (v.global_size // patch) ** 2
+    read = 1 + hidden_patches / GLOBAL_VIEWS
+    teacher = GLOBAL_VIEWS * forward(v.global_size, read)
+    seen = GLOBAL_VIEWS * forward(v.global_size, None if s.gram_weight else read)
     student = 3 * keep * (seen + v.local_count * forward(v.local_size, 1))
     head = flops.prototype_head(width, s.head_hidden, s.head_bottleneck, s.prototypes, s.head_layers)
     logits = 2.0 * s.head_bottleneck * s.prototypes
-    crops = v.global_count + v.local_count
+    crops = GLOBAL_VIEWS + v.local_count
     # The teacher's logits are computed for Sinkhorn and again beside the student's; large batches recompute them in each
     # iteration.
     again = logits if s.centering == "sinkhorn_knopp" else 0.0
-    teacher_tokens, student_tokens = v.global_count + hidden_patches, crops + hidden_patches
-    anchor = v.global_count * forward(s.gram_size or v.global_size) if s.gram_weight else 0.0
+    teacher_tokens, student_tokens = GLOBAL_VIEWS + hidden_patches, crops + hidden_patches
+    anchor = GLOBAL_VIEWS * forward(s.gram_size or v.global_size) if s.gram_weight else 0.0
     return anchor + teacher + student + teacher_tokens * (head + again) + 3 * student_tokens * head
 
 
@@ -105,19 +106,19 @@ def _clip(model: ModelSettings, s: ClipSettings) -> float | None:
         return None
     width, depth, patch, gated, hidden = shape
     kept = 1 - s.patch_dropout
-    patches = int((s.image_size // patch) ** 2 * kept)
+    patches = int((s.views.global_size // patch) ** 2 * kept)
     image = (depth - 1) * flops.block(patches + 1, width, hidden=hidden, gated=gated)
     image += flops.block(patches + 1, width, hidden=hidden, gated=gated, read=1)
-    image += 2.0 * (s.image_size // patch) ** 2 * 3 * patch**2 * width
+    image += 2.0 * (s.views.global_size // patch) ** 2 * 3 * patch**2 * width
     text = flops.text_tower(s.text.context_length, s.text.sizes.width, s.text.sizes.depth, s.embed_dim or s.text.sizes.embed)
     return 3 * (image + text)
 
 
 def markdown(costs: list[Cost], machine: dict[str, str], command: str) -> str:
     """Render the result page."""
-    lines = ["# Operations of a sample", "", f"`{command}`", "", *(f"- {name}: {value}" for name, value in machine.items()), ""]
-    lines += ["| config | GFLOP counted | by formula | apart |", "|---|---:|---:|---:|"]
+    lines = ["# FLOPs of a sample", "", f"`{command}`", "", *(f"- {name}: {value}" for name, value in machine.items()), ""]
+    lines += ["| config | GFLOP counted | by formula | difference |", "|---|---:|---:|---:|"]
     for one in costs:
-        told = ("", "") if one.formula is None else (f"{one.formula:,.1f}", f"{one.apart:+.1%}")
-        lines.append(f"| {one.name} | {one.counted:,.1f} | {told[0]} | {told[1]} |")
+        predicted = ("", "") if one.formula is None else (f"{one.formula:,.1f}", f"{one.apart:+.1%}")
+        lines.append(f"| {one.name} | {one.counted:,.1f} | {predicted[0]} | {predicted[1]} |")
     return "\n".join(lines) + "\n"

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from nvidia import nvimgcodec
 
-from pipeline.bench import rivals
+from pipeline.bench import baselines
 from pipeline.bench.data import Options, Result, dataset, prepare
 from pipeline.data.augment.dali import Augmenter, Hue
 from pipeline.data.augment.decode import Decoder
@@ -31,7 +31,7 @@ _HARDWARE_LOADS = (0.0, 0.65, 1.0)
 _SIDE = 8192  # of the matrices whose product stands for training
 
 
-def measure(options: Options, *, tell: Callable[[str], None] = lambda _: None) -> Result:
+def measure(options: Options, *, log: Callable[[str], None] = lambda _: None) -> Result:
     """Measure every stage alone and the whole pipeline, on the first CUDA device.
 
     Raises:
@@ -43,14 +43,14 @@ def measure(options: Options, *, tell: Callable[[str], None] = lambda _: None) -
     with tempfile.TemporaryDirectory(prefix="fovea-bench-") as folder:
         manifest, about = prepare(options, Path(folder))
         steps = max(options.images // options.batch, 1)
-        result = Result({"device": torch.cuda.get_device_name(0), "batch": str(options.batch), "pictures": about})
+        result = Result({"device": torch.cuda.get_device_name(0), "batch": str(options.batch), "images packed": about})
         rates = result.rates
 
         def note(name: str, run: Callable[[], Any]) -> None:
-            tell(name)
+            log(name)
             run()
             times = [_seconds(run) for _ in range(options.rounds)]
-            rates[f"{name}, pictures a second"] = steps * options.batch / min(times)
+            rates[f"{name}, images per second"] = steps * options.batch / min(times)
 
         ours = dataset(manifest, options)
         records = [ours.reader.fetch(ours.order.rank_batch(step, options.world, 0).ids) for step in range(steps)]
@@ -58,7 +58,7 @@ def measure(options: Options, *, tell: Callable[[str], None] = lambda _: None) -
         for load in _HARDWARE_LOADS:
             decoder = _decoder(load, options.threads)
             note(f"nvImageCodec, JPEG engine {load:.0%}", partial(_each, decoder.decode, encoded))
-            inside = rivals.dali_batches(
+            inside = baselines.dali_batches(
                 manifest, Path(folder), batch=options.batch, hue=True, threads=options.threads, device_id=0, hw_load=load
             )
             note(f"DALI's reader, decoder and views, JPEG engine {load:.0%}", partial(_pull, inside, steps))
@@ -72,7 +72,7 @@ def measure(options: Options, *, tell: Callable[[str], None] = lambda _: None) -
             augmenter = Augmenter(ours.specs, batch_size=options.batch, threads=options.threads, device_id=0, hue=hue)
             note(f"our views, hue {hue}", partial(_each, partial(augmenter.run, images), [plan] * steps))
             note(f"our stream, hue {hue}", partial(_drain, ours, options, steps, hue))
-        tell("what the stream takes from training")
+        log("slowdown of training by the data stream")
         alone = _products(3.0)
         stop = threading.Event()
         feeder = threading.Thread(target=_feed_until, args=(ours, options, stop), daemon=True)

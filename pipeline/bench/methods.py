@@ -46,13 +46,13 @@ class Row:
 
 def configs() -> dict[str, str]:
     """The config for synthetic scenes of each method that has one, by method name."""
-    found: dict[str, str] = {}
+    names: dict[str, str] = {}
     for name in sorted(available()):
         if "scenes" in name.split("/")[-1]:
             method = load(name).config.method.name
             if method in METHODS:
-                found.setdefault(method, name)
-    return found
+                names.setdefault(method, name)
+    return names
 
 
 def measure(
@@ -115,17 +115,19 @@ def _zeroshot(directory: Path) -> float:
     sentences.write_text("a {}\n")
     _run(["eval", str(directory / "run"), "--zeroshot", str(classes), "--templates", str(sentences)])
     newest = max((directory / "run" / "evaluations").glob("*.json"))
-    found = json.loads(newest.read_text())
-    return float(found["scores"]["trained"]["zeroshot/top1"])
+    document = json.loads(newest.read_text())
+    return float(document["scores"]["trained"]["zeroshot/top1"])
 
 
-def _run(words: Sequence[str]) -> None:
+def _run(arguments: Sequence[str]) -> None:
     done = subprocess.run(
-        module_command("launch.cli.main", *words), env=alone_environment(), capture_output=True, text=True, check=False
+        module_command("launch.cli.main", *arguments), env=alone_environment(), capture_output=True, text=True, check=False
     )
     if done.returncode:
-        last = (done.stderr.strip().splitlines() or done.stdout.strip().splitlines() or ["nothing was said"])[-1]
-        raise TrainingError(f"`fovea {words[0]} {words[1]}` ended with {done.returncode}: {last}", where="fovea bench methods")
+        last = (done.stderr.strip().splitlines() or done.stdout.strip().splitlines() or ["no output"])[-1]
+        raise TrainingError(
+            f"`fovea {arguments[0]} {arguments[1]}` ended with {done.returncode}: {last}", where="fovea bench methods"
+        )
 
 
 def line(row: Row) -> str:
@@ -137,7 +139,7 @@ def line(row: Row) -> str:
 
 def markdown(rows: Sequence[Row], machine: dict[str, str], command: str, each: str) -> str:
     """Render the result page."""
-    lines = [f"# What each method learns of drawn scenes in {each}", "", f"`{command}`", ""]
+    lines = [f"# k-NN of each method on synthetic scenes after {each}", "", f"`{command}`", ""]
     lines += [*(f"- {name}: {value}" for name, value in machine.items()), ""]
     lines += ["| method | config | samples | s of training | k-NN | untrained | raw pixels | zero-shot |"]
     lines += ["|---|---|---:|---:|---:|---:|---:|---:|"]

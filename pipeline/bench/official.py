@@ -86,12 +86,12 @@ class Official:
             nn.utils.clip_grad_norm_(network.parameters(), self._clip or torch.inf)
         self._optimizer.step()
         self._follow()
-        told = {name: float(term) for name, term in terms.items()}  # its loop reads each of them in each step
+        logged = {name: float(term) for name, term in terms.items()}  # its loop reads each of them in each step
         return (
-            told["dino_local_crops_loss"]
-            + told["dino_global_crops_loss"]
-            + 2 * told["koleo_loss"]  # both are halved for display
-            + 2 * told["ibot_loss"]
+            logged["dino_local_crops_loss"]
+            + logged["dino_global_crops_loss"]
+            + 2 * logged["koleo_loss"]  # both are halved for display
+            + 2 * logged["ibot_loss"]
         )
 
     @torch.no_grad()
@@ -122,7 +122,7 @@ def _model(ours: DINOv2, size: tuple[int, int, int], drop: float, layer_scale: f
         return made
 
     s = ours.settings
-    wanted = {
+    overrides = {
         "student": {"arch": _ARCHITECTURE, "patch_size": ours.backbone.patch, "drop_path_rate": drop, "layerscale": layer_scale},
         "dino": {
             "head_n_prototypes": s.prototypes,
@@ -135,7 +135,7 @@ def _model(ours: DINOv2, size: tuple[int, int, int], drop: float, layer_scale: f
         "compute_precision": {"grad_scaler": False},
     }
     with mock.patch.dict(vars(vits), {_ARCHITECTURE: tower}):
-        model = SSLMetaArch(OmegaConf.merge(dinov2_default_config, OmegaConf.create(wanted)))
+        model = SSLMetaArch(OmegaConf.merge(dinov2_default_config, OmegaConf.create(overrides)))
     model.need_to_synchronize_fsdp_streams = False
     state = {name: tensor.detach().clone() for name, tensor in ours.backbone.vit.state_dict().items()}
     state["mask_token"] = ours.backbone.mask_token.detach().clone().flatten(0, 1)
@@ -187,13 +187,13 @@ def _attention(q: Tensor, k: Tensor, v: Tensor, attn_bias: Any = None, op: Any =
     """Attention ``[batch, tokens, heads, width]``; with a bias, within each of the concatenated sequences."""
     if attn_bias is None:
         return F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)).transpose(1, 2)
-    found, at = [], 0
+    outputs, at = [], 0
     for length, run in groupby(end - start for start, end in pairwise(attn_bias.q_seqinfo.seqstart_py)):
         count = len(list(run))
         rows = slice(at, at := at + count * length)
         alike = [x[0, rows].unflatten(0, (count, length)) for x in (q, k, v)]
-        found.append(_attention(*alike).flatten(0, 1))
-    return torch.cat(found)[None]
+        outputs.append(_attention(*alike).flatten(0, 1))
+    return torch.cat(outputs)[None]
 
 
 def _selected(sources: list[Tensor], indices: list[Tensor]) -> Tensor:

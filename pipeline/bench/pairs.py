@@ -81,22 +81,22 @@ class _Counted(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def measure(rivals: Mapping[str, Callable[[], object]], *, rounds: int, device: torch.device, warm: int = 1) -> dict[str, Case]:
+def measure(cases: Mapping[str, Callable[[], object]], *, rounds: int, device: torch.device, warm: int = 1) -> dict[str, Case]:
     """Run all cases in turns.
 
     Args:
-        rivals: functions to run, by name.
+        cases: functions to run, by name.
         rounds: measured rounds of each.
         device: their device.
         warm: warm-up rounds.
     """
-    seconds: dict[str, list[float]] = {name: [] for name in rivals}
+    seconds: dict[str, list[float]] = {name: [] for name in cases}
     for number in range(warm + rounds):
-        for name, act in rivals.items():
+        for name, act in cases.items():
             spent = _timed(act, device)
             if number >= warm:
                 seconds[name].append(spent)
-    return {name: Case(tuple(seconds[name]), peak_bytes(act, device)) for name, act in rivals.items()}
+    return {name: Case(tuple(seconds[name]), peak_bytes(act, device)) for name, act in cases.items()}
 
 
 def _timed(act: Callable[[], object], device: torch.device) -> float:

@@ -54,8 +54,8 @@ class Plain(Method):
         assert self.teacher is not None
         x = batch.views["view"][0]
         with torch.no_grad():
-            wanted = self.teacher.modules["backbone"](x)
-        return {"distance": F.mse_loss(self.backbone(x), wanted.flip(0))}
+            targets = self.teacher.modules["backbone"](x)
+        return {"distance": F.mse_loss(self.backbone(x), targets.flip(0))}
 
     def parameter_groups(self) -> list[ParameterGroup]:
         """A single group."""

@@ -55,12 +55,12 @@ class Result:
         return min(self.resumed) / min(self.fresh)
 
 
-def measure(options: Options, *, tell: Callable[[str], None] = lambda _: None) -> Result:
+def measure(options: Options, *, log: Callable[[str], None] = lambda _: None) -> Result:
     """Save once, then start in turns afresh and from the checkpoint."""
     size, batch = options.size, batch_of(options.size)
     at = Step(lr=1e-4, last_layer_lr=1e-4, momentum=0.99)
     with alone() as folder:
-        tell("saving")
+        log("saving")
         method = Plain(size)
         engine = engine_of(method, size)
         advance(engine, method, batch, at)
@@ -76,15 +76,15 @@ def measure(options: Options, *, tell: Callable[[str], None] = lambda _: None) -
             begin = time.process_time()
             started = engine_of(second, size)
             if again is not None:
-                found = saved.read(again)
-                saved.verify(found)
-                reader.load(found, started, second)
+                checkpoint = saved.read(again)
+                saved.verify(checkpoint)
+                reader.load(checkpoint, started, second)
             advance(started, second, batch, at)
             spent = time.process_time() - begin
             started.close()
             return spent
 
-        tell("starting")
+        log("starting")
         acts = {"fresh": partial(start, None), "resumed": partial(start, path)}
         seconds: dict[str, list[float]] = {name: [] for name in acts}
         threads = torch.get_num_threads()
@@ -103,8 +103,8 @@ def measure(options: Options, *, tell: Callable[[str], None] = lambda _: None) -
 
 def markdown(result: Result, options: Options, machine: dict[str, str], command: str) -> str:
     """Render the result page."""
-    verdict = "within" if result.ratio <= AIM else "above"
-    lines = ["# Going on from a checkpoint", "", f"`{command}`", "", *(f"- {n}: {v}" for n, v in machine.items())]
+    comparison = "within" if result.ratio <= AIM else "above"
+    lines = ["# Time to resume from a checkpoint", "", f"`{command}`", "", *(f"- {n}: {v}" for n, v in machine.items())]
     lines += [
         f"- {result.parameters:,} parameters, {options.size.samples} rows a step; checkpoint {result.stored:,} bytes, "
         f"{result.stored / result.parameters:.2f} a parameter ({BYTES} by formula)",
@@ -114,6 +114,6 @@ def markdown(result: Result, options: Options, machine: dict[str, str], command:
         f"| fresh | {min(result.fresh):.3f} | {max(result.fresh):.3f} |",
         f"| from a checkpoint, verified | {min(result.resumed):.3f} | {max(result.resumed):.3f} |",
         "",
-        f"{result.ratio:.2f} times a fresh start, {verdict} the {AIM} aimed at.",
+        f"{result.ratio:.2f} times a fresh start, {comparison} the {AIM} targeted.",
     ]
     return "\n".join(lines) + "\n"

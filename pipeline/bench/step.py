@@ -56,18 +56,18 @@ class Result:
         cases: by name: ours, ours compiled, the baseline.
         losses: for the same weights and batch, by name; only ours without a baseline.
         operations: dispatched per step, by name; compiled ones are not counted.
-        rival: name of the baseline; empty if it is not installed.
+        baseline: name of the baseline; empty if it is not installed.
         about: model, batch and content of a step.
     """
 
     cases: dict[str, pairs.Case]
     losses: dict[str, float]
     operations: dict[str, int]
-    rival: str
+    baseline: str
     about: str
 
 
-def measure(options: Options, *, tell: Callable[[str], None] = lambda _: None) -> Result:
+def measure(options: Options, *, log: Callable[[str], None] = lambda _: None) -> Result:
     """Compare the losses for the same weights first, then times, memory and operations.
 
     Raises:
@@ -75,9 +75,9 @@ def measure(options: Options, *, tell: Callable[[str], None] = lambda _: None) -
     """
     if options.model not in METHODS.get(options.method, ()):
         known = "; ".join(f"{method}: {', '.join(models)}" for method, models in METHODS.items())
-        raise ConfigError(f"{options.method} has no size {options.model!r}", where="--model", hint=f"choose of {known}")
+        raise ConfigError(f"{options.method} has no size {options.model!r}", where="--model", hint=f"Choose one of {known}")
     with alone(options.device):
-        tell("building both")
+        log("building both")
         contest = _contest(options)
         losses = {}
         if contest.losses is not None and contest.theirs is not None:
@@ -86,7 +86,7 @@ def measure(options: Options, *, tell: Callable[[str], None] = lambda _: None) -
             if abs(ours - theirs) > _APART[options.bf16] * abs(theirs):
                 raise ConfigError(f"the losses of the same weights differ: {losses}", where="fovea bench step")
         else:
-            tell(f"no rival: {', '.join(official.missing())} not installed ({official.INSTALL})")
+            log(f"no baseline: {', '.join(official.missing())} not installed ({official.INSTALL})")
             losses = {OURS: contest.ours()}
         steps: dict[str, Callable[[], float]] = {OURS: contest.ours}
         if contest.theirs is not None:
@@ -94,7 +94,7 @@ def measure(options: Options, *, tell: Callable[[str], None] = lambda _: None) -
         operations = {name: pairs.operations(act) for name, act in steps.items()}
         if options.compiled or options.graphs:
             steps = _with_compiled(steps, contest, graphs=options.graphs)
-        tell("measuring")
+        log("measuring")
         cases = pairs.measure(steps, rounds=options.rounds, device=torch.device(options.device))
     return Result(cases, losses, operations, contest.theirs[0] if contest.theirs else "", contest.about)
 
@@ -127,16 +127,16 @@ def _with_compiled(
 
 def markdown(result: Result, options: Options, machine: dict[str, str], command: str) -> str:
     """Render the result page."""
-    told = ", ".join(f"{name} {loss:.6f}" for name, loss in result.losses.items())
+    losses = ", ".join(f"{name} {loss:.6f}" for name, loss in result.losses.items())
     counted = ", ".join(f"{name} {count}" for name, count in result.operations.items())
     lines = [f"# A training step of {options.method}", "", f"`{command}`", "", *(f"- {k}: {v}" for k, v in machine.items())]
     lines += [
         f"- {result.about}, {'bf16' if options.bf16 else 'fp32'}",
-        f"- losses of the same weights and batch: {told}",
+        f"- losses of the same weights and batch: {losses}",
         f"- operations dispatched in a step: {counted}",
         "",
-        *pairs.table(result.cases, result.rival or OURS),
+        *pairs.table(result.cases, result.baseline or OURS),
     ]
-    if not result.rival:
-        lines += ["", f"No rival: {', '.join(official.missing())} not installed. `{official.INSTALL}`"]
+    if not result.baseline:
+        lines += ["", f"No baseline: {', '.join(official.missing())} not installed. `{official.INSTALL}`"]
     return "\n".join(lines) + "\n"

@@ -87,7 +87,7 @@ def _models(model: str, device: torch.device) -> tuple[CLIP, Any]:
     text = TextSettings(architecture=None, width=64, depth=2, num_heads=2) if tiny else TextSettings()
     sizes = text.sizes
     torch.manual_seed(0)
-    settings = ClipSettings(image_size=224, text=text, patch_dropout=0.0)
+    settings = ClipSettings(text=text, patch_dropout=0.0)
     ours = CLIP(build_tower(ModelSettings(timm_name=torch_name), image_size=224), settings)
     theirs: Any = open_clip.CustomTextCLIP(
         sizes.embed,

@@ -10,11 +10,11 @@ import torch
 from pipeline.bench.official import Official, missing
 from pipeline.bench.pairs import Contest
 from pipeline.data.augment.masks import block_masks, mask_counts
+from pipeline.data.augment.settings import MultiCropSettings
 from pipeline.data.augment.views import Batch, Masks
 from pipeline.methods.base import Step
 from pipeline.methods.dinov2.method import DINOv2, dinov2_views
 from pipeline.methods.dinov2.settings import Dinov2Settings
-from pipeline.methods.settings import ViewSettings
 from pipeline.models.settings import ModelSettings
 from pipeline.models.vision import build_tower
 from pipeline.training.engine import Engine, EngineOptions
@@ -42,7 +42,9 @@ def contest(model: str, samples: int, prototypes: int, drop: float, *, bf16: boo
     torch.manual_seed(0)
     width, depth, heads = SIZES[name]
     settings = Dinov2Settings(
-        views=ViewSettings(global_size=sides[0], local_size=sides[1], local_count=8), prototypes=prototypes, shared_heads=True
+        views=MultiCropSettings(global_size=sides[0], local_size=sides[1], local_count=8),
+        prototypes=prototypes,
+        shared_heads=True,
     )
     sizes = ModelSettings(
         embed_dim=width,
@@ -54,7 +56,7 @@ def contest(model: str, samples: int, prototypes: int, drop: float, *, bf16: boo
         batched_drop_path=True,
         pos_embed_interpolation="offset",
     )
-    method = DINOv2(build_tower(sizes, image_size=sides[0]), settings).to(device).place(device).train()
+    method = DINOv2(build_tower(sizes, image_size=sides[0]), settings).to(device).place_state(device).train()
     batch = _batch(settings, patch, samples, device)
     theirs = None if missing() else Official(method, SIZES[name], drop, _LAYER_SCALE, batch, bf16)
     options = EngineOptions(
@@ -72,10 +74,10 @@ def contest(model: str, samples: int, prototypes: int, drop: float, *, bf16: boo
         assert theirs is not None
         _set_drop(method, 0.0)
         theirs.set_drop(0.0)
-        found = ours(), theirs.step()
+        losses = ours(), theirs.step()
         _set_drop(method, drop)
         theirs.set_drop(drop)
-        return found
+        return losses
 
     about = f"ViT-{model}, {samples} samples of 2 crops of {sides[0]} and 8 of {sides[1]} pixels, {prototypes} prototypes in a "
     about += f"shared head, stochastic depth {drop:g}; forward, backward, clipping, AdamW, teacher"
@@ -103,11 +105,11 @@ def _batch(settings: Dinov2Settings, patch: int, samples: int, device: torch.dev
     weight = (1.0 / hidden.sum(1, keepdim=True).clamp(min=1)).expand(hidden.shape)[hidden]
     masks = Masks(hidden.to(device), hidden.flatten().nonzero().flatten().to(device), weight.to(device))
 
-    def pictures(count: int, side: int) -> list[torch.Tensor]:
+    def images(count: int, side: int) -> list[torch.Tensor]:
         return [torch.randn(samples, 3, side, side, device=device) for _ in range(count)]
 
     return Batch(
-        views={"global": pictures(2, v.global_size), "local": pictures(v.local_count, v.local_size)},
+        views={"global": images(2, v.global_size), "local": images(v.local_count, v.local_size)},
         masks={"global": masks},
         labels=torch.full((samples,), -1),
         keys=[str(n) for n in range(samples)],

@@ -1,99 +1,207 @@
-"""Generates the README's benchmark table from the results kept in this package."""
+"""Generates the tables of benchmark results in the READMEs from the results kept in this package."""
 
 from __future__ import annotations
 
 import json
 import statistics
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 RESULTS = Path(__file__).parent / "results"
-BEGIN, END = "<!-- measured: begin -->", "<!-- measured: end -->"
+MAIN = ("<!-- results: begin -->", "<!-- results: end -->")
+"""Markers around the short table of the project's README."""
+ALL = ("<!-- all results: begin -->", "<!-- all results: end -->")
+"""Markers around the full table beside the benchmarks."""
 _MEGABYTE = 1e6
 
 Document = Mapping[str, Any]
-Row = tuple[str, str, str, str]  # what, ours, baseline, ratio
+
+
+@dataclass(frozen=True)
+class Row:
+    """A line of the table.
+
+    Attributes:
+        measure: what is measured.
+        ours, baseline: results of fovea and of what it is compared with.
+        ratio: of the two.
+    """
+
+    measure: str
+    ours: str
+    baseline: str
+    ratio: str
 
 
 def table(results: Path = RESULTS) -> str:
-    """Markdown rows of all kept results, in a fixed order."""
-    lines = ["| what (machine and command: the linked page) | fovea | against | ratio |", "|---|---:|---:|---:|"]
+    """Markdown table of all kept results with their commands, in a fixed order; links are relative to this package."""
+    lines = ["| measures | fovea | baseline | ratio | command |", "|---|---:|---:|---:|---|"]
     for name, rows in _READERS.items():
-        path = results / f"{name}.json"
-        if path.is_file():
-            document = json.loads(path.read_text())
-            page = f"pipeline/bench/results/{name.removesuffix('-20').removesuffix('-77')}.md"
-            lines += [f"| [{what}]({page}) | {ours} | {against} | {ratio} |" for what, ours, against, ratio in rows(document)]
+        if (document := _read(results, name)) is not None:
+            cells = [f"| [{row.measure}]({_page(name)}) | {row.ours} | {row.baseline} | {row.ratio} |" for row in rows(document)]
+            lines += [f"{line} `{document['command']}` |" for line in cells]
     return "\n".join(lines) + "\n"
 
 
-def written(readme: str, results: Path = RESULTS) -> str:
-    """The README text with the table inserted between its two markers.
+def main_table(results: Path = RESULTS) -> str:
+    """Markdown table of the main results; links are relative to the project's README."""
+    lines = ["| measures | fovea | baseline | ratio |", "|---|---:|---:|---:|"]
+    for name in _MAIN:
+        if (document := _read(results, name)) is not None:
+            link = f"pipeline/bench/{_page(name)}"
+            rows = _READERS[name](document)
+            lines += [f"| [{row.measure}]({link}) | {row.ours} | {row.baseline} | {row.ratio} |" for row in rows]
+    return "\n".join(lines) + "\n"
+
+
+def update(readme: str, results: Path = RESULTS) -> str:
+    """The text of a README with the tables inserted between their markers.
 
     Raises:
-        ValueError: a marker is missing.
+        ValueError: the text has no markers.
     """
-    begin, end = readme.index(BEGIN) + len(BEGIN), readme.index(END)
-    return f"{readme[:begin]}\n{table(results)}{readme[end:]}"
+    parts = [(markers, make) for markers, make in ((MAIN, main_table), (ALL, table)) if markers[0] in readme]
+    if not parts:
+        raise ValueError(f"must contain {MAIN[0]} or {ALL[0]}")
+    for (begin, end), make in parts:
+        before, after = readme.index(begin) + len(begin), readme.index(end)
+        readme = f"{readme[:before]}\n{make(results)}{readme[after:]}"
+    return readme
+
+
+def _read(results: Path, name: str) -> Document | None:
+    path = results / f"{name}.json"
+    document: Document | None = json.loads(path.read_text()) if path.is_file() else None
+    return document
+
+
+def _page(name: str) -> str:
+    return f"results/{name.removesuffix('-20').removesuffix('-77')}.md"
 
 
 def _data(d: Document) -> list[Row]:
     best = {name: min(values) for name, values in d["milliseconds"].items()}
-    ours, theirs = best["fovea, hue yiq"], best["torchvision v2, hue"]
     return [
-        ("ten views of a picture, CPU", f"{ours:.1f} ms", f"{theirs:.1f} ms torchvision v2", f"{theirs / ours:.2f} x cheaper")
+        Row(
+            f"DINOv2's ten views of an image, {label}, CPU time",
+            f"{best[ours]:.1f} ms",
+            f"{best[theirs]:.1f} ms torchvision v2",
+            f"{best[theirs] / best[ours]:.2f} x faster",
+        )
+        for label, ours, theirs in (
+            ("hue in YIQ", "fovea, hue yiq", "torchvision v2, hue"),
+            ("hue in HSV", "fovea, hue hsv", "torchvision v2, hue"),
+            ("no hue", "fovea, hue off", "torchvision v2"),
+        )
     ]
 
 
 def _step(caption: int) -> Callable[[Document], list[Row]]:
     def rows(d: Document) -> list[Row]:
         ours, theirs = (min(d["cases"][name]["seconds"]) for name in ("fovea", "open_clip"))
-        what = f"CLIP B/32 step, captions of {caption} tokens"
-        return [(what, f"{ours:.2f} s", f"{theirs:.2f} s open_clip", f"{theirs / ours:.2f} x faster")]
+        measure = f"CLIP B/32 step, captions of {caption} tokens"
+        return [Row(measure, f"{ours:.2f} s", f"{theirs:.2f} s open_clip", f"{theirs / ours:.2f} x faster")]
 
     return rows
 
 
 def _dinov2(d: Document) -> list[Row]:
     ours, theirs = (min(d["cases"][name]["seconds"]) for name in ("fovea", "official"))
-    return [("DINOv2 ViT-S/14 step", f"{ours:.2f} s", f"{theirs:.2f} s official code", f"{theirs / ours:.2f} x faster")]
+    return [Row("DINOv2 ViT-S/14 step", f"{ours:.2f} s", f"{theirs:.2f} s official code", f"{theirs / ours:.2f} x faster")]
 
 
-def _heads(d: Document) -> list[Row]:
-    ours, plain = d["cases"]["in pieces"], d["cases"]["whole logits"]
-    time = min(plain["seconds"]) / min(ours["seconds"])
-    memory = plain["peak"] / ours["peak"]
-    sizes = [f"{case['peak'] / _MEGABYTE:,.0f} MB, {min(case['seconds']):.1f} s" for case in (ours, plain)]
-    return [("prototype losses", sizes[0], f"{sizes[1]} whole logits", f"{memory:.1f} x less memory, {time:.2f} x the speed")]
+def _prototype_loss(d: Document) -> list[Row]:
+    ours, full = d["cases"]["chunked"], d["cases"]["full logits"]
+    time = min(full["seconds"]) / min(ours["seconds"])
+    memory = full["peak"] / ours["peak"]
+    sizes = [f"{case['peak'] / _MEGABYTE:,.0f} MB, {min(case['seconds']):.1f} s" for case in (ours, full)]
+    return [Row("prototype losses", sizes[0], f"{sizes[1]} full logits", f"{memory:.1f} x less memory, {time:.2f} x the speed")]
 
 
 def _checkpoint(d: Document) -> list[Row]:
     ours, waiting = d["beside"] / d["step"], d["waiting"] / d["step"]
-    row = ("training stands still for a checkpoint", f"{ours:.1%} of a step", f"{waiting:.1%} waiting for it")
-    return [(*row, f"{waiting / ours:.0f} x less")]
+    row = ("pause of training for a checkpoint", f"{ours:.1%} of a step", f"{waiting:.1%} synchronous")
+    return [Row(*row, f"{waiting / ours:.0f} x shorter")]
 
 
 def _resume(d: Document) -> list[Row]:
     fresh, resumed = min(d["fresh"]), min(d["resumed"])
-    row = (
-        "first step from a checkpoint, verified",
-        f"{resumed:.2f} s",
-        f"{fresh:.2f} s afresh",
-        f"{resumed / fresh:.2f} x as long",
-    )
-    return [row]
+    row = ("first step after a verified resume, CPU time", f"{resumed:.2f} s", f"{fresh:.2f} s fresh start")
+    return [Row(*row, f"{resumed / fresh:.2f} x as long")]
 
 
-def _loop(d: Document) -> list[Row]:
+def _trainer_overhead(d: Document) -> list[Row]:
     trainer, engine = (statistics.median(d[name]) * 1e3 for name in ("trainer", "engine"))
-    row = ("the training loop, CPU of a step", f"{trainer:.2f} ms", f"{engine:.2f} ms the engine alone")
-    return [(*row, f"{trainer - engine:.2f} ms more")]
+    row = ("training loop, CPU time of a step", f"{trainer:.2f} ms", f"{engine:.2f} ms engine alone")
+    return [Row(*row, f"{trainer - engine:.2f} ms more")]
 
 
 def _determinism(d: Document) -> list[Row]:
     strict, normal = (min(d["cases"][name]["seconds"]) for name in ("deterministic", "normal"))
-    return [("deterministic mode", f"{strict:.2f} s", f"{normal:.2f} s normal", f"{strict / normal:.2f} x as long")]
+    return [Row("deterministic mode", f"{strict:.2f} s", f"{normal:.2f} s normal", f"{strict / normal:.2f} x as long")]
+
+
+def _collectives(d: Document) -> list[Row]:
+    rows = []
+    for stage in d["stages"]:
+        sent, expected = (sum(v for k, v in stage[name].items() if k != "small") for name in ("payload", "expected"))
+        row = (f"bytes of collectives of a step, ZeRO {stage['stage']}", f"{sent:,}", f"{expected:,} by theory")
+        rows.append(Row(*row, f"{sent / expected:.2f} x"))
+    return rows
+
+
+def _flops(d: Document) -> list[Row]:
+    return [
+        Row(
+            f"FLOPs of a sample, {cost['name']}",
+            f"{cost['counted']:,.1f} G counted",
+            f"{cost['formula']:,.1f} G by formula",
+            f"{cost['formula'] / cost['counted'] - 1:+.1%}",
+        )
+        for cost in d["costs"]
+    ]
+
+
+def _methods(d: Document) -> list[Row]:
+    return [
+        Row(
+            f"k-NN of {row['method']} on scenes after {row['samples']:,} samples",
+            f"{row['knn']:.1%}",
+            f"{row['untrained']:.1%} untrained",
+            f"{100 * (row['knn'] - row['untrained']):+.1f} points",
+        )
+        for row in d["rows"]
+        if not row["failed"]
+    ]
+
+
+def _dense_features(d: Document) -> list[Row]:
+    miou = {name: [run["miou"] for run in d["runs"] if run["method"] == name] for name in ("detailclip", "clip")}
+    means = [statistics.mean(values) for values in miou.values()]
+    spans = [f"{mean:.1%} ({min(v):.1%} to {max(v):.1%})" for mean, v in zip(means, miou.values(), strict=True)]
+    measure = f"mIoU of DetailCLIP's patches on scenes, mean of {len(miou['clip'])} seeds"
+    return [Row(measure, spans[0], f"{spans[1]} CLIP", f"{100 * (means[0] - means[1]):+.1f} points")]
+
+
+def _collapse_ablation(d: Document) -> list[Row]:
+    by_question: dict[str, list[Document]] = {}
+    for trial in (trial for trial in d["trials"] if trial["knn"]):
+        by_question.setdefault(trial["trial"]["question"], []).append(trial)
+    rows = []
+    for question, (reference, *others) in by_question.items():
+        first = _last(reference["knn"])
+        for trial in others:
+            knn = _last(trial["knn"])
+            measure = f"k-NN, {question} {trial['trial']['name']}"
+            baseline = f"{first:.1%} {reference['trial']['name']}"
+            rows.append(Row(measure, f"{knn:.1%}", baseline, f"{100 * (knn - first):+.1f} points"))
+    return rows
+
+
+def _last(points: Mapping[str, float]) -> float:
+    return points[max(points, key=int)]
 
 
 _READERS: dict[str, Callable[[Document], list[Row]]] = {
@@ -101,9 +209,15 @@ _READERS: dict[str, Callable[[Document], list[Row]]] = {
     "step-clip-cpu-20": _step(20),
     "step-clip-cpu-77": _step(77),
     "step-dinov2-cpu": _dinov2,
-    "heads-cpu": _heads,
+    "prototype-loss-cpu": _prototype_loss,
     "checkpoint-cpu": _checkpoint,
     "resume-cpu": _resume,
-    "loop-cpu": _loop,
+    "trainer-overhead-cpu": _trainer_overhead,
     "determinism-cpu": _determinism,
+    "collectives-cpu": _collectives,
+    "flops": _flops,
+    "methods-cpu": _methods,
+    "dense-features-cpu": _dense_features,
+    "collapse-ablation-cpu": _collapse_ablation,
 }
+_MAIN = ("data-cpu", "step-clip-cpu-20", "step-dinov2-cpu", "prototype-loss-cpu", "checkpoint-cpu")

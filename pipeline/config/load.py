@@ -52,6 +52,8 @@ _ELSEWHERE = {
     "output_dir": "run.directory",
     "workers": "data.num_workers",
     "gpus": "launch.num_processes",
+    "image_size": "method.views.global_size",
+    "crop_scale": "method.views.global_scale",
 }
 _LONGEST_KEY = 200  # length of a key up to which a similar one is searched
 

@@ -138,6 +138,18 @@ _VALUES: dict[str, Callable[[Any], Any]] = {
 _RETIRED = {"recipe.local_loss", "recipe.gather_with_grad", "recipe.views.global_count"}  # only one value was allowed
 
 
+_MOVED = {
+    "image_size": ("views", "global_size"),
+    "crop_scale": ("views", "global_scale"),
+    "interpolation": ("views", "interpolation"),
+    "flip_probability": ("augment", "flip_probability"),
+    "normalize": ("augment", "normalize"),
+}
+"""Settings of a method that are now in the section shared by all methods."""
+_BLUR = {"as_released": (0.0, 0.9, 0.5), "paper": (1.0, 0.1, 0.5), "off": (0.0, 0.0, 0.0)}
+"""DINOv2's named blur probabilities of the first, the second and the local crops."""
+
+
 def is_old(document: Container[str]) -> bool:
     """Whether settings have the section names of earlier versions."""
     return "recipe" in document
@@ -159,7 +171,33 @@ def upgrade(document: dict[str, Any]) -> dict[str, Any]:
         rest = {name: value for name, value in optim.items() if name != "lr"}
         document = {**document, "optim": rest, "schedule": curves}
     upgraded: dict[str, Any] = _walk(document, "")
+    if isinstance(method := upgraded.get("method"), dict):
+        upgraded["method"] = _views_and_augment(method)
     return upgraded
+
+
+def _views_and_augment(method: dict[str, Any]) -> dict[str, Any]:
+    """Moves a method's own settings of views and augmentation into the sections that all methods share."""
+    sections = {name: dict(part) for name in ("views", "augment") if isinstance(part := method.get(name), dict)}
+    for name, (section, key) in _MOVED.items():
+        if name in method:
+            sections.setdefault(section, {})[key] = method[name]
+    augment = sections.get("augment", {})
+    blur, detailclip = augment.pop("blur", None), method.get("name") == "detailclip"
+    if detailclip:
+        augment |= {key: [augment[key]] for key in ("blur_probability", "solarize_probability") if _is_number(augment.get(key))}
+        augment |= {"blur_probability": [0.0]} if blur == "off" else {}
+    else:
+        if _is_number(augment.get("solarize_probability")):
+            augment["solarize_probability"] = [0.0, augment["solarize_probability"]]
+        if isinstance(blur, str) and blur in _BLUR:
+            first, second, local = _BLUR[blur]
+            augment |= {"blur_probability": [first, second], "local_blur_probability": local}
+    return {name: value for name, value in method.items() if name not in _MOVED} | sections
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def _walk(value: Any, path: str) -> Any:

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from typing import TypeVar
 
 from pipeline.config.schema import Config
+from pipeline.data.augment.settings import MultiCropSettings
 from pipeline.evaluation.settings import NAMES, VOTED
 from pipeline.masking import NO_PASSWORD, UNPRINTABLE, has_password, printable, shown_address
 from pipeline.methods.dinov2.settings import Dinov2Settings
@@ -217,23 +218,18 @@ def _check_start(model: ModelSettings) -> Iterator[tuple[str, str]]:
 
 
 def _check_method(config: Config) -> Iterator[tuple[str, str]]:
-    views, patch = getattr(config.method, "views", None), config.model.patch_side
-    side = getattr(config.method, "image_size", None)
-    if side is not None and patch is not None and side % patch:
-        near = [str(size) for size in (side // patch * patch, (side // patch + 1) * patch) if size]
-        yield (
-            "method.image_size",
-            f"method.image_size = {side}: is not divisible by the patch side {patch}; {' or '.join(near)} would",
-        )
-    if side is not None and patch is not None and getattr(config.method, "mask_unit", "") == "cells" and side // patch % 2:
+    views, patch = config.method.views, config.model.patch_side
+    if patch is None:
+        return
+    side = views.global_size
+    if side % patch == 0 and getattr(config.method, "mask_unit", "") == "cells" and side // patch % 2:
         yield (
             "method.mask_unit",
             f"method.mask_unit = cells: {side // patch} patches a side make no cells of 2 x 2; choose patch, or another size",
         )
-    if views is None or patch is None:
-        return
-    local = {"local_size": views.local_size} if views.local_count else {}
-    sizes = {f"method.views.{name}": size for name, size in ({"global_size": views.global_size} | local).items()}
+    sizes: dict[str, int | None] = {"method.views.global_size": side}
+    if isinstance(views, MultiCropSettings) and views.local_count:
+        sizes["method.views.local_size"] = views.local_size
     if isinstance(config.method, Dinov2Settings):
         sizes["method.gram_size"] = config.method.gram_size
         for number, resolution in enumerate(config.method.resolutions):

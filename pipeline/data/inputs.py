@@ -12,8 +12,7 @@ from pipeline.data.augment.plan import PLAN_VERSION
 from pipeline.data.index.build import build
 from pipeline.data.index.filters import narrow
 from pipeline.data.index.manifest import Fields, Manifest
-from pipeline.data.order.mixture import Mixture, Source
-from pipeline.data.order.order import Order
+from pipeline.data.order.order import Order, Source
 from pipeline.data.overlap import check_held_out
 from pipeline.errors import ConfigError, DataError
 from pipeline.evaluation.settings import VOTED
@@ -39,7 +38,7 @@ class Inputs:
     train: Manifest
     bank: Manifest | None
     queries: Manifest | None
-    order: Order | Mixture
+    order: Order
     sources: tuple[Source, ...] = ()
     dense: tuple[Manifest, Manifest] | None = None
 
@@ -123,13 +122,7 @@ def prepare(config: Config, world: int, progress: Callable[[int, int, Any], None
     urls, sources = _training_shards(config)
     train = _index(config, urls, progress, require)
     batch, micro = config.train.global_batch_size, config.train.micro_batch_size
-    order: Order | Mixture
-    if len(sources) > 1:
-        order = Mixture(
-            train.sizes, sources, config.run.seed, batch, config.data.canonical_streams, config.data.shuffle_block_size
-        )
-    else:
-        order = Order(train.sizes, config.run.seed, batch, config.data.canonical_streams, config.data.shuffle_block_size)
+    order = Order(train.sizes, config.run.seed, batch, config.data.canonical_streams, config.data.shuffle_block_size, sources)
     order.check_world(world)
     if micro is not None and batch % (world * micro):
         raise ConfigError(
@@ -265,14 +258,13 @@ def check_warmups(config: Config, epoch_samples: int) -> None:
 
 def data_identity(inputs: Inputs) -> dict[str, Any]:
     """Returns what determines the order and the augmentation of samples: part of every checkpoint, and equal in all attempts."""
-    mixed = isinstance(inputs.order, Mixture)
     return {
         "version": DATA_STATE_VERSION,
         "plan": PLAN_VERSION,
         "fingerprint": inputs.train.fingerprint,
         "seed": inputs.order.seed,
         "global_batch": inputs.order.global_batch,
-        "lanes": inputs.order.lanes,
-        "block": inputs.order.block,
-        "sources": [[s.name, s.shards, s.weight, s.repeat] for s in inputs.sources] if mixed else None,
+        "lanes": inputs.order.streams,
+        "block": inputs.order.block_size,
+        "sources": [[s.name, s.shards, s.weight, s.repeat] for s in inputs.sources] if len(inputs.sources) > 1 else None,
     }

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import html
 from pathlib import Path
 
 import numpy as np
@@ -11,8 +10,7 @@ from PIL import Image, ImageDraw
 from pipeline.data.index.captions import REPLACED
 from pipeline.data.index.manifest import Manifest
 from pipeline.data.order.random import permutation
-from pipeline.errors import DataError
-from pipeline.reports import html as pictures
+from pipeline.reports import images, page
 from pipeline.untrusted import printable
 
 _SIDE, _GAP, _LINE, _COLUMNS = 224, 16, 18, 8
@@ -32,14 +30,20 @@ def write(manifest: Manifest, out: Path, count: int, seed: int = 0) -> None:
         DataError: missing shards, or a file that cannot be written.
     """
     cells = gather(manifest, count, seed)
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        if out.suffix.lower() == ".png":
+    if out.suffix.lower() == ".png":
+        with page.writing(out):
             sheet(cells).save(out)
-        else:
-            out.write_text(_page(manifest, cells), encoding="utf-8")
-    except OSError as error:
-        raise DataError(f"cannot be written ({error.strerror})", where=str(out), hint="Choose another --out.") from error
+        return
+    page.write(
+        out,
+        "contact_sheet",
+        title="preview of shards",
+        cells=cells,
+        total=manifest.total,
+        shards=len(manifest.shards),
+        replaced=manifest.notes.get(REPLACED, 0),
+        width=_SIDE,
+    )
 
 
 def gather(manifest: Manifest, count: int, seed: int = 0) -> list[tuple[Image.Image, str, str]]:
@@ -64,7 +68,7 @@ def gather(manifest: Manifest, count: int, seed: int = 0) -> list[tuple[Image.Im
             about.insert(0, f"cannot be used ({record.status if record.status != 'ok' else 'undecodable'})")
             pixels = np.full((_SIDE, _SIDE, 3), 128, np.uint8)
         cells.append(
-            (pictures.fitted(pixels, _SIDE, sharp=True), printable(f"{record.shard_name}  {record.key}"), "  ".join(about))
+            (images.fitted(pixels, _SIDE, sharp=True), printable(f"{record.shard_name}  {record.key}"), "  ".join(about))
         )
     return cells
 
@@ -79,24 +83,10 @@ def sheet(cells: list[tuple[Image.Image, str, str]]) -> Image.Image:
     for number, (image, name, about) in enumerate(cells):
         x, y = _GAP + number % columns * width, _GAP + number // columns * height
         out.paste(image, (x + (_SIDE - image.width) // 2, y + _SIDE - image.height))
-        draw.text((x, y + _SIDE + 2), _clipped(name, 34), fill="#1c2126", font=pictures.font(12))
-        draw.text((x, y + _SIDE + _LINE), _clipped(about, 34), fill="#5d6872", font=pictures.font(12))
+        draw.text((x, y + _SIDE + 2), _clipped(name, 34), fill="#1c2126", font=images.font(12))
+        draw.text((x, y + _SIDE + _LINE), _clipped(about, 34), fill="#5d6872", font=images.font(12))
     return out
 
 
 def _clipped(text: str, most: int) -> str:
     return text if len(text) <= most else f"{text[: most - 3]}..."
-
-
-def _page(manifest: Manifest, cells: list[tuple[Image.Image, str, str]]) -> str:
-    head = f"<h1>{len(cells)} of {manifest.total:,} samples in {len(manifest.shards):,} shards</h1>"
-    figures = "".join(
-        f'<div class="view" style="width:{_SIDE}px">{pictures.tag(image, name)}'
-        f"<b>{html.escape(_clipped(name, 60))}</b>{html.escape(_clipped(about, 200))}</div>"
-        for image, name, about in cells
-    )
-    replaced = manifest.notes.get(REPLACED, 0)
-    if replaced:
-        head += f"<p>{replaced:,} captions are no UTF-8: what cannot be read is shown and trained on as U+FFFD.</p>"
-    body = f'<p class="over">fovea shards preview</p>{head}<div class="views">{figures}</div>'
-    return pictures.document("preview of shards", body)

@@ -6,7 +6,6 @@ in training: the sheet shows the beginning of the first global batch.
 
 from __future__ import annotations
 
-import html
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,8 +19,8 @@ from pipeline.config.schema import Config
 from pipeline.data.index.captions import REPLACED
 from pipeline.data.inputs import Inputs, open_storage, prepare
 from pipeline.errors import DataError
-from pipeline.reports import html as pictures
-from pipeline.reports.html import BLUE, GREEN, ORANGE, PURPLE, SKY, VERMILLION
+from pipeline.reports import images, page
+from pipeline.reports.images import BLUE, GREEN, ORANGE, PURPLE, SKY, VERMILLION
 from pipeline.untrusted import printable
 
 if TYPE_CHECKING:
@@ -53,6 +52,12 @@ class View:
     sign: str
     colour: str
 
+    @property
+    def about(self) -> str:
+        """Description of mask and augmentation."""
+        hidden = f"{100 * self.hidden:.0f} % hidden" if self.hidden else ""
+        return ", ".join(text for text in (hidden, self.done) if text) or "only cropped"
+
 
 @dataclass(frozen=True)
 class Sample:
@@ -73,6 +78,11 @@ class Sample:
     about: str
     image: Image.Image
     views: tuple[View, ...]
+
+    @property
+    def label_text(self) -> str:
+        """The class, in words."""
+        return f"class {self.label}" if self.label >= 0 else "no class"
 
 
 def views_of(config: Config) -> tuple[ViewSpec, ...]:
@@ -105,57 +115,57 @@ def gather(config: Config, inputs: Inputs, specs: tuple[ViewSpec, ...], count: i
 
     order = inputs.order
     # Use the largest world size at which rank 0 still has enough samples: little is read, exactly as that rank would read it.
-    ranks = max(n for n in divisors(order.lanes) if order.global_batch // n >= min(count, order.global_batch))
+    ranks = max(n for n in divisors(order.streams) if order.global_batch // n >= min(count, order.global_batch))
     reader = Reader(
         inputs.train, wants=("image", "caption", "label"), checksum=config.data.verify_checksums, store=open_storage(config)
     )
     portion = StepDataset(reader, order, specs, seed=config.run.seed, world=ranks, rank=0)[0]
     records = portion.records[:count]
     decoded = Decoder(threads=config.data.decode_threads).decode([record.image or b"" for record in records])
-    fine = [
+    usable = [
         row
         for row, image in enumerate(decoded)
         if image is not None and image.shape[:2] == (records[row].height, records[row].width)
     ]
-    if not fine:
+    if not usable:
         raise DataError(
-            f"none of the first {len(records)} pictures can be decoded",
+            f"none of the first {len(records)} images can be decoded",
             where=", ".join(sorted({record.shard_name for record in records})),
-            hint="`fovea shards verify` names every picture that cannot be decoded.",
+            hint="`fovea shards verify` lists all images that cannot be decoded",
         )
-    augmenter = Augmenter(specs, batch_size=len(fine), threads=config.data.decode_threads, hue=config.method.hue)
-    plans = [_rows(plan, fine) for plan in portion.plan]
-    cut = augmenter.run([decoded[row] for row in fine], plans)
+    augmenter = Augmenter(specs, batch_size=len(usable), threads=config.data.decode_threads, hue=config.method.augment.hue_space)
+    plans = [_rows(plan, usable) for plan in portion.plan]
+    cut = augmenter.run([decoded[row] for row in usable], plans)
     samples = []
     for row, record in enumerate(records):
         about = printable(f"{record.width} x {record.height} pixels, {record.shard_name}")
-        if row not in fine:
+        if row not in usable:
             reason = record.status if record.status != "ok" else "undecodable"
             blank = Image.new("RGB", (_ORIGINAL, _ORIGINAL), (128, 128, 128))
-            about += f"; cannot be used ({reason}), training shows another sample of the shard in its place"
+            about += f"; cannot be used ({reason}), training uses another sample of the shard instead"
             samples.append(
                 Sample(printable(record.key), record.label, printable(" ".join((record.caption or "").split())), about, blank, ())
             )
             continue
-        place = fine.index(row)
+        position = usable.index(row)
         views, frames, number = [], [], 0
         for spec in specs:
             for view in range(spec.count):
                 plan, sign, colour = plans[number], str(number + 1), _COLOURS[number if number < 2 else 2 + (number - 2) % 4]
                 mask = portion.masks[spec.name][view, row] if spec.name in portion.masks else None
-                image = pictures.fitted(
-                    pictures.pixels(cut[spec.name][view][place]), _LARGE if number < 2 else _SMALL, sharp=True
-                )
+                image = images.fitted(images.pixels(cut[spec.name][view][position]), _LARGE if number < 2 else _SMALL, sharp=True)
                 if mask is not None and mask.any():
                     side = round(len(mask) ** 0.5)
-                    image = pictures.veiled(image, mask.reshape(side, side))
+                    image = images.veiled(image, mask.reshape(side, side))
                 name = f"{spec.name} {view + 1}" if spec.count > 1 else spec.name
-                views.append(View(name, _done(plan, place), image, float(mask.mean()) if mask is not None else 0.0, sign, colour))
-                (top, left), (bottom, right) = plan.start[place], plan.end[place]
+                views.append(
+                    View(name, _done(plan, position), image, float(mask.mean()) if mask is not None else 0.0, sign, colour)
+                )
+                (top, left), (bottom, right) = plan.start[position], plan.end[position]
                 box = (left / record.width, top / record.height, right / record.width, bottom / record.height)
                 frames.append((box, colour, sign, 4 if number < 2 else 2))
                 number += 1
-        image = pictures.boxed(pictures.fitted(decoded[row], _ORIGINAL), frames)
+        image = images.boxed(images.fitted(decoded[row], _ORIGINAL), frames)
         samples.append(
             Sample(
                 printable(record.key),
@@ -200,75 +210,40 @@ def write(loaded: Loaded, out: Path, count: int = SAMPLES) -> None:
     config = loaded.config.replace(evaluation=loaded.config.evaluation.only())
     inputs, specs = prepare(config, 1), views_of(config)
     samples = gather(config, inputs, specs, count)
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        if out.suffix.lower() == ".png":
+    if out.suffix.lower() == ".png":
+        with page.writing(out):
             sheet(samples).save(out)
-        else:
-            out.write_text(_page(config, inputs, specs, samples), encoding="utf-8")
-    except OSError as error:
-        raise DataError(f"cannot be written ({error.strerror})", where=str(out), hint="Choose another --out.") from error
+        return
+    train = inputs.train
+    page.write(
+        out,
+        "preview",
+        title=f"preview of {config.run.name}",
+        method=config.method.name,
+        total=train.total,
+        shards=len(train.shards),
+        classes=train.classes,
+        rejected={status: count for status, count in train.counts.items() if status != "ok"},
+        replaced=train.notes.get(REPLACED, 0),
+        samples=samples,
+        seed=config.run.seed,
+        legend=legend(specs),
+    )
 
 
 def legend(specs: Sequence[ViewSpec]) -> str:
     """Describe the views of a method."""
-    words = []
+    parts = []
     for spec in specs:
         crop = f"{spec.count} {spec.name} {'view' if spec.count == 1 else 'views'} of {spec.size} pixels"
         crop += (
-            f" from {100 * spec.crop_scale[0]:.0f} to {100 * spec.crop_scale[1]:.0f} % of the picture" if spec.crop_scale else ""
+            f" from {100 * spec.crop_scale[0]:.0f} to {100 * spec.crop_scale[1]:.0f} % of the image" if spec.crop_scale else ""
         )
         if spec.mask is not None and spec.mask.probability > 0:
             low, high = (f"{100 * share:.0f}" for share in spec.mask.ratio)
             crop += f", {100 * spec.mask.probability:.0f} % of them with {low} to {high} % of their patches hidden"
-        words.append(crop)
-    return "; ".join(words)
-
-
-def card(sample: Sample) -> str:
-    """A sample and its views as HTML."""
-    label = f"class {sample.label}" if sample.label >= 0 else "no class"
-    caption = f"“{html.escape(sample.caption)}”" if sample.caption else ""
-    views = "".join(_view(sample.key, view) for view in sample.views)
-    original = pictures.tag(sample.image, f"{sample.key}: {sample.caption or label}", width=sample.image.width // 2)
-    return (
-        f'<div class="card"><div>{original}</div><div><h3>{html.escape(sample.key)}</h3>'
-        f'<p class="about">{" · ".join(text for text in (label, caption, html.escape(sample.about)) if text)}</p>'
-        f'<div class="views">{views}</div></div></div>'
-    )
-
-
-def _view(key: str, view: View) -> str:
-    width = view.image.width // 2
-    sign = f'<span class="sign" style="background:{view.colour};color:{pictures.on(view.colour)}">{view.sign}</span>'
-    return (
-        f'<div class="view" style="width:{max(width, 96)}px">{pictures.tag(view.image, f"{view.name} of {key}", width=width)}'
-        f"<b>{sign}{html.escape(view.name)}</b>{_told(view)}</div>"
-    )
-
-
-def _told(view: View) -> str:
-    hidden = f"{100 * view.hidden:.0f} % hidden" if view.hidden else ""
-    return html.escape(", ".join(text for text in (hidden, view.done) if text) or "as cut")
-
-
-def _page(config: Config, inputs: Inputs, specs: tuple[ViewSpec, ...], samples: list[Sample]) -> str:
-    train = inputs.train
-    bad = {status: count for status, count in train.counts.items() if status != "ok"}
-    told = ", ".join(f"{count:,} {status.replace('_', ' ')}" for status, count in bad.items())
-    refused = f" Left out by the index: {told}." if bad else ""
-    if replaced := train.notes.get(REPLACED, 0):
-        refused += f" {replaced:,} captions are no UTF-8 and have U+FFFD in them."
-    shards = "shard" if len(train.shards) == 1 else "shards"
-    classes = f", {train.classes} classes" if train.classes else ", no classes"
-    head = (
-        f'<p class="over">fovea shards preview</p><h1>What {html.escape(config.method.name)} will be shown of these shards</h1>'
-        f"<p>{train.total:,} samples in {len(train.shards):,} {shards}{classes}.{refused} "
-        f"Below are the first {len(samples)} samples of the first global batch with seed {config.run.seed}: frames on the "
-        f"picture show where each view was cut, hatched patches are hidden from the student.</p>"
-        f'<p class="note">Each sample: {html.escape(legend(specs))}. Flips come last.</p>'
-    )
-    return pictures.document(f"preview of {config.run.name}", head + "".join(map(card, samples)))
+        parts.append(crop)
+    return "; ".join(parts)
 
 
 def sheet(samples: Sequence[Sample]) -> Image.Image:
@@ -277,29 +252,33 @@ def sheet(samples: Sequence[Sample]) -> Image.Image:
     rows = []
     for sample in samples:
         right, top, tallest = _ORIGINAL + 2 * gap, 2 * line + gap, 0
-        places: list[tuple[int, int]] = []
+        corners: list[tuple[int, int]] = []
         for view in sample.views:
-            if places and right + view.image.width > 2016:
+            if corners and right + view.image.width > 2016:
                 right, top, tallest = _ORIGINAL + 2 * gap, top + tallest + 2 * line + gap, 0
-            places.append((right, top))
+            corners.append((right, top))
             right, tallest = right + max(view.image.width, _SMALL) + gap, max(tallest, view.image.height)
-        rows.append((sample, places, max(sample.image.height + gap, top + tallest + 2 * line + gap)))
+        rows.append((sample, corners, max(sample.image.height + gap, top + tallest + 2 * line + gap)))
     out = Image.new("RGB", (2016, sum(height for _, _, height in rows) + gap), "white")
     draw, y = ImageDraw.Draw(out), gap
-    for sample, places, height in rows:
+    for sample, corners, height in rows:
         out.paste(sample.image, (gap, y))
-        label = f"class {sample.label}" if sample.label >= 0 else "no class"
         left = _ORIGINAL + 2 * gap
-        draw.text((left, y), f"{sample.key}   {label}   {_clipped(sample.caption, 90)}", fill="#1c2126", font=pictures.font(20))
-        draw.text((left, y + line + 4), _clipped(sample.about, 120), fill="#5d6872", font=pictures.font(16))
-        for view, (x, top) in zip(sample.views, places, strict=True):
+        draw.text(
+            (left, y),
+            f"{sample.key}   {sample.label_text}   {_clipped(sample.caption, 90)}",
+            fill="#1c2126",
+            font=images.font(20),
+        )
+        draw.text((left, y + line + 4), _clipped(sample.about, 120), fill="#5d6872", font=images.font(16))
+        for view, (x, top) in zip(sample.views, corners, strict=True):
             out.paste(view.image, (x, y + top))
             under = y + top + view.image.height + 6
             draw.rectangle((x, under, x + 21, under + 19), fill=view.colour)
-            draw.text((x + 11, under + 10), view.sign, fill=pictures.on(view.colour), font=pictures.font(15), anchor="mm")
+            draw.text((x + 11, under + 10), view.sign, fill=images.on(view.colour), font=images.font(15), anchor="mm")
             hidden = f"{100 * view.hidden:.0f} % hidden" if view.hidden else ""
-            draw.text((x + 30, under), f"{view.name}  {hidden}", fill="#1c2126", font=pictures.font(16))
-            draw.text((x, under + line), _clipped(view.done or "as cut", 28), fill="#5d6872", font=pictures.font(13))
+            draw.text((x + 30, under), f"{view.name}  {hidden}", fill="#1c2126", font=images.font(16))
+            draw.text((x, under + line), _clipped(view.done or "only cropped", 28), fill="#5d6872", font=images.font(13))
         y += height
     return out
 

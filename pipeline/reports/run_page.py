@@ -5,112 +5,49 @@ Everything is read from the run directory (journals, attempts, newest checkpoint
 
 from __future__ import annotations
 
-import html
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from PIL import Image
 
 from pipeline.checkpoint.files import Saved
 from pipeline.config.schema import Config
-from pipeline.data.inputs import Inputs, prepare
-from pipeline.errors import DataError, FoveaError
+from pipeline.data.inputs import prepare
+from pipeline.errors import FoveaError
 from pipeline.evaluation.gallery import SOURCES, Gallery, varied
 from pipeline.evaluation.principal import principal
-from pipeline.reports import html as pictures
-from pipeline.reports import preview
-from pipeline.reports.html import Chart, Line
+from pipeline.reports import images, page, preview
+from pipeline.reports.figures import Chart, Line
+from pipeline.reports.history import History, read_history
+from pipeline.reports.page import number, percent
 from pipeline.runtime.clock import clock
 from pipeline.runtime.run_directory import RunDirectory
-from pipeline.tracking.journal import read
 from pipeline.untrusted import read_json
 from pipeline.weights.from_checkpoint import load_trained, newest
 
 if TYPE_CHECKING:
-    from pipeline.data.augment.views import ViewSpec
+    from collections.abc import Sequence
 
 CROPS, PCA, QUERIES, NEIGHBOURS = 4, 8, 6, 6
 """Number of samples shown with their crops, images in the PCA, and rows and columns of the neighbour table."""
 _BANK = 4000  # maximum number of images searched
 _THUMB = 216  # maximum size in pixels of a thumbnail in the file; the page shows it at half size
-_CHOICE = 0xE7A1  # random stream of the draw, the one of the k-NN evaluation
+_DRAW = 0xE7A1  # random stream of the draw, the one of the k-NN evaluation
 _SERIES = {"knn": "trained", "untrained": "untrained", "pixels": "pixels"}
+_BASELINES = {"untrained": "the same network untrained", "pixels": "raw pixels"}
 _SCHEDULES = {"lr", "weight_decay", "teacher_momentum", "teacher_temperature", "epoch", "skipped_steps", "loss"}
 _TITLES = {
     "dino_local": "DINO, local crops",
     "dino_global": "DINO, global crops",
-    "ibot": "iBOT, hidden patches",
-    "koleo": "KoLeo, spreading",
-    "prototype_entropy": "prototypes in use, 1 = all",
-    "target_entropy": "entropy of targets, 1 = undecided",
+    "ibot": "iBOT, masked patches",
+    "koleo": "KoLeo",
+    "prototype_entropy": "entropy of prototypes, 1 = all in use",
+    "target_entropy": "entropy of targets, 1 = uniform",
     "teacher_student_top1_agreement": "student agrees with teacher",
-    "dino_loss_vs_log_k": "DINO below a mere guess",
+    "dino_loss_vs_log_k": "DINO loss below log K",
 }
 _SHARES = {"prototype_entropy", "target_entropy", "teacher_student_top1_agreement"}
-
-
-# ---- what the journals say ----------------------------------------------------------------------------------------------
-
-
-@dataclass
-class History:
-    """A run's metrics over all attempts, each step once.
-
-    Attributes:
-        metrics: pairs of step and value by metric name, sorted by step.
-        resumes: for each step from which an attempt resumed, the reason.
-        attempts: number of attempts.
-    """
-
-    metrics: dict[str, dict[int, float]] = field(default_factory=dict)
-    resumes: dict[int, str] = field(default_factory=dict)
-    attempts: int = 0
-
-    def line(self, name: str, batch: int) -> list[tuple[float, float]]:
-        """A metric over samples seen, for steps of ``batch`` samples."""
-        return [(step * batch, value) for step, value in sorted(self.metrics.get(name, {}).items())]
-
-
-def history(run: RunDirectory) -> History:
-    """Merge the journals of a run's attempts; steps after an attempt's last checkpoint are taken from the next attempt."""
-    starts = {row["attempt"]: row for row in run.attempts() if row.get("event") == "start"}
-    journals = {int(path.stem.removeprefix("journal-")): path for path in sorted(run.tracking.glob("journal-*.jsonl"))}
-    out = History(attempts=len(starts.keys() | journals.keys()))
-    ended, reached = "", 0
-    for attempt, path in journals.items():
-        begin = int(starts.get(attempt, {}).get("resumed_from") or 0)
-        if ended:
-            _go_on(
-                out,
-                begin,
-                f"attempt {attempt - 1} {ended} at step {max(reached, begin)}, attempt {attempt} went on from",
-                reached,
-            )
-        ended, reached = "broke off", begin
-        for _, record in read(path):
-            if record["kind"] == "metrics":
-                step = int(record["step"])
-                reached = max(reached, step)
-                for name, value in record["values"].items():
-                    out.metrics.setdefault(name, {})[step] = float(value)
-            elif record["kind"] == "tags":
-                ended = {"stopped": f"was stopped by {record['values'].get('fovea.stop', 'a signal')}", "finished": ""}.get(
-                    record["values"].get("fovea.state"), ended
-                )
-    return out
-
-
-def _go_on(out: History, begin: int, what: str, reached: int) -> None:
-    again = f"; {reached - begin} steps were done again" if reached > begin else ""
-    text = f"{what} step {begin}{again}"
-    out.resumes[begin] = f"{out.resumes[begin]}; {text}" if begin in out.resumes else text
-    for points in out.metrics.values():
-        for step in [step for step in points if step > begin]:
-            del points[step]
-
-
-# ---- the page -----------------------------------------------------------------------------------------------------------
 
 
 def write(run: Path, config: Config, out: Path, *, facts: dict[str, str] | None = None) -> Path:
@@ -134,255 +71,190 @@ def write(run: Path, config: Config, out: Path, *, facts: dict[str, str] | None 
     from pipeline.methods.registry import build_seeded_method
 
     directory = RunDirectory(run)
-    saved, past = newest(run), history(directory)
+    saved, history = newest(run), read_history(directory)
     inputs = prepare(config, 1)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     trained, untrained = load_trained(config, saved, device), build_seeded_method(config, device)
     towers = {"trained": trained.export()["backbone"].eval(), "untrained": untrained.export()["backbone"].eval()}
-    look = Gallery(config, inputs, towers, config.evaluation.knn.image_size or trained.views[0].size, device)
-    scores, judged = _scores(directory, past, saved)
-    own = _facts(config, past, saved, sum(p.numel() for p in towers["trained"].parameters()))
+    gallery = Gallery(config, inputs, towers, config.evaluation.knn.image_size or trained.views[0].size, device)
+    scores, step = _scores(directory, history, saved)
+    own = _facts(config, history, saved, sum(p.numel() for p in towers["trained"].parameters()))
     own |= {name: value for name, value in (facts or {}).items() if not name.startswith("k-NN")}
-    body = [
-        _head(config, scores, judged, look.judged),
-        _result(scores, own),
-        _curves(config, past, scores),
-        _crops(config, inputs, trained.views),
-        _patches(look),
-        _neighbours(look, min(config.evaluation.knn.max_train or _BANK, _BANK)),
-        f"<footer>drawn from {html.escape(saved.path.name)} of the run “{html.escape(config.run.name)}”, "
-        f"torch {html.escape(torch.__version__)}; this file holds everything it shows</footer>",
-    ]
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text(pictures.document(f"fovea: {config.run.name}", "\n".join(body)), encoding="utf-8")
-    except OSError as error:
-        raise DataError(f"the page cannot be written ({error.strerror})", where=str(out), hint="Choose another place.") from error
+    page.write(
+        out,
+        "run",
+        title=f"fovea: {config.run.name}",
+        method=config.method.name,
+        run=config.run.name,
+        seen=number(step * config.train.global_batch_size),
+        queries=gallery.judged,
+        **_result(scores),
+        facts=own,
+        **_curves(config, history, scores),
+        samples=preview.gather(config, inputs, trained.views, CROPS),
+        legend=preview.legend(trained.views),
+        patches=_patches(gallery),
+        neighbours=_neighbours(gallery, min(config.evaluation.knn.max_train or _BANK, _BANK)),
+        width=_THUMB // 2,
+        checkpoint=saved.path.name,
+        torch=str(torch.__version__),
+    )
     return out
 
 
-def _figure(content: str, look: str, name: str) -> str:
-    return f'<figure id="{name}">{content}<figcaption><b>What to look for.</b> {look}</figcaption></figure>'
+# ---- scores and facts ---------------------------------------------------------------------------------------------------
 
 
-def _percent(value: float) -> str:
-    return f"{100 * value:.1f} %"
-
-
-def _number(value: float) -> str:
-    return f"{value:,.0f}".replace(",", "\u202f")
-
-
-# ---- what came out ------------------------------------------------------------------------------------------------------
-
-
-def _scores(run: RunDirectory, past: History, saved: Saved) -> tuple[dict[str, dict[int, float]], int]:
+def _scores(run: RunDirectory, history: History, saved: Saved) -> tuple[dict[str, dict[int, float]], int]:
     """The newest k-NN of the journals and its step; or that of ``fovea eval`` if it evaluated a later checkpoint."""
-    found: dict[str, dict[int, float]] = {name: {} for name in SOURCES}
+    scores: dict[str, dict[int, float]] = {name: {} for name in SOURCES}
     step = -1
-    for name, points in past.metrics.items():
+    for name, points in history.metrics.items():
         series, _, k = name.partition("/k")
         if series in _SERIES and k.isdigit() and points:
-            found[_SERIES[series]][int(k)] = points[max(points)]
+            scores[_SERIES[series]][int(k)] = points[max(points)]
             step = max(step, max(points))
     if step < saved.step:
         try:
-            judged = read_json(run.path / "evaluation.json")
-            if judged["checkpoint"] == saved.path.name:
-                found = {name: {int(k): float(value) for k, value in judged["knn"][name].items()} for name in SOURCES}
+            document = read_json(run.path / "evaluation.json")
+            if document["checkpoint"] == saved.path.name:
+                scores = {name: {int(k): float(value) for k, value in document["knn"][name].items()} for name in SOURCES}
                 step = saved.step
         except (OSError, FoveaError, ValueError, KeyError, TypeError, AttributeError):
             pass  # missing, or written by another version: use the journals
-    return found, step if step >= 0 else saved.step
+    return scores, step if step >= 0 else saved.step
 
 
-def _facts(config: Config, past: History, saved: Saved, weights: int) -> dict[str, str]:
-    about, seen = saved.manifest, saved.step * config.train.global_batch_size
-    data, seconds = about.get("data", {}), float(about.get("seconds", 0.0))
+def _facts(config: Config, history: History, saved: Saved, weights: int) -> dict[str, str]:
+    manifest, seen = saved.manifest, saved.step * config.train.global_batch_size
+    data, seconds = manifest.get("data", {}), float(manifest.get("seconds", 0.0))
     bad = {str(reason): int(count) for reason, count in data.get("substituted", {}).items()}
     reasons = f" ({', '.join(f'{count} {reason}' for reason, count in bad.items())})" if bad else ""
     return {
-        "images per second, training alone": _number(seen / seconds) if seconds else "unknown",
-        "samples seen": _number(seen),
-        "passes over the data": f"{seen / data['samples']:.1f}" if data.get("samples") else "unknown",
-        "optimizer steps": _number(saved.step),
-        "attempts": f"{max(past.attempts, 1)}",
-        "steps skipped as not finite": str(about.get("skipped", 0)),
+        "images per second, training alone": number(seen / seconds) if seconds else "unknown",
+        "samples seen": number(seen),
+        "epochs": f"{seen / data['samples']:.1f}" if data.get("samples") else "unknown",
+        "optimizer steps": number(saved.step),
+        "attempts": f"{max(history.attempts, 1)}",
+        "steps skipped as not finite": str(manifest.get("skipped", 0)),
         "samples substituted": f"{sum(bad.values())}{reasons}",
         "time spent training": clock(seconds),
         "weights of the backbone": f"{weights / 1e6:.2f} M",
-        "ranks": str(about.get("world", 1)),
+        "ranks": str(manifest.get("world", 1)),
     }
 
 
-def _head(config: Config, scores: dict[str, dict[int, float]], step: int, judged: str) -> str:
-    seen = _number(step * config.train.global_batch_size)
-    words = f"{config.method.name} after {seen} samples"
+def _result(scores: dict[str, dict[int, float]]) -> dict[str, Any]:
+    """Variables of the headline and of the table."""
+    ks = sorted({k for row in scores.values() for k in row})
+    rows = [
+        {
+            "name": name,
+            "best": source == "trained",
+            "cells": [percent(scores[source][k]) if k in scores[source] else "unknown" for k in ks],
+            "width": 100 * scores[source].get(ks[-1], 0.0) if ks else 0.0,
+        }
+        for source, name in SOURCES.items()
+    ]
+    headline = None
     if scores["trained"]:
         k = max(scores["trained"])
-        named = f"name the class of {_percent(scores['trained'][k])} of the {judged} pictures"
-        words = f"After {seen} samples, nearest neighbours {named}"
-        names = {"untrained": "the same network untrained", "pixels": "raw pixels"}
-        rivals = [f"{text}: {_percent(scores[name][k])}" for name, text in names.items() if k in scores[name]]
-        words += "; " * bool(rivals) + ", ".join(rivals)
-    over = f"fovea · {config.method.name} · {config.run.name}"
-    return f'<p class="over">{html.escape(over)}</p><h1>{html.escape(words)}</h1>'
+        baselines = {name: scores[source][k] for source, name in _BASELINES.items() if k in scores[source]}
+        headline = {"trained": scores["trained"][k], "baselines": baselines}
+    return {"headline": headline, "ks": ks, "scores": rows}
 
 
-def _result(scores: dict[str, dict[int, float]], facts: dict[str, str]) -> str:
-    ks = sorted({k for row in scores.values() for k in row})
-    told = "".join(f"<dt>{html.escape(name)}</dt><dd>{html.escape(value)}</dd>" for name, value in facts.items())
-    if ks:
-        head = "".join(f'<th class="n">k = {k}</th>' for k in ks)
-        rows = []
-        for number, (source, words) in enumerate(SOURCES.items()):
-            values = [_percent(scores[source][k]) if k in scores[source] else "unknown" for k in ks]
-            cells = "".join(f'<td class="n">{value}</td>' for value in values)
-            share = 100 * scores[source].get(ks[-1], 0.0)
-            bar = f'<td class="wide"><span class="bar b{number}" style="width:{share:.1f}%"></span></td>'
-            rows.append(f"<tr{' class=best' if source == 'trained' else ''}><th>{words}</th>{cells}{bar}</tr>")
-        table = (
-            f"<table><thead><tr><th>features that vote</th>{head}<th></th></tr></thead><tbody>{''.join(rows)}</tbody></table>"
-            '<p class="note">Share of the pictures to which a weighted vote of the k nearest training pictures gives the right '
-            "class. The whole width of a bar is 100 %. No label was seen in training.</p>"
-        )
-    else:
-        table = '<p class="empty">k-NN was not measured: evaluation.knn was off, or there were no labels</p>'
-    return f'<section id="result" class="pair"><div>{table}</div><dl class="facts">{told}</dl></section>'
+# ---- curves -------------------------------------------------------------------------------------------------------------
 
 
-def _curves(config: Config, past: History, scores: dict[str, dict[int, float]]) -> str:
+def _curves(config: Config, history: History, scores: dict[str, dict[int, float]]) -> dict[str, Any]:
+    """Variables of both figures of curves."""
     batch = config.train.global_batch_size
-    marks = [(step * batch, text) for step, text in sorted(past.resumes.items())]
+    marks = [(step * batch, text) for step, text in sorted(history.resumes.items())]
     k = max(scores["trained"], default=0)
     names = {"untrained": ("untrained", 1), "pixels": ("raw pixels", 2)}
     levels = [(name, scores[source][k], colour) for source, (name, colour) in names.items() if k in scores[source]]
-    trained = Line("trained", past.line(f"knn/k{k}", batch), dots=True)
-    knn = Chart(f"k-NN accuracy, k = {k}", [trained], levels=levels, marks=marks, percent=True, floor=0.0)
-    loss = Chart("loss, sum of its terms (nats)", [Line("loss", past.line("train/loss", batch))], marks=marks)
-    terms = [name.removeprefix("train/") for name in past.metrics if name.startswith("train/")]
+    trained = Line("trained", history.line(f"knn/k{k}", batch), dots=True)
+
+    def panel(title: str, metric: str, *, floor: float | None = None, share: bool = False) -> Chart:
+        low, high = (0.0, 1.02) if share else (floor, None)
+        line = Line(title, history.line(metric, batch))
+        return Chart(title, [line], marks=marks, floor=low, ceiling=high, width=250, height=160)
+
+    terms = [name.removeprefix("train/") for name in history.metrics if name.startswith("train/")]
     terms = [name for name in terms if name not in _SCHEDULES]
     terms.sort(key=lambda name: (list(_TITLES).index(name) if name in _TITLES else len(_TITLES), name))
-    panels = [
-        _panel(_TITLES.get(name, name), past.line(f"train/{name}", batch), marks, share=name in _SHARES) for name in terms[:6]
-    ]
-    panels.append(_panel("learning rate", past.line("train/lr", batch), marks, floor=0.0))
-    panels.append(_panel("images per second", past.line("perf/images_per_second", batch), marks, floor=0.0))
-    line = "Dotted upright lines: there the run was" if len(marks) > 1 else "The dotted upright line: there the run was"
-    stops = f" {line} interrupted and resumed." if marks else ""
-    return (
-        "<h2>How it went</h2>"
-        + _figure(
-            f'<div class="pair">{pictures.draw(knn)}{pictures.draw(loss)}</div>',
-            "k-NN should climb above both dashed lines, which never move: the same network before training, and raw pixels. "
-            f"The loss should fall and never jump.{stops}",
-            "curves",
-        )
-        + _figure(
-            f'<div class="small">{"".join(panels)}</div>',
-            "Each term of the loss (DINO, iBOT, KoLeo; nats, as weighted) comes down on its own. Prototypes in use stay near 1, "
-            "for a fall towards 0 would be collapse, while the targets grow more decided. The learning rate rises, then falls as "
-            "planned, straight through an interruption.",
-            "terms",
-        )
-    )
+    return {
+        "knn": Chart(f"k-NN accuracy, k = {k}", [trained], levels=levels, marks=marks, percent=True, floor=0.0),
+        "loss": Chart("loss, sum of its terms (nats)", [Line("loss", history.line("train/loss", batch))], marks=marks),
+        "panels": [
+            *(panel(_TITLES.get(name, name), f"train/{name}", share=name in _SHARES) for name in terms[:6]),
+            panel("learning rate", "train/lr", floor=0.0),
+            panel("images per second", "perf/images_per_second", floor=0.0),
+        ],
+        "resumes": bool(marks),
+    }
 
 
-def _panel(
-    title: str,
-    points: list[tuple[float, float]],
-    marks: list[tuple[int, str]],
-    *,
-    floor: float | None = None,
-    share: bool = False,
-) -> str:
-    low, high = (0.0, 1.02) if share else (floor, None)
-    return pictures.draw(Chart(title, [Line(title, points)], marks=marks, floor=low, ceiling=high, width=250, height=160))
+# ---- features -----------------------------------------------------------------------------------------------------------
 
 
-# ---- what the network saw, and what it makes of images ----------------------------------------------------------------
-
-
-def _crops(config: Config, inputs: Inputs, views: tuple[ViewSpec, ...]) -> str:
-    cards = "".join(map(preview.card, preview.gather(config, inputs, views, CROPS)))
-    return "<h2>What the network was shown</h2>" + _figure(
-        cards,
-        "Numbered frames show where each view was cut. Views of one sample differ in place, size, colour and sharpness, yet show "
-        "the same thing: that is all the teaching there is. What lies under hatched patches the student has to guess. "
-        f"Each sample: {html.escape(preview.legend(views))}.",
-        "crops",
-    )
-
-
-def _patches(look: Gallery) -> str:
+def _patches(gallery: Gallery) -> dict[str, Any]:
+    """Variables of the figure of principal components: a row of images, and one of each network."""
     import torch
 
-    size = 2 * look.size
-    images, captions = look.pictures(look.queries, varied(look.queries, PCA), size)
-    side = size // look.towers["trained"].patch
-    rows = [("picture", f"{size} pixels a side", [pictures.pixels(image) for image in images])]
-    for name, tower in look.towers.items():
+    size = 2 * gallery.size
+    views, captions = gallery.pictures(gallery.queries, varied(gallery.queries, PCA), size)
+    side = size // gallery.towers["trained"].patch
+    rows = [_row("image", f"{size} pixels a side", [images.pixels(view) for view in views], captions)]
+    for name, tower in gallery.towers.items():
         with torch.inference_mode():
-            tokens = torch.cat([tower(part).patches for part in images.split(8)])
+            tokens = torch.cat([tower(part).patches for part in views.split(8)])
         colours, share = principal(tokens)
-        bytes_ = np.rint(255 * colours).astype(np.uint8).reshape(len(images), side, side, -1)
-        rows.append((name, f"{100 * share:.0f} % of the variance", list(bytes_)))
-    lines = []
-    for title, note, row in rows:
-        cells = "".join(_tile(image, f"{title}: {caption}", sharp=True) for image, caption in zip(row, captions, strict=True))
-        lines.append(f'<div class="row"><div class="said"><b>{title}</b>{note}</div>{cells}</div>')
-    return "<h2>What its patches know</h2>" + _figure(
-        f'<div class="scroll"><div class="rows">{"".join(lines)}</div></div>',
-        f"The three directions in which the {side} x {side} patch tokens of these {len(images)} pictures differ most, fitted "
-        "over all of them together and shown as red, green and blue. After training, parts of one kind should share a colour "
-        "within a picture and from picture to picture, whatever their brightness; untrained tokens follow edges, colours and "
-        "places. No background was cut away, and the pictures are the first of different classes, not chosen by eye.",
-        "patches",
-    )
+        maps = np.rint(255 * colours).astype(np.uint8).reshape(len(views), side, side, -1)
+        rows.append(_row(name, f"{100 * share:.0f} % of the variance", list(maps), captions))
+    return {"rows": rows, "side": side, "count": len(views)}
 
 
-def _tile(picture: pictures.Pixels, about: str, *, sharp: bool = False) -> str:
-    image = pictures.fitted(picture, min(_THUMB, max(picture.shape)))  # small images are enlarged by the browser
-    return pictures.tag(image, about, width=_THUMB // 2, kind="sharp" if sharp else "")
+def _row(title: str, note: str, tiles: Sequence[images.Pixels], captions: Sequence[str]) -> dict[str, Any]:
+    described = [(_thumbnail(tile), f"{title}: {caption}") for tile, caption in zip(tiles, captions, strict=True)]
+    return {"title": title, "note": note, "images": described, "width": _THUMB // 2, "sharp": True}
 
 
-def _neighbours(look: Gallery, most: int) -> str:
+def _thumbnail(tile: images.Pixels) -> Image.Image:
+    return images.fitted(tile, min(_THUMB, max(tile.shape)))  # small images are enlarged by the browser
+
+
+def _neighbours(gallery: Gallery, most: int) -> dict[str, Any]:
+    """Variables of the figure of nearest neighbours; at most ``most`` images are searched."""
     import torch
 
     from pipeline.data.order.random import permutation
 
-    ids = look.bank.ids()
+    ids = gallery.bank.ids()
     if most < len(ids):
-        ids = ids[np.sort(permutation(len(ids), 0, _CHOICE)[:most])]
-    wanted = varied(look.queries, QUERIES)
-    keys, classes = look.classes(look.bank, ids)
-    asked, answers = look.classes(look.queries, wanted)
-    similarity = asked @ keys.T
-    if look.bank is look.queries:  # an image is not its own neighbour
-        similarity[torch.from_numpy(wanted[:, None] == ids[None])] = -2.0
-    near, place = similarity.topk(min(NEIGHBOURS, len(ids)), dim=1)
-    queries, said = look.pictures(look.queries, wanted, look.size)
-    found, told = look.pictures(look.bank, ids[place.flatten().numpy()], look.size)
-    rows, right, known = [], 0, 0
-    for row, label in enumerate(answers):
+        ids = ids[np.sort(permutation(len(ids), 0, _DRAW)[:most])]
+    query_ids = varied(gallery.queries, QUERIES)
+    keys, key_labels = gallery.classes(gallery.bank, ids)
+    queries, query_labels = gallery.classes(gallery.queries, query_ids)
+    similarity = queries @ keys.T
+    if gallery.bank is gallery.queries:  # an image is not its own neighbour
+        similarity[torch.from_numpy(query_ids[:, None] == ids[None])] = -2.0
+    cosines, nearest = similarity.topk(min(NEIGHBOURS, len(ids)), dim=1)
+    query_views, query_captions = gallery.pictures(gallery.queries, query_ids, gallery.size)
+    views, captions = gallery.pictures(gallery.bank, ids[nearest.flatten().numpy()], gallery.size)
+    rows: list[dict[str, Any]] = []
+    same = labelled = 0
+    for row, label in enumerate(query_labels):
+        hits = []
+        for column in range(nearest.shape[1]):
+            view, other = row * nearest.shape[1] + column, key_labels[int(nearest[row, column])]
+            kind = "" if label < 0 or other < 0 else "same" if other == label else "other"
+            labelled, same = labelled + (kind != ""), same + (kind == "same")
+            about = f"class {other}: {captions[view]}"
+            image = _thumbnail(images.pixels(views[view]))
+            hits.append({"image": image, "about": about, "kind": kind, "cosine": float(cosines[row, column])})
         name = f"class {label}" if label >= 0 else "no class"
-        cells = [f'<div class="hit">{_tile(pictures.pixels(queries[row]), said[row])}{name}</div><div class="gap"></div>']
-        for column, number in enumerate(range(row * place.shape[1], (row + 1) * place.shape[1])):
-            other = classes[int(place[row, column])]
-            labelled = label >= 0 and other >= 0
-            known, right = known + labelled, right + (labelled and other == label)
-            kind = "" if not labelled else "same" if other == label else "other"
-            image = _tile(pictures.pixels(found[number]), f"class {other}: {told[number]}")
-            cells.append(f'<div class="hit {kind}">{image}{float(near[row, column]):.3f}</div>')
-        rows.append(f'<div class="row">{"".join(cells)}</div>')
-    frames = "The shards have no labels, so no picture is framed. "
-    if known:
-        frames = '<span class="key same"></span>same class, <span class="key other"></span>another class; '
-        frames += f"here {right} of {known} are of the same class. "
-    return "<h2>What it finds alike</h2>" + _figure(
-        f'<div class="scroll"><div class="find">{"".join(rows)}</div></div>',
-        f"On the left a {look.judged} picture, beside it the {place.shape[1]} of {_number(len(ids))} training pictures whose "
-        f"class tokens are nearest, with the cosine. "
-        f"Good neighbours agree in what is shown rather than in colour or ground. {frames}",
-        "neighbours",
-    )
+        query = _thumbnail(images.pixels(query_views[row]))
+        rows.append({"image": query, "caption": query_captions[row], "label": name, "hits": hits})
+    return {"rows": rows, "count": nearest.shape[1], "searched": len(ids), "labelled": labelled, "same": same}

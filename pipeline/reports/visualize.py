@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import html
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,7 +10,7 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from pipeline.errors import ConfigError, DataError
-from pipeline.reports import html as pictures
+from pipeline.reports import images, page
 from pipeline.weights.from_checkpoint import chosen
 
 if TYPE_CHECKING:
@@ -46,41 +45,39 @@ def run(path: Path, files: Sequence[Path], *, out: Path, texts: Sequence[str], s
     from pipeline.weights.from_checkpoint import fill_trained
 
     if not files:
-        raise ConfigError("there are no pictures", where="visualize", hint="Name some files.")
+        raise ConfigError("at least one image must be given", where="visualize", hint="Append the names of image files")
     saved = chosen(path)
     verify(saved)
     config = settings_of(saved)
     method = build_method(config)
     fill_trained(method, saved)
     method.eval()
-    subject = eval_model_of(method, config, torch.device("cpu"))
+    model = eval_model_of(method, config, torch.device("cpu"))
     view = method.views[0]
-    side, patch = size or 2 * view.size, subject.tower.patch
+    side, patch = size or 2 * view.size, model.tower.patch
     if side % patch:
         raise ConfigError(
-            f"pictures of {side} pixels do not divide into patches of {patch}",
+            f"{side} pixels must be a multiple of the patch size of {patch}",
             where="--size",
-            hint=f"choose a multiple of {patch}",
+            hint=f"Choose for example {side // patch * patch or patch}",
         )
     if texts and (not isinstance(method, Contrastive) or "image_pool" in method.export()):
-        raise ConfigError(f"{config.method.name} does not compare patches with texts", where="--text", hint="Leave it out.")
+        raise ConfigError(f"{config.method.name} cannot compare patches with texts", where="--text", hint="Remove the option")
     normalize = view.normalize or Normalize()
     squares = [square(file, side) for file in files]
-    images = torch.stack([_normal(one, normalize.mean, normalize.std) for one in squares])
-    rows = _rows(subject, method, images, squares, list(texts))
-    body = [
-        f'<p class="over">fovea · {html.escape(config.method.name)} · {html.escape(config.run.name)}</p>',
-        f"<h1>{len(files)} pictures, as {html.escape(saved.path.name)} sees them</h1>",
-        f'<figure><div class="scroll"><div class="rows">{"".join(rows)}</div></div><figcaption>Pictures are cut to the square in '
-        f"their middle and shown at {side} pixels, {side // patch} x {side // patch} patches. Colours are the three directions "
-        "in which the patches of all pictures together differ most. Bright is much, dark is little; each map by its own least "
-        "and most.</figcaption></figure>",
-    ]
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text(pictures.document(f"fovea: {config.run.name}", "\n".join(body)), encoding="utf-8")
-    except OSError as error:
-        raise DataError(f"the page cannot be written ({error.strerror})", where=str(out), hint="Choose another place.") from error
+    batch = torch.stack([_normal(one, normalize.mean, normalize.std) for one in squares])
+    page.write(
+        out,
+        "visualize",
+        title=f"fovea: {config.run.name}",
+        method=config.method.name,
+        run=config.run.name,
+        checkpoint=saved.path.name,
+        count=len(files),
+        rows=_rows(model, method, batch, squares, list(texts)),
+        size=side,
+        side=side // patch,
+    )
     print(f"{out}: open it in a browser")
     return 0
 
@@ -97,7 +94,7 @@ def square(file: Path, side: int) -> np.ndarray:
         with Image.open(file) as image:
             upright = ImageOps.exif_transpose(image).convert("RGB")
     except (OSError, UnidentifiedImageError, SyntaxError, ValueError) as error:
-        raise DataError(f"the picture cannot be read ({error})", where=str(file), hint="Name JPEG or PNG files.") from error
+        raise DataError(f"the image cannot be read ({error})", where=str(file), hint="Choose JPEG or PNG files") from error
     return np.asarray(ImageOps.fit(upright, (side, side), Image.Resampling.BICUBIC))
 
 
@@ -108,35 +105,32 @@ def _normal(pixels: np.ndarray, mean: Sequence[float], std: Sequence[float]) -> 
     return torch.from_numpy(values.transpose(2, 0, 1).copy())
 
 
-def _rows(subject: EvalModel, method: Any, images: Tensor, squares: Sequence[np.ndarray], texts: list[str]) -> list[str]:
+def _rows(model: EvalModel, method: Any, batch: Tensor, squares: Sequence[np.ndarray], texts: list[str]) -> list[dict[str, Any]]:
     import torch
     from torch.nn import functional as F
 
     from pipeline.evaluation.attention import looked_at, readable, shaded
     from pipeline.evaluation.principal import principal
 
-    side = images.shape[-1] // subject.tower.patch
+    side = batch.shape[-1] // model.tower.patch
     with torch.inference_mode():
-        patches = torch.cat([subject.tokens(part).patches.float() for part in images.split(4)])
-        attention = torch.cat([looked_at(subject, part) for part in images.split(4)])
+        patches = torch.cat([model.tokens(part).patches.float() for part in batch.split(4)])
+        attention = torch.cat([looked_at(model, part) for part in batch.split(4)])
     colours, share = principal(patches)
-    rows = [_row("picture", "", list(squares))]
-    maps = np.rint(255 * colours).astype(np.uint8).reshape(len(images), side, side, 3)
+    rows = [_row("image", "", list(squares))]
+    maps = np.rint(255 * colours).astype(np.uint8).reshape(len(batch), side, side, 3)
     rows.append(_row("patches", f"{100 * share:.0f} % of the variance", list(maps)))
-    note = "of the last block, mean of its heads" if readable(subject) else "cosine with the class token"
+    note = "of the last block, mean of its heads" if readable(model) else "cosine with the class token"
     rows.append(_row("attention", note, [shaded(one.numpy().reshape(side, side)) for one in attention]))
-    if texts and subject.texts is not None:
+    if texts and model.texts is not None:
         with torch.inference_mode():
-            embedded = F.normalize(method.image_projection(patches).float(), dim=2)
-            found = embedded @ F.normalize(subject.texts(texts).float(), dim=1).T
+            embeddings = F.normalize(method.image_projection(patches).float(), dim=2)
+            similarity = embeddings @ F.normalize(model.texts(texts).float(), dim=1).T
         for number, text in enumerate(texts):
-            rows.append(_row(f"“{text}”", "cosine", [shaded(one[:, number].numpy().reshape(side, side)) for one in found]))
+            rows.append(_row(f"“{text}”", "cosine", [shaded(one[:, number].numpy().reshape(side, side)) for one in similarity]))
     return rows
 
 
-def _row(title: str, note: str, tiles: Sequence[np.ndarray]) -> str:
-    cells = "".join(
-        pictures.tag(pictures.fitted(tile, min(2 * _TILE, max(tile.shape))), title, width=_TILE, kind="sharp") for tile in tiles
-    )
-    said = f'<div class="said"><b>{html.escape(title)}</b>{html.escape(note)}</div>'
-    return f'<div class="row">{said}{cells}</div>'
+def _row(title: str, note: str, tiles: Sequence[np.ndarray]) -> dict[str, Any]:
+    resized = [(images.fitted(tile, min(2 * _TILE, max(tile.shape))), title) for tile in tiles]
+    return {"title": title, "note": note, "images": resized, "width": _TILE, "sharp": True}

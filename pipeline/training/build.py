@@ -29,7 +29,6 @@ from pipeline.data.loader.batch_stream import BatchStream, StreamOptions
 from pipeline.data.loader.encoded_batches import StepDataset
 from pipeline.data.loader.prefetch import Prefetcher
 from pipeline.data.loader.reader import Reader
-from pipeline.data.order.mixture import Mixture
 from pipeline.data.order.order import Order
 from pipeline.errors import CheckpointError, ConfigError, NonFiniteError
 from pipeline.evaluation.runner import Evaluations, Show
@@ -53,7 +52,7 @@ from pipeline.training.trainer import Plan, Progress, ProgressLogger, Trainer
 from pipeline.weights import init_from as initial
 
 
-def make_plan(config: Config, order: Order | Mixture, run: RunDirectory, attempt: int, rank: int) -> Plan:
+def make_plan(config: Config, order: Order, run: RunDirectory, attempt: int, rank: int) -> Plan:
     """Convert lengths and intervals to optimizer steps."""
     batch, epoch = config.train.global_batch_size, order.samples_per_epoch
     record = run.batches(attempt, rank) if config.train.record_batches else None
@@ -194,7 +193,7 @@ def assemble(
         workers=config.data.num_workers,
         threads=config.data.decode_threads,
         prefetch=config.data.prefetch,
-        hue=config.method.hue,
+        hue=config.method.augment.hue_space,
     )
 
     def stream(first: int, last: int) -> BatchStream:
@@ -207,7 +206,7 @@ def assemble(
                 world=world.size,
                 rank=world.rank,
                 last=last,
-                horizon=2 * inputs.order.block * inputs.order.lanes // inputs.order.global_batch,
+                horizon=2 * inputs.order.block_size * inputs.order.streams // inputs.order.global_batch,
                 share=1 / world.local_size,
             )
         return BatchStream(

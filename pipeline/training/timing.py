@@ -20,7 +20,7 @@ from pipeline.runtime.process_group import World
 from pipeline.runtime.watchdog import CHECKPOINT, COMPUTE, DATA, END, EVALUATE, LOG, START, STEP, TEACHER, Watchdog
 
 T = TypeVar("T")
-_LOOP = {DATA: "data", COMPUTE: "forward_backward", STEP: "update", TEACHER: "teacher", LOG: "log"}
+_LOOP = {DATA: "data", COMPUTE: "forward_backward", STEP: "optimizer", TEACHER: "teacher", LOG: "log"}
 _ASIDE = {EVALUATE: "evaluation", CHECKPOINT: "checkpoint", START: "start", END: "end"}
 
 # Dense bf16 TFLOP/s from the vendors' data sheets, without sparsity; the first entry contained in the device's name is used.

@@ -1,4 +1,4 @@
-"""The bench measures what it says it does: all processor time, the same views on every path, the right pictures."""
+"""The benchmark of the data path: all CPU time counts, every path makes the same views of the same images."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import json
 import subprocess
 import sys
 import time
+from dataclasses import asdict
+from functools import partial
 from itertools import islice
 from pathlib import Path
 
@@ -13,10 +15,10 @@ import pytest
 import torch
 from PIL import Image
 
-from pipeline.bench import rivals
-from pipeline.bench.data import Options, Result, dataset, measure, prepare, rows
+from pipeline.bench import baselines
+from pipeline.bench.data import Options, Result, dataset, markdown, measure, prepare, rows
 from pipeline.bench.machine import cpu_seconds, describe
-from pipeline.bench.report import save
+from pipeline.bench.report import write
 from pipeline.data.index.manifest import Manifest
 from pipeline.errors import DataError
 
@@ -53,19 +55,19 @@ def test_every_path_makes_the_same_views(packed: tuple[Manifest, Path]) -> None:
     manifest, folder = packed
     expected = [(2, 3, 224, 224)] * 2 + [(2, 3, 96, 96)] * 8
     for kind in ("classic", "v2"):
-        batches = rivals.torchvision_batches(manifest, batch=2, hue=False, kind=kind, workers=0)
+        batches = baselines.torchvision_batches(manifest, batch=2, hue=False, kind=kind, workers=0)
         assert [tuple(view.shape) for view in next(batches)] == expected
-    for views in islice(rivals.dali_batches(manifest, folder, batch=2, hue=False, threads=1), 2):
+    for views in islice(baselines.dali_batches(manifest, folder, batch=2, hue=False, threads=1), 2):
         assert [tuple(view.shape) for view in views] == expected
         assert all(view.dtype == torch.float32 and torch.isfinite(view).all() for view in views)
     assert [(spec.count, spec.size) for spec in dataset(manifest, Options(batch=2)).specs] == [(2, 224), (8, 96)]
 
 
-def test_rivals_are_told_where_the_pictures_are(packed: tuple[Manifest, Path]) -> None:
+def test_baselines_read_the_same_images(packed: tuple[Manifest, Path]) -> None:
     manifest, folder = packed
-    found = rivals.spans(manifest)
+    found = baselines.spans(manifest)
     assert len(found) == 6
-    _, indices = rivals.write_dali_indices(manifest, folder)
+    _, indices = baselines.write_dali_indices(manifest, folder)
     listed = [line.split() for index in indices for line in Path(index).read_text().splitlines()[1:]]
     for (path, offset, size), (extension, start, length, _) in zip(found, listed, strict=True):
         assert (extension, int(start), int(length)) == ("jpg", offset, size)
@@ -82,7 +84,7 @@ def test_photographs_are_packed_at_one_size_and_repeated_mirrored(tmp_path: Path
     left.save(photos / "a.png")
     manifest, about = prepare(Options(photos=photos, images=2, batch=2), tmp_path)
     sides = []
-    for path, offset, size in rivals.spans(manifest):
+    for path, offset, size in baselines.spans(manifest):
         (tmp_path / "one.jpg").write_bytes(Path(path).read_bytes()[offset : offset + size])
         with Image.open(tmp_path / "one.jpg") as image:
             assert image.size == (500, 375)
@@ -92,7 +94,7 @@ def test_photographs_are_packed_at_one_size_and_repeated_mirrored(tmp_path: Path
 
 
 def test_too_few_pictures_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="2 pictures do not fill a batch of 32"):
+    with pytest.raises(DataError, match="2 images are less than a batch of 32"):
         prepare(Options(images=2), tmp_path)
     with pytest.raises(DataError, match=r"holds no \.jpg"):
         prepare(Options(photos=tmp_path), tmp_path)
@@ -114,7 +116,8 @@ def test_ratios_compare_equal_tasks_and_the_better_torchvision() -> None:
 
 
 def test_results_are_written_with_machine_versions_and_command(tmp_path: Path) -> None:
-    document, page = save(result(), tmp_path / "deep" / "r", "fovea bench data")
+    write(tmp_path / "deep" / "r.1", "fovea bench data", partial(markdown, result()), asdict(result()))
+    document, page = tmp_path / "deep" / "r.1.json", tmp_path / "deep" / "r.1.md"
     found = json.loads(document.read_text())
     assert found["machine"].keys() == describe().keys()
     assert found["machine"]["torch"].startswith(torch.__version__.split("+")[0])

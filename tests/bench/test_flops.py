@@ -14,7 +14,7 @@ from pipeline.estimate.flops import flop_counter
 
 TOWER = "model: {embed_dim: 192, depth: 4, num_heads: 3, patch_size: 16, drop_path: %s}\ndata: {shards: x.tar}\n"
 DINO = "method: {name: dinov2, views: {local_size: 96}, prototypes: 4096, head_hidden: 512, head_bottleneck: 64}\n" + TOWER
-CLIP = "method: {name: clip, image_size: 224, patch_dropout: %s, text: {architecture: ViT-S-32}}\n" + TOWER
+CLIP = "method: {name: clip, views: {global_size: 224}, patch_dropout: %s, text: {architecture: ViT-S-32}}\n" + TOWER
 GATED = DINO.replace("patch_size: 16", "patch_size: 16, ffn: swiglu, registers: 4")
 
 

@@ -7,18 +7,18 @@ import torch
 from torch import Tensor
 
 from pipeline import losses
-from pipeline.bench import loop, pairs, resume
+from pipeline.bench import pairs, resume, trainer_overhead
 from pipeline.bench.plain import Size
 from tests.helpers.rank_pool import pool
 
 
 def test_the_loop_adds_little_to_a_step() -> None:
-    options = loop.Options(steps=20, size=Size(width=16, depth=2))
-    (result,) = pool(1).run(loop.measure, options=options)
+    options = trainer_overhead.Options(steps=20, size=Size(width=16, depth=2))
+    (result,) = pool(1).run(trainer_overhead.measure, options=options)
     assert len(result.trainer) == len(result.engine) == len(result.bare) == 20
     assert min(result.bare) > 0
-    assert result.loop < 20 * loop.AIM
-    page = loop.markdown(result, options, {"cores": "2"}, "fovea bench loop")
+    assert result.loop < 20 * trainer_overhead.AIM
+    page = trainer_overhead.markdown(result, options, {"cores": "2"}, "fovea bench trainer-overhead")
     assert "| trainer |" in page and "The loop adds" in page
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -64,6 +65,37 @@ def test_a_run_is_read_by_its_folder_and_a_persons_own_file_is_not(tmp_path: Pat
     (tmp_path / "config.json").write_text(text)
     assert load(tmp_path).config.method.name == "dinov2"
     assert load(tmp_path, ["method.koleo_group_size=4"]).config.method.koleo_group_size == 4  # type: ignore[attr-defined]
+
+
+def old_method(**settings: Any) -> Any:
+    return Config.model_validate({"recipe": settings, "data": KEPT["data"], "model": KEPT["model"]}).method
+
+
+def test_views_and_augmentation_move_into_the_sections_of_all_methods() -> None:
+    clip = old_method(
+        name="clip", image_size=64, crop_scale=[0.5, 1.0], interpolation="bilinear", flip_probability=0.25, normalize="half"
+    )
+    assert (clip.views.global_size, clip.views.global_scale, clip.views.interpolation) == (64, (0.5, 1.0), "bilinear")
+    assert (clip.augment.flip_probability, clip.augment.normalize, clip.augment.jitter_probability) == (0.25, "half", 0.0)
+    byol = old_method(name="byol", augment={"blur_probability": [0.0, 0.0], "solarize_probability": [0.0, 0.1]})
+    assert (byol.augment.blur_probability, byol.augment.solarize_probability) == ((0.0,), (0.0, 0.1))
+
+
+@pytest.mark.parametrize(
+    ("blur", "views", "local"), [("as_released", (0.0, 0.9), 0.5), ("paper", (1.0, 0.1), 0.5), ("off", (0.0,), 0.0)]
+)
+def test_dinov2s_named_blur_becomes_numbers(blur: str, views: tuple[float, ...], local: float) -> None:
+    augment = old_method(name="dinov2", augment={"blur": blur, "solarize_probability": 0.3}).augment
+    assert (augment.blur_probability, augment.local_blur_probability) == (views, local)
+    assert augment.solarize_probability == (0.0, 0.3)  # it was the second view's alone
+
+
+@pytest.mark.parametrize(
+    ("augment", "blur"), [({}, 0.1), ({"blur": "off"}, 0.0), ({"blur": "as_released", "blur_probability": 0.4}, 0.4)]
+)
+def test_detailclips_blur_is_of_both_views(augment: dict[str, Any], blur: float) -> None:
+    read = old_method(name="detailclip", image_size=64, augment={"solarize_probability": 0.3, **augment}).augment
+    assert (read.blur_probability, read.solarize_probability) == ((blur,), (0.3,))
 
 
 @pytest.mark.parametrize("rule", ["sqrt1024", "linear256", "none"])

@@ -55,7 +55,7 @@ def test_a_run_over_a_hostile_shard_goes_on_to_its_end_and_tells_what_was_lost(
             file.write(bytes(length) if number % 2 else np.random.default_rng(number).bytes(length))
     storage.forget()
     spec = (ViewSpec("view", 1, 32, (0.3, 1.0), augment=(Augment(),)),)
-    order = Order(manifest.sizes, 0, 8, lanes=1, block=1024)
+    order = Order(manifest.sizes, 0, 8, streams=1, block_size=1024)
     bad_samples = BadSamples(tmp_path / "bad_samples.jsonl", budget=1.0)
     dataset = StepDataset(Reader(manifest, wants=("image",)), order, spec, seed=0, world=1, rank=0)
     steps = manifest.total // 8

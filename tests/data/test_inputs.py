@@ -16,8 +16,7 @@ from pipeline.checkpoint.files import Saved, entry
 from pipeline.config.load import load
 from pipeline.config.schema import Config
 from pipeline.data.inputs import Inputs, data_identity, prepare
-from pipeline.data.order.mixture import Mixture, Source
-from pipeline.data.order.order import Order
+from pipeline.data.order.order import Order, Source
 from pipeline.data.pack import synthetic as scenes
 from pipeline.errors import CheckpointError, ConfigError, DataError
 from pipeline.methods.dinov2.settings import Dinov2Settings
@@ -43,7 +42,7 @@ def test_a_run_without_evaluation_reads_its_training_shards_only(shards: Path, t
     told: list[tuple[int, int]] = []
     inputs = prepare(settings(shards, tmp_path), 2, lambda done, total, _: told.append((done, total)))
     assert (inputs.train.total, inputs.bank, inputs.queries) == (40, None, None)
-    assert (inputs.order.total, inputs.order.lanes, inputs.order.global_batch, inputs.order.seed) == (40, 4, 16, 7)
+    assert (inputs.order.total, inputs.order.streams, inputs.order.global_batch, inputs.order.seed) == (40, 4, 16, 7)
     assert told == [(1, 2), (2, 2)]
 
 
@@ -85,7 +84,7 @@ def test_an_index_is_built_once(shards: Path, tmp_path: Path) -> None:
 
 
 def test_numbers_that_do_not_divide_are_refused_with_those_that_do(shards: Path, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="3 ranks cannot share 4 lanes"):
+    with pytest.raises(ConfigError, match="3 ranks cannot share 4 streams"):
         prepare(settings(shards, tmp_path), 3)
     with pytest.raises(ConfigError, match="16 samples are not divisible by 2 ranks times 3") as caught:
         prepare(
@@ -123,12 +122,10 @@ def test_several_data_sets_make_one_manifest_and_a_mixture(shards: Path, tmp_pat
     inputs = prepare(mixed(shards, tmp_path, TWO), 2)
     assert [shard.samples for shard in inputs.train.shards] == [20, 20]
     assert inputs.sources == (Source("a", 0, 1, None, 3.0), Source("b", 1, 1, None, 1.0))
-    assert isinstance(inputs.order, Mixture)
-    assert inputs.order.shares == (0.75, 0.25)
-    assert (inputs.order.samples_per_epoch, inputs.order.lanes, inputs.order.seed) == (80, 4, 7)
+    assert inputs.order.fractions == (0.75, 0.25)
+    assert (inputs.order.samples_per_epoch, inputs.order.streams, inputs.order.seed) == (80, 4, 7)
     weighted = prepare(mixed(shards, tmp_path, TWO.replace("repeat: 3", "weight: 1").replace("1.tar'", "1.tar', weight: 3")), 2)
-    assert isinstance(weighted.order, Mixture)
-    assert weighted.order.shares == (0.25, 0.75)
+    assert weighted.order.fractions == (0.25, 0.75)
 
 
 def test_a_single_data_set_with_a_name_has_the_order_it_has_without(shards: Path, tmp_path: Path) -> None:
@@ -144,7 +141,7 @@ def test_data_sets_that_share_a_shard_or_are_too_small_are_refused_by_name(shard
     with pytest.raises(DataError, match="'a' and 'b' share a shard") as caught:
         prepare(mixed(shards, tmp_path, TWO.replace("00001.tar", "*.tar")), 2)
     assert caught.value.where.endswith("scenes-train-00000.tar")
-    with pytest.raises(DataError, match="'v' has 10 usable samples, fewer than the 16 lanes"):
+    with pytest.raises(DataError, match="'v' has 10 usable samples, fewer than the 16 streams"):
         val = ", {name: v, shards: '@/scenes-val-*.tar'}]"
         prepare(mixed(shards, tmp_path, TWO[:-1] + val, "data.canonical_streams=16"), 2)
 

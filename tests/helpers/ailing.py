@@ -11,18 +11,18 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from pipeline.data.augment.masks import block_masks, mask_counts
+from pipeline.data.augment.settings import MultiCropSettings
 from pipeline.data.augment.views import Batch, Masks
 from pipeline.methods.base import Step
 from pipeline.methods.dinov2.method import DINOv2
 from pipeline.methods.dinov2.settings import Dinov2Settings
-from pipeline.methods.settings import ViewSettings
 from pipeline.models.settings import ModelSettings
 from pipeline.models.vision import build_tower
 from pipeline.training.alerts import Alert, Alerts
 
 SAMPLES, LOCALS = 12, 1
 SETTINGS = Dinov2Settings(
-    views=ViewSettings(global_size=16, local_size=8, local_count=LOCALS),
+    views=MultiCropSettings(global_size=16, local_size=8, local_count=LOCALS),
     prototypes=64,
     head_hidden=32,
     head_bottleneck=16,

@@ -23,7 +23,7 @@ DINO: dict[str, Any] = {
 }
 CLIP: dict[str, Any] = {
     "name": "clip",
-    "image_size": 32,
+    "views": {"global_size": 32},
     "embed_dim": 12,
     "text": {"architecture": None, "width": 16, "depth": 2, "num_heads": 2, "context_length": 16},
 }

@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from pipeline.data.augment.settings import ViewSettings
 from pipeline.data.augment.views import Batch
 from pipeline.methods.base import Method, Step
 from pipeline.methods.clip.method import CLIP
@@ -22,7 +23,10 @@ MODEL = ModelSettings(embed_dim=16, depth=2, num_heads=2, patch_size=4, layer_sc
 
 def clip(model: ModelSettings = MODEL, **changes: Any) -> CLIP:
     torch.manual_seed(0)
-    return CLIP(build_tower(model, image_size=SIDE), ClipSettings(image_size=SIDE, text=TEXT, embed_dim=12, **changes))
+    return CLIP(
+        build_tower(model, image_size=SIDE),
+        ClipSettings(views=ViewSettings(global_size=SIDE), text=TEXT, embed_dim=12, **changes),
+    )
 
 
 def captions(n: int, seed: int = 0) -> Tensor:

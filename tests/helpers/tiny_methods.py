@@ -27,7 +27,10 @@ from pipeline.methods.registry import build_method
 SAMPLES, CONTEXT, SIDE, LOCAL, PATCH = 8, 7, 16, 8, 4
 VIEWS = {"global_size": SIDE, "local_size": LOCAL}
 PROTOTYPES = {"prototypes": 24, "head_hidden": 16, "head_bottleneck": 8, "views": {**VIEWS, "local_count": 2}}
-TEXT = {"image_size": SIDE, "text": {"architecture": None, "width": 16, "depth": 1, "num_heads": 2, "context_length": CONTEXT}}
+TEXT = {
+    "views": {"global_size": SIDE},
+    "text": {"architecture": None, "width": 16, "depth": 1, "num_heads": 2, "context_length": CONTEXT},
+}
 MODEL = {"embed_dim": 16, "depth": 2, "num_heads": 2, "patch_size": PATCH, "layer_scale": None}
 
 TINY: dict[str, dict[str, Any]] = {

@@ -90,7 +90,7 @@ def test_a_global_batch_that_the_ranks_cannot_share_is_refused(refused: Refusal,
     assert "14 or 16" in message
 
 
-def test_lanes_that_do_not_divide_are_refused_with_those_that_do(refused: Refusal, shards: Path) -> None:
+def test_streams_that_do_not_divide_are_refused_with_those_that_do(refused: Refusal, shards: Path) -> None:
     message = refused(str(shards / "*train-*.tar"), "data.canonical_streams=3")
     assert "data.canonical_streams" in message
     assert "8" in message

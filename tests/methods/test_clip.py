@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from pipeline.config.load import InvalidConfig, load
+from pipeline.data.augment.settings import ViewSettings
 from pipeline.data.augment.views import OPENAI_MEAN, OPENAI_STD
 from pipeline.errors import DataError
 from pipeline.methods.base import Step
@@ -169,7 +170,7 @@ def test_short_captions_without_their_padding_give_the_same_features_and_gradien
 def test_captions_are_never_trimmed_for_a_tower_that_looks_at_their_padding() -> None:
     both_ways = CLIP(
         build_tower(MODEL, image_size=SIDE),
-        ClipSettings(image_size=SIDE, text=TEXT.model_copy(update={"causal": False}), embed_dim=12),
+        ClipSettings(views=ViewSettings(global_size=SIDE), text=TEXT.model_copy(update={"causal": False}), embed_dim=12),
     )
     assert both_ways.text is not None and not both_ways.text.trim
     tokens = captions(SAMPLES)
@@ -205,7 +206,7 @@ def test_a_hundred_steps_on_one_batch_teach_it_and_clip_finds_every_pair(loss: s
         (["method.gather_with_grad=false"], "unknown key 'method.gather_with_grad'"),
         (["method.local_loss=false"], "unknown key 'method.local_loss'"),
         (["method.freeze=[image, text]"], "should leave one tower to train"),
-        (["method.image_size=225"], "is not divisible by the patch side 32; 224 or 256 would"),
+        (["method.views.global_size=225"], "is not divisible by the patch side 32; 224 or 256 would"),
         (["method.text.architecture=ViT-B-33"], "ViT-B-32"),
         (["method.text={architecture: null, width: 64}"], "width, depth and num_heads are all required"),
         (["method.text.num_heads=7"], "does not divide by 7 heads"),
@@ -218,5 +219,5 @@ def test_settings_that_train_wrongly_or_not_at_all_are_refused(words: list[str],
 
 def test_an_odd_grid_has_no_cells() -> None:
     with pytest.raises(InvalidConfig, match=r"method\.mask_unit"):
-        load("detailclip/vit_b16_25ep", ["method.image_size=240"])
-    assert load("detailclip/vit_b16_25ep", ["method.image_size=240", "method.mask_unit=patch"])
+        load("detailclip/vit_b16_25ep", ["method.views.global_size=240"])
+    assert load("detailclip/vit_b16_25ep", ["method.views.global_size=240", "method.mask_unit=patch"])

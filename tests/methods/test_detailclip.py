@@ -13,6 +13,7 @@ from torch import Tensor
 
 from pipeline import losses
 from pipeline.config.load import load
+from pipeline.data.augment.settings import ViewSettings
 from pipeline.errors import ConfigError
 from pipeline.estimate.flops import counted
 from pipeline.methods.base import Step
@@ -33,7 +34,7 @@ MODEL = ModelSettings(
 def make_method(**changes: Any) -> DetailCLIP:
     torch.manual_seed(0)
     settings = DetailClipSettings(
-        image_size=8,
+        views=ViewSettings(global_size=8),
         text=TEXT,
         embed_dim=12,
         prototypes=K,

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from pipeline.config.schema import Config
+from pipeline.data.augment.settings import MultiCropSettings
 from pipeline.data.augment.views import Batch, Masks
 from pipeline.errors import ConfigError
 from pipeline.methods.base import Step
@@ -18,7 +19,6 @@ from pipeline.methods.dinov2.method import DINOv2
 from pipeline.methods.dinov2.settings import Dinov2Settings
 from pipeline.methods.distill.method import Distill, build
 from pipeline.methods.distill.settings import DistillSettings
-from pipeline.methods.settings import ViewSettings
 from pipeline.models.settings import ModelSettings
 from pipeline.models.vision import build_tower
 from tests.helpers.rank_pool import pool
@@ -28,7 +28,7 @@ from tests.methods.test_registry import compare
 K, N = 12, 4
 STEP = Step(momentum=0.9, teacher_temperature=0.05)
 SIZES: dict[str, Any] = {
-    "views": ViewSettings(global_size=16, local_size=8, local_count=2),
+    "views": MultiCropSettings(global_size=16, local_size=8, local_count=2),
     "prototypes": K,
     "head_hidden": 16,
     "head_bottleneck": 8,

@@ -54,17 +54,17 @@ def test_the_page_tells_two_runs_apart(tmp_path: Path) -> None:
         made(tmp_path / "b", width=48, score=0.7, interrupted=False),
     ]
     page = write(runs, tmp_path / "report.html").read_text()
-    told = rows(page)
-    assert told["steps"] == ["3 of 4", "3 of 4"]
-    assert told["attempts"] == ["2", "1"]
-    assert told["samples substituted"] == ["5 of 3\u202f072"] * 2
-    assert told["images per second, median"] == ["200", "200"]
-    assert told["model.embed_dim"] == ["32", "48"]
-    assert told["knn/k10"] == ["0.4700 (best 0.4900 at step 1)", "0.6700 (best 0.6900 at step 1)"]
-    assert told["linear/top1, fovea eval"] == ["0.5000 (step_000000003)", "0.7000 (step_000000003)"]
+    values = rows(page)
+    assert values["steps"] == ["3 of 4", "3 of 4"]
+    assert values["attempts"] == ["2", "1"]
+    assert values["samples substituted"] == ["5 of 3\u202f072"] * 2
+    assert values["images per second, median"] == ["200", "200"]
+    assert values["model.embed_dim"] == ["32", "48"]
+    assert values["knn/k10"] == ["0.4700 (best 0.4900 at step 1)", "0.6700 (best 0.6900 at step 1)"]
+    assert values["linear/top1, fovea eval"] == ["0.5000 (step_000000003)", "0.7000 (step_000000003)"]
     assert "the node was &lt;preempted&gt;" in page and "<preempted>" not in page
-    before, _, alike = page.partition("that are alike")
-    assert "method.prototypes" in alike.partition("Settings")[2] and "method.prototypes" not in before
+    before, _, equal = page.partition("that are equal")
+    assert "method.prototypes" in equal.partition("Settings")[2] and "method.prototypes" not in before
     assert page.count("<svg") == 4 - 2 + 1  # loss, images per second, k-NN; a rate is no score
 
 
@@ -72,18 +72,18 @@ def test_what_eval_computes_without_a_name_is_on_the_page_too(tmp_path: Path) ->
     run = made(tmp_path / "a", width=32, score=0.5, interrupted=False)
     knn = {"trained": {"10": 0.61, "20": 0.62}, "untrained": {"10": 0.3}, "pixels": {"10": 0.2}}
     (run / "evaluation.json").write_text(json.dumps({"checkpoint": "step_000000003", "step": 3, "knn": knn}))
-    told = rows(write([run], tmp_path / "report.html").read_text())
-    assert told["knn/k10, fovea eval"] == ["0.6100 (step_000000003)"]
-    assert told["knn/k20, fovea eval"] == ["0.6200 (step_000000003)"]
-    assert told["untrained knn/k10, fovea eval"] == ["0.3000 (step_000000003)"]
-    assert told["pixels knn/k10, fovea eval"] == ["0.2000 (step_000000003)"]
-    assert told["linear/top1, fovea eval"] == ["0.5000 (step_000000003)"]
+    values = rows(write([run], tmp_path / "report.html").read_text())
+    assert values["knn/k10, fovea eval"] == ["0.6100 (step_000000003)"]
+    assert values["knn/k20, fovea eval"] == ["0.6200 (step_000000003)"]
+    assert values["untrained knn/k10, fovea eval"] == ["0.3000 (step_000000003)"]
+    assert values["pixels knn/k10, fovea eval"] == ["0.2000 (step_000000003)"]
+    assert values["linear/top1, fovea eval"] == ["0.5000 (step_000000003)"]
     (run / "evaluation.json").write_text('{"checkpoint": "step_000000003", "knn": [1]}')
     write([run], tmp_path / "report.html")
 
 
 def test_what_is_no_run_is_refused_and_one_run_is_a_page_too(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="no run's directory"):
+    with pytest.raises(ConfigError, match="must be a run directory"):
         write([tmp_path], tmp_path / "report.html")
     one = made(tmp_path / "a", width=32, score=0.5, interrupted=False)
     assert "The run toy" in write([one], tmp_path / "report.html").read_text()

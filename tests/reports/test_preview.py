@@ -17,15 +17,15 @@ from pipeline.data.loader.batch_stream import BatchStream, StreamOptions
 from pipeline.data.loader.encoded_batches import StepDataset
 from pipeline.data.loader.reader import Reader
 from pipeline.errors import DataError
-from pipeline.reports import html as pictures
-from pipeline.reports import preview
+from pipeline.reports import images, preview
+from pipeline.reports.page import render
 from tests.data.inspect.test_verify import damaged_png
 from tests.data.pack.test_packer import picture
 from tests.data.pack.test_sources import write_tar
 from tests.launch.cli.test_eval_run import toy
 
 VIEWS = 4  # two global and two local crops
-OUTSIDE = re.compile(r"https?:|(?:src|href)=\"(?!data:)|url\(|@import", re.IGNORECASE)
+OUTSIDE = re.compile(r"https?:|(?:src|href)=\"(?!data:|#)|url\(|@import", re.IGNORECASE)
 
 
 @pytest.fixture(scope="module")
@@ -43,11 +43,17 @@ def samples(loaded: Loaded, inputs: Inputs) -> list[preview.Sample]:
     return preview.gather(loaded.config, inputs, preview.views_of(loaded.config), 4)
 
 
+def card(sample: preview.Sample) -> str:
+    counts = dict.fromkeys(("seed", "total", "shards", "classes", "replaced"), 1)
+    html = render("preview", samples=[sample], title="", method="", legend="", rejected={}, **counts)
+    return html.partition('class="card"')[2]
+
+
 def test_every_view_of_the_method_is_drawn(samples: list[preview.Sample]) -> None:
     assert len(samples) == 4
     for sample in samples:
         assert [view.name for view in sample.views] == ["global 1", "global 2", "local 1", "local 2"]
-        assert preview.card(sample).count("<img ") == 1 + VIEWS
+        assert card(sample).count("<img ") == 1 + VIEWS
 
 
 def test_views_and_masks_are_the_very_ones_of_the_first_step(
@@ -72,7 +78,7 @@ def test_views_and_masks_are_the_very_ones_of_the_first_step(
                 assert view.hidden == grid.mean()
                 masked += int(grid.any())
                 seen = ~grid.repeat(8, 0).repeat(8, 1)
-            assert np.array_equal(drawn[seen], pictures.pixels(batch.views[name][place][row])[seen])
+            assert np.array_equal(drawn[seen], images.pixels(batch.views[name][place][row])[seen])
     assert masked, "none of the crops is masked, so nothing was tested"
 
 
@@ -80,14 +86,14 @@ def test_hidden_patches_are_veiled_and_no_others() -> None:
     image = Image.new("RGB", (64, 64), (255, 0, 0))
     hidden = np.zeros((4, 4), dtype=bool)
     hidden[1, 2] = True
-    out = np.asarray(pictures.veiled(image, hidden)).astype(int)
+    out = np.asarray(images.veiled(image, hidden)).astype(int)
     veiled = np.abs(out - np.array([255, 0, 0])).sum(-1) > 100
     assert veiled[16:32, 32:48].all() and veiled.sum() == 16 * 16
 
 
 def test_frames_stand_where_the_boxes_are() -> None:
     image = Image.new("RGB", (200, 100), "black")
-    out = pictures.boxed(image, [((0.25, 0.2, 0.75, 0.9), "#0072B2", "7", 4)])
+    out = images.boxed(image, [((0.25, 0.2, 0.75, 0.9), "#0072B2", "7", 4)])
     blue = np.argwhere((np.asarray(out) == (0x00, 0x72, 0xB2)).all(-1))
     assert np.abs(blue.min(0) - [20, 50]).max() <= 2 and np.abs(blue.max(0) - [89, 149]).max() <= 2
     assert np.asarray(out)[60, 100].sum() == 0, "the inside stays as it was"
@@ -137,7 +143,7 @@ def test_a_sample_that_cannot_be_used_is_told_with_its_reason(tmp_path: Path) ->
     samples = preview.gather(config, inputs, specs, 4)
     assert [len(sample.views) for sample in samples] == [VIEWS, 0, VIEWS, VIEWS]
     assert samples[1].key == key and "cannot be used (corrupt)" in samples[1].about
-    assert "cannot be used (corrupt)" in preview.card(samples[1])
+    assert "cannot be used (corrupt)" in card(samples[1])
     assert preview.sheet(samples).height > 0
 
 
@@ -159,4 +165,4 @@ def test_odd_keys_and_captions_are_drawn_and_replaced_captions_counted(tmp_path:
         preview.write(loaded, tmp_path / name, 16)
     page = (tmp_path / "page.html").read_text(encoding="utf-8")
     assert "\x1b" not in page and "caf\\xe9-" in page and "caf\ufffd\\x1b[2J" in page
-    assert "16 captions are no UTF-8" in page and "cannot be used (undecodable)" in page
+    assert "16 captions are not UTF-8" in page and "cannot be used (undecodable)" in page

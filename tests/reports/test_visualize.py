@@ -52,7 +52,7 @@ def test_the_page_shows_each_picture_its_patches_its_attention_and_the_texts(pic
 
 @pytest.mark.parametrize(
     ("words", "told"),
-    [(["--text", "a dog"], "does not compare patches with texts"), (["--size", "30"], "do not divide into patches of 8")],
+    [(["--text", "a dog"], "cannot compare patches with texts"), (["--size", "30"], "must be a multiple of the patch size of 8")],
 )
 def test_what_cannot_be_drawn_is_refused(
     words: list[str], told: str, pictures: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]

@@ -12,11 +12,11 @@ import torch.distributed as dist
 from torch import Tensor
 
 from pipeline.data.augment.masks import block_masks, mask_counts
+from pipeline.data.augment.settings import MultiCropSettings
 from pipeline.data.augment.views import Batch, Masks
 from pipeline.methods.base import Step
 from pipeline.methods.dinov2.method import DINOv2, dinov2_views
 from pipeline.methods.dinov2.settings import Dinov2Settings
-from pipeline.methods.settings import ViewSettings
 from pipeline.models.settings import ModelSettings
 from pipeline.models.vision import build_tower
 from tests.helpers.rank_pool import pool
@@ -24,7 +24,7 @@ from tests.helpers.rank_pool import pool
 GLOBAL, LOCALS, K = 64, 2, 40
 STEP = Step(momentum=0.9, teacher_temperature=0.05)
 SETTINGS = Dinov2Settings(
-    views=ViewSettings(global_size=16, local_size=8, local_count=LOCALS),
+    views=MultiCropSettings(global_size=16, local_size=8, local_count=LOCALS),
     prototypes=K,
     head_hidden=16,
     head_bottleneck=8,

@@ -53,7 +53,7 @@ def test_the_slowest_rank_its_data_and_the_flops_are_told(tmp_path: Path) -> Non
         assert values["busy_seconds_max"] > values["busy_seconds_min"] + 0.1
         assert values["checkpoint_seconds"] >= 0.1
         assert values["step_seconds"] == pytest.approx(
-            sum(values[f"{name}_seconds"] for name in ("data", "forward_backward", "update", "teacher", "log"))
+            sum(values[f"{name}_seconds"] for name in ("data", "forward_backward", "optimizer", "teacher", "log"))
         )
         assert len(set(values["results"][:3])) == 1  # counting changes nothing
         flops = 3.5 / 4 * 3 * 2 * 64 * 32 * 16 * 2  # forward, two products backward; two micro-batches; one step in four is half

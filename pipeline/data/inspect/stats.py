@@ -76,7 +76,7 @@ class Statistics:
         largest: (class index, samples) of the largest classes.
         smallest: likewise of the smallest that have samples.
         duplicates: images that occur more than once.
-        order: the resulting order: lanes, steps and samples per epoch, possible world sizes.
+        order: the resulting order: streams, steps and samples per epoch, possible world sizes.
         advice: recommendations.
     """
 
@@ -143,7 +143,7 @@ class Statistics:
         if "ranks" in self.order:
             o = self.order
             lines.append(
-                f"with a global batch of {o['global_batch']}: {o['lanes']} lanes, {o['steps_per_epoch']:,} steps an epoch, "
+                f"with a global batch of {o['global_batch']}: {o['streams']} streams, {o['steps_per_epoch']:,} steps an epoch, "
                 f"{o['left_over']:,} samples left over each time; ranks: {', '.join(map(str, o['ranks']))}"
             )
         lines += [f"- {sentence}" for sentence in self.advice]
@@ -243,11 +243,11 @@ def _order(manifest: Manifest, global_batch: int) -> dict[str, Any]:
         return {"global_batch": global_batch}
     return {
         "global_batch": global_batch,
-        "lanes": order.lanes,
+        "streams": order.streams,
         "steps_per_epoch": order.steps_per_epoch,
         "samples_per_epoch": order.samples_per_epoch,
         "left_over": manifest.total - order.samples_per_epoch,
-        "ranks": divisors(order.lanes),
+        "ranks": divisors(order.streams),
     }
 
 
@@ -264,14 +264,14 @@ def _advice(manifest: Manifest, sizes: NDArray[Any], duplicates: Duplicates, ord
     empty = sum(shard.samples == 0 for shard in manifest.shards)
     if empty:
         out.append(f"{empty} shards hold no sample that can be used; leave them out")
-    if "lanes" not in order:
+    if "streams" not in order:
         out.append(f"{manifest.total:,} samples do not make one global batch of {order['global_batch']}")
     else:
         if count < 8:
             few = f"with {count} shard{'s' if count > 1 else ''} each node reads nearly all of them"
             out.append(f"{few}: more shards than nodes are better")
-        if order["lanes"] < min(256, 2 ** int(math.log2(order["global_batch"]))):
-            out.append(f"a global batch of {order['global_batch']} allows {order['lanes']} lanes only: powers of two share best")
+        if order["streams"] < min(256, 2 ** int(math.log2(order["global_batch"]))):
+            out.append(f"a global batch of {order['global_batch']} allows {order['streams']} streams only: choose a power of two")
     if duplicates.labels_differ:
         out.append(f"{duplicates.labels_differ:,} images have several labels: the classes disagree")
     if duplicates.superfluous * 100 > manifest.total:

@@ -27,8 +27,7 @@ from pipeline.data.augment.plan import ViewPlan, make_plan, set_of_step
 from pipeline.data.augment.views import MaskSpec, TextSpec, ViewSet, ViewSpec
 from pipeline.data.loader.reader import Reader, Record
 from pipeline.data.loader.text import choose, tokenizer
-from pipeline.data.order.mixture import Source
-from pipeline.data.order.order import GlobalBatch
+from pipeline.data.order.order import GlobalBatch, Source
 from pipeline.errors import FoveaError
 from pipeline.runtime.process_pool import adopt
 

@@ -18,10 +18,10 @@ _RETRY = 5.0  # seconds
 class Route(Protocol):
     """The part of a sample order that a prefetcher uses."""
 
-    lanes: int
+    streams: int
 
-    def shards(self, first: int, last: int, lanes: range) -> list[int]:
-        """Returns the numbers of the shards that some lanes read in steps ``[first, last)``, in order of first use."""
+    def shards(self, first: int, last: int, streams: range) -> list[int]:
+        """Returns the numbers of the shards that some streams read in steps ``[first, last)``, in order of first use."""
         ...
 
 
@@ -33,7 +33,7 @@ class Prefetcher:
         route: the order of the run.
         storage: access to the shards; its cache is filled.
         world: number of ranks.
-        rank: this rank; it fetches for its own lanes, and shards shared by ranks of a node are downloaded once.
+        rank: this rank; it fetches for its own streams, and shards shared by ranks of a node are downloaded once.
         last: one past the last step of the run.
         horizon: steps to look ahead.
         share: fraction of the cache that this rank may fill.
@@ -51,9 +51,9 @@ class Prefetcher:
         horizon: int,
         share: float = 1.0,
     ) -> None:
-        each = route.lanes // world
+        each = route.streams // world
         self._manifest, self._route, self._storage = manifest, route, storage
-        self._lanes = range(rank * each, (rank + 1) * each)
+        self._streams = range(rank * each, (rank + 1) * each)
         self._last, self._horizon, self._share = last, max(horizon, 1), share
         self._step = 0
         self._changed = threading.Event()
@@ -91,7 +91,7 @@ class Prefetcher:
         cache = self._storage.cache
         room = int(cache.limit * self._share) if cache is not None else 0
         objects = []
-        for number in self._route.shards(step, last, self._lanes):
+        for number in self._route.shards(step, last, self._streams):
             about = self._manifest.shards[number].about
             if is_remote(about.url):
                 room -= about.size

@@ -1,32 +1,32 @@
 """Global sample order: a pure function of the step number.
 
-A fixed number of *lanes* (setting ``data.canonical_streams``) partition the data set; every global batch takes the same number of
-samples from each lane. A rank owns consecutive lanes, so the world size determines which rank reads a sample, never when it
-occurs. Nothing here has state: resuming means asking for another step.
+A fixed number of *streams* (setting ``data.canonical_streams``) partition each data set; every global batch takes the same number
+of samples from each stream. A rank owns consecutive streams, so the world size determines which rank reads a sample, never when
+it occurs. Nothing here has state: resuming means asking for another step.
 
-One epoch: the shards are shuffled and concatenated, the start is shifted by a random amount, and the result is split into lanes
-of equal length. Inside a lane, blocks of samples are shuffled. The remainder (fewer samples than lanes) is dropped; because of
-the shift it differs between epochs.
+Several data sets are interleaved in fixed proportions (:mod:`pipeline.data.order.interleave`). Each has its own epochs: the epoch
+of a sample counts the passes over *its* data set, and in one pass each sample occurs once (except for a remainder smaller than
+the number of streams). A single data set is a mixture of one.
 """
 
 from __future__ import annotations
 
+import heapq
 import math
-from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from fractions import Fraction
 
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.data.order.random import mix, permutation
+from pipeline.data.order.dataset import ShuffledDataset
+from pipeline.data.order.interleave import Interleaver
+from pipeline.data.order.random import mix
 from pipeline.errors import ConfigError, DataError
 
-_SHARDS, _SHIFT, _BLOCK = 0x5AAD, 0x5817, 0xB10C  # identify the random draws
-_DEFAULT_LANES = 256
-_Key = TypeVar("_Key")
-_Value = TypeVar("_Value")
+_SET = 0x5E7  # identifies the random draw
+_DEFAULT_STREAMS = 256
 
 
 @dataclass(frozen=True)
@@ -42,71 +42,133 @@ class GlobalBatch:
     epochs: NDArray[np.int64]
 
 
-class Order:
-    """An endless, seekable stream of global batches.
+@dataclass(frozen=True)
+class Source:
+    """One data set of a mixture: a run of consecutive shards of the manifest.
 
-    Args:
-        counts: accepted samples of each shard.
-        seed: seed of the order.
-        global_batch: samples per step, over all ranks.
-        lanes: number of lanes; must divide the global batch, and be a multiple of the world size. None: the greatest common
-            divisor of the global batch and 256.
-        block: samples that are shuffled together inside a lane.
-
-    Raises:
-        ConfigError: sizes that do not divide; the message lists those that would.
-        DataError: fewer samples than one global batch.
+    Attributes:
+        name: name of the data set.
+        first: index of its first shard.
+        shards: number of its shards.
+        weight: its fraction of the samples, relative to the others'; None: proportional to ``repeat`` times its size.
+        repeat: how often each of its samples occurs during one epoch of a data set with repeat 1.
     """
 
-    def __init__(self, counts: Sequence[int], seed: int, global_batch: int, lanes: int | None = None, block: int = 16384) -> None:
-        lanes = num_streams(global_batch, lanes, block)
-        self._counts = np.asarray(counts, dtype=np.int64)
-        self._total = int(self._counts.sum())
-        if self._total < global_batch:
-            raise DataError(
-                f"{self._total} usable samples are fewer than one global batch of {global_batch}",
-                where="data",
-                hint="Add shards or make the global batch smaller.",
-            )
-        self.seed, self.global_batch, self.lanes, self.block = seed, global_batch, lanes, block
-        self._each = global_batch // lanes
-        self._span = self._total // lanes
-        self._epochs: OrderedDict[int, tuple[NDArray[np.int64], NDArray[np.int64], int]] = OrderedDict()
-        self._blocks: OrderedDict[tuple[int, int, int], NDArray[Any]] = OrderedDict()
+    name: str
+    first: int
+    shards: int
+    weight: float | None = None
+    repeat: float = 1.0
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_epochs": OrderedDict(), "_blocks": OrderedDict()}
+
+class Order:
+    """An endless, seekable stream of global batches over one or more data sets.
+
+    An epoch, the unit of durations and schedules, is: of a single data set, one pass over it; with repeats, as many samples as it
+    takes for every data set to be seen ``repeat`` times; with weights, as many samples as all data sets have together.
+
+    Args:
+        counts: accepted samples of each shard, over all data sets.
+        seed: seed of the order.
+        global_batch: samples per step, over all ranks.
+        streams: number of streams; must divide the global batch, and be a multiple of the world size. None: the greatest common
+            divisor of the global batch and 256.
+        block_size: samples of one data set that are shuffled together inside a stream.
+        sources: the data sets, in the order of their shards, without gaps; either all have a weight or none has. Empty: the
+            shards are a single data set.
+
+    Raises:
+        ConfigError: sizes that do not divide, or invalid weights.
+        DataError: too few samples; the message names the data set.
+    """
+
+    def __init__(
+        self,
+        counts: Sequence[int],
+        seed: int,
+        global_batch: int,
+        streams: int | None = None,
+        block_size: int = 16384,
+        sources: Sequence[Source] = (),
+    ) -> None:
+        self.seed, self.global_batch, self.block_size = seed, global_batch, block_size
+        self.streams = num_streams(global_batch, streams, block_size)
+        self.sources = tuple(sources) or (Source("data", 0, len(counts)),)
+        if sources:
+            _check(self.sources, len(counts))
+        self.datasets = tuple(self._dataset(number, counts) for number in range(len(self.sources)))
+        self._each = global_batch // self.streams
+        spans = [dataset.span for dataset in self.datasets]
+        weighted = any(source.weight is not None for source in self.sources)
+        if len(self.sources) == 1:
+            weights, self._span = [1], spans[0]
+        else:
+            shares = [
+                Fraction(str(source.weight)) if source.weight is not None else Fraction(str(source.repeat)) * span
+                for source, span in zip(self.sources, spans, strict=True)
+            ]
+            common = math.lcm(*(share.denominator for share in shares))
+            weights = [int(share * common) for share in shares]
+            self._span = sum(spans) if weighted else max(1, round(sum(shares)))
+        self._interleaver = Interleaver(weights, self.streams, seed)
+
+    def _dataset(self, number: int, counts: Sequence[int]) -> ShuffledDataset:
+        source, seed = self.sources[number], self.seed
+        own = np.asarray(counts[source.first : source.first + source.shards], dtype=np.int64)
+        total = int(own.sum())
+        if len(self.sources) == 1:
+            if total < self.global_batch:
+                raise DataError(
+                    f"{total} usable samples are fewer than one global batch of {self.global_batch}",
+                    where="data",
+                    hint="Add shards or make the global batch smaller.",
+                )
+        else:
+            if total < self.streams:
+                raise DataError(
+                    f"data set {source.name!r} has {total} usable samples, fewer than the {self.streams} streams that share it",
+                    where="data.sources",
+                    hint="Set data.canonical_streams to fewer (a divisor of the global batch), add shards, or leave the set out.",
+                )
+            low, high = mix(seed, number, _SET)
+            seed = high << 32 | low
+        return ShuffledDataset(own, seed, self.streams, self.block_size)
 
     @property
     def total(self) -> int:
-        """Number of samples."""
-        return self._total
+        """Number of samples over all data sets."""
+        return sum(dataset.total for dataset in self.datasets)
 
     @property
     def samples_per_epoch(self) -> int:
-        """Samples of one epoch: all but the remainder, which is smaller than the number of lanes."""
-        return self._span * self.lanes
+        """Samples of one epoch, see the class; of a single data set all but a remainder smaller than the number of streams."""
+        return self._span * self.streams
 
     @property
     def steps_per_epoch(self) -> int:
         """Complete steps in one epoch; epochs follow each other without a gap, so a step may span two."""
         return self._span // self._each
 
+    @property
+    def fractions(self) -> tuple[float, ...]:
+        """Fraction of the samples from each data set; they sum to 1."""
+        return self._interleaver.fractions
+
     def epoch_of(self, step: int) -> int:
-        """Returns the epoch of the first sample of a step."""
+        """Returns the epoch of the first sample of a step; in a mixture a sample's own epoch is in the batch."""
         return step * self._each // self._span
 
     def check_world(self, world: int) -> None:
-        """Rejects a world size that does not divide the number of lanes.
+        """Rejects a world size that does not divide the number of streams.
 
         Raises:
             ConfigError: the message lists the valid ones.
         """
-        rank_slice(self.lanes, world, 0)
+        rank_slice(self.streams, world, 0)
 
     def batch(self, step: int) -> GlobalBatch:
-        """Returns the global batch of a step, lane by lane: ``[global_batch]``."""
-        return self._of_lanes(step, 0, self.lanes)
+        """Returns the global batch of a step, stream by stream: ``[global_batch]``."""
+        return self._batch(step, range(self.streams))
 
     def rank_batch(self, step: int, world: int, rank: int) -> GlobalBatch:
         """Returns one rank's contiguous part of :meth:`batch`: ``[global_batch / world]``.
@@ -114,11 +176,10 @@ class Order:
         Raises:
             ConfigError: an invalid world size, or no such rank.
         """
-        share = rank_slice(self.lanes, world, rank)
-        return self._of_lanes(step, share.start, share.stop)
+        return self._batch(step, rank_slice(self.streams, world, rank))
 
     def steps_of(self, number: int, first: int, last: int) -> list[int]:
-        """Returns the steps in ``[first, last)`` that contain a sample, by inverting the permutation of each epoch.
+        """Returns the steps in ``[first, last)`` that contain a sample, without drawing any of them.
 
         Args:
             number: the sample, ``shard << 32 | row``.
@@ -128,11 +189,17 @@ class Order:
         Raises:
             DataError: there is no such sample.
         """
-        steps = (position // self._each for position, _ in self.positions_of(number, first * self._each, last * self._each))
-        return sorted(steps)
+        shard, begin, end = number >> 32, first * self._each, last * self._each
+        which = next((d for d, s in enumerate(self.sources) if s.first <= shard < s.first + s.shards), None)
+        if which is None:
+            raise DataError(f"there is no sample {number}", where="order", hint="Use numbers of this manifest.")
+        own = number - (self.sources[which].first << 32)
+        positions = self.datasets[which].positions_of(own, *self._interleaver.bounds(which, begin, end))
+        slots = (self._interleaver.slot_of(which, stream, position) for position, stream in positions)
+        return sorted(slot // self._each for slot in slots if begin <= slot < end)
 
-    def shards(self, first: int, last: int, lanes: range | None = None) -> list[int]:
-        """Returns the shards that steps in ``[first, last)`` read, in the order of first use.
+    def shards(self, first: int, last: int, streams: range | None = None) -> list[int]:
+        """Returns the shards that steps in ``[first, last)`` read, in the order of first use (of a mixture approximately).
 
         Derived from the blocks that the steps touch, without drawing samples. Shards may be listed that only other steps of the
         same block read, but none is missing.
@@ -140,161 +207,77 @@ class Order:
         Args:
             first: the first step.
             last: one past the last.
-            lanes: restrict to these lanes, such as a rank's or a node's; None: all.
+            streams: restrict to these streams, such as a rank's or a node's; None: all.
         """
-        lanes = range(self.lanes) if lanes is None else lanes
-        return in_order(self.uses(first * self._each, last * self._each, lanes))
+        streams = range(self.streams) if streams is None else streams
 
-    def lane_samples(self, lanes: Sequence[int], starts: Sequence[int], counts: Sequence[int]) -> GlobalBatch:
-        """Returns runs of consecutive samples of the lanes' endless streams, concatenated.
+        def uses(which: int) -> Iterator[tuple[float, int]]:
+            slots_each, start = 1 / self.fractions[which], self.sources[which].first
+            bounds = self._interleaver.bounds(which, first * self._each, last * self._each)
+            for position, shard in self.datasets[which].uses(*bounds, streams):
+                yield position * slots_each, start + shard
 
-        Args:
-            lanes: the lane of each run.
-            starts: the position in that lane at which a run begins, from 0 over all epochs.
-            counts: the length of each run.
-        """
-        places: dict[int, list[NDArray[np.int64]]] = {}
-        where: dict[int, list[NDArray[np.int64]]] = {}
-        done = 0
-        for lane, start, count in zip(lanes, starts, counts, strict=True):
-            end = start + count
-            while start < end:
-                epoch, position = divmod(start, self._span)
-                take = min(end - start, self._span - position)
-                places.setdefault(epoch, []).append(self._places(epoch, lane, position, take))
-                where.setdefault(epoch, []).append(np.arange(done, done + take))
-                start, done = start + take, done + take
-        ids, epochs = np.empty(done, dtype=np.uint64), np.empty(done, dtype=np.int64)
-        for epoch in sorted(places):
-            rows = np.concatenate(where[epoch])
-            ids[rows] = self._ids(epoch, np.concatenate(places[epoch]))
-            epochs[rows] = epoch
-        return GlobalBatch(ids, epochs)
+        return _first_uses(heapq.merge(*(uses(which) for which in range(len(self.sources))))) if first < last else []
 
-    def positions_of(self, number: int, first: int, last: int) -> list[tuple[int, int]]:
-        """Returns the (position, lane) pairs of a sample in the lanes' endless streams, for positions in ``[first, last)``.
-
-        Raises:
-            DataError: there is no such sample.
-        """
-        shard, row = number >> 32, number & 0xFFFFFFFF
-        if shard >= len(self._counts) or row >= self._counts[shard]:
-            raise DataError(f"there is no sample {number}", where="order", hint="Use numbers of this manifest.")
-        found = []
-        for epoch in range(first // self._span, -(-last // self._span)):
-            shards, ends, shift = lru_get(self._epochs, epoch, 3, self._epoch)
-            slot = int(np.flatnonzero(shards == shard)[0])
-            lane, place = divmod((int(ends[slot] - self._counts[shard]) + row - shift) % self._total, self._span)
-            if lane >= self.lanes:
-                continue  # part of this epoch's remainder
-            block, index = divmod(place, self.block)
-            within = int(np.flatnonzero(self._shuffled(epoch, lane, block) == index)[0])
-            position = epoch * self._span + block * self.block + within
-            if first <= position < last:
-                found.append((position, lane))
-        return found
-
-    def uses(self, first: int, last: int, lanes: range) -> Iterator[tuple[int, int]]:
-        """Yields shards with the position at which their block begins, for positions ``[first, last)`` of some lanes.
-
-        Pairs of position (not below ``first``) and shard, by position; a shard occurs once for each block and lane.
-        """
-        while first < last:
-            epoch, position = divmod(first, self._span)
-            number = position // self.block
-            size = min(self.block, self._span - number * self.block)
-            shards, ends, shift = lru_get(self._epochs, epoch, 3, self._epoch)
-            for lane in lanes:
-                begin = (lane * self._span + number * self.block + shift) % self._total
-                for low, high in ((begin, min(begin + size, self._total)), (0, begin + size - self._total)):
-                    if low < high:
-                        slots = slice(np.searchsorted(ends, low, side="right"), np.searchsorted(ends, high - 1, side="right") + 1)
-                        yield from ((first, int(shard)) for shard in shards[slots] if self._counts[shard])
-            first = epoch * self._span + number * self.block + size
-
-    def _of_lanes(self, step: int, first: int, last: int) -> GlobalBatch:
+    def _batch(self, step: int, streams: range) -> GlobalBatch:
         if step < 0:
             raise ConfigError(f"step {step} is negative", where="step", hint="Steps count from 0.")
-        ids = np.empty((last - first, self._each), dtype=np.uint64)
-        epochs = np.empty(self._each, dtype=np.int64)
-        done, start = 0, step * self._each
-        while done < self._each:
-            epoch, position = divmod(start + done, self._span)
-            take = min(self._each - done, self._span - position)
-            places = np.stack([self._places(epoch, lane, position, take) for lane in range(first, last)])
-            ids[:, done : done + take] = self._ids(epoch, places)
-            epochs[done : done + take] = epoch
-            done += take
-        return GlobalBatch(ids.reshape(-1), np.tile(epochs, last - first))
-
-    def _places(self, epoch: int, lane: int, position: int, take: int) -> NDArray[np.int64]:
-        """Returns the slots in the lane of its samples ``position`` to ``position + take``, before the shift."""
-        parts = []
-        while take > 0:
-            number, index = divmod(position, self.block)
-            shuffled = self._shuffled(epoch, lane, number)[index : index + take]
-            parts.append(shuffled.astype(np.int64) + (lane * self._span + number * self.block))
-            position, take = position + len(shuffled), take - len(shuffled)
-        return parts[0] if len(parts) == 1 else np.concatenate(parts)
-
-    def _ids(self, epoch: int, places: NDArray[np.int64]) -> NDArray[np.uint64]:
-        shards, ends, shift = lru_get(self._epochs, epoch, 3, self._epoch)
-        places = (places + shift) % self._total
-        slot = np.searchsorted(ends, places, side="right")
-        shard = shards[slot]
-        row = places - (ends[slot] - self._counts[shard])
-        return (shard.astype(np.uint64) << np.uint64(32)) | row.astype(np.uint64)
-
-    def _epoch(self, epoch: int) -> tuple[NDArray[np.int64], NDArray[np.int64], int]:
-        shards = permutation(len(self._counts), self.seed, epoch, _SHARDS)
-        low, high = mix(self.seed, epoch, _SHIFT)
-        return shards, np.cumsum(self._counts[shards]), (high << 32 | low) % self._total
-
-    def _shuffled(self, epoch: int, lane: int, number: int) -> NDArray[Any]:
-        def draw(key: tuple[int, int, int]) -> NDArray[Any]:
-            size = min(self.block, self._span - number * self.block)
-            return permutation(size, self.seed, *key, _BLOCK).astype(np.min_scalar_type(size))
-
-        return lru_get(self._blocks, (epoch, lane, number), 2 * self.lanes + 2, draw)
+        start = step * self._each
+        if len(self.datasets) == 1:
+            count = len(streams)
+            return GlobalBatch(*self.datasets[0].samples(streams, [start] * count, [self._each] * count))
+        labels, positions = self._interleaver.slots(streams, start, self._each)
+        ids, epochs = np.empty(labels.shape, dtype=np.uint64), np.empty(labels.shape, dtype=np.int64)
+        for which, dataset in enumerate(self.datasets):
+            mask = labels == which
+            counts = mask.sum(axis=1)
+            rows = np.flatnonzero(counts)
+            if not len(rows):
+                continue
+            starts = positions[rows, mask[rows].argmax(axis=1)]  # the positions of a data set in a stream are consecutive
+            own, own_epochs = dataset.samples([streams[row] for row in rows], starts.tolist(), counts[rows].tolist())
+            ids[mask] = own + (np.uint64(self.sources[which].first) << np.uint64(32))
+            epochs[mask] = own_epochs
+        return GlobalBatch(ids.reshape(-1), epochs.reshape(-1))
 
 
-def num_streams(global_batch: int, lanes: int | None, block: int) -> int:
-    """Returns the number of lanes: as requested, or the greatest common divisor of the global batch and 256.
+def num_streams(global_batch: int, streams: int | None, block_size: int) -> int:
+    """Returns the number of streams: as requested, or the greatest common divisor of the global batch and 256.
 
     Raises:
         ConfigError: it does not divide the global batch, or a size is not positive.
     """
-    if global_batch < 1 or block < 1:
+    if global_batch < 1 or block_size < 1:
         raise ConfigError(
-            f"global batch {global_batch} and block {block} must be positive",
+            f"global batch {global_batch} and block size {block_size} must be positive",
             where="data",
             hint="Give whole numbers from 1 on.",
         )
-    lanes = math.gcd(global_batch, _DEFAULT_LANES) if lanes is None else lanes
-    if lanes < 1 or global_batch % lanes:
+    streams = math.gcd(global_batch, _DEFAULT_STREAMS) if streams is None else streams
+    if streams < 1 or global_batch % streams:
         raise ConfigError(
-            f"{lanes} lanes do not divide the global batch of {global_batch}",
+            f"{streams} streams do not divide the global batch of {global_batch}",
             where="data.canonical_streams",
-            hint=f"Choose of {_listed(divisors(global_batch))}.",
+            hint=f"Choose one of {_listed(divisors(global_batch))}.",
         )
-    return lanes
+    return streams
 
 
-def rank_slice(lanes: int, world: int, rank: int) -> range:
-    """Returns the lanes of a rank.
+def rank_slice(streams: int, world: int, rank: int) -> range:
+    """Returns the streams of a rank.
 
     Raises:
         ConfigError: an invalid world size, or no such rank.
     """
-    if world < 1 or lanes % world:
+    if world < 1 or streams % world:
         raise ConfigError(
-            f"{world} ranks cannot share {lanes} lanes evenly",
+            f"{world} ranks cannot share {streams} streams evenly",
             where="data.canonical_streams",
-            hint=f"Use {_listed(divisors(lanes))} ranks, or a global batch with a suitable divisor.",
+            hint=f"Use {_listed(divisors(streams))} ranks, or a global batch with a suitable divisor.",
         )
     if not 0 <= rank < world:
         raise ConfigError(f"rank {rank} does not exist among {world}", where="rank", hint=f"Ranks count from 0 to {world - 1}.")
-    share = lanes // world
+    share = streams // world
     return range(rank * share, (rank + 1) * share)
 
 
@@ -304,22 +287,29 @@ def divisors(n: int) -> list[int]:
     return sorted({*small, *(n // d for d in small)})
 
 
-def in_order(uses: Iterable[tuple[float, int]]) -> list[int]:
+def _first_uses(uses: Iterable[tuple[float, int]]) -> list[int]:
     """Returns the shards of (time, shard) pairs sorted by time, each once."""
     return list(dict.fromkeys(shard for _, shard in uses))
-
-
-def lru_get(cache: OrderedDict[_Key, _Value], key: _Key, limit: int, make: Callable[[_Key], _Value]) -> _Value:
-    """Returns ``make(key)`` from a cache of the last ``limit`` results."""
-    if key in cache:
-        cache.move_to_end(key)
-        return cache[key]
-    value = cache[key] = make(key)
-    while len(cache) > limit:
-        cache.popitem(last=False)
-    return value
 
 
 def _listed(numbers: list[int]) -> str:
     shown = [str(n) for n in numbers] if len(numbers) <= 16 else [*map(str, numbers[:12]), "…", *map(str, numbers[-3:])]
     return shown[0] if len(shown) == 1 else f"{', '.join(shown[:-1])} or {shown[-1]}"
+
+
+def _check(sources: tuple[Source, ...], shards: int) -> None:
+    """Rejects sources that do not cover the shards, share a name, or mix weights with repeats."""
+    where = "data.sources"
+    end = 0
+    for source in sources:
+        if source.first != end or source.shards < 1:
+            raise ConfigError(f"shards of {source.name!r} do not follow those before", where=where, hint="Leave no gap.")
+        end += source.shards
+        if not 0 < (source.repeat if source.weight is None else source.weight) < math.inf:
+            raise ConfigError(f"weight or repeat of {source.name!r} is not positive", where=where, hint="Leave the set out.")
+    if end != shards:
+        raise ConfigError(f"data sets have {end} shards, the manifest {shards}", where=where, hint="Cover every shard once.")
+    if len({source.name for source in sources}) < len(sources):
+        raise ConfigError("two data sets have one name", where=where, hint="Give each a name of its own.")
+    if len({source.weight is None for source in sources}) > 1:
+        raise ConfigError("some data sets have a weight, others not", where=where, hint="Give all a weight, or none.")

@@ -6,12 +6,14 @@ import csv
 import re
 from collections import defaultdict
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Literal
 
 from pipeline.data.index.captions import encoding_of
 from pipeline.data.pack.delimited import DELIMITERS
 from pipeline.data.pack.listing import File, Listing
 from pipeline.data.pack.samples import IMAGES
+from pipeline.data.pack.tables import open_pyarrow
 from pipeline.errors import DataError
 from pipeline.untrusted import printable
 
@@ -143,10 +145,12 @@ def _names_images(table: File) -> bool:
 
 def _parquet_has_path(path: str) -> bool:
     try:
-        from pyarrow import parquet
-
+        _, parquet = open_pyarrow(Path(path))
+    except DataError:
+        return True  # perhaps a table: reading it reports what to install
+    try:
         return "path" in parquet.read_schema(path).names
-    except Exception:  # not a Parquet file, or pyarrow is not installed: counted as skipped
+    except Exception:  # not a Parquet file: counted as skipped
         return False
 
 

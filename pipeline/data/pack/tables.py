@@ -27,6 +27,7 @@ _OWN = ("path", "label", "caption", "captions")
 _ADDRESS = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://")
 _FETCH = "Images behind a url must be fetched first: img2dataset does it, and its output can be packed"
 _LIST = re.compile(r"""\s*\[\s*(['"]).*\1\s*\]\s*""", re.DOTALL)
+_OLDEST_PYARROW = 17  # the floor of the extra "parquet"; releases before 14.0.1 execute code of a file
 _MAX_LINE = 64 << 20  # maximum characters of a line of JSON
 _MAX_DEPTH = 64  # maximum depth of lists and objects in a column
 
@@ -208,13 +209,25 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return out
 
 
-def _parquet(table: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+def open_pyarrow(table: Path) -> tuple[Any, Any]:
+    """The modules ``pyarrow`` and ``pyarrow.parquet`` of the optional dependency.
+
+    Raises:
+        DataError: it is not installed, or a version older than the extra admits, as another package may have installed.
+    """
+    hint = "Install pyarrow (pip install 'fovea[parquet]'), or save the table as .csv or .jsonl"
     try:
         import pyarrow
         from pyarrow import parquet
     except ImportError as error:
-        hint = "Install it (pip install pyarrow), or save the table as .csv or .jsonl"
-        raise DataError("reading .parquet needs pyarrow", where=str(table), hint=hint) from error
+        raise DataError("pyarrow is not installed", where=str(table), hint=hint) from error
+    if int(pyarrow.__version__.partition(".")[0]) < _OLDEST_PYARROW:
+        raise DataError(f"pyarrow {pyarrow.__version__} must be at least {_OLDEST_PYARROW}", where=str(table), hint=hint)
+    return pyarrow, parquet
+
+
+def _parquet(table: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    pyarrow, parquet = open_pyarrow(table)
     os.close(open_regular(table, where=str(table)))
     number = 0
     try:

@@ -86,7 +86,7 @@ class CLIP(Contrastive):
 
 def build(config: Config, settings: ClipSettings) -> CLIP:
     """Builds CLIP with newly initialized towers; loads the text tower's initial weights if the settings name them."""
-    method = CLIP(build_tower(config.model, image_size=settings.image_size), settings)
+    method = CLIP(build_tower(config.model, image_size=settings.views.global_size), settings)
     if settings.text_weights is not None:
         load_text(method.text_tower, settings.text_weights)
     return method

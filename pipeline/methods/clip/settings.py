@@ -112,7 +112,7 @@ class ContrastiveSettings(MethodSettings):
 
 
 @register("clip")
-class ClipSettings(ContrastiveSettings, OneViewSettings):
+class ClipSettings(OneViewSettings, ContrastiveSettings):
     """CLIP (arXiv 2103.00020), and with ``loss: sigmoid`` SigLIP (arXiv 2303.15343)."""
 
     name: Literal["clip"] = Field(default="clip", description="the method")

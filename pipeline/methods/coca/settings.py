@@ -12,7 +12,7 @@ from pipeline.methods.settings import OneViewSettings, register
 
 
 @register("coca")
-class CocaSettings(ContrastiveSettings, OneViewSettings):
+class CocaSettings(OneViewSettings, ContrastiveSettings):
     """CoCa (arXiv 2205.01917): CLIP's contrastive loss plus a captioning decoder."""
 
     name: Literal["coca"] = Field(default="coca", description="the method")

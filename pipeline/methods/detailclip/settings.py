@@ -6,20 +6,10 @@ from typing import Literal
 
 from pydantic import Field
 
-from pipeline.config.types import Count, NonNegative, Positive, Probability, Share, ShareRange
+from pipeline.config.types import Count, NonNegative, Positive, Probability, Share
+from pipeline.data.augment.settings import AugmentSettings, ViewSettings
 from pipeline.methods.clip.settings import ContrastiveSettings
-from pipeline.methods.settings import AugmentSettings, register
-
-
-class DetailAugmentSettings(AugmentSettings):
-    """Augmentation of the two views; both get the same."""
-
-    flip_probability: Probability = Field(default=0.0, description="probability of a horizontal flip")
-    blur_probability: Probability = Field(default=0.1, description="probability of Gaussian blur, unless blur is off")
-    blur: Literal["as_released", "off"] = Field(
-        default="as_released", description="whether to blur at all; off is for views too small to blur"
-    )
-    solarize_probability: Probability = Field(default=0.2, description="probability of solarizing a view")
+from pipeline.methods.settings import register
 
 
 @register("detailclip")
@@ -27,15 +17,10 @@ class DetailClipSettings(ContrastiveSettings):
     """DetailCLIP (arXiv 2409.06809): CLIP plus masked self-distillation from an EMA teacher and pixel reconstruction."""
 
     name: Literal["detailclip"] = Field(default="detailclip", description="the method")
-    image_size: int = Field(default=224, ge=8, le=4096, description="side of a view in pixels")
-    crop_scale: ShareRange = Field(default=(0.14, 1.0), description="smallest and largest fraction of the image's area in a view")
-    augment: DetailAugmentSettings = Field(default=DetailAugmentSettings(), description="augmentation of a view")
-    interpolation: Literal["bicubic", "bilinear"] = Field(
-        default="bicubic",
-        description="resize interpolation: bicubic (CLIP, open_clip) or bilinear (the code of SLIP and DetailCLIP)",
-    )
-    normalize: Literal["openai", "imagenet", "half"] = Field(
-        default="imagenet", description="mean and standard deviation for normalization; half is 0.5 and 0.5"
+    views: ViewSettings = Field(default=ViewSettings(global_scale=(0.14, 1.0)), description="size and scale of the two views")
+    augment: AugmentSettings = Field(
+        default=AugmentSettings(flip_probability=0.0, blur_probability=(0.1,), solarize_probability=(0.2,)),
+        description="augmentation of the two views",
     )
     init_logit_scale: Positive = Field(default=1 / 0.07, description="initial inverse temperature of the image-text loss")
     keep_ratio: float = Field(default=0.5, gt=0, lt=1, description="fraction of a view's mask units that the student sees")

@@ -7,8 +7,9 @@ from typing import Literal
 from pydantic import Field
 
 from pipeline.config.types import Count, Length, Positive, Probability
-from pipeline.methods.settings import ViewSettings, register
-from pipeline.methods.shared.two_views_settings import ColourSettings, TwoViewSettings
+from pipeline.data.augment.settings import MultiCropSettings
+from pipeline.methods.settings import register
+from pipeline.methods.shared.two_views_settings import TwoViewSettings
 
 
 @register("dino")
@@ -16,11 +17,10 @@ class DinoSettings(TwoViewSettings):
     """DINO (arXiv 2104.14294): self-distillation of class tokens with multi-crop, centering and sharpening."""
 
     name: Literal["dino"] = Field(default="dino", description="the method")
-    views: ViewSettings = Field(
-        default=ViewSettings(global_scale=(0.4, 1.0), local_size=96, local_scale=(0.05, 0.4)),
+    views: MultiCropSettings = Field(
+        default=MultiCropSettings(global_scale=(0.4, 1.0), local_size=96, local_scale=(0.05, 0.4)),
         description="multi-crop sizes and counts",
     )
-    augment: ColourSettings = Field(default=ColourSettings(), description="augmentation of a crop")
     head_norm: Literal["batch", "none"] = Field(
         default="none", description="norm in the head's hidden layers; batch norm is synchronized over all ranks"
     )

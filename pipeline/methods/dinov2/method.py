@@ -11,7 +11,7 @@ import copy
 import math
 from collections import deque
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import cast
 
@@ -21,13 +21,14 @@ from typing_extensions import override
 
 from pipeline import losses
 from pipeline.config.schema import Config
+from pipeline.data.augment.settings import GLOBAL_VIEWS
 from pipeline.data.augment.views import Augment, Batch, Masks, MaskSpec, ViewSet, ViewSpec
 from pipeline.errors import ConfigError
 from pipeline.methods.base import Method, Step
 from pipeline.methods.dinov2.settings import Dinov2Settings
 from pipeline.methods.ema_teacher import Teacher
 from pipeline.methods.health_metrics import distillation_health
-from pipeline.methods.shared.crops import colours
+from pipeline.methods.shared.crops import multi_crop
 from pipeline.methods.shared.frozen import Frozen
 from pipeline.models.groups import ParameterGroup, parameter_groups
 from pipeline.models.heads import PrototypeHead
@@ -35,7 +36,6 @@ from pipeline.models.vision import VisionTower, build_tower
 
 # Blur probabilities of the first global, the second global and the local crops. The public weights were trained with the first
 # row (the code's blur wrapper inverted its argument); the paper's text gives the second.
-BLUR = {"as_released": (0.0, 0.9, 0.5), "paper": (1.0, 0.1, 0.5), "off": (0.0, 0.0, 0.0)}
 
 
 @dataclass(frozen=True)
@@ -100,7 +100,7 @@ class DINOv2(Method):
     def before_accumulation(self, batches: Sequence[Batch], step: Step) -> None:
         """Runs the teacher on all micro-batches, then computes the potentials that turn its logits into targets."""
         self._forget()
-        backbone, *heads = self.judges().values()
+        backbone, *heads = self.target_networks().values()
         dino_head, ibot_head = cast(PrototypeHead, heads[0]), cast(PrototypeHead, heads[-1])  # the same head if shared
         features, cls, patches = [], [], []
         for batch in batches:
@@ -163,11 +163,11 @@ class DINOv2(Method):
             terms["gram"] = s.gram_weight * losses.gram(seen.patches, anchor)
         return terms
 
-    def told(self, by: DINOv2) -> None:
+    def copy_targets(self, source: DINOv2) -> None:
         """Takes over the targets that another instance has prepared, over the same prototypes."""
-        self._prepared, self._rank = deque(by._prepared), by._rank
+        self._prepared, self._rank = deque(source._prepared), source._rank
 
-    def judges(self) -> Mapping[str, nn.Module]:
+    def target_networks(self) -> Mapping[str, nn.Module]:
         """The networks that produce the targets: a backbone and its heads."""
         return self.teacher.modules
 
@@ -271,32 +271,15 @@ def dinov2_views(settings: Dinov2Settings, *, patch: int) -> tuple[ViewSpec, ...
         patch: patch side of the backbone in pixels.
     """
     v, a = settings.views, settings.augment
-    blur = BLUR[a.blur]
-    first = replace(colours(a), blur_p=blur[0])
-    second = replace(first, blur_p=blur[1], solarize_p=a.solarize_probability)
-    mask = MaskSpec(patch, settings.mask_probability, settings.mask_ratio)
-    views = [
-        ViewSpec(
-            "global", v.global_count, v.global_size, v.global_scale, (first, second), mask=mask, interpolation=v.interpolation
-        )
-    ]
-    if v.local_count:
-        views.append(
-            ViewSpec(
-                "local",
-                v.local_count,
-                v.local_size,
-                v.local_scale,
-                (replace(first, blur_p=blur[2]),),
-                interpolation=v.interpolation,
-            )
-        )
-    if side := settings.gram_size if settings.gram_weight else None:
-        plain = Augment(flip_p=a.flip_probability)
-        views.append(
-            ViewSpec("gram", v.global_count, side, v.global_scale, (plain,), same_as="global", interpolation=v.interpolation)
-        )
-    return tuple(views)
+    views = multi_crop(v, a, mask=MaskSpec(patch, settings.mask_probability, settings.mask_ratio))
+    side = settings.gram_size if settings.gram_weight else None
+    if side is None:
+        return views
+    plain, normalize = Augment(flip_p=a.flip_probability), views[0].normalize
+    anchored = ViewSpec(
+        "gram", GLOBAL_VIEWS, side, v.global_scale, (plain,), normalize=normalize, same_as="global", interpolation=v.interpolation
+    )
+    return (*views, anchored)
 
 
 def _patch_prototypes(s: Dinov2Settings) -> int:

@@ -8,7 +8,8 @@ from pydantic import Field
 from typing_extensions import override
 
 from pipeline.config.types import Count, Length, NonNegative, PathName, Positive, Probability, Settings, Share, ShareRange
-from pipeline.methods.settings import AugmentSettings, MethodSettings, ViewSettings, register
+from pipeline.data.augment.settings import AugmentSettings, MultiCropSettings
+from pipeline.methods.settings import MethodSettings, register
 
 
 class Resolution(Settings):
@@ -31,14 +32,18 @@ class Dinov2Settings(MethodSettings):
     """DINOv2 (arXiv 2304.07193): self-distillation of class and patch tokens."""
 
     name: Literal["dinov2"] = Field(default="dinov2", description="the method")
-    views: ViewSettings = Field(default=ViewSettings(), description="multi-crop sizes and counts")
+    views: MultiCropSettings = Field(default=MultiCropSettings(), description="multi-crop sizes and counts")
     resolutions: tuple[Resolution, ...] = Field(
         default=(),
         description="crop sizes, of which each step draws one by weight (DINOv3's high-resolution stage); empty uses "
         "those of views at every step. With resolutions, views.global_size sets the position embedding's grid "
         "and the evaluation size",
     )
-    augment: AugmentSettings = Field(default=AugmentSettings(), description="augmentation of a crop")
+    augment: AugmentSettings = Field(
+        default=AugmentSettings(),
+        description="augmentation of a crop. The blur probabilities are those that trained the public weights (0, 0.9, 0.5); the "
+        "paper's text has 1, 0.1, 0.5",
+    )
     mask_probability: Probability = Field(default=0.5, description="fraction of the global crops that are masked")
     mask_ratio: ShareRange = Field(
         default=(0.1, 0.5), description="smallest and largest fraction of masked patches in a masked crop"

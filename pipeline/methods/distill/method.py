@@ -72,7 +72,7 @@ class Distill(_Student):
         super().before_accumulation(batches, step)
         for other in self._others():
             other.on_step_skipped()
-            other.told(self)
+            other.copy_targets(self)
 
     @override
     def forward(self, batch: Batch, step: Step) -> dict[str, Tensor]:
@@ -103,7 +103,7 @@ class Distill(_Student):
         return [other for _, other in self._named()]
 
     @override
-    def judges(self) -> Mapping[str, nn.Module]:
+    def target_networks(self) -> Mapping[str, nn.Module]:
         """The frozen networks, which take the place of the EMA teacher."""
         return dict(self.judge.items())
 

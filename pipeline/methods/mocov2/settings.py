@@ -7,8 +7,9 @@ from typing import Literal
 from pydantic import Field
 
 from pipeline.config.types import Count, Positive
-from pipeline.methods.settings import ViewSettings, register
-from pipeline.methods.shared.two_views_settings import PAIR, ColourSettings, TwoViewSettings
+from pipeline.data.augment.settings import AugmentSettings, MultiCropSettings
+from pipeline.methods.settings import register
+from pipeline.methods.shared.two_views_settings import PAIR, TwoViewSettings
 
 
 @register("mocov2")
@@ -16,9 +17,11 @@ class Mocov2Settings(TwoViewSettings):
     """MoCo v2 (arXiv 2003.04297): contrastive loss with a queue of keys. The paper's teacher momentum is constant, 0.999."""
 
     name: Literal["mocov2"] = Field(default="mocov2", description="the method")
-    views: ViewSettings = Field(default=PAIR.model_copy(update={"global_scale": (0.2, 1.0)}), description="crop sizes and counts")
-    augment: ColourSettings = Field(
-        default=ColourSettings(saturation=0.4, blur_probability=(0.5, 0.5), solarize_probability=(0.0, 0.0)),
+    views: MultiCropSettings = Field(
+        default=PAIR.model_copy(update={"global_scale": (0.2, 1.0)}), description="crop sizes and counts"
+    )
+    augment: AugmentSettings = Field(
+        default=AugmentSettings(saturation=0.4, blur_probability=(0.5,), solarize_probability=(0.0,)),
         description="augmentation of a crop, the same for both views",
     )
     head_norm: Literal["batch", "layer", "none"] = Field(default="none", description="norm in the head; the paper has none")

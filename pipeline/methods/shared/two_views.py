@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +11,7 @@ from pipeline import losses
 from pipeline.data.augment.views import Batch, ViewSpec
 from pipeline.methods.base import Method, Step
 from pipeline.methods.health_metrics import RANK_COLLAPSE, HealthMetrics
-from pipeline.methods.shared.crops import NORMALIZE, colours
+from pipeline.methods.shared.crops import multi_crop
 from pipeline.methods.shared.two_views_settings import RepelSettings, TwoViewSettings
 from pipeline.models.groups import ParameterGroup, parameter_groups
 from pipeline.models.mlps import PairClassifier
@@ -109,36 +108,20 @@ class Repeller(nn.Module):
     @torch.no_grad()
     def _others(self, pairs: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
         """For each pair, the second crop of the next image in the micro-batches of all ranks."""
-        found = []
+        negatives = []
         for _, second in pairs:
             everyone = losses.gathered(second.detach())
             next_ = (losses.rank_offset(len(second)) + 1 + torch.arange(len(second), device=second.device)) % len(everyone)
-            found.append(everyone[next_])
-        return nn.functional.normalize(torch.cat(found).float(), dim=1)
+            negatives.append(everyone[next_])
+        return nn.functional.normalize(torch.cat(negatives).float(), dim=1)
 
 
 def two_views(settings: TwoViewSettings) -> tuple[ViewSpec, ...]:
     """Two global crops, each with its augmentation, and local crops if ``local_count`` is set."""
-    v, a = settings.views, settings.augment
-    first = replace(colours(a), blur_kernel=_window(v.global_size))
-    both = tuple(replace(first, blur_p=b, solarize_p=s) for b, s in zip(a.blur_probability, a.solarize_probability, strict=True))
-    normalize = NORMALIZE[a.normalize]
-    views = [
-        ViewSpec(
-            "global", v.global_count, v.global_size, v.global_scale, both, normalize=normalize, interpolation=v.interpolation
-        )
-    ]
-    if v.local_count:
-        small = replace(first, blur_p=a.local_blur_probability, blur_kernel=_window(v.local_size))
-        views.append(
-            ViewSpec(
-                "local", v.local_count, v.local_size, v.local_scale, (small,), normalize=normalize, interpolation=v.interpolation
-            )
-        )
-    return tuple(views)
+    return multi_crop(settings.views, settings.augment, blur_kernel=_blur_kernel)
 
 
-def _window(size: int) -> int:
+def _blur_kernel(size: int) -> int:
     """Blur kernel size: a tenth of the view, odd."""
     return max(size // 10 | 1, 3)
 

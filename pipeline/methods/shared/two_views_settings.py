@@ -2,42 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal, Self
+from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
-from pipeline.config.types import NonNegative, Positive, Probability, Settings, Share
-from pipeline.methods.settings import MethodSettings, ViewSettings
+from pipeline.config.types import NonNegative, Positive, Settings, Share
+from pipeline.data.augment.settings import AugmentSettings, MultiCropSettings
+from pipeline.methods.settings import MethodSettings
 
-PAIR = ViewSettings(global_scale=(0.08, 1.0), local_count=0, local_size=96, local_scale=(0.05, 0.4))
+PAIR = MultiCropSettings(global_scale=(0.08, 1.0), local_count=0, local_size=96, local_scale=(0.05, 0.4))
 """SimCLR's and BYOL's crops: two of at least 8 % of the image's area, no local ones."""
-
-
-class ColourSettings(Settings):
-    """Colour and blur augmentation; where a setting has two numbers, they are for the first and the second view."""
-
-    flip_probability: Probability = Field(default=0.5, description="probability of a horizontal flip")
-    jitter_probability: Probability = Field(default=0.8, description="probability of colour jitter")
-    brightness: Probability = Field(default=0.4, description="brightness factor is drawn uniformly from 1 ± this")
-    contrast: Probability = Field(default=0.4, description="contrast factor is drawn uniformly from 1 ± this")
-    saturation: Probability = Field(default=0.2, description="saturation factor is drawn uniformly from 1 ± this")
-    hue_space: Literal["hsv", "yiq", "off"] = Field(
-        default="hsv", description="hue shift: exact in HSV (hsv), a rotation in YIQ (yiq, faster), or off"
-    )
-    hue_shift: float = Field(
-        default=0.1, ge=0, le=0.5, description="hue shift is drawn uniformly from ± this, in turns of the colour circle"
-    )
-    gray_probability: Probability = Field(default=0.2, description="probability of conversion to grayscale")
-    blur_probability: tuple[Probability, Probability] = Field(
-        default=(1.0, 0.1), description="probability of Gaussian blur, with a kernel a tenth of the view's side"
-    )
-    local_blur_probability: Probability = Field(default=0.5, description="probability of blurring a local crop")
-    solarize_probability: tuple[Probability, Probability] = Field(
-        default=(0.0, 0.2), description="probability of solarization (inverting bright pixels)"
-    )
-    normalize: Literal["imagenet", "none"] = Field(
-        default="imagenet", description="normalization: ImageNet's mean and standard deviation, or none (SimCLR)"
-    )
+COLOURS = AugmentSettings(blur_probability=(1.0, 0.1))
+"""BYOL's augmentation, from which the other methods with two views differ a little."""
 
 
 class RepelSettings(Settings):
@@ -55,8 +31,8 @@ class RepelSettings(Settings):
 class TwoViewSettings(MethodSettings):
     """Base settings of the methods with two global views."""
 
-    views: ViewSettings = Field(default=PAIR, description="crop sizes and counts")
-    augment: ColourSettings = Field(default=ColourSettings(), description="augmentation of a crop")
+    views: MultiCropSettings = Field(default=PAIR, description="crop sizes and counts")
+    augment: AugmentSettings = Field(default=COLOURS, description="augmentation of a crop")
     local_repulsion: RepelSettings | None = Field(
         default=None,
         description="LoGo's repulsion between local crops, which requires views.local_count of at least 2; null disables it",
@@ -76,24 +52,6 @@ class TwoViewSettings(MethodSettings):
         "with AdamW)",
     )
     clip_norm: Positive | None = Field(default=None, description="maximum L2 norm of the gradient; null disables clipping")
-
-    @model_validator(mode="before")
-    @classmethod
-    def _as_the_method_has_it(cls, values: Any) -> Any:
-        """Fills partial ``views`` and ``augment`` sections with this method's defaults, not those of the shared class."""
-        if not isinstance(values, dict):
-            return values
-        found = dict(values)
-        for name in ("views", "augment"):
-            if isinstance(values.get(name), dict):
-                given = {key: tuple(value) if isinstance(value, list) else value for key, value in values[name].items()}
-                found[name] = cls.model_fields[name].default.model_dump() | given
-        return found
-
-    @property
-    def hue(self) -> Literal["hsv", "yiq", "off"]:
-        """Hue shift of the method's views."""
-        return self.augment.hue_space
 
     @model_validator(mode="after")
     def _something_to_repel(self) -> Self:

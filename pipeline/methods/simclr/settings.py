@@ -7,8 +7,9 @@ from typing import Literal, Self
 from pydantic import Field, model_validator
 
 from pipeline.config.types import Count, Positive
+from pipeline.data.augment.settings import AugmentSettings
 from pipeline.methods.settings import register
-from pipeline.methods.shared.two_views_settings import ColourSettings, TwoViewSettings
+from pipeline.methods.shared.two_views_settings import TwoViewSettings
 
 
 @register("simclr")
@@ -16,14 +17,14 @@ class SimclrSettings(TwoViewSettings):
     """SimCLR (arXiv 2002.05709)."""
 
     name: Literal["simclr"] = Field(default="simclr", description="the method")
-    augment: ColourSettings = Field(
-        default=ColourSettings(
+    augment: AugmentSettings = Field(
+        default=AugmentSettings(
             brightness=0.8,
             contrast=0.8,
             saturation=0.8,
             hue_shift=0.2,
-            blur_probability=(0.5, 0.5),
-            solarize_probability=(0.0, 0.0),
+            blur_probability=(0.5,),
+            solarize_probability=(0.0,),
             normalize="none",
         ),
         description="augmentation of a crop, the same for both views",

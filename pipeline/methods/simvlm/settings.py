@@ -7,6 +7,7 @@ from typing import ClassVar, Literal
 from pydantic import Field
 
 from pipeline.config.types import RUNTIME, Count, Share
+from pipeline.data.augment.settings import AugmentSettings
 from pipeline.methods.clip.settings import TextSettings
 from pipeline.methods.settings import OneViewSettings, register
 
@@ -18,8 +19,9 @@ class SimvlmSettings(OneViewSettings):
     reads_text: ClassVar[bool] = True
 
     name: Literal["simvlm"] = Field(default="simvlm", description="the method")
-    normalize: Literal["openai", "imagenet", "half"] = Field(
-        default="imagenet", description="mean and standard deviation for normalization; half is 0.5 and 0.5"
+    augment: AugmentSettings = Field(
+        default=OneViewSettings.model_fields["augment"].default.model_copy(update={"normalize": "imagenet"}),
+        description="augmentation of the crop",
     )
     text: TextSettings = Field(default=TextSettings(), description="sizes and tokenizer of the transformer over image and text")
     longest_prefix: Count = Field(

@@ -83,7 +83,7 @@ def crops(
     """All views, and boxes, of each sample of the first step, made by ``world`` ranks in micro-batches of ``micro``."""
     made: dict[int, list[Tensor]] = {}
     for rank in range(world):
-        order = Order(manifest.sizes, SEED, GLOBAL, lanes=4, block=8)
+        order = Order(manifest.sizes, SEED, GLOBAL, streams=4, block_size=8)
         dataset = StepDataset(Reader(manifest), order, specs, seed=SEED, world=world, rank=rank)
         options = StreamOptions(micro_batch=micro or GLOBAL // world, workers=0, threads=threads, hue="yiq")
         stream = BatchStream(dataset, device=torch.device("cpu"), options=options, bad_samples=BadSamples(None), first=0, last=1)
@@ -120,7 +120,7 @@ def test_a_samples_views_are_the_same_bits_for_any_world_micro_batch_and_threads
 def test_views_outlive_the_batches_that_come_after_them(manifest: Manifest) -> None:
     """Their memory is DALI's own, handed over: nothing may be written into it later."""
     specs = KINDS["dinov2 as released"]
-    order = Order(manifest.sizes, SEED, GLOBAL, lanes=4, block=8)
+    order = Order(manifest.sizes, SEED, GLOBAL, streams=4, block_size=8)
     dataset = StepDataset(Reader(manifest), order, specs, seed=SEED, world=1, rank=0)
     options = StreamOptions(micro_batch=2, workers=0, hue="off")
     kept, copies = [], []
@@ -245,7 +245,7 @@ def test_views_are_normalised_with_the_numbers_of_their_method(normalize: Normal
 def test_boxes_tell_where_a_view_was_cut(manifest: Manifest) -> None:
     """Cutting the picture itself at the box gives the view."""
     specs = (ViewSpec("view", 2, 32, (0.2, 0.6), augment=(Augment(),), boxes=True), ViewSpec("silent", 1, 16, None))
-    order = Order(manifest.sizes, SEED, GLOBAL, lanes=4, block=8)
+    order = Order(manifest.sizes, SEED, GLOBAL, streams=4, block_size=8)
     dataset = StepDataset(Reader(manifest), order, specs, seed=SEED, world=1, rank=0)
     options = StreamOptions(micro_batch=4, workers=0)
     stream = BatchStream(dataset, device=torch.device("cpu"), options=options, bad_samples=BadSamples(None), first=0, last=1)

@@ -56,7 +56,7 @@ def test_everything_is_counted_once_and_rightly(tmp_path: Path) -> None:
     assert found.spreads["area"].mean == pytest.approx(900e-6)
     assert (found.duplicates.pictures, found.duplicates.superfluous, found.duplicates.labels_differ) == (1, 1, 1)
     assert found.duplicates.examples == ((("x-00000.tar", "0"), ("x-00001.tar", "3")),)
-    assert (found.order["lanes"], found.order["ranks"], found.order["steps_per_epoch"]) == (2, [1, 2], 2)
+    assert (found.order["streams"], found.order["ranks"], found.order["steps_per_epoch"]) == (2, [1, 2], 2)
     text, document = found.text(), json.loads(json.dumps(found.document()))
     assert "x-00000.tar 0  =  x-00001.tar 3" in text and "4 samples in 2 shards" in text
     assert document["spreads"]["height"]["50"] == 20 and len(document["spreads"]["height"]) == len(PERCENTILES) + 2
@@ -85,13 +85,15 @@ def test_duplicates_are_those_of_a_plain_count(tmp_path_factory: Any, shards: li
 def test_advice_is_given_where_there_is_something_to_say(tmp_path: Path) -> None:
     rows = [[{"crc32": 8 * shard + n, "label": 0} for n in range(8)] for shard in range(8)]
     fine = statistics(of_rows(tmp_path, *rows), global_batch=32)
-    assert fine.advice == () and fine.order["lanes"] == 32
+    assert fine.advice == () and fine.order["streams"] == 32
     small = statistics(of_rows(tmp_path, *rows, size=30_000_000), global_batch=32)
     assert any("shards of 30 MB are small" in sentence for sentence in small.advice)
     large = statistics(of_rows(tmp_path, *rows, size=3_000_000_000), global_batch=32)
     assert any("shards of 3 GB are large" in sentence for sentence in large.advice)
     assert any("with 2 shards" in sentence for sentence in statistics(of_rows(tmp_path, *rows[:2]), global_batch=4).advice)
-    assert any("3 lanes only" in s or "1 lanes only" in s for s in statistics(of_rows(tmp_path, *rows), global_batch=33).advice)
+    assert any(
+        "3 streams only" in s or "1 streams only" in s for s in statistics(of_rows(tmp_path, *rows), global_batch=33).advice
+    )
     assert any("do not make one global batch" in s for s in statistics(of_rows(tmp_path, *rows), global_batch=100).advice)
     manifest = of_rows(tmp_path, *rows)
     broken = replace(manifest.shards[0], counts={"ok": 8, "truncated": 5})

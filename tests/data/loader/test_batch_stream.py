@@ -29,8 +29,7 @@ from pipeline.data.loader.batch_stream import BatchStream, StreamOptions
 from pipeline.data.loader.encoded_batches import StepDataset
 from pipeline.data.loader.reader import Reader, Record
 from pipeline.data.loader.text import choose, tokenizer
-from pipeline.data.order.mixture import Mixture, Source
-from pipeline.data.order.order import Order
+from pipeline.data.order.order import Order, Source
 from pipeline.data.pack import synthetic as scenes
 from pipeline.data.pack.shard_writer import ShardWriter
 from pipeline.errors import DataError, TrainingError
@@ -63,7 +62,7 @@ def manifest(shards: Path, tmp_path: Path) -> Manifest:
 
 
 def portions(manifest: Manifest, *, world: int = 1, rank: int = 0, reader: Reader | None = None) -> StepDataset:
-    order = Order(manifest.sizes, SEED, BATCH, lanes=4, block=8)
+    order = Order(manifest.sizes, SEED, BATCH, streams=4, block_size=8)
     return StepDataset(
         reader or Reader(manifest, wants=("image", "label", "caption")), order, SPECS, seed=SEED, world=world, rank=rank
     )
@@ -148,7 +147,7 @@ def damage(manifest: Manifest, number: int) -> None:
 def test_batches_hold_what_methods_are_promised(clean: dict[int, Batch], manifest: Manifest) -> None:
     assert list(clean) == list(range(6))
     for step, batch in clean.items():
-        expected = Order(manifest.sizes, SEED, BATCH, lanes=4, block=8).batch(step)
+        expected = Order(manifest.sizes, SEED, BATCH, streams=4, block_size=8).batch(step)
         assert batch.ids == expected.ids.tolist()
         assert batch.position == step * BATCH
         assert {name: [tuple(view.shape) for view in views] for name, views in batch.views.items()} == {
@@ -348,7 +347,7 @@ def said(tmp_path: Path) -> Manifest:
 
 
 def reading(manifest: Manifest, *, world: int = 1, rank: int = 0, text: TextSpec = TEXT) -> StepDataset:
-    order = Mixture(manifest.sizes, SOURCES, SEED, BATCH, lanes=4, block=8)
+    order = Order(manifest.sizes, SEED, BATCH, streams=4, block_size=8, sources=SOURCES)
     reader = Reader(manifest, wants=("image", "label", "caption"))
     return StepDataset(reader, order, SPECS, seed=SEED, world=world, rank=rank, text=text, sources=SOURCES)
 

@@ -61,7 +61,7 @@ def until(true: Callable[[], bool], seconds: float = 200) -> None:
 def test_the_shards_of_the_next_steps_are_there_before_they_are_read_and_no_others(
     manifest: Manifest, open_storage: Callable[..., Storage]
 ) -> None:
-    order, store = Order(manifest.sizes, 3, 8, lanes=2, block=10), open_storage()
+    order, store = Order(manifest.sizes, 3, 8, streams=2, block_size=10), open_storage()
     cache = store.cache
     assert cache is not None
     prefetcher = Prefetcher(manifest, order, store, world=2, rank=1, last=None, horizon=4)
@@ -84,7 +84,7 @@ def test_the_shards_of_the_next_steps_are_there_before_they_are_read_and_no_othe
 def test_it_stays_within_the_cache_and_drops_what_was_read(manifest: Manifest, open_storage: Callable[..., Storage]) -> None:
     biggest = max(shard.size for shard in manifest.shards)
     store = open_storage(cache_gb=3.5 * biggest / 1e9, free_gb=0)
-    order = Order(manifest.sizes, 3, 8, lanes=1, block=10)
+    order = Order(manifest.sizes, 3, 8, streams=1, block_size=10)
     cache = store.cache
     assert cache is not None
     prefetcher = Prefetcher(manifest, order, store, world=1, rank=0, last=order.steps_per_epoch, horizon=order.steps_per_epoch)
@@ -102,7 +102,7 @@ def test_it_stays_within_the_cache_and_drops_what_was_read(manifest: Manifest, o
 def test_storage_that_is_away_for_a_while_is_asked_again(
     manifest: Manifest, open_storage: Callable[..., Storage], door: Proxy
 ) -> None:
-    order, store = Order(manifest.sizes, 3, 8, lanes=2, block=10), open_storage(outage_timeout=0.1)
+    order, store = Order(manifest.sizes, 3, 8, streams=2, block_size=10), open_storage(outage_timeout=0.1)
     cache = store.cache
     assert cache is not None
     door.troubles = [Trouble("503", times=4)]

@@ -17,19 +17,19 @@ from pipeline.errors import ConfigError, DataError
 
 @st.composite
 def orders(draw: st.DrawFn) -> Order:
-    lanes = draw(st.sampled_from([1, 2, 3, 4, 8, 16]))
-    batch = lanes * draw(st.integers(1, 4))
+    streams = draw(st.sampled_from([1, 2, 3, 4, 8, 16]))
+    batch = streams * draw(st.integers(1, 4))
     counts = draw(st.lists(st.integers(0, 60), min_size=1, max_size=12).filter(lambda c: sum(c) >= batch))
-    return Order(counts, draw(st.integers(0, 1 << 40)), batch, lanes, draw(st.integers(1, 50)))
+    return Order(counts, draw(st.integers(0, 1 << 40)), batch, streams, draw(st.integers(1, 50)))
 
 
 def valid_ids(order: Order) -> set[int]:
-    return {shard << 32 | row for shard, count in enumerate(order._counts.tolist()) for row in range(count)}
+    return {shard << 32 | row for shard, count in enumerate(order.datasets[0].counts.tolist()) for row in range(count)}
 
 
 @settings(max_examples=50, deadline=None)
 @given(order=orders(), first=st.integers(0, 3))
-def test_every_epoch_takes_each_sample_once_but_for_a_remainder_below_the_lanes(order: Order, first: int) -> None:
+def test_every_epoch_takes_each_sample_once_but_for_a_remainder_below_the_streams(order: Order, first: int) -> None:
     start = -(-first * order.samples_per_epoch // order.global_batch)
     taken: dict[int, list[int]] = {}
     for step in range(start, start + 2 * order.steps_per_epoch + 3):
@@ -41,14 +41,14 @@ def test_every_epoch_takes_each_sample_once_but_for_a_remainder_below_the_lanes(
     for ids in taken.values():
         assert len(set(ids)) == len(ids)
         assert set(ids) <= valid_ids(order)
-    assert order.total - order.samples_per_epoch < order.lanes
+    assert order.total - order.samples_per_epoch < order.streams
 
 
 @settings(max_examples=25, deadline=None)
 @given(order=orders(), step=st.integers(0, 1000))
 def test_the_ranks_parts_make_the_same_global_batch_whatever_the_world(order: Order, step: int) -> None:
     whole = order.batch(step)
-    for world in divisors(order.lanes):
+    for world in divisors(order.streams):
         parts = [order.rank_batch(step, world, rank) for rank in range(world)]
         assert np.array_equal(np.concatenate([part.ids for part in parts]), whole.ids)
         assert np.array_equal(np.concatenate([part.epochs for part in parts]), whole.epochs)
@@ -89,13 +89,13 @@ def test_a_batch_mixes_shards() -> None:
     assert min(shards) >= 18
 
 
-def test_lanes_default_to_the_common_divisor_with_256() -> None:
-    assert [Order([10_000], 0, batch).lanes for batch in (128, 96, 1000, 7)] == [math.gcd(b, 256) for b in (128, 96, 1000, 7)]
+def test_streams_default_to_the_common_divisor_with_256() -> None:
+    assert [Order([10_000], 0, batch).streams for batch in (128, 96, 1000, 7)] == [math.gcd(b, 256) for b in (128, 96, 1000, 7)]
 
 
 def test_illegal_sizes_are_refused_with_the_legal_ones() -> None:
     with pytest.raises(ConfigError, match="1, 2, 3, 4, 6 or 12"):
-        Order([100], 0, 12, lanes=5)
+        Order([100], 0, 12, streams=5)
     with pytest.raises(ConfigError, match="Use 1, 2 or 4 ranks"):
         Order([100], 0, 12).check_world(3)
     with pytest.raises(ConfigError, match="rank 2 does not exist"):
@@ -119,7 +119,7 @@ def test_epochs_are_counted_by_the_first_sample_of_a_step() -> None:
 
 
 def test_seeking_far_into_a_huge_set_is_quick() -> None:
-    order = Order([10_000] * 100_000, 0, 4096, lanes=512)
+    order = Order([10_000] * 100_000, 0, 4096, streams=512)
     started = time.perf_counter()
     batch = order.rank_batch(10**7, 64, 5)
     assert time.perf_counter() - started < 2.0

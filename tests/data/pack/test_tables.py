@@ -7,6 +7,7 @@ import json
 import math
 import os
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
@@ -339,3 +340,16 @@ def test_following_links_opens_no_path_that_a_table_writes(tmp_path: Path) -> No
         open_source(table, options=options)
     table.write_text("path\nin/a.jpg\nlinked/b.jpg\n")
     assert pack(open_source(table, options=options), tmp_path / "out").packed == 2
+
+
+@pytest.mark.parametrize("version", [None, "14.0.0"])
+def test_a_missing_or_old_pyarrow_is_one_error_with_the_extra_to_install(
+    version: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "t.parquet").write_bytes(b"PAR1")
+    if version is None:
+        monkeypatch.setitem(sys.modules, "pyarrow", None)
+    else:
+        monkeypatch.setattr(pytest.importorskip("pyarrow"), "__version__", version)
+    with pytest.raises(DataError, match=r"t\.parquet: pyarrow .*pip install 'fovea\[parquet\]'"):
+        list(rows(tmp_path / "t.parquet"))

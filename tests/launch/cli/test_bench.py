@@ -1,4 +1,4 @@
-"""``fovea bench all``: every bench of speed and memory runs at toy size, and none is left out."""
+"""``fovea bench all``: every benchmark of speed and memory runs at minimal size, and none is left out."""
 
 from __future__ import annotations
 
@@ -9,28 +9,33 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from launch.cli.bench_all import acts, app
-from pipeline.bench import dense
+from launch.cli.bench import benchmarks
+from launch.cli.bench_methods import app
+from pipeline.bench import dense_features
 
 
 @pytest.mark.slow
-def test_all_benches_run_at_toy_size_and_each_keeps_its_page(tmp_path: Path) -> None:
-    done = CliRunner().invoke(app, ["--all", "--tiny", "--out", str(tmp_path)])
+def test_all_benchmarks_run_at_minimal_size_and_each_keeps_its_page(tmp_path: Path) -> None:
+    done = CliRunner().invoke(app, ["all", "--smoke", "--out", str(tmp_path)])
     assert done.exit_code == 0, done.output
-    names = {name for name, *_ in acts()}
+    names = {name for name, *_ in benchmarks()}
     assert {path.stem for path in tmp_path.glob("*.md")} == {path.stem for path in tmp_path.glob("*.json")} == names
     commands = {command.callback for command in app.registered_commands}
-    left = {command.__name__ for command in commands - {act for _, act, *_ in acts()} if command}
-    assert left == {"everything", "methods", "collapse", "dense", "readme"}
+    left = {
+        command.__name__
+        for command in commands - {getattr(command, "func", command) for _, command, *_ in benchmarks()}
+        if command
+    }
+    assert left == {"all_", "methods", "collapse_ablation", "dense_features", "readme"}
 
 
 def test_a_bench_of_runs_that_is_killed_keeps_those_that_had_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def killed(*_: object, **__: object) -> Iterator[dense.Found]:
-        yield dense.Found("clip", 0, 640, 1.0, 0.5, 0.1, 0.3)
+    def killed(*_: object, **__: object) -> Iterator[dense_features.RunResult]:
+        yield dense_features.RunResult("clip", 0, 640, 1.0, 0.5, 0.1, 0.3)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(dense, "measure", killed)
-    done = CliRunner().invoke(app, ["dense", "--shards", "none.tar", "--out", str(tmp_path / "kept")])
+    monkeypatch.setattr(dense_features, "measure", killed)
+    done = CliRunner().invoke(app, ["dense-features", "--shards", "none.tar", "--out", str(tmp_path / "kept")])
     assert done.exit_code == 130
     assert [run["miou"] for run in json.loads((tmp_path / "kept.json").read_text())["runs"]] == [0.5]
     assert "| clip | 0 | 640 |" in (tmp_path / "kept.md").read_text()

@@ -18,7 +18,7 @@ METHODS = {
     "clip": f"""
 method:
   name: clip
-  image_size: 32
+  views: {{global_size: 32}}
   embed_dim: 16
   patch_dropout: 0.25
   {TEXT}
@@ -26,7 +26,7 @@ method:
     "detailclip": f"""
 method:
   name: detailclip
-  image_size: 32
+  views: {{global_size: 32}}
   embed_dim: 16
   augment: {{hue_space: yiq}}
   prototypes: 32

@@ -288,4 +288,4 @@ def test_half_characters_in_shards_end_no_verb(tmp_path: Path, verb: str, part: 
     if verb == "preview.html":
         page = (tmp_path / verb).read_text(encoding="utf-8")
         assert "\x1b" not in page
-        assert part != "caption" or ("a dog \ufffd" in page and "1 captions are no UTF-8" in page)
+        assert part != "caption" or ("a dog \ufffd" in page and "1 captions are not UTF-8" in page)

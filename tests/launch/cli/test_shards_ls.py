@@ -62,7 +62,7 @@ def test_a_step_lists_what_its_ranks_read(loaded: Loaded, capsys: pytest.Capture
         assert [(row["key"], row["id"]) for row in mine] == [(record.key, record.id) for record in portion.records]
         assert [row["epoch"] for row in mine] == portion.epochs.tolist()
         assert [row["shard"] for row in mine] == [record.shard_name for record in portion.records]
-    assert [row["lane"] for row in rows] == [place // 4 for place in range(16)]
+    assert [row["stream"] for row in rows] == [place // 4 for place in range(16)]
     sets = {row["set"] for row in rows}
     assert sets == ({"few", "many"} if inputs.sources else {None})
     assert all((row["set"] == "few") == (row["shard"] == "scenes-train-00000.tar") for row in rows if row["set"])
@@ -110,7 +110,7 @@ def test_tables_are_plain_and_aligned(loaded: Loaded, capsys: pytest.CaptureFixt
     assert head.split() == [
         "place",
         "rank",
-        "lane",
+        "stream",
         *(["set"] if loaded.config.data.sources else []),
         "epoch",
         "shard",

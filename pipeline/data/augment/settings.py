@@ -1,0 +1,80 @@
+"""Settings of crops and augmentation (sections ``method.views`` and ``method.augment``), the same for every method."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import AfterValidator, BeforeValidator, Field
+
+from pipeline.config.types import Probability, Settings, ShareRange
+
+
+def _one_or_more(value: object) -> object:
+    return (value,) if isinstance(value, int | float) and not isinstance(value, bool) else value
+
+
+def _shortest(values: tuple[float, ...]) -> tuple[float, ...]:
+    return values[:1] if len(set(values)) == 1 else values
+
+
+PerView = Annotated[
+    tuple[Probability, ...], Field(min_length=1, max_length=2), BeforeValidator(_one_or_more), AfterValidator(_shortest)
+]
+"""One probability for all global views, or one for the first and one for the second; two equal ones become one."""
+
+
+GLOBAL_VIEWS = 2
+"""Global views of an image in methods that compare views."""
+
+
+class ViewSettings(Settings):
+    """Global views of an image: random crops, resized to squares."""
+
+    global_size: int = Field(default=224, ge=8, le=4096, description="side of a global crop in pixels")
+    global_scale: ShareRange = Field(
+        default=(0.32, 1.0), description="smallest and largest fraction of the image's area in a global crop"
+    )
+    interpolation: Literal["bicubic", "bilinear"] = Field(
+        default="bicubic",
+        description="resize interpolation of crops: bicubic (CLIP, DINO, DINOv2, BYOL) or bilinear (the code of MoCo, SLIP and "
+        "DetailCLIP)",
+    )
+
+
+class MultiCropSettings(ViewSettings):
+    """Two global views and several small local ones."""
+
+    local_count: int = Field(default=8, ge=0, le=64, description="local crops per sample")
+    local_size: int = Field(default=98, ge=8, le=4096, description="side of a local crop in pixels")
+    local_scale: ShareRange = Field(
+        default=(0.05, 0.32), description="smallest and largest fraction of the image's area in a local crop"
+    )
+
+
+class AugmentSettings(Settings):
+    """Augmentation of a crop, in this order: flip, colour jitter, grayscale, blur, solarization, normalization."""
+
+    flip_probability: Probability = Field(default=0.5, description="probability of a horizontal flip")
+    jitter_probability: Probability = Field(default=0.8, description="probability of colour jitter")
+    brightness: Probability = Field(default=0.4, description="brightness factor is drawn uniformly from 1 ± this")
+    contrast: Probability = Field(default=0.4, description="contrast factor is drawn uniformly from 1 ± this")
+    saturation: Probability = Field(default=0.2, description="saturation factor is drawn uniformly from 1 ± this")
+    hue_space: Literal["hsv", "yiq", "off"] = Field(
+        default="hsv", description="hue shift: exact in HSV (hsv), a rotation in YIQ (yiq, faster), or off"
+    )
+    hue_shift: float = Field(
+        default=0.1, ge=0, le=0.5, description="hue shift is drawn uniformly from ± this, in turns of the colour circle"
+    )
+    gray_probability: Probability = Field(default=0.2, description="probability of conversion to grayscale")
+    blur_probability: PerView = Field(
+        default=(0.0, 0.9), description="probability of Gaussian blur: one for all global views, or one for each of the two"
+    )
+    local_blur_probability: Probability = Field(default=0.5, description="probability of Gaussian blur of a local crop")
+    solarize_probability: PerView = Field(
+        default=(0.0, 0.2),
+        description="probability of solarization (inverting bright pixels): one for all global views, or one for each of the two",
+    )
+    normalize: Literal["imagenet", "openai", "half", "none"] = Field(
+        default="imagenet",
+        description="mean and standard deviation for normalization: ImageNet's, OpenAI's (CLIP), 0.5 and 0.5, or none (0 and 1)",
+    )
