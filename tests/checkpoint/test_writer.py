@@ -251,10 +251,12 @@ def _beside(directory: str, *, slow: bool = True, zero: int = 2) -> list[Any]:
 
     method, engine = build(zero=zero)
     store = checkpoint.Checkpoints(Path(directory), keep_last=9)
-    real, gate, told = checkpoint.write_tensors, threading.Event(), []
+    real, told = checkpoint.write_tensors, []
+    gates = {step: threading.Event() for step in (3, 6, 9)}
 
     def late(path: Path, tensors: Any) -> Any:
-        gate.wait(timeout=600)
+        step = next(step for step in gates if f"step_{step:09d}" in str(path))
+        assert gates[step].wait(timeout=600)
         return real(path, tensors)
 
     checkpoint.write_tensors = late
@@ -265,10 +267,10 @@ def _beside(directory: str, *, slow: bool = True, zero: int = 2) -> list[Any]:
             dist.all_reduce(states, op=dist.ReduceOp.MAX)
             told.append(store.poll(int(states)))
             if (index + 1) % 3 == 0:
-                gate.clear() if index < 8 else gate.set()
                 told.append(store.begin(engine, method, _facts(index + 1)))
-            elif (index + 1) % 3 == 2:
-                gate.set()
+            elif index > 2 and (index + 1) % 3 == 2:
+                gates[index - 1].set()
+        gates[9].set()
         told.append(store.finish())
     finally:
         checkpoint.write_tensors = real
