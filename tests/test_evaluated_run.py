@@ -113,7 +113,8 @@ def test_each_evaluator_speaks_at_its_own_steps(runs: tuple[Path, Path]) -> None
     steps = {name: sorted(points) for name, points in scores.items()}
     assert steps["knn/k3"] == steps["retrieval/image_to_text/recall@1"] == [0, 2, 4, 6]
     assert steps["linear/top1"] == steps["logistic/top1"] == steps["zeroshot/top1"] == steps["robustness/fooling"] == [0, 4, 6]
-    assert steps["untrained/k3"] == steps["pixels/k3"] == steps["untrained/linear/top1"] == [0]
+    assert steps["baseline/random_init/knn/k3"] == steps["baseline/pixels/knn/k3"] == [0]
+    assert steps["baseline/random_init/linear/top1"] == [0]
     best = json.loads((runs[0] / "checkpoints" / "best.json").read_text())
     assert best["metric"] == "linear/top1"
     sheets = {f"{name}-{n:09d}.png" for n in (0, 2, 4, 6) for name in ("pca", "attention", "retrieval")}
@@ -126,7 +127,7 @@ def test_eval_says_what_training_said(runs: tuple[Path, Path], tmp_path: Path) -
     out = tmp_path / "scores.json"
     flags = ["--knn", "--linear", "--logistic", "--retrieval", "--zeroshot", str(judged.parent / "classes.txt")]
     assert command("eval", str(judged), *flags, "--output", str(out), "launch.backend=gloo") == 0
-    found: dict[str, float] = json.loads(out.read_text())["scores"]["trained"]
+    found: dict[str, float] = json.loads(out.read_text())["scores"]
     told = scored(judged)
     for name in ("knn/k3", "linear/top1", "logistic/top1", "retrieval/text_to_image/recall@5", "zeroshot/mean_per_class"):
         assert found[name] == pytest.approx(told[name][6], abs=1e-6), name
@@ -154,7 +155,7 @@ def test_an_export_scores_as_its_run_does(runs: tuple[Path, Path], layout: str, 
     flags = ["--retrieval"] if layout == "open_clip" else ["--knn", "--logistic"]
     settings = ["evaluation.knn.k=[3]", "evaluation.logistic.C=[1.0]", "launch.backend=gloo"]
     assert command("eval", str(folder), *flags, "--output", str(out), *shards, *settings) == 0
-    found: dict[str, Any] = json.loads(out.read_text())["scores"]["weights"]
+    found: dict[str, Any] = json.loads(out.read_text())["scores"]
     told = scored(judged)
     assert found and all(value == pytest.approx(told[name][6], abs=1e-6) for name, value in found.items())
 

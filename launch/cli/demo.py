@@ -81,12 +81,12 @@ def images_per_second(name: str, arguments: list[str], directory: Path) -> float
     Raises:
         LaunchError: the short run failed; contains its output.
     """
-    from pipeline.evaluation.settings import NAMES
+    from pipeline.evaluation.settings import EvaluationSettings
     from pipeline.tracking.journal import read
 
     folder = directory / ".probe"
     shutil.rmtree(folder, ignore_errors=True)
-    off = [f"evaluation.{evaluation}.enabled=false" for evaluation in NAMES]
+    off = [f"evaluation.{evaluation}.enabled=false" for evaluation in EvaluationSettings.evaluators()]
     short = [f"train.duration={_PROBE_STEPS} steps", "schedule.lr.warmup=0", "train.log_every=1", "tracking.enabled=false"]
     short += [f"run.directory={json.dumps(str(folder))}", f"checkpoint.every={_PROBE_STEPS} steps", "checkpoint.keep_best=null"]
     done = subprocess.run(
@@ -161,19 +161,20 @@ def _table(run: Path, wall: float) -> dict[str, str]:
     from rich.table import Table
 
     from launch.terminal import Terminal
+    from pipeline.evaluation.results import baseline_metric
 
     outcome = _outcome(run)
     scores: dict[str, float] = outcome["scores"]
     attempts = json.loads("[" + ",".join((run / "attempts.jsonl").read_text().splitlines()) + "]")
-    best = max((int(name.split("/k")[1]) for name in scores if name.startswith("knn/")), default=0)
-    facts = {}
-    for name, label in (
-        ("knn", "k-NN, trained teacher"),
-        ("untrained", "k-NN, same network untrained"),
-        ("pixels", "k-NN, raw pixels"),
-    ):
-        if f"{name}/k{best}" in scores:
-            facts[label] = f"{100 * scores[f'{name}/k{best}']:.1f} %"
+    largest = max((int(name.split("/k")[1]) for name in scores if name.startswith("knn/")), default=0)
+    metric = f"knn/k{largest}"
+    labels = {
+        metric: "k-NN, trained teacher",
+        baseline_metric("random_init", metric): "k-NN, same network, random init",
+        baseline_metric("init_from", metric): "k-NN, same network, as it began",
+        baseline_metric("pixels", metric): "k-NN, raw pixels",
+    }
+    facts = {label: f"{100 * scores[name]:.1f} %" for name, label in labels.items() if name in scores}
     facts |= {
         "images per second, training alone": f"{outcome['samples_seen'] / max(outcome['seconds'], 1e-9):.0f}",
         "samples seen": f"{outcome['samples_seen']:,}".replace(",", " "),

@@ -136,8 +136,11 @@ def evaluate(
         ),
     ] = None,
     retrieval: Annotated[bool, typer.Option(help="Image-to-text and text-to-image retrieval.")] = False,
-    random_init_baseline: Annotated[
-        bool, typer.Option("--random-init-baseline", help="Also evaluate the network with random weights.")
+    only: Annotated[
+        list[str] | None, typer.Option(metavar="NAME", help="An evaluator by the name of its section in evaluation; repeatable.")
+    ] = None,
+    baselines: Annotated[
+        bool, typer.Option("--baselines", help="Also evaluate the network as the run began with it, and raw pixels.")
     ] = False,
     watch: Annotated[
         bool, typer.Option("--watch", help="Evaluate each checkpoint as it is written, until the run's last.")
@@ -154,10 +157,11 @@ def evaluate(
         str | None, typer.Option(metavar="URI", help="MLflow server, for pretrained weights or instead of the run's own.")
     ] = None,
 ) -> None:
-    """Evaluate weights. By default: k-NN, compared with the untrained network and raw pixels.
+    """Evaluate weights. By default: k-NN, compared with the network as the run began with it, and with raw pixels.
 
     The section evaluation of the run's settings configures the evaluators and their data; KEY=VALUE overrides it. The scores of
-    a run are logged to its own MLflow run as eval/.... The ranks may also be started by torchrun or srun.
+    a run are written to RUN/evaluations/CHECKPOINT.json and logged to its own MLflow run as eval/.... The ranks may also be
+    started by torchrun or srun.
 
     [b]Examples[/b]
 
@@ -174,50 +178,16 @@ def evaluate(
     fovea eval runs/vitl16 --linear --ranks 8 --track http://mlflow:5000
     """
     flags = {"knn": knn, "linear": linear, "logistic": logistic, "segmentation": segmentation, "robustness": robustness}
+    flags |= {"zeroshot": zeroshot is not None, "retrieval": retrieval}
     names = [name for name, selected in flags.items() if selected]
-    where = Path(run).absolute()
-    checkpoint = where if where.name.startswith("step_") and (where.parent.parent / "config.yaml").is_file() else None
-    run = str(checkpoint.parent.parent) if checkpoint else run
-    if checkpoint and watch:
-        raise ConfigError("must be a run, not one of its checkpoints", where="--watch", hint="Name the run")
-    resolved = Path(run) / "config.yaml"
-    own = resolved.is_file()
-    texts = zeroshot is not None or retrieval
-    is_run_or_weights = Path(run).exists() or ":" in run
-    if not own and (not is_run_or_weights or not (names or texts)):
-        hint = (
-            "Name an evaluator, such as --knn"
-            if is_run_or_weights
-            else "Name a directory with the config.yaml that `fovea train` wrote"
-        )
-        raise ConfigError("is not a run directory", where=run, hint=hint)
-    from launch.cli import eval_named as judge
-    from launch.cli.eval_ranks import many, spread
+    extra = [f"evaluation.zeroshot.class_names={zeroshot}"] if zeroshot is not None else []
+    extra += [f"evaluation.zeroshot.templates={templates}"] if zeroshot is not None and templates is not None else []
+    from launch.cli.eval import EvalOptions
+    from launch.cli.eval import run as evaluate_target
 
-    plain = own and not names and not watch and not texts
-    untrained = random_init_baseline or (own and not names and not watch and texts)
-    extra = [*(overrides or ())]
-    if zeroshot is not None:
-        extra += [
-            f"evaluation.zeroshot.class_names={zeroshot}",
-            *([f"evaluation.zeroshot.templates={templates}"] if templates else []),
-        ]
-        names.append("zeroshot")
-    names += ["retrieval"] if retrieval else []
-    loaded = _load(str(resolved), extra) if own else None
-    config = loaded.config if loaded else judge.settings_for_weights(extra)
-    names = names or (["knn"] if plain else list(config.evaluation.enabled) or ["knn"])
-    request = judge.EvalRequest(tuple(names), untrained, output, watch, track, checkpoint)
-    if (count := many(config, ranks)) > 1:
-        judge.refuse(config, request, Path(run) if own else None)
-        raise typer.Exit(spread(_command_line, count, Path(run) / "logs" / "eval" if own else None))
-    if loaded is not None and plain:
-        from launch.cli.eval_run import run as compare
-
-        raise typer.Exit(compare(Path(run), loaded, output=output, track=track, checkpoint=checkpoint))
-    if own:
-        raise typer.Exit(judge.of_run(Path(run), config, request))
-    raise typer.Exit(judge.of_weights(run, config, request, model=model, size=size))
+    evaluators = tuple(dict.fromkeys([*names, *(only or ())]))
+    options = EvalOptions(evaluators, baselines, watch, model, size, output, ranks, track)
+    raise typer.Exit(evaluate_target(run, [*(overrides or ()), *extra], options, _command_line))
 
 
 @app.command(short_help="Export weights for timm, Hugging Face, open_clip or ONNX.")

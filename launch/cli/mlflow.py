@@ -75,8 +75,7 @@ def _sync(run: RunDirectory, uri: str | None) -> Exception | None:
     own.start()
     done = own.close(seconds=300.0)
     trouble = own.trouble
-    # Evaluations by ``fovea eval``, after the run that they may belong to.
-    for folder, evaluation in eval_destinations(run.tracking):
+    for folder, evaluation in eval_destinations(run.tracking):  # after the run, which they may belong to
         server = server_of(run.path, evaluation.uri, named=uri or (target if evaluation.uri == target else None))
         other = replace(evaluation, uri=server).shipper(folder, log=_print)
         other.start()

@@ -15,6 +15,7 @@ from typing import Any
 from pipeline.bench.methods import train
 from pipeline.config.load import load
 from pipeline.errors import FoveaError
+from pipeline.evaluation.results import baseline_metric
 from pipeline.tracking.journal import read
 
 
@@ -129,7 +130,7 @@ def read_result(trial: Trial, directory: Path) -> TrialResult:
         steps=outcome["steps"],
         samples=outcome["samples_seen"],
         knn=by_samples[best],
-        untrained=outcome["scores"].get(best.replace("knn/", "untrained/")),
+        untrained=outcome["scores"].get(baseline_metric("random_init", best)),
         loss=_last(logged.get("train/loss", {})),
         metrics={name.removeprefix("train/"): _last(logged[name]) for name in kept},
         curves={name.removeprefix("train/"): by_samples[name] for name in kept},

@@ -13,6 +13,7 @@ from pipeline.config.load import available, load
 from pipeline.config.schema import METHODS
 from pipeline.data.pack.synthetic import CLASS_NAMES
 from pipeline.errors import FoveaError, TrainingError
+from pipeline.evaluation.results import baseline_metric
 from pipeline.runtime.interpreter import alone_environment, module_command
 
 PROBE = 20  # steps from which the number of steps is estimated
@@ -89,7 +90,8 @@ def _one(method: str, shards: str, minutes: float, ranks: int, directory: Path, 
     outcome = train(name, directory / "run", [*common, *lengths, *often])
     scores = outcome["scores"]
     k = max(int(key.split("/k")[1]) for key in scores if key.startswith("knn/"))
-    knn, untrained, pixels = (scores[f"{kind}/k{k}"] for kind in ("knn", "untrained", "pixels"))
+    knn = scores[f"knn/k{k}"]
+    untrained, pixels = (scores[baseline_metric(baseline, f"knn/k{k}")] for baseline in ("random_init", "pixels"))
     zeroshot = _zeroshot(directory) if _compares(method) else None
     return Row(method, name, steps, outcome["samples_seen"], outcome["seconds"], knn, untrained, pixels, zeroshot)
 
@@ -116,7 +118,7 @@ def _zeroshot(directory: Path) -> float:
     _run(["eval", str(directory / "run"), "--zeroshot", str(classes), "--templates", str(sentences)])
     newest = max((directory / "run" / "evaluations").glob("*.json"))
     document = json.loads(newest.read_text())
-    return float(document["scores"]["trained"]["zeroshot/top1"])
+    return float(document["scores"]["zeroshot/top1"])
 
 
 def _run(arguments: Sequence[str]) -> None:

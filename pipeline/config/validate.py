@@ -9,7 +9,6 @@ from typing import TypeVar
 
 from pipeline.config.schema import Config
 from pipeline.data.augment.settings import MultiCropSettings
-from pipeline.evaluation.settings import NAMES, VOTED
 from pipeline.masking import NO_PASSWORD, UNPRINTABLE, has_password, printable, shown_address
 from pipeline.methods.dinov2.settings import Dinov2Settings
 from pipeline.models.settings import ModelSettings
@@ -30,12 +29,10 @@ def check(config: Config) -> list[tuple[str, str]]:
     elif config.train.micro_batch_size and config.train.global_batch_size % config.train.micro_batch_size:
         conflicts.append(("train.global_batch_size", _indivisible(config, 1)))
     knn = config.evaluation.knn
-    if (
-        config.evaluation.enabled.keys() & VOTED
-        and knn.val_shards is not None
-        and set(knn.val_shards) & set(config.voting_shards)
-    ):
-        conflicts.append(("evaluation.knn.val_shards", "evaluation.knn.val_shards names the shards that vote; choose others"))
+    if config.evaluation.needing("bank") and knn.val_shards is not None and set(knn.val_shards) & set(config.voting_shards):
+        conflicts.append(
+            ("evaluation.knn.val_shards", "evaluation.knn.val_shards names the shards of the feature bank; choose others")
+        )
     if knn.max_train is not None and max(knn.k) > knn.max_train:
         conflicts.append(
             (
@@ -81,7 +78,7 @@ def check(config: Config) -> list[tuple[str, str]]:
     distances = (
         ("checkpoint.every", config.checkpoint.every),
         ("checkpoint.keep_every", config.checkpoint.keep_every),
-        *((f"evaluation.{name}.every", getattr(config.evaluation, name).every) for name in NAMES),
+        *((f"evaluation.{name}.every", config.evaluation.section(name).every) for name in config.evaluation.evaluators()),
     )
     for key, length in distances:
         if length is not None and length.amount == 0:
@@ -103,11 +100,9 @@ def _check_evaluation(config: Config) -> list[tuple[str, str]]:
             message = "evaluation.segmentation.val_shards names the shards that the classifier is trained on; choose others"
             conflicts.append(("evaluation.segmentation.val_shards", message))
     if e.zeroshot.enabled and e.zeroshot.class_names is None:
-        conflicts.append(
-            ("evaluation.zeroshot.class_names", "evaluation.zeroshot.class_names is required: a file of class names")
-        )
-    for name in ("zeroshot", "retrieval"):
-        if name in e.enabled and not config.method.reads_text:
+        conflicts.append(("evaluation.zeroshot.class_names", "evaluation.zeroshot.class_names is required: a text file"))
+    for name in e.enabled:
+        if "text_encoder" in e.section(name).needs and not config.method.reads_text:
             conflicts.append((f"evaluation.{name}.enabled", f"evaluation.{name}.enabled: {config.method.name} reads no captions"))
     if e.robustness.enabled and config.train.zero_stage == 3:
         message = "evaluation.robustness.enabled: no gradient flows into images with train.zero_stage = 3; use `fovea eval RUN`"

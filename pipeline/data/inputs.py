@@ -15,7 +15,6 @@ from pipeline.data.index.manifest import Fields, Manifest
 from pipeline.data.order.order import Order, Source
 from pipeline.data.overlap import check_held_out
 from pipeline.errors import ConfigError, DataError
-from pipeline.evaluation.settings import VOTED
 from pipeline.runtime.locks import lock
 
 DATA_STATE_VERSION = 1
@@ -118,9 +117,7 @@ def prepare(config: Config, world: int, progress: Callable[[int, int, Any], None
     Raises:
         DataError, ConfigError: the data or the settings cannot be used.
     """
-    require = ("caption",) if config.method.reads_text and config.data.missing_caption == "exclude" else ()
-    urls, sources = _training_shards(config)
-    train = _index(config, urls, progress, require)
+    train, sources = _training_set(config, progress)
     batch, micro = config.train.global_batch_size, config.train.micro_batch_size
     order = Order(train.sizes, config.run.seed, batch, config.data.canonical_streams, config.data.shuffle_block_size, sources)
     order.check_world(world)
@@ -135,6 +132,13 @@ def prepare(config: Config, world: int, progress: Callable[[int, int, Any], None
     return replace(inputs, **evaluation_data(config, train, progress)) if config.evaluation.enabled else inputs
 
 
+def _training_set(config: Config, progress: Callable[[int, int, Any], None] | None = None) -> tuple[Manifest, tuple[Source, ...]]:
+    """Returns the indexed training set, and the data sets that it consists of."""
+    require = ("caption",) if config.method.reads_text and config.data.missing_caption == "exclude" else ()
+    urls, sources = _training_shards(config)
+    return _index(config, urls, progress, require), sources
+
+
 def evaluation_data(
     config: Config,
     train: Manifest | None = None,
@@ -146,7 +150,7 @@ def evaluation_data(
 
     Args:
         config: the settings.
-        train: the training set, if it is indexed already; used where its labels vote.
+        train: the training set, if it is indexed already; used as the feature bank unless another is set.
         progress: called for each shard indexed.
         trained: whether the network was trained on ``data.shards``; with ``train`` it was.
 
@@ -154,9 +158,11 @@ def evaluation_data(
         DataError: no shard matches, shards cannot be used, or training and evaluation samples overlap.
     """
     manifests: dict[str, Any] = {}
-    if config.evaluation.labelled:
-        same = train is not None and not config.evaluation.knn.train_shards
-        manifests["bank"] = train if same else indexed(config, config.voting_shards, progress)
+    if config.evaluation.uses_knn_images:
+        if config.evaluation.knn.train_shards or not (trained or train is not None):
+            manifests["bank"] = indexed(config, config.voting_shards, progress)
+        else:
+            manifests["bank"] = train if train is not None else _training_set(config, progress)[0]
         try:
             manifests["queries"] = indexed(config, config.validation_shards, progress)
         except DataError as error:
@@ -183,13 +189,13 @@ def _check_labelled(config: Config, bank: Manifest, queries: Manifest, train: Ma
     Raises:
         DataError: with the shards.
     """
-    knn, on = config.evaluation.knn, config.evaluation.enabled.keys()
+    knn, evaluation = config.evaluation.knn, config.evaluation
     where = "evaluation.knn.val_shards" + ("" if knn.val_shards else f", by default {config.validation_shards[0]}")
     apart = "such as data.shards='…/train-*.tar'"
-    if on & VOTED:
+    if evaluation.needing("bank"):
         other = "evaluation.knn.train_shards" if knn.train_shards else f"the training shards, {apart}"
         check_held_out(bank, queries, where=where, hint=f"Name others, or leave them out of {other}")
-    if on & {"zeroshot", "retrieval"} and (train is not None or trained):
+    if evaluation.needing("text_encoder") and (train is not None or trained):
         seen = train if train is not None else _trained_on(config, bank)
         hint = f"Name others, or leave them out of the training shards, {apart}"
         if seen is not None:

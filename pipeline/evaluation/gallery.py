@@ -18,9 +18,6 @@ if TYPE_CHECKING:
     from pipeline.data.augment.views import Batch, Normalize
     from pipeline.data.index.manifest import Manifest
 
-SOURCES = {"trained": "trained network", "untrained": "same network, untrained", "pixels": "raw pixels"}
-"""Descriptions of the evaluated networks, by the names used in the scores."""
-
 
 def varied(manifest: Manifest, count: int, among: int = 20_000) -> NDArray[np.uint64]:
     """The first samples of a data set with distinct classes, then again from the first; not selected by eye or by score.
@@ -35,15 +32,15 @@ def varied(manifest: Manifest, count: int, among: int = 20_000) -> NDArray[np.ui
     """
     ids = manifest.ids()[:among]
     labels = [int(manifest.column(int(number) >> 32, "label")[int(number) & 0xFFFFFFFF]) for number in ids]
-    turns: dict[int, int] = {}
+    rounds: dict[int, int] = {}
     keys = []
-    for place, label in enumerate(labels):
-        turns[label] = turns.get(label, -1) + 1
-        keys.append((turns[label], place))
-    return ids[[place for _, place in sorted(keys)[:count]]]
+    for index, label in enumerate(labels):
+        rounds[label] = rounds.get(label, -1) + 1
+        keys.append((rounds[label], index))
+    return ids[[index for _, index in sorted(keys)[:count]]]
 
 
-def shown(
+def evaluation_views(
     config: Config,
     manifest: Manifest,
     ids: NDArray[np.uint64],
@@ -66,7 +63,7 @@ def shown(
     from pipeline.data.loader.batch_stream import BatchStream, StreamOptions
     from pipeline.data.loader.encoded_batches import StepDataset
     from pipeline.data.loader.reader import Reader
-    from pipeline.evaluation.online import FixedList
+    from pipeline.evaluation.images import FixedList
 
     order = FixedList(ids, config.evaluation.knn.batch_size)
     reader = Reader(
@@ -92,21 +89,21 @@ class Gallery:
         device: device of the towers.
 
     Attributes:
-        bank, queries: images that are searched, and images whose neighbours are searched for.
-        judged: description of the queries.
+        bank, queries: data sets of images that are searched, and of images whose neighbours are searched for.
+        split: description of the queries, ``validation`` or ``training``.
     """
 
     def __init__(self, config: Config, inputs: Inputs, towers: dict[str, Any], size: int, device: torch.device) -> None:
         self._config, self._device = config, device
         self.towers, self.size = towers, size
         self.bank, self.queries = inputs.bank or inputs.train, inputs.queries or inputs.train
-        self.judged = "validation" if self.queries is not self.bank else "training"
+        self.split = "validation" if self.queries is not self.bank else "training"
 
-    def pictures(self, manifest: Manifest, ids: NDArray[np.uint64], size: int) -> tuple[Tensor, list[str]]:
+    def images(self, manifest: Manifest, ids: NDArray[np.uint64], size: int) -> tuple[Tensor, list[str]]:
         """Views ``[n, 3, size, size]`` of some samples, and their captions."""
         import torch
 
-        batches = list(shown(self._config, manifest, ids, size, self._device))
+        batches = list(evaluation_views(self._config, manifest, ids, size, self._device))
         captions = [caption for batch in batches for caption in batch.captions or [""] * len(batch.keys)]
         return torch.cat([batch.views["image"][0] for batch in batches]), captions
 
@@ -115,10 +112,10 @@ class Gallery:
         import torch
         from torch.nn import functional as F
 
-        found, labels = [], []
+        features, labels = [], []
         with torch.inference_mode():
-            for batch in shown(self._config, manifest, ids, self.size, self._device):
+            for batch in evaluation_views(self._config, manifest, ids, self.size, self._device):
                 # In double precision: early in training all class tokens agree to seven digits.
-                found.append(F.normalize(self.towers["trained"](batch.views["image"][0]).cls.double().cpu(), dim=1))
+                features.append(F.normalize(self.towers["trained"](batch.views["image"][0]).cls.double().cpu(), dim=1))
                 labels += batch.labels.tolist()
-        return torch.cat(found), labels
+        return torch.cat(features), labels

@@ -6,11 +6,19 @@ Features are L2-normalised; each of the ``k`` nearest training samples votes for
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.nn import functional as F
+
+from pipeline.errors import DataError
+from pipeline.evaluation.base import Evaluator
+from pipeline.evaluation.features import all_gather, extract
+from pipeline.evaluation.images import raw_pixels
+from pipeline.evaluation.settings import KnnSettings
+from pipeline.models.eval_model import EvalModel
 
 
 def knn_votes(
@@ -65,11 +73,60 @@ def knn_accuracy(
     # The features of an untrained network differ only in the last bits of fp32, where the order of the bank would decide.
     queries, bank = F.normalize(queries.double(), dim=1), F.normalize(bank.double(), dim=1)
     classes = int(max(query_labels.max(), bank_labels.max())) + 1
-    most = min(max(ks), len(bank))
-    right = dict.fromkeys(ks, 0)
+    largest = min(max(ks), len(bank))
+    clipped = [min(k, largest) for k in ks]
+    correct = dict.fromkeys(ks, 0)
     for low in range(0, len(queries), chunk):
-        nearest, index = (queries[low : low + chunk] @ bank.T).topk(most, dim=1)
-        scores = knn_votes(nearest, bank_labels[index], classes=classes, ks=[min(k, most) for k in ks], temperature=temperature)
+        nearest, index = (queries[low : low + chunk] @ bank.T).topk(largest, dim=1)
+        scores = knn_votes(nearest, bank_labels[index], classes=classes, ks=clipped, temperature=temperature)
         for k in ks:
-            right[k] += int((scores[min(k, most)].argmax(dim=1) == query_labels[low : low + chunk]).sum())
-    return {k: n / len(queries) for k, n in right.items()}
+            correct[k] += int((scores[min(k, largest)].argmax(dim=1) == query_labels[low : low + chunk]).sum())
+    return {k: n / len(queries) for k, n in correct.items()}
+
+
+class Knn(Evaluator[KnnSettings]):
+    """k-NN accuracy; the feature bank is gathered from all ranks, the queries are divided among them."""
+
+    def __call__(self, model: EvalModel) -> dict[str, float]:
+        """``k<k>`` for each k, with the class tokens as features.
+
+        Raises:
+            DataError: on all ranks, if no sample of the bank or of the queries has a label.
+        """
+        return self._scores(model.cls)
+
+    def raw_pixel_scores(self) -> dict[str, float]:
+        """The same with raw pixels as features."""
+        return self._scores(raw_pixels)
+
+    def _scores(self, features: Callable[[Tensor], Tensor]) -> dict[str, float]:
+        return {f"k{k}": value for k, value in self.accuracy(features).items()}
+
+    def accuracy(self, features: Callable[[Tensor], Tensor]) -> dict[int, float]:
+        """Accuracy in 0..1 for each k of any function of the images, the same on all ranks.
+
+        Args:
+            features: maps ``[n, 3, h, w]`` to ``[n, d]``.
+
+        Raises:
+            DataError: on all ranks, if no sample of the bank or of the queries has a label.
+        """
+        ks, group = self.settings.k, self.data.group
+        own = extract(self.data.bank, features)
+        parts = all_gather((own.values, own.labels), group)
+        bank, bank_labels = (torch.cat([part[i] for part in parts]) for i in (0, 1))
+        queries = extract(self.data.queries, features)
+        # A single rank may have no query; an error is raised only if there is none on any rank, and then on all ranks.
+        counts = torch.zeros(len(ks) + 1, dtype=torch.int64)
+        if len(bank) and len(queries):
+            fractions = knn_accuracy(
+                queries.values, queries.labels, bank, bank_labels, ks=ks, temperature=self.settings.temperature
+            )
+            counts = torch.tensor([*(round(fractions[k] * len(queries)) for k in ks), len(queries)])
+        dist.all_reduce(counts, group=group)
+        *correct, total = counts.tolist()
+        if not total:
+            raise DataError(
+                "the evaluation shards have no labelled sample", where="evaluation.knn", hint="Give shards with .cls members"
+            )
+        return {k: correct[i] / total for i, k in enumerate(ks)}

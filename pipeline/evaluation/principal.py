@@ -48,5 +48,5 @@ def sheet(images: Tensor, patches: Tensor, *, mean: Sequence[float], std: Sequen
     pixels = images.detach().float().cpu() * torch.tensor(std).view(shape) + torch.tensor(mean).view(shape)
     rows = [F.interpolate(pixels, (tile, tile), mode="bilinear", antialias=True), F.interpolate(low, (tile, tile))]
     whole = torch.cat([row.clamp(0, 1).permute(2, 0, 3, 1).reshape(tile, len(images) * tile, 3) for row in rows])
-    found: NDArray[np.uint8] = (255 * whole).round().byte().numpy()
-    return found
+    pixel_values: NDArray[np.uint8] = (255 * whole).round().byte().numpy()
+    return pixel_values

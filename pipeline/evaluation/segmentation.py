@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import io
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -24,24 +24,26 @@ from torch import Tensor
 from pipeline.data.index.manifest import Manifest
 from pipeline.data.loader.reader import Reader
 from pipeline.errors import DataError
-from pipeline.evaluation.heads import RATES, Heads, held_out, train_heads
-from pipeline.evaluation.online import Pictures
-from pipeline.evaluation.table import Table, all_reduce_sum, extract
+from pipeline.evaluation.base import Evaluator
+from pipeline.evaluation.features import FeatureTable, all_reduce_sum, extract
+from pipeline.evaluation.images import EvalData
+from pipeline.evaluation.linear_heads import LinearHeads, gather_positions, held_out_mask, train_heads
+from pipeline.evaluation.settings import SegmentationSettings
 from pipeline.models.eval_model import EvalModel
 
 IGNORED = 255
 
 
-def confusion(predicted: Tensor, wanted: Tensor, classes: int) -> Tensor:
+def confusion(predicted: Tensor, target: Tensor, classes: int) -> Tensor:
     """Confusion matrix, int64 ``[classes, classes]``; rows are the true classes.
 
     Args:
         predicted: classes, any shape.
-        wanted: true classes, same shape; values that are not a class are skipped.
+        target: true classes, same shape; values that are not a class are skipped.
         classes: number of classes.
     """
-    known = (wanted >= 0) & (wanted < classes)
-    return torch.bincount(wanted[known] * classes + predicted[known], minlength=classes**2).view(classes, classes)
+    known = (target >= 0) & (target < classes)
+    return torch.bincount(target[known] * classes + predicted[known], minlength=classes**2).view(classes, classes)
 
 
 def ious(matrix: Tensor) -> Tensor:
@@ -66,15 +68,15 @@ def class_map(data: bytes, *, size: int, classes: int, ignore: Sequence[int], ke
     side = min(height, width)
     steps = (np.arange(size) + 0.5) * side / size
     cut = numbers[np.ix_(((height - side) / 2 + steps).astype(int), ((width - side) / 2 + steps).astype(int))]
-    return _known(cut, classes, ignore, key)
+    return _check_classes(cut, classes, ignore, key)
 
 
 def whole_map(data: bytes, *, classes: int, ignore: Sequence[int], key: str) -> NDArray[np.int64]:
     """The classes of all pixels, ``[height, width]``, otherwise as :func:`class_map`."""
-    return _known(_numbers(data, key), classes, ignore, key)
+    return _check_classes(_numbers(data, key), classes, ignore, key)
 
 
-def places(manifest: Manifest) -> list[float]:
+def window_positions(manifest: Manifest) -> list[float]:
     """Positions of the windows along the longer side of the longest image, with an overlap of a third.
 
     A single centred one if all images are square.
@@ -85,12 +87,12 @@ def places(manifest: Manifest) -> list[float]:
     return [n / (count - 1) for n in range(count)] if count > 1 else [0.5]
 
 
-def over_windows(logits: Sequence[Tensor], places: Sequence[float], height: int, width: int) -> Tensor:
+def merge_windows(logits: Sequence[Tensor], positions: Sequence[float], height: int, width: int) -> Tensor:
     """Most likely class of each pixel by the mean logits of the windows that cover it.
 
     Args:
         logits: of each window, ``[classes, side, side]``, one per patch.
-        places: positions of the windows along the longer side, 0 to 1.
+        positions: of the windows along the longer side, 0 to 1.
         height, width: of the class map, pixels.
 
     Returns:
@@ -98,177 +100,149 @@ def over_windows(logits: Sequence[Tensor], places: Sequence[float], height: int,
     """
     side = min(height, width)
     total = logits[0].new_zeros(len(logits[0]), height, width)
-    for one, place in zip(logits, places, strict=True):
-        top, left = round((height - side) * place), round((width - side) * place)
-        large = F.interpolate(one[None], size=(side, side), mode="bilinear", align_corners=False)[0]
+    for window, position in zip(logits, positions, strict=True):
+        top, left = round((height - side) * position), round((width - side) * position)
+        large = F.interpolate(window[None], size=(side, side), mode="bilinear", align_corners=False)[0]
         total[:, top : top + side, left : left + side] += large
     # The argmax of the sum equals that of the mean: all classes of a pixel are covered by the same windows.
     return total.argmax(0)
 
 
 def _numbers(data: bytes, key: str) -> NDArray[np.int64]:
-    hint = "store class numbers as a gray or palette PNG"
+    hint = "Store class numbers as a gray or palette PNG"
     try:
         with Image.open(io.BytesIO(data)) as image:
             if image.mode not in ("L", "P", "I", "I;16"):
-                raise DataError(f"the class map has mode {image.mode}", where=key, hint=hint)
+                raise DataError(f"the class map must be gray or palette, not of mode {image.mode}", where=key, hint=hint)
             return np.asarray(image).astype(np.int64)
     except (OSError, SyntaxError, ValueError) as error:
         raise DataError(f"the class map cannot be read ({error})", where=key, hint=hint) from error
 
 
-def _known(cut: NDArray[np.int64], classes: int, ignore: Sequence[int], key: str) -> NDArray[np.int64]:
+def _check_classes(cut: NDArray[np.int64], classes: int, ignore: Sequence[int], key: str) -> NDArray[np.int64]:
     cut = np.where(np.isin(cut, list(ignore)), IGNORED, cut)
     wrong = np.unique(cut[(cut >= classes) & (cut != IGNORED)])
     if len(wrong):
         raise DataError(
-            f"the class map holds {wrong[:4].tolist()}, but there are {classes} classes, 0 to {classes - 1}",
+            f"the classes of the map must be 0 to {classes - 1}, and it holds {wrong[:4].tolist()}",
             where=key,
-            hint="set evaluation.segmentation.num_classes, or name what is no class in evaluation.segmentation.ignore_index",
+            hint="Set num_classes, or ignore_index for values that are not a class, in evaluation.segmentation",
         )
     return cut
 
 
-class Segmentation:
-    """Linear segmentation evaluator; see the module.
+class Segmentation(Evaluator[SegmentationSettings]):
+    """Linear segmentation; see the module. The best learning rate is chosen on held-out images."""
 
-    Args:
-        train, test: images of samples with class maps.
-        readers: read their class maps.
-        size: side of the images, pixels.
-        classes: number of classes.
-        ignore: values that are not a class.
-        names: class names for per-class scores; the class numbers by default.
-        rates, epochs, batch: of the training; the best learning rate is chosen on held-out images.
-        hold_out: share of the held-out images.
-        windows: crops of the images of ``test`` at the positions of :func:`places`, by position: whole class maps are then
-            evaluated at their own resolution. Without them, the centre squares are evaluated at ``size``.
-        group: a gloo group, or ``None`` for the default.
-    """
+    def __init__(self, settings: SegmentationSettings, data: EvalData) -> None:
+        super().__init__(settings, data)
+        train, test = data.class_maps
+        self._size, self._classes = settings.image_size or data.size, settings.num_classes or 0
+        self._positions = window_positions(test) if settings.sliding_window else [0.5]
+        size, batch_size = self._size, settings.batch_size
+        self._train = data.images(train, size=size, limit=settings.max_train, batch_size=batch_size)
+        self._windows = [
+            data.images(test, size=size, limit=settings.max_val, batch_size=batch_size, crop_position=position)
+            for position in self._positions
+        ]
 
-    def __init__(
-        self,
-        train: Pictures,
-        test: Pictures,
-        readers: tuple[Reader, Reader],
-        *,
-        size: int,
-        classes: int,
-        ignore: Sequence[int] = (IGNORED,),
-        names: Sequence[str] = (),
-        rates: Sequence[float] = RATES,
-        epochs: int = 20,
-        batch: int = 16,
-        hold_out: float = 0.1,
-        windows: Mapping[float, Pictures] | None = None,
-        group: dist.ProcessGroup | None = None,
-    ) -> None:
-        self._train, self._test, self._readers, self._size = train, test, readers, size
-        self._classes, self._ignore = classes, tuple(ignore)
-        self._names = list(names) or [str(number) for number in range(classes)]
-        self._rates, self._epochs, self._batch, self._hold_out, self._group = tuple(rates), epochs, batch, hold_out, group
-        self._windows = dict(windows or {})
-
-    def __call__(self, subject: EvalModel) -> dict[str, float]:
+    def __call__(self, model: EvalModel) -> dict[str, float]:
         """Train and evaluate.
 
         Returns:
-            ``segmentation/miou``, ``segmentation/pixels`` (pixel accuracy), ``segmentation/majority`` (mIoU of always predicting
-            the most frequent class of the training split), ``segmentation/iou/<class>`` and the chosen learning rate.
+            ``miou``, ``pixels`` (pixel accuracy), ``majority`` (mIoU of always predicting the most frequent class of the training
+            split), ``rate``, the chosen learning rate, and ``iou/<class>`` of each class.
 
         Raises:
             DataError: on all ranks, if a split is empty, or a class map is unreadable or out of range.
         """
+        settings, group = self.settings, self.data.group
 
         def features(images: Tensor) -> Tensor:
-            found: Tensor = subject.tokens(images).patches
-            return found
+            patches: Tensor = model.tokens(images).patches
+            return patches
 
         train = extract(self._train, features, labelled=False)
-        seen = [extract(one, features, labelled=False) for one in self._windows.values() or (self._test,)]
-        test = seen[0]
-        maps = (
-            torch.stack(given) if (given := self._maps(train, 0)) else torch.zeros(0, self._size, self._size, dtype=torch.int64)
-        )
-        wanted = self._maps(test, 1, whole=bool(self._windows))
-        counts = all_reduce_sum(torch.tensor([len(train), len(test)]), self._group)
+        tests = [extract(window, features, labelled=False) for window in self._windows]
+        maps = self._maps(train, self._train.reader("segmentation"))
+        stacked = torch.stack(maps) if maps else torch.zeros(0, self._size, self._size, dtype=torch.int64)
+        targets = self._maps(tests[0], self._windows[0].reader("segmentation"), whole=settings.sliding_window)
+        counts = all_reduce_sum(torch.tensor([len(train), len(tests[0])]), group)
         if int(counts.min()) < 2:
             raise DataError(
-                f"{int(counts[0])} pictures to learn from and {int(counts[1])} to judge",
+                f"each split must have 2 images or more, not {int(counts[0])} to train on and {int(counts[1])} to evaluate",
                 where="evaluation.segmentation",
-                hint="give shards with .seg.png members",
+                hint="Give shards with .seg.png members",
             )
-        patch = subject.tower.patch
-        shares = _shares(maps, patch, self._classes)
-        mine = held_out(self._train.total, self._hold_out)[train.numbers]
-        there = torch.zeros(self._train.total, dtype=torch.int64)
-        there[train.numbers[~mine]] = 1
+        shares = _class_shares(stacked, model.tower.patch, self._classes)
+        held_out = held_out_mask(self._train.total, settings.validation_fraction)[train.positions]
         heads = train_heads(
-            train.values[~mine],
-            shares[~mine],
-            train.numbers[~mine],
-            order=all_reduce_sum(there, self._group).nonzero().squeeze(1),
-            rates=self._rates,
-            epochs=self._epochs,
-            batch=self._batch,
-            group=self._group,
+            train.values[~held_out],
+            shares[~held_out],
+            train.positions[~held_out],
+            order=gather_positions(train.positions[~held_out], self._train.total, group),
+            rates=settings.learning_rates,
+            epochs=settings.epochs,
+            batch=settings.batch_size,
+            group=group,
             device=self._train.device,
         )
-        choosing = [self._judged(heads, rate, [train.values[mine]], list(maps[mine])) for rate in range(len(self._rates))]
-        best = max(range(len(self._rates)), key=lambda rate: mean_iou(choosing[rate]))
-        matrix = self._judged(heads, best, [table.values for table in seen], wanted, list(self._windows) or None)
-        commonest = int(all_reduce_sum(shares.double().sum((0, 1)), self._group).argmax())
+        rates = range(len(settings.learning_rates))
+        validation = [self._confusion(heads, rate, [train.values[held_out]], list(stacked[held_out]), [0.5]) for rate in rates]
+        best = max(rates, key=lambda rate: mean_iou(validation[rate]))
+        matrix = self._confusion(heads, best, [table.values for table in tests], targets, self._positions)
+        most_frequent = int(all_reduce_sum(shares.double().sum((0, 1)), group).argmax())
         majority = torch.zeros_like(matrix)
-        majority[:, commonest] = matrix.sum(1)
+        majority[:, most_frequent] = matrix.sum(1)
         return {
-            "segmentation/miou": mean_iou(matrix),
-            "segmentation/pixels": int(matrix.diagonal().sum()) / max(int(matrix.sum()), 1),
-            "segmentation/majority": mean_iou(majority),
-            "segmentation/rate": self._rates[best],
-        } | {f"segmentation/iou/{self._names[i]}": v for i, v in enumerate(ious(matrix).tolist()) if v == v}
+            "miou": mean_iou(matrix),
+            "pixels": int(matrix.diagonal().sum()) / max(int(matrix.sum()), 1),
+            "majority": mean_iou(majority),
+            "rate": settings.learning_rates[best],
+        } | {f"iou/{settings.names[i]}": value for i, value in enumerate(ious(matrix).tolist()) if value == value}
 
-    def _maps(self, table: Table, which: int, *, whole: bool = False) -> list[Tensor]:
+    def _maps(self, table: FeatureTable, reader: Reader, *, whole: bool = False) -> list[Tensor]:
         """Class maps of this rank's samples, ``[size, size]`` or whole; an error on one rank is raised on all."""
-        found, problem = [], None
-        known: dict[str, Any] = {"classes": self._classes, "ignore": self._ignore}
+        maps, problem = [], None
+        known: dict[str, Any] = {"classes": self._classes, "ignore": self.settings.ignore_index}
         try:
-            for record in self._readers[which].fetch(np.array(table.ids, dtype=np.uint64)):
+            for record in reader.fetch(np.array(table.ids, dtype=np.uint64)):
                 if record.segmentation is None:
-                    raise DataError("there is no class map", where=record.key, hint="give each sample a .seg.png")
+                    raise DataError("the sample has no class map", where=record.key, hint="Give each sample a .seg.png member")
                 if whole:
-                    given: NDArray[Any] = whole_map(record.segmentation, key=record.key, **known).astype(np.uint8)
+                    classes: NDArray[Any] = whole_map(record.segmentation, key=record.key, **known).astype(np.uint8)
                 else:
-                    given = class_map(record.segmentation, size=self._size, key=record.key, **known)
-                found.append(torch.from_numpy(given))
+                    classes = class_map(record.segmentation, size=self._size, key=record.key, **known)
+                maps.append(torch.from_numpy(classes))
         except DataError as error:
             problem = error
-        problems: list[DataError | None] = [None] * dist.get_world_size(self._group)
-        dist.all_gather_object(problems, problem, group=self._group)
+        problems: list[DataError | None] = [None] * dist.get_world_size(self.data.group)
+        dist.all_gather_object(problems, problem, group=self.data.group)
         for one in problems:
             if one is not None:
                 raise one
-        return found
+        return maps
 
-    def _judged(
-        self, heads: Heads, rate: int, tokens: Sequence[Tensor], maps: Sequence[Tensor], places: Sequence[float] | None = None
+    def _confusion(
+        self, heads: LinearHeads, rate: int, windows: Sequence[Tensor], targets: Sequence[Tensor], positions: Sequence[float]
     ) -> Tensor:
         """Confusion matrix over all ranks, from the tokens ``[n, patches, width]`` of each window."""
         matrix = torch.zeros(self._classes, self._classes, dtype=torch.int64)
-        one = Heads(heads.weight[rate : rate + 1], heads.bias[rate : rate + 1], heads.mean, heads.scale)
-        for row, wanted in enumerate(maps):
-            side = round(tokens[0].shape[1] ** 0.5)
-            logits = [one(square[row])[0].T.reshape(self._classes, side, side) for square in tokens]
-            predicted = over_windows(logits, places or (0.5,), *wanted.shape[-2:])
-            matrix += confusion(predicted, wanted.long(), self._classes)
-        return all_reduce_sum(matrix, self._group)
+        head = LinearHeads(heads.weight[rate : rate + 1], heads.bias[rate : rate + 1], heads.mean, heads.scale)
+        for row, target in enumerate(targets):
+            side = round(windows[0].shape[1] ** 0.5)
+            logits = [head(tokens[row])[0].T.reshape(self._classes, side, side) for tokens in windows]
+            predicted = merge_windows(logits, positions, *target.shape[-2:])
+            matrix += confusion(predicted, target.long(), self._classes)
+        return all_reduce_sum(matrix, self.data.group)
 
 
-def _shares(maps: Tensor, patch: int, classes: int) -> Tensor:
+def _class_shares(maps: Tensor, patch: int, classes: int) -> Tensor:
     """Shares of the classes among the pixels of each patch, ``[n, patches, classes]``; ignored pixels do not count."""
-    found = []
+    shares = []
     for one in maps:
         rows, columns = one.shape[0] // patch, one.shape[1] // patch
         cut = one[: rows * patch, : columns * patch].view(rows, patch, columns, patch).transpose(1, 2).reshape(-1, patch * patch)
         counts = torch.zeros(len(cut), max(classes, IGNORED) + 1).scatter_add_(1, cut, torch.ones(cut.shape))
-        found.append(counts[:, :classes] / (patch * patch))
-    return torch.stack(found) if found else torch.zeros(0, 1, classes)
+        shares.append(counts[:, :classes] / (patch * patch))
+    return torch.stack(shares) if shares else torch.zeros(0, 1, classes)

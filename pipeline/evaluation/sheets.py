@@ -13,11 +13,10 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from pipeline.data.loader.reader import Reader
 from pipeline.evaluation.attention import shaded
-from pipeline.evaluation.online import Pictures
-from pipeline.evaluation.pairs import numbered
-from pipeline.evaluation.table import all_gather_table, extract, gathered
+from pipeline.evaluation.features import all_gather, all_gather_table, extract
+from pipeline.evaluation.images import ImageSet
+from pipeline.evaluation.retrieval import match_captions
 from pipeline.models.eval_model import EvalModel
 
 Sheet = NDArray[np.uint8]
@@ -30,8 +29,8 @@ def thumbs(images: Tensor, *, mean: Sequence[float], std: Sequence[float], side:
     shape = (1, 3, 1, 1)
     pixels = images.detach().float().cpu() * torch.tensor(std).view(shape) + torch.tensor(mean).view(shape)
     small = F.interpolate(pixels, (side, side), mode="bilinear", antialias=True).clamp(0, 1).permute(0, 2, 3, 1)
-    found: Sheet = (255 * small).round().byte().numpy()
-    return found
+    pixel_values: Sheet = (255 * small).round().byte().numpy()
+    return pixel_values
 
 
 def attention_sheet(
@@ -58,14 +57,13 @@ def attention_sheet(
     return np.concatenate([np.concatenate(list(row), axis=1) for row in rows])
 
 
-class Finding:
-    """Nearest images to some captions (for models with a text encoder) or else to some images.
+class NearestImages:
+    """Draws the nearest images to some captions (for models with a text encoder) or else to some images.
 
     Features are compared identically on all ranks, so that the sheet does not depend on their number.
 
     Args:
-        pictures: images that are searched; divided among the ranks.
-        reader: reads their captions.
+        images: images that are searched; divided among the ranks.
         group: a gloo group, or ``None`` for the default.
         rows: number of queries, captions or images, the first of the list.
         columns: number of nearest images shown.
@@ -74,81 +72,81 @@ class Finding:
 
     def __init__(
         self,
-        pictures: Pictures,
-        reader: Reader,
+        images: ImageSet,
         *,
         group: dist.ProcessGroup | None = None,
         rows: int = 6,
         columns: int = 8,
         tile: int = 112,
     ) -> None:
-        self._pictures, self._reader, self._group = pictures, reader, group
+        self._images, self._group = images, group
         self._rows, self._columns, self._tile = rows, columns, tile
         self._captions: list[tuple[str, ...]] | None = None
         self._thumbs: Sheet | None = None
 
-    def __call__(self, subject: EvalModel) -> tuple[str, Sheet] | None:
+    def __call__(self, model: EvalModel) -> tuple[str, Sheet] | None:
         """The kind of sheet (``retrieval`` or ``neighbours``) and the sheet, the same on all ranks.
 
         The query is on the left. A green frame marks an image that matches the caption, or one of the same class; a red one marks
         another image, a gray one has no class. ``None`` if there is no query or nothing to search.
         """
-        found = all_gather_table(extract(self._pictures, subject.embedded, labelled=False), self._group)
+        table = all_gather_table(extract(self._images, model.embedded, labelled=False), self._group)
         if self._thumbs is None:
-            self._thumbs = self._seen(subject)
-        features = F.normalize(found.values.double(), dim=1)
-        if subject.texts is not None:
-            return self._by_captions(subject, features, found.ids)
+            self._thumbs = self._all_thumbs(model)
+        features = F.normalize(table.values.double(), dim=1)
+        if model.texts is not None:
+            return self._by_captions(self._thumbs, model, features, table.ids)
         count = min(self._rows, len(features))
         similarity = features[:count] @ features.T
         similarity[torch.arange(count), torch.arange(count)] = -torch.inf
-        best = _nearest(similarity, min(self._columns, len(features) - 1))
-        if not best.numel():
+        nearest = _nearest(similarity, min(self._columns, len(features) - 1))
+        if not nearest.numel():
             return None
-        labels = found.labels.tolist()
-        return "neighbours", self._drawn(
+        labels = table.labels.tolist()
+        return "neighbours", self._draw(
+            self._thumbs,
             [self._thumbs[row] for row in range(count)],
-            best,
-            [[_frame(labels[row], labels[place]) for place in places] for row, places in enumerate(best.tolist())],
+            nearest,
+            [[_frame(labels[row], labels[image]) for image in images] for row, images in enumerate(nearest.tolist())],
         )
 
-    def _by_captions(self, subject: EvalModel, features: Tensor, ids: list[int]) -> tuple[str, Sheet] | None:
+    def _by_captions(self, thumbs: Sheet, model: EvalModel, features: Tensor, ids: list[int]) -> tuple[str, Sheet] | None:
         if self._captions is None:
-            self._captions = [record.captions for record in self._reader.fetch(np.array(ids, dtype=np.uint64))]
-        asked = [(place, own[0]) for place, own in enumerate(self._captions) if own][: self._rows]
-        if subject.texts is None or not asked:
+            reader = self._images.reader("caption")
+            self._captions = [record.captions for record in reader.fetch(np.array(ids, dtype=np.uint64))]
+        queries = [(image, own[0]) for image, own in enumerate(self._captions) if own][: self._rows]
+        if model.texts is None or not queries:
             return None
         with torch.inference_mode():
-            texts = subject.texts([caption for _, caption in asked]).double().cpu()
-        best = _nearest(F.normalize(texts, dim=1) @ features.T, min(self._columns, len(features)))
-        owners = numbered(self._captions, merge=True)[0].tolist()
+            texts = model.texts([caption for _, caption in queries]).double().cpu()
+        nearest = _nearest(F.normalize(texts, dim=1) @ features.T, min(self._columns, len(features)))
+        owners = match_captions(self._captions, merge=True)[0].tolist()
         frames = [
-            [_RIGHT if owners[place] == owners[own] else _WRONG for place in places]
-            for (own, _), places in zip(asked, best.tolist(), strict=True)
+            [_RIGHT if owners[image] == owners[own] else _WRONG for image in images]
+            for (own, _), images in zip(queries, nearest.tolist(), strict=True)
         ]
-        return "retrieval", self._drawn([_written(caption, self._tile) for _, caption in asked], best, frames)
+        return "retrieval", self._draw(thumbs, [_write(caption, self._tile) for _, caption in queries], nearest, frames)
 
-    def _seen(self, subject: EvalModel) -> Sheet:
+    def _all_thumbs(self, model: EvalModel) -> Sheet:
         """All images as thumbnails, in the order of the list."""
         side, none = self._tile, np.zeros((0, self._tile, self._tile, 3), dtype=np.uint8)
         parts = [
-            (thumbs(shown.images, mean=subject.mean, std=subject.std, side=side), shown.numbers.numpy())
-            for shown in self._pictures.shown()
+            (thumbs(batch.images, mean=model.mean, std=model.std, side=side), batch.positions.numpy()) for batch in self._images
         ]
-        mine = (np.concatenate([none, *(p[0] for p in parts)]), np.concatenate([np.zeros(0, np.int64), *(p[1] for p in parts)]))
-        every = gathered(mine, self._group)
-        order = np.argsort(np.concatenate([part[1] for part in every]))
-        whole: Sheet = np.concatenate([part[0] for part in every])[order]
-        return whole
+        own = (np.concatenate([none, *(p[0] for p in parts)]), np.concatenate([np.zeros(0, np.int64), *(p[1] for p in parts)]))
+        all_parts = all_gather(own, self._group)
+        order = np.argsort(np.concatenate([part[1] for part in all_parts]))
+        gathered: Sheet = np.concatenate([part[0] for part in all_parts])[order]
+        return gathered
 
-    def _drawn(self, first: Sequence[Sheet], best: Tensor, frames: Sequence[Sequence[tuple[int, int, int]]]) -> Sheet:
-        if self._thumbs is None:
-            raise RuntimeError("pictures are drawn before they were seen")
+    def _draw(
+        self, thumbs: Sheet, queries: Sequence[Sheet], nearest: Tensor, frames: Sequence[Sequence[tuple[int, int, int]]]
+    ) -> Sheet:
         gap = np.full((self._tile, 2 * _FRAME, 3), 255, dtype=np.uint8)
         rows = []
-        for asked, places, colours in zip(first, best.tolist(), frames, strict=True):
-            cells = [_framed(self._thumbs[place], colour) for place, colour in zip(places, colours, strict=True)]
-            rows.append(np.concatenate([asked, gap, *cells], axis=1))
+        for query, images, colours in zip(queries, nearest.tolist(), frames, strict=True):
+            cells = [_add_frame(thumbs[image], colour) for image, colour in zip(images, colours, strict=True)]
+            rows.append(np.concatenate([query, gap, *cells], axis=1))
         return np.concatenate(rows)
 
 
@@ -157,25 +155,26 @@ def _nearest(similarity: Tensor, count: int) -> Tensor:
     return similarity.argsort(dim=1, descending=True, stable=True)[:, :count]
 
 
-def _frame(wanted: int, there: int) -> tuple[int, int, int]:
-    if wanted < 0 or there < 0:
+def _frame(query: int, image: int) -> tuple[int, int, int]:
+    """Colour of a frame by class numbers, -1 for none."""
+    if query < 0 or image < 0:
         return _UNKNOWN
-    return _RIGHT if wanted == there else _WRONG
+    return _RIGHT if query == image else _WRONG
 
 
-def _framed(picture: Sheet, colour: tuple[int, int, int]) -> Sheet:
-    found = np.empty_like(picture)
-    found[:] = colour
+def _add_frame(thumb: Sheet, colour: tuple[int, int, int]) -> Sheet:
+    framed = np.empty_like(thumb)
+    framed[:] = colour
     inner = slice(_FRAME, -_FRAME)
-    found[inner, inner] = picture[inner, inner]
-    return found
+    framed[inner, inner] = thumb[inner, inner]
+    return framed
 
 
-def _written(text: str, side: int) -> Sheet:
+def _write(text: str, side: int) -> Sheet:
     """A caption on white; text that does not fit is truncated."""
     image = Image.new("RGB", (side, side), "white")
-    words = textwrap.wrap(text, _LETTERS, max_lines=(side - 8) // (_POINTS + 2), placeholder=" …")
+    lines = textwrap.wrap(text, _LETTERS, max_lines=(side - 8) // (_POINTS + 2), placeholder=" …")
     font = ImageFont.load_default(_POINTS)
-    for number, row in enumerate(words):
-        ImageDraw.Draw(image).text((4, 4 + number * (_POINTS + 2)), row, fill=_INK, font=font)
+    for number, line in enumerate(lines):
+        ImageDraw.Draw(image).text((4, 4 + number * (_POINTS + 2)), line, fill=_INK, font=font)
     return np.asarray(image)

@@ -7,10 +7,18 @@ again; an image is assigned to the class with the nearest vector. Scores with di
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+from pipeline.errors import ConfigError, DataError
+from pipeline.evaluation.base import Evaluator
+from pipeline.evaluation.features import all_gather_table, extract
+from pipeline.evaluation.images import EvalData
+from pipeline.evaluation.settings import ZeroShotSettings
+from pipeline.models.eval_model import EvalModel
 
 SIMPLE = (
     "itap of a {}.",
@@ -22,6 +30,71 @@ SIMPLE = (
     "a photo of the small {}.",
 )
 """The seven templates of SLIP, A-CLIP and DetailCLIP; OpenAI's eighty give different scores."""
+
+
+class ZeroShot(Evaluator[ZeroShotSettings]):
+    """Zero-shot classification of images by class names.
+
+    Raises:
+        ConfigError: a file of names or of templates cannot be used.
+    """
+
+    def __init__(self, settings: ZeroShotSettings, data: EvalData) -> None:
+        super().__init__(settings, data)
+        self._names = read_lines(settings.class_names, what="class names") if settings.class_names else []
+        given = settings.templates
+        self._templates = read_lines(given, what="prompt templates", placeholder="{}") if given else list(SIMPLE)
+
+    def __call__(self, model: EvalModel) -> dict[str, float]:
+        """``top1``, ``top5``, ``mean_per_class``.
+
+        Raises:
+            ConfigError: the model has no text encoder, or there are no class names.
+            DataError: on all ranks, if there is no label, or a label without a name.
+        """
+        if model.texts is None or not self._names:
+            raise ConfigError(
+                "zero-shot classification needs a text encoder and class names",
+                where="evaluation.zeroshot",
+                hint="Set evaluation.zeroshot.class_names, and evaluate a method that reads captions",
+            )
+        table = all_gather_table(extract(self.data.queries, model.embedded), self.data.group)
+        if not len(table) or int(table.labels.max()) >= len(self._names):
+            labels = f"the largest label is {int(table.labels.max())}" if len(table) else "no sample has a label"
+            raise DataError(
+                f"{labels}, and class_names has {len(self._names)} lines",
+                where="evaluation.zeroshot.class_names",
+                hint="Name every class, in the order of the class numbers, and evaluate shards with .cls members",
+            )
+        with torch.inference_mode():
+            vectors = class_vectors(model.texts, self._names, self._templates)
+        return classification_scores(table.values, vectors.float().cpu(), table.labels)
+
+
+def read_lines(file: Path, *, what: str, placeholder: str = "") -> list[str]:
+    """The non-empty lines of a text file.
+
+    Args:
+        file: the file.
+        what: its meaning, for messages.
+        placeholder: text that every line has to contain.
+
+    Raises:
+        ConfigError: the file cannot be read or is empty, or a line lacks ``placeholder``.
+    """
+    try:
+        lines = [line.strip() for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"the file of {what} cannot be read ({error})", where=str(file), hint="Name a text file") from error
+    if not lines:
+        raise ConfigError(f"the file of {what} must not be empty", where=str(file), hint="Write one per line")
+    if wrong := [line for line in lines if placeholder not in line]:
+        raise ConfigError(
+            f"each of the {what} must contain {placeholder}, and {wrong[0][:80]!r} does not",
+            where=str(file),
+            hint="Write one per line",
+        )
+    return lines
 
 
 def class_vectors(
@@ -41,7 +114,7 @@ def class_vectors(
     return F.normalize(each.mean(1), dim=1)
 
 
-def classified(features: Tensor, vectors: Tensor, labels: Tensor, *, ks: Sequence[int] = (1, 5)) -> dict[str, float]:
+def classification_scores(features: Tensor, vectors: Tensor, labels: Tensor, *, ks: Sequence[int] = (1, 5)) -> dict[str, float]:
     """Top-k accuracy, and the mean per-class accuracy.
 
     Args:
@@ -56,9 +129,9 @@ def classified(features: Tensor, vectors: Tensor, labels: Tensor, *, ks: Sequenc
     similarity = F.normalize(features.float(), dim=1) @ vectors.T
     ranked = similarity.topk(min(max(ks), len(vectors)), dim=1).indices == labels[:, None]
     scores = {f"top{k}": float(ranked[:, :k].any(1).float().mean()) for k in ks}
-    right = ranked[:, 0].float()
+    correct = ranked[:, 0].float()
     total = torch.zeros(len(vectors)).index_add_(0, labels.cpu(), torch.ones(len(labels)))
-    hits = torch.zeros(len(vectors)).index_add_(0, labels.cpu(), right.cpu())
+    hits = torch.zeros(len(vectors)).index_add_(0, labels.cpu(), correct.cpu())
     present = total > 0
     scores["mean_per_class"] = float((hits[present] / total[present]).mean())
     return scores

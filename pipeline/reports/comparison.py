@@ -14,6 +14,7 @@ from pipeline.config.load import flatten
 from pipeline.config.schema import Config
 from pipeline.config.upgrade import upgrade
 from pipeline.errors import ConfigError, DataError
+from pipeline.evaluation.results import EvalResult, read_all
 from pipeline.masking import masked
 from pipeline.reports import page
 from pipeline.reports.figures import Chart, Line
@@ -47,7 +48,7 @@ class RunSummary:
         outcome: final state, if the run has ended.
         manifest: manifest of its newest checkpoint.
         tags: environment as recorded in the journals.
-        evaluations: scores of ``fovea eval``, by checkpoint.
+        evaluations: results of ``fovea eval``, by checkpoint.
     """
 
     name: str
@@ -57,7 +58,7 @@ class RunSummary:
     outcome: dict[str, Any] = field(default_factory=dict)
     manifest: dict[str, Any] = field(default_factory=dict)
     tags: dict[str, str] = field(default_factory=dict)
-    evaluations: dict[str, dict[str, Any]] = field(default_factory=dict)
+    evaluations: dict[str, EvalResult] = field(default_factory=dict)
 
     @property
     def batch(self) -> int:
@@ -96,23 +97,9 @@ def gather(paths: Sequence[Path]) -> list[RunSummary]:
             for _, record in read(journal):
                 if record["kind"] == "tags":
                     summary.tags |= {str(key): str(value) for key, value in record["values"].items()}
-        summary.evaluations = _eval_documents(path)
+        summary.evaluations = read_all(run)
         summaries.append(summary)
     return summaries
-
-
-def _eval_documents(run: Path) -> dict[str, dict[str, Any]]:
-    """Scores of ``fovea eval`` by checkpoint: those of named evaluators, and the k-NN that it computes by default."""
-    documents = {file.stem: _json(file) for file in sorted((run / "evaluations").glob("*.json"))}
-    plain = _json(run / "evaluation.json")
-    knn = plain.get("knn")
-    if isinstance(knn, dict) and "checkpoint" in plain:
-        document = documents.setdefault(str(plain["checkpoint"]), {})
-        scores = document["scores"] = dict(document.get("scores") or {})
-        for whose, row in knn.items():
-            if isinstance(row, dict):
-                scores[whose] = {f"knn/k{k}": value for k, value in row.items()} | dict(scores.get(whose) or {})
-    return documents
 
 
 def write(paths: Sequence[Path], out: Path) -> Path:
@@ -214,8 +201,8 @@ def _state(summary: RunSummary) -> str:
 
 def _metrics(runs: Sequence[RunSummary]) -> list[str]:
     names = dict.fromkeys(name for summary in runs for name, points in summary.scores.items() if len(points) > 1)
-    apart = ("untrained/", "start/", "pixels/", "segmentation/iou/")
-    return [name for name in names if not name.startswith(apart) and not name.endswith(_CHOICES)]
+    separate = ("baseline/", "segmentation/iou/")
+    return [name for name in names if not name.startswith(separate) and not name.endswith(_CHOICES)]
 
 
 def _chart(runs: Sequence[RunSummary], metric: str, title: str, *, small: bool = False) -> Chart:
@@ -243,31 +230,16 @@ def _evaluations(runs: Sequence[RunSummary]) -> list[list[str]]:
             best_of = f" (best {points[best]:.4f} at step {best})" if points[best] > points[last] else ""
             cells.append(f"{points[last]:.4f}{best_of}")
         rows.append([name, *cells])
-    apart = dict.fromkeys(key for summary in runs for document in summary.evaluations.values() for key in _trained(document))
-    for key in apart:
+    metrics = dict.fromkeys(key for summary in runs for result in summary.evaluations.values() for key in result.scores)
+    for key in sorted(metrics, key=lambda name: name.startswith("baseline/")):
         cells = []
         for summary in runs:
-            values = {
-                checkpoint: _trained(document)[key]
-                for checkpoint, document in summary.evaluations.items()
-                if key in _trained(document)
-            }
+            results = summary.evaluations.items()
+            values = {checkpoint: result.scores[key] for checkpoint, result in results if key in result.scores}
             newest = max(values, default="")
             cells.append(f"{values[newest]:.4f} ({newest})" if newest else _ABSENT)
         rows.append([f"{key}, fovea eval", *cells])
     return rows
-
-
-def _trained(document: Mapping[str, Any]) -> dict[str, float]:
-    """Scores by metric; those of the untrained network and of raw pixels are prefixed with their source."""
-    scores = document.get("scores", {})
-    rows = {whose: row for whose, row in scores.items() if isinstance(row, dict)} if isinstance(scores, dict) else {}
-    return {
-        f"{'' if whose == 'trained' else f'{whose} '}{key}": float(value)
-        for whose in sorted(rows, key=lambda name: name != "trained")
-        for key, value in rows[whose].items()
-        if isinstance(value, int | float)
-    }
 
 
 def _attempts(runs: Sequence[RunSummary]) -> list[list[str]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from pipeline.evaluation.results import current_metric
 from pipeline.runtime.run_directory import RunDirectory
 from pipeline.tracking.journal import read
 
@@ -48,7 +49,7 @@ def read_history(run: RunDirectory) -> History:
                 step = int(record["step"])
                 reached = max(reached, step)
                 for name, value in record["values"].items():
-                    history.metrics.setdefault(name, {})[step] = float(value)
+                    history.metrics.setdefault(current_metric(name), {})[step] = float(value)
             elif record["kind"] == "tags":
                 ended = {"stopped": f"was stopped by {record['values'].get('fovea.stop', 'a signal')}", "finished": ""}.get(
                     record["values"].get("fovea.state"), ended

@@ -5,6 +5,7 @@ Everything is read from the run directory (journals, attempts, newest checkpoint
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,16 +15,15 @@ from PIL import Image
 from pipeline.checkpoint.files import Saved
 from pipeline.config.schema import Config
 from pipeline.data.inputs import prepare
-from pipeline.errors import FoveaError
-from pipeline.evaluation.gallery import SOURCES, Gallery, varied
+from pipeline.evaluation.gallery import Gallery, varied
 from pipeline.evaluation.principal import principal
+from pipeline.evaluation.results import read_all, split_metric
 from pipeline.reports import images, page, preview
 from pipeline.reports.figures import Chart, Line
 from pipeline.reports.history import History, read_history
 from pipeline.reports.page import number, percent
 from pipeline.runtime.clock import clock
 from pipeline.runtime.run_directory import RunDirectory
-from pipeline.untrusted import read_json
 from pipeline.weights.from_checkpoint import load_trained, newest
 
 if TYPE_CHECKING:
@@ -34,8 +34,12 @@ CROPS, PCA, QUERIES, NEIGHBOURS = 4, 8, 6, 6
 _BANK = 4000  # maximum number of images searched
 _THUMB = 216  # maximum size in pixels of a thumbnail in the file; the page shows it at half size
 _DRAW = 0xE7A1  # random stream of the draw, the one of the k-NN evaluation
-_SERIES = {"knn": "trained", "untrained": "untrained", "pixels": "pixels"}
-_BASELINES = {"untrained": "the same network untrained", "pixels": "raw pixels"}
+_NETWORKS = {
+    "trained": "trained network",
+    "random_init": "same network, random init",
+    "init_from": "same network, initial weights",
+    "pixels": "raw pixels",
+}
 _SCHEDULES = {"lr", "weight_decay", "teacher_momentum", "teacher_temperature", "epoch", "skipped_steps", "loss"}
 _TITLES = {
     "dino_local": "DINO, local crops",
@@ -87,7 +91,7 @@ def write(run: Path, config: Config, out: Path, *, facts: dict[str, str] | None 
         method=config.method.name,
         run=config.run.name,
         seen=number(step * config.train.global_batch_size),
-        queries=gallery.judged,
+        queries=gallery.split,
         **_result(scores),
         facts=own,
         **_curves(config, history, scores),
@@ -107,22 +111,20 @@ def write(run: Path, config: Config, out: Path, *, facts: dict[str, str] | None 
 
 def _scores(run: RunDirectory, history: History, saved: Saved) -> tuple[dict[str, dict[int, float]], int]:
     """The newest k-NN of the journals and its step; or that of ``fovea eval`` if it evaluated a later checkpoint."""
-    scores: dict[str, dict[int, float]] = {name: {} for name in SOURCES}
-    step = -1
-    for name, points in history.metrics.items():
-        series, _, k = name.partition("/k")
-        if series in _SERIES and k.isdigit() and points:
-            scores[_SERIES[series]][int(k)] = points[max(points)]
-            step = max(step, max(points))
-    if step < saved.step:
-        try:
-            document = read_json(run.path / "evaluation.json")
-            if document["checkpoint"] == saved.path.name:
-                scores = {name: {int(k): float(value) for k, value in document["knn"][name].items()} for name in SOURCES}
-                step = saved.step
-        except (OSError, FoveaError, ValueError, KeyError, TypeError, AttributeError):
-            pass  # missing, or written by another version: use the journals
+    values = {name: points[max(points)] for name, points in history.metrics.items() if points and _is_knn(name)}
+    step = max((max(history.metrics[name]) for name in values), default=-1)
+    if step < saved.step and (result := read_all(run).get(saved.path.name)) is not None:
+        evaluated = {name: value for name, value in result.scores.items() if _is_knn(name)}
+        values, step = (evaluated, saved.step) if evaluated else (values, step)
+    scores: dict[str, dict[int, float]] = {name: {} for name in _NETWORKS}
+    for name, value in values.items():
+        baseline, metric = split_metric(name)
+        scores.setdefault(baseline or "trained", {})[int(metric.removeprefix("knn/k"))] = value
     return scores, step if step >= 0 else saved.step
+
+
+def _is_knn(name: str) -> bool:
+    return re.fullmatch(r"knn/k[0-9]{1,9}", split_metric(name)[1]) is not None
 
 
 def _facts(config: Config, history: History, saved: Saved, weights: int) -> dict[str, str]:
@@ -154,12 +156,14 @@ def _result(scores: dict[str, dict[int, float]]) -> dict[str, Any]:
             "cells": [percent(scores[source][k]) if k in scores[source] else "unknown" for k in ks],
             "width": 100 * scores[source].get(ks[-1], 0.0) if ks else 0.0,
         }
-        for source, name in SOURCES.items()
+        for source, name in _NETWORKS.items()
+        if scores[source]
     ]
     headline = None
     if scores["trained"]:
         k = max(scores["trained"])
-        baselines = {name: scores[source][k] for source, name in _BASELINES.items() if k in scores[source]}
+        others = [source for source in _NETWORKS if source != "trained" and k in scores[source]]
+        baselines = {_NETWORKS[source]: scores[source][k] for source in others}
         headline = {"trained": scores["trained"][k], "baselines": baselines}
     return {"headline": headline, "ks": ks, "scores": rows}
 
@@ -172,7 +176,7 @@ def _curves(config: Config, history: History, scores: dict[str, dict[int, float]
     batch = config.train.global_batch_size
     marks = [(step * batch, text) for step, text in sorted(history.resumes.items())]
     k = max(scores["trained"], default=0)
-    names = {"untrained": ("untrained", 1), "pixels": ("raw pixels", 2)}
+    names = {"random_init": ("random init", 1), "init_from": ("initial weights", 1), "pixels": ("raw pixels", 2)}
     levels = [(name, scores[source][k], colour) for source, (name, colour) in names.items() if k in scores[source]]
     trained = Line("trained", history.line(f"knn/k{k}", batch), dots=True)
 
@@ -204,7 +208,7 @@ def _patches(gallery: Gallery) -> dict[str, Any]:
     import torch
 
     size = 2 * gallery.size
-    views, captions = gallery.pictures(gallery.queries, varied(gallery.queries, PCA), size)
+    views, captions = gallery.images(gallery.queries, varied(gallery.queries, PCA), size)
     side = size // gallery.towers["trained"].patch
     rows = [_row("image", f"{size} pixels a side", [images.pixels(view) for view in views], captions)]
     for name, tower in gallery.towers.items():
@@ -241,8 +245,8 @@ def _neighbours(gallery: Gallery, most: int) -> dict[str, Any]:
     if gallery.bank is gallery.queries:  # an image is not its own neighbour
         similarity[torch.from_numpy(query_ids[:, None] == ids[None])] = -2.0
     cosines, nearest = similarity.topk(min(NEIGHBOURS, len(ids)), dim=1)
-    query_views, query_captions = gallery.pictures(gallery.queries, query_ids, gallery.size)
-    views, captions = gallery.pictures(gallery.bank, ids[nearest.flatten().numpy()], gallery.size)
+    query_views, query_captions = gallery.images(gallery.queries, query_ids, gallery.size)
+    views, captions = gallery.images(gallery.bank, ids[nearest.flatten().numpy()], gallery.size)
     rows: list[dict[str, Any]] = []
     same = labelled = 0
     for row, label in enumerate(query_labels):

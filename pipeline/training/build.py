@@ -227,11 +227,10 @@ def assemble(
             )
         return _restore(read(Path(chosen[0])), engine, method, bad_samples, inputs, config.checkpoint.allow_data_change)
 
-    begun = config.init_from.source is not None
     evaluate = None
     if config.evaluation.enabled:
         show = _sheets(run, journal) if journal is not None else None
-        evaluate = Evaluations(config, inputs, method, world, resume is None, begun=begun, show=show)
+        evaluate = Evaluations(config, inputs, method, world, resume is None, show=show)
     return Trainer(
         world=world,
         method=method,

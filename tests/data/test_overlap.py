@@ -115,7 +115,7 @@ def test_a_command_that_evaluates_by_hand_refuses_it_too(shards: Path) -> None:
 
 @pytest.mark.parametrize("name", ["retrieval", "zeroshot"])
 def test_captions_that_were_trained_on_are_not_searched_for(shards: Path, name: str) -> None:
-    from launch.cli.eval_named import settings_for_weights
+    from pipeline.evaluation.standalone import settings_for_weights
 
     words = [f"data.shards={shards}/*.tar", f"data.index={shards}/index", f"evaluation.{name}.enabled=true"]
     words += [f"evaluation.zeroshot.class_names={shards}/classes.txt"]
@@ -126,7 +126,7 @@ def test_captions_that_were_trained_on_are_not_searched_for(shards: Path, name: 
 
 
 def test_nor_when_others_vote_as_far_as_the_training_shards_are_here(shards: Path) -> None:
-    from launch.cli.eval_named import settings_for_weights
+    from pipeline.evaluation.standalone import settings_for_weights
 
     words = [
         f"data.index={shards}/index",

@@ -12,13 +12,12 @@ import torch.distributed as dist
 from pipeline.data.augment.views import IMAGENET_MEAN, IMAGENET_STD
 from pipeline.data.index.build import build
 from pipeline.data.index.filters import narrow
-from pipeline.data.index.manifest import Manifest
-from pipeline.data.loader.reader import Reader
-from pipeline.evaluation.online import Pictures
-from pipeline.evaluation.segmentation import Segmentation, places
+from pipeline.evaluation.segmentation import Segmentation
+from pipeline.evaluation.settings import SegmentationSettings
 from pipeline.models.eval_model import EvalModel
 from pipeline.models.settings import ModelSettings
 from pipeline.models.vision import build_tower
+from tests.helpers.evaluation import eval_data
 
 SIZE = 96
 NAMES = ("sky", "building", "pole", "road", "pavement", "tree", "sign", "fence", "car", "pedestrian", "bicyclist")
@@ -45,18 +44,20 @@ def test_even_untrained_patches_know_more_of_streets_than_the_commonest_class(
         made.append(narrow(manifest, tmp_path / f"{split}-maps", ("segmentation",)))
     assert [manifest.total for manifest in made] == [367, 101]
 
-    def cut(manifest: Manifest, most: int, place: float = 0.5) -> Pictures:
-        return Pictures(manifest, size=SIZE, most=most, batch=16, rank=0, world=1, device=torch.device("cpu"), place=place)
-
-    pictures = cut(made[0], 60), cut(made[1], 30)
-    windows = {place: cut(made[1], 30, place) for place in places(made[1])} if whole else None
-    readers = [Reader(manifest, wants=("segmentation",)) for manifest in made]
-    judge = Segmentation(
-        *pictures, (readers[0], readers[1]), size=SIZE, classes=11, ignore=(11,), names=NAMES, epochs=20, batch=8, windows=windows
+    settings = SegmentationSettings(
+        num_classes=11,
+        ignore_index=(11,),
+        class_names=NAMES,
+        max_train=60,
+        max_val=30,
+        epochs=20,
+        batch_size=8,
+        sliding_window=whole,
     )
-    scores = judge(EvalModel(tower, IMAGENET_MEAN, IMAGENET_STD))
+    evaluator = Segmentation(settings, eval_data(size=SIZE, class_maps=(made[0], made[1])))
+    scores = evaluator(EvalModel(tower, IMAGENET_MEAN, IMAGENET_STD))
     with capsys.disabled():
         print({name: round(value, 4) for name, value in scores.items()})
-    assert scores["segmentation/miou"] > 1.5 * scores["segmentation/majority"]
-    assert scores["segmentation/iou/road"] > 0.5
-    assert 0.02 < scores["segmentation/majority"] < 0.1
+    assert scores["miou"] > 1.5 * scores["majority"]
+    assert scores["iou/road"] > 0.5
+    assert 0.02 < scores["majority"] < 0.1

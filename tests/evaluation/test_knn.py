@@ -18,8 +18,10 @@ from pipeline.data.index.manifest import Manifest
 from pipeline.data.pack import synthetic as scenes
 from pipeline.data.pack.shard_writer import ShardWriter
 from pipeline.errors import DataError
-from pipeline.evaluation.knn import knn_accuracy, knn_votes
-from pipeline.evaluation.online import OnlineKnn, Pictures, raw_pixels
+from pipeline.evaluation.images import ImageSet, raw_pixels
+from pipeline.evaluation.knn import Knn, knn_accuracy, knn_votes
+from pipeline.evaluation.settings import KnnSettings
+from tests.helpers.evaluation import eval_data
 from tests.helpers.rank_pool import pool
 
 CPU = torch.device("cpu")
@@ -56,11 +58,11 @@ def test_accuracy_is_that_of_brute_force(temperature: float) -> None:
     labels, answers = torch.randint(4, (90,), generator=generator), torch.randint(4, (40,), generator=generator)
     bank = (centres[labels] + 1.5 * torch.randn(90, 8, generator=generator)) * torch.rand(90, 1, generator=generator)
     queries = centres[answers] + 1.5 * torch.randn(40, 8, generator=generator)
-    found = knn_accuracy(queries, answers, bank, labels, ks=KS, temperature=temperature, chunk=7)
+    result = knn_accuracy(queries, answers, bank, labels, ks=KS, temperature=temperature, chunk=7)
     expected = {k: by_hand(queries, answers, bank, labels, k, max(KS), temperature) for k in KS}
-    assert found == pytest.approx(expected)
-    assert len(set(found.values())) > 1
-    assert all(0.3 < value < 1.0 for value in found.values())
+    assert result == pytest.approx(expected)
+    assert len(set(result.values())) > 1
+    assert all(0.3 < value < 1.0 for value in result.values())
 
 
 def test_features_of_any_length_and_type_count_by_their_direction() -> None:
@@ -84,7 +86,7 @@ def test_more_neighbours_than_there_are_means_all_and_nothing_gives_no_number() 
 
 @pytest.fixture(scope="module")
 def manifests(tmp_path_factory: pytest.TempPathFactory) -> tuple[Manifest, Manifest]:
-    """45 scenes that vote, 21 to judge; every seventh has no label."""
+    """A feature bank of 45 scenes and 21 queries; every seventh has no label."""
     folder = tmp_path_factory.mktemp("labelled")
     made = []
     for name, first, count in (("bank", 0, 45), ("queries", 1000, 21)):
@@ -106,23 +108,28 @@ def alone(tmp_path: Path) -> Iterator[None]:
     dist.destroy_process_group()
 
 
-def pictures(manifest: Manifest, rank: int = 0, world: int = 1, most: int | None = None, seed: int = 0) -> Pictures:
-    return Pictures(manifest, size=16, most=most, batch=8, rank=rank, world=world, device=CPU, seed=seed)
+def image_set(manifest: Manifest, rank: int = 0, world: int = 1, limit: int | None = None, seed: int = 0) -> ImageSet:
+    return ImageSet(manifest, size=16, limit=limit, batch_size=8, rank=rank, world_size=world, device=CPU, seed=seed)
 
 
-def everything(of: Pictures) -> tuple[Tensor, Tensor]:
-    batches = list(of)
+def knn(bank: ImageSet, queries: ImageSet, ks: tuple[int, ...] = KS) -> Knn:
+    return Knn(KnnSettings(k=ks, temperature=0.07), eval_data(bank=bank, queries=queries))
+
+
+def labelled(images: ImageSet) -> tuple[Tensor, Tensor]:
+    """All labelled images of this rank, and their labels."""
+    batches = [(batch.images[batch.labels >= 0], batch.labels[batch.labels >= 0]) for batch in images]
     return torch.cat([images for images, _ in batches]), torch.cat([labels for _, labels in batches])
 
 
-def test_pictures_are_the_labelled_samples_in_order_and_ranks_share_them(manifests: tuple[Manifest, Manifest]) -> None:
+def test_images_are_the_labelled_samples_in_order_and_ranks_share_them(manifests: tuple[Manifest, Manifest]) -> None:
     bank = manifests[0]
-    images, labels = everything(pictures(bank))
+    images, labels = labelled(image_set(bank))
     stored = np.concatenate([bank.column(shard, "label") for shard in range(len(bank.shards))])
     assert labels.tolist() == [label for label in stored.tolist() if label >= 0]
     assert len(labels) == 45 - 6
     assert images.shape == (39, 3, 16, 16)
-    parts = [everything(pictures(bank, rank, 3)) for rank in range(3)]
+    parts = [labelled(image_set(bank, rank, 3)) for rank in range(3)]
     assert sum(len(part) for _, part in parts) == 39
     theirs = sorted(image.numpy().tobytes() for part, _ in parts for image in part)
     assert theirs == sorted(image.numpy().tobytes() for image in images)
@@ -130,39 +137,39 @@ def test_pictures_are_the_labelled_samples_in_order_and_ranks_share_them(manifes
 
 def test_a_part_is_chosen_by_the_seed_alone(manifests: tuple[Manifest, Manifest]) -> None:
     bank = manifests[0]
-    chosen, same, other = (everything(pictures(bank, most=12, seed=seed))[0] for seed in (0, 0, 1))
-    assert pictures(bank, most=12).total == 12
+    chosen, same, other = (labelled(image_set(bank, limit=12, seed=seed))[0] for seed in (0, 0, 1))
+    assert image_set(bank, limit=12).total == 12
     assert torch.equal(chosen, same)
     assert chosen.shape != other.shape or not torch.equal(chosen, other)
-    assert pictures(bank, most=1000).total == 45
+    assert image_set(bank, limit=1000).total == 45
 
 
-def test_pictures_are_decoded_once_and_the_random_state_is_left_alone(
+def test_images_are_decoded_once_and_the_random_state_is_left_alone(
     manifests: tuple[Manifest, Manifest], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     state = torch.random.get_rng_state()
-    shown = pictures(manifests[1])
-    first = everything(shown)
-    monkeypatch.setattr("pipeline.evaluation.online.BatchStream", None)
-    second = everything(shown)
+    images = image_set(manifests[1])
+    first = labelled(images)
+    monkeypatch.setattr("pipeline.evaluation.images.BatchStream", None)
+    second = labelled(images)
     assert torch.equal(first[0], second[0])
     assert torch.equal(first[1], second[1])
     assert torch.equal(torch.random.get_rng_state(), state)
 
 
 def test_the_online_number_is_the_plain_one(manifests: tuple[Manifest, Manifest], alone: None) -> None:
-    bank, queries = (everything(pictures(manifest)) for manifest in manifests)
+    bank, queries = (labelled(image_set(manifest)) for manifest in manifests)
     expected = knn_accuracy(raw_pixels(queries[0]), queries[1], raw_pixels(bank[0]), bank[1], ks=KS)
-    knn = OnlineKnn(pictures(manifests[0]), pictures(manifests[1]), ks=KS, temperature=0.07, group=None)
-    assert knn(raw_pixels) == expected
-    assert knn(raw_pixels) == expected
-    by_itself = OnlineKnn(pictures(manifests[0]), pictures(manifests[0]), ks=(1,), temperature=0.07, group=None)
-    assert by_itself(raw_pixels) == {1: 1.0}
+    evaluator = knn(image_set(manifests[0]), image_set(manifests[1]))
+    assert evaluator.accuracy(raw_pixels) == expected
+    assert evaluator.raw_pixel_scores() == {f"k{k}": value for k, value in expected.items()}
+    by_itself = knn(image_set(manifests[0]), image_set(manifests[0]), ks=(1,))
+    assert by_itself.accuracy(raw_pixels) == {1: 1.0}
 
 
 def test_features_are_computed_without_gradient(manifests: tuple[Manifest, Manifest], alone: None) -> None:
     network = torch.nn.Linear(3 * 16 * 16, 4)
-    knn = OnlineKnn(pictures(manifests[0]), pictures(manifests[1]), ks=(1,), temperature=0.07, group=None)
+    evaluator = knn(image_set(manifests[0]), image_set(manifests[1]), ks=(1,))
     seen = []
 
     def features(images: Tensor) -> Tensor:
@@ -170,7 +177,7 @@ def test_features_are_computed_without_gradient(manifests: tuple[Manifest, Manif
         seen.append(out.requires_grad)
         return out
 
-    knn(features)
+    evaluator.accuracy(features)
     assert set(seen) == {False}
 
 
@@ -180,21 +187,19 @@ def test_shards_without_any_label_are_refused(tmp_path: Path, manifests: tuple[M
     bare = build(writer.shards, tmp_path / "index")
     for bank, queries in ((bare, manifests[1]), (manifests[0], bare)):
         with pytest.raises(DataError, match="no labelled sample"):
-            OnlineKnn(pictures(bank), pictures(queries), ks=(1,), temperature=0.07, group=None)(raw_pixels)
+            knn(image_set(bank), image_set(queries), ks=(1,)).accuracy(raw_pixels)
 
 
-def _on_ranks(bank: Manifest, queries: Manifest, most: int | None, seed: int) -> Any:
+def _on_ranks(bank: Manifest, queries: Manifest, limit: int | None, seed: int) -> Any:
     rank, world = dist.get_rank(), dist.get_world_size()
-    judged = pictures(queries, rank, world, most, seed)
-    return OnlineKnn(pictures(bank, rank, world), judged, ks=KS, temperature=0.07, group=None)(raw_pixels)
+    return knn(image_set(bank, rank, world), image_set(queries, rank, world, limit, seed)).accuracy(raw_pixels)
 
 
-@pytest.mark.parametrize("most", [None, 1])
-def test_two_ranks_give_the_number_of_one_even_if_one_has_nothing_to_judge(
-    manifests: tuple[Manifest, Manifest], alone: None, most: int | None
+@pytest.mark.parametrize("limit", [None, 1])
+def test_two_ranks_give_the_number_of_one_even_if_one_has_no_query(
+    manifests: tuple[Manifest, Manifest], alone: None, limit: int | None
 ) -> None:
-    seed = next(seed for seed in range(9) if len(everything(pictures(manifests[1], most=most, seed=seed))[1]))
-    judged = pictures(manifests[1], most=most, seed=seed)
-    expected = OnlineKnn(pictures(manifests[0]), judged, ks=KS, temperature=0.07, group=None)(raw_pixels)
-    ranks = pool(2).run(_on_ranks, bank=manifests[0], queries=manifests[1], most=most, seed=seed)
+    seed = next(seed for seed in range(9) if len(labelled(image_set(manifests[1], limit=limit, seed=seed))[1]))
+    expected = knn(image_set(manifests[0]), image_set(manifests[1], limit=limit, seed=seed)).accuracy(raw_pixels)
+    ranks = pool(2).run(_on_ranks, bank=manifests[0], queries=manifests[1], limit=limit, seed=seed)
     assert ranks == [expected, expected]

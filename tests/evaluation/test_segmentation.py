@@ -1,4 +1,4 @@
-"""Class maps in their own size: borders and squares by hand, and whole pictures from shards on one rank and two."""
+"""Class maps in their own size: borders and squares by hand, and whole images from shards on one rank and two."""
 
 from __future__ import annotations
 
@@ -16,14 +16,15 @@ from torch import Tensor
 from pipeline.data.augment.views import IMAGENET_MEAN, IMAGENET_STD
 from pipeline.data.index.build import build
 from pipeline.data.index.manifest import Manifest
-from pipeline.data.loader.reader import Reader
 from pipeline.data.pack.shard_writer import ShardWriter
 from pipeline.errors import DataError
-from pipeline.evaluation.online import Pictures
-from pipeline.evaluation.segmentation import Segmentation, confusion, ious, over_windows, places, whole_map
+from pipeline.evaluation.images import ImageSet
+from pipeline.evaluation.segmentation import Segmentation, confusion, ious, merge_windows, whole_map, window_positions
+from pipeline.evaluation.settings import SegmentationSettings
 from pipeline.models.eval_model import EvalModel
 from pipeline.models.settings import ModelSettings
 from pipeline.models.vision import build_tower
+from tests.helpers.evaluation import eval_data, image_set
 from tests.helpers.rank_pool import pool
 
 SIZE, HIGH, WIDE = 16, 24, 60
@@ -43,26 +44,26 @@ def second(values: list[list[float]]) -> Tensor:
 
 def test_borders_are_where_enlarged_logits_cross_by_hand() -> None:
     # From two patches, -1 and 5, to four pixels: -1, -1 + 6/4, -1 + 18/4, 5.
-    found = over_windows([second([[-1.0, 5.0], [-1.0, 5.0]])], [0.5], 4, 4)
-    assert found.tolist() == [[0, 1, 1, 1]] * 4
-    wanted = torch.tensor([[0, 0, 1, 1]] * 4)
-    assert ious(confusion(found, wanted, 2)).tolist() == pytest.approx([1 / 2, 2 / 3])
+    result = merge_windows([second([[-1.0, 5.0], [-1.0, 5.0]])], [0.5], 4, 4)
+    assert result.tolist() == [[0, 1, 1, 1]] * 4
+    target = torch.tensor([[0, 0, 1, 1]] * 4)
+    assert ious(confusion(result, target, 2)).tolist() == pytest.approx([1 / 2, 2 / 3])
     # In the network's own size, where each patch is a pixel, nothing is wrong.
-    small = over_windows([second([[-1.0, 5.0], [-1.0, 5.0]])], [0.5], 2, 2)
-    assert ious(confusion(small, wanted[::2, ::2], 2)).tolist() == [1.0, 1.0]
+    small = merge_windows([second([[-1.0, 5.0], [-1.0, 5.0]])], [0.5], 2, 2)
+    assert ious(confusion(small, target[::2, ::2], 2)).tolist() == [1.0, 1.0]
 
 
 def test_where_squares_overlap_their_mean_decides_by_hand() -> None:
     squares = [second([[value]]) for value in (-1.0, 3.0, -5.0)]
     # Columns 0 and 1 are of the first, 1 and 2 of the second, 2 and 3 of the third: -1, (-1 + 3) / 2, (3 - 5) / 2, -5.
-    assert over_windows(squares, [0.0, 0.5, 1.0], 2, 4).tolist() == [[0, 1, 0, 0]] * 2
-    assert over_windows(squares, [0.0, 0.5, 1.0], 4, 2).tolist() == [[0, 0], [1, 1], [0, 0], [0, 0]]
+    assert merge_windows(squares, [0.0, 0.5, 1.0], 2, 4).tolist() == [[0, 1, 0, 0]] * 2
+    assert merge_windows(squares, [0.0, 0.5, 1.0], 4, 2).tolist() == [[0, 0], [1, 1], [0, 0], [0, 0]]
 
 
 def test_a_whole_map_is_as_it_is_stored() -> None:
     pixels = np.array([[0, 1, 9], [1, 1, 0]], dtype=np.uint8)
     assert whole_map(png(pixels), classes=2, ignore=(9,), key="k").tolist() == [[0, 1, 255], [1, 1, 0]]
-    with pytest.raises(DataError, match=r"holds \[9\], but there are 2 classes"):
+    with pytest.raises(DataError, match=r"must be 0 to 1, and it holds \[9\]"):
         whole_map(png(pixels), classes=2, ignore=(), key="k")
 
 
@@ -70,7 +71,7 @@ def test_a_whole_map_is_as_it_is_stored() -> None:
 
 
 def made(folder: Path, name: str, first: int, count: int, shape: tuple[int, int]) -> Manifest:
-    """Pictures of bright columns on dark ground, whose maps say so."""
+    """Images of bright columns on dark ground, whose maps say so."""
     with ShardWriter(folder, name) as writer:
         for number in range(first, first + count):
             random = np.random.default_rng(number)
@@ -86,7 +87,7 @@ def made(folder: Path, name: str, first: int, count: int, shape: tuple[int, int]
 
 @pytest.fixture(scope="module")
 def manifests(tmp_path_factory: pytest.TempPathFactory) -> tuple[Manifest, Manifest]:
-    """Square ones to learn from, wide ones to judge."""
+    """Square images to learn from, wide ones to evaluate."""
     folder = tmp_path_factory.mktemp("columns")
     return made(folder, "train", 0, 24, (HIGH, HIGH)), made(folder, "test", 100, 9, (HIGH, WIDE))
 
@@ -98,26 +99,22 @@ def alone(tmp_path: Path) -> Iterator[None]:
     dist.destroy_process_group()
 
 
-def pictures(manifest: Manifest, place: float = 0.5) -> Pictures:
-    rank, world = dist.get_rank(), dist.get_world_size()
-    return Pictures(manifest, size=SIZE, most=None, batch=4, rank=rank, world=world, device=torch.device("cpu"), place=place)
+def images_of(manifest: Manifest, position: float = 0.5) -> ImageSet:
+    return image_set(manifest, size=SIZE, batch_size=4, crop_position=position)
 
 
-def judged(train: Manifest, test: Manifest, whole: bool) -> dict[str, float]:
+def scores_of(train: Manifest, test: Manifest, whole: bool) -> dict[str, float]:
     torch.manual_seed(3)
     tower = build_tower(ModelSettings(embed_dim=16, depth=1, num_heads=2, patch_size=4, layer_scale=None), image_size=SIZE).eval()
-    readers = Reader(train, wants=("segmentation",)), Reader(test, wants=("segmentation",))
-    windows = {place: pictures(test, place) for place in places(test)} if whole else None
-    judge = Segmentation(
-        pictures(train), pictures(test), readers, size=SIZE, classes=2, rates=(1.0,), epochs=8, batch=8, windows=windows
-    )
-    return judge(EvalModel(tower, IMAGENET_MEAN, IMAGENET_STD))
+    settings = SegmentationSettings(num_classes=2, learning_rates=(1.0,), epochs=8, batch_size=8, sliding_window=whole)
+    evaluator = Segmentation(settings, eval_data(size=SIZE, class_maps=(train, test)))
+    return evaluator(EvalModel(tower, IMAGENET_MEAN, IMAGENET_STD))
 
 
 def test_squares_reach_from_end_to_end_and_share_a_third(manifests: tuple[Manifest, Manifest]) -> None:
-    assert places(manifests[0]) == [0.5]
-    found = places(manifests[1])  # 36 pixels of slack, at most 16 from one to the next
-    assert found == [0.0, pytest.approx(1 / 3), pytest.approx(2 / 3), 1.0]
+    assert window_positions(manifests[0]) == [0.5]
+    result = window_positions(manifests[1])  # 36 pixels of slack, at most 16 from one to the next
+    assert result == [0.0, pytest.approx(1 / 3), pytest.approx(2 / 3), 1.0]
 
 
 def test_a_square_is_cut_where_it_is_said_to_lie(tmp_path: Path, alone: None) -> None:
@@ -127,22 +124,22 @@ def test_a_square_is_cut_where_it_is_said_to_lie(tmp_path: Path, alone: None) ->
         writer.write({"__key__": "high", "png": png(pixels.transpose(1, 0, 2).copy())})
     manifest = build(writer.shards, tmp_path / "index")
     for place in (0.0, 1 / 3, 1.0):
-        wide, high = next(iter(pictures(manifest, place).shown())).images
+        wide, high = next(iter(images_of(manifest, place))).images
         gray = (wide[0] * IMAGENET_STD[0] + IMAGENET_MEAN[0]) * 255
         first = place * (WIDE - HIGH)
         assert float(gray.mean()) == pytest.approx(4 * (first + (HIGH - 1) / 2), abs=1.0)
         torch.testing.assert_close(wide, high.transpose(1, 2), atol=0.02, rtol=0)
 
 
-def test_whole_maps_are_judged_to_their_ends(manifests: tuple[Manifest, Manifest], alone: None) -> None:
-    part, whole = judged(*manifests, whole=False), judged(*manifests, whole=True)
-    assert 0.8 < whole["segmentation/miou"] < 1 and part["segmentation/miou"] > 0.8
-    assert part["segmentation/rate"] == whole["segmentation/rate"]
-    right = whole["segmentation/pixels"] * 9 * HIGH * WIDE
+def test_whole_maps_are_evaluated_to_their_ends(manifests: tuple[Manifest, Manifest], alone: None) -> None:
+    part, whole = scores_of(*manifests, whole=False), scores_of(*manifests, whole=True)
+    assert 0.8 < whole["miou"] < 1 and part["miou"] > 0.8
+    assert part["rate"] == whole["rate"]
+    right = whole["pixels"] * 9 * HIGH * WIDE
     assert right == pytest.approx(round(right), abs=1e-6) and right > 9 * HIGH * HIGH  # more than the squares in the middle hold
 
 
-def test_two_ranks_judge_whole_maps_as_one_does(manifests: tuple[Manifest, Manifest], alone: None) -> None:
-    expected = judged(*manifests, whole=True)
-    ranks = pool(2).run(judged, train=manifests[0], test=manifests[1], whole=True)
+def test_two_ranks_give_the_scores_of_one_for_whole_maps(manifests: tuple[Manifest, Manifest], alone: None) -> None:
+    expected = scores_of(*manifests, whole=True)
+    ranks = pool(2).run(scores_of, train=manifests[0], test=manifests[1], whole=True)
     assert ranks[0] == ranks[1] == pytest.approx(expected, abs=1e-4)

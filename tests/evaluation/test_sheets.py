@@ -1,4 +1,4 @@
-"""Pictures for eyes: the attention is the block's own, and what is shown as nearest is what is nearest, on one rank or two."""
+"""Image sheets: the attention is the block's own, and what is shown as nearest is what is nearest, on one rank or two."""
 
 from __future__ import annotations
 
@@ -18,11 +18,10 @@ from torch import Tensor, nn
 from pipeline.data.augment.views import Normalize
 from pipeline.data.index.build import build
 from pipeline.data.index.manifest import Manifest
-from pipeline.data.loader.reader import Reader
 from pipeline.data.pack.shard_writer import ShardWriter
 from pipeline.evaluation.attention import looked_at, readable, shaded, with_attention
-from pipeline.evaluation.online import Pictures
-from pipeline.evaluation.sheets import _RIGHT, _UNKNOWN, _WRONG, Finding, attention_sheet, thumbs
+from pipeline.evaluation.images import ImageSet
+from pipeline.evaluation.sheets import _RIGHT, _UNKNOWN, _WRONG, NearestImages, attention_sheet, thumbs
 from pipeline.models.eval_model import EvalModel
 from pipeline.models.resnet import build_trunk
 from pipeline.models.settings import ModelSettings
@@ -32,7 +31,7 @@ from tests.helpers.rank_pool import pool
 CPU = torch.device("cpu")
 MEAN, STD = (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)
 TILE, SHOWN = 32, 3
-# Gray pictures: their brightness is their feature, so the nearest can be told by counting.
+# Gray images: their brightness is their feature, so that the nearest can be counted.
 GRAYS = [10, 60, 20, 200, 190, 90, 30, 120, 250, 100, 55]
 
 
@@ -52,16 +51,16 @@ def tower(**changes: Any) -> Any:
 def test_the_attention_that_is_read_is_the_one_that_the_block_computes(changes: dict[str, Any]) -> None:
     built = tower(**changes)
     images, kept = torch.randn(2, 3, 16, 12), []
-    tokens, found = with_attention(EvalModel(built, MEAN, STD), images)
-    assert found is not None and found.shape == (2, 2, 12)
+    tokens, result = with_attention(EvalModel(built, MEAN, STD), images)
+    assert result is not None and result.shape == (2, 2, 12)
     built._fused = False  # then the block has its shares in its hands
     built.vit.blocks[-1].attn.attn_drop.register_forward_hook(lambda _, __, out: kept.append(out))
     with torch.inference_mode():
         again = built(images)
-    torch.testing.assert_close(found, kept[0][:, :, 0, built.vit.num_prefix_tokens :])
+    torch.testing.assert_close(result, kept[0][:, :, 0, built.vit.num_prefix_tokens :])
     torch.testing.assert_close(tokens.patches, again.patches)
-    assert float(found.std(2).min()) > 1e-3
-    torch.testing.assert_close(looked_at(EvalModel(built, MEAN, STD), images), found.mean(1))
+    assert float(result.std(2).min()) > 1e-3
+    torch.testing.assert_close(looked_at(EvalModel(built, MEAN, STD), images), result.mean(1))
 
 
 def test_reading_leaves_no_hook_behind() -> None:
@@ -72,25 +71,25 @@ def test_reading_leaves_no_hook_behind() -> None:
 
 def test_a_network_without_attention_shows_likeness_instead() -> None:
     trunk = build_trunk(ModelSettings(timm_name="resnet18"), image_size=32).eval()
-    subject: Any = EvalModel(trunk, MEAN, STD)  # type: ignore[arg-type]
-    assert not readable(subject)
-    tokens, attention = with_attention(subject, torch.randn(1, 3, 64, 64))
+    model: Any = EvalModel(trunk, MEAN, STD)  # type: ignore[arg-type]
+    assert not readable(model)
+    tokens, attention = with_attention(model, torch.randn(1, 3, 64, 64))
     assert attention is None and tokens.patches.shape[1] == 4
-    assert looked_at(subject, torch.randn(1, 3, 64, 64)).shape == (1, 4)
+    assert looked_at(model, torch.randn(1, 3, 64, 64)).shape == (1, 4)
 
 
 def test_blocks_that_were_compiled_can_be_read() -> None:
     built, images = tower(), torch.randn(2, 3, 8, 8)
-    subject = EvalModel(built, MEAN, STD)
-    expected, layers = with_attention(subject, images)[1], subject.layers(images, 2)
+    model = EvalModel(built, MEAN, STD)
+    expected, layers = with_attention(model, images)[1], model.layers(images, 2)
     for block in built.vit.blocks:
         block.compile(backend="eager")
     with torch.inference_mode():
         built(images)
-    found = with_attention(subject, images)[1]
-    assert found is not None and expected is not None
-    torch.testing.assert_close(found, expected)
-    torch.testing.assert_close(subject.layers(images, 2), layers)
+    result = with_attention(model, images)[1]
+    assert result is not None and expected is not None
+    torch.testing.assert_close(result, expected)
+    torch.testing.assert_close(model.layers(images, 2), layers)
 
 
 def test_a_sheet_has_the_picture_the_mean_and_each_head() -> None:
@@ -104,12 +103,12 @@ def test_a_sheet_has_the_picture_the_mean_and_each_head() -> None:
     assert (second[4:, :4] == bright).all() and not (second[:4] == bright).all(2).any()
 
 
-# ---- what is found ----------------------------------------------------------------------------------------------------------
+# ---- nearest images -----------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
 def manifest(tmp_path_factory: pytest.TempPathFactory) -> Manifest:
-    folder = tmp_path_factory.mktemp("found")
+    folder = tmp_path_factory.mktemp("gray")
     with ShardWriter(folder, "gray") as writer:
         for number, gray in enumerate(GRAYS):
             buffer = io.BytesIO()
@@ -133,7 +132,7 @@ def _angle(gray: Tensor) -> Tensor:
 
 
 def finder(texts: bool) -> Any:
-    """A subject that knows a picture by its gray, and a sentence by the number at its end."""
+    """A model that recognises an image by its gray, and a sentence by the number at its end."""
 
     def look(images: Tensor) -> Tensor:
         return _angle((images.mean((1, 2, 3)) * 0.5 + 0.5) * 255)
@@ -147,12 +146,13 @@ def finder(texts: bool) -> Any:
 
 def find(manifest: Manifest, texts: bool) -> tuple[str, np.ndarray] | None:
     rank, world = dist.get_rank(), dist.get_world_size()
-    pictures = Pictures(manifest, size=16, most=None, batch=4, rank=rank, world=world, device=CPU, normalize=Normalize(MEAN, STD))
-    finding = Finding(pictures, Reader(manifest, wants=("caption",)), rows=4, columns=SHOWN, tile=TILE)
-    found = finding(finder(texts))
-    again = finding(finder(texts))  # by what was kept of the first time
-    assert found is not None and again is not None and np.array_equal(found[1], again[1])
-    return found
+    common = {"size": 16, "batch_size": 4, "device": CPU, "normalize": Normalize(MEAN, STD)}
+    images = ImageSet(manifest, limit=None, rank=rank, world_size=world, **common)  # type: ignore[arg-type]
+    nearest = NearestImages(images, rows=4, columns=SHOWN, tile=TILE)
+    result = nearest(finder(texts))
+    again = nearest(finder(texts))  # by what was kept of the first time
+    assert result is not None and again is not None and np.array_equal(result[1], again[1])
+    return result
 
 
 def cell(drawn: np.ndarray, row: int, place: int) -> tuple[int, tuple[int, ...]]:
@@ -163,21 +163,21 @@ def cell(drawn: np.ndarray, row: int, place: int) -> tuple[int, tuple[int, ...]]
 
 
 def test_pictures_find_the_nearest_others_framed_by_their_class(manifest: Manifest, alone: None) -> None:
-    found = find(manifest, texts=False)
-    assert found is not None and found[0] == "neighbours" and found[1].shape == (4 * TILE, TILE + 6 + SHOWN * TILE, 3)
-    for row, asked in enumerate(GRAYS[:4]):
-        assert int(found[1][row * TILE + 9, 9, 0]) == pytest.approx(asked, abs=1)
-        nearest = sorted((gray for gray in GRAYS if gray != asked), key=lambda gray: abs(gray - asked))[:SHOWN]
+    result = find(manifest, texts=False)
+    assert result is not None and result[0] == "neighbours" and result[1].shape == (4 * TILE, TILE + 6 + SHOWN * TILE, 3)
+    for row, query in enumerate(GRAYS[:4]):
+        assert int(result[1][row * TILE + 9, 9, 0]) == pytest.approx(query, abs=1)
+        nearest = sorted((gray for gray in GRAYS if gray != query), key=lambda gray: abs(gray - query))[:SHOWN]
         for place, gray in enumerate(nearest):
-            shown, frame = cell(found[1], row, place)
+            shown, frame = cell(result[1], row, place)
             assert shown == pytest.approx(gray, abs=1)
-            unknown = GRAYS[1] in (asked, gray)
-            assert frame == (_UNKNOWN if unknown else _RIGHT if gray // 100 == asked // 100 else _WRONG)
+            unknown = GRAYS[1] in (query, gray)
+            assert frame == (_UNKNOWN if unknown else _RIGHT if gray // 100 == query // 100 else _WRONG)
 
 
 def test_captions_find_the_nearest_pictures_framed_by_their_captions(manifest: Manifest, alone: None) -> None:
-    found = find(manifest, texts=True)
-    assert found is not None and found[0] == "retrieval"
+    result = find(manifest, texts=True)
+    assert result is not None and result[0] == "retrieval"
     # The captions of the first four that have one are read as grays of 10, 30, 210 and 190; 20 and 30 share a caption.
     expected = [
         [(10, _RIGHT), (20, _WRONG)],
@@ -187,9 +187,9 @@ def test_captions_find_the_nearest_pictures_framed_by_their_captions(manifest: M
     ]
     for row, places in enumerate(expected):
         for place, (gray, frame) in enumerate(places):
-            assert cell(found[1], row, place) == (pytest.approx(gray, abs=1), frame)
-    assert len(np.unique(found[1][:TILE, :TILE])) > 2  # words, on white
-    assert found[1][0, 0].tolist() == [255, 255, 255]
+            assert cell(result[1], row, place) == (pytest.approx(gray, abs=1), frame)
+    assert len(np.unique(result[1][:TILE, :TILE])) > 2  # words, on white
+    assert result[1][0, 0].tolist() == [255, 255, 255]
 
 
 @pytest.mark.parametrize("texts", [False, True])
@@ -197,13 +197,13 @@ def test_two_ranks_draw_what_one_draws(texts: bool, manifest: Manifest, alone: N
     expected = find(manifest, texts)
     ranks = pool(2).run(find, manifest=manifest, texts=texts)
     assert expected is not None
-    for found in ranks:
-        assert found[0] == expected[0] and np.array_equal(found[1], expected[1])
+    for result in ranks:
+        assert result[0] == expected[0] and np.array_equal(result[1], expected[1])
 
 
 def test_a_single_picture_has_no_neighbour(manifest: Manifest, alone: None) -> None:
-    pictures = Pictures(manifest, size=16, most=1, batch=4, rank=0, world=1, device=CPU)
-    assert Finding(pictures, Reader(manifest, wants=("caption",)))(finder(texts=False)) is None
+    images = ImageSet(manifest, size=16, limit=1, batch_size=4, rank=0, world_size=1, device=CPU)
+    assert NearestImages(images)(finder(texts=False)) is None
 
 
 def test_small_pictures_are_what_was_normalised() -> None:

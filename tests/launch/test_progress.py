@@ -21,8 +21,8 @@ def test_times_are_read_at_a_glance(seconds: float, shown: str) -> None:
 
 def test_a_line_tells_step_loss_rate_scores_and_what_is_left(capsys: pytest.CaptureFixture[str]) -> None:
     lines = LineLogger(global_batch=64)
-    lines.step(10, 110, 5.25, 640.0, {"knn/k10": 0.4321, "pixels/k10": 0.3}, 10)
-    lines.step(20, 110, 5.25, 640.0, {"knn/k10": 0.4321, "pixels/k10": 0.3}, 10)
+    lines.step(10, 110, 5.25, 640.0, {"knn/k10": 0.4321, "baseline/pixels/knn/k10": 0.3}, 10)
+    lines.step(20, 110, 5.25, 640.0, {"knn/k10": 0.4321, "baseline/pixels/knn/k10": 0.3}, 10)
     line, later = capsys.readouterr().out.splitlines()
     assert line == "step     10/110  loss   5.2500     640 img/s  knn/k10 0.432  left 0:10"
     assert later == "step     20/110  loss   5.2500     640 img/s  knn/k10 0.432 (of step 10)  left 0:09"

@@ -37,7 +37,7 @@ def made(folder: Path, *, width: int, score: float, interrupted: bool) -> Path:
             run.note("end", attempt=attempt, code=0)
         journal.close()
     (folder / "evaluations").mkdir()
-    (folder / "evaluations" / f"{saved.path.name}.json").write_text(json.dumps({"scores": {"trained": {"linear/top1": score}}}))
+    (folder / "evaluations" / f"{saved.path.name}.json").write_text(json.dumps({"scores": {"linear/top1": score}}))
     return folder
 
 
@@ -68,15 +68,15 @@ def test_the_page_tells_two_runs_apart(tmp_path: Path) -> None:
     assert page.count("<svg") == 4 - 2 + 1  # loss, images per second, k-NN; a rate is no score
 
 
-def test_what_eval_computes_without_a_name_is_on_the_page_too(tmp_path: Path) -> None:
+def test_results_that_an_earlier_version_of_eval_wrote_are_on_the_page_too(tmp_path: Path) -> None:
     run = made(tmp_path / "a", width=32, score=0.5, interrupted=False)
     knn = {"trained": {"10": 0.61, "20": 0.62}, "untrained": {"10": 0.3}, "pixels": {"10": 0.2}}
     (run / "evaluation.json").write_text(json.dumps({"checkpoint": "step_000000003", "step": 3, "knn": knn}))
     values = rows(write([run], tmp_path / "report.html").read_text())
     assert values["knn/k10, fovea eval"] == ["0.6100 (step_000000003)"]
     assert values["knn/k20, fovea eval"] == ["0.6200 (step_000000003)"]
-    assert values["untrained knn/k10, fovea eval"] == ["0.3000 (step_000000003)"]
-    assert values["pixels knn/k10, fovea eval"] == ["0.2000 (step_000000003)"]
+    assert values["baseline/random_init/knn/k10, fovea eval"] == ["0.3000 (step_000000003)"]
+    assert values["baseline/pixels/knn/k10, fovea eval"] == ["0.2000 (step_000000003)"]
     assert values["linear/top1, fovea eval"] == ["0.5000 (step_000000003)"]
     (run / "evaluation.json").write_text('{"checkpoint": "step_000000003", "knn": [1]}')
     write([run], tmp_path / "report.html")

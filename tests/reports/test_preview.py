@@ -22,7 +22,7 @@ from pipeline.reports.page import render
 from tests.data.inspect.test_verify import damaged_png
 from tests.data.pack.test_packer import picture
 from tests.data.pack.test_sources import write_tar
-from tests.launch.cli.test_eval_run import toy
+from tests.helpers.evaluation import toy
 
 VIEWS = 4  # two global and two local crops
 OUTSIDE = re.compile(r"https?:|(?:src|href)=\"(?!data:|#)|url\(|@import", re.IGNORECASE)

@@ -15,7 +15,6 @@ import numpy as np
 import pytest
 import torch
 
-from launch.cli import eval_run as evaluate
 from pipeline.config.load import Loaded
 from pipeline.data.inputs import prepare
 from pipeline.errors import CheckpointError
@@ -25,7 +24,8 @@ from pipeline.methods.registry import build_seeded_method
 from pipeline.reports import run_page as page
 from pipeline.reports.history import History, read_history
 from pipeline.runtime.run_directory import RunDirectory
-from tests.launch.cli.test_eval_run import CPU, changed, toy, write_checkpoint
+from pipeline.weights.from_checkpoint import newest
+from tests.helpers.evaluation import CPU, changed, toy, write_checkpoint
 from tests.reports.test_preview import OUTSIDE, VIEWS
 
 FIGURES = ("result", "curves", "terms", "crops", "patches", "neighbours")
@@ -137,7 +137,7 @@ def test_the_table_tells_the_newest_scores_beside_the_baselines(drawn: str) -> N
     shown = [re.findall(r">([^<>]+)</t[hd]>", row) for row in rows]
     assert shown == [
         ["trained network", "55.0 %", "65.0 %"],
-        ["same network, untrained", "15.0 %", "25.0 %"],
+        ["same network, random init", "15.0 %", "25.0 %"],
         ["raw pixels", "10.0 %", "20.0 %"],
     ]
     headline = re.search(r"<h1>(.*?)</h1>", drawn, re.DOTALL)
@@ -182,9 +182,9 @@ def test_a_run_started_again_after_its_end_was_not_interrupted(tmp_path: Path) -
 
 def test_numbers_of_eval_count_where_the_journals_stop_before_the_checkpoint(run: Loaded, tmp_path: Path) -> None:
     scores = {"trained": {"1": 0.9}, "untrained": {"1": 0.3}, "pixels": {"1": 0.2}}
-    saved = evaluate.newest(run.config.run.folder)
+    saved = newest(run.config.run.folder)
     (tmp_path / "evaluation.json").write_text(json.dumps({"checkpoint": saved.path.name, "knn": scores}))
-    short = History(metrics={"knn/k1": {16: 0.5}, "untrained/k1": {0: 0.3}})
+    short = History(metrics={"knn/k1": {16: 0.5}, "baseline/random_init/knn/k1": {0: 0.3}})
     found, step = page._scores(RunDirectory(tmp_path), short, saved)
     assert (found["trained"], found["pixels"], step) == ({1: 0.9}, {1: 0.2}, 24)
     found, step = page._scores(RunDirectory(tmp_path), History(metrics={"knn/k1": {24: 0.5}}), saved)

@@ -14,9 +14,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from launch.cli.eval_ranks import EvalReporter
 from launch.cli.main import main
 from pipeline.errors import ConfigError
+from pipeline.evaluation.reporter import EvalReporter
 from pipeline.runtime.run_directory import RunDirectory
 from pipeline.tracking import EvalDestination, Journal, Shipper, eval_destinations, own_database, remember, server_of
 from pipeline.tracking.journal import read
@@ -93,11 +93,12 @@ def test_a_server_that_only_the_run_names_is_never_contacted(run: Path, sink: Si
     assert "the MLflow server http://127.0.0.1" in capsys.readouterr().err
     assert call("mlflow", "sync", "--all") == 2
     assert "skipped" in capsys.readouterr().out
-    telling = EvalReporter.of_run(run, RunDirectory(run).settings(), None)
-    assert telling is not None
-    telling(3, {"trained": {"knn/k1": 0.5}})
-    telling.close()
-    assert "the scores stay in" in capsys.readouterr().err
+    messages: list[str] = []
+    reporter = EvalReporter.of_run(run, RunDirectory(run).settings(), None, log=messages.append)
+    assert reporter is not None
+    reporter(3, {"knn/k1": 0.5})
+    reporter.close()
+    assert len(messages) == 1 and messages[0].startswith("the scores stay in")
     assert sink.asked == []
 
 
@@ -226,7 +227,7 @@ def test_records_of_a_wrong_type_are_left_out(tmp_path: Path, document: Any, key
 
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(document=JSON, key=st.sampled_from(["uri", "run_id", "offsets", "steps", "artifacts", "joins", None]))
-def test_cursors_and_asides_of_a_wrong_type_count_as_none(tmp_path: Path, document: Any, key: str | None) -> None:
+def test_cursors_and_destinations_of_a_wrong_type_count_as_none(tmp_path: Path, document: Any, key: str | None) -> None:
     tracking = tmp_path / "tracking"
     (tracking / "eval").mkdir(parents=True, exist_ok=True)
     good = {"uri": "sqlite:///x", "run_id": "r", "offsets": {}, "steps": {}, "artifacts": []}

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from pipeline.errors import CheckpointError, ConfigError, FoveaError
 from pipeline.models.tensor_files import only_weights, read_tensors
@@ -329,3 +330,52 @@ def test_a_small_file_cannot_ask_for_much_memory_or_time(tmp_path: Path) -> None
     for name, what in {"zeros": "byte array", "packed": "compressed archive", "many": "entries"}.items():
         with pytest.raises(CheckpointError, match=what):
             read_tensors(tmp_path / f"{name}.pth")
+
+
+# ---- what is loaded ---------------------------------------------------------------------------------------------------------
+
+
+def images() -> Tensor:
+    return torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(2))
+
+
+@pytest.mark.parametrize("layout", ["timm", "open_clip"])
+def test_an_exported_folder_is_the_network_it_came_from(layout: str, tmp_path: Path) -> None:
+    saved, method = checkpoint(tmp_path / "run", settings(CLIP))
+    peer = load(str(write(read(saved), layout, tmp_path / layout)), model=None, device=CPU)
+    tower = method.export()["backbone"]
+    assert peer.size == 32 and peer.subject.tower.patch == tower.patch
+    with torch.inference_mode():
+        expected = method.encode_images(images()) if layout == "open_clip" else tower(images()).cls
+        torch.testing.assert_close(peer.subject.embedded(images()), expected, atol=1e-5, rtol=0)
+        assert peer.subject.tokens(images()).patches.shape == (2, 16, 32)
+        assert peer.subject.layers(images(), 2).shape == (2, 2, 2, 32)
+    assert (peer.subject.texts is not None) == (layout == "open_clip")
+
+
+def test_a_file_needs_the_name_of_its_architecture_and_has_to_fit_it(tmp_path: Path) -> None:
+    import timm
+
+    torch.manual_seed(4)
+    model = timm.create_model("vit_tiny_patch16_224", num_classes=0).eval()
+    file = tmp_path / "tiny.safetensors"
+    save_file(model.state_dict(), file)
+    peer = load(str(file), model="vit_tiny_patch16_224", device=CPU)
+    pixels = torch.randn(1, 3, 224, 224)
+    with torch.inference_mode():
+        torch.testing.assert_close(peer.subject.cls(pixels), model.forward_features(pixels)[:, 0])
+    with pytest.raises(ConfigError, match="does not say what architecture"):
+        load(str(file), model=None, device=CPU)
+    for other, told in (("vit_small_patch16_224", "of another shape"), ("resnet18", "no plain vision transformer")):
+        with pytest.raises((CheckpointError, ConfigError), match=told):
+            load(str(file), model=other, device=CPU)
+    with pytest.raises(CheckpointError, match="neither a run, nor weights"):
+        load(str(tmp_path), model=None, device=CPU)
+
+
+def test_a_folder_whose_weights_are_of_another_architecture_is_refused(tmp_path: Path) -> None:
+    for name, width in (("narrow", 32), ("wide", 48)):
+        write(read(checkpoint(tmp_path / f"run-{name}", settings(DINO, embed_dim=width))[0]), "timm", tmp_path / name)
+    (tmp_path / "wide" / "model.safetensors").replace(tmp_path / "narrow" / "model.safetensors")
+    with pytest.raises(CheckpointError, match="timm cannot load it"):
+        load(str(tmp_path / "narrow"), model=None, device=CPU)

@@ -14,16 +14,19 @@ from typing import Any
 
 import pytest
 
-from launch.cli.eval_ranks import EvalReporter, agreed, many
+from launch.cli.eval_ranks import ranks_for
 from launch.cli.main import main
 from pipeline.config.load import show
 from pipeline.errors import LaunchError
+from pipeline.evaluation.reporter import EvalReporter
+from pipeline.evaluation.results import by_network
+from pipeline.evaluation.standalone import broadcast_each
 from pipeline.methods.registry import build_seeded_method
 from pipeline.tracking import Journal, Shipper
 from pipeline.tracking.journal import read
+from tests.helpers.evaluation import CPU, changed, toy, write_checkpoint
 from tests.helpers.rank_pool import pool
 from tests.helpers.runs import ROOT, environment
-from tests.launch.cli.test_eval_run import CPU, changed, toy, write_checkpoint
 
 DEAD = "http://127.0.0.1:9"
 FLAGS = ["--knn", "--linear", "--logistic"]
@@ -58,7 +61,7 @@ def tracked(run: Path) -> Any:
     return json.loads((run / "tracking" / "cursor.json").read_text())["run_id"]
 
 
-def told(run: Path) -> dict[str, float]:
+def journalled(run: Path) -> dict[str, float]:
     """What the journals of evaluations by hand say."""
     found: dict[str, float] = {}
     for file in sorted(run.glob("tracking/eval*/journal-*.jsonl")):
@@ -70,28 +73,28 @@ def told(run: Path) -> dict[str, float]:
 # ---- who starts the ranks ---------------------------------------------------------------------------------------------------
 
 
-def test_a_rank_starts_no_ranks_and_gloo_wants_no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_rank_starts_no_ranks_and_gloo_needs_no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("launch.rank_environment.gpus", lambda _: 4)
     settings: dict[str, Any] = {name: SimpleNamespace(launch=SimpleNamespace(backend=name)) for name in ("auto", "gloo")}
-    assert (many(settings["auto"], None), many(settings["auto"], 2), many(settings["gloo"], None)) == (4, 2, 1)
+    assert (ranks_for(settings["auto"], None), ranks_for(settings["auto"], 2), ranks_for(settings["gloo"], None)) == (4, 2, 1)
     for name, value in {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0"}.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
-    assert many(settings["auto"], None) == many(settings["auto"], 2) == 1
+    assert ranks_for(settings["auto"], None) == ranks_for(settings["auto"], 2) == 1
     with pytest.raises(LaunchError, match="--ranks = 8, but this process is rank 0 of 2"):
-        many(settings["auto"], 8)
+        ranks_for(settings["auto"], 8)
 
 
-def _heard() -> list[Any]:
+def _broadcast() -> list[Any]:
     import torch.distributed as dist
 
     rank = dist.get_rank()
-    found = iter([None, "first", None, "second"]) if rank == 0 else iter(["nobody asks"])
-    return list(agreed(found, SimpleNamespace(rank=rank, control=None)))  # type: ignore[arg-type]
+    items = iter([None, "first", None, "second"]) if rank == 0 else iter(["ignored"])
+    return list(broadcast_each(items, SimpleNamespace(rank=rank, control=None)))  # type: ignore[arg-type]
 
 
-def test_all_ranks_judge_what_the_first_one_finds_and_none_waits_in_silence() -> None:
-    assert pool(2).run(_heard) == [["first", "second"]] * 2
+def test_all_ranks_evaluate_what_the_first_one_lists_and_none_waits_in_silence() -> None:
+    assert pool(2).run(_broadcast) == [["first", "second"]] * 2
 
 
 # ---- what is told -----------------------------------------------------------------------------------------------------------
@@ -104,30 +107,31 @@ def test_a_server_that_is_away_costs_nothing_and_gets_everything_later(
     assert call("eval", str(run), "--knn", "--output", str(run / "out.json"), "--track", DEAD) == 0
     assert time.monotonic() - begin < 60
     assert "fovea mlflow sync" in capsys.readouterr().err
-    scores: dict[str, float] = json.loads((run / "out.json").read_text())["scores"]["trained"]
-    assert told(run) == {f"eval/{name}": value for name, value in scores.items()} and scores
+    scores: dict[str, float] = json.loads((run / "out.json").read_text())["scores"]
+    assert journalled(run) == {f"eval/{name}": value for name, value in scores.items()} and scores
 
 
-def test_scores_of_others_have_names_of_their_own(run: Path) -> None:
+def test_baselines_have_names_of_their_own(run: Path) -> None:
     from pipeline.config.schema import Config
 
     config = Config.model_validate(json.loads((run / "config.json").read_text()))
-    assert EvalReporter.of_run(run, config.replace(tracking=config.tracking.model_copy(update={"enabled": False})), None) is None
-    assert EvalReporter.of_weights("x", config, None) is None
-    telling = EvalReporter.of_run(run, config, None)
-    assert telling is not None
-    telling(3, {"trained": {"knn/k1": 0.5}, "untrained": {"knn/k1": 0.25}})
-    telling.close()  # at once: the run itself was never sent anywhere
-    assert told(run) == {"eval/knn/k1": 0.5, "eval/untrained/knn/k1": 0.25}
+    untracked = config.replace(tracking=config.tracking.model_copy(update={"enabled": False}))
+    assert EvalReporter.of_run(run, untracked, None, log=print) is None
+    assert EvalReporter.of_weights("x", config, None, log=print) is None
+    reporter = EvalReporter.of_run(run, config, None, log=print)
+    assert reporter is not None
+    reporter(3, {"knn/k1": 0.5, "baseline/random_init/knn/k1": 0.25})
+    reporter.close()  # at once: the run itself was never sent anywhere
+    assert journalled(run) == {"eval/knn/k1": 0.5, "eval/baseline/random_init/knn/k1": 0.25}
 
 
-def test_what_other_evaluators_said_of_a_checkpoint_is_kept(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_scores_of_other_evaluators_of_a_checkpoint_are_kept(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for flag in ("--knn", "--linear"):
         assert call("eval", str(run), flag, "tracking.enabled=false") == 0
     kept = json.loads((run / "evaluations" / "step_000000024.json").read_text())
-    assert {"knn/k1", "linear/top1"} <= set(kept["scores"]["trained"])
-    assert (kept["judged"], kept["classes"]) == (20, 10)
-    assert "20 pictures judged, 10 classes: guessing is right in 10.0%" in capsys.readouterr().out
+    assert {"knn/k1", "linear/top1"} <= set(kept["scores"])
+    assert (kept["queries"], kept["bank"], kept["classes"]) == (20, 40, 10)
+    assert "20 queries, feature bank of 40 images, 10 classes; chance is 10.0 %" in capsys.readouterr().out
 
 
 def fovea(*words: str, launcher: tuple[str, ...] = ()) -> subprocess.CompletedProcess[str]:
@@ -152,10 +156,10 @@ def test_one_rank_two_ranks_and_torchrun_say_the_same_in_table_file_and_mlflow(r
         out = run / f"{name}.json"
         done = fovea("eval", str(run), *FLAGS, "--output", str(out), *ranks, launcher=launcher)
         assert done.returncode == 0, done.stderr
-        scores[name] = json.loads(out.read_text())["scores"]["trained"]
+        scores[name] = json.loads(out.read_text())["scores"]
         for key in ("knn/k1", "knn/k5", "linear/top1", "logistic/top1"):
             row = next(line for line in done.stdout.splitlines() if key in line)
-            assert f"{scores[name][key]:.1%}" in row and done.stdout.count(f" {key} ") == 1
+            assert f"{100 * scores[name][key]:.1f} %" in row and done.stdout.count(f" {key} ") == 1
         client = MlflowClient(tracking_uri=f"sqlite:///{run.resolve()}/mlflow.db")
         for key, value in scores[name].items():
             point = client.get_metric_history(run_id, f"eval/{key}")[-1]
@@ -171,13 +175,14 @@ def test_one_rank_two_ranks_and_torchrun_say_the_same_in_table_file_and_mlflow(r
 @pytest.mark.slow
 def test_without_names_too_two_ranks_say_what_one_says(run: Path) -> None:
     assert call("eval", str(run), "tracking.enabled=false") == 0
-    one = (run / "evaluation.json").read_text()
+    file = run / "evaluations" / "step_000000024.json"
+    one = file.read_text()
     done = fovea("eval", str(run), "--ranks", "2", "tracking.enabled=false")
     assert done.returncode == 0, done.stderr
-    assert (run / "evaluation.json").read_text() == one and set(json.loads(one)["knn"]) == {"trained", "untrained", "pixels"}
+    assert file.read_text() == one and set(by_network(json.loads(one)["scores"])) == {"", "random_init", "pixels"}
 
 
-def test_what_cannot_be_judged_is_refused_before_ranks_are_started(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_cannot_be_evaluated_is_refused_before_ranks_are_started(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     shutil.rmtree(run / "checkpoints")
     assert call("eval", str(run), "--knn", "--ranks", "2") != 0
     assert "no checkpoint yet" in capsys.readouterr().err
@@ -201,7 +206,7 @@ def test_weights_get_an_mlflow_run_to_themselves_and_what_is_left_is_sent_by_tra
     assert call("mlflow", "sync", str(folder), "--uri", uri) == 0
     client = MlflowClient(tracking_uri=uri)
     (only,) = client.search_runs([e.experiment_id for e in client.search_experiments()])
-    scores = json.loads((tmp_path / "scores.json").read_text())["scores"]["weights"]
+    scores = json.loads((tmp_path / "scores.json").read_text())["scores"]
     assert only.data.metrics == {f"eval/{name}": value for name, value in scores.items()}
     assert only.info.status == "FINISHED" and only.data.params["weights"] == "peer"
     assert os.environ.get("RANK") is None

@@ -122,7 +122,7 @@ def test_an_unknown_method_is_refused_before_anything_is_drawn(capsys: pytest.Ca
 
 def test_eval_of_something_else_is_refused(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     assert leaves(["eval", str(tmp_path)]) == 2
-    assert "is not a run directory" in capsys.readouterr().err
+    assert "must be a run directory" in capsys.readouterr().err
 
 
 def test_shards_index_counts_samples_and_names_reasons(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

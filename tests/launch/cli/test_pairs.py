@@ -1,4 +1,4 @@
-"""Whole runs of CLIP and DetailCLIP: stopped and resumed like one that was not, then judged by their captions."""
+"""Whole runs of CLIP and DetailCLIP: stopped and resumed like one that was not, then evaluated by their captions."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ import pytest
 from launch.cli.main import main
 from pipeline.data.pack import synthetic as scenes
 from pipeline.errors import ConfigError
-from pipeline.evaluation.runner import lines
+from pipeline.evaluation.results import by_network
+from pipeline.evaluation.zeroshot import read_lines
 from tests.helpers.runs import TOY, recorded, train, weights
 
 TEXT = "text: {architecture: null, width: 16, depth: 1, num_heads: 2, context_length: 16}"
@@ -71,7 +72,7 @@ def test_a_run_that_was_stopped_goes_on_as_if_it_had_not_been(run: Path) -> None
 
 
 @pytest.mark.slow
-def test_its_captions_are_judged_beside_the_untrained_network(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_its_captions_are_evaluated_beside_the_network_with_random_weights(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     classes = run / "classes.txt"
     classes.write_text("\n".join(scenes.CLASS_NAMES) + "\n")
     words = ["eval", str(run / "run"), "--zeroshot", str(classes), "--retrieval"]
@@ -80,21 +81,22 @@ def test_its_captions_are_judged_beside_the_untrained_network(run: Path, capsys:
     assert left.value.code == 0
     assert "zeroshot/top1" in capsys.readouterr().out
     document = json.loads((run / "run" / "evaluations" / "step_000000012.json").read_text())
-    assert (document["step"], document["judged"], document["classes"]) == (12, 20, 10)
-    assert document["scores"]["trained"] != document["scores"]["untrained"]
-    assert {"zeroshot/top5", "retrieval/text_to_image/recall@10"} <= set(document["scores"]["trained"])
+    assert (document["step"], document["queries"], document["classes"]) == (12, 20, 10)
+    networks = by_network(document["scores"])
+    assert networks[""] != networks["random_init"]
+    assert {"zeroshot/top5", "retrieval/text_to_image/recall@10"} <= set(networks[""])
     classes.write_text("one\ntwo\n")
     with pytest.raises(SystemExit):
         main([*words, f"evaluation.knn.val_shards={run}/scenes/*val-*.tar"])
-    assert "2 classes are named" in capsys.readouterr().err
+    assert "class_names has 2 lines" in capsys.readouterr().err
 
 
 def test_lists_are_read_line_by_line_and_bad_ones_refused(tmp_path: Path) -> None:
     file = tmp_path / "list.txt"
     file.write_text("a {}\n\n the {} \n")
-    assert lines(file, what="sentences", place="{}") == ["a {}", "the {}"]
+    assert read_lines(file, what="prompt templates", placeholder="{}") == ["a {}", "the {}"]
     file.write_text("a {}\nnothing\n")
-    with pytest.raises(ConfigError, match="each with"):
-        lines(file, what="sentences", place="{}")
+    with pytest.raises(ConfigError, match=r"must contain \{\}, and 'nothing' does not"):
+        read_lines(file, what="prompt templates", placeholder="{}")
     with pytest.raises(ConfigError, match="cannot be read"):
-        lines(tmp_path / "absent.txt", what="sentences")
+        read_lines(tmp_path / "absent.txt", what="prompt templates")

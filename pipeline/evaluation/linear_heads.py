@@ -16,16 +16,15 @@ import torch.distributed as dist
 from torch import Tensor
 
 from pipeline.data.order.random import permutation
-from pipeline.evaluation.table import all_reduce_sum
+from pipeline.evaluation.features import all_reduce_sum
 
-RATES = (1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0, 3.0)
 _MOMENTUM = 0.9
 _BASE_BATCH = 256
 _ORDER = 0x4EAD
 
 
 @dataclass(frozen=True)
-class Heads:
+class LinearHeads:
     """Trained classifiers.
 
     Attributes:
@@ -48,22 +47,22 @@ class Heads:
 def train_heads(
     x: Tensor,
     targets: Tensor,
-    numbers: Tensor,
+    positions: Tensor,
     *,
     order: Tensor,
-    rates: Sequence[float] = RATES,
-    epochs: int = 10,
-    batch: int = 256,
+    rates: Sequence[float],
+    epochs: int,
+    batch: int,
     seed: int = 0,
     group: dist.ProcessGroup | None = None,
     device: torch.device | None = None,
-) -> Heads:
+) -> LinearHeads:
     """SGD with momentum and a cosine schedule to zero, without weight decay, from zero weights.
 
     Args:
         x: this rank's features ``[n, tokens, width]`` (one token for image classification, all patches for dense tasks).
         targets: ``[n, tokens, classes]`` shares of the classes; a token with zero shares is ignored.
-        numbers: int64 ``[n]``, the samples' positions in the whole list.
+        positions: int64 ``[n]``, the samples' positions in the whole list.
         order: int64, the positions of all training samples of all ranks, ascending.
         rates: learning rates for a batch of 256, one classifier each.
         epochs: passes over the samples.
@@ -74,36 +73,36 @@ def train_heads(
     """
     width, classes = x.shape[2], targets.shape[2]
     mean, scale = _moments(x, group)
-    centre, stretch = mean.to(device), scale.to(device)
+    device_mean, device_scale = mean.to(device), scale.to(device)
     weight = torch.zeros(len(rates), classes, width, device=device)
     bias = torch.zeros(len(rates), classes, device=device)
-    speed = torch.zeros(len(rates), classes, width + 1, device=device)
+    velocity = torch.zeros(len(rates), classes, width + 1, device=device)
     batch = min(batch, len(order))
     steps = epochs * math.ceil(len(order) / batch)
-    places = torch.full((int(order.max()) + 1 if len(order) else 1,), -1, dtype=torch.int64)
-    places[numbers] = torch.arange(len(numbers))
+    row_of = torch.full((int(order.max()) + 1 if len(order) else 1,), -1, dtype=torch.int64)
+    row_of[positions] = torch.arange(len(positions))
     peaks = torch.tensor(list(rates), device=device) * batch / _BASE_BATCH
     done = 0
     for epoch in range(epochs):
         shuffled = order[torch.from_numpy(permutation(len(order), seed, _ORDER + epoch).astype("int64"))]
         for low in range(0, len(order), batch):
-            rows = places[shuffled[low : low + batch]]
+            rows = row_of[shuffled[low : low + batch]]
             rows = rows[rows >= 0]
-            features, wanted = x[rows].flatten(0, 1).to(device), targets[rows].flatten(0, 1).to(device).float()
-            features = (features.float() - centre) * stretch
-            told = wanted.sum(1) > 0
-            features, wanted = features[told], wanted[told]
+            features, shares = x[rows].flatten(0, 1).to(device), targets[rows].flatten(0, 1).to(device).float()
+            features = (features.float() - device_mean) * device_scale
+            labelled = shares.sum(1) > 0
+            features, shares = features[labelled], shares[labelled]
             logits = torch.einsum("nd,rcd->rnc", features, weight) + bias[:, None]
-            error = (logits.softmax(-1) * wanted.sum(1)[None, :, None] - wanted).transpose(1, 2)
-            slope = torch.cat([error @ features, error.sum(2, keepdim=True)], dim=2)
-            flat = all_reduce_sum(torch.cat([slope.flatten(), wanted.sum().reshape(1)]).double().cpu(), group)
-            slope = (flat[:-1] / flat[-1].clamp_min(1.0)).float().view_as(speed).to(device)
-            speed = _MOMENTUM * speed + slope
+            error = (logits.softmax(-1) * shares.sum(1)[None, :, None] - shares).transpose(1, 2)
+            gradient = torch.cat([error @ features, error.sum(2, keepdim=True)], dim=2)
+            flat = all_reduce_sum(torch.cat([gradient.flatten(), shares.sum().reshape(1)]).double().cpu(), group)
+            gradient = (flat[:-1] / flat[-1].clamp_min(1.0)).float().view_as(velocity).to(device)
+            velocity = _MOMENTUM * velocity + gradient
             rate = peaks * (0.5 * (1 + math.cos(math.pi * done / steps)))
-            weight -= rate[:, None, None] * speed[..., :-1]
-            bias -= rate[:, None] * speed[..., -1]
+            weight -= rate[:, None, None] * velocity[..., :-1]
+            bias -= rate[:, None] * velocity[..., -1]
             done += 1
-    return Heads(weight.cpu(), bias.cpu(), mean, scale)
+    return LinearHeads(weight.cpu(), bias.cpu(), mean, scale)
 
 
 def _moments(x: Tensor, group: dist.ProcessGroup | None) -> tuple[Tensor, Tensor]:
@@ -117,9 +116,16 @@ def _moments(x: Tensor, group: dist.ProcessGroup | None) -> tuple[Tensor, Tensor
     return mean.float(), (1.0 / deviation.clamp_min(1e-6)).float()
 
 
-def held_out(total: int, share: float, seed: int = 0) -> Tensor:
+def held_out_mask(total: int, share: float, seed: int = 0) -> Tensor:
     """Positions held out for validation, bool ``[total]``: the given share, at least one, never all."""
     count = min(max(round(total * share), 1), total - 1)
-    chosen = torch.zeros(total, dtype=torch.bool)
-    chosen[torch.from_numpy(permutation(total, seed, 0x8E1D)[:count].astype("int64"))] = True
-    return chosen
+    mask = torch.zeros(total, dtype=torch.bool)
+    mask[torch.from_numpy(permutation(total, seed, 0x8E1D)[:count].astype("int64"))] = True
+    return mask
+
+
+def gather_positions(positions: Tensor, total: int, group: dist.ProcessGroup | None) -> Tensor:
+    """The positions of all ranks, ascending, out of ``total``."""
+    present = torch.zeros(total, dtype=torch.int64)
+    present[positions] = 1
+    return all_reduce_sum(present, group).nonzero().squeeze(1)
