@@ -41,7 +41,7 @@ def methods(
     samples: Annotated[int | None, typer.Option(min=1, help="Samples per method, instead of minutes.")] = None,
     shards: Scenes = None,
     ranks: Ranks = 2,
-    directory: Annotated[Path, typer.Option(help="Output directory of the runs, which should be new.")] = Path(
+    directory: Annotated[Path, typer.Option(help="Output directory of the runs, which must be new.")] = Path(
         "runs/bench-methods"
     ),
     out: Out = None,
@@ -72,7 +72,7 @@ def collapse_ablation(
     samples: Samples = 24_000,
     shards: Scenes = None,
     ranks: Ranks = 2,
-    directory: Annotated[Path, typer.Option(help="Output directory of the runs, which should be new.")] = Path(
+    directory: Annotated[Path, typer.Option(help="Output directory of the runs, which must be new.")] = Path(
         "runs/bench-collapse-ablation"
     ),
     out: Out = None,
@@ -100,7 +100,7 @@ def dense_features(
     seeds: Annotated[int, typer.Option(min=1, help="Runs per method, with seeds from 0.")] = 3,
     shards: Scenes = None,
     ranks: Ranks = 2,
-    directory: Annotated[Path, typer.Option(help="Output directory of the runs, which should be new.")] = Path(
+    directory: Annotated[Path, typer.Option(help="Output directory of the runs, which must be new.")] = Path(
         "runs/bench-dense-features"
     ),
     out: Out = None,

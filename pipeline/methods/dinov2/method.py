@@ -227,7 +227,7 @@ class DINOv2(Method):
         try:
             return spread(cls, group=s.koleo_group_size, neighbours=s.koleo_topk)
         except ValueError as error:
-            hint = f"choose a divisor of the {len(cls)} samples of a micro-batch, or method.koleo_across_ranks=true"
+            hint = f"Choose a divisor of the {len(cls)} samples of a micro-batch, or method.koleo_across_ranks=true"
             raise ConfigError(str(error), where="method.koleo_group_size", hint=hint) from error
 
     @torch.no_grad()
