@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import asdict
-from enum import StrEnum
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
@@ -12,19 +11,10 @@ from typing import Annotated, Any
 import typer
 
 from launch.cli.bench import Out, app, command_line, log, stem_of
+from launch.cli.choices import Question
 from pipeline.errors import ConfigError
 
 __all__ = ["app"]
-
-
-class Question(StrEnum):
-    """Group of collapse ablations."""
-
-    BYOL = "byol"
-    DINO = "dino"
-    MOCOV2 = "mocov2"
-    SIMCLR = "simclr"
-    LOGO = "logo"
 
 
 Ranks = Annotated[int, typer.Option(min=1, help="Ranks per run.")]

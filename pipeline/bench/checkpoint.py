@@ -95,7 +95,7 @@ def measure(options: Options, *, log: Callable[[str], None] = lambda _: None) ->
     if options.model not in MODELS:
         raise ConfigError(f"{options.model!r} is not a size", where="--model", hint=f"Choose one of {', '.join(MODELS)}")
     if options.device == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("there is no CUDA device here", where="--device", hint="Run it where there is one, or measure cpu")
+        raise ConfigError("no CUDA device is available", where="--device", hint="Choose cpu")
     with tempfile.TemporaryDirectory(prefix="fovea-bench-", dir=options.directory) as folder:
         if dist.is_initialized():  # DeepSpeed does not support a second group in one process
             return _measure(options, Path(folder) / "checkpoints", dist.new_group(backend="gloo"), log)

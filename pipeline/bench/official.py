@@ -61,7 +61,7 @@ class Official:
             self.model: Any = _model(ours, size, drop, layer_scale).to(self.device)
         except (ImportError, AssertionError, AttributeError) as error:
             raise ConfigError(
-                f"the dinov2 that is installed here cannot be driven ({error})", where="fovea bench step", hint=INSTALL
+                f"the installed version of dinov2 is not supported ({error})", where="fovea bench step", hint=INSTALL
             ) from error
         self.model.train()
         self._images = _collated(batch)

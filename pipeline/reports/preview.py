@@ -81,7 +81,7 @@ class Sample:
 
     @property
     def label_text(self) -> str:
-        """The class, in words."""
+        """The class as text."""
         return f"class {self.label}" if self.label >= 0 else "no class"
 
 
