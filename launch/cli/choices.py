@@ -8,22 +8,16 @@ from typing import TYPE_CHECKING
 
 import pipeline
 
-_METHODS = sorted(file.parent.name for file in Path(pipeline.__path__[0]).glob("methods/*/settings.py"))
+_ROOT = Path(pipeline.__path__[0])
+_METHODS = sorted(file.parent.name for file in _ROOT.glob("methods/*/settings.py"))
+_FORMATS = sorted(file.stem for file in _ROOT.glob("weights/export/formats/*.py") if file.stem != "__init__")
 
 if TYPE_CHECKING:
     Method = str
+    ExportFormat = str
 else:
     Method = StrEnum("Method", _METHODS)  # one member for each folder below pipeline/methods
-
-
-class ExportFormat(StrEnum):
-    """Library whose format an export has."""
-
-    TIMM = "timm"
-    HUGGINGFACE = "huggingface"
-    OPEN_CLIP = "open_clip"
-    ONNX = "onnx"
-    SAFETENSORS = "safetensors"
+    ExportFormat = StrEnum("ExportFormat", _FORMATS)  # one member for each module in pipeline/weights/export/formats
 
 
 class Network(StrEnum):

@@ -223,7 +223,7 @@ def export(
     from launch.cli.export import run as write
 
     options: dict[str, Any] = {"out": out, "network": network.value, "student": student, "size": size, "license_": licence}
-    raise typer.Exit(write(run, to=to.value, best=best, force=overwrite, register=register, **options))
+    raise typer.Exit(write(run, to=str(to), best=best, force=overwrite, register=register, **options))
 
 
 @app.command(short_help="Compare runs in one HTML page.")

@@ -15,7 +15,7 @@ from torch import Tensor
 from launch.cli.main import main
 from pipeline.errors import CheckpointError, ConfigError
 from pipeline.weights.export.networks import read
-from pipeline.weights.export.write import TARGETS, write
+from pipeline.weights.export.write import FORMATS, write
 from tests.helpers.exported import CLIP, DINO, MODEL, checkpoint, settings
 
 EXACT = 2e-6  # what differs in the order of fp32 sums
@@ -175,7 +175,7 @@ REFUSED = [
     ("open_clip", {**CLIP, "text": {**CLIP["text"], "activation": "quick_gelu"}}, {}, "quick GELU"),
     ("timm", DINO, {"stem": "conv"}, "Python objects"),
     ("huggingface", DINO, {"stem": "conv"}, "convolutional stem"),
-    ("pickle", DINO, {}, "no target"),
+    ("pickle", DINO, {}, "is not an export format"),
 ]
 
 
@@ -217,7 +217,7 @@ def test_the_command_exports_the_newest_checkpoint_beside_the_run(tmp_path: Path
     assert left.value.code == 0
     assert {path.name for path in (tmp_path / "run/export/timm").iterdir()} == {"README.md", "config.json", "model.safetensors"}
     assert "step_000000003 for timm" in capsys.readouterr().out
-    assert set(TARGETS) == {"timm", "huggingface", "open_clip", "onnx", "safetensors"}
+    assert set(FORMATS) == {"timm", "huggingface", "open_clip", "onnx", "safetensors"}
 
 
 def test_one_of_several_students_is_exported_by_its_name(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -17,11 +17,11 @@ from pipeline.config.schema import METHODS
 from pipeline.data.index.labels import LABEL_MODES
 from pipeline.data.pack.layouts import LAYOUTS
 from pipeline.data.pack.transcode import FORMS
-from pipeline.weights.export.write import TARGETS
+from pipeline.weights.export.write import FORMATS
 from tests.helpers.runs import ROOT
 
 LIBRARY = {
-    "ExportFormat": TARGETS,
+    "ExportFormat": FORMATS,
     "ImageFormat": FORMS,
     "Labels": LABEL_MODES,
     "Method": METHODS,

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 
 from pipeline.errors import ConfigError
 from pipeline.models.vision import VisionTower
+from pipeline.weights.export.formats.timm import timm_state
 from pipeline.weights.export.networks import Networks, Preprocessing
-from pipeline.weights.export.timm import timm_state
 
 
 def write(networks: Networks, folder: Path) -> tuple[str, list[str]]:

@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from pipeline.errors import ConfigError
 from pipeline.models.text import LogitScale, TextTower, to_open_clip
 from pipeline.models.vision import VisionTower
+from pipeline.weights.export.formats.timm import timm_state
 from pipeline.weights.export.networks import Networks
-from pipeline.weights.export.timm import timm_state
 
 _INNER = {
     "norm1": "ln_1",

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.errors import ConfigError
+from pipeline.weights.export.formats.timm import timm_state
 from pipeline.weights.export.networks import Networks
-from pipeline.weights.export.timm import timm_state
 
 OPSET = 18
 
