@@ -42,9 +42,9 @@ def check(config: Config, world: int, environment: Mapping[str, str] | None = No
             wrong.append(f"the ZeRO stage is {stage} there and train.zero_stage={config.train.zero_stage} here")
     if wrong:
         raise ConfigError(
-            f"accelerate was configured otherwise: {'; '.join(wrong)}",
+            f"accelerate's configuration contradicts this run's: {'; '.join(wrong)}",
             where=file or "accelerate launch",
-            hint="make both say the same, or leave it out of accelerate's configuration",
+            hint="Set both to the same value, or remove it from accelerate's configuration",
         )
 
 
@@ -53,10 +53,10 @@ def _read(path: Path) -> dict[str, Any]:
         document = json.loads(path.read_text())
     except (OSError, ValueError) as error:
         raise ConfigError(
-            f"accelerate names a DeepSpeed file that cannot be read ({error})", where=str(path), hint="name a JSON file"
+            f"accelerate's DeepSpeed file cannot be read ({error})", where=str(path), hint="Name a JSON file"
         ) from error
     if not isinstance(document, dict):
-        raise ConfigError("holds no object", where=str(path), hint="write DeepSpeed's settings as a JSON object")
+        raise ConfigError("must be a JSON object", where=str(path), hint="Write DeepSpeed's settings as a JSON object")
     return document
 
 
@@ -72,9 +72,9 @@ def _differences(file: dict[str, Any], config: Config, world: int) -> list[str]:
         "train_micro_batch_size_per_gpu": (file.get("train_micro_batch_size_per_gpu", "auto"), micro),
         "gradient_accumulation_steps": (file.get("gradient_accumulation_steps", "auto"), share // micro),
     }
-    wrong = [f"{key} is {told!r} there and {own!r} here" for key, (told, own) in ours.items() if told not in ("auto", own)]
+    wrong = [f"{key} is {theirs!r} there and {own!r} here" for key, (theirs, own) in ours.items() if theirs not in ("auto", own)]
     if zero.get("offload_param", {}).get("device", "none") not in ("none", "auto"):
-        wrong.append("zero_optimization.offload_param is asked for there, and is not supported here")
+        wrong.append("zero_optimization.offload_param is set there, and is not supported here")
     device = zero.get("offload_optimizer", {}).get("device", "auto")
     if device not in ("auto", train.offload):
         wrong.append(f"zero_optimization.offload_optimizer is {device!r} there and train.offload={train.offload} here")

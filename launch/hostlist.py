@@ -24,7 +24,7 @@ def hosts(text: str) -> Iterator[str]:
         while rest:
             before, opened, rest = rest.partition("[")
             if "]" in before or (opened and "]" not in rest):
-                raise ValueError(f"{text!r} is no list of nodes")
+                raise ValueError(f"{text!r} is not a Slurm node list")
             parts.append([before])
             if opened:
                 inner, _, rest = rest.partition("]")
@@ -38,7 +38,7 @@ def _split(text: str) -> Iterator[str]:
     for at, letter in enumerate(text):
         depth += (letter == "[") - (letter == "]")
         if depth not in (0, 1):
-            raise ValueError(f"{text!r} is no list of nodes")
+            raise ValueError(f"{text!r} is not a Slurm node list")
         if letter == "," and depth == 0:
             if text[begin:at].strip():
                 yield text[begin:at].strip()
@@ -50,8 +50,8 @@ def _split(text: str) -> Iterator[str]:
 def _numbers(part: str, text: str) -> Iterator[str]:
     match = _RANGE.fullmatch(part.strip())
     if match is None:
-        raise ValueError(f"{text!r} is no list of nodes")
+        raise ValueError(f"{text!r} is not a Slurm node list")
     first, last = match[1], match[2] or match[1]
     if int(last) < int(first):
-        raise ValueError(f"{text!r} is no list of nodes")
+        raise ValueError(f"{text!r} is not a Slurm node list")
     yield from (f"{number:0{len(first)}d}" for number in range(int(first), int(last) + 1))

@@ -60,7 +60,9 @@ def free_port() -> int:
         with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe, contextlib.suppress(OSError):
             probe.bind(("127.0.0.1", port))
             return port
-    raise LaunchError("no free TCP port between 61001 and 65535", where="127.0.0.1", hint="End what listens there.")
+    raise LaunchError(
+        "no free TCP port between 61001 and 65535", where="127.0.0.1", hint="End a process that listens on one of these ports"
+    )
 
 
 def start(
@@ -90,22 +92,24 @@ def start(
         LaunchError: the program cannot be started.
     """
     if ranks < 1:
-        raise LaunchError(f"cannot start {ranks} ranks", where="launch.num_processes", hint="Give 1 or more.")
+        raise LaunchError(f"cannot start {ranks} ranks", where="launch.num_processes", hint="Set it to 1 or more")
     base = safe_environment(environment)
     base.setdefault("OMP_NUM_THREADS", str(threads or max(1, _cores() // ranks)))
     if threads is not None:
         base["OMP_NUM_THREADS"] = str(threads)
     if shutil.which(argv_of_rank[0]) is None:
-        raise LaunchError("the ranks' program cannot be run", where=argv_of_rank[0], hint="Is it installed, and executable?")
+        raise LaunchError(
+            "the ranks' program cannot be run", where=argv_of_rank[0], hint="Check that it is installed and executable"
+        )
     port, key = free_port(), secrets.token_hex(8)
     log_directory.mkdir(parents=True, exist_ok=True)
     started: list[_Rank] = []
     with _forwarding(started) as forward:
         try:
             for number in range(ranks):
-                place = RankEnvironment(number, ranks, number, ranks, "127.0.0.1", port, "torchrun", key)
+                rank_environment = RankEnvironment(number, ranks, number, ranks, "127.0.0.1", port, "torchrun", key)
                 log = log_directory / f"rank-{number}.log" if number else None
-                started.append(_spawn(argv_of_rank, number, base | place.variables(), log))
+                started.append(_spawn(argv_of_rank, number, base | rank_environment.variables(), log))
             forward()
             return _wait(started, grace)
         finally:
@@ -133,7 +137,7 @@ def _spawn(argv: Sequence[str], number: int, environment: Mapping[str, str], log
             start_new_session=True,
         )
     except OSError as error:
-        raise LaunchError(f"rank {number} cannot be started: {error.strerror}", hint="Give fewer ranks.") from error
+        raise LaunchError(f"rank {number} cannot be started: {error.strerror}", hint="Start fewer ranks") from error
     finally:
         if sink is not None:
             sink.close()

@@ -1,78 +1,39 @@
-"""Progress display of a run: one live line on a terminal, plain lines otherwise."""
+"""Progress displays: the loggers of a run, on stdout, and the bar of a command that works through pieces, on stderr.
+
+On a terminal both rewrite one line; otherwise they print plain lines.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import json
-import os
 import shutil
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from io import StringIO
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Protocol, TextIO
 
-from pipeline.masking import shown
+from pipeline.masking import printable, shown
 from pipeline.runtime.clock import clock
 
 _SHOWN = {"linear/top1", "logistic/top1", "segmentation/miou", "zeroshot/top1"}
 
 
-class Lasting:
-    """Wrapper of a standard stream that survives the loss of its terminal or pipe; output is then dropped and the run continues.
-
-    Args:
-        stream: standard output or error.
-    """
-
-    def __init__(self, stream: TextIO) -> None:
-        self._stream = stream
-
-    def write(self, text: str) -> int:
-        """Write, unless the stream is closed."""
-        try:
-            return self._stream.write(text)
-        except OSError:
-            self._lose()
-            return len(text)
-
-    def flush(self) -> None:
-        """Flush, unless the stream is closed."""
-        try:
-            self._stream.flush()
-        except OSError:
-            self._lose()
-
-    def _lose(self) -> None:
-        nowhere = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(nowhere, self._stream.fileno())
-        os.close(nowhere)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._stream, name)
-
-
-def outlive_terminal() -> None:
-    """Replace both standard streams of this process by :class:`Lasting`."""
-    for name in ("stdout", "stderr"):
-        stream = getattr(sys, name)
-        if stream is not None and not isinstance(stream, Lasting):
-            setattr(sys, name, Lasting(stream))
-
-
-class Silent:
+class MessageLogger:
     """Progress logger of all ranks but 0; prints only messages."""
 
     def step(self, done: int, total: int, loss: float, rate: float, scores: dict[str, float], scored: int) -> None:
         """No output."""
 
-    def say(self, text: str) -> None:
+    def log(self, text: str) -> None:
         """Write to this rank's log."""
         print(shown(text), flush=True)
 
 
-class Lines:
+class LineLogger:
     """Progress logger that prints plain lines.
 
     Args:
@@ -95,12 +56,12 @@ class Lines:
         """Print one line."""
         print(shown(self._text(done, total, loss, rate, scores, scored)), file=self._out, flush=True)
 
-    def say(self, text: str) -> None:
+    def log(self, text: str) -> None:
         """Print one line."""
         print(shown(text), file=self._out, flush=True)
 
 
-class Live(Lines):
+class LiveLineLogger(LineLogger):
     """Progress logger that rewrites a single line, with a bar if the width allows; messages scroll above it."""
 
     def __init__(self, global_batch: int) -> None:
@@ -121,13 +82,13 @@ class Live(Lines):
             sys.stdout.write(f"\r\x1b[2K{self._line(done, total, text)}" + ("\n" if done == total else ""))
             sys.stdout.flush()
 
-    def say(self, text: str) -> None:
+    def log(self, text: str) -> None:
         """Print above the line."""
         sys.stdout.write(f"\r\x1b[2K{text}\n")
         sys.stdout.flush()
 
 
-class Kept:
+class FileLogger:
     """Progress logger that also appends plain lines to a file, unless the disk fails.
 
     Args:
@@ -136,14 +97,14 @@ class Kept:
         global_batch: samples per step.
     """
 
-    def __init__(self, inner: Lines, path: Path, global_batch: int) -> None:
+    def __init__(self, inner: LineLogger, path: Path, global_batch: int) -> None:
         self._inner = inner
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             file: TextIO = path.open("a")
         except OSError:
             file = StringIO()
-        self._copy = Lines(global_batch, file)
+        self._copy = LineLogger(global_batch, file)
 
     def step(self, done: int, total: int, loss: float, rate: float, scores: dict[str, float], scored: int) -> None:
         """Display and write to the file."""
@@ -151,22 +112,22 @@ class Kept:
         with contextlib.suppress(OSError):
             self._copy.step(done, total, loss, rate, scores, scored)
 
-    def say(self, text: str) -> None:
+    def log(self, text: str) -> None:
         """Display and write to the file."""
-        self._inner.say(text)
+        self._inner.log(text)
         with contextlib.suppress(OSError):
-            self._copy.say(text)
+            self._copy.log(text)
 
 
-def watcher(rank: int, global_batch: int, keep: Path | None = None) -> Silent | Lines | Kept:
+def progress_logger(rank: int, global_batch: int, keep: Path | None = None) -> MessageLogger | LineLogger | FileLogger:
     """The progress logger for this rank and output; ``keep`` is a log file, for runs whose output is not logged otherwise."""
     if rank:
-        return Silent()
-    shown = Live(global_batch) if sys.stdout.isatty() else Lines(global_batch)
-    return Kept(shown, keep, global_batch) if keep else shown
+        return MessageLogger()
+    shown = LiveLineLogger(global_batch) if sys.stdout.isatty() else LineLogger(global_batch)
+    return FileLogger(shown, keep, global_batch) if keep else shown
 
 
-class Clocked:
+class TimeLogger:
     """Progress logger that also records the seconds of training in ``train_seconds.json``, beside the attempt's logs.
 
     Args:
@@ -175,7 +136,7 @@ class Clocked:
         seconds: returns the seconds of all steps so far, including those of earlier attempts that count.
     """
 
-    def __init__(self, inner: Silent | Lines | Kept, path: Path, seconds: Callable[[], float]) -> None:
+    def __init__(self, inner: MessageLogger | LineLogger | FileLogger, path: Path, seconds: Callable[[], float]) -> None:
         self._inner, self._path, self._seconds, self._began = inner, path, seconds, seconds()
 
     def step(self, done: int, total: int, loss: float, rate: float, scores: dict[str, float], scored: int) -> None:
@@ -183,9 +144,9 @@ class Clocked:
         self._inner.step(done, total, loss, rate, scores, scored)
         self.note(done)
 
-    def say(self, text: str) -> None:
+    def log(self, text: str) -> None:
         """Display."""
-        self._inner.say(text)
+        self._inner.log(text)
 
     def note(self, step: int) -> None:
         """Write the file, unless the disk fails."""
@@ -193,3 +154,54 @@ class Clocked:
             temporary = self._path.with_suffix(".new")
             temporary.write_text(json.dumps({"began": self._began, "seconds": self._seconds(), "step": step}))
             temporary.replace(self._path)
+
+
+# ---- commands that work through pieces ------------------------------------------------------------------------------------
+
+
+class ProgressCallback(Protocol):
+    """Progress callback: pieces done, total pieces, and a line of text if there is one."""
+
+    def __call__(self, done: int, total: int, line: str = "") -> None:
+        """Report progress."""
+
+
+@contextmanager
+def progress_bar(what: str) -> Iterator[ProgressCallback]:
+    """Show the progress of a task within the context.
+
+    Args:
+        what: the task, in a word or two.
+
+    Yields:
+        Callback (done, total, line). On a terminal it moves a bar with the remaining time, otherwise it prints the line.
+    """
+    if not sys.stderr.isatty():
+
+        def write(done: int, total: int, line: str = "") -> None:
+            if line:
+                print(f"{done}/{total} {printable(line)}", file=sys.stderr, flush=True)
+
+        yield write
+        return
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+    from launch.terminal import Terminal
+
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[line]}", markup=False),
+    )
+    with Progress(*columns, console=Terminal(stderr=True), transient=True) as bar:
+        task = bar.add_task(what, total=None, line="")
+
+        def move(done: int, total: int, line: str = "") -> None:
+            bar.update(task, completed=done, total=total)
+            if line:
+                bar.update(task, line=printable(line))
+
+        yield move

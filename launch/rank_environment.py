@@ -56,7 +56,7 @@ class RankEnvironment:
         """
         env = os.environ if environment is None else environment
         if "RANK" in env:
-            found = cls(
+            rank_environment = cls(
                 rank=_number(env, "RANK"),
                 world_size=_number(env, "WORLD_SIZE"),
                 local_rank=_number(env, "LOCAL_RANK", env.get("SLURM_LOCALID", "0")),
@@ -68,22 +68,27 @@ class RankEnvironment:
                 key=env.get("FOVEA_KEY") or _elastic_key(env),
             )
         elif env.get("SLURM_STEP_ID", "").isdigit() and "SLURM_PROCID" in env:
-            found = cls._of_slurm(env)
+            rank_environment = cls._of_slurm(env)
         else:
             return cls()
-        if found.source == "torchrun" and found.world_size > 1 and found.port == 0:
+        if rank_environment.source == "torchrun" and rank_environment.world_size > 1 and rank_environment.port == 0:
             raise LaunchError(
                 "MASTER_PORT is 0, so the ranks cannot find each other",
                 where="environment",
-                hint="torchrun --standalone finds a free port; --master-port=0 does not tell it to the ranks",
+                hint="Start with torchrun --standalone, which chooses a free port and passes it to the ranks; "
+                "--master-port=0 does not",
             )
-        if not 0 <= found.rank < found.world_size or not 0 <= found.local_rank < found.local_world_size:
+        if (
+            not 0 <= rank_environment.rank < rank_environment.world_size
+            or not 0 <= rank_environment.local_rank < rank_environment.local_world_size
+        ):
             raise LaunchError(
-                f"rank {found.rank} of {found.world_size}, local rank {found.local_rank} of {found.local_world_size} cannot be",
-                where=f"environment of {found.source}",
-                hint="Unset RANK, WORLD_SIZE, LOCAL_RANK and LOCAL_WORLD_SIZE, or start the ranks with fovea, srun or torchrun.",
+                f"rank {rank_environment.rank} of {rank_environment.world_size}, local rank {rank_environment.local_rank} of "
+                f"{rank_environment.local_world_size} is impossible",
+                where=f"environment of {rank_environment.source}",
+                hint="Unset RANK, WORLD_SIZE, LOCAL_RANK and LOCAL_WORLD_SIZE, or start the ranks with fovea, srun or torchrun",
             )
-        return found
+        return rank_environment
 
     @classmethod
     def _of_slurm(cls, env: Mapping[str, str]) -> RankEnvironment:
@@ -94,9 +99,9 @@ class RankEnvironment:
         world_size = _number(env, world)
         if world_size > 1 and "SLURM_PTY_PORT" in env:
             raise LaunchError(
-                f"this is task 0 of {world_size} of an interactive step; nobody starts the others",
+                f"this is task 0 of {world_size} of an interactive step; Slurm does not start the others",
                 where="srun --pty",
-                hint="Ask for one task (srun --ntasks=1 --pty), in which fovea starts the ranks, or leave --pty out.",
+                hint="Request one task (srun --ntasks=1 --pty), in which fovea starts the ranks, or leave --pty out",
             )
         address = _address_of_slurm(env) if world_size > 1 else "127.0.0.1"
         key = ".".join((env.get("SLURM_JOB_ID", "0"), env.get("SLURM_RESTART_COUNT", "0"), env["SLURM_STEP_ID"]))
@@ -126,7 +131,7 @@ class RankEnvironment:
 
 def ranks_to_start(
     here: RankEnvironment,
-    wanted: int | None,
+    requested: int | None,
     *,
     where: str,
     on_cpu: bool = False,
@@ -137,10 +142,10 @@ def ranks_to_start(
 
     Args:
         here: this process's rank environment.
-        wanted: requested number of ranks; ``None`` leaves it to launcher and GPUs.
-        where: the setting or option that holds ``wanted``, for the message.
+        requested: number of ranks; ``None`` leaves it to launcher and GPUs.
+        where: the setting or option that holds ``requested``, for the message.
         on_cpu: no GPU is going to be used.
-        default: the file that holds ``wanted``, if it was not chosen for this start: launcher and GPUs then take precedence, and
+        default: the file that holds ``requested``, if it was not chosen for this start: launcher and GPUs take precedence, and
             a line is printed.
         environment: environment variables; this process's by default.
 
@@ -151,33 +156,33 @@ def ranks_to_start(
     there = 0 if on_cpu else gpus(env)
     if here.source == "single":
         _refuse_mpi(env)
-        return _enough(wanted or there or 1, there, where, env, default)
+        return _enough(requested or there or 1, there, where, env, default)
     if "FOVEA_ATTEMPT" in env or "FOVEA_KEY" in env:  # started by fovea itself, which has already checked
         return 0
-    if here.world_size == 1 and here.source == "slurm" and 1 < (wanted or there) <= there:
-        return wanted or there  # a shell on a node: srun --gres=gpu:8 --pty bash
-    if here.world_size == 1 and here.source == "slurm" and "SLURM_PTY_PORT" in env and wanted and wanted > 1 > there:
-        return wanted  # such a shell on a node without GPUs
-    if wanted is not None and wanted != here.world_size and default and (here.source == "slurm" or "LOCAL_RANK" in env):
+    if here.world_size == 1 and here.source == "slurm" and 1 < (requested or there) <= there:
+        return requested or there  # a shell on a node: srun --gres=gpu:8 --pty bash
+    if here.world_size == 1 and here.source == "slurm" and "SLURM_PTY_PORT" in env and requested and requested > 1 > there:
+        return requested  # such a shell on a node without GPUs
+    if requested is not None and requested != here.world_size and default and (here.source == "slurm" or "LOCAL_RANK" in env):
         if here.rank == 0:
-            without = f"{where} = {wanted} of {default} is for starts without a launcher"
-            _say(f"{here.source} started {_ranks(here.world_size)}; {without}")
-    elif wanted is not None and wanted != here.world_size:
+            without = f"{where} = {requested} of {default} is for starts without a launcher"
+            _print(f"{here.source} started {_ranks(here.world_size)}; {without}")
+    elif requested is not None and requested != here.world_size:
         names = "SLURM_STEP_NUM_TASKS" if here.source == "slurm" else "WORLD_SIZE"
-        start = f"srun --ntasks={wanted}" if here.source == "slurm" else f"torchrun --nproc-per-node={wanted}"
+        start = f"srun --ntasks={requested}" if here.source == "slurm" else f"torchrun --nproc-per-node={requested}"
         leave = f"leave {where} out" if where.startswith("-") else f"set {where}=null"
-        stray = "; unset RANK and WORLD_SIZE if nobody started this process" if here.source == "torchrun" else ""
+        stray = "; unset RANK and WORLD_SIZE if no launcher started this process" if here.source == "torchrun" else ""
         raise LaunchError(
-            f"{where} = {wanted}, but this process is rank {here.rank} of {here.world_size} ({names}={here.world_size})",
+            f"{where} = {requested}, but this process is rank {here.rank} of {here.world_size} ({names}={here.world_size})",
             where=f"environment of {here.source}",
-            hint=f"Start as many ({start}), or {leave} to take the launcher's number{stray}.",
+            hint=f"Start as many ({start}), or {leave} to take the launcher's number{stray}",
         )
     if here.world_size == 1 and there > 1:
-        _say(f"{there - 1} of {there} GPUs stay idle: the launcher started one process only")
+        _print(f"{there - 1} of {there} GPUs stay idle: the launcher started one process only")
     return 0
 
 
-def _say(text: str) -> None:
+def _print(text: str) -> None:
     print(f"fovea: {printable(text)}", file=sys.stderr, flush=True)
 
 
@@ -187,13 +192,13 @@ def _ranks(number: int) -> str:
 
 def _enough(ranks: int, there: int, where: str, env: Mapping[str, str], default: str) -> int:
     if 0 < there < ranks and default:
-        _say(f"{_ranks(there)}, one a visible GPU{shown(env)}, instead of {where} = {ranks} of {default}")
+        _print(f"{_ranks(there)}, one a visible GPU{shown(env)}, instead of {where} = {ranks} of {default}")
         return there
     if 0 < there < ranks:
         raise LaunchError(
             f"{where} = {ranks}, but {there} GPU{'s are' if there > 1 else ' is'} visible{shown(env)}",
             where="GPUs of this machine",
-            hint=f"Set {where}={there}, or launch.backend=gloo for ranks without GPUs.",
+            hint=f"Set {where}={there}, or launch.backend=gloo for ranks without GPUs",
         )
     return ranks
 
@@ -202,9 +207,9 @@ def _refuse_mpi(env: Mapping[str, str]) -> None:
     for name in ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE"):
         if env.get(name, "1").isdigit() and int(env.get(name, "1")) > 1:
             raise LaunchError(
-                f"{env[name]} processes were started by MPI ({name}), each of which would begin the whole run",
+                f"{env[name]} processes were started by MPI ({name}), each of which would start the entire run",
                 where="environment",
-                hint="Type fovea train without mpirun, which starts a rank on each GPU, or use torchrun or srun.",
+                hint="Use `fovea train` without mpirun, which starts a rank on each GPU, or use torchrun or srun",
             )
 
 
@@ -229,7 +234,7 @@ def _address_of_slurm(env: Mapping[str, str]) -> str:
     if launched:
         return launched
     raise LaunchError(
-        "nobody says where rank 0 is", where="Slurm step", hint="Export MASTER_ADDR with the address of the first node."
+        "the address of rank 0 is unknown", where="Slurm step", hint="Export MASTER_ADDR with the address of the first node"
     )
 
 
@@ -248,10 +253,10 @@ def _port_of(key: str) -> int:
 def _number(env: Mapping[str, str], name: str, default: str | None = None) -> int:
     text = env.get(name, default)
     if text is None:
-        raise LaunchError(f"{name} is not set", where="environment", hint="Start the ranks with fovea, srun or torchrun.")
+        raise LaunchError(f"{name} is not set", where="environment", hint="Start the ranks with fovea, srun or torchrun")
     if not text.isascii() or not text.isdigit():
         raise LaunchError(
-            f"{name} = {text!r} is no number", where="environment", hint=f"Unset {name}, or let the launcher set it."
+            f"{name} = {text!r} is not a number", where="environment", hint=f"Unset {name}, or let the launcher set it"
         )
     return int(text)
 

@@ -15,15 +15,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from launch import accelerate_environment as accelerate
-from launch.progress import Clocked, outlive_terminal, watcher
+from launch.progress import TimeLogger, progress_logger
 from launch.rank_environment import RankEnvironment
 from launch.resume import check_identity, choose_checkpoint, copies_of, origins
+from launch.streams import outlive_terminal
 from pipeline.checkpoint import files as saved
 from pipeline.checkpoint.files import Saved
 from pipeline.config.load import fingerprint, flatten
 from pipeline.config.paths import user_name
 from pipeline.config.schema import Config
-from pipeline.errors import FoveaError, LaunchError, of_system, verdict
+from pipeline.errors import FoveaError, LaunchError, failure_fields, of_system
 from pipeline.masking import hide_secrets, masked, shown
 from pipeline.runtime import failure_claim as claims
 from pipeline.runtime import job_record as record
@@ -49,7 +50,7 @@ def be_rank(config: Config, here: RankEnvironment) -> int:
         code = _be_rank(config, here, attempt)
     except FoveaError as error:
         if attempt is not None:
-            own = {"rank": here.rank, "what": str(error), "code": error.exit_code, "step": 0, **verdict(error)}
+            own = {"rank": here.rank, "what": str(error), "code": error.exit_code, "step": 0, **failure_fields(error)}
             claims.claim(RunDirectory(config.run.folder).logs(attempt), own)
         raise
     if code:
@@ -65,11 +66,11 @@ def _be_rank(config: Config, here: RankEnvironment, attempt: int | None) -> int:
     if run.config.exists():
         check_identity(config, run.settings_document(), run.config)
     inputs = prepare(config, here.world_size)
-    found, complaints = choose_checkpoint(config, run, inputs, fetch=here.rank == 0)
+    checkpoint, complaints = choose_checkpoint(config, run, inputs, fetch=here.rank == 0)
     if here.rank == 0:
         for complaint in complaints:
             print(shown(complaint), file=sys.stderr)
-    return train(config, here, attempt, found)
+    return train(config, here, attempt, checkpoint)
 
 
 def _leave(code: int) -> None:
@@ -79,14 +80,14 @@ def _leave(code: int) -> None:
     os._exit(code)
 
 
-def train(config: Config, here: RankEnvironment, attempt: int | None, found: Saved | None) -> int:
+def train(config: Config, here: RankEnvironment, attempt: int | None, checkpoint: Saved | None) -> int:
     """Join the process group, build the trainer, train, and leave.
 
     Args:
         config: the settings.
         here: this process's rank environment.
         attempt: number of the attempt, or ``None`` to let rank 0 count it.
-        found: the checkpoint to start from.
+        checkpoint: the checkpoint to start from.
 
     Returns:
         The exit code. Errors after the rendezvous have already been reported.
@@ -101,7 +102,7 @@ def train(config: Config, here: RankEnvironment, attempt: int | None, found: Sav
     import torch.distributed as dist
 
     from pipeline.runtime import process_group as distributed
-    from pipeline.runtime.first_failure import tell
+    from pipeline.runtime.first_failure import report_failure
     from pipeline.runtime.stop_requests import StopRequests
     from pipeline.runtime.watchdog import Limits, Watchdog
 
@@ -125,17 +126,17 @@ def train(config: Config, here: RankEnvironment, attempt: int | None, found: Sav
         )
     except LaunchError as error:
         if attempt is not None:
-            own = {"rank": here.rank, "what": str(error), "code": error.exit_code, "step": 0, **verdict(error)}
+            own = {"rank": here.rank, "what": str(error), "code": error.exit_code, "step": 0, **failure_fields(error)}
             claims.claim(run.logs(attempt), own)
         raise
-    chosen = [attempt, str(found.path) if found else None]
+    chosen = [attempt, str(checkpoint.path) if checkpoint else None]
     if attempt is None:
         chosen[0] = run.next_attempt() if here.rank == 0 else None
         dist.broadcast_object_list(chosen, group=world.control)
-        found = saved.read(Path(str(chosen[1]))) if chosen[1] else None
+        checkpoint = saved.read(Path(str(chosen[1]))) if chosen[1] else None
         if here.rank == 0:
             run.write_settings(config)
-            run.note("start", attempt=chosen[0], ranks=world.size, resumed_from=found.step if found else None)
+            run.note("start", attempt=chosen[0], ranks=world.size, resumed_from=checkpoint.step if checkpoint else None)
     number = int(chosen[0] or 0)
     if world.rank == 0:
         if "FOVEA_ATTEMPT" not in os.environ:
@@ -157,9 +158,11 @@ def train(config: Config, here: RankEnvironment, attempt: int | None, found: Sav
     )
     watchdog.start()
     try:
-        _train(config, world, run, number, found, requests, watchdog, begin, alone=attempt is None)
+        _train(config, world, run, number, checkpoint, requests, watchdog, begin, alone=attempt is None)
     except Exception as error:
-        return tell(error, watchdog, {"micro_batch": config.train.micro_batch_size or "all", "zero": config.train.zero_stage})
+        return report_failure(
+            error, watchdog, {"micro_batch": config.train.micro_batch_size or "all", "zero": config.train.zero_stage}
+        )
     finally:
         watchdog.stop()
     return 0
@@ -170,7 +173,7 @@ def _train(
     world: World,
     run: RunDirectory,
     number: int,
-    found: Saved | None,
+    checkpoint: Saved | None,
     requests: StopRequests,
     watchdog: Watchdog,
     begin: float,
@@ -186,7 +189,7 @@ def _train(
     from pipeline.tracking import Journal, Shipper, destination_of, remember
     from pipeline.training.build import assemble
 
-    show = watcher(world.rank, config.train.global_batch_size, run.logs(number) / "rank-0.log" if alone else None)
+    show = progress_logger(world.rank, config.train.global_batch_size, run.logs(number) / "rank-0.log" if alone else None)
     journal = shipper = None
     tracked = ""
     if world.rank == 0:
@@ -203,7 +206,7 @@ def _train(
             if target.origin:
                 remember(target.uri)
             tracked = f" · MLflow at {target}" if target.origin else ""
-            shipper = Shipper(run.tracking, uri=target.uri, experiment=target.experiment, name=config.run.name, log=show.say)
+            shipper = Shipper(run.tracking, uri=target.uri, experiment=target.experiment, name=config.run.name, log=show.log)
             shipper.start()
     inputs = prepare(config, world.size)
     if journal is not None:
@@ -213,7 +216,7 @@ def _train(
     if world.rank == 0 and mirror is not None:
         c = config.checkpoint
         every = c.keep_every.steps(inputs.order.samples_per_epoch, config.train.global_batch_size) if c.keep_every else 0
-        copies = Copies(mirror, open_storage(config), Retention(c.keep_last, every, c.keep_best), show.say)
+        copies = Copies(mirror, open_storage(config), Retention(c.keep_last, every, c.keep_best), show.log)
         copies.start(saved.listed(run.checkpoints))
     trainer = assemble(
         config,
@@ -221,38 +224,38 @@ def _train(
         world,
         run,
         attempt=number,
-        resume=found,
+        resume=checkpoint,
         facts={
             "config": masked(config.model_dump(mode="json")),
             "fingerprint": fingerprint(config),
             "run": config.run.name,
             "attempt": number,
             "fovea": version("fovea"),
-            "origins": origins(found, config),
+            "origins": origins(checkpoint, config),
         },
         requests=requests,
         journal=journal,
-        watcher=show,
+        logger=show,
         watchdog=watchdog,
         copies=copies,
     )
     if world.rank == 0:
         total, batch = trainer.plan.steps, config.train.global_batch_size
         parameters = sum(math.prod(shape) for shape in trainer.engine.shapes.values())
-        start = f"resuming at step {trainer.progress.step}" if found else "starting"
-        show.say(
+        start = f"resuming at step {trainer.progress.step}" if checkpoint else "starting"
+        show.log(
             f"{start} · attempt {number} · {world.size} ranks on {world.device.type} · {parameters / 1e6:.1f} M parameters · "
             f"{inputs.train.total} samples · {total} steps of {batch} · {time.time() - begin:.0f} s to start{tracked}"
         )
         run.write("plan.json", {"steps": total})
         run.note("training", attempt=number, step=trainer.progress.step)
-        trainer.watcher = clocked = Clocked(show, run.logs(number) / "train_seconds.json", lambda: trainer.progress.seconds)
+        trainer.logger = clocked = TimeLogger(show, run.logs(number) / "train_seconds.json", lambda: trainer.progress.seconds)
         clocked.note(trainer.progress.step)
     stop = trainer.run()
-    if isinstance(trainer.watcher, Clocked):
-        trainer.watcher.note(trainer.progress.step)
+    if isinstance(trainer.logger, TimeLogger):
+        trainer.logger.note(trainer.progress.step)
     if copies is not None and not copies.close():
-        show.say("not all checkpoints are copied yet; the next attempt copies the rest")
+        show.log("not all checkpoints are copied yet; the next attempt copies the rest")
     if world.rank == 0 and journal is not None:
         finished = stop is Stop.FINISHED
         journal.tags({"fovea.state": "finished" if finished else "stopped", "fovea.stop": stop.name})
@@ -273,9 +276,9 @@ def _train(
         journal.close()
         run.write("outcome.json", outcome)
         if finished:
-            show.say(f"finished at step {trainer.progress.step}{_scores(trainer.progress.scores)}; all of it is in {run.path}")
+            show.log(f"finished at step {trainer.progress.step}{_scores(trainer.progress.scores)}; results are in {run.path}")
         else:
-            show.say(f"stopped by {stop.name} at step {trainer.progress.step}, saved; the same command resumes")
+            show.log(f"stopped by {stop.name} at step {trainer.progress.step}, saved; the same command resumes")
         # A run that was asked to stop must exit soon; a finished one may wait until MLflow's database has been created.
         if shipper is not None and not shipper.close(_PATIENCE if finished else 5.0):
             rest = (
@@ -283,7 +286,7 @@ def _train(
                 if finished
                 else "the next attempt sends the rest"
             )
-            show.say(f"MLflow has not taken everything yet; {rest}")
+            show.log(f"MLflow has not taken everything yet; {rest}")
         if alone:
             run.note("end", attempt=number, code=0)
     trainer.engine.close()
@@ -307,15 +310,16 @@ def _scores(scores: dict[str, float]) -> str:
 
 def main() -> int:
     """Entry of ``python -m launch.rank_main``."""
-    from launch.terminal import clean_logs, open_streams
+    from launch.streams import open_streams
+    from launch.terminal import clean_logs
 
     open_streams()
     clean_logs()
     config_path, attempt, checkpoint = sys.argv[1:4]
     config = Config.model_validate(json.loads(Path(config_path).read_text()))
-    found = saved.read(Path(checkpoint)) if checkpoint != "-" else None
+    start = saved.read(Path(checkpoint)) if checkpoint != "-" else None
     try:
-        return train(config, RankEnvironment.read(), int(attempt), found)
+        return train(config, RankEnvironment.read(), int(attempt), start)
     except FoveaError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         return error.exit_code

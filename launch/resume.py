@@ -28,17 +28,18 @@ def check_identity(config: Config, old: dict[str, Any], where: Path) -> None:
         changed = difference(Config.model_validate(old), config)
     except ValidationError as error:
         raise CheckpointError(
-            f"its settings cannot be read by this version of fovea ({error.error_count()} of them, the first is "
+            f"the settings of the checkpoint cannot be read by this version of fovea "
+            f"({error.error_count()} of them, the first is "
             f"{'.'.join(map(str, error.errors()[0]['loc']))})",
             where=str(where),
-            hint="use the version that wrote it, or choose another run.directory",
+            hint="Use the version that wrote it, or choose another run.directory",
         ) from error
     if changed:
         shown = "; ".join(f"{key} was {was!r} and is {now!r}" for key, (was, now) in list(changed.items())[:5])
         raise CheckpointError(
-            f"it belongs to a run with other settings ({shown}{'; …' if len(changed) > 5 else ''})",
+            f"the checkpoint belongs to a run with other settings ({shown}{'; …' if len(changed) > 5 else ''})",
             where=str(where),
-            hint="put the settings back, or choose another run.directory",
+            hint="Restore the settings, or choose another run.directory",
         )
 
 
@@ -48,13 +49,13 @@ def copies_of(config: Config) -> str | None:
     return f"{target.rstrip('/')}/{config.run.name}" if target else None
 
 
-def origins(found: Saved | None, config: Config) -> list[dict[str, str]]:
+def origins(checkpoint: Saved | None, config: Config) -> list[dict[str, str]]:
     """``id`` and ``path`` of the checkpoints that ``checkpoint.resume`` named for this attempt and those before it."""
-    if found is None:
+    if checkpoint is None:
         return []
-    wanted = Path(config.checkpoint.resume).resolve()
-    begun = config.checkpoint.resume not in ("auto", "never") and found.path.resolve() == wanted
-    return [*found.origins, {"id": found.id, "path": str(wanted)}] if begun else found.origins
+    resume_from = Path(config.checkpoint.resume).resolve()
+    begun = config.checkpoint.resume not in ("auto", "never") and checkpoint.path.resolve() == resume_from
+    return [*checkpoint.origins, {"id": checkpoint.id, "path": str(resume_from)}] if begun else checkpoint.origins
 
 
 def choose_checkpoint(config: Config, run: RunDirectory, inputs: Inputs, *, fetch: bool = True) -> tuple[Saved | None, list[str]]:
@@ -73,30 +74,32 @@ def choose_checkpoint(config: Config, run: RunDirectory, inputs: Inputs, *, fetc
     Raises:
         CheckpointError: no complete checkpoint, or it belongs to another run or other data.
     """
-    wanted = config.checkpoint.resume
+    choice = config.checkpoint.resume
     complaints: list[str] = []
-    if wanted == "never":
+    if choice == "never":
         if saved.listed(run.checkpoints):
             raise CheckpointError(
                 "checkpoint.resume=never, but the run has checkpoints",
                 where=str(run.checkpoints),
-                hint="choose another run.directory, or checkpoint.resume=auto to go on",
+                hint="Choose another run.directory, or checkpoint.resume=auto to resume",
             )
         return None, complaints
-    if wanted == "auto":
-        found, complaints = saved.newest(run.checkpoints)
+    if choice == "auto":
+        checkpoint, complaints = saved.newest(run.checkpoints)
         target = copies_of(config)
-        if found is None and target is not None and fetch:
-            found, complaints = copies.fetch(target, run.checkpoints, open_storage(config, at_start=True))
+        if checkpoint is None and target is not None and fetch:
+            checkpoint, complaints = copies.fetch(target, run.checkpoints, open_storage(config, at_start=True))
     else:
-        found, complaints = saved.newest(run.checkpoints, begun_at=Path(wanted))
-        if found is None:
-            found = saved.read(Path(wanted))
-            saved.verify(found)
+        checkpoint, complaints = saved.newest(run.checkpoints, begun_at=Path(choice))
+        if checkpoint is None:
+            checkpoint = saved.read(Path(choice))
+            saved.verify(checkpoint)
         else:
-            complaints.append(f"going on from {found.path}, which came of {wanted}; move it away to go back there once more")
-    if found is not None:
-        check_identity(config, found.manifest.get("config") or {}, found.path)
-        if accepted := check_data(found, inputs, allow=config.checkpoint.allow_data_change):
+            complaints.append(
+                f"resuming from {checkpoint.path}, which started from {choice}; move it away to start from there again"
+            )
+    if checkpoint is not None:
+        check_identity(config, checkpoint.manifest.get("config") or {}, checkpoint.path)
+        if accepted := check_data(checkpoint, inputs, allow=config.checkpoint.allow_data_change):
             complaints.append(accepted)
-    return found, complaints
+    return checkpoint, complaints

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
-import sys
 from typing import Any
 
 from rich.console import Console
@@ -24,18 +22,6 @@ class Terminal(Console):
 class _Clean(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
         return shown(super().format(record))
-
-
-def open_streams() -> None:
-    """Redirect closed standard streams (``>&-``) to /dev/null; otherwise the next opened file would get their number."""
-    for number, name in enumerate(("stdin", "stdout", "stderr")):
-        try:
-            os.fstat(number)
-        except OSError:
-            os.open(os.devnull, os.O_RDWR)  # uses the lowest free number
-            os.set_inheritable(number, True)
-            if getattr(sys, name) is None:
-                setattr(sys, name, os.fdopen(number, "r" if number == 0 else "w", closefd=False))
 
 
 def clean_logs() -> None:

@@ -1,4 +1,9 @@
-"""Exceptions with user-facing messages: what is wrong, where, and how to fix it."""
+"""Exceptions with user-facing messages: what is wrong, where, and how to fix it.
+
+Style, checked by tests/test_messages.py: the text begins in lower case or with the value and does not end with a period
+("must be …", "is not a …", "does not exist"). The hint is an imperative sentence without a period at the end ("Choose one of …").
+The printed form is ``where: text. Hint``.
+"""
 
 from __future__ import annotations
 
@@ -79,19 +84,19 @@ class SystemFault(FoveaError):
 
 
 _ADVICE = {
-    errno.ENOSPC: "Make room there, or choose another folder",
-    errno.EDQUOT: "Make room there, or choose another folder",
+    errno.ENOSPC: "Free space there, or choose another folder",
+    errno.EDQUOT: "Free space there, or choose another folder",
     errno.EROFS: "Choose a folder that can be written",
-    errno.EACCES: "Choose another, or have it opened to you",
-    errno.EPERM: "Choose another, or have it opened to you",
+    errno.EACCES: "Choose another, or change its permissions",
+    errno.EPERM: "Choose another, or change its permissions",
     errno.ENAMETOOLONG: "Choose a shorter name",
-    errno.ENOTDIR: "A file lies where a folder is wanted",
-    errno.EISDIR: "A folder lies where a file is wanted",
-    errno.ENOENT: "Is it spelled right, and mounted?",
-    errno.ELOOP: "Its symbolic links lead in a circle",
+    errno.ENOTDIR: "Choose another path: a file is in the place of a folder",
+    errno.EISDIR: "Choose another path: a folder is in the place of a file",
+    errno.ENOENT: "Check the spelling, and that the disk is mounted",
+    errno.ELOOP: "Remove the circle of symbolic links",
     errno.EMFILE: "Raise the limit of open files (ulimit -n)",
-    errno.EIO: "The disk or its connection fails",
-    errno.ESTALE: "The network drive was mounted anew; start again",
+    errno.EIO: "Check the disk and its connection",
+    errno.ESTALE: "Start again: the network file system was remounted",
 }
 
 
@@ -106,14 +111,16 @@ def of_system(error: OSError) -> FoveaError | None:
     try:
         os.getcwd()
     except OSError:
-        return SystemFault("the working directory does not exist any more", hint="cd to one that does, and type it again")
+        return SystemFault(
+            "the working directory does not exist anymore", hint="Change to one that exists, and repeat the command"
+        )
     named = [str(os.fsdecode(name)) for name in (error.filename, error.filename2) if isinstance(name, (str, bytes))]
     what = error.strerror if len(error.strerror) < 300 else error.strerror[:300] + "…"
     where = " -> ".join(name if len(name) < 300 else name[:100] + "…" + name[-60:] for name in named)
-    return SystemFault(what, where=where, hint=_ADVICE.get(error.errno, "`fovea --debug …` shows where in the program"))
+    return SystemFault(what, where=where, hint=_ADVICE.get(error.errno, "Run `fovea --debug …` for the traceback"))
 
 
-def verdict(error: BaseException) -> dict[str, Any]:
+def failure_fields(error: BaseException) -> dict[str, Any]:
     """Returns the entries of a failure record for an exception: ``kind`` for display, ``retryable`` and ``cause`` for decisions.
 
     Anything but a :class:`FoveaError` counts as a crash, which the node may have caused.

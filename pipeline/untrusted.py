@@ -1,4 +1,4 @@
-"""Validates untrusted input: names, paths, addresses, text and JSON of files that somebody else may have written.
+"""Validates untrusted input: names, paths, addresses, text and JSON of files that another user may have written.
 
 There is one function for each kind; all readers of foreign input call these instead of their own checks.
 """
@@ -52,7 +52,7 @@ def plain_name(name: object, *, where: str, error: type[FoveaError] = DataError)
     ):
         return name
     shown = printable(name, limit=80) if isinstance(name, str) else type(name).__name__
-    raise error(f"{shown!r} must be a plain file name", where=where, hint="The file is damaged or not to be trusted")
+    raise error(f"{shown!r} must be a plain file name", where=where, hint="Restore the file: it is damaged or not to be trusted")
 
 
 def inside(path: str | os.PathLike[str], folder: Path, *, where: str, error: type[FoveaError] = DataError) -> Path:
@@ -76,7 +76,7 @@ def inside(path: str | os.PathLike[str], folder: Path, *, where: str, error: typ
         raise error(
             f"{printable(os.fspath(path), limit=200)!r} lies outside {printable(str(folder))}",
             where=where,
-            hint="Only files below that folder are read",
+            hint="Move the file below that folder: no other files are read",
         )
     return resolved
 
@@ -94,7 +94,9 @@ def open_regular(path: Path, *, where: str = "", error: type[FoveaError] = DataE
     if stat.S_ISREG(os.fstat(descriptor).st_mode):
         return descriptor
     os.close(descriptor)
-    raise error(f"{printable(str(path))} must be a regular file", where=where, hint="Devices, pipes and folders are not read")
+    raise error(
+        f"{printable(str(path))} must be a regular file", where=where, hint="Give a file: devices, pipes and folders are not read"
+    )
 
 
 def read_bytes(path: Path, *, limit: int, where: str = "", error: type[FoveaError] = DataError) -> bytes:
@@ -107,7 +109,7 @@ def read_bytes(path: Path, *, limit: int, where: str = "", error: type[FoveaErro
     with os.fdopen(open_regular(path, where=where, error=error), "rb") as file:
         content = file.read(limit + 1)
     if len(content) > limit:
-        raise error(f"{printable(str(path))} must not be larger than {limit} bytes", where=where)
+        raise error(f"{printable(str(path))} must not be larger than {limit} bytes", where=where, hint="Give a smaller file")
     return content
 
 
@@ -123,4 +125,4 @@ def read_json(path: Path, *, limit: int = MAX_JSON, error: type[FoveaError] = Da
         return json.loads(content)
     except (ValueError, RecursionError) as cause:  # ValueError includes invalid UTF-8 and numbers of more than 4300 digits
         reason = "nested too deeply" if isinstance(cause, RecursionError) else printable(str(cause), limit=120)
-        raise error(f"{printable(str(path))} must hold JSON ({reason})", hint="The file is damaged") from None
+        raise error(f"{printable(str(path))} must be JSON ({reason})", hint="Restore the file: it is damaged") from None

@@ -152,6 +152,6 @@ def test_a_disk_that_takes_no_checkpoint_is_told_and_stops_the_run_only_after_se
     done = train(config, str(tmp_path / "scenes" / "*train-*.tar"), directory, *words)
     assert done.returncode == 2, done.stderr + done.stdout
     assert "no checkpoint of step 3" in done.stdout
-    assert "training goes on" in done.stdout
+    assert "training continues" in done.stdout
     assert "could not be written (rank 0" in done.stderr + done.stdout
     assert 5 <= _last(directory) < 24

@@ -84,7 +84,7 @@ def test_a_frozen_rank_is_named_by_another(config: Path, shards: str, tmp_path: 
     done = broken(config, shards, directory, "1 7 forward freeze", *QUICK)
     assert done.returncode == RESTART, done.stderr + done.stdout
     (message,) = errors(done)
-    assert "rank 1 gives no sign of life; last heard of in " in message
+    assert "rank 1 does not respond; last heartbeat in " in message
     assert not living(directory)
 
 
@@ -96,7 +96,7 @@ def test_out_of_memory_is_one_message_with_the_mend(config: Path, shards: str, t
     assert done.returncode == 1, done.stderr + done.stdout
     (message,) = errors(done)
     assert message.startswith("error: rank 1, forward and backward, step 7: out of GPU memory: CUDA out of memory. Tried")
-    assert "lower train.micro_batch_size" in message and "raise train.zero_stage (now 1)" in message
+    assert "Lower train.micro_batch_size" in message and "raise train.zero_stage (now 1)" in message
     assert "rank 0 ends because of rank 1: out of GPU memory" in done.stderr
     assert "Connection" not in done.stderr and ("Traceback" not in done.stderr or torchrun)
     assert not living(directory)
@@ -108,7 +108,7 @@ def test_a_killed_rank_is_named_by_the_one_that_is_left(config: Path, shards: st
     done = broken(config, shards, directory, "1 7 forward kill", "train.duration=12 steps")
     assert done.returncode == 137, done.stderr + done.stdout
     (message,) = errors(done)
-    assert "the connection to another rank broke: rank 1 is gone; last heard of in" in message and "log of rank 1" in message
+    assert "the connection to another rank broke: rank 1 has exited; last heartbeat in" in message and "log of rank 1" in message
     assert not living(directory)
 
 
@@ -119,7 +119,7 @@ def test_a_collective_that_takes_too_long_names_who_is_missing(config: Path, sha
     assert done.returncode == RESTART, done.stderr + done.stdout
     (message,) = errors(done)
     # On a machine that is busy enough a beat of rank 1 may be late between the two looks at it.
-    who = r"rank 1 (has been|gives no sign of life; last heard of) in data at step 7"
+    who = r"rank 1 (has been|does not respond; last heartbeat) in data at step 7"
     assert re.search(rf"a collective took longer than launch\.timeout: {who}", message)
     assert not living(directory)
 

@@ -161,7 +161,7 @@ def test_signed_links_are_read_indexed_and_resumed_without_their_signature(
     for file in (tmp_path / "index").rglob("*"):
         assert file.is_dir() or b"good" not in file.read_bytes(), file
     signed.learn({urls[0]: "sig=expired"})
-    with pytest.raises(DataError, match="sign it again") as caught:
+    with pytest.raises(DataError, match="Sign the link again") as caught:
         store.stat(urls[0])
     assert "expired&" not in str(caught.value) and "sig=expired" not in str(caught.value)
 

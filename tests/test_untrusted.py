@@ -86,5 +86,5 @@ def test_devices_pipes_and_large_files_are_not_read(tmp_path: Path) -> None:
 @pytest.mark.parametrize("content", [b"", b"{", b"\xff", b"[" * 100_000, b"1" * 5000, b'{"a": nul}'])
 def test_bad_json_is_one_error(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "x.json").write_bytes(content)
-    with pytest.raises(CheckpointError, match="must hold JSON"):
+    with pytest.raises(CheckpointError, match="must be JSON"):
         read_json(tmp_path / "x.json", error=CheckpointError)

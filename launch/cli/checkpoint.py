@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from launch.cli.choices import Precision, Weights
 from pipeline.checkpoint.files import Saved, listed, newest, read, verify
 from pipeline.checkpoint.manifest import MANIFEST
 from pipeline.checkpoint.retention import read_best
@@ -23,8 +24,6 @@ app = typer.Typer(no_args_is_help=True, help="List, verify, inspect and convert 
 
 RunArgument = Annotated[Path, typer.Argument(metavar="RUN", help="Run directory.")]
 AnyArgument = Annotated[Path, typer.Argument(metavar="PATH", help="A checkpoint (a directory step_…), or a run for its newest.")]
-WEIGHTS = ("teacher", "student", "both")
-TYPES = ("fp32", "bf16")
 
 
 @app.command("list")
@@ -68,7 +67,7 @@ def verify_(path: Annotated[Path, typer.Argument(metavar="RUN|PATH", help="A run
     for one in paths:
         try:
             verify(read(one))
-            print(f"{printable(one.name)}: whole")
+            print(f"{printable(one.name)}: complete")
         except CheckpointError as error:
             bad += 1
             print(printable(f"{one.name}: {error.what} ({error.where})"))
@@ -80,7 +79,7 @@ def verify_(path: Annotated[Path, typer.Argument(metavar="RUN|PATH", help="A run
 def inspect(
     path: AnyArgument,
     tensors: Annotated[bool, typer.Option("--tensors", help="Also list every tensor with its shape.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the whole manifest as JSON.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the entire manifest as JSON.")] = False,
 ) -> None:
     """Show the contents of a checkpoint: step, scores, data, versions, settings.
 
@@ -131,9 +130,9 @@ def convert(
     path: AnyArgument,
     out: Annotated[Path, typer.Argument(metavar="OUT", help="Output file, such as teacher.safetensors.")],
     weights: Annotated[
-        str, typer.Option(help="teacher, student, or both, with names prefixed by teacher. and student.")
-    ] = "teacher",
-    dtype: Annotated[str, typer.Option(help="fp32 or bf16.")] = "fp32",
+        Weights, typer.Option(help="Weights to write; those of both have names prefixed by teacher. and student.")
+    ] = Weights.TEACHER,
+    dtype: Annotated[Precision, typer.Option(help="Data type of the weights.")] = Precision.FP32,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Overwrite OUT.")] = False,
 ) -> None:
     """Merge the shards of all ranks into one safetensors file of full tensors, with the method's parameter names.
@@ -144,40 +143,37 @@ def convert(
 
     fovea checkpoint convert runs/cifar10_vit_tiny/checkpoints/step_000003750 both.safetensors --weights both --dtype bf16
     """
-    for value, choices, option in ((weights, WEIGHTS, "--weights"), (dtype, TYPES, "--dtype")):
-        if value not in choices:
-            raise ConfigError(f"{value!r} is not known", where=option, hint=f"Choose of {', '.join(choices)}.")
     if out.exists() and not overwrite:
-        raise ConfigError("is there already", where=str(out), hint="Name another file, or add --overwrite.")
+        raise ConfigError("exists already", where=str(out), hint="Name another file, or add --overwrite")
     saved = _one(path)
     verify(saved)
     from pipeline.checkpoint.reader import read_student, read_teacher
     from pipeline.checkpoint.tensor_writer import write_tensors
 
-    found: dict[str, Tensor] = {}
+    tensors: dict[str, Tensor] = {}
     for kind, reader in (("teacher", read_teacher), ("student", read_student)):
-        if weights in (kind, "both"):
-            start = f"{kind}." if weights == "both" else ""
-            found |= {start + name: _typed(tensor, dtype) for name, tensor in reader(saved)}
-    if not found:
-        raise CheckpointError("its method keeps no teacher", where=str(saved.path), hint="Convert with --weights student.")
+        if weights in (kind, Weights.BOTH):
+            start = f"{kind}." if weights == Weights.BOTH else ""
+            tensors |= {start + name: _typed(tensor, dtype) for name, tensor in reader(saved)}
+    if not tensors:
+        raise CheckpointError("its method has no teacher", where=str(saved.path), hint="Convert with --weights student")
     temporary = out.with_name(f".{out.name}.part")
-    facts = {"format": "pt", "fovea.step": str(saved.step), "fovea.weights": weights, "fovea.checkpoint": saved.id}
+    facts = {"format": "pt", "fovea.step": str(saved.step), "fovea.weights": weights.value, "fovea.checkpoint": saved.id}
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        written = write_tensors(temporary, found, metadata=facts)
+        written = write_tensors(temporary, tensors, metadata=facts)
         temporary.replace(out)
     except OSError as error:
         raise CheckpointError(
-            f"cannot be written ({error.strerror})", where=str(out), hint="Free space, or name another file."
+            f"cannot be written ({error.strerror})", where=str(out), hint="Free space, or name another file"
         ) from error
     finally:
         temporary.unlink(missing_ok=True)
-    print(f"wrote {len(found)} tensors, {_size(written['size'])}, of step {saved.step} to {out}")
+    print(f"wrote {len(tensors)} tensors, {_size(written['size'])}, of step {saved.step} to {out}")
 
 
-def _typed(tensor: Tensor, dtype: str) -> Tensor:
-    return tensor.bfloat16() if dtype == "bf16" and tensor.is_floating_point() else tensor
+def _typed(tensor: Tensor, dtype: Precision) -> Tensor:
+    return tensor.bfloat16() if dtype == Precision.BF16 and tensor.is_floating_point() else tensor
 
 
 def _folder(run: Path) -> Path:
@@ -185,19 +181,21 @@ def _folder(run: Path) -> Path:
     for folder in (run / "checkpoints", run):
         if folder.is_dir() and (folder.name == "checkpoints" or any(folder.glob("step_*"))):
             return folder
-    raise CheckpointError("is no run's directory", where=str(run), hint="Name the directory that a training wrote.")
+    raise CheckpointError("is not a run directory", where=str(run), hint="Name the directory that `fovea train` wrote")
 
 
 def _one(path: Path) -> Saved:
     """The given checkpoint, or the newest complete one of the given run."""
     if (path / MANIFEST).exists() or path.name.startswith("step_"):
         return read(path)
-    found, complaints = newest(_folder(path))
+    checkpoint, complaints = newest(_folder(path))
     for complaint in complaints:
         typer.echo(complaint, err=True)
-    if found is None:
-        raise CheckpointError("the run has no checkpoint yet", where=str(path), hint="Let it train until its first one.")
-    return found
+    if checkpoint is None:
+        raise CheckpointError(
+            "the run has no checkpoint yet", where=str(path), hint="Train until the first one (checkpoint.every)"
+        )
+    return checkpoint
 
 
 def _rows(folder: Path) -> list[dict[str, Any]]:
@@ -243,7 +241,7 @@ def _state(saved: Saved) -> str:
             return f"damaged: {file['name']} is missing"
         if size != file["size"]:
             return f"damaged: {file['name']} has the wrong size"
-    return "whole"
+    return "complete"
 
 
 def _tensors(saved: Saved) -> list[tuple[str, str, tuple[int, ...]]]:
@@ -307,7 +305,7 @@ def now(run: Annotated[str, typer.Argument(metavar="RUN", help="A run directory,
     from launch.slurm.status import find
     from pipeline.runtime import job_record
 
-    found = find(run)
-    before = job_record.saved_step(found)
-    job_record.ask(found, job_record.SAVE, "asked for")
-    print(f"asked; the newest checkpoint is of step {before} so far")
+    run_directory = find(run)
+    before = job_record.saved_step(run_directory)
+    job_record.request(run_directory, job_record.SAVE, "requested")
+    print(f"requested; the newest checkpoint so far is of step {before}")

@@ -34,7 +34,7 @@ _PROBE_STEPS = 12
 _LEAST_SECONDS = 20.0  # minimum training time
 
 
-def say(text: str) -> None:
+def announce(text: str) -> None:
     """Print a heading between the run's own log lines."""
     print(f"\n\x1b[1m{text}\x1b[0m" if sys.stdout.isatty() else f"\n{text}", flush=True)
 
@@ -48,7 +48,7 @@ def shards_of(data: str | None, val: str | None, directory: Path) -> list[str]:
     folder = directory / "scenes"
     written = scenes.write(folder, train=TRAIN, val=VALIDATION, size=SIZE, seed=0, samples_per_shard=1000)
     seconds = time.monotonic() - begin
-    say(f"1. The data: {TRAIN + VALIDATION} scenes of {SIZE} x {SIZE} pixels in {len(written)} tar shards ({seconds:.0f} s)")
+    announce(f"1. The data: {TRAIN + VALIDATION} scenes of {SIZE} x {SIZE} pixels in {len(written)} tar shards ({seconds:.0f} s)")
     train = next(Path(path) for path in written if "train" in Path(path).name)
     return [
         f"data.shards={json.dumps(str(train.parent / '*train-*.tar'))}",
@@ -64,16 +64,18 @@ def config_of(method: str) -> str:
     """
     name = _CONFIGS.get(method, f"{method}/scenes")
     if name not in available():
-        raise ConfigError(f"there is no demo of {method}: configs/{name}.yaml is missing", where="--method")
+        raise ConfigError(
+            f"there is no demo of {method}: configs/{name}.yaml is missing", where="--method", hint="Choose another method"
+        )
     return name
 
 
-def images_per_second(name: str, words: list[str], directory: Path) -> float:
+def images_per_second(name: str, arguments: list[str], directory: Path) -> float:
     """Measure the training throughput on this machine with a few steps of the same run, without evaluations.
 
     Args:
         name: config name.
-        words: overrides of the config; the run directory is replaced.
+        arguments: overrides of the config; the run directory is replaced.
         directory: where the short run is written; it is removed afterwards.
 
     Raises:
@@ -88,7 +90,7 @@ def images_per_second(name: str, words: list[str], directory: Path) -> float:
     short = [f"train.duration={_PROBE_STEPS} steps", "schedule.lr.warmup=0", "train.log_every=1", "tracking.enabled=false"]
     short += [f"run.directory={json.dumps(str(folder))}", f"checkpoint.every={_PROBE_STEPS} steps", "checkpoint.keep_best=null"]
     done = subprocess.run(
-        module_command("launch.cli.main", "train", name, *words, *off, *short),
+        module_command("launch.cli.main", "train", name, *arguments, *off, *short),
         env=alone_environment(),
         capture_output=True,
         text=True,
@@ -102,13 +104,15 @@ def images_per_second(name: str, words: list[str], directory: Path) -> float:
     ]
     shutil.rmtree(folder, ignore_errors=True)
     if done.returncode or not rates:
-        last = (done.stderr.strip() or done.stdout.strip() or "nothing was said").splitlines()[-1]
-        raise LaunchError(f"a first run of {_PROBE_STEPS} steps failed: {last}", where=name)
+        last = (done.stderr.strip() or done.stdout.strip() or "no output").splitlines()[-1]
+        raise LaunchError(
+            f"a first run of {_PROBE_STEPS} steps failed: {last}", where=name, hint=f"See the output of: fovea train {name}"
+        )
     return statistics.median(rates[len(rates) // 2 :])
 
 
-def _start(words: list[str]) -> subprocess.Popen[bytes]:
-    return subprocess.Popen(module_command("launch.cli.main", "train", *words), env=alone_environment())
+def _start(arguments: list[str]) -> subprocess.Popen[bytes]:
+    return subprocess.Popen(module_command("launch.cli.main", "train", *arguments), env=alone_environment())
 
 
 def _steps_done(run: Path) -> int:
@@ -122,13 +126,13 @@ def _steps_done(run: Path) -> int:
     return done
 
 
-def _train(words: list[str], run: Path, stop_at: int | None) -> None:
+def _train(arguments: list[str], run: Path, stop_at: int | None) -> None:
     """Run one attempt; send SIGTERM once it reaches step ``stop_at``.
 
     Raises:
         LaunchError: the attempt failed; its output is above.
     """
-    process = _start(words)
+    process = _start(arguments)
     try:
         while process.poll() is None:
             time.sleep(0.3)
@@ -143,13 +147,13 @@ def _train(words: list[str], run: Path, stop_at: int | None) -> None:
         raise
     if code:
         raise LaunchError(
-            f"the run ended with code {code}", where=str(run), hint="its last lines above say why; the same command resumes it"
+            f"the run ended with code {code}", where=str(run), hint="See its last lines above; the same command resumes it"
         )
 
 
 def _outcome(run: Path) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads((run / "outcome.json").read_text())
-    return found
+    outcome: dict[str, Any] = json.loads((run / "outcome.json").read_text())
+    return outcome
 
 
 def _table(run: Path, wall: float) -> dict[str, str]:
@@ -179,7 +183,7 @@ def _table(run: Path, wall: float) -> dict[str, str]:
         "samples substituted": str(sum(outcome["data"]["substituted"].values())),
         "wall time": clock(wall),
     }
-    table = Table(title="What came out", show_header=False, title_justify="left")
+    table = Table(title="Results", show_header=False, title_justify="left")
     for label, value in facts.items():
         table.add_row(label, value)
     Terminal().print(table)
@@ -210,57 +214,59 @@ def run(*, minutes: float, method: str, data: str | None, directory: Path, val: 
     stamp = time.strftime("%Y%m%d-%H%M%S")
     store = uri_of((directory / "mlflow.db").resolve())
     run_directory = directory / f"{method}-{stamp}"
-    words = [
+    arguments = [
         *shards,
         f"launch.num_processes={ranks}",
         f"tracking.uri={json.dumps(store)}",
         "tracking.experiment=fovea demo",
     ]
     if method == "distill":
-        words.append(f"method.teacher_weights={json.dumps(str(_teacher(words, directory / f'teacher-{stamp}', minutes, steps)))}")
-    words.append(f"run.directory={json.dumps(str(run_directory))}")
-    words += _length(name, words, directory, minutes - (time.monotonic() - begin) / 60, steps)
-    config = load(name, words).config
+        arguments.append(
+            f"method.teacher_weights={json.dumps(str(_teacher(arguments, directory / f'teacher-{stamp}', minutes, steps)))}"
+        )
+    arguments.append(f"run.directory={json.dumps(str(run_directory))}")
+    arguments += _length(name, arguments, directory, minutes - (time.monotonic() - begin) / 60, steps)
+    config = load(name, arguments).config
     total = int(config.train.duration.amount)
-    typed = f"fovea train {name} {' '.join(map(_quoted, words))}"
-    say(f"2. The run: {method} with {ranks} ranks, {total} steps; the same as\n\n   {typed}\n")
-    _train([name, *words], run_directory, stop_at=total // 2)
-    say("3. Stopped in the middle, as a preemption would. Now the same command again:")
-    _train([name, *words], run_directory, stop_at=None)
+    typed = f"fovea train {name} {' '.join(map(_quoted, arguments))}"
+    announce(f"2. The run: {method} with {ranks} ranks, {total} steps; the same as\n\n   {typed}\n")
+    _train([name, *arguments], run_directory, stop_at=total // 2)
+    announce("3. Stopped in the middle, as a preemption would. Now the same command again:")
+    _train([name, *arguments], run_directory, stop_at=None)
     if _outcome(run_directory)["stop"] != "FINISHED":
-        raise LaunchError("the run was stopped before its end", where=str(run_directory), hint="start the demo again")
-    say("4. The result")
+        raise LaunchError("the run was stopped before its end", where=str(run_directory), hint="Start the demo again")
+    announce("4. The result")
     facts = _table(run_directory, time.monotonic() - begin)
     from pipeline.reports.run_page import write
 
     page = write(run_directory, config, run_directory / "page.html", facts=facts)
-    print(f"\npictures, curves, neighbours   {page.resolve()}")
+    print(f"\nimages, curves, neighbors     {page.resolve()}")
     print(f"MLflow                         {sys.executable} -m mlflow ui --backend-store-uri {shlex.quote(store)}")
     print("                               then open http://127.0.0.1:5000, experiment “fovea demo”")
     print(f"the run                        {run_directory.resolve()}")
     print("your own data                  fovea train dinov2/cifar10_vit_tiny data.shards='/data/train-{000..099}.tar'")
 
 
-def _teacher(words: list[str], folder: Path, minutes: float, steps: int | None) -> Path:
+def _teacher(arguments: list[str], folder: Path, minutes: float, steps: int | None) -> Path:
     """Train the teacher of a distillation for half of the time; returns its run directory."""
     name = config_of("dinov2")
-    words = [*words, f"run.directory={json.dumps(str(folder))}"]
-    words += _length(name, words, folder.parent, minutes / 2, steps)
-    say("The teacher that is going to be distilled: dinov2")
-    _train([name, *words], folder, stop_at=None)
+    arguments = [*arguments, f"run.directory={json.dumps(str(folder))}"]
+    arguments += _length(name, arguments, folder.parent, minutes / 2, steps)
+    announce("The teacher that is going to be distilled: dinov2")
+    _train([name, *arguments], folder, stop_at=None)
     return folder
 
 
 def _too_few(minutes: float) -> ConfigError:
-    return ConfigError(f"{minutes:.1f} minutes are too few", where="--minutes", hint="give at least 3, or 6 for distill")
+    return ConfigError(f"{minutes:.1f} minutes are too short", where="--minutes", hint="Give at least 3, or 6 for distill")
 
 
-def _length(name: str, words: list[str], directory: Path, minutes: float, steps: int | None) -> list[str]:
+def _length(name: str, arguments: list[str], directory: Path, minutes: float, steps: int | None) -> list[str]:
     """Choose the number of steps that fit, and when to evaluate and save."""
-    config = load(name, words).config
+    config = load(name, arguments).config
     if steps is None:
         begin = time.monotonic()
-        rate = 0.8 * images_per_second(name, words, directory)  # the rest is for evaluations and checkpoints
+        rate = 0.8 * images_per_second(name, arguments, directory)  # the rest is for evaluations and checkpoints
         seconds = 60 * minutes - 2 * _START_SECONDS - (time.monotonic() - begin)
         if seconds < _LEAST_SECONDS:
             raise _too_few(minutes)

@@ -124,9 +124,9 @@ def run(config: Config, *, ranks: int | None, gigabytes: float, console: Termina
     ranks = ranks or config.launch.num_processes or gpus() or 1
     if config.train.global_batch_size % ranks:
         raise ConfigError(
-            f"{config.train.global_batch_size} samples cannot be shared by {ranks} GPUs",
+            f"{config.train.global_batch_size} samples are not divisible by {ranks} GPUs",
             where="train.global_batch_size",
-            hint="Change --gpus.",
+            hint="Choose another --gpus",
         )
     sizes, capacity = measure(config), gigabytes * 1e9 * _SLACK
     parts = ", ".join(f"{name} {count / 1e6:.1f} M" for name, count in sizes.networks.items())
@@ -213,7 +213,9 @@ def bill(config: Config, site: ClusterProfile, *, ranks: int, efficiency: float,
     """
     if site.gpu_tflops is None:
         raise ConfigError(
-            "no peak of the GPU is known", where="gpu_tflops of the cluster profile", hint="name it: 989 for an H100"
+            "the GPU's peak throughput is unknown",
+            where="gpu_tflops of the cluster profile",
+            hint="Set it in TFLOP/s, such as 989 for an H100",
         )
     length, size = config.train.duration, None
     if length.unit == "epochs" and samples is None:
@@ -222,12 +224,14 @@ def bill(config: Config, site: ClusterProfile, *, ranks: int, efficiency: float,
         manifest = indexed(config, config.data.patterns)
         samples, size = manifest.total, sum(shard.size for shard in manifest.shards) / max(manifest.total, 1)
     steps = length.steps(samples or 0, config.train.global_batch_size)
-    whole = steps * config.train.global_batch_size
+    total_samples = steps * config.train.global_batch_size
     flop = counted(config)
     rate = ranks * site.gpu_tflops * 1e12 * efficiency / flop
-    hours = whole / rate / 3600
+    hours = total_samples / rate / 3600
     price = None if site.gpu_hour_price is None else hours * ranks * site.gpu_hour_price
-    return Bill(steps, whole, flop / 1e9, rate, hours, hours * ranks, price, None if size is None else size * whole / 1e9)
+    return Bill(
+        steps, total_samples, flop / 1e9, rate, hours, hours * ranks, price, None if size is None else size * total_samples / 1e9
+    )
 
 
 def cost(
@@ -244,7 +248,7 @@ def cost(
         + "."
     )
     out.print(
-        f"Taken for granted: {efficiency:.0%} of {site.gpu_tflops:,.0f} TFLOP/s (--efficiency), no waiting for data or machines. "
+        f"Assumes {efficiency:.0%} of {site.gpu_tflops:,.0f} TFLOP/s (--efficiency), no waiting for data or machines. "
         f"At {site.time} a job that is {attempts} attempt{'s' * (attempts > 1)}."
         + ("" if b.price is not None else " With gpu_hour_price in the profile it also says what that costs."),
         style="dim",

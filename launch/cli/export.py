@@ -10,7 +10,7 @@ from pipeline.runtime.run_directory import RunDirectory
 from pipeline.tracking import Shipper, destination_of
 from pipeline.untrusted import printable
 from pipeline.weights.export import networks
-from pipeline.weights.export.write import TARGETS, write
+from pipeline.weights.export.write import write
 from pipeline.weights.from_checkpoint import chosen
 
 
@@ -44,25 +44,21 @@ def run(
     Raises:
         FoveaError: no checkpoint, a damaged one, or a format that cannot hold the networks.
     """
-    if to not in TARGETS:
-        raise ConfigError(f"there is no target {to!r}", where="--to", hint=f"Choose of {', '.join(TARGETS)}.")
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9.+_-]{0,63}", license_):
         raise ConfigError(
-            f"{printable(license_, limit=80)!r} is no identifier",
+            f"{printable(license_, limit=80)!r} is not an SPDX license identifier",
             where="--license",
-            hint="Write apache-2.0, cc-by-4.0 or the like.",
+            hint="Write one such as apache-2.0 or cc-by-4.0",
         )
-    if network not in ("auto", "teacher", "student"):
-        raise ConfigError(f"there is no network {network!r}", where="--network", hint="Choose of auto, teacher, student.")
     path = path.absolute()
     saved = chosen(path, best=best)
     run_folder = path if (path / "checkpoints").is_dir() else saved.path.parent.parent
     folder = out if out is not None else run_folder / "export" / (f"{to}-{student}" if student else to)
     shipper = _shipper(run_folder) if register is not None else None
-    found = networks.read(saved, network=network, size=size, student=student)  # type: ignore[arg-type]
-    write(found, to, folder, license_=license_, overwrite=force)
+    selected = networks.read(saved, network=network, size=size, student=student)  # type: ignore[arg-type]
+    write(selected, to, folder, license_=license_, overwrite=force)
     total = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
-    print(f"{folder}: the {found.network} of {saved.path.name} for {to}, {total / 1e6:.1f} MB; README.md says how to load it")
+    print(f"{folder}: the {selected.network} of {saved.path.name} for {to}, {total / 1e6:.1f} MB; README.md says how to load it")
     if shipper is not None and register is not None:
         from pipeline.tracking.registry import register as add
 
@@ -74,7 +70,11 @@ def _shipper(run_folder: Path) -> Shipper:
     """The MLflow shipper of a run."""
     run = RunDirectory(run_folder)
     if not run.config.is_file():
-        raise ConfigError("is no run's directory", where=str(run_folder), hint="--register needs the run that was trained")
+        raise ConfigError(
+            "is not a run directory",
+            where=str(run_folder),
+            hint="Name the run directory: --register reads its settings and scores",
+        )
     config = run.settings()
     target = destination_of(config.tracking, run.path)
     return Shipper(run.tracking, uri=target.uri, experiment=target.experiment, name=config.run.name)

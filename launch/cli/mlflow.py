@@ -35,7 +35,7 @@ def sync(
     fovea mlflow sync --all --uri http://mlflow:5000
     """
     if everything == (run is not None):
-        raise ConfigError("no run is named", where="fovea mlflow sync", hint="name one, or give --all")
+        raise ConfigError("a run is required", where="fovea mlflow sync", hint="Name one or more, or add --all")
     from launch.slurm.status import find
 
     every = [RunDirectory(file.parent) for file in [*_there("*"), *_there("evaluations/*")]]
@@ -44,8 +44,8 @@ def sync(
     behind = {printable(name): trouble for name, trouble in troubles if trouble is not None}
     if behind:
         last = next((trouble for trouble in behind.values() if isinstance(trouble, FoveaError)), None)
-        hint = last.hint if last else "Is the server up? The same command sends the rest"
-        raise LaunchError(f"MLflow did not take everything of {', '.join(behind)}", hint=hint)
+        hint = last.hint if last else "Check that the server is running; the same command sends the rest"
+        raise LaunchError(f"MLflow has not received all records of {', '.join(behind)}", hint=hint)
 
 
 def _there(pattern: str) -> list[Path]:
@@ -68,16 +68,16 @@ def _sync(run: RunDirectory, uri: str | None) -> Exception | None:
     from pipeline.tracking import Shipper, destination_of, eval_destinations, server_of, shown_server
 
     config = run.settings()
-    place = destination_of(config.tracking, run.path, named=uri)
-    target, name = place.uri, printable(run.path.name)
+    destination = destination_of(config.tracking, run.path, named=uri)
+    target, name = destination.uri, printable(run.path.name)
     print(f"{name}: sending to {shown_server(target)}", flush=True)
-    own = Shipper(run.tracking, uri=target, experiment=place.experiment, name=config.run.name, log=_say, root=run.path)
+    own = Shipper(run.tracking, uri=target, experiment=destination.experiment, name=config.run.name, log=_print, root=run.path)
     own.start()
     done = own.close(seconds=300.0)
     trouble = own.trouble
-    for folder, destination in eval_destinations(run.tracking):  # after the run, which they may belong to
-        server = server_of(run.path, destination.uri, named=uri or (target if destination.uri == target else None))
-        other = replace(destination, uri=server).shipper(folder, log=_say)
+    for folder, evaluation in eval_destinations(run.tracking):  # after the run, which they may belong to
+        server = server_of(run.path, evaluation.uri, named=uri or (target if evaluation.uri == target else None))
+        other = replace(evaluation, uri=server).shipper(folder, log=_print)
         other.start()
         done = other.close(seconds=300.0) and done
         trouble = trouble or other.trouble
@@ -85,5 +85,5 @@ def _sync(run: RunDirectory, uri: str | None) -> Exception | None:
     return None if done else trouble or TimeoutError("MLflow did not answer in time")
 
 
-def _say(text: str) -> None:
+def _print(text: str) -> None:
     print(printable(text))

@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Sequence
-from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from launch.cli.choices import ImageFormat, Labels, OnTruncated, SourceLayout
 from pipeline.errors import ConfigError
 from pipeline.masking import printable
 
@@ -39,13 +39,6 @@ WorkersOption = Annotated[int | None, typer.Option(min=1, help="Number of proces
 ImageOption = Annotated[str | None, typer.Option(help="File extensions of images, comma-separated.")]
 CaptionOption = Annotated[str | None, typer.Option(help="File extension of captions.")]
 LabelOption = Annotated[str | None, typer.Option(help="File extension of class numbers.")]
-
-
-class OnTruncated(StrEnum):
-    """How truncated tars are handled."""
-
-    ERROR = "error"
-    KEEP_READABLE = "keep-readable"
 
 
 OnTruncatedOption = Annotated[
@@ -114,33 +107,33 @@ def verify(
 
     fovea shards verify '/data/train-{000..099}.tar' --exclude
     """
-    from launch.progress_bar import meter
+    from launch.progress import progress_bar
     from pipeline.data.inspect import verify as verification
 
     manifest, folder = _index(_settings(patterns, directory, image, caption, label, on_truncated_shard), workers, None)
-    with meter("decoding") as tell:
-        verdict = verification.verify(manifest, workers=workers, progress=tell, store=_store())
-    found = [
+    with progress_bar("decoding") as progress:
+        verified = verification.verify(manifest, workers=workers, progress=progress, store=_store())
+    rows = [
         {"reason": f.reason, "shard": manifest.shards[f.shard].url, "key": manifest.rows(f.shard).keys[f.row]}
-        for f in verdict.failures
+        for f in verified.failures
     ]
     if report is not None:
-        _write_json(report, {"checked": verdict.checked, "reasons": verdict.reasons, "failures": found})
-    again = f" ({verdict.resumed} of them by an earlier, stopped verification)" if verdict.resumed else ""
-    print(f"decoded {verdict.checked} samples in {len(manifest.shards)} shards{again}")
-    if not found:
+        _write_json(report, {"checked": verified.checked, "reasons": verified.reasons, "failures": rows})
+    again = f" ({verified.resumed} of them by an earlier, stopped verification)" if verified.resumed else ""
+    print(f"decoded {verified.checked} samples in {len(manifest.shards)} shards{again}")
+    if not rows:
         print("every one is as the index says")
         return
-    for reason, number in verdict.reasons.items():
+    for reason, number in verified.reasons.items():
         print(f"\n{number} {reason}: {verification.REASONS[reason]}")
-        named = [entry for entry in found if entry["reason"] == reason]
+        named = [entry for entry in rows if entry["reason"] == reason]
         for entry in named[:_NAMED]:
             print(f"  {printable(entry['shard'])}  {_shown(entry['key'])}")
         if len(named) > _NAMED:
             print(f"  and {len(named) - _NAMED} more" + ("" if report else "; --report FILE writes them all"))
     if exclude:
-        changed = verification.exclude(manifest, verdict.failures)
-        print(f"\nexcluded {len(found)} samples, {changed.total} are left; index in {folder}")
+        changed = verification.exclude(manifest, verified.failures)
+        print(f"\nexcluded {len(rows)} samples, {changed.total} are left; index in {folder}")
         print(f"the fingerprint was {manifest.fingerprint} and is {changed.fingerprint}: to a run these are other data")
     raise typer.Exit(1)
 
@@ -158,11 +151,11 @@ def pack(
     max_pixels: Annotated[int, typer.Option(min=1, help="Skip images with more pixels.")] = 50_000_000,
     max_side: Annotated[int | None, typer.Option(min=16, help="Downscale images to this longer side, pixels.")] = None,
     transcode: Annotated[
-        str | None, typer.Option(help="Re-encode GIF, AVIF… as jpg or png (first frame), instead of skipping them.")
+        ImageFormat | None, typer.Option(help="Re-encode GIF, AVIF… in this format (first frame), instead of skipping them.")
     ] = None,
     layout: Annotated[
-        str, typer.Option(help="Format of SOURCE: auto, folder, flat (no classes), table, files (img2dataset's) or shards.")
-    ] = "auto",
+        SourceLayout, typer.Option(help="Layout of SOURCE; flat is a folder without classes, files is img2dataset's output.")
+    ] = SourceLayout.AUTO,
     on_truncated_shard: OnTruncatedOption = OnTruncated.ERROR,
     threads: Annotated[int, typer.Option(min=1, max=256, help="Samples read in parallel.")] = 8,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Overwrite shards of the same prefix.")] = False,
@@ -170,14 +163,14 @@ def pack(
         bool | None,
         typer.Option(
             "--follow-links/--no-follow-links",
-            help="Follow links that leave SOURCE, or skip them. By default they are skipped, and the loss of a whole class or "
+            help="Follow links that leave SOURCE, or skip them. By default they are skipped, and the loss of an entire class or "
             "shard is an error.",
         ),
     ] = None,
     root: Annotated[
         list[Path] | None, typer.Option(help="Folder that paths of a table may point to, besides its own; may be repeated.")
     ] = None,
-    labels: Annotated[str, typer.Option(help="auto, or names to read numbers as class names.")] = "auto",
+    labels: Annotated[Labels, typer.Option(help="names reads numbers as class names.")] = Labels.AUTO,
     classes: Annotated[
         Path | None, typer.Option(help="A classes.txt with the class names, one per line, in the order of their numbers.")
     ] = None,
@@ -205,28 +198,17 @@ def pack(
 
     fovea shards pack 'old/{00000..00999}.tar' shards/ --min-side 224 --transcode png
     """
-    from launch.progress_bar import meter
-    from pipeline.data.index.labels import LABEL_MODES
+    from launch.progress import progress_bar
     from pipeline.data.pack.packer import Packing
     from pipeline.data.pack.packer import pack as write
-    from pipeline.data.pack.sources import LAYOUTS, Options, open_source
-    from pipeline.data.pack.transcode import FORMS
+    from pipeline.data.pack.sources import Options, open_source
 
-    form = next((known for known in FORMS if known == transcode), None)
-    if transcode is not None and form is None:
-        raise ConfigError(f"{transcode!r} is no form", where="--transcode", hint=f"Choose of {', '.join(FORMS)}.")
-    kind = next((known for known in LAYOUTS if known == layout), None)
-    if kind is None:
-        raise ConfigError(f"{layout!r} is no layout", where="--layout", hint=f"Choose of {', '.join(LAYOUTS)}.")
-    mode = next((known for known in LABEL_MODES if known == labels), None)
-    if mode is None:
-        raise ConfigError(f"{labels!r} is no kind of labels", where="--labels", hint=f"Choose of {', '.join(LABEL_MODES)}.")
     _check_out(source, out)
     options = Options(
         use_damaged=on_truncated_shard is OnTruncated.KEEP_READABLE,
         follow_links=follow_links,
         roots=tuple(root or ()),
-        labels=mode,
+        labels=labels.value,
         classes=_class_names(classes),
         max_file=max_file_mb << 20,
     )
@@ -237,12 +219,12 @@ def pack(
         seed=seed if shuffle else None,
         min_side=min_side,
         max_pixels=max_pixels,
-        transcode=form,
+        transcode=transcode.value if transcode else None,
         max_side=max_side,
     )
-    with meter("packing") as tell:
-        listing = open_source(source, layout=kind, store=_store(), options=options)
-        report = write(listing, out, packing, overwrite=overwrite, threads=threads, progress=tell)
+    with progress_bar("packing") as progress:
+        listing = open_source(source, layout=layout.value, store=_store(), options=options)
+        report = write(listing, out, packing, overwrite=overwrite, threads=threads, progress=progress)
     print(report.text(out, prefix))
     print(f"shards: {printable(_range(report.shards))}")
 
@@ -265,7 +247,7 @@ def synthesize(
 
     shards = write(out, train=train, val=val, size=size, seed=seed)
     (out / "classes.txt").write_text("\n".join(CLASS_NAMES) + "\n")
-    print(f"{out}: {train} pictures to train on and {val} to judge by in {len(shards)} shards, classes.txt for zero-shot")
+    print(f"{out}: {train} training images and {val} validation images in {len(shards)} shards, classes.txt for zero-shot")
 
 
 @app.command("stats")
@@ -293,8 +275,8 @@ def stats(
     from pipeline.data.inspect.stats import statistics
 
     manifest, _ = _index(_settings(patterns, directory, image, caption, label, on_truncated_shard), workers, None, quiet=as_json)
-    found = statistics(manifest, global_batch=global_batch)
-    print(json.dumps(found.document(), indent=1) if as_json else found.text())
+    computed = statistics(manifest, global_batch=global_batch)
+    print(json.dumps(computed.document(), indent=1) if as_json else computed.text())
 
 
 @app.command("preview")
@@ -377,9 +359,9 @@ def _settings(
         "caption_extension": caption,
         "label_extension": label,
     }
-    given = {key: value for key, value in chosen.items() if value is not None}
+    options = {key: value for key, value in chosen.items() if value is not None}
     try:
-        return DataSettings.model_validate({"shards": list(patterns), "on_truncated_shard": on_truncated.value, **given})
+        return DataSettings.model_validate({"shards": list(patterns), "on_truncated_shard": on_truncated.value, **options})
     except ValidationError as error:
         first = error.errors()[0]
         key = ".".join(str(part) for part in first["loc"][:1]) or "shards"
@@ -389,7 +371,7 @@ def _settings(
 
 def _index(settings: DataSettings, workers: int | None, report: Path | None, *, quiet: bool = False) -> tuple[Manifest, Path]:
     """Index shards with progress on stderr; write and print the report of problems."""
-    from launch.progress_bar import meter
+    from launch.progress import progress_bar
     from pipeline.data.index.build import UnusableShards, build
     from pipeline.data.index.manifest import Fields
     from pipeline.data.inspect.report import index_report
@@ -405,25 +387,31 @@ def _index(settings: DataSettings, workers: int | None, report: Path | None, *, 
     store = _store()
     urls = expand(list(settings.shards), store)
     folder = settings.index_folder(urls)
-    place = report or folder / "report.json"
+    report_file = report or folder / "report.json"
     try:
-        with meter("indexing") as tell:
+        with progress_bar("indexing") as progress:
 
-            def told(done: int, total: int, shard: Shard) -> None:
-                tell(done, total, f"{printable(shard.url)}: {shard.samples} samples")
+            def on_shard(done: int, total: int, shard: Shard) -> None:
+                progress(done, total, f"{printable(shard.url)}: {shard.samples} samples")
 
             manifest = build(
-                urls, folder, fields=fields, workers=workers, on_truncated=settings.on_truncated_shard, progress=told, store=store
+                urls,
+                folder,
+                fields=fields,
+                workers=workers,
+                on_truncated=settings.on_truncated_shard,
+                progress=on_shard,
+                store=store,
             )
     except UnusableShards as error:
-        found = index_report(folder, error.shards, error.problems)
-        found.save(place)
-        print(f"{found.text(most_shards=_NAMED)}\nall of it: {place.with_suffix('.txt')}", file=sys.stderr)
+        index = index_report(folder, error.shards, error.problems)
+        index.save(report_file)
+        print(f"{index.text(most_shards=_NAMED)}\nfull report: {report_file.with_suffix('.txt')}", file=sys.stderr)
         raise
-    found = index_report(folder, manifest.shards)
-    found.save(place)
-    if (found.findings or found.damaged) and not quiet:
-        print(f"{found.text(most_shards=_NAMED)}\nall of it: {place.with_suffix('.txt')}\n")
+    index = index_report(folder, manifest.shards)
+    index.save(report_file)
+    if (index.findings or index.damaged) and not quiet:
+        print(f"{index.text(most_shards=_NAMED)}\nfull report: {report_file.with_suffix('.txt')}\n")
     return manifest, folder
 
 
@@ -443,10 +431,10 @@ def _class_names(path: Path | None) -> tuple[str, ...]:
     try:
         names = read_bytes(path, limit=64 << 20, error=ConfigError).decode("utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"cannot be read ({error})", where=str(path), hint="Give a text file with one name a line") from error
+        raise ConfigError(f"cannot be read ({error})", where=str(path), hint="Give a text file with one name per line") from error
     if not names or len(set(names)) < len(names) or not all(name.strip() for name in names):
         raise ConfigError(
-            "must hold every class name once, one a line", where=str(path), hint="Give the classes.txt of a packing"
+            "must contain every class name once, one per line", where=str(path), hint="Give the classes.txt of a packing"
         )
     return tuple(names)
 
@@ -455,7 +443,7 @@ def _check_out(source: str, out: Path) -> None:
     """Refuse an output directory that would become part of the source."""
     folder = Path(source)
     if folder.is_dir() and out.resolve().is_relative_to(folder.resolve()):
-        raise ConfigError(f"lies in {source}, which is to be packed", where=str(out), hint="Choose an OUT beside the source.")
+        raise ConfigError(f"is inside the source {source}", where=str(out), hint="Choose an OUT outside the source")
 
 
 def _names_shards(word: str) -> bool:
@@ -476,10 +464,10 @@ def _shown(key: str) -> str:
 
 
 def _write_json(path: Path, document: dict[str, object]) -> None:
-    from pipeline.data.storage import write_whole
+    from pipeline.data.storage import write_atomically
     from pipeline.errors import DataError
 
     try:
-        write_whole(path, (json.dumps(document, indent=1) + "\n").encode())
+        write_atomically(path, (json.dumps(document, indent=1) + "\n").encode())
     except OSError as error:
-        raise DataError(f"cannot be written ({error.strerror})", where=str(path), hint="Choose another --report.") from error
+        raise DataError(f"cannot be written ({error.strerror})", where=str(path), hint="Choose another --report") from error

@@ -51,14 +51,16 @@ def run(
         DataError: shards that cannot be used, or no such key.
     """
     if (step is None) == (key is None):
-        raise ConfigError("give a step or a key, one of them", where="ls", hint="For instance --step 1234, or --key 000123.")
+        raise ConfigError(
+            "needs either --step or --key", where="ls", hint="Give one of them, such as --step 1234 or --key 000123"
+        )
     # The shards of the k-NN evaluation are not needed here and may be missing.
     config = loaded.config.replace(evaluation=loaded.config.evaluation.only())
     world = ranks or config.launch.num_processes or 1
     inputs = prepare(config, world)
     last = math.ceil(epochs * inputs.order.samples_per_epoch / inputs.order.global_batch) if until is None else until
     if last < 0 or (step or 0) < 0:
-        raise ConfigError(f"{min(last, step or 0)} is negative", where="ls", hint="Steps count from 0.")
+        raise ConfigError(f"step {min(last, step or 0)} is negative", where="ls", hint="Give a step of 0 or more")
     document = at_step(config, inputs, step, world) if step is not None else of_key(config, inputs, str(key), world, last)
     if as_json:
         print(json.dumps(document, indent=1))
@@ -80,8 +82,8 @@ def at_step(config: Config, inputs: Inputs, step: int, world: int) -> dict[str, 
     """
     batch, replaced = inputs.order.batch(step), _replaced(config)
     samples = [
-        _row(inputs, step, place, number, epoch, world, replaced)
-        for place, (number, epoch) in enumerate(zip(batch.ids.tolist(), batch.epochs.tolist(), strict=True))
+        _row(inputs, step, position, number, epoch, world, replaced)
+        for position, (number, epoch) in enumerate(zip(batch.ids.tolist(), batch.epochs.tolist(), strict=True))
     ]
     shards = len({sample["shard_number"] for sample in samples})
     about = (
@@ -108,7 +110,7 @@ def of_key(config: Config, inputs: Inputs, key: str, world: int, last: int) -> d
         raise DataError(
             f"no shard has a sample with the key {key!r}",
             where=f"{len(inputs.train.shards)} shards",
-            hint="A key is a member's name up to the first dot after the last slash; it may follow a shard's: shard.tar/key.",
+            hint="Give a member's name up to the first dot after its last slash, or shard.tar/key",
         )
     replaced, seen, left_out = _replaced(config), [], []
     for shard, row, status in places:
@@ -118,14 +120,14 @@ def of_key(config: Config, inputs: Inputs, key: str, world: int, last: int) -> d
         number = shard << 32 | row
         for step in sorted(set(inputs.order.steps_of(number, 0, last))):
             batch = inputs.order.batch(step)
-            for place in np.flatnonzero(batch.ids == number).tolist():
-                seen.append({"step": step, **_row(inputs, step, place, number, int(batch.epochs[place]), world, replaced)})
+            for position in np.flatnonzero(batch.ids == number).tolist():
+                seen.append({"step": step, **_row(inputs, step, position, number, int(batch.epochs[position]), world, replaced)})
     seen.sort(key=lambda row: (row["step"], row["place"]))
     samples = f"{len(places)} {'sample' if len(places) == 1 else 'samples'}"
-    words = [f"{printable(key)}: {samples}, seen {len(seen)} times in steps 0 to {last - 1}"]
-    words += [f"left out of {entry['shard']} by the index ({entry['status']})" for entry in left_out]
+    lines = [f"{printable(key)}: {samples}, seen {len(seen)} times in steps 0 to {last - 1}"]
+    lines += [f"left out of {entry['shard']} by the index ({entry['status']})" for entry in left_out]
     return {
-        "about": "; ".join(words),
+        "about": "; ".join(lines),
         "key": key,
         "steps": last,
         "ranks": world,
@@ -151,14 +153,14 @@ def table(rows: Sequence[dict[str, Any]], columns: Sequence[str]) -> list[str]:
 
 
 def _row(
-    inputs: Inputs, step: int, place: int, number: int, epoch: int, world: int, replaced: dict[tuple[int, int], str]
+    inputs: Inputs, step: int, position: int, number: int, epoch: int, world: int, replaced: dict[tuple[int, int], str]
 ) -> dict[str, Any]:
     order, (shard, row) = inputs.order, (number >> 32, number & 0xFFFFFFFF)
     which = bisect.bisect_right([source.first for source in inputs.sources], shard) - 1
     return {
-        "place": place,
-        "rank": place // (order.global_batch // world),
-        "stream": place // (order.global_batch // order.streams),
+        "place": position,
+        "rank": position // (order.global_batch // world),
+        "stream": position // (order.global_batch // order.streams),
         "set": inputs.sources[which].name if inputs.sources else None,
         "epoch": epoch,
         "shard": inputs.train.shards[shard].name,
@@ -174,10 +176,10 @@ def _find(inputs: Inputs, key: str) -> Iterator[tuple[int, int, str]]:
     """Shard, row (-1 if it was rejected) and status of all samples with a key."""
     name, slash, rest = key.partition("/")
     named = [number for number, shard in enumerate(inputs.train.shards) if slash and shard.name == name]
-    wanted = rest if named else key
+    member_key = rest if named else key
     for number in named or range(len(inputs.train.shards)):
         index = load_sidecar(Path(inputs.train.directory) / inputs.train.shards[number].sidecar)
-        for at in [at for at, known in enumerate(index.keys) if known == wanted]:
+        for at in [at for at, known in enumerate(index.keys) if known == member_key]:
             status = int(index.columns["status"][at])
             row = -1 if status else int((index.columns["status"][:at] == 0).sum())
             yield number, row, STATUSES[status]
@@ -185,16 +187,18 @@ def _find(inputs: Inputs, key: str) -> Iterator[tuple[int, int, str]]:
 
 def _replaced(config: Config) -> dict[tuple[int, int], str]:
     """Substituted samples from the run's records of bad samples: the reason, by step and sample."""
-    found = {}
+    replaced = {}
     for path in sorted((RunDirectory(config.run.folder).bad_samples(0).parent).glob("rank-*.jsonl")):
         try:
             text = read_bytes(path, limit=_LEDGER).decode("utf-8", "replace")
         except OSError as error:
-            raise DataError(f"cannot be read ({error.strerror})", where=printable(str(path))) from None
+            raise DataError(
+                f"cannot be read ({error.strerror})", where=printable(str(path)), hint="Check the path and its permissions"
+            ) from None
         for line in text.splitlines():
             try:
                 event = json.loads(line)
-                found[int(event["step"]), int(event["id"])] = str(event["reason"])
+                replaced[int(event["step"]), int(event["id"])] = str(event["reason"])
             except (ValueError, KeyError, TypeError, OverflowError, RecursionError):  # truncated by a crash
                 continue
-    return found
+    return replaced

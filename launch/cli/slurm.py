@@ -50,18 +50,18 @@ def submit(
 
     if not cluster:
         known = ", ".join(sorted(profiles.available()))
-        raise ConfigError("no cluster is named", where="--cluster", hint=f"give a profile's file, or one of {known}")
+        raise ConfigError("is required", where="--cluster", hint=f"Give a profile's file, or one of {known}")
     own = [text.removeprefix("cluster.") for text in overrides or () if text.startswith("cluster.")]
     rest = [text for text in overrides or () if not text.startswith("cluster.")]
     done = hand_over(load(config, rest), profiles.load(cluster, own), dry=dry, check=check, index=index)
-    _tell(done)
+    _print_submitted(done)
     if follow and done.job is not None:
         logs(str(done.run), follow=True)
 
 
-def _tell(done: Submitted) -> None:
-    if done.said:
-        print(shown(done.said), file=sys.stderr)
+def _print_submitted(done: Submitted) -> None:
+    if done.test_output:
+        print(shown(done.test_output), file=sys.stderr)
     if done.job is None:
         print(done.script, end="")
         print(f"# {shlex.join(done.command)}")
@@ -93,11 +93,11 @@ def runs(folder: Annotated[Path, typer.Argument(help="Directory of the runs.")] 
     from launch.slurm import status as standing
     from pipeline.runtime.run_directory import RunDirectory
 
-    found = sorted(path.parent for path in folder.glob("*/config.json"))
-    if not found:
-        raise ConfigError(f"there are no runs in {folder}", hint="name the folder that they are in")
-    width = max(len(path.name) for path in found)
-    for path in found:
+    run_folders = sorted(path.parent for path in folder.glob("*/config.json"))
+    if not run_folders:
+        raise ConfigError(f"there are no runs in {folder}", hint="Name the directory that contains them")
+    width = max(len(path.name) for path in run_folders)
+    for path in run_folders:
         one = standing.status(RunDirectory(path.absolute()))
         done = f"{one.step}/{one.steps}" if one.steps else str(one.step)
         print(printable(f"{path.name:<{width}}  {one.state:<8}  {done:>15}  {one.why}"))
@@ -115,34 +115,38 @@ def logs(
     from launch.slurm import status as standing
     from pipeline.runtime import job_record as record
 
-    found = standing.find(run)
+    run_directory = standing.find(run)
 
     def current() -> Path | None:
         if batch:
-            return max((found.path / "logs").glob("batch-*.log"), default=None, key=lambda path: path.stat().st_mtime)
-        number = attempt if attempt is not None else found.next_attempt() - 1
-        path = found.logs(number) / f"rank-{rank}.log"
+            return max((run_directory.path / "logs").glob("batch-*.log"), default=None, key=lambda path: path.stat().st_mtime)
+        number = attempt if attempt is not None else run_directory.next_attempt() - 1
+        path = run_directory.logs(number) / f"rank-{rank}.log"
         return path if path.exists() else None
 
     path = current()
     if path is None and not follow:
-        there = sorted(str(file.relative_to(found.path)) for file in (found.path / "logs").glob("*/rank-*.log"))
-        raise LaunchError("there is no such log", where=str(found.path), hint=f"there are: {', '.join(there[-5:]) or 'none yet'}")
-    last, place = None, 0
+        there = sorted(str(file.relative_to(run_directory.path)) for file in (run_directory.path / "logs").glob("*/rank-*.log"))
+        raise LaunchError(
+            "the log file does not exist",
+            where=str(run_directory.path),
+            hint=f"Choose one of {', '.join(there[-5:]) or 'the logs that exist: none yet'}",
+        )
+    last, offset = None, 0
     while True:
         if path is not None and path != last:
             last = path
             print(f"==> {printable(str(path))}", file=sys.stderr)
             text = path.read_text(errors="replace")
-            place = path.stat().st_size
+            offset = path.stat().st_size
             print(shown("\n".join(text.splitlines()[-lines:])))
-        elif path is not None and path.stat().st_size > place:
+        elif path is not None and path.stat().st_size > offset:
             with path.open(errors="replace") as file:
-                file.seek(place)
+                file.seek(offset)
                 sys.stdout.write(shown(file.read()))
-                place = file.tell()
+                offset = file.tell()
             sys.stdout.flush()
-        if not follow or (record.verdict(found) and path == last):
+        if not follow or (record.final_state(run_directory) and path == last):
             return
         time.sleep(1.0)
         path = current() or path
@@ -158,12 +162,12 @@ def stop(
     from launch.slurm import status as standing
     from pipeline.runtime import job_record as record
 
-    found = standing.find(run)
-    record.ask(found, record.STOP, f"asked for by {os.environ.get('USER', 'somebody')}")
+    run_directory = standing.find(run)
+    record.request(run_directory, record.STOP, f"requested by {os.environ.get('USER', 'an unknown user')}")
     if now:
         cancel(run)
         return
-    print(f"{found.path.name} saves and stops after the step it is in; take it up again with: fovea resume {run}")
+    print(f"{run_directory.path.name} saves and stops after the step it is in; resume it with: fovea resume {run}")
 
 
 def resume(
@@ -183,14 +187,14 @@ def resume(
     from pipeline.config.load import load
     from pipeline.runtime import job_record as record
 
-    found = standing.find(run)
-    facts = record.job(found)
+    run_directory = standing.find(run)
+    facts = record.job(run_directory)
     own = [text.removeprefix("cluster.") for text in overrides or () if text.startswith("cluster.")]
     rest = [text for text in overrides or () if not text.startswith("cluster.")]
     if not cluster and not facts:
-        raise ConfigError("this run was never submitted to a cluster", where=run, hint="give --cluster, or use: fovea train")
+        raise ConfigError("the run was never submitted to a cluster", where=run, hint="Give --cluster, or use `fovea train`")
     profile = profiles.load(cluster, own) if cluster else profiles.again(facts["profile"], own)
-    _tell(hand_over(load(str(found.path / "config.yaml"), rest), profile))
+    _print_submitted(hand_over(load(str(run_directory.path / "config.yaml"), rest), profile))
 
 
 def requeue(
@@ -205,15 +209,17 @@ def requeue(
     from launch.slurm.submit import living
     from pipeline.runtime import job_record as record
 
-    found = standing.find(run)
-    alive = [job for job in living(found) if job.state == "RUNNING"]
+    run_directory = standing.find(run)
+    alive = [job for job in living(run_directory) if job.state == "RUNNING"]
     if not alive:
-        raise LaunchError("no job of it is running", where=str(found.path), hint="fovea resume submits it again")
+        raise LaunchError(
+            "the run has no running job", where=str(run_directory.path), hint="Use `fovea resume` to submit it again"
+        )
     if now:
-        tools.requeue(alive[0].id, sorted(record.excluded(found)))
+        tools.requeue(alive[0].id, sorted(record.excluded(run_directory)))
         print(f"job {alive[0].id} is back in the queue")
         return
-    record.ask(found, f"{record.STOP}-{found.next_attempt() - 1}", "requeued")
+    record.request(run_directory, f"{record.STOP}-{run_directory.next_attempt() - 1}", "requeued")
     print(f"job {alive[0].id} saves and goes back into the queue after the step it is in")
 
 
@@ -224,12 +230,12 @@ def cancel(run: RunArgument) -> None:
     from launch.slurm.submit import living
     from pipeline.runtime import job_record as record
 
-    found = standing.find(run)
-    record.end(found, "stopped", "cancelled")
-    alive = living(found)
+    run_directory = standing.find(run)
+    record.end(run_directory, "stopped", "cancelled")
+    alive = living(run_directory)
     for job in alive:
         tools.cancel(job.id)
-    print(f"cancelled: {', '.join(str(job.id) for job in alive) or 'nothing was alive'}")
+    print(f"cancelled: {', '.join(str(job.id) for job in alive) or 'no job was running'}")
 
 
 def doctor(

@@ -8,9 +8,9 @@ from collections.abc import Iterator
 from typing import Any
 
 from launch import local
-from launch.progress import outlive_terminal
 from launch.rank_environment import RankEnvironment, ranks_to_start
 from launch.resume import check_identity, choose_checkpoint
+from launch.streams import outlive_terminal
 from pipeline.config.load import Loaded, show
 from pipeline.config.validate import check_ranks
 from pipeline.data.inputs import prepare
@@ -34,9 +34,9 @@ def alone(run: RunDirectory) -> Iterator[None]:
             lock(file.fileno(), file.name, wait=False)
         except BlockingIOError:
             raise LaunchError(
-                "another attempt of this run is alive",
+                "another attempt of this run is running",
                 where=str(run.path),
-                hint="wait for it, stop it, or choose another run.directory",
+                hint="Wait for it, stop it, or choose another run.directory",
             ) from None
         yield
 
@@ -74,17 +74,19 @@ def run(loaded: Loaded) -> int:
         if directory.config.exists():
             check_identity(config, directory.settings_document(), directory.config)
         inputs = prepare(config, ranks, _indexing)
-        found, complaints = choose_checkpoint(config, directory, inputs)
+        checkpoint, complaints = choose_checkpoint(config, directory, inputs)
         for complaint in complaints:
             print(shown(complaint), file=sys.stderr)
-        if found is None and (config.init_from.source is not None or config.method.anchors):
+        if checkpoint is None and (config.init_from.source is not None or config.method.anchors):
             from pipeline.weights import init_from as initial
 
             initial.check(config)
         attempt = directory.next_attempt()
         directory.write_settings(config, show(loaded, secrets=True, absolute=True))
-        directory.note("start", attempt=attempt, ranks=ranks, resumed_from=found.step if found else None)
-        argv = module_command("launch.rank_main", str(directory.config), str(attempt), str(found.path) if found else "-")
+        directory.note("start", attempt=attempt, ranks=ranks, resumed_from=checkpoint.step if checkpoint else None)
+        argv = module_command(
+            "launch.rank_main", str(directory.config), str(attempt), str(checkpoint.path) if checkpoint else "-"
+        )
         code = local.start(argv, ranks, log_directory=directory.logs(attempt), threads=config.train.threads)
         directory.note("end", attempt=attempt, code=code)
     return code

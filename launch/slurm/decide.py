@@ -12,7 +12,7 @@ _MACHINE = re.compile(
     r"\bECC\b|\bXid\b|uncorrectable|unhandled system error|NVLink|CUDA error: (unknown|device-side|hardware)", re.I
 )
 
-TOLD = {
+SIGNAL_CAUSES = {
     "PREEMPTED": "requeued",
     "SIGTERM": "preempted",
     "SIGUSR1": "signal",
@@ -30,7 +30,7 @@ class Budgets:
         crash: exceptions of the program, and ranks that were killed.
         hang: hung ranks.
         node: node failures.
-        rendezvous: starts at which the ranks did not meet.
+        rendezvous: starts at which the ranks could not connect.
         no_progress: consecutive attempts without a newer checkpoint, whatever ended them.
     """
 
@@ -49,7 +49,7 @@ class AttemptResult:
         code: exit code of ``srun``.
         outcome: rank 0's record of an orderly end, or ``None``.
         failure: the first failing rank's record, or ``None``.
-        told: why the supervisor asked the ranks to stop (``time limit``, ``preempted``), or empty.
+        stop_reason: why the supervisor asked the ranks to stop (``time limit``, ``preempted``), or empty.
         hung: whether the supervisor ended it because no rank wrote a heartbeat.
         before, after: step of the newest checkpoint at its start and now; -1 for none.
         bad_nodes: nodes that failed preflight, with the reasons.
@@ -60,7 +60,7 @@ class AttemptResult:
     code: int = 0
     outcome: Mapping[str, Any] | None = None
     failure: Mapping[str, Any] | None = None
-    told: str = ""
+    stop_reason: str = ""
     hung: bool = False
     before: int = -1
     after: int = -1
@@ -95,18 +95,18 @@ def classify(end: AttemptResult) -> tuple[str, str]:
         return "node", "; ".join(f"{node}: {why}" for node, why in end.bad_nodes.items())
     stop = str(end.outcome.get("stop")) if end.outcome is not None else ""
     # When one rank fails, Slurm ends the others; that they managed to save does not make it a preemption.
-    echo = stop.startswith("SIG") and not end.told and (end.failure is not None or end.code != 0)
+    echo = stop.startswith("SIG") and not end.stop_reason and (end.failure is not None or end.code != 0)
     if end.outcome is not None and not echo:
         if stop == "FINISHED":
             return "finished", f"all {end.outcome.get('steps')} steps are done"
         if stop == "USER_REQUEST":
             return "stopped", f"stopped by request at step {end.outcome.get('step')}"
-        cause = end.told or TOLD.get(stop, "signal")
+        cause = end.stop_reason or SIGNAL_CAUSES.get(stop, "signal")
         return cause, f"{cause}: saved at step {end.outcome.get('step')}"
     what = str((end.failure or {}).get("what", ""))
     cause = str((end.failure or {}).get("cause", "crash"))
     if end.hung or cause == "hang":
-        return "hang", what or "no rank showed a sign of life"
+        return "hang", what or "no rank sent a heartbeat"
     if end.lost_node:
         return "node", "Slurm lost a node"
     if end.failure is not None:
@@ -115,9 +115,9 @@ def classify(end: AttemptResult) -> tuple[str, str]:
         if end.failure.get("retryable") is False:
             return "refused", what
         return "node" if _MACHINE.search(what) else "crash", what
-    if end.told:
-        return end.told, f"{end.told}, and no time was left to save"
-    return "crash", f"the ranks ended with code {end.code} and said nothing (killed, or out of memory?)"
+    if end.stop_reason:
+        return end.stop_reason, f"{end.stop_reason}, and no time was left to save"
+    return "crash", f"the ranks ended with code {end.code} without a message (killed, or out of memory?)"
 
 
 def decide(end: AttemptResult, history: Sequence[Mapping[str, Any]], budgets: Budgets) -> Decision:

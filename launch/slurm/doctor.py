@@ -48,8 +48,8 @@ def examine(cluster: str | None) -> Iterator[Finding]:
         if grace < 30:
             yield (
                 "note",
-                f"jobs have {grace:.0f} s to end after they are told (KillWait)",
-                "what is not saved by then is done again",
+                f"jobs have {grace:.0f} s to end after SIGTERM (KillWait)",
+                "steps that are not saved by then are repeated",
             )
         try:
             names = {
@@ -89,19 +89,15 @@ def _slurm(settings: dict[str, str]) -> Iterator[Finding]:
     yield (
         "ok" if requeues else "note",
         f"jobs may be requeued: {'yes' if requeues else 'not by default'} (JobRequeue={settings.get('JobRequeue')})",
-        "" if requeues else "fovea asks for it job by job with --requeue",
+        "" if requeues else "fovea requests it for each job with --requeue",
     )
     mode = settings.get("PreemptMode", "OFF")
-    told = "requeue_mode: chain fits this site" if "CANCEL" in mode else "requeue_mode: requeue fits this site"
-    yield "ok", f"preemption: {mode} by {settings.get('PreemptType', 'nothing')}", told
+    advised_mode = "requeue_mode: chain fits this site" if "CANCEL" in mode else "requeue_mode: requeue fits this site"
+    yield "ok", f"preemption: {mode} by {settings.get('PreemptType', 'nothing')}", advised_mode
     user = "preempt_send_user_signal" in settings.get("SlurmctldParameters", "")
     if mode not in ("OFF", "(null)"):
-        advice = (
-            ""
-            if user
-            else "without it the batch script hears of a preemption by SIGTERM, at its start or its end as GraceTime says"
-        )
-        yield ("ok" if user else "note"), f"preemption tells the batch script beforehand: {'yes' if user else 'no'}", advice
+        advice = "" if user else "without it the batch script receives SIGTERM at the start or the end of GraceTime"
+        yield ("ok" if user else "note"), f"preemption signals the batch script beforehand: {'yes' if user else 'no'}", advice
     yield "ok", f"KillWait {settings.get('KillWait')}, SlurmdTimeout {settings.get('SlurmdTimeout')}", ""
     accounts = settings.get("AccountingStorageType", "")
     yield ("ok" if "none" not in accounts else "note"), f"accounting: {accounts}", ""

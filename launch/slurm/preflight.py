@@ -38,7 +38,7 @@ def look(options: dict[str, Any]) -> dict[str, Any]:
     return {"problems": problems, "seen": seen, "took": round(time.time() - began, 3)}
 
 
-def _disk(name: str, folder: Path, wanted: float, seen: dict[str, Any]) -> list[str]:
+def _disk(name: str, folder: Path, required: float, seen: dict[str, Any]) -> list[str]:
     try:
         free = shutil.disk_usage(folder).free / 1e9
         nodes = os.statvfs(folder)
@@ -49,16 +49,16 @@ def _disk(name: str, folder: Path, wanted: float, seen: dict[str, Any]) -> list[
     except OSError as error:
         return [f"the {name} cannot be written ({folder}: {error.strerror})"]
     seen[f"{name} free GB"] = round(free, 1)
-    if free < wanted:
-        return [f"the {name} has {free:.1f} GB free of {wanted:g} wanted ({folder})"]
+    if free < required:
+        return [f"the {name} has {free:.1f} GB free of {required:g} required ({folder})"]
     if nodes.f_files and nodes.f_favail < 1000:
         return [f"the {name} has {nodes.f_favail} inodes left ({folder})"]
     return []
 
 
-def _gpus(wanted: int, limit: float, seen: dict[str, Any]) -> list[str]:
+def _gpus(required: int, limit: float, seen: dict[str, Any]) -> list[str]:
     if shutil.which("nvidia-smi") is None:
-        return [f"{wanted} GPUs are wanted and there is no nvidia-smi"]
+        return [f"{required} GPUs are required and there is no nvidia-smi"]
     query = ["nvidia-smi", "--query-gpu=index,name,ecc.errors.uncorrected.volatile.total", "--format=csv,noheader"]
     try:
         done = subprocess.run(query, capture_output=True, text=True, timeout=limit, check=False)
@@ -71,8 +71,8 @@ def _gpus(wanted: int, limit: float, seen: dict[str, Any]) -> list[str]:
         for line in lines
         if len(line) > 2 and line[2].isdigit() and int(line[2])
     ]
-    if done.returncode or len(lines) < wanted:
-        problems.append(f"{len(lines)} GPUs answer of {wanted} wanted")
+    if done.returncode or len(lines) < required:
+        problems.append(f"{len(lines)} of {required} GPUs respond")
     return problems
 
 

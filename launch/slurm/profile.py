@@ -32,7 +32,7 @@ class ContainerSettings(Settings):
     @classmethod
     def _absolute(cls, image: str) -> str:
         if image.endswith(".sqsh") and not image.startswith("/"):
-            raise ValueError("should be an absolute path: pyxis takes any other for a name on a registry")
+            raise ValueError("must be an absolute path: pyxis reads any other as a name on a registry")
         return image
 
 
@@ -42,7 +42,7 @@ class BudgetSettings(Settings):
     crash: Count = Field(default=3, description="exceptions and killed ranks")
     hang: Count = Field(default=3, description="hung ranks")
     node: Count = Field(default=5, description="node failures")
-    rendezvous: Count = Field(default=3, description="starts at which the ranks did not meet")
+    rendezvous: Count = Field(default=3, description="starts at which the ranks could not connect")
     no_progress: Count = Field(default=3, description="consecutive attempts without a newer checkpoint")
 
 
@@ -114,17 +114,17 @@ class ClusterProfile(Settings):
         for name, values in texts.items():
             for value in values:
                 if value is not None and printable(value) != value:
-                    raise ValueError(f"{name} should hold no line breaks and no other control characters")
+                    raise ValueError(f"{name} must not contain line breaks or other control characters")
         for name in self.environment:
             if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name, re.ASCII):
-                raise ValueError(f"environment: {printable(name)!r} is no name of a variable")
+                raise ValueError(f"environment: {printable(name)!r} is not a variable name")
         return self
 
     @field_validator("time")
     @classmethod
     def _time(cls, text: str) -> str:
         if not _TIME.fullmatch(text):
-            raise ValueError("should be minutes, H:M:S or D-H:M:S")
+            raise ValueError("must be minutes, H:M:S or D-H:M:S")
         return text
 
     @field_validator("time", "memory", mode="before")
@@ -180,7 +180,7 @@ def load(name: str, overrides: Sequence[str] = ()) -> ClusterProfile:
         raise ConfigError(
             f"there is no cluster profile {name!r}",
             where="--cluster",
-            hint=f"give a YAML file's path, or one of {', '.join(near)}; configs/clusters/example.yaml is a place to start from",
+            hint=f"Give a YAML file's path, or one of {', '.join(near)}; configs/clusters/example.yaml is a template",
         )
     problems: list[Problem] = []
     return _made(read(file, problems, ()), problems, overrides, display(file))
@@ -209,20 +209,24 @@ def _made(tree: Branch, problems: list[Problem], overrides: Sequence[str], shown
             path = ".".join(names)
             near = difflib.get_close_matches(names[-1], ClusterProfile.model_fields, 1)
             unknown = f"unknown key {path!r}" + (f"; did you mean {near[0]!r}?" if near else "")
-            told = (
+            message = (
                 unknown
                 if detail["type"] == "extra_forbidden"
                 else f"{path} = {detail['input']!r}: {detail['msg']}"
                 if path
                 else detail["msg"]
             )
-            problems.append(Problem(path, told.replace("Value error, ", ""), origin_of(tree, names) or shown))
+            problems.append(
+                Problem(
+                    path, message.replace("Value error, ", "").replace("Input should", "must"), origin_of(tree, names) or shown
+                )
+            )
     if problems or profile is None:
         raise InvalidConfig(problems)
     if profile.checkpoint_lead_time >= profile.seconds:
         raise ConfigError(
-            f"the run would have to stop {profile.checkpoint_lead_time:.0f} s before a limit of {profile.seconds} s",
+            f"{profile.checkpoint_lead_time:.0f} s is not below the time limit of {profile.seconds} s",
             where=f"{shown}: checkpoint_lead_time",
-            hint="lower checkpoint_lead_time, or raise time",
+            hint="Lower checkpoint_lead_time, or raise time",
         )
     return profile

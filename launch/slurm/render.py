@@ -29,7 +29,11 @@ def template() -> Path:
     for folder in (ROOT / "slurm", Path(sys.prefix) / "share" / "fovea" / "slurm"):
         if (folder / _TEMPLATE).is_file():
             return folder / _TEMPLATE
-    raise ConfigError("the batch script's template is missing", where=f"slurm/{_TEMPLATE}", hint="install fovea again")
+    raise ConfigError(
+        "the batch script's template is missing",
+        where=f"slurm/{_TEMPLATE}",
+        hint="Install fovea again; the template belongs to the package",
+    )
 
 
 def script(config: Config, profile: ClusterProfile, run: Path, *, command: str, code_state: str) -> str:

@@ -54,19 +54,23 @@ def call(*argv: str, limit: float = 60.0) -> str:
     """
     if shutil.which(argv[0]) is None:
         raise LaunchError(
-            f"{argv[0]} is not on the PATH", where="Slurm", hint="run this on a login node, or load the module that has it"
+            f"{argv[0]} is not on the PATH", where="Slurm", hint="Run this on a login node, or load the module that has it"
         )
     try:
         done = subprocess.run(argv, capture_output=True, text=True, timeout=limit, stdin=subprocess.DEVNULL, check=False)
     except subprocess.TimeoutExpired as error:
         raise LaunchError(
-            f"does not answer in {limit:.0f} s", where=" ".join(argv[:3]), hint="is the Slurm controller alive? try again later"
+            f"did not answer within {limit:.0f} s",
+            where=" ".join(argv[:3]),
+            hint="Check that the Slurm controller is running, or try again later",
         ) from error
     if done.returncode:
-        said = (done.stderr or done.stdout).strip().removeprefix(f"{argv[0]}: ").removeprefix("error: ")
-        away = any(words in said for words in ("configuration source", "Unable to contact", "Connection refused"))
-        hint = "is this a login node of the cluster, and its controller alive? fovea doctor tells more" if away else ""
-        raise LaunchError(" ".join(said.split()) or f"failed with code {done.returncode}", where=" ".join(argv[:3]), hint=hint)
+        message = (done.stderr or done.stdout).strip().removeprefix(f"{argv[0]}: ").removeprefix("error: ")
+        away = any(phrase in message for phrase in ("configuration source", "Unable to contact", "Connection refused"))
+        hint = (
+            "Check that this is a login node and that the Slurm controller is running; `fovea doctor` shows more" if away else ""
+        )
+        raise LaunchError(" ".join(message.split()) or f"failed with code {done.returncode}", where=" ".join(argv[:3]), hint=hint)
     return done.stdout
 
 
@@ -86,14 +90,14 @@ def test(script: Path) -> str:
     if shutil.which("sbatch") is None:
         return call(*command)
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, stdin=subprocess.DEVNULL, check=False)
-    said = (done.stderr or done.stdout).strip()
+    message = (done.stderr or done.stdout).strip()
     if done.returncode:
         raise LaunchError(
-            said.splitlines()[-1] if said else "refused",
+            message.splitlines()[-1] if message else "refused",
             where="sbatch --test-only",
-            hint="change the cluster profile, or is this no login node?",
+            hint="Change the cluster profile, or run this on a login node",
         )
-    return said.removeprefix("sbatch: ")
+    return message.removeprefix("sbatch: ")
 
 
 def jobs(*ids: int, name: str | None = None) -> list[Job]:
@@ -101,12 +105,12 @@ def jobs(*ids: int, name: str | None = None) -> list[Job]:
     options = ["--me"] if not ids else []
     if name is not None:
         options.append(f"--name={name}")
-    found = []
+    listed = []
     for line in call("squeue", "--noheader", f"--format={_FORMAT}", *options).splitlines():
         number, *rest = line.strip().split("|")
         if re.fullmatch(r"\d+", number) and (not ids or int(number) in ids):
-            found.append(Job(int(number), *(part.strip() for part in rest)))
-    return found
+            listed.append(Job(int(number), *(part.strip() for part in rest)))
+    return listed
 
 
 def facts(job: int) -> dict[str, str]:

@@ -81,7 +81,7 @@ def find(name: str) -> RunDirectory:
     for path in (Path(name), Path("runs") / name):
         if (path / "config.json").is_file():
             return RunDirectory(path.absolute())
-    raise ConfigError(f"{name} is no run", hint="give its directory, or its name below runs/; fovea runs lists them")
+    raise ConfigError(f"{name} is not a run", hint="Give its directory, or its name below runs/; `fovea runs` lists them")
 
 
 def goodput(run: RunDirectory) -> Goodput:
@@ -118,7 +118,7 @@ def _steps_seconds(run: RunDirectory, rows: list[dict[str, Any]]) -> tuple[float
     for row in rows:
         last = record.read(run.logs(int(row["attempt"])) / "train_seconds.json")
         done += float(last.get("seconds", 0.0)) - float(last.get("began", 0.0))
-    if done <= kept or record.verdict(run).get("state") == "finished":
+    if done <= kept or record.final_state(run).get("state") == "finished":
         return kept, max(done - kept, 0.0)
     unsaved = record.read(run.logs(int(rows[-1]["attempt"])) / "train_seconds.json") if "ended_at" not in rows[-1] else {}
     current = max(
@@ -139,20 +139,20 @@ def status(run: RunDirectory) -> Status:
         raise ConfigError(
             f"a record of the run is damaged ({type(error).__name__})",
             where=str(run.path),
-            hint="see its attempts.jsonl, outcome.json and final_state.json",
+            hint="See its attempts.jsonl, outcome.json and final_state.json",
         ) from error
 
 
 def _status(run: RunDirectory) -> Status:
     jobs = living(run)
-    over = record.verdict(run)
+    over = record.final_state(run)
     rows = record.endings(run)
     attempt = int(rows[-1]["attempt"]) if rows else -1
     step, age = record.saved_step(run), None
     for path in (run.logs(attempt) / "pulse").glob("rank-*.json") if attempt >= 0 else ():
         with contextlib.suppress(OSError):
-            mine = time.time() - path.stat().st_mtime
-            age = mine if age is None else min(age, mine)
+            run_age = time.time() - path.stat().st_mtime
+            age = run_age if age is None else min(age, run_age)
             step = max(step, int(record.read(path).get("step", 0)))
     outcome = record.read(run.path / "outcome.json")
     if over:
@@ -169,8 +169,8 @@ def _status(run: RunDirectory) -> Status:
     elif outcome.get("stop") == "FINISHED":
         state, why = "finished", f"all {outcome.get('steps')} steps are done"
     else:
-        again = "fovea resume takes it up" if record.job(run) else "the same fovea train command goes on"
-        state, why = "idle", f"no process of it is alive; {again}"
+        again = "`fovea resume` resumes it" if record.job(run) else "the same `fovea train` command resumes it"
+        state, why = "idle", f"no process of the run is running; {again}"
     return Status(
         str(run.path),
         state,
@@ -195,7 +195,7 @@ def table(one: Status) -> str:
     done = f"step {one.step}" + (f" of {one.steps}" if one.steps else "")
     lines = [
         f"{Path(one.run).name}: {one.state}: {one.why}",
-        f"  {done}" + (f", last sign of life {one.age:.0f} s ago" if one.age is not None else ""),
+        f"  {done}" + (f", last heartbeat {one.age:.0f} s ago" if one.age is not None else ""),
     ]
     if one.job is not None:
         lines[-1] += f", job {one.job}"
@@ -210,8 +210,8 @@ def table(one: Status) -> str:
             "done again": g.lost,
             "other": g.other,
         }
-        told = ", ".join(f"{name} {clock(seconds)}" for name, seconds in parts.items() if seconds >= 1)
-        lines.append(f"  goodput {g.share:.0%} of {clock(g.wall)}: {told}")
+        durations = ", ".join(f"{name} {clock(seconds)}" for name, seconds in parts.items() if seconds >= 1)
+        lines.append(f"  goodput {g.share:.0%} of {clock(g.wall)}: {durations}")
     for row in one.attempts:
         begun = time.strftime("%m-%d %H:%M:%S", time.localtime(row["started_at"])) if "started_at" in row else "?"
         what = f"{row.get('cause')}: {row.get('why')}" if "cause" in row else "ended" if "ended_at" in row else "alive"

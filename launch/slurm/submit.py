@@ -32,14 +32,14 @@ class Submitted:
         run: the run directory.
         script: the batch script's text.
         command: the command that submits it.
-        said: Slurm's answer, if it was asked.
+        test_output: output of ``sbatch --test-only``, if it was run.
     """
 
     job: int | None
     run: Path
     script: str
     command: list[str]
-    said: str = ""
+    test_output: str = ""
 
 
 def submit(
@@ -69,9 +69,9 @@ def submit(
     _check_patterns(config)
     if "\\" in str(folder):
         raise ConfigError(
-            f"{folder} must hold no backslash",
+            f"{folder} must not contain a backslash",
             where="run.directory",
-            hint="Slurm would write no job number into the log's name; choose another",
+            hint="Choose another: with a backslash, Slurm leaves the job number out of the log's name",
         )
     run = RunDirectory(folder)
     check_all(config, profile, run)
@@ -87,7 +87,7 @@ def submit(
     argv = ["sbatch", "--parsable", *options, str(script)]
     if dry:
         text = render.script(config, profile, folder, command=typed, code_state=render.code_state())
-        return Submitted(None, folder, text, argv, _asked(text) if check else "")
+        return Submitted(None, folder, text, argv, _test_output(text) if check else "")
     try:
         return _submit(loaded, config, profile, run, typed, options, argv, check)
     except OSError as error:
@@ -95,7 +95,7 @@ def submit(
         raise LaunchError(
             f"the run's directory cannot be written ({reason})",
             where=str(folder),
-            hint="free space, or choose another run.directory",
+            hint="Free space, or choose another run.directory",
         ) from error
 
 
@@ -114,7 +114,7 @@ def _submit(
     script = folder / "submit" / "script.sbatch"
     state = render.snapshot(_made(folder / "code"))
     text = render.script(config, profile, folder, command=typed, code_state=state)
-    said = _asked(text) if check else ""
+    estimate = _test_output(text) if check else ""
     (folder / "submit").mkdir(parents=True, exist_ok=True)
     (folder / "logs").mkdir(exist_ok=True)
     script.write_text(text)
@@ -128,7 +128,7 @@ def _submit(
     job = tools.submit(script, *options)
     run.write("submit/job.json", {**facts, "job": job})
     run.note("submit", job=job)
-    return Submitted(job, folder, text, argv, said)
+    return Submitted(job, folder, text, argv, estimate)
 
 
 def check_all(config: Config, profile: ClusterProfile, run: RunDirectory) -> None:
@@ -141,24 +141,24 @@ def check_all(config: Config, profile: ClusterProfile, run: RunDirectory) -> Non
     """
     if broken := check_ranks(config, profile.world):
         raise ConfigError(
-            broken[0][1], hint=f"The cluster has {profile.world} ranks: {profile.nodes} x {profile.tasks_per_node}."
+            broken[0][1], hint=f"Match the cluster profile's {profile.world} ranks: {profile.nodes} x {profile.tasks_per_node}"
         )
     local = [path for path in profile.local_paths if run.path.is_relative_to(path)]
     if profile.nodes > 1 and local:
         raise ConfigError(
-            f"{run.path} is seen by one machine only",
+            f"{run.path} is on a disk of one machine only",
             where="run.directory",
-            hint=f"choose a folder on shared storage; {local[0]} is among local_paths of the cluster profile",
+            hint=f"Choose a folder on shared storage; {local[0]} is among local_paths of the cluster profile",
         )
     if run.config.exists():
         check_identity(config, run.settings_document(), run.config)
-    if (over := record.verdict(run)).get("state") == "finished":
-        raise LaunchError(f"the run is finished: {over['why']}", where=str(run.path), hint="choose another run.name")
+    if (over := record.final_state(run)).get("state") == "finished":
+        raise LaunchError(f"the run is finished: {over['why']}", where=str(run.path), hint="Choose another run.name")
     if alive := living(run):
         raise LaunchError(
             f"job {alive[0].id} of this run is {alive[0].state.lower()}",
             where=str(run.path),
-            hint=f"watch it with: fovea status {run.path}; or stop it with: fovea stop {run.path}",
+            hint=f"See it with `fovea status {run.path}`, or stop it with `fovea stop {run.path}`",
         )
 
 
@@ -193,11 +193,15 @@ def _made(path: Path) -> Path:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise ConfigError(f"cannot be made: {error.strerror}", where=f"run.directory = {path.parent}") from error
+        raise ConfigError(
+            f"cannot be created ({error.strerror})",
+            where=f"run.directory = {path.parent}",
+            hint="Choose a directory that you may write to",
+        ) from error
     return path
 
 
-def _asked(text: str) -> str:
+def _test_output(text: str) -> str:
     import tempfile
 
     with tempfile.NamedTemporaryFile("w", suffix=".sbatch") as file:

@@ -44,7 +44,7 @@ class Supervisor:
         self.job = int(environment["SLURM_JOB_ID"])
         self.life = int(environment.get("SLURM_RESTART_COUNT", 0))
         self.facts = record.job(run)
-        self.told = ""
+        self.stop_reason = ""
         self.attempt = 0
         self._step: subprocess.Popen[bytes] | None = None
         self._signals: list[int] = []
@@ -55,13 +55,13 @@ class Supervisor:
         """Run the whole attempt; returns the batch script's exit code."""
         for number in (signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._note)
-        if (over := record.verdict(self.run)) or record.asked(self.run, record.STOP):
-            self._say(f"nothing to do: {over.get('why') or 'a person asked the run to stop'}")
+        if (over := record.final_state(self.run)) or record.pending_request(self.run, record.STOP):
+            self._log(f"nothing to do: {over.get('why') or 'the user requested a stop'}")
             if not over:
                 record.end(self.run, "stopped", "stopped by request before the attempt began")
             return 0
         if other := self._another():
-            self._say(f"error: job {other} is attending this run already; this one leaves it alone")
+            self._log(f"error: job {other} supervises this run already; this job exits")
             return 2
         self.run.write("live.json", {"job": self.job, "life": self.life, "host": socket.gethostname()})
         self._close_dangling()
@@ -84,12 +84,12 @@ class Supervisor:
         code, hung, bad = 0, False, self._preflight()
         self._heed()
         slow = None if bad else self._links()
-        for _ in range(_MEETINGS if not bad and slow is None and not self.told else 0):
+        for _ in range(_MEETINGS if not bad and slow is None and not self.stop_reason else 0):
             code, hung = self._ranks()
             failure = record.failure(self.run, self.attempt)
-            if self.told or failure is None or failure.get("cause") != "rendezvous":
+            if self.stop_reason or failure is None or failure.get("cause") != "rendezvous":
                 break
-            self._say(f"the ranks did not meet ({failure['what']}); once more, on another port")
+            self._log(f"the ranks could not connect ({failure['what']}); trying again on another port")
             with contextlib.suppress(OSError):
                 (self.run.logs(self.attempt) / "failure.json").rename(self.run.logs(self.attempt) / "failure-meeting.json")
         failure = slow or record.failure(self.run, self.attempt)
@@ -97,7 +97,7 @@ class Supervisor:
             code=code,
             outcome=record.outcome(self.run, self.attempt),
             failure=failure,
-            told=self.told,
+            stop_reason=self.stop_reason,
             hung=hung,
             before=before,
             after=record.saved_step(self.run),
@@ -150,14 +150,14 @@ class Supervisor:
                 bad[node] = "; ".join(answers[node]["problems"])
         self._everywhere = len(bad) == len(expected) > 1
         for node, why in bad.items():
-            self._say(f"preflight: {node}: {why}")
+            self._log(f"preflight: {node}: {why}")
         return bad
 
     def _links(self) -> dict[str, Any] | None:
         """Check the connections between the nodes; returns a failure, or ``None`` if there is none or the check is disabled."""
         settings = self.facts["preflight"]
-        wanted = float(settings["bandwidth_gbps"])
-        if not settings["enabled"] or not wanted or self.told:
+        required = float(settings["bandwidth_gbps"])
+        if not settings["enabled"] or not required or self.stop_reason:
             return None
         logs = self.run.logs(self.attempt)
         logs.mkdir(parents=True, exist_ok=True)
@@ -165,17 +165,17 @@ class Supervisor:
         environment = {**self.env, "MASTER_PORT": str(_free_port()), "FOVEA_ATTEMPT": str(self.attempt)}
         with contextlib.suppress(subprocess.TimeoutExpired):
             subprocess.run(command, env=environment, timeout=settings["seconds"] + 60, check=False, stdin=subprocess.DEVNULL)
-        found = record.read(logs / "links.json").get("gbps")
-        if found is not None and float(found) >= wanted:
-            self._say(f"an all-reduce over all ranks: {float(found):.2f} GB/s")
+        bandwidth = record.read(logs / "links.json").get("gbps")
+        if bandwidth is not None and float(bandwidth) >= required:
+            self._log(f"an all-reduce over all ranks: {float(bandwidth):.2f} GB/s")
             return None
-        told = "did not end" if found is None else f"ran at {float(found):.3f} GB/s of {wanted:g} wanted"
-        self._say(f"preflight: an all-reduce over all ranks {told}")
+        result = "did not end" if bandwidth is None else f"ran at {float(bandwidth):.3f} GB/s of {required:g} required"
+        self._log(f"preflight: an all-reduce over all ranks {result}")
         return {
             "kind": "Links",
             "cause": "node",
             "retryable": True,
-            "what": f"an all-reduce over all ranks {told}",
+            "what": f"an all-reduce over all ranks {result}",
             "rank": -1,
             "code": 1,
             "step": 0,
@@ -196,11 +196,11 @@ class Supervisor:
             self._heed()
             if now - looked > 5:
                 looked = now
-                if (found := self._beats()) != beats:
-                    beats, alive = found, now
+                if (latest := self._beats()) != beats:
+                    beats, alive = latest, now
                 elif not hung and now - alive > self.facts["hang"]:
                     hung = True
-                    self._say(f"no rank showed a sign of life for {self.facts['hang']:.0f} s; the attempt is ended")
+                    self._log(f"no rank sent a heartbeat for {self.facts['hang']:.0f} s; the attempt is ended")
                     self._kill_step()
         return code if code >= 0 else 128 - code, hung
 
@@ -246,15 +246,15 @@ class Supervisor:
 
     def _stop(self, reason: str) -> None:
         """Ask the ranks to save a checkpoint and stop after the current step."""
-        if not self.told:
-            self.told = reason
-            record.ask(self.run, f"{record.STOP}-{self.attempt}", reason)
-            self._say(f"{reason}: the ranks are asked to save and stop")
+        if not self.stop_reason:
+            self.stop_reason = reason
+            record.request(self.run, f"{record.STOP}-{self.attempt}", reason)
+            self._log(f"{reason}: the ranks save and stop")
 
     # ---- afterwards -------------------------------------------------------------------------------------------------------
 
     def _act(self, decision: Decision) -> int:
-        self._say(f"attempt {self.attempt}: {decision.why} → {decision.action}")
+        self._log(f"attempt {self.attempt}: {decision.why} → {decision.action}")
         if decision.action != "requeue":
             record.end(self.run, {"finish": "finished", "stop": "stopped", "fail": "failed"}[decision.action], decision.why)
             if self.facts["after"] == "chain":
@@ -277,7 +277,7 @@ class Supervisor:
                 time.sleep(0.5)
             time.sleep(60)
         except LaunchError as error:
-            self._say(f"Slurm does not requeue the job ({error}); a successor is submitted instead")
+            self._log(f"Slurm does not requeue the job ({error}); a successor is submitted instead")
             self._successor(after=self.job)
         return 0
 
@@ -289,10 +289,10 @@ class Supervisor:
         try:
             number = tools.submit(self.run.path / "submit" / "script.sbatch", *options)
         except LaunchError as error:
-            self._say(f"error: no successor could be submitted ({error}); take the run up with: fovea resume {self.run.path}")
+            self._log(f"error: no successor could be submitted ({error}); resume the run with: fovea resume {self.run.path}")
             return
         self.run.write("successor.json", {"job": number, "after": after})
-        self._say(f"job {number} takes over when this one ends")
+        self._log(f"job {number} takes over when this one ends")
 
     def _cancel_successor(self) -> None:
         number = record.read(self.run.path / "successor.json").get("job")
@@ -315,17 +315,17 @@ class Supervisor:
         for row in record.endings(self.run):
             if "ended_at" not in row and "started_at" in row and "job" in row:
                 number, after = int(row["attempt"]), record.saved_step(self.run)
-                told = record.asked(self.run, f"{record.STOP}-{number}")
+                request = record.pending_request(self.run, f"{record.STOP}-{number}")
                 outcome = record.outcome(self.run, number)
                 if outcome is not None:
-                    cause, why = classify(AttemptResult(outcome=outcome, told=str((told or {}).get("reason", ""))))
-                elif told:
-                    cause, why = str(told.get("reason")), "cut off while it was stopping"
+                    cause, why = classify(AttemptResult(outcome=outcome, stop_reason=str((request or {}).get("reason", ""))))
+                elif request:
+                    cause, why = str(request.get("reason")), "cut off while it was stopping"
                 else:
                     cause, why = "node", "cut off: its first machine failed, or the job was killed"
                 self.run.note("end", attempt=number, code=-1, cause=cause, why=why, after=after, action="requeue")
 
-    def _say(self, text: str) -> None:
+    def _log(self, text: str) -> None:
         print(f"{time.strftime('%Y-%m-%d %H:%M:%S')} fovea: {printable(text)}", flush=True)
 
 

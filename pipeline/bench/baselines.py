@@ -26,7 +26,7 @@ try:
     from torchvision import transforms as classic
     from torchvision.transforms import v2
 except ImportError as error:
-    raise ConfigError("torchvision is not installed", where="fovea bench data", hint="pip install 'fovea[bench]'") from error
+    raise ConfigError("torchvision is not installed", where="fovea bench data", hint="Run pip install 'fovea[bench]'") from error
 
 Views = list[torch.Tensor]
 
@@ -67,7 +67,7 @@ def transform(spec: ViewSpec, view: int, *, hue: bool, kind: str) -> Callable[[A
     return t.Compose([*steps, *end, t.Normalize(IMAGENET_MEAN, IMAGENET_STD)])
 
 
-class _Pictures(Dataset[Views]):
+class _Images(Dataset[Views]):
     def __init__(self, spans: list[tuple[str, int, int]], views: tuple[ViewSpec, ...], *, hue: bool, kind: str) -> None:
         self._spans, self._kind = spans, kind
         self._transforms = [transform(spec, view, hue=hue, kind=kind) for spec in views for view in range(spec.count)]
@@ -88,7 +88,7 @@ class _Pictures(Dataset[Views]):
 
 def torchvision_batches(manifest: Manifest, *, batch: int, hue: bool, kind: str, workers: int) -> Iterator[Views]:
     """Endless batches of a torch ``DataLoader`` with torchvision's transforms."""
-    dataset = _Pictures(spans(manifest), specs(), hue=hue, kind=kind)
+    dataset = _Images(spans(manifest), specs(), hue=hue, kind=kind)
     loader = DataLoader(
         dataset, batch_size=batch, shuffle=True, drop_last=True, num_workers=workers, persistent_workers=workers > 0
     )

@@ -25,10 +25,10 @@ def record_data(folder: Path, inputs: Inputs) -> None:
         folder: the run's folder for it, see :meth:`pipeline.runtime.run_directory.RunDirectory.data`.
         inputs: the data sets.
     """
-    place = folder / inputs.train.fingerprint
-    if not (place / "manifest.json").exists():
-        place.mkdir(parents=True, exist_ok=True)
-        inputs.train.save(place)
+    target = folder / inputs.train.fingerprint
+    if not (target / "manifest.json").exists():
+        target.mkdir(parents=True, exist_ok=True)
+        inputs.train.save(target)
 
 
 def check_data(saved: Saved, inputs: Inputs, *, allow: bool = False) -> str:
@@ -49,18 +49,20 @@ def check_data(saved: Saved, inputs: Inputs, *, allow: bool = False) -> str:
     changed = [name for name, value in now.items() if data.get(name) != value]
     if not changed:
         return ""
-    told = "; ".join(f"{name} was {data.get(name)!r} and is {now[name]!r}" for name in changed)
+    differences = "; ".join(f"{name} was {data.get(name)!r} and is {now[name]!r}" for name in changed)
     if "fingerprint" in changed:
-        told += f"; {_difference(saved, inputs.train)}"
+        differences += f"; {_difference(saved, inputs.train)}"
     acceptable = set(changed) <= _ACCEPTABLE
     if allow and acceptable:
-        return f"{saved.path}: goes on at step {saved.step} over other data, as checkpoint.allow_data_change says ({told})"
+        return (
+            f"{saved.path}: continues at step {saved.step} over other data, as checkpoint.allow_data_change says ({differences})"
+        )
     then = data.get("samples", "unknown")
-    consent = "; or checkpoint.allow_data_change=true goes on at the same step over the new data" if acceptable else ""
+    consent = "; or checkpoint.allow_data_change=true continues at the same step over the new data" if acceptable else ""
     raise CheckpointError(
-        f"the data of this run have changed ({told})",
+        f"the data of this run have changed ({differences})",
         where=str(saved.path),
-        hint=f"resume over the {then} samples it was trained on, or start a new run in another run.directory{consent}",
+        hint=f"Resume over the {then} samples it was trained on, or start a new run in another run.directory{consent}",
     )
 
 
@@ -92,8 +94,8 @@ def _difference(saved: Saved, now: Manifest) -> str:
 def _by_name(manifest: Manifest) -> dict[tuple[str, int], Shard]:
     """Shards by base name; shards of the same name in different folders are numbered."""
     turns: Counter[str] = Counter()
-    found = {}
+    shards = {}
     for shard in manifest.shards:
-        found[shard.name, turns[shard.name]] = shard
+        shards[shard.name, turns[shard.name]] = shard
         turns[shard.name] += 1
-    return found
+    return shards

@@ -105,13 +105,13 @@ def read(path: Path) -> Saved:
 
 def listed(directory: Path) -> list[Saved]:
     """Committed checkpoints of a run by step; skips unreadable manifests."""
-    found = []
+    checkpoints = []
     for path in sorted(directory.glob("step_*")):
         try:
-            found.append(read(path))
+            checkpoints.append(read(path))
         except CheckpointError:
             continue
-    return found
+    return checkpoints
 
 
 def newest(directory: Path, *, begun_at: Path | None = None) -> tuple[Saved | None, list[str]]:
@@ -142,9 +142,9 @@ def newest(directory: Path, *, begun_at: Path | None = None) -> tuple[Saved | No
         return candidate, complaints
     if complaints and begun_at is None:
         raise CheckpointError(
-            f"none of the {len(saved) + len(unreadable)} checkpoints is whole; the newest: {complaints[-len(saved)]}",
+            f"none of the {len(saved) + len(unreadable)} checkpoints is complete; the newest: {complaints[-len(saved)]}",
             where=str(directory),
-            hint="restore one from a copy, or start anew in another run.directory",
+            hint="Restore one from a copy, or start a new run in another run.directory",
         )
     return None, complaints
 
@@ -169,15 +169,17 @@ def verify(saved: Saved) -> None:
     """
     if saved.manifest.get("format") != FORMAT:
         raise CheckpointError(
-            f"format {saved.manifest.get('format')!r}, this fovea reads {FORMAT}",
+            f"format {saved.manifest.get('format')!r}, this version of fovea reads {FORMAT}",
             where=str(saved.path),
-            hint="use the version of fovea that wrote it",
+            hint="Use the version of fovea that wrote it",
         )
     for known in saved.manifest["files"]:
         path = saved.path / known["name"]
         if problem := _problem(path, known):
             raise CheckpointError(
-                f"the checkpoint is damaged ({problem})", where=printable(str(path)), hint="an older one is taken if there is one"
+                f"the checkpoint is damaged ({problem})",
+                where=printable(str(path)),
+                hint="Resume from an older one, which is chosen automatically if there is one",
             )
 
 
@@ -191,7 +193,7 @@ def _problem(path: Path, known: dict[str, Any]) -> str:
     about = os.fstat(descriptor)
     if not stat.S_ISREG(about.st_mode):
         os.close(descriptor)
-        return "it is no regular file"
+        return "it is not a regular file"
     with open(descriptor, "rb", buffering=0) as file:
         if about.st_size != known["size"]:
             return "its size is wrong"

@@ -20,10 +20,10 @@ if TYPE_CHECKING:
 
 FORMAT = 1
 MANIFEST = "manifest.json"
-WHOLE = "whole.safetensors"
+UNSHARDED = "whole.safetensors"
 MAX_MANIFEST = 256 << 20  # bytes
 _MAX_ELEMENTS = 1 << 50  # maximum elements of a tensor
-_HINT = "the checkpoint is damaged or not to be trusted; name another"
+_HINT = "Choose another: this checkpoint is damaged or not to be trusted"
 
 
 def read_manifest(path: Path) -> dict[str, Any]:
@@ -40,9 +40,9 @@ def read_manifest(path: Path) -> dict[str, Any]:
     except (OSError, CheckpointError) as error:
         reason = error.what if isinstance(error, CheckpointError) else error.strerror
         raise CheckpointError(
-            f"this is no whole checkpoint: its manifest cannot be read ({reason})",
+            f"not a complete checkpoint: its manifest cannot be read ({reason})",
             where=printable(str(path)),
-            hint="name a directory step_… of a run",
+            hint="Name a directory checkpoints/step_… of a run",
         ) from None
     if isinstance(document, dict) and isinstance(document.get("config"), dict):
         document["config"] = upgrade(document["config"])
@@ -57,7 +57,9 @@ def check_manifest(document: Any, *, where: str) -> dict[str, Any]:
     """
     if not isinstance(document, dict) or not document.keys() >= {"format", "step", "files"}:
         raise CheckpointError(
-            "this is no whole checkpoint: its manifest is of something else", where=where, hint="name a directory step_… of a run"
+            "not a checkpoint: the manifest describes something else",
+            where=where,
+            hint="Name a directory checkpoints/step_… of a run",
         )
     from pydantic import ValidationError
 
@@ -70,7 +72,7 @@ def check_manifest(document: Any, *, where: str) -> dict[str, Any]:
     try:
         checked = kind.model_validate(document)
     except (ValidationError, RecursionError) as error:
-        raise CheckpointError(f"its manifest is wrong ({_first(error)})", where=where, hint=_HINT) from None
+        raise CheckpointError(f"its manifest is invalid ({_first(error)})", where=where, hint=_HINT) from None
     _check_files([file.name for file in checked.files], where)
     if isinstance(checked, Manifest):
         _check_tensors(document, where)
@@ -88,14 +90,14 @@ def _check_files(names: list[str], where: str) -> None:
     for name in names:
         plain_name(name, where=where, error=CheckpointError)
     if len(set(names)) < len(names) or MANIFEST in names:
-        raise CheckpointError("its manifest is wrong (files: one is named twice, or is the manifest)", where=where, hint=_HINT)
+        raise CheckpointError("its manifest is invalid (files: one is named twice, or is the manifest)", where=where, hint=_HINT)
 
 
 def _check_tensors(document: Mapping[str, Any], where: str) -> None:
     if any(math.prod(shape) > _MAX_ELEMENTS for shape in document.get("shapes", {}).values()):
-        raise CheckpointError("its manifest is wrong (shapes: a tensor is too large)", where=where, hint=_HINT)
+        raise CheckpointError("its manifest is invalid (shapes: a tensor is too large)", where=where, hint=_HINT)
     if fragments := document.get("fragments"):
         listed = {file["name"] for file in document["files"]}
-        needed = {WHOLE, *(f"rank_{rank:05d}.safetensors" for rank in range(len(fragments)))}
+        needed = {UNSHARDED, *(f"rank_{rank:05d}.safetensors" for rank in range(len(fragments)))}
         if missing := sorted(needed - listed):
-            raise CheckpointError(f"its manifest is wrong (files: {missing[0]} is not listed)", where=where, hint=_HINT)
+            raise CheckpointError(f"its manifest is invalid (files: {missing[0]} is not listed)", where=where, hint=_HINT)

@@ -32,11 +32,11 @@ class Copies:
         target: URL or folder below which the copies are stored.
         storage: access to the target.
         retention: which copies are kept.
-        tell: logs a message; called from another thread.
+        log: logs a message; called from another thread.
     """
 
-    def __init__(self, target: str, storage: Storage, retention: Retention, tell: Callable[[str], None]) -> None:
-        self.target, self._storage, self._retention, self._tell = target.rstrip("/"), storage, retention, tell
+    def __init__(self, target: str, storage: Storage, retention: Retention, log: Callable[[str], None]) -> None:
+        self.target, self._storage, self._retention, self._log = target.rstrip("/"), storage, retention, log
         self._waiting: list[Saved] = []
         self._under_way: Saved | None = None
         self._marks: dict[str, Mark] | None = None
@@ -84,7 +84,7 @@ class Copies:
                 done = not self._under_way.path.exists()  # deleted before it was copied
                 if not done:
                     name = self._under_way.path.name
-                    self._tell(f"{name} is not copied yet, training goes on and the next checkpoint tries again: {error}")
+                    self._log(f"{name} is not copied yet; training continues and the next checkpoint tries again: {error}")
             with self._changed:
                 if done:
                     self._waiting.remove(self._under_way)
@@ -110,7 +110,11 @@ class Copies:
                 self._storage.delete(f"{self.target}/{name}/{MANIFEST}")
             for file in [*(entry["name"] for entry in saved.manifest["files"]), MANIFEST]:
                 if not stat.S_ISREG((saved.path / file).lstat().st_mode):
-                    raise DataError("must be a regular file to be copied", where=printable(str(saved.path / file)))
+                    raise DataError(
+                        "must be a regular file to be copied",
+                        where=printable(str(saved.path / file)),
+                        hint="Remove links from the checkpoint",
+                    )
                 self._storage.put(saved.path / file, f"{self.target}/{name}/{file}")
             self._marks[name] = Mark.of(name, saved.manifest)
         for old in self._retention.superfluous(self._marks.values()):
@@ -136,9 +140,9 @@ def fetch(target: str, directory: Path, storage: Storage) -> tuple[Saved | None,
         DataError: the storage is unreachable or the disk cannot be written.
     """
     target = target.rstrip("/")
-    found = {url: manifest for url in _manifests(storage, target) if (manifest := _manifest(storage, url)) is not None}
+    manifests = {url: manifest for url in _manifests(storage, target) if (manifest := _manifest(storage, url)) is not None}
     complaints = []
-    for url, manifest in sorted(found.items(), key=lambda item: (item[1].get("serial", 0), item[1]["step"]), reverse=True):
+    for url, manifest in sorted(manifests.items(), key=lambda item: (item[1].get("serial", 0), item[1]["step"]), reverse=True):
         name = url.split("/")[-2]
         try:
             one = _fetch(url.rpartition("/")[0], name, manifest, directory, storage)
@@ -148,9 +152,9 @@ def fetch(target: str, directory: Path, storage: Storage) -> tuple[Saved | None,
         return one, [*complaints, f"there was no checkpoint in {directory}; {name} was fetched from {target}"]
     if complaints:
         raise CheckpointError(
-            f"none of the {len(found)} copies is whole; the newest: {complaints[0]}",
+            f"none of the {len(manifests)} copies is complete; the newest: {complaints[0]}",
             where=target,
-            hint="start anew with another run.name, or with checkpoint.mirror=null",
+            hint="Start a new run with another run.name, or with checkpoint.mirror=null",
         )
     return None, []
 
@@ -163,7 +167,9 @@ def _fetch(folder: str, name: str, manifest: dict[str, Any], directory: Path, st
         for entry in manifest["files"]:  # names were validated when the manifest was read
             url = f"{folder}/{entry['name']}"
             if _size(storage, url) != entry["size"]:
-                raise CheckpointError("its size is wrong", where=url, hint="an older one is taken")
+                raise CheckpointError(
+                    "its size differs from the manifest's", where=url, hint="Use an older one, which is chosen automatically"
+                )
             storage.get(url, temporary / entry["name"])
             sync(temporary / entry["name"])
         verify(Saved(temporary, manifest))
@@ -173,12 +179,14 @@ def _fetch(folder: str, name: str, manifest: dict[str, Any], directory: Path, st
         temporary.rename(directory / name)
         sync(directory)
     except ShardNotFound as error:
-        raise CheckpointError("a file of it is missing", where=error.where, hint="an older one is taken") from error
+        raise CheckpointError(
+            "a file of the checkpoint is missing", where=error.where, hint="Use an older one, which is chosen automatically"
+        ) from error
     except OSError as error:
         raise DataError(
-            f"a checkpoint cannot be brought here ({error.strerror})",
+            f"a checkpoint cannot be copied here ({error.strerror})",
             where=str(temporary),
-            hint="Free space, or check permissions.",
+            hint="Free space, or check permissions",
         ) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -213,4 +221,6 @@ def _size(storage: Storage, url: str) -> int:
     except StorageUnavailable:
         raise
     except DataError as error:
-        raise CheckpointError("a file of it is missing", where=error.where, hint="an older one is taken") from error
+        raise CheckpointError(
+            "a file of the checkpoint is missing", where=error.where, hint="Use an older one, which is chosen automatically"
+        ) from error

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from pipeline.checkpoint.files import Saved, rank_file
 from pipeline.checkpoint.fragments import ShardedWeights
-from pipeline.checkpoint.manifest import WHOLE
-from pipeline.checkpoint.snapshot import whole_tensors
+from pipeline.checkpoint.manifest import UNSHARDED
+from pipeline.checkpoint.snapshot import unsharded_tensors
 from pipeline.checkpoint.tensor_writer import begins
 from pipeline.errors import CheckpointError
 from pipeline.methods.base import Method
@@ -23,7 +23,7 @@ from pipeline.models.tensor_files import opened
 from pipeline.untrusted import open_regular, printable
 
 _FP32 = 4  # bytes
-_ANOTHER = "resume from another one"
+_ANOTHER = "Resume from another one"
 
 
 class _Pieces:
@@ -45,7 +45,9 @@ class _Pieces:
                     self._begins.append(begins(self._files[-1]))
                 except (ValueError, OSError) as error:
                     reason = error.strerror if isinstance(error, OSError) else error
-                    raise CheckpointError(f"header unreadable, {reason}", where=printable(str(path)), hint=_ANOTHER) from error
+                    raise CheckpointError(
+                        f"the header cannot be read ({reason})", where=printable(str(path)), hint=_ANOTHER
+                    ) from error
                 self._elements += os.fstat(self._files[-1].fileno()).st_size // _FP32
                 for name, (start, length) in table.items():
                     self._where.setdefault(name, []).append((start, length, rank))
@@ -69,15 +71,17 @@ class _Pieces:
         memory = memoryview(target.numpy().data).cast("B")
         for begin, size, rank in self._where.get(name, []):
             low, high = max(begin, start), min(begin + size, start + length)
-            place = self._begins[rank].get(f"{kind}/{name}")
-            if low < high and place is not None:
-                self._files[rank].seek(place + _FP32 * (low - begin))
-                wanted = memory[_FP32 * (low - start) : _FP32 * (high - start)]
-                while wanted and (count := self._files[rank].readinto(wanted)):  # type: ignore[attr-defined]
-                    wanted = wanted[count:]
-                left -= high - low - len(wanted) // _FP32
+            offset = self._begins[rank].get(f"{kind}/{name}")
+            if low < high and offset is not None:
+                self._files[rank].seek(offset + _FP32 * (low - begin))
+                remaining = memory[_FP32 * (low - start) : _FP32 * (high - start)]
+                while remaining and (count := self._files[rank].readinto(remaining)):  # type: ignore[attr-defined]
+                    remaining = remaining[count:]
+                left -= high - low - len(remaining) // _FP32
         if left:
-            raise CheckpointError(f"{left} elements of {kind}/{name} are not in it", where=str(self._path), hint=_ANOTHER)
+            raise CheckpointError(
+                f"{left} elements of {kind}/{name} are missing in the checkpoint", where=str(self._path), hint=_ANOTHER
+            )
 
     def read(self, kind: str, name: str, start: int, length: int) -> Tensor:
         """Elements ``start`` to ``start + length`` of a flattened tensor, fp32 ``[length]``.
@@ -86,7 +90,9 @@ class _Pieces:
             CheckpointError: as :meth:`fill`, and before allocating more memory than the files hold.
         """
         if length > self._elements:
-            raise CheckpointError(f"{length} elements of {kind}/{name} are not in it", where=str(self._path), hint=_ANOTHER)
+            raise CheckpointError(
+                f"{length} elements of {kind}/{name} are missing in the checkpoint", where=str(self._path), hint=_ANOTHER
+            )
         out = torch.empty(length, dtype=torch.float32)
         self.fill(out, kind, name, start)
         return out
@@ -108,14 +114,14 @@ def load(saved: Saved, engine: ShardedWeights, method: Method) -> None:
         engine.set_optimizer_steps(int(saved.manifest.get("applied", saved.step)))
         engine.refresh()
         with engine.gathered(write=True):
-            _load_whole(saved, method, engine)
+            _load_unsharded(saved, method, engine)
         for name, start, piece in engine.teacher_pieces(owned=False):
             pieces.fill(piece, "teacher", name, start)
 
 
-def _load_whole(saved: Saved, method: Method, engine: ShardedWeights) -> None:
-    targets = whole_tensors(method, engine)
-    with opened(saved.path / WHOLE) as file:
+def _load_unsharded(saved: Saved, method: Method, engine: ShardedWeights) -> None:
+    targets = unsharded_tensors(method, engine)
+    with opened(saved.path / UNSHARDED) as file:
         stored = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
     _compare({k: list(t.shape) for k, t in targets.items()}, {k: list(t.shape) for k, t in stored.items()}, saved.path)
     for name, tensor in stored.items():
@@ -131,27 +137,27 @@ def _compare(ours: dict[str, list[int]], theirs: dict[str, list[int]], where: Pa
         raise CheckpointError(
             f"{len(different)} tensors differ, the first is {first}: {there} in the checkpoint, {here} in this run",
             where=str(where),
-            hint="resume with the config it was written with, or start a new run",
+            hint="Resume with the config that it was written with, or start a new run",
         )
 
 
 def read_teacher(saved: Saved) -> Iterator[tuple[str, Tensor]]:
     """Reads the whole teacher from a checkpoint, without an engine: names as in the method, fp32."""
-    return _read_whole(saved, "teacher", "teacher")
+    return _read_unsharded(saved, "teacher", "teacher")
 
 
 def read_student(saved: Saved) -> Iterator[tuple[str, Tensor]]:
     """Reads the whole student without an engine: fp32 master weights and frozen parameters, names as in the method."""
-    return _read_whole(saved, "master", "frozen")
+    return _read_unsharded(saved, "master", "frozen")
 
 
-def _read_whole(saved: Saved, sharded: str, whole: str) -> Iterator[tuple[str, Tensor]]:
+def _read_unsharded(saved: Saved, sharded: str, unsharded: str) -> Iterator[tuple[str, Tensor]]:
     with closing(_Pieces(saved)) as pieces:
         names = pieces.names(sharded)
         for name, shape in saved.manifest.get("shapes", {}).items():
             if name in names:
                 yield name, pieces.read(sharded, name, 0, math.prod(shape)).view(shape)
-    with opened(saved.path / WHOLE) as file:
+    with opened(saved.path / UNSHARDED) as file:
         for key in file.keys():  # noqa: SIM118
-            if key.startswith(f"{whole}/"):
-                yield key.removeprefix(f"{whole}/"), file.get_tensor(key)
+            if key.startswith(f"{unsharded}/"):
+                yield key.removeprefix(f"{unsharded}/"), file.get_tensor(key)

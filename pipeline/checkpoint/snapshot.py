@@ -19,12 +19,12 @@ class Snapshot:
     Attributes:
         pieces: master/<name>, exp_avg/<name>, exp_avg_sq/<name> and teacher/<name>, fp32 ``[elements]``.
         table: first element and number of elements of each parameter's fragment.
-        whole: on rank 0 the tensors that are the same on all ranks and are written once; empty on other ranks.
+        unsharded: on rank 0 the tensors that are the same on all ranks and are written once; empty on other ranks.
     """
 
     pieces: dict[str, Tensor]
     table: dict[str, list[int]]
-    whole: dict[str, Tensor]
+    unsharded: dict[str, Tensor]
 
 
 class Staging:
@@ -56,8 +56,8 @@ class Staging:
             pieces[f"teacher/{name}"] = piece
         with engine.gathered():
             # ZeRO stage 3 shards whole tensors again at the end of this block, so they are always copied.
-            whole = self._copied(whole_tensors(method, engine), "whole") if rank == 0 else {}
-        return Snapshot(self._copied(pieces, "piece") if copy else pieces, table, whole)
+            unsharded = self._copied(unsharded_tensors(method, engine), "whole") if rank == 0 else {}
+        return Snapshot(self._copied(pieces, "piece") if copy else pieces, table, unsharded)
 
     def _copied(self, tensors: Mapping[str, Tensor], kind: str) -> dict[str, Tensor]:
         copies = {}
@@ -73,7 +73,7 @@ class Staging:
         return copies
 
 
-def whole_tensors(method: Method, engine: ShardedWeights) -> dict[str, Tensor]:
+def unsharded_tensors(method: Method, engine: ShardedWeights) -> dict[str, Tensor]:
     """The tensors of everything without fragments, by their names in the file; not copied."""
     tensors = {f"memory/{name}": tensor for name, tensor in method.extra_state.items()}
     trainable = engine.shapes

@@ -75,15 +75,17 @@ def begins(file: BinaryIO) -> dict[str, int]:
     Raises:
         ValueError: the header cannot be read, or a tensor has another dtype or lies outside the file.
     """
-    size, whole = int.from_bytes(file.read(8), "little"), os.fstat(file.fileno()).st_size
-    if size > min(whole, _HEADER):
-        raise ValueError(f"it should be {size} bytes long, more than the file" if size > whole else f"it is {size} bytes long")
+    size, file_size = int.from_bytes(file.read(8), "little"), os.fstat(file.fileno()).st_size
+    if size > min(file_size, _HEADER):
+        raise ValueError(
+            f"its length of {size} bytes is more than the file's" if size > file_size else f"it is {size} bytes long"
+        )
     try:
         header = json.loads(file.read(size))
-        offsets = {name: (told["data_offsets"], told["dtype"]) for name, told in header.items() if name != "__metadata__"}
-        checked = {name: _begin(name, begin, end, kind, whole - 8 - size) for name, ((begin, end), kind) in offsets.items()}
+        offsets = {name: (entry["data_offsets"], entry["dtype"]) for name, entry in header.items() if name != "__metadata__"}
+        checked = {name: _begin(name, begin, end, kind, file_size - 8 - size) for name, ((begin, end), kind) in offsets.items()}
     except (AttributeError, KeyError, TypeError, IndexError, RecursionError) as error:
-        raise ValueError("it does not say where the tensors begin") from error
+        raise ValueError("it lacks the tensors' offsets") from error
     return {name: 8 + size + begin for name, begin in checked.items()}
 
 

@@ -36,7 +36,7 @@ import torch.distributed as dist
 
 from pipeline.checkpoint.files import Saved, listed, rank_file, sync
 from pipeline.checkpoint.fragments import ShardedWeights
-from pipeline.checkpoint.manifest import FORMAT, MANIFEST, WHOLE
+from pipeline.checkpoint.manifest import FORMAT, MANIFEST, UNSHARDED
 from pipeline.checkpoint.retention import Mark, Retention, write_best
 from pipeline.checkpoint.snapshot import Snapshot, Staging
 from pipeline.checkpoint.tensor_writer import write_tensors
@@ -131,7 +131,9 @@ class Checkpoints:
         self._begin(engine, method, facts, copy=False)
         outcome = self.finish()
         if outcome is None or outcome.path is None:
-            raise (outcome and outcome.problem) or CheckpointError("nothing was written", where=str(self.directory))
+            raise (outcome and outcome.problem) or CheckpointError(
+                "nothing was written", where=str(self.directory), hint="See the log of rank 0"
+            )
         return outcome.path
 
     def begin(self, engine: ShardedWeights, method: Method, facts: dict[str, Any]) -> Outcome | None:
@@ -242,7 +244,7 @@ class Checkpoints:
                     shutil.rmtree(stale)
         files = [write_tensors(temporary / rank_file(rank), snapshot.pieces)]
         if rank == 0:
-            files.append(write_tensors(temporary / WHOLE, snapshot.whole))
+            files.append(write_tensors(temporary / UNSHARDED, snapshot.unsharded))
         return {"fragments": snapshot.table, "files": files}
 
     def _commit(self, pending: _Pending, written: list[dict[str, Any]]) -> None:
@@ -256,7 +258,7 @@ class Checkpoints:
             "serial": 1 + max((mark.serial for mark in self._marks.values()), default=0),
             "world": len(written),
             "fragments": [part["fragments"] for part in written],
-            "files": sorted(files, key=lambda file: (file["name"] == WHOLE, file["name"])),
+            "files": sorted(files, key=lambda file: (file["name"] == UNSHARDED, file["name"])),
         }
         with (pending.temporary / MANIFEST).open("w") as file:
             json.dump(manifest, file)
@@ -289,11 +291,11 @@ class Checkpoints:
     def _problem(self, pending: _Pending) -> CheckpointError:
         failures: list[Any] = [None] * dist.get_world_size()
         dist.all_gather_object(failures, _failure(pending.job), group=self._group)
-        told = next((f"rank {rank}: {failure}" for rank, failure in enumerate(failures) if failure), "a rank failed")
+        first_failure = next((f"rank {rank}: {failure}" for rank, failure in enumerate(failures) if failure), "a rank failed")
         return CheckpointError(
-            f"the checkpoint could not be written ({told})",
+            f"the checkpoint could not be written ({first_failure})",
             where=str(pending.temporary),
-            hint="free space, or fix the directory; the last good checkpoint is untouched and the run resumes from it",
+            hint="Free space, or fix the directory; the last good checkpoint is untouched and the run resumes from it",
         )
 
 

@@ -24,10 +24,11 @@ _BYTES = 4 << 20  # maximum size of one file
 _FILES = 200  # maximum number of files read for one config, bases included
 _UNDER_WAY = -1
 _NODES = 50_000  # maximum number of values in one file, aliases expanded
+_SIMPLIFY = "Remove levels, lists or aliases"
 _INTEGER = re.compile(r"[-+]?[0-9]+")
 _FLOAT = re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?")
 _DIGITS = 400  # of a number; longer ones are strings
-_WORDS: dict[str, Any] = {"": None, "~": None, "true": True, "false": False} | {
+_KEYWORDS: dict[str, Any] = {"": None, "~": None, "true": True, "false": False} | {
     form: value
     for word, value in (("null", None), ("true", True), ("false", False))
     for form in (word, word.capitalize(), word.upper())
@@ -77,8 +78,8 @@ def grown(document: dict[str, Any], origin: str) -> Branch:
 
 def scalar(text: str) -> Any:
     """Parses a plain YAML 1.2 scalar: null, a boolean, an integer, a float, or the string itself."""
-    if text in _WORDS:
-        return _WORDS[text]
+    if text in _KEYWORDS:
+        return _KEYWORDS[text]
     if _INTEGER.fullmatch(text) and len(text) <= _DIGITS:
         return int(text)
     if _FLOAT.fullmatch(text) and len(text) <= _DIGITS:
@@ -108,38 +109,40 @@ def read(file: Path, problems: list[Problem], above: tuple[Path, ...], seen: lis
     seen = [] if seen is None else seen
     seen.append(file)
     if len(seen) > _FILES:
-        raise ConfigError(f"more than {_FILES} files are its bases", where=display(seen[0]), hint="Name each base once.")
+        raise ConfigError(f"has more than {_FILES} base files", where=display(seen[0]), hint="Name each base once")
     shown = display(file)
     if file.resolve() in above:
-        raise ConfigError("the file is its own base", where=shown, hint="Break the circle of `base:` lines.")
+        raise ConfigError("the file is its own base", where=shown, hint="Remove the `base:` line that closes the circle")
     try:
         node = compose(read_bytes(file, limit=_BYTES, error=ConfigError).decode("utf-8"), shown)
     except OSError as error:
-        raise ConfigError(f"cannot be read: {error.strerror}", where=shown) from error
+        raise ConfigError(f"cannot be read ({error.strerror})", where=shown, hint="Check the path and its permissions") from error
     except UnicodeDecodeError as error:
-        raise ConfigError("is not UTF-8 text", where=shown) from error
+        raise ConfigError("is not UTF-8 text", where=shown, hint="Save the file in UTF-8") from error
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
-        place = f"{shown}:{mark.line + 1}:{mark.column + 1}" if mark else shown
-        raise ConfigError(f"is no valid YAML: {getattr(error, 'problem', None) or error}", where=place) from error
+        position = f"{shown}:{mark.line + 1}:{mark.column + 1}" if mark else shown
+        raise ConfigError(
+            f"is not valid YAML: {getattr(error, 'problem', None) or error}", where=position, hint="Correct the syntax there"
+        ) from error
     own = _grow(node, shown, problems) if node is not None else Branch({}, shown)
     if not isinstance(own, Branch):
-        raise ConfigError("should be a mapping of sections", where=shown, hint="See `fovea config show` for an example.")
+        raise ConfigError("must be a mapping of sections", where=shown, hint="See `fovea config show` for an example")
     base = own.children.pop("base", None)
     merged = Branch({}, shown)
     if base is not None:
         value = base.value if isinstance(base, Leaf) else None
         names = [value] if isinstance(value, str) else value
         if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-            raise ConfigError("`base` should be a file or a list of files", where=base.origin)
+            raise ConfigError("`base` must be a file or a list of files", where=base.origin, hint="Write base: other.yaml")
         for name in names:
             parent = file.parent / name
             if not _is_file(parent):
                 raise ConfigError(
                     f"base {name!r} does not exist",
                     where=base.origin,
-                    hint=f"It is looked for at {display(parent)}. "
-                    "A config of fovea's own becomes a file with `fovea config show NAME > my.yaml`.",
+                    hint=f"Check the path {display(parent)}. "
+                    "A config of fovea's own becomes a file with `fovea config show NAME > my.yaml`",
                 )
             merge(merged, read(parent, problems, (*above, file.resolve()), seen))
     merge(merged, own)
@@ -164,11 +167,13 @@ def compose(text: str, where: str) -> yaml.Node | None:
         node = _compose(text, where)
         weight = _weight(node, {}, where) if node is not None else 0
     except RecursionError:
-        raise ConfigError("is nested too deeply", where=where) from None
+        raise ConfigError("is nested too deeply", where=where, hint=_SIMPLIFY) from None
     except (ValueError, OverflowError) as error:  # an escape that is not a character
-        raise ConfigError(f"is no valid YAML ({printable(str(error), limit=80)})", where=where) from None
+        raise ConfigError(
+            f"is not valid YAML ({printable(str(error), limit=80)})", where=where, hint="Correct the escape in the quoted string"
+        ) from None
     if weight > _NODES:
-        raise ConfigError(f"must not hold more than {_NODES} values, aliases unfolded", where=where)
+        raise ConfigError(f"must not have more than {_NODES} values, with aliases expanded", where=where, hint=_SIMPLIFY)
     return node
 
 
@@ -181,7 +186,7 @@ def _compose(text: str, where: str) -> yaml.Node | None:
             nonlocal count
             count += 1
             if count > _NODES:
-                raise ConfigError(f"must not hold more than {_NODES} values", where=where)
+                raise ConfigError(f"must not have more than {_NODES} values", where=where, hint=_SIMPLIFY)
             node: yaml.Node | None = super().compose_node(parent, index)
             return node
 
@@ -192,7 +197,9 @@ def _compose(text: str, where: str) -> yaml.Node | None:
 def _weight(node: yaml.Node, known: dict[int, int], where: str) -> int:
     """Counts the values of a node, itself included, with aliases expanded."""
     if known.get(id(node)) == _UNDER_WAY:
-        raise ConfigError("is nested too deeply: an alias stands inside what it stands for", where=where)
+        raise ConfigError(
+            "is nested too deeply: an alias refers to a node that contains it", where=where, hint="Remove the alias"
+        )
     if id(node) not in known:
         known[id(node)] = _UNDER_WAY
         inner: list[yaml.Node] = []
@@ -207,25 +214,25 @@ def _weight(node: yaml.Node, known: dict[int, int], where: str) -> int:
 def _grow(node: yaml.Node, shown: str, problems: list[Problem], path: str = "", depth: int = 0) -> Leaf | Branch:
     origin = f"{shown}:{node.start_mark.line + 1}:{node.start_mark.column + 1}" if shown != COMMAND_LINE else shown
     if depth > 20:
-        raise ConfigError(f"{path or 'the file'} is nested too deeply", where=origin)
+        raise ConfigError(f"{path or 'the file'} is nested too deeply", where=origin, hint=_SIMPLIFY)
     if not isinstance(node, yaml.MappingNode):
         return Leaf(_plain(node), origin)
     children: dict[str, Leaf | Branch] = {}
     for key, value in node.value:
         name = key.value if isinstance(key, yaml.ScalarNode) else str(_plain(key))
         full = f"{path}.{name}" if path else name
-        place = f"{shown}:{key.start_mark.line + 1}:{key.start_mark.column + 1}" if shown != COMMAND_LINE else shown
+        position = f"{shown}:{key.start_mark.line + 1}:{key.start_mark.column + 1}" if shown != COMMAND_LINE else shown
         if name in children:
-            problems.append(Problem(full, f"{full} is given twice; the first time at {children[name].origin}", place))
+            problems.append(Problem(full, f"{full} is given twice; the first time at {children[name].origin}", position))
         child = _grow(value, shown, problems, full, depth + 1)
-        child.origin = place
+        child.origin = position
         children[name] = child
     return Branch(children, origin)
 
 
 def _plain(node: yaml.Node, depth: int = 0) -> Any:
     if depth > 20:
-        raise ConfigError("a list is nested too deeply")
+        raise ConfigError("a list is nested too deeply", hint=_SIMPLIFY)
     if isinstance(node, yaml.ScalarNode):
         return scalar(node.value) if node.style is None and node.tag != "!" else node.value
     if isinstance(node, yaml.SequenceNode):
@@ -238,7 +245,7 @@ def override(text: str, problems: list[Problem]) -> Branch:
     key, equals, value = text.partition("=")
     parts = key.strip().split(".")
     if not equals or not all(parts):
-        problems.append(Problem("", f"{text!r} should read key.path=value, for instance schedule.lr.peak=1e-3", COMMAND_LINE))
+        problems.append(Problem("", f"{text!r} must be key.path=value, for instance schedule.lr.peak=1e-3", COMMAND_LINE))
         return Branch({}, COMMAND_LINE)
     value = value.strip()
     end: Leaf | Branch = Leaf(scalar(value), COMMAND_LINE)

@@ -92,18 +92,18 @@ class Loaded:
         Such a value comes from a config shipped with fovea, or from the settings stored in a run.
         """
         origin = self.provenance.get(key, DEFAULT)
-        place = re.fullmatch(r"(.*):\d+:\d+", origin)
-        if place is None:
+        file_position = re.fullmatch(r"(.*):\d+:\d+", origin)
+        if file_position is None:
             return ""
-        file = Path(place[1]).resolve()
+        file = Path(file_position[1]).resolve()
         kept = file == self.source.resolve() and _run_of(file) is not None
         return origin if kept or any(file.is_relative_to(root.resolve()) for root in roots()) else ""
 
 
 def roots() -> list[Path]:
     """Returns the directories in which configs are looked up by name: the checkout's ``configs``, then the installed ones."""
-    places = [Path(__file__).resolve().parents[2] / "configs", Path(sys.prefix) / "share" / "fovea" / "configs"]
-    return [place for place in places if place.is_dir()]
+    folders = [Path(__file__).resolve().parents[2] / "configs", Path(sys.prefix) / "share" / "fovea" / "configs"]
+    return [folder for folder in folders if folder.is_dir()]
 
 
 def available() -> dict[str, Path]:
@@ -111,13 +111,13 @@ def available() -> dict[str, Path]:
 
     Those under ``base`` or starting with ``_`` only serve as bases and are omitted.
     """
-    found: dict[str, Path] = {}
+    configs: dict[str, Path] = {}
     for root in roots():
         for file in sorted(root.rglob("*.yaml")):
             name = file.relative_to(root).with_suffix("").as_posix()
             if not re.search(r"(^|/)(_|base)|^clusters/", name):
-                found.setdefault(name, file)
-    return found
+                configs.setdefault(name, file)
+    return configs
 
 
 def headline(file: Path) -> str:
@@ -144,7 +144,7 @@ def resolve(name: str | Path) -> Path:
     near = difflib.get_close_matches(bare, known, 3, 0.4) or list(known)
     raise ConfigError(
         f"there is no config {str(name)!r}",
-        hint=f"Give a YAML file's path, or a name: {', '.join(near)}. `fovea config show` lists them all.",
+        hint=f"Give a YAML file's path, or a name: {', '.join(near)}. `fovea config show` lists them all",
     )
 
 
@@ -178,8 +178,8 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Loaded:
     run = tree.children.setdefault("run", Branch({}, "the file's name"))
     if isinstance(run, Branch) and "name" not in run.children:
         run.children["name"] = Leaf(re.sub(r"[^\w.+-]", "-", file.stem).lstrip("_.+-") or "run", "the file's name")
-    config, found = _validate(tree, display(file))
-    problems += found
+    config, invalid = _validate(tree, display(file))
+    problems += invalid
     if config is None or problems:
         raise InvalidConfig(problems)
     if config.run.directory is None:
@@ -205,8 +205,8 @@ def _validate(tree: Branch, shown: str) -> tuple[Config | None, list[Problem]]:
         method = name
     else:
         near = difflib.get_close_matches(str(name), METHODS, 1)
-        hint = f"; did you mean {near[0]}?" if near else ""
-        message = f"method.name = {_quote(name)}: no such method{hint} (allowed: {', '.join(sorted(METHODS))})"
+        suggestion = f"; did you mean {near[0]}?" if near else ""
+        message = f"method.name = {_quote(name)}: no such method{suggestion} (allowed: {', '.join(sorted(METHODS))})"
         problems.append(Problem("method.name", message, origin_of(tree, ["method", "name"]) or shown))
         section = {}
     fields = schema(method)
@@ -224,8 +224,8 @@ def _validate(tree: Branch, shown: str) -> tuple[Config | None, list[Problem]]:
 
 
 def _position(origin: str) -> tuple[str, int, int]:
-    found = re.fullmatch(r"(.*):(\d+):(\d+)", origin)
-    return (found[1], int(found[2]), int(found[3])) if found else (origin, 0, 0)
+    match = re.fullmatch(r"(.*):(\d+):(\d+)", origin)
+    return (match[1], int(match[2]), int(match[3])) if match else (origin, 0, 0)
 
 
 def _problem(detail: Any, prefix: list[str], fields: Mapping[str, FieldInfo], tree: Branch, shown: str) -> Problem:
@@ -239,15 +239,15 @@ def _problem(detail: Any, prefix: list[str], fields: Mapping[str, FieldInfo], tr
     if detail["type"] == "extra_forbidden":
         parent = ".".join(names[:-1])
         near = nearest(path, fields)
-        hint = f"; did you mean {near!r}?" if near else ""
+        suggestion = f"; did you mean {near!r}?" if near else ""
         names_allowed = ", ".join(_children(parent, fields))
-        told = f"unknown key {printable(path, limit=_LONGEST_KEY)!r}{hint} (allowed {_under(parent)}: {names_allowed})"
-        return Problem(path, told, origin)
+        message = f"unknown key {printable(path, limit=_LONGEST_KEY)!r}{suggestion} (allowed {_under(parent)}: {names_allowed})"
+        return Problem(path, message, origin)
     info = fields.get(path)
-    reason = detail["msg"].removeprefix("Value error, ").replace("Input should", "should").replace("an object", "a section")
+    reason = detail["msg"].removeprefix("Value error, ").replace("Input should", "must").replace("an object", "a section")
     limits = allowed(info) if info is not None else ""
-    told = "" if limits in reason else f"; allowed: {limits}"
-    meaning = f" ({info.description}{told})" if info is not None else ""
+    message = "" if limits in reason else f"; allowed: {limits}"
+    meaning = f" ({info.description}{message})" if info is not None else ""
     if detail["type"] == "missing" and index:
         return Problem(path, f"{path} has too few values{meaning}", origin)
     if detail["type"] == "missing":
@@ -310,10 +310,10 @@ def schema(method: str = "dinov2") -> dict[str, FieldInfo]:
 
 def allowed(info: FieldInfo) -> str:
     """Describes the values that a setting allows."""
-    return _words(info.annotation, list(info.metadata))
+    return _describe(info.annotation, list(info.metadata))
 
 
-def _words(kind: Any, limits: list[Any]) -> str:
+def _describe(kind: Any, limits: list[Any]) -> str:
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
     bounds = "".join(
         f" {sign} {getattr(limit, name):g}"
@@ -323,16 +323,16 @@ def _words(kind: Any, limits: list[Any]) -> str:
     ).replace(" <", " and <")
     if origin is typing.Annotated:
         inner = [part for extra in arguments[1:] for part in (extra.metadata if isinstance(extra, FieldInfo) else [extra])]
-        return _words(arguments[0], [*inner, *limits])
+        return _describe(arguments[0], [*inner, *limits])
     if origin in (typing.Union, types.UnionType):
-        return " or ".join("null" if part is type(None) else _words(part, limits) for part in arguments)
+        return " or ".join("null" if part is type(None) else _describe(part, limits) for part in arguments)
     if origin is typing.Literal:
         return ", ".join(str(choice) for choice in arguments)
     if origin is tuple and arguments[-1] is Ellipsis:
-        one = _words(arguments[0], [])
+        one = _describe(arguments[0], [])
         return f"{one}, or a list of such" if arguments[0] is str else f"list of {one}"
     if origin is tuple:
-        return "[" + ", ".join(_words(part, []) for part in arguments) + "]"
+        return "[" + ", ".join(_describe(part, []) for part in arguments) + "]"
     if kind is Length:
         return Length.SYNTAX
     if isinstance(kind, type) and issubclass(kind, Settings):

@@ -12,7 +12,7 @@ _MAGIC = re.compile(r"[*?\[\]{}\\]")
 _SCHEME = re.compile(r"^[A-Za-z][A-Za-z0-9+.-]*:")
 
 
-def absolute(text: str, kind: Kind, folder: str | None = None, *, words: frozenset[str] = frozenset()) -> str:
+def absolute(text: str, kind: Kind, folder: str | None = None, *, keywords: frozenset[str] = frozenset()) -> str:
     """Returns a path that is valid in every working directory.
 
     Args:
@@ -20,9 +20,9 @@ def absolute(text: str, kind: Kind, folder: str | None = None, *, words: frozens
         kind: a plain ``path``; a ``name`` that may be a URL or ``scheme:NAME`` instead; one of several shard ``patterns``; or a
             tracking ``uri``, where ``sqlite:///mlflow.db`` and ``./mlruns`` are relative.
         folder: the directory it is relative to; by default the working directory.
-        words: values that are not paths.
+        keywords: values that are not paths.
     """
-    if not text or text in words:
+    if not text or text in keywords:
         return text
     if kind == "uri":
         return _uri(text, folder)

@@ -25,7 +25,7 @@ from pipeline.evaluation.settings import EvaluationSettings
 from pipeline.methods.dinov2.settings import Dinov2Settings
 from pipeline.methods.settings import REGISTERED, MethodSettings
 from pipeline.models.settings import ModelSettings
-from pipeline.runtime.settings import HealthSettings, LaunchSettings, RunSettings
+from pipeline.runtime.settings import LaunchSettings, RunSettings, WatchdogSettings
 from pipeline.tracking.settings import TrackingSettings
 from pipeline.training.settings import OptimSettings, ScheduleSettings, TrainSettings
 from pipeline.weights.settings import InitSettings
@@ -81,8 +81,8 @@ class Config(Settings):
         default=EvaluationSettings(), json_schema_extra=RUNTIME, description="evaluations during training"
     )
     launch: LaunchSettings = Field(default=LaunchSettings(), json_schema_extra=RUNTIME, description="how ranks are started")
-    watchdog: HealthSettings = Field(
-        default=HealthSettings(),
+    watchdog: WatchdogSettings = Field(
+        default=WatchdogSettings(),
         json_schema_extra=RUNTIME,
         description="hang detection and rollback",
     )

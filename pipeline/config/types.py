@@ -42,17 +42,17 @@ class Length:
         if isinstance(value, Length):
             return value
         if isinstance(value, bool) or not isinstance(value, int | float | str):
-            raise ValueError(f"should be {cls.SYNTAX}")
+            raise ValueError(f"must be {cls.SYNTAX}")
         match = re.fullmatch(r"\s*([0-9.]+(?:[eE][+-]?[0-9]+)?)\s*([kMG]?)\s*(samples?|steps?|epochs?)?\s*", str(value))
         try:
             amount = float(match[1]) * {"": 1.0, "k": 1e3, "M": 1e6, "G": 1e9}[match[2]] if match else -1.0
         except ValueError:
             amount = -1.0
         if match is None or not 0 <= amount < 1e18:
-            raise ValueError(f"should be {cls.SYNTAX}")
+            raise ValueError(f"must be {cls.SYNTAX}")
         unit = ((match[3] or "samples").rstrip("s") + "s").strip()
         if unit != "epochs" and abs(amount - round(amount)) > 1e-6:
-            raise ValueError(f"should be a whole number of {unit}")
+            raise ValueError(f"must be a whole number of {unit}")
         return cls(amount if unit == "epochs" else float(round(amount)), unit)  # type: ignore[arg-type]
 
     def samples(self, epoch_samples: int, global_batch: int) -> int:
@@ -85,7 +85,7 @@ class Length:
 
 def _ordered(pair: tuple[float, float]) -> tuple[float, float]:
     if pair[0] > pair[1]:
-        raise ValueError(f"should be [least, largest], but {pair[0]} is above {pair[1]}")
+        raise ValueError(f"must be [minimum, maximum], but {pair[0]} is above {pair[1]}")
     return pair
 
 
@@ -97,7 +97,7 @@ def _plain(value: Any) -> Any:
     """Rejects control characters, which would end up in scripts and terminals."""
     for text in value if isinstance(value, tuple) else (value,):
         if printable(str(text)) != str(text):
-            raise ValueError("should hold no line breaks and no other control characters")
+            raise ValueError("must not contain line breaks or other control characters")
     return value
 
 
@@ -107,11 +107,11 @@ class PathLike:
 
     Attributes:
         kind: see :func:`pipeline.config.paths.absolute`.
-        words: values that are not paths.
+        keywords: values that are not paths.
     """
 
     kind: Kind
-    words: frozenset[str] = frozenset()
+    keywords: frozenset[str] = frozenset()
 
     def absolute(self, value: Any, folder: str | None = None) -> Any:
         """Returns the value with paths that are valid in every working directory."""
@@ -119,7 +119,7 @@ class PathLike:
             return None
         if isinstance(value, tuple):
             return patterns(value, folder)
-        return type(value)(absolute(str(value), self.kind, folder, words=self.words))
+        return type(value)(absolute(str(value), self.kind, folder, keywords=self.keywords))
 
 
 Probability = Annotated[float, Field(ge=0, le=1)]

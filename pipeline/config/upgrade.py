@@ -145,7 +145,7 @@ _MOVED = {
     "flip_probability": ("augment", "flip_probability"),
     "normalize": ("augment", "normalize"),
 }
-"""Settings that stood in a method's own section, with the section that all methods share now."""
+"""Settings that were in a method's own section, with their place in the sections that all methods share now."""
 _BLUR = {"as_released": (0.0, 0.9, 0.5), "paper": (1.0, 0.1, 0.5), "off": (0.0, 0.0, 0.0)}
 """DINOv2's named blur probabilities of the first, the second and the local crops."""
 

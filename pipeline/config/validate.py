@@ -18,53 +18,63 @@ _T = TypeVar("_T")
 
 def check(config: Config) -> list[tuple[str, str]]:
     """Returns conflicts between settings as pairs of dotted key and message."""
-    found: list[tuple[str, str]] = [
+    conflicts: list[tuple[str, str]] = [
         *_check_plain(config),
         *_check_addresses(config),
         *_check_model(config),
         *_check_method(config),
     ]
     if config.launch.num_processes is not None:
-        found += check_ranks(config, config.launch.num_processes)
+        conflicts += check_ranks(config, config.launch.num_processes)
     elif config.train.micro_batch_size and config.train.global_batch_size % config.train.micro_batch_size:
-        found.append(("train.global_batch_size", _indivisible(config, 1)))
+        conflicts.append(("train.global_batch_size", _indivisible(config, 1)))
     knn = config.evaluation.knn
     if config.evaluation.needing("bank") and knn.val_shards is not None and set(knn.val_shards) & set(config.voting_shards):
-        found.append(("evaluation.knn.val_shards", "evaluation.knn.val_shards names the very shards that vote; evaluate others"))
+        conflicts.append(
+            ("evaluation.knn.val_shards", "evaluation.knn.val_shards names the shards of the feature bank; choose others")
+        )
     if knn.max_train is not None and max(knn.k) > knn.max_train:
-        found.append(
+        conflicts.append(
             (
                 "evaluation.knn.k",
                 f"evaluation.knn.k = {max(knn.k)}: more neighbours than evaluation.knn.max_train = {knn.max_train}",
             )
         )
-    found += _check_evaluation(config)
+    conflicts += _check_evaluation(config)
     if config.train.offload == "cpu" and (config.train.zero_stage == 0 or config.optim.name != "adamw"):
-        told = "train.offload = cpu: needs train.zero_stage of 1 to 3, which give each rank a share to keep, and optim.name=adamw"
-        found.append(("train.offload", told))
+        message = (
+            "train.offload = cpu: needs train.zero_stage of 1 to 3, which give each rank a share to keep, and optim.name=adamw"
+        )
+        conflicts.append(("train.offload", message))
     moving = config.train.zero_stage == 3 or config.train.activation_checkpointing or config.train.micro_batch_size is not None
     if config.train.cuda_graphs and (moving or not config.train.compile):
-        told = "train.cuda_graphs: needs train.compile=true, weights that stay where they are (train.zero_stage of 0 to 2), and "
-        told += "neither train.activation_checkpointing nor train.micro_batch_size"
-        found.append(("train.cuda_graphs", told))
+        message = (
+            "train.cuda_graphs: needs train.compile=true, weights that stay where they are (train.zero_stage of 0 to 2), and "
+        )
+        message += "neither train.activation_checkpointing nor train.micro_batch_size"
+        conflicts.append(("train.cuda_graphs", message))
     if config.train.fp8 != "off" and config.train.precision != "bf16":
-        told = f"train.fp8 = {config.train.fp8}: goes with train.precision=bf16, not {config.train.precision}"
-        found.append(("train.fp8", told))
+        message = f"train.fp8 = {config.train.fp8}: needs train.precision=bf16, not {config.train.precision}"
+        conflicts.append(("train.fp8", message))
     if config.launch.deepspeed_init == "accelerate" and importlib.util.find_spec("transformers") is None:
-        told = (
+        message = (
             "launch.deepspeed_init = accelerate: needs transformers, as accelerate does for DeepSpeed; pip install transformers"
         )
-        found.append(("launch.deepspeed_init", told))
-    whole = config.train.duration
-    if whole.amount == 0:
-        found.append(("train.duration", "train.duration = 0: should be longer than nothing"))
+        conflicts.append(("launch.deepspeed_init", message))
+    duration = config.train.duration
+    if duration.amount == 0:
+        conflicts.append(("train.duration", "train.duration = 0: must be longer than 0"))
     warmup = config.schedule.lr.warmup
-    if warmup.unit == whole.unit and warmup.amount > whole.amount:
-        found.append(("schedule.lr.warmup", f"schedule.lr.warmup = {warmup}: longer than the run, train.duration = {whole}"))
+    if warmup.unit == duration.unit and warmup.amount > duration.amount:
+        conflicts.append(
+            ("schedule.lr.warmup", f"schedule.lr.warmup = {warmup}: longer than the run, train.duration = {duration}")
+        )
     best, scores = config.checkpoint.keep_best, config.evaluation.scores
     if best is not None and best not in scores:
-        hint = f"choose of {', '.join(scores)}" if scores else "set evaluation.knn.enabled=true for knn/k10 and the like"
-        found.append(("checkpoint.keep_best", f"checkpoint.keep_best = {best}: no evaluation of this run gives it; {hint}"))
+        hint = f"choose one of {', '.join(scores)}" if scores else "set evaluation.knn.enabled=true for knn/k10 and the like"
+        conflicts.append(
+            ("checkpoint.keep_best", f"checkpoint.keep_best = {best}: no evaluation of this run computes it; {hint}")
+        )
     distances = (
         ("checkpoint.every", config.checkpoint.every),
         ("checkpoint.keep_every", config.checkpoint.keep_every),
@@ -72,32 +82,32 @@ def check(config: Config) -> list[tuple[str, str]]:
     )
     for key, length in distances:
         if length is not None and length.amount == 0:
-            found.append((key, f"{key} = 0: should be longer than nothing"))
-    return found
+            conflicts.append((key, f"{key} = 0: must be longer than 0"))
+    return conflicts
 
 
 def _check_evaluation(config: Config) -> list[tuple[str, str]]:
-    e, found = config.evaluation, []
+    e, conflicts = config.evaluation, []
     s = e.segmentation
     if s.enabled:
         for key in ("train_shards", "val_shards", "num_classes"):
             if getattr(s, key) is None:
-                found.append((f"evaluation.segmentation.{key}", f"evaluation.segmentation.{key} is required"))
+                conflicts.append((f"evaluation.segmentation.{key}", f"evaluation.segmentation.{key} is required"))
         if s.class_names and s.num_classes is not None and len(s.class_names) != s.num_classes:
-            told = f"evaluation.segmentation.class_names: {len(s.class_names)} names of {s.num_classes} classes"
-            found.append(("evaluation.segmentation.class_names", told))
+            message = f"evaluation.segmentation.class_names: {len(s.class_names)} names of {s.num_classes} classes"
+            conflicts.append(("evaluation.segmentation.class_names", message))
         if s.train_shards and s.val_shards and set(s.train_shards) & set(s.val_shards):
-            told = "evaluation.segmentation.val_shards names the very shards that are learned from; judge others"
-            found.append(("evaluation.segmentation.val_shards", told))
+            message = "evaluation.segmentation.val_shards names the shards that the classifier is trained on; choose others"
+            conflicts.append(("evaluation.segmentation.val_shards", message))
     if e.zeroshot.enabled and e.zeroshot.class_names is None:
-        found.append(("evaluation.zeroshot.class_names", "evaluation.zeroshot.class_names is required: a file of class names"))
+        conflicts.append(("evaluation.zeroshot.class_names", "evaluation.zeroshot.class_names is required: a text file"))
     for name in e.enabled:
         if "text_encoder" in e.section(name).needs and not config.method.reads_text:
-            found.append((f"evaluation.{name}.enabled", f"evaluation.{name}.enabled: {config.method.name} reads no captions"))
+            conflicts.append((f"evaluation.{name}.enabled", f"evaluation.{name}.enabled: {config.method.name} reads no captions"))
     if e.robustness.enabled and config.train.zero_stage == 3:
-        told = "evaluation.robustness.enabled: no gradient flows into pictures with train.zero_stage = 3; use `fovea eval RUN`"
-        found.append(("evaluation.robustness.enabled", told))
-    return found
+        message = "evaluation.robustness.enabled: no gradient flows into images with train.zero_stage = 3; use `fovea eval RUN`"
+        conflicts.append(("evaluation.robustness.enabled", message))
+    return conflicts
 
 
 def check_ranks(config: Config, ranks: int) -> list[tuple[str, str]]:
@@ -111,7 +121,7 @@ def _indivisible(config: Config, ranks: int) -> str:
     unit = ranks * micro
     near = [str(number) for number in (batch // unit * unit, (batch // unit + 1) * unit) if number > 0]
     parts = [f"{ranks} ranks"] * (ranks > 1) + [f"train.micro_batch_size = {micro}"] * (micro > 1)
-    return f"train.global_batch_size = {batch}: does not divide by {' times '.join(parts)}; {' or '.join(near)} would"
+    return f"train.global_batch_size = {batch}: is not divisible by {' times '.join(parts)}; {' or '.join(near)} would"
 
 
 def _check_addresses(config: Config) -> Iterator[tuple[str, str]]:
@@ -122,8 +132,10 @@ def _check_addresses(config: Config) -> Iterator[tuple[str, str]]:
     document["tracking"].pop("uri", None)
     for key, text in _texts(document):
         if has_password(text):
-            told = "must not carry a user name or password; storage takes credentials from the environment, or use a signed link"
-            yield key, f"{key} = {shown_address(text)}: {told}"
+            message = (
+                "must not carry a user name or password; storage takes credentials from the environment, or use a signed link"
+            )
+            yield key, f"{key} = {shown_address(text)}: {message}"
 
 
 def _check_plain(config: Config) -> Iterator[tuple[str, str]]:
@@ -131,10 +143,10 @@ def _check_plain(config: Config) -> Iterator[tuple[str, str]]:
     document = config.model_dump(mode="json")
     for key, text in _texts(document):
         if UNPRINTABLE.search(text):
-            yield key, f"{key} = {printable(text, limit=80)}: should hold no line breaks and no other control characters"
+            yield key, f"{key} = {printable(text, limit=80)}: must not contain line breaks or other control characters"
     for key, number in _leaves(document, int):
         if abs(number) >= 1 << 63:
-            yield key, f"{key} = {str(number)[:20]}…: should be less than {1 << 63}"
+            yield key, f"{key} = {str(number)[:20]}…: must be less than {1 << 63}"
 
 
 def _texts(value: object) -> Iterator[tuple[str, str]]:
@@ -160,14 +172,14 @@ def _check_model(config: Config) -> Iterator[tuple[str, str]]:
         elif model.embed_dim and model.num_heads and model.embed_dim % model.num_heads:
             yield (
                 "model.embed_dim",
-                f"model.embed_dim = {model.embed_dim}: does not divide by model.num_heads = {model.num_heads}",
+                f"model.embed_dim = {model.embed_dim}: is not divisible by model.num_heads = {model.num_heads}",
             )
         if model.stem == "small":
-            yield "model.stem", "model.stem = small: is a ResNet's; give model.timm_name, or choose patch or conv"
+            yield "model.stem", "model.stem = small: applies to a ResNet only; give model.timm_name, or choose patch or conv"
         return
     if "resnet" in model.timm_name:
         if model.stem == "conv":
-            yield "model.stem", "model.stem = conv: is a transformer's; choose patch (as timm has it) or small"
+            yield "model.stem", "model.stem = conv: applies to a transformer only; choose patch (as timm has it) or small"
         model = model.model_copy(update={"stem": "patch"})
     names = ("mlp_ratio", "registers", "stem", "ffn", "pos_embed", "rope_base")
     fixed = {**shape, **{name: getattr(model, name) for name in names}}
@@ -186,7 +198,7 @@ def _check_start(model: ModelSettings) -> Iterator[tuple[str, str]]:
     fitting -= {"mocov3", "open_clip"} if rotary else set()
     if model.init not in fitting:
         kind = "ResNet" if resnet else "tower with rotary positions" if rotary else "transformer"
-        yield "model.init", f"model.init = {model.init}: is no start of a {kind}; choose one of {', '.join(sorted(fitting))}"
+        yield "model.init", f"model.init = {model.init}: does not apply to a {kind}; choose one of {', '.join(sorted(fitting))}"
     if model.cls_pos_embed and (resnet or rotary or (model.timm_name is None and not model.registers)):
         yield (
             "model.cls_pos_embed",
@@ -222,11 +234,11 @@ def _check_method(config: Config) -> Iterator[tuple[str, str]]:
     for key, size in sizes.items():
         if size is not None and size % patch:
             near = [str(side) for side in (size // patch * patch, (size // patch + 1) * patch) if side]
-            place = "method.resolutions" if "resolutions" in key else key
-            yield place, f"{key} = {size}: does not divide by the patch side {patch}; {' or '.join(near)} would"
+            setting = "method.resolutions" if "resolutions" in key else key
+            yield setting, f"{key} = {size}: is not divisible by the patch side {patch}; {' or '.join(near)} would"
     smallest = min(size for key, size in sizes.items() if size is not None and key.endswith("global_size"))
     if getattr(config.method, "mask_probability", 0) and smallest // patch < 2:
         yield (
             "method.mask_probability",
-            "method.mask_probability: a picture of a single patch leaves nothing to hide; make views larger or patches smaller",
+            "method.mask_probability: an image of a single patch leaves nothing to mask; make views larger or patches smaller",
         )

@@ -93,9 +93,9 @@ def _index(
         file = (directory / ".lock").open("a")
     except OSError as error:
         raise DataError(
-            f"the index of the shards cannot be kept here ({error.strerror})",
+            f"the index of the shards cannot be stored here ({error.strerror})",
             where=str(directory),
-            hint="set data.index to a folder",
+            hint="Set data.index to a folder",
         ) from error
     with file:
         lock(file.fileno(), file.name)
@@ -123,9 +123,9 @@ def prepare(config: Config, world: int, progress: Callable[[int, int, Any], None
     order.check_world(world)
     if micro is not None and batch % (world * micro):
         raise ConfigError(
-            f"{batch} samples do not divide by {world} ranks times {micro}",
+            f"{batch} samples are not divisible by {world} ranks times {micro}",
             where="train.micro_batch_size",
-            hint=f"choose a divisor of {batch // world}",
+            hint=f"Choose a divisor of {batch // world}",
         )
     check_warmups(config, order.samples_per_epoch)
     inputs = Inputs(train, None, None, order, sources)
@@ -135,7 +135,7 @@ def prepare(config: Config, world: int, progress: Callable[[int, int, Any], None
 def _training_set(config: Config, progress: Callable[[int, int, Any], None] | None = None) -> tuple[Manifest, tuple[Source, ...]]:
     """Returns the indexed training set, and the data sets that it consists of."""
     require = ("caption",) if config.method.reads_text and config.data.missing_caption == "exclude" else ()
-    urls, sources = _found(config)
+    urls, sources = _training_shards(config)
     return _index(config, urls, progress, require), sources
 
 
@@ -157,30 +157,30 @@ def evaluation_data(
     Raises:
         DataError: no shard matches, shards cannot be used, or training and evaluation samples overlap.
     """
-    found: dict[str, Any] = {}
+    manifests: dict[str, Any] = {}
     if config.evaluation.uses_knn_images:
         if config.evaluation.knn.train_shards or not (trained or train is not None):
-            found["bank"] = indexed(config, config.voting_shards, progress)
+            manifests["bank"] = indexed(config, config.voting_shards, progress)
         else:
-            found["bank"] = train if train is not None else _training_set(config, progress)[0]
+            manifests["bank"] = train if train is not None else _training_set(config, progress)[0]
         try:
-            found["queries"] = indexed(config, config.validation_shards, progress)
+            manifests["queries"] = indexed(config, config.validation_shards, progress)
         except DataError as error:
             if config.evaluation.knn.val_shards is not None or "no shard matches" not in str(error):
                 raise
             raise DataError(
-                "no labelled shards to judge by lie beside the training shards",
+                "there are no labeled validation shards beside the training shards",
                 where=f"evaluation.knn.val_shards, by default {config.validation_shards[0]}",
-                hint="name some, or leave judging out: evaluation.knn.enabled=false",
+                hint="Name some, or turn the evaluation off: evaluation.knn.enabled=false",
             ) from error
-        _check_labelled(config, found["bank"], found["queries"], train, trained)
+        _check_labelled(config, manifests["bank"], manifests["queries"], train, trained)
     s = config.evaluation.segmentation
     if s.enabled:
         pair = [indexed(config, p or (), progress, require=("segmentation",)) for p in (s.train_shards, s.val_shards)]
-        hint = "give evaluation.segmentation.train_shards and val_shards no shard in common"
+        hint = "Give evaluation.segmentation.train_shards and val_shards no shard in common"
         check_held_out(pair[0], pair[1], where="evaluation.segmentation.val_shards", hint=hint)
-        found["dense"] = (pair[0], pair[1])
-    return found
+        manifests["dense"] = (pair[0], pair[1])
+    return manifests
 
 
 def _check_labelled(config: Config, bank: Manifest, queries: Manifest, train: Manifest | None, trained: bool) -> None:
@@ -194,10 +194,10 @@ def _check_labelled(config: Config, bank: Manifest, queries: Manifest, train: Ma
     apart = "such as data.shards='…/train-*.tar'"
     if evaluation.needing("bank"):
         other = "evaluation.knn.train_shards" if knn.train_shards else f"the training shards, {apart}"
-        check_held_out(bank, queries, where=where, hint=f"name others, or leave them out of {other}")
+        check_held_out(bank, queries, where=where, hint=f"Name others, or leave them out of {other}")
     if evaluation.needing("text_encoder") and (train is not None or trained):
         seen = train if train is not None else _trained_on(config, bank)
-        hint = f"name others, or leave them out of the training shards, {apart}"
+        hint = f"Name others, or leave them out of the training shards, {apart}"
         if seen is not None:
             check_held_out(seen, queries, where=where, hint=hint, learning="trained on")
 
@@ -214,7 +214,7 @@ def _trained_on(config: Config, bank: Manifest) -> Manifest | None:
         return None
 
 
-def _found(config: Config) -> tuple[list[str], tuple[Source, ...]]:
+def _training_shards(config: Config) -> tuple[list[str], tuple[Source, ...]]:
     """Returns the training shards in order, and the data sets they belong to.
 
     Raises:
@@ -226,16 +226,16 @@ def _found(config: Config) -> tuple[list[str], tuple[Source, ...]]:
     urls: list[str] = []
     owner: dict[str, str] = {}
     sources = []
-    for given in config.data.sources:
-        own = storage.expand(given.shards, store)
+    for source in config.data.sources:
+        own = storage.expand(source.shards, store)
         for url in own:
-            if owner.setdefault(storage.absolute(url), given.name) != given.name:
+            if owner.setdefault(storage.absolute(url), source.name) != source.name:
                 raise DataError(
-                    f"the data sets {owner[storage.absolute(url)]!r} and {given.name!r} share a shard",
+                    f"the data sets {owner[storage.absolute(url)]!r} and {source.name!r} share a shard",
                     where=url,
-                    hint="Give each shard to one set of data.sources; repeat or weight say how often it is seen.",
+                    hint="Give each shard to one set of data.sources; repeat or weight say how often it is seen",
                 )
-        sources.append(Source(given.name, len(urls), len(own), given.weight, given.repeat or 1.0))
+        sources.append(Source(source.name, len(urls), len(own), source.weight, source.repeat or 1.0))
         urls += own
     return urls, tuple(sources)
 
@@ -258,7 +258,7 @@ def check_warmups(config: Config, epoch_samples: int) -> None:
             raise ConfigError(
                 f"a warm-up of {curve.warmup.steps(epoch_samples, batch)} steps in a run of {steps}",
                 where=f"schedule.{name}.warmup = {curve.warmup}",
-                hint="make it shorter, or train.duration longer",
+                hint="Make it shorter, or train.duration longer",
             )
 
 

@@ -48,13 +48,13 @@ def check_held_out(learned: Manifest, evaluated: Manifest, *, where: str, hint: 
     if shared:
         named = ", ".join(_pair(*pair) for pair in shared[:_NAMED]) + (" …" if len(shared) > _NAMED else "")
         raise DataError(
-            f"{len(shared)} of {len(evaluated.shards)} evaluated shards are {learning} too: {named}", where=where, hint=hint
+            f"{len(shared)} of {len(evaluated.shards)} evaluated shards are also {learning}: {named}", where=where, hint=hint
         )
     twice = _twice(learned, evaluated)
     if twice > _TOLERATED * evaluated.total:
-        raise DataError(f"{twice} of {evaluated.total} evaluated samples are {learning} too", where=where, hint=hint)
+        raise DataError(f"{twice} of {evaluated.total} evaluated samples are also {learning}", where=where, hint=hint)
     if twice:
-        report(f"{where}: {twice} of {evaluated.total} evaluated samples are {learning} too (the same bytes in other shards)")
+        report(f"{where}: {twice} of {evaluated.total} evaluated samples are also {learning} (the same bytes in other shards)")
 
 
 def report(text: str) -> None:
@@ -101,14 +101,14 @@ def _twice(learned: Manifest, evaluated: Manifest) -> int:
     except (OSError, ValueError, KeyError, TypeError):
         pass
     ours = [_samples(evaluated, number) for number in range(len(evaluated.shards))]
-    wanted = np.unique(np.concatenate(ours))
-    seen = np.zeros(len(wanted), dtype=bool)
+    digests = np.unique(np.concatenate(ours))
+    seen = np.zeros(len(digests), dtype=bool)
     for number in range(len(learned.shards)):
-        seen |= np.isin(wanted, _samples(learned, number))
-    among = wanted[seen]
+        seen |= np.isin(digests, _samples(learned, number))
+    among = digests[seen]
     twice = int(sum(np.isin(one, among).sum() for one in ours))
     with contextlib.suppress(OSError):  # not cached: counted again next time
-        storage.write_whole(kept, json.dumps({"evaluated": evaluated.fingerprint, "samples": twice}).encode())
+        storage.write_atomically(kept, json.dumps({"evaluated": evaluated.fingerprint, "samples": twice}).encode())
     return twice
 
 

@@ -35,7 +35,7 @@ class StorageSettings(Settings):
     anonymous: bool = Field(default=False, description="access public buckets without credentials")
     access: Literal["cache", "range_read"] = Field(
         default="cache",
-        description="cache: download whole shards to the node's disk; range_read: fetch each sample with a range request",
+        description="cache: download entire shards to the node's disk; range_read: fetch each sample with a range request",
     )
     cache: FilePath | None = Field(
         default=None, description="directory of cached shards; null means FOVEA_CACHE, SLURM_TMPDIR or the temporary directory"
@@ -173,6 +173,6 @@ def _user_cache() -> Path:
         raise ConfigError(
             f"user {os.getuid()} has no home directory for the index of the shards",
             where="data.index",
-            hint="set it to a folder, or the variable XDG_CACHE_HOME",
+            hint="Set it to a folder, or the variable XDG_CACHE_HOME",
         )
     return Path(cache)

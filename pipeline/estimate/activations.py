@@ -20,7 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
 
 from pipeline.config.schema import Config
-from pipeline.estimate.flops import fake_batch, whole_groups
+from pipeline.estimate.flops import fake_batch, round_to_groups
 from pipeline.methods.base import Method, Step
 from pipeline.methods.registry import build_method
 
@@ -38,8 +38,8 @@ class Alive(TorchDispatchMode):
         self._known: dict[int, int] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        for given in _storages((args, kwargs)):  # a view of a weight is not new memory
-            self._count(given, made=False)
+        for argument in _storages((args, kwargs)):  # a view of a weight is not new memory
+            self._count(argument, made=False)
         result = func(*args, **(kwargs or {}))
         for storage in _storages(result):
             self._count(storage, made=True)
@@ -90,17 +90,17 @@ def counted(config: Config) -> Activations:
     Captions count with their maximum number of tokens. Terms quadratic in the batch size, such as logits of pairs, are left
     out.
     """
-    found = max((_counted(config, number) for number in range(len(_method(config).view_sets))), key=lambda one: one.each)
+    largest = max((_counted(config, number) for number in range(len(_method(config).view_sets))), key=lambda one: one.each)
     if not config.train.activation_checkpointing:
-        return found
+        return largest
     # The block that is being recomputed holds at that time what all blocks would have held.
-    whole = counted(config.replace(train=config.train.model_copy(update={"activation_checkpointing": False})))
+    unrecomputed = counted(config.replace(train=config.train.model_copy(update={"activation_checkpointing": False})))
     blocks = max(len(getattr(m, "blocks", ())) for m in _method(config).modules())
-    return Activations(found.fixed, found.each + (whole.each - found.each) / max(blocks, 1), found.passing)
+    return Activations(largest.fixed, largest.each + (unrecomputed.each - largest.each) / max(blocks, 1), largest.passing)
 
 
 def _counted(config: Config, number: int) -> Activations:
-    few = whole_groups(config, _SAMPLES)
+    few = round_to_groups(config, _SAMPLES)
     (kept, _), (more, peak) = (alive(config, samples, number) for samples in (few, 2 * few))
     each = (more - kept) / few
     return Activations(max(kept - each * few, 0.0), each, peak - more)
@@ -119,13 +119,13 @@ def alive(config: Config, samples: int, number: int = 0) -> tuple[int, int]:
         method.extra_state = {name: torch.empty_like(tensor, device="cpu") for name, tensor in method.extra_state.items()}
         context = method.text.context if method.text else 0
         batch = fake_batch(method.view_sets[number].views, samples, context=context)
-        with mock.patch.dict(os.environ, {"FOVEA_KERNELS": "torch"}), Alive() as found:
+        with mock.patch.dict(os.environ, {"FOVEA_KERNELS": "torch"}), Alive() as tracker:
             with torch.no_grad():
                 method.before_accumulation([batch], Step())
             terms = method(batch, Step())
-            kept = found.now
+            kept = tracker.now
         del terms
-    return kept, found.peak
+    return kept, tracker.peak
 
 
 def _method(config: Config) -> Method:

@@ -67,7 +67,7 @@ def counted(config: Config, samples: int = _SAMPLES) -> float:
         samples: batch size to count with, rounded up to whole groups if the method compares samples in groups; terms that grow
             with the batch size are for this one.
     """
-    samples = whole_groups(config, samples)
+    samples = round_to_groups(config, samples)
     with torch.device("meta"):  # constructors read tensor values, which fake tensors do not have
         method = build_method(config)
     with FakeTensorMode(allow_non_fake_inputs=True):
@@ -86,7 +86,7 @@ def counted(config: Config, samples: int = _SAMPLES) -> float:
     return total / samples / sum(one.weight for one in method.view_sets)
 
 
-def whole_groups(config: Config, samples: int) -> int:
+def round_to_groups(config: Config, samples: int) -> int:
     """``samples`` rounded up to whole groups, if the method compares samples in groups."""
     group = getattr(config.method, "koleo_group_size", None) or 1
     return int(group * math.ceil(samples / group))
@@ -100,11 +100,11 @@ def fake_batch(views: Sequence[ViewSpec], samples: int, *, context: int = 0) -> 
         samples: batch size.
         context: tokens per caption, 0 for no captions.
     """
-    pictures: dict[str, list[Tensor]] = {}
+    images: dict[str, list[Tensor]] = {}
     masks: dict[str, Masks] = {}
     boxes: dict[str, Boxes] = {}
     for view in views:
-        pictures[view.name] = [torch.empty(samples, 3, view.size, view.size) for _ in range(view.count)]
+        images[view.name] = [torch.empty(samples, 3, view.size, view.size) for _ in range(view.count)]
         if view.mask is not None:
             rows, patches = samples * view.count, (view.size // view.mask.patch) ** 2
             hidden = round(rows * view.mask.probability * patches * sum(view.mask.ratio) / 2)
@@ -117,7 +117,7 @@ def fake_batch(views: Sequence[ViewSpec], samples: int, *, context: int = 0) -> 
             corners = [torch.empty(samples, 4) for _ in range(view.count)]
             boxes[view.name] = Boxes(corners, [torch.empty(samples, dtype=torch.bool) for _ in range(view.count)])
     return Batch(
-        views=pictures,
+        views=images,
         labels=torch.empty(samples, dtype=torch.int64),
         keys=[str(n) for n in range(samples)],
         ids=list(range(samples)),

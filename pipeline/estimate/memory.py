@@ -88,18 +88,18 @@ def held(
         overlap: on GPUs, whether gradients are reduced while others are computed.
     """
     trained = [size for group in groups for size in group]
-    whole = sum(trained)
-    chosen = communication(whole, largest=max(trained, default=0), ranks=ranks, cuda=overlap)
-    rounded = 2.0 * whole if bf16 else 0.0
+    total = sum(trained)
+    chosen = communication(total, largest=max(trained, default=0), ranks=ranks, cuda=overlap)
+    rounded = 2.0 * total if bf16 else 0.0
     if stage == 0:
         return Held(
-            parameters=FP32 * whole,
-            gradients=FP32 * whole,
+            parameters=FP32 * total,
+            gradients=FP32 * total,
             masters=0,
-            moments=MOMENTS * whole,
+            moments=MOMENTS * total,
             frozen=FP32 * sum(frozen),
             teacher=FP32 * sum(teacher),
-            buckets=FP32 * min(whole, STAGE_0_BUCKET) if ranks > 1 else 0,
+            buckets=FP32 * min(total, STAGE_0_BUCKET) if ranks > 1 else 0,
             rounded=rounded,
         )
     if stage == 3:
@@ -112,7 +112,7 @@ def held(
             frozen=FP32 * sum(math.ceil(size / ranks) for size in frozen),
             teacher=FP32 * sum(math.ceil(size / ranks) for size in teacher),
             buckets=FP32 * chosen.held,
-            gathered=FP32 * (min(whole, chosen.live) + min(sum(teacher), chosen.live)),
+            gathered=FP32 * (min(total, chosen.live) + min(sum(teacher), chosen.live)),
             rounded=rounded,
         )
     padded = [2 * ranks * math.ceil(sum(group) / (2 * ranks)) for group in groups]
@@ -121,7 +121,7 @@ def held(
         sum(_touched(group, size // ranks, rank) for group, size in zip(groups, padded, strict=True)) for rank in range(ranks)
     )
     if stage == 1 and accumulation > 1:
-        gradients += FP32 * whole
+        gradients += FP32 * total
     return Held(
         parameters=FP32 * sum(padded),
         gradients=gradients,

@@ -1,7 +1,7 @@
 """Losses and targets: pure functions of tensors, computed in fp32 whatever the input dtype."""
 
 from pipeline.losses.centering import batch_center, centered_targets, global_mean, moved_center
-from pipeline.losses.contrastive import clip_loss, gathered, place, siglip_loss
+from pipeline.losses.contrastive import clip_loss, gathered, rank_offset, siglip_loss
 from pipeline.losses.distill import cross_entropy, masked_patches, multi_crop
 from pipeline.losses.gram import gram, resampled_patches
 from pipeline.losses.health import effective_rank, spread
@@ -59,10 +59,10 @@ __all__ = [
     "multi_crop",
     "multi_crop_pairings",
     "nt_xent",
-    "place",
     "potential_over_pieces",
     "prototype_cross_entropy",
     "queue_contrast",
+    "rank_offset",
     "repulsion",
     "resampled_patches",
     "rows_at_once",

@@ -16,7 +16,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-Slope = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+_LossAndGradient = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
 def clip_loss(
@@ -35,7 +35,7 @@ def clip_loss(
         Scalar, fp32 or wider. Its mean over the ranks is the loss of the global batch; ``ln B`` for random features.
     """
     images, texts, scale = _wide(images), _wide(texts), _wide(scale)
-    first = place(len(images), group)
+    first = rank_offset(len(images), group)
     zero = torch.zeros_like(scale)
     rows = _Pairs.apply(images, gathered(texts, group), scale, zero, first, chunk, _softmax)
     columns = _Pairs.apply(texts, gathered(images, group), scale, zero, first, chunk, _softmax)
@@ -60,7 +60,7 @@ def siglip_loss(
         Scalar, fp32 or wider. Its mean over the ranks is the loss of the global batch.
     """
     images, texts, scale, bias = _wide(images), _wide(texts), _wide(scale), _wide(bias)
-    first = place(len(images), group)
+    first = rank_offset(len(images), group)
     loss: Tensor = _Pairs.apply(images, gathered(texts, group), scale, bias, first, chunk, _sigmoid)
     return loss
 
@@ -69,11 +69,11 @@ def gathered(x: Tensor, group: dist.ProcessGroup | None = None) -> Tensor:
     """All-gathers ``[b, d]`` to ``[world * b, d]`` in rank order; backward sums all ranks' gradients of this rank's rows."""
     if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size(group) == 1:
         return x
-    whole: Tensor = _Gather.apply(x, group)
-    return whole
+    all_rows: Tensor = _Gather.apply(x, group)
+    return all_rows
 
 
-def place(rows: int, group: dist.ProcessGroup | None = None) -> int:
+def rank_offset(rows: int, group: dist.ProcessGroup | None = None) -> int:
     """Index of this rank's first row in the gathered batch."""
     together = dist.is_available() and dist.is_initialized()
     return rows * dist.get_rank(group) if together else 0
@@ -96,7 +96,7 @@ class _Gather(torch.autograd.Function):
         gradient = gradient.contiguous()
         if dist.get_backend(ctx.group) == "gloo":
             dist.all_reduce(gradient, group=ctx.group)
-            first = place(ctx.rows, ctx.group)
+            first = rank_offset(ctx.rows, ctx.group)
             return gradient[first : first + ctx.rows], None
         own = gradient.new_empty(ctx.rows, *gradient.shape[1:])
         dist.reduce_scatter_tensor(own, gradient, group=ctx.group)
@@ -104,27 +104,29 @@ class _Gather(torch.autograd.Function):
 
 
 class _Pairs(torch.autograd.Function):
-    """Mean over rows of the loss and gradient that ``slope`` computes per chunk of logits ``scale * x @ y.T + bias``."""
+    """Mean over rows of the loss and gradient that a function computes per chunk of logits ``scale * x @ y.T + bias``."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, y: Tensor, scale: Tensor, bias: Tensor, first: int, chunk: int, slope: Slope) -> Tensor:
-        wanted = any(ctx.needs_input_grad)
+    def forward(
+        ctx: Any, x: Tensor, y: Tensor, scale: Tensor, bias: Tensor, first: int, chunk: int, evaluate_chunk: _LossAndGradient
+    ) -> Tensor:
+        needs_gradient = any(ctx.needs_input_grad)
         total, d_scale, d_bias = x.new_zeros(()), torch.zeros_like(scale), torch.zeros_like(bias)
-        dx, dy = (torch.empty_like(x), torch.zeros_like(y)) if wanted else (x, y)
+        dx, dy = (torch.empty_like(x), torch.zeros_like(y)) if needs_gradient else (x, y)
         with torch.autocast(x.device.type, enabled=False):
             for low in range(0, len(x), chunk):
                 rows = x[low : low + chunk]
                 own = torch.arange(first + low, first + low + len(rows), device=x.device)
                 cosines = rows @ y.T
-                loss, g = slope(cosines * scale + bias, own)
+                loss, g = evaluate_chunk(cosines * scale + bias, own)
                 total += loss
-                if wanted:
+                if needs_gradient:
                     dx[low : low + chunk] = g @ y
                     dy.addmm_(g.T, rows)
                     d_scale += torch.vdot(g.flatten(), cosines.flatten())
                     d_bias += g.sum()
         n = max(len(x), 1)
-        if wanted:
+        if needs_gradient:
             ctx.save_for_backward(dx * (scale / n), dy * (scale / n), d_scale / n, d_bias / n)
         return total / n
 

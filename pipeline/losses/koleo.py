@@ -32,7 +32,7 @@ def koleo(x: Tensor, eps: float = 1e-8, *, group: int | None = None, neighbours:
         unit = F.normalize(x if x.dtype == torch.float64 else x.float(), dim=-1, eps=eps)
         size = group or max(len(unit), 1)
         if len(unit) % size:
-            raise ValueError(f"{len(unit)} features do not make groups of {size}")
+            raise ValueError(f"{len(unit)} features are not divisible into groups of {size}")
         if min(len(unit), size) < 2:
             return unit.sum() * 0.0
         with torch.no_grad():

@@ -11,7 +11,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from pipeline.losses.contrastive import gathered, place
+from pipeline.losses.contrastive import gathered, rank_offset
 
 
 def info_nce(query: Tensor, keys: Tensor, positive: Tensor, temperature: float, *, drop: Tensor | None = None) -> Tensor:
@@ -45,7 +45,7 @@ def nt_xent(first: Tensor, second: Tensor, temperature: float, *, group: dist.Pr
     """
     views, rows = torch.cat([_unit(first), _unit(second)]), len(first)
     keys = torch.cat([gathered(view, group) for view in views.split(rows)])
-    own = place(rows, group) + torch.arange(rows, device=views.device)
+    own = rank_offset(rows, group) + torch.arange(rows, device=views.device)
     other = own + len(keys) // 2
     return info_nce(views, keys, torch.cat([other, own]), temperature, drop=torch.cat([own, other]))
 

@@ -150,12 +150,12 @@ def kernels_for(device: torch.device) -> Kernels:
     Raises:
         ValueError: ``FOVEA_KERNELS`` has another value.
     """
-    told = os.environ.get("FOVEA_KERNELS")
+    kernels = os.environ.get("FOVEA_KERNELS")
     for known in get_args(Kernels):
-        if told == known:
+        if kernels == known:
             return known
-    if told:
-        raise ValueError(f"FOVEA_KERNELS={told!r} is neither of {get_args(Kernels)}")
+    if kernels:
+        raise ValueError(f"FOVEA_KERNELS={kernels!r} must be one of {', '.join(get_args(Kernels))}")
     compiler = os.environ.get("CC") or next(filter(which, ("gcc", "clang")), None)
     return "triton" if device.type == "cuda" and find_spec("triton") and compiler else "torch"
 
@@ -225,7 +225,7 @@ class _Piece(Protocol):
     mass: Tensor | None
 
     def met(
-        self, logits: Tensor, meets: tuple[float, ...], weight: Tensor, temperature: float, *, sloped: bool, watch: bool
+        self, logits: Tensor, meets: tuple[float, ...], weight: Tensor, temperature: float, *, needs_gradient: bool, watch: bool
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         # Returns the weighted loss of logits [views, rows, K], which may be overwritten; the number of rows that agree; the
         # gradient in the logits' dtype.
@@ -235,24 +235,24 @@ class _Piece(Protocol):
 class _PlainTargets:
     def __init__(self, logits: Tensor, potential: Tensor, temperature: float, *, watch: bool) -> None:
         hidden = logits.to(_wide(logits)).div_(temperature).add_(potential)
-        self.wanted = hidden.softmax(-1)
-        self.entropy = hidden.logsumexp(-1).sum() - (self.wanted * hidden).sum() if watch else None
-        self.mass = self.wanted.sum((0, 1)) if watch else None
+        self.targets = hidden.softmax(-1)
+        self.entropy = hidden.logsumexp(-1).sum() - (self.targets * hidden).sum() if watch else None
+        self.mass = self.targets.sum((0, 1)) if watch else None
 
     def met(
-        self, logits: Tensor, meets: tuple[float, ...], weight: Tensor, temperature: float, *, sloped: bool, watch: bool
+        self, logits: Tensor, meets: tuple[float, ...], weight: Tensor, temperature: float, *, needs_gradient: bool, watch: bool
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        target, kind = _mixture(self.wanted, meets), logits.dtype
+        target, kind = _mixture(self.targets, meets), logits.dtype
         logits = logits.to(_wide(logits)).div_(temperature)
         agreed = (logits.argmax(-1) == target.argmax(-1)).sum() if watch else None
         guess = logits.log_softmax(-1)
         del logits  # the caller has dropped its reference, so this frees the memory
         each = -(guess * target).sum(-1)
-        slope = None
-        if sloped:
-            slope = guess.exp_() if sum(meets) == 1.0 else guess.exp_().mul_(sum(meets))
-            slope = slope.sub_(target).mul_((weight / temperature).unsqueeze(-1)).to(kind)
-        return (each * weight).sum(), agreed, slope
+        gradient = None
+        if needs_gradient:
+            gradient = guess.exp_() if sum(meets) == 1.0 else guess.exp_().mul_(sum(meets))
+            gradient = gradient.sub_(target).mul_((weight / temperature).unsqueeze(-1)).to(kind)
+        return (each * weight).sum(), agreed, gradient
 
 
 class _PrototypeCrossEntropy(torch.autograd.Function):
@@ -271,13 +271,13 @@ class _PrototypeCrossEntropy(torch.autograd.Function):
         watch: bool,
         kernels: Kernels,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        wide, sloped = _wide(unit), any(ctx.needs_input_grad[:2])
+        wide, needs_gradient = _wide(unit), any(ctx.needs_input_grad[:2])
         count = 1 + max(pairing.term for pairing in pairings)
         weight, prototypes = weight.to(wide), matrix.to(unit.dtype)
         terms, entropy, agreed = (torch.zeros(shape, dtype=wide, device=unit.device) for shape in (count, (), ()))
         mass = torch.zeros(len(matrix) if watch else 0, dtype=wide, device=unit.device)
-        unit_slope = torch.zeros_like(unit) if sloped else None
-        matrix_slopes = [torch.zeros_like(matrix, dtype=wide) for _ in range(count)] if sloped else []
+        unit_gradients = torch.zeros_like(unit) if needs_gradient else None
+        matrix_gradients = [torch.zeros_like(matrix, dtype=wide) for _ in range(count)] if needs_gradient else []
         most = max(max(last - first for (first, last), _, _ in pairings), targets.unit.shape[0])
         step = max(rows // most, 1)
         look, teacher = _kernels(kernels), targets.matrix.to(targets.unit.dtype)
@@ -289,19 +289,19 @@ class _PrototypeCrossEntropy(torch.autograd.Function):
                 mass += piece.mass
             for (first, last), meets, term in pairings:
                 student, alone = unit[first:last, part], sum(meets) == 1.0
-                cost, same, slope = piece.met(
-                    student @ prototypes.T, meets, weight[part], temperature, sloped=sloped, watch=watch and alone
+                cost, same, gradient = piece.met(
+                    student @ prototypes.T, meets, weight[part], temperature, needs_gradient=needs_gradient, watch=watch and alone
                 )
                 terms[term] += cost
                 if same is not None:
                     agreed += same
-                if unit_slope is not None and slope is not None:
-                    unit_slope[first:last, part] += slope @ prototypes
-                    _add_product(matrix_slopes[term], slope.flatten(0, 1).T, student.flatten(0, 1))
-                del slope
+                if unit_gradients is not None and gradient is not None:
+                    unit_gradients[first:last, part] += gradient @ prototypes
+                    _add_product(matrix_gradients[term], gradient.flatten(0, 1).T, student.flatten(0, 1))
+                del gradient
             del piece
-        if unit_slope is not None:
-            ctx.save_for_backward(unit_slope, *matrix_slopes)
+        if unit_gradients is not None:
+            ctx.save_for_backward(unit_gradients, *matrix_gradients)
             ctx.pairings, ctx.kind = pairings, matrix.dtype
         ctx.mark_non_differentiable(entropy, mass, agreed)
         return terms, entropy, mass, agreed
@@ -309,16 +309,16 @@ class _PrototypeCrossEntropy(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, upstream: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
-        unit_slope, *matrix_slopes = ctx.saved_tensors
+        unit_gradients, *matrix_gradients = ctx.saved_tensors
         unit_gradient = matrix_gradient = None
         if ctx.needs_input_grad[0]:
-            unit_gradient = torch.empty_like(unit_slope)
+            unit_gradient = torch.empty_like(unit_gradients)
             for (first, last), _, term in ctx.pairings:
-                unit_gradient[first:last] = unit_slope[first:last] * upstream[term]
+                unit_gradient[first:last] = unit_gradients[first:last] * upstream[term]
         if ctx.needs_input_grad[1]:
-            matrix_gradient = matrix_slopes[0] * upstream[0]
-            for slope, factor in zip(matrix_slopes[1:], upstream[1:], strict=True):
-                matrix_gradient.addcmul_(slope, factor)
+            matrix_gradient = matrix_gradients[0] * upstream[0]
+            for gradient, factor in zip(matrix_gradients[1:], upstream[1:], strict=True):
+                matrix_gradient.addcmul_(gradient, factor)
             matrix_gradient = matrix_gradient.to(ctx.kind)
         return unit_gradient, matrix_gradient, *(None,) * 7
 

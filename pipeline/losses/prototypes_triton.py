@@ -73,16 +73,16 @@ class FusedTargets:
         return entropy.sum(), mass
 
     def met(
-        self, logits: Tensor, meets: tuple[float, ...], weight: Tensor, temperature: float, *, sloped: bool, watch: bool
+        self, logits: Tensor, meets: tuple[float, ...], weight: Tensor, temperature: float, *, needs_gradient: bool, watch: bool
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """Cross-entropy of the student's logits with a mixture of the targets.
 
         Args:
-            logits: ``[views, rows, K]``, unscaled; overwritten by the gradient if ``sloped``.
+            logits: ``[views, rows, K]``, unscaled; overwritten by the gradient if ``needs_gradient``.
             meets: weight of each target view.
             weight: ``[rows]`` fp32.
             temperature: the student's temperature.
-            sloped: whether to compute the gradient.
+            needs_gradient: whether to compute the gradient.
             watch: whether to compute the agreement.
 
         Returns:
@@ -110,12 +110,12 @@ class FusedTargets:
                     1.0 / temperature,
                     self._scale,
                     MEETS=tuple(map(float, meets)),
-                    SLOPED=sloped,
+                    NEEDS_GRADIENT=needs_gradient,
                     WATCHED=watch,
                     BLOCK=_block(prototypes),
                     num_warps=WARPS,
                 )
-        return each.sum(), None if agreed is None else agreed.sum(), logits if sloped else None
+        return each.sum(), None if agreed is None else agreed.sum(), logits if needs_gradient else None
 
 
 def take_in(logits: Tensor, temperature: float, potential: Tensor | None, peak: Tensor, total: Tensor) -> None:
@@ -187,8 +187,8 @@ def column_sums(
     for start in range(0, rows, ROWS):
         row = start + tl.arange(0, ROWS)
         inside = (row < rows)[:, None] & within[None, :]
-        place = row.to(tl.int64)[:, None] * prototypes + column[None, :]
-        x = tl.load(logits + place, mask=inside, other=0.0).to(tl.float32) * scale + shift[None, :]
+        offset = row.to(tl.int64)[:, None] * prototypes + column[None, :]
+        x = tl.load(logits + offset, mask=inside, other=0.0).to(tl.float32) * scale + shift[None, :]
         x = x - tl.load(norm + row, mask=row < rows, other=0.0)[:, None]
         target = tl.where(inside, tl.exp(x), 0.0)
         total += tl.sum(target, 0)
@@ -218,8 +218,8 @@ def column_norms(
     for start in range(0, rows, ROWS):
         row = start + tl.arange(0, ROWS)
         inside = (row < rows)[:, None] & within[None, :]
-        place = row.to(tl.int64)[:, None] * prototypes + column[None, :]
-        x = tl.load(logits + place, mask=inside, other=0.0).to(tl.float32) * scale
+        offset = row.to(tl.int64)[:, None] * prototypes + column[None, :]
+        x = tl.load(logits + offset, mask=inside, other=0.0).to(tl.float32) * scale
         if NORMED:
             x = x - tl.load(norm + row, mask=row < rows, other=0.0)[:, None]
         highest, amount = _taken_in(highest, amount, tl.where(inside, x, float("-inf")))
@@ -245,7 +245,7 @@ def cross_entropy_rows(
     scale: float,
     teacher_scale: float,
     MEETS: tl.constexpr,
-    SLOPED: tl.constexpr,
+    NEEDS_GRADIENT: tl.constexpr,
     WATCHED: tl.constexpr,
     BLOCK: tl.constexpr,
 ) -> None:
@@ -255,9 +255,9 @@ def cross_entropy_rows(
     """
     program = tl.program_id(0).to(tl.int64)
     row, view = program // views, program % views
-    mine = student + (view * rows + row) * prototypes
+    student_row = student + (view * rows + row) * prototypes
     columns = tl.arange(0, BLOCK)
-    own_norm = _row_norm(mine, potential, prototypes, scale, False, BLOCK)
+    own_norm = _row_norm(student_row, potential, prototypes, scale, False, BLOCK)
     share = tl.load(weight + row)
     met = 0.0
     for i in tl.static_range(len(MEETS)):
@@ -271,14 +271,14 @@ def cross_entropy_rows(
     for start in range(0, prototypes, BLOCK):
         column = start + columns
         inside = column < prototypes
-        x = tl.load(mine + column, mask=inside, other=0.0).to(tl.float32) * scale
+        x = tl.load(student_row + column, mask=inside, other=0.0).to(tl.float32) * scale
         shift = tl.load(potential + column, mask=inside, other=0.0)
         target = tl.zeros([BLOCK], tl.float32)
         for i in tl.static_range(len(MEETS)):
             if MEETS[i] != 0.0:
                 its = i * rows + row
-                wanted = tl.load(teacher + its * prototypes + column, mask=inside, other=0.0).to(tl.float32)
-                target += tl.exp(wanted * teacher_scale + shift - tl.load(norm + its)) * MEETS[i]
+                soft_target = tl.load(teacher + its * prototypes + column, mask=inside, other=0.0).to(tl.float32)
+                target += tl.exp(soft_target * teacher_scale + shift - tl.load(norm + its)) * MEETS[i]
         target = tl.where(inside, target, 0.0)
         product += target * x
         if WATCHED:
@@ -288,14 +288,14 @@ def cross_entropy_rows(
             target_inside = tl.where(inside, target, float("-inf"))
             choice_target = tl.where(target_inside > best_target, column, choice_target)
             best_target = tl.maximum(best_target, target_inside)
-        if SLOPED:
-            slope = (tl.exp(x - own_norm) * met - target) * (share * scale)
-            tl.store(mine + column, slope.to(student.dtype.element_ty), mask=inside)
-    place = row * views + view
-    tl.store(each + place, (met * own_norm - tl.sum(product, 0)) * share)
+        if NEEDS_GRADIENT:
+            gradient = (tl.exp(x - own_norm) * met - target) * (share * scale)
+            tl.store(student_row + column, gradient.to(student.dtype.element_ty), mask=inside)
+    index = row * views + view
+    tl.store(each + index, (met * own_norm - tl.sum(product, 0)) * share)
     if WATCHED:
         same = _first(best, choice, prototypes) == _first(best_target, choice_target, prototypes)
-        tl.store(agreed + place, same.to(tl.int32))
+        tl.store(agreed + index, same.to(tl.int32))
 
 
 @triton.jit

@@ -79,11 +79,11 @@ def potential_over_pieces(
 def _potential(
     pieces: Callable[[], Iterable[Tensor | Products]], zeros: Tensor, iterations: int, group: dist.ProcessGroup | None
 ) -> Tensor:
-    potential, given = zeros, pieces()
-    kept = tuple(map(_exponentiated, given)) if isinstance(given, tuple) else None
+    potential, parts = zeros, pieces()
+    kept = tuple(map(_exponentiated, parts)) if isinstance(parts, tuple) else None
     for iteration in range(iterations):
         peak, total = torch.full_like(zeros, -torch.inf), torch.zeros_like(zeros)
-        for piece in kept if kept is not None else map(_exponentiated, pieces() if iteration else given):
+        for piece in kept if kept is not None else map(_exponentiated, pieces() if iteration else parts):
             if len(piece.logits if isinstance(piece, Products) else piece[0]):
                 peak, total = _taken_in(piece, potential if iteration else None, peak, total)
         potential = -_across_ranks(peak, total, group)
@@ -112,23 +112,23 @@ def _exponentiated(piece: Tensor | Products) -> _Plan | _Logits | Products:
     return _Plan(piece.sub_(top).exp_(), top) if float(top - least) < _RANGE else _Logits(piece)
 
 
-def _taken_in(given: _Plan | _Logits | Products, potential: Tensor | None, peak: Tensor, total: Tensor) -> tuple[Tensor, Tensor]:
+def _taken_in(rows: _Plan | _Logits | Products, potential: Tensor | None, peak: Tensor, total: Tensor) -> tuple[Tensor, Tensor]:
     """Adds rows to the columns' sums ``exp(peak) * total``; with a potential the rows are first normalized to sum to one."""
-    if isinstance(given, _Plan):
+    if isinstance(rows, _Plan):
         if potential is None:
-            sums, top = given.numbers.sum(0), given.top
+            sums, top = rows.numbers.sum(0), rows.top
         else:
             top = -potential.max()
-            scale = (potential + top).exp_().to(given.numbers.dtype)
-            sums = (given.numbers @ scale).reciprocal_() @ given.numbers
+            scale = (potential + top).exp_().to(rows.numbers.dtype)
+            sums = (rows.numbers @ scale).reciprocal_() @ rows.numbers
         higher = torch.maximum(peak, top)
         return higher, total * (peak - higher).exp_() + sums * (top - higher).exp_()
-    if isinstance(given, Products):
+    if isinstance(rows, Products):
         from pipeline.losses.prototypes_triton import take_in
 
-        take_in(given.logits, given.temperature, potential, peak, total)
+        take_in(rows.logits, rows.temperature, potential, peak, total)
         return peak, total
-    piece = given.numbers
+    piece = rows.numbers
     if potential is not None:
         piece = piece - torch.logsumexp(piece + potential, dim=1, keepdim=True)
     higher = torch.maximum(peak, piece.amax(0))

@@ -48,18 +48,18 @@ class _TokenCrossEntropy(torch.autograd.Function):
         wide = torch.float64 if hidden.dtype == torch.float64 else torch.float32
         matrix = vocabulary.to(hidden.dtype)
         total = torch.zeros((), dtype=wide, device=hidden.device)
-        sloped = any(ctx.needs_input_grad[:2])
-        d_hidden = torch.empty_like(hidden) if sloped else None
-        d_vocabulary = torch.zeros_like(vocabulary, dtype=wide) if sloped else None
+        needs_gradient = any(ctx.needs_input_grad[:2])
+        d_hidden = torch.empty_like(hidden) if needs_gradient else None
+        d_vocabulary = torch.zeros_like(vocabulary, dtype=wide) if needs_gradient else None
         for low in range(0, len(hidden), rows):
-            part, wanted = hidden[low : low + rows], targets[low : low + rows, None]
+            part, target = hidden[low : low + rows], targets[low : low + rows, None]
             log_p = F.log_softmax((part @ matrix.T).to(wide), dim=1)
-            total -= log_p.gather(1, wanted).sum()
+            total -= log_p.gather(1, target).sum()
             if d_hidden is not None and d_vocabulary is not None:
-                slope = log_p.exp_().scatter_add_(1, wanted, -torch.ones_like(wanted, dtype=wide)).to(hidden.dtype)
-                d_hidden[low : low + rows] = slope @ matrix
-                d_vocabulary += slope.T @ part
-        if sloped:
+                gradient = log_p.exp_().scatter_add_(1, target, -torch.ones_like(target, dtype=wide)).to(hidden.dtype)
+                d_hidden[low : low + rows] = gradient @ matrix
+                d_vocabulary += gradient.T @ part
+        if needs_gradient:
             ctx.save_for_backward(d_hidden, d_vocabulary)
             ctx.kind = vocabulary.dtype
         return total

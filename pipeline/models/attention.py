@@ -34,7 +34,7 @@ def with_attention(tower: VisionTower, images: Tensor, *, layers: Literal["all",
         raise ConfigError(
             "the class token's attention cannot be read from this tower",
             where="model",
-            hint="choose a tower with learned positions",
+            hint="Choose a tower with learned positions",
         )
     rows: list[Tensor] = []
     hooks = [block.attn.qkv.register_forward_hook(_reader(block.attn, tower.vit.num_prefix_tokens, rows)) for block in blocks]
@@ -78,9 +78,9 @@ def kept_and_removed(
     """
     if cells and grid % 2:
         raise ConfigError(
-            f"a grid of {grid} patches a side has no cells of 2 x 2",
+            f"a grid of {grid} patches per side is not divisible into cells of 2 x 2",
             where="method.mask_unit",
-            hint="choose patch, or another size",
+            hint="Choose patch, or another size",
         )
     scores = attention.unflatten(1, (grid, grid))
     if cells:

@@ -76,8 +76,8 @@ class Pooler(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """``[batch, tokens, width]`` to ``[batch, queries, width]``."""
         keys, values = self.key_value(self.norm(x)).chunk(2, dim=2)
-        asked = self.query(self.norm_own(self.queries)).expand(len(x), -1, -1)
-        pooled: Tensor = self.norm_out(self.proj(attend(asked, keys, values, heads=self.heads)))
+        queries = self.query(self.norm_own(self.queries)).expand(len(x), -1, -1)
+        pooled: Tensor = self.norm_out(self.proj(attend(queries, keys, values, heads=self.heads)))
         return pooled
 
 
@@ -156,8 +156,8 @@ class CaptionTower(TextTower):
             states = self._through(block, states, causal(length, tokens.device), picture)
         return features, states
 
-    def _through(self, block: nn.Module, *given: Tensor) -> Tensor:
-        out: Tensor = checkpoint(block, *given, use_reentrant=False) if self.checkpointing else block(*given)
+    def _through(self, block: nn.Module, *inputs: Tensor) -> Tensor:
+        out: Tensor = checkpoint(block, *inputs, use_reentrant=False) if self.checkpointing else block(*inputs)
         return out
 
     @override
@@ -213,7 +213,7 @@ def causal(length: int, device: torch.device) -> Tensor:
     return torch.ones(length, length, dtype=torch.bool, device=device).tril()[None, None]
 
 
-def last_place(tokens: Tensor, end: int = END) -> Tensor:
+def last_position(tokens: Tensor, end: int = END) -> Tensor:
     """Position of the first end token, int64 ``[batch]``; the last position of a text without one."""
     ends = tokens == end
     return torch.where(ends.any(1), ends.int().argmax(1), tokens.shape[1] - 1)
@@ -221,4 +221,4 @@ def last_place(tokens: Tensor, end: int = END) -> Tensor:
 
 def inside(tokens: Tensor, end: int = END) -> Tensor:
     """Bool ``[batch, length]``: text up to and including its first end token; all that follows is padding, whatever its value."""
-    return torch.arange(tokens.shape[1], device=tokens.device) <= last_place(tokens, end)[:, None]
+    return torch.arange(tokens.shape[1], device=tokens.device) <= last_position(tokens, end)[:, None]

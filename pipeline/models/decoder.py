@@ -26,7 +26,7 @@ class Decoder(nn.Module):
         super().__init__()
         if width % heads or width % 4:
             raise ConfigError(
-                f"a decoder of width {width} over {heads} heads", where="method.decoder_heads", hint="choose sizes that divide"
+                f"width {width} is not divisible by {heads} heads", where="method.decoder_heads", hint="Choose sizes that divide"
             )
         self.embed = nn.Linear(width, width)
         self.mask_token = nn.Parameter(torch.empty(1, 1, width))
@@ -56,7 +56,7 @@ class Decoder(nn.Module):
             ``[batch, removed, 3 * patch * patch]`` in the order of ``removed``.
         """
         if tokens.kept is None:
-            raise ConfigError("nothing was removed from the tokens", where="Decoder", hint="pass the tower what to keep")
+            raise ConfigError("no token was masked", where="Decoder", hint="Pass the encoder the mask")
         kept = self.embed(tokens.patches)
         batch, width, count = len(kept), kept.shape[2], kept.shape[1] + removed.shape[1]
         hidden = self.mask_token.to(kept.dtype).expand(batch, removed.shape[1], width)

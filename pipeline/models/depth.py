@@ -50,9 +50,9 @@ def set_stochastic_depth(
             continue
         if type(block) not in (Block, EvaBlock):
             raise ConfigError(
-                f"blocks of the kind {type(block).__name__} cannot leave samples out of a branch",
+                f"{type(block).__name__} blocks cannot drop samples from a branch",
                 where="model.batched_drop_path",
-                hint="set it to false",
+                hint="Set it to false",
             )
         block.drop_path1, block.drop_path2 = nn.Identity(), nn.Identity()
         block.dropped = own
@@ -61,8 +61,8 @@ def set_stochastic_depth(
 
 def _some_rows(block: Any, x: Tensor, **attention: Any) -> Tensor:
     if not block.training:
-        whole: Tensor = type(block).forward(block, x, **attention)
-        return whole
+        output: Tensor = type(block).forward(block, x, **attention)
+        return output
     scales = branch_scales(block)
     batch, kept = len(x), kept_rows(len(x), block.dropped)
 
@@ -75,12 +75,12 @@ def _some_rows(block: Any, x: Tensor, **attention: Any) -> Tensor:
     return x.index_add(0, rows, branch.to(x.dtype), alpha=batch / kept)
 
 
-def whole_block(block: Any, x: Tensor, **attention: Any) -> Tensor:
+def run_block(block: Any, x: Tensor, **attention: Any) -> Tensor:
     """A block's forward pass over all tokens, with its drop rate."""
     if hasattr(block, "dropped"):
         return _some_rows(block, x, **attention)
-    whole: Tensor = type(block).forward(block, x, **attention)
-    return whole
+    output: Tensor = type(block).forward(block, x, **attention)
+    return output
 
 
 def branch_scales(block: Any) -> tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]:

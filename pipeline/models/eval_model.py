@@ -45,24 +45,24 @@ class EvalModel:
     images: Callable[[Tensor], Tensor] | None = None
     texts: Callable[[list[str]], Tensor] | None = None
 
-    def tokens(self, pictures: Tensor) -> Any:
+    def tokens(self, images: Tensor) -> Any:
         """Class token and patch tokens, see :class:`Tower`."""
-        with torch.autocast(pictures.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
-            return self.tower(pictures)
+        with torch.autocast(images.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
+            return self.tower(images)
 
-    def cls(self, pictures: Tensor) -> Tensor:
+    def cls(self, images: Tensor) -> Tensor:
         """Class tokens ``[n, width]``."""
-        found: Tensor = self.tokens(pictures).cls
-        return found
+        cls: Tensor = self.tokens(images).cls
+        return cls
 
-    def embedded(self, pictures: Tensor) -> Tensor:
+    def embedded(self, images: Tensor) -> Tensor:
         """Image features ``[n, embed]`` in the joint image-text space; class tokens if the model has no text encoder."""
         if self.images is None:
-            return self.cls(pictures)
-        with torch.autocast(pictures.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
-            return self.images(pictures)
+            return self.cls(images)
+        with torch.autocast(images.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
+            return self.images(images)
 
-    def layers(self, pictures: Tensor, last: int) -> Tensor:
+    def layers(self, images: Tensor, last: int) -> Tensor:
         """Features of the last blocks, ``[n, last, 2, width]`` fp32: class token and mean of the patch tokens, in block order,
         each normalized to mean 0 and standard deviation 1 over its channels.
         """
@@ -77,7 +77,7 @@ class EvalModel:
         handles = [block.register_forward_hook(keep) for block in blocks]
         try:
             with uncompiled(blocks):
-                self.tokens(pictures)
+                self.tokens(images)
         finally:
             for handle in handles:
                 handle.remove()

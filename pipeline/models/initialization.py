@@ -37,7 +37,9 @@ def initialize_transformer(vit: Any, settings: ModelSettings) -> None:
     if isinstance(vit, Eva):
         if settings.init not in ("timm", "dino"):
             raise ConfigError(
-                f"a rotary tower has no start after {settings.init}", where="model.init", hint="set it to timm, which is DINOv3's"
+                f"{settings.init}'s initialization does not apply to a tower with rotary positions",
+                where="model.init",
+                hint="Set it to timm, which is DINOv3's",
             )
         return
     if settings.init == "dino":
@@ -50,9 +52,9 @@ def initialize_transformer(vit: Any, settings: ModelSettings) -> None:
         _open_clip(vit)
     elif settings.init != "timm":
         raise ConfigError(
-            f"{settings.init} trained a ResNet: there is no start of a vision transformer after it",
+            f"{settings.init}'s initialization applies to a ResNet, not to a vision transformer",
             where="model.init",
-            hint="choose timm, dino, mocov3 or open_clip",
+            hint="Choose timm, dino, mocov3 or open_clip",
         )
 
 
@@ -66,7 +68,7 @@ def initialize_resnet(net: Any, settings: ModelSettings) -> None:
         ConfigError: ``model.init`` is for transformers only.
     """
     if settings.init == "open_clip":
-        raise ConfigError("a ResNet has no start after open_clip", where="model.init", hint="choose timm")
+        raise ConfigError("open_clip's initialization does not apply to a ResNet", where="model.init", hint="Choose timm")
     if settings.init in ("timm", "dino"):
         return
     for module in net.modules():

@@ -60,7 +60,7 @@ def _norm(norm: Norm, width: int, *, affine: bool = True) -> list[nn.Module]:
     return [nn.LayerNorm(width, elementwise_affine=affine)] if norm == "layer" else []
 
 
-class PairJudge(nn.Module):
+class PairClassifier(nn.Module):
     """LoGo's regressor: the logit that two features are of one image.
 
     Args:

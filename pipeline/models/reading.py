@@ -14,7 +14,7 @@ from timm.models.eva import EvaBlock
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
-from pipeline.models.depth import branch_scales, kept_rows, whole_block
+from pipeline.models.depth import branch_scales, kept_rows, run_block
 
 
 def read_some(block: Any) -> bool:
@@ -52,7 +52,7 @@ def _project(projection: Any, x: Tensor) -> Tensor:
 
 def _forward(block: Any, x: Tensor, read: Tensor | None = None, **attention: Any) -> Tensor:
     if read is None:
-        return whole_block(block, x, **attention)
+        return run_block(block, x, **attention)
     batch, tokens, _ = x.shape
     sample, token = read // tokens, read % tokens
     scales = branch_scales(block)
@@ -61,9 +61,9 @@ def _forward(block: Any, x: Tensor, read: Tensor | None = None, **attention: Any
     if rows is None:
         branch = _attend(block, x, read, attention)
     else:
-        place = rows.new_zeros(batch).index_copy_(0, rows, torch.arange(len(rows), device=x.device))
+        position = rows.new_zeros(batch).index_copy_(0, rows, torch.arange(len(rows), device=x.device))
         own = {key: v[rows] if isinstance(v, Tensor) and v.ndim > 2 and len(v) == batch else v for key, v in attention.items()}
-        branch = _attend(block, x[rows], place[sample] * tokens + token, own)
+        branch = _attend(block, x[rows], position[sample] * tokens + token, own)
     x = x.flatten(0, 1)[read]
     x = x + (weight[sample] * scales[0](branch)).to(x.dtype)
     _, weight = _drawn(block, block.drop_path2, x.new_empty(batch, 1))

@@ -53,7 +53,7 @@ def build_trunk(settings: ModelSettings, *, image_size: int) -> Tower:
         return build_tower(settings, image_size=image_size)
     if not timm.is_model(name) or timm.models.model_entrypoint(name).__module__ != "timm.models.resnet":
         raise ConfigError(
-            f"timm has no plain ResNet {name!r}", where="model.timm_name", hint="choose resnet18, resnet34 or resnet50"
+            f"timm has no plain ResNet {name!r}", where="model.timm_name", hint="Choose resnet18, resnet34 or resnet50"
         )
     args: dict[str, Any] = {"num_classes": 0, "zero_init_last": False}
     net = timm.create_model(name, pretrained=False, norm_layer=GlobalBatchNorm, drop_path_rate=settings.drop_path, **args)
@@ -61,9 +61,9 @@ def build_trunk(settings: ModelSettings, *, image_size: int) -> Tower:
     if small:
         if not isinstance(net.conv1, nn.Conv2d):
             raise ConfigError(
-                f"the deep stem of {name!r} cannot be made a small one",
+                f"the deep stem of {name!r} cannot be replaced by a small one",
                 where="model.stem",
-                hint="set model.stem=patch, or choose resnet18, resnet34 or resnet50",
+                hint="Set model.stem=patch, or choose resnet18, resnet34 or resnet50",
             )
         net.conv1 = nn.Conv2d(3, net.conv1.out_channels, 3, padding=1, bias=False)
         nn.init.kaiming_normal_(net.conv1.weight, mode="fan_out", nonlinearity="relu")
@@ -80,7 +80,7 @@ def freeze_patches(tower: Tower) -> None:
         ConfigError: the tower has no patch embedding.
     """
     if not isinstance(tower, VisionTower):
-        raise ConfigError("a ResNet has no patch embedding", where="method.freeze_patches", hint="set it to false")
+        raise ConfigError("a ResNet has no patch embedding", where="method.freeze_patches", hint="Set it to false")
     tower.vit.patch_embed.requires_grad_(False)
 
 
@@ -91,13 +91,13 @@ def fix_positions(tower: Tower) -> None:
     Raises:
         ConfigError: the tower has no learned positions, or its width is not divisible by 4.
     """
-    where = {"where": "method.pos_embed", "hint": "set method.pos_embed=learned"}
+    where = {"where": "method.pos_embed", "hint": "Set method.pos_embed=learned"}
     if not isinstance(tower, VisionTower) or tower.vit.pos_embed is None:
-        raise ConfigError("the tower has no positions to fix", **where)
+        raise ConfigError("a ResNet has no position embeddings", **where)
     positions = tower.vit.pos_embed
     (rows, columns), width = tower.vit.patch_embed.grid_size, tower.width
     if width % 4:
-        raise ConfigError(f"a width of {width} does not hold sine and cosine of two axes", **where)
+        raise ConfigError(f"a width of {width} is not divisible by 4 (sine and cosine of two axes)", **where)
     frequency = 10000.0 ** -(torch.arange(width // 4, dtype=torch.float64) / (width // 4))
     y, x = torch.meshgrid(torch.arange(rows, dtype=torch.float64), torch.arange(columns, dtype=torch.float64), indexing="ij")
     angles = [axis.flatten()[:, None] * frequency for axis in (x, y)]

@@ -82,5 +82,5 @@ class ModelSettings(Settings):
     @property
     def patch_side(self) -> int | None:
         """Patch side in pixels, read from the timm name if that is set; None if it cannot be determined."""
-        found = re.search(r"patch(\d+)", self.timm_name) if self.timm_name else None
-        return int(found[1]) if found else self.patch_size
+        match = re.search(r"patch(\d+)", self.timm_name) if self.timm_name else None
+        return int(match[1]) if match else self.patch_size

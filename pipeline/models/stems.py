@@ -24,7 +24,9 @@ def conv_stem(patch: int, width: int) -> Callable[..., nn.Module]:
     """
     halvings = int(math.log2(patch)) if patch > 0 else 0
     if patch != 2**halvings or halvings < 1:
-        raise ConfigError(f"a conv stem of patch {patch}", where="model.patch_size", hint="choose 2, 4, 8, 16 or 32")
+        raise ConfigError(
+            f"{patch} is not a patch size of the convolutional stem", where="model.patch_size", hint="Choose 2, 4, 8, 16 or 32"
+        )
     channels = tuple(width // 2 ** (halvings - i) for i in range(halvings))
 
     def embed(**kwargs: Any) -> nn.Module:

@@ -29,7 +29,7 @@ _ENTRIES = 1_000_000  # maximum entries of all containers of a file; a container
 _ZIP = b"PK\x03\x04"
 _ZEROS = b"bytearray\n"  # type name in a pickle, which torch allows: a few bytes could request any amount of memory
 _FORCE = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
-_HINT = "download it again, or convert it to safetensors where it is trusted"
+_HINT = "Download it again, or convert it to safetensors where it is trusted"
 
 
 @contextlib.contextmanager
@@ -44,7 +44,7 @@ def opened(path: Path) -> Iterator[Any]:
         with safe_open(path, framework="pt") as file:
             yield file
     except (OSError, SafetensorError, ValueError, OverflowError, MemoryError) as error:
-        raise CheckpointError(f"it cannot be read as tensors ({reason(error)})", where=printable(str(path)), hint=_HINT) from None
+        raise CheckpointError(f"cannot be read as tensors ({reason(error)})", where=printable(str(path)), hint=_HINT) from None
 
 
 def read_tensors(path: Path, *, shapes_only: bool = False) -> dict[str, Any]:
@@ -72,9 +72,9 @@ def read_tensors(path: Path, *, shapes_only: bool = False) -> dict[str, Any]:
     except CheckpointError:
         raise
     except Exception as error:  # parsing foreign bytes can raise anything
-        raise CheckpointError(f"it cannot be read as tensors ({reason(error)})", where=printable(str(path)), hint=_HINT) from None
+        raise CheckpointError(f"cannot be read as tensors ({reason(error)})", where=printable(str(path)), hint=_HINT) from None
     if not isinstance(state, Mapping):
-        raise CheckpointError("it holds no tensors by name", where=printable(str(path)), hint="give a state dict")
+        raise CheckpointError("contains no named tensors", where=printable(str(path)), hint="Give a state dict")
     return _plain(state, str(path), _DEPTH, itertools.count())
 
 
@@ -86,14 +86,12 @@ def _check_pickle(path: Path) -> None:
         with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
             archive = content[: len(_ZIP)] == _ZIP
             if content.find(_ZEROS) >= 0:
-                raise CheckpointError("it holds a byte array, which is no tensor", where=printable(str(path)), hint=_HINT)
+                raise CheckpointError("contains a byte array, which is not a tensor", where=printable(str(path)), hint=_HINT)
         if archive:
             with zipfile.ZipFile(file) as opened_archive:
                 members = opened_archive.infolist()
             if any(m.compress_type for m in members) or sum(m.file_size for m in members) > os.fstat(file.fileno()).st_size:
-                raise CheckpointError(
-                    "it is a compressed archive, which torch never writes", where=printable(str(path)), hint=_HINT
-                )
+                raise CheckpointError("is a compressed archive, which torch never writes", where=printable(str(path)), hint=_HINT)
 
 
 def read_folder(folder: Path, names: tuple[str, ...]) -> dict[str, Any]:
@@ -113,7 +111,9 @@ def read_folder(folder: Path, names: tuple[str, ...]) -> dict[str, Any]:
         index = folder / f"{name}.index.json"
         if index.exists():
             return _read_shards(folder, index)
-    raise CheckpointError("it holds no weights", where=printable(str(folder)), hint=f"it should have one of {', '.join(names)}")
+    raise CheckpointError(
+        "contains no weights", where=printable(str(folder)), hint=f"Name a folder with one of {', '.join(names)}"
+    )
 
 
 def _read_shards(folder: Path, index: Path) -> dict[str, Any]:
@@ -121,7 +121,7 @@ def _read_shards(folder: Path, index: Path) -> dict[str, Any]:
     table = document.get("weight_map") if isinstance(document, dict) else None
     files = set(table.values()) if isinstance(table, dict) and all(isinstance(v, str) for v in table.values()) else set()
     if not 0 < len(files) <= MAX_SHARDS:
-        raise CheckpointError("must list the files of weights", where=printable(str(index)), hint="download the folder again")
+        raise CheckpointError("must list the weight files", where=printable(str(index)), hint="Download the folder again")
     state: dict[str, Any] = {}
     for name in sorted(files):
         state |= read_tensors(folder / plain_name(name, where=str(index), error=CheckpointError))
@@ -133,7 +133,7 @@ def _plain(state: Mapping[Any, Any], where: str, depth: int, seen: Iterator[int]
     kept: dict[str, Any] = {}
     for name, value in state.items():
         if next(seen) >= _ENTRIES:
-            raise CheckpointError(f"its containers hold more than {_ENTRIES} entries", where=printable(where), hint=_HINT)
+            raise CheckpointError(f"its containers have more than {_ENTRIES} entries", where=printable(where), hint=_HINT)
         if not isinstance(name, str):
             continue  # optimizer state
         if isinstance(value, Mapping):
@@ -148,8 +148,8 @@ def _plain(state: Mapping[Any, Any], where: str, depth: int, seen: Iterator[int]
 
 
 def _dense(tensor: Tensor, name: str, where: str) -> Tensor:
-    whole = tensor.layout is torch.strided and not tensor.is_quantized
-    if not whole or (not tensor.is_meta and tensor.nbytes > tensor.untyped_storage().nbytes()):
+    is_dense = tensor.layout is torch.strided and not tensor.is_quantized
+    if not is_dense or (not tensor.is_meta and tensor.nbytes > tensor.untyped_storage().nbytes()):
         raise CheckpointError(
             f"the tensor {printable(name, limit=80)} must be dense, with a value in the file for each element",
             where=printable(where),

@@ -99,7 +99,9 @@ class TextTower(nn.Module):
     ) -> None:
         super().__init__()
         if width % heads:
-            raise ConfigError(f"text width {width} over {heads} heads", where="method.text", hint="choose sizes that divide")
+            raise ConfigError(
+                f"text width {width} is not divisible by {heads} heads", where="method.text", hint="Choose sizes that divide"
+            )
         self.end, self.checkpointing = end, False
         self.tokens = nn.Embedding(vocabulary, width)
         self.positions = nn.Parameter(torch.empty(context, width))
@@ -128,9 +130,9 @@ class TextTower(nn.Module):
         """
         x = self.tokens(tokens) + self.positions[: tokens.shape[1]]
         ends = tokens == self.end
-        place = torch.where(ends.any(1), ends.int().argmax(1), tokens.shape[1] - 1)[:, None]
+        last = torch.where(ends.any(1), ends.int().argmax(1), tokens.shape[1] - 1)[:, None]
         for block in self.blocks:
-            read = place if block is self.blocks[-1] else None
+            read = last if block is self.blocks[-1] else None
             x = checkpoint(block, x, read, use_reentrant=False) if self.checkpointing else block(x, read)
         features: Tensor = self.projection(self.norm(x[:, 0]))
         return features
@@ -164,7 +166,7 @@ class LogitScale(nn.Module):
         super().__init__()
         if not 1.0 <= scale <= largest:
             raise ConfigError(
-                f"a scale of {scale} is not within 1 and {largest}", where="method.init_logit_scale", hint="choose another"
+                f"a scale of {scale} is not between 1 and {largest}", where="method.init_logit_scale", hint="Choose another scale"
             )
         self.log_scale = nn.Parameter(torch.tensor([math.log(scale)], dtype=torch.float32))
         self.bias = nn.Parameter(torch.tensor([bias], dtype=torch.float32)) if bias is not None else None
@@ -218,31 +220,33 @@ def from_open_clip(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     custom = any(name.startswith("text.") for name in state)
     texts = {name.removeprefix("text."): t for name, t in state.items() if not custom or name.startswith("text.")}
     if "token_embedding.weight" not in texts or "text_projection" not in texts:
-        raise CheckpointError("holds no text tower of open_clip", where="text weights", hint="name a CLIP checkpoint")
+        raise CheckpointError("contains no open_clip text tower", where="text weights", hint="Name a CLIP checkpoint")
     try:
-        found = {ours: texts[theirs] for theirs, ours in _OUTER.items()}
-        found["projection.weight"] = texts["text_projection"].T.contiguous()
+        converted = {ours: texts[theirs] for theirs, ours in _OUTER.items()}
+        converted["projection.weight"] = texts["text_projection"].T.contiguous()
         for block in count():
             prefix = f"transformer.resblocks.{block}."
             if f"{prefix}ln_1.weight" not in texts:
                 break
-            found |= {f"blocks.{block}.{ours}": texts[prefix + theirs] for theirs, ours in _INNER.items()}
+            converted |= {f"blocks.{block}.{ours}": texts[prefix + theirs] for theirs, ours in _INNER.items()}
     except KeyError as error:
         raise CheckpointError(
-            f"a tensor of the text tower is missing: {error.args[0]}", where="text weights", hint="name a whole CLIP checkpoint"
+            f"a tensor of the text tower is missing: {error.args[0]}",
+            where="text weights",
+            hint="Name a complete CLIP checkpoint",
         ) from None
-    return found
+    return converted
 
 
 def to_open_clip(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The inverse of :func:`from_open_clip`, in the layout with ``text.``."""
-    found = {}
+    converted = {}
     for name, tensor in state.items():
         inner = re.fullmatch(r"blocks\.(\d+)\.(.+)", name)
         if name == "projection.weight":
-            found["text.text_projection"] = tensor.T.contiguous()
+            converted["text.text_projection"] = tensor.T.contiguous()
         elif inner:
-            found[f"text.transformer.resblocks.{inner[1]}.{_THEIRS[inner[2]]}"] = tensor
+            converted[f"text.transformer.resblocks.{inner[1]}.{_THEIRS[inner[2]]}"] = tensor
         else:
-            found[f"text.{_THEIRS[name]}"] = tensor
-    return found
+            converted[f"text.{_THEIRS[name]}"] = tensor
+    return converted

@@ -19,7 +19,7 @@ def load_text(tower: TextTower, file: Path) -> None:
         CheckpointError: the file cannot be read, or names or shapes differ.
     """
     if file.suffix != ".safetensors":
-        raise CheckpointError("initial weights must be a safetensors file", where=str(file), hint="name a safetensors file")
+        raise CheckpointError("initial weights must be a safetensors file", where=str(file), hint="Name a safetensors file")
     state = read_tensors(file)
     own = {name.removeprefix("text_tower."): tensor for name, tensor in state.items() if name.startswith("text_tower.")} or state
     _fill(tower, own if "tokens.weight" in own else from_open_clip(state), file)
@@ -30,8 +30,8 @@ def _fill(module: nn.Module, state: Mapping[str, Tensor], file: Path) -> None:
     wrong = sorted(own.keys() ^ state.keys()) or [name for name in own if own[name].shape != state[name].shape]
     if wrong:
         raise CheckpointError(
-            f"{len(wrong)} tensors do not fit, the first is {wrong[0]!r}",
+            f"{len(wrong)} tensors do not match, the first is {wrong[0]!r}",
             where=str(file),
-            hint="choose method.text.* and method.embed_dim as the weights were trained with",
+            hint="Choose method.text.* and method.embed_dim as the weights were trained with",
         )
     module.load_state_dict(dict(state))

@@ -60,21 +60,21 @@ class VisionTower(nn.Module):
         super().__init__()
         if class_position and (isinstance(vit, Eva) or vit.pos_embed is None or not vit.no_embed_class):
             raise ConfigError(
-                "this tower's class token has its position already, or none",
+                "this tower's class token has a position already, or there is none",
                 where="model.cls_pos_embed",
-                hint="set it to false, or model.registers above 0 with learned positions",
+                hint="Set it to false, or model.registers above 0 with learned positions",
             )
         if vit.cls_token is None or not vit.dynamic_img_size or not isinstance(vit.head, nn.Identity):
             raise ConfigError(
                 "a tower needs a class token, dynamic_img_size=True and num_classes=0",
                 where=f"model.timm_name={timm_name!r}",
-                hint="choose a timm ViT with a class token, such as vit_small_patch16_224",
+                hint="Choose a timm ViT with a class token, such as vit_small_patch16_224",
             )
         if isinstance(vit, Eva) and (vit.rope_mixed or (vit.pos_embed is not None and resampling != "antialias")):
             raise ConfigError(
-                "learned rotary frequencies, or resampling of learned positions in another form than timm's",
+                "does not support learned rotary frequencies, or resampling of learned positions other than timm's",
                 where=f"model.timm_name={timm_name!r}",
-                hint="choose a model with fixed rotary positions, and leave model.pos_embed_interpolation=antialias",
+                hint="Choose a model with fixed rotary positions, and leave model.pos_embed_interpolation=antialias",
             )
         vit.forward = MethodType(_walk, vit)
         vit.reads_some = read_some(vit.blocks[-1])
@@ -251,15 +251,15 @@ def _timm_call(settings: ModelSettings, image_size: int) -> tuple[str, dict[str,
     width, depth, heads, patch = settings.embed_dim, settings.depth, settings.num_heads, settings.patch_size
     if width is None or depth is None or heads is None or patch is None:
         raise ConfigError(
-            "neither a timm name nor a whole architecture",
+            "neither a timm name nor a complete architecture",
             where="model",
-            hint="set model.timm_name, or embed_dim, depth, num_heads and patch_size",
+            hint="Set model.timm_name, or embed_dim, depth, num_heads and patch_size",
         )
     if width % heads or image_size % patch:
         raise ConfigError(
-            f"width {width} over {heads} heads, images of {image_size} px over patches of {patch} px",
+            f"width {width} must be divisible by {heads} heads, and images of {image_size} px by patches of {patch} px",
             where="model",
-            hint="choose sizes that divide",
+            hint="Choose sizes that divide",
         )
     args = common | {
         "patch_size": patch,
@@ -289,15 +289,15 @@ def _timm_call(settings: ModelSettings, image_size: int) -> tuple[str, dict[str,
 def _named(name: str, rotary: dict[str, float]) -> dict[str, Any]:
     """Keyword arguments for the timm model of this name, besides sizes."""
     if not timm.is_model(name):
-        raise ConfigError(f"timm has no model {name!r}", where="model.timm_name", hint="see timm.list_models('vit_*')")
+        raise ConfigError(f"timm has no model {name!r}", where="model.timm_name", hint="See timm.list_models('vit_*')")
     module = timm.models.model_entrypoint(name).__module__
     if module == Eva.__module__:
         return {"global_pool": "token", **rotary}
     if module != VisionTransformer.__module__:
         raise ConfigError(
-            f"{name!r} is no plain vision transformer",
+            f"{name!r} is not a plain vision transformer",
             where="model.timm_name",
-            hint="choose one of timm's vit_* models with a class token",
+            hint="Choose one of timm's vit_* models with a class token",
         )
     if rotary:
         raise _unturned()
@@ -306,18 +306,18 @@ def _named(name: str, rotary: dict[str, float]) -> dict[str, Any]:
 
 def _unturned() -> ConfigError:
     return ConfigError(
-        "rope_shift_coords, rope_jitter_coords and rope_rescale_coords move rotary positions, and this tower has none",
+        "rope_shift_coords, rope_jitter_coords and rope_rescale_coords apply to rotary positions only",
         where="model",
-        hint="set model.pos_embed=rope, or leave them null",
+        hint="Set model.pos_embed=rope, or leave them null",
     )
 
 
 def _check_rope(width: int, heads: int, stem: str) -> None:
     if width // heads % 4:
         raise ConfigError(
-            f"heads of width {width // heads} cannot hold two axes of rotary positions",
+            f"heads of width {width // heads} have no room for two axes of rotary positions",
             where="model.num_heads",
-            hint="choose heads whose width is a multiple of 4",
+            hint="Choose heads whose width is a multiple of 4",
         )
     if stem != "patch":
-        raise ConfigError("timm's rotary tower has no convolutional stem", where="model.stem", hint="set model.stem=patch")
+        raise ConfigError("timm's rotary model has no convolutional stem", where="model.stem", hint="Set model.stem=patch")

@@ -81,7 +81,7 @@ class Sample:
 
     @property
     def label_text(self) -> str:
-        """The class, in words."""
+        """The class as text."""
         return f"class {self.label}" if self.label >= 0 else "no class"
 
 
@@ -131,7 +131,7 @@ def gather(config: Config, inputs: Inputs, specs: tuple[ViewSpec, ...], count: i
         raise DataError(
             f"none of the first {len(records)} images can be decoded",
             where=", ".join(sorted({record.shard_name for record in records})),
-            hint="`fovea shards verify` lists all images that cannot be decoded",
+            hint="Run `fovea shards verify` to list all images that cannot be decoded",
         )
     augmenter = Augmenter(specs, batch_size=len(usable), threads=config.data.decode_threads, hue=config.method.augment.hue_space)
     plans = [_rows(plan, usable) for plan in portion.plan]

@@ -20,7 +20,8 @@ def claim(folder: Path, own: dict[str, Any]) -> bool:
 
     Args:
         folder: the attempt's log directory.
-        own: ``rank``, ``what``, ``code``, ``step`` and the fields of :func:`pipeline.errors.verdict`; the host name is added.
+        own: ``rank``, ``what``, ``code``, ``step`` and the fields of :func:`pipeline.errors.failure_fields`; the host name is
+            added.
     """
     node = os.environ.get("SLURMD_NODENAME") or socket.gethostname()
     temporary = folder / f".failure-{own['rank']}"
@@ -41,9 +42,9 @@ def claim(folder: Path, own: dict[str, Any]) -> bool:
 def claimed(folder: Path) -> dict[str, Any] | None:
     """Returns the record of the rank that failed first, if any."""
     try:
-        found = read_json(folder / NAME, limit=1 << 20)
+        document = read_json(folder / NAME, limit=1 << 20)
     except (OSError, DataError):
         return None
     types = {"rank": int, "what": str, "code": int, "kind": str, "step": int}
-    whole = isinstance(found, dict) and all(isinstance(found.get(key), kind) for key, kind in types.items())
-    return found if whole else None
+    is_complete = isinstance(document, dict) and all(isinstance(document.get(key), kind) for key, kind in types.items())
+    return document if is_complete else None

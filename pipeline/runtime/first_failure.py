@@ -17,7 +17,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from pipeline.errors import FoveaError, of_system, verdict
+from pipeline.errors import FoveaError, failure_fields, of_system
 from pipeline.masking import shown
 from pipeline.runtime import failure_claim as claims
 from pipeline.runtime.watchdog import RESTART, Watchdog
@@ -25,8 +25,8 @@ from pipeline.runtime.watchdog import RESTART, Watchdog
 _COLLECTIVE = ("gloo", "nccl", "connection closed by peer", "connection reset", "broken pipe", "timed out waiting", "tcpstore")
 _HOST_MEMORY = ("can't allocate memory", "cannot allocate memory", "not enough memory", "std::bad_alloc")
 _LESS = (
-    "lower train.micro_batch_size (now {micro_batch}; the mathematics stays where the method allows accumulation), "
-    "raise train.zero_stage (now {zero}), use activation checkpointing or more ranks; `fovea estimate` tells what fits"
+    "Lower train.micro_batch_size (now {micro_batch}; results are the same where the method allows accumulation), "
+    "raise train.zero_stage (now {zero}), use activation checkpointing or more ranks; `fovea estimate` shows what fits"
 )
 
 
@@ -61,65 +61,65 @@ def read(error: BaseException, facts: dict[str, Any]) -> Failure:
     if isinstance(error, torch.OutOfMemoryError):
         return Failure(f"out of GPU memory: {text[:300]}", _LESS.format(**facts))
     if isinstance(error, MemoryError) or any(sign in text.lower() for sign in _HOST_MEMORY):
-        hint = f"lower data.prefetch or data.num_workers, or {_LESS.format(**facts)}"
-        return Failure(f"out of memory of the machine: {text[:300] or type(error).__name__}", hint)
+        hint = f"Lower data.prefetch or data.num_workers. {_LESS.format(**facts)}"
+        return Failure(f"out of host memory: {text[:300] or type(error).__name__}", hint)
     if isinstance(error, OSError) and (known := of_system(error)) is not None:
         return Failure(str(known))
     broken = isinstance(error, dist.DistError) or (
         isinstance(error, RuntimeError) and any(sign in text.lower() for sign in _COLLECTIVE)
     )
     if broken:
-        return Failure(f"a collective broke ({text[:200]})", "the same command resumes", RESTART, because_of_others=True)
+        return Failure(f"a collective failed ({text[:200]})", "Resume with the same command", RESTART, because_of_others=True)
     return Failure(f"{type(error).__name__}: {text[:500]}", expected=False)
 
 
-def tell(error: BaseException, watchdog: Watchdog, facts: dict[str, Any]) -> int:
+def report_failure(error: BaseException, watchdog: Watchdog, facts: dict[str, Any]) -> int:
     """Reports the exception that ended this rank on stderr; returns the exit code."""
     failure = read(error, facts)
-    phase, step = watchdog.place
-    place = f"rank {watchdog.rank}, {phase}, step {step}"
+    phase, step = watchdog.position
+    position = f"rank {watchdog.rank}, {phase}, step {step}"
     what, hint = failure.what, failure.hint
     cause = claims.claimed(watchdog.folder) if not failure.because_of_others else _wait_for_claim(watchdog, 1.5)
     if failure.because_of_others and cause is None:
         timed_out = "timed out" in what.lower() or "timeout" in what.lower()
-        blamed, sentence = watchdog.verdict(waits=True)
+        blamed, sentence = watchdog.diagnose(waits=True)
         cause = claims.claimed(watchdog.folder)
         if blamed != [watchdog.rank] or timed_out:
             known = [rank for rank in blamed if rank != watchdog.rank]
             logs = f"; see the log of rank {known[0]} and of its machine" if known else ""
             reason = "a collective took longer than launch.timeout" if timed_out else "the connection to another rank broke"
-            what, hint = f"{reason}: {sentence}", f"the same command resumes{logs}"
-    own: dict[str, Any] = {"rank": watchdog.rank, "what": what, "code": failure.code, "step": step, **verdict(error)}
+            what, hint = f"{reason}: {sentence}", f"Resume with the same command{logs}"
+    own: dict[str, Any] = {"rank": watchdog.rank, "what": what, "code": failure.code, "step": step, **failure_fields(error)}
     if cause is None and claims.claim(watchdog.folder, own):
         if isinstance(error, OSError):
             with contextlib.suppress(OSError), watchdog.stacks.open("a") as file:
-                file.write(f"--- {place}\n{shown(''.join(traceback.format_exception(error)))}")
+                file.write(f"--- {position}\n{shown(''.join(traceback.format_exception(error)))}")
         if not failure.expected:
             print(shown("".join(traceback.format_exception(error))), file=sys.stderr, end="")
-        _say(f"error: {place}: {what}" + (f". {hint}" if hint else ""))
+        _print(f"error: {position}: {what}" + (f". {hint}" if hint else ""))
         return failure.code
     cause = cause or _wait_for_claim(watchdog, 1.0) or own
     with contextlib.suppress(OSError), watchdog.stacks.open("a") as file:
-        file.write(f"--- {place}\n{shown(''.join(traceback.format_exception(error)))}")
+        file.write(f"--- {position}\n{shown(''.join(traceback.format_exception(error)))}")
     time.sleep(0.5)  # so that the launcher sees the first failure first
     same = isinstance(error, FoveaError) and (cause["kind"], cause["step"]) == (
         own["kind"],
         own["step"],
     )  # all ranks raise it
     if failure.because_of_others or cause["what"] == what or same:
-        _say(f"rank {watchdog.rank} ends because of rank {cause['rank']}: {cause['what']}")
+        _print(f"rank {watchdog.rank} ends because of rank {cause['rank']}: {cause['what']}")
         return int(cause["code"])
-    _say(f"error: {place}, after rank {cause['rank']} had failed: {what}" + (f". {hint}" if hint else ""))
+    _print(f"error: {position}, after rank {cause['rank']} had failed: {what}" + (f". {hint}" if hint else ""))
     return failure.code
 
 
 def _wait_for_claim(watchdog: Watchdog, seconds: float) -> dict[str, Any] | None:
     end = time.monotonic() + seconds
-    while (found := claims.claimed(watchdog.folder)) is None and time.monotonic() < end:
+    while (claim := claims.claimed(watchdog.folder)) is None and time.monotonic() < end:
         time.sleep(0.05)
-    return found
+    return claim
 
 
-def _say(text: str) -> None:
+def _print(text: str) -> None:
     sys.stdout.flush()
     print(shown(text), file=sys.stderr, flush=True)

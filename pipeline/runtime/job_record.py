@@ -29,10 +29,10 @@ STOP, SAVE = "stop", "save"
 def read(path: Path) -> dict[str, Any]:
     """Reads a JSON object; empty if the file is missing or incomplete."""
     try:
-        found = read_json(path)
+        document = read_json(path)
     except (OSError, DataError):
         return {}
-    return found if isinstance(found, dict) else {}
+    return document if isinstance(document, dict) else {}
 
 
 def job(run: RunDirectory) -> dict[str, Any]:
@@ -40,7 +40,7 @@ def job(run: RunDirectory) -> dict[str, Any]:
     return read(run.path / "submit" / "job.json")
 
 
-def verdict(run: RunDirectory) -> dict[str, Any]:
+def final_state(run: RunDirectory) -> dict[str, Any]:
     """Returns the final ``state`` of the run (finished, stopped or failed) and ``why``; empty while it has not ended."""
     return read(run.path / "final_state.json")
 
@@ -61,7 +61,7 @@ def exclude(run: RunDirectory, nodes: dict[str, str]) -> None:
         run.write("excluded.json", {**excluded(run), **nodes})
 
 
-def ask(run: RunDirectory, what: str, reason: str) -> Path:
+def request(run: RunDirectory, what: str, reason: str) -> Path:
     """Writes a request where the ranks look for it: ``stop``, ``save`` or ``stop-<attempt>``."""
     folder = run.path / "control"
     folder.mkdir(parents=True, exist_ok=True)
@@ -71,7 +71,7 @@ def ask(run: RunDirectory, what: str, reason: str) -> Path:
     return folder / what
 
 
-def asked(run: RunDirectory, what: str) -> dict[str, Any] | None:
+def pending_request(run: RunDirectory, what: str) -> dict[str, Any] | None:
     """Returns the request, if there is one."""
     path = run.path / "control" / what
     return read(path) if path.exists() else None
@@ -91,8 +91,8 @@ def failure(run: RunDirectory, attempt: int) -> dict[str, Any] | None:
 
 def outcome(run: RunDirectory, attempt: int) -> dict[str, Any] | None:
     """Returns the outcome of an attempt, if it ended regularly."""
-    found = read(run.path / "outcome.json")
-    return found if found.get("attempt") == attempt else None
+    document = read(run.path / "outcome.json")
+    return document if document.get("attempt") == attempt else None
 
 
 def saved_step(run: RunDirectory) -> int:

@@ -44,7 +44,7 @@ def lock(descriptor: int, path: str | os.PathLike[str], *, wait: bool = True, sh
         if mount not in _named:
             _named.add(mount)
             shown = printable(f"{path} cannot be locked ({error.strerror}): the {name} file system at {mount} has no flock")
-            print(f"fovea: {shown}; going on without. Let no second process write there", file=sys.stderr, flush=True)
+            print(f"fovea: {shown}; continuing without a lock. No second process may write there", file=sys.stderr, flush=True)
         return False
     return True
 

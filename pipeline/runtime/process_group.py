@@ -69,12 +69,12 @@ def join(
     gpus = torch.cuda.device_count() if backend != "gloo" else 0
     chosen = backend if backend != "auto" else ("nccl" if gpus else "gloo")
     if chosen == "nccl" and not gpus:
-        raise LaunchError("NCCL needs a GPU and there is none", where="launch.backend", hint="set launch.backend=gloo")
+        raise LaunchError("NCCL needs a GPU and there is none", where="launch.backend", hint="Set launch.backend=gloo")
     device = torch.device("cuda", gpu_of(local_rank, local_size, gpus)) if chosen == "nccl" else torch.device("cpu")
     if device.type == "cuda":
         torch.cuda.set_device(device)
     limit = timedelta(seconds=timeout)
-    notice = threading.Timer(_NOTICE, _say_waiting, (rank, size, f"{address}:{port}", timeout))
+    notice = threading.Timer(_NOTICE, _report_waiting, (rank, size, f"{address}:{port}", timeout))
     notice.daemon = True
     if size > 1 and rank == 0:
         notice.start()
@@ -92,19 +92,19 @@ def join(
         dist.barrier(group=control)
     except (RuntimeError, OSError) as error:
         raise RendezvousError(
-            f"rank {rank} of {size} did not meet the others ({str(error).splitlines()[0]})",
+            f"rank {rank} of {size} could not connect to the others ({str(error).splitlines()[0]})",
             where=f"{address}:{port}",
-            hint="see the other ranks' logs; the port must be free and reachable",
+            hint="See the other ranks' logs; the port must be free and reachable",
         ) from error
     finally:
         notice.cancel()
     return World(rank, size, local_rank, device, control, local_size)
 
 
-def _say_waiting(rank: int, size: int, where: str, timeout: float) -> None:
+def _report_waiting(rank: int, size: int, where: str, timeout: float) -> None:
     """Reports that ranks are missing, so that stale variables of an old job are noticed before the timeout of ten minutes."""
-    told = f"rank {rank} of {size} still waits for the others at {where}, for {timeout:.0f} s at most (launch.timeout)"
-    print(f"fovea: {told}. If nobody starts them, unset RANK and WORLD_SIZE", file=sys.stderr, flush=True)
+    text = f"rank {rank} of {size} still waits for the others at {where}, for {timeout:.0f} s at most (launch.timeout)"
+    print(f"fovea: {text}. If no launcher starts them, unset RANK and WORLD_SIZE", file=sys.stderr, flush=True)
 
 
 def gpu_of(local_rank: int, local_size: int, gpus: int) -> int:
@@ -120,9 +120,9 @@ def gpu_of(local_rank: int, local_size: int, gpus: int) -> int:
     if gpus == 1:
         return 0
     raise LaunchError(
-        f"{local_size} ranks run on this node, and {gpus} GPUs are visible",
+        f"{local_size} ranks run on this node, but {gpus} GPUs are visible",
         where="launch.num_processes",
-        hint=f"start {gpus} ranks a node, or let CUDA_VISIBLE_DEVICES show more GPUs",
+        hint=f"Start {gpus} ranks per node, or let CUDA_VISIBLE_DEVICES show more GPUs",
     )
 
 
@@ -142,9 +142,9 @@ def check_gpus(store: dist.Store, own: str, rank: int, peers: Iterable[int]) -> 
     for other in peers:
         if other != rank and store.get(str(other)).decode() == own:
             raise LaunchError(
-                f"ranks {min(rank, other)} and {max(rank, other)} would share one GPU ({own})",
+                f"ranks {min(rank, other)} and {max(rank, other)} would share a GPU ({own})",
                 where="GPUs of this node",
-                hint="start one rank a GPU; CUDA_VISIBLE_DEVICES says which GPUs a process may use",
+                hint="Start one rank per GPU; CUDA_VISIBLE_DEVICES says which GPUs a process may use",
             )
 
 

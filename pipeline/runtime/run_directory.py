@@ -55,13 +55,13 @@ class RunDirectory:
         Raises:
             ConfigError: the file cannot be read, or holds no settings.
         """
-        hint = "name the directory that a training wrote"
+        hint = "Name the directory that `fovea train` wrote"
         try:
             document = read_json(self.config, error=ConfigError)
         except OSError as error:
             raise ConfigError(f"cannot be read ({error.strerror})", where=printable(str(self.config)), hint=hint) from None
         if not isinstance(document, dict):
-            raise ConfigError("must hold settings", where=printable(str(self.config)), hint=hint)
+            raise ConfigError("must contain settings", where=printable(str(self.config)), hint=hint)
         return upgrade(document)
 
     def settings(self) -> Config:
@@ -82,7 +82,7 @@ class RunDirectory:
                 one = error.errors(include_url=False)[0]
                 first = f"{'.'.join(map(str, one['loc']))}: {one['msg']}"
             raise ConfigError(
-                printable(first, limit=200), where=printable(str(self.config)), hint="use the version of fovea that wrote it"
+                printable(first, limit=200), where=printable(str(self.config)), hint="Use the version of fovea that wrote it"
             ) from None
 
     @property
@@ -122,15 +122,15 @@ class RunDirectory:
             content = read_bytes(self.path / "attempts.jsonl", limit=_ATTEMPTS)
         except (OSError, DataError):
             return []
-        found = []
+        attempts = []
         for line in content.decode("utf-8", "replace").split("\n"):
             try:
                 row = json.loads(line)
             except (ValueError, RecursionError):  # incomplete after a crash of the node
                 continue
             if isinstance(row, dict) and isinstance(row.get("event"), str):
-                found.append(row)
-        return found
+                attempts.append(row)
+        return attempts
 
     def next_attempt(self) -> int:
         """Returns the number of the next attempt."""

@@ -52,7 +52,7 @@ class LaunchSettings(Settings):
     timeout: Positive = Field(default=600.0, description="timeout of a collective, seconds")
 
 
-class HealthSettings(Settings):
+class WatchdogSettings(Settings):
     """What happens when a rank hangs or the loss is not finite."""
 
     hang_factor: float = Field(
@@ -62,7 +62,7 @@ class HealthSettings(Settings):
     )
     hang_floor: Positive = Field(
         default=300.0,
-        description="seconds below which a phase of a step never counts as a hang; should be less than launch.timeout",
+        description="seconds below which a phase of a step never counts as a hang; must be less than launch.timeout",
     )
     startup_timeout: Positive = Field(
         default=3600.0, description="timeout of startup, and of each of the first three steps, seconds"

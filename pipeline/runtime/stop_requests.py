@@ -47,13 +47,13 @@ class StopRequests:
         attempt: the attempt's number.
 
     Attributes:
-        asked: the request that this rank received.
+        requested: the request that this rank received.
         saving: after :meth:`agreed`, the maximum over all ranks of the state of their part of a save.
         save: after :meth:`agreed`, whether a user requested a checkpoint.
     """
 
     def __init__(self, folder: Path | None = None, attempt: int = 0) -> None:
-        self.asked = Stop.NO
+        self.requested = Stop.NO
         self.saving, self.save = 0, False
         self._folder, self._attempt, self._looked = folder, attempt, 0.0
 
@@ -64,7 +64,7 @@ class StopRequests:
                 signal.signal(number, self._note)
 
     def _note(self, number: int, _: FrameType | None) -> None:
-        self.asked = max(self.asked, _SIGNALS[signal.Signals(number)])
+        self.requested = max(self.requested, _SIGNALS[signal.Signals(number)])
 
     def agreed(self, group: dist.ProcessGroup | None, saving: int = 0) -> Stop:
         """Returns what all ranks do now: one small all-reduce on the host, with the same result on every rank.
@@ -74,7 +74,7 @@ class StopRequests:
             saving: the state of this rank's part of a save; the maximum over all ranks is then in :attr:`saving`.
         """
         save = self._look()
-        code = torch.tensor([int(self.asked), saving, save], dtype=torch.int32)
+        code = torch.tensor([int(self.requested), saving, save], dtype=torch.int32)
         dist.all_reduce(code, op=dist.ReduceOp.MAX, group=group)
         self.saving, self.save = int(code[1]), bool(code[2])
         return Stop(int(code[0]))
@@ -90,9 +90,9 @@ class StopRequests:
             return False
         self._looked = now
         if (self._folder / f"stop-{self._attempt}").exists():
-            self.asked = max(self.asked, Stop.PREEMPTED)
+            self.requested = max(self.requested, Stop.PREEMPTED)
         if (self._folder / "stop").exists():
-            self.asked = max(self.asked, Stop.USER_REQUEST)
+            self.requested = max(self.requested, Stop.USER_REQUEST)
         with contextlib.suppress(FileNotFoundError):
             (self._folder / "save").unlink()
             return True

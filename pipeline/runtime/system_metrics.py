@@ -42,11 +42,11 @@ class Nodes:
         dist.all_gather(everyone, own, group=self._world.control)
         rows = torch.stack(everyone)
         node = rows[:, 0].cumsum(0) - 1  # the ranks of a node are consecutive
-        found: dict[str, float] = {}
+        metrics: dict[str, float] = {}
         for number in range(int(node.max()) + 1):
             mean = rows[node == number, 1:].nanmean(0).tolist()
-            found |= {f"node{number}/{name}": value for name, value in zip(NAMES, mean, strict=True) if value == value}
-        return found
+            metrics |= {f"node{number}/{name}": value for name, value in zip(NAMES, mean, strict=True) if value == value}
+        return metrics
 
     def _machine(self) -> list[float]:
         now, network = time.monotonic(), _read(psutil.net_io_counters)

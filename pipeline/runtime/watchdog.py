@@ -90,7 +90,7 @@ class Watchdog:
         folder: the attempt's log directory.
         rank, size: rank and world size.
         limits: time limits.
-        say: receives the one line about a hang; by default it goes to stderr.
+        log: receives the one line about a hang; by default it goes to stderr.
         end: ends the process with an exit code.
         clock: monotonic clock, seconds.
     """
@@ -102,12 +102,12 @@ class Watchdog:
         size: int,
         limits: Limits | None = None,
         *,
-        say: Callable[[str], None] | None = None,
+        log: Callable[[str], None] | None = None,
         end: Callable[[int], object] = os._exit,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.folder, self.rank, self.size, self.limits = folder, rank, size, limits or Limits()
-        self._say, self._end, self._clock = say or _to_stderr, end, clock
+        self._log, self._end, self._clock = log or _to_stderr, end, clock
         self.interval = min(max(self.limits.floor / 20, 0.05), 2.0)
         self._now = (0, START, 0, clock())
         self._step, self._recent, self._seen = 0.0, deque[float](maxlen=101), 0
@@ -123,7 +123,7 @@ class Watchdog:
         return self.folder / f"stacks-rank-{self.rank}.txt"
 
     @property
-    def place(self) -> tuple[str, int]:
+    def position(self) -> tuple[str, int]:
         """Current phase and step."""
         return self._now[1], self._now[2]
 
@@ -172,13 +172,13 @@ class Watchdog:
 
     def pulses(self) -> dict[int, Pulse]:
         """Returns the last heartbeats of all ranks that have one."""
-        found = {}
+        pulses = {}
         for rank in range(self.size):
             with contextlib.suppress(OSError, ValueError, TypeError):
-                found[rank] = Pulse(**json.loads((self.folder / "pulse" / f"rank-{rank}.json").read_text()))
-        return found
+                pulses[rank] = Pulse(**json.loads((self.folder / "pulse" / f"rank-{rank}.json").read_text()))
+        return pulses
 
-    def verdict(self, *, waits: bool = False) -> tuple[list[int], str]:
+    def diagnose(self, *, waits: bool = False) -> tuple[list[int], str]:
         """Returns the ranks that the others wait for, and a sentence about them; reads the heartbeats twice, some beats apart.
 
         Args:
@@ -190,7 +190,7 @@ class Watchdog:
         while self._clock() < end and not self._gone(first):
             self._pulse(stalled=True)
             self._stop.wait(self.interval)
-        return judge(first, self.pulses(), self.size, self._gone(first), self.rank)
+        return find_hung_ranks(first, self.pulses(), self.size, self._gone(first), self.rank)
 
     def _gone(self, pulses: dict[int, Pulse]) -> list[int]:
         """Returns the ranks of this node whose process has ended."""
@@ -229,9 +229,9 @@ class Watchdog:
     def _stalled(self) -> None:
         entered, phase, step, _ = self._now
         self.dump(f"stall of rank {self.rank}, {phase} at step {step}")
-        blamed, sentence = self.verdict()
+        blamed, sentence = self.diagnose()
         if self._now[0] != entered or self._stop.is_set():
-            self._say(f"rank {self.rank}: {phase} at step {step} took long, but has ended; going on")
+            self._log(f"rank {self.rank}: {phase} at step {step} took long, but has ended; continuing")
             return
         alive = [rank for rank in range(self.size) if rank not in blamed] or [0]
         if self.rank in blamed or not self._speaks(blamed):
@@ -243,10 +243,10 @@ class Watchdog:
             own = {"rank": self.rank, "what": sentence, "code": RESTART, "step": step}
             own |= {"kind": "Stall", "retryable": True, "cause": "hang"}
             claims.claim(self.folder, own)
-            self._say(f"error: {text}")
+            self._log(f"error: {text}")
         else:
             self._stop.wait(1.0 + 4 * self.interval)  # let the rank that reports the hang exit first
-            self._say(f"rank {self.rank} ends: {sentence}")
+            self._log(f"rank {self.rank} ends: {sentence}")
         self._end(RESTART)
 
     def _speaks(self, blamed: list[int]) -> bool:
@@ -261,28 +261,30 @@ class Watchdog:
             faulthandler.dump_traceback(file, all_threads=True)
 
 
-def judge(first: dict[int, Pulse], second: dict[int, Pulse], size: int, gone: list[int], teller: int) -> tuple[list[int], str]:
+def find_hung_ranks(
+    first: dict[int, Pulse], second: dict[int, Pulse], size: int, gone: list[int], reporter: int
+) -> tuple[list[int], str]:
     """Determines the ranks that the others wait for, from two readings of the heartbeats.
 
     Args:
         first, second: the heartbeats, some beats apart.
         size: world size.
         gone: ranks whose process is known to have ended.
-        teller: the calling rank, which is alive.
+        reporter: the calling rank, which is alive.
 
     Returns:
         The ranks at fault, all ranks if none can be identified, and a sentence.
     """
-    silent = [
+    silent_ranks = [
         rank
         for rank in range(size)
-        if rank != teller and (rank not in second or rank in gone or (rank in first and first[rank].beat == second[rank].beat))
+        if rank != reporter and (rank not in second or rank in gone or (rank in first and first[rank].beat == second[rank].beat))
     ]
-    if silent:
-        said = second.get(silent[0]) or first.get(silent[0])
-        told = f"; last heard of in {said.phase} at step {said.step}" if said else ""
-        is_gone = ("is gone", "are gone") if silent[0] in gone else ("gives no sign of life", "give no sign of life")
-        return silent, f"{_ranks(silent)} {is_gone[len(silent) > 1]}{told}"
+    if silent_ranks:
+        last_pulse = second.get(silent_ranks[0]) or first.get(silent_ranks[0])
+        last_seen = f"; last heartbeat in {last_pulse.phase} at step {last_pulse.step}" if last_pulse else ""
+        is_gone = ("has exited", "have exited") if silent_ranks[0] in gone else ("does not respond", "do not respond")
+        return silent_ranks, f"{_ranks(silent_ranks)} {is_gone[len(silent_ranks) > 1]}{last_seen}"
     least = min(pulse.entered for pulse in second.values())
     behind = [pulse for pulse in second.values() if pulse.entered == least]
     working = [pulse for pulse in behind if not pulse.waiting]

@@ -106,9 +106,9 @@ def _record(line: bytes) -> dict[str, Any] | None:
             return record if isinstance(record["path"], str) else None
         values = record["values"]
         if record["kind"] == "metrics":
-            whole = type(record["step"]) is int and 0 <= record["step"] < 1 << 62
-            return record if whole and all(type(v) in (int, float, str) and [float(v)] for v in values.values()) else None
-        whole = record["kind"] in ("params", "tags") and all(isinstance(value, str) for value in values.values())
-        return record if whole else None
+            is_valid = type(record["step"]) is int and 0 <= record["step"] < 1 << 62
+            return record if is_valid and all(type(v) in (int, float, str) and [float(v)] for v in values.values()) else None
+        is_valid = record["kind"] in ("params", "tags") and all(isinstance(value, str) for value in values.values())
+        return record if is_valid else None
     except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError):
         return None

@@ -99,9 +99,9 @@ def check_journal(path: Path) -> None:
         file.seek(max(size - len(_SUPER), 0))
         if file.read() == _SUPER:
             raise DataError(
-                "it names another file, which SQLite would delete",
+                "names another file, which SQLite would delete",
                 where=printable(str(journal)),
-                hint="The run is not to be trusted; delete its mlflow.db-journal",
+                hint="Delete the run's mlflow.db-journal; the run is not to be trusted",
             )
 
 
@@ -171,7 +171,7 @@ def _made(path: Path) -> Iterator[Path]:
     from mlflow import MlflowClient
 
     path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.name}.{secrets.token_hex(6)}.new")
+    partial = path.with_name(f".{path.name}.{secrets.token_hex(6)}.new")
     try:
         with tempfile.TemporaryDirectory(prefix="fovea-mlflow-") as folder:
             raw = Path(folder) / OWN
@@ -181,13 +181,13 @@ def _made(path: Path) -> Iterator[Path]:
             with contextlib.closing(sqlite3.connect(raw)) as base, base:
                 for table in ("experiment_tags", "experiments"):
                     base.execute(f"DELETE FROM {table}")
-            with aside.open("xb") as target, raw.open("rb") as source:
+            with partial.open("xb") as target, raw.open("rb") as source:
                 shutil.copyfileobj(source, target)
                 target.flush()
                 os.fsync(target.fileno())
-        yield aside
+        yield partial
     finally:
-        aside.unlink(missing_ok=True)
+        partial.unlink(missing_ok=True)
 
 
 def _link(fresh: Path, path: Path) -> None:

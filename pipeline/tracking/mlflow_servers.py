@@ -1,6 +1,6 @@
 """Decides which MLflow server may receive a run's journals: only one that the user named.
 
-A run directory may come from somebody else. A server that it names would receive the user's credentials, and could cause files to
+A run directory may come from another user. A server that it names would receive the user's credentials, and could cause files to
 be written anywhere, since MLflow stores artifacts wherever the server says. A server is therefore accepted only if the user named
 it on the command line or in ``MLFLOW_TRACKING_URI``, if this user has trained with it before (each training stores a digest of
 its address in a file of the user), or if it is an SQLite file inside the run directory.
@@ -46,9 +46,9 @@ def server_of(run: Path, configured: str | None, *, named: str | None = None) ->
         return uri
     shown = shown_server(uri)
     raise ConfigError(
-        f"only the run names the MLflow server {shown}, so it gets neither data nor credentials",
+        f"the MLflow server {shown} is named by the run only, so it receives neither data nor credentials",
         where=printable(str(run)),
-        hint="if it is yours, name it: --uri (of fovea eval: --track), or MLFLOW_TRACKING_URI",
+        hint="If it is yours, give its address: --uri (of fovea eval: --track), or MLFLOW_TRACKING_URI",
     )
 
 
@@ -64,11 +64,11 @@ def destination_of(settings: TrackingSettings, run: Path, *, named: str | None =
     Raises:
         ConfigError: only the run directory names the server, or its address contains a password.
     """
-    place = destination(settings, run)
+    target = destination(settings, run)
     here = os.environ.get("MLFLOW_TRACKING_URI", "").strip()
-    by_user = place.uri if (settings.uri and trained) or (not settings.uri and here) else None
-    check_address(place.uri, where=place.origin)
-    return replace(place, uri=server_of(run, place.uri, named=named or by_user))
+    by_user = target.uri if (settings.uri and trained) or (not settings.uri and here) else None
+    check_address(target.uri, where=target.origin)
+    return replace(target, uri=server_of(run, target.uri, named=named or by_user))
 
 
 def check_address(uri: str, *, where: str) -> None:
@@ -78,7 +78,7 @@ def check_address(uri: str, *, where: str) -> None:
         ConfigError: the URI has credentials; the message says where they belong.
     """
     if has_password(uri):
-        raise ConfigError(f"{shown_server(uri)}: {NO_PASSWORD}", where=where)
+        raise ConfigError(f"{shown_server(uri)}: {NO_PASSWORD}", where=where, hint="Remove them from the address")
 
 
 def shown_server(uri: str) -> str:
@@ -128,7 +128,7 @@ def _list() -> Path:
     try:
         return Path(state).expanduser() / "fovea" / "mlflow-servers"
     except RuntimeError as error:  # no home directory
-        raise ConfigError("there is no home directory", where=state) from error
+        raise ConfigError("the home directory does not exist", where=state, hint="Set HOME or XDG_STATE_HOME") from error
 
 
 def _lines(path: Path) -> set[str]:

@@ -116,7 +116,7 @@ class Shipper:
                 self._client, self.trouble = None, error
                 if not away:
                     server = shown_address(self._uri)
-                    self._log(f"MLflow at {server} takes nothing now ({_line(error)}); the journal keeps everything")
+                    self._log(f"MLflow at {server} accepts no records now ({_line(error)}); the journal keeps everything")
                 pause, away = min(2 * pause, _PAUSES[1]), True
             if last:
                 return
@@ -136,11 +136,11 @@ class Shipper:
             while chunk := list(islice(records, _BATCH)):
                 self._send(client, [record for _, record in chunk])
                 self._cursor["offsets"][path.name] = chunk[-1][0]
-                self._remember()
+                self._write_cursor()
         while self._cursor["artifacts"]:  # last, so that a broken artifact store delays nothing else
             self._send_artifact(client, self._cursor["artifacts"][0])
             del self._cursor["artifacts"][0]
-            self._remember()
+            self._write_cursor()
 
     def _send_artifact(self, client: Any, named: str) -> None:
         """Uploads a regular file of the run directory to the run's artifacts; logs what is skipped, and why."""
@@ -172,7 +172,7 @@ class Shipper:
             return False
         return "://" not in target.removeprefix("file://")
 
-    def _remember(self) -> None:
+    def _write_cursor(self) -> None:
         temporary = self._cursor_path.with_suffix(f".tmp{os.getpid()}-{time.monotonic_ns()}")
         temporary.write_text(json.dumps(self._cursor))
         temporary.replace(self._cursor_path)
@@ -201,18 +201,20 @@ class Shipper:
         elif not self._cursor["run_id"] or not _exists(client, self._cursor["run_id"]):
             experiment = client.get_experiment_by_name(self._experiment)
             if experiment is None:
-                place = str((self._folder / "artifacts").resolve()) if database.path_of(self._uri) is not None else None
-                number = client.create_experiment(self._experiment, artifact_location=place)
+                artifact_location = (
+                    str((self._folder / "artifacts").resolve()) if database.path_of(self._uri) is not None else None
+                )
+                number = client.create_experiment(self._experiment, artifact_location=artifact_location)
             elif experiment.lifecycle_stage != "active":
                 raise LaunchError(
                     f"the experiment {self._experiment!r} is deleted",
                     where=shown_address(self._uri),
-                    hint="restore it with `mlflow experiments restore`, or set tracking.experiment to another name",
+                    hint="Restore it with `mlflow experiments restore`, or set tracking.experiment to another name",
                 )
             else:
                 number = experiment.experiment_id
             self._cursor = _cursor(self._uri, client.create_run(number, run_name=self._name).info.run_id)
-            self._remember()
+            self._write_cursor()
         self._client = client
         return client
 
@@ -230,7 +232,7 @@ class Shipper:
             raise LookupError("the run itself is not there any more")
         if run_id != self._cursor["run_id"]:
             self._cursor = _cursor(self._uri, run_id)
-            self._remember()
+            self._write_cursor()
 
     def _send(self, client: Any, records: list[dict[str, Any]]) -> None:
         from mlflow.entities import Metric, Param, RunTag
@@ -261,7 +263,7 @@ class Shipper:
             part = metrics[low : low + _LIMITS["metrics"]]
             self._offer(client, "metrics", part)
             steps.update({metric.key: metric.step for metric in part})
-            self._remember()
+            self._write_cursor()
         self._offer(client, "params", [Param(key, value) for key, value in params.items() if key not in have])
         self._offer(client, "tags", [RunTag(key, value) for key, value in tags.items()])
         state = tags.get("fovea.state")

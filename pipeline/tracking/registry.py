@@ -29,17 +29,18 @@ def register(shipper: Shipper, folder: Path, model: str) -> int:
 
     try:
         client, run = shipper.connected()
-        place = f"export/{folder.name}-{time.strftime('%Y%m%dT%H%M%S')}-{uuid.uuid4().hex[:6]}"
-        client.log_artifacts(run, str(folder), artifact_path=place)
+        artifact_path = f"export/{folder.name}-{time.strftime('%Y%m%dT%H%M%S')}-{uuid.uuid4().hex[:6]}"
+        client.log_artifacts(run, str(folder), artifact_path=artifact_path)
         if not client.search_registered_models(filter_string=f"name = '{model}'"):
             client.create_registered_model(model)
-        found: Any = client.create_model_version(
-            model, source=f"{client.get_run(run).info.artifact_uri}/{place}", run_id=run, tags={"layout": folder.name}
+        version: Any = client.create_model_version(
+            model, source=f"{client.get_run(run).info.artifact_uri}/{artifact_path}", run_id=run, tags={"layout": folder.name}
         )
     except (MlflowException, OSError) as error:
         raise LaunchError(
-            f"MLflow did not take the model ({str(error).splitlines()[0][:160]})",
+            f"MLflow did not register the model ({str(error).splitlines()[0][:160]})",
             where=f"--register {model}",
-            hint="the export itself is whole; is the server up, and does it keep a registry? Try again with --overwrite",
+            hint="Check that the server is running and has a registry, "
+            "and try again with --overwrite; the export itself is complete",
         ) from error
-    return int(found.version)
+    return int(version.version)

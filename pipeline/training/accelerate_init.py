@@ -42,16 +42,16 @@ def initialize(model: nn.Module, optimizer: torch.optim.Optimizer, config: dict[
         mixed_precision="no",
         dynamo_plugin=TorchDynamoPlugin(backend="no"),
     )
-    found, kind = accelerator.num_processes, str(accelerator.distributed_type.value)
-    if found != dist.get_world_size() or kind != "DEEPSPEED":
+    ranks, kind = accelerator.num_processes, str(accelerator.distributed_type.value)
+    if ranks != dist.get_world_size() or kind != "DEEPSPEED":
         raise TrainingError(
-            f"accelerate sees {found} ranks by way of {kind}, but there are {dist.get_world_size()} and DeepSpeed is wanted",
+            f"accelerate reports {ranks} ranks with {kind}, but there are {dist.get_world_size()} with DeepSpeed",
             where="launch.deepspeed_init",
-            hint="set launch.deepspeed_init=deepspeed",
+            hint="Set launch.deepspeed_init=deepspeed",
         )
     engine, _ = accelerator.prepare(model, optimizer)
     if rounded := next((name for name, p in model.named_parameters() if p.dtype != torch.float32), None):
         raise TrainingError(
-            "accelerate rounded the weights", where=f"parameter {rounded}", hint="set launch.deepspeed_init=deepspeed"
+            "accelerate rounded the weights", where=f"parameter {rounded}", hint="Set launch.deepspeed_init=deepspeed"
         )
     return engine

@@ -51,7 +51,7 @@ class Alerts:
 
     def __init__(self, health_metrics: HealthMetrics | None = None) -> None:
         self._vitals = health_metrics or HealthMetrics()
-        self._told: set[str] = set()
+        self._reported: set[str] = set()
         self._first: dict[str, float] | None = None
         self._forget()
 
@@ -72,7 +72,7 @@ class Alerts:
             self._seen.popleft()
         smooth = self._mean(done - SMOOTH)
         self._first = self._first or (smooth if done > SMOOTH else None)
-        found = []
+        alerts = []
         ill = dict(self._signs(done, smooth))
         if UNIFORM_TARGETS in ill:
             ill.pop(PLATEAU, None)  # implied by uniform targets
@@ -82,12 +82,12 @@ class Alerts:
                 continue
             since = self._since.setdefault(failure_mode, done)
             # A plateau has already been observed over a whole window.
-            if failure_mode not in self._told and (done - since >= PATIENCE or failure_mode == PLATEAU):
-                self._told.add(failure_mode)
+            if failure_mode not in self._reported and (done - since >= PATIENCE or failure_mode == PLATEAU):
+                self._reported.add(failure_mode)
                 suggest_fix = self._vitals.suggest_fix(failure_mode, step) if self._vitals.suggest_fix else _DEFAULT
                 cause = _STUCK if failure_mode == PLATEAU and self._frozen() else suggest_fix
-                found.append(Alert(failure_mode, since, f"{ill[failure_mode]}; likely {cause}"))
-        return found
+                alerts.append(Alert(failure_mode, since, f"{ill[failure_mode]}; likely {cause}"))
+        return alerts
 
     def _forget(self) -> None:
         self._seen: deque[tuple[int, dict[str, float]]] = deque()

@@ -48,7 +48,7 @@ from pipeline.training.engine import Engine, EngineOptions
 from pipeline.training.rollback import SkippedSteps
 from pipeline.training.schedules import Schedules
 from pipeline.training.timing import Phases, peak_tflops
-from pipeline.training.trainer import Plan, Progress, Trainer, Watcher
+from pipeline.training.trainer import Plan, Progress, ProgressLogger, Trainer
 from pipeline.weights import init_from as initial
 
 
@@ -82,7 +82,7 @@ def prepare_towers(method: Method, config: Config) -> None:
     """
     if config.train.fp8 != "off" and torch.cuda.is_available() and torch.cuda.get_device_capability() < (8, 9):
         raise ConfigError(
-            f"{torch.cuda.get_device_name()} has no products of 8-bit floats", where="train.fp8", hint="set train.fp8=off"
+            f"{torch.cuda.get_device_name()} does not support fp8 matrix products", where="train.fp8", hint="Set train.fp8=off"
         )
     teachers = list(method.teacher.modules.values()) if method.teacher is not None else []
     towers = [m for root in (method, *teachers) for m in root.modules() if isinstance(m, VisionTower | TextTower)]
@@ -93,7 +93,7 @@ def prepare_towers(method: Method, config: Config) -> None:
     if not config.train.compile:
         return
     if not torch.cuda.is_available() and shutil.which("g++") is None and shutil.which("c++") is None:
-        raise ConfigError("there is no C++ compiler", where="train.compile", hint="install g++, or set train.compile=false")
+        raise ConfigError("needs a C++ compiler", where="train.compile", hint="Install g++, or set train.compile=false")
     for tower in towers:
         for block in _blocks(tower):
             block.compile(mode="reduce-overhead" if config.train.cuda_graphs else None)
@@ -116,7 +116,7 @@ def assemble(
     facts: dict[str, Any],
     requests: StopRequests,
     journal: Journal | None,
-    watcher: Watcher,
+    logger: ProgressLogger,
     watchdog: Watchdog,
     copies: Copies | None = None,
 ) -> Trainer:
@@ -134,7 +134,7 @@ def assemble(
     if resume is None and (start := initial.begin(method, config, record=world.rank == 0)) is not None:
         init = start.record
         for note in start.notes:
-            watcher.say(note)
+            logger.log(note)
         if journal is not None:
             journal.tags({f"fovea.init.{key}": value for key, value in start.record.items()})
     prepare_towers(method, config)
@@ -173,9 +173,9 @@ def assemble(
     )
     if (method.text is not None) != config.method.reads_text:
         raise ConfigError(
-            f"the method {'reads' if method.text else 'does not read'} text, but its settings say otherwise",
+            f"the method {'reads' if method.text else 'does not read'} text, but its settings declare the opposite",
             where=f"{type(config.method).__name__}.reads_text",
-            hint="Both must agree: the settings decide before the start which samples are left out for want of a caption.",
+            hint="Make both agree: the settings decide before the start whether samples without a caption are left out",
         )
     dataset = StepDataset(
         reader,
@@ -216,14 +216,14 @@ def assemble(
     def go_back() -> Progress:
         chosen: list[str | None] = [None]
         if world.rank == 0:
-            found, _ = newest(run.checkpoints)
-            chosen = [str(found.path) if found else None]
+            checkpoint, _ = newest(run.checkpoints)
+            chosen = [str(checkpoint.path) if checkpoint else None]
         dist.broadcast_object_list(chosen, group=world.control)
         if chosen[0] is None:
             raise NonFiniteError(
-                "the loss is not finite and there is no checkpoint to go back to",
+                "the loss is not finite and there is no checkpoint to roll back to",
                 where=str(run.checkpoints),
-                hint="lower schedule.lr.peak or lengthen schedule.lr.warmup, or save more often with checkpoint.every",
+                hint="Lower schedule.lr.peak or lengthen schedule.lr.warmup, or save more often with checkpoint.every",
             )
         return _restore(read(Path(chosen[0])), engine, method, bad_samples, inputs, config.checkpoint.allow_data_change)
 
@@ -242,7 +242,7 @@ def assemble(
         data_state=lambda: _data_state(inputs, bad_samples, world),
         facts={**facts, "init": init, "world": world.size, "torch": torch.__version__, "python": platform.python_version()},
         journal=journal,
-        watcher=watcher,
+        logger=logger,
         plan=make_plan(config, inputs.order, run, attempt, world.rank),
         requests=requests,
         phases=Phases(world, watchdog, _peak(config, world.device), count=not config.train.compile),
@@ -316,7 +316,7 @@ def _restore(saved: Saved, engine: Engine, method: Method, bad_samples: BadSampl
     missing += [key for key in ("seen", "substituted", "quarantine") if key not in saved.manifest.get("data", {})]
     if missing:
         raise CheckpointError(
-            f"its manifest does not say {', '.join(missing)}", where=str(saved.path), hint="resume from another one"
+            f"its manifest lacks {', '.join(missing)}", where=str(saved.path), hint="Resume from another checkpoint"
         )
     data = saved.manifest["data"]
     # After this point rank 0 holds the totals; the other ranks count only their own samples.

@@ -322,7 +322,7 @@ class Engine:
         sizes = {}
         for name, tensors in parts.items():
             storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
-            sizes[name] = float(sum(size for place, size in storages.items() if place not in counted))
+            sizes[name] = float(sum(size for storage, size in storages.items() if storage not in counted))
             counted |= storages.keys()
         return sizes
 
@@ -355,13 +355,13 @@ def _check(method: Method, groups: list[ParameterGroup]) -> None:
             raise TrainingError(
                 "a parameter is 0-dimensional or not contiguous, which DeepSpeed cannot shard",
                 where=f"parameter {name}",
-                hint="give it shape [1], or call .contiguous() in the method",
+                hint="Give it shape [1], or call .contiguous() in the method",
             )
         if grouped[id(p)] != p.requires_grad:
             raise TrainingError(
                 f"a {'trainable' if p.requires_grad else 'frozen'} parameter is in {grouped[id(p)]} parameter groups",
                 where=f"parameter {name}",
-                hint="parameter_groups() of the method must list each trainable one exactly once, and no other",
+                hint="List each trainable parameter exactly once, and no other, in parameter_groups() of the method",
             )
 
 

@@ -37,7 +37,7 @@ class SkippedSteps:
             raise TrainingError(
                 f"the list of skipped steps cannot be read ({error})",
                 where=str(path),
-                hint="delete it to train on all steps",
+                hint="Delete it to train on all steps",
             ) from error
 
     def __contains__(self, step: int) -> bool:

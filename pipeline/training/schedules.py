@@ -48,8 +48,8 @@ class Curve:
     def __post_init__(self) -> None:
         if self.warmup < 0 or self.length < 0 or (self.shape != "constant" and self.warmup > self.length):
             raise ConfigError(
-                f"a warm-up of {self.warmup} samples in a curve of {self.length}",
-                hint="make the warm-up shorter or the run longer",
+                f"the warm-up of {self.warmup} samples is longer than the curve of {self.length}",
+                hint="Make the warm-up shorter or the run longer",
             )
 
     def at(self, samples_seen: int, global_batch: int) -> float:
@@ -62,8 +62,8 @@ class Curve:
         if self.stair:  # the epoch then takes the role of the step
             samples_seen, global_batch = samples_seen - samples_seen % self.stair, self.stair
         if samples_seen < self.warmup:
-            whole = self.warmup - (0 if self.shape == "cosine_to_last" else global_batch)
-            share = min(samples_seen / whole, 1.0) if whole > 0 else 0.0
+            warmup_samples = self.warmup - (0 if self.shape == "cosine_to_last" else global_batch)
+            share = min(samples_seen / warmup_samples, 1.0) if warmup_samples > 0 else 0.0
             return self.start + (self.peak - self.start) * share
         if self.shape == "constant":
             return self.peak

@@ -101,7 +101,7 @@ class TrainSettings(Settings):
 
     global_batch_size: Count = Field(default=1024, description="samples per optimizer step, over all ranks")
     micro_batch_size: Count | None = Field(
-        default=None, description="samples per forward pass of one rank; null means the rank's whole share of the global batch"
+        default=None, description="samples per forward pass of one rank; null means the rank's entire share of the global batch"
     )
     duration: Length = Field(default=Length(125_000, "steps"), description="length of the run, in steps, samples or epochs")
     precision: Literal["fp32", "bf16"] = Field(

@@ -85,7 +85,7 @@ class Phases:
     @contextlib.contextmanager
     def phase(self, name: str) -> Iterator[None]:
         """Context of a nested phase; the outer phase continues afterwards."""
-        before = self.watchdog.place[0]
+        before = self.watchdog.position[0]
         self.enter(name)
         yield
         self.enter(before)
@@ -128,10 +128,10 @@ class Phases:
         values = {"step_seconds": step, **parts}
         values |= {f"{name}_seconds": self._totals[phase] for phase, name in _ASIDE.items() if self._totals[phase]}
         if self._flops and step > 0:
-            asked: Counter[str] = Counter()
+            requests: Counter[str] = Counter()
             for (name, _), calls in self._calls.items():
-                asked[name] += calls
-            work = sum(self._flops.get(key, 0) * calls / asked[key[0]] for key, calls in self._calls.items())
+                requests[name] += calls
+            work = sum(self._flops.get(key, 0) * calls / requests[key[0]] for key, calls in self._calls.items())
             achieved = work / step / 1e12
             values["tflops_per_rank"] = achieved
             if self._peak:

@@ -90,14 +90,14 @@ class Progress:
     seconds: float = 0.0
 
 
-class Watcher(Protocol):
+class ProgressLogger(Protocol):
     """Displays progress; a no-op except on rank 0."""
 
     def step(self, done: int, total: int, loss: float, rate: float, scores: dict[str, float], scored: int) -> None:
         """Called after a logged step: steps done and in total, loss, images per second, latest scores and their step."""
         ...
 
-    def say(self, text: str) -> None:
+    def log(self, text: str) -> None:
         """Print one line."""
         ...
 
@@ -118,7 +118,7 @@ class Trainer:
         data_state: the data side's part of a checkpoint, gathered from all ranks.
         facts: constant parts of every checkpoint's manifest.
         journal: rank 0's metrics journal, ``None`` on other ranks.
-        watcher: rank 0's progress display.
+        logger: rank 0's progress display.
         plan: length and intervals of the run.
         requests: stop requests (signals).
         phases: reports the rank's current phase and measures time.
@@ -140,7 +140,7 @@ class Trainer:
     data_state: Callable[[], dict[str, Any]]
     facts: dict[str, Any]
     journal: Journal | None
-    watcher: Watcher
+    logger: ProgressLogger
     plan: Plan
     requests: StopRequests
     phases: Phases
@@ -180,7 +180,9 @@ class Trainer:
             for number, micro_batches, batches in self._batches():
                 if number != p.step:
                     raise TrainingError(
-                        f"the data side delivered step {number} instead of {p.step}", where=f"rank {self.world.rank}"
+                        f"the data loader delivered step {number} instead of {p.step}",
+                        where=f"rank {self.world.rank}",
+                        hint="Report this as a bug of fovea",
                     )
                 if number in self.skipped_steps:
                     p.step += 1
@@ -226,7 +228,7 @@ class Trainer:
                 if self.evaluate is not None and _due(p.step, self.plan.evaluate_every, self.plan.steps):
                     self._evaluate()
                 stop = self.requests.agreed(self.world.control, self.checkpoints.state)
-                self._tell(self.checkpoints.poll(self.requests.saving))
+                self._report_outcome(self.checkpoints.poll(self.requests.saving))
                 evaluated = p.scored == p.step and self.plan.save_evaluated in p.judged
                 if stop or evaluated or self.requests.save or _due(p.step, self.plan.checkpoint_every, self.plan.steps):
                     saved_at = self._save(beside=self.plan.asynchronous and not stop and p.step < self.plan.steps)
@@ -237,7 +239,7 @@ class Trainer:
         self.phases.enter(END)
         if saved_at != p.step:
             self._save()
-        self._tell(self.checkpoints.finish())
+        self._report_outcome(self.checkpoints.finish())
         return stop or Stop.FINISHED
 
     def _batches(self) -> Iterator[tuple[int, list[Batch], BatchStream]]:
@@ -260,32 +262,32 @@ class Trainer:
         p, first = self.progress, max(number - in_a_row + 1 - self.plan.rollback_margin, 0)
         self.skipped_steps.add(first, number, write=self.world.rank == 0)
         with self.phases.phase(CHECKPOINT):
-            self._tell(self.checkpoints.finish())
+            self._report_outcome(self.checkpoints.finish())
             before = self.go_back()
         p.step, p.applied, p.skipped, p.scores = before.step, before.applied, before.skipped, before.scores
         self._went_back = True
         self.phases.enter(DATA, p.step)
         if self.world.rank == 0:
-            self.watcher.say(f"back to step {p.step}; steps {first} to {number} are left out from now on")
+            self.logger.log(f"back to step {p.step}; steps {first} to {number} are left out from now on")
         if self.journal is not None:
             self.journal.metrics(p.step, {"train/rollbacks": float(self.skipped_steps.rollbacks)})
 
     def _skipped(self, number: int, batches: list[Batch], terms: dict[str, Tensor], in_a_row: int) -> None:
         bad = [name for name, term in terms.items() if not bool(term.isfinite())] or ["gradient"]
         keys = [key for batch in batches for key in batch.keys]
-        self.watcher.say(f"step {number}: {', '.join(bad)} not finite, step skipped; rank {self.world.rank} held {keys[:4]}…")
+        self.logger.log(f"step {number}: {', '.join(bad)} not finite, step skipped; rank {self.world.rank} held {keys[:4]}…")
         if self.journal is not None:
             self.journal.metrics(number, {"train/skipped_steps": float(self.progress.skipped)})
         rollbacks = self.plan.rollback_after is not None and self.skipped_steps.rollbacks < self.plan.max_rollbacks
         if in_a_row >= self.plan.max_nonfinite and not rollbacks:
             # All ranks reach this point together; the message names the samples of the rank with non-finite terms.
-            found: list[tuple[int, list[str], list[str]]] = [(0, [], [])] * self.world.size
-            dist.all_gather_object(found, (self.world.rank, bad, keys[:4]), group=self.world.control)
-            rank, terms_there, keys_there = next((f for f in found if f[1] != ["gradient"]), found[0])
+            gathered: list[tuple[int, list[str], list[str]]] = [(0, [], [])] * self.world.size
+            dist.all_gather_object(gathered, (self.world.rank, bad, keys[:4]), group=self.world.control)
+            rank, terms_there, keys_there = next((f for f in gathered if f[1] != ["gradient"]), gathered[0])
             raise NonFiniteError(
                 f"{in_a_row} steps in a row were not finite ({', '.join(terms_there)})",
                 where=f"step {number}, first keys on rank {rank}: {keys_there}",
-                hint="lower schedule.lr.peak or optim.betas, lengthen schedule.lr.warmup, or train.precision=fp32; then resume",
+                hint="Lower schedule.lr.peak or optim.betas, lengthen schedule.lr.warmup, or train.precision=fp32; then resume",
             )
 
     def _log(self, step: Step, meter: _Meter, norms: dict[str, Tensor], batches: BatchStream) -> None:
@@ -315,10 +317,10 @@ class Trainer:
                     **{f"storage/{name}": value for name, value in batches.usage.items()},
                 },
             )
-        self.watcher.step(p.step, self.plan.steps, values["loss"], rate, p.scores, p.scored)
+        self.logger.step(p.step, self.plan.steps, values["loss"], rate, p.scores, p.scored)
         if self.world.rank == 0:
             for alarm in self.alarms.look(step, p.step, values):
-                self.watcher.say(f"step {p.step}: {alarm.text}")
+                self.logger.log(f"step {p.step}: {alarm.text}")
                 if self.journal is not None:
                     self.journal.metrics(p.step, {f"alert/{alarm.failure_mode}": float(alarm.since)})
                     self.journal.tags({f"alert/{alarm.failure_mode}": f"step {p.step}: {alarm.text}"})
@@ -364,17 +366,17 @@ class Trainer:
         data = facts["data"]
         self.data_counts = {name: data[name] for name in ("seen", "substituted", "counts", "samples", "fingerprint")}
         if beside:
-            self._tell(self.checkpoints.begin(self.engine, self.method, facts))
+            self._report_outcome(self.checkpoints.begin(self.engine, self.method, facts))
         else:
-            self._tell(self.checkpoints.finish())
-            self._tell(Outcome(p.step, self.checkpoints.save(self.engine, self.method, facts)))
+            self._report_outcome(self.checkpoints.finish())
+            self._report_outcome(Outcome(p.step, self.checkpoints.save(self.engine, self.method, facts)))
         if self.journal is not None:
             lost = {f"substituted/{reason}": count for reason, count in data["substituted"].items()}
-            told = {"seen": data["seen"], "quarantined": len(data["quarantine"]), **lost, **data["counts"]}
-            self.journal.metrics(p.step, {f"data/{name}": float(count) for name, count in told.items()})
+            counts = {"seen": data["seen"], "quarantined": len(data["quarantine"]), **lost, **data["counts"]}
+            self.journal.metrics(p.step, {f"data/{name}": float(count) for name, count in counts.items()})
         return p.step
 
-    def _tell(self, outcome: Outcome | None) -> None:
+    def _report_outcome(self, outcome: Outcome | None) -> None:
         """Print and record the outcome of a save."""
         if outcome is None or self.journal is None:
             return
@@ -382,7 +384,7 @@ class Trainer:
             samples = outcome.step * self.schedules.global_batch
             self.journal.tags({"fovea.checkpoint": outcome.path, "fovea.samples_seen": samples})
         else:
-            self.watcher.say(f"no checkpoint of step {outcome.step}: {outcome.problem}; training goes on")
+            self.logger.log(f"no checkpoint of step {outcome.step}: {outcome.problem}; training continues")
         self.journal.metrics(outcome.step, {"checkpoint/failures_in_a_row": float(outcome.in_a_row)})
         self.journal.sync()
 

@@ -51,13 +51,13 @@ class Layout(ABC):
         """For the ``id`` of each of :meth:`flats`, the pieces of parameters that it holds."""
         numbers = {id(p): number for number, p in enumerate(self.order())}
         starts = [(flat.data_ptr(), flat.data_ptr() + flat.numel() * flat.element_size(), flat) for flat in self.flats()]
-        found: dict[int, list[Segment]] = {id(flat): [] for _, _, flat in starts}
+        segments: dict[int, list[Segment]] = {id(flat): [] for _, _, flat in starts}
         for p, fragment in self.held():
             at, length = fragment.master.data_ptr(), fragment.master.numel()
             for low, high, flat in starts:
                 if low <= at < high:
-                    found[id(flat)].append(Segment(numbers[id(p)], (at - low) // flat.element_size(), length))
-        return found
+                    segments[id(flat)].append(Segment(numbers[id(p)], (at - low) // flat.element_size(), length))
+        return segments
 
     @abstractmethod
     def order(self) -> Sequence[Tensor]:

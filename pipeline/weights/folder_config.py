@@ -15,7 +15,7 @@ from pipeline.untrusted import printable
 _MOST = 1 << 20  # maximum of any size: a vocabulary is the largest
 _MOST_LAYERS = 512
 _LAYERS = ("depth", "layers", "num_hidden_layers", "attn_pooler_queries", "reg_tokens", "num_register_tokens")
-_HINT = "the folder is damaged, or made for another program"
+_HINT = "Choose another folder: this one is damaged, or made for another program"
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class Settings:
 
 
 def read_settings(
-    given: Mapping[str, Any],
+    settings: Mapping[str, Any],
     takes: Callable[..., Any],
     *,
     where: str,
@@ -43,7 +43,7 @@ def read_settings(
     """Reads the settings that an architecture accepts.
 
     Args:
-        given: content of the foreign file.
+        settings: content of the foreign file.
         takes: the class or function whose parameters are allowed.
         where: the file, for messages.
         never: prefixes of names that are refused unless empty or off, because they would load from elsewhere.
@@ -59,18 +59,18 @@ def read_settings(
         allowed = set(inspect.signature(takes).parameters) - {"self", "args", "kwargs"}
     values: dict[str, Any] = {}
     rest: dict[str, Any] = {}
-    for name, value in given.items():
+    for name, value in settings.items():
         if name.startswith(other) and other:
             rest[name] = value
         elif name.startswith(never) and never:
             if value:
                 raise CheckpointError(
-                    f"{printable(name, limit=80)} is not supported", where=where, hint="export it to timm's layout"
+                    f"{printable(name, limit=80)} is not supported", where=where, hint="Export it to timm's layout"
                 )
         elif name in allowed and not name.startswith("_"):
             values[name] = _value(name, value, where)
         elif not ignore_unknown:
-            raise CheckpointError(f"the setting {printable(name, limit=80)!r} is not known", where=where, hint=_HINT)
+            raise CheckpointError(f"the setting {printable(name, limit=80)!r} is unknown", where=where, hint=_HINT)
     return Settings(values, rest)
 
 
@@ -88,7 +88,7 @@ def _value(name: str, value: Any, where: str) -> Any:
         return value
     if isinstance(value, dict) and name.endswith("_kwargs") and len(value) <= 8:  # arguments of a norm or an activation
         return {key: _value(key, inner, where) for key, inner in value.items() if key.isidentifier()}
-    raise CheckpointError(f"{name} must be a number, a flag or a plain word", where=where, hint=_HINT)
+    raise CheckpointError(f"{name} must be a number, a boolean or a plain string", where=where, hint=_HINT)
 
 
 def side(value: Any, *, where: str) -> int:

@@ -28,16 +28,16 @@ def newest(run: Path) -> Saved:
     Raises:
         CheckpointError: there is none.
     """
-    found, complaints = files.newest(RunDirectory(run).checkpoints)
+    checkpoint, complaints = files.newest(RunDirectory(run).checkpoints)
     for complaint in complaints:
         print(shown(complaint), file=sys.stderr)
-    if found is None:
+    if checkpoint is None:
         raise CheckpointError(
             "the run has no checkpoint yet",
             where=str(RunDirectory(run).checkpoints),
-            hint="Let it train until its first checkpoint (checkpoint.every), or name another run.",
+            hint="Train until the first checkpoint (checkpoint.every), or name another run",
         )
-    return found
+    return checkpoint
 
 
 def named_or_newest(run: Path, checkpoint: Path | None) -> Saved:
@@ -48,9 +48,9 @@ def named_or_newest(run: Path, checkpoint: Path | None) -> Saved:
     """
     if checkpoint is None:
         return newest(run)
-    found = files.read(checkpoint)
-    files.verify(found)
-    return found
+    saved = files.read(checkpoint)
+    files.verify(saved)
+    return saved
 
 
 def fill_trained(method: Method, saved: Saved, *, student: bool = False) -> None:
@@ -86,10 +86,10 @@ def _fitting(own: Mapping[str, Tensor], trainable: set[str], saved: Saved, whose
     if wrong:
         first = wrong[0]
         raise CheckpointError(
-            f"{len(wrong)} of the {whose} weights do not fit, the first is {first}: "
-            f"{theirs.get(first, 'absent')} in the checkpoint, {ours[first]} by the settings",
+            f"{len(wrong)} of the {whose} weights do not match, the first is {first}: "
+            f"{theirs.get(first, 'absent')} in the checkpoint, {ours[first]} in the settings",
             where=str(saved.path),
-            hint="Evaluate with the settings it was trained with: leave model.* and method.* as they are.",
+            hint="Use the settings of the run: leave model.* and method.* as they are",
         )
 
 
@@ -120,7 +120,7 @@ def chosen(path: Path, *, best: bool = False) -> Saved:
     if not best:
         return newest(path)
     folder = path / "checkpoints"
-    found = read_best(folder)
-    if "checkpoint" not in found:
-        raise CheckpointError("no checkpoint was kept as the best", where=str(folder), hint="Leave --best out.")
-    return files.read(folder / str(found["checkpoint"]))
+    best_checkpoint = read_best(folder)
+    if "checkpoint" not in best_checkpoint:
+        raise CheckpointError("the run has no best checkpoint", where=str(folder), hint="Leave --best out")
+    return files.read(folder / str(best_checkpoint["checkpoint"]))

@@ -82,9 +82,9 @@ def find(name: str) -> Source:
     path = Path(name)
     if "://" in name or not path.exists():
         raise CheckpointError(
-            "weights are read from this machine's files only" if "://" in name else "there is no such file or directory",
+            "must be a local file: weights are not downloaded" if "://" in name else "there is no such file or directory",
             where=f"init_from.source={name}",
-            hint="download them first and give their path" if "://" in name else "give a run, a checkpoint or a file of weights",
+            hint="Download them first and give their path" if "://" in name else "Give a run, a checkpoint or a file of weights",
         )
     if path.is_file():
         if path.suffix in _FILES:
@@ -97,9 +97,9 @@ def find(name: str) -> Source:
         if newest is not None:
             return Source(name, "checkpoint", newest.path, newest)
     raise CheckpointError(
-        "this is neither a run with checkpoints, nor a checkpoint, nor a file of weights",
+        "not a run with checkpoints, a checkpoint or a file of weights",
         where=f"init_from.source={name}",
-        hint=f"give a run's directory, one of its checkpoints/step_…, or a file that ends in {', '.join(_FILES)}",
+        hint=f"Give a run's directory, one of its checkpoints/step_…, or a file that ends in {', '.join(_FILES)}",
     )
 
 
@@ -114,12 +114,12 @@ def check(config: Config) -> None:
     with torch.device("meta"):
         method = build_method(config)
     for name in {config.init_from.source, *config.method.anchors.values()} - {None}:
-        if (found := find(str(name)).saved) is not None:
-            saved.verify(found)
+        if (saved_run := find(str(name)).saved) is not None:
+            saved.verify(saved_run)
     if config.init_from.source is not None:
         _matched(method, find(config.init_from.source), config.init_from, shapes_only=True)
-    for name, given in config.method.anchors.items():
-        _anchored(method, name, given, shapes_only=True)
+    for name, anchor_source in config.method.anchors.items():
+        _anchored(method, name, anchor_source, shapes_only=True)
 
 
 @torch.no_grad()
@@ -138,7 +138,7 @@ def begin(method: Method, config: Config, *, record: bool = True) -> Start | Non
         CheckpointError: as :func:`check`.
     """
     facts: dict[str, Any] = {}
-    told: list[str] = []
+    lines: list[str] = []
     parameters = dict(method.named_parameters())
     if config.init_from.source is not None:
         source = find(config.init_from.source)
@@ -148,20 +148,18 @@ def begin(method: Method, config: Config, *, record: bool = True) -> Start | Non
         if method.teacher is not None:
             method.teacher.reset()
         network = f"{config.init_from.network} of " if source.kind == "checkpoint" else ""
-        told += [f"starting from the {network}{source}: {len(weights)} tensors", *notes]
+        lines += [f"starting from the {network}{source}: {len(weights)} tensors", *notes]
         if record:
             facts = source.record() | {"network": config.init_from.network, "heads": config.init_from.heads}
-    for anchor, given in config.method.anchors.items():
-        weights, notes = _anchored(method, anchor, given, shapes_only=False)
+    for anchor, anchor_source in config.method.anchors.items():
+        weights, notes = _anchored(method, anchor, anchor_source, shapes_only=False)
         for name, tensor in weights.items():
             parameters[name].copy_(tensor)
-        told += [
-            f"network {anchor} of the method: frozen at {find(given) if given else 'the weights this run starts with'}",
-            *notes,
-        ]
-        if record and given:
-            facts[anchor] = find(given).record()
-    return Start(facts, tuple(told)) if told else None
+        origin = find(anchor_source) if anchor_source else "the weights this run starts with"
+        lines += [f"network {anchor} of the method: frozen at {origin}", *notes]
+        if record and anchor_source:
+            facts[anchor] = find(anchor_source).record()
+    return Start(facts, tuple(lines)) if lines else None
 
 
 def student_tower(method: Method) -> tuple[str, VisionTower]:
@@ -180,7 +178,7 @@ def student_tower(method: Method) -> tuple[str, VisionTower]:
         raise ConfigError(
             f"the method trains {len(towers)} vision towers ({', '.join(towers)})",
             where="init_from.source",
-            hint="set it to null",
+            hint="Set it to null",
         )
     return name, towers[name]
 
@@ -190,7 +188,7 @@ def _matched(method: Method, source: Source, settings: InitSettings, *, shapes_o
     name, tower = student_tower(method)
     if settings.heads and source.saved is None:
         raise CheckpointError(
-            "only checkpoints of fovea hold heads", where=f"init_from.source={source.name}", hint="set init_from.heads=false"
+            "only checkpoints of fovea contain heads", where=f"init_from.source={source.name}", hint="Set init_from.heads=false"
         )
     state, rest, notes = _read(source, settings.network, shapes_only)
     fitted = fit(state, tower, where=f"init_from.source={source.name}")
@@ -202,18 +200,18 @@ def _matched(method: Method, source: Source, settings: InitSettings, *, shapes_o
     return weights, [*notes, *fitted.notes]
 
 
-def _anchored(method: Method, name: str, given: str | None, *, shapes_only: bool) -> tuple[dict[str, Tensor], list[str]]:
+def _anchored(method: Method, name: str, anchor_source: str | None, *, shapes_only: bool) -> tuple[dict[str, Tensor], list[str]]:
     """Weights of a frozen network under the method's names, and notes; the current teacher's if no source is given."""
     networks = dict(method.get_submodule(name).named_children())
-    if given is None and method.teacher is not None:
+    if anchor_source is None and method.teacher is not None:
         taught = {n: t for n, t in method.teacher.named_parameters() if n.split(".")[0] in networks}
         return {f"{name}.{n}": tensor for n, tensor in taught.items()}, []
-    source = find(given or "")
+    source = find(anchor_source or "")
     state, rest, notes = _read(source, "teacher", shapes_only)
     where = f"network {name} of the method: {source}"
     tower = networks.pop("backbone")
     if not isinstance(tower, VisionTower):
-        raise ConfigError(f"the network {name} holds no vision tower", where=where)
+        raise ConfigError(f"the network {name} has no vision tower", where=where, hint="Set init_from.source=null")
     fitted = fit(state, tower, where=where)
     own = {f"{head}.{n}": tuple(p.shape) for head, module in networks.items() for n, p in module.named_parameters()}
     rest = {n: tensor for n, tensor in rest.items() if n.split(".")[0] in networks}
@@ -239,33 +237,33 @@ def _split(state: dict[str, Tensor], source: Source) -> tuple[dict[str, Tensor],
     tower = "backbone" if "backbone" in names else names[0] if len(names) == 1 else None
     if tower is None:
         raise CheckpointError(
-            f"the checkpoint holds {len(names)} vision towers", where=f"init_from.source={source.name}", hint="name another"
+            f"the checkpoint contains {len(names)} vision towers", where=f"init_from.source={source.name}", hint="Name another"
         )
     inside = {name.removeprefix(f"{tower}."): tensor for name, tensor in state.items() if name.startswith(f"{tower}.")}
     trained = source.saved.manifest.get("shapes", {}) if source.saved is not None else {}
     return inside, {name: t for name, t in state.items() if not name.startswith(f"{tower}.") and name in trained}
 
 
-def _ours(found: Saved, network: str, shapes_only: bool) -> dict[str, Tensor]:
+def _ours(saved: Saved, network: str, shapes_only: bool) -> dict[str, Tensor]:
     read = read_teacher if network == "teacher" else read_student
-    state = _shapes(found, network) if shapes_only else dict(read(found))
+    state = _shapes(saved, network) if shapes_only else dict(read(saved))
     if not state:
         raise CheckpointError(
-            f"the checkpoint holds no {network}", where=str(found.path), hint="set init_from.network=student, or name another"
+            f"the checkpoint contains no {network}", where=str(saved.path), hint="Set init_from.network=student, or name another"
         )
     return state
 
 
-def _shapes(found: Saved, network: str) -> dict[str, Tensor]:
+def _shapes(saved: Saved, network: str) -> dict[str, Tensor]:
     """Tensors without values for everything that :func:`_ours` would read."""
     kinds = ("teacher/",) if network == "teacher" else ("master/", "frozen/")
     shapes: dict[str, list[int]] = {}
-    for path in sorted(found.path.glob("*.safetensors")):
+    for path in sorted(saved.path.glob("*.safetensors")):
         with opened(path) as file:
             for key in file.keys():  # noqa: SIM118 - not a dict
                 kind, _, name = key.partition("/")
                 if f"{kind}/" in kinds:
-                    shapes[name] = found.manifest.get("shapes", {}).get(name) or file.get_slice(key).get_shape()
+                    shapes[name] = saved.manifest.get("shapes", {}).get(name) or file.get_slice(key).get_shape()
     return {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
 
 
@@ -286,7 +284,7 @@ def _of_timm(source: Source) -> dict[str, Tensor]:
         raise CheckpointError(
             f"timm has no weights for {name!r}",
             where=f"init_from.source={source.name}",
-            hint="see timm.list_models(pretrained=True), or give a file",
+            hint="See timm.list_models(pretrained=True), or give a file",
         )
     try:
         # Created with its classifier, which is dropped afterwards: without classes, timm accepts files that lack tensors.
@@ -294,9 +292,10 @@ def _of_timm(source: Source) -> dict[str, Tensor]:
             model = timm.create_model(name, pretrained=True)
     except Exception as error:  # from timm, the hub's client, the network, or a damaged file
         raise CheckpointError(
-            f"timm cannot fetch the weights of {name!r}, or they are not whole ({reason(error)})",
+            f"timm cannot fetch the weights of {name!r}, or they are incomplete ({reason(error)})",
             where=f"init_from.source={source.name}",
-            hint="download them where there is a network and give the file's path, or set HF_HOME to a folder that holds them",
+            hint="Download them on a machine with a network connection and give the file's path, "
+            "or set HF_HOME to a folder that contains them",
         ) from None
     model.reset_classifier(0)
     state: dict[str, Tensor] = model.state_dict()

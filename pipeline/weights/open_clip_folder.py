@@ -56,7 +56,9 @@ class OpenClipFolder:
         clean = options.get("clean") if isinstance(options, dict) else None
         if clean is not None and clean not in _CLEANINGS:
             raise CheckpointError(
-                f"tokenizer_kwargs.clean must be one of {', '.join(_CLEANINGS)}", where=str(self.folder / CONFIG)
+                f"tokenizer_kwargs.clean must be one of {', '.join(_CLEANINGS)}",
+                where=str(self.folder / CONFIG),
+                hint="Export the model to timm's layout",
             )
         if not self.text.other.get("hf_tokenizer_name"):
             from open_clip.tokenizer import SimpleTokenizer
@@ -71,7 +73,9 @@ def _fast_tokenizer(folder: Path, context: int, clean: str, pad: int) -> Callabl
     try:
         from tokenizers import Tokenizer
     except ImportError as error:
-        raise ConfigError("tokenizers is not installed", where=str(folder), hint="pip install 'fovea[export]'") from error
+        raise ConfigError(
+            "tokenizers is not installed", where=str(folder), hint="Install it: pip install 'fovea[export]'"
+        ) from error
     import torch
     from open_clip.tokenizer import get_clean_fn
 
@@ -80,7 +84,7 @@ def _fast_tokenizer(folder: Path, context: int, clean: str, pad: int) -> Callabl
         raise CheckpointError(
             "its tokenizer is not open_clip's own, and there is no tokenizer.json",
             where=str(folder),
-            hint="save it with tokenizers' Tokenizer.save; Python code of the folder is not run",
+            hint="Save it with tokenizers' Tokenizer.save; Python code of the folder is not run",
         )
     try:
         made = Tokenizer.from_buffer(read_bytes(file, limit=_TOKENIZER_BYTES, error=CheckpointError))
@@ -92,7 +96,7 @@ def _fast_tokenizer(folder: Path, context: int, clean: str, pad: int) -> Callabl
         if isinstance(error, KeyboardInterrupt | SystemExit):
             raise
         raise CheckpointError(
-            f"cannot be read ({printable(str(error), limit=120)})", where=str(file), hint="download the folder again"
+            f"cannot be read ({printable(str(error), limit=120)})", where=str(file), hint="Download the folder again"
         ) from None
     cleaned = get_clean_fn(clean)
 
@@ -128,16 +132,16 @@ def load(folder: Path) -> OpenClipFolder:
         or not isinstance(about.get("text_cfg"), dict)
     ):
         raise CheckpointError(
-            "must hold model_cfg with vision_cfg and text_cfg", where=str(file), hint="download the folder again"
+            "must contain model_cfg with vision_cfg and text_cfg", where=str(file), hint="Download the folder again"
         )
     where = str(file)
     vision = read_settings(about["vision_cfg"], CLIPVisionCfg, where=where, never=("timm_model",))
     beside = ("hf_tokenizer_name", "tokenizer_")
     text = read_settings(about["text_cfg"], CLIPTextCfg, where=where, never=("hf_model",), other=beside)
-    whole = read_settings(about, CustomTextCLIP.__init__, where=where, other=("vision_cfg", "text_cfg", "custom_text"))
+    model_settings = read_settings(about, CustomTextCLIP.__init__, where=where, other=("vision_cfg", "text_cfg", "custom_text"))
     custom = about.get("custom_text") is True
     make = CustomTextCLIP if custom else CLIP
-    arguments = {**whole.values, "vision_cfg": vision.values, "text_cfg": text.values}
+    arguments = {**model_settings.values, "vision_cfg": vision.values, "text_cfg": text.values}
     state = read_folder(folder, _WEIGHTS)
     inner = state.get("state_dict")
     state = {name.removeprefix("module."): t for name, t in (inner if isinstance(inner, dict) else state).items()}
@@ -153,22 +157,22 @@ def load(folder: Path) -> OpenClipFolder:
             model.load_state_dict({name: tensor.reshape(shapes[name].shape) for name, tensor in state.items()})
     except Exception as error:  # open_clip validates with assertions, and invalid sizes raise arithmetic errors
         raise CheckpointError(
-            f"open_clip cannot load it ({reason(error)})", where=str(folder), hint="give a whole folder"
+            f"open_clip cannot load it ({reason(error)})", where=str(folder), hint="Give a complete folder"
         ) from None
     if wrong:
         raise CheckpointError(
-            f"{len(wrong)} weights do not fit, the first is {printable(wrong[0], limit=80)}",
+            f"{len(wrong)} weights do not match, the first is {printable(wrong[0], limit=80)}",
             where=str(folder),
-            hint="give a whole folder",
+            hint="Give a complete folder",
         )
     size, mean, std = _preprocessing(document.get("preprocess_cfg"), where)
     return OpenClipFolder(folder, model, size, mean, std, text)
 
 
-def _preprocessing(given: Any, where: str) -> tuple[int, tuple[float, float, float], tuple[float, float, float]]:
+def _preprocessing(settings: Any, where: str) -> tuple[int, tuple[float, float, float], tuple[float, float, float]]:
     from pipeline.weights.folder_config import side, three
 
-    about = given if isinstance(given, dict) else {}
+    about = settings if isinstance(settings, dict) else {}
     return (
         side(about.get("size", 224), where=where),
         three(about.get("mean", (0.48145466, 0.4578275, 0.40821073)), where=where),

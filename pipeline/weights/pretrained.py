@@ -65,9 +65,9 @@ def load(source: str, *, model: str | None, device: torch.device) -> PretrainedM
         if isinstance(about, dict) and isinstance(about.get("model_type"), str):
             return _of_transformers(path, about, device)
     raise CheckpointError(
-        "this is neither a run, nor weights",
+        "is neither a run nor weights",
         where=source,
-        hint="give a run, a folder of timm, Hugging Face or open_clip, a file with --model NAME, or timm:NAME",
+        hint="Give a run, a folder of timm, Hugging Face or open_clip, a file with --model NAME, or timm:NAME",
     )
 
 
@@ -94,7 +94,7 @@ def _wrapped(model: Any, name: str, size: int, mean: Any, std: Any, device: torc
     model = model.to(device).eval().requires_grad_(False)
     prefix, patch = model.num_prefix_tokens, int(model.patch_embed.patch_size[0])
     if not prefix:
-        raise CheckpointError("the model has no class token", where=name, hint="choose a ViT that has one")
+        raise CheckpointError("the model has no class token", where=name, hint="Choose a ViT that has one")
     tower = _Tower(lambda x: _tokens(model.forward_features(x), prefix), model.blocks, prefix, patch, model.num_features, model)
     return PretrainedModel(name, EvalModel(tower, tuple(mean), tuple(std)), size)
 
@@ -111,14 +111,14 @@ def _of_timm(path: Path, about: dict[str, Any], device: torch.device) -> Pretrai
     where, name = str(path / "config.json"), about["architecture"]
     if not timm.is_model(name):
         raise CheckpointError(
-            f"timm has no model {printable(name, limit=80)!r}", where=where, hint="see timm.list_models('vit_*')"
+            f"timm has no model {printable(name, limit=80)!r}", where=where, hint="See timm.list_models('vit_*')"
         )
     own = about.get("pretrained_cfg")
     shown = own if isinstance(own, dict) else about  # an older layout
     usual = timm.get_pretrained_cfg(name, allow_unregistered=True)
-    given = about.get("model_args")
+    model_args = about.get("model_args")
     takes = _keywords(_parameters(VisionTransformer) | _parameters(Eva))
-    args = read_settings(given if isinstance(given, dict) else {}, takes, where=where).values
+    args = read_settings(model_args if isinstance(model_args, dict) else {}, takes, where=where).values
     for key in ("num_classes", "global_pool"):
         value = about.get(key, shown.get(key))
         if value is not None:
@@ -138,12 +138,12 @@ def _of_timm(path: Path, about: dict[str, Any], device: torch.device) -> Pretrai
             weights = {"state_dict": state, "num_classes": args.get("num_classes", getattr(usual, "num_classes", 1000))}
             model = timm.create_model(name, pretrained=True, pretrained_cfg=weights, **args)
     except Exception as error:  # timm validates with assertions, and invalid sizes raise arithmetic errors
-        raise CheckpointError(f"timm cannot load it ({reason(error)})", where=str(path), hint="give a whole folder") from None
+        raise CheckpointError(f"timm cannot load it ({reason(error)})", where=str(path), hint="Give a complete folder") from None
     if missing := sorted(shapes.keys() - state.keys()):
         raise CheckpointError(
             f"timm cannot load it ({len(missing)} tensors are missing, the first is {missing[0]})",
             where=str(path),
-            hint="give a whole folder",
+            hint="Give a complete folder",
         )
     model.reset_classifier(0)
     return _wrapped(model, path.name, pixels, mean, std, device)
@@ -162,7 +162,7 @@ def _of_tower(source: str, model: str | None, device: torch.device) -> Pretraine
     name = source.removeprefix("timm:") if source.startswith("timm:") else model
     if name is None:
         raise ConfigError(
-            "a file does not say what architecture it is of", where="--model", hint="name timm's, such as vit_small_patch16_224"
+            "a file does not name its architecture", where="--model", hint="Give a timm name, such as vit_small_patch16_224"
         )
     about = timm.get_pretrained_cfg(name, allow_unregistered=True) if timm.is_model(name) else None
     size = int(about.input_size[-1]) if about is not None else 224
@@ -189,7 +189,7 @@ def _of_open_clip(path: Path, device: torch.device) -> PretrainedModel:
     visual = model.visual
     if not hasattr(visual, "transformer"):
         raise CheckpointError(
-            "its vision tower is none of open_clip's own", where=str(path), hint="judge it in timm's layout instead"
+            "its vision tower is not one of open_clip's own", where=str(path), hint="Evaluate it in timm's layout instead"
         )
     visual.output_tokens = True
 
@@ -204,8 +204,8 @@ def _of_open_clip(path: Path, device: torch.device) -> PretrainedModel:
         features: Tensor = model.encode_text(read.tokenize(sentences).to(device))
         return features
 
-    def images(pictures: Tensor) -> Tensor:
-        features: Tensor = torch.as_tensor(visual(pictures)[0])
+    def images(images: Tensor) -> Tensor:
+        features: Tensor = torch.as_tensor(visual(images)[0])
         return features
 
     return PretrainedModel(path.name, EvalModel(tower, read.mean, read.std, images=images, texts=texts), read.size)
@@ -224,16 +224,18 @@ def _of_transformers(path: Path, about: dict[str, Any], device: torch.device) ->
         import torch
         import transformers
     except ImportError as error:
-        raise ConfigError("transformers is not installed", where=str(path), hint="pip install 'fovea[export]'") from error
+        raise ConfigError(
+            "transformers is not installed", where=str(path), hint="Install it: pip install 'fovea[export]'"
+        ) from error
     from pipeline.models.eval_model import EvalModel
     from pipeline.models.tensor_files import read_folder, reason
 
     where, kind = str(path / "config.json"), about["model_type"]
     if kind not in _TRANSFORMERS or kind not in transformers.CONFIG_MAPPING:
         raise CheckpointError(
-            f"a {printable(kind, limit=80)} is no plain ViT that is read here",
+            f"the model type {printable(kind, limit=80)} is not supported",
             where=where,
-            hint=f"give one of {', '.join(_TRANSFORMERS)}",
+            hint=f"Give one of {', '.join(_TRANSFORMERS)}",
         )
     makes = transformers.CONFIG_MAPPING[kind]
     takes = _without(makes, transformers.PretrainedConfig)
@@ -245,7 +247,7 @@ def _of_transformers(path: Path, about: dict[str, Any], device: torch.device) ->
             needed = sum(t.numel() for t in transformers.MODEL_MAPPING[makes](config).state_dict().values())
         if needed > 2 * sum(t.numel() for t in state.values()):
             raise CheckpointError(
-                f"the settings ask for {needed} weights, more than there are", where=where, hint="give a whole folder"
+                f"the settings need {needed} weights, more than the file has", where=where, hint="Give a complete folder"
             )
         model, report = transformers.MODEL_MAPPING[makes].from_pretrained(
             None,
@@ -259,19 +261,19 @@ def _of_transformers(path: Path, about: dict[str, Any], device: torch.device) ->
         raise
     except Exception as error:  # transformers' checks raise exceptions of any class
         raise CheckpointError(
-            f"transformers cannot load it ({reason(error)})", where=str(path), hint="give a whole folder"
+            f"transformers cannot load it ({reason(error)})", where=str(path), hint="Give a complete folder"
         ) from None
     wrong = sorted({*report["missing_keys"], *report["unexpected_keys"], *map(str, report["mismatched_keys"])})
     if wrong:
         raise CheckpointError(
-            f"{len(wrong)} weights do not fit, the first is {printable(wrong[0], limit=80)}",
+            f"{len(wrong)} weights do not match, the first is {printable(wrong[0], limit=80)}",
             where=str(path),
-            hint="give a whole folder",
+            hint="Give a complete folder",
         )
     model = model.to(device).eval().requires_grad_(False)
     layers = next((m for m in (getattr(model, "encoder", None), getattr(model, "model", None)) if hasattr(m, "layer")), None)
     if layers is None:
-        raise CheckpointError(f"a {kind} is no plain ViT", where=str(path), hint="give a DINOv2 or DINOv3 model")
+        raise CheckpointError(f"the model type {kind} is not a plain ViT", where=str(path), hint="Give a DINOv2 or DINOv3 model")
     prefix = 1 + int(getattr(config, "num_register_tokens", 0))
     shown = path / "preprocessor_config.json"
     document = read_json(shown, error=CheckpointError) if shown.is_file() else {}

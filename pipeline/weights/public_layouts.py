@@ -88,7 +88,7 @@ def fit(state: Mapping[str, Tensor], tower: VisionTower, *, where: str) -> Fitte
         _fit_positions(weights, tower, notes)
     except (RuntimeError, IndexError, ValueError) as error:  # tensors of an impossible shape
         raise CheckpointError(
-            f"its tensors cannot be reshaped to the tower's ({reason(error)})", where=where, hint="name other weights"
+            f"its tensors cannot be reshaped to the tower's ({reason(error)})", where=where, hint="Name other weights"
         ) from None
     if "mask_token" not in weights and not ours:
         notes.append("the source has no mask token: it starts at zero")
@@ -121,14 +121,16 @@ def compare(own: Mapping[str, tuple[int, ...]], theirs: Mapping[str, tuple[int, 
     ]
     lists = {
         "missing": [name for name in own if name not in theirs],
-        "not wanted": [name for name in theirs if name not in own],
+        "unexpected": [name for name in theirs if name not in own],
         "of another shape": other,
     }
     wrong = {kind: names for kind, names in lists.items() if names}
     if wrong:
-        told = "; ".join(f"{len(names)} {kind}: {_some(names)}" for kind, names in wrong.items())
+        problems = "; ".join(f"{len(names)} {kind}: {_some(names)}" for kind, names in wrong.items())
         raise CheckpointError(
-            f"its weights do not fit ({told})", where=where, hint="set model.* to the architecture of the weights, or name others"
+            f"its weights do not match ({problems})",
+            where=where,
+            hint="Set model.* to the architecture of the weights, or name others",
         )
 
 
@@ -186,25 +188,25 @@ def _fit_positions(weights: dict[str, Tensor], tower: VisionTower, notes: list[s
     if name not in weights or vit.pos_embed is None or weights[name].ndim != 3:
         return
     positions, grid = weights[name], tuple(vit.patch_embed.grid_size)
-    wanted = 0 if vit.no_embed_class else vit.num_prefix_tokens
+    num_prefix = 0 if vit.no_embed_class else vit.num_prefix_tokens
     tokens = positions.shape[1]
-    candidates = [(wanted, grid)] if tokens == wanted + math.prod(grid) else []
-    for prefix in (wanted, 1, 0, vit.num_prefix_tokens):
+    candidates = [(num_prefix, grid)] if tokens == num_prefix + math.prod(grid) else []
+    for prefix in (num_prefix, 1, 0, vit.num_prefix_tokens):
         side = math.isqrt(max(tokens - prefix, 0))
         candidates += [(prefix, (side, side))] if side and side * side == tokens - prefix else []
     if not candidates:
         return
     prefix, old = candidates[0]
-    if prefix == 1 and wanted == 0 and tower.class_position is not None:
+    if prefix == 1 and num_prefix == 0 and tower.class_position is not None:
         weights["class_position"], positions, prefix = positions[:, :1], positions[:, 1:], 0
-    elif prefix == 1 and wanted == 0 and "vit.cls_token" in weights:  # adding it one step earlier gives the same sum
+    elif prefix == 1 and num_prefix == 0 and "vit.cls_token" in weights:  # adding it one step earlier gives the same sum
         weights["vit.cls_token"] = weights["vit.cls_token"] + positions[:, :1]
         positions, prefix = positions[:, 1:], 0
         notes.append("the class token's position is added to the class token, as timm's models with registers have it")
-    elif prefix < wanted:
-        nothing = positions.new_zeros(1, wanted - prefix, positions.shape[2])
-        positions, prefix = torch.cat([positions[:, :prefix], nothing, positions[:, prefix:]], dim=1), wanted
-    if prefix == wanted and old != grid:
+    elif prefix < num_prefix:
+        nothing = positions.new_zeros(1, num_prefix - prefix, positions.shape[2])
+        positions, prefix = torch.cat([positions[:, :prefix], nothing, positions[:, prefix:]], dim=1), num_prefix
+    if prefix == num_prefix and old != grid:
         positions = resample_positions(positions, grid, old, prefix=prefix, how=tower.resampling)
         shown = [f"{rows} x {columns}" for rows, columns in (old, grid)]
         notes.append(

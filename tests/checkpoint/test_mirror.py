@@ -111,7 +111,7 @@ def test_a_copy_without_its_manifest_is_none_and_a_damaged_one_is_passed_over_lo
     assert "missing" in told[0]
     assert "size" in told[1]
     storage.delete(f"{target}/step_000000001/whole.safetensors")
-    with pytest.raises(CheckpointError, match="none of the 3 copies is whole"):
+    with pytest.raises(CheckpointError, match="none of the 3 copies is complete"):
         fetch(target, tmp_path / "newer", storage)
     assert not list((tmp_path / "newer").iterdir())
 
@@ -148,7 +148,7 @@ def test_an_outage_is_told_and_the_next_checkpoint_takes_the_others_along(door: 
     end = time.monotonic() + 20
     while not told and time.monotonic() < end:
         time.sleep(0.01)
-    assert "training goes on" in told[0]
+    assert "training continues" in told[0]
     door.troubles = []
     copies.offer(second)
     assert copies.close()
@@ -194,7 +194,7 @@ def test_a_copy_of_another_size_or_kind_is_not_fetched(tmp_path: Path) -> None:
     one = save(target, 9)
     with (one.path / "whole.safetensors").open("wb") as file:
         file.truncate(1 << 42)  # fetching it would fill the disk
-    with pytest.raises(CheckpointError, match="size is wrong"):
+    with pytest.raises(CheckpointError, match="its size differs"):
         fetch(str(target), tmp_path / "new" / "checkpoints", Storage())
     (one.path / "whole.safetensors").unlink()
     (one.path / "whole.safetensors").symlink_to("/dev/zero")

@@ -71,7 +71,7 @@ def test_headers_that_lie_are_refused(saved: Saved, header: Any) -> None:
 
 def test_no_memory_is_taken_for_elements_that_no_file_holds(saved: Saved) -> None:
     manifest = {**saved.manifest, "shapes": {"w": [1 << 40]}, "fragments": [{"w": [0, 1 << 40]}]}
-    with pytest.raises(CheckpointError, match="are not in it"):
+    with pytest.raises(CheckpointError, match="are missing in the checkpoint"):
         dict(read_student(Saved(saved.path, manifest)))
 
 

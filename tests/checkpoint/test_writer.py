@@ -251,10 +251,12 @@ def _beside(directory: str, *, slow: bool = True, zero: int = 2) -> list[Any]:
 
     method, engine = build(zero=zero)
     store = checkpoint.Checkpoints(Path(directory), keep_last=9)
-    real, gate, told = checkpoint.write_tensors, threading.Event(), []
+    real, told = checkpoint.write_tensors, []
+    gates = {step: threading.Event() for step in (3, 6, 9)}
 
     def late(path: Path, tensors: Any) -> Any:
-        gate.wait(timeout=600)
+        step = next(step for step in gates if f"step_{step:09d}" in str(path))
+        assert gates[step].wait(timeout=600)
         return real(path, tensors)
 
     checkpoint.write_tensors = late
@@ -265,10 +267,10 @@ def _beside(directory: str, *, slow: bool = True, zero: int = 2) -> list[Any]:
             dist.all_reduce(states, op=dist.ReduceOp.MAX)
             told.append(store.poll(int(states)))
             if (index + 1) % 3 == 0:
-                gate.clear() if index < 8 else gate.set()
                 told.append(store.begin(engine, method, _facts(index + 1)))
-            elif (index + 1) % 3 == 2:
-                gate.set()
+            elif index > 2 and (index + 1) % 3 == 2:
+                gates[index - 1].set()
+        gates[9].set()
         told.append(store.finish())
     finally:
         checkpoint.write_tensors = real
@@ -376,9 +378,9 @@ def spoil(path: Path, how: str) -> None:
     ("write", "problem"),
     [
         (lambda header: b"\xff" * 8 + header[8:], "more than the file"),
-        (lambda header: header[:8] + b"?" + header[9:], "header unreadable"),
-        (lambda header: header.replace(b"data_offsets", b"data-offsets"), "where the tensors begin"),
-        (lambda header: header.replace(b"teacher/", b"reacher/"), "elements of teacher/.* are not in it"),
+        (lambda header: header[:8] + b"?" + header[9:], "header cannot be read"),
+        (lambda header: header.replace(b"data_offsets", b"data-offsets"), "tensors' offsets"),
+        (lambda header: header.replace(b"teacher/", b"reacher/"), "elements of teacher/.* are missing in the checkpoint"),
     ],
 )
 def test_a_rank_file_that_is_not_what_the_manifest_tells_is_refused(folder: Path, write: Any, problem: str) -> None:
@@ -416,7 +418,7 @@ def test_a_checkpoint_without_a_readable_manifest_does_not_count(folder: Path) -
 @pytest.mark.parametrize("text", ["[]", "{}", '{"format": 1, "shards": []}'])
 def test_a_manifest_of_something_else_is_refused(tmp_path: Path, text: str) -> None:
     (tmp_path / "manifest.json").write_text(text)
-    with pytest.raises(CheckpointError, match=r"no whole checkpoint.*Name|no whole checkpoint.*name a directory step_"):
+    with pytest.raises(CheckpointError, match=r"not a (complete )?checkpoint: .*Name a directory checkpoints/step_"):
         saved.read(tmp_path)
 
 
@@ -424,14 +426,14 @@ def test_no_checkpoint_is_no_fault_but_only_damaged_ones_are(folder: Path, tmp_p
     assert saved.newest(tmp_path / "nowhere") == (None, [])
     for step in (3, 6):
         spoil(folder / f"step_{step:09d}" / "whole.safetensors", "flipped")
-    with pytest.raises(CheckpointError, match="none of the 2 checkpoints is whole"):
+    with pytest.raises(CheckpointError, match="none of the 2 checkpoints is complete"):
         saved.newest(folder)
 
 
 def test_another_format_is_told_by_its_number(folder: Path) -> None:
     path = folder / "step_000000006" / "manifest.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "format": 99}))
-    with pytest.raises(CheckpointError, match="format 99, this fovea reads 1"):
+    with pytest.raises(CheckpointError, match="format 99, this version of fovea reads 1"):
         saved.verify(saved.read(path.parent))
     found, complaints = saved.newest(folder)
     assert found is not None

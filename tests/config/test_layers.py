@@ -28,8 +28,8 @@ def refused(tmp_path: Path, text: str | bytes, match: str = ".") -> str:
 def test_aliases_that_unfold_to_millions_are_refused(tmp_path: Path, width: int) -> None:
     lines = [f"a0: &a0 [{', '.join(['x'] * width)}]"]
     lines += [f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * width)}]" for n in range(1, 9)]
-    refused(tmp_path, "\n".join(lines), "must not hold more than")
-    refused(tmp_path, "\n".join(line.replace("[", "{k: [").replace("]", "]}") for line in lines), "must not hold more than")
+    refused(tmp_path, "\n".join(lines), "must not have more than")
+    refused(tmp_path, "\n".join(line.replace("[", "{k: [").replace("]", "]}") for line in lines), "must not have more than")
 
 
 def test_an_alias_of_itself_is_refused(tmp_path: Path) -> None:
@@ -46,7 +46,7 @@ def test_bases_in_diamonds_are_counted(tmp_path: Path) -> None:
     (tmp_path / "d0.yaml").write_text("run: {name: x}\n")
     for n in range(1, 20):
         (tmp_path / f"d{n}.yaml").write_text(f"base: [d{n - 1}.yaml, d{n - 1}.yaml, d{n - 1}.yaml]\n")
-    with pytest.raises(ConfigError, match="files are its bases"):
+    with pytest.raises(ConfigError, match=r"more than .* base files"):
         load(tmp_path / "d19.yaml")
 
 
@@ -125,7 +125,7 @@ def test_any_value_is_refused_or_taken(tmp_path: Path, key: str, value: str) -> 
 def test_a_huge_file_is_given_up_early(tmp_path: Path, text: str, monkeypatch: pytest.MonkeyPatch) -> None:
     made, before = [], yaml.SafeLoader.compose_scalar_node
     monkeypatch.setattr(yaml.SafeLoader, "compose_scalar_node", lambda *given: made.append(before(*given)) or made[-1])
-    with pytest.raises(ConfigError, match="must not hold more than 50000 values"):
+    with pytest.raises(ConfigError, match="must not have more than 50000 values"):
         compose(text, "x.yaml")
     assert len(made) <= 50_000
 
@@ -145,7 +145,7 @@ def test_no_text_holds_control_characters(key: str) -> None:
 
 @pytest.mark.parametrize("key", ["train.global_batch_size", "checkpoint.keep_last"])
 def test_numbers_fit_64_bits(key: str) -> None:
-    with pytest.raises(ConfigError, match="should be less than"):
+    with pytest.raises(ConfigError, match="must be less than"):
         load("clip/scenes", ["data.shards=x.tar", f"{key}={'9' * 390}"])
 
 

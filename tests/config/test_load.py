@@ -123,7 +123,7 @@ def test_what_is_no_length_is_refused(text: Any) -> None:
     if text == "5 k":
         assert Length.parse(text).amount == 5000
         return
-    with pytest.raises(ValueError, match="should be"):
+    with pytest.raises(ValueError, match="must be"):
         Length.parse(text)
 
 
@@ -150,7 +150,7 @@ def test_all_problems_of_a_file_are_told_at_once_with_their_place(tmp_path: Path
     }
     assert found["optim.epss"].origin.endswith("run.yaml:2:3")
     assert "did you mean 'optim.eps'" in found["optim.epss"].message and "betas, eps, lr_scaling" in found["optim.epss"].message
-    assert found["optim.eps"].message.startswith("optim.eps = -1: should be greater than 0")
+    assert found["optim.eps"].message.startswith("optim.eps = -1: must be greater than 0")
     assert "fp32, bf16" in found["train.precision"].message and '"fp16"' in found["train.precision"].message
     assert "3 epochs" in found["train.duration"].message
     assert "given twice" in found["data.num_workers"].message and found["data.num_workers"].origin.endswith(":10:3")
@@ -310,7 +310,7 @@ def test_overrides_take_lists_mappings_and_quoted_text(tmp_path: Path) -> None:
     [
         ("train.global_batch_size=255", "254 or 256"),
         ("train.micro_batch_size=100", "2 ranks times train.micro_batch_size = 100"),
-        ("model.num_heads=5", "does not divide by model.num_heads = 5"),
+        ("model.num_heads=5", "is not divisible by model.num_heads = 5"),
         ("method.views.local_size=15", "12 or 16"),
         ("method.views.global_scale=[0.9, 0.1]", "0.9 is above 0.1"),
         ("method.prototypes=1", "greater than 1"),
@@ -319,7 +319,7 @@ def test_overrides_take_lists_mappings_and_quoted_text(tmp_path: Path) -> None:
         ("model.embed_dim=null", "model.embed_dim is required"),
         ("evaluation.knn.max_train=5", "more neighbours"),
         ("schedule.lr.warmup=60 epochs", "longer than the run"),
-        ("checkpoint.every=0", "longer than nothing"),
+        ("checkpoint.every=0", "longer than 0"),
         ("train.zero_stage=4", "0, 1, 2 or 3"),
         ("run.name=../up", "pattern"),
         ("schedule.lr.peak=true", "valid number"),
@@ -341,7 +341,7 @@ def test_ranks_are_checked_again_once_their_number_is_known() -> None:
     config = load(NAME, ["train.global_batch_size=256"]).config
     assert not check_ranks(config, 4)
     assert check_ranks(config, 3) == [
-        ("train.global_batch_size", "train.global_batch_size = 256: does not divide by 3 ranks; 255 or 258 would")
+        ("train.global_batch_size", "train.global_batch_size = 256: is not divisible by 3 ranks; 255 or 258 would")
     ]
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import struct
+import tarfile
 import tracemalloc
 import zipfile
 from pathlib import Path
@@ -95,8 +96,6 @@ def test_a_codestream_with_more_channels_than_its_box_says_is_refused() -> None:
 
 
 def test_a_width_beyond_the_index_is_no_error(tmp_path: Path) -> None:
-    from tests.data.test_hostile import tarfile
-
     entries = [(256, 4, 0xFFFFFFFF), (257, 4, 0xFFFFFFFF), (258, 3, 8), (259, 3, 1), (262, 3, 1), (273, 4, 8), (279, 4, 8)]
     tiff = b"II*\0" + struct.pack("<I", 8) + struct.pack("<H", len(entries))
     tiff += b"".join(struct.pack("<HHII", tag, kind, 1, value) for tag, kind, value in entries) + bytes(4)

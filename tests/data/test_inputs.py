@@ -86,7 +86,7 @@ def test_an_index_is_built_once(shards: Path, tmp_path: Path) -> None:
 def test_numbers_that_do_not_divide_are_refused_with_those_that_do(shards: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="3 ranks cannot share 4 streams"):
         prepare(settings(shards, tmp_path), 3)
-    with pytest.raises(ConfigError, match="16 samples do not divide by 2 ranks times 3") as caught:
+    with pytest.raises(ConfigError, match="16 samples are not divisible by 2 ranks times 3") as caught:
         prepare(
             settings(shards, tmp_path, "launch.num_processes=1", "train.micro_batch_size=4").replace(
                 train=settings(shards, tmp_path).train.model_copy(update={"micro_batch_size": 3})
@@ -103,7 +103,7 @@ def test_no_shards_few_samples_and_no_place_for_the_index_are_refused(shards: Pa
     with pytest.raises(DataError, match="40 usable samples are fewer than one global batch of 64"):
         prepare(settings(shards, tmp_path, "train.global_batch_size=64"), 2)
     (tmp_path / "file").write_text("")
-    with pytest.raises(DataError, match="cannot be kept here") as caught:
+    with pytest.raises(DataError, match="cannot be stored here") as caught:
         prepare(settings(shards, tmp_path, f"data.index={tmp_path / 'file'}"), 2)
     assert "data.index" in caught.value.hint
 
@@ -246,7 +246,7 @@ def test_changed_data_are_accepted_knowingly_and_told_once(three: Path, tmp_path
     assert found is not None
     assert found.step == 10
     (sentence,) = told
-    assert "goes on at step 10 over other data" in sentence
+    assert "continues at step 10 over other data" in sentence
     assert "1 gone: scenes-train-00001.tar (20)" in sentence
     checkpoint(run, config, inputs)  # the next one is of the new data, so nothing is left to tell
     assert choose_checkpoint(config, run, inputs)[1] == []

@@ -70,7 +70,7 @@ def link(folder: Path, kind: str) -> str:
 @pytest.mark.parametrize("name", ["knn", "linear", "logistic", "robustness"])
 def test_a_pattern_that_holds_the_validation_shards_is_refused_for_each_evaluation_with_labels(shards: Path, name: str) -> None:
     config = settings(shards, f"data.shards={shards}/*.tar", f"evaluation.{name}.enabled=true")
-    with pytest.raises(DataError, match=r"1 of 1 evaluated shards are learned from too: .*/val-00000\.tar") as caught:
+    with pytest.raises(DataError, match=r"1 of 1 evaluated shards are also learned from: .*/val-00000\.tar") as caught:
         prepare(config, 1)
     assert "evaluation.knn.val_shards, by default" in caught.value.where and "train-" in caught.value.hint
 
@@ -86,30 +86,30 @@ def test_a_pattern_that_holds_the_validation_shards_is_refused_for_each_evaluati
 )
 def test_so_is_a_folder_a_brace_range_and_a_detour(shards: Path, patterns: str) -> None:
     config = settings(shards, f"data.shards={patterns.format(shards)}", KNN, f"evaluation.knn.val_shards={shards}/val-*.tar")
-    with pytest.raises(DataError, match="learned from too"):
+    with pytest.raises(DataError, match="also learned from"):
         prepare(config, 1)
 
 
 @pytest.mark.parametrize("kind", ["copy", "symbolic link", "hard link", "repacked"])
 def test_so_is_the_same_data_under_another_name(shards: Path, kind: str) -> None:
     knn = [KNN, f"evaluation.knn.val_shards={shards}/val-*.tar"]
-    with pytest.raises(DataError, match="learned from too"):
+    with pytest.raises(DataError, match="also learned from"):
         prepare(settings(shards, f"data.shards={link(shards, kind)}", *knn), 1)
 
 
 def test_so_are_data_sets_that_are_mixed_and_voters_of_their_own(shards: Path) -> None:
     mixed = f"data.sources=[{{name: a, shards: '{shards}/train-*.tar'}}, {{name: b, shards: '{shards}/val-*.tar'}}]"
-    with pytest.raises(DataError, match="learned from too"):
+    with pytest.raises(DataError, match="also learned from"):
         prepare(settings(shards, mixed, KNN, f"evaluation.knn.val_shards={shards}/val-0*.tar"), 1)
     own = [f"data.shards={shards}/train-*.tar", KNN, f"evaluation.knn.train_shards={shards}/*.tar"]
-    with pytest.raises(DataError, match="learned from too") as caught:
+    with pytest.raises(DataError, match="also learned from") as caught:
         prepare(settings(shards, *own), 1)
     assert "evaluation.knn.train_shards" in caught.value.hint
 
 
 def test_a_command_that_evaluates_by_hand_refuses_it_too(shards: Path) -> None:
     config = settings(shards, f"data.shards={shards}/*.tar", KNN)
-    with pytest.raises(DataError, match="learned from too"):
+    with pytest.raises(DataError, match="also learned from"):
         evaluation_data(config)
 
 
@@ -120,7 +120,7 @@ def test_captions_that_were_trained_on_are_not_searched_for(shards: Path, name: 
     words = [f"data.shards={shards}/*.tar", f"data.index={shards}/index", f"evaluation.{name}.enabled=true"]
     words += [f"evaluation.zeroshot.class_names={shards}/classes.txt"]
     config = settings_for_weights(words)
-    with pytest.raises(DataError, match="trained on too"):
+    with pytest.raises(DataError, match="also trained on"):
         evaluation_data(config, trained=True)
     assert evaluation_data(config)["queries"].total == 10  # weights from elsewhere did not see them
 
@@ -134,7 +134,7 @@ def test_nor_when_others_vote_as_far_as_the_training_shards_are_here(shards: Pat
         f"evaluation.knn.train_shards={shards}/train-*.tar",
     ]
     words += [f"evaluation.knn.val_shards={shards}/val-*.tar"]
-    with pytest.raises(DataError, match="trained on too"):
+    with pytest.raises(DataError, match="also trained on"):
         evaluation_data(settings_for_weights([f"data.shards={shards}/*.tar", *words]), trained=True)
     away = settings_for_weights([f"data.shards={shards}/away-*.tar", *words])
     assert evaluation_data(away, trained=True)["queries"].total == 10
@@ -155,14 +155,14 @@ def test_a_few_single_duplicates_are_reported_and_many_refused(shards: Path, cap
     shutil.copy(shards / "train-00000.tar", shards / "held-out.tar")
     knn = [KNN, f"evaluation.knn.val_shards=['{shards}/val-*.tar', '{shards}/more.tar']"]
     repack(shards / "train-00000.tar", shards / "more.tar", keep=3, rename="x")
-    with pytest.raises(DataError, match="3 of 13 evaluated samples are learned from too"):
+    with pytest.raises(DataError, match="3 of 13 evaluated samples are also learned from"):
         prepare(settings(shards, f"data.shards={shards}/train-*.tar", *knn), 1)
     scenes.write(shards / "large", train=20, val=300, size=16, samples_per_shard=300, seed=5)
     knn = [KNN, f"evaluation.knn.val_shards=['{shards}/large/*val-*.tar', '{shards}/more.tar']"]
     repack(shards / "train-00000.tar", shards / "more.tar", keep=1, rename="y")
     for _ in range(2):  # counted, then read from what was counted
         prepare(settings(shards, f"data.shards={shards}/train-*.tar", *knn), 1)
-        assert "1 of 301 evaluated samples are learned from too" in capfd.readouterr().err
+        assert "1 of 301 evaluated samples are also learned from" in capfd.readouterr().err
 
 
 def test_shards_of_one_name_in_two_folders_are_two(shards: Path, tmp_path: Path) -> None:

@@ -59,14 +59,14 @@ REFUSED = {
     "evaluation.segmentation.num_classes is required": [
         "evaluation.segmentation={enabled: true, train_shards: a, val_shards: b}"
     ],
-    "names the very shards": ["evaluation.segmentation={enabled: true, train_shards: a, val_shards: a, num_classes: 3}"],
+    "names the shards": ["evaluation.segmentation={enabled: true, train_shards: a, val_shards: a, num_classes: 3}"],
     "2 names of 3 classes": [
         "evaluation.segmentation={enabled: true, train_shards: a, val_shards: b, num_classes: 3, class_names: [x, y]}",
     ],
     "a file of class names": ["evaluation.zeroshot.enabled=true"],
     "dinov2 reads no captions": ["evaluation.retrieval.enabled=true"],
-    "no gradient flows into pictures": ["evaluation.robustness.enabled=true", "train.zero_stage=3"],
-    "no evaluation of this run gives it": ["evaluation.linear.enabled=true", "checkpoint.keep_best=knn/k10"],
+    "no gradient flows into images": ["evaluation.robustness.enabled=true", "train.zero_stage=3"],
+    "no evaluation of this run computes it": ["evaluation.linear.enabled=true", "checkpoint.keep_best=knn/k10"],
     "evaluation.linear.every = 0": ["evaluation.linear.every=0 steps"],
 }
 

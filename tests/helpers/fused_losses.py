@@ -114,7 +114,7 @@ def interpret(path: str) -> None:
         potential("triton", _low, prototypes=50)
     logits = torch.randn(1, 3, 50).bfloat16()
     piece = prototypes_triton.FusedTargets(torch.randn(1, 3, 50), torch.zeros(50), 0.1)
-    _, _, slope = piece.met(logits, (1.0,), torch.ones(3), 0.1, sloped=True, watch=False)
+    _, _, slope = piece.met(logits, (1.0,), torch.ones(3), 0.1, needs_gradient=True, watch=False)
     found |= {"fp32 numbers": wide.numbers, "in place": slope is logits}
     torch.save(found, path)
 
@@ -159,7 +159,7 @@ def compile_ahead(path: str) -> None:
         piece = FusedTargets(torch.zeros(2, 1, 65536, dtype=_low), torch.zeros(65536), 0.05, watch=True)
         for meets, watch, kind, views in (((0.0, 1.0), True, _low, 1), ((1.0, 1.0), False, torch.float32, 8)):
             logits = torch.zeros(views, 1, 65536, dtype=kind)
-            piece.met(logits, meets, torch.ones(1), 0.1, sloped=True, watch=watch)
+            piece.met(logits, meets, torch.ones(1), 0.1, needs_gradient=True, watch=watch)
         for shift in (None, torch.zeros(65536)):
             take_in(torch.zeros(2, 65536, dtype=_low), 0.05, shift, torch.zeros(65536), torch.zeros(65536))
     torch.save(made, path)

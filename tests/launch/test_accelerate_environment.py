@@ -56,8 +56,8 @@ def test_nothing_said_the_same_said_and_auto_are_accepted(config: Config, tmp_pa
         ({"gradient_clipping": 1.0}, "method.clip_norm"),
         ({"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}}}, "'cpu' there and train.offload=none here"),
         ({"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "nvme"}}}, "'nvme' there"),
-        ({"zero_optimization": {"stage": 2, "offload_param": {"device": "cpu"}}}, "offload_param is asked for there"),
-        ([], "holds no object"),
+        ({"zero_optimization": {"stage": 2, "offload_param": {"device": "cpu"}}}, "offload_param is set there"),
+        ([], "must be a JSON object"),
     ],
 )
 def test_a_contradiction_is_refused_by_name(config: Config, tmp_path: Path, document: Any, words: str) -> None:

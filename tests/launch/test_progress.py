@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from launch.progress import Lines, Live, Silent, watcher
+from launch.progress import LineLogger, LiveLineLogger, MessageLogger, progress_logger
 from pipeline.runtime.clock import clock
 
 
@@ -20,7 +20,7 @@ def test_times_are_read_at_a_glance(seconds: float, shown: str) -> None:
 
 
 def test_a_line_tells_step_loss_rate_scores_and_what_is_left(capsys: pytest.CaptureFixture[str]) -> None:
-    lines = Lines(global_batch=64)
+    lines = LineLogger(global_batch=64)
     lines.step(10, 110, 5.25, 640.0, {"knn/k10": 0.4321, "baseline/pixels/knn/k10": 0.3}, 10)
     lines.step(20, 110, 5.25, 640.0, {"knn/k10": 0.4321, "baseline/pixels/knn/k10": 0.3}, 10)
     line, later = capsys.readouterr().out.splitlines()
@@ -29,7 +29,7 @@ def test_a_line_tells_step_loss_rate_scores_and_what_is_left(capsys: pytest.Capt
 
 
 def test_the_time_left_does_not_jump_with_one_slow_step(capsys: pytest.CaptureFixture[str]) -> None:
-    lines = Lines(global_batch=64)
+    lines = LineLogger(global_batch=64)
     for rate in (640.0, 640.0, 64.0):
         lines.step(10, 110, 5.25, rate, {}, -1)
     assert capsys.readouterr().out.splitlines()[-1].endswith("left 0:12")
@@ -41,9 +41,9 @@ def test_the_live_line_never_wraps_and_messages_stand_above_it(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, columns: int
 ) -> None:
     monkeypatch.setenv("COLUMNS", str(columns))
-    live = Live(global_batch=64)
+    live = LiveLineLogger(global_batch=64)
     live.step(50, 100, 5.25, 640.0, {"knn/k10": 0.4321, "knn/k20": 0.4567}, 100)
-    live.say("checkpoint written")
+    live.log("checkpoint written")
     live.step(100, 100, 5.25, 640.0, {"knn/k10": 0.4321, "knn/k20": 0.4567}, 100)
     written = capsys.readouterr().out
     assert re.sub(r"\r\x1b\[2K", "", written).count("\n") == 2
@@ -58,13 +58,13 @@ def test_the_live_line_never_wraps_and_messages_stand_above_it(
 
 
 def test_only_the_first_rank_shows_steps(capsys: pytest.CaptureFixture[str]) -> None:
-    other, first = watcher(1, 64), watcher(0, 64)
-    assert isinstance(other, Silent)
-    assert isinstance(first, Lines)
-    assert not isinstance(first, Live), "the output of a test is no terminal"
+    other, first = progress_logger(1, 64), progress_logger(0, 64)
+    assert isinstance(other, MessageLogger)
+    assert isinstance(first, LineLogger)
+    assert not isinstance(first, LiveLineLogger), "the output of a test is no terminal"
     other.step(1, 2, 3.0, 4.0, {}, -1)
     assert capsys.readouterr().out == ""
-    other.say("step 3: dino not finite")
+    other.log("step 3: dino not finite")
     assert capsys.readouterr().out == "step 3: dino not finite\n"
 
 
@@ -72,14 +72,14 @@ def test_what_is_shown_is_kept_in_a_file_and_a_disk_that_takes_nothing_is_no_fau
     capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     for place in (tmp_path / "logs" / "rank-0.log", tmp_path / "logs" / "rank-0.log" / "no-folder"):
-        kept = watcher(0, 64, place)
-        kept.say("starting")
+        kept = progress_logger(0, 64, place)
+        kept.log("starting")
         kept.step(10, 110, 5.25, 640.0, {}, -1)
         assert len(capsys.readouterr().out.splitlines()) == 2
     lines = (tmp_path / "logs" / "rank-0.log").read_text().splitlines()
     assert lines[0] == "starting" and lines[1].startswith("step     10/110")
     (tmp_path / "full.log").symlink_to("/dev/full")
-    kept = watcher(0, 64, tmp_path / "full.log")
+    kept = progress_logger(0, 64, tmp_path / "full.log")
     for _ in range(2000):  # more than a buffer holds
-        kept.say("the disk is full")
+        kept.log("the disk is full")
     assert capsys.readouterr().out.count("the disk is full") == 2000

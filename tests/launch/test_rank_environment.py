@@ -48,7 +48,7 @@ def test_slurms_lists_of_nodes_are_taken_apart(text: str, expected: str) -> None
 
 @pytest.mark.parametrize("text", ["n[1", "n1]", "n[1-]", "n[a-b]", "n[3-1]", "n[[1]]", "n[]", "n]1["])
 def test_what_is_no_list_of_nodes_is_refused(text: str) -> None:
-    with pytest.raises(ValueError, match="no list of nodes"):
+    with pytest.raises(ValueError, match="not a Slurm node list"):
         list(hosts(text))
 
 
@@ -98,7 +98,7 @@ def test_rank_0_is_on_the_first_node_of_the_step_and_not_where_srun_was_typed() 
     unresolved = {"SLURM_STEP_NODELIST": "x[1-2]", "SLURM_STEP_NUM_NODES": "2", **login}
     assert RankEnvironment.read(step(2, **unresolved)).address == "192.0.2.1"
     assert RankEnvironment.read(step(6, **several, FOVEA_ATTEMPT="0")).address == "192.0.2.1"  # srun was typed by the attendant
-    with pytest.raises(LaunchError, match="nobody says where rank 0 is"):
+    with pytest.raises(LaunchError, match="the address of rank 0 is unknown"):
         RankEnvironment.read(step(2, SLURM_STEP_NUM_NODES="2"))
 
 
@@ -279,7 +279,7 @@ def test_numbers_are_counted(numbers: list[int]) -> None:
 def test_a_rank_has_a_gpu_of_its_own() -> None:
     assert [gpu_of(rank, 4, 4) for rank in range(4)] == [0, 1, 2, 3]
     assert [gpu_of(rank, 4, 1) for rank in range(4)] == [0] * 4  # each is shown another one
-    with pytest.raises(LaunchError, match="4 ranks run on this node, and 2 GPUs are visible"):
+    with pytest.raises(LaunchError, match="4 ranks run on this node, but 2 GPUs are visible"):
         gpu_of(2, 4, 2)
 
 
@@ -291,7 +291,7 @@ def test_ranks_that_share_a_gpu_are_refused() -> None:
         store.set(str(rank), own)
     check_gpus(store, "a 0 GPU-1", 0, range(2))
     check_gpus(store, "a 0 GPU-2", 1, range(2))
-    with pytest.raises(LaunchError, match=r"ranks 2 and 3 would share one GPU \(b 0 GPU-1\)"):
+    with pytest.raises(LaunchError, match=r"ranks 2 and 3 would share a GPU \(b 0 GPU-1\)"):
         check_gpus(store, "b 0 GPU-1", 3, range(2, 4))
 
 

@@ -141,4 +141,4 @@ def test_a_second_live_attempt_on_a_run_is_refused(refused: Refusal, shards: Pat
     from launch.cli.train import alone
 
     with alone(RunDirectory(tmp_path / "run")):
-        assert "alive" in refused(str(shards / "*train-*.tar"))
+        assert "is running" in refused(str(shards / "*train-*.tar"))

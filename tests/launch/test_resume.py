@@ -188,7 +188,7 @@ def test_a_path_is_where_the_run_begins_and_what_came_of_it_is_gone_on_with(
     found, (told,) = choose_checkpoint(named, run, inputs)
     assert found is not None
     assert found.step == 30
-    assert "going on from" in told
+    assert "resuming from" in told
     assert origins(found, named) == lineage, "an attempt that goes on begins nothing"
     found, _ = choose_checkpoint(config, run, inputs)
     assert found is not None
@@ -241,7 +241,7 @@ def test_a_manifest_that_cannot_be_read_is_told_and_alone_it_refuses_to_start_an
     config: Config, inputs: Inputs, run: RunDirectory
 ) -> None:
     (save(run.checkpoints, 20, config, inputs) / "manifest.json").write_text("{")
-    with pytest.raises(CheckpointError, match="none of the 1 checkpoints is whole"):
+    with pytest.raises(CheckpointError, match="none of the 1 checkpoints is complete"):
         choose_checkpoint(config, run, inputs)
     save(run.checkpoints, 10, config, inputs)
     found, (told,) = choose_checkpoint(config, run, inputs)
@@ -252,7 +252,7 @@ def test_a_manifest_that_cannot_be_read_is_told_and_alone_it_refuses_to_start_an
 
 def test_only_damaged_ones_refuse_to_start_anew_in_silence(config: Config, inputs: Inputs, run: RunDirectory) -> None:
     (save(run.checkpoints, 10, config, inputs) / "rank_00000.safetensors").unlink()
-    with pytest.raises(CheckpointError, match="none of the 1 checkpoints is whole"):
+    with pytest.raises(CheckpointError, match="none of the 1 checkpoints is complete"):
         choose_checkpoint(config, run, inputs)
 
 

@@ -19,7 +19,7 @@ from PIL import Image
 from rich.table import Table
 
 from launch.cli.main import main
-from launch.progress import Lines
+from launch.progress import LineLogger
 from launch.terminal import Terminal, clean_logs
 from pipeline.errors import FoveaError, of_system
 from pipeline.reports.comparison import write as report
@@ -91,7 +91,7 @@ def test_errors_tables_lines_and_logs_are_cleaned(capsys: pytest.CaptureFixture[
     assert harmless(str(FoveaError(EVIL, where=EVIL, hint=EVIL)))
     clean_logs()
     logging.getLogger("pipeline.test").warning("name %s at http://u:CANARY@h/?sig=CANARY", EVIL)
-    Lines(64).say(EVIL)
+    LineLogger(64).log(EVIL)
     out = capsys.readouterr()
     assert harmless(out.out + out.err) and "CANARY" not in out.err
 
@@ -142,7 +142,7 @@ def test_records_of_a_wrong_type_end_in_one_error(tmp_path: Path, name: str, key
     ("words", "told"),
     [
         (["train", "a" * 5000], "File name too long. Choose a shorter name"),
-        (["shards", "index", "a\nb.tar"], "should hold no line breaks"),
+        (["shards", "index", "a\nb.tar"], "must not contain line breaks"),
         (["train", "FILE", "data.shards=/d/a.tar", "run.directory=FILE/run"], "/toy.yaml/run: Not a directory"),
     ],
 )
@@ -165,7 +165,7 @@ def test_a_working_directory_that_is_gone_is_told(
     (tmp_path / "gone").rmdir()
     with pytest.raises(SystemExit):
         main(["config", "check", "dinov2/cifar10_vit_tiny", "data.shards=a.tar"])
-    assert capsys.readouterr().err.startswith("fovea: the working directory does not exist any more")
+    assert capsys.readouterr().err.startswith("fovea: the working directory does not exist anymore")
 
 
 def test_an_error_of_a_library_keeps_its_traceback() -> None:
@@ -175,7 +175,7 @@ def test_an_error_of_a_library_keeps_its_traceback() -> None:
 
 
 def test_streams_that_were_closed_lead_nowhere_and_no_file_gets_their_number() -> None:
-    code = "import os, sys\nfrom launch.terminal import open_streams\nopen_streams()\n"
+    code = "import os, sys\nfrom launch.streams import open_streams\nopen_streams()\n"
     code += "print('lost')\nsys.exit(0 if os.open('/dev/zero', os.O_RDONLY) > 2 and sys.stdout.fileno() == 1 else 1)"
     command = ["bash", "-c", 'exec "$0" -c "$1" <&- >&- 2>&-', sys.executable, code]
     assert subprocess.run(command, env=environment(), check=False).returncode == 0

@@ -60,7 +60,7 @@ def test_more_neighbours_push_too() -> None:
 
 
 def test_a_group_that_does_not_come_out_is_refused() -> None:
-    with pytest.raises(ValueError, match="4 features do not make groups of 3"):
+    with pytest.raises(ValueError, match="4 features are not divisible into groups of 3"):
         koleo(torch.tensor(SQUARE), group=3)
 
 

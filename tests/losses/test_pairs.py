@@ -120,7 +120,7 @@ def test_dino() -> None:
 
 
 def test_a_caption_is_told_token_by_token_and_padding_is_none() -> None:
-    from pipeline.methods.shared.captioning import told
+    from pipeline.methods.shared.captioning import prediction_mask
 
     tokens = torch.tensor([[1, 3, 4, 2, 0], [1, 5, 2, 0, 0]])
     b, place, v = torch.arange(2)[:, None, None], torch.arange(5)[:, None], torch.arange(6)
@@ -128,9 +128,9 @@ def test_a_caption_is_told_token_by_token_and_padding_is_none() -> None:
     marked = tokens.masked_fill(tokens == 2, 49407)  # the end mark that the data side writes
 
     def loss(prefix: Tensor | int) -> float:
-        wanted = told(marked, prefix)
-        hidden = logits[:, :-1][wanted]
-        return float(losses.token_cross_entropy(hidden, torch.eye(6).double(), tokens[:, 1:][wanted], rows=2)) / int(wanted.sum())
+        mask = prediction_mask(marked, prefix)
+        hidden = logits[:, :-1][mask]
+        return float(losses.token_cross_entropy(hidden, torch.eye(6).double(), tokens[:, 1:][mask], rows=2)) / int(mask.sum())
 
     assert loss(1) == pytest.approx(2.271976137759, abs=1e-12)  # CoCa, and SimVLM with the start mark alone
     assert loss(torch.tensor([2, 2])) == pytest.approx(1.842889618561, abs=1e-12)

@@ -205,11 +205,11 @@ def test_a_hundred_steps_on_one_batch_teach_it_and_clip_finds_every_pair(loss: s
     [
         (["method.gather_with_grad=false"], "unknown key 'method.gather_with_grad'"),
         (["method.local_loss=false"], "unknown key 'method.local_loss'"),
-        (["method.freeze=[image, text]"], "should leave one tower to train"),
-        (["method.views.global_size=225"], "does not divide by the patch side 32; 224 or 256 would"),
+        (["method.freeze=[image, text]"], "must leave one tower to train"),
+        (["method.views.global_size=225"], "is not divisible by the patch side 32; 224 or 256 would"),
         (["method.text.architecture=ViT-B-33"], "ViT-B-32"),
         (["method.text={architecture: null, width: 64}"], "width, depth and num_heads are all required"),
-        (["method.text.num_heads=7"], "does not divide by 7 heads"),
+        (["method.text.num_heads=7"], "is not divisible by 7 heads"),
     ],
 )
 def test_settings_that_train_wrongly_or_not_at_all_are_refused(words: list[str], told: str) -> None:

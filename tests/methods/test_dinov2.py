@@ -251,7 +251,7 @@ def test_metrics_are_means_over_the_steps_micro_batches() -> None:
 
 
 def test_a_group_that_no_micro_batch_holds_is_refused_with_the_mend() -> None:
-    with pytest.raises(ConfigError, match="6 features do not make groups of 4") as told:
+    with pytest.raises(ConfigError, match="6 features are not divisible into groups of 4") as told:
         make_method(koleo_group_size=4)(batch(), STEP)
     assert "method.koleo_group_size" in str(told.value) and "divisor of the 6 samples" in str(told.value)
 

@@ -137,13 +137,16 @@ def test_plan_makes_room_for_the_largest_and_operations_are_the_mean(tmp_path: P
 @pytest.mark.parametrize(
     ("override", "words"),
     [
-        ("method.resolutions=[{global_size: 96}, {global_size: 100}]", "method.resolutions.1.global_size = 100: does not divide"),
+        (
+            "method.resolutions=[{global_size: 96}, {global_size: 100}]",
+            "method.resolutions.1.global_size = 100: is not divisible",
+        ),
         ("method.resolutions=[{local_size: 50}]", "48 or 64 would"),
         ("method.resolutions=[{gram_size: 130}]", "method.resolutions.0.gram_size = 130"),
-        ("method.gram_size=100", "method.gram_size = 100: does not divide"),
+        ("method.gram_size=100", "method.gram_size = 100: is not divisible"),
         ("method.resolutions=[{weight: 0}]", "greater than 0"),
         ("method.resolutions=[{size: 96}]", "allowed under method.resolutions: global_size, gram_size, local_size, weight"),
-        ("method.resolutions=[{global_size: 16}]", "nothing to hide"),
+        ("method.resolutions=[{global_size: 16}]", "nothing to mask"),
         ("method.gram_weight=0", "has no effect while method.gram_weight = 0"),
     ],
 )

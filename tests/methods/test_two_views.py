@@ -43,7 +43,7 @@ def test_what_a_section_leaves_out_is_the_methods_own() -> None:
 def test_there_is_nothing_to_repel_without_local_crops() -> None:
     with pytest.raises(ValidationError, match="local_count of 2"):
         ByolSettings(local_repulsion=RepelSettings())
-    with pytest.raises(ValidationError, match="local_count should be 0"):
+    with pytest.raises(ValidationError, match="local_count must be 0"):
         SimclrSettings(views=MultiCropSettings(local_count=2))
 
 

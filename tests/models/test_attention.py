@@ -164,7 +164,7 @@ def test_what_nobody_reads_changes_nothing_that_is_read(depth: int) -> None:
 
 
 def test_decoder_settings_that_do_not_divide_are_refused() -> None:
-    with pytest.raises(ConfigError, match="over 3 heads"):
+    with pytest.raises(ConfigError, match="not divisible by 3 heads"):
         Decoder(16, grid=4, patch=2, heads=3)
 
 

@@ -96,7 +96,7 @@ def test_blocks_that_are_built_otherwise_are_refused() -> None:
     model = ModelSettings(timm_name="vit_base_patch14_dinov2", drop_path=0.1)
     with torch.device("meta"):
         tower = build_tower(model.model_copy(update={"drop_path": 0.0}), image_size=28)
-    with pytest.raises(ConfigError, match="set it to false"):
+    with pytest.raises(ConfigError, match="Set it to false"):
         set_stochastic_depth(tower.vit.blocks[0], 0.1, True)
 
 

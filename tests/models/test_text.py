@@ -84,7 +84,7 @@ def test_a_tower_is_filled_from_a_file_of_either_layout_and_refuses_another(tmp_
         load_text(second, tmp_path / f"{file}.safetensors")
         assert torch.equal(second.positions, first.positions)
         assert torch.equal(second.blocks[1].get_parameter("fc2.weight"), first.blocks[1].get_parameter("fc2.weight"))
-    with pytest.raises(CheckpointError, match="do not fit"):
+    with pytest.raises(CheckpointError, match="do not match"):
         load_text(small(embed=9), tmp_path / "own.safetensors")
     with pytest.raises(CheckpointError, match="cannot be read"):
         load_text(small(), tmp_path / "absent.safetensors")

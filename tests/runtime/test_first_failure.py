@@ -21,10 +21,10 @@ def test_what_the_system_refuses_needs_no_traceback_and_keeps_it_beside_the_logs
     try:
         raise OSError(errno.ENOSPC, "No space left on device", "/scratch/run/bad_samples")
     except OSError as error:
-        code = failure.tell(error, watchdog, FACTS)
+        code = failure.report_failure(error, watchdog, FACTS)
     told = capsys.readouterr().err
     assert code == 1 and told.count("\n") == 1 and "Traceback" not in told
-    assert "/scratch/run/bad_samples: No space left on device. Make room there" in told
+    assert "/scratch/run/bad_samples: No space left on device. Free space there" in told
     assert "Traceback" in watchdog.stacks.read_text()
     claim = claims.claimed(tmp_path)
     assert claim is not None and claim["cause"] == "crash" and claim["retryable"]

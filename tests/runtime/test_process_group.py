@@ -55,11 +55,11 @@ def test_a_taken_port_a_missing_master_and_nccl_without_a_gpu_are_told() -> None
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         port = taken.getsockname()[1]
-        with pytest.raises(LaunchError, match="rank 0 of 2 did not meet the others") as caught:
+        with pytest.raises(LaunchError, match="rank 0 of 2 could not connect to the others") as caught:
             distributed.join(rank=0, local_rank=0, port=port, **place)
         assert str(port) in caught.value.where
     begin = time.monotonic()
-    with pytest.raises(LaunchError, match="rank 1 of 2 did not meet the others"):
+    with pytest.raises(LaunchError, match="rank 1 of 2 could not connect to the others"):
         distributed.join(rank=1, local_rank=1, port=free_port(), **place)
     assert time.monotonic() - begin < 20
     if not torch.cuda.is_available():

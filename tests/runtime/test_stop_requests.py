@@ -28,9 +28,9 @@ def requests() -> Iterator[StopRequests]:
 
 @pytest.mark.parametrize("name", ["SIGUSR1", "SIGUSR2", "SIGTERM", "SIGINT", "SIGHUP"])
 def test_a_signal_is_noted_and_nothing_else_happens(requests: StopRequests, name: str) -> None:
-    assert requests.asked is Stop.NO
+    assert requests.requested is Stop.NO
     os.kill(os.getpid(), getattr(signal, name))
-    assert requests.asked is Stop[name]
+    assert requests.requested is Stop[name]
 
 
 def test_an_ignored_hangup_stays_ignored() -> None:
@@ -47,13 +47,13 @@ def test_an_ignored_hangup_stays_ignored() -> None:
 def test_the_strongest_of_several_stays(requests: StopRequests) -> None:
     for number in (signal.SIGTERM, signal.SIGUSR1):
         os.kill(os.getpid(), number)
-    assert requests.asked is Stop.SIGTERM
+    assert requests.requested is Stop.SIGTERM
 
 
 def _ask(asked: dict[int, str]) -> list[str]:
     requests = StopRequests()
     answers = [requests.agreed(None).name]
-    requests.asked = Stop[asked.get(dist.get_rank(), "NO")]
+    requests.requested = Stop[asked.get(dist.get_rank(), "NO")]
     answers.append(requests.agreed(None).name)
     return answers
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.runtime.watchdog import CHECKPOINT, COMPUTE, DATA, EVALUATE, RESTART, STEP, Limits, Pulse, Watchdog, judge
+from pipeline.runtime.watchdog import CHECKPOINT, COMPUTE, DATA, EVALUATE, RESTART, STEP, Limits, Pulse, Watchdog, find_hung_ranks
 
 
 def pulse(
@@ -23,7 +23,7 @@ def pulse(
 
 
 def judged(first: list[Pulse], second: list[Pulse], size: int, gone: list[int] | None = None) -> tuple[list[int], str]:
-    return judge({p.rank: p for p in first}, {p.rank: p for p in second}, size, gone or [], 0)
+    return find_hung_ranks({p.rank: p for p in first}, {p.rank: p for p in second}, size, gone or [], 0)
 
 
 def test_whoever_entered_the_fewest_phases_is_waited_for() -> None:
@@ -44,9 +44,9 @@ def test_in_one_phase_the_one_outside_of_collectives_is_waited_for() -> None:
 def test_a_rank_without_pulse_is_blamed_before_one_that_is_behind() -> None:
     first = [pulse(0), pulse(1), pulse(2, entered=8)]
     second = [pulse(0, beat=2), pulse(1, beat=1), pulse(2, beat=2, entered=8)]
-    assert judged(first, second, 3) == ([1], "rank 1 gives no sign of life; last heard of in step at step 1234")
-    assert judged(first, second, 3, gone=[1])[1].startswith("rank 1 is gone;")
-    assert judged([pulse(0)], [pulse(0, beat=2)], 3) == ([1, 2], "ranks 1, 2 give no sign of life")
+    assert judged(first, second, 3) == ([1], "rank 1 does not respond; last heartbeat in step at step 1234")
+    assert judged(first, second, 3, gone=[1])[1].startswith("rank 1 has exited;")
+    assert judged([pulse(0)], [pulse(0, beat=2)], 3) == ([1, 2], "ranks 1, 2 do not respond")
 
 
 def test_where_nobody_is_behind_all_are_told_of() -> None:
@@ -83,14 +83,14 @@ def test_the_limit_follows_the_median_step_without_what_happens_aside(tmp_path: 
     assert [dog.limit(phase) for phase in (DATA, EVALUATE, CHECKPOINT)] == [30, 77, 88]
     walked(clock, dog, 20, 6.0)
     assert dog.limit(STEP) == pytest.approx(60)
-    assert dog.place == (DATA, 20)
+    assert dog.position == (DATA, 20)
 
 
 def test_a_stall_dumps_the_stacks_says_who_and_ends_with_the_code_of_a_restart(tmp_path: Path) -> None:
     said: list[str] = []
     codes: list[int] = []
     dog = Watchdog(
-        tmp_path, 0, 1, Limits(floor=0.3, start=0.3), say=said.append, end=lambda code: (codes.append(code), dog._stop.set())
+        tmp_path, 0, 1, Limits(floor=0.3, start=0.3), log=said.append, end=lambda code: (codes.append(code), dog._stop.set())
     )
     dog.enter(DATA, 7)
     dog.start()

@@ -90,7 +90,7 @@ def test_a_server_that_only_the_run_names_is_never_contacted(run: Path, sink: Si
         json.dumps({"uri": sink.uri, "run_id": "a" * 32, "offsets": {}, "steps": {}, "artifacts": []})
     )
     assert call("mlflow", "sync", str(run)) == 2
-    assert "only the run names the MLflow server http://127.0.0.1" in capsys.readouterr().err
+    assert "the MLflow server http://127.0.0.1" in capsys.readouterr().err
     assert call("mlflow", "sync", "--all") == 2
     assert "skipped" in capsys.readouterr().out
     messages: list[str] = []
@@ -158,7 +158,7 @@ def test_no_store_outside_the_run_is_written(run: Path, tmp_path: Path, uri: str
     (run / "link.db").symlink_to(tmp_path / "elsewhere.db")
     uri = uri.replace("{tmp}", str(tmp_path)).replace("{run}", str(run))
     if uri:
-        with pytest.raises(ConfigError, match="only the run names") as caught:
+        with pytest.raises(ConfigError, match="is named by the run only") as caught:
             server_of(run, uri)
         assert "u:p" not in str(caught.value)
     else:

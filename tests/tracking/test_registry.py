@@ -31,5 +31,5 @@ def test_each_export_becomes_the_next_version_bound_to_the_run(bench: Bench, tmp
 def test_a_server_that_is_away_is_told_with_the_mend(tmp_path: Path) -> None:
     (tmp_path / "timm").mkdir()
     away = Shipper(tmp_path, uri="http://127.0.0.1:9", experiment="tests", name="trial")
-    with pytest.raises(LaunchError, match="the export itself is whole"):
+    with pytest.raises(LaunchError, match="the export itself is complete"):
         register(away, tmp_path / "timm", "vit")

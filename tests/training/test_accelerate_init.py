@@ -76,4 +76,4 @@ def _counted_wrong() -> str:
 
 def test_an_accelerate_that_counts_other_ranks_is_refused() -> None:
     for told in pool(2).run(_counted_wrong):
-        assert "accelerate sees 1 ranks by way of DEEPSPEED, but there are 2" in told
+        assert "accelerate reports 1 ranks with DEEPSPEED, but there are 2" in told

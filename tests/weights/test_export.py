@@ -191,7 +191,7 @@ def test_what_a_layout_cannot_hold_is_refused_and_leaves_nothing(
 
 def test_what_is_no_export_of_this_checkpoint_is_refused(tmp_path: Path) -> None:
     saved, _ = checkpoint(tmp_path / "run", settings(DINO))
-    with pytest.raises(ConfigError, match="do not divide into patches of 8"):
+    with pytest.raises(ConfigError, match="are not divisible into patches of 8"):
         read(saved, size=36)
     wide = settings(DINO, embed_dim=48)
     with pytest.raises(CheckpointError, match=r"backbone\..*\[.*32.*in the checkpoint"):
@@ -200,7 +200,7 @@ def test_what_is_no_export_of_this_checkpoint_is_refused(tmp_path: Path) -> None
     with pytest.raises(ConfigError, match="has no teacher"):
         read(clip, network="teacher")
     folder = write(read(saved), "timm", tmp_path / "out")
-    with pytest.raises(ConfigError, match="something already"):
+    with pytest.raises(ConfigError, match="exists already"):
         write(read(saved), "timm", folder)
     write(read(saved), "safetensors", folder, overwrite=True)
     assert json.loads((folder / "config.json").read_text())["fovea"]["method"]["name"] == "dinov2"
@@ -242,4 +242,4 @@ def test_one_of_several_students_is_exported_by_its_name(tmp_path: Path, capsys:
     capsys.readouterr()
     with pytest.raises(SystemExit):
         main(["export", str(tmp_path / "run"), "--to", "timm", "--student", "smal"])
-    assert "choose of small" in capsys.readouterr().err
+    assert "Choose one of small" in capsys.readouterr().err

@@ -133,17 +133,17 @@ def test_what_cannot_be_begun_with_is_refused_in_words(tmp_path: Path) -> None:
     torch.save([torch.ones(1)], tmp_path / "list.pth")
     cases = {
         ("nowhere",): "no such file",
-        ("https://example.org/w.pth",): "download them first",
+        ("https://example.org/w.pth",): "Download them first",
         ("timm:vit_colossal",): "timm has no weights",
-        (str(tmp_path / "empty"),): "neither a run",
-        (str(tmp_path / "notes.txt"),): "neither a run",
+        (str(tmp_path / "empty"),): "not a run",
+        (str(tmp_path / "notes.txt"),): "not a run",
         (str(tmp_path / "torn.pth"),): "cannot be read",
         (str(tmp_path / "torn.safetensors"),): "cannot be read",
-        (str(tmp_path / "list.pth"),): "no tensors by name",
+        (str(tmp_path / "list.pth"),): "no named tensors",
         (str(tmp_path / "run"), "model.depth=2"): "missing: vit.blocks.1.",
         (str(tmp_path / "run"), "model.registers=1"): "missing: vit.reg_token",
         (str(tmp_path / "run"), "method.prototypes=64", "init_from.heads=true"): "dino_head.last.direction",
-        (str(tmp_path / "run"), "method.shared_heads=true", "init_from.heads=true"): "not wanted: ibot_head",
+        (str(tmp_path / "run"), "method.shared_heads=true", "init_from.heads=true"): "unexpected: ibot_head",
     }
     for (source, *overrides), words in cases.items():
         settings = config(tmp_path, f"init_from.source={source}", *overrides)
@@ -153,13 +153,13 @@ def test_what_cannot_be_begun_with_is_refused_in_words(tmp_path: Path) -> None:
     with (tmp_path / "run/checkpoints/step_000000008/rank_00001.safetensors").open("r+b") as file:
         file.seek(-1, 2)
         file.write(b"\xff")
-    with pytest.raises(CheckpointError, match="none of the 1 checkpoints is whole"):
+    with pytest.raises(CheckpointError, match="none of the 1 checkpoints is complete"):
         initial.check(config(tmp_path, f"init_from.source={tmp_path / 'run'}"))
 
 
 def test_heads_are_not_looked_for_in_files(tmp_path: Path) -> None:
     torch.save({}, tmp_path / "w.pth")
-    with pytest.raises(CheckpointError, match="only checkpoints of fovea hold heads"):
+    with pytest.raises(CheckpointError, match="only checkpoints of fovea contain heads"):
         initial.check(config(tmp_path, f"init_from.source={tmp_path / 'w.pth'}", "init_from.heads=true"))
 
 
@@ -220,7 +220,7 @@ def test_timms_weights_of_which_a_tensor_is_missing_or_of_another_shape_are_refu
     name = f"timm:{hub.NAME}"
     for change in ({"without": "blocks.3.attn.qkv.weight"}, {"blocks.3.attn.qkv.weight": torch.zeros(3, 3)}):
         hub.hold(**change)  # type: ignore[arg-type]
-        with pytest.raises(CheckpointError, match=r"not whole.*blocks\.3\.attn\.qkv\.weight"):
+        with pytest.raises(CheckpointError, match=r"incomplete.*blocks\.3\.attn\.qkv\.weight"):
             initial.weights_of(initial.find(name))
     hub.file.write_bytes(b"no tensors")
     with pytest.raises(CheckpointError, match="cannot fetch the weights"):
@@ -230,7 +230,7 @@ def test_timms_weights_of_which_a_tensor_is_missing_or_of_another_shape_are_refu
         initial.weights_of(initial.find(name))
     hub.hold()
     settings = config(tmp_path, f"init_from.source={name}")  # a tower of one block
-    with pytest.raises(CheckpointError, match=r"132 not wanted: vit\.blocks\.1\."):
+    with pytest.raises(CheckpointError, match=r"132 unexpected: vit\.blocks\.1\."):
         initial.check(settings)
     with pytest.raises(CheckpointError, match="timm has no weights for 'vit_tiny_patch17_224'"):
         initial.weights_of(initial.find("timm:vit_tiny_patch17_224"))

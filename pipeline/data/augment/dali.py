@@ -128,13 +128,13 @@ class _Group:
 def _groups(specs: tuple[ViewSpec, ...], hue: str) -> list[_Group]:
     """Groups views by what the graph must be built for; views without blur fit any blur kernel."""
     views = [(spec, spec.augment[v % len(spec.augment)]) for spec in specs for v in range(spec.count)]
-    found: dict[Any, list[int]] = {}
+    members_by_kind: dict[Any, list[int]] = {}
     for index, (spec, augment) in enumerate(views):
-        found.setdefault(
+        members_by_kind.setdefault(
             (spec.size, spec.normalize, augment.blur_kernel, augment.solarize_threshold, spec.interpolation), []
         ).append(index)
     groups = []
-    for (size, normalize, kernel, threshold, interpolation), members in found.items():
+    for (size, normalize, kernel, threshold, interpolation), members in members_by_kind.items():
         augments = [views[index][1] for index in members]
         fields = ["start", "end", "flip"]
         if any(augment.jitter_p > 0 for augment in augments):

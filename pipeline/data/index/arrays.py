@@ -46,11 +46,11 @@ def _array(archive: zipfile.ZipFile, name: str, dtype: np.dtype[Any]) -> NDArray
     with archive.open(about) as member:
         version = npy.read_magic(member)
         if version != (1, 0):
-            raise ValueError(f"{name} has another version")
+            raise ValueError(f"{name} has an unsupported version")
         shape, _, kind = npy.read_array_header_1_0(member, max_header_size=_HEADER)
         data = member.read()
     if kind != dtype or len(shape) != 1 or shape[0] * dtype.itemsize != len(data):
-        raise ValueError(f"{name} is of another type or length")
+        raise ValueError(f"{name} has an unexpected type or length")
     return np.frombuffer(data, dtype=dtype).copy()
 
 
@@ -72,7 +72,7 @@ def check_columns(columns: Mapping[str, NDArray[Any]], samples: int, size: int, 
         return
     for name, entries in tables.items():
         if int(columns[name].max()) >= entries:
-            raise ValueError(f"a value of {name} means nothing")
+            raise ValueError(f"a value of {name} is invalid")
     for part in ("image", "caption", "segmentation"):
         offset, length = columns[f"{part}_offset"], columns[f"{part}_size"]
         if min(int(offset.min()), int(length.min())) < 0 or int(length.max()) > size or bool((offset > size - length).any()):

@@ -129,15 +129,15 @@ def build(
     folder = Path(directory)
     urls = [storage.absolute(url) for url in urls]
     _make(folder)
-    found: dict[str, Shard] = {}
+    indexed: dict[str, Shard] = {}
     problems: dict[str, FoveaError] = {}
     pending: list[storage.ObjectStat] = []
     store = store or storage.Storage()
 
-    def tell(shard: Shard) -> None:
-        found[shard.url] = shard
+    def report(shard: Shard) -> None:
+        indexed[shard.url] = shard
         if progress is not None:
-            progress(len(found) + len(problems), len(urls), shard)
+            progress(len(indexed) + len(problems), len(urls), shard)
 
     for url, about in zip(urls, store.stats(urls), strict=True):
         if isinstance(about, DataError):
@@ -147,21 +147,21 @@ def build(
         if kept is None:
             pending.append(about)
         else:
-            tell(Shard.of(kept))
+            report(Shard.of(kept))
     for url, result in _index_all(pending, folder, fields, on_truncated, workers, store):
         if isinstance(result, Shard):
-            tell(result)
+            report(result)
         else:
             problems[url] = result
     if problems:
-        raise _refusal([problems[url] for url in urls if url in problems], [found[url] for url in urls if url in found])
-    manifest = Manifest(str(folder), tuple(found[url] for url in urls), fields)
+        raise _refusal([problems[url] for url in urls if url in problems], [indexed[url] for url in urls if url in indexed])
+    manifest = Manifest(str(folder), tuple(indexed[url] for url in urls), fields)
     if manifest.total == 0:
         counted = ", ".join(f"{n} {status}" for status, n in manifest.counts.items()) or "no samples at all"
         raise UnusableShards(
             f"no sample can be used: {counted}",
             where=f"{urls[0]}{' …' if len(urls) > 1 else ''}" if urls else "index",
-            hint=f"Samples need an image with one of the extensions {', '.join(fields.images)}.",
+            hint=f"Give each sample an image with one of the extensions {', '.join(fields.images)}",
             shards=manifest.shards,
         )
     manifest.save(folder)
@@ -219,20 +219,20 @@ def _make(folder: Path) -> None:
             raise PermissionError(13, "Permission denied")
     except OSError as error:
         raise DataError(
-            f"cannot be written ({error.strerror})", where=str(folder), hint="Give another directory for the index."
+            f"cannot be written ({error.strerror})", where=str(folder), hint="Give another directory for the index"
         ) from error
 
 
-def _refusal(problems: list[FoveaError], found: list[Shard]) -> UnusableShards:
+def _refusal(problems: list[FoveaError], shards: list[Shard]) -> UnusableShards:
     if len(problems) == 1:
         only = problems[0]
-        return UnusableShards(only.what, where=only.where, hint=only.hint, shards=found, problems=problems)
-    among = len(problems) + len(found)
+        return UnusableShards(only.what, where=only.where, hint=only.hint, shards=shards, problems=problems)
+    among = len(problems) + len(shards)
     named = "; ".join(f"{problem.where}: {problem.what}" for problem in problems[:5])
     more = f"; and {len(problems) - 5} more" if len(problems) > 5 else ""
-    hint = "Copy them again or leave them out; data.on_truncated_shard=keep-readable keeps the whole samples before a cut."
+    hint = "Copy them again or leave them out; data.on_truncated_shard=keep-readable keeps the complete samples before a cut"
     what = f"{len(problems)} of {among} shards cannot be used: {named}{more}"
-    return UnusableShards(what, hint=hint, shards=found, problems=problems)
+    return UnusableShards(what, hint=hint, shards=shards, problems=problems)
 
 
 def _row(
@@ -246,16 +246,16 @@ def _row(
     status = "missing_image"
     if image is not None:
         data = _data(source, members[image])
-        verdict = inspect_header(data, min_side=fields.min_side, max_pixels=fields.max_pixels)
-        status = verdict.status
+        header = inspect_header(data, min_side=fields.min_side, max_pixels=fields.max_pixels)
+        status = header.status
         row |= {
             "image_offset": members[image].offset,
             "image_size": members[image].size,
-            "width": min(verdict.width, _MAX_SIDE),
-            "height": min(verdict.height, _MAX_SIDE),
+            "width": min(header.width, _MAX_SIDE),
+            "height": min(header.height, _MAX_SIDE),
             "crc32": zlib.crc32(data),
             "extension": fields.images.index(image),
-            "format": FORMATS.index(verdict.format),
+            "format": FORMATS.index(header.format),
         }
     others = {name: _data(source, members[name]) for name in (fields.caption, fields.label, fields.json) if name in members}
     document = _json_object(others.get(fields.json), key, notes)

@@ -38,7 +38,7 @@ def narrow(manifest: Manifest, directory: str | Path, require: tuple[str, ...]) 
         raise DataError(
             f"no sample can be used: {counted}",
             where=f"{shards[0].url}{' …' if len(shards) > 1 else ''}",
-            hint=f"The method needs a {' and a '.join(require)} with each picture.",
+            hint=f"Give each image a {' and a '.join(require)}: the method needs it",
         )
     narrower.save(folder)
     return narrower

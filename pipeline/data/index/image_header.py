@@ -162,10 +162,10 @@ def orientation(image: Image.Image) -> int:
     exif = Image.Exif()
     try:
         exif.load(image.info.get("exif") or b"")
-        found = exif.get(_ORIENTATION)
+        value = exif.get(_ORIENTATION)
     except Exception:  # broken EXIF is no reason to reject an image
         return 1
-    return found if isinstance(found, int) and 1 <= found <= 8 else 1
+    return value if isinstance(value, int) and 1 <= value <= 8 else 1
 
 
 def _header(data: bytes, kind: str) -> tuple[tuple[int, int], bool]:

@@ -98,7 +98,7 @@ def number_labels(
     Args:
         labels: for each sample the location of its label (a row, a folder) and the label.
         where: the source, for messages.
-        mode: ``names`` treats numbers as names too and numbers them anew.
+        mode: ``names`` treats numbers as names too and assigns new numbers.
         classes: names whose positions are the class indices; other names are rejected. Empty: the names that occur, sorted.
         mixed_hint: the hint for names mixed with numbers, if the source has its own.
 
@@ -129,7 +129,7 @@ def number_labels(
             f"({_examples(labels, numbers)})",
             where=where,
             hint=mixed_hint
-            or "Give every sample a number or every sample a name, or add --labels names to take the numbers for names",
+            or "Give every sample a number or every sample a name, or add --labels names to read the numbers as names",
         )
     if not names:
         return [label if isinstance(label, int) else None for label, _ in read], (), notes
@@ -143,7 +143,7 @@ def number_labels(
     unknown = [n for n in names if read[n][0] not in position]
     if unknown:
         raise DataError(
-            f"{len(unknown)} labels are not among the {len(known)} classes given: {_examples(labels, unknown)}",
+            f"{len(unknown)} labels are not among the {len(known)} classes of --classes: {_examples(labels, unknown)}",
             where=where,
             hint="Add them at the end of the file of --classes",
         )

@@ -104,9 +104,11 @@ class Fields:
     def __post_init__(self) -> None:
         unknown = sorted(set(self.require) - {"caption", "label", "segmentation"})
         if unknown:
-            raise DataError(f"{unknown[0]!r} cannot be required", where="require", hint="Choose of caption, label, segmentation.")
+            raise DataError(
+                f"{unknown[0]!r} cannot be required", where="require", hint="Choose one of caption, label, segmentation"
+            )
         if not self.images:
-            raise DataError("no image extension is given", where="images", hint="Name at least one, such as jpg.")
+            raise DataError("no image extension is given", where="images", hint="Name at least one, such as jpg")
 
     @classmethod
     def of(cls, document: dict[str, Any]) -> Fields:
@@ -150,8 +152,8 @@ class ShardIndex:
     @property
     def counts(self) -> dict[str, int]:
         """Returns the number of samples by status."""
-        found = np.bincount(self.columns["status"], minlength=len(STATUSES))
-        return {status: int(n) for status, n in zip(STATUSES, found, strict=True) if n}
+        counts = np.bincount(self.columns["status"], minlength=len(STATUSES))
+        return {status: int(n) for status, n in zip(STATUSES, counts, strict=True) if n}
 
     @property
     def accepted(self) -> NDArray[np.int64]:
@@ -188,7 +190,7 @@ class ShardIndex:
         }
         buffer = io.BytesIO()
         np.savez(buffer, **arrays)
-        storage.write_whole(path, buffer.getvalue())
+        storage.write_atomically(path, buffer.getvalue())
 
 
 def make_columns(rows: list[dict[str, int]]) -> dict[str, NDArray[Any]]:
@@ -198,9 +200,9 @@ def make_columns(rows: list[dict[str, int]]) -> dict[str, NDArray[Any]]:
 
 def sidecar_name(url: str) -> str:
     """Returns the file name of a shard's sidecar; equal base names in different directories do not collide."""
-    place = hashlib.blake2b(storage.absolute(url).encode("utf-8", "surrogateescape"), digest_size=6).hexdigest()
+    digest = hashlib.blake2b(storage.absolute(url).encode("utf-8", "surrogateescape"), digest_size=6).hexdigest()
     name = re.sub(rf"{UNPRINTABLE.pattern}|\\\\", "_", storage.base_name(url))
-    return f"{name if len(name.encode()) <= _MAX_STEM else name[-_MAX_STEM // 4 :]}-{place}.npz"
+    return f"{name if len(name.encode()) <= _MAX_STEM else name[-_MAX_STEM // 4 :]}-{digest}.npz"
 
 
 def load_sidecar(path: Path) -> ShardIndex:
@@ -209,12 +211,12 @@ def load_sidecar(path: Path) -> ShardIndex:
     Raises:
         DataError: it is missing, damaged or of another format.
     """
-    hint, where = "Build the index again.", printable(str(path))
+    hint, where = "Build the index again", printable(str(path))
     try:
         arrays = read_arrays(path, {**_COLUMNS, "meta": np.uint8, "keys": np.uint8})
         document = json.loads(arrays.pop("meta").tobytes())
         if isinstance(document, dict) and document.get("format") != FORMAT:
-            raise DataError(f"has format {document.get('format')}, this program reads {FORMAT}", where=where, hint=hint)
+            raise DataError(f"has format {document.get('format')}, this version of fovea reads {FORMAT}", where=where, hint=hint)
         meta = _META.validate_python(document)
         keys = tuple(part.decode("utf-8", "surrogateescape") for part in arrays.pop("keys").tobytes().split(b"\0")[:-1])
         tables = {"status": STATUSES, "format": FORMATS, "caption_source": CAPTION_SOURCES, "extension": meta.fields.images}
@@ -395,7 +397,7 @@ class Manifest:
             path = Path(self.directory) / self.shards[shard].sidecar
             index = load_sidecar(path)
             if index.digest != self.shards[shard].digest:
-                raise DataError("sidecar belongs to another version of the shard", where=str(path), hint="Build the index again.")
+                raise DataError("sidecar belongs to another version of the shard", where=str(path), hint="Build the index again")
             accepted = index.accepted
             rows = Rows(
                 tuple(index.keys[row] for row in accepted), {name: column[accepted] for name, column in index.columns.items()}
@@ -425,7 +427,7 @@ class Manifest:
             "fields": asdict(self.fields),
             "shards": [asdict(shard) for shard in self.shards],
         }
-        storage.write_whole(Path(directory) / "manifest.json", (json.dumps(document, indent=1) + "\n").encode())
+        storage.write_atomically(Path(directory) / "manifest.json", (json.dumps(document, indent=1) + "\n").encode())
 
     @classmethod
     def load(cls, directory: str | Path) -> Manifest:
@@ -434,11 +436,13 @@ class Manifest:
         Raises:
             DataError: it is missing, damaged or of another format.
         """
-        path, hint = Path(directory) / "manifest.json", "Build the index again."
+        path, hint = Path(directory) / "manifest.json", "Build the index again"
         try:
             document = read_json(path, limit=_MANIFEST)
             if isinstance(document, dict) and document.get("format") != FORMAT:
-                raise DataError(f"has format {document.get('format')}, this program reads {FORMAT}", where=str(path), hint=hint)
+                raise DataError(
+                    f"has format {document.get('format')}, this version of fovea reads {FORMAT}", where=str(path), hint=hint
+                )
             checked = _DOCUMENT.validate_python(document)
             for shard in checked.shards:
                 plain_name(shard.sidecar, where=str(path))
@@ -449,22 +453,22 @@ class Manifest:
             reason = printable(_first_line(error), limit=160)
             raise DataError(f"manifest is damaged ({reason})", where=str(path), hint=hint) from error
         if manifest.fingerprint != document["fingerprint"]:
-            raise DataError("manifest was edited: its fingerprint does not fit its shards", where=str(path), hint=hint)
+            raise DataError("manifest was edited: its fingerprint does not match its shards", where=str(path), hint=hint)
         return manifest
 
     def diff(self, other: Manifest) -> str:
         """Describes the differences to ``other``; empty if the fingerprints are equal."""
         if self.fingerprint == other.fingerprint:
             return ""
-        mine, theirs = ({shard.name: shard for shard in manifest.shards} for manifest in (self, other))
+        ours, theirs = ({shard.name: shard for shard in manifest.shards} for manifest in (self, other))
         lines = [f"{self.total} samples in {len(self.shards)} shards here, {other.total} in {len(other.shards)} there"]
-        gone, new = [name for name in mine if name not in theirs], [name for name in theirs if name not in mine]
-        changed = [name for name in mine if name in theirs and _content(mine[name]) != _content(theirs[name])]
+        gone, new = [name for name in ours if name not in theirs], [name for name in theirs if name not in ours]
+        changed = [name for name in ours if name in theirs and _content(ours[name]) != _content(theirs[name])]
         for text, names in (("only here", gone), ("only there", new)):
             if names:
                 lines.append(f"{text}: {_few(names)}")
         for name in changed[:5]:
-            a, b = mine[name], theirs[name]
+            a, b = ours[name], theirs[name]
             lines.append(f"changed: {name} ({a.samples} samples, {a.size} bytes here; {b.samples} samples, {b.size} bytes there)")
         if len(changed) > 5:
             lines.append(f"changed: {len(changed) - 5} more")

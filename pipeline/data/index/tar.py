@@ -152,7 +152,7 @@ def walk(shard: str | storage.Source) -> Iterator[Member]:
         records = {**shared, **own}
         if "size" in records:
             if re.fullmatch(r"[0-9]{1,19}", records["size"]) is None:
-                raise _broken(url, at, f"the PAX size {_shown(records['size'])} is no number")
+                raise _broken(url, at, f"the PAX size {_shown(records['size'])} is not a number")
             member_size = int(records["size"])
         if member_size < 0:
             raise _broken(url, at, f"a header claims {member_size} bytes")
@@ -222,19 +222,19 @@ def runs(
     Raises:
         TarDamage: the archive is damaged, and may not or cannot be used.
     """
-    found: list[tuple[str, dict[str, Member]]] = []
+    groups: list[tuple[str, dict[str, Member]]] = []
     walker = samples(shard, notes)
     while True:
         try:
-            found.append(next(walker))
+            groups.append(next(walker))
         except StopIteration:
-            return found, ""
+            return groups, ""
         except TarDamage as error:
             if not use_damaged or error.reason not in ("truncated", "corrupt", "trailing"):
                 raise
-            if error.reason != "trailing" and found:
-                notes.note("cut_sample", found.pop()[0])  # its remaining members may be lost
-            return found, str(error)
+            if error.reason != "trailing" and groups:
+                notes.note("cut_sample", groups.pop()[0])  # its remaining members may be lost
+            return groups, str(error)
 
 
 def doubts(runs: Sequence[tuple[str, set[str]]]) -> list[str]:
@@ -249,14 +249,14 @@ def doubts(runs: Sequence[tuple[str, set[str]]]) -> list[str]:
     """
     seen: dict[str, set[str]] = {}
     scattered = set()
-    found = []
+    reasons = []
     for key, extensions in runs:
         before = seen.setdefault(key, set())
-        found.append("duplicate_key" if before & extensions else "")
+        reasons.append("duplicate_key" if before & extensions else "")
         if before and not before & extensions:
             scattered.add(key)
         before |= extensions
-    return [doubt or ("not_adjacent" if key in scattered else "") for (key, _), doubt in zip(runs, found, strict=True)]
+    return [doubt or ("not_adjacent" if key in scattered else "") for (key, _), doubt in zip(runs, reasons, strict=True)]
 
 
 def _damage(what: str, where: str, hint: str, reason: Reason, at: int) -> TarDamage:
@@ -272,7 +272,7 @@ def _block(source: storage.Source, at: int) -> bytes:
     if at + BLOCK <= size:
         return source.read(at, BLOCK)
     if size == 0:
-        raise TarDamage("is an empty file", where=url, hint="Write or copy the shard again.", reason="empty_file", at=0)
+        raise TarDamage("is an empty file", where=url, hint="Write or copy the shard again", reason="empty_file", at=0)
     if at == 0:
         raise _no_tar(url, source.read(0, size))
     raise _cut(url, at, "the end marker is missing")
@@ -326,7 +326,7 @@ def _check_end(source: storage.Source, at: int) -> None:
             raise TarDamage(
                 f"holds more data after its end marker at byte {at}",
                 where=url,
-                hint="Tars cannot be joined with cat: join them with tar -A, or keep them as shards of their own.",
+                hint="Join tars with tar -A, not with cat, or keep them as separate shards",
                 reason="trailing",
                 at=at,
             )
@@ -344,17 +344,17 @@ def _shown(name: str) -> str:
 def _no_tar(url: str, start: bytes) -> TarDamage:
     for magic, name in _COMPRESSED.items():
         if start.startswith(magic):
-            hint = "Unpack it first: samples are read from the middle of a shard."
+            hint = "Unpack it first: samples are read from the middle of a shard"
             return TarDamage(f"is compressed ({name}), not a plain tar", where=url, hint=hint, reason="compressed", at=0)
-    hint = "Name tar files made of samples such as 000.jpg, 000.cls."
-    return TarDamage("is no tar archive", where=url, hint=hint, reason="not_tar", at=0)
+    hint = "Name tar files made of samples such as 000.jpg, 000.cls"
+    return TarDamage("is not a tar archive", where=url, hint=hint, reason="not_tar", at=0)
 
 
 def _cut(url: str, at: int, why: str) -> TarDamage:
     return TarDamage(
-        f"is cut short at byte {at}: {why}", where=url, hint="Copy or write the shard again.", reason="truncated", at=at
+        f"is truncated at byte {at}: {why}", where=url, hint="Copy or write the shard again", reason="truncated", at=at
     )
 
 
 def _broken(url: str, at: int, why: str) -> TarDamage:
-    return TarDamage(f"is damaged at byte {at}: {why}", where=url, hint="Copy or write the shard again.", reason="corrupt", at=at)
+    return TarDamage(f"is damaged at byte {at}: {why}", where=url, hint="Copy or write the shard again", reason="corrupt", at=at)

@@ -15,29 +15,29 @@ from pipeline.untrusted import printable, shown
 
 # Explains each reason and how to fix it.
 MEANING = {
-    "missing_image": "no member with an extension of a picture",
+    "missing_image": "no member with an image extension",
     "missing_caption": "a caption is required and there is none",
     "missing_label": "a class number is required and there is none",
     "missing_segmentation": "a class map is required and there is none",
-    "not_image": "the bytes are no picture: often an error page or an empty download",
-    "unsupported": "a picture that the decoder does not read (GIF, AVIF…): pack again with --transcode",
-    "truncated": "the end of the picture is missing: fetch it again",
+    "not_image": "the bytes are not an image: often an error page or an empty download",
+    "unsupported": "an image that the decoder does not read (GIF, AVIF…): pack again with --transcode",
+    "truncated": "the end of the image is missing: download it again",
     "too_large": "more pixels than data.max_pixels",
     "too_small": "a side shorter than data.min_side",
     "duplicate_key": "the key and its members occur twice; the first is used",
     "not_adjacent": "members of one key lie apart: pack again, which brings them together",
     "undecodable": "failed a full decode (fovea shards verify --exclude)",
     "link": "links are not followed: put the files themselves into the tar",
-    "device": "a device is no sample",
+    "device": "a device is not a sample",
     "sparse": "sparse members are not read: write the tar without --sparse",
     "unknown": "a kind of member that tar does not define",
     "no_extension": "a name without an extension belongs to no sample",
-    "bad_label": "the class is no whole number: it has no label (pack from a table or folders to number names)",
+    "bad_label": "the class is not a whole number: it has no label (pack from a table or folders to number names)",
     "negative_label": "a negative class number: it has no label",
     "empty_label": "an empty class: it has no label",
     "bad_caption": "the caption in .json is neither a text nor a list of texts",
     "caption_nul": "a caption with NUL characters: UTF-16 without a byte order mark, or binary data",
-    "caption_replaced": "a caption that is no UTF-8: what cannot be read is replaced by U+FFFD, and trained on",
+    "caption_replaced": "a caption that is not UTF-8: invalid bytes are replaced by U+FFFD, and the caption is used",
     "bad_json": "the .json member holds no JSON object",
     "cut_sample": "the sample before the place where the shard is cut",
 }
@@ -115,11 +115,11 @@ class IndexReport:
                 among = f"in {len(finding.shards)} shard{'s' if len(finding.shards) > 1 else ''}"
                 lines.append(f"  {finding.count:>9,}  {finding.reason:<{width}}  {among}: {finding.meaning}")
                 lines += [f"{'':13}{printable(shard)}: {printable(name)}" for shard, name in finding.examples]
-        told = (
+        sections = (
             ("shards refused", [f"{shard}: {what}. {hint}".rstrip(". ") for shard, what, hint in self.refused]),
             ("shards used in part", [what for _, what in self.damaged]),
         )
-        for title, entries in told:
+        for title, entries in sections:
             if entries:
                 lines += ["", title, *(f"  {entry}" for entry in entries[:most_shards])]
             if most_shards is not None and len(entries) > most_shards:
@@ -133,10 +133,10 @@ class IndexReport:
             DataError: the file cannot be written.
         """
         try:
-            storage.write_whole(path, (json.dumps(self.document(), indent=1, ensure_ascii=False) + "\n").encode())
-            storage.write_whole(path.with_suffix(".txt"), (self.text() + "\n").encode())
+            storage.write_atomically(path, (json.dumps(self.document(), indent=1, ensure_ascii=False) + "\n").encode())
+            storage.write_atomically(path.with_suffix(".txt"), (self.text() + "\n").encode())
         except OSError as error:
-            raise DataError(f"cannot be written ({error.strerror})", where=str(path), hint="Choose another --report.") from error
+            raise DataError(f"cannot be written ({error.strerror})", where=str(path), hint="Choose another --report") from error
 
 
 def index_report(

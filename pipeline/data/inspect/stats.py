@@ -111,7 +111,7 @@ class Statistics:
         """Returns the statistics as text."""
         lines = [
             f"{self.samples:,} samples in {self.shards:,} shards",
-            f"bytes        {_bytes(self.shard_bytes)} of shards, {_bytes(self.image_bytes)} of pictures",
+            f"bytes        {_bytes(self.shard_bytes)} of shards, {_bytes(self.image_bytes)} of images",
             f"fingerprint {self.fingerprint}",
             f"formats      {_counted(self.formats)}",
             f"captions     {_counted(self.captions)}",
@@ -130,7 +130,7 @@ class Statistics:
         if self.duplicates.pictures:
             twice = self.duplicates
             differ = f"; {twice.labels_differ:,} with several classes" if twice.labels_differ else ""
-            lines.append(f"duplicates   {twice.pictures:,} pictures occur {twice.superfluous:,} times too often{differ}")
+            lines.append(f"duplicates   {twice.pictures:,} images occur {twice.superfluous:,} times too often{differ}")
             lines += ["  " + "  =  ".join(printable(f"{shard} {key}") for shard, key in places) for places in twice.examples]
         else:
             lines.append("duplicates   none")
@@ -162,8 +162,8 @@ def statistics(manifest: Manifest, *, global_batch: int = 1024) -> Statistics:
     Raises:
         DataError: a sidecar is missing or damaged.
     """
-    wanted = ("width", "height", "image_size", "format", "caption_source", "caption_size", "label", "crc32")
-    columns = {name: np.concatenate([manifest.column(number, name) for number in range(len(manifest.shards))]) for name in wanted}
+    names = ("width", "height", "image_size", "format", "caption_source", "caption_size", "label", "crc32")
+    columns = {name: np.concatenate([manifest.column(number, name) for number in range(len(manifest.shards))]) for name in names}
     width, height = columns["width"].astype(np.float64), columns["height"].astype(np.float64)
     written = columns["caption_size"][columns["caption_source"] == CAPTION_SOURCES.index("text")]
     sizes = np.array([shard.size for shard in manifest.shards])
@@ -205,8 +205,8 @@ def statistics(manifest: Manifest, *, global_batch: int = 1024) -> Statistics:
 
 
 def _spread(unit: str, values: NDArray[Any]) -> Spread:
-    found = np.percentile(values, PERCENTILES, method="nearest")
-    return Spread(unit, float(values.mean()), tuple(float(value) for value in found))
+    percentiles = np.percentile(values, PERCENTILES, method="nearest")
+    return Spread(unit, float(values.mean()), tuple(float(value) for value in percentiles))
 
 
 def _named(names: Sequence[str], column: NDArray[Any]) -> dict[str, int]:
@@ -224,7 +224,7 @@ def _duplicates(manifest: Manifest, columns: dict[str, NDArray[Any]]) -> Duplica
     several = sorted((np.sort(group) for group in groups if len(group) > 1), key=lambda group: int(group[0]))
     ends = np.cumsum(manifest.sizes)
 
-    def place(row: int) -> tuple[str, str]:
+    def folder_and_label(row: int) -> tuple[str, str]:
         shard = int(np.searchsorted(ends, row, side="right"))
         return manifest.shards[shard].name, manifest.rows(shard).keys[row - int(ends[shard]) + manifest.shards[shard].samples]
 
@@ -232,7 +232,7 @@ def _duplicates(manifest: Manifest, columns: dict[str, NDArray[Any]]) -> Duplica
         pictures=len(several),
         superfluous=sum(len(group) - 1 for group in several),
         labels_differ=sum(len(set(columns["label"][group].tolist())) > 1 for group in several),
-        examples=tuple(tuple(place(int(row)) for row in group[:4]) for group in several[:5]),
+        examples=tuple(tuple(folder_and_label(int(row)) for row in group[:4]) for group in several[:5]),
     )
 
 
@@ -254,7 +254,7 @@ def _order(manifest: Manifest, global_batch: int) -> dict[str, Any]:
 def _advice(manifest: Manifest, sizes: NDArray[Any], duplicates: Duplicates, order: dict[str, Any]) -> list[str]:
     out = []
     middle, count = float(np.median(sizes)), len(sizes)
-    pack = "`fovea shards pack SHARDS OUT` writes them anew at 200 to 500 MB"
+    pack = "`fovea shards pack SHARDS OUT` repacks them at 200 to 500 MB"
     if middle < SMALL_SHARD and count > 1 and sizes.sum() > 2 * SMALL_SHARD:
         out.append(f"shards of {_bytes(middle)} are small: on object storage each costs a request and a wait; {pack}")
     if middle > LARGE_SHARD:
@@ -273,12 +273,12 @@ def _advice(manifest: Manifest, sizes: NDArray[Any], duplicates: Duplicates, ord
         if order["streams"] < min(256, 2 ** int(math.log2(order["global_batch"]))):
             out.append(f"a global batch of {order['global_batch']} allows {order['streams']} streams only: choose a power of two")
     if duplicates.labels_differ:
-        out.append(f"{duplicates.labels_differ:,} pictures stand in several classes: the labels disagree")
+        out.append(f"{duplicates.labels_differ:,} images have several labels: the classes disagree")
     if duplicates.superfluous * 100 > manifest.total:
         out.append(f"{100 * duplicates.superfluous / manifest.total:.1f} % of the samples are copies of others")
     replaced = manifest.notes.get(REPLACED, 0)
     if replaced:
-        out.append(f"{replaced:,} captions are no UTF-8: what cannot be read is trained on as U+FFFD; write them anew in UTF-8")
+        out.append(f"{replaced:,} captions are not UTF-8: invalid bytes are replaced by U+FFFD; convert them to UTF-8")
     left_out = sum(n for status, n in manifest.counts.items() if status != "ok")
     if left_out * 100 > manifest.total:
         out.append(f"{left_out:,} samples cannot be used: see `fovea shards index`")

@@ -32,7 +32,7 @@ _BATCH, _BATCH_PIXELS = 32, 1 << 26  # decoded at once; 64 megapixels are 200 MB
 # Explains each reason.
 REASONS = {
     "corrupt": "the bytes are not those that were indexed (checksum)",
-    "truncated": "the end of the picture is missing",
+    "truncated": "the end of the image is missing",
     "unreadable": "the shard cannot be read here",
     "undecodable": "the decoder refuses it",
     "wrong_size": "decodes to another size than its header says",
@@ -64,7 +64,7 @@ class Failure:
 
 
 @dataclass(frozen=True)
-class Verdict:
+class Verification:
     """Result of a verification.
 
     Attributes:
@@ -114,7 +114,7 @@ def verify(
     decoder: Callable[[], Decodes] = cpu_decoder,
     progress: Callable[[int, int, str], None] | None = None,
     store: storage.Storage | None = None,
-) -> Verdict:
+) -> Verification:
     """Reads and decodes every accepted sample, and compares checksum and size with the index.
 
     Args:
@@ -133,7 +133,7 @@ def verify(
         for first in range(0, shard.samples, CHUNK)
     ]
     with _Notebook(Path(manifest.directory) / "verify.jsonl", manifest.fingerprint) as notebook:
-        done = dict(notebook.found)
+        done = dict(notebook.failures)
         resumed = sum(task.last - task.first for task in done)
         left = Counter(task.shard for task in tasks if task not in done)
         failed = Counter(failure.shard for failures in done.values() for failure in failures)
@@ -151,8 +151,8 @@ def verify(
                 line = f"{shard.name}: {shard.samples} samples, {failed[task.shard]} failed" if not left[task.shard] else ""
                 progress(checked, manifest.total, line)
         notebook.finish()
-    every = sorted((f for found in done.values() for f in found), key=lambda f: (f.shard, f.row))
-    return Verdict(checked, tuple(every), resumed)
+    every = sorted((f for part in done.values() for f in part), key=lambda f: (f.shard, f.row))
+    return Verification(checked, tuple(every), resumed)
 
 
 def exclude(manifest: Manifest, failures: tuple[Failure, ...]) -> Manifest:
@@ -174,7 +174,7 @@ def exclude(manifest: Manifest, failures: tuple[Failure, ...]) -> Manifest:
         path = folder / shards[number].sidecar
         index = load_sidecar(path)
         if index.digest != shards[number].digest:
-            raise DataError("sidecar belongs to another version of the shard", where=str(path), hint="Build the index again.")
+            raise DataError("sidecar belongs to another version of the shard", where=str(path), hint="Build the index again")
         rows = [failure.row for failure in failures if failure.shard == number]
         index.columns["status"][index.accepted[rows]] = STATUSES.index("undecodable")
         index.save(path)
@@ -216,8 +216,8 @@ def _carefully(task: _Task, setup: _Setup) -> tuple[Failure, ...]:
             try:
                 pool.submit(_started).result()
             except BrokenProcessPool as error:
-                hint = "See its message above; `python -c 'import nvidia.nvimgcodec'` shows whether the decoder is installed."
-                raise DataError("no process with a decoder can be started", where="verify", hint=hint) from error
+                hint = "See its message above; `python -c 'import nvidia.nvimgcodec'` shows whether the decoder is installed"
+                raise DataError("no decoder process can be started", where="verify", hint=hint) from error
             try:
                 while row < task.last:
                     failures += pool.submit(_check, replace(task, first=row, last=row + 1)).result()
@@ -258,8 +258,8 @@ def _check(task: _Task) -> tuple[Failure, ...]:
         except DataError:
             failures += [Failure(task.shard, bad, "changed_shard") for bad in range(row, task.last)]
             break
-        whole = [record for record in records if record.image is not None]
-        images = iter(decoder.decode([record.image or b"" for record in whole])) if whole else iter(())
+        readable = [record for record in records if record.image is not None]
+        images = iter(decoder.decode([record.image or b"" for record in readable])) if readable else iter(())
         for number, record in enumerate(records, start=row):
             reason = record.status
             if record.image is not None:
@@ -281,7 +281,7 @@ class _Notebook:
 
     path: Path
     fingerprint: str
-    found: dict[_Task, tuple[Failure, ...]] = field(default_factory=dict)
+    failures: dict[_Task, tuple[Failure, ...]] = field(default_factory=dict)
     _file: IO[str] | None = None
 
     def __enter__(self) -> _Notebook:
@@ -289,26 +289,26 @@ class _Notebook:
             self._file = self.path.open("a+", encoding="utf-8")
         except OSError as error:
             what = f"cannot be written ({error.strerror})"
-            raise DataError(what, where=str(self.path), hint="Give another --index.") from error
+            raise DataError(what, where=str(self.path), hint="Give another --index") from error
         try:
             lock(self._file.fileno(), self.path, wait=False)
         except BlockingIOError:
             self._file.close()
-            raise DataError("another verification is running", where=str(self.path), hint="Wait for it, or stop it.") from None
+            raise DataError("another verification is running", where=str(self.path), hint="Wait for it, or stop it") from None
         self._file.seek(0)
         text = self._file.read()
-        whole = text[: text.rfind("\n") + 1]  # the last line may be incomplete
-        lines = whole.splitlines()
+        complete = text[: text.rfind("\n") + 1]  # the last line may be incomplete
+        lines = complete.splitlines()
         header = json.dumps({"fingerprint": self.fingerprint, "chunk": CHUNK})
         if not lines or lines[0] != header:
-            whole, lines = header + "\n", []
+            complete, lines = header + "\n", []
         for line in lines[1:]:
             shard, first, last, failures = json.loads(line)
-            self.found[_Task(shard, first, last)] = tuple(Failure(shard, row, reason) for row, reason in failures)
-        if whole != text:
+            self.failures[_Task(shard, first, last)] = tuple(Failure(shard, row, reason) for row, reason in failures)
+        if complete != text:
             self._file.seek(0)
             self._file.truncate()
-            self._file.write(whole)
+            self._file.write(complete)
             self._file.flush()
         return self
 

@@ -83,7 +83,7 @@ class BadSamples:
             raise TrainingError(
                 f"{self._lost} of the last {self._recent} samples could not be used ({worst})",
                 where=f"shard {bad[-1].shard}, sample {bad[-1].key}",
-                hint=f"see {self._path} for every one; repair the shards, or allow more with data.max_bad_fraction",
+                hint=f"See {self._path} for all of them; repair the shards, or allow more with data.max_bad_fraction",
             )
 
     def _slide(self, samples: int, bad: int) -> None:

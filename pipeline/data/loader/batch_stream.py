@@ -172,8 +172,8 @@ class BatchStream:
                 if portion.tokens is not None and self._dataset.text is not None:
                     portion.tokens[row] = tokenizer(self._dataset.text)([records[row].caption or ""])[0]
         counts = dict(portion.counts)
-        if portion.tokens is not None and (silent := sum(not record.caption for record in records)):
-            counts["blank_caption"] = silent
+        if portion.tokens is not None and (uncaptioned := sum(not record.caption for record in records)):
+            counts["blank_caption"] = uncaptioned
         size = self._options.micro_batch
         batches = [self._micro(portion, records, images, slice(low, low + size)) for low in range(0, len(records), size)]
         return _Ready(portion.step, batches, len(records), bad, portion.usage, counts)
@@ -195,7 +195,7 @@ class BatchStream:
         for attempt in range(_SUBSTITUTES):
             other = data.reader.substitute(bad.id, epoch, data.seed, attempt)
             (record,) = data.reader.fetch(np.array([other], dtype=np.uint64))
-            record = data.told(record, epoch)
+            record = data.with_caption(record, epoch)
             (image,) = self._decode([record])
             if image is not None:
                 break
@@ -205,8 +205,8 @@ class BatchStream:
         sizes = np.array([(record.height, record.width)], dtype=np.int64)
         ids = np.array([bad.id], dtype=np.uint64)
         fresh = make_plan(data.specs_at(portion.step), ids=ids, epochs=portion.epochs[row : row + 1], sizes=sizes, seed=data.seed)
-        for whole, one in zip(portion.plan, fresh, strict=True):
-            whole.replace_row(row, one)
+        for sample_plan, one in zip(portion.plan, fresh, strict=True):
+            sample_plan.replace_row(row, one)
         return image, record, Event(portion.step, bad.id, bad.key, bad.shard_name, reason, other)
 
     def _micro(self, portion: RankBatch, records: list[Record], images: list[Any], rows: slice) -> Batch:
@@ -235,13 +235,13 @@ class BatchStream:
         return torch.from_numpy(tokens).to(self._device, non_blocking=True)
 
     def _boxes(self, specs: tuple[ViewSpec, ...], plan: list[ViewPlan]) -> dict[str, Boxes]:
-        views, found = iter(plan), {}
+        views, boxes = iter(plan), {}
         for spec in specs:
             own = [next(views) for _ in range(spec.count)]
             if spec.boxes:
                 corners = [torch.from_numpy(np.concatenate([view.start, view.end], axis=1)).to(self._device) for view in own]
-                found[spec.name] = Boxes(corners, [torch.from_numpy(view.flip > 0).to(self._device) for view in own])
-        return found
+                boxes[spec.name] = Boxes(corners, [torch.from_numpy(view.flip > 0).to(self._device) for view in own])
+        return boxes
 
     def _masks(self, grid: NDArray[np.bool_]) -> Masks:
         flat = np.ascontiguousarray(grid).reshape(-1, grid.shape[-1])

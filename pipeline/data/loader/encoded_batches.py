@@ -120,7 +120,7 @@ class StepDataset(Dataset[RankBatch]):
         batch = self.order.rank_batch(step, self.world, self.rank)
         epochs = batch.epochs.tolist()
         before = self.reader.store.usage()
-        records = [self.told(record, epoch) for record, epoch in zip(self.reader.fetch(batch.ids), epochs, strict=True)]
+        records = [self.with_caption(record, epoch) for record, epoch in zip(self.reader.fetch(batch.ids), epochs, strict=True)]
         usage = {name: value - before.get(name, 0.0) for name, value in self.reader.store.usage().items()}
         storage.forget_deleted()  # the cache may have evicted shards since the last step
         sizes = np.array([(max(r.height, 1), max(r.width, 1)) for r in records], dtype=np.int64)
@@ -133,7 +133,7 @@ class StepDataset(Dataset[RankBatch]):
         tokens = tokenizer(self.text)([record.caption or "" for record in records]) if self.text is not None else None
         return RankBatch(step, records, batch.epochs, plan, masks, usage, tokens, self._counts(batch.ids))
 
-    def told(self, record: Record, epoch: int) -> Record:
+    def with_caption(self, record: Record, epoch: int) -> Record:
         """Returns the sample with the caption chosen for an epoch."""
         if len(record.captions) < 2:
             return record
@@ -141,8 +141,8 @@ class StepDataset(Dataset[RankBatch]):
 
     def _counts(self, ids: NDArray[np.uint64]) -> dict[str, int]:
         which = np.searchsorted(self._ends, (ids >> np.uint64(32)).astype(np.int64), side="right")
-        found = np.bincount(which, minlength=len(self._names)) if self._names else ()
-        return {f"seen/{name}": int(count) for name, count in zip(self._names, found, strict=False) if count}
+        counts = np.bincount(which, minlength=len(self._names)) if self._names else ()
+        return {f"seen/{name}": int(count) for name, count in zip(self._names, counts, strict=False) if count}
 
     def _masks(self, spec: ViewSpec, mask: MaskSpec, stream: int, ids: NDArray[np.uint64], step: int) -> NDArray[np.bool_]:
         side = spec.size // mask.patch
@@ -150,11 +150,11 @@ class StepDataset(Dataset[RankBatch]):
         # Assigned over the whole global batch, so that the result does not depend on the number of ranks.
         counts = mask_counts(spec.count * total, side * side, mask, self.seed, stream, step).reshape(total, spec.count)
         share = total // self.world
-        mine = counts[self.rank * share : (self.rank + 1) * share]
-        return np.stack([block_masks(mine[:, v], side, side, ids, self.seed, stream, step, v) for v in range(spec.count)])
+        rank_counts = counts[self.rank * share : (self.rank + 1) * share]
+        return np.stack([block_masks(rank_counts[:, v], side, side, ids, self.seed, stream, step, v) for v in range(spec.count)])
 
 
-class _Told(Dataset[RankBatch | FoveaError]):
+class _ErrorsAsValues(Dataset[RankBatch | FoveaError]):
     """Returns this project's errors as values: raised in a worker, the loader would wrap them in a traceback."""
 
     def __init__(self, dataset: StepDataset) -> None:
@@ -200,7 +200,7 @@ def portions(dataset: StepDataset, *, first: int, last: int | None, workers: int
             deaths += 1
             if deaths > _REPLACEMENTS or "exited unexpectedly" not in str(error):
                 raise
-            _log.warning("a reader process died (%s); reading goes on at step %d with new ones", str(error), step)
+            _log.warning("a reader process died (%s); reading continues at step %d with new ones", str(error), step)
 
 
 def _read(dataset: StepDataset, steps: Any, workers: int, prefetch: int) -> Iterator[RankBatch]:
@@ -208,7 +208,7 @@ def _read(dataset: StepDataset, steps: Any, workers: int, prefetch: int) -> Iter
         yield from (dataset[step] for step in steps)
         return
     loader = DataLoader(
-        _Told(dataset),
+        _ErrorsAsValues(dataset),
         batch_size=None,
         sampler=steps,
         num_workers=workers,

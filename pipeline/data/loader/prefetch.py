@@ -85,20 +85,20 @@ class Prefetcher:
         if cache is not None:
             cache.close()
 
-    def wanted(self, step: int) -> list[ObjectStat]:
+    def needed(self, step: int) -> list[ObjectStat]:
         """Returns the shards of the next steps in order of use, as many as the cache may hold for this rank."""
         last = step + self._horizon if self._last is None else min(step + self._horizon, self._last)
         cache = self._storage.cache
         room = int(cache.limit * self._share) if cache is not None else 0
-        found = []
+        objects = []
         for number in self._route.shards(step, last, self._streams):
             about = self._manifest.shards[number].about
             if is_remote(about.url):
                 room -= about.size
                 if room < 0:
                     break
-                found.append(about)
-        return found
+                objects.append(about)
+        return objects
 
     def _work(self) -> None:
         while not self._stop.is_set():
@@ -120,11 +120,11 @@ class Prefetcher:
 
     def _fetch(self, step: int) -> None:
         cache = self._storage.cache
-        wanted = self.wanted(step)
+        objects = self.needed(step)
         if cache is None:
             return
-        cache.need(wanted)
-        for about in wanted:
+        cache.need(objects)
+        for about in objects:
             if self._stop.is_set():
                 return
             if not cache.has(about) and not self._storage.fetch(about):

@@ -80,7 +80,9 @@ class Reader:
         unknown = sorted(self.wants - {*_MEMBERS, "label"})
         if unknown:
             raise DataError(
-                f"samples have no part {unknown[0]!r}", where="wants", hint="Choose of image, caption, label, segmentation."
+                f"{unknown[0]!r} is not a part of a sample",
+                where="parts",
+                hint="Choose one of image, caption, label, segmentation",
             )
 
     def fetch(self, ids: NDArray[np.uint64]) -> list[Record]:
@@ -109,7 +111,7 @@ class Reader:
     def _one(self, number: int) -> Record:
         shard_number, row = number >> 32, number & 0xFFFFFFFF
         if shard_number >= len(self.manifest.shards) or row >= self.manifest.shards[shard_number].samples:
-            raise DataError(f"there is no sample {number}", where="reader", hint="Use numbers of this manifest's order.")
+            raise DataError(f"there is no sample {number}", where="reader", hint="Use numbers of this manifest's order")
         shard = self.manifest.shards[shard_number]
         if shard_number not in self._checked:
             self._check(shard.about)
@@ -126,7 +128,7 @@ class Reader:
             status = "unreadable"
         image = parts.get("image")
         if image is not None:
-            status = self._verdict(image, rows, row)
+            status = self._status(image, rows, row)
         columns = rows.columns
         captions = self._captions(parts.get("caption"), rows, row)
         return Record(
@@ -143,7 +145,7 @@ class Reader:
             captions=captions,
         )
 
-    def _verdict(self, image: bytes, rows: Rows, row: int) -> str:
+    def _status(self, image: bytes, rows: Rows, row: int) -> str:
         if self.checksum and zlib.crc32(image) != rows.columns["crc32"][row]:
             return "corrupt"
         return "ok" if is_complete(image, FORMATS[rows.columns["format"][row]]) else "truncated"
@@ -168,7 +170,7 @@ class Reader:
             raise DataError(
                 f"has {now} bytes but had {about.size} when it was indexed",
                 where=about.url,
-                hint="Restore the shard, or rebuild the index and start a new run.",
+                hint="Restore the shard, or rebuild the index and start a new run",
             )
 
 

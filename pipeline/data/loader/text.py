@@ -27,7 +27,7 @@ from pipeline.errors import ConfigError
 _CAPTION = 0xCA97  # identifies the random draw
 _LETTERS = 256  # maximum letters of one word; byte-pair encoding takes quadratic time
 _TEXT = 128  # maximum letters per token of context; the rest of a caption is ignored
-_WORDS = 100_000  # maximum number of words cached with their tokens
+_CACHED = 100_000  # maximum number of words cached with their tokens
 _MULTIPLE = 8  # trimmed lengths are multiples of this: fewer shapes to compile, and sizes that suit a GPU
 
 
@@ -62,7 +62,7 @@ class Tokenizer:
 
     def __init__(self, spec: TextSpec) -> None:
         if spec.context < 3:
-            raise ConfigError(f"a context of {spec.context} tokens has no room for text", where="context", hint="Take 77.")
+            raise ConfigError(f"a context of {spec.context} tokens has no room for text", where="context", hint="Use 77")
         self.spec = spec
         self._options = _options(spec.tokenizer)
         self._made: Any = None
@@ -76,7 +76,7 @@ class Tokenizer:
             self._made = _module().SimpleTokenizer(**self._options)
             self._marks = frozenset(self._made.all_special_ids)
         made, context = self._made, self.spec.context
-        if len(made.cache) > _WORDS:
+        if len(made.cache) > _CACHED:
             made.cache = {mark: mark for mark in made.cache if made.encoder.get(mark) in self._marks}
         tokens = np.zeros((len(texts), context), dtype=np.int64)
         for row, text in enumerate(texts):
@@ -110,7 +110,7 @@ def _tame(text: str, context: int) -> str:
 def _package() -> Path:
     spec = importlib.util.find_spec("open_clip")  # locates the package without importing it
     if spec is None or not spec.submodule_search_locations:
-        raise ConfigError("reading captions needs open_clip", where="TextSpec", hint="Install it: pip install open_clip_torch.")
+        raise ConfigError("reading captions needs open_clip", where="TextSpec", hint="Install it: pip install open_clip_torch")
     return Path(next(iter(spec.submodule_search_locations)))
 
 
@@ -118,7 +118,7 @@ def _package() -> Path:
 def _module() -> ModuleType:
     spec = importlib.util.spec_from_file_location("_fovea_open_clip_tokenizer", _package() / "tokenizer.py")
     if spec is None or spec.loader is None:
-        raise ConfigError("open_clip has no tokenizer", where=str(_package()), hint="Install another version of open_clip_torch.")
+        raise ConfigError("open_clip has no tokenizer", where=str(_package()), hint="Install another version of open_clip_torch")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
@@ -134,12 +134,12 @@ def _options(architecture: str) -> dict[str, Any]:
         raise ConfigError(
             f"open_clip has no architecture {architecture!r} with text",
             where="tokenizer",
-            hint="Use the name of one, such as ViT-B-32 or ViT-L-14.",
+            hint="Use the name of one, such as ViT-B-32 or ViT-L-14",
         ) from error
     if "hf_tokenizer_name" in text:
         raise ConfigError(
             f"the tokenizer of {architecture} ({text['hf_tokenizer_name']}) does not come with open_clip and would be fetched",
             where="tokenizer",
-            hint="Use ViT-B-32 or another architecture with open_clip's own vocabulary.",
+            hint="Use ViT-B-32 or another architecture with open_clip's own vocabulary",
         )
     return {key: value for key, value in text.get("tokenizer_kwargs", {}).items() if key in ("clean",)}

@@ -37,17 +37,17 @@ REASONS = {
     "bookkeeping": "statistics and tables that img2dataset writes",
     "file_too_large": "larger than --max-file-mb",
     "missing_file": "the table names it, but it is not there; relative paths begin at the table's folder, or at --root",
-    "unsupported": "the decoder does not read it: --transcode writes anew what Pillow reads (HEIC: no)",
+    "unsupported": "the decoder does not read it: --transcode converts what Pillow reads (not HEIC)",
 }
 NOTES = {
-    "caption_replaced": "captions that are no UTF-8 or hold half characters: U+FFFD stands for what cannot be read",
-    "text_replaced": "other columns with half characters: U+FFFD stands for them",
+    "caption_replaced": "captions that are not UTF-8 or contain half characters: U+FFFD replaces invalid bytes",
+    "text_replaced": "other columns with half characters: U+FFFD replaces them",
     "caption_list": "texts that look like a list in brackets: JSON lines and Parquet can hold several captions",
     "empty_caption": "the file of the caption is empty",
     "no_label": "images beside the class folders, or in one without a class",
     "empty_label": "no label",
     "negative_label": "a negative label means none",
-    "label_replaced": "class names with characters that cannot be written: escapes stand for them",
+    "label_replaced": "class names with characters that cannot be written: escapes replace them",
     "key_changed": "keys that lead out of a folder, or hold control characters",
     "key_numbered": "keys that occur again have a number behind them",
     "second_image": "another image of the same key: it is packed, but training reads one of them",
@@ -110,8 +110,8 @@ def settle(source: Source, packed: int, skipped: Sequence[tuple[str, str]], note
         noted=dict(sorted(Counter(note for _, note in notes).items())),
     )
     if not account.balances:
-        hint = "Pack again with --overwrite; if it stays so, this is a bug of fovea: please report it"
-        raise DataError(f"the account does not balance: {account.text()}", hint=hint)
+        hint = "Pack again with --overwrite; if the error persists, report it as a bug of fovea"
+        raise DataError(f"the counts do not add up: {account.text()}", hint=hint)
     return account
 
 
@@ -148,11 +148,11 @@ def write_lists(source: Source, out: Path, prefix: str, journal: IO[bytes], comp
     for path, entries in zip(paths, (skipped, notes), strict=True):
         entries.sort()
         if entries:
-            storage.write_whole(path, "".join(f"{reason}\t{name}\n" for name, reason in entries).encode())
+            storage.write_atomically(path, "".join(f"{reason}\t{name}\n" for name, reason in entries).encode())
         else:
             path.unlink(missing_ok=True)
     if source.classes:
-        storage.write_whole(out / "classes.txt", "".join(f"{name}\n" for name in source.classes).encode())
+        storage.write_atomically(out / "classes.txt", "".join(f"{name}\n" for name in source.classes).encode())
     return tuple(skipped), tuple(notes)
 
 

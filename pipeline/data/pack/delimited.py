@@ -44,7 +44,9 @@ def read_delimited(file: Any, where: str, *, tabs_first: bool) -> tuple[list[str
     file.seek(0)
     header = file.readline(MAX_FIELD)
     if "\0" in header:
-        raise DataError("holds NUL characters", where=f"{where}:1", hint="Save it as text in UTF-8, not UTF-16 without a mark")
+        raise DataError(
+            "contains NUL characters", where=f"{where}:1", hint="Save it as text in UTF-8, not UTF-16 without a byte order mark"
+        )
     delimiters = f"\t{DELIMITERS.replace(TAB, '')}" if tabs_first else DELIMITERS
     delimiter = next((one for one in delimiters if "path" in _names(header, one)), delimiters[0])
     columns = _names(header, delimiter)
@@ -197,7 +199,7 @@ def _broken(where: str, begin: int, reason: str) -> DataError:
     else:
         reason = f"a quote that does not close at the end of its field ({printable(reason, limit=80)})"
     return DataError(
-        f"the row that begins here has {reason}",
+        f"the row that starts here has {reason}",
         where=f"{where}:{begin}",
-        hint='Double the quotes inside a quoted field (""like this""), or write JSON lines',
+        hint='Write quotes twice inside a quoted field (""like this""), or write JSON lines',
     )

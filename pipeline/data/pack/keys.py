@@ -44,9 +44,9 @@ def safe_extension(extension: str) -> str:
 
 def unique_keys(keys: Iterable[str]) -> list[str]:
     """Returns the keys, with the first free number appended to those that occurred before."""
-    given = list(keys)
-    taken, out, following = set(given), [], dict.fromkeys(given, -1)
-    for key in given:
+    originals = list(keys)
+    taken, out, following = set(originals), [], dict.fromkeys(originals, -1)
+    for key in originals:
         following[key] += 1
         name = key
         if following[key]:

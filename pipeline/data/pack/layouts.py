@@ -160,17 +160,17 @@ def _nothing(listing: Listing, where: str) -> DataError:
         extensions[file.extension] += 1
     seen = [extension_counts(extensions)] if extensions else []
     seen += [f"{n} {reason}" for reason, n in listing.reasons.items()]
-    hint = "Point to a folder with one sub-folder a class, to a table, or to shards"
+    hint = "Point to a folder with one sub-folder per class, to a table, or to shards"
     if extensions.get("tar"):
         hint = f"Name the tars in the sub-folders: '{where.rstrip('/')}/**/*.tar'"
     elif {"outside_link", "broken_link"} & listing.reasons.keys():
-        hint = "Links that leave the folder are followed with --follow-links"
-    return DataError(f"holds no images and no tars (seen: {', '.join(seen) or 'nothing'})", where=where, hint=hint)
+        hint = "Add --follow-links to follow links that leave the folder, if you trust them"
+    return DataError(f"contains no images and no tars (seen: {', '.join(seen) or 'nothing'})", where=where, hint=hint)
 
 
 def _refuse(where: str, readings: list[tuple[str, str]]) -> None:
     ways = "; or ".join(f"{what} ({how})" for what, how in readings)
-    raise DataError(f"can be read in {len(readings)} ways: {ways}", where=where, hint="Choose one of them")
+    raise DataError(f"fits {len(readings)} layouts: {ways}", where=where, hint="Choose one of them")
 
 
 def _count(number: int, word: str) -> str:

@@ -124,12 +124,12 @@ class _Groups:
 
     def add(self, group: str, key: str, name: str, parts: dict[str, Part]) -> None:
         parts = self._cleaned(name, parts)
-        places = self._places.setdefault((group, key), [])
-        open_ones = [place for place in places[-_COPIES:] if not self.samples[place][2].keys() & parts.keys()]
+        indices = self._places.setdefault((group, key), [])
+        open_ones = [index for index in indices[-_COPIES:] if not self.samples[index][2].keys() & parts.keys()]
         if open_ones:
             self.samples[open_ones[0]][2].update(parts)
         else:
-            places.append(len(self.samples))
+            indices.append(len(self.samples))
             self.samples.append((key, name, parts))
 
     def keys(self) -> list[str]:
@@ -225,7 +225,7 @@ def _shards_of(listing: Listing, urls: Sequence[str]) -> tuple[list[str], list[t
         raise DataError(
             f"none of {len(urls)} tars is a regular file in the folder",
             where=str(listing.root),
-            hint="Links that leave the folder are followed with --follow-links",
+            hint="Add --follow-links to follow links that leave the folder, if you trust them",
         )
     taken = set(chosen)
     others = [

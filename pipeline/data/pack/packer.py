@@ -21,7 +21,7 @@ from pipeline.data.pack.layouts import extension_counts
 from pipeline.data.pack.resume import PackState, Piece
 from pipeline.data.pack.samples import SkippedSample, Source
 from pipeline.data.pack.shard_writer import ShardWriter
-from pipeline.data.pack.sources import Pictures
+from pipeline.data.pack.sources import ImageSource
 from pipeline.data.pack.transcode import Form, transcode
 from pipeline.errors import DataError
 from pipeline.runtime.locks import lock
@@ -98,7 +98,7 @@ class PackReport:
         kept = f" ({self.kept} of them were there already)" if self.kept else ""
         lines = [f"packed {self.packed} samples in {len(self.shards)} shards{kept}{classes}"]
         if self.rewritten:
-            lines.append(f"wrote {self.rewritten} images anew")
+            lines.append(f"wrote {self.rewritten}images again")
         for reason, number in self.account.left_out.items():
             meaning = REASONS.get(reason, "")
             if reason == "not_an_image":
@@ -147,13 +147,13 @@ def pack(
     if not len(source):
         raise _nothing_to_pack(source)
     if not packing.prefix or "/" in packing.prefix or packing.prefix.startswith("."):
-        raise DataError(f"{packing.prefix!r} cannot begin a file's name", where="prefix", hint="Use letters, digits, _ and -.")
+        raise DataError(f"{packing.prefix!r} cannot begin a file's name", where="prefix", hint="Use letters, digits, _ and -")
     try:
         out.mkdir(parents=True, exist_ok=True)
         with (out / f".{packing.prefix}.skipped.tmp").open("a+b") as journal:
             return _pack(source, out, packing, journal, overwrite, threads, progress)
     except OSError as error:
-        hint = "Make room or give another directory; the same command goes on where it stopped."
+        hint = "Free space or give another directory; the same command continues where it stopped"
         raise DataError(f"cannot be written ({error.strerror})", where=str(error.filename or out), hint=hint) from error
 
 
@@ -169,7 +169,9 @@ def _pack(
     try:
         lock(journal.fileno(), journal.name, wait=False)
     except BlockingIOError:
-        raise DataError("another packing is at work here", where=str(out), hint="Wait for it, or stop it.") from None
+        raise DataError(
+            "another `fovea shards pack` is running here", where=str(out), hint="Wait until it ends, or stop it"
+        ) from None
     settings = asdict(packing)
     if packing.transcode is not None or packing.max_side is not None:
         from PIL import __version__
@@ -239,7 +241,7 @@ def _pack(
 
 def _empty_classes(source: Source, skipped: Sequence[tuple[str, str]]) -> list[str]:
     """Reports class indices that occur in the source but in no packed sample."""
-    if not source.classes or not isinstance(source, Pictures):
+    if not source.classes or not isinstance(source, ImageSource):
         return []
     gone = {name for name, _ in skipped}
     there = {entry.label for entry in source.entries if printable(entry.shown) not in gone}
@@ -251,23 +253,23 @@ def _empty_classes(source: Source, skipped: Sequence[tuple[str, str]]) -> list[s
 def _nothing_to_pack(source: Source) -> DataError:
     counts = Counter(reason for _, reason in source.left_out)
     counted = ", ".join(f"{n} {reason}" for reason, n in sorted(counts.items()))
-    hint = "Point to a folder with one sub-folder a class, or to a table"
+    hint = "Point to a folder with one sub-folder per class, or to a table"
     if counts.get("outside_link"):
-        hint = "Links that leave the source are followed with --follow-links"
-    return DataError(f"the source holds no images{f' ({counted} left out)' if counted else ''}", hint=hint)
+        hint = "Add --follow-links to follow links that leave the source, if you trust them"
+    return DataError(f"the source contains no images{f' ({counted} left out)' if counted else ''}", hint=hint)
 
 
 def _nothing_packed(path: Path, source: Source, skipped: Sequence[tuple[str, str]]) -> DataError:
     counts = Counter(reason for _, reason in skipped)
     counted = ", ".join(f"{n} {reason}" for reason, n in sorted(counts.items()))
-    hint = "It names them all"
+    hint = "See this file for all of them"
     if counts.get("outside_link"):
-        hint += "; links that leave the source are followed with --follow-links"
+        hint += "; add --follow-links to follow links that leave the source"
     missing = [name for name, reason in skipped if reason == "missing_file"]
     if any("\\" in name for name in missing):
-        hint += "; paths of Windows must be written with forward slashes"
+        hint += "; Windows paths must be written with forward slashes"
     elif missing:
-        hint += "; relative paths begin at the table's folder, or at one that --root names"
+        hint += "; relative paths start at the table's folder, or at one that --root names"
     return DataError(f"none of {len(source)} images can be used: {counted}", where=str(path), hint=hint)
 
 
@@ -291,17 +293,17 @@ def _prepare(source: Source, packing: Packing, position: int) -> _Prepared:
         raw = source.load(position)
     except SkippedSample as error:
         return None, (str(error),), False
-    verdict = inspect_header(raw.image, min_side=packing.min_side, max_pixels=packing.max_pixels)
+    header = inspect_header(raw.image, min_side=packing.min_side, max_pixels=packing.max_pixels)
     form: Form | None = None
-    if verdict.status in ("unsupported", "not_image"):
+    if header.status in ("unsupported", "not_image"):
         form = packing.transcode
-    elif verdict.status == "ok" and packing.max_side is not None and max(verdict.width, verdict.height) > packing.max_side:
-        form = "jpg" if verdict.format == "jpeg" else "png"
+    elif header.status == "ok" and packing.max_side is not None and max(header.width, header.height) > packing.max_side:
+        form = "jpg" if header.format == "jpeg" else "png"
     image = raw.image
     if form is not None:
         image = transcode(image, form, max_pixels=packing.max_pixels, max_side=packing.max_side) or image
     if image is not raw.image:
-        verdict = inspect_header(image, min_side=packing.min_side, max_pixels=packing.max_pixels)
-    if verdict.status != "ok":
-        return None, (verdict.status,), False
-    return raw.sample(image, verdict), raw.notes, image is not raw.image
+        header = inspect_header(image, min_side=packing.min_side, max_pixels=packing.max_pixels)
+    if header.status != "ok":
+        return None, (header.status,), False
+    return raw.sample(image, header), raw.notes, image is not raw.image

@@ -107,7 +107,7 @@ class PackState:
             "shards": [asdict(piece) for piece in pieces],
             "account": None if account is None else asdict(account),
         }
-        storage.write_whole(self._path, (json.dumps(document, indent=1) + "\n").encode())
+        storage.write_atomically(self._path, (json.dumps(document, indent=1) + "\n").encode())
 
     def _read(self) -> dict[str, Any] | None:
         try:
@@ -120,9 +120,9 @@ class PackState:
             return None
 
     def _check(self, document: dict[str, Any] | None, there: Sequence[Path]) -> None:
-        hint = "Choose another directory or prefix, or allow overwriting (--overwrite)."
+        hint = "Choose another directory or prefix, or allow overwriting (--overwrite)"
         if document is None:
-            raise DataError(f"{len(there)} shards are there already", where=str(there[0]), hint=hint)
+            raise DataError(f"{len(there)} shards exist already", where=str(there[0]), hint=hint)
         if document["format"] != FORMAT:
             what = f"{len(there)} shards were packed by another version of fovea, which listed sources by other rules"
             raise DataError(what, where=str(there[0]), hint=hint)
@@ -133,8 +133,10 @@ class PackState:
                 "the source is another" if name == "source" else f"{name} was {old.get(name)} and is {self._settings.get(name)}"
                 for name in changed
             )
-            what = f"{len(there)} shards are there already, of another packing ({changes})"
-            raise DataError(what, where=str(there[0]), hint=f"With the same settings it goes on where it stopped. {hint}")
+            what = f"{len(there)} shards exist already, of another packing ({changes})"
+            raise DataError(
+                what, where=str(there[0]), hint=f"Repeat the command with the same settings to continue where it stopped. {hint}"
+            )
 
     def _check_classes(self, own: Sequence[Path]) -> None:
         """Shards of two prefixes in one directory must share the class indices, or labels would differ in meaning."""
@@ -145,8 +147,8 @@ class PackState:
         if old != list(self._classes):
             odd = sorted(set(old) ^ set(self._classes))
             raise DataError(
-                f"names other classes than this source ({len(old)} and {len(self._classes)}"
+                f"has other classes than this source ({len(old)} and {len(self._classes)}"
                 + (f"; only one of them has {odd[0]!r})" if odd else ")"),
                 where=str(path),
-                hint=f"The same number would mean another class. Take its numbers with --classes {path}, or choose another OUT",
+                hint=f"Use its numbers with --classes {path}, or choose another OUT: the same number would mean another class",
             )

@@ -53,16 +53,16 @@ class Raw:
     extension: str = ""
     notes: tuple[str, ...] = ()
 
-    def sample(self, image: bytes, judged: HeaderInfo) -> dict[str, Any]:
+    def sample(self, image: bytes, header: HeaderInfo) -> dict[str, Any]:
         """Returns the members to write: the image (possibly transcoded) with its companions.
 
         Args:
             image: encoded bytes.
-            judged: result of validating their header.
+            header: result of validating their header.
         """
-        fitting = EXTENSIONS[judged.format]
+        fitting = EXTENSIONS[header.format]
         if not self.extension:
-            about = {**self.members.get("json", {}), "width": judged.width, "height": judged.height}
+            about = {**self.members.get("json", {}), "width": header.width, "height": header.height}
             return {fitting: image, **self.members, "json": about}
         # Training finds an image by the extensions of the index.
         keep = (image is self.image and self.extension in Fields().images) or fitting in self.members

@@ -25,7 +25,18 @@ from pipeline.data.pack.samples import IMAGES, MAX_FILE, READ, Raw, SkippedSampl
 from pipeline.errors import ConfigError, DataError
 from pipeline.untrusted import printable
 
-__all__ = ["LAYOUTS", "Layout", "Members", "Options", "Picture", "Pictures", "Raw", "SkippedSample", "Source", "open_source"]
+__all__ = [
+    "LAYOUTS",
+    "ImageSource",
+    "Layout",
+    "Members",
+    "Options",
+    "Raw",
+    "SkippedSample",
+    "Source",
+    "SourceImage",
+    "open_source",
+]
 _IMAGES, _PROBED = frozenset(IMAGES), frozenset(READ)
 _CAPTION = "txt"
 _MAX_CAPTION = 4 << 20  # bytes
@@ -86,9 +97,9 @@ def open_source(
         _check_links(listing, where, options.follow_links)
     chosen = _look(path, where, listing) if layout == "auto" else layout
     if options.roots and chosen != "table":
-        raise ConfigError("only the paths of a table are looked for there", where="--root", hint="Leave it out")
+        raise ConfigError("applies to tables only", where="--root", hint="Leave it out")
     if chosen in ("files", "shards", "flat") and (options.classes or options.labels != "auto"):
-        raise ConfigError(f"the layout {chosen} takes labels as they are", where="--labels, --classes", hint="Leave them out")
+        raise ConfigError(f"the layout {chosen} keeps labels as they are", where="--labels, --classes", hint="Leave them out")
     if chosen == "table":
         return _of_table(path, options)
     if chosen == "shards":
@@ -113,7 +124,7 @@ def _look(path: Path, where: str, listing: Listing | None) -> Layout:
     raise DataError(
         "is neither a folder nor a table" if path.exists() else "does not exist",
         where=where,
-        hint="Point to a folder with one sub-folder a class, to a .csv, .jsonl or .parquet with the columns path, caption, "
+        hint="Point to a folder with one sub-folder per class, to a .csv, .jsonl or .parquet with the columns path, caption, "
         "label, or to shards such as 'old-{00000..00009}.tar'",
     )
 
@@ -125,10 +136,10 @@ def _check_downloads(path: Path) -> None:
     open_ones = [shard for shard in sorted(path.glob("[0-9]*.tar")) if not shard.with_name(f"{shard.stem}_stats.json").exists()]
     if open_ones:
         raise DataError(
-            f"has no {open_ones[0].stem}_stats.json: img2dataset has not finished it"
+            f"has no {open_ones[0].stem}_stats.json: img2dataset has not finished this shard"
             + (f", nor {len(open_ones) - 1} others" if len(open_ones) > 1 else ""),
             where=str(open_ones[0]),
-            hint="Let the download finish, or give --layout shards to take the tars as they are",
+            hint="Let the download finish, or give --layout shards to use the tars as they are",
         )
 
 
@@ -140,10 +151,9 @@ def _check_links(listing: Listing, where: str, follow_links: bool | None) -> Non
         links = sum(listing.reasons.get(reason, 0) for reason in (LINK, BROKEN))
         shown = ", ".join(printable(name) for name in lost[:3]) + (" …" if len(lost) > 3 else "")
         raise DataError(
-            f"{links} links leave the folder or lead to nothing and are not followed; {len(lost)} of its parts would be lost by "
-            f"that: {shown}",
+            f"{links} links leave the folder or are broken and are not followed; {len(lost)} of its parts would be lost: {shown}",
             where=where,
-            hint="Add --follow-links to pack what they lead to, if you trust them, or --no-follow-links to leave them out",
+            hint="Add --follow-links to pack their targets, if you trust them, or --no-follow-links to leave them out",
         )
 
 
@@ -156,7 +166,7 @@ def _allowed_roots(root: Path, options: Options) -> tuple[str, ...]:
 
 
 @dataclass(frozen=True, slots=True)
-class Picture:
+class SourceImage:
     """An image file that a directory or a table names.
 
     Attributes:
@@ -179,7 +189,7 @@ class Picture:
 
 
 @dataclass(frozen=True)
-class Pictures:
+class ImageSource:
     """Single image files; their keys in the shards are numbers. See :class:`pipeline.data.pack.samples.Source`.
 
     Attributes:
@@ -188,7 +198,7 @@ class Pictures:
         shared: names of caption files that several images share, with the names of these images.
     """
 
-    entries: Sequence[Picture]
+    entries: Sequence[SourceImage]
     classes: tuple[str, ...]
     digest: str
     unit: str = "files"
@@ -241,7 +251,7 @@ class Pictures:
         return Raw(read_file(entry.path, limit=self.max_file, roots=self.roots), members, notes=notes)
 
 
-def _of_folder(listing: Listing, where: str, options: Options, *, classes: bool) -> Pictures:
+def _of_folder(listing: Listing, where: str, options: Options, *, classes: bool) -> ImageSource:
     images: list[File] = []
     left_out, remarks = list(listing.left_out), []
     texts: dict[str, File] = {}
@@ -260,7 +270,7 @@ def _of_folder(listing: Listing, where: str, options: Options, *, classes: bool)
     tops = [file.parts[0] if classes and "/" in file.shown else None for file in images]
     usable, without = _usable_classes(images, tops, listing)
     if without:
-        remarks.append(f"{len(without)} folders hold no usable image and are no class: {_few(without)}")
+        remarks.append(f"{len(without)} folders contain no usable image and are not a class: {_few(without)}")
     labels = [(file.shown, top if top in usable else None) for file, top in zip(images, tops, strict=True)]
     numbers, names, label_notes = _numbered_folders(labels, sorted(usable), where, options)
     notes = label_notes if usable else []
@@ -277,12 +287,12 @@ def _of_folder(listing: Listing, where: str, options: Options, *, classes: bool)
     sidecars = sum(file.extension == "json" and file.stem in stems for file in listing.files)
     if sidecars:
         remarks.append(f"{sidecars} .json files have the name of an image: --layout files packs them with it, without classes")
-    entries: list[Picture] = []
+    entries: list[SourceImage] = []
     used: dict[str, tuple[str, ...]] = {}
     for file, number in zip(images, numbers, strict=True):
         text = texts.get(file.stem) or texts.get(file.shown)
         name = "" if text is None else text.shown
-        entries.append(Picture(file.path, file.shown, number, caption_file=text, owns_caption=name not in used))
+        entries.append(SourceImage(file.path, file.shown, number, caption_file=text, owns_caption=name not in used))
         if text is not None:
             used[name] = (*used.get(name, ()), printable(file.shown))
     left_out += [(text.shown, "text_without_image") for text in texts.values() if text.shown not in used]
@@ -290,7 +300,7 @@ def _of_folder(listing: Listing, where: str, options: Options, *, classes: bool)
     lines += [f"caption\0{entry.shown}\0{entry.caption_file.size}" for entry in entries if entry.caption_file is not None]
     if not names and any(number is not None for number in numbers):
         lines.append(f"numbers\0{numbers}")
-    return Pictures(
+    return ImageSource(
         entries,
         names,
         digest_of("folder", lines),
@@ -307,7 +317,7 @@ def _usable_classes(images: Sequence[File], tops: Sequence[str | None], listing:
     """Returns top-level directories with a readable image, and those that look like a class but have none."""
     usable: set[str] = set()
     for file, top in zip(images, tops, strict=True):
-        if top is not None and top not in usable and _seems_whole(file):
+        if top is not None and top not in usable and _seems_complete(file):
             usable.add(top)
     if not any(tops):
         return usable, []
@@ -317,7 +327,7 @@ def _usable_classes(images: Sequence[File], tops: Sequence[str | None], listing:
     return usable, sorted(others - usable)
 
 
-def _seems_whole(file: File) -> bool:
+def _seems_complete(file: File) -> bool:
     """Whether an image's header and end are present; formats that need transcoding count as complete."""
     if file.extension not in _PROBED:
         return True
@@ -335,13 +345,13 @@ def _numbered_folders(
         where=where,
         mode=options.labels,
         classes=options.classes,
-        mixed_hint="If the folders are no classes (hashes, dates), add --layout flat; if they are, add --labels names",
+        mixed_hint="If the folders are not classes (hashes, dates), add --layout flat; if they are, add --labels names",
     )
     of_class = dict(zip(classes, numbers, strict=True))
     shared = [number for number, n in Counter(number for number in numbers if number is not None).items() if n > 1]
     if shared:
         both = " and ".join(repr(printable(name)) for name in classes if of_class[name] == shared[0])
-        hint = "Rename one of them, or join them" + ("" if names else ", or add --labels names to take the numbers for names")
+        hint = "Rename one of them, or join them" + ("" if names else ", or add --labels names to read the numbers as names")
         raise DataError(f"folders {both} are the same class, number {shared[0]}", where=where, hint=hint)
     reasons = dict(notes)
     out_notes = [
@@ -364,15 +374,15 @@ def _few(names: Sequence[str], most: int = 5) -> str:
 # ---- tables ----------------------------------------------------------------------------------------------------------------
 
 
-def _of_table(source: Path, options: Options) -> Pictures:
+def _of_table(source: Path, options: Options) -> ImageSource:
     rows = list(tables.rows(source))
     if not rows:
-        raise DataError("has no rows below its column names", where=str(source), hint="Write a row for each image")
+        raise DataError("has no rows below its header", where=str(source), hint="Write one row per image")
     numbers, names, notes = number_labels(
         [(row.where, row.label) for row in rows], where=str(source), mode=options.labels, classes=options.classes
     )
     if all(number is None for number in numbers):
-        notes = [(place, note) for place, note in notes if note != "empty_label"]
+        notes = [(index, note) for index, note in notes if note != "empty_label"]
     notes += [(row.where, note) for row in rows for note in row.notes]
     folders = [*options.roots, source.parent]
     # With follow_links, links may lead out of the roots; paths written in the table may not.
@@ -384,7 +394,7 @@ def _of_table(source: Path, options: Options) -> Pictures:
         folder = resolve(os.path.dirname(path))
         if not is_below(folder, allowed):
             outside.append((row.where, row.path, folder))
-        entries.append(Picture(path, row.path, number, row.captions, row.extra))
+        entries.append(SourceImage(path, row.path, number, row.captions, row.extra))
     if outside:
         raise _outside(source, outside, len(rows))
     kind = "\0".join(("table", *(str(root) for root in options.roots), *(("anywhere",) if options.follow_links else ())))
@@ -394,7 +404,9 @@ def _of_table(source: Path, options: Options) -> Pictures:
     other = dict.fromkeys(name for row in rows for name in row.extra if name not in measured)
     if other:
         remarks.insert(0, f"columns kept in .json alone: {_few([name or '(without a name)' for name in other], 8)}")
-    return Pictures(entries, names, digest, "rows", (), notes, remarks, () if options.follow_links else allowed, options.max_file)
+    return ImageSource(
+        entries, names, digest, "rows", (), notes, remarks, () if options.follow_links else allowed, options.max_file
+    )
 
 
 def _locate(path: str, folders: Sequence[Path]) -> str:
@@ -409,10 +421,10 @@ def _locate(path: str, folders: Sequence[Path]) -> str:
 
 
 def _outside(source: Path, outside: Sequence[tuple[str, str, str]], total: int) -> DataError:
-    place, path, _ = outside[0]
+    row, path, _ = outside[0]
     common = os.path.commonpath([folder for _, _, folder in outside])
     return DataError(
-        f"{len(outside)} of {total} paths lie outside the table's folder, the first in {printable(place)}: "
+        f"{len(outside)} of {total} paths lie outside the table's folder, the first in {printable(row)}: "
         f"{printable(path, limit=200)}",
         where=str(source),
         hint=f"If you trust the table, name the folder they lie in: --root {printable(common)} (may be given several times)",

@@ -71,7 +71,7 @@ _DRAWS = 20  # random numbers per object
 
 
 @dataclass(frozen=True)
-class Thing:
+class SceneObject:
     """One object of a scene.
 
     Attributes:
@@ -98,7 +98,7 @@ class Scene:
         caption: the spatial relation of two objects, and the ground.
         captions: paraphrases of the caption; the first is ``caption``.
         segmentation: uint8 ``[size, size]``, 0 for the ground, else kind + 1.
-        things: the objects, the farthest first.
+        objects: the objects, the farthest first.
         ground: name of the ground.
     """
 
@@ -108,7 +108,7 @@ class Scene:
     caption: str
     captions: tuple[str, ...]
     segmentation: NDArray[np.uint8]
-    things: tuple[Thing, ...]
+    objects: tuple[SceneObject, ...]
     ground: str
 
 
@@ -129,16 +129,16 @@ def render(seed: int, index: int, size: int = 64) -> Scene:
         The scene. Layout, label and captions do not depend on ``size``.
     """
     if size < 8:
-        raise DataError(f"scenes of {size} pixels are too small", where="size", hint="Use at least 8.")
+        raise DataError(f"scenes of {size} pixels are too small", where="size", hint="Use at least 8")
     seed, index = int(seed), int(index)
     label = label_of(seed, index)
     most = DOMINANT[1] + DISTRACTORS[1]
     u = uniforms(np.array([index], dtype=np.uint64), 32 + most * _DRAWS, seed, _LAYOUT)[0].tolist()
-    things = _things(label, u)
+    objects = _scene_objects(label, u)
     ground = GROUNDS[int(u[3] * len(GROUNDS))]
-    image, segmentation = _paint(things, ground, u, seed, index, size)
-    captions = _captions(label, things, ground, u)
-    return Scene(image, label, CLASS_NAMES[label], captions[0], captions, segmentation, things, ground)
+    image, segmentation = _paint(objects, ground, u, seed, index, size)
+    captions = _captions(label, objects, ground, u)
+    return Scene(image, label, CLASS_NAMES[label], captions[0], captions, segmentation, objects, ground)
 
 
 def write(
@@ -169,9 +169,9 @@ def write(
     """
     folder = Path(directory)
     numbers = {"version": VERSION, "train": train, "val": val, "size": size, "seed": seed, "samples_per_shard": samples_per_shard}
-    wanted = {**numbers, "look": _look()}
+    expected = {**numbers, "look": _look()}
     stamp = folder / "scenes.json"
-    written = _already(stamp, wanted)
+    written = _already(stamp, expected)
     if written is not None:
         return written
     stamp.unlink(missing_ok=True)
@@ -187,7 +187,7 @@ def write(
                 if progress is not None:
                     progress(done, train + val)
         shards += writer.shards
-    document = {**wanted, "shards": [[Path(shard).name, Path(shard).stat().st_size] for shard in shards]}
+    document = {**expected, "shards": [[Path(shard).name, Path(shard).stat().st_size] for shard in shards]}
     stamp.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
     return shards
 
@@ -197,19 +197,19 @@ def _look() -> list[Any]:
     return [*map(list, knobs), CHROMA, OPPOSITION, GROUND_RELIEF, LIGHT, NOISE, INSIDE_P, JPEG_QUALITY]
 
 
-def _already(stamp: Path, wanted: dict[str, Any]) -> list[str] | None:
+def _already(stamp: Path, expected: dict[str, Any]) -> list[str] | None:
     try:
         document = json.loads(stamp.read_text(encoding="utf-8"))
         shards = [(stamp.parent / name, size) for name, size in document.pop("shards")]
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
-    same = document == wanted and all(path.is_file() and path.stat().st_size == size for path, size in shards)
+    same = document == expected and all(path.is_file() and path.stat().st_size == size for path, size in shards)
     return [str(path) for path, _ in shards] if same else None
 
 
 def _sample(scene: Scene) -> dict[str, Any]:
-    picture, classes = io.BytesIO(), io.BytesIO()
-    Image.fromarray(scene.image).save(picture, "JPEG", quality=JPEG_QUALITY)
+    image_file, classes = io.BytesIO(), io.BytesIO()
+    Image.fromarray(scene.image).save(image_file, "JPEG", quality=JPEG_QUALITY)
     Image.fromarray(scene.segmentation).save(classes, "PNG", compress_level=1)
     about = {
         "caption": scene.caption,
@@ -219,11 +219,11 @@ def _sample(scene: Scene) -> dict[str, Any]:
         "label": scene.label,
         "objects": [
             {"kind": CLASS_NAMES[t.kind], "x": round(t.x, 4), "y": round(t.y, 4), "radius": round(t.radius, 4)}
-            for t in scene.things
+            for t in scene.objects
         ],
     }
     return {
-        "jpg": picture.getvalue(),
+        "jpg": image_file.getvalue(),
         "cls": scene.label,
         "txt": scene.caption,
         "seg.png": classes.getvalue(),
@@ -239,31 +239,31 @@ def _count(u: float, bounds: tuple[int, int]) -> int:
     return bounds[0] + int(u * (bounds[1] - bounds[0] + 1))
 
 
-def _things(label: int, u: list[float]) -> tuple[Thing, ...]:
+def _scene_objects(label: int, u: list[float]) -> tuple[SceneObject, ...]:
     """Places dominant objects, the largest first, in cells of a shifted grid; then distractors in the gaps, or on the largest."""
     dominant, others = _count(u[0], DOMINANT), _count(u[1], DISTRACTORS)
     cells = _cells(u[8:24])
-    things = []
+    objects = []
     for number in range(dominant):
         v = u[32 + number * _DRAWS :]
         column, row = cells[number]
         x, y = (column + 0.5 + 0.5 * (v[0] - 0.5)) / 3, (row + 0.5 + 0.5 * (v[1] - 0.5)) / 3
-        things.append(Thing(label, x, y, _between(v[2], DOMINANT_RADIUS)))
-    things.sort(key=lambda thing: -thing.radius)
+        objects.append(SceneObject(label, x, y, _between(v[2], DOMINANT_RADIUS)))
+    objects.sort(key=lambda item: -item.radius)
     for number in range(others):
         v = u[32 + (dominant + number) * _DRAWS :]
         kind = int(v[3] * (len(KINDS) - 1))
         kind += kind >= label
         radius = _between(v[2], DISTRACTOR_RADIUS)
         if number == 0 and u[2] < INSIDE_P:
-            host = things[0]
+            host = objects[0]
             free = 0.3 * max(host.radius - radius, 0.0)
             x, y = host.x + free * (2 * v[0] - 1), host.y + free * (2 * v[1] - 1)
         else:
             column, row = cells[dominant + number]
             x, y = (column + 0.5 + 0.5 * (v[0] - 0.5)) / 3, (row + 0.5 + 0.5 * (v[1] - 0.5)) / 3
-        things.append(Thing(kind, x, y, radius))
-    return tuple(things)
+        objects.append(SceneObject(kind, x, y, radius))
+    return tuple(objects)
 
 
 def _cells(u: list[float]) -> list[tuple[int, int]]:
@@ -273,15 +273,15 @@ def _cells(u: list[float]) -> list[tuple[int, int]]:
 
 
 def _paint(
-    things: tuple[Thing, ...], ground: str, u: list[float], seed: int, index: int, size: int
+    objects: tuple[SceneObject, ...], ground: str, u: list[float], seed: int, index: int, size: int
 ) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
     axis = (np.arange(size, dtype=np.float32) + np.float32(0.5)) / np.float32(size)
     noise = uniforms(np.array([index], dtype=np.uint64), size * size, seed, _PIXELS)[0].astype(np.float32).reshape(size, size)
     noise -= np.float32(0.5)
     image = _ground(ground, axis, noise, u)
     segmentation = np.zeros((size, size), dtype=np.uint8)
-    for number, thing in enumerate(things):
-        _draw(image, segmentation, thing, axis, u[32 + number * _DRAWS : 32 + (number + 1) * _DRAWS])
+    for number, item in enumerate(objects):
+        _draw(image, segmentation, item, axis, u[32 + number * _DRAWS : 32 + (number + 1) * _DRAWS])
     angle = 2 * math.pi * u[4]
     strength = LIGHT * u[5]
     light = 1 + strength * (np.cos(angle) * (axis - 0.5)[None, :] + np.sin(angle) * (axis - 0.5)[:, None])
@@ -327,29 +327,29 @@ def _opposites(kind: int, low: float, high: float, u: float, v: float) -> tuple[
     return np.clip(np.float32(low) + axis, 0, 1), np.clip(np.float32(high) - axis, 0, 1)
 
 
-def _draw(image: Plane, segmentation: NDArray[np.uint8], thing: Thing, axis: Plane, u: list[float]) -> None:
+def _draw(image: Plane, segmentation: NDArray[np.uint8], item: SceneObject, axis: Plane, u: list[float]) -> None:
     size = len(axis)
-    reach = thing.radius * 1.25 + 1 / size
-    left, right = max(int((thing.x - reach) * size), 0), min(int((thing.x + reach) * size) + 1, size)
-    top, bottom = max(int((thing.y - reach) * size), 0), min(int((thing.y + reach) * size) + 1, size)
+    reach = item.radius * 1.25 + 1 / size
+    left, right = max(int((item.x - reach) * size), 0), min(int((item.x + reach) * size) + 1, size)
+    top, bottom = max(int((item.y - reach) * size), 0), min(int((item.y + reach) * size) + 1, size)
     if left >= right or top >= bottom:
         return
     turn = 2 * math.pi * u[4]
-    cos, sin = np.float32(math.cos(turn) / thing.radius), np.float32(math.sin(turn) / thing.radius)
-    dx, dy = (axis[left:right] - np.float32(thing.x))[None, :], (axis[top:bottom] - np.float32(thing.y))[:, None]
+    cos, sin = np.float32(math.cos(turn) / item.radius), np.float32(math.sin(turn) / item.radius)
+    dx, dy = (axis[left:right] - np.float32(item.x))[None, :], (axis[top:bottom] - np.float32(item.y))[:, None]
     x, y = dx * cos + dy * sin, dy * cos - dx * sin
-    texture, shape = KINDS[thing.kind]
-    cover = np.clip(np.float32(0.5) - _distance(SHAPES[shape], x, y) * np.float32(thing.radius * size), 0, 1)
+    texture, shape = KINDS[item.kind]
+    cover = np.clip(np.float32(0.5) - _distance(SHAPES[shape], x, y) * np.float32(item.radius * size), 0, 1)
     periods = np.float32(_between(u[5], TEXTURE_PERIODS))
-    sharp = np.float32(thing.radius * size / (periods * 2))
+    sharp = np.float32(item.radius * size / (periods * 2))
     weave = np.clip(np.float32(0.5) + sharp * _weave(TEXTURES[texture], x * periods, y * periods, u[6]), 0, 1)
     low = u[7] * (1 - CONTRAST[1])
     high = low + _between(u[8], CONTRAST)
-    dark, bright = _opposites(thing.kind, low, high, u[9], u[10])
+    dark, bright = _opposites(item.kind, low, high, u[9], u[10])
     paint = dark + weave[:, :, None] * (bright - dark)
     region = image[top:bottom, left:right]
     region += cover[:, :, None] * (paint - region)
-    segmentation[top:bottom, left:right][cover > 0.5] = thing.kind + 1
+    segmentation[top:bottom, left:right][cover > 0.5] = item.kind + 1
 
 
 def _distance(shape: str, x: Plane, y: Plane) -> Plane:
@@ -389,27 +389,27 @@ def _triangle(x: Plane) -> Plane:
     return np.float32(2) * np.abs(x - np.rint(x)) - np.float32(0.5)
 
 
-def _captions(label: int, things: tuple[Thing, ...], ground: str, u: list[float]) -> tuple[str, ...]:
-    dominant = [thing for thing in things if thing.kind == label]
-    first, other = dominant[0], next(thing for thing in things if thing.kind != label)
+def _captions(label: int, objects: tuple[SceneObject, ...], ground: str, u: list[float]) -> tuple[str, ...]:
+    dominant = [item for item in objects if item.kind == label]
+    first, other = dominant[0], next(item for item in objects if item.kind != label)
     a, b = CLASS_NAMES[first.kind], CLASS_NAMES[other.kind]
-    place = _relation(first, other)
+    relation = _relation(first, other)
     back = _relation(other, first)
     number = ("no", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")[len(dominant)]
     on = f"on {'an' if ground[0] in 'aeiou' else 'a'} {ground} ground"
-    told = [f"a {a} {place} a {b} {on}" if place else "", f"a {b} {back} a {a} {on}"]
-    if u[7] < 0.5 or not place:
-        told.reverse()
+    texts = [f"a {a} {relation} a {b} {on}" if relation else "", f"a {b} {back} a {a} {on}"]
+    if u[7] < 0.5 or not relation:
+        texts.reverse()
     size = f"a {a} bigger than a {b}" if first.radius > other.radius else f"a {a} smaller than a {b}"
     many = f"{number} {a}{_plural(a)} with a {b}" if len(dominant) > 1 else f"one {a} with a {b}"
-    return tuple(text for text in (*told, f"{size} {on}", f"{many} {on}") if text)
+    return tuple(text for text in (*texts, f"{size} {on}", f"{many} {on}") if text)
 
 
 def _plural(name: str) -> str:
     return "es" if name.endswith("s") else "s"
 
 
-def _relation(a: Thing, b: Thing) -> str:
+def _relation(a: SceneObject, b: SceneObject) -> str:
     """Returns where ``a`` is relative to ``b``; empty if ``b`` lies on ``a``."""
     dx, dy = a.x - b.x, a.y - b.y
     gap = math.hypot(dx, dy)

@@ -62,28 +62,30 @@ def rows(table: Path) -> Iterator[Row]:
     """
     kind = table.suffix.lower()
     if kind not in KINDS:
-        raise DataError("is no table", where=str(table), hint=f"Give a file that ends in one of {', '.join(KINDS)}")
+        raise DataError("is not a table", where=str(table), hint=f"Give a file that ends in one of {', '.join(KINDS)}")
     reader = {".jsonl": _jsonl, ".parquet": _parquet}.get(kind, _csv)
     try:
-        for place, row in reader(table):
-            yield _row(place, row)
+        for position, row in reader(table):
+            yield _row(position, row)
     except UnicodeError as error:
         raise _no_text(table) from error
     except OSError as error:
         raise DataError(f"cannot be read ({error.strerror})", where=str(table), hint="Check the path") from error
 
 
-def _row(place: str, row: dict[str, Any]) -> Row:
+def _row(position: str, row: dict[str, Any]) -> Row:
     path = row.get("path")
     if _blank(path):
-        raise DataError("has no path", where=place, hint="Give every row the path of an image")
+        raise DataError("has no path", where=position, hint="Give every row the path of an image")
     if not isinstance(path, str) or "\0" in path:
         shown = repr(path) if isinstance(path, str) else type(path).__name__
-        raise DataError(f"the path must be text, not {printable(shown, limit=60)}", where=place, hint="Write the path of a file")
+        raise DataError(
+            f"the path must be text, not {printable(shown, limit=60)}", where=position, hint="Write the path of a file"
+        )
     if _ADDRESS.match(path):
         hint = "Write the path without file://" if path.lower().startswith("file:") else _FETCH
         shown = printable(hide_secrets(path), limit=80)
-        raise DataError(f"the path must be a file, not the address {shown}", where=place, hint=hint)
+        raise DataError(f"the path must be a file, not the address {shown}", where=position, hint=hint)
     notes: list[str] = []
     captions: list[str] = []
     for name in ("caption", "captions"):
@@ -92,28 +94,28 @@ def _row(place: str, row: dict[str, Any]) -> Row:
             if _blank(text):
                 continue
             if isinstance(text, bool) or not isinstance(text, (str, int, float)):
-                hint = "Give a text or a list of texts"
-                raise DataError(f"the {name} must be text, not {type(text).__name__}", where=place, hint=hint)
+                hint = "Give a string or a list of strings"
+                raise DataError(f"the {name} must be text, not {type(text).__name__}", where=position, hint=hint)
             clean, replaced = clean_text(str(text))
             captions.append(clean)
             notes += [REPLACED] * replaced + ["caption_list"] * bool(_LIST.fullmatch(clean))
-    extra = {clean_text(name)[0]: _plain(value, place, name, notes) for name, value in row.items() if name not in _OWN}
+    extra = {clean_text(name)[0]: _plain(value, position, name, notes) for name, value in row.items() if name not in _OWN}
     label = row.get("label")
-    return Row(path, label, tuple(dict.fromkeys(captions)), extra, place, tuple(dict.fromkeys(notes)))
+    return Row(path, label, tuple(dict.fromkeys(captions)), extra, position, tuple(dict.fromkeys(notes)))
 
 
 def _blank(value: Any) -> bool:
     return value is None or (isinstance(value, float) and math.isnan(value)) or (isinstance(value, str) and not value.strip())
 
 
-def _plain(value: Any, place: str, name: str, notes: list[str], depth: int = 0) -> Any:
+def _plain(value: Any, position: str, name: str, notes: list[str], depth: int = 0) -> Any:
     """Converts a value to JSON types."""
     if depth > _MAX_DEPTH:
         hint = "Flatten it, or leave the column out of the table"
-        raise DataError(f"column {printable(name, limit=60)!r} is nested too deeply", where=place, hint=hint)
+        raise DataError(f"column {printable(name, limit=60)!r} is nested too deeply", where=position, hint=hint)
     if isinstance(value, (bytes, bytearray, memoryview)):
         hint = "Leave the column out of the table: only text, numbers and lists of them are kept"
-        raise DataError(f"column {printable(name, limit=60)!r} holds bytes", where=place, hint=hint)
+        raise DataError(f"column {printable(name, limit=60)!r} contains bytes", where=position, hint=hint)
     if isinstance(value, float) and not math.isfinite(value):
         return None
     if isinstance(value, str):
@@ -123,9 +125,9 @@ def _plain(value: Any, place: str, name: str, notes: list[str], depth: int = 0) 
     if value is None or isinstance(value, (bool, int, float)):
         return value
     if isinstance(value, dict):
-        return {clean_text(str(key))[0]: _plain(inner, place, name, notes, depth + 1) for key, inner in value.items()}
+        return {clean_text(str(key))[0]: _plain(inner, position, name, notes, depth + 1) for key, inner in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_plain(inner, place, name, notes, depth + 1) for inner in value]
+        return [_plain(inner, position, name, notes, depth + 1) for inner in value]
     return str(value)
 
 
@@ -154,45 +156,47 @@ def _no_text(table: Path) -> DataError:
         start = file.read(4096)
         encoding = encoding_of(start)
         if encoding not in ("utf-8", "utf-8-sig"):
-            return DataError(f"is no valid {encoding.upper()}", where=str(table), hint="Save the table in UTF-8")
+            return DataError(f"is not valid {encoding.upper()}", where=str(table), hint="Save the table in UTF-8")
         file.seek(0)
         for number, line in enumerate(file, start=1):
             try:
                 line.decode("utf-8")
             except UnicodeDecodeError as error:
                 hint = "Save the table in UTF-8, for instance: iconv -f latin1 -t utf-8 OLD > NEW"
-                return DataError(f"is no UTF-8 (byte 0x{line[error.start]:02x})", where=f"{table}:{number}", hint=hint)
-    return DataError("is no UTF-8", where=str(table), hint="Save the table in UTF-8")
+                return DataError(f"is not UTF-8 (byte 0x{line[error.start]:02x})", where=f"{table}:{number}", hint=hint)
+    return DataError("is not UTF-8", where=str(table), hint="Save the table in UTF-8")
 
 
 def _jsonl(table: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     hint = 'Write lines such as {"path": "a.jpg"}'
     with _open(table) as file:
         for number, line in enumerate(_lines(file, table), start=1):
-            place = f"{table}:{number}"
+            position = f"{table}:{number}"
             if not line.strip():
                 continue
             try:
                 row = json.loads(line, object_pairs_hook=_once)
             except (ValueError, RecursionError) as error:
                 reason = "nested too deeply" if isinstance(error, RecursionError) else printable(str(error), limit=120)
-                raise DataError(f"is no JSON ({reason})", where=place, hint="Write one object a line") from error
+                raise DataError(f"is not JSON ({reason})", where=position, hint="Write one JSON object per line") from error
             if not isinstance(row, dict):
-                raise DataError(f"must be an object, not {type(row).__name__}", where=place, hint=hint)
-            _check_spelling(row, place)
+                raise DataError(f"must be an object, not {type(row).__name__}", where=position, hint=hint)
+            _check_spelling(row, position)
             if _blank(row.get("path")):
-                raise DataError("has no path", where=place, hint=hint + _download(row))
-            yield place, row
+                raise DataError("has no path", where=position, hint=hint + _download(row))
+            yield position, row
 
 
 def _lines(file: Any, table: Path) -> Iterator[str]:
     """Yields lines that end in a line feed alone: a carriage return inside a line is white space in JSON."""
     rest = ""
     while chunk := file.read(1 << 20):
-        *whole, rest = (rest + chunk).split("\n")
-        yield from whole
+        *complete, rest = (rest + chunk).split("\n")
+        yield from complete
         if len(rest) > _MAX_LINE:
-            raise DataError(f"a line has more than {_MAX_LINE} characters", where=str(table), hint="Write one object a line")
+            raise DataError(
+                f"a line has more than {_MAX_LINE} characters", where=str(table), hint="Write one JSON object per line"
+            )
     if rest:
         yield rest
 
@@ -201,7 +205,7 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     out = dict(pairs)
     if len(out) != len(pairs):
         twice = next(name for name, n in Counter(name for name, _ in pairs).items() if n > 1)
-        raise ValueError(f"the key {twice!r} stands there twice")
+        raise ValueError(f"the key {twice!r} occurs twice")
     return out
 
 
@@ -211,7 +215,7 @@ def open_pyarrow(table: Path) -> tuple[Any, Any]:
     Raises:
         DataError: it is not installed, or a version older than the extra admits, as another package may have installed.
     """
-    hint = "pip install 'fovea[parquet]', or save the table as .csv or .jsonl"
+    hint = "Run pip install 'fovea[parquet]', or save the table as .csv or .jsonl"
     try:
         import pyarrow
         from pyarrow import parquet
@@ -233,18 +237,18 @@ def _parquet(table: Path) -> Iterator[tuple[str, dict[str, Any]]]:
             kind = schema.field("path").type
             kind = kind.value_type if pyarrow.types.is_dictionary(kind) else kind
             if not any(check(kind) for check in (pyarrow.types.is_string, pyarrow.types.is_large_string, _string_view(pyarrow))):
-                raise DataError(f"column 'path' must hold text, not {kind}", where=str(table), hint="Write paths as strings")
+                raise DataError(f"column 'path' must contain text, not {kind}", where=str(table), hint="Write paths as strings")
             for batch in file.iter_batches(batch_size=4096):
                 for row in batch.to_pylist():
                     number += 1
                     yield f"{table}: row {number}", row
     except UnicodeDecodeError as error:
         hint = "Write its strings in UTF-8"
-        raise DataError("a text is no UTF-8", where=f"{table}: after row {number}", hint=hint) from error
+        raise DataError("a string is not UTF-8", where=f"{table}: after row {number}", hint=hint) from error
     except (pyarrow.ArrowException, ValueError, OverflowError, KeyError, TypeError, MemoryError) as error:
         where = f"{table}: after row {number}" if number else str(table)
         reason = printable(str(error), limit=200)
-        raise DataError(f"is no Parquet file ({reason})", where=where, hint="Write or copy it again") from error
+        raise DataError(f"is not a Parquet file ({reason})", where=where, hint="Write or copy the file again") from error
 
 
 def _string_view(pyarrow: Any) -> Any:
@@ -254,7 +258,7 @@ def _string_view(pyarrow: Any) -> Any:
 def _check_columns(table: Path, names: Any) -> None:
     twice = [name for name, n in Counter(names).items() if n > 1]
     if twice:
-        hint = "Give every column a name of its own"
+        hint = "Give every column a unique name"
         raise DataError(
             f"has {len(twice)} column names twice, such as {printable(twice[0], limit=60)!r}", where=str(table), hint=hint
         )
@@ -267,12 +271,12 @@ def _check_columns(table: Path, names: Any) -> None:
 
 def _check_spelling(names: Iterable[str], where: str) -> None:
     """Rejects ``Label`` for ``label``, which would otherwise silently be kept as an extra column."""
-    given = tuple(names)
-    for name in given:
+    columns = tuple(names)
+    for name in columns:
         own = name.strip().lower()
-        if own in _OWN and own not in given:
+        if own in _OWN and own not in columns:
             shown = printable(name, limit=60)
-            raise DataError(f"column {shown!r} must be written {own!r}", where=where, hint="Rename the column")
+            raise DataError(f"column {shown!r} must be spelled {own!r}", where=where, hint="Rename the column")
 
 
 def _download(names: Iterable[Any]) -> str:

@@ -44,20 +44,20 @@ def transcode(data: bytes, form: Form, *, max_pixels: int = 50_000_000, max_side
                 pixels = image.width * image.height
                 if pixels > max_pixels or (image.format in ("JPEG", "MPO") and too_many_scans(data, pixels)):
                     return None
-                picture = _eight_bits(ImageOps.exif_transpose(image))
+                converted = _eight_bits(ImageOps.exif_transpose(image))
     except Exception:  # a malicious file can make a parser raise any exception
         return None
-    if picture is None:
+    if converted is None:
         return None
-    if max_side is not None and max(picture.size) > max_side:
-        scale = max_side / max(picture.size)
-        size = max(round(picture.width * scale), 1), max(round(picture.height * scale), 1)
-        picture = picture.resize(size, Image.Resampling.LANCZOS)
+    if max_side is not None and max(converted.size) > max_side:
+        scale = max_side / max(converted.size)
+        size = max(round(converted.width * scale), 1), max(round(converted.height * scale), 1)
+        converted = converted.resize(size, Image.Resampling.LANCZOS)
     out = io.BytesIO()
     if form == "jpg":
-        picture.save(out, "JPEG", quality=95, subsampling=0)
+        converted.save(out, "JPEG", quality=95, subsampling=0)
     else:
-        picture.save(out, "PNG")
+        converted.save(out, "PNG")
     return out.getvalue()
 
 

@@ -3,7 +3,7 @@
 All other modules only need to know which shards a pattern names, the size of a shard, its version, and the bytes of a range.
 """
 
-from pipeline.data.storage.local import forget, forget_deleted, read, stat, write_whole
+from pipeline.data.storage.local import forget, forget_deleted, read, stat, write_atomically
 from pipeline.data.storage.names import ObjectStat, absolute, base_name, is_remote, local_path
 from pipeline.data.storage.patterns import expand
 from pipeline.data.storage.remote import ShardChanged, ShardNotFound, StorageUnavailable
@@ -26,5 +26,5 @@ __all__ = [
     "local_path",
     "read",
     "stat",
-    "write_whole",
+    "write_atomically",
 ]

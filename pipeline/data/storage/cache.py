@@ -60,11 +60,11 @@ class ShardCache:
                 self._sweep()
         except OSError as error:
             if error.errno == errno.ELOOP:
-                raise DataError("a link lies where a file belongs", where=str(folder), hint="Remove it.") from error
+                raise DataError("must be a file, not a link", where=str(folder), hint="Remove the link") from error
             raise DataError(
-                f"cannot keep shards ({error.strerror})",
+                f"cannot be used as the shard cache ({error.strerror})",
                 where=str(folder),
-                hint="Set data.storage.cache to a folder on a local disk.",
+                hint="Set data.storage.cache to a folder on a local disk",
             ) from error
         self.floor = floor
         held = sum(size for _, size, _ in self._files())
@@ -83,14 +83,14 @@ class ShardCache:
 
     def has(self, about: ObjectStat) -> bool:
         """Whether the complete shard is cached."""
-        return self._whole(self.path(about), about.size)
+        return self._is_complete(self.path(about), about.size)
 
     def kept(self, about: ObjectStat) -> Path | None:
         """Returns the path of a complete cached shard; ``None`` if it is not cached."""
         path = self.path(about)
-        return path if self._whole(path, about.size) else None
+        return path if self._is_complete(path, about.size) else None
 
-    def _whole(self, path: Path, size: int) -> bool:
+    def _is_complete(self, path: Path, size: int) -> bool:
         """Whether a regular file of that size exists, owned by this user unless the cache is shared. Removes any other file."""
         try:
             about = path.lstat()
@@ -110,9 +110,9 @@ class ShardCache:
             return
         if not stat.S_ISDIR(about.st_mode) or about.st_uid != os.geteuid():
             raise DataError(
-                "the folder of kept shards must be this user's own",
+                "the shard cache must belong to this user",
                 where=str(self.folder),
-                hint="Somebody else made it. Set data.storage.cache to a folder of yours.",
+                hint="Set data.storage.cache to a folder of yours: another user created this one",
             )
         if about.st_mode & 0o077:
             self.folder.chmod(0o700)
@@ -129,9 +129,9 @@ class ShardCache:
             DataError: raised by ``fetch``.
         """
         final = self.path(about)
-        while not self._whole(final, about.size):
+        while not self._is_complete(final, about.size):
             with self._part(final) as (descriptor, part):
-                if self._whole(final, about.size):
+                if self._is_complete(final, about.size):
                     break
                 self._reserve(descriptor, about.size)
                 try:
@@ -142,7 +142,7 @@ class ShardCache:
                         raise CacheFull(str(error)) from error
                     raise
                 if os.fstat(descriptor).st_size != about.size:
-                    raise DataError("download has the wrong size", where=about.url, hint="Try again.")
+                    raise DataError("download has the wrong size", where=about.url, hint="Try again")
                 os.replace(part, final)
         with contextlib.suppress(OSError):
             os.utime(final)
@@ -193,7 +193,9 @@ class ShardCache:
         if stat.S_ISREG(about.st_mode) and about.st_nlink <= 1 and (self._shared or about.st_uid == os.geteuid()):
             return descriptor
         os.close(descriptor)
-        raise DataError("must be a file of this user's own", where=str(path), hint="Set data.storage.cache to a folder of yours.")
+        raise DataError(
+            "must be a file that belongs to this user", where=str(path), hint="Set data.storage.cache to a folder of yours"
+        )
 
     @staticmethod
     def _temporary(final: Path) -> Path:
@@ -248,19 +250,19 @@ class ShardCache:
             excess -= held
             _log.debug("evicted %s", path)
         if excess > 0:
-            raise CacheFull(f"{excess} bytes too few")
+            raise CacheFull(f"{excess} bytes too small")
 
     def _files(self) -> list[tuple[Path, int, float]]:
         """Returns path, bytes and time of last use of every shard, incomplete ones included."""
-        found = []
+        files = []
         with os.scandir(self.folder) as entries:
             for entry in entries:
                 if entry.name.startswith(".") and not entry.name.endswith(".part"):
                     continue
                 with contextlib.suppress(FileNotFoundError):
                     info = entry.stat(follow_symlinks=False)
-                    found.append((Path(entry.path), info.st_size, info.st_mtime))
-        return found
+                    files.append((Path(entry.path), info.st_size, info.st_mtime))
+        return files
 
     def _needed(self) -> set[str]:
         names: set[str] = set()

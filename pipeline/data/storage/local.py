@@ -25,9 +25,9 @@ def stat(url: str) -> ObjectStat:
     try:
         info = os.stat(path)
     except OSError as error:
-        raise DataError(f"cannot be read ({error.strerror})", where=url, hint="Check the path and its permissions.") from error
+        raise DataError(f"cannot be read ({error.strerror})", where=url, hint="Check the path and its permissions") from error
     if not modes.S_ISREG(info.st_mode):
-        raise DataError(describe(url), where=url, hint="Name a tar file.")
+        raise DataError(describe(url), where=url, hint="Name a tar file")
     return ObjectStat(url, info.st_size, str(info.st_mtime_ns))
 
 
@@ -42,12 +42,12 @@ def read(url: str, offset: int, length: int) -> bytes:
     try:
         data = _FILES.get(local_path(url)).read(offset, length)
     except OSError as error:
-        raise DataError(f"cannot be read ({error.strerror})", where=url, hint="Check the path and its permissions.") from error
+        raise DataError(f"cannot be read ({error.strerror})", where=url, hint="Check the path and its permissions") from error
     if len(data) != length:
         raise DataError(
             f"ends at byte {offset + len(data)}, {length - len(data)} bytes short",
             where=url,
-            hint="The shard was cut or replaced: copy it again and rebuild the index.",
+            hint="Copy the shard again and rebuild the index: it was truncated or replaced",
         )
     return data
 
@@ -62,7 +62,7 @@ def forget_deleted() -> None:
     _FILES.forget_deleted()
 
 
-def write_whole(path: Path, data: bytes) -> None:
+def write_atomically(path: Path, data: bytes) -> None:
     """Writes a file under a temporary name in the same directory, then renames it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.{uuid.uuid4().hex[:8]}.tmp")
@@ -142,4 +142,4 @@ def describe(url: str) -> str:
     path = local_path(url)
     if os.path.isdir(path):
         return "is a directory, not a shard"
-    return "is no regular file" if os.path.exists(path) else "shard does not exist"
+    return "is not a regular file" if os.path.exists(path) else "shard does not exist"

@@ -39,7 +39,7 @@ class ObjectStat:
 
 
 @dataclass(frozen=True)
-class Place:
+class Location:
     """Location of an object.
 
     Attributes:
@@ -65,11 +65,11 @@ def is_remote(url: str) -> bool:
     if match[1].lower() in REMOTE:
         return True
     raise DataError(
-        f"the scheme {match[1]!r} is not known", where=url, hint="Name a path, or a URL with s3://, gs://, az:// or https://."
+        f"the scheme {match[1]!r} is not supported", where=url, hint="Name a path, or a URL with s3://, gs://, az:// or https://"
     )
 
 
-def split(url: str) -> Place:
+def split(url: str) -> Location:
     """Splits a remote URL.
 
     Raises:
@@ -80,10 +80,10 @@ def split(url: str) -> Place:
     depth = 2 if kind == "az" and scheme.lower() in ("az", "azure") else 1
     parts = rest.split("/", depth)
     if len(parts) < depth or not all(parts[:depth]):
-        wanted = {"s3": "s3://bucket/path", "gs": "gs://bucket/path", "az": "az://account/container/path"}
-        raise DataError("names no bucket", where=url, hint=f"Write {wanted.get(kind, 'https://host/path')}.")
+        formats = {"s3": "s3://bucket/path", "gs": "gs://bucket/path", "az": "az://account/container/path"}
+        raise DataError("has no bucket", where=url, hint=f"Write {formats.get(kind, 'https://host/path')}")
     head = scheme.lower() if kind in ("https", "az") else kind
-    return Place(kind, f"{head}://{'/'.join(parts[:depth])}", parts[depth] if len(parts) > depth else "")
+    return Location(kind, f"{head}://{'/'.join(parts[:depth])}", parts[depth] if len(parts) > depth else "")
 
 
 def local_path(url: str) -> str:
@@ -99,7 +99,7 @@ def local_path(url: str) -> str:
         return url[len(match[0]) :]
     if match[2]:
         is_remote(url)
-        raise DataError("lies in object storage; a local path is wanted here", where=url, hint="Name a local path.")
+        raise DataError("is in object storage and must be a local path", where=url, hint="Name a local path")
     return url
 
 

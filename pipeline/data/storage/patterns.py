@@ -28,22 +28,22 @@ def expand(patterns: str | Sequence[str], storage: Storage | None = None) -> lis
     Raises:
         DataError: no shard matches, one is missing, or one is named twice; storage cannot be reached.
     """
-    wanted = [str(patterns)] if isinstance(patterns, (str, os.PathLike)) else [str(pattern) for pattern in patterns]
-    if not any(pattern.strip() for pattern in wanted):
-        raise DataError("no shard pattern is given", hint="Name shards such as 'data/train-{00000..00009}.tar'.")
+    requested = [str(patterns)] if isinstance(patterns, (str, os.PathLike)) else [str(pattern) for pattern in patterns]
+    if not any(pattern.strip() for pattern in requested):
+        raise DataError("no shard pattern is given", hint="Name shards such as 'data/train-{00000..00009}.tar'")
     storage = storage or Storage()
-    shards = [shard for pattern in wanted for shard in _expand_one(pattern, storage)]
+    shards = [shard for pattern in requested for shard in _expand_one(pattern, storage)]
     missing = [shard for shard in shards if not is_remote(shard) and not os.path.isfile(local_path(shard))]
     if missing:
         more = f" and {len(missing) - 1} more of {len(shards)}" if len(missing) > 1 else ""
         raise DataError(
-            f"{local.describe(missing[0])}{more}", where=missing[0], hint="Check the path and the range of the pattern."
+            f"{local.describe(missing[0])}{more}", where=missing[0], hint="Check the path and the range of the pattern"
         )
     seen: dict[str, str] = {}
     for shard in shards:
         real = shard if is_remote(shard) else os.path.realpath(local_path(shard))
         if real in seen:
-            raise DataError(f"the same shard is named twice (also as {seen[real]})", where=shard, hint="Name each shard once.")
+            raise DataError(f"the same shard is named twice (also as {seen[real]})", where=shard, hint="Name each shard once")
         seen[real] = shard
     return shards
 
@@ -55,30 +55,30 @@ def _expand_one(pattern: str, storage: Storage) -> list[str]:
     try:
         plain = list(braceexpand.braceexpand(pattern))
     except ValueError as error:
-        raise DataError("braces do not match", where=pattern, hint="Write ranges as {00000..00009}.") from error
+        raise DataError("braces do not match", where=pattern, hint="Write ranges as {00000..00009}") from error
     if far:
         plain = [strip(one) for one in plain]
         storage.check(plain[:1])
     shards = [shard for one in plain for shard in (_remote_ones(one, storage) if far else _local_ones(one))]
     if not shards:
-        raise DataError("no shard matches", where=pattern, hint="Check the pattern; a range counts upwards.")
+        raise DataError("no shard matches", where=pattern, hint="Check the pattern; a range counts upwards")
     return shards
 
 
 def _local_ones(one: str) -> list[str]:
     path = local_path(one)
     if os.path.isdir(path):
-        found = sorted(str(file) for file in Path(path).glob("*.tar") if file.is_file())
-        if not found:
+        matches = sorted(str(file) for file in Path(path).glob("*.tar") if file.is_file())
+        if not matches:
             raise DataError(
-                "no shard matches: the directory holds no *.tar", where=one, hint="Point to a directory of tar files."
+                "no shard matches: the directory contains no *.tar", where=one, hint="Point to a directory of tar files"
             )
-        return found
+        return matches
     if glob.has_magic(path) and not os.path.exists(path):
-        found = sorted(glob.glob(_existing_escaped(path), recursive=True))
-        if not found:
-            raise DataError("no shard matches", where=one, hint="Check the pattern and the directory.")
-        return found
+        matches = sorted(glob.glob(_existing_escaped(path), recursive=True))
+        if not matches:
+            raise DataError("no shard matches", where=one, hint="Check the pattern and the directory")
+        return matches
     return [one]
 
 
@@ -96,11 +96,11 @@ def _remote_ones(one: str, storage: Storage) -> list[str]:
         one += "*.tar"
     if not glob.has_magic(one):
         return [one]
-    found = _listed(one.replace("[", "[[]"), one, r"[*?]", storage) if "[" in one else []  # a directory whose name has brackets
-    found = found or _listed(one, one, r"[*?\[]", storage)
-    if not found:
-        raise DataError("no shard matches", where=one, hint="Check the pattern and the bucket.")
-    return found
+    matches = _listed(one.replace("[", "[[]"), one, r"[*?]", storage) if "[" in one else []  # a directory whose name has brackets
+    matches = matches or _listed(one, one, r"[*?\[]", storage)
+    if not matches:
+        raise DataError("no shard matches", where=one, hint="Check the pattern and the bucket")
+    return matches
 
 
 def _listed(pattern: str, one: str, magic: str, storage: Storage) -> list[str]:

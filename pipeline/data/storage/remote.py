@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from pipeline.data.settings import StorageSettings
-from pipeline.data.storage.names import ObjectStat, Place, split
+from pipeline.data.storage.names import Location, ObjectStat, split
 from pipeline.data.storage.signed import query_of
 from pipeline.errors import DataError
 from pipeline.untrusted import hide_secrets, printable
@@ -80,15 +80,15 @@ class Remote:
         Raises:
             DataError: missing or wrong credentials, no such bucket, or no server; with a hint.
         """
-        place = split(url)
-        if place.kind == "https" and (glob.has_magic(place.key) or url.endswith("/")):
+        location = split(url)
+        if location.kind == "https" and (glob.has_magic(location.key) or url.endswith("/")):
             raise _no_listing(url)
         pool = ThreadPoolExecutor(1)
-        job = pool.submit(self._contact, url, place)
+        job = pool.submit(self._contact, url, location)
         try:
             job.result(timeout=_FIRST_CONTACT)
         except Late:
-            raise self._explained(url, TimeoutError("no answer"), place) from None
+            raise self._explained(url, TimeoutError("no answer"), location) from None
         finally:
             pool.shutdown(wait=False)
 
@@ -101,8 +101,8 @@ class Remote:
         """
         import obstore
 
-        place, ask = split(url), _probe if query_of(url) else obstore.head
-        return _stat(url, self._with_retry(url, place, lambda store: ask(store, place.key)))
+        location, ask = split(url), _probe if query_of(url) else obstore.head
+        return _stat(url, self._with_retry(url, location, lambda store: ask(store, location.key)))
 
     def stats(self, urls: list[str]) -> list[ObjectStat | DataError]:
         """Runs :meth:`stat` for many URLs concurrently and returns errors as values.
@@ -111,8 +111,8 @@ class Remote:
         """
         known: dict[str, ObjectStat] = {}
         folders = Counter(url.rpartition("/")[0] for url in urls)
-        for folder, wanted in folders.items():
-            if wanted >= 32 and split(folder).kind != "https":
+        for folder, folder_urls in folders.items():
+            if folder_urls >= 32 and split(folder).kind != "https":
                 known.update((about.url, about) for about in self.list(f"{folder}/"))
         with ThreadPoolExecutor(16) as pool:
             return list(pool.map(lambda url: known.get(url) or self._stat_or_error(url), urls))
@@ -131,11 +131,11 @@ class Remote:
         """
         import obstore
 
-        place = split(prefix)
-        if place.kind == "https":
+        location = split(prefix)
+        if location.kind == "https":
             raise _no_listing(prefix)
-        found = self._with_retry(prefix, place, lambda store: obstore.list(store, place.key or None).collect())
-        return sorted((_stat(f"{place.root}/{meta['path']}", meta) for meta in found), key=lambda about: about.url)
+        objects = self._with_retry(prefix, location, lambda store: obstore.list(store, location.key or None).collect())
+        return sorted((_stat(f"{location.root}/{meta['path']}", meta) for meta in objects), key=lambda about: about.url)
 
     def read(self, about: ObjectStat, offset: int, length: int) -> bytes:
         """Reads ``length`` bytes of that version of an object. Thread-safe.
@@ -146,11 +146,13 @@ class Remote:
         """
         import obstore
 
-        place = split(about.url)
+        location = split(about.url)
         options: dict[str, Any] = {"range": (offset, offset + length)}
         if _strong(about.tag):
             options["if_match"] = about.tag
-        data = self._with_retry(about.url, place, lambda store: bytes(obstore.get(store, place.key, options=options).bytes()))
+        data = self._with_retry(
+            about.url, location, lambda store: bytes(obstore.get(store, location.key, options=options).bytes())
+        )
         if len(data) != length:
             raise _changed(about.url)
         self.counters["bytes"] += length
@@ -184,14 +186,16 @@ class Remote:
         """
         import obstore
 
-        place, part = split(url), self._settings.part_size_mb << 20
-        if place.kind == "https":
-            raise DataError("a web server takes no files", where=url, hint="Name a bucket or a folder.")
+        location, part = split(url), self._settings.part_size_mb << 20
+        if location.kind == "https":
+            raise DataError("a web server does not accept uploads", where=url, hint="Name a bucket or a folder")
         if not path.is_file():
-            raise DataError("is no file that could be copied", where=str(path), hint="Was it deleted meanwhile?")
+            raise DataError("is not a file that can be copied", where=str(path), hint="Check whether it was deleted")
         parallel = self._settings.download_concurrency
         self._with_retry(
-            url, place, lambda store: obstore.put(store, place.key, path, chunk_size=max(part, 5 << 20), max_concurrency=parallel)
+            url,
+            location,
+            lambda store: obstore.put(store, location.key, path, chunk_size=max(part, 5 << 20), max_concurrency=parallel),
         )
 
     def delete(self, url: str) -> None:
@@ -202,70 +206,72 @@ class Remote:
         """
         import obstore
 
-        place = split(url)
+        location = split(url)
         with contextlib.suppress(ShardNotFound):
-            self._with_retry(url, place, lambda store: obstore.delete(store, place.key))
+            self._with_retry(url, location, lambda store: obstore.delete(store, location.key))
 
     def scan(self, about: ObjectStat) -> Scan:
         """Opens an object for sequential reading in large pieces, for callers that read small ones."""
         return Scan(self, about, self._settings.part_size_mb << 20)
 
-    def _contact(self, url: str, place: Place) -> None:
+    def _contact(self, url: str, location: Location) -> None:
         import obstore
 
-        store = self._store(place, probe=True, query=query_of(url))
+        store = self._store(location, probe=True, query=query_of(url))
         try:
-            if place.kind == "https" or (place.key and not glob.has_magic(place.key) and not place.key.endswith("/")):
+            if location.kind == "https" or (location.key and not glob.has_magic(location.key) and not location.key.endswith("/")):
                 try:
-                    (_probe if query_of(url) else obstore.head)(store, place.key)
+                    (_probe if query_of(url) else obstore.head)(store, location.key)
                     return
                 except FileNotFoundError:
-                    if place.kind == "https":
+                    if location.kind == "https":
                         raise
             # For a missing object, storage does not report whether its bucket exists; a listing does.
-            folder = re.split(r"[*?\[]", place.key)[0].rpartition("/")[0]
+            folder = re.split(r"[*?\[]", location.key)[0].rpartition("/")[0]
             next(iter(obstore.list(store, folder or None, chunk_size=1)), None)
         except Exception as error:
-            raise self._explained(url, error, place) from error
+            raise self._explained(url, error, location) from error
 
-    def _with_retry(self, url: str, place: Place, act: Callable[[Any], _Value]) -> _Value:
+    def _with_retry(self, url: str, location: Location, act: Callable[[Any], _Value]) -> _Value:
         """Calls ``act`` and retries while storage is unavailable, with a backoff of up to 30 s, until ``outage_timeout``."""
         if os.getpid() != self._pid:
-            raise DataError("object storage was used before this process was forked", where=url, hint="Start processes by spawn.")
+            raise DataError(
+                "object storage was used before this process was forked", where=url, hint="Start processes with the spawn method"
+            )
         begin, pause = time.monotonic(), 0.5
         while True:
             try:
                 self.counters["requests"] += 1
-                value = act(self._store(place, query=query_of(url)))
+                value = act(self._store(location, query=query_of(url)))
                 self.counters["seconds"] += time.monotonic() - begin
                 return value
             except Exception as error:
                 if isinstance(error, FileNotFoundError) or type(error).__name__ == "PreconditionError":
-                    raise self._explained(url, error, place) from error
+                    raise self._explained(url, error, location) from error
                 waited = time.monotonic() - begin
                 if waited + pause > self._settings.outage_timeout:
-                    raise self._explained(url, error, place, waited) from error
+                    raise self._explained(url, error, location, waited) from error
                 _log.warning("%s: %s; trying again in %.0f s (after %.0f s)", url, _short(error), pause, waited)
                 self.counters["retries"] += 1
                 time.sleep(pause)
                 pause = min(2 * pause, _LONGEST_PAUSE)
 
-    def _store(self, place: Place, probe: bool = False, query: str = "") -> Any:
-        key = (f"{place.root}/?{query}" if query else place.root, probe)
+    def _store(self, location: Location, probe: bool = False, query: str = "") -> Any:
+        key = (f"{location.root}/?{query}" if query else location.root, probe)
         with self._lock:
             store = self._stores.get(key)
             if store is None:
-                store = self._stores[key] = self._connect(replace(place, root=key[0]), probe)
+                store = self._stores[key] = self._connect(replace(location, root=key[0]), probe)
                 if query and len(self._stores) > _CONNECTIONS:  # each signed link has its own client
                     del self._stores[next(iter(self._stores))]
             return store
 
-    def _connect(self, place: Place, probe: bool) -> Any:
+    def _connect(self, location: Location, probe: bool) -> Any:
         from obstore.store import AzureStore, GCSStore, HTTPStore, S3Store
 
         s = self._settings
         endpoint = s.endpoint or (os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL") or "")
-        plain = place.root.startswith("http://") or (place.kind == "s3" and endpoint.startswith("http://"))
+        plain = location.root.startswith("http://") or (location.kind == "s3" and endpoint.startswith("http://"))
         common: dict[str, Any] = {
             "client_options": {
                 "connect_timeout": timedelta(seconds=3 if probe else 5),
@@ -282,53 +288,53 @@ class Remote:
                 },
             },
         }
-        name = place.root.partition("://")[2]
-        if place.kind == "s3":
+        name = location.root.partition("://")[2]
+        if location.kind == "s3":
             extra: dict[str, Any] = {"endpoint": endpoint} if endpoint else {}
             region = s.region or os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION")
             extra |= {"region": region} if region else {}
             extra |= {"skip_signature": True} if s.anonymous else {}
             provider = None if s.anonymous else _profile_credentials()
             return S3Store(name, **extra, **common, **({"credential_provider": provider} if provider else {}))
-        if place.kind == "gs":
+        if location.kind == "gs":
             extra = {"skip_signature": True} if s.anonymous else {}
             return GCSStore(name, **extra, **common)
-        if place.kind == "az":
+        if location.kind == "az":
             extra = {"skip_signature": True} if s.anonymous else {}
             extra |= {"endpoint": s.endpoint} if s.endpoint else {}
-            return AzureStore.from_url(place.root, **extra, **common)
-        return HTTPStore(place.root, **common)
+            return AzureStore.from_url(location.root, **extra, **common)
+        return HTTPStore(location.root, **common)
 
-    def _explained(self, url: str, error: Exception, place: Place, waited: float | None = None) -> DataError:
+    def _explained(self, url: str, error: Exception, location: Location, waited: float | None = None) -> DataError:
         """Converts an error of the client library to a message with a hint."""
         text, kind = str(error), type(error).__name__
         if kind == "PreconditionError":
             return _changed(url)
         if "NoSuchBucket" in text:
-            return DataError(f"bucket {place.root} does not exist", where=url, hint="Check its name and the endpoint.")
+            return DataError(f"bucket {location.root} does not exist", where=url, hint="Check its name and the endpoint")
         if isinstance(error, FileNotFoundError):
-            return ShardNotFound("shard does not exist", where=url, hint="Check the path and the range of the pattern.")
+            return ShardNotFound("shard does not exist", where=url, hint="Check the path and the range of the pattern")
         away = StorageUnavailable if waited is not None else DataError
         spent = f" for {waited:.0f} s" if waited else ""
         keys = {
-            "s3": "Set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY or AWS_PROFILE; for public data data.storage.anonymous=true.",
-            "gs": "Set GOOGLE_APPLICATION_CREDENTIALS, or data.storage.anonymous=true for public data.",
-            "az": "Set AZURE_STORAGE_ACCOUNT_KEY or another Azure credential, or data.storage.anonymous=true for public data.",
-        }.get(place.kind, "Check that the server lets you read it.")
+            "s3": "Set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY or AWS_PROFILE; for public data, data.storage.anonymous=true",
+            "gs": "Set GOOGLE_APPLICATION_CREDENTIALS, or data.storage.anonymous=true for public data",
+            "az": "Set AZURE_STORAGE_ACCOUNT_KEY or another Azure credential, or data.storage.anonymous=true for public data",
+        }.get(location.kind, "Check that the server lets you read it")
         if query_of(url):
-            keys = "The link may have expired: sign it again and start anew; the run goes on."
+            keys = "Sign the link again and restart; the run resumes"
         if any(
             word in text for word in ("169.254.169.254", "169.254.170.2", "metadata.google", "NoCredentials", "redentialProvider")
         ):
-            return away(f"no credentials were found for {place.root}{spent}", where=url, hint=keys)
+            return away(f"no credentials were found for {location.root}{spent}", where=url, hint=keys)
         if kind in ("PermissionDeniedError", "UnauthenticatedError") or "status code: 403" in text or "status code: 401" in text:
             return away(f"access was refused{spent} ({_short(error)})", where=url, hint=keys)
         endpoint = self._settings.endpoint or os.environ.get("AWS_ENDPOINT_URL")
-        through = f" (endpoint {endpoint})" if endpoint and place.kind == "s3" else ""
-        hint = "Check the network, data.storage.endpoint or AWS_ENDPOINT_URL, and the region."
-        if isinstance(error, TimeoutError) and place.kind == "s3" and not through and not _has_keys():
-            return away("no credentials were found and nobody answered", where=url, hint=keys)
-        return away(f"{place.root}{through} did not answer{spent} ({_short(error)})", where=url, hint=hint)
+        through = f" (endpoint {endpoint})" if endpoint and location.kind == "s3" else ""
+        hint = "Check the network, data.storage.endpoint or AWS_ENDPOINT_URL, and the region"
+        if isinstance(error, TimeoutError) and location.kind == "s3" and not through and not _has_keys():
+            return away("no credentials were found and the metadata server did not answer", where=url, hint=keys)
+        return away(f"{location.root}{through} did not answer{spent} ({_short(error)})", where=url, hint=hint)
 
 
 class Scan:
@@ -356,10 +362,10 @@ class Scan:
         self._pool.shutdown(wait=False, cancel_futures=True)
 
     def _get(self, number: int) -> bytes:
-        for wanted in (number, number + 1):
-            begin = wanted * self._piece
-            if wanted not in self._jobs and begin < self.size:
-                self._jobs[wanted] = self._pool.submit(self._remote.read, self._about, begin, min(self._piece, self.size - begin))
+        for chunk in (number, number + 1):
+            begin = chunk * self._piece
+            if chunk not in self._jobs and begin < self.size:
+                self._jobs[chunk] = self._pool.submit(self._remote.read, self._about, begin, min(self._piece, self.size - begin))
         for old in [n for n in self._jobs if n < number - 1 or n > number + 1]:
             del self._jobs[old]
         data: bytes = self._jobs[number].result()
@@ -383,14 +389,14 @@ def _strong(tag: str) -> bool:
 
 
 def _no_listing(url: str) -> DataError:
-    return DataError("a web server cannot be listed", where=url, hint="Name the shards with {00000..00099}.")
+    return DataError("a web server cannot be listed", where=url, hint="Name the shards with {00000..00099}")
 
 
 def _changed(url: str) -> ShardChanged:
     return ShardChanged(
         "was replaced since it was indexed",
         where=url,
-        hint="Start again: the shard is indexed anew, and the run goes on if its samples are the same.",
+        hint="Start again: the shard is indexed again, and the run continues if its samples are the same",
     )
 
 
@@ -419,11 +425,15 @@ def _profile_credentials() -> Any:
         from obstore.auth.boto3 import Boto3CredentialProvider
     except ImportError as error:
         raise DataError(
-            "credentials of ~/.aws need boto3", where="AWS_PROFILE", hint="pip install 'fovea[aws]', or set AWS_ACCESS_KEY_ID."
+            "credentials of ~/.aws need boto3",
+            where="AWS_PROFILE",
+            hint="Install boto3 (pip install 'fovea[aws]'), or set AWS_ACCESS_KEY_ID",
         ) from error
     try:
         return Boto3CredentialProvider()
     except Exception as error:
         raise DataError(
-            f"~/.aws gave no credentials ({_short(error)})", where="AWS_PROFILE", hint="Log in, or set keys."
+            f"~/.aws gave no credentials ({_short(error)})",
+            where="AWS_PROFILE",
+            hint="Log in, or set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY",
         ) from error

@@ -26,7 +26,7 @@ def strip(url: str) -> str:
         raise DataError(
             "must not carry a user name or password",
             where=shown_address(url),
-            hint="They would end in files and logs. Use a signed link, or a bucket with credentials of the environment.",
+            hint="Use a signed link, or a bucket with credentials from the environment: passwords would end up in files and logs",
         )
     if not is_remote(url) or REMOTE[url.partition("://")[0].lower()] != "https":
         return url

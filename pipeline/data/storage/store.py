@@ -154,7 +154,7 @@ class Storage:
             temporary.replace(target)
         except OSError as error:
             raise DataError(
-                f"cannot be written ({error.strerror})", where=url, hint="Free space, or check the permissions."
+                f"cannot be written ({error.strerror})", where=url, hint="Free space, or check the permissions"
             ) from error
 
     def get(self, url: str, path: Path) -> None:
@@ -173,9 +173,11 @@ class Storage:
                 self.remote.download(self.remote.stat(url), file.fileno())
                 os.fsync(file.fileno())
         except FileNotFoundError as error:
-            raise ShardNotFound("does not exist", where=url, hint="Name another.") from error
+            raise ShardNotFound("does not exist", where=url, hint="Check the name") from error
         except OSError as error:
-            raise DataError(f"cannot be copied ({error.strerror})", where=url, hint=f"Can {path} be written?") from error
+            raise DataError(
+                f"cannot be copied ({error.strerror})", where=url, hint=f"Check that {path} can be written"
+            ) from error
 
     def delete(self, url: str) -> None:
         """Deletes an object or a file; a missing one is no error.
@@ -189,7 +191,7 @@ class Storage:
         try:
             Path(local_path(url)).unlink(missing_ok=True)
         except OSError as error:
-            raise DataError(f"cannot be deleted ({error.strerror})", where=url, hint="Check the folder's permissions.") from error
+            raise DataError(f"cannot be deleted ({error.strerror})", where=url, hint="Check the folder's permissions") from error
 
     def list(self, folder: str) -> list[str]:
         """Returns the URLs of all files below a directory, at any depth, sorted; empty if there is no such directory.

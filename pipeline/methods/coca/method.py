@@ -18,7 +18,7 @@ from pipeline.config.schema import Config
 from pipeline.data.augment.views import Batch
 from pipeline.methods.base import Step
 from pipeline.methods.coca.settings import CocaSettings
-from pipeline.methods.shared.captioning import average_count, told, written
+from pipeline.methods.shared.captioning import average_count, caption_nll, prediction_mask
 from pipeline.methods.shared.contrastive import Contrastive, caption_tokens, unit
 from pipeline.methods.shared.crops import one_view
 from pipeline.models.captions import CaptionTower, Pooler
@@ -58,18 +58,18 @@ class CoCa(Contrastive):
     def before_accumulation(self, batches: Sequence[Batch], step: Step) -> None:
         """Prepares the contrastive loss over all micro-batches and counts the tokens to predict."""
         super().before_accumulation(batches, step)
-        count = average_count([told(caption_tokens(batch)) for batch in batches])
+        count = average_count([prediction_mask(caption_tokens(batch)) for batch in batches])
         self._counts = deque([count] * len(batches))
 
     @override
     def forward(self, batch: Batch, step: Step) -> dict[str, Tensor]:
         """Loss terms ``contrastive`` and ``caption``."""
         s, tokens = self.settings, caption_tokens(batch)
-        wanted = told(tokens)
-        count = self._counts.popleft() if self._counts else average_count([wanted])
+        mask = prediction_mask(tokens)
+        count = self._counts.popleft() if self._counts else average_count([mask])
         pooled = self._pooled(batch.views["image"][0])
         features, states = self.text_tower(tokens, pooled[:, 1:])
-        caption = written(states, tokens, wanted, self.text_tower.vocabulary, s.caption_chunk_size) / count
+        caption = caption_nll(states, tokens, mask, self.text_tower.vocabulary, s.caption_chunk_size) / count
         compared = self.contrast((unit(self.image_projection(pooled[:, 0])), unit(features)))
         self.metrics |= {"token_perplexity": caption.detach().exp()}
         return {"contrastive": s.contrastive_weight * compared, "caption": s.caption_weight * caption}

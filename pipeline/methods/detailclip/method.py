@@ -47,14 +47,14 @@ class _Prepared:
     Attributes:
         batch: the micro-batch.
         keep, removed: int64 ``[2 * batch, ...]``, indices of the patches that are visible to and masked from the student.
-        told: int64 ``[2 * batch, ...]``, indices of the patches in the patch loss.
-        cls, patches: targets ``[2, batch]`` and ``[1, 2 * batch * told]``.
+        target_index: int64 ``[2 * batch, ...]``, indices of the patches in the patch loss.
+        cls, patches: targets ``[2, batch]`` and ``[1, 2 * batch * targets]``.
     """
 
     batch: Batch
     keep: Tensor
     removed: Tensor
-    told: Tensor
+    target_index: Tensor
     cls: losses.Targets
     patches: losses.Targets
 
@@ -83,8 +83,8 @@ class DetailCLIP(Contrastive):
             if frozen is not None:
                 frozen.requires_grad_(False)
         backbone.vit.patch_embed.requires_grad_(not s.freeze_patch_embed)
-        judged = {"image_projection": self.image_projection, "text_tower": self.text_tower} if s.text_teacher else {}
-        self.teacher: Teacher = Teacher(backbone=backbone, head=self.head, **judged)
+        text_networks = {"image_projection": self.image_projection, "text_tower": self.text_tower} if s.text_teacher else {}
+        self.teacher: Teacher = Teacher(backbone=backbone, head=self.head, **text_networks)
         self.extra_state = {name: torch.zeros(s.prototypes) for name in ("cls_center", "patch_center")}
         self._means: dict[str, Tensor] = {}
         self._prepared: list[_Prepared] = []
@@ -103,7 +103,7 @@ class DetailCLIP(Contrastive):
             keep, removed = kept_and_removed(
                 attention, self.grid, s.keep_ratio, cells=s.mask_unit == "cells", plus_one=s.keep_count == "plus_one"
             )
-            told = (
+            target_index = (
                 removed
                 if s.patch_positions == "removed"
                 else torch.arange(self.grid**2, device=keep.device).expand(len(keep), -1)
@@ -112,7 +112,7 @@ class DetailCLIP(Contrastive):
             centred = patches if s.center_over == "all" else taken(patches, removed)
             sums.append(torch.stack([cls.float().sum(0), centred.float().sum((0, 1))]))
             rows = [rows[0] + len(cls), rows[1] + centred.shape[0] * centred.shape[1]]
-            seen.append((batch, keep, removed, told, cls, taken(patches, told).flatten(0, 1)))
+            seen.append((batch, keep, removed, target_index, cls, taken(patches, target_index).flatten(0, 1)))
         matrix = head.matrix(seen[0][4].dtype)
         for name, total, count in zip(self.extra_state, torch.stack(sums).sum(0), rows, strict=True):
             with torch.autocast(
@@ -121,10 +121,10 @@ class DetailCLIP(Contrastive):
                 self._means[name] = matrix.float() @ losses.global_mean(total, count)
         temperatures = (s.cls_temperature, step.teacher_temperature)
         shift = [-center / temperature for center, temperature in zip(self.extra_state.values(), temperatures, strict=True)]
-        for batch, keep, removed, told, cls, patches in seen:
+        for batch, keep, removed, target_index, cls, patches in seen:
             cls_targets = losses.Targets(cls.unflatten(0, (2, -1)), matrix, shift[0], s.cls_temperature)
             patch_targets = losses.Targets(patches[None], matrix, shift[1], step.teacher_temperature)
-            self._prepared.append(_Prepared(batch, keep, removed, told, cls_targets, patch_targets))
+            self._prepared.append(_Prepared(batch, keep, removed, target_index, cls_targets, patch_targets))
         super().before_accumulation(batches, step)
 
     def forward(self, batch: Batch, step: Step) -> dict[str, Tensor]:
@@ -135,9 +135,9 @@ class DetailCLIP(Contrastive):
         tokens, features = self._student(batch)
         clip = self.contrast(features)
         self._prepared.pop(0)
-        told, pixels = self.decoder(tokens, known.removed, everywhere=s.patch_positions == "all")
+        target_index, pixels = self.decoder(tokens, known.removed, everywhere=s.patch_positions == "all")
         views, samples = len(tokens.cls), len(tokens.cls) // 2
-        told = told.flatten(0, 1)
+        target_index = target_index.flatten(0, 1)
         each = partial(losses.prototype_cross_entropy, temperature=s.student_temperature, rows=s.prototype_chunk_size)
 
         def compare(units: Tensor, matrix: Tensor) -> tuple[Tensor, ...]:
@@ -145,11 +145,11 @@ class DetailCLIP(Contrastive):
             cls, watched = each(
                 units[:views].unflatten(0, (2, -1)), matrix, known.cls, PAIRINGS[s.cls_pairing], weight, watch=True
             )
-            weight = units.new_full((len(told),), 1 / len(told), dtype=torch.float32)
+            weight = units.new_full((len(target_index),), 1 / len(target_index), dtype=torch.float32)
             patch, _ = each(units[None, views:], matrix, known.patches, losses.SAME_VIEW, weight)
             return cls[1], patch[0], *(watched or ())
 
-        cls, patch, entropy, mass, _ = self.head(torch.cat([tokens.cls, told.to(tokens.cls.dtype)]), compare)
+        cls, patch, entropy, mass, _ = self.head(torch.cat([tokens.cls, target_index.to(tokens.cls.dtype)]), compare)
         targets = taken(
             patchified(torch.cat(batch.views["global"]), self.backbone.patch, standardise=s.norm_pix_loss), known.removed
         )
@@ -251,6 +251,6 @@ def build(config: Config, settings: DetailClipSettings) -> DetailCLIP:
         raise ConfigError(
             f"the teacher cannot see {side} pixels: patches have {tower.patch}, the student's views {settings.views.global_size}",
             where="method.teacher_size",
-            hint=f"choose a multiple of {tower.patch} up to {settings.views.global_size}, or null",
+            hint=f"Choose a multiple of {tower.patch} up to {settings.views.global_size}, or null",
         )
     return DetailCLIP(tower, settings)

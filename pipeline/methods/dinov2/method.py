@@ -100,7 +100,7 @@ class DINOv2(Method):
     def before_accumulation(self, batches: Sequence[Batch], step: Step) -> None:
         """Runs the teacher on all micro-batches, then computes the potentials that turn its logits into targets."""
         self._forget()
-        backbone, *heads = self.judges().values()
+        backbone, *heads = self.target_networks().values()
         dino_head, ibot_head = cast(PrototypeHead, heads[0]), cast(PrototypeHead, heads[-1])  # the same head if shared
         features, cls, patches = [], [], []
         for batch in batches:
@@ -163,11 +163,11 @@ class DINOv2(Method):
             terms["gram"] = s.gram_weight * losses.gram(seen.patches, anchor)
         return terms
 
-    def told(self, by: DINOv2) -> None:
+    def copy_targets(self, source: DINOv2) -> None:
         """Takes over the targets that another instance has prepared, over the same prototypes."""
-        self._prepared, self._rank = deque(by._prepared), by._rank
+        self._prepared, self._rank = deque(source._prepared), source._rank
 
-    def judges(self) -> Mapping[str, nn.Module]:
+    def target_networks(self) -> Mapping[str, nn.Module]:
         """The networks that produce the targets: a backbone and its heads."""
         return self.teacher.modules
 
@@ -227,7 +227,7 @@ class DINOv2(Method):
         try:
             return spread(cls, group=s.koleo_group_size, neighbours=s.koleo_topk)
         except ValueError as error:
-            hint = f"choose a divisor of the {len(cls)} samples of a micro-batch, or method.koleo_across_ranks=true"
+            hint = f"Choose a divisor of the {len(cls)} samples of a micro-batch, or method.koleo_across_ranks=true"
             raise ConfigError(str(error), where="method.koleo_group_size", hint=hint) from error
 
     @torch.no_grad()

@@ -72,7 +72,7 @@ class Distill(_Student):
         super().before_accumulation(batches, step)
         for other in self._others():
             other.on_step_skipped()
-            other.told(self)
+            other.copy_targets(self)
 
     @override
     def forward(self, batch: Batch, step: Step) -> dict[str, Tensor]:
@@ -103,7 +103,7 @@ class Distill(_Student):
         return [other for _, other in self._named()]
 
     @override
-    def judges(self) -> Mapping[str, nn.Module]:
+    def target_networks(self) -> Mapping[str, nn.Module]:
         """The frozen networks, which take the place of the EMA teacher."""
         return dict(self.judge.items())
 
@@ -125,6 +125,6 @@ def build(config: Config, settings: DistillSettings) -> Distill:
             raise ConfigError(
                 f"the student's patches have {tower.patch} pixels a side and the frozen teacher's {judge.patch}",
                 where=where,
-                hint="choose a student of the same patch",
+                hint="Choose a student with the same patch size",
             )
     return Distill(student, judge, settings, others)

@@ -55,8 +55,8 @@ class MoCoV2(TwoViews):
         large, small = batch.views["global"], batch.views.get("local", [])
         backbone, projector = self.teacher.modules.values()
         with torch.no_grad(), batch_statistics(backbone, projector):
-            judged = {g: projector(backbone(large[g], patches="none").cls) for g in ((0, 1) if small else (1,))}
-            keys = {g: F.normalize(key.float(), dim=1) for g, key in judged.items()}
+            projected = {g: projector(backbone(large[g], patches="none").cls) for g in ((0, 1) if small else (1,))}
+            keys = {g: F.normalize(key.float(), dim=1) for g, key in projected.items()}
         queries = [self.projector(self.backbone(view, patches="none").cls) for view in (large if small else large[:1])]
         local = [self.projector(self.backbone(view, local=True, patches="none").cls) for view in small]
         pairs = [(q, keys[1 - i]) for i, q in enumerate(queries)] + [(q, key) for q in local for key in keys.values()]

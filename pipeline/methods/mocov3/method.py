@@ -74,8 +74,8 @@ class MoCoV3(TwoViews):
         backbone, projector = self.teacher.modules.values()
         with batch_statistics(backbone, projector):
             own = [[projector(backbone(view, patches="none").cls).float() for view in batch.views["global"]] for batch in batches]
-        whole = [torch.cat(view) for view in zip(*own, strict=True)]
-        first, everyone = losses.place(len(whole[0])), [losses.gathered(view) for view in whole]
+        full = [torch.cat(view) for view in zip(*own, strict=True)]
+        first, everyone = losses.rank_offset(len(full[0])), [losses.gathered(view) for view in full]
         starts = [first + sum(len(views[0]) for views in own[:i]) for i in range(len(own))]
         self._keys = deque(_Keys(batch, everyone, start) for batch, start in zip(batches, starts, strict=True))
 

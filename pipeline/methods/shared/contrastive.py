@@ -97,13 +97,13 @@ class Contrastive(Method):
         for batch in batches:
             seed(batch)  # the same draws as in the pass with gradients
             kept.append(self.features(batch))
-        whole = [torch.cat(parts).requires_grad_() for parts in zip(*kept, strict=True)]
+        full = [torch.cat(parts).requires_grad_() for parts in zip(*kept, strict=True)]
         numbers = [number.detach().requires_grad_() for number in self.logits() if number is not None]
         with torch.enable_grad():
-            value = self.compare(whole, numbers[0], numbers[1] if len(numbers) > 1 else None)
-            slopes = torch.autograd.grad(value, [*whole, *numbers])
-        pieces = [(slope * len(batches)).chunk(len(batches)) for slope in slopes[: len(whole)]]
-        rest = slopes[len(whole) :]
+            value = self.compare(full, numbers[0], numbers[1] if len(numbers) > 1 else None)
+            gradients = torch.autograd.grad(value, [*full, *numbers])
+        pieces = [(gradient * len(batches)).chunk(len(batches)) for gradient in gradients[: len(full)]]
+        rest = gradients[len(full) :]
         self._replays = [Replay(value.detach(), own, rest) for own in zip(*pieces, strict=True)]
 
     def contrast(self, features: Sequence[Tensor]) -> Tensor:
@@ -115,7 +115,7 @@ class Contrastive(Method):
             return self.compare(features, numbers[0], numbers[1] if len(numbers) > 1 else None)
         replay = self._replays.pop(0)
         parts = zip((*features, *numbers), (*replay.features, *replay.numbers), strict=True)
-        linear = torch.stack([(value.float() * slope).sum() for value, slope in parts]).sum()
+        linear = torch.stack([(value.float() * gradient).sum() for value, gradient in parts]).sum()
         return replay.value + (linear - linear.detach())
 
     def on_step_skipped(self) -> None:
@@ -161,7 +161,7 @@ def caption_tokens(batch: Batch) -> Tensor:
         DataError: the batch has no captions.
     """
     if batch.tokens is None:
-        raise DataError("a batch came without captions", where="Method.text", hint="deliver what the method asks for")
+        raise DataError("a batch has no captions", where="Method.text", hint="Load batches with the method's TextSpec")
     return batch.tokens
 
 

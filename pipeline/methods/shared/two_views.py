@@ -14,7 +14,7 @@ from pipeline.methods.health_metrics import RANK_COLLAPSE, HealthMetrics
 from pipeline.methods.shared.crops import multi_crop
 from pipeline.methods.shared.two_views_settings import RepelSettings, TwoViewSettings
 from pipeline.models.groups import ParameterGroup, parameter_groups
-from pipeline.models.mlps import PairJudge
+from pipeline.models.mlps import PairClassifier
 from pipeline.models.norms import normalises_batches
 from pipeline.models.resnet import Tower
 from pipeline.models.vision import VisionTower
@@ -37,7 +37,7 @@ class TwoViews(Method):
         if isinstance(backbone, VisionTower):
             backbone.mask_token.requires_grad_(False)  # used by other methods only: it never gets a gradient here
         self.repeller = Repeller(out, settings.local_repulsion) if settings.local_repulsion is not None else None
-        self.health_metrics = HealthMetrics(rank="feature_rank", suggest_fix=_remedy)
+        self.health_metrics = HealthMetrics(rank="feature_rank", suggest_fix=_suggest_fix)
 
     def sees_batches(self) -> bool:
         """Whether batch norm or local repulsion makes a sample's loss depend on the rest of its micro-batch."""
@@ -91,7 +91,7 @@ class Repeller(nn.Module):
     def __init__(self, width: int, settings: RepelSettings) -> None:
         super().__init__()
         self.settings = settings
-        self.judge = PairJudge(width, settings.hidden)
+        self.judge = PairClassifier(width, settings.hidden)
 
     def forward(self, local: Sequence[Tensor]) -> dict[str, Tensor]:
         """Loss terms of features ``[b, width]`` of two or more local crops: the first is paired with the second, and so on."""
@@ -108,12 +108,12 @@ class Repeller(nn.Module):
     @torch.no_grad()
     def _others(self, pairs: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
         """For each pair, the second crop of the next image in the micro-batches of all ranks."""
-        found = []
+        negatives = []
         for _, second in pairs:
             everyone = losses.gathered(second.detach())
-            next_ = (losses.place(len(second)) + 1 + torch.arange(len(second), device=second.device)) % len(everyone)
-            found.append(everyone[next_])
-        return nn.functional.normalize(torch.cat(found).float(), dim=1)
+            next_ = (losses.rank_offset(len(second)) + 1 + torch.arange(len(second), device=second.device)) % len(everyone)
+            negatives.append(everyone[next_])
+        return nn.functional.normalize(torch.cat(negatives).float(), dim=1)
 
 
 def two_views(settings: TwoViewSettings) -> tuple[ViewSpec, ...]:
@@ -126,7 +126,7 @@ def _blur_kernel(size: int) -> int:
     return max(size // 10 | 1, 3)
 
 
-def _remedy(failure_mode: str, step: Step) -> str:
+def _suggest_fix(failure_mode: str, step: Step) -> str:
     if failure_mode == RANK_COLLAPSE:
         return (
             f"all images look alike to the network (learning rate {step.lr:.2g}): lower schedule.lr.peak or lengthen "

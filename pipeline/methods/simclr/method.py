@@ -69,11 +69,11 @@ class SimCLR(TwoViews):
             seed(batch)  # the same draws as in the pass with gradients
             with batch_statistics(*((self,) if self.training else ())):
                 kept.append(self.features(batch))
-        whole = [torch.cat(parts).requires_grad_() for parts in zip(*kept, strict=True)]
+        full = [torch.cat(parts).requires_grad_() for parts in zip(*kept, strict=True)]
         with torch.enable_grad():
-            value = losses.nt_xent(whole[0], whole[1], self.settings.temperature)
-            slopes = torch.autograd.grad(value, whole)
-        pieces = [(slope * len(batches)).chunk(len(batches)) for slope in slopes]
+            value = losses.nt_xent(full[0], full[1], self.settings.temperature)
+            gradients = torch.autograd.grad(value, full)
+        pieces = [(gradient * len(batches)).chunk(len(batches)) for gradient in gradients]
         self._replays.extend(Replay(value.detach(), own, ()) for own in zip(*pieces, strict=True))
 
     @override
@@ -84,7 +84,7 @@ class SimCLR(TwoViews):
         if not self._replays:
             return {"contrastive": losses.nt_xent(views[0], views[1], self.settings.temperature)}
         replay = self._replays.popleft()
-        linear = torch.stack([(view * slope).sum() for view, slope in zip(views, replay.features, strict=True)]).sum()
+        linear = torch.stack([(view * gradient).sum() for view, gradient in zip(views, replay.features, strict=True)]).sum()
         return {"contrastive": replay.value + (linear - linear.detach())}
 
     @override

@@ -19,11 +19,11 @@ from typing_extensions import override
 from pipeline.config.schema import Config
 from pipeline.data.augment.views import Batch, TextSpec
 from pipeline.methods.base import Method, Step
-from pipeline.methods.shared.captioning import average_count, told, written
+from pipeline.methods.shared.captioning import average_count, caption_nll, prediction_mask
 from pipeline.methods.shared.contrastive import caption_tokens, random_keep
 from pipeline.methods.shared.crops import one_view
 from pipeline.methods.simvlm.settings import SimvlmSettings
-from pipeline.models.captions import PrefixLanguageModel, last_place
+from pipeline.models.captions import PrefixLanguageModel, last_position
 from pipeline.models.groups import ParameterGroup, parameter_groups
 from pipeline.models.vision import VisionTower, build_tower
 
@@ -52,19 +52,19 @@ class SimVLM(Method):
     @override
     def before_accumulation(self, batches: Sequence[Batch], step: Step) -> None:
         """Counts the tokens to predict in all micro-batches."""
-        count = average_count([told(caption_tokens(batch), self.prefix(batch)) for batch in batches])
+        count = average_count([prediction_mask(caption_tokens(batch), self.prefix(batch)) for batch in batches])
         self._counts = deque([count] * len(batches))
 
     @override
     def forward(self, batch: Batch, step: Step) -> dict[str, Tensor]:
         """Loss term ``caption``."""
         tokens, prefix = caption_tokens(batch), self.prefix(batch)
-        wanted = told(tokens, prefix)
-        count = self._counts.popleft() if self._counts else average_count([wanted])
+        mask = prediction_mask(tokens, prefix)
+        count = self._counts.popleft() if self._counts else average_count([mask])
         seen = self.backbone(batch.views["image"][0])
-        picture = torch.cat([seen.cls[:, None], seen.patches], dim=1)
-        states = self.language(picture, tokens, prefix)
-        caption = written(states, tokens, wanted, self.language.vocabulary, self.settings.caption_chunk_size) / count
+        image_tokens = torch.cat([seen.cls[:, None], seen.patches], dim=1)
+        states = self.language(image_tokens, tokens, prefix)
+        caption = caption_nll(states, tokens, mask, self.language.vocabulary, self.settings.caption_chunk_size) / count
         self.metrics = {"token_perplexity": caption.detach().exp()}
         return {"caption": caption}
 
@@ -76,7 +76,7 @@ class SimVLM(Method):
         tokens = caption_tokens(batch)
         most = self.settings.longest_prefix
         drawn = 1 + random_keep(batch.ids, batch.position, most, 1 - 1 / most, tokens.device)[:, 0]
-        return torch.minimum(drawn, last_place(tokens).clamp(min=1))
+        return torch.minimum(drawn, last_position(tokens).clamp(min=1))
 
     @override
     def on_step_skipped(self) -> None:

@@ -41,7 +41,7 @@ def card(networks: Networks, *, layout: str, usage: str, notes: Sequence[str], l
         "written by": f"fovea {manifest.get('fovea', '?')}, torch {manifest.get('torch', '?')}",
     }
     reading = {
-        "size": f"{p.size} x {p.size} pixels, the centre of the picture ({p.centre:.0%} of its shorter side)",
+        "size": f"{p.size} x {p.size} pixels, the center of the image ({p.centre:.0%} of its shorter side)",
         "interpolation": f"{p.interpolation}, antialiased",
         "mean": ", ".join(map(str, p.mean)),
         "standard deviation": ", ".join(map(str, p.std)),
@@ -55,7 +55,7 @@ def card(networks: Networks, *, layout: str, usage: str, notes: Sequence[str], l
         f"# {name}",
         _table(facts),
         f"## Loading\n\n```python\n{usage.strip()}\n```",
-        f"## Pictures\n\n{_table(reading)}",
+        f"## Images\n\n{_table(reading)}",
         f"## Scores{scored}\n\n{_table(scores) if scores else 'None were measured while training.'}",
     ]
     if notes:

@@ -32,7 +32,7 @@ def write(networks: Networks, folder: Path) -> tuple[str, list[str]]:
         import transformers
     except ImportError as error:
         raise ConfigError(
-            "transformers is not installed", where="--to huggingface", hint="pip install 'fovea[export]'"
+            "transformers is not installed", where="--to huggingface", hint="Install it: pip install 'fovea[export]'"
         ) from error
     tower, p = networks.tower, networks.preprocessing
     kind, settings = architecture(tower, p.size)
@@ -46,11 +46,11 @@ def write(networks: Networks, folder: Path) -> tuple[str, list[str]]:
 from transformers import AutoImageProcessor, AutoModel
 model = AutoModel.from_pretrained("{folder}").eval()
 processor = AutoImageProcessor.from_pretrained("{folder}")
-tokens = model(**processor(picture, return_tensors="pt")).last_hidden_state  # the class token is tokens[:, 0]
+tokens = model(**processor(image, return_tensors="pt")).last_hidden_state  # the class token is tokens[:, 0]
 """
     notes = []
     if kind != "DINOv3ViT":
-        notes.append("transformers resamples positions for pictures of another size in its own way, without antialiasing.")
+        notes.append("transformers resamples positions for images of another size in its own way, without antialiasing.")
     if networks.text is not None:
         notes.append("Only the vision tower is here: export to open_clip for texts.")
     return usage, notes
@@ -91,7 +91,7 @@ def architecture(tower: VisionTower, size: int) -> tuple[str, dict[str, Any]]:
     hidden = block.mlp.fc2.in_features
     ratios = [ratio for ratio in range(1, 17) if _hidden(tower.width, ratio, gated) == hidden]
     if not ratios:
-        raise _unknown(f"a feed-forward layer of {hidden} hidden channels, for it takes whole ratios only")
+        raise _unknown(f"a feed-forward layer of {hidden} hidden channels, because it supports integer ratios only")
     common |= {"mlp_ratio": ratios[0], "use_swiglu_ffn": gated}
     if registers:
         return "Dinov2WithRegisters", common | {"num_register_tokens": registers}
@@ -103,23 +103,25 @@ def converted(tower: VisionTower, size: int) -> dict[str, Tensor]:
     state = timm_state(tower, size)
     rotary = isinstance(tower.vit, Eva)
     width = tower.width
-    found: dict[str, Tensor] = {}
+    tensors: dict[str, Tensor] = {}
     for name, tensor in state.items():
         inner = re.fullmatch(r"blocks\.(\d+)\.(.+)", name)
         if inner is None:
-            found |= _outer(name, tensor, rotary, tower)
+            tensors |= _outer(name, tensor, rotary, tower)
             continue
         prefix = f"model.layer.{inner[1]}." if rotary else f"encoder.layer.{inner[1]}."
-        found |= {prefix + key: value for key, value in _inner(inner[2], tensor, rotary, _gated(tower.vit.blocks[0].mlp)).items()}
+        tensors |= {
+            prefix + key: value for key, value in _inner(inner[2], tensor, rotary, _gated(tower.vit.blocks[0].mlp)).items()
+        }
     mask = tower.mask_token.detach().float()
-    found["embeddings.mask_token"] = mask.clone() if rotary else mask[0].clone()
+    tensors["embeddings.mask_token"] = mask.clone() if rotary else mask[0].clone()
     if rotary:
-        found.setdefault("embeddings.register_tokens", torch.zeros(1, 0, width))
+        tensors.setdefault("embeddings.register_tokens", torch.zeros(1, 0, width))
     for number in range(len(tower.vit.blocks)):
         for scale in (1, 2):
             key = f"{'model' if rotary else 'encoder'}.layer.{number}.layer_scale{scale}.lambda1"
-            found.setdefault(key, torch.ones(width))
-    return found
+            tensors.setdefault(key, torch.ones(width))
+    return tensors
 
 
 def _outer(name: str, tensor: Tensor, rotary: bool, tower: VisionTower) -> dict[str, Tensor]:
@@ -201,7 +203,7 @@ def _check(tower: VisionTower, gated: bool) -> None:
 
 
 def _unknown(what: str) -> ConfigError:
-    return ConfigError(f"no model of transformers has {what}", where="--to huggingface", hint="export it to safetensors or onnx")
+    return ConfigError(f"no transformers model has {what}", where="--to huggingface", hint="Export it to safetensors or onnx")
 
 
 def _fill(model: Any, state: dict[str, Tensor], kind: str) -> None:
@@ -211,7 +213,7 @@ def _fill(model: Any, state: dict[str, Tensor], kind: str) -> None:
         raise ConfigError(
             f"{len(wrong)} tensors of transformers' {kind}Model have other names or shapes, the first is {wrong[0]}",
             where="--to huggingface",
-            hint="install transformers 5, or export to timm",
+            hint="Install transformers 5, or export to timm",
         )
     model.load_state_dict(state)
 

@@ -64,8 +64,8 @@ class Networks:
     @property
     def text(self) -> TextTower | None:
         """The text tower, if there is one."""
-        found = self.others.get("text")
-        return found if isinstance(found, TextTower) else None
+        tower = self.others.get("text")
+        return tower if isinstance(tower, TextTower) else None
 
     def state(self) -> dict[str, torch.Tensor]:
         """All tensors, fp32, by network: ``backbone.vit.…``, ``text.…``, ``logits.…``."""
@@ -88,11 +88,11 @@ def settings_of(saved: Saved) -> Config:
     try:
         return Config.model_validate(saved.manifest["config"])
     except (KeyError, ValidationError) as error:
-        told = "are not in it" if isinstance(error, KeyError) else f"are not understood ({error.error_count()} problems)"
+        problem = "are not in it" if isinstance(error, KeyError) else f"are not understood ({error.error_count()} problems)"
         raise CheckpointError(
-            f"the settings of this checkpoint {told}",
+            f"the settings of this checkpoint {problem}",
             where=str(saved.path),
-            hint="use the version of fovea that wrote it",
+            hint="Use the version of fovea that wrote it",
         ) from error
 
 
@@ -128,38 +128,38 @@ def read(
     if student is not None:
         named = method.students(slow=network != "student")
         if student not in named:
-            hint = f"choose of {', '.join(named)}" if named else "leave it out: the method trains one tower"
+            hint = f"Choose one of {', '.join(named)}" if named else "Leave it out: the method trains one tower"
             raise ConfigError(f"there is no student {student!r}", where="--student", hint=hint)
         tower = named[student]
     students = {id(module) for module in method.modules()}
     if not isinstance(tower, VisionTower):
-        raise ConfigError(f"{config.method.name} exports no vision tower", where="method.name", hint="export another run")
+        raise ConfigError(f"{config.method.name} has no vision tower to export", where="method.name", hint="Export another run")
     own: Literal["teacher", "student"] = "student" if id(tower) in students else "teacher"
     if network == "teacher" and own != "teacher":
-        raise ConfigError(f"{config.method.name} has no teacher", where="--network", hint="export the student")
+        raise ConfigError(f"{config.method.name} has no teacher", where="--network", hint="Export the student")
     if network == "student" and own == "teacher":
         tower = method.get_submodule("backbone")
         if not isinstance(tower, VisionTower):
-            raise ConfigError("the student has no vision tower", where="--network", hint="export the teacher")
+            raise ConfigError("the student has no vision tower", where="--network", hint="Export the teacher")
         own = "student"
     view = method.views[0]
     side = size or view.size
     if side % tower.patch:
         raise ConfigError(
-            f"pictures of {side} pixels do not divide into patches of {tower.patch}",
+            f"images of {side} pixels are not divisible into patches of {tower.patch}",
             where="--size",
-            hint=f"choose a multiple of {tower.patch}",
+            hint=f"Choose a multiple of {tower.patch}",
         )
     tower.merge_class_position()
     normalize = view.normalize or Normalize()
-    found = getattr(method, "logits", None)
+    logits = getattr(method, "logits", None)
     return Networks(
         config=config,
         saved=saved,
         network=own,
         tower=tower.float().eval(),
         others={name: module.float().eval() for name, module in exported.items()},
-        logits=found if isinstance(found, LogitScale) else None,
+        logits=logits if isinstance(logits, LogitScale) else None,
         preprocessing=Preprocessing(side, normalize.mean, normalize.std),
     )
 

@@ -20,7 +20,7 @@ from pipeline.weights.export.timm import timm_state
 OPSET = 18
 
 
-class _Picture(nn.Module):
+class _ImageEncoder(nn.Module):
     """timm's model with named outputs, and the method's image projection on top."""
 
     def __init__(self, model: nn.Module, prefix: int, projection: nn.Module | None) -> None:
@@ -29,8 +29,8 @@ class _Picture(nn.Module):
 
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
         tokens = self.model.forward_features(images)  # type: ignore[operator]
-        found = (tokens[:, 0], tokens[:, self.prefix :])
-        return found if self.projection is None else (*found, self.projection(tokens[:, 0]))
+        outputs = (tokens[:, 0], tokens[:, self.prefix :])
+        return outputs if self.projection is None else (*outputs, self.projection(tokens[:, 0]))
 
 
 def write(networks: Networks, folder: Path) -> tuple[str, list[str]]:
@@ -43,20 +43,22 @@ def write(networks: Networks, folder: Path) -> tuple[str, list[str]]:
         import onnx  # noqa: F401
         import onnxscript  # noqa: F401
     except ImportError as error:
-        raise ConfigError(f"{error.name} is not installed", where="--to onnx", hint="pip install 'fovea[export]'") from error
+        raise ConfigError(
+            f"{error.name} is not installed", where="--to onnx", hint="Install it: pip install 'fovea[export]'"
+        ) from error
     tower, size = networks.tower, networks.preprocessing.size
     args = {**tower.timm_args, "img_size": size, "dynamic_img_size": False}
     model = timm.create_model(tower.timm_name, pretrained=False, **args)
     model.load_state_dict(timm_state(tower, size))
     pooled = networks.others.get("image_pool") is not None
     projection = None if pooled else networks.others.get("image_projection")
-    picture = _Picture(model.eval(), tower.vit.num_prefix_tokens, projection).eval()
+    encoder = _ImageEncoder(model.eval(), tower.vit.num_prefix_tokens, projection).eval()
     names = ["cls", "patches"] + ([] if projection is None else ["feature"])
     batch = torch.export.Dim("batch", min=1, max=65536)
     with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()), torch.no_grad():
         warnings.simplefilter("ignore")
         program = torch.onnx.export(
-            picture,
+            encoder,
             (torch.zeros(2, 3, size, size),),
             dynamo=True,
             opset_version=OPSET,
@@ -66,15 +68,15 @@ def write(networks: Networks, folder: Path) -> tuple[str, list[str]]:
             verbose=False,
         )
     if program is None:
-        raise ConfigError("the tower cannot be traced", where="--to onnx", hint="export it to safetensors")
+        raise ConfigError("the tower cannot be traced", where="--to onnx", hint="Export it to safetensors")
     program.save(str(folder / "model.onnx"))
     (folder / "preprocessor.json").write_text(json.dumps(asdict(networks.preprocessing), indent=1) + "\n")
     usage = f"""
 import onnxruntime
 session = onnxruntime.InferenceSession("{folder / "model.onnx"}")
-{", ".join(names)} = session.run(None, {{"images": pictures}})  # float32 [n, 3, {size}, {size}], normalised as below
+{", ".join(names)} = session.run(None, {{"images": images}})  # float32 [n, 3, {size}, {size}], normalised as below
 """
-    notes = [f"Pictures are {size} x {size} pixels, any number at a time; ONNX opset {OPSET}.", "The mask token is left out."]
+    notes = [f"Images are {size} x {size} pixels, any number at a time; ONNX opset {OPSET}.", "The mask token is left out."]
     if networks.text is not None:
         notes.append("The text tower is not in the graph: export to open_clip for it.")
     if pooled:

@@ -46,13 +46,13 @@ def write(networks: Networks, folder: Path) -> tuple[str, list[str]]:
         raise ConfigError(
             f"{networks.config.method.name} has no text tower",
             where="--to open_clip",
-            hint="export it to timm, or, with a convolutional stem, to safetensors or onnx",
+            hint="Export it to timm, or, with a convolutional stem, to safetensors or onnx",
         )
     if "image_pool" in networks.others:
         raise ConfigError(
             "open_clip has no attention pooling beside a class token",
             where="method.image_pool",
-            hint="export it to safetensors",
+            hint="Export it to safetensors",
         )
     p = networks.preprocessing
     config = {
@@ -80,7 +80,7 @@ def write(networks: Networks, folder: Path) -> tuple[str, list[str]]:
 import open_clip
 model, preprocess = open_clip.create_model_from_pretrained("local-dir:{folder}")
 tokenizer = open_clip.get_tokenizer("local-dir:{folder}")
-pictures, texts = model.encode_image(preprocess(picture)[None]), model.encode_text(tokenizer(["a dog"]))
+images, texts = model.encode_image(preprocess(image)[None]), model.encode_text(tokenizer(["a dog"]))
 """
     return usage, ["The bias of the patch embedding is in the positions: open_clip has none."]
 
@@ -105,15 +105,15 @@ def _model(tower: VisionTower, text: TextTower, projection: nn.Linear, logits: L
     )
     if problem:
         raise ConfigError(
-            f"open_clip's vision transformer has no {problem}", where="--to open_clip", hint="export the tower to timm instead"
+            f"open_clip's vision transformer has no {problem}", where="--to open_clip", hint="Export the tower to timm instead"
         )
     heads = text.blocks[0].heads
     quick = text.blocks[0].quick_gelu
     if quick:
         raise ConfigError(
-            "open_clip takes one activation for both towers, and the text tower alone has the quick GELU",
+            "open_clip has one activation for both towers, and only the text tower uses quick GELU",
             where="method.text.activation",
-            hint="export it to safetensors",
+            hint="Export it to safetensors",
         )
     vision = {
         "image_size": size,
@@ -134,13 +134,13 @@ def _model(tower: VisionTower, text: TextTower, projection: nn.Linear, logits: L
         "layers": len(text.blocks),
         "no_causal_mask": not text.blocks[0].causal,
     }
-    found: dict[str, Any] = {
+    config: dict[str, Any] = {
         "embed_dim": projection.out_features,
         "vision_cfg": vision,
         "text_cfg": texts,
         "custom_text": True,
     }
-    return found if logits.bias is None else found | {"init_logit_bias": float(logits.bias.detach())}
+    return config if logits.bias is None else config | {"init_logit_bias": float(logits.bias.detach())}
 
 
 def _vision(tower: VisionTower, size: int) -> dict[str, Tensor]:
@@ -148,7 +148,7 @@ def _vision(tower: VisionTower, size: int) -> dict[str, Tensor]:
     positions = state["pos_embed"][0].clone()
     if (bias := state.get("patch_embed.proj.bias")) is not None:
         positions[1:] += bias
-    found = {
+    config = {
         "visual.conv1.weight": state["patch_embed.proj.weight"],
         "visual.class_embedding": state["cls_token"].reshape(-1).clone(),
         "visual.positional_embedding": positions,
@@ -160,15 +160,15 @@ def _vision(tower: VisionTower, size: int) -> dict[str, Tensor]:
             rest = inner[2]
             module, _, end = rest.rpartition(".")
             theirs = _INNER.get(rest) or f"{_INNER[module]}.{end}"
-            found[f"visual.transformer.resblocks.{inner[1]}.{theirs}"] = tensor
-    return found
+            config[f"visual.transformer.resblocks.{inner[1]}.{theirs}"] = tensor
+    return config
 
 
 def _numbers(logits: LogitScale) -> dict[str, Tensor]:
     with torch.no_grad():
         scale, bias = logits()
-    found = {"logit_scale": scale.log().reshape(()).clone()}
-    return found if bias is None else found | {"logit_bias": bias.reshape(()).clone()}
+    numbers = {"logit_scale": scale.log().reshape(()).clone()}
+    return numbers if bias is None else numbers | {"logit_bias": bias.reshape(()).clone()}
 
 
 def _compare(config: dict[str, Any], state: dict[str, Tensor]) -> None:
@@ -183,5 +183,5 @@ def _compare(config: dict[str, Any], state: dict[str, Tensor]) -> None:
         raise ConfigError(
             f"{len(wrong)} tensors of open_clip's model have other names or shapes, the first is {wrong[0]}",
             where="--to open_clip",
-            hint="export it to safetensors",
+            hint="Export it to safetensors",
         )

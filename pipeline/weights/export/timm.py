@@ -36,9 +36,9 @@ def call(tower: VisionTower, size: int) -> tuple[str, dict[str, Any]]:
     wrong = [key for key, value in args.items() if not isinstance(value, int | float | str | bool | None)]
     if wrong or not name:
         raise ConfigError(
-            f"timm makes this tower only by Python objects ({', '.join(wrong) or 'its name is unknown'})",
+            f"timm builds this tower from Python objects only ({', '.join(wrong) or 'its name is unknown'})",
             where="model.stem" if "embed_layer" in wrong else "model",
-            hint="export it to safetensors or onnx instead",
+            hint="Export it to safetensors or onnx instead",
         )
     return name, args
 
@@ -55,7 +55,7 @@ def rebuilt(tower: VisionTower, size: int, *, name: str, args: dict[str, Any]) -
     wrong = sorted(own.keys() ^ state.keys()) or [key for key in own if own[key].shape != state[key].shape]
     if wrong:
         raise ConfigError(
-            f"timm's {name} has other tensors, the first is {wrong[0]}", where="model", hint="export to safetensors"
+            f"timm's {name} has different tensors, the first is {wrong[0]}", where="model", hint="Export to safetensors"
         )
     model.load_state_dict(state)
     return model.eval()
@@ -121,11 +121,11 @@ def write(networks: Networks, folder: Path) -> tuple[str, list[str]]:
 import timm
 model = timm.create_model("local-dir:{folder}", pretrained=True).eval()
 transform = timm.data.create_transform(**timm.data.resolve_data_config(model=model))
-tokens = model.forward_features(transform(picture)[None])  # the class token is tokens[:, 0]
+tokens = model.forward_features(transform(image)[None])  # the class token is tokens[:, 0]
 """
     notes = ["The mask token is left out: timm's models have none."]
     if tower.local_norm is not None:
         notes.append("The norm for local crops is left out: it belongs to training.")
     if tower.resampling != "antialias":
-        notes.append(f"For pictures of another size the run resampled positions as {tower.resampling!r}; timm antialiases.")
+        notes.append(f"For images of another size the run resampled positions as {tower.resampling!r}; timm antialiases.")
     return usage, notes

@@ -43,9 +43,9 @@ def write(networks: Networks, target: str, folder: Path, *, license_: str = "unk
         ConfigError: unknown target, a folder that is not empty, or a target that does not support these networks.
     """
     if target not in TARGETS:
-        raise ConfigError(f"there is no target {target!r}", where="--to", hint=f"Choose of {', '.join(TARGETS)}.")
+        raise ConfigError(f"there is no target {target!r}", where="--to", hint=f"Choose one of {', '.join(TARGETS)}")
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())) and not overwrite:
-        raise ConfigError("there is something already", where=str(folder), hint="Name another folder, or give --overwrite.")
+        raise ConfigError("exists already", where=str(folder), hint="Name another folder, or give --overwrite")
     temporary = folder.with_name(f".new-{folder.name}")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
@@ -53,8 +53,8 @@ def write(networks: Networks, target: str, folder: Path, *, license_: str = "unk
         usage, notes = TARGETS[target](networks, temporary)
         usage = usage.replace(str(temporary), folder.name)
         name = f"{networks.config.run.name}, {networks.saved.path.name}"
-        told = card(networks, layout=_LIBRARIES.get(target, target), usage=usage, notes=notes, license_=license_, name=name)
-        (temporary / "README.md").write_text(told, encoding="utf-8")
+        text = card(networks, layout=_LIBRARIES.get(target, target), usage=usage, notes=notes, license_=license_, name=name)
+        (temporary / "README.md").write_text(text, encoding="utf-8")
         if folder.is_dir():
             shutil.rmtree(folder)
         temporary.rename(folder)

@@ -91,7 +91,7 @@ def test_replaced_captions_are_in_the_report_and_in_the_statistics(tmp_path: Pat
     assert finding.meaning and not finding.refused
     actual = statistics(manifest)
     assert actual.noted == {"caption_replaced": 1} and "caption_replaced 1" in actual.text()
-    assert any("captions are no UTF-8" in sentence for sentence in actual.advice)
+    assert any("captions are not UTF-8" in sentence for sentence in actual.advice)
 
 
 @pytest.mark.parametrize("column", ["caption", "captions", "by", "label"])

@@ -148,7 +148,7 @@ def test_names_outside_the_given_classes_are_refused() -> None:
     labels = [("row 2", "cat"), ("row 3", "dog"), ("row 4", None)]
     numbers, names, _ = number_labels(labels, where="t", classes=("dog", "bird", "cat"))
     assert (numbers, names) == ([2, 0, None], ("dog", "bird", "cat"))
-    with pytest.raises(DataError, match="not among the 1 classes given: 'dog' in row 3"):
+    with pytest.raises(DataError, match="not among the 1 classes of --classes: 'dog' in row 3"):
         number_labels(labels, where="t", classes=("cat",))
 
 

@@ -124,7 +124,7 @@ def test_members_before_a_cut_are_handed_on(tmp_path: Path) -> None:
     ("data", "reason", "words"),
     [
         (b"", "empty_file", "empty file"),
-        (b"hello, this is text" * 100, "not_tar", "no tar archive"),
+        (b"hello, this is text" * 100, "not_tar", "not a tar archive"),
         (gzip.compress(archive([("0.jpg", b"1")]), mtime=0), "compressed", "gzip"),
         (b"BZh91AY&SY" + b"1" * 600, "compressed", "bzip2"),
         (archive([("0.jpg", b"1" * 10)]) + archive([("1.jpg", b"1")]), "trailing", "end marker"),

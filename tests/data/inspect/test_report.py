@@ -66,7 +66,7 @@ def test_all_refused_shards_are_in_the_report_though_the_message_names_five(tmp_
         build(urls, tmp_path / "index")
     found = index_report(tmp_path / "index", caught.value.shards, caught.value.problems)
     assert [Path(shard).name for shard, _, _ in found.refused] == [f"cut{n}.tar" for n in range(7)]
-    assert "cut6.tar: is cut short" in found.text() and "cut6.tar" not in found.text(most_shards=3)
+    assert "cut6.tar: is truncated" in found.text() and "cut6.tar" not in found.text(most_shards=3)
     assert found.shards == 10 and found.accepted == 5
     used = build(urls, tmp_path / "index", on_truncated="keep-readable")
     assert len(index_report(tmp_path / "index", used.shards).damaged) == 7

@@ -103,7 +103,7 @@ def test_a_picture_that_kills_the_decoder_is_found_among_its_neighbours(tmp_path
 
 def test_a_decoder_that_never_starts_is_no_fault_of_the_samples(tmp_path: Path) -> None:
     manifest = shards(tmp_path, [picture(0)])
-    with pytest.raises(DataError, match="no process with a decoder can be started"):
+    with pytest.raises(DataError, match="no decoder process can be started"):
         verify(manifest, workers=1, decoder=Unstartable)
 
 

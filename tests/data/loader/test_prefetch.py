@@ -88,7 +88,7 @@ def test_it_stays_within_the_cache_and_drops_what_was_read(manifest: Manifest, o
     cache = store.cache
     assert cache is not None
     prefetcher = Prefetcher(manifest, order, store, world=1, rank=0, last=order.steps_per_epoch, horizon=order.steps_per_epoch)
-    assert 1 <= len(prefetcher.wanted(0)) <= 4
+    assert 1 <= len(prefetcher.needed(0)) <= 4
     prefetcher.start(0)
     for step in range(order.steps_per_epoch):
         prefetcher.advance(step)
@@ -108,7 +108,7 @@ def test_storage_that_is_away_for_a_while_is_asked_again(
     door.troubles = [Trouble("503", times=4)]
     prefetcher = Prefetcher(manifest, order, store, world=1, rank=0, last=4, horizon=4)
     prefetcher.start(0)
-    until(lambda: all(cache.has(about) for about in prefetcher.wanted(0)), seconds=60)
+    until(lambda: all(cache.has(about) for about in prefetcher.needed(0)), seconds=60)
     prefetcher.close()
 
 

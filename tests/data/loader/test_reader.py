@@ -69,7 +69,7 @@ def test_only_what_is_wanted_is_read(manifest: Manifest) -> None:
     assert (record.label, record.image, record.caption, record.segmentation) == (0, None, None, None)
     (record,) = Reader(manifest, wants=("caption",)).fetch(ids((0, 0)))
     assert (record.label, record.image, record.caption) == (-1, None, "Bild 00")
-    with pytest.raises(DataError, match="no part 'picture'"):
+    with pytest.raises(DataError, match="'picture' is not a part"):
         Reader(manifest, wants=("picture",))  # type: ignore[arg-type]
 
 

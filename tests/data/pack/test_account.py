@@ -110,7 +110,7 @@ def test_whatever_lies_in_a_folder_is_accounted_for(
         listing = open_source(source, layout=layout, options=Options(follow_links=follow))
         report = pack(listing, out / "a", Packing(samples_per_shard=3), threads=1)
     except DataError as error:
-        assert "does not balance" not in str(error) and str(error).isprintable()
+        assert "do not add up" not in str(error) and str(error).isprintable()
         return
     check(report, len(expected))
     if layout != "files":
@@ -154,7 +154,7 @@ def test_whatever_lies_in_a_tar_is_accounted_for(tmp_path: Path, members: list[t
     try:
         report = pack(open_source(tmp_path / "t" / "a.tar"), tmp_path / "t" / "out")
     except DataError as error:
-        assert "does not balance" not in str(error) and str(error).isprintable()
+        assert "do not add up" not in str(error) and str(error).isprintable()
         return
     check(report, sum(kind != tarfile.DIRTYPE for _, _, kind, _ in members))
 
@@ -164,7 +164,7 @@ def test_a_cut_tar_says_what_it_lost(tmp_path: Path) -> None:
     (tmp_path / "a.tar").write_bytes((tmp_path / "a.tar").read_bytes()[:7000])
     report = pack(open_source(tmp_path / "a.tar", use_damaged=True), tmp_path / "out")
     assert report.account.left_out["cut_sample"] == 1 and report.account.balances
-    assert any("used in part" in remark and "cut short" in remark for remark in report.remarks)
+    assert any("used in part" in remark and "truncated" in remark for remark in report.remarks)
 
 
 def test_the_account_stands_in_pack_json_and_captions_of_bad_images_are_named(tmp_path: Path) -> None:

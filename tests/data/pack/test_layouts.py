@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.data.pack.sources import Members, Pictures, open_source
+from pipeline.data.pack.sources import ImageSource, Members, open_source
 from pipeline.errors import ConfigError, DataError
 from tests.data.pack.test_packer import picture
 from tests.data.pack.test_sources import downloaded, write_tar
@@ -71,28 +71,28 @@ CASES = {
 @pytest.mark.parametrize("name", CASES)
 def test_two_readings_are_refused_with_both(tmp_path: Path, name: str) -> None:
     names, words = CASES[name]
-    with pytest.raises(DataError, match=r"can be read in \d ways") as caught:
+    with pytest.raises(DataError, match=r"fits \d layouts") as caught:
         open_source(folder(tmp_path / "in", *names))
     assert all(word in str(caught.value) for word in words), caught.value
 
 
 def test_three_readings_are_all_named(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"3 ways: 1 tar file.*the table t\.csv.*1 image without"):
+    with pytest.raises(DataError, match=r"3 layouts: 1 tar file.*the table t\.csv.*1 image without"):
         open_source(folder(tmp_path, "a.tar", "t.csv", "1.jpg"))
 
 
 @pytest.mark.parametrize(
     ("names", "kind", "classes"),
     [
-        (["1.jpg", "2.png"], Pictures, ()),
-        (["cat/1.jpg", "bee/deep/1.jpg"], Pictures, ("bee", "cat")),
+        (["1.jpg", "2.png"], ImageSource, ()),
+        (["cat/1.jpg", "bee/deep/1.jpg"], ImageSource, ("bee", "cat")),
         (["a.tar", "b.tar", "list.csv", "cat/readme.json"], Members, ()),
-        (["cat/1.jpg", "notes.json", "cat/a.tar"], Pictures, ("cat",)),
-        (["1.jpg", ".hidden/2.jpg", "__MACOSX/3.jpg"], Pictures, ()),
-        (["00001/a.jpg", "00002/b.jpg"], Pictures, None),
-        (["train/1.jpg", "list.json"], Pictures, ("train",)),
-        (["train/1.jpg", "trains/1.jpg"], Pictures, ("train", "trains")),
-        (["images/deep/1.jpg", "images/1.jpg"], Pictures, ("images",)),
+        (["cat/1.jpg", "notes.json", "cat/a.tar"], ImageSource, ("cat",)),
+        (["1.jpg", ".hidden/2.jpg", "__MACOSX/3.jpg"], ImageSource, ()),
+        (["00001/a.jpg", "00002/b.jpg"], ImageSource, None),
+        (["train/1.jpg", "list.json"], ImageSource, ("train",)),
+        (["train/1.jpg", "trains/1.jpg"], ImageSource, ("train", "trains")),
+        (["images/deep/1.jpg", "images/1.jpg"], ImageSource, ("images",)),
     ],
 )
 def test_one_reading_is_taken(tmp_path: Path, names: list[str], kind: type, classes: tuple[str, ...] | None) -> None:
@@ -120,7 +120,7 @@ def test_tables_without_paths_are_counted_not_ambiguous(tmp_path: Path) -> None:
 
 def test_a_folder_without_anything_to_pack_says_what_it_holds(tmp_path: Path) -> None:
     folder(tmp_path / "deep", "a/1.tar", "a/2.tar", "b.json")
-    with pytest.raises(DataError, match=r"holds no images and no tars \(seen: 2 \.tar, 1 \.json\).*\*\*/\*\.tar"):
+    with pytest.raises(DataError, match=r"contains no images and no tars \(seen: 2 \.tar, 1 \.json\).*\*\*/\*\.tar"):
         open_source(tmp_path / "deep")
     (tmp_path / "none").mkdir()
     with pytest.raises(DataError, match="seen: nothing"):
@@ -144,7 +144,7 @@ def test_options_that_a_layout_does_not_use_are_refused(tmp_path: Path) -> None:
 def test_a_table_in_utf_16_is_a_reading_too(tmp_path: Path) -> None:
     folder(tmp_path, "1.jpg")
     (tmp_path / "list.csv").write_bytes("path,label\n1.jpg,1\n".encode("utf-16"))
-    with pytest.raises(DataError, match=r"2 ways: the table list\.csv"):
+    with pytest.raises(DataError, match=r"2 layouts: the table list\.csv"):
         open_source(tmp_path)
 
 

@@ -55,7 +55,10 @@ def test_folders_without_a_usable_image_are_no_classes_and_named(tmp_path: Path)
     (tmp_path / "nothing").mkdir()
     source = open_source(tmp_path)
     assert source.classes == ("bee",)
-    assert "5 folders hold no usable image and are no class: annotations, broken, empty_files, nothing, pages" in source.remarks
+    assert (
+        "5 folders contain no usable image and are not a class: annotations, broken, empty_files, nothing, pages"
+        in source.remarks
+    )
     assert dict(source.left_out) == {"annotations/a.json": "not_an_image", "empty_files/1.jpg": "empty_file"}
 
 
@@ -163,7 +166,7 @@ def lead_out(folder: Path, how: str) -> None:
 @pytest.mark.parametrize("layout", ["auto", "flat", "files"])
 def test_a_part_lost_by_links_is_an_error_until_the_user_decides(tmp_path: Path, how: str, layout: str) -> None:
     lead_out(tmp_path, how)
-    with pytest.raises(DataError, match=r"links leave the folder or lead to nothing.*--follow-links.*--no-follow-links"):
+    with pytest.raises(DataError, match=r"links leave the folder or are broken.*--follow-links.*--no-follow-links"):
         open_source(tmp_path / "in", layout=layout)  # type: ignore[arg-type]
     without = open_source(tmp_path / "in", layout=layout, options=Options(follow_links=False))  # type: ignore[arg-type]
     assert len(without) == 1 and {reason for _, reason in without.left_out} <= {"outside_link", "broken_link"}

@@ -23,7 +23,7 @@ from PIL import Image
 from pipeline.data.index.build import build
 from pipeline.data.loader.reader import Reader
 from pipeline.data.pack.packer import Packing, PackReport, pack
-from pipeline.data.pack.sources import Options, Pictures, open_source
+from pipeline.data.pack.sources import ImageSource, Options, open_source
 from pipeline.errors import DataError
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -107,7 +107,7 @@ def test_what_is_there_is_never_replaced_unasked(folder: Path, tmp_path: Path) -
         packed(folder, out)
     (folder / "cat" / "new.jpg").unlink()
     (out / "train.pack.json").unlink()
-    with pytest.raises(DataError, match="there already"):
+    with pytest.raises(DataError, match="exist already"):
         packed(folder, out)
     packed(folder, out, overwrite=True)
     assert contents(out) == before
@@ -132,7 +132,7 @@ class Stop(BaseException):
     """Ends a packing like a signal would."""
 
 
-class Interrupted(Pictures):
+class Interrupted(ImageSource):
     """A source that ends the packing at its ``left``-th sample."""
 
     left = 0
@@ -155,7 +155,7 @@ def test_stopped_anywhere_any_number_of_times_it_ends_with_the_same_bytes(
     (folder / "cat" / "broken.txt").write_bytes(b"of a broken image")
     how = Packing(samples_per_shard=each, transcode="png")
     source = open_source(folder)
-    assert isinstance(source, Pictures)
+    assert isinstance(source, ImageSource)
     pack(source, tmp_path / "whole", how)
     for Interrupted.left in stops:
         try:
@@ -245,14 +245,14 @@ def test_two_parts_of_one_data_set_share_their_class_numbers(folder: Path, tmp_p
     packed(folder, tmp_path / "out")
     shutil.copytree(folder / "zebra", tmp_path / "val" / "zebra")
     (tmp_path / "val" / "cat").mkdir()
-    with pytest.raises(DataError, match=r"names other classes.*--classes"):
+    with pytest.raises(DataError, match=r"has other classes.*--classes"):
         packed(tmp_path / "val", tmp_path / "out", prefix="val")
     names = tuple((tmp_path / "out" / "classes.txt").read_text().splitlines())
     report = pack(open_source(tmp_path / "val", options=Options(classes=names)), tmp_path / "out", Packing(prefix="val"))
     assert report.classes == ("cat", "dog dog", "zebra")
     manifest = build(list(report.shards), tmp_path / "index")
     assert {record.label for record in Reader(manifest).fetch(manifest.ids())} == {2}
-    assert any("hold no usable image and are no class: cat" in remark for remark in report.remarks)
+    assert any("contain no usable image and are not a class: cat" in remark for remark in report.remarks)
 
 
 def test_what_cannot_be_packed_is_refused_in_one_sentence(folder: Path, tmp_path: Path) -> None:
@@ -261,7 +261,7 @@ def test_what_cannot_be_packed_is_refused_in_one_sentence(folder: Path, tmp_path
     (tmp_path / "only" / "a.jpg").write_bytes(b"no")
     for name, words in {
         "gone": "does not exist",
-        "empty": "holds no images",
+        "empty": "contains no images",
         "only": "none of 1 images can be used: 1 not_image",
     }.items():
         with pytest.raises(DataError, match=words):
@@ -275,7 +275,7 @@ def test_what_cannot_be_packed_is_refused_in_one_sentence(folder: Path, tmp_path
 
 def test_two_packings_do_not_mix(folder: Path, tmp_path: Path) -> None:
     def second(done: int, total: int, line: str) -> None:
-        with pytest.raises(DataError, match="another packing is at work"):
+        with pytest.raises(DataError, match="another `fovea shards pack` is running"):
             packed(folder, tmp_path / "out")
 
     pack(open_source(folder), tmp_path / "out", Packing(samples_per_shard=5), progress=second)

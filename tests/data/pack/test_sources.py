@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from pipeline.data.index.image_header import inspect_header
 from pipeline.data.pack.keys import unique_keys
 from pipeline.data.pack.packer import pack
-from pipeline.data.pack.sources import Members, Pictures, SkippedSample, open_source
+from pipeline.data.pack.sources import ImageSource, Members, SkippedSample, open_source
 from pipeline.errors import DataError
 from tests.data.pack.test_packer import contents, packed, picture
 
@@ -121,7 +121,7 @@ def test_other_names_of_formats_that_are_read_are_images(tmp_path: Path) -> None
 def test_a_cut_tar_is_refused_or_used_as_far_as_it_is_whole(tmp_path: Path) -> None:
     write_tar(tmp_path / "a.tar", [(f"{n}.jpg", picture(n)) for n in range(4)])
     (tmp_path / "a.tar").write_bytes((tmp_path / "a.tar").read_bytes()[:5000])
-    with pytest.raises(DataError, match="is cut short"):
+    with pytest.raises(DataError, match="is truncated"):
         open_source(tmp_path)
     source = open_source(tmp_path, use_damaged=True)
     assert 0 < len(source) < 4 and source.load(0).image == picture(0)
@@ -140,7 +140,7 @@ def test_the_digest_follows_the_listing(tmp_path: Path) -> None:
     folder.mkdir()
     (folder / "a.jpg").write_bytes(picture(1))
     first = open_source(folder)
-    assert isinstance(first, Pictures) and open_source(folder).digest == first.digest
+    assert isinstance(first, ImageSource) and open_source(folder).digest == first.digest
     (folder / "b.jpg").write_bytes(picture(2))
     second = open_source(folder)
     (folder / "b.jpg").write_bytes(picture(2, size=(50, 50)))

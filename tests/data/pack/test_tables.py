@@ -60,9 +60,9 @@ def test_line_separators_inside_a_caption_end_no_row(tmp_path: Path) -> None:
         ("t.csv", "path,label\na,1\n,2\n", r"t\.csv:3: has no path"),
         ("t.tsv", "file\tlabel\na\t1\n", "has no column 'path'"),
         ("t.jsonl", '{"path": "a"}\n{"nope": 1}\n', r"t\.jsonl:2: has no path"),
-        ("t.jsonl", '{"path": "a"\n', r"t\.jsonl:1: is no JSON"),
-        ("t.parquet", "no parquet at all", "is no Parquet file"),
-        ("t.xlsx", "", "is no table"),
+        ("t.jsonl", '{"path": "a"\n', r"t\.jsonl:1: is not JSON"),
+        ("t.parquet", "no parquet at all", "is not a Parquet file"),
+        ("t.xlsx", "", "is not a table"),
     ],
 )
 def test_mistakes_are_named_with_their_place(tmp_path: Path, name: str, text: str, words: str) -> None:
@@ -108,7 +108,7 @@ def test_quotes_of_a_tsv_are_letters_unless_all_of_them_close(tmp_path: Path, li
         (
             "t.csv",
             f"path,caption\na.jpg,x\nb.jpg,{LONE}\nc.jpg,y\n",
-            r"t\.csv:3: the row that begins here has a quote that never",
+            r"t\.csv:3: the row that starts here has a quote that never",
         ),
         ("t.csv", f'path,caption\nb.jpg,{LONE}\nc.jpg,y\nd.jpg,he said no"\ne.jpg,z\n', r"t\.csv:2: .*closes in another row"),
         ("t.csv", f'caption,path\n{LONE},b.jpg\ny,c.jpg\nno",d.jpg\n', r"t\.csv:2: .*closes in another row"),
@@ -117,8 +117,8 @@ def test_quotes_of_a_tsv_are_letters_unless_all_of_them_close(tmp_path: Path, li
         ("t.csv", "path,path \na.jpg,b.jpg\n", "column names twice"),
         ("t.csv", "path,caption\n,\n", r"t\.csv:2: has no path"),
         ("t.csv", 'path\na.jpg\n""\nb.jpg\n', r"t\.csv:3: has no path"),  # as pandas writes a missing path
-        ("t.csv", "path,Label\na.jpg,3\n", r"t\.csv: column 'Label' must be written 'label'"),
-        ("t.jsonl", '{"path": "a"}\n{"path": "b", "Caption": "x"}\n', r"t\.jsonl:2: column 'Caption' must be written 'caption'"),
+        ("t.csv", "path,Label\na.jpg,3\n", r"t\.csv: column 'Label' must be spelled 'label'"),
+        ("t.jsonl", '{"path": "a"}\n{"path": "b", "Caption": "x"}\n', r"t\.jsonl:2: column 'Caption' must be spelled 'caption'"),
         ("t.csv", "path\nhttps://u:secret@h/a.jpg\n", r"t\.csv:2: .*not the address https://\*\*\*@h/a\.jpg.*img2dataset"),
         ("t.csv", "path\nfile:///a.jpg\n", r"t\.csv:2: .*without file://"),
         ("t.tsv", "a bus\thttp://h/a.jpg\nb\thttp://h/b.jpg\n", r"has no column 'path'.*img2dataset"),
@@ -129,13 +129,13 @@ def test_quotes_of_a_tsv_are_letters_unless_all_of_them_close(tmp_path: Path, li
         ("t.csv", "path,caption\n" + "a\0b.jpg,x\n", r"t\.csv:2: the path must be text"),
         ("t.csv", "", "has no column 'path'"),
         ("t.tsv", "path\tcaption\na.jpg\tx\ty\n", r"t\.tsv:2: 1 of 1 rows"),
-        ("t.jsonl", '{"path": "a", "path": "b"}\n', r"t\.jsonl:1: is no JSON \(the key 'path' stands there twice"),
+        ("t.jsonl", '{"path": "a", "path": "b"}\n', r"t\.jsonl:1: is not JSON \(the key 'path' occurs twice"),
         ("t.jsonl", '{"path": "a"}\n\n{"path": 7}\n', r"t\.jsonl:3: the path must be text, not int"),
         ("t.jsonl", '{"path": "a", "caption": {"text": "x"}}\n', r"t\.jsonl:1: the caption must be text, not dict"),
         ("t.jsonl", '{"path": "a", "caption": [["x"]]}\n', r"t\.jsonl:1: the caption must be text, not list"),
-        ("t.jsonl", '{"path": "a"}\n' + '{"a":' * 100_000 + "\n", r"t\.jsonl:2: is no JSON \(nested too deeply"),
+        ("t.jsonl", '{"path": "a"}\n' + '{"a":' * 100_000 + "\n", r"t\.jsonl:2: is not JSON \(nested too deeply"),
         ("t.jsonl", '{"path": "a", "b": ' + "[" * 80 + "]" * 80 + "}\n", r"t\.jsonl:1: column 'b' is nested too deeply"),
-        ("t.jsonl", '[{"path": "a"},\n{"path": "b"}]\n', r"t\.jsonl:1: is no JSON"),
+        ("t.jsonl", '[{"path": "a"},\n{"path": "b"}]\n', r"t\.jsonl:1: is not JSON"),
     ],
 )
 def test_rows_that_do_not_fit_are_refused_with_their_line(tmp_path: Path, name: str, text: str, words: str) -> None:
@@ -160,13 +160,13 @@ def test_other_encodings_are_refused_with_the_line(tmp_path: Path) -> None:
         line = "a.jpg,café" if kind == "csv" else '{"path": "a.jpg", "caption": "café"}'
         table = tmp_path / f"t.{kind}"
         table.write_bytes(f"{first}\n".encode() + b"b.jpg,x\n" * (kind == "csv") + f"{line}\n".encode("latin-1"))
-        with pytest.raises(DataError, match=rf"t\.{kind}:{3 if kind == 'csv' else 2}: is no UTF-8 \(byte 0xe9\).*iconv"):
+        with pytest.raises(DataError, match=rf"t\.{kind}:{3 if kind == 'csv' else 2}: is not UTF-8 \(byte 0xe9\).*iconv"):
             list(rows(table))
     (tmp_path / "u.csv").write_bytes("path,caption\na.jpg,x\n".encode("utf-16-le"))
     with pytest.raises(DataError, match=r"NUL characters.*UTF-16"):
         list(rows(tmp_path / "u.csv"))
     (tmp_path / "cut.csv").write_bytes("path,caption\na.jpg,x\n".encode("utf-16")[:-1])
-    with pytest.raises(DataError, match="is no valid UTF-16"):
+    with pytest.raises(DataError, match="is not valid UTF-16"):
         list(rows(tmp_path / "cut.csv"))
 
 
@@ -208,11 +208,11 @@ def test_parquet_types_that_are_no_table_are_refused(tmp_path: Path) -> None:
         parquet.write_table(pyarrow.Table.from_arrays([pyarrow.array(column) for column in columns], names=names), table)
 
     cases = {
-        "column 'path' must hold text": (["path"], [1, 2]),
+        "column 'path' must contain text": (["path"], [1, 2]),
         r"row 2: has no path": (["path"], ["a", None]),
         "column names twice": (["path", "label", "label"], ["a"], [1], [2]),
         "the caption must be text, not dict": (["path", "caption"], ["a"], [{"text": "x"}]),
-        "column 'image' holds bytes": (["path", "image"], ["a"], [b"\xff\xd8"]),
+        "column 'image' contains bytes": (["path", "image"], ["a"], [b"\xff\xd8"]),
         "has no column 'path' \\(it has: image\\)": (["image"], [{"bytes": b"x", "path": "a"}]),
     }
     for words, (names, *columns) in cases.items():
@@ -296,8 +296,8 @@ def test_columns_that_are_not_read_and_captions_in_brackets_are_named(tmp_path: 
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("path\nb/1.jpg\n", "1 missing_file.*relative paths begin at the table's folder, or at one that --root names"),
-        ("path\na\\1.jpg\n", "1 missing_file.*paths of Windows must be written with forward slashes"),
+        ("path\nb/1.jpg\n", "1 missing_file.*relative paths start at the table's folder, or at one that --root names"),
+        ("path\na\\1.jpg\n", "1 missing_file.*Windows paths must be written with forward slashes"),
     ],
 )
 def test_paths_that_lead_nowhere_have_a_hint(tmp_path: Path, text: str, words: str) -> None:
@@ -308,7 +308,7 @@ def test_paths_that_lead_nowhere_have_a_hint(tmp_path: Path, text: str, words: s
 
 def test_a_table_without_rows_is_named(tmp_path: Path) -> None:
     (tmp_path / "t.csv").write_text("path,label\n")
-    with pytest.raises(DataError, match=r"t\.csv: has no rows below its column names"):
+    with pytest.raises(DataError, match=r"t\.csv: has no rows below its header"):
         open_source(tmp_path / "t.csv")
 
 

@@ -243,10 +243,10 @@ def test_a_folder_that_somebody_else_made_is_refused(tmp_path: Path) -> None:
     folder = tmp_path / "theirs"
     folder.mkdir(mode=0o777)
     os.chown(folder, 12345, 12345)
-    with pytest.raises(DataError, match="must be this user's own"):
+    with pytest.raises(DataError, match="must belong to this user"):
         ShardCache(folder, limit=10**7)
     (tmp_path / "link").symlink_to(folder)
-    with pytest.raises(DataError, match="must be this user's own"):
+    with pytest.raises(DataError, match="must belong to this user"):
         ShardCache(tmp_path / "link", limit=10**7)
 
 

@@ -43,7 +43,7 @@ def test_a_demo_is_stopped_resumed_and_shown(
     outcome = json.loads((run / "outcome.json").read_text())
     assert (outcome["stop"], outcome["step"], outcome["attempt"]) == ("FINISHED", 8, 1)
     assert (run / "page.html").stat().st_size > 10_000
-    assert "What came out" in capfd.readouterr().out
+    assert "Results" in capfd.readouterr().out
 
 
 @pytest.mark.slow
@@ -58,6 +58,6 @@ def test_the_speed_is_that_of_a_short_run_which_leaves_nothing(tmp_path: Path, m
 
 @pytest.mark.parametrize(("method", "minutes"), [("dino", 1.0), ("distill", 2.0)])
 def test_too_short_a_time_is_refused_before_anything_is_drawn(method: str, minutes: float, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="minutes are too few"):
+    with pytest.raises(ConfigError, match="minutes are too short"):
         demo.run(minutes=minutes, method=method, data=None, directory=tmp_path / "demo", val=None)
     assert not (tmp_path / "demo").exists()

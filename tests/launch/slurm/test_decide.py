@@ -10,7 +10,15 @@ from launch.slurm.decide import AttemptResult as Result
 from launch.slurm.decide import Budgets, decide
 from pipeline.config.load import InvalidConfig
 from pipeline.data.storage import ShardChanged, StorageUnavailable
-from pipeline.errors import CheckpointError, ConfigError, LaunchError, NonFiniteError, RendezvousError, TrainingError, verdict
+from pipeline.errors import (
+    CheckpointError,
+    ConfigError,
+    LaunchError,
+    NonFiniteError,
+    RendezvousError,
+    TrainingError,
+    failure_fields,
+)
 
 
 def done(stop: str, step: int = 9) -> dict[str, Any]:
@@ -18,7 +26,7 @@ def done(stop: str, step: int = 9) -> dict[str, Any]:
 
 
 def failed(error: BaseException | str, what: str = "it broke", **more: Any) -> dict[str, Any]:
-    record = verdict(error) if isinstance(error, BaseException) else {"kind": error, "cause": error, "retryable": True}
+    record = failure_fields(error) if isinstance(error, BaseException) else {"kind": error, "cause": error, "retryable": True}
     return {"rank": 1, "what": what, "code": 1, "step": 5, **record, **more}
 
 
@@ -35,11 +43,11 @@ def row(cause: str, before: int = 0, after: int = 1, why: str = "") -> dict[str,
     [
         (Result(outcome=done("FINISHED", 24)), [], "finish", "finished"),
         (Result(outcome=done("USER_REQUEST")), [], "stop", "stopped"),
-        (Result(outcome=done("PREEMPTED"), told="time limit", before=0, after=9), [], "requeue", "time limit"),
-        (Result(outcome=done("PREEMPTED"), told="preempted", before=0, after=9), [], "requeue", "preempted"),
+        (Result(outcome=done("PREEMPTED"), stop_reason="time limit", before=0, after=9), [], "requeue", "time limit"),
+        (Result(outcome=done("PREEMPTED"), stop_reason="preempted", before=0, after=9), [], "requeue", "preempted"),
         (Result(outcome=done("SIGTERM"), before=0, after=9), [], "requeue", "preempted"),
         (Result(outcome=done("PREEMPTED"), before=0, after=9), [], "requeue", "requeued"),
-        (Result(code=137, told="preempted", before=0, after=6), [], "requeue", "preempted"),
+        (Result(code=137, stop_reason="preempted", before=0, after=6), [], "requeue", "preempted"),
         (Result(code=1, outcome=done("SIGTERM"), failure=failed(ValueError()), before=0, after=6), [], "requeue", "crash"),
         (Result(code=137, failure=failed(RuntimeError()), before=0, after=6), [], "requeue", "crash"),
         (Result(code=137, before=0, after=6), [], "requeue", "crash"),
@@ -58,7 +66,7 @@ def row(cause: str, before: int = 0, after: int = 1, why: str = "") -> dict[str,
         (Result(code=137, hung=True, before=0, after=6), [], "requeue", "hang"),
         (Result(code=2, failure=failed(RendezvousError("x"), "address in use"), after=6), [], "requeue", "rendezvous"),
         (Result(code=1, failure=failed(RuntimeError(), "uncorrectable ECC error", node="n7"), after=6), [], "requeue", "node"),
-        (Result(bad_nodes={"n2": "7 GPUs answer of 8 wanted"}), [], "requeue", "node"),
+        (Result(bad_nodes={"n2": "7 of 8 GPUs respond"}), [], "requeue", "node"),
         (Result(bad_nodes={"n1": "no disk", "n2": "no disk"}, everywhere=True), [], "fail", "refused"),
         (Result(code=137, outcome=done("SIGTERM"), before=0, after=6), [], "requeue", "crash"),
         (Result(lost_node=True, before=0, after=6), [], "requeue", "node"),
@@ -107,12 +115,12 @@ def test_each_cause_has_a_budget_of_its_own(cause: str, end: Result) -> None:
 
 
 def test_preemption_is_forgiven_as_long_as_there_is_progress() -> None:
-    end = Result(outcome=done("PREEMPTED"), told="preempted", before=50, after=51)
+    end = Result(outcome=done("PREEMPTED"), stop_reason="preempted", before=50, after=51)
     assert decide(end, [row("preempted", i, i + 1) for i in range(50)], Budgets()).action == "requeue"
 
 
 def test_attempts_that_leave_nothing_are_not_repeated_for_ever() -> None:
-    idle = Result(told="preempted", before=6, after=6)
+    idle = Result(stop_reason="preempted", before=6, after=6)
     assert decide(idle, [row("preempted", 6, 6)], Budgets(no_progress=3)).action == "requeue"
     assert decide(idle, [row("preempted", 6, 6)] * 2, Budgets(no_progress=3)).action == "fail"
     assert decide(idle, [row("preempted", 6, 6), row("preempted", 0, 6)], Budgets(no_progress=3)).action == "requeue"

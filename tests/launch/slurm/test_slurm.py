@@ -92,7 +92,7 @@ def start(slurm: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> St
 
 def verdict(run: RunDirectory, seconds: float = 900) -> dict[str, Any]:
     end = time.monotonic() + seconds
-    while not (found := record.verdict(run)):
+    while not (found := record.final_state(run)):
         assert time.monotonic() < end, f"no verdict: {[path.read_text() for path in (run.path / 'logs').glob('batch-*')]}"
         time.sleep(0.2)
     return found
@@ -125,7 +125,7 @@ def test_a_second_job_on_a_run_is_refused_while_the_first_lives(start: Start) ->
     run, job = start(steps=40)
     with pytest.raises(LaunchError, match=f"job {job} of this run"):
         start(steps=40)
-    record.ask(run, record.STOP, "enough")
+    record.request(run, record.STOP, "enough")
     assert verdict(run)["state"] == "stopped"
 
 
@@ -164,7 +164,7 @@ def test_a_rank_that_leaves_early_does_not_keep_the_others_waiting(start: Start)
     while "ended_at" not in record.endings(run)[0]:
         assert time.monotonic() < end, "the attempt goes on without rank 1"
         time.sleep(0.2)
-    record.ask(run, record.STOP, "enough")
+    record.request(run, record.STOP, "enough")
     assert verdict(run)["state"] == "stopped"
 
 
@@ -179,7 +179,7 @@ def test_the_warning_before_the_time_limit_saves_and_requeues(slurm: Cluster, st
     reach(run, 6)
     slurm.call("scancel", "--batch", "-s", "USR2", str(job))
     reach(run, 1, attempt=1)
-    record.ask(run, record.STOP, "enough")
+    record.request(run, record.STOP, "enough")
     assert verdict(run)["state"] == "stopped"
     first = record.endings(run)[0]
     assert first["cause"] == "preempted" and first["after"] >= 6, "it was told half an hour before its limit"
@@ -188,7 +188,7 @@ def test_the_warning_before_the_time_limit_saves_and_requeues(slurm: Cluster, st
 def test_a_real_time_limit_is_met_with_a_checkpoint_in_hand(start: Start) -> None:
     run, _ = start(steps=5000, time="1", checkpoint_lead_time=25)
     reach(run, 1, attempt=1, seconds=200)
-    record.ask(run, record.STOP, "enough")
+    record.request(run, record.STOP, "enough")
     assert verdict(run)["state"] == "stopped"
     first = record.endings(run)[0]
     assert first["cause"] == "time limit" and first["after"] > 10
@@ -300,7 +300,7 @@ def test_a_killed_attendant_is_accounted_for(slurm: Cluster, start: Start) -> No
     assert mine, pids
     os.kill(mine[0], signal.SIGKILL)
     slurm.wait(job, "FAILED", "CANCELLED", "COMPLETED", "NODE_FAIL")
-    assert not record.verdict(run)
+    assert not record.final_state(run)
     assert status.status(run).state == "idle"
     start(steps=60, seconds=0.01)
     assert verdict(run)["state"] == "finished"

@@ -70,7 +70,7 @@ def _reach(run: RunDirectory, step: int, seconds: float = 2400) -> int:
         if int(record.read(run.logs(attempt) / "train_seconds.json").get("step", -1)) >= step:
             return attempt
         logs = "\n".join(path.read_text()[-1500:] for path in sorted((run.path / "logs").rglob("*.log")))
-        assert time.monotonic() < end and not record.verdict(run), f"step {step} was not reached\n{logs}"
+        assert time.monotonic() < end and not record.final_state(run), f"step {step} was not reached\n{logs}"
         time.sleep(0.1)
 
 
@@ -78,7 +78,9 @@ def _next(run: RunDirectory, attempt: int, seconds: float = 2400) -> None:
     """Waits until the attempt after this one trains."""
     end = time.monotonic() + seconds
     while run.next_attempt() - 1 <= attempt or not (run.logs(attempt + 1) / "train_seconds.json").exists():
-        assert time.monotonic() < end and not record.verdict(run), record.verdict(run) or "the next attempt does not train"
+        assert time.monotonic() < end and not record.final_state(run), (
+            record.final_state(run) or "the next attempt does not train"
+        )
         time.sleep(0.2)
 
 
@@ -134,7 +136,7 @@ def test_submitted_once_interrupted_by_everything_it_ends_as_if_nothing_had_happ
     slurm.call("sbatch", str(urgent))
     mlflow.start()
     end = time.monotonic() + 300
-    while not (over := record.verdict(run)):
+    while not (over := record.final_state(run)):
         assert time.monotonic() < end, "\n".join(path.read_text()[-2000:] for path in (run.path / "logs").glob("batch-*"))
         time.sleep(0.5)
     assert over["state"] == "finished", over
