@@ -1,4 +1,4 @@
-"""Whole runs of CLIP on two ranks, one judged by everything and one by nothing; then exported, judged again, compared."""
+"""Whole runs of CLIP on two ranks, one evaluated by everything and one by nothing; then exported, evaluated again, compared."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def command(*words: str) -> int:
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """The judged one and the other."""
+    """The evaluated one and the other."""
     folder = tmp_path_factory.mktemp("evaluated")
     scenes.write(folder / "scenes", train=48, val=20, size=32, seed=3)
     toy = TOY[: TOY.index("method:")] + RECIPE + TOY[TOY.index("model:") :]
@@ -51,18 +51,18 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     (folder / "toy.yaml").write_text(toy.replace("train: {", "train: {zero_stage: 2, "))
     classes = sorted({scenes.render(3, number, 32).label for number in range(60)})
     (folder / "classes.txt").write_text("\n".join(f"thing {number}" for number in range(max(classes) + 1)))
-    judged = [
+    evaluated = [
         *EVERYTHING,
         f"evaluation.zeroshot={{enabled: true, every: 4 steps, class_names: {folder}/classes.txt}}",
         f"evaluation.knn.val_shards={folder}/scenes/*val-*.tar",
         "checkpoint.keep_best=linear/top1",
     ]
-    for name, overrides in (("judged", judged), ("plain", [])):
+    for name, overrides in (("evaluated", evaluated), ("plain", [])):
         shards = f"{folder}/scenes/*train-*.tar"
         words = ["train.duration=6 steps", "checkpoint.every=3 steps", "checkpoint.keep_last=9", *overrides]
         done = train(folder / "toy.yaml", shards, folder / name, *words)
         assert done.returncode == 0, done.stderr + done.stdout
-    return folder / "judged", folder / "plain"
+    return folder / "evaluated", folder / "plain"
 
 
 def scored(run: Path) -> dict[str, dict[int, float]]:
@@ -82,14 +82,14 @@ def artifacts(run: Path) -> set[str]:
     }
 
 
-def test_a_judged_run_ends_where_one_ends_that_nobody_judged(runs: tuple[Path, Path]) -> None:
-    judged, plain = runs
+def test_evaluations_change_no_batch_and_no_weight(runs: tuple[Path, Path]) -> None:
+    evaluated, plain = runs
     for rank in (0, 1):
-        assert recorded(judged, rank) == recorded(plain, rank)
-    assert weights(judged, 6) == weights(plain, 6)
+        assert recorded(evaluated, rank) == recorded(plain, rank)
+    assert weights(evaluated, 6) == weights(plain, 6)
 
 
-def test_a_run_whose_weights_are_cut_is_judged_alike(runs: tuple[Path, Path], tmp_path: Path) -> None:
+def test_a_run_with_sharded_weights_has_the_same_scores(runs: tuple[Path, Path], tmp_path: Path) -> None:
     """ZeRO 3 holds no tower whole: all ranks have to make the same passes."""
     folder, run = runs[0].parent, tmp_path / "cut"
     words = [
@@ -108,7 +108,7 @@ def test_a_run_whose_weights_are_cut_is_judged_alike(runs: tuple[Path, Path], tm
     assert cut["knn/k3"].keys() == {0, 2}
 
 
-def test_each_evaluator_speaks_at_its_own_steps(runs: tuple[Path, Path]) -> None:
+def test_each_evaluator_runs_at_its_own_steps(runs: tuple[Path, Path]) -> None:
     scores = scored(runs[0])
     steps = {name: sorted(points) for name, points in scores.items()}
     assert steps["knn/k3"] == steps["retrieval/image_to_text/recall@1"] == [0, 2, 4, 6]
@@ -122,18 +122,18 @@ def test_each_evaluator_speaks_at_its_own_steps(runs: tuple[Path, Path]) -> None
     assert best["score"] == max(scores["linear/top1"][step] for step in (4, 6))
 
 
-def test_eval_says_what_training_said(runs: tuple[Path, Path], tmp_path: Path) -> None:
-    judged = runs[0]
+def test_eval_has_the_scores_of_training(runs: tuple[Path, Path], tmp_path: Path) -> None:
+    evaluated = runs[0]
     out = tmp_path / "scores.json"
-    flags = ["--knn", "--linear", "--logistic", "--retrieval", "--zeroshot", str(judged.parent / "classes.txt")]
-    assert command("eval", str(judged), *flags, "--output", str(out), "launch.backend=gloo") == 0
+    flags = ["--knn", "--linear", "--logistic", "--retrieval", "--zeroshot", str(evaluated.parent / "classes.txt")]
+    assert command("eval", str(evaluated), *flags, "--output", str(out), "launch.backend=gloo") == 0
     found: dict[str, float] = json.loads(out.read_text())["scores"]
-    told = scored(judged)
+    expected = scored(evaluated)
     for name in ("knn/k3", "linear/top1", "logistic/top1", "retrieval/text_to_image/recall@5", "zeroshot/mean_per_class"):
-        assert found[name] == pytest.approx(told[name][6], abs=1e-6), name
+        assert found[name] == pytest.approx(expected[name][6], abs=1e-6), name
 
 
-def test_watching_judges_every_checkpoint_once_and_ends_with_the_run(
+def test_watching_evaluates_every_checkpoint_once_and_ends_with_the_run(
     runs: tuple[Path, Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
     plain = runs[1]
@@ -148,16 +148,19 @@ def test_watching_judges_every_checkpoint_once_and_ends_with_the_run(
 
 @pytest.mark.parametrize("layout", ["timm", "huggingface", "open_clip"])
 def test_an_export_scores_as_its_run_does(runs: tuple[Path, Path], layout: str, tmp_path: Path) -> None:
-    judged = runs[0]
+    evaluated = runs[0]
     folder, out = tmp_path / layout, tmp_path / "scores.json"
-    assert command("export", str(judged), "--to", layout, "--out", str(folder)) == 0
-    shards = [f"data.shards={judged.parent}/scenes/*train-*.tar", f"evaluation.knn.val_shards={judged.parent}/scenes/*val-*.tar"]
+    assert command("export", str(evaluated), "--to", layout, "--out", str(folder)) == 0
+    shards = [
+        f"data.shards={evaluated.parent}/scenes/*train-*.tar",
+        f"evaluation.knn.val_shards={evaluated.parent}/scenes/*val-*.tar",
+    ]
     flags = ["--retrieval"] if layout == "open_clip" else ["--knn", "--logistic"]
     settings = ["evaluation.knn.k=[3]", "evaluation.logistic.C=[1.0]", "launch.backend=gloo"]
     assert command("eval", str(folder), *flags, "--output", str(out), *shards, *settings) == 0
     found: dict[str, Any] = json.loads(out.read_text())["scores"]
-    told = scored(judged)
-    assert found and all(value == pytest.approx(told[name][6], abs=1e-6) for name, value in found.items())
+    expected = scored(evaluated)
+    assert found and all(value == pytest.approx(expected[name][6], abs=1e-6) for name, value in found.items())
 
 
 def test_the_report_holds_both_runs_and_fetches_nothing(runs: tuple[Path, Path], tmp_path: Path) -> None:
@@ -167,6 +170,6 @@ def test_the_report_holds_both_runs_and_fetches_nothing(runs: tuple[Path, Path],
     assert page.count("<svg") >= 5
     bare = page.replace("http://www.w3.org", "")
     assert "http:" not in bare and "https:" not in bare
-    for told in ("linear/top1", "evaluation.linear.enabled", "finished", "that are alike", "toy (plain)", "fingerprint"):
-        assert told in page, told
+    for expected in ("linear/top1", "evaluation.linear.enabled", "finished", "that are equal", "toy (plain)", "fingerprint"):
+        assert expected in page, expected
     assert not torch.distributed.is_initialized()

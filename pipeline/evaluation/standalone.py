@@ -139,9 +139,10 @@ def evaluate_run(directory: Path, config: Config, request: EvalRequest, world: W
     """
     config = select(config, request.evaluators)
     checkpoints: Iterator[Saved | None] = iter(())
-    if world.rank == 0:
-        newest = () if request.watch else (named_or_newest(directory, request.checkpoint),)
-        checkpoints = wait_for_checkpoints(RunDirectory(directory)) if request.watch else iter(newest)
+    if world.rank == 0 and request.watch:
+        checkpoints = wait_for_checkpoints(RunDirectory(directory))
+    elif world.rank == 0:
+        checkpoints = iter([named_or_newest(directory, request.checkpoint)])
     data = labelled_data(config, trained=True)
     method = build_seeded_method(config, world.device)
     view = method.views[0]
