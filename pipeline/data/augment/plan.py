@@ -84,19 +84,19 @@ def random_boxes(
     left = np.floor(draws[:, -1] * (width - crop_w + 1))
     none = ~fits.any(axis=1)
     if none.any():
-        whole = width / height
-        fall_w = np.where(whole > ratio[1], np.rint(height * ratio[1]), width)
-        fall_h = np.where(whole < ratio[0], np.rint(width / ratio[0]), height)
+        aspect_ratio = width / height
+        fall_w = np.where(aspect_ratio > ratio[1], np.rint(height * ratio[1]), width)
+        fall_h = np.where(aspect_ratio < ratio[0], np.rint(width / ratio[0]), height)
         crop_h, crop_w = np.where(none, fall_h, crop_h), np.where(none, fall_w, crop_w)
         top = np.where(none, np.floor((height - crop_h) / 2), top)
         left = np.where(none, np.floor((width - crop_w) / 2), left)
     return np.stack([top, left, crop_h, crop_w], axis=1).astype(np.int64)
 
 
-def _square_boxes(sizes: NDArray[np.int64], share: float, place: float) -> NDArray[np.float32]:
+def _square_boxes(sizes: NDArray[np.int64], share: float, crop_position: float) -> NDArray[np.float32]:
     side = sizes.min(axis=1) * share
     slack = sizes - side[:, None]
-    start = np.where(sizes > sizes.min(axis=1, keepdims=True), slack * place, slack / 2)
+    start = np.where(sizes > sizes.min(axis=1, keepdims=True), slack * crop_position, slack / 2)
     return np.stack([start[:, 0], start[:, 1], side, side], axis=1).astype(np.float32)
 
 
@@ -129,7 +129,7 @@ def plan_view(
     augment: Augment = spec.augment[view % len(spec.augment)]
     draws = uniforms(ids, _BOX_DRAWS + _COLOUR_DRAWS, seed, stream, epochs=epochs)
     if spec.crop_scale is None:
-        box = _square_boxes(sizes, spec.centre, spec.place)
+        box = _square_boxes(sizes, spec.centre, spec.crop_position)
     else:
         box = random_boxes(draws[:, :_BOX_DRAWS], sizes, spec.crop_scale, spec.crop_ratio).astype(np.float32)
     d = draws[:, _BOX_DRAWS:].T

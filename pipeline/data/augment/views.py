@@ -82,7 +82,7 @@ class ViewSpec:
         size: side of the square view, pixels.
         crop_scale: minimum and maximum fraction of the image's area; ``None`` means the evaluation view: a centred square.
         centre: side of that square as a fraction of the image's shorter side (224 of 256 in most protocols).
-        place: position of that square along the longer side, from 0 (left or top) over the middle to 1.
+        crop_position: position of that square along the longer side, from 0 (left or top) over the middle to 1.
         crop_ratio: minimum and maximum width/height of the crop.
         augment: one per view, cycled when there are fewer than ``count`` (asymmetric augmentations of BYOL and DINO).
         mask: block masks to draw for each view, if the method masks patches.
@@ -100,7 +100,7 @@ class ViewSpec:
     augment: tuple[Augment, ...] = (Augment(flip_p=0.0),)
     crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)
     centre: float = 1.0
-    place: float = 0.5
+    crop_position: float = 0.5
     mask: MaskSpec | None = None
     normalize: Normalize = Normalize()
     boxes: bool = False

@@ -180,7 +180,7 @@ def test_scenes_are_drawn_with_the_names_of_their_classes(tmp_path: Path, capsys
 
 def test_eval_of_no_run_says_so_whatever_is_asked_of_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert fovea("eval", tmp_path / "gone", "--knn") == 2
-    assert f"{tmp_path / 'gone'}: is not a run directory" in " ".join(capsys.readouterr().err.split())
+    assert f"{tmp_path / 'gone'}: must be a run directory" in " ".join(capsys.readouterr().err.split())
 
 
 def test_training_without_labelled_shards_beside_names_the_setting(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
