@@ -62,7 +62,13 @@ KNOWS = {
     "pipeline.tracking": {*GROUND, "pipeline.runtime"},
     "pipeline.models": GROUND,
     "pipeline.data": {*GROUND, "pipeline.runtime"},
-    "pipeline.methods": {*GROUND, "pipeline.models", "pipeline.losses", "pipeline.data.augment.views"},
+    "pipeline.methods": {
+        *GROUND,
+        "pipeline.models",
+        "pipeline.losses",
+        "pipeline.data.augment.operators",
+        "pipeline.data.augment.views",
+    },
 }
 METHOD_SURFACE = {"pipeline.methods.base", "pipeline.methods.registry", "pipeline.methods.health_metrics", "pipeline.methods"}
 HEAVY = {"torch", "timm", "numpy", "deepspeed", "nvidia", "mlflow", "matplotlib"}

@@ -53,7 +53,7 @@ class Official:
         self, ours: DINOv2, size: tuple[int, int, int], drop: float, layer_scale: float, batch: Batch, bf16: bool
     ) -> None:
         if absent := missing():
-            raise ConfigError(f"the official DINOv2 needs {', '.join(absent)}", where="fovea bench step", hint=INSTALL)
+            raise ConfigError(f"the official DINOv2 needs {', '.join(absent)}", where="fovea bench step", hint=f"Run {INSTALL}")
         self.device = batch.views["global"][0].device
         self._temperature, self._bf16 = 0.07, bf16
         self._clip = ours.settings.clip_norm
@@ -61,7 +61,7 @@ class Official:
             self.model: Any = _model(ours, size, drop, layer_scale).to(self.device)
         except (ImportError, AssertionError, AttributeError) as error:
             raise ConfigError(
-                f"the installed version of dinov2 is not supported ({error})", where="fovea bench step", hint=INSTALL
+                f"the installed version of dinov2 is not supported ({error})", where="fovea bench step", hint=f"Run {INSTALL}"
             ) from error
         self.model.train()
         self._images = _collated(batch)

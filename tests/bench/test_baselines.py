@@ -136,7 +136,7 @@ def test_another_package_of_its_name_is_told_from_it(monkeypatch: pytest.MonkeyP
     monkeypatch.setitem(sys.modules, "dinov2", ModuleType("dinov2"))
     batch: Any = SimpleNamespace(views={"global": [torch.zeros(1)]})
     ours: Any = SimpleNamespace(settings=SimpleNamespace(clip_norm=3.0))
-    with pytest.raises(ConfigError, match="cannot be driven"):
+    with pytest.raises(ConfigError, match="is not supported"):
         official.Official(ours, (64, 2, 2), 0.0, 1.0, batch, False)
 
 

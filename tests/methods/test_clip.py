@@ -61,7 +61,7 @@ def test_features_are_unit_vectors_and_chance_is_the_logarithm_of_the_batch() ->
 def test_one_crop_of_nearly_the_whole_picture_with_clips_colours_is_asked_for() -> None:
     (view,) = one_view(ClipSettings())
     assert (view.name, view.count, view.size, view.crop_scale) == ("image", 1, 224, (0.9, 1.0))
-    assert (view.augment[0].flip_p, view.augment[0].jitter_p) == (0.0, 0.0)
+    assert (view.augment[0].flip_probability, view.augment[0].jitter_probability) == (0.0, 0.0)
     assert (view.normalize.mean, view.normalize.std) == (OPENAI_MEAN, OPENAI_STD)
     method = clip()
     assert method.text is not None and (method.text.tokenizer, method.text.context) == ("ViT-B-32", 6)

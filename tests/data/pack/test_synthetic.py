@@ -21,7 +21,7 @@ def test_a_scene_depends_on_seed_and_index_only() -> None:
     scenes.render(4, 5)
     again = scenes.render(3, 17)
     assert np.array_equal(first.image, again.image)
-    assert (first.captions, first.things, first.label) == (again.captions, again.things, again.label)
+    assert (first.captions, first.objects, first.label) == (again.captions, again.objects, again.label)
     assert not np.array_equal(first.image, scenes.render(3, 18).image)
     assert not np.array_equal(first.image, scenes.render(4, 17).image)
 
@@ -29,7 +29,7 @@ def test_a_scene_depends_on_seed_and_index_only() -> None:
 def test_any_size_shows_the_same_scene() -> None:
     small, large = scenes.render(0, 9, 32), scenes.render(0, 9, 160)
     assert large.image.shape == (160, 160, 3)
-    assert (small.captions, small.label, small.things) == (large.captions, large.label, large.things)
+    assert (small.captions, small.label, small.objects) == (large.captions, large.label, large.objects)
     shrunk = large.segmentation[2::5, 2::5]
     assert (shrunk == small.segmentation).mean() > 0.9
     with pytest.raises(DataError, match="too small"):
@@ -57,7 +57,7 @@ def test_the_class_covers_a_good_part_of_every_picture() -> None:
 def test_segmentation_holds_the_kinds_that_are_there() -> None:
     for index in range(50):
         scene = scenes.render(1, index)
-        assert set(np.unique(scene.segmentation).tolist()) <= {0, *(thing.kind + 1 for thing in scene.things)}
+        assert set(np.unique(scene.segmentation).tolist()) <= {0, *(thing.kind + 1 for thing in scene.objects)}
         assert scene.class_name == scenes.CLASS_NAMES[scene.label]
 
 
@@ -65,8 +65,8 @@ def test_captions_tell_the_truth() -> None:
     relations: Counter[str] = Counter()
     for index in range(200):
         scene = scenes.render(2, index)
-        first = next(thing for thing in scene.things if thing.kind == scene.label)
-        other = next(thing for thing in scene.things if thing.kind != scene.label)
+        first = next(thing for thing in scene.objects if thing.kind == scene.label)
+        other = next(thing for thing in scene.objects if thing.kind != scene.label)
         for caption in scene.captions:
             assert scene.class_name in caption or f"{scene.class_name}s" in caption
             assert caption.endswith(f" {scene.ground} ground")
