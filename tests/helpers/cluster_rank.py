@@ -39,7 +39,7 @@ def save(step: int) -> None:
         put(run / "checkpoints" / f"step_{step:09d}" / "manifest.json", {"step": step, "seconds": step * plan["seconds"]})
 
 
-# As pipeline.errors.verdict writes them.
+# As pipeline.errors.failure_fields writes them.
 VERDICTS = {
     "ValueError": {"retryable": True, "cause": "crash"},
     "ConfigError": {"retryable": False, "cause": "refused"},

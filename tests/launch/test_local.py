@@ -167,7 +167,7 @@ def test_no_rank_outlives_a_launcher_killed_by_sigkill(tmp_path: Path) -> None:
 
 def test_an_exception_in_the_launcher_leaves_no_rank_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: object) -> int:
-        wait_for(lambda: all((tmp_path / f"pid-{n}").exists() for n in range(2)))
+        wait_for(lambda: all((tmp_path / f"pid-{n}").exists() and (tmp_path / f"pid-{n}").read_text() for n in range(2)))
         raise RuntimeError("in the middle")
 
     monkeypatch.setattr("launch.local._wait", fail)

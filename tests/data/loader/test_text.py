@@ -96,7 +96,7 @@ def test_monstrous_captions_take_no_time() -> None:
 
 
 def test_rare_words_do_not_fill_the_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(text, "_WORDS", 50)
+    monkeypatch.setattr(text, "_CACHED", 50)
     made = Tokenizer(TextSpec())
     before = made(["a cat <end_of_text>"])
     for number in range(20):
