@@ -16,37 +16,37 @@ def gpus(environment: Mapping[str, str] | None = None) -> int:
         environment: variables, of which ``CUDA_VISIBLE_DEVICES`` is used; this process's by default.
     """
     env = os.environ if environment is None else environment
-    there = sum(1 for path in Path("/dev").glob("nvidia[0-9]*") if path.name[6:].isdigit())
-    return visible(there, env.get("CUDA_VISIBLE_DEVICES"))
+    device_count = sum(1 for path in Path("/dev").glob("nvidia[0-9]*") if path.name[6:].isdigit())
+    return visible(device_count, env.get("CUDA_VISIBLE_DEVICES"))
 
 
-def visible(there: int, chosen: str | None) -> int:
+def visible(device_count: int, chosen: str | None) -> int:
     """Number of GPUs that ``CUDA_VISIBLE_DEVICES`` leaves visible, by CUDA's own rules.
 
     Numbers, UUIDs (``GPU-…``) or MIG instances count up to the first invalid entry, a repetition makes the whole list empty, and
     a process never sees more than one MIG instance.
 
     Args:
-        there: GPUs of the host.
+        device_count: GPUs of the host.
         chosen: the variable's value, ``None`` if it is not set.
     """
     if chosen is None:
-        return there
+        return device_count
     parts = [part.strip() for part in chosen.split(",")]
     for prefix in ("GPU-", "MIG-"):
         if parts[0].startswith(prefix):
             named = _until(parts, partial(_name, prefix=prefix))
-            return min(len(named), 1 if prefix == "MIG-" else there) if there else 0
-    return len(_until(parts, partial(_number, there=there)))
+            return min(len(named), 1 if prefix == "MIG-" else device_count) if device_count else 0
+    return len(_until(parts, partial(_number, device_count=device_count)))
 
 
 def _name(part: str, prefix: str) -> str | None:
     return part if part.startswith(prefix) and len(part) > len(prefix) else None
 
 
-def _number(part: str, there: int) -> int | None:
+def _number(part: str, device_count: int) -> int | None:
     match = re.match(r"\d+", part)
-    return int(match[0]) if match and int(match[0]) < there else None
+    return int(match[0]) if match and int(match[0]) < device_count else None
 
 
 def _until(parts: list[str], read: Callable[[str], object]) -> list[object]:

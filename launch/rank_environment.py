@@ -153,15 +153,15 @@ def ranks_to_start(
         LaunchError: the launcher's number of processes contradicts the requested one, or there are fewer GPUs than ranks.
     """
     env = os.environ if environment is None else environment
-    there = 0 if on_cpu else gpus(env)
+    gpu_count = 0 if on_cpu else gpus(env)
     if here.source == "single":
         _refuse_mpi(env)
-        return _enough(requested or there or 1, there, where, env, default)
+        return _enough(requested or gpu_count or 1, gpu_count, where, env, default)
     if "FOVEA_ATTEMPT" in env or "FOVEA_KEY" in env:  # started by fovea itself, which has already checked
         return 0
-    if here.world_size == 1 and here.source == "slurm" and 1 < (requested or there) <= there:
-        return requested or there  # a shell on a node: srun --gres=gpu:8 --pty bash
-    if here.world_size == 1 and here.source == "slurm" and "SLURM_PTY_PORT" in env and requested and requested > 1 > there:
+    if here.world_size == 1 and here.source == "slurm" and 1 < (requested or gpu_count) <= gpu_count:
+        return requested or gpu_count  # a shell on a node: srun --gres=gpu:8 --pty bash
+    if here.world_size == 1 and here.source == "slurm" and "SLURM_PTY_PORT" in env and requested and requested > 1 > gpu_count:
         return requested  # such a shell on a node without GPUs
     if requested is not None and requested != here.world_size and default and (here.source == "slurm" or "LOCAL_RANK" in env):
         if here.rank == 0:
@@ -177,8 +177,8 @@ def ranks_to_start(
             where=f"environment of {here.source}",
             hint=f"Start as many ({start}), or {leave} to take the launcher's number{stray}",
         )
-    if here.world_size == 1 and there > 1:
-        _print(f"{there - 1} of {there} GPUs stay idle: the launcher started one process only")
+    if here.world_size == 1 and gpu_count > 1:
+        _print(f"{gpu_count - 1} of {gpu_count} GPUs stay idle: the launcher started one process only")
     return 0
 
 
@@ -190,15 +190,15 @@ def _ranks(number: int) -> str:
     return f"{number} rank{'s' if number > 1 else ''}"
 
 
-def _enough(ranks: int, there: int, where: str, env: Mapping[str, str], default: str) -> int:
-    if 0 < there < ranks and default:
-        _print(f"{_ranks(there)}, one a visible GPU{shown(env)}, instead of {where} = {ranks} of {default}")
-        return there
-    if 0 < there < ranks:
+def _enough(ranks: int, gpu_count: int, where: str, env: Mapping[str, str], default: str) -> int:
+    if 0 < gpu_count < ranks and default:
+        _print(f"{_ranks(gpu_count)}, one a visible GPU{shown(env)}, instead of {where} = {ranks} of {default}")
+        return gpu_count
+    if 0 < gpu_count < ranks:
         raise LaunchError(
-            f"{where} = {ranks}, but {there} GPU{'s are' if there > 1 else ' is'} visible{shown(env)}",
+            f"{where} = {ranks}, but {gpu_count} GPU{'s are' if gpu_count > 1 else ' is'} visible{shown(env)}",
             where="GPUs of this machine",
-            hint=f"Set {where}={there}, or launch.backend=gloo for ranks without GPUs",
+            hint=f"Set {where}={gpu_count}, or launch.backend=gloo for ranks without GPUs",
         )
     return ranks
 

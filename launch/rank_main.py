@@ -249,8 +249,8 @@ def _train(
         )
         run.write("plan.json", {"steps": total})
         run.note("training", attempt=number, step=trainer.progress.step)
-        trainer.logger = clocked = TimeLogger(show, run.logs(number) / "train_seconds.json", lambda: trainer.progress.seconds)
-        clocked.note(trainer.progress.step)
+        trainer.logger = time_logger = TimeLogger(show, run.logs(number) / "train_seconds.json", lambda: trainer.progress.seconds)
+        time_logger.note(trainer.progress.step)
     stop = trainer.run()
     if isinstance(trainer.logger, TimeLogger):
         trainer.logger.note(trainer.progress.step)

@@ -51,6 +51,7 @@ ONLY_IN = {
     "mlflow": ("pipeline/tracking/",),
     "matplotlib": ("pipeline/reports/figures.py",),
     "obstore": ("pipeline/data/storage/",),
+    "webdataset": ("pipeline/data/pack/shard_writer.py",),
     "boto3": ("pipeline/data/storage/",),
 }
 SLURM = {"sbatch", "squeue", "scontrol", "sacct", "scancel", "sinfo"}
@@ -61,7 +62,13 @@ KNOWS = {
     "pipeline.tracking": {*GROUND, "pipeline.runtime"},
     "pipeline.models": GROUND,
     "pipeline.data": {*GROUND, "pipeline.runtime"},
-    "pipeline.methods": {*GROUND, "pipeline.models", "pipeline.losses", "pipeline.data.augment.views"},
+    "pipeline.methods": {
+        *GROUND,
+        "pipeline.models",
+        "pipeline.losses",
+        "pipeline.data.augment.operators",
+        "pipeline.data.augment.views",
+    },
 }
 METHOD_SURFACE = {"pipeline.methods.base", "pipeline.methods.registry", "pipeline.methods.health_metrics", "pipeline.methods"}
 HEAVY = {"torch", "timm", "numpy", "deepspeed", "nvidia", "mlflow", "matplotlib"}

@@ -17,10 +17,10 @@ BASE = "FoveaError"
 BUILTIN = {"ValueError", "TypeError", "BadParameter", "UsageError", "ClickException"}  # shown to users by pydantic and typer
 NAMES = ("Slurm", "DeepSpeed", "Python")  # capitalized words that may begin a message
 IMPERATIVES = (
-    "Add|Allow|Build|Change|Check|Choose|Clean|Convert|Copy|Correct|Delete|Download|End|Evaluate|Export|Fix|"
+    "Add|Allow|Append|Build|Change|Check|Choose|Clean|Convert|Copy|Correct|Declare|Delete|Download|End|Evaluate|Export|Fix|"
     "Flatten|Free|Give|Install|Join|Leave|Let|List|Load|Log|Lower|Make|Match|Move|Name|Pack|Pass|Point|"
     "Put|Quote|Raise|Read|Register|Remove|Rename|Repair|Repeat|Report|Request|Restore|Resume|Run|Save|See|"
-    "Set|Sign|Start|Stop|Submit|Train|Trust|Try|Unpack|Unset|Use|Wait|Write"
+    "Set|Sign|Start|Stop|Store|Submit|Train|Trust|Try|Unpack|Unset|Use|Wait|Write"
 )
 PHRASES = {
     r"\bgoing on\b|\bsigns? of life\b|\bheard of\b|\btaken? for granted\b": "continuing, heartbeat, assumes",

@@ -91,6 +91,12 @@ ALLOWED = {
     ("pipeline/models/captions.py", "picture"): "the name of a module in state dicts, and its argument",
     ("pipeline/tracking/mlflow_servers.py", "remember"): "stores a server's address; the retired function was a cache",
     ("pipeline/runtime/run_directory.py", "pictures"): "the name of a folder on disk",
+    ("pipeline/methods/distill/method.py", "judge"): "the name of a module in the tensors of checkpoints",
+    ("pipeline/methods/shared/two_views.py", "judge"): "as above, and the loss term of that module",
+    ("pipeline/methods/byol/method.py", "judge"): "that loss term",
+    ("pipeline/methods/dino/method.py", "judge"): "that loss term",
+    ("pipeline/methods/mocov2/method.py", "judge"): "that loss term",
+    ("pipeline/methods/mocov3/method.py", "judge"): "that loss term",
     ("pipeline/data/pack/synthetic.py", "slope"): "of a line, not of a loss",
 }
 

@@ -11,39 +11,16 @@ import sys
 from collections.abc import Callable
 from dataclasses import asdict
 from datetime import UTC, datetime
-from enum import StrEnum
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from launch.cli.choices import Device, StepMethod, VitSize
 from pipeline.errors import ConfigError
 
 app = typer.Typer(help="Measure speed and memory against baselines in the same run.", no_args_is_help=True)
-
-
-class Device(StrEnum):
-    """Device of a benchmark."""
-
-    CPU = "cpu"
-    CUDA = "cuda"
-
-
-class VitSize(StrEnum):
-    """Size of the ViT of benchmarks on random images."""
-
-    TINY = "tiny"
-    SMALL = "small"
-    BASE = "base"
-    LARGE = "large"
-
-
-class StepMethod(StrEnum):
-    """Method whose training step is compared."""
-
-    CLIP = "clip"
-    DINOV2 = "dinov2"
 
 
 _STEP_MODELS = {StepMethod.CLIP: "B-32", StepMethod.DINOV2: "S-14"}

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import asdict
-from enum import StrEnum
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
@@ -12,19 +11,10 @@ from typing import Annotated, Any
 import typer
 
 from launch.cli.bench import Out, app, command_line, log, stem_of
+from launch.cli.choices import Question
 from pipeline.errors import ConfigError
 
 __all__ = ["app"]
-
-
-class Question(StrEnum):
-    """Group of collapse ablations."""
-
-    BYOL = "byol"
-    DINO = "dino"
-    MOCOV2 = "mocov2"
-    SIMCLR = "simclr"
-    LOGO = "logo"
 
 
 Ranks = Annotated[int, typer.Option(min=1, help="Ranks per run.")]
@@ -41,7 +31,7 @@ def methods(
     samples: Annotated[int | None, typer.Option(min=1, help="Samples per method, instead of minutes.")] = None,
     shards: Scenes = None,
     ranks: Ranks = 2,
-    directory: Annotated[Path, typer.Option(help="Output directory of the runs, which should be new.")] = Path(
+    directory: Annotated[Path, typer.Option(help="Output directory of the runs, which must be new.")] = Path(
         "runs/bench-methods"
     ),
     out: Out = None,
@@ -72,7 +62,7 @@ def collapse_ablation(
     samples: Samples = 24_000,
     shards: Scenes = None,
     ranks: Ranks = 2,
-    directory: Annotated[Path, typer.Option(help="Output directory of the runs, which should be new.")] = Path(
+    directory: Annotated[Path, typer.Option(help="Output directory of the runs, which must be new.")] = Path(
         "runs/bench-collapse-ablation"
     ),
     out: Out = None,
@@ -100,7 +90,7 @@ def dense_features(
     seeds: Annotated[int, typer.Option(min=1, help="Runs per method, with seeds from 0.")] = 3,
     shards: Scenes = None,
     ranks: Ranks = 2,
-    directory: Annotated[Path, typer.Option(help="Output directory of the runs, which should be new.")] = Path(
+    directory: Annotated[Path, typer.Option(help="Output directory of the runs, which must be new.")] = Path(
         "runs/bench-dense-features"
     ),
     out: Out = None,

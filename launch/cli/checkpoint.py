@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from launch.cli.choices import Precision, Weights
 from pipeline.checkpoint.files import Saved, listed, newest, read, verify
 from pipeline.checkpoint.manifest import MANIFEST
 from pipeline.checkpoint.retention import read_best
@@ -23,8 +24,6 @@ app = typer.Typer(no_args_is_help=True, help="List, verify, inspect and convert 
 
 RunArgument = Annotated[Path, typer.Argument(metavar="RUN", help="Run directory.")]
 AnyArgument = Annotated[Path, typer.Argument(metavar="PATH", help="A checkpoint (a directory step_…), or a run for its newest.")]
-WEIGHTS = ("teacher", "student", "both")
-TYPES = ("fp32", "bf16")
 
 
 @app.command("list")
@@ -131,9 +130,9 @@ def convert(
     path: AnyArgument,
     out: Annotated[Path, typer.Argument(metavar="OUT", help="Output file, such as teacher.safetensors.")],
     weights: Annotated[
-        str, typer.Option(help="teacher, student, or both, with names prefixed by teacher. and student.")
-    ] = "teacher",
-    dtype: Annotated[str, typer.Option(help="fp32 or bf16.")] = "fp32",
+        Weights, typer.Option(help="Weights to write; those of both have names prefixed by teacher. and student.")
+    ] = Weights.TEACHER,
+    dtype: Annotated[Precision, typer.Option(help="Data type of the weights.")] = Precision.FP32,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Overwrite OUT.")] = False,
 ) -> None:
     """Merge the shards of all ranks into one safetensors file of full tensors, with the method's parameter names.
@@ -144,9 +143,6 @@ def convert(
 
     fovea checkpoint convert runs/cifar10_vit_tiny/checkpoints/step_000003750 both.safetensors --weights both --dtype bf16
     """
-    for value, choices, option in ((weights, WEIGHTS, "--weights"), (dtype, TYPES, "--dtype")):
-        if value not in choices:
-            raise ConfigError(f"{value!r} is not a valid choice", where=option, hint=f"Choose one of {', '.join(choices)}")
     if out.exists() and not overwrite:
         raise ConfigError("exists already", where=str(out), hint="Name another file, or add --overwrite")
     saved = _one(path)
@@ -156,13 +152,13 @@ def convert(
 
     tensors: dict[str, Tensor] = {}
     for kind, reader in (("teacher", read_teacher), ("student", read_student)):
-        if weights in (kind, "both"):
-            start = f"{kind}." if weights == "both" else ""
+        if weights in (kind, Weights.BOTH):
+            start = f"{kind}." if weights == Weights.BOTH else ""
             tensors |= {start + name: _typed(tensor, dtype) for name, tensor in reader(saved)}
     if not tensors:
         raise CheckpointError("its method has no teacher", where=str(saved.path), hint="Convert with --weights student")
     temporary = out.with_name(f".{out.name}.part")
-    facts = {"format": "pt", "fovea.step": str(saved.step), "fovea.weights": weights, "fovea.checkpoint": saved.id}
+    facts = {"format": "pt", "fovea.step": str(saved.step), "fovea.weights": weights.value, "fovea.checkpoint": saved.id}
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         written = write_tensors(temporary, tensors, metadata=facts)
@@ -176,8 +172,8 @@ def convert(
     print(f"wrote {len(tensors)} tensors, {_size(written['size'])}, of step {saved.step} to {out}")
 
 
-def _typed(tensor: Tensor, dtype: str) -> Tensor:
-    return tensor.bfloat16() if dtype == "bf16" and tensor.is_floating_point() else tensor
+def _typed(tensor: Tensor, dtype: Precision) -> Tensor:
+    return tensor.bfloat16() if dtype == Precision.BF16 and tensor.is_floating_point() else tensor
 
 
 def _folder(run: Path) -> Path:

@@ -69,7 +69,7 @@ def run(target: str, overrides: Sequence[str], options: EvalOptions, command: Se
     of_run = (directory / "config.yaml").is_file()
     exists = directory.exists() or ":" in target
     if not of_run and not (exists and options.evaluators):
-        hint = "Name an evaluator such as --knn for weights" if exists else "A run directory contains config.yaml"
+        hint = "Name an evaluator such as --knn for weights" if exists else "Name a directory with a config.yaml"
         raise ConfigError("must be a run directory", where=target, hint=hint)
     config = load(str(directory / "config.yaml"), overrides).config if of_run else standalone.settings_for_weights(overrides)
     request = _request(config, options, checkpoint, of_run=of_run)

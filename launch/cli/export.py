@@ -10,7 +10,7 @@ from pipeline.runtime.run_directory import RunDirectory
 from pipeline.tracking import Shipper, destination_of
 from pipeline.untrusted import printable
 from pipeline.weights.export import networks
-from pipeline.weights.export.write import TARGETS, write
+from pipeline.weights.export.write import write
 from pipeline.weights.from_checkpoint import chosen
 
 
@@ -44,16 +44,12 @@ def run(
     Raises:
         FoveaError: no checkpoint, a damaged one, or a format that cannot hold the networks.
     """
-    if to not in TARGETS:
-        raise ConfigError(f"there is no target {to!r}", where="--to", hint=f"Choose one of {', '.join(TARGETS)}")
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9.+_-]{0,63}", license_):
         raise ConfigError(
             f"{printable(license_, limit=80)!r} is not an SPDX license identifier",
             where="--license",
             hint="Write one such as apache-2.0 or cc-by-4.0",
         )
-    if network not in ("auto", "teacher", "student"):
-        raise ConfigError(f"there is no network {network!r}", where="--network", hint="Choose one of auto, teacher, student")
     path = path.absolute()
     saved = chosen(path, best=best)
     run_folder = path if (path / "checkpoints").is_dir() else saved.path.parent.parent

@@ -15,10 +15,11 @@ from launch.cli import shards
 from launch.cli import slurm as cluster
 from launch.cli.bench_methods import app as bench
 from launch.cli.checkpoint import app as checkpoint
+from launch.cli.choices import ExportFormat, Method, Network
 from launch.cli.mlflow import app as mlflow
 from launch.streams import open_streams
 from launch.terminal import Terminal, clean_logs
-from pipeline.errors import ConfigError, FoveaError, of_system
+from pipeline.errors import FoveaError, of_system
 
 if TYPE_CHECKING:
     from pipeline.config.load import Loaded
@@ -66,7 +67,7 @@ def _options(
 @app.command(short_help="Quick demo: train, interrupt, resume and evaluate on synthetic data.")
 def demo(
     minutes: Annotated[float, typer.Option(min=0.1, help="Approximate training time, minutes.")] = 5.0,
-    method: Annotated[str, typer.Option(help="Pretraining method.")] = "dinov2",
+    method: Annotated[Method, typer.Option(help="Pretraining method.")] = Method("dinov2"),  # noqa: B008
     data: Annotated[str | None, typer.Option(metavar="SHARDS", help="Your own shards instead of synthetic scenes.")] = None,
     val: Annotated[str | None, typer.Option(metavar="SHARDS", help="Labelled validation shards for --data.")] = None,
     directory: Annotated[Path, typer.Option(help="Output directory.")] = Path("runs/demo"),
@@ -81,13 +82,9 @@ def demo(
 
     fovea demo --data 'cifar10/train-{00000..00009}.tar' --val 'cifar10/val-{00000..00001}.tar'
     """
-    from pipeline.config.schema import METHODS
-
-    if method not in METHODS:
-        raise ConfigError(f"there is no method {method!r}", where="--method", hint=f"Choose one of {', '.join(sorted(METHODS))}")
     from launch.cli.demo import run
 
-    run(minutes=minutes, method=method, data=data, directory=directory, val=val)
+    run(minutes=minutes, method=str(method), data=data, directory=directory, val=val)
 
 
 @app.command(short_help="Start or resume a training run.")
@@ -179,7 +176,7 @@ def evaluate(
     """
     flags = {"knn": knn, "linear": linear, "logistic": logistic, "segmentation": segmentation, "robustness": robustness}
     flags |= {"zeroshot": zeroshot is not None, "retrieval": retrieval}
-    names = [name for name, given in flags.items() if given]
+    names = [name for name, selected in flags.items() if selected]
     extra = [f"evaluation.zeroshot.class_names={zeroshot}"] if zeroshot is not None else []
     extra += [f"evaluation.zeroshot.templates={templates}"] if zeroshot is not None and templates is not None else []
     from launch.cli.eval import EvalOptions
@@ -193,11 +190,11 @@ def evaluate(
 @app.command(short_help="Export weights for timm, Hugging Face, open_clip or ONNX.")
 def export(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="A run's directory, or one of its checkpoints.")],
-    to: Annotated[str, typer.Option(metavar="LAYOUT", help="Export format: timm, huggingface, open_clip, onnx or safetensors.")],
-    out: Annotated[Path | None, typer.Option(metavar="FOLDER", help="Output directory; RUN/export/LAYOUT by default.")] = None,
+    to: Annotated[ExportFormat, typer.Option(help="Export format.")],
+    out: Annotated[Path | None, typer.Option(metavar="FOLDER", help="Output directory; RUN/export/FORMAT by default.")] = None,
     network: Annotated[
-        str, typer.Option(help="teacher or student; auto selects the network that the method trains for use.")
-    ] = "auto",
+        Network, typer.Option(help="Network to export; auto selects the one that the method trains for use.")
+    ] = Network.AUTO,
     student: Annotated[
         str | None, typer.Option(metavar="NAME", help="Which student to export, if several were distilled together.")
     ] = None,
@@ -225,8 +222,8 @@ def export(
     """
     from launch.cli.export import run as write
 
-    options: dict[str, Any] = {"out": out, "network": network, "student": student, "size": size, "license_": licence}
-    raise typer.Exit(write(run, to=to, best=best, force=overwrite, register=register, **options))
+    options: dict[str, Any] = {"out": out, "network": network.value, "student": student, "size": size, "license_": licence}
+    raise typer.Exit(write(run, to=to.value, best=best, force=overwrite, register=register, **options))
 
 
 @app.command(short_help="Compare runs in one HTML page.")

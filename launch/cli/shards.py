@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Sequence
-from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from launch.cli.choices import ImageFormat, Labels, OnTruncated, SourceLayout
 from pipeline.errors import ConfigError
 from pipeline.masking import printable
 
@@ -39,13 +39,6 @@ WorkersOption = Annotated[int | None, typer.Option(min=1, help="Number of proces
 ImageOption = Annotated[str | None, typer.Option(help="File extensions of images, comma-separated.")]
 CaptionOption = Annotated[str | None, typer.Option(help="File extension of captions.")]
 LabelOption = Annotated[str | None, typer.Option(help="File extension of class numbers.")]
-
-
-class OnTruncated(StrEnum):
-    """How truncated tars are handled."""
-
-    ERROR = "error"
-    KEEP_READABLE = "keep-readable"
 
 
 OnTruncatedOption = Annotated[
@@ -158,11 +151,11 @@ def pack(
     max_pixels: Annotated[int, typer.Option(min=1, help="Skip images with more pixels.")] = 50_000_000,
     max_side: Annotated[int | None, typer.Option(min=16, help="Downscale images to this longer side, pixels.")] = None,
     transcode: Annotated[
-        str | None, typer.Option(help="Re-encode GIF, AVIF… as jpg or png (first frame), instead of skipping them.")
+        ImageFormat | None, typer.Option(help="Re-encode GIF, AVIF… in this format (first frame), instead of skipping them.")
     ] = None,
     layout: Annotated[
-        str, typer.Option(help="Format of SOURCE: auto, folder, flat (no classes), table, files (img2dataset's) or shards.")
-    ] = "auto",
+        SourceLayout, typer.Option(help="Layout of SOURCE; flat is a folder without classes, files is img2dataset's output.")
+    ] = SourceLayout.AUTO,
     on_truncated_shard: OnTruncatedOption = OnTruncated.ERROR,
     threads: Annotated[int, typer.Option(min=1, max=256, help="Samples read in parallel.")] = 8,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Overwrite shards of the same prefix.")] = False,
@@ -177,7 +170,7 @@ def pack(
     root: Annotated[
         list[Path] | None, typer.Option(help="Folder that paths of a table may point to, besides its own; may be repeated.")
     ] = None,
-    labels: Annotated[str, typer.Option(help="auto, or names to read numbers as class names.")] = "auto",
+    labels: Annotated[Labels, typer.Option(help="names reads numbers as class names.")] = Labels.AUTO,
     classes: Annotated[
         Path | None, typer.Option(help="A classes.txt with the class names, one per line, in the order of their numbers.")
     ] = None,
@@ -206,27 +199,16 @@ def pack(
     fovea shards pack 'old/{00000..00999}.tar' shards/ --min-side 224 --transcode png
     """
     from launch.progress import progress_bar
-    from pipeline.data.index.labels import LABEL_MODES
     from pipeline.data.pack.packer import Packing
     from pipeline.data.pack.packer import pack as write
-    from pipeline.data.pack.sources import LAYOUTS, Options, open_source
-    from pipeline.data.pack.transcode import FORMS
+    from pipeline.data.pack.sources import Options, open_source
 
-    form = next((known for known in FORMS if known == transcode), None)
-    if transcode is not None and form is None:
-        raise ConfigError(f"{transcode!r} is not a format", where="--transcode", hint=f"Choose one of {', '.join(FORMS)}")
-    kind = next((known for known in LAYOUTS if known == layout), None)
-    if kind is None:
-        raise ConfigError(f"{layout!r} is not a layout", where="--layout", hint=f"Choose one of {', '.join(LAYOUTS)}")
-    mode = next((known for known in LABEL_MODES if known == labels), None)
-    if mode is None:
-        raise ConfigError(f"{labels!r} is not a label mode", where="--labels", hint=f"Choose one of {', '.join(LABEL_MODES)}")
     _check_out(source, out)
     options = Options(
         use_damaged=on_truncated_shard is OnTruncated.KEEP_READABLE,
         follow_links=follow_links,
         roots=tuple(root or ()),
-        labels=mode,
+        labels=labels.value,
         classes=_class_names(classes),
         max_file=max_file_mb << 20,
     )
@@ -237,11 +219,11 @@ def pack(
         seed=seed if shuffle else None,
         min_side=min_side,
         max_pixels=max_pixels,
-        transcode=form,
+        transcode=transcode.value if transcode else None,
         max_side=max_side,
     )
     with progress_bar("packing") as progress:
-        listing = open_source(source, layout=kind, store=_store(), options=options)
+        listing = open_source(source, layout=layout.value, store=_store(), options=options)
         report = write(listing, out, packing, overwrite=overwrite, threads=threads, progress=progress)
     print(report.text(out, prefix))
     print(f"shards: {printable(_range(report.shards))}")

@@ -126,11 +126,13 @@ def logs(
 
     path = current()
     if path is None and not follow:
-        there = sorted(str(file.relative_to(run_directory.path)) for file in (run_directory.path / "logs").glob("*/rank-*.log"))
+        log_files = sorted(
+            str(file.relative_to(run_directory.path)) for file in (run_directory.path / "logs").glob("*/rank-*.log")
+        )
         raise LaunchError(
             "the log file does not exist",
             where=str(run_directory.path),
-            hint=f"Choose one of {', '.join(there[-5:]) or 'the logs that exist: none yet'}",
+            hint=f"Choose one of {', '.join(log_files[-5:]) or 'the logs that exist: none yet'}",
         )
     last, offset = None, 0
     while True:

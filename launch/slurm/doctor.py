@@ -23,11 +23,11 @@ def examine(cluster: str | None) -> Iterator[Finding]:
     """
     yield "ok", f"Python {sys.version.split()[0]} at {sys.executable}", ""
     for package in ("torch", "deepspeed", "nvidia.dali", "mlflow", "timm"):
-        there = _there(package)
+        installed = _there(package)
         yield (
-            ("ok" if there else "bad"),
-            f"{package} is {'there' if there else 'missing'}",
-            "" if there else "install fovea again",
+            ("ok" if installed else "bad"),
+            f"{package} is {'there' if installed else 'missing'}",
+            "" if installed else "install fovea again",
         )
     yield from _gpus()
     if shutil.which("sbatch") is None:

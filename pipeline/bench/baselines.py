@@ -18,7 +18,8 @@ from nvidia.dali import fn, pipeline_def, types
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
-from pipeline.data.augment.views import IMAGENET_MEAN, IMAGENET_STD, Augment, ViewSpec
+from pipeline.data.augment.operators import Augment
+from pipeline.data.augment.views import IMAGENET_MEAN, IMAGENET_STD, ViewSpec
 from pipeline.data.index.manifest import Manifest
 from pipeline.errors import ConfigError
 
@@ -26,18 +27,18 @@ try:
     from torchvision import transforms as classic
     from torchvision.transforms import v2
 except ImportError as error:
-    raise ConfigError("torchvision is not installed", where="fovea bench data", hint="pip install 'fovea[bench]'") from error
+    raise ConfigError("torchvision is not installed", where="fovea bench data", hint="Run pip install 'fovea[bench]'") from error
 
 Views = list[torch.Tensor]
 
 
 def specs(*, globals_: int = 2, locals_: int = 8) -> tuple[ViewSpec, ...]:
     """DINOv2's views with the blur of its paper."""
-    colour = Augment(jitter_p=0.8, brightness=0.4, contrast=0.4, saturation=0.2, hue=0.1, gray_p=0.2)
-    firsts = (replace(colour, blur_p=1.0), replace(colour, blur_p=0.1, solarize_p=0.2))
+    colour = Augment(jitter_probability=0.8, brightness=0.4, contrast=0.4, saturation=0.2, hue_shift=0.1, gray_probability=0.2)
+    firsts = (replace(colour, blur_probability=1.0), replace(colour, blur_probability=0.1, solarize_probability=0.2))
     return (
         ViewSpec("global", globals_, 224, (0.32, 1.0), augment=firsts),
-        ViewSpec("local", locals_, 96, (0.05, 0.32), augment=(replace(colour, blur_p=0.5),)),
+        ViewSpec("local", locals_, 96, (0.05, 0.32), augment=(replace(colour, blur_probability=0.5),)),
     )
 
 
@@ -56,18 +57,20 @@ def transform(spec: ViewSpec, view: int, *, hue: bool, kind: str) -> Callable[[A
     assert spec.crop_scale is not None
     steps: list[Any] = [
         t.RandomResizedCrop(spec.size, scale=spec.crop_scale, interpolation=classic.InterpolationMode.BICUBIC, antialias=True),
-        t.RandomHorizontalFlip(a.flip_p),
-        t.RandomApply([t.ColorJitter(a.brightness, a.contrast, a.saturation, a.hue if hue else 0.0)], p=a.jitter_p),
-        t.RandomGrayscale(a.gray_p),
-        t.RandomApply([t.GaussianBlur(a.blur_kernel, a.blur_sigma)], p=a.blur_p),
+        t.RandomHorizontalFlip(a.flip_probability),
+        t.RandomApply(
+            [t.ColorJitter(a.brightness, a.contrast, a.saturation, a.hue_shift if hue else 0.0)], p=a.jitter_probability
+        ),
+        t.RandomGrayscale(a.gray_probability),
+        t.RandomApply([t.GaussianBlur(a.blur_kernel, a.blur_sigma)], p=a.blur_probability),
     ]
-    if a.solarize_p:
-        steps.append(t.RandomSolarize(a.solarize_threshold, a.solarize_p))
+    if a.solarize_probability:
+        steps.append(t.RandomSolarize(a.solarize_threshold, a.solarize_probability))
     end = [classic.ToTensor()] if kind == "classic" else [v2.ToDtype(torch.float32, scale=True)]
     return t.Compose([*steps, *end, t.Normalize(IMAGENET_MEAN, IMAGENET_STD)])
 
 
-class _Pictures(Dataset[Views]):
+class _Images(Dataset[Views]):
     def __init__(self, spans: list[tuple[str, int, int]], views: tuple[ViewSpec, ...], *, hue: bool, kind: str) -> None:
         self._spans, self._kind = spans, kind
         self._transforms = [transform(spec, view, hue=hue, kind=kind) for spec in views for view in range(spec.count)]
@@ -88,7 +91,7 @@ class _Pictures(Dataset[Views]):
 
 def torchvision_batches(manifest: Manifest, *, batch: int, hue: bool, kind: str, workers: int) -> Iterator[Views]:
     """Endless batches of a torch ``DataLoader`` with torchvision's transforms."""
-    dataset = _Pictures(spans(manifest), specs(), hue=hue, kind=kind)
+    dataset = _Images(spans(manifest), specs(), hue=hue, kind=kind)
     loader = DataLoader(
         dataset, batch_size=batch, shuffle=True, drop_last=True, num_workers=workers, persistent_workers=workers > 0
     )
@@ -138,9 +141,14 @@ def _dali_view(images: Any, spec: ViewSpec, view: int, hue: bool) -> Any:
         interp_type=types.INTERP_CUBIC,
         antialias=True,
     )
-    jittered, grayed, blurred, solarized = _chance(a.jitter_p), _chance(a.gray_p), _chance(a.blur_p), _chance(a.solarize_p)
+    jittered, grayed, blurred, solarized = (
+        _chance(a.jitter_probability),
+        _chance(a.gray_probability),
+        _chance(a.blur_probability),
+        _chance(a.solarize_probability),
+    )
     if jittered:
-        turned = {"hue": fn.random.uniform(range=[-360 * a.hue, 360 * a.hue])} if hue else {}
+        turned = {"hue": fn.random.uniform(range=[-360 * a.hue_shift, 360 * a.hue_shift])} if hue else {}
         x = fn.color_twist(
             x, brightness=around(a.brightness), contrast=around(a.contrast), saturation=around(a.saturation), **turned
         )
@@ -149,7 +157,7 @@ def _dali_view(images: Any, spec: ViewSpec, view: int, hue: bool) -> Any:
         x = fn.color_space_conversion(gray, image_type=types.GRAY, output_type=types.RGB)
     if blurred:
         x = fn.gaussian_blur(x, window_size=a.blur_kernel, sigma=fn.random.uniform(range=list(a.blur_sigma)))
-    if a.solarize_p:
+    if a.solarize_probability:
         x = _solarize(x, solarized, a.solarize_threshold)
     return fn.crop_mirror_normalize(
         x,
@@ -157,7 +165,7 @@ def _dali_view(images: Any, spec: ViewSpec, view: int, hue: bool) -> Any:
         output_layout="CHW",
         mean=[255 * m for m in IMAGENET_MEAN],
         std=[255 * s for s in IMAGENET_STD],
-        mirror=fn.random.coin_flip(probability=a.flip_p),
+        mirror=fn.random.coin_flip(probability=a.flip_probability),
     )
 
 

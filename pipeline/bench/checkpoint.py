@@ -93,9 +93,9 @@ def measure(options: Options, *, log: Callable[[str], None] = lambda _: None) ->
         ConfigError: no such model, or no CUDA device.
     """
     if options.model not in MODELS:
-        raise ConfigError(f"{options.model!r} is no size", where="--model", hint=f"Choose of {', '.join(MODELS)}.")
+        raise ConfigError(f"{options.model!r} is not a size", where="--model", hint=f"Choose one of {', '.join(MODELS)}")
     if options.device == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("there is no CUDA device here", where="--device", hint="Run it where there is one, or measure cpu.")
+        raise ConfigError("no CUDA device is available", where="--device", hint="Choose cpu")
     with tempfile.TemporaryDirectory(prefix="fovea-bench-", dir=options.directory) as folder:
         if dist.is_initialized():  # DeepSpeed does not support a second group in one process
             return _measure(options, Path(folder) / "checkpoints", dist.new_group(backend="gloo"), log)
@@ -180,7 +180,7 @@ def make_method(options: Options, device: torch.device) -> tuple[DINOv2, Batch]:
     views = MultiCropSettings(global_size=options.side, local_size=local, local_count=4)
     settings = Dinov2Settings(views=views, prototypes=options.prototypes)
     tower = build_tower(ModelSettings(timm_name=MODELS[options.model]), image_size=options.side)
-    method = DINOv2(tower, settings).to(device).place_state(device)
+    method = DINOv2(tower, settings).to(device).move_state(device)
     spec = dinov2_views(settings, patch=16)[0].mask
     grid, rows = options.side // 16, 2 * options.batch
     hidden = np.zeros((rows, grid * grid), dtype=bool)

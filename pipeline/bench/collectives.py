@@ -157,7 +157,7 @@ def measure(options: Options, *, log: Callable[[str], None] = lambda _: None) ->
         ConfigError: a single rank, which has no collectives, or ranks that failed.
     """
     if options.ranks < 2:
-        raise ConfigError("must be at least 2", where="--ranks", hint="A single rank has no collectives")
+        raise ConfigError("must be at least 2", where="--ranks", hint="Choose 2 or more: a single rank has no collectives")
     log(f"starting {options.ranks} ranks")
     context = multiprocessing.get_context("spawn")
     with tempfile.TemporaryDirectory(prefix="fovea-bench-") as folder:

@@ -137,15 +137,15 @@ def prepare(options: Options, folder: Path) -> tuple[Manifest, str]:
         images, about = _images(options)
         with ShardWriter(folder / "shards", "bench", samples_per_shard=_PER_SHARD) as writer:
             for number, data in enumerate(images):
-                sample = {"__key__": f"{number:06d}", "jpg": data, "txt": f"picture {number}", "cls": number % 10}
+                sample = {"__key__": f"{number:06d}", "jpg": data, "txt": f"image {number}", "cls": number % 10}
                 writer.write({**sample, "json": {"number": number}})
         urls = list(writer.shards)
     manifest = build(urls, folder / "index")
     if manifest.total < options.batch * options.world:
         raise DataError(
-            f"{manifest.total} images are less than a batch of {options.batch * options.world}",
+            f"{manifest.total} images are fewer than a batch of {options.batch * options.world}",
             where="fovea bench data",
-            hint="name more shards, or make --batch smaller",
+            hint="Add shards, or reduce --batch",
         )
     return manifest, about
 
@@ -156,7 +156,7 @@ def _images(options: Options) -> tuple[Iterator[bytes], str]:
         return (_jpeg(Image.fromarray(render(_SEED, n, SIZE[0]).image)) for n in range(options.images)), about + "drawn scenes"
     files = sorted(path for path in options.photos.iterdir() if path.suffix.lower() in (".jpg", ".jpeg", ".png"))
     if not files:
-        raise DataError("holds no .jpg, .jpeg or .png", where=str(options.photos), hint="name another folder")
+        raise DataError("must contain .jpg, .jpeg or .png files", where=str(options.photos), hint="Choose another folder")
 
     def made() -> Iterator[bytes]:
         for number in range(options.images):

@@ -39,7 +39,7 @@ def measure(options: Options, *, log: Callable[[str], None] = lambda _: None) ->
         DataError: there are no shards or images, or too few.
     """
     if not torch.cuda.is_available():
-        raise ConfigError("there is no CUDA device here", where="--device", hint="Run it where there is one, or measure cpu.")
+        raise ConfigError("no CUDA device is available", where="--device", hint="Choose cpu")
     with tempfile.TemporaryDirectory(prefix="fovea-bench-") as folder:
         manifest, about = prepare(options, Path(folder))
         steps = max(options.images // options.batch, 1)

@@ -128,7 +128,9 @@ def _run(arguments: Sequence[str]) -> None:
     if done.returncode:
         last = (done.stderr.strip().splitlines() or done.stdout.strip().splitlines() or ["no output"])[-1]
         raise TrainingError(
-            f"`fovea {arguments[0]} {arguments[1]}` ended with {done.returncode}: {last}", where="fovea bench methods"
+            f"`fovea {arguments[0]} {arguments[1]}` ended with {done.returncode}: {last}",
+            where="fovea bench methods",
+            hint="Run that command alone to see its output",
         )
 
 

@@ -25,7 +25,7 @@ from pipeline.errors import ConfigError
 from pipeline.methods.dinov2.method import DINOv2
 
 PACKAGES = ("dinov2", "xformers", "omegaconf", "fvcore", "iopath")
-INSTALL = "pip install --no-deps dinov2 xformers && pip install omegaconf fvcore"
+INSTALL = "Run pip install --no-deps dinov2 xformers && pip install omegaconf fvcore"
 _ARCHITECTURE = "vit_of_fovea"
 
 
@@ -53,7 +53,7 @@ class Official:
         self, ours: DINOv2, size: tuple[int, int, int], drop: float, layer_scale: float, batch: Batch, bf16: bool
     ) -> None:
         if absent := missing():
-            raise ConfigError(f"the official DINOv2 needs {', '.join(absent)}", where="fovea bench step", hint=INSTALL)
+            raise ConfigError(f"the official DINOv2 needs {', '.join(absent)}", where="fovea bench step", hint=f"Run {INSTALL}")
         self.device = batch.views["global"][0].device
         self._temperature, self._bf16 = 0.07, bf16
         self._clip = ours.settings.clip_norm
@@ -61,7 +61,7 @@ class Official:
             self.model: Any = _model(ours, size, drop, layer_scale).to(self.device)
         except (ImportError, AssertionError, AttributeError) as error:
             raise ConfigError(
-                f"the dinov2 that is installed here cannot be driven ({error})", where="fovea bench step", hint=INSTALL
+                f"the installed version of dinov2 is not supported ({error})", where="fovea bench step", hint=f"Run {INSTALL}"
             ) from error
         self.model.train()
         self._images = _collated(batch)
@@ -111,13 +111,13 @@ def _model(ours: DINOv2, size: tuple[int, int, int], drop: float, layer_scale: f
     width, depth, heads = size
     vits = models.vision_transformer
 
-    def tower(**given: Any) -> nn.Module:
+    def tower(**options: Any) -> nn.Module:
         def block(**inner: Any) -> nn.Module:
             made: nn.Module = NestedTensorBlock(attn_class=MemEffAttention, **inner)
             return made
 
         made: nn.Module = vits.DinoVisionTransformer(
-            embed_dim=width, depth=depth, num_heads=heads, mlp_ratio=4, block_fn=block, **given
+            embed_dim=width, depth=depth, num_heads=heads, mlp_ratio=4, block_fn=block, **options
         )
         return made
 

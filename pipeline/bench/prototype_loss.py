@@ -55,13 +55,13 @@ class Result:
         cases: by name, see :data:`OURS`, :data:`UNFUSED` and :data:`PLAIN`.
         kernels: of the first.
         apart: largest relative difference of a loss from that with full logits.
-        slopes_apart: largest difference of a gradient from that with full logits, relative to the largest gradient.
+        gradient_difference: largest difference of a gradient from that with full logits, relative to the largest gradient.
     """
 
     cases: dict[str, pairs.Case]
     kernels: str
     apart: float
-    slopes_apart: float
+    gradient_difference: float
 
 
 def measure(options: Options, *, log: Callable[[str], None] = lambda _: None) -> Result:
@@ -90,18 +90,20 @@ def measure(options: Options, *, log: Callable[[str], None] = lambda _: None) ->
         return float(value.detach()), [p.grad for p in head.parameters() if p.grad is not None]
 
     log("comparing results")
-    plain, slopes = stepped(acts[PLAIN])
-    largest = max(float(slope.abs().max()) for slope in slopes)
-    apart = slopes_apart = 0.0
+    plain, gradients = stepped(acts[PLAIN])
+    largest = max(float(gradient.abs().max()) for gradient in gradients)
+    apart = gradient_difference = 0.0
     for name in acts.keys() - {PLAIN}:
         value, others = stepped(acts[name])
         apart = max(apart, abs(value / plain - 1))
-        slopes_apart = max(slopes_apart, *(float((a - b).abs().max()) / largest for a, b in zip(others, slopes, strict=True)))
+        gradient_difference = max(
+            gradient_difference, *(float((a - b).abs().max()) / largest for a, b in zip(others, gradients, strict=True))
+        )
         del others
-    del slopes
+    del gradients
     log("measuring")
     steps = {name: partial(stepped, act) for name, act in acts.items()}
-    return Result(pairs.measure(steps, rounds=options.rounds, device=device), kernels, apart, slopes_apart)
+    return Result(pairs.measure(steps, rounds=options.rounds, device=device), kernels, apart, gradient_difference)
 
 
 def _pieces(
@@ -149,7 +151,7 @@ def markdown(result: Result, options: Options, machine: dict[str, str], command:
     lines += [
         f"- {options.prototypes} prototypes, {10 * options.samples} crops, {options.masked} masked patches, forward and backward",
         f"- products in {'bf16' if options.bf16 else 'fp32'}; chunked: {result.kernels} kernels between them",
-        f"- losses differ by {result.apart:.1e}, gradients by {result.slopes_apart:.1e} of the largest",
+        f"- losses differ by {result.apart:.1e}, gradients by {result.gradient_difference:.1e} of the largest",
         "",
         *pairs.table(result.cases, PLAIN),
     ]

@@ -69,7 +69,7 @@ def measure(options: Options, *, log: Callable[[str], None] = lambda _: None) ->
         path = store.save(engine, method, facts)
         store.close()
         engine.close()
-        whole = saved.read(path)
+        manifest_and_tensors = saved.read(path)
 
         def start(again: Path | None) -> float:
             second = Plain(size)
@@ -97,7 +97,7 @@ def measure(options: Options, *, log: Callable[[str], None] = lambda _: None) ->
                     seconds[name].append(act())
         finally:
             torch.set_num_threads(threads)
-    stored = sum(file["size"] for file in whole.manifest["files"])
+    stored = sum(file["size"] for file in manifest_and_tensors.manifest["files"])
     return Result(sum(p.numel() for p in method.parameters()), stored, **seconds)
 
 

@@ -84,7 +84,11 @@ def measure(options: Options, *, log: Callable[[str], None] = lambda _: None) ->
             losses = dict(zip((OURS, contest.theirs[0]), contest.losses(), strict=True))
             ours, theirs = losses.values()
             if abs(ours - theirs) > _APART[options.bf16] * abs(theirs):
-                raise ConfigError(f"the losses of the same weights differ: {losses}", where="fovea bench step")
+                raise ConfigError(
+                    f"the losses of the same weights differ: {losses}",
+                    where="fovea bench step",
+                    hint="Report it with the versions of both packages",
+                )
         else:
             log(f"no baseline: {', '.join(official.missing())} not installed ({official.INSTALL})")
             losses = {OURS: contest.ours()}

@@ -52,15 +52,18 @@ def contest(model: str, samples: int, caption: int, *, bf16: bool, device: torch
         tokens=cut,
     )
 
-    def mine() -> torch.Tensor:
+    def our_loss() -> torch.Tensor:
         return ours(batch, Step())["contrastive"]
 
-    def other() -> torch.Tensor:
+    def their_loss() -> torch.Tensor:
         a, b, scale = theirs(images, tokens)
         logits, labels = scale * a @ b.T, torch.arange(len(a), device=device)
         return (F.cross_entropy(logits, labels) + F.cross_entropy(logits.T, labels)) / 2
 
-    steps = [partial(_step, forward, _optimizer(net, device), bf16, device) for net, forward in ((ours, mine), (theirs, other))]
+    steps = [
+        partial(_step, forward, _optimizer(net, device), bf16, device)
+        for net, forward in ((ours, our_loss), (theirs, their_loss))
+    ]
     about = f"{TOWERS[model]}, {samples} pairs, captions of {caption} tokens (open_clip pads to 77), forward, backward, AdamW"
     blocks = [*ours.backbone.vit.blocks, *ours.text_tower.blocks]
     return Contest(steps[0], ("open_clip", steps[1]), blocks, lambda: (steps[0](), steps[1]()), about)

@@ -56,7 +56,7 @@ def contest(model: str, samples: int, prototypes: int, drop: float, *, bf16: boo
         batched_drop_path=True,
         pos_embed_interpolation="offset",
     )
-    method = DINOv2(build_tower(sizes, image_size=sides[0]), settings).to(device).place_state(device).train()
+    method = DINOv2(build_tower(sizes, image_size=sides[0]), settings).to(device).move_state(device).train()
     batch = _batch(settings, patch, samples, device)
     theirs = None if missing() else Official(method, SIZES[name], drop, _LAYER_SCALE, batch, bf16)
     options = EngineOptions(

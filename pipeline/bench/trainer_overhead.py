@@ -72,7 +72,7 @@ class Result:
         return statistics.median(self.engine) - statistics.median(self.bare)
 
 
-class _Silent:
+class _NullLogger:
     def step(self, done: int, total: int, loss: float, rate: float, scores: dict[str, float], scored: int) -> None: ...
 
     def log(self, text: str) -> None: ...
@@ -131,7 +131,7 @@ def measure(options: Options, *, log: Callable[[str], None] = lambda _: None) ->
             data_state=lambda: {"seen": 0, "substituted": {}, "counts": {}, "samples": 0, "fingerprint": "", "quarantine": {}},
             facts={"config": {}},
             journal=journal,
-            logger=_Silent(),
+            logger=_NullLogger(),
             plan=Plan(steps, options.log_every, 0, 0, 3, seed=0),
             requests=StopRequests(folder),
             phases=Phases(world, watchdog),

@@ -57,12 +57,12 @@ def check_data(saved: Saved, inputs: Inputs, *, allow: bool = False) -> str:
         return (
             f"{saved.path}: continues at step {saved.step} over other data, as checkpoint.allow_data_change says ({differences})"
         )
-    then = data.get("samples", "unknown")
+    samples_then = data.get("samples", "unknown")
     consent = "; or checkpoint.allow_data_change=true continues at the same step over the new data" if acceptable else ""
     raise CheckpointError(
         f"the data of this run have changed ({differences})",
         where=str(saved.path),
-        hint=f"Resume over the {then} samples it was trained on, or start a new run in another run.directory{consent}",
+        hint=f"Resume over the {samples_then} samples it was trained on, or start a new run in another run.directory{consent}",
     )
 
 
@@ -74,11 +74,11 @@ def _difference(saved: Saved, now: Manifest) -> str:
         old = Manifest.load(saved.path.parent.parent / "data" / fingerprint)
     except DataError:
         return f"{data.get('samples', 'unknown')} samples then, {now.total} in {len(now.shards)} shards now"
-    then, here = _by_name(old), _by_name(now)
+    old_shards, new_shards = _by_name(old), _by_name(now)
     parts = [f"{old.total} samples in {len(old.shards)} shards then, {now.total} in {len(now.shards)} now"]
-    gone = [f"{shard.name} ({shard.samples})" for key, shard in then.items() if key not in here]
-    new = [f"{shard.name} ({shard.samples})" for key, shard in here.items() if key not in then]
-    both = [(then[key], here[key]) for key in then if key in here]
+    gone = [f"{shard.name} ({shard.samples})" for key, shard in old_shards.items() if key not in new_shards]
+    new = [f"{shard.name} ({shard.samples})" for key, shard in new_shards.items() if key not in old_shards]
+    both = [(old_shards[key], new_shards[key]) for key in old_shards if key in new_shards]
     altered = [
         f"{a.name} ({a.samples} samples, {a.size} bytes then; {b.samples} samples, {b.size} bytes now)"
         for a, b in both

@@ -152,12 +152,12 @@ def newest(directory: Path, *, begun_at: Path | None = None) -> tuple[Saved | No
 def _came_of(saved: Saved, begun_at: Path) -> bool:
     """Whether a checkpoint descends from an attempt started from this path, and the path still holds the same checkpoint."""
     try:
-        there = read(begun_at).id
+        started_from = read(begun_at).id
     except CheckpointError:  # deleted since
-        there = None
+        started_from = None
     where = str(begun_at.resolve())
     return str(saved.path.resolve()) != where and any(
-        origin["path"] == where and there in (None, origin["id"]) for origin in saved.origins
+        origin["path"] == where and started_from in (None, origin["id"]) for origin in saved.origins
     )
 
 

@@ -104,9 +104,9 @@ class Copies:
                 manifest = _manifest(self._storage, url)
                 if manifest is not None:
                     self._marks[url.split("/")[-2]] = Mark.of(url.split("/")[-2], manifest)
-        there = _manifest(self._storage, f"{self.target}/{name}/{MANIFEST}") if name in self._marks else None
-        if there is None or Saved(saved.path, there).id != saved.id:
-            if there is not None:
+        copied = _manifest(self._storage, f"{self.target}/{name}/{MANIFEST}") if name in self._marks else None
+        if copied is None or Saved(saved.path, copied).id != saved.id:
+            if copied is not None:
                 self._storage.delete(f"{self.target}/{name}/{MANIFEST}")
             for file in [*(entry["name"] for entry in saved.manifest["files"]), MANIFEST]:
                 if not stat.S_ISREG((saved.path / file).lstat().st_mode):

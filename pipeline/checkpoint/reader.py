@@ -133,9 +133,9 @@ def _compare(ours: dict[str, list[int]], theirs: dict[str, list[int]], where: Pa
     different = sorted(name for name in ours.keys() | theirs.keys() if ours.get(name) != theirs.get(name))
     if different:
         first = different[0]
-        there, here = theirs.get(first, "nothing"), ours.get(first, "nothing")
+        saved_shape, own_shape = theirs.get(first, "nothing"), ours.get(first, "nothing")
         raise CheckpointError(
-            f"{len(different)} tensors differ, the first is {first}: {there} in the checkpoint, {here} in this run",
+            f"{len(different)} tensors differ, the first is {first}: {saved_shape} in the checkpoint, {own_shape} in this run",
             where=str(where),
             hint="Resume with the config that it was written with, or start a new run",
         )

@@ -108,7 +108,7 @@ class ImageSet:
             ids = ids[np.sort(permutation(len(ids), seed, 0xE7A1)[:limit])]
         self.manifest, self.total = manifest, len(ids)
         normalize = normalize or Normalize()
-        self._spec = ViewSpec("image", 1, size, None, centre=crop_fraction, place=crop_position, normalize=normalize)
+        self._spec = ViewSpec("image", 1, size, None, centre=crop_fraction, position=crop_position, normalize=normalize)
         self._order = FixedList(ids[rank::world_size], batch_size)
         self.passes = -(-len(ids[::world_size]) // batch_size)
         self._store = store

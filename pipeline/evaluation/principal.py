@@ -47,6 +47,6 @@ def sheet(images: Tensor, patches: Tensor, *, mean: Sequence[float], std: Sequen
     shape = (1, 3, 1, 1)
     pixels = images.detach().float().cpu() * torch.tensor(std).view(shape) + torch.tensor(mean).view(shape)
     rows = [F.interpolate(pixels, (tile, tile), mode="bilinear", antialias=True), F.interpolate(low, (tile, tile))]
-    whole = torch.cat([row.clamp(0, 1).permute(2, 0, 3, 1).reshape(tile, len(images) * tile, 3) for row in rows])
-    pixel_values: NDArray[np.uint8] = (255 * whole).round().byte().numpy()
+    grid = torch.cat([row.clamp(0, 1).permute(2, 0, 3, 1).reshape(tile, len(images) * tile, 3) for row in rows])
+    pixel_values: NDArray[np.uint8] = (255 * grid).round().byte().numpy()
     return pixel_values

@@ -71,7 +71,7 @@ def class_map(data: bytes, *, size: int, classes: int, ignore: Sequence[int], ke
     return _check_classes(cut, classes, ignore, key)
 
 
-def whole_map(data: bytes, *, classes: int, ignore: Sequence[int], key: str) -> NDArray[np.int64]:
+def full_map(data: bytes, *, classes: int, ignore: Sequence[int], key: str) -> NDArray[np.int64]:
     """The classes of all pixels, ``[height, width]``, otherwise as :func:`class_map`."""
     return _check_classes(_numbers(data, key), classes, ignore, key)
 
@@ -166,7 +166,7 @@ class Segmentation(Evaluator[SegmentationSettings]):
         tests = [extract(window, features, labelled=False) for window in self._windows]
         maps = self._maps(train, self._train.reader("segmentation"))
         stacked = torch.stack(maps) if maps else torch.zeros(0, self._size, self._size, dtype=torch.int64)
-        targets = self._maps(tests[0], self._windows[0].reader("segmentation"), whole=settings.sliding_window)
+        targets = self._maps(tests[0], self._windows[0].reader("segmentation"), full=settings.sliding_window)
         counts = all_reduce_sum(torch.tensor([len(train), len(tests[0])]), group)
         if int(counts.min()) < 2:
             raise DataError(
@@ -201,7 +201,7 @@ class Segmentation(Evaluator[SegmentationSettings]):
             "rate": settings.learning_rates[best],
         } | {f"iou/{settings.names[i]}": value for i, value in enumerate(ious(matrix).tolist()) if value == value}
 
-    def _maps(self, table: FeatureTable, reader: Reader, *, whole: bool = False) -> list[Tensor]:
+    def _maps(self, table: FeatureTable, reader: Reader, *, full: bool = False) -> list[Tensor]:
         """Class maps of this rank's samples, ``[size, size]`` or whole; an error on one rank is raised on all."""
         maps, problem = [], None
         known: dict[str, Any] = {"classes": self._classes, "ignore": self.settings.ignore_index}
@@ -209,8 +209,8 @@ class Segmentation(Evaluator[SegmentationSettings]):
             for record in reader.fetch(np.array(table.ids, dtype=np.uint64)):
                 if record.segmentation is None:
                     raise DataError("the sample has no class map", where=record.key, hint="Give each sample a .seg.png member")
-                if whole:
-                    classes: NDArray[Any] = whole_map(record.segmentation, key=record.key, **known).astype(np.uint8)
+                if full:
+                    classes: NDArray[Any] = full_map(record.segmentation, key=record.key, **known).astype(np.uint8)
                 else:
                     classes = class_map(record.segmentation, size=self._size, key=record.key, **known)
                 maps.append(torch.from_numpy(classes))

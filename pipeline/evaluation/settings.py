@@ -143,7 +143,7 @@ class SegmentationSettings(EvaluatorSettings):
     )
     sliding_window: bool = Field(
         default=False,
-        description="evaluate whole class maps at their own resolution with a sliding window, as in published results; false "
+        description="evaluate entire class maps at their own resolution with a sliding window, as in published results; false "
         "evaluates the centre square at the network's input size, which is faster",
     )
 

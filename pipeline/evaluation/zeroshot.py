@@ -42,8 +42,8 @@ class ZeroShot(Evaluator[ZeroShotSettings]):
     def __init__(self, settings: ZeroShotSettings, data: EvalData) -> None:
         super().__init__(settings, data)
         self._names = read_lines(settings.class_names, what="class names") if settings.class_names else []
-        given = settings.templates
-        self._templates = read_lines(given, what="prompt templates", placeholder="{}") if given else list(SIMPLE)
+        templates = settings.templates
+        self._templates = read_lines(templates, what="prompt templates", placeholder="{}") if templates else list(SIMPLE)
 
     def __call__(self, model: EvalModel) -> dict[str, float]:
         """``top1``, ``top5``, ``mean_per_class``.

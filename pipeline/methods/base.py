@@ -117,7 +117,7 @@ class Method(nn.Module, ABC):
         """Backbones, or with ``slow`` EMA teachers, of students besides the one that :meth:`export` calls ``backbone``."""
         return {}
 
-    def place_state(self, device: torch.device | str) -> Self:
+    def move_state(self, device: torch.device | str) -> Self:
         """Moves teacher and extra state, which ``nn.Module.to`` does not reach; the engine moves the student."""
         if self.teacher is not None:
             self.teacher.to(device)

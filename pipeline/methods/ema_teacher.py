@@ -107,7 +107,7 @@ class Teacher:
             raise CheckpointError(
                 f"{len(wrong)} tensors do not fit, the first is {wrong[0]!r}",
                 where="teacher",
-                hint="load the checkpoint with the model settings it was written with",
+                hint="Load the checkpoint with the model settings it was written with",
             )
         for name, tensor in own.items():
             tensor.copy_(state[name])

@@ -61,7 +61,7 @@ def suggest_fix_of_distillation(student_temperature: float, *, centred: bool, ce
             )
         if failure_mode == PROTOTYPE_COLLAPSE and centred and center_momentum > 0.99:
             return (
-                f"the centre stands still (method.center_momentum is {center_momentum:g}): set it to 0.9, or "
+                f"the centre does not move (method.center_momentum is {center_momentum:g}): set it to 0.9, or "
                 "method.centering=sinkhorn_knopp"
             )
         if failure_mode == PROTOTYPE_COLLAPSE:

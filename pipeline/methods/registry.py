@@ -20,14 +20,14 @@ def build_method(config: Config) -> Method:
     name, module = config.method.name, f"{__package__}.{config.method.name}.method"
     if not isinstance(config.method, METHODS.get(name, type(None))):
         raise ConfigError(
-            f"no method {name!r} has these settings", where="method.name", hint=f"choose one of {', '.join(sorted(METHODS))}"
+            f"no method {name!r} has these settings", where="method.name", hint=f"Choose one of {', '.join(sorted(METHODS))}"
         )
     try:
         package = importlib.import_module(module)
     except ModuleNotFoundError as error:
         if error.name != module:
             raise
-        raise ConfigError(f"no method {name!r}", where="method.name", hint=f"write {module}, or choose another") from None
+        raise ConfigError(f"no method {name!r}", where="method.name", hint=f"Write {module}, or choose another") from None
     method: Method = package.build(config, config.method)
     return method
 
@@ -35,4 +35,4 @@ def build_method(config: Config) -> Method:
 def build_seeded_method(config: Config, device: torch.device) -> Method:
     """Builds the method on the device, with initial weights that depend only on ``run.seed``."""
     torch.manual_seed(config.run.seed)
-    return build_method(config).to(device).place_state(device)
+    return build_method(config).to(device).move_state(device)

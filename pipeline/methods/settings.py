@@ -36,8 +36,8 @@ class MethodSettings(Settings):
         """Fills a partial section with this method's defaults, not those of the shared class."""
         if not isinstance(value, dict) or info.field_name is None:
             return value
-        given = {key: tuple(part) if isinstance(part, list) else part for key, part in value.items()}
-        return cls.model_fields[info.field_name].default.model_dump() | given
+        values_set = {key: tuple(part) if isinstance(part, list) else part for key, part in value.items()}
+        return cls.model_fields[info.field_name].default.model_dump() | values_set
 
     @property
     def last_layer_freeze(self) -> Length:

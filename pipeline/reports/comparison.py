@@ -82,7 +82,7 @@ def gather(paths: Sequence[Path]) -> list[RunSummary]:
         run = RunDirectory(path)
         if not run.config.is_file():
             raise ConfigError(
-                "must be a run directory", where=str(path), hint="A run directory contains the config.json that training wrote"
+                "must be a run directory", where=str(path), hint="Name a directory with the config.json that training wrote"
             )
         config = upgrade(_json(run.config))
         name = str(config.get("run", {}).get("name") or path.name)
@@ -178,7 +178,7 @@ def _overview(runs: Sequence[RunSummary]) -> list[list[str]]:
             "epochs": f"{seen / data['samples']:.2f}" if data.get("samples") else _ABSENT,
             "time spent training": clock(seconds) if seconds else _ABSENT,
             "images per second, median": number(statistics.median(rates)) if rates else _ABSENT,
-            "images per second, whole run": number(seen / seconds) if seconds else _ABSENT,
+            "images per second, entire run": number(seen / seconds) if seconds else _ABSENT,
             "attempts": str(max(summary.history.attempts, 1)),
             "steps skipped": str(o.get("skipped", m.get("skipped", 0))),
             "samples substituted": f"{number(bad)} of {number(float(data['seen']))}" if data.get("seen") else _ABSENT,

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import numpy as np
 from PIL import Image, ImageDraw
 
 from pipeline.config.load import Loaded
@@ -81,7 +80,7 @@ class Sample:
 
     @property
     def label_text(self) -> str:
-        """The class, in words."""
+        """The class as text."""
         return f"class {self.label}" if self.label >= 0 else "no class"
 
 
@@ -131,10 +130,10 @@ def gather(config: Config, inputs: Inputs, specs: tuple[ViewSpec, ...], count: i
         raise DataError(
             f"none of the first {len(records)} images can be decoded",
             where=", ".join(sorted({record.shard_name for record in records})),
-            hint="`fovea shards verify` lists all images that cannot be decoded",
+            hint="Run `fovea shards verify` to list all images that cannot be decoded",
         )
     augmenter = Augmenter(specs, batch_size=len(usable), threads=config.data.decode_threads, hue=config.method.augment.hue_space)
-    plans = [_rows(plan, usable) for plan in portion.plan]
+    plans = [plan.take(usable) for plan in portion.plan]
     cut = augmenter.run([decoded[row] for row in usable], plans)
     samples = []
     for row, record in enumerate(records):
@@ -179,17 +178,13 @@ def gather(config: Config, inputs: Inputs, specs: tuple[ViewSpec, ...], count: i
     return samples
 
 
-def _rows(plan: ViewPlan, rows: list[int]) -> ViewPlan:
-    return type(plan)(*(np.ascontiguousarray(getattr(plan, name)[rows]) for name in plan.__dataclass_fields__))
-
-
 def _done(plan: ViewPlan, row: int) -> str:
     """Describe the augmentations of a crop in the order in which they are applied."""
-    jitter = "jitter" if plan.jitter[row] else ""
-    blur = f"blur {plan.sigma[row]:.1f} px" if plan.sigma[row] > 0 else ""
-    solarized = "solarized" if plan.solarize[row] else ""
-    steps = (jitter, "gray" if plan.gray[row] else "", blur, solarized, "flip" if plan.flip[row] else "")
-    return ", ".join(step for step in steps if step)
+    from pipeline.data.augment.operators import OPERATORS
+
+    labels = {"blur": f"blur {plan.values['sigma'][row]:.1f} px", "solarize": "solarized"}
+    steps = [labels.get(one.name, one.name) for one in OPERATORS if plan.values[one.condition][row]]
+    return ", ".join([*steps, *(["flip"] if plan.flip[row] else [])])
 
 
 # ---- the sheet ----------------------------------------------------------------------------------------------------------

@@ -45,7 +45,7 @@ def run(path: Path, files: Sequence[Path], *, out: Path, texts: Sequence[str], s
     from pipeline.weights.from_checkpoint import fill_trained
 
     if not files:
-        raise ConfigError("at least one image must be given", where="visualize", hint="Append the names of image files")
+        raise ConfigError("at least one image must be given", where="visualize", hint="Add the names of image files")
     saved = chosen(path)
     verify(saved)
     config = settings_of(saved)

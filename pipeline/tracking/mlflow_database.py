@@ -220,9 +220,9 @@ def _replace(path: Path, state: State, log: Callable[[str], None]) -> None:
             return
         kept = path.with_name(f"{path.name}.broken-{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}")
         path.rename(kept)
-        for ending in ("-journal", "-wal", "-shm"):
+        for suffix in ("-journal", "-wal", "-shm"):
             with contextlib.suppress(OSError):
-                path.with_name(path.name + ending).rename(kept.with_name(kept.name + ending))
+                path.with_name(path.name + suffix).rename(kept.with_name(kept.name + suffix))
     why = {"half": "was left half-made", "unreadable": "is damaged"}.get(state, "belongs to another version of MLflow")
     log(f"{path} {why}; it is kept as {kept.name}, and everything is sent to a new one")
 

@@ -371,8 +371,8 @@ class Trainer:
             self._report_outcome(self.checkpoints.finish())
             self._report_outcome(Outcome(p.step, self.checkpoints.save(self.engine, self.method, facts)))
         if self.journal is not None:
-            lost = {f"substituted/{reason}": count for reason, count in data["substituted"].items()}
-            counts = {"seen": data["seen"], "quarantined": len(data["quarantine"]), **lost, **data["counts"]}
+            substituted = {f"substituted/{reason}": count for reason, count in data["substituted"].items()}
+            counts = {"seen": data["seen"], "quarantined": len(data["quarantine"]), **substituted, **data["counts"]}
             self.journal.metrics(p.step, {f"data/{name}": float(count) for name, count in counts.items()})
         return p.step
 

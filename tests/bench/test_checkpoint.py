@@ -9,8 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from launch.cli.bench import VitSize
-from pipeline.bench.checkpoint import MODELS, Options, Result, markdown
+from pipeline.bench.checkpoint import Options, Result, markdown
 from pipeline.errors import ConfigError
 from tests.helpers.runs import ROOT, environment
 
@@ -22,10 +21,6 @@ def test_the_page_says_whether_the_aim_was_met() -> None:
     assert "3.0% of a step, below the target of 5%" in page
     result.beside = 0.2
     assert "20.0% of a step, not below" in markdown(result, Options(), {}, "")
-
-
-def test_the_command_line_offers_every_size() -> None:
-    assert set(VitSize) == set(MODELS)
 
 
 def test_an_unknown_size_is_refused_before_anything_starts() -> None:

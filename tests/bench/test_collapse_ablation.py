@@ -7,8 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from launch.cli.bench_methods import Question
-from pipeline.bench.collapse_ablation import QUESTIONS, TRIALS, Trial, TrialResult, markdown, read_journal
+from pipeline.bench.collapse_ablation import TRIALS, Trial, TrialResult, markdown, read_journal
 from pipeline.config.load import flatten, load
 from pipeline.reports.collapse_ablation import page as curves
 from pipeline.tracking.journal import Journal
@@ -62,7 +61,3 @@ def test_metrics_and_alerts_are_read_from_a_runs_journals(tmp_path: Path) -> Non
     metrics, alerts = read_journal(tmp_path)
     assert metrics == {"train/loss": {5: 2.5, 10: math.inf}, "knn/k20": {5: 0.25}}
     assert alerts == {"rank_collapse": "few directions"}
-
-
-def test_the_command_line_offers_every_question() -> None:
-    assert tuple(Question) == QUESTIONS

@@ -94,9 +94,9 @@ def test_photographs_are_packed_at_one_size_and_repeated_mirrored(tmp_path: Path
 
 
 def test_too_few_pictures_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="2 images are less than a batch of 32"):
+    with pytest.raises(DataError, match="2 images are fewer than a batch of 32"):
         prepare(Options(images=2), tmp_path)
-    with pytest.raises(DataError, match=r"holds no \.jpg"):
+    with pytest.raises(DataError, match=r"must contain \.jpg"):
         prepare(Options(photos=tmp_path), tmp_path)
 
 

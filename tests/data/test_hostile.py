@@ -12,7 +12,8 @@ import pytest
 import torch
 
 from pipeline.data import storage
-from pipeline.data.augment.views import Augment, ViewSpec
+from pipeline.data.augment.operators import Augment
+from pipeline.data.augment.views import ViewSpec
 from pipeline.data.index.build import build
 from pipeline.data.loader.bad_samples import BadSamples
 from pipeline.data.loader.batch_stream import BatchStream, StreamOptions

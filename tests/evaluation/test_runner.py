@@ -63,7 +63,7 @@ REFUSED = {
     "2 names of 3 classes": [
         "evaluation.segmentation={enabled: true, train_shards: a, val_shards: b, num_classes: 3, class_names: [x, y]}",
     ],
-    "a file of class names": ["evaluation.zeroshot.enabled=true"],
+    "class_names is required": ["evaluation.zeroshot.enabled=true"],
     "dinov2 reads no captions": ["evaluation.retrieval.enabled=true"],
     "no gradient flows into images": ["evaluation.robustness.enabled=true", "train.zero_stage=3"],
     "no evaluation of this run computes it": ["evaluation.linear.enabled=true", "checkpoint.keep_best=knn/k10"],

@@ -19,7 +19,7 @@ from pipeline.data.index.manifest import Manifest
 from pipeline.data.pack.shard_writer import ShardWriter
 from pipeline.errors import DataError
 from pipeline.evaluation.images import ImageSet
-from pipeline.evaluation.segmentation import Segmentation, confusion, ious, merge_windows, whole_map, window_positions
+from pipeline.evaluation.segmentation import Segmentation, confusion, full_map, ious, merge_windows, window_positions
 from pipeline.evaluation.settings import SegmentationSettings
 from pipeline.models.eval_model import EvalModel
 from pipeline.models.settings import ModelSettings
@@ -62,9 +62,9 @@ def test_where_squares_overlap_their_mean_decides_by_hand() -> None:
 
 def test_a_whole_map_is_as_it_is_stored() -> None:
     pixels = np.array([[0, 1, 9], [1, 1, 0]], dtype=np.uint8)
-    assert whole_map(png(pixels), classes=2, ignore=(9,), key="k").tolist() == [[0, 1, 255], [1, 1, 0]]
+    assert full_map(png(pixels), classes=2, ignore=(9,), key="k").tolist() == [[0, 1, 255], [1, 1, 0]]
     with pytest.raises(DataError, match=r"must be 0 to 1, and it holds \[9\]"):
-        whole_map(png(pixels), classes=2, ignore=(), key="k")
+        full_map(png(pixels), classes=2, ignore=(), key="k")
 
 
 # ---- on shards --------------------------------------------------------------------------------------------------------------

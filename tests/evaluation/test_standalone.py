@@ -127,7 +127,7 @@ def test_a_checkpoint_of_another_architecture_is_refused_by_name_and_shapes(eval
     config = evaluated[0].config
     wider = config.replace(model=config.model.model_copy(update={"embed_dim": 48}))
     with pytest.raises(
-        CheckpointError, match=r"backbone\.mask_token: \[1, 1, 32\] in the checkpoint, \[1, 1, 48\] by the settings"
+        CheckpointError, match=r"backbone\.mask_token: \[1, 1, 32\] in the checkpoint, \[1, 1, 48\] in the settings"
     ):
         from_checkpoint.load_trained(wider, from_checkpoint.newest(config.run.folder), CPU)
     deeper = config.replace(model=config.model.model_copy(update={"depth": 2}))

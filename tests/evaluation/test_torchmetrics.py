@@ -65,6 +65,6 @@ def test_recalls_are_torchmetrics_hit_rates() -> None:
     similarity = F.normalize(images.double(), dim=1) @ F.normalize(texts.double(), dim=1).T
     right = torch.arange(20)[:, None] == owners[None]
     for k in (1, 5, 10):
-        for name, scores, hits in (("image_to_text", similarity, right), ("text_to_image", similarity.T, right.T)):
-            theirs = [float(retrieval_hit_rate(row, hit, top_k=k)) for row, hit in zip(scores, hits, strict=True)]
+        for name, table, hits in (("image_to_text", similarity, right), ("text_to_image", similarity.T, right.T)):
+            theirs = [float(retrieval_hit_rate(row, hit, top_k=k)) for row, hit in zip(table, hits, strict=True)]
             assert scores[f"{name}/recall@{k}"] == pytest.approx(sum(theirs) / len(theirs)), (name, k)

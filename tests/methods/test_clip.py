@@ -61,7 +61,7 @@ def test_features_are_unit_vectors_and_chance_is_the_logarithm_of_the_batch() ->
 def test_one_crop_of_nearly_the_whole_picture_with_clips_colours_is_asked_for() -> None:
     (view,) = one_view(ClipSettings())
     assert (view.name, view.count, view.size, view.crop_scale) == ("image", 1, 224, (0.9, 1.0))
-    assert (view.augment[0].flip_p, view.augment[0].jitter_p) == (0.0, 0.0)
+    assert (view.augment[0].flip_probability, view.augment[0].jitter_probability) == (0.0, 0.0)
     assert (view.normalize.mean, view.normalize.std) == (OPENAI_MEAN, OPENAI_STD)
     method = clip()
     assert method.text is not None and (method.text.tokenizer, method.text.context) == ("ViT-B-32", 6)
@@ -205,11 +205,11 @@ def test_a_hundred_steps_on_one_batch_teach_it_and_clip_finds_every_pair(loss: s
     [
         (["method.gather_with_grad=false"], "unknown key 'method.gather_with_grad'"),
         (["method.local_loss=false"], "unknown key 'method.local_loss'"),
-        (["method.freeze=[image, text]"], "should leave one tower to train"),
+        (["method.freeze=[image, text]"], "must leave one tower to train"),
         (["method.views.global_size=225"], "is not divisible by the patch side 32; 224 or 256 would"),
         (["method.text.architecture=ViT-B-33"], "ViT-B-32"),
         (["method.text={architecture: null, width: 64}"], "width, depth and num_heads are all required"),
-        (["method.text.num_heads=7"], "does not divide by 7 heads"),
+        (["method.text.num_heads=7"], "is not divisible by 7 heads"),
     ],
 )
 def test_settings_that_train_wrongly_or_not_at_all_are_refused(words: list[str], told: str) -> None:

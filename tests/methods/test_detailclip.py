@@ -170,8 +170,14 @@ def test_views_are_those_of_the_released_code() -> None:
     (view,) = detailclip_views(DetailClipSettings())
     (augment,) = view.augment
     assert (view.name, view.count, view.size, view.crop_scale) == ("global", 2, 224, (0.14, 1.0))
-    assert (augment.flip_p, augment.jitter_p, augment.gray_p, augment.blur_p, augment.solarize_p) == (0.0, 0.8, 0.2, 0.1, 0.2)
-    assert (augment.brightness, augment.contrast, augment.saturation, augment.hue) == (0.4, 0.4, 0.2, 0.1)
+    assert (
+        augment.flip_probability,
+        augment.jitter_probability,
+        augment.gray_probability,
+        augment.blur_probability,
+        augment.solarize_probability,
+    ) == (0.0, 0.8, 0.2, 0.1, 0.2)
+    assert (augment.brightness, augment.contrast, augment.saturation, augment.hue_shift) == (0.4, 0.4, 0.2, 0.1)
     assert view.mask is None
 
 

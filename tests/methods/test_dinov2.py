@@ -349,11 +349,11 @@ def test_views_are_those_of_the_paper(changes: Any, expected: tuple[float, float
     assert (large.name, large.count, large.size, large.crop_scale) == ("global", 2, 224, (0.32, 1.0))
     assert (small.name, small.count, small.size, small.crop_scale) == ("local", 8, 98, (0.05, 0.32))
     first, second, local = *large.augment, *small.augment
-    assert (first.blur_p, second.blur_p, local.blur_p) == expected
-    assert (first.solarize_p, second.solarize_p, local.solarize_p) == (0.0, 0.2, 0.0)
+    assert (first.blur_probability, second.blur_probability, local.blur_probability) == expected
+    assert (first.solarize_probability, second.solarize_probability, local.solarize_probability) == (0.0, 0.2, 0.0)
     for augment in (first, second, local):
-        assert (augment.flip_p, augment.jitter_p, augment.gray_p) == (0.5, 0.8, 0.2)
-        assert (augment.brightness, augment.contrast, augment.saturation, augment.hue) == (0.4, 0.4, 0.2, 0.1)
+        assert (augment.flip_probability, augment.jitter_probability, augment.gray_probability) == (0.5, 0.8, 0.2)
+        assert (augment.brightness, augment.contrast, augment.saturation, augment.hue_shift) == (0.4, 0.4, 0.2, 0.1)
     assert large.mask is not None
     assert (large.mask.patch, large.mask.probability, large.mask.ratio) == (14, 0.5, (0.1, 0.5))
     assert small.mask is None

@@ -64,8 +64,8 @@ def test_each_resolution_is_a_set_of_views_and_what_it_leaves_open_is_the_views_
     assert again.same_as == "global" and again.mask is None
     assert (again.crop_scale, again.count) == (method.views[0].crop_scale, method.views[0].count)
     (colours,) = again.augment
-    assert colours.flip_p == method.views[0].augment[0].flip_p
-    assert colours.jitter_p == colours.gray_p == colours.blur_p == colours.solarize_p == 0
+    assert colours.flip_probability == method.views[0].augment[0].flip_probability
+    assert colours.jitter_probability == colours.gray_probability == colours.blur_probability == colours.solarize_probability == 0
     plain = DINOv2(tower(16), settings())
     assert [one.views for one in plain.view_sets] == [plain.views] and set(sides(plain.views)) == {"global", "local"}
 

@@ -23,10 +23,10 @@ from tests.helpers.tiny_methods import STEP, advance, batch_at, config, engine_o
 def test_views_are_the_papers() -> None:
     (views,) = two_views(SimclrSettings())
     assert (views.count, views.size, views.crop_scale) == (2, 224, (0.08, 1.0))
-    assert [a.blur_p for a in views.augment] == [0.5] and views.augment[0].blur_kernel == 23
-    assert (views.augment[0].brightness, views.augment[0].hue, views.normalize.mean) == (0.8, 0.2, (0.0, 0.0, 0.0))
+    assert [a.blur_probability for a in views.augment] == [0.5] and views.augment[0].blur_kernel == 23
+    assert (views.augment[0].brightness, views.augment[0].hue_shift, views.normalize.mean) == (0.8, 0.2, (0.0, 0.0, 0.0))
     (views,) = two_views(ByolSettings())
-    assert [(a.blur_p, a.solarize_p) for a in views.augment] == [(1.0, 0.0), (0.1, 0.2)]
+    assert [(a.blur_probability, a.solarize_probability) for a in views.augment] == [(1.0, 0.0), (0.1, 0.2)]
     (views,) = two_views(Mocov2Settings())
     assert (views.crop_scale, views.augment[0].saturation) == ((0.2, 1.0), 0.4)
     large, small = two_views(DinoSettings())
@@ -43,7 +43,7 @@ def test_what_a_section_leaves_out_is_the_methods_own() -> None:
 def test_there_is_nothing_to_repel_without_local_crops() -> None:
     with pytest.raises(ValidationError, match="local_count of 2"):
         ByolSettings(local_repulsion=RepelSettings())
-    with pytest.raises(ValidationError, match="local_count should be 0"):
+    with pytest.raises(ValidationError, match="local_count must be 0"):
         SimclrSettings(views=MultiCropSettings(local_count=2))
 
 

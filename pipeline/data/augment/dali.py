@@ -7,6 +7,7 @@ Therefore contrast is computed arithmetically around the image's mean gray, and 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -14,6 +15,7 @@ import numpy as np
 import torch
 from nvidia.dali import fn, math, pipeline_def, tensors, types
 
+from pipeline.data.augment.operators import OPERATORS
 from pipeline.data.augment.plan import ViewPlan
 from pipeline.data.augment.views import Normalize, ViewSpec
 
@@ -52,57 +54,79 @@ def _turn_hue(image: Any, turns: Any) -> Any:
     return _byte(fn.cat(*channels, axis=2) * np.float32(255))
 
 
-def _scalar(field: str, dtype: Any) -> Any:
-    return fn.external_source(name=field, ndim=0, dtype=dtype, batch=True)
+@dataclass(frozen=True)
+class _Inputs:
+    """The plan arrays that a graph reads, and what an operator must know of the graph.
+
+    Attributes:
+        hue, device: as in :class:`Augmenter`; the device is ``cpu`` or ``gpu``.
+        read: names of the arrays that the graph reads; DALI rejects others.
+    """
+
+    hue: str
+    device: str
+    read: list[str]
+
+    def array(self, name: str, dtype: Any, ndim: int = 0) -> Any:
+        """An array of the plan as input of the graph: one number per sample, or with ``ndim=1`` a vector."""
+        self.read.append(name)
+        return fn.external_source(name=name, ndim=ndim, dtype=dtype, batch=True)
 
 
 def _luma(image: Any) -> Any:
     return fn.color_space_conversion(image, image_type=types.RGB, output_type=types.GRAY)
 
 
-def _jitter(x: Any, hue: str, device: str) -> Any:
-    brightness, contrast = _scalar("brightness", types.FLOAT), _scalar("contrast", types.FLOAT)
-    saturation = _scalar("saturation", types.FLOAT)
-    turns: Any = _scalar("hue", types.FLOAT) if hue != "off" else None
-    jittered = _scalar("jitter", types.BOOL)
+def _jitter(x: Any, inputs: _Inputs) -> Any:
+    brightness, contrast = inputs.array("brightness", types.FLOAT), inputs.array("contrast", types.FLOAT)
+    saturation = inputs.array("saturation", types.FLOAT)
+    turns: Any = inputs.array("hue", types.FLOAT) if inputs.hue != "off" else None
+    jittered = inputs.array("jitter", types.BOOL)
     if jittered:
         x = fn.brightness_contrast(x, brightness=brightness)
         mean = fn.reductions.mean(_luma(x))
         # A single operator is six times as fast as arithmetic, with the same pixels, but takes its arguments from the CPU only.
         x = (
             fn.brightness_contrast(x, contrast=contrast, contrast_center=mean)
-            if device == "cpu"
+            if inputs.device == "cpu"
             else _byte(x * contrast + mean * (np.float32(1) - contrast))
         )
-        if hue == "yiq":
+        if inputs.hue == "yiq":
             x = fn.color_twist(x, saturation=saturation, hue=turns * np.float32(360))
         else:
             x = fn.color_twist(x, saturation=saturation)
-        if hue == "hsv":
+        if inputs.hue == "hsv":
             x = _turn_hue(x, turns)
     return x
 
 
-def _gray(x: Any) -> Any:
-    grayed = _scalar("gray", types.BOOL)
+def _gray(x: Any, inputs: _Inputs) -> Any:
+    grayed = inputs.array("gray", types.BOOL)
     if grayed:
         x = fn.color_space_conversion(_luma(x), image_type=types.GRAY, output_type=types.RGB)
     return x
 
 
-def _blur(x: Any, kernel: int | str) -> Any:
-    sigma = _scalar("sigma", types.FLOAT)
+def _blur(x: Any, inputs: _Inputs, *, blur_kernel: int | str) -> Any:
+    sigma = inputs.array("sigma", types.FLOAT)
     if sigma > 0:
-        x = fn.gaussian_blur(x, window_size=0 if kernel == "auto" else kernel, sigma=sigma)
+        x = fn.gaussian_blur(x, window_size=0 if blur_kernel == "auto" else blur_kernel, sigma=sigma)
     return x
 
 
-def _solarize(x: Any, threshold: int) -> Any:
-    solarized = _scalar("solarize", types.BOOL)
+def _solarize(x: Any, inputs: _Inputs, *, solarize_threshold: int) -> Any:
+    solarized = inputs.array("solarize", types.BOOL)
     if solarized:
-        values = [v if v < threshold else 255 - v for v in range(256)]
+        values = [v if v < solarize_threshold else 255 - v for v in range(256)]
         x = fn.lookup_table(x, keys=list(range(256)), values=values, dtype=types.UINT8)
     return x
+
+
+_FUNCTIONS: dict[str, Callable[..., Any]] = {"jitter": _jitter, "gray": _gray, "blur": _blur, "solarize": _solarize}
+"""Each operator's function: images and :class:`_Inputs` in, its constants by name; images out, uint8 ``[h, w, 3]``.
+
+Inputs must be read outside a condition on samples: inside, DALI knows only those samples.
+"""
 
 
 @dataclass(frozen=True)
@@ -112,66 +136,58 @@ class _Group:
     Attributes:
         views: their positions in the plan.
         size, normalize, interpolation: as in :class:`ViewSpec`.
-        kernel, threshold: of blur and solarization.
-        fields: the plan's fields that the graph reads; DALI rejects unused inputs.
+        operators: names and constants of the operators that at least one of the views uses.
     """
 
     views: tuple[int, ...]
     size: int
     normalize: Normalize
-    kernel: int | str
-    threshold: int
     interpolation: str
-    fields: tuple[str, ...]
+    operators: tuple[tuple[str, tuple[tuple[str, Any], ...]], ...]
 
 
-def _groups(specs: tuple[ViewSpec, ...], hue: str) -> list[_Group]:
-    """Groups views by what the graph must be built for; views without blur fit any blur kernel."""
+def _groups(specs: tuple[ViewSpec, ...]) -> list[_Group]:
+    """Groups views by what the graph must be built for."""
     views = [(spec, spec.augment[v % len(spec.augment)]) for spec in specs for v in range(spec.count)]
     members_by_kind: dict[Any, list[int]] = {}
     for index, (spec, augment) in enumerate(views):
-        members_by_kind.setdefault(
-            (spec.size, spec.normalize, augment.blur_kernel, augment.solarize_threshold, spec.interpolation), []
-        ).append(index)
+        constants = tuple(getattr(augment, name) for operator in OPERATORS for name in operator.constants)
+        members_by_kind.setdefault((spec.size, spec.normalize, spec.interpolation, constants), []).append(index)
     groups = []
-    for (size, normalize, kernel, threshold, interpolation), members in members_by_kind.items():
+    for (size, normalize, interpolation, _), members in members_by_kind.items():
         augments = [views[index][1] for index in members]
-        fields = ["start", "end", "flip"]
-        if any(augment.jitter_p > 0 for augment in augments):
-            fields += ["jitter", "brightness", "contrast", "saturation", *(["hue"] if hue != "off" else [])]
-        for field, name in (("gray", "gray_p"), ("sigma", "blur_p"), ("solarize", "solarize_p")):
-            fields += [field] if any(getattr(augment, name) > 0 for augment in augments) else []
-        groups.append(_Group(tuple(members), size, normalize, kernel, threshold, interpolation, tuple(fields)))
+        operators = tuple(
+            (operator.name, tuple((name, getattr(augments[0], name)) for name in operator.constants))
+            for operator in OPERATORS
+            if any(operator.used(augment) for augment in augments)
+        )
+        groups.append(_Group(tuple(members), size, normalize, interpolation, operators))
     return groups
 
 
 @pipeline_def(enable_conditionals=True)
-def _graph(group: _Group, hue: str, device: str) -> Any:
+def _graph(group: _Group, inputs: _Inputs) -> Any:
     # Each image is fed once for each of its views, always the same bytes: they must not be copied.
-    images = fn.external_source(name="images", device=device, layout="HWC", ndim=3, dtype=types.UINT8, batch=True, no_copy=True)
+    images = fn.external_source(
+        name="images", device=inputs.device, layout="HWC", ndim=3, dtype=types.UINT8, batch=True, no_copy=True
+    )
     x = fn.resize(
         images,
-        roi_start=fn.external_source(name="start", ndim=1, dtype=types.FLOAT, batch=True),
-        roi_end=fn.external_source(name="end", ndim=1, dtype=types.FLOAT, batch=True),
+        roi_start=inputs.array("start", types.FLOAT, ndim=1),
+        roi_end=inputs.array("end", types.FLOAT, ndim=1),
         size=[group.size, group.size],
         interp_type=types.INTERP_CUBIC if group.interpolation == "bicubic" else types.INTERP_LINEAR,
         antialias=True,
     )
-    if "jitter" in group.fields:
-        x = _jitter(x, hue, device)
-    if "gray" in group.fields:
-        x = _gray(x)
-    if "sigma" in group.fields:
-        x = _blur(x, group.kernel)
-    if "solarize" in group.fields:
-        x = _solarize(x, group.threshold)
+    for name, constants in group.operators:
+        x = _FUNCTIONS[name](x, inputs, **dict(constants))
     return fn.crop_mirror_normalize(
         x,
         dtype=types.FLOAT,
         output_layout="CHW",
         mean=[255 * m for m in group.normalize.mean],
         std=[255 * s for s in group.normalize.std],
-        mirror=_scalar("flip", types.INT32),
+        mirror=inputs.array("flip", types.INT32),
     )
 
 
@@ -191,7 +207,7 @@ class Augmenter:
     def __init__(
         self, *sets: tuple[ViewSpec, ...], batch_size: int, threads: int = 1, device_id: int | None = None, hue: Hue = "hsv"
     ) -> None:
-        self._sets = {specs: _groups(specs, hue) for specs in sets}
+        self._sets = {specs: _groups(specs) for specs in sets}
         self._on_cpu, self._device_id = device_id is None, device_id
         self._fed: list[Any] = []
         self._pipelines = {
@@ -200,11 +216,12 @@ class Augmenter:
         }
 
     @staticmethod
-    def _build(group: _Group, batch_size: int, threads: int, device_id: int | None, hue: str) -> Any:
+    def _build(group: _Group, batch_size: int, threads: int, device_id: int | None, hue: str) -> tuple[Any, list[str]]:
+        """Builds the graph of a group; returns it with the names of the plan arrays that it reads."""
+        inputs = _Inputs(hue, "cpu" if device_id is None else "gpu", read=[])
         pipeline = _graph(
             group,
-            hue,
-            "cpu" if device_id is None else "gpu",
+            inputs,
             batch_size=batch_size,
             num_threads=threads,
             device_id=device_id,
@@ -213,7 +230,7 @@ class Augmenter:
             seed=0,
         )
         pipeline.build()
-        return pipeline
+        return pipeline, inputs.read
 
     def run(
         self, images: list[Any], plan: list[ViewPlan], specs: tuple[ViewSpec, ...] | None = None
@@ -234,14 +251,15 @@ class Augmenter:
         if not self._on_cpu:
             torch.cuda.current_stream(self._device_id).synchronize()
         specs = next(iter(self._sets)) if specs is None else specs
-        pipelines = [(group, self._pipelines[group]) for group in self._sets[specs]]
-        for group, pipeline in pipelines:
+        pipelines = [(group, *self._pipelines[group]) for group in self._sets[specs]]
+        arrays = [view.arrays for view in plan]
+        for group, pipeline, names in pipelines:
             pipeline.feed_input("images", fed * len(group.views))
-            for field in group.fields:
-                pipeline.feed_input(field, np.concatenate([getattr(plan[view], field) for view in group.views]))
+            for name in names:
+                pipeline.feed_input(name, np.concatenate([arrays[view][name] for view in group.views]))
             pipeline.schedule_run()
         made: dict[int, torch.Tensor] = {}
-        for group, pipeline in pipelines:
+        for group, pipeline, _ in pipelines:
             (out,) = pipeline.outputs()
             joint = torch.from_dlpack(out.as_tensor())
             # The executor gives up its buffers and never writes to them again; on a GPU the copy also orders the streams.

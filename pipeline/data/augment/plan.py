@@ -8,16 +8,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.data.augment.views import Augment, ViewSet, ViewSpec
+from pipeline.data.augment.operators import OPERATORS, Augment
+from pipeline.data.augment.views import ViewSet, ViewSpec
 from pipeline.data.order.random import uniforms
 
 _ATTEMPTS = 10
 _BOX_DRAWS = 2 * _ATTEMPTS + 2
-_COLOUR_DRAWS = 10
+_FLIP_DRAW = 0  # of the draws after the box's; the others are the operators'
 _SET_STREAM = 2_000_003
 PLAN_VERSION = 1
 
@@ -29,31 +31,29 @@ class ViewPlan:
     Attributes:
         start, end: float32 ``[n, 2]``, the box as (y, x), pixels of the decoded image.
         flip: int32 ``[n]``.
-        jitter: bool ``[n]``; brightness, contrast, saturation: float32 ``[n]`` factors; hue: float32 ``[n]`` turns.
-        gray, solarize: bool ``[n]``.
-        sigma: float32 ``[n]``, pixels; 0 where the crop is not blurred.
+        values: the operators' arrays by name, ``[n]`` each. jitter: bool; brightness, contrast, saturation: float32 factors;
+            hue: float32 turns; gray, solarize: bool; sigma: float32 pixels, 0 where the crop is not blurred.
     """
 
     start: NDArray[np.float32]
     end: NDArray[np.float32]
     flip: NDArray[np.int32]
-    jitter: NDArray[np.bool_]
-    brightness: NDArray[np.float32]
-    contrast: NDArray[np.float32]
-    saturation: NDArray[np.float32]
-    hue: NDArray[np.float32]
-    gray: NDArray[np.bool_]
-    sigma: NDArray[np.float32]
-    solarize: NDArray[np.bool_]
+    values: dict[str, NDArray[Any]]
 
-    def take(self, rows: slice) -> ViewPlan:
-        """Returns the plan of a slice of the samples."""
-        return ViewPlan(*(getattr(self, name)[rows] for name in self.__dataclass_fields__))
+    @property
+    def arrays(self) -> dict[str, NDArray[Any]]:
+        """All arrays by name, those of the operators included."""
+        return {"start": self.start, "end": self.end, "flip": self.flip, **self.values}
+
+    def take(self, rows: slice | list[int]) -> ViewPlan:
+        """Returns the plan of some of the samples."""
+        values = {name: array[rows] for name, array in self.values.items()}
+        return ViewPlan(self.start[rows], self.end[rows], self.flip[rows], values)
 
     def replace_row(self, row: int, other: ViewPlan) -> None:
         """Replaces one row by the first row of another plan (for a substituted sample)."""
-        for name in self.__dataclass_fields__:
-            getattr(self, name)[row] = getattr(other, name)[0]
+        for name, array in self.arrays.items():
+            array[row] = other.arrays[name][0]
 
 
 def random_boxes(
@@ -84,25 +84,20 @@ def random_boxes(
     left = np.floor(draws[:, -1] * (width - crop_w + 1))
     none = ~fits.any(axis=1)
     if none.any():
-        whole = width / height
-        fall_w = np.where(whole > ratio[1], np.rint(height * ratio[1]), width)
-        fall_h = np.where(whole < ratio[0], np.rint(width / ratio[0]), height)
+        ratio_of_image = width / height
+        fall_w = np.where(ratio_of_image > ratio[1], np.rint(height * ratio[1]), width)
+        fall_h = np.where(ratio_of_image < ratio[0], np.rint(width / ratio[0]), height)
         crop_h, crop_w = np.where(none, fall_h, crop_h), np.where(none, fall_w, crop_w)
         top = np.where(none, np.floor((height - crop_h) / 2), top)
         left = np.where(none, np.floor((width - crop_w) / 2), left)
     return np.stack([top, left, crop_h, crop_w], axis=1).astype(np.int64)
 
 
-def _square_boxes(sizes: NDArray[np.int64], share: float, place: float) -> NDArray[np.float32]:
+def _square_boxes(sizes: NDArray[np.int64], share: float, position: float) -> NDArray[np.float32]:
     side = sizes.min(axis=1) * share
     slack = sizes - side[:, None]
-    start = np.where(sizes > sizes.min(axis=1, keepdims=True), slack * place, slack / 2)
+    start = np.where(sizes > sizes.min(axis=1, keepdims=True), slack * position, slack / 2)
     return np.stack([start[:, 0], start[:, 1], side, side], axis=1).astype(np.float32)
-
-
-def _factor(draw: NDArray[np.float64], strength: float) -> NDArray[np.float32]:
-    low = max(0.0, 1.0 - strength)
-    return (low + (1.0 + strength - low) * draw).astype(np.float32)
 
 
 def plan_view(
@@ -127,25 +122,21 @@ def plan_view(
         seed: the run's seed.
     """
     augment: Augment = spec.augment[view % len(spec.augment)]
-    draws = uniforms(ids, _BOX_DRAWS + _COLOUR_DRAWS, seed, stream, epochs=epochs)
+    count = max(operator.draws.stop for operator in OPERATORS)
+    draws = uniforms(ids, _BOX_DRAWS + count, seed, stream, epochs=epochs)
     if spec.crop_scale is None:
-        box = _square_boxes(sizes, spec.centre, spec.place)
+        box = _square_boxes(sizes, spec.centre, spec.position)
     else:
         box = random_boxes(draws[:, :_BOX_DRAWS], sizes, spec.crop_scale, spec.crop_ratio).astype(np.float32)
-    d = draws[:, _BOX_DRAWS:].T
-    low, high = augment.blur_sigma
+    colour = draws[:, _BOX_DRAWS:].T
+    values: dict[str, NDArray[Any]] = {}
+    for operator in OPERATORS:
+        values |= operator.plan(colour[operator.draws.start : operator.draws.stop], augment)
     return ViewPlan(
         start=box[:, :2].copy(),
         end=box[:, :2] + box[:, 2:],
-        flip=(d[0] < augment.flip_p).astype(np.int32),
-        jitter=d[1] < augment.jitter_p,
-        brightness=_factor(d[2], augment.brightness),
-        contrast=_factor(d[3], augment.contrast),
-        saturation=_factor(d[4], augment.saturation),
-        hue=((2 * d[5] - 1) * augment.hue).astype(np.float32),
-        gray=d[6] < augment.gray_p,
-        sigma=np.where(d[7] < augment.blur_p, low + (high - low) * d[8], 0.0).astype(np.float32),
-        solarize=d[9] < augment.solarize_p,
+        flip=(colour[_FLIP_DRAW] < augment.flip_probability).astype(np.int32),
+        values=values,
     )
 
 

@@ -9,6 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
+from pipeline.data.augment.operators import Augment
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -24,37 +26,6 @@ class Normalize:
 
     mean: tuple[float, float, float] = IMAGENET_MEAN
     std: tuple[float, float, float] = IMAGENET_STD
-
-
-@dataclass(frozen=True)
-class Augment:
-    """Augmentation of a crop after it was cut and resized, in this order: flip, jitter, gray, blur, solarize, normalize.
-
-    Jitter has the fixed order brightness, contrast, saturation, hue. Ranges follow torchvision's ColorJitter: a factor
-    is uniform in ``[1 - v, 1 + v]``, the hue shift uniform in ``[-v, v]`` turns of the colour circle.
-
-    Attributes:
-        flip_p: probability of a horizontal flip.
-        jitter_p: probability of colour jitter.
-        gray_p: probability of grayscale (three equal channels, ITU-R 601 luma).
-        blur_p: probability of a Gaussian blur, sigma uniform in ``blur_sigma`` pixels.
-        blur_kernel: width of the blur kernel in pixels, odd; ``auto`` grows it with sigma, which approximates Pillow's blur by
-            radius (DINO, SLIP, DetailCLIP).
-        solarize_p: probability that values of ``solarize_threshold`` (0..255) and above are inverted.
-    """
-
-    flip_p: float = 0.5
-    jitter_p: float = 0.0
-    brightness: float = 0.0
-    contrast: float = 0.0
-    saturation: float = 0.0
-    hue: float = 0.0
-    gray_p: float = 0.0
-    blur_p: float = 0.0
-    blur_sigma: tuple[float, float] = (0.1, 2.0)
-    blur_kernel: int | Literal["auto"] = 9
-    solarize_p: float = 0.0
-    solarize_threshold: int = 128
 
 
 @dataclass(frozen=True)
@@ -82,7 +53,7 @@ class ViewSpec:
         size: side of the square view, pixels.
         crop_scale: minimum and maximum fraction of the image's area; ``None`` means the evaluation view: a centred square.
         centre: side of that square as a fraction of the image's shorter side (224 of 256 in most protocols).
-        place: position of that square along the longer side, from 0 (left or top) over the middle to 1.
+        position: position of that square along the longer side, from 0 (left or top) over the middle to 1.
         crop_ratio: minimum and maximum width/height of the crop.
         augment: one per view, cycled when there are fewer than ``count`` (asymmetric augmentations of BYOL and DINO).
         mask: block masks to draw for each view, if the method masks patches.
@@ -97,10 +68,10 @@ class ViewSpec:
     count: int
     size: int
     crop_scale: tuple[float, float] | None
-    augment: tuple[Augment, ...] = (Augment(flip_p=0.0),)
+    augment: tuple[Augment, ...] = (Augment(flip_probability=0.0),)
     crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)
     centre: float = 1.0
-    place: float = 0.5
+    position: float = 0.5
     mask: MaskSpec | None = None
     normalize: Normalize = Normalize()
     boxes: bool = False

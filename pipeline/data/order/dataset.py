@@ -87,7 +87,7 @@ class ShuffledDataset:
         """
         shard, row = number >> 32, number & 0xFFFFFFFF
         if shard >= len(self.counts) or row >= self.counts[shard]:
-            raise DataError(f"there is no sample {number}", where="order", hint="Use numbers of this manifest.")
+            raise DataError(f"there is no sample {number}", where="order", hint="Use numbers of this manifest")
         pairs = []
         for epoch in range(first // self.span, -(-last // self.span)):
             shards, ends, shift = lru_get(self._epochs, epoch, 3, self._epoch)

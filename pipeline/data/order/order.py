@@ -121,14 +121,14 @@ class Order:
                 raise DataError(
                     f"{total} usable samples are fewer than one global batch of {self.global_batch}",
                     where="data",
-                    hint="Add shards or make the global batch smaller.",
+                    hint="Add shards or make the global batch smaller",
                 )
         else:
             if total < self.streams:
                 raise DataError(
                     f"data set {source.name!r} has {total} usable samples, fewer than the {self.streams} streams that share it",
                     where="data.sources",
-                    hint="Set data.canonical_streams to fewer (a divisor of the global batch), add shards, or leave the set out.",
+                    hint="Set data.canonical_streams to fewer (a divisor of the global batch), add shards, or leave the set out",
                 )
             low, high = mix(seed, number, _SET)
             seed = high << 32 | low
@@ -192,7 +192,7 @@ class Order:
         shard, begin, end = number >> 32, first * self._each, last * self._each
         which = next((d for d, s in enumerate(self.sources) if s.first <= shard < s.first + s.shards), None)
         if which is None:
-            raise DataError(f"there is no sample {number}", where="order", hint="Use numbers of this manifest.")
+            raise DataError(f"there is no sample {number}", where="order", hint="Use numbers of this manifest")
         own = number - (self.sources[which].first << 32)
         positions = self.datasets[which].positions_of(own, *self._interleaver.bounds(which, begin, end))
         slots = (self._interleaver.slot_of(which, stream, position) for position, stream in positions)
@@ -221,7 +221,7 @@ class Order:
 
     def _batch(self, step: int, streams: range) -> GlobalBatch:
         if step < 0:
-            raise ConfigError(f"step {step} is negative", where="step", hint="Steps count from 0.")
+            raise ConfigError(f"step {step} is negative", where="step", hint="Use 0 for the first step")
         start = step * self._each
         if len(self.datasets) == 1:
             count = len(streams)
@@ -251,14 +251,14 @@ def num_streams(global_batch: int, streams: int | None, block_size: int) -> int:
         raise ConfigError(
             f"global batch {global_batch} and block size {block_size} must be positive",
             where="data",
-            hint="Give whole numbers from 1 on.",
+            hint="Give whole numbers from 1 on",
         )
     streams = math.gcd(global_batch, _DEFAULT_STREAMS) if streams is None else streams
     if streams < 1 or global_batch % streams:
         raise ConfigError(
             f"{streams} streams do not divide the global batch of {global_batch}",
             where="data.canonical_streams",
-            hint=f"Choose one of {_listed(divisors(global_batch))}.",
+            hint=f"Choose one of {_listed(divisors(global_batch))}",
         )
     return streams
 
@@ -273,10 +273,10 @@ def rank_slice(streams: int, world: int, rank: int) -> range:
         raise ConfigError(
             f"{world} ranks cannot share {streams} streams evenly",
             where="data.canonical_streams",
-            hint=f"Use {_listed(divisors(streams))} ranks, or a global batch with a suitable divisor.",
+            hint=f"Use {_listed(divisors(streams))} ranks, or a global batch with a suitable divisor",
         )
     if not 0 <= rank < world:
-        raise ConfigError(f"rank {rank} does not exist among {world}", where="rank", hint=f"Ranks count from 0 to {world - 1}.")
+        raise ConfigError(f"rank {rank} does not exist among {world}", where="rank", hint=f"Use a rank from 0 to {world - 1}")
     share = streams // world
     return range(rank * share, (rank + 1) * share)
 
@@ -303,13 +303,13 @@ def _check(sources: tuple[Source, ...], shards: int) -> None:
     end = 0
     for source in sources:
         if source.first != end or source.shards < 1:
-            raise ConfigError(f"shards of {source.name!r} do not follow those before", where=where, hint="Leave no gap.")
+            raise ConfigError(f"shards of {source.name!r} do not follow those before", where=where, hint="Leave no gap")
         end += source.shards
         if not 0 < (source.repeat if source.weight is None else source.weight) < math.inf:
-            raise ConfigError(f"weight or repeat of {source.name!r} is not positive", where=where, hint="Leave the set out.")
+            raise ConfigError(f"weight or repeat of {source.name!r} is not positive", where=where, hint="Leave the set out")
     if end != shards:
-        raise ConfigError(f"data sets have {end} shards, the manifest {shards}", where=where, hint="Cover every shard once.")
+        raise ConfigError(f"data sets have {end} shards, the manifest {shards}", where=where, hint="Name every shard once")
     if len({source.name for source in sources}) < len(sources):
-        raise ConfigError("two data sets have one name", where=where, hint="Give each a name of its own.")
+        raise ConfigError("two data sets have one name", where=where, hint="Give each a name of its own")
     if len({source.weight is None for source in sources}) > 1:
-        raise ConfigError("some data sets have a weight, others not", where=where, hint="Give all a weight, or none.")
+        raise ConfigError("some data sets have a weight, others not", where=where, hint="Give all a weight, or none")

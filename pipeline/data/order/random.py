@@ -39,10 +39,10 @@ def philox(counter: NDArray[np.uint32], key: tuple[int, int]) -> NDArray[np.uint
     return np.stack([c0, c1, c2, c3], axis=1).astype(np.uint32)
 
 
-def mix(*words: int) -> tuple[int, int]:
+def mix(*values: int) -> tuple[int, int]:
     """Hashes any number of non-negative integers to two 32-bit key words (splitmix64)."""
     state = 0
-    for word in words:
+    for word in values:
         state = (state ^ (int(word) & 0xFFFFFFFFFFFFFFFF)) & 0xFFFFFFFFFFFFFFFF
         state = (state + 0x9E3779B97F4A7C15) & 0xFFFFFFFFFFFFFFFF
         state = ((state ^ (state >> 30)) * 0xBF58476D1CE4E5B9) & 0xFFFFFFFFFFFFFFFF
@@ -70,8 +70,8 @@ def uniforms(ids: NDArray[np.uint64], count: int, *key: int, epochs: NDArray[np.
     counter[:, :, 1] = (ids & _LOW).astype(np.uint32)[:, None]
     counter[:, :, 2] = (ids >> _SHIFT).astype(np.uint32)[:, None]
     counter[:, :, 3] = np.asarray(epochs, dtype=np.uint32).reshape(-1, 1)
-    words = philox(counter.reshape(-1, 4), mix(*key)).reshape(len(ids), blocks * 4)
-    return words[:, :count].astype(np.float64) * 2.0**-32
+    values = philox(counter.reshape(-1, 4), mix(*key)).reshape(len(ids), blocks * 4)
+    return values[:, :count].astype(np.float64) * 2.0**-32
 
 
 def permutation(n: int, *key: int) -> NDArray[np.int64]:
@@ -81,6 +81,6 @@ def permutation(n: int, *key: int) -> NDArray[np.int64]:
     index = np.arange(blocks, dtype=np.uint64)
     counter[:, 0] = (index & _LOW).astype(np.uint32)
     counter[:, 1] = (index >> _SHIFT).astype(np.uint32)
-    words = philox(counter, mix(*key)).astype(np.uint64)
-    draws = (words[:, 0::2] << _SHIFT | words[:, 1::2]).reshape(-1)[:n]
+    values = philox(counter, mix(*key)).astype(np.uint64)
+    draws = (values[:, 0::2] << _SHIFT | values[:, 1::2]).reshape(-1)[:n]
     return np.argsort(draws, kind="stable").astype(np.int64)

@@ -172,7 +172,7 @@ def _records(file: Any, where: str, shape: _Shape, quoted: bool, *, spaced: bool
 
 def _fitting(records: Records, columns: int, where: str) -> Records:
     """Yields the rows after the header; raises at the end if some had another number of fields."""
-    odd: list[tuple[int, int]] = []
+    misfits: list[tuple[int, int]] = []
     count = total = 0
     for line, fields in records:
         total += 1
@@ -180,13 +180,13 @@ def _fitting(records: Records, columns: int, where: str) -> Records:
             yield line, fields
             continue
         count += 1
-        if len(odd) < _NAMED:
-            odd.append((line, len(fields)))
+        if len(misfits) < _NAMED:
+            misfits.append((line, len(fields)))
     if count:
-        shown = ", ".join(f"line {line} has {n}" for line, n in odd) + (" …" if count > len(odd) else "")
+        shown = ", ".join(f"line {line} has {n}" for line, n in misfits) + (" …" if count > len(misfits) else "")
         raise DataError(
             f"{count} of {total} rows do not have the {columns} fields of the header: {shown}",
-            where=f"{where}:{odd[0][0]}",
+            where=f"{where}:{misfits[0][0]}",
             hint='Put fields that hold the delimiter between quotes ("a dog, running"), or write JSON lines',
         )
 

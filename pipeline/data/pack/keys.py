@@ -33,8 +33,8 @@ def safe_key(key: str) -> str:
 
 def is_safe(key: str) -> bool:
     """Whether a key can be written: :func:`safe_key` would change nothing but its length."""
-    odd = _UNSAFE.search(key) or _SURROGATES.search(key) or _DRIVE.search(key)
-    return not (odd or key.startswith("/") or ".." in key.split("/"))
+    unsafe = _UNSAFE.search(key) or _SURROGATES.search(key) or _DRIVE.search(key)
+    return not (unsafe or key.startswith("/") or ".." in key.split("/"))
 
 
 def safe_extension(extension: str) -> str:

@@ -244,8 +244,8 @@ def _empty_classes(source: Source, skipped: Sequence[tuple[str, str]]) -> list[s
     if not source.classes or not isinstance(source, ImageSource):
         return []
     gone = {name for name, _ in skipped}
-    there = {entry.label for entry in source.entries if printable(entry.shown) not in gone}
-    empty = [name for number, name in enumerate(source.classes) if number not in there]
+    labels = {entry.label for entry in source.entries if printable(entry.shown) not in gone}
+    empty = [name for number, name in enumerate(source.classes) if number not in labels]
     few = ", ".join(empty[:5]) + (f" and {len(empty) - 5} more" if len(empty) > 5 else "")
     return [f"{len(empty)} of {len(source.classes)} classes have no sample: {few}"] if empty else []
 

@@ -73,11 +73,11 @@ class PackState:
             DataError: shards of another packing exist.
         """
         prefix = glob.escape(self._prefix)
-        there = sorted(self._out.glob(f"{prefix}-[0-9]*.tar"))
-        self._check_classes(there)
+        existing = sorted(self._out.glob(f"{prefix}-[0-9]*.tar"))
+        self._check_classes(existing)
         document = self._read()
-        if not overwrite and there:
-            self._check(document, there)
+        if not overwrite and existing:
+            self._check(document, existing)
         for torn in self._out.glob(f".{prefix}-[0-9]*.tar.*.tmp"):
             torn.unlink()
         for torn in self._out.glob(f".{prefix}.pack.json.*.tmp"):  # left by a process killed while it wrote this state
@@ -94,7 +94,7 @@ class PackState:
             self.account = Account(**document["account"]) if document.get("account") else None
             if not complete and pieces and journal < pieces[-1].skipped:
                 pieces = []  # without the list of those left out, nothing can be resumed
-        for path in there[len(pieces) :]:
+        for path in existing[len(pieces) :]:
             path.unlink()
         return pieces, complete
 
@@ -119,13 +119,13 @@ class PackState:
         except (DataError, OSError, ValueError, KeyError, TypeError, AttributeError):
             return None
 
-    def _check(self, document: dict[str, Any] | None, there: Sequence[Path]) -> None:
+    def _check(self, document: dict[str, Any] | None, existing: Sequence[Path]) -> None:
         hint = "Choose another directory or prefix, or allow overwriting (--overwrite)"
         if document is None:
-            raise DataError(f"{len(there)} shards exist already", where=str(there[0]), hint=hint)
+            raise DataError(f"{len(existing)} shards exist already", where=str(existing[0]), hint=hint)
         if document["format"] != FORMAT:
-            what = f"{len(there)} shards were packed by another version of fovea, which listed sources by other rules"
-            raise DataError(what, where=str(there[0]), hint=hint)
+            what = f"{len(existing)} shards were packed by another version of fovea, which listed sources by other rules"
+            raise DataError(what, where=str(existing[0]), hint=hint)
         old = document["settings"]
         changed = [name for name in {**self._settings, **old} if old.get(name) != self._settings.get(name)]
         if changed:
@@ -133,9 +133,11 @@ class PackState:
                 "the source is another" if name == "source" else f"{name} was {old.get(name)} and is {self._settings.get(name)}"
                 for name in changed
             )
-            what = f"{len(there)} shards exist already, of another packing ({changes})"
+            what = f"{len(existing)} shards exist already, of another packing ({changes})"
             raise DataError(
-                what, where=str(there[0]), hint=f"Repeat the command with the same settings to continue where it stopped. {hint}"
+                what,
+                where=str(existing[0]),
+                hint=f"Repeat the command with the same settings to continue where it stopped. {hint}",
             )
 
     def _check_classes(self, own: Sequence[Path]) -> None:
@@ -145,10 +147,10 @@ class PackState:
             return
         old = path.read_text(encoding="utf-8", errors="surrogateescape").splitlines()
         if old != list(self._classes):
-            odd = sorted(set(old) ^ set(self._classes))
+            different = sorted(set(old) ^ set(self._classes))
             raise DataError(
                 f"has other classes than this source ({len(old)} and {len(self._classes)}"
-                + (f"; only one of them has {odd[0]!r})" if odd else ")"),
+                + (f"; only one of them has {different[0]!r})" if different else ")"),
                 where=str(path),
                 hint=f"Use its numbers with --classes {path}, or choose another OUT: the same number would mean another class",
             )

@@ -1,16 +1,16 @@
 """Writes shards: WebDataset tars whose bytes depend only on the samples.
 
-Times, owners and modes are fixed, so packing the same samples twice gives the same files. A shard is written under a
-temporary name and renamed when complete. :mod:`pipeline.data.pack.packer` decides what is packed.
+The members are written by webdataset's ``TarWriter`` with fixed times, owners and modes, so packing the same samples twice gives
+the same files. Around it: checked keys, members in the order of the sample, limits of a shard, and a temporary name until the
+shard is complete and synced. :mod:`pipeline.data.pack.packer` decides what is packed.
 """
 
 from __future__ import annotations
 
 import json
 import os
-import tarfile
 from collections.abc import Callable, Mapping, Sequence
-from io import BytesIO
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Any
@@ -53,7 +53,7 @@ class ShardWriter:
         finished: Callable[[Path], None] | None = None,
     ) -> None:
         if samples_per_shard < 1 or bytes_per_shard < 1:
-            raise DataError("a shard must hold at least one sample", where="samples_per_shard", hint="Give a positive number")
+            raise DataError("a shard must hold at least one sample", where="samples_per_shard", hint="Choose a positive number")
         self.shards = list(shards)
         self.samples = samples
         self._finished = finished
@@ -61,13 +61,13 @@ class ShardWriter:
         self._prefix = prefix
         self._limits = samples_per_shard, bytes_per_shard
         self._in_shard = self._bytes = 0
-        self._tar: tarfile.TarFile | None = None
+        self._tar: Any = None  # webdataset.TarWriter
         self._file: IO[bytes] | None = None
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise DataError(
-                f"cannot be created ({error.strerror})", where=str(directory), hint="Give another directory"
+                f"cannot be created ({error.strerror})", where=str(directory), hint="Choose another directory"
             ) from error
 
     def write(self, sample: Mapping[str, Any]) -> None:
@@ -83,24 +83,22 @@ class ShardWriter:
         if not is_safe(key):
             hint = "Clean it with pipeline.data.pack.keys.safe_key"
             raise DataError(f"key {printable(key, limit=80)!r} cannot be used", where=self._prefix, hint=hint)
-        members = [(f"{key}.{extension}", _encode(value)) for extension, value in sample.items() if extension != "__key__"]
-        for name, _ in members:
+        members = {extension: _encode(value) for extension, value in sample.items() if extension != "__key__"}
+        for name in (f"{key}.{extension}" for extension in members):
             parts = tar.split_name(name)
             if parts is None or parts[0] != key:
                 raise DataError(
                     f"key {key!r} cannot be used", where=printable(name), hint="Use a key without dots in its last part"
                 )
-        size = sum(len(data) for _, data in members)
+        size = sum(map(len, members.values()))
         most, room = self._limits
         if self._tar is not None and (self._in_shard >= most or self._bytes + size > room):
             self._finish()
         if self._tar is None:
             self._file = self._temporary.open("wb")
-            self._tar = tarfile.TarFile.open(fileobj=self._file, mode="w", format=tarfile.PAX_FORMAT, encoding="utf-8")
-        for name, data in members:
-            entry = tarfile.TarInfo(name)
-            entry.size, entry.mode = len(data), 0o644
-            self._tar.addfile(entry, BytesIO(data))
+            self._tar = _tar_writer(self._file)
+        for extension, data in members.items():  # one call each, since TarWriter sorts the members of a call
+            self._tar.write({"__key__": key, extension: data})
         self._in_shard, self._bytes, self.samples = self._in_shard + 1, self._bytes + size, self.samples + 1
 
     def close(self) -> None:
@@ -115,7 +113,10 @@ class ShardWriter:
         if kind is None:
             self.close()
         elif self._tar is not None and self._file is not None:
-            self._file.close()
+            with suppress(OSError):  # closing writes the end of the tar, which fails again on a full disk
+                self._tar.close()
+            with suppress(OSError):
+                self._file.close()
             self._tar = None
             self._temporary.unlink(missing_ok=True)
 
@@ -137,6 +138,14 @@ class ShardWriter:
         self._in_shard = self._bytes = 0
         if self._finished is not None:
             self._finished(path)
+
+
+def _tar_writer(file: IO[bytes]) -> Any:
+    import webdataset  # here, since it imports torch
+
+    # keep_meta admits extensions that begin with an underscore. Long and non-ASCII names become PAX headers.
+    options = {"encoder": False, "keep_meta": True, "format": "PAX_FORMAT"}
+    return webdataset.TarWriter(file, user="", group="", mode=0o644, mtime=0, **options)
 
 
 def _encode(value: Any) -> bytes:

@@ -215,7 +215,7 @@ def open_pyarrow(table: Path) -> tuple[Any, Any]:
     Raises:
         DataError: it is not installed, or a version older than the extra admits, as another package may have installed.
     """
-    hint = "Run pip install 'fovea[parquet]', or save the table as .csv or .jsonl"
+    hint = "Install it: pip install 'fovea[parquet]', or save the table as .csv or .jsonl"
     try:
         import pyarrow
         from pyarrow import parquet

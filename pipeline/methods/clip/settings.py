@@ -58,15 +58,15 @@ class TextSettings(Settings):
     @classmethod
     def _known(cls, name: str | None) -> str | None:
         if name is not None and name not in TEXT_SIZES:
-            raise ValueError(f"should be null or one of {', '.join(TEXT_SIZES)}")
+            raise ValueError(f"must be null or one of {', '.join(TEXT_SIZES)}")
         return name
 
     @model_validator(mode="after")
-    def _whole(self) -> Self:
+    def _complete(self) -> Self:
         if self.architecture is None and None in (self.width, self.depth, self.num_heads):
             raise ValueError("without an architecture, width, depth and num_heads are all required")
         if self.sizes.width % self.sizes.heads:
-            raise ValueError(f"width {self.sizes.width} does not divide by {self.sizes.heads} heads")
+            raise ValueError(f"width {self.sizes.width} is not divisible by {self.sizes.heads} heads")
         return self
 
     @property
@@ -94,7 +94,7 @@ class ContrastiveSettings(MethodSettings):
     )
     grad_cache: bool = Field(
         default=True,
-        description="contrast each sample with the whole global batch even when it is split into micro-batches "
+        description="contrast each sample with the entire global batch even when it is split into micro-batches "
         "(GradCache, arXiv 2101.06983), at the cost of a second forward pass; false contrasts it with its "
         "micro-batch over all ranks only",
     )
@@ -104,7 +104,7 @@ class ContrastiveSettings(MethodSettings):
     layerwise_lr_decay: Share = Field(
         default=1.0, description="layer-wise learning-rate decay of the vision tower: factor from each block to the one below"
     )
-    text_lr_mult: NonNegative = Field(default=1.0, description="learning-rate multiplier of the whole text tower")
+    text_lr_mult: NonNegative = Field(default=1.0, description="learning-rate multiplier of the entire text tower")
     no_weight_decay: tuple[Literal["positions", "class_token", "token_embedding"], ...] = Field(
         default=("positions", "class_token"),
         description="parameters without weight decay; biases, norms, logit scale and other vectors are never decayed",
@@ -143,5 +143,5 @@ class ClipSettings(OneViewSettings, ContrastiveSettings):
     @classmethod
     def _something_to_train(cls, towers: tuple[str, ...]) -> tuple[str, ...]:
         if len(set(towers)) == 2:
-            raise ValueError("should leave one tower to train")
+            raise ValueError("must leave one tower to train")
         return towers

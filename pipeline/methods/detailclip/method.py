@@ -251,6 +251,6 @@ def build(config: Config, settings: DetailClipSettings) -> DetailCLIP:
         raise ConfigError(
             f"the teacher cannot see {side} pixels: patches have {tower.patch}, the student's views {settings.views.global_size}",
             where="method.teacher_size",
-            hint=f"choose a multiple of {tower.patch} up to {settings.views.global_size}, or null",
+            hint=f"Choose a multiple of {tower.patch} up to {settings.views.global_size}, or null",
         )
     return DetailCLIP(tower, settings)

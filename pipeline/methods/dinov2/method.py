@@ -21,8 +21,9 @@ from typing_extensions import override
 
 from pipeline import losses
 from pipeline.config.schema import Config
+from pipeline.data.augment.operators import Augment
 from pipeline.data.augment.settings import GLOBAL_VIEWS
-from pipeline.data.augment.views import Augment, Batch, Masks, MaskSpec, ViewSet, ViewSpec
+from pipeline.data.augment.views import Batch, Masks, MaskSpec, ViewSet, ViewSpec
 from pipeline.errors import ConfigError
 from pipeline.methods.base import Method, Step
 from pipeline.methods.dinov2.settings import Dinov2Settings
@@ -227,7 +228,7 @@ class DINOv2(Method):
         try:
             return spread(cls, group=s.koleo_group_size, neighbours=s.koleo_topk)
         except ValueError as error:
-            hint = f"choose a divisor of the {len(cls)} samples of a micro-batch, or method.koleo_across_ranks=true"
+            hint = f"Choose a divisor of the {len(cls)} samples of a micro-batch, or method.koleo_across_ranks=true"
             raise ConfigError(str(error), where="method.koleo_group_size", hint=hint) from error
 
     @torch.no_grad()
@@ -275,7 +276,7 @@ def dinov2_views(settings: Dinov2Settings, *, patch: int) -> tuple[ViewSpec, ...
     side = settings.gram_size if settings.gram_weight else None
     if side is None:
         return views
-    plain, normalize = Augment(flip_p=a.flip_probability), views[0].normalize
+    plain, normalize = Augment(flip_probability=a.flip_probability), views[0].normalize
     anchored = ViewSpec(
         "gram", GLOBAL_VIEWS, side, v.global_scale, (plain,), normalize=normalize, same_as="global", interpolation=v.interpolation
     )

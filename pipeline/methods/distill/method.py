@@ -125,6 +125,6 @@ def build(config: Config, settings: DistillSettings) -> Distill:
             raise ConfigError(
                 f"the student's patches have {tower.patch} pixels a side and the frozen teacher's {judge.patch}",
                 where=where,
-                hint="choose a student of the same patch",
+                hint="Choose a student with the same patch size",
             )
     return Distill(student, judge, settings, others)

@@ -161,7 +161,7 @@ def caption_tokens(batch: Batch) -> Tensor:
         DataError: the batch has no captions.
     """
     if batch.tokens is None:
-        raise DataError("a batch came without captions", where="Method.text", hint="deliver what the method asks for")
+        raise DataError("a batch has no captions", where="Method.text", hint="Load batches with the method's TextSpec")
     return batch.tokens
 
 

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
-from typing import Literal
+from dataclasses import fields
+from typing import Any, Literal
 
+from pipeline.data.augment.operators import Augment
 from pipeline.data.augment.settings import GLOBAL_VIEWS, AugmentSettings, MultiCropSettings
 from pipeline.data.augment.views import (
     IMAGENET_MEAN,
     IMAGENET_STD,
     OPENAI_MEAN,
     OPENAI_STD,
-    Augment,
     MaskSpec,
     Normalize,
     ViewSpec,
@@ -26,6 +26,8 @@ NORMALIZE = {
     "none": Normalize((0.0, 0.0, 0.0), (1.0, 1.0, 1.0)),
     "half": Normalize((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
 }
+_SHARED = [field.name for field in fields(Augment) if field.name in AugmentSettings.model_fields]
+"""Fields of :class:`Augment` that are settings of the same name."""
 
 
 def global_augments(a: AugmentSettings, *, blur_kernel: int | Literal["auto"] = _KERNEL) -> tuple[Augment, ...]:
@@ -35,30 +37,31 @@ def global_augments(a: AugmentSettings, *, blur_kernel: int | Literal["auto"] = 
         a: the settings.
         blur_kernel: see :class:`Augment`.
     """
-    count = max(len(a.blur_probability), len(a.solarize_probability))
-    return tuple(
-        replace(
-            local_augment(a, blur_kernel=blur_kernel),
-            blur_p=a.blur_probability[view % len(a.blur_probability)],
-            solarize_p=a.solarize_probability[view % len(a.solarize_probability)],
-        )
-        for view in range(count)
-    )
+    per_view = [len(value) for name in _SHARED if isinstance(value := getattr(a, name), tuple)]
+    return tuple(_augment(a, view, blur_kernel) for view in range(max(per_view)))
 
 
 def local_augment(a: AugmentSettings, *, blur_kernel: int | Literal["auto"] = _KERNEL) -> Augment:
-    """Augmentation of a local crop, which is never solarized; arguments as for :func:`global_augments`."""
-    return Augment(
-        flip_p=a.flip_probability,
-        jitter_p=a.jitter_probability,
-        brightness=a.brightness,
-        contrast=a.contrast,
-        saturation=a.saturation,
-        hue=a.hue_shift if a.hue_space != "off" else 0.0,
-        gray_p=a.gray_probability,
-        blur_p=a.local_blur_probability,
-        blur_kernel=blur_kernel,
-    )
+    """Augmentation of a local crop; arguments as for :func:`global_augments`.
+
+    What the two global views may have different values of, a local crop has only where a setting ``local_…`` says so.
+    """
+    return _augment(a, None, blur_kernel)
+
+
+def _augment(a: AugmentSettings, view: int | None, blur_kernel: int | Literal["auto"]) -> Augment:
+    values: dict[str, Any] = {"blur_kernel": blur_kernel}
+    for name in _SHARED:
+        value = getattr(a, name)
+        if not isinstance(value, tuple):
+            values[name] = value
+        elif view is not None:
+            values[name] = value[view % len(value)]
+        elif hasattr(a, f"local_{name}"):
+            values[name] = getattr(a, f"local_{name}")
+    if a.hue_space == "off":
+        values["hue_shift"] = 0.0
+    return Augment(**values)
 
 
 def multi_crop(

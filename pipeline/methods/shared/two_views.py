@@ -37,7 +37,7 @@ class TwoViews(Method):
         if isinstance(backbone, VisionTower):
             backbone.mask_token.requires_grad_(False)  # used by other methods only: it never gets a gradient here
         self.repeller = Repeller(out, settings.local_repulsion) if settings.local_repulsion is not None else None
-        self.health_metrics = HealthMetrics(rank="feature_rank", suggest_fix=_remedy)
+        self.health_metrics = HealthMetrics(rank="feature_rank", suggest_fix=_suggest_fix)
 
     def sees_batches(self) -> bool:
         """Whether batch norm or local repulsion makes a sample's loss depend on the rest of its micro-batch."""
@@ -126,7 +126,7 @@ def _blur_kernel(size: int) -> int:
     return max(size // 10 | 1, 3)
 
 
-def _remedy(failure_mode: str, step: Step) -> str:
+def _suggest_fix(failure_mode: str, step: Step) -> str:
     if failure_mode == RANK_COLLAPSE:
         return (
             f"all images look alike to the network (learning rate {step.lr:.2g}): lower schedule.lr.peak or lengthen "

@@ -37,7 +37,7 @@ class SimclrSettings(TwoViewSettings):
     head_out: Count = Field(default=128, description="output dimension of the projector")
     grad_cache: bool = Field(
         default=True,
-        description="contrast each sample with the whole global batch even when it is split into micro-batches "
+        description="contrast each sample with the entire global batch even when it is split into micro-batches "
         "(GradCache, arXiv 2101.06983), at the cost of a second forward pass; false contrasts it with its "
         "micro-batch over all ranks only. Batch norm sees one micro-batch in either case",
     )
@@ -45,5 +45,5 @@ class SimclrSettings(TwoViewSettings):
     @model_validator(mode="after")
     def _two_views_only(self) -> Self:
         if self.views.local_count:
-            raise ValueError("views.local_count should be 0: SimCLR compares two global views and attracts no local ones")
+            raise ValueError("views.local_count must be 0: SimCLR compares two global views and attracts no local ones")
         return self

@@ -16,13 +16,13 @@ for (const chart of document.querySelectorAll("svg[data-lines]")) {
     clear();
     if (x < left - 8 || x > right + 8) return;
     cursor = add("g", {class: "cursor"}, chart);
-    let said = "";
+    let label = "";
     for (const line of lines.filter(line => line.points.length)) {
       const near = line.points.reduce((a, b) => Math.abs(b[0] - x) < Math.abs(a[0] - x) ? b : a);
-      if (!said) { said = near[2] + " samples"; add("path", {d: `M${near[0]} ${top}V${bottom}`}, cursor); }
+      if (!label) { label = near[2] + " samples"; add("path", {d: `M${near[0]} ${top}V${bottom}`}, cursor); }
       add("circle", {cx: near[0], cy: near[1], r: 4, class: "f" + line.colour}, cursor);
-      said += " · " + (lines.length > 1 ? line.name + " " : "") + near[3];
+      label += " · " + (lines.length > 1 ? line.name + " " : "") + near[3];
     }
-    add("text", {x: left, y: bottom + 30}, cursor).textContent = said;
+    add("text", {x: left, y: bottom + 30}, cursor).textContent = label;
   });
 }

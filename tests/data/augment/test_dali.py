@@ -18,14 +18,15 @@ from torch import Tensor
 from torchvision.transforms.v2 import functional as F
 
 from pipeline.data.augment.dali import Augmenter, Hue
+from pipeline.data.augment.operators import Augment
 from pipeline.data.augment.plan import ViewPlan, make_plan
-from pipeline.data.augment.views import IMAGENET_MEAN, IMAGENET_STD, Augment, ViewSpec
+from pipeline.data.augment.views import IMAGENET_MEAN, IMAGENET_STD, ViewSpec
 from pipeline.data.pack.synthetic import render
 from tests.conftest import data_folder
 
 MEAN, STD = (torch.tensor(numbers).view(3, 1, 1) for numbers in (IMAGENET_MEAN, IMAGENET_STD))
 SIDE, COUNT = 96, 8
-JITTER = Augment(flip_p=0.0, jitter_p=1.0, brightness=0.4, contrast=0.4, saturation=0.4, hue=0.1)
+JITTER = Augment(flip_probability=0.0, jitter_probability=1.0, brightness=0.4, contrast=0.4, saturation=0.4, hue_shift=0.1)
 
 
 @pytest.fixture(scope="module")
@@ -53,20 +54,22 @@ def still(images: list[np.ndarray], **changes: np.ndarray) -> ViewPlan:
     """A plan that shows whole pictures unchanged, but for ``changes``."""
     n = len(images)
     ones, off = np.ones(n, dtype=np.float32), np.zeros(n, dtype=bool)
-    plan = ViewPlan(
+    values = {
+        "jitter": np.ones(n, dtype=bool),
+        "brightness": ones,
+        "contrast": ones,
+        "saturation": ones,
+        "hue": 0 * ones,
+        "gray": off,
+        "sigma": 0 * ones,
+        "solarize": off,
+    }
+    return ViewPlan(
         start=np.zeros((n, 2), dtype=np.float32),
         end=np.array([image.shape[:2] for image in images], dtype=np.float32),
-        flip=np.zeros(n, dtype=np.int32),
-        jitter=np.ones(n, dtype=bool),
-        brightness=ones,
-        contrast=ones,
-        saturation=ones,
-        hue=0 * ones,
-        gray=off,
-        sigma=0 * ones,
-        solarize=off,
+        flip=changes.pop("flip", np.zeros(n, dtype=np.int32)),
+        values=values | changes,
     )
-    return replace(plan, **changes)
 
 
 Interpolation = Literal["bicubic", "bilinear"]
@@ -104,7 +107,7 @@ def spread(low: float, high: float) -> np.ndarray:
 
 
 def test_nothing_asked_for_changes_nothing(squares: list[np.ndarray]) -> None:
-    everything = replace(JITTER, gray_p=0.5, blur_p=0.5, solarize_p=0.5)
+    everything = replace(JITTER, gray_probability=0.5, blur_probability=0.5, solarize_probability=0.5)
     for hue in ("off", "yiq"):
         assert distances(run(squares, everything, still(squares), hue=hue), tensors(squares))[1] < 1e-3
     assert distances(run(squares, everything, still(squares), hue="hsv"), tensors(squares))[1] < 1.001
@@ -124,7 +127,7 @@ def test_crops_are_resized_like_pillows(pictures: list[np.ndarray], size: int, i
         whole = Image.fromarray(picture)
         boxed.append(np.asarray(whole.resize((size, size), filter_, box=(left, top, right, bottom))))
         cropped.append(np.asarray(whole.crop((left, top, right, bottom)).resize((size, size), filter_)))
-    ours = run(pictures, Augment(flip_p=0.0), plan, size=size, interpolation=interpolation)
+    ours = run(pictures, Augment(flip_probability=0.0), plan, size=size, interpolation=interpolation)
     differences = torch.stack([(a - b).abs() for a, b in zip(ours, tensors(boxed), strict=True)])
     assert differences.mean((1, 2, 3)).max() < 0.25
     assert (differences > 1.5).float().mean() < 0.002
@@ -169,17 +172,18 @@ def test_the_whole_jitter_is_torchvisions_in_a_fixed_order(squares: list[np.ndar
     )
     expected = []
     for index, image in enumerate(tensors(squares)):
-        image = F.adjust_brightness(image, float(plan.brightness[index]))
-        image = F.adjust_contrast(image, float(plan.contrast[index]))
-        image = F.adjust_saturation(image, float(plan.saturation[index]))
-        expected.append(F.adjust_hue(image, float(plan.hue[index])))
+        image = F.adjust_brightness(image, float(plan.values["brightness"][index]))
+        image = F.adjust_contrast(image, float(plan.values["contrast"][index]))
+        image = F.adjust_saturation(image, float(plan.values["saturation"][index]))
+        expected.append(F.adjust_hue(image, float(plan.values["hue"][index])))
     assert distances(run(squares, JITTER, plan), expected)[0] < 2.0
 
 
 def test_gray_is_pillows(squares: list[np.ndarray]) -> None:
     expected = tensors([np.asarray(Image.fromarray(image).convert("L").convert("RGB")) for image in squares])
     mean, most = distances(
-        run(squares, Augment(flip_p=0.0, gray_p=1.0), still(squares, gray=np.ones(COUNT, dtype=bool))), expected
+        run(squares, Augment(flip_probability=0.0, gray_probability=1.0), still(squares, gray=np.ones(COUNT, dtype=bool))),
+        expected,
     )
     assert mean < 0.01
     assert most < 1.01
@@ -188,14 +192,16 @@ def test_gray_is_pillows(squares: list[np.ndarray]) -> None:
 def test_blur_is_torchvisions_for_each_sigma(squares: list[np.ndarray]) -> None:
     sigma = spread(0.1, 2.0)
     expected = [F.gaussian_blur(image, [9, 9], [float(s)] * 2) for image, s in zip(tensors(squares), sigma, strict=True)]
-    mean, most = distances(run(squares, Augment(flip_p=0.0, blur_p=1.0), still(squares, sigma=sigma)), expected)
+    mean, most = distances(
+        run(squares, Augment(flip_probability=0.0, blur_probability=1.0), still(squares, sigma=sigma)), expected
+    )
     assert mean < 0.01
     assert most < 1.01
 
 
 @pytest.mark.parametrize("threshold", [128, 60])
 def test_solarizing_is_exact(squares: list[np.ndarray], threshold: int) -> None:
-    augment = Augment(flip_p=0.0, solarize_p=1.0, solarize_threshold=threshold)
+    augment = Augment(flip_probability=0.0, solarize_probability=1.0, solarize_threshold=threshold)
     expected = [F.solarize(image, threshold) for image in tensors(squares)]
     assert distances(run(squares, augment, still(squares, solarize=np.ones(COUNT, dtype=bool))), expected)[1] < 1e-3
 
@@ -209,9 +215,12 @@ def test_flipping_is_exact_and_each_samples_own(squares: list[np.ndarray]) -> No
 def test_every_condition_acts_on_its_own_samples_only(squares: list[np.ndarray]) -> None:
     on = np.arange(COUNT) % 3 == 2
     cases = {
-        "gray": (Augment(flip_p=0.0, gray_p=0.5), still(squares, gray=on)),
-        "solarize": (Augment(flip_p=0.0, solarize_p=0.5), still(squares, solarize=on)),
-        "blur": (Augment(flip_p=0.0, blur_p=0.5), still(squares, sigma=np.where(on, 2.0, 0.0).astype(np.float32))),
+        "gray": (Augment(flip_probability=0.0, gray_probability=0.5), still(squares, gray=on)),
+        "solarize": (Augment(flip_probability=0.0, solarize_probability=0.5), still(squares, solarize=on)),
+        "blur": (
+            Augment(flip_probability=0.0, blur_probability=0.5),
+            still(squares, sigma=np.where(on, 2.0, 0.0).astype(np.float32)),
+        ),
         "jitter": (JITTER, still(squares, jitter=on, brightness=spread(0.6, 0.7))),
     }
     for name, (augment, plan) in cases.items():
@@ -243,12 +252,21 @@ def test_the_evaluation_view_is_the_resized_centre_square(pictures: list[np.ndar
             (size, size), Image.Resampling.BICUBIC, box=(left, top, left + side, top + side)
         )
         expected.append(tensors([np.asarray(resized)])[0])
-    assert distances(run(pictures, Augment(flip_p=0.0), plan, size=size), expected)[0] < 0.45
+    assert distances(run(pictures, Augment(flip_probability=0.0), plan, size=size), expected)[0] < 0.45
 
 
-FULL = Augment(jitter_p=0.8, brightness=0.4, contrast=0.4, saturation=0.2, hue=0.1, gray_p=0.2, blur_p=0.5, solarize_p=0.2)
+FULL = Augment(
+    jitter_probability=0.8,
+    brightness=0.4,
+    contrast=0.4,
+    saturation=0.2,
+    hue_shift=0.1,
+    gray_probability=0.2,
+    blur_probability=0.5,
+    solarize_probability=0.2,
+)
 SPECS = (
-    ViewSpec("global", 2, 48, (0.32, 1.0), augment=(replace(FULL, blur_p=0.0), FULL)),
+    ViewSpec("global", 2, 48, (0.32, 1.0), augment=(replace(FULL, blur_probability=0.0), FULL)),
     ViewSpec("local", 1, 24, (0.05, 0.32), augment=(FULL,)),
 )
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import fields, replace
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -11,24 +11,25 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torchvision.transforms import RandomResizedCrop
 
+from pipeline.data.augment.operators import OPERATORS, Augment
 from pipeline.data.augment.plan import ViewPlan, make_plan, plan_view, random_boxes, set_of_step
-from pipeline.data.augment.views import Augment, ViewSet, ViewSpec
+from pipeline.data.augment.views import ViewSet, ViewSpec
 from pipeline.data.order.random import uniforms
 
 DRAWS = 50_000
 RATIO = (3 / 4, 4 / 3)
 FULL = Augment(
-    flip_p=0.5,
-    jitter_p=0.8,
+    flip_probability=0.5,
+    jitter_probability=0.8,
     brightness=0.4,
     contrast=0.4,
     saturation=0.2,
-    hue=0.1,
-    gray_p=0.2,
-    blur_p=0.1,
-    solarize_p=0.2,
+    hue_shift=0.1,
+    gray_probability=0.2,
+    blur_probability=0.1,
+    solarize_probability=0.2,
 )
-GLOBAL = ViewSpec("global", 2, 224, (0.32, 1.0), augment=(FULL, replace(FULL, blur_p=1.0, solarize_p=0.0)))
+GLOBAL = ViewSpec("global", 2, 224, (0.32, 1.0), augment=(FULL, replace(FULL, blur_probability=1.0, solarize_probability=0.0)))
 LOCAL = ViewSpec("local", 8, 96, (0.05, 0.32), augment=(FULL,))
 
 
@@ -112,7 +113,7 @@ def whole_plan(
 
 
 def row(plan: list[ViewPlan], index: int) -> list[bytes]:
-    return [getattr(view, f.name)[index].tobytes() for view in plan for f in fields(view)]
+    return [array[index].tobytes() for view in plan for array in view.arrays.values()]
 
 
 def test_probabilities_and_ranges_are_those_of_the_augmentation() -> None:
@@ -121,18 +122,18 @@ def test_probabilities_and_ranges_are_those_of_the_augmentation() -> None:
     for plan, blur, solarize in ((first, 0.1, 0.2), (second, 1.0, 0.0)):
         for values, probability in (
             (plan.flip, 0.5),
-            (plan.jitter, 0.8),
-            (plan.gray, 0.2),
-            (plan.sigma > 0, blur),
-            (plan.solarize, solarize),
+            (plan.values["jitter"], 0.8),
+            (plan.values["gray"], 0.2),
+            (plan.values["sigma"] > 0, blur),
+            (plan.values["solarize"], solarize),
         ):
             assert abs(values.mean() - probability) <= 4 * np.sqrt(probability * (1 - probability) / n)
         for values, low, high in (
-            (plan.brightness, 0.6, 1.4),
-            (plan.contrast, 0.6, 1.4),
-            (plan.saturation, 0.8, 1.2),
-            (plan.hue, -0.1, 0.1),
-            (plan.sigma[plan.sigma > 0], 0.1, 2.0),
+            (plan.values["brightness"], 0.6, 1.4),
+            (plan.values["contrast"], 0.6, 1.4),
+            (plan.values["saturation"], 0.8, 1.2),
+            (plan.values["hue"], -0.1, 0.1),
+            (plan.values["sigma"][plan.values["sigma"] > 0], 0.1, 2.0),
         ):
             assert kolmogorov(values, np.linspace(low, high, 20_001)) < 1.95 * np.sqrt(1 / len(values) + 1 / 20_001)
             assert np.float32(low) <= values.min()
@@ -141,7 +142,11 @@ def test_probabilities_and_ranges_are_those_of_the_augmentation() -> None:
 
 def test_choices_are_independent_of_each_other_and_between_views() -> None:
     plans = whole_plan((GLOBAL, replace(LOCAL, count=2)), np.arange(20_000, dtype=np.uint64))
-    columns = [values for plan in plans for values in (plan.flip, plan.brightness, plan.hue, plan.gray, plan.start[:, 0])]
+    columns = [
+        values
+        for plan in plans
+        for values in (plan.flip, plan.values["brightness"], plan.values["hue"], plan.values["gray"], plan.start[:, 0])
+    ]
     assert np.abs(np.corrcoef(np.stack(columns)) - np.eye(len(columns))).max() < 0.04
 
 
@@ -165,18 +170,19 @@ def test_epochs_seeds_samples_and_views_have_plans_of_their_own() -> None:
         for epoch in (0, 1)
         for seed in (0, 1)
     ]
-    seen = {view.start.tobytes() + view.hue.tobytes() for plan in plans for view in plan}
+    seen = {view.start.tobytes() + view.values["hue"].tobytes() for plan in plans for view in plan}
     assert len(seen) == 16
 
 
 def test_each_view_has_the_augmentation_of_its_place() -> None:
     first, second = whole_plan(
-        (replace(GLOBAL, augment=(Augment(flip_p=0.0), Augment(flip_p=1.0))),), np.arange(50, dtype=np.uint64)
+        (replace(GLOBAL, augment=(Augment(flip_probability=0.0), Augment(flip_probability=1.0))),), np.arange(50, dtype=np.uint64)
     )
     assert not first.flip.any()
     assert second.flip.all()
     cycled = whole_plan(
-        (replace(LOCAL, count=5, augment=(Augment(flip_p=0.0), Augment(flip_p=1.0))),), np.arange(9, dtype=np.uint64)
+        (replace(LOCAL, count=5, augment=(Augment(flip_probability=0.0), Augment(flip_probability=1.0))),),
+        np.arange(9, dtype=np.uint64),
     )
     assert [int(view.flip[0]) for view in cycled] == [0, 1, 0, 1, 0]
 
@@ -194,7 +200,8 @@ def test_the_evaluation_view_is_the_centre_square() -> None:
             seed=0,
         )
         assert (plan.start[0].tolist(), plan.end[0].tolist()) == expected
-        assert not (plan.flip.any() or plan.jitter.any() or plan.gray.any() or plan.sigma.any() or plan.solarize.any())
+        assert not plan.flip.any()
+        assert not any(plan.values[operator.condition].any() for operator in OPERATORS)
 
 
 def test_rows_are_taken_and_replaced_whole() -> None:
@@ -209,7 +216,7 @@ def test_rows_are_taken_and_replaced_whole() -> None:
 
 def test_plans_never_change_between_versions() -> None:
     view = whole_plan((LOCAL,), np.array([12345], dtype=np.uint64))[7]
-    numbers = [getattr(view, field.name)[0].tolist() for field in fields(view)]
+    numbers = [array[0].tolist() for array in view.arrays.values()]
     assert numbers == [
         [69.0, 205.0],
         [230.0, 343.0],
@@ -226,17 +233,22 @@ def test_plans_never_change_between_versions() -> None:
 
 
 def test_views_that_are_others_once_more_are_cut_and_mirrored_alike_and_move_no_one_elses_numbers() -> None:
-    once_more = ViewSpec("gram", 2, 448, GLOBAL.crop_scale, (Augment(flip_p=FULL.flip_p),), same_as="global")
+    once_more = ViewSpec("gram", 2, 448, GLOBAL.crop_scale, (Augment(flip_probability=FULL.flip_probability),), same_as="global")
     ids, epochs = np.arange(64, dtype=np.uint64), np.zeros(64, dtype=np.int64)
     sizes = np.tile(np.array([[90, 120]]), (64, 1))
     told = {"ids": ids, "epochs": epochs, "sizes": sizes, "seed": 3}
     alone, together = make_plan((GLOBAL, LOCAL), **told), make_plan((GLOBAL, once_more, LOCAL), **told)
     first, again, rest = together[:2], together[2:4], together[4:]
     for one, other in zip([*first, *rest], alone, strict=True):
-        assert all(np.array_equal(getattr(one, f.name), getattr(other, f.name)) for f in fields(ViewPlan))
+        assert all(np.array_equal(array, other.arrays[name]) for name, array in one.arrays.items())
     for one, other in zip(first, again, strict=True):
         assert all(np.array_equal(getattr(one, name), getattr(other, name)) for name in ("start", "end", "flip"))
-        assert one.jitter.any() and not other.jitter.any() and not other.gray.any() and not other.sigma.any()
+        assert (
+            one.values["jitter"].any()
+            and not other.values["jitter"].any()
+            and not other.values["gray"].any()
+            and not other.values["sigma"].any()
+        )
     assert not np.array_equal(again[0].start, again[1].start)
 
 

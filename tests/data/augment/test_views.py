@@ -16,8 +16,9 @@ from torch import Tensor
 from torchvision.transforms import functional as T
 
 from pipeline.data.augment.dali import Augmenter
-from pipeline.data.augment.plan import make_plan
-from pipeline.data.augment.views import IMAGENET_MEAN, IMAGENET_STD, OPENAI_MEAN, OPENAI_STD, Augment, Batch, Normalize, ViewSpec
+from pipeline.data.augment.operators import Augment
+from pipeline.data.augment.plan import ViewPlan, make_plan
+from pipeline.data.augment.views import IMAGENET_MEAN, IMAGENET_STD, OPENAI_MEAN, OPENAI_STD, Batch, Normalize, ViewSpec
 from pipeline.data.index.build import build
 from pipeline.data.index.manifest import Manifest
 from pipeline.data.loader.bad_samples import BadSamples
@@ -28,15 +29,15 @@ from pipeline.data.order.order import Order
 from pipeline.data.pack import synthetic as scenes
 from pipeline.data.pack.shard_writer import ShardWriter
 
-COLOUR = Augment(jitter_p=0.8, brightness=0.4, contrast=0.4, saturation=0.2, hue=0.1, gray_p=0.2)
+COLOUR = Augment(jitter_probability=0.8, brightness=0.4, contrast=0.4, saturation=0.2, hue_shift=0.1, gray_probability=0.2)
 OPENAI = Normalize(OPENAI_MEAN, OPENAI_STD)
-DETAIL = replace(COLOUR, flip_p=0.0, blur_p=0.1, blur_kernel="auto", solarize_p=0.2)
+DETAIL = replace(COLOUR, flip_probability=0.0, blur_probability=0.1, blur_kernel="auto", solarize_probability=0.2)
 
 
 def dino(*blur: float) -> tuple[ViewSpec, ...]:
-    first, second, local = (replace(COLOUR, blur_p=p) for p in blur)
+    first, second, local = (replace(COLOUR, blur_probability=p) for p in blur)
     return (
-        ViewSpec("global", 2, 48, (0.32, 1.0), augment=(first, replace(second, solarize_p=0.2))),
+        ViewSpec("global", 2, 48, (0.32, 1.0), augment=(first, replace(second, solarize_probability=0.2))),
         ViewSpec("local", 3, 24, (0.05, 0.32), augment=(local,), boxes=True),
     )
 
@@ -44,12 +45,14 @@ def dino(*blur: float) -> tuple[ViewSpec, ...]:
 KINDS: dict[str, tuple[ViewSpec, ...]] = {
     "dinov2 as released": dino(0.0, 0.9, 0.5),
     "dinov2 by the paper": dino(1.0, 0.1, 0.5),
-    "clip": (ViewSpec("image", 1, 48, (0.9, 1.0), augment=(Augment(flip_p=0.0),), normalize=OPENAI),),
+    "clip": (ViewSpec("image", 1, 48, (0.9, 1.0), augment=(Augment(flip_probability=0.0),), normalize=OPENAI),),
     "clip, judged": (ViewSpec("image", 1, 48, None, normalize=OPENAI),),
     "detailclip": (ViewSpec("image", 2, 48, (0.14, 1.0), augment=(DETAIL,), boxes=True),),
     "slip": (
         ViewSpec("image", 1, 48, (0.5, 1.0)),
-        ViewSpec("pair", 2, 48, (0.08, 1.0), augment=(replace(COLOUR, saturation=0.4, blur_p=0.5, blur_kernel="auto"),)),
+        ViewSpec(
+            "pair", 2, 48, (0.08, 1.0), augment=(replace(COLOUR, saturation=0.4, blur_probability=0.5, blur_kernel="auto"),)
+        ),
     ),
     "byol": (
         ViewSpec(
@@ -58,8 +61,8 @@ KINDS: dict[str, tuple[ViewSpec, ...]] = {
             48,
             (0.08, 1.0),
             augment=(
-                replace(COLOUR, blur_p=1.0, blur_kernel=23),
-                replace(COLOUR, blur_p=0.1, blur_kernel=23, solarize_p=0.2),
+                replace(COLOUR, blur_probability=1.0, blur_kernel=23),
+                replace(COLOUR, blur_probability=0.1, blur_kernel=23, solarize_probability=0.2),
             ),
             boxes=True,
         ),
@@ -150,13 +153,13 @@ def levels(out: Tensor, normalize: Normalize) -> Tensor:
     return (out * torch.tensor(normalize.std).view(3, 1, 1) + torch.tensor(normalize.mean).view(3, 1, 1)) * 255
 
 
-def through_pillow(picture: np.ndarray, plan: object, row: int, size: int, kernel: int | str) -> Tensor:
+def through_pillow(picture: np.ndarray, plan: ViewPlan, row: int, size: int, kernel: int | str) -> Tensor:
     """The chain that torchvision's classic transforms would run on a Pillow picture, with the choices of our plan."""
 
     def chosen(field: str) -> float:
-        return float(getattr(plan, field)[row])
+        return float(plan.arrays[field][row])
 
-    (top, left), (bottom, right) = plan.start[row].tolist(), plan.end[row].tolist()  # type: ignore[attr-defined]
+    (top, left), (bottom, right) = plan.start[row].tolist(), plan.end[row].tolist()
     image = Image.fromarray(picture).crop((left, top, right, bottom)).resize((size, size), Image.Resampling.BICUBIC)
     if chosen("flip"):
         image = T.hflip(image)
@@ -189,7 +192,7 @@ def test_whole_chains_stay_within_reach_of_torchvisions(
     request: pytest.FixtureRequest, size: int, scale: tuple[float, float], kernel: int
 ) -> None:
     """Rounding to whole levels between operations, eight times: 1.2 to 1.3 levels on average where all of them run."""
-    augment = replace(COLOUR, jitter_p=1.0, blur_p=0.5, blur_kernel=kernel, solarize_p=0.0)
+    augment = replace(COLOUR, jitter_probability=1.0, blur_probability=0.5, blur_kernel=kernel, solarize_probability=0.0)
     pictures = photographs(request)
     spec = ViewSpec("view", 1, size, scale, augment=(augment,))
     sizes = np.array([picture.shape[:2] for picture in pictures])
@@ -204,7 +207,7 @@ def test_whole_chains_stay_within_reach_of_torchvisions(
 
 
 def test_a_dark_pictures_contrast_turns_around_its_own_mean(request: pytest.FixtureRequest) -> None:
-    augment = Augment(flip_p=0.0, jitter_p=1.0, contrast=0.4)
+    augment = Augment(flip_probability=0.0, jitter_probability=1.0, contrast=0.4)
     dark = [(picture * 0.2).astype(np.uint8) for picture in photographs(request)]
     spec = ViewSpec("view", 1, 96, (0.3, 1.0), augment=(augment,))
     sizes = np.array([picture.shape[:2] for picture in dark])
@@ -216,7 +219,7 @@ def test_a_dark_pictures_contrast_turns_around_its_own_mean(request: pytest.Fixt
 
 
 def test_a_blur_of_pillows_radius_is_near_to_pillows(request: pytest.FixtureRequest) -> None:
-    augment = Augment(flip_p=0.0, blur_p=1.0, blur_kernel="auto")
+    augment = Augment(flip_probability=0.0, blur_probability=1.0, blur_kernel="auto")
     pictures = photographs(request)
     spec = ViewSpec("view", 1, 224, (0.5, 1.0), augment=(augment,))
     sizes = np.array([picture.shape[:2] for picture in pictures])
@@ -225,7 +228,7 @@ def test_a_blur_of_pillows_radius_is_near_to_pillows(request: pytest.FixtureRequ
     ours = levels(out, spec.normalize)
     distances = [float((ours[row] - through_pillow(pictures[row], plan, row, 224, "auto")).abs().mean()) for row in range(8)]
     assert max(distances) < 1.0
-    wide = plan.sigma > 1.5
+    wide = plan.values["sigma"] > 1.5
     assert wide.any(), "no wide blur was drawn: the test says nothing"
 
 

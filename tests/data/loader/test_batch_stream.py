@@ -20,8 +20,9 @@ from pipeline.data import storage
 from pipeline.data.augment.dali import Augmenter
 from pipeline.data.augment.decode import Decoder
 from pipeline.data.augment.masks import mask_counts
+from pipeline.data.augment.operators import Augment
 from pipeline.data.augment.plan import make_plan
-from pipeline.data.augment.views import Augment, Batch, MaskSpec, TextSpec, ViewSet, ViewSpec
+from pipeline.data.augment.views import Batch, MaskSpec, TextSpec, ViewSet, ViewSpec
 from pipeline.data.index.build import build
 from pipeline.data.index.manifest import Manifest
 from pipeline.data.loader.bad_samples import BadSamples, Event
@@ -35,10 +36,19 @@ from pipeline.data.pack.shard_writer import ShardWriter
 from pipeline.errors import DataError, TrainingError
 
 BATCH, SEED = 8, 5
-AUGMENT = Augment(jitter_p=0.8, brightness=0.4, contrast=0.4, saturation=0.2, hue=0.1, gray_p=0.2, blur_p=0.5, solarize_p=0.2)
+AUGMENT = Augment(
+    jitter_probability=0.8,
+    brightness=0.4,
+    contrast=0.4,
+    saturation=0.2,
+    hue_shift=0.1,
+    gray_probability=0.2,
+    blur_probability=0.5,
+    solarize_probability=0.2,
+)
 MASK = MaskSpec(patch=4, probability=0.5, ratio=(0.1, 0.5))
 SPECS = (
-    ViewSpec("global", 2, 32, (0.32, 1.0), augment=(replace(AUGMENT, blur_p=0.0), AUGMENT), mask=MASK),
+    ViewSpec("global", 2, 32, (0.32, 1.0), augment=(replace(AUGMENT, blur_probability=0.0), AUGMENT), mask=MASK),
     ViewSpec("local", 1, 16, (0.05, 0.32), augment=(AUGMENT,)),
 )
 Steps = list[tuple[int, list[Batch]]]

@@ -1,0 +1,114 @@
+"""Values that options of the command line accept; help and completion list them. No library is imported: ``--help`` is fast."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pipeline
+
+_METHODS = sorted(file.parent.name for file in Path(pipeline.__path__[0]).glob("methods/*/settings.py"))
+
+if TYPE_CHECKING:
+    Method = str
+else:
+    Method = StrEnum("Method", _METHODS)  # one member for each folder below pipeline/methods
+
+
+class ExportFormat(StrEnum):
+    """Library whose format an export has."""
+
+    TIMM = "timm"
+    HUGGINGFACE = "huggingface"
+    OPEN_CLIP = "open_clip"
+    ONNX = "onnx"
+    SAFETENSORS = "safetensors"
+
+
+class Network(StrEnum):
+    """Network to export."""
+
+    AUTO = "auto"
+    TEACHER = "teacher"
+    STUDENT = "student"
+
+
+class Weights(StrEnum):
+    """Weights of a checkpoint to convert."""
+
+    TEACHER = "teacher"
+    STUDENT = "student"
+    BOTH = "both"
+
+
+class Precision(StrEnum):
+    """Data type of converted weights."""
+
+    FP32 = "fp32"
+    BF16 = "bf16"
+
+
+class OnTruncated(StrEnum):
+    """How truncated tars are handled."""
+
+    ERROR = "error"
+    KEEP_READABLE = "keep-readable"
+
+
+class SourceLayout(StrEnum):
+    """Layout of what is packed."""
+
+    AUTO = "auto"
+    FOLDER = "folder"
+    FLAT = "flat"
+    TABLE = "table"
+    FILES = "files"
+    SHARDS = "shards"
+
+
+class ImageFormat(StrEnum):
+    """Format of re-encoded images."""
+
+    JPG = "jpg"
+    PNG = "png"
+
+
+class Labels(StrEnum):
+    """How labels of a table are read."""
+
+    AUTO = "auto"
+    NAMES = "names"
+
+
+class Device(StrEnum):
+    """Device of a benchmark."""
+
+    CPU = "cpu"
+    CUDA = "cuda"
+
+
+class VitSize(StrEnum):
+    """Size of the ViT of benchmarks on random images."""
+
+    TINY = "tiny"
+    SMALL = "small"
+    BASE = "base"
+    LARGE = "large"
+
+
+class StepMethod(StrEnum):
+    """Method whose training step is compared."""
+
+    CLIP = "clip"
+    DINOV2 = "dinov2"
+
+
+class Question(StrEnum):
+    """Group of collapse ablations."""
+
+    BYOL = "byol"
+    DINO = "dino"
+    MOCOV2 = "mocov2"
+    SIMCLR = "simclr"
+    LOGO = "logo"

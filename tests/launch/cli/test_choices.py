@@ -1,0 +1,73 @@
+"""Choices of the command line are those of the library; help lists them, and others are rejected before anything is loaded."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from enum import EnumMeta
+
+import pytest
+
+from launch.cli import choices
+from launch.cli.main import main
+from pipeline.bench.checkpoint import MODELS
+from pipeline.bench.collapse_ablation import QUESTIONS
+from pipeline.bench.step import METHODS as STEP_METHODS
+from pipeline.config.schema import METHODS
+from pipeline.data.index.labels import LABEL_MODES
+from pipeline.data.pack.layouts import LAYOUTS
+from pipeline.data.pack.transcode import FORMS
+from pipeline.weights.export.write import TARGETS
+from tests.helpers.runs import ROOT
+
+LIBRARY = {
+    "ExportFormat": TARGETS,
+    "ImageFormat": FORMS,
+    "Labels": LABEL_MODES,
+    "Method": METHODS,
+    "Question": QUESTIONS,
+    "SourceLayout": LAYOUTS,
+    "StepMethod": STEP_METHODS,
+    "VitSize": MODELS,
+}
+OPTIONS = [
+    (["demo"], "--method", "Method"),
+    (["export", "run"], "--to", "ExportFormat"),
+    (["export", "run", "--to", "timm"], "--network", "Network"),
+    (["checkpoint", "convert", "run", "out"], "--weights", "Weights"),
+    (["checkpoint", "convert", "run", "out"], "--dtype", "Precision"),
+    (["shards", "pack", "in", "out"], "--layout", "SourceLayout"),
+    (["shards", "pack", "in", "out"], "--transcode", "ImageFormat"),
+    (["shards", "pack", "in", "out"], "--labels", "Labels"),
+    (["shards", "index", "in"], "--on-truncated-shard", "OnTruncated"),
+    (["bench", "step"], "--method", "StepMethod"),
+    (["bench", "step"], "--device", "Device"),
+    (["bench", "checkpoint"], "--model", "VitSize"),
+]
+
+
+@pytest.mark.parametrize("name", sorted(LIBRARY))
+def test_choices_are_those_of_the_library(name: str) -> None:
+    assert sorted(getattr(choices, name)) == sorted(LIBRARY[name])
+
+
+def test_every_choice_is_tested() -> None:
+    names = {name for name, value in vars(choices).items() if isinstance(value, EnumMeta) and name != "StrEnum"}
+    assert names == {name for *_, name in OPTIONS} | {"Question"}
+
+
+@pytest.mark.parametrize(("words", "option", "name"), OPTIONS)
+def test_an_unknown_value_is_rejected_with_all_choices(
+    words: list[str], option: str, name: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "300")
+    with pytest.raises(SystemExit) as left:
+        main([*words, option, "wrong"])
+    error = capsys.readouterr().err
+    assert left.value.code == 2 and option in error
+    assert all(f"'{value}'" in error for value in getattr(choices, name))
+
+
+def test_the_choices_load_no_library() -> None:
+    command = "import sys, launch.cli.choices; sys.exit(any(n in sys.modules for n in ('pydantic', 'numpy', 'torch', 'yaml')))"
+    assert subprocess.run([sys.executable, "-c", command], cwd=ROOT, check=False).returncode == 0
