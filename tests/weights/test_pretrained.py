@@ -364,7 +364,7 @@ def test_a_file_needs_the_name_of_its_architecture_and_has_to_fit_it(tmp_path: P
     pixels = torch.randn(1, 3, 224, 224)
     with torch.inference_mode():
         torch.testing.assert_close(peer.subject.cls(pixels), model.forward_features(pixels)[:, 0])
-    with pytest.raises(ConfigError, match="does not say what architecture"):
+    with pytest.raises(ConfigError, match="does not name its architecture"):
         load(str(file), model=None, device=CPU)
     for other, told in (("vit_small_patch16_224", "of another shape"), ("resnet18", "no plain vision transformer")):
         with pytest.raises((CheckpointError, ConfigError), match=told):
