@@ -366,10 +366,10 @@ def test_a_file_needs_the_name_of_its_architecture_and_has_to_fit_it(tmp_path: P
         torch.testing.assert_close(peer.subject.cls(pixels), model.forward_features(pixels)[:, 0])
     with pytest.raises(ConfigError, match="does not name its architecture"):
         load(str(file), model=None, device=CPU)
-    for other, told in (("vit_small_patch16_224", "of another shape"), ("resnet18", "no plain vision transformer")):
+    for other, told in (("vit_small_patch16_224", "of another shape"), ("resnet18", "not a plain vision transformer")):
         with pytest.raises((CheckpointError, ConfigError), match=told):
             load(str(file), model=other, device=CPU)
-    with pytest.raises(CheckpointError, match="neither a run, nor weights"):
+    with pytest.raises(CheckpointError, match="neither a run nor weights"):
         load(str(tmp_path), model=None, device=CPU)
 
 
