@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 _HALF = (0.5, 0.5, 0.5)
 _TIMM_WEIGHTS = ("model.safetensors", "pytorch_model.bin", "pytorch_model.pth", "model.pth")
 _TRANSFORMERS = ("dinov2", "dinov2_with_registers", "dinov3_vit", "vit", "vit_msn")
+_OF_BACKBONES = {"out_features", "out_indices"}  # lists, which only transformers' detectors read; settings of older versions
 _TRANSFORMERS_WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 
 
@@ -238,7 +239,7 @@ def _of_transformers(path: Path, about: dict[str, Any], device: torch.device) ->
             hint=f"Give one of {', '.join(_TRANSFORMERS)}",
         )
     makes = transformers.CONFIG_MAPPING[kind]
-    takes = _without(makes, transformers.PretrainedConfig)
+    takes = _keywords(_parameters(makes) - _parameters(transformers.PretrainedConfig) - _OF_BACKBONES)
     settings = read_settings(about, takes, where=where, ignore_unknown=True).values
     state = {name: t for name, t in read_folder(path, _TRANSFORMERS_WEIGHTS).items() if not isinstance(t, dict)}
     try:
@@ -291,11 +292,6 @@ def _of_transformers(path: Path, about: dict[str, Any], device: torch.device) ->
     crop = pixels.get("crop_size")
     size = crop.get("height") if isinstance(crop, dict) else config.image_size
     return PretrainedModel(path.name, EvalModel(tower, mean, std), side(size, where=where))
-
-
-def _without(one: type, base: type) -> Any:
-    """A callable with the parameters of a class, except those of its base class."""
-    return _keywords(_parameters(one) - _parameters(base))
 
 
 def _parameters(one: Any) -> set[str]:

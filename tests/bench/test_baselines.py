@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from types import ModuleType, SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -120,8 +121,16 @@ def test_a_step_of_dinov2_runs_alone_and_compiled() -> None:
     assert (official.INSTALL in page) == bool(official.missing())
 
 
+def _step_of_the_official_weights() -> step.Result:
+    """A step with the weights of :data:`OFFICIAL_LOSS`. Newer versions of torch draw a truncated normal of faraway bounds as a
+    normal one, torch 2.11 draws other numbers.
+    """
+    with mock.patch.object(torch.nn.init, "trunc_normal_", torch.nn.init.normal_):
+        return _step(drop=0.0)
+
+
 def test_a_step_of_dinov2_loses_what_the_official_one_lost() -> None:
-    (result,) = pool(1).run(_step, drop=0.0)
+    (result,) = pool(1).run(_step_of_the_official_weights)
     assert result.losses[step.OURS] == pytest.approx(OFFICIAL_LOSS, rel=1e-5)
 
 

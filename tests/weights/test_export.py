@@ -14,6 +14,7 @@ from torch import Tensor
 
 from launch.cli.main import main
 from pipeline.errors import CheckpointError, ConfigError
+from pipeline.weights.export import huggingface
 from pipeline.weights.export.networks import read
 from pipeline.weights.export.write import FORMATS, write
 from tests.helpers.exported import CLIP, DINO, MODEL, checkpoint, settings
@@ -73,6 +74,47 @@ def test_transformers_loads_it_and_gives_the_same_tokens(kind: str, tmp_path: Pa
     pixels = processor(picture, return_tensors="pt")["pixel_values"]
     assert pixels.shape == (1, 3, 32, 32)
     assert float(pixels[0, 0, 0, 0]) == pytest.approx((1 - 0.485) / 0.229, abs=1e-4)
+
+
+_BLOCK = {f"{norm}.{end}" for norm in ("norm1", "norm2") for end in ("weight", "bias")}
+_BLOCK |= {"layer_scale1.lambda1", "layer_scale2.lambda1"}
+_DINOV2 = {f"attention.{part}" for part in ("attention.query", "attention.key", "attention.value", "output.dense")}
+_DINOV3 = {f"attention.{part}_proj" for part in "qkvo"} | {"mlp.up_proj", "mlp.down_proj"}
+RELEASED: dict[str, tuple[str, set[str]]] = {  # names in the files of facebook/dinov2-small, dinov2-giant and dinov3-vits16
+    "plain": ("encoder.layer.", _DINOV2 | {"mlp.fc1", "mlp.fc2"}),
+    "swiglu": ("encoder.layer.", _DINOV2 | {"mlp.weights_in", "mlp.weights_out"}),
+    "rotary": ("layer.", _DINOV3),
+}
+
+
+@pytest.mark.parametrize("kind", RELEASED)
+def test_weights_for_transformers_have_the_names_of_released_checkpoints(kind: str, tmp_path: Path) -> None:
+    from safetensors import safe_open
+
+    saved, _ = checkpoint(tmp_path, settings(DINO, **TOWERS[kind]))
+    folder = write(read(saved), "huggingface", tmp_path / "out")
+    with safe_open(folder / "model.safetensors", "pt") as file:
+        names = set(file.keys())
+    layers, linear = RELEASED[kind]
+    block = _BLOCK | {f"{name}.{end}" for name in linear for end in ("weight", "bias")}
+    block -= {"attention.k_proj.bias"}
+    assert {name for name in names if "layer." in name} == {f"{layers}{n}.{name}" for n in range(2) for name in block}
+
+
+def test_weights_that_transformers_cannot_place_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    saved, _ = checkpoint(tmp_path / "run", settings(DINO))
+    network, name = read(saved), "embeddings.cls_token"
+    weights = huggingface.converted(network.tower, 32)
+    without = {key: tensor for key, tensor in weights.items() if key != name}
+    for wrong, shown in (
+        (without, name),
+        (without | {name: torch.zeros(1, 1, 7)}, name),
+        (weights | {"encoder.layer.9.norm1.bias": torch.zeros(32)}, "encoder.layer.9.norm1.bias"),
+    ):
+        monkeypatch.setattr(huggingface, "converted", lambda *_, wrong=wrong: wrong)
+        with pytest.raises(ConfigError, match=f"1 tensors of transformers' Dinov2Model .* the first is {shown}"):
+            write(network, "huggingface", tmp_path / "out")
+        assert not (tmp_path / "out").exists()
 
 
 def test_open_clip_loads_it_and_gives_the_same_features(tmp_path: Path) -> None:

@@ -185,7 +185,8 @@ def checkout_with_pip(tmp_path: Path, pip: str) -> tuple[Path, dict[str, str]]:
     python = venv / "bin" / "python"
     python.write_text(f'#!/bin/bash\nif [ "$1" = -c ]; then exit 0; fi\necho "$@" >>"{tmp_path}/calls"\n{pip}\n')
     python.chmod(0o755)
-    return tmp_path, {**os.environ, "FOVEA_VENV": str(venv)}
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith("FOVEA_")}  # tests/run.sh sets some
+    return tmp_path, inherited | {"FOVEA_VENV": str(venv)}
 
 
 def test_setup_installs_once_until_the_dependencies_change(tmp_path: Path) -> None:

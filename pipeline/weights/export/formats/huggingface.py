@@ -1,4 +1,4 @@
-"""Export for Hugging Face: fills a ``transformers`` model strictly and lets ``transformers`` save it.
+"""Export for Hugging Face: ``transformers`` loads the weights strictly, under the names of released checkpoints, and saves them.
 
 A tower with learned positions becomes a ``Dinov2Model``, with registers a ``Dinov2WithRegistersModel``, with rotary positions
 a ``DINOv3ViTModel``. Absent parts get neutral values: a layer scale of one, a class position of zero.
@@ -37,10 +37,8 @@ def write(networks: Networks, folder: Path) -> tuple[str, list[str]]:
     tower, p = networks.tower, networks.preprocessing
     kind, settings = architecture(tower, p.size)
     config = getattr(transformers, f"{kind}Config")(**settings)
-    model = getattr(transformers, f"{kind}Model")(config)
-    _fill(model, converted(tower, p.size), kind)
     transformers.logging.disable_progress_bar()
-    model.save_pretrained(folder)
+    _loaded(getattr(transformers, f"{kind}Model"), config, converted(tower, p.size)).save_pretrained(folder)
     (folder / "preprocessor_config.json").write_text(json.dumps(_processor(p), indent=1) + "\n")
     usage = f"""
 from transformers import AutoImageProcessor, AutoModel
@@ -99,9 +97,12 @@ def architecture(tower: VisionTower, size: int) -> tuple[str, dict[str, Any]]:
 
 
 def converted(tower: VisionTower, size: int) -> dict[str, Tensor]:
-    """The weights under the names of transformers 5's modules."""
+    """The weights under the names of released checkpoints, which every version of transformers reads and writes. The names of
+    its modules differ between versions.
+    """
     state = timm_state(tower, size)
     rotary = isinstance(tower.vit, Eva)
+    layers = "layer" if rotary else "encoder.layer"
     width = tower.width
     tensors: dict[str, Tensor] = {}
     for name, tensor in state.items():
@@ -109,18 +110,16 @@ def converted(tower: VisionTower, size: int) -> dict[str, Tensor]:
         if inner is None:
             tensors |= _outer(name, tensor, rotary, tower)
             continue
-        prefix = f"model.layer.{inner[1]}." if rotary else f"encoder.layer.{inner[1]}."
-        tensors |= {
-            prefix + key: value for key, value in _inner(inner[2], tensor, rotary, _gated(tower.vit.blocks[0].mlp)).items()
-        }
+        prefix = f"{layers}.{inner[1]}."
+        pieces = _inner(inner[2], tensor, rotary, _gated(tower.vit.blocks[0].mlp))
+        tensors |= {prefix + key: piece for key, piece in pieces.items()}
     mask = tower.mask_token.detach().float()
     tensors["embeddings.mask_token"] = mask.clone() if rotary else mask[0].clone()
     if rotary:
         tensors.setdefault("embeddings.register_tokens", torch.zeros(1, 0, width))
     for number in range(len(tower.vit.blocks)):
         for scale in (1, 2):
-            key = f"{'model' if rotary else 'encoder'}.layer.{number}.layer_scale{scale}.lambda1"
-            tensors.setdefault(key, torch.ones(width))
+            tensors.setdefault(f"{layers}.{number}.layer_scale{scale}.lambda1", torch.ones(width))
     return tensors
 
 
@@ -147,10 +146,8 @@ def _inner(name: str, tensor: Tensor, rotary: bool, gated: bool) -> dict[str, Te
     """The tensors of a block."""
     if name in ("attn.qkv.weight", "attn.qkv.bias"):
         end = name.rpartition(".")[2]
-        return {f"attention.{part}_proj.{end}": piece.clone() for part, piece in zip("qkv", tensor.chunk(3), strict=True)}
-    if gated and not rotary and name.startswith("mlp.fc1."):
-        end, (gate, up) = name.rpartition(".")[2], tensor.chunk(2)
-        return {f"mlp.gate_proj.{end}": gate.clone(), f"mlp.up_proj.{end}": up.clone()}
+        parts = ("q_proj", "k_proj", "v_proj") if rotary else ("attention.query", "attention.key", "attention.value")
+        return {f"attention.{part}.{end}": piece.clone() for part, piece in zip(parts, tensor.chunk(3), strict=True)}
     renamed = {
         "attn.q_bias": "attention.q_proj.bias",
         "attn.v_bias": "attention.v_proj.bias",
@@ -159,14 +156,16 @@ def _inner(name: str, tensor: Tensor, rotary: bool, gated: bool) -> dict[str, Te
         "gamma_1": "layer_scale1.lambda1",
         "gamma_2": "layer_scale2.lambda1",
     }
-    modules = {"attn.proj": "attention.o_proj", "norm1": "norm1", "norm2": "norm2"}
-    if rotary or gated:
+    modules = {"norm1": "norm1", "norm2": "norm2", "attn.proj": "attention.o_proj" if rotary else "attention.output.dense"}
+    if rotary:
         modules |= {
             "mlp.fc1_g": "mlp.gate_proj",
             "mlp.fc1_x": "mlp.up_proj",
             "mlp.fc2": "mlp.down_proj",
             "mlp.fc1": "mlp.up_proj",
         }
+    elif gated:
+        modules |= {"mlp.fc1": "mlp.weights_in", "mlp.fc2": "mlp.weights_out"}
     else:
         modules |= {"mlp.fc1": "mlp.fc1", "mlp.fc2": "mlp.fc2"}
     module, _, end = name.rpartition(".")
@@ -206,16 +205,24 @@ def _unknown(what: str) -> ConfigError:
     return ConfigError(f"no transformers model has {what}", where="--to huggingface", hint="Export it to safetensors or onnx")
 
 
-def _fill(model: Any, state: dict[str, Tensor], kind: str) -> None:
-    own = model.state_dict()
-    wrong = sorted(own.keys() ^ state.keys()) or [key for key in own if own[key].shape != state[key].shape]
+def _loaded(kind: Any, config: Any, state: dict[str, Tensor]) -> Any:
+    """A model of transformers with these weights.
+
+    Raises:
+        ConfigError: the weights are not exactly those that the model needs.
+    """
+    model, report = kind.from_pretrained(
+        None, config=config, state_dict=state, output_loading_info=True, ignore_mismatched_sizes=True
+    )
+    shapes = {name for name, *_ in report["mismatched_keys"]}
+    wrong = sorted({*report["missing_keys"], *report["unexpected_keys"], *shapes})
     if wrong:
         raise ConfigError(
-            f"{len(wrong)} tensors of transformers' {kind}Model have other names or shapes, the first is {wrong[0]}",
+            f"{len(wrong)} tensors of transformers' {kind.__name__} have other names or shapes, the first is {wrong[0]}",
             where="--to huggingface",
             hint="Install transformers 5, or export to timm",
         )
-    model.load_state_dict(state)
+    return model
 
 
 def _processor(p: Preprocessing) -> dict[str, Any]:
