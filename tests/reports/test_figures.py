@@ -50,7 +50,8 @@ def test_the_same_chart_gives_the_same_bytes_in_every_process_and_under_any_styl
     with matplotlib.rc_context({"lines.linewidth": 9, "axes.edgecolor": "red", "svg.hashsalt": "other"}):
         assert draw(FULL).encode() == other
         assert matplotlib.rcParams["svg.hashsalt"] == "other"
-    assert "pyplot" not in str([name for name in sys.modules if name.startswith("matplotlib.py")])
+    loaded = "import sys, tests.reports.test_figures as t; t.draw(t.FULL); print('matplotlib.pyplot' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", loaded], cwd=root, capture_output=True, check=True).stdout == b"False\n"
 
 
 def test_markers_of_different_charts_have_different_ids() -> None:
