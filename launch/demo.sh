@@ -7,12 +7,12 @@ usage() {
 bash launch/demo.sh [--minutes N] [--method dinov2] [--data SHARDS] [--val SHARDS] [--directory DIR]
 
 Draws a small data set, trains on it with two ranks (all GPUs if there are any), stops the run in the middle, resumes it,
-and shows what was learnt: a table, a page of pictures, and how to open MLflow. About 8 minutes on two cores.
+and shows what was learnt: a table, a page of images, and how to open MLflow. About 8 minutes on two cores.
 
   --minutes N      about how long to train (default 5)
   --method NAME    the pretraining method (default dinov2)
   --data SHARDS    your own WebDataset shards instead of the drawn scenes: '/data/train-{000..009}.tar'
-  --val SHARDS     labelled shards to judge on, beside --data
+  --val SHARDS     labelled shards to evaluate on, beside --data
   --directory DIR  where everything is written (default runs/demo)
 
 The first call makes a virtual environment and installs some gigabytes of packages into it. Later calls start at once.

@@ -98,7 +98,7 @@ def train(config: ConfigArgument, overrides: Overrides = None) -> None:
     fovea train my.yaml launch.num_processes=2 train.duration='10 epochs' run.name=trial
 
     On Ctrl-C, SIGTERM, SIGHUP or SIGUSR1 the run saves a checkpoint and stops; the same command resumes it. To start from
-    scratch, set checkpoint.resume=never.
+    scratch, choose another run.directory.
     """
     loaded = _load(config, overrides)
     from launch.cli.train import run
@@ -245,12 +245,12 @@ def report(
 @app.command(short_help="Visualize the network's features on your own images.")
 def visualize(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="A run's directory, or one of its checkpoints.")],
-    files: Annotated[list[Path], typer.Argument(metavar="PICTURE...", help="Image files.")],
+    files: Annotated[list[Path], typer.Argument(metavar="IMAGE...", help="Image files.")],
     text: Annotated[list[str] | None, typer.Option(help="Text to locate in the images, for methods with a text encoder.")] = None,
     size: Annotated[
         int | None, typer.Option(metavar="PIXELS", help="Side of the images in pixels; twice the training size by default.")
     ] = None,
-    out: Annotated[Path, typer.Option(metavar="FILE", help="Output HTML file.")] = Path("pictures.html"),
+    out: Annotated[Path, typer.Option(metavar="FILE", help="Output HTML file.")] = Path("images.html"),
 ) -> None:
     """Visualize your own images: PCA of patch features, attention maps, similarity to texts.
 

@@ -54,7 +54,6 @@ class AttemptResult:
         before, after: step of the newest checkpoint at its start and now; -1 for none.
         bad_nodes: nodes that failed preflight, with the reasons.
         everywhere: whether all of several nodes failed preflight: then no single node is at fault.
-        lost_node: whether Slurm removed a node.
     """
 
     code: int = 0
@@ -66,7 +65,6 @@ class AttemptResult:
     after: int = -1
     bad_nodes: Mapping[str, str] = field(default_factory=dict)
     everywhere: bool = False
-    lost_node: bool = False
 
 
 @dataclass(frozen=True)
@@ -102,13 +100,11 @@ def classify(end: AttemptResult) -> tuple[str, str]:
         if stop == "USER_REQUEST":
             return "stopped", f"stopped by request at step {end.outcome.get('step')}"
         cause = end.stop_reason or SIGNAL_CAUSES.get(stop, "signal")
-        return cause, f"{cause}: saved at step {end.outcome.get('step')}"
+        return cause, f"saved at step {end.outcome.get('step')}"
     what = str((end.failure or {}).get("what", ""))
     cause = str((end.failure or {}).get("cause", "crash"))
     if end.hung or cause == "hang":
         return "hang", what or "no rank sent a heartbeat"
-    if end.lost_node:
-        return "node", "Slurm lost a node"
     if end.failure is not None:
         if cause in ("node", "rendezvous", "nonfinite"):
             return cause, what

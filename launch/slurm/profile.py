@@ -10,7 +10,7 @@ from typing import Any, Literal, Self
 
 from pydantic import Field, ValidationError, field_validator, model_validator
 
-from pipeline.config.layers import Branch, Leaf, Problem, merge, origin_of, override, read, unwrap
+from pipeline.config.layers import Branch, Problem, grown, merge, origin_of, override, read, unwrap
 from pipeline.config.load import InvalidConfig, display, roots
 from pipeline.config.types import Count, NonNegative, Positive, Settings, Texts
 from pipeline.errors import ConfigError
@@ -193,7 +193,7 @@ _RENAMED = {"lead": "checkpoint_lead_time", "after": "requeue_mode", "pass_on": 
 def again(values: dict[str, Any], overrides: Sequence[str] = ()) -> ClusterProfile:
     """The profile of an earlier submission, with changes."""
     here = "the profile of the last submission"
-    tree = Branch({_RENAMED.get(name, name): Leaf(value, here) for name, value in values.items()}, here)
+    tree = grown({_RENAMED.get(name, name): value for name, value in values.items()}, here)
     return _made(tree, [], overrides, here)
 
 

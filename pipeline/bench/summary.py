@@ -71,6 +71,10 @@ def update(readme: str, results: Path = RESULTS) -> str:
     return readme
 
 
+def _speed(ratio: float) -> str:
+    return f"{ratio:.2f} x the speed"
+
+
 def _read(results: Path, name: str) -> Document | None:
     path = results / f"{name}.json"
     document: Document | None = json.loads(path.read_text()) if path.is_file() else None
@@ -88,7 +92,7 @@ def _data(d: Document) -> list[Row]:
             f"DINOv2's ten views of an image, {label}, CPU time",
             f"{best[ours]:.1f} ms",
             f"{best[theirs]:.1f} ms torchvision v2",
-            f"{best[theirs] / best[ours]:.2f} x faster",
+            _speed(best[theirs] / best[ours]),
         )
         for label, ours, theirs in (
             ("hue in YIQ", "fovea, hue yiq", "torchvision v2, hue"),
@@ -102,14 +106,14 @@ def _step(caption: int) -> Callable[[Document], list[Row]]:
     def rows(d: Document) -> list[Row]:
         ours, theirs = (min(d["cases"][name]["seconds"]) for name in ("fovea", "open_clip"))
         measure = f"CLIP B/32 step, captions of {caption} tokens"
-        return [Row(measure, f"{ours:.2f} s", f"{theirs:.2f} s open_clip", f"{theirs / ours:.2f} x faster")]
+        return [Row(measure, f"{ours:.2f} s", f"{theirs:.2f} s open_clip", _speed(theirs / ours))]
 
     return rows
 
 
 def _dinov2(d: Document) -> list[Row]:
     ours, theirs = (min(d["cases"][name]["seconds"]) for name in ("fovea", "official"))
-    return [Row("DINOv2 ViT-S/14 step", f"{ours:.2f} s", f"{theirs:.2f} s official code", f"{theirs / ours:.2f} x faster")]
+    return [Row("DINOv2 ViT-S/14 step", f"{ours:.2f} s", f"{theirs:.2f} s official code", _speed(theirs / ours))]
 
 
 def _prototype_loss(d: Document) -> list[Row]:

@@ -401,6 +401,9 @@ def show(loaded: Loaded, *, secrets: bool = False, absolute: bool = False) -> st
     lines: list[tuple[str, str]] = []
     section: list[str] = []
     flat = {**flatten(loaded.config), **({} if absolute else loaded.typed)}
+    derived = str(loaded.config.run.model_copy(update={"directory": None}).folder)
+    if not absolute and loaded.provenance.get("run.directory", DEFAULT) == DEFAULT and flat["run.directory"] == derived:
+        flat["run.directory"] = None  # follows run.name, which a copy of this file may change
     for key, value in (flat if secrets else masked(flat)).items():
         *above, name = key.split(".")
         kept = next((i for i, (a, b) in enumerate(zip(section, above, strict=False)) if a != b), min(len(section), len(above)))

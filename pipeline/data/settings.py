@@ -90,7 +90,9 @@ class DataSettings(Settings):
         default=StorageSettings(), json_schema_extra=RUNTIME, description="object storage and the node's shard cache"
     )
     canonical_streams: Count | None = Field(
-        default=None, description="number of shards read concurrently in the global order; null chooses it from the data set"
+        default=None,
+        description="number of streams into which the global order is divided, divisible by the number of ranks; null means "
+        "the greatest common divisor of the global batch size and 256",
     )
     shuffle_block_size: Count = Field(default=16384, description="number of samples shuffled together")
     image_extensions: Texts = Field(

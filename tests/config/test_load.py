@@ -472,3 +472,12 @@ def test_every_section_is_a_strict_settings_class() -> None:
 def test_validation_shards_lie_beside_the_training_shards_or_in_their_folder(shards: str, validation: str) -> None:
     config = Config.model_validate({"model": {"timm_name": "vit_small_patch16_224"}, "data": {"shards": shards}})
     assert config.validation_shards == (validation,)
+
+
+def test_a_copy_of_a_shown_config_has_its_directory_from_its_own_name(tmp_path: Path) -> None:
+    write(tmp_path, MINIMAL, "first.yaml")
+    copy = tmp_path / "second.yaml"
+    copy.write_text(show(load(tmp_path / "first.yaml")).replace("name: first", "name: other"))
+    assert load(copy).config.run.directory.name == "other"
+    assert load(copy, ["run.directory=/runs/mine"]).config.run.directory == Path("/runs/mine")
+    assert "directory: /runs/mine" in show(load(copy, ["run.directory=/runs/mine"]))

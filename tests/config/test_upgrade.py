@@ -119,6 +119,11 @@ def test_the_profile_of_an_earlier_submission_is_read() -> None:
     assert (profile.checkpoint_lead_time, profile.requeue_mode, profile.export_env) == (60, "chain", ("AWS_*",))
 
 
+def test_one_budget_of_an_earlier_submission_changes_without_the_others() -> None:
+    profile = again({"budgets": {"crash": 7, "no_progress": 3}}, ["budgets.no_progress=8"])
+    assert (profile.budgets.crash, profile.budgets.no_progress) == (7, 8)
+
+
 def test_a_run_of_an_earlier_version_is_reported_with_its_method(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(KEPT))
     (run,) = gather([tmp_path])

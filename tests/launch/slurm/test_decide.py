@@ -69,7 +69,6 @@ def row(cause: str, before: int = 0, after: int = 1, why: str = "") -> dict[str,
         (Result(bad_nodes={"n2": "7 of 8 GPUs respond"}), [], "requeue", "node"),
         (Result(bad_nodes={"n1": "no disk", "n2": "no disk"}, everywhere=True), [], "fail", "refused"),
         (Result(code=137, outcome=done("SIGTERM"), before=0, after=6), [], "requeue", "crash"),
-        (Result(lost_node=True, before=0, after=6), [], "requeue", "node"),
     ],
 )  # fmt: skip
 def test_each_ending_has_its_cause_and_its_consequence(
@@ -104,7 +103,7 @@ def test_the_same_crash_twice_from_the_same_checkpoint_is_the_end() -> None:
     [
         ("crash", Result(code=137, before=6, after=12)),
         ("hang", Result(hung=True, before=6, after=12)),
-        ("node", Result(lost_node=True, before=6, after=12)),
+        ("node", Result(bad_nodes={"n1": "full disk"}, before=6, after=12)),
         ("rendezvous", Result(failure=failed(RendezvousError("x")), before=6, after=12)),
     ],
 )
