@@ -47,7 +47,7 @@ def test_a_figure_follows_its_result(tmp_path: Path) -> None:
     step, resume = "CLIP B/32 step, captions of 20 tokens", "first step after a verified resume, CPU time"
     lines = table(tmp_path).splitlines()[2:]
     assert lines == [
-        f"| [{step}](results/step-clip-cpu.md) | 2.00 s | 4.00 s open_clip | 2.00 x faster | `one` |",
+        f"| [{step}](results/step-clip-cpu.md) | 2.00 s | 4.00 s open_clip | 2.00 x the speed | `one` |",
         f"| [{resume}](results/resume-cpu.md) | 2.20 s | 2.00 s fresh start | 1.10 x as long | `two` |",
     ]
     short = main_table(tmp_path).splitlines()[2:]
