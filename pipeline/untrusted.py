@@ -21,6 +21,7 @@ __all__ = [
     "hide_secrets",
     "inside",
     "open_regular",
+    "parse_json",
     "plain_name",
     "printable",
     "read_bytes",
@@ -31,6 +32,7 @@ __all__ = [
 
 MAX_NAME = 255  # bytes, the limit of common file systems
 MAX_JSON = 64 << 20  # bytes of a JSON document
+_MAX_DEPTH = 64  # levels of a JSON document; code that walks one may recurse
 
 
 def plain_name(name: object, *, where: str, error: type[FoveaError] = DataError) -> str:
@@ -122,7 +124,28 @@ def read_json(path: Path, *, limit: int = MAX_JSON, error: type[FoveaError] = Da
     """
     content = read_bytes(path, limit=limit, error=error)
     try:
-        return json.loads(content)
-    except (ValueError, RecursionError) as cause:  # ValueError includes invalid UTF-8 and numbers of more than 4300 digits
-        reason = "nested too deeply" if isinstance(cause, RecursionError) else printable(str(cause), limit=120)
+        return parse_json(content)
+    except ValueError as cause:
+        reason = printable(str(cause), limit=120)
         raise error(f"{printable(str(path))} must be JSON ({reason})", hint="Restore the file: it is damaged") from None
+
+
+def parse_json(content: bytes | str) -> Any:
+    """Parses a JSON document of at most 64 levels, so that code that walks it may recurse.
+
+    Raises:
+        ValueError: it is not JSON, or nested too deeply. This includes invalid UTF-8 and numbers of more than 4300 digits.
+    """
+    try:
+        document = json.loads(content)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+    level = [document] if isinstance(document, dict | list) else []
+    for _ in range(_MAX_DEPTH):
+        if not level:
+            return document
+        parts = (part.values() if isinstance(part, dict) else part for part in level)
+        level = [inner for part in parts for inner in part if isinstance(inner, dict | list)]
+    if level:
+        raise ValueError("nested too deeply")
+    return document

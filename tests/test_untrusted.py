@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pipeline.errors import CheckpointError, DataError
-from pipeline.untrusted import has_password, hide_secrets, inside, plain_name, printable, read_bytes, read_json
+from pipeline.untrusted import has_password, hide_secrets, inside, parse_json, plain_name, printable, read_bytes, read_json
 
 
 @given(st.text(st.characters(), max_size=60))
@@ -88,3 +88,14 @@ def test_bad_json_is_one_error(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "x.json").write_bytes(content)
     with pytest.raises(CheckpointError, match="must be JSON"):
         read_json(tmp_path / "x.json", error=CheckpointError)
+
+
+@pytest.mark.parametrize("text", ['{"a":' * 65 + "1" + "}" * 65, "[" * 65 + "]" * 65, "[" * 20_000])
+def test_json_that_is_nested_too_deeply_is_refused(tmp_path: Path, text: str) -> None:
+    (tmp_path / "a.json").write_text(text)
+    with pytest.raises(DataError, match="nested too deeply"):
+        read_json(tmp_path / "a.json")
+
+
+def test_json_of_64_levels_is_read() -> None:
+    assert parse_json("[" * 63 + '{"a": "[[[["}' + "]" * 63)

@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from pipeline.untrusted import hide_secrets, open_regular
+from pipeline.untrusted import hide_secrets, open_regular, parse_json
 
 _LINE = 16 << 20  # maximum size of a record, bytes
 
@@ -99,7 +99,7 @@ def read(path: Path, offset: int = 0) -> Iterator[tuple[int, dict[str, Any]]]:
 def _record(line: bytes) -> dict[str, Any] | None:
     """Parses a line; ``None`` if it is not a record that :class:`Journal` writes."""
     try:
-        record = json.loads(line)
+        record = parse_json(line)
         if not isinstance(record, dict) or not math.isfinite(record["t"]):
             return None
         if record["kind"] == "artifact":
@@ -110,5 +110,5 @@ def _record(line: bytes) -> dict[str, Any] | None:
             return record if is_valid and all(type(v) in (int, float, str) and [float(v)] for v in values.values()) else None
         is_valid = record["kind"] in ("params", "tags") and all(isinstance(value, str) for value in values.values())
         return record if is_valid else None
-    except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError):
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError):
         return None
