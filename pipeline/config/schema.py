@@ -53,8 +53,9 @@ def _beside(pattern: str) -> str:
 
 
 def _known_method(value: object) -> object:
-    if isinstance(value, dict) and value.get("name") in METHODS:
-        return METHODS[value["name"]].model_validate(value)
+    name = value.get("name") if isinstance(value, dict) else None
+    if isinstance(name, str) and name in METHODS:
+        return METHODS[name].model_validate(value)
     return value
 
 
