@@ -98,7 +98,7 @@ def outcome(run: RunDirectory, attempt: int) -> dict[str, Any] | None:
 def saved_step(run: RunDirectory) -> int:
     """Returns the step of the newest checkpoint; -1 if there is none."""
     steps = [path.name[5:] for path in run.checkpoints.glob("step_*") if (path / "manifest.json").exists()]
-    return max((int(step) for step in steps if step.isdigit()), default=-1)
+    return max((int(step) for step in steps if step.isdecimal()), default=-1)
 
 
 def endings(run: RunDirectory) -> list[dict[str, Any]]:
@@ -106,7 +106,7 @@ def endings(run: RunDirectory) -> list[dict[str, Any]]:
     rows: dict[int, dict[str, Any]] = {}
     for row in run.attempts():
         number = int(row.get("attempt", -1))
-        rest = {key: value for key, value in row.items() if key not in ("event", "t")}
+        rest = {key: value for key, value in row.items() if key not in ("event", "t") and not key.endswith("_at")}
         rows.setdefault(number, {}).update(
             {**rest, f"{row['event']}ed_at" if row["event"] != "training" else "training_at": row["t"]}
         )

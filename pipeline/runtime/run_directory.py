@@ -26,12 +26,13 @@ from typing import TYPE_CHECKING, Any
 from pipeline.config.upgrade import upgrade
 from pipeline.errors import ConfigError, DataError
 from pipeline.masking import masked
-from pipeline.untrusted import printable, read_bytes, read_json
+from pipeline.untrusted import parse_json, printable, read_bytes, read_json
 
 if TYPE_CHECKING:
     from pipeline.config.schema import Config
 
 _ATTEMPTS = 64 << 20  # maximum size of attempts.jsonl, bytes
+_MAX_TIME = 1 << 40  # seconds since 1970; the platform's calendar functions reject much later times
 
 
 @dataclass(frozen=True)
@@ -117,7 +118,7 @@ class RunDirectory:
         return self.path / "logs" / f"attempt-{attempt:04d}"
 
     def attempts(self) -> list[dict[str, Any]]:
-        """Returns all complete lines of ``attempts.jsonl``."""
+        """Returns all complete lines of ``attempts.jsonl``; lines with values of a wrong type or size are skipped."""
         try:
             content = read_bytes(self.path / "attempts.jsonl", limit=_ATTEMPTS)
         except (OSError, DataError):
@@ -125,10 +126,10 @@ class RunDirectory:
         attempts = []
         for line in content.decode("utf-8", "replace").split("\n"):
             try:
-                row = json.loads(line)
-            except (ValueError, RecursionError):  # incomplete after a crash of the node
+                row = parse_json(line)
+            except ValueError:  # incomplete after a crash of the node
                 continue
-            if isinstance(row, dict) and isinstance(row.get("event"), str):
+            if _is_event(row):
                 attempts.append(row)
         return attempts
 
@@ -171,3 +172,12 @@ class RunDirectory:
         with open(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600 if private else 0o666), "w") as file:
             file.write(text)
         temporary.replace(target)
+
+
+def _is_event(row: Any) -> bool:
+    """Whether a line of ``attempts.jsonl`` has the types that :meth:`RunDirectory.note` writes."""
+    if not isinstance(row, dict) or not isinstance(row.get("event"), str):
+        return False
+    numbers = [row[name] for name in ("attempt", "resumed_from") if row.get(name) is not None]
+    in_range = all(type(number) is int and 0 <= number < 1 << 62 for number in numbers)
+    return in_range and type(row.get("t", 0)) in (int, float) and 0 <= row.get("t", 0) < _MAX_TIME

@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 
+import pytest
+
+from pipeline.runtime import job_record
+from pipeline.runtime.clock import clock
 from pipeline.runtime.run_directory import RunDirectory
 
 
@@ -42,3 +47,36 @@ def test_every_attempt_and_rank_writes_files_of_its_own(tmp_path: Path) -> None:
     places += [run.batches(attempt, rank) for attempt in (0, 1) for rank in (0, 1)]
     assert len(set(places)) == len(places)
     assert all(place.is_relative_to(tmp_path) for place in places)
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        '{"event": "start", "attempt": ["a"], "t": 1}',
+        '{"event": "start", "attempt": 1e400, "t": 1}',
+        '{"event": "start", "attempt": -1, "t": 1}',
+        '{"event": "start", "attempt": 0, "resumed_from": "x", "t": 1}',
+        '{"event": "start", "attempt": 0, "t": 1e400}',
+        '{"event": "start", "attempt": 0, "t": NaN}',
+        '{"event": "start", "attempt": 0, "t": "x"}',
+        '{"event": "start", "attempt": 0, "t": 1, "why": ' + "[" * 200 + "]" * 200 + "}",
+    ],
+)
+def test_attempts_with_values_of_a_wrong_type_are_skipped(tmp_path: Path, row: str) -> None:
+    (tmp_path / "attempts.jsonl").write_text(f'{row}\n{{"event": "start", "attempt": 4, "t": 5.5}}\n')
+    assert [line["attempt"] for line in RunDirectory(tmp_path).attempts()] == [4]
+
+
+def test_a_start_and_a_step_are_read_only_from_where_they_are_written(tmp_path: Path) -> None:
+    run = RunDirectory(tmp_path)
+    (tmp_path / "attempts.jsonl").write_text('{"event": "start", "attempt": 0, "t": 1, "started_at": "x", "ended_at": NaN}\n')
+    assert job_record.endings(run) == [{"attempt": 0, "started_at": 1}]
+    for name in ("step_\u00b2", "step_7"):
+        (run.checkpoints / name).mkdir(parents=True)
+        (run.checkpoints / name / "manifest.json").touch()
+    assert job_record.saved_step(run) == 7
+
+
+@pytest.mark.parametrize("seconds", [math.nan, math.inf, -math.inf])
+def test_a_duration_that_is_not_finite_has_no_digits(seconds: float) -> None:
+    assert clock(seconds) == "?"
