@@ -121,7 +121,7 @@ def inspect(
             print(printable(f"{kind:<5} {name}  {list(shape)}"))
         return
     print("\nsettings:")
-    for key, value in sorted(_flat(config)):
+    for key, value in sorted(_flat(config), key=lambda pair: pair[0]):
         print(hide_secrets(f"  {printable(key)} = {json.dumps(value)}"))
 
 

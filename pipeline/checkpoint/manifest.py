@@ -50,7 +50,7 @@ def read_manifest(path: Path) -> dict[str, Any]:
 
 
 def check_manifest(document: Any, *, where: str) -> dict[str, Any]:
-    """Validates a manifest and returns it; of a manifest in another format only the fields common to all formats are checked.
+    """Validates a manifest and returns it; of a manifest in another format only the fields common to all formats.
 
     Raises:
         CheckpointError: as :func:`read_manifest`.
@@ -76,7 +76,8 @@ def check_manifest(document: Any, *, where: str) -> dict[str, Any]:
     _check_files([file.name for file in checked.files], where)
     if isinstance(checked, Manifest):
         _check_tensors(document, where)
-    return document
+        return document
+    return {name: document[name] for name in Head.model_fields}
 
 
 def _first(error: ValidationError | RecursionError) -> str:

@@ -182,3 +182,18 @@ def test_names_on_disk_reach_the_terminal_escaped(tmp_path: Path) -> None:
         assert "\x1b" not in CliRunner().invoke(app, [*words, str(tmp_path)]).output
     output = CliRunner().invoke(app, ["inspect", str(tmp_path / "checkpoints" / "step_1\x1b[2J")]).output
     assert "\x1b" not in output and r"\x1b]0;title\x07" in output
+
+
+def test_of_another_format_only_the_common_fields_are_kept(tmp_path: Path) -> None:
+    hostile = {**GOOD, "format": 2, "serial": "x", "origins": [1], "data": [], "scores": {"a": "x"}, "shapes": 3, "config": []}
+    path = run_with(tmp_path, hostile)
+    (saved,) = listed(tmp_path / "checkpoints")
+    assert saved.manifest.keys() == {"format", "step", "files"} and saved.serial == 0
+    for words in (["list", str(tmp_path)], ["inspect", str(path)], ["verify", str(path)]):
+        assert not isinstance(CliRunner().invoke(app, words).exception, TypeError | AttributeError | ValueError)
+
+
+def test_settings_with_the_same_dotted_key_are_shown(tmp_path: Path) -> None:
+    path = run_with(tmp_path, {**GOOD, "config": {"a": {"b": 1}, "a.b": "x"}})
+    result = CliRunner().invoke(app, ["inspect", str(path)])
+    assert result.exit_code == 0 and result.stdout.count("a.b = ") == 2
