@@ -13,10 +13,12 @@ import typer
 
 from launch.terminal import Terminal
 from pipeline.errors import ConfigError, LaunchError
-from pipeline.masking import printable, shown
+from pipeline.untrusted import open_regular, printable, shown
 
 if TYPE_CHECKING:
     from launch.slurm.submit import Submitted
+
+_LOG = 16 << 20  # bytes of a log that are read at once
 
 RunArgument = Annotated[str, typer.Argument(metavar="RUN", help="A run directory, or its name below runs/.")]
 Overrides = Annotated[
@@ -139,19 +141,25 @@ def logs(
         if path is not None and path != last:
             last = path
             print(f"==> {printable(str(path))}", file=sys.stderr)
-            text = path.read_text(errors="replace")
-            offset = path.stat().st_size
+            text, offset = _read_log(path)
             print(shown("\n".join(text.splitlines()[-lines:])))
         elif path is not None and path.stat().st_size > offset:
-            with path.open(errors="replace") as file:
-                file.seek(offset)
-                sys.stdout.write(shown(file.read()))
-                offset = file.tell()
+            text, offset = _read_log(path, offset)
+            sys.stdout.write(shown(text))
             sys.stdout.flush()
         if not follow or (record.final_state(run_directory) and path == last):
             return
         time.sleep(1.0)
         path = current() or path
+
+
+def _read_log(path: Path, offset: int = 0) -> tuple[str, int]:
+    """Reads a log from a byte offset to its end, at most the last 16 MiB; returns the text and the size of the file."""
+    with os.fdopen(open_regular(path, error=LaunchError), "rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        begin = file.seek(max(offset, size - _LOG))
+        content = file.read(max(size - begin, 0))
+    return content.decode("utf-8", "replace"), begin + len(content)
 
 
 def stop(
@@ -195,7 +203,7 @@ def resume(
     rest = [text for text in overrides or () if not text.startswith("cluster.")]
     if not cluster and not facts:
         raise ConfigError("the run was never submitted to a cluster", where=run, hint="Give --cluster, or use `fovea train`")
-    profile = profiles.load(cluster, own) if cluster else profiles.again(facts["profile"], own)
+    profile = profiles.load(cluster, own) if cluster else profiles.again(facts.get("profile"), own)
     _print_submitted(hand_over(load(str(run_directory.path / "config.yaml"), rest), profile))
 
 

@@ -180,7 +180,8 @@ def _check_patterns(config: Config) -> None:
 
 def living(run: RunDirectory) -> list[tools.Job]:
     """Running or pending jobs of this run; none where Slurm cannot be queried."""
-    ids = {int(record.read(run.path / name).get("job", 0)) for name in ("submit/job.json", "live.json", "successor.json")} - {0}
+    named = [record.read(run.path / name).get("job") for name in ("submit/job.json", "live.json", "successor.json")]
+    ids = {job for job in named if type(job) is int and 0 < job < 1 << 32}
     if not ids:
         return []
     try:
