@@ -16,7 +16,7 @@ from pipeline.config.types import Count, NonNegative, Positive, Settings, Texts
 from pipeline.errors import ConfigError
 from pipeline.untrusted import printable
 
-_TIME = re.compile(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?")
+_TIME = re.compile(r"(?:(\d{1,9})-)?(\d{1,9})(?::(\d{1,9}))?(?::(\d{1,9}))?", re.ASCII)
 
 
 class ContainerSettings(Settings):
@@ -190,10 +190,20 @@ def load(name: str, overrides: Sequence[str] = ()) -> ClusterProfile:
 _RENAMED = {"lead": "checkpoint_lead_time", "after": "requeue_mode", "pass_on": "export_env", "hang": "hang_timeout"}
 
 
-def again(values: dict[str, Any], overrides: Sequence[str] = ()) -> ClusterProfile:
-    """The profile of an earlier submission, with changes."""
+def again(values: Any, overrides: Sequence[str] = ()) -> ClusterProfile:
+    """The profile of an earlier submission, with changes.
+
+    Args:
+        values: as ``submit/job.json`` stores it.
+        overrides: texts ``key=value``.
+
+    Raises:
+        ConfigError: it is not a profile, or a change is invalid.
+    """
     here = "the profile of the last submission"
-    tree = grown({_RENAMED.get(name, name): value for name, value in values.items()}, here)
+    if not isinstance(values, dict):
+        raise ConfigError("must be a section", where=here, hint="Give --cluster")
+    tree = grown({_RENAMED.get(str(name), str(name)): value for name, value in values.items()}, here)
     return _made(tree, [], overrides, here)
 
 
@@ -207,12 +217,12 @@ def _made(tree: Branch, problems: list[Problem], overrides: Sequence[str], shown
         for detail in error.errors(include_url=False, include_context=False):
             names = [str(part) for part in detail["loc"] if not isinstance(part, int)]
             path = ".".join(names)
-            near = difflib.get_close_matches(names[-1], ClusterProfile.model_fields, 1)
+            near = difflib.get_close_matches(names[-1], ClusterProfile.model_fields, 1) if names else []
             unknown = f"unknown key {path!r}" + (f"; did you mean {near[0]!r}?" if near else "")
             message = (
                 unknown
                 if detail["type"] == "extra_forbidden"
-                else f"{path} = {detail['input']!r}: {detail['msg']}"
+                else f"{path} = {printable(repr(detail['input']), limit=80)}: {detail['msg']}"
                 if path
                 else detail["msg"]
             )

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from pipeline.data import storage
 from pipeline.data.index.manifest import Manifest, Shard
 from pipeline.errors import DataError
-from pipeline.untrusted import hide_secrets, printable
+from pipeline.untrusted import hide_secrets, printable, read_json
 
 _NAMED = 3
 _MOST = 20_000_000  # number of training samples above which single samples are not compared
@@ -95,10 +95,10 @@ def _twice(learned: Manifest, evaluated: Manifest) -> int:
         return 0
     kept = Path(evaluated.directory) / f"shared-with-{learned.fingerprint[:16]}.json"
     try:
-        document = json.loads(kept.read_text())
+        document = read_json(kept, limit=1 << 16)
         if document["evaluated"] == evaluated.fingerprint:
             return int(document["samples"])
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, OverflowError, DataError):
         pass
     ours = [_samples(evaluated, number) for number in range(len(evaluated.shards))]
     digests = np.unique(np.concatenate(ours))

@@ -11,7 +11,8 @@ import json
 import os
 from pathlib import Path
 
-from pipeline.errors import TrainingError
+from pipeline.errors import DataError, TrainingError
+from pipeline.untrusted import read_json
 
 
 class SkippedSteps:
@@ -29,11 +30,11 @@ class SkippedSteps:
         self.stretches: list[tuple[int, int]] = []
         earlier = path.with_name("left_out.json")  # the name of the versions before
         try:
-            text = (path if path.exists() or not earlier.exists() else earlier).read_text()
-            self.stretches = [(int(first), int(last)) for first, last in json.loads(text)["steps"]]
+            document = read_json(path if path.exists() or not earlier.exists() else earlier)
+            self.stretches = [(int(first), int(last)) for first, last in document["steps"]]
         except FileNotFoundError:
             pass
-        except (ValueError, KeyError, TypeError, OSError) as error:
+        except (ValueError, KeyError, TypeError, OverflowError, OSError, DataError) as error:
             raise TrainingError(
                 f"the list of skipped steps cannot be read ({error})",
                 where=str(path),

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
 import pytest
+from pydantic import ValidationError
 
 from launch.slurm.profile import again
 from pipeline.config.load import InvalidConfig, difference, load
 from pipeline.config.schema import Config
 from pipeline.config.upgrade import upgrade
+from pipeline.errors import ConfigError, TrainingError
 from pipeline.reports.comparison import gather
 from pipeline.training.rollback import SkippedSteps
 
@@ -128,3 +131,28 @@ def test_a_run_of_an_earlier_version_is_reported_with_its_method(tmp_path: Path)
     (tmp_path / "config.json").write_text(json.dumps(KEPT))
     (run,) = gather([tmp_path])
     assert run.config["method"]["name"] == "dinov2" and run.batch == 16
+
+
+@pytest.mark.parametrize("name", [["a"], {"a": 1}, 5, None])
+def test_a_name_of_a_wrong_type_is_refused(name: Any) -> None:
+    with pytest.raises(ValidationError):
+        Config.model_validate({**KEPT, "recipe": {"name": name, "augment": [], "views": "x"}})
+
+
+@pytest.mark.parametrize(
+    "text", ["[]", '{"steps": [1]}', '{"steps": [[1e400, 2]]}', '{"steps": ' + "[" * 300 + "]" * 300 + "}", "fifo"]
+)
+def test_a_damaged_list_of_skipped_steps_is_refused(tmp_path: Path, text: str) -> None:
+    file = tmp_path / "skipped_steps.json"
+    if text == "fifo":
+        os.mkfifo(file)
+    else:
+        file.write_text(text)
+    with pytest.raises(TrainingError, match="skipped steps cannot be read"):
+        SkippedSteps(file)
+
+
+@pytest.mark.parametrize("profile", [None, [], "x", {"memory": "a\nb"}, {"time": "9" * 5000}, {"budgets": []}])
+def test_a_damaged_profile_of_a_submission_is_refused(profile: Any) -> None:
+    with pytest.raises(ConfigError):
+        again(profile)
