@@ -23,7 +23,7 @@ from pipeline.reports.page import number
 from pipeline.runtime.clock import clock
 from pipeline.runtime.run_directory import RunDirectory
 from pipeline.tracking.journal import read
-from pipeline.untrusted import read_json
+from pipeline.untrusted import printable, read_json
 
 _PLAIN = ("train/", "perf/", "memory/", "system/", "gradient_norm/", "data/", "storage/", "checkpoint/", "alert/", "copies/")
 _CURVES = (
@@ -34,6 +34,8 @@ _CURVES = (
 )
 _CHOICES = ("/rate", "/layers", "/patches", "/cost", "/chosen_on", "_rank", "_p10")  # in the table, but not plotted
 _ABSENT = "—"
+_NAME = 100  # maximum length of a run's name
+_CHARTS = 60  # maximum number of scores that are plotted
 
 
 @dataclass
@@ -85,7 +87,7 @@ def gather(paths: Sequence[Path]) -> list[RunSummary]:
                 "must be a run directory", where=str(path), hint="Name a directory with the config.json that training wrote"
             )
         config = upgrade(_json(run.config))
-        name = str(config.get("run", {}).get("name") or path.name)
+        name = printable(str(config.get("run", {}).get("name") or path.name), limit=_NAME)
         if any(other.name == name for other in summaries):
             name = f"{name} ({path.name})" if all(other.directory.path.name != path.name for other in summaries) else str(path)
         manifests = files.listed(run.checkpoints)
@@ -202,7 +204,7 @@ def _state(summary: RunSummary) -> str:
 def _metrics(runs: Sequence[RunSummary]) -> list[str]:
     names = dict.fromkeys(name for summary in runs for name, points in summary.scores.items() if len(points) > 1)
     separate = ("baseline/", "segmentation/iou/")
-    return [name for name in names if not name.startswith(separate) and not name.endswith(_CHOICES)]
+    return [name for name in names if not name.startswith(separate) and not name.endswith(_CHOICES)][:_CHARTS]
 
 
 def _chart(runs: Sequence[RunSummary], metric: str, title: str, *, small: bool = False) -> Chart:

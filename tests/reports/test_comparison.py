@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.errors import ConfigError
-from pipeline.reports.comparison import gather, write
+from pipeline.reports.comparison import _metrics, gather, write
 from pipeline.runtime.run_directory import RunDirectory
 from pipeline.tracking import Journal
 from tests.helpers.exported import DINO, checkpoint, settings
@@ -88,3 +88,17 @@ def test_what_is_no_run_is_refused_and_one_run_is_a_page_too(tmp_path: Path) -> 
     one = made(tmp_path / "a", width=32, score=0.5, interrupted=False)
     assert "The run toy" in write([one], tmp_path / "report.html").read_text()
     assert gather([one, one])[0].name == "toy"
+
+
+def test_names_and_charts_of_a_hostile_run_are_bounded(tmp_path: Path) -> None:
+    run = made(tmp_path / "a", width=32, score=0.5, interrupted=False)
+    document = json.loads((run / "config.json").read_text())
+    document["run"]["name"] = "<x>" * 10_000
+    (run / "config.json").write_text(json.dumps(document))
+    journal = Journal(RunDirectory(run).journal(7))
+    for step in (1, 2):
+        journal.metrics(step, {f"score/{i}": 1.0 for i in range(300)})
+    journal.close()
+    (summary,) = gather([run])
+    assert len(summary.name) == 100
+    assert len(_metrics([summary])) == 60
