@@ -18,7 +18,7 @@ from pipeline.untrusted import open_regular, printable, shown
 if TYPE_CHECKING:
     from launch.slurm.submit import Submitted
 
-_LOG = 16 << 20  # bytes of a log that are read at once
+_LOG = 2 << 20  # bytes of a log that are read at once
 
 RunArgument = Annotated[str, typer.Argument(metavar="RUN", help="A run directory, or its name below runs/.")]
 Overrides = Annotated[
@@ -153,12 +153,12 @@ def logs(
         path = current() or path
 
 
-def _read_log(path: Path, offset: int = 0) -> tuple[str, int]:
-    """Reads a log from a byte offset to its end, at most the last 16 MiB; returns the text and the size of the file."""
+def _read_log(path: Path, offset: int | None = None) -> tuple[str, int]:
+    """Reads at most 2 MiB of a log, from a byte offset or else its end; returns the text and the offset behind it."""
     with os.fdopen(open_regular(path, error=LaunchError), "rb") as file:
-        size = os.fstat(file.fileno()).st_size
-        begin = file.seek(max(offset, size - _LOG))
-        content = file.read(max(size - begin, 0))
+        begin = max(os.fstat(file.fileno()).st_size - _LOG, 0) if offset is None else offset
+        file.seek(begin)
+        content = file.read(_LOG)
     return content.decode("utf-8", "replace"), begin + len(content)
 
 
