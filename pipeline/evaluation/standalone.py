@@ -236,7 +236,7 @@ def wait_for_checkpoints(run: RunDirectory) -> Iterator[Saved | None]:
     while True:
         total = planned_steps(run)
         last = -1
-        for saved in files.listed(run.checkpoints):
+        for saved in files.committed_checkpoints(run.checkpoints):
             last = max(last, saved.step)
             if not is_evaluated(run, saved.path.name) and _is_complete(saved):
                 yield saved
