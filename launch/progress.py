@@ -25,7 +25,7 @@ _SHOWN = {"linear/top1", "logistic/top1", "segmentation/miou", "zeroshot/top1"}
 class MessageLogger:
     """Progress logger of all ranks but 0; prints only messages."""
 
-    def step(self, done: int, total: int, loss: float, rate: float, scores: dict[str, float], scored: int) -> None:
+    def step(self, done: int, total: int, loss: float, rate: float, scores: dict[str, float], scores_step: int) -> None:
         """No output."""
 
     def log(self, text: str) -> None:
@@ -44,17 +44,17 @@ class LineLogger:
     def __init__(self, global_batch: int, out: TextIO | None = None) -> None:
         self._batch, self._rate, self._out = global_batch, 0.0, out
 
-    def _text(self, done: int, total: int, loss: float, rate: float, scores: dict[str, float], scored: int) -> str:
+    def _text(self, done: int, total: int, loss: float, rate: float, scores: dict[str, float], scores_step: int) -> str:
         self._rate = rate if not self._rate else 0.8 * self._rate + 0.2 * rate
         left = clock((total - done) * self._batch / max(self._rate, 1e-9))
         shown = {name: value for name, value in scores.items() if name.startswith("knn/") or name in _SHOWN}
         knn = "".join(f"  {name} {value:.3f}" for name, value in shown.items())
-        old = f" (of step {scored})" if knn and scored != done else ""
+        old = f" (of step {scores_step})" if knn and scores_step != done else ""
         return f"step {done:>6}/{total}  loss {loss:8.4f}  {rate:6.0f} img/s{knn}{old}  left {left}"
 
-    def step(self, done: int, total: int, loss: float, rate: float, scores: dict[str, float], scored: int) -> None:
+    def step(self, done: int, total: int, loss: float, rate: float, scores: dict[str, float], scores_step: int) -> None:
         """Print one line."""
-        print(shown(self._text(done, total, loss, rate, scores, scored)), file=self._out, flush=True)
+        print(shown(self._text(done, total, loss, rate, scores, scores_step)), file=self._out, flush=True)
 
     def log(self, text: str) -> None:
         """Print one line."""
@@ -74,9 +74,9 @@ class LiveLineLogger(LineLogger):
         full = round(width * done / max(total, 1))
         return f"{'━' * full}{'╌' * (width - full)} {text}".lstrip()[:columns]
 
-    def step(self, done: int, total: int, loss: float, rate: float, scores: dict[str, float], scored: int) -> None:
+    def step(self, done: int, total: int, loss: float, rate: float, scores: dict[str, float], scores_step: int) -> None:
         """Rewrite the line, at most ten times per second."""
-        text = self._text(done, total, loss, rate, scores, scored)
+        text = self._text(done, total, loss, rate, scores, scores_step)
         if time.monotonic() - self._shown > 0.1 or done == total:
             self._shown = time.monotonic()
             sys.stdout.write(f"\r\x1b[2K{self._line(done, total, text)}" + ("\n" if done == total else ""))
@@ -106,11 +106,11 @@ class FileLogger:
             file = StringIO()
         self._copy = LineLogger(global_batch, file)
 
-    def step(self, done: int, total: int, loss: float, rate: float, scores: dict[str, float], scored: int) -> None:
+    def step(self, done: int, total: int, loss: float, rate: float, scores: dict[str, float], scores_step: int) -> None:
         """Display and write to the file."""
-        self._inner.step(done, total, loss, rate, scores, scored)
+        self._inner.step(done, total, loss, rate, scores, scores_step)
         with contextlib.suppress(OSError):
-            self._copy.step(done, total, loss, rate, scores, scored)
+            self._copy.step(done, total, loss, rate, scores, scores_step)
 
     def log(self, text: str) -> None:
         """Display and write to the file."""
@@ -139,9 +139,9 @@ class TimeLogger:
     def __init__(self, inner: MessageLogger | LineLogger | FileLogger, path: Path, seconds: Callable[[], float]) -> None:
         self._inner, self._path, self._seconds, self._began = inner, path, seconds, seconds()
 
-    def step(self, done: int, total: int, loss: float, rate: float, scores: dict[str, float], scored: int) -> None:
+    def step(self, done: int, total: int, loss: float, rate: float, scores: dict[str, float], scores_step: int) -> None:
         """Display and record the time."""
-        self._inner.step(done, total, loss, rate, scores, scored)
+        self._inner.step(done, total, loss, rate, scores, scores_step)
         self.note(done)
 
     def log(self, text: str) -> None:

@@ -217,7 +217,7 @@ def _train(
         c = config.checkpoint
         every = c.keep_every.steps(inputs.order.samples_per_epoch, config.train.global_batch_size) if c.keep_every else 0
         copies = Copies(mirror, open_storage(config), Retention(c.keep_last, every, c.keep_best), show.log)
-        copies.start(saved.listed(run.checkpoints))
+        copies.start(saved.committed_checkpoints(run.checkpoints))
     trainer = assemble(
         config,
         inputs,
@@ -225,7 +225,7 @@ def _train(
         run,
         attempt=number,
         resume=checkpoint,
-        facts={
+        manifest_fields={
             "config": masked(config.model_dump(mode="json")),
             "fingerprint": fingerprint(config),
             "run": config.run.name,

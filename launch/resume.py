@@ -77,7 +77,7 @@ def choose_checkpoint(config: Config, run: RunDirectory, inputs: Inputs, *, fetc
     choice = config.checkpoint.resume
     complaints: list[str] = []
     if choice == "never":
-        if saved.listed(run.checkpoints):
+        if saved.committed_checkpoints(run.checkpoints):
             raise CheckpointError(
                 "checkpoint.resume=never, but the run has checkpoints",
                 where=str(run.checkpoints),

@@ -95,7 +95,7 @@ def test_a_run_that_is_killed_again_and_again_ends_bitwise_like_one_that_never_w
             assert launcher.returncode == 0, "it ended by itself, and badly"
             break
         crashes += 1
-        for one in saved.listed(directory / "checkpoints"):
+        for one in saved.committed_checkpoints(directory / "checkpoints"):
             saved.verify(one)
     assert crashes >= CRASHES // 2, "it was too fast to be killed"
     done = train(config, shards, directory, *words)
@@ -130,7 +130,7 @@ def test_a_node_that_lost_its_disk_goes_on_from_the_copy_as_if_nothing_had_happe
         time.sleep(0.02)
     launcher.send_signal(signal.SIGTERM)
     assert launcher.wait(timeout=600) == 0
-    reached = max(one.step for one in saved.listed(first / "checkpoints"))
+    reached = max(one.step for one in saved.committed_checkpoints(first / "checkpoints"))
     assert 5 <= reached < 12
     done = train(config, shards, second, *copied)  # another directory: nothing of the first is there
     assert done.returncode == 0, done.stderr + done.stdout

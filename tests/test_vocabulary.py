@@ -86,7 +86,6 @@ RETIRED_KEYS = {
 ALLOWED = {
     ("pipeline/config/upgrade.py", "*"): "reads the settings of earlier versions by their names",
     ("pipeline/checkpoint/manifest_types.py", "judged"): "a key of manifests on disk",
-    ("pipeline/training/trainer.py", "judged"): "the value of that key",
     ("pipeline/data/inspect/stats.py", "pictures"): "a key of the report on disk",
     ("pipeline/models/captions.py", "picture"): "the name of a module in state dicts, and its argument",
     ("pipeline/tracking/mlflow_servers.py", "remember"): "stores a server's address; the retired function was a cache",

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from launch.cli.choices import Precision, Weights
-from pipeline.checkpoint.files import Saved, listed, newest, read, verify
+from pipeline.checkpoint.files import Saved, committed_checkpoints, newest, read, verify
 from pipeline.checkpoint.manifest import MANIFEST
 from pipeline.checkpoint.retention import read_best
 from pipeline.errors import CheckpointError, ConfigError
@@ -199,7 +199,7 @@ def _one(path: Path) -> Saved:
 
 
 def _rows(folder: Path) -> list[dict[str, Any]]:
-    saved = sorted(listed(folder), key=lambda one: (one.serial, one.step))
+    saved = sorted(committed_checkpoints(folder), key=lambda one: (one.serial, one.step))
     best = read_best(folder)
     rows = []
     for one in saved:

@@ -161,7 +161,7 @@ def _measure(options: Options, folder: Path, control: Any, log: Callable[[str], 
             lists["beside"].append(still)
             lists["slower"].append(slower)
             lists["until_current"].append(time.perf_counter() - begin)
-    last = saved.listed(folder)[-1]
+    last = saved.committed_checkpoints(folder)[-1]
     result.size = sum(file["size"] for file in last.manifest["files"])
     log("loading")
     result.verify = timed(lambda: saved.verify(last))

@@ -119,8 +119,8 @@ def _pieces(
     with torch.no_grad():
         units = (teacher.units(cls[: 2 * n]), teacher.units(patches))
         matrix = teacher.matrix(units[0].dtype)
-        pieces = [losses.logit_pieces([unit], matrix, 0.05, rows, kernels=kernels) for unit in units]
-        potentials = [losses.potential_over_pieces(logits, cls.new_zeros(len(matrix))) for logits in pieces]
+        chunks = [losses.logit_chunks([unit], matrix, 0.05, rows, kernels=kernels) for unit in units]
+        potentials = [losses.potential_over_chunks(logits, cls.new_zeros(len(matrix))) for logits in chunks]
     dino = losses.Targets(units[0].unflatten(0, (2, n)), matrix, potentials[0], 0.05)
     ibot = losses.Targets(units[1][None], matrix, potentials[1], 0.05)
     pairings, each = losses.multi_crop_pairings(8), cls.new_full((n,), 1 / (18 * n))

@@ -22,10 +22,11 @@ from pipeline.runtime.process_group import World
 from pipeline.runtime.stop_requests import StopRequests
 from pipeline.runtime.watchdog import Watchdog
 from pipeline.tracking import Journal
+from pipeline.training.progress import Plan, Progress
 from pipeline.training.rollback import SkippedSteps
 from pipeline.training.schedules import Schedules, constant
 from pipeline.training.timing import Phases
-from pipeline.training.trainer import Plan, Progress, Trainer
+from pipeline.training.trainer import Trainer
 
 _WARM = 5
 AIM = 1e-3  # seconds per step
@@ -73,7 +74,7 @@ class Result:
 
 
 class _NullLogger:
-    def step(self, done: int, total: int, loss: float, rate: float, scores: dict[str, float], scored: int) -> None: ...
+    def step(self, done: int, total: int, loss: float, rate: float, scores: dict[str, float], scores_step: int) -> None: ...
 
     def log(self, text: str) -> None: ...
 
@@ -118,7 +119,7 @@ def measure(options: Options, *, log: Callable[[str], None] = lambda _: None) ->
         journal = Journal(folder / "journal.jsonl")
 
         def never() -> Progress:
-            raise AssertionError("nothing to go back to")
+            raise AssertionError("nothing to roll back to")
 
         trainer = Trainer(
             world=world,
@@ -129,14 +130,14 @@ def measure(options: Options, *, log: Callable[[str], None] = lambda _: None) ->
             checkpoints=Checkpoints(folder / "checkpoints", keep_last=1),
             evaluate=None,
             data_state=lambda: {"seen": 0, "substituted": {}, "counts": {}, "samples": 0, "fingerprint": "", "quarantine": {}},
-            facts={"config": {}},
+            manifest_fields={"config": {}},
             journal=journal,
             logger=_NullLogger(),
             plan=Plan(steps, options.log_every, 0, 0, 3, seed=0),
             requests=StopRequests(folder),
             phases=Phases(world, watchdog),
             skipped_steps=SkippedSteps(folder / "skipped_steps.json"),
-            go_back=never,
+            load_last_checkpoint=never,
         )
         log(f"{steps} steps, three times")
         watchdog.start()

@@ -62,7 +62,7 @@ class Saved:
         return list(self.manifest.get("origins", []))
 
 
-def sync(path: Path) -> None:
+def fsync_path(path: Path) -> None:
     """Flushes a file or a directory to disk (fsync)."""
     handle = os.open(path, os.O_RDONLY)
     try:
@@ -103,7 +103,7 @@ def read(path: Path) -> Saved:
     return Saved(path, read_manifest(path / MANIFEST))
 
 
-def listed(directory: Path) -> list[Saved]:
+def committed_checkpoints(directory: Path) -> list[Saved]:
     """Committed checkpoints of a run by step; skips unreadable manifests."""
     checkpoints = []
     for path in sorted(directory.glob("step_*")):
@@ -127,10 +127,11 @@ def newest(directory: Path, *, begun_at: Path | None = None) -> tuple[Saved | No
         CheckpointError: checkpoints exist, but none is complete.
     """
     complaints: list[str] = []
-    saved = sorted(listed(directory), key=lambda s: (s.serial, s.step), reverse=True)
+    saved = sorted(committed_checkpoints(directory), key=lambda s: (s.serial, s.step), reverse=True)
     if begun_at is not None:
         saved = [s for s in saved if _came_of(s, begun_at)]
-    unreadable = sorted({path for path in directory.glob("step_*") if path.is_dir()} - {s.path for s in listed(directory)})
+    readable = {s.path for s in committed_checkpoints(directory)}
+    unreadable = sorted({path for path in directory.glob("step_*") if path.is_dir()} - readable)
     if begun_at is None:
         complaints += [f"{printable(str(path))}: its manifest cannot be read, so it is passed over" for path in unreadable]
     for candidate in saved:

@@ -17,7 +17,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from pipeline.checkpoint.files import Saved, read, sync, verify
+from pipeline.checkpoint.files import Saved, fsync_path, read, verify
 from pipeline.checkpoint.manifest import MANIFEST, MAX_MANIFEST
 from pipeline.checkpoint.retention import Mark, Retention
 from pipeline.data.storage import ShardNotFound, Storage, StorageUnavailable
@@ -171,13 +171,13 @@ def _fetch(folder: str, name: str, manifest: dict[str, Any], directory: Path, st
                     "its size differs from the manifest's", where=url, hint="Use an older one, which is chosen automatically"
                 )
             storage.get(url, temporary / entry["name"])
-            sync(temporary / entry["name"])
+            fsync_path(temporary / entry["name"])
         verify(Saved(temporary, manifest))
         (temporary / MANIFEST).write_text(json.dumps(manifest))
-        sync(temporary / MANIFEST)
-        sync(temporary)
+        fsync_path(temporary / MANIFEST)
+        fsync_path(temporary)
         temporary.rename(directory / name)
-        sync(directory)
+        fsync_path(directory)
     except ShardNotFound as error:
         raise CheckpointError(
             "a file of the checkpoint is missing", where=error.where, hint="Use an older one, which is chosen automatically"

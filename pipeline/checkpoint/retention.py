@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pipeline.checkpoint.files import sync
+from pipeline.checkpoint.files import fsync_path
 from pipeline.errors import FoveaError
 from pipeline.untrusted import plain_name, read_json
 
@@ -83,7 +83,7 @@ def write_best(directory: Path, metric: str, best: Mark) -> None:
         file.flush()
         os.fsync(file.fileno())
     temporary.replace(directory / BEST)
-    sync(directory)
+    fsync_path(directory)
 
 
 def read_best(directory: Path) -> dict[str, Any]:

@@ -13,9 +13,10 @@ A checkpoint is written to ``.tmp-step_…``, every file is synced, and a rename
 such a name. Leftover directories of that name are deleted by the next save. Fragments record their position in the whole
 parameter, so a checkpoint can be read with any world size.
 
-An asynchronous save has three states. *Writing*: every rank has copied its part to host memory, and a background thread writes
-it. *Committing*: at a later step boundary all ranks have learned, in an all-reduce that happens at every step anyway, that all
-have written; a thread of rank 0 writes the manifest, renames and prunes. At another such boundary all ranks learn the outcome.
+A save passes through two states and ends with an outcome. *Writing*: every rank has copied its part to host memory, and a
+background thread writes it. *Committing*: at a later step boundary all ranks have learned, in an all-reduce that happens at every
+step anyway, that all have written; a thread of rank 0 writes the manifest, renames and prunes. At another such boundary all ranks
+learn the *outcome*.
 Only the main thread communicates with other ranks.
 """
 
@@ -34,7 +35,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from pipeline.checkpoint.files import Saved, listed, rank_file, sync
+from pipeline.checkpoint.files import Saved, committed_checkpoints, fsync_path, rank_file
 from pipeline.checkpoint.fragments import ShardedWeights
 from pipeline.checkpoint.manifest import FORMAT, MANIFEST, UNSHARDED
 from pipeline.checkpoint.retention import Mark, Retention, write_best
@@ -47,9 +48,13 @@ _TEMPORARY = ".tmp-"
 
 
 class Saving(IntEnum):
-    """State of a rank's part of a save; ranks agree on the maximum."""
+    """State of a rank's work on a save; ranks agree on the maximum.
 
-    QUIET = 0
+    Therefore BUSY > FAILED > IDLE: a save ends only when no rank is busy, since a rank that is still writing must not find its
+    directory reused; and a failure on one rank prevails over ranks that are done or have nothing to do.
+    """
+
+    IDLE = 0
     FAILED = 1
     BUSY = 2
 
@@ -61,14 +66,14 @@ class Outcome:
     Attributes:
         step: step of the checkpoint.
         path: its directory, or ``None`` if it could not be written.
-        problem: why it could not, else ``None``.
-        in_a_row: number of consecutive failed saves, this one included.
+        error: why it could not, else ``None``.
+        consecutive_failures: number of consecutive failed saves, this one included.
     """
 
     step: int
     path: Path | None
-    problem: CheckpointError | None = None
-    in_a_row: int = 0
+    error: CheckpointError | None = None
+    consecutive_failures: int = 0
 
 
 @dataclass
@@ -77,7 +82,7 @@ class _Pending:
 
     temporary: Path
     final: Path
-    facts: dict[str, Any]
+    manifest_fields: dict[str, Any]
     job: Future[Any]
     committing: bool = False
 
@@ -90,7 +95,7 @@ class Checkpoints:
         keep_last: number to keep, at least two, because the newest may turn out to be damaged.
         keep_every: keep the first at or after each multiple of this many steps permanently; 0 for none.
         keep_best: metric whose highest-scoring checkpoint is kept too.
-        most_failures: consecutive asynchronous saves that may fail before training is stopped.
+        max_failures: consecutive asynchronous saves that may fail before training is stopped.
         group: a gloo group for agreement between ranks, ``None`` for the default group.
         on_commit: called by rank 0, in another thread, with each committed checkpoint.
         pinned: names of checkpoints that must not be deleted at the moment.
@@ -103,40 +108,40 @@ class Checkpoints:
         keep_last: int = 3,
         keep_every: int = 0,
         keep_best: str | None = None,
-        most_failures: int = 3,
+        max_failures: int = 3,
         group: dist.ProcessGroup | None = None,
         on_commit: Callable[[Saved], None] | None = None,
         pinned: Callable[[], set[str]] = set,
     ) -> None:
         self.directory, self._group = directory, group
-        self._retention, self._most = Retention(keep_last, keep_every, keep_best), most_failures
+        self._retention, self._max_failures = Retention(keep_last, keep_every, keep_best), max_failures
         self._on_commit, self._pinned = on_commit, pinned
-        self._staging, self._in_a_row = Staging(), 0
+        self._staging, self._consecutive_failures = Staging(), 0
         self._pending: _Pending | None = None
         self._thread = ThreadPoolExecutor(1, "checkpoint")
         self._marks: dict[str, Mark] | None = None
 
-    def save(self, engine: ShardedWeights, method: Method, facts: dict[str, Any]) -> Path:
+    def save(self, engine: ShardedWeights, method: Method, manifest_fields: dict[str, Any]) -> Path:
         """Writes and commits a checkpoint synchronously; collective over all ranks.
 
         Args:
             engine: provides the fragments.
             method: provides teacher, extra state and frozen parameters.
-            facts: content of the manifest; must hold ``step``.
+            manifest_fields: content of the manifest; must hold ``step``.
 
         Raises:
             CheckpointError: on all ranks, if any rank could not write; earlier checkpoints are untouched.
         """
         self.finish()
-        self._begin(engine, method, facts, copy=False)
+        self._begin(engine, method, manifest_fields, copy=False)
         outcome = self.finish()
-        if outcome is None or outcome.path is None:
-            raise (outcome and outcome.problem) or CheckpointError(
-                "nothing was written", where=str(self.directory), hint="See the log of rank 0"
-            )
-        return outcome.path
+        if outcome is not None and outcome.path is not None:
+            return outcome.path
+        if outcome is not None and outcome.error is not None:
+            raise outcome.error
+        raise CheckpointError("nothing was written", where=str(self.directory), hint="See the log of rank 0")
 
-    def begin(self, engine: ShardedWeights, method: Method, facts: dict[str, Any]) -> Outcome | None:
+    def begin(self, engine: ShardedWeights, method: Method, manifest_fields: dict[str, Any]) -> Outcome | None:
         """Takes a snapshot, starts writing it in the background, and returns; waits first for a save in progress.
 
         Must be followed by :meth:`poll` at every step boundary, and by :meth:`finish` at the end.
@@ -148,17 +153,17 @@ class Checkpoints:
             CheckpointError: on all ranks, if the maximum of consecutive failed saves is reached.
         """
         before = self.finish()
-        self._begin(engine, method, facts, copy=True)
+        self._begin(engine, method, manifest_fields, copy=True)
         return before
 
     @property
     def state(self) -> Saving:
         """This rank's state of the save in progress."""
         if self._pending is None:
-            return Saving.QUIET
+            return Saving.IDLE
         if not self._pending.job.done():
             return Saving.BUSY
-        return Saving.FAILED if _failure(self._pending.job) else Saving.QUIET
+        return Saving.FAILED if _failure(self._pending.job) else Saving.IDLE
 
     def poll(self, agreed: int) -> Outcome | None:
         """Advances the save in progress if all ranks are ready; does not block.
@@ -175,15 +180,15 @@ class Checkpoints:
         pending = self._pending
         if pending is None or agreed == Saving.BUSY:
             return None
-        step = int(pending.facts["step"])
+        step = int(pending.manifest_fields["step"])
         if agreed == Saving.FAILED:
-            problem = self._problem(pending)
-            self._pending, self._in_a_row = None, self._in_a_row + 1
-            if self._in_a_row >= self._most:
-                raise problem
-            return Outcome(step, None, problem, self._in_a_row)
+            error = self._error(pending)
+            self._pending, self._consecutive_failures = None, self._consecutive_failures + 1
+            if self._consecutive_failures >= self._max_failures:
+                raise error
+            return Outcome(step, None, error, self._consecutive_failures)
         if pending.committing:
-            self._pending, self._in_a_row = None, 0
+            self._pending, self._consecutive_failures = None, 0
             return Outcome(step, pending.final)
         written: list[Any] = [None] * dist.get_world_size()
         dist.all_gather_object(written, pending.job.result(), group=self._group)
@@ -207,12 +212,21 @@ class Checkpoints:
         return outcome
 
     def close(self) -> None:
-        """Closes after a failure of training: no communication with other ranks, but rank 0 completes what it can alone."""
+        """Waits for a commit in progress; without communication, so it is safe after another rank failed.
+
+        Does nothing after :meth:`finish`.
+        """
         if self._pending is not None and self._pending.committing:
             wait([self._pending.job])
 
-    def _begin(self, engine: ShardedWeights, method: Method, facts: dict[str, Any], *, copy: bool) -> None:
-        name = f"step_{facts['step']:09d}"
+    def _begin(self, engine: ShardedWeights, method: Method, manifest_fields: dict[str, Any], *, copy: bool) -> None:
+        """Takes a snapshot and starts writing it. Main thread, collective.
+
+        Args:
+            engine, method, manifest_fields: as for :meth:`save`.
+            copy: whether the snapshot is a copy, so that training may change the tensors while they are written.
+        """
+        name = f"step_{manifest_fields['step']:09d}"
         rank = dist.get_rank()
         temporary = self.directory / f"{_TEMPORARY}{name}"
         snapshot = self._staging.take(engine, method, rank=rank, copy=copy)
@@ -229,15 +243,17 @@ class Checkpoints:
         else:
             job = self._thread.submit(self._write, temporary, snapshot, rank)
         shapes = {name: list(shape) for name, shape in engine.shapes.items()}
-        self._pending = _Pending(temporary, self.directory / name, {**facts, "shapes": shapes}, job)
+        self._pending = _Pending(temporary, self.directory / name, {**manifest_fields, "shapes": shapes}, job)
 
     def _prepare(self, temporary: Path) -> None:
+        """Creates an empty directory to write to. Main thread of rank 0."""
         self.directory.mkdir(parents=True, exist_ok=True)
         if temporary.exists():
-            temporary.rename(self._rubbish(temporary.name))
+            temporary.rename(self._trash_path(temporary.name))
         temporary.mkdir()
 
     def _write(self, temporary: Path, snapshot: Snapshot, rank: int) -> dict[str, Any]:
+        """Writes a rank's files; returns its fragment table and file entries for the manifest. Background thread of each rank."""
         if rank == 0:
             for stale in self.directory.glob(f"{_TEMPORARY}*"):
                 if stale != temporary:
@@ -248,13 +264,14 @@ class Checkpoints:
         return {"fragments": snapshot.table, "files": files}
 
     def _commit(self, pending: _Pending, written: list[dict[str, Any]]) -> None:
+        """Writes the manifest, renames the directory and prunes old checkpoints. Background thread of rank 0."""
         if self._marks is None:
-            self._marks = {s.path.name: Mark.of(s.path.name, s.manifest) for s in listed(self.directory)}
+            self._marks = {s.path.name: Mark.of(s.path.name, s.manifest) for s in committed_checkpoints(self.directory)}
         final = pending.final
         files = [file for part in written for file in part["files"]]
         manifest = {
             "format": FORMAT,
-            **pending.facts,
+            **pending.manifest_fields,
             "serial": 1 + max((mark.serial for mark in self._marks.values()), default=0),
             "world": len(written),
             "fragments": [part["fragments"] for part in written],
@@ -264,11 +281,11 @@ class Checkpoints:
             json.dump(manifest, file)
             file.flush()
             os.fsync(file.fileno())
-        sync(pending.temporary)
+        fsync_path(pending.temporary)
         if final.exists():  # from an earlier attempt: the checkpoint was damaged since, or the run rolled back
-            self._discard(final)
+            self._delete(final)
         pending.temporary.rename(final)
-        sync(self.directory)
+        fsync_path(self.directory)
         self._marks[final.name] = Mark.of(final.name, manifest)
         if best := self._retention.best_of(self._marks.values()):
             write_best(self.directory, self._retention.best or "", best)
@@ -276,19 +293,22 @@ class Checkpoints:
             self._on_commit(Saved(final, manifest))
         for old in self._retention.superfluous(self._marks.values()):
             if old.name not in self._pinned():
-                self._discard(self.directory / old.name)
+                self._delete(self.directory / old.name)
                 del self._marks[old.name]
 
-    def _discard(self, path: Path) -> None:
+    def _delete(self, path: Path) -> None:
+        """Deletes a checkpoint: it ceases to be one before its files go. Background thread of rank 0."""
         if path.exists():
-            rubbish = self._rubbish(path.name)
-            path.rename(rubbish)
-            shutil.rmtree(rubbish, ignore_errors=True)  # what cannot be deleted now is deleted by the next save
+            trash = self._trash_path(path.name)
+            path.rename(trash)
+            shutil.rmtree(trash, ignore_errors=True)  # what cannot be deleted now is deleted by the next save
 
-    def _rubbish(self, name: str) -> Path:
+    def _trash_path(self, name: str) -> Path:
+        """A new name that marks a directory for deletion. Any thread."""
         return self.directory / f"{_TEMPORARY}old-{os.urandom(4).hex()}-{name.removeprefix(_TEMPORARY)}"
 
-    def _problem(self, pending: _Pending) -> CheckpointError:
+    def _error(self, pending: _Pending) -> CheckpointError:
+        """The error of a failed save, naming the first rank that failed. Main thread, collective."""
         failures: list[Any] = [None] * dist.get_world_size()
         dist.all_gather_object(failures, _failure(pending.job), group=self._group)
         first_failure = next((f"rank {rank}: {failure}" for rank, failure in enumerate(failures) if failure), "a rank failed")

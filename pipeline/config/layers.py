@@ -136,6 +136,10 @@ def read(file: Path, problems: list[Problem], above: tuple[Path, ...], seen: lis
         if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
             raise ConfigError("`base` must be a file or a list of files", where=base.origin, hint="Write base: other.yaml")
         for name in names:
+            if printable(name) != name:
+                raise ConfigError(
+                    f"base {printable(name)!r} contains control characters", where=base.origin, hint="Write base: other.yaml"
+                )
             parent = file.parent / name
             if not _is_file(parent):
                 raise ConfigError(

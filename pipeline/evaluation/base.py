@@ -1,4 +1,4 @@
-"""Base class of evaluators, and the lookup of an evaluator by the name of its settings section."""
+"""Base class of evaluators; finds an evaluator by the name of its settings section; evaluates with several."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _S = TypeVar("_S", bound=EvaluatorSettings)
 
 
 class Evaluator(ABC, Generic[_S]):
-    """Evaluates networks. To add an evaluator, write ``evaluation/<name>.py`` with a subclass, and a section in ``settings.py``.
+    """Base class of evaluators. To add one, write ``evaluation/<name>.py`` with a subclass, and a section in ``settings.py``.
 
     What it needs and the names of its metrics are declared by its section, which config checks read without importing torch.
 
@@ -58,13 +58,13 @@ def evaluator_class(name: str) -> type[Evaluator[EvaluatorSettings]]:
         TypeError: the file defines none, or several.
     """
     module = importlib.import_module(f"{__package__}.{name}")
-    classes = [kind for _, kind in inspect.getmembers(module, inspect.isclass) if kind.__module__ == module.__name__]
-    evaluators = [kind for kind in classes if issubclass(kind, Evaluator) and not inspect.isabstract(kind)]
+    classes = [cls for _, cls in inspect.getmembers(module, inspect.isclass) if cls.__module__ == module.__name__]
+    evaluators = [cls for cls in classes if issubclass(cls, Evaluator) and not inspect.isabstract(cls)]
     if len(evaluators) != 1:
         raise TypeError(f"{module.__name__} must define one subclass of Evaluator, and defines {len(evaluators)}")
     return evaluators[0]
 
 
-def score(evaluators: Mapping[str, Evaluator[EvaluatorSettings]], model: EvalModel) -> dict[str, float]:
+def evaluate_all(evaluators: Mapping[str, Evaluator[EvaluatorSettings]], model: EvalModel) -> dict[str, float]:
     """Scores of several evaluators by full metric name, ``<evaluator>/<metric>``."""
-    return {f"{name}/{metric}": value for name, one in evaluators.items() for metric, value in one(model).items()}
+    return {f"{name}/{metric}": value for name, evaluator in evaluators.items() for metric, value in evaluator(model).items()}

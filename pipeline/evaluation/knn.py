@@ -24,7 +24,7 @@ from pipeline.models.eval_model import EvalModel
 def knn_votes(
     similarities: Tensor, labels: Tensor, *, classes: int, ks: Sequence[int], temperature: float = 0.07
 ) -> dict[int, Tensor]:
-    """Class scores from the nearest neighbours.
+    """Class scores of weighted k-NN: softmax-weighted votes of the nearest neighbours.
 
     Args:
         similarities: ``[queries, max(ks)]``, cosine similarities in descending order.
@@ -66,22 +66,22 @@ def knn_accuracy(
         chunk: queries compared at a time.
 
     Returns:
-        Accuracy in 0..1 for each k.
+        Accuracy in 0..1 for each k; NaN if there are no queries or the bank is empty.
     """
     if not len(queries) or not len(bank):
         return dict.fromkeys(ks, float("nan"))
     # The features of an untrained network differ only in the last bits of fp32, where the order of the bank would decide.
     queries, bank = F.normalize(queries.double(), dim=1), F.normalize(bank.double(), dim=1)
     classes = int(max(query_labels.max(), bank_labels.max())) + 1
-    largest = min(max(ks), len(bank))
-    clipped = [min(k, largest) for k in ks]
+    max_k = min(max(ks), len(bank))
+    clipped = [min(k, max_k) for k in ks]
     correct = dict.fromkeys(ks, 0)
-    for low in range(0, len(queries), chunk):
-        nearest, index = (queries[low : low + chunk] @ bank.T).topk(largest, dim=1)
-        scores = knn_votes(nearest, bank_labels[index], classes=classes, ks=clipped, temperature=temperature)
+    for start in range(0, len(queries), chunk):
+        similarities, neighbours = (queries[start : start + chunk] @ bank.T).topk(max_k, dim=1)
+        scores = knn_votes(similarities, bank_labels[neighbours], classes=classes, ks=clipped, temperature=temperature)
         for k in ks:
-            correct[k] += int((scores[min(k, largest)].argmax(dim=1) == query_labels[low : low + chunk]).sum())
-    return {k: n / len(queries) for k, n in correct.items()}
+            correct[k] += int((scores[min(k, max_k)].argmax(dim=1) == query_labels[start : start + chunk]).sum())
+    return {k: count / len(queries) for k, count in correct.items()}
 
 
 class Knn(Evaluator[KnnSettings]):
@@ -96,14 +96,14 @@ class Knn(Evaluator[KnnSettings]):
         return self._scores(model.cls)
 
     def raw_pixel_scores(self) -> dict[str, float]:
-        """The same with raw pixels as features."""
+        """k-NN accuracy with raw pixels as features, a baseline."""
         return self._scores(raw_pixels)
 
     def _scores(self, features: Callable[[Tensor], Tensor]) -> dict[str, float]:
         return {f"k{k}": value for k, value in self.accuracy(features).items()}
 
     def accuracy(self, features: Callable[[Tensor], Tensor]) -> dict[int, float]:
-        """Accuracy in 0..1 for each k of any function of the images, the same on all ranks.
+        """k-NN accuracy in 0..1 for each k, with any function of the images as features; the same on all ranks.
 
         Args:
             features: maps ``[n, 3, h, w]`` to ``[n, d]``.
@@ -112,9 +112,9 @@ class Knn(Evaluator[KnnSettings]):
             DataError: on all ranks, if no sample of the bank or of the queries has a label.
         """
         ks, group = self.settings.k, self.data.group
-        own = extract(self.data.bank, features)
-        parts = all_gather((own.values, own.labels), group)
-        bank, bank_labels = (torch.cat([part[i] for part in parts]) for i in (0, 1))
+        own_bank = extract(self.data.bank, features)
+        per_rank = all_gather((own_bank.values, own_bank.labels), group)
+        bank, bank_labels = (torch.cat([part[i] for part in per_rank]) for i in (0, 1))
         queries = extract(self.data.queries, features)
         # A single rank may have no query; an error is raised only if there is none on any rank, and then on all ranks.
         counts = torch.zeros(len(ks) + 1, dtype=torch.int64)

@@ -20,7 +20,7 @@ from pipeline.config.validate import check
 from pipeline.data.augment.views import Normalize
 from pipeline.data.inputs import evaluation_data
 from pipeline.errors import CheckpointError, ConfigError, DataError, FoveaError
-from pipeline.evaluation.base import score
+from pipeline.evaluation.base import evaluate_all
 from pipeline.evaluation.results import EvalResult, baseline_metric, is_evaluated
 from pipeline.evaluation.runner import Evaluators, build_evaluators, eval_model_of, evaluated_modules, placement
 from pipeline.evaluation.settings import Need
@@ -153,7 +153,7 @@ def evaluate_run(directory: Path, config: Config, request: EvalRequest, world: W
         about = _about(config, data, image_size=view.size)
         for saved in broadcast_each(checkpoints, world):
             fill_trained(method, saved)
-            scores = {**score(evaluators, model), **baselines}
+            scores = {**evaluate_all(evaluators, model), **baselines}
             seen = int(saved.manifest.get("samples_seen", 0))
             yield replace(about, checkpoint=saved.path.name, step=saved.step, samples_seen=seen, scores=scores)
 
@@ -185,18 +185,18 @@ def evaluate_weights(
     where = placement(config, world, size=side, normalize=Normalize(model.mean, model.std))
     evaluators = build_evaluators(config, where, **data)
     about = _about(config, data, image_size=side)
-    return replace(about, checkpoint=loaded.name, scores=score(evaluators, model))
+    return replace(about, checkpoint=loaded.name, scores=evaluate_all(evaluators, model))
 
 
 def _baselines(
     method: Method, config: Config, evaluators: Evaluators, model: EvalModel, world: World, log: Log
 ) -> dict[str, float]:
     """Scores of the method's network as a run begins with it, and of raw pixels. The method's weights are changed."""
-    scores = {baseline_metric("random_init", name): value for name, value in score(evaluators, model).items()}
+    scores = {baseline_metric("random_init", name): value for name, value in evaluate_all(evaluators, model).items()}
     if config.init_from.source is not None:
         problem = _load_initial_weights(method, config, world)
         if problem is None:
-            scores |= {baseline_metric("init_from", name): value for name, value in score(evaluators, model).items()}
+            scores |= {baseline_metric("init_from", name): value for name, value in evaluate_all(evaluators, model).items()}
         elif world.rank == 0:
             log(f"the baseline init_from is left out: {problem}")
     for name, evaluator in evaluators.items():
@@ -237,7 +237,7 @@ def wait_for_checkpoints(run: RunDirectory) -> Iterator[Saved | None]:
     while True:
         total = planned_steps(run)
         last = -1
-        for saved in files.listed(run.checkpoints):
+        for saved in files.committed_checkpoints(run.checkpoints):
             last = max(last, saved.step)
             if not is_evaluated(run, saved.path.name) and _is_complete(saved):
                 yield saved

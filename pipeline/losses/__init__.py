@@ -21,14 +21,14 @@ from pipeline.losses.prototypes import (
     Pairing,
     Products,
     Targets,
-    Watched,
+    TargetStatistics,
     kernels_for,
-    logit_pieces,
+    logit_chunks,
     multi_crop_pairings,
     prototype_cross_entropy,
-    rows_at_once,
+    rows_per_chunk,
 )
-from pipeline.losses.sinkhorn import potential_over_pieces, sinkhorn, sinkhorn_potential
+from pipeline.losses.sinkhorn import potential_over_chunks, sinkhorn, sinkhorn_potential
 from pipeline.losses.tokens import mean_over_ranks, token_cross_entropy
 
 __all__ = [
@@ -36,8 +36,8 @@ __all__ = [
     "Kernels",
     "Pairing",
     "Products",
+    "TargetStatistics",
     "Targets",
-    "Watched",
     "batch_center",
     "centered_targets",
     "clip_loss",
@@ -51,7 +51,7 @@ __all__ = [
     "kernels_for",
     "koleo",
     "koleo_across_ranks",
-    "logit_pieces",
+    "logit_chunks",
     "masked_patches",
     "mean_over_ranks",
     "momentum_contrast",
@@ -59,13 +59,13 @@ __all__ = [
     "multi_crop",
     "multi_crop_pairings",
     "nt_xent",
-    "potential_over_pieces",
+    "potential_over_chunks",
     "prototype_cross_entropy",
     "queue_contrast",
     "rank_offset",
     "repulsion",
     "resampled_patches",
-    "rows_at_once",
+    "rows_per_chunk",
     "same_or_not",
     "siglip_loss",
     "sinkhorn",

@@ -1,4 +1,5 @@
-"""Image-text losses over all pairs of a global batch: CLIP's softmax (arXiv 2103.00020), SigLIP's sigmoid (arXiv 2303.15343).
+"""Contrastive image-text losses over the global batch, in chunks of logits: CLIP (softmax, arXiv 2103.00020) and SigLIP (sigmoid,
+arXiv 2303.15343).
 
 Each rank contrasts its own ``b`` images and texts with all ``B`` of the other kind. Gradients flow into the gathered features
 and are reduced to the rank they came from, so that the mean over ranks of the local losses has the gradient of one process
@@ -35,10 +36,10 @@ def clip_loss(
         Scalar, fp32 or wider. Its mean over the ranks is the loss of the global batch; ``ln B`` for random features.
     """
     images, texts, scale = _wide(images), _wide(texts), _wide(scale)
-    first = rank_offset(len(images), group)
+    row_offset = rank_offset(len(images), group)
     zero = torch.zeros_like(scale)
-    rows = _Pairs.apply(images, gathered(texts, group), scale, zero, first, chunk, _softmax)
-    columns = _Pairs.apply(texts, gathered(images, group), scale, zero, first, chunk, _softmax)
+    rows = _Pairs.apply(images, gathered(texts, group), scale, zero, row_offset, chunk, _softmax)
+    columns = _Pairs.apply(texts, gathered(images, group), scale, zero, row_offset, chunk, _softmax)
     loss: Tensor = (rows + columns) / 2
     return loss
 
@@ -60,8 +61,8 @@ def siglip_loss(
         Scalar, fp32 or wider. Its mean over the ranks is the loss of the global batch.
     """
     images, texts, scale, bias = _wide(images), _wide(texts), _wide(scale), _wide(bias)
-    first = rank_offset(len(images), group)
-    loss: Tensor = _Pairs.apply(images, gathered(texts, group), scale, bias, first, chunk, _sigmoid)
+    row_offset = rank_offset(len(images), group)
+    loss: Tensor = _Pairs.apply(images, gathered(texts, group), scale, bias, row_offset, chunk, _sigmoid)
     return loss
 
 
@@ -96,11 +97,11 @@ class _Gather(torch.autograd.Function):
         gradient = gradient.contiguous()
         if dist.get_backend(ctx.group) == "gloo":
             dist.all_reduce(gradient, group=ctx.group)
-            first = rank_offset(ctx.rows, ctx.group)
-            return gradient[first : first + ctx.rows], None
-        own = gradient.new_empty(ctx.rows, *gradient.shape[1:])
-        dist.reduce_scatter_tensor(own, gradient, group=ctx.group)
-        return own, None
+            row_offset = rank_offset(ctx.rows, ctx.group)
+            return gradient[row_offset : row_offset + ctx.rows], None
+        own_gradient = gradient.new_empty(ctx.rows, *gradient.shape[1:])
+        dist.reduce_scatter_tensor(own_gradient, gradient, group=ctx.group)
+        return own_gradient, None
 
 
 class _Pairs(torch.autograd.Function):
@@ -108,23 +109,23 @@ class _Pairs(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, y: Tensor, scale: Tensor, bias: Tensor, first: int, chunk: int, evaluate_chunk: _LossAndGradient
+        ctx: Any, x: Tensor, y: Tensor, scale: Tensor, bias: Tensor, row_offset: int, chunk: int, evaluate_chunk: _LossAndGradient
     ) -> Tensor:
         needs_gradient = any(ctx.needs_input_grad)
         total, d_scale, d_bias = x.new_zeros(()), torch.zeros_like(scale), torch.zeros_like(bias)
         dx, dy = (torch.empty_like(x), torch.zeros_like(y)) if needs_gradient else (x, y)
         with torch.autocast(x.device.type, enabled=False):
-            for low in range(0, len(x), chunk):
-                rows = x[low : low + chunk]
-                own = torch.arange(first + low, first + low + len(rows), device=x.device)
+            for start in range(0, len(x), chunk):
+                rows = x[start : start + chunk]
+                positive_columns = torch.arange(row_offset + start, row_offset + start + len(rows), device=x.device)
                 cosines = rows @ y.T
-                loss, g = evaluate_chunk(cosines * scale + bias, own)
+                loss, logit_gradient = evaluate_chunk(cosines * scale + bias, positive_columns)
                 total += loss
                 if needs_gradient:
-                    dx[low : low + chunk] = g @ y
-                    dy.addmm_(g.T, rows)
-                    d_scale += torch.vdot(g.flatten(), cosines.flatten())
-                    d_bias += g.sum()
+                    dx[start : start + chunk] = logit_gradient @ y
+                    dy.addmm_(logit_gradient.T, rows)
+                    d_scale += torch.vdot(logit_gradient.flatten(), cosines.flatten())
+                    d_bias += logit_gradient.sum()
         n = max(len(x), 1)
         if needs_gradient:
             ctx.save_for_backward(dx * (scale / n), dy * (scale / n), d_scale / n, d_bias / n)
@@ -135,18 +136,35 @@ class _Pairs(torch.autograd.Function):
         return (*(gradient * part for part in ctx.saved_tensors), None, None, None)
 
 
-def _softmax(logits: Tensor, own: Tensor) -> tuple[Tensor, Tensor]:
-    """Sum of the rows' cross-entropies, and its gradient."""
+def _softmax(logits: Tensor, positive_columns: Tensor) -> tuple[Tensor, Tensor]:
+    """CLIP's loss of a chunk: sum of the rows' cross-entropies, and its gradient.
+
+    Args:
+        logits: ``[rows, B]``.
+        positive_columns: int64 ``[rows]``, the column of each row's pair.
+
+    Returns:
+        The loss, scalar; its gradient with respect to the logits, ``[rows, B]``.
+    """
     log_p = F.log_softmax(logits, dim=1)
-    index = own[:, None]
+    index = positive_columns[:, None]
     loss = -log_p.gather(1, index).sum()
-    g = log_p.exp_()
-    return loss, g.scatter_add_(1, index, -torch.ones_like(g[:, :1]))
+    logit_gradient = log_p.exp_()  # d loss / d logits = softmax(logits) - one_hot(positive_columns)
+    return loss, logit_gradient.scatter_add_(1, index, -torch.ones_like(logit_gradient[:, :1]))
 
 
-def _sigmoid(logits: Tensor, own: Tensor) -> tuple[Tensor, Tensor]:
-    """Sum over all pairs of ``-log sigmoid(z * logit)``, and its gradient."""
-    index = own[:, None]
+def _sigmoid(logits: Tensor, positive_columns: Tensor) -> tuple[Tensor, Tensor]:
+    """SigLIP's loss of a chunk: sum over all pairs of ``-log sigmoid(z * logit)``, and its gradient.
+
+    Args:
+        logits: ``[rows, B]``, overwritten.
+        positive_columns: int64 ``[rows]``, the column of each row's pair, where ``z`` is 1; elsewhere it is -1.
+
+    Returns:
+        The loss, scalar; its gradient with respect to the logits, ``[rows, B]``.
+    """
+    index = positive_columns[:, None]
     positive = logits.gather(1, index)
     loss = F.softplus(logits.scatter(1, index, -positive)).sum()
+    # d loss / d logits = sigmoid(logits) - one_hot(positive_columns)
     return loss, logits.sigmoid_().scatter_add_(1, index, -torch.ones_like(positive))

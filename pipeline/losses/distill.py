@@ -1,4 +1,7 @@
-"""Self-distillation losses: cross-entropy with a teacher's targets, over crops (DINO) and masked patches (iBOT)."""
+"""Self-distillation losses: cross-entropy with a teacher's targets, over crops (DINO) and masked patches (iBOT).
+
+These are the plain formulas; training uses :mod:`pipeline.losses.prototypes`, which never holds all logits.
+"""
 
 from __future__ import annotations
 
@@ -38,9 +41,9 @@ def multi_crop(
         The local and the global part; their sum is the loss.
     """
     pairs = 2 + 2 * len(student_local)
-    local = cross_entropy(student_local, targets.sum(0), student_temperature).mean(-1).sum() / pairs
-    glob = cross_entropy(student_global, targets.flip(0), student_temperature).mean(-1).sum() / pairs
-    return local, glob
+    local_part = cross_entropy(student_local, targets.sum(0), student_temperature).mean(-1).sum() / pairs
+    global_part = cross_entropy(student_global, targets.flip(0), student_temperature).mean(-1).sum() / pairs
+    return local_part, global_part
 
 
 def masked_patches(

@@ -10,6 +10,8 @@ Two implementations of the elementwise part agree up to rounding. ``triton`` rea
 and overwrites them with gradients; it is the default for CUDA tensors if Triton is installed. ``torch`` works on fp32 copies;
 it is used for all other tensors, and always for fp64. The environment variable ``FOVEA_KERNELS`` (``torch`` or ``triton``)
 overrides the choice for the process: where Triton fails (it needs a C compiler), set ``FOVEA_KERNELS=torch``.
+
+The plain formulas, on all logits at once, are in :mod:`pipeline.losses.distill`; tests compare both.
 """
 
 from __future__ import annotations
@@ -26,13 +28,13 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-NUMBERS = 2**25  # default number of logits in memory at once: 128 MiB in fp32
+CHUNK_LOGITS = 2**25  # default number of logits in memory at once: 128 MiB in fp32
 Kernels = Literal["torch", "triton"]
 
 
-def rows_at_once(prototypes: int) -> int:
-    """Rows of logits that make up :data:`NUMBERS`."""
-    return max(NUMBERS // prototypes, 1)
+def rows_per_chunk(prototypes: int) -> int:
+    """Rows of logits that make up :data:`CHUNK_LOGITS`."""
+    return max(CHUNK_LOGITS // prototypes, 1)
 
 
 @dataclass(frozen=True)
@@ -79,18 +81,19 @@ class Pairing(NamedTuple):
     term: int
 
 
-class Watched(NamedTuple):
+class TargetStatistics(NamedTuple):
     """Health statistics of targets and student, summed over the rows of a batch; without gradient.
 
     Attributes:
         entropy: scalar, entropy of the targets in nats, summed over target views and rows.
-        mass: ``[K]``, the sum of all targets.
-        agreed: scalar, number of rows in which student and target (if there is exactly one) have the same top-1 prototype.
+        target_sum: ``[K]``, the sum of all targets.
+        top1_agreements: scalar, number of rows in which student and target (if there is exactly one) have the same top-1
+            prototype.
     """
 
     entropy: Tensor
-    mass: Tensor
-    agreed: Tensor
+    target_sum: Tensor
+    top1_agreements: Tensor
 
 
 def multi_crop_pairings(local: int) -> tuple[Pairing, ...]:
@@ -114,7 +117,7 @@ def prototype_cross_entropy(
     rows: int | None = None,
     watch: bool = False,
     kernels: Kernels | None = None,
-) -> tuple[Tensor, Watched | None]:
+) -> tuple[Tensor, TargetStatistics | None]:
     """Weighted sums of ``-sum_k target * log_softmax(unit @ matrix.T / temperature)``, one per term.
 
     Args:
@@ -124,7 +127,7 @@ def prototype_cross_entropy(
         pairings: which views are compared.
         weight: ``[n]``, weight of each row.
         temperature: the student's temperature.
-        rows: rows of logits in memory at once; ``None`` uses :func:`rows_at_once`, and more where they need less memory.
+        rows: rows of logits in memory at once; ``None`` uses :func:`rows_per_chunk`, and more where they need less memory.
         watch: whether to compute health statistics too.
         kernels: implementation; ``None`` uses :func:`kernels_for`.
 
@@ -137,10 +140,10 @@ def prototype_cross_entropy(
     kernels = "torch" if torch.float64 in (unit.dtype, targets.unit.dtype) else kernels or kernels_for(unit.device)
     rows = rows or _rows(unit, matrix, kernels)
     with torch.autocast(unit.device.type, enabled=False):
-        terms, entropy, mass, agreed = _PrototypeCrossEntropy.apply(
+        terms, entropy, target_sum, top1_agreements = _PrototypeCrossEntropy.apply(
             unit, matrix, targets, tuple(pairings), weight, temperature, rows, watch, kernels
         )
-    return terms, Watched(entropy, mass, agreed) if watch else None
+    return terms, TargetStatistics(entropy, target_sum, top1_agreements) if watch else None
 
 
 def kernels_for(device: torch.device) -> Kernels:
@@ -165,49 +168,49 @@ def scaled_logits(unit: Tensor, matrix: Tensor, temperature: float) -> Tensor:
     return (unit @ matrix.to(unit.dtype).T).to(_wide(unit)).div_(temperature)
 
 
-def logit_pieces(
+def logit_chunks(
     units: Sequence[Tensor], matrix: Tensor, temperature: float, rows: int | None = None, *, kernels: Kernels | None = None
 ) -> Callable[[], Iterable[Tensor | Products]]:
     """Returns a function that yields the logits of a batch's features in chunks, repeatedly; callers may overwrite the chunks
-    (:func:`pipeline.losses.potential_over_pieces`).
+    (:func:`pipeline.losses.potential_over_chunks`).
 
     Args:
         units: parts of the batch, each ``[any, width]``.
         matrix: ``[K, width]``.
         temperature: divides the logits.
-        rows: maximum rows in memory at once; ``None`` uses :func:`rows_at_once`, and more where they need less memory. Logits
+        rows: maximum rows in memory at once; ``None`` uses :func:`rows_per_chunk`, and more where they need less memory. Logits
             are computed once if all fit, else again at each call.
         kernels: ``torch`` yields fp32 logits divided by the temperature, ``triton`` yields :class:`Products`; ``None`` uses
             :func:`kernels_for`.
     """
-    kind = units[0] if units else matrix
-    kernels = "torch" if kind.dtype == torch.float64 else kernels or kernels_for(matrix.device)
-    rows = rows or _rows(kind, matrix, kernels)
+    example = units[0] if units else matrix
+    kernels = "torch" if example.dtype == torch.float64 else kernels or kernels_for(matrix.device)
+    rows = rows or _rows(example, matrix, kernels)
     if sum(map(len, units)) <= rows:
-        kept = tuple(_pieces(units, matrix, temperature, rows, kernels))
+        kept = tuple(_chunks(units, matrix, temperature, rows, kernels))
         return lambda: kept
-    return partial(_pieces, units, matrix, temperature, rows, kernels)
+    return partial(_chunks, units, matrix, temperature, rows, kernels)
 
 
-def _pieces(
+def _chunks(
     units: Sequence[Tensor], matrix: Tensor, temperature: float, rows: int, kernels: Kernels
 ) -> Iterator[Tensor | Products]:
     with torch.autocast(matrix.device.type, enabled=False):
         for unit in units:
-            low = matrix.to(unit.dtype)
-            for piece in unit.split(rows):
+            prototypes = matrix.to(unit.dtype)
+            for chunk in unit.split(rows):
                 if kernels == "triton":
-                    yield Products(piece @ low.T, temperature)
+                    yield Products(chunk @ prototypes.T, temperature)
                 else:
-                    yield scaled_logits(piece, low, temperature)
+                    yield scaled_logits(chunk, prototypes, temperature)
 
 
 def _rows(unit: Tensor, matrix: Tensor, kernels: Kernels) -> int:
     """Rows per chunk: student and teacher together take 4 bytes an element in bf16, 8 in fp32; torch's copies 16 or more."""
-    return rows_at_once(len(matrix)) * (8 // unit.element_size() if kernels == "triton" else 1)
+    return rows_per_chunk(len(matrix)) * (8 // unit.element_size() if kernels == "triton" else 1)
 
 
-def _kernels(name: Kernels) -> Callable[..., _Piece]:
+def _kernels(name: Kernels) -> Callable[..., _ChunkTargets]:
     if name == "torch":
         return _PlainTargets
     from pipeline.losses.prototypes_triton import FusedTargets
@@ -219,40 +222,55 @@ def _wide(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
-class _Piece(Protocol):
-    # The targets of a chunk of rows and, if watched, their entropy and mass.
+class _ChunkTargets(Protocol):
+    # The targets of a chunk of rows and, if watched, their entropy and sum.
     entropy: Tensor | None
-    mass: Tensor | None
+    target_sum: Tensor | None
 
-    def met(
-        self, logits: Tensor, meets: tuple[float, ...], weight: Tensor, temperature: float, *, needs_gradient: bool, watch: bool
+    def cross_entropy(
+        self,
+        logits: Tensor,
+        target_weights: tuple[float, ...],
+        weight: Tensor,
+        temperature: float,
+        *,
+        needs_gradient: bool,
+        watch: bool,
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        # Returns the weighted loss of logits [views, rows, K], which may be overwritten; the number of rows that agree; the
-        # gradient in the logits' dtype.
+        # Returns the weighted loss of logits [views, rows, K], which may be overwritten; the number of rows whose top-1 agrees;
+        # the gradient in the logits' dtype.
         ...
 
 
 class _PlainTargets:
     def __init__(self, logits: Tensor, potential: Tensor, temperature: float, *, watch: bool) -> None:
-        hidden = logits.to(_wide(logits)).div_(temperature).add_(potential)
-        self.targets = hidden.softmax(-1)
-        self.entropy = hidden.logsumexp(-1).sum() - (self.targets * hidden).sum() if watch else None
-        self.mass = self.targets.sum((0, 1)) if watch else None
+        teacher_logits = logits.to(_wide(logits)).div_(temperature).add_(potential)
+        self.targets = teacher_logits.softmax(-1)
+        self.entropy = teacher_logits.logsumexp(-1).sum() - (self.targets * teacher_logits).sum() if watch else None
+        self.target_sum = self.targets.sum((0, 1)) if watch else None
 
-    def met(
-        self, logits: Tensor, meets: tuple[float, ...], weight: Tensor, temperature: float, *, needs_gradient: bool, watch: bool
+    def cross_entropy(
+        self,
+        logits: Tensor,
+        target_weights: tuple[float, ...],
+        weight: Tensor,
+        temperature: float,
+        *,
+        needs_gradient: bool,
+        watch: bool,
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        target, kind = _mixture(self.targets, meets), logits.dtype
+        target, dtype = _mixture(self.targets, target_weights), logits.dtype
         logits = logits.to(_wide(logits)).div_(temperature)
-        agreed = (logits.argmax(-1) == target.argmax(-1)).sum() if watch else None
-        guess = logits.log_softmax(-1)
+        top1_agreements = (logits.argmax(-1) == target.argmax(-1)).sum() if watch else None
+        log_p = logits.log_softmax(-1)
         del logits  # the caller has dropped its reference, so this frees the memory
-        each = -(guess * target).sum(-1)
+        row_losses = -(log_p * target).sum(-1)
         gradient = None
         if needs_gradient:
-            gradient = guess.exp_() if sum(meets) == 1.0 else guess.exp_().mul_(sum(meets))
-            gradient = gradient.sub_(target).mul_((weight / temperature).unsqueeze(-1)).to(kind)
-        return (each * weight).sum(), agreed, gradient
+            # d loss / d logits = weight / temperature * (sum(target) * softmax(logits / temperature) - target), in log_p's memory
+            gradient = log_p.exp_() if sum(target_weights) == 1.0 else log_p.exp_().mul_(sum(target_weights))
+            gradient = gradient.sub_(target).mul_((weight / temperature).unsqueeze(-1)).to(dtype)
+        return (row_losses * weight).sum(), top1_agreements, gradient
 
 
 class _PrototypeCrossEntropy(torch.autograd.Function):
@@ -274,37 +292,43 @@ class _PrototypeCrossEntropy(torch.autograd.Function):
         wide, needs_gradient = _wide(unit), any(ctx.needs_input_grad[:2])
         count = 1 + max(pairing.term for pairing in pairings)
         weight, prototypes = weight.to(wide), matrix.to(unit.dtype)
-        terms, entropy, agreed = (torch.zeros(shape, dtype=wide, device=unit.device) for shape in (count, (), ()))
-        mass = torch.zeros(len(matrix) if watch else 0, dtype=wide, device=unit.device)
+        terms, entropy, top1_agreements = (torch.zeros(shape, dtype=wide, device=unit.device) for shape in (count, (), ()))
+        target_sum = torch.zeros(len(matrix) if watch else 0, dtype=wide, device=unit.device)
         unit_gradients = torch.zeros_like(unit) if needs_gradient else None
         matrix_gradients = [torch.zeros_like(matrix, dtype=wide) for _ in range(count)] if needs_gradient else []
-        most = max(max(last - first for (first, last), _, _ in pairings), targets.unit.shape[0])
-        step = max(rows // most, 1)
-        look, teacher = _kernels(kernels), targets.matrix.to(targets.unit.dtype)
+        max_views = max(max(last - first for (first, last), _, _ in pairings), targets.unit.shape[0])
+        step = max(rows // max_views, 1)
+        targets_class, teacher_matrix = _kernels(kernels), targets.matrix.to(targets.unit.dtype)
         for start in range(0, unit.shape[1], step):
             part = slice(start, start + step)
-            piece = look(targets.unit[:, part] @ teacher.T, targets.potential, targets.temperature, watch=watch)
-            if piece.entropy is not None and piece.mass is not None:
-                entropy += piece.entropy
-                mass += piece.mass
-            for (first, last), meets, term in pairings:
-                student, alone = unit[first:last, part], sum(meets) == 1.0
-                cost, same, gradient = piece.met(
-                    student @ prototypes.T, meets, weight[part], temperature, needs_gradient=needs_gradient, watch=watch and alone
+            chunk = targets_class(targets.unit[:, part] @ teacher_matrix.T, targets.potential, targets.temperature, watch=watch)
+            if chunk.entropy is not None and chunk.target_sum is not None:
+                entropy += chunk.entropy
+                target_sum += chunk.target_sum
+            for (first, last), target_weights, term in pairings:
+                student, one_target = unit[first:last, part], sum(target_weights) == 1.0
+                # The logits are not kept in a variable: the callee frees or overwrites them.
+                loss, agreements, gradient = chunk.cross_entropy(
+                    student @ prototypes.T,
+                    target_weights,
+                    weight[part],
+                    temperature,
+                    needs_gradient=needs_gradient,
+                    watch=watch and one_target,
                 )
-                terms[term] += cost
-                if same is not None:
-                    agreed += same
+                terms[term] += loss
+                if agreements is not None:
+                    top1_agreements += agreements
                 if unit_gradients is not None and gradient is not None:
                     unit_gradients[first:last, part] += gradient @ prototypes
                     _add_product(matrix_gradients[term], gradient.flatten(0, 1).T, student.flatten(0, 1))
                 del gradient
-            del piece
+            del chunk
         if unit_gradients is not None:
             ctx.save_for_backward(unit_gradients, *matrix_gradients)
-            ctx.pairings, ctx.kind = pairings, matrix.dtype
-        ctx.mark_non_differentiable(entropy, mass, agreed)
-        return terms, entropy, mass, agreed
+            ctx.pairings, ctx.dtype = pairings, matrix.dtype
+        ctx.mark_non_differentiable(entropy, target_sum, top1_agreements)
+        return terms, entropy, target_sum, top1_agreements
 
     @staticmethod
     @once_differentiable
@@ -319,7 +343,7 @@ class _PrototypeCrossEntropy(torch.autograd.Function):
             matrix_gradient = matrix_gradients[0] * upstream[0]
             for gradient, factor in zip(matrix_gradients[1:], upstream[1:], strict=True):
                 matrix_gradient.addcmul_(gradient, factor)
-            matrix_gradient = matrix_gradient.to(ctx.kind)
+            matrix_gradient = matrix_gradient.to(ctx.dtype)
         return unit_gradient, matrix_gradient, *(None,) * 7
 
 
@@ -330,10 +354,10 @@ def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
         total += a @ b
 
 
-def _mixture(targets: Tensor, meets: tuple[float, ...]) -> Tensor:
+def _mixture(targets: Tensor, target_weights: tuple[float, ...]) -> Tensor:
     """Weighted sum of the target views, ``[rows, K]``."""
-    (first, times), *others = ((view, times) for view, times in enumerate(meets) if times)
-    mixed = targets[first] if times == 1.0 else targets[first] * times
-    for view, times in others:
-        mixed = mixed.add(targets[view], alpha=times)
+    (first, weight), *others = ((view, weight) for view, weight in enumerate(target_weights) if weight)
+    mixed = targets[first] if weight == 1.0 else targets[first] * weight
+    for view, weight in others:
+        mixed = mixed.add(targets[view], alpha=weight)
     return mixed

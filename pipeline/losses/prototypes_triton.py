@@ -38,7 +38,7 @@ class FusedTargets:
 
     Attributes:
         entropy: scalar fp32, sum of the targets' entropies in nats; ``None`` if not watched.
-        mass: ``[K]`` fp32, the sum of all targets; ``None`` if not watched.
+        target_sum: ``[K]`` fp32, the sum of all targets; ``None`` if not watched.
     """
 
     def __init__(self, logits: Tensor, potential: Tensor, temperature: float, *, watch: bool = False) -> None:
@@ -46,23 +46,23 @@ class FusedTargets:
         self._potential = potential.to(torch.float32).contiguous()
         self._scale = 1.0 / temperature
         self.entropy: Tensor | None = None
-        self.mass: Tensor | None = None
+        self.target_sum: Tensor | None = None
         self._norm = torch.empty(logits.shape[:2], dtype=torch.float32, device=logits.device)
         _norms(self._logits, self._potential, self._scale, self._norm)
         if watch:
-            self.entropy, self.mass = self._health()
+            self.entropy, self.target_sum = self._health()
 
     def _health(self) -> tuple[Tensor, Tensor]:
         views, rows, prototypes = self._logits.shape
         programs = triton.cdiv(prototypes, TILE_COLUMNS)
-        mass = self._norm.new_empty(prototypes)
+        target_sum = self._norm.new_empty(prototypes)
         entropy = self._norm.new_empty(programs)
-        with _on(mass):
+        with _on(target_sum):
             column_sums[(programs,)](
                 self._logits,
                 self._potential,
                 self._norm,
-                mass,
+                target_sum,
                 entropy,
                 views * rows,
                 prototypes,
@@ -70,16 +70,23 @@ class FusedTargets:
                 ROWS=TILE_ROWS,
                 COLUMNS=TILE_COLUMNS,
             )
-        return entropy.sum(), mass
+        return entropy.sum(), target_sum
 
-    def met(
-        self, logits: Tensor, meets: tuple[float, ...], weight: Tensor, temperature: float, *, needs_gradient: bool, watch: bool
+    def cross_entropy(
+        self,
+        logits: Tensor,
+        target_weights: tuple[float, ...],
+        weight: Tensor,
+        temperature: float,
+        *,
+        needs_gradient: bool,
+        watch: bool,
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """Cross-entropy of the student's logits with a mixture of the targets.
 
         Args:
             logits: ``[views, rows, K]``, unscaled; overwritten by the gradient if ``needs_gradient``.
-            meets: weight of each target view.
+            target_weights: weight of each target view.
             weight: ``[rows]`` fp32.
             temperature: the student's temperature.
             needs_gradient: whether to compute the gradient.
@@ -92,9 +99,9 @@ class FusedTargets:
         views, rows, prototypes = logits.shape
         if not logits.is_contiguous():
             logits = logits.contiguous()
-        each = torch.empty(rows, views, dtype=torch.float32, device=logits.device)
-        agreed = torch.empty(rows, views, dtype=torch.int32, device=logits.device) if watch else None
-        if each.numel():
+        row_losses = torch.empty(rows, views, dtype=torch.float32, device=logits.device)
+        top1_agreements = torch.empty(rows, views, dtype=torch.int32, device=logits.device) if watch else None
+        if row_losses.numel():
             with _on(logits):
                 cross_entropy_rows[(rows * views,)](
                     logits,
@@ -102,20 +109,21 @@ class FusedTargets:
                     self._potential,
                     self._norm,
                     weight.contiguous(),
-                    each,
-                    each if agreed is None else agreed,
+                    row_losses,
+                    row_losses if top1_agreements is None else top1_agreements,
                     rows,
                     views,
                     prototypes,
                     1.0 / temperature,
                     self._scale,
-                    MEETS=tuple(map(float, meets)),
+                    TARGET_WEIGHTS=tuple(map(float, target_weights)),
                     NEEDS_GRADIENT=needs_gradient,
                     WATCHED=watch,
                     BLOCK=_block(prototypes),
                     num_warps=WARPS,
                 )
-        return each.sum(), None if agreed is None else agreed.sum(), logits if needs_gradient else None
+        agreements = None if top1_agreements is None else top1_agreements.sum()
+        return row_losses.sum(), agreements, logits if needs_gradient else None
 
 
 def take_in(logits: Tensor, temperature: float, potential: Tensor | None, peak: Tensor, total: Tensor) -> None:
@@ -169,7 +177,7 @@ def column_sums(
     logits: tl.tensor,
     potential: tl.tensor,
     norm: tl.tensor,
-    mass: tl.tensor,
+    target_sum: tl.tensor,
     entropy: tl.tensor,
     rows: int,
     prototypes: int,
@@ -177,7 +185,10 @@ def column_sums(
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ) -> None:
-    """``mass[k] = sum over rows of target``, and partial sums of ``-sum target * log target``; one program per column group."""
+    """``target_sum[k] = sum over rows of target``, and partial sums of ``-sum target * log target``.
+
+    One program per group of columns.
+    """
     program = tl.program_id(0)
     column = program * COLUMNS + tl.arange(0, COLUMNS)
     within = column < prototypes
@@ -193,7 +204,7 @@ def column_sums(
         target = tl.where(inside, tl.exp(x), 0.0)
         total += tl.sum(target, 0)
         spread += tl.sum(target * x, 0)
-    tl.store(mass + column, total, mask=within)
+    tl.store(target_sum + column, total, mask=within)
     tl.store(entropy + program, -tl.sum(spread, 0))
 
 
@@ -237,14 +248,14 @@ def cross_entropy_rows(
     potential: tl.tensor,
     norm: tl.tensor,
     weight: tl.tensor,
-    each: tl.tensor,
-    agreed: tl.tensor,
+    row_losses: tl.tensor,
+    top1_agreements: tl.tensor,
     rows: int,
     views: int,
     prototypes: int,
     scale: float,
     teacher_scale: float,
-    MEETS: tl.constexpr,
+    TARGET_WEIGHTS: tl.constexpr,
     NEEDS_GRADIENT: tl.constexpr,
     WATCHED: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -259,9 +270,9 @@ def cross_entropy_rows(
     columns = tl.arange(0, BLOCK)
     own_norm = _row_norm(student_row, potential, prototypes, scale, False, BLOCK)
     share = tl.load(weight + row)
-    met = 0.0
-    for i in tl.static_range(len(MEETS)):
-        met += MEETS[i]
+    weight_sum = 0.0
+    for i in tl.static_range(len(TARGET_WEIGHTS)):
+        weight_sum += TARGET_WEIGHTS[i]
 
     product = tl.zeros([BLOCK], tl.float32)
     best = tl.full([BLOCK], float("-inf"), tl.float32)
@@ -274,11 +285,11 @@ def cross_entropy_rows(
         x = tl.load(student_row + column, mask=inside, other=0.0).to(tl.float32) * scale
         shift = tl.load(potential + column, mask=inside, other=0.0)
         target = tl.zeros([BLOCK], tl.float32)
-        for i in tl.static_range(len(MEETS)):
-            if MEETS[i] != 0.0:
-                its = i * rows + row
-                soft_target = tl.load(teacher + its * prototypes + column, mask=inside, other=0.0).to(tl.float32)
-                target += tl.exp(soft_target * teacher_scale + shift - tl.load(norm + its)) * MEETS[i]
+        for i in tl.static_range(len(TARGET_WEIGHTS)):
+            if TARGET_WEIGHTS[i] != 0.0:
+                target_row = i * rows + row
+                soft_target = tl.load(teacher + target_row * prototypes + column, mask=inside, other=0.0).to(tl.float32)
+                target += tl.exp(soft_target * teacher_scale + shift - tl.load(norm + target_row)) * TARGET_WEIGHTS[i]
         target = tl.where(inside, target, 0.0)
         product += target * x
         if WATCHED:
@@ -289,13 +300,14 @@ def cross_entropy_rows(
             choice_target = tl.where(target_inside > best_target, column, choice_target)
             best_target = tl.maximum(best_target, target_inside)
         if NEEDS_GRADIENT:
-            gradient = (tl.exp(x - own_norm) * met - target) * (share * scale)
+            # d loss / d logits = weight * scale * (sum(target) * softmax(logits * scale) - target)
+            gradient = (tl.exp(x - own_norm) * weight_sum - target) * (share * scale)
             tl.store(student_row + column, gradient.to(student.dtype.element_ty), mask=inside)
     index = row * views + view
-    tl.store(each + index, (met * own_norm - tl.sum(product, 0)) * share)
+    tl.store(row_losses + index, (weight_sum * own_norm - tl.sum(product, 0)) * share)
     if WATCHED:
         same = _first(best, choice, prototypes) == _first(best_target, choice_target, prototypes)
-        tl.store(agreed + index, same.to(tl.int32))
+        tl.store(top1_agreements + index, same.to(tl.int32))
 
 
 @triton.jit

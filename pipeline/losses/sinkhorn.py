@@ -52,17 +52,17 @@ def sinkhorn_potential(logits: Tensor, temperature: float, iterations: int = 3, 
         ``[K]`` fp32, equal on all ranks, defined up to a constant.
     """
     scaled = logits.detach().float() / temperature
-    return potential_over_pieces(lambda: (scaled,), scaled.new_zeros(scaled.shape[1]), iterations, group)
+    return potential_over_chunks(lambda: (scaled,), scaled.new_zeros(scaled.shape[1]), iterations, group)
 
 
 @torch.no_grad()
-def potential_over_pieces(
-    pieces: Callable[[], Iterable[Tensor | Products]], zeros: Tensor, iterations: int = 3, group: dist.ProcessGroup | None = None
+def potential_over_chunks(
+    chunks: Callable[[], Iterable[Tensor | Products]], zeros: Tensor, iterations: int = 3, group: dist.ProcessGroup | None = None
 ) -> Tensor:
     """:func:`sinkhorn_potential` of logits in chunks, which need not all be in memory.
 
     Args:
-        pieces: returns ``logits / temperature`` at each call, in chunks ``[any, K]`` that may be overwritten. A tuple is
+        chunks: returns ``logits / temperature`` at each call, in chunks ``[any, K]`` that may be overwritten. A tuple is
             requested once and reused; any other iterable is requested again in each iteration. Ranks may have different
             numbers of chunks, also none. Triton reads :class:`Products` without a copy.
         zeros: ``[K]``, dtype and device of the result.
@@ -73,19 +73,19 @@ def potential_over_pieces(
         ``[K]``, equal on all ranks, defined up to a constant.
     """
     with torch.autocast(zeros.device.type, enabled=False):
-        return _potential(pieces, zeros, iterations, group)
+        return _potential(chunks, zeros, iterations, group)
 
 
 def _potential(
-    pieces: Callable[[], Iterable[Tensor | Products]], zeros: Tensor, iterations: int, group: dist.ProcessGroup | None
+    chunks: Callable[[], Iterable[Tensor | Products]], zeros: Tensor, iterations: int, group: dist.ProcessGroup | None
 ) -> Tensor:
-    potential, parts = zeros, pieces()
-    kept = tuple(map(_exponentiated, parts)) if isinstance(parts, tuple) else None
+    potential, first_chunks = zeros, chunks()
+    kept = tuple(map(_exponentiated, first_chunks)) if isinstance(first_chunks, tuple) else None
     for iteration in range(iterations):
         peak, total = torch.full_like(zeros, -torch.inf), torch.zeros_like(zeros)
-        for piece in kept if kept is not None else map(_exponentiated, pieces() if iteration else parts):
-            if len(piece.logits if isinstance(piece, Products) else piece[0]):
-                peak, total = _taken_in(piece, potential if iteration else None, peak, total)
+        for chunk in kept if kept is not None else map(_exponentiated, chunks() if iteration else first_chunks):
+            if len(chunk.logits if isinstance(chunk, Products) else chunk[0]):
+                peak, total = _taken_in(chunk, potential if iteration else None, peak, total)
         potential = -_across_ranks(peak, total, group)
     return potential
 
@@ -99,17 +99,17 @@ class _Logits(NamedTuple):
     numbers: Tensor
 
 
-def _exponentiated(piece: Tensor | Products) -> _Plan | _Logits | Products:
+def _exponentiated(chunk: Tensor | Products) -> _Plan | _Logits | Products:
     """Exponentiates a chunk in place, if nothing in it underflows.
 
     Checked only for CPU tensors: a GPU would have to synchronize, and fake tensors have no values.
     """
-    if isinstance(piece, Products):
-        return piece
-    if type(piece) is not Tensor or piece.is_cuda or not piece.numel():
-        return _Logits(piece)
-    least, top = piece.aminmax()
-    return _Plan(piece.sub_(top).exp_(), top) if float(top - least) < _RANGE else _Logits(piece)
+    if isinstance(chunk, Products):
+        return chunk
+    if type(chunk) is not Tensor or chunk.is_cuda or not chunk.numel():
+        return _Logits(chunk)
+    least, top = chunk.aminmax()
+    return _Plan(chunk.sub_(top).exp_(), top) if float(top - least) < _RANGE else _Logits(chunk)
 
 
 def _taken_in(rows: _Plan | _Logits | Products, potential: Tensor | None, peak: Tensor, total: Tensor) -> tuple[Tensor, Tensor]:
@@ -128,11 +128,11 @@ def _taken_in(rows: _Plan | _Logits | Products, potential: Tensor | None, peak: 
 
         take_in(rows.logits, rows.temperature, potential, peak, total)
         return peak, total
-    piece = rows.numbers
+    chunk = rows.numbers
     if potential is not None:
-        piece = piece - torch.logsumexp(piece + potential, dim=1, keepdim=True)
-    higher = torch.maximum(peak, piece.amax(0))
-    return higher, total * (peak - higher).exp_() + (piece - higher).exp_().sum(0)
+        chunk = chunk - torch.logsumexp(chunk + potential, dim=1, keepdim=True)
+    higher = torch.maximum(peak, chunk.amax(0))
+    return higher, total * (peak - higher).exp_() + (chunk - higher).exp_().sum(0)
 
 
 def _across_ranks(peak: Tensor, total: Tensor, group: dist.ProcessGroup | None) -> Tensor:

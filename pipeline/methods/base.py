@@ -1,8 +1,8 @@
 """The interface between methods and the trainer: views, named loss terms, extra state, hooks around a step.
 
 The trainer knows no specific method and a method does not know the trainer. The trainer fixes the order of one step:
-schedules, batch, ``forward`` (teacher, student, loss terms), finite check, backward of the sum, optimizer step,
-``after_step``.
+batch, schedules, ``before_accumulation`` on all micro-batches (teacher), then for each of them ``forward`` (student, loss terms)
+and backward of the sum, finite check, optimizer step, ``after_step``.
 """
 
 from __future__ import annotations

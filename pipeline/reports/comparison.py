@@ -90,7 +90,7 @@ def gather(paths: Sequence[Path]) -> list[RunSummary]:
         name = printable(str(config.get("run", {}).get("name") or path.name), limit=_NAME)
         if any(other.name == name for other in summaries):
             name = f"{name} ({path.name})" if all(other.directory.path.name != path.name for other in summaries) else str(path)
-        manifests = files.listed(run.checkpoints)
+        manifests = files.committed_checkpoints(run.checkpoints)
         newest = max(manifests, key=lambda s: (s.serial, s.step), default=None)
         summary = RunSummary(
             name, run, config, read_history(run), _json(path / "outcome.json"), newest.manifest if newest else {}

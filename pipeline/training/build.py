@@ -45,10 +45,11 @@ from pipeline.runtime.watchdog import Watchdog
 from pipeline.tracking import Journal
 from pipeline.training.alerts import Alerts
 from pipeline.training.engine import Engine, EngineOptions
+from pipeline.training.progress import Plan, Progress, ProgressLogger
 from pipeline.training.rollback import SkippedSteps
 from pipeline.training.schedules import Schedules
 from pipeline.training.timing import Phases, peak_tflops
-from pipeline.training.trainer import Plan, Progress, ProgressLogger, Trainer
+from pipeline.training.trainer import Trainer
 from pipeline.weights import init_from as initial
 
 
@@ -113,7 +114,7 @@ def assemble(
     *,
     attempt: int,
     resume: Saved | None,
-    facts: dict[str, Any],
+    manifest_fields: dict[str, Any],
     requests: StopRequests,
     journal: Journal | None,
     logger: ProgressLogger,
@@ -213,7 +214,7 @@ def assemble(
             dataset, device=world.device, options=options, bad_samples=bad_samples, first=first, last=last, prefetcher=prefetcher
         )
 
-    def go_back() -> Progress:
+    def load_last_checkpoint() -> Progress:
         chosen: list[str | None] = [None]
         if world.rank == 0:
             checkpoint, _ = newest(run.checkpoints)
@@ -240,16 +241,22 @@ def assemble(
         checkpoints=_checkpoints(config, inputs, run, world, copies),
         evaluate=evaluate,
         data_state=lambda: _data_state(inputs, bad_samples, world),
-        facts={**facts, "init": init, "world": world.size, "torch": torch.__version__, "python": platform.python_version()},
+        manifest_fields={
+            **manifest_fields,
+            "init": init,
+            "world": world.size,
+            "torch": torch.__version__,
+            "python": platform.python_version(),
+        },
         journal=journal,
         logger=logger,
         plan=make_plan(config, inputs.order, run, attempt, world.rank),
         requests=requests,
         phases=Phases(world, watchdog, _peak(config, world.device), count=not config.train.compile),
         skipped_steps=SkippedSteps(run.path / "skipped_steps.json"),
-        go_back=go_back,
-        alarms=Alerts(method.health_metrics),
-        machines=Nodes(world, run.path).read,
+        load_last_checkpoint=load_last_checkpoint,
+        alerts=Alerts(method.health_metrics),
+        node_metrics=Nodes(world, run.path).read,
         progress=progress,
     )
 
@@ -278,7 +285,7 @@ def _checkpoints(config: Config, inputs: Inputs, run: RunDirectory, world: World
         keep_last=c.keep_last,
         keep_every=c.keep_every.steps(inputs.order.samples_per_epoch, config.train.global_batch_size) if c.keep_every else 0,
         keep_best=c.keep_best,
-        most_failures=c.max_failures,
+        max_failures=c.max_failures,
         group=world.control,
         on_commit=copies.offer if copies else None,
         pinned=copies.pinned if copies else set,
@@ -336,7 +343,7 @@ def _restore(saved: Saved, engine: Engine, method: Method, bad_samples: BadSampl
         applied=m["applied"],
         skipped=m["skipped"],
         scores=dict(m["scores"]),
-        scored=int(m.get("scored", -1)),
-        judged=tuple(m.get("judged", m["scores"])),
+        scores_step=int(m.get("scored", -1)),
+        evaluated_metrics=tuple(m.get("judged", m["scores"])),
         seconds=float(m["seconds"]),
     )

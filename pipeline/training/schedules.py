@@ -16,7 +16,7 @@ from pipeline.config.schema import Config
 from pipeline.data.inputs import check_warmups
 from pipeline.errors import ConfigError
 from pipeline.methods.base import Step
-from pipeline.training.settings import Curve as CurveSettings
+from pipeline.training.settings import CurveSettings
 
 
 @dataclass(frozen=True)
@@ -151,8 +151,3 @@ class Schedules:
             momentum=self.momentum.at(samples_seen, self.global_batch),
             teacher_temperature=self.teacher_temperature.at(samples_seen, self.global_batch),
         )
-
-
-def square_root_lr(base: float, global_batch: int, *, reference: int = 1024) -> float:
-    """Square-root scaling rule of DINOv2: ``base * sqrt(global_batch / 1024)``."""
-    return base * math.sqrt(global_batch / reference)

@@ -55,7 +55,7 @@ class OptimSettings(Settings):
     eps: Positive = Field(default=1e-8, description="AdamW and LAMB: constant added to the root of the second moment")
 
 
-class Curve(Settings):
+class CurveSettings(Settings):
     """Schedule of a value: linear warm-up from ``start`` to ``peak``, then ``shape`` from ``peak`` to ``end``."""
 
     start: NonNegative = Field(description="value at the first sample")
@@ -73,7 +73,7 @@ class Curve(Settings):
     )
 
 
-class LearningRateCurve(Curve):
+class LearningRateCurve(CurveSettings):
     """Learning rate schedule: a curve whose peak is scaled by ``optim.lr_scaling``."""
 
     start: NonNegative = Field(default=0.0, description="learning rate at the first sample")
@@ -85,13 +85,13 @@ class ScheduleSettings(Settings):
     """Schedules over the run, as functions of the samples seen."""
 
     lr: LearningRateCurve = Field(default=LearningRateCurve(), description="learning rate schedule")
-    weight_decay: Curve = Field(default=Curve(start=0.04, end=0.2), description="weight decay schedule")
-    teacher_momentum: Curve = Field(
-        default=Curve(start=0.994, end=1.0),
+    weight_decay: CurveSettings = Field(default=CurveSettings(start=0.04, end=0.2), description="weight decay schedule")
+    teacher_momentum: CurveSettings = Field(
+        default=CurveSettings(start=0.994, end=1.0),
         description="momentum of the teacher's EMA update: the share of the old teacher weights that is kept each step",
     )
-    teacher_temperature: Curve = Field(
-        default=Curve(start=0.04, peak=0.07, warmup=Length(37500, "steps"), shape="constant"),
+    teacher_temperature: CurveSettings = Field(
+        default=CurveSettings(start=0.04, peak=0.07, warmup=Length(37500, "steps"), shape="constant"),
         description="temperature of the teacher's softmax",
     )
 

@@ -1,7 +1,8 @@
-"""The training loop, independent of the method.
+"""Training loop: forward, backward, optimizer step, teacher update, logging, evaluation and checkpoints for any method.
 
-Order of one step: schedules, batch, teacher and student forward, loss terms, finite check, backward, step, after_step, log,
-evaluate, checkpoint.
+Order of one step: batch, schedules, teacher forward on all micro-batches (``before_accumulation``), student forward and
+backward per micro-batch, finite check, optimizer step, ``after_step``, record, log, evaluate, agreement on stopping and saving,
+checkpoint.
 """
 
 from __future__ import annotations
@@ -12,8 +13,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
-from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -31,75 +31,12 @@ from pipeline.runtime.watchdog import CHECKPOINT, COMPUTE, DATA, END, EVALUATE, 
 from pipeline.tracking import Journal
 from pipeline.training.alerts import Alerts
 from pipeline.training.engine import Engine
+from pipeline.training.progress import Plan, Progress, ProgressLogger
 from pipeline.training.rollback import SkippedSteps
 from pipeline.training.schedules import Schedules
 from pipeline.training.timing import Phases, memory_now
 
-
-@dataclass(frozen=True)
-class Plan:
-    """Start, end and intervals of a run, in optimizer steps.
-
-    Attributes:
-        steps: the step at which the run is finished.
-        log_every, evaluate_every, checkpoint_every: intervals, 0 for never.
-        max_nonfinite: consecutive non-finite steps that stop the run.
-        seed: the run's seed.
-        record: file for each step's keys and loss terms of this rank, or ``None``.
-        rollback_after: consecutive non-finite steps that trigger a rollback to the last checkpoint, ``None`` for never.
-        rollback_margin: steps before them that are skipped as well.
-        max_rollbacks: maximum number of rollbacks.
-        asynchronous: whether checkpoints are written while training continues.
-        save_evaluated: metric after whose measurement a checkpoint is saved, so that the best one can be kept.
-    """
-
-    steps: int
-    log_every: int
-    evaluate_every: int
-    checkpoint_every: int
-    max_nonfinite: int
-    seed: int
-    record: Path | None = None
-    rollback_after: int | None = None
-    rollback_margin: int = 0
-    max_rollbacks: int = 0
-    asynchronous: bool = False
-    save_evaluated: str | None = None
-
-
-@dataclass
-class Progress:
-    """Progress of a run, saved in checkpoints beside the tensors.
-
-    Attributes:
-        step: steps done, which is also the number of the next one.
-        applied: steps whose gradients were applied.
-        skipped: steps skipped because of a non-finite loss or gradient.
-        scores: the latest evaluation, by metric.
-        scored: step of that evaluation, -1 for none.
-        judged: metrics measured at that step; others in ``scores`` are older.
-        seconds: wall time that advanced training, over all attempts.
-    """
-
-    step: int = 0
-    applied: int = 0
-    skipped: int = 0
-    scores: dict[str, float] = field(default_factory=dict)
-    scored: int = -1
-    judged: tuple[str, ...] = ()
-    seconds: float = 0.0
-
-
-class ProgressLogger(Protocol):
-    """Displays progress; a no-op except on rank 0."""
-
-    def step(self, done: int, total: int, loss: float, rate: float, scores: dict[str, float], scored: int) -> None:
-        """Called after a logged step: steps done and in total, loss, images per second, latest scores and their step."""
-        ...
-
-    def log(self, text: str) -> None:
-        """Print one line."""
-        ...
+_DEVICE_SEED = 0x57E9  # stream constant of the seeds for a method's random draws on the device
 
 
 @dataclass
@@ -116,16 +53,16 @@ class Trainer:
         evaluate: runs the evaluations that are due at a step, given the seconds of training, on all ranks, and returns their
             scores.
         data_state: the data side's part of a checkpoint, gathered from all ranks.
-        facts: constant parts of every checkpoint's manifest.
+        manifest_fields: constant parts of every checkpoint's manifest.
         journal: rank 0's metrics journal, ``None`` on other ranks.
         logger: rank 0's progress display.
         plan: length and intervals of the run.
         requests: stop requests (signals).
         phases: reports the rank's current phase and measures time.
         skipped_steps: steps that are not trained on.
-        go_back: loads the last checkpoint on all ranks.
-        alarms: detects collapse, divergence and plateaus.
-        machines: utilization of each node; called by all ranks.
+        load_last_checkpoint: loads the last checkpoint on all ranks.
+        alerts: detects collapse, divergence and plateaus.
+        node_metrics: utilization of each node; called by all ranks.
         progress: the current progress.
         data_counts: samples seen, substituted and available, as of the last checkpoint.
     """
@@ -138,20 +75,20 @@ class Trainer:
     checkpoints: Checkpoints
     evaluate: Callable[[int, float], dict[str, float]] | None
     data_state: Callable[[], dict[str, Any]]
-    facts: dict[str, Any]
+    manifest_fields: dict[str, Any]
     journal: Journal | None
     logger: ProgressLogger
     plan: Plan
     requests: StopRequests
     phases: Phases
     skipped_steps: SkippedSteps
-    go_back: Callable[[], Progress]
-    alarms: Alerts = field(default_factory=Alerts)
-    machines: Callable[[], dict[str, float]] = dict
+    load_last_checkpoint: Callable[[], Progress]
+    alerts: Alerts = field(default_factory=Alerts)
+    node_metrics: Callable[[], dict[str, float]] = dict
     progress: Progress = field(default_factory=Progress)
     data_counts: dict[str, Any] = field(default_factory=dict)
     _seconds_before: float = 0.0
-    _went_back: bool = False
+    _rolled_back: bool = False
 
     def run(self) -> Stop:
         """Train until the planned number of steps is reached or all ranks agree to stop; either way a checkpoint is saved.
@@ -166,139 +103,164 @@ class Trainer:
             self.checkpoints.close()
 
     def _run(self) -> Stop:
-        p = self.progress
-        self._seconds_before = p.seconds  # earlier attempts did not wait for this one's data
+        """The loop over steps; see the module for the order of one step."""
+        progress = self.progress
+        self._seconds_before = progress.seconds  # earlier attempts did not wait for this one's data
         meter = _Meter(self.world)
-        in_a_row = 0
-        saved_at = p.step if p.step else -1
-        if p.step == 0 and self.evaluate is not None:
+        consecutive_skipped = 0
+        saved_at = progress.step if progress.step else -1  # a resumed run that trains no further step has its checkpoint already
+        if progress.step == 0 and self.evaluate is not None:
             self._evaluate()
         stop = self.requests.agreed(self.world.control)
-        self.phases.enter(DATA, p.step)
-        begin = time.perf_counter()
+        self.phases.enter(DATA, progress.step)
+        step_start = time.perf_counter()
         with self.plan.record.open("a", buffering=1) if self.plan.record else nullcontext() as record:
-            for number, micro_batches, batches in self._batches():
-                if number != p.step:
+            for step_index, micro_batches, batches in self._batches():
+                if step_index != progress.step:
                     raise TrainingError(
-                        f"the data loader delivered step {number} instead of {p.step}",
+                        f"the data loader delivered step {step_index} instead of {progress.step}",
                         where=f"rank {self.world.rank}",
                         hint="Report this as a bug of fovea",
                     )
-                if number in self.skipped_steps:
-                    p.step += 1
-                    p.skipped += 1
+                if step_index in self.skipped_steps:
+                    progress.step += 1
+                    progress.skipped += 1
                     continue
-                step = self.schedules.at(p.step * self.schedules.global_batch)
+                step = self.schedules.at(progress.step * self.schedules.global_batch)
                 # The method's random draws on the device depend only on step and rank, so that no random state has to be saved.
-                drawn = [mix(self.plan.seed, 0x57E9, number, self.world.rank, i)[0] for i in range(len(micro_batches))]
-                micro_batches = [replace(batch, seed=seed) for batch, seed in zip(micro_batches, drawn, strict=True)]
-
-                self.phases.enter(COMPUTE)
-                size = micro_batches[0].sides
-                self.phases.counted(self.engine.before_accumulation, 1, size)(micro_batches, step)
-                forward_backward = self.phases.counted(self.engine.forward_backward, len(micro_batches), size)
-                terms = _mean([forward_backward(batch, step) for batch in micro_batches])
-                finite = torch.stack(list(terms.values())).isfinite().all()
-                self.phases.enter(STEP)
-                applied, norms = self.engine.step(step, finite)
-                self.phases.enter(TEACHER)
-                if applied:
-                    self.method.after_step(step)
-                else:
-                    self.method.on_step_skipped()
+                device_seeds = [
+                    mix(self.plan.seed, _DEVICE_SEED, step_index, self.world.rank, i)[0] for i in range(len(micro_batches))
+                ]
+                micro_batches = [replace(batch, seed=seed) for batch, seed in zip(micro_batches, device_seeds, strict=True)]
+                terms, applied, norms = self._train_step(step, micro_batches)
                 self.phases.enter(LOG)
 
-                p.step += 1
-                p.applied += applied
-                p.skipped += not applied
-                in_a_row = 0 if applied else in_a_row + 1
-                p.seconds += time.perf_counter() - begin
-                begin = time.perf_counter()
+                progress.step += 1
+                progress.applied += applied
+                progress.skipped += not applied
+                consecutive_skipped = 0 if applied else consecutive_skipped + 1
+                progress.seconds += time.perf_counter() - step_start
+                step_start = time.perf_counter()  # a rollback continues without reaching the end of the loop
                 if record is not None:
-                    record.write(json.dumps(_line(number, micro_batches, terms, applied)) + "\n")
+                    record.write(json.dumps(_line(step_index, micro_batches, terms, applied)) + "\n")
                 if not applied:
-                    self._skipped(number, micro_batches, terms, in_a_row)
-                    if in_a_row == self.plan.rollback_after and self.skipped_steps.rollbacks < self.plan.max_rollbacks:
-                        self._rewind(number, in_a_row)
-                        in_a_row, saved_at = 0, p.step
+                    self._report_skipped_step(step_index, micro_batches, terms, consecutive_skipped)
+                    rollbacks_left = self.skipped_steps.rollbacks < self.plan.max_rollbacks
+                    if consecutive_skipped == self.plan.rollback_after and rollbacks_left:
+                        self._roll_back(step_index, consecutive_skipped)
+                        consecutive_skipped, saved_at = 0, progress.step
                         continue
                 meter.add(terms, self.method.metrics if applied else {}, self.schedules.global_batch)
-                if _due(p.step, self.plan.log_every, self.plan.steps):
+                if _due(progress.step, self.plan.log_every, self.plan.steps):
                     self._log(step, meter, norms, batches)
-                if self.evaluate is not None and _due(p.step, self.plan.evaluate_every, self.plan.steps):
+                if self.evaluate is not None and _due(progress.step, self.plan.evaluate_every, self.plan.steps):
                     self._evaluate()
+                # One all-reduce per step carries stop requests, save requests and the state of a save in progress: its cost is
+                # its latency, and all ranks decide on the same values.
                 stop = self.requests.agreed(self.world.control, self.checkpoints.state)
                 self._report_outcome(self.checkpoints.poll(self.requests.saving))
-                evaluated = p.scored == p.step and self.plan.save_evaluated in p.judged
-                if stop or evaluated or self.requests.save or _due(p.step, self.plan.checkpoint_every, self.plan.steps):
-                    saved_at = self._save(beside=self.plan.asynchronous and not stop and p.step < self.plan.steps)
+                evaluated = progress.scores_step == progress.step and self.plan.save_evaluated in progress.evaluated_metrics
+                due = _due(progress.step, self.plan.checkpoint_every, self.plan.steps)
+                if stop or evaluated or self.requests.save or due:
+                    saved_at = self._save(asynchronous=self.plan.asynchronous and not stop and progress.step < self.plan.steps)
                 if stop:
                     break
-                self.phases.enter(DATA, p.step)
-                begin = time.perf_counter()
+                self.phases.enter(DATA, progress.step)
+                step_start = time.perf_counter()  # logging, evaluation and checkpoints do not count as training
         self.phases.enter(END)
-        if saved_at != p.step:
+        if saved_at != progress.step:
             self._save()
         self._report_outcome(self.checkpoints.finish())
         return stop or Stop.FINISHED
 
+    def _train_step(self, step: Step, micro_batches: list[Batch]) -> tuple[dict[str, Tensor], bool, dict[str, Tensor]]:
+        """Teacher, student, backward, optimizer step and teacher update.
+
+        Returns:
+            Loss terms, means over the micro-batches; whether the step was applied; gradient norms.
+        """
+        self.phases.enter(COMPUTE)
+        view_sizes = micro_batches[0].sides
+        self.phases.counted(self.engine.before_accumulation, 1, view_sizes)(micro_batches, step)
+        forward_backward = self.phases.counted(self.engine.forward_backward, len(micro_batches), view_sizes)
+        terms = _mean([forward_backward(batch, step) for batch in micro_batches])
+        finite = torch.stack(list(terms.values())).isfinite().all()
+        self.phases.enter(STEP)
+        applied, norms = self.engine.step(step, finite)
+        self.phases.enter(TEACHER)
+        if applied:
+            self.method.after_step(step)
+        else:
+            self.method.on_step_skipped()
+        return terms, applied, norms
+
     def _batches(self) -> Iterator[tuple[int, list[Batch], BatchStream]]:
         """Batches from the next step on, with their stream; reopened after each rollback."""
-        going = True
-        while going:
-            self._went_back = False
+        reopen = True
+        while reopen:
+            self._rolled_back = False
             batches = self.stream(self.progress.step, self.plan.steps)
             try:
-                for number, micro_batches in batches:
-                    yield number, micro_batches, batches
-                    if self._went_back:
+                for step_index, micro_batches in batches:
+                    yield step_index, micro_batches, batches
+                    if self._rolled_back:
                         break
             finally:
                 batches.close()
-            going = self._went_back
+            reopen = self._rolled_back
 
-    def _rewind(self, number: int, in_a_row: int) -> None:
+    def _roll_back(self, step_index: int, consecutive_skipped: int) -> None:
         """Roll back to the last checkpoint. All ranks do so at the same time, since all have skipped the same steps."""
-        p, first = self.progress, max(number - in_a_row + 1 - self.plan.rollback_margin, 0)
-        self.skipped_steps.add(first, number, write=self.world.rank == 0)
+        progress, first = self.progress, max(step_index - consecutive_skipped + 1 - self.plan.rollback_margin, 0)
+        self.skipped_steps.add(first, step_index, write=self.world.rank == 0)
         with self.phases.phase(CHECKPOINT):
             self._report_outcome(self.checkpoints.finish())
-            before = self.go_back()
-        p.step, p.applied, p.skipped, p.scores = before.step, before.applied, before.skipped, before.scores
-        self._went_back = True
-        self.phases.enter(DATA, p.step)
+            restored = self.load_last_checkpoint()
+        progress.step, progress.applied, progress.skipped = restored.step, restored.applied, restored.skipped
+        progress.scores = restored.scores
+        self._rolled_back = True
+        self.phases.enter(DATA, progress.step)
         if self.world.rank == 0:
-            self.logger.log(f"back to step {p.step}; steps {first} to {number} are left out from now on")
+            self.logger.log(f"back to step {progress.step}; steps {first} to {step_index} are left out from now on")
         if self.journal is not None:
-            self.journal.metrics(p.step, {"train/rollbacks": float(self.skipped_steps.rollbacks)})
+            self.journal.metrics(progress.step, {"train/rollbacks": float(self.skipped_steps.rollbacks)})
 
-    def _skipped(self, number: int, batches: list[Batch], terms: dict[str, Tensor], in_a_row: int) -> None:
+    def _report_skipped_step(
+        self, step_index: int, batches: list[Batch], terms: dict[str, Tensor], consecutive_skipped: int
+    ) -> None:
+        """Print and record a skipped step.
+
+        Raises:
+            NonFiniteError: on all ranks, if there are too many in a row and no rollback is left.
+        """
         bad = [name for name, term in terms.items() if not bool(term.isfinite())] or ["gradient"]
         keys = [key for batch in batches for key in batch.keys]
-        self.logger.log(f"step {number}: {', '.join(bad)} not finite, step skipped; rank {self.world.rank} held {keys[:4]}…")
+        self.logger.log(f"step {step_index}: {', '.join(bad)} not finite, step skipped; rank {self.world.rank} held {keys[:4]}…")
         if self.journal is not None:
-            self.journal.metrics(number, {"train/skipped_steps": float(self.progress.skipped)})
+            self.journal.metrics(step_index, {"train/skipped_steps": float(self.progress.skipped)})
         rollbacks = self.plan.rollback_after is not None and self.skipped_steps.rollbacks < self.plan.max_rollbacks
-        if in_a_row >= self.plan.max_nonfinite and not rollbacks:
+        if consecutive_skipped >= self.plan.max_nonfinite and not rollbacks:
             # All ranks reach this point together; the message names the samples of the rank with non-finite terms.
             gathered: list[tuple[int, list[str], list[str]]] = [(0, [], [])] * self.world.size
             dist.all_gather_object(gathered, (self.world.rank, bad, keys[:4]), group=self.world.control)
             rank, terms_there, keys_there = next((f for f in gathered if f[1] != ["gradient"]), gathered[0])
             raise NonFiniteError(
-                f"{in_a_row} steps in a row were not finite ({', '.join(terms_there)})",
-                where=f"step {number}, first keys on rank {rank}: {keys_there}",
-                hint="Lower schedule.lr.peak or optim.betas, lengthen schedule.lr.warmup, or train.precision=fp32; then resume",
+                f"{consecutive_skipped} steps in a row were not finite ({', '.join(terms_there)})",
+                where=f"step {step_index}, first keys on rank {rank}: {keys_there}",
+                hint="Start a new run with init_from.source=<this run> and a lower schedule.lr.peak, a longer schedule.lr.warmup "
+                "or train.precision=fp32; or resume with watchdog.rollback_after, which skips such steps",
             )
 
     def _log(self, step: Step, meter: _Meter, norms: dict[str, Tensor], batches: BatchStream) -> None:
+        """Record and print the means since the last log line, and the alerts due; collective."""
         values = meter.flush()
-        p = self.progress
+        progress = self.progress
         rate = values.pop("rate")
-        seconds, machines = self.phases.read(), self.machines()
+        seconds, node_metrics = self.phases.read(), self.node_metrics()
         if self.journal is not None:
-            share = batches.seconds_waited / max(p.seconds - self._seconds_before, 1e-9)
+            share = batches.seconds_waited / max(progress.seconds - self._seconds_before, 1e-9)
             self.journal.metrics(
-                p.step,
+                progress.step,
                 {
                     **{f"train/{name}": value for name, value in values.items()},
                     **{f"gradient_norm/{name}": float(norm) for name, norm in norms.items()},
@@ -307,25 +269,26 @@ class Trainer:
                     "train/teacher_momentum": step.momentum,
                     "train/teacher_temperature": step.teacher_temperature,
                     "train/epoch": step.epoch,
-                    "perf/samples_seen": float(p.step * self.schedules.global_batch),
+                    "perf/samples_seen": float(progress.step * self.schedules.global_batch),
                     "perf/images_per_second": rate,
                     "perf/data_wait_fraction": share,
                     **{f"perf/{name}": value for name, value in seconds.items()},
                     **self._memory(),
-                    **{f"system/{name}": value for name, value in machines.items()},
-                    "train/skipped_steps": float(p.skipped),
+                    **{f"system/{name}": value for name, value in node_metrics.items()},
+                    "train/skipped_steps": float(progress.skipped),
                     **{f"storage/{name}": value for name, value in batches.usage.items()},
                 },
             )
-        self.logger.step(p.step, self.plan.steps, values["loss"], rate, p.scores, p.scored)
+        self.logger.step(progress.step, self.plan.steps, values["loss"], rate, progress.scores, progress.scores_step)
         if self.world.rank == 0:
-            for alarm in self.alarms.look(step, p.step, values):
-                self.logger.log(f"step {p.step}: {alarm.text}")
+            for alert in self.alerts.look(step, progress.step, values):
+                self.logger.log(f"step {progress.step}: {alert.text}")
                 if self.journal is not None:
-                    self.journal.metrics(p.step, {f"alert/{alarm.failure_mode}": float(alarm.since)})
-                    self.journal.tags({f"alert/{alarm.failure_mode}": f"step {p.step}: {alarm.text}"})
+                    self.journal.metrics(progress.step, {f"alert/{alert.failure_mode}": float(alert.since)})
+                    self.journal.tags({f"alert/{alert.failure_mode}": f"step {progress.step}: {alert.text}"})
 
     def _memory(self) -> dict[str, float]:
+        """Memory of this rank in GB by use; activations are what the peak has beyond weights, gradients and optimizer."""
         parts = self.engine.memory()
         now = memory_now(self.world.device)
         if "peak" in now:
@@ -334,6 +297,7 @@ class Trainer:
         return {f"memory/{name}_gb": size / 1e9 for name, size in (parts | now).items()}
 
     def _evaluate(self) -> None:
+        """Run the evaluations due at this step and record their scores."""
         if self.evaluate is None:
             return
         with self.phases.phase(EVALUATE):
@@ -341,63 +305,68 @@ class Trainer:
         if not scores:
             return
         self.progress.scores.update(scores)
-        self.progress.scored, self.progress.judged = self.progress.step, tuple(scores)
+        self.progress.scores_step, self.progress.evaluated_metrics = self.progress.step, tuple(scores)
         if self.journal is not None:
             self.journal.metrics(self.progress.step, scores)
 
-    def _save(self, *, beside: bool = False) -> int:
+    def _save(self, *, asynchronous: bool = False) -> int:
+        """Save a checkpoint, waiting for it unless asynchronous; returns its step."""
         with self.phases.phase(CHECKPOINT):
-            return self._write(beside)
+            return self._write(asynchronous)
 
-    def _write(self, beside: bool) -> int:
-        p = self.progress
-        facts = {
-            **self.facts,
-            "step": p.step,
-            "applied": p.applied,
-            "skipped": p.skipped,
-            "samples_seen": p.step * self.schedules.global_batch,
-            "scores": dict(p.scores),
-            "scored": p.scored,
-            "judged": list(p.judged),
-            "seconds": p.seconds,
+    def _write(self, asynchronous: bool) -> int:
+        """Save the checkpoint and record what data it has seen."""
+        progress = self.progress
+        manifest_fields = {
+            **self.manifest_fields,
+            "step": progress.step,
+            "applied": progress.applied,
+            "skipped": progress.skipped,
+            "samples_seen": progress.step * self.schedules.global_batch,
+            "scores": dict(progress.scores),
+            "scored": progress.scores_step,
+            "judged": list(progress.evaluated_metrics),
+            "seconds": progress.seconds,
             "data": self.data_state(),
         }
-        data = facts["data"]
+        data = manifest_fields["data"]
         self.data_counts = {name: data[name] for name in ("seen", "substituted", "counts", "samples", "fingerprint")}
-        if beside:
-            self._report_outcome(self.checkpoints.begin(self.engine, self.method, facts))
+        if asynchronous:
+            self._report_outcome(self.checkpoints.begin(self.engine, self.method, manifest_fields))
         else:
             self._report_outcome(self.checkpoints.finish())
-            self._report_outcome(Outcome(p.step, self.checkpoints.save(self.engine, self.method, facts)))
+            self._report_outcome(Outcome(progress.step, self.checkpoints.save(self.engine, self.method, manifest_fields)))
         if self.journal is not None:
             substituted = {f"substituted/{reason}": count for reason, count in data["substituted"].items()}
             counts = {"seen": data["seen"], "quarantined": len(data["quarantine"]), **substituted, **data["counts"]}
-            self.journal.metrics(p.step, {f"data/{name}": float(count) for name, count in counts.items()})
-        return p.step
+            self.journal.metrics(progress.step, {f"data/{name}": float(count) for name, count in counts.items()})
+        return progress.step
 
     def _report_outcome(self, outcome: Outcome | None) -> None:
         """Print and record the outcome of a save."""
         if outcome is None or self.journal is None:
             return
-        if outcome.problem is None:
+        if outcome.error is None:
             samples = outcome.step * self.schedules.global_batch
             self.journal.tags({"fovea.checkpoint": outcome.path, "fovea.samples_seen": samples})
         else:
-            self.logger.log(f"no checkpoint of step {outcome.step}: {outcome.problem}; training continues")
-        self.journal.metrics(outcome.step, {"checkpoint/failures_in_a_row": float(outcome.in_a_row)})
+            self.logger.log(f"no checkpoint of step {outcome.step}: {outcome.error}; training continues")
+        self.journal.metrics(outcome.step, {"checkpoint/failures_in_a_row": float(outcome.consecutive_failures)})
         self.journal.sync()
 
 
 def _due(step: int, every: int, last: int) -> bool:
+    """Whether an interval ends at this step; the last step ends all but those of 0, which mean never."""
     return every > 0 and (step % every == 0 or step == last)
 
 
 def _mean(terms: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """Mean of each loss term over the micro-batches."""
     return {name: torch.stack([t[name] for t in terms]).mean() for name in terms[0]}
 
 
 def _line(step: int, batches: list[Batch], terms: dict[str, Tensor], applied: bool) -> dict[str, Any]:
+    """A line of ``Plan.record``: this rank's samples, a digest of their pixels, and the exact loss terms."""
     keys = [key for batch in batches for key in batch.keys]
     pixels = hashlib.blake2b(digest_size=8)
     for batch in batches:
@@ -424,6 +393,7 @@ class _Meter:
         self._samples, self._since = 0, time.perf_counter()
 
     def add(self, terms: dict[str, Tensor], metrics: dict[str, Tensor], samples: int) -> None:
+        """Add a step's loss terms and metrics, scalars on the device."""
         total = torch.stack(list(terms.values())).sum()
         for name, value in {"loss": total, **terms, **metrics}.items():
             self._sums[name] = self._sums[name] + value.detach().float() if name in self._sums else value.detach().float()
@@ -431,6 +401,7 @@ class _Meter:
         self._samples += samples
 
     def flush(self) -> dict[str, float]:
+        """Means over steps and ranks, and images per second as ``rate``; starts again. Collective."""
         names = sorted(self._sums)
         means = torch.stack([self._sums[n] / self._counts[n] for n in names])
         dist.all_reduce(means)

@@ -51,7 +51,7 @@ def test_a_figure_follows_its_result(tmp_path: Path) -> None:
         f"| [{resume}](results/resume-cpu.md) | 2.20 s | 2.00 s fresh start | 1.10 x as long | `two` |",
     ]
     short = main_table(tmp_path).splitlines()[2:]
-    assert short == [f"| [{step}](pipeline/bench/results/step-clip-cpu.md) | 2.00 s | 4.00 s open_clip | 2.00 x faster |"]
+    assert short == [f"| [{step}](pipeline/bench/results/step-clip-cpu.md) | 2.00 s | 4.00 s open_clip | 2.00 x the speed |"]
     for (begin, end), rows in ((ALL, lines), (MAIN, short)):
         assert update(f"a\n{begin}\nold\n{end}\nb", tmp_path).splitlines()[4:-1] == [*rows, end]
 

@@ -90,7 +90,7 @@ def _attempt(store: Any, method: Any, engine: Any, step: int, beside: bool) -> N
     outcome = None
     while outcome is None:
         outcome = store.poll(store.state)
-    assert outcome.problem is None
+    assert outcome.error is None
 
 
 def _facts(step: int) -> dict[str, Any]:
@@ -131,7 +131,7 @@ def _kill_everywhere(directory: str, step: int, leftovers: bool, beside: bool) -
                 break
             operations.start(NEVER)
             there = sorted(path.name for path in folder.glob("step_*"))
-            whole = saved.listed(folder)
+            whole = saved.committed_checkpoints(folder)
             for one in whole:
                 saved.verify(one)
             assert there == sorted(one.path.name for one in whole), f"killed at {deaths[-1]}: {there} are not all whole"

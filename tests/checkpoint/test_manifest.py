@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from typer.testing import CliRunner
 
 from launch.cli.checkpoint import app
-from pipeline.checkpoint.files import entry, listed, newest, read, verify
+from pipeline.checkpoint.files import committed_checkpoints, entry, newest, read, verify
 from pipeline.checkpoint.manifest import check_manifest
 from pipeline.checkpoint.retention import Mark, read_best
 from pipeline.errors import CheckpointError, FoveaError
@@ -85,7 +85,7 @@ def test_any_value_in_any_place_is_refused_or_usable(tmp_path: Path, way: tuple[
     try:
         saved = read(path)
     except CheckpointError:
-        assert listed(path.parent) == []
+        assert committed_checkpoints(path.parent) == []
     else:
         assert saved.step >= 0 and saved.serial >= 0 and saved.id and isinstance(saved.origins, list)
         Mark.of(path.name, saved.manifest)

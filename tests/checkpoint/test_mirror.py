@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.checkpoint.files import Saved, entry, listed, read, verify
+from pipeline.checkpoint.files import Saved, committed_checkpoints, entry, read, verify
 from pipeline.checkpoint.mirror import Copies, fetch
 from pipeline.checkpoint.retention import Retention
 from pipeline.data.settings import StorageSettings
@@ -169,7 +169,7 @@ def test_a_storage_that_is_away_is_not_taken_for_one_without_copies(door: Proxy,
     door.troubles = [Trouble("503", times=10_000, match=".")]
     with pytest.raises(StorageUnavailable):
         fetch(place[0], tmp_path / "new", place[1])
-    assert listed(tmp_path / "new") == []
+    assert committed_checkpoints(tmp_path / "new") == []
 
 
 @pytest.mark.parametrize("name", ["../../../victim", "{tmp}/victim", "a/../../../../victim"])

@@ -136,7 +136,7 @@ def test_the_teacher_can_be_read_without_an_engine(written: tuple[Path, list[dic
 def test_so_many_are_kept_and_never_fewer_than_two(tmp_path: Path) -> None:
     for keep, left in ((1, [4, 5]), (3, [3, 4, 5])):
         pool(1).run(_train, directory=str(tmp_path / str(keep)), until=5, save=(1, 2, 3, 4, 5), keep=keep)
-        assert [one.step for one in saved.listed(tmp_path / str(keep))] == left
+        assert [one.step for one in saved.committed_checkpoints(tmp_path / str(keep))] == left
         assert len(list((tmp_path / str(keep)).iterdir())) == len(left)
 
 
@@ -218,7 +218,7 @@ def test_a_disk_that_is_full_on_one_rank_fails_the_save_on_all_and_spoils_nothin
         assert {"step_000000003", "step_000000006"} <= set(rank["left"])
         assert "step_000000009" not in rank["left"]
     assert sorted(path.name for path in folder.iterdir()) == ["step_000000003", "step_000000006", "step_000000009"]
-    for one in saved.listed(folder):
+    for one in saved.committed_checkpoints(folder):
         saved.verify(one)
 
 
@@ -275,7 +275,7 @@ def _beside(directory: str, *, slow: bool = True, zero: int = 2) -> list[Any]:
     finally:
         checkpoint.write_tensors = real
     engine.close()
-    return [one.step for one in told if one is not None and one.problem is None]
+    return [one.step for one in told if one is not None and one.error is None]
 
 
 @pytest.mark.parametrize("zero", [0, 2, 3])
@@ -295,7 +295,7 @@ def _often_full(directory: str, full: tuple[int, ...]) -> dict[str, Any]:
     from pipeline.checkpoint import writer as checkpoint
 
     method, engine = build(zero=2)
-    store = checkpoint.Checkpoints(Path(directory), most_failures=3)
+    store = checkpoint.Checkpoints(Path(directory), max_failures=3)
     real, told = checkpoint.write_tensors, []
 
     def sometimes(path: Path, tensors: Any) -> Any:
@@ -310,7 +310,7 @@ def _often_full(directory: str, full: tuple[int, ...]) -> dict[str, Any]:
             advance(method, engine, step)
             store.begin(engine, method, _facts(step))
             outcome = store.finish()
-            told.append((outcome.step, str(outcome.problem or ""), outcome.in_a_row))
+            told.append((outcome.step, str(outcome.error or ""), outcome.consecutive_failures))
     except CheckpointError as error:
         stopped = str(error)
     finally:
@@ -326,7 +326,7 @@ def test_a_save_that_fails_beside_the_training_is_told_on_all_ranks_and_several_
         assert "rank 1" in rank["told"][1][1]
         assert "No space left" in rank["told"][1][1]
         assert not rank["stopped"]
-    assert [one.step for one in saved.listed(tmp_path / "few")] == [1, 4, 6]
+    assert [one.step for one in saved.committed_checkpoints(tmp_path / "few")] == [1, 4, 6]
     assert len(list((tmp_path / "few").iterdir())) == 3, "what failed was not swept away"
     for rank in pool(2).run(_often_full, directory=str(tmp_path / "many"), full=(2, 3, 4, 5, 6)):
         assert "No space left" in rank["stopped"]
@@ -410,7 +410,7 @@ def test_a_damaged_file_is_named_and_the_checkpoint_before_is_taken(folder: Path
 
 def test_a_checkpoint_without_a_readable_manifest_does_not_count(folder: Path) -> None:
     (folder / "step_000000006" / "manifest.json").write_text('{"format": 1, "st')
-    assert [one.step for one in saved.listed(folder)] == [3]
+    assert [one.step for one in saved.committed_checkpoints(folder)] == [3]
     with pytest.raises(CheckpointError, match="cannot be read"):
         saved.read(folder / "step_000000006")
 

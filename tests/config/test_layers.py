@@ -130,6 +130,14 @@ def test_a_huge_file_is_given_up_early(tmp_path: Path, text: str, monkeypatch: p
     assert len(made) <= 50_000
 
 
+@pytest.mark.parametrize("name", ["a\\0b.yaml", "\\0", "a\\nb.yaml", "\\e[31m.yaml"])
+def test_a_base_with_control_characters_is_refused(tmp_path: Path, name: str) -> None:
+    (tmp_path / "own.yaml").write_text(f'base: "{name}"\n')
+    with pytest.raises(ConfigError, match="control characters") as caught:
+        load(tmp_path / "own.yaml")
+    assert str(caught.value).isprintable() or "\n" in str(caught.value)
+
+
 def test_a_base_with_a_name_that_is_too_long_does_not_exist(tmp_path: Path) -> None:
     (tmp_path / "x.yaml").write_text(f"base: {'a' * 5000}\n")
     with pytest.raises(ConfigError, match="does not exist"):

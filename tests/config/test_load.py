@@ -36,7 +36,7 @@ from pipeline.config.validate import check_ranks
 from pipeline.errors import ConfigError
 from pipeline.methods.dinov2.settings import Dinov2Settings
 from pipeline.methods.settings import MethodSettings, register
-from pipeline.training.settings import Curve, LrScalingSettings
+from pipeline.training.settings import CurveSettings, LrScalingSettings
 
 ROOT = Path(__file__).resolve().parents[2]
 NAME = "dinov2/cifar10_vit_tiny"
@@ -390,7 +390,7 @@ def test_settings_are_frozen_and_strict() -> None:
     with pytest.raises(ValidationError):
         config.optim.eps = 3  # type: ignore[misc]
     with pytest.raises(ValidationError):
-        Curve(start=1, en=2)  # type: ignore[call-arg]
+        CurveSettings(start=1, en=2)  # type: ignore[call-arg]
 
 
 def test_another_method_brings_its_settings_under_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

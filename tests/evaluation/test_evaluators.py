@@ -23,7 +23,7 @@ from pipeline.data.loader.reader import Reader
 from pipeline.data.pack import synthetic as scenes
 from pipeline.data.pack.shard_writer import ShardWriter
 from pipeline.errors import ConfigError, DataError
-from pipeline.evaluation.base import evaluator_class, score
+from pipeline.evaluation.base import evaluate_all, evaluator_class
 from pipeline.evaluation.features import all_gather_table, extract
 from pipeline.evaluation.images import EvalData, ImageSet
 from pipeline.evaluation.linear_heads import held_out_mask, train_heads
@@ -211,8 +211,8 @@ def scores_of(name: str, train: Manifest, test: Manifest, folder: Path) -> dict[
     section, data = settings(folder).section(name), data_of(train, test)
     model = eval_model(texts="text_encoder" in section.needs)
     if isinstance(section, RobustnessSettings):
-        return score({name: Robustness(section, data, batch=8)}, model)  # type: ignore[dict-item]
-    return score({name: evaluator_class(name)(section, data)}, model)
+        return evaluate_all({name: Robustness(section, data, batch=8)}, model)  # type: ignore[dict-item]
+    return evaluate_all({name: evaluator_class(name)(section, data)}, model)
 
 
 @pytest.mark.slow

@@ -17,9 +17,9 @@ from pipeline.losses import (
     SAME_VIEW,
     Pairing,
     Targets,
-    logit_pieces,
+    logit_chunks,
     multi_crop_pairings,
-    potential_over_pieces,
+    potential_over_chunks,
     prototype_cross_entropy,
 )
 
@@ -46,9 +46,9 @@ class Case:
             return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(device)
 
         unit = torch.nn.functional.normalize(draw(self.views, self.n, 5, seed=1), dim=-1).to(self.student)
-        hidden = torch.nn.functional.normalize(draw(self.targets, self.n, 4, seed=2), dim=-1).to(self.teacher)
+        taught = torch.nn.functional.normalize(draw(self.targets, self.n, 4, seed=2), dim=-1).to(self.teacher)
         matrix, teacher = (torch.nn.functional.normalize(draw(self.prototypes, d, seed=d), dim=-1) for d in (5, 4))
-        targets = Targets(hidden, teacher, draw(self.prototypes, seed=3), 0.06)
+        targets = Targets(taught, teacher, draw(self.prototypes, seed=3), 0.06)
         return unit.requires_grad_(), matrix.requires_grad_(), targets, draw(self.n, seed=6).abs() / max(self.n, 1)
 
     def found(self, kernels: Any, factors: tuple[Tensor, Tensor, Targets, Tensor], temperature: float = 0.1) -> list[Tensor]:
@@ -77,12 +77,12 @@ CASES = {
 }
 
 
-def potential(kernels: Any, kind: torch.dtype, device: str = "cpu", prototypes: int = 75) -> Tensor:
+def potential(kernels: Any, dtype: torch.dtype, device: str = "cpu", prototypes: int = 75) -> Tensor:
     """Sinkhorn's, of features that came in three parts, one of them empty."""
-    parts = [torch.randn(n, 4, generator=torch.Generator().manual_seed(n)).to(device, kind) for n in (11, 0, 3)]
+    parts = [torch.randn(n, 4, generator=torch.Generator().manual_seed(n)).to(device, dtype) for n in (11, 0, 3)]
     matrix = torch.randn(prototypes, 4, generator=torch.Generator().manual_seed(1)).to(device)
-    pieces = logit_pieces(parts, matrix, 0.1, 9, kernels=kernels)
-    return potential_over_pieces(pieces, torch.zeros(prototypes, device=device))
+    chunks = logit_chunks(parts, matrix, 0.1, 9, kernels=kernels)
+    return potential_over_chunks(chunks, torch.zeros(prototypes, device=device))
 
 
 class Wide(TorchFunctionMode):
@@ -113,8 +113,8 @@ def interpret(path: str) -> None:
         case.found("triton", case.factors())
         potential("triton", _low, prototypes=50)
     logits = torch.randn(1, 3, 50).bfloat16()
-    piece = prototypes_triton.FusedTargets(torch.randn(1, 3, 50), torch.zeros(50), 0.1)
-    _, _, slope = piece.met(logits, (1.0,), torch.ones(3), 0.1, needs_gradient=True, watch=False)
+    chunk = prototypes_triton.FusedTargets(torch.randn(1, 3, 50), torch.zeros(50), 0.1)
+    _, _, slope = chunk.cross_entropy(logits, (1.0,), torch.ones(3), 0.1, needs_gradient=True, watch=False)
     found |= {"fp32 numbers": wide.numbers, "in place": slope is logits}
     torch.save(found, path)
 
@@ -156,10 +156,10 @@ def compile_ahead(path: str) -> None:
     JITFunction.__getitem__ = launch
     for capability in (80, 90):
         triton.runtime.driver.set_active(Compiler(capability))
-        piece = FusedTargets(torch.zeros(2, 1, 65536, dtype=_low), torch.zeros(65536), 0.05, watch=True)
-        for meets, watch, kind, views in (((0.0, 1.0), True, _low, 1), ((1.0, 1.0), False, torch.float32, 8)):
-            logits = torch.zeros(views, 1, 65536, dtype=kind)
-            piece.met(logits, meets, torch.ones(1), 0.1, needs_gradient=True, watch=watch)
+        chunk = FusedTargets(torch.zeros(2, 1, 65536, dtype=_low), torch.zeros(65536), 0.05, watch=True)
+        for target_weights, watch, dtype, views in (((0.0, 1.0), True, _low, 1), ((1.0, 1.0), False, torch.float32, 8)):
+            logits = torch.zeros(views, 1, 65536, dtype=dtype)
+            chunk.cross_entropy(logits, target_weights, torch.ones(1), 0.1, needs_gradient=True, watch=watch)
         for shift in (None, torch.zeros(65536)):
             take_in(torch.zeros(2, 65536, dtype=_low), 0.05, shift, torch.zeros(65536), torch.zeros(65536))
     torch.save(made, path)

@@ -1,4 +1,4 @@
-"""Cross-entropies over prototypes in pieces: equal to the plain formulas, and never whole in memory."""
+"""Cross-entropies over prototypes in chunks: equal to the plain formulas, and never whole in memory."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from pipeline.losses import (
     SAME_VIEW,
     Pairing,
     Targets,
-    logit_pieces,
+    logit_chunks,
     masked_patches,
     multi_crop,
     multi_crop_pairings,
-    potential_over_pieces,
+    potential_over_chunks,
     prototype_cross_entropy,
     sinkhorn_potential,
 )
@@ -48,7 +48,7 @@ def plain_cross_entropy(logits: Tensor, targets: Tensor, temperature: float = 0.
 
 
 @pytest.mark.parametrize("rows", [1, 8, 10_000])
-def test_crops_in_pieces_equal_the_plain_formula_in_values_and_gradients(rows: int) -> None:
+def test_crops_in_chunks_equal_the_plain_formula_in_values_and_gradients(rows: int) -> None:
     unit, matrix, targets = factors()
     each = torch.full((B,), 1 / (B * (2 + 2 * L)), dtype=torch.float64)
     terms, watched = prototype_cross_entropy(unit, matrix, targets, multi_crop_pairings(L), each, rows=rows, watch=True)
@@ -64,12 +64,12 @@ def test_crops_in_pieces_equal_the_plain_formula_in_values_and_gradients(rows: i
 
     assert watched is not None
     torch.testing.assert_close(watched.entropy, -torch.xlogy(wanted, wanted).sum(), rtol=1e-10, atol=0)
-    torch.testing.assert_close(watched.mass, wanted.sum((0, 1)), rtol=1e-10, atol=0)
-    assert float(watched.agreed) == float((logits[:2].argmax(-1) == wanted.flip(0).argmax(-1)).sum())
+    torch.testing.assert_close(watched.target_sum, wanted.sum((0, 1)), rtol=1e-10, atol=0)
+    assert float(watched.top1_agreements) == float((logits[:2].argmax(-1) == wanted.flip(0).argmax(-1)).sum())
 
 
 @pytest.mark.parametrize("rows", [1, 3, 100])
-def test_patches_in_pieces_equal_the_plain_formula_in_values_and_gradients(rows: int) -> None:
+def test_patches_in_chunks_equal_the_plain_formula_in_values_and_gradients(rows: int) -> None:
     unit, matrix, targets = factors()
     one = Targets(targets.unit[:1], targets.matrix, targets.potential, targets.temperature)
     weight = random(B, seed=9).abs()
@@ -101,7 +101,7 @@ def test_it_is_the_multi_crop_loss_and_the_patch_loss_of_the_vectors() -> None:
 
 @settings(max_examples=25, deadline=None)
 @given(st.integers(0, 9), st.integers(0, 3), st.integers(1, 40), st.integers(0, 99))
-def test_any_pieces_and_any_order_of_samples_give_the_same_loss(samples: int, local: int, rows: int, seed: int) -> None:
+def test_any_chunks_and_any_order_of_samples_give_the_same_loss(samples: int, local: int, rows: int, seed: int) -> None:
     targets = Targets(random(2, samples, 4, seed=seed), random(K, 4, seed=1), random(K, seed=2), 0.1)
     unit, matrix = random(2 + local, samples, D, seed=seed + 1), random(K, D, seed=3)
     each = random(samples, seed=seed + 2).abs()
@@ -181,7 +181,7 @@ def test_nothing_as_large_as_rows_times_prototypes_is_ever_made() -> None:
     teacher, prototypes = random(n, d, seed=3).float(), random(k, d, seed=4).float()
     kept: list[int] = []
     with Largest() as largest, torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x.numel()) or x, lambda x: x):
-        potential = potential_over_pieces(logit_pieces([teacher], prototypes, 0.05, rows), torch.zeros(k))
+        potential = potential_over_chunks(logit_chunks([teacher], prototypes, 0.05, rows), torch.zeros(k))
         targets = Targets(teacher[None], prototypes, potential, 0.05)
         (term,), _ = prototype_cross_entropy(unit, matrix, targets, SAME_VIEW, torch.ones(n) / n, rows=rows, watch=True)
         term.backward()
@@ -195,8 +195,8 @@ def test_logits_that_fit_are_made_once_and_others_anew() -> None:
     units, matrix = [random(3, D), random(4, D, seed=1)], random(K, D, seed=2)
     whole = torch.cat(units) @ matrix.T / 0.1
     for rows, once in ((7, True), (6, False)):
-        pieces = logit_pieces(units, matrix, 0.1, rows)
-        first, second = list(pieces()), list(pieces())
+        chunks = logit_chunks(units, matrix, 0.1, rows)
+        first, second = list(chunks()), list(chunks())
         torch.testing.assert_close(torch.cat(first), whole)
         torch.testing.assert_close(torch.cat(second), whole)
         assert all(a is b for a, b in zip(first, second, strict=True)) == once
@@ -204,17 +204,17 @@ def test_logits_that_fit_are_made_once_and_others_anew() -> None:
 
 
 @pytest.mark.parametrize("cut", [(4,), (1, 3), (2, 0, 2), (1, 1, 1, 1)])
-def test_sinkhorn_over_pieces_is_that_of_the_whole_batch(cut: tuple[int, ...]) -> None:
+def test_sinkhorn_over_chunks_is_that_of_the_whole_batch(cut: tuple[int, ...]) -> None:
     parts = torch.split(X.double() / 0.07, cut)
-    potential = potential_over_pieces(lambda: parts, torch.zeros(3, dtype=torch.float64))
+    potential = potential_over_chunks(lambda: parts, torch.zeros(3, dtype=torch.float64))
     expected = torch.tensor([-0.943630, -0.452209, 1.395839], dtype=torch.float64)
     torch.testing.assert_close(potential - potential.mean(), expected, atol=1e-6, rtol=0)
     torch.testing.assert_close(torch.softmax(X.double() / 0.07 + potential, -1), WARM.double(), atol=1e-6, rtol=0)
 
 
-def test_pieces_of_other_heights_change_nothing_even_where_exponentials_overflow() -> None:
+def test_chunks_of_other_heights_change_nothing_even_where_exponentials_overflow() -> None:
     logits = torch.tensor([[3.6, 0.0], [0.0, 0.0]], dtype=torch.float64) / 0.04
-    potential = potential_over_pieces(lambda: logits.split(1), torch.zeros(2, dtype=torch.float64))
+    potential = potential_over_chunks(lambda: logits.split(1), torch.zeros(2, dtype=torch.float64))
     expected = torch.tensor([[0.857143, 0.142857], [0.0, 1.0]], dtype=torch.float64)
     torch.testing.assert_close(torch.softmax(logits + potential, -1), expected, atol=1e-6, rtol=0)
 

@@ -18,7 +18,7 @@ from pipeline.losses import multi_crop_pairings, prototype_cross_entropy, protot
 from tests.helpers.fused_losses import CASES, Case, potential
 
 ROOT = Path(__file__).resolve().parents[2]
-NAMES = ("terms", "slope of the features", "slope of the prototypes", "entropy", "mass", "agreed")
+NAMES = ("terms", "slope of the features", "slope of the prototypes", "entropy", "target sum", "top-1 agreements")
 
 
 def other_process(path: Path, **environment: str) -> Any:
@@ -45,11 +45,11 @@ def in_fp64(case: Case) -> list[Tensor]:
     logits = unit @ (matrix + (matrix.to(case.student).double() - matrix).detach()).T
     logits = logits + (logits.to(case.student).double() - logits).detach()
     terms, agreed = torch.zeros(1 + max(p.term for p in case.pairings), dtype=torch.float64), 0.0
-    for (first, last), meets, term in case.pairings:
-        target = torch.einsum("v,vnk->nk", torch.tensor(meets, dtype=torch.float64), wanted)
+    for (first, last), target_weights, term in case.pairings:
+        target = torch.einsum("v,vnk->nk", torch.tensor(target_weights, dtype=torch.float64), wanted)
         each = -(target * torch.log_softmax(logits[first:last] / 0.1, -1)).sum(-1)
         terms = terms.index_add(0, torch.tensor(term), (each * weight.double()).sum()[None])
-        if sum(meets) == 1.0:
+        if sum(target_weights) == 1.0:
             agreed += float((logits[first:last].argmax(-1) == target.argmax(-1)).sum())
     slopes = torch.autograd.grad(terms @ torch.arange(2.0, 2.0 + len(terms), dtype=torch.float64), (unit, matrix))
     entropy = -torch.xlogy(wanted, wanted).sum()
@@ -80,7 +80,7 @@ def test_sinkhorn_over_products_is_that_over_their_copies_in_fp32(interpreted: d
 
 def test_logits_stay_in_their_type_and_slopes_take_their_place(interpreted: dict[str, Any]) -> None:
     assert interpreted["in place"]
-    assert interpreted["fp32 numbers"] < 6 * 50, "a piece of logits was copied to fp32"
+    assert interpreted["fp32 numbers"] < 6 * 50, "a chunk of logits was copied to fp32"
 
 
 @pytest.mark.slow

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional as F
 
-from pipeline.losses import logit_pieces, potential_over_pieces, sinkhorn, sinkhorn_potential
+from pipeline.losses import logit_chunks, potential_over_chunks, sinkhorn, sinkhorn_potential
 
 X = torch.tensor([[0.10, -0.05, 0.00], [0.20, 0.10, -0.10], [0.15, 0.05, -0.05], [-0.10, 0.30, 0.10]])
 WARM = torch.tensor(
@@ -88,16 +88,16 @@ def test_no_gradient_flows_into_targets() -> None:
 @pytest.mark.parametrize("rows", [None, 3])
 def test_autocast_does_not_round_the_plan(rows: int | None) -> None:
     teacher, matrix = (F.normalize(torch.randn(n, 8, generator=torch.Generator().manual_seed(n)), dim=1) for n in (12, 40))
-    expected = potential_over_pieces(logit_pieces([teacher], matrix, 0.05, rows), torch.zeros(40))
+    expected = potential_over_chunks(logit_chunks([teacher], matrix, 0.05, rows), torch.zeros(40))
     with torch.autocast("cpu", torch.bfloat16):
-        found = potential_over_pieces(logit_pieces([teacher], matrix, 0.05, rows), torch.zeros(40))
+        found = potential_over_chunks(logit_chunks([teacher], matrix, 0.05, rows), torch.zeros(40))
     assert torch.equal(found, expected)
 
 
 def test_logits_far_apart_are_scaled_by_their_logarithms_alike() -> None:
     logits = torch.randn(9, 30, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     near = sinkhorn(logits, 0.2).double()  # a range of some 30
-    far = potential_over_pieces(lambda: [logits / 0.2, torch.full((0, 30), 0.0, dtype=torch.float64)], torch.zeros(30).double())
+    far = potential_over_chunks(lambda: [logits / 0.2, torch.full((0, 30), 0.0, dtype=torch.float64)], torch.zeros(30).double())
     torch.testing.assert_close(torch.softmax(logits / 0.2 + far, -1), near, rtol=1e-5, atol=1e-8)
     spread = torch.cat([logits / 0.2, torch.full((1, 30), -200.0, dtype=torch.float64) + 150 * torch.eye(30)[0]])
-    assert potential_over_pieces(lambda: (spread,), torch.zeros(30).double()).isfinite().all()
+    assert potential_over_chunks(lambda: (spread,), torch.zeros(30).double()).isfinite().all()

@@ -89,7 +89,7 @@ def test_terms_are_those_of_the_plain_formulas(pairing: str, positions: str) -> 
     data = batch()
     with torch.no_grad():
         method.before_accumulation([data], STEP)
-        known = method._prepared[0]
+        known = method._pending_targets[0]
         terms = method(data, STEP)
         slow, images = method.teacher.modules, torch.cat(data.views["global"])
         seen = slow["backbone"](images)

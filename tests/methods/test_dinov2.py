@@ -208,8 +208,8 @@ def test_under_bf16_autocast_terms_are_fp32_and_near_those_of_fp32(targets: str)
     plain = method(data, STEP)
     with torch.autocast("cpu", torch.bfloat16):
         method.before_accumulation([data], STEP)
-        assert method._prepared[0].dino.unit.dtype == torch.bfloat16
-        assert method._prepared[0].dino.potential.dtype == torch.float32
+        assert method._pending_targets[0].dino.unit.dtype == torch.bfloat16
+        assert method._pending_targets[0].dino.potential.dtype == torch.float32
         low = method(data, STEP)
     for name, term in low.items():
         assert term.dtype == torch.float32

@@ -13,11 +13,11 @@ from pipeline.config.types import Length
 from pipeline.data.settings import DataSettings
 from pipeline.errors import ConfigError
 from pipeline.models.settings import ModelSettings
-from pipeline.training.schedules import Curve, Schedules, constant, square_root_lr
-from pipeline.training.settings import Curve as CurveSettings
-from pipeline.training.settings import LearningRateCurve, ScheduleSettings, TrainSettings
+from pipeline.training.schedules import Curve, Schedules, constant
+from pipeline.training.settings import CurveSettings, LearningRateCurve, LrScalingSettings, ScheduleSettings, TrainSettings
 
 BATCH, TOTAL = 2048, 125_000
+SQRT = LrScalingSettings(rule="sqrt")
 
 
 def its(n: int) -> int:
@@ -27,7 +27,7 @@ def its(n: int) -> int:
 SHORT = Schedules(
     global_batch=BATCH,
     epoch_samples=its(1250),
-    lr=Curve(0.0, square_root_lr(4e-3, BATCH), 1e-6, warmup=its(12_500), length=its(TOTAL)),
+    lr=Curve(0.0, SQRT.scaled(4e-3, BATCH), 1e-6, warmup=its(12_500), length=its(TOTAL)),
     weight_decay=Curve(0.04, 0.04, 0.4, length=its(TOTAL)),
     momentum=Curve(0.992, 0.992, 1.0, length=its(TOTAL)),
     teacher_temperature=Curve(0.04, 0.07, 0.07, warmup=its(37_500), length=its(TOTAL), shape="constant"),
@@ -71,7 +71,7 @@ def test_last_layer_stands_still_at_first_then_follows() -> None:
 
 @pytest.mark.parametrize(("iteration", "lr"), [(50_000, 1.73206813e-4), (362_500, 1.73705081e-4), (624_999, 1.000000003e-6)])
 def test_long_method_equals_the_reference_table(iteration: int, lr: float) -> None:
-    peak = square_root_lr(2e-4, 3072)
+    peak = SQRT.scaled(2e-4, 3072)
     assert peak == pytest.approx(3.46410162e-4, rel=1e-8)
     curve = Curve(0.0, peak, 1e-6, warmup=100_000 * 3072, length=625_000 * 3072)
     assert curve.at(iteration * 3072, 3072) == pytest.approx(lr, rel=2e-8)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from launch.cli.main import main
 from pipeline.errors import CheckpointError, ConfigError
-from pipeline.weights.export import huggingface
+from pipeline.weights.export.formats import huggingface
 from pipeline.weights.export.networks import read
 from pipeline.weights.export.write import FORMATS, write
 from tests.helpers.exported import CLIP, DINO, MODEL, checkpoint, settings

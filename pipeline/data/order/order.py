@@ -25,7 +25,7 @@ from pipeline.data.order.interleave import Interleaver
 from pipeline.data.order.random import mix
 from pipeline.errors import ConfigError, DataError
 
-_SET = 0x5E7  # identifies the random draw
+_SET = 0x5E7  # stream constant that gives each data set its own seed
 _DEFAULT_STREAMS = 256
 
 
@@ -44,7 +44,7 @@ class GlobalBatch:
 
 @dataclass(frozen=True)
 class Source:
-    """One data set of a mixture: a run of consecutive shards of the manifest.
+    """One data set of a mixture: a contiguous range of shards of the manifest.
 
     Attributes:
         name: name of the data set.
@@ -121,7 +121,7 @@ class Order:
                 raise DataError(
                     f"{total} usable samples are fewer than one global batch of {self.global_batch}",
                     where="data",
-                    hint="Add shards or make the global batch smaller",
+                    hint="Add shards or lower train.global_batch_size",
                 )
         else:
             if total < self.streams:

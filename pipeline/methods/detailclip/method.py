@@ -41,7 +41,7 @@ PAIRINGS = {
 
 
 @dataclass(frozen=True)
-class _Prepared:
+class _BatchTargets:
     """The teacher's outputs for a micro-batch, views first.
 
     Attributes:
@@ -86,13 +86,13 @@ class DetailCLIP(Contrastive):
         text_networks = {"image_projection": self.image_projection, "text_tower": self.text_tower} if s.text_teacher else {}
         self.teacher: Teacher = Teacher(backbone=backbone, head=self.head, **text_networks)
         self.extra_state = {name: torch.zeros(s.prototypes) for name in ("cls_center", "patch_center")}
-        self._means: dict[str, Tensor] = {}
-        self._prepared: list[_Prepared] = []
+        self._mean_logits: dict[str, Tensor] = {}
+        self._pending_targets: list[_BatchTargets] = []
 
     @torch.no_grad()
     def before_accumulation(self, batches: Sequence[Batch], step: Step) -> None:
         """Runs the teacher, then, if there are several micro-batches, computes the student's features of all."""
-        self._forget()
+        self._clear_step_state()
         backbone, head = cast(VisionTower, self.teacher.modules["backbone"]), cast(PrototypeHead, self.teacher.modules["head"])
         s, seen, sums, rows = self.settings, [], [], [0, 0]
         for batch in batches:
@@ -118,46 +118,46 @@ class DetailCLIP(Contrastive):
             with torch.autocast(
                 total.device.type, enabled=False
             ):  # logits are linear in features, so the mean of logits is the logit of the mean feature
-                self._means[name] = matrix.float() @ losses.global_mean(total, count)
+                self._mean_logits[name] = matrix.float() @ losses.global_mean(total, count)
         temperatures = (s.cls_temperature, step.teacher_temperature)
         shift = [-center / temperature for center, temperature in zip(self.extra_state.values(), temperatures, strict=True)]
         for batch, keep, removed, target_index, cls, patches in seen:
             cls_targets = losses.Targets(cls.unflatten(0, (2, -1)), matrix, shift[0], s.cls_temperature)
             patch_targets = losses.Targets(patches[None], matrix, shift[1], step.teacher_temperature)
-            self._prepared.append(_Prepared(batch, keep, removed, target_index, cls_targets, patch_targets))
+            self._pending_targets.append(_BatchTargets(batch, keep, removed, target_index, cls_targets, patch_targets))
         super().before_accumulation(batches, step)
 
     def forward(self, batch: Batch, step: Step) -> dict[str, Tensor]:
         """Loss terms ``clip``, ``cls``, ``patch`` and ``rec``."""
-        if not self._prepared or self._prepared[0].batch is not batch:
+        if not self._pending_targets or self._pending_targets[0].batch is not batch:
             self.before_accumulation([batch], step)
-        s, known = self.settings, self._prepared[0]
+        s, known = self.settings, self._pending_targets[0]
         tokens, features = self._student(batch)
         clip = self.contrast(features)
-        self._prepared.pop(0)
+        self._pending_targets.pop(0)
         target_index, pixels = self.decoder(tokens, known.removed, everywhere=s.patch_positions == "all")
         views, samples = len(tokens.cls), len(tokens.cls) // 2
         target_index = target_index.flatten(0, 1)
-        each = partial(losses.prototype_cross_entropy, temperature=s.student_temperature, rows=s.prototype_chunk_size)
+        cross_entropy = partial(losses.prototype_cross_entropy, temperature=s.student_temperature, rows=s.prototype_chunk_size)
 
         def compare(units: Tensor, matrix: Tensor) -> tuple[Tensor, ...]:
             weight = units.new_full((samples,), 1 / views, dtype=torch.float32)
-            cls, watched = each(
+            cls, statistics = cross_entropy(
                 units[:views].unflatten(0, (2, -1)), matrix, known.cls, PAIRINGS[s.cls_pairing], weight, watch=True
             )
             weight = units.new_full((len(target_index),), 1 / len(target_index), dtype=torch.float32)
-            patch, _ = each(units[None, views:], matrix, known.patches, losses.SAME_VIEW, weight)
-            return cls[1], patch[0], *(watched or ())
+            patch, _ = cross_entropy(units[None, views:], matrix, known.patches, losses.SAME_VIEW, weight)
+            return cls[1], patch[0], *(statistics or ())
 
-        cls, patch, entropy, mass, _ = self.head(torch.cat([tokens.cls, target_index.to(tokens.cls.dtype)]), compare)
+        cls, patch, entropy, target_sum, _ = self.head(torch.cat([tokens.cls, target_index.to(tokens.cls.dtype)]), compare)
         targets = taken(
             patchified(torch.cat(batch.views["global"]), self.backbone.patch, standardise=s.norm_pix_loss), known.removed
         )
         rec = (pixels.float() - targets).square().mean()
-        use = mass / views
+        mean_target = target_sum / views
         self.metrics |= {
-            "target_entropy": entropy / views / mass.new_tensor(len(mass)).log(),
-            "prototype_entropy": -torch.xlogy(use, use).sum() / mass.new_tensor(len(mass)).log(),
+            "target_entropy": entropy / views / target_sum.new_tensor(len(target_sum)).log(),
+            "prototype_entropy": -torch.xlogy(mean_target, mean_target).sum() / target_sum.new_tensor(len(target_sum)).log(),
         }
         return {
             "clip": s.clip_weight * clip,
@@ -179,14 +179,14 @@ class DetailCLIP(Contrastive):
     def after_step(self, step: Step) -> None:
         """Updates the teacher, and the centres with the mean of its outputs in this step."""
         super().after_step(step)
-        for name, mean in self._means.items():
+        for name, mean in self._mean_logits.items():
             self.extra_state[name] = losses.moved_center(self.extra_state[name], mean, self.settings.center_momentum)
-        self._forget()
+        self._clear_step_state()
 
     def on_step_skipped(self) -> None:
         """Discards the skipped batch, whose means may not be finite."""
         super().on_step_skipped()
-        self._forget()
+        self._clear_step_state()
 
     def export(self) -> dict[str, nn.Module]:
         """Both towers and the image projection: the teacher's, or the student's if the text tower has no EMA teacher."""
@@ -206,7 +206,7 @@ class DetailCLIP(Contrastive):
         return cast(TextTower, self.export()["text"])(tokens)
 
     def _student(self, batch: Batch) -> tuple[Tokens, tuple[Tensor, ...]]:
-        known = next(p for p in self._prepared if p.batch is batch)
+        known = next(p for p in self._pending_targets if p.batch is batch)
         tokens = self.backbone(torch.cat(batch.views["global"]), keep=known.keep)
         first, second = unit(self.image_projection(tokens.cls)).chunk(2)
         return tokens, (first, second, unit(self.text_tower(caption_tokens(batch))))
@@ -218,8 +218,9 @@ class DetailCLIP(Contrastive):
             return images
         return nn.functional.interpolate(images.float(), size=(side, side), mode="bilinear", antialias=True)
 
-    def _forget(self) -> None:
-        self._means, self._prepared = {}, []
+    def _clear_step_state(self) -> None:
+        """Discards targets and mean logits of the step."""
+        self._mean_logits, self._pending_targets = {}, []
 
 
 def detailclip_views(settings: DetailClipSettings) -> tuple[ViewSpec, ...]:

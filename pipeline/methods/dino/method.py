@@ -83,7 +83,7 @@ class DINO(TwoViews):
             return terms.sum(), *(watched or ()), crops[2:]
 
         loss, *watched, units = self.head(torch.cat(cls), compared)
-        self._look(loss.detach(), losses.Watched(*watched), 2 * samples, seen[:samples])
+        self._look(loss.detach(), losses.TargetStatistics(*watched), 2 * samples, seen[:samples])
         return {"dino": loss, **self.repelled(units.unbind())}
 
     @override
@@ -119,14 +119,14 @@ class DINO(TwoViews):
         return losses.Targets(units.unflatten(0, (2, -1)), matrix, potential, step.teacher_temperature)
 
     @torch.no_grad()
-    def _look(self, loss: Tensor, watched: losses.Watched, rows: int, features: Tensor) -> None:
+    def _look(self, loss: Tensor, watched: losses.TargetStatistics, rows: int, features: Tensor) -> None:
         """Records collapse metrics: a loss of ln K or an entropy of 1, a mean target of one prototype, features of rank 1."""
-        uniform, mass = math.log(self.settings.prototypes), watched.mass / rows
+        uniform, mass = math.log(self.settings.prototypes), watched.target_sum / rows
         self.metrics = {
             "target_entropy": watched.entropy / rows / uniform,
             "prototype_entropy": -torch.xlogy(mass, mass).sum() / uniform,
             "dino_loss_vs_log_k": uniform - loss,
-            "teacher_student_top1_agreement": watched.agreed / rows,
+            "teacher_student_top1_agreement": watched.top1_agreements / rows,
             "feature_rank": losses.effective_rank(features),
             "feature_std": losses.spread(features),
         }

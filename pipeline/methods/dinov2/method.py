@@ -35,12 +35,9 @@ from pipeline.models.groups import ParameterGroup, parameter_groups
 from pipeline.models.heads import PrototypeHead
 from pipeline.models.vision import VisionTower, build_tower
 
-# Blur probabilities of the first global, the second global and the local crops. The public weights were trained with the first
-# row (the code's blur wrapper inverted its argument); the paper's text gives the second.
-
 
 @dataclass(frozen=True)
-class _Prepared:
+class _BatchTargets:
     """The teacher's outputs for a micro-batch."""
 
     batch: Batch
@@ -86,10 +83,10 @@ class DINOv2(Method):
             center_momentum=settings.center_momentum,
             koleo=settings.koleo_weight,
         )
-        self._means: dict[str, Tensor] = {}
-        self._prepared: deque[_Prepared] = deque()
-        self._watched: dict[str, Tensor] = {}
-        self._rank = torch.zeros(())
+        self._mean_logits: dict[str, Tensor] = {}
+        self._pending_targets: deque[_BatchTargets] = deque()
+        self._metric_sums: dict[str, Tensor] = {}
+        self._feature_rank = torch.zeros(())
 
     @property
     @override
@@ -100,7 +97,7 @@ class DINOv2(Method):
     @torch.no_grad()
     def before_accumulation(self, batches: Sequence[Batch], step: Step) -> None:
         """Runs the teacher on all micro-batches, then computes the potentials that turn its logits into targets."""
-        self._forget()
+        self._clear_step_state()
         backbone, *heads = self.target_networks().values()
         dino_head, ibot_head = cast(PrototypeHead, heads[0]), cast(PrototypeHead, heads[-1])  # the same head if shared
         features, cls, patches = [], [], []
@@ -109,7 +106,7 @@ class DINOv2(Method):
             features.append(tokens.cls[: len(tokens.cls) // 2])
             cls.append(dino_head.units(tokens.cls))
             patches.append(ibot_head.units(tokens.patches))
-        self._rank = losses.effective_rank(torch.cat(features))
+        self._feature_rank = losses.effective_rank(torch.cat(features))
         dino_matrix = dino_head.matrix(cls[0].dtype)
         ibot_matrix = dino_matrix if ibot_head is dino_head else ibot_head.matrix(cls[0].dtype)
         temperature = step.teacher_temperature
@@ -117,79 +114,94 @@ class DINOv2(Method):
         ibot = self._potential("ibot_center", patches, ibot_matrix, temperature)
         for batch, c, p in zip(batches, cls, patches, strict=True):
             dino_targets = losses.Targets(c.unflatten(0, (2, -1)), dino_matrix, dino, temperature)
-            self._prepared.append(_Prepared(batch, dino_targets, losses.Targets(p[None], ibot_matrix, ibot, temperature)))
+            ibot_targets = losses.Targets(p[None], ibot_matrix, ibot, temperature)
+            self._pending_targets.append(_BatchTargets(batch, dino_targets, ibot_targets))
 
     def forward(self, batch: Batch, step: Step) -> dict[str, Tensor]:
-        """Loss terms ``dino_local``, ``dino_global``, ``ibot`` and ``koleo``."""
-        if not self._prepared or self._prepared[0].batch is not batch:
+        """Loss terms ``dino_local``, ``dino_global``, ``ibot`` and ``koleo``; with a Gram anchor also ``gram``."""
+        if not self._pending_targets or self._pending_targets[0].batch is not batch:
             self.before_accumulation([batch], step)
-        s, targets, masks = self.settings, self._prepared.popleft(), batch.masks["global"]
-        globals_ = torch.cat(batch.views["global"])
-        seen = self.backbone(globals_, self.hidden(masks), patches=masks.index if self.gram is None else "all")
-        crops, samples = len(seen.cls), len(seen.cls) // 2
-        cls = [seen.cls]
+        s, targets, masks = self.settings, self._pending_targets.popleft(), batch.masks["global"]
+        global_crops = torch.cat(batch.views["global"])  # [2 * batch, 3, height, width]
+        global_tokens = self.backbone(
+            global_crops, self.student_mask(masks), patches=masks.index if self.gram is None else "all"
+        )  # cls [2 * batch, width]; patches [masked, width], or all [2 * batch, patches, width]
+        num_global_crops, batch_size = len(global_tokens.cls), len(global_tokens.cls) // 2
+        cls = [global_tokens.cls]
         if batch.views.get("local"):
             cls.append(self.backbone(torch.cat(batch.views["local"]), local=True, patches="none").cls)
         pairings = losses.multi_crop_pairings(len(batch.views.get("local", ())))
-        each = seen.cls.new_full((samples,), 1 / (samples * sum(sum(p.targets) * (p.views[1] - p.views[0]) for p in pairings)))
+        # DINO's loss is the mean over all pairs of a student crop and a target crop, then over the samples.
+        num_pairs = sum(sum(p.targets) * (p.views[1] - p.views[0]) for p in pairings)
+        row_weight = global_tokens.cls.new_full((batch_size,), 1 / (batch_size * num_pairs))
 
         cross_entropy = partial(losses.prototype_cross_entropy, temperature=s.student_temperature, rows=s.prototype_chunk_size)
 
+        # The losses run inside the head's forward pass: under ZeRO 3 its prototypes are gathered only there.
         def dino(unit: Tensor, matrix: Tensor) -> tuple[Tensor, ...]:
-            crop_major = unit.unflatten(0, (-1, samples))
-            terms, watched = cross_entropy(crop_major, matrix, targets.dino, pairings, each, watch=True)
-            return terms, *(watched or ())
+            crop_major = unit.unflatten(0, (-1, batch_size))
+            terms, statistics = cross_entropy(crop_major, matrix, targets.dino, pairings, row_weight, watch=True)
+            return terms, *(statistics or ())
 
         def ibot(unit: Tensor, matrix: Tensor) -> Tensor:
-            return cross_entropy(unit[None], matrix, targets.ibot, losses.SAME_VIEW, masks.weight / crops)[0]
+            return cross_entropy(unit[None], matrix, targets.ibot, losses.SAME_VIEW, masks.weight / num_global_crops)[0]
 
-        tokens, hidden = torch.cat(cls), seen.patches if self.gram is None else seen.patches.flatten(0, 1)[masks.index]
+        cls_tokens = torch.cat(cls)  # [(2 + local) * batch, width]
+        patches = global_tokens.patches
+        masked_patches = patches if self.gram is None else patches.flatten(0, 1)[masks.index]  # [masked, width]
         if self.ibot_head is not None:
-            (local, glob), *watched = self.dino_head(tokens, dino)
-            (patch,) = self.ibot_head(hidden, ibot)
+            (local_loss, global_loss), *statistics = self.dino_head(cls_tokens, dino)
+            (ibot_loss,) = self.ibot_head(masked_patches, ibot)
         else:
-            n, both = len(tokens), torch.cat([tokens, hidden])
-            (local, glob), *watched, (patch,) = self.dino_head(both, lambda u, m: (*dino(u[:n], m), ibot(u[n:], m)))
-        self._watch(batch, targets, (local + glob).detach(), losses.Watched(*watched))
+            n, both = len(cls_tokens), torch.cat([cls_tokens, masked_patches])
+            (local_loss, global_loss), *statistics, (ibot_loss,) = self.dino_head(
+                both, lambda u, m: (*dino(u[:n], m), ibot(u[n:], m))
+            )
+        self._record_metrics(batch, targets, (local_loss + global_loss).detach(), losses.TargetStatistics(*statistics))
         terms = {
-            "dino_local": s.dino_weight * s.local_weight * local,
-            "dino_global": s.dino_weight * glob,
-            "ibot": s.ibot_weight * patch,
-            "koleo": s.koleo_weight * (self._koleo(seen.cls[:samples]) + self._koleo(seen.cls[samples:])),
+            "dino_local": s.dino_weight * s.local_weight * local_loss,
+            "dino_global": s.dino_weight * global_loss,
+            "ibot": s.ibot_weight * ibot_loss,
+            "koleo": s.koleo_weight * (self._koleo(global_tokens.cls[:batch_size]) + self._koleo(global_tokens.cls[batch_size:])),
         }
         if self.gram is not None:
             with torch.no_grad():
                 anchor = self.gram["backbone"](torch.cat(batch.views.get("gram", batch.views["global"]))).patches
-                anchor = losses.resampled_patches(anchor, math.isqrt(seen.patches.shape[1]))
-            terms["gram"] = s.gram_weight * losses.gram(seen.patches, anchor)
+                anchor = losses.resampled_patches(anchor, math.isqrt(patches.shape[1]))  # [2 * batch, patches, width]
+            terms["gram"] = s.gram_weight * losses.gram(patches, anchor)
         return terms
 
     def copy_targets(self, source: DINOv2) -> None:
-        """Takes over the targets that another instance has prepared, over the same prototypes."""
-        self._prepared, self._rank = deque(source._prepared), source._rank
+        """Takes over the targets that another instance has computed, over the same prototypes."""
+        self._pending_targets, self._feature_rank = deque(source._pending_targets), source._feature_rank
 
     def target_networks(self) -> Mapping[str, nn.Module]:
         """The networks that produce the targets: a backbone and its heads."""
         return self.teacher.modules
 
-    def hidden(self, masks: Masks) -> Tensor | None:
-        """Patches of the global crops that are masked from the student, bool ``[crops, patches]``; ``None`` for none."""
+    def student_mask(self, masks: Masks) -> Tensor | None:
+        """Patches of the global crops that are masked from the student, bool ``[crops, patches]``; ``None`` for none.
+
+        Distill overrides this: its student sees unmasked crops and predicts the patches in ``masks``.
+        """
         return masks.grid
 
     def after_step(self, step: Step) -> None:
-        """Updates the teacher, and the centres with the mean of the teacher's logits since the last step."""
+        """Updates the teacher, the centres with the mean of the teacher's logits since the last step, and, every
+        ``gram_update_every`` steps, the Gram anchor with the teacher's weights.
+        """
         super().after_step(step)
         if self.gram is not None and self.settings.gram_update_every:
             times, rest = divmod(step.index + 1, self.settings.gram_update_every)
             if rest == 0 and times <= self.settings.gram_max_updates:
                 self._refresh(self.gram["backbone"])
-        for name, mean in self._means.items():
+        for name, mean in self._mean_logits.items():
             self.extra_state[name] = losses.moved_center(self.extra_state[name], mean, self.settings.center_momentum)
-        self._forget()
+        self._clear_step_state()
 
     def on_step_skipped(self) -> None:
         """Discards the skipped batch, whose means may not be finite."""
-        self._forget()
+        self._clear_step_state()
 
     def parameter_groups(self) -> list[ParameterGroup]:
         """Groups with layer-wise learning rates in the backbone, marked prototype layers, and no weight decay on vectors."""
@@ -206,20 +218,21 @@ class DINOv2(Method):
         for name, weight in anchor.named_parameters():
             getattr(weight, "ds_tensor", weight).copy_(getattr(teacher[name], "ds_tensor", teacher[name]))
 
-    def _forget(self) -> None:
-        self._means, self._watched = {}, {}
-        self._prepared.clear()
+    def _clear_step_state(self) -> None:
+        """Discards targets, mean logits and metrics of the step."""
+        self._mean_logits, self._metric_sums = {}, {}
+        self._pending_targets.clear()
 
     def _potential(self, name: str, units: list[Tensor], matrix: Tensor, temperature: float) -> Tensor:
         """Term added to the logits to make targets: the global batch's Sinkhorn-Knopp potential, or the negative centre."""
         if self.settings.centering == "sinkhorn_knopp":
-            pieces = losses.logit_pieces(units, matrix, temperature, self.settings.prototype_chunk_size)
+            chunks = losses.logit_chunks(units, matrix, temperature, self.settings.prototype_chunk_size)
             zeros = matrix.new_zeros(len(matrix), dtype=torch.float32)
-            return losses.potential_over_pieces(pieces, zeros, self.settings.sinkhorn_iterations)
+            return losses.potential_over_chunks(chunks, zeros, self.settings.sinkhorn_iterations)
         sums = torch.stack([unit.float().sum(0) for unit in units]).sum(0)
         mean = losses.global_mean(sums, sum(map(len, units)))  # mean of features, since logits are linear in them
         with torch.autocast(mean.device.type, enabled=False):
-            self._means[name] = matrix.float() @ mean
+            self._mean_logits[name] = matrix.float() @ mean
         return -self.extra_state[name] / temperature
 
     def _koleo(self, cls: Tensor) -> Tensor:
@@ -232,29 +245,29 @@ class DINOv2(Method):
             raise ConfigError(str(error), where="method.koleo_group_size", hint=hint) from error
 
     @torch.no_grad()
-    def _watch(self, batch: Batch, targets: _Prepared, dino: Tensor, w: losses.Watched) -> None:
+    def _record_metrics(self, batch: Batch, targets: _BatchTargets, dino: Tensor, statistics: losses.TargetStatistics) -> None:
         """Records running means over the step's micro-batches. Signs of collapse: a loss of ln K or an entropy of 1 (uniform
         targets), a mean target of one prototype, features of rank 1.
         """
         uniform, rows = math.log(self.settings.prototypes), targets.dino.unit.shape[0] * targets.dino.unit.shape[1]
         masks = batch.masks["global"]
-        seen = {
-            "entropy": w.entropy / rows / uniform,
-            "mass": w.mass / rows,
-            "agreed": w.agreed / rows,
+        values = {
+            "entropy": statistics.entropy / rows / uniform,
+            "target": statistics.target_sum / rows,
+            "agreement": statistics.top1_agreements / rows,
             "dino": dino,
             "masked": dino.new_full((), masks.index.numel() / max(masks.grid.numel(), 1)),
             "times": torch.ones_like(dino),
         }
-        self._watched = {name: value + self._watched.get(name, 0.0) for name, value in seen.items()}
-        mean = {name: value / self._watched["times"] for name, value in self._watched.items()}
+        self._metric_sums = {name: value + self._metric_sums.get(name, 0.0) for name, value in values.items()}
+        mean = {name: value / self._metric_sums["times"] for name, value in self._metric_sums.items()}
         self.metrics = {
             "target_entropy": mean["entropy"],
-            "prototype_entropy": -torch.xlogy(mean["mass"], mean["mass"]).sum() / uniform,
+            "prototype_entropy": -torch.xlogy(mean["target"], mean["target"]).sum() / uniform,
             "dino_loss_vs_log_k": uniform - mean["dino"],
-            "teacher_student_top1_agreement": mean["agreed"],
+            "teacher_student_top1_agreement": mean["agreement"],
             "mask_ratio": mean["masked"],
-            "feature_rank": self._rank,
+            "feature_rank": self._feature_rank,
         }
 
 

@@ -29,7 +29,7 @@ class _Student(DINOv2):
     """A student that gets its targets from outside and sees unmasked crops."""
 
     @override
-    def hidden(self, masks: Masks) -> Tensor | None:
+    def student_mask(self, masks: Masks) -> Tensor | None:
         """No patch is masked."""
         return None
 

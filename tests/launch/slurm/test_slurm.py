@@ -278,7 +278,7 @@ def test_a_person_stops_and_resumes(slurm: Cluster, start: Start) -> None:
 def test_what_preflight_finds_on_every_node_is_told_and_no_node_is_blamed(start: Start) -> None:
     run, _ = start(preflight={"disk_gb": 1e9})
     found = verdict(run)
-    assert found["state"] == "failed" and "free of 1e+09 wanted" in found["why"]
+    assert found["state"] == "failed" and "free of 1e+09 required" in found["why"]
     assert not record.excluded(run) and not list(run.logs(0).glob("rank-*.log"))
 
 
@@ -289,7 +289,7 @@ def test_nodes_that_are_badly_connected_are_not_trained_on(start: Start, wanted:
     assert found["state"] == state, found
     assert record.read(run.logs(0) / "links.json")["ranks"] == 2
     if state == "failed":
-        assert "of 1e+06 wanted" in found["why"]
+        assert "of 1e+06 required" in found["why"]
 
 
 def test_a_killed_attendant_is_accounted_for(slurm: Cluster, start: Start) -> None:
