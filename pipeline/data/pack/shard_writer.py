@@ -85,6 +85,9 @@ class ShardWriter:
             raise DataError(f"key {printable(key, limit=80)!r} cannot be used", where=self._prefix, hint=hint)
         members = {extension: _encode(value) for extension, value in sample.items() if extension != "__key__"}
         for name in (f"{key}.{extension}" for extension in members):
+            if not is_safe(name):
+                hint = "Clean it with pipeline.data.pack.keys.safe_extension"
+                raise DataError("the extension cannot be used", where=printable(name, limit=80), hint=hint)
             parts = tar.split_name(name)
             if parts is None or parts[0] != key:
                 raise DataError(

@@ -112,3 +112,10 @@ def test_a_full_disk_leaves_no_shard_and_one_error(tmp_path: Path) -> None:
     del writer
     gc.collect()
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("extension", ["jp\ng", "j\x1b[31m", "\u202ejpg", "\ud800", "jpg\x00z", "a\\b"])
+def test_an_extension_that_cannot_be_unpacked_or_printed_is_refused(tmp_path: Path, extension: str) -> None:
+    with pytest.raises(DataError, match="extension cannot be used"), ShardWriter(tmp_path, "p") as writer:
+        writer.write({"__key__": "a", extension: b"1"})
+    assert not list(tmp_path.iterdir())
