@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
+
+from tests.helpers import warm
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -36,12 +37,20 @@ launch: {num_processes: 2}
 
 def environment() -> dict[str, str]:
     """This process's, with the checkout importable."""
-    return {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    return {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **warm.variables()}
 
 
 def command(config: Path, shards: str, directory: Path, *overrides: str) -> list[str]:
     """The words of ``fovea train`` for a toy run."""
-    words = [sys.executable, "-m", "launch.cli.main", "train", str(config), f"data.shards={shards}", f"run.directory={directory}"]
+    words = [
+        warm.interpreter(),
+        "-m",
+        "launch.cli.main",
+        "train",
+        str(config),
+        f"data.shards={shards}",
+        f"run.directory={directory}",
+    ]
     return [*words, f"data.index={directory.parent / 'index'}", *overrides]
 
 

@@ -1,0 +1,202 @@
+"""Forks processes that have already imported what ranks and commands import; see ``client.c``."""
+
+from __future__ import annotations
+
+import array
+import contextlib
+import gc
+import importlib
+import os
+import random
+import runpy
+import select
+import signal
+import socket
+import struct
+import sys
+import threading
+import types
+from pathlib import Path
+from typing import Any, NoReturn
+
+PRELOADED = (
+    "launch.cli.main",
+    "launch.cli.train",
+    "launch.rank_main",
+    "pipeline.training.build",
+    "pipeline.training.trainer",
+    "pipeline.evaluation.runner",
+    "pipeline.data.augment.dali",
+    "pipeline.data.augment.decode",
+)
+# Variables that packages read when they are imported: a process with other values starts anew.
+READ_AT_IMPORT = (
+    *("PYTHON", "LD_", "LANG", "LC_", "TZ", "CUDA", "NVIDIA", "NCCL", "TORCH", "PYTORCH", "DS_", "DEEPSPEED", "TRITON"),
+    *("MKL_", "OPENBLAS", "GOTO_", "KMP_", "OMP_P", "OMP_S", "HF_", "HUGGINGFACE", "TRANSFORMERS", "MLFLOW", "DALI_", "XDG_"),
+    *("FOVEA_KERNELS", "FOVEA_CACHE", "ACCELERATE", "HOME", "TMPDIR", "NO_COLOR", "FORCE_COLOR", "COLUMNS", "TERM"),
+)
+HANDLED = {"PYTHONSAFEPATH", "TORCHELASTIC_RUN_ID", "TORCHELASTIC_USE_AGENT_STORE"}
+_HEAD = struct.Struct("=IIIQ")
+
+
+def main(path: str) -> None:
+    """Serve until the parent closes this process's standard input."""
+    before = dict(os.environ)
+    own = {name: value for name, value in before.items() if name.startswith(READ_AT_IMPORT) and name not in HANDLED}
+    for name in PRELOADED:
+        importlib.import_module(name)
+    set_by_imports = {name: value for name, value in os.environ.items() if before.get(name) != value}
+    gc.collect()
+    gc.freeze()
+    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    listener.bind(path)
+    listener.listen(64)
+    wake, waker = os.pipe()
+    os.set_blocking(waker, False)
+    signal.set_wakeup_fd(waker)
+    signal.signal(signal.SIGCHLD, lambda *_: None)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    children: dict[int, socket.socket] = {}
+    print("ready", flush=True)
+    while True:
+        ready, _, _ = select.select([listener, wake, 0], [], [])
+        if 0 in ready:
+            os._exit(0)
+        if wake in ready:
+            os.read(wake, 4096)
+            while children:
+                try:
+                    pid, status = os.waitpid(-1, os.WNOHANG)
+                except ChildProcessError:
+                    break
+                if pid == 0:
+                    break
+                if (client := children.pop(pid, None)) is not None:
+                    with contextlib.suppress(OSError):
+                        client.sendall(struct.pack("=i", status))
+                    client.close()
+        if listener in ready:
+            client, _ = listener.accept()
+            with contextlib.suppress(OSError, EOFError, ValueError):
+                request = _receive(client)
+                if request is None or not _same(request[2], own, set_by_imports):
+                    for stream in request[3] if request else ():
+                        os.close(stream)
+                    client.sendall(struct.pack("=i", 0))
+                    client.close()
+                    continue
+                pid = os.fork()
+                if pid == 0:
+                    _become(request, client, listener, (wake, waker), children, set_by_imports)
+                for stream in request[3]:
+                    os.close(stream)
+                children[pid] = client
+                client.sendall(struct.pack("=i", pid))
+
+
+def _same(environment: dict[str, str], own: dict[str, str], set_by_imports: dict[str, str]) -> bool:
+    """Whether imports in this environment would have had the same result."""
+    theirs = {n: v for n, v in environment.items() if n.startswith(READ_AT_IMPORT) and n not in HANDLED}
+    return {n: v for n, v in theirs.items() if set_by_imports.get(n) != v} == own
+
+
+def _receive(client: socket.socket) -> tuple[str, list[str], dict[str, str], list[int], int] | None:
+    streams = array.array("i")
+    head, ancillary, _, _ = client.recvmsg(_HEAD.size, socket.CMSG_SPACE(3 * streams.itemsize))
+    for level, kind, data in ancillary:
+        if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS):
+            streams.frombytes(data[: len(data) - len(data) % streams.itemsize])
+    if len(head) < _HEAD.size or len(streams) != 3:
+        return None
+    size, words, _, ignored = _HEAD.unpack(head)
+    body = b""
+    while len(body) < size:
+        part = client.recv(size - len(body))
+        if not part:
+            return None
+        body += part
+    texts = [os.fsdecode(part) for part in body.split(b"\0")[:-1]]
+    environment = dict(text.split("=", 1) for text in texts[1 + words :])
+    return texts[0], texts[1 : 1 + words], environment, list(streams), ignored
+
+
+def _become(
+    request: Any,
+    client: socket.socket,
+    listener: socket.socket,
+    pipes: tuple[int, int],
+    others: dict[int, Any],
+    set_by_imports: dict[str, str],
+) -> NoReturn:
+    """In the forked process: run the command, and end."""
+    cwd, words, environment, streams, ignored = request
+    signal.set_wakeup_fd(-1)
+    for number in range(1, 32):
+        if number not in (signal.SIGKILL, signal.SIGSTOP):
+            default = signal.SIG_IGN if ignored >> number & 1 else signal.SIG_DFL
+            with contextlib.suppress(OSError, ValueError):
+                signal.signal(number, default)
+    if not ignored >> signal.SIGINT & 1:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGPIPE, signal.SIG_IGN)
+    listener.close()
+    for other in others.values():
+        other.close()
+    for pipe in pipes:
+        os.close(pipe)
+    os.setsid()
+    threading.Thread(target=_follow, args=(client,), daemon=True).start()
+    for number, stream in enumerate(streams):
+        os.dup2(stream, number)
+        os.close(stream)
+    os.chdir(cwd)
+    os.environ.clear()
+    os.environ.update(set_by_imports | environment)
+    sys.executable = environment["FOVEA_WARM_CLIENT"]
+    import numpy as np
+    import torch
+
+    torch.set_num_threads(int(environment.get("OMP_NUM_THREADS") or os.cpu_count() or 1))
+    random.seed()
+    np.random.seed()
+    others.clear()
+    code = 1
+    try:
+        _run(words)
+        code = 0
+    except SystemExit as stop:
+        code = stop.code if isinstance(stop.code, int) else 0 if stop.code is None else 1
+        if isinstance(stop.code, str):
+            print(stop.code, file=sys.stderr)
+    sys.exit(code)
+
+
+def _follow(client: socket.socket) -> None:
+    """Ends this process when its client dies, however that dies."""
+    client.recv(1)
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def _run(words: list[str]) -> None:
+    path = [part for part in sys.path if part]
+    safe = "-P" in words or bool(os.environ.get("PYTHONSAFEPATH"))
+    while words and words[0].startswith("-") and words[0] not in ("-m", "-c"):
+        words = words[1:]
+    kind, text, *arguments = words
+    main_module = types.ModuleType("__main__")
+    sys.modules["__main__"] = main_module
+    for name in ("launch.rank_main", "launch.cli.main", "launch.cli.__main__"):  # run again as the main module
+        sys.modules.pop(name, None)
+    if kind == "-m":
+        sys.argv = [text, *arguments]
+        sys.path[:] = path if safe else [os.getcwd(), *path]
+        runpy.run_module(text, run_name="__main__", alter_sys=True)
+    else:
+        sys.argv = ["-c", *arguments]
+        sys.path[:] = path if safe else ["", *path]
+        exec(compile(text, "<string>", "exec"), main_module.__dict__)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])
+    Path(sys.argv[1]).unlink()

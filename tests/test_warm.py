@@ -1,0 +1,60 @@
+"""A run in processes that were forked from a warm server is the run in new processes (``FOVEA_WARM=1``)."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.helpers import warm
+from tests.helpers.runs import command, environment, recorded, weights
+
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(os.environ.get("FOVEA_WARM") != "1", reason="needs FOVEA_WARM=1")]
+
+
+def run(arguments: list[str]) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        arguments, env=environment(), capture_output=True, text=True, check=False, timeout=600, stdin=subprocess.DEVNULL
+    )
+
+
+def test_a_run_has_the_same_bits_as_in_new_processes(shards: str, config: Path, tmp_path: Path) -> None:
+    for name in ("new", "warm"):
+        arguments = command(config, shards, tmp_path / name)
+        done = run([sys.executable, *arguments[1:]] if name == "new" else arguments)
+        assert done.returncode == 0, done.stderr
+    assert recorded(tmp_path / "new", 1) == recorded(tmp_path / "warm", 1) != {}
+    assert weights(tmp_path / "new", 24) == weights(tmp_path / "warm", 24) != {}
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 0), (signal.SIGKILL, -signal.SIGKILL)])
+def test_signals_and_exit_codes_are_those_of_a_process(shards: str, config: Path, tmp_path: Path, number: int, code: int) -> None:
+    arguments = command(config, shards, tmp_path / "run", "train.duration=4000 steps")
+    with subprocess.Popen(arguments, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as process:
+        assert process.stdout is not None
+        for line in process.stdout:
+            if b"step      3" in line:
+                break
+        process.send_signal(number)
+        assert process.wait(120) == code
+        process.stdout.read()  # ends when all ranks have ended
+    assert run([warm.interpreter(), "-m", "launch.cli.main", "config", "check", "no/such"]).returncode == 2
+
+
+def test_a_process_with_another_path_starts_anew(tmp_path: Path) -> None:
+    (tmp_path / "launch" / "cli").mkdir(parents=True)
+    for folder in ("launch", "launch/cli"):
+        (tmp_path / folder / "__init__.py").write_text("")
+    (tmp_path / "launch" / "cli" / "main.py").write_text("print('another')")
+    done = subprocess.run(
+        [warm.interpreter(), "-m", "launch.cli.main", "--version"],
+        env={**environment(), "PYTHONPATH": str(tmp_path)},
+        cwd=tmp_path,
+        capture_output=True,
+        check=True,
+    )
+    assert done.stdout == b"another\n"
