@@ -53,7 +53,7 @@ def run(
     path = path.absolute()
     saved = chosen(path, best=best)
     run_folder = path if (path / "checkpoints").is_dir() else saved.path.parent.parent
-    folder = out if out is not None else run_folder / "export" / (f"{to}-{student}" if student else to)
+    folder = out if out is not None else RunDirectory(run_folder).own_folder("export") / (f"{to}-{student}" if student else to)
     shipper = _shipper(run_folder) if register is not None else None
     selected = networks.read(saved, network=network, size=size, student=student)  # type: ignore[arg-type]
     write(selected, to, folder, license_=license_, overwrite=force)

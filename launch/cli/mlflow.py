@@ -68,6 +68,7 @@ def _sync(run: RunDirectory, uri: str | None) -> Exception | None:
     from pipeline.tracking import Shipper, destination_of, eval_destinations, server_of, shown_server
 
     config = run.settings()
+    run.own_folder(run.tracking.name)
     destination = destination_of(config.tracking, run.path, named=uri)
     target, name = destination.uri, printable(run.path.name)
     print(f"{name}: sending to {shown_server(target)}", flush=True)

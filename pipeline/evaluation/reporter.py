@@ -75,7 +75,7 @@ class EvalReporter:
         except ConfigError as error:
             refusal = str(error)
         target = EvalDestination(uri or own.uri, own.experiment, config.run.name, joins)
-        folder = run.tracking / f"eval-{_stamp()}"
+        folder = run.own_folder(run.tracking.name) / f"eval-{_stamp()}"
         return cls(folder, target, f"fovea mlflow sync {directory}", log=log, refusal=refusal)
 
     @classmethod

@@ -6,7 +6,10 @@ A score has one name everywhere: ``<evaluator>/<metric>`` for the trained networ
 
 from __future__ import annotations
 
+import contextlib
+import os
 import re
+import stat
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -85,9 +88,13 @@ class EvalResult:
 def write(run: RunDirectory, result: EvalResult) -> Path:
     """Write a checkpoint's result to its file, keeping the scores of other evaluators; returns the file."""
     name = f"{_FOLDER}/{result.checkpoint}.json"
-    (run.path / _FOLDER).mkdir(parents=True, exist_ok=True)
-    with (run.path / _FOLDER / ".lock").open("a") as file:  # several evaluations of one checkpoint may end at the same time
-        lock(file.fileno(), file.name)
+    path = run.own_folder(_FOLDER) / ".lock"
+    with contextlib.suppress(OSError):
+        if not stat.S_ISREG(path.lstat().st_mode):
+            path.unlink()
+    flags = os.O_CREAT | os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK
+    with open(os.open(path, flags, 0o666), "r+b") as file:  # several evaluations of one checkpoint may end at the same time
+        lock(file.fileno(), path)
         before = _read(run.path / name)
         scores = {**before.scores, **result.scores} if before is not None else result.scores
         run.write(name, replace(result, scores=scores).document())

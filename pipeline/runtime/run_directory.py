@@ -145,6 +145,24 @@ class RunDirectory:
             file.flush()
             os.fsync(file.fileno())
 
+    def own_folder(self, *names: str) -> Path:
+        """Creates a folder of the run, given by its parts, for results about a run that may be a stranger's.
+
+        Raises:
+            ConfigError: it is a link, so that results would be written outside the run, or a file.
+        """
+        folder = self.path
+        for name in names:
+            folder = folder / name
+            if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
+                raise ConfigError(
+                    "must be a folder of the run itself, not a link or a file",
+                    where=printable(str(folder)),
+                    hint="Replace it by a folder",
+                )
+            folder.mkdir(parents=True, exist_ok=True)
+        return folder
+
     def write(self, name: str, value: Any) -> None:
         """Replaces a JSON file of the run atomically."""
         self._replace(self.path / name, json.dumps(value, indent=1))

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from pipeline.errors import ConfigError
 from pipeline.evaluation import results
 from pipeline.evaluation.results import EvalResult, by_network, current_metric, split_metric
 from pipeline.evaluation.standalone import planned_steps
@@ -51,6 +52,30 @@ def test_foreign_records_of_a_run_neither_block_nor_end_an_evaluation(tmp_path: 
     file = results.write(run, EvalResult(CHECKPOINT, 3, scores={"knn/k1": 0.5}))
     assert json.loads(file.read_text())["scores"]["knn/k1"] == 0.5
     assert results.read_all(run)[CHECKPOINT].step == 3
+
+
+@pytest.mark.parametrize("target", ["folder", "nothing"])
+def test_results_are_not_written_through_a_link(tmp_path: Path, target: str) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "run" / "evaluations").symlink_to(tmp_path / ("elsewhere" if target == "folder" else "made"))
+    with pytest.raises(ConfigError, match="evaluations: must be a folder of the run itself"):
+        results.write(RunDirectory(tmp_path / "run"), EvalResult(CHECKPOINT, 3, scores={"knn/k1": 0.5}))
+    assert not list((tmp_path / "elsewhere").iterdir()) and not (tmp_path / "made").exists()
+
+
+@pytest.mark.parametrize("kind", ["fifo", "link", "dangling"])
+def test_a_lock_that_is_no_file_is_replaced(tmp_path: Path, kind: str) -> None:
+    (tmp_path / "run" / "evaluations").mkdir(parents=True)
+    (tmp_path / "secret").write_text("kept")
+    path = tmp_path / "run" / "evaluations" / ".lock"
+    if kind == "fifo":
+        os.mkfifo(path)
+    else:
+        path.symlink_to(tmp_path / ("secret" if kind == "link" else "made"))
+    results.write(RunDirectory(tmp_path / "run"), EvalResult(CHECKPOINT, 3, scores={"knn/k1": 0.5}))
+    assert path.is_file() and not path.is_symlink()
+    assert (tmp_path / "secret").read_text() == "kept" and not (tmp_path / "made").exists()
 
 
 @pytest.mark.parametrize("value", [True, "1", None, [1], {"a": {"b": 1}}, 10**400, -(10**400), float("inf")])
