@@ -16,6 +16,7 @@ bash tests/run.sh [--fast | --floors] [pytest arguments]
 Tests on real pictures look for them in FOVEA_TEST_DATA, else in ../shared/data beside the checkout, and skip without them.
   FOVEA_VENV=DIR   the virtual environment's folder (default .venv)
   PYTHON=FILE      the python 3.11 or newer to make it with
+  FOVEA_WARM=1     start the toy runs from a server that has imported torch, DeepSpeed and DALI; needs a C compiler
 TEXT
 }
 
