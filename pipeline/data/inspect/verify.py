@@ -25,6 +25,7 @@ from pipeline.data.loader.reader import Reader
 from pipeline.errors import DataError
 from pipeline.runtime.locks import lock
 from pipeline.runtime.process_pool import process_pool
+from pipeline.untrusted import parse_json, printable
 
 CHUNK = 128  # samples per task: what an interruption loses, and what is tried again after a crash
 _BATCH, _BATCH_PIXELS = 32, 1 << 26  # decoded at once; 64 megapixels are 200 MB
@@ -275,6 +276,13 @@ def _check(task: _Task) -> tuple[Failure, ...]:
 # ---- resuming -----------------------------------------------------------------------------------------------------------
 
 
+def _entry(line: str) -> tuple[_Task, tuple[Failure, ...]]:
+    shard, first, last, failures = parse_json(line)
+    if not all(type(number) is int for number in (shard, first, last)):
+        raise TypeError("a task has three numbers")
+    return _Task(shard, first, last), tuple(Failure(shard, int(row), printable(str(reason))) for row, reason in failures)
+
+
 @dataclass
 class _Notebook:
     """Record of completed tasks, one line each; held by one process at a time."""
@@ -302,9 +310,11 @@ class _Notebook:
         header = json.dumps({"fingerprint": self.fingerprint, "chunk": CHUNK})
         if not lines or lines[0] != header:
             complete, lines = header + "\n", []
-        for line in lines[1:]:
-            shard, first, last, failures = json.loads(line)
-            self.failures[_Task(shard, first, last)] = tuple(Failure(shard, row, reason) for row, reason in failures)
+        try:
+            self.failures.update(map(_entry, lines[1:]))
+        except (ValueError, TypeError):  # not written by this class: verify everything again
+            self.failures.clear()
+            complete = header + "\n"
         if complete != text:
             self._file.seek(0)
             self._file.truncate()

@@ -136,6 +136,16 @@ def test_notes_on_other_data_are_not_believed(tmp_path: Path) -> None:
     assert verify(manifest, workers=1, decoder=Fragile).resumed == 0
 
 
+@pytest.mark.parametrize(
+    "line", ["{}", "[0, 0, 1]", "[0, 0, 1, 3]", '["a", 0, 1, []]', "[0, 0, 1, [[0]]]", "[" * 5000 + "]" * 5000, "nonsense"]
+)
+def test_notes_that_verification_did_not_write_are_not_believed(tmp_path: Path, line: str) -> None:
+    manifest = shards(tmp_path, [picture(0)])
+    header = json.dumps({"fingerprint": manifest.fingerprint, "chunk": module.CHUNK})
+    (tmp_path / "index" / "verify.jsonl").write_text(f"{header}\n[0, 0, 1, []]\n{line}\n")
+    assert verify(manifest, workers=1, decoder=Fragile).resumed == 0
+
+
 def test_excluded_samples_are_gone_for_good_and_change_the_fingerprint(tmp_path: Path) -> None:
     manifest = shards(tmp_path, [picture(0), damaged_png(), picture(1)], [picture(2), picture(3)])
     failures = (Failure(0, 1, "undecodable"), Failure(1, 0, "corrupt"))
