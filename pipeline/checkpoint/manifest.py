@@ -77,7 +77,7 @@ def check_manifest(document: Any, *, where: str) -> dict[str, Any]:
     if isinstance(checked, Manifest):
         _check_tensors(document, where)
         return document
-    return {name: document[name] for name in Head.model_fields}
+    return {name: document[name] for name in Head.model_fields if name in document}
 
 
 def _first(error: ValidationError | RecursionError) -> str:

@@ -44,12 +44,12 @@ class Head(_Part):
     format: int
     step: Count
     files: Annotated[list[File], Field(max_length=1_000_000)]
+    serial: Count = 0
 
 
 class Manifest(Head):
     """Fields of this version of the format; keys that older or smaller checkpoints lack may be missing."""
 
-    serial: Count = 0
     applied: Count = 0
     skipped: Count = 0
     samples_seen: Count = 0

@@ -158,7 +158,7 @@ class RunDirectory:
                 raise ConfigError(
                     "must be a folder of the run itself, not a link or a file",
                     where=printable(str(folder)),
-                    hint="Replace it by a folder",
+                    hint="Remove it",
                 )
             folder.mkdir(parents=True, exist_ok=True)
         return folder

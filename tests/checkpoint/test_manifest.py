@@ -185,10 +185,10 @@ def test_names_on_disk_reach_the_terminal_escaped(tmp_path: Path) -> None:
 
 
 def test_of_another_format_only_the_common_fields_are_kept(tmp_path: Path) -> None:
-    hostile = {**GOOD, "format": 2, "serial": "x", "origins": [1], "data": [], "scores": {"a": "x"}, "shapes": 3, "config": []}
+    hostile = {**GOOD, "format": 2, "serial": 7, "origins": [1], "data": [], "scores": {"a": "x"}, "shapes": 3, "config": []}
     path = run_with(tmp_path, hostile)
     (saved,) = committed_checkpoints(tmp_path / "checkpoints")
-    assert saved.manifest.keys() == {"format", "step", "files"} and saved.serial == 0
+    assert saved.manifest.keys() == {"format", "step", "files", "serial"} and saved.serial == 7
     for words in (["list", str(tmp_path)], ["inspect", str(path)], ["verify", str(path)]):
         assert not isinstance(CliRunner().invoke(app, words).exception, TypeError | AttributeError | ValueError)
 
