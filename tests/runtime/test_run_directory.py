@@ -8,6 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from launch.cli.main import main
+from pipeline.config.load import load
+from pipeline.errors import ConfigError
 from pipeline.runtime import job_record
 from pipeline.runtime.clock import clock
 from pipeline.runtime.run_directory import RunDirectory
@@ -31,6 +34,29 @@ def test_a_torn_line_hides_no_other(tmp_path: Path) -> None:
         file.write('{"event": "start", "facts": {}\n')
     run.note("start", attempt=1)
     assert [row["attempt"] for row in run.attempts()] == [0, 1]
+
+
+def test_a_folder_for_results_is_the_runs_own(tmp_path: Path) -> None:
+    run, elsewhere = RunDirectory(tmp_path / "run"), tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    assert run.own_folder("export", "onnx").is_dir()
+    (run.path / "tracking").symlink_to(elsewhere)
+    (run.path / "evaluations").write_text("")
+    for names in (("tracking",), ("tracking", "eval-1"), ("evaluations",)):
+        with pytest.raises(ConfigError, match="must be a folder of the run itself"):
+            run.own_folder(*names)
+    assert not list(elsewhere.iterdir())
+
+
+def test_mlflow_sync_does_not_write_through_a_link(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = RunDirectory(tmp_path / "run")
+    run.write_settings(load("dinov2/cifar10_vit_tiny").config)
+    (tmp_path / "elsewhere").mkdir()
+    (run.path / "tracking").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(SystemExit) as ended:
+        main(["mlflow", "sync", str(run.path)])
+    assert ended.value.code == 2 and "must be a folder of the run itself" in " ".join(capsys.readouterr().err.split())
+    assert not list((tmp_path / "elsewhere").iterdir())
 
 
 def test_a_record_is_replaced_whole(tmp_path: Path) -> None:
