@@ -36,7 +36,7 @@ def _ranks(directory: Path) -> list[int]:
 
 
 def _gone(directory: Path) -> bool:
-    end = time.monotonic() + 30
+    end = time.monotonic() + 900
     while _ranks(directory) and time.monotonic() < end:
         time.sleep(0.02)
     return not _ranks(directory)
@@ -125,7 +125,7 @@ def test_a_node_that_lost_its_disk_goes_on_from_the_copy_as_if_nothing_had_happe
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
     )
-    end = time.monotonic() + 200
+    end = time.monotonic() + 900
     while _last(first) < 4 and launcher.poll() is None and time.monotonic() < end:
         time.sleep(0.02)
     launcher.send_signal(signal.SIGTERM)

@@ -125,7 +125,7 @@ def test_stopped_and_resumed_on_one_two_and_four_ranks_the_global_batches_are_th
             words, env=environment(), cwd=ROOT, stdin=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
         )
         if steps < STEPS:
-            end = time.monotonic() + 200
+            end = time.monotonic() + 900
             while max(batches(directory), default=0) < steps - 1 and launcher.poll() is None and time.monotonic() < end:
                 time.sleep(0.05)
             launcher.send_signal(signal.SIGTERM)
@@ -154,7 +154,7 @@ def test_killed_while_downloading_and_prefetching_the_batches_are_the_same(
         launcher = subprocess.Popen(
             words, env=environment(), cwd=ROOT, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, start_new_session=True
         )
-        end = time.monotonic() + 200
+        end = time.monotonic() + 900
         while not kill and launcher.poll() is None and time.monotonic() < end:
             time.sleep(0.01)
         assert launcher.poll() is None, f"it ended before it was killed while filling the {begun}"

@@ -99,7 +99,7 @@ def server() -> Iterator[int]:
         env={**os.environ, **KEYS},
     )
     try:
-        end = time.monotonic() + 60
+        end = time.monotonic() + 900
         while time.monotonic() < end:
             with socket.socket() as probe:
                 if probe.connect_ex(("127.0.0.1", port)) == 0:

@@ -146,7 +146,7 @@ def cluster(folder: Path, *, extra: dict[str, str] | None = None, partitions: li
     try:
         for command in daemons:
             subprocess.run(command, env=environment, check=True, capture_output=True, timeout=300)
-        end = time.monotonic() + 30
+        end = time.monotonic() + 900
         while made.call("sinfo", "-h", "-N", "-o", "%T", check=False).split().count("idle") < 2:
             assert time.monotonic() < end, f"the nodes are not idle\n{made.tails()}"
             time.sleep(0.1)

@@ -215,7 +215,7 @@ def test_many_processes_killed_at_random_moments_never_see_a_half_shard(tmp_path
         log = (tmp_path / f"{seed}.log").open("w")
         words = [sys.executable, "-c", HAMMER, str(folder), str(seed)]
         logs.append((subprocess.Popen(words, cwd=ROOT, env=environment(), stdout=log, stderr=log), tmp_path / f"{seed}.log"))
-    end = time.monotonic() + 30
+    end = time.monotonic() + 900
     while time.monotonic() < end and not all(path.read_text().count("ok") > 10 for _, path in logs):
         time.sleep(0.1)
     for process, _ in logs[:5]:
@@ -224,7 +224,7 @@ def test_many_processes_killed_at_random_moments_never_see_a_half_shard(tmp_path
         time.sleep(0.05)
     last, log = logs[5]
     after = log.read_text().count("ok")
-    end = time.monotonic() + 20
+    end = time.monotonic() + 900
     while time.monotonic() < end and log.read_text().count("ok") < after + 10:
         time.sleep(0.1)
     assert log.read_text().count("ok") >= after + 10, "the survivor stands still"
