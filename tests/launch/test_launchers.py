@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -87,6 +88,14 @@ def test_every_launcher_gives_the_run_that_fovea_train_gives(
     assert weights(directory, STEPS) == weights(plain, STEPS)
 
 
+def process_of(directory: Path, rank: int) -> int:
+    """The process of a rank by its heartbeat, which is rewritten in place and may be empty for a moment."""
+    while True:
+        with contextlib.suppress(ValueError):
+            return int(json.loads((directory / "logs" / "attempt-0000" / "pulse" / f"rank-{rank}.json").read_text())["pid"])
+        time.sleep(0.01)
+
+
 @pytest.mark.slow
 def test_torchrun_restarts_the_ranks_of_which_one_was_killed_and_nothing_is_lost(
     undisturbed: Path, shards: str, config: Path, tmp_path: Path
@@ -100,7 +109,7 @@ def test_torchrun_restarts_the_ranks_of_which_one_was_killed_and_nothing_is_lost
     while max(recorded(directory, 1), default=-1) < 9:
         assert time.monotonic() < end and agent.poll() is None, (tmp_path / "said").read_text()
         time.sleep(0.05)
-    os.kill(int(json.loads((directory / "logs" / "attempt-0000" / "pulse" / "rank-1.json").read_text())["pid"]), signal.SIGKILL)
+    os.kill(process_of(directory, 1), signal.SIGKILL)
     assert agent.wait(timeout=2000) == 0, (tmp_path / "said").read_text()
     assert RunDirectory(directory).next_attempt() == 2
     for rank in (0, 1):
