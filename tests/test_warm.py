@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import subprocess
 import sys
@@ -13,7 +12,12 @@ import pytest
 from tests.helpers import warm
 from tests.helpers.runs import command, environment, recorded, weights
 
-pytestmark = [pytest.mark.slow, pytest.mark.skipif(os.environ.get("FOVEA_WARM") != "1", reason="needs FOVEA_WARM=1")]
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(autouse=True)
+def _warm(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FOVEA_WARM", "1")
 
 
 def run(arguments: list[str]) -> subprocess.CompletedProcess[str]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import signal
@@ -90,10 +89,10 @@ def test_every_launcher_gives_the_run_that_fovea_train_gives(
 
 def process_of(directory: Path, rank: int) -> int:
     """The process of a rank by its heartbeat, which is rewritten in place and may be empty for a moment."""
-    while True:
-        with contextlib.suppress(ValueError):
-            return int(json.loads((directory / "logs" / "attempt-0000" / "pulse" / f"rank-{rank}.json").read_text())["pid"])
-        time.sleep(0.01)
+    end, path = time.monotonic() + 900, directory / "logs" / "attempt-0000" / "pulse" / f"rank-{rank}.json"
+    while not (text := path.read_text()):
+        assert time.monotonic() < end, "the rank writes no heartbeat"
+    return int(json.loads(text)["pid"])
 
 
 @pytest.mark.slow
