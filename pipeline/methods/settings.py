@@ -12,7 +12,7 @@ from typing import Any, ClassVar, Literal, Self, TypeVar
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from pipeline.config.types import Length, Positive, Settings
-from pipeline.data.augment.settings import AugmentSettings, ViewSettings
+from pipeline.data.augment.settings import AugmentSettings, MultiCropSettings, ViewSettings
 
 
 class MethodSettings(Settings):
@@ -38,6 +38,13 @@ class MethodSettings(Settings):
             return value
         values_set = {key: tuple(part) if isinstance(part, list) else part for key, part in value.items()}
         return cls.model_fields[info.field_name].default.model_dump() | values_set
+
+    @model_validator(mode="after")
+    def _local_settings_need_local_crops(self) -> Self:
+        default = type(self).model_fields["augment"].default.local_blur_probability
+        if not isinstance(self.views, MultiCropSettings) and self.augment.local_blur_probability != default:
+            raise ValueError("augment.local_blur_probability has no effect: the method has no local crops; leave it out")
+        return self
 
     @property
     def last_layer_freeze(self) -> Length:
