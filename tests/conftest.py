@@ -3,19 +3,40 @@
 from __future__ import annotations
 
 import os
+import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from tests.helpers import warm
+from tests.helpers.costs import pytest_runtest_protocol  # noqa: F401  - a hook
+
 # Four test processes on two cores are slower with four threads each than with one.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 # No test writes into the state of the user who runs them.
-os.environ["XDG_STATE_HOME"] = tempfile.mkdtemp(prefix="fovea-tests-state-")
+if "PYTEST_XDIST_WORKER" not in os.environ:
+    os.environ["XDG_STATE_HOME"] = tempfile.mkdtemp(prefix="fovea-tests-state-")
 
 ROOT = Path(__file__).resolve().parents[1]
+
+
+# Processes that tests start come from a server that has imported the heavy packages.
+sys.executable = warm.prepare() or sys.executable
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_runtest_teardown() -> None:
+    """Keeps variables that packages set when a test imports them from the processes of the next."""
+    warm.restore_variables()
+
+
+def pytest_unconfigure() -> None:
+    """Removes what was made for the session, by the process that made it."""
+    if "PYTEST_XDIST_WORKER" not in os.environ:
+        warm.remove()
 
 
 def data_folder() -> Path:

@@ -1,4 +1,4 @@
-"""A run in processes that were forked from a warm server is the run in new processes (``FOVEA_WARM=1``)."""
+"""A run in processes that were forked from a warm server is the run in new processes."""
 
 from __future__ import annotations
 
@@ -12,12 +12,10 @@ import pytest
 from tests.helpers import warm
 from tests.helpers.runs import command, environment, recorded, weights
 
-pytestmark = pytest.mark.slow
-
-
-@pytest.fixture(autouse=True)
-def _warm(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("FOVEA_WARM", "1")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(sys.executable == warm.REAL, reason="needs a C compiler, and FOVEA_WARM not 0"),
+]
 
 
 def run(arguments: list[str]) -> subprocess.CompletedProcess[str]:
@@ -29,7 +27,7 @@ def run(arguments: list[str]) -> subprocess.CompletedProcess[str]:
 def test_a_run_has_the_same_bits_as_in_new_processes(shards: str, config: Path, tmp_path: Path) -> None:
     for name in ("new", "warm"):
         arguments = command(config, shards, tmp_path / name)
-        done = run([sys.executable, *arguments[1:]] if name == "new" else arguments)
+        done = run([warm.REAL, *arguments[1:]] if name == "new" else arguments)
         assert done.returncode == 0, done.stderr
     assert recorded(tmp_path / "new", 1) == recorded(tmp_path / "warm", 1) != {}
     assert weights(tmp_path / "new", 24) == weights(tmp_path / "warm", 24) != {}
@@ -46,7 +44,7 @@ def test_signals_and_exit_codes_are_those_of_a_process(shards: str, config: Path
         process.send_signal(number)
         assert process.wait(120) == code
         process.stdout.read()  # ends when all ranks have ended
-    assert run([warm.interpreter(), "-m", "launch.cli.main", "config", "check", "no/such"]).returncode == 2
+    assert run([sys.executable, "-m", "launch.cli.main", "config", "check", "no/such"]).returncode == 2
 
 
 def test_a_process_with_another_path_starts_anew(tmp_path: Path) -> None:
@@ -55,7 +53,7 @@ def test_a_process_with_another_path_starts_anew(tmp_path: Path) -> None:
         (tmp_path / folder / "__init__.py").write_text("")
     (tmp_path / "launch" / "cli" / "main.py").write_text("print('another')")
     done = subprocess.run(
-        [warm.interpreter(), "-m", "launch.cli.main", "--version"],
+        [sys.executable, "-m", "launch.cli.main", "--version"],
         env={**environment(), "PYTHONPATH": str(tmp_path)},
         cwd=tmp_path,
         capture_output=True,

@@ -5,10 +5,9 @@ from __future__ import annotations
 import json
 import os
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
-
-from tests.helpers import warm
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -37,13 +36,13 @@ launch: {num_processes: 2}
 
 def environment() -> dict[str, str]:
     """This process's, with the checkout importable."""
-    return {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **warm.variables()}
+    return {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
 
 
 def command(config: Path, shards: str, directory: Path, *overrides: str) -> list[str]:
     """The words of ``fovea train`` for a toy run."""
     words = [
-        warm.interpreter(),
+        sys.executable,
         "-m",
         "launch.cli.main",
         "train",

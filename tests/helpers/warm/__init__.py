@@ -1,56 +1,68 @@
-"""An interpreter that starts fast: a server has already imported torch, DeepSpeed and DALI, and forks (``FOVEA_WARM=1``).
+"""An interpreter that starts fast: a server has already imported torch, DeepSpeed and DALI, and forks (``FOVEA_WARM=0``: never).
 
 A run of two ranks imports these packages three times, which takes longer than the toy runs of the tests. Processes that the
-server forks are otherwise like new ones: own session, streams, environment, signals and exit status; those whose environment
-differs in what packages read at their import are started anew. Needs a C compiler.
+server forks are otherwise like new ones: own session, streams, environment, signals and exit status; commands that are not
+fovea's, and those whose environment differs in what packages read at their import, are started anew. ``client.c`` is what stands
+in for the interpreter; without a C compiler every process is a new one.
 """
 
 from __future__ import annotations
 
-import atexit
 import os
 import shutil
 import subprocess
 import sys
 import tempfile
-from functools import cache
 from pathlib import Path
 
-FOLDER = Path(__file__).resolve().parent
-ROOT = FOLDER.parents[2]
+from tests.helpers.warm.server import READ_AT_IMPORT
+
+SOURCE = Path(__file__).resolve().parent
+ROOT = SOURCE.parents[2]
+REAL = sys.executable  # before it is replaced
 
 
-def variables() -> dict[str, str]:
-    """Environment variables of the fast interpreter, which starts its server at first use; empty where it is off."""
-    return dict(_started()) if os.environ.get("FOVEA_WARM") == "1" else {}
+def _read_at_import() -> dict[str, str]:
+    return {name: text for name, text in os.environ.items() if name.startswith(READ_AT_IMPORT)}
 
 
-def interpreter() -> str:
-    """The fast interpreter where it is on, else this process's."""
-    return variables().get("FOVEA_WARM_CLIENT", sys.executable)
+_before: dict[str, str] = {}
 
 
-@cache
-def _started() -> dict[str, str]:
+def restore_variables() -> None:
+    """Undo what imports in this process did to its environment, so that the processes it starts can be forked."""
+    for name in _read_at_import().keys() - _before.keys():
+        del os.environ[name]
+    os.environ.update(_before)
+
+
+def prepare() -> str | None:
+    """Make the fast interpreter for this process and those it starts, once; where it lies, or none without a compiler."""
+    _before.update(_read_at_import())
+    if made := os.environ.get("FOVEA_WARM_PYTHON"):
+        return made
     compiler = shutil.which("cc") or shutil.which("gcc")
-    if compiler is None:
-        raise RuntimeError("FOVEA_WARM=1 needs a C compiler")
+    if compiler is None or os.environ.get("FOVEA_WARM") == "0":
+        return None
     folder = Path(tempfile.mkdtemp(prefix="fovea-warm-"))
-    subprocess.run([compiler, "-O1", "-o", str(folder / "python"), str(FOLDER / "client.c")], check=True)
-    own = {
-        "FOVEA_WARM_SOCKET": str(folder / "socket"),
-        "FOVEA_WARM_PYTHON": sys.executable,
-        "FOVEA_WARM_CLIENT": str(folder / "python"),
-    }
-    server = subprocess.Popen(
-        [sys.executable, "-P", str(FOLDER / "server.py"), own["FOVEA_WARM_SOCKET"]],
-        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-    )
-    assert server.stdout is not None and server.stdin is not None
-    assert server.stdout.readline() == b"ready\n", "the server of warm processes did not start"
-    atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    atexit.register(server.wait)
-    atexit.register(server.stdin.close)
-    return own
+    texts = {"PYTHON": sys.executable, "FOLDER": str(folder), "SERVER": str(SOURCE / "server.py"), "OWNER": str(os.getpid())}
+    defined = [f'-D{name}="{text}"' for name, text in texts.items()]
+    done = subprocess.run([compiler, "-O1", *defined, "-o", str(folder / "python"), str(SOURCE / "client.c")], check=False)
+    if done.returncode:
+        shutil.rmtree(folder)
+        return None
+    found = "import importlib.util as u; print(u.find_spec('launch').origin)"
+    alone = {name: text for name, text in os.environ.items() if name != "PYTHONPATH"}
+    origin = subprocess.run([sys.executable, "-P", "-c", found], env=alone, capture_output=True, text=True, check=False).stdout
+    variables = {**alone, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    if origin.strip() == str(ROOT / "launch" / "__init__.py"):
+        variables["FOVEA_WARM_INSTALLED"] = "1"
+    (folder / "environment").write_bytes(b"".join(os.fsencode(f"{name}={text}") + b"\0" for name, text in variables.items()))
+    os.environ["FOVEA_WARM_PYTHON"] = str(folder / "python")
+    return str(folder / "python")
+
+
+def remove() -> None:
+    """Remove what ``prepare`` made in this process."""
+    if made := os.environ.pop("FOVEA_WARM_PYTHON", None):
+        shutil.rmtree(Path(made).parent, ignore_errors=True)

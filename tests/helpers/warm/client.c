@@ -1,14 +1,20 @@
 /* A stand-in for the python interpreter in tests: asks a server that has already imported the heavy packages to fork a process
-   that runs the same command, and behaves as that process: same standard streams, signals, exit status. Falls back to the real
-   interpreter where the server declines. Usage: as python; FOVEA_WARM_SOCKET and FOVEA_WARM_PYTHON name server and interpreter. */
+   that runs the same command, and behaves as that process: same standard streams, signals, exit status. The first client starts
+   the server. Falls back to the real interpreter for other commands, and where the server declines. Usage: as python.
+
+   Compiled with PYTHON (the real interpreter), FOLDER (of socket, lock and log), SERVER (server.py) and OWNER (the process whose
+   end ends the server) as strings; FOLDER/environment holds the server's variables, each with a final zero byte. */
 #define _GNU_SOURCE
 #include <errno.h>
+#include <fcntl.h>
 #include <signal.h>
 #include <stdint.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/file.h>
 #include <sys/socket.h>
+#include <sys/stat.h>
 #include <sys/un.h>
 #include <sys/wait.h>
 #include <unistd.h>
@@ -16,6 +22,7 @@
 extern char **environ;
 static volatile sig_atomic_t child = 0;
 static const int FORWARDED[] = {SIGTERM, SIGINT, SIGHUP, SIGQUIT, SIGUSR1, SIGUSR2};
+static const char *const OURS[] = {"launch.rank_main", "launch.cli", "pipeline.", "tests.helpers."};
 static volatile sig_atomic_t pending[65];
 
 static void forward(int number) {
@@ -24,12 +31,56 @@ static void forward(int number) {
 }
 
 static void real(char **argv) {
-    const char *python = getenv("FOVEA_WARM_PYTHON");
-    if (python == NULL) { fprintf(stderr, "FOVEA_WARM_PYTHON is not set\n"); _exit(127); }
-    argv[0] = (char *)python;
-    execv(python, argv);
-    perror(python);
+    argv[0] = (char *)PYTHON;
+    execv(PYTHON, argv);
+    perror(PYTHON);
     _exit(127);
+}
+
+/* In a child: becomes the server. */
+static void serve(void) {
+    struct stat about;
+    int file = open(FOLDER "/environment", O_RDONLY | O_CLOEXEC);
+    if (file < 0 || fstat(file, &about)) _exit(1);
+    char *text = malloc(about.st_size + 1), **variables = malloc((about.st_size + 2) * sizeof(char *));
+    if (!text || !variables || read(file, text, about.st_size) != about.st_size) _exit(1);
+    size_t count = 0;
+    for (char *at = text; at < text + about.st_size; at += strlen(at) + 1) variables[count++] = at;
+    variables[count] = NULL;
+    int null = open("/dev/null", O_RDWR), log = open(FOLDER "/server.log", O_CREAT | O_WRONLY | O_APPEND, 0600);
+    dup2(null, 0);
+    dup2(log, 1);
+    dup2(log, 2);
+    setsid();
+    for (int n = 1; n < 32; n++) signal(n, SIG_DFL);
+    execle(PYTHON, PYTHON, "-P", SERVER, FOLDER "/socket", OWNER, (char *)NULL, variables);
+    _exit(1);
+}
+
+static int reach(void) {
+    struct sockaddr_un address = {.sun_family = AF_UNIX};
+    strncpy(address.sun_path, FOLDER "/socket", sizeof address.sun_path - 1);
+    int server = socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0);
+    if (server < 0) return -1;
+    if (connect(server, (struct sockaddr *)&address, sizeof address) == 0) return server;
+    close(server);
+    return -1;
+}
+
+/* A connection to the server, which the first client starts; those that come meanwhile wait. */
+static int connected(void) {
+    int server = reach();
+    if (server >= 0) return server;
+    int lock = open(FOLDER "/lock", O_CREAT | O_RDWR | O_CLOEXEC, 0600);
+    if (lock < 0) return -1;
+    while (flock(lock, LOCK_EX) && errno == EINTR) {}
+    if ((server = reach()) < 0) {
+        pid_t made = fork();
+        if (made == 0) serve();
+        while (made > 0 && (server = reach()) < 0 && waitpid(made, NULL, WNOHANG) == 0) usleep(20000);
+    }
+    close(lock);
+    return server;
 }
 
 static int put(int to, const void *data, size_t size) {
@@ -57,18 +108,17 @@ static int get(int from, void *data, size_t size) {
 static int fits(char **argv) {
     for (char **word = argv + 1; *word; word++) {
         if (!strcmp(*word, "-I") || !strcmp(*word, "-S") || !strcmp(*word, "-E")) return 0;
-        if (!strncmp(*word, "launch.rank_main", 16) || !strncmp(*word, "launch.cli", 10)) return 1;
+        for (size_t i = 0; i < sizeof OURS / sizeof *OURS; i++)
+            if (!strncmp(*word, OURS[i], strlen(OURS[i]))) return 1;
     }
     return 0;
 }
 
 int main(int argc, char **argv) {
-    const char *path = getenv("FOVEA_WARM_SOCKET");
-    if (path == NULL || !fits(argv)) real(argv);
-    struct sockaddr_un address = {.sun_family = AF_UNIX};
-    strncpy(address.sun_path, path, sizeof address.sun_path - 1);
-    int server = socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0);
-    if (server < 0 || connect(server, (struct sockaddr *)&address, sizeof address)) real(argv);
+    const char *wanted = getenv("FOVEA_WARM");
+    if (!fits(argv) || (wanted && !strcmp(wanted, "0"))) real(argv);
+    int server = connected();
+    if (server < 0) real(argv);
 
     char *cwd = get_current_dir_name();
     if (cwd == NULL) real(argv);

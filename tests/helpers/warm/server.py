@@ -14,8 +14,10 @@ import signal
 import socket
 import struct
 import sys
+import tempfile
 import threading
 import types
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -33,14 +35,17 @@ PRELOADED = (
 READ_AT_IMPORT = (
     *("PYTHON", "LD_", "LANG", "LC_", "TZ", "CUDA", "NVIDIA", "NCCL", "TORCH", "PYTORCH", "DS_", "DEEPSPEED", "TRITON"),
     *("MKL_", "OPENBLAS", "GOTO_", "KMP_", "OMP_P", "OMP_S", "HF_", "HUGGINGFACE", "TRANSFORMERS", "MLFLOW", "DALI_", "XDG_"),
-    *("FOVEA_KERNELS", "FOVEA_CACHE", "ACCELERATE", "HOME", "TMPDIR", "NO_COLOR", "FORCE_COLOR", "COLUMNS", "TERM"),
+    *("FOVEA_KERNELS", "FOVEA_CACHE", "ACCELERATE", "HOME", "NO_COLOR", "FORCE_COLOR", "COLUMNS", "TERM"),
 )
 HANDLED = {"PYTHONSAFEPATH", "TORCHELASTIC_RUN_ID", "TORCHELASTIC_USE_AGENT_STORE"}
+INSTALLED = bool(os.environ.pop("FOVEA_WARM_INSTALLED", ""))  # without PYTHONPATH the same packages are found
 _HEAD = struct.Struct("=IIIQ")
+_Request = tuple[str, list[str], dict[str, str], list[int], int]  # directory, words, environment, streams, ignored signals
 
 
-def main(path: str) -> None:
-    """Serve until the parent closes this process's standard input."""
+def main(path: str, owner: int) -> None:
+    """Serve on a socket until another process has ended."""
+    ended = os.pidfd_open(owner)
     before = dict(os.environ)
     own = {name: value for name, value in before.items() if name.startswith(READ_AT_IMPORT) and name not in HANDLED}
     for name in PRELOADED:
@@ -49,18 +54,18 @@ def main(path: str) -> None:
     gc.collect()
     gc.freeze()
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    listener.bind(path)
+    listener.bind(f"{path}.new")
     listener.listen(64)
+    Path(f"{path}.new").rename(path)  # found only when it answers
     wake, waker = os.pipe()
     os.set_blocking(waker, False)
     signal.set_wakeup_fd(waker)
     signal.signal(signal.SIGCHLD, lambda *_: None)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     children: dict[int, socket.socket] = {}
-    print("ready", flush=True)
     while True:
-        ready, _, _ = select.select([listener, wake, 0], [], [])
-        if 0 in ready:
+        ready, _, _ = select.select([listener, wake, ended], [], [])
+        if ended in ready:
             os._exit(0)
         if wake in ready:
             os.read(wake, 4096)
@@ -79,7 +84,7 @@ def main(path: str) -> None:
             client, _ = listener.accept()
             with contextlib.suppress(OSError, EOFError, ValueError):
                 request = _receive(client)
-                if request is None or not _same(request[2], own, set_by_imports):
+                if request is None or not _fits(request, own, set_by_imports):
                     for stream in request[3] if request else ():
                         os.close(stream)
                     client.sendall(struct.pack("=i", 0))
@@ -87,20 +92,35 @@ def main(path: str) -> None:
                     continue
                 pid = os.fork()
                 if pid == 0:
-                    _become(request, client, listener, (wake, waker), children, set_by_imports)
+                    _become(request, client, listener, (wake, waker, ended), children, set_by_imports)
                 for stream in request[3]:
                     os.close(stream)
                 children[pid] = client
                 client.sendall(struct.pack("=i", pid))
 
 
-def _same(environment: dict[str, str], own: dict[str, str], set_by_imports: dict[str, str]) -> bool:
-    """Whether imports in this environment would have had the same result."""
+def _fits(
+    request: tuple[str, list[str], dict[str, str], list[int], int], own: dict[str, str], set_by_imports: dict[str, str]
+) -> bool:
+    """Whether a new process would have imported the same: nothing that imports read is another, and nothing lies in their way."""
+    cwd, words, environment, _, _ = request
     theirs = {n: v for n, v in environment.items() if n.startswith(READ_AT_IMPORT) and n not in HANDLED}
-    return {n: v for n, v in theirs.items() if set_by_imports.get(n) != v} == own
+    theirs = {n: v for n, v in theirs.items() if set_by_imports.get(n) != v}
+    if INSTALLED:
+        theirs.setdefault("PYTHONPATH", own["PYTHONPATH"])
+    if theirs != own:
+        return False
+    if _safe(words, environment) or cwd == own["PYTHONPATH"]:
+        return True
+    loaded = {name.partition(".")[0] for name in sys.modules}
+    return not any(name.removesuffix(".py") in loaded for name in os.listdir(cwd))
 
 
-def _receive(client: socket.socket) -> tuple[str, list[str], dict[str, str], list[int], int] | None:
+def _safe(words: list[str], environment: Mapping[str, str]) -> bool:
+    return "-P" in words or bool(environment.get("PYTHONSAFEPATH"))
+
+
+def _receive(client: socket.socket) -> _Request | None:
     streams = array.array("i")
     head, ancillary, _, _ = client.recvmsg(_HEAD.size, socket.CMSG_SPACE(3 * streams.itemsize))
     for level, kind, data in ancillary:
@@ -121,10 +141,10 @@ def _receive(client: socket.socket) -> tuple[str, list[str], dict[str, str], lis
 
 
 def _become(
-    request: Any,
+    request: _Request,
     client: socket.socket,
     listener: socket.socket,
-    pipes: tuple[int, int],
+    pipes: tuple[int, ...],
     others: dict[int, Any],
     set_by_imports: dict[str, str],
 ) -> NoReturn:
@@ -152,7 +172,8 @@ def _become(
     os.chdir(cwd)
     os.environ.clear()
     os.environ.update(set_by_imports | environment)
-    sys.executable = environment["FOVEA_WARM_CLIENT"]
+    sys.executable = str(Path(sys.argv[1]).with_name("python"))
+    tempfile.tempdir = None  # read again from this environment
     import numpy as np
     import torch
 
@@ -179,13 +200,15 @@ def _follow(client: socket.socket) -> None:
 
 def _run(words: list[str]) -> None:
     path = [part for part in sys.path if part]
-    safe = "-P" in words or bool(os.environ.get("PYTHONSAFEPATH"))
+    safe = _safe(words, os.environ)
     while words and words[0].startswith("-") and words[0] not in ("-m", "-c"):
+        if words[0] == "-u":
+            sys.stdout.reconfigure(write_through=True)  # type: ignore[union-attr]
         words = words[1:]
     kind, text, *arguments = words
     main_module = types.ModuleType("__main__")
     sys.modules["__main__"] = main_module
-    for name in ("launch.rank_main", "launch.cli.main", "launch.cli.__main__"):  # run again as the main module
+    for name in {"launch.rank_main", "launch.cli.main", *words}:  # run again as the main module
         sys.modules.pop(name, None)
     if kind == "-m":
         sys.argv = [text, *arguments]
@@ -198,5 +221,4 @@ def _run(words: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
-    Path(sys.argv[1]).unlink()
+    main(sys.argv[1], int(sys.argv[2]))
