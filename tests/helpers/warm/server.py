@@ -19,7 +19,7 @@ import threading
 import types
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import NoReturn
 
 PRELOADED = (
     "launch.cli.main",
@@ -30,6 +30,7 @@ PRELOADED = (
     "pipeline.evaluation.runner",
     "pipeline.data.augment.dali",
     "pipeline.data.augment.decode",
+    "deepspeed.runtime.zero.muon.muon_optimizer",  # loaded by the first engine; it loads the compiler
 )
 # Variables that packages read when they are imported: a process with other values starts anew.
 READ_AT_IMPORT = (
@@ -50,6 +51,7 @@ def main(path: str, owner: int) -> None:
     own = {name: value for name, value in before.items() if name.startswith(READ_AT_IMPORT) and name not in HANDLED}
     for name in PRELOADED:
         importlib.import_module(name)
+    _convert_graphs()
     set_by_imports = {name: value for name, value in os.environ.items() if before.get(name) != value}
     gc.collect()
     gc.freeze()
@@ -62,7 +64,8 @@ def main(path: str, owner: int) -> None:
     signal.set_wakeup_fd(waker)
     signal.signal(signal.SIGCHLD, lambda *_: None)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    children: dict[int, socket.socket] = {}
+    children: dict[int, tuple[socket.socket, str]] = {}
+    spent: dict[str, float] = {}  # CPU seconds of ended processes, by the test worker that had them started
     while True:
         ready, _, _ = select.select([listener, wake, ended], [], [])
         if ended in ready:
@@ -71,12 +74,15 @@ def main(path: str, owner: int) -> None:
             os.read(wake, 4096)
             while children:
                 try:
-                    pid, status = os.waitpid(-1, os.WNOHANG)
+                    pid, status, usage = os.wait4(-1, os.WNOHANG)
                 except ChildProcessError:
                     break
                 if pid == 0:
                     break
-                if (client := children.pop(pid, None)) is not None:
+                if pid in children:
+                    client, worker = children.pop(pid)
+                    spent[worker] = spent.get(worker, 0.0) + usage.ru_utime + usage.ru_stime
+                    Path(path).with_name(f"cpu-{worker}").write_text(str(spent[worker]))
                     with contextlib.suppress(OSError):
                         client.sendall(struct.pack("=i", status))
                     client.close()
@@ -92,11 +98,24 @@ def main(path: str, owner: int) -> None:
                     continue
                 pid = os.fork()
                 if pid == 0:
-                    _become(request, client, listener, (wake, waker, ended), children, set_by_imports)
+                    others = [other for other, _ in children.values()]
+                    _become(request, client, [listener, *others], (wake, waker, ended), set_by_imports)
                 for stream in request[3]:
                     os.close(stream)
-                children[pid] = client
+                children[pid] = client, request[2].get("PYTEST_XDIST_WORKER", "main")
                 client.sendall(struct.pack("=i", pid))
+
+
+def _convert_graphs() -> None:
+    """Has DALI convert the functions of our graphs, which it then remembers; no thread is started."""
+    from pipeline.data.augment.dali import _graph, _groups, _Inputs
+    from pipeline.data.augment.operators import Augment
+    from pipeline.data.augment.views import ViewSpec
+
+    full = Augment(jitter_probability=1.0, gray_probability=1.0, blur_probability=1.0, solarize_probability=1.0)
+    for hue in ("hsv", "yiq"):
+        for group in _groups((ViewSpec("all", 32, 1, (0.1, 1.0), augment=(full,)),)):
+            _graph(group, _Inputs(hue, "cpu", read=[]), batch_size=1, num_threads=1, device_id=None, exec_dynamic=True)
 
 
 def _fits(
@@ -143,9 +162,8 @@ def _receive(client: socket.socket) -> _Request | None:
 def _become(
     request: _Request,
     client: socket.socket,
-    listener: socket.socket,
+    sockets: list[socket.socket],
     pipes: tuple[int, ...],
-    others: dict[int, Any],
     set_by_imports: dict[str, str],
 ) -> NoReturn:
     """In the forked process: run the command, and end."""
@@ -159,8 +177,7 @@ def _become(
     if not ignored >> signal.SIGINT & 1:
         signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGPIPE, signal.SIG_IGN)
-    listener.close()
-    for other in others.values():
+    for other in sockets:
         other.close()
     for pipe in pipes:
         os.close(pipe)
@@ -180,7 +197,6 @@ def _become(
     torch.set_num_threads(int(environment.get("OMP_NUM_THREADS") or os.cpu_count() or 1))
     random.seed()
     np.random.seed()
-    others.clear()
     code = 1
     try:
         _run(words)
