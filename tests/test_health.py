@@ -7,7 +7,6 @@ import os
 import re
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -66,7 +65,6 @@ def test_a_rank_that_stands_still_is_named_with_its_phase_and_all_end(
     config: Path, shards: str, tmp_path: Path, place: str, phase: str
 ) -> None:
     directory = tmp_path / "run"
-    begin = time.monotonic()
     done = broken(config, shards, directory, f"1 7 {place} sleep", *QUICK)
     assert done.returncode == RESTART, done.stderr + done.stdout
     (message,) = errors(done)
@@ -75,7 +73,6 @@ def test_a_rank_that_stands_still_is_named_with_its_phase_and_all_end(
     assert "_break" in (folder / "stacks-rank-1.txt").read_text()  # where it sleeps
     assert "stall of rank 0" in (folder / "stacks-rank-0.txt").read_text()
     assert not living(directory)
-    assert time.monotonic() - begin < 90
 
 
 @pytest.mark.slow

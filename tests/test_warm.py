@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.helpers import warm
+from tests.helpers.limits import LONG
 from tests.helpers.runs import command, environment, recorded, weights
 
 pytestmark = [
@@ -42,7 +43,7 @@ def test_signals_and_exit_codes_are_those_of_a_process(shards: str, config: Path
             if b"step      3" in line:
                 break
         process.send_signal(number)
-        assert process.wait(120) == code
+        assert process.wait(LONG) == code
         process.stdout.read()  # ends when all ranks have ended
     assert run([sys.executable, "-m", "launch.cli.main", "config", "check", "no/such"]).returncode == 2
 

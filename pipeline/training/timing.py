@@ -60,11 +60,20 @@ class Phases:
         watchdog: receives the current phase.
         peak: TFLOP/s of the device for MFU, ``None`` for no MFU.
         count: whether FLOPs are counted; disabled for compiled blocks, which the counter would run uncompiled.
+        clock: seconds on the host; a CUDA device has events.
     """
 
-    def __init__(self, world: World, watchdog: Watchdog, peak: float | None = None, *, count: bool = True) -> None:
+    def __init__(
+        self,
+        world: World,
+        watchdog: Watchdog,
+        peak: float | None = None,
+        *,
+        count: bool = True,
+        clock: Callable[[], float] = time.perf_counter,
+    ) -> None:
         self.watchdog, self._world, self._peak = watchdog, world, peak
-        self._cuda = world.device.type == "cuda"
+        self._cuda, self._clock = world.device.type == "cuda", clock
         self._marks: deque[tuple[str, Any]] = deque()
         self._totals: Counter[str] = Counter()
         self._steps = 0
@@ -74,7 +83,7 @@ class Phases:
     def enter(self, phase: str, step: int | None = None) -> None:
         """Begin a phase and end the previous one."""
         self.watchdog.enter(phase, step)
-        mark: Any = time.perf_counter()
+        mark: Any = self._clock()
         if self._cuda:
             mark = torch.cuda.Event(enable_timing=True)
             mark.record()

@@ -6,7 +6,6 @@ Everything that uses the decoder runs in :mod:`tests.helpers.ward`, where a cras
 from __future__ import annotations
 
 import struct
-import time
 from collections import Counter
 from pathlib import Path
 
@@ -18,6 +17,7 @@ from hypothesis import strategies as st
 from pipeline.data.index.image_header import inspect_header, is_complete
 from pipeline.data.index.manifest import STATUSES
 from tests.helpers.hostile_images import decompression_bombs, encode, mutated, read_hostile_files, unusual_images
+from tests.helpers.limits import cpu_limit
 from tests.helpers.ward import Outcome, examine
 
 MEMORY = 2048  # MB that no single file may take
@@ -84,9 +84,8 @@ def test_lossless_and_arithmetic_jpegs_are_refused_by_header(marker: int) -> Non
 @pytest.mark.parametrize("name", sorted(decompression_bombs()))
 def test_a_bomb_is_refused_by_its_header_at_once(name: str) -> None:
     data = decompression_bombs()[name]
-    begin = time.process_time()
-    header = inspect_header(data)
-    assert time.process_time() - begin < 0.05
+    with cpu_limit(2):  # decoded, it takes minutes or all memory
+        header = inspect_header(data)
     if name == "webp":  # Pillow looks further than the header here, and finds that it lies
         assert header.status in ("too_large", "not_image")
     else:

@@ -16,6 +16,7 @@ from pipeline.evaluation import results
 from pipeline.evaluation.results import EvalResult, by_network, current_metric, split_metric
 from pipeline.evaluation.standalone import planned_steps
 from pipeline.runtime.run_directory import RunDirectory
+from tests.helpers.limits import LONG
 
 CHECKPOINT = "step_000000003"
 
@@ -30,7 +31,7 @@ def test_evaluations_of_one_checkpoint_that_end_at_once_keep_each_others_scores(
         other.start()
         other.join(1.0)
         assert other.is_alive(), "it reads what the first is about to replace"
-    other.join(60.0)
+    other.join(LONG)
     assert json.loads(file.read_text())["scores"] == {"knn/k10": 0.5, "linear/top1": 0.7}
     assert results.read_all(run) == {CHECKPOINT: EvalResult(CHECKPOINT, 3, scores={"knn/k10": 0.5, "linear/top1": 0.7})}
     assert results.is_evaluated(run, CHECKPOINT) and not results.is_evaluated(run, "step_000000004")

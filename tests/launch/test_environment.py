@@ -137,9 +137,7 @@ def test_an_ignored_hangup_stays_ignored_and_a_lost_output_ends_nothing(work: Pa
     os.close(read)  # whoever read the output is gone
     until_step(process, work / "run", 2)
     process.send_signal(signal.SIGHUP)
-    before = time.monotonic()
     until_step(process, work / "run", 30)
-    assert time.monotonic() >= before
     process.send_signal(signal.SIGTERM)
     assert process.wait(timeout=2000) == 0
     assert json.loads((work / "run" / "outcome.json").read_text())["stop"] == "SIGTERM"

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.runtime.watchdog import CHECKPOINT, COMPUTE, DATA, EVALUATE, RESTART, STEP, Limits, Pulse, Watchdog, find_hung_ranks
+from tests.helpers.limits import LONG, deadline
 
 
 def pulse(
@@ -107,11 +108,16 @@ def test_a_stall_dumps_the_stacks_says_who_and_ends_with_the_code_of_a_restart(t
 
 def test_what_ends_in_time_is_left_alone(tmp_path: Path) -> None:
     codes: list[int] = []
-    dog = Watchdog(tmp_path, 0, 1, Limits(floor=1.0, start=1.0), end=codes.append)
+    now = [0.0]
+    dog = Watchdog(tmp_path, 0, 1, Limits(floor=1.0, start=1.0), end=codes.append, clock=lambda: now[0])
     dog.start()
     for step in range(8):
         dog.enter(DATA, step)
-        time.sleep(0.2)
+        now[0] += 0.9
+        beats, end = dog.pulses().get(0), deadline()
+        while dog.pulses().get(0) == beats:  # it has looked at this phase
+            assert time.monotonic() < end
+            time.sleep(0.01)
     dog.stop()
     assert not codes and not any(thread.name == "watchdog" for thread in threading.enumerate())
 
@@ -121,10 +127,8 @@ def test_python_stuck_in_c_is_ended_from_outside_of_python(tmp_path: Path) -> No
         "import ctypes, sys, time; from pathlib import Path; from pipeline.runtime import watchdog as w\n"
         "dog = w.Watchdog(Path(sys.argv[1]), 0, 1, w.Limits(floor=0.2, start=0.2)); w.BACKSTOP = 0.5\n"
         "dog.start(); time.sleep(0.12)\n"
-        "ctypes.PyDLL(None).sleep(60)"  # holds the interpreter's lock
+        "ctypes.PyDLL(None).sleep(3600)"  # holds the interpreter's lock
     )
-    begin = time.monotonic()
-    done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], timeout=500, check=False, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], timeout=LONG, check=False, capture_output=True, text=True)
     assert done.returncode == 1, done.stderr
-    assert time.monotonic() - begin < 40
     assert "Timeout" in (tmp_path / "stacks-rank-0.txt").read_text()

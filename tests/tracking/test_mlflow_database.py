@@ -20,6 +20,7 @@ import pytest
 from pipeline.errors import DataError
 from pipeline.tracking import Journal, Shipper
 from pipeline.tracking import mlflow_database as database
+from tests.helpers.limits import LONG, deadline
 from tests.helpers.runs import ROOT, environment
 
 SHIP = """
@@ -82,6 +83,7 @@ def half_made(path: Path, *, migrations: int) -> None:
         command.upgrade(config, order[migrations - 1])
 
 
+@pytest.mark.slow
 def test_a_process_killed_at_any_moment_leaves_no_broken_database(tmp_path: Path) -> None:
     journal(tmp_path)
     draw = random.Random(5)
@@ -159,7 +161,7 @@ def test_a_database_that_is_deleted_while_it_is_in_use_is_made_anew(tmp_path: Pa
     more.metrics(2, {"loss": 0.25})
     more.close()
     one.start()  # the first try fails on the file that is gone, the next one makes another
-    end = time.monotonic() + 120
+    end = deadline()
     while one._pending() and time.monotonic() < end:
         time.sleep(0.1)
     assert one.close(60)
@@ -176,7 +178,7 @@ def test_two_processes_that_make_it_at_once_agree_on_one(tmp_path: Path) -> None
         )
         for name in ("a", "b")
     ]
-    assert [one.wait(120) for one in both] == [0, 0]
+    assert [one.wait(LONG) for one in both] == [0, 0]
     with contextlib.closing(sqlite3.connect(tmp_path / "mlflow.db")) as base:
         assert base.execute("SELECT count(*) FROM runs").fetchone() == (2,)
     assert not list(tmp_path.glob(".*.new")) and not list(tmp_path.glob("*.broken*"))

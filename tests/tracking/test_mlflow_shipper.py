@@ -19,6 +19,7 @@ import pytest
 
 from pipeline.errors import LaunchError
 from pipeline.tracking import EvalDestination, Journal, Shipper, eval_destinations
+from tests.helpers.limits import LONG, hang_limit
 
 
 @pytest.fixture(scope="module")
@@ -264,16 +265,14 @@ def test_a_server_that_is_away_blocks_no_writer_and_gets_everything_when_it_come
     shipper = bench.shipper()
     shipper.start()
     journal = bench.journal()
-    begin = time.perf_counter()
-    for step in range(300):
+    for step in range(300):  # a writer that waited for the database would wait for ever
         journal.metrics(step, {"loss": float(step)})
-    assert time.perf_counter() - begin < 1.0
     wait_for(lambda: bool(bench.said))
     bench.database.parent.unlink()
     bench.database.parent.mkdir()
     shutil.copy(template, bench.database)
     wait_for(lambda: bool(bench.runs()) and len(bench.history("loss")) == 300)
-    assert shipper.close(30)
+    assert shipper.close(LONG)
     assert len(bench.said) == 1, "an outage is told once"
     assert "journal keeps everything" in bench.said[0]
 
@@ -286,9 +285,8 @@ def test_closing_does_not_wait_for_a_server_that_is_away(bench: Bench) -> None:
     shipper = bench.shipper(f"http://127.0.0.1:{port}")
     shipper.start()
     wait_for(lambda: bool(bench.said))
-    begin = time.perf_counter()
-    assert not shipper.close(5)
-    assert time.perf_counter() - begin < 6
+    with hang_limit(200):
+        assert not shipper.close(1)
     bench.shipper().ship()
     assert bench.history("loss") == [(0, 1.0)]
 
@@ -326,7 +324,7 @@ def test_a_real_server_that_comes_up_during_the_run_gets_everything(bench: Bench
         assert len(bench.said) == 1
     finally:
         server.terminate()
-        server.wait(30)
+        server.wait(LONG)
 
 
 # ---- beside a run's training ------------------------------------------------------------------------------------------------

@@ -7,7 +7,6 @@ import os
 import pickle
 import subprocess
 import sys
-import time
 from collections import Counter
 from pathlib import Path
 
@@ -20,6 +19,7 @@ from pipeline.data.augment.views import TextSpec
 from pipeline.data.loader import text
 from pipeline.data.loader.text import Tokenizer, choose, tokenizer, trimmed
 from pipeline.errors import ConfigError
+from tests.helpers.limits import cpu_limit
 
 ROOT = Path(__file__).resolve().parents[3]
 START, END = 49406, 49407
@@ -90,9 +90,8 @@ def test_monstrous_captions_take_no_time() -> None:
         "&lt;" * 10**6,
         "\0" * 10**6,
     ):
-        begin = time.process_time()
-        assert (made([monster])[0] == END).sum() == 1
-        assert time.process_time() - begin < 2.0
+        with cpu_limit(30):  # uncut, the merges of such a word take hours
+            assert (made([monster])[0] == END).sum() == 1
 
 
 def test_rare_words_do_not_fill_the_memory(monkeypatch: pytest.MonkeyPatch) -> None:

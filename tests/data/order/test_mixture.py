@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import pickle
-import time
 from collections import Counter
 from fractions import Fraction
 
@@ -15,6 +14,7 @@ from hypothesis import strategies as st
 from pipeline.data.order.interleave import PERIOD
 from pipeline.data.order.order import Order, Source, divisors
 from pipeline.errors import ConfigError, DataError
+from tests.helpers.limits import cpu_limit
 
 
 def mixture(
@@ -306,16 +306,11 @@ def test_what_is_no_sample_is_in_no_step() -> None:
 def test_a_huge_mixture_seeks_looks_up_and_prefetches_quickly() -> None:
     sources = [Source(f"s{n}", n * 10_000, 10_000, weight) for n, weight in enumerate((10.0, 1.0, 0.1, 1e-3, 1e-4))]
     order = Order([10_000] * 50_000, 0, 4096, streams=512, sources=sources)
-    started = time.perf_counter()
-    batch = order.rank_batch(10**7, 64, 5)
-    assert time.perf_counter() - started < 2.0
-    assert len(set(batch.ids.tolist())) == 64
-    started = time.perf_counter()
-    for step in range(10**7 + 1, 10**7 + 21):
-        order.rank_batch(step, 64, 5)
-    assert (time.perf_counter() - started) / 20 < 0.05
-    started = time.perf_counter()
-    assert 10**7 in order.steps_of(int(batch.ids[7]), 10**7 - 1000, 10**7 + 1000)
-    told = order.shards(10**7, 10**7 + 100, range(40, 48))
+    with cpu_limit(20):  # what walks through samples or steps takes hours
+        batch = order.rank_batch(10**7, 64, 5)
+        assert len(set(batch.ids.tolist())) == 64
+        for step in range(10**7 + 1, 10**7 + 21):
+            order.rank_batch(step, 64, 5)
+        assert 10**7 in order.steps_of(int(batch.ids[7]), 10**7 - 1000, 10**7 + 1000)
+        told = order.shards(10**7, 10**7 + 100, range(40, 48))
     assert set((batch.ids >> np.uint64(32)).tolist()) <= set(told)
-    assert time.perf_counter() - started < 2.0

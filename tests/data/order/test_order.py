@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import pickle
-import time
 
 import numpy as np
 import pytest
@@ -13,6 +12,7 @@ from hypothesis import strategies as st
 
 from pipeline.data.order.order import Order, divisors
 from pipeline.errors import ConfigError, DataError
+from tests.helpers.limits import cpu_limit
 
 
 @st.composite
@@ -120,7 +120,6 @@ def test_epochs_are_counted_by_the_first_sample_of_a_step() -> None:
 
 def test_seeking_far_into_a_huge_set_is_quick() -> None:
     order = Order([10_000] * 100_000, 0, 4096, streams=512)
-    started = time.perf_counter()
-    batch = order.rank_batch(10**7, 64, 5)
-    assert time.perf_counter() - started < 2.0
+    with cpu_limit(20):  # what walks through samples or steps takes hours
+        batch = order.rank_batch(10**7, 64, 5)
     assert len(batch.ids) == 64

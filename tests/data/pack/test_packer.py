@@ -25,6 +25,7 @@ from pipeline.data.loader.reader import Reader
 from pipeline.data.pack.packer import Packing, PackReport, pack
 from pipeline.data.pack.sources import ImageSource, Options, open_source
 from pipeline.errors import DataError
+from tests.helpers.limits import deadline
 
 ROOT = Path(__file__).resolve().parents[3]
 
@@ -174,32 +175,32 @@ def test_killed_in_the_middle_the_same_command_ends_with_the_same_bytes(tmp_path
         place = source / f"class {n % 7}" / f"{n}.jpg"
         place.parent.mkdir(parents=True, exist_ok=True)
         place.write_bytes(picture(n) if n % 10 else b"broken")
-    slow = (
+    stops = (
         "import sys, time\n"
         "from pipeline.data.pack import packer as packing\n"
         "from pipeline.data.pack.sources import open_source\n"
         "inspect_header = packing.inspect_header\n"
-        "packing.inspect_header = lambda *a, **k: (time.sleep(float(sys.argv[3])), inspect_header(*a, **k))[1]\n"
+        "left = iter(range(int(sys.argv[3])))\n"
+        "packing.inspect_header = lambda *a, **k: (next(left, None) is None and time.sleep(3600), inspect_header(*a, **k))[1]\n"
         "packing.pack(open_source(sys.argv[1]), sys.argv[2], packing.Packing(samples_per_shard=20), threads=2)\n"
     )
 
-    def start(out: str, pause: float) -> subprocess.Popen[bytes]:
-        words = [sys.executable, "-c", slow, str(source), str(tmp_path / out), str(pause)]
+    def start(out: str, pictures: int = 10**6) -> subprocess.Popen[bytes]:
+        words = [sys.executable, "-c", stops, str(source), str(tmp_path / out), str(pictures)]
         return subprocess.Popen(words, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)})
 
-    whole = start("whole", 0)
-    killed = start("killed", 0.02)
+    whole = start("whole")
+    killed = start("killed", 90)  # at which it stands still, some shards in
     state = tmp_path / "killed" / "train.pack.json"
-    deadline = time.monotonic() + 60
-    while time.monotonic() < deadline and (not state.exists() or len(json.loads(state.read_bytes())["shards"]) < 3):
+    end = deadline()
+    while not state.exists() or len(json.loads(state.read_bytes())["shards"]) < 3 or not list(state.parent.glob(".train-*.tmp")):
+        assert time.monotonic() < end and killed.poll() is None
         time.sleep(0.01)
-    time.sleep(0.05)
     killed.send_signal(signal.SIGKILL)
     assert killed.wait() == -signal.SIGKILL and whole.wait() == 0
-    assert list((tmp_path / "killed").glob(".train-*.tmp")), "it was killed between two shards, so nothing was tested"
     done = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "killed").glob("train-*.tar")}
     assert 3 <= len(done) < 14
-    assert start("killed", 0).wait() == 0
+    assert start("killed").wait() == 0
     assert contents(tmp_path / "killed") == contents(tmp_path / "whole")
     kept = {name: (tmp_path / "killed" / name).stat().st_mtime_ns for name in list(sorted(done))[:3]}
     assert kept == {name: done[name] for name in kept}, "finished shards were written again"

@@ -7,7 +7,6 @@ import os
 import subprocess
 import sys
 import tarfile
-import time
 from pathlib import Path
 
 import pytest
@@ -35,17 +34,17 @@ def leaves(words: list[str]) -> int:
 
 def test_help_names_every_verb_and_imports_nothing_heavy() -> None:
     code = (
-        "import sys, time; began = time.perf_counter()\n"
+        "import sys\n"
         "from launch.cli.main import main\n"
         "try: main(['--help'])\n"
         "except SystemExit: pass\n"
         "print([m for m in ('torch', 'numpy', 'nvidia', 'deepspeed', 'mlflow', 'timm', 'pydantic') if m in sys.modules])\n"
-        "print(time.process_time())"
+        "print(len(sys.modules))"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=600, check=True)
-    *page, heavy, seconds = done.stdout.strip().splitlines()
+    *page, heavy, modules = done.stdout.strip().splitlines()
     assert heavy == "[]"
-    assert float(seconds) < 1.0, "help takes longer than a second of processor time"
+    assert int(modules) < 500, "something heavy is imported that is not in the list"
     for verb in ("train", "demo", "eval", "shards", "config"):
         assert any(f" {verb} " in line for line in page), verb
     assert "data.shards=" in done.stdout
@@ -155,13 +154,11 @@ def test_help_loads_nothing_that_is_slow() -> None:
 
 @pytest.mark.parametrize("script", ["launch/demo.sh", "tests/run.sh", "launch/setup.sh"])
 def test_scripts_explain_themselves_without_installing(script: str, tmp_path: Path) -> None:
-    began = time.monotonic()
     environment = os.environ | {"FOVEA_VENV": str(tmp_path / "venv")}
     done = subprocess.run(
         ["bash", str(ROOT / script), "--help"], env=environment, capture_output=True, text=True, timeout=300, cwd=tmp_path
     )
     assert done.returncode == 0 and "FOVEA_VENV" in done.stdout and not (tmp_path / "venv").exists()
-    assert time.monotonic() - began < 10
 
 
 def test_setup_without_a_python_says_what_to_install(tmp_path: Path) -> None:

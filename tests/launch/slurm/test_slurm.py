@@ -22,6 +22,7 @@ from pipeline.config.load import load
 from pipeline.errors import LaunchError
 from pipeline.runtime import job_record as record
 from pipeline.runtime.run_directory import RunDirectory
+from tests.helpers.limits import deadline
 from tests.helpers.runs import TOY
 from tests.helpers.slurm import Cluster, cluster, missing
 
@@ -201,7 +202,7 @@ def test_a_step_whose_daemon_was_killed_does_not_hold_the_run_for_ever(start: St
     daemons = [int(entry.name) for entry in Path("/proc").iterdir() if entry.name.isdigit() and _says(entry, f"[{job}.1]")]
     assert daemons
     os.kill(max(daemons), signal.SIGKILL)
-    assert verdict(run, 120)["state"] == "finished"
+    assert verdict(run)["state"] == "finished"
 
 
 def _says(entry: Path, words: str) -> bool:
@@ -228,7 +229,7 @@ def test_a_preempted_run_comes_back_by_itself(slurm: Cluster, start: Start, tmp_
     urgent.write_text("#!/bin/bash\n#SBATCH --partition=urgent --nodes=2 --exclusive --output=/dev/null\nsleep 3\n")
     other = int(slurm.call("sbatch", "--parsable", str(urgent)))
     slurm.wait(other, "COMPLETED", seconds=120)
-    assert verdict(run, 120)["state"] == "finished"
+    assert verdict(run)["state"] == "finished"
     assert causes(run) == ["preempted", "finished"]
     assert record.endings(run)[0]["after"] >= 6
 
@@ -239,7 +240,7 @@ def test_a_node_that_is_lost_costs_no_more_than_what_was_not_saved(slurm: Cluste
     slurm.call("scontrol", "update", "nodename=n1", "state=down", "reason=test")
     time.sleep(1)
     slurm.call("scontrol", "update", "nodename=n1", "state=resume", check=False)  # refused if it came back by itself
-    assert verdict(run, 120)["state"] == "finished"
+    assert verdict(run)["state"] == "finished"
     assert causes(run)[0] in ("node", "preempted") and causes(run)[-1] == "finished"
     assert record.endings(run)[0]["after"] >= 4
 
@@ -248,9 +249,9 @@ def test_where_preempted_jobs_are_cancelled_a_successor_takes_over(slurm: Cluste
     run, job = start(steps=40, requeue_mode="chain")
     reach(run, 6)
     slurm.call("scancel", "--signal=KILL", "--full", str(job))
-    assert verdict(run, 120)["state"] == "finished"
+    assert verdict(run)["state"] == "finished"
     assert record.endings(run)[-1]["job"] != job
-    end = time.monotonic() + 30
+    end = deadline()
     while any(one.live for one in tools.jobs(name="toy")):
         assert time.monotonic() < end, "a successor of a finished run is left in the queue"
         time.sleep(0.5)
