@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 from tests.helpers import warm
-from tests.helpers.costs import pytest_runtest_protocol  # noqa: F401  - a hook
+from tests.helpers.costs import longest_first, pytest_runtest_protocol  # noqa: F401  - a hook
+from tests.helpers.shared import made_once
 
 # Four test processes on two cores are slower with four threads each than with one.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -56,11 +57,13 @@ def shared_data() -> Path:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skips what needs a CUDA device where there is none; torch is imported only if such a test was collected."""
+    """Starts the longest files first where several are run at a time, and skips what needs a CUDA device where there is none."""
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        longest_first(items)
     wanting = [item for item in items if item.get_closest_marker("gpu")]
     if not wanting:
         return
-    import torch
+    import torch  # only if such a test was collected
 
     if not torch.cuda.is_available():
         for item in wanting:
@@ -91,9 +94,10 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> str:
     """Shards for it."""
     from pipeline.data.pack import synthetic as scenes
 
-    folder = tmp_path_factory.mktemp("scenes")
-    scenes.write(folder, train=120, val=24, size=32, seed=3, samples_per_shard=40)
-    return str(folder / "*train-*.tar")
+    def make(folder: Path) -> None:
+        scenes.write(folder, train=120, val=24, size=32, seed=3, samples_per_shard=40)
+
+    return str(made_once(tmp_path_factory, "scenes", make) / "*train-*.tar")
 
 
 @pytest.fixture(scope="session")
@@ -101,7 +105,8 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory, shards: str, config: P
     """That run on those shards, to its end; others are compared with it, so nobody may write into it."""
     from tests.helpers.runs import train
 
-    directory = tmp_path_factory.mktemp("undisturbed") / "run"
-    done = train(config, shards, directory)
-    assert done.returncode == 0, done.stderr + done.stdout
-    return directory
+    def make(folder: Path) -> None:
+        done = train(config, shards, folder / "run")
+        assert done.returncode == 0, done.stderr + done.stdout
+
+    return made_once(tmp_path_factory, "undisturbed", make) / "run"

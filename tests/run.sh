@@ -11,12 +11,14 @@ bash tests/run.sh [--fast | --floors] [pytest arguments]
   bash tests/run.sh --floors                   fast tests, resume and export with the oldest versions that pyproject.toml admits
   bash tests/run.sh tests/config/test_load.py -k typo
   bash tests/run.sh -m gpu                     only the tests that need a CUDA device
-  bash tests/run.sh -n 0 -x                    one at a time, to the first failure (otherwise two files at a time)
+  bash tests/run.sh -n 0 -x                    one at a time, to the first failure (otherwise several files at a time)
 
 Tests on real pictures look for them in FOVEA_TEST_DATA, else in ../shared/data beside the checkout, and skip without them.
   FOVEA_VENV=DIR   the virtual environment's folder (default .venv)
   PYTHON=FILE      the python 3.11 or newer to make it with
-  FOVEA_WARM=1     start the toy runs from a server that has imported torch, DeepSpeed and DALI; needs a C compiler
+  FOVEA_WARM=0     start every process anew; otherwise, with a C compiler, a server that has imported torch forks them
+  FOVEA_TEST_WORKERS=N        files at a time (default: one more than there are cores, at most 8)
+  FOVEA_TEST_COSTS=FILE       record what each test costs (see tests/helpers/costs.py)
 TEXT
 }
 
@@ -35,11 +37,13 @@ fi
 . "$(dirname "${BASH_SOURCE[0]}")/../launch/setup.sh"
 fovea_setup test || exit 1
 cd "$FOVEA_ROOT" || exit 1
+# Many tests wait for other processes, so there is one more at a time than there are cores.
+cores=$(nproc)
+several=(-n "${FOVEA_TEST_WORKERS:-$((cores < 7 ? cores + 1 : 8))}" --dist loadfile --no-loadscope-reorder)
 if [ -n "$floors" ]; then
-    run() { "$FOVEA_PYTHON" -m pytest -p no:cacheprovider -n "${FOVEA_TEST_WORKERS:-2}" --dist loadfile "$@" </dev/null; }
+    run() { "$FOVEA_PYTHON" -m pytest -p no:cacheprovider "${several[@]}" "$@" </dev/null; }
     if [ "${#arguments[@]}" -gt 0 ]; then run "${arguments[@]}"; exit; fi
     run -m "not slow" && run -m slow tests/test_resume.py tests/weights/test_export.py
     exit
 fi
-# Half of the slow tests wait for other processes, so two files at a time take much less than twice as long.
-exec "$FOVEA_PYTHON" -m pytest -n "${FOVEA_TEST_WORKERS:-2}" --dist loadfile ${arguments[@]+"${arguments[@]}"} </dev/null
+exec "$FOVEA_PYTHON" -m pytest "${several[@]}" ${arguments[@]+"${arguments[@]}"} </dev/null

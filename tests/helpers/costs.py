@@ -1,16 +1,43 @@
-"""What each test costs, as a pytest plugin: ``FOVEA_TEST_COSTS=FILE`` appends one line of JSON a test: seconds, CPU seconds of
-this process and of the processes it waited for, and the MiB it holds afterwards."""
+"""What each test costs, and an order of the tests that follows from it.
+
+With ``FOVEA_TEST_COSTS=FILE`` the tests append one line of JSON each: seconds, CPU seconds of this process and of the processes
+it waited for, and the MiB it holds afterwards. ``python -m tests.helpers.costs FILE`` prints the sums by file and records them in
+``costs.json``, by which the files that take longest are started first.
+"""
 
 from __future__ import annotations
 
 import json
 import os
 import resource
+import sys
 import time
+from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
+RECORDED = Path(__file__).with_suffix(".json")  # file: seconds of its fast tests, seconds of its slow tests
+UNKNOWN = (2.0, 30.0)
+
+
+def longest_first(items: list[pytest.Item]) -> None:
+    """Sort tests by the recorded seconds of their files, as far as these tests are among those to be run."""
+    recorded = json.loads(RECORDED.read_text()) if RECORDED.exists() else {}
+    parts = {(_file(item.nodeid), _slow(item)) for item in items}
+    seconds: dict[str, float] = defaultdict(float)
+    for file, slow in parts:
+        seconds[file] += recorded.get(file, UNKNOWN)[slow]
+    items.sort(key=lambda item: (-seconds[_file(item.nodeid)], _file(item.nodeid)))
+
+
+def _file(test: str) -> str:
+    return test.partition("::")[0]
+
+
+def _slow(item: pytest.Item) -> bool:
+    return item.get_closest_marker("slow") is not None
 
 
 def _cpu() -> float:
@@ -29,7 +56,7 @@ def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
     if file:
         row = {
             "test": item.nodeid,
-            "slow": item.get_closest_marker("slow") is not None,
+            "slow": _slow(item),
             "seconds": round(time.perf_counter() - wall, 3),
             "cpu": round(_cpu() - cpu, 3),
             "resident": int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize() >> 20,
@@ -37,3 +64,24 @@ def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
         with Path(file).open("a") as stream:
             stream.write(json.dumps(row) + "\n")
     return result
+
+
+def main(path: str) -> None:
+    """Print and record the costs of a run's files; files that were not run keep their record."""
+    recorded = json.loads(RECORDED.read_text()) if RECORDED.exists() else {}
+    rows = [json.loads(line) for line in Path(path).read_text().splitlines()]
+    for part in (False, True):
+        sums: dict[str, list[float]] = defaultdict(lambda: [0, 0.0, 0.0])
+        for row in rows:
+            if row["slow"] == part:
+                one = sums[_file(row["test"])]
+                one[0], one[1], one[2] = one[0] + 1, one[1] + row["seconds"], one[2] + row["cpu"]
+        print(f"\n{'slow' if part else 'fast'}: {sum(one[0] for one in sums.values())} tests")
+        for file, (tests, seconds, cpu) in sorted(sums.items(), key=lambda one: -one[1][1]):
+            recorded.setdefault(file, [0.0, 0.0])[part] = round(seconds, 1)
+            print(f"{seconds:8.1f} s {cpu:8.1f} CPU s {tests:5d}  {file}")
+    RECORDED.write_text(json.dumps(dict(sorted(recorded.items())), indent=0) + "\n")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])
