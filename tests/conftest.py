@@ -56,8 +56,11 @@ def shared_data() -> Path:
     return folder
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Starts the longest files first where several are run at a time, and skips what needs a CUDA device where there is none."""
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leaves the rest of matrices to full runs, starts the longest files first, skips what needs a CUDA device without one."""
+    if os.environ.get("FOVEA_TESTS") != "full" and (rest := [item for item in items if item.get_closest_marker("full")]):
+        items[:] = [item for item in items if not item.get_closest_marker("full")]
+        config.hook.pytest_deselected(items=rest)
     if "PYTEST_XDIST_WORKER" in os.environ:
         longest_first(items)
     wanting = [item for item in items if item.get_closest_marker("gpu")]

@@ -4,9 +4,10 @@ set -uo pipefail
 
 usage() {
     cat <<'TEXT'
-bash tests/run.sh [--fast | --floors] [pytest arguments]
+bash tests/run.sh [--fast | --full | --floors] [pytest arguments]
 
-  bash tests/run.sh                            everything this machine can run
+  bash tests/run.sh                            everything this machine can run, of large matrices every value or pair of values
+  bash tests/run.sh --full                     all combinations too, and at the end what no test has reached
   bash tests/run.sh --fast                     without the tests marked slow
   bash tests/run.sh --floors                   fast tests, resume and export with the oldest versions that pyproject.toml admits
   bash tests/run.sh tests/config/test_load.py -k typo
@@ -22,11 +23,12 @@ Tests on real pictures look for them in FOVEA_TEST_DATA, else in ../shared/data 
 TEXT
 }
 
-arguments=() floors=
+arguments=() floors= full=
 for word in "$@"; do
     case "$word" in
         -h | --help) usage; exit 0 ;;
         --fast) arguments+=(-m "not slow") ;;
+        --full) full=1 ;;
         --floors) floors=1 ;;
         *) arguments+=("$word") ;;
     esac
@@ -45,5 +47,13 @@ if [ -n "$floors" ]; then
     if [ "${#arguments[@]}" -gt 0 ]; then run "${arguments[@]}"; exit; fi
     run -m "not slow" && run -m slow tests/test_resume.py tests/weights/test_export.py
     exit
+fi
+if [ -n "$full" ]; then
+    rm -rf build/coverage && mkdir -p build/coverage
+    FOVEA_TESTS=full "$FOVEA_PYTHON" -m coverage run --rcfile=tests/coverage.ini -m pytest "${several[@]}" \
+        ${arguments[@]+"${arguments[@]}"} </dev/null
+    code=$?
+    "$FOVEA_PYTHON" -m tests.helpers.untested
+    exit $code
 fi
 exec "$FOVEA_PYTHON" -m pytest "${several[@]}" ${arguments[@]+"${arguments[@]}"} </dev/null

@@ -218,7 +218,15 @@ def shallow(config: Config) -> Config:
     return config.replace(model=config.model.model_copy(update=update), method=config.method.model_copy(update=method))
 
 
-@pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] if LARGE.search(n) else []) for n in NAMES])
+def marks(name: str) -> list[pytest.MarkDecorator]:
+    """Towers that take seconds: every run tries the first of each method, full runs all."""
+    if not LARGE.search(name):
+        return []
+    first = next(n for n in NAMES if LARGE.search(n) and n.partition("/")[0] == name.partition("/")[0])
+    return [pytest.mark.slow] if name == first else [pytest.mark.slow, pytest.mark.full]
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=marks(n)) for n in NAMES])
 def test_every_initial_tensor_is_drawn_as_in_the_authors_code(name: str) -> None:
     config = shallow(load(name).config)
     rules = table(config)
