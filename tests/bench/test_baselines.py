@@ -112,6 +112,7 @@ def test_on_a_gpu_every_form_of_a_step_runs(method: str) -> None:
         assert result.cases[step.GRAPHS if graphs else step.COMPILED].peak > 0
 
 
+@pytest.mark.slow
 def test_a_step_of_dinov2_runs_alone_and_compiled() -> None:
     (result,) = pool(1).run(_step, compiled=True)
     assert {step.OURS, step.COMPILED} <= set(result.cases)

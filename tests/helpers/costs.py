@@ -1,8 +1,8 @@
 """What each test costs, and an order of the tests that follows from it.
 
 With ``FOVEA_TEST_COSTS=FILE`` the tests append one line of JSON each: seconds, CPU seconds of this process and of the processes
-it waited for, and the MiB it holds afterwards. ``python -m tests.helpers.costs FILE`` prints the sums by file and records them in
-``costs.json``, by which the files that take longest are started first.
+it waited for, processes that the warm server forked for it, and the MiB it holds afterwards. ``python -m tests.helpers.costs FILE``
+prints the sums by file and records them in ``costs.json``, by which the files that take longest are started first.
 """
 
 from __future__ import annotations
@@ -40,25 +40,28 @@ def _slow(item: pytest.Item) -> bool:
     return item.get_closest_marker("slow") is not None
 
 
-def _cpu() -> float:
-    """CPU seconds of this process and of the processes it started, also by way of the warm server."""
+def _spent() -> tuple[int, float]:
+    """Processes that the warm server forked for this one, and CPU seconds of this process and of all that it started."""
     own = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
-    forked = Path(os.environ.get("FOVEA_WARM_PYTHON", "none")).with_name(f"cpu-{os.environ.get('PYTEST_XDIST_WORKER', 'main')}")
-    return sum(usage.ru_utime + usage.ru_stime for usage in own) + (float(forked.read_text() or 0) if forked.exists() else 0.0)
+    told = Path(os.environ.get("FOVEA_WARM_PYTHON", "none")).with_name(f"cpu-{os.environ.get('PYTEST_XDIST_WORKER', 'main')}")
+    count, seconds = (told.read_text() if told.exists() else "").split() or (0, 0.0)
+    return int(count), sum(usage.ru_utime + usage.ru_stime for usage in own) + float(seconds)
 
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
     """Measure one test with its fixtures."""
-    wall, cpu = time.perf_counter(), _cpu()
+    wall, (forked, cpu) = time.perf_counter(), _spent()
     result = yield
     file = os.environ.get("FOVEA_TEST_COSTS")
     if file:
+        processes, seconds = _spent()
         row = {
             "test": item.nodeid,
             "slow": _slow(item),
             "seconds": round(time.perf_counter() - wall, 3),
-            "cpu": round(_cpu() - cpu, 3),
+            "cpu": round(seconds - cpu, 3),
+            "forked": processes - forked,
             "resident": int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize() >> 20,
         }
         with Path(file).open("a") as stream:
@@ -71,15 +74,15 @@ def main(path: str) -> None:
     recorded = json.loads(RECORDED.read_text()) if RECORDED.exists() else {}
     rows = [json.loads(line) for line in Path(path).read_text().splitlines()]
     for part in (False, True):
-        sums: dict[str, list[float]] = defaultdict(lambda: [0, 0.0, 0.0])
+        sums: dict[str, list[float]] = defaultdict(lambda: [0, 0.0, 0.0, 0])
         for row in rows:
             if row["slow"] == part:
                 one = sums[_file(row["test"])]
-                one[0], one[1], one[2] = one[0] + 1, one[1] + row["seconds"], one[2] + row["cpu"]
+                one[:] = [one[0] + 1, one[1] + row["seconds"], one[2] + row["cpu"], one[3] + row.get("forked", 0)]
         print(f"\n{'slow' if part else 'fast'}: {sum(one[0] for one in sums.values())} tests")
-        for file, (tests, seconds, cpu) in sorted(sums.items(), key=lambda one: -one[1][1]):
+        for file, (tests, seconds, cpu, forked) in sorted(sums.items(), key=lambda one: -one[1][1]):
             recorded.setdefault(file, [0.0, 0.0])[part] = round(seconds, 1)
-            print(f"{seconds:8.1f} s {cpu:8.1f} CPU s {tests:5d}  {file}")
+            print(f"{seconds:8.1f} s {cpu:8.1f} CPU s {tests:5d} tests {forked:4d} processes  {file}")
     RECORDED.write_text(json.dumps(dict(sorted(recorded.items())), indent=0) + "\n")
 
 

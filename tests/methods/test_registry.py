@@ -139,7 +139,9 @@ RESNET = {"model": {"timm_name": "resnet18", "stem": "small"}}
 NORMED = {"method": {"head_norm": "batch", "local_repulsion": None}}
 
 
-@pytest.mark.parametrize(("name", "changes"), [("simclr", RESNET), ("dino", NORMED), ("mocov2", NORMED)])
+@pytest.mark.parametrize(
+    ("name", "changes"), [pytest.param("simclr", RESNET, marks=pytest.mark.slow), ("dino", NORMED), ("mocov2", NORMED)]
+)
 def test_batch_norm_is_one_on_two_ranks_and_goes_on_from_a_checkpoint(name: str, changes: dict[str, Any], tmp_path: Path) -> None:
     (expected,) = pool(1).run(first_steps, name=name, zero=0, steps=1, **changes)
     ranks = pool(2).run(first_steps, name=name, zero=3, steps=1, **changes)

@@ -121,6 +121,7 @@ def test_the_local_crops_part_can_weigh_less() -> None:
     assert all(torch.equal(ours_, theirs_) for ours_, theirs_ in zip(half.metrics.values(), whole.metrics.values(), strict=True))
 
 
+@pytest.mark.slow
 def test_plan_makes_room_for_the_largest_and_operations_are_the_mean(tmp_path: Path) -> None:
     mixed = loaded(tmp_path)
     small = loaded(tmp_path, TEXT, "method.resolutions=[]", "method.gram_size=128")

@@ -65,7 +65,7 @@ def main(path: str, owner: int) -> None:
     signal.signal(signal.SIGCHLD, lambda *_: None)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     children: dict[int, tuple[socket.socket, str]] = {}
-    spent: dict[str, float] = {}  # CPU seconds of ended processes, by the test worker that had them started
+    spent: dict[str, tuple[int, float]] = {}  # ended processes and their CPU seconds, by the test worker that had them started
     while True:
         ready, _, _ = select.select([listener, wake, ended], [], [])
         if ended in ready:
@@ -81,8 +81,9 @@ def main(path: str, owner: int) -> None:
                     break
                 if pid in children:
                     client, worker = children.pop(pid)
-                    spent[worker] = spent.get(worker, 0.0) + usage.ru_utime + usage.ru_stime
-                    Path(path).with_name(f"cpu-{worker}").write_text(str(spent[worker]))
+                    count, seconds = spent.get(worker, (0, 0.0))
+                    spent[worker] = count + 1, seconds + usage.ru_utime + usage.ru_stime
+                    Path(path).with_name(f"cpu-{worker}").write_text("{} {:.3f}".format(*spent[worker]))
                     with contextlib.suppress(OSError):
                         client.sendall(struct.pack("=i", status))
                     client.close()

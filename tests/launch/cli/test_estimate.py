@@ -48,6 +48,7 @@ def test_the_table_the_teachers_share_and_the_advice_are_told(tmp_path: Path) ->
     assert "Choose train.zero_stage=1" in text and "The teacher takes" in text and text.count("yes") == 8
 
 
+@pytest.mark.slow
 def test_a_model_too_large_for_its_gpus_is_told_so_with_the_mend(tmp_path: Path) -> None:
     config = loaded(tmp_path, LARGE)
     sizes = measure(config)
