@@ -1,8 +1,8 @@
 """What each test costs, and an order of the tests that follows from it.
 
 With ``FOVEA_TEST_COSTS=FILE`` the tests append one line of JSON each: seconds, CPU seconds of this process and of the processes
-it waited for, processes that the warm server forked for it, and the MiB it holds afterwards. ``python -m tests.helpers.costs FILE``
-prints the sums by file and records them in ``costs.json``, by which the files that take longest are started first.
+it waited for, processes that the warm server forked for it, and the MiB it holds afterwards. ``python -m tests.helpers.costs F``
+prints the sums by file of such a file and records them in ``costs.json``, by which the longest files are started first.
 """
 
 from __future__ import annotations
