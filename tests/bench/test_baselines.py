@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
+from functools import partial
 from types import ModuleType, SimpleNamespace
 from typing import Any
 from unittest import mock
@@ -10,7 +12,7 @@ from unittest import mock
 import pytest
 import torch
 
-from pipeline.bench import official, pairs, prototype_loss, step
+from pipeline.bench import official, pairs, prototype_loss, step, step_dinov2
 from pipeline.errors import ConfigError
 from tests.helpers.rank_pool import pool
 
@@ -96,6 +98,7 @@ def _step(model: str = "tiny-14", **options: Any) -> step.Result:
 
 
 @pytest.mark.slow
+@pytest.mark.full
 def test_what_replays_graphs_on_a_gpu_runs_without_them_on_a_cpu() -> None:
     (result,) = pool(1).run(_step, graphs=True)
     assert result.cases[step.GRAPHS].seconds[0] > 0
@@ -167,7 +170,14 @@ def test_what_stands_in_for_xformers_on_a_cpu_is_the_plain_formula() -> None:
     torch.testing.assert_close(picked, torch.cat([x[2].flatten(), x[0].flatten(), source[1].flatten()]))
 
 
+def _narrow_step() -> step.Result:
+    with mock.patch.dict(step_dinov2.SIZES, {"tiny": (64, step_dinov2.SIZES["S"][1], 2)}):
+        return _step()
+
+
 @pytest.mark.slow
-def test_a_step_of_dinov2_dispatches_little_more_than_the_official_one_did() -> None:
-    (result,) = pool(1).run(_step, model="S-14")
-    assert result.operations[step.OURS] <= MORE * OFFICIAL
+@pytest.mark.parametrize("measured", [_narrow_step, pytest.param(partial(_step, model="S-14"), marks=pytest.mark.full)])
+def test_a_step_of_dinov2_dispatches_little_more_than_the_official_one_did(measured: Callable[[], step.Result]) -> None:
+    """How many operations depends on the depth of a tower, not on its width or the size of crops."""
+    (result,) = pool(1).run(measured)
+    assert 0.9 * OFFICIAL <= result.operations[step.OURS] <= MORE * OFFICIAL
