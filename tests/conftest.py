@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests.helpers import warm
-from tests.helpers.costs import longest_first, pytest_runtest_protocol  # noqa: F401  - a hook
+from tests.helpers.costs import free_memory, longest_first, pytest_runtest_protocol  # noqa: F401  - a hook
 from tests.helpers.shared import made_once
 
 # Four test processes on two cores are slower with four threads each than with one.
@@ -30,8 +30,9 @@ sys.executable = warm.prepare() or sys.executable
 
 @pytest.hookimpl(trylast=True)
 def pytest_runtest_teardown() -> None:
-    """Keeps variables that packages set when a test imports them from the processes of the next."""
+    """Keeps variables that packages set when a test imports them from the processes of the next, and large tensors from it."""
     warm.restore_variables()
+    free_memory()
 
 
 def pytest_unconfigure() -> None:

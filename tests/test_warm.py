@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.helpers import warm
+from tests.helpers.costs import spent
 from tests.helpers.limits import LONG
 from tests.helpers.runs import command, environment, recorded, weights
 
@@ -61,3 +62,9 @@ def test_a_process_with_another_path_starts_anew(tmp_path: Path) -> None:
         check=True,
     )
     assert done.stdout == b"another\n"
+
+
+def test_processes_with_the_environment_of_tests_are_forked() -> None:
+    before = spent()[0]
+    assert run([sys.executable, "-m", "launch.cli.main", "--version"]).returncode == 0
+    assert spent()[0] == before + 1

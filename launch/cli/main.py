@@ -15,7 +15,7 @@ from launch.cli import shards
 from launch.cli import slurm as cluster
 from launch.cli.bench_methods import app as bench
 from launch.cli.checkpoint import app as checkpoint
-from launch.cli.choices import ExportFormat, Method, Network
+from launch.cli.choices import Device, ExportFormat, Method, Network
 from launch.cli.mlflow import app as mlflow
 from launch.streams import open_streams
 from launch.terminal import Terminal, clean_logs
@@ -224,6 +224,34 @@ def export(
 
     options: dict[str, Any] = {"out": out, "network": network.value, "student": student, "size": size, "license_": licence}
     raise typer.Exit(write(run, to=str(to), best=best, force=overwrite, register=register, **options))
+
+
+@app.command(short_help="Show on this machine that everything works, and how fast.")
+def prove(
+    device: Annotated[Device, typer.Option(help="cuda, or cpu at toy size.")] = Device.CUDA,
+    stages: Annotated[str, typer.Option(metavar="NAMES", help="Stages, separated by commas; others keep their result.")] = "all",
+    first: Annotated[str, typer.Option("--from", metavar="NAME", help="Begin here; earlier stages keep their result.")] = "",
+    toy: Annotated[bool | None, typer.Option("--toy/--full-size", help="Sizes for seconds; default on the CPU.")] = None,
+    photos: Annotated[Path | None, typer.Option(help="Folder of photographs; by default drawn scenes.")] = None,
+    out: Annotated[Path, typer.Option(metavar="PATH", help="Output path of the page, without extension.")] = Path("proof"),
+) -> None:
+    """Prove in about ten minutes that this machine trains correctly, before anything is trained on it.
+
+    Stages: imports, decode, stream, kernels, methods, run, speed, data, small, ranks. Each is a process of its own, compares
+    numbers with the CPU's or measures a speed, and prints a row at once; a failure does not end the others. The exit code is 1 if
+    one failed.
+
+    [b]Examples[/b]
+
+    fovea prove
+
+    fovea prove --from speed
+
+    fovea prove --device cpu --stages imports,decode
+    """
+    from launch.cli.prove import prove as run
+
+    raise typer.Exit(run(device, stages, first, toy, photos, out))
 
 
 @app.command(short_help="Compare runs in one HTML page.")

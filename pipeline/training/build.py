@@ -106,6 +106,26 @@ def _blocks(tower: VisionTower | TextTower) -> Any:
     return blocks
 
 
+def engine_options(config: Config, micro_batch: int, accumulation: int) -> EngineOptions:
+    """The engine's options of a config, for this many samples in a forward pass and forward passes in a step."""
+    return EngineOptions(
+        zero=config.train.zero_stage,
+        precision=config.train.precision,
+        micro_batch=micro_batch,
+        accumulation=accumulation,
+        betas=config.optim.betas,
+        eps=config.optim.eps,
+        clip_norm=config.method.clip_norm,
+        clip_scope=config.method.clip_scope,
+        optimizer=config.optim.name,
+        momentum=config.optim.momentum,
+        trust=config.optim.trust_coefficient,
+        offload=config.train.offload,
+        init=config.launch.deepspeed_init,
+        graphs=config.train.cuda_graphs,
+    )
+
+
 def assemble(
     config: Config,
     inputs: Inputs,
@@ -141,26 +161,7 @@ def assemble(
     prepare_towers(method, config)
     share = config.train.global_batch_size // world.size
     micro = config.train.micro_batch_size or share
-    engine = Engine(
-        method,
-        EngineOptions(
-            zero=config.train.zero_stage,
-            precision=config.train.precision,
-            micro_batch=micro,
-            accumulation=share // micro,
-            betas=config.optim.betas,
-            eps=config.optim.eps,
-            clip_norm=config.method.clip_norm,
-            clip_scope=config.method.clip_scope,
-            optimizer=config.optim.name,
-            momentum=config.optim.momentum,
-            trust=config.optim.trust_coefficient,
-            offload=config.train.offload,
-            init=config.launch.deepspeed_init,
-            graphs=config.train.cuda_graphs,
-        ),
-        world.device,
-    )
+    engine = Engine(method, engine_options(config, micro, share // micro), world.device)
     bad_samples = BadSamples(
         run.bad_samples(world.rank), budget=config.data.max_bad_fraction, window=config.data.bad_fraction_window
     )

@@ -7,6 +7,8 @@ prints the sums by file of such a file and records them in ``costs.json``, by wh
 
 from __future__ import annotations
 
+import ctypes
+import gc
 import json
 import os
 import resource
@@ -20,6 +22,7 @@ import pytest
 
 RECORDED = Path(__file__).with_suffix(".json")  # file: seconds of its fast tests, seconds of its slow tests
 UNKNOWN = (2.0, 30.0)
+_MUCH = 200  # MiB
 
 
 def longest_first(items: list[pytest.Item]) -> None:
@@ -40,7 +43,7 @@ def _slow(item: pytest.Item) -> bool:
     return item.get_closest_marker("slow") is not None
 
 
-def _spent() -> tuple[int, float]:
+def spent() -> tuple[int, float]:
     """Processes that the warm server forked for this one, and CPU seconds of this process and of all that it started."""
     own = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
     told = Path(os.environ.get("FOVEA_WARM_PYTHON", "none")).with_name(f"cpu-{os.environ.get('PYTEST_XDIST_WORKER', 'main')}")
@@ -48,21 +51,37 @@ def _spent() -> tuple[int, float]:
     return int(count), sum(usage.ru_utime + usage.ru_stime for usage in own) + float(seconds)
 
 
+def resident() -> int:
+    """MiB that this process holds."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize() >> 20
+
+
+_seen = [0]
+
+
+def free_memory() -> None:
+    """Collect what is garbage where a test left much behind: a method and its teacher are a cycle that Python finds late."""
+    if resident() > _seen[0] + _MUCH:
+        gc.collect()
+        ctypes.CDLL(None).malloc_trim(0)
+        _seen[0] = resident()
+
+
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
     """Measure one test with its fixtures."""
-    wall, (forked, cpu) = time.perf_counter(), _spent()
+    wall, (forked, cpu) = time.perf_counter(), spent()
     result = yield
     file = os.environ.get("FOVEA_TEST_COSTS")
     if file:
-        processes, seconds = _spent()
+        processes, seconds = spent()
         row = {
             "test": item.nodeid,
             "slow": _slow(item),
             "seconds": round(time.perf_counter() - wall, 3),
             "cpu": round(seconds - cpu, 3),
             "forked": processes - forked,
-            "resident": int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize() >> 20,
+            "resident": resident(),
         }
         with Path(file).open("a") as stream:
             stream.write(json.dumps(row) + "\n")

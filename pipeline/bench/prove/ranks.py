@@ -1,0 +1,98 @@
+"""Whether several ranks train like one, in every ZeRO stage, and how fast they exchange gradients."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+from pipeline.bench.plain import Plain, Size, batch_of
+from pipeline.bench.prove.batches import moved
+from pipeline.bench.prove.stage import Check, Place, at_most
+from pipeline.data.augment.views import Batch
+from pipeline.methods.base import Step
+from pipeline.training.engine import Engine, EngineOptions
+
+_STAGES = (0, 1, 2, 3)
+_APART = 1e-5  # relative, of all weights together after three steps
+_STEP = Step(lr=1e-3, last_layer_lr=1e-3, momentum=0.9)
+
+
+def checks(place: Place) -> Iterator[Check]:
+    """Two ranks against one in each stage, and the bandwidth of an all-reduce."""
+    if place.device == "cuda" and torch.cuda.device_count() < 2:
+        yield Check("two ranks", "one device only")
+        return
+    size = Size(width=32, depth=2, samples=8) if place.toy else Size(width=1024, depth=8, samples=64)
+    alone, both = (_train(place, size, world, stages) for world, stages in ((1, (0,)), (2, _STAGES)))
+    for stage in _STAGES:
+        weights = both[f"weights {stage}"]
+        apart = float((weights - alone["weights 0"]).norm() / weights.norm())
+        yield at_most(f"ZeRO {stage}: two ranks against one, relative difference of the weights", apart, _APART)
+    yield Check("all-reduce over two ranks, GB/s", f"{float(both['bandwidth']):.3g}")
+
+
+def _train(place: Place, size: Size, world: int, stages: tuple[int, ...]) -> dict[str, torch.Tensor]:
+    """Weights after three steps in each stage, and the bandwidth."""
+    with tempfile.TemporaryDirectory(dir=place.folder) as folder:
+        mp.spawn(_rank, args=(world, stages, size, place.device, folder), nprocs=world)
+        found: dict[str, torch.Tensor] = torch.load(Path(folder) / "found.pt", weights_only=True)
+        return found
+
+
+def _rank(rank: int, world: int, stages: tuple[int, ...], size: Size, kind: str, folder: str) -> None:
+    os.environ["LOCAL_RANK"] = str(rank)
+    device = torch.device(kind, rank) if kind == "cuda" else torch.device("cpu")
+    if kind == "cuda":
+        torch.cuda.set_device(device)
+    else:
+        torch.set_num_threads(1)
+    backend = "cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo"
+    dist.init_process_group(backend, init_method=f"file://{folder}/meet", rank=rank, world_size=world)
+    found = {f"weights {stage}": _trained(stage, size, device) for stage in stages}
+    found["bandwidth"] = _bandwidth(1 << (16 if kind == "cpu" else 28), device)
+    if rank == 0:
+        torch.save(found, Path(folder) / "found.pt")
+    dist.destroy_process_group()
+
+
+def _trained(stage: int, size: Size, device: torch.device) -> torch.Tensor:
+    method = Plain(size).to(device)
+    batch = moved(_share(batch_of(size), dist.get_rank(), dist.get_world_size()), device)
+    options = EngineOptions(stage, "fp32", len(batch.ids), 1, (0.9, 0.95), 1e-8, None, "network")  # type: ignore[arg-type]
+    engine = Engine(method, options, device)
+    for _ in range(3):
+        terms = engine.forward_backward(batch, _STEP)
+        engine.step(_STEP, torch.stack(list(terms.values())).isfinite().all())
+        method.after_step(_STEP)
+    with engine.gathered(teacher=True):
+        weights = torch.cat([p.detach().flatten().cpu() for p in method.parameters()])
+    engine.close()
+    return weights
+
+
+def _bandwidth(numbers: int, device: torch.device) -> torch.Tensor:
+    """Gigabytes of fp32 numbers that are reduced in a second."""
+    payload = torch.ones(numbers, device=device)
+    dist.all_reduce(payload)
+    began = time.perf_counter()
+    for _ in range(3):
+        dist.all_reduce(payload)
+    float(payload[0])  # waits for the device
+    return torch.tensor(3 * payload.numel() * payload.element_size() / (time.perf_counter() - began) / 1e9)
+
+
+def _share(batch: Batch, rank: int, world: int) -> Batch:
+    """A rank's rows: as many from the front as from the back, because the method pairs the first with the last."""
+    half = len(batch.ids) // world // 2
+    rows = [*range(rank * half, (rank + 1) * half), *range(len(batch.ids) - (rank + 1) * half, len(batch.ids) - rank * half)]
+    return replace(
+        batch, views={"view": [batch.views["view"][0][rows]]}, labels=batch.labels[rows], keys=[str(n) for n in rows], ids=rows
+    )

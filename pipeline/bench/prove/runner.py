@@ -1,0 +1,183 @@
+"""Runs the stages, each in a process of its own; writes the result after each, so that a proof can be taken up again."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from pipeline.bench.prove.stage import STAGES, Check, Place, Stage
+from pipeline.bench.report import write
+from pipeline.masking import printable
+from pipeline.runtime.interpreter import alone_environment, module_command
+from pipeline.untrusted import parse_json
+
+_LIMIT = 900.0  # seconds for one stage; on a GPU all ten take about as many
+_MARK = "\x1efovea-prove "  # before each row on a stage's standard output, among whatever libraries print there
+
+
+@dataclass
+class Outcome:
+    """What became of one stage.
+
+    Attributes:
+        stage: its name.
+        seconds: wall time of its process.
+        checks: its rows.
+        error: why it ended early; empty if it did not.
+    """
+
+    stage: str
+    seconds: float = 0.0
+    checks: list[Check] = field(default_factory=list)
+    error: str = ""
+
+    @property
+    def ok(self) -> bool:
+        """Whether it ended by itself and no row failed."""
+        return not self.error and not any(check.ok is False for check in self.checks)
+
+
+def run(
+    place: Place, stages: Sequence[str], *, show: Callable[[str, float, Check], None], limit: float = _LIMIT
+) -> Iterator[Outcome]:
+    """Run stages one after the other; a failure does not end the others.
+
+    Args:
+        place: where; each stage gets a folder of its own below ``place.folder``.
+        stages: names, of :data:`STAGES`.
+        show: called with the stage, its seconds so far and each row as soon as it is known.
+        limit: seconds after which a stage is given up.
+    """
+    for name in stages:
+        yield _stage(place, name, show, limit)
+
+
+def _stage(place: Place, name: str, show: Callable[[str, float, Check], None], limit: float) -> Outcome:
+    outcome, began = Outcome(name), time.perf_counter()
+    place.folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=place.folder, prefix=f"{name}-") as folder:
+        given = {
+            "device": place.device,
+            "toy": place.toy,
+            "folder": folder,
+            "photos": str(place.photos) if place.photos else None,
+        }
+        environment = alone_environment() | ({"CUDA_VISIBLE_DEVICES": ""} if place.device == "cpu" else {})
+        log = place.folder / f"{name}.log"
+        with log.open("wb") as errors:
+            process = subprocess.Popen(
+                module_command("pipeline.bench.prove.runner", name, json.dumps(given)),
+                env=environment,
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=errors,
+                text=True,
+                start_new_session=True,
+            )
+            with _ended_after(process, limit):
+                for line in process.stdout or ():
+                    _, found, text = line.partition(_MARK)
+                    if found:
+                        check = Check(**parse_json(text))
+                        outcome.checks.append(check)
+                        show(name, time.perf_counter() - began, check)
+            code = process.wait()
+        outcome.seconds = time.perf_counter() - began
+        if outcome.seconds >= limit:
+            outcome.error = f"not done after {limit:.0f} s"
+        elif code:
+            lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
+            outcome.error = f"code {code}: {printable(lines[-1] if lines else 'no message')[:300]} (see {log})"
+    return outcome
+
+
+@contextlib.contextmanager
+def _ended_after(process: subprocess.Popen[str], seconds: float) -> Iterator[None]:
+    """Ends the stage and what it started when the time is up, or when this block is left otherwise."""
+
+    def end() -> None:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+
+    timer = threading.Timer(seconds, end)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    except BaseException:
+        end()
+        raise
+    finally:
+        timer.cancel()
+
+
+def save(stem: Path, outcomes: Sequence[Outcome], place: Place, command: str) -> str:
+    """Write the result as JSON and Markdown beside each other; returns the page."""
+    document = {"device": place.device, "toy": place.toy, "stages": [asdict(one) for one in outcomes]}
+    return write(stem, command, lambda machine, _: markdown(outcomes, place, machine, command), document)
+
+
+def saved(stem: Path, place: Place) -> list[Outcome]:
+    """Read an earlier result of the same device and size; empty if there is none."""
+    file = stem.with_name(f"{stem.name}.json")
+    if not file.exists():
+        return []
+    document = parse_json(file.read_text())
+    if (document.get("device"), document.get("toy")) != (place.device, place.toy):
+        return []
+    return [
+        Outcome(one["stage"], one["seconds"], [Check(**check) for check in one["checks"]], one["error"])
+        for one in document["stages"]
+    ]
+
+
+def markdown(outcomes: Sequence[Outcome], place: Place, machine: dict[str, str], command: str) -> str:
+    """Render the page."""
+    size = "toy size, which shows that everything runs and nothing about speed" if place.toy else "full size"
+    lines = [f"# Proof on {place.device}, {size}", "", f"`{command}`", "", *(f"- {n}: {v}" for n, v in machine.items()), ""]
+    lines += ["| stage | result | s | rows | failed |", "|---|---|---:|---:|---:|"]
+    for one in outcomes:
+        failed = sum(check.ok is False for check in one.checks)
+        lines.append(f"| {one.stage} | {'ok' if one.ok else 'FAILED'} | {one.seconds:.0f} | {len(one.checks)} | {failed} |")
+    for one in outcomes:
+        lines += ["", f"## {one.stage}", ""]
+        if one.error:
+            lines += [f"Ended early: {_cell(one.error)}", ""]
+        lines += ["| | found | wanted | |", "|---|---|---|---|"]
+        for check in one.checks:
+            result = {True: "ok", False: "**FAILED**", None: ""}[check.ok]
+            lines.append(f"| {_cell(check.name)} | {_cell(check.figure)} | {_cell(check.bar)} | {result} |")
+    return "\n".join(lines) + "\n"
+
+
+def _cell(text: str) -> str:
+    return printable(text).replace("|", "\\|").replace("\n", " ")
+
+
+def main(name: str, given: str) -> None:
+    """In a stage's process: print each row as it is found."""
+    words: dict[str, Any] = json.loads(given)
+    photos = Path(words["photos"]) if words["photos"] else None
+    place = Place(words["device"], words["toy"], Path(words["folder"]), photos)
+    assert name in STAGES
+    stage: Stage = importlib.import_module(f"pipeline.bench.prove.{name}")
+    for check in stage.checks(place):
+        print(f"\n{_MARK}{json.dumps(asdict(check))}", flush=True)
+    sys.stderr.flush()
+    os._exit(0)  # taking down all that is loaded takes seconds
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], sys.argv[2])

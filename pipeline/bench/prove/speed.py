@@ -1,0 +1,70 @@
+"""How fast DINOv2's step is: ViT-L/16, eager and compiled, in bf16 and with 8-bit products, beside the official step."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+from pipeline.bench import step
+from pipeline.bench.prove.stage import Check, Place, at_least
+from pipeline.config.load import load
+from pipeline.errors import FoveaError
+from pipeline.estimate.flops import counted
+from pipeline.training.timing import peak_tflops
+
+_OFFICIAL = 0.97  # of the official step's speed
+_MFU = 0.35
+_CONFIG = "dinov2/vitl16_short"
+
+
+def checks(place: Place) -> Iterator[Check]:
+    """Images per second, MFU and peak memory of each form of a step."""
+    model, batch = ("tiny-16", 2) if place.toy else ("L-16", 64)
+    yield from forms(place, model, batch, prototypes=256 if place.toy else 65536, flops=None if place.toy else _flops())
+
+
+def _flops() -> float:
+    """FLOPs of a sample."""
+    return counted(load(_CONFIG, ["data.shards=none-*.tar"]).config)
+
+
+def forms(place: Place, model: str, batch: int, *, prototypes: int, flops: float | None, graphs: bool = False) -> Iterator[Check]:
+    """Measure ours eager and compiled (with CUDA graphs if asked), and the official step if it is installed.
+
+    Args:
+        place: where.
+        model: of the benchmark of DINOv2's step.
+        batch: samples of a step.
+        prototypes: of the shared head.
+        flops: FLOPs of a sample, for MFU.
+        graphs: whether compiled blocks are replayed as CUDA graphs.
+    """
+    on_gpu = place.device == "cuda"
+    sizes: dict[str, Any] = {"prototypes": prototypes, "rounds": 2 if place.toy else 5}
+    forms: dict[str, Any] = {"compiled": on_gpu, "graphs": graphs and on_gpu, "device": place.device, "bf16": on_gpu}
+    options = step.Options("dinov2", model, batch, **sizes, **forms)
+    try:
+        result = step.measure(options)
+    except FoveaError as error:
+        yield Check(f"ViT-{model}", str(error), "measured", False)
+        return
+    finally:
+        gc.collect()
+        if place.device == "cuda":
+            torch.cuda.empty_cache()
+    peak = peak_tflops(torch.cuda.get_device_name(), "bf16") if place.device == "cuda" else None
+    for name, case in result.cases.items():
+        rate = batch / case.best
+        shown = f"{rate:.4g} images/s, peak {case.peak / 2**30:.2f} GiB"
+        if flops and peak:
+            mfu = flops * rate / peak / 1e12
+            yield Check(f"ViT-{model}, {name}", f"{shown}, MFU {mfu:.1%}", f"MFU ≥ {_MFU:.0%}", mfu >= _MFU or name == step.OURS)
+        else:
+            yield Check(f"ViT-{model}, {name}", shown)
+    if result.baseline and place.device == "cuda":
+        ours = min(case.best for name, case in result.cases.items() if name != result.baseline)
+        ratio = result.cases[result.baseline].best / ours
+        yield at_least(f"ViT-{model}: speed relative to the official step", ratio, _OFFICIAL)
