@@ -226,20 +226,21 @@ def export(
     raise typer.Exit(write(run, to=str(to), best=best, force=overwrite, register=register, **options))
 
 
-@app.command(short_help="Show on this machine that everything works, and how fast.")
+@app.command(short_help="Check that everything works on this machine, and measure how fast.")
 def prove(
     device: Annotated[Device, typer.Option(help="cuda, or cpu at toy size.")] = Device.CUDA,
-    stages: Annotated[str, typer.Option(metavar="NAMES", help="Stages, separated by commas; others keep their result.")] = "all",
-    first: Annotated[str, typer.Option("--from", metavar="NAME", help="Begin here; earlier stages keep their result.")] = "",
-    toy: Annotated[bool | None, typer.Option("--toy/--full-size", help="Sizes for seconds; default on the CPU.")] = None,
-    photos: Annotated[Path | None, typer.Option(help="Folder of photographs; by default drawn scenes.")] = None,
+    stages: Annotated[
+        str, typer.Option(metavar="NAMES", help="Stages, separated by commas; results of others are kept.")
+    ] = "all",
+    first: Annotated[str, typer.Option("--from", metavar="NAME", help="First stage; results of earlier ones are kept.")] = "",
+    toy: Annotated[bool | None, typer.Option("--toy/--full-size", help="Minimal sizes; the default on the CPU.")] = None,
+    photos: Annotated[Path | None, typer.Option(help="Directory of photographs; by default synthetic scenes.")] = None,
     out: Annotated[Path, typer.Option(metavar="PATH", help="Output path of the page, without extension.")] = Path("proof"),
 ) -> None:
-    """Prove in about ten minutes that this machine trains correctly, before anything is trained on it.
+    """Check that this machine trains correctly, before training on it.
 
-    Stages: imports, decode, stream, kernels, methods, run, speed, data, small, ranks. Each is a process of its own, compares
-    numbers with the CPU's or measures a speed, and prints a row at once; a failure does not end the others. The exit code is 1 if
-    one failed.
+    Stages: imports, decode, stream, kernels, methods, run, speed, data, small, ranks. Each is a process of its own and
+    compares numbers with the CPU's or measures a speed. A failure does not end the others; the exit code is then 1.
 
     [b]Examples[/b]
 

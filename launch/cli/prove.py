@@ -1,4 +1,4 @@
-"""``fovea prove``: shows on this machine that everything works, and how fast."""
+"""``fovea prove``: checks that everything works on this machine, and measures how fast."""
 
 from __future__ import annotations
 
@@ -21,29 +21,29 @@ def prove(device: Device, stages: str, first: str, toy: bool | None, photos: Pat
         ConfigError: an unknown stage, or no CUDA device.
     """
     from pipeline.bench.prove import runner
-    from pipeline.bench.prove.stage import STAGES, Place
+    from pipeline.bench.prove.stage import STAGES, Setup
 
     chosen = list(STAGES) if stages == "all" else [name.strip() for name in stages.split(",") if name.strip()]
     for option, names in (("--stages", chosen), ("--from", [first] if first else [])):
         if unknown := [name for name in names if name not in STAGES]:
-            raise ConfigError(f"no stage is called {unknown[0]!r}", where=option, hint=f"Choose of {', '.join(STAGES)}")
+            raise ConfigError(f"no stage is called {unknown[0]!r}", where=option, hint=f"Choose from {', '.join(STAGES)}")
     if first:
         chosen = [name for name in chosen if STAGES.index(name) >= STAGES.index(first)]
     if not chosen:
-        raise ConfigError("no stage is left to run", where="--stages", hint=f"Choose of {', '.join(STAGES)}")
+        raise ConfigError("no stage is selected", where="--stages", hint=f"Choose from {', '.join(STAGES)}")
     small = device == Device.CPU if toy is None else toy
-    place = Place(device.value, small, out.with_name(f"{out.name}-files"), photos)
-    done = {one.stage: one for one in runner.saved(out, place)} if first or stages != "all" else {}
+    setup = Setup(device.value, small, out.with_name(f"{out.name}-files"), photos)
+    done = {one.stage: one for one in runner.saved(out, setup)} if first or stages != "all" else {}
     if kept := [name for name in STAGES if name in done and name not in chosen]:
         print(f"kept from {out}.json: {', '.join(kept)}")
     command = "fovea " + shlex.join(sys.argv[1:])
-    for outcome in runner.run(place, chosen, show=_show):
+    for outcome in runner.run(setup, chosen, show=_show):
         done[outcome.stage] = outcome
-        told = "ok" if outcome.ok else outcome.error or f"{sum(check.ok is False for check in outcome.checks)} rows failed"
-        print(f"{outcome.stage:8} {outcome.seconds:6.0f} s  {told}", flush=True)
-        runner.save(out, [done[name] for name in STAGES if name in done], place, command)
+        message = "ok" if outcome.ok else outcome.error or f"{sum(check.ok is False for check in outcome.checks)} checks failed"
+        print(f"{outcome.stage:8} {outcome.seconds:6.0f} s  {message}", flush=True)
+        runner.save(out, [done[name] for name in STAGES if name in done], setup, command)
     failed = [name for name in STAGES if name in done and not done[name].ok]
-    print(f"{'failed: ' + ', '.join(failed) if failed else 'all of it holds'}; the page is {out}.md")
+    print(f"{'failed: ' + ', '.join(failed) if failed else 'all checks passed'}; the page is {out}.md")
     return 1 if failed else 0
 
 

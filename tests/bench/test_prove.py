@@ -11,20 +11,20 @@ import pytest
 
 from launch.cli.main import main
 from pipeline.bench.prove import decode, methods, runner
-from pipeline.bench.prove.stage import STAGES, Check, Place, at_least, at_most
+from pipeline.bench.prove.stage import STAGES, Check, Setup, at_least, at_most
 from tests.helpers.rank_pool import pool
 
 
 def found(stage: str, folder: str) -> list[Check]:
     """On a rank: a stage's rows."""
     module: Any = importlib.import_module(f"pipeline.bench.prove.{stage}")
-    return list(module.checks(Place("cpu", toy=True, folder=Path(folder))))
+    return list(module.checks(Setup("cpu", toy=True, folder=Path(folder))))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", STAGES)
 def test_every_stage_holds_on_a_cpu(stage: str, tmp_path: Path) -> None:
-    own_processes = stage in ("run", "ranks")
+    own_processes = stage in ("run", "data", "ranks")
     rows = found(stage, str(tmp_path)) if own_processes else pool(1).run(found, stage=stage, folder=str(tmp_path))[0]
     assert rows and [row for row in rows if row.ok is False] == []
 
@@ -57,7 +57,7 @@ def _with_a_wrong_loss(folder: str) -> list[Check]:
 
     chosen = {"clip": "clip/vit_b16_cc12m", "nothing": "no/such", "simclr": "simclr/cifar10_vit_tiny"}
     with mock.patch.object(methods, "CONFIGS", chosen), mock.patch.object(methods, "_loss", wrong):
-        return list(methods.checks(Place("cpu", toy=True, folder=Path(folder))))
+        return list(methods.checks(Setup("cpu", toy=True, folder=Path(folder))))
 
 
 def test_bars_are_inclusive_and_nan_is_below_and_above_all() -> None:
@@ -67,7 +67,7 @@ def test_bars_are_inclusive_and_nan_is_below_and_above_all() -> None:
 
 
 def test_a_picture_that_is_not_decoded_or_of_another_shape_fails_its_row() -> None:
-    whole = decode.pictures(1, 16)[0]
+    whole = decode.example_images(1, 16)[0]
     assert not at_most("x", decode._apart(None, whole), 3.0).ok
     assert not at_most("x", decode._apart(whole[:8], whole), 3.0).ok
     assert decode._apart(whole, whole) == 0.0
@@ -93,7 +93,7 @@ def test_the_command_goes_on_after_a_failure_and_takes_results_up_again(
         main(["prove", *out, "--stages", "data"])
     assert ended.value.code == 0
     said = capsys.readouterr().out
-    assert "kept from" in said and "all of it holds" in said
+    assert "kept from" in said and "all checks passed" in said
     page = (tmp_path / "page.md").read_text()
     assert page.index("## decode") < page.index("## data") and "FAILED" not in page
 
@@ -111,5 +111,5 @@ def test_what_is_no_stage_is_refused(words: list[str], says: str, capsys: pytest
 
 def test_a_stage_that_hangs_is_given_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(runner, "module_command", lambda *_: ["sleep", "3600"])
-    (outcome,) = runner.run(Place("cpu", True, tmp_path), ["decode"], show=lambda *_: None, limit=0.5)
-    assert outcome.error == "not done after 0 s" and not outcome.ok
+    (outcome,) = runner.run(Setup("cpu", True, tmp_path), ["decode"], show=lambda *_: None, limit=0.5)
+    assert outcome.error == "not finished after 0 s" and not outcome.ok

@@ -1,4 +1,4 @@
-"""Random batches of any method's views, without files."""
+"""Random batches for any method's views."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 
 from pipeline.data.augment.views import Batch, Boxes, Masks, TextSpec, ViewSpec
 
-_WORDS = 1000  # of the vocabulary that are drawn; the last token of a caption is the end, the largest of all
+_COUNT = 1000  # of the vocabulary that are drawn; the last token of a caption is the end, the largest of all
 
 
 def random_batch(views: Sequence[ViewSpec], samples: int, text: TextSpec | None, *, seed: int) -> Batch:
@@ -40,7 +40,7 @@ def random_batch(views: Sequence[ViewSpec], samples: int, text: TextSpec | None,
     if text is not None:
         from pipeline.data.loader.text import tokenizer
 
-        captions = [f"a picture of {torch.randint(_WORDS, (1,), generator=draw).item()} things" for _ in range(samples)]
+        captions = [f"an image of {torch.randint(_COUNT, (1,), generator=draw).item()} things" for _ in range(samples)]
         tokens = torch.from_numpy(tokenizer(text)(captions))
     return Batch(
         views=images,

@@ -1,4 +1,4 @@
-"""Whether the loader feeds the device: decoding and views from JPEG shards, with different loads of the JPEG engine."""
+"""Measures the data pipeline on JPEG shards, with several loads of the GPU's JPEG engine."""
 
 from __future__ import annotations
 
@@ -6,24 +6,24 @@ from collections.abc import Iterator
 from typing import Any
 
 from pipeline.bench import data as on_cpu
-from pipeline.bench.prove.stage import Check, Place, at_least
+from pipeline.bench.prove.stage import Check, Setup, at_least
 
 _NEEDED = 350.0  # images/s that a ViT-L/14 takes of one H100 at most
 
 
-def checks(place: Place) -> Iterator[Check]:
+def checks(setup: Setup) -> Iterator[Check]:
     """Rates of each stage and of the whole stream; on a CPU its CPU time an image."""
-    images, batch = (8, 4) if place.toy else (512, 64)
+    images, batch = (8, 4) if setup.toy else (512, 64)
     options = on_cpu.Options(
-        photos=place.photos,
+        photos=setup.photos,
         images=images,
-        rounds=1 if place.toy else 3,
+        rounds=1 if setup.toy else 3,
         batch=batch,
-        threads=1 if place.toy else 4,
-        workers=0 if place.toy else 2,
+        threads=1 if setup.toy else 4,
+        workers=0 if setup.toy else 2,
     )
     result: Any
-    if place.device == "cuda":
+    if setup.device == "cuda":
         from pipeline.bench.gpu import measure
 
         result = measure(options)

@@ -1,4 +1,4 @@
-"""Whether the machine is usable at all: packages, driver, compiler; and what it can do at most."""
+"""Checks packages, driver and compiler, and measures the peak speed of the machine."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import time
 from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, version
 
-from pipeline.bench.prove.stage import Check, Place, at_least
+from pipeline.bench.prove.stage import Check, Setup, at_least
 from pipeline.errors import ConfigError
 
 _PACKAGES = {
@@ -27,7 +27,7 @@ _PACKAGES = {
 _SHARE = 0.5  # of the peak that a large product must reach
 
 
-def checks(place: Place) -> Iterator[Check]:
+def checks(setup: Setup) -> Iterator[Check]:
     """Imports, versions, driver, topology, compiler, a matrix product, copies."""
     for module, package in _PACKAGES.items():
         began = time.perf_counter()
@@ -38,10 +38,10 @@ def checks(place: Place) -> Iterator[Check]:
         else:
             yield Check(f"import {module}", f"{_version(package)}, {time.perf_counter() - began:.1f} s", "imports", True)
     compiler = shutil.which("cc") or shutil.which("gcc")
-    yield Check("C compiler, for Triton", compiler or "none", "is there", compiler is not None or place.device == "cpu")
-    if place.device == "cuda":
-        yield from _gpu(place)
-    yield from _speed(place)
+    yield Check("C compiler, for Triton", compiler or "none", "is there", compiler is not None or setup.device == "cpu")
+    if setup.device == "cuda":
+        yield from _gpu(setup)
+    yield from _speed(setup)
 
 
 def _version(package: str) -> str:
@@ -51,7 +51,7 @@ def _version(package: str) -> str:
         return "version unknown"
 
 
-def _gpu(place: Place) -> Iterator[Check]:
+def _gpu(setup: Setup) -> Iterator[Check]:
     import torch
 
     if not torch.cuda.is_available():
@@ -59,27 +59,27 @@ def _gpu(place: Place) -> Iterator[Check]:
     for number in range(torch.cuda.device_count()):
         about = torch.cuda.get_device_properties(number)
         yield Check(f"device {number}", f"{about.name}, {about.total_memory / 2**30:.0f} GiB, sm_{about.major}{about.minor}")
-    for name, words in (
+    for name, arguments in (
         ("driver", ["--query-gpu=driver_version", "--format=csv,noheader", "--id=0"]),
         ("topology", ["topo", "-m"]),
     ):
         try:
-            done = subprocess.run(["nvidia-smi", *words], capture_output=True, text=True, timeout=60, check=False)
-            (place.folder / f"{name}.txt").write_text(done.stdout + done.stderr)
+            done = subprocess.run(["nvidia-smi", *arguments], capture_output=True, text=True, timeout=60, check=False)
+            (setup.folder / f"{name}.txt").write_text(done.stdout + done.stderr)
             yield Check(name, done.stdout.strip() if name == "driver" else f"written to {name}.txt")
         except (OSError, subprocess.TimeoutExpired) as error:
             yield Check(name, f"nvidia-smi: {error}")
 
 
-def _speed(place: Place) -> Iterator[Check]:
+def _speed(setup: Setup) -> Iterator[Check]:
     import torch
 
     from pipeline.bench.pairs import measure
     from pipeline.training.timing import peak_tflops
 
-    device, side = torch.device(place.device), 512 if place.toy else 8192
+    device, side = torch.device(setup.device), 512 if setup.toy else 8192
     a, b = (torch.randn(side, side, device=device, dtype=torch.bfloat16) for _ in range(2))
-    wide = torch.empty((1 << 22) if place.toy else (1 << 30), dtype=torch.uint8, device=device)
+    wide = torch.empty((1 << 22) if setup.toy else (1 << 30), dtype=torch.uint8, device=device)
     host = torch.empty(wide.numel() // 4, dtype=torch.uint8, pin_memory=device.type == "cuda")
     target = torch.empty_like(wide)
     acts = {
@@ -91,6 +91,6 @@ def _speed(place: Place) -> Iterator[Check]:
     tflops = 2 * side**3 / seconds["product"] / 1e12
     peak = peak_tflops(torch.cuda.get_device_name(), "bf16") if device.type == "cuda" else None
     name = f"product of {side}x{side} bf16, TFLOP/s"
-    yield at_least(name, tflops, _SHARE * peak) if peak and not place.toy else Check(name, f"{tflops:.3g}")
+    yield at_least(name, tflops, _SHARE * peak) if peak and not setup.toy else Check(name, f"{tflops:.3g}")
     yield Check("copy on the device, GB/s read and written", f"{2 * wide.numel() / seconds['copy'] / 1e9:.3g}")
     yield Check("copy from the host, GB/s", f"{host.numel() / seconds['from the host'] / 1e9:.3g}")

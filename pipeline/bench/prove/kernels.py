@@ -1,4 +1,4 @@
-"""Whether the fused prototype losses are those of plain torch, and how near they come to the memory's speed."""
+"""Compares the fused prototype losses with plain torch in fp64, and measures their time."""
 
 from __future__ import annotations
 
@@ -9,29 +9,29 @@ from typing import Any
 import torch
 
 from pipeline.bench.pairs import measure
-from pipeline.bench.prove.stage import Check, Place, at_most
+from pipeline.bench.prove.stage import Check, Setup, at_most
 from pipeline.losses import Targets, multi_crop_pairings, prototype_cross_entropy
 from pipeline.losses.prototypes import kernels_for
 
 _APART = {torch.float32: 1e-4, torch.bfloat16: 2e-2}  # relative, of terms and gradients
 
 
-def checks(place: Place) -> Iterator[Check]:
+def checks(setup: Setup) -> Iterator[Check]:
     """Terms and both gradients against plain torch in fp64, and times, at two numbers of prototypes."""
-    device = torch.device(place.device)
+    device = torch.device(setup.device)
     kernels = kernels_for(device)
-    yield Check("kernels", kernels, "triton" if place.device == "cuda" else "", place.device == "cpu" or kernels == "triton")
-    sizes = (96, 131) if place.toy else (65536, 131072)
-    rows, width = (8, 16) if place.toy else (256, 256)
+    yield Check("kernels", kernels, "triton" if setup.device == "cuda" else "", setup.device == "cpu" or kernels == "triton")
+    sizes = (96, 131) if setup.toy else (65536, 131072)
+    rows, width = (8, 16) if setup.toy else (256, 256)
     for prototypes in sizes:
         for dtype in (torch.float32, torch.bfloat16):
             factors = _factors(prototypes, rows, width, device, dtype)
-            ours = _found(kernels, factors)
-            theirs = _found("torch", [x.double() if x.is_floating_point() else x for x in factors])
+            ours = _results(kernels, factors)
+            theirs = _results("torch", [x.double() if x.is_floating_point() else x for x in factors])
             apart = max(float((a.double() - b).norm() / b.norm().clamp(min=1e-12)) for a, b in zip(ours, theirs, strict=True))
             yield at_most(f"{prototypes} prototypes, {str(dtype)[6:]}: relative difference to fp64", apart, _APART[dtype])
     factors = _factors(sizes[-1], rows, width, device, torch.bfloat16)
-    acts: dict[str, Any] = {name: partial(_found, name, factors) for name in dict.fromkeys((kernels, "torch"))}
+    acts: dict[str, Any] = {name: partial(_results, name, factors) for name in dict.fromkeys((kernels, "torch"))}
     seconds = {name: case.best for name, case in measure(acts, rounds=3, device=device).items()}
     shown = ", ".join(f"{name} {1e3 * spent:.2f} ms" for name, spent in seconds.items())
     yield Check(f"{sizes[-1]} prototypes, {rows} rows, 4 views: forward and backward", shown)
@@ -54,10 +54,10 @@ def _factors(prototypes: int, rows: int, width: int, device: torch.device, dtype
     return [student, matrices[0], taught, matrices[1], draw(prototypes, seed=5), weight]
 
 
-def _found(kernels: Any, factors: list[torch.Tensor]) -> list[torch.Tensor]:
+def _results(kernels: Any, factors: list[torch.Tensor]) -> list[torch.Tensor]:
     student, matrix, taught, teacher, potential, weight = factors
     student, matrix = student.detach().requires_grad_(), matrix.detach().requires_grad_()
     targets = Targets(taught, teacher, potential, 0.06)
     terms, _ = prototype_cross_entropy(student, matrix, targets, multi_crop_pairings(2), weight, 0.1, kernels=kernels)
-    slopes = torch.autograd.grad(terms.sum(), (student, matrix))
-    return [terms.detach(), *slopes]
+    gradients = torch.autograd.grad(terms.sum(), (student, matrix))
+    return [terms.detach(), *gradients]

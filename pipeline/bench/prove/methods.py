@@ -1,4 +1,4 @@
-"""Whether every method takes a step: its loss in bf16 against the CPU's in fp32, and no wait of the host inside a step."""
+"""Trains every method for three steps; compares its bf16 loss with the CPU's fp32 loss and counts host synchronizations."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 
 from pipeline.bench.plain import alone
 from pipeline.bench.prove.batches import moved, random_batch
-from pipeline.bench.prove.stage import Check, Place, at_most
+from pipeline.bench.prove.stage import Check, Setup, at_most
 from pipeline.config.load import load
 from pipeline.config.schema import Config
 from pipeline.data.augment.views import Batch
@@ -38,34 +38,36 @@ _LOSS = 1e-2  # relative
 _STEP = Step(lr=1e-4, last_layer_lr=1e-4, momentum=0.99)
 
 
-def checks(place: Place) -> Iterator[Check]:
-    """One row a method; what a method cannot do does not end the others."""
-    device = torch.device(place.device)
-    with alone(place.device):
+def checks(setup: Setup) -> Iterator[Check]:
+    """The rows of each method; an error of one does not end the others."""
+    device = torch.device(setup.device)
+    with alone(setup.device):
         for name, config in CONFIGS.items():
             try:
-                yield from _one(name, load(config, _overrides(config, toy=place.toy)).config, device)
+                yield from _one(name, load(config, _overrides(config, toy=setup.toy)).config, device)
             except Exception as error:
-                told = f"{type(error).__name__}: {(str(error).strip() or 'no message').splitlines()[0]}"
-                yield Check(f"{name}: three steps", told[:200], "taken", False)
+                message = f"{type(error).__name__}: {(str(error).strip() or 'no message').splitlines()[0]}"
+                yield Check(f"{name}: three steps", message[:200], "taken", False)
 
 
 def _overrides(config: str, *, toy: bool) -> list[str]:
-    words = ["data.shards=none-*.tar", "train.zero_stage=1", "train.micro_batch_size=null"]
-    settings = load(config, words).config
-    words.append(f"train.global_batch_size={16 if toy else 32}")
+    overrides = ["data.shards=none-*.tar", "train.zero_stage=1", "train.micro_batch_size=null"]
+    settings = load(config, overrides).config
+    overrides.append(f"train.global_batch_size={16 if toy else 32}")
     if not toy:
-        return words
+        return overrides
     method, model = settings.method, settings.model
-    words += ["model.timm_name=resnet10t"] if (model.timm_name or "").startswith("resnet") else ["model.timm_name=null", *_TOY]
+    overrides += (
+        ["model.timm_name=resnet10t"] if (model.timm_name or "").startswith("resnet") else ["model.timm_name=null", *_TOY]
+    )
     if hasattr(method, "teacher_model"):
-        words += [f"method.teacher_{word}" for word in ("model.timm_name=null", *_TOY)]
+        overrides += [f"method.teacher_{word}" for word in ("model.timm_name=null", *_TOY)]
     if getattr(method, "text", None) is not None:
-        words += ["method.text.width=32", "method.text.depth=1", "method.text.num_heads=2"]
+        overrides += ["method.text.width=32", "method.text.depth=1", "method.text.num_heads=2"]
     fields = {"prototypes": 64, "head_hidden": 32, "head_bottleneck": 16, "queue_size": 64}
-    words += [f"method.{field}={value}" for field, value in fields.items() if hasattr(method, field)]
-    words += [f"method.views.{field}={value}" for field, value in _TOY_VIEWS.items() if hasattr(method.views, field)]
-    return words
+    overrides += [f"method.{field}={value}" for field, value in fields.items() if hasattr(method, field)]
+    overrides += [f"method.views.{field}={value}" for field, value in _TOY_VIEWS.items() if hasattr(method.views, field)]
+    return overrides
 
 
 def _one(name: str, config: Config, device: torch.device) -> Iterator[Check]:
@@ -74,8 +76,8 @@ def _one(name: str, config: Config, device: torch.device) -> Iterator[Check]:
     expected = _loss(reference, batch, bf16=False)
     method = build_seeded_method(config, device).train()
     there = moved(batch, device)
-    found = _loss(method, there, bf16=True)
-    yield at_most(f"{name}: bf16 loss on {device.type} against fp32 on the CPU", abs(found - expected) / abs(expected), _LOSS)
+    loss = _loss(method, there, bf16=True)
+    yield at_most(f"{name}: bf16 loss on {device.type} against fp32 on the CPU", abs(loss - expected) / abs(expected), _LOSS)
     engine, waits = _engine(method, config, device), 0
     for number in range(3):
         with _counted_waits(device, watch=number == 2) as seen:

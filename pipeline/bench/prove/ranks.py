@@ -1,4 +1,4 @@
-"""Whether several ranks train like one, in every ZeRO stage, and how fast they exchange gradients."""
+"""Compares two ranks with one in every ZeRO stage, and measures the bandwidth of an all-reduce."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import torch.multiprocessing as mp
 
 from pipeline.bench.plain import Plain, Size, batch_of
 from pipeline.bench.prove.batches import moved
-from pipeline.bench.prove.stage import Check, Place, at_most
+from pipeline.bench.prove.stage import Check, Setup, at_most
 from pipeline.data.augment.views import Batch
 from pipeline.methods.base import Step
 from pipeline.training.engine import Engine, EngineOptions
@@ -25,13 +25,13 @@ _APART = 1e-5  # relative, of all weights together after three steps
 _STEP = Step(lr=1e-3, last_layer_lr=1e-3, momentum=0.9)
 
 
-def checks(place: Place) -> Iterator[Check]:
+def checks(setup: Setup) -> Iterator[Check]:
     """Two ranks against one in each stage, and the bandwidth of an all-reduce."""
-    if place.device == "cuda" and torch.cuda.device_count() < 2:
+    if setup.device == "cuda" and torch.cuda.device_count() < 2:
         yield Check("two ranks", "one device only")
         return
-    size = Size(width=32, depth=2, samples=8) if place.toy else Size(width=1024, depth=8, samples=64)
-    alone, both = (_train(place, size, world, stages) for world, stages in ((1, (0,)), (2, _STAGES)))
+    size = Size(width=32, depth=2, samples=8) if setup.toy else Size(width=1024, depth=8, samples=64)
+    alone, both = (_train(setup, size, world, stages) for world, stages in ((1, (0,)), (2, _STAGES)))
     for stage in _STAGES:
         weights = both[f"weights {stage}"]
         apart = float((weights - alone["weights 0"]).norm() / weights.norm())
@@ -39,12 +39,12 @@ def checks(place: Place) -> Iterator[Check]:
     yield Check("all-reduce over two ranks, GB/s", f"{float(both['bandwidth']):.3g}")
 
 
-def _train(place: Place, size: Size, world: int, stages: tuple[int, ...]) -> dict[str, torch.Tensor]:
+def _train(setup: Setup, size: Size, world: int, stages: tuple[int, ...]) -> dict[str, torch.Tensor]:
     """Weights after three steps in each stage, and the bandwidth."""
-    with tempfile.TemporaryDirectory(dir=place.folder) as folder:
-        mp.spawn(_rank, args=(world, stages, size, place.device, folder), nprocs=world)
-        found: dict[str, torch.Tensor] = torch.load(Path(folder) / "found.pt", weights_only=True)
-        return found
+    with tempfile.TemporaryDirectory(dir=setup.folder) as folder:
+        mp.spawn(_rank, args=(world, stages, size, setup.device, folder), nprocs=world)
+        results: dict[str, torch.Tensor] = torch.load(Path(folder) / "results.pt", weights_only=True)
+        return results
 
 
 def _rank(rank: int, world: int, stages: tuple[int, ...], size: Size, kind: str, folder: str) -> None:
@@ -56,10 +56,10 @@ def _rank(rank: int, world: int, stages: tuple[int, ...], size: Size, kind: str,
         torch.set_num_threads(1)
     backend = "cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo"
     dist.init_process_group(backend, init_method=f"file://{folder}/meet", rank=rank, world_size=world)
-    found = {f"weights {stage}": _trained(stage, size, device) for stage in stages}
-    found["bandwidth"] = _bandwidth(1 << (16 if kind == "cpu" else 28), device)
+    results = {f"weights {stage}": _trained(stage, size, device) for stage in stages}
+    results["bandwidth"] = _bandwidth(1 << (16 if kind == "cpu" else 28), device)
     if rank == 0:
-        torch.save(found, Path(folder) / "found.pt")
+        torch.save(results, Path(folder) / "results.pt")
     dist.destroy_process_group()
 
 

@@ -1,4 +1,4 @@
-"""Whether a run that is killed ends as if it had not been: ``fovea train``, SIGKILL, the same command again, bit for bit."""
+"""Compares a run that was killed with SIGKILL and resumed with an undisturbed one, bit for bit."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from pipeline.bench.prove.stage import Check, Place
+from pipeline.bench.prove.stage import Check, Setup
 from pipeline.data.pack import synthetic
 from pipeline.runtime.interpreter import alone_environment, module_command
 
@@ -35,42 +35,42 @@ launch: {{num_processes: 1}}
 _LIMIT = 900.0  # seconds until a run that should reach its kill is given up
 
 
-def checks(place: Place) -> Iterator[Check]:
+def checks(setup: Setup) -> Iterator[Check]:
     """An undisturbed run and a killed and resumed one: crops, losses and weights."""
-    steps = 12 if place.toy else 30
-    sizes = {"size": 32, "local": 16, "width": 32, "depth": 1, "batch": 16} if place.toy else {}
-    config = place.folder / "prove.yaml"
+    steps = 12 if setup.toy else 30
+    sizes = {"size": 32, "local": 16, "width": 32, "depth": 1, "batch": 16} if setup.toy else {}
+    config = setup.folder / "prove.yaml"
     sizes = sizes or {"size": 224, "local": 96, "width": 384, "depth": 12, "batch": 32}
     config.write_text(_TOY.format(steps=steps, every=steps // 3, **sizes))
     synthetic.write(
-        place.folder / "data", train=sizes["batch"] * 8, val=8, size=max(sizes["size"], 64), seed=2, samples_per_shard=32
+        setup.folder / "data", train=sizes["batch"] * 8, val=8, size=max(sizes["size"], 64), seed=2, samples_per_shard=32
     )
-    whole, killed = place.folder / "whole", place.folder / "killed"
+    undisturbed, killed = setup.folder / "whole", setup.folder / "killed"
     began = time.perf_counter()
-    done = _start(config, whole, place).wait()
+    done = _start(config, undisturbed, setup).wait()
     yield Check("an undisturbed run", f"code {done}, {time.perf_counter() - began:.0f} s", "code 0", done == 0)
-    process = _start(config, killed, place)
+    process = _start(config, killed, setup)
     reached = _reach(process, killed, 2 * steps // 3)
     process.send_signal(signal.SIGKILL)
     process.wait()
     yield Check(f"killed after step {2 * steps // 3}", "killed" if reached else "did not get there", "killed", reached)
-    done = _start(config, killed, place).wait()
+    done = _start(config, killed, setup).wait()
     yield Check("the same command again", f"code {done}", "code 0", done == 0)
-    ours, theirs = _recorded(killed), _recorded(whole)
+    ours, theirs = _recorded(killed), _recorded(undisturbed)
     differing = [step for step in theirs if ours.get(step) != theirs[step]]
-    told = "the same" if not differing else f"the first that differs is {differing[0]}"
-    yield Check(f"crops and losses of {len(theirs)} steps", told, "the same", not differing and len(theirs) == steps)
-    same = (found := _weights(killed, steps)) == _weights(whole, steps) and bool(found)
+    message = "the same" if not differing else f"the first that differs is {differing[0]}"
+    yield Check(f"crops and losses of {len(theirs)} steps", message, "the same", not differing and len(theirs) == steps)
+    same = (ours_at_end := _weights(killed, steps)) == _weights(undisturbed, steps) and bool(ours_at_end)
     yield Check("weights, moments and teacher at the end", "the same bits" if same else "others", "the same bits", same)
 
 
-def _start(config: Path, directory: Path, place: Place) -> subprocess.Popen[bytes]:
-    words = ["train", str(config), f"run.directory={json.dumps(str(directory))}"]
-    words += [f"data.shards={json.dumps(str(place.folder / 'data' / '*train-*.tar'))}"]
-    environment = alone_environment() | ({"CUDA_VISIBLE_DEVICES": ""} if place.device == "cpu" else {})
-    with (place.folder / f"{directory.name}.log").open("ab") as log:
+def _start(config: Path, directory: Path, setup: Setup) -> subprocess.Popen[bytes]:
+    arguments = ["train", str(config), f"run.directory={json.dumps(str(directory))}"]
+    arguments += [f"data.shards={json.dumps(str(setup.folder / 'data' / '*train-*.tar'))}"]
+    environment = alone_environment() | ({"CUDA_VISIBLE_DEVICES": ""} if setup.device == "cpu" else {})
+    with (setup.folder / f"{directory.name}.log").open("ab") as log:
         return subprocess.Popen(
-            module_command("launch.cli.main", *words), env=environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log
+            module_command("launch.cli.main", *arguments), env=environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log
         )
 
 

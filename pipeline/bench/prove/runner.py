@@ -1,4 +1,4 @@
-"""Runs the stages, each in a process of its own; writes the result after each, so that a proof can be taken up again."""
+"""Runs the stages, each in a process of its own, and writes the results after each of them."""
 
 from __future__ import annotations
 
@@ -17,25 +17,25 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from pipeline.bench.prove.stage import STAGES, Check, Place, Stage
+from pipeline.bench.prove.stage import STAGES, Check, Setup, Stage
 from pipeline.bench.report import write
 from pipeline.masking import printable
 from pipeline.runtime.interpreter import alone_environment, module_command
 from pipeline.untrusted import parse_json
 
-_LIMIT = 900.0  # seconds for one stage; on a GPU all ten take about as many
-_MARK = "\x1efovea-prove "  # before each row on a stage's standard output, among whatever libraries print there
+_LIMIT = 900.0  # seconds for one stage
+_MARK = "\x1efovea-prove "  # precedes each result on standard output, where libraries print too
 
 
 @dataclass
 class Outcome:
-    """What became of one stage.
+    """Result of one stage.
 
     Attributes:
         stage: its name.
         seconds: wall time of its process.
         checks: its rows.
-        error: why it ended early; empty if it did not.
+        error: why it ended early, or empty.
     """
 
     stage: str
@@ -45,40 +45,40 @@ class Outcome:
 
     @property
     def ok(self) -> bool:
-        """Whether it ended by itself and no row failed."""
+        """Whether it ended by itself and no check failed."""
         return not self.error and not any(check.ok is False for check in self.checks)
 
 
 def run(
-    place: Place, stages: Sequence[str], *, show: Callable[[str, float, Check], None], limit: float = _LIMIT
+    setup: Setup, stages: Sequence[str], *, show: Callable[[str, float, Check], None], limit: float = _LIMIT
 ) -> Iterator[Outcome]:
     """Run stages one after the other; a failure does not end the others.
 
     Args:
-        place: where; each stage gets a folder of its own below ``place.folder``.
+        setup: device and size; each stage gets a directory of its own below ``setup.folder``.
         stages: names, of :data:`STAGES`.
-        show: called with the stage, its seconds so far and each row as soon as it is known.
-        limit: seconds after which a stage is given up.
+        show: called with the stage, its elapsed seconds and each result.
+        limit: time limit of a stage, seconds.
     """
     for name in stages:
-        yield _stage(place, name, show, limit)
+        yield _stage(setup, name, show, limit)
 
 
-def _stage(place: Place, name: str, show: Callable[[str, float, Check], None], limit: float) -> Outcome:
+def _stage(setup: Setup, name: str, show: Callable[[str, float, Check], None], limit: float) -> Outcome:
     outcome, began = Outcome(name), time.perf_counter()
-    place.folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=place.folder, prefix=f"{name}-") as folder:
-        given = {
-            "device": place.device,
-            "toy": place.toy,
+    setup.folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=setup.folder, prefix=f"{name}-") as folder:
+        options = {
+            "device": setup.device,
+            "toy": setup.toy,
             "folder": folder,
-            "photos": str(place.photos) if place.photos else None,
+            "photos": str(setup.photos) if setup.photos else None,
         }
-        environment = alone_environment() | ({"CUDA_VISIBLE_DEVICES": ""} if place.device == "cpu" else {})
-        log = place.folder / f"{name}.log"
+        environment = alone_environment() | ({"CUDA_VISIBLE_DEVICES": ""} if setup.device == "cpu" else {})
+        log = setup.folder / f"{name}.log"
         with log.open("wb") as errors:
             process = subprocess.Popen(
-                module_command("pipeline.bench.prove.runner", name, json.dumps(given)),
+                module_command("pipeline.bench.prove.runner", name, json.dumps(options)),
                 env=environment,
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.PIPE,
@@ -88,15 +88,15 @@ def _stage(place: Place, name: str, show: Callable[[str, float, Check], None], l
             )
             with _ended_after(process, limit):
                 for line in process.stdout or ():
-                    _, found, text = line.partition(_MARK)
-                    if found:
+                    _, marked, text = line.partition(_MARK)
+                    if marked:
                         check = Check(**parse_json(text))
                         outcome.checks.append(check)
                         show(name, time.perf_counter() - began, check)
             code = process.wait()
         outcome.seconds = time.perf_counter() - began
         if outcome.seconds >= limit:
-            outcome.error = f"not done after {limit:.0f} s"
+            outcome.error = f"not finished after {limit:.0f} s"
         elif code:
             lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
             outcome.error = f"code {code}: {printable(lines[-1] if lines else 'no message')[:300]} (see {log})"
@@ -105,7 +105,7 @@ def _stage(place: Place, name: str, show: Callable[[str, float, Check], None], l
 
 @contextlib.contextmanager
 def _ended_after(process: subprocess.Popen[str], seconds: float) -> Iterator[None]:
-    """Ends the stage and what it started when the time is up, or when this block is left otherwise."""
+    """Kill the stage and the processes it started after a time limit, or if an exception leaves the block."""
 
     def end() -> None:
         with contextlib.suppress(ProcessLookupError):
@@ -123,19 +123,19 @@ def _ended_after(process: subprocess.Popen[str], seconds: float) -> Iterator[Non
         timer.cancel()
 
 
-def save(stem: Path, outcomes: Sequence[Outcome], place: Place, command: str) -> str:
-    """Write the result as JSON and Markdown beside each other; returns the page."""
-    document = {"device": place.device, "toy": place.toy, "stages": [asdict(one) for one in outcomes]}
-    return write(stem, command, lambda machine, _: markdown(outcomes, place, machine, command), document)
+def save(stem: Path, outcomes: Sequence[Outcome], setup: Setup, command: str) -> str:
+    """Write the results as JSON and Markdown; returns the page."""
+    document = {"device": setup.device, "toy": setup.toy, "stages": [asdict(one) for one in outcomes]}
+    return write(stem, command, lambda machine, _: markdown(outcomes, setup, machine, command), document)
 
 
-def saved(stem: Path, place: Place) -> list[Outcome]:
+def saved(stem: Path, setup: Setup) -> list[Outcome]:
     """Read an earlier result of the same device and size; empty if there is none."""
     file = stem.with_name(f"{stem.name}.json")
     if not file.exists():
         return []
     document = parse_json(file.read_text())
-    if (document.get("device"), document.get("toy")) != (place.device, place.toy):
+    if (document.get("device"), document.get("toy")) != (setup.device, setup.toy):
         return []
     return [
         Outcome(one["stage"], one["seconds"], [Check(**check) for check in one["checks"]], one["error"])
@@ -143,10 +143,10 @@ def saved(stem: Path, place: Place) -> list[Outcome]:
     ]
 
 
-def markdown(outcomes: Sequence[Outcome], place: Place, machine: dict[str, str], command: str) -> str:
+def markdown(outcomes: Sequence[Outcome], setup: Setup, machine: dict[str, str], command: str) -> str:
     """Render the page."""
-    size = "toy size, which shows that everything runs and nothing about speed" if place.toy else "full size"
-    lines = [f"# Proof on {place.device}, {size}", "", f"`{command}`", "", *(f"- {n}: {v}" for n, v in machine.items()), ""]
+    size = "toy size: speeds mean nothing" if setup.toy else "full size"
+    lines = [f"# Proof on {setup.device}, {size}", "", f"`{command}`", "", *(f"- {n}: {v}" for n, v in machine.items()), ""]
     lines += ["| stage | result | s | rows | failed |", "|---|---|---:|---:|---:|"]
     for one in outcomes:
         failed = sum(check.ok is False for check in one.checks)
@@ -155,7 +155,7 @@ def markdown(outcomes: Sequence[Outcome], place: Place, machine: dict[str, str],
         lines += ["", f"## {one.stage}", ""]
         if one.error:
             lines += [f"Ended early: {_cell(one.error)}", ""]
-        lines += ["| | found | wanted | |", "|---|---|---|---|"]
+        lines += ["| check | result | required | |", "|---|---|---|---|"]
         for check in one.checks:
             result = {True: "ok", False: "**FAILED**", None: ""}[check.ok]
             lines.append(f"| {_cell(check.name)} | {_cell(check.figure)} | {_cell(check.bar)} | {result} |")
@@ -166,17 +166,17 @@ def _cell(text: str) -> str:
     return printable(text).replace("|", "\\|").replace("\n", " ")
 
 
-def main(name: str, given: str) -> None:
-    """In a stage's process: print each row as it is found."""
-    words: dict[str, Any] = json.loads(given)
-    photos = Path(words["photos"]) if words["photos"] else None
-    place = Place(words["device"], words["toy"], Path(words["folder"]), photos)
+def main(name: str, document: str) -> None:
+    """Entry of a stage's process: print each result."""
+    options: dict[str, Any] = json.loads(document)
+    photos = Path(options["photos"]) if options["photos"] else None
+    setup = Setup(options["device"], options["toy"], Path(options["folder"]), photos)
     assert name in STAGES
     stage: Stage = importlib.import_module(f"pipeline.bench.prove.{name}")
-    for check in stage.checks(place):
+    for check in stage.checks(setup):
         print(f"\n{_MARK}{json.dumps(asdict(check))}", flush=True)
     sys.stderr.flush()
-    os._exit(0)  # taking down all that is loaded takes seconds
+    os._exit(0)  # interpreter shutdown takes seconds
 
 
 if __name__ == "__main__":

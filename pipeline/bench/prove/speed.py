@@ -1,4 +1,4 @@
-"""How fast DINOv2's step is: ViT-L/16, eager and compiled, in bf16 and with 8-bit products, beside the official step."""
+"""Measures DINOv2's step with ViT-L/16, eager and compiled, beside the official step."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from pipeline.bench import step
-from pipeline.bench.prove.stage import Check, Place, at_least
+from pipeline.bench.prove.stage import Check, Setup, at_least
 from pipeline.config.load import load
 from pipeline.errors import FoveaError
 from pipeline.estimate.flops import counted
@@ -20,10 +20,10 @@ _MFU = 0.35
 _CONFIG = "dinov2/vitl16_short"
 
 
-def checks(place: Place) -> Iterator[Check]:
+def checks(setup: Setup) -> Iterator[Check]:
     """Images per second, MFU and peak memory of each form of a step."""
-    model, batch = ("tiny-16", 2) if place.toy else ("L-16", 64)
-    yield from forms(place, model, batch, prototypes=256 if place.toy else 65536, flops=None if place.toy else _flops())
+    model, batch = ("tiny-16", 2) if setup.toy else ("L-16", 64)
+    yield from forms(setup, model, batch, prototypes=256 if setup.toy else 65536, flops=None if setup.toy else _flops())
 
 
 def _flops() -> float:
@@ -31,20 +31,20 @@ def _flops() -> float:
     return counted(load(_CONFIG, ["data.shards=none-*.tar"]).config)
 
 
-def forms(place: Place, model: str, batch: int, *, prototypes: int, flops: float | None, graphs: bool = False) -> Iterator[Check]:
+def forms(setup: Setup, model: str, batch: int, *, prototypes: int, flops: float | None, graphs: bool = False) -> Iterator[Check]:
     """Measure ours eager and compiled (with CUDA graphs if asked), and the official step if it is installed.
 
     Args:
-        place: where.
+        setup: where.
         model: of the benchmark of DINOv2's step.
         batch: samples of a step.
         prototypes: of the shared head.
         flops: FLOPs of a sample, for MFU.
         graphs: whether compiled blocks are replayed as CUDA graphs.
     """
-    on_gpu = place.device == "cuda"
-    sizes: dict[str, Any] = {"prototypes": prototypes, "rounds": 2 if place.toy else 5}
-    forms: dict[str, Any] = {"compiled": on_gpu, "graphs": graphs and on_gpu, "device": place.device, "bf16": on_gpu}
+    on_gpu = setup.device == "cuda"
+    sizes: dict[str, Any] = {"prototypes": prototypes, "rounds": 2 if setup.toy else 5}
+    forms: dict[str, Any] = {"compiled": on_gpu, "graphs": graphs and on_gpu, "device": setup.device, "bf16": on_gpu}
     options = step.Options("dinov2", model, batch, **sizes, **forms)
     try:
         result = step.measure(options)
@@ -53,9 +53,9 @@ def forms(place: Place, model: str, batch: int, *, prototypes: int, flops: float
         return
     finally:
         gc.collect()
-        if place.device == "cuda":
+        if setup.device == "cuda":
             torch.cuda.empty_cache()
-    peak = peak_tflops(torch.cuda.get_device_name(), "bf16") if place.device == "cuda" else None
+    peak = peak_tflops(torch.cuda.get_device_name(), "bf16") if setup.device == "cuda" else None
     for name, case in result.cases.items():
         rate = batch / case.best
         shown = f"{rate:.4g} images/s, peak {case.peak / 2**30:.2f} GiB"
@@ -64,7 +64,7 @@ def forms(place: Place, model: str, batch: int, *, prototypes: int, flops: float
             yield Check(f"ViT-{model}, {name}", f"{shown}, MFU {mfu:.1%}", f"MFU ≥ {_MFU:.0%}", mfu >= _MFU or name == step.OURS)
         else:
             yield Check(f"ViT-{model}, {name}", shown)
-    if result.baseline and place.device == "cuda":
+    if result.baseline and setup.device == "cuda":
         ours = min(case.best for name, case in result.cases.items() if name != result.baseline)
         ratio = result.cases[result.baseline].best / ours
         yield at_least(f"ViT-{model}: speed relative to the official step", ratio, _OFFICIAL)

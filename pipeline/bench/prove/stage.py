@@ -1,4 +1,4 @@
-"""What a stage of the proof is given, and what it finds."""
+"""Types of a stage of the proof: its input and its result."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ class Check:
     """One row of the result.
 
     Attributes:
-        name: what was checked or measured.
-        figure: what was found.
-        bar: what it had to be; empty if it is only measured.
-        ok: whether it is so; ``None`` if it is only measured, or could not be on this machine.
+        name: name of the check or measurement.
+        figure: the result.
+        bar: the requirement; empty for a measurement.
+        ok: whether the requirement is met; ``None`` for a measurement, or if this machine cannot check it.
     """
 
     name: str
@@ -28,25 +28,25 @@ class Check:
     ok: bool | None = None
 
 
-def at_most(name: str, found: float, most: float, unit: str = "") -> Check:
-    """A number that must not be larger; NaN is."""
-    return Check(name, f"{found:.3g}{unit}", f"≤ {most:g}{unit}", found <= most)
+def at_most(name: str, value: float, most: float, unit: str = "") -> Check:
+    """Check that a number is not larger than a limit; NaN fails."""
+    return Check(name, f"{value:.3g}{unit}", f"≤ {most:g}{unit}", value <= most)
 
 
-def at_least(name: str, found: float, least: float, unit: str = "") -> Check:
-    """A number that must not be smaller."""
-    return Check(name, f"{found:.3g}{unit}", f"≥ {least:g}{unit}", found >= least)
+def at_least(name: str, value: float, least: float, unit: str = "") -> Check:
+    """Check that a number is not smaller than a limit; NaN fails."""
+    return Check(name, f"{value:.3g}{unit}", f"≥ {least:g}{unit}", value >= least)
 
 
 @dataclass(frozen=True)
-class Place:
-    """Where the proof runs.
+class Setup:
+    """Device and size of the checks.
 
     Attributes:
         device: ``cpu`` or ``cuda``.
-        toy: sizes for a CPU in seconds instead of those of a GPU in minutes.
-        folder: for files of the stage; empty.
-        photos: folder of photographs, or ``None`` for drawn scenes.
+        toy: whether sizes are small enough for a CPU.
+        folder: empty directory for the stage's files.
+        photos: directory of photographs, or ``None`` for synthetic scenes.
     """
 
     device: Literal["cpu", "cuda"]
@@ -56,7 +56,7 @@ class Place:
 
     @property
     def device_id(self) -> int | None:
-        """Number of the last CUDA device, where a thread that works on the first one shows; ``None`` on a CPU."""
+        """Number of the last CUDA device, so that work on the first one by mistake is detected; ``None`` on a CPU."""
         if self.device == "cpu":
             return None
         import torch
@@ -67,5 +67,5 @@ class Place:
 class Stage(Protocol):
     """A module of a stage."""
 
-    def checks(self, place: Place) -> Iterator[Check]:
-        """Yield each result as soon as it is known."""
+    def checks(self, setup: Setup) -> Iterator[Check]:
+        """Yield each result as soon as it is available."""

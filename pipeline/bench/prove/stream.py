@@ -1,4 +1,4 @@
-"""Whether batches are right beside a busy device: the stream of training, beside matrix products, against the CPU's."""
+"""Compares the batches of the training stream, made beside matrix products on the same device, with the CPU's."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from collections.abc import Iterator
 import torch
 
 from pipeline.bench.data import Options, prepare
-from pipeline.bench.prove.stage import Check, Place, at_most
+from pipeline.bench.prove.stage import Check, Setup, at_most
 from pipeline.data.augment.operators import Augment
 from pipeline.data.augment.views import ViewSpec
 from pipeline.data.index.manifest import Manifest
@@ -30,12 +30,12 @@ def views(*, toy: bool) -> tuple[ViewSpec, ...]:
     return tuple(ViewSpec(name, count, size, (0.1, 1.0), augment=(augment,)) for name, (count, size) in counts.items())
 
 
-def checks(place: Place) -> Iterator[Check]:
+def checks(setup: Setup) -> Iterator[Check]:
     """Every view of every step against the CPU's, and images per second."""
-    steps, batch = (3, 4) if place.toy else (20, 64)
-    manifest, about = prepare(Options(photos=place.photos, images=max(steps * batch, 64), batch=batch), place.folder)
+    steps, batch = (3, 4) if setup.toy else (20, 64)
+    manifest, about = prepare(Options(photos=setup.photos, images=max(steps * batch, 64), batch=batch), setup.folder)
     yield Check("images", about)
-    number = place.device_id
+    number = setup.device_id
     device = torch.device("cpu") if number is None else torch.device("cuda", number)
     if number is not None:
         torch.cuda.set_device(number)
@@ -45,7 +45,7 @@ def checks(place: Place) -> Iterator[Check]:
     began = time.perf_counter()
     sums: list[dict[str, torch.Tensor]] = []
     images = 0
-    for _, (micro,) in _stream(manifest, place, device, batch, steps):
+    for _, (micro,) in _stream(manifest, setup, device, batch, steps):
         sums.append({name: torch.stack([_digest(view) for view in group]) for name, group in micro.views.items()})
         images += len(micro.keys)
     seconds = time.perf_counter() - began
@@ -53,7 +53,7 @@ def checks(place: Place) -> Iterator[Check]:
     busy.join()
     yield Check("images per second beside the products", f"{images / seconds:.0f}")
     worst: dict[str, float] = {}
-    for ours, (_, (micro,)) in zip(sums, _stream(manifest, place, torch.device("cpu"), batch, steps), strict=True):
+    for ours, (_, (micro,)) in zip(sums, _stream(manifest, setup, torch.device("cpu"), batch, steps), strict=True):
         for name, group in micro.views.items():
             theirs = torch.stack([_digest(view) for view in group])
             worst[name] = max(worst.get(name, 0.0), float((ours[name].cpu() - theirs).abs().max()))
@@ -62,19 +62,19 @@ def checks(place: Place) -> Iterator[Check]:
 
 
 def _digest(view: torch.Tensor) -> torch.Tensor:
-    """Means of the quarters of each channel of each image: a crop, flip or colour that is another one shows."""
+    """Means of the quarters of each channel of each image; they differ if crop, flip or colour differ."""
     return torch.nn.functional.adaptive_avg_pool2d(view.float(), 2)
 
 
-def _stream(manifest: Manifest, place: Place, device: torch.device, batch: int, steps: int) -> BatchStream:
+def _stream(manifest: Manifest, setup: Setup, device: torch.device, batch: int, steps: int) -> BatchStream:
     order = Order(manifest.sizes, 0, batch)
-    dataset = StepDataset(Reader(manifest, wants=("image",)), order, views(toy=place.toy), seed=0, world=1, rank=0)
-    options = StreamOptions(micro_batch=batch, workers=0 if place.toy else 2, threads=2)
+    dataset = StepDataset(Reader(manifest, wants=("image",)), order, views(toy=setup.toy), seed=0, world=1, rank=0)
+    options = StreamOptions(micro_batch=batch, workers=0 if setup.toy else 2, threads=2)
     return BatchStream(dataset, device=device, options=options, bad_samples=BadSamples(None), first=0, last=steps)
 
 
 def _multiply(device: torch.device, stop: threading.Event) -> None:
-    """Keeps the default stream of the device busy, as training does."""
+    """Keep the default stream of the device busy, as training does."""
     if device.type == "cuda":
         torch.cuda.set_device(device)
     a = torch.randn(*((64, 64) if device.type == "cpu" else (4096, 4096)), device=device)
