@@ -20,6 +20,7 @@ from typing import Any
 from unittest import mock
 
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
+START = "forkserver"
 TIMEOUT, GRACE = 1200.0, 30.0  # seconds; a busy machine is many times slower, so they only catch what hangs
 
 
@@ -49,7 +50,7 @@ class Pool:
     """
 
     def __init__(self, size: int) -> None:
-        context = multiprocessing.get_context("forkserver")
+        context = multiprocessing.get_context(START)
         context.set_forkserver_preload(["pipeline.training.engine"])  # loaded once, for the ranks of all pools
         self._folder = tempfile.TemporaryDirectory()
         self._pipes: list[Connection] = []
