@@ -28,9 +28,7 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0, help="seed of the drawing")
     parser.add_argument("--jobs", type=int, default=1, metavar="N", help="mutants at a time")
     parser.add_argument("--only", default="", metavar="TEXT", help="only mutants whose function or line contains this")
-    parser.add_argument(
-        "--limit", type=float, default=30.0, metavar="S", help="seconds of a mutant beside 10 times its tests' (30)"
-    )
+    parser.add_argument("--limit", type=float, default=10.0, metavar="S", help="seconds of a test beside ten times its own (10)")
     parser.add_argument("--equivalents", type=Path, default=FILE, metavar="FILE", help="list of equivalent mutants")
     parser.add_argument("--slow", action="store_true", help="with the tests marked slow")
     parser.add_argument("--score", type=float, default=0.9, help="least fraction to be killed of those not equivalent")

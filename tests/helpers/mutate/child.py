@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import faulthandler
 import importlib.util
 import json
 import linecache
@@ -66,9 +67,10 @@ class _Finder:
 
 @dataclass
 class Baseline:
-    """What the unchanged tests do: per test the seconds, and lines of the file it executes; tests that fail; modules loaded."""
+    """What the unchanged tests do: per test its seconds, those of its shared fixtures, and lines of the file; and more."""
 
     seconds: dict[str, float] = field(default_factory=dict)
+    setup: dict[str, float] = field(default_factory=dict)
     lines: dict[str, list[int]] = field(default_factory=dict)
     failed: list[str] = field(default_factory=list)
     modules: list[str] = field(default_factory=list)
@@ -80,7 +82,7 @@ class Recorder:
     def __init__(self, path: Path, report: Path) -> None:
         self.path, self.report, self.baseline = str(path), report, Baseline()
         self.lines: set[int] = set()
-        self.shared: dict[str, set[int]] = {}
+        self.shared: dict[str, tuple[set[int], float]] = {}
 
     def _trace(self, frame: FrameType, event: str, argument: object) -> Any:
         if frame.f_code.co_filename != self.path:
@@ -94,10 +96,11 @@ class Recorder:
 
     @pytest.hookimpl(hookwrapper=True)
     def pytest_fixture_setup(self, fixturedef: pytest.FixtureDef[Any]) -> Iterator[None]:
-        before, self.lines = self.lines, set()
+        before, self.lines, began = self.lines, set(), time.perf_counter()
         yield
         if fixturedef.scope != "function":
-            self.shared.setdefault(fixturedef.argname, set()).update(self.lines)
+            lines, seconds = self.shared.get(fixturedef.argname, (set(), 0.0))
+            self.shared[fixturedef.argname] = lines | self.lines, max(seconds, time.perf_counter() - began)
         self.lines |= before
 
     @pytest.hookimpl(hookwrapper=True)
@@ -109,8 +112,9 @@ class Recorder:
         yield
         sys.settrace(None)
         self.baseline.seconds[item.nodeid] = time.perf_counter() - began
-        shared = [self.shared.get(name, set()) for name in getattr(item, "fixturenames", ())]
-        self.baseline.lines[item.nodeid] = sorted(self.lines.union(*shared))
+        shared = [self.shared[name] for name in getattr(item, "fixturenames", ()) if name in self.shared]
+        self.baseline.lines[item.nodeid] = sorted(self.lines.union(*(lines for lines, _ in shared)))
+        self.baseline.setup[item.nodeid] = sum(seconds for _, seconds in shared)
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         if report.failed:
@@ -121,20 +125,29 @@ class Recorder:
 
 
 class Chosen:
-    """Runs tests in a given order; ``rest`` runs those instead that are not in it."""
+    """Runs tests in a given order; ``rest`` runs those instead that are not in it. Ends the process when a test hangs."""
 
-    def __init__(self, order: list[str], skipped: list[str], rest: bool, report: Path) -> None:
+    def __init__(self, order: list[str], skipped: list[str], rest: bool, limits: dict[str, float], limit: float) -> None:
         self.order = {test: number for number, test in enumerate(order)}
-        self.skipped, self.rest, self.report = set(skipped), rest, report
+        self.skipped, self.rest, self.limits, self.limit, self.report = set(skipped), rest, limits, limit, Path()
 
     @pytest.hookimpl(trylast=True)
     def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
         items[:] = [one for one in items if (one.nodeid in self.order) != self.rest and one.nodeid not in self.skipped]
         items.sort(key=lambda one: self.order.get(one.nodeid, 0))
 
+    @pytest.hookimpl(hookwrapper=True)
+    def pytest_runtest_protocol(self, item: pytest.Item) -> Iterator[None]:
+        self.report.write_text("time limit")
+        faulthandler.dump_traceback_later(self.limits.get(item.nodeid, self.limit), exit=True, file=sys.__stderr__)
+        self.failed = ""
+        yield
+        faulthandler.cancel_dump_traceback_later()
+        self.report.write_text(self.failed)
+
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         if report.failed:
-            self.report.write_text(report.nodeid)
+            self.failed = report.nodeid
 
 
 @dataclass

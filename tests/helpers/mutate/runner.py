@@ -53,9 +53,8 @@ class Result:
 
 
 def tests_of(path: Path) -> list[str]:
-    """Test files of a module: ``tests/<path>/test_<name>*.py``, and those that import it, or from its package what it defines.
-
-    Where there are none, all of ``tests/<path>``.
+    """Test files of a module: ``tests/<path>/test_<name>*.py``, and those beside it that import it, or from its package what it
+    defines. Where there are none, test files elsewhere that do; where there are none either, all of ``tests/<path>``.
     """
     parts = path.relative_to(ROOT).parts
     mirror = ROOT.joinpath("tests", *(parts[1:-1] if parts[0] == "pipeline" else parts[:-1]))
@@ -65,9 +64,9 @@ def tests_of(path: Path) -> list[str]:
         names |= {
             f"{module_of(package)}.{name.rpartition('.')[2]}" for name in _imported(package) if name.startswith(f"{module}.")
         }
-    chosen = set(mirror.glob(f"test_{path.stem}*.py"))
-    chosen |= {file for file in (ROOT / "tests").rglob("test_*.py") if not names.isdisjoint(_imported(file))}
-    return sorted(str(file.relative_to(ROOT)) for file in chosen or mirror.glob("test_*.py"))
+    importers = {file for file in (ROOT / "tests").rglob("test_*.py") if not names.isdisjoint(_imported(file))}
+    beside = {*mirror.glob(f"test_{path.stem}*.py"), *(file for file in importers if file.parent == mirror)}
+    return sorted(str(file.relative_to(ROOT)) for file in beside or importers or mirror.glob("test_*.py"))
 
 
 def _imported(file: Path) -> Iterator[str]:
@@ -148,8 +147,9 @@ class _Attempt:
         rest = self.stages.pop(0)
         seconds = sum(self.baseline.seconds.values() if rest else (self.baseline.seconds[test] for test in self.order))
         files = self.files if rest else _files_of(self.order)
-        plugin = Chosen(self.order, self.baseline.failed, rest, Path())
-        self.child = Child(self.path, self.mutant.source, files, self.marks, plugin, self.limit + 10 * seconds)
+        limits = {test: self.limit + 10 * (own + self.baseline.setup[test]) for test, own in self.baseline.seconds.items()}
+        plugin = Chosen(self.order, self.baseline.failed, rest, limits, self.limit)
+        self.child = Child(self.path, self.mutant.source, files, self.marks, plugin, 60 + self.limit + 10 * seconds)
         self.child.start()
 
     def outcome(self) -> Outcome | None:
@@ -176,7 +176,7 @@ def mutate(
     seed: int = 0,
     jobs: int = 1,
     only: str = "",
-    limit: float = 30.0,
+    limit: float = 10.0,
     listed: Path = FILE,
     progress: Callable[[Outcome], None] = lambda outcome: None,
 ) -> Result:
@@ -190,7 +190,7 @@ def mutate(
         seed: seed of the drawing.
         jobs: mutants at a time.
         only: only mutants whose scope or line contains this text.
-        limit: seconds that a mutant has beside ten times those of its tests.
+        limit: seconds that a test has beside ten times those it takes.
         listed: file of the equivalent mutants.
         progress: called with each outcome.
 
