@@ -168,3 +168,13 @@ def test_the_list_of_equivalent_mutants_fits_the_sources() -> None:
     listed = tomllib.loads((ROOT / "tests/helpers/mutate/equivalent.toml").read_text(encoding="utf-8")).get("equivalent", [])
     for file in {entry["file"] for entry in listed}:
         assert equivalents(file).unmatched(mutants((ROOT / file).read_text(encoding="utf-8"))) == []
+
+
+def test_only_survivors_run_again(tmp_path: Path) -> None:
+    run(tmp_path, "--only", "x < LOW")
+    (tmp_path / "report").rename(tmp_path / "earlier")
+    (tmp_path / "test_more.py").write_text(
+        "import small\n\ndef test_more():\n    small.LOW = 0.0\n    assert str(small.clamped(0)) == '0'\n"
+    )
+    _, result = run(tmp_path, "--only", "x < LOW", "--tests", "test_more.py", "--again", "earlier")
+    assert [outcome["by"] for outcome in result["outcomes"]] == ["test_more.py::test_more", "test_small.py::test_clamped"]

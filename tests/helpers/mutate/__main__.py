@@ -12,7 +12,7 @@ os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 from tests.helpers.mutate.child import ROOT
 from tests.helpers.mutate.equivalents import FILE
-from tests.helpers.mutate.runner import Outcome, Result, mutate, to_json
+from tests.helpers.mutate.runner import Outcome, Result, from_json, mutate, to_json
 
 
 def main() -> int:
@@ -33,6 +33,7 @@ def main() -> int:
     parser.add_argument("--slow", action="store_true", help="with the tests marked slow")
     parser.add_argument("--score", type=float, default=0.9, help="least fraction to be killed of those not equivalent")
     parser.add_argument("--json", type=Path, metavar="FILE", help="appends one line with all outcomes for each file")
+    parser.add_argument("--again", type=Path, metavar="FILE", help="only survivors of an earlier --json run; add up")
     parser.add_argument("--verbose", action="store_true", help="print each mutant, not only survivors")
     options = parser.parse_args()
     results = []
@@ -59,6 +60,7 @@ def main() -> int:
                 only=options.only,
                 limit=options.limit,
                 listed=options.equivalents,
+                earlier=from_json(options.again, file) if options.again else None,
                 progress=progress,
             )
         except (OSError, ValueError) as error:

@@ -204,7 +204,7 @@ class _Walk:
                 yield from ((repr(node.value + by), "") for by in (1, -1))
         elif isinstance(node, ast.Slice):
             for name in ("lower", "upper", "step"):
-                if getattr(node, name) is not None:
+                if getattr(node, name) is not None and ast.unparse(getattr(node, name)) != "0":
                     yield ast.unparse(_changed(node, **{name: None})), ""
         elif isinstance(node, ast.Call):
             if isinstance(node.func, ast.Name) and node.func.id in CALLS:

@@ -155,8 +155,7 @@ class _Attempt:
     def outcome(self) -> Outcome | None:
         """What the process that ended shows; None: the other tests are still to run."""
         code, failed = self.child.code, self.child.report()
-        mutant = self.mutant
-        fixed = (mutant.line, mutant.scope, mutant.text, mutant.change)
+        fixed = (self.mutant.line, *self.mutant.key)
         if code in (0, 5):  # 5: none of these tests exists
             return None if self.stages else Outcome(*fixed, "survived")
         by = "time limit" if code is None else failed or ("import" if code > 0 else f"signal {-code}")
@@ -178,6 +177,7 @@ def mutate(
     only: str = "",
     limit: float = 10.0,
     listed: Path = FILE,
+    earlier: Result | None = None,
     progress: Callable[[Outcome], None] = lambda outcome: None,
 ) -> Result:
     """Runs the mutants of a file.
@@ -192,6 +192,7 @@ def mutate(
         only: only mutants whose scope or line contains this text.
         limit: seconds that a test has beside ten times those it takes.
         listed: file of the equivalent mutants.
+        earlier: an earlier result; mutants killed there count as killed, so only its survivors run again.
         progress: called with each outcome.
 
     Raises:
@@ -216,10 +217,13 @@ def mutate(
         outcomes.append(outcome)
         progress(outcome)
 
+    before = {(one.scope, one.text, one.change): one for one in earlier.outcomes if one.status == "killed"} if earlier else {}
     waiting = []
     for mutant in chosen:
         if reason := known.reason(mutant):
-            ended(Outcome(mutant.line, mutant.scope, mutant.text, mutant.change, "equivalent", reason))
+            ended(Outcome(mutant.line, *mutant.key, "equivalent", reason))
+        elif mutant.key in before:
+            ended(Outcome(mutant.line, *mutant.key, "killed", before[mutant.key].by))
         else:
             waiting.append(mutant)
     waiting.reverse()
@@ -237,8 +241,18 @@ def mutate(
                 running.remove(attempt)
                 ended(outcome)
         time.sleep(0.005)
-    outcomes.sort(key=lambda outcome: outcome.line)
-    return Result(file, len(possible), outcomes, known.unmatched(possible), files, time.monotonic() - began)
+    outcomes.sort(key=lambda outcome: (outcome.line, outcome.text, outcome.change))
+    seconds = time.monotonic() - began + (earlier.seconds if earlier else 0.0)
+    return Result(file, len(possible), outcomes, known.unmatched(possible), files, seconds)
+
+
+def from_json(path: Path, file: str) -> Result | None:
+    """The last result of a file among the lines of :func:`to_json`."""
+    lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    for made in reversed([line for line in lines if line["file"] == file]):
+        del made["score"]
+        return Result(**{**made, "outcomes": [Outcome(**outcome) for outcome in made["outcomes"]]})
+    return None
 
 
 def to_json(result: Result) -> str:
