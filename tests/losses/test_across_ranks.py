@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from pathlib import Path
-
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 
 from pipeline.losses import (
     batch_center,
@@ -20,13 +16,13 @@ from pipeline.losses import (
     sinkhorn,
     sinkhorn_potential,
 )
+from tests.helpers.rank_pool import pool
 from tests.losses.test_koleo import SQUARE
 from tests.losses.test_sinkhorn import WARM, X
 
 
-def _rank(rank: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
+def _rank() -> dict[str, torch.Tensor]:
+    rank = dist.get_rank()
     half, ragged, one_sided = X[2 * rank : 2 * rank + 2], (X[:3], X[3:])[rank], (X, X[:0])[rank]
     out = {
         "half": sinkhorn(half, 0.07),
@@ -52,16 +48,12 @@ def _rank(rank: int, folder: str) -> None:
         out[f"targets_{factor}"] = centered_targets(factor * half, center, 0.07)
         center = moved_center(center, batch_center(factor * half))
     out["center"] = center
-    torch.save(out, f"{folder}/{rank}.pt")
-    dist.barrier()
-    dist.destroy_process_group()
+    return out
 
 
 @pytest.fixture(scope="module")
-def ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[dict[str, torch.Tensor]]]:
-    folder: Path = tmp_path_factory.mktemp("gloo")
-    mp.start_processes(_rank, args=(str(folder),), nprocs=2, start_method="spawn")
-    yield [torch.load(folder / f"{rank}.pt") for rank in range(2)]
+def ranks() -> list[dict[str, torch.Tensor]]:
+    return pool(2).run(_rank)
 
 
 @pytest.mark.parametrize("split", ["half", "ragged", "one_sided"])
