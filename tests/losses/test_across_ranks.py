@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from unittest import mock
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -9,10 +11,15 @@ import torch.distributed as dist
 from pipeline.losses import (
     batch_center,
     centered_targets,
+    clip_loss,
+    gathered,
     global_mean,
     koleo,
     koleo_across_ranks,
+    mean_over_ranks,
     moved_center,
+    nt_xent,
+    siglip_loss,
     sinkhorn,
     sinkhorn_potential,
 )
@@ -97,3 +104,65 @@ def test_neighbours_are_looked_for_on_all_ranks(ranks: list[dict[str, torch.Tens
         assert float(rank["koleo_two"]) == pytest.approx(-0.060233, abs=1e-6)
     assert whole.grad is not None
     torch.testing.assert_close(torch.cat([rank["koleo_slope"] for rank in ranks]), whole.grad)
+
+
+def _alone() -> dict[str, list[torch.Tensor]]:
+    """Losses and gradients among the ranks of a group of this rank alone, and without any ranks."""
+    groups = [dist.new_group([rank]) for rank in range(2)]
+    group, rank = groups[dist.get_rank()], dist.get_rank()
+    generator = torch.Generator().manual_seed(rank)
+    first, second = (torch.randn(3, 4, generator=generator, dtype=torch.float64) for _ in range(2))
+    scale, bias = torch.tensor([[10.0], [-10.0]], dtype=torch.float64)
+
+    def made(group: dist.ProcessGroup | None) -> list[torch.Tensor]:
+        x = first.clone().requires_grad_()
+        terms = [
+            clip_loss(x, second, scale, group=group),
+            siglip_loss(x, second, scale, bias, group=group),
+            nt_xent(x, second, 0.5, group=group),
+            koleo_across_ranks(x, ranks=group),
+            sinkhorn(x.detach(), 0.1, group=group).sum(0),
+            global_mean(first.sum(0), 3, group),
+            batch_center(first, group),
+            mean_over_ranks(first, group),
+        ]
+        sum(terms[:4], torch.zeros(())).backward()
+        assert x.grad is not None
+        return [*(term.detach() for term in terms), x.grad]
+
+    within = made(group)
+    with mock.patch.object(dist, "is_initialized", return_value=False):
+        return {"within": within, "alone": made(None)}
+
+
+def test_a_group_is_all_there_is_for_its_ranks() -> None:
+    for rank in pool(2).run(_alone):
+        for within, alone in zip(rank["within"], rank["alone"], strict=True):
+            torch.testing.assert_close(within, alone)
+
+
+def _reduced() -> list[torch.Tensor]:
+    gradients = []
+    for backend in ("gloo", "nccl"):  # gloo's fallback, and the collective that NCCL is given
+        x = torch.arange(6.0).reshape(2, 3).requires_grad_()
+        with mock.patch.object(dist, "get_backend", return_value=backend):
+            (gathered(x) * torch.arange(12.0).reshape(4, 3) * (dist.get_rank() + 1)).sum().backward()
+        assert x.grad is not None
+        gradients.append(x.grad)
+    return gradients
+
+
+def test_gathered_rows_get_the_gradients_of_all_ranks() -> None:
+    for rank, gradients in enumerate(pool(2).run(_reduced)):
+        expected = 3 * torch.arange(12.0).reshape(4, 3)[2 * rank : 2 * rank + 2]
+        assert [gradient.tolist() for gradient in gradients] == [expected.tolist()] * 2
+
+
+def test_means_of_no_rows_are_zero_and_of_one_process_its_own() -> None:
+    assert global_mean(torch.zeros(3), 0).tolist() == batch_center(torch.zeros(0, 3)).tolist() == [0.0] * 3
+    assert global_mean(torch.tensor([3.0, 6.0]), 3).tolist() == batch_center(torch.tensor([[1.0, 2.0]])).tolist() == [1.0, 2.0]
+    x = torch.tensor([1.0, 2.0], requires_grad=True)
+    mean = mean_over_ranks(x)
+    assert mean.tolist() == [1.0, 2.0] and mean is not x and not mean.requires_grad
+    assert moved_center(torch.zeros(2), torch.ones(2), 0.25).tolist() == [0.75, 0.75]
+    assert moved_center(torch.zeros(2), torch.ones(2)).tolist() == pytest.approx([0.1, 0.1])

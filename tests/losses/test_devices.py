@@ -9,7 +9,25 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from pipeline import losses
+from pipeline.losses import (
+    batch_center,
+    centered_targets,
+    clip_loss,
+    cosine_regression,
+    global_mean,
+    gram,
+    koleo,
+    masked_patches,
+    mean_over_ranks,
+    momentum_contrast,
+    multi_crop,
+    nt_xent,
+    queue_contrast,
+    resampled_patches,
+    siglip_loss,
+    sinkhorn,
+    token_cross_entropy,
+)
 
 BATCH, WIDTH = 4, 6
 
@@ -23,19 +41,21 @@ def indices(n: int = BATCH) -> Tensor:
 
 
 CASES: dict[str, Callable[[], Tensor]] = {
-    "clip": lambda: losses.clip_loss(features(), features(), features(1), chunk=3),
-    "siglip": lambda: losses.siglip_loss(features(), features(), features(1), features(1), chunk=3),
-    "nt_xent": lambda: losses.nt_xent(features(), features(), 0.5),
-    "momentum": lambda: losses.momentum_contrast(features(), features(), 0, 0.5),
-    "queue": lambda: losses.queue_contrast(features(), features(), features(9, WIDTH), 0.5),
-    "cosine": lambda: losses.cosine_regression(features(), features()),
-    "koleo": lambda: losses.koleo(features(), group=2),
-    "gram": lambda: losses.gram(features(2, 9, 4), losses.resampled_patches(features(2, 36, 4), 3)),
-    "tokens": lambda: losses.token_cross_entropy(features(), features(9, WIDTH), indices(), rows=3),
-    "multi_crop": lambda: sum(losses.multi_crop(features(2, 3, 5), features(4, 3, 5), features(2, 3, 5)), features(1).sum()),
-    "masked": lambda: losses.masked_patches(features(), features(), features(BATCH), 2),
-    "sinkhorn": lambda: features(1).sum() * losses.sinkhorn(features(), 0.1).sum(),
-    "center": lambda: features(1).sum() * losses.centered_targets(features(), losses.batch_center(features()), 0.1).sum(),
+    "clip": lambda: clip_loss(features(), features(), features(1), chunk=3),
+    "siglip": lambda: siglip_loss(features(), features(), features(1), features(1), chunk=3),
+    "nt_xent": lambda: nt_xent(features(), features(), 0.5),
+    "momentum": lambda: momentum_contrast(features(), features(), 0, 0.5),
+    "queue": lambda: queue_contrast(features(), features(), features(9, WIDTH), 0.5),
+    "cosine": lambda: cosine_regression(features(), features()),
+    "koleo": lambda: koleo(features(), group=2),
+    "gram": lambda: gram(features(2, 9, 4), resampled_patches(features(2, 36, 4), 3)),
+    "tokens": lambda: token_cross_entropy(features(), features(9, WIDTH), indices(), rows=3),
+    "multi_crop": lambda: sum(multi_crop(features(2, 3, 5), features(4, 3, 5), features(2, 3, 5)), features(1).sum()),
+    "masked": lambda: masked_patches(features(), features(), features(BATCH), 2),
+    "sinkhorn": lambda: features(1).sum() * sinkhorn(features(), 0.1).sum(),
+    "global_mean": lambda: features(1).sum() * global_mean(features(WIDTH), 3).sum(),
+    "mean": lambda: features(1).sum() * mean_over_ranks(features()).sum(),
+    "center": lambda: features(1).sum() * centered_targets(features(), batch_center(features()), 0.1).sum(),
 }
 
 

@@ -53,8 +53,8 @@ class Result:
 
 
 def tests_of(path: Path) -> list[str]:
-    """Test files of a module: ``tests/<path>/test_<name>*.py``, and those beside it that import it, or from its package what it
-    defines. Where there are none, test files elsewhere that do; where there are none either, all of ``tests/<path>``.
+    """Test files of a module: ``tests/<path>/test_<name>*.py``, and those beside it or above, below ``tests``, that import it, or
+    from its package what it defines. Where there are none, all that do; where there are none either, all of ``tests/<path>``.
     """
     parts = path.relative_to(ROOT).parts
     mirror = ROOT.joinpath("tests", *(parts[1:-1] if parts[0] == "pipeline" else parts[:-1]))
@@ -65,7 +65,8 @@ def tests_of(path: Path) -> list[str]:
             f"{module_of(package)}.{name.rpartition('.')[2]}" for name in _imported(package) if name.startswith(f"{module}.")
         }
     importers = {file for file in (ROOT / "tests").rglob("test_*.py") if not names.isdisjoint(_imported(file))}
-    beside = {*mirror.glob(f"test_{path.stem}*.py"), *(file for file in importers if file.parent == mirror)}
+    folders = {mirror, *mirror.parents} - {ROOT / "tests", *(ROOT / "tests").parents} or {mirror}
+    beside = {*mirror.glob(f"test_{path.stem}*.py"), *(file for file in importers if file.parent in folders)}
     return sorted(str(file.relative_to(ROOT)) for file in beside or importers or mirror.glob("test_*.py"))
 
 
@@ -84,7 +85,9 @@ def baseline_of(path: Path, files: list[str], marks: str) -> Baseline:
     Raises:
         ValueError: the tests cannot be collected, or none passes.
     """
-    _load({name for file in (path, *map(ROOT.joinpath, files)) for name in _imported(file) if is_package(name)})
+    names = {name for file in (path, *map(ROOT.joinpath, files)) for name in _imported(file)}
+    ranks = {"deepspeed"} if "tests.helpers.rank_pool" in names else set()
+    _load(ranks | {name for name in names if is_package(name)})
     recorder = Recorder(path, path)
     child = Child(path, path.read_text(encoding="utf-8"), files, marks, recorder, 3600.0)
     child.start()
