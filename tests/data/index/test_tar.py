@@ -306,6 +306,9 @@ def test_each_record_of_a_pax_header_must_have_its_length(tmp_path: Path, record
         assert reason in str(damage(url)) and damage(url).at == 0
     else:
         assert [m.name for m in tar.walk(url)] == ["ab.c", "1.jpg"]  # its own, of one member
+    empty = tarfile.TarInfo("PaxHeaders")
+    empty.type = tarfile.XHDTYPE
+    assert [m.name for m in tar.walk(put(tmp_path, empty.tobuf() + archive([("0.jpg", b"1")])))] == ["0.jpg"]
 
 
 @pytest.mark.parametrize("size", [(1 << 20) - 1, 1 << 20, (1 << 20) + 1])
