@@ -210,6 +210,13 @@ def test_a_tensor_has_at_most_so_many_elements(shape: list[int], valid: bool) ->
     else:
         with pytest.raises(CheckpointError, match="a tensor is too large"):
             check_manifest(document, where="m")
+        with pytest.raises(CheckpointError, match="a tensor is too large"):
+            check_manifest(put(("shapes",), {"v": [1], "w": shape}), where="m")
+
+
+def test_a_manifest_of_another_format_needs_three_fields() -> None:
+    least = {"format": 2, "step": 3, "files": []}
+    assert check_manifest(dict(least), where="m") == least
 
 
 def test_files_are_listed_once_and_every_rank_has_one() -> None:

@@ -71,12 +71,13 @@ def tests_of(path: Path) -> list[str]:
 
 
 def _imported(file: Path) -> Iterator[str]:
+    """What a file may import: modules, names, and with an asterisk what is imported by itself, which may be a package."""
     for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names)
+            yield from (name for alias in node.names for name in (alias.name, f"{alias.name}.*"))
         elif isinstance(node, ast.ImportFrom) and node.module:
             yield node.module
-            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+            yield from (f"{node.module}.{alias.name}{end}" for alias in node.names for end in ("", ".*"))
 
 
 def baseline_of(path: Path, files: list[str], marks: str) -> Baseline:
@@ -87,7 +88,7 @@ def baseline_of(path: Path, files: list[str], marks: str) -> Baseline:
     """
     names = {name for file in (path, *map(ROOT.joinpath, files)) for name in _imported(file)}
     ranks = {"deepspeed"} if "tests.helpers.rank_pool" in names else set()
-    _load(ranks | {name for name in names if is_package(name)})
+    _load(ranks | {name for name in names if is_package(name) and not name.endswith(".*")})
     recorder = Recorder(path, path)
     child = Child(path, path.read_text(encoding="utf-8"), files, marks, recorder, 3600.0)
     child.start()
