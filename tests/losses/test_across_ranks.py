@@ -48,6 +48,7 @@ def _rank() -> dict[str, torch.Tensor]:
         "koleo_slope": features.grad / 2,  # an engine takes the mean over ranks
         "koleo_pairs": koleo_across_ranks(features, group=2).detach(),
         "koleo_two": koleo_across_ranks(features, neighbours=2).detach(),
+        "mean": mean_over_ranks(torch.tensor([1.0, 2.0]) * (3 * rank + 1)),
         "even_center": global_mean(ragged.sum(0), len(ragged)),
     }
     center = torch.zeros(3)
@@ -93,6 +94,10 @@ def test_the_patch_centre_is_the_mean_of_rank_means(ranks: list[dict[str, torch.
 def test_a_mean_over_rows_does_not_depend_on_where_they_are(ranks: list[dict[str, torch.Tensor]]) -> None:
     for rank in ranks:
         torch.testing.assert_close(rank["even_center"], torch.tensor([0.0875, 0.1, -0.0125]), atol=1e-6, rtol=0)
+
+
+def test_a_mean_over_ranks_is_that_of_all(ranks: list[dict[str, torch.Tensor]]) -> None:
+    assert [rank["mean"].tolist() for rank in ranks] == [[2.5, 5.0]] * 2
 
 
 def test_neighbours_are_looked_for_on_all_ranks(ranks: list[dict[str, torch.Tensor]]) -> None:
