@@ -211,10 +211,6 @@ def mutate(
     files = tests or tests_of(path)
     if not files:
         raise ValueError(f"no test file is named after {file} or imports it; name some with --tests")
-    baseline = baseline_of(path, files, marks)
-    files = [
-        name for name in files if any(test.startswith(f"{name}::") for test, lines in baseline.lines.items() if lines)
-    ] or files
     outcomes: list[Outcome] = []
 
     def ended(outcome: Outcome) -> None:
@@ -230,6 +226,7 @@ def mutate(
             ended(Outcome(mutant.line, *mutant.key, "killed", before[mutant.key].by))
         else:
             waiting.append(mutant)
+    baseline = baseline_of(path, files, marks) if waiting else Baseline()
     waiting.reverse()
     running: list[_Attempt] = []
     while waiting or running:
