@@ -93,6 +93,7 @@ class Recorder:
     @pytest.hookimpl
     def pytest_collection_finish(self, session: pytest.Session) -> None:
         self.baseline.modules = list(sys.modules)
+        _start_ranks(session.items)
 
     @pytest.hookimpl(hookwrapper=True)
     def pytest_fixture_setup(self, fixturedef: pytest.FixtureDef[Any]) -> Iterator[None]:
@@ -124,6 +125,12 @@ class Recorder:
         self.report.write_text(json.dumps(vars(self.baseline)))
 
 
+def _start_ranks(items: list[pytest.Item]) -> None:
+    """Forks the pool of two ranks before a test makes a process group of this process, which ranks could not leave."""
+    if any(getattr(getattr(item, "module", None), "pool", None) is rank_pool.pool for item in items):
+        rank_pool.pool(2)
+
+
 class Chosen:
     """Runs tests in a given order; ``rest`` runs those instead that are not in it. Ends the process when a test hangs."""
 
@@ -135,6 +142,7 @@ class Chosen:
     def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
         items[:] = [one for one in items if (one.nodeid in self.order) != self.rest and one.nodeid not in self.skipped]
         items.sort(key=lambda one: self.order.get(one.nodeid, 0))
+        _start_ranks(items)
 
     @pytest.hookimpl(hookwrapper=True)
     def pytest_runtest_protocol(self, item: pytest.Item) -> Iterator[None]:
