@@ -35,7 +35,7 @@ def printable(text: str, *, limit: int = 0) -> str:
     if limit and len(text) > 4 * limit:
         text = text[: 4 * limit]
     clean = UNPRINTABLE.sub(_escape, text)
-    return clean if not limit or len(clean) <= limit else clean[: max(limit - 1, 0)] + "…"
+    return clean if not limit or len(clean) <= limit else clean[: limit - 1] + "…"
 
 
 def _escape(match: re.Match[str]) -> str:

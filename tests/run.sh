@@ -5,6 +5,7 @@ set -uo pipefail
 usage() {
     cat <<'TEXT'
 bash tests/run.sh [--fast | --full | --floors] [pytest arguments]
+bash tests/run.sh --mutate FILE... [--sample N]
 
   bash tests/run.sh                            everything this machine can run, of large matrices every value or pair of values
   bash tests/run.sh --full                     all combinations too, and at the end what no test has reached
@@ -13,6 +14,8 @@ bash tests/run.sh [--fast | --full | --floors] [pytest arguments]
   bash tests/run.sh tests/config/test_load.py -k typo
   bash tests/run.sh -m gpu                     only the tests that need a CUDA device
   bash tests/run.sh -n 0 -x                    one at a time, to the first failure (otherwise several files at a time)
+  bash tests/run.sh --mutate pipeline/losses/koleo.py --sample 40
+                                               which changes of a file its fast tests notice; --mutate --help lists the options
 
 Tests on real pictures look for them in FOVEA_TEST_DATA, else in ../shared/data beside the checkout, and skip without them.
   FOVEA_VENV=DIR   the virtual environment's folder (default .venv)
@@ -23,10 +26,11 @@ Tests on real pictures look for them in FOVEA_TEST_DATA, else in ../shared/data 
 TEXT
 }
 
-arguments=() floors= full=
+arguments=() floors='' full='' mutate=''
 for word in "$@"; do
     case "$word" in
-        -h | --help) usage; exit 0 ;;
+        --mutate) mutate=1 ;;
+        -h | --help) if [ -n "$mutate" ]; then arguments+=("$word"); else usage; exit 0; fi ;;
         --fast) arguments+=(-m "not slow") ;;
         --full) full=1 ;;
         --floors) floors=1 ;;
@@ -39,6 +43,7 @@ fi
 . "$(dirname "${BASH_SOURCE[0]}")/../launch/setup.sh"
 fovea_setup test || exit 1
 cd "$FOVEA_ROOT" || exit 1
+[ -z "$mutate" ] || exec "$FOVEA_PYTHON" -m tests.helpers.mutate ${arguments[@]+"${arguments[@]}"} </dev/null
 # Many tests wait for other processes, so there is one more at a time than there are cores.
 cores=$(nproc)
 several=(-n "${FOVEA_TEST_WORKERS:-$((cores < 7 ? cores + 1 : 8))}" --dist loadfile --no-loadscope-reorder)

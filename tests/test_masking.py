@@ -19,7 +19,7 @@ from pipeline.data.loader.reader import Reader
 from pipeline.data.settings import StorageSettings
 from pipeline.data.storage import Storage, expand, signed
 from pipeline.errors import ConfigError, DataError, FoveaError
-from pipeline.masking import has_password, masked, shown, shown_address
+from pipeline.masking import has_password, masked, printable, shown, shown_address
 from pipeline.runtime.run_directory import RunDirectory
 from pipeline.tracking import Journal, server_of
 from tests.helpers.limits import cpu_limit
@@ -204,3 +204,33 @@ def test_masking_takes_linear_time(text: str) -> None:
     """Quadratic, each takes hours; keys and names of strangers are masked before they are shown."""
     with cpu_limit(60):
         shown(text)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("\x00\t\x1f\x7f\x80\x9f\xa0", "\\x00\\x09\\x1f\\x7f\\x80\\x9f\xa0"),
+        ("\u061c\u200e\u2028\u202e\u2069\ufeff", "\\u061c\\u200e\\u2028\\u202e\\u2069\\ufeff"),
+        ("\udc80\udcff", "\\x80\\xff"),  # bytes that are not UTF-8, as file names have them
+        ("\udc7f\udd00\ud800", "\\udc7f\\udd00\\ud800"),
+    ],
+)
+def test_what_a_terminal_would_obey_is_escaped(text: str, expected: str) -> None:
+    assert printable(text) == expected
+    assert shown(f"{text}\n\t") == f"{expected}\n\t".replace("\\x09", "\t")
+
+
+@pytest.mark.parametrize(
+    ("text", "limit", "expected"),
+    [("abc", 3, "abc"), ("abcd", 3, "ab…"), ("ab", 1, "…"), ("x" * 99, 3, "xx…"), ("\x1bab", 5, "\\x1b…"), ("abc", 0, "abc")],
+)
+def test_a_limited_text_ends_in_an_ellipsis(text: str, limit: int, expected: str) -> None:
+    assert printable(text, limit=limit) == shown_address(f" {text} ", limit=limit) == expected
+
+
+def test_values_of_every_kind_are_masked() -> None:
+    masked_link = "https://host.example/a.tar?X-Amz-Signature=***&X-Amz-Date=***"
+    value = {"link": LINK, "list": [LINK, 1, {"inner": LINK}], "pair": (LINK, None), "number": 2.5, "text": "a"}
+    inner = [masked_link, 1, {"inner": masked_link}]
+    assert masked(value) == {"link": masked_link, "list": inner, "pair": [masked_link, None], "number": 2.5, "text": "a"}
+    assert has_password("s3://u:p@h/x") is True

@@ -77,7 +77,7 @@ def train_heads(
     weight = torch.zeros(len(rates), classes, width, device=device)
     bias = torch.zeros(len(rates), classes, device=device)
     velocity = torch.zeros(len(rates), classes, width + 1, device=device)
-    batch = min(batch, len(order))
+    batch = max(1, min(batch, len(order)))
     steps = epochs * math.ceil(len(order) / batch)
     row_of = torch.full((int(order.max()) + 1 if len(order) else 1,), -1, dtype=torch.int64)
     row_of[positions] = torch.arange(len(positions))

@@ -17,6 +17,7 @@ from launch.cli.checkpoint import app
 from pipeline.checkpoint.files import committed_checkpoints, entry, newest, read, verify
 from pipeline.checkpoint.manifest import check_manifest
 from pipeline.checkpoint.retention import Mark, read_best
+from pipeline.config.upgrade import upgrade
 from pipeline.errors import CheckpointError, FoveaError
 
 GOOD: dict[str, Any] = {
@@ -197,3 +198,50 @@ def test_settings_with_the_same_dotted_key_are_shown(tmp_path: Path) -> None:
     path = run_with(tmp_path, {**GOOD, "config": {"a": {"b": 1}, "a.b": "x"}})
     result = CliRunner().invoke(app, ["inspect", str(path)])
     assert result.exit_code == 0 and result.stdout.count("a.b = ") == 2
+
+
+@pytest.mark.parametrize(
+    ("shape", "valid"), [([1 << 25, 1 << 25], True), ([1 << 25, (1 << 25) + 1], False), ([0, 1 << 40], True)]
+)
+def test_a_tensor_has_at_most_so_many_elements(shape: list[int], valid: bool) -> None:
+    document = put(("shapes", "w"), shape)
+    if valid:
+        assert check_manifest(document, where="m") == document
+    else:
+        with pytest.raises(CheckpointError, match="a tensor is too large"):
+            check_manifest(document, where="m")
+        with pytest.raises(CheckpointError, match="a tensor is too large"):
+            check_manifest(put(("shapes",), {"v": [1], "w": shape}), where="m")
+
+
+def test_a_manifest_of_another_format_needs_three_fields() -> None:
+    least = {"format": 2, "step": 3, "files": []}
+    assert check_manifest(dict(least), where="m") == least
+
+
+def test_files_are_listed_once_and_every_rank_has_one() -> None:
+    two = put(("fragments",), [{"w": [0, 3]}, {"w": [3, 3]}])
+    with pytest.raises(CheckpointError, match=r"files: rank_00001\.safetensors is not listed"):
+        check_manifest(two, where="m")
+    two["files"].append({"name": "rank_00001.safetensors", "size": 10, "xxh3": "00"})
+    assert check_manifest(two, where="m") == two
+    with pytest.raises(CheckpointError, match=r"files: whole\.safetensors is not listed"):
+        check_manifest({**two, "files": [two["files"][0], two["files"][2]]}, where="m")
+    with pytest.raises(CheckpointError, match="named twice"):
+        check_manifest({**two, "files": [*two["files"], two["files"][0]]}, where="m")
+
+
+def test_a_wrong_value_is_named_with_its_place(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"invalid \(files\.1\.size: .*greater than or equal") as caught:
+        check_manifest(put(("files", 1, "size"), -1), where="m")
+    assert len(caught.value.what) < 230
+    for lacking in ("format", "step", "files"):
+        with pytest.raises(CheckpointError, match="something else"):
+            check_manifest({name: value for name, value in GOOD.items() if name != lacking}, where="m")
+    with pytest.raises(CheckpointError, match=r"cannot be read \(No such file"):
+        read(tmp_path / "absent")
+
+
+def test_old_settings_come_with_their_new_names(tmp_path: Path) -> None:
+    old = {**GOOD, "config": {"recipe": {"name": "dinov2"}}}
+    assert read(run_with(tmp_path, old)).manifest["config"] == upgrade(copy.deepcopy(old["config"])) != old["config"]

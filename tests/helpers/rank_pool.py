@@ -20,6 +20,7 @@ from typing import Any
 from unittest import mock
 
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
+START = "forkserver"  # "fork": with the modules of this process, as the mutation runner needs
 TIMEOUT, GRACE = 1200.0, 30.0  # seconds; a busy machine is many times slower, so they only catch what hangs
 
 
@@ -28,7 +29,8 @@ def _serve(rank: int, size: int, folder: str, orders: Connection) -> None:
     import torch
     import torch.distributed as dist
 
-    from pipeline.training import engine  # noqa: F401  - the slow part of the start
+    if START == "forkserver":
+        from pipeline.training import engine  # noqa: F401  - the slow part of the start
 
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=size)
@@ -49,7 +51,7 @@ class Pool:
     """
 
     def __init__(self, size: int) -> None:
-        context = multiprocessing.get_context("forkserver")
+        context = multiprocessing.get_context(START)
         context.set_forkserver_preload(["pipeline.training.engine"])  # loaded once, for the ranks of all pools
         self._folder = tempfile.TemporaryDirectory()
         self._pipes: list[Connection] = []

@@ -119,3 +119,10 @@ def test_two_ranks_have_the_gradient_of_one(kind: str) -> None:
             torch.testing.assert_close(ours, parameter.grad, atol=1e-14, rtol=1e-13)
     assert [rank["clip"] for rank in two] == pytest.approx([3.7526758529, 5.1781990425], abs=1e-9)
     assert [rank["siglip"] for rank in two] == pytest.approx([8.5250278761, 8.9438321781], abs=1e-9)
+
+
+def test_a_batch_without_rows_costs_nothing() -> None:
+    x = torch.zeros(0, 4, requires_grad=True)
+    for loss in (clip_loss(x, x, torch.ones(1)), siglip_loss(x, x, torch.ones(1), torch.zeros(1))):
+        loss.backward()
+        assert float(loss) == 0.0

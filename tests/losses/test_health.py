@@ -34,3 +34,9 @@ def test_spread_sees_features_move_together_where_their_rank_does_not() -> None:
     assert torch.allclose(effective_rank(apart), effective_rank(together), rtol=1e-3)
     assert spread(apart) > 0.9 and spread(together) < 1e-3
     assert spread(common.expand(8, 16)).abs() < 1e-6
+
+
+@pytest.mark.parametrize("scale", [1e-15, 1e15])
+def test_squares_that_fp32_cannot_hold_do_not_matter(scale: float) -> None:
+    x = torch.randn(12, 5, generator=torch.Generator().manual_seed(0))
+    assert float(effective_rank(x * scale)) == pytest.approx(float(effective_rank(x)), rel=1e-5)

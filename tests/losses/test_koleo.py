@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 
@@ -67,3 +69,23 @@ def test_a_group_that_does_not_come_out_is_refused() -> None:
 def test_permuting_the_features_changes_nothing() -> None:
     x = torch.randn(9, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     torch.testing.assert_close(koleo(x), koleo(x[torch.randperm(9, generator=torch.Generator().manual_seed(1))]))
+
+
+@pytest.mark.parametrize("neighbours", [1, 3])
+def test_neighbours_are_chosen_in_full_precision(neighbours: int) -> None:
+    x = torch.randn(64, 256, generator=torch.Generator().manual_seed(3))
+    unit = torch.nn.functional.normalize(x.double(), dim=1)
+    nearest = (unit @ unit.T - 3 * torch.eye(64)).topk(neighbours, dim=1).indices
+    plain = -(unit[:, None] - unit[nearest]).norm(dim=2).log().mean()
+    assert float(koleo(x, neighbours=neighbours)) == pytest.approx(float(plain), abs=1e-6)
+
+
+def test_no_features_and_a_group_of_one_cost_nothing_and_eps_bounds_the_loss() -> None:
+    x = torch.tensor(SQUARE, requires_grad=True)
+    for loss in (koleo(x[:0]), koleo(x, group=1)):
+        loss.backward()
+        assert float(loss) == 0.0 and loss.requires_grad
+    same = torch.ones(2, 1)
+    assert float(koleo(same, eps=1e-3)) == pytest.approx(-math.log(2e-3), abs=1e-4)
+    assert koleo(same.half(), eps=1e-3).dtype == torch.float32
+    assert koleo(same.double()).dtype == torch.float64

@@ -157,3 +157,25 @@ def test_byols_momentum_is_the_papers() -> None:
     curve = Curve(0.996, 0.996, 1.0, 0, 1000)
     found = [curve.at(step, 1) for step in (0, 250, 500, 750, 1000)]
     assert found == pytest.approx([0.996, 0.996585786438, 0.998, 0.999414213562, 1.0], abs=1e-12)
+
+
+@pytest.mark.parametrize("wide", [False, True])
+def test_token_cross_entropys_types_and_the_gradients_that_are_wanted(wide: bool) -> None:
+    kind = torch.float64 if wide else torch.bfloat16
+    torch.manual_seed(0)
+    hidden, matrix, targets = torch.randn(5, 4, dtype=kind), torch.randn(9, 4, dtype=torch.float32), torch.randint(9, (5,))
+    both = []
+    for of_hidden, of_matrix in ((True, True), (True, False), (False, True)):
+        h, m = hidden.clone().requires_grad_(of_hidden), matrix.clone().requires_grad_(of_matrix)
+        loss = losses.token_cross_entropy(h, m, targets, rows=2)
+        loss.backward()
+        assert loss.dtype == (torch.float64 if wide else torch.float32)
+        both.append((h.grad, m.grad))
+        assert (h.grad is not None, m.grad is not None) == (of_hidden, of_matrix)
+    assert both[0][0] is not None and both[0][0].dtype == kind
+    assert both[0][1] is not None and both[0][1].dtype == torch.float32
+    assert torch.equal(both[0][0], both[1][0]) and torch.equal(both[0][1], both[2][1])  # type: ignore[arg-type]
+    assert not losses.token_cross_entropy(hidden, matrix, targets).requires_grad
+    with torch.autocast("cpu", torch.bfloat16):
+        inside = losses.token_cross_entropy(hidden, matrix, targets)
+    assert float(inside) == float(losses.token_cross_entropy(hidden, matrix, targets))

@@ -10,18 +10,22 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from pipeline.losses import (
     SAME_VIEW,
     Pairing,
+    Products,
     Targets,
+    kernels_for,
     logit_chunks,
     masked_patches,
     multi_crop,
     multi_crop_pairings,
     potential_over_chunks,
     prototype_cross_entropy,
+    rows_per_chunk,
     sinkhorn_potential,
 )
 from tests.losses.test_sinkhorn import WARM, X
@@ -226,3 +230,51 @@ def test_a_view_may_meet_several_targets_unequally() -> None:
     mixed = 0.5 * plain_targets(targets)[0] + 2.0 * plain_targets(targets)[1]
     expected = plain_cross_entropy(unit[:2] @ matrix.T, mixed).sum()
     torch.testing.assert_close(terms, torch.stack([torch.zeros_like(expected), expected]), rtol=1e-12, atol=0)
+
+
+def test_kernels_are_chosen_by_the_variable_then_by_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("FOVEA_KERNELS", raising=False)
+    monkeypatch.setenv("CC", "cc")
+    monkeypatch.setattr("pipeline.losses.prototypes.find_spec", lambda name: name)
+    cpu, cuda = torch.device("cpu"), torch.device("cuda")
+    assert (kernels_for(cpu), kernels_for(cuda)) == ("torch", "triton")
+    monkeypatch.setattr("pipeline.losses.prototypes.which", lambda name: None)
+    assert kernels_for(cuda) == "triton"
+    monkeypatch.delenv("CC")
+    assert kernels_for(cuda) == "torch"
+    monkeypatch.setattr("pipeline.losses.prototypes.which", lambda name: name)
+    assert kernels_for(cuda) == "triton"
+    monkeypatch.setattr("pipeline.losses.prototypes.find_spec", lambda name: None)
+    assert kernels_for(cuda) == "torch"
+    for name in ("torch", "triton"):
+        monkeypatch.setenv("FOVEA_KERNELS", name)
+        assert kernels_for(cpu) == kernels_for(cuda) == name
+    monkeypatch.setenv("FOVEA_KERNELS", "cuda")
+    with pytest.raises(ValueError, match="must be one of torch, triton"):
+        kernels_for(cpu)
+
+
+def test_chunks_hold_a_fixed_number_of_logits() -> None:
+    assert [rows_per_chunk(prototypes) for prototypes in (2**20, 2**25, 2**30, 3)] == [32, 1, 1, 2**25 // 3]
+    for dtype, kernels, rows in ((torch.float32, "torch", 32), (torch.bfloat16, "triton", 128), (torch.float32, "triton", 64)):
+        with FakeTensorMode():
+            unit, matrix = torch.empty(300, 2, dtype=dtype), torch.empty(2**20, 2)
+            chunks = logit_chunks([unit], matrix, 1.0, kernels=kernels)()  # type: ignore[arg-type]
+            lengths = [len(chunk.logits if isinstance(chunk, Products) else chunk) for chunk in chunks]
+        assert lengths[0] == rows and sum(lengths) == 300
+
+
+def test_statistics_and_gradients_are_made_only_where_they_are_wanted() -> None:
+    unit, matrix, targets = factors()
+    weight = torch.ones(B, dtype=torch.float64)
+    whole = prototype_cross_entropy(unit, matrix, targets, multi_crop_pairings(L), weight)[0].sum()
+    of_unit, of_matrix = torch.autograd.grad(whole, (unit, matrix))
+    for inputs, expected in (((unit, matrix.detach()), of_unit), ((unit.detach(), matrix), of_matrix)):
+        loss = prototype_cross_entropy(*inputs, targets, multi_crop_pairings(L), weight)[0].sum()
+        torch.testing.assert_close(torch.autograd.grad(loss, [x for x in inputs if x.requires_grad])[0], expected)
+    terms, watched = prototype_cross_entropy(unit.detach(), matrix.detach(), targets, multi_crop_pairings(L), weight, watch=True)
+    assert not terms.requires_grad and watched is not None
+    torch.testing.assert_close(terms.sum(), whole.detach())
+    # Local crops have two targets, so that none is the one with which the student agrees.
+    alone = prototype_cross_entropy(unit[:2], matrix, targets, multi_crop_pairings(0), weight, watch=True)[1]
+    assert alone is not None and torch.equal(alone.top1_agreements, watched.top1_agreements)

@@ -80,6 +80,36 @@ def test_a_weight_or_direction_of_zero_is_not_scaled() -> None:
     assert torch.equal(w.detach(), -torch.ones(2, 2))
 
 
+@pytest.mark.parametrize("optimizer", [Lars, Lamb, Sgd])
+def test_a_weight_without_gradient_and_decay_stays(optimizer: type[Layerwise]) -> None:
+    w = torch.ones(2, 2, requires_grad=True)
+    w.grad = torch.zeros(2, 2)
+    whole(optimizer([{"params": [w], "lr": 1.0}])).step()
+    assert torch.equal(w.detach(), torch.ones(2, 2))
+
+
+def test_the_defaults_are_the_papers() -> None:
+    w = [torch.ones(1, requires_grad=True)]
+    common = {"lr": 0.0, "weight_decay": 0.0, "adapt": True}
+    assert Lamb(w).defaults == {**common, "betas": (0.9, 0.999), "eps": 1e-6}
+    assert Lars(w).defaults == Sgd(w).defaults == {**common, "momentum": 0.9}
+    assert (Lars(w).trust, Lars(w).sharded, Lars(w).parameters) == (1e-3, False, 0)
+
+
+def test_lambs_direction_is_adams() -> None:
+    torch.manual_seed(0)
+    start, gradients, results = torch.randn(3, 4), torch.randn(4, 3, 4), []
+    for ours in (True, False):
+        w = start.clone().requires_grad_()
+        groups = [{"params": [w], "lr": 0.1, "adapt": False}]
+        optimizer: torch.optim.Optimizer = whole(Lamb(groups)) if ours else torch.optim.Adam([w], lr=0.1, eps=1e-6)
+        for gradient in gradients:
+            w.grad = gradient.clone()
+            optimizer.step()
+        results.append(w.detach())
+    torch.testing.assert_close(*results)
+
+
 @pytest.mark.parametrize("optimizer", ["lars", "lamb"])
 @pytest.mark.parametrize("zero", [0, 1, 2, 3])
 def test_sharded_by_any_stage_it_is_what_it_is_in_one_piece(zero: int, optimizer: str) -> None:

@@ -132,6 +132,14 @@ def test_constant_never_moves() -> None:
     assert {constant(0.3).at(n, 32) for n in (0, 1, 10**9)} == {0.3}
 
 
+@pytest.mark.parametrize("shape", ["cosine", "cosine_to_last", "linear"])
+def test_a_warm_up_may_fill_the_whole_curve_and_a_run_may_have_one_step(shape: str) -> None:
+    filled = Curve(0.0, 1.0, 0.25, warmup=128, length=128, shape=shape)  # type: ignore[arg-type]
+    assert [filled.at(seen, 64) for seen in (0, 128, 192)] == [0.0, 0.25, 0.25]
+    alone = Curve(0.0, 1.0, 0.25, length=64, shape=shape)  # type: ignore[arg-type]
+    assert [alone.at(seen, 64) for seen in (0, 64)] == [1.0, 0.25]
+
+
 def test_a_warm_up_longer_than_the_curve_is_refused() -> None:
     with pytest.raises(ConfigError, match="warm-up"):
         Curve(0.0, 1.0, 0.0, warmup=11, length=10)

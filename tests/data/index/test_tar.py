@@ -200,3 +200,138 @@ def test_flipped_bytes_never_raise_anything_but_data_errors(tmp_path: Path, data
             assert 0 <= member.offset <= member.offset + member.size <= len(whole)
     except DataError:
         pass
+
+
+def sparse(maps: int, data: bytes, stored: int | None = None) -> bytes:
+    """An archive of an old GNU sparse member, whose map spans further blocks, and a member after it."""
+    entry = tarfile.TarInfo("holes.jpg")
+    entry.type, entry.size = tarfile.GNUTYPE_SPARSE, len(data)
+    header = bytearray(entry.tobuf(tarfile.GNU_FORMAT))
+    header[482] = min(maps, 1)
+    header[148:156] = b" " * 8
+    header[148:156] = b"%06o\0 " % sum(header)
+    blocks = b"".join(bytes(504) + bytes([number < maps - 1]) + bytes(7) for number in range(maps))
+    return bytes(header) + blocks + data.ljust(-(-len(data) // 512) * 512, b"\0") + archive([("next.jpg", b"after")])
+
+
+@pytest.mark.parametrize("maps", [0, 1, 2])
+def test_the_data_of_an_old_sparse_member_begins_after_its_map(tmp_path: Path, maps: int) -> None:
+    whole = sparse(maps, b"d" * 600)
+    members = list(tar.walk(put(tmp_path, whole)))
+    assert [(m.name, m.kind, m.offset, m.size) for m in members] == [
+        ("holes.jpg", "sparse", 512 * (1 + maps), 600),
+        ("next.jpg", "file", 512 * (1 + maps) + 1024 + 512, 5),
+    ]
+    for map_blocks in range(maps):
+        error = damage(put(tmp_path, whole[: 512 * (1 + map_blocks)]))
+        assert (error.reason, error.at) == ("truncated", 0) and "map of a sparse member" in str(error)
+
+
+def test_what_is_no_tar_stops_at_its_first_byte(tmp_path: Path) -> None:
+    for data in (b"", b"text" * 300, gzip.compress(b"x" * 600), b"PK\x03\x04" + b"z" * 600):
+        assert damage(put(tmp_path, data)).at == 0
+
+
+def test_the_runs_before_damage_come_first_and_the_last_may_lack_members(tmp_path: Path) -> None:
+    whole = archive([("a.jpg", b"1"), ("a.cls", b"2"), ("README", b"3"), ("b.jpg", b"4"), ("b.cls", b"5")])
+    for cut, expected in ((512 * 8, [("a", ["jpg", "cls"]), ("b", ["jpg"])]), (512 * 4, [("a", ["jpg", "cls"])]), (512, [])):
+        found, notes = [], tar.Notes()
+        with pytest.raises(tar.TarDamage):
+            for key, members in tar.samples(put(tmp_path, whole[:cut]), notes):
+                found.append((key, list(members)))
+        assert found == expected
+    assert [(key, list(members)) for key, members in tar.samples(put(tmp_path, whole), tar.Notes())] == [
+        ("a", ["jpg", "cls"]),
+        ("b", ["jpg", "cls"]),
+    ]
+
+
+def test_damage_ends_the_use_of_an_archive_or_drops_the_sample_before_it(tmp_path: Path) -> None:
+    whole = archive([("a.jpg", b"1"), ("b.jpg", b"2")])
+    corrupt = whole[:2048] + b"\1" * 512 + bytes(1024)
+    for data, keys, dropped in ((whole[:1536], [], ["a"]), (corrupt, ["a"], ["b"]), (whole + whole, ["a", "b"], [])):
+        url, notes = put(tmp_path, data), tar.Notes()
+        with pytest.raises(tar.TarDamage):
+            tar.runs(url, tar.Notes())
+        groups, reason = tar.runs(url, notes, use_damaged=True)
+        assert ([key for key, _ in groups], notes.examples.get("cut_sample", [])) == (keys, dropped)
+        assert url in reason
+    with pytest.raises(tar.TarDamage, match="not a tar"):
+        tar.runs(put(tmp_path, b"text" * 300), tar.Notes(), use_damaged=True)
+    groups, reason = tar.runs(put(tmp_path, whole), tar.Notes())
+    assert ([key for key, _ in groups], reason) == (["a", "b"], "")
+
+
+def test_notes_count_everything_and_name_the_first_five(tmp_path: Path) -> None:
+    members = [(f"name{number}", b"") for number in range(7)] + [("a.jpg", b"1")]
+    notes = tar.Notes()
+    assert [key for key, _ in tar.samples(put(tmp_path, archive(members)), notes)] == ["a"]
+    assert (notes, notes.examples) == ({"no_extension": 7}, {"no_extension": [f"name{number}" for number in range(5)]})
+
+
+@pytest.mark.parametrize(
+    ("runs", "expected"),
+    [
+        ([("a", {"jpg"}), ("b", {"jpg"})], ["", ""]),
+        ([("a", {"jpg"}), ("a", {"jpg", "cls"})], ["", "duplicate_key"]),
+        ([("a", {"jpg"}), ("b", {"jpg"}), ("a", {"cls"})], ["not_adjacent", "", "not_adjacent"]),
+        ([("a", {"jpg"}), ("a", {"cls"}), ("a", {"cls"})], ["not_adjacent", "not_adjacent", "duplicate_key"]),
+    ],
+)
+def test_runs_of_one_key_are_in_doubt(runs: list[tuple[str, set[str]]], expected: list[str]) -> None:
+    assert tar.doubts(runs) == expected
+
+
+@pytest.mark.parametrize(
+    ("records", "reason"),
+    [
+        (b"13 path=ab.c\n", ""),
+        (b"13 path=ab.c\n" + bytes(5), ""),
+        (b"14 path=ab.c\n", "PAX header is damaged"),
+        (b"12 path=ab.c\n", "PAX header is damaged"),
+        (b"2 path=ab.c\n", "PAX header is damaged"),
+        (b"9 path.c\n", "PAX header is damaged"),
+        (b"path=ab.c\n", "PAX header is damaged"),
+        (b" path=ab.c\n", "PAX header is damaged"),
+        (b"0 path=ab.c\n", "PAX header is damaged"),
+        (b"00000000000000000000033 path=ab.c\n", "PAX header is damaged"),
+    ],
+)
+def test_each_record_of_a_pax_header_must_have_its_length(tmp_path: Path, records: bytes, reason: str) -> None:
+    header = tarfile.TarInfo("PaxHeaders")
+    header.type, header.size = tarfile.XHDTYPE, len(records)
+    block = header.tobuf(tarfile.USTAR_FORMAT) + records.ljust(512, b"\0")
+    url = put(tmp_path, block + archive([("0.jpg", b"1"), ("1.jpg", b"2")]))
+    if reason:
+        assert reason in str(damage(url)) and damage(url).at == 0
+    else:
+        assert [m.name for m in tar.walk(url)] == ["ab.c", "1.jpg"]  # its own, of one member
+    empty = tarfile.TarInfo("PaxHeaders")
+    empty.type = tarfile.XHDTYPE
+    assert [m.name for m in tar.walk(put(tmp_path, empty.tobuf() + archive([("0.jpg", b"1")])))] == ["0.jpg"]
+
+
+@pytest.mark.parametrize("size", [(1 << 20) - 1, 1 << 20, (1 << 20) + 1])
+def test_records_larger_than_any_header_are_refused(tmp_path: Path, size: int) -> None:
+    name = tarfile.TarInfo("././@LongLink")
+    name.type, name.size = tarfile.GNUTYPE_LONGNAME, size
+    block = name.tobuf(tarfile.GNU_FORMAT) + b"n.jpg".ljust(-(-size // 512) * 512, b"\0")
+    url = put(tmp_path, block + archive([("0.jpg", b"1")]))
+    if size > 1 << 20:
+        assert f"claims {size} bytes" in str(damage(url))
+        return
+    assert [m.name for m in tar.walk(url)] == ["n.jpg"]
+    for cut in (512, 511 + size):
+        assert damage(put(tmp_path, block[:cut])).at == 0
+    ended = put(tmp_path, block + bytes(1024))
+    assert "followed by no member" in str(damage(ended))
+
+
+def test_a_member_may_fill_the_file_to_its_last_byte_but_the_end_marker_has_two_blocks(tmp_path: Path) -> None:
+    whole = archive([("0.jpg", b"x" * 512)])[:1024]
+    assert "end marker is missing" in str(damage(put(tmp_path, whole)))
+    assert "reaches 1 bytes past the end" in str(damage(put(tmp_path, whole[:-1])))
+    assert "half of the end marker is missing" in str(damage(put(tmp_path, whole + bytes(1023))))
+    assert contents(put(tmp_path, whole + bytes(1024))) == [("0.jpg", b"x" * 512)]
+    late = damage(put(tmp_path, whole + bytes((1 << 20) + 2048) + b"\1"))
+    assert (late.reason, late.at) == ("trailing", 1024)

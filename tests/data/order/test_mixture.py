@@ -314,3 +314,24 @@ def test_a_huge_mixture_seeks_looks_up_and_prefetches_quickly() -> None:
         assert 10**7 in order.steps_of(int(batch.ids[7]), 10**7 - 1000, 10**7 + 1000)
         told = order.shards(10**7, 10**7 + 100, range(40, 48))
     assert set((batch.ids >> np.uint64(32)).tolist()) <= set(told)
+
+
+def test_shards_of_a_rare_set_come_when_it_does() -> None:
+    order = mixture([[50] * 30, [50] * 30], weights=[9, 1], batch=8, streams=4, block=5)
+    steps = 600
+    told = order.shards(0, steps)
+    first_use = [
+        min(step for row in range(50) for step in order.steps_of(shard << 32 | row, 0, steps) or [steps]) for shard in told
+    ]
+    late = [max(0, max(first_use[:at], default=0) - step) for at, step in enumerate(first_use)]
+    assert any(shard >= 30 for shard in told) and max(late) <= 60  # steps of a block of the rare set, and some
+
+
+def test_many_legal_sizes_are_shortened_in_a_message() -> None:
+    for power, expected in (
+        (15, "16384 or 32768"),
+        (16, "1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, …, 16384, 32768 or 65536"),
+    ):
+        with pytest.raises(ConfigError) as caught:
+            Order([10**6], 0, 2**power, streams=3)
+        assert expected in str(caught.value) and ("…" in str(caught.value)) == (power > 15)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -79,6 +81,9 @@ def test_draws_never_change_between_versions() -> None:
         [0.6459346930496395, 0.17218120209872723],
     ]
     assert permutation(8, 1, 2).tolist() == [4, 2, 5, 7, 0, 6, 1, 3]
+    assert permutation(8, 1, 2).dtype == np.int64
+    large = permutation(1 << 18, 1, 2)  # some draws have equal upper halves
+    assert hashlib.sha256(large.astype("<i8").tobytes()).hexdigest()[:16] == "ddc829867de53ed6"
 
 
 @given(n=st.integers(0, 400), key=st.integers(0, 2**64 - 1))

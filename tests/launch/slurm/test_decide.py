@@ -96,6 +96,9 @@ def test_the_same_crash_twice_from_the_same_checkpoint_is_the_end() -> None:
     assert decide(other, history, Budgets()).action == "requeue"
     further = Result(code=1, failure=failed(IndexError(), "index out of range"), before=6, after=12)
     assert decide(further, history, Budgets()).action == "requeue"
+    assert decide(again, [], Budgets()).action == "requeue"
+    assert decide(again, [*history, row("hang", 6, 6)], Budgets(no_progress=9)).action == "requeue"  # not in a row
+    assert decide(again, [row("hang", 6, 6, "index out of range")], Budgets()).action == "requeue"
 
 
 @pytest.mark.parametrize(
@@ -124,3 +127,21 @@ def test_attempts_that_leave_nothing_are_not_repeated_for_ever() -> None:
     assert decide(idle, [row("preempted", 6, 6)] * 2, Budgets(no_progress=3)).action == "fail"
     assert decide(idle, [row("preempted", 6, 6), row("preempted", 0, 6)], Budgets(no_progress=3)).action == "requeue"
     assert decide(idle, [row("preempted", 6, 6), row("node", 6, 6)], Budgets(no_progress=2)).action == "requeue"
+    assert decide(idle, [row("preempted", 0, 6), *[row("preempted", 6, 6)] * 2], Budgets(no_progress=3)).action == "fail"
+    assert decide(idle, [*[row("preempted", 6, 6)] * 2, row("preempted", 0, 6)], Budgets(no_progress=3)).action == "requeue"
+
+
+def test_an_attempt_of_which_nothing_is_known_left_no_checkpoint() -> None:
+    assert (Result().before, Result().after) == (-1, -1)
+    idle = Result(stop_reason="preempted")
+    assert decide(idle, [{"cause": "preempted"}], Budgets(no_progress=2)).action == "fail"
+    assert decide(idle, [{"cause": "preempted", "before": -1}], Budgets(no_progress=2)).action == "fail"
+    assert decide(idle, [{"cause": "preempted", "after": 0}], Budgets(no_progress=2)).action == "requeue"
+
+
+@pytest.mark.parametrize(("cause", "allowed"), [("crash", 3), ("hang", 3), ("node", 5), ("rendezvous", 3)])
+def test_the_default_budgets(cause: str, allowed: int) -> None:
+    end = Result(code=1, failure=failed(cause), before=6, after=12)
+    assert decide(end, [row(cause)] * (allowed - 1), Budgets()).action == "requeue"
+    assert decide(end, [row(cause)] * allowed, Budgets()).action == "fail"
+    assert Budgets().no_progress == 3
