@@ -23,6 +23,10 @@ _PACKAGES = {
     "mlflow": "mlflow",
     "open_clip": "open_clip_torch",
     "accelerate": "accelerate",
+    "safetensors": "safetensors",
+    "xxhash": "xxhash",
+    "psutil": "psutil",
+    "pynvml": "nvidia-ml-py",
 }
 _SHARE = 0.5  # of the peak that a large product must reach
 
