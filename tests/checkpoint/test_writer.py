@@ -450,3 +450,48 @@ def test_a_checkpoint_with_the_checksums_of_earlier_versions_is_verified_by_them
     spoil(path / "rank_00000.safetensors", "flipped")
     with pytest.raises(CheckpointError, match="bytes have changed"):
         saved.verify(saved.read(path))
+
+
+def _synced(directory: str) -> list[list[Any]]:
+    """On a rank: what a save makes durable, in order: size and name of what is synced, and the directory's renaming."""
+    import os
+    from unittest import mock
+
+    sync, rename, told = os.fsync, Path.rename, []
+
+    def fsync(handle: int) -> None:
+        path = Path(os.readlink(f"/proc/self/fd/{handle}"))
+        told.append(["sync", path.name, path.stat().st_size if path.is_file() else -1])
+        sync(handle)
+
+    def renamed(path: Path, target: Path) -> Path:
+        told.append(["rename", path.name, Path(target).name])
+        return rename(path, target)
+
+    with mock.patch.object(os, "fsync", fsync), mock.patch.object(Path, "rename", renamed):
+        _train(directory, until=1, save=(1,))
+    return told
+
+
+def test_everything_of_a_checkpoint_is_on_the_disk_before_it_gets_its_name(tmp_path: Path) -> None:
+    ranks = pool(2).run(_synced, directory=str(tmp_path / "checkpoints"))
+    final = "step_000000001"
+    renaming = ["rename", f".tmp-{final}", final]
+    before, after = (ranks[0][: ranks[0].index(renaming)], ranks[0][ranks[0].index(renaming) + 1 :])
+    folder = tmp_path / "checkpoints" / final
+    sizes = {path.name: path.stat().st_size for path in folder.iterdir()}
+    for name in ("rank_00000.safetensors", "whole.safetensors", "manifest.json"):
+        assert ["sync", name, sizes[name]] in before, f"{name} was not synced, or before all of it was written"
+    assert before[-2:] == [["sync", "manifest.json", sizes["manifest.json"]], ["sync", f".tmp-{final}", -1]]
+    assert after[0] == ["sync", "checkpoints", -1]
+    assert ["sync", "rank_00001.safetensors", sizes["rank_00001.safetensors"]] in ranks[1]
+    assert not any(kind == "rename" or name == "manifest.json" for kind, name, _ in ranks[1])
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_what_an_earlier_save_left_half_written_is_removed(ranks: int, tmp_path: Path) -> None:
+    left = tmp_path / "checkpoints" / ".tmp-step_000000009"
+    left.mkdir(parents=True)
+    (left / "rank_00000.safetensors").write_bytes(b"half")
+    pool(ranks).run(_train, directory=str(tmp_path / "checkpoints"), until=1, save=(1,))
+    assert [path.name for path in sorted((tmp_path / "checkpoints").iterdir())] == ["step_000000001"]
