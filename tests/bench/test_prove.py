@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 
@@ -15,10 +15,10 @@ from pipeline.bench.prove.stage import STAGES, Check, Setup, at_least, at_most
 from tests.helpers.rank_pool import pool
 
 
-def found(stage: str, folder: str) -> list[Check]:
+def found(stage: str, folder: str, device: Literal["cpu", "cuda"] = "cpu") -> list[Check]:
     """On a rank: a stage's rows."""
     module: Any = importlib.import_module(f"pipeline.bench.prove.{stage}")
-    return list(module.checks(Setup("cpu", toy=True, folder=Path(folder))))
+    return list(module.checks(Setup(device, toy=True, folder=Path(folder))))
 
 
 @pytest.mark.slow
@@ -27,6 +27,14 @@ def test_every_stage_holds_on_a_cpu(stage: str, tmp_path: Path) -> None:
     own_processes = stage in ("run", "data", "ranks")
     rows = found(stage, str(tmp_path)) if own_processes else pool(1).run(found, stage=stage, folder=str(tmp_path))[0]
     assert rows and [row for row in rows if row.ok is False] == []
+
+
+@pytest.mark.gpu
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", STAGES)
+def test_every_stage_holds_on_a_gpu(stage: str, tmp_path: Path) -> None:
+    (outcome,) = runner.run(Setup("cuda", True, tmp_path), [stage], show=lambda *_: None)
+    assert outcome.checks and outcome.ok, outcome
 
 
 def test_every_method_and_every_operator_is_among_the_checks() -> None:
