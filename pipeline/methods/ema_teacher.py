@@ -38,7 +38,9 @@ class Teacher:
             frozen = copy.deepcopy(module).float().eval()
             frozen.requires_grad_(False)
             self.modules[name] = frozen
-        self._pairs: list[tuple[Tensor, Tensor]] | None = None
+        self._followed: list[tuple[Tensor, Tensor]] | None = None
+        self._pairs: tuple[list[Tensor], list[Tensor]] | None = None
+        self._buffers: list[tuple[nn.Module, nn.Module, str]] | None = None
 
     def follow(self, pairs: list[tuple[Tensor, Tensor]]) -> None:
         """Makes later updates use these tensors: this rank's shards of weights that an engine has partitioned.
@@ -46,7 +48,7 @@ class Teacher:
         Args:
             pairs: the teacher's shard and the student's, fp32, of equal shape.
         """
-        self._pairs = pairs
+        self._followed, self._pairs = pairs, None
 
     @torch.no_grad()
     def update(self, momentum: float, masters: Mapping[str, Tensor] | None = None) -> None:
@@ -56,16 +58,49 @@ class Teacher:
             momentum: EMA momentum, 0 to 1.
             masters: fp32 student weights by name, where the modules hold only a lower-precision copy.
         """
-        if self._pairs is not None and masters is None:
-            weights, targets = [weight for weight, _ in self._pairs], [student.detach() for _, student in self._pairs]
-        else:
-            students = dict(self._student_tensors(parameters=True)) if masters is None else masters
+        weights, students = self._weights()
+        if masters is not None:
             named = dict(self.named_parameters())
-            weights, targets = list(named.values()), [students[name].detach().to(weight) for name, weight in named.items()]
-        torch._foreach_lerp_(weights, targets, 1.0 - momentum)
-        buffers = dict(self._student_tensors(parameters=False))
-        for name, buffer in self.named_buffers():
-            buffer.copy_(buffers[name])
+            weights, students = list(named.values()), [masters[name].detach().to(weight) for name, weight in named.items()]
+        elif any(student.dtype != weight.dtype for student, weight in zip(students, weights, strict=True)):
+            students = [student.to(weight) for student, weight in zip(students, weights, strict=True)]
+        torch._foreach_lerp_(weights, students, 1.0 - momentum)
+        self._copy_buffers()
+
+    def _weights(self) -> tuple[list[Tensor], list[Tensor]]:
+        """The weights to update and the student's, in lists that are built once: walking through the modules takes longer than
+        the update.
+        """
+        if self._pairs is None:
+            if self._followed is not None:
+                self._pairs = [weight for weight, _ in self._followed], [student.detach() for _, student in self._followed]
+            else:
+                students = dict(self._student_tensors(parameters=True))
+                named = dict(self.named_parameters())
+                self._pairs = list(named.values()), [students[name] for name in named]
+        return self._pairs
+
+    def _copy_buffers(self) -> None:
+        """Copies the student's buffers, in one call for each dtype. They are looked up each time, since a module may replace
+        them.
+        """
+        if self._buffers is None:
+            self._buffers = [
+                (frozen, student, key)
+                for name, module in self.modules.items()
+                for frozen, student in zip(module.modules(), self._students[name].modules(), strict=True)
+                for key, buffer in frozen._buffers.items()
+                if buffer is not None
+            ]
+        by_dtype: dict[torch.dtype, tuple[list[Tensor], list[Tensor]]] = {}
+        for frozen, student, key in self._buffers:
+            ours, theirs = frozen._buffers[key], student._buffers[key]
+            assert ours is not None and theirs is not None
+            to, source = by_dtype.setdefault(ours.dtype, ([], []))
+            to.append(ours)
+            source.append(theirs)
+        for to, source in by_dtype.values():
+            torch._foreach_copy_(to, source)
 
     @torch.no_grad()
     def reset(self, masters: Mapping[str, Tensor] | None = None) -> None:
@@ -76,6 +111,7 @@ class Teacher:
         """Moves the copies to the device; the dtype stays fp32."""
         for module in self.modules.values():
             module.to(device)
+        self._pairs = None
         return self
 
     def named_parameters(self) -> Iterator[tuple[str, Tensor]]:

@@ -399,4 +399,6 @@ def _configuration(options: EngineOptions, world: int, device: torch.device, siz
         "gradient_clipping": 0.0,
         "steps_per_print": 2**31,
         "wall_clock_breakdown": False,
+        # Its throughput timer, on by default, waits for the whole device before every forward pass and after every step.
+        "timers": {"throughput": {"enabled": False}},
     }
