@@ -40,6 +40,7 @@ class Teacher:
             self.modules[name] = frozen
         self._followed: list[tuple[Tensor, Tensor]] | None = None
         self._pairs: tuple[list[Tensor], list[Tensor]] | None = None
+        self._runs: list[tuple[Tensor, Tensor]] | None = None
         self._buffers: list[tuple[nn.Module, nn.Module, str]] | None = None
 
     def follow(self, pairs: list[tuple[Tensor, Tensor]]) -> None:
@@ -48,15 +49,29 @@ class Teacher:
         Args:
             pairs: the teacher's shard and the student's, fp32, of equal shape.
         """
-        self._followed, self._pairs = pairs, None
+        self._followed, self._pairs, self._runs = pairs, None, None
 
     @torch.no_grad()
-    def update(self, momentum: float, masters: Mapping[str, Tensor] | None = None) -> None:
+    def align(self) -> None:
+        """Moves the weights into one block of memory, in the order in which an engine has laid out the student's: where both are
+        neighbours, :meth:`update` treats them as one tensor.
+        """
+        weights, students = self._weights()
+        block = torch.empty(sum(w.numel() for w in weights), dtype=torch.float32, device=weights[0].device)
+        start = 0
+        for _, weight in sorted(zip(students, weights, strict=True), key=lambda pair: pair[0].data_ptr()):
+            weight.data = block.narrow(0, start, weight.numel()).view(weight.shape).copy_(weight)
+            start += weight.numel()
+        self._runs = _joined(weights, students)
+
+    @torch.no_grad()
+    def update(self, momentum: float, masters: Mapping[str, Tensor] | None = None, applied: Tensor | None = None) -> None:
         """Sets every weight to ``momentum * teacher + (1 - momentum) * student``; copies buffers.
 
         Args:
             momentum: EMA momentum, 0 to 1.
             masters: fp32 student weights by name, where the modules hold only a lower-precision copy.
+            applied: bool scalar on the device: nothing changes where it is false. ``None`` is the same as true.
         """
         weights, students = self._weights()
         if masters is not None:
@@ -64,8 +79,14 @@ class Teacher:
             weights, students = list(named.values()), [masters[name].detach().to(weight) for name, weight in named.items()]
         elif any(student.dtype != weight.dtype for student, weight in zip(students, weights, strict=True)):
             students = [student.to(weight) for student, weight in zip(students, weights, strict=True)]
-        torch._foreach_lerp_(weights, students, 1.0 - momentum)
-        self._copy_buffers()
+        if applied is None:
+            torch._foreach_lerp_(weights, students, 1.0 - momentum)
+        else:
+            # A weight of 0 leaves the teacher as it is, bit for bit: the student of a skipped step is finite.
+            share = applied * (1.0 - momentum)
+            for weight, student in (masters is None and self._runs) or zip(weights, students, strict=True):
+                weight.lerp_(student, share)
+        self._copy_buffers(applied)
 
     def _weights(self) -> tuple[list[Tensor], list[Tensor]]:
         """The weights to update and the student's, in lists that are built once: walking through the modules takes longer than
@@ -80,7 +101,7 @@ class Teacher:
                 self._pairs = list(named.values()), [students[name] for name in named]
         return self._pairs
 
-    def _copy_buffers(self) -> None:
+    def _copy_buffers(self, applied: Tensor | None) -> None:
         """Copies the student's buffers, in one call for each dtype. They are looked up each time, since a module may replace
         them.
         """
@@ -100,6 +121,8 @@ class Teacher:
             to.append(ours)
             source.append(theirs)
         for to, source in by_dtype.values():
+            if applied is not None:
+                source = [torch.where(applied, new, old) for new, old in zip(source, to, strict=True)]
             torch._foreach_copy_(to, source)
 
     @torch.no_grad()
@@ -111,7 +134,7 @@ class Teacher:
         """Moves the copies to the device; the dtype stays fp32."""
         for module in self.modules.values():
             module.to(device)
-        self._pairs = None
+        self._pairs = self._runs = None
         return self
 
     def named_parameters(self) -> Iterator[tuple[str, Tensor]]:
@@ -152,3 +175,21 @@ class Teacher:
         for name, module in self._students.items():
             for inner, tensor in module.named_parameters() if parameters else module.named_buffers():
                 yield f"{name}.{inner}", tensor
+
+
+def _joined(weights: list[Tensor], students: list[Tensor]) -> list[tuple[Tensor, Tensor]]:
+    """Pairs of fp32 tensors that hold the same elements, flattened; pairs that are neighbours in memory on both sides are one."""
+    joined: list[tuple[Tensor, Tensor]] = []
+    for student, weight in sorted(zip(students, weights, strict=True), key=lambda pair: pair[0].data_ptr()):
+        pair = weight.detach().view(-1), student.detach().view(-1)
+        if joined and all(_adjacent(before, after) for before, after in zip(joined[-1], pair, strict=True)):
+            length = joined[-1][0].numel() + weight.numel()
+            pair = joined[-1][0].as_strided((length,), (1,)), joined[-1][1].as_strided((length,), (1,))
+            joined.pop()
+        joined.append(pair)
+    return joined
+
+
+def _adjacent(before: Tensor, after: Tensor) -> bool:
+    same = before.untyped_storage().data_ptr() == after.untyped_storage().data_ptr()
+    return same and int(before.storage_offset()) + before.numel() == int(after.storage_offset())

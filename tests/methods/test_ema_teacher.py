@@ -136,3 +136,48 @@ def test_updates_are_the_formula_bit_for_bit_and_copy_buffers_that_a_module_has_
         buffers = dict(teacher.named_buffers())
         assert len(buffers) == 15
         assert all(torch.equal(buffers[f"net.{name}"], buffer) for name, buffer in student.named_buffers())
+
+
+def _neighbours(module: nn.Module) -> None:
+    """Lays a module's weights out as an engine does: views into one flat tensor, the last first."""
+    parameters = list(module.parameters())[::-1]
+    flat, start = torch.cat([p.detach().view(-1) for p in parameters]), 0
+    for p in parameters:
+        p.data = flat.narrow(0, start, p.numel()).view(p.shape)
+        start += p.numel()
+
+
+def test_a_teacher_laid_out_like_its_student_is_updated_as_one_tensor_with_the_same_bits() -> None:
+    torch.manual_seed(0)
+    student = nn.Sequential(*(nn.Linear(32, 32) for _ in range(4)))
+    teacher, plain = Teacher(net=student), Teacher(net=student)
+    _neighbours(student)
+    before = {name: weight.clone() for name, weight in teacher.named_parameters()}
+    teacher.align()
+    assert all(torch.equal(before[name], weight) for name, weight in teacher.named_parameters())
+    for step in range(3):
+        with torch.no_grad():
+            for weight in student.parameters():
+                weight.add_(torch.randn_like(weight))
+        with _Calls() as calls:
+            teacher.update(0.99, applied=torch.tensor(step != 1))
+        assert calls.names.count("lerp_") == 1
+        if step != 1:
+            plain.update(0.99)
+        expected = dict(plain.named_parameters())
+        assert all(torch.equal(expected[name], weight) for name, weight in teacher.named_parameters())
+
+
+def test_weights_that_are_no_neighbours_are_updated_one_by_one() -> None:
+    student = nn.Sequential(nn.Linear(32, 32), nn.Linear(32, 32))
+    teacher = Teacher(net=student)
+    teacher.align()  # in one block, but the student's are not
+    with torch.no_grad():
+        for weight in student.parameters():
+            weight.add_(1.0)
+    with _Calls() as calls:
+        teacher.update(0.5, applied=torch.tensor(True))
+    assert calls.names.count("lerp_") == 4
+    expected = dict(student.named_parameters())
+    for name, weight in teacher.named_parameters():
+        torch.testing.assert_close(weight, expected[name.removeprefix("net.")].detach() - 0.5)
