@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.helpers.runs import ROOT, command, environment, recorded
+from tests.helpers.runs import ROOT, command, environment, recorded, weights
 from tests.helpers.s3 import free_port
 
 RESTART = 75
@@ -32,7 +32,7 @@ def living(directory: Path) -> list[str]:
 
 
 def broken(
-    config: Path, shards: str, directory: Path, fault: str, *overrides: str, torchrun: bool = False
+    config: Path, shards: str, directory: Path, fault: str, *overrides: str, torchrun: bool = False, delayed: bool = False
 ) -> subprocess.CompletedProcess[str]:
     words = command(config, shards, directory, *overrides)[2:]
     head = [sys.executable, "-m", "tests.helpers.faulty_ranks"]
@@ -41,7 +41,7 @@ def broken(
         head += ["-m", "tests.helpers.faulty_ranks"]
     return subprocess.run(
         [*head, *words[1:]],
-        env=environment() | {"FAULT": fault},
+        env=environment() | {"FAULT": fault} | ({"DELAYED": "1"} if delayed else {}),
         cwd=ROOT,
         capture_output=True,
         text=True,
@@ -131,12 +131,14 @@ def test_a_mistake_of_ours_shows_its_traceback_once(config: Path, shards: str, t
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("delayed", [False, True], ids=["at-once", "delayed"])
 def test_a_broken_loss_sends_the_run_back_and_its_batches_are_left_out_for_good(
-    config: Path, shards: str, tmp_path: Path
+    config: Path, shards: str, tmp_path: Path, delayed: bool
 ) -> None:
     directory = tmp_path / "run"
     words = ("train.duration=14 steps", "watchdog.rollback_after=3", "watchdog.rollback_margin=1", "checkpoint.keep_last=5")
-    done = broken(config, shards, directory, "1 8 forward nan 10", *words)
+    words = (*words, "train.log_every=5")  # so that steps are queued behind those that are not finite
+    done = broken(config, shards, directory, "1 8 forward nan 10", *words, delayed=delayed)
     assert done.returncode == 0, done.stderr + done.stdout
     assert json.loads((directory / "skipped_steps.json").read_text()) == {"steps": [[7, 10]]}
     outcome = json.loads((directory / "outcome.json").read_text())
@@ -147,23 +149,54 @@ def test_a_broken_loss_sends_the_run_back_and_its_batches_are_left_out_for_good(
         assert steps == [*range(11), 6, 11, 12, 13]
         recorded(directory, rank)  # step 6 was the same again, so the state of the checkpoint was
     sixth = directory / "checkpoints" / "step_000000006"
-    again = broken(config, shards, directory, "9 0 forward none", *words, f"checkpoint.resume={sixth}")
+    again = broken(config, shards, directory, "9 0 forward none", *words, f"checkpoint.resume={sixth}", delayed=delayed)
     assert again.returncode == 0, again.stderr
     lines = (directory / "batches" / "attempt-0001-rank-0.jsonl").read_text().splitlines()
     assert [json.loads(line)["step"] for line in lines] == [6, 11, 12, 13]
 
 
 @pytest.mark.slow
-def test_a_run_goes_back_only_so_often(config: Path, shards: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("delayed", [False, True], ids=["at-once", "delayed"])
+def test_a_run_goes_back_only_so_often(config: Path, shards: str, tmp_path: Path, delayed: bool) -> None:
     directory = tmp_path / "run"
     words = (
         "watchdog.rollback_after=2",
         "watchdog.rollback_margin=1",
         "watchdog.max_rollbacks=1",
         "train.max_consecutive_nonfinite=3",
+        "train.log_every=5",
     )
-    done = broken(config, shards, directory, "1 8 forward nan 40", *words)
+    done = broken(config, shards, directory, "1 8 forward nan 40", *words, delayed=delayed)
     assert done.returncode == 1
     (message,) = errors(done)
     assert "3 steps in a row were not finite" in message and "step 12, first keys on rank 1: [" in message
     assert json.loads((directory / "skipped_steps.json").read_text()) == {"steps": [[7, 9]]}
+
+
+def _metrics(directory: Path) -> list[tuple[int, dict[str, float]]]:
+    """What a run has measured, but for times, memory and the machine."""
+    (path,) = (directory / "tracking").glob("journal-*.jsonl")
+    rows = [row for row in map(json.loads, path.read_text().splitlines()) if row["kind"] == "metrics"]
+    return [
+        (row["step"], {key: value for key, value in row["values"].items() if key.split("/")[0] in ("train", "gradient_norm")})
+        for row in rows
+    ]
+
+
+@pytest.mark.slow
+def test_a_run_that_reads_later_whether_a_step_was_applied_is_the_run_that_reads_at_once(
+    config: Path, shards: str, tmp_path: Path
+) -> None:
+    words = ("train.duration=14 steps", "train.log_every=4")
+    delayed, at_once = tmp_path / "delayed", tmp_path / "at_once"
+    for directory in (delayed, at_once):
+        done = broken(config, shards, directory, "1 8 forward nan 9", *words, delayed=directory == delayed)
+        assert done.returncode == 0, done.stderr + done.stdout
+        lines = [line for line in done.stdout.splitlines() if "not finite, step skipped" in line]
+        assert [re.findall(r"step (\d+):", line) for line in lines] == [["8"], ["9"]], done.stdout
+    for rank in range(2):
+        ours = recorded(delayed, rank)
+        assert ours == recorded(at_once, rank) and [step for step, row in ours.items() if not row["applied"]] == [8, 9]
+    assert _metrics(delayed) == _metrics(at_once) and len(_metrics(delayed)) > 4
+    for step in (6, 12, 14):
+        assert weights(delayed, step) == weights(at_once, step)

@@ -11,7 +11,8 @@ No setting here changes results. The considerations, in elements of 4 bytes:
 - *Parameter bucket* (stages 1 and 2, after the step): nothing overlaps with it, so everything at once, up to 200 million.
 - *Stage 3* prefetches half a bucket, and keeps as much gathered between forward and backward pass as DeepSpeed's default: up
   to 1 000 million parameters the student is gathered once per micro-batch instead of twice.
-- *Overlap* on GPUs with more than one rank; a CPU has no second stream.
+- *Overlap* on GPUs with more than one rank; a CPU has no second stream. DeepSpeed then lets the host wait for the device once
+  a backward pass, which ``training.zero_layouts.order_streams`` avoids; without overlap every bucket would stop that pass.
 - Not used: ZeRO++'s quantized weights and gradients, which change results, and its copy inside each node, which does not
   cover the teacher's shards. NCCL handles the hierarchy of links inside and between nodes.
 

@@ -78,7 +78,7 @@ def held(
     """Bytes on the rank that holds most.
 
     Args:
-        groups: elements of each trained parameter, by parameter group.
+        groups: elements of each trained parameter, by parameter group; on GPUs the engine makes one of them all.
         frozen: elements of each parameter that is not trained.
         teacher: elements of each teacher parameter.
         stage: ZeRO stage, 0 to 3.
@@ -115,6 +115,8 @@ def held(
             gathered=FP32 * (min(total, chosen.live) + min(sum(teacher), chosen.live)),
             rounded=rounded,
         )
+    if overlap:
+        groups = [trained]
     padded = [2 * ranks * math.ceil(sum(group) / (2 * ranks)) for group in groups]
     share = sum(padded) // ranks
     gradients = FP32 * max(

@@ -93,13 +93,21 @@ class Method(nn.Module, ABC):
     def forward(self, batch: Batch, step: Step) -> dict[str, Tensor]:
         """Returns named scalar loss terms, already weighted; their sum is the loss."""
 
-    def after_step(self, step: Step) -> None:
-        """Updates the teacher and other state without gradients. Called after each optimizer step, but not a skipped one."""
+    def after_step(self, step: Step, applied: Tensor | None = None) -> None:
+        """Updates the teacher and other state without gradients. Called after each optimizer step, but not a skipped one.
+
+        Args:
+            step: as for :meth:`forward`.
+            applied: bool scalar on the device, if the host does not know yet whether the step was applied: where it is false, the
+                teacher and ``extra_state`` must keep their values (see :func:`kept`). ``None`` if it was applied.
+        """
         if self.teacher is not None:
-            self.teacher.update(step.momentum)
+            self.teacher.update(step.momentum, applied=applied)
 
     def on_step_skipped(self) -> None:
-        """Discards what ``forward`` kept for :meth:`after_step`. Called instead of it when a step was not applied."""
+        """Discards what ``forward`` kept for :meth:`after_step`. Called instead of it when the host knows that a step was not
+        applied.
+        """
 
     def networks(self) -> dict[str, nn.Module]:
         """Trained sub-networks by name; with network-wise clipping each is clipped by its own gradient norm."""
@@ -123,6 +131,11 @@ class Method(nn.Module, ABC):
             self.teacher.to(device)
         self.extra_state = {name: tensor.to(device) for name, tensor in self.extra_state.items()}
         return self
+
+
+def kept(applied: Tensor | None, new: Tensor, old: Tensor) -> Tensor:
+    """``new`` after an applied step, ``old`` after a skipped one; see :meth:`Method.after_step`."""
+    return new if applied is None else torch.where(applied, new, old)
 
 
 def seed(batch: Batch) -> None:

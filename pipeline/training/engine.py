@@ -33,8 +33,9 @@ from pipeline.estimate.communication import communication
 from pipeline.methods.base import Method, Step, seed
 from pipeline.models.groups import ParameterGroup
 from pipeline.training import accelerate_init as accelerated
-from pipeline.training.optimizers import Lamb, Lars, Layerwise, Sgd
-from pipeline.training.zero_layouts import ADAM, Layout, Zero0Layout, Zero3Layout, Zero12Layout, piece_of
+from pipeline.training.applied import Applied
+from pipeline.training.optimizers import AdamW, FlatOptimizer, Lamb, Lars, Layerwise, Sgd, runs_of
+from pipeline.training.zero_layouts import Layout, Zero0Layout, Zero3Layout, Zero12Layout, order_streams, piece_of
 from pipeline.training.zero_offload import OffloadedZero3Layout, OffloadedZero12Layout
 
 os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
@@ -44,6 +45,7 @@ _tracker = sys.modules.get("mlflow")
 sys.modules["mlflow"] = _tracker  # type: ignore[assignment]
 import deepspeed  # noqa: E402
 from deepspeed.runtime.zero.config import DeepSpeedZeroConfig  # noqa: E402
+from deepspeed.runtime.zero.utils import ZERO_SUPPORTED_OPTIMIZERS  # noqa: E402
 
 if _tracker is None:
     del sys.modules["mlflow"]
@@ -53,6 +55,9 @@ logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
 deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 _LAYOUTS: dict[int, Callable[..., Layout]] = {0: Zero0Layout, 1: Zero12Layout, 2: Zero12Layout, 3: Zero3Layout}
 _OFFLOADED: dict[int, Callable[..., Layout]] = {1: OffloadedZero12Layout, 2: OffloadedZero12Layout, 3: OffloadedZero3Layout}
+ZERO_SUPPORTED_OPTIMIZERS.append(AdamW)  # torch's own kernel; without this DeepSpeed warns of an untested optimizer
+_READ = ("0.19.8",)  # versions whose streams were read line by line for order_streams; others keep their own wait
+_ALIGNED = 4  # elements of fp32 in the 16 bytes that a GPU loads at once
 _OUTSIDE = "other"  # pseudo-network of parameters outside all networks, such as a logit scale
 
 
@@ -75,6 +80,10 @@ class EngineOptions:
         offload: ``cpu`` keeps masters and moments in host memory and runs AdamW there, in stages 1 to 3.
         init: library that initializes DeepSpeed for the student.
         graphs: whether compiled blocks are replayed as CUDA graphs, whose memory is reused from one pass to the next.
+        merge: whether DeepSpeed sees one parameter group, which takes one optimizer call and one gather, instead of one for each
+            pair of multipliers; ``None`` for a GPU, where every element is computed alike wherever it lies. A CPU's vector
+            instructions compute the last few elements of a tensor otherwise, in the last bit.
+        delay: whether it is decided on the device if a step is applied, so that the host need not wait; ``None`` for a GPU.
     """
 
     zero: Literal[0, 1, 2, 3]
@@ -91,6 +100,8 @@ class EngineOptions:
     offload: Literal["none", "cpu"] = "none"
     init: Literal["deepspeed", "accelerate"] = "deepspeed"
     graphs: bool = False
+    merge: bool | None = None
+    delay: bool | None = None
 
 
 class Engine:
@@ -111,7 +122,10 @@ class Engine:
         self.shapes = {name: tuple(p.shape) for name, p in method.named_parameters() if p.requires_grad}
         self._groups = method.parameter_groups()
         _check(method, self._groups)
-        optimizer = _optimizer(options, self._groups)
+        on_device = device.type == "cuda" and options.offload == "none"
+        merge = on_device if options.merge is None else options.merge
+        self.delayed = on_device and options.zero < 3 if options.delay is None else options.delay
+        optimizer = _optimizer(options, self._groups, merge=merge)
         # DeepSpeed requires this variable and uses it as the device number, whatever launcher started the ranks.
         os.environ["LOCAL_RANK"] = str(device.index or 0)
         sizes = [p.numel() for group in self._groups for p in group.params]
@@ -121,15 +135,23 @@ class Engine:
         else:
             self._engine, _, _, _ = deepspeed.initialize(model=method, optimizer=optimizer, config=config)
         # DeepSpeed wraps the optimizer except in stage 0; the learning rates are those of the inner one.
-        self._optimizer = getattr(self._engine.optimizer, "optimizer", self._engine.optimizer)
+        self._optimizer: FlatOptimizer = getattr(self._engine.optimizer, "optimizer", self._engine.optimizer)
+        self._rates = self._optimizer.param_groups[0]["members"] if merge else self._optimizer.param_groups
         parameters = [p for group in self._groups for p in group.params]
-        layerwise = optimizer if isinstance(optimizer, Layerwise) else None
         layout = (_OFFLOADED if options.offload == "cpu" else _LAYOUTS)[options.zero]
-        self.layout: Layout = layout(self._engine, parameters, self._names, layerwise.moments if layerwise else ADAM)
-        if layerwise is not None:
-            layerwise.segments, layerwise.parameters = self.layout.segments(), len(parameters)
-            layerwise.sharded = options.zero > 0
+        self.layout: Layout = layout(self._engine, parameters, self._names, optimizer.moments)
+        if merge:
+            member_of = [member for member, group in enumerate(self._groups) for _ in group.params]
+            optimizer.runs = {flat: runs_of(segments, member_of) for flat, segments in self.layout.segments().items()}
+        if isinstance(optimizer, Layerwise):
+            optimizer.segments, optimizer.parameters = self.layout.segments(), len(parameters)
+            optimizer.sharded = options.zero > 0
         self._teacher_engine = self._shard_teacher(config) if options.zero == 3 else None
+        if self.delayed and options.zero in (1, 2) and device.type == "cuda":
+            if method.teacher is not None:
+                method.teacher.align()
+            if deepspeed.__version__ in _READ and config["zero_optimization"]["overlap_comm"]:
+                order_streams(self._engine.optimizer, deepspeed.get_accelerator())
         network = {id(p): name for name, module in method.networks().items() for p in module.parameters()}
         for p in parameters:
             network.setdefault(id(p), _OUTSIDE)
@@ -179,7 +201,7 @@ class Engine:
         if self.options.graphs:
             torch.compiler.cudagraph_mark_step_begin()
 
-    def step(self, step: Step, finite: Tensor) -> tuple[bool, dict[str, Tensor]]:
+    def step(self, step: Step, finite: Tensor) -> tuple[Applied, dict[str, Tensor]]:
         """Clip and apply the gradients of all micro-batches, unless a term or gradient is non-finite on any rank.
 
         Args:
@@ -187,21 +209,23 @@ class Engine:
             finite: bool scalar, whether this rank's terms were all finite.
 
         Returns:
-            Whether the step was applied, and the gradient norm of each network before clipping; parameters outside all networks
-            count as one more, ``other``.
+            Whether the step was applied, the same on all ranks, and the gradient norm of each network before clipping;
+            parameters outside all networks count as one more, ``other``.
         """
-        for group, ours in zip(self._optimizer.param_groups, self._groups, strict=True):
-            group["lr"] = (step.last_layer_lr if ours.last_layer else step.lr) * ours.lr_scale
-            group["weight_decay"] = step.weight_decay * ours.wd_scale
+        for rates, group in zip(self._rates, self._groups, strict=True):
+            rates["lr"] = (step.last_layer_lr if group.last_layer else step.lr) * group.lr_scale
+            rates["weight_decay"] = step.weight_decay * group.wd_scale
         squares = torch.cat([self._squares(), (~finite).double().reshape(1)])
         dist.all_reduce(squares)
         own = squares[:-1].sqrt().float()
         lengths = self._by_network(squares[:-1]).sqrt().float() if self._own_norms else own
-        applied = bool((squares[-1] == 0) & squares.isfinite().all())
-        if applied and self.options.clip_norm is not None:
-            self._clip(squares[:-1].sum().sqrt().float().expand_as(own) if self.options.clip_scope == "global" else own)
+        applied = Applied((squares[-1] == 0) & squares.isfinite().all(), delayed=self.delayed)
+        if applied.on_device is not None:
+            self._optimizer.found_inf = (~applied.on_device).float()
         elif not applied:
             self.layout.drop()
+        if self.options.clip_norm is not None and (applied.on_device is not None or applied):
+            self._clip(squares[:-1].sum().sqrt().float().expand_as(own) if self.options.clip_scope == "global" else own)
         self._engine.step()
         self.layout.clean()
         return applied, dict(zip(self._networks, lengths.unbind(), strict=True))
@@ -337,15 +361,21 @@ class Engine:
         self._engine.destroy()
 
 
-def _optimizer(options: EngineOptions, groups: list[ParameterGroup]) -> torch.optim.Optimizer:
-    chosen = [{"params": list(g.params), "lr": 0.0, "weight_decay": 0.0, "adapt": g.wd_scale > 0} for g in groups]
+def _optimizer(options: EngineOptions, groups: list[ParameterGroup], *, merge: bool) -> FlatOptimizer:
+    chosen: list[dict[str, Any]] = [
+        {"params": list(g.params), "lr": 0.0, "weight_decay": 0.0, "adapt": g.wd_scale > 0} for g in groups
+    ]
+    if merge:
+        parameters = [p for group in chosen for p in group.pop("params")]
+        # Parameters of odd sizes go last, so that all others stay aligned for vector instructions.
+        chosen = [{"params": sorted(parameters, key=lambda p: p.numel() % _ALIGNED != 0), "members": chosen}]
     if options.optimizer == "lars":
         return Lars(chosen, momentum=options.momentum, trust=options.trust)
     if options.optimizer == "sgd":
         return Sgd(chosen, momentum=options.momentum)
     if options.optimizer == "lamb":
         return Lamb(chosen, betas=options.betas, eps=options.eps)
-    return torch.optim.AdamW(chosen, lr=0.0, betas=options.betas, eps=options.eps, fused=True)
+    return AdamW(chosen, betas=options.betas, eps=options.eps)
 
 
 def _check(method: Method, groups: list[ParameterGroup]) -> None:
@@ -399,4 +429,6 @@ def _configuration(options: EngineOptions, world: int, device: torch.device, siz
         "gradient_clipping": 0.0,
         "steps_per_print": 2**31,
         "wall_clock_breakdown": False,
+        # Its throughput timer, on by default, waits for the whole device before every forward pass and after every step.
+        "timers": {"throughput": {"enabled": False}},
     }

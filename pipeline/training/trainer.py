@@ -3,17 +3,21 @@
 Order of one step: batch, schedules, teacher forward on all micro-batches (``before_accumulation``), student forward and
 backward per micro-batch, finite check, optimizer step, ``after_step``, record, log, evaluate, agreement on stopping and saving,
 checkpoint.
+
+On a GPU the host queues a step without waiting for it, so whether it was applied is read one step later, and everything that
+depends on it (record, counts, skips, rollbacks, means) happens then. Before it logs, evaluates or saves, the loop settles all
+steps; a step queued behind one that triggers a rollback leaves no trace.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import IO, Any
 
 import torch
 import torch.distributed as dist
@@ -30,13 +34,25 @@ from pipeline.runtime.stop_requests import Stop, StopRequests
 from pipeline.runtime.watchdog import CHECKPOINT, COMPUTE, DATA, END, EVALUATE, LOG, STEP, TEACHER
 from pipeline.tracking import Journal
 from pipeline.training.alerts import Alerts
+from pipeline.training.applied import Applied
 from pipeline.training.engine import Engine
 from pipeline.training.progress import Plan, Progress, ProgressLogger
+from pipeline.training.queued_steps import Meter, QueuedStep, record_line
 from pipeline.training.rollback import SkippedSteps
 from pipeline.training.schedules import Schedules
 from pipeline.training.timing import Phases, memory_now
 
 _DEVICE_SEED = 0x57E9  # stream constant of the seeds for a method's random draws on the device
+
+
+@dataclass
+class _Bookkeeping:
+    """Steps whose bookkeeping is not done yet, and where it goes; ``record`` is the open file of ``Plan.record``."""
+
+    meter: Meter
+    record: IO[str] | None
+    queued: deque[QueuedStep] = field(default_factory=deque)
+    consecutive_skipped: int = 0
 
 
 @dataclass
@@ -106,8 +122,6 @@ class Trainer:
         """The loop over steps; see the module for the order of one step."""
         progress = self.progress
         self._seconds_before = progress.seconds  # earlier attempts did not wait for this one's data
-        meter = _Meter(self.world)
-        consecutive_skipped = 0
         saved_at = progress.step if progress.step else -1  # a resumed run that trains no further step has its checkpoint already
         if progress.step == 0 and self.evaluate is not None:
             self._evaluate()
@@ -115,6 +129,7 @@ class Trainer:
         self.phases.enter(DATA, progress.step)
         step_start = time.perf_counter()
         with self.plan.record.open("a", buffering=1) if self.plan.record else nullcontext() as record:
+            bookkeeping = _Bookkeeping(Meter(self.world), record)
             for step_index, micro_batches, batches in self._batches():
                 if step_index != progress.step:
                     raise TrainingError(
@@ -123,6 +138,9 @@ class Trainer:
                         hint="Report this as a bug of fovea",
                     )
                 if step_index in self.skipped_steps:
+                    if self._settle(bookkeeping):
+                        saved_at = progress.step
+                        continue
                     progress.step += 1
                     progress.skipped += 1
                     continue
@@ -136,33 +154,34 @@ class Trainer:
                 self.phases.enter(LOG)
 
                 progress.step += 1
-                progress.applied += applied
-                progress.skipped += not applied
-                consecutive_skipped = 0 if applied else consecutive_skipped + 1
                 progress.seconds += time.perf_counter() - step_start
                 step_start = time.perf_counter()  # a rollback continues without reaching the end of the loop
-                if record is not None:
-                    record.write(json.dumps(_line(step_index, micro_batches, terms, applied)) + "\n")
-                if not applied:
-                    self._report_skipped_step(step_index, micro_batches, terms, consecutive_skipped)
-                    rollbacks_left = self.skipped_steps.rollbacks < self.plan.max_rollbacks
-                    if consecutive_skipped == self.plan.rollback_after and rollbacks_left:
-                        self._roll_back(step_index, consecutive_skipped)
-                        consecutive_skipped, saved_at = 0, progress.step
-                        continue
-                meter.add(terms, self.method.metrics if applied else {}, self.schedules.global_batch)
-                if _due(progress.step, self.plan.log_every, self.plan.steps):
-                    self._log(step, meter, norms, batches)
-                if self.evaluate is not None and _due(progress.step, self.plan.evaluate_every, self.plan.steps):
+                line = record_line(step_index, micro_batches, terms) if record is not None else None
+                keys = [key for batch in micro_batches for key in batch.keys]
+                bookkeeping.queued.append(QueuedStep(step_index, applied, keys, terms, dict(self.method.metrics), line))
+                log = _due(progress.step, self.plan.log_every, self.plan.steps)
+                evaluate = self.evaluate is not None and _due(progress.step, self.plan.evaluate_every, self.plan.steps)
+                save = _due(progress.step, self.plan.checkpoint_every, self.plan.steps)
+                at_once = applied.on_device is None or log or evaluate or save or progress.step == self.plan.steps
+                if self._settle(bookkeeping, keep=0 if at_once else 1):
+                    saved_at = progress.step
+                    continue
+                if log:
+                    self._log(step, bookkeeping.meter, norms, batches)
+                if evaluate:
                     self._evaluate()
                 # One all-reduce per step carries stop requests, save requests and the state of a save in progress: its cost is
                 # its latency, and all ranks decide on the same values.
                 stop = self.requests.agreed(self.world.control, self.checkpoints.state)
                 self._report_outcome(self.checkpoints.poll(self.requests.saving))
                 evaluated = progress.scores_step == progress.step and self.plan.save_evaluated in progress.evaluated_metrics
-                due = _due(progress.step, self.plan.checkpoint_every, self.plan.steps)
-                if stop or evaluated or self.requests.save or due:
-                    saved_at = self._save(asynchronous=self.plan.asynchronous and not stop and progress.step < self.plan.steps)
+                if stop or evaluated or self.requests.save or save:
+                    if self._settle(bookkeeping):
+                        saved_at = progress.step
+                    else:
+                        saved_at = self._save(
+                            asynchronous=self.plan.asynchronous and not stop and progress.step < self.plan.steps
+                        )
                 if stop:
                     break
                 self.phases.enter(DATA, progress.step)
@@ -173,7 +192,33 @@ class Trainer:
         self._report_outcome(self.checkpoints.finish())
         return stop or Stop.FINISHED
 
-    def _train_step(self, step: Step, micro_batches: list[Batch]) -> tuple[dict[str, Tensor], bool, dict[str, Tensor]]:
+    def _settle(self, books: _Bookkeeping, *, keep: int = 0) -> bool:
+        """Find out which queued steps were applied, all but the ``keep`` newest, and record, count and report them.
+
+        Returns:
+            Whether the run was rolled back to the last checkpoint; steps queued since are then forgotten.
+        """
+        progress = self.progress
+        while len(books.queued) > keep:
+            done = books.queued.popleft()
+            applied = bool(done.applied)
+            progress.applied += applied
+            progress.skipped += not applied
+            books.consecutive_skipped = 0 if applied else books.consecutive_skipped + 1
+            if books.record is not None and done.line is not None:
+                books.record.write(json.dumps({**done.line, "applied": applied}) + "\n")
+            if not applied:
+                self._report_skipped_step(done, books.consecutive_skipped)
+                rollbacks_left = self.skipped_steps.rollbacks < self.plan.max_rollbacks
+                if books.consecutive_skipped == self.plan.rollback_after and rollbacks_left:
+                    self._roll_back(done.index, books.consecutive_skipped)
+                    books.consecutive_skipped = 0
+                    books.queued.clear()
+                    return True
+            books.meter.add(done.terms, done.metrics if applied else {}, self.schedules.global_batch)
+        return False
+
+    def _train_step(self, step: Step, micro_batches: list[Batch]) -> tuple[dict[str, Tensor], Applied, dict[str, Tensor]]:
         """Teacher, student, backward, optimizer step and teacher update.
 
         Returns:
@@ -188,7 +233,9 @@ class Trainer:
         self.phases.enter(STEP)
         applied, norms = self.engine.step(step, finite)
         self.phases.enter(TEACHER)
-        if applied:
+        if applied.on_device is not None:
+            self.method.after_step(step, applied.on_device)
+        elif applied:
             self.method.after_step(step)
         else:
             self.method.on_step_skipped()
@@ -225,16 +272,14 @@ class Trainer:
         if self.journal is not None:
             self.journal.metrics(progress.step, {"train/rollbacks": float(self.skipped_steps.rollbacks)})
 
-    def _report_skipped_step(
-        self, step_index: int, batches: list[Batch], terms: dict[str, Tensor], consecutive_skipped: int
-    ) -> None:
+    def _report_skipped_step(self, skipped: QueuedStep, consecutive_skipped: int) -> None:
         """Print and record a skipped step.
 
         Raises:
             NonFiniteError: on all ranks, if there are too many in a row and no rollback is left.
         """
-        bad = [name for name, term in terms.items() if not bool(term.isfinite())] or ["gradient"]
-        keys = [key for batch in batches for key in batch.keys]
+        step_index, keys = skipped.index, skipped.keys
+        bad = [name for name, term in skipped.terms.items() if not bool(term.isfinite())] or ["gradient"]
         self.logger.log(f"step {step_index}: {', '.join(bad)} not finite, step skipped; rank {self.world.rank} held {keys[:4]}…")
         if self.journal is not None:
             self.journal.metrics(step_index, {"train/skipped_steps": float(self.progress.skipped)})
@@ -251,7 +296,7 @@ class Trainer:
                 "or train.precision=fp32; or resume with watchdog.rollback_after, which skips such steps",
             )
 
-    def _log(self, step: Step, meter: _Meter, norms: dict[str, Tensor], batches: BatchStream) -> None:
+    def _log(self, step: Step, meter: Meter, norms: dict[str, Tensor], batches: BatchStream) -> None:
         """Record and print the means since the last log line, and the alerts due; collective."""
         values = meter.flush()
         progress = self.progress
@@ -363,50 +408,3 @@ def _due(step: int, every: int, last: int) -> bool:
 def _mean(terms: list[dict[str, Tensor]]) -> dict[str, Tensor]:
     """Mean of each loss term over the micro-batches."""
     return {name: torch.stack([t[name] for t in terms]).mean() for name in terms[0]}
-
-
-def _line(step: int, batches: list[Batch], terms: dict[str, Tensor], applied: bool) -> dict[str, Any]:
-    """A line of ``Plan.record``: this rank's samples, a digest of their pixels, and the exact loss terms."""
-    keys = [key for batch in batches for key in batch.keys]
-    pixels = hashlib.blake2b(digest_size=8)
-    for batch in batches:
-        for views in batch.views.values():
-            for view in views:
-                pixels.update(view.cpu().numpy().tobytes())
-    return {
-        "step": step,
-        "keys": keys,
-        "sides": batches[0].sides,
-        "pixels": pixels.hexdigest(),
-        "terms": {name: float(term).hex() for name, term in terms.items()},
-        "applied": applied,
-    }
-
-
-class _Meter:
-    """Means since the last log line, kept on the device and averaged over ranks only when read."""
-
-    def __init__(self, world: World) -> None:
-        self._world = world
-        self._sums: dict[str, Tensor] = {}
-        self._counts: dict[str, int] = {}
-        self._samples, self._since = 0, time.perf_counter()
-
-    def add(self, terms: dict[str, Tensor], metrics: dict[str, Tensor], samples: int) -> None:
-        """Add a step's loss terms and metrics, scalars on the device."""
-        total = torch.stack(list(terms.values())).sum()
-        for name, value in {"loss": total, **terms, **metrics}.items():
-            self._sums[name] = self._sums[name] + value.detach().float() if name in self._sums else value.detach().float()
-            self._counts[name] = self._counts.get(name, 0) + 1
-        self._samples += samples
-
-    def flush(self) -> dict[str, float]:
-        """Means over steps and ranks, and images per second as ``rate``; starts again. Collective."""
-        names = sorted(self._sums)
-        means = torch.stack([self._sums[n] / self._counts[n] for n in names])
-        dist.all_reduce(means)
-        means /= self._world.size
-        now = time.perf_counter()
-        rate = self._samples / max(now - self._since, 1e-9)
-        self._sums, self._counts, self._samples, self._since = {}, {}, 0, now
-        return {**dict(zip(names, means.tolist(), strict=True)), "rate": rate}

@@ -239,6 +239,28 @@ class Zero12Layout(Layout):
         self._zero.compute_grad_norm = self._normed
 
 
+def order_streams(zero: Any, accelerator: Any) -> None:
+    """Replace DeepSpeed's wait for the whole device at the end of a backward pass by a wait of the stream that needs the result.
+
+    With ``overlap_comm`` gradients are reduced on a stream of their own, and DeepSpeed 0.19.8 then stops the host until all
+    streams of the device are idle. What follows runs on the current stream, so it is enough that this waits for the reductions
+    (whose stream has waited for NCCL's). Memory is safe too: buckets belong to the current stream's pool and are released after
+    its wait; pieces of gradients belong to the pool of the reductions, whose first work in the next pass is a wait for the
+    current stream. Without overlap there would be no wait either, but every reduction would stop the backward pass: for
+    ViT-L 1.3 GB a step, by estimate 5 ms inside a node and tens of ms between nodes.
+    """
+    epilogue = zero.independent_gradient_partition_epilogue
+
+    def ordered() -> None:
+        accelerator.synchronize = lambda *_: torch.cuda.current_stream().wait_stream(zero.reduction_stream)
+        try:
+            epilogue()
+        finally:
+            del accelerator.synchronize
+
+    zero.independent_gradient_partition_epilogue = ordered
+
+
 class Zero3Layout(Layout):
     """Stage 3: parameters are partitioned too; rank ``r`` has the ``r``-th of equal pieces of each, the last ones padded."""
 

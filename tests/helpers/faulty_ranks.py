@@ -1,6 +1,7 @@
 """``fovea train`` whose ranks fail on purpose.
 
-Run ``python -m tests.helpers.faulty_ranks train …`` with ``FAULT=<rank> <step> <kind>``.
+Run ``python -m tests.helpers.faulty_ranks train …`` with ``FAULT=<rank> <step> <kind>``, and with ``DELAYED=1`` to have the
+host read a step later whether a step was applied, as on a GPU.
 
 The product has no hook for this: the process that starts the ranks makes them this module too, which wraps what is to break.
 """
@@ -11,6 +12,7 @@ import os
 import signal
 import sys
 import time
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -59,6 +61,17 @@ def _arm(rank: int, step: int, place: str, kind: str, last: int) -> None:
     Engine.forward_backward, Engine.step, BatchStream.__iter__ = broken_forward, broken_step, broken_data  # type: ignore[method-assign]
 
 
+def _delay() -> None:
+    from pipeline.training.engine import Engine
+
+    build = Engine.__init__
+
+    def built(self: Engine, method: Any, options: Any, device: Any) -> None:
+        build(self, method, replace(options, delay=True), device)
+
+    Engine.__init__ = built  # type: ignore[method-assign]
+
+
 def main() -> int:
     """The command line if there is no rank yet, else a rank."""
     if "RANK" not in os.environ:
@@ -75,6 +88,8 @@ def main() -> int:
         local.start = replaced  # type: ignore[assignment]
         cli.main()
         return 0
+    if os.environ.get("DELAYED"):
+        _delay()
     rank, step, place, kind, *rest = os.environ["FAULT"].split()
     _arm(int(rank), int(step), place, kind, int(rest[0]) if rest else int(step))
     if sys.argv[1] == "train":

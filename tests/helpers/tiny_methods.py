@@ -131,16 +131,16 @@ def _captions(samples: int, index: int) -> Tensor:
 STEP = Step(lr=3e-3, last_layer_lr=3e-3, weight_decay=0.05, momentum=0.9, teacher_temperature=0.05)
 
 
-def engine_of(made: Method, zero: Literal[0, 1, 2, 3], accumulation: int = 1) -> Any:
+def engine_of(made: Method, zero: Literal[0, 1, 2, 3], accumulation: int = 1, **chosen: Any) -> Any:
     from pipeline.training.engine import Engine, EngineOptions
 
     micro = SAMPLES // dist.get_world_size() // accumulation
     # A large eps: rounding in a gradient of zero is not blown up.
-    options = EngineOptions(zero, "fp32", micro, accumulation, (0.9, 0.95), 1e-3, None, "global")
+    options = EngineOptions(zero, "fp32", micro, accumulation, (0.9, 0.95), 1e-3, None, "global", **chosen)
     return Engine(made, options, torch.device("cpu"))
 
 
-def advance(made: Method, engine: Any, index: int, accumulation: int = 1) -> dict[str, Tensor]:
+def advance(made: Method, engine: Any, index: int, accumulation: int = 1, finite: bool = True) -> dict[str, Tensor]:
     """One step as the trainer does it, on this rank's share."""
     share = SAMPLES // dist.get_world_size()
     micro, begin = share // accumulation, dist.get_rank() * share
@@ -148,9 +148,14 @@ def advance(made: Method, engine: Any, index: int, accumulation: int = 1) -> dic
     step = replace(STEP, index=index)
     engine.before_accumulation(parts, step)
     each = [engine.forward_backward(part, step) for part in parts]
-    applied, _ = engine.step(step, torch.tensor(True))
-    assert applied
-    made.after_step(step)
+    applied, _ = engine.step(step, torch.tensor(finite))
+    if applied.on_device is not None:
+        made.after_step(step, applied.on_device)
+    elif applied:
+        made.after_step(step)
+    else:
+        made.on_step_skipped()
+    assert bool(applied) == finite
     return {name: torch.stack([one[name] for one in each]).mean() for name in each[0]}
 
 
@@ -196,6 +201,7 @@ def interrupted(
     until: int,
     save_at: int | None,
     seed: int,
+    merge: bool = False,
     **changes: Any,
 ) -> dict[str, Any]:
     """On a rank: steps from a checkpoint, or from the beginning."""
@@ -204,7 +210,7 @@ def interrupted(
     from pipeline.checkpoint import writer as checkpoint
 
     made = make_method(name, seed, **changes)
-    engine = engine_of(made, zero)
+    engine = engine_of(made, zero, merge=merge)
     folder = Path(directory)
     if load_at is not None:
         reader.load(saved.read(folder / f"step_{load_at:09d}"), engine, made)

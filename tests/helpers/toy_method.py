@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pipeline.data.augment.views import Batch
-from pipeline.methods.base import Method, Step
+from pipeline.methods.base import Method, Step, kept
 from pipeline.methods.ema_teacher import Teacher
 from pipeline.models.groups import ParameterGroup
 
@@ -60,17 +60,18 @@ class Toy(Method):
         self.metrics = {"norm": features.detach().norm()}
         return terms
 
-    def after_step(self, step: Step) -> None:
+    def after_step(self, step: Step, applied: Tensor | None = None) -> None:
         if self.means:
             mean = torch.stack(self.means).mean(0)
             if dist.is_initialized():
                 dist.all_reduce(mean)
                 mean /= dist.get_world_size()
-            self.extra_state["center"].mul_(0.9).add_(mean, alpha=0.1)
+            old = self.extra_state["center"]
+            self.extra_state["center"] = kept(applied, old.mul(0.9).add_(mean, alpha=0.1), old)
             self.means.clear()
-        self.seen += 1
-        self.backbone.steps += 1
-        super().after_step(step)
+        self.seen += 1 if applied is None else applied
+        self.backbone.steps += 1 if applied is None else applied
+        super().after_step(step, applied)
 
     def on_step_skipped(self) -> None:
         self.means.clear()
@@ -92,6 +93,21 @@ class Toy(Method):
 
     def export(self) -> dict[str, nn.Module]:
         return {"backbone": self.backbone}
+
+
+class Aligned(Toy):
+    """Of sizes whose pieces, in one group or in four, on one rank or two, are multiples of 32: a CPU's vector instructions then
+    compute every element alike, as a GPU does anyway.
+    """
+
+    def __init__(self, seed: int = 0) -> None:
+        super().__init__(seed)
+        self.backbone = nn.Sequential(nn.Linear(WIDTH, 64), nn.GELU(), nn.LayerNorm(64), nn.Linear(64, 64))
+        self.backbone.register_buffer("steps", torch.zeros(2))
+        self.head = nn.Linear(64, 8, bias=False)
+        self.scale = nn.Parameter(torch.ones(64))
+        self.teacher = Teacher(backbone=self.backbone, head=self.head)
+        self.extra_state = {"center": torch.zeros(8)}
 
 
 def step_at(index: int) -> Step:
@@ -195,21 +211,37 @@ def options(
     clip: float | None = None,
     scope: Literal["network", "global", "parameter"] = "network",
     precision: Literal["fp32", "bf16"] = "fp32",
-    optimizer: Literal["adamw", "lamb", "lars"] = "adamw",
+    optimizer: Literal["adamw", "lamb", "lars", "sgd"] = "adamw",
     offload: Literal["none", "cpu"] = "none",
     init: Literal["deepspeed", "accelerate"] = "deepspeed",
+    merge: bool = False,
+    delay: bool = False,
 ) -> Any:
     from pipeline.training.engine import EngineOptions
 
     micro = SAMPLES // dist.get_world_size() // accumulation
-    return EngineOptions(zero, precision, micro, accumulation, BETAS, EPS, clip, scope, optimizer, offload=offload, init=init)
+    return EngineOptions(
+        zero,
+        precision,
+        micro,
+        accumulation,
+        BETAS,
+        EPS,
+        clip,
+        scope,
+        optimizer,
+        offload=offload,
+        init=init,
+        merge=merge,
+        delay=delay,
+    )
 
 
-def build(seed: int = 0, **chosen: Any) -> tuple[Toy, Any]:
+def build(seed: int = 0, kind: type[Toy] = Toy, **chosen: Any) -> tuple[Toy, Any]:
     """A method and the engine around it."""
     from pipeline.training.engine import Engine
 
-    method = Toy(seed)
+    method = kind(seed)
     return method, Engine(method, options(**chosen), torch.device("cpu"))
 
 
@@ -222,13 +254,15 @@ def advance(method: Toy, engine: Any, index: int) -> dict[str, Any]:
     each = [engine.forward_backward(part, step) for part in parts]
     terms = {name: torch.stack([terms[name] for terms in each]).mean() for name in each[0]}
     applied, norms = engine.step(step, torch.stack(list(terms.values())).isfinite().all())
-    if applied:
+    if applied.on_device is not None:
+        method.after_step(step, applied.on_device)
+    elif applied:
         method.after_step(step)
     else:
         method.on_step_skipped()
     return {
         "terms": {name: float(term) for name, term in terms.items()},
-        "applied": applied,
+        "applied": bool(applied),
         "norms": {name: float(norm) for name, norm in norms.items()},
     }
 

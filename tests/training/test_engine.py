@@ -174,6 +174,17 @@ def test_what_is_not_finite_on_one_rank_skips_the_step_on_all_and_leaves_no_trac
     compare(ranks, by_torch(STEPS, clip=0.5, scope="network", skipped=frozenset({3})))
 
 
+def _timed() -> bool:
+    _, engine = build(zero=2)
+    enabled: bool = engine._engine.tput_timer.config.enabled
+    engine.close()
+    return enabled
+
+
+def test_deepspeeds_throughput_timer_which_waits_for_the_device_is_off() -> None:
+    assert not any(pool(2).run(_timed))
+
+
 class ZeroDimensional(Toy):
     def __init__(self) -> None:
         super().__init__()

@@ -21,7 +21,7 @@ from pipeline.config.schema import Config
 from pipeline.data.augment.settings import GLOBAL_VIEWS
 from pipeline.data.augment.views import Batch, ViewSpec
 from pipeline.errors import ConfigError
-from pipeline.methods.base import Step
+from pipeline.methods.base import Step, kept
 from pipeline.methods.detailclip.settings import DetailClipSettings
 from pipeline.methods.ema_teacher import Teacher
 from pipeline.methods.shared.contrastive import Contrastive, caption_tokens, unit
@@ -176,11 +176,12 @@ class DetailCLIP(Contrastive):
         compared = partial(losses.clip_loss, chunk=self.settings.logit_chunk_size)
         return (compared(first, texts, scale) + compared(second, texts, scale)) / 2
 
-    def after_step(self, step: Step) -> None:
+    def after_step(self, step: Step, applied: Tensor | None = None) -> None:
         """Updates the teacher, and the centres with the mean of its outputs in this step."""
-        super().after_step(step)
+        super().after_step(step, applied)
         for name, mean in self._mean_logits.items():
-            self.extra_state[name] = losses.moved_center(self.extra_state[name], mean, self.settings.center_momentum)
+            old = self.extra_state[name]
+            self.extra_state[name] = kept(applied, losses.moved_center(old, mean, self.settings.center_momentum), old)
         self._clear_step_state()
 
     def on_step_skipped(self) -> None:

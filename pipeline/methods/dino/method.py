@@ -17,7 +17,7 @@ from typing_extensions import override
 from pipeline import losses
 from pipeline.config.schema import Config
 from pipeline.data.augment.views import Batch
-from pipeline.methods.base import Step
+from pipeline.methods.base import Step, kept
 from pipeline.methods.dino.settings import DinoSettings
 from pipeline.methods.ema_teacher import Teacher
 from pipeline.methods.health_metrics import distillation_health
@@ -87,11 +87,12 @@ class DINO(TwoViews):
         return {"dino": loss, **self.repelled(units.unbind())}
 
     @override
-    def after_step(self, step: Step) -> None:
+    def after_step(self, step: Step, applied: Tensor | None = None) -> None:
         """Updates the teacher, and the centre with the mean of the teacher's logits since the last step."""
-        super().after_step(step)
+        super().after_step(step, applied)
         mean = losses.global_mean(torch.stack([total for total, _ in self._sums]).sum(0), sum(n for _, n in self._sums))
-        self.extra_state["center"] = losses.moved_center(self.extra_state["center"], mean, self.settings.center_momentum)
+        old = self.extra_state["center"]
+        self.extra_state["center"] = kept(applied, losses.moved_center(old, mean, self.settings.center_momentum), old)
         self._sums.clear()
 
     @override

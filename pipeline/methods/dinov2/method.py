@@ -25,7 +25,7 @@ from pipeline.data.augment.operators import Augment
 from pipeline.data.augment.settings import GLOBAL_VIEWS
 from pipeline.data.augment.views import Batch, Masks, MaskSpec, ViewSet, ViewSpec
 from pipeline.errors import ConfigError
-from pipeline.methods.base import Method, Step
+from pipeline.methods.base import Method, Step, kept
 from pipeline.methods.dinov2.settings import Dinov2Settings
 from pipeline.methods.ema_teacher import Teacher
 from pipeline.methods.health_metrics import distillation_health
@@ -186,17 +186,18 @@ class DINOv2(Method):
         """
         return masks.grid
 
-    def after_step(self, step: Step) -> None:
+    def after_step(self, step: Step, applied: Tensor | None = None) -> None:
         """Updates the teacher, the centres with the mean of the teacher's logits since the last step, and, every
         ``gram_update_every`` steps, the Gram anchor with the teacher's weights.
         """
-        super().after_step(step)
+        super().after_step(step, applied)
         if self.gram is not None and self.settings.gram_update_every:
             times, rest = divmod(step.index + 1, self.settings.gram_update_every)
             if rest == 0 and times <= self.settings.gram_max_updates:
-                self._refresh(self.gram["backbone"])
+                self._refresh(self.gram["backbone"], applied)
         for name, mean in self._mean_logits.items():
-            self.extra_state[name] = losses.moved_center(self.extra_state[name], mean, self.settings.center_momentum)
+            old = self.extra_state[name]
+            self.extra_state[name] = kept(applied, losses.moved_center(old, mean, self.settings.center_momentum), old)
         self._clear_step_state()
 
     def on_step_skipped(self) -> None:
@@ -212,11 +213,12 @@ class DINOv2(Method):
         return {"backbone": self.teacher.modules["backbone"]}
 
     @torch.no_grad()
-    def _refresh(self, anchor: nn.Module) -> None:
+    def _refresh(self, anchor: nn.Module, applied: Tensor | None) -> None:
         """Copies the current teacher into the anchor, shard by shard, since an engine shards both alike."""
         teacher: dict[str, Tensor] = dict(self.teacher.modules["backbone"].named_parameters())
         for name, weight in anchor.named_parameters():
-            getattr(weight, "ds_tensor", weight).copy_(getattr(teacher[name], "ds_tensor", teacher[name]))
+            own, slow = getattr(weight, "ds_tensor", weight), getattr(teacher[name], "ds_tensor", teacher[name])
+            own.copy_(kept(applied, slow, own))
 
     def _clear_step_state(self) -> None:
         """Discards targets, mean logits and metrics of the step."""

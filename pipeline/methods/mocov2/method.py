@@ -20,7 +20,7 @@ from typing_extensions import override
 from pipeline import losses
 from pipeline.config.schema import Config
 from pipeline.data.augment.views import Batch
-from pipeline.methods.base import Step
+from pipeline.methods.base import Step, kept
 from pipeline.methods.ema_teacher import Teacher
 from pipeline.methods.mocov2.settings import Mocov2Settings
 from pipeline.methods.shared.two_views import TwoViews
@@ -66,13 +66,14 @@ class MoCoV2(TwoViews):
         return {"contrastive": torch.stack(terms).mean(), **self.repelled(local)}
 
     @override
-    def after_step(self, step: Step) -> None:
+    def after_step(self, step: Step, applied: Tensor | None = None) -> None:
         """Updates the teacher, and enqueues the keys of all ranks, the newest first."""
-        super().after_step(step)
+        super().after_step(step, applied)
         ids, keys = (torch.cat(parts) for parts in zip(*self._new, strict=True))
         order = losses.gathered(ids[:, None])[:, 0].argsort(descending=True, stable=True)
         new = losses.gathered(keys)[order]
-        self.extra_state["queue"] = torch.cat([new, self.extra_state["queue"]])[: self.settings.queue]
+        old = self.extra_state["queue"]
+        self.extra_state["queue"] = kept(applied, torch.cat([new, old])[: self.settings.queue], old)
         self._new.clear()
 
     @override
