@@ -91,7 +91,8 @@ def main(path: str, owner: int) -> None:
             client, _ = listener.accept()
             with contextlib.suppress(OSError, EOFError, ValueError):
                 request = _receive(client)
-                if request is None or not _fits(request, own, set_by_imports):
+                peer = _peer(client)
+                if request is None or not _alike(peer) or not _fits(request, own, set_by_imports):
                     for stream in request[3] if request else ():
                         os.close(stream)
                     client.sendall(struct.pack("=i", 0))
@@ -100,7 +101,7 @@ def main(path: str, owner: int) -> None:
                 pid = os.fork()
                 if pid == 0:
                     others = [other for other, _ in children.values()]
-                    _become(request, client, [listener, *others], (wake, waker, ended), set_by_imports)
+                    _become(request, client, peer, [listener, *others], (wake, waker, ended), set_by_imports)
                 for stream in request[3]:
                     os.close(stream)
                 children[pid] = client, request[2].get("PYTEST_XDIST_WORKER", "main")
@@ -117,6 +118,35 @@ def _convert_graphs() -> None:
     for hue in ("hsv", "yiq"):
         for group in _groups((ViewSpec("all", 32, 1, (0.1, 1.0), augment=(full,)),)):
             _graph(group, _Inputs(hue, "cpu", read=[]), batch_size=1, num_threads=1, device_id=None, exec_dynamic=True)
+
+
+def _peer(client: socket.socket) -> int:
+    """Process number of the other end."""
+    number, _, _ = struct.unpack("3i", client.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i")))
+    return int(number)
+
+
+def _alike(peer: int) -> bool:
+    """Whether the client is the same user in the same namespaces, so that a fork of this process can stand in for it."""
+    try:
+        words = [Path(f"/proc/{who}/status").read_text().split("Uid:")[1].splitlines()[:2] for who in (peer, "self")]
+        spaces = [{n.name: n.readlink() for n in Path(f"/proc/{who}/ns").iterdir()} for who in (peer, "self")]
+    except (OSError, IndexError):
+        return False
+    return words[0] == words[1] and spaces[0] == spaces[1]
+
+
+def _inherit(peer: int) -> None:
+    """Take over what a child of the client would have: limits, mask of new files, niceness and cores."""
+    for name in dir(resource):
+        if name.startswith("RLIMIT_"):
+            with contextlib.suppress(OSError, ValueError):
+                resource.setrlimit(getattr(resource, name), resource.prlimit(peer, getattr(resource, name)))
+    mask = Path(f"/proc/{peer}/status").read_text().partition("Umask:")[2].split()[0]
+    os.umask(int(mask, 8))
+    os.sched_setaffinity(0, os.sched_getaffinity(peer))
+    with contextlib.suppress(OSError):
+        os.setpriority(os.PRIO_PROCESS, 0, os.getpriority(os.PRIO_PROCESS, peer))
 
 
 def _fits(
@@ -163,6 +193,7 @@ def _receive(client: socket.socket) -> _Request | None:
 def _become(
     request: _Request,
     client: socket.socket,
+    peer: int,
     sockets: list[socket.socket],
     pipes: tuple[int, ...],
     set_by_imports: dict[str, str],
@@ -182,6 +213,7 @@ def _become(
         other.close()
     for pipe in pipes:
         os.close(pipe)
+    _inherit(peer)
     os.setsid()
     threading.Thread(target=_follow, args=(client,), daemon=True).start()
     for number, stream in enumerate(streams):
