@@ -60,3 +60,17 @@ def test_every_thread_of_rank_3_uses_device_3(toy: tuple[Path, str], tmp_path: P
     elsewhere = sorted({(call.thread, call.kind, call.device, call.name) for call in record.calls if call.device != 3})
     assert not elsewhere
     assert {call.thread for call in record.calls} >= {"main", "native", "fovea-data"}
+
+
+def test_the_loader_neither_launches_on_the_training_stream_nor_waits_for_it(toy: tuple[Path, str], tmp_path: Path) -> None:
+    record = train(toy, tmp_path / "run", "train.duration=6 steps")
+    loads = [call for call in record.calls if call.thread == "fovea-data" and call.kind not in ("allocation", "select")]
+    assert {call.kind for call in loads} == {"copy", "order"} and {call.stream for call in loads}.isdisjoint({"default"})
+    assert {call.name for call in loads if call.kind == "copy"} == {"host to device, pinned"}
+    assert not [block for block in record.blocks if block.thread == "fovea-data"]
+    (side,) = {call.stream for call in loads}
+    trains = [call for call in record.calls if call.thread == "main"]
+    assert [
+        call for call in trains if call.kind == "order" and call.name == "stream waits for event" and call.stream == "default"
+    ]
+    assert not [call for call in trains if call.stream == side and call.kind != "order"]

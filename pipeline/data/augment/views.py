@@ -6,6 +6,7 @@ or depends on a method.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
@@ -164,6 +165,18 @@ class Batch:
     captions: list[str] | None = None
     boxes: dict[str, Boxes] = field(default_factory=dict)
     seed: int = 0
+
+    def tensors(self) -> Iterator[Tensor]:
+        """All tensors of the batch."""
+        for views in self.views.values():
+            yield from views
+        for masks in self.masks.values():
+            yield from (masks.grid, masks.index, masks.weight)
+        for boxes in self.boxes.values():
+            yield from (*boxes.corners, *boxes.flipped)
+        yield self.labels
+        if self.tokens is not None:
+            yield self.tokens
 
     @property
     def sides(self) -> tuple[int, ...]:

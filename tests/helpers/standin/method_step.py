@@ -31,10 +31,8 @@ class _Logger:
     def log(self, text: str) -> None: ...
 
 
-def measure(
-    recorder: Recorder, name: str, overrides: list[str], *, rank: int, world: int, steps: int, kept: int
-) -> dict[str, Any]:
-    """Runs some steps of a config and returns the records of the last of them, and the size of the model."""
+def measure(recorder: Recorder, name: str, overrides: list[str], rank: int, world: int, steps: int, kept: int) -> dict[str, Any]:
+    """Runs ``steps`` steps of a config as one rank; returns the records of the last ``kept``, and the size of the model."""
     import torch
     from torch.optim.optimizer import register_optimizer_step_post_hook
 

@@ -14,7 +14,7 @@ from tests.helpers.standin.recorder import Recorder
 
 _COUNTED = (
     *("all_reduce", "all_gather", "all_gather_into_tensor", "reduce_scatter", "reduce_scatter_tensor", "reduce", "broadcast"),
-    *("all_to_all_single", "all_gather_coalesced", "_all_gather_base", "barrier"),
+    *("all_gather_single", "reduce_scatter_single", "all_to_all_single", "all_gather_coalesced", "barrier"),
 )
 
 
@@ -26,6 +26,15 @@ class _Done:
 
     def is_completed(self) -> bool:
         return True
+
+
+class _Store(dist.Store):
+    """What other ranks would have written: they use NCCL, and each has a GPU of its own."""
+
+    def set(self, key: str, value: str) -> None: ...
+
+    def get(self, key: str) -> bytes:
+        return b"nccl" if "backends" in key else b"another GPU"
 
 
 def install(recorder: Recorder) -> None:
@@ -64,13 +73,14 @@ def install(recorder: Recorder) -> None:
         "broadcast_object_list": lambda *_, **__: None,
         "all_gather": gather,
         "all_gather_into_tensor": gather_flat,
+        "all_gather_single": gather_flat,
     }
     for name, function in replaced.items():
         setattr(dist, name, function)
     for name in _COUNTED:
         if hasattr(dist, name):
             setattr(dist, name, _counted(recorder, name, getattr(dist, name)))
-    process_group._meet = lambda *_, **__: fake_pg.FakeStore()  # type: ignore[assignment]
+    process_group._meet = lambda *_, **__: _Store()  # type: ignore[assignment]
 
 
 def _counted(recorder: Recorder, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
@@ -79,7 +89,7 @@ def _counted(recorder: Recorder, name: str, function: Callable[..., Any]) -> Cal
         tensors = [value for value in (*arguments, *options.values()) if isinstance(value, torch.Tensor)]
         own = tensors[-1] if tensors else None  # of gathers the last is this rank's
         dtype, device, size = ("", "", 0) if own is None else (str(own.dtype), own.device.type, own.nbytes)
-        recorder.collective(name.removeprefix("_"), dtype.removeprefix("torch."), device, size)
+        recorder.collective(name, dtype.removeprefix("torch."), device, size)
         return function(*arguments, **options)
 
     return wrapped
