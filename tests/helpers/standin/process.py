@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import faulthandler
 import os
 import subprocess
 import sys
@@ -10,9 +11,12 @@ from pathlib import Path
 from tests.helpers.standin.build import environment
 from tests.helpers.standin.recorder import ROOT, Recorder
 
+_HANG = 900  # seconds
+
 
 def begin() -> Recorder:
     """Records from here on, with fake process groups and without cuDNN, which the stand-in does not replace."""
+    faulthandler.dump_traceback_later(_HANG, exit=True)
     import torch
 
     torch.backends.cudnn.enabled = False
