@@ -9,8 +9,9 @@ import sys
 from pathlib import Path
 
 from tests.helpers.standin.build import environment
-from tests.helpers.standin.recorder import ROOT, Recorder
+from tests.helpers.standin.recorder import Recorder
 
+ROOT = Path(__file__).resolve().parents[3]
 _HANG = 900  # seconds
 
 
@@ -39,7 +40,7 @@ def run(
         arguments: its command line.
         devices: number of devices.
         timeout: seconds, which only catch a hang.
-        checkout: the checkout whose code is run.
+        checkout: the folder whose code is run, see :func:`overlay`.
         variables: further environment variables.
     """
     own = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
@@ -53,3 +54,12 @@ def run(
         check=False,
         stdin=subprocess.DEVNULL,
     )
+
+
+def overlay(checkout: Path, folder: Path) -> Path:
+    """A folder with the code of a checkout and these tests, so that an older state can be measured with the same tools."""
+    for path in checkout.iterdir():
+        if path.name not in ("tests", ".git", ".venv"):
+            (folder / path.name).symlink_to(path)
+    (folder / "tests").symlink_to(ROOT / "tests")
+    return folder

@@ -13,8 +13,10 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[3]
-_OURS = (str(ROOT / "pipeline") + os.sep, str(ROOT / "launch") + os.sep)
+import pipeline
+
+_ROOT = Path(str(pipeline.__file__)).resolve().parents[1]  # of the checkout that is measured
+_OURS = (str(_ROOT / "pipeline") + os.sep, str(_ROOT / "launch") + os.sep)
 _THIN = ("torch", "deepspeed/accelerator")
 _HERE = str(Path(__file__).resolve().parent) + os.sep
 
@@ -209,4 +211,4 @@ def _thin(frame: FrameType) -> bool:
 
 def _short(frame: FrameType) -> str:
     name = frame.f_code.co_filename
-    return name.rpartition("site-packages" + os.sep)[2].removeprefix(str(ROOT) + os.sep)
+    return name.rpartition("site-packages" + os.sep)[2].removeprefix(str(_ROOT) + os.sep)
