@@ -28,7 +28,7 @@ from pipeline.data.loader.device_copies import DeviceCopies
 from pipeline.data.loader.encoded_batches import RankBatch, StepDataset, portions
 from pipeline.data.loader.prefetch import Prefetcher
 from pipeline.data.loader.reader import Record
-from pipeline.data.loader.text import tokenizer, trimmed
+from pipeline.data.loader.text import last_positions, tokenizer, trimmed
 
 _SUBSTITUTES = 8
 _BLANK = 64
@@ -229,6 +229,8 @@ class BatchStream:
             tokens=self._tokens(portion, rows),
             captions=[r.caption or "" for r in chosen],
             boxes=self._boxes(specs, plan),
+            id_tensor=to_device(np.array([r.id for r in chosen], dtype=np.int64)),
+            text_ends=last_positions(portion.tokens[rows]) if portion.tokens is not None else None,
         )
 
     def _tokens(self, portion: RankBatch, rows: slice) -> torch.Tensor | None:

@@ -102,6 +102,15 @@ def trimmed(tokens: NDArray[np.int64]) -> NDArray[np.int64]:
     return tokens[:, : -(-longest // _MULTIPLE) * _MULTIPLE]
 
 
+def last_positions(tokens: NDArray[np.int64]) -> list[int]:
+    """Returns the position of each text's end token.
+
+    Args:
+        tokens: ``[n, context]``, each row ending in an end token and then zeros.
+    """
+    return [int(position) for position in (tokens != 0).sum(axis=1) - 1]
+
+
 def _tame(text: str, context: int) -> str:
     text = text[: _TEXT * context].encode("utf-8", "replace").decode("utf-8")
     return re.sub(rf"(\S{{{_LETTERS}}})\S+", r"\1", text)

@@ -79,7 +79,7 @@ def render(rows: dict[str, dict[str, dict[str, Any]]], machine: dict[str, str], 
     lines += [
         "",
         "One step of one micro-batch of 16 as rank 0 of 8, bf16, eager; before → after where they differ. Kernels do nothing",
-        "here: this shows what the host does and where it waits, not how fast a GPU is. Launches are kernels and matrix products;",
+        "here: this shows what the host does and where it waits, not a GPU's speed. Launches are kernels and matrix products;",
         "bytes those that this rank gives to collectives on the device. CPU time is that of all threads but the loader's, the",
         f"median of {_KEPT} steps. The loader's columns are means of {_KEPT} steps, without decoder and augmenter.",
     ]
