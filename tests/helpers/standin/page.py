@@ -9,6 +9,7 @@ import argparse
 import json
 import statistics
 import sys
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -18,6 +19,7 @@ from tests.helpers.standin import process
 from tests.helpers.standin.methods import BATCH, METHODS
 from tests.helpers.standin.recorder import Record
 
+_COMMAND = "python -m tests.helpers.standin.page pipeline/bench/results/host-path --before <checkout of 6373b94>"
 _STEPS, _KEPT = 12, 8
 COLUMNS = {
     "waits": "host waits",
@@ -104,8 +106,7 @@ def main() -> None:
         for name in o.methods:
             rows[name] = {"before": measure(name, before), "after": measure(name, process.ROOT)}
             print(name, rows[name], file=sys.stderr, flush=True)
-    command = "python -m tests.helpers.standin.page pipeline/bench/results/host-path --before <checkout of 6373b94>"
-    write(o.out, command, lambda machine, line: render(rows, machine, line), {"methods": rows})
+            write(o.out, _COMMAND, partial(render, rows), {"methods": rows})
 
 
 if __name__ == "__main__":
