@@ -103,12 +103,13 @@ def trimmed(tokens: NDArray[np.int64]) -> NDArray[np.int64]:
 
 
 def last_positions(tokens: NDArray[np.int64]) -> list[int]:
-    """Returns the position of each text's end token.
+    """Returns the position of each text's end token, the largest number of the vocabulary; 0 is a token too.
 
     Args:
         tokens: ``[n, context]``, each row ending in an end token and then zeros.
     """
-    return [int(position) for position in (tokens != 0).sum(axis=1) - 1]
+    positions: list[int] = tokens.argmax(axis=1).tolist()
+    return positions
 
 
 def _tame(text: str, context: int) -> str:
