@@ -161,7 +161,7 @@ def check_backends(store: dist.Store, own: str, rank: int) -> None:
         raise LaunchError(
             f"rank {rank} would use {own} and rank 0 {first}: only one of them sees GPUs{_shown()}",
             where=socket.gethostname(),
-            hint="Show GPUs to all ranks with CUDA_VISIBLE_DEVICES, or set launch.backend=gloo",
+            hint="Set CUDA_VISIBLE_DEVICES so that all ranks see GPUs, or set launch.backend=gloo",
         )
 
 
