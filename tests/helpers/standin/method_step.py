@@ -156,7 +156,9 @@ def _without_initial_weights() -> Any:
     class Mode(TorchFunctionMode):
         def __torch_function__(self, function: Any, types: Any, arguments: Any = (), options: Any = None) -> Any:
             if function in drawn:
-                return arguments[0] if arguments else (options or {})["tensor"]
+                tensor: torch.Tensor = arguments[0] if arguments else (options or {})["tensor"]
+                tensor.detach().zero_()  # what memory held before could be drawn again and again by a loop that rejects it
+                return tensor
             return function(*arguments, **(options or {}))
 
     return Mode()
