@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
 
+from launch.gpus import shown, visible
 from launch.slurm import slurm_commands as tools
 from launch.slurm.profile import load
 from pipeline.errors import LaunchError
@@ -81,6 +83,8 @@ def _gpus() -> Iterator[Finding]:
     done = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, timeout=60, check=False)
     lines = [line for line in done.stdout.splitlines() if line.startswith("GPU")]
     yield ("ok" if lines else "bad"), f"{len(lines)} GPUs: {lines[0] if lines else done.stderr.strip()}", ""
+    if lines and (count := visible(len(lines), os.environ.get("CUDA_VISIBLE_DEVICES"))) < len(lines):
+        yield "note", f"{count} of them are visible to programs{shown()}", "fovea train starts a rank on each visible one"
 
 
 def _slurm(settings: dict[str, str]) -> Iterator[Finding]:

@@ -28,6 +28,7 @@ from pipeline.data.loader.batch_stream import BatchStream, StreamOptions
 from pipeline.errors import ConfigError
 
 _HARDWARE_LOADS = (0.0, 0.65, 1.0)
+_DEVICE = torch.device("cuda", 0)
 _SIDE = 8192  # of the matrices whose product stands for training
 
 
@@ -114,7 +115,7 @@ def _decoder(load: float, threads: int) -> Any:
 def _stream(ours: Any, options: Options, last: int | None, hue: Any) -> BatchStream:
     return BatchStream(
         ours,
-        device=torch.device("cuda", 0),
+        device=_DEVICE,
         options=StreamOptions(micro_batch=options.batch, workers=max(options.workers, 1), threads=options.threads, hue=hue),
         bad_samples=BadSamples(None),
         first=0,
@@ -128,6 +129,7 @@ def _drain(ours: Any, options: Options, steps: int, hue: Any) -> None:
 
 
 def _feed_until(ours: Any, options: Options, stop: threading.Event) -> None:
+    torch.cuda.set_device(_DEVICE)
     for _ in _stream(ours, options, None, "yiq"):
         if stop.is_set():
             return

@@ -208,6 +208,21 @@ def _last(points: Mapping[str, float]) -> float:
     return points[max(points, key=int)]
 
 
+def _host_path(d: Document) -> list[Row]:
+    def blocks(row: Document) -> float:
+        return float(row["waits"] + row["blocking"] + row["loader_blocks"])
+
+    return [
+        Row(
+            f"waits and blocking copies of a step and its loading, {row['after']['config']}",
+            f"{blocks(row['after']):.0f}",
+            f"{blocks(row['before']):.0f} before",
+            f"{blocks(row['after']) / max(blocks(row['before']), 1):.2f} x",
+        )
+        for row in d["methods"].values()
+    ]
+
+
 _READERS: dict[str, Callable[[Document], list[Row]]] = {
     "data-cpu": _data,
     "step-clip-cpu-20": _step(20),
@@ -223,5 +238,6 @@ _READERS: dict[str, Callable[[Document], list[Row]]] = {
     "methods-cpu": _methods,
     "dense-features-cpu": _dense_features,
     "collapse-ablation-cpu": _collapse_ablation,
+    "host-path": _host_path,
 }
 _MAIN = ("data-cpu", "step-clip-cpu-20", "step-dinov2-cpu", "prototype-loss-cpu", "checkpoint-cpu")

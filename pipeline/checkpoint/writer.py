@@ -254,6 +254,9 @@ class Checkpoints:
 
     def _write(self, temporary: Path, snapshot: Snapshot, rank: int) -> dict[str, Any]:
         """Writes a rank's files; returns its fragment table and file entries for the manifest. Background thread of each rank."""
+        device = next((tensor.device for tensor in snapshot.pieces.values() if tensor.is_cuda), None)
+        if device is not None:
+            torch.cuda.set_device(device)  # a new thread starts on the first one
         if rank == 0:
             for stale in self.directory.glob(f"{_TEMPORARY}*"):
                 if stale != temporary:

@@ -60,6 +60,7 @@ def set_stochastic_depth(
 
 
 def _some_rows(block: Any, x: Tensor, **attention: Any) -> Tensor:
+    # index_select, not x[rows]: its backward pass is one kernel, that of indexing sorts the rows first.
     if not block.training:
         output: Tensor = type(block).forward(block, x, **attention)
         return output
@@ -67,12 +68,18 @@ def _some_rows(block: Any, x: Tensor, **attention: Any) -> Tensor:
     batch, kept = len(x), kept_rows(len(x), block.dropped)
 
     rows = torch.randperm(batch, device=x.device)[:kept]
-    own = {key: v[rows] if isinstance(v, Tensor) and v.ndim > 2 and len(v) == batch else v for key, v in attention.items()}
-    branch = scales[0](block.attn(block.norm1(x[rows]), **own))
+    own = selected(attention, rows, batch)
+    branch = scales[0](block.attn(block.norm1(x.index_select(0, rows)), **own))
     x = x.index_add(0, rows, branch.to(x.dtype), alpha=batch / kept)
     rows = torch.randperm(batch, device=x.device)[:kept]
-    branch = scales[1](block.mlp(block.norm2(x[rows])))
+    branch = scales[1](block.mlp(block.norm2(x.index_select(0, rows))))
     return x.index_add(0, rows, branch.to(x.dtype), alpha=batch / kept)
+
+
+def selected(attention: dict[str, Any], rows: Tensor, batch: int) -> dict[str, Any]:
+    """Arguments of attention for some samples: tensors with one part for each sample of the batch are narrowed to ``rows``."""
+    each = {key: isinstance(v, Tensor) and v.ndim > 2 and len(v) == batch for key, v in attention.items()}
+    return {key: v.index_select(0, rows) if each[key] else v for key, v in attention.items()}
 
 
 def run_block(block: Any, x: Tensor, **attention: Any) -> Tensor:

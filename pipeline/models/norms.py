@@ -92,7 +92,7 @@ class _Normalize(torch.autograd.Function):
             to_input = torch.batch_norm_backward_elemt(
                 gradient, x, centre, scale, weight, total, product, count.to(torch.int32).reshape(1)
             )
-            return to_input, to_weight, to_bias, None
+            return to_input, to_weight if ctx.needs_input_grad[1] else None, to_bias if ctx.needs_input_grad[2] else None, None
         # The products of gradient and normalized input, and the gradients, summed by channel.
         _, product, total = torch.ops.aten.native_batch_norm_backward(
             gradient, x, weight, None, None, centre, scale, True, ctx.eps, [False, True, True]

@@ -14,7 +14,7 @@ from timm.models.eva import EvaBlock
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
-from pipeline.models.depth import branch_scales, kept_rows, run_block
+from pipeline.models.depth import branch_scales, kept_rows, run_block, selected
 
 
 def read_some(block: Any) -> bool:
@@ -62,9 +62,9 @@ def _forward(block: Any, x: Tensor, read: Tensor | None = None, **attention: Any
         branch = _attend(block, x, read, attention)
     else:
         position = rows.new_zeros(batch).index_copy_(0, rows, torch.arange(len(rows), device=x.device))
-        own = {key: v[rows] if isinstance(v, Tensor) and v.ndim > 2 and len(v) == batch else v for key, v in attention.items()}
-        branch = _attend(block, x[rows], position[sample] * tokens + token, own)
-    x = x.flatten(0, 1)[read]
+        own = selected(attention, rows, batch)
+        branch = _attend(block, x.index_select(0, rows), position[sample] * tokens + token, own)
+    x = x.flatten(0, 1).index_select(0, read)
     x = x + (weight[sample] * scales[0](branch)).to(x.dtype)
     _, weight = _drawn(block, block.drop_path2, x.new_empty(batch, 1))
     return x + (weight[sample] * scales[1](block.mlp(block.norm2(x)))).to(x.dtype)

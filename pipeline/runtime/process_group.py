@@ -64,12 +64,16 @@ def join(
         local_size: number of ranks on this node.
 
     Raises:
-        LaunchError: the ranks do not connect in time, the port is in use, or there is no GPU for NCCL.
+        LaunchError: the ranks do not connect in time, the port is in use, or there is no GPU for NCCL or for this rank.
     """
     gpus = torch.cuda.device_count() if backend != "gloo" else 0
     chosen = backend if backend != "auto" else ("nccl" if gpus else "gloo")
     if chosen == "nccl" and not gpus:
-        raise LaunchError("NCCL needs a GPU and there is none", where="launch.backend", hint="Set launch.backend=gloo")
+        raise LaunchError(
+            f"NCCL needs a GPU and rank {rank} sees none{_shown()}",
+            where=f"launch.backend on {socket.gethostname()}",
+            hint="Set launch.backend=gloo, or let CUDA_VISIBLE_DEVICES show a GPU to each rank",
+        )
     device = torch.device("cuda", gpu_of(local_rank, local_size, gpus)) if chosen == "nccl" else torch.device("cpu")
     if device.type == "cuda":
         torch.cuda.set_device(device)
@@ -80,13 +84,11 @@ def join(
         notice.start()
     try:
         store = dist.HashStore() if size == 1 else _meet(address, port, size, is_master=rank == 0, limit=limit)
+        if size > 1:
+            check_backends(dist.PrefixStore(f"{key}/backends", store), chosen, rank)
         if device.type == "cuda" and local_size > 1:
-            own = (
-                f"{socket.gethostname()} {os.environ.get('CUDA_VISIBLE_DEVICES')} {torch.cuda.get_device_properties(device).uuid}"
-            )
-            check_gpus(
-                dist.PrefixStore(f"{key}/gpus", store), own, rank, range(rank - local_rank, rank - local_rank + local_size)
-            )
+            peers = range(rank - local_rank, rank - local_rank + local_size)
+            check_gpus(dist.PrefixStore(f"{key}/gpus", store), _gpu_name(device), rank, peers)
         dist.init_process_group(chosen, store=dist.PrefixStore(key, store), rank=rank, world_size=size, timeout=limit)
         control = None if chosen == "gloo" else cast(dist.ProcessGroup, dist.new_group(backend="gloo", timeout=limit))
         dist.barrier(group=control)
@@ -120,10 +122,47 @@ def gpu_of(local_rank: int, local_size: int, gpus: int) -> int:
     if gpus == 1:
         return 0
     raise LaunchError(
-        f"{local_size} ranks run on this node, but {gpus} GPUs are visible",
-        where="launch.num_processes",
+        f"local rank {local_rank} has no GPU of its own: {local_size} ranks run on this node, "
+        f"but {gpus} GPUs are visible{_shown()}",
+        where=f"launch.num_processes on {socket.gethostname()}",
         hint=f"Start {gpus} ranks per node, or let CUDA_VISIBLE_DEVICES show more GPUs",
     )
+
+
+def _shown() -> str:
+    chosen = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return "" if chosen is None else f" (CUDA_VISIBLE_DEVICES={chosen!r})"
+
+
+def _gpu_name(device: torch.device) -> str:
+    """Name of a GPU that is unique over nodes and does not depend on which others its process sees.
+
+    A part of a GPU (MIG) may have the identifier of the whole, so that the variable that selects it is part of the name.
+    """
+    chosen = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+    part = f" {chosen}" if chosen.startswith("MIG-") else ""
+    return f"{socket.gethostname()}{part} {torch.cuda.get_device_properties(device).uuid}"
+
+
+def check_backends(store: dist.Store, own: str, rank: int) -> None:
+    """Rejects a rank that would use another backend than rank 0: one of them sees GPUs, the other does not.
+
+    Args:
+        store: key-value store shared by the ranks.
+        own: this rank's backend.
+        rank: this rank.
+
+    Raises:
+        LaunchError: the backends differ; else the ranks would wait for each other until the timeout.
+    """
+    if rank == 0:
+        store.set("0", own)
+    elif (first := store.get("0").decode()) != own:
+        raise LaunchError(
+            f"rank {rank} would use {own} and rank 0 {first}: only one of them sees GPUs{_shown()}",
+            where=socket.gethostname(),
+            hint="Set CUDA_VISIBLE_DEVICES so that all ranks see GPUs, or set launch.backend=gloo",
+        )
 
 
 def check_gpus(store: dist.Store, own: str, rank: int, peers: Iterable[int]) -> None:

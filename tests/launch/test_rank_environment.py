@@ -14,7 +14,7 @@ from launch.gpus import gpus, visible
 from launch.hostlist import hosts
 from launch.rank_environment import RankEnvironment, ranks_to_start
 from pipeline.errors import LaunchError
-from pipeline.runtime.process_group import check_gpus, gpu_of, join
+from pipeline.runtime.process_group import check_backends, check_gpus, gpu_of, join
 
 STEP = {"SLURM_JOB_ID": "77", "SLURM_STEP_ID": "0", "SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_NODEID": "0"}
 
@@ -262,6 +262,7 @@ def test_an_interactive_step_of_several_tasks_and_mpi_are_refused() -> None:
         ("MIG-aa", 1),
         ("MIG-aa,MIG-bb", 1),
         ("MIG-GPU-aa/1/0", 1),
+        ("NoDevFiles", 0),
         (",".join(map(str, range(8))), 8),
     ],
 )
@@ -279,8 +280,18 @@ def test_numbers_are_counted(numbers: list[int]) -> None:
 def test_a_rank_has_a_gpu_of_its_own() -> None:
     assert [gpu_of(rank, 4, 4) for rank in range(4)] == [0, 1, 2, 3]
     assert [gpu_of(rank, 4, 1) for rank in range(4)] == [0] * 4  # each is shown another one
-    with pytest.raises(LaunchError, match="4 ranks run on this node, but 2 GPUs are visible"):
+    with pytest.raises(LaunchError, match="local rank 2 has no GPU of its own: 4 ranks run on this node, but 2 GPUs are visible"):
         gpu_of(2, 4, 2)
+
+
+def test_a_rank_that_sees_no_gpu_where_rank_0_does_is_refused() -> None:
+    import torch.distributed as dist
+
+    store = dist.HashStore()
+    for rank in (0, 1):
+        check_backends(store, "nccl", rank)
+    with pytest.raises(LaunchError, match="rank 2 would use gloo and rank 0 nccl: only one of them sees GPUs"):
+        check_backends(store, "gloo", 2)
 
 
 def test_ranks_that_share_a_gpu_are_refused() -> None:

@@ -179,3 +179,20 @@ def test_token_cross_entropys_types_and_the_gradients_that_are_wanted(wide: bool
     with torch.autocast("cpu", torch.bfloat16):
         inside = losses.token_cross_entropy(hidden, matrix, targets)
     assert float(inside) == float(losses.token_cross_entropy(hidden, matrix, targets))
+
+
+def test_a_caption_loss_is_the_same_to_the_last_bit_when_the_number_of_predicted_tokens_is_known() -> None:
+    from pipeline.methods.shared.captioning import caption_nll, prediction_mask
+    from pipeline.models.captions import Vocabulary
+
+    torch.manual_seed(0)
+    vocabulary = Vocabulary(30, 8)
+    tokens = torch.randint(1, 30, (4, 9)).scatter_(1, torch.tensor([[8], [3], [5], [2]]), 49407)
+    mask = prediction_mask(tokens, torch.tensor([1, 2, 5, 1]))
+    results = []
+    for count in (None, int(mask.sum())):
+        states = torch.linspace(-2, 3, 4 * 9 * 8).sin().view(4, 9, 8).requires_grad_()
+        loss = caption_nll(states, tokens % 30, mask, vocabulary, 4, count)
+        results.append((loss, *torch.autograd.grad(loss, [states, *vocabulary.parameters()])))
+    assert int(mask.sum()) == 8 + 2 + 1 + 2
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(*results, strict=True))

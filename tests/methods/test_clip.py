@@ -104,15 +104,15 @@ def test_a_frozen_tower_stands_still_and_the_other_learns(tower: str, prefix: st
 
 
 def test_patch_dropout_is_each_samples_own_and_the_same_on_any_rank() -> None:
-    ids = [5, (3 << 32) | 7, 2**63 + 9, 11]
-    whole = random_keep(ids, 640, 196, 0.5, torch.device("cpu"))
+    ids = [5, (3 << 32) | 7, 2**62 + 9, 11]
+    whole = random_keep(torch.tensor(ids), 640, 196, 0.5)
     assert whole.shape == (4, 98)
     assert bool((whole.diff(dim=1) > 0).all()) and int(whole.min()) >= 0 and int(whole.max()) < 196
-    assert torch.equal(random_keep(ids[2:], 640, 196, 0.5, torch.device("cpu")), whole[2:])
-    assert not torch.equal(random_keep(ids, 704, 196, 0.5, torch.device("cpu")), whole)
+    assert torch.equal(random_keep(torch.tensor(ids[2:]), 640, 196, 0.5), whole[2:])
+    assert not torch.equal(random_keep(torch.tensor(ids), 704, 196, 0.5), whole)
     assert len({tuple(row) for row in whole.tolist()}) == 4
-    assert random_keep(ids, 0, 4, 0.99, torch.device("cpu")).shape == (4, 1)
-    counts = torch.bincount(random_keep(list(range(2000)), 64, 16, 0.75, torch.device("cpu")).flatten(), minlength=16)
+    assert random_keep(torch.tensor(ids), 0, 4, 0.99).shape == (4, 1)
+    counts = torch.bincount(random_keep(torch.tensor(list(range(2000))), 64, 16, 0.75).flatten(), minlength=16)
     assert float(counts.float().std()) < 40  # 500 each, binomial deviation 19
 
 

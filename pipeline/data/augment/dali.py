@@ -7,6 +7,7 @@ Therefore contrast is computed arithmetically around the image's mean gray, and 
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -208,8 +209,10 @@ class Augmenter:
         self, *sets: tuple[ViewSpec, ...], batch_size: int, threads: int = 1, device_id: int | None = None, hue: Hue = "hsv"
     ) -> None:
         self._sets = {specs: _groups(specs) for specs in sets}
-        self._on_cpu, self._device_id = device_id is None, device_id
-        self._fed: list[Any] = []
+        self._device_id = device_id
+        self._in_use: deque[tuple[torch.cuda.Event | None, Any]] = (
+            deque()
+        )  # of earlier runs: an event, and what is read until then
         self._pipelines = {
             group: self._build(group, batch_size * len(group.views), threads, device_id, hue)
             for group in dict.fromkeys(group for groups in self._sets.values() for group in groups)
@@ -235,7 +238,7 @@ class Augmenter:
     def run(
         self, images: list[Any], plan: list[ViewPlan], specs: tuple[ViewSpec, ...] | None = None
     ) -> dict[str, list[torch.Tensor]]:
-        """Computes the views.
+        """Computes the views; on a GPU for the calling thread's current stream, on which the images were decoded.
 
         Args:
             images: decoded images, uint8 ``[height, width, 3]`` each, of any sizes.
@@ -245,24 +248,43 @@ class Augmenter:
         Returns:
             For each spec's name its views, float32 ``[batch, 3, size, size]``, normalized as the spec says.
         """
-        tensor = tensors.TensorCPU if self._on_cpu else tensors.TensorGPU
-        # Read in place: they must be complete now, and stay alive until the pipelines have read them.
-        self._fed = fed = [tensor(image, "HWC") for image in images]
-        if not self._on_cpu:
-            torch.cuda.current_stream(self._device_id).synchronize()
         specs = next(iter(self._sets)) if specs is None else specs
         pipelines = [(group, *self._pipelines[group]) for group in self._sets[specs]]
         arrays = [view.arrays for view in plan]
+        stream: torch.cuda.Stream | None = None
+        options: dict[str, Any] = {}
+        fed: list[Any]
+        if self._device_id is None:
+            fed = [tensors.TensorCPU(image, "HWC") for image in images]
+        else:
+            fed = [tensors.TensorGPU(image, "HWC", self._device_id) for image in images]
+            stream = torch.cuda.current_stream(self._device_id)
+            options = {"cuda_stream": stream}
+            stream.synchronize()  # images are read in place, by other streams: they must be complete now
         for group, pipeline, names in pipelines:
-            pipeline.feed_input("images", fed * len(group.views))
+            pipeline.feed_input("images", fed * len(group.views), **options)
             for name in names:
                 pipeline.feed_input(name, np.concatenate([arrays[view][name] for view in group.views]))
             pipeline.schedule_run()
         made: dict[int, torch.Tensor] = {}
+        read: list[Any] = [fed]
         for group, pipeline, _ in pipelines:
-            (out,) = pipeline.outputs()
+            (out,) = pipeline.outputs(**options)
             joint = torch.from_dlpack(out.as_tensor())
-            # The executor gives up its buffers and never writes to them again; on a GPU the copy also orders the streams.
-            made |= zip(group.views, (joint if self._on_cpu else joint.clone()).split(len(images)), strict=True)
+            # The executor gives up its buffers and never writes to them again, as long as they are held.
+            if stream is not None:
+                read += [out, joint]
+                joint = joint.clone()
+            made |= zip(group.views, joint.split(len(images)), strict=True)
+        self._hold(stream, read)
         numbers = iter(range(len(plan)))
         return {spec.name: [made[next(numbers)] for _ in range(spec.count)] for spec in specs}
+
+    def _hold(self, stream: torch.cuda.Stream | None, read: list[Any]) -> None:
+        """Holds what a run reads, images and buffers of the pipelines, until its copies on the stream have ended.
+
+        A buffer that is released earlier goes to the next pipeline, which may write to it before it is copied.
+        """
+        while self._in_use and ((done := self._in_use[0][0]) is None or done.query()):
+            self._in_use.popleft()
+        self._in_use.append((None if stream is None else stream.record_event(), read))

@@ -13,6 +13,7 @@ import warnings
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from nvidia import nvimgcodec
 from PIL import Image
@@ -44,7 +45,7 @@ class Decoder:
     """
 
     def __init__(self, *, threads: int = 1, device_id: int | None = None) -> None:
-        self._on_cpu = device_id is None
+        self._device_id = device_id
         self._decoder = nvimgcodec.Decoder(
             device_id=nvimgcodec.NVIMGCODEC_DEVICE_CPU_ONLY if device_id is None else device_id,
             max_num_cpu_threads=min(threads, max(len(os.sched_getaffinity(0)) - 1, 1)),
@@ -55,7 +56,7 @@ class Decoder:
         self._params = nvimgcodec.DecodeParams(apply_exif_orientation=True, color_spec=nvimgcodec.ColorSpec.SRGB)
 
     def decode(self, encoded: list[bytes]) -> list[Any]:
-        """Decodes a batch.
+        """Decodes a batch; on a GPU it is launched on the calling thread's current stream, and the host does not wait for it.
 
         Args:
             encoded: the files' bytes.
@@ -72,9 +73,10 @@ class Decoder:
         return self._placed(np.full((side, side, 3), 128, dtype=np.uint8))
 
     def _quick(self, encoded: list[bytes]) -> list[Any]:
-        images = self._decoder.decode(encoded, params=self._params) if encoded else []
+        stream = 0 if self._device_id is None else torch.cuda.current_stream(self._device_id).cuda_stream
+        images = self._decoder.decode(encoded, params=self._params, cuda_stream=stream) if encoded else []
         usable = [image if image is not None and tuple(image.shape)[-1] == 3 else None for image in images]
-        return [np.asarray(image) if image is not None and self._on_cpu else image for image in usable]
+        return [np.asarray(image) if image is not None and self._device_id is None else image for image in usable]
 
     def _slow(self, data: bytes, kind: str) -> Any:
         try:
@@ -86,7 +88,10 @@ class Decoder:
         return self._placed(pixels)
 
     def _placed(self, pixels: NDArray[np.uint8]) -> Any:
-        return pixels if self._on_cpu else nvimgcodec.as_image(pixels).cuda()
+        if self._device_id is None:
+            return pixels
+        # From pinned memory, which torch reuses only after the copy: a copy from pageable memory would block.
+        return torch.tensor(pixels).pin_memory().to(torch.device("cuda", self._device_id), non_blocking=True)
 
 
 def _pillows(data: bytes) -> str | None:

@@ -6,6 +6,7 @@ or depends on a method.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
@@ -152,6 +153,8 @@ class Batch:
         captions: the caption of each sample chosen for this epoch; empty where there is none.
         boxes: for each view name whose ``ViewSpec`` requests them.
         seed: seed of what a method draws on the device for this micro-batch, so that it can be drawn again.
+        id_tensor: int64 ``[batch]``, ``ids`` on the device; see :meth:`numbers`.
+        text_ends: position of each caption's end token, on the host, where a size depends on it.
     """
 
     views: dict[str, list[Tensor]]
@@ -164,6 +167,28 @@ class Batch:
     captions: list[str] | None = None
     boxes: dict[str, Boxes] = field(default_factory=dict)
     seed: int = 0
+    id_tensor: Tensor | None = None
+    text_ends: list[int] | None = None
+
+    def numbers(self) -> Tensor:
+        """``ids`` as int64 ``[batch]`` on the device, loaded with the batch: a list becomes a tensor only by a blocking copy."""
+        if self.id_tensor is not None:
+            return self.id_tensor
+        return self.labels.new_tensor(self.ids)
+
+    def tensors(self) -> Iterator[Tensor]:
+        """All tensors of the batch."""
+        for views in self.views.values():
+            yield from views
+        for masks in self.masks.values():
+            yield from (masks.grid, masks.index, masks.weight)
+        for boxes in self.boxes.values():
+            yield from (*boxes.corners, *boxes.flipped)
+        yield self.labels
+        if self.tokens is not None:
+            yield self.tokens
+        if self.id_tensor is not None:
+            yield self.id_tensor
 
     @property
     def sides(self) -> tuple[int, ...]:

@@ -24,10 +24,11 @@ from pipeline.data.augment.decode import Decoder
 from pipeline.data.augment.plan import ViewPlan, make_plan
 from pipeline.data.augment.views import Batch, Boxes, Masks, ViewSpec
 from pipeline.data.loader.bad_samples import BadSamples, Event
+from pipeline.data.loader.device_copies import DeviceCopies
 from pipeline.data.loader.encoded_batches import RankBatch, StepDataset, portions
 from pipeline.data.loader.prefetch import Prefetcher
 from pipeline.data.loader.reader import Record
-from pipeline.data.loader.text import tokenizer, trimmed
+from pipeline.data.loader.text import last_positions, tokenizer, trimmed
 
 _SUBSTITUTES = 8
 _BLANK = 64
@@ -54,7 +55,7 @@ class StreamOptions:
 
 @dataclass(frozen=True)
 class _Ready:
-    """A prepared step: its micro-batches, its samples, and its substitutions."""
+    """A prepared step: its micro-batches, its samples, its substitutions, and on a GPU the event behind its copies."""
 
     step: int
     batches: list[Batch]
@@ -62,6 +63,7 @@ class _Ready:
     bad: list[Event]
     usage: dict[str, float]
     counts: dict[str, int]
+    copied: torch.cuda.Event | None
 
 
 class BatchStream:
@@ -88,9 +90,10 @@ class BatchStream:
         last: int | None = None,
         prefetcher: Prefetcher | None = None,
     ) -> None:
-        self._dataset, self._device, self._options, self._bad_samples = dataset, device, options, bad_samples
+        self._dataset, self._options, self._bad_samples = dataset, options, bad_samples
         self._first, self._last = first, last
         device_id = device.index or 0 if device.type == "cuda" else None
+        self._copies = DeviceCopies(device)
         self._decoder = Decoder(threads=options.threads, device_id=device_id)
         self._augmenter = Augmenter(
             *(one.views for one in dataset.sets),
@@ -129,6 +132,7 @@ class BatchStream:
                 self.usage.update(item.usage)
                 if self._prefetcher is not None:
                     self._prefetcher.advance(item.step)
+                self._copies.receive(item.batches, item.copied)
                 yield item.step, item.batches
         finally:
             self.close()
@@ -154,10 +158,11 @@ class BatchStream:
         try:
             o = self._options
             source = portions(self._dataset, first=self._first, last=self._last, workers=o.workers, prefetch=o.prefetch)
-            for portion in source:
-                if self._stop.is_set():
-                    return
-                self._put(self._ready(portion))
+            with self._copies.preparing():
+                for portion in source:
+                    if self._stop.is_set():
+                        return
+                    self._put(self._ready(portion))
             self._put(None)
         except BaseException as error:  # raised in the consumer
             self._put(error)
@@ -176,7 +181,7 @@ class BatchStream:
             counts["blank_caption"] = uncaptioned
         size = self._options.micro_batch
         batches = [self._micro(portion, records, images, slice(low, low + size)) for low in range(0, len(records), size)]
-        return _Ready(portion.step, batches, len(records), bad, portion.usage, counts)
+        return _Ready(portion.step, batches, len(records), bad, portion.usage, counts, self._copies.ready())
 
     def _decode(self, records: list[Record]) -> list[Any]:
         """Decodes images; ``None`` for those that fail or differ in size from the index, for which the plan was made."""
@@ -213,10 +218,10 @@ class BatchStream:
         plan: list[ViewPlan] = [view.take(rows) for view in portion.plan]
         specs = self._dataset.specs_at(portion.step)
         views = self._augmenter.run(images[rows], plan, specs)
-        chosen = records[rows]
+        chosen, to_device = records[rows], self._copies.to_device
         return Batch(
-            views={name: [view.to(self._device, non_blocking=True) for view in group] for name, group in views.items()},
-            labels=torch.tensor([r.label for r in chosen], dtype=torch.int64, device=self._device),
+            views={name: [to_device(view) for view in group] for name, group in views.items()},
+            labels=to_device(np.array([r.label for r in chosen], dtype=np.int64)),
             keys=[r.key for r in chosen],
             ids=[int(r.id) for r in chosen],
             position=portion.step * self._dataset.order.global_batch,
@@ -224,6 +229,8 @@ class BatchStream:
             tokens=self._tokens(portion, rows),
             captions=[r.caption or "" for r in chosen],
             boxes=self._boxes(specs, plan),
+            id_tensor=to_device(np.array([r.id for r in chosen], dtype=np.int64)),
+            text_ends=last_positions(portion.tokens[rows]) if portion.tokens is not None else None,
         )
 
     def _tokens(self, portion: RankBatch, rows: slice) -> torch.Tensor | None:
@@ -232,22 +239,19 @@ class BatchStream:
         tokens, text = portion.tokens[rows], self._dataset.text
         if text is not None and text.trim:  # done here, where lengths are known without a device synchronization
             tokens = np.ascontiguousarray(trimmed(tokens))
-        return torch.from_numpy(tokens).to(self._device, non_blocking=True)
+        return self._copies.to_device(tokens)
 
     def _boxes(self, specs: tuple[ViewSpec, ...], plan: list[ViewPlan]) -> dict[str, Boxes]:
         views, boxes = iter(plan), {}
         for spec in specs:
             own = [next(views) for _ in range(spec.count)]
             if spec.boxes:
-                corners = [torch.from_numpy(np.concatenate([view.start, view.end], axis=1)).to(self._device) for view in own]
-                boxes[spec.name] = Boxes(corners, [torch.from_numpy(view.flip > 0).to(self._device) for view in own])
+                corners = [self._copies.to_device(np.concatenate([view.start, view.end], axis=1)) for view in own]
+                boxes[spec.name] = Boxes(corners, [self._copies.to_device(view.flip > 0) for view in own])
         return boxes
 
     def _masks(self, grid: NDArray[np.bool_]) -> Masks:
         flat = np.ascontiguousarray(grid).reshape(-1, grid.shape[-1])
         counts = flat.sum(axis=1)
         weight = np.repeat(1.0 / np.maximum(counts, 1), counts).astype(np.float32)
-        grid_, index, weight_ = (
-            torch.from_numpy(array).to(self._device, non_blocking=True) for array in (flat, np.flatnonzero(flat), weight)
-        )
-        return Masks(grid=grid_, index=index, weight=weight_)
+        return Masks(*(self._copies.to_device(array) for array in (flat, np.flatnonzero(flat), weight)))

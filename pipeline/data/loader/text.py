@@ -102,6 +102,16 @@ def trimmed(tokens: NDArray[np.int64]) -> NDArray[np.int64]:
     return tokens[:, : -(-longest // _MULTIPLE) * _MULTIPLE]
 
 
+def last_positions(tokens: NDArray[np.int64]) -> list[int]:
+    """Returns the position of each text's end token, the largest number of the vocabulary; 0 is a token too.
+
+    Args:
+        tokens: ``[n, context]``, each row ending in an end token and then zeros.
+    """
+    positions: list[int] = tokens.argmax(axis=1).tolist()
+    return positions
+
+
 def _tame(text: str, context: int) -> str:
     text = text[: _TEXT * context].encode("utf-8", "replace").decode("utf-8")
     return re.sub(rf"(\S{{{_LETTERS}}})\S+", r"\1", text)

@@ -64,7 +64,7 @@ class CLIP(Contrastive):
         keep = None
         if self.training and s.patch_dropout > 0:
             patches = (images.shape[-1] // self.backbone.patch) ** 2
-            keep = random_keep(batch.ids, batch.position, patches, s.patch_dropout, images.device)
+            keep = random_keep(batch.numbers(), batch.position, patches, s.patch_dropout)
         with torch.set_grad_enabled(torch.is_grad_enabled() and "image" not in s.freeze):
             tokens = self.backbone(images, keep=keep, patches="none" if self.pool is None else "all")
         with torch.set_grad_enabled(torch.is_grad_enabled() and "text" not in s.freeze):

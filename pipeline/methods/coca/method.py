@@ -69,7 +69,8 @@ class CoCa(Contrastive):
         count = self._counts.popleft() if self._counts else average_count([mask])
         pooled = self._pooled(batch.views["image"][0])
         features, states = self.text_tower(tokens, pooled[:, 1:])
-        caption = caption_nll(states, tokens, mask, self.text_tower.vocabulary, s.caption_chunk_size) / count
+        known = sum(batch.text_ends) if batch.text_ends is not None else None
+        caption = caption_nll(states, tokens, mask, self.text_tower.vocabulary, s.caption_chunk_size, known) / count
         compared = self.contrast((unit(self.image_projection(pooled[:, 0])), unit(features)))
         self.metrics |= {"token_perplexity": caption.detach().exp()}
         return {"contrastive": s.contrastive_weight * compared, "caption": s.caption_weight * caption}

@@ -155,9 +155,10 @@ class DetailCLIP(Contrastive):
         )
         rec = (pixels.float() - targets).square().mean()
         mean_target = target_sum / views
+        uniform = target_sum.new_full((), len(target_sum)).log()
         self.metrics |= {
-            "target_entropy": entropy / views / target_sum.new_tensor(len(target_sum)).log(),
-            "prototype_entropy": -torch.xlogy(mean_target, mean_target).sum() / target_sum.new_tensor(len(target_sum)).log(),
+            "target_entropy": entropy / views / uniform,
+            "prototype_entropy": -torch.xlogy(mean_target, mean_target).sum() / uniform,
         }
         return {
             "clip": s.clip_weight * clip,

@@ -61,7 +61,7 @@ class MoCoV2(TwoViews):
         local = [self.projector(self.backbone(view, local=True, patches="none").cls) for view in small]
         pairs = [(q, keys[1 - i]) for i, q in enumerate(queries)] + [(q, key) for q in local for key in keys.values()]
         terms = [losses.queue_contrast(q, key, self.extra_state["queue"], self.settings.temperature) for q, key in pairs]
-        self._new.append((torch.tensor(batch.ids, dtype=torch.int64, device=keys[1].device), keys[1]))
+        self._new.append((batch.numbers(), keys[1]))
         self.watch(queries)
         return {"contrastive": torch.stack(terms).mean(), **self.repelled(local)}
 

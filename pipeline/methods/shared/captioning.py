@@ -18,10 +18,23 @@ def prediction_mask(tokens: Tensor, prefix: Tensor | int = 1) -> Tensor:
     return inside(tokens)[:, 1:] & (position >= start)
 
 
-def caption_nll(states: Tensor, tokens: Tensor, mask: Tensor, vocabulary: Vocabulary, rows: int) -> Tensor:
-    """Sum of the next token's ``-log p`` over the positions in ``mask``; over all positions if ``mask`` is a fake tensor."""
-    choose = (lambda x: x[mask]) if type(mask) is Tensor else (lambda x: x.flatten(0, 1))
-    chosen, targets = choose(states[:, :-1]), choose(tokens[:, 1:])
+def caption_nll(
+    states: Tensor, tokens: Tensor, mask: Tensor, vocabulary: Vocabulary, rows: int, count: int | None = None
+) -> Tensor:
+    """Sum of the next token's ``-log p`` over the positions in ``mask``; over all positions if ``mask`` is a fake tensor.
+
+    Args:
+        states: hidden states ``[batch, length, width]``.
+        tokens: int64 ``[batch, length]``.
+        mask: positions to predict, bool ``[batch, length - 1]``.
+        vocabulary: the output layer.
+        rows: rows of logits in memory at once.
+        count: number of positions in ``mask``; if it is not known here, the host waits for the device to count them.
+    """
+    chosen, targets = states[:, :-1].flatten(0, 1), tokens[:, 1:].flatten()
+    if type(mask) is Tensor:
+        positions = mask.flatten().nonzero() if count is None else mask.flatten().nonzero_static(size=count)
+        chosen, targets = chosen.index_select(0, positions[:, 0]), targets.index_select(0, positions[:, 0])
     total: Tensor = vocabulary(chosen, lambda x, matrix: losses.token_cross_entropy(x, matrix, targets, rows=rows))
     return total
 

@@ -170,23 +170,21 @@ def unit(features: Tensor) -> Tensor:
     return F.normalize(features.float(), dim=-1, eps=1e-12)
 
 
-def random_keep(ids: Sequence[int], position: int, patches: int, drop: float, device: torch.device) -> Tensor:
+def random_keep(ids: Tensor, position: int, patches: int, drop: float) -> Tensor:
     """Indices of the patches that each sample keeps; depends only on the sample and the position in the run.
 
     Args:
-        ids: sample indices.
+        ids: sample numbers, int64 ``[samples]``.
         position: samples consumed by the run before this global batch.
         patches: number of patches per image.
         drop: fraction of patches to drop; at least one is kept.
-        device: device of the result.
 
     Returns:
-        int64 ``[samples, kept]``, ascending.
+        int64 ``[samples, kept]``, ascending, on the device of the numbers.
     """
     kept = max(1, math.floor(patches * (1 - drop) + 1e-9))
-    sample = torch.tensor([number & 0x7FFFFFFFFFFFFFFF for number in ids], dtype=torch.int64, device=device)
-    key = _mixed(_mixed(sample) ^ position)
-    draws = _mixed(key[:, None] ^ torch.arange(patches, dtype=torch.int64, device=device))
+    key = _mixed(_mixed(ids & 0x7FFFFFFFFFFFFFFF) ^ position)
+    draws = _mixed(key[:, None] ^ torch.arange(patches, dtype=torch.int64, device=ids.device))
     return draws.topk(kept, dim=1).indices.sort(dim=1).values
 
 

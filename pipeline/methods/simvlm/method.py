@@ -64,7 +64,8 @@ class SimVLM(Method):
         seen = self.backbone(batch.views["image"][0])
         image_tokens = torch.cat([seen.cls[:, None], seen.patches], dim=1)
         states = self.language(image_tokens, tokens, prefix)
-        caption = caption_nll(states, tokens, mask, self.language.vocabulary, self.settings.caption_chunk_size) / count
+        rows = self.settings.caption_chunk_size
+        caption = caption_nll(states, tokens, mask, self.language.vocabulary, rows, self._predicted(batch)) / count
         self.metrics = {"token_perplexity": caption.detach().exp()}
         return {"caption": caption}
 
@@ -73,10 +74,19 @@ class SimVLM(Method):
 
         Depends only on the sample and the position in the run, not on the rank.
         """
-        tokens = caption_tokens(batch)
+        return torch.minimum(self._drawn(batch, batch.numbers()), last_position(caption_tokens(batch)).clamp(min=1))
+
+    def _drawn(self, batch: Batch, numbers: Tensor) -> Tensor:
         most = self.settings.longest_prefix
-        drawn = 1 + random_keep(batch.ids, batch.position, most, 1 - 1 / most, tokens.device)[:, 0]
-        return torch.minimum(drawn, last_position(tokens).clamp(min=1))
+        return 1 + random_keep(numbers, batch.position, most, 1 - 1 / most)[:, 0]
+
+    def _predicted(self, batch: Batch) -> int | None:
+        """Number of tokens to predict, computed on the host, which otherwise would wait for the device."""
+        if batch.text_ends is None:
+            return None
+        last = torch.tensor(batch.text_ends)
+        prefix = torch.minimum(self._drawn(batch, torch.tensor(batch.ids)), last.clamp(min=1))
+        return int((last - prefix + 1).clamp(min=0).sum())
 
     @override
     def on_step_skipped(self) -> None:

@@ -9,7 +9,8 @@ import os
 import shutil
 import signal
 import threading
-from dataclasses import replace
+from collections.abc import Iterator
+from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -560,3 +561,32 @@ def test_the_same_crops_at_twice_the_size_and_undistorted_show_the_same(manifest
         halved = torch.nn.functional.avg_pool2d(large, 2)
         apart = [float((halved - other).abs().mean()) for other in (small, small.flip(3), small.roll(1, 0))]
         assert large.shape[-1] == 2 * small.shape[-1] and apart[0] < 0.15 * min(apart[1:]), apart
+
+
+def test_every_tensor_of_a_batch_is_handed_over(manifest: Manifest) -> None:
+    """Memory of a tensor that is left out would be reused while a GPU still reads it."""
+    specs = replace(SPECS[0], boxes=True), *SPECS[1:]
+    dataset = StepDataset(
+        Reader(manifest, wants=("image", "label", "caption")),
+        Order(manifest.sizes, SEED, BATCH, streams=4, block_size=8),
+        specs,
+        seed=SEED,
+        world=1,
+        rank=0,
+        text=TextSpec(context=8),
+    )
+    (_, (batch,)), *_ = stream(dataset, 0, 1)
+
+    def tensors(value: object) -> Iterator[torch.Tensor]:
+        if isinstance(value, torch.Tensor):
+            yield value
+        elif is_dataclass(value):
+            for field in fields(value):
+                yield from tensors(getattr(value, field.name))
+        elif isinstance(value, dict | list):
+            for item in value.values() if isinstance(value, dict) else value:
+                yield from tensors(item)
+
+    held = {id(tensor) for tensor in tensors(batch)}
+    assert held == {id(tensor) for tensor in batch.tensors()}
+    assert batch.masks and batch.boxes and batch.tokens is not None and batch.numbers().tolist() == batch.ids

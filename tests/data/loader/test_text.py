@@ -12,12 +12,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline.data.augment.views import TextSpec
 from pipeline.data.loader import text
-from pipeline.data.loader.text import Tokenizer, choose, tokenizer, trimmed
+from pipeline.data.loader.text import Tokenizer, choose, last_positions, tokenizer, trimmed
 from pipeline.errors import ConfigError
 from tests.helpers.limits import cpu_limit
 
@@ -160,3 +161,12 @@ def test_trimming_leaves_every_end_mark_and_lengths_of_few_kinds() -> None:
         assert cut.shape == (2, length)
         assert (cut == 49407).sum() == 2 and not tokens[:, length:].any()
     assert trimmed(np.zeros((0, 77), dtype=np.int64)).shape == (0, 8)
+
+
+def test_the_end_of_each_text_is_known_on_the_host_as_on_the_device() -> None:
+    from pipeline.models.captions import last_position
+
+    tokens = Tokenizer(TextSpec(context=16))([*TEXTS, "!", "!!!!! wow !!"])
+    tokens[0, 2] = 0  # a token like any other
+    assert last_positions(tokens) == last_position(torch.from_numpy(tokens)).tolist()
+    assert last_positions(tokens)[1] == 1

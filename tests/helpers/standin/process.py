@@ -1,0 +1,65 @@
+"""Prepares a process that runs on stand-in devices, and starts such processes."""
+
+from __future__ import annotations
+
+import faulthandler
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from tests.helpers.standin.build import environment
+from tests.helpers.standin.recorder import Recorder
+
+ROOT = Path(__file__).resolve().parents[3]
+_HANG = 900  # seconds
+
+
+def begin() -> Recorder:
+    """Records from here on, with fake process groups and without cuDNN, which the stand-in does not replace."""
+    faulthandler.dump_traceback_later(_HANG, exit=True)
+    import torch
+
+    torch.backends.cudnn.enabled = False
+    torch.backends.cuda.enable_cudnn_sdp(False)
+    recorder = Recorder()
+    from tests.helpers.standin import answers, ranks
+
+    answers.install()
+    ranks.install(recorder)
+    return recorder
+
+
+def run(
+    module: str, *arguments: str, devices: int = 8, timeout: float = 1200, checkout: Path = ROOT, **variables: str
+) -> subprocess.CompletedProcess[str]:
+    """Runs a module of this folder in a process that sees stand-in devices.
+
+    Args:
+        module: its name, without the package.
+        arguments: its command line.
+        devices: number of devices.
+        timeout: seconds, which only catch a hang.
+        checkout: the folder whose code is run, see :func:`overlay`.
+        variables: further environment variables.
+    """
+    own = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
+    return subprocess.run(
+        [sys.executable, "-m", f"tests.helpers.standin.{module}", *arguments],
+        env={**own, **environment(devices=devices), "PYTHONPATH": str(checkout), **variables},
+        cwd=checkout,
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        check=False,
+        stdin=subprocess.DEVNULL,
+    )
+
+
+def overlay(checkout: Path, folder: Path) -> Path:
+    """A folder with the code of a checkout and these tests, so that an older state can be measured with the same tools."""
+    for path in checkout.iterdir():
+        if path.name not in ("tests", ".git", ".venv"):
+            (folder / path.name).symlink_to(path)
+    (folder / "tests").symlink_to(ROOT / "tests")
+    return folder
