@@ -8,6 +8,7 @@ import gc
 import importlib
 import os
 import random
+import resource
 import runpy
 import select
 import signal
