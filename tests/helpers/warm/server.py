@@ -209,7 +209,8 @@ def _become(
                 signal.signal(number, default)
     if not ignored >> signal.SIGINT & 1:
         signal.signal(signal.SIGINT, signal.default_int_handler)
-    signal.signal(signal.SIGPIPE, signal.SIG_IGN)
+    for number in (signal.SIGPIPE, signal.SIGXFSZ):  # as the interpreter itself does
+        signal.signal(number, signal.SIG_IGN)
     for other in sockets:
         other.close()
     for pipe in pipes:
