@@ -131,6 +131,7 @@ class Watchdog:
         """Starts the thread."""
         (self.folder / "pulse").mkdir(parents=True, exist_ok=True)
         self._stacks = self.stacks.open("a")
+        self._pulse(stalled=False)  # a rank that is killed before its first regular heartbeat can be identified by its process
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
         self._thread.start()
 

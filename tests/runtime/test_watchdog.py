@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import socket
 import subprocess
@@ -132,3 +133,12 @@ def test_python_stuck_in_c_is_ended_from_outside_of_python(tmp_path: Path) -> No
     done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], timeout=LONG, check=False, capture_output=True, text=True)
     assert done.returncode == 1, done.stderr
     assert "Timeout" in (tmp_path / "stacks-rank-0.txt").read_text()
+
+
+def test_a_rank_has_a_heartbeat_from_the_beginning(tmp_path: Path) -> None:
+    """A rank that is killed in its first seconds is found by its process number."""
+    dog = Watchdog(tmp_path, 0, 1, Limits(floor=3600.0))
+    dog.start()
+    first = dog.pulses()
+    dog.stop()
+    assert first[0].pid == os.getpid() and first[0].beat == 1
