@@ -49,11 +49,11 @@ def main(path: str, owner: int) -> None:
     """Serve on a socket until another process has ended."""
     ended = os.pidfd_open(owner)
     before = dict(os.environ)
-    own = {name: value for name, value in before.items() if name.startswith(READ_AT_IMPORT) and name not in HANDLED}
     for name in PRELOADED:
         importlib.import_module(name)
     _convert_graphs()
     set_by_imports = {name: value for name, value in os.environ.items() if before.get(name) != value}
+    own = _relevant(before)
     gc.collect()
     gc.freeze()
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
@@ -121,6 +121,16 @@ def _convert_graphs() -> None:
             _graph(group, _Inputs(hue, "cpu", read=[]), batch_size=1, num_threads=1, device_id=None, exec_dynamic=True)
 
 
+def _relevant(environment: Mapping[str, str]) -> dict[str, str]:
+    """The variables that have been read by what is imported; MLflow is not, as long as nothing needs it."""
+    unread = () if "mlflow" in sys.modules else ("MLFLOW",)
+    return {
+        name: value
+        for name, value in environment.items()
+        if name.startswith(READ_AT_IMPORT) and name not in HANDLED and not (unread and name.startswith(unread))
+    }
+
+
 def _peer(client: socket.socket) -> int:
     """Process number of the other end."""
     number, _, _ = struct.unpack("3i", client.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i")))
@@ -155,8 +165,9 @@ def _fits(
 ) -> bool:
     """Whether a new process would have imported the same: nothing that imports read is another, and nothing lies in their way."""
     cwd, words, environment, _, _ = request
-    theirs = {n: v for n, v in environment.items() if n.startswith(READ_AT_IMPORT) and n not in HANDLED}
-    theirs = {n: v for n, v in theirs.items() if set_by_imports.get(n) != v}
+    theirs = {n: v for n, v in _relevant(environment).items() if set_by_imports.get(n) != v}
+    if theirs.get("CUDA_VISIBLE_DEVICES") == "" and not Path("/dev/nvidiactl").exists():
+        del theirs["CUDA_VISIBLE_DEVICES"]  # there is none to hide
     if INSTALLED:
         theirs.setdefault("PYTHONPATH", own["PYTHONPATH"])
     if theirs != own:
