@@ -73,8 +73,8 @@ def test_processes_with_the_environment_of_tests_are_forked() -> None:
 def test_limits_the_mask_of_new_files_niceness_and_cores_are_those_of_the_process_that_starts_it(tmp_path: Path) -> None:
     code = (
         "import json, os, resource, sys; from tests.helpers import exported; "
-        "told = [resource.getrlimit(resource.RLIMIT_FSIZE), os.umask(0), os.nice(0), sorted(os.sched_getaffinity(0))]; "
-        "json.dump(told, open(1, 'w'))"
+        "state = [resource.getrlimit(resource.RLIMIT_FSIZE), os.umask(0), os.nice(0), sorted(os.sched_getaffinity(0))]; "
+        "json.dump(state, open(1, 'w'))"
     )
     begin = "import os, resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 8192)); os.umask(0o27); os.nice(3); "
     begin += "os.sched_setaffinity(0, {min(os.sched_getaffinity(0))}); os.execv(sys.argv[1], [sys.argv[1], '-c', *sys.argv[2:]])"

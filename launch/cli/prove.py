@@ -18,7 +18,7 @@ def prove(device: Device, stages: str, first: str, toy: bool | None, photos: Pat
     """Run the stages; returns the exit code, 1 if one failed.
 
     Raises:
-        ConfigError: an unknown stage, or no CUDA device.
+        ConfigError: an unknown stage, no CUDA device, or the page to continue is not one of this command.
     """
     from pipeline.bench.prove import runner
     from pipeline.bench.prove.stage import STAGES, Setup
@@ -31,6 +31,8 @@ def prove(device: Device, stages: str, first: str, toy: bool | None, photos: Pat
         chosen = [name for name in chosen if STAGES.index(name) >= STAGES.index(first)]
     if not chosen:
         raise ConfigError("no stage is selected", where="--stages", hint=f"Choose from {', '.join(STAGES)}")
+    if device == Device.CUDA and not _has_cuda():
+        raise ConfigError("no CUDA device is available", where="--device", hint="Choose --device cpu, which checks at toy size")
     small = device == Device.CPU if toy is None else toy
     setup = Setup(device.value, small, out.with_name(f"{out.name}-files"), photos)
     done = {one.stage: one for one in runner.saved(out, setup)} if first or stages != "all" else {}
@@ -45,6 +47,15 @@ def prove(device: Device, stages: str, first: str, toy: bool | None, photos: Pat
     failed = [name for name in STAGES if name in done and not done[name].ok]
     print(f"{'failed: ' + ', '.join(failed) if failed else 'all checks passed'}; the page is {out}.md")
     return 1 if failed else 0
+
+
+def _has_cuda() -> bool:
+    """Whether there is a CUDA device; true if torch cannot be imported, which the first stage reports."""
+    try:
+        import torch
+    except Exception:
+        return True
+    return torch.cuda.is_available()
 
 
 def _show(stage: str, seconds: float, check: Check) -> None:

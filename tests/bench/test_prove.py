@@ -113,11 +113,42 @@ def test_what_is_no_stage_is_refused(words: list[str], says: str, capsys: pytest
     with pytest.raises(SystemExit) as ended:
         main(["prove", "--device", "cpu", *words])
     assert ended.value.code == 2
-    told = capsys.readouterr().err
-    assert says in told and "imports, decode" in told
+    error = capsys.readouterr().err
+    assert says in error and "imports, decode" in error
 
 
 def test_a_stage_that_hangs_is_given_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(runner, "module_command", lambda *_: ["sleep", "3600"])
     (outcome,) = runner.run(Setup("cpu", True, tmp_path), ["decode"], show=lambda *_: None, limit=0.5)
     assert outcome.error == "not finished after 0 s" and not outcome.ok
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "[]",
+        "{",
+        '{"device": "cpu", "toy": true}',
+        '{"device": "cpu", "toy": true, "stages": [{"stage": "run"}]}',
+        '{"device": "cpu", "toy": true, "stages": [{"stage": "run", "seconds": "x", "checks": [], "error": ""}]}',
+        '{"device": "cpu", "toy": true, "stages": [{"stage": "run", "seconds": 1, "checks": [3], "error": ""}]}',
+        "[" * 100_000,
+    ],
+    ids=range(8),
+)
+def test_a_page_of_something_else_is_not_taken_up(text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "page.json").write_text(text)
+    with pytest.raises(SystemExit) as ended:
+        main(["prove", "--device", "cpu", "--out", str(tmp_path / "page"), "--stages", "imports"])
+    error = capsys.readouterr().err
+    assert (
+        ended.value.code == 2 and "is not a result of fovea prove" in error and "page.json" in error and "Traceback" not in error
+    )
+
+
+def test_without_a_gpu_the_way_to_a_cpu_is_shown(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    with pytest.raises(SystemExit) as ended:
+        main(["prove"])
+    assert ended.value.code == 2 and "--device cpu" in capsys.readouterr().err

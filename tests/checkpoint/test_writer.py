@@ -457,20 +457,20 @@ def _synced(directory: str) -> list[list[Any]]:
     import os
     from unittest import mock
 
-    sync, rename, told = os.fsync, Path.rename, []
+    sync, rename, events = os.fsync, Path.rename, []
 
     def fsync(handle: int) -> None:
         path = Path(os.readlink(f"/proc/self/fd/{handle}"))
-        told.append(["sync", path.name, path.stat().st_size if path.is_file() else -1])
+        events.append(["sync", path.name, path.stat().st_size if path.is_file() else -1])
         sync(handle)
 
     def renamed(path: Path, target: Path) -> Path:
-        told.append(["rename", path.name, Path(target).name])
+        events.append(["rename", path.name, Path(target).name])
         return rename(path, target)
 
     with mock.patch.object(os, "fsync", fsync), mock.patch.object(Path, "rename", renamed):
         _train(directory, until=1, save=(1,))
-    return told
+    return events
 
 
 def test_everything_of_a_checkpoint_is_on_the_disk_before_it_gets_its_name(tmp_path: Path) -> None:

@@ -12,13 +12,14 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from pipeline.bench.prove.stage import STAGES, Check, Setup, Stage
 from pipeline.bench.report import write
+from pipeline.errors import ConfigError
 from pipeline.masking import printable
 from pipeline.runtime.interpreter import alone_environment, module_command
 from pipeline.untrusted import parse_json
@@ -90,7 +91,7 @@ def _stage(setup: Setup, name: str, show: Callable[[str, float, Check], None], l
                 for line in process.stdout or ():
                     _, marked, text = line.partition(_MARK)
                     if marked:
-                        check = Check(**parse_json(text))
+                        check = _check(parse_json(text))
                         outcome.checks.append(check)
                         show(name, time.perf_counter() - began, check)
             code = process.wait()
@@ -130,17 +131,32 @@ def save(stem: Path, outcomes: Sequence[Outcome], setup: Setup, command: str) ->
 
 
 def saved(stem: Path, setup: Setup) -> list[Outcome]:
-    """Read an earlier result of the same device and size; empty if there is none."""
+    """Read an earlier result of the same device and size; empty if there is none.
+
+    Raises:
+        ConfigError: the file is not a result of this command.
+    """
     file = stem.with_name(f"{stem.name}.json")
     if not file.exists():
         return []
-    document = parse_json(file.read_text())
-    if (document.get("device"), document.get("toy")) != (setup.device, setup.toy):
-        return []
-    return [
-        Outcome(one["stage"], one["seconds"], [Check(**check) for check in one["checks"]], one["error"])
-        for one in document["stages"]
-    ]
+    try:
+        document = parse_json(file.read_text())
+        if (document["device"], document["toy"]) != (setup.device, setup.toy):
+            return []
+        outcomes = [
+            Outcome(str(one["stage"]), float(one["seconds"]), [_check(row) for row in one["checks"]], str(one["error"]))
+            for one in document["stages"]
+        ]
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        raise ConfigError(
+            "is not a result of fovea prove", where=str(file), hint="Choose another --out, or delete the file"
+        ) from error
+    return [outcome for outcome in outcomes if outcome.stage in STAGES]
+
+
+def _check(row: Mapping[str, Any]) -> Check:
+    ok = row["ok"]
+    return Check(str(row["name"]), str(row["figure"]), str(row["bar"]), ok if isinstance(ok, bool) else None)
 
 
 def markdown(outcomes: Sequence[Outcome], setup: Setup, machine: dict[str, str], command: str) -> str:
