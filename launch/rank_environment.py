@@ -14,9 +14,9 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import Literal
 
-from launch.gpus import gpus, shown
 from launch.hostlist import hosts
 from pipeline.errors import LaunchError
+from pipeline.runtime.gpus import gpus, shown
 from pipeline.untrusted import printable
 
 

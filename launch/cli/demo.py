@@ -19,11 +19,11 @@ import time
 from pathlib import Path
 from typing import Any
 
-from launch.gpus import gpus
 from pipeline.config.load import available, load
 from pipeline.data.pack import synthetic as scenes
 from pipeline.errors import ConfigError, LaunchError
 from pipeline.runtime.clock import clock
+from pipeline.runtime.gpus import gpus
 from pipeline.runtime.interpreter import alone_environment, module_command
 from pipeline.tracking.mlflow_database import uri_of
 

@@ -8,7 +8,6 @@ from dataclasses import dataclass, replace
 from rich.box import SIMPLE
 from rich.table import Table
 
-from launch.gpus import gpus
 from launch.slurm.profile import ClusterProfile
 from launch.terminal import Terminal
 from pipeline.config.schema import Config
@@ -16,6 +15,7 @@ from pipeline.errors import ConfigError
 from pipeline.estimate import activations
 from pipeline.estimate.flops import counted
 from pipeline.estimate.memory import FP32, Held, held
+from pipeline.runtime.gpus import gpus
 
 _SLACK = 0.92  # usable share of a GPU's memory: the rest is the CUDA context, NCCL and allocator fragmentation
 

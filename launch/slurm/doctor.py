@@ -9,10 +9,10 @@ import subprocess
 import sys
 from collections.abc import Iterator
 
-from launch.gpus import shown, visible
 from launch.slurm import slurm_commands as tools
 from launch.slurm.profile import load
 from pipeline.errors import LaunchError
+from pipeline.runtime.gpus import shown, visible
 
 Finding = tuple[str, str, str]  # ok, note or bad; what; advice
 

@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 
 from pipeline.errors import LaunchError, RendezvousError
+from pipeline.runtime.gpus import shown
 
 _LOOPBACK = ("127.0.0.1", "localhost")
 _NOTICE = 30.0  # seconds after which rank 0 reports which ranks are missing
@@ -70,7 +71,7 @@ def join(
     chosen = backend if backend != "auto" else ("nccl" if gpus else "gloo")
     if chosen == "nccl" and not gpus:
         raise LaunchError(
-            f"NCCL needs a GPU and rank {rank} sees none{_shown()}",
+            f"NCCL needs a GPU and rank {rank} sees none{shown()}",
             where=f"launch.backend on {socket.gethostname()}",
             hint="Set launch.backend=gloo, or let CUDA_VISIBLE_DEVICES show a GPU to each rank",
         )
@@ -123,15 +124,10 @@ def gpu_of(local_rank: int, local_size: int, gpus: int) -> int:
         return 0
     raise LaunchError(
         f"local rank {local_rank} has no GPU of its own: {local_size} ranks run on this node, "
-        f"but {gpus} GPUs are visible{_shown()}",
+        f"but {gpus} GPUs are visible{shown()}",
         where=f"launch.num_processes on {socket.gethostname()}",
         hint=f"Start {gpus} ranks per node, or let CUDA_VISIBLE_DEVICES show more GPUs",
     )
-
-
-def _shown() -> str:
-    chosen = os.environ.get("CUDA_VISIBLE_DEVICES")
-    return "" if chosen is None else f" (CUDA_VISIBLE_DEVICES={chosen!r})"
 
 
 def _gpu_name(device: torch.device) -> str:
@@ -159,7 +155,7 @@ def check_backends(store: dist.Store, own: str, rank: int) -> None:
         store.set("0", own)
     elif (first := store.get("0").decode()) != own:
         raise LaunchError(
-            f"rank {rank} would use {own} and rank 0 {first}: only one of them sees GPUs{_shown()}",
+            f"rank {rank} would use {own} and rank 0 {first}: only one of them sees GPUs{shown()}",
             where=socket.gethostname(),
             hint="Set CUDA_VISIBLE_DEVICES so that all ranks see GPUs, or set launch.backend=gloo",
         )

@@ -10,10 +10,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from launch import rank_environment as module
-from launch.gpus import gpus, visible
 from launch.hostlist import hosts
 from launch.rank_environment import RankEnvironment, ranks_to_start
 from pipeline.errors import LaunchError
+from pipeline.runtime.gpus import gpus, visible
 from pipeline.runtime.process_group import check_backends, check_gpus, gpu_of, join
 
 STEP = {"SLURM_JOB_ID": "77", "SLURM_STEP_ID": "0", "SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_NODEID": "0"}

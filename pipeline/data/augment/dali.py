@@ -210,9 +210,8 @@ class Augmenter:
     ) -> None:
         self._sets = {specs: _groups(specs) for specs in sets}
         self._device_id = device_id
-        self._in_use: deque[tuple[torch.cuda.Event | None, Any]] = (
-            deque()
-        )  # of earlier runs: an event, and what is read until then
+        # Of earlier runs: an event, and what is read until then.
+        self._in_use: deque[tuple[torch.cuda.Event | None, Any]] = deque()
         self._pipelines = {
             group: self._build(group, batch_size * len(group.views), threads, device_id, hue)
             for group in dict.fromkeys(group for groups in self._sets.values() for group in groups)
