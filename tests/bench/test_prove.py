@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib
 import json
+import subprocess
+import time
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,7 +14,10 @@ import pytest
 from launch.cli.main import main
 from pipeline.bench.prove import decode, methods, runner
 from pipeline.bench.prove.stage import STAGES, Check, Setup, at_least, at_most
+from tests.helpers import warm
+from tests.helpers.limits import deadline
 from tests.helpers.rank_pool import pool
+from tests.helpers.runs import environment
 
 
 def found(stage: str, folder: str, device: Literal["cpu", "cuda"] = "cpu") -> list[Check]:
@@ -152,3 +157,25 @@ def test_without_a_gpu_the_way_to_a_cpu_is_shown(capsys: pytest.CaptureFixture[s
     with pytest.raises(SystemExit) as ended:
         main(["prove"])
     assert ended.value.code == 2 and "--device cpu" in capsys.readouterr().err
+
+
+def test_a_stage_ends_with_the_command_that_was_killed(tmp_path: Path) -> None:
+    code = (
+        "import sys; from pathlib import Path; from pipeline.bench.prove import runner, stage\n"
+        "list(runner.run(stage.Setup('cpu', True, Path(sys.argv[1])), ['ranks'], show=lambda *_: None))"
+    )
+    with subprocess.Popen(
+        [warm.REAL, "-c", code, str(tmp_path)], env=environment(), stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
+    ) as command:
+        stages: list[int] = []
+        end = deadline()
+        while not stages:
+            assert time.monotonic() < end and command.poll() is None
+            children = Path(f"/proc/{command.pid}/task/{command.pid}/children").read_text().split()
+            stages = [int(number) for number in children if b"prove.runner" in Path(f"/proc/{number}/cmdline").read_bytes()]
+        while not list(tmp_path.glob("ranks-*/tmp*")):  # it is at work
+            assert time.monotonic() < end and command.poll() is None
+        command.kill()
+        command.wait()
+        while Path(f"/proc/{stages[0]}").exists() and " Z " not in Path(f"/proc/{stages[0]}/stat").read_text():
+            assert time.monotonic() < end, "the stage goes on alone"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import importlib
 import json
 import os
@@ -24,6 +25,7 @@ from pipeline.masking import printable
 from pipeline.runtime.interpreter import alone_environment, module_command
 from pipeline.untrusted import parse_json
 
+_PR_SET_PDEATHSIG = 1  # <linux/prctl.h>: the signal that a process gets when its parent ends
 _LIMIT = 900.0  # seconds for one stage
 _MARK = "\x1efovea-prove "  # precedes each result on standard output, where libraries print too
 
@@ -74,6 +76,7 @@ def _stage(setup: Setup, name: str, show: Callable[[str, float, Check], None], l
             "toy": setup.toy,
             "folder": folder,
             "photos": str(setup.photos) if setup.photos else None,
+            "parent": os.getpid(),
         }
         environment = alone_environment() | ({"CUDA_VISIBLE_DEVICES": ""} if setup.device == "cpu" else {})
         log = setup.folder / f"{name}.log"
@@ -185,6 +188,9 @@ def _cell(text: str) -> str:
 def main(name: str, document: str) -> None:
     """Entry of a stage's process: print each result."""
     options: dict[str, Any] = json.loads(document)
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != options["parent"]:  # it died before
+        os._exit(1)
     photos = Path(options["photos"]) if options["photos"] else None
     setup = Setup(options["device"], options["toy"], Path(options["folder"]), photos)
     assert name in STAGES
