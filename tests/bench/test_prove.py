@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib
 import json
+import os
+import signal
 import subprocess
 import time
 from pathlib import Path
@@ -175,6 +177,7 @@ def test_a_stage_ends_with_the_command_that_was_killed(tmp_path: Path) -> None:
             stages = [int(number) for number in children if b"prove.runner" in Path(f"/proc/{number}/cmdline").read_bytes()]
         while not list(tmp_path.glob("ranks-*/tmp*")):  # it is at work
             assert time.monotonic() < end and command.poll() is None
+        os.kill(stages[0], signal.SIGSTOP)  # it cannot end by itself, neither done nor of a broken pipe
         command.kill()
         command.wait()
         while Path(f"/proc/{stages[0]}").exists() and " Z " not in Path(f"/proc/{stages[0]}/stat").read_text():
