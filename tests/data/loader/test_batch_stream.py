@@ -26,7 +26,7 @@ from pipeline.data.augment.plan import make_plan
 from pipeline.data.augment.views import Batch, MaskSpec, TextSpec, ViewSet, ViewSpec
 from pipeline.data.index.build import build
 from pipeline.data.index.manifest import Manifest
-from pipeline.data.loader.bad_samples import BadSamples, Event
+from pipeline.data.loader.bad_samples import BadSamples
 from pipeline.data.loader.batch_stream import BatchStream, StreamOptions
 from pipeline.data.loader.encoded_batches import StepDataset
 from pipeline.data.loader.reader import Reader, Record
@@ -431,49 +431,6 @@ def test_a_substitute_brings_its_own_caption_and_tokens(said: Manifest) -> None:
 
 def test_a_method_without_text_gets_no_tokens(clean: dict[int, Batch]) -> None:
     assert all(batch.tokens is None for batch in clean.values())
-
-
-# ---- bad_samples ---------------------------------------------------------------------------------------------------------------
-
-
-def events(n: int) -> list[Event]:
-    return [Event(0, number, f"key{number}", "a.tar", "corrupt", -1) for number in range(n)]
-
-
-def test_the_budget_is_a_share_of_the_last_samples() -> None:
-    bad_samples = BadSamples(None, budget=0.1, window=100)
-    for _ in range(50):
-        bad_samples.saw(10, events(1))
-    with pytest.raises(TrainingError, match="11 of the last 100"):
-        bad_samples.saw(10, events(2))
-
-
-def test_old_losses_are_forgiven() -> None:
-    bad_samples = BadSamples(None, budget=0.1, window=100)
-    for _ in range(20):
-        bad_samples.saw(50, events(5))
-        bad_samples.saw(50, events(5))
-        for _ in range(2):
-            bad_samples.saw(50)
-    assert bad_samples.reasons == {"corrupt": 200}
-    assert bad_samples.seen == 4000
-
-
-def test_a_budget_of_nothing_and_of_everything() -> None:
-    with pytest.raises(TrainingError, match="1 of the last 8"):
-        BadSamples(None, budget=0.0).saw(8, events(1))
-    bad_samples = BadSamples(None, budget=1.0, window=100)
-    for _ in range(30):
-        bad_samples.saw(64, events(64))
-    assert bad_samples.seen == sum(bad_samples.reasons.values()) == 30 * 64
-
-
-def test_its_state_goes_through_json() -> None:
-    first, second = BadSamples(None, budget=1.0), BadSamples(None)
-    first.saw(8, events(3))
-    second.load(json.loads(json.dumps(first.state())))
-    assert second.state() == first.state()
-    assert second.quarantine == {0: "corrupt", 1: "corrupt", 2: "corrupt"}
 
 
 # ---- reader processes: each start costs seconds ---------------------------------------------------------------------------
