@@ -17,7 +17,7 @@ from typing import Annotated, Any
 
 import typer
 
-from launch.cli.choices import Device, StepMethod, VitSize
+from launch.cli.choices import Device, StepMethod, VitSize, output_stem
 from pipeline.errors import ConfigError
 
 app = typer.Typer(help="Measure speed and memory against baselines in the same run.", no_args_is_help=True)
@@ -28,7 +28,9 @@ _FLOPS = ("dinov2/vits16_node", "dinov2/vitb16_node", "dinov2/vitl16_short", "cl
 
 DeviceOption = Annotated[Device, typer.Option(help="Device to measure on.")]
 ModelOption = Annotated[VitSize, typer.Option(help="Size of the ViT.")]
-Out = Annotated[Path | None, typer.Option(metavar="PATH", help="Output path of the results, without extension.")]
+Out = Annotated[
+    Path | None, typer.Option(metavar="PATH", help="Output path of the results, without extension.", callback=output_stem)
+]
 Prototypes = Annotated[int, typer.Option(min=16, help="Prototypes per head.")]
 Rounds = Annotated[int, typer.Option(min=1, help="Measured rounds.")]
 Side = Annotated[int, typer.Option(min=32, help="Side of the global crops, pixels; a multiple of 16.")]

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pipeline
+from pipeline.errors import ConfigError
 
 _ROOT = Path(pipeline.__path__[0])
 _METHODS = sorted(file.parent.name for file in _ROOT.glob("methods/*/settings.py"))
@@ -106,3 +107,14 @@ class Question(StrEnum):
     MOCOV2 = "mocov2"
     SIMCLR = "simclr"
     LOGO = "logo"
+
+
+def output_stem(path: Path | None) -> Path | None:
+    """Check an output path without extension, as callback of an option.
+
+    Raises:
+        ConfigError: it names no file.
+    """
+    if path is not None and path.name in ("", ".."):
+        raise ConfigError(f"{str(path)!r} names no file", where="--out", hint="Choose a file name, without extension")
+    return path

@@ -15,7 +15,7 @@ from launch.cli import shards
 from launch.cli import slurm as cluster
 from launch.cli.bench_methods import app as bench
 from launch.cli.checkpoint import app as checkpoint
-from launch.cli.choices import Device, ExportFormat, Method, Network
+from launch.cli.choices import Device, ExportFormat, Method, Network, output_stem
 from launch.cli.mlflow import app as mlflow
 from launch.streams import open_streams
 from launch.terminal import Terminal, clean_logs
@@ -235,7 +235,9 @@ def prove(
     first: Annotated[str, typer.Option("--from", metavar="NAME", help="First stage; results of earlier ones are kept.")] = "",
     toy: Annotated[bool | None, typer.Option("--toy/--full-size", help="Minimal sizes; the default on the CPU.")] = None,
     photos: Annotated[Path | None, typer.Option(help="Directory of photographs; by default synthetic scenes.")] = None,
-    out: Annotated[Path, typer.Option(metavar="PATH", help="Output path of the page, without extension.")] = Path("proof"),
+    out: Annotated[
+        Path, typer.Option(metavar="PATH", help="Output path of the page, without extension.", callback=output_stem)
+    ] = Path("proof"),
 ) -> None:
     """Check that this machine trains correctly, before training on it.
 

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import shlex
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from launch.cli.bench import command_line
 from launch.cli.choices import Device
 from pipeline.errors import ConfigError
 
@@ -38,12 +37,11 @@ def prove(device: Device, stages: str, first: str, toy: bool | None, photos: Pat
     done = {one.stage: one for one in runner.saved(out, setup)} if first or stages != "all" else {}
     if kept := [name for name in STAGES if name in done and name not in chosen]:
         print(f"kept from {out}.json: {', '.join(kept)}")
-    command = "fovea " + shlex.join(sys.argv[1:])
     for outcome in runner.run(setup, chosen, show=_show):
         done[outcome.stage] = outcome
         message = "ok" if outcome.ok else outcome.error or f"{sum(check.ok is False for check in outcome.checks)} checks failed"
         print(f"{outcome.stage:8} {outcome.seconds:6.0f} s  {message}", flush=True)
-        runner.save(out, [done[name] for name in STAGES if name in done], setup, command)
+        runner.save(out, [done[name] for name in STAGES if name in done], setup, command_line())
     failed = [name for name in STAGES if name in done and not done[name].ok]
     print(f"{'failed: ' + ', '.join(failed) if failed else 'all checks passed'}; the page is {out}.md")
     return 1 if failed else 0

@@ -71,3 +71,13 @@ def test_an_unknown_value_is_rejected_with_all_choices(
 def test_the_choices_load_no_library() -> None:
     command = "import sys, launch.cli.choices; sys.exit(any(n in sys.modules for n in ('pydantic', 'numpy', 'torch', 'yaml')))"
     assert subprocess.run([sys.executable, "-c", command], cwd=ROOT, check=False).returncode == 0
+
+
+@pytest.mark.parametrize("verb", [["prove", "--device", "cpu"], ["bench", "data"], ["bench", "methods", "dino"]], ids=" ".join)
+@pytest.mark.parametrize("path", ["", ".", "..", "/"])
+def test_an_output_path_that_names_no_file_is_refused_before_anything_is_measured(
+    verb: list[str], path: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main([*verb, "--out", path])
+    assert ended.value.code == 2 and "names no file" in capsys.readouterr().err
