@@ -44,6 +44,7 @@ fi
 fovea_setup test || exit 1
 cd "$FOVEA_ROOT" || exit 1
 [ -z "$mutate" ] || exec "$FOVEA_PYTHON" -m tests.helpers.mutate ${arguments[@]+"${arguments[@]}"} </dev/null
+unset PYTHONDONTWRITEBYTECODE # a process compiles what it imports anew, and pytest what it rewrites, in every worker
 # Many tests wait for other processes, so there is one more at a time than there are cores.
 cores=$(nproc)
 several=(-n "${FOVEA_TEST_WORKERS:-$((cores < 7 ? cores + 1 : 8))}" --dist loadfile --no-loadscope-reorder)

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.helpers.sources import kept, parsed
+
 ROOT = Path(__file__).resolve().parents[1]
 FILES = sorted([*(ROOT / "pipeline").rglob("*.py"), *(ROOT / "launch").rglob("*.py")])
 
@@ -75,10 +77,6 @@ HEAVY = {"torch", "timm", "numpy", "deepspeed", "nvidia", "mlflow", "matplotlib"
 
 
 @cache
-def parsed(path: Path) -> ast.Module:
-    return ast.parse(path.read_text(encoding="utf-8"), filename=str(path))
-
-
 def module_of(path: Path) -> str:
     parts = path.relative_to(ROOT).with_suffix("").parts
     return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
@@ -95,9 +93,15 @@ def room(module: str) -> str:
     return max((name for name in ROOMS if inside(module, name)), key=len, default="")
 
 
+@cache
+def modules() -> dict[str, Path]:
+    return {module_of(path): path for path in FILES}
+
+
+@kept
 def imports(path: Path, *, hints: bool = True) -> Iterator[tuple[str, int]]:
     """Modules that a file names in imports, with the line; ``hints`` includes those under TYPE_CHECKING."""
-    known = {module_of(file) for file in FILES}
+    known = modules()
     skipped: set[ast.AST] = set()
     for node in ast.walk(parsed(path)):
         if not hints and isinstance(node, ast.If) and ast.unparse(node.test).endswith("TYPE_CHECKING"):
@@ -249,7 +253,7 @@ def test_no_import_runs_in_a_circle() -> None:
 
 def loaded_by(module: str) -> dict[str, tuple[str, ...]]:
     """Everything that importing a module imports, with the way to it: what stands in functions and for type hints does not."""
-    known = {module_of(path): path for path in FILES}
+    known = modules()
     ways: dict[str, tuple[str, ...]] = {module: ()}
     waiting = [module]
     while waiting:
@@ -263,9 +267,10 @@ def loaded_by(module: str) -> dict[str, tuple[str, ...]]:
     return ways
 
 
+@kept
 def at_import(path: Path) -> Iterator[str]:
     """Modules that a file imports when it is itself imported."""
-    known = {module_of(file) for file in FILES}
+    known = modules()
 
     def look(body: list[ast.stmt]) -> Iterator[str]:
         for node in body:

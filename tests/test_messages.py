@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.helpers.sources import parsed
+
 ROOT = Path(__file__).resolve().parents[1]
 FILES = sorted([*(ROOT / "pipeline").rglob("*.py"), *(ROOT / "launch").rglob("*.py")])
 BASE = "FoveaError"
@@ -47,11 +49,6 @@ class Text:
 
     def __str__(self) -> str:
         return f"{self.file}:{self.line}: {self.text!r}"
-
-
-@cache
-def parsed(path: Path) -> ast.Module:
-    return ast.parse(path.read_text(encoding="utf-8"), filename=str(path))
 
 
 def name_of(node: ast.expr) -> str:

@@ -123,6 +123,7 @@ def test_a_noticed_change_dies_and_an_unnoticed_one_survives(tmp_path: Path) -> 
     assert "survived  small.py:5  if x < LOW:" in done.stdout
 
 
+@pytest.mark.slow
 def test_a_known_mutant_does_not_run_and_an_entry_that_fits_none_is_reported(tmp_path: Path) -> None:
     entry = '[[equivalent]]\nfile = "small.py"\nin = "clamped"\nline = "if x < LOW:"\nreason = "same"\nchanges = ["{}"]\n'
     entries = entry.format("x < LOW → x <= LOW") + entry.format("x < LOW → y")
@@ -133,6 +134,7 @@ def test_a_known_mutant_does_not_run_and_an_entry_that_fits_none_is_reported(tmp
     assert (result["score"], done.returncode) == (1.0, 0)
 
 
+@pytest.mark.slow
 def test_a_mutant_that_hangs_is_killed(tmp_path: Path) -> None:
     _, result = run(tmp_path, "--only", "n -= 1", "--limit", "2")
     assert {outcome["change"]: outcome["by"] for outcome in result["outcomes"]} == {
@@ -148,12 +150,14 @@ def test_a_sample_is_drawn_by_its_seed(tmp_path: Path) -> None:
     assert len(result["outcomes"]) == 2 < result["possible"]
 
 
+@pytest.mark.slow
 def test_tests_that_fail_by_themselves_kill_nothing(tmp_path: Path) -> None:
     (tmp_path / "test_broken.py").write_text("import small\n\ndef test_broken():\n    assert small.clamped(5) == 4\n")
     _, result = run(tmp_path, "--only", "x < LOW", "--tests", "test_broken.py")
     assert [outcome["status"] for outcome in result["outcomes"]] == ["survived", "killed"]
 
 
+@pytest.mark.slow
 def test_tests_that_cannot_run_are_a_mistake(tmp_path: Path) -> None:
     for file, text in (("test_none.py", ""), ("test_bad.py", "import small, absent")):
         (tmp_path / file).write_text(text)
@@ -170,6 +174,7 @@ def test_the_list_of_equivalent_mutants_fits_the_sources() -> None:
         assert equivalents(file).unmatched(mutants((ROOT / file).read_text(encoding="utf-8"))) == []
 
 
+@pytest.mark.slow
 def test_only_survivors_run_again(tmp_path: Path) -> None:
     run(tmp_path, "--only", "x < LOW")
     (tmp_path / "report").rename(tmp_path / "earlier")

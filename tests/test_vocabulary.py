@@ -8,10 +8,11 @@ import re
 import tokenize
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 
 import pytest
+
+from tests.helpers.sources import kept, parsed, source
 
 ROOT = Path(__file__).resolve().parents[1]
 FILES = sorted([*(ROOT / "pipeline").rglob("*.py"), *(ROOT / "launch").rglob("*.py")])
@@ -117,20 +118,11 @@ class Use:
         return (self.file, "*") in ALLOWED or (self.file, self.word) in ALLOWED
 
 
-@cache
-def source(path: Path) -> str:
-    return path.read_text(encoding="utf-8")
-
-
-@cache
-def parsed(path: Path) -> ast.Module:
-    return ast.parse(source(path), filename=str(path))
-
-
 def shown(path: Path) -> str:
     return path.relative_to(ROOT).as_posix()
 
 
+@kept
 def definitions(path: Path) -> Iterator[tuple[str, int, str]]:
     """Names that a file binds: (kind, line, name)."""
     for node in ast.walk(parsed(path)):
@@ -146,6 +138,7 @@ def definitions(path: Path) -> Iterator[tuple[str, int, str]]:
             yield "name", node.lineno, node.attr
 
 
+@kept
 def prose(path: Path) -> Iterator[tuple[int, str]]:
     """Comments, docstrings, and all strings of more than one word, which include help texts and descriptions."""
     for token in tokenize.generate_tokens(io.StringIO(source(path)).readline):

@@ -54,6 +54,7 @@ def test_every_method_and_every_operator_is_among_the_checks() -> None:
     assert all(any(operator.used(augment) for augment in augments) for operator in OPERATORS)
 
 
+@pytest.mark.slow
 def test_a_method_whose_loss_is_another_in_bf16_is_told_and_the_others_go_on(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -161,6 +162,7 @@ def test_without_a_gpu_the_way_to_a_cpu_is_shown(capsys: pytest.CaptureFixture[s
     assert ended.value.code == 2 and "--device cpu" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_stage_ends_with_the_command_that_was_killed(tmp_path: Path) -> None:
     code = (
         "import sys; from pathlib import Path; from pipeline.bench.prove import runner, stage\n"

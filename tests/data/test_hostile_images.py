@@ -65,6 +65,7 @@ def test_the_decoder_survives_what_the_guard_would_have_refused(hostile_files: d
     assert_harmless(hostile_files, outcomes)
 
 
+@pytest.mark.slow
 def test_whole_pictures_of_every_guise_are_decoded_rightly() -> None:
     files = unusual_images()
     outcomes = examine(list(files.values()))
@@ -136,6 +137,7 @@ def check_cuts(points: int) -> None:
             assert outcome.shape == expected[name.partition(" cut at")[0]].shape, name
 
 
+@pytest.mark.slow
 def test_no_cut_picture_passes_for_a_whole_one() -> None:
     check_cuts(12)
 

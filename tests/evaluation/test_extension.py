@@ -105,6 +105,7 @@ def test_a_file_and_a_section_are_all_that_an_evaluator_takes(tmp_path: Path) ->
     assert "token_norm/mean, fovea eval" in (tmp_path / "report.html").read_text()
 
 
+@pytest.mark.slow
 def test_an_evaluator_without_its_file_is_refused(tmp_path: Path) -> None:
     root, data = install(tmp_path / "root"), tmp_path / "data"
     (root / "pipeline" / "evaluation" / "token_norm.py").write_text('"""No evaluator."""\n')

@@ -24,6 +24,15 @@ def matrix(*axes: Sequence[Any], together: int = 2, always: Iterable[tuple[Any, 
     ]
 
 
+def fast_only(values: Iterable[Any], fast: Iterable[Any]) -> list[Any]:
+    """Values of one parameter, or tuples of several, some of them for ``tests/run.sh --fast``; the others are marked ``slow``."""
+    chosen = list(fast)
+    each = [(one, one if isinstance(one, tuple) else (one,)) for one in values]
+    return [
+        pytest.param(*parts, marks=() if one in chosen else pytest.mark.slow, id="-".join(map(str, parts))) for one, parts in each
+    ]
+
+
 def cover(axes: Sequence[Sequence[Any]], together: int, always: Iterable[tuple[Any, ...]] = ()) -> list[tuple[Any, ...]]:
     """Few combinations in which each choice of ``together`` axes' values occurs, the same ones every time."""
     everything = list(itertools.product(*axes))

@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 
 from pipeline.methods.base import Step
+from tests.helpers.matrix import fast_only
 from tests.helpers.method_pairs import SAMPLES, clip, engine_of, pairs_at, trained
 from tests.helpers.rank_pool import pool
 
@@ -32,7 +33,9 @@ def compare(ranks: list[dict[str, Any]], other: dict[str, Any], weights: float) 
 
 
 @pytest.mark.parametrize("loss", ["softmax", pytest.param("sigmoid", marks=pytest.mark.slow)])
-@pytest.mark.parametrize(("ranks", "zero", "accumulation"), [(1, 0, 4), (2, 1, 1), (2, 2, 2), (2, 3, 2)])
+@pytest.mark.parametrize(
+    ("ranks", "zero", "accumulation"), fast_only([(1, 0, 4), (2, 1, 1), (2, 2, 2), (2, 3, 2)], [(1, 0, 4), (2, 1, 1), (2, 2, 2)])
+)
 def test_ranks_and_micro_batches_train_like_one_large_batch(loss: str, ranks: int, zero: int, accumulation: int) -> None:
     for patch_dropout in (0.0, 0.5) if (ranks, accumulation) == (2, 2) else (0.0,):
         found = pool(ranks).run(trained, zero=zero, accumulation=accumulation, loss=loss, patch_dropout=patch_dropout)

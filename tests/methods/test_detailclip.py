@@ -263,6 +263,7 @@ def test_a_teacher_that_cannot_see_so_many_pixels_is_refused(side: int) -> None:
     assert told.value.where == "method.teacher_size"
 
 
+@pytest.mark.slow
 def test_the_quick_method_costs_at_most_1_6_times_clip() -> None:
     clip, quick = (counted(load(name).config) for name in ("clip/vit_b16_yfcc15m", "detailclip/vit_b16_quick"))
     assert quick <= 1.6 * clip

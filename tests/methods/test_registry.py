@@ -12,6 +12,7 @@ from torch import Tensor
 
 from pipeline.config.schema import METHODS
 from pipeline.models.tokens import Tokens
+from tests.helpers.matrix import fast_only
 from tests.helpers.rank_pool import pool
 from tests.helpers.tiny_methods import STEP, batch_at, config, first_steps, interrupted, make_method
 
@@ -93,7 +94,7 @@ def whole(ranks: list[dict[str, Any]]) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize("zero", [pytest.param(1, marks=pytest.mark.slow), 3])
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", fast_only(METHODS, ["dinov2", "clip"]))
 def test_two_ranks_are_one(name: str, zero: int) -> None:
     compare(pool(2).run(first_steps, name=name, zero=zero), alone(name))
 
@@ -125,7 +126,7 @@ def test_micro_batches_are_one_batch_unless_the_method_says_otherwise(name: str)
 
 
 @pytest.mark.parametrize("zero", [1, pytest.param(3, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", fast_only(METHODS, ["dinov2", "byol", "detailclip"]))
 def test_going_on_from_a_checkpoint_is_as_if_nothing_had_happened(name: str, zero: int, tmp_path: Path) -> None:
     given = {"name": name, "zero": zero, "directory": str(tmp_path)}
     through = pool(2).run(interrupted, **given, load_at=None, save_at=2, until=3, seed=0)

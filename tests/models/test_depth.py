@@ -100,6 +100,7 @@ def test_blocks_that_are_built_otherwise_are_refused() -> None:
         set_stochastic_depth(tower.vit.blocks[0], 0.1, True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("positions", ["learned", "rope"])
 def test_a_block_with_a_subset_is_one_graph_for_the_compiler(positions: str) -> None:
     images = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(0))

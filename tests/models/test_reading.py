@@ -80,6 +80,7 @@ def test_dropped_patches_and_recomputation_go_together_with_it() -> None:
             torch.testing.assert_close(part, whole, atol=1e-10, rtol=1e-9)
 
 
+@pytest.mark.slow
 def test_a_block_of_another_kind_computes_all_and_gives_the_same() -> None:
     tower = tiny(timm_name="vit_base_patch16_224", embed_dim=None, depth=None, num_heads=None, patch_size=None)
     whole = tower(pictures()[:1]).cls

@@ -40,6 +40,7 @@ def test_sizes_are_those_of_open_clip() -> None:
         ), name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("quick_gelu", [False, True])
 def test_features_are_open_clips_for_its_weights_cut_captions_included(quick_gelu: bool) -> None:
     import open_clip

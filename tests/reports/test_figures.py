@@ -43,6 +43,7 @@ def test_the_background_is_the_page_s() -> None:
     assert all('style="fill: none"' in path for path in first)
 
 
+@pytest.mark.slow
 def test_the_same_chart_gives_the_same_bytes_in_every_process_and_under_any_style() -> None:
     command = "from tests.reports.test_figures import *; import sys; sys.stdout.buffer.write(draw(FULL).encode())"
     root = Path(__file__).resolve().parents[2]
@@ -59,6 +60,7 @@ def test_markers_of_different_charts_have_different_ids() -> None:
     assert len(ids[0]) == len(ids[1]) == 1 and ids[0] != ids[1]
 
 
+@pytest.mark.slow
 def test_pages_without_charts_do_not_load_matplotlib() -> None:
     command = (
         "import sys, pipeline.reports.run_page, pipeline.reports.comparison, pipeline.reports.preview;"

@@ -33,7 +33,9 @@ def littered(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
     return tmp_path
 
 
-@pytest.mark.parametrize("path", [True, False], ids=["on PYTHONPATH", "found by its own place"])
+@pytest.mark.parametrize(
+    "path", [pytest.param(True, id="on PYTHONPATH"), pytest.param(False, id="found by its own place", marks=pytest.mark.slow)]
+)
 def test_a_file_in_the_working_directory_is_not_imported(littered: Path, path: bool) -> None:
     variables = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
     variables |= {"PYTHONPATH": str(ROOT)} if path else {}

@@ -16,6 +16,7 @@ def shipper(at: Bench) -> Shipper:
     return Shipper(at.folder, uri=at.uri, experiment="tests", name="trial")
 
 
+@pytest.mark.slow
 def test_each_export_becomes_the_next_version_bound_to_the_run(bench: Bench, tmp_path: Path) -> None:  # noqa: F811
     folder = tmp_path / "timm"
     folder.mkdir()

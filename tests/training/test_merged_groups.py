@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from pipeline.training.optimizers import Run, Segment, runs_of
+from tests.helpers.matrix import fast_only
 from tests.helpers.rank_pool import pool
 from tests.helpers.tiny_methods import interrupted
 from tests.helpers.toy_method import Aligned, advance, assembled, build, snapshot
@@ -37,8 +38,8 @@ def _state(ranks: list[dict[str, Any]], moments: tuple[str, ...]) -> dict[str, t
     return whole | {f"teacher {name}": tensor for name, tensor in ranks[0]["teacher"].items()}
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
-@pytest.mark.parametrize("zero", [0, 1, 2, 3])
+@pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("zero", fast_only([0, 1, 2, 3], [1, 2]))
 def test_twenty_steps_in_one_group_are_those_in_four_bit_for_bit(zero: int, ranks: int) -> None:
     apart, merged = (pool(ranks).run(_trained, zero=zero, merge=merge) for merge in (False, True))
     for optimizer in OPTIMIZERS:

@@ -93,6 +93,7 @@ def test_each_failure_is_named_and_nothing_else(tmp_path: Path) -> None:
     assert verdict.checked == 5
 
 
+@pytest.mark.slow
 def test_a_picture_that_kills_the_decoder_is_found_among_its_neighbours(tmp_path: Path) -> None:
     first = [picture(n) + (b"DIE" if n in (3, 4) else b"") for n in range(7)]
     manifest = shards(tmp_path, first, [picture(n) for n in range(6)])

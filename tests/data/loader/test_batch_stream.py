@@ -363,6 +363,7 @@ def reading(manifest: Manifest, *, world: int = 1, rank: int = 0, text: TextSpec
     return StepDataset(reader, order, SPECS, seed=SEED, world=world, rank=rank, text=text, sources=SOURCES)
 
 
+@pytest.mark.slow
 def test_trimmed_captions_are_the_padded_ones_without_what_is_padding_in_all_rows(said: Manifest) -> None:
     whole, short = TextSpec(context=30), TextSpec(context=30, trim=True)
     steps = {}

@@ -86,6 +86,7 @@ def check(report: PackReport, unit_total: int) -> None:
     assert all(name == printable(name) and not name.startswith("/") and ".." not in name.split("/") for name in names)
 
 
+@pytest.mark.slow
 @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     entries=st.lists(ENTRY, max_size=14),

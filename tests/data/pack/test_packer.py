@@ -169,6 +169,7 @@ def test_stopped_anywhere_any_number_of_times_it_ends_with_the_same_bytes(
     assert report.account.noted == {"caption_replaced": 1} and report.account.companions == 1
 
 
+@pytest.mark.slow
 def test_killed_in_the_middle_the_same_command_ends_with_the_same_bytes(tmp_path: Path) -> None:
     source = tmp_path / "pictures"
     for n in range(300):

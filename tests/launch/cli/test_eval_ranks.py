@@ -92,6 +92,7 @@ def _broadcast() -> list[Any]:
     return list(broadcast_each(items, SimpleNamespace(rank=rank, control=None)))  # type: ignore[arg-type]
 
 
+@pytest.mark.slow
 def test_all_ranks_evaluate_what_the_first_one_lists_and_none_waits_in_silence() -> None:
     assert pool(2).run(_broadcast) == [["first", "second"]] * 2
 
@@ -99,6 +100,7 @@ def test_all_ranks_evaluate_what_the_first_one_lists_and_none_waits_in_silence()
 # ---- what is told -----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_server_that_is_away_costs_nothing_and_gets_everything_later(
     run: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -8,6 +8,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import sysconfig
 from pathlib import Path
 
 import pytest
@@ -55,7 +56,7 @@ def test_the_batch_script_is_the_one_that_was_looked_at(toy: Path, monkeypatch: 
 def test_shellcheck_finds_nothing(toy: Path, tmp_path: Path, changes: dict[str, object]) -> None:
     script = tmp_path / "script.sh"
     script.write_text(rendered(toy, ClusterProfile(**changes)))  # type: ignore[arg-type]
-    checker = shutil.which("shellcheck") or str(Path(sys.executable).with_name("shellcheck"))
+    checker = shutil.which("shellcheck") or str(Path(sysconfig.get_path("scripts")) / "shellcheck")
     done = subprocess.run(
         [checker, "--shell=bash", "--severity=warning", str(script)], capture_output=True, text=True, check=False
     )
