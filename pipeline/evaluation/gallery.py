@@ -30,7 +30,7 @@ def varied(manifest: Manifest, count: int, among: int = 20_000) -> NDArray[np.ui
     Returns:
         uint64 ``[count]`` sample numbers, fewer if the set is smaller.
     """
-    ids = manifest.ids()[:among]
+    ids = manifest.ids(np.arange(min(among, manifest.total)))
     labels = [int(manifest.column(int(number) >> 32, "label")[int(number) & 0xFFFFFFFF]) for number in ids]
     rounds: dict[int, int] = {}
     keys = []

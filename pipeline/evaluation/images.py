@@ -20,7 +20,7 @@ from pipeline.data.loader.batch_stream import BatchStream, StreamOptions
 from pipeline.data.loader.encoded_batches import StepDataset
 from pipeline.data.loader.reader import Reader
 from pipeline.data.order.order import GlobalBatch
-from pipeline.data.order.random import permutation
+from pipeline.data.order.random import choose
 from pipeline.data.storage import Storage
 from pipeline.errors import DataError
 from pipeline.evaluation.settings import KnnSettings
@@ -103,9 +103,8 @@ class ImageSet:
         store: Storage | None = None,
         normalize: Normalize | None = None,
     ) -> None:
-        ids = manifest.ids()
-        if limit is not None and limit < len(ids):
-            ids = ids[np.sort(permutation(len(ids), seed, 0xE7A1)[:limit])]
+        total = manifest.total
+        ids = manifest.ids(choose(total, total if limit is None else limit, seed, 0xE7A1))
         self.manifest, self.total = manifest, len(ids)
         normalize = normalize or Normalize()
         self._spec = ViewSpec("image", 1, size, None, centre=crop_fraction, position=crop_position, normalize=normalize)

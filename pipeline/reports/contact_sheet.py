@@ -9,7 +9,7 @@ from PIL import Image, ImageDraw
 
 from pipeline.data.index.captions import REPLACED
 from pipeline.data.index.manifest import Manifest
-from pipeline.data.order.random import permutation
+from pipeline.data.order.random import choose
 from pipeline.reports import images, page
 from pipeline.untrusted import printable
 
@@ -53,9 +53,9 @@ def gather(manifest: Manifest, count: int, seed: int = 0) -> list[tuple[Image.Im
     from pipeline.data.settings import StorageSettings
     from pipeline.data.storage import Storage
 
-    chosen = np.sort(permutation(manifest.total, seed, _DRAW)[:count])
+    chosen = choose(manifest.total, count, seed, _DRAW)
     near = Storage(StorageSettings(access="range_read", outage_timeout=20.0))  # do not download whole shards for a few samples
-    records = Reader(manifest, wants=("image", "caption", "label"), store=near).fetch(manifest.ids()[chosen])
+    records = Reader(manifest, wants=("image", "caption", "label"), store=near).fetch(manifest.ids(chosen))
     decoder, cells = Decoder(), []
     for record in records:
         pixels = decoder.decode([record.image])[0] if record.image is not None else None

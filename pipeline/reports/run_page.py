@@ -233,11 +233,9 @@ def _neighbours(gallery: Gallery, most: int) -> dict[str, Any]:
     """Variables of the figure of nearest neighbours; at most ``most`` images are searched."""
     import torch
 
-    from pipeline.data.order.random import permutation
+    from pipeline.data.order.random import choose
 
-    ids = gallery.bank.ids()
-    if most < len(ids):
-        ids = ids[np.sort(permutation(len(ids), 0, _DRAW)[:most])]
+    ids = gallery.bank.ids(choose(gallery.bank.total, most, 0, _DRAW))
     query_ids = varied(gallery.queries, QUERIES)
     keys, key_labels = gallery.classes(gallery.bank, ids)
     queries, query_labels = gallery.classes(gallery.queries, query_ids)

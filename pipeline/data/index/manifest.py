@@ -411,13 +411,17 @@ class Manifest:
         """Returns one column of a shard's accepted samples, ``[samples]``; names as in :class:`ShardIndex`."""
         return self.rows(shard).columns[name]
 
-    def ids(self) -> NDArray[np.uint64]:
-        """Returns the numbers of all samples in storage order, ``[total]`` uint64."""
-        parts = [
-            (np.uint64(number) << np.uint64(32)) | np.arange(shard.samples, dtype=np.uint64)
-            for number, shard in enumerate(self.shards)
-        ]
-        return np.concatenate(parts) if parts else np.zeros(0, dtype=np.uint64)
+    def ids(self, positions: NDArray[np.int64] | None = None) -> NDArray[np.uint64]:
+        """Returns the numbers of samples, uint64.
+
+        Args:
+            positions: positions in storage order, ``[n]``; by default of all samples.
+        """
+        ends = np.cumsum(np.array(self.sizes, dtype=np.int64))
+        positions = np.arange(self.total) if positions is None else np.asarray(positions)
+        shards = np.searchsorted(ends, positions, side="right")
+        rows = positions - (ends - np.array(self.sizes, dtype=np.int64))[shards] if len(ends) else positions
+        return (shards.astype(np.uint64) << np.uint64(32)) | rows.astype(np.uint64)
 
     def save(self, directory: str | Path) -> None:
         """Writes ``manifest.json``; the sidecars are not moved."""

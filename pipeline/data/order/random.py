@@ -13,6 +13,8 @@ _MULTIPLIERS = (np.uint64(0xD2511F53), np.uint64(0xCD9E8D57))
 _WEYL = (0x9E3779B9, 0xBB67AE85)
 _LOW = np.uint64(0xFFFFFFFF)
 _SHIFT = np.uint64(32)
+_ROUNDS = 6
+PERMUTED = 1 << 21  # numbers that are permuted to choose some of them: 70 bytes each
 
 
 def philox(counter: NDArray[np.uint32], key: tuple[int, int]) -> NDArray[np.uint32]:
@@ -84,3 +86,42 @@ def permutation(n: int, *key: int) -> NDArray[np.int64]:
     values = philox(counter, mix(*key)).astype(np.uint64)
     draws = (values[:, 0::2] << _SHIFT | values[:, 1::2]).reshape(-1)[:n]
     return np.argsort(draws, kind="stable").astype(np.int64)
+
+
+def choose(n: int, count: int, *key: int) -> NDArray[np.int64]:
+    """Draws distinct numbers below ``n``; memory and time grow with the numbers drawn, not with ``n``.
+
+    Up to :data:`PERMUTED` numbers these are the first of :func:`permutation`. Beyond, they are the images of ``0, 1, …`` under a
+    keyed bijection: a Feistel network over the next power of four, applied again to what falls outside (Black and Rogaway,
+    "Ciphers with arbitrary finite domains", CT-RSA 2002).
+
+    Args:
+        n: the numbers are below this.
+        count: how many; all of them if there are fewer.
+        key: integers that identify the draw.
+
+    Returns:
+        ``[min(count, n)]`` int64, ascending.
+    """
+    if count >= n:
+        return np.arange(n, dtype=np.int64)
+    if n <= PERMUTED:
+        return np.sort(permutation(n, *key)[:count])
+    values = np.arange(count, dtype=np.uint64)
+    outside = np.ones(count, dtype=bool)
+    while outside.any():
+        values[outside] = _feistel(values[outside], ((n - 1).bit_length() + 1) // 2, mix(*key))
+        outside = values >= np.uint64(n)
+    return np.sort(values.astype(np.int64))
+
+
+def _feistel(values: NDArray[np.uint64], bits: int, key: tuple[int, int]) -> NDArray[np.uint64]:
+    """A bijection of numbers of ``2 * bits`` bits."""
+    half, mask = np.uint64(bits), np.uint64((1 << bits) - 1)
+    left, right = values >> half, values & mask
+    counter = np.zeros((len(values), 4), dtype=np.uint32)
+    for number in range(_ROUNDS):
+        counter[:, 0], counter[:, 1], counter[:, 2] = right & _LOW, right >> _SHIFT, number
+        draws = philox(counter, key).astype(np.uint64)
+        left, right = right, left ^ ((draws[:, 0] << _SHIFT | draws[:, 1]) & mask)
+    return left << half | right

@@ -313,6 +313,7 @@ def test_a_manifest_is_loaded_as_it_was_saved_and_edits_are_noticed(tmp_path: Pa
     assert loaded.counts == {"ok": 6, "not_image": 2}
     assert loaded.rows(1).keys == ("0010", "0011", "0012")
     assert loaded.ids().tolist() == [0, 1, 2, 1 << 32, (1 << 32) + 1, (1 << 32) + 2]
+    assert loaded.ids(np.array([5, 0, 3])).tolist() == [(1 << 32) + 2, 0, 1 << 32]
     path = tmp_path / "index" / "manifest.json"
     path.write_text(path.read_text().replace('"samples": 3', '"samples": 3').replace("0.tar", "9.tar"))
     with pytest.raises(DataError, match="edited"):

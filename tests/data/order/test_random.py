@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import hashlib
+import tracemalloc
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.data.order.random import mix, permutation, philox, uniforms
+from pipeline.data.order import random
+from pipeline.data.order.random import PERMUTED, choose, mix, permutation, philox, uniforms
 
 IDS = np.array([0, 1, 7, 2**32 + 1, 2**63 + 5], dtype=np.uint64)
 
@@ -95,3 +97,33 @@ def test_every_place_is_equally_likely() -> None:
     places = np.stack([permutation(5, 1, key) for key in range(1000)])
     counts = np.stack([np.bincount(places[:, place], minlength=5) for place in range(5)])
     assert np.abs(counts - 200).max() < 65  # sd 13
+
+
+def test_few_of_a_permutable_set_are_the_first_of_its_permutation() -> None:
+    assert choose(1000, 30, 5, 6).tolist() == sorted(permutation(1000, 5, 6)[:30].tolist())
+    assert choose(7, 9, 1).tolist() == list(range(7))
+    assert choose(0, 3, 1).tolist() == choose(5, 0, 1).tolist() == []
+
+
+@given(st.integers(1, 700), st.integers(1, 700), st.integers(0, 2**40))
+def test_beyond_it_numbers_are_distinct_below_the_bound_and_of_their_key(n: int, count: int, key: int) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(random, "PERMUTED", 0)
+        chosen = choose(n, count, key).tolist()
+        assert len(set(chosen)) == len(chosen) == min(n, count) and chosen == sorted(chosen)
+        assert not chosen or (chosen[0] >= 0 and chosen[-1] < n)
+        assert chosen == choose(n, count, key).tolist()
+
+
+def test_numbers_of_a_huge_set_are_spread_evenly_and_cost_only_themselves() -> None:
+    n = 5_000_000_000
+    tracemalloc.start()
+    chosen = choose(n, 20_000, 3, 4)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 20_000 * 400
+    counts = np.bincount(chosen // (n // 20), minlength=20)[:20]
+    assert ((counts - 1000) ** 2 / 1000).sum() < 45.3  # chi-squared, 19 degrees of freedom, p = 0.0006
+    other = choose(n, 20_000, 3, 5)
+    assert len(np.intersect1d(chosen, other)) < 5
+    assert choose(PERMUTED + 1, 5, 9).tolist() != sorted(permutation(PERMUTED + 1, 9)[:5].tolist())
