@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 
 from launch import accelerate_environment as accelerate
 from launch.progress import TimeLogger, progress_logger
+from launch.rank_data import agreed_inputs
 from launch.rank_environment import RankEnvironment
 from launch.resume import check_identity, choose_checkpoint, copies_of, origins
 from launch.streams import outlive_terminal
@@ -31,6 +32,7 @@ from pipeline.runtime import job_record as record
 from pipeline.runtime.run_directory import RunDirectory
 
 if TYPE_CHECKING:
+    from pipeline.data.inputs import Inputs
     from pipeline.runtime.process_group import World
     from pipeline.runtime.stop_requests import StopRequests
     from pipeline.runtime.watchdog import Watchdog
@@ -65,12 +67,13 @@ def _be_rank(config: Config, here: RankEnvironment, attempt: int | None) -> int:
     run = RunDirectory(config.run.folder)
     if run.config.exists():
         check_identity(config, run.settings_document(), run.config)
-    inputs = prepare(config, here.world_size)
-    checkpoint, complaints = choose_checkpoint(config, run, inputs, fetch=here.rank == 0)
+    first = here.rank == 0
+    inputs = prepare(config, here.world_size, reuse=not first)
+    checkpoint, complaints = choose_checkpoint(config, run, inputs, fetch=first, verify=first)
     if here.rank == 0:
         for complaint in complaints:
             print(shown(complaint), file=sys.stderr)
-    return train(config, here, attempt, checkpoint)
+    return train(config, here, attempt, checkpoint, inputs)
 
 
 def _leave(code: int) -> None:
@@ -80,7 +83,9 @@ def _leave(code: int) -> None:
     os._exit(code)
 
 
-def train(config: Config, here: RankEnvironment, attempt: int | None, checkpoint: Saved | None) -> int:
+def train(
+    config: Config, here: RankEnvironment, attempt: int | None, checkpoint: Saved | None, inputs: Inputs | None = None
+) -> int:
     """Join the process group, build the trainer, train, and leave.
 
     Args:
@@ -88,6 +93,7 @@ def train(config: Config, here: RankEnvironment, attempt: int | None, checkpoint
         here: this process's rank environment.
         attempt: number of the attempt, or ``None`` to let rank 0 count it.
         checkpoint: the checkpoint to start from.
+        inputs: the indexed data, if this rank has prepared them; then the first rank's checkpoint is the one that all start from.
 
     Returns:
         The exit code. Errors after the rendezvous have already been reported.
@@ -130,11 +136,12 @@ def train(config: Config, here: RankEnvironment, attempt: int | None, checkpoint
             claims.claim(run.logs(attempt), own)
         raise
     chosen = [attempt, str(checkpoint.path) if checkpoint else None]
-    if attempt is None:
-        chosen[0] = run.next_attempt() if here.rank == 0 else None
+    if inputs is not None:  # no launcher of ours has chosen
+        if attempt is None and here.rank == 0:
+            chosen[0] = run.next_attempt()
         dist.broadcast_object_list(chosen, group=world.control)
         checkpoint = saved.read(Path(str(chosen[1]))) if chosen[1] else None
-        if here.rank == 0:
+        if attempt is None and here.rank == 0:
             run.write_settings(config)
             run.note("start", attempt=chosen[0], ranks=world.size, resumed_from=checkpoint.step if checkpoint else None)
     number = int(chosen[0] or 0)
@@ -158,7 +165,7 @@ def train(config: Config, here: RankEnvironment, attempt: int | None, checkpoint
     )
     watchdog.start()
     try:
-        _train(config, world, run, number, checkpoint, requests, watchdog, begin, alone=attempt is None)
+        _train(config, world, run, number, checkpoint, inputs, requests, watchdog, begin, alone=attempt is None)
     except Exception as error:
         return report_failure(
             error, watchdog, {"micro_batch": config.train.micro_batch_size or "all", "zero": config.train.zero_stage}
@@ -174,6 +181,7 @@ def _train(
     run: RunDirectory,
     number: int,
     checkpoint: Saved | None,
+    inputs: Inputs | None,
     requests: StopRequests,
     watchdog: Watchdog,
     begin: float,
@@ -183,7 +191,7 @@ def _train(
     """From joining the process group to leaving it; ``alone`` if no launcher of ours records the attempt's end."""
     from pipeline.checkpoint.mirror import Copies
     from pipeline.checkpoint.retention import Retention
-    from pipeline.data.inputs import open_storage, prepare
+    from pipeline.data.indexing import open_storage
     from pipeline.runtime import process_group as distributed
     from pipeline.runtime.stop_requests import Stop
     from pipeline.tracking import Journal, Shipper, destination_of, remember
@@ -208,7 +216,7 @@ def _train(
             tracked = f" · MLflow at {target}" if target.origin else ""
             shipper = Shipper(run.tracking, uri=target.uri, experiment=target.experiment, name=config.run.name, log=show.log)
             shipper.start()
-    inputs = prepare(config, world.size)
+    inputs = agreed_inputs(config, world, inputs)
     if journal is not None:
         journal.tags({"fovea.data": inputs.train.fingerprint, "fovea.data_samples": inputs.train.total})
     mirror = copies_of(config)

@@ -13,7 +13,8 @@ from pipeline.checkpoint.data_check import check_data
 from pipeline.checkpoint.files import Saved
 from pipeline.config.load import difference
 from pipeline.config.schema import Config
-from pipeline.data.inputs import Inputs, open_storage
+from pipeline.data.indexing import open_storage
+from pipeline.data.inputs import Inputs
 from pipeline.errors import CheckpointError
 from pipeline.runtime.run_directory import RunDirectory
 
@@ -58,7 +59,9 @@ def origins(checkpoint: Saved | None, config: Config) -> list[dict[str, str]]:
     return [*checkpoint.origins, {"id": checkpoint.id, "path": str(resume_from)}] if begun else checkpoint.origins
 
 
-def choose_checkpoint(config: Config, run: RunDirectory, inputs: Inputs, *, fetch: bool = True) -> tuple[Saved | None, list[str]]:
+def choose_checkpoint(
+    config: Config, run: RunDirectory, inputs: Inputs, *, fetch: bool = True, verify: bool = True
+) -> tuple[Saved | None, list[str]]:
     """The verified checkpoint to start from, and messages about skipped checkpoints and accepted changes of the data.
 
     ``auto`` selects the run's last checkpoint; if the run has none, its newest mirrored copy is fetched. A path is where the run
@@ -70,6 +73,7 @@ def choose_checkpoint(config: Config, run: RunDirectory, inputs: Inputs, *, fetc
         run: the run directory.
         inputs: the indexed data.
         fetch: whether this process may fetch a copy.
+        verify: whether to compare checksums; otherwise another process of the run does so, and chooses.
 
     Raises:
         CheckpointError: no complete checkpoint, or it belongs to another run or other data.
@@ -85,15 +89,16 @@ def choose_checkpoint(config: Config, run: RunDirectory, inputs: Inputs, *, fetc
             )
         return None, complaints
     if choice == "auto":
-        checkpoint, complaints = saved.newest(run.checkpoints)
+        checkpoint, complaints = saved.newest(run.checkpoints, check=verify)
         target = copies_of(config)
         if checkpoint is None and target is not None and fetch:
             checkpoint, complaints = copies.fetch(target, run.checkpoints, open_storage(config, at_start=True))
     else:
-        checkpoint, complaints = saved.newest(run.checkpoints, begun_at=Path(choice))
+        checkpoint, complaints = saved.newest(run.checkpoints, begun_at=Path(choice), check=verify)
         if checkpoint is None:
             checkpoint = saved.read(Path(choice))
-            saved.verify(checkpoint)
+            if verify:
+                saved.verify(checkpoint)
         else:
             complaints.append(
                 f"resuming from {checkpoint.path}, which started from {choice}; move it away to start from there again"

@@ -14,7 +14,7 @@ import pytest
 from launch.slurm.submit import submit
 from pipeline.config.load import InvalidConfig, fingerprint, load, show
 from pipeline.data.index.build import build
-from pipeline.data.index.manifest import Fields
+from pipeline.data.index.fields import Fields
 from pipeline.data.loader.reader import Reader
 from pipeline.data.settings import StorageSettings
 from pipeline.data.storage import Storage, expand, signed

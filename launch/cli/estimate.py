@@ -219,7 +219,7 @@ def bill(config: Config, site: ClusterProfile, *, ranks: int, efficiency: float,
         )
     length, size = config.train.duration, None
     if length.unit == "epochs" and samples is None:
-        from pipeline.data.inputs import indexed
+        from pipeline.data.indexing import indexed
 
         manifest = indexed(config, config.data.patterns)
         samples, size = manifest.total, sum(shard.size for shard in manifest.shards) / max(manifest.total, 1)

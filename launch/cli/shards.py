@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -11,13 +10,12 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from launch.cli.choices import ImageFormat, Labels, OnTruncated, SourceLayout
+from launch.cli.shards_index import NAMED, build_index, part_of, store_at_start
 from pipeline.errors import ConfigError
 from pipeline.masking import printable
 
 if TYPE_CHECKING:
-    from pipeline.data.index.manifest import Manifest, Shard
     from pipeline.data.settings import DataSettings
-    from pipeline.data.storage import Storage
 
 app = typer.Typer(no_args_is_help=True, help="Pack, index, verify and inspect WebDataset shards.")
 
@@ -44,8 +42,6 @@ LabelOption = Annotated[str | None, typer.Option(help="File extension of class n
 OnTruncatedOption = Annotated[
     OnTruncated, typer.Option(help="How to handle a truncated tar: raise an error, or keep the samples before the cut.")
 ]
-_GRACE = 20.0  # seconds to wait during a storage outage
-_NAMED = 20  # shards or samples printed before pointing to the report file
 
 
 @app.command("index")
@@ -60,20 +56,28 @@ def index(
     report: Annotated[
         Path | None, typer.Option(help="Report file of all problems, as JSON and .txt; by default report.json in the index.")
     ] = None,
+    part: Annotated[
+        str | None,
+        typer.Option(help="Index only one part of the shards, such as 3/16; the same command without it joins all parts."),
+    ] = None,
+    check: Annotated[bool, typer.Option("--check", help="Read the existing index too, and replace what is damaged.")] = False,
 ) -> None:
     """Read every shard once and record its samples, which of them can be used, and why the others cannot.
 
-    Training does this automatically; for large data, run it ahead of time. An index is reused until its shard changes, and an
-    interrupted one is continued. Problems are listed in report.txt, and in report.json for programs.
+    Training does this automatically; for large data, run it ahead of time, on several machines with --part. The index of a shard
+    is reused until the shard changes, also in other data sets, and an interrupted command continues. Problems are listed in
+    report.txt, and in report.json for programs.
 
     [b]Examples[/b]
 
     fovea shards index '/data/train-{000..099}.tar'
 
     fovea shards index /data/web --on-truncated-shard keep-readable --report broken.json
+
+    sbatch --array 1-16 --wrap 'fovea shards index s3://web/ --part $SLURM_ARRAY_TASK_ID/16'
     """
     settings = _settings(patterns, directory, image, caption, label, on_truncated_shard)
-    manifest, folder = _index(settings, workers, report)
+    manifest, folder = build_index(settings, workers, report, check=check, part=part_of(part))
     classes = f", {manifest.classes} classes" if manifest.classes else ", no class numbers"
     print(f"{manifest.total} samples in {len(manifest.shards)} shards{classes}; index in {folder}")
     print(f"fingerprint {manifest.fingerprint}")
@@ -110,9 +114,9 @@ def verify(
     from launch.progress import progress_bar
     from pipeline.data.inspect import verify as verification
 
-    manifest, folder = _index(_settings(patterns, directory, image, caption, label, on_truncated_shard), workers, None)
+    manifest, folder = build_index(_settings(patterns, directory, image, caption, label, on_truncated_shard), workers, None)
     with progress_bar("decoding") as progress:
-        verified = verification.verify(manifest, workers=workers, progress=progress, store=_store())
+        verified = verification.verify(manifest, workers=workers, progress=progress, store=store_at_start())
     rows = [
         {"reason": f.reason, "shard": manifest.shards[f.shard].url, "key": manifest.rows(f.shard).keys[f.row]}
         for f in verified.failures
@@ -127,10 +131,10 @@ def verify(
     for reason, number in verified.reasons.items():
         print(f"\n{number} {reason}: {verification.REASONS[reason]}")
         named = [entry for entry in rows if entry["reason"] == reason]
-        for entry in named[:_NAMED]:
+        for entry in named[:NAMED]:
             print(f"  {printable(entry['shard'])}  {_shown(entry['key'])}")
-        if len(named) > _NAMED:
-            print(f"  and {len(named) - _NAMED} more" + ("" if report else "; --report FILE writes them all"))
+        if len(named) > NAMED:
+            print(f"  and {len(named) - NAMED} more" + ("" if report else "; --report FILE writes them all"))
     if exclude:
         changed = verification.exclude(manifest, verified.failures)
         print(f"\nexcluded {len(rows)} samples, {changed.total} are left; index in {folder}")
@@ -223,7 +227,7 @@ def pack(
         max_side=max_side,
     )
     with progress_bar("packing") as progress:
-        listing = open_source(source, layout=layout.value, store=_store(), options=options)
+        listing = open_source(source, layout=layout.value, store=store_at_start(), options=options)
         report = write(listing, out, packing, overwrite=overwrite, threads=threads, progress=progress)
     print(report.text(out, prefix))
     print(f"shards: {printable(_range(report.shards))}")
@@ -274,7 +278,9 @@ def stats(
     """
     from pipeline.data.inspect.stats import statistics
 
-    manifest, _ = _index(_settings(patterns, directory, image, caption, label, on_truncated_shard), workers, None, quiet=as_json)
+    manifest, _ = build_index(
+        _settings(patterns, directory, image, caption, label, on_truncated_shard), workers, None, quiet=as_json
+    )
     computed = statistics(manifest, global_batch=global_batch)
     print(json.dumps(computed.document(), indent=1) if as_json else computed.text())
 
@@ -303,7 +309,7 @@ def preview(
     if _names_shards(config):
         from pipeline.reports.contact_sheet import write as write_raw
 
-        manifest, _ = _index(_settings([config, *(overrides or ())], None, None, None, None, OnTruncated.ERROR), None, None)
+        manifest, _ = build_index(_settings([config, *(overrides or ())], None, None, None, None, OnTruncated.ERROR), None, None)
         write_raw(manifest, out, samples)
     else:
         from pipeline.config.load import load
@@ -367,60 +373,6 @@ def _settings(
         key = ".".join(str(part) for part in first["loc"][:1]) or "shards"
         what = first["msg"].removeprefix("Value error, ")
         raise ConfigError(f"{str(first['input'])[:200]!r} {what}", where=key, hint="Name a folder, or a pattern with *") from None
-
-
-def _index(settings: DataSettings, workers: int | None, report: Path | None, *, quiet: bool = False) -> tuple[Manifest, Path]:
-    """Index shards with progress on stderr; write and print the report of problems."""
-    from launch.progress import progress_bar
-    from pipeline.data.index.build import UnusableShards, build
-    from pipeline.data.index.manifest import Fields
-    from pipeline.data.inspect.report import index_report
-    from pipeline.data.storage import expand
-
-    fields = Fields(
-        images=settings.image_extensions,
-        caption=settings.caption_extension,
-        label=settings.label_extension,
-        min_side=settings.min_side,
-        max_pixels=settings.max_pixels,
-    )
-    store = _store()
-    urls = expand(list(settings.shards), store)
-    folder = settings.index_folder(urls)
-    report_file = report or folder / "report.json"
-    try:
-        with progress_bar("indexing") as progress:
-
-            def on_shard(done: int, total: int, shard: Shard) -> None:
-                progress(done, total, f"{printable(shard.url)}: {shard.samples} samples")
-
-            manifest = build(
-                urls,
-                folder,
-                fields=fields,
-                workers=workers,
-                on_truncated=settings.on_truncated_shard,
-                progress=on_shard,
-                store=store,
-            )
-    except UnusableShards as error:
-        index = index_report(folder, error.shards, error.problems)
-        index.save(report_file)
-        print(f"{index.text(most_shards=_NAMED)}\nfull report: {report_file.with_suffix('.txt')}", file=sys.stderr)
-        raise
-    index = index_report(folder, manifest.shards)
-    index.save(report_file)
-    if (index.findings or index.damaged) and not quiet:
-        print(f"{index.text(most_shards=_NAMED)}\nfull report: {report_file.with_suffix('.txt')}\n")
-    return manifest, folder
-
-
-def _store() -> Storage:
-    """Storage of the shards, with a short outage timeout for interactive use."""
-    from pipeline.data.settings import StorageSettings
-    from pipeline.data.storage import Storage
-
-    return Storage(StorageSettings(outage_timeout=_GRACE))
 
 
 def _class_names(path: Path | None) -> tuple[str, ...]:

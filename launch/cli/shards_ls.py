@@ -6,14 +6,13 @@ import bisect
 import json
 import math
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from pipeline.config.load import Loaded
 from pipeline.config.schema import Config
-from pipeline.data.index.manifest import STATUSES, load_sidecar
+from pipeline.data.index.fields import STATUSES
 from pipeline.data.inputs import Inputs, prepare
 from pipeline.errors import ConfigError, DataError
 from pipeline.masking import shown
@@ -178,7 +177,7 @@ def _find(inputs: Inputs, key: str) -> Iterator[tuple[int, int, str]]:
     named = [number for number, shard in enumerate(inputs.train.shards) if slash and shard.name == name]
     member_key = rest if named else key
     for number in named or range(len(inputs.train.shards)):
-        index = load_sidecar(Path(inputs.train.directory) / inputs.train.shards[number].sidecar)
+        index = inputs.train.index(number)
         for at in [at for at, known in enumerate(index.keys) if known == member_key]:
             status = int(index.columns["status"][at])
             row = -1 if status else int((index.columns["status"][:at] == 0).sum())

@@ -6,7 +6,8 @@ from collections import Counter
 from pathlib import Path
 
 from pipeline.checkpoint.files import Saved
-from pipeline.data.index.manifest import Manifest, Shard
+from pipeline.data.index.manifest import Manifest
+from pipeline.data.index.shard_table import FILE, Shard
 from pipeline.data.inputs import Inputs, data_identity
 from pipeline.errors import CheckpointError, DataError
 from pipeline.untrusted import plain_name
@@ -26,7 +27,7 @@ def record_data(folder: Path, inputs: Inputs) -> None:
         inputs: the data sets.
     """
     target = folder / inputs.train.fingerprint
-    if not (target / "manifest.json").exists():
+    if not (target / FILE).exists():
         target.mkdir(parents=True, exist_ok=True)
         inputs.train.save(target)
 

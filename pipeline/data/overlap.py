@@ -18,7 +18,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.data import storage
-from pipeline.data.index.manifest import Manifest, Shard
+from pipeline.data.index.manifest import Manifest
+from pipeline.data.index.shard_table import Shard
 from pipeline.errors import DataError
 from pipeline.untrusted import hide_secrets, printable, read_json
 

@@ -166,7 +166,16 @@ class DataSettings(Settings):
             ConfigError: there is no cache directory because the user has no home directory.
         """
         name = hashlib.sha256("\n".join(os.path.abspath(url) if "://" not in url else url for url in urls).encode()).hexdigest()
-        return (self.index or _user_cache() / "fovea" / "index") / name[:16]
+        return self.index_root / name[:16]
+
+    @property
+    def index_root(self) -> Path:
+        """Directory of all indexes: ``index``, or one in the user's cache directory.
+
+        Raises:
+            ConfigError: there is no cache directory because the user has no home directory.
+        """
+        return Path(os.path.abspath(self.index or _user_cache() / "fovea" / "index"))
 
 
 def _user_cache() -> Path:

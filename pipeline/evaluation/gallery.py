@@ -9,7 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.config.schema import Config
-from pipeline.data.inputs import Inputs, open_storage
+from pipeline.data.indexing import open_storage
+from pipeline.data.inputs import Inputs
 
 if TYPE_CHECKING:
     import torch

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from pipeline.config.schema import Config
 from pipeline.data.augment.views import Normalize
 from pipeline.data.index.manifest import Manifest
-from pipeline.data.inputs import Inputs, open_storage
+from pipeline.data.indexing import open_storage
+from pipeline.data.inputs import Inputs
 from pipeline.data.loader.text import tokenizer
 from pipeline.evaluation.attention import with_attention
 from pipeline.evaluation.base import Evaluator, evaluator_class

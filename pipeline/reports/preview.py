@@ -16,7 +16,8 @@ from PIL import Image, ImageDraw
 from pipeline.config.load import Loaded
 from pipeline.config.schema import Config
 from pipeline.data.index.captions import REPLACED
-from pipeline.data.inputs import Inputs, open_storage, prepare
+from pipeline.data.indexing import open_storage
+from pipeline.data.inputs import Inputs, prepare
 from pipeline.errors import DataError
 from pipeline.reports import images, page
 from pipeline.reports.images import BLUE, GREEN, ORANGE, PURPLE, SKY, VERMILLION

@@ -23,7 +23,8 @@ from pipeline.checkpoint.mirror import Copies
 from pipeline.checkpoint.reader import load
 from pipeline.checkpoint.writer import Checkpoints
 from pipeline.config.schema import Config
-from pipeline.data.inputs import Inputs, data_identity, open_storage
+from pipeline.data.indexing import open_storage
+from pipeline.data.inputs import Inputs, data_identity
 from pipeline.data.loader.bad_samples import BadSamples
 from pipeline.data.loader.batch_stream import BatchStream, StreamOptions
 from pipeline.data.loader.encoded_batches import StepDataset

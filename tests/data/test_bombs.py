@@ -8,6 +8,7 @@ import struct
 import tarfile
 import tracemalloc
 import zipfile
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,9 @@ from pipeline.data import storage
 from pipeline.data.augment.decode import _by_pillow
 from pipeline.data.index.build import Fields, build
 from pipeline.data.index.image_header import inspect_header
-from pipeline.data.index.manifest import Manifest, Shard, ShardIndex, load_sidecar
+from pipeline.data.index.manifest import Manifest
+from pipeline.data.index.shard_table import _ARRAYS, Shard, ShardTable
+from pipeline.data.index.sidecar import ShardIndex, load_sidecar
 from pipeline.data.pack.transcode import transcode
 from pipeline.errors import DataError
 from tests.checkpoint.test_manifest import JSON
@@ -119,7 +122,7 @@ def index(shards: str, tmp_path_factory: pytest.TempPathFactory) -> Manifest:
 
 
 def sidecar(index: Manifest) -> tuple[Path, dict[str, Any]]:
-    path = Path(index.directory) / index.shards[0].sidecar
+    path = index.sidecar(0)
     with np.load(path) as file:
         return path, dict(file)
 
@@ -185,16 +188,29 @@ def test_any_value_in_a_sidecar_is_refused_or_usable(index: Manifest, tmp_path: 
     assert isinstance(found, ShardIndex) and Shard.of(found).samples >= 0 and found.digest
 
 
+def old_document(index: Manifest) -> dict[str, Any]:
+    """The ``manifest.json`` that an earlier version wrote."""
+    shards = [asdict(shard) | {"sidecar": f"{shard.name}-0123456789ab.npz"} for shard in index.shards]
+    return {"format": 3, "fingerprint": index.fingerprint, "fields": asdict(index.fields), "shards": shards}
+
+
+def test_a_manifest_of_an_earlier_version_has_the_same_summaries(index: Manifest, tmp_path: Path) -> None:
+    (tmp_path / "manifest.json").write_text(json.dumps(old_document(index)))
+    old = Manifest.load(tmp_path)
+    assert (old.fingerprint, old.total, old.counts) == (index.fingerprint, index.total, index.counts)
+    assert old.diff(index) == ""
+
+
 @settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     key=st.sampled_from(["format", "fingerprint", "fields", "shards", None]),
     part=st.sampled_from(["url", "size", "samples", "classes", "digest", "sidecar", "counts", "notes", "damage", "tag"]),
     value=JSON,
 )
-def test_any_value_in_a_manifest_is_refused_or_usable(
+def test_any_value_in_an_old_manifest_is_refused_or_usable(
     index: Manifest, tmp_path: Path, key: str | None, part: str, value: Any
 ) -> None:
-    document = json.loads((Path(index.directory) / "manifest.json").read_text())
+    document = old_document(index)
     wrong = {**document, "shards": [{**document["shards"][0], part: value}]}
     for bad in (value if key is None else {**document, key: value}, wrong):
         (tmp_path / "manifest.json").write_text(json.dumps(bad))
@@ -205,10 +221,47 @@ def test_any_value_in_a_manifest_is_refused_or_usable(
         assert found.total >= 0 and found.fingerprint
 
 
-@pytest.mark.parametrize("name", ["../x.npz", "/etc/passwd", "", ".."])
-def test_a_manifest_names_sidecars_beside_it(index: Manifest, tmp_path: Path, name: str) -> None:
-    document = json.loads((Path(index.directory) / "manifest.json").read_text())
-    document["shards"][0]["sidecar"] = name
-    (tmp_path / "manifest.json").write_text(json.dumps(document))
-    with pytest.raises(DataError, match="plain file name"):
-        Manifest.load(tmp_path)
+def table(index: Manifest) -> dict[str, Any]:
+    with np.load(Path(index.directory) / "manifest.npz") as file:
+        return dict(file)
+
+
+@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(key=st.sampled_from(["format", "fingerprint", "checksum", "fields", "rules", "parent", "up", None]), value=JSON)
+def test_any_document_of_a_manifest_is_refused_or_usable(index: Manifest, tmp_path: Path, key: str | None, value: Any) -> None:
+    arrays = table(index)
+    text = json.dumps(value if key is None else {**json.loads(arrays["meta"].tobytes()), key: value}).encode()
+    np.savez(tmp_path / "manifest.npz", **{**arrays, "meta": np.frombuffer(text, dtype=np.uint8)})
+    usable_or_refused(tmp_path)
+
+
+@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data(), name=st.sampled_from(sorted(_ARRAYS)))
+def test_any_array_of_a_manifest_is_refused_or_usable(index: Manifest, tmp_path: Path, data: st.DataObject, name: str) -> None:
+    arrays = table(index)
+    limits = np.iinfo(_ARRAYS[name])
+    length = data.draw(st.sampled_from([0, 1, len(arrays[name]), len(arrays[name]) + 1]))
+    values = data.draw(st.lists(st.integers(int(limits.min), int(limits.max)), min_size=length, max_size=length))
+    arrays[name] = np.array(values, dtype=_ARRAYS[name])
+    meta = json.loads(arrays.pop("meta").tobytes())
+    meta["checksum"] = ShardTable(arrays, Fields()).checksum  # whoever forges a table can do that too
+    np.savez(tmp_path / "manifest.npz", **arrays, meta=np.frombuffer(json.dumps(meta).encode(), dtype=np.uint8))
+    usable_or_refused(tmp_path)
+
+
+def usable_or_refused(folder: Path) -> None:
+    try:
+        found = Manifest.load(folder)
+        shards = list(found.shards)
+    except DataError:
+        return
+    assert found.total >= 0 and found.counts is not None and isinstance(found.fingerprint, str)
+    for number, shard in enumerate(shards):
+        assert found.sidecar(number).resolve().parent.parent.name == "sidecars" and shard.samples >= 0
+
+
+@pytest.mark.parametrize("name", ["../x.npz", "/etc/passwd"])
+def test_names_of_shards_cannot_name_files_elsewhere(index: Manifest, tmp_path: Path, name: str) -> None:
+    shard = replace(index.shards[0], url=f"s3://bucket/a/{name}", tag="../../..")
+    manifest = replace(index, shards=ShardTable.of([shard], Fields()), directory=str(tmp_path), sidecars="").save(tmp_path)
+    assert manifest.sidecar(0).resolve().parent.parent == tmp_path / "sidecars"

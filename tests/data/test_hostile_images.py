@@ -14,8 +14,8 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from pipeline.data.index.fields import STATUSES
 from pipeline.data.index.image_header import inspect_header, is_complete
-from pipeline.data.index.manifest import STATUSES
 from tests.helpers.hostile_images import decompression_bombs, encode, mutated, read_hostile_files, unusual_images
 from tests.helpers.limits import cpu_limit
 from tests.helpers.ward import Outcome, examine

@@ -65,7 +65,7 @@ def test_each_set_of_shards_has_a_folder_of_its_own_below_the_index(
     folder = config.data.index_folder(urls)
     assert folder.parent == tmp_path / "index"
     prepare(config, 2)
-    assert (folder / "manifest.json").exists()
+    assert (folder / "manifest.npz").exists()
     assert config.data.index_folder(urls[:1]) != folder
     monkeypatch.chdir(shards)
     assert config.data.index_folder([Path(url).name for url in urls]) == folder
@@ -78,7 +78,7 @@ def test_an_index_is_built_once(shards: Path, tmp_path: Path) -> None:
     config = settings(shards, tmp_path)
     prepare(config, 2)
     before = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "index").rglob("*.npz")}
-    assert len(before) == 2
+    assert len(before) == 3
     prepare(config, 2)
     assert {path.name: path.stat().st_mtime_ns for path in (tmp_path / "index").rglob("*.npz")} == before
 

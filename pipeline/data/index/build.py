@@ -5,30 +5,31 @@ Images are validated by their headers alone. Nothing is decoded, so an image tha
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import as_completed
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
 from pipeline.data import storage
 from pipeline.data.index import tar
 from pipeline.data.index.captions import REPLACED, captions_of, decode_text, encoding_of, json_caption_replaced, read_json_member
+from pipeline.data.index.fields import CAPTION_SOURCES, FORMATS, STATUSES, Fields
 from pipeline.data.index.image_header import inspect_header
 from pipeline.data.index.labels import BAD, read_label
-from pipeline.data.index.manifest import (
-    CAPTION_SOURCES,
-    FORMATS,
-    STATUSES,
-    Fields,
-    Manifest,
-    Shard,
+from pipeline.data.index.manifest import SIDECARS, Manifest
+from pipeline.data.index.shard_table import Shard, ShardTable
+from pipeline.data.index.sidecar import (
+    Keys,
     ShardIndex,
     load_sidecar,
     make_columns,
-    sidecar_name,
+    old_sidecar_name,
+    sidecar_stem,
 )
 from pipeline.errors import DataError, FoveaError
 from pipeline.runtime.process_pool import process_pool
@@ -42,13 +43,21 @@ class UnusableShards(DataError):
     Attributes:
         shards: summaries of the other shards.
         problems: one error for each shard that cannot be read; empty if all can be read, but none of their samples can be used.
+        sidecars: directory of the other shards' sidecars.
     """
 
     def __init__(
-        self, what: str, *, where: str = "", hint: str = "", shards: Sequence[Shard] = (), problems: Sequence[FoveaError] = ()
+        self,
+        what: str,
+        *,
+        where: str = "",
+        hint: str = "",
+        shards: Sequence[Shard] = (),
+        problems: Sequence[FoveaError] = (),
+        sidecars: Path | None = None,
     ) -> None:
         super().__init__(what, where=where, hint=hint)
-        self.shards, self.problems = tuple(shards), tuple(problems)
+        self.shards, self.problems, self.sidecars = tuple(shards), tuple(problems), sidecars
 
 
 OnTruncated = Literal["error", "keep-readable"]
@@ -91,7 +100,7 @@ def _walked(source: storage.Source, about: storage.ObjectStat, fields: Fields, o
         fields=fields,
         damage=damage,
         notes=dict(sorted(notes.items())),
-        keys=tuple(key for key, _ in runs),
+        keys=Keys.of([key for key, _ in runs]),
         columns=make_columns(rows),
         examples={kind: tuple(names) for kind, names in sorted(notes.examples.items())},
     )
@@ -106,20 +115,25 @@ def build(
     on_truncated: OnTruncated = "error",
     progress: Callable[[int, int, Shard], None] | None = None,
     store: storage.Storage | None = None,
+    sidecars: str | Path | None = None,
+    check: bool = False,
 ) -> Manifest:
     """Indexes shards, or reuses an existing index, and writes the manifest.
 
-    A sidecar is reused while the shard's URL, size and version, the rules and the format are the same. A second build is
-    therefore quick, and an interrupted one continues where it stopped.
+    If no shard has changed since the last build, only the shards' versions are read. Otherwise a shard's sidecar is reused while
+    its URL, size and version, the rules and the format are the same, so adding a shard reads only that one, and an interrupted
+    build continues where it stopped.
 
     Args:
         urls: the shards in order, see :func:`pipeline.data.storage.expand`.
-        directory: directory of sidecars and manifest.
+        directory: directory of the manifest.
         fields: which members make a sample.
         workers: processes; None: as many as there are processors and work for them.
         on_truncated: ``keep-readable`` keeps the complete samples before a truncation; ``error`` raises.
         progress: called after each shard with (shards done, total shards, summary of the shard).
         store: access to the shards.
+        sidecars: directory of the sidecars, which other data sets may share; by default in ``directory``.
+        check: read every sidecar instead of trusting the manifest, and index again what is damaged.
 
     Raises:
         UnusableShards: shards cannot be used (all are checked first, up to five are named), or no sample can.
@@ -127,45 +141,126 @@ def build(
     """
     fields = fields or Fields()
     folder = Path(directory)
+    kept = _Sidecars(Path(sidecars) if sidecars else folder / SIDECARS, folder, fields, on_truncated)
     urls = [storage.absolute(url) for url in urls]
     _make(folder)
+    _make(kept.directory)
+    store = store or storage.Storage()
+    abouts = store.stats(urls)
+    known = None if check else _known(folder, fields, str(kept.directory))
+    if known is not None and known.shards.is_current(abouts) and kept.has_all(known.shards):
+        return known
     indexed: dict[str, Shard] = {}
     problems: dict[str, FoveaError] = {}
     pending: list[storage.ObjectStat] = []
-    store = store or storage.Storage()
 
     def report(shard: Shard) -> None:
         indexed[shard.url] = shard
         if progress is not None:
             progress(len(indexed) + len(problems), len(urls), shard)
 
-    for url, about in zip(urls, store.stats(urls), strict=True):
+    tables = [] if check else [manifest.shards for manifest in (known, *_parts(folder, fields)) if manifest is not None]
+    summaries = {(shard.url, shard.size, shard.tag): shard for table in tables for shard in table}
+    for url, about in zip(urls, abouts, strict=True):
         if isinstance(about, DataError):
             problems[url] = about
             continue
-        kept = _reusable(folder / sidecar_name(url), about, fields, on_truncated)
-        if kept is None:
+        shard = kept.summary(about, summaries.get((about.url, about.size, about.tag)))
+        if shard is None:
             pending.append(about)
         else:
-            report(Shard.of(kept))
-    for url, result in _index_all(pending, folder, fields, on_truncated, workers, store):
+            report(shard)
+    for url, result in _index_all(pending, kept.directory, fields, on_truncated, workers, store):
         if isinstance(result, Shard):
             report(result)
         else:
             problems[url] = result
     if problems:
-        raise _refusal([problems[url] for url in urls if url in problems], [indexed[url] for url in urls if url in indexed])
-    manifest = Manifest(str(folder), tuple(indexed[url] for url in urls), fields)
+        shards = [indexed[url] for url in urls if url in indexed]
+        raise _refusal([problems[url] for url in urls if url in problems], shards, kept.directory)
+    manifest = Manifest(str(folder), ShardTable.of([indexed[url] for url in urls], fields), fields, str(kept.directory))
     if manifest.total == 0:
         counted = ", ".join(f"{n} {status}" for status, n in manifest.counts.items()) or "no samples at all"
         raise UnusableShards(
             f"no sample can be used: {counted}",
             where=f"{urls[0]}{' …' if len(urls) > 1 else ''}" if urls else "index",
             hint=f"Give each sample an image with one of the extensions {', '.join(fields.images)}",
-            shards=manifest.shards,
+            shards=tuple(manifest.shards),
+            sidecars=kept.directory,
         )
-    manifest.save(folder)
-    return manifest
+    return manifest.save(folder)
+
+
+def _parts(folder: Path, fields: Fields) -> list[Manifest]:
+    """Indexes of parts of the shards, which other machines may have written."""
+    parts = []
+    for part in sorted(folder.glob("part-*")):
+        with contextlib.suppress(DataError):
+            parts.append(Manifest.load(part))
+    return [part for part in parts if (part.fields, part.parent) == (fields, "")]
+
+
+def _known(folder: Path, fields: Fields, sidecars: str) -> Manifest | None:
+    try:
+        known = Manifest.load(folder)
+    except DataError:
+        return None
+    return known if (known.fields, known.parent) == (fields, "") and os.path.abspath(sidecars) == known.sidecars else None
+
+
+class _Sidecars:
+    """The sidecars that exist already."""
+
+    def __init__(self, directory: Path, old: Path, fields: Fields, on_truncated: OnTruncated) -> None:
+        self.directory, self._old, self._fields = directory, old, fields
+        self._damaged = on_truncated == "keep-readable"  # whether the index of a damaged shard can be used
+
+    def has_all(self, table: ShardTable) -> bool:
+        """Whether every sidecar of a table exists, and none is of a shard that cannot be used."""
+        if not self._damaged and any(remark.damage for remark in table.remarks.values()):
+            return False
+        return all(shard.sidecar in self._names for shard in table)
+
+    def summary(self, about: storage.ObjectStat, known: Shard | None) -> Shard | None:
+        """Summary of a shard from the last manifest, or from its sidecar; ``None`` if it has to be indexed."""
+        if known is not None and known.sidecar in self._names and (self._damaged or not known.damage):
+            return known
+        stem = sidecar_stem(about.url, about.size, about.tag, self._fields)
+        for name in self._versions.get(stem, ()):
+            if (index := self._usable(self.directory / name, about)) is not None:
+                return Shard.of(index)
+        index = self._usable(self._old / old_sidecar_name(about.url), about)
+        if index is not None:
+            index.save(self.directory / index.sidecar)
+            return Shard.of(index)
+        return None
+
+    @cached_property
+    def _names(self) -> set[str]:
+        """Paths of all sidecars, relative to their directory."""
+        parts = [part.name for part in os.scandir(self.directory) if part.is_dir()]
+        return {f"{part}/{name}" for part in parts for name in os.listdir(self.directory / part) if name.endswith(".npz")}
+
+    @cached_property
+    def _versions(self) -> dict[str, list[str]]:
+        """The same by the beginning of their names, the newest first: samples are excluded in a new sidecar."""
+        versions: dict[str, list[str]] = {}
+        for name in self._names:
+            versions.setdefault(name.partition("/")[2].rpartition("-")[0], []).append(name)
+        for names in versions.values():
+            if len(names) > 1:
+                names.sort(key=lambda name: (self.directory / name).stat().st_mtime_ns, reverse=True)
+        return versions
+
+    def _usable(self, path: Path, about: storage.ObjectStat) -> ShardIndex | None:
+        if not path.exists():
+            return None
+        try:
+            index = load_sidecar(path)
+        except DataError:
+            return None
+        same = (index.url, index.size, index.tag, index.fields) == (about.url, about.size, about.tag, self._fields)
+        return index if same and (self._damaged or not index.damage) else None
 
 
 def _index_all(
@@ -197,19 +292,8 @@ def _index_one(
         index = index_shard(about, fields=fields, on_truncated=on_truncated, store=store)
     except FoveaError as error:
         return error
-    index.save(folder / sidecar_name(about.url))
+    index.save(folder / index.sidecar)
     return Shard.of(index)
-
-
-def _reusable(path: Path, about: storage.ObjectStat, fields: Fields, on_truncated: OnTruncated) -> ShardIndex | None:
-    if not path.exists():
-        return None
-    try:
-        index = load_sidecar(path)
-    except DataError:
-        return None
-    same = (index.url, index.size, index.tag, index.fields) == (about.url, about.size, about.tag, fields)
-    return index if same and (on_truncated == "keep-readable" or not index.damage) else None
 
 
 def _make(folder: Path) -> None:
@@ -223,16 +307,16 @@ def _make(folder: Path) -> None:
         ) from error
 
 
-def _refusal(problems: list[FoveaError], shards: list[Shard]) -> UnusableShards:
+def _refusal(problems: list[FoveaError], shards: list[Shard], sidecars: Path) -> UnusableShards:
     if len(problems) == 1:
         only = problems[0]
-        return UnusableShards(only.what, where=only.where, hint=only.hint, shards=shards, problems=problems)
+        return UnusableShards(only.what, where=only.where, hint=only.hint, shards=shards, problems=problems, sidecars=sidecars)
     among = len(problems) + len(shards)
     named = "; ".join(f"{problem.where}: {problem.what}" for problem in problems[:5])
     more = f"; and {len(problems) - 5} more" if len(problems) > 5 else ""
     hint = "Copy them again or leave them out; data.on_truncated_shard=keep-readable keeps the complete samples before a cut"
     what = f"{len(problems)} of {among} shards cannot be used: {named}{more}"
-    return UnusableShards(what, hint=hint, shards=shards, problems=problems)
+    return UnusableShards(what, hint=hint, shards=shards, problems=problems, sidecars=sidecars)
 
 
 def _row(

@@ -2,37 +2,48 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
-
-from pipeline.data.index.manifest import STATUSES, Manifest, Shard, ShardIndex, load_sidecar
+from pipeline.data.index.manifest import Manifest
+from pipeline.data.index.shard_table import Shard, ShardTable
 from pipeline.errors import DataError
 
 
-def narrow(manifest: Manifest, directory: str | Path, require: tuple[str, ...]) -> Manifest:
-    """Returns the same shards without the samples that lack a part; sidecars and manifest are written to another directory.
+def narrow(
+    manifest: Manifest,
+    directory: str | Path,
+    require: tuple[str, ...],
+    progress: Callable[[int, int, Shard], None] | None = None,
+) -> Manifest:
+    """Returns the same shards without the samples that lack a part. Only a manifest is written; sidecars are shared.
 
     Equal to an index built with ``Fields(require=…)``, but derived from the columns of one built without.
 
     Args:
         manifest: an index whose rules require nothing.
-        directory: directory of the narrower index; up-to-date files there are kept.
+        directory: directory of the narrower index; one that was derived from the same index is reused.
         require: of ``caption``, ``label`` and ``segmentation``.
+        progress: called after each shard that was read with (shards done, total shards, summary).
 
     Raises:
         DataError: no sample is left, or a sidecar is missing.
     """
-    fields, folder, shards = replace(manifest.fields, require=require), Path(directory), []
-    for shard in manifest.shards:
-        index = _without(load_sidecar(Path(manifest.directory) / shard.sidecar), require)
-        index = replace(index, fields=fields)
-        narrowed = Shard.of(index)
-        if not _there(folder / narrowed.sidecar, index):
-            index.save(folder / narrowed.sidecar)
-        shards.append(narrowed)
-    narrower = Manifest(str(folder), tuple(shards), fields)
+    fields, folder = replace(manifest.fields, require=require), Path(directory)
+    with contextlib.suppress(DataError):
+        known = Manifest.load(folder)
+        if (known.fields, known.parent, known.sidecars) == (fields, manifest.fingerprint, manifest.sidecars):
+            return known
+    shards = []
+    for number in range(len(manifest.shards)):
+        stored = manifest.index(number)
+        shards.append(Shard.of(stored.requiring(require), stored.sidecar))
+        if progress is not None:
+            progress(number + 1, len(manifest.shards), shards[-1])
+    table = ShardTable.of(shards, manifest.fields)
+    narrower = Manifest(str(folder), table, fields, manifest.sidecars, manifest.fingerprint)
     if narrower.total == 0:
         counted = ", ".join(f"{n} {status}" for status, n in narrower.counts.items())
         raise DataError(
@@ -40,27 +51,4 @@ def narrow(manifest: Manifest, directory: str | Path, require: tuple[str, ...]) 
             where=f"{shards[0].url}{' …' if len(shards) > 1 else ''}",
             hint=f"Give each image a {' and a '.join(require)}: the method needs it",
         )
-    narrower.save(folder)
-    return narrower
-
-
-def _without(index: ShardIndex, require: tuple[str, ...]) -> ShardIndex:
-    columns = index.columns
-    lacks = {
-        "caption": columns["caption_source"] == 0,
-        "label": columns["label"] < 0,
-        "segmentation": columns["segmentation_size"] == 0,
-    }
-    status = columns["status"].copy()
-    for name in require:
-        status[(status == 0) & lacks[name]] = STATUSES.index(f"missing_{name}")
-    return replace(index, columns={**columns, "status": status.astype(np.uint8)})
-
-
-def _there(path: Path, index: ShardIndex) -> bool:
-    try:
-        known = load_sidecar(path)
-    except DataError:
-        return False
-    same = (known.url, known.size, known.tag, known.fields) == (index.url, index.size, index.tag, index.fields)
-    return same and known.digest == index.digest
+    return narrower.save(folder)

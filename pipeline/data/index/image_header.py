@@ -48,7 +48,7 @@ class HeaderInfo:
 
     Attributes:
         status: ``ok``, ``not_image``, ``unsupported``, ``truncated``, ``too_large`` or ``too_small``.
-        format: one of :data:`pipeline.data.index.manifest.FORMATS`.
+        format: one of :data:`pipeline.data.index.fields.FORMATS`.
         width: pixels, after EXIF orientation; 0 if unknown.
         height: likewise.
     """

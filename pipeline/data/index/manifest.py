@@ -1,9 +1,7 @@
-"""Index files of a data set: one sidecar per shard, and one manifest over all of them.
+"""Index of a data set: its shards in order, and the rows of each of them.
 
-The directory of an index contains
-
-* ``manifest.json``: the shards in order, with size, version and number of accepted samples;
-* ``<shard name>-<hash of its url>.npz``: the columns of one shard (:class:`ShardIndex`), an npz without pickles.
+The directory of an index contains ``manifest.npz``, a table of the shards (:mod:`pipeline.data.index.shard_table`). The rows are
+in one *sidecar* per shard (:mod:`pipeline.data.index.sidecar`), in a directory that all data sets share.
 
 Every file is written under a temporary name and renamed, so each is complete or absent. A sample's number is
 ``shard << 32 | row``, where ``row`` counts the *accepted* samples of that shard only.
@@ -11,310 +9,25 @@ Every file is written under a temporary name and renamed, so each is complete or
 
 from __future__ import annotations
 
-import hashlib
-import io
-import json
-import re
 from collections import OrderedDict
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import Field, InstanceOf, TypeAdapter
+from pydantic import TypeAdapter
 
-from pipeline.data import storage
-from pipeline.data.index.arrays import check_columns, read_arrays
+from pipeline.data.index.fields import FORMAT, STATUSES, Fields
+from pipeline.data.index.shard_table import FILE, Meta, Shard, ShardTable
+from pipeline.data.index.sidecar import Keys, ShardIndex, first_line, load_sidecar
 from pipeline.errors import DataError
-from pipeline.untrusted import UNPRINTABLE, plain_name, printable, read_json
+from pipeline.untrusted import printable, read_json
 
-FORMAT = 3  # 2: lists of captions in JSON; 3: one rule for labels and for the encoding of captions
-STATUSES = (
-    "ok",
-    "missing_image",
-    "missing_caption",
-    "missing_label",
-    "missing_segmentation",
-    "not_image",
-    "unsupported",
-    "truncated",
-    "too_large",
-    "too_small",
-    "duplicate_key",
-    "not_adjacent",
-    "undecodable",
-)
-FORMATS = ("none", "jpeg", "png", "webp", "tiff", "bmp", "jpeg2000", "pnm")
-CAPTION_SOURCES = ("none", "text", "json")
-_COLUMNS = {
-    "status": np.uint8,
-    "format": np.uint8,
-    "extension": np.uint8,
-    "caption_source": np.uint8,
-    "image_offset": np.int64,
-    "image_size": np.int64,
-    "width": np.int32,
-    "height": np.int32,
-    "caption_offset": np.int64,
-    "caption_size": np.int64,
-    "segmentation_offset": np.int64,
-    "segmentation_size": np.int64,
-    "label": np.int64,
-    "crc32": np.uint32,
-    "other_crc32": np.uint32,
-}
-_CACHED_SHARDS = 256
-_MAX_STEM = 230  # maximum length of the shard name within a sidecar's name, bytes
-_MANIFEST = 1 << 30  # maximum size of manifest.json, bytes
-Count = Annotated[int, Field(strict=True, ge=0, lt=1 << 62)]
-Text = InstanceOf[str]  # pydantic's own type rejects names that are not UTF-8
-
-
-@dataclass(frozen=True)
-class Fields:
-    """Which members make a sample, and which samples are accepted.
-
-    Attributes:
-        images: extensions of the image, in order of preference.
-        caption: extension of the caption, UTF-8 text.
-        caption_lines: whether each line of that member is a separate caption.
-        label: extension of the class index, decimal text.
-        segmentation: extension of the segmentation map (one byte per pixel, PNG).
-        json: extension of a JSON object, read for parts that have no member of their own.
-        json_caption: key of the caption in it: a string, or a list of strings, each of them a caption.
-        json_label: key of the class index in it.
-        require: of ``caption``, ``label``, ``segmentation`` those without which a sample is rejected.
-        min_side: minimum width and height, pixels.
-        max_pixels: maximum pixels, by the header: larger images are never decoded.
-    """
-
-    images: tuple[str, ...] = ("jpg", "jpeg", "png", "webp", "tif", "tiff", "bmp", "jp2", "ppm")
-    caption: str = "txt"
-    label: str = "cls"
-    segmentation: str = "seg.png"
-    json: str = "json"
-    json_caption: str = "caption"
-    json_label: str = "label"
-    require: tuple[str, ...] = ()
-    min_side: int = 16
-    max_pixels: int = 50_000_000
-    caption_lines: bool = False
-
-    def __post_init__(self) -> None:
-        unknown = sorted(set(self.require) - {"caption", "label", "segmentation"})
-        if unknown:
-            raise DataError(
-                f"{unknown[0]!r} cannot be required", where="require", hint="Choose one of caption, label, segmentation"
-            )
-        if not self.images:
-            raise DataError("no image extension is given", where="images", hint="Name at least one, such as jpg")
-
-    @classmethod
-    def of(cls, document: dict[str, Any]) -> Fields:
-        """Parses the rules from a JSON object."""
-        values: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in document.items()}
-        return cls(**values)
-
-
-@dataclass(frozen=True)
-class ShardIndex:
-    """Index of one shard.
-
-    Attributes:
-        url: where it was read.
-        size: bytes.
-        tag: version, see :class:`pipeline.data.storage.ObjectStat`.
-        fields: the rules it was indexed by.
-        damage: empty, or why reading stopped early (only in an index built with ``on_truncated="keep-readable"``).
-        notes: counts of things that are not samples: links, members without an extension, class labels that are not numbers…
-        keys: the samples' keys, ``[n]``.
-        columns: one array ``[n]`` for each name of the format; offsets and sizes are bytes in the shard, size 0 if absent;
-            ``width`` and ``height`` are pixels after EXIF orientation; ``label`` is -1 if there is none.
-        examples: the first few names for each note.
-    """
-
-    url: str
-    size: int
-    tag: str
-    fields: Fields
-    damage: str
-    notes: dict[str, int]
-    keys: tuple[str, ...]
-    columns: dict[str, NDArray[Any]]
-    examples: dict[str, tuple[str, ...]] = field(default_factory=dict)
-
-    @property
-    def name(self) -> str:
-        """Base name of the shard."""
-        return storage.base_name(self.url)
-
-    @property
-    def counts(self) -> dict[str, int]:
-        """Returns the number of samples by status."""
-        counts = np.bincount(self.columns["status"], minlength=len(STATUSES))
-        return {status: int(n) for status, n in zip(STATUSES, counts, strict=True) if n}
-
-    @property
-    def accepted(self) -> NDArray[np.int64]:
-        """Returns the positions of the samples with status ``ok``, ascending."""
-        return np.flatnonzero(self.columns["status"] == 0)
-
-    @property
-    def digest(self) -> str:
-        """Hash of the samples' content, independent of path and modification time: 128 bits in hex."""
-        digest = hashlib.blake2b(digest_size=16)
-        for key in self.keys:
-            digest.update(key.encode("utf-8", "surrogateescape") + b"\0")
-        for name in _COLUMNS:
-            digest.update(np.ascontiguousarray(self.columns[name]).tobytes())
-        return digest.hexdigest()
-
-    def save(self, path: Path) -> None:
-        """Writes the sidecar atomically."""
-        blob = b"".join(key.encode("utf-8", "surrogateescape") + b"\0" for key in self.keys)
-        meta = {
-            "format": FORMAT,
-            "url": self.url,
-            "size": self.size,
-            "tag": self.tag,
-            "fields": asdict(self.fields),
-            "damage": self.damage,
-            "notes": self.notes,
-            "examples": self.examples,
-        }
-        arrays: dict[str, Any] = {
-            **self.columns,
-            "meta": np.frombuffer(json.dumps(meta, sort_keys=True).encode(), dtype=np.uint8),
-            "keys": np.frombuffer(blob, dtype=np.uint8),
-        }
-        buffer = io.BytesIO()
-        np.savez(buffer, **arrays)
-        storage.write_atomically(path, buffer.getvalue())
-
-
-def make_columns(rows: list[dict[str, int]]) -> dict[str, NDArray[Any]]:
-    """Builds the columns of a :class:`ShardIndex` from one dictionary per sample."""
-    return {name: np.array([row[name] for row in rows], dtype=dtype) for name, dtype in _COLUMNS.items()}
-
-
-def sidecar_name(url: str) -> str:
-    """Returns the file name of a shard's sidecar; equal base names in different directories do not collide."""
-    digest = hashlib.blake2b(storage.absolute(url).encode("utf-8", "surrogateescape"), digest_size=6).hexdigest()
-    name = re.sub(rf"{UNPRINTABLE.pattern}|\\\\", "_", storage.base_name(url))
-    return f"{name if len(name.encode()) <= _MAX_STEM else name[-_MAX_STEM // 4 :]}-{digest}.npz"
-
-
-def load_sidecar(path: Path) -> ShardIndex:
-    """Reads a sidecar.
-
-    Raises:
-        DataError: it is missing, damaged or of another format.
-    """
-    hint, where = "Build the index again", printable(str(path))
-    try:
-        arrays = read_arrays(path, {**_COLUMNS, "meta": np.uint8, "keys": np.uint8})
-        document = json.loads(arrays.pop("meta").tobytes())
-        if isinstance(document, dict) and document.get("format") != FORMAT:
-            raise DataError(f"has format {document.get('format')}, this version of fovea reads {FORMAT}", where=where, hint=hint)
-        meta = _META.validate_python(document)
-        keys = tuple(part.decode("utf-8", "surrogateescape") for part in arrays.pop("keys").tobytes().split(b"\0")[:-1])
-        tables = {"status": STATUSES, "format": FORMATS, "caption_source": CAPTION_SOURCES, "extension": meta.fields.images}
-        check_columns(arrays, len(keys), meta.size, {name: len(table) for name, table in tables.items()})
-    except FileNotFoundError as error:
-        raise DataError("sidecar does not exist", where=where, hint=hint) from error
-    except (OSError, ValueError, RecursionError, MemoryError) as error:
-        raise DataError(f"sidecar is damaged ({printable(_first_line(error), limit=160)})", where=where, hint=hint) from error
-    examples = {kind: tuple(names) for kind, names in meta.examples.items()}
-    return ShardIndex(meta.url, meta.size, meta.tag, meta.fields, meta.damage, meta.notes, keys, arrays, examples)
-
-
-@dataclass(frozen=True)
-class _Meta:
-    """Content of a sidecar beside its columns."""
-
-    url: Text
-    size: Count
-    tag: Text
-    fields: Fields
-    damage: Text
-    notes: dict[Text, Count]
-    examples: dict[Text, list[Text]] = field(default_factory=dict)
-
-
-_META = TypeAdapter(_Meta)
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error) or type(error).__name__).splitlines()[0]
-
-
-@dataclass(frozen=True)
-class Shard:
-    """Summary of one shard in a manifest.
-
-    Attributes:
-        url: location of its bytes.
-        size: bytes.
-        tag: version when it was indexed.
-        samples: accepted samples.
-        classes: largest class index plus one; 0 without labels.
-        digest: hash of its samples.
-        sidecar: file name of its index.
-        counts: samples by status.
-        notes: counts of things that are not samples.
-        damage: empty, or why only part of the shard is used.
-    """
-
-    url: Text
-    size: Count
-    tag: Text
-    samples: Count
-    classes: Count
-    digest: Text
-    sidecar: Text
-    counts: dict[Text, Count] = field(default_factory=dict)
-    notes: dict[Text, Count] = field(default_factory=dict)
-    damage: Text = ""
-
-    @property
-    def name(self) -> str:
-        """Base name of the shard."""
-        return storage.base_name(self.url)
-
-    @property
-    def about(self) -> storage.ObjectStat:
-        """Metadata of the version that was indexed."""
-        return storage.ObjectStat(self.url, self.size, self.tag)
-
-    @classmethod
-    def of(cls, index: ShardIndex) -> Shard:
-        """Returns the summary of an index."""
-        labels = index.columns["label"][index.accepted]
-        return cls(
-            url=index.url,
-            size=index.size,
-            tag=index.tag,
-            samples=len(labels),
-            classes=int(labels.max(initial=-1)) + 1,
-            digest=index.digest,
-            sidecar=sidecar_name(index.url),
-            counts=index.counts,
-            notes=index.notes,
-            damage=index.damage,
-        )
-
-
-@dataclass(frozen=True)
-class _Document:
-    """Content of ``manifest.json``."""
-
-    fingerprint: str
-    fields: Fields
-    shards: list[Shard]
-
-
-_DOCUMENT = TypeAdapter(_Document)
+SIDECARS = "sidecars"
+_CACHE_BYTES = 256 << 20  # rows that are kept in memory
+_OLD_LIMIT = 1 << 30  # maximum size of the manifest.json of an earlier version, bytes
+_MAX_UP = 2
 
 
 @dataclass(frozen=True)
@@ -323,11 +36,31 @@ class Rows:
 
     Attributes:
         keys: ``[n]``.
-        columns: arrays ``[n]``, see :class:`ShardIndex`.
+        columns: arrays ``[n]``, see :class:`pipeline.data.index.sidecar.ShardIndex`.
     """
 
-    keys: tuple[str, ...]
+    keys: Keys
     columns: dict[str, NDArray[Any]]
+
+
+class _Cache:
+    """The most recently used rows, up to a number of bytes."""
+
+    def __init__(self, limit: int = _CACHE_BYTES) -> None:
+        self._limit, self._bytes = limit, 0
+        self._rows: OrderedDict[int, tuple[Rows, int]] = OrderedDict()
+
+    def get(self, shard: int) -> Rows | None:
+        if shard not in self._rows:
+            return None
+        self._rows.move_to_end(shard)
+        return self._rows[shard][0]
+
+    def add(self, shard: int, rows: Rows, size: int) -> None:
+        self._rows[shard] = rows, size
+        self._bytes += size
+        while self._bytes > self._limit and len(self._rows) > 1:
+            self._bytes -= self._rows.popitem(last=False)[1][1]
 
 
 @dataclass(frozen=True)
@@ -335,80 +68,111 @@ class Manifest:
     """Index of a data set: all its shards, in order.
 
     Attributes:
-        directory: directory of the sidecars.
+        directory: directory of the manifest.
         shards: in the order that numbers the samples.
         fields: the rules the samples were indexed by.
+        sidecars: directory of the sidecars; by default ``sidecars`` in the manifest's directory.
+        parent: fingerprint of the index that this one was narrowed from; empty otherwise.
     """
 
     directory: str
-    shards: tuple[Shard, ...]
+    shards: ShardTable
     fields: Fields = field(default_factory=Fields)
-    _cache: OrderedDict[int, Rows] = field(default_factory=OrderedDict, init=False, repr=False, compare=False)
+    sidecars: str = ""
+    parent: str = ""
+    _cache: _Cache = field(default_factory=_Cache, init=False, repr=False, compare=False)
+    _known: dict[str, str] = field(default_factory=dict, init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        if not self.sidecars:
+            object.__setattr__(self, "sidecars", str(Path(self.directory) / SIDECARS))
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_cache": OrderedDict()}
+        return {**self.__dict__, "_cache": _Cache()}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         for name, value in state.items():
             object.__setattr__(self, name, value)
 
     @property
-    def total(self) -> int:
-        """Number of accepted samples."""
-        return sum(shard.samples for shard in self.shards)
+    def rules(self) -> Fields:
+        """The rules that the sidecars were built by: ``fields``, without ``require`` if this index was narrowed."""
+        return replace(self.fields, require=()) if self.parent else self.fields
 
     @property
-    def sizes(self) -> tuple[int, ...]:
-        """Accepted samples of each shard, as :class:`pipeline.data.order.order.Order` takes them."""
-        return tuple(shard.samples for shard in self.shards)
+    def total(self) -> int:
+        """Number of accepted samples."""
+        return int(self.shards.samples.sum())
+
+    @property
+    def sizes(self) -> NDArray[np.int64]:
+        """Accepted samples of each shard, ``[shards]``, as :class:`pipeline.data.order.order.Order` takes them."""
+        return self.shards.samples
 
     @property
     def classes(self) -> int:
         """Largest class index plus one; 0 without labels."""
-        return max((shard.classes for shard in self.shards), default=0)
+        return self.shards.classes
 
     @property
     def counts(self) -> dict[str, int]:
         """Samples by status, accepted ones first."""
-        return {s: n for s in STATUSES if (n := sum(shard.counts.get(s, 0) for shard in self.shards))}
+        return {status: n for status, n in zip(STATUSES, self.shards.counts.tolist(), strict=True) if n}
 
     @property
     def notes(self) -> dict[str, int]:
         """Counts of things that are not samples."""
-        names = sorted({name for shard in self.shards for name in shard.notes})
-        return {name: sum(shard.notes.get(name, 0) for shard in self.shards) for name in names}
+        notes = [remark.notes for remark in self.shards.remarks.values()]
+        names = sorted({name for one in notes for name in one})
+        return {name: sum(one.get(name, 0) for one in notes) for name in names}
 
     @property
     def fingerprint(self) -> str:
         """Hash over the ordered shards (name, size, samples): 128 bits in hex, independent of where the files are."""
-        digest = hashlib.blake2b(digest_size=16)
-        for shard in self.shards:
-            digest.update(f"{shard.name}\0{shard.size}\0{shard.digest}\0".encode("utf-8", "surrogateescape"))
-        return digest.hexdigest()
+        if "fingerprint" not in self._known:
+            self._known["fingerprint"] = self.shards.fingerprint
+        return self._known["fingerprint"]
+
+    def sidecar(self, shard: int) -> Path:
+        """Returns the path of a shard's sidecar."""
+        return Path(self.sidecars) / self.shards[shard].sidecar
+
+    def index(self, shard: int) -> ShardIndex:
+        """Returns the index of a shard, with its rejected samples.
+
+        Raises:
+            DataError: the sidecar is missing, damaged, or not the one this manifest was built from.
+        """
+        path = self.sidecar(shard)
+        index = load_sidecar(path)
+        if self.parent:
+            index = index.requiring(self.fields.require)
+        if index.digest != self.shards[shard].digest:
+            raise DataError(
+                "sidecar belongs to another version of the shard",
+                where=str(path),
+                hint="Build the index again: fovea shards index SHARDS --check",
+            )
+        return index
 
     def rows(self, shard: int) -> Rows:
         """Returns the accepted samples of a shard; the most recently used shards are cached in memory.
 
         Raises:
-            DataError: the sidecar is missing, damaged, or not the one this manifest was built from.
+            DataError: as :meth:`index`.
         """
         rows = self._cache.get(shard)
         if rows is None:
-            path = Path(self.directory) / self.shards[shard].sidecar
-            index = load_sidecar(path)
-            if index.digest != self.shards[shard].digest:
-                raise DataError("sidecar belongs to another version of the shard", where=str(path), hint="Build the index again")
+            index = self.index(shard)
             accepted = index.accepted
-            rows = Rows(
-                tuple(index.keys[row] for row in accepted), {name: column[accepted] for name, column in index.columns.items()}
-            )
-            self._cache[shard] = rows
-            while len(self._cache) > _CACHED_SHARDS:
-                self._cache.popitem(last=False)
+            partly = len(accepted) < len(index.keys)
+            columns = {name: column[accepted] if partly else column for name, column in index.columns.items()}
+            rows = Rows(index.keys.take(accepted), columns)
+            self._cache.add(shard, rows, sum(column.nbytes for column in columns.values()) + rows.keys.nbytes)
         return rows
 
     def column(self, shard: int, name: str) -> NDArray[Any]:
-        """Returns one column of a shard's accepted samples, ``[samples]``; names as in :class:`ShardIndex`."""
+        """Returns one column of a shard's accepted samples, ``[samples]``; names as in a sidecar."""
         return self.rows(shard).columns[name]
 
     def ids(self, positions: NDArray[np.int64] | None = None) -> NDArray[np.uint64]:
@@ -417,48 +181,47 @@ class Manifest:
         Args:
             positions: positions in storage order, ``[n]``; by default of all samples.
         """
-        ends = np.cumsum(np.array(self.sizes, dtype=np.int64))
+        ends = np.cumsum(self.sizes)
         positions = np.arange(self.total) if positions is None else np.asarray(positions)
         shards = np.searchsorted(ends, positions, side="right")
-        rows = positions - (ends - np.array(self.sizes, dtype=np.int64))[shards] if len(ends) else positions
+        rows = positions - (ends - self.sizes)[shards] if len(ends) else positions
         return (shards.astype(np.uint64) << np.uint64(32)) | rows.astype(np.uint64)
 
-    def save(self, directory: str | Path) -> None:
-        """Writes ``manifest.json``; the sidecars are not moved."""
-        document = {
-            "format": FORMAT,
-            "fingerprint": self.fingerprint,
-            "fields": asdict(self.fields),
-            "shards": [asdict(shard) for shard in self.shards],
-        }
-        storage.write_atomically(Path(directory) / "manifest.json", (json.dumps(document, indent=1) + "\n").encode())
+    def save(self, directory: str | Path) -> Manifest:
+        """Writes ``manifest.npz``, unless it is there already; the sidecars are not moved.
+
+        Returns:
+            The manifest mapped from that file.
+        """
+        path = Path(directory) / FILE
+        checksum = self.shards.checksum
+        try:
+            table, meta = ShardTable.open(path)
+            same = (meta.checksum, meta.fields, meta.parent) == (checksum, self.fields, self.parent)
+        except DataError:
+            same = False
+        if not same:
+            self.shards.save(
+                path, Meta(self.fingerprint, checksum, self.fields, self.parent, _up(Path(directory), self.sidecars))
+            )
+            table, meta = ShardTable.open(path)
+        return _of(directory, table, meta, self.sidecars)
 
     @classmethod
     def load(cls, directory: str | Path) -> Manifest:
-        """Reads ``manifest.json``.
+        """Maps ``manifest.npz``.
 
         Raises:
             DataError: it is missing, damaged or of another format.
         """
-        path, hint = Path(directory) / "manifest.json", "Build the index again"
-        try:
-            document = read_json(path, limit=_MANIFEST)
-            if isinstance(document, dict) and document.get("format") != FORMAT:
-                raise DataError(
-                    f"has format {document.get('format')}, this version of fovea reads {FORMAT}", where=str(path), hint=hint
-                )
-            checked = _DOCUMENT.validate_python(document)
-            for shard in checked.shards:
-                plain_name(shard.sidecar, where=str(path))
-            manifest = cls(str(directory), tuple(checked.shards), checked.fields)
-        except FileNotFoundError as error:
-            raise DataError("there is no manifest", where=str(path), hint=hint) from error
-        except (OSError, ValueError, RecursionError) as error:
-            reason = printable(_first_line(error), limit=160)
-            raise DataError(f"manifest is damaged ({reason})", where=str(path), hint=hint) from error
-        if manifest.fingerprint != document["fingerprint"]:
-            raise DataError("manifest was edited: its fingerprint does not match its shards", where=str(path), hint=hint)
-        return manifest
+        folder = Path(directory)
+        if not (folder / FILE).exists() and (folder / "manifest.json").exists():
+            return _old(folder)
+        table, meta = ShardTable.open(folder / FILE)
+        sidecars = folder.absolute()
+        for _ in range(min(meta.up, _MAX_UP)):
+            sidecars = sidecars.parent
+        return _of(directory, table, meta, str(sidecars / SIDECARS))
 
     def diff(self, other: Manifest) -> str:
         """Describes the differences to ``other``; empty if the fingerprints are equal."""
@@ -479,6 +242,54 @@ class Manifest:
         if len(lines) == 1:
             lines.append("the same shards in another order")
         return "\n".join(lines)
+
+
+def _of(directory: str | Path, table: ShardTable, meta: Meta, sidecars: str) -> Manifest:
+    manifest = Manifest(str(directory), table, meta.fields, sidecars, meta.parent)
+    manifest._known["fingerprint"] = meta.fingerprint
+    return manifest
+
+
+def _up(directory: Path, sidecars: str) -> int:
+    """Levels from a manifest's directory up to the parent of the sidecars; 0 if they are elsewhere."""
+    parents = [directory.absolute(), *directory.absolute().parents]
+    parent = Path(sidecars).absolute().parent
+    return parents.index(parent) if parent in parents[: _MAX_UP + 1] else 0
+
+
+@dataclass(frozen=True)
+class _OldDocument:
+    """Content of the ``manifest.json`` of an earlier version."""
+
+    fingerprint: str
+    fields: Fields
+    shards: list[Shard]
+
+
+_OLD = TypeAdapter(_OldDocument)
+
+
+def _old(folder: Path) -> Manifest:
+    """Reads the ``manifest.json`` of an earlier version; its sidecars have other names, so only the summaries can be used.
+
+    Raises:
+        DataError: it is damaged or of another format.
+    """
+    path, hint = folder / "manifest.json", "Build the index again"
+    try:
+        document = read_json(path, limit=_OLD_LIMIT)
+        if isinstance(document, dict) and document.get("format") != FORMAT:
+            raise DataError(
+                f"has format {document.get('format')}, this version of fovea reads {FORMAT}", where=str(path), hint=hint
+            )
+        checked = _OLD.validate_python(document)
+        manifest = Manifest(str(folder), ShardTable.of(checked.shards, checked.fields), checked.fields)
+    except (OSError, ValueError, TypeError, RecursionError, OverflowError) as error:
+        reason = printable(first_line(error), limit=160)
+        raise DataError(f"manifest is damaged ({reason})", where=str(path), hint=hint) from error
+    if manifest.fingerprint != document["fingerprint"]:
+        raise DataError("manifest was edited: its fingerprint does not match its shards", where=str(path), hint=hint)
+    return manifest
 
 
 def _content(shard: Shard) -> tuple[int, str]:

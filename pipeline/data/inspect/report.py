@@ -9,7 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.data import storage
-from pipeline.data.index.manifest import STATUSES, Shard, load_sidecar
+from pipeline.data.index.fields import STATUSES
+from pipeline.data.index.shard_table import Shard
+from pipeline.data.index.sidecar import load_sidecar
 from pipeline.errors import DataError, FoveaError
 from pipeline.untrusted import printable, shown
 
@@ -145,7 +147,7 @@ def index_report(
     """Collects the problems recorded in the sidecars of an index; sidecars of shards without problems are not opened.
 
     Args:
-        directory: directory of the sidecars.
+        directory: directory of all sidecars.
         shards: the summaries of the shards that could be read.
         problems: the errors of the other shards.
         few: examples for each reason.

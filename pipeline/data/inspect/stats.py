@@ -12,7 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.data.index.captions import REPLACED
-from pipeline.data.index.manifest import CAPTION_SOURCES, FORMATS, Manifest
+from pipeline.data.index.fields import CAPTION_SOURCES, FORMATS
+from pipeline.data.index.manifest import Manifest
 from pipeline.data.order.order import Order, divisors
 from pipeline.errors import FoveaError
 from pipeline.untrusted import printable, shown
@@ -166,7 +167,7 @@ def statistics(manifest: Manifest, *, global_batch: int = 1024) -> Statistics:
     columns = {name: np.concatenate([manifest.column(number, name) for number in range(len(manifest.shards))]) for name in names}
     width, height = columns["width"].astype(np.float64), columns["height"].astype(np.float64)
     written = columns["caption_size"][columns["caption_source"] == CAPTION_SOURCES.index("text")]
-    sizes = np.array([shard.size for shard in manifest.shards])
+    sizes = manifest.shards.sizes
     measured: tuple[tuple[str, str, NDArray[Any]], ...] = (
         ("width", "px", width),
         ("height", "px", height),
@@ -175,7 +176,7 @@ def statistics(manifest: Manifest, *, global_batch: int = 1024) -> Statistics:
         ("picture", "kB", columns["image_size"] / 1e3),
         ("caption", "bytes", written),
         ("shard", "MB", sizes / 1e6),
-        ("samples a shard", "", np.array(manifest.sizes)),
+        ("samples a shard", "", manifest.sizes),
     )
     labels = columns["label"][columns["label"] >= 0]
     numbers, occurrences = np.unique(labels, return_counts=True)

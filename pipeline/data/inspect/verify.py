@@ -20,7 +20,9 @@ from typing import IO, Any, Protocol
 import numpy as np
 
 from pipeline.data import storage
-from pipeline.data.index.manifest import STATUSES, Manifest, Shard, load_sidecar
+from pipeline.data.index.fields import STATUSES
+from pipeline.data.index.manifest import Manifest
+from pipeline.data.index.shard_table import Shard, ShardTable
 from pipeline.data.loader.reader import Reader
 from pipeline.errors import DataError
 from pipeline.runtime.locks import lock
@@ -157,7 +159,7 @@ def verify(
 
 
 def exclude(manifest: Manifest, failures: tuple[Failure, ...]) -> Manifest:
-    """Marks samples in their sidecars as ``undecodable``, so that training skips them, and writes the manifest again.
+    """Marks samples as ``undecodable`` in new sidecars, so that training skips them, and writes the manifest again.
 
     The fingerprint changes, so a run treats this as different data. A shard that is rewritten is indexed again, without the
     marks.
@@ -172,17 +174,12 @@ def exclude(manifest: Manifest, failures: tuple[Failure, ...]) -> Manifest:
     shards = list(manifest.shards)
     folder = Path(manifest.directory)
     for number in sorted({failure.shard for failure in failures}):
-        path = folder / shards[number].sidecar
-        index = load_sidecar(path)
-        if index.digest != shards[number].digest:
-            raise DataError("sidecar belongs to another version of the shard", where=str(path), hint="Build the index again")
+        index = manifest.index(number)
         rows = [failure.row for failure in failures if failure.shard == number]
         index.columns["status"][index.accepted[rows]] = STATUSES.index("undecodable")
-        index.save(path)
+        index.save(Path(manifest.sidecars) / index.sidecar)
         shards[number] = Shard.of(index)
-    changed = Manifest(manifest.directory, tuple(shards), manifest.fields)
-    changed.save(folder)
-    return changed
+    return replace(manifest, shards=ShardTable.of(shards, manifest.rules)).save(folder)
 
 
 # ---- processes ----------------------------------------------------------------------------------------------------------

@@ -12,8 +12,9 @@ from numpy.typing import NDArray
 
 from pipeline.data import storage
 from pipeline.data.index.captions import captions_of, decode_text, read_json_member
+from pipeline.data.index.fields import CAPTION_SOURCES, FORMATS
 from pipeline.data.index.image_header import is_complete
-from pipeline.data.index.manifest import CAPTION_SOURCES, FORMATS, Manifest, Rows
+from pipeline.data.index.manifest import Manifest, Rows
 from pipeline.data.order.random import uniforms
 from pipeline.errors import DataError
 
@@ -101,7 +102,7 @@ class Reader:
         A pure function of its arguments. A shard with a single sample has no other.
         """
         shard, row = number >> 32, number & 0xFFFFFFFF
-        others = self.manifest.shards[shard].samples - 1
+        others = int(self.manifest.sizes[shard]) - 1
         if others < 1:
             return number
         draw = uniforms(np.array([number], dtype=np.uint64), 1, seed, epoch, _SUBSTITUTE, attempt)[0, 0]
@@ -110,7 +111,7 @@ class Reader:
 
     def _one(self, number: int) -> Record:
         shard_number, row = number >> 32, number & 0xFFFFFFFF
-        if shard_number >= len(self.manifest.shards) or row >= self.manifest.shards[shard_number].samples:
+        if shard_number >= len(self.manifest.shards) or row >= self.manifest.sizes[shard_number]:
             raise DataError(f"there is no sample {number}", where="reader", hint="Use numbers of this manifest's order")
         shard = self.manifest.shards[shard_number]
         if shard_number not in self._checked:

@@ -84,7 +84,7 @@ class Order:
 
     def __init__(
         self,
-        counts: Sequence[int],
+        counts: Sequence[int] | NDArray[np.int64],
         seed: int,
         global_batch: int,
         streams: int | None = None,
@@ -112,7 +112,7 @@ class Order:
             self._span = sum(spans) if weighted else max(1, round(sum(shares)))
         self._interleaver = Interleaver(weights, self.streams, seed)
 
-    def _dataset(self, number: int, counts: Sequence[int]) -> ShuffledDataset:
+    def _dataset(self, number: int, counts: Sequence[int] | NDArray[np.int64]) -> ShuffledDataset:
         source, seed = self.sources[number], self.seed
         own = np.asarray(counts[source.first : source.first + source.shards], dtype=np.int64)
         total = int(own.sum())

@@ -9,8 +9,8 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, Protocol
 
+from pipeline.data.index.fields import Fields
 from pipeline.data.index.image_header import HeaderInfo
-from pipeline.data.index.manifest import Fields
 from pipeline.errors import DataError
 from pipeline.untrusted import open_regular
 

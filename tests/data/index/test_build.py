@@ -20,8 +20,10 @@ from PIL import Image
 
 from pipeline.data import storage
 from pipeline.data.index.build import Fields, build, index_shard
+from pipeline.data.index.fields import STATUSES
 from pipeline.data.index.image_header import inspect_header
-from pipeline.data.index.manifest import STATUSES, Manifest, ShardIndex, sidecar_name
+from pipeline.data.index.manifest import Manifest
+from pipeline.data.index.sidecar import ShardIndex
 from pipeline.errors import DataError
 
 
@@ -215,8 +217,8 @@ def test_a_second_build_walks_nothing_and_a_changed_shard_is_walked_again(
     assert build(urls, tmp_path / "index") == first
     assert walked == []
     shard(tmp_path / "1.tar", samples(4, 50))
-    (tmp_path / "index" / sidecar_name(urls[2])).write_bytes(b"half written")
-    second = build(urls, tmp_path / "index")
+    first.sidecar(2).write_bytes(b"half written")
+    second = build(urls, tmp_path / "index", check=True)
     assert walked == urls[1:]
     assert second.fingerprint != first.fingerprint
     assert "changed: 1.tar (3 samples" in first.diff(second)
@@ -277,7 +279,7 @@ def test_all_bad_shards_are_named_at_once(tmp_path: Path) -> None:
         build([good, str(text), str(cut), str(tmp_path / "gone.tar")], tmp_path / "index")
     message = str(caught.value)
     assert all(word in message for word in ("3 of 4 shards", "text.tar", "not a tar archive", "cut.tar", "truncated", "gone.tar"))
-    assert not (tmp_path / "index" / "manifest.json").exists()
+    assert not (tmp_path / "index" / "manifest.npz").exists()
     many = [str(tmp_path / f"{n}.tar") for n in range(9)]
     with pytest.raises(DataError, match="and 4 more"):
         build(many, tmp_path / "index")
@@ -309,16 +311,17 @@ def test_a_manifest_is_loaded_as_it_was_saved_and_edits_are_noticed(tmp_path: Pa
     manifest = build(urls, tmp_path / "index", fields=Fields(min_side=9))
     loaded = Manifest.load(tmp_path / "index")
     assert loaded == manifest
-    assert (loaded.total, loaded.classes, loaded.sizes) == (6, 3, (3, 3))
+    assert (loaded.total, loaded.classes, loaded.sizes.tolist()) == (6, 3, [3, 3])
     assert loaded.counts == {"ok": 6, "not_image": 2}
     assert loaded.rows(1).keys == ("0010", "0011", "0012")
     assert loaded.ids().tolist() == [0, 1, 2, 1 << 32, (1 << 32) + 1, (1 << 32) + 2]
     assert loaded.ids(np.array([5, 0, 3])).tolist() == [(1 << 32) + 2, 0, 1 << 32]
-    path = tmp_path / "index" / "manifest.json"
-    path.write_text(path.read_text().replace('"samples": 3', '"samples": 3').replace("0.tar", "9.tar"))
+    path = tmp_path / "index" / "manifest.npz"
+    arrays = dict(np.load(path))
+    np.savez(path, **{**arrays, "samples": arrays["samples"][::-1] - 1})
     with pytest.raises(DataError, match="edited"):
         Manifest.load(tmp_path / "index")
-    path.write_text("{")
+    path.write_bytes(path.read_bytes()[:-200])
     with pytest.raises(DataError, match="damaged"):
         Manifest.load(tmp_path / "index")
     with pytest.raises(DataError, match="no manifest"):

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from pipeline.data.index.build import build
 from pipeline.data.index.captions import clean_text, decode_text
-from pipeline.data.index.manifest import CAPTION_SOURCES
+from pipeline.data.index.fields import CAPTION_SOURCES
 from pipeline.data.inspect.report import index_report
 from pipeline.data.inspect.stats import statistics
 from pipeline.data.loader.reader import Reader
@@ -86,7 +86,7 @@ def test_a_byte_order_mark_alone_is_no_caption(tmp_path: Path) -> None:
 def test_replaced_captions_are_in_the_report_and_in_the_statistics(tmp_path: Path) -> None:
     write_tar(tmp_path / "a.tar", [("1.jpg", picture(1)), ("1.txt", b"caf\xe9"), ("2.jpg", picture(2)), ("2.txt", b"fine")])
     manifest = build([str(tmp_path / "a.tar")], tmp_path / "index")
-    (finding,) = index_report(tmp_path / "index", manifest.shards).findings
+    (finding,) = index_report(tmp_path / "index" / "sidecars", manifest.shards).findings
     assert (finding.reason, finding.count, finding.examples) == ("caption_replaced", 1, (("a.tar", "1"),))
     assert finding.meaning and not finding.refused
     actual = statistics(manifest)

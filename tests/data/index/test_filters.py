@@ -10,8 +10,10 @@ import pytest
 
 from pipeline.data import storage
 from pipeline.data.index.build import build
+from pipeline.data.index.fields import Fields
 from pipeline.data.index.filters import narrow
-from pipeline.data.index.manifest import Fields, Manifest
+from pipeline.data.index.manifest import Manifest
+from pipeline.data.index.shard_table import Shard
 from pipeline.errors import DataError
 from tests.data.index.test_build import picture, shard
 
@@ -40,24 +42,33 @@ def test_it_is_what_the_stricter_rules_would_have_built(url: str, tmp_path: Path
     wide = build([url], tmp_path / "wide")
     if "segmentation" in require:
         with pytest.raises(DataError, match=r"no sample can be used: .* missing_segmentation"):
-            narrow(wide, tmp_path / "narrow", require)
+            narrow(wide, tmp_path / "wide" / "narrow", require)
         return
     strict = build([url], tmp_path / "strict", fields=Fields(require=require))
     os.remove(url)
     storage.forget()
-    narrowed = narrow(wide, tmp_path / "narrow", require)
+    narrowed = narrow(wide, tmp_path / "wide" / "narrow", require)
     assert (narrowed.fingerprint, narrowed.counts, narrowed.fields) == (strict.fingerprint, strict.counts, strict.fields)
-    assert Manifest.load(tmp_path / "narrow").rows(0).keys == strict.rows(0).keys
+    assert Manifest.load(tmp_path / "wide" / "narrow").rows(0).keys == strict.rows(0).keys
     assert np.array_equal(narrowed.ids(), strict.ids())
     assert wide.rows(0).keys == Manifest.load(tmp_path / "wide").rows(0).keys
     assert wide.total > narrowed.total
 
 
-def test_what_is_there_and_fits_is_kept(url: str, tmp_path: Path) -> None:
+def test_a_narrower_index_of_the_same_samples_is_kept(url: str, tmp_path: Path) -> None:
     wide = build([url], tmp_path / "wide")
-    (sidecar,) = (tmp_path / "narrow" / one.sidecar for one in narrow(wide, tmp_path / "narrow", ("caption",)).shards)
-    before = sidecar.stat().st_mtime_ns
-    narrow(wide, tmp_path / "narrow", ("caption",))
-    assert sidecar.stat().st_mtime_ns == before
-    sidecar.write_bytes(b"damaged")
-    assert narrow(wide, tmp_path / "narrow", ("caption",)).rows(0).keys == ("all", "json")
+    read: list[int] = []
+
+    def progress(done: int, total: int, shard: Shard) -> None:
+        read.append(done)
+
+    first = narrow(wide, tmp_path / "wide" / "narrow", ("caption",), progress)
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.npz")}
+    assert read == [1] and len(before) == 3
+    again = narrow(wide, tmp_path / "wide" / "narrow", ("caption",), progress)
+    assert read == [1] and again == first and again.rows(0).keys == ("all", "json")
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.npz")} == before
+    (tmp_path / "wide" / "narrow" / "manifest.npz").write_bytes(b"damaged")
+    assert narrow(wide, tmp_path / "wide" / "narrow", ("caption",)).rows(0).keys == ("all", "json")
+    other = build([url], tmp_path / "wide", fields=Fields(min_side=8))
+    assert narrow(other, tmp_path / "wide" / "narrow", ("caption",)).fields == Fields(min_side=8, require=("caption",))

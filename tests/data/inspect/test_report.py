@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from pipeline.data.index.build import UnusableShards, build
+from pipeline.data.index.fields import STATUSES
 from pipeline.data.index.image_header import inspect_header
-from pipeline.data.index.manifest import STATUSES
 from pipeline.data.inspect import report as module
 from pipeline.data.inspect.report import MEANING, index_report
 from pipeline.errors import DataError
@@ -29,7 +29,7 @@ def trouble(folder: Path) -> list[str]:
 def test_every_reason_has_its_count_its_examples_and_its_shards(tmp_path: Path) -> None:
     urls = trouble(tmp_path)
     manifest = build(urls, tmp_path / "index")
-    found = index_report(tmp_path / "index", manifest.shards)
+    found = index_report(tmp_path / "index" / "sidecars", manifest.shards)
     assert (found.shards, found.samples, found.accepted) == (3, 14, 5)
     first, second, *notes = found.findings
     assert (first.reason, first.count, first.refused) == ("not_image", 8, True)
@@ -53,7 +53,7 @@ def test_shards_without_a_fault_are_not_opened(tmp_path: Path, monkeypatch: pyte
     opened: list[str] = []
     load = module.load_sidecar
     monkeypatch.setattr(module, "load_sidecar", lambda path: (opened.append(path.name), load(path))[1])
-    index_report(tmp_path / "index", manifest.shards)
+    index_report(tmp_path / "index" / "sidecars", manifest.shards)
     assert sorted(name[:5] for name in opened) == ["a.tar", "b.tar"]
 
 
@@ -64,19 +64,19 @@ def test_all_refused_shards_are_in_the_report_though_the_message_names_five(tmp_
         urls.append(str(tmp_path / f"cut{n}.tar"))
     with pytest.raises(UnusableShards, match=r"7 of 10 shards.*and 2 more") as caught:
         build(urls, tmp_path / "index")
-    found = index_report(tmp_path / "index", caught.value.shards, caught.value.problems)
+    found = index_report(tmp_path / "index" / "sidecars", caught.value.shards, caught.value.problems)
     assert [Path(shard).name for shard, _, _ in found.refused] == [f"cut{n}.tar" for n in range(7)]
     assert "cut6.tar: is truncated" in found.text() and "cut6.tar" not in found.text(most_shards=3)
     assert found.shards == 10 and found.accepted == 5
     used = build(urls, tmp_path / "index", on_truncated="keep-readable")
-    assert len(index_report(tmp_path / "index", used.shards).damaged) == 7
+    assert len(index_report(tmp_path / "index" / "sidecars", used.shards).damaged) == 7
 
 
 def test_nothing_usable_still_has_a_report(tmp_path: Path) -> None:
     write_tar(tmp_path / "a.tar", [("1.jpg", b"no")])
     with pytest.raises(UnusableShards, match="no sample can be used") as caught:
         build([str(tmp_path / "a.tar")], tmp_path / "index")
-    (finding,) = index_report(tmp_path / "index", caught.value.shards, caught.value.problems).findings
+    (finding,) = index_report(tmp_path / "index" / "sidecars", caught.value.shards, caught.value.problems).findings
     assert (finding.reason, finding.examples) == ("not_image", (("a.tar", "1"),))
 
 
@@ -89,4 +89,4 @@ def test_an_unwritable_place_is_one_sentence(tmp_path: Path) -> None:
     manifest = build(trouble(tmp_path), tmp_path / "index")
     (tmp_path / "file").write_text("")
     with pytest.raises(DataError, match="cannot be written"):
-        index_report(tmp_path / "index", manifest.shards).save(tmp_path / "file" / "report.json")
+        index_report(tmp_path / "index" / "sidecars", manifest.shards).save(tmp_path / "file" / "report.json")

@@ -13,7 +13,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline.data.index.build import build
-from pipeline.data.index.manifest import _COLUMNS, FORMATS, Fields, Manifest, Shard, ShardIndex, make_columns, sidecar_name
+from pipeline.data.index.fields import FORMATS, Fields
+from pipeline.data.index.manifest import Manifest
+from pipeline.data.index.shard_table import Shard, ShardTable
+from pipeline.data.index.sidecar import COLUMNS, Keys, ShardIndex, make_columns
 from pipeline.data.inspect.stats import PERCENTILES, statistics
 from pipeline.data.pack.shard_writer import ShardWriter
 from tests.data.pack.test_packer import picture
@@ -24,13 +27,13 @@ def of_rows(folder: Path, *shards: list[dict[str, int]], size: int = 300_000_000
     made = []
     for number, rows in enumerate(shards):
         url = str(folder / f"s{number}.tar")
-        usual = dict.fromkeys(_COLUMNS, 0) | {"width": 30, "height": 20, "image_size": 1000, "format": 1, "label": -1}
+        usual = dict.fromkeys(COLUMNS, 0) | {"width": 30, "height": 20, "image_size": 1000, "format": 1, "label": -1}
         filled = [usual | row for row in rows]
-        keys = tuple(f"{number}_{n}" for n in range(len(rows)))
+        keys = Keys.of([f"{number}_{n}" for n in range(len(rows))])
         index = ShardIndex(url, size, "", Fields(), "", {}, keys, make_columns(filled))
-        index.save(folder / sidecar_name(url))
+        index.save(folder / "sidecars" / index.sidecar)
         made.append(Shard.of(index))
-    return Manifest(str(folder), tuple(made))
+    return Manifest(str(folder), ShardTable.of(made, Fields()))
 
 
 def test_everything_is_counted_once_and_rightly(tmp_path: Path) -> None:
@@ -97,7 +100,7 @@ def test_advice_is_given_where_there_is_something_to_say(tmp_path: Path) -> None
     assert any("do not make one global batch" in s for s in statistics(of_rows(tmp_path, *rows), global_batch=100).advice)
     manifest = of_rows(tmp_path, *rows)
     broken = replace(manifest.shards[0], counts={"ok": 8, "truncated": 5})
-    told = statistics(Manifest(manifest.directory, (broken, *manifest.shards[1:])), global_batch=32)
+    told = statistics(replace(manifest, shards=ShardTable.of((broken, *manifest.shards[1:]), Fields())), global_batch=32)
     assert told.left_out == {"truncated": 5} and any("5 samples cannot be used" in sentence for sentence in told.advice)
 
 

@@ -15,7 +15,8 @@ from PIL import Image
 
 from pipeline.data import storage
 from pipeline.data.index.build import build
-from pipeline.data.index.manifest import Fields, Manifest
+from pipeline.data.index.fields import Fields
+from pipeline.data.index.manifest import Manifest
 from pipeline.data.loader.reader import Reader
 from pipeline.errors import DataError
 
