@@ -6,15 +6,21 @@ import json
 import shutil
 import tarfile
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import pytest
+import torch.distributed as dist
 
+from launch.rank_data import agreed_inputs
 from launch.resume import choose_checkpoint
 from pipeline.checkpoint.data_check import check_data, record_data
 from pipeline.checkpoint.files import Saved, entry
 from pipeline.config.load import load
 from pipeline.config.schema import Config
+from pipeline.data import indexing
+from pipeline.data.indexing import Indexer
 from pipeline.data.inputs import Inputs, data_identity, prepare
 from pipeline.data.order.order import Order, Source
 from pipeline.data.pack import synthetic as scenes
@@ -22,6 +28,7 @@ from pipeline.errors import CheckpointError, ConfigError, DataError
 from pipeline.methods.dinov2.settings import Dinov2Settings
 from pipeline.runtime.run_directory import RunDirectory
 from pipeline.training import build as assemble
+from tests.helpers.rank_pool import pool
 from tests.helpers.runs import TOY
 
 
@@ -81,6 +88,74 @@ def test_an_index_is_built_once(shards: Path, tmp_path: Path) -> None:
     assert len(before) == 3
     prepare(config, 2)
     assert {path.name: path.stat().st_mtime_ns for path in (tmp_path / "index").rglob("*.npz")} == before
+
+
+def test_other_processes_of_a_run_map_the_index_without_asking_for_the_shards(
+    shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    knn = ["evaluation.knn.enabled=true", f"evaluation.knn.val_shards={shards}/scenes-val-*.tar"]
+    config = settings(shards, tmp_path, *knn)
+    first = prepare(config, 2)
+    with monkeypatch.context() as patch:
+        for name in ("expand", "Storage"):
+            patch.setattr(indexing.storage, name, lambda *_: pytest.fail("storage was asked"))
+        again = prepare(config, 2, reuse=True)
+    assert again.train == first.train and again.queries == first.queries and again.bank is again.train
+    other = settings(shards, tmp_path, "data.min_side=8")
+    assert prepare(other, 2, reuse=True).train.fields.min_side == 8  # nobody has prepared it
+    mixed = load(tmp_path / "toy.yaml", [f"data.index={tmp_path / 'index'}", "data.shards=[]", mixture(shards)]).config
+    assert prepare(mixed, 2, reuse=True).sources == prepare(mixed, 2, reuse=True).sources == prepare(mixed, 2).sources
+
+
+def mixture(shards: Path) -> str:
+    parts = ", ".join(f"{{name: {n}, shards: '{shards}/scenes-train-0000{k}.tar'}}" for k, n in enumerate("ab"))
+    return f"data.sources=[{parts}]"
+
+
+def test_signed_links_are_read_by_every_process(shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+    monkeypatch.setattr(
+        indexing.storage, "expand", lambda patterns, _: asked.extend(patterns) or [f"{shards}/scenes-train-00000.tar"]
+    )
+    config = settings(shards, tmp_path)
+    for reuse in (False, True):
+        Indexer(config, reuse=reuse).one(["https://host/a.tar?signature=x"])
+    assert len(asked) == 2
+
+
+def _agreed(folder: str, shards: str, stale: bool) -> tuple[str, int]:
+    config = settings(Path(shards), Path(folder) / str(dist.get_rank()))
+    if stale and dist.get_rank() == 1:  # an index of one shard less, as on the disk of another node
+        with mock.patch.object(indexing.storage, "expand", lambda *_: [f"{shards}/scenes-train-00000.tar"]):
+            prepare(config, 2)
+    inputs = agreed_inputs(config, SimpleNamespace(control=None, rank=dist.get_rank(), size=2), None)
+    return inputs.train.fingerprint, inputs.train.total
+
+
+@pytest.mark.parametrize("stale", [False, True])
+def test_ranks_agree_on_the_data_of_the_first_one(shards: Path, tmp_path: Path, stale: bool) -> None:
+    for rank in range(2):
+        (tmp_path / str(rank)).mkdir()
+    (one, other) = pool(2).run(_agreed, folder=str(tmp_path), shards=str(shards), stale=stale)
+    assert one == other and one[1] == 40
+
+
+def _apart(folder: str) -> str:
+    rank = dist.get_rank()
+    config = settings(Path(folder) / f"shards-{rank}", Path(folder) / str(rank))
+    try:
+        agreed_inputs(config, SimpleNamespace(control=None, rank=rank, size=2), None)
+    except DataError as error:
+        return str(error)
+    return ""
+
+
+def test_a_rank_with_other_shards_is_refused(shards: Path, tmp_path: Path) -> None:
+    for rank in range(2):
+        (tmp_path / str(rank)).mkdir()
+        scenes.write(tmp_path / f"shards-{rank}", train=40, val=10, size=32, samples_per_shard=20, seed=rank)
+    fine, wrong = pool(2).run(_apart, folder=str(tmp_path))
+    assert fine == "" and "rank 1 of 2 reads other shards than the first rank" in wrong
 
 
 def test_numbers_that_do_not_divide_are_refused_with_those_that_do(shards: Path, tmp_path: Path) -> None:
