@@ -9,7 +9,7 @@ import os
 import shlex
 import sys
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
@@ -103,6 +103,34 @@ def checkpoint(
     options = Options(model, batch, side, prototypes, saves, _available(device), directory)
     result = measure(options, log=log)
     _save(f"checkpoint-{device}", out, partial(markdown, result, options), {"options": asdict(options), **asdict(result)})
+
+
+@app.command()
+def scale(
+    before: Annotated[
+        Path | None, typer.Option(help="Checkout of an earlier version to measure in the same run.", exists=True, file_okay=False)
+    ] = None,
+    smoke: Annotated[bool, typer.Option("--smoke", help="Few shards, as a smoke test.")] = False,
+    out: Out = None,
+) -> None:
+    """Benchmark how costs of an index grow: start of a rank, manifest, evaluation samples, reading. Needs about 2 GB of disk.
+
+    [b]Examples[/b]
+
+    fovea bench scale --smoke
+
+    fovea bench scale --before ../fovea-0.9
+    """
+    from pipeline.bench.scale import Options, markdown, measure
+
+    options = replace(Options.smoke() if smoke else Options(), before=before and before.resolve())
+    curves = measure(options, log=log)
+    _save(
+        "scale",
+        out,
+        lambda machine, command: markdown(curves, options, machine, command),
+        {"curves": [asdict(c) for c in curves]},
+    )
 
 
 @app.command()

@@ -297,15 +297,14 @@ def _checkpoints(config: Config, inputs: Inputs, run: RunDirectory, world: World
 def _data_state(inputs: Inputs, bad_samples: BadSamples, world: World) -> dict[str, Any]:
     """The data state of a checkpoint: constants that must not change, and the bad samples of each rank."""
     states: list[dict[str, Any] | None] = [None] * world.size
-    dist.all_gather_object(states, bad_samples.state(), group=world.control)
+    dist.all_gather_object(states, bad_samples.changes(), group=world.control)
     reasons: Counter[str] = Counter()
     counts: Counter[str] = Counter()
-    quarantine: dict[str, str] = {}
     seen = 0
     for state in states:
         if state is not None:
             seen += state["seen"]
-            quarantine |= state["quarantine"]
+            bad_samples.of_all_ranks |= state["quarantine"]
             reasons.update(state["reasons"])
             counts.update(state["counts"])
     return {
@@ -314,7 +313,7 @@ def _data_state(inputs: Inputs, bad_samples: BadSamples, world: World) -> dict[s
         "seen": seen,
         "substituted": dict(reasons),
         "counts": dict(counts),
-        "quarantine": quarantine,
+        "quarantine": {str(number): reason for number, reason in bad_samples.of_all_ranks.items()},
     }
 
 

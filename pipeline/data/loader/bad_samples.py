@@ -43,6 +43,10 @@ class BadSamples:
         path: JSON-lines file, appended to; ``None`` keeps the events in memory only.
         budget: maximum fraction of bad samples in the window.
         window: samples over which the fraction is measured.
+
+    Attributes:
+        quarantine: bad samples of this rank and of the checkpoint it started from: their reasons.
+        of_all_ranks: the same of all ranks, as of the last checkpoint.
     """
 
     def __init__(self, path: Path | None, *, budget: float = 0.01, window: int = 10_000) -> None:
@@ -51,6 +55,8 @@ class BadSamples:
         self.reasons: Counter[str] = Counter()
         self.counts: Counter[str] = Counter()
         self.quarantine: dict[int, str] = {}
+        self.of_all_ranks: dict[int, str] = {}
+        self._unsent: dict[int, str] = {}
         self._steps: deque[tuple[int, int]] = deque()  # samples and bad samples of each step in the window, and their sums
         self._recent = self._lost = 0
         if path is not None:
@@ -74,7 +80,7 @@ class BadSamples:
             return
         for event in bad:
             self.reasons[event.reason] += 1
-            self.quarantine[event.id] = event.reason
+            self.quarantine[event.id] = self._unsent[event.id] = event.reason
         if self._path is not None:
             with self._path.open("a") as file:
                 file.writelines(json.dumps(asdict(event)) + "\n" for event in bad)
@@ -103,11 +109,17 @@ class BadSamples:
             "quarantine": {str(k): v for k, v in self.quarantine.items()},
         }
 
+    def changes(self) -> dict[str, Any]:
+        """Returns the counters, and what was added to the quarantine since the last call or :meth:`load`."""
+        added, self._unsent = self._unsent, {}
+        return {"seen": self.seen, "reasons": dict(self.reasons), "counts": dict(self.counts), "quarantine": added}
+
     def load(self, state: dict[str, Any]) -> None:
         """Restores counters and quarantine from a checkpoint."""
         self.seen = int(state["seen"])
         self.reasons = Counter(state["reasons"])
         self.counts = Counter(state.get("counts", {}))
         self.quarantine = {int(k): v for k, v in state["quarantine"].items()}
+        self.of_all_ranks, self._unsent = dict(self.quarantine), {}
         self._steps.clear()
         self._recent = self._lost = 0

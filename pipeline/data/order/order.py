@@ -273,7 +273,8 @@ def rank_slice(streams: int, world: int, rank: int) -> range:
         raise ConfigError(
             f"{world} ranks cannot share {streams} streams evenly",
             where="data.canonical_streams",
-            hint=f"Use {_listed(divisors(streams))} ranks, or a global batch with a suitable divisor",
+            hint=f"Use {_listed(divisors(streams))} ranks; a new run may set data.canonical_streams to a multiple of "
+            f"{max(world, 1)} that divides its global batch",
         )
     if not 0 <= rank < world:
         raise ConfigError(f"rank {rank} does not exist among {world}", where="rank", hint=f"Use a rank from 0 to {world - 1}")

@@ -48,3 +48,15 @@ def test_its_state_goes_through_json() -> None:
     second.load(json.loads(json.dumps(first.state())))
     assert second.state() == first.state()
     assert second.quarantine == {0: "corrupt", 1: "corrupt", 2: "corrupt"}
+
+
+def test_each_checkpoint_is_told_only_what_is_new() -> None:
+    samples = BadSamples(None, budget=1.0)
+    samples.saw(4, events(2))
+    assert samples.changes()["quarantine"] == {0: "corrupt", 1: "corrupt"}
+    samples.saw(4, events(3)[2:])
+    assert samples.changes() == {"seen": 8, "reasons": {"corrupt": 3}, "counts": {}, "quarantine": {2: "corrupt"}}
+    assert samples.changes()["quarantine"] == {} and len(samples.quarantine) == 3
+    samples.saw(4, events(4)[3:])
+    samples.load({"seen": 8, "reasons": {}, "quarantine": {"7": "corrupt"}})
+    assert samples.changes()["quarantine"] == {} and samples.of_all_ranks == {7: "corrupt"}
