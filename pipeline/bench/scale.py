@@ -73,7 +73,7 @@ class Curve:
 
 
 def exponent(points: Mapping[int, float]) -> float:
-    """Slope of the logarithm of the cost over the logarithm of the size, by least squares; NaN for fewer than two points."""
+    """Exponent of the power law fitted by least squares on logarithms; NaN for fewer than two points."""
     pairs = [(math.log(size), math.log(max(cost, 1e-6))) for size, cost in points.items() if size > 0]
     if len(pairs) < 2:
         return math.nan

@@ -184,7 +184,7 @@ def reader(folder: str, live: int, rows: int, fetched: int) -> dict[str, float]:
     from pipeline.data.index.manifest import Manifest
     from pipeline.data.loader.reader import Reader
 
-    found = Reader(Manifest.load(_directory(folder)), wants=("image",), checksum=False)
+    source = Reader(Manifest.load(_directory(folder)), wants=("image",), checksum=False)
     random = np.random.default_rng(0)
 
     def batch(count: int) -> Any:
@@ -192,9 +192,9 @@ def reader(folder: str, live: int, rows: int, fetched: int) -> dict[str, float]:
             np.uint64
         )
 
-    found.fetch(np.arange(live, dtype=np.uint64) << np.uint64(32))
+    source.fetch(np.arange(live, dtype=np.uint64) << np.uint64(32))
     ids = batch(fetched)
-    return _measured(lambda: found.fetch(ids))[1]
+    return _measured(lambda: source.fetch(ids))[1]
 
 
 PROBES: dict[str, Callable[..., dict[str, float]]] = {
