@@ -134,10 +134,11 @@ def newest(directory: Path, *, begun_at: Path | None = None, check: bool = True)
         CheckpointError: checkpoints exist, but none is complete.
     """
     complaints: list[str] = []
-    saved = sorted(committed_checkpoints(directory), key=lambda s: (s.serial, s.step), reverse=True)
+    committed = committed_checkpoints(directory)
+    saved = sorted(committed, key=lambda s: (s.serial, s.step), reverse=True)
     if begun_at is not None:
         saved = [s for s in saved if _came_of(s, begun_at)]
-    readable = {s.path for s in committed_checkpoints(directory)}
+    readable = {s.path for s in committed}
     unreadable = sorted({path for path in directory.glob("step_*") if path.is_dir()} - readable)
     if begun_at is None:
         complaints += [f"{printable(str(path))}: its manifest cannot be read, so it is passed over" for path in unreadable]

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import math
 import os
+from collections import OrderedDict
 from collections.abc import Iterator
-from contextlib import ExitStack, closing
+from contextlib import closing
+from functools import cached_property
 from pathlib import Path
 from typing import BinaryIO
 
@@ -23,40 +25,63 @@ from pipeline.models.tensor_files import opened
 from pipeline.untrusted import open_regular, printable
 
 _FP32 = 4  # bytes
+_OPEN_FILES = 64
 _ANOTHER = "Resume from another one"
 
 
 class _Pieces:
     """Reads any range of any saved tensor from the rank files directly into the target memory. Does not mmap, which would cost
-    a page fault per page.
+    a page fault per page. A file is opened when something in it is needed: of many ranks each needs few.
     """
 
     def __init__(self, saved: Saved) -> None:
         self._path = saved.path
-        self._files: list[BinaryIO] = []
-        self._begins: list[dict[str, int]] = []
+        self._files: OrderedDict[int, BinaryIO] = OrderedDict()
+        self._begins: dict[int, dict[str, int]] = {}
         self._where: dict[str, list[tuple[int, int, int]]] = {}
-        self._elements = 0  # capacity of all files together
-        with ExitStack() as stack:
-            for rank, table in enumerate(saved.manifest.get("fragments", [])):
-                path = saved.path / rank_file(rank)
-                try:
-                    self._files.append(stack.enter_context(os.fdopen(open_regular(path, error=CheckpointError), "rb", 0)))
-                    self._begins.append(begins(self._files[-1]))
-                except (ValueError, OSError) as error:
-                    reason = error.strerror if isinstance(error, OSError) else error
-                    raise CheckpointError(
-                        f"the header cannot be read ({reason})", where=printable(str(path)), hint=_ANOTHER
-                    ) from error
-                self._elements += os.fstat(self._files[-1].fileno()).st_size // _FP32
-                for name, (start, length) in table.items():
-                    self._where.setdefault(name, []).append((start, length, rank))
-            self.close = stack.pop_all().close
+        tables = saved.manifest.get("fragments", [])
+        self._ranks = range(len(tables))
+        for rank, table in enumerate(tables):
+            for name, (start, length) in table.items():
+                self._where.setdefault(name, []).append((start, length, rank))
+
+    def close(self) -> None:
+        """Closes all files."""
+        while self._files:
+            self._files.popitem()[1].close()
+
+    def _open(self, rank: int) -> tuple[BinaryIO, dict[str, int]]:
+        """A rank's file, and where its tensors begin.
+
+        Raises:
+            CheckpointError: it cannot be read.
+        """
+        file = self._files.get(rank)
+        if file is None:
+            path = self._path / rank_file(rank)
+            try:
+                file = self._files[rank] = os.fdopen(open_regular(path, error=CheckpointError), "rb", 0)
+                if rank not in self._begins:
+                    self._begins[rank] = begins(file)
+            except (ValueError, OSError) as error:
+                reason = error.strerror if isinstance(error, OSError) else error
+                raise CheckpointError(
+                    f"the header cannot be read ({reason})", where=printable(str(path)), hint=_ANOTHER
+                ) from error
+            while len(self._files) > _OPEN_FILES:
+                self._files.popitem(last=False)[1].close()
+        return file, self._begins[rank]
+
+    @cached_property
+    def _elements(self) -> int:
+        """Capacity of all files together."""
+        return sum(os.fstat(self._open(rank)[0].fileno()).st_size // _FP32 for rank in self._ranks)
 
     def names(self, kind: str) -> set[str]:
         """Names of the tensors of a kind."""
         start = f"{kind}/"
-        return {key.removeprefix(start) for held in self._begins for key in held if key.startswith(start)}
+        headers = [self._open(rank)[1] for rank in self._ranks]
+        return {key.removeprefix(start) for header in headers for key in header if key.startswith(start)}
 
     def fill(self, target: Tensor, kind: str, name: str, start: int) -> None:
         """Fills fp32 memory ``[length]`` with a flattened tensor's elements from ``start`` on.
@@ -71,11 +96,14 @@ class _Pieces:
         memory = memoryview(target.numpy().data).cast("B")
         for begin, size, rank in self._where.get(name, []):
             low, high = max(begin, start), min(begin + size, start + length)
-            offset = self._begins[rank].get(f"{kind}/{name}")
-            if low < high and offset is not None:
-                self._files[rank].seek(offset + _FP32 * (low - begin))
+            if low >= high:
+                continue
+            file, offsets = self._open(rank)
+            offset = offsets.get(f"{kind}/{name}")
+            if offset is not None:
+                file.seek(offset + _FP32 * (low - begin))
                 remaining = memory[_FP32 * (low - start) : _FP32 * (high - start)]
-                while remaining and (count := self._files[rank].readinto(remaining)):  # type: ignore[attr-defined]
+                while remaining and (count := file.readinto(remaining)):  # type: ignore[attr-defined]
                     remaining = remaining[count:]
                 left -= high - low - len(remaining) // _FP32
         if left:
