@@ -7,7 +7,6 @@ import os
 from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import closing
-from functools import cached_property
 from pathlib import Path
 from typing import BinaryIO
 
@@ -72,11 +71,6 @@ class _Pieces:
                 self._files.popitem(last=False)[1].close()
         return file, self._begins[rank]
 
-    @cached_property
-    def _elements(self) -> int:
-        """Capacity of all files together."""
-        return sum(os.fstat(self._open(rank)[0].fileno()).st_size // _FP32 for rank in self._ranks)
-
     def names(self, kind: str) -> set[str]:
         """Names of the tensors of a kind."""
         start = f"{kind}/"
@@ -117,7 +111,10 @@ class _Pieces:
         Raises:
             CheckpointError: as :meth:`fill`, and before allocating more memory than the files hold.
         """
-        if length > self._elements:
+        end = start + length
+        ranks = {rank for begin, size, rank in self._where.get(name, []) if begin < end and start < begin + size}
+        sizes = (os.fstat(self._open(rank)[0].fileno()).st_size // _FP32 for rank in ranks)
+        if length > sum(sizes):
             raise CheckpointError(
                 f"{length} elements of {kind}/{name} are missing in the checkpoint", where=str(self._path), hint=_ANOTHER
             )

@@ -54,6 +54,7 @@ def test_a_damaged_file_is_named_when_it_is_needed(checkpoint: Saved) -> None:
     (checkpoint.path / rank_file(7)).write_bytes(b"damaged")
     with closing(_Pieces(checkpoint)) as pieces:
         assert pieces.read("master", "w", 0, 7 * EACH).tolist() == [float(n) for n in range(7 * EACH)]
+        assert open_files(checkpoint.path) == 7
         with pytest.raises(CheckpointError, match="header cannot be read") as caught:
             pieces.read("master", "w", 7 * EACH, 1)
     assert rank_file(7) in str(caught.value)
