@@ -335,6 +335,7 @@ def benchmarks() -> list[Benchmark]:
         ("resume", resume, {}, {"width": 64, "depth": 2, "rounds": 1}),
         ("checkpoint", checkpoint, large, {**tiny, "saves": 1}),
         ("data", data, {}, {"images": 16, "batch": 8, "smoke": True}),
+        ("scale", scale, {}, {"smoke": True}),
     ]
 
 

@@ -222,7 +222,7 @@ def bill(config: Config, site: ClusterProfile, *, ranks: int, efficiency: float,
         from pipeline.data.indexing import indexed
 
         manifest = indexed(config, config.data.patterns)
-        samples, size = manifest.total, sum(shard.size for shard in manifest.shards) / max(manifest.total, 1)
+        samples, size = manifest.total, int(manifest.shards.sizes.sum()) / max(manifest.total, 1)
     steps = length.steps(samples or 0, config.train.global_batch_size)
     total_samples = steps * config.train.global_batch_size
     flop = counted(config)

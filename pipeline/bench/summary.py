@@ -223,6 +223,23 @@ def _host_path(d: Document) -> list[Row]:
     ]
 
 
+def _scale(d: Document) -> list[Row]:
+    rows = []
+    for curve in d["curves"]:
+        both = [int(size) for size in curve["before"] if size in curve["now"]]
+        if not both or (curve["figure"] == "bytes" and "memory" not in curve["name"] and "sent" not in curve["name"]):
+            continue
+        size = str(max(both))
+        now, before = (_amount(curve[when][size], curve["figure"]) for when in ("now", "before"))
+        ratio = curve["now"][size] / curve["before"][size]
+        rows.append(Row(f"{curve['name']}, {int(size):,} {curve['unit']}", now, f"{before} before", f"{ratio:.3g} x"))
+    return rows
+
+
+def _amount(value: float, figure: str) -> str:
+    return f"{value / _MEGABYTE:,.3f} MB" if figure == "bytes" else f"{value:.3g} {figure}"
+
+
 _READERS: dict[str, Callable[[Document], list[Row]]] = {
     "data-cpu": _data,
     "step-clip-cpu-20": _step(20),
@@ -239,5 +256,6 @@ _READERS: dict[str, Callable[[Document], list[Row]]] = {
     "dense-features-cpu": _dense_features,
     "collapse-ablation-cpu": _collapse_ablation,
     "host-path": _host_path,
+    "scale-cpu": _scale,
 }
 _MAIN = ("data-cpu", "step-clip-cpu-20", "step-dinov2-cpu", "prototype-loss-cpu", "checkpoint-cpu")

@@ -244,6 +244,11 @@ class ShardTable(Sequence[Shard]):
         return self._arrays["size"]
 
     @property
+    def may_be_remote(self) -> bool:
+        """Whether a shard may lie in object storage: whether a name contains ``://``."""
+        return b"://" in self._arrays["urls"].tobytes()
+
+    @property
     def classes(self) -> int:
         """Largest class index plus one."""
         return int(self._arrays["classes"].max(initial=0))

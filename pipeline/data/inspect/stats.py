@@ -262,7 +262,7 @@ def _advice(manifest: Manifest, sizes: NDArray[Any], duplicates: Duplicates, ord
         out.append(f"shards of {_bytes(middle)} are large: a node must hold several of them at a time; {pack}")
     if count > 3 and sizes[:-1].min() * 4 < middle:
         out.append(f"the smallest shard has {_bytes(float(sizes.min()))}, the middle one {_bytes(middle)}: sizes are uneven")
-    empty = sum(shard.samples == 0 for shard in manifest.shards)
+    empty = int((manifest.shards.samples == 0).sum())
     if empty:
         out.append(f"{empty} shards hold no sample that can be used; leave them out")
     if "streams" not in order:

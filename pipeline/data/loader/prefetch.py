@@ -63,7 +63,7 @@ class Prefetcher:
     @staticmethod
     def useful(manifest: Manifest, storage: Storage) -> bool:
         """Whether there is anything to prefetch."""
-        return storage.settings.access == "cache" and any(is_remote(shard.url) for shard in manifest.shards)
+        return storage.settings.access == "cache" and manifest.shards.may_be_remote
 
     def start(self, step: int) -> None:
         """Starts at a step."""
