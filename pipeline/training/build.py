@@ -171,9 +171,9 @@ def assemble(
         progress = _restore(resume, engine, method, bad_samples, inputs, config.checkpoint.allow_data_change)
     if world.rank == 0:
         record_data(run.data, inputs)
-    reader = Reader(
-        inputs.train, wants=("image", "label", "caption"), checksum=config.data.verify_checksums, store=open_storage(config)
-    )
+    store = open_storage(config)
+    store.prefetched = Prefetcher.useful(inputs.train, store)
+    reader = Reader(inputs.train, wants=("image", "label", "caption"), checksum=config.data.verify_checksums, store=store)
     if (method.text is not None) != config.method.reads_text:
         raise ConfigError(
             f"the method {'reads' if method.text else 'does not read'} text, but its settings declare the opposite",
@@ -201,11 +201,11 @@ def assemble(
 
     def stream(first: int, last: int) -> BatchStream:
         prefetcher = None
-        if Prefetcher.useful(inputs.train, reader.store):
+        if store.prefetched:
             prefetcher = Prefetcher(
                 inputs.train,
                 inputs.order,
-                reader.store,
+                store,
                 world=world.size,
                 rank=world.rank,
                 last=last,

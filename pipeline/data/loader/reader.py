@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cache
 from typing import Literal
 
 import numpy as np
@@ -15,11 +17,13 @@ from pipeline.data.index.captions import captions_of, decode_text, read_json_mem
 from pipeline.data.index.fields import CAPTION_SOURCES, FORMATS
 from pipeline.data.index.image_header import is_complete
 from pipeline.data.index.manifest import Manifest, Rows
+from pipeline.data.index.shard_table import Shard
 from pipeline.data.order.random import uniforms
 from pipeline.errors import DataError
 
 Want = Literal["image", "caption", "label", "segmentation"]
 _SUBSTITUTE = 0x50B5  # identifies the random draw
+_CONCURRENT = 16  # requests for single samples
 _MEMBERS: tuple[Want, ...] = ("image", "caption", "segmentation")
 
 
@@ -55,6 +59,22 @@ class Record:
     captions: tuple[str, ...] = ()
 
 
+@dataclass(frozen=True)
+class _Located:
+    """Where a sample's parts are: offset and size in its shard, bytes."""
+
+    number: int
+    row: int
+    shard: Shard
+    rows: Rows
+    spans: dict[Want, tuple[int, int]]
+
+
+@cache
+def _requests() -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(_CONCURRENT, thread_name_prefix="fovea-ranges")
+
+
 class Reader:
     """Fetches samples by number. Holds no open file, so it can be sent to other processes.
 
@@ -87,14 +107,17 @@ class Reader:
             )
 
     def fetch(self, ids: NDArray[np.uint64]) -> list[Record]:
-        """Returns the records of some samples, in the given order.
+        """Returns the records of some samples, in the given order; those in object storage are requested concurrently.
 
         Errors in one sample's bytes are reported in its status.
 
         Raises:
             DataError: a whole shard is missing or has another size than when it was indexed; or there is no such sample.
         """
-        return [self._one(int(number)) for number in np.asarray(ids, dtype=np.uint64).tolist()]
+        located = [self._locate(int(number)) for number in np.asarray(ids, dtype=np.uint64).tolist()]
+        far = [one for one in located if one.spans and not self.store.is_near(one.shard.about)]
+        contents = dict(zip(map(id, far), _requests().map(self._contents, far), strict=True)) if len(far) > 1 else {}
+        return [self._record(one, contents[id(one)] if id(one) in contents else self._contents(one)) for one in located]
 
     def substitute(self, number: int, epoch: int, seed: int, attempt: int) -> int:
         """Returns another sample of the same shard, to substitute one that cannot be used.
@@ -109,7 +132,7 @@ class Reader:
         chosen = int(draw * others)
         return shard << 32 | (chosen + (chosen >= row))
 
-    def _one(self, number: int) -> Record:
+    def _locate(self, number: int) -> _Located:
         shard_number, row = number >> 32, number & 0xFFFFFFFF
         if shard_number >= len(self.manifest.shards) or row >= self.manifest.sizes[shard_number]:
             raise DataError(f"there is no sample {number}", where="reader", hint="Use numbers of this manifest's order")
@@ -119,23 +142,28 @@ class Reader:
             self._checked.add(shard_number)
         rows = self.manifest.rows(shard_number)
         spans = {part: _span(rows, row, part) for part in _MEMBERS if part in self.wants}
-        spans = {part: span for part, span in spans.items() if span[1] > 0}
-        status, parts = "ok", {}
+        return _Located(number, row, shard, rows, {part: span for part, span in spans.items() if span[1] > 0})
+
+    def _contents(self, one: _Located) -> dict[str, bytes] | None:
+        """The bytes of a sample's parts; ``None`` if they cannot be read."""
         try:
-            parts = _read(self.store, shard.about, spans)
+            return _read(self.store, one.shard.about, one.spans)
         except (storage.StorageUnavailable, storage.ShardChanged):
             raise
         except DataError:
-            status = "unreadable"
+            return None
+
+    def _record(self, one: _Located, contents: dict[str, bytes] | None) -> Record:
+        rows, row, columns = one.rows, one.row, one.rows.columns
+        parts, status = contents or {}, "unreadable" if contents is None else "ok"
         image = parts.get("image")
         if image is not None:
             status = self._status(image, rows, row)
-        columns = rows.columns
         captions = self._captions(parts.get("caption"), rows, row)
         return Record(
-            id=number,
+            id=one.number,
             key=rows.keys[row],
-            shard_name=shard.name,
+            shard_name=one.shard.name,
             image=image if status == "ok" else None,
             width=int(columns["width"][row]),
             height=int(columns["height"][row]),

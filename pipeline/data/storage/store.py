@@ -44,20 +44,22 @@ class Storage:
 
     Args:
         settings: access to object storage, and the shard cache.
+        prefetched: whether another thread downloads shards before they are needed; one that is not there yet is then read by
+            range instead of being waited for.
 
     Attributes:
         counters: bytes and seconds of reading since the start, by name.
     """
 
-    def __init__(self, settings: StorageSettings | None = None) -> None:
-        self.settings = settings or StorageSettings()
+    def __init__(self, settings: StorageSettings | None = None, *, prefetched: bool = False) -> None:
+        self.settings, self.prefetched = settings or StorageSettings(), prefetched
         self.remote = Remote(self.settings)
         self._cache: ShardCache | None = None
         self._full: dict[str, float] = {}
         self.counters: Counter[str] = Counter()
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _reopened, (self.settings, signed.known())
+        return _reopened, (self.settings, signed.known(), self.prefetched)
 
     @property
     def cache(self) -> ShardCache | None:
@@ -112,7 +114,7 @@ class Storage:
             return b""
         if not is_remote(about.url):
             return local.read(about.url, offset, length)
-        kept = self._kept(about)
+        kept = self._kept(about, download=not self.prefetched)
         if kept is not None:
             self.counters["cache_bytes"] += length
             return local.read(str(kept), offset, length)
@@ -129,7 +131,14 @@ class Storage:
 
     def fetch(self, about: ObjectStat) -> bool:
         """Downloads a shard into the cache ahead of its use; returns whether it is cached now."""
-        return not is_remote(about.url) or self._kept(about) is not None
+        return not is_remote(about.url) or self._kept(about, download=True) is not None
+
+    def is_near(self, about: ObjectStat) -> bool:
+        """Whether a shard is on a local disk, or will be when it is read."""
+        if not is_remote(about.url):
+            return True
+        cache = self.cache
+        return cache is not None and (not self.prefetched or cache.has(about))
 
     def put(self, path: Path, url: str) -> None:
         """Copies a local file to an object or to another path, atomically.
@@ -207,12 +216,15 @@ class Storage:
         """Returns counters of reading, by name: bytes, requests, retries, seconds, cache hits and misses."""
         return {**self.counters, **self.remote.counters}
 
-    def _kept(self, about: ObjectStat) -> Path | None:
+    def _kept(self, about: ObjectStat, *, download: bool) -> Path | None:
         cache = self.cache
         if cache is None:
             return None
         if (kept := cache.kept(about)) is not None:
             return kept
+        if not download:
+            self.counters["ranges_before_shards"] += 1
+            return None
         path = cache.path(about)
         if time.monotonic() < self._full.get(path.name, 0.0):
             return None
@@ -232,9 +244,9 @@ class Storage:
             return None
 
 
-def _reopened(settings: StorageSettings, queries: dict[str, str]) -> Storage:
+def _reopened(settings: StorageSettings, queries: dict[str, str], prefetched: bool) -> Storage:
     signed.learn(queries)
-    return Storage(settings)
+    return Storage(settings, prefetched=prefetched)
 
 
 def _or_error(ask: Callable[[str], ObjectStat], url: str) -> ObjectStat | DataError:

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import pickle
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from pipeline.data.index.build import build
 from pipeline.data.index.manifest import Manifest
 from pipeline.data.loader.prefetch import Prefetcher
+from pipeline.data.loader.reader import Reader
 from pipeline.data.order.order import Order
 from pipeline.data.pack import synthetic as scenes
 from pipeline.data.settings import StorageSettings
-from pipeline.data.storage import Storage, expand
+from pipeline.data.storage import Storage, StorageUnavailable, expand
 from pipeline.data.storage.cache import ShardCache
 from tests.helpers.s3 import KEYS, Proxy, Trouble, proxy, upload
 
@@ -120,3 +124,37 @@ def test_local_shards_and_direct_reading_need_none(
     assert not Prefetcher.useful(near, open_storage())
     assert not Prefetcher.useful(manifest, open_storage(access="range_read"))
     assert Prefetcher.useful(manifest, open_storage())
+
+
+def test_samples_of_shards_that_are_still_to_come_are_read_by_range_and_at_once(
+    manifest: Manifest, open_storage: Callable[..., Storage], door: Proxy
+) -> None:
+    store = open_storage()
+    store.prefetched = True
+    cache = store.cache
+    assert cache is not None
+    wanted = np.arange(4, dtype=np.uint64) << np.uint64(32)
+    expected = Reader(manifest, store=open_storage(access="range_read")).fetch(wanted)
+    together = threading.Barrier(4)
+    door.served, door.on_request = 0, lambda method, path: together.wait(60) if path.endswith(".tar") else None
+    assert Reader(manifest, store=store).fetch(wanted) == expected  # one after the other they would break the barrier
+    door.on_request = None
+    size = sum(manifest.shards[number].size for number in range(4))
+    assert not list(cache.folder.glob("*.tar")) and door.served < size / 2
+    for number in range(4):
+        assert not store.is_near(manifest.shards[number].about)
+        assert store.fetch(manifest.shards[number].about) and store.is_near(manifest.shards[number].about)
+    door.served = 0
+    sent = pickle.loads(pickle.dumps(Reader(manifest, store=store)))
+    assert sent.store.prefetched and sent.fetch(wanted) == expected and door.served == 0
+    assert not open_storage().prefetched
+
+
+def test_a_sample_that_cannot_be_read_by_range_is_reported_and_storage_that_is_away_is_not(
+    manifest: Manifest, open_storage: Callable[..., Storage], door: Proxy
+) -> None:
+    store = open_storage(outage_timeout=0.1)
+    store.prefetched = True
+    door.troubles = [Trouble("503", times=1000)]
+    with pytest.raises(StorageUnavailable):
+        Reader(manifest, store=store).fetch(np.arange(3, dtype=np.uint64))
