@@ -58,6 +58,11 @@ def shared_data() -> Path:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if "hypothesis" in sys.modules:  # no example has a time limit: machines may be slow and busy
+        from hypothesis import settings
+
+        settings.register_profile("untimed", deadline=None)
+        settings.load_profile("untimed")
     """Leaves the rest of matrices to full runs, starts the longest files first, skips what needs a CUDA device without one."""
     if os.environ.get("FOVEA_TESTS") != "full" and (rest := [item for item in items if item.get_closest_marker("full")]):
         items[:] = [item for item in items if not item.get_closest_marker("full")]
