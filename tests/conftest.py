@@ -8,6 +8,7 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+import hypothesis
 import pytest
 
 from tests.helpers import warm
@@ -20,6 +21,10 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 # No test writes into the state of the user who runs them.
 if "PYTEST_XDIST_WORKER" not in os.environ:
     os.environ["XDG_STATE_HOME"] = tempfile.mkdtemp(prefix="fovea-tests-state-")
+
+# No example of a property has a time limit: machines may be slow and busy.
+hypothesis.settings.register_profile("untimed", deadline=None)
+hypothesis.settings.load_profile("untimed")
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -58,11 +63,6 @@ def shared_data() -> Path:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    if "hypothesis" in sys.modules:  # no example has a time limit: machines may be slow and busy
-        from hypothesis import settings
-
-        settings.register_profile("untimed", deadline=None)
-        settings.load_profile("untimed")
     """Leaves the rest of matrices to full runs, starts the longest files first, skips what needs a CUDA device without one."""
     if os.environ.get("FOVEA_TESTS") != "full" and (rest := [item for item in items if item.get_closest_marker("full")]):
         items[:] = [item for item in items if not item.get_closest_marker("full")]
