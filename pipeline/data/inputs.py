@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import itertools
+import json
 from dataclasses import dataclass, replace
 from typing import Any
 
 from pipeline.config.schema import Config
+from pipeline.data import storage
 from pipeline.data.augment.plan import PLAN_VERSION
 from pipeline.data.index.manifest import Manifest
 from pipeline.data.indexing import Indexer, Progress, indexed
-from pipeline.data.order.order import Order, Source
+from pipeline.data.order.order import Order, Source, streams_for
 from pipeline.data.overlap import check_held_out
 from pipeline.errors import ConfigError, DataError
+from pipeline.runtime.run_directory import RunDirectory
+from pipeline.untrusted import read_json
 
 DATA_STATE_VERSION = 1
+_STREAMS = "streams.json"
 
 
 @dataclass(frozen=True)
@@ -53,7 +58,8 @@ def prepare(config: Config, world: int, progress: Progress | None = None, *, reu
     indexer = Indexer(config, progress, reuse)
     train, sources = _training_set(indexer)
     batch, micro = config.train.global_batch_size, config.train.micro_batch_size
-    order = Order(train.sizes, config.run.seed, batch, config.data.canonical_streams, config.data.shuffle_block_size, sources)
+    streams = config.data.canonical_streams or _recorded_streams(config) or streams_for(batch, world)
+    order = Order(train.sizes, config.run.seed, batch, streams, config.data.shuffle_block_size, sources)
     order.check_world(world)
     if micro is not None and batch % (world * micro):
         raise ConfigError(
@@ -64,6 +70,28 @@ def prepare(config: Config, world: int, progress: Progress | None = None, *, reu
     check_warmups(config, order.samples_per_epoch)
     inputs = Inputs(train, None, None, order, sources)
     return replace(inputs, **_evaluation_data(indexer, train, trained=False)) if config.evaluation.enabled else inputs
+
+
+def record_streams(config: Config, inputs: Inputs) -> None:
+    """Writes the number of streams into the run directory, if it was chosen for the first world size: all attempts have it."""
+    file = RunDirectory(config.run.folder).data / _STREAMS
+    if config.data.canonical_streams is None and not file.exists():
+        storage.write_atomically(file, json.dumps({"streams": inputs.order.streams}).encode())
+
+
+def _recorded_streams(config: Config) -> int | None:
+    file = RunDirectory(config.run.folder).data / _STREAMS
+    try:
+        streams = read_json(file)["streams"]
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, KeyError, TypeError, DataError):
+        streams = None
+    if type(streams) is not int or streams < 1:
+        raise DataError(
+            "holds no number of streams", where=str(file), hint="Set data.canonical_streams to that of the checkpoints"
+        )
+    return streams
 
 
 def _training_set(indexer: Indexer) -> tuple[Manifest, tuple[Source, ...]]:

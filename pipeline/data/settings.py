@@ -92,7 +92,7 @@ class DataSettings(Settings):
     canonical_streams: Count | None = Field(
         default=None,
         description="number of streams into which the global order is divided, divisible by the number of ranks; null means "
-        "the greatest common divisor of the global batch size and 256",
+        "the greatest common divisor of the global batch size and 256, multiplied if the run's first number of ranks needs more",
     )
     shuffle_block_size: Count = Field(default=16384, description="number of samples shuffled together")
     image_extensions: Texts = Field(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 import tarfile
 from pathlib import Path
@@ -10,6 +11,7 @@ from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
+import numpy as np
 import pytest
 import torch.distributed as dist
 
@@ -21,8 +23,8 @@ from pipeline.config.load import load
 from pipeline.config.schema import Config
 from pipeline.data import indexing
 from pipeline.data.indexing import Indexer
-from pipeline.data.inputs import Inputs, data_identity, prepare
-from pipeline.data.order.order import Order, Source
+from pipeline.data.inputs import Inputs, data_identity, prepare, record_streams
+from pipeline.data.order.order import Order, Source, num_streams, streams_for
 from pipeline.data.pack import synthetic as scenes
 from pipeline.errors import CheckpointError, ConfigError, DataError
 from pipeline.methods.dinov2.settings import Dinov2Settings
@@ -170,6 +172,38 @@ def test_numbers_that_do_not_divide_are_refused_with_those_that_do(shards: Path,
         )
     assert caught.value.where == "train.micro_batch_size"
     assert "divisor of 8" in caught.value.hint
+
+
+def test_a_run_has_the_streams_that_its_first_number_of_ranks_needs(shards: Path, tmp_path: Path) -> None:
+    config = settings(
+        shards, tmp_path, "train.global_batch_size=24", "data.canonical_streams=null", f"run.directory={tmp_path}/run"
+    )
+    assert (prepare(config, 2).order.streams, prepare(config, 3).order.streams, prepare(config, 12).order.streams) == (8, 24, 24)
+    first = prepare(config, 3)
+    record_streams(config, first)
+    moved = prepare(config, 4)
+    assert moved.order.streams == 24 and data_identity(moved) == data_identity(first)
+    for step in range(2):
+        parts = [moved.order.rank_batch(step, 4, rank).ids for rank in range(4)]
+        assert np.array_equal(np.concatenate(parts), first.order.batch(step).ids)
+    file = RunDirectory(config.run.folder).data / "streams.json"
+    other = settings(shards, tmp_path, *overrides, f"run.directory={tmp_path}/b")
+    record_streams(other, prepare(other, 2))
+    with pytest.raises(ConfigError, match=r"3 ranks cannot share 8 streams evenly.*multiple of 3"):
+        prepare(other, 3)
+    for text in ("[]", '{"streams": "8"}', '{"streams": 0}', "{"):
+        file.write_text(text)
+        with pytest.raises(DataError, match="holds no number of streams"):
+            prepare(config, 3)
+
+
+def test_any_number_of_ranks_that_divides_the_batch_can_begin_a_run() -> None:
+    for batch in (96, 1536, 3072, 4096, 6144, 32768):
+        for world in (1, 8, 96, 256, 384, 512, 4096):
+            streams = streams_for(batch, world) or num_streams(batch, None, 1)
+            if batch % world == 0:
+                assert batch % streams == 0 and streams % world == 0
+                assert streams == math.gcd(batch, 256) or math.gcd(batch, 256) % world
 
 
 def test_no_shards_few_samples_and_no_place_for_the_index_are_refused(shards: Path, tmp_path: Path) -> None:
