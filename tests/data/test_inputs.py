@@ -175,9 +175,8 @@ def test_numbers_that_do_not_divide_are_refused_with_those_that_do(shards: Path,
 
 
 def test_a_run_has_the_streams_that_its_first_number_of_ranks_needs(shards: Path, tmp_path: Path) -> None:
-    config = settings(
-        shards, tmp_path, "train.global_batch_size=24", "data.canonical_streams=null", f"run.directory={tmp_path}/run"
-    )
+    overrides = ["train.global_batch_size=24", "data.canonical_streams=null"]
+    config = settings(shards, tmp_path, *overrides, f"run.directory={tmp_path}/run")
     assert (prepare(config, 2).order.streams, prepare(config, 3).order.streams, prepare(config, 12).order.streams) == (8, 24, 24)
     first = prepare(config, 3)
     record_streams(config, first)
