@@ -231,7 +231,7 @@ class _Sidecars:
                 return Shard.of(index)
         index = self._usable(self._old / old_sidecar_name(about.url), about)
         if index is not None:
-            index.save(self.directory / index.sidecar)
+            _save(index, self.directory)
             return Shard.of(index)
         return None
 
@@ -292,8 +292,20 @@ def _index_one(
         index = index_shard(about, fields=fields, on_truncated=on_truncated, store=store)
     except FoveaError as error:
         return error
-    index.save(folder / index.sidecar)
+    _save(index, folder)
     return Shard.of(index)
+
+
+def _save(index: ShardIndex, folder: Path) -> None:
+    path = folder / index.sidecar
+    try:
+        index.save(path)
+    except OSError as error:
+        raise DataError(
+            f"cannot be written ({error.strerror})",
+            where=str(path),
+            hint="Free space, or set data.index (--index) to a folder of your own",
+        ) from error
 
 
 def _make(folder: Path) -> None:

@@ -193,3 +193,12 @@ def test_a_table_gives_back_every_summary(tmp_path: Path) -> None:
 def test_an_index_without_samples_is_a_table_without_rows(tmp_path: Path) -> None:
     manifest = Manifest(str(tmp_path), ShardTable.of([], Fields())).save(tmp_path)
     assert Manifest.load(tmp_path) == manifest and manifest.total == 0 and manifest.ids().tolist() == []
+
+
+def test_a_folder_of_sidecars_that_somebody_else_owns_is_refused_with_its_name(tmp_path: Path, urls: list[str]) -> None:
+    (tmp_path / "index" / "sidecars").mkdir(parents=True)
+    for number in range(256):
+        (tmp_path / "index" / "sidecars" / f"{number:02x}").write_text("in the way")
+    with pytest.raises(DataError, match="cannot be written") as caught:
+        build(urls, tmp_path / "index")
+    assert "data.index" in caught.value.hint
