@@ -21,7 +21,7 @@ Tests on real pictures look for them in FOVEA_TEST_DATA, else in ../shared/data 
   FOVEA_VENV=DIR   the virtual environment's folder (default .venv)
   PYTHON=FILE      the python 3.11 or newer to make it with
   FOVEA_WARM=0     start every process anew; otherwise, with a C compiler, a server that has imported torch forks them
-  FOVEA_TEST_WORKERS=N        files at a time (default: one more than there are cores, at most 8)
+  FOVEA_TEST_WORKERS=N        files at a time (default: two more than there are cores, with --fast one, at most 8)
   FOVEA_TEST_COSTS=FILE       record what each test costs (see tests/helpers/costs.py)
 TEXT
 }
@@ -45,9 +45,10 @@ fovea_setup test || exit 1
 cd "$FOVEA_ROOT" || exit 1
 [ -z "$mutate" ] || exec "$FOVEA_PYTHON" -m tests.helpers.mutate ${arguments[@]+"${arguments[@]}"} </dev/null
 unset PYTHONDONTWRITEBYTECODE # a process compiles what it imports anew, and pytest what it rewrites, in every worker
-# Many tests wait for other processes, so there is one more at a time than there are cores.
-cores=$(nproc)
-several=(-n "${FOVEA_TEST_WORKERS:-$((cores < 7 ? cores + 1 : 8))}" --dist loadfile --no-loadscope-reorder)
+# Many tests wait for other processes, and Slurm's tests for Slurm, so there are more at a time than there are cores.
+cores=$(nproc) more=2
+[[ " ${arguments[*]-} " != *" not slow "* ]] || more=1
+several=(-n "${FOVEA_TEST_WORKERS:-$((cores < 7 ? cores + more : 8))}" --dist loadfile --no-loadscope-reorder)
 if [ -n "$floors" ]; then
     run() { "$FOVEA_PYTHON" -m pytest -p no:cacheprovider "${several[@]}" "$@" </dev/null; }
     if [ "${#arguments[@]}" -gt 0 ]; then run "${arguments[@]}"; exit; fi

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import gc
+import itertools
 import json
 import os
 import resource
@@ -22,17 +23,28 @@ import pytest
 
 RECORDED = Path(__file__).with_suffix(".json")  # file: seconds of its fast tests, seconds of its slow tests
 UNKNOWN = (2.0, 30.0)
+WAITING = ("tests/launch/slurm/",)  # tests that mostly wait, for Slurm's own intervals
 _MUCH = 200  # MiB
 
 
 def longest_first(items: list[pytest.Item]) -> None:
-    """Sort tests by the recorded seconds of their files, as far as these tests are among those to be run."""
+    """Sort tests by the recorded seconds of their files, as far as these tests are among those to be run.
+
+    Files whose tests mostly wait alternate with the others, so that they run beside tests that compute.
+    """
     recorded = json.loads(RECORDED.read_text()) if RECORDED.exists() else {}
     parts = {(_file(item.nodeid), _slow(item)) for item in items}
     seconds: dict[str, float] = defaultdict(float)
     for file, slow in parts:
         seconds[file] += recorded.get(file, UNKNOWN)[slow]
-    items.sort(key=lambda item: (-seconds[_file(item.nodeid)], _file(item.nodeid)))
+    turns = {file: turn for turn, file in enumerate(_alternating(sorted(seconds, key=lambda file: (-seconds[file], file))))}
+    items.sort(key=lambda item: turns[_file(item.nodeid)])
+
+
+def _alternating(files: list[str]) -> list[str]:
+    waiting = [file for file in files if file.startswith(WAITING)]
+    computing = [file for file in files if not file.startswith(WAITING)]
+    return [part for pair in itertools.zip_longest(waiting, computing) for part in pair if part is not None]
 
 
 def _file(test: str) -> str:
