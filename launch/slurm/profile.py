@@ -43,6 +43,8 @@ class BudgetSettings(Settings):
     hang: Count = Field(default=3, description="hung ranks")
     node: Count = Field(default=5, description="node failures")
     rendezvous: Count = Field(default=3, description="starts at which the ranks could not connect")
+    supervisor: Count = Field(default=3, description="attempts whose supervisor was killed or failed")
+    disk: Count = Field(default=12, description="attempts ended by a full disk; the next one looks for space ten minutes later")
     no_progress: Count = Field(default=3, description="consecutive attempts without a newer checkpoint")
 
 
@@ -79,11 +81,13 @@ class ClusterProfile(Settings):
     reservation: str | None = Field(default=None, description="Slurm reservation")
     exclusive: bool = Field(default=True, description="do not share nodes with other jobs")
     options: Texts = Field(default=(), description="further #SBATCH options, such as --mail-type=FAIL")
-    requeue_mode: Literal["requeue", "chain"] = Field(
-        default="requeue",
-        description="how a run continues: requeue puts the same job back into the queue; chain (where preempted jobs are "
-        "cancelled) always keeps a successor job in the queue",
+    requeue_mode: Literal["successor", "requeue", "chain"] = Field(
+        default="successor",
+        description="how a run continues: successor keeps a second job in the queue that takes over at once, however the first "
+        "ends; requeue puts the same job back, where it waits for two minutes (for sites that allow no second job); chain is "
+        "successor, and Slurm itself never requeues the job",
     )
+    exclude_hours: Positive = Field(default=24.0, description="hours for which a node at fault is excluded")
     host_python: str = Field(default="python3", description="python 3.9 or newer on the batch script's node; needs no packages")
     python: str | None = Field(default=None, description="python of the ranks; null means the one that runs fovea submit")
     setup: Texts = Field(default=(), description="lines at the start of the batch script, such as module load cuda")

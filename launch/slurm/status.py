@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from launch.slurm.submit import living
-from pipeline.errors import ConfigError
+from pipeline.errors import ConfigError, LaunchError
 from pipeline.runtime import job_record as record
 from pipeline.runtime.clock import clock
 from pipeline.runtime.run_directory import RunDirectory
@@ -50,7 +50,7 @@ class Status:
 
     Attributes:
         run: run directory.
-        state: finished, stopped, failed, running, waiting, or idle.
+        state: finished, stopped, failed, running, waiting, idle, or unknown where Slurm does not answer.
         why: explanation of the state.
         step, steps: steps done and in total; 0 where not known.
         age: seconds since the last heartbeat.
@@ -144,7 +144,11 @@ def status(run: RunDirectory) -> Status:
 
 
 def _status(run: RunDirectory) -> Status:
-    jobs = living(run)
+    silent = ""
+    try:
+        jobs = living(run)
+    except LaunchError as error:
+        jobs, silent = [], str(error)
     over = record.final_state(run)
     rows = record.endings(run)
     attempt = int(rows[-1]["attempt"]) if rows else -1
@@ -166,6 +170,9 @@ def _status(run: RunDirectory) -> Status:
         state = "waiting"
         start = f", expected {jobs[0].start}" if jobs[0].start not in ("", "N/A") else ""
         why = f"{jobs[0].reason}{start}"
+    elif silent:
+        seen = f"the last heartbeat was {age:.0f} s ago" if age is not None else "it has sent no heartbeat yet"
+        state, why = "unknown", f"Slurm does not answer; {seen} ({silent})"
     elif outcome.get("stop") == "FINISHED":
         state, why = "finished", f"all {outcome.get('steps')} steps are done"
     else:
@@ -183,6 +190,14 @@ def _status(run: RunDirectory) -> Status:
         goodput(run),
         {str(name): float(value) for name, value in dict(outcome.get("scores", {})).items()},
     )
+
+
+def ended(run: RunDirectory) -> dict[str, Any]:
+    """Final state of a run and the reason: as recorded by its supervisor, or by its last rank 0; empty while it has not ended."""
+    over, outcome = record.final_state(run), record.read(run.path / "outcome.json")
+    if not over and outcome.get("stop") == "FINISHED":
+        return {"state": "finished", "why": f"all {outcome.get('steps')} steps are done"}
+    return over
 
 
 def _steps(run: RunDirectory) -> int:

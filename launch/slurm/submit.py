@@ -179,15 +179,21 @@ def _check_patterns(config: Config) -> None:
 
 
 def living(run: RunDirectory) -> list[tools.Job]:
-    """Running or pending jobs of this run; none where Slurm cannot be queried."""
+    """Running or pending jobs of this run, by number; running ones first.
+
+    Raises:
+        LaunchError: the run was submitted to Slurm, and Slurm does not answer.
+    """
     named = [record.read(run.path / name).get("job") for name in ("submit/job.json", "live.json", "successor.json")]
     ids = {job for job in named if type(job) is int and 0 < job < 1 << 32}
-    if not ids:
-        return []
     try:
-        return [job for job in tools.jobs(*ids) if job.live]
-    except LaunchError:
-        return []
+        user = record.script(run).stat().st_uid
+    except OSError:
+        if not ids:
+            return []
+        user = None
+    jobs = [job for job in tools.jobs_of(record.script(run), *ids, user=user) if job.live]
+    return sorted(jobs, key=lambda job: (job.state in tools.WAITING, job.id))
 
 
 def _made(path: Path) -> Path:

@@ -15,8 +15,8 @@ from pydantic import ValidationError
 
 from launch.slurm import profile as profiles
 from launch.slurm import render
-from launch.slurm import supervisor as attend
 from launch.slurm.profile import ClusterProfile, ContainerSettings
+from launch.slurm.steps import filled
 from launch.slurm.submit import submit
 from pipeline.config.load import InvalidConfig, load, show
 from pipeline.data.pack import synthetic as scenes
@@ -83,8 +83,8 @@ def test_the_jobs_log_is_named_whatever_the_run_is_called(toy: Path, folder: str
 
 
 def test_a_percent_sign_is_doubled_in_patterns_of_srun_only() -> None:
-    assert attend._filled("--output=%LOGS%/rank-%t.log", Path("/w/50%done/logs")) == "--output=/w/50%%done/logs/rank-%t.log"
-    assert attend._filled("%LOGS%/links.json", Path("/w/50%done/logs")) == "/w/50%done/logs/links.json"
+    assert filled("--output=%LOGS%/rank-%t.log", Path("/w/50%done/logs")) == "--output=/w/50%%done/logs/rank-%t.log"
+    assert filled("%LOGS%/links.json", Path("/w/50%done/logs")) == "/w/50%done/logs/links.json"
 
 
 @pytest.mark.parametrize("bad", ["x\ny", "x\r", "x\x1b[2J", "x\u2028y"])
