@@ -127,8 +127,7 @@ class ClusterProfile(Settings):
     @field_validator("time")
     @classmethod
     def _time(cls, text: str) -> str:
-        if not _TIME.fullmatch(text):
-            raise ValueError("must be minutes, H:M:S or D-H:M:S")
+        seconds(text)
         return text
 
     @field_validator("time", "memory", mode="before")
@@ -154,12 +153,24 @@ class ClusterProfile(Settings):
     @property
     def seconds(self) -> int:
         """The time limit in seconds."""
-        days, first, second, third = (int(part or 0) for part in _TIME.fullmatch(self.time).groups())  # type: ignore[union-attr]
-        if days or "-" in self.time:
-            return ((days * 24 + first) * 60 + second) * 60 + third
-        if self.time.count(":") == 2:
-            return (first * 60 + second) * 60 + third
-        return first * 60 + second
+        return seconds(self.time)
+
+
+def seconds(time: str) -> int:
+    """A time limit in the format of sbatch, in seconds.
+
+    Raises:
+        ValueError: it has another format.
+    """
+    match = _TIME.fullmatch(time)
+    if match is None:
+        raise ValueError("must be minutes, H:M:S or D-H:M:S")
+    days, first, second, third = (int(part or 0) for part in match.groups())
+    if days or "-" in time:
+        return ((days * 24 + first) * 60 + second) * 60 + third
+    if time.count(":") == 2:
+        return (first * 60 + second) * 60 + third
+    return first * 60 + second
 
 
 def available() -> dict[str, Path]:

@@ -86,13 +86,13 @@ def submit(script: Path, *options: str) -> int:
     return int(answer.strip().split(";")[0])
 
 
-def test(script: Path) -> str:
+def test(script: Path, *options: str) -> str:
     """Test a script without submitting it (``sbatch --test-only``): when and where it would start.
 
     Raises:
         LaunchError: it could never run.
     """
-    command = ["sbatch", "--test-only", str(script)]
+    command = ["sbatch", "--test-only", *options, str(script)]
     if shutil.which("sbatch") is None:
         return call(*command)
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, stdin=subprocess.DEVNULL, check=False)
@@ -147,13 +147,18 @@ def facts(job: int, limit: float = 60.0) -> dict[str, str]:
         if "Invalid job id" in str(error):
             return {}
         raise
+    return pairs(text)
+
+
+def pairs(text: str) -> dict[str, str]:
+    """The pairs ``key=value`` of a line of ``scontrol``."""
     return dict(pair.split("=", 1) for pair in text.split() if "=" in pair)
 
 
 def settings(limit: float = 60.0) -> dict[str, str]:
     """Output of ``scontrol show config`` by key."""
-    pairs = (line.split("=", 1) for line in call("scontrol", "show", "config", limit=limit).splitlines() if "=" in line)
-    return {key.strip(): value.strip() for key, value in pairs}
+    rows = (line.split("=", 1) for line in call("scontrol", "show", "config", limit=limit).splitlines() if "=" in line)
+    return {key.strip(): value.strip() for key, value in rows}
 
 
 def nodes(expression: str) -> list[str]:

@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from launch.slurm.job_end import of_ended
 from launch.slurm.submit import living
 from pipeline.errors import ConfigError, LaunchError
 from pipeline.runtime import job_record as record
@@ -177,7 +178,7 @@ def _status(run: RunDirectory) -> Status:
         state, why = "finished", f"all {outcome.get('steps')} steps are done"
     else:
         again = "`fovea resume` resumes it" if record.job(run) else "the same `fovea train` command resumes it"
-        state, why = "idle", f"no process of the run is running; {again}"
+        state, why = "idle", f"{_last_job(run, rows)}; {again}"
     return Status(
         str(run.path),
         state,
@@ -190,6 +191,16 @@ def _status(run: RunDirectory) -> Status:
         goodput(run),
         {str(name): float(value) for name, value in dict(outcome.get("scores", {})).items()},
     )
+
+
+def _last_job(run: RunDirectory, rows: list[dict[str, Any]]) -> str:
+    """What became of the last job of a run that has no job in the queue."""
+    numbers = [record.job(run).get("job"), *(row.get("job") for row in rows)]
+    job = max((number for number in numbers if type(number) is int), default=None)
+    state = of_ended(job) if job is not None else ""
+    if not state:
+        return "no process of the run is running"
+    return f"job {job} was cancelled" if state == "CANCELLED" else f"its last job {job} ended as {state}"
 
 
 def ended(run: RunDirectory) -> dict[str, Any]:

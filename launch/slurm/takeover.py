@@ -77,12 +77,14 @@ def _cut_off(run: RunDirectory, row: dict[str, Any]) -> tuple[str, str]:
     number = int(row["attempt"])
     request = record.pending_request(run, f"{record.STOP}-{number}") or {}
     outcome = record.outcome(run, number)
+    by_itself = outcome is not None and outcome.get("stop") in ("FINISHED", "USER_REQUEST")
+    if not by_itself and (known := _CUT_OFF.get(job_end.of_ended(int(row["job"])))):
+        return known if outcome is None else (known[0], f"{known[1]}; saved at step {outcome.get('step')}")
     if outcome is not None:
         return classify(AttemptResult(outcome=outcome, stop_reason=str(request.get("reason", ""))))
     if request.get("reason"):
         return str(request["reason"]), "cut off while it was stopping"
-    unknown = ("node", "cut off: its first node failed, or the job was killed")
-    return _CUT_OFF.get(job_end.of_ended(int(row["job"])), unknown)
+    return "node", "cut off: its first node failed, or the job was killed"
 
 
 def _last_job(run: RunDirectory) -> int | None:
