@@ -48,13 +48,15 @@ def check_nodes(job: int, run: Path, logs: Path, facts: dict[str, Any], environm
         return NodeProblems()
     folder = logs / "preflight"
     folder.mkdir(parents=True, exist_ok=True)
-    options = {**settings, "folder": str(folder), "run": str(run), "gpus": facts["gpus_per_node"], "t": time.time()}
+    options = {**settings, "folder": str(folder), "run": str(run), "gpus": facts["gpus_per_node"]}
     command = [
         *("srun", "--kill-on-bad-exit=0", f"--ntasks={facts['nodes']}", "--ntasks-per-node=1"),
         *(f"--output={str(folder).replace('%', '%%')}/%N.log", "--overlap"),
         *(facts["host_python"], "-m", "launch.slurm.preflight", json.dumps(options)),
     ]
+    began = time.time()
     Step(job, command, environment).wait(look, settings["seconds"] + 30)
+    ended = time.time()
     answers = {path.stem: record.read(path) for path in folder.glob("*.json")}
     try:
         expected = tools.nodes(environment.get("SLURM_JOB_NODELIST", ""))
@@ -64,11 +66,28 @@ def check_nodes(job: int, run: Path, logs: Path, facts: dict[str, Any], environm
     for node in expected:
         if node not in answers:
             bad[node] = f"preflight did not answer in {settings['seconds']:.0f} s"
-        elif answers[node].get("problems"):
-            bad[node] = "; ".join(answers[node]["problems"])
+            continue
+        problems = list(answers[node].get("problems", ()))
+        away = clock_error(answers[node], began, ended)
+        if abs(away) > settings["clock_skew"]:
+            problems.append(f"its clock is {away:.0f} s away from the first node's")
+            answers[node]["full"] = False
+        if problems:
+            bad[node] = "; ".join(problems)
     lacking = [answers[node].get("full") for node in expected if node in answers]
     full = f"{run} lacks space" if bad and len(lacking) == len(expected) and all(lacking) else ""
     return NodeProblems(bad, len(bad) == len(expected) > 1, full)
+
+
+def clock_error(answer: dict[str, Any], began: float, ended: float) -> float:
+    """Seconds by which a node's clock is ahead of this one, at the least; 0 if its times lie within those of the check.
+
+    Args:
+        answer: ``began`` and ``ended`` by the node's clock.
+        began, ended: the check's beginning and end by this node's clock.
+    """
+    first, last = float(answer.get("began", began)), float(answer.get("ended", ended))
+    return max(last - ended, 0.0) if last > ended else min(first - began, 0.0)
 
 
 def check_links(job: int, logs: Path, attempt: int, facts: dict[str, Any], environment: dict[str, str], look: Look) -> str | None:

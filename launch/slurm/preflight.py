@@ -23,16 +23,15 @@ def look(options: dict[str, Any]) -> dict[str, Any]:
 
     Args:
         options: ``gpus`` a node should have, ``run`` directory, ``disk_gb`` of free space for it and the temporary folder,
-            ``clock_skew`` in seconds relative to ``t``, the first node's clock when it started the check, ``seconds`` this may
-            take.
+            ``seconds`` this may take.
+
+    Returns:
+        ``problems``; ``full``, whether they are only that space lacks; ``seen``, measurements; ``began`` and ``ended`` by this
+        node's clock, which the supervisor compares with its own.
     """
     began = time.time()
     problems: list[str] = []
     seen: dict[str, Any] = {}
-    late = began - float(options["t"])
-    seen["clock_seconds"] = round(late, 3)
-    if abs(late) > float(options["clock_skew"]) + float(options["seconds"]):
-        problems.append(f"its clock is {late:.0f} s away from the first node's")
     full, lacking = _disk("run", Path(options["run"]), float(options["disk_gb"]), seen)
     temporary, _ = _disk(
         "temporary folder", Path(os.environ.get("TMPDIR") or tempfile.gettempdir()), float(options["disk_gb"]), seen
@@ -41,7 +40,7 @@ def look(options: dict[str, Any]) -> dict[str, Any]:
     lacking = lacking and len(problems) == len(full) + len(temporary)
     if options["gpus"]:
         problems += _gpus(int(options["gpus"]), float(options["seconds"]), seen)
-    return {"problems": problems, "full": lacking, "seen": seen, "took": round(time.time() - began, 3)}
+    return {"problems": problems, "full": lacking, "seen": seen, "began": began, "ended": time.time()}
 
 
 def is_full(folder: Path) -> bool:

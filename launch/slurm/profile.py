@@ -55,7 +55,7 @@ class PreflightSettings(Settings):
     seconds: Positive = Field(default=60.0, description="time limit of the checks, seconds")
     disk_gb: NonNegative = Field(default=5.0, description="minimum free space on the run's disk and in the temporary folder, GB")
     clock_skew: Positive = Field(
-        default=30.0, description="maximum difference between a node's clock and the first node's, seconds"
+        default=30.0, description="maximum difference between the clocks of a node and of the first node, seconds"
     )
     bandwidth_gbps: NonNegative = Field(
         default=0.0, description="minimum algorithm bandwidth of an all-reduce over all GPUs, GB/s; 0 skips the measurement"

@@ -59,6 +59,8 @@ class Status:
         attempts: one row each.
         goodput: see :class:`Goodput`.
         scores: the latest evaluation.
+        jobs: number and state of the run's jobs in the queue.
+        excluded: nodes that the run avoids, with the reasons and until when.
     """
 
     run: str
@@ -71,6 +73,8 @@ class Status:
     attempts: list[dict[str, Any]]
     goodput: Goodput
     scores: dict[str, float]
+    jobs: dict[int, str] = field(default_factory=dict)
+    excluded: dict[str, str] = field(default_factory=dict)
 
 
 def find(name: str) -> RunDirectory:
@@ -85,9 +89,14 @@ def find(name: str) -> RunDirectory:
     raise ConfigError(f"{name} is not a run", hint="Give its directory, or its name below runs/; `fovea runs` lists them")
 
 
-def goodput(run: RunDirectory) -> Goodput:
-    """Compute the goodput of a run from its own records."""
-    rows = [row for row in record.endings(run) if "started_at" in row]
+def goodput(run: RunDirectory, rows: list[dict[str, Any]] | None = None) -> Goodput:
+    """Compute the goodput of a run from its own records.
+
+    Args:
+        run: the run directory.
+        rows: its attempts; by default as recorded.
+    """
+    rows = [row for row in (record.endings(run) if rows is None else rows) if "started_at" in row]
     if not rows:
         return Goodput()
     submitted = [row["t"] for row in run.attempts() if row["event"] == "submit"]
@@ -160,6 +169,8 @@ def _status(run: RunDirectory) -> Status:
             age = run_age if age is None else min(age, run_age)
             step = max(step, int(record.read(path).get("step", 0)))
     outcome = record.read(run.path / "outcome.json")
+    if record.job(run) and not silent and rows and not any(job.state in ("RUNNING", "COMPLETING") for job in jobs):
+        _cut_off(run, rows[-1])
     if over:
         state, why = str(over["state"]), str(over["why"])
     elif any(job.state in ("RUNNING", "COMPLETING") for job in jobs) or (
@@ -188,9 +199,25 @@ def _status(run: RunDirectory) -> Status:
         age,
         jobs[0].id if jobs else None,
         rows,
-        goodput(run),
+        goodput(run, rows),
         {str(name): float(value) for name, value in dict(outcome.get("scores", {})).items()},
+        {job.id: job.state for job in jobs},
+        {node: f"{why} (until {_moment(record.excluded_until(run)[node])})" for node, why in record.excluded(run).items()},
     )
+
+
+def _cut_off(run: RunDirectory, row: dict[str, Any]) -> None:
+    """Complete the row of an attempt that no job runs any more and whose end is not recorded."""
+    if "ended_at" not in row and "started_at" in row:
+        beats = [row["started_at"], row.get("training_at", 0.0)]
+        for path in (run.logs(int(row["attempt"])) / "pulse").glob("rank-*.json"):
+            with contextlib.suppress(OSError):
+                beats.append(path.stat().st_mtime)
+        row.update(ended_at=max(beats), cause="cut off", why="its end is not recorded; the time is that of its last heartbeat")
+
+
+def _moment(t: float) -> str:
+    return time.strftime("%m-%d %H:%M:%S", time.localtime(t))
 
 
 def _last_job(run: RunDirectory, rows: list[dict[str, Any]]) -> str:
@@ -223,8 +250,9 @@ def table(one: Status) -> str:
         f"{Path(one.run).name}: {one.state}: {one.why}",
         f"  {done}" + (f", last heartbeat {one.age:.0f} s ago" if one.age is not None else ""),
     ]
-    if one.job is not None:
-        lines[-1] += f", job {one.job}"
+    if one.jobs:
+        lines[-1] += ", " + ", ".join(f"job {number} {state.lower()}" for number, state in one.jobs.items())
+    lines += [f"  excluded: {node}: {why}" for node, why in one.excluded.items()]
     if one.scores:
         lines.append("  " + "  ".join(f"{name} {value:.3f}" for name, value in one.scores.items()))
     g = one.goodput
@@ -239,7 +267,7 @@ def table(one: Status) -> str:
         durations = ", ".join(f"{name} {clock(seconds)}" for name, seconds in parts.items() if seconds >= 1)
         lines.append(f"  goodput {g.share:.0%} of {clock(g.wall)}: {durations}")
     for row in one.attempts:
-        begun = time.strftime("%m-%d %H:%M:%S", time.localtime(row["started_at"])) if "started_at" in row else "?"
+        begun = _moment(row["started_at"]) if "started_at" in row else "?"
         what = f"{row.get('cause')}: {row.get('why')}" if "cause" in row else "ended" if "ended_at" in row else "alive"
         lines.append(f"  attempt {row['attempt']}  {begun}  {row.get('ranks', '?')} ranks  {row.get('nodes', '')}  {what}")
     return "\n".join(lines)

@@ -122,7 +122,9 @@ def _submit(loaded: Loaded, profile: ClusterProfile, run: RunDirectory, text: st
         try:
             lock(file.fileno(), file.name, wait=False)
         except BlockingIOError as error:
-            raise AlreadySubmitted("another process is submitting this run", where=str(run.path)) from error
+            raise AlreadySubmitted(
+                "another process is submitting this run", where=str(run.path), hint=f"See it with `fovea status {run.path}`"
+            ) from error
         _refuse_living(run)
         render.snapshot(run.path / "code")
         (run.path / "logs").mkdir(exist_ok=True)
@@ -139,7 +141,11 @@ def _submit(loaded: Loaded, profile: ClusterProfile, run: RunDirectory, text: st
         if earlier:  # submitted at the same time, on a file system without locks
             tools.cancel(job)
             run.write("submit/job.json", {**facts, "job": earlier[0].id})
-            raise AlreadySubmitted(f"job {earlier[0].id} of this run was submitted at the same time", where=str(run.path))
+            raise AlreadySubmitted(
+                f"job {earlier[0].id} of this run was submitted at the same time",
+                where=str(run.path),
+                hint=f"See it with `fovea status {run.path}`",
+            )
         run.write("submit/job.json", {**facts, "job": job})
         run.note("submit", job=job)
     return job
@@ -262,4 +268,6 @@ def _ask_slurm(text: str, profile: ClusterProfile, options: list[str]) -> str:
         try:
             return tools.test(Path(file.name), *options)
         except LaunchError as error:
-            raise LaunchError(error.what, where=error.where, hint=f"{error.hint}. Available is {available}") from error
+            raise LaunchError(
+                error.what, where=error.where, hint=f"Change the cluster profile; available is {available}"
+            ) from error

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import signal
 import socket
 import sys
 import time
@@ -29,7 +28,7 @@ from pipeline.runtime import job_record as record
 from pipeline.runtime.run_directory import RunDirectory
 
 _MEETINGS = 3  # rendezvous tries per attempt, if the port was taken meanwhile
-_MARGIN = 15.0  # seconds before the end of the job at which ranks that are still there are given up
+_CANCELLED = "the job was cancelled (scancel)"
 _FULL_DELAY = 600.0  # seconds until a successor looks whether a full disk has space again
 
 
@@ -48,18 +47,15 @@ class Supervisor:
         self.facts = record.job(run)
         self.attempt = 0
         self.stop_reason = ""
-        self.end: job_end.JobEnd | None = None
-        self._signals: list[int] = []
-        self._answered = 0  # signals about which Slurm has been asked
-        self._limit = self._deadline = float("inf")
-        self._kill_wait = 30.0
+        log = run.path / "logs" / f"batch-{self.job}.log"
+        self.watch = job_end.JobWatch(self.job, self.life, log, float(self.facts["lead"]))
+        self._settled = False
         self._beats, self._alive, self._looked, self._hung, self._replaced = "", time.monotonic(), 0.0, False, False
         self._full = ""
 
     def attend(self) -> int:
         """Run the whole attempt; returns the batch script's exit code."""
-        for number in (signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self._note)
+        self.watch.listen()
         if (over := record.final_state(self.run)) or record.pending_request(self.run, record.STOP):
             self._log(f"nothing to do: {over.get('why') or 'the user requested a stop'}")
             if not over:
@@ -80,9 +76,7 @@ class Supervisor:
 
     def _attempt(self) -> Decision:
         """Start the attempt and wait for its end."""
-        self._limit = self._end_of_job(float("inf"))
-        with contextlib.suppress(LaunchError, ValueError):
-            self._kill_wait = float(tools.settings(limit=20)["KillWait"].split()[0])
+        self.watch.begin()
         if self.facts["after"] != "requeue":
             self._guard()
         before, self.attempt = record.saved_step(self.run), self.run.next_attempt()
@@ -149,7 +143,7 @@ class Supervisor:
     def _look(self) -> str:
         """Watch over a step: signals, the end of the job, heartbeats; returns how to end the step, or nothing."""
         self._heed()
-        if time.time() > min(self._limit - min(_MARGIN, float(self.facts["lead"]) / 2), self._deadline):
+        if self.watch.too_late:
             self._log(f"{self.stop_reason}: the ranks are not gone shortly before the end of the job; they are given up")
             return "kill"
         now = time.monotonic()
@@ -159,7 +153,7 @@ class Supervisor:
         live = record.read(self.run.path / "live.json")
         if live and (live.get("job"), live.get("life")) != (self.job, self.life):
             self._replaced = True
-            self._log(f"error: job {live.get('job')} attends this run meanwhile; the ranks of this job are ended")
+            self._log(f"error: job {live.get('job')} attends this run now; the ranks of this job are ended")
             return "kill"
         if (latest := self._heartbeats()) != self._beats:
             self._beats, self._alive = latest, now
@@ -178,58 +172,22 @@ class Supervisor:
                 beats.append(f"{path.name}{path.stat().st_mtime_ns}")
         return " ".join(sorted(beats))
 
-    def _end_of_job(self, unknown: float) -> float:
-        """Wall-clock time at which Slurm will end the job; its own warning comes up to a minute early, or never."""
-        with contextlib.suppress(LaunchError, ValueError):
-            return time.mktime(time.strptime(tools.facts(self.job, limit=20).get("EndTime", ""), "%Y-%m-%dT%H:%M:%S"))
-        return unknown
-
-    # ---- stop requests -----------------------------------------------------------------------------------------------------
-
-    def _note(self, number: int, _: object) -> None:
-        self._signals.append(number)
-
     def _heed(self) -> None:
         """Act on received signals and on the time limit."""
-        lead = float(self.facts["lead"])
-        if len(self._signals) > self._answered:
-            self._ask()
-        elif not self.stop_reason and time.time() > self._limit - lead:
-            self._limit = self._end_of_job(self._limit)  # which an administrator may have extended
-            if time.time() > self._limit - lead:
-                self._stop("time limit")
-
-    def _ask(self) -> None:
-        """Ask Slurm what the signals mean; again at the next look if it does not answer."""
-        count, terminated = len(self._signals), signal.SIGTERM in self._signals
-        if terminated and self._deadline == float("inf"):
-            self._deadline = time.time() + self._kill_wait - min(5.0, self._kill_wait / 3)
-        log = self.run.path / "logs" / f"batch-{self.job}.log"
-        end = job_end.of_running(self.job, self.life, log, limit=max(self._kill_wait / 3, 2.0))
-        if end is None:
-            self._stop("preempted" if terminated else "signal")
-            return
-        self._answered, self.end = count, end
-        if not end.ending:
-            self._deadline = float("inf")
-            near = time.time() > self._limit - float(self.facts["lead"]) - 120
-            warned = end.cause == job_end.SIGNAL and near and signal.SIGUSR2 in self._signals
-            self._stop("time limit" if warned else end.cause)
-            return
-        if end.cause == job_end.CANCELLED and not record.final_state(self.run):
-            self._write(record.end, self.run, "stopped", "the job was cancelled (scancel)")
-        if end.cause == job_end.CANCELLED or end.returns:
-            with contextlib.suppress(LaunchError):
-                successor.cancel(self.run, self.job, limit=max(self._kill_wait / 3, 2.0))
-        self._stop(end.cause)
-        self.stop_reason = end.cause
-
-    def _stop(self, reason: str) -> None:
-        """Ask the ranks to save a checkpoint and stop after the current step."""
-        if not self.stop_reason:
-            self.stop_reason = reason
+        reason, end = self.watch.look(), self.watch.end
+        if reason and not self.stop_reason:
             self._write(record.request, self.run, f"{record.STOP}-{self.attempt}", reason)
             self._log(f"{reason}: the ranks save and stop")
+        self.stop_reason = reason
+        if end is None or not end.ending or self._settled:
+            return
+        self._settled = True
+        cancelled = end.cause == job_end.CANCELLED
+        if cancelled and not record.final_state(self.run):
+            self._write(record.end, self.run, "stopped", _CANCELLED)
+        if cancelled or end.returns:
+            with contextlib.suppress(LaunchError):
+                successor.cancel(self.run, self.job, limit=self.watch.patience)
 
     # ---- afterwards -------------------------------------------------------------------------------------------------------
 
@@ -239,7 +197,7 @@ class Supervisor:
         self._log(f"attempt {self.attempt}: {decision.why} → {decision.action}")
         if decision.action != "requeue":
             return self._finish(decision)
-        if self.end is not None and self.end.returns:
+        if self.watch.end is not None and self.watch.end.returns:
             self._log("Slurm has put this job back into the queue itself")
             return 0
         delay = _FULL_DELAY if decision.cause == "disk" else 0.0
@@ -250,10 +208,12 @@ class Supervisor:
     def _finish(self, decision: Decision) -> int:
         """End the run: record its final state and leave no job of it in the queue."""
         state = {"finish": "finished", "stop": "stopped", "fail": "failed"}[decision.action]
-        self._write(record.end, self.run, state, decision.why)
+        over = record.final_state(self.run)
+        if decision.cause != "cancelled" or not over or over.get("why") == _CANCELLED:  # not by `fovea cancel`
+            self._write(record.end, self.run, state, decision.why)
         with contextlib.suppress(LaunchError):
             successor.cancel(self.run, self.job)
-            if self.end is not None and self.end.returns:
+            if self.watch.end is not None and self.watch.end.returns:
                 tools.cancel(self.job)
         return 0 if decision.action != "fail" else 1
 

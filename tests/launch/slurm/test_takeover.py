@@ -9,6 +9,7 @@ import pytest
 from launch.slurm import excluded_nodes, job_end, takeover
 from launch.slurm import slurm_commands as tools
 from launch.slurm.decide import AttemptResult, Budgets, decide, spent
+from launch.slurm.node_checks import clock_error
 from launch.slurm.slurm_commands import Job
 from pipeline.errors import LaunchError
 from pipeline.runtime import job_record as record
@@ -145,3 +146,13 @@ def test_never_so_many_nodes_are_excluded_that_too_few_are_left(run: RunDirector
 
     monkeypatch.setattr(tools, "partition_nodes", silent)
     assert excluded_nodes.avoid(run, {"nodes": 2})[0] == ["elsewhere", "n1", "n3"]
+
+
+@pytest.mark.parametrize(
+    ("node", "seconds"),
+    [((101.0, 103.0), 0.0), ((100.0, 110.0), 0.0), ((161.0, 163.0), 53.0), ((40.0, 42.0), -60.0), ((99.0, 109.0), -1.0)],
+)
+def test_a_clock_is_compared_with_the_beginning_and_the_end_of_the_check(node: tuple[float, float], seconds: float) -> None:
+    answer = {"began": node[0], "ended": node[1]}
+    assert clock_error(answer, 100.0, 110.0) == seconds
+    assert clock_error({}, 100.0, 110.0) == 0.0

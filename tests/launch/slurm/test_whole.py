@@ -104,8 +104,10 @@ def _ranks(run: RunDirectory) -> list[int]:
 
 
 def test_submitted_once_interrupted_by_everything_it_ends_as_if_nothing_had_happened(
-    slurm: Cluster, mlflow: MlflowServer, s3_port: int, tmp_path: Path
+    slurm: Cluster, mlflow: MlflowServer, s3_port: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setenv("SLURM_CONF", slurm.environment["SLURM_CONF"])
+    monkeypatch.setenv("PATH", slurm.environment["PATH"])
     scenes.write(tmp_path / "scenes", train=320, val=24, size=32, seed=3, samples_per_shard=40)
     upload(s3_port, "cluster", {path.name: path for path in (tmp_path / "scenes").glob("*.tar")})
     config, profile = tmp_path / "toy.yaml", tmp_path / "site.yaml"
