@@ -48,8 +48,8 @@ def rival(run: RunDirectory, job: int) -> int | None:
 def cancelled_predecessor(run: RunDirectory, job: int) -> int | None:
     """The job after which this one waited, if it was cancelled by a person: then the run was meant to end.
 
-    Slurm knows for ``MinJobAge`` seconds (300 by default) after its end, the accounting longer. ``None`` where it is not known, and
-    for a job that a user has submitted.
+    Slurm knows for ``MinJobAge`` seconds (300 by default) after its end, the accounting longer. ``None`` where it is not
+    known, and for a job that a user has submitted.
     """
     before = _last_job(run)
     if before is None or before == job or record.job(run).get("job") == job:

@@ -40,7 +40,13 @@ pytestmark = [
 
 @pytest.fixture(scope="module")
 def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
-    with cluster(tmp_path_factory.mktemp("slurm") / "c", defaults=True) as made:
+    partitions = [
+        "PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE State=UP PriorityTier=1",
+        "PartitionName=cancelling Nodes=ALL MaxTime=INFINITE State=UP PriorityTier=1 PreemptMode=CANCEL",
+        "PartitionName=urgent Nodes=ALL MaxTime=INFINITE State=UP PriorityTier=10 PreemptMode=OFF",
+    ]
+    extra = {"PreemptType": "preempt/partition_prio", "PreemptMode": "REQUEUE"}
+    with cluster(tmp_path_factory.mktemp("slurm") / "c", extra=extra, partitions=partitions, defaults=True) as made:
         assert "KillWait                = 30 sec" in made.call("scontrol", "show", "config")
         yield made
 
@@ -165,6 +171,50 @@ def test_a_run_requeued_by_hand_and_then_cancelled_does_not_come_back(slurm: Clu
     assert one.state == "idle" and f"job {job} was cancelled" in one.why
 
 
+def preempt(slurm: Cluster, folder: Path) -> int:
+    """Submits a job that takes all nodes; its number."""
+    urgent = folder / "urgent.sh"
+    urgent.write_text("#!/bin/bash\n#SBATCH --partition=urgent --nodes=2 --exclusive --output=/dev/null\nsleep 3\n")
+    return int(slurm.call("sbatch", "--parsable", str(urgent)))
+
+
+def test_a_job_preempted_by_requeue_comes_back_itself(slurm: Cluster, start: Start, tmp_path: Path) -> None:
+    run, job = start(steps=60)
+    reach(run, 6)
+    wait_for_successor(run, job)
+    other = preempt(slurm, tmp_path)
+    slurm.wait(other, "COMPLETED")
+    until(lambda: queue(run) == [(job, "PENDING")], "the preempted job is not alone")
+    assert causes(run) == ["preempted"] and record.endings(run)[0]["after"] >= 6
+    slurm.call("scontrol", "update", f"JobId={job}", "StartTime=now")
+    assert verdict(run)["state"] == "finished"
+    assert [row["job"] for row in record.endings(run)] == [job, job]
+
+
+def test_a_job_that_preemption_cancels_is_succeeded_at_once(slurm: Cluster, start: Start, tmp_path: Path) -> None:
+    run, job = start(steps=60, partition="cancelling")
+    reach(run, 6)
+    after = wait_for_successor(run, job)
+    other = preempt(slurm, tmp_path)
+    slurm.wait(other, "COMPLETED")
+    assert verdict(run)["state"] == "finished"
+    assert causes(run) == ["preempted", "finished"] and slurm.state(job) == "PREEMPTED"
+    assert [row["job"] for row in record.endings(run)] == [job, after]
+    assert moment(after, "EligibleTime") - moment(job, "EndTime") < 60
+
+
+def test_a_lost_node_is_called_so(slurm: Cluster, start: Start) -> None:
+    run, job = start(steps=60)
+    reach(run, 6)
+    wait_for_successor(run, job)
+    slurm.call("scontrol", "update", "nodename=n2", "state=down", "reason=test")
+    until(lambda: queue(run) == [(job, "PENDING")], "the requeued job is not alone")
+    slurm.call("scontrol", "update", "nodename=n2", "state=resume", check=False)
+    assert causes(run) == ["node"]
+    slurm.call("scontrol", "update", f"JobId={job}", "StartTime=now")
+    assert verdict(run)["state"] == "finished"
+
+
 def test_ranks_that_hang_at_the_time_limit_are_given_up_and_the_run_comes_back(slurm: Cluster, start: Start) -> None:
     run, job = start({"0": [6, "freeze"]}, steps=400, time="2", checkpoint_lead_time=60)
     reach(run, 1, attempt=1)
@@ -228,3 +278,15 @@ def test_a_disk_that_becomes_full_ends_the_attempt_and_not_the_run(slurm: Cluste
         print(json.dumps(record.endings(run), indent=1))
     finally:
         until(lambda: not subprocess.run(["umount", str(small)], check=False, capture_output=True).returncode, "it is in use")
+
+
+@pytest.mark.parametrize("kill_wait", [5])
+def test_scancel_ends_the_run_within_a_short_kill_wait(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kill_wait: int) -> None:
+    with cluster(tmp_path / "c", extra={"KillWait": str(kill_wait)}, defaults=True) as made:
+        run, job = starter(made, tmp_path, monkeypatch)({"0": [6, "freeze"]}, steps=5000)
+        reach(run, 6)
+        wait_for_successor(run, job)
+        made.call("scancel", str(job))
+        assert verdict(run)["state"] == "stopped"
+        until(lambda: not queue(run), "a job of a cancelled run is left in the queue")
+        assert made.state(job) == "CANCELLED" and len(record.endings(run)) == 1
