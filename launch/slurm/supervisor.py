@@ -87,11 +87,12 @@ class Supervisor:
         code, nodes, failure = 0, node_checks.NodeProblems(), None
         if not self._full:
             code, nodes, failure = self._run_ranks()
-        if self._full or (failure is None and code and is_full(self.run.path)):
+        outcome = record.outcome(self.run, self.attempt)
+        if self._full or (code and outcome is None and is_full(self.run.path)):
             self._full = f"the disk of {self.run.path} is full"
         end = AttemptResult(
             code=code,
-            outcome=record.outcome(self.run, self.attempt),
+            outcome=outcome,
             failure=failure,
             stop_reason=self.stop_reason,
             hung=self._hung,
