@@ -102,6 +102,16 @@ class StepMethod(StrEnum):
     DINOV2 = "dinov2"
 
 
+class RunOrder(StrEnum):
+    """Order of the list of runs."""
+
+    NAME = "name"
+    STATE = "state"
+    TIME = "time"
+    HOURS = "hours"
+    SCORE = "score"
+
+
 class Question(StrEnum):
     """Group of collapse ablations."""
 

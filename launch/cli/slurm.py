@@ -6,11 +6,13 @@ import os
 import shlex
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from launch.cli.choices import RunOrder
 from launch.terminal import Terminal
 from pipeline.errors import ConfigError, LaunchError
 from pipeline.untrusted import open_regular, printable, shown
@@ -91,19 +93,56 @@ def status(
         time.sleep(watch)
 
 
-def runs(folder: Annotated[Path, typer.Argument(help="Directory of the runs.")] = Path("runs")) -> None:
-    """List the runs of a directory, one line each."""
+def runs(
+    folder: Annotated[Path, typer.Argument(help="Directory of the runs.")] = Path("runs"),
+    state: Annotated[str, typer.Option(help="Only runs in these states, such as running,waiting.")] = "",
+    sort: Annotated[RunOrder, typer.Option(help="Order of the list; scores and times from the largest.")] = RunOrder.NAME,
+    score: Annotated[str, typer.Option(metavar="NAME", help="Score to show, such as knn/top1; by default the first.")] = "",
+) -> None:
+    """List the runs of a directory with their time, cost and score, one line each.
+
+    [b]Example[/b]
+
+    fovea runs --state failed,stopped --sort hours
+    """
+    from launch.slurm import slurm_commands as tools
     from launch.slurm import status as standing
+    from pipeline.runtime import job_record as record
+    from pipeline.runtime.clock import clock
     from pipeline.runtime.run_directory import RunDirectory
 
-    run_folders = sorted(path.parent for path in folder.glob("*/config.json"))
+    run_folders = [RunDirectory(path.parent.absolute()) for path in sorted(folder.glob("*/config.json"))]
     if not run_folders:
         raise ConfigError(f"there are no runs in {folder}", hint="Name the directory that contains them")
-    width = max(len(path.name) for path in run_folders)
-    for path in run_folders:
-        one = standing.status(RunDirectory(path.absolute()))
+    listed: list[tools.Job] | LaunchError | None = None
+    if any(record.job(run) for run in run_folders):
+        try:
+            listed = tools.mine()
+        except LaunchError as error:
+            listed = error
+    rows = []
+    for run in run_folders:
+        one = standing.status(run, listed)
+        value = one.scores.get(score) if score else next(iter(one.scores.values()), None)
+        if not state or one.state in state.split(","):
+            rows.append((run.path.name, one, value))
+    keys: dict[RunOrder, Callable[[tuple[str, standing.Status, float | None]], Any]] = {
+        RunOrder.STATE: lambda row: row[1].state,
+        RunOrder.TIME: lambda row: -row[1].goodput.wall,
+        RunOrder.HOURS: lambda row: -row[1].cost.hours,
+        RunOrder.SCORE: lambda row: -row[2] if row[2] is not None else float("inf"),
+    }
+    if sort in keys:
+        rows.sort(key=keys[sort])
+    width = max((len(name) for name, *_ in rows), default=4)
+    header = f"{'run':<{width}}  {'state':<8}  {'step':>15}  {'time':>9}  {'hours':>8}  {'price':>9}  {'score':>7}"
+    print(header)
+    for name, one, value in rows:
         done = f"{one.step}/{one.steps}" if one.steps else str(one.step)
-        print(printable(f"{path.name:<{width}}  {one.state:<8}  {done:>15}  {one.why}"))
+        price = f"{one.cost.price:.2f}" if one.cost.price is not None else "-"
+        number = f"{value:.4f}" if value is not None else "-"
+        columns = f"{one.state:<8}  {done:>15}  {clock(one.goodput.wall):>9}  {one.cost.hours:>8.2f}  {price:>9}  {number:>7}"
+        print(printable(f"{name:<{width}}  {columns}  {one.why}"))
 
 
 def logs(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import shutil
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -126,8 +126,21 @@ def jobs_of(script: Path, *ids: int, user: int | None = None, limit: float = 60.
     Raises:
         LaunchError: Slurm does not answer.
     """
-    listed = _listed("--me" if user is None else f"--user={user}", limit=limit)
+    return of_script(_listed("--me" if user is None else f"--user={user}", limit=limit), script, *ids)
+
+
+def of_script(listed: Iterable[Job], script: Path, *ids: int) -> list[Job]:
+    """Those jobs that were submitted with a batch script or have one of these IDs; by number."""
     return sorted((job for job in listed if job.script == str(script) or job.id in ids), key=lambda job: job.id)
+
+
+def mine(limit: float = 60.0) -> list[Job]:
+    """Queue entries of all jobs of this user.
+
+    Raises:
+        LaunchError: Slurm does not answer.
+    """
+    return _listed("--me", limit=limit)
 
 
 def _listed(*options: str, limit: float = 60.0) -> list[Job]:

@@ -6,6 +6,7 @@ import contextlib
 import shutil
 import sys
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -219,8 +220,12 @@ def _check_patterns(config: Config) -> None:
                 )
 
 
-def living(run: RunDirectory) -> list[tools.Job]:
+def living(run: RunDirectory, listed: Sequence[tools.Job] | None = None) -> list[tools.Job]:
     """Running or pending jobs of this run, by number; running ones first.
+
+    Args:
+        run: the run directory.
+        listed: the queue entries of this user, if they are known; otherwise Slurm is asked for those of the run's owner.
 
     Raises:
         LaunchError: the run was submitted to Slurm, and Slurm does not answer.
@@ -233,8 +238,9 @@ def living(run: RunDirectory) -> list[tools.Job]:
         if not ids:
             return []
         user = None
-    jobs = [job for job in tools.jobs_of(record.script(run), *ids, user=user) if job.live]
-    return sorted(jobs, key=lambda job: (job.state in tools.WAITING, job.id))
+    script = record.script(run)
+    own = tools.jobs_of(script, *ids, user=user) if listed is None else tools.of_script(listed, script, *ids)
+    return sorted((job for job in own if job.live), key=lambda job: (job.state in tools.WAITING, job.id))
 
 
 def _made(path: Path) -> Path:

@@ -41,6 +41,7 @@ OPTIONS = [
     (["shards", "pack", "in", "out"], "--transcode", "ImageFormat"),
     (["shards", "pack", "in", "out"], "--labels", "Labels"),
     (["shards", "index", "in"], "--on-truncated-shard", "OnTruncated"),
+    (["runs"], "--sort", "RunOrder"),
     (["bench", "step"], "--method", "StepMethod"),
     (["bench", "step"], "--device", "Device"),
     (["bench", "checkpoint"], "--model", "VitSize"),
