@@ -117,7 +117,7 @@ def runs(
     listed: list[tools.Job] | LaunchError | None = None
     if any(record.job(run) for run in run_folders):
         try:
-            listed = tools.mine()
+            listed = tools.user_jobs()
         except LaunchError as error:
             listed = error
     rows = []

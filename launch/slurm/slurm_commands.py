@@ -134,7 +134,7 @@ def of_script(listed: Iterable[Job], script: Path, *ids: int) -> list[Job]:
     return sorted((job for job in listed if job.script == str(script) or job.id in ids), key=lambda job: job.id)
 
 
-def mine(limit: float = 60.0) -> list[Job]:
+def user_jobs(limit: float = 60.0) -> list[Job]:
     """Queue entries of all jobs of this user.
 
     Raises:
