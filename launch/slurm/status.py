@@ -159,11 +159,7 @@ def _scores(run: RunDirectory, outcome: dict[str, Any]) -> dict[str, float]:
 def _cut_off(run: RunDirectory, row: dict[str, Any]) -> None:
     """Complete the row of an attempt that no job runs any more and whose end is not recorded."""
     if "ended_at" not in row and "started_at" in row:
-        beats = [row["started_at"], row.get("training_at", 0.0)]
-        for path in (run.logs(int(row["attempt"])) / "pulse").glob("rank-*.json"):
-            with contextlib.suppress(OSError):
-                beats.append(path.stat().st_mtime)
-        row.update(ended_at=max(beats), cause="cut off", why="its end is not recorded; the time is that of its last heartbeat")
+        row.update(ended_at=record.last_sign(run, row), cause="cut off", why="its end is not recorded")
 
 
 def _moment(t: float) -> str:

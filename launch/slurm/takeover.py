@@ -68,7 +68,8 @@ def close_dangling(run: RunDirectory) -> bool:
         if "ended_at" not in row and "started_at" in row and "job" in row:
             number, after = int(row["attempt"]), record.saved_step(run)
             cause, why = _cut_off(run, row)
-            run.note("end", attempt=number, code=-1, cause=cause, why=why, after=after, action="requeue")
+            t = round(record.last_sign(run, row), 3)  # the time since then was spent in the queue
+            run.note("end", t=t, attempt=number, code=-1, cause=cause, why=why, after=after, action="requeue")
             closed = True
     return closed
 

@@ -154,3 +154,17 @@ def endings(run: RunDirectory) -> list[dict[str, Any]]:
             {**rest, f"{row['event']}ed_at" if row["event"] != "training" else "training_at": row["t"]}
         )
     return [rows[number] for number in sorted(rows) if number >= 0]
+
+
+def last_sign(run: RunDirectory, row: dict[str, Any]) -> float:
+    """Returns when an attempt gave its last sign of life, seconds since 1970: its start, its first step or a heartbeat.
+
+    Args:
+        run: the run directory.
+        row: the attempt, as :func:`endings` returns it, with ``started_at``.
+    """
+    signs = [float(row["started_at"]), float(row.get("training_at", 0.0))]
+    for path in (run.logs(int(row["attempt"])) / "pulse").glob("rank-*.json"):
+        with contextlib.suppress(OSError):
+            signs.append(path.stat().st_mtime)
+    return max(signs)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -41,9 +42,13 @@ def test_an_attempt_that_was_cut_off_has_the_cause_that_slurm_knows(
     run: RunDirectory, state: str, cause: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(job_end, "of_ended", lambda job: state if job == 7 else "")
+    run.write("logs/attempt-0000/pulse/rank-0.json", {"step": 5})
+    beat = float(int(record.endings(run)[0]["started_at"]) + 50)
+    os.utime(run.logs(0) / "pulse" / "rank-0.json", (beat, beat))
     assert takeover.close_dangling(run)
     (row,) = record.endings(run)
     assert row["cause"] == cause and row["why"]
+    assert row["ended_at"] == beat, "the time in the queue counts as the attempt's"
     assert not takeover.close_dangling(run)
 
 
