@@ -89,13 +89,16 @@ def submit(
     if dry:
         text = render.script(config, profile, folder, command=typed, code_state=render.code_state())
         argv = ["sbatch", "--parsable", str(script)]
-        return Submitted(None, folder, text, argv, _ask_slurm(text, profile, []) if check else "")
+        if check:
+            _possible(profile)
+        return Submitted(None, folder, text, argv, _test(text, []) if check else "")
+    available = _possible(profile)
     away, forgiven = excluded_nodes.avoid(run, render.facts(config, profile, folder))
     if forgiven:
         print(f"fovea: not excluded, since too few nodes would be left: {', '.join(forgiven)}", file=sys.stderr)
     options = [f"--exclude={','.join(away)}"] if away else []
     text = render.script(config, profile, folder, command=typed, code_state=render.code_state())
-    estimate = _ask_slurm(text, profile, options)
+    estimate = _test(text, options) if check else ""
     is_new = not run.config.exists()
     try:
         job = _submit(loaded, profile, run, text, typed, options)
@@ -108,11 +111,12 @@ def submit(
         ) from error
     except AlreadySubmitted:
         raise
-    except LaunchError:
+    except LaunchError as error:
         if is_new:  # refused: no run that `fovea runs` would list
             _remove_refused(run)
-        raise
-    return Submitted(job, folder, text, ["sbatch", "--parsable", *options, str(script)], estimate if check else "")
+        hint = f"Change the cluster profile; available is {available}" if available is not None else error.hint
+        raise LaunchError(error.what, where=error.where, hint=hint) from error
+    return Submitted(job, folder, text, ["sbatch", "--parsable", *options, str(script)], estimate)
 
 
 def _submit(loaded: Loaded, profile: ClusterProfile, run: RunDirectory, text: str, typed: str, options: list[str]) -> int:
@@ -255,11 +259,11 @@ def _made(path: Path) -> Path:
     return path
 
 
-def _ask_slurm(text: str, profile: ClusterProfile, options: list[str]) -> str:
-    """Ask Slurm whether a script could run; returns when and where it would start.
+def _possible(profile: ClusterProfile) -> limits.Partition | None:
+    """The partition in which the job can run; ``None`` if Slurm chooses it.
 
     Raises:
-        LaunchError: it can never run, or Slurm does not answer.
+        LaunchError: the job can never run, or Slurm does not answer.
     """
     available = limits.partition(profile.partition)
     if available is not None and (reasons := limits.never_runs(profile, available)):
@@ -268,12 +272,16 @@ def _ask_slurm(text: str, profile: ClusterProfile, options: list[str]) -> str:
             where="cluster profile",
             hint=f"Change the profile, or override it with cluster.KEY=VALUE. Available is {available}",
         )
+    return available
+
+
+def _test(text: str, options: list[str]) -> str:
+    """Ask Slurm when a script would start; it also refuses while all nodes are away, so that only ``--check`` asks.
+
+    Raises:
+        LaunchError: it could not start, or Slurm does not answer.
+    """
     with tempfile.NamedTemporaryFile("w", suffix=".sbatch") as file:
         file.write(text)
         file.flush()
-        try:
-            return tools.test(Path(file.name), *options)
-        except LaunchError as error:
-            raise LaunchError(
-                error.what, where=error.where, hint=f"Change the cluster profile; available is {available}"
-            ) from error
+        return tools.test(Path(file.name), *options)
