@@ -11,6 +11,8 @@ from typing import Any
 import pytest
 import yaml
 
+from launch.slurm import slurm_commands as tools
+from pipeline.data.pack import synthetic as scenes
 from pipeline.runtime import job_record as record
 from pipeline.runtime.run_directory import RunDirectory
 from tests.helpers.cluster_runs import SITE, fovea, queue, until
@@ -84,3 +86,23 @@ def test_of_two_submissions_at_once_one_job_is_left(slurm: Cluster, words: list[
     fovea("cancel", str(run.path))
     until(lambda: not queue(run), "a cancelled run is in the queue")
     assert record.final_state(run)["state"] == "stopped"
+
+
+def test_an_excluded_node_is_avoided_unless_too_few_are_left_and_is_forgiven(words: list[str], tmp_path: Path) -> None:
+    scenes.write(tmp_path / "data", train=40, val=8, size=32, samples_per_shard=20)  # resuming indexes the shards
+    words = [*words, f"data.shards={tmp_path}/data/*train-*.tar"]
+    run = RunDirectory(tmp_path / "run")
+    record.exclude(run, {"n2": "its clock is 300 s away"})
+
+    def excluded() -> str:
+        nodes = tools.facts(int(record.job(run)["job"]))["ExcNodeList"]
+        fovea("cancel", str(run.path))
+        return nodes
+
+    fovea(*words, "cluster.nodes=1")
+    assert "excluded: n2: its clock is 300 s away (until" in fovea("status", str(run.path))
+    assert excluded() == "n2"
+    assert "too few nodes would be left: n2" in fovea("resume", str(run.path), "cluster.nodes=2")
+    assert excluded() == "(null)"
+    assert "forgiven: n2" in fovea("resume", str(run.path), "cluster.nodes=1", "--forgive-nodes")
+    assert excluded() == "(null)" and "excluded" not in fovea("status", str(run.path))
