@@ -86,9 +86,10 @@ class Story:
         return f"ended: {self.verdict()}" if self.verdict() else f"does not train again within {PATIENCE:.0f} s"
 
     def queue(self) -> str:
-        """What ``squeue`` shows of this user's jobs."""
-        lines = self.slurm.call("squeue", "--me", "-h", "-o", "%T (%r)").split("\n")
-        return ", ".join(sorted(line.replace(" (None)", "") for line in lines if line)) or "no job"
+        """What ``squeue`` shows of the run's jobs."""
+        lines = self.slurm.call("squeue", "--me", "-h", "-o", "%T (%r)|%o").split("\n")
+        own = [line.partition("|")[0] for line in lines if line.endswith(f"|{self.run}/submit/script.sbatch")]
+        return ", ".join(sorted(line.replace(" (None)", "") for line in own)) or "no job"
 
     def account(self) -> str:
         """The last line that ``fovea status`` shows of an attempt's end, and the state."""
