@@ -53,6 +53,13 @@ class CheckpointError(FoveaError):
     """A checkpoint that is missing, damaged, or of another run."""
 
 
+class CheckpointWriteError(CheckpointError):
+    """Checkpoints that could not be written, mostly since a disk is full; a later attempt may find space."""
+
+    retryable = True
+    cause = "disk"
+
+
 class LaunchError(FoveaError):
     """Ranks that cannot be started or cannot connect to each other."""
 

@@ -127,7 +127,7 @@ def classify(end: AttemptResult) -> tuple[str, str]:
             return "refused", what
         return "node" if _MACHINE.search(what) else "crash", what
     if end.stop_reason:
-        return end.stop_reason, f"{end.stop_reason}, and no time was left to save"
+        return end.stop_reason, "no time was left to save"
     return "crash", f"the ranks ended with code {end.code} without a message (killed, or out of memory?)"
 
 

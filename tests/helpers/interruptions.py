@@ -180,7 +180,7 @@ def full_disk(s: Story) -> str:
     try:
         s.run = small / "run"
         s.submit({"0": [12, "fill"]})
-        s.until(lambda: s.slurm.state(s.job) in ("COMPLETED", "FAILED", "PENDING"), 120)
+        s.until(lambda: s.starts() and s.slurm.state(s.job) in ("COMPLETED", "FAILED", "PENDING"), 120)
         return f"queue: {s.queue()}; {s.account()}"
     finally:
         s.slurm.call("scancel", "--me", check=False)
@@ -219,8 +219,8 @@ STORIES = (
 )
 
 
-def tell(out: Path) -> None:
-    """Run all stories with the code of the current directory and write their ends as JSON."""
+def tell(out: Path, names: list[str]) -> None:
+    """Run stories with the code of the current directory and write their ends as JSON; all of them by default."""
     from tests.helpers.slurm import cluster
 
     ends = {}
@@ -229,7 +229,7 @@ def tell(out: Path) -> None:
         own = {"AuthInfo": f"socket={folder}/c/munge/sock", "KillWait": "30", "MinJobAge": "300"}
         with cluster(folder / "c", extra=own) as slurm:
             os.environ |= slurm.environment
-            for story in STORIES:
+            for story in (one for one in STORIES if one.__name__ in names or not names):
                 (folder / story.__name__).mkdir()
                 try:
                     ends[story.__name__] = story(Story(slurm, folder / story.__name__))
@@ -246,7 +246,7 @@ def tell(out: Path) -> None:
 def main() -> None:
     """Entry of ``python -m tests.helpers.interruptions OUT.md --before CHECKOUT``."""
     if sys.argv[1] == "--tell":
-        tell(Path(sys.argv[2]))
+        tell(Path(sys.argv[2]), sys.argv[3:])
         return
     out, before = Path(sys.argv[1]), Path(sys.argv[3])
     ends = {}
