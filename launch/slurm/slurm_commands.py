@@ -62,12 +62,13 @@ def call(*argv: str, limit: float = 60.0) -> str:
         raise LaunchError(
             f"{argv[0]} is not on the PATH", where="Slurm", hint="Run this on a login node, or load the module that has it"
         )
+    where = " ".join([word for word in argv if not word.startswith("-")][:3])
     try:
         done = subprocess.run(argv, capture_output=True, text=True, timeout=limit, stdin=subprocess.DEVNULL, check=False)
     except subprocess.TimeoutExpired as error:
         raise LaunchError(
             f"did not answer within {limit:.0f} s",
-            where=" ".join(argv[:3]),
+            where=where,
             hint="Check that the Slurm controller is running, or try again later",
         ) from error
     if done.returncode:
@@ -76,7 +77,7 @@ def call(*argv: str, limit: float = 60.0) -> str:
         hint = (
             "Check that this is a login node and that the Slurm controller is running; `fovea doctor` shows more" if away else ""
         )
-        raise LaunchError(" ".join(message.split()) or f"failed with code {done.returncode}", where=" ".join(argv[:3]), hint=hint)
+        raise LaunchError(" ".join(message.split()) or f"failed with code {done.returncode}", where=where, hint=hint)
     return done.stdout
 
 
@@ -164,8 +165,8 @@ def facts(job: int, limit: float = 60.0) -> dict[str, str]:
 
 
 def pairs(text: str) -> dict[str, str]:
-    """The pairs ``key=value`` of a line of ``scontrol``."""
-    return dict(pair.split("=", 1) for pair in text.split() if "=" in pair)
+    """The pairs ``key=value`` of a line of ``scontrol``; the first of a key counts, as paths with blanks come last."""
+    return dict(pair.split("=", 1) for pair in reversed(text.split()) if "=" in pair)
 
 
 def settings(limit: float = 60.0) -> dict[str, str]:

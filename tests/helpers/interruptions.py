@@ -224,7 +224,7 @@ def tell(out: Path, names: list[str]) -> None:
     from tests.helpers.slurm import cluster
 
     ends = {}
-    with tempfile.TemporaryDirectory(prefix="fovea-interruptions-") as name:
+    with tempfile.TemporaryDirectory(prefix="fovea-interruptions-", ignore_cleanup_errors=True) as name:
         folder = Path(name)
         own = {"AuthInfo": f"socket={folder}/c/munge/sock", "KillWait": "30", "MinJobAge": "300"}
         with cluster(folder / "c", extra=own) as slurm:

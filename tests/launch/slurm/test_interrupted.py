@@ -250,6 +250,21 @@ def test_where_no_second_job_is_allowed_the_job_is_requeued(slurm: Cluster, star
     assert causes(run) == ["crash", "finished"]
 
 
+def test_without_a_successor_the_same_job_comes_back(slurm: Cluster, start: Start) -> None:
+    run, job = start(steps=5000, requeue_mode="requeue")
+    reach(run, 6)
+    assert queue(run) == [(job, "RUNNING")]
+    slurm.call("scancel", "--batch", "-s", "USR2", str(job))
+    until(lambda: queue(run) == [(job, "PENDING")], "the job is not requeued")
+    assert causes(run) == ["signal"] and not record.final_state(run)
+    slurm.call("scontrol", "update", f"JobId={job}", "StartTime=now")
+    reach(run, 1, attempt=1)
+    slurm.call("scancel", str(job))
+    assert verdict(run)["state"] == "stopped"
+    until(lambda: not queue(run), "a cancelled run is in the queue")
+    assert causes(run) == ["signal", "cancelled"]
+
+
 def test_a_supervisor_that_another_job_has_replaced_ends_its_ranks(start: Start) -> None:
     run, _ = start(steps=5000)
     reach(run, 6)

@@ -77,3 +77,9 @@ def test_what_the_controller_has_forgotten_the_accounting_knows(
     monkeypatch.setattr(tools, "facts", lambda *_, **__: {"JobState": controller} if controller else {})
     monkeypatch.setattr(tools, "call", lambda *_, **__: accounting)
     assert job_end.of_ended(7) == state
+
+
+def test_a_path_with_blanks_is_no_fact_about_a_job() -> None:
+    line = "JobId=7 JobName=toy JobState=RUNNING Restarts=0 Command=/my runs/x Restarts=5/script.sbatch WorkDir=/a=b"
+    facts = tools.pairs(line)
+    assert (facts["JobState"], facts["Restarts"], facts["WorkDir"]) == ("RUNNING", "0", "/a=b")

@@ -106,3 +106,18 @@ def test_an_excluded_node_is_avoided_unless_too_few_are_left_and_is_forgiven(wor
     assert excluded() == "(null)"
     assert "forgiven: n2" in fovea("resume", str(run.path), "cluster.nodes=1", "--forgive-nodes")
     assert excluded() == "(null)" and "excluded" not in fovea("status", str(run.path))
+
+
+def test_doctor_compares_a_profile_with_its_partition(words: list[str], tmp_path: Path) -> None:
+    site = tmp_path / "site.yaml"
+    assert "the profile fits partition main: 2 nodes" in fovea_any("doctor", "-c", str(site))
+    profile = {**yaml.safe_load(site.read_text()), "gpus_per_node": 8, "time": "3:00:00"}
+    site.write_text(yaml.safe_dump(profile))
+    said = fovea_any("doctor", "-c", str(site))
+    assert "8 GPUs per node are available on 0 of 2 nodes" in said and "time 3:00:00 exceeds the limit of 2:00:00" in said
+
+
+def fovea_any(*arguments: str) -> str:
+    """Output of a command, whatever its exit code: what else this host lacks is not the matter."""
+    command = [sys.executable, "-m", "launch.cli.main", *arguments]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False).stdout
