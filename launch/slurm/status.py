@@ -117,7 +117,7 @@ def _status(run: RunDirectory, listed: Sequence[Job] | LaunchError | None) -> St
         not jobs and not record.job(run) and age is not None and age < 30 and not _ended(run, attempt)
     ):
         state = "running"
-        why = f"on {jobs[0].nodes}, {jobs[0].left} left of this attempt" if jobs else "on this machine"
+        why = _where(jobs[0]) if jobs else "on this machine"
     elif jobs:
         state = "waiting"
         start = f", expected {jobs[0].start}" if jobs[0].start not in ("", "N/A") else ""
@@ -154,6 +154,12 @@ def _scores(run: RunDirectory, outcome: dict[str, Any]) -> dict[str, float]:
     newest = max(run.checkpoints.glob("step_*/manifest.json"), default=None)
     scores = outcome.get("scores") or (record.read(newest).get("scores") if newest is not None else None) or {}
     return {str(name): float(value) for name, value in dict(scores).items()}
+
+
+def _where(job: Job) -> str:
+    """Nodes and remaining time of a running job; Slurm prints INVALID beyond the limit."""
+    left = "no limit" if job.left == "UNLIMITED" else "ending soon"
+    return f"on {job.nodes}, " + (f"{job.left} left of this attempt" if ":" in job.left else left)
 
 
 def _cut_off(run: RunDirectory, row: dict[str, Any]) -> None:

@@ -90,6 +90,16 @@ def test_a_job_that_is_left_of_an_ended_run_is_cancelled(
     assert "is finished already" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(("left", "text"), [("1:02:03", "1:02:03 left"), ("INVALID", "ending soon"), ("UNLIMITED", "no limit")])
+def test_the_time_left_is_shown_where_slurm_knows_it(
+    run: RunDirectory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, left: str, text: str
+) -> None:
+    line = "\x1f".join(("9", "RUNNING", "None", "N/A", left, "n[1-2]", "0:00", "toy", "(null)", str(record.script(run))))
+    programs(tmp_path, monkeypatch, {"squeue": f"echo '{line}'"})
+    one = status.status(run)
+    assert one.state == "running" and text in one.why and "INVALID" not in one.why
+
+
 def test_a_run_that_only_waits_is_stopped_in_the_queue(
     run: RunDirectory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
