@@ -8,9 +8,10 @@ with ``--dependency=afterany:JOB``; the successor costs no allocation while it w
 - It takes over however the job ends: supervisor killed, batch log on a full disk, time limit passed with hung processes.
 - The job's number changes, and two entries of the queue belong to a run.
 
-The job is still submitted with ``--requeue``: where Slurm or a person requeues it (``scontrol requeue``, preemption by requeue, a
-lost node), it comes back itself, and its supervisor cancels the successor, which would otherwise take over if that pending job
-were cancelled. Where no second job may be submitted (a limit of jobs per user), the supervisor says so in the batch log, tries
+The job is still submitted with ``--requeue``. Where a person requeues it (``scontrol requeue``), it comes back itself, held if
+requested, and its supervisor cancels the successor, which would otherwise take over if that job were cancelled. Where Slurm
+requeues it (preemption by requeue, a lost node), the supervisor, if it still runs, cancels its own job instead, so that the
+successor is eligible at once. Where no second job may be submitted (a limit of jobs per user), the supervisor logs that, tries
 again at the end of the attempt, and then requeues the job itself. ``requeue_mode: requeue`` never submits a successor.
 """
 

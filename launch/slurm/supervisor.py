@@ -186,7 +186,7 @@ class Supervisor:
         cancelled = end.cause == job_end.CANCELLED
         if cancelled and not record.final_state(self.run):
             self._write(record.end, self.run, "stopped", _CANCELLED)
-        if cancelled or end.returns:
+        if cancelled or end.cause == job_end.REQUEUED:
             with contextlib.suppress(LaunchError):
                 successor.cancel(self.run, self.job, limit=self.watch.patience)
 
@@ -199,7 +199,8 @@ class Supervisor:
         if decision.action != "requeue":
             return self._finish(decision)
         if self.watch.end is not None and self.watch.end.returns:
-            self._log("Slurm has put this job back into the queue itself")
+            if self.watch.end.cause == job_end.REQUEUED or self.facts["after"] == "requeue" or not self._hand_over():
+                self._log("Slurm has put this job back into the queue itself")
             return 0
         delay = _FULL_DELAY if decision.cause == "disk" else 0.0
         if self.facts["after"] != "requeue" and self._guard(delay, again=True):
@@ -229,6 +230,20 @@ class Supervisor:
             )
             return False
         self._log(f"job {number} takes over when this one ends" + (f", in {delay:.0f} s at the earliest" if delay else ""))
+        return True
+
+    def _hand_over(self) -> bool:
+        """Let the successor go on instead of this job, which Slurm has requeued after a preemption or a lost node."""
+        try:
+            waiting = successor.waiting(self.run, self.job, limit=self.watch.patience)
+            if not waiting:
+                return False
+            record.hand_over(self.run, self.job)
+            tools.cancel(self.job, limit=self.watch.patience)
+        except (LaunchError, OSError) as error:
+            self._log(f"warning: the successor does not go on instead of this job ({error})")
+            return False
+        self._log(f"job {waiting[0].id} goes on instead of this job, which Slurm would keep waiting for two minutes")
         return True
 
     def _requeue(self) -> int:

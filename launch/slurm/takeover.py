@@ -49,10 +49,10 @@ def cancelled_predecessor(run: RunDirectory, job: int) -> int | None:
     """The job after which this one waited, if it was cancelled by a person: then the run was meant to end.
 
     Slurm knows for ``MinJobAge`` seconds (300 by default) after its end, the accounting longer. ``None`` where it is not
-    known, and for a job that a user has submitted.
+    known, for a job that a user has submitted, and where the supervisor cancelled its job to let this one go on.
     """
     before = _last_job(run)
-    if before is None or before == job or record.job(run).get("job") == job:
+    if before is None or before == job or record.job(run).get("job") == job or record.handed_over(run) == before:
         return None
     return before if job_end.of_ended(before) == "CANCELLED" else None
 

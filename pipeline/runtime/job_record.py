@@ -9,6 +9,7 @@
 <run>/final_state.json        the final state of the run, once it has ended
 <run>/excluded.json           nodes that the run avoids, with reasons and until when
 <run>/live.json               the job whose supervisor attends the run
+<run>/handover.json           the job whose supervisor cancelled it in favour of its successor
 """
 
 from __future__ import annotations
@@ -102,6 +103,17 @@ def _exclusions(run: RunDirectory) -> dict[str, dict[str, Any]]:
             if isinstance(t, (int, float)) and isinstance(until, (int, float)):
                 rows[node] = {"why": row["why"], "t": float(t), "until": float(until)}
     return dict(sorted(rows.items(), key=lambda item: item[1]["t"]))
+
+
+def hand_over(run: RunDirectory, job: int) -> None:
+    """Records that a supervisor cancels its own job in favour of its successor."""
+    run.write("handover.json", {"job": job})
+
+
+def handed_over(run: RunDirectory) -> int | None:
+    """Returns the job that was last cancelled in favour of its successor."""
+    number = read(run.path / "handover.json").get("job")
+    return number if type(number) is int else None
 
 
 def request(run: RunDirectory, what: str, reason: str) -> Path:

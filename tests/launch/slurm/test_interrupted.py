@@ -178,17 +178,17 @@ def preempt(slurm: Cluster, folder: Path) -> int:
     return int(slurm.call("sbatch", "--parsable", str(urgent)))
 
 
-def test_a_job_preempted_by_requeue_comes_back_itself(slurm: Cluster, start: Start, tmp_path: Path) -> None:
+def test_a_job_preempted_by_requeue_is_succeeded_at_once(slurm: Cluster, start: Start, tmp_path: Path) -> None:
     run, job = start(steps=60)
     reach(run, 6)
-    wait_for_successor(run, job)
-    other = preempt(slurm, tmp_path)
-    slurm.wait(other, "COMPLETED")
-    until(lambda: queue(run) == [(job, "PENDING")], "the preempted job is not alone")
-    assert causes(run) == ["preempted"] and record.endings(run)[0]["after"] >= 6
-    slurm.call("scontrol", "update", f"JobId={job}", "StartTime=now")
+    after = wait_for_successor(run, job)
+    preempt(slurm, tmp_path)
     assert verdict(run)["state"] == "finished"
-    assert [row["job"] for row in record.endings(run)] == [job, job]
+    assert causes(run) == ["preempted", "finished"] and record.endings(run)[0]["after"] >= 6
+    assert [row["job"] for row in record.endings(run)] == [job, after]
+    assert moment(after, "EligibleTime") - record.endings(run)[0]["ended_at"] < 60, "Slurm's two minutes were waited for"
+    until(lambda: not queue(run), "a job of a finished run is left in the queue")
+    assert slurm.state(job) == "CANCELLED"
 
 
 def test_a_job_that_preemption_cancels_is_succeeded_at_once(slurm: Cluster, start: Start, tmp_path: Path) -> None:
@@ -206,13 +206,14 @@ def test_a_job_that_preemption_cancels_is_succeeded_at_once(slurm: Cluster, star
 def test_a_lost_node_is_called_so(slurm: Cluster, start: Start) -> None:
     run, job = start(steps=60)
     reach(run, 6)
-    wait_for_successor(run, job)
+    after = wait_for_successor(run, job)
     slurm.call("scontrol", "update", "nodename=n2", "state=down", "reason=test")
-    until(lambda: queue(run) == [(job, "PENDING")], "the requeued job is not alone")
-    slurm.call("scontrol", "update", "nodename=n2", "state=resume", check=False)
-    assert causes(run) == ["node"]
-    slurm.call("scontrol", "update", f"JobId={job}", "StartTime=now")
+    until(lambda: causes(run) == ["node"], "the loss is not recorded")
+    slurm.call("scontrol", "update", "nodename=n2", "state=resume", check=False)  # refused if it came back by itself
     assert verdict(run)["state"] == "finished"
+    assert causes(run) == ["node", "finished"] and [row["job"] for row in record.endings(run)] == [job, after]
+    assert moment(after, "EligibleTime") - record.endings(run)[0]["ended_at"] < 60
+    until(lambda: not queue(run), "a job of a finished run is left in the queue")
 
 
 def test_ranks_that_hang_at_the_time_limit_are_given_up_and_the_run_comes_back(slurm: Cluster, start: Start) -> None:

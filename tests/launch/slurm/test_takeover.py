@@ -77,6 +77,10 @@ def test_only_a_successor_asks_whether_the_job_before_it_was_cancelled(
     monkeypatch.setattr(job_end, "of_ended", lambda job: "CANCELLED")
     assert takeover.cancelled_predecessor(run, 8) == 7
     assert takeover.cancelled_predecessor(run, 7) is None  # the job itself, requeued
+    record.hand_over(run, 7)  # by its own supervisor, in favour of this job
+    assert takeover.cancelled_predecessor(run, 8) is None
+    record.hand_over(run, 6)
+    assert takeover.cancelled_predecessor(run, 8) == 7
     run.write("submit/job.json", {"job": 8})  # resumed by a user
     assert takeover.cancelled_predecessor(run, 8) is None
     monkeypatch.setattr(job_end, "of_ended", lambda job: "FAILED")
