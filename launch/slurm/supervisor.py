@@ -241,9 +241,9 @@ class Supervisor:
             record.hand_over(self.run, self.job)
             tools.cancel(self.job, limit=self.watch.patience)
         except (LaunchError, OSError) as error:
-            self._log(f"warning: the successor does not go on instead of this job ({error})")
+            self._log(f"warning: the successor does not continue instead of this job ({error})")
             return False
-        self._log(f"job {waiting[0].id} goes on instead of this job, which Slurm would keep waiting for two minutes")
+        self._log(f"job {waiting[0].id} continues instead of this job, which Slurm would keep waiting for two minutes")
         return True
 
     def _requeue(self) -> int:
