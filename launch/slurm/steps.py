@@ -56,7 +56,8 @@ class Step:
                     tools.cancel(line, *options, limit=5)
         with contextlib.suppress(subprocess.TimeoutExpired):
             self._process.wait(timeout=3 if at_once else 30)
-        self._process.kill()
+        if not at_once:  # otherwise the job ends now, and Slurm ends srun with it
+            self._process.kill()
 
 
 def filled(argument: str, logs: Path) -> str:
