@@ -113,6 +113,7 @@ def _write(folder: Path, extra: dict[str, str], partitions: list[str], *, defaul
         "ReturnToService": "2",
         "SlurmdTimeout": "10",
         "JobRequeue": "1",
+        "UnkillableStepTimeout": "600",  # a busy machine must not drain a node
         **({} if defaults else _SHORT),
         **extra,
     }
