@@ -26,7 +26,8 @@ class FoveaError(Exception):
 
     Attributes:
         retryable: whether the same command may succeed later, so that a cluster's supervisor starts another attempt.
-        cause: category in the record of attempts: ``refused``, ``nonfinite``, ``rendezvous``, ``hang``, ``node`` or ``crash``.
+        cause: category in the record of attempts: ``refused``, ``nonfinite``, ``rendezvous``, ``hang``, ``node``, ``disk`` or
+            ``crash``.
     """
 
     exit_code = 2
@@ -50,6 +51,13 @@ class DataError(FoveaError):
 
 class CheckpointError(FoveaError):
     """A checkpoint that is missing, damaged, or of another run."""
+
+
+class CheckpointWriteError(CheckpointError):
+    """Checkpoints that could not be written, mostly since a disk is full; a later attempt may find space."""
+
+    retryable = True
+    cause = "disk"
 
 
 class LaunchError(FoveaError):
@@ -83,6 +91,13 @@ class SystemFault(FoveaError):
     cause = "crash"
 
 
+class DiskFullError(SystemFault):
+    """A full disk, or a used-up quota; a later attempt may find space."""
+
+    cause = "disk"
+
+
+_FULL = (errno.ENOSPC, errno.EDQUOT)
 _ADVICE = {
     errno.ENOSPC: "Free space there, or choose another folder",
     errno.EDQUOT: "Free space there, or choose another folder",
@@ -117,15 +132,18 @@ def of_system(error: OSError) -> FoveaError | None:
     named = [str(os.fsdecode(name)) for name in (error.filename, error.filename2) if isinstance(name, (str, bytes))]
     what = error.strerror if len(error.strerror) < 300 else error.strerror[:300] + "…"
     where = " -> ".join(name if len(name) < 300 else name[:100] + "…" + name[-60:] for name in named)
-    return SystemFault(what, where=where, hint=_ADVICE.get(error.errno, "Run `fovea --debug …` for the traceback"))
+    kind = DiskFullError if error.errno in _FULL else SystemFault
+    return kind(what, where=where, hint=_ADVICE.get(error.errno, "Run `fovea --debug …` for the traceback"))
 
 
 def failure_fields(error: BaseException) -> dict[str, Any]:
     """Returns the entries of a failure record for an exception: ``kind`` for display, ``retryable`` and ``cause`` for decisions.
 
-    Anything but a :class:`FoveaError` counts as a crash, which the node may have caused.
+    Anything but a :class:`FoveaError` and a full disk counts as a crash, which the node may have caused.
     """
     known = error if isinstance(error, FoveaError) else None
+    if isinstance(error, OSError) and error.errno in _FULL:
+        return {"kind": type(error).__name__, "retryable": True, "cause": DiskFullError.cause}
     return {
         "kind": type(error).__name__,
         "retryable": known.retryable if known else True,

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from launch.cli.choices import Precision, Weights
+from launch.cli.choices import Precision, Weights, local_only
 from pipeline.checkpoint.files import Saved, committed_checkpoints, newest, read, verify
 from pipeline.checkpoint.manifest import MANIFEST
 from pipeline.checkpoint.retention import read_best
@@ -128,7 +128,7 @@ def inspect(
 @app.command("convert")
 def convert(
     path: AnyArgument,
-    out: Annotated[Path, typer.Argument(metavar="OUT", help="Output file, such as teacher.safetensors.")],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="Output file, such as teacher.safetensors.", callback=local_only)],
     weights: Annotated[
         Weights, typer.Option(help="Weights to write; those of both have names prefixed by teacher. and student.")
     ] = Weights.TEACHER,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -12,6 +13,8 @@ from pipeline.errors import ConfigError
 _ROOT = Path(pipeline.__path__[0])
 _METHODS = sorted(file.parent.name for file in _ROOT.glob("methods/*/settings.py"))
 _FORMATS = sorted(file.stem for file in _ROOT.glob("weights/export/formats/*.py") if file.stem != "__init__")
+
+_URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):/")
 
 if TYPE_CHECKING:
     Method = str
@@ -99,6 +102,16 @@ class StepMethod(StrEnum):
     DINOV2 = "dinov2"
 
 
+class RunOrder(StrEnum):
+    """Order of the list of runs."""
+
+    NAME = "name"
+    STATE = "state"
+    TIME = "time"
+    HOURS = "hours"
+    SCORE = "score"
+
+
 class Question(StrEnum):
     """Group of collapse ablations."""
 
@@ -117,4 +130,19 @@ def output_stem(path: Path | None) -> Path | None:
     """
     if path is not None and path.name in ("", ".."):
         raise ConfigError(f"{str(path)!r} names no file", where="--out", hint="Choose a file name, without extension")
+    return local_only(path)
+
+
+def local_only(path: Path | None) -> Path | None:
+    """Check an output path, as callback of an option or argument.
+
+    Raises:
+        ConfigError: it is a URL, of which a path would silently make a local folder.
+    """
+    if path is not None and (match := _URL.match(str(path))):
+        raise ConfigError(
+            f"is a URL; output is written to a local folder only, and {match[1]}: would become one",
+            where=str(path).replace(":/", "://", 1),
+            hint="Name a local folder, and copy it to the bucket afterwards",
+        )
     return path

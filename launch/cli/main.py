@@ -15,7 +15,7 @@ from launch.cli import shards
 from launch.cli import slurm as cluster
 from launch.cli.bench_methods import app as bench
 from launch.cli.checkpoint import app as checkpoint
-from launch.cli.choices import Device, ExportFormat, Method, Network, output_stem
+from launch.cli.choices import Device, ExportFormat, Method, Network, local_only, output_stem
 from launch.cli.mlflow import app as mlflow
 from launch.streams import open_streams
 from launch.terminal import Terminal, clean_logs
@@ -70,7 +70,7 @@ def demo(
     method: Annotated[Method, typer.Option(help="Pretraining method.")] = Method("dinov2"),  # noqa: B008
     data: Annotated[str | None, typer.Option(metavar="SHARDS", help="Your own shards instead of synthetic scenes.")] = None,
     val: Annotated[str | None, typer.Option(metavar="SHARDS", help="Labelled validation shards for --data.")] = None,
-    directory: Annotated[Path, typer.Option(help="Output directory.")] = Path("runs/demo"),
+    directory: Annotated[Path, typer.Option(help="Output directory.", callback=local_only)] = Path("runs/demo"),
 ) -> None:
     """Generate a data set, train on it, interrupt and resume the run, and show the results.
 
@@ -146,7 +146,9 @@ def evaluate(
     size: Annotated[
         int | None, typer.Option(metavar="PIXELS", help="Side of the images in pixels, for pretrained weights.")
     ] = None,
-    output: Annotated[Path | None, typer.Option(metavar="FILE", help="Also write the scores to this JSON file.")] = None,
+    output: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Also write the scores to this JSON file.", callback=local_only)
+    ] = None,
     ranks: Annotated[
         int | None, typer.Option(min=1, help="Number of processes; by default one per GPU, or 1 without GPUs.")
     ] = None,
@@ -191,7 +193,9 @@ def evaluate(
 def export(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="A run's directory, or one of its checkpoints.")],
     to: Annotated[ExportFormat, typer.Option(help="Export format.")],
-    out: Annotated[Path | None, typer.Option(metavar="FOLDER", help="Output directory; RUN/export/FORMAT by default.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(metavar="FOLDER", help="Output directory; RUN/export/FORMAT by default.", callback=local_only)
+    ] = None,
     network: Annotated[
         Network, typer.Option(help="Network to export; auto selects the one that the method trains for use.")
     ] = Network.AUTO,
@@ -260,7 +264,7 @@ def prove(
 @app.command(short_help="Compare runs in one HTML page.")
 def report(
     runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Run directories.")],
-    out: Annotated[Path, typer.Option(metavar="FILE", help="Output HTML file.")] = Path("report.html"),
+    out: Annotated[Path, typer.Option(metavar="FILE", help="Output HTML file.", callback=local_only)] = Path("report.html"),
 ) -> None:
     """Compare runs in one HTML page: curves, scores, throughput, interruptions, losses, environment, settings.
 
@@ -281,7 +285,7 @@ def visualize(
     size: Annotated[
         int | None, typer.Option(metavar="PIXELS", help="Side of the images in pixels; twice the training size by default.")
     ] = None,
-    out: Annotated[Path, typer.Option(metavar="FILE", help="Output HTML file.")] = Path("images.html"),
+    out: Annotated[Path, typer.Option(metavar="FILE", help="Output HTML file.", callback=local_only)] = Path("images.html"),
 ) -> None:
     """Visualize your own images: PCA of patch features, attention maps, similarity to texts.
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from launch.cli.choices import ImageFormat, Labels, OnTruncated, SourceLayout
+from launch.cli.choices import ImageFormat, Labels, OnTruncated, SourceLayout, local_only
 from launch.cli.shards_index import NAMED, build_index, part_of, store_at_start
 from pipeline.errors import ConfigError
 from pipeline.masking import printable
@@ -145,7 +145,7 @@ def verify(
 @app.command("pack")
 def pack(
     source: Annotated[str, typer.Argument(metavar="SOURCE", help="A folder, a table, or shards; see above.")],
-    out: Annotated[Path, typer.Argument(metavar="OUT", help="Output directory of the shards.")],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="Output directory of the shards.", callback=local_only)],
     prefix: Annotated[str, typer.Option(help="Prefix of the shards' names.")] = "train",
     size: Annotated[int, typer.Option(min=1, help="Maximum size of a shard, MB; 200 to 500 are suitable for training.")] = 400,
     samples: Annotated[int, typer.Option(min=1, help="Maximum number of samples per shard.")] = 10_000,
@@ -235,7 +235,7 @@ def pack(
 
 @app.command("synthesize")
 def synthesize(
-    out: Annotated[Path, typer.Argument(metavar="OUT", help="Output directory of the shards.")],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="Output directory of the shards.", callback=local_only)],
     train: Annotated[int, typer.Option(min=1, help="Number of training images.")] = 8000,
     val: Annotated[int, typer.Option(min=1, help="Number of validation images.")] = 1000,
     size: Annotated[int, typer.Option(min=16, help="Side of the images, pixels.")] = 64,
@@ -289,9 +289,9 @@ def stats(
 def preview(
     config: ConfigArgument,
     overrides: Overrides = None,
-    out: Annotated[Path, typer.Option("--out", "-o", help="Output file: .html for a page, .png for an image.")] = Path(
-        "preview.html"
-    ),
+    out: Annotated[
+        Path, typer.Option("--out", "-o", help="Output file: .html for a page, .png for an image.", callback=local_only)
+    ] = Path("preview.html"),
     samples: Annotated[int, typer.Option(min=1, max=512, help="Number of samples.")] = 8,
 ) -> None:
     """Draw the exact crops that training would see, as an HTML page or a contact sheet.

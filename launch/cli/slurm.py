@@ -6,17 +6,20 @@ import os
 import shlex
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from launch.cli.choices import RunOrder
 from launch.terminal import Terminal
 from pipeline.errors import ConfigError, LaunchError
 from pipeline.untrusted import open_regular, printable, shown
 
 if TYPE_CHECKING:
     from launch.slurm.submit import Submitted
+    from pipeline.runtime.run_directory import RunDirectory
 
 _LOG = 2 << 20  # bytes of a log that are read at once
 
@@ -90,19 +93,56 @@ def status(
         time.sleep(watch)
 
 
-def runs(folder: Annotated[Path, typer.Argument(help="Directory of the runs.")] = Path("runs")) -> None:
-    """List the runs of a directory, one line each."""
+def runs(
+    folder: Annotated[Path, typer.Argument(help="Directory of the runs.")] = Path("runs"),
+    state: Annotated[str, typer.Option(help="Only runs in these states, such as running,waiting.")] = "",
+    sort: Annotated[RunOrder, typer.Option(help="Order of the list; scores and times from the largest.")] = RunOrder.NAME,
+    score: Annotated[str, typer.Option(metavar="NAME", help="Score to show, such as knn/top1; by default the first.")] = "",
+) -> None:
+    """List the runs of a directory with their time, cost and score, one line each.
+
+    [b]Example[/b]
+
+    fovea runs --state failed,stopped --sort hours
+    """
+    from launch.slurm import slurm_commands as tools
     from launch.slurm import status as standing
+    from pipeline.runtime import job_record as record
+    from pipeline.runtime.clock import clock
     from pipeline.runtime.run_directory import RunDirectory
 
-    run_folders = sorted(path.parent for path in folder.glob("*/config.json"))
+    run_folders = [RunDirectory(path.parent.absolute()) for path in sorted(folder.glob("*/config.json"))]
     if not run_folders:
         raise ConfigError(f"there are no runs in {folder}", hint="Name the directory that contains them")
-    width = max(len(path.name) for path in run_folders)
-    for path in run_folders:
-        one = standing.status(RunDirectory(path.absolute()))
+    listed: list[tools.Job] | LaunchError | None = None
+    if any(record.job(run) for run in run_folders):
+        try:
+            listed = tools.user_jobs()
+        except LaunchError as error:
+            listed = error
+    rows = []
+    for run in run_folders:
+        one = standing.status(run, listed)
+        value = one.scores.get(score) if score else next(iter(one.scores.values()), None)
+        if not state or one.state in state.split(","):
+            rows.append((run.path.name, one, value))
+    keys: dict[RunOrder, Callable[[tuple[str, standing.Status, float | None]], Any]] = {
+        RunOrder.STATE: lambda row: row[1].state,
+        RunOrder.TIME: lambda row: -row[1].goodput.wall,
+        RunOrder.HOURS: lambda row: -row[1].cost.hours,
+        RunOrder.SCORE: lambda row: -row[2] if row[2] is not None else float("inf"),
+    }
+    if sort in keys:
+        rows.sort(key=keys[sort])
+    width = max((len(name) for name, *_ in rows), default=4)
+    header = f"{'run':<{width}}  {'state':<8}  {'step':>15}  {'time':>9}  {'hours':>8}  {'price':>9}  {'score':>7}"
+    print(header)
+    for name, one, value in rows:
         done = f"{one.step}/{one.steps}" if one.steps else str(one.step)
-        print(printable(f"{path.name:<{width}}  {one.state:<8}  {done:>15}  {one.why}"))
+        price = f"{one.cost.price:.2f}" if one.cost.price is not None else "-"
+        number = f"{value:.4f}" if value is not None else "-"
+        columns = f"{one.state:<8}  {done:>15}  {clock(one.goodput.wall):>9}  {one.cost.hours:>8.2f}  {price:>9}  {number:>7}"
+        print(printable(f"{name:<{width}}  {columns}  {one.why}"))
 
 
 def logs(
@@ -173,17 +213,59 @@ def stop(
     from pipeline.runtime import job_record as record
 
     run_directory = standing.find(run)
-    record.request(run_directory, record.STOP, f"requested by {os.environ.get('USER', 'an unknown user')}")
+    name = run_directory.path.name
     if now:
         cancel(run)
         return
-    print(f"{run_directory.path.name} saves and stops after the step it is in; resume it with: fovea resume {run}")
+    if over := standing.ended(run_directory):
+        print(f"{name} is {over['state']} already ({shown(str(over['why']))}); nothing was changed")
+        return
+    record.request(run_directory, record.STOP, f"requested by {os.environ.get('USER', 'an unknown user')}")
+    again = f"resume it with: fovea resume {run}"
+    if record.job(run_directory) and not _alive(run_directory, ("RUNNING", "COMPLETING"), otherwise=True):
+        jobs = _cancel_jobs(run_directory, "stopped by request while no attempt was running")
+        print(f"{name} is stopped; {jobs} in the queue {'were' if ',' in jobs else 'was'} cancelled. {again}")
+        return
+    print(f"{name} saves and stops after the step it is in; {again}")
+
+
+def _alive(run: RunDirectory, states: tuple[str, ...], *, otherwise: bool) -> bool:
+    """Whether a job of the run has one of these states; a fixed answer where Slurm does not answer."""
+    from launch.slurm.submit import living
+
+    try:
+        return any(job.state in states for job in living(run))
+    except LaunchError as error:
+        print(f"fovea: {shown(str(error))}", file=sys.stderr)
+        return otherwise
+
+
+def _cancel_jobs(run: RunDirectory, why: str) -> str:
+    """Cancel all jobs of a run, successors first, and record that it is stopped; returns their numbers.
+
+    Raises:
+        LaunchError: Slurm does not answer; nothing is recorded then.
+    """
+    from launch.slurm import slurm_commands as tools
+    from launch.slurm import status as standing
+    from launch.slurm.submit import living
+    from pipeline.runtime import job_record as record
+
+    alive = living(run)
+    if not standing.ended(run):
+        record.end(run, "stopped", why)
+    for job in reversed(alive):
+        tools.cancel(job.id)
+    return ", ".join(f"job {job.id}" for job in alive) or "no job"
 
 
 def resume(
     run: RunArgument,
     overrides: Overrides = None,
     cluster: Annotated[str, typer.Option("--cluster", "-c", help="A cluster profile other than before.")] = "",
+    forgive_nodes: Annotated[
+        bool, typer.Option("--forgive-nodes", help="Use the excluded nodes again; `fovea status` shows them.")
+    ] = False,
 ) -> None:
     """Resubmit a run that was stopped or gave up: it resumes from its newest checkpoint, with the current code.
 
@@ -204,6 +286,8 @@ def resume(
     if not cluster and not facts:
         raise ConfigError("the run was never submitted to a cluster", where=run, hint="Give --cluster, or use `fovea train`")
     profile = profiles.load(cluster, own) if cluster else profiles.again(facts.get("profile"), own)
+    if forgive_nodes:
+        print(f"forgiven: {', '.join(record.forgive_nodes(run_directory)) or 'no node was excluded'}")
     _print_submitted(hand_over(load(str(run_directory.path / "config.yaml"), rest), profile))
 
 
@@ -213,7 +297,7 @@ def requeue(
         bool, typer.Option("--now", help="Requeue at once, without waiting for the end of the step and a checkpoint.")
     ] = False,
 ) -> None:
-    """Put a run's job back into the queue, after saving a checkpoint and releasing its nodes."""
+    """Save, release the nodes and go back into the queue."""
     from launch.slurm import slurm_commands as tools
     from launch.slurm import status as standing
     from launch.slurm.submit import living
@@ -227,25 +311,28 @@ def requeue(
         )
     if now:
         tools.requeue(alive[0].id, sorted(record.excluded(run_directory)))
-        print(f"job {alive[0].id} is back in the queue")
+        print(f"job {alive[0].id} is back in the queue, where Slurm keeps it for two minutes")
         return
     record.request(run_directory, f"{record.STOP}-{run_directory.next_attempt() - 1}", "requeued")
-    print(f"job {alive[0].id} saves and goes back into the queue after the step it is in")
+    print(f"job {alive[0].id} saves after the step it is in, and the run goes back into the queue")
 
 
 def cancel(run: RunArgument) -> None:
-    """Cancel a run's jobs at once, running or pending; no checkpoint is saved."""
-    from launch.slurm import slurm_commands as tools
+    """Cancel a run's jobs at once, running or pending; no checkpoint is saved. An ended run stays as it is."""
     from launch.slurm import status as standing
-    from launch.slurm.submit import living
     from pipeline.runtime import job_record as record
 
     run_directory = standing.find(run)
-    record.end(run_directory, "stopped", "cancelled")
-    alive = living(run_directory)
-    for job in alive:
-        tools.cancel(job.id)
-    print(f"cancelled: {', '.join(str(job.id) for job in alive) or 'no job was running'}")
+    over = standing.ended(run_directory)
+    if not record.job(run_directory):
+        raise LaunchError(
+            "the run was never submitted to a cluster", where=run, hint="End its `fovea train` with Ctrl-C, or use `fovea stop`"
+        )
+    jobs = _cancel_jobs(run_directory, f"cancelled by {os.environ.get('USER', 'an unknown user')}")
+    if over:
+        print(f"{run_directory.path.name} is {over['state']} already ({shown(str(over['why']))}); cancelled: {jobs}")
+    else:
+        print(f"cancelled: {jobs}")
 
 
 def doctor(

@@ -9,8 +9,9 @@ import subprocess
 import sys
 from collections.abc import Iterator
 
+from launch.slurm import limits
 from launch.slurm import slurm_commands as tools
-from launch.slurm.profile import load
+from launch.slurm.profile import ClusterProfile, load
 from pipeline.errors import LaunchError
 from pipeline.runtime.gpus import shown, visible
 
@@ -45,7 +46,7 @@ def examine(cluster: str | None) -> Iterator[Finding]:
         profile = load(cluster)
         mode = settings.get("PreemptMode", "OFF")
         if "CANCEL" in mode and profile.requeue_mode == "requeue":
-            yield "bad", f"preempted jobs are cancelled here (PreemptMode={mode})", "set requeue_mode: chain in the profile"
+            yield "bad", f"preempted jobs are cancelled here (PreemptMode={mode})", "set requeue_mode: successor in the profile"
         grace = _seconds(settings.get("KillWait", "30"))
         if grace < 30:
             yield (
@@ -53,20 +54,29 @@ def examine(cluster: str | None) -> Iterator[Finding]:
                 f"jobs have {grace:.0f} s to end after SIGTERM (KillWait)",
                 "steps that are not saved by then are repeated",
             )
-        try:
-            names = {
-                line.split()[0].rstrip("*") for line in tools.call("sinfo", "--noheader", "--format=%P").splitlines() if line
-            }
-        except LaunchError:
-            names = set()
-        if profile.partition and names and profile.partition not in names:
-            yield "bad", f"there is no partition {profile.partition!r}", f"there are: {', '.join(sorted(names))}"
+        yield from _limits(profile)
         if profile.container and not _pyxis():
             yield (
                 "bad",
                 "the profile names a container and srun has no --container-image",
                 "install pyxis, or leave container out",
             )
+
+
+def _limits(profile: ClusterProfile) -> Iterator[Finding]:
+    """Whether the profile's job could run in its partition."""
+    try:
+        available = limits.partition(profile.partition)
+    except LaunchError as error:
+        yield "bad", error.what, error.hint
+        return
+    if available is None:
+        return
+    reasons = limits.never_runs(profile, available)
+    for reason in reasons:
+        yield "bad", f"the job can never run: {reason}", str(available)
+    if not reasons:
+        yield "ok", f"the profile fits {available}", ""
 
 
 def _there(package: str) -> bool:
@@ -96,8 +106,7 @@ def _slurm(settings: dict[str, str]) -> Iterator[Finding]:
         "" if requeues else "fovea requests it for each job with --requeue",
     )
     mode = settings.get("PreemptMode", "OFF")
-    advised_mode = "requeue_mode: chain fits this site" if "CANCEL" in mode else "requeue_mode: requeue fits this site"
-    yield "ok", f"preemption: {mode} by {settings.get('PreemptType', 'nothing')}", advised_mode
+    yield "ok", f"preemption: {mode} by {settings.get('PreemptType', 'nothing')}", ""
     user = "preempt_send_user_signal" in settings.get("SlurmctldParameters", "")
     if mode not in ("OFF", "(null)"):
         advice = "" if user else "without it the batch script receives SIGTERM at the start or the end of GraceTime"

@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -22,23 +23,40 @@ def look(options: dict[str, Any]) -> dict[str, Any]:
 
     Args:
         options: ``gpus`` a node should have, ``run`` directory, ``disk_gb`` of free space for it and the temporary folder,
-            ``clock_skew`` in seconds relative to ``t``, the first node's clock when it started the check, ``seconds`` this may
-            take.
+            ``seconds`` this may take.
+
+    Returns:
+        ``problems``; ``full``, whether they are only that space lacks; ``seen``, measurements; ``began`` and ``ended`` by this
+        node's clock, which the supervisor compares with its own.
     """
     began = time.time()
-    problems, seen = [], {}
-    late = began - float(options["t"])
-    seen["clock_seconds"] = round(late, 3)
-    if abs(late) > float(options["clock_skew"]) + float(options["seconds"]):
-        problems.append(f"its clock is {late:.0f} s away from the first node's")
-    for name, folder in (("run", options["run"]), ("temporary folder", os.environ.get("TMPDIR") or tempfile.gettempdir())):
-        problems += _disk(name, Path(folder), float(options["disk_gb"]), seen)
+    problems: list[str] = []
+    seen: dict[str, Any] = {}
+    full, lacking = _disk("run", Path(options["run"]), float(options["disk_gb"]), seen)
+    temporary, _ = _disk(
+        "temporary folder", Path(os.environ.get("TMPDIR") or tempfile.gettempdir()), float(options["disk_gb"]), seen
+    )
+    problems += [*full, *temporary]
+    lacking = lacking and len(problems) == len(full) + len(temporary)
     if options["gpus"]:
         problems += _gpus(int(options["gpus"]), float(options["seconds"]), seen)
-    return {"problems": problems, "seen": seen, "took": round(time.time() - began, 3)}
+    return {"problems": problems, "full": lacking, "seen": seen, "began": began, "ended": time.time()}
 
 
-def _disk(name: str, folder: Path, required: float, seen: dict[str, Any]) -> list[str]:
+def is_full(folder: Path) -> bool:
+    """Whether nothing can be written to a folder since its disk or the user's quota is full."""
+    try:
+        with tempfile.NamedTemporaryFile(dir=folder, prefix=".fovea-space-") as file:
+            file.write(bytes(1 << 20))
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        return error.errno in (errno.ENOSPC, errno.EDQUOT)
+    return False
+
+
+def _disk(name: str, folder: Path, required: float, seen: dict[str, Any]) -> tuple[list[str], bool]:
+    """Problems of a folder, and whether it lacks space."""
     try:
         free = shutil.disk_usage(folder).free / 1e9
         nodes = os.statvfs(folder)
@@ -47,13 +65,13 @@ def _disk(name: str, folder: Path, required: float, seen: dict[str, Any]) -> lis
             file.flush()
             os.fsync(file.fileno())
     except OSError as error:
-        return [f"the {name} cannot be written ({folder}: {error.strerror})"]
+        return [f"the {name} cannot be written ({folder}: {error.strerror})"], error.errno in (errno.ENOSPC, errno.EDQUOT)
     seen[f"{name} free GB"] = round(free, 1)
     if free < required:
-        return [f"the {name} has {free:.1f} GB free of {required:g} required ({folder})"]
+        return [f"the {name} has {free:.1f} GB free of {required:g} required ({folder})"], True
     if nodes.f_files and nodes.f_favail < 1000:
-        return [f"the {name} has {nodes.f_favail} inodes left ({folder})"]
-    return []
+        return [f"the {name} has {nodes.f_favail} inodes left ({folder})"], True
+    return [], False
 
 
 def _gpus(required: int, limit: float, seen: dict[str, Any]) -> list[str]:

@@ -43,6 +43,8 @@ class BudgetSettings(Settings):
     hang: Count = Field(default=3, description="hung ranks")
     node: Count = Field(default=5, description="node failures")
     rendezvous: Count = Field(default=3, description="starts at which the ranks could not connect")
+    supervisor: Count = Field(default=3, description="attempts whose supervisor was killed or failed")
+    disk: Count = Field(default=12, description="attempts ended by a full disk; the next one looks for space ten minutes later")
     no_progress: Count = Field(default=3, description="consecutive attempts without a newer checkpoint")
 
 
@@ -53,7 +55,7 @@ class PreflightSettings(Settings):
     seconds: Positive = Field(default=60.0, description="time limit of the checks, seconds")
     disk_gb: NonNegative = Field(default=5.0, description="minimum free space on the run's disk and in the temporary folder, GB")
     clock_skew: Positive = Field(
-        default=30.0, description="maximum difference between a node's clock and the first node's, seconds"
+        default=30.0, description="maximum difference between the clocks of a node and of the first node, seconds"
     )
     bandwidth_gbps: NonNegative = Field(
         default=0.0, description="minimum algorithm bandwidth of an all-reduce over all GPUs, GB/s; 0 skips the measurement"
@@ -79,11 +81,13 @@ class ClusterProfile(Settings):
     reservation: str | None = Field(default=None, description="Slurm reservation")
     exclusive: bool = Field(default=True, description="do not share nodes with other jobs")
     options: Texts = Field(default=(), description="further #SBATCH options, such as --mail-type=FAIL")
-    requeue_mode: Literal["requeue", "chain"] = Field(
-        default="requeue",
-        description="how a run continues: requeue puts the same job back into the queue; chain (where preempted jobs are "
-        "cancelled) always keeps a successor job in the queue",
+    requeue_mode: Literal["successor", "requeue", "chain"] = Field(
+        default="successor",
+        description="how a run continues: successor keeps a second job in the queue that takes over at once, however the first "
+        "ends; requeue puts the same job back, where it waits for two minutes (for sites that allow no second job); chain is "
+        "successor, and Slurm itself never requeues the job",
     )
+    exclude_hours: Positive = Field(default=24.0, description="hours for which a node at fault is excluded")
     host_python: str = Field(default="python3", description="python 3.9 or newer on the batch script's node; needs no packages")
     python: str | None = Field(default=None, description="python of the ranks; null means the one that runs fovea submit")
     setup: Texts = Field(default=(), description="lines at the start of the batch script, such as module load cuda")
@@ -123,8 +127,7 @@ class ClusterProfile(Settings):
     @field_validator("time")
     @classmethod
     def _time(cls, text: str) -> str:
-        if not _TIME.fullmatch(text):
-            raise ValueError("must be minutes, H:M:S or D-H:M:S")
+        seconds(text)
         return text
 
     @field_validator("time", "memory", mode="before")
@@ -150,12 +153,24 @@ class ClusterProfile(Settings):
     @property
     def seconds(self) -> int:
         """The time limit in seconds."""
-        days, first, second, third = (int(part or 0) for part in _TIME.fullmatch(self.time).groups())  # type: ignore[union-attr]
-        if days or "-" in self.time:
-            return ((days * 24 + first) * 60 + second) * 60 + third
-        if self.time.count(":") == 2:
-            return (first * 60 + second) * 60 + third
-        return first * 60 + second
+        return seconds(self.time)
+
+
+def seconds(time: str) -> int:
+    """A time limit in the format of sbatch, in seconds.
+
+    Raises:
+        ValueError: it has another format.
+    """
+    match = _TIME.fullmatch(time)
+    if match is None:
+        raise ValueError("must be minutes, H:M:S or D-H:M:S")
+    days, first, second, third = (int(part or 0) for part in match.groups())
+    if days or "-" in time:
+        return ((days * 24 + first) * 60 + second) * 60 + third
+    if time.count(":") == 2:
+        return (first * 60 + second) * 60 + third
+    return first * 60 + second
 
 
 def available() -> dict[str, Path]:

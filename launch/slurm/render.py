@@ -84,6 +84,7 @@ def facts(config: Config, profile: ClusterProfile, run: Path) -> dict[str, Any]:
         "nodes": profile.nodes,
         "gpus_per_node": profile.gpus_per_node,
         "after": profile.requeue_mode,
+        "exclude_hours": profile.exclude_hours,
         "lead": profile.checkpoint_lead_time,
         "hang": profile.hang_timeout,
         "budgets": profile.budgets.model_dump(),

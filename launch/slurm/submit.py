@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
+import shutil
 import sys
+import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from launch.resume import check_identity
-from launch.slurm import render
+from launch.slurm import excluded_nodes, limits, render
 from launch.slurm import slurm_commands as tools
 from launch.slurm.profile import ClusterProfile
 from pipeline.config.load import Loaded, show
@@ -18,6 +22,7 @@ from pipeline.config.validate import check_ranks
 from pipeline.errors import ConfigError, LaunchError
 from pipeline.masking import shown
 from pipeline.runtime import job_record as record
+from pipeline.runtime.locks import lock
 from pipeline.runtime.run_directory import RunDirectory
 from pipeline.tracking.mlflow_servers import remember
 from pipeline.untrusted import printable
@@ -32,7 +37,7 @@ class Submitted:
         run: the run directory.
         script: the batch script's text.
         command: the command that submits it.
-        test_output: output of ``sbatch --test-only``, if it was run.
+        test_output: output of ``sbatch --test-only``, if it was asked for.
     """
 
     job: int | None
@@ -57,7 +62,7 @@ def submit(
         loaded: the run's settings.
         profile: the cluster.
         dry: write and submit nothing.
-        check: ask Slurm whether and when the job could run.
+        check: return Slurm's estimate of the start; for a dry run, ask Slurm at all.
         index: index the shards now, so that problems are found before the job starts.
         command: the command line as typed.
 
@@ -80,16 +85,23 @@ def submit(
 
         prepare(config, profile.world)
     typed = shown(command or " ".join(["fovea", *sys.argv[1:]]))  # masked, since others can read these files
-    script = folder / "submit" / "script.sbatch"
-    options: list[str] = []
-    if away := sorted(record.excluded(run)):
-        options.append(f"--exclude={','.join(away)}")
-    argv = ["sbatch", "--parsable", *options, str(script)]
+    script = record.script(run)
     if dry:
         text = render.script(config, profile, folder, command=typed, code_state=render.code_state())
-        return Submitted(None, folder, text, argv, _test_output(text) if check else "")
+        argv = ["sbatch", "--parsable", str(script)]
+        if check:
+            _possible(profile)
+        return Submitted(None, folder, text, argv, _test(text, []) if check else "")
+    available = _possible(profile)
+    away, forgiven = excluded_nodes.avoid(run, render.facts(config, profile, folder))
+    if forgiven:
+        print(f"fovea: not excluded, since too few nodes would be left: {', '.join(forgiven)}", file=sys.stderr)
+    options = [f"--exclude={','.join(away)}"] if away else []
+    text = render.script(config, profile, folder, command=typed, code_state=render.code_state())
+    estimate = _test(text, options) if check else ""
+    is_new = not run.config.exists()
     try:
-        return _submit(loaded, config, profile, run, typed, options, argv, check)
+        job = _submit(loaded, profile, run, text, typed, options)
     except OSError as error:
         reason = error.strerror or "some files could not be copied; is the disk full?"
         raise LaunchError(
@@ -97,38 +109,68 @@ def submit(
             where=str(folder),
             hint="Free space, or choose another run.directory",
         ) from error
+    except AlreadySubmitted:
+        raise
+    except LaunchError as error:
+        if is_new:  # refused: no run that `fovea runs` would list
+            _remove_refused(run)
+        hint = f"Change the cluster profile; available is {available}" if available is not None else error.hint
+        raise LaunchError(error.what, where=error.where, hint=hint) from error
+    return Submitted(job, folder, text, ["sbatch", "--parsable", *options, str(script)], estimate)
 
 
-def _submit(
-    loaded: Loaded,
-    config: Config,
-    profile: ClusterProfile,
-    run: RunDirectory,
-    typed: str,
-    options: list[str],
-    argv: list[str],
-    check: bool,
-) -> Submitted:
-    """Write everything, then submit: if the directory cannot be written, no job is submitted."""
-    folder = run.path
-    script = folder / "submit" / "script.sbatch"
-    state = render.snapshot(_made(folder / "code"))
-    text = render.script(config, profile, folder, command=typed, code_state=state)
-    estimate = _test_output(text) if check else ""
-    (folder / "submit").mkdir(parents=True, exist_ok=True)
-    (folder / "logs").mkdir(exist_ok=True)
-    script.write_text(text)
-    (folder / "submit" / "command.txt").write_text(typed + "\n")
-    run.write_settings(config, show(Loaded(config, loaded.provenance, loaded.source), secrets=True, absolute=True))
-    if config.tracking.uri:
-        remember(config.tracking.uri)
-    record.clear(run)
-    facts = render.facts(config, profile, folder)
-    run.write("submit/job.json", facts)
-    job = tools.submit(script, *options)
-    run.write("submit/job.json", {**facts, "job": job})
-    run.note("submit", job=job)
-    return Submitted(job, folder, text, argv, estimate)
+def _submit(loaded: Loaded, profile: ClusterProfile, run: RunDirectory, text: str, typed: str, options: list[str]) -> int:
+    """Write everything, then submit: if the directory cannot be written, no job is submitted; returns the job's number."""
+    config, script = loaded.config, record.script(run)
+    _made(script).parent.mkdir(parents=True, exist_ok=True)
+    with (script.parent / "lock").open("w") as file:
+        try:
+            lock(file.fileno(), file.name, wait=False)
+        except BlockingIOError as error:
+            raise AlreadySubmitted(
+                "another process is submitting this run", where=str(run.path), hint=f"See it with `fovea status {run.path}`"
+            ) from error
+        _refuse_living(run)
+        render.snapshot(run.path / "code")
+        (run.path / "logs").mkdir(exist_ok=True)
+        script.write_text(text)
+        (script.parent / "command.txt").write_text(typed + "\n")
+        run.write_settings(config, show(Loaded(config, loaded.provenance, loaded.source), secrets=True, absolute=True))
+        if config.tracking.uri:
+            remember(config.tracking.uri)
+        record.clear(run)
+        facts = render.facts(config, profile, run.path)
+        run.write("submit/job.json", facts)
+        job = tools.submit(script, *options)
+        earlier = [other for other in living(run) if other.id < job]
+        if earlier:  # submitted at the same time, on a file system without locks
+            tools.cancel(job)
+            run.write("submit/job.json", {**facts, "job": earlier[0].id})
+            raise AlreadySubmitted(
+                f"job {earlier[0].id} of this run was submitted at the same time",
+                where=str(run.path),
+                hint=f"See it with `fovea status {run.path}`",
+            )
+        run.write("submit/job.json", {**facts, "job": job})
+        run.note("submit", job=job)
+    return job
+
+
+class AlreadySubmitted(LaunchError):
+    """Another submission of the same run came first."""
+
+
+def _remove_refused(run: RunDirectory) -> None:
+    """Remove what a refused submission has written into a new run's directory."""
+    if living(run):
+        return
+    for name in ("config.json", "config.yaml"):
+        (run.path / name).unlink(missing_ok=True)
+    for name in ("code", "submit"):
+        shutil.rmtree(run.path / name, ignore_errors=True)
+    for folder in (run.path / "logs", run.path):
+        with contextlib.suppress(OSError):  # holds something else
+            folder.rmdir()
 
 
 def check_all(config: Config, profile: ClusterProfile, run: RunDirectory) -> None:
@@ -154,8 +196,12 @@ def check_all(config: Config, profile: ClusterProfile, run: RunDirectory) -> Non
         check_identity(config, run.settings_document(), run.config)
     if (over := record.final_state(run)).get("state") == "finished":
         raise LaunchError(f"the run is finished: {over['why']}", where=str(run.path), hint="Choose another run.name")
+    _refuse_living(run)
+
+
+def _refuse_living(run: RunDirectory) -> None:
     if alive := living(run):
-        raise LaunchError(
+        raise AlreadySubmitted(
             f"job {alive[0].id} of this run is {alive[0].state.lower()}",
             where=str(run.path),
             hint=f"See it with `fovea status {run.path}`, or stop it with `fovea stop {run.path}`",
@@ -178,16 +224,27 @@ def _check_patterns(config: Config) -> None:
                 )
 
 
-def living(run: RunDirectory) -> list[tools.Job]:
-    """Running or pending jobs of this run; none where Slurm cannot be queried."""
+def living(run: RunDirectory, listed: Sequence[tools.Job] | None = None) -> list[tools.Job]:
+    """Running or pending jobs of this run, by number; running ones first.
+
+    Args:
+        run: the run directory.
+        listed: the queue entries of this user, if they are known; otherwise Slurm is asked for those of the run's owner.
+
+    Raises:
+        LaunchError: the run was submitted to Slurm, and Slurm does not answer.
+    """
     named = [record.read(run.path / name).get("job") for name in ("submit/job.json", "live.json", "successor.json")]
     ids = {job for job in named if type(job) is int and 0 < job < 1 << 32}
-    if not ids:
-        return []
     try:
-        return [job for job in tools.jobs(*ids) if job.live]
-    except LaunchError:
-        return []
+        user = record.script(run).stat().st_uid
+    except OSError:
+        if not ids:
+            return []
+        user = None
+    script = record.script(run)
+    own = tools.jobs_of(script, *ids, user=user) if listed is None else tools.of_script(listed, script, *ids)
+    return sorted((job for job in own if job.live), key=lambda job: (job.state in tools.WAITING, job.id))
 
 
 def _made(path: Path) -> Path:
@@ -202,10 +259,29 @@ def _made(path: Path) -> Path:
     return path
 
 
-def _test_output(text: str) -> str:
-    import tempfile
+def _possible(profile: ClusterProfile) -> limits.Partition | None:
+    """The partition in which the job can run; ``None`` if Slurm chooses it.
 
+    Raises:
+        LaunchError: the job can never run, or Slurm does not answer.
+    """
+    available = limits.partition(profile.partition)
+    if available is not None and (reasons := limits.never_runs(profile, available)):
+        raise LaunchError(
+            f"the job can never run: {'; '.join(reasons)}",
+            where="cluster profile",
+            hint=f"Change the profile, or override it with cluster.KEY=VALUE. Available is {available}",
+        )
+    return available
+
+
+def _test(text: str, options: list[str]) -> str:
+    """Ask Slurm when a script would start; it also refuses while all nodes are away, so that only ``--check`` asks.
+
+    Raises:
+        LaunchError: it could not start, or Slurm does not answer.
+    """
     with tempfile.NamedTemporaryFile("w", suffix=".sbatch") as file:
         file.write(text)
         file.flush()
-        return tools.test(Path(file.name))
+        return tools.test(Path(file.name), *options)

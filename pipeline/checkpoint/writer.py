@@ -41,7 +41,7 @@ from pipeline.checkpoint.manifest import FORMAT, MANIFEST, UNSHARDED
 from pipeline.checkpoint.retention import Mark, Retention, write_best
 from pipeline.checkpoint.snapshot import Snapshot, Staging
 from pipeline.checkpoint.tensor_writer import write_tensors
-from pipeline.errors import CheckpointError
+from pipeline.errors import CheckpointError, CheckpointWriteError
 from pipeline.methods.base import Method
 
 _TEMPORARY = ".tmp-"
@@ -315,7 +315,7 @@ class Checkpoints:
         failures: list[Any] = [None] * dist.get_world_size()
         dist.all_gather_object(failures, _failure(pending.job), group=self._group)
         first_failure = next((f"rank {rank}: {failure}" for rank, failure in enumerate(failures) if failure), "a rank failed")
-        return CheckpointError(
+        return CheckpointWriteError(
             f"the checkpoint could not be written ({first_failure})",
             where=str(pending.temporary),
             hint="Free space, or fix the directory; the last good checkpoint is untouched and the run resumes from it",

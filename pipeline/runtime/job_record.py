@@ -7,7 +7,9 @@
 <run>/control/save            user request for a checkpoint
 <run>/control/stop-0003       request to stop attempt 3 (time limit, preemption); the next attempt continues
 <run>/final_state.json        the final state of the run, once it has ended
-<run>/excluded.json           nodes that the run avoids, with reasons
+<run>/excluded.json           nodes that the run avoids, with reasons and until when
+<run>/live.json               the job whose supervisor attends the run
+<run>/handover.json           the job whose supervisor cancelled it in favour of its successor
 """
 
 from __future__ import annotations
@@ -50,15 +52,68 @@ def end(run: RunDirectory, state: str, why: str) -> None:
     run.write("final_state.json", {"state": state, "why": why, "t": round(time.time(), 3)})
 
 
-def excluded(run: RunDirectory) -> dict[str, str]:
-    """Returns the nodes to avoid, with reasons."""
-    return read(run.path / "excluded.json")
+def script(run: RunDirectory) -> Path:
+    """Path of the batch script; Slurm shows it for every job of the run."""
+    return run.path / "submit" / "script.sbatch"
 
 
-def exclude(run: RunDirectory, nodes: dict[str, str]) -> None:
-    """Adds nodes to avoid."""
+def excluded(run: RunDirectory, now: float | None = None) -> dict[str, str]:
+    """Returns the nodes to avoid, with reasons, in the order in which they were excluded; those that expired are left out.
+
+    Args:
+        run: the run directory.
+        now: seconds since 1970; the current time by default.
+    """
+    now = time.time() if now is None else now
+    return {node: row["why"] for node, row in _exclusions(run).items() if row["until"] > now}
+
+
+def exclude(run: RunDirectory, nodes: dict[str, str], hours: float = 24.0) -> None:
+    """Adds nodes to avoid for some hours."""
     if nodes:
-        run.write("excluded.json", {**excluded(run), **nodes})
+        now = time.time()
+        others = {node: row for node, row in _exclusions(run).items() if row["until"] > now and node not in nodes}
+        added = {node: {"why": why, "t": round(now, 3), "until": round(now + hours * 3600, 3)} for node, why in nodes.items()}
+        run.write("excluded.json", {**others, **added})
+
+
+def forgive_nodes(run: RunDirectory) -> list[str]:
+    """Removes all nodes to avoid; returns them."""
+    nodes = list(excluded(run))
+    (run.path / "excluded.json").unlink(missing_ok=True)
+    return nodes
+
+
+def excluded_until(run: RunDirectory) -> dict[str, float]:
+    """Returns until when each node is avoided, seconds since 1970."""
+    return {node: row["until"] for node, row in _exclusions(run).items()}
+
+
+def _exclusions(run: RunDirectory) -> dict[str, dict[str, Any]]:
+    """Entries of ``excluded.json``; those of earlier versions, a reason only, count from the file's last change."""
+    path = run.path / "excluded.json"
+    rows: dict[str, dict[str, Any]] = {}
+    for node, row in read(path).items():
+        if isinstance(row, str):
+            with contextlib.suppress(OSError):
+                begun = path.stat().st_mtime
+                rows[node] = {"why": row, "t": begun, "until": begun + 24 * 3600.0}
+        elif isinstance(row, dict) and isinstance(row.get("why"), str):
+            t, until = row.get("t"), row.get("until")
+            if isinstance(t, (int, float)) and isinstance(until, (int, float)):
+                rows[node] = {"why": row["why"], "t": float(t), "until": float(until)}
+    return dict(sorted(rows.items(), key=lambda item: item[1]["t"]))
+
+
+def hand_over(run: RunDirectory, job: int) -> None:
+    """Records that a supervisor cancels its own job in favour of its successor."""
+    run.write("handover.json", {"job": job})
+
+
+def handed_over(run: RunDirectory) -> int | None:
+    """Returns the job that was last cancelled in favour of its successor."""
+    number = read(run.path / "handover.json").get("job")
+    return number if type(number) is int else None
 
 
 def request(run: RunDirectory, what: str, reason: str) -> Path:
@@ -111,3 +166,17 @@ def endings(run: RunDirectory) -> list[dict[str, Any]]:
             {**rest, f"{row['event']}ed_at" if row["event"] != "training" else "training_at": row["t"]}
         )
     return [rows[number] for number in sorted(rows) if number >= 0]
+
+
+def last_sign(run: RunDirectory, row: dict[str, Any]) -> float:
+    """Returns when an attempt gave its last sign of life, seconds since 1970: its start, its first step or a heartbeat.
+
+    Args:
+        run: the run directory.
+        row: the attempt, as :func:`endings` returns it, with ``started_at``.
+    """
+    signs = [float(row["started_at"]), float(row.get("training_at", 0.0))]
+    for path in (run.logs(int(row["attempt"])) / "pulse").glob("rank-*.json"):
+        with contextlib.suppress(OSError):
+            signs.append(path.stat().st_mtime)
+    return max(signs)

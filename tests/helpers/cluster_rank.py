@@ -2,11 +2,12 @@
 
 ``python rank.py RUN PLAN``; the plan is a JSON object: ``steps``, ``seconds`` a step, ``every`` so many steps a checkpoint, and
 what an attempt does at a step: ``{"0": [5, "crash"]}``, with crash, kill, refuse, freeze, quiet (rank 1 ends early with 0), meet
-(the ranks do not meet the first time) or nonfinite.
+(the ranks do not meet the first time), fill (fills the disk of the run and fails at the next file) or nonfinite.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -83,6 +84,10 @@ while step < plan["steps"]:
             fail("ConfigError", "no such shard")
         if act == "nonfinite":
             fail("NonFiniteError", "10 steps in a row were not finite")
+        if act == "fill" and rank == 0:
+            with contextlib.suppress(OSError), (run / "fill").open("wb", buffering=0) as file:
+                while file.write(bytes(1 << 16)):
+                    pass
         if act == "freeze":
             time.sleep(300)
         if act == "quiet" and rank == 1:

@@ -80,7 +80,11 @@ def _ports(count: int) -> list[int]:
             one.close()
 
 
-def _write(folder: Path, extra: dict[str, str], partitions: list[str]) -> Path:
+# With Slurm's own values (cred_expire 120 s, KillWait 30 s, MinJobAge 300 s) most tests would only wait.
+_SHORT = {"KillWait": "10", "MinJobAge": "3600"}
+
+
+def _write(folder: Path, extra: dict[str, str], partitions: list[str], *, defaults: bool) -> Path:
     me, host = getpass.getuser(), socket.gethostname().split(".")[0]
     control, first, second = _ports(3)
     options = {
@@ -89,7 +93,7 @@ def _write(folder: Path, extra: dict[str, str], partitions: list[str]) -> Path:
         "SlurmUser": me,
         "SlurmdUser": me,
         "AuthType": "auth/munge",
-        "AuthInfo": f"socket={folder}/munge/sock,cred_expire=5",
+        "AuthInfo": f"socket={folder}/munge/sock" + ("" if defaults else ",cred_expire=5"),
         "StateSaveLocation": f"{folder}/state",
         "SlurmdSpoolDir": f"{folder}/spool.%n",
         "SlurmctldPidFile": f"{folder}/run/slurmctld.pid",
@@ -107,10 +111,10 @@ def _write(folder: Path, extra: dict[str, str], partitions: list[str]) -> Path:
         "SchedulerParameters": "sched_interval=1,batch_sched_delay=0",
         "MpiDefault": "none",
         "ReturnToService": "2",
-        "MinJobAge": "3600",
-        "KillWait": "10",
         "SlurmdTimeout": "10",
         "JobRequeue": "1",
+        "UnkillableStepTimeout": "600",  # a busy machine must not drain a node
+        **({} if defaults else _SHORT),
         **extra,
     }
     lines = [f"{key}={value}" for key, value in options.items()]
@@ -122,15 +126,25 @@ def _write(folder: Path, extra: dict[str, str], partitions: list[str]) -> Path:
 
 
 @contextlib.contextmanager
-def cluster(folder: Path, *, extra: dict[str, str] | None = None, partitions: list[str] | None = None) -> Iterator[Cluster]:
-    """Starts the daemons, waits until both nodes are idle, and ends everything afterwards."""
+def cluster(
+    folder: Path, *, extra: dict[str, str] | None = None, partitions: list[str] | None = None, defaults: bool = False
+) -> Iterator[Cluster]:
+    """Starts the daemons, waits until both nodes are idle, and ends everything afterwards.
+
+    Args:
+        folder: everything it writes.
+        extra: further options of ``slurm.conf``.
+        partitions: lines of ``slurm.conf``; by default one partition of both nodes.
+        defaults: keep Slurm's own ``cred_expire``, ``KillWait`` and ``MinJobAge`` instead of short ones.
+    """
     for name in ("state", "log", "run", "munge", "spool.n1", "spool.n2"):
         (folder / name).mkdir(parents=True)
     (folder / "munge").chmod(0o700)
     key = folder / "munge" / "key"
     key.write_bytes(os.urandom(1024))
     key.chmod(0o400)
-    conf = _write(folder, extra or {}, partitions or ["PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE State=UP"])
+    partitions = partitions or ["PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE State=UP"]
+    conf = _write(folder, extra or {}, partitions, defaults=defaults)
     stray = ("SLURM_", "SRUN_", "SBATCH_")
     environment = {name: value for name, value in os.environ.items() if not name.startswith(stray)}
     environment |= {"SLURM_CONF": str(conf), "PATH": f"{environment.get('PATH', '')}:/usr/sbin:/sbin"}

@@ -27,7 +27,7 @@ def test_what_the_system_refuses_needs_no_traceback_and_keeps_it_beside_the_logs
     assert "/scratch/run/bad_samples: No space left on device. Free space there" in told
     assert "Traceback" in watchdog.stacks.read_text()
     claim = claims.claimed(tmp_path)
-    assert claim is not None and claim["cause"] == "crash" and claim["retryable"]
+    assert claim is not None and claim["cause"] == "disk" and claim["retryable"]
 
 
 def test_an_error_of_the_program_keeps_its_traceback() -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import math
 import os
+import resource
+import signal
 from itertools import count
 from pathlib import Path
 
@@ -100,3 +102,40 @@ def test_a_record_waits_for_no_disk_and_a_checkpoint_waits_once(journal: Journal
     assert not waits
     journal.sync()
     assert len(waits) == 1
+
+
+def test_a_full_disk_costs_no_record_and_no_step(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "journal-0000.jsonl"
+    journal = Journal(path, clock=lambda: 1.0)
+    journal.metrics(1, {"loss": 1.0})
+    _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    try:  # within the second line, as where a disk becomes full
+        resource.setrlimit(resource.RLIMIT_FSIZE, (path.stat().st_size + 10, hard))
+        for step in range(2, 60):
+            journal.metrics(step, {"loss": float(step)})
+        journal.sync()
+        assert [row["step"] for row in records(path)] == [1]
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
+        signal.signal(signal.SIGXFSZ, before)
+    journal.metrics(60, {"loss": 60.0})
+    assert [row["step"] for row in records(path)] == list(range(1, 61))
+    assert journal.dropped == 0
+    said = capsys.readouterr().err.splitlines()
+    assert len(said) == 2 and "cannot be written" in said[0] and "is written again" in said[1]
+
+
+def test_records_that_no_memory_is_left_for_are_counted(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pipeline.tracking.journal._KEPT", 200)
+    (tmp_path / "tracking").write_text("a file where the folder should be")
+    journal = Journal(tmp_path / "tracking" / "journal-0000.jsonl", clock=lambda: 1.0)
+    for step in range(10):
+        journal.metrics(step, {"loss": float(step)})
+    assert 0 < journal.dropped < 10
+    (tmp_path / "tracking").unlink()
+    journal.close()
+    assert len(records(journal.path)) == 10 - journal.dropped
+    assert f"{journal.dropped} records were lost" in capsys.readouterr().err

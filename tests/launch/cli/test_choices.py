@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from enum import EnumMeta
+from pathlib import Path
 
 import pytest
 
@@ -40,6 +41,7 @@ OPTIONS = [
     (["shards", "pack", "in", "out"], "--transcode", "ImageFormat"),
     (["shards", "pack", "in", "out"], "--labels", "Labels"),
     (["shards", "index", "in"], "--on-truncated-shard", "OnTruncated"),
+    (["runs"], "--sort", "RunOrder"),
     (["bench", "step"], "--method", "StepMethod"),
     (["bench", "step"], "--device", "Device"),
     (["bench", "checkpoint"], "--model", "VitSize"),
@@ -81,3 +83,27 @@ def test_an_output_path_that_names_no_file_is_refused_before_anything_is_measure
     with pytest.raises(SystemExit) as ended:
         main([*verb, "--out", path])
     assert ended.value.code == 2 and "names no file" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["shards", "pack", "photos", "s3://lab/photos"],
+        ["shards", "synthesize", "gs://lab/scenes"],
+        ["shards", "preview", "dinov2/cifar10_vit_tiny", "--out", "s3://lab/p.html"],
+        ["checkpoint", "convert", "run", "s3://lab/teacher.safetensors"],
+        ["export", "run", "--to", "timm", "--out", "az://lab/x"],
+        ["report", "run", "--out", "https://lab/report.html"],
+        ["visualize", "run", "photos", "--out", "s3://lab/images.html"],
+        ["demo", "--directory", "s3://lab/demo"],
+        ["bench", "checkpoint", "--out", "s3://lab/checkpoint"],
+    ],
+)
+def test_a_url_as_output_is_refused_and_makes_no_folder(
+    words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as end:
+        main(words)
+    assert end.value.code == 2 and "://lab" in (said := capsys.readouterr().err) and "is a URL" in said
+    assert list(tmp_path.iterdir()) == []

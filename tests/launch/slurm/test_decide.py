@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from typing import Any
 
 import pytest
@@ -60,6 +61,10 @@ def row(cause: str, before: int = 0, after: int = 1, why: str = "") -> dict[str,
         (Result(code=2, failure=failed(LaunchError("no GPU"))), [], "fail", "refused"),
         (Result(code=1, failure=failed("node", "an all-reduce ran slowly"), after=6), [], "requeue", "node"),
         (Result(code=1, failure={"what": "an old record"}, after=6), [], "requeue", "crash"),
+        (Result(code=1, failure=failed(OSError(errno.ENOSPC, "No space left on device")), after=6), [], "requeue", "disk"),
+        (Result(code=2, failure=failed(CheckpointError("x")), full="the disk is full", after=6), [], "requeue", "disk"),
+        (Result(code=0, stop_reason="cancelled"), [], "stop", "cancelled"),
+        (Result(outcome=done("SIGTERM"), stop_reason="requeued", before=0, after=9), [], "requeue", "requeued"),
         (Result(code=1, failure=failed(NonFiniteError("x"), "10 steps in a row were not finite")), [], "fail", "nonfinite"),
         (Result(code=1, failure=failed(TrainingError("x"), "too many bad samples")), [], "fail", "refused"),
         (Result(code=75, failure=failed("hang", "rank 1 has been in data at step 5 for 400 s"), after=6), [], "requeue", "hang"),

@@ -16,8 +16,8 @@ from pydantic import ValidationError
 
 from launch.slurm import profile as profiles
 from launch.slurm import render
-from launch.slurm import supervisor as attend
 from launch.slurm.profile import ClusterProfile, ContainerSettings
+from launch.slurm.steps import filled
 from launch.slurm.submit import submit
 from pipeline.config.load import InvalidConfig, load, show
 from pipeline.data.pack import synthetic as scenes
@@ -84,8 +84,8 @@ def test_the_jobs_log_is_named_whatever_the_run_is_called(toy: Path, folder: str
 
 
 def test_a_percent_sign_is_doubled_in_patterns_of_srun_only() -> None:
-    assert attend._filled("--output=%LOGS%/rank-%t.log", Path("/w/50%done/logs")) == "--output=/w/50%%done/logs/rank-%t.log"
-    assert attend._filled("%LOGS%/links.json", Path("/w/50%done/logs")) == "/w/50%done/logs/links.json"
+    assert filled("--output=%LOGS%/rank-%t.log", Path("/w/50%done/logs")) == "--output=/w/50%%done/logs/rank-%t.log"
+    assert filled("%LOGS%/links.json", Path("/w/50%done/logs")) == "/w/50%done/logs/links.json"
 
 
 @pytest.mark.parametrize("bad", ["x\ny", "x\r", "x\x1b[2J", "x\u2028y"])
@@ -114,11 +114,7 @@ def test_relative_shards_reach_the_job_by_a_name_that_holds_there(
     toy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     scenes.write(tmp_path / "data", train=40, val=8, size=32, samples_per_shard=20)
-    (tmp_path / "bin").mkdir()
-    for name, text in (("sbatch", "echo 4711"), ("squeue", ""), ("scontrol", "")):
-        (tmp_path / "bin" / name).write_text(f"#!/bin/sh\n{text}\n")
-        (tmp_path / "bin" / name).chmod(0o755)
-    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:{os.environ['PATH']}")
+    programs(tmp_path, monkeypatch)
     monkeypatch.chdir(tmp_path)
     loaded = load(toy, ["data.shards=data/*train-*.tar", "run.directory=run", "data.index=ix"])
     profile = ClusterProfile(nodes=1, gpus_per_node=2, local_paths=())
@@ -207,7 +203,17 @@ def test_a_finished_run_is_not_submitted_again(toy: Path, tmp_path: Path) -> Non
         submit(loaded, ClusterProfile(nodes=1, gpus_per_node=2), dry=True)
 
 
-def test_a_full_disk_is_told_and_leaves_no_job(toy: Path, tmp_path: Path) -> None:
+def programs(folder: Path, monkeypatch: pytest.MonkeyPatch, **answers: str) -> None:
+    """Programs of a Slurm that accepts everything, or as given."""
+    (folder / "bin").mkdir()
+    for name, text in {"sbatch": "echo 4711", "squeue": "", "scontrol": "", "sinfo": "", **answers}.items():
+        (folder / "bin" / name).write_text(f"#!/bin/sh\n{text}\n")
+        (folder / "bin" / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{folder / 'bin'}:{os.environ['PATH']}")
+
+
+def test_a_full_disk_is_told_and_leaves_no_job(toy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    programs(tmp_path, monkeypatch)
     words = [
         sys.executable,
         "-m",
@@ -227,6 +233,21 @@ def test_a_full_disk_is_told_and_leaves_no_job(toy: Path, tmp_path: Path) -> Non
     assert done.returncode == 2, done.stderr[-500:]
     assert "cannot be written" in done.stderr and "Free space" in done.stderr and "Traceback" not in done.stderr
     assert not (tmp_path / "run" / "submit" / "job.json").exists()
+
+
+@pytest.mark.parametrize("is_new", [True, False])
+def test_a_submission_that_slurm_refuses_leaves_no_new_run(
+    toy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_new: bool
+) -> None:
+    refuse = 'case "$*" in *test-only*) ;; *) echo "sbatch: error: Job violates accounting/QOS policy" >&2; exit 1;; esac'
+    programs(tmp_path, monkeypatch, sbatch=refuse)
+    run = RunDirectory(tmp_path / "run")
+    loaded = load(toy, ["data.shards=/nowhere/x.tar", f"run.directory={run.path}"])
+    if not is_new:
+        run.write_settings(loaded.config)
+    with pytest.raises(LaunchError, match="violates accounting/QOS policy"):
+        submit(loaded, ClusterProfile(nodes=1, gpus_per_node=2, local_paths=()), index=False)
+    assert run.path.exists() is not is_new and run.config.exists() is not is_new
 
 
 def test_a_job_knows_its_code_whatever_becomes_of_the_checkout(tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ from launch.slurm import status
 from pipeline.data.pack import synthetic as scenes
 from pipeline.runtime import job_record as record
 from pipeline.runtime.run_directory import RunDirectory
+from tests.helpers.cluster_runs import queue, until
 from tests.helpers.mlflow_server import MlflowServer
 from tests.helpers.runs import ROOT, TOY, environment, recorded, train, weights
 from tests.helpers.s3 import KEYS, upload
@@ -84,6 +85,11 @@ def _next(run: RunDirectory, attempt: int, seconds: float = 2400) -> None:
         time.sleep(0.2)
 
 
+def _job(run: RunDirectory) -> int:
+    """The job that trains now."""
+    return int(record.read(run.path / "live.json")["job"])
+
+
 def _ranks(run: RunDirectory) -> list[int]:
     found = []
     for entry in Path("/proc").iterdir():
@@ -98,8 +104,10 @@ def _ranks(run: RunDirectory) -> list[int]:
 
 
 def test_submitted_once_interrupted_by_everything_it_ends_as_if_nothing_had_happened(
-    slurm: Cluster, mlflow: MlflowServer, s3_port: int, tmp_path: Path
+    slurm: Cluster, mlflow: MlflowServer, s3_port: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setenv("SLURM_CONF", slurm.environment["SLURM_CONF"])
+    monkeypatch.setenv("PATH", slurm.environment["PATH"])
     scenes.write(tmp_path / "scenes", train=320, val=24, size=32, seed=3, samples_per_shard=40)
     upload(s3_port, "cluster", {path.name: path for path in (tmp_path / "scenes").glob("*.tar")})
     config, profile = tmp_path / "toy.yaml", tmp_path / "site.yaml"
@@ -118,17 +126,16 @@ def test_submitted_once_interrupted_by_everything_it_ends_as_if_nothing_had_happ
     keys = {**environment(), **slurm.environment, **KEYS, "OMP_NUM_THREADS": "1"}
     submitted = subprocess.run(words, env=keys, cwd=ROOT, capture_output=True, text=True, check=False)
     assert submitted.returncode == 0, submitted.stderr
-    job = int(submitted.stdout.split()[1])
 
     attempt = _reach(run, 5)  # the warning that Slurm sends before a time limit
-    slurm.call("scancel", "--batch", "-s", "USR2", str(job))
+    slurm.call("scancel", "--batch", "-s", "USR2", str(_job(run)))
     _next(run, attempt)
     mlflow.stop()  # from here on the tracking server is away
     attempt = _reach(run, 60)  # a rank is killed
     os.kill(_ranks(run)[0], signal.SIGKILL)
     _next(run, attempt)
     attempt = _reach(run, 110)  # the administrator requeues
-    slurm.call("scontrol", "requeue", str(job))
+    slurm.call("scontrol", "requeue", str(_job(run)))
     _next(run, attempt)
     _reach(run, 140)  # an urgent job takes the nodes
     urgent = tmp_path / "urgent.sh"
@@ -140,7 +147,8 @@ def test_submitted_once_interrupted_by_everything_it_ends_as_if_nothing_had_happ
         assert time.monotonic() < end, "\n".join(path.read_text()[-2000:] for path in (run.path / "logs").glob("batch-*"))
         time.sleep(0.5)
     assert over["state"] == "finished", over
-    assert slurm.wait(job, "COMPLETED", "FAILED") == "COMPLETED"
+    assert slurm.wait(_job(run), "COMPLETED", "FAILED") == "COMPLETED"
+    until(lambda: not queue(run), "a job of a finished run is left in the queue")
 
     for rank in (0, 1):
         ours, theirs = recorded(run.path, rank), recorded(reference, rank)
@@ -149,7 +157,7 @@ def test_submitted_once_interrupted_by_everything_it_ends_as_if_nothing_had_happ
     assert weights(run.path, STEPS) == weights(reference, STEPS)
 
     causes = [row["cause"] for row in record.endings(run)]
-    assert causes[-1] == "finished" and "crash" in causes and causes.count("preempted") == 3, causes
+    assert causes == ["signal", "crash", "requeued", "preempted", "finished"], causes
     good = status.goodput(run)
     assert 0 < good.share < 1 and good.lost > 0 and good.waiting > 0
     print(status.table(status.status(run)))

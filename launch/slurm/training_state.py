@@ -1,0 +1,124 @@
+"""What the newest attempt of a run reports (loss, speed, expected end, waits, errors), and what the run has cost."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+from typing import Any
+
+from pipeline.runtime import job_record as record
+from pipeline.runtime.run_directory import RunDirectory
+from pipeline.tracking import journal
+
+_TAIL = 1 << 20  # bytes of a journal that are searched for the latest record
+_LONG = 30.0  # seconds in one phase after which a rank is named
+
+
+@dataclass(frozen=True)
+class TrainingState:
+    """What the newest attempt reports.
+
+    Attributes:
+        loss: the latest logged loss.
+        images_per_second: the latest logged speed.
+        seconds_left: time that the remaining steps take at this speed.
+        expected_end: when they are done if nothing interrupts them, seconds since 1970; only while the run trains.
+        waits: ranks that have been in one phase for long, such as reading data.
+        errors: the first failures of the last attempts, newest first, with rank and node.
+    """
+
+    loss: float | None = None
+    images_per_second: float | None = None
+    seconds_left: float | None = None
+    expected_end: float | None = None
+    waits: list[str] = field(default_factory=list)
+    errors: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a run has used, over all attempts.
+
+    Attributes:
+        hours: ranks times hours of attempts: GPU hours, or those of processes on a cluster without GPUs.
+        gpus: whether they are GPU hours.
+        price: in the profile's currency; ``None`` where it names no price.
+    """
+
+    hours: float = 0.0
+    gpus: bool = False
+    price: float | None = None
+
+
+def training_state(run: RunDirectory, attempt: int, steps: int, *, trains: bool, now: float | None = None) -> TrainingState:
+    """Read what an attempt reports.
+
+    Args:
+        run: the run directory.
+        attempt: its newest attempt; -1 for none.
+        steps: total steps of the run; 0 where not known.
+        trains: whether the attempt is running.
+        now: seconds since 1970; the current time by default.
+    """
+    if attempt < 0:
+        return TrainingState()
+    now = time.time() if now is None else now
+    step, seen, latest = 0, 0.0, {}
+    for step_, values in _metrics(run, attempt):
+        if "perf/images_per_second" in values:
+            step, seen, latest = step_, values.get("perf/samples_seen", 0.0), values
+    rate = latest.get("perf/images_per_second")
+    left = end = None
+    if rate and step and steps:
+        left = max(steps - step, 0) * (seen / step) / rate
+        end = now + left if trains else None
+    return TrainingState(latest.get("train/loss"), rate, left, end, _waits(run, attempt) if trains else [], _errors(run, attempt))
+
+
+def cost(run: RunDirectory, rows: list[dict[str, Any]], now: float | None = None) -> Cost:
+    """Add up what the attempts of a run used.
+
+    Args:
+        run: the run directory.
+        rows: its attempts, as in :attr:`launch.slurm.status.Status.attempts`.
+        now: seconds since 1970; the current time by default.
+    """
+    now = time.time() if now is None else now
+    profile = record.job(run).get("profile") or {}
+    hours = 0.0
+    for row in rows:
+        if "started_at" in row:
+            hours += max(float(row.get("ended_at", now)) - float(row["started_at"]), 0.0) / 3600 * int(row.get("ranks", 1))
+    price, gpus = profile.get("gpu_hour_price"), bool(profile.get("gpus_per_node"))
+    return Cost(hours, gpus, hours * float(price) if gpus and isinstance(price, (int, float)) else None)
+
+
+def _metrics(run: RunDirectory, attempt: int) -> list[tuple[int, dict[str, float]]]:
+    """Steps and values of the last records in an attempt's journal."""
+    path = run.journal(attempt)
+    try:
+        offset = max(path.stat().st_size - _TAIL, 0)
+        records = [line for _, line in journal.read(path, offset) if line["kind"] == "metrics"]
+    except OSError:
+        return []
+    return [(line["step"], {name: float(value) for name, value in line["values"].items()}) for line in records]
+
+
+def _waits(run: RunDirectory, attempt: int) -> list[str]:
+    """Ranks that are in one phase for longer than half a minute; those that wait for others are not at fault."""
+    texts = []
+    for path in sorted((run.logs(attempt) / "pulse").glob("rank-*.json")):
+        row = record.read(path)
+        seconds = row.get("seconds")
+        if isinstance(seconds, (int, float)) and seconds > _LONG and not row.get("waiting"):
+            texts.append(f"rank {row.get('rank')} has been in {row.get('phase')} at step {row.get('step')} for {seconds:.0f} s")
+    return texts
+
+
+def _errors(run: RunDirectory, attempt: int, number: int = 3) -> list[str]:
+    texts = []
+    for one in range(attempt, max(attempt - number, -1), -1):
+        if failure := record.failure(run, one):
+            position = f"rank {failure.get('rank')} on {failure.get('node', '?')} at step {failure.get('step')}"
+            texts.append(f"attempt {one}, {position}: {failure.get('what')}")
+    return texts
