@@ -123,12 +123,10 @@ def count(name: str, steps: int) -> Row:
         prepare_towers(method, config)
     for now in range(steps):
         batch, step = batch_at(method, _SAMPLES, now), Step(index=now)
-        with torch.autocast("cpu", torch.bfloat16):
-            torch.manual_seed(now)
-            with torch.no_grad():
-                method.before_accumulation([batch], step)
-            terms = method(batch, step)
-        torch.stack([term.float() for term in terms.values()]).sum().backward()
+        torch.manual_seed(now)
+        with torch.no_grad():
+            method.before_accumulation([batch], step)
+        torch.stack(list(method(batch, step).values())).sum().backward()
         method.after_step(step)
     return Row(graphs, calls, sum(counters["graph_break"].values()))
 
@@ -197,7 +195,7 @@ def markdown(rows: Sequence[tuple[str, Row | None, Row]], machine: dict[str, str
         lines.append(f"| {name} | {CONFIGS[name]} | {' | '.join(cells)} |")
     lines += [
         "",
-        "Rank 0 of 8, 8 samples a step, width 32, depth of the config, bf16 on a CPU, `train.compile=true`. A block counts once",
+        "Rank 0 of 8, 8 samples a step, width 32, depth of the config, fp32 on a CPU, `train.compile=true`. A block counts once",
         "for each pass through it, also of a teacher. Methods with a ResNet have no blocks to compile. What a graph costs to",
         "compile, and what it saves, is not measured here: that needs a GPU.",
     ]

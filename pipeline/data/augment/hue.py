@@ -1,7 +1,7 @@
 """Rotates the hue of images exactly, in HSV space, on a CPU: one pass over blocks that fit its cache.
 
-The same operations in the same order as the DALI graph of a GPU, so that both give the same pixels; as DALI operators on a CPU they
-take several times as long.
+The same operations in the same order as the DALI graph of a GPU, so that both give the same pixels; as DALI operators they take
+several times as long on a CPU.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 _BLOCK = 16384  # pixels whose intermediate results fit into a core's own cache
 _F = np.float32
+_ZEROS, _ONES = np.zeros(_BLOCK, _F), np.ones(_BLOCK, _F)
 
 
 def turn_hues(images: Sequence[Any], turns: Sequence[Any], pool: ThreadPoolExecutor | None = None) -> list[NDArray[np.uint8]]:
@@ -48,10 +49,15 @@ def _turn(pixels: NDArray[np.uint8], turned: np.float32, out: NDArray[np.uint8])
     np.minimum(r, chroma, out=chroma)
     np.subtract(value, chroma, out=chroma)
     divisor = np.maximum(chroma, _F(1e-8))
-    # Hue in sixths of the circle, by the largest channel: red before green before blue.
-    sixths = _offset(r, g, divisor, 4)
-    np.copyto(sixths, _offset(b, r, divisor, 2), where=value == g)
-    np.copyto(sixths, _offset(g, b, divisor, 0), where=value == r)
+    # Hue in sixths of the circle, by the largest channel: red before green before blue. Products with 0 and 1 are several times
+    # as fast as masked copies, and arrays of constants as constants.
+    zeros, ones = _ZEROS[: len(pixels)], _ONES[: len(pixels)]
+    is_red = np.equal(value, r).view(np.uint8).astype(_F)
+    is_green = np.equal(value, g).view(np.uint8) * (ones - is_red)
+    sixths = is_red * _offset(g, b, divisor, 0)
+    sixths += is_green * _offset(b, r, divisor, 2)
+    is_red += is_green
+    sixths += np.subtract(ones, is_red, out=is_red) * _offset(r, g, divisor, 4)
     sixths += turned
     part = np.empty_like(sixths)
     for channel, offset in enumerate((5, 3, 1)):
@@ -62,8 +68,8 @@ def _turn(pixels: NDArray[np.uint8], turned: np.float32, out: NDArray[np.uint8])
         position -= part
         np.subtract(_F(4), position, out=part)
         np.minimum(position, part, out=part)
-        np.maximum(part, _F(0), out=part)
-        np.minimum(part, _F(1), out=part)
+        np.maximum(part, zeros, out=part)
+        np.minimum(part, ones, out=part)
         part *= chroma
         np.subtract(value, part, out=part)
         part *= _F(255)
@@ -77,5 +83,6 @@ def _turn(pixels: NDArray[np.uint8], turned: np.float32, out: NDArray[np.uint8])
 def _offset(a: NDArray[Any], b: NDArray[Any], divisor: NDArray[Any], sixths: int) -> NDArray[Any]:
     difference = a - b
     difference /= divisor
-    difference += _F(sixths)
+    if sixths:
+        difference += _F(sixths)
     return difference
