@@ -30,6 +30,7 @@ from pipeline.data.loader.prefetch import Prefetcher
 from pipeline.data.loader.reader import Reader
 from pipeline.data.order.order import Order
 from pipeline.errors import CheckpointError, ConfigError, NonFiniteError
+from pipeline.estimate.flops import counted
 from pipeline.evaluation.runner import Evaluations, Show
 from pipeline.methods.base import Method
 from pipeline.methods.registry import build_seeded_method
@@ -171,6 +172,7 @@ def assemble(
     if world.device.type == "cuda" or config.train.compile is True:
         logger.log(f"blocks are not compiled: {uncompiled}" if uncompiled else "blocks are compiled in the first steps")
     share = config.train.global_batch_size // world.size
+    flops = _step_flops(config, share) if uncompiled is None and world.rank == 0 else None
     micro = config.train.micro_batch_size or share
     engine = Engine(method, engine_options(config, micro, share // micro), world.device)
     bad_samples = BadSamples(
@@ -265,13 +267,19 @@ def assemble(
         logger=logger,
         plan=make_plan(config, inputs.order, run, attempt, world.rank),
         requests=requests,
-        phases=Phases(world, watchdog, _peak(config, world.device), count=uncompiled is not None),
+        phases=Phases(world, watchdog, _peak(config, world.device), count=uncompiled is not None, flops=flops),
         skipped_steps=SkippedSteps(run.path / "skipped_steps.json"),
         load_last_checkpoint=load_last_checkpoint,
         alerts=Alerts(method.health_metrics),
         node_metrics=Nodes(world, run.path).read,
         progress=progress,
     )
+
+
+def _step_flops(config: Config, samples: int) -> float:
+    """FLOPs of a step of a rank, counted on tensors without values: compiled blocks cannot be counted while they run."""
+    with torch.random.fork_rng(devices=[]):
+        return counted(config) * samples
 
 
 def _sheets(run: RunDirectory, journal: Journal) -> Show:
