@@ -328,6 +328,7 @@ def benchmarks() -> list[Benchmark]:
             {"model": "tiny-14", "prototypes": 256, "rounds": 1},
         ),
         ("collectives", collectives, {}, {"width": 32, "depth": 2}),
+        ("recompilations", recompilations, {}, {"methods": ["clip"], "steps": 4}),
         ("trainer-overhead", trainer_overhead, {}, {"steps": 10, "log_every": 5}),
         ("determinism", determinism, {**large, "rounds": 3}, {**tiny, "rounds": 1}),
         ("resume", resume, {}, {"width": 64, "depth": 2, "rounds": 1}),

@@ -180,7 +180,11 @@ def _masks(view: ViewSpec, samples: int, number: int) -> Masks:
 
 def document(rows: Sequence[tuple[str, Row | None, Row]]) -> dict[str, Any]:
     """All figures, for the JSON file."""
-    return {name: {"before": None if before is None else asdict(before), "after": asdict(after)} for name, before, after in rows}
+    return {
+        "methods": {
+            name: {"before": None if before is None else asdict(before), "after": asdict(after)} for name, before, after in rows
+        }
+    }
 
 
 def markdown(rows: Sequence[tuple[str, Row | None, Row]], machine: dict[str, str], command: str) -> str:
