@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from pipeline.bench import step
+from pipeline.bench.plain import alone
 from pipeline.bench.prove.stage import Check, Setup, at_least
 from pipeline.config.load import load
 from pipeline.errors import FoveaError
@@ -24,11 +25,12 @@ def checks(setup: Setup) -> Iterator[Check]:
     """Images per second, MFU and peak memory of each form of a step."""
     model, batch = ("tiny-16", 2) if setup.toy else ("L-16", 64)
     prototypes, flops = 256 if setup.toy else 65536, None if setup.toy else _flops()
-    yield from forms(setup, model, batch, prototypes=prototypes, flops=flops)
-    if reason := _without_fp8(setup):
-        yield Check(f"ViT-{model}, 8-bit products", f"skipped: {reason}")
-    else:
-        yield from forms(setup, model, batch, prototypes=prototypes, flops=flops, fp8=True)
+    with alone(setup.device):  # one group for all forms: DeepSpeed does not support a second one in the same process
+        yield from forms(setup, model, batch, prototypes=prototypes, flops=flops)
+        if reason := _without_fp8(setup):
+            yield Check(f"ViT-{model}, 8-bit products", f"skipped: {reason}")
+        else:
+            yield from forms(setup, model, batch, prototypes=prototypes, flops=flops, fp8=True)
 
 
 def _without_fp8(setup: Setup) -> str:
