@@ -1,7 +1,7 @@
 """Stages of ``fovea prove`` take their CUDA path on stand-in devices, compiled steps among them.
 
-Kernels do nothing, so that losses are wrong. ``python -m tests.helpers.standin.prove OUT methods`` shows the waits of every method.
-Other stages cannot run there: decode, stream and data need a GPU's decoder, run and ranks NCCL, small the capture of CUDA graphs.
+Kernels do nothing, so that losses are wrong. The waits of every method: ``python -m tests.helpers.standin.prove OUT methods``.
+Other stages cannot run there: decode, stream and data need a GPU's decoder, run and ranks NCCL, small the capture of graphs.
 """
 
 from __future__ import annotations
