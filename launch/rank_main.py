@@ -29,6 +29,7 @@ from pipeline.errors import FoveaError, LaunchError, failure_fields, of_system
 from pipeline.masking import hide_secrets, masked, shown
 from pipeline.runtime import failure_claim as claims
 from pipeline.runtime import job_record as record
+from pipeline.runtime.compile_cache import use_compile_cache
 from pipeline.runtime.run_directory import RunDirectory
 
 if TYPE_CHECKING:
@@ -104,6 +105,8 @@ def train(
     os.environ.setdefault("OMP_NUM_THREADS", str(config.train.threads or 1))
     if config.train.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it once, when it is loaded
+    if config.train.compile:
+        use_compile_cache(user_name(), here.local_world_size or 1)
     import torch
     import torch.distributed as dist
 

@@ -18,6 +18,7 @@ BASE = (
     f"train.duration={STEPS} steps",
     "launch.num_processes=1",
     "checkpoint.every=3 steps",
+    "train.compile=false",
     "evaluation.knn.enabled=true",
     f"evaluation.knn.every={STEPS} steps",
 )

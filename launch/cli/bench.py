@@ -268,6 +268,32 @@ def trainer_overhead(
 
 
 @app.command()
+def recompilations(
+    methods: Annotated[list[str] | None, typer.Argument(metavar="[METHOD]...", help="Methods; by default all.")] = None,
+    steps: Annotated[int, typer.Option(min=4, help="Steps of each method.")] = 30,
+    before: Annotated[Path | None, typer.Option(metavar="DIR", help="Root of an earlier checkout, to compare with.")] = None,
+    out: Out = None,
+) -> None:
+    """Count the graphs that torch.compile compiles in each step of a method, and the blocks that run compiled.
+
+    [b]Example[/b]
+
+    fovea bench recompilations dinov2 detailclip
+    """
+    from pipeline.bench.prove.methods import CONFIGS
+    from pipeline.bench.recompilations import document, markdown, measure
+
+    names = methods or list(CONFIGS)
+    if unknown := next((name for name in names if name not in CONFIGS), None):
+        raise ConfigError(f"{unknown} is not a method", where="METHOD", hint=f"Choose one of {', '.join(CONFIGS)}")
+    rows = []
+    for row in measure(names, steps, before):
+        rows.append(row)
+        log(f"{row[0]}: {row[2].first} graphs in the first steps, then {row[2].later}")
+    _save("recompilations", out, partial(markdown, rows), document(rows))
+
+
+@app.command()
 def resume(width: Width = 512, depth: Depth = 16, rounds: Rounds = 5, out: Out = None) -> None:
     """Compare a resume from a checkpoint with a fresh start, each up to the end of its first step.
 
@@ -330,6 +356,7 @@ def benchmarks() -> list[Benchmark]:
             {"model": "tiny-14", "prototypes": 256, "rounds": 1},
         ),
         ("collectives", collectives, {}, {"width": 32, "depth": 2}),
+        ("recompilations", recompilations, {}, {"methods": ["clip"], "steps": 4}),
         ("trainer-overhead", trainer_overhead, {}, {"steps": 10, "log_every": 5}),
         ("determinism", determinism, {**large, "rounds": 3}, {**tiny, "rounds": 1}),
         ("resume", resume, {}, {"width": 64, "depth": 2, "rounds": 1}),

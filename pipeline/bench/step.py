@@ -7,12 +7,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import nn
 
 from pipeline.bench import official, pairs, step_clip, step_dinov2
 from pipeline.bench.plain import alone
 from pipeline.errors import ConfigError
+from pipeline.models.fp8 import use_fp8
 
-OURS, COMPILED, GRAPHS = "fovea", "fovea, compiled", "fovea, compiled, CUDA graphs"
+OURS, COMPILED, GRAPHS, FP8 = "fovea", "fovea, compiled", "fovea, compiled, CUDA graphs", ", fp8"
 METHODS = {"clip": list(step_clip.TOWERS), "dinov2": step_dinov2.MODELS}
 _APART = {True: 1e-2, False: 1e-4}  # tolerance of the losses, in bf16 and in fp32
 
@@ -30,6 +32,7 @@ class Options:
         drop: rate of stochastic depth (DINOv2).
         compiled: whether to also measure ours with compiled blocks.
         graphs: whether those are replayed as CUDA graphs.
+        fp8: whether our blocks compute their products in 8-bit floats after the losses were compared; then only ours is measured.
         rounds: measured rounds.
         device: ``cpu`` or ``cuda``.
         bf16: compute under autocast.
@@ -43,6 +46,7 @@ class Options:
     drop: float = 0.3
     compiled: bool = False
     graphs: bool = False
+    fp8: bool = False
     rounds: int = 3
     device: str = "cpu"
     bf16: bool = False
@@ -98,6 +102,9 @@ def measure(options: Options, *, log: Callable[[str], None] = lambda _: None) ->
         operations = {name: pairs.operations(act) for name, act in steps.items()}
         if options.compiled or options.graphs:
             steps = _with_compiled(steps, contest, graphs=options.graphs)
+        if options.fp8:
+            use_fp8(nn.ModuleList(contest.blocks))
+            steps = {name + FP8: act for name, act in steps.items() if name.startswith(OURS)}
         log("measuring")
         cases = pairs.measure(steps, rounds=options.rounds, device=torch.device(options.device))
     return Result(cases, losses, operations, contest.theirs[0] if contest.theirs else "", contest.about)
@@ -115,7 +122,7 @@ def _with_compiled(
 ) -> dict[str, Callable[[], float]]:
     block: Any
     for block in contest.blocks:
-        block.compile(mode="reduce-overhead" if graphs else None)
+        block.compile(dynamic=False, mode="reduce-overhead" if graphs else None)
 
     def eager() -> float:
         with torch.compiler.set_stance("force_eager"):

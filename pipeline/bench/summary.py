@@ -240,6 +240,18 @@ def _amount(value: float, figure: str) -> str:
     return f"{value / _MEGABYTE:,.3f} MB" if figure == "bytes" else f"{value:.3g} {figure}"
 
 
+def _recompilations(d: Document) -> list[Row]:
+    rows = []
+    for name, row in d["methods"].items():
+        if row["before"] is not None and sum(row["after"]["graphs"]):
+            counts = [sum(row[state]["graphs"]) for state in ("after", "before")]
+            blocks = [row[state]["calls"][-1] for state in ("after", "before")]
+            figures = [f"{graphs} for {calls} blocks" for graphs, calls in zip(counts, blocks, strict=True)]
+            title = f"graphs compiled in {len(row['after']['graphs'])} steps, {name}"
+            rows.append(Row(title, figures[0], f"{figures[1]} before", f"{counts[0] / max(counts[1], 1):.2f} x"))
+    return rows
+
+
 _READERS: dict[str, Callable[[Document], list[Row]]] = {
     "data-cpu": _data,
     "step-clip-cpu-20": _step(20),
@@ -257,5 +269,6 @@ _READERS: dict[str, Callable[[Document], list[Row]]] = {
     "collapse-ablation-cpu": _collapse_ablation,
     "host-path": _host_path,
     "scale-cpu": _scale,
+    "recompilations": _recompilations,
 }
 _MAIN = ("data-cpu", "step-clip-cpu-20", "step-dinov2-cpu", "prototype-loss-cpu", "checkpoint-cpu")

@@ -28,7 +28,7 @@ from pipeline.evaluation.settings import EvaluatorSettings
 from pipeline.evaluation.sheets import NearestImages, attention_sheet
 from pipeline.methods.base import Method
 from pipeline.methods.shared.contrastive import Contrastive
-from pipeline.models.eval_model import EvalModel, preserve_rng_and_mode
+from pipeline.models.eval_model import EvalModel, preserve_rng_and_mode, uncompiled
 from pipeline.runtime.process_group import World
 
 _SHEET_IMAGES = 8  # images per sheet
@@ -152,7 +152,8 @@ class Evaluations:
         """
         due = self._due(step, seconds)
         scores: dict[str, float] = {}
-        with preserve_rng_and_mode(self._modules):
+        # Compiled code is for the batch sizes of training; uncompiled, scores are also those of `fovea eval`.
+        with preserve_rng_and_mode(self._modules), uncompiled(block for root in self._modules for block in root.modules()):
             for name in due:
                 begin = time.perf_counter()
                 scores |= self._score(name)

@@ -146,6 +146,7 @@ def prototype_cross_entropy(
     return terms, TargetStatistics(entropy, target_sum, top1_agreements) if watch else None
 
 
+@torch.compiler.assume_constant_result
 def kernels_for(device: torch.device) -> Kernels:
     """Kernels by ``FOVEA_KERNELS``; by default ``triton`` on a CUDA device where Triton and the C compiler that it needs are
     installed, else ``torch``.

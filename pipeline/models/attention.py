@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import partial
+from types import MethodType
 from typing import Any, Literal
 
 import torch
 from timm.models.vision_transformer import Attention
-from torch import Tensor, nn
+from torch import Tensor
 
 from pipeline.errors import ConfigError
 from pipeline.models.tokens import Tokens
@@ -36,26 +35,46 @@ def with_attention(tower: VisionTower, images: Tensor, *, layers: Literal["all",
             where="model",
             hint="Choose a tower with learned positions",
         )
-    rows: list[Tensor] = []
-    hooks = [block.attn.qkv.register_forward_hook(_reader(block.attn, tower.vit.num_prefix_tokens, rows)) for block in blocks]
+    layers_read: list[Any] = [_with_slot(block.attn, tower.vit.num_prefix_tokens) for block in blocks]
+    for layer in layers_read:
+        layer.rows = []
     try:
         tokens: Tokens = tower(images)
+        rows: list[Tensor] = [layer.rows.pop() for layer in layers_read]
     finally:
-        for hook in hooks:
-            hook.remove()
+        for layer in layers_read:
+            layer.rows = None
     return tokens._replace(attention=torch.stack(rows).mean(0))
 
 
-def _reader(attention: Attention, prefix: int, rows: list[Tensor]) -> Callable[..., None]:
-    return partial(_read, attention, prefix, rows)
+def _with_slot(attention: Any, prefix: int) -> Any:
+    """The layer that computes queries and keys, made to append the class token's row to its own list ``rows``, if it has one.
+
+    A compiler guards a block's graph on everything that the block reads: with a hook, or one list for all blocks, each block
+    would need a graph of its own. Parameters and names do not change.
+    """
+    layer = attention.qkv
+    if not hasattr(layer, "rows"):
+        layer.rows, layer.source, layer.product = None, (attention, prefix), layer.forward  # a tuple: no submodule
+        layer.forward = MethodType(_project, layer)
+    return layer
 
 
-def _read(attention: Attention, prefix: int, rows: list[Tensor], module: nn.Module, inputs: Any, qkv: Tensor) -> None:
+def _project(layer: Any, x: Tensor) -> Tensor:
+    qkv: Tensor = layer.product(x)
+    if layer.rows is not None:
+        attention, prefix = layer.source
+        layer.rows.append(_row(attention, prefix, qkv))
+    return qkv
+
+
+def _row(attention: Any, prefix: int, qkv: Tensor) -> Tensor:
+    """The class token's attention to each patch, the mean over heads, ``[batch, patches]`` fp32."""
     q, k, _ = qkv.unflatten(2, (3, attention.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
     first = attention.q_norm(q[:, :, :1]).float() * attention.scale
     with torch.autocast(qkv.device.type, enabled=False):
-        row = (first @ attention.k_norm(k).float().transpose(-2, -1)).softmax(-1)
-    rows.append(row[:, :, 0, prefix:].mean(1))
+        row: Tensor = (first @ attention.k_norm(k).float().transpose(-2, -1)).softmax(-1)
+    return row[:, :, 0, prefix:].mean(1)
 
 
 def kept_and_removed(

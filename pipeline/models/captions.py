@@ -12,6 +12,7 @@ from torch.utils.checkpoint import checkpoint
 from typing_extensions import override
 
 from pipeline.models.text import END, VOCABULARY, TextBlock, TextTower
+from pipeline.models.tokens import any_size
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, *, heads: int, mask: Tensor | None = None) -> Tensor:
@@ -157,6 +158,9 @@ class CaptionTower(TextTower):
         return features, states
 
     def _through(self, block: nn.Module, *inputs: Tensor) -> Tensor:
+        if self.compiled:
+            states, mask, *_ = inputs
+            any_size(states, 1), any_size(mask, 2, 3)
         out: Tensor = checkpoint(block, *inputs, use_reentrant=False) if self.checkpointing else block(*inputs)
         return out
 

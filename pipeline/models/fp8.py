@@ -41,6 +41,11 @@ def use_fp8(blocks: nn.Module) -> list[str]:
     return list(fitting)
 
 
+def computes_fp8(layer: nn.Module) -> bool:
+    """Whether a layer was converted by :func:`use_fp8`."""
+    return getattr(vars(layer).get("forward"), "__func__", None) is _forward
+
+
 def scaled_product(a: Tensor, b: Tensor) -> Tensor:
     """``a @ b.T`` of ``[m, k]`` and ``[n, k]`` in bf16, both rounded to e4m3 by rows; ``k`` and ``n`` multiples of 16."""
     (left, left_scale), (right, right_scale) = rounded(a), rounded(b)

@@ -44,6 +44,12 @@ def places(batch: int, tokens: int, prefix: int, patches: Tensor) -> Tensor:
     return torch.cat([samples * tokens, patches + (patches // each + 1) * prefix])
 
 
+def filled_up(patches: Tensor, capacity: tuple[int, ...]) -> Tensor:
+    """Indices int64 ``[n]`` followed by zeros, up to the first capacity that is large enough; unchanged if there is none."""
+    size = next((size for size in capacity if size >= len(patches)), len(patches))
+    return torch.nn.functional.pad(patches, (0, size - len(patches)))
+
+
 def _project(projection: Any, x: Tensor) -> Tensor:
     rows = x if projection.read is None else x.flatten(0, 1)[projection.read]
     projected: Tensor = type(projection).forward(projection, rows)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from pipeline.errors import CheckpointError, ConfigError
-from pipeline.models.tokens import taken
+from pipeline.models.tokens import any_size, taken
 
 VOCABULARY, END = 49408, 49407
 """Size of CLIP's byte-pair vocabulary, and its end token."""
@@ -82,6 +82,7 @@ class TextTower(nn.Module):
 
     Attributes:
         checkpointing: whether blocks use activation checkpointing.
+        compiled: whether blocks are compiled; one graph then serves texts of all lengths.
     """
 
     def __init__(
@@ -102,7 +103,7 @@ class TextTower(nn.Module):
             raise ConfigError(
                 f"text width {width} is not divisible by {heads} heads", where="method.text", hint="Choose sizes that divide"
             )
-        self.end, self.checkpointing = end, False
+        self.end, self.checkpointing, self.compiled = end, False, False
         self.tokens = nn.Embedding(vocabulary, width)
         self.positions = nn.Parameter(torch.empty(context, width))
         self.blocks = nn.ModuleList(TextBlock(width, heads, causal=causal, quick_gelu=quick_gelu) for _ in range(depth))
@@ -133,6 +134,7 @@ class TextTower(nn.Module):
         last = torch.where(ends.any(1), ends.int().argmax(1), tokens.shape[1] - 1)[:, None]
         for block in self.blocks:
             read = last if block is self.blocks[-1] else None
+            x = any_size(x, 1) if self.compiled else x
             x = checkpoint(block, x, read, use_reentrant=False) if self.checkpointing else block(x, read)
         features: Tensor = self.projection(self.norm(x[:, 0]))
         return features

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 
@@ -29,3 +30,10 @@ class Tokens(NamedTuple):
 def taken(patches: Tensor, index: Tensor) -> Tensor:
     """Gathers patches ``[batch, n, width]`` from ``[batch, patches, width]`` at the positions ``[batch, n]``."""
     return patches.gather(1, index[:, :, None].expand(-1, -1, patches.shape[2]))
+
+
+def any_size(x: Tensor, *dims: int) -> Tensor:
+    """Marks dimensions whose size varies from step to step: a compiled block that gets ``x`` serves all sizes with one graph."""
+    for dim in dims:
+        torch._dynamo.maybe_mark_dynamic(x, dim)
+    return x

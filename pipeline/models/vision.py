@@ -23,7 +23,7 @@ from pipeline.errors import ConfigError
 from pipeline.models.depth import set_stochastic_depth
 from pipeline.models.initialization import initialize_transformer
 from pipeline.models.positions import Resampling, resample_positions
-from pipeline.models.reading import places, read_some
+from pipeline.models.reading import filled_up, places, read_some
 from pipeline.models.settings import ModelSettings
 from pipeline.models.stems import conv_stem
 from pipeline.models.tokens import Tokens
@@ -88,7 +88,7 @@ class VisionTower(nn.Module):
         self.class_position = nn.Parameter(torch.empty(1, 1, vit.embed_dim)) if class_position else None
         if self.class_position is not None:
             nn.init.trunc_normal_(self.class_position, std=0.02)
-        self.checkpointing = False
+        self.checkpointing = self.compiled = False
         self._fused = bool(vit.blocks[0].attn.fused_attn)
 
     def forward(
@@ -99,6 +99,7 @@ class VisionTower(nn.Module):
         *,
         local: bool = False,
         patches: Tensor | Literal["all", "none"] = "all",
+        capacity: tuple[int, ...] = (),
     ) -> Tokens:
         """Tokens of a batch of images, after the final norm.
 
@@ -109,6 +110,8 @@ class VisionTower(nn.Module):
             local: whether these are local crops, which use the local norm if the tower has one.
             patches: patches to return: all, none, or those at int64 ``[n]`` indices among the patches of the whole batch,
                 returned as ``[n, width]``. Unless all are returned, the last block skips the others and the registers.
+            capacity: numbers of patches to which compiled blocks fill up the indices, in ascending order, so that ``n`` may vary
+                from step to step without another graph: the first that is large enough. What is filled up is not returned.
         """
         # torch's fused attention has no fast bf16 backward on CPUs: 118 ms a block where plain products need 10. Fake tensors use
         # the fused attention, so that their counts are those of a GPU.
@@ -122,10 +125,14 @@ class VisionTower(nn.Module):
                 block.attn.qkv_bias_separate = True
         norm = self.local_norm if local else None
         read = None if patches == "all" else images.new_zeros(0, dtype=torch.int64) if isinstance(patches, str) else patches
+        number = 0 if read is None else len(read)
+        if read is not None and self.compiled and number:
+            read = filled_up(read, capacity)
         x = self.vit(images, mask, keep, self.mask_token, self.class_position, self.resampling, self.checkpointing, norm, read)
         prefix, batch = self.vit.num_prefix_tokens, len(images)
         if read is not None:
-            return Tokens(cls=x[:batch], registers=x.new_zeros(batch, 0, x.shape[1]), patches=x[batch:], kept=keep)
+            none = x.new_zeros(batch, 0, x.shape[1])
+            return Tokens(cls=x[:batch], registers=none, patches=x[batch : batch + number], kept=keep)
         return Tokens(cls=x[:, 0], registers=x[:, 1:prefix], patches=x[:, prefix:], kept=keep)
 
     @torch.no_grad()

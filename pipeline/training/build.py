@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import platform
-import shutil
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -32,6 +31,7 @@ from pipeline.data.loader.prefetch import Prefetcher
 from pipeline.data.loader.reader import Reader
 from pipeline.data.order.order import Order
 from pipeline.errors import CheckpointError, ConfigError, NonFiniteError
+from pipeline.estimate.flops import counted
 from pipeline.evaluation.runner import Evaluations, Show
 from pipeline.methods.base import Method
 from pipeline.methods.registry import build_seeded_method
@@ -45,6 +45,7 @@ from pipeline.runtime.system_metrics import Nodes
 from pipeline.runtime.watchdog import Watchdog
 from pipeline.tracking import Journal
 from pipeline.training.alerts import Alerts
+from pipeline.training.compilation import compile_blocks, networks_of, why_uncompiled
 from pipeline.training.engine import Engine, EngineOptions
 from pipeline.training.progress import Plan, Progress, ProgressLogger
 from pipeline.training.rollback import SkippedSteps
@@ -76,29 +77,37 @@ def make_plan(config: Config, order: Order, run: RunDirectory, attempt: int, ran
     )
 
 
-def prepare_towers(method: Method, config: Config) -> None:
+def prepare_towers(
+    method: Method, config: Config, device: torch.device | None = None, *, before: bool | None = None
+) -> str | None:
     """Enable activation checkpointing, fp8 products and compilation as configured.
 
+    Args:
+        method: the method, before its first forward pass.
+        config: the settings.
+        device: where it runs; a GPU if there is one.
+        before: see :func:`pipeline.training.compilation.why_uncompiled`.
+
+    Returns:
+        Why blocks are not compiled; ``None`` if they are.
+
     Raises:
-        ConfigError: ``train.compile`` on a CPU without a C++ compiler, or ``train.fp8`` on a GPU that does not support it.
+        ConfigError: ``train.compile`` without the compiler that it needs, or ``train.fp8`` on a GPU that does not support it.
     """
+    device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if config.train.fp8 != "off" and torch.cuda.is_available() and torch.cuda.get_device_capability() < (8, 9):
         raise ConfigError(
             f"{torch.cuda.get_device_name()} does not support fp8 matrix products", where="train.fp8", hint="Set train.fp8=off"
         )
-    teachers = list(method.teacher.modules.values()) if method.teacher is not None else []
-    towers = [m for root in (method, *teachers) for m in root.modules() if isinstance(m, VisionTower | TextTower)]
+    towers = [m for root in networks_of(method) for m in root.modules() if isinstance(m, VisionTower | TextTower)]
     for tower in towers:
         tower.checkpointing = config.train.activation_checkpointing
         if config.train.fp8 == "all" or (config.train.fp8 == "teacher" and not any(p.requires_grad for p in tower.parameters())):
             use_fp8(_blocks(tower))
-    if not config.train.compile:
-        return
-    if not torch.cuda.is_available() and shutil.which("g++") is None and shutil.which("c++") is None:
-        raise ConfigError("needs a C++ compiler", where="train.compile", hint="Install g++, or set train.compile=false")
-    for tower in towers:
-        for block in _blocks(tower):
-            block.compile(mode="reduce-overhead" if config.train.cuda_graphs else None)
+    reason = why_uncompiled(config, device, before)
+    if reason is None:
+        compile_blocks(method, cuda_graphs=config.train.cuda_graphs)
+    return reason
 
 
 def _blocks(tower: VisionTower | TextTower) -> Any:
@@ -159,8 +168,12 @@ def assemble(
             logger.log(note)
         if journal is not None:
             journal.tags({f"fovea.init.{key}": value for key, value in start.record.items()})
-    prepare_towers(method, config)
+    compiled_before = bool(resume.manifest.get("compiled")) if resume is not None else None
+    uncompiled = prepare_towers(method, config, world.device, before=compiled_before)
+    if world.device.type == "cuda" or config.train.compile is True:
+        logger.log(f"blocks are not compiled: {uncompiled}" if uncompiled else "blocks are compiled in the first steps")
     share = config.train.global_batch_size // world.size
+    flops = _step_flops(config, share) if uncompiled is None and world.rank == 0 else None
     micro = config.train.micro_batch_size or share
     engine = Engine(method, engine_options(config, micro, share // micro), world.device)
     bad_samples = BadSamples(
@@ -248,6 +261,7 @@ def assemble(
             **manifest_fields,
             "init": init,
             "world": world.size,
+            "compiled": uncompiled is None,
             "torch": torch.__version__,
             "python": platform.python_version(),
         },
@@ -255,13 +269,19 @@ def assemble(
         logger=logger,
         plan=make_plan(config, inputs.order, run, attempt, world.rank),
         requests=requests,
-        phases=Phases(world, watchdog, _peak(config, world.device), count=not config.train.compile),
+        phases=Phases(world, watchdog, _peak(config, world.device), count=uncompiled is not None, flops=flops),
         skipped_steps=SkippedSteps(run.path / "skipped_steps.json"),
         load_last_checkpoint=load_last_checkpoint,
         alerts=Alerts(method.health_metrics),
         node_metrics=Nodes(world, run.path).read,
         progress=progress,
     )
+
+
+def _step_flops(config: Config, samples: int) -> float:
+    """FLOPs of a step of a rank, counted on tensors without values: compiled blocks cannot be counted while they run."""
+    with torch.random.fork_rng(devices=[]):
+        return counted(config) * samples
 
 
 def _sheets(run: RunDirectory, journal: Journal) -> Show:

@@ -35,6 +35,7 @@ from pipeline.models.groups import ParameterGroup
 from pipeline.training import accelerate_init as accelerated
 from pipeline.training.applied import Applied
 from pipeline.training.optimizers import AdamW, FlatOptimizer, Lamb, Lars, Layerwise, Sgd, runs_of
+from pipeline.training.rounded_gathers import drop_rounded, mark_rounded, rounded_gathers
 from pipeline.training.zero_layouts import Layout, Zero0Layout, Zero3Layout, Zero12Layout, order_streams, piece_of
 from pipeline.training.zero_offload import OffloadedZero3Layout, OffloadedZero12Layout
 
@@ -44,6 +45,7 @@ os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else
 _tracker = sys.modules.get("mlflow")
 sys.modules["mlflow"] = _tracker  # type: ignore[assignment]
 import deepspeed  # noqa: E402
+from deepspeed.runtime.zero import partition_parameters  # noqa: E402
 from deepspeed.runtime.zero.config import DeepSpeedZeroConfig  # noqa: E402
 from deepspeed.runtime.zero.utils import ZERO_SUPPORTED_OPTIMIZERS  # noqa: E402
 
@@ -147,6 +149,9 @@ class Engine:
             optimizer.segments, optimizer.parameters = self.layout.segments(), len(parameters)
             optimizer.sharded = options.zero > 0
         self._teacher_engine = self._shard_teacher(config) if options.zero == 3 else None
+        self._rounded = options.zero == 3 and options.precision == "bf16"
+        if self._rounded:
+            mark_rounded([method, *(method.teacher.modules.values() if method.teacher is not None else ())], partition_parameters)
         if self.delayed and options.zero in (1, 2) and device.type == "cuda":
             if method.teacher is not None:
                 method.teacher.align()
@@ -180,7 +185,8 @@ class Engine:
     def before_accumulation(self, batches: Sequence[Batch], step: Step) -> None:
         """Call the method's hook with all micro-batches of a step, in the precision of the forward pass."""
         self._begin_pass()
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.options.precision == "bf16"):
+        bf16 = self.options.precision == "bf16"
+        with rounded_gathers(enabled=self._rounded), torch.autocast(self.device.type, torch.bfloat16, enabled=bf16):
             self.method.before_accumulation(batches, step)
 
     def forward_backward(self, batch: Batch, step: Step) -> dict[str, Tensor]:
@@ -191,8 +197,9 @@ class Engine:
         """
         self._begin_pass()
         seed(batch)
-        terms = self._engine(batch, step)
-        self._engine.backward(torch.stack([term.float() for term in terms.values()]).sum())
+        with rounded_gathers(enabled=self._rounded):
+            terms = self._engine(batch, step)
+            self._engine.backward(torch.stack([term.float() for term in terms.values()]).sum())
         if not self._engine.is_gradient_accumulation_boundary():
             self._engine.step()  # counts the micro-batch, updates nothing
         return {name: term.detach().float() for name, term in terms.items()}
@@ -316,6 +323,7 @@ class Engine:
         chosen: list[Tensor] = [p for p in self.method.parameters() if teacher or not p.requires_grad]
         if self.method.teacher is not None:
             chosen += [p for name, p in self.method.teacher.named_parameters() if teacher or name not in self.shapes]
+        drop_rounded(chosen)
         with deepspeed.zero.GatheredParameters(chosen, modifier_rank=0 if write else None):
             yield
 

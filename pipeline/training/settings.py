@@ -137,10 +137,11 @@ class TrainSettings(Settings):
         description="recompute the activations of each block in the backward pass instead of storing them (less memory, about a "
         "third slower)",
     )
-    compile: bool = Field(
-        default=False,
+    compile: bool | Literal["auto"] = Field(
+        default="auto",
         json_schema_extra=RUNTIME,
-        description="apply torch.compile to each transformer block; needs a C++ compiler on CPU",
+        description="apply torch.compile to each transformer block: auto does on a GPU with Triton and a C compiler, in ZeRO "
+        "stages 0 to 2; true needs a C++ compiler on CPU",
     )
     cuda_graphs: bool = Field(
         default=False,

@@ -59,7 +59,8 @@ class Phases:
         world: this rank's position in the process group.
         watchdog: receives the current phase.
         peak: TFLOP/s of the device for MFU, ``None`` for no MFU.
-        count: whether FLOPs are counted; disabled for compiled blocks, which the counter would run uncompiled.
+        count: whether FLOPs are counted in the first step; disabled for compiled blocks, which the counter would run uncompiled.
+        flops: FLOPs of a step of this rank, if they are known without counting.
         clock: seconds on the host; a CUDA device has events.
     """
 
@@ -70,6 +71,7 @@ class Phases:
         peak: float | None = None,
         *,
         count: bool = True,
+        flops: float | None = None,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         self.watchdog, self._world, self._peak = watchdog, world, peak
@@ -78,6 +80,7 @@ class Phases:
         self._totals: Counter[str] = Counter()
         self._steps = 0
         self._flops: dict[tuple[str, Hashable], int] | None = {} if count else None
+        self._known_flops = flops
         self._calls: Counter[tuple[str, Hashable]] = Counter()
 
     def enter(self, phase: str, step: int | None = None) -> None:
@@ -136,11 +139,13 @@ class Phases:
         step = sum(parts.values())
         values = {"step_seconds": step, **parts}
         values |= {f"{name}_seconds": self._totals[phase] for phase, name in _ASIDE.items() if self._totals[phase]}
-        if self._flops and step > 0:
+        work = self._known_flops
+        if self._flops:
             requests: Counter[str] = Counter()
             for (name, _), calls in self._calls.items():
                 requests[name] += calls
             work = sum(self._flops.get(key, 0) * calls / requests[key[0]] for key, calls in self._calls.items())
+        if work and step > 0:
             achieved = work / step / 1e12
             values["tflops_per_rank"] = achieved
             if self._peak:

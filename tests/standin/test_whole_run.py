@@ -32,7 +32,7 @@ def train(toy: tuple[Path, str], run: Path, *overrides: str, rank: int = 0, worl
     words = [
         *("train", str(config), f"data.shards={shards}", f"data.index={run.parent / 'index'}", f"run.directory={run}"),
         *("launch.num_processes=null", "evaluation.knn.enabled=true", "evaluation.knn.every=4 steps", "evaluation.knn.k=[3]"),
-        *("train.record_batches=false", "checkpoint.every=4 steps", *overrides),
+        *("train.record_batches=false", "train.compile=false", "checkpoint.every=4 steps", *overrides),
     ]
     out = run.parent / "record.json"
     done = process.run("train", str(out), *words, MASTER_PORT="29400", **place)

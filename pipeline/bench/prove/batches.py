@@ -52,6 +52,8 @@ def random_batch(views: Sequence[ViewSpec], samples: int, text: TextSpec | None,
         tokens=tokens,
         captions=[""] * samples if text is not None else None,
         boxes=boxes,
+        id_tensor=torch.arange(samples),
+        text_ends=None if tokens is None else tokens.argmax(1).tolist(),
     )
 
 
@@ -63,5 +65,6 @@ def moved(batch: Batch, device: torch.device) -> Batch:
         labels=batch.labels.to(device),
         masks={n: Masks(m.grid.to(device), m.index.to(device), m.weight.to(device)) for n, m in batch.masks.items()},
         tokens=None if batch.tokens is None else batch.tokens.to(device),
+        id_tensor=None if batch.id_tensor is None else batch.id_tensor.to(device),
         boxes={n: Boxes([c.to(device) for c in b.corners], [f.to(device) for f in b.flipped]) for n, b in batch.boxes.items()},
     )

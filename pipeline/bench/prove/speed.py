@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from pipeline.bench import step
+from pipeline.bench.plain import alone
 from pipeline.bench.prove.stage import Check, Setup, at_least
 from pipeline.config.load import load
 from pipeline.errors import FoveaError
@@ -23,7 +24,23 @@ _CONFIG = "dinov2/vitl16_short"
 def checks(setup: Setup) -> Iterator[Check]:
     """Images per second, MFU and peak memory of each form of a step."""
     model, batch = ("tiny-16", 2) if setup.toy else ("L-16", 64)
-    yield from forms(setup, model, batch, prototypes=256 if setup.toy else 65536, flops=None if setup.toy else _flops())
+    prototypes, flops = 256 if setup.toy else 65536, None if setup.toy else _flops()
+    with alone(setup.device):  # one group for all forms: DeepSpeed does not support a second one in the same process
+        yield from forms(setup, model, batch, prototypes=prototypes, flops=flops)
+        if reason := _without_fp8(setup):
+            yield Check(f"ViT-{model}, 8-bit products", f"skipped: {reason}")
+        else:
+            yield from forms(setup, model, batch, prototypes=prototypes, flops=flops, fp8=True)
+
+
+def _without_fp8(setup: Setup) -> str:
+    """Why products in 8-bit floats cannot be measured, or nothing."""
+    if not hasattr(torch, "_scaled_mm"):
+        return f"torch {torch.__version__} has no scaled product"
+    if setup.device == "cpu":
+        return "needs a GPU"
+    capability = torch.cuda.get_device_capability()
+    return "" if capability >= (8, 9) else f"needs compute capability 8.9, this GPU has {'.'.join(map(str, capability))}"
 
 
 def _flops() -> float:
@@ -31,7 +48,9 @@ def _flops() -> float:
     return counted(load(_CONFIG, ["data.shards=none-*.tar"]).config)
 
 
-def forms(setup: Setup, model: str, batch: int, *, prototypes: int, flops: float | None, graphs: bool = False) -> Iterator[Check]:
+def forms(
+    setup: Setup, model: str, batch: int, *, prototypes: int, flops: float | None, graphs: bool = False, fp8: bool = False
+) -> Iterator[Check]:
     """Measure ours eager and compiled (with CUDA graphs if asked), and the official step if it is installed.
 
     Args:
@@ -41,10 +60,11 @@ def forms(setup: Setup, model: str, batch: int, *, prototypes: int, flops: float
         prototypes: of the shared head.
         flops: FLOPs of a sample, for MFU.
         graphs: whether compiled blocks are replayed as CUDA graphs.
+        fp8: whether to measure ours with 8-bit products instead.
     """
     on_gpu = setup.device == "cuda"
     sizes: dict[str, Any] = {"prototypes": prototypes, "rounds": 2 if setup.toy else 5}
-    forms: dict[str, Any] = {"compiled": on_gpu, "graphs": graphs and on_gpu, "device": setup.device, "bf16": on_gpu}
+    forms: dict[str, Any] = {"compiled": on_gpu, "graphs": graphs and on_gpu, "fp8": fp8, "device": setup.device, "bf16": on_gpu}
     options = step.Options("dinov2", model, batch, **sizes, **forms)
     try:
         result = step.measure(options)
@@ -64,7 +84,7 @@ def forms(setup: Setup, model: str, batch: int, *, prototypes: int, flops: float
             yield Check(f"ViT-{model}, {name}", f"{shown}, MFU {mfu:.1%}", f"MFU ≥ {_MFU:.0%}", mfu >= _MFU or name == step.OURS)
         else:
             yield Check(f"ViT-{model}, {name}", shown)
-    if result.baseline and setup.device == "cuda":
+    if result.baseline in result.cases and setup.device == "cuda":
         ours = min(case.best for name, case in result.cases.items() if name != result.baseline)
         ratio = result.cases[result.baseline].best / ours
         yield at_least(f"ViT-{model}: speed relative to the official step", ratio, _OFFICIAL)

@@ -9,13 +9,16 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import numpy as np
 import torch
 from nvidia.dali import fn, math, pipeline_def, tensors, types
 
+from pipeline.data.augment.hue import turn_hues
 from pipeline.data.augment.operators import OPERATORS
 from pipeline.data.augment.plan import ViewPlan
 from pipeline.data.augment.views import Normalize, ViewSpec
@@ -35,7 +38,10 @@ def _hue_channel(sixths: Any, value: Any, chroma: Any, offset: float) -> Any:
 
 
 def _turn_hue(image: Any, turns: Any) -> Any:
-    """Rotates the hue by a fraction of the colour circle, exactly, by channel arithmetic; ``[h, w, 3]`` uint8 in and out."""
+    """Rotates the hue by a fraction of the colour circle, exactly, by channel arithmetic; ``[h, w, 3]`` uint8 in and out.
+
+    For a GPU: on a CPU the same arithmetic is faster in :mod:`pipeline.data.augment.hue`.
+    """
     x = fn.cast(image, dtype=types.FLOAT) * np.float32(1 / 255)
     r, g, b = x[:, :, 0:1], x[:, :, 1:2], x[:, :, 2:3]
     value = math.max(r, math.max(g, b))
@@ -62,11 +68,13 @@ class _Inputs:
     Attributes:
         hue, device: as in :class:`Augmenter`; the device is ``cpu`` or ``gpu``.
         read: names of the arrays that the graph reads; DALI rejects others.
+        pool: threads for what DALI's own threads do not compute; ``None`` for the calling thread.
     """
 
     hue: str
     device: str
     read: list[str]
+    pool: ThreadPoolExecutor | None = None
 
     def array(self, name: str, dtype: Any, ndim: int = 0) -> Any:
         """An array of the plan as input of the graph: one number per sample, or with ``ndim=1`` a vector."""
@@ -96,7 +104,10 @@ def _jitter(x: Any, inputs: _Inputs) -> Any:
             x = fn.color_twist(x, saturation=saturation, hue=turns * np.float32(360))
         else:
             x = fn.color_twist(x, saturation=saturation)
-        if inputs.hue == "hsv":
+        if inputs.hue == "hsv" and inputs.device == "cpu":
+            turn = partial(turn_hues, pool=inputs.pool)
+            x = fn.python_function(x, turns, function=turn, batch_processing=True, num_outputs=1, output_layouts="HWC")
+        elif inputs.hue == "hsv":
             x = _turn_hue(x, turns)
     return x
 
@@ -220,7 +231,8 @@ class Augmenter:
     @staticmethod
     def _build(group: _Group, batch_size: int, threads: int, device_id: int | None, hue: str) -> tuple[Any, list[str]]:
         """Builds the graph of a group; returns it with the names of the plan arrays that it reads."""
-        inputs = _Inputs(hue, "cpu" if device_id is None else "gpu", read=[])
+        pool = ThreadPoolExecutor(threads, "fovea-hue") if hue == "hsv" and device_id is None and threads > 1 else None
+        inputs = _Inputs(hue, "cpu" if device_id is None else "gpu", read=[], pool=pool)
         pipeline = _graph(
             group,
             inputs,

@@ -6,6 +6,8 @@ rest is filled with single patches, as in DINOv3, so that a global batch masks t
 
 from __future__ import annotations
 
+from functools import cache
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -16,6 +18,8 @@ MIN_AREA = 4.0
 MAX_LOG_ASPECT = float(np.log(1 / 0.3))
 ROUNDS = 16
 _DRAWS = 4
+_DEVIATIONS = 6
+_MULTIPLE = 64  # sizes that suit a GPU
 
 
 def mask_counts(crops: int, patches: int, spec: MaskSpec, *key: int) -> NDArray[np.int64]:
@@ -37,6 +41,24 @@ def mask_counts(crops: int, patches: int, spec: MaskSpec, *key: int) -> NDArray[
     counts = np.zeros(crops, dtype=np.int64)
     counts[:masked] = (patches * edges).astype(np.int64)
     return counts[permutation(crops, *key)]
+
+
+@cache
+def mask_capacity(rows: int, crops: int, patches: int, spec: MaskSpec) -> tuple[int, int]:
+    """Returns two numbers of masked patches that ``rows`` crops of a global batch do not exceed: with a probability of about
+    1e-9, and never.
+
+    The first is the mean of a sample without replacement plus six standard deviations; compiled code is given this many.
+
+    Args:
+        rows: crops of a micro-batch.
+        crops, patches, spec: as for :func:`mask_counts`.
+    """
+    counts = np.sort(mask_counts(crops, patches, spec, 0))
+    most = max(int(counts[crops - rows :].sum()), 1)
+    deviation = float(counts.std()) * (rows * (crops - rows) / max(crops - 1, 1)) ** 0.5
+    usual = rows * float(counts.mean()) + _DEVIATIONS * deviation
+    return min(-int(-usual // _MULTIPLE) * _MULTIPLE, most), most
 
 
 def block_masks(counts: NDArray[np.int64], height: int, width: int, ids: NDArray[np.uint64], *key: int) -> NDArray[np.bool_]:

@@ -117,11 +117,14 @@ class Masks:
         grid: bool ``[views * batch, patches]``, true where masked.
         index: int64 ``[masked]``, positions of the masked patches in ``grid.flatten()``, ascending.
         weight: float32 ``[masked]``, one over the number of masked patches of the same crop.
+        capacity: numbers of masked patches that such a batch does not exceed, ascending: practically never, and never. Empty if
+            unknown.
     """
 
     grid: Tensor
     index: Tensor
     weight: Tensor
+    capacity: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -21,8 +21,9 @@ from numpy.typing import NDArray
 
 from pipeline.data.augment.dali import Augmenter, Hue
 from pipeline.data.augment.decode import Decoder
+from pipeline.data.augment.masks import mask_capacity
 from pipeline.data.augment.plan import ViewPlan, make_plan
-from pipeline.data.augment.views import Batch, Boxes, Masks, ViewSpec
+from pipeline.data.augment.views import Batch, Boxes, Masks, MaskSpec, ViewSpec
 from pipeline.data.loader.bad_samples import BadSamples, Event
 from pipeline.data.loader.device_copies import DeviceCopies
 from pipeline.data.loader.encoded_batches import RankBatch, StepDataset, portions
@@ -225,7 +226,9 @@ class BatchStream:
             keys=[r.key for r in chosen],
             ids=[int(r.id) for r in chosen],
             position=portion.step * self._dataset.order.global_batch,
-            masks={name: self._masks(grid[:, rows]) for name, grid in portion.masks.items()},
+            masks={
+                spec.name: self._masks(portion.masks[spec.name][:, rows], spec.mask) for spec in specs if spec.mask is not None
+            },
             tokens=self._tokens(portion, rows),
             captions=[r.caption or "" for r in chosen],
             boxes=self._boxes(specs, plan),
@@ -250,8 +253,10 @@ class BatchStream:
                 boxes[spec.name] = Boxes(corners, [self._copies.to_device(view.flip > 0) for view in own])
         return boxes
 
-    def _masks(self, grid: NDArray[np.bool_]) -> Masks:
+    def _masks(self, grid: NDArray[np.bool_], spec: MaskSpec) -> Masks:
         flat = np.ascontiguousarray(grid).reshape(-1, grid.shape[-1])
         counts = flat.sum(axis=1)
         weight = np.repeat(1.0 / np.maximum(counts, 1), counts).astype(np.float32)
-        return Masks(*(self._copies.to_device(array) for array in (flat, np.flatnonzero(flat), weight)))
+        capacity = mask_capacity(len(flat), len(grid) * self._dataset.order.global_batch, flat.shape[1], spec)
+        to_device = self._copies.to_device
+        return Masks(to_device(flat), to_device(np.flatnonzero(flat)), to_device(weight), capacity)

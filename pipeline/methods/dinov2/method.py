@@ -102,7 +102,8 @@ class DINOv2(Method):
         dino_head, ibot_head = cast(PrototypeHead, heads[0]), cast(PrototypeHead, heads[-1])  # the same head if shared
         features, cls, patches = [], [], []
         for batch in batches:
-            tokens = backbone(torch.cat(batch.views["global"]), patches=batch.masks["global"].index)
+            masks = batch.masks["global"]
+            tokens = backbone(torch.cat(batch.views["global"]), patches=masks.index, capacity=masks.capacity)
             features.append(tokens.cls[: len(tokens.cls) // 2])
             cls.append(dino_head.units(tokens.cls))
             patches.append(ibot_head.units(tokens.patches))
@@ -124,7 +125,10 @@ class DINOv2(Method):
         s, targets, masks = self.settings, self._pending_targets.popleft(), batch.masks["global"]
         global_crops = torch.cat(batch.views["global"])  # [2 * batch, 3, height, width]
         global_tokens = self.backbone(
-            global_crops, self.student_mask(masks), patches=masks.index if self.gram is None else "all"
+            global_crops,
+            self.student_mask(masks),
+            patches=masks.index if self.gram is None else "all",
+            capacity=masks.capacity,
         )  # cls [2 * batch, width]; patches [masked, width], or all [2 * batch, patches, width]
         num_global_crops, batch_size = len(global_tokens.cls), len(global_tokens.cls) // 2
         cls = [global_tokens.cls]

@@ -56,6 +56,7 @@ def measure(recorder: Recorder, name: str, overrides: list[str], rank: int, worl
             "train.log_every": "1000000",
             "checkpoint.every": "1000000 steps",
             "evaluation.knn.enabled": "false",
+            "train.compile": "false",
             "tracking.enabled": "false",
         }
         config = load(name, [*(f"{key}={value}" for key, value in forced.items()), *overrides]).config
