@@ -140,14 +140,17 @@ def normalises_batches(*modules: nn.Module) -> bool:
 
 
 @contextmanager
-def batch_statistics(*modules: nn.Module) -> Iterator[None]:
-    """Context in which batch norms use the batch's statistics and do not update their running ones: for the teacher's forward
-    pass, or a pass that is computed twice.
+def batch_statistics(*modules: nn.Module, update: bool = False) -> Iterator[None]:
+    """Context in which batch norms use the batch's statistics: for the teacher's forward pass, or a pass that is computed twice.
+
+    Args:
+        modules: the networks.
+        update: whether the running statistics are updated, as in training.
     """
     norms = [m for module in modules for m in module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
     before = [(norm.training, norm.momentum) for norm in norms]
     for norm in norms:
-        norm.training, norm.momentum = True, 0.0
+        norm.training, norm.momentum = True, norm.momentum if update else 0.0
     try:
         yield
     finally:
