@@ -70,11 +70,11 @@ def run(order: Order) -> int:
         results = [_seed(order, seed, digest) for seed in order.seeds]
     entry = _entry(order, config, digest, metric, state["id"], results)
     old = ledger.record([one for one in entries if one.id != entry.id], entry.config, digest)
-    entry = entry.model_copy(update={"verdict": agreement.verdict(entry, old)})
+    entry = entry.model_copy(update={"agreement": agreement.compare(entry, old)})
     added = ledger.append(order.ledger, entry)
     _print(entry, old)
     print(f"{'added to' if added else 'already in'} {order.ledger}")
-    return 1 if entry.verdict == "worse" else 0
+    return 1 if entry.agreement == "worse" else 0
 
 
 def _checked(order: Order) -> Config:
@@ -118,8 +118,7 @@ def _seed(order: Order, seed: int, digest: str) -> SeedResult:
         commits = list(dict.fromkeys([*notes.get("commits", []), state]))
         folder.write(_STATE, {"commits": commits, "cpu_minutes": None})
         cpu = _train(order, seed, folder.path)
-        first = len(folder.attempts()) <= 2  # a start and an end
-        folder.write(_STATE, {"commits": commits, "cpu_minutes": cpu if first else None})
+        folder.write(_STATE, {"commits": commits, "cpu_minutes": cpu if folder.next_attempt() == 1 else None})
         notes = _notes(folder)
     if ledger.config_hash(folder.settings()) != digest:
         raise ConfigError("is a run with other settings", where=str(folder.path), hint="Choose another --directory, or remove it")
@@ -207,7 +206,7 @@ def _print(entry: Entry, old: Entry | None) -> None:
         table.add_row("record", agreement.interval(old.values()).percent(), *_beside(old), f"{old.minutes:.1f}")
     console = Terminal()
     console.print(table)
-    console.print(f"{entry.verdict}: {_MEANING[entry.verdict]}", highlight=False, soft_wrap=True)
+    console.print(f"{entry.agreement}: {_MEANING[entry.agreement]}", highlight=False, soft_wrap=True)
 
 
 _MEANING = {
@@ -236,11 +235,12 @@ def list_records(file: Path) -> int:
     count = 0
     for name, _, entry in headers.records(entries):
         again = [one for one in entries if one.config == name and one.config_hash == entry.config_hash and one.id != entry.id]
-        agreeing = sum(one.verdict in ("reproduced", "better") for one in again)
+        agreeing = sum(one.agreement in ("reproduced", "better") for one in again)
         cells = [entry.metric, agreement.interval(entry.values()).percent(), *_beside(entry), f"{entry.minutes:.0f}"]
         table.add_row(name, *cells, str(len(entry.seeds)), f"{agreeing} of {len(again)}" if again else "")
         count += 1
-    Terminal().print(table if count else f"{printable(str(file))} has no result of a config as it is now")
+    nothing = f"{printable(str(file))} has no result of a config as it is now"
+    Terminal().print(table if count else nothing, soft_wrap=not count)
     return 0
 
 

@@ -45,7 +45,7 @@ def interval(values: Sequence[float]) -> Interval:
     return Interval(mean, None if count < 2 else quantile(count - 1) * statistics.stdev(values) / math.sqrt(count))
 
 
-def verdict(new: Entry, old: Entry | None) -> str:
+def compare(new: Entry, old: Entry | None) -> str:
     """Compares a result with the record.
 
     Both are samples of the same distribution if their means differ by less than the 95 % quantile of Student's t with the pooled

@@ -69,7 +69,7 @@ class Entry(_Frozen):
         machine: processor, cores and system.
         ranks: number of processes.
         seeds: results by seed.
-        verdict: of the comparison with the record, see :mod:`pipeline.bench.reproduction.agreement`.
+        agreement: of the comparison with the record, see :mod:`pipeline.bench.reproduction.agreement`.
     """
 
     id: str
@@ -83,7 +83,7 @@ class Entry(_Frozen):
     machine: dict[str, str]
     ranks: int = Field(ge=1)
     seeds: tuple[SeedResult, ...] = Field(min_length=1)
-    verdict: str = ""
+    agreement: str = ""
 
     def values(self, metric: str | None = None) -> list[float]:
         """The metric of each seed, or another one; seeds without it are left out."""
