@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from pipeline.errors import ConfigError
+from pipeline.models.eval_model import EvalModel
 from pipeline.models.resnet import ResNetTower, build_trunk, fix_positions, freeze_patches
 from pipeline.models.settings import ModelSettings
 from pipeline.models.vision import VisionTower
@@ -119,3 +120,13 @@ def test_positions_of_sines_tell_row_from_column_and_stand_still() -> None:
     torch.testing.assert_close(grid[2, 3, :4], torch.sin(3 * 10000.0 ** -(torch.arange(4) / 4)), atol=1e-6, rtol=0)
     with pytest.raises(ConfigError):
         freeze_patches(build_trunk(ModelSettings(timm_name="resnet18"), image_size=32))
+
+
+def test_the_linear_probe_reads_the_last_map() -> None:
+    tower = build_trunk(ModelSettings(timm_name="resnet18", resnet_width=8), image_size=32).eval()
+    model = EvalModel(tower, (0.0, 0.0, 0.0), (1.0, 1.0, 1.0))  # type: ignore[arg-type]
+    with torch.no_grad():
+        layers, cls = model.layers(torch.randn(3, 3, 64, 64), 4), model.cls(torch.randn(3, 3, 64, 64))
+    assert model.depth == 1 and layers.shape == (3, 1, 2, 64) and cls.shape == (3, 64)
+    torch.testing.assert_close(layers.mean(-1), torch.zeros(3, 1, 2), atol=1e-5, rtol=0)
+    torch.testing.assert_close(layers[:, :, 0], layers[:, :, 1])
