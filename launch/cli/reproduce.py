@@ -115,14 +115,14 @@ def _seed(order: Order, seed: int, digest: str) -> SeedResult:
     notes = _notes(folder)
     if not _finished(folder):
         state = code_state().split(" (")[0]
-        commits = list(dict.fromkeys([*notes.get("commits", []), state]))
+        commits = list(dict.fromkeys([*_commits(notes), state]))
         folder.write(_STATE, {"commits": commits, "cpu_minutes": None})
         cpu = _train(order, seed, folder.path)
         folder.write(_STATE, {"commits": commits, "cpu_minutes": cpu if folder.next_attempt() == 1 else None})
         notes = _notes(folder)
     if ledger.config_hash(folder.settings()) != digest:
         raise ConfigError("is a run with other settings", where=str(folder.path), hint="Choose another --directory, or remove it")
-    about = {"seed": seed, "commits": tuple(notes.get("commits", ())), "cpu_minutes": notes.get("cpu_minutes")}
+    about = {"seed": seed, "commits": tuple(_commits(notes)), "cpu_minutes": notes.get("cpu_minutes")}
     return ledger.result_of(read_json(folder.path / "outcome.json"), **about)
 
 
@@ -130,6 +130,11 @@ def _notes(folder: RunDirectory) -> dict[str, Any]:
     file = folder.path / _STATE
     notes = read_json(file) if file.exists() else {}
     return notes if isinstance(notes, dict) else {}
+
+
+def _commits(notes: dict[str, Any]) -> list[str]:
+    commits = notes.get("commits")
+    return [str(one) for one in commits] if isinstance(commits, list) else []
 
 
 def _finished(folder: RunDirectory) -> bool:
