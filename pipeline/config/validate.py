@@ -181,11 +181,6 @@ def _check_model(config: Config) -> Iterator[tuple[str, str]]:
                 "model.stem",
                 f"model.stem = {model.stem}: applies to a ResNet only; give model.timm_name, or choose patch or conv",
             )
-    if "resnet" not in (model.timm_name or ""):
-        for name in ("resnet_width", "resnet_blocks", "channels_last"):
-            if getattr(model, name) not in (None, False):
-                yield f"model.{name}", f"model.{name}: applies to a ResNet only; set model.timm_name=resnet18, or remove it"
-    if model.timm_name is None:
         return
     if "resnet" in model.timm_name:
         if model.stem == "conv":
