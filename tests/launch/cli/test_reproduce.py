@@ -15,6 +15,7 @@ from launch.cli.main import main
 from pipeline.bench.reproduction import ledger
 from pipeline.checkpoint import files as saved
 from pipeline.data.pack import synthetic as scenes
+from pipeline.runtime.run_directory import RunDirectory
 from tests.helpers.limits import deadline
 from tests.helpers.runs import ROOT, environment
 
@@ -79,6 +80,7 @@ def test_a_reproduction_killed_in_its_second_seed_ends_with_the_same_result(
     out = capfd.readouterr().out
     assert "reproduced: the difference" in out and "added to" in out
     assert (folder / "killed" / "seed-0" / "outcome.json").stat().st_mtime_ns == first
+    assert RunDirectory(folder / "killed" / "seed-1").next_attempt() == 2  # the first died with its parent
     straight, killed = ledger.read(folder / "ledger.jsonl")
     assert (straight.agreement, killed.agreement) == ("recorded", "reproduced")
     assert [result.scores for result in straight.seeds] == [result.scores for result in killed.seeds]
