@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import platform
 import resource
 import subprocess
 import sys
@@ -186,8 +187,8 @@ def _entry(order: Order, config: Config, digest: str, metric: str, id_: str, res
         data_fingerprint=str(data.get("fingerprint", "")),
         data_samples=int(data.get("samples", 0)),
         date=datetime.now(UTC).strftime("%Y-%m-%d"),
-        versions={name: machine.package_version(name) for name in _PACKAGES},
-        machine={name: here[name] for name in ("processor", "cores", "system")},
+        versions={"python": platform.python_version(), **{name: machine.package_version(name) for name in _PACKAGES}},
+        machine={"processor": here["processor"], "cores": here["cores"], "system": platform.system()},
         ranks=config.launch.num_processes or 1,
         seeds=tuple(results),
     )
@@ -231,21 +232,20 @@ def _beside(entry: Entry) -> list[str]:
 
 def list_records(file: Path) -> int:
     """Print what was recorded of each config, what it costs, and how often it was repeated; returns the exit code."""
-    from rich.table import Table
-
     entries = ledger.read(file)
-    table = Table()
-    for title in ("config", "metric", "reached", "random init", "pixels", "minutes a seed", "seeds", "repeated"):
-        table.add_column(title, justify="left" if title in ("config", "metric") else "right")
-    count = 0
+    rows: list[tuple[str, ...]] = [("config", "metric", "reached", "random init", "pixels", "minutes", "seeds", "repeated")]
     for name, _, entry in headers.records(entries):
         again = [one for one in entries if one.config == name and one.config_hash == entry.config_hash and one.id != entry.id]
         agreeing = sum(one.agreement in ("reproduced", "better") for one in again)
-        cells = [entry.metric, agreement.interval(entry.values()).percent(), *_beside(entry), f"{entry.minutes:.0f}"]
-        table.add_row(name, *cells, str(len(entry.seeds)), f"{agreeing} of {len(again)}" if again else "")
-        count += 1
-    nothing = f"{printable(str(file))} has no result of a config as it is now"
-    Terminal().print(table if count else nothing, soft_wrap=not count)
+        cells = (entry.metric, agreement.interval(entry.values()).percent(), *_beside(entry), f"{entry.minutes:.0f}")
+        rows.append((name, *cells, str(len(entry.seeds)), f"{agreeing} of {len(again)}" if again else ""))
+    if len(rows) == 1:
+        print(f"{printable(str(file))} has no result of a config as it is now")
+        return 0
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for row in rows:
+        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+    print("minutes: of training, a seed")
     return 0
 
 
