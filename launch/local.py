@@ -50,6 +50,11 @@ class _Rank:
     code: int | None = None
 
 
+def tied(argv: Sequence[str]) -> list[str]:
+    """The command line that runs a program which the kernel kills when this process dies, even by SIGKILL."""
+    return [sys.executable, "-I", "-S", "-c", _HEAD, str(os.getpid()), *argv]
+
+
 def free_port() -> int:
     """A free TCP port above the kernel's range for outgoing connections.
 
@@ -125,7 +130,7 @@ def _cores() -> int:
 
 def _spawn(argv: Sequence[str], number: int, environment: Mapping[str, str], log: Path | None) -> _Rank:
     sink: IO[bytes] | None = log.open("ab", buffering=0) if log is not None else None
-    command = [sys.executable, "-I", "-S", "-c", _HEAD, str(os.getpid()), *argv]
+    command = tied(argv)
     try:
         # A separate session: Ctrl-C in the terminal reaches only the launcher, which forwards it once.
         process = subprocess.Popen(

@@ -19,7 +19,7 @@ from launch.cli.choices import Device, ExportFormat, Method, Network, local_only
 from launch.cli.mlflow import app as mlflow
 from launch.streams import open_streams
 from launch.terminal import Terminal, clean_logs
-from pipeline.errors import FoveaError, of_system
+from pipeline.errors import ConfigError, FoveaError, of_system
 
 if TYPE_CHECKING:
     from pipeline.config.load import Loaded
@@ -259,6 +259,44 @@ def prove(
     from launch.cli.prove import prove as run
 
     raise typer.Exit(run(device, stages, first, toy, photos, out))
+
+
+@app.command(short_help="Repeat a config with several seeds and compare it with the record.")
+def reproduce(
+    config: Annotated[str | None, typer.Argument(metavar="[CONFIG]", help="A config file or name.")] = None,
+    overrides: Overrides = None,
+    seeds: Annotated[int, typer.Option(min=1, help="Number of seeds, from 0.")] = 3,
+    directory: Annotated[
+        Path | None, typer.Option(help="Output directory of the runs; runs/reproduce/CONFIG by default.")
+    ] = None,
+    file: Annotated[
+        Path | None, typer.Option("--ledger", metavar="FILE", help="The ledger; configs/ledger.jsonl by default.")
+    ] = None,
+    show: Annotated[bool, typer.Option("--list", help="List what was recorded and what it costs.")] = False,
+    headers: Annotated[bool, typer.Option("--headers", help="Write the records into the headers of the configs.")] = False,
+) -> None:
+    """Train a config with several seeds, one after the other, and compare the result with the record of that config.
+
+    The result is added to the ledger as a line of JSON. The same command continues after an interruption; seeds that are
+    finished are not repeated. The exit code is 1 if the result is below the record by more than chance.
+
+    [b]Examples[/b]
+
+    fovea reproduce --list
+
+    fovea reproduce simclr/cifar10_small data.shards='cifar10/train-{00000..00009}.tar'
+    """
+    from launch.cli import reproduce as command
+    from pipeline.bench.reproduction.ledger import default_file
+
+    target = file or default_file()
+    if show or headers:
+        raise typer.Exit(command.list_records(target) if show else command.write_headers(target))
+    if config is None:
+        raise ConfigError("no config is named", where="fovea reproduce", hint="Name one; `fovea reproduce --list` shows some")
+    folder = directory or Path("runs") / "reproduce" / Path(config).with_suffix("").as_posix().replace("/", "_").strip("._")
+    order = command.Order(config, tuple(overrides or ()), tuple(range(seeds)), folder, target)
+    raise typer.Exit(command.run(order))
 
 
 @app.command(short_help="Compare runs in one HTML page.")

@@ -43,7 +43,7 @@ def describe() -> dict[str, str]:
         "cores": str(len(os.sched_getaffinity(0))),
         "load": f"{os.getloadavg()[0]:.1f}",
         "system": f"{platform.system()} {platform.release()}, Python {platform.python_version()}",
-        **{name: _version(name) for name in _PACKAGES},
+        **{name: package_version(name) for name in _PACKAGES},
     }
 
 
@@ -54,7 +54,8 @@ def _lines(path: str) -> list[str]:
         return []
 
 
-def _version(package: str) -> str:
+def package_version(package: str) -> str:
+    """The installed version of a package, or ``not installed``."""
     try:
         return version(package)
     except PackageNotFoundError:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import re
 from collections.abc import Iterator
 from typing import TypeVar
 
@@ -11,6 +10,8 @@ from pipeline.config.schema import Config
 from pipeline.data.augment.settings import MultiCropSettings
 from pipeline.masking import NO_PASSWORD, UNPRINTABLE, has_password, printable, shown_address
 from pipeline.methods.dinov2.settings import Dinov2Settings
+from pipeline.methods.mocov3.settings import Mocov3Settings
+from pipeline.methods.shared.two_views_settings import TwoViewSettings
 from pipeline.models.settings import ModelSettings
 
 _T = TypeVar("_T")
@@ -166,6 +167,7 @@ def _check_model(config: Config) -> Iterator[tuple[str, str]]:
     model = config.model
     shape = {name: getattr(model, name) for name in ("embed_dim", "depth", "num_heads", "patch_size")}
     yield from _check_start(model)
+    yield from _check_resnet(config)
     if model.timm_name is None:
         if missing := [name for name, value in shape.items() if value is None]:
             yield "model", f"model.{missing[0]} is required: give model.timm_name, or model.{', '.join(shape)}"
@@ -174,8 +176,11 @@ def _check_model(config: Config) -> Iterator[tuple[str, str]]:
                 "model.embed_dim",
                 f"model.embed_dim = {model.embed_dim}: is not divisible by model.num_heads = {model.num_heads}",
             )
-        if model.stem == "small":
-            yield "model.stem", "model.stem = small: applies to a ResNet only; give model.timm_name, or choose patch or conv"
+        if model.stem.startswith("small"):
+            yield (
+                "model.stem",
+                f"model.stem = {model.stem}: applies to a ResNet only; give model.timm_name, or choose patch or conv",
+            )
         return
     if "resnet" in model.timm_name:
         if model.stem == "conv":
@@ -204,12 +209,27 @@ def _check_start(model: ModelSettings) -> Iterator[tuple[str, str]]:
             "model.cls_pos_embed",
             "model.cls_pos_embed = true: needs learned positions and model.registers of 1 or more; set it to false",
         )
-    if model.stem == "small" and re.search(r"resnet\d+[dt]", model.timm_name or ""):
-        yield (
-            "model.stem",
-            f"model.stem = small: {model.timm_name} has its own deep stem; set model.stem=patch, or choose resnet18, resnet34 "
-            "or resnet50",
-        )
+
+
+def _check_resnet(config: Config) -> Iterator[tuple[str, str]]:
+    """Checks what only a ResNet has, and where there can be none."""
+    model, name = config.model, config.model.timm_name or ""
+    if "resnet" not in name:
+        for key in ("resnet_width", "resnet_blocks", "channels_last"):
+            if getattr(model, key) not in (None, False):
+                yield f"model.{key}", f"model.{key}: applies to a ResNet only; set model.timm_name=resnet18, or remove it"
+        return
+    if not isinstance(config.method, TwoViewSettings):
+        message = f"model.timm_name = {name}: {config.method.name} needs a vision transformer; choose one of timm's vit_* models"
+        yield "model.timm_name", message
+    elif isinstance(config.method, Mocov3Settings):
+        if config.method.freeze_patches:
+            yield "method.freeze_patches", "method.freeze_patches = true: a ResNet has no patch embedding; set it to false"
+        if config.method.pos_embed != "learned":
+            yield "method.pos_embed", "method.pos_embed = sincos: a ResNet has no position embeddings; set it to learned"
+    if name.endswith(("_pruned", "_gn")):
+        message = f"model.timm_name = {name}: is not a plain ResNet with batch norm; choose resnet18, resnet34 or resnet50"
+        yield "model.timm_name", message
 
 
 def _check_method(config: Config) -> Iterator[tuple[str, str]]:

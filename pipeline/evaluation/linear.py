@@ -34,8 +34,7 @@ class LinearProbe(Evaluator[LinearSettings]):
             DataError: on all ranks, if a split has no labelled sample.
         """
         settings, bank, group = self.settings, self.data.bank, self.data.group
-        depth = len(list(model.tower.vit.blocks))
-        counts = sorted({min(n, depth) for n in settings.layers})
+        counts = sorted({min(n, model.depth) for n in settings.layers})
 
         def features(images: Tensor) -> Tensor:
             return model.layers(images, counts[-1])

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager
 from typing import Self
 
 import torch
 from torch import Tensor, nn
 
 from pipeline.errors import CheckpointError
+from pipeline.models.norms import batch_statistics
 
 
 class Teacher:
@@ -25,6 +27,10 @@ class Teacher:
         modules: student modules by the names of the method's attributes, so that the teacher's parameter names are the
             student's.
 
+    Attributes:
+        own_statistics: whether the running statistics of batch norms are the teacher's own, from its passes within
+            :meth:`batch_statistics`; otherwise they are copies of the student's, like all other buffers.
+
     Example::
 
         self.teacher = Teacher(backbone=self.backbone, head=self.head)
@@ -32,6 +38,7 @@ class Teacher:
     """
 
     def __init__(self, **modules: nn.Module) -> None:
+        self.own_statistics = False
         self._students = modules
         self.modules: dict[str, nn.Module] = {}
         for name, module in modules.items():
@@ -42,6 +49,13 @@ class Teacher:
         self._pairs: tuple[list[Tensor], list[Tensor]] | None = None
         self._runs: list[tuple[Tensor, Tensor]] | None = None
         self._buffers: list[tuple[nn.Module, nn.Module, str]] | None = None
+
+    def batch_statistics(self) -> AbstractContextManager[None]:
+        """Context of a forward pass on a training batch, see :func:`pipeline.models.norms.batch_statistics`.
+
+        The teacher's own running statistics then include the batch, also of a step that is skipped later, like the student's.
+        """
+        return batch_statistics(*self.modules.values(), update=self.own_statistics)
 
     def follow(self, pairs: list[tuple[Tensor, Tensor]]) -> None:
         """Makes later updates use these tensors: this rank's shards of weights that an engine has partitioned.
@@ -66,7 +80,7 @@ class Teacher:
 
     @torch.no_grad()
     def update(self, momentum: float, masters: Mapping[str, Tensor] | None = None, applied: Tensor | None = None) -> None:
-        """Sets every weight to ``momentum * teacher + (1 - momentum) * student``; copies buffers.
+        """Sets every weight to ``momentum * teacher + (1 - momentum) * student``; copies buffers, except own statistics.
 
         Args:
             momentum: EMA momentum, 0 to 1.
@@ -86,7 +100,7 @@ class Teacher:
             share = applied * (1.0 - momentum)
             for weight, student in (masters is None and self._runs) or zip(weights, students, strict=True):
                 weight.lerp_(student, share)
-        self._copy_buffers(applied)
+        self._copy_buffers(applied, statistics=not self.own_statistics)
 
     def _weights(self) -> tuple[list[Tensor], list[Tensor]]:
         """The weights to update and the student's, in lists that are built once: walking through the modules takes longer than
@@ -101,9 +115,9 @@ class Teacher:
                 self._pairs = list(named.values()), [students[name] for name in named]
         return self._pairs
 
-    def _copy_buffers(self, applied: Tensor | None) -> None:
-        """Copies the student's buffers, in one call for each dtype. They are looked up each time, since a module may replace
-        them.
+    def _copy_buffers(self, applied: Tensor | None, *, statistics: bool) -> None:
+        """Copies the student's buffers, those of batch norms only with ``statistics``, in one call for each dtype. They are
+        looked up each time, since a module may replace them.
         """
         if self._buffers is None:
             self._buffers = [
@@ -115,6 +129,8 @@ class Teacher:
             ]
         by_dtype: dict[torch.dtype, tuple[list[Tensor], list[Tensor]]] = {}
         for frozen, student, key in self._buffers:
+            if not statistics and isinstance(frozen, nn.modules.batchnorm._BatchNorm):
+                continue
             ours, theirs = frozen._buffers[key], student._buffers[key]
             assert ours is not None and theirs is not None
             to, source = by_dtype.setdefault(ours.dtype, ([], []))
@@ -129,6 +145,7 @@ class Teacher:
     def reset(self, masters: Mapping[str, Tensor] | None = None) -> None:
         """Copies the student's weights into the teacher: after loading weights, or after an engine broadcast rank 0's."""
         self.update(0.0, masters)
+        self._copy_buffers(None, statistics=True)
 
     def to(self, device: torch.device | str) -> Self:
         """Moves the copies to the device; the dtype stays fp32."""

@@ -15,7 +15,10 @@ from torch import Tensor, nn
 
 
 class Tower(Protocol):
-    """Interface of an evaluated backbone: a ViT whose call returns class token, registers and patch tokens."""
+    """Interface of an evaluated backbone, whose call returns class token, registers and patch tokens.
+
+    A transformer has its blocks and the number of tokens before the patches in ``vit``; a ResNet has no ``vit``.
+    """
 
     vit: Any
     patch: int
@@ -62,10 +65,19 @@ class EvalModel:
         with torch.autocast(images.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
             return self.images(images)
 
+    @property
+    def depth(self) -> int:
+        """Number of blocks whose features :meth:`layers` returns; 1 for a ResNet, whose last feature map it returns."""
+        return len(list(self.tower.vit.blocks)) if hasattr(self.tower, "vit") else 1
+
     def layers(self, images: Tensor, last: int) -> Tensor:
         """Features of the last blocks, ``[n, last, 2, width]`` fp32: class token and mean of the patch tokens, in block order,
         each normalized to mean 0 and standard deviation 1 over its channels.
         """
+        if not hasattr(self.tower, "vit"):
+            tokens = self.tokens(images)
+            both = torch.stack([tokens.cls, tokens.patches.mean(1)], dim=1).float()
+            return F.layer_norm(both, both.shape[-1:])[:, None]
         kept: list[Tensor] = []
         blocks = list(self.tower.vit.blocks)[-last:]
         prefix = self.tower.vit.num_prefix_tokens

@@ -30,8 +30,8 @@ class GlobalBatchNorm(nn.modules.batchnorm._BatchNorm):
         if not together or not self.training:
             return super().forward(input)
         self._check_input_dim(input)
-        # On a CPU only fp32 and fp64 have kernels for all steps.
-        x = input if input.is_cuda or input.dtype == torch.float64 else input.float()
+        # A CPU's kernels take fp32, fp64, and bf16 with fp32 statistics.
+        x = input if input.is_cuda or input.dtype in (torch.float64, torch.bfloat16) else input.float()
         out, centre, variance, count = _Normalize.apply(x, self.weight, self.bias, self.eps)
         if self.num_batches_tracked is not None:
             self.num_batches_tracked += 1
@@ -57,7 +57,7 @@ class _Normalize(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         x = x.contiguous(memory_format=_layout(x))
         channels, size = x.shape[1], x.numel() // x.shape[1]
-        mean, variance = torch.batch_norm_update_stats(x, None, None, 0.0)
+        mean, variance = _statistics(x)
         # Sums of values and of squares by channel, and the number of values. In few launches: there is one such pass per norm.
         sums = torch.full((2 * channels + 1,), size, dtype=torch.float64, device=x.device)
         total, squares = sums[:-1].mul_(torch.cat([mean, variance])).split(channels)
@@ -99,12 +99,33 @@ class _Normalize(torch.autograd.Function):
         )
         sums = torch.stack([product, total])
         dist.all_reduce(sums)
-        shape = [1, -1] + [1] * (x.ndim - 2)
         by_gradient = scale if weight is None else scale * weight
         by_input = -by_gradient * scale * sums[0] / count.to(scale)
-        rest = -by_gradient * sums[1] / count.to(scale) - by_input * centre
-        to_input = torch.addcmul(rest.view(shape), x, by_input.view(shape)).addcmul_(gradient, by_gradient.view(shape))
+        if x.dtype == torch.bfloat16:
+            by_both = _scaled(gradient, by_gradient, -by_gradient * sums[1] / count.to(scale))
+            to_input = by_both.add_(_scaled(x, by_input, -by_input * centre))
+        else:
+            shape = [1, -1] + [1] * (x.ndim - 2)
+            rest = -by_gradient * sums[1] / count.to(scale) - by_input * centre
+            to_input = torch.addcmul(rest.view(shape), x, by_input.view(shape)).addcmul_(gradient, by_gradient.view(shape))
         return to_input, product if weight is not None else None, total if weight is not None else None, None
+
+
+def _statistics(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and biased variance by channel; fp32 for a bf16 input, which on a CPU takes running statistics in fp32."""
+    running: tuple[Tensor | None, Tensor | None] = (None, None)
+    if not x.is_cuda and x.dtype == torch.bfloat16:
+        running = torch.zeros(x.shape[1]), torch.ones(x.shape[1])  # not updated: the momentum is 0
+    mean, variance = torch.batch_norm_update_stats(x, *running, 0.0)
+    return mean, variance
+
+
+def _scaled(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+    """``x * scale + shift`` by channel, of a bf16 tensor with fp32 factors. Batch norm with fixed statistics is the CPU's only
+    kernel that computes this without fp32 copies of the tensor.
+    """
+    zero, one = torch.zeros_like(scale), torch.ones_like(scale)
+    return nn.functional.batch_norm(x, zero, one, scale, shift, training=False, eps=0.0)
 
 
 def _layout(x: Tensor) -> torch.memory_format:
@@ -119,14 +140,17 @@ def normalises_batches(*modules: nn.Module) -> bool:
 
 
 @contextmanager
-def batch_statistics(*modules: nn.Module) -> Iterator[None]:
-    """Context in which batch norms use the batch's statistics and do not update their running ones: for the teacher's forward
-    pass, or a pass that is computed twice.
+def batch_statistics(*modules: nn.Module, update: bool = False) -> Iterator[None]:
+    """Context in which batch norms use the batch's statistics: for the teacher's forward pass, or a pass that is computed twice.
+
+    Args:
+        modules: the networks.
+        update: whether the running statistics are updated, as in training.
     """
     norms = [m for module in modules for m in module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
     before = [(norm.training, norm.momentum) for norm in norms]
     for norm in norms:
-        norm.training, norm.momentum = True, 0.0
+        norm.training, norm.momentum = True, norm.momentum if update else 0.0
     try:
         yield
     finally:

@@ -15,6 +15,10 @@ from pipeline.models.settings import ModelSettings
 from pipeline.models.tokens import Tokens
 from pipeline.models.vision import VisionTower, build_tower
 
+OTHER_NETWORKS = ("_pruned", "_gn")  # timm fixes the widths of the former; the latter has no batch norm
+
+Stem = Literal["patch", "small", "small_pooled"]
+
 
 class ResNetTower(nn.Module):
     """A ResNet that returns :class:`Tokens`: pooled features as the class token, the last feature map as patches.
@@ -22,18 +26,30 @@ class ResNetTower(nn.Module):
     Args:
         net: a timm ResNet without classifier.
         timm_name, timm_args: arguments with which ``timm.create_model`` builds the same network (except for a small stem).
-        small_stem: whether the first convolution is 3x3 without stride or pooling, for images of 32 pixels.
+        stem: ``patch`` is timm's own; otherwise see :func:`_shrink_stem`.
+        channels_last: whether feature maps are laid out with channels innermost. The weights are not: an engine arranges them
+            itself, and a convolution reorders what it reads.
     """
 
-    def __init__(self, net: nn.Module, *, timm_name: str, timm_args: dict[str, Any], small_stem: bool) -> None:
+    def __init__(
+        self,
+        net: nn.Module,
+        *,
+        timm_name: str,
+        timm_args: dict[str, Any],
+        stem: Stem = "patch",
+        channels_last: bool = False,
+    ) -> None:
         super().__init__()
-        self.net = net
-        self.timm_name, self.timm_args, self.small_stem = timm_name, timm_args, small_stem
+        self.net, self.channels_last = net, channels_last
+        self.timm_name, self.timm_args, self.stem = timm_name, timm_args, stem
         self.width = int(getattr(net, "num_features"))  # noqa: B009 - of timm's models, unknown to nn.Module
-        self.patch = 8 if small_stem else 32
+        self.patch = {"patch": 32, "small_pooled": 16, "small": 8}[stem]
 
     def forward(self, images: Tensor, *, local: bool = False, patches: Literal["all", "none"] = "all") -> Tokens:
         """Tokens of ``[batch, 3, height, width]``; the other arguments, for vision transformers, are ignored."""
+        if self.channels_last:
+            images = images.contiguous(memory_format=torch.channels_last)
         features = self.net.forward_features(images)  # type: ignore[operator]
         cells = features.flatten(2).transpose(1, 2)
         return Tokens(cls=cells.mean(1), registers=cells[:, :0], patches=cells)
@@ -46,30 +62,56 @@ def build_trunk(settings: ModelSettings, *, image_size: int) -> Tower:
     """Builds a ResNet if ``model.timm_name`` names one, else a vision transformer.
 
     Raises:
-        ConfigError: timm has no such model.
+        ConfigError: timm has no such model, or cannot make it so narrow.
     """
     name = settings.timm_name or ""
     if "resnet" not in name:
         return build_tower(settings, image_size=image_size)
-    if not timm.is_model(name) or timm.models.model_entrypoint(name).__module__ != "timm.models.resnet":
+    known = timm.is_model(name) and timm.models.model_entrypoint(name).__module__ == "timm.models.resnet"
+    if not known or name.endswith(OTHER_NETWORKS):
         raise ConfigError(
             f"timm has no plain ResNet {name!r}", where="model.timm_name", hint="Choose resnet18, resnet34 or resnet50"
         )
-    args: dict[str, Any] = {"num_classes": 0, "zero_init_last": False}
-    net = timm.create_model(name, pretrained=False, norm_layer=GlobalBatchNorm, drop_path_rate=settings.drop_path, **args)
-    small = settings.stem == "small"
-    if small:
-        if not isinstance(net.conv1, nn.Conv2d):
-            raise ConfigError(
-                f"the deep stem of {name!r} cannot be replaced by a small one",
-                where="model.stem",
-                hint="Set model.stem=patch, or choose resnet18, resnet34 or resnet50",
-            )
-        net.conv1 = nn.Conv2d(3, net.conv1.out_channels, 3, padding=1, bias=False)
-        nn.init.kaiming_normal_(net.conv1.weight, mode="fan_out", nonlinearity="relu")
-        net.maxpool = nn.Identity()
+    stem: Stem = "patch" if settings.stem == "conv" else settings.stem
+    args: dict[str, Any] = {"num_classes": 0, "zero_init_last": False, **_sizes(name, settings)}
+    try:
+        net = timm.create_model(name, pretrained=False, norm_layer=GlobalBatchNorm, drop_path_rate=settings.drop_path, **args)
+    except (ValueError, RuntimeError, ArithmeticError, AssertionError) as error:
+        raise ConfigError(
+            f"timm cannot make a {name} {settings.resnet_width} channels wide ({error})",
+            where="model.resnet_width",
+            hint="Choose a larger width, or resnet18",
+        ) from error
+    if stem != "patch":
+        _shrink_stem(net, pool=stem == "small_pooled")
     initialize_resnet(net, settings)
-    return ResNetTower(net, timm_name=name, timm_args=args, small_stem=small)
+    return ResNetTower(net, timm_name=name, timm_args=args, stem=stem, channels_last=settings.channels_last)
+
+
+def _sizes(name: str, settings: ModelSettings) -> dict[str, Any]:
+    """timm's keyword arguments for the widths and depths of the stages; empty if none is set.
+
+    The stem of a narrow ResNet has the channels of its first stage, unless it is timm's single convolution, which always has 64.
+    """
+    sizes: dict[str, Any] = {"layers": settings.resnet_blocks} if settings.resnet_blocks else {}
+    width = settings.resnet_width
+    if width is None:
+        return sizes
+    sizes["channels"] = tuple(width * 2**stage for stage in range(4))
+    with torch.device("meta"):
+        deep = not isinstance(timm.create_model(name, num_classes=0).conv1, nn.Conv2d)
+    if deep:
+        sizes["stem_width"] = width // 2
+    elif settings.stem != "patch":  # the only stem of timm's whose width can be chosen; it is replaced by a small one
+        sizes |= {"stem_type": "deep", "stem_width": width // 2}
+    return sizes
+
+
+def _shrink_stem(net: Any, *, pool: bool) -> None:
+    """Replaces the stem, also a deep one, by a 3x3 convolution of stride 1, with 3x3 max pooling of stride 2 or without."""
+    net.conv1 = nn.Conv2d(3, net.feature_info[0]["num_chs"], 3, padding=1, bias=False)
+    nn.init.kaiming_normal_(net.conv1.weight, mode="fan_out", nonlinearity="relu")
+    net.maxpool = nn.MaxPool2d(3, stride=2, padding=1) if pool else nn.Identity()
 
 
 @torch.no_grad()

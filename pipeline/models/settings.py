@@ -25,10 +25,26 @@ class ModelSettings(Settings):
     patch_size: Count | None = Field(default=None, description="side of a patch in pixels")
     mlp_ratio: Positive = Field(default=4.0, description="ratio of the MLP's hidden width to the token width")
     registers: int = Field(default=0, ge=0, le=64, description="number of register tokens")
-    stem: Literal["patch", "conv", "small"] = Field(
+    stem: Literal["patch", "conv", "small", "small_pooled"] = Field(
         default="patch",
-        description="patch embedding: one convolution (patch) or a stack of 3x3 convolutions (conv); small is for a "
-        "ResNet: one 3x3 convolution and no pooling, for images of 32 pixels",
+        description="patch embedding: one convolution (patch) or a stack of 3x3 convolutions (conv). Of a ResNet: patch is the "
+        "stem that timm gives it; small is one 3x3 convolution and no pooling, for images of 32 pixels; small_pooled keeps the "
+        "pooling, for images of 64 pixels, or for a quarter of the cost at 32",
+    )
+    resnet_width: int | None = Field(
+        default=None,
+        ge=8,
+        multiple_of=8,
+        description="channels of a ResNet's first stage; each of the three next has twice those of the one before. null means "
+        "timm's, 64. 32 with one block a stage is a network of 1.2 million parameters",
+    )
+    resnet_blocks: tuple[Count, Count, Count, Count] | None = Field(
+        default=None, description="residual blocks in each of a ResNet's four stages; null means timm's, [2, 2, 2, 2] of resnet18"
+    )
+    channels_last: bool = Field(
+        default=False,
+        description="compute a ResNet with channels innermost in memory (NHWC), which convolutions in bf16 are faster with. "
+        "Weights and checkpoints are laid out as before; results differ by rounding",
     )
     init: Literal["timm", "dino", "mocov3", "open_clip", "simclr", "byol"] = Field(
         default="timm",

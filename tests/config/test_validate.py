@@ -81,12 +81,34 @@ def test_graphs_are_of_compiled_blocks_whose_weights_stay_where_they_are(wrong: 
         ("embed_dim: 32, depth: 1, num_heads: 2, patch_size: 8, pos_embed: rope, init: mocov3", "model.init"),
         ("embed_dim: 32, depth: 1, num_heads: 2, patch_size: 8, cls_pos_embed: true", "model.cls_pos_embed"),
         ("timm_name: resnet50, cls_pos_embed: true", "model.cls_pos_embed"),
-        ("timm_name: resnet10t, stem: small", "model.stem"),
-        ("timm_name: resnet18d, stem: small", "model.stem"),
+        ("timm_name: resnet10t, stem: conv", "model.stem"),
+        ("timm_name: vit_tiny_patch16_224, stem: small", "model.stem"),
+        ("timm_name: vit_tiny_patch16_224, resnet_width: 32", "model.resnet_width"),
+        ("embed_dim: 32, depth: 1, num_heads: 2, patch_size: 8, resnet_blocks: [1, 1, 1, 1]", "model.resnet_blocks"),
+        ("embed_dim: 32, depth: 1, num_heads: 2, patch_size: 8, channels_last: true", "model.channels_last"),
+        ("embed_dim: 32, depth: 1, num_heads: 2, patch_size: 8, stem: small_pooled", "model.stem"),
+        ("timm_name: resnet50_gn", "model.timm_name"),
+        ("timm_name: ecaresnet50d_pruned", "model.timm_name"),
     ],
 )
 def test_a_start_that_the_tower_has_no_place_for_is_refused_before_it_is_built(tmp_path: Path, model: str, key: str) -> None:
     file = tmp_path / "c.yaml"
     file.write_text(f"method: {{name: byol}}\nmodel: {{{model}}}\ndata: {{shards: x.tar}}\n")
     with pytest.raises(ConfigError, match=key.replace(".", r"\.")):
+        load(file)
+
+
+@pytest.mark.parametrize("method", ["clip", "coca", "detailclip", "dinov2", "simvlm"])
+def test_a_resnet_is_refused_where_a_transformer_is_needed(tmp_path: Path, method: str) -> None:
+    file = tmp_path / "c.yaml"
+    file.write_text(f"method: {{name: {method}}}\nmodel: {{timm_name: resnet18}}\ndata: {{shards: x.tar}}\n")
+    with pytest.raises(ConfigError, match=r"resnet18: .* needs a vision transformer"):
+        load(file)
+
+
+@pytest.mark.parametrize("setting", ["freeze_patches: true", "pos_embed: sincos"])
+def test_a_resnet_has_neither_patches_to_freeze_nor_positions(tmp_path: Path, setting: str) -> None:
+    file = tmp_path / "c.yaml"
+    file.write_text(f"method: {{name: mocov3, {setting}}}\nmodel: {{timm_name: resnet18}}\ndata: {{shards: x.tar}}\n")
+    with pytest.raises(ConfigError, match=setting.split(":")[0]):
         load(file)

@@ -138,10 +138,12 @@ def test_going_on_from_a_checkpoint_is_as_if_nothing_had_happened(name: str, zer
 
 RESNET = {"model": {"timm_name": "resnet18", "stem": "small"}}
 NORMED = {"method": {"head_norm": "batch", "local_repulsion": None}}
+OWN = {"method": {**NORMED["method"], "teacher_norm_statistics": "own"}}
 
 
 @pytest.mark.parametrize(
-    ("name", "changes"), [pytest.param("simclr", RESNET, marks=pytest.mark.slow), ("dino", NORMED), ("mocov2", NORMED)]
+    ("name", "changes"),
+    [pytest.param("simclr", RESNET, marks=pytest.mark.slow), ("dino", NORMED), ("mocov2", NORMED), ("dino", OWN)],
 )
 def test_batch_norm_is_one_on_two_ranks_and_goes_on_from_a_checkpoint(name: str, changes: dict[str, Any], tmp_path: Path) -> None:
     (expected,) = pool(1).run(first_steps, name=name, zero=0, steps=1, **changes)

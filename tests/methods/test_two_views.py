@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from pipeline.methods.mocov2.settings import Mocov2Settings
 from pipeline.methods.shared.two_views import Repeller, two_views
 from pipeline.methods.shared.two_views_settings import RepelSettings
 from pipeline.methods.simclr.settings import SimclrSettings
+from pipeline.models.norms import GlobalBatchNorm
 from tests.helpers.rank_pool import pool
 from tests.helpers.tiny_methods import STEP, advance, batch_at, config, engine_of, make_method
 
@@ -104,6 +106,66 @@ def test_a_batch_norm_in_dinos_head_couples_the_batch_and_the_teachers_pass_does
     for name in before:
         now[name].fill_(0.3)  # never read: targets are normalised by their own batch
     assert torch.equal(made(batch_at(made, 0), STEP)["dino"], first)
+
+
+def _means(method: Any) -> dict[str, torch.Tensor]:
+    return {name: buffer.clone() for name, buffer in method.named_buffers() if name.endswith("running_mean")}
+
+
+def _follow(mean: torch.Tensor, batch: torch.Tensor) -> None:
+    mean.lerp_(batch.mean(0), 0.1)
+
+
+@pytest.mark.parametrize("name", ["byol", "dino", "mocov2", "mocov3"])
+def test_a_teachers_own_statistics_are_those_of_its_own_passes(name: str) -> None:
+    changes = {"head_norm": "batch", "local_repulsion": None}
+    made = make_method(name, method={**changes, "teacher_norm_statistics": "own"}).train()
+    assert made.teacher is not None
+    norms = {
+        f"{key}.{inner}": layer
+        for key, module in made.teacher.modules.items()
+        for inner, layer in module.named_modules()
+        if isinstance(layer, GlobalBatchNorm)
+    }
+    assert norms
+    running = {key: layer.running_mean.clone() for key, layer in norms.items()}
+    for key, layer in norms.items():
+        layer.register_forward_pre_hook(lambda _, inputs, mean=running[key]: _follow(mean, inputs[0]))
+    for index in range(2):
+        made(batch_at(made, index), STEP)
+        made.after_step(STEP)
+    now = _means(made.teacher)
+    assert len(now) == len(norms)
+    for key, mean in running.items():
+        torch.testing.assert_close(now[f"{key}.running_mean"], mean)
+    assert any(not torch.equal(now[key], mean) for key, mean in _means(made).items() if key in now)
+    made.teacher.reset()
+    assert all(torch.equal(_means(made.teacher)[key], _means(made)[key]) for key in now)
+
+
+def test_statistics_of_the_teacher_are_refused_without_a_teacher() -> None:
+    with pytest.raises(ValidationError, match="SimCLR has no teacher"):
+        SimclrSettings(teacher_norm_statistics="own")
+
+
+@pytest.mark.parametrize("name", ["byol", "mocov3"])
+def test_the_predictor_has_a_learning_rate_of_its_own(name: str) -> None:
+    made = make_method(name, method={"predictor_lr_mult": 10.0})
+    scales = {parameter: group.lr_scale for group in made.parameter_groups() for parameter in group.names}
+    assert {key for key, scale in scales.items() if scale == 10.0} == {key for key in scales if key.startswith("predictor.")}
+    assert {scale for key, scale in scales.items() if not key.startswith("predictor.")} == {1.0}
+
+
+def test_batch_norm_sees_one_view_at_a_time_if_asked_to() -> None:
+    alone, together = (make_method("simclr", method={"batch_norm_per_view": each}).train() for each in (True, False))
+    batch = batch_at(alone, 0)
+    views = batch.views["global"]
+    expected = [alone.projector(alone.backbone(view, patches="none").cls) for view in views]
+    for ours, theirs in zip(alone.features(batch), expected, strict=True):
+        torch.testing.assert_close(ours, theirs)
+    both = together.projector(together.backbone(torch.cat(views), patches="none").cls)
+    torch.testing.assert_close(torch.cat(together.features(batch)), both)
+    assert not torch.allclose(torch.cat(expected), both, atol=1e-3)
 
 
 def test_without_predictor_features_of_byol_become_alike() -> None:

@@ -100,6 +100,9 @@ def _uneven(shape: tuple[int, ...], dtype: torch.dtype, mean: float, affine: boo
         ((16, 3, 5), torch.float32, 1000.0, True, False),
         ((16,), torch.float32, -3.0, False, False),
         ((16, 3, 5), torch.bfloat16, 2.0, True, False),
+        ((16, 3, 5), torch.bfloat16, 2.0, True, True),
+        ((16, 3, 5), torch.bfloat16, 2.0, False, False),
+        ((16,), torch.bfloat16, -1.0, True, False),
     ],
 )
 def test_uneven_shares_of_a_batch_are_normalised_as_torch_does_the_whole(

@@ -23,7 +23,6 @@ from pipeline.methods.byol.settings import ByolSettings
 from pipeline.methods.ema_teacher import Teacher
 from pipeline.methods.shared.two_views import TwoViews
 from pipeline.models.mlps import mlp
-from pipeline.models.norms import batch_statistics
 from pipeline.models.resnet import Tower, build_trunk
 
 
@@ -44,20 +43,25 @@ class BYOL(TwoViews):
         self.projector = mlp((backbone.width, s.head_hidden, s.head_out), norm=s.head_norm, init=init)
         widths = (s.head_out, s.head_hidden, s.head_out)
         self.predictor: nn.Module = mlp(widths, norm=s.head_norm, init=init) if s.predictor else nn.Identity()
-        self.teacher: Teacher = Teacher(backbone=backbone, projector=self.projector)
+        self.teacher: Teacher = self.make_teacher(backbone=backbone, projector=self.projector)
         self.couples_batch = self.sees_batches()
 
     @override
     def forward(self, batch: Batch, step: Step) -> dict[str, Tensor]:
         """Loss term ``regression``, 0 to 8, the sum of both directions; with local repulsion also ``repel`` and ``judge``."""
         backbone, projector = self.teacher.modules.values()
-        with torch.no_grad(), batch_statistics(backbone, projector):
+        with torch.no_grad(), self.teacher.batch_statistics():
             targets = [projector(backbone(view, patches="none").cls) for view in batch.views["global"]]
         large, small = self.project(batch, self.projector)
         pairs = [(large[0], targets[1]), (large[1], targets[0]), *((x, target) for x in small for target in targets)]
         terms = [losses.cosine_regression(self.predictor(x), target) for x, target in pairs]
         self.watch(large)
         return {"regression": 2 * torch.stack(terms).mean(), **self.repelled(small)}
+
+    @override
+    def lr_multipliers(self) -> dict[nn.Parameter, float]:
+        """The predictor's, ``method.predictor_lr_mult``."""
+        return dict.fromkeys(self.predictor.parameters(), self.settings.predictor_lr_mult)
 
 
 def build(config: Config, settings: ByolSettings) -> BYOL:

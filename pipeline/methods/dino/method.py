@@ -23,7 +23,6 @@ from pipeline.methods.ema_teacher import Teacher
 from pipeline.methods.health_metrics import distillation_health
 from pipeline.methods.shared.two_views import TwoViews
 from pipeline.models.heads import PrototypeHead
-from pipeline.models.norms import batch_statistics
 from pipeline.models.resnet import Tower, build_trunk
 
 
@@ -53,7 +52,7 @@ class DINO(TwoViews):
         )
         if s.freeze_gain and self.head.last.gain is not None:
             self.head.last.gain.requires_grad_(False)
-        self.teacher: Teacher = Teacher(backbone=backbone, head=self.head)
+        self.teacher: Teacher = self.make_teacher(backbone=backbone, head=self.head)
         self.extra_state = {"center": torch.zeros(s.prototypes)}
         self.couples_batch = self.sees_batches()
         self.health_metrics = distillation_health(
@@ -109,7 +108,7 @@ class DINO(TwoViews):
     def _targets(self, images: Tensor, step: Step) -> losses.Targets:
         backbone, head = self.teacher.modules.values()
         assert isinstance(head, PrototypeHead)
-        with batch_statistics(backbone, head):
+        with self.teacher.batch_statistics():
             units = head.units(backbone(images, patches="none").cls)
         matrix = head.matrix(units.dtype)
         with torch.autocast(units.device.type, enabled=False):

@@ -25,7 +25,6 @@ from pipeline.methods.ema_teacher import Teacher
 from pipeline.methods.mocov2.settings import Mocov2Settings
 from pipeline.methods.shared.two_views import TwoViews
 from pipeline.models.mlps import mlp
-from pipeline.models.norms import batch_statistics
 from pipeline.models.resnet import Tower, build_trunk
 
 
@@ -44,7 +43,7 @@ class MoCoV2(TwoViews):
         super().__init__(backbone, s, out=s.head_out)
         widths = (backbone.width, s.head_hidden or backbone.width, s.head_out)
         self.projector = mlp(widths, norm=s.head_norm, last_bias=True)
-        self.teacher: Teacher = Teacher(backbone=backbone, projector=self.projector)
+        self.teacher: Teacher = self.make_teacher(backbone=backbone, projector=self.projector)
         self.extra_state = {"queue": F.normalize(torch.randn(s.queue, s.head_out), dim=1)}
         self.couples_batch = self.sees_batches()
         self._new: list[tuple[Tensor, Tensor]] = []
@@ -54,7 +53,7 @@ class MoCoV2(TwoViews):
         """Loss term ``contrastive``; with local repulsion also ``repel`` and ``judge``."""
         large, small = batch.views["global"], batch.views.get("local", [])
         backbone, projector = self.teacher.modules.values()
-        with torch.no_grad(), batch_statistics(backbone, projector):
+        with torch.no_grad(), self.teacher.batch_statistics():
             projected = {g: projector(backbone(large[g], patches="none").cls) for g in ((0, 1) if small else (1,))}
             keys = {g: F.normalize(key.float(), dim=1) for g, key in projected.items()}
         queries = [self.projector(self.backbone(view, patches="none").cls) for view in (large if small else large[:1])]

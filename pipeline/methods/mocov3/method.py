@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from typing_extensions import override
 
 from pipeline import losses
@@ -26,7 +26,6 @@ from pipeline.methods.ema_teacher import Teacher
 from pipeline.methods.mocov3.settings import Mocov3Settings
 from pipeline.methods.shared.two_views import TwoViews
 from pipeline.models.mlps import mlp
-from pipeline.models.norms import batch_statistics
 from pipeline.models.resnet import Tower, build_trunk, fix_positions, freeze_patches
 
 
@@ -63,7 +62,7 @@ class MoCoV3(TwoViews):
         self.projector = mlp((backbone.width, *hidden, s.head_out), norm=s.head_norm, last="plain_norm", bias=False)
         widths = (s.head_out, s.head_hidden, s.head_out)
         self.predictor = mlp(widths, norm=s.head_norm, last="plain_norm" if s.predictor_norm else "none", bias=False)
-        self.teacher: Teacher = Teacher(backbone=backbone, projector=self.projector)
+        self.teacher: Teacher = self.make_teacher(backbone=backbone, projector=self.projector)
         self.couples_batch = self.sees_batches()
         self._keys: deque[_Keys] = deque()
 
@@ -72,7 +71,7 @@ class MoCoV3(TwoViews):
     def before_accumulation(self, batches: Sequence[Batch], step: Step) -> None:
         """Computes the keys of all micro-batches of all ranks."""
         backbone, projector = self.teacher.modules.values()
-        with batch_statistics(backbone, projector):
+        with self.teacher.batch_statistics():
             own = [[projector(backbone(view, patches="none").cls).float() for view in batch.views["global"]] for batch in batches]
         full = [torch.cat(view) for view in zip(*own, strict=True)]
         first, everyone = losses.rank_offset(len(full[0])), [losses.gathered(view) for view in full]
@@ -95,6 +94,11 @@ class MoCoV3(TwoViews):
     def on_step_skipped(self) -> None:
         """Discards the prepared keys."""
         self._keys.clear()
+
+    @override
+    def lr_multipliers(self) -> dict[nn.Parameter, float]:
+        """The predictor's, ``method.predictor_lr_mult``."""
+        return dict.fromkeys(self.predictor.parameters(), self.settings.predictor_lr_mult)
 
 
 def build(config: Config, settings: Mocov3Settings) -> MoCoV3:

@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from pipeline.config.types import Count, Positive
+from pipeline.config.types import Count, NonNegative, Positive
 from pipeline.methods.settings import register
 from pipeline.methods.shared.two_views_settings import TwoViewSettings
 
@@ -25,6 +25,7 @@ class Mocov3Settings(TwoViewSettings):
         default=3, ge=1, le=8, description="number of linear layers of the projector; 2 for ResNet-50 in the paper"
     )
     predictor_norm: bool = Field(default=True, description="norm after the predictor; off for ResNet-50 in the paper")
+    predictor_lr_mult: NonNegative = Field(default=1.0, description="learning-rate multiplier of the predictor")
     freeze_patches: bool = Field(
         default=False, description="freeze the patch embedding at its random initialization (the paper's choice for ViT)"
     )

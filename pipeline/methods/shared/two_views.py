@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from pipeline import losses
 from pipeline.data.augment.views import Batch, ViewSpec
 from pipeline.methods.base import Method, Step
+from pipeline.methods.ema_teacher import Teacher
 from pipeline.methods.health_metrics import RANK_COLLAPSE, HealthMetrics
 from pipeline.methods.shared.crops import multi_crop
 from pipeline.methods.shared.two_views_settings import RepelSettings, TwoViewSettings
@@ -39,6 +40,12 @@ class TwoViews(Method):
         self.repeller = Repeller(out, settings.local_repulsion) if settings.local_repulsion is not None else None
         self.health_metrics = HealthMetrics(rank="feature_rank", suggest_fix=_suggest_fix)
 
+    def make_teacher(self, **modules: nn.Module) -> Teacher:
+        """An EMA teacher of these modules, with the running statistics that are configured."""
+        teacher = Teacher(**modules)
+        teacher.own_statistics = self.settings.teacher_norm_statistics == "own"
+        return teacher
+
     def sees_batches(self) -> bool:
         """Whether batch norm or local repulsion makes a sample's loss depend on the rest of its micro-batch."""
         return normalises_batches(self) or self.repeller is not None
@@ -62,6 +69,10 @@ class TwoViews(Method):
         small: list[Tensor] = [net(self.backbone(view, local=True, patches="none").cls) for view in batch.views.get("local", ())]
         return large, small
 
+    def lr_multipliers(self) -> dict[nn.Parameter, float]:
+        """Learning-rate multipliers of parameters outside the backbone; 1 for all that are not in it."""
+        return {}
+
     def parameter_groups(self) -> list[ParameterGroup]:
         """Groups with layer-wise learning rates in a transformer; vectors have no weight decay or layer-wise scaling."""
         return parameter_groups(
@@ -69,6 +80,7 @@ class TwoViews(Method):
             layer_decay=self.settings.layerwise_lr_decay,
             patch_lr=self.settings.patch_embed_lr_mult,
             vectors=self.settings.decay_vectors,
+            scales=self.lr_multipliers(),
         )
 
     def export(self) -> dict[str, nn.Module]:

@@ -42,6 +42,11 @@ class TwoViewSettings(MethodSettings):
         description="norm in the heads; batch norm is synchronized over all ranks, and makes results depend on the "
         "micro-batch size",
     )
+    teacher_norm_statistics: Literal["student", "own"] = Field(
+        default="student",
+        description="running statistics of the teacher's batch norms, which matter only where the teacher is evaluated or "
+        "exported: a copy of the student's, or its own from its training batches (the code of DINO and of lightly)",
+    )
     layerwise_lr_decay: Share = Field(
         default=1.0, description="layer-wise learning-rate decay: factor from each block to the one below"
     )

@@ -53,7 +53,10 @@ class SimCLR(TwoViews):
         self._replays: deque[Replay] = deque()
 
     def features(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Projections ``[b, out]`` of the two views, fp32; one forward pass, so that batch norm sees both."""
+        """Projections ``[b, out]`` of the two views, fp32; in one forward pass, so that batch norm sees both, or one for each."""
+        if self.settings.batch_norm_per_view:
+            first, second = (view.float() for view in self.project(batch, self.projector)[0])
+            return first, second
         both = self.projector(self.backbone(torch.cat(batch.views["global"]), patches="none").cls).float()
         first, second = both.chunk(2)
         return first, second

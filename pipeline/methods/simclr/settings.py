@@ -35,6 +35,11 @@ class SimclrSettings(TwoViewSettings):
     )
     head_hidden: Count | None = Field(default=None, description="hidden width of the projector; null means the backbone's width")
     head_out: Count = Field(default=128, description="output dimension of the projector")
+    batch_norm_per_view: bool = Field(
+        default=False,
+        description="pass each view through the network alone, so that a batch norm sees one view at a time (lightly); false "
+        "passes both together (the paper)",
+    )
     grad_cache: bool = Field(
         default=True,
         description="contrast each sample with the entire global batch even when it is split into micro-batches "
@@ -46,4 +51,6 @@ class SimclrSettings(TwoViewSettings):
     def _two_views_only(self) -> Self:
         if self.views.local_count:
             raise ValueError("views.local_count must be 0: SimCLR compares two global views and attracts no local ones")
+        if self.teacher_norm_statistics != "student":
+            raise ValueError("teacher_norm_statistics has no effect: SimCLR has no teacher; leave it out")
         return self

@@ -32,7 +32,7 @@ def card(networks: Networks, *, layout: str, usage: str, notes: Sequence[str], l
     facts = {
         "method": config.method.name,
         "weights": f"the {networks.network}'s, fp32",
-        "parameters": f"{sum(t.numel() for t in networks.tower.vit.parameters()):,} in the vision tower",
+        "parameters": f"{sum(t.numel() for t in networks.timm_model.parameters()):,} in the vision tower",
         "samples seen": f"{manifest.get('samples_seen', 'unknown')}",
         "steps": f"{manifest.get('step')} ({manifest.get('applied', '?')} applied, {manifest.get('skipped', '?')} skipped)",
         "data": f"{data.get('samples', '?')} samples, fingerprint `{data.get('fingerprint', 'unknown')}`",

@@ -14,6 +14,7 @@ from pipeline.config.schema import Config
 from pipeline.data.augment.views import Normalize
 from pipeline.errors import CheckpointError, ConfigError
 from pipeline.methods.registry import build_method
+from pipeline.models.resnet import ResNetTower, Tower
 from pipeline.models.text import LogitScale, TextTower
 from pipeline.models.vision import VisionTower
 from pipeline.weights.from_checkpoint import fill_trained
@@ -56,7 +57,7 @@ class Networks:
     config: Config
     saved: Saved
     network: Literal["teacher", "student"]
-    tower: VisionTower
+    tower: Tower
     others: dict[str, nn.Module]
     logits: LogitScale | None
     preprocessing: Preprocessing
@@ -67,8 +68,29 @@ class Networks:
         tower = self.others.get("text")
         return tower if isinstance(tower, TextTower) else None
 
+    @property
+    def timm_model(self) -> nn.Module:
+        """The vision tower's model of timm."""
+        model: nn.Module = self.tower.net if isinstance(self.tower, ResNetTower) else self.tower.vit
+        return model
+
+    @property
+    def transformer(self) -> VisionTower:
+        """The vision tower, for formats of transformers only.
+
+        Raises:
+            ConfigError: it is a ResNet.
+        """
+        if isinstance(self.tower, ResNetTower):
+            raise ConfigError(
+                "the format is for vision transformers, and this is a ResNet",
+                where="--to",
+                hint="Export it to timm, onnx or safetensors",
+            )
+        return self.tower
+
     def state(self) -> dict[str, torch.Tensor]:
-        """All tensors, fp32, by network: ``backbone.vit.…``, ``text.…``, ``logits.…``."""
+        """All tensors, fp32, by network: ``backbone.vit.…`` (of a ResNet ``backbone.net.…``), ``text.…``, ``logits.…``."""
         modules: dict[str, nn.Module] = {"backbone": self.tower, **self.others}
         if self.logits is not None:
             modules["logits"] = self.logits
@@ -132,25 +154,26 @@ def read(
             raise ConfigError(f"there is no student {student!r}", where="--student", hint=hint)
         tower = named[student]
     students = {id(module) for module in method.modules()}
-    if not isinstance(tower, VisionTower):
+    if not isinstance(tower, Tower):
         raise ConfigError(f"{config.method.name} has no vision tower to export", where="method.name", hint="Export another run")
     own: Literal["teacher", "student"] = "student" if id(tower) in students else "teacher"
     if network == "teacher" and own != "teacher":
         raise ConfigError(f"{config.method.name} has no teacher", where="--network", hint="Export the student")
     if network == "student" and own == "teacher":
         tower = method.get_submodule("backbone")
-        if not isinstance(tower, VisionTower):
+        if not isinstance(tower, Tower):
             raise ConfigError("the student has no vision tower", where="--network", hint="Export the teacher")
         own = "student"
     view = method.views[0]
     side = size or view.size
-    if side % tower.patch:
+    if isinstance(tower, VisionTower) and side % tower.patch:
         raise ConfigError(
             f"images of {side} pixels are not divisible into patches of {tower.patch}",
             where="--size",
             hint=f"Choose a multiple of {tower.patch}",
         )
-    tower.merge_class_position()
+    if isinstance(tower, VisionTower):
+        tower.merge_class_position()
     normalize = view.normalize or Normalize()
     logits = getattr(method, "logits", None)
     return Networks(

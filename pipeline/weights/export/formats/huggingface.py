@@ -34,7 +34,7 @@ def write(networks: Networks, folder: Path) -> tuple[str, list[str]]:
         raise ConfigError(
             "transformers is not installed", where="--to huggingface", hint="Install it: pip install 'fovea[export]'"
         ) from error
-    tower, p = networks.tower, networks.preprocessing
+    tower, p = networks.transformer, networks.preprocessing
     kind, settings = architecture(tower, p.size)
     config = getattr(transformers, f"{kind}Config")(**settings)
     transformers.logging.disable_progress_bar()

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.errors import ConfigError
+from pipeline.models.resnet import ResNetTower
 from pipeline.weights.export.formats.timm import timm_state
 from pipeline.weights.export.networks import Networks
 
@@ -33,6 +34,18 @@ class _ImageEncoder(nn.Module):
         return outputs if self.projection is None else (*outputs, self.projection(tokens[:, 0]))
 
 
+class _ResNet(nn.Module):
+    """A ResNet with named outputs."""
+
+    def __init__(self, tower: ResNetTower) -> None:
+        super().__init__()
+        self.tower = tower
+
+    def forward(self, images: Tensor) -> tuple[Tensor, ...]:
+        tokens = self.tower(images)
+        return tokens.cls, tokens.patches
+
+
 def write(networks: Networks, folder: Path) -> tuple[str, list[str]]:
     """Writes ``model.onnx`` and ``preprocessor.json`` to a folder; returns lines of Python that load them, and notes.
 
@@ -47,12 +60,15 @@ def write(networks: Networks, folder: Path) -> tuple[str, list[str]]:
             f"{error.name} is not installed", where="--to onnx", hint="Install it: pip install 'fovea[export]'"
         ) from error
     tower, size = networks.tower, networks.preprocessing.size
-    args = {**tower.timm_args, "img_size": size, "dynamic_img_size": False}
-    model = timm.create_model(tower.timm_name, pretrained=False, **args)
-    model.load_state_dict(timm_state(tower, size))
     pooled = networks.others.get("image_pool") is not None
     projection = None if pooled else networks.others.get("image_projection")
-    encoder = _ImageEncoder(model.eval(), tower.vit.num_prefix_tokens, projection).eval()
+    if isinstance(tower, ResNetTower):
+        encoder: nn.Module = _ResNet(tower).eval()
+    else:
+        args = {**tower.timm_args, "img_size": size, "dynamic_img_size": False}
+        model = timm.create_model(tower.timm_name, pretrained=False, **args)
+        model.load_state_dict(timm_state(tower, size))
+        encoder = _ImageEncoder(model.eval(), tower.vit.num_prefix_tokens, projection).eval()
     names = ["cls", "patches"] + ([] if projection is None else ["feature"])
     batch = torch.export.Dim("batch", min=1, max=65536)
     with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()), torch.no_grad():
@@ -77,6 +93,8 @@ session = onnxruntime.InferenceSession("{folder / "model.onnx"}")
 {", ".join(names)} = session.run(None, {{"images": images}})  # float32 [n, 3, {size}, {size}], normalised as below
 """
     notes = [f"Images are {size} x {size} pixels, any number at a time; ONNX opset {OPSET}.", "The mask token is left out."]
+    if isinstance(tower, ResNetTower):
+        notes[1:] = ["`cls` is the mean of the last feature map, `patches` are its cells."]
     if networks.text is not None:
         notes.append("The text tower is not in the graph: export to open_clip for it.")
     if pooled:

@@ -56,7 +56,7 @@ def write(networks: Networks, folder: Path) -> tuple[str, list[str]]:
         )
     p = networks.preprocessing
     config = {
-        "model_cfg": _model(networks.tower, text, projection, logits, p.size),
+        "model_cfg": _model(networks.transformer, text, projection, logits, p.size),
         "preprocess_cfg": {
             "size": [p.size, p.size],
             "mode": "RGB",
@@ -68,7 +68,7 @@ def write(networks: Networks, folder: Path) -> tuple[str, list[str]]:
         },
     }
     state = {
-        **_vision(networks.tower, p.size),
+        **_vision(networks.transformer, p.size),
         "visual.proj": projection.weight.detach().float().T.contiguous(),
         **{name: tensor.detach().float().contiguous() for name, tensor in to_open_clip(text.state_dict()).items()},
         **_numbers(logits),

@@ -14,10 +14,12 @@ from torch import Tensor, nn
 
 from pipeline.errors import ConfigError
 from pipeline.models.positions import resample_positions
+from pipeline.models.resnet import ResNetTower
 from pipeline.models.vision import VisionTower
 from pipeline.weights.export.networks import Networks
 
 _SWIGLU = "vit_giant_patch14_dinov2"  # timm's only plain name with this feed-forward layer; all sizes are given explicitly
+_TRANSFORM = ["transform = timm.data.create_transform(**timm.data.resolve_data_config(model=model))"]
 
 
 def call(tower: VisionTower, size: int) -> tuple[str, dict[str, Any]]:
@@ -82,17 +84,27 @@ def timm_state(tower: VisionTower, size: int) -> dict[str, Tensor]:
     return state
 
 
-def write(networks: Networks, folder: Path) -> tuple[str, list[str]]:
-    """Writes the files to a folder; returns lines of Python that load them, and notes.
+def _resnet(tower: ResNetTower) -> tuple[str, dict[str, Any], dict[str, Tensor]]:
+    """Name, JSON-serializable arguments and weights of timm's own model, which is created and loaded to check them.
 
     Raises:
-        ConfigError: timm cannot create this tower.
+        ConfigError: the stem is not one of timm's.
     """
-    tower, p = networks.tower, networks.preprocessing
-    name, args = call(tower, p.size)
-    rebuilt(tower, p.size, name=name, args=args)  # checks that the export can be loaded
-    save_file(weights(tower, p.size), folder / "model.safetensors", metadata={"format": "pt"})
-    known = {"img_size", "num_classes"}
+    if tower.stem != "patch":
+        raise ConfigError(
+            "timm has no ResNet with a small stem",
+            where=f"model.stem={tower.stem}",
+            hint="Export it to safetensors or onnx instead",
+        )
+    args = {key: list(value) if isinstance(value, tuple) else value for key, value in tower.timm_args.items()}
+    state = {key: tensor.detach().clone().contiguous() for key, tensor in tower.net.state_dict().items()}
+    timm.create_model(tower.timm_name, pretrained=False, **args).load_state_dict(state)
+    return tower.timm_name, args, state
+
+
+def _write_config(networks: Networks, folder: Path, name: str, args: dict[str, Any], of_kind: dict[str, Any]) -> None:
+    """Writes timm's ``config.json``; what differs between a transformer and a ResNet is given."""
+    p, known = networks.preprocessing, {"img_size", "num_classes"}
     pretrained = {
         "tag": networks.config.run.name,
         "custom_load": False,
@@ -105,18 +117,40 @@ def write(networks: Networks, folder: Path) -> tuple[str, list[str]]:
         "std": list(p.std),
         "num_classes": 0,
         "pool_size": None,
-        "first_conv": "patch_embed.proj",
-        "classifier": "head",
+        "first_conv": of_kind["first_conv"],
+        "classifier": of_kind["classifier"],
     }
+    sized = {"img_size": p.size} if of_kind.get("sized", True) else {}
     config = {
         "architecture": name,
         "num_classes": 0,
-        "num_features": tower.width,
-        "global_pool": "token",
+        "num_features": networks.tower.width,
+        "global_pool": of_kind["pool"],
         "pretrained_cfg": pretrained,
-        "model_args": {key: value for key, value in args.items() if key not in known} | {"img_size": p.size},
+        "model_args": {key: value for key, value in args.items() if key not in known} | sized,
     }
     (folder / "config.json").write_text(json.dumps(config, indent=1) + "\n")
+
+
+def write(networks: Networks, folder: Path) -> tuple[str, list[str]]:
+    """Writes the files to a folder; returns lines of Python that load them, and notes.
+
+    Raises:
+        ConfigError: timm cannot create this tower.
+    """
+    tower, p = networks.tower, networks.preprocessing
+    if isinstance(tower, ResNetTower):
+        name, args, state = _resnet(tower)
+        save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+        first = "conv1" if "conv1.weight" in state else "conv1.0"
+        _write_config(networks, folder, name, args, {"first_conv": first, "classifier": "fc", "pool": "avg", "sized": False})
+        lines = [f'model = timm.create_model("local-dir:{folder}", pretrained=True).eval()', *_TRANSFORM]
+        return "\n".join(["import timm", *lines, "features = model(transform(image)[None])  # the mean of the last map"]), []
+    name, args = call(tower, p.size)
+    rebuilt(tower, p.size, name=name, args=args)  # checks that the export can be loaded
+    save_file(weights(tower, p.size), folder / "model.safetensors", metadata={"format": "pt"})
+    _write_config(networks, folder, name, args, {"first_conv": "patch_embed.proj", "classifier": "head", "pool": "token"})
+
     usage = f"""
 import timm
 model = timm.create_model("local-dir:{folder}", pretrained=True).eval()
