@@ -8,6 +8,7 @@ from pipeline.errors import DataError
 
 if TYPE_CHECKING:
     from pipeline.config.schema import Config
+    from pipeline.data.index.manifest import Manifest
     from pipeline.data.inputs import Inputs
     from pipeline.runtime.process_group import World
 
@@ -27,15 +28,16 @@ def agreed_inputs(config: Config, world: World, inputs: Inputs | None) -> Inputs
     """
     import torch.distributed as dist
 
-    from pipeline.data.inputs import prepare
+    from pipeline.data.inputs import data_identity, prepare
 
     if inputs is None:
         inputs = prepare(config, world.size, reuse=True)
-    expected = [_fingerprints(inputs)]
+    expected = [(_identities(inputs), data_identity(inputs), _versions(inputs))]
     dist.broadcast_object_list(expected, group=world.control)
-    if _fingerprints(inputs) != expected[0]:
+    identities, identity, _ = expected[0]
+    if (_identities(inputs), data_identity(inputs), _versions(inputs)) != expected[0]:
         inputs = prepare(config, world.size)
-    if _fingerprints(inputs) != expected[0]:
+    if (_identities(inputs), data_identity(inputs)) != (identities, identity):
         raise DataError(
             f"rank {world.rank} of {world.size} reads other shards than the first rank",
             where=inputs.train.directory,
@@ -44,6 +46,17 @@ def agreed_inputs(config: Config, world: World, inputs: Inputs | None) -> Inputs
     return inputs
 
 
-def _fingerprints(inputs: Inputs) -> list[str | None]:
-    manifests = (inputs.train, inputs.bank, inputs.queries, *(inputs.dense or ()))
-    return [manifest and manifest.fingerprint for manifest in manifests]
+def _manifests(inputs: Inputs) -> list[Manifest | None]:
+    return [inputs.train, inputs.bank, inputs.queries, *(inputs.dense or ())]
+
+
+def _identities(inputs: Inputs) -> list[str | None]:
+    return [None if manifest is None else manifest.fingerprint for manifest in _manifests(inputs)]
+
+
+def _versions(inputs: Inputs) -> list[str | None]:
+    """Versions of the objects in storage, which all nodes see; files on local disks may differ in their times."""
+    return [
+        manifest.shards.version if manifest is not None and manifest.shards.may_be_remote else None
+        for manifest in _manifests(inputs)
+    ]

@@ -70,8 +70,9 @@ def _be_rank(config: Config, here: RankEnvironment, attempt: int | None) -> int:
         check_identity(config, run.settings_document(), run.config)
     first = here.rank == 0
     inputs = prepare(config, here.world_size, reuse=not first)
-    checkpoint, complaints = choose_checkpoint(config, run, inputs, fetch=first, verify=first)
-    if here.rank == 0:
+    checkpoint = None
+    if first:  # the others start from the same one, and check their data once they agree on it
+        checkpoint, complaints = choose_checkpoint(config, run, inputs)
         for complaint in complaints:
             print(shown(complaint), file=sys.stderr)
     return train(config, here, attempt, checkpoint, inputs)

@@ -59,9 +59,7 @@ def origins(checkpoint: Saved | None, config: Config) -> list[dict[str, str]]:
     return [*checkpoint.origins, {"id": checkpoint.id, "path": str(resume_from)}] if begun else checkpoint.origins
 
 
-def choose_checkpoint(
-    config: Config, run: RunDirectory, inputs: Inputs, *, fetch: bool = True, verify: bool = True
-) -> tuple[Saved | None, list[str]]:
+def choose_checkpoint(config: Config, run: RunDirectory, inputs: Inputs) -> tuple[Saved | None, list[str]]:
     """The verified checkpoint to start from, and messages about skipped checkpoints and accepted changes of the data.
 
     ``auto`` selects the run's last checkpoint; if the run has none, its newest mirrored copy is fetched. A path is where the run
@@ -72,8 +70,6 @@ def choose_checkpoint(
         config: the settings.
         run: the run directory.
         inputs: the indexed data.
-        fetch: whether this process may fetch a copy.
-        verify: whether to compare checksums; otherwise another process of the run does so, and chooses.
 
     Raises:
         CheckpointError: no complete checkpoint, or it belongs to another run or other data.
@@ -89,16 +85,15 @@ def choose_checkpoint(
             )
         return None, complaints
     if choice == "auto":
-        checkpoint, complaints = saved.newest(run.checkpoints, check=verify)
+        checkpoint, complaints = saved.newest(run.checkpoints)
         target = copies_of(config)
-        if checkpoint is None and target is not None and fetch:
+        if checkpoint is None and target is not None:
             checkpoint, complaints = copies.fetch(target, run.checkpoints, open_storage(config, at_start=True))
     else:
-        checkpoint, complaints = saved.newest(run.checkpoints, begun_at=Path(choice), check=verify)
+        checkpoint, complaints = saved.newest(run.checkpoints, begun_at=Path(choice))
         if checkpoint is None:
             checkpoint = saved.read(Path(choice))
-            if verify:
-                saved.verify(checkpoint)
+            saved.verify(checkpoint)
         else:
             complaints.append(
                 f"resuming from {checkpoint.path}, which started from {choice}; move it away to start from there again"

@@ -59,7 +59,7 @@ def build_index(
     from launch.progress import progress_bar
     from pipeline.data.index.build import UnusableShards, build
     from pipeline.data.index.fields import Fields
-    from pipeline.data.index.manifest import SIDECARS
+    from pipeline.data.indexing import sidecar_folder
     from pipeline.data.inspect.report import index_report
     from pipeline.data.storage import expand
 
@@ -93,7 +93,7 @@ def build_index(
                 on_truncated=settings.on_truncated_shard,
                 progress=on_shard,
                 store=store,
-                sidecars=settings.index_root / SIDECARS,
+                sidecars=sidecar_folder(settings.index_root, folder),
                 check=check,
             )
     except UnusableShards as error:

@@ -120,7 +120,7 @@ def committed_checkpoints(directory: Path) -> list[Saved]:
     return checkpoints
 
 
-def newest(directory: Path, *, begun_at: Path | None = None, check: bool = True) -> tuple[Saved | None, list[str]]:
+def newest(directory: Path, *, begun_at: Path | None = None) -> tuple[Saved | None, list[str]]:
     """Finds the newest checkpoint whose files all verify; also returns a message for each newer one that was skipped.
 
     The newest is the one written last: a run that rolled back to an earlier step continues from there.
@@ -128,7 +128,6 @@ def newest(directory: Path, *, begun_at: Path | None = None, check: bool = True)
     Args:
         directory: ``<run>/checkpoints``.
         begun_at: consider only checkpoints of attempts that ``checkpoint.resume`` started from this checkpoint.
-        check: whether to verify them.
 
     Raises:
         CheckpointError: checkpoints exist, but none is complete.
@@ -144,8 +143,7 @@ def newest(directory: Path, *, begun_at: Path | None = None, check: bool = True)
         complaints += [f"{printable(str(path))}: its manifest cannot be read, so it is passed over" for path in unreadable]
     for candidate in saved:
         try:
-            if check:
-                verify(candidate)
+            verify(candidate)
         except CheckpointError as error:
             complaints.append(str(error))
             continue

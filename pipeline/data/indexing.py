@@ -88,8 +88,10 @@ class Indexer:
         """
         root = self.config.data.index_root
         file = root / "sets" / f"{self._name(groups)}.json"
-        signed = any("?" in pattern for patterns in groups.values() for pattern in patterns)  # signatures are stored nowhere
-        if self.reuse and not signed and (known := self._known(root, file, require)) is not None:
+        signed = any(
+            "://" in pattern and "?" in pattern for patterns in groups.values() for pattern in patterns
+        )  # signatures are stored nowhere
+        if self.reuse and not signed and (known := self._known(root, file, require, len(groups))) is not None:
             return known
         store = open_storage(self.config, at_start=True)
         parts = {name: storage.expand(patterns, store) for name, patterns in groups.items()}
@@ -97,6 +99,7 @@ class Indexer:
         manifest = self._built([url for part in parts.values() for url in part], require)
         counts = tuple(len(part) for part in parts.values())
         with contextlib.suppress(OSError):  # without the file, ranks find the shards by themselves
+            file.unlink(missing_ok=True)
             document = {"index": Path(manifest.directory).relative_to(root).parts[0], "shards": counts}
             storage.write_atomically(file, json.dumps(document).encode())
         return manifest, counts
@@ -110,12 +113,14 @@ class Indexer:
         rules = [patterns, asdict(fields(self.config)), self.config.data.on_truncated_shard]
         return hashlib.sha256(json.dumps(rules, sort_keys=True).encode("utf-8", "surrogateescape")).hexdigest()[:16]
 
-    def _known(self, root: Path, file: Path, require: tuple[str, ...]) -> tuple[Manifest, tuple[int, ...]] | None:
+    def _known(self, root: Path, file: Path, require: tuple[str, ...], sets: int) -> tuple[Manifest, tuple[int, ...]] | None:
         try:
             document = read_json(file)
             manifest = Manifest.load(_folder(root / plain_name(document["index"], where=str(file)), require))
             counts = tuple(int(n) for n in document["shards"])
-        except (OSError, ValueError, KeyError, TypeError, DataError):
+        except (OSError, ValueError, KeyError, TypeError, OverflowError, DataError):
+            return None
+        if len(counts) != sets or min(counts, default=0) < 1:
             return None
         fits = (
             sum(counts) == len(manifest.shards) and manifest.rules == fields(self.config) and manifest.fields.require == require
@@ -142,7 +147,7 @@ class Indexer:
                 on_truncated=self.config.data.on_truncated_shard,
                 progress=self.progress,
                 store=open_storage(self.config, at_start=True),
-                sidecars=self.config.data.index_root / SIDECARS,
+                sidecars=sidecar_folder(self.config.data.index_root, directory),
             )
             return narrow(manifest, _folder(directory, require), require, self.progress) if require else manifest
 
@@ -152,6 +157,16 @@ def indexed(
 ) -> Manifest:
     """Finds and indexes shards; an existing index is reused where the shards have not changed. See :class:`Indexer`."""
     return Indexer(config, progress).one(patterns, require)
+
+
+def sidecar_folder(root: Path, directory: Path) -> Path:
+    """Returns the directory of the sidecars: one for all data sets, or the data set's own where another user owns that one."""
+    shared = root / SIDECARS
+    try:
+        shared.mkdir(parents=True, exist_ok=True)
+    except OSError:
+        return directory / SIDECARS
+    return shared if os.access(shared, os.W_OK | os.X_OK) else directory / SIDECARS
 
 
 def _folder(directory: Path, require: tuple[str, ...]) -> Path:

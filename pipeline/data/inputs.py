@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import itertools
-import json
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from pipeline.config.schema import Config
-from pipeline.data import storage
 from pipeline.data.augment.plan import PLAN_VERSION
 from pipeline.data.index.manifest import Manifest
 from pipeline.data.indexing import Indexer, Progress, indexed
@@ -19,7 +18,6 @@ from pipeline.runtime.run_directory import RunDirectory
 from pipeline.untrusted import read_json
 
 DATA_STATE_VERSION = 1
-_STREAMS = "streams.json"
 
 
 @dataclass(frozen=True)
@@ -58,7 +56,7 @@ def prepare(config: Config, world: int, progress: Progress | None = None, *, reu
     indexer = Indexer(config, progress, reuse)
     train, sources = _training_set(indexer)
     batch, micro = config.train.global_batch_size, config.train.micro_batch_size
-    streams = config.data.canonical_streams or _recorded_streams(config) or streams_for(batch, world)
+    streams = config.data.canonical_streams or _streams_of_checkpoints(config) or streams_for(batch, world)
     order = Order(train.sizes, config.run.seed, batch, streams, config.data.shuffle_block_size, sources)
     order.check_world(world)
     if micro is not None and batch % (world * micro):
@@ -72,26 +70,21 @@ def prepare(config: Config, world: int, progress: Progress | None = None, *, reu
     return replace(inputs, **_evaluation_data(indexer, train, trained=False)) if config.evaluation.enabled else inputs
 
 
-def record_streams(config: Config, inputs: Inputs) -> None:
-    """Writes the number of streams into the run directory, if it was chosen for the first world size: all attempts have it."""
-    file = RunDirectory(config.run.folder).data / _STREAMS
-    if config.data.canonical_streams is None and not file.exists():
-        storage.write_atomically(file, json.dumps({"streams": inputs.order.streams}).encode())
-
-
-def _recorded_streams(config: Config) -> int | None:
-    file = RunDirectory(config.run.folder).data / _STREAMS
-    try:
-        streams = read_json(file)["streams"]
-    except FileNotFoundError:
-        return None
-    except (OSError, ValueError, KeyError, TypeError, DataError):
-        streams = None
-    if type(streams) is not int or streams < 1:
-        raise DataError(
-            "holds no number of streams", where=str(file), hint="Set data.canonical_streams to that of the checkpoints"
-        )
-    return streams
+def _streams_of_checkpoints(config: Config) -> int | None:
+    """Number of streams of the checkpoint that the run resumes from; ``None`` if there is none, or it has another batch size."""
+    checkpoints = RunDirectory(config.run.folder).checkpoints
+    folders = sorted(checkpoints.glob("step_*"), reverse=True)
+    if config.checkpoint.resume not in ("auto", "never"):
+        folders.append(Path(config.checkpoint.resume))
+    for folder in folders:
+        try:
+            data = read_json(folder / "manifest.json")["data"]
+            streams, batch = data["lanes"], data["global_batch"]
+        except (OSError, ValueError, KeyError, TypeError, DataError):
+            continue
+        same = type(streams) is int and streams > 0 and batch == config.train.global_batch_size and batch % streams == 0
+        return streams if same else None
+    return None
 
 
 def _training_set(indexer: Indexer) -> tuple[Manifest, tuple[Source, ...]]:
@@ -101,10 +94,10 @@ def _training_set(indexer: Indexer) -> tuple[Manifest, tuple[Source, ...]]:
     if data.sources is None:
         return indexer.one(data.shards, require), ()
     manifest, counts = indexer.several({source.name: source.shards for source in data.sources}, require)
-    firsts = itertools.accumulate(counts, initial=0)
+    firsts = itertools.accumulate((0, *counts[:-1]))
     sources = (
         Source(source.name, first, count, source.weight, source.repeat or 1.0)
-        for source, first, count in zip(data.sources, firsts, counts, strict=False)
+        for source, first, count in zip(data.sources, firsts, counts, strict=True)
     )
     return manifest, tuple(sources)
 

@@ -23,7 +23,7 @@ from pipeline.checkpoint.reader import load
 from pipeline.checkpoint.writer import Checkpoints
 from pipeline.config.schema import Config
 from pipeline.data.indexing import open_storage
-from pipeline.data.inputs import Inputs, data_identity, record_streams
+from pipeline.data.inputs import Inputs, data_identity
 from pipeline.data.loader.bad_samples import BadSamples
 from pipeline.data.loader.batch_stream import BatchStream, StreamOptions
 from pipeline.data.loader.encoded_batches import StepDataset
@@ -184,7 +184,6 @@ def assemble(
         progress = _restore(resume, engine, method, bad_samples, inputs, config.checkpoint.allow_data_change)
     if world.rank == 0:
         record_data(run.data, inputs)
-        record_streams(config, inputs)
     store = open_storage(config)
     store.prefetched = Prefetcher.useful(inputs.train, store)
     reader = Reader(inputs.train, wants=("image", "label", "caption"), checksum=config.data.verify_checksums, store=store)

@@ -23,7 +23,7 @@ from pipeline.config.load import load
 from pipeline.config.schema import Config
 from pipeline.data import indexing
 from pipeline.data.indexing import Indexer
-from pipeline.data.inputs import Inputs, data_identity, prepare, record_streams
+from pipeline.data.inputs import Inputs, data_identity, prepare
 from pipeline.data.order.order import Order, Source, num_streams, streams_for
 from pipeline.data.pack import synthetic as scenes
 from pipeline.errors import CheckpointError, ConfigError, DataError
@@ -87,7 +87,7 @@ def test_an_index_is_built_once(shards: Path, tmp_path: Path) -> None:
     config = settings(shards, tmp_path)
     prepare(config, 2)
     before = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "index").rglob("*.npz")}
-    assert len(before) == 3
+    assert len(before) == 4  # two sidecars, the manifest and the link to it
     prepare(config, 2)
     assert {path.name: path.stat().st_mtime_ns for path in (tmp_path / "index").rglob("*.npz")} == before
 
@@ -179,21 +179,22 @@ def test_a_run_has_the_streams_that_its_first_number_of_ranks_needs(shards: Path
     config = settings(shards, tmp_path, *overrides, f"run.directory={tmp_path}/run")
     assert (prepare(config, 2).order.streams, prepare(config, 3).order.streams, prepare(config, 12).order.streams) == (8, 24, 24)
     first = prepare(config, 3)
-    record_streams(config, first)
+    folder = RunDirectory(config.run.folder).checkpoints / "step_000000002"
+    folder.mkdir(parents=True)
+    (folder / "manifest.json").write_text(json.dumps({"data": data_identity(first)}))
     moved = prepare(config, 4)
     assert moved.order.streams == 24 and data_identity(moved) == data_identity(first)
     for step in range(2):
         parts = [moved.order.rank_batch(step, 4, rank).ids for rank in range(4)]
         assert np.array_equal(np.concatenate(parts), first.order.batch(step).ids)
-    file = RunDirectory(config.run.folder).data / "streams.json"
-    other = settings(shards, tmp_path, *overrides, f"run.directory={tmp_path}/b")
-    record_streams(other, prepare(other, 2))
+    branch = settings(shards, tmp_path, *overrides, f"run.directory={tmp_path}/branch", f"checkpoint.resume={folder}")
+    assert prepare(branch, 4).order.streams == 24
+    (folder / "manifest.json").write_text(json.dumps({"data": {**data_identity(first), "lanes": 8}}))
     with pytest.raises(ConfigError, match=r"3 ranks cannot share 8 streams evenly.*multiple of 3"):
-        prepare(other, 3)
-    for text in ("[]", '{"streams": "8"}', '{"streams": 0}', "{"):
-        file.write_text(text)
-        with pytest.raises(DataError, match="holds no number of streams"):
-            prepare(config, 3)
+        prepare(config, 3)
+    for document in ("[]", '{"data": {"lanes": "8", "global_batch": 24}}', '{"data": {"lanes": 8, "global_batch": 16}}', "{"):
+        (folder / "manifest.json").write_text(document)
+        assert prepare(config, 3).order.streams == 24
 
 
 def test_any_number_of_ranks_that_divides_the_batch_can_begin_a_run() -> None:

@@ -61,6 +61,7 @@ class UnusableShards(DataError):
 
 
 OnTruncated = Literal["error", "keep-readable"]
+_EXCLUDED = STATUSES.index("undecodable")  # by `fovea shards verify --exclude`
 _MAX_SIDE = 2**31 - 1  # maximum side that the index can store, pixels; a header may claim more
 _SMALL_WORK = 48 << 20  # bytes below which starting processes takes longer than indexing
 
@@ -147,8 +148,8 @@ def build(
     _make(kept.directory)
     store = store or storage.Storage()
     abouts = store.stats(urls)
-    known = None if check else _known(folder, fields, str(kept.directory))
-    if known is not None and known.shards.is_current(abouts) and kept.has_all(known.shards):
+    known = _known(folder, fields, str(kept.directory))
+    if known is not None and not check and known.shards.is_current(abouts) and kept.has_all(known.shards):
         return known
     indexed: dict[str, Shard] = {}
     problems: dict[str, FoveaError] = {}
@@ -159,13 +160,13 @@ def build(
         if progress is not None:
             progress(len(indexed) + len(problems), len(urls), shard)
 
-    tables = [] if check else [manifest.shards for manifest in (known, *_parts(folder, fields)) if manifest is not None]
+    tables = [manifest.shards for manifest in (*_parts(folder, fields), known) if manifest is not None]
     summaries = {(shard.url, shard.size, shard.tag): shard for table in tables for shard in table}
     for url, about in zip(urls, abouts, strict=True):
         if isinstance(about, DataError):
             problems[url] = about
             continue
-        shard = kept.summary(about, summaries.get((about.url, about.size, about.tag)))
+        shard = kept.summary(about, summaries.get((about.url, about.size, about.tag)), check=check)
         if shard is None:
             pending.append(about)
         else:
@@ -195,7 +196,7 @@ def _parts(folder: Path, fields: Fields) -> list[Manifest]:
     """Indexes of parts of the shards, which other machines may have written."""
     parts = []
     for part in sorted(folder.glob("part-*")):
-        with contextlib.suppress(DataError):
+        with contextlib.suppress(DataError, OSError):
             parts.append(Manifest.load(part))
     return [part for part in parts if (part.fields, part.parent) == (fields, "")]
 
@@ -221,36 +222,50 @@ class _Sidecars:
             return False
         return all(shard.sidecar in self._names for shard in table)
 
-    def summary(self, about: storage.ObjectStat, known: Shard | None) -> Shard | None:
-        """Summary of a shard from the last manifest, or from its sidecar; ``None`` if it has to be indexed."""
+    def summary(self, about: storage.ObjectStat, known: Shard | None, *, check: bool = False) -> Shard | None:
+        """Summary of a shard from the last manifest, or from a sidecar; ``None`` if it has to be indexed.
+
+        Samples are excluded in a data set's own manifest: of other sidecars, only those without exclusions are used.
+        """
         if known is not None and known.sidecar in self._names and (self._damaged or not known.damage):
-            return known
+            if not check:
+                return known
+            index = self._usable(self.directory / known.sidecar, about)
+            if index is not None and index.sidecar == known.sidecar and index.digest == known.digest:
+                return known
+        if known is None and (inherited := self._inherited(about)) is not None:
+            return inherited
         stem = sidecar_stem(about.url, about.size, about.tag, self._fields)
         for name in self._versions.get(stem, ()):
-            if (index := self._usable(self.directory / name, about)) is not None:
+            index = self._usable(self.directory / name, about)
+            if index is not None and index.sidecar == name and not (index.columns["status"] == _EXCLUDED).any():
                 return Shard.of(index)
-        index = self._usable(self._old / old_sidecar_name(about.url), about)
-        if index is not None:
-            _save(index, self.directory)
-            return Shard.of(index)
         return None
+
+    def _inherited(self, about: storage.ObjectStat) -> Shard | None:
+        """Summary of a shard from the sidecar that an earlier version made for this data set."""
+        index = self._usable(self._old / old_sidecar_name(about.url), about)
+        if index is None:
+            return None
+        _save(index, self.directory)
+        return Shard.of(index)
 
     @cached_property
     def _names(self) -> set[str]:
         """Paths of all sidecars, relative to their directory."""
-        parts = [part.name for part in os.scandir(self.directory) if part.is_dir()]
-        return {f"{part}/{name}" for part in parts for name in os.listdir(self.directory / part) if name.endswith(".npz")}
+        names = set()
+        for part in os.scandir(self.directory):
+            with contextlib.suppress(PermissionError, NotADirectoryError):  # of another user
+                names |= {f"{part.name}/{name}" for name in os.listdir(part.path) if name.endswith(".npz")}
+        return names
 
     @cached_property
     def _versions(self) -> dict[str, list[str]]:
-        """The same by the beginning of their names, the newest first: samples are excluded in a new sidecar."""
+        """The same by the beginning of their names."""
         versions: dict[str, list[str]] = {}
         for name in self._names:
             versions.setdefault(name.partition("/")[2].rpartition("-")[0], []).append(name)
-        for names in versions.values():
-            if len(names) > 1:
-                names.sort(key=lambda name: (self.directory / name).stat().st_mtime_ns, reverse=True)
-        return versions
+        return {stem: sorted(names) for stem, names in versions.items()}
 
     def _usable(self, path: Path, about: storage.ObjectStat) -> ShardIndex | None:
         if not path.exists():

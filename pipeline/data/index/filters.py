@@ -34,7 +34,7 @@ def narrow(
     fields, folder = replace(manifest.fields, require=require), Path(directory)
     with contextlib.suppress(DataError):
         known = Manifest.load(folder)
-        if (known.fields, known.parent, known.sidecars) == (fields, manifest.fingerprint, manifest.sidecars):
+        if (known.fields, known.parent, known.sidecars) == (fields, manifest.shards.version, manifest.sidecars):
             return known
     shards = []
     for number in range(len(manifest.shards)):
@@ -43,7 +43,7 @@ def narrow(
         if progress is not None:
             progress(number + 1, len(manifest.shards), shards[-1])
     table = ShardTable.of(shards, manifest.fields)
-    narrower = Manifest(str(folder), table, fields, manifest.sidecars, manifest.fingerprint)
+    narrower = Manifest(str(folder), table, fields, manifest.sidecars, manifest.shards.version)
     if narrower.total == 0:
         counted = ", ".join(f"{n} {status}" for status, n in narrower.counts.items())
         raise DataError(

@@ -9,6 +9,9 @@ Every file is written under a temporary name and renamed, so each is complete or
 
 from __future__ import annotations
 
+import os
+import shutil
+import uuid
 from collections import OrderedDict
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -28,6 +31,7 @@ SIDECARS = "sidecars"
 _CACHE_BYTES = 256 << 20  # rows that are kept in memory
 _OLD_LIMIT = 1 << 30  # maximum size of the manifest.json of an earlier version, bytes
 _MAX_UP = 2
+_VERSIONS = 8
 
 
 @dataclass(frozen=True)
@@ -72,7 +76,7 @@ class Manifest:
         shards: in the order that numbers the samples.
         fields: the rules the samples were indexed by.
         sidecars: directory of the sidecars; by default ``sidecars`` in the manifest's directory.
-        parent: fingerprint of the index that this one was narrowed from; empty otherwise.
+        parent: version of the index that this one was narrowed from; empty otherwise.
     """
 
     directory: str
@@ -165,6 +169,12 @@ class Manifest:
         if rows is None:
             index = self.index(shard)
             accepted = index.accepted
+            if len(accepted) != self.sizes[shard]:
+                raise DataError(
+                    f"{len(accepted)} samples in the sidecar, {self.sizes[shard]} in the manifest",
+                    where=str(self.sidecar(shard)),
+                    hint="Build the index again: fovea shards index SHARDS --check",
+                )
             partly = len(accepted) < len(index.keys)
             columns = {name: column[accepted] if partly else column for name, column in index.columns.items()}
             rows = Rows(index.keys.take(accepted), columns)
@@ -188,23 +198,25 @@ class Manifest:
         return (shards.astype(np.uint64) << np.uint64(32)) | rows.astype(np.uint64)
 
     def save(self, directory: str | Path) -> Manifest:
-        """Writes ``manifest.npz``, unless it is there already; the sidecars are not moved.
+        """Writes the table under its version's name, unless it is there, and makes ``manifest.npz`` a link to it.
 
         Returns:
             The manifest mapped from that file.
         """
-        path = Path(directory) / FILE
-        checksum = self.shards.checksum
+        folder = Path(directory)
+        version = self.shards.version
+        up = _up(folder, self.sidecars)
+        wanted = Meta(self.fingerprint, self.shards.checksum, version, self.fields, self.parent, up)
+        name = f"manifest-{version[:16]}.npz"
         try:
-            table, meta = ShardTable.open(path)
-            same = (meta.checksum, meta.fields, meta.parent) == (checksum, self.fields, self.parent)
+            table, meta = ShardTable.open(folder / name)
+            same = meta == wanted
         except DataError:
             same = False
         if not same:
-            self.shards.save(
-                path, Meta(self.fingerprint, checksum, self.fields, self.parent, _up(Path(directory), self.sidecars))
-            )
-            table, meta = ShardTable.open(path)
+            self.shards.save(folder / name, wanted)
+            table, meta = ShardTable.open(folder / name)
+        _point(folder / FILE, name)
         return _of(directory, table, meta, self.sidecars)
 
     @classmethod
@@ -248,6 +260,22 @@ def _of(directory: str | Path, table: ShardTable, meta: Meta, sidecars: str) -> 
     manifest = Manifest(str(directory), table, meta.fields, sidecars, meta.parent)
     manifest._known["fingerprint"] = meta.fingerprint
     return manifest
+
+
+def _point(link: Path, name: str) -> None:
+    """Lets ``manifest.npz`` be the file of this version; older ones stay for processes that have them, the newest eight."""
+    if link.is_symlink() and os.readlink(link) == name:
+        return
+    temporary = link.with_name(f".{link.name}.{os.getpid()}.{uuid.uuid4().hex[:8]}.tmp")
+    try:
+        temporary.symlink_to(name)
+    except OSError:  # a file system without links
+        shutil.copyfile(link.with_name(name), temporary)
+    temporary.replace(link)
+    versions = sorted(link.parent.glob("manifest-*.npz"), key=lambda path: path.stat().st_mtime_ns)
+    for old in versions[:-_VERSIONS]:
+        if old.name != name:
+            old.unlink(missing_ok=True)
 
 
 def _up(directory: Path, sidecars: str) -> int:

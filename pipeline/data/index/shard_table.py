@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -115,14 +116,16 @@ class Meta:
 
     Attributes:
         fingerprint: of the shards, see :class:`pipeline.data.index.manifest.Manifest`.
-        checksum: hash of what numbers the samples.
+        checksum: hash of what numbers the samples; verified whenever the file is opened.
+        version: hash of everything, also of the shards' names and versions.
         fields: the rules.
-        parent: fingerprint of the index that this one was narrowed from; empty otherwise.
+        parent: version of the index that this one was narrowed from; empty otherwise.
         up: levels between the file's directory and the parent of the directory of sidecars.
     """
 
     fingerprint: Text
     checksum: Text
+    version: Text
     fields: Fields
     parent: Text = ""
     up: Count = 0
@@ -138,7 +141,7 @@ class ShardTable(Sequence[Shard]):
     Args:
         arrays: by name; texts are bytes with ends, digests 16 bytes each, ``counts`` has a row for each shard.
         rules: the rules that the stored sidecars were built by; they are part of the sidecars' names.
-        file: where it is mapped from, and its checksum; another process maps it too, instead of receiving a copy.
+        file: where it is mapped from, and its version; another process maps it too, instead of receiving a copy.
     """
 
     def __init__(self, arrays: dict[str, NDArray[Any]], rules: Fields, file: tuple[str, str] | None = None) -> None:
@@ -201,7 +204,7 @@ class ShardTable(Sequence[Shard]):
         return tuple(self) == tuple(other) if isinstance(other, ShardTable | tuple) else NotImplemented
 
     def __hash__(self) -> int:
-        return hash(self.checksum)
+        return hash(self.version)
 
     def __reduce__(self) -> tuple[Callable[..., ShardTable], tuple[Any, ...]]:
         if self._file is not None:
@@ -278,6 +281,16 @@ class ShardTable(Sequence[Shard]):
             digest.update(self._arrays[name].tobytes())
         return digest.hexdigest()
 
+    @property
+    def version(self) -> str:
+        """Hash of all arrays and of the rules."""
+        if self._file is not None:
+            return self._file[1]
+        digest = hashlib.blake2b(json.dumps(asdict(self._rules), sort_keys=True).encode(), digest_size=16)
+        for name in sorted(_ARRAYS):
+            digest.update(self._arrays[name].tobytes())
+        return digest.hexdigest()
+
     def is_current(self, abouts: Sequence[storage.ObjectStat | DataError]) -> bool:
         """Whether these are the same versions of the same shards, in this order."""
         if len(abouts) != len(self):
@@ -316,7 +329,7 @@ class ShardTable(Sequence[Shard]):
             meta = _META.validate_python(document)
             rules = TypeAdapter(Fields).validate_python(document["rules"])
             _check(arrays)
-            table = cls(arrays, rules, (str(path), meta.checksum))
+            table = cls(arrays, rules, (os.path.realpath(path), meta.version))
             if table.remarks and not all(0 <= number < len(table) for number in table.remarks):
                 raise ValueError("remarks on shards that do not exist")
         except FileNotFoundError as error:
@@ -328,9 +341,9 @@ class ShardTable(Sequence[Shard]):
         return table, meta
 
 
-def _opened(path: str, checksum: str) -> ShardTable:
+def _opened(path: str, version: str) -> ShardTable:
     table, meta = ShardTable.open(Path(path))
-    if meta.checksum != checksum:
+    if meta.version != version:
         raise DataError(
             "the index was built again while the run started",
             where=printable(path),
@@ -359,6 +372,8 @@ def _check(arrays: dict[str, NDArray[Any]]) -> None:
     for name, most in (("size", 1 << 62), ("samples", _MAX_SAMPLES), ("classes", 1 << 62)):
         if int(arrays[name].min()) < 0 or int(arrays[name].max()) >= most:
             raise ValueError(f"a value of {name} is invalid")
+    if bool((arrays["samples"] != arrays["counts"].reshape(n, len(STATUSES))[:, 0]).any()):
+        raise ValueError("numbers of samples do not agree")
 
 
 def _bytes(data: bytes) -> NDArray[np.uint8]:

@@ -169,10 +169,18 @@ def exclude(manifest: Manifest, failures: tuple[Failure, ...]) -> Manifest:
         failures: see :func:`verify`.
 
     Raises:
-        DataError: a sidecar does not belong to the manifest.
+        DataError: a sidecar does not belong to the manifest, or the index has changed.
     """
-    shards = list(manifest.shards)
     folder = Path(manifest.directory)
+    with (folder / ".lock").open("a") as file:
+        lock(file.fileno(), file.name)
+        if Manifest.load(folder).shards.version != manifest.shards.version:
+            raise DataError("the index has changed meanwhile", where=str(folder), hint="Verify the shards again")
+        return _excluded(manifest, failures, folder)
+
+
+def _excluded(manifest: Manifest, failures: tuple[Failure, ...], folder: Path) -> Manifest:
+    shards = list(manifest.shards)
     for number in sorted({failure.shard for failure in failures}):
         index = manifest.index(number)
         rows = [failure.row for failure in failures if failure.shard == number]

@@ -90,12 +90,12 @@ class Prefetcher:
         last = step + self._horizon if self._last is None else min(step + self._horizon, self._last)
         cache = self._storage.cache
         room = int(cache.limit * self._share) if cache is not None else 0
-        objects = []
+        objects: list[ObjectStat] = []
         for number in self._route.shards(step, last, self._streams):
             about = self._manifest.shards[number].about
             if is_remote(about.url):
                 room -= about.size
-                if room < 0:
+                if room < 0 and objects:
                     break
                 objects.append(about)
         return objects

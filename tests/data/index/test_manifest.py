@@ -56,7 +56,6 @@ def test_of_two_data_sets_that_share_shards_the_second_reads_its_own(tmp_path: P
     read.clear()
     swapped = build(urls[::-1], tmp_path / "b", sidecars=tmp_path / "sidecars")
     assert read == [] and swapped.shards == tuple(both.shards)[::-1]
-    assert sorted(p.name for p in tmp_path.rglob("*.npz")).count("manifest.npz") == 2
     assert len(list((tmp_path / "sidecars").rglob("*.npz"))) == 4
 
 
@@ -106,7 +105,12 @@ def test_processes_get_a_manifest_by_its_name_and_notice_another(tmp_path: Path,
     assert pickle.loads(data) == manifest
     copy: Any = ShardTable.of(manifest.shards, manifest.fields)
     assert pickle.loads(pickle.dumps(copy)) == manifest.shards
-    build([*urls[1:], shard(tmp_path / "new.tar", samples(2, 50))], tmp_path / "index")
+    other = build([*urls[1:], shard(tmp_path / "new.tar", samples(2, 50))], tmp_path / "index")
+    assert pickle.loads(data) == manifest != other == Manifest.load(tmp_path / "index")
+    other.save(tmp_path / "elsewhere")
+    (tmp_path / "elsewhere" / "manifest.npz").resolve().replace((tmp_path / "index" / "manifest.npz").resolve())
+    (file,) = (path for path in (tmp_path / "index").glob("manifest-*.npz") if manifest.shards.version[:16] in path.name)
+    file.write_bytes((tmp_path / "index" / "manifest.npz").read_bytes())
     with pytest.raises(DataError, match="built again while the run started"):
         pickle.loads(data)
 
@@ -127,7 +131,7 @@ def test_excluding_samples_leaves_other_indexes_of_the_shard_alone(tmp_path: Pat
     assert changed.rows(0).keys == ("0000", "0002") and changed.total == 11
     assert two.rows(0).keys == captions.rows(0).keys == ("0000", "0001", "0002")
     again = narrow(changed, tmp_path / "a" / "with-caption", ("caption",))
-    assert again.rows(0).keys == ("0000", "0002") and again.parent == changed.fingerprint
+    assert again.rows(0).keys == ("0000", "0002") and again.parent == changed.shards.version
 
 
 def test_rows_are_kept_up_to_a_number_of_bytes(tmp_path: Path, urls: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -202,3 +206,45 @@ def test_a_folder_of_sidecars_that_somebody_else_owns_is_refused_with_its_name(t
     with pytest.raises(DataError, match="cannot be written") as caught:
         build(urls, tmp_path / "index")
     assert "data.index" in caught.value.hint
+
+
+def test_the_same_bytes_stored_again_are_the_new_version(tmp_path: Path, urls: list[str], read: list[str]) -> None:
+    first = build(urls, tmp_path / "index")
+    captions = narrow(first, tmp_path / "index" / "with-caption", ("caption",))
+    os.utime(urls[0], ns=(1, 1))
+    storage.forget()
+    second = build(urls, tmp_path / "index")
+    assert second.fingerprint == first.fingerprint and second.shards[0].tag != first.shards[0].tag
+    read.clear()
+    assert build(urls, tmp_path / "index").shards[0].tag == second.shards[0].tag and read == []
+    again = narrow(second, tmp_path / "index" / "with-caption", ("caption",))
+    assert again.shards[0].tag == second.shards[0].tag != captions.shards[0].tag
+
+
+def test_exclusions_are_the_data_sets_own_and_survive_changes_and_checks(tmp_path: Path, urls: list[str]) -> None:
+    sidecars = tmp_path / "sidecars"
+    for part in range(2):
+        build(urls[part::2], tmp_path / "a" / f"part-{part}", sidecars=sidecars)
+    one = build(urls, tmp_path / "a", sidecars=sidecars)
+    changed = exclude(one, (Failure(0, 1, "undecodable"),))
+    with pytest.raises(DataError, match="the index has changed meanwhile"):
+        exclude(one, (Failure(1, 1, "undecodable"),))
+    assert build(urls, tmp_path / "b", sidecars=sidecars).total == 12
+    shard(Path(urls[3]), samples(3, 70))
+    for check in (False, True):
+        assert build(urls, tmp_path / "a", sidecars=sidecars, check=check).total == changed.total == 11
+
+
+def test_a_sidecar_under_a_wrong_name_is_not_used(tmp_path: Path, urls: list[str]) -> None:
+    manifest = build(urls, tmp_path / "index")
+    path = manifest.sidecar(0)
+    path.rename(path.with_name(path.name[:-12] + "deadbeef.npz"))
+    assert build(urls, tmp_path / "index").rows(0).keys == ("0000", "0001", "0002")
+
+
+def test_old_versions_of_a_manifest_are_removed_in_time(tmp_path: Path, urls: list[str]) -> None:
+    for number in range(12):
+        shard(Path(urls[0]), samples(3 + number))
+        build(urls, tmp_path / "index")
+    assert len(list((tmp_path / "index").glob("manifest-*.npz"))) == 8
+    assert Manifest.load(tmp_path / "index").total == 9 + 14
