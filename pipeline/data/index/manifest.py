@@ -206,15 +206,15 @@ class Manifest:
         folder = Path(directory)
         version = self.shards.version
         up = _up(folder, self.sidecars)
-        wanted = Meta(self.fingerprint, self.shards.checksum, version, self.fields, self.parent, up)
+        document = Meta(self.fingerprint, self.shards.checksum, version, self.fields, self.parent, up)
         name = f"manifest-{version[:16]}.npz"
         try:
             table, meta = ShardTable.open(folder / name)
-            same = meta == wanted
+            same = meta == document
         except DataError:
             same = False
         if not same:
-            self.shards.save(folder / name, wanted)
+            self.shards.save(folder / name, document)
             table, meta = ShardTable.open(folder / name)
         _point(folder / FILE, name)
         return _of(directory, table, meta, self.sidecars)

@@ -175,7 +175,7 @@ def exclude(manifest: Manifest, failures: tuple[Failure, ...]) -> Manifest:
     with (folder / ".lock").open("a") as file:
         lock(file.fileno(), file.name)
         if Manifest.load(folder).shards.version != manifest.shards.version:
-            raise DataError("the index has changed meanwhile", where=str(folder), hint="Verify the shards again")
+            raise DataError("the index is not the one that was verified", where=str(folder), hint="Run the verification again")
         return _excluded(manifest, failures, folder)
 
 
