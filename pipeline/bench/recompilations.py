@@ -159,7 +159,7 @@ def batch_at(method: Method, samples: int, number: int) -> Batch:
         draw, (_, context), end = np.random.default_rng(number), tokens.shape, int(tokens.max())
         array = np.zeros((samples, context), dtype=np.int64)
         for row, length in enumerate(draw.integers(3, draw.integers(4, context + 1), samples)):
-            array[row, :length] = [*draw.integers(1, 1000, length - 1), end]
+            array[row, :length] = [*draw.integers(1, min(end, 1000), length - 1), end]
         tokens = torch.from_numpy(np.ascontiguousarray(trimmed(array)) if method.text.trim else array)
     ends = None if tokens is None else last_positions(tokens.numpy())
     return replace(batch, masks=masks, tokens=tokens, text_ends=ends, ids=[number * samples + n for n in range(samples)])

@@ -164,7 +164,7 @@ def mlps(config: Config) -> dict[str, Rule]:
     heads = ("projector", "predictor", *(["head.mlp"] if getattr(config.method, "head_norm", "") == "batch" else []))
     norm = rf"({'|'.join(map(re.escape, heads))})\.(1|4|7)\."
     last = r"(projector|predictor)\.\d\."
-    inner = config.model.embed_dim or (2048 if config.model.timm_name == "resnet50" else 512)
+    inner = config.model.embed_dim or (2048 if config.model.timm_name == "resnet50" else 8 * (config.model.resnet_width or 64))
     biased = config.method.name == "mocov2"
     rules: dict[str, Rule] = {norm + "weight$": ONE, norm + "bias$": ZERO} if config.method.name != "mocov2" else {}
     if biased and getattr(config.method, "head_norm", "none") == "batch":
