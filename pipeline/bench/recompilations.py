@@ -162,7 +162,8 @@ def batch_at(method: Method, samples: int, number: int) -> Batch:
             array[row, :length] = [*draw.integers(1, min(end, 1000), length - 1), end]
         tokens = torch.from_numpy(np.ascontiguousarray(trimmed(array)) if method.text.trim else array)
     ends = None if tokens is None else last_positions(tokens.numpy())
-    return replace(batch, masks=masks, tokens=tokens, text_ends=ends, ids=[number * samples + n for n in range(samples)])
+    ids = torch.arange(number * samples, (number + 1) * samples)
+    return replace(batch, masks=masks, tokens=tokens, text_ends=ends, ids=ids.tolist(), id_tensor=ids)
 
 
 def _masks(view: ViewSpec, samples: int, number: int) -> Masks:
