@@ -14,6 +14,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import pytest
+
 NEEDED = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "squeue", "sinfo", "scancel")
 
 
@@ -21,6 +23,23 @@ def missing() -> list[str]:
     """Programs of Slurm that this machine lacks; Debian: ``apt install slurmctld slurmd slurm-client munge``."""
     path = f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin"
     return [name for name in NEEDED if shutil.which(name, path=path) is None]
+
+
+NEEDS_SLURM = [
+    pytest.mark.slurm,
+    pytest.mark.slow,
+    pytest.mark.skipif(bool(missing()), reason=f"no Slurm: {missing()}; apt install slurmctld slurmd slurm-client munge"),
+]
+PREEMPTION = {"PreemptType": "preempt/partition_prio", "PreemptMode": "REQUEUE"}
+
+
+def preempting(grace: int = 0) -> list[str]:
+    """A default partition, one whose preempted jobs are cancelled, and one that preempts both; ``grace`` in seconds."""
+    return [
+        f"PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE State=UP PriorityTier=1 GraceTime={grace}",
+        "PartitionName=cancelling Nodes=ALL MaxTime=INFINITE State=UP PriorityTier=1 PreemptMode=CANCEL",
+        "PartitionName=urgent Nodes=ALL MaxTime=INFINITE State=UP PriorityTier=10 PreemptMode=OFF",
+    ]
 
 
 @dataclass(frozen=True)

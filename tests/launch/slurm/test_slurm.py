@@ -14,25 +14,14 @@ from launch.slurm import status
 from pipeline.errors import LaunchError
 from pipeline.runtime import job_record as record
 from tests.helpers.cluster_runs import Start, causes, fovea, queue, reach, starter, until, verdict
-from tests.helpers.slurm import Cluster, cluster, missing
+from tests.helpers.slurm import NEEDS_SLURM, PREEMPTION, Cluster, cluster, preempting
 
-pytestmark = [
-    pytest.mark.slurm,
-    pytest.mark.slow,
-    pytest.mark.skipif(bool(missing()), reason=f"no Slurm: {missing()}; apt install slurmctld slurmd slurm-client munge"),
-]
+pytestmark = NEEDS_SLURM
 
 
 @pytest.fixture(scope="module")
 def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
-    partitions = [
-        "PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE State=UP PriorityTier=1",
-        "PartitionName=cancelling Nodes=ALL MaxTime=INFINITE State=UP PriorityTier=1 PreemptMode=CANCEL",
-        "PartitionName=urgent Nodes=ALL MaxTime=INFINITE State=UP PriorityTier=10 PreemptMode=OFF",
-    ]
-    extra = {"PreemptType": "preempt/partition_prio", "PreemptMode": "REQUEUE"}
-    partitions[0] += " GraceTime=15"
-    with cluster(tmp_path_factory.mktemp("slurm") / "c", extra=extra, partitions=partitions) as made:
+    with cluster(tmp_path_factory.mktemp("slurm") / "c", extra=PREEMPTION, partitions=preempting(grace=15)) as made:
         yield made
 
 

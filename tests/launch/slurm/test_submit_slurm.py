@@ -17,13 +17,9 @@ from pipeline.runtime import job_record as record
 from pipeline.runtime.run_directory import RunDirectory
 from tests.helpers.cluster_runs import SITE, fovea, queue, until
 from tests.helpers.runs import ROOT, TOY
-from tests.helpers.slurm import Cluster, cluster, missing
+from tests.helpers.slurm import NEEDS_SLURM, Cluster, cluster
 
-pytestmark = [
-    pytest.mark.slurm,
-    pytest.mark.slow,
-    pytest.mark.skipif(bool(missing()), reason=f"no Slurm: {missing()}; apt install slurmctld slurmd slurm-client munge"),
-]
+pytestmark = NEEDS_SLURM
 
 
 @pytest.fixture(scope="module")

@@ -22,13 +22,9 @@ from tests.helpers.cluster_runs import queue, until
 from tests.helpers.mlflow_server import MlflowServer
 from tests.helpers.runs import ROOT, TOY, environment, recorded, train, weights
 from tests.helpers.s3 import KEYS, upload
-from tests.helpers.slurm import Cluster, cluster, missing
+from tests.helpers.slurm import NEEDS_SLURM, Cluster, cluster
 
-pytestmark = [
-    pytest.mark.slurm,
-    pytest.mark.slow,
-    pytest.mark.skipif(bool(missing()), reason=f"no Slurm: {missing()}; apt install slurmctld slurmd slurm-client munge"),
-]
+pytestmark = NEEDS_SLURM
 STEPS = 240
 SITE: dict[str, Any] = {
     **{
