@@ -88,7 +88,9 @@ def cost(run: RunDirectory, rows: list[dict[str, Any]], now: float | None = None
     hours = 0.0
     for row in rows:
         if "started_at" in row:
-            hours += max(float(row.get("ended_at", now)) - float(row["started_at"]), 0.0) / 3600 * int(row.get("ranks", 1))
+            ranks = row.get("ranks")
+            processes = ranks if type(ranks) is int and ranks > 0 else 1
+            hours += max(float(row.get("ended_at", now)) - float(row["started_at"]), 0.0) / 3600 * processes
     price, gpus = profile.get("gpu_hour_price"), bool(profile.get("gpus_per_node"))
     return Cost(hours, gpus, hours * float(price) if gpus and isinstance(price, (int, float)) else None)
 

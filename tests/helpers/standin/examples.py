@@ -8,7 +8,7 @@ import threading
 from pathlib import Path
 from typing import Any
 
-from tests.helpers.standin.process import begin
+from tests.helpers.standin.process import begin, end
 
 
 def main() -> None:
@@ -46,3 +46,4 @@ def main() -> None:
 
 if __name__ == "__main__":
     main()
+    end()

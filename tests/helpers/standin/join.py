@@ -6,7 +6,7 @@ import json
 import sys
 from pathlib import Path
 
-from tests.helpers.standin.process import begin
+from tests.helpers.standin.process import begin, end
 
 
 def main() -> None:
@@ -28,3 +28,4 @@ def main() -> None:
 
 if __name__ == "__main__":
     main()
+    end()

@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from tests.helpers.standin.process import begin
+from tests.helpers.standin.process import begin, end
 from tests.helpers.standin.recorder import Record, Recorder
 
 _SIDE = 16  # of the scenes whose labels and captions are read
@@ -184,3 +184,4 @@ def main() -> None:
 
 if __name__ == "__main__":
     main()
+    end()

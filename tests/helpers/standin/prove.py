@@ -14,7 +14,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from tests.helpers.standin.process import begin
+from tests.helpers.standin.process import begin, end
 
 
 def main() -> None:
@@ -32,3 +32,4 @@ def main() -> None:
 
 if __name__ == "__main__":
     main()
+    end()

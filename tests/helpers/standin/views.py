@@ -14,7 +14,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from tests.helpers.standin.process import begin
+from tests.helpers.standin.process import begin, end
 
 DEVICE = 3
 
@@ -109,3 +109,4 @@ def main() -> None:
 
 if __name__ == "__main__":
     main()
+    end()
