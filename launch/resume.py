@@ -7,6 +7,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from pipeline.checkpoint import catalog, selection
 from pipeline.checkpoint import files as saved
 from pipeline.checkpoint import mirror as copies
 from pipeline.checkpoint.data_check import check_data
@@ -77,7 +78,7 @@ def choose_checkpoint(config: Config, run: RunDirectory, inputs: Inputs) -> tupl
     choice = config.checkpoint.resume
     complaints: list[str] = []
     if choice == "never":
-        if saved.committed_checkpoints(run.checkpoints):
+        if catalog.rows(run.checkpoints):
             raise CheckpointError(
                 "checkpoint.resume=never, but the run has checkpoints",
                 where=str(run.checkpoints),
@@ -85,12 +86,12 @@ def choose_checkpoint(config: Config, run: RunDirectory, inputs: Inputs) -> tupl
             )
         return None, complaints
     if choice == "auto":
-        checkpoint, complaints = saved.newest(run.checkpoints)
+        checkpoint, complaints = selection.newest(run.checkpoints)
         target = copies_of(config)
         if checkpoint is None and target is not None:
             checkpoint, complaints = copies.fetch(target, run.checkpoints, open_storage(config, at_start=True))
     else:
-        checkpoint, complaints = saved.newest(run.checkpoints, begun_at=Path(choice))
+        checkpoint, complaints = selection.newest(run.checkpoints, begun_at=Path(choice))
         if checkpoint is None:
             checkpoint = saved.read(Path(choice))
             saved.verify(checkpoint)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -11,9 +12,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from launch.cli.choices import Precision, Weights, local_only
-from pipeline.checkpoint.files import Saved, committed_checkpoints, newest, read, verify
+from pipeline.checkpoint.catalog import Row, rows
+from pipeline.checkpoint.files import Saved, read, verify
 from pipeline.checkpoint.manifest import MANIFEST
 from pipeline.checkpoint.retention import read_best
+from pipeline.checkpoint.selection import newest
 from pipeline.errors import CheckpointError, ConfigError
 from pipeline.untrusted import hide_secrets, printable
 
@@ -35,15 +38,15 @@ def list_(run: RunArgument, as_json: Annotated[bool, typer.Option("--json", help
     fovea checkpoint list runs/cifar10_vit_tiny
     """
     folder = _folder(run)
-    rows = _rows(folder)
+    listed = _rows(folder)
     if as_json:
-        print(json.dumps(rows, indent=2))
+        print(json.dumps(listed, indent=2))
         return
-    if not rows:
+    if not listed:
         print(f"no checkpoint in {folder}")
         return
     head = {name: name for name in ("checkpoint", "samples", "size", "ranks", "zero", "age", "marks", "state")}
-    table = [head, *({**row, "size": _size(row["size"]), "age": _age(row["age"])} for row in rows)]
+    table = [head, *({**row, "size": _size(row["size"]), "age": _age(row["age"])} for row in listed)]
     width = {name: max(len(str(row[name])) for row in table) for name in head}
     for row in table:
         print(printable("  ".join(f"{row[name]!s:<{width[name]}}" for name in head).rstrip()))
@@ -199,31 +202,31 @@ def _one(path: Path) -> Saved:
 
 
 def _rows(folder: Path) -> list[dict[str, Any]]:
-    saved = sorted(committed_checkpoints(folder), key=lambda one: (one.serial, one.step))
+    saved = rows(folder)
     best = read_best(folder)
-    rows = []
+    result = []
     for one in saved:
         marks = ["newest"] if one is saved[-1] else []
-        marks += [f"best {best['metric']} {best['score']:.4f}"] if best.get("checkpoint") == one.path.name else []
-        rows.append(
+        marks += [f"best {best['metric']} {best['score']:.4f}"] if best.get("checkpoint") == one.name else []
+        result.append(
             {
-                "checkpoint": one.path.name,
+                "checkpoint": one.name,
                 "step": one.step,
-                "samples": one.manifest.get("samples_seen", "?"),
-                "size": sum(file["size"] for file in one.manifest["files"]),
-                "ranks": one.manifest.get("world", "?"),
-                "zero": _zero(one.manifest),
-                "age": time.time() - (one.path / MANIFEST).stat().st_mtime,
+                "samples": "?" if one.samples is None else one.samples,
+                "size": one.size,
+                "ranks": "?" if one.world is None else one.world,
+                "zero": "?" if one.zero is None else one.zero,
+                "age": time.time() - (folder / one.name / MANIFEST).stat().st_mtime,
                 "marks": ", ".join(marks),
-                "state": _state(one),
+                "state": _state(folder / one.name, one),
             }
         )
-    known = {row["checkpoint"] for row in rows}
+    known = {row["checkpoint"] for row in result}
     for path in sorted(folder.glob("step_*")):
         if path.name not in known:
             blank = dict.fromkeys(("step", "samples", "size", "ranks", "zero", "age"), None)
-            rows.insert(0, {"checkpoint": path.name, **blank, "marks": "", "state": "damaged: its manifest cannot be read"})
-    return rows
+            result.insert(0, {"checkpoint": path.name, **blank, "marks": "", "state": "damaged: its manifest cannot be read"})
+    return result
 
 
 def _zero(manifest: dict[str, Any]) -> Any:
@@ -232,15 +235,14 @@ def _zero(manifest: dict[str, Any]) -> Any:
     return train.get("zero_stage", "?") if isinstance(train, dict) else "?"
 
 
-def _state(saved: Saved) -> str:
-    for file in saved.manifest["files"]:
-        path = saved.path / file["name"]
+def _state(path: Path, row: Row) -> str:
+    for name, size in row.files:
         try:
-            size = path.lstat().st_size
+            actual = os.lstat(f"{path}/{name}").st_size
         except OSError:
-            return f"damaged: {file['name']} is missing"
-        if size != file["size"]:
-            return f"damaged: {file['name']} has the wrong size"
+            return f"damaged: {name} is missing"
+        if actual != size:
+            return f"damaged: {name} has the wrong size"
     return "complete"
 
 

@@ -35,6 +35,8 @@ class Options:
         samples: numbers of samples to choose from.
         drawn: how many are chosen.
         live: numbers of shards of 1000 samples that are read in random order.
+        checkpoints: numbers of checkpoints that are listed.
+        steps: lengths of runs whose curves are read, in 1000 attempts (or as many as there are records).
         before: checkout of an earlier version to measure too.
         most_before: largest number of shards in a manifest, and of samples to choose from, for the earlier version.
     """
@@ -45,13 +47,15 @@ class Options:
     samples: tuple[int, ...] = (100_000, 1_000_000, 10_000_000, 5_000_000_000)
     drawn: int = 50_000
     live: tuple[int, ...] = (200, 1000, 2000)
+    checkpoints: tuple[int, ...] = (100, 1000, 10_000)
+    steps: tuple[int, ...] = (10_000, 100_000, 1_000_000)
     before: Path | None = None
     most_before: tuple[int, int] = (500_000, 10_000_000)
 
     @classmethod
     def smoke(cls) -> Options:
         """Sizes of a test."""
-        return cls((2, 4), 20, (10, 100), (100, 1000), 10, (2, 4))
+        return cls((2, 4), 20, (10, 100), (100, 1000), 10, (2, 4), (1, 3), (100, 1000))
 
 
 @dataclass
@@ -130,6 +134,12 @@ def measure(options: Options, *, log: Callable[[str], None]) -> list[Curve]:
                 _probe(root, "make", sizes)
                 cost = _probe(root, "reader", {"folder": f"{folder}/small", "live": live, "rows": 1000, "fetched": 2000})
                 add(Curve("one sample read", "shards of 1000 in use", "µs"), live, cost["cpu"] / 2000 * 1e6, version)
+            for count in options.checkpoints:
+                cost = _probe(root, "checkpoints", {"folder": folder, "count": count})
+                add(Curve("fovea checkpoint list", "checkpoints", "s"), count, cost["cpu"], version)
+            for steps in options.steps:
+                cost = _probe(root, "history", {"folder": folder, "steps": steps, "attempts": min(1000, steps // 10)})
+                add(Curve("curves of a run of 1000 attempts read for a report", "steps", "s"), steps, cost["cpu"], version)
     return list(curves.values())
 
 

@@ -197,6 +197,55 @@ def reader(folder: str, live: int, rows: int, fetched: int) -> dict[str, float]:
     return _measured(lambda: source.fetch(ids))[1]
 
 
+def checkpoints(folder: str, count: int) -> dict[str, float]:
+    """List checkpoints of eight ranks, whose manifests have 33 kB."""
+    parent = Path(folder) / f"checkpoints-{count}"
+    names = [*(f"rank_{rank:05d}.safetensors" for rank in range(8)), "whole.safetensors"]
+    document = {
+        "format": 1,
+        "files": [{"name": name, "size": 0, "xxh3": "0" * 32} for name in names],
+        "world": 8,
+        "fragments": [{f"backbone.blocks.{block}.attn.qkv.weight": [block, 9999] for block in range(60)}] * 8,
+        "shapes": {f"backbone.blocks.{block}.attn.qkv.weight": [384, 1152] for block in range(150)},
+    }
+    for step in range(count):
+        path = parent / f"step_{step:09d}"
+        if not path.exists():
+            path.mkdir(parents=True)
+            (path / "manifest.json").write_text(json.dumps({**document, "step": step, "serial": step}))
+            for name in names:
+                (path / name).touch()
+    try:
+        catalog: Any = importlib.import_module("pipeline.checkpoint.catalog")
+    except ImportError:
+        pass
+    else:  # as the run itself writes it
+        last, *others = catalog.rows(parent)[::-1]
+        catalog.Catalog(parent).add(last, others)
+    listing: Any = importlib.import_module("launch.cli.checkpoint")
+    return _measured(lambda: listing._rows(parent))[1]
+
+
+def history(folder: str, steps: int, attempts: int) -> dict[str, float]:
+    """Read the curves of a run of many attempts that logged 51 values every ten steps."""
+    reports: Any = importlib.import_module("pipeline.reports.history")
+    from pipeline.runtime.run_directory import RunDirectory
+
+    run = RunDirectory(Path(folder) / f"run-{steps}")
+    each = steps // attempts
+    if not run.tracking.exists():
+        run.path.mkdir()
+        run.tracking.mkdir()
+        names = ["train/lr", *(f"train/metric_{number}" for number in range(50))]
+        for attempt in range(attempts):
+            run.note("start", attempt=attempt, resumed_from=attempt * each)
+            with run.journal(attempt).open("w") as file:
+                for step in range(attempt * each + 10, (attempt + 1) * each + 20, 10):
+                    values = dict.fromkeys(names, step / 7)
+                    file.write(json.dumps({"t": 1.0, "kind": "metrics", "step": step, "values": values}) + "\n")
+    return _measured(lambda: reports.read_history(run))[1]
+
+
 PROBES: dict[str, Callable[..., dict[str, float]]] = {
     "make": make,
     "start": start,
@@ -204,6 +253,8 @@ PROBES: dict[str, Callable[..., dict[str, float]]] = {
     "loaded": loaded,
     "choose": choose,
     "reader": reader,
+    "checkpoints": checkpoints,
+    "history": history,
 }
 
 if __name__ == "__main__":

@@ -120,55 +120,6 @@ def committed_checkpoints(directory: Path) -> list[Saved]:
     return checkpoints
 
 
-def newest(directory: Path, *, begun_at: Path | None = None) -> tuple[Saved | None, list[str]]:
-    """Finds the newest checkpoint whose files all verify; also returns a message for each newer one that was skipped.
-
-    The newest is the one written last: a run that rolled back to an earlier step continues from there.
-
-    Args:
-        directory: ``<run>/checkpoints``.
-        begun_at: consider only checkpoints of attempts that ``checkpoint.resume`` started from this checkpoint.
-
-    Raises:
-        CheckpointError: checkpoints exist, but none is complete.
-    """
-    complaints: list[str] = []
-    committed = committed_checkpoints(directory)
-    saved = sorted(committed, key=lambda s: (s.serial, s.step), reverse=True)
-    if begun_at is not None:
-        saved = [s for s in saved if _came_of(s, begun_at)]
-    readable = {s.path for s in committed}
-    unreadable = sorted({path for path in directory.glob("step_*") if path.is_dir()} - readable)
-    if begun_at is None:
-        complaints += [f"{printable(str(path))}: its manifest cannot be read, so it is passed over" for path in unreadable]
-    for candidate in saved:
-        try:
-            verify(candidate)
-        except CheckpointError as error:
-            complaints.append(str(error))
-            continue
-        return candidate, complaints
-    if complaints and begun_at is None:
-        raise CheckpointError(
-            f"none of the {len(saved) + len(unreadable)} checkpoints is complete; the newest: {complaints[-len(saved)]}",
-            where=str(directory),
-            hint="Restore one from a copy, or start a new run in another run.directory",
-        )
-    return None, complaints
-
-
-def _came_of(saved: Saved, begun_at: Path) -> bool:
-    """Whether a checkpoint descends from an attempt started from this path, and the path still holds the same checkpoint."""
-    try:
-        started_from = read(begun_at).id
-    except CheckpointError:  # deleted since
-        started_from = None
-    where = str(begun_at.resolve())
-    return str(saved.path.resolve()) != where and any(
-        origin["path"] == where and started_from in (None, origin["id"]) for origin in saved.origins
-    )
-
-
 def verify(saved: Saved) -> None:
     """Checks size and checksum of every file of a checkpoint.
 

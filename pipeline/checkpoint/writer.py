@@ -35,10 +35,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from pipeline.checkpoint.files import Saved, committed_checkpoints, fsync_path, rank_file
+from pipeline.checkpoint.catalog import Catalog, Row, rows
+from pipeline.checkpoint.files import Saved, fsync_path, rank_file
 from pipeline.checkpoint.fragments import ShardedWeights
 from pipeline.checkpoint.manifest import FORMAT, MANIFEST, UNSHARDED
-from pipeline.checkpoint.retention import Mark, Retention, write_best
+from pipeline.checkpoint.retention import Retention, write_best
 from pipeline.checkpoint.snapshot import Snapshot, Staging
 from pipeline.checkpoint.tensor_writer import write_tensors
 from pipeline.errors import CheckpointError, CheckpointWriteError
@@ -119,7 +120,8 @@ class Checkpoints:
         self._staging, self._consecutive_failures = Staging(), 0
         self._pending: _Pending | None = None
         self._thread = ThreadPoolExecutor(1, "checkpoint")
-        self._marks: dict[str, Mark] | None = None
+        self._rows: dict[str, Row] | None = None
+        self._catalog = Catalog(directory)
 
     def save(self, engine: ShardedWeights, method: Method, manifest_fields: dict[str, Any]) -> Path:
         """Writes and commits a checkpoint synchronously; collective over all ranks.
@@ -268,14 +270,14 @@ class Checkpoints:
 
     def _commit(self, pending: _Pending, written: list[dict[str, Any]]) -> None:
         """Writes the manifest, renames the directory and prunes old checkpoints. Background thread of rank 0."""
-        if self._marks is None:
-            self._marks = {s.path.name: Mark.of(s.path.name, s.manifest) for s in committed_checkpoints(self.directory)}
+        if self._rows is None:
+            self._rows = {row.name: row for row in rows(self.directory)}
         final = pending.final
         files = [file for part in written for file in part["files"]]
         manifest = {
             "format": FORMAT,
             **pending.manifest_fields,
-            "serial": 1 + max((mark.serial for mark in self._marks.values()), default=0),
+            "serial": 1 + max((row.serial for row in self._rows.values()), default=0),
             "world": len(written),
             "fragments": [part["fragments"] for part in written],
             "files": sorted(files, key=lambda file: (file["name"] == UNSHARDED, file["name"])),
@@ -289,15 +291,18 @@ class Checkpoints:
             self._delete(final)
         pending.temporary.rename(final)
         fsync_path(self.directory)
-        self._marks[final.name] = Mark.of(final.name, manifest)
-        if best := self._retention.best_of(self._marks.values()):
+        row = Row.of(final.name, manifest)
+        self._catalog.add(row, (other for name, other in self._rows.items() if name != row.name))
+        self._rows[row.name] = row
+        marks = [row.mark for row in self._rows.values()]
+        if best := self._retention.best_of(marks):
             write_best(self.directory, self._retention.best or "", best)
         if self._on_commit is not None:
             self._on_commit(Saved(final, manifest))
-        for old in self._retention.superfluous(self._marks.values()):
+        for old in self._retention.superfluous(marks):
             if old.name not in self._pinned():
                 self._delete(self.directory / old.name)
-                del self._marks[old.name]
+                del self._rows[old.name]
 
     def _delete(self, path: Path) -> None:
         """Deletes a checkpoint: it ceases to be one before its files go. Background thread of rank 0."""

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from pipeline.checkpoint import files
+from pipeline.checkpoint import catalog, files
 from pipeline.checkpoint.files import Saved
 from pipeline.config.load import load
 from pipeline.config.schema import Config
@@ -237,9 +237,9 @@ def wait_for_checkpoints(run: RunDirectory) -> Iterator[Saved | None]:
     while True:
         total = planned_steps(run)
         last = -1
-        for saved in files.committed_checkpoints(run.checkpoints):
-            last = max(last, saved.step)
-            if not is_evaluated(run, saved.path.name) and _is_complete(saved):
+        for row in sorted(catalog.rows(run.checkpoints), key=lambda row: row.name):
+            last = max(last, row.step)
+            if not is_evaluated(run, row.name) and (saved := _complete(run.checkpoints / row.name)) is not None:
                 yield saved
         if total is not None and last >= total:
             return
@@ -247,13 +247,14 @@ def wait_for_checkpoints(run: RunDirectory) -> Iterator[Saved | None]:
         time.sleep(POLL)
 
 
-def _is_complete(saved: Saved) -> bool:
-    """Whether the checkpoint is complete; it may be deleted meanwhile, when newer ones replace it."""
+def _complete(path: Path) -> Saved | None:
+    """The checkpoint, if it is complete; it may be deleted meanwhile, when newer ones replace it."""
     try:
+        saved = files.read(path)
         files.verify(saved)
     except CheckpointError:
-        return False
-    return True
+        return None
+    return saved
 
 
 def planned_steps(run: RunDirectory) -> int | None:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from pipeline.checkpoint import files
+from pipeline.checkpoint.catalog import latest
 from pipeline.config.load import flatten
 from pipeline.config.schema import Config
 from pipeline.config.upgrade import upgrade
@@ -22,7 +22,7 @@ from pipeline.reports.history import History, read_history
 from pipeline.reports.page import number
 from pipeline.runtime.clock import clock
 from pipeline.runtime.run_directory import RunDirectory
-from pipeline.tracking.journal import read
+from pipeline.tracking.journal import lines, parse
 from pipeline.untrusted import printable, read_json
 
 _PLAIN = ("train/", "perf/", "memory/", "system/", "gradient_norm/", "data/", "storage/", "checkpoint/", "alert/", "copies/")
@@ -90,14 +90,13 @@ def gather(paths: Sequence[Path]) -> list[RunSummary]:
         name = printable(str(config.get("run", {}).get("name") or path.name), limit=_NAME)
         if any(other.name == name for other in summaries):
             name = f"{name} ({path.name})" if all(other.directory.path.name != path.name for other in summaries) else str(path)
-        manifests = files.committed_checkpoints(run.checkpoints)
-        newest = max(manifests, key=lambda s: (s.serial, s.step), default=None)
+        newest = latest(run.checkpoints)
         summary = RunSummary(
             name, run, config, read_history(run), _json(path / "outcome.json"), newest.manifest if newest else {}
         )
         for journal in sorted(run.tracking.glob("journal-*.jsonl")):
-            for _, record in read(journal):
-                if record["kind"] == "tags":
+            for _, line in lines(journal):
+                if b'"tags"' in line and (record := parse(line)) is not None and record["kind"] == "tags":
                     summary.tags |= {str(key): str(value) for key, value in record["values"].items()}
         summary.evaluations = read_all(run)
         summaries.append(summary)

@@ -119,6 +119,18 @@ def read(path: Path, offset: int = 0) -> Iterator[tuple[int, dict[str, Any]]]:
     Raises:
         DataError: the path is not a regular file.
     """
+    for end, line in lines(path, offset):
+        record = parse(line)
+        if record is not None:
+            yield end, record
+
+
+def lines(path: Path, offset: int = 0) -> Iterator[tuple[int, bytes]]:
+    """Yields complete lines of at most 16 MiB from a byte offset on, each with the offset after it.
+
+    Raises:
+        DataError: the path is not a regular file.
+    """
     with os.fdopen(open_regular(path), "rb") as file:
         file.seek(offset)
         while line := file.readline(_LINE):
@@ -130,12 +142,10 @@ def read(path: Path, offset: int = 0) -> Iterator[tuple[int, dict[str, Any]]]:
                     line = file.readline(_LINE)
                     offset += len(line)
                 continue
-            record = _record(line)
-            if record is not None:
-                yield offset, record
+            yield offset, line
 
 
-def _record(line: bytes) -> dict[str, Any] | None:
+def parse(line: bytes) -> dict[str, Any] | None:
     """Parses a line; ``None`` if it is not a record that :class:`Journal` writes."""
     try:
         record = parse_json(line)

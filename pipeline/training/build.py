@@ -17,9 +17,10 @@ from PIL import Image
 from torch import nn
 
 from pipeline.checkpoint.data_check import check_data, record_data
-from pipeline.checkpoint.files import Saved, newest, read
+from pipeline.checkpoint.files import Saved, read
 from pipeline.checkpoint.mirror import Copies
 from pipeline.checkpoint.reader import load
+from pipeline.checkpoint.selection import newest
 from pipeline.checkpoint.writer import Checkpoints
 from pipeline.config.schema import Config
 from pipeline.data.indexing import open_storage

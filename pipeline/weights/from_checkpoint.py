@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from pipeline.checkpoint import files
+from pipeline.checkpoint import files, selection
 from pipeline.checkpoint.files import Saved
 from pipeline.checkpoint.manifest import MANIFEST
 from pipeline.checkpoint.reader import read_student, read_teacher
@@ -28,7 +28,7 @@ def newest(run: Path) -> Saved:
     Raises:
         CheckpointError: there is none.
     """
-    checkpoint, complaints = files.newest(RunDirectory(run).checkpoints)
+    checkpoint, complaints = selection.newest(RunDirectory(run).checkpoints)
     for complaint in complaints:
         print(shown(complaint), file=sys.stderr)
     if checkpoint is None:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from pipeline.checkpoint import files as saved
+from pipeline.checkpoint import selection
 from pipeline.checkpoint.files import Saved
 from pipeline.checkpoint.manifest import MANIFEST
 from pipeline.checkpoint.reader import read_student, read_teacher
@@ -93,7 +94,7 @@ def find(name: str) -> Source:
         return Source(name, "checkpoint", path, saved.read(path))
     else:
         folder = path / "checkpoints" if (path / "checkpoints").is_dir() else path
-        newest, _ = saved.newest(folder)
+        newest, _ = selection.newest(folder)
         if newest is not None:
             return Source(name, "checkpoint", newest.path, newest)
     raise CheckpointError(

@@ -27,7 +27,7 @@ def test_a_page_has_both_versions_side_by_side() -> None:
 @pytest.mark.slow
 def test_every_cost_is_measured_and_a_rank_reads_no_sidecar() -> None:
     curves = {(curve.name, curve.figure): curve for curve in measure(Options.smoke(), log=lambda _: None)}
-    assert len(curves) == 12 and all(curve.now and not curve.before for curve in curves.values())
+    assert len(curves) == 14 and all(curve.now and not curve.before for curve in curves.values())
     read = curves["finished index to the first batch, each other rank", "bytes"].now
     assert read[4] < 1.3 * read[2]
 

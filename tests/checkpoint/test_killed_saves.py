@@ -100,7 +100,7 @@ def _facts(step: int) -> dict[str, Any]:
 def _kill_everywhere(directory: str, step: int, leftovers: bool, beside: bool) -> dict[str, Any]:
     """Save the same step over the same folder again and again, each time dying one operation later."""
     from pipeline.checkpoint import files as saved
-    from pipeline.checkpoint import reader, retention
+    from pipeline.checkpoint import reader, retention, selection
     from pipeline.checkpoint import writer as checkpoint
 
     method, engine = build(zero=2)
@@ -135,7 +135,7 @@ def _kill_everywhere(directory: str, step: int, leftovers: bool, beside: bool) -
             for one in whole:
                 saved.verify(one)
             assert there == sorted(one.path.name for one in whole), f"killed at {deaths[-1]}: {there} are not all whole"
-            newest, _ = saved.newest(folder)
+            newest, _ = selection.newest(folder)
             assert newest is not None and newest.serial == max(one.serial for one in whole)
             best = retention.read_best(folder).get("checkpoint")
             assert best in there, f"killed at {deaths[-1]}: best.json names {best}, which is not there"

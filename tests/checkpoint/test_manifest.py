@@ -14,9 +14,10 @@ from hypothesis import strategies as st
 from typer.testing import CliRunner
 
 from launch.cli.checkpoint import app
-from pipeline.checkpoint.files import committed_checkpoints, entry, newest, read, verify
+from pipeline.checkpoint.files import committed_checkpoints, entry, read, verify
 from pipeline.checkpoint.manifest import check_manifest
 from pipeline.checkpoint.retention import Mark, read_best
+from pipeline.checkpoint.selection import newest
 from pipeline.config.upgrade import upgrade
 from pipeline.errors import CheckpointError, FoveaError
 

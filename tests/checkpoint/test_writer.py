@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 
 from pipeline.checkpoint import files as saved
+from pipeline.checkpoint import selection
 from pipeline.errors import CheckpointError
 from tests.helpers.rank_pool import pool
 from tests.helpers.toy_method import Toy, advance, assembled, build, options, snapshot
@@ -137,7 +138,7 @@ def test_so_many_are_kept_and_never_fewer_than_two(tmp_path: Path) -> None:
     for keep, left in ((1, [4, 5]), (3, [3, 4, 5])):
         pool(1).run(_train, directory=str(tmp_path / str(keep)), until=5, save=(1, 2, 3, 4, 5), keep=keep)
         assert [one.step for one in saved.committed_checkpoints(tmp_path / str(keep))] == left
-        assert len(list((tmp_path / str(keep)).iterdir())) == len(left)
+        assert len(list((tmp_path / str(keep)).glob("*step_*"))) == len(left)
 
 
 def _load_wider(directory: str) -> str:
@@ -203,7 +204,7 @@ def _fail_then_save(directory: str, victim: int, file: str) -> dict[str, Any]:
         told = str(error)
     finally:
         checkpoint.write_tensors = real
-    left = sorted(path.name for path in Path(directory).iterdir())
+    left = sorted(path.name for path in Path(directory).glob("*step_*"))
     dist.barrier()
     store.save(engine, method, _facts(9))
     engine.close()
@@ -217,7 +218,7 @@ def test_a_disk_that_is_full_on_one_rank_fails_the_save_on_all_and_spoils_nothin
         assert f"rank {victim}" in rank["told"]
         assert {"step_000000003", "step_000000006"} <= set(rank["left"])
         assert "step_000000009" not in rank["left"]
-    assert sorted(path.name for path in folder.iterdir()) == ["step_000000003", "step_000000006", "step_000000009"]
+    assert sorted(path.name for path in folder.glob("*step_*")) == ["step_000000003", "step_000000006", "step_000000009"]
     for one in saved.committed_checkpoints(folder):
         saved.verify(one)
 
@@ -327,11 +328,11 @@ def test_a_save_that_fails_beside_the_training_is_told_on_all_ranks_and_several_
         assert "No space left" in rank["told"][1][1]
         assert not rank["stopped"]
     assert [one.step for one in saved.committed_checkpoints(tmp_path / "few")] == [1, 4, 6]
-    assert len(list((tmp_path / "few").iterdir())) == 3, "what failed was not swept away"
+    assert len(list((tmp_path / "few").glob("*step_*"))) == 3, "what failed was not swept away"
     for rank in pool(2).run(_often_full, directory=str(tmp_path / "many"), full=(2, 3, 4, 5, 6)):
         assert "No space left" in rank["stopped"]
         assert len(rank["told"]) == 3
-    found, _ = saved.newest(tmp_path / "many")
+    found, _ = selection.newest(tmp_path / "many")
     assert found is not None
     assert found.step == 1
 
@@ -401,7 +402,7 @@ def test_a_damaged_file_is_named_and_the_checkpoint_before_is_taken(folder: Path
     with pytest.raises(CheckpointError, match=problem) as caught:
         saved.verify(saved.read(folder / "step_000000006"))
     assert file in caught.value.where
-    found, complaints = saved.newest(folder)
+    found, complaints = selection.newest(folder)
     assert found is not None
     assert found.step == 3
     assert len(complaints) == 1
@@ -423,11 +424,11 @@ def test_a_manifest_of_something_else_is_refused(tmp_path: Path, text: str) -> N
 
 
 def test_no_checkpoint_is_no_fault_but_only_damaged_ones_are(folder: Path, tmp_path: Path) -> None:
-    assert saved.newest(tmp_path / "nowhere") == (None, [])
+    assert selection.newest(tmp_path / "nowhere") == (None, [])
     for step in (3, 6):
         spoil(folder / f"step_{step:09d}" / "whole.safetensors", "flipped")
     with pytest.raises(CheckpointError, match="none of the 2 checkpoints is complete"):
-        saved.newest(folder)
+        selection.newest(folder)
 
 
 def test_another_format_is_told_by_its_number(folder: Path) -> None:
@@ -435,7 +436,7 @@ def test_another_format_is_told_by_its_number(folder: Path) -> None:
     path.write_text(json.dumps({**json.loads(path.read_text()), "format": 99}))
     with pytest.raises(CheckpointError, match="format 99, this version of fovea reads 1"):
         saved.verify(saved.read(path.parent))
-    found, complaints = saved.newest(folder)
+    found, complaints = selection.newest(folder)
     assert found is not None
     assert found.step == 3
     assert "format 99" in complaints[0]
@@ -494,4 +495,4 @@ def test_what_an_earlier_save_left_half_written_is_removed(ranks: int, tmp_path:
     left.mkdir(parents=True)
     (left / "rank_00000.safetensors").write_bytes(b"half")
     pool(ranks).run(_train, directory=str(tmp_path / "checkpoints"), until=1, save=(1,))
-    assert [path.name for path in sorted((tmp_path / "checkpoints").iterdir())] == ["step_000000001"]
+    assert [path.name for path in sorted((tmp_path / "checkpoints").glob("*step_*"))] == ["step_000000001"]
