@@ -274,6 +274,9 @@ def reproduce(
     ] = None,
     show: Annotated[bool, typer.Option("--list", help="List what was recorded and what it costs.")] = False,
     headers: Annotated[bool, typer.Option("--headers", help="Write the records into the headers of the configs.")] = False,
+    page: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Write an HTML page with the curves of all records.", callback=local_only)
+    ] = None,
 ) -> None:
     """Train a config with several seeds, one after the other, and compare the result with the record of that config.
 
@@ -290,6 +293,8 @@ def reproduce(
     from pipeline.bench.reproduction.ledger import default_file
 
     target = file or default_file()
+    if page is not None:
+        raise typer.Exit(command.write_page(target, page))
     if show or headers:
         raise typer.Exit(command.list_records(target) if show else command.write_headers(target))
     if config is None:

@@ -22,6 +22,7 @@ from pipeline.bench.reproduction.ledger import Entry, SeedResult
 from pipeline.config.load import available, load, resolve
 from pipeline.config.schema import Config
 from pipeline.errors import ConfigError, DataError, TrainingError
+from pipeline.reports.history import read_history
 from pipeline.runtime.interpreter import alone_environment, module_command
 from pipeline.runtime.locks import lock
 from pipeline.runtime.run_directory import RunDirectory
@@ -68,7 +69,7 @@ def run(order: Order) -> int:
                 "another reproduction runs here", where=str(order.directory), hint="Wait for it, or choose another --directory"
             ) from None
         state = _state(order, digest)
-        results = [_seed(order, seed, digest) for seed in order.seeds]
+        results = [_seed(order, seed, digest, metric) for seed in order.seeds]
     entry = _entry(order, config, digest, metric, state["id"], results)
     old = ledger.record([one for one in entries if one.id != entry.id], entry.config, digest)
     entry = entry.model_copy(update={"agreement": agreement.compare(entry, old)})
@@ -110,7 +111,7 @@ def _name(config: str) -> str:
     return next((name for name, shipped in available().items() if shipped.resolve() == file), file.name)
 
 
-def _seed(order: Order, seed: int, digest: str) -> SeedResult:
+def _seed(order: Order, seed: int, digest: str, metric: str) -> SeedResult:
     """Train and evaluate one seed, unless that is done; a run that was interrupted is resumed."""
     folder = RunDirectory(order.directory / f"seed-{seed}")
     notes = _notes(folder)
@@ -123,7 +124,8 @@ def _seed(order: Order, seed: int, digest: str) -> SeedResult:
         notes = _notes(folder)
     if ledger.config_hash(folder.settings()) != digest:
         raise ConfigError("is a run with other settings", where=str(folder.path), hint="Choose another --directory, or remove it")
-    about = {"seed": seed, "commits": tuple(_commits(notes)), "cpu_minutes": notes.get("cpu_minutes")}
+    curve = tuple(read_history(folder).line(metric, folder.settings().train.global_batch_size))
+    about = {"seed": seed, "commits": tuple(_commits(notes)), "cpu_minutes": notes.get("cpu_minutes"), "curve": curve}
     return ledger.result_of(read_json(folder.path / "outcome.json"), **about)
 
 
@@ -246,6 +248,15 @@ def list_records(file: Path) -> int:
     for row in rows:
         print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
     print("minutes: of training, a seed")
+    return 0
+
+
+def write_page(file: Path, out: Path) -> int:
+    """Write the page with the curves of all records; returns the exit code."""
+    from pipeline.reports.learning import write
+
+    records = [(name, entry) for name, _, entry in headers.records(ledger.read(file))]
+    print(f"{write(records, out)}: open it in a browser")
     return 0
 
 

@@ -9,11 +9,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pipeline.bench.reproduction import agreement, headers, ledger
+
 RESULTS = Path(__file__).parent / "results"
 MAIN = ("<!-- results: begin -->", "<!-- results: end -->")
 """Markers around the short table of the project's README."""
 ALL = ("<!-- all results: begin -->", "<!-- all results: end -->")
 """Markers around the full table beside the benchmarks."""
+LEARNING = ("<!-- learning: begin -->", "<!-- learning: end -->")
+"""Markers around the table of what the small configs learn, from the ledger."""
 _MEGABYTE = 1e6
 
 Document = Mapping[str, Any]
@@ -62,13 +66,30 @@ def update(readme: str, results: Path = RESULTS) -> str:
     Raises:
         ValueError: the text has no markers.
     """
-    parts = [(markers, make) for markers, make in ((MAIN, main_table), (ALL, table)) if markers[0] in readme]
+    tables = {MAIN: lambda: main_table(results), ALL: lambda: table(results), LEARNING: learning_table}
+    parts = [(markers, make) for markers, make in tables.items() if markers[0] in readme]
     if not parts:
         raise ValueError(f"must contain {MAIN[0]} or {ALL[0]}")
     for (begin, end), make in parts:
         before, after = readme.index(begin) + len(begin), readme.index(end)
-        readme = f"{readme[:before]}\n{make(results)}{readme[after:]}"
+        readme = f"{readme[:before]}\n{make()}{readme[after:]}"
     return readme
+
+
+def learning_table(ledger_file: Path | None = None) -> str:
+    """Markdown table of the ledger's records; ± is the 95 % interval of the mean over seeds."""
+    lines = [
+        "| `fovea reproduce` | k-NN | untrained | raw pixels | seeds | CPU minutes a seed |",
+        "|---|---:|---:|---:|---:|---:|",
+    ]
+    for name, _, entry in headers.records(ledger.read(ledger_file or ledger.default_file())):
+        baselines = [entry.baseline(kind) for kind in ("random_init", "pixels")]
+        cells = ["" if value is None else f"{100 * value:.1f} %" for value in baselines]
+        cpu = [result.cpu_minutes for result in entry.seeds if result.cpu_minutes is not None]
+        minutes = f"{statistics.fmean(cpu):.0f}" if cpu else ""
+        reached = agreement.interval(entry.values()).percent()
+        lines.append(f"| `{name}` | {reached} | {' | '.join(cells)} | {len(entry.seeds)} | {minutes} |")
+    return "\n".join(lines) + "\n"
 
 
 def _speed(ratio: float) -> str:

@@ -30,7 +30,7 @@ _INK, _SOFT, _RULE, _SERIES = "#1c2126", "#5d6872", "#dde2e7", ("#0072b2", "#b84
 _VARIABLES = {_INK: "var(--ink)", _SOFT: "var(--soft)", _RULE: "var(--rule)"} | {
     colour: f"var(--c{index})" for index, colour in enumerate(_SERIES)
 }
-_CLASSES = ("title", "grid", "axis", "line", "level", "mark", "name", "tick", "soft")
+_CLASSES = ("title", "grid", "axis", "line", "level", "mark", "name", "tick", "soft", "band")
 _FONT_PX = 12
 _MAX_VALUE = 1e200  # larger values are left out like infinite ones: an axis cannot span them
 
@@ -53,6 +53,19 @@ class Line:
 
 
 @dataclass(frozen=True)
+class Band:
+    """An area between two curves, such as an interval.
+
+    Attributes:
+        points: x, lower and upper y.
+        colour: index of a page colour, 0 to 2.
+    """
+
+    points: Sequence[tuple[float, float, float]]
+    colour: int = 0
+
+
+@dataclass(frozen=True)
 class Chart:
     """A line chart over samples seen.
 
@@ -61,6 +74,7 @@ class Chart:
         lines: the curves.
         levels: constant levels: name, value and colour of dashed lines.
         marks: x and text of vertical lines.
+        bands: areas behind the curves; points that are not finite are left out.
         percent: y is a share, shown in percent.
         floor, ceiling: limits of the y axis; default, slightly beyond the values.
         width, height: pixels.
@@ -70,6 +84,7 @@ class Chart:
     lines: Sequence[Line]
     levels: Sequence[tuple[str, float, int]] = ()
     marks: Sequence[tuple[float, str]] = ()
+    bands: Sequence[Band] = ()
     percent: bool = False
     floor: float | None = None
     ceiling: float | None = None
@@ -130,7 +145,8 @@ def _fill(figure: Figure, chart: Chart, lines: Sequence[Line], finite: Sequence[
     width, height = chart.width, chart.height
     axes = figure.add_axes((left / width, 1 - bottom / height, (right - left) / width, (bottom - top) / height))
     last_x = max([x for x, _ in finite] + [x for x, _ in chart.marks])
-    low, high = _limits(chart, [y for _, y in finite] + [value for _, value, _ in chart.levels])
+    edges = [y for band in chart.bands for _, *both in _area(band) for y in both]
+    low, high = _limits(chart, [y for _, y in finite] + [value for _, value, _ in chart.levels] + edges)
     axes.set_xlim(0, last_x or 1)
     axes.set_ylim(low, high)
     _axes(axes, chart)
@@ -157,6 +173,10 @@ def _fill(figure: Figure, chart: Chart, lines: Sequence[Line], finite: Sequence[
     for name, value, colour in chart.levels:
         axes.axhline(value, color=_SERIES[colour], linewidth=1.5, linestyle=(0, (3.5, 3)), gid="level")
         ends.append((position(0, value)[1], f"{name} {with_unit(value)}", colour))
+    for band in chart.bands:
+        if area := _area(band):
+            outline = [(x, y) for x, y, _ in area] + [(x, y) for x, _, y in reversed(area)]
+            axes.fill(*zip(*outline, strict=True), facecolor=_SERIES[band.colour], alpha=0.18, linewidth=0, gid="band")
     for line in lines:
         values = [y if abs(y) <= _MAX_VALUE else math.nan for _, y in line.points]
         style: dict[str, Any] = {"linewidth": 2, "marker": "o" if line.dots or len(line.points) == 1 else None, "markersize": 5}
@@ -214,6 +234,10 @@ def _thinned(line: Line) -> Line:
     groups = [points[at : at + width] for at in range(0, len(points) - 1, width)]
     means = [(group[-1][0], sum(y for _, y in group) / len(group)) for group in groups]
     return Line(line.name, [*means, points[-1]], line.colour, line.dots)
+
+
+def _area(band: Band) -> list[tuple[float, float, float]]:
+    return [(x, low, high) for x, low, high in band.points if abs(low) <= _MAX_VALUE and abs(high) <= _MAX_VALUE]
 
 
 def _visible(line: Line) -> list[tuple[float, float]]:

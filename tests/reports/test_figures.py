@@ -12,7 +12,7 @@ import matplotlib
 import numpy as np
 import pytest
 
-from pipeline.reports.figures import Chart, Line, _thinned, draw
+from pipeline.reports.figures import Band, Chart, Line, _thinned, draw
 from pipeline.reports.page import render
 
 FULL = Chart(
@@ -20,6 +20,7 @@ FULL = Chart(
     [Line(name, [(x, 0.5 + 0.001 * n) for x in range(0, 6400, 64)], n, dots=n == 1) for n, name in enumerate("ab")],
     levels=[("pixels", 0.5, 2)],
     marks=[(3200, "here")],
+    bands=[Band([(0, 0.4, 0.6), (3000, 0.45, 0.5), (6000, 0.3, float("nan"))], 2)],
     percent=True,
     floor=0.0,
 )

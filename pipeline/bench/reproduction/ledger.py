@@ -44,6 +44,7 @@ class SeedResult(_Frozen):
         cpu_minutes: CPU minutes of all processes; ``None`` if the run was interrupted.
         commits: states of the code that trained it, one unless it was resumed with another.
         scores: all scores at the end of the run, by full name, baselines included.
+        curve: samples seen and the metric, at each evaluation of the run; none in entries from before it was recorded.
     """
 
     seed: int
@@ -52,6 +53,7 @@ class SeedResult(_Frozen):
     cpu_minutes: float | None = Field(default=None, ge=0)
     commits: tuple[str, ...] = ()
     scores: dict[str, float]
+    curve: tuple[tuple[int, float], ...] = ()
 
 
 class Entry(_Frozen):

@@ -84,6 +84,8 @@ def test_a_reproduction_killed_in_its_second_seed_ends_with_the_same_result(
     straight, killed = ledger.read(folder / "ledger.jsonl")
     assert (straight.agreement, killed.agreement) == ("recorded", "reproduced")
     assert [result.scores for result in straight.seeds] == [result.scores for result in killed.seeds]
+    assert [result.curve for result in straight.seeds] == [result.curve for result in killed.seeds]
+    assert all(result.curve[-1] == (result.samples, result.scores[straight.metric]) for result in straight.seeds)
     assert [result.cpu_minutes is None for result in killed.seeds] == [False, True]
     assert straight.seeds[0].scores != straight.seeds[1].scores
     assert straight.data_samples == 48 and straight.ranks == 1 and straight.versions["torch"] != "not installed"
