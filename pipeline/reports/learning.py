@@ -59,5 +59,6 @@ def chart(name: str, entry: Entry) -> Chart:
     mean = [(float(samples), statistics.fmean(each)) for samples, each in points.items()]
     intervals = {samples: interval(each) for samples, each in points.items()}
     band = [(float(x), one.mean - one.half, one.mean + one.half) for x, one in intervals.items() if one.half is not None]
-    levels = [(text, value, colour) for text, key, colour in _BASELINES if (value := entry.baseline(key)) is not None]
+    baselines = [(text, entry.baseline(key), colour) for text, key, colour in _BASELINES]
+    levels = [(text, level, colour) for text, level, colour in baselines if level is not None]
     return Chart(f"{name}: {entry.metric}", [Line("trained", mean, dots=True)], levels=levels, bands=[Band(band)], percent=True)
