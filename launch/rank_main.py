@@ -30,6 +30,7 @@ from pipeline.masking import hide_secrets, masked, shown
 from pipeline.runtime import failure_claim as claims
 from pipeline.runtime import job_record as record
 from pipeline.runtime.compile_cache import use_compile_cache
+from pipeline.runtime.interpreter import end_process
 from pipeline.runtime.run_directory import RunDirectory
 
 if TYPE_CHECKING:
@@ -350,4 +351,4 @@ if __name__ == "__main__":
     code = main()
     if code:
         _leave(code)
-    sys.exit(code)
+    end_process(code)

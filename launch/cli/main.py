@@ -20,6 +20,7 @@ from launch.cli.mlflow import app as mlflow
 from launch.streams import open_streams
 from launch.terminal import Terminal, clean_logs
 from pipeline.errors import ConfigError, FoveaError, of_system
+from pipeline.runtime.interpreter import end_process, exit_code
 
 if TYPE_CHECKING:
     from pipeline.config.load import Loaded
@@ -458,6 +459,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
         _refused(known)
 
 
+def run() -> NoReturn:
+    """Entry of the command ``fovea``: :func:`main`, after which the process ends at once."""
+    code = 0
+    try:
+        main()
+    except SystemExit as stop:
+        code = exit_code(stop)
+    end_process(code)
+
+
 def _refused(error: FoveaError) -> NoReturn:
     if _debug:
         traceback.print_exc()
@@ -466,4 +477,4 @@ def _refused(error: FoveaError) -> NoReturn:
 
 
 if __name__ == "__main__":
-    main()
+    run()

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import atexit
+import gc
 import os
 import sys
+import threading
 from collections.abc import Mapping
 from pathlib import Path
+from typing import NoReturn
 
 _OF_LAUNCHERS = frozenset(
     (
@@ -52,3 +56,33 @@ def safe_environment(environment: Mapping[str, str] | None = None) -> dict[str, 
 def alone_environment() -> dict[str, str]:
     """Returns environment variables for a command that starts its own ranks, even inside a Slurm step or a torchrun process."""
     return {name: value for name, value in safe_environment().items() if name not in _OF_LAUNCHERS}
+
+
+def end_process(code: int) -> NoReturn:
+    """Ends this process like ``sys.exit``, but leaves its memory to the kernel.
+
+    Threads that are not daemons are waited for, functions registered with ``atexit`` run, and output is flushed. Destroying the
+    modules and objects of torch, DeepSpeed and DALI one by one takes 0.5 to 3 CPU seconds, and frees nothing that the kernel does
+    not free at once; destructors of what is still referenced do not run.
+
+    Args:
+        code: exit status; 120 replaces 0 if output cannot be written, as in Python itself.
+    """
+    threading._shutdown()  # type: ignore[attr-defined]
+    gc.freeze()  # DALI's exit function collects garbage
+    atexit._run_exitfuncs()
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            if stream is not None and not stream.closed:
+                stream.flush()
+        except OSError:
+            code = code or 120
+    os._exit(code & 0xFF)
+
+
+def exit_code(stop: SystemExit) -> int:
+    """The exit status that ``sys.exit`` would give; a text is printed, as Python does."""
+    if stop.code is None or isinstance(stop.code, int):
+        return stop.code or 0
+    print(stop.code, file=sys.stderr)
+    return 1

@@ -240,6 +240,8 @@ def _become(
     import numpy as np
     import torch
 
+    from pipeline.runtime.interpreter import end_process, exit_code
+
     torch.set_num_threads(int(environment.get("OMP_NUM_THREADS") or os.cpu_count() or 1))
     random.seed()
     np.random.seed()
@@ -248,10 +250,10 @@ def _become(
         _run(words)
         code = 0
     except SystemExit as stop:
-        code = stop.code if isinstance(stop.code, int) else 0 if stop.code is None else 1
-        if isinstance(stop.code, str):
-            print(stop.code, file=sys.stderr)
-    sys.exit(code)
+        code = exit_code(stop)
+    except Exception as error:  # an interruption ends the process by its signal
+        sys.excepthook(type(error), error, error.__traceback__)
+    end_process(code)
 
 
 def _follow(client: socket.socket) -> None:
