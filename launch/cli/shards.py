@@ -99,24 +99,32 @@ def verify(
         ),
     ] = False,
     report: Annotated[Path | None, typer.Option(help="Write every failure to this JSON file.")] = None,
+    part: Annotated[
+        str | None,
+        typer.Option(help="Verify only one part of the shards, such as 3/16; the same command without it joins all parts."),
+    ] = None,
 ) -> None:
     """Decode every accepted sample, and compare its checksum and size with the index. Exit code 1 if any fails.
 
-    If interrupted, the same command continues. --exclude changes the index and its fingerprint: a run that was trained on the
-    unchanged data will not resume on it.
+    If interrupted, the same command continues. Several machines with a common --index can share the work with --part.
+    --exclude changes the index and its fingerprint: a run that was trained on the unchanged data will not resume on it.
 
     [b]Examples[/b]
 
     fovea shards verify '/data/train-{000..099}.tar'
 
     fovea shards verify '/data/train-{000..099}.tar' --exclude
+
+    sbatch --array 1-16 --wrap 'fovea shards verify s3://web/ --index /shared/index --part $SLURM_ARRAY_TASK_ID/16'
     """
+    if part is not None and exclude:
+        raise ConfigError("a part alone is not excluded", where="--exclude", hint="Run it without --part when all are verified")
     from launch.progress import progress_bar
     from pipeline.data.inspect import verify as verification
 
     manifest, folder = build_index(_settings(patterns, directory, image, caption, label, on_truncated_shard), workers, None)
     with progress_bar("decoding") as progress:
-        verified = verification.verify(manifest, workers=workers, progress=progress, store=store_at_start())
+        verified = verification.verify(manifest, workers=workers, progress=progress, store=store_at_start(), part=part_of(part))
     rows = [
         {"reason": f.reason, "shard": manifest.shards[f.shard].url, "key": manifest.rows(f.shard).keys[f.row]}
         for f in verified.failures

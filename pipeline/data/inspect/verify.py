@@ -1,21 +1,20 @@
 """Verifies a data set by decoding every accepted sample, in worker processes.
 
 An image that crashes the decoder ends one process only: the samples being decoded are tried again one by one to find the one at
-fault. Progress is recorded in ``verify.jsonl`` in the index directory, so that an interrupted verification continues where it
-stopped; a completed one removes the file.
+fault. An interrupted verification continues where it stopped, see :mod:`pipeline.data.inspect.verify_record`. Memory is bounded
+by the number of shards and of failures.
 """
 
 from __future__ import annotations
 
-import json
 import os
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import IO, Any, Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -23,13 +22,12 @@ from pipeline.data import storage
 from pipeline.data.index.fields import STATUSES
 from pipeline.data.index.manifest import Manifest
 from pipeline.data.index.shard_table import Shard, ShardTable
+from pipeline.data.inspect.verify_record import CHUNK, Failure, Record, Task
 from pipeline.data.loader.reader import Reader
 from pipeline.errors import DataError
 from pipeline.runtime.locks import lock
 from pipeline.runtime.process_pool import process_pool
-from pipeline.untrusted import parse_json, printable
 
-CHUNK = 128  # samples per task: what an interruption loses, and what is tried again after a crash
 _BATCH, _BATCH_PIXELS = 32, 1 << 26  # decoded at once; 64 megapixels are 200 MB
 
 # Explains each reason.
@@ -52,21 +50,6 @@ class Decodes(Protocol):
 
 
 @dataclass(frozen=True)
-class Failure:
-    """A sample that cannot be used although the index accepts it.
-
-    Attributes:
-        shard: number of the shard in the manifest.
-        row: row among its accepted samples.
-        reason: one of :data:`REASONS`.
-    """
-
-    shard: int
-    row: int
-    reason: str
-
-
-@dataclass(frozen=True)
 class Verification:
     """Result of a verification.
 
@@ -84,13 +67,6 @@ class Verification:
     def reasons(self) -> dict[str, int]:
         """Returns the number of failures by reason, the most frequent first."""
         return dict(Counter(failure.reason for failure in self.failures).most_common())
-
-
-@dataclass(frozen=True)
-class _Task:
-    shard: int
-    first: int
-    last: int
 
 
 @dataclass
@@ -117,6 +93,7 @@ def verify(
     decoder: Callable[[], Decodes] = cpu_decoder,
     progress: Callable[[int, int, str], None] | None = None,
     store: storage.Storage | None = None,
+    part: tuple[int, int] | None = None,
 ) -> Verification:
     """Reads and decodes every accepted sample, and compares checksum and size with the index.
 
@@ -126,36 +103,43 @@ def verify(
         decoder: creates the decoder in each process; a function of a module.
         progress: called with (samples done, total samples, a line after the last sample of a shard).
         store: access to the shards.
+        part: number, from 1, and count of parts: only every ``count``-th shard is verified here, and a verification of everything
+            takes over the result.
 
     Raises:
         DataError: another verification of this index is running, or the index cannot be read.
     """
-    tasks = [
-        _Task(number, first, min(first + CHUNK, shard.samples))
-        for number, shard in enumerate(manifest.shards)
-        for first in range(0, shard.samples, CHUNK)
-    ]
-    with _Notebook(Path(manifest.directory) / "verify.jsonl", manifest.fingerprint) as notebook:
-        done = dict(notebook.failures)
-        resumed = sum(task.last - task.first for task in done)
-        left = Counter(task.shard for task in tasks if task not in done)
-        failed = Counter(failure.shard for failures in done.values() for failure in failures)
-        checked = resumed
-        pending = deque(task for task in tasks if task not in done)
-        workers = max(1, min(workers or len(os.sched_getaffinity(0)), len(pending)))
-        for task, failures in _run(pending, workers, (manifest.directory, decoder, store or storage.Storage())):
-            done[task] = failures
-            notebook.add(task, failures)
-            checked += task.last - task.first
+    number, count = part or (1, 1)
+    sizes = manifest.sizes[number - 1 :: count]
+    total, tasks_in_all = int(sizes.sum()), int((-(-sizes // CHUNK)).sum())
+    with Record(Path(manifest.directory), manifest.fingerprint, manifest.sizes, part) as record:
+        resumed = record.checked
+        failed = Counter(failure.shard for failure in record.failures)
+        left: dict[int, int] = {}  # tasks of the shards that are being verified
+
+        def tasks() -> Iterator[Task]:
+            for shard in range(number - 1, len(manifest.shards), count):
+                samples = int(manifest.sizes[shard])
+                every = (Task(shard, first, min(first + CHUNK, samples)) for first in range(0, samples, CHUNK))
+                open_tasks = [task for task in every if not record.is_done(task)]
+                if open_tasks:
+                    left[shard] = len(open_tasks)
+                yield from open_tasks
+
+        workers = max(1, min(workers or len(os.sched_getaffinity(0)), tasks_in_all))
+        for task, failures in _run(tasks(), workers, (manifest.directory, decoder, store or storage.Storage())):
+            record.add(task, failures)
             left[task.shard] -= 1
             failed[task.shard] += len(failures)
-            if progress is not None:
+            line = ""
+            if not left[task.shard]:
                 shard = manifest.shards[task.shard]
-                line = f"{shard.name}: {shard.samples} samples, {failed[task.shard]} failed" if not left[task.shard] else ""
-                progress(checked, manifest.total, line)
-        notebook.finish()
-    every = sorted((f for part in done.values() for f in part), key=lambda f: (f.shard, f.row))
-    return Verification(checked, tuple(every), resumed)
+                line = f"{shard.name}: {shard.samples} samples, {failed[task.shard]} failed"
+                del left[task.shard], failed[task.shard]
+            if progress is not None:
+                progress(record.checked, total, line)
+        record.finish()
+        return Verification(record.checked, tuple(sorted(record.failures, key=lambda f: (f.shard, f.row))), resumed)
 
 
 def exclude(manifest: Manifest, failures: tuple[Failure, ...]) -> Manifest:
@@ -193,17 +177,18 @@ def _excluded(manifest: Manifest, failures: tuple[Failure, ...], folder: Path) -
 # ---- processes ----------------------------------------------------------------------------------------------------------
 
 
-def _run(pending: deque[_Task], workers: int, setup: _Setup) -> Iterator[tuple[_Task, tuple[Failure, ...]]]:
+def _run(tasks: Iterator[Task], workers: int, setup: _Setup) -> Iterator[tuple[Task, tuple[Failure, ...]]]:
     """Yields each task with its failures, in the order of completion."""
-    while pending:
-        flying: dict[Future[tuple[Failure, ...]], _Task] = {}
+    following = next(tasks, None)
+    while following is not None:
+        flying: dict[Future[tuple[Failure, ...]], Task] = {}
         with _pool(workers, setup) as pool:
             try:
-                while pending or flying:
+                while following is not None or flying:
                     # Limits the queue: after a crash, every submitted task is a suspect.
-                    while pending and len(flying) < 2 * workers:
-                        flying[pool.submit(_check, pending[0])] = pending[0]
-                        pending.popleft()
+                    while following is not None and len(flying) < 2 * workers:
+                        flying[pool.submit(_check, following)] = following
+                        following = next(tasks, None)
                     for job in wait(flying, return_when=FIRST_COMPLETED).done:
                         result = job.result()
                         yield flying.pop(job), result
@@ -213,7 +198,7 @@ def _run(pending: deque[_Task], workers: int, setup: _Setup) -> Iterator[tuple[_
             yield task, job.result() if job.done() and job.exception() is None else _carefully(task, setup)
 
 
-def _carefully(task: _Task, setup: _Setup) -> tuple[Failure, ...]:
+def _carefully(task: Task, setup: _Setup) -> tuple[Failure, ...]:
     """Runs a task sample by sample, so that a crash affects one sample's process only."""
     failures: list[Failure] = []
     row = task.first
@@ -248,7 +233,7 @@ def _begin(directory: str, decoder: Callable[[], Decodes], store: storage.Storag
         os.dup2(nowhere.fileno(), 2)  # suppresses the decoder's own messages; the result reports the reason
 
 
-def _check(task: _Task) -> tuple[Failure, ...]:
+def _check(task: Task) -> tuple[Failure, ...]:
     reader, decoder = _here[0].reader, _here[0].decoder
     columns = reader.manifest.rows(task.shard).columns
     areas = columns["width"].astype(np.int64) * columns["height"]
@@ -276,69 +261,3 @@ def _check(task: _Task) -> tuple[Failure, ...]:
                 failures.append(Failure(task.shard, number, reason))
         row = last
     return tuple(failures)
-
-
-# ---- resuming -----------------------------------------------------------------------------------------------------------
-
-
-def _entry(line: str) -> tuple[_Task, tuple[Failure, ...]]:
-    shard, first, last, failures = parse_json(line)
-    if not all(type(number) is int for number in (shard, first, last)):
-        raise TypeError("a task has three numbers")
-    return _Task(shard, first, last), tuple(Failure(shard, int(row), printable(str(reason))) for row, reason in failures)
-
-
-@dataclass
-class _Notebook:
-    """Record of completed tasks, one line each; held by one process at a time."""
-
-    path: Path
-    fingerprint: str
-    failures: dict[_Task, tuple[Failure, ...]] = field(default_factory=dict)
-    _file: IO[str] | None = None
-
-    def __enter__(self) -> _Notebook:
-        try:
-            self._file = self.path.open("a+", encoding="utf-8")
-        except OSError as error:
-            what = f"cannot be written ({error.strerror})"
-            raise DataError(what, where=str(self.path), hint="Give another --index") from error
-        try:
-            lock(self._file.fileno(), self.path, wait=False)
-        except BlockingIOError:
-            self._file.close()
-            raise DataError("another verification is running", where=str(self.path), hint="Wait for it, or stop it") from None
-        self._file.seek(0)
-        text = self._file.read()
-        complete = text[: text.rfind("\n") + 1]  # the last line may be incomplete
-        lines = complete.splitlines()
-        header = json.dumps({"fingerprint": self.fingerprint, "chunk": CHUNK})
-        if not lines or lines[0] != header:
-            complete, lines = header + "\n", []
-        try:
-            self.failures.update(map(_entry, lines[1:]))
-        except (ValueError, TypeError):  # not written by this class: verify everything again
-            self.failures.clear()
-            complete = header + "\n"
-        if complete != text:
-            self._file.seek(0)
-            self._file.truncate()
-            self._file.write(complete)
-            self._file.flush()
-        return self
-
-    def add(self, task: _Task, failures: tuple[Failure, ...]) -> None:
-        entry = [task.shard, task.first, task.last, [[failure.row, failure.reason] for failure in failures]]
-        self._write(json.dumps(entry) + "\n")
-
-    def finish(self) -> None:
-        self.path.unlink(missing_ok=True)
-
-    def _write(self, text: str) -> None:
-        if self._file is not None:
-            self._file.write(text)
-            self._file.flush()
-
-    def __exit__(self, *_: object) -> None:
-        if self._file is not None:
-            self._file.close()

@@ -138,7 +138,19 @@ def test_notes_on_other_data_are_not_believed(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "line", ["{}", "[0, 0, 1]", "[0, 0, 1, 3]", '["a", 0, 1, []]', "[0, 0, 1, [[0]]]", "[" * 5000 + "]" * 5000, "nonsense"]
+    "line",
+    [
+        "{}",
+        "[0, 0, 1]",
+        "[0, 0, 1, 3]",
+        '["a", 0, 1, []]',
+        "[0, 0, 1, [[0]]]",
+        "[0, 0, 2, []]",
+        "[9, 0, 1, []]",
+        "[0, 99999999999999999999968, 99999999999999999999969, []]",
+        "[" * 5000 + "]" * 5000,
+        "nonsense",
+    ],
 )
 def test_notes_that_verification_did_not_write_are_not_believed(tmp_path: Path, line: str) -> None:
     manifest = shards(tmp_path, [picture(0)])
@@ -160,8 +172,24 @@ def test_excluded_samples_are_gone_for_good_and_change_the_fingerprint(tmp_path:
 
 def test_two_verifications_of_one_index_do_not_mix(tmp_path: Path) -> None:
     manifest = shards(tmp_path, [picture(0)])
-    with module._Notebook(tmp_path / "index" / "verify.jsonl", "x"), pytest.raises(DataError, match="another verification"):
+    with module.Record(tmp_path / "index", "x", manifest.sizes), pytest.raises(DataError, match="another verification"):
         verify(manifest, workers=1)
+
+
+def test_parts_are_verified_apart_and_joined_without_checking_again(tmp_path: Path) -> None:
+    manifest = shards(tmp_path, [picture(0), damaged_png()], [picture(1)], [damaged_png(), picture(2)])
+    first = verify(manifest, workers=1, part=(1, 2))
+    assert (first.checked, first.failures) == (4, (Failure(0, 1, "undecodable"), Failure(2, 0, "undecodable")))
+    again = verify(manifest, workers=1, part=(1, 2))
+    assert (again.checked, again.resumed, again.failures) == (4, 4, first.failures)
+    with (
+        module.Record(tmp_path / "index", manifest.fingerprint, manifest.sizes, (1, 2)),
+        pytest.raises(DataError, match="00001-of-00002"),
+    ):
+        verify(manifest, workers=1)
+    whole = verify(manifest, workers=1)
+    assert (whole.checked, whole.resumed, whole.failures) == (5, 4, first.failures)
+    assert not list((tmp_path / "index").glob("verify*"))
 
 
 class Upright:
