@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from launch.cli import shards_bucket
 from launch.cli.choices import ImageFormat, Labels, OnTruncated, SourceLayout, local_only
 from launch.cli.shards_index import NAMED, build_index, part_of, store_at_start
 from pipeline.errors import ConfigError
@@ -153,7 +154,7 @@ def verify(
 @app.command("pack")
 def pack(
     source: Annotated[str, typer.Argument(metavar="SOURCE", help="A folder, a table, or shards; see above.")],
-    out: Annotated[Path, typer.Argument(metavar="OUT", help="Output directory of the shards.", callback=local_only)],
+    out: Annotated[str, typer.Argument(metavar="OUT", help="Output directory of the shards, or a folder in a bucket.")],
     prefix: Annotated[str, typer.Option(help="Prefix of the shards' names.")] = "train",
     size: Annotated[int, typer.Option(min=1, help="Maximum size of a shard, MB; 200 to 500 are suitable for training.")] = 400,
     samples: Annotated[int, typer.Option(min=1, help="Maximum number of samples per shard.")] = 10_000,
@@ -187,6 +188,14 @@ def pack(
         Path | None, typer.Option(help="A classes.txt with the class names, one per line, in the order of their numbers.")
     ] = None,
     max_file_mb: Annotated[int, typer.Option("--max-file-mb", min=1, help="Skip larger files and members, MB.")] = 1024,
+    staging: Annotated[
+        Path | None,
+        typer.Option(
+            help="Directory of up to three shards on their way to a bucket; by default in your cache.",
+            callback=local_only,
+        ),
+    ] = None,
+    outage_timeout: shards_bucket.OutageOption = 60.0,
 ) -> None:
     """Write shuffled WebDataset shards. If interrupted, the same command continues and produces identical bytes.
 
@@ -200,11 +209,14 @@ def pack(
 
     - other shards, to shuffle them again, change the shard size or skip small images; all members are kept.
 
-    An ambiguous SOURCE is refused. Skipped samples are counted, and listed in OUT/PREFIX.skipped.txt.
+    An ambiguous SOURCE is refused. Skipped samples are counted, and listed in OUT/PREFIX.skipped.txt. To a bucket, each shard is
+    sent while the next is packed, and compared by size and checksum; see also fovea shards push.
 
     [b]Examples[/b]
 
     fovea shards pack photos/ shards/
+
+    fovea shards pack photos/ s3://bucket/photos
 
     fovea shards pack table.parquet shards/ --prefix val --size 200
 
@@ -234,11 +246,20 @@ def pack(
         transcode=transcode.value if transcode else None,
         max_side=max_side,
     )
-    with progress_bar("packing") as progress:
+    with (
+        shards_bucket.delivery(out, prefix, staging, overwrite, outage_timeout) as (folder, target),
+        progress_bar("packing") as progress,
+    ):
         listing = open_source(source, layout=layout.value, store=store_at_start(), options=options)
-        report = write(listing, out, packing, overwrite=overwrite, threads=threads, progress=progress)
+        report = write(listing, folder, packing, overwrite=overwrite, threads=threads, progress=progress, delivery=target)
     print(report.text(out, prefix))
+    if target is not None:
+        print(target.transfer.text())
     print(f"shards: {printable(_range(report.shards))}")
+
+
+app.command("push")(shards_bucket.push)
+app.command("pull")(shards_bucket.pull)
 
 
 @app.command("synthesize")
@@ -399,11 +420,11 @@ def _class_names(path: Path | None) -> tuple[str, ...]:
     return tuple(names)
 
 
-def _check_out(source: str, out: Path) -> None:
+def _check_out(source: str, out: str) -> None:
     """Refuse an output directory that would become part of the source."""
     folder = Path(source)
-    if folder.is_dir() and out.resolve().is_relative_to(folder.resolve()):
-        raise ConfigError(f"is inside the source {source}", where=str(out), hint="Choose an OUT outside the source")
+    if folder.is_dir() and "://" not in out and Path(out).resolve().is_relative_to(folder.resolve()):
+        raise ConfigError(f"is inside the source {source}", where=out, hint="Choose an OUT outside the source")
 
 
 def _names_shards(word: str) -> bool:

@@ -175,10 +175,15 @@ class DataSettings(Settings):
         Raises:
             ConfigError: there is no cache directory because the user has no home directory.
         """
-        return Path(os.path.abspath(self.index or _user_cache() / "fovea" / "index"))
+        return Path(os.path.abspath(self.index or user_cache() / "fovea" / "index"))
 
 
-def _user_cache() -> Path:
+def user_cache() -> Path:
+    """The user's cache directory.
+
+    Raises:
+        ConfigError: the user has no home directory.
+    """
     cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
     if cache.startswith("~"):  # a user ID without a name, as in containers, and no HOME
         raise ConfigError(

@@ -17,6 +17,7 @@ from typing import IO, Any
 from pipeline.data.index.image_header import inspect_header
 from pipeline.data.order.random import permutation
 from pipeline.data.pack.account import NOTES, REASONS, WITH_IMAGE, Account, left_out_line, note_line, settle, write_lists
+from pipeline.data.pack.delivery import Delivery
 from pipeline.data.pack.layouts import extension_counts
 from pipeline.data.pack.resume import PackState, Piece
 from pipeline.data.pack.samples import SkippedSample, Source
@@ -87,18 +88,19 @@ class PackReport:
         """Returns the number of files, rows or members left out by reason."""
         return dict(sorted(Counter(reason for _, reason in self.skipped).items()))
 
-    def text(self, out: Path, prefix: str) -> str:
+    def text(self, out: Path | str, prefix: str) -> str:
         """Formats the result: what was packed, what was left out and why, in counts that add up.
 
         Args:
-            out: directory of the shards and lists.
+            out: directory or URL of the shards and lists.
             prefix: of their names.
         """
+        out = str(out).rstrip("/")
         classes = f", {len(self.classes)} classes" if self.classes else ""
         kept = f" ({self.kept} of them were there already)" if self.kept else ""
         lines = [f"packed {self.packed} samples in {len(self.shards)} shards{kept}{classes}"]
         if self.rewritten:
-            lines.append(f"wrote {self.rewritten}images again")
+            lines.append(f"wrote {self.rewritten} images again")
         for reason, number in self.account.left_out.items():
             meaning = REASONS.get(reason, "")
             if reason == "not_an_image":
@@ -106,11 +108,11 @@ class PackReport:
                 meaning = extension_counts(Counter(Path(name).suffix[1:].lower() for name in names))
             lines.append(f"left out {number}: {reason}" + (f" ({meaning})" if meaning else ""))
         if self.account.left_out:
-            lines.append(f"which ones: {out / f'{prefix}.skipped.txt'}")
+            lines.append(f"which ones: {out}/{prefix}.skipped.txt")
         for note, number in self.account.noted.items():
             lines.append(f"packed, but {number}: {note}" + (f" ({NOTES[note]})" if note in NOTES else ""))
         if self.account.noted:
-            lines.append(f"which ones: {out / f'{prefix}.notes.txt'}")
+            lines.append(f"which ones: {out}/{prefix}.notes.txt")
         lines += [f"note: {remark}" for remark in self.remarks]
         lines.append(f"account: {self.account.text()}")
         return "\n".join(printable(line) for line in lines)
@@ -124,6 +126,7 @@ def pack(
     overwrite: bool = False,
     threads: int = 8,
     progress: Callable[[int, int, str], None] | None = None,
+    delivery: Delivery | None = None,
 ) -> PackReport:
     """Packs the samples of a source into shards, or resumes an interrupted packing with the same arguments.
 
@@ -139,9 +142,11 @@ def pack(
         overwrite: replace existing shards of the same prefix.
         threads: number of samples read and validated concurrently.
         progress: called with (samples seen, total samples, a line after each shard).
+        delivery: the bucket to which finished shards are moved, in which case ``out`` is its staging directory.
 
     Raises:
         DataError: nothing to pack, shards of another packing exist, or another packing is running.
+        StorageUnavailable: the bucket did not answer within ``outage_timeout``.
     """
     packing, out = packing or Packing(), Path(out)
     if not len(source):
@@ -151,7 +156,7 @@ def pack(
     try:
         out.mkdir(parents=True, exist_ok=True)
         with (out / f".{packing.prefix}.skipped.tmp").open("a+b") as journal:
-            return _pack(source, out, packing, journal, overwrite, threads, progress)
+            return _pack(source, out, packing, journal, overwrite, threads, progress, delivery)
     except OSError as error:
         hint = "Free space or give another directory; the same command continues where it stopped"
         raise DataError(f"cannot be written ({error.strerror})", where=str(error.filename or out), hint=hint) from error
@@ -165,6 +170,7 @@ def _pack(
     overwrite: bool,
     threads: int,
     progress: Callable[[int, int, str], None] | None,
+    delivery: Delivery | None,
 ) -> PackReport:
     try:
         lock(journal.fileno(), journal.name, wait=False)
@@ -177,7 +183,7 @@ def _pack(
         from PIL import __version__
 
         settings["pillow"] = __version__
-    state = PackState(out, packing.prefix, settings, source)
+    state = PackState(out, packing.prefix, settings, source, delivery)
     pieces, complete = state.load(overwrite, os.fstat(journal.fileno()).st_size)
     kept = len(pieces)
     last = pieces[-1] if pieces else Piece("", 0, 0, 0, 0, 0)
@@ -192,6 +198,8 @@ def _pack(
         state.save(pieces)
         if progress is not None:
             progress(seen, len(source), f"{path.name}: {samples} samples, {pieces[-1].bytes / 1e6:.1f} MB")
+        if delivery is not None:
+            delivery.offer(path)
 
     total = len(source)
     order = list(range(total)) if packing.seed is None else permutation(total, packing.seed, _SHUFFLE).tolist()
@@ -204,6 +212,9 @@ def _pack(
         samples=sum(piece.samples for piece in pieces),
         finished=finished,
     )
+    for path in (out / piece.name for piece in pieces):
+        if delivery is not None and path.is_file():
+            delivery.offer(path)  # an earlier attempt was killed before it was sent
     if not complete:
         state.save(pieces)
         journal.truncate(last.skipped)
@@ -226,8 +237,10 @@ def _pack(
     account = state.account if complete and state.account is not None else settle(source, writer.samples, skipped, notes)
     state.save(pieces, account)
     (out / f".{packing.prefix}.skipped.tmp").unlink(missing_ok=True)
+    if delivery is not None:
+        delivery.finish(piece.name for piece in pieces)
     return PackReport(
-        shards=tuple(writer.shards),
+        shards=tuple(writer.shards if delivery is None else (f"{delivery.target}{piece.name}" for piece in pieces)),
         packed=writer.samples,
         rewritten=sum(piece.rewritten for piece in pieces),
         skipped=skipped,

@@ -12,6 +12,7 @@ from typing import Any
 
 from pipeline.data import storage
 from pipeline.data.pack.account import Account
+from pipeline.data.pack.delivery import Delivery
 from pipeline.data.pack.samples import MAX_FILE, Source
 from pipeline.errors import DataError
 from pipeline.untrusted import read_json
@@ -48,13 +49,16 @@ class PackState:
         prefix: of their names.
         settings: of the packing; other values mean another packing.
         source: what is packed.
+        delivery: the bucket to which finished shards are sent, if any.
 
     Attributes:
         account: the account of a completed packing.
     """
 
-    def __init__(self, out: Path, prefix: str, settings: dict[str, Any], source: Source) -> None:
-        self._out, self._prefix, self._classes = out, prefix, source.classes
+    def __init__(
+        self, out: Path, prefix: str, settings: dict[str, Any], source: Source, delivery: Delivery | None = None
+    ) -> None:
+        self._out, self._prefix, self._classes, self._delivery = out, prefix, source.classes, delivery
         self._path = out / f"{prefix}.pack.json"
         self.account: Account | None = None
         named = "\0".join((source.digest, *source.classes)).encode("utf-8", "surrogateescape")
@@ -76,7 +80,7 @@ class PackState:
         existing = sorted(self._out.glob(f"{prefix}-[0-9]*.tar"))
         self._check_classes(existing)
         document = self._read()
-        if not overwrite and existing:
+        if not overwrite and (existing or (self._delivery is not None and document is not None)):
             self._check(document, existing)
         for torn in self._out.glob(f".{prefix}-[0-9]*.tar.*.tmp"):
             torn.unlink()
@@ -87,15 +91,18 @@ class PackState:
         if not overwrite and document is not None:
             for piece in (Piece(**entry) for entry in document["shards"]):
                 path = self._out / piece.name
-                if not path.is_file() or path.stat().st_size != piece.bytes:
+                near = path.is_file() and path.stat().st_size == piece.bytes
+                if not near and not (self._delivery is not None and self._delivery.has(piece.name, piece.bytes)):
                     break
                 pieces.append(piece)
             complete = bool(document["complete"]) and len(pieces) == len(document["shards"])
             self.account = Account(**document["account"]) if document.get("account") else None
             if not complete and pieces and journal < pieces[-1].skipped:
                 pieces = []  # without the list of those left out, nothing can be resumed
-        for path in existing[len(pieces) :]:
-            path.unlink()
+        kept = {piece.name for piece in pieces}
+        for path in existing:
+            if path.name not in kept:
+                path.unlink()
         return pieces, complete
 
     def save(self, pieces: Sequence[Piece], account: Account | None = None) -> None:
@@ -123,9 +130,11 @@ class PackState:
         hint = "Choose another directory or prefix, or allow overwriting (--overwrite)"
         if document is None:
             raise DataError(f"{len(existing)} shards exist already", where=str(existing[0]), hint=hint)
+        where = str(existing[0]) if self._delivery is None else f"{self._delivery.target}{self._prefix}"
+        number = len(existing) if self._delivery is None else len(document["shards"])
         if document["format"] != FORMAT:
-            what = f"{len(existing)} shards were packed by another version of fovea, which listed sources by other rules"
-            raise DataError(what, where=str(existing[0]), hint=hint)
+            what = f"{number} shards were packed by another version of fovea, which listed sources by other rules"
+            raise DataError(what, where=where, hint=hint)
         old = document["settings"]
         changed = [name for name in {**self._settings, **old} if old.get(name) != self._settings.get(name)]
         if changed:
@@ -133,17 +142,18 @@ class PackState:
                 "the source is another" if name == "source" else f"{name} was {old.get(name)} and is {self._settings.get(name)}"
                 for name in changed
             )
-            what = f"{len(existing)} shards exist already, of another packing ({changes})"
+            what = f"{number} shards exist already, of another packing ({changes})"
             raise DataError(
                 what,
-                where=str(existing[0]),
+                where=where,
                 hint=f"Repeat the command with the same settings to continue where it stopped. {hint}",
             )
 
     def _check_classes(self, own: Sequence[Path]) -> None:
         """Shards of two prefixes in one directory must share the class indices, or labels would differ in meaning."""
         path = self._out / "classes.txt"
-        if not self._classes or not path.is_file() or set(self._out.glob("*.tar")) <= set(own):
+        others = not set(self._out.glob("*.tar")) <= set(own) or (self._delivery is not None and self._delivery.has_other_shards)
+        if not self._classes or not path.is_file() or not others:
             return
         old = path.read_text(encoding="utf-8", errors="surrogateescape").splitlines()
         if old != list(self._classes):

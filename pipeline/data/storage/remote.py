@@ -61,11 +61,12 @@ class Remote:
         settings: endpoint, timeouts and concurrency.
 
     Attributes:
+        settings: as given.
         counters: ``bytes`` read, ``requests``, ``retries`` and whole ``seconds`` spent waiting in them.
     """
 
     def __init__(self, settings: StorageSettings) -> None:
-        self._settings = settings
+        self.settings = self._settings = settings
         self._stores: dict[tuple[str, bool], Any] = {}
         self._lock = threading.Lock()
         self._pid = os.getpid()
@@ -177,26 +178,39 @@ class Remote:
             for _ in pool.map(one, range(0, about.size, part)):
                 pass
 
-    def put(self, path: Path, url: str) -> None:
-        """Uploads a file to an object atomically, in concurrent parts if it is large.
+    @property
+    def part_size(self) -> int:
+        """Size of the parts of an upload, bytes; S3 takes none below 5 MiB."""
+        return max(self._settings.part_size_mb << 20, 5 << 20)
+
+    def put(self, path: Path, url: str) -> str:
+        """Uploads a file to an object atomically, in concurrent parts if it is large; returns the object's version.
 
         Raises:
             StorageUnavailable: storage did not answer, or refused, within ``outage_timeout``.
             DataError: the file cannot be read, or the URL is that of a web server.
         """
-        import obstore
-
-        location, part = split(url), self._settings.part_size_mb << 20
-        if location.kind == "https":
-            raise DataError("a web server does not accept uploads", where=url, hint="Name a bucket or a folder")
         if not path.is_file():
             raise DataError("is not a file that can be copied", where=str(path), hint="Check whether it was deleted")
+        return self._put(path, url)
+
+    def put_bytes(self, content: bytes, url: str) -> str:
+        """Uploads a small object atomically; see :meth:`put`."""
+        return self._put(content, url)
+
+    def _put(self, content: Path | bytes, url: str) -> str:
+        import obstore
+
+        location, part = split(url), self.part_size
+        if location.kind == "https":
+            raise DataError("a web server does not accept uploads", where=url, hint="Name a bucket or a folder")
         parallel = self._settings.download_concurrency
-        self._with_retry(
+        result = self._with_retry(
             url,
             location,
-            lambda store: obstore.put(store, location.key, path, chunk_size=max(part, 5 << 20), max_concurrency=parallel),
+            lambda store: obstore.put(store, location.key, content, chunk_size=part, max_concurrency=parallel),
         )
+        return str(result["e_tag"] or "")
 
     def delete(self, url: str) -> None:
         """Deletes an object; a missing one is no error.
