@@ -219,7 +219,9 @@ def _train(
             if target.origin:
                 remember(target.uri)
             tracked = f" · MLflow at {target}" if target.origin else ""
-            shipper = Shipper(run.tracking, uri=target.uri, experiment=target.experiment, name=config.run.name, log=show.log)
+            shipper = Shipper(
+                run.tracking, uri=target.uri, experiment=target.experiment, name=config.run.name, log=show.log, sweep=run.sweep
+            )
             shipper.start()
     inputs = agreed_inputs(config, world, inputs)
     if journal is not None:

@@ -17,6 +17,7 @@ from launch.cli.bench_methods import app as bench
 from launch.cli.checkpoint import app as checkpoint
 from launch.cli.choices import Device, ExportFormat, Method, Network, local_only, output_stem
 from launch.cli.mlflow import app as mlflow
+from launch.cli.sweep import app as sweep
 from launch.streams import open_streams
 from launch.terminal import Terminal, clean_logs
 from pipeline.errors import ConfigError, FoveaError, of_system
@@ -432,6 +433,7 @@ app.add_typer(config, name="config", rich_help_panel=_DATA, short_help="Show and
 app.add_typer(checkpoint, name="checkpoint", rich_help_panel=_DATA, short_help="List, verify, inspect and convert checkpoints.")
 app.add_typer(mlflow, name="mlflow", rich_help_panel=_DATA, short_help="Send the journals of runs to MLflow.")
 cluster.enter(app)
+app.add_typer(sweep, name="sweep", short_help="Train a config with a grid or a list of settings.")
 app.add_typer(bench, name="bench", rich_help_panel=_BENCH, short_help="Measure speed and memory against baselines.")
 
 

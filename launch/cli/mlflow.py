@@ -72,7 +72,15 @@ def _sync(run: RunDirectory, uri: str | None) -> Exception | None:
     destination = destination_of(config.tracking, run.path, named=uri)
     target, name = destination.uri, printable(run.path.name)
     print(f"{name}: sending to {shown_server(target)}", flush=True)
-    own = Shipper(run.tracking, uri=target, experiment=destination.experiment, name=config.run.name, log=_print, root=run.path)
+    own = Shipper(
+        run.tracking,
+        uri=target,
+        experiment=destination.experiment,
+        name=config.run.name,
+        log=_print,
+        root=run.path,
+        sweep=run.sweep,
+    )
     own.start()
     done = own.close(seconds=300.0)
     trouble = own.trouble

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import platform
-import resource
-import subprocess
 import sys
 import uuid
 from collections.abc import Sequence
@@ -13,7 +11,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from launch.local import tied
+from launch import members
 from launch.slurm.render import code_state
 from launch.terminal import Terminal
 from pipeline.bench import machine
@@ -23,7 +21,6 @@ from pipeline.config.load import available, load, resolve
 from pipeline.config.schema import Config
 from pipeline.errors import ConfigError, DataError, TrainingError
 from pipeline.reports.history import read_history
-from pipeline.runtime.interpreter import alone_environment, module_command
 from pipeline.runtime.locks import lock
 from pipeline.runtime.run_directory import RunDirectory
 from pipeline.untrusted import printable, read_json
@@ -115,7 +112,7 @@ def _seed(order: Order, seed: int, digest: str, metric: str) -> SeedResult:
     """Train and evaluate one seed, unless that is done; a run that was interrupted is resumed."""
     folder = RunDirectory(order.directory / f"seed-{seed}")
     notes = _notes(folder)
-    if not _finished(folder):
+    if not members.finished(folder):
         state = code_state().split(" (")[0]
         commits = list(dict.fromkeys([*_commits(notes), state]))
         folder.write(_STATE, {"commits": commits, "cpu_minutes": None})
@@ -140,38 +137,18 @@ def _commits(notes: dict[str, Any]) -> list[str]:
     return [str(one) for one in commits] if isinstance(commits, list) else []
 
 
-def _finished(folder: RunDirectory) -> bool:
-    file = folder.path / "outcome.json"
-    outcome = read_json(file) if file.exists() else {}
-    return isinstance(outcome, dict) and outcome.get("stop") == "FINISHED"
-
-
 def _train(order: Order, seed: int, folder: Path) -> float:
     """Run ``fovea train``; returns the CPU minutes of its processes.
 
     Raises:
         TrainingError: it failed, or stopped before its end.
     """
-    own = [f"run.directory={folder}", f"run.seed={seed}"]
-    argv = module_command("launch.cli.main", "train", order.name, *order.overrides, *own)
-    before = _cpu_seconds()
     print(f"seed {seed}", flush=True)
-    with subprocess.Popen(tied(argv), env=alone_environment(), stdin=subprocess.DEVNULL) as process:
-        while True:
-            try:
-                code = process.wait()
-                break
-            except KeyboardInterrupt:  # the run got it too: it saves and stops
-                continue
-    if code or not _finished(RunDirectory(folder)):
+    code, cpu = members.train(order.name, [*order.overrides, f"run.directory={folder}", f"run.seed={seed}"])
+    if code or not members.finished(RunDirectory(folder)):
         what = f"ended with {code}; its messages are above" if code else "stopped before its end"
         raise TrainingError(f"seed {seed} {what}", where=order.name, hint="Repeat the same command to continue")
-    return (_cpu_seconds() - before) / 60
-
-
-def _cpu_seconds() -> float:
-    used = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return used.ru_utime + used.ru_stime
+    return cpu
 
 
 def _entry(order: Order, config: Config, digest: str, metric: str, id_: str, results: Sequence[SeedResult]) -> Entry:

@@ -24,6 +24,8 @@ from launch.slurm.slurm_commands import Job
 from pipeline.runtime import job_record as record
 from pipeline.runtime.run_directory import RunDirectory
 
+_SINGLETON = "--dependency=singleton"  # of a sweep: no two jobs of one name at the same time
+
 
 def waiting(run: RunDirectory, job: int, *, limit: float = 60.0) -> list[Job]:
     """Successors of a job in the queue: normally one.
@@ -51,7 +53,8 @@ def ensure(run: RunDirectory, job: int, exclude: Sequence[str] = (), delay: floa
     nodes, begin = ",".join(exclude), f"now+{delay:.0f}"
     present = waiting(run, job)
     if not present:
-        options = [f"--dependency=afterany:{job}", *([f"--exclude={nodes}"] if nodes else [])]
+        alone = ",singleton" if _SINGLETON in (record.job(run).get("profile") or {}).get("options", ()) else ""
+        options = [f"--dependency=afterany:{job}{alone}", *([f"--exclude={nodes}"] if nodes else [])]
         return tools.submit(record.script(run), *options, *([f"--begin={begin}"] if delay else []))
     for surplus in present[1:]:
         tools.cancel(surplus.id)

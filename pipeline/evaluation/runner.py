@@ -127,6 +127,8 @@ class Evaluations:
         epoch, batch = inputs.order.samples_per_epoch, config.train.global_batch_size
         self._every = {name: every.steps(epoch, batch) for name, every in settings.enabled.items()}
         self._last = config.train.duration.steps(epoch, batch)
+        pause = config.train.pause_at
+        self._pause = pause.steps(epoch, batch) if pause is not None else None
         self._baselines_due = fresh and settings.knn.baselines
         self._start = "random_init" if config.init_from.source is None else "init_from"
         self._max_time_percent, self._world = settings.max_time_percent, world
@@ -195,13 +197,13 @@ class Evaluations:
         """The evaluations that are due. Rank 0 decides for all ranks, since their clocks differ."""
         due: list[list[str]] = [[]]
         for name, every in self._every.items():
-            if step % every == 0 or step >= self._last:
+            if step % every == 0 or step >= self._last or step == self._pause:
                 self._waiting.add(name)
         if self._world.rank == 0:
             left = float("inf")
             if self._max_time_percent is not None:
                 left = self._max_time_percent / 100 * seconds - self._total_seconds
-            unlimited = step == 0 or step >= self._last
+            unlimited = step == 0 or step >= self._last or step == self._pause
             for name in self._every:
                 if name in self._waiting and (unlimited or self._last_seconds[name] <= left):
                     due[0].append(name)

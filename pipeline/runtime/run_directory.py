@@ -87,6 +87,12 @@ class RunDirectory:
             ) from None
 
     @property
+    def sweep(self) -> Path | None:
+        """Directory of the sweep that the run is a member of, if any."""
+        above = self.path.absolute().parent
+        return above if (above / "sweep.json").is_file() else None
+
+    @property
     def checkpoints(self) -> Path:
         """Directory of checkpoints."""
         return self.path / "checkpoints"

@@ -17,6 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.errors import DataError, FoveaError, LaunchError
+from pipeline.runtime.locks import lock
+from pipeline.runtime.run_directory import RunDirectory
 from pipeline.tracking import mlflow_database as database
 from pipeline.tracking.journal import read
 from pipeline.untrusted import hide_secrets, inside, open_regular, printable, read_json, shown_address
@@ -28,6 +30,7 @@ _PAUSES = (1.0, 30.0)
 _ENDS = {"finished": "FINISHED", "stopped": "KILLED", "failed": "FAILED"}
 _GONE = "RESOURCE_DOES_NOT_EXIST"
 _REFUSED = "INVALID_PARAMETER_VALUE"
+_PARENT = "mlflow.parentRunId"
 
 
 class Shipper:
@@ -46,6 +49,7 @@ class Shipper:
         once: skip points at steps that a metric already has: an attempt that repeats them records the same values.
         root: the only directory whose files are sent as artifacts, after resolving links; by default the run directory, the
             parent of ``folder``.
+        sweep: directory of the sweep that the run belongs to; its MLflow run, created if missing, becomes the parent.
     """
 
     def __init__(
@@ -59,7 +63,9 @@ class Shipper:
         joins: Path | None = None,
         once: bool = True,
         root: Path | None = None,
+        sweep: Path | None = None,
     ) -> None:
+        self._sweep = sweep
         self._folder, self._uri, self._experiment, self._name, self._log = folder, uri, experiment, name, log
         self._joins, self._once, self._root = joins, once, root or folder.parent
         self._cursor_path = folder / "cursor.json"
@@ -213,10 +219,19 @@ class Shipper:
                 )
             else:
                 number = experiment.experiment_id
-            self._cursor = _cursor(self._uri, client.create_run(number, run_name=self._name).info.run_id)
+            tags = {_PARENT: self._parent()} if self._sweep is not None else {}
+            self._cursor = _cursor(self._uri, client.create_run(number, run_name=self._name, tags=tags).info.run_id)
             self._write_cursor()
         self._client = client
         return client
+
+    def _parent(self) -> str:
+        """Returns the ID of the sweep's MLflow run on this server; the first of its members creates it."""
+        assert self._sweep is not None
+        folder = RunDirectory(self._sweep).own_folder("tracking")
+        with (folder / ".lock").open("a") as file:
+            lock(file.fileno(), file.name)
+            return Shipper(folder, uri=self._uri, experiment=self._experiment, name=self._sweep.name).connected()[1]
 
     def _joined(self) -> str:
         """Returns the ID of the MLflow run to join; empty if a new one is to be created."""

@@ -75,6 +75,7 @@ def make_plan(config: Config, order: Order, run: RunDirectory, attempt: int, ran
         max_rollbacks=config.watchdog.max_rollbacks,
         asynchronous=config.checkpoint.async_save,
         save_evaluated=config.checkpoint.keep_best,
+        pause_at=config.train.pause_at.steps(epoch, batch) if config.train.pause_at is not None else None,
     )
 
 

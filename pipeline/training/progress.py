@@ -13,6 +13,7 @@ class Plan:
 
     Attributes:
         steps: the step at which the run is finished.
+        pause_at: step at which it evaluates, saves and stops, ``None`` for none.
         log_every, evaluate_every, checkpoint_every: intervals, 0 for never.
         max_nonfinite: consecutive non-finite steps that stop the run.
         seed: the run's seed.
@@ -36,6 +37,7 @@ class Plan:
     max_rollbacks: int = 0
     asynchronous: bool = False
     save_evaluated: str | None = None
+    pause_at: int | None = None
 
 
 @dataclass

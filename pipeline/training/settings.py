@@ -104,6 +104,12 @@ class TrainSettings(Settings):
         default=None, description="samples per forward pass of one rank; null means the rank's entire share of the global batch"
     )
     duration: Length = Field(default=Length(125_000, "steps"), description="length of the run, in steps, samples or epochs")
+    pause_at: Length | None = Field(
+        default=None,
+        json_schema_extra=RUNTIME,
+        description="step at which the run evaluates, saves and stops, as fovea sweep uses it; the schedules are those of the "
+        "entire duration, and without this setting the run continues",
+    )
     precision: Literal["fp32", "bf16"] = Field(
         default="bf16", description="number format of the student's forward and backward passes"
     )

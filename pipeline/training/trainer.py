@@ -160,9 +160,11 @@ class Trainer:
                 keys = [key for batch in micro_batches for key in batch.keys]
                 bookkeeping.queued.append(QueuedStep(step_index, applied, keys, terms, dict(self.method.metrics), line))
                 log = _due(progress.step, self.plan.log_every, self.plan.steps)
-                evaluate = self.evaluate is not None and _due(progress.step, self.plan.evaluate_every, self.plan.steps)
+                pause = progress.step == self.plan.pause_at
+                due = pause or _due(progress.step, self.plan.evaluate_every, self.plan.steps)
+                evaluate = self.evaluate is not None and due
                 save = _due(progress.step, self.plan.checkpoint_every, self.plan.steps)
-                at_once = applied.on_device is None or log or evaluate or save or progress.step == self.plan.steps
+                at_once = applied.on_device is None or log or evaluate or save or pause or progress.step == self.plan.steps
                 if self._settle(bookkeeping, keep=0 if at_once else 1):
                     saved_at = progress.step
                     continue
@@ -173,6 +175,8 @@ class Trainer:
                 # One all-reduce per step carries stop requests, save requests and the state of a save in progress: its cost is
                 # its latency, and all ranks decide on the same values.
                 stop = self.requests.agreed(self.world.control, self.checkpoints.state)
+                if pause and progress.step < self.plan.steps:
+                    stop = stop or Stop.USER_REQUEST
                 self._report_outcome(self.checkpoints.poll(self.requests.saving))
                 evaluated = progress.scores_step == progress.step and self.plan.save_evaluated in progress.evaluated_metrics
                 if stop or evaluated or self.requests.save or save:

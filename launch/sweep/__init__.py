@@ -1,0 +1,1 @@
+"""Many runs of one config with different settings, as one directory."""
