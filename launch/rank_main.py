@@ -220,7 +220,12 @@ def _train(
                 remember(target.uri)
             tracked = f" · MLflow at {target}" if target.origin else ""
             shipper = Shipper(
-                run.tracking, uri=target.uri, experiment=target.experiment, name=config.run.name, log=show.log, sweep=run.sweep
+                run.tracking,
+                uri=target.uri,
+                experiment=target.experiment,
+                name=config.run.name,
+                log=show.log,
+                sweep=run.sweep if target.origin else None,
             )
             shipper.start()
     inputs = agreed_inputs(config, world, inputs)

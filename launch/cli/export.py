@@ -77,4 +77,10 @@ def _shipper(run_folder: Path) -> Shipper:
         )
     config = run.settings()
     target = destination_of(config.tracking, run.path)
-    return Shipper(run.tracking, uri=target.uri, experiment=target.experiment, name=config.run.name, sweep=run.sweep)
+    return Shipper(
+        run.tracking,
+        uri=target.uri,
+        experiment=target.experiment,
+        name=config.run.name,
+        sweep=run.sweep if target.origin else None,
+    )

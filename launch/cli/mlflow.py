@@ -79,7 +79,7 @@ def _sync(run: RunDirectory, uri: str | None) -> Exception | None:
         name=config.run.name,
         log=_print,
         root=run.path,
-        sweep=run.sweep,
+        sweep=run.sweep if uri or destination.origin else None,
     )
     own.start()
     done = own.close(seconds=300.0)

@@ -288,7 +288,7 @@ def resume(
     profile = profiles.load(cluster, own) if cluster else profiles.again(facts.get("profile"), own)
     if forgive_nodes:
         print(f"forgiven: {', '.join(record.forgive_nodes(run_directory)) or 'no node was excluded'}")
-    _print_submitted(hand_over(load(str(run_directory.path / "config.yaml"), rest), profile))
+    _print_submitted(hand_over(load(str(run_directory.path / "config.yaml"), rest), profile, named=bool(cluster)))
 
 
 def requeue(

@@ -56,6 +56,9 @@ def run(
         bool,
         typer.Option("--drop-failed", help="With --halving: members that fail do not continue; by default the sweep stops then."),
     ] = False,
+    index: Annotated[
+        bool, typer.Option("--index/--no-index", help="On a cluster: index the shards now, or when the jobs start.")
+    ] = True,
     wait: Annotated[bool, typer.Option("--wait", help="On a cluster: wait for the end; needed for --halving.")] = False,
 ) -> None:
     """Train a config once for each combination of settings. The same command continues after an interruption, also kill -9.
@@ -81,7 +84,9 @@ def run(
     """
     from launch.cli.sweep_run import Order, train
 
-    order = Order(config, tuple(settings or ()), name, list_, directory, cluster, max_jobs, halving, eta, drop_failed, wait)
+    order = Order(
+        config, tuple(settings or ()), name, list_, directory, cluster, max_jobs, halving, eta, drop_failed, index, wait
+    )
     raise typer.Exit(train(order))
 
 

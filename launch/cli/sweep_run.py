@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from launch import members
+from launch.cli import sweep_mlflow
 from launch.sweep import grid, halving
 from launch.sweep.state import STOP, Halving, Record, Sweep, create, swept
 from pipeline.config.load import Loaded, fingerprint, flatten, load
@@ -26,6 +27,7 @@ from pipeline.untrusted import printable
 if TYPE_CHECKING:
     from launch.slurm.profile import ClusterProfile
     from launch.slurm.status import Status
+    from pipeline.tracking.settings import TrackingSettings
 
 _NAME = re.compile(r"[A-Za-z0-9][\w.+-]*")
 _POLL = 5.0  # seconds between two looks at the queue
@@ -45,6 +47,7 @@ class Order:
     halving: str
     eta: int
     drop_failed: bool
+    index: bool
     wait: bool
 
 
@@ -80,12 +83,13 @@ def train(order: Order) -> int:
         )
         sweep = create(path, record)
         (path / STOP).unlink(missing_ok=True)
-        driver = _Cluster(sweep, profile, order) if profile is not None else _Local(sweep, loaded)
+        tracking = loaded[0].config.tracking
+        driver = _Cluster(sweep, profile, order) if profile is not None else _Local(sweep, tracking)
         code = _rounds(sweep, driver, drop_failed=order.drop_failed)
         if code is None:
             return 0
         print("\n".join(map(printable, ranking(sweep))))
-        driver.close(finished=not code)
+        sweep_mlflow.close(sweep, finished=not code)
     return code
 
 
@@ -241,8 +245,9 @@ class _Local:
 
     leaves = False
 
-    def __init__(self, sweep: Sweep, loaded: Sequence[Loaded]) -> None:
-        self._sweep, self._tracking = sweep, loaded[0].config.tracking
+    def __init__(self, sweep: Sweep, tracking: TrackingSettings) -> None:
+        self._sweep = sweep
+        self._database = sweep_mlflow.shared_database(sweep, tracking)
 
     def train(self, left: Sequence[int], pauses: dict[int, int]) -> bool:
         """Train members to their end or pause; a failed one does not end the others; returns whether none was stopped."""
@@ -264,33 +269,7 @@ class _Local:
         own = self._sweep.own(number)
         if number in pauses:
             own.append(f"train.pause_at={pauses[number]} steps")
-        if self._tracking.enabled and (uri := self._shared_database()):
-            own.append(f"tracking.uri={uri}")
-        return own
-
-    def _shared_database(self) -> str:
-        """One database for all members, where neither the settings nor the environment name a server."""
-        from pipeline.tracking import destination_of
-        from pipeline.tracking.mlflow_database import OWN, uri_of
-
-        if destination_of(self._tracking, self._sweep.path, trained=True).origin:
-            return ""
-        return uri_of(self._sweep.path / OWN)
-
-    def close(self, *, finished: bool) -> None:
-        """Record the end in the MLflow run of the sweep."""
-        if not self._tracking.enabled:
-            return
-        from pipeline.tracking import Journal, Shipper, destination_of
-
-        target = destination_of(self._tracking, self._sweep.path, trained=True)
-        folder = self._sweep.path / "tracking"
-        journal = Journal(folder / "journal-0000.jsonl")
-        journal.tags({"fovea.sweep": self._sweep.path.name, "fovea.state": "finished" if finished else "stopped"})
-        journal.close()
-        shipper = Shipper(folder, uri=target.uri, experiment=target.experiment, name=self._sweep.path.name)
-        shipper.start()
-        shipper.close()
+        return [*own, *([f"tracking.uri={self._database}"] if self._database else [])]
 
 
 class _Cluster:
@@ -315,7 +294,7 @@ class _Cluster:
             pause = [f"train.pause_at={pauses[number]} steps"] if number in pauses else []
             loaded = load(sweep.record.config, [*sweep.record.members[number], *sweep.own(number), *pause])
             try:
-                done = submit(loaded, self._in_chain(number))
+                done = submit(loaded, self._in_chain(number), index=self._order.index)
             except AlreadySubmitted:
                 present += 1
                 continue
@@ -333,9 +312,6 @@ class _Cluster:
         if self._order.wait:
             self._wait(left)
         return not sweep.stopped
-
-    def close(self, *, finished: bool) -> None:
-        """Nothing: the members' jobs keep the records."""
 
     def _in_chain(self, number: int) -> ClusterProfile:
         if self._order.max_jobs is None:

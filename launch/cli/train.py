@@ -7,15 +7,16 @@ import sys
 from collections.abc import Iterator
 from typing import Any
 
-from launch import local
+from launch import local, notifications
 from launch.rank_environment import RankEnvironment, ranks_to_start
 from launch.resume import check_identity, choose_checkpoint
 from launch.streams import outlive_terminal
-from pipeline.config.load import Loaded, show
+from pipeline.config.load import Loaded, show, stored_run
 from pipeline.config.validate import check_ranks
 from pipeline.data.inputs import prepare
 from pipeline.errors import ConfigError, LaunchError
 from pipeline.masking import shown
+from pipeline.runtime import job_record as record
 from pipeline.runtime.interpreter import module_command
 from pipeline.runtime.locks import lock
 from pipeline.runtime.run_directory import RunDirectory
@@ -89,4 +90,20 @@ def run(loaded: Loaded) -> int:
         )
         code = local.start(argv, ranks, log_directory=directory.logs(attempt), threads=config.train.threads)
         directory.note("end", attempt=attempt, code=code)
+    _notify(loaded, directory, attempt, code)
     return code
+
+
+def _notify(loaded: Loaded, run: RunDirectory, attempt: int, code: int) -> None:
+    """Notify the user of the end, as the section notify says; a stop by request or signal is none."""
+    if not (settings := notifications.choose((loaded.config.notify, stored_run(loaded.source) is None))):
+        return
+    outcome, failure = record.outcome(run, attempt) or {}, record.failure(run, attempt) or {}
+    if code:
+        event = "hang" if failure.get("cause") == "hang" else "failed"
+        why = str(failure.get("what") or f"the ranks ended with code {code}")
+    elif outcome.get("stop") == "FINISHED":
+        event, why = "finished", f"all {outcome.get('steps')} steps are done"
+    else:
+        return
+    notifications.notify(settings, event, run.path, *notifications.about(run, event, why))

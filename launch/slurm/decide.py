@@ -87,12 +87,14 @@ class Decision:
             rendezvous, disk, refused or nonfinite; supervisor for an attempt whose supervisor could not record its end.
         why: explanation for the user.
         exclude: nodes to avoid from now on, with the reasons.
+        spent: whether the run gives up since a budget is used up.
     """
 
     action: str
     cause: str
     why: str
     exclude: Mapping[str, str] = field(default_factory=dict)
+    spent: bool = False
 
 
 def classify(end: AttemptResult) -> tuple[str, str]:
@@ -161,7 +163,7 @@ def decide(end: AttemptResult, history: Sequence[Mapping[str, Any]], budgets: Bu
         return Decision("fail", cause, f"twice in a row, from the same checkpoint: {why}")
     rows = [*history, {"before": end.before, "after": end.after, "cause": cause, "why": why}]
     if gives_up := spent(rows, budgets):
-        return Decision("fail", cause, gives_up, exclude)
+        return Decision("fail", cause, gives_up, exclude, spent=True)
     return Decision("requeue", cause, why, exclude)
 
 

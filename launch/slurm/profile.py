@@ -14,6 +14,7 @@ from pipeline.config.layers import Branch, Problem, grown, merge, origin_of, ove
 from pipeline.config.load import InvalidConfig, display, roots
 from pipeline.config.types import Count, NonNegative, Positive, Settings, Texts
 from pipeline.errors import ConfigError
+from pipeline.runtime.notify_settings import NotifySettings
 from pipeline.untrusted import printable
 
 _TIME = re.compile(r"(?:(\d{1,9})-)?(\d{1,9})(?::(\d{1,9}))?(?::(\d{1,9}))?", re.ASCII)
@@ -106,6 +107,9 @@ class ClusterProfile(Settings):
     )
     budgets: BudgetSettings = Field(default=BudgetSettings(), description="how many attempts each cause may end")
     preflight: PreflightSettings = Field(default=PreflightSettings(), description="checks before the ranks start")
+    notify: NotifySettings = Field(
+        default=NotifySettings(), description="notifications about runs; a run's own section notify takes precedence"
+    )
     gpu_memory_gb: Positive = Field(default=80.0, description="memory per GPU, GB")
     gpu_tflops: Positive | None = Field(default=None, description="bf16 TFLOP/s per GPU, used in estimates")
     gpu_hour_price: NonNegative | None = Field(default=None, description="price of a GPU hour, in your currency")

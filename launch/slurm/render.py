@@ -14,6 +14,7 @@ from typing import Any
 
 import jinja2
 
+from launch.notifications import VARIABLE
 from launch.slurm.profile import ClusterProfile
 from pipeline.config.load import fingerprint
 from pipeline.config.schema import Config
@@ -61,7 +62,7 @@ def script(config: Config, profile: ClusterProfile, run: Path, *, command: str, 
         command=printable(" ".join(command.split())),
         fingerprint=fingerprint(config)[:12],
         code_state=code_state,
-        passed_on=",".join(passed_on(profile)) or "NONE",
+        passed_on=",".join(passed_on(config, profile)) or "NONE",
     )
 
 
@@ -72,14 +73,17 @@ def sbatch_word(text: str) -> str:
     return '"' + re.sub(r'(["\\#])', r"\\\1", text) + '"'
 
 
-def passed_on(profile: ClusterProfile) -> list[str]:
+def passed_on(config: Config, profile: ClusterProfile) -> list[str]:
     """Names of this process's environment variables that the job inherits."""
-    return sorted(name for name in os.environ if any(fnmatch.fnmatchcase(name, pattern) for pattern in profile.export_env))
+    required = (VARIABLE, *config.notify.variables, *profile.notify.variables)
+    patterns = (*profile.export_env, *required)
+    return sorted(name for name in os.environ if any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns))
 
 
-def facts(config: Config, profile: ClusterProfile, run: Path) -> dict[str, Any]:
-    """Facts for the supervisor as JSON values, first of all the command of the ranks."""
+def facts(config: Config, profile: ClusterProfile, run: Path, notify: dict[str, Any] | None = None) -> dict[str, Any]:
+    """Facts for the supervisor as JSON values, first of all the command of the ranks; ``notify`` as it may be used."""
     return {
+        "notify": notify or {},
         "ranks": profile.world,
         "nodes": profile.nodes,
         "gpus_per_node": profile.gpus_per_node,

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import shutil
 import sys
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+from launch import notifications
 from launch.resume import check_identity
 from launch.slurm import excluded_nodes, limits, render
 from launch.slurm import slurm_commands as tools
 from launch.slurm.profile import ClusterProfile
-from pipeline.config.load import Loaded, show
+from pipeline.config.load import Loaded, show, stored_run
 from pipeline.config.paths import absolute
 from pipeline.config.schema import Config
 from pipeline.config.types import path_values
@@ -22,6 +25,7 @@ from pipeline.config.validate import check_ranks
 from pipeline.errors import ConfigError, LaunchError
 from pipeline.masking import shown
 from pipeline.runtime import job_record as record
+from pipeline.runtime.known import digest
 from pipeline.runtime.locks import lock
 from pipeline.runtime.run_directory import RunDirectory
 from pipeline.tracking.mlflow_servers import remember
@@ -55,6 +59,7 @@ def submit(
     check: bool = False,
     index: bool = True,
     command: str | None = None,
+    named: bool = True,
 ) -> Submitted:
     """Write the run directory and submit the job.
 
@@ -65,6 +70,7 @@ def submit(
         check: return Slurm's estimate of the start; for a dry run, ask Slurm at all.
         index: index the shards now, so that problems are found before the job starts.
         command: the command line as typed.
+        named: whether the user named the profile, which otherwise is the one stored in the run.
 
     Raises:
         ConfigError, DataError, LaunchError: any problem that can be detected before the job runs.
@@ -84,6 +90,10 @@ def submit(
         from pipeline.data.inputs import prepare
 
         prepare(config, profile.world)
+    notify = notifications.choose((config.notify, stored_run(loaded.source) is None), (profile.notify, named))
+    os.environ.pop(notifications.VARIABLE, None)
+    if notify:  # the job inherits it; the run directory, which might be another user's, does not hold it
+        os.environ[notifications.VARIABLE] = digest(notifications.canonical(notify))
     typed = shown(command or " ".join(["fovea", *sys.argv[1:]]))  # masked, since others can read these files
     script = record.script(run)
     if dry:
@@ -101,7 +111,7 @@ def submit(
     estimate = _test(text, options) if check else ""
     is_new = not run.config.exists()
     try:
-        job = _submit(loaded, profile, run, text, typed, options)
+        job = _submit(loaded, render.facts(config, profile, run.path, notify), run, text, typed, options)
     except OSError as error:
         reason = error.strerror or "some files could not be copied; is the disk full?"
         raise LaunchError(
@@ -119,7 +129,7 @@ def submit(
     return Submitted(job, folder, text, ["sbatch", "--parsable", *options, str(script)], estimate)
 
 
-def _submit(loaded: Loaded, profile: ClusterProfile, run: RunDirectory, text: str, typed: str, options: list[str]) -> int:
+def _submit(loaded: Loaded, facts: dict[str, Any], run: RunDirectory, text: str, typed: str, options: list[str]) -> int:
     """Write everything, then submit: if the directory cannot be written, no job is submitted; returns the job's number."""
     config, script = loaded.config, record.script(run)
     _made(script).parent.mkdir(parents=True, exist_ok=True)
@@ -139,7 +149,6 @@ def _submit(loaded: Loaded, profile: ClusterProfile, run: RunDirectory, text: st
         if config.tracking.uri:
             remember(config.tracking.uri)
         record.clear(run)
-        facts = render.facts(config, profile, run.path)
         run.write("submit/job.json", facts)
         job = tools.submit(script, *options)
         earlier = [other for other in living(run) if other.id < job]

@@ -17,6 +17,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from launch import notifications
 from launch.slurm import excluded_nodes, job_end, node_checks, successor, takeover
 from launch.slurm import slurm_commands as tools
 from launch.slurm.decide import AttemptResult, Budgets, Decision, decide, spent
@@ -69,8 +70,14 @@ class Supervisor:
         if before is not None:
             return self._finish(Decision("stop", "cancelled", f"job {before} was cancelled (scancel)"))
         if cut_off and (gives_up := spent(record.endings(self.run), Budgets(**self.facts["budgets"]))):
-            return self._finish(Decision("fail", "", gives_up))
-        return self._act(self._attempt())
+            decision = Decision("fail", str(record.endings(self.run)[-1].get("cause")), gives_up, spent=True)
+            code = self._finish(decision)
+        else:
+            decision = self._attempt()
+            code = self._act(decision)
+        if not self._replaced:
+            self._notify(decision)  # last: nothing waits for it
+        return code
 
     # ---- one attempt ------------------------------------------------------------------------------------------------------
 
@@ -245,6 +252,23 @@ class Supervisor:
             return False
         self._log(f"job {waiting[0].id} continues instead of this job, which Slurm would keep waiting for two minutes")
         return True
+
+    def _notify(self, decision: Decision) -> None:
+        """Notify the user of a decision, if the job was submitted with the settings of the run directory."""
+        event = {"finish": "finished", "fail": "budget" if decision.spent else "failed"}.get(decision.action, "")
+        if decision.action == "requeue":
+            event = "excluded" if decision.exclude else "hang" if decision.cause == "hang" else ""
+        settings = self.facts.get("notify") or {}
+        if not event or not settings:
+            return
+        if not notifications.in_job(settings, self.env):
+            self._log("nothing is notified: the settings of notify are not those with which this job was submitted")
+            return
+        try:
+            subject, lines = notifications.about(self.run, event, decision.why, decision.cause)
+            notifications.notify(settings, event, self.run.path, subject, lines)
+        except Exception as error:  # never the run's concern
+            self._log(f"warning: nothing is notified ({type(error).__name__})")
 
     def _requeue(self) -> int:
         """Put this job back into the queue, where it may start two minutes later."""

@@ -96,7 +96,7 @@ class Loaded:
         if file_position is None:
             return ""
         file = Path(file_position[1]).resolve()
-        kept = file == self.source.resolve() and _run_of(file) is not None
+        kept = file == self.source.resolve() and stored_run(file) is not None
         return origin if kept or any(file.is_relative_to(root.resolve()) for root in roots()) else ""
 
 
@@ -148,7 +148,7 @@ def resolve(name: str | Path) -> Path:
     )
 
 
-def _run_of(file: Path) -> Path | None:
+def stored_run(file: Path) -> Path | None:
     """Returns the run whose stored settings a file holds; ``None`` for configs that users write."""
     return file.parent if file.name == "config.yaml" and (file.parent / "config.json").is_file() else None
 
@@ -169,7 +169,7 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Loaded:
     file = resolve(path)
     problems: list[Problem] = []
     tree = read(file, problems, ())
-    if (found_in := _run_of(file)) is not None:
+    if (found_in := stored_run(file)) is not None:
         if is_old(tree.children):
             tree = grown(upgrade(unwrap(tree)), display(file))
         merge(tree, Branch({"run": Branch({"directory": Leaf(os.path.abspath(found_in), display(file))}, display(file))}, ""))

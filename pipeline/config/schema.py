@@ -25,6 +25,7 @@ from pipeline.evaluation.settings import EvaluationSettings
 from pipeline.methods.dinov2.settings import Dinov2Settings
 from pipeline.methods.settings import REGISTERED, MethodSettings
 from pipeline.models.settings import ModelSettings
+from pipeline.runtime.notify_settings import NotifySettings
 from pipeline.runtime.settings import LaunchSettings, RunSettings, WatchdogSettings
 from pipeline.tracking.settings import TrackingSettings
 from pipeline.training.settings import OptimSettings, ScheduleSettings, TrainSettings
@@ -86,6 +87,9 @@ class Config(Settings):
         default=WatchdogSettings(),
         json_schema_extra=RUNTIME,
         description="hang detection and rollback",
+    )
+    notify: NotifySettings = Field(
+        default=NotifySettings(), json_schema_extra=RUNTIME, description="notifications about the end of the run"
     )
 
     @classmethod

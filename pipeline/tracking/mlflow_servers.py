@@ -8,20 +8,19 @@ its address in a file of the user), or if it is an SQLite file inside the run di
 
 from __future__ import annotations
 
-import contextlib
-import hashlib
 import os
 from dataclasses import replace
 from pathlib import Path
 
 from pipeline.errors import ConfigError
+from pipeline.runtime import known
 from pipeline.tracking.destination import Destination, destination
 from pipeline.tracking.mlflow_database import OWN, uri_of
 from pipeline.tracking.settings import TrackingSettings
-from pipeline.untrusted import NO_PASSWORD, has_password, inside, printable, read_bytes, shown_address
+from pipeline.untrusted import NO_PASSWORD, has_password, inside, printable, shown_address
 
 _SQLITE = "sqlite:///"
-_MOST = 1 << 20  # maximum size of the list, bytes
+_KNOWN = "mlflow-servers"
 
 
 def own_database(run: Path) -> str:
@@ -88,15 +87,7 @@ def shown_server(uri: str) -> str:
 
 def remember(uri: str) -> None:
     """Records a server that this user trains with, for :func:`server_of`. A directory that is not writable is no error."""
-    line = _digest(uri)
-    with contextlib.suppress(OSError, ConfigError):
-        path = _list()
-        if line in _lines(path):
-            return
-        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
-        with open(descriptor, "w") as file:
-            file.write(f"{line}\n")
+    known.remember(_KNOWN, _name(uri))
 
 
 def _own(run: Path, uri: str) -> bool:
@@ -115,28 +106,8 @@ def _own(run: Path, uri: str) -> bool:
 
 def _known(uri: str) -> bool:
     here = os.environ.get("MLFLOW_TRACKING_URI")
-    if here and _digest(here) == _digest(uri):
-        return True
-    try:
-        return _digest(uri) in _lines(_list())
-    except (OSError, ConfigError):
-        return False
+    return bool(here and _name(here) == _name(uri)) or known.is_known(_KNOWN, _name(uri))
 
 
-def _list() -> Path:
-    state = os.environ.get("XDG_STATE_HOME") or "~/.local/state"
-    try:
-        return Path(state).expanduser() / "fovea" / "mlflow-servers"
-    except RuntimeError as error:  # no home directory
-        raise ConfigError("the home directory does not exist", where=state, hint="Set HOME or XDG_STATE_HOME") from error
-
-
-def _lines(path: Path) -> set[str]:
-    try:
-        return set(read_bytes(path, limit=_MOST, error=ConfigError).decode("ascii", "replace").split())
-    except FileNotFoundError:
-        return set()
-
-
-def _digest(uri: str) -> str:
-    return hashlib.blake2b(uri.rstrip("/").encode("utf-8", "surrogatepass"), digest_size=16).hexdigest()
+def _name(uri: str) -> str:
+    return uri.rstrip("/")

@@ -2,7 +2,8 @@
 
 ``python rank.py RUN PLAN``; the plan is a JSON object: ``steps``, ``seconds`` a step, ``every`` so many steps a checkpoint, and
 what an attempt does at a step: ``{"0": [5, "crash"]}``, with crash, kill, refuse, freeze, quiet (rank 1 ends early with 0), meet
-(the ranks do not meet the first time), fill (fills the disk of the run and fails at the next file) or nonfinite.
+(the ranks do not meet the first time), fill (fills the disk of the run and fails at the next file) or nonfinite. With ``scores``,
+by the name of the run directory, the run pauses at its ``train.pause_at`` and has its score of knn/k10 there.
 """
 
 from __future__ import annotations
@@ -74,6 +75,8 @@ if rank == 0:
 if act == "meet" and not (logs / "failure-meeting.json").exists():  # which the attendant makes before the second start
     fail("RendezvousError", "the address is in use")
 stop = ""
+scores = plan.get("scores", {})
+pause = json.loads((run / "config.json").read_text())["train"]["pause_at"] if scores else None
 while step < plan["steps"]:
     if step == at:
         if act == "crash":
@@ -105,6 +108,12 @@ while step < plan["steps"]:
         os._exit(1)  # another rank has failed, and Slurm ends the rest
     elif told:
         stop = "SIGTERM"
+    if pause == f"{step} steps":
+        stop = "USER_REQUEST"
+        if rank == 0:
+            row = {"t": time.time(), "kind": "metrics", "step": step, "values": {"knn/k10": scores[run.name]}}
+            (run / "tracking").mkdir(exist_ok=True)
+            (run / "tracking" / f"journal-{attempt:04d}.jsonl").write_text(json.dumps(row) + "\n")
     if stop:
         save(step)
         break

@@ -44,7 +44,7 @@ def rendered(toy: Path, profile: ClusterProfile) -> str:
 
 
 def test_the_batch_script_is_the_one_that_was_looked_at(toy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(render, "passed_on", lambda _: ["AWS_PROFILE"])
+    monkeypatch.setattr(render, "passed_on", lambda *_: ["AWS_PROFILE"])
     monkeypatch.setattr(render, "fingerprint", lambda _: "70c900412753")
     profile = ClusterProfile(
         nodes=2, account="vision", partition="gpu", setup=("module load cuda",), environment={"NCCL_SOCKET_IFNAME": "^docker,lo"}
