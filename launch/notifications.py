@@ -30,7 +30,8 @@ from typing import Any
 
 from pipeline.masking import printable, shown
 from pipeline.runtime import job_record as record
-from pipeline.runtime.known import digest, is_known, remember
+from pipeline.runtime import known
+from pipeline.runtime.known import digest
 from pipeline.runtime.run_directory import RunDirectory
 from pipeline.untrusted import read_bytes
 
@@ -62,8 +63,8 @@ def accepted(settings: Mapping[str, Any], *, named: bool) -> bool:
         named: whether they come from a file or a command line of the user, not from a run directory.
     """
     if named:
-        remember(_KIND, canonical(settings))
-    return named or is_known(_KIND, canonical(settings))
+        known.add(_KIND, canonical(settings))
+    return named or known.is_known(_KIND, canonical(settings))
 
 
 def choose(*candidates: tuple[Any, bool]) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from launch.cli.choices import RunOrder
+from launch.cli.choices import RunOrder, local_only
 from launch.terminal import Terminal
 from pipeline.errors import ConfigError, LaunchError
 from pipeline.untrusted import open_regular, printable, shown
@@ -336,10 +336,32 @@ def cancel(run: RunArgument) -> None:
 
 
 def doctor(
-    cluster: Annotated[str, typer.Option("--cluster", "-c", help="Cluster profile to check against this cluster.")] = "",
+    cluster: Annotated[
+        str, typer.Option("--cluster", "-c", help="Cluster profile, every field of which is compared with what Slurm says.")
+    ] = "",
+    write: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Write a cluster profile from what Slurm says, to a new file.", callback=local_only),
+    ] = None,
+    partition: Annotated[str, typer.Option(metavar="NAME", help="Partition of --write; Slurm's default by default.")] = "",
 ) -> None:
-    """Check what this host and its Slurm support, and suggest settings for a cluster profile."""
+    """Check what this host and its Slurm support, compare a cluster profile with it, or write one.
+
+    [b]Examples[/b]
+
+    fovea doctor
+
+    fovea doctor --write site.yaml
+
+    fovea doctor -c site.yaml
+    """
     from launch.slurm.doctor import examine
+
+    if write is not None:
+        from launch.slurm import site, write_profile
+
+        print(write_profile.write(site.ask(), write, partition or None))
+        return
 
     console = Terminal(highlight=False, soft_wrap=True)
     problems = 0

@@ -9,13 +9,12 @@ import subprocess
 import sys
 from collections.abc import Iterator
 
-from launch.slurm import limits
+from launch.slurm import limits, site
 from launch.slurm import slurm_commands as tools
+from launch.slurm.compare_profile import Finding, compare
 from launch.slurm.profile import ClusterProfile, load
 from pipeline.errors import LaunchError
 from pipeline.runtime.gpus import shown, visible
-
-Finding = tuple[str, str, str]  # ok, note or bad; what; advice
 
 
 def examine(cluster: str | None) -> Iterator[Finding]:
@@ -44,9 +43,6 @@ def examine(cluster: str | None) -> Iterator[Finding]:
     yield from _slurm(settings)
     if cluster is not None:
         profile = load(cluster)
-        mode = settings.get("PreemptMode", "OFF")
-        if "CANCEL" in mode and profile.requeue_mode == "requeue":
-            yield "bad", f"preempted jobs are cancelled here (PreemptMode={mode})", "set requeue_mode: successor in the profile"
         grace = _seconds(settings.get("KillWait", "30"))
         if grace < 30:
             yield (
@@ -54,6 +50,10 @@ def examine(cluster: str | None) -> Iterator[Finding]:
                 f"jobs have {grace:.0f} s to end after SIGTERM (KillWait)",
                 "steps that are not saved by then are repeated",
             )
+        try:
+            yield from compare(profile, site.ask())
+        except LaunchError as error:
+            yield "bad", error.what, error.hint
         yield from _limits(profile)
         if profile.container and not _pyxis():
             yield (
@@ -67,8 +67,7 @@ def _limits(profile: ClusterProfile) -> Iterator[Finding]:
     """Whether the profile's job could run in its partition."""
     try:
         available = limits.partition(profile.partition)
-    except LaunchError as error:
-        yield "bad", error.what, error.hint
+    except LaunchError:
         return
     if available is None:
         return

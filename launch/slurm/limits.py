@@ -11,7 +11,7 @@ from launch.slurm.profile import ClusterProfile, seconds
 from pipeline.errors import LaunchError
 from pipeline.runtime.clock import clock
 
-_GPUS = re.compile(r"(?:^|,)gpu(?::[^:,()]+)?:(\d+)")
+_GPUS = re.compile(r"(?:^|,)gpu(?::([^:,()]+))?:(\d+)")
 _UNITS = {"K": 1 / 1024, "M": 1, "G": 1024, "T": 1024**2}
 
 
@@ -97,7 +97,7 @@ def never_runs(profile: ClusterProfile, available: Partition) -> list[str]:
     required = {
         "cpus": (profile.tasks_per_node * profile.cpus_per_rank, "CPUs"),
         "gpus": (profile.gpus_per_node, "GPUs"),
-        "memory": (_megabytes(profile.memory), "MB of memory"),
+        "memory": (megabytes(profile.memory), "MB of memory"),
     }
     for name, (number, what) in required.items():
         enough = sum(getattr(node, name) >= number for node in available.nodes)
@@ -115,7 +115,17 @@ def _limit(facts: Mapping[str, str]) -> int | None:
 
 def _node(line: str) -> Node:
     cpus, memory, gres = [*line.split("|"), "", "", ""][:3]
-    return Node(_number(cpus), _number(memory), sum(int(number) for number in _GPUS.findall(gres)))
+    return Node(_number(cpus), _number(memory), gpus_of(gres))
+
+
+def gpus_of(gres: str) -> int:
+    """Number of GPUs in a list of generic resources, such as ``gpu:a100:8(S:0-1)``."""
+    return sum(int(number) for _, number in _GPUS.findall(gres))
+
+
+def gpu_types_of(gres: str) -> list[str]:
+    """Types of the GPUs in a list of generic resources."""
+    return sorted({kind for kind, _ in _GPUS.findall(gres) if kind})
 
 
 def _number(text: str) -> int:
@@ -124,6 +134,7 @@ def _number(text: str) -> int:
     return int(least) if least.isdecimal() else 0
 
 
-def _megabytes(text: str) -> int:
+def megabytes(text: str) -> int:
+    """Memory in the format of sbatch, in MB; 0 for all of a node's."""
     match = re.fullmatch(r"(\d+)([KMGT]?)B?", text.upper())
     return round(int(match[1]) * _UNITS[match[2] or "M"]) if match else 0

@@ -16,7 +16,7 @@ from pipeline.untrusted import read_bytes
 _MOST = 1 << 20  # maximum size of a list, bytes
 
 
-def remember(kind: str, text: str) -> None:
+def add(kind: str, text: str) -> None:
     """Records what this user has named. A directory that is not writable is no error.
 
     Args:

@@ -87,7 +87,7 @@ def shown_server(uri: str) -> str:
 
 def remember(uri: str) -> None:
     """Records a server that this user trains with, for :func:`server_of`. A directory that is not writable is no error."""
-    known.remember(_KNOWN, _name(uri))
+    known.add(_KNOWN, _name(uri))
 
 
 def _own(run: Path, uri: str) -> bool:

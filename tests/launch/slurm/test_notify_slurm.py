@@ -14,7 +14,7 @@ from launch.slurm.submit import submit
 from pipeline.config.load import load
 from pipeline.runtime import job_record as record
 from pipeline.runtime.run_directory import RunDirectory
-from tests.helpers.cluster_runs import Start, causes, reach, starter, until, verdict
+from tests.helpers.cluster_runs import Start, causes, queue, reach, starter, until, verdict
 from tests.helpers.slurm import NEEDS_SLURM, Cluster, cluster
 
 pytestmark = NEEDS_SLURM
@@ -60,8 +60,8 @@ def test_a_failure_and_a_spent_budget_name_the_reason(start: Start, tmp_path: Pa
     until(lambda: sent(run) == [("failed", "sent")], "not notified")
     assert "no such shard" in (tmp_path / "mail").read_text()
     slow = {"command": ["sleep", "1000"], "timeout": 0.5}
-    run, _ = start({"0": [2, "kill"]}, folder="b", budgets={"no_progress": 1}, notify=slow)
-    assert "left no newer checkpoint" in verdict(run)["why"]
+    run, _ = start({"0": [2, "crash"], "1": [3, "crash"]}, folder="b", budgets={"crash": 1}, notify=slow)
+    assert "2 attempts ended by crash, 1 are allowed" in verdict(run)["why"]
     until(lambda: sent(run), "not recorded")
     assert sent(run)[0][0] == "budget" and sent(run)[0][1] != "sent"
 
@@ -80,6 +80,7 @@ def test_a_command_written_into_the_run_directory_later_is_never_run(start: Star
 
     until(lambda: "not those with which this job was submitted" in log(), "the supervisor decided nothing")
     assert not sent(run) and not (tmp_path / "evil").exists()
+    until(lambda: not queue(run), "a job is left")
     record.clear(run)
     submit(load(run.path / "config.yaml", []), profiles.again(record.job(run)["profile"]), named=False, index=False)
     assert record.job(run)["notify"] == {}, "nor is it by a job that `fovea resume` submits"
