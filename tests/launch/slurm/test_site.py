@@ -71,7 +71,7 @@ def test_a_profile_of_a_mixed_partition_is_that_of_most_of_its_nodes(tmp_path: P
     assert "fovea doctor -c" in write(LAB, file, None)
     with pytest.raises(ConfigError, match="exists already"):
         write(LAB, file, None)
-    with pytest.raises(ConfigError, match="must end with .yaml"):
+    with pytest.raises(ConfigError, match=r"must end with \.yaml"):
         write(LAB, tmp_path / "without_suffix", None)
 
 
