@@ -78,7 +78,7 @@ def choose(*candidates: tuple[Any, bool]) -> dict[str, Any]:
             continue
         values: dict[str, Any] = settings.model_dump(mode="json")
         for key in ("smtp_password_file", "webhook_file"):
-            values[key] = os.path.abspath(values[key]) if values[key] else None
+            values[key] = os.path.abspath(os.path.expanduser(values[key])) if values[key] else None
         if accepted(values, named=named):
             return values
         print(

@@ -236,9 +236,14 @@ def bill(config: Config, site: ClusterProfile, *, ranks: int, efficiency: float,
 
 def cost(
     config: Config, site: ClusterProfile, *, ranks: int, efficiency: float, samples: int | None, console: Terminal | None = None
-) -> Bill:
-    """Print :func:`bill` with its assumptions."""
-    out, b = console or Terminal(), bill(config, site, ranks=ranks, efficiency=efficiency, samples=samples)
+) -> Bill | None:
+    """Print :func:`bill` with its assumptions; ``None``, and a line that says why, if the profile has no peak."""
+    out = console or Terminal()
+    if site.gpu_tflops is None:
+        what = "its nodes have no GPUs" if not site.gpus_per_node else "it has no gpu_tflops (989 for an H100)"
+        out.print(f"Hours and cost are not estimated from this profile: {what}.", style="dim")
+        return None
+    b = bill(config, site, ranks=ranks, efficiency=efficiency, samples=samples)
     attempts = max(math.ceil(b.hours * 3600 / site.seconds), 1)
     out.print(
         f"{b.steps:,} steps of {config.train.global_batch_size:,}, {b.samples:,} samples at {b.gflop:,.1f} GFLOP: about "

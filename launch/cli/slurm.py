@@ -309,11 +309,16 @@ def requeue(
         raise LaunchError(
             "the run has no running job", where=str(run_directory.path), hint="Use `fovea resume` to submit it again"
         )
-    if now:
+    attempt = run_directory.next_attempt() - 1
+    if now and record.job(run_directory).get("after") == "requeue":
         tools.requeue(alive[0].id, sorted(record.excluded(run_directory)))
         print(f"job {alive[0].id} is back in the queue, where Slurm keeps it for two minutes")
         return
-    record.request(run_directory, f"{record.STOP}-{run_directory.next_attempt() - 1}", "requeued")
+    if now:
+        record.request(run_directory, f"{record.NOW}-{attempt}", "requeued")
+        print(f"job {alive[0].id} ends its ranks in some seconds, without saving; the job that waits for it takes over at once")
+        return
+    record.request(run_directory, f"{record.STOP}-{attempt}", "requeued")
     print(f"job {alive[0].id} saves after the step it is in, and the run goes back into the queue")
 
 

@@ -158,6 +158,10 @@ class Supervisor:
         if now - self._looked < 5:
             return ""
         self._looked = now
+        if request := record.pending_request(self.run, f"{record.NOW}-{self.attempt}"):
+            self.stop_reason = str(request.get("reason") or "requeued")
+            self._log("a user asked that the run is requeued now; the ranks are ended without saving")
+            return "kill"
         live = record.read(self.run.path / "live.json")
         if live and (live.get("job"), live.get("life")) != (self.job, self.life):
             self._replaced = True

@@ -6,6 +6,7 @@
 <run>/control/stop            user request to stop the run, to be continued by ``fovea resume``
 <run>/control/save            user request for a checkpoint
 <run>/control/stop-0003       request to stop attempt 3 (time limit, preemption); the next attempt continues
+<run>/control/now-3           user request to end attempt 3 without saving; the next attempt continues
 <run>/final_state.json        the final state of the run, once it has ended
 <run>/excluded.json           nodes that the run avoids, with reasons and until when
 <run>/live.json               the job whose supervisor attends the run
@@ -25,7 +26,7 @@ from pipeline.errors import DataError
 from pipeline.runtime.run_directory import RunDirectory
 from pipeline.untrusted import read_json
 
-STOP, SAVE = "stop", "save"
+STOP, SAVE, NOW = "stop", "save", "now"
 
 
 def read(path: Path) -> dict[str, Any]:

@@ -34,6 +34,15 @@ PLAIN = {
         "method.students.name",
         "method.text.architecture",
     ),
+    *(
+        "notify.email_to",
+        "notify.email_from",
+        "notify.smtp",
+        "notify.smtp_user",
+        "notify.smtp_password_env",
+        "notify.webhook_env",
+    ),
+    "notify.command",  # looked up on the PATH, as in a shell
     *("method.text.tokenizer", "checkpoint.keep_best", "tracking.experiment", "evaluation.segmentation.class_names"),
 }
 

@@ -76,7 +76,7 @@ def test_an_optimizer_in_host_memory_is_no_longer_counted_on_the_gpu(tmp_path: P
 
 
 def test_hours_follow_from_operations_and_the_peak() -> None:
-    from launch.cli.estimate import bill
+    from launch.cli.estimate import bill, cost
     from launch.slurm.profile import ClusterProfile
 
     config = load(
@@ -90,3 +90,7 @@ def test_hours_follow_from_operations_and_the_peak() -> None:
     assert bill(config, site, ranks=8, efficiency=0.5, samples=6400).hours == pytest.approx(one.hours / 2)
     with pytest.raises(ConfigError, match="peak"):
         bill(config, ClusterProfile(), ranks=4, efficiency=0.5, samples=6400)
+    for profile, why in ((ClusterProfile(), "no gpu_tflops"), (ClusterProfile(gpus_per_node=0), "its nodes have no GPUs")):
+        out = StringIO()
+        assert cost(config, profile, ranks=4, efficiency=0.5, samples=6400, console=Console(file=out, width=120)) is None
+        assert "Hours and cost are not estimated" in out.getvalue() and why in out.getvalue()

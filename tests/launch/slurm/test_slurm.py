@@ -207,3 +207,15 @@ def test_nodes_that_are_badly_connected_are_not_trained_on(start: Start, wanted:
     assert record.read(run.logs(0) / "links.json")["ranks"] == 2
     if state == "failed":
         assert "of 1e+06 required" in found["why"]
+
+
+def test_requeue_now_ends_the_ranks_without_saving_and_the_successor_takes_over(start: Start) -> None:
+    run, job = start(steps=100, seconds=0.1)
+    reach(run, 6)
+    until(lambda: len(queue(run)) == 2, "no successor waits")
+    assert "without saving" in fovea("requeue", str(run.path), "--now")
+    assert verdict(run)["state"] == "finished" and causes(run) == ["requeued", "finished"]
+    first, second = record.endings(run)
+    assert first["job"] == job != second["job"] and first["after"] % 4 == 0, (
+        "the newest checkpoint of the interval, none of its own"
+    )
