@@ -207,6 +207,15 @@ def test_pull_tells_what_the_bucket_cannot_prove(
     store.delete(f"{target}/web-00002.tar")
     assert fovea("shards", "pull", target, tmp_path / "out") == 1
     assert "missing in the bucket, although its shards.json names them: web-00002.tar" in capsys.readouterr().out
+    about = store.stat(f"{target}/shards.json")
+    listing = json.loads(store.read(about, 0, about.size))
+    listing["files"]["web-00001.tar"]["sha256"] = "0" * 64
+    del listing["files"]["web-00002.tar"]
+    store.put_bytes(json.dumps(listing).encode(), f"{target}/shards.json")
+    assert fovea("shards", "pull", target, tmp_path / "damaged") == 1
+    printed = capsys.readouterr().out
+    assert "3 copied" in printed and "failed: web-00001.tar: " in printed and "arrived with another checksum" in printed
+    assert not list((tmp_path / "damaged").glob("*00001.tar*"))
     store.delete(f"{target}/shards.json")
     assert fovea("shards", "pull", target, tmp_path / "two") == 0
     assert "compared by size only, since the bucket has no checksum: 1 files" in capsys.readouterr().out
@@ -376,6 +385,17 @@ def test_a_killed_packing_to_a_bucket_continues(
     assert fovea("shards", "pack", photos, tmp_path / "here", "--samples", "3") == 0
     packed(door, target, tmp_path / "there")
     assert contents(tmp_path / "there") == contents(tmp_path / "here")
+
+
+def test_a_further_shard_of_the_prefix_is_named_and_the_set_is_not_listed(
+    door: Proxy, target: str, photos: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    remote(door).put_bytes(b"another set", f"{target}/train-00007.tar")
+    assert fovea("shards", "pack", photos, target) == 2
+    assert "1 further shards of this prefix are there" in capsys.readouterr().err
+    assert {"shards.json", "train.pack.json"}.isdisjoint(objects(door, target))
+    assert fovea("shards", "pack", photos, target, "--overwrite") == 0
+    assert "train-00007.tar" not in objects(door, target)
 
 
 def test_a_lost_staging_directory_costs_time_only(
