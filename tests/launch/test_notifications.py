@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import socket
+import subprocess
 import sys
 import threading
 from collections.abc import Iterator
@@ -23,7 +24,7 @@ from pipeline.runtime.known import digest
 from pipeline.runtime.notify_settings import NotifySettings
 from pipeline.runtime.run_directory import RunDirectory
 from tests.helpers.limits import hang_limit
-from tests.helpers.runs import TOY
+from tests.helpers.runs import ROOT, TOY, environment, train
 from tests.helpers.smtp import make_certificate, smtp_sink
 
 
@@ -266,3 +267,29 @@ def test_a_damaged_record_of_what_is_known_accepts_nothing(tmp_path: Path) -> No
     assert not accepted(section(command=["true"]), named=False)
     assert accepted(section(command=["true"]), named=True)
     assert record.read(tmp_path / "state") == {}
+
+
+@pytest.mark.slow
+def test_a_local_run_notifies_its_end_and_a_strangers_stored_section_does_not(
+    config: Path, shards: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told = tmp_path / "told"
+    command = f"notify.command=['sh', '-c', 'echo \"<$FOVEA_EVENT>\" >> {told}; cat >> {told}']"
+    short = ["train.duration='6 steps'", "launch.num_processes=1"]
+    done = train(config, shards, tmp_path / "run", command, *short)
+    assert done.returncode == 0, done.stderr + done.stdout
+    assert "<finished>" in told.read_text() and "all 6 steps are done" in told.read_text()
+    assert "sh" in (tmp_path / "run" / "config.json").read_text()
+    stored = ["train", str(tmp_path / "run")]
+    again = [sys.executable, "-m", "launch.cli.main", *stored]
+
+    def repeat() -> str:
+        told.unlink()
+        done = subprocess.run(again, cwd=ROOT, env=environment(), capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        return done.stderr
+
+    repeat()
+    assert told.exists(), "the same user"
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "another user"))
+    assert "stored in the run only" in repeat() and not told.exists()
