@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -258,4 +259,6 @@ def _made(tree: Branch, problems: list[Problem], overrides: Sequence[str], shown
             where=f"{shown}: checkpoint_lead_time",
             hint="Lower checkpoint_lead_time, or raise time",
         )
-    return profile
+    named = {"smtp_password_file": profile.notify.smtp_password_file, "webhook_file": profile.notify.webhook_file}
+    files = {key: Path(os.path.abspath(os.path.expanduser(file))) for key, file in named.items() if file is not None}
+    return profile.model_copy(update={"notify": profile.notify.model_copy(update=files)})  # the job works in another directory

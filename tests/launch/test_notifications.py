@@ -17,6 +17,9 @@ import pytest
 
 from launch import notifications
 from launch.notifications import about, accepted, choose, in_job, notify
+from launch.slurm import profile as profiles
+from launch.slurm.decide import Decision
+from launch.slurm.supervisor import Supervisor
 from pipeline.config.load import load
 from pipeline.errors import ConfigError
 from pipeline.runtime import job_record as record
@@ -293,3 +296,37 @@ def test_a_local_run_notifies_its_end_and_a_strangers_stored_section_does_not(
     assert told.exists(), "the same user"
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "another user"))
     assert "stored in the run only" in repeat() and not told.exists()
+
+
+@pytest.mark.parametrize(
+    ("decision", "event"),
+    [
+        (Decision("finish", "finished", "all 8 steps are done"), "finished"),
+        (Decision("fail", "refused", "no such shard"), "failed"),
+        (Decision("fail", "crash", "4 attempts ended by crash", spent=True), "budget"),
+        (Decision("requeue", "hang", "no rank sent a heartbeat"), "hang"),
+        (Decision("requeue", "node", "n2: its disk is full", {"n2": "its disk is full"}), "excluded"),
+        (Decision("requeue", "time limit", "saved at step 4"), ""),
+        (Decision("requeue", "crash", "broken"), ""),
+        (Decision("stop", "stopped", "by request"), ""),
+    ],
+)
+def test_a_supervisor_notifies_these_decisions_and_no_others(
+    run: RunDirectory, tmp_path: Path, decision: Decision, event: str
+) -> None:
+    settings = section(command=["sh", "-c", f'echo "$FOVEA_EVENT" > {tmp_path}/event; cat > {tmp_path}/text'])
+    run.write("submit/job.json", {"job": 7, "lead": 60, "notify": settings})
+    environment = {"SLURM_JOB_ID": "7", notifications.VARIABLE: digest(notifications.canonical(settings))}
+    Supervisor(run, environment)._notify(decision)
+    assert (tmp_path / "event").exists() is bool(event)
+    if event:
+        assert (tmp_path / "event").read_text().strip() == event and decision.why in (tmp_path / "text").read_text()
+
+
+def test_files_of_a_profile_are_relative_to_where_it_was_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", "/home/me")
+    base = {"email_to": "a@b.c", "smtp": "h", "smtp_user": "me", "smtp_password_file": "~/secret", "webhook_file": "hook"}
+    (tmp_path / "site.yaml").write_text(json.dumps({"notify": base}))
+    notify = profiles.load("site.yaml").notify
+    assert (notify.webhook_file, notify.smtp_password_file) == (tmp_path / "hook", Path("/home/me/secret"))
