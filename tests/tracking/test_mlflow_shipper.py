@@ -386,3 +386,36 @@ def test_a_deleted_experiment_is_named_with_what_to_do(bench: Bench) -> None:
     assert not shipper.close(60)
     assert isinstance(shipper.trouble, LaunchError) and "tracking.experiment" in shipper.trouble.hint
     assert len(bench.said) == 1 and "the experiment 'tests' is deleted" in bench.said[0]
+
+
+def test_members_of_a_sweep_that_ship_at_once_have_one_parent(bench: Bench, tmp_path: Path) -> None:
+    sweep = tmp_path / "lr_sweep"
+    folders = [sweep / f"{number:03d}" / "tracking" for number in range(3)]
+    shippers = []
+    for folder in folders:
+        with_scores = Journal(folder / "journal-0000.jsonl")
+        with_scores.metrics(1, {"train/loss": 1.0})
+        with_scores.close()
+        name = folder.parent.name
+        shippers.append(Shipper(folder, uri=bench.uri, experiment="tests", name=name, log=bench.said.append, sweep=sweep))
+    for shipper in shippers:
+        shipper.start()
+    assert all(shipper.close(LONG) for shipper in shippers), bench.said
+    runs = {run.info.run_name: run for run in bench.runs()}
+    assert sorted(runs) == ["000", "001", "002", "lr_sweep"]
+    parent = runs.pop("lr_sweep").info.run_id
+    assert {run.data.tags["mlflow.parentRunId"] for run in runs.values()} == {parent}
+
+
+def test_a_sweep_whose_folder_of_records_is_a_link_gets_nothing(bench: Bench, tmp_path: Path) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    sweep = tmp_path / "foreign"
+    folder = sweep / "000" / "tracking"
+    journal = Journal(folder / "journal-0000.jsonl")
+    journal.metrics(1, {"train/loss": 1.0})
+    journal.close()
+    (sweep / "tracking").symlink_to(tmp_path / "elsewhere")
+    shipper = Shipper(folder, uri=bench.uri, experiment="tests", name="000", log=bench.said.append, sweep=sweep)
+    shipper.start()
+    assert not shipper.close(LONG) and "not a link" in bench.said[0]
+    assert not list((tmp_path / "elsewhere").iterdir())
