@@ -186,7 +186,7 @@ def _check_model(config: Config) -> Iterator[tuple[str, str]]:
         if model.stem == "conv":
             yield "model.stem", "model.stem = conv: applies to a transformer only; choose patch (as timm has it) or small"
         model = model.model_copy(update={"stem": "patch"})
-    names = ("mlp_ratio", "registers", "stem", "ffn", "pos_embed", "rope_base")
+    names = ("mlp_ratio", "registers", "stem", "ffn", "pos_embed", "rope_base", "activation", "pre_norm", "norm_eps", "pooling")
     fixed = {**shape, **{name: getattr(model, name) for name in names}}
     for name, value in fixed.items():
         if value != type(model).model_fields[name].default:

@@ -31,6 +31,7 @@ class Step:
         epoch: ``samples_seen`` divided by the size of the training set.
         lr: learning rate, before each group's own multiplier.
         last_layer_lr: learning rate of groups marked ``last_layer`` (0 while they are frozen).
+        backbone_share: factor of the learning rate of groups marked ``backbone``: 0 while the tower is frozen, then rising to 1.
         weight_decay: weight decay, before each group's own multiplier.
         momentum: EMA momentum of the teacher in ``after_step``.
         teacher_temperature: softmax temperature of the targets.
@@ -44,6 +45,12 @@ class Step:
     weight_decay: float = 0.0
     momentum: float = 1.0
     teacher_temperature: float = 0.07
+    backbone_share: float = 1.0
+
+    def lr_of(self, group: ParameterGroup) -> float:
+        """Learning rate of a parameter group."""
+        lr = self.last_layer_lr if group.last_layer else self.lr
+        return lr * (self.backbone_share if group.backbone else 1.0) * group.lr_scale
 
 
 class Method(nn.Module, ABC):

@@ -220,7 +220,7 @@ class Engine:
             parameters outside all networks count as one more, ``other``.
         """
         for rates, group in zip(self._rates, self._groups, strict=True):
-            rates["lr"] = (step.last_layer_lr if group.last_layer else step.lr) * group.lr_scale
+            rates["lr"] = step.lr_of(group)
             rates["weight_decay"] = step.weight_decay * group.wd_scale
         squares = torch.cat([self._squares(), (~finite).double().reshape(1)])
         dist.all_reduce(squares)

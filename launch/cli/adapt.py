@@ -1,0 +1,92 @@
+"""``fovea adapt``: writes the config that continues training from pretrained weights on the user's images, and runs it."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from pipeline.errors import ConfigError, FoveaError
+from pipeline.masking import shown
+from pipeline.untrusted import read_bytes
+from pipeline.weights.adapt.prepare import Prepared, loaded, prepare
+
+_LARGEST = 4 << 20  # bytes of a config
+
+
+def run(
+    shards: str, weights: str, directory: Path | None, overrides: Sequence[str], *, only_config: bool, command: Sequence[str]
+) -> int:
+    """Choose settings, write them as a config, and train; returns the exit code. The same command resumes the run.
+
+    Args:
+        shards: pattern of the training shards.
+        weights: fovea run or checkpoint, file or folder of weights, or ``timm:NAME``.
+        directory: run directory; by default ``runs/adapt-NAME``, after the weights.
+        overrides: ``KEY=VALUE`` settings.
+        only_config: write the config and do not train.
+        command: the command line after ``fovea``, for the config's header.
+
+    Raises:
+        FoveaError: weights or images that cannot be used, before anything is written.
+    """
+    from launch.cli.train import run as train
+
+    folder = directory if directory is not None else Path("runs") / f"adapt-{_name_of(weights)}"
+    prepared = prepare([shards], weights, folder, overrides, command=command, progress=_indexing)
+    for note in prepared.notes:
+        print(shown(f"{weights}: {note}"), flush=True)
+    new = _write(prepared)
+    try:
+        ready = loaded(prepared)
+    except FoveaError:
+        if new:
+            prepared.file.unlink()
+        raise
+    print(shown(f"{prepared.file}: the settings and the reason of each; `fovea train {prepared.file}` runs it too"), flush=True)
+    if prepared.plan.freeze:
+        print(f"the heads are new: the tower is frozen for the first {prepared.plan.freeze} samples", flush=True)
+    return 0 if only_config else train(ready)
+
+
+def _write(prepared: Prepared) -> bool:
+    """Write the config, unless it is there; returns whether it was written.
+
+    Raises:
+        ConfigError: another one is there.
+    """
+    file = prepared.file
+    if file.exists():
+        before = read_bytes(file, limit=_LARGEST, error=ConfigError).decode("utf-8", "replace")
+        if _settings(before) == _settings(prepared.text):
+            return False
+        if any((file.parent / name).exists() for name in ("config.yaml", "checkpoints")):
+            raise ConfigError(
+                "the run has begun with other settings",
+                where=str(file),
+                hint=f"Choose another folder with --to, or resume it: fovea train {file}",
+            )
+    file.parent.mkdir(parents=True, exist_ok=True)
+    temporary = file.with_name(f".{file.name}.new")
+    temporary.write_text(prepared.text, encoding="utf-8")
+    temporary.replace(file)
+    return True
+
+
+def _settings(text: str) -> list[str]:
+    """The lines that set something: not the header."""
+    return [line for line in text.splitlines() if line and not line.startswith("#")]
+
+
+def _name_of(weights: str) -> str:
+    """A folder's name after the weights: only letters, digits, dots, dashes and underscores."""
+    last = weights.rstrip("/").replace(":", "/").rpartition("/")[2]
+    stem = last.rsplit(".", 1)[0] if last.endswith((".pth", ".pt", ".bin", ".safetensors")) else last
+    return "".join(c if (c.isascii() and c.isalnum()) or c in "._-" else "-" for c in stem).strip(".-_") or "weights"
+
+
+def _indexing(done: int, total: int, shard: Any) -> None:
+    bad = {status: count for status, count in getattr(shard, "counts", {}).items() if status != "ok" and count}
+    if bad:
+        print(f"indexed {done}/{total} shards  {bad}", file=sys.stderr, flush=True)
