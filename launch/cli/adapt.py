@@ -5,23 +5,74 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Annotated, Any
 
+import typer
+
+from launch.cli import shards
+from launch.cli.choices import local_only
 from pipeline.errors import ConfigError, FoveaError
 from pipeline.masking import shown
 from pipeline.untrusted import read_bytes
-from pipeline.weights.adapt.prepare import Prepared, loaded, prepare
+
+if TYPE_CHECKING:
+    from pipeline.weights.adapt.prepare import Prepared
 
 _LARGEST = 4 << 20  # bytes of a config
 
 
+def enter(app: typer.Typer, command: Sequence[str]) -> None:
+    """Add the subcommand.
+
+    Args:
+        app: the command ``fovea``.
+        command: list that holds the command line after ``fovea`` when the subcommand runs.
+    """
+
+    @app.command(short_help="Continue training from pretrained weights on your images.")
+    def adapt(
+        shards_: Annotated[str, typer.Argument(metavar="SHARDS", help="Your shards: a path or URL, with {000..123} or *.")],
+        weights: Annotated[
+            str,
+            typer.Option(
+                "--from",
+                metavar="WEIGHTS",
+                help="A run or checkpoint of fovea; a file or folder in the layout of DINOv2, DINOv3, timm, open_clip or Hugging "
+                "Face; or timm:NAME.",
+            ),
+        ],
+        overrides: shards.Overrides = None,
+        to: Annotated[
+            Path | None, typer.Option(metavar="DIR", help="Run directory; runs/adapt-WEIGHTS by default.", callback=local_only)
+        ] = None,
+        only_config: Annotated[bool, typer.Option("--config-only", help="Write the config and stop.")] = False,
+    ) -> None:
+        """Continue self-supervised training (DINOv2) from pretrained weights on your own images.
+
+        Architecture, patch size, registers, resolution and normalization are read from the weights. The settings are written to
+        DIR/adapt.yaml, an ordinary config whose header explains each choice. New heads are trained first while the tower is
+        frozen. The same command resumes the run.
+
+        [b]Examples[/b]
+
+        fovea adapt '/data/cells/*.tar' --from dinov2_vits14_reg4_pretrain.pth
+
+        fovea adapt '/data/cells/*.tar' --from ./dinov3-vits16-pretrain-lvd1689m --to runs/cells train.duration='20 epochs'
+
+        fovea adapt '/data/cells/*.tar' --from timm:vit_small_patch14_dinov2.lvd142m --config-only
+
+        fovea adapt '/data/cells/*.tar' --from runs/scenes_vit_tiny
+        """
+        raise typer.Exit(run(shards_, weights, to, overrides or (), only_config=only_config, command=command))
+
+
 def run(
-    shards: str, weights: str, directory: Path | None, overrides: Sequence[str], *, only_config: bool, command: Sequence[str]
+    patterns: str, weights: str, directory: Path | None, overrides: Sequence[str], *, only_config: bool, command: Sequence[str]
 ) -> int:
     """Choose settings, write them as a config, and train; returns the exit code. The same command resumes the run.
 
     Args:
-        shards: pattern of the training shards.
+        patterns: pattern of the training shards.
         weights: fovea run or checkpoint, file or folder of weights, or ``timm:NAME``.
         directory: run directory; by default ``runs/adapt-NAME``, after the weights.
         overrides: ``KEY=VALUE`` settings.
@@ -32,9 +83,10 @@ def run(
         FoveaError: weights or images that cannot be used, before anything is written.
     """
     from launch.cli.train import run as train
+    from pipeline.weights.adapt.prepare import loaded, prepare
 
     folder = directory if directory is not None else Path("runs") / f"adapt-{_name_of(weights)}"
-    prepared = prepare([shards], weights, folder, overrides, command=command, progress=_indexing)
+    prepared = prepare([patterns], weights, folder, overrides, command=command, progress=_indexing)
     for note in prepared.notes:
         print(shown(f"{weights}: {note}"), flush=True)
     new = _write(prepared)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 import typer
 from rich.markup import escape
 
-from launch.cli import shards
+from launch.cli import adapt, shards
 from launch.cli import slurm as cluster
 from launch.cli.bench_methods import app as bench
 from launch.cli.checkpoint import app as checkpoint
@@ -107,43 +107,7 @@ def train(config: ConfigArgument, overrides: Overrides = None) -> None:
     raise typer.Exit(run(loaded))
 
 
-@app.command(short_help="Continue training from pretrained weights on your images.")
-def adapt(
-    shards_: Annotated[str, typer.Argument(metavar="SHARDS", help="Your shards: a path or URL, with {000..123} or *.")],
-    weights: Annotated[
-        str,
-        typer.Option(
-            "--from",
-            metavar="WEIGHTS",
-            help="A run or checkpoint of fovea; a file or folder in the layout of DINOv2, DINOv3, timm, open_clip or Hugging "
-            "Face; or timm:NAME.",
-        ),
-    ],
-    overrides: Overrides = None,
-    to: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="Run directory; runs/adapt-WEIGHTS by default.", callback=local_only)
-    ] = None,
-    only_config: Annotated[bool, typer.Option("--config-only", help="Write the config and stop.")] = False,
-) -> None:
-    """Continue self-supervised training (DINOv2) from pretrained weights on your own images.
-
-    Architecture, patch size, registers, resolution and normalization are read from the weights. The settings are written to
-    DIR/adapt.yaml, an ordinary config whose header explains each choice. New heads are trained first while the tower is frozen.
-    The same command resumes the run.
-
-    [b]Examples[/b]
-
-    fovea adapt '/data/cells/*.tar' --from dinov2_vits14_reg4_pretrain.pth
-
-    fovea adapt '/data/cells/*.tar' --from ./dinov3-vits16-pretrain-lvd1689m --to runs/cells train.duration='20 epochs'
-
-    fovea adapt '/data/cells/*.tar' --from timm:vit_small_patch14_dinov2.lvd142m --config-only
-
-    fovea adapt '/data/cells/*.tar' --from runs/scenes_vit_tiny
-    """
-    from launch.cli.adapt import run
-
-    raise typer.Exit(run(shards_, weights, to, overrides or (), only_config=only_config, command=_command_line))
+adapt.enter(app, _command_line)
 
 
 @app.command("eval", short_help="Evaluate a run, a checkpoint or pretrained weights.")

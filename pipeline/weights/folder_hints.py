@@ -151,16 +151,16 @@ def _of_transformers(document: dict[str, Any], file: Path) -> Hints:
 
 def _checked(values: Mapping[str, Any], where: str) -> dict[str, Any]:
     """The values that are given, validated by the rules of the configuration."""
-    given = {name: value for name, value in values.items() if value is not None}
+    present = {name: value for name, value in values.items() if value is not None}
     try:
-        checked = ModelSettings.model_validate(given)
+        checked = ModelSettings.model_validate(present)
     except ValidationError as error:
         raise CheckpointError(
             f"its settings are invalid ({printable(error.errors()[0]['msg'], limit=120)})",
             where=where,
             hint="Download the folder again",
         ) from None
-    return {name: getattr(checked, name) for name in given}
+    return {name: getattr(checked, name) for name in present}
 
 
 def _of_timm(document: dict[str, Any], file: Path) -> Hints:
@@ -227,10 +227,10 @@ def _of_open_clip(file: Path) -> Hints:
     mean, std = pixels.get("mean"), pixels.get("std")
     named = normalization(mean, std, where=where) if mean is not None and std is not None else "openai"
     size = vision.get("image_size")
-    found = side(size, where=where) if size is not None else None
+    pixels_wide = side(size, where=where) if size is not None else None
     if isinstance(vision.get("timm_model_name"), str):
         hints = of_timm_name(vision["timm_model_name"], where=where)
-        return Hints(hints.model, found or hints.image_size, named, f"{file.name}, and {hints.source}")
+        return Hints(hints.model, pixels_wide or hints.image_size, named, f"{file.name}, and {hints.source}")
     width, head = vision.get("width", 768), vision.get("head_width", 64)
     if not (isinstance(width, int) and isinstance(head, int) and head > 0 and width % head == 0):
         raise CheckpointError("width must be a multiple of head_width", where=where, hint="Download the folder again")
@@ -239,7 +239,7 @@ def _of_open_clip(file: Path) -> Hints:
     model = _checked({"num_heads": width // head, "norm_eps": eps if eps is not None else 1e-5}, where)
     if about.get("quick_gelu") is True:
         model["activation"] = "quick_gelu"
-    return Hints(model, found, named, f"{file.name} beside the weights")
+    return Hints(model, pixels_wide, named, f"{file.name} beside the weights")
 
 
 def _of_fovea(document: dict[str, Any], file: Path) -> Hints:
@@ -256,9 +256,9 @@ def _of_fovea(document: dict[str, Any], file: Path) -> Hints:
     views = method.get("views") if isinstance(method, dict) else None
     named = augment.get("normalize") if isinstance(augment, dict) else None
     size = views.get("global_size") if isinstance(views, dict) else None
-    given = settings.model_dump(exclude_defaults=True)
+    changed = settings.model_dump(exclude_defaults=True)
     return Hints(
-        given,
+        changed,
         side(size, where=printable(str(file))) if size is not None else None,
         named if named in NORMALIZE else None,
         f"{file.name} of the export",

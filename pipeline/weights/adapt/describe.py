@@ -54,8 +54,8 @@ def describe(name: str, overrides: Mapping[str, Any]) -> Described:
     where = f"--from {name}"
     state, notes = unwrapped(weights_of(source, shapes_only=True))
     hints = _hints(source, where)
-    if given := {key: value for key, value in overrides.items() if key in ModelSettings.model_fields}:
-        hints = replace(hints, model={**hints.model, **given}, source=hints.source or "the command line")
+    if supplied := {key: value for key, value in overrides.items() if key in ModelSettings.model_fields}:
+        hints = replace(hints, model={**hints.model, **supplied}, source=hints.source or "the command line")
     foreign = renamed(state)
     architecture = architecture_of(foreign, hints, where=where)
     if name_of_timm := hints.model.get("timm_name"):

@@ -21,7 +21,7 @@ from pipeline.data.loader.reader import Reader
 from pipeline.errors import ConfigError, DataError
 from pipeline.weights.adapt.describe import describe
 from pipeline.weights.adapt.plan import Images, Plan, check_length, make_plan
-from pipeline.weights.adapt.text import GIVEN, command_line, config_text
+from pipeline.weights.adapt.text import COMMAND_LINE, command_line, config_text
 
 FILE = "adapt.yaml"
 _INSPECTED = 64  # images whose number of channels is looked at
@@ -71,21 +71,21 @@ def prepare(
         FoveaError: the weights cannot be trained on, or there are too few images.
     """
     problems: list[Problem] = []
-    given = Branch({}, "command line")
+    overriding = Branch({}, "command line")
     for text in overrides:
-        merge(given, override(text, problems))
+        merge(overriding, override(text, problems))
     if problems:
         raise ConfigError(problems[0].message, hint="Write settings as KEY=VALUE after the shards")
-    model = unwrap(given).get("model", {})
+    model = unwrap(overriding).get("model", {})
     described = describe(weights, model if isinstance(model, dict) else {})
-    images, manifest = _images(shards, unwrap(given), progress)
+    images, manifest = _images(shards, unwrap(overriding), progress)
     source = absolute(weights, "name")
     name = directory.resolve().name.lstrip("._-+") or "adapted"
     plan = make_plan(described, images, name=name, directory=os.path.abspath(directory), source=source)
     tree = grown(plan.settings, "chosen")
-    merge(tree, given)
+    merge(tree, overriding)
     settings = unwrap(tree)
-    reasons = plan.reasons | {key: GIVEN for key in _keys(unwrap(given))}
+    reasons = plan.reasons | {key: COMMAND_LINE for key in _keys(unwrap(overriding))}
     a = described.architecture
     text = config_text(
         settings,
@@ -123,10 +123,10 @@ def _keys(tree: dict[str, Any], prefix: str = "") -> list[str]:
     return keys
 
 
-def _images(shards: Sequence[str], given: dict[str, Any], progress: Progress | None) -> tuple[Images, Manifest]:
+def _images(shards: Sequence[str], overrides: dict[str, Any], progress: Progress | None) -> tuple[Images, Manifest]:
     """Indexes the shards and looks at some images."""
     _check_packed(shards)
-    data = given.get("data", {})
+    data = overrides.get("data", {})
     section = {**data, "shards": list(shards)} if isinstance(data, dict) else {"shards": list(shards)}
     probe = Config.model_validate({"model": {"timm_name": "vit_tiny_patch16_224"}, "data": section})
     manifest = indexed(probe, probe.data.patterns, progress)

@@ -10,7 +10,7 @@ from typing import Any
 from pipeline.masking import hide_secrets, printable
 
 _WIDTH = 44
-GIVEN = "given on the command line"
+COMMAND_LINE = "given on the command line"
 
 
 def config_text(
@@ -37,9 +37,9 @@ def config_text(
     return "\n".join([*lines, "", *_yaml(settings, 0), ""])
 
 
-def command_line(words: Sequence[str]) -> str:
+def command_line(arguments: Sequence[str]) -> str:
     """The command as it can be typed again, without secrets."""
-    return hide_secrets(shlex.join(["fovea", *words]))
+    return hide_secrets(shlex.join(["fovea", *arguments]))
 
 
 def _line(text: str) -> str:
