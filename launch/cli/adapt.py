@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from launch.cli import shards
-from launch.cli.choices import local_only
+from launch.cli.choices import Trained, local_only
 from pipeline.errors import ConfigError, FoveaError
 from pipeline.masking import shown
 from pipeline.untrusted import read_bytes
@@ -45,6 +45,9 @@ def enter(app: typer.Typer, command: Sequence[str]) -> None:
         to: Annotated[
             Path | None, typer.Option(metavar="DIR", help="Run directory; runs/adapt-WEIGHTS by default.", callback=local_only)
         ] = None,
+        train: Annotated[
+            Trained, typer.Option(help="Part of the tower that is trained: all of it, its last blocks, or low-rank adapters.")
+        ] = Trained.ALL,
         only_config: Annotated[bool, typer.Option("--config-only", help="Write the config and stop.")] = False,
     ) -> None:
         """Continue self-supervised training (DINOv2) from pretrained weights on your own images.
@@ -63,11 +66,18 @@ def enter(app: typer.Typer, command: Sequence[str]) -> None:
 
         fovea adapt '/data/cells/*.tar' --from runs/scenes_vit_tiny
         """
-        raise typer.Exit(run(shards_, weights, to, overrides or (), only_config=only_config, command=command))
+        raise typer.Exit(run(shards_, weights, to, overrides or (), train=train.value, only_config=only_config, command=command))
 
 
 def run(
-    patterns: str, weights: str, directory: Path | None, overrides: Sequence[str], *, only_config: bool, command: Sequence[str]
+    patterns: str,
+    weights: str,
+    directory: Path | None,
+    overrides: Sequence[str],
+    *,
+    train: str,
+    only_config: bool,
+    command: Sequence[str],
 ) -> int:
     """Choose settings, write them as a config, and train; returns the exit code. The same command resumes the run.
 
@@ -76,17 +86,18 @@ def run(
         weights: fovea run or checkpoint, file or folder of weights, or ``timm:NAME``.
         directory: run directory; by default ``runs/adapt-NAME``, after the weights.
         overrides: ``KEY=VALUE`` settings.
+        train: part of the tower that is trained, as in ``adapt.train``.
         only_config: write the config and do not train.
         command: the command line after ``fovea``, for the config's header.
 
     Raises:
         FoveaError: weights or images that cannot be used, before anything is written.
     """
-    from launch.cli.train import run as train
+    from launch.cli.train import run as train_it
     from pipeline.weights.adapt.prepare import loaded, prepare
 
     folder = directory if directory is not None else Path("runs") / f"adapt-{_name_of(weights)}"
-    prepared = prepare([patterns], weights, folder, overrides, command=command, progress=_indexing)
+    prepared = prepare([patterns], weights, folder, overrides, train=train, command=command, progress=_indexing)
     for note in prepared.notes:
         print(shown(f"{weights}: {note}"), flush=True)
     new = _write(prepared)
@@ -99,7 +110,7 @@ def run(
     print(shown(f"{prepared.file}: the settings and the reason of each; `fovea train {prepared.file}` runs it too"), flush=True)
     if prepared.plan.freeze:
         print(f"the heads are new: the tower is frozen for the first {prepared.plan.freeze} samples", flush=True)
-    return 0 if only_config else train(ready)
+    return 0 if only_config else train_it(ready)
 
 
 def _write(prepared: Prepared) -> bool:

@@ -47,6 +47,14 @@ class Precision(StrEnum):
     BF16 = "bf16"
 
 
+class Trained(StrEnum):
+    """Part of a pretrained tower that is trained."""
+
+    ALL = "all"
+    LAST_BLOCKS = "last_blocks"
+    LORA = "lora"
+
+
 class OnTruncated(StrEnum):
     """How truncated tars are handled."""
 

@@ -24,6 +24,7 @@ def check(config: Config) -> list[tuple[str, str]]:
         *_check_addresses(config),
         *_check_model(config),
         *_check_method(config),
+        *_check_adapt(config),
     ]
     if config.launch.num_processes is not None:
         conflicts += check_ranks(config, config.launch.num_processes)
@@ -262,3 +263,17 @@ def _check_method(config: Config) -> Iterator[tuple[str, str]]:
             "method.mask_probability",
             "method.mask_probability: an image of a single patch leaves nothing to mask; make views larger or patches smaller",
         )
+
+
+def _check_adapt(config: Config) -> Iterator[tuple[str, str]]:
+    """Checks what part of a pretrained tower is trained."""
+    adapt = config.adapt
+    if adapt.train == "all":
+        return
+    key = f"adapt.train = {adapt.train}"
+    if config.init_from.source is None:
+        yield "adapt.train", f"{key}: the rest of the tower would stay random; set init_from.source, or adapt.train=all"
+    if adapt.train == "lora" and config.train.fp8 != "off":
+        yield "train.fp8", f"{key}: adapters are not computed in 8 bits; set train.fp8=off"
+    if isinstance(config.method, Dinov2Settings) and config.method.gram_update_every is not None:
+        yield "method.gram_update_every", f"{key}: the Gram anchor stays at the start; leave method.gram_update_every null"

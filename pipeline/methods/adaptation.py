@@ -1,15 +1,62 @@
-"""Prepares a method whose vision tower begins with pretrained weights."""
+"""Prepares a method whose vision tower begins with pretrained weights: what of it is trained, and at which rate."""
 
 from __future__ import annotations
 
+from torch import nn
+
+from pipeline.errors import ConfigError
 from pipeline.methods.base import Method
+from pipeline.models.lora import add_lora
 from pipeline.models.vision import VisionTower
 from pipeline.weights.settings import AdaptSettings
 
 
 def adapted(method: Method, settings: AdaptSettings) -> Method:
-    """Applies the settings to the towers that the method trains, before an engine wraps it; returns the method."""
-    for tower in (m for m in method.modules() if isinstance(m, VisionTower) and any(p.requires_grad for p in m.parameters())):
+    """Applies the settings to the towers that the method trains and to their teachers; returns the method.
+
+    Called before initial weights are loaded, and before an engine wraps the method.
+
+    Raises:
+        ConfigError: the tower has no more blocks than are to be trained, or a rank that is too large.
+    """
+    students = {name: tower for name, tower in _towers(method) if any(p.requires_grad for p in tower.parameters())}
+    for name, tower in students.items():
         tower.lr_mult = settings.backbone_lr_mult
         tower.starts_frozen = settings.freeze_backbone.amount > 0
+        if settings.train == "all":
+            continue
+        _restrict(tower, settings)
+        method.fixed |= {f"{name}.{inner}" for inner, p in tower.named_parameters() if not p.requires_grad}
+    if settings.train == "lora" and method.teacher is not None:
+        for name, module in method.teacher.modules.items():
+            for inner, tower in _towers(module):
+                if f"{name}.{inner}".rstrip(".") in students:
+                    _restrict(tower, settings)
+            module.requires_grad_(False)
+        method.teacher.reset()
     return method
+
+
+def _towers(root: nn.Module) -> list[tuple[str, VisionTower]]:
+    return [(name, module) for name, module in root.named_modules() if isinstance(module, VisionTower)]
+
+
+def _restrict(tower: VisionTower, settings: AdaptSettings) -> None:
+    """Freezes what is not trained."""
+    if settings.train == "lora":
+        lora = settings.lora
+        add_lora(tower, lora.targets, rank=lora.rank, alpha=lora.alpha, train_down=lora.train_down)
+        return
+    blocks = list(tower.vit.blocks)
+    if settings.last_blocks >= len(blocks):
+        raise ConfigError(
+            f"the tower has {len(blocks)} blocks",
+            where="adapt.last_blocks",
+            hint=f"Choose a number below {len(blocks)}, or adapt.train=all",
+        )
+    for parameter in tower.parameters():
+        parameter.requires_grad_(False)
+    tower.mask_token.requires_grad_(True)
+    for part in (*blocks[-settings.last_blocks :], tower.vit.norm, tower.local_norm, getattr(tower.vit, "attn_pool", None)):
+        if part is not None:
+            part.requires_grad_(True)

@@ -129,7 +129,7 @@ class VisionTower(nn.Module):
             block.attn.fused_attn = fused
             # Eva reads this weight outside of its owner's forward pass, where it is empty once an engine has sharded it (ZeRO 3).
             # Then call the owner and add the bias after; otherwise do what timm does, bit for bit.
-            if getattr(block.attn, "q_bias", None) is not None and block.attn.qkv.weight.ndim != 2:
+            if getattr(block.attn, "q_bias", None) is not None and block.attn.qkv._parameters["weight"].ndim != 2:
                 block.attn.qkv_bias_separate = True
         norm = self.local_norm if local else None
         read = None if patches == "all" else images.new_zeros(0, dtype=torch.int64) if isinstance(patches, str) else patches

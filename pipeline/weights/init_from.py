@@ -16,6 +16,7 @@ from typing import Any, Literal
 from urllib.parse import urlsplit
 
 import torch
+from pydantic import ValidationError
 from torch import Tensor
 
 from pipeline.checkpoint import files as saved
@@ -26,12 +27,13 @@ from pipeline.checkpoint.reader import read_student, read_teacher
 from pipeline.config.schema import Config
 from pipeline.errors import CheckpointError, ConfigError
 from pipeline.methods.base import Method
+from pipeline.models.lora import merged_state
 from pipeline.models.tensor_files import only_weights, opened, read_tensors, reason
 from pipeline.models.vision import VisionTower
 from pipeline.untrusted import shown_address
 from pipeline.weights.folder_hints import is_weights, tensors_of
 from pipeline.weights.public_layouts import compare, fit, unwrapped
-from pipeline.weights.settings import InitSettings
+from pipeline.weights.settings import AdaptSettings, InitSettings
 
 _FILES = (".safetensors", ".pth", ".pt", ".bin")
 
@@ -279,11 +281,30 @@ def _split(state: dict[str, Tensor], source: Source) -> tuple[dict[str, Tensor],
 def _ours(saved: Saved, network: str, shapes_only: bool) -> dict[str, Tensor]:
     read = read_teacher if network == "teacher" else read_student
     state = _shapes(saved, network) if shapes_only else dict(read(saved))
+    state = merged_state(state, lora_scale(saved))
     if not state:
         raise CheckpointError(
             f"the checkpoint contains no {network}", where=str(saved.path), hint="Set init_from.network=student, or name another"
         )
     return state
+
+
+def lora_scale(saved: Saved) -> float:
+    """The factor of the adapters of the run that wrote a checkpoint.
+
+    Raises:
+        CheckpointError: its settings of adapters are invalid.
+    """
+    about = saved.manifest.get("config", {}).get("adapt")
+    try:
+        settings = AdaptSettings.model_validate(about if isinstance(about, dict) else {})
+    except ValidationError as error:
+        raise CheckpointError(
+            f"its settings of adapters are invalid ({error.error_count()} problems)",
+            where=str(saved.path),
+            hint="Use the version of fovea that wrote it",
+        ) from None
+    return settings.lora.alpha / settings.lora.rank
 
 
 def _shapes(saved: Saved, network: str) -> dict[str, Tensor]:

@@ -20,6 +20,7 @@ from timm.models.eva import Eva
 from torch import Tensor
 
 from pipeline.errors import CheckpointError
+from pipeline.models.lora import is_factor
 from pipeline.models.positions import resample_positions
 from pipeline.models.tensor_files import reason
 from pipeline.models.vision import VisionTower
@@ -89,7 +90,7 @@ def fit(state: Mapping[str, Tensor], tower: VisionTower, *, where: str) -> Fitte
         CheckpointError: lists missing and unexpected names and differing shapes.
     """
     notes: list[str] = []
-    own = {name: tuple(p.shape) for name, p in tower.named_parameters()}
+    own = {name: tuple(p.shape) for name, p in tower.named_parameters() if not is_factor(name)}
     ours = any(name.startswith("vit.") for name in state)
     try:
         foreign = renamed(state)

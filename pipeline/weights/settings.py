@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from pipeline.config.types import Length, PathName, Positive, Settings
+from pipeline.config.types import Count, Length, PathName, Positive, Settings
 
 
 class InitSettings(Settings):
@@ -22,9 +22,31 @@ class InitSettings(Settings):
     heads: bool = Field(default=False, description="load the heads of a fovea checkpoint too, not only the backbone")
 
 
+class LoraSettings(Settings):
+    """Low-rank adapters (LoRA, arXiv 2106.09685)."""
+
+    rank: Count = Field(default=8, description="rank of a projection's difference from the start")
+    alpha: Positive = Field(default=16.0, description="scale of the difference: it is multiplied by alpha / rank")
+    targets: tuple[Literal["attention", "mlp"], ...] = Field(
+        default=("attention", "mlp"), min_length=1, description="projections of a block that have adapters"
+    )
+    train_down: bool = Field(
+        default=True,
+        description="train both factors; false trains the second one only (LoRA-FA, arXiv 2308.03303), and the teacher then is "
+        "exactly the moving average of the merged student",
+    )
+
+
 class AdaptSettings(Settings):
     """How a vision tower with pretrained weights (``init_from.source``) is trained on."""
 
+    train: Literal["all", "last_blocks", "lora"] = Field(
+        default="all",
+        description="what of the tower is trained: all of it; its last blocks, final norm and mask token; or low-rank adapters "
+        "and the mask token. The rest is stored once, not in each checkpoint",
+    )
+    last_blocks: Count = Field(default=4, description="number of blocks that train=last_blocks trains")
+    lora: LoraSettings = Field(default=LoraSettings(), description="the adapters of train=lora")
     freeze_backbone: Length = Field(
         default=Length(0),
         description="time at the start during which only the heads are trained, which are new; the tower's learning rate then "

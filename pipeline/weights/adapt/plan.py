@@ -53,7 +53,7 @@ class Plan:
     freeze: int
 
 
-def make_plan(weights: Described, images: Images, *, name: str, directory: str, source: str) -> Plan:
+def make_plan(weights: Described, images: Images, *, name: str, directory: str, source: str, train: str = "all") -> Plan:
     """Chooses the settings.
 
     Args:
@@ -62,6 +62,7 @@ def make_plan(weights: Described, images: Images, *, name: str, directory: str, 
         name: name of the run.
         directory: its directory, absolute.
         source: the weights, absolute.
+        train: part of the tower that is trained, as in ``adapt.train``.
 
     Raises:
         DataError: there are too few images.
@@ -92,8 +93,9 @@ def make_plan(weights: Described, images: Images, *, name: str, directory: str, 
     warm = max(steps // 10, 1)
     settings["method"] = _method(weights, images, settings["train"].get("micro_batch_size"), warm, reasons)
     freeze = 0 if weights.method is not None else warm
-    settings["adapt"] = {"backbone_lr_mult": 0.1, **({"freeze_backbone": f"{freeze} steps"} if freeze else {})}
-    reasons["adapt.backbone_lr_mult"] = f"new heads need the rate of a new run, pretrained blocks less; {_OURS}"
+    settings["adapt"] = _adapt(weights, train, settings["method"], reasons)
+    if freeze:
+        settings["adapt"]["freeze_backbone"] = f"{freeze} steps"
     if freeze:
         reasons["adapt.freeze_backbone"] = (
             f"the heads are new: for the first {freeze * batch} samples only they are trained; then the tower's rate rises "
@@ -106,6 +108,22 @@ def make_plan(weights: Described, images: Images, *, name: str, directory: str, 
         settings["evaluation"] = {"knn": {"enabled": True, "every": every}}
         reasons["evaluation.knn.enabled"] = "the shards are labelled, and val-*.tar are beside them"
     return Plan(settings, reasons, freeze * batch)
+
+
+def _adapt(weights: Described, train: str, method: dict[str, Any], reasons: dict[str, str]) -> dict[str, Any]:
+    """What is trained, and at which share of the heads' rate."""
+    if train == "lora":
+        method["layerwise_lr_decay"] = 1.0
+        reasons["method.layerwise_lr_decay"] = "adapters begin at zero and are trained at one rate (LoRA, arXiv 2106.09685)"
+        reasons["adapt.backbone_lr_mult"] = f"adapters begin at zero, like heads they need the rate of a new run; {_OURS}"
+        reasons["adapt.lora.rank"] = "arXiv 2106.09685, section 7.2: ranks from 1 to 8 are enough there"
+        return {"train": "lora", "lora": {"rank": 8, "alpha": 16.0}, "backbone_lr_mult": 1.0}
+    reasons["adapt.backbone_lr_mult"] = f"new heads need the rate of a new run, pretrained blocks less; {_OURS}"
+    if train == "last_blocks":
+        depth = int(weights.architecture.model.get("depth") or 12)
+        reasons["adapt.last_blocks"] = f"a third of {depth}; {_OURS}"
+        return {"train": "last_blocks", "last_blocks": max(depth // 3, 1), "backbone_lr_mult": 0.1}
+    return {"backbone_lr_mult": 0.1}
 
 
 def _batch(count: int) -> int:

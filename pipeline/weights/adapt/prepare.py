@@ -54,6 +54,7 @@ def prepare(
     directory: Path,
     overrides: Sequence[str],
     *,
+    train: str,
     command: Sequence[str],
     progress: Progress | None = None,
 ) -> Prepared:
@@ -64,6 +65,7 @@ def prepare(
         weights: the weights, see :func:`pipeline.weights.init_from.find`.
         directory: run directory.
         overrides: ``KEY=VALUE`` settings that replace chosen ones.
+        train: part of the tower that is trained, as in ``adapt.train``.
         command: the whole command line after ``fovea``, for the header.
         progress: called for each shard indexed.
 
@@ -81,7 +83,7 @@ def prepare(
     images, manifest = _images(shards, unwrap(overriding), progress)
     source = absolute(weights, "name")
     name = directory.resolve().name.lstrip("._-+") or "adapted"
-    plan = make_plan(described, images, name=name, directory=os.path.abspath(directory), source=source)
+    plan = make_plan(described, images, name=name, directory=os.path.abspath(directory), source=source, train=train)
     tree = grown(plan.settings, "chosen")
     merge(tree, overriding)
     settings = unwrap(tree)
