@@ -7,7 +7,7 @@ Layout, one directory per checkpoint, below ``<run>/checkpoints``::
       rank_00001.safetensors   …
       whole.safetensors        the same on all ranks: memory/<name> (extra state), frozen/<name>, teacher/<buffer name>
       fixed.safetensors        frozen/<name>, teacher/<name> of parameters that no step changes, if only adapters or the last
-                               blocks are trained; a hard link to the one of an earlier checkpoint, if the file system has such links
+                               blocks are trained; a hard link to that of an earlier checkpoint, where there are such links
       manifest.json            written last: counters, data state, config, fragment table, size and checksum of every file
     best.json                  the best checkpoint, if keep_best is set
 
