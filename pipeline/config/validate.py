@@ -268,6 +268,10 @@ def _check_method(config: Config) -> Iterator[tuple[str, str]]:
 def _check_adapt(config: Config) -> Iterator[tuple[str, str]]:
     """Checks what part of a pretrained tower is trained."""
     adapt = config.adapt
+    if adapt.keeps_start and config.init_from.source is None:
+        yield "adapt", "adapt: there is no start to keep; set init_from.source, or the preserve and l2 weights to 0"
+    if adapt.train == "lora" and adapt.l2_to_start:
+        yield "adapt.l2_to_start", "adapt.l2_to_start: the weights of adapters are decayed by schedule.weight_decay; set it to 0"
     if adapt.train == "all":
         return
     key = f"adapt.train = {adapt.train}"

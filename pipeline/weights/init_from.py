@@ -188,6 +188,9 @@ def begin(method: Method, config: Config, *, record: bool = True) -> Start | Non
         lines += [f"starting from the {network}{source}: {len(weights)} tensors", *notes]
         if record:
             facts = source.record() | {"network": config.init_from.network, "heads": config.init_from.heads}
+    if method.start is not None:
+        for name, parameter in method.start["backbone"].named_parameters():
+            parameter.copy_(parameters[f"backbone.{name}"])
     for anchor, anchor_source in config.method.anchors.items():
         weights, notes = _anchored(method, anchor, anchor_source, shapes_only=False)
         for name, tensor in weights.items():

@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from pipeline.config.types import Count, Length, PathName, Positive, Settings
+from pipeline.config.types import Count, Length, NonNegative, PathName, Positive, Settings
 
 
 class InitSettings(Settings):
@@ -55,3 +55,23 @@ class AdaptSettings(Settings):
     backbone_lr_mult: Positive = Field(
         default=1.0, description="learning-rate multiplier of the vision tower, besides layerwise_lr_decay"
     )
+    preserve_cls: NonNegative = Field(
+        default=0.0,
+        description="weight of the distance between the class tokens of the student and of the frozen start (1 - cosine), on the "
+        "first global view; costs a forward pass of both",
+    )
+    preserve_patches: NonNegative = Field(
+        default=0.0,
+        description="weight of the distance between the similarities of patches in the student and in the frozen start (the loss "
+        "of Gram anchoring, arXiv 2508.10104), on the first global view",
+    )
+    l2_to_start: NonNegative = Field(
+        default=0.0,
+        description="decay of the tower's weights towards those it began with (L2-SP, arXiv 1802.01483), decoupled from the "
+        "gradient as in AdamW: each step moves them by the learning rate times this towards the start",
+    )
+
+    @property
+    def keeps_start(self) -> bool:
+        """Whether the run keeps a frozen copy of the tower as it began."""
+        return self.preserve_cls > 0 or self.preserve_patches > 0 or self.l2_to_start > 0

@@ -154,3 +154,76 @@ def test_a_checkpoint_holds_what_is_trained_and_links_the_rest(tmp_path: Path) -
 def test_more_last_blocks_than_there_are_is_refused() -> None:
     with pytest.raises(ConfigError, match="the tower has 2 blocks"):
         make_method("dinov2", init_from={"source": "none"}, adapt={"train": "last_blocks", "last_blocks": 2})
+
+
+KEPT: dict[str, Any] = {
+    "init_from": {"source": "none"},
+    "adapt": {"preserve_cls": 2.0, "preserve_patches": 3.0, "l2_to_start": 5.0},
+}
+
+
+def _kept(zero: Literal[0, 1, 2, 3], changes: dict[str, Any], l2: float) -> dict[str, Any]:
+    """On a rank: two steps of a method that keeps its start, which is what a seed gives, not what it is moved to."""
+    from tests.helpers.tiny_methods import advance, engine_of, state
+
+    made = make_method("dinov2", **changes)
+    engine = engine_of(made, zero, l2_to_start=l2)
+    terms = [advance(made, engine, index) for index in range(2)]
+    found = {"terms": terms, "state": state(made, engine)}
+    engine.close()
+    return found
+
+
+def test_preservation_terms_and_the_pull_to_the_start_are_the_same_at_every_stage() -> None:
+    runs = [pool(2).run(_kept, zero=zero, changes=KEPT, l2=5.0)[0] for zero in (0, 1, 2, 3)]
+    assert runs[0]["terms"][0]["preserve_cls"] > 0 and runs[0]["terms"][0]["preserve_patches"] > 0
+    for run in runs[1:]:
+        for name, tensor in runs[0]["state"].items():
+            torch.testing.assert_close(run["state"][name].flatten(), tensor.flatten(), atol=CLOSE, rtol=CLOSE)
+    only_l2 = {"init_from": {"source": "none"}, "adapt": {"l2_to_start": 5.0}}
+    pulled, free = (pool(2).run(_kept, zero=1, changes=only_l2, l2=l2)[0]["state"] for l2 in (5.0, 0.0))
+    begun = dict(make_method("dinov2", **only_l2).named_parameters())
+    for name, tensor in begun.items():
+        if name.startswith("start."):
+            assert torch.equal(pulled[f"student {name}"], tensor.detach()), name
+            own = name.removeprefix("start.")
+            near, far = (float((s[f"student {own}"] - tensor).norm()) for s in (pulled, free))
+            assert near < far, name
+
+
+def test_one_step_towards_the_start_is_the_learning_rate_times_the_weight() -> None:
+    from tests.helpers.tiny_methods import STEP
+
+    only_l2 = {"init_from": {"source": "none"}, "adapt": {"l2_to_start": 5.0}}
+    pulled, free = (pool(1).run(_one_step, l2=l2, changes=only_l2)[0] for l2 in (5.0, 0.0))
+    name = "backbone.vit.norm.bias"  # not decayed, and at the full rate
+    before = dict(make_method("dinov2", **only_l2).named_parameters())
+    expected = STEP.lr * 5.0 * (before[f"start.{name}"] - before[name]).detach()
+    torch.testing.assert_close(pulled[f"student {name}"] - free[f"student {name}"], expected, atol=1e-7, rtol=1e-4)
+
+
+def _one_step(l2: float, changes: dict[str, Any]) -> dict[str, Tensor]:
+    from tests.helpers.tiny_methods import advance, engine_of, state
+
+    made = make_method("dinov2", **changes)
+    engine = engine_of(made, 0, l2_to_start=l2)
+    advance(made, engine, 0)
+    found: dict[str, Tensor] = state(made, engine)
+    engine.close()
+    return found
+
+
+def test_the_start_is_what_the_run_begins_with_and_then_costs_nothing() -> None:
+    from tests.helpers.tiny_methods import STEP, batch_at
+
+    method = make_method("dinov2", **KEPT)
+    assert method.start is not None
+    with torch.no_grad():
+        for name, parameter in method.start["backbone"].named_parameters():
+            parameter.copy_(dict(method.named_parameters())[f"backbone.{name}"])
+    batch = batch_at(method, 0)
+    method.eval()
+    terms = method(batch, STEP)
+    assert float(terms["preserve_cls"].detach()) == pytest.approx(0, abs=1e-6)
+    assert float(terms["preserve_patches"].detach()) == pytest.approx(0, abs=1e-6)
+    assert not any(name.startswith("start.") for group in method.parameter_groups() for name in group.names)
