@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -13,9 +14,10 @@ from launch.cli import shards
 from launch.cli.choices import Trained, local_only
 from pipeline.errors import ConfigError, FoveaError
 from pipeline.masking import shown
-from pipeline.untrusted import read_bytes
+from pipeline.untrusted import read_bytes, read_json
 
 if TYPE_CHECKING:
+    from pipeline.config.schema import Config
     from pipeline.weights.adapt.prepare import Prepared
 
 _LARGEST = 4 << 20  # bytes of a config
@@ -48,6 +50,12 @@ def enter(app: typer.Typer, command: Sequence[str]) -> None:
         train: Annotated[
             Trained, typer.Option(help="Part of the tower that is trained: all of it, its last blocks, or low-rank adapters.")
         ] = Trained.ALL,
+        interpolate: Annotated[
+            float | None,
+            typer.Option(
+                min=0, max=1, help="In the end, also export the weights this share of the way from WEIGHTS to the result."
+            ),
+        ] = None,
         only_config: Annotated[bool, typer.Option("--config-only", help="Write the config and stop.")] = False,
     ) -> None:
         """Continue self-supervised training (DINOv2) from pretrained weights on your own images.
@@ -66,7 +74,23 @@ def enter(app: typer.Typer, command: Sequence[str]) -> None:
 
         fovea adapt '/data/cells/*.tar' --from runs/scenes_vit_tiny
         """
-        raise typer.Exit(run(shards_, weights, to, overrides or (), train=train.value, only_config=only_config, command=command))
+        options = AdaptOptions(train.value, interpolate, only_config)
+        raise typer.Exit(run(shards_, weights, to, overrides or (), options, command=command))
+
+
+@dataclass(frozen=True)
+class AdaptOptions:
+    """Options of ``fovea adapt``.
+
+    Attributes:
+        train: part of the tower that is trained, as in ``adapt.train``.
+        interpolate: share of the way from the start to the result of the weights that are exported in the end.
+        only_config: write the config and do not train.
+    """
+
+    train: str = "all"
+    interpolate: float | None = None
+    only_config: bool = False
 
 
 def run(
@@ -74,9 +98,8 @@ def run(
     weights: str,
     directory: Path | None,
     overrides: Sequence[str],
+    options: AdaptOptions,
     *,
-    train: str,
-    only_config: bool,
     command: Sequence[str],
 ) -> int:
     """Choose settings, write them as a config, and train; returns the exit code. The same command resumes the run.
@@ -86,18 +109,17 @@ def run(
         weights: fovea run or checkpoint, file or folder of weights, or ``timm:NAME``.
         directory: run directory; by default ``runs/adapt-NAME``, after the weights.
         overrides: ``KEY=VALUE`` settings.
-        train: part of the tower that is trained, as in ``adapt.train``.
-        only_config: write the config and do not train.
+        options: the rest of the command line.
         command: the command line after ``fovea``, for the config's header.
 
     Raises:
         FoveaError: weights or images that cannot be used, before anything is written.
     """
-    from launch.cli.train import run as train_it
+    from launch.cli.train import run as train
     from pipeline.weights.adapt.prepare import loaded, prepare
 
     folder = directory if directory is not None else Path("runs") / f"adapt-{_name_of(weights)}"
-    prepared = prepare([patterns], weights, folder, overrides, train=train, command=command, progress=_indexing)
+    prepared = prepare([patterns], weights, folder, overrides, train=options.train, command=command, progress=_indexing)
     for note in prepared.notes:
         print(shown(f"{weights}: {note}"), flush=True)
     new = _write(prepared)
@@ -110,7 +132,37 @@ def run(
     print(shown(f"{prepared.file}: the settings and the reason of each; `fovea train {prepared.file}` runs it too"), flush=True)
     if prepared.plan.freeze:
         print(f"the heads are new: the tower is frozen for the first {prepared.plan.freeze} samples", flush=True)
-    return 0 if only_config else train_it(ready)
+    if options.only_config:
+        return 0
+    code = train(ready)
+    if code == 0 and options.interpolate is not None and _is_finished(folder):
+        _interpolate(folder, ready.config, options.interpolate)
+    return code
+
+
+def _is_finished(folder: Path) -> bool:
+    """Whether the run has reached its end; a signal stops it earlier with the same exit code."""
+    outcome = folder / "outcome.json"
+    document = read_json(outcome) if outcome.is_file() else {}
+    return isinstance(document, dict) and document.get("stop") == "FINISHED"
+
+
+def _interpolate(folder: Path, config: Config, share: float) -> None:
+    """Evaluate several points between start and result, if the run evaluates anything, and export the one that was asked for."""
+    from launch.cli import eval as evaluation
+    from launch.cli import export
+
+    if config.evaluation.enabled:
+        points = tuple(sorted({0.0, 0.25, 0.5, 0.75, 1.0, share}))
+        text = ",".join(f"{point:g}" for point in points)
+        chosen = evaluation.EvalOptions(tuple(config.evaluation.enabled), between=points)
+        evaluation.run(str(folder), (), chosen, ["eval", str(folder), "--between", text])
+    else:
+        print(
+            "the points between start and result are not evaluated: no evaluation is enabled, such as evaluation.knn", flush=True
+        )
+    defaults: dict[str, Any] = {"out": None, "network": "auto", "size": None, "license_": "unknown", "best": False, "force": True}
+    export.run(folder, to="safetensors", interpolate=share, **defaults)
 
 
 def _write(prepared: Prepared) -> bool:
