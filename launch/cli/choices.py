@@ -55,6 +55,15 @@ class Trained(StrEnum):
     LORA = "lora"
 
 
+class SceneShift(StrEnum):
+    """Domain of the synthetic scenes."""
+
+    NONE = "none"
+    PALETTE = "palette"
+    TEXTURE = "texture"
+    MICROSCOPE = "microscope"
+
+
 class OnTruncated(StrEnum):
     """How truncated tars are handled."""
 
