@@ -82,7 +82,7 @@ def _restrict(tower: VisionTower, settings: AdaptSettings) -> None:
     """Freezes what is not trained."""
     if settings.train == "lora":
         lora = settings.lora
-        add_lora(tower, lora.targets, rank=lora.rank, alpha=lora.alpha, train_down=lora.train_down)
+        add_lora(tower, lora.projections, rank=lora.rank, alpha=lora.alpha, train_down=lora.train_down)
         return
     blocks = list(tower.vit.blocks)
     if settings.last_blocks >= len(blocks):

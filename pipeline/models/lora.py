@@ -96,9 +96,9 @@ def add_lora(tower: VisionTower, targets: Iterable[str], *, rank: int, alpha: fl
     for parameter in tower.parameters():
         parameter.requires_grad_(False)
     tower.mask_token.requires_grad_(True)
-    wanted = [name for target in targets for name in _TARGETS[target]]
+    chosen = [name for target in targets for name in _TARGETS[target]]
     for block in tower.vit.blocks:
-        for name in wanted:
+        for name in chosen:
             owner = block.get_submodule(name.split(".")[0])
             layer = getattr(owner, name.split(".")[1], None)
             if not isinstance(layer, nn.Linear):

@@ -27,7 +27,7 @@ class LoraSettings(Settings):
 
     rank: Count = Field(default=8, description="rank of a projection's difference from the start")
     alpha: Positive = Field(default=16.0, description="scale of the difference: it is multiplied by alpha / rank")
-    targets: tuple[Literal["attention", "mlp"], ...] = Field(
+    projections: tuple[Literal["attention", "mlp"], ...] = Field(
         default=("attention", "mlp"), min_length=1, description="projections of a block that have adapters"
     )
     train_down: bool = Field(

@@ -40,9 +40,9 @@ def shifted(image: NDArray[np.uint8], shift: Shift, seed: int, index: int) -> ND
         return image
     size = len(image)
     dense = image.astype(np.float32) / 255
-    thick: Plane = np.float32(1) - dense @ np.array([0.6, 0.1, 0.3], dtype=np.float32)
+    thick: Plane = (1 - dense @ np.array([0.6, 0.1, 0.3])).astype(np.float32)
     thick = (_blurred(thick) * 1.6).astype(np.float32)
-    axis = np.linspace(-1, 1, size, dtype=np.float32)
+    axis: Plane = np.linspace(-1, 1, size).astype(np.float32)
     light = 1 - np.float32(0.35) * (axis[:, None] ** 2 + axis[None, :] ** 2) / 2
     u = uniforms(np.array([index], dtype=np.uint64), size * size + 1, seed, _NOISE)[0].astype(np.float32)
     grain = (u[1:].reshape(size, size) - np.float32(0.5)) * np.float32(_GRAIN * np.sqrt(12) * (0.5 + 0.5 * u[0]))
@@ -65,10 +65,10 @@ def other_weave(texture: str, x: Plane, y: Plane, u: float) -> Plane:
     if texture == "striped":  # broken stripes
         return np.minimum(_triangle(x + offset), _triangle(y * np.float32(0.5) + offset) + np.float32(0.25))
     if texture == "ringed":  # rays
-        rays = (np.arctan2(y, x) * (6 / (2 * np.pi)) + u).astype(np.float32)
+        rays: Plane = (np.arctan2(y, x) * (6 / (2 * np.pi)) + u).astype(np.float32)
         return _triangle(rays) * np.sqrt(x * x + y * y)
     if texture == "wavy":  # zigzag
-        return _triangle(y + np.float32(2) * np.abs(x - np.rint(x)) + offset)
+        return _triangle((y + 2 * np.abs(x - np.rint(x)) + u).astype(np.float32))
     if texture == "checkered":  # a grid of thin lines
         return np.maximum(_triangle(x + offset), _triangle(y + offset)) - np.float32(0.25)
     fx, fy = x + offset, y + offset  # diamonds instead of dots

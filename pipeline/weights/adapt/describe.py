@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from pipeline.checkpoint.files import verify
+from pipeline.config.schema import Config
 from pipeline.errors import CheckpointError
 from pipeline.methods.dinov2.settings import Dinov2Settings
 from pipeline.models.settings import ModelSettings
@@ -29,6 +30,7 @@ class Described:
         method: settings of the method whose heads the weights include; ``None`` if there are none, or of another method.
         parameters: number of the tower's parameters.
         notes: what was recognized, converted or left out.
+        run: settings of the run whose heads are used; ``None`` without such heads.
     """
 
     source: Source
@@ -36,6 +38,7 @@ class Described:
     method: Dinov2Settings | None
     parameters: int
     notes: tuple[str, ...]
+    run: Config | None = None
 
 
 def describe(name: str, overrides: Mapping[str, Any]) -> Described:
@@ -102,4 +105,4 @@ def _of_checkpoint(source: Source) -> Described:
     parameters = sum(math.prod(shape) for name, shape in saved.manifest.get("shapes", {}).items() if name.startswith("backbone."))
     heads = method if type(method) is Dinov2Settings else None
     notes = () if heads else (f"the heads of {method.name} are left out: DINOv2's are new",)
-    return Described(source, architecture, heads, parameters, notes)
+    return Described(source, architecture, heads, parameters, notes, config if heads else None)

@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from pipeline.config.schema import Config
 from pipeline.config.types import Length
 from pipeline.errors import ConfigError, DataError
 from pipeline.weights.adapt.describe import Described
@@ -16,6 +17,7 @@ from pipeline.weights.adapt.describe import Described
 LEAST_IMAGES = 128
 _EPOCHS, _LEAST_SAMPLES, _MOST_SAMPLES = 60, 20_000, 2_000_000
 _LARGEST_VIEW = 224  # pixels
+_QUARTER = 0.25
 _SMALL = 8_000_000  # parameters of a tower whose batch needs no division
 _PAPER = "arXiv 2304.07193"
 _OURS = "fovea's choice"
@@ -85,7 +87,7 @@ def make_plan(weights: Described, images: Images, *, name: str, directory: str, 
     samples = min(max(_EPOCHS * count, _LEAST_SAMPLES), max(_MOST_SAMPLES, count))
     steps = -(-samples // batch)
     settings["train"] = {"global_batch_size": batch, "duration": f"{steps} steps"}
-    reasons["train.global_batch_size"] = f"at least four batches an epoch of {count} images, 256 at most; {_OURS}"
+    reasons["train.global_batch_size"] = f"32 batches in an epoch of {count} images, but 32 to 256 images each; {_OURS}"
     reasons["train.duration"] = f"{samples / count:.3g} epochs: {_EPOCHS}, but 20 thousand to 2 million samples; {_OURS}"
     if weights.parameters > _SMALL and batch > 8:
         settings["train"]["micro_batch_size"] = batch // 8
@@ -101,7 +103,7 @@ def make_plan(weights: Described, images: Images, *, name: str, directory: str, 
             f"the heads are new: for the first {freeze * batch} samples only they are trained; then the tower's rate rises "
             "over as many (as LP-FT, arXiv 2202.10054)"
         )
-    settings |= _schedules(steps, warm, heads=weights.method is not None, reasons=reasons)
+    settings |= _schedules(steps, warm, weights.run, reasons)
     every = f"{max(steps // 5, 1)} steps"
     settings["checkpoint"] = {"every": every}
     if images.validation:
@@ -118,17 +120,20 @@ def _adapt(weights: Described, train: str, method: dict[str, Any], reasons: dict
         reasons["adapt.backbone_lr_mult"] = f"adapters begin at zero, like heads they need the rate of a new run; {_OURS}"
         reasons["adapt.lora.rank"] = "arXiv 2106.09685, section 7.2: ranks from 1 to 8 are enough there"
         return {"train": "lora", "lora": {"rank": 8, "alpha": 16.0}, "backbone_lr_mult": 1.0}
+    share = 0.1 if weights.run is None else 1.0
     reasons["adapt.backbone_lr_mult"] = f"new heads need the rate of a new run, pretrained blocks less; {_OURS}"
+    if weights.run is not None:
+        reasons["adapt.backbone_lr_mult"] = "heads and tower are of one run"
     if train == "last_blocks":
         depth = int(weights.architecture.model.get("depth") or 12)
         reasons["adapt.last_blocks"] = f"a third of {depth}; {_OURS}"
-        return {"train": "last_blocks", "last_blocks": max(depth // 3, 1), "backbone_lr_mult": 0.1}
-    return {"backbone_lr_mult": 0.1}
+        return {"train": "last_blocks", "last_blocks": max(depth // 3, 1), "backbone_lr_mult": share}
+    return {"backbone_lr_mult": share}
 
 
 def _batch(count: int) -> int:
-    """A power of two from 32 to 256, at most a quarter of the images."""
-    return min(max(1 << ((count // 4).bit_length() - 1), 32), 256)
+    """A power of two from 32 to 256, about a thirty-second of the images."""
+    return min(max(1 << (max(count // 32, 1).bit_length() - 1), 32), 256)
 
 
 def _method(weights: Described, images: Images, micro: int | None, warm: int, reasons: dict[str, str]) -> dict[str, Any]:
@@ -166,18 +171,29 @@ def _method(weights: Described, images: Images, micro: int | None, warm: int, re
     return chosen
 
 
-def _schedules(steps: int, warm: int, *, heads: bool, reasons: dict[str, str]) -> dict[str, Any]:
+def _schedules(steps: int, warm: int, run: Config | None, reasons: dict[str, str]) -> dict[str, Any]:
     momentum = round(min(max(1 - 10 / steps, 0.95), 0.994), 4)
     reasons["schedule.lr.peak"] = f"of the heads; a tenth of it for the tower's last block; {_OURS}"
     reasons["schedule.teacher_momentum.start"] = f"0.994 in {_PAPER} for 125 thousand steps; faster in shorter runs; {_OURS}"
     reasons["schedule.teacher_temperature.start"] = f"where {_PAPER} begins; a short run does not reach the end of its rise"
+    peak, temperature, decay = 1e-3, 0.04, 0.04
+    if run is not None:
+        schedule = run.schedule
+        scaled = run.optim.lr_scaling.scaled(schedule.lr.peak, run.train.global_batch_size)
+        peak = float(f"{_QUARTER * scaled:.3g}")
+        warmed = schedule.teacher_temperature
+        temperature = warmed.start if warmed.peak is None else warmed.peak
+        decay = schedule.weight_decay.start
+        reasons["schedule.lr.peak"] = f"a quarter of that of the run that the weights are from; {_OURS}"
+        reasons["schedule.teacher_temperature.start"] = "where that run ended"
+        reasons["schedule.weight_decay.start"] = "where that run began"
     return {
         "optim": {"lr_scaling": {"rule": "none"}},
         "schedule": {
-            "lr": {"peak": 2e-4 if heads else 1e-3, "end": 1e-6, "warmup": f"{warm} steps"},
-            "weight_decay": {"start": 0.04, "end": 0.04},
+            "lr": {"peak": peak, "end": 1e-6, "warmup": f"{warm} steps"},
+            "weight_decay": {"start": decay, "end": decay},
             "teacher_momentum": {"start": momentum, "end": 1.0},
-            "teacher_temperature": {"start": 0.04},
+            "teacher_temperature": {"start": temperature},
         },
     }
 
