@@ -20,7 +20,7 @@ class Snapshot:
         pieces: master/<name>, exp_avg/<name>, exp_avg_sq/<name> and teacher/<name>, fp32 ``[elements]``.
         table: first element and number of elements of each parameter's fragment.
         unsharded: on rank 0 the tensors that are the same on all ranks and are written once; empty on other ranks.
-        fixed: on rank 0 those that never change in the run (``Method.fixed``); empty if they are not requested.
+        fixed: on rank 0 those that never change in the run (``Method.constant_names``); empty if they are not requested.
     """
 
     pieces: dict[str, Tensor]
@@ -60,7 +60,7 @@ class Staging:
         with engine.gathered():
             # ZeRO stage 3 shards whole tensors again at the end of this block, so they are always copied.
             tensors = unsharded_tensors(method, engine) if rank == 0 else {}
-            constant = {name: t for name, t in tensors.items() if name.partition("/")[2] in method.fixed}
+            constant = {name: t for name, t in tensors.items() if name.partition("/")[2] in method.constant_names}
             unsharded = self._copied({name: t for name, t in tensors.items() if name not in constant}, "whole")
             once = {name: t.detach().to("cpu", copy=True) for name, t in constant.items()} if fixed else {}
         return Snapshot(self._copied(pieces, "piece") if copy else pieces, table, unsharded, once)

@@ -34,7 +34,7 @@ def adapted(method: Method, settings: AdaptSettings) -> Method:
         if settings.train == "all":
             continue
         _restrict(tower, settings)
-        method.fixed |= {f"{name}.{inner}" for inner, p in tower.named_parameters() if not p.requires_grad}
+        method.constant_names |= {f"{name}.{inner}" for inner, p in tower.named_parameters() if not p.requires_grad}
     if settings.train == "lora" and method.teacher is not None:
         for name, module in method.teacher.modules.items():
             for inner, tower in _towers(module):
@@ -56,7 +56,7 @@ def _keep_start(method: Method, settings: AdaptSettings) -> None:
         )
     tower = students["backbone"]
     method.start = Frozen(backbone=copy.deepcopy(tower))
-    method.fixed |= {f"start.{name}" for name, _ in method.start.named_parameters()}
+    method.constant_names |= {f"start.{name}" for name, _ in method.start.named_parameters()}
     if not settings.preserve_cls and not settings.preserve_patches:
         return
     view = method.views[0].name

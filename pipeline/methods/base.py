@@ -66,7 +66,7 @@ class Method(nn.Module, ABC):
         extra_state: fp32 tensors that are neither parameters nor teacher weights (centres, queues), saved with each checkpoint
             under their names. Equal on all ranks. Not buffers, because an engine may cast buffers to bf16.
         metrics: detached scalars of the last ``forward`` for logging; never part of the loss.
-        fixed: names of parameters that never change in a run; a checkpoint shares their file with the one before.
+        constant_names: names of parameters that never change in a run; a checkpoint shares their file with the one before.
         start: the tower ``backbone`` as the run began with it, frozen, if the settings keep it (``adapt``).
         health_metrics: which of these metrics indicate training health, or ``None``.
     """
@@ -80,7 +80,7 @@ class Method(nn.Module, ABC):
         self.teacher: Teacher | None = None
         self.extra_state: dict[str, Tensor] = {}
         self.metrics: dict[str, Tensor] = {}
-        self.fixed: set[str] = set()
+        self.constant_names: set[str] = set()
         self.start: nn.ModuleDict | None = None
         self.health_metrics: HealthMetrics | None = None
 

@@ -21,6 +21,10 @@ from tests.helpers.tiny_methods import first_steps, interrupted, make_method
 LORA: dict[str, Any] = {"init_from": {"source": "none"}, "adapt": {"train": "lora", "lora": {"rank": 2, "alpha": 4.0}}}
 LAST: dict[str, Any] = {"init_from": {"source": "none"}, "adapt": {"train": "last_blocks", "last_blocks": 1}}
 FIRST_FACTOR: dict[str, Any] = {**LORA, "adapt": {"train": "lora", "lora": {"rank": 2, "train_down": False}}}
+KEPT: dict[str, Any] = {
+    "init_from": {"source": "none"},
+    "adapt": {"preserve_cls": 2.0, "preserve_patches": 3.0, "l2_to_start": 5.0},
+}
 CLOSE = 2e-5
 
 
@@ -37,7 +41,9 @@ def test_only_the_chosen_part_of_the_tower_and_the_heads_are_trained(name: str) 
         assert tower and all(any(part in one for part in allowed) for one in tower), tower
         grouped = {n for group in method.parameter_groups() for n in group.names}
         assert grouped == {n for n, p in method.named_parameters() if p.requires_grad}
-        assert not method.fixed & grouped and any(n.startswith("backbone.vit.patch_embed") for n in method.fixed)
+        assert not method.constant_names & grouped and any(
+            n.startswith("backbone.vit.patch_embed") for n in method.constant_names
+        )
 
 
 def test_the_teacher_has_the_students_adapters() -> None:
@@ -99,12 +105,23 @@ def test_every_stage_computes_the_same_steps() -> None:
             assert torch.equal(end[name], parameter.detach()) != parameter.requires_grad, name
 
 
-@pytest.mark.parametrize(("before", "after"), [((2, 3), (2, 3)), ((2, 0), (2, 0)), ((2, 3), (1, 1)), ((1, 2), (2, 3))], ids=str)
+@pytest.mark.parametrize(
+    ("before", "after", "changes"),
+    [
+        ((2, 3), (2, 3), LORA),
+        ((2, 0), (2, 0), LORA),
+        ((2, 3), (1, 1), LORA),
+        ((1, 2), (2, 3), LORA),
+        ((2, 3), (2, 3), KEPT),
+        ((2, 1), (1, 0), LAST),
+    ],
+    ids=str,
+)
 def test_a_resumed_run_is_the_same(
-    before: tuple[int, Literal[0, 1, 2, 3]], after: tuple[int, Literal[0, 1, 2, 3]], tmp_path: Path
+    before: tuple[int, Literal[0, 1, 2, 3]], after: tuple[int, Literal[0, 1, 2, 3]], changes: dict[str, Any], tmp_path: Path
 ) -> None:
     """Bit for bit with the same ranks and stage; within rounding with others, the loaded state being the same bits."""
-    common: dict[str, Any] = {"name": "dinov2", "directory": str(tmp_path), "seed": 0, **LORA}
+    common: dict[str, Any] = {"name": "dinov2", "directory": str(tmp_path), "seed": 0, **changes}
     straight = pool(before[0]).run(interrupted, zero=before[1], load_at=None, until=4, save_at=2, **common)[0]
     resumed = pool(after[0]).run(interrupted, zero=after[1], load_at=2, until=4, save_at=None, **{**common, "seed": 9})[0]
     loaded = pool(after[0]).run(interrupted, zero=after[1], load_at=2, until=2, save_at=None, **{**common, "seed": 9})[0]
@@ -143,23 +160,17 @@ def test_a_checkpoint_holds_what_is_trained_and_links_the_rest(tmp_path: Path) -
     made = make_method("dinov2", **LORA)
     trained = {n for n, p in made.named_parameters() if p.requires_grad}
     with safe_open(tmp_path / "step_000000002" / "whole.safetensors", framework="pt") as file:
-        assert not any(name.partition("/")[2] in made.fixed for name in file.keys())  # noqa: SIM118
+        assert not any(name.partition("/")[2] in made.constant_names for name in file.keys())  # noqa: SIM118
     for rank in range(2):
         with safe_open(tmp_path / "step_000000002" / f"rank_{rank:05d}.safetensors", framework="pt") as file:
             assert {name.partition("/")[2] for name in file.keys()} <= trained  # noqa: SIM118
     with safe_open(fixed[1], framework="pt") as file:
-        assert {name.partition("/")[2] for name in file.keys()} == made.fixed  # noqa: SIM118
+        assert {name.partition("/")[2] for name in file.keys()} == made.constant_names  # noqa: SIM118
 
 
 def test_more_last_blocks_than_there_are_is_refused() -> None:
     with pytest.raises(ConfigError, match="the tower has 2 blocks"):
         make_method("dinov2", init_from={"source": "none"}, adapt={"train": "last_blocks", "last_blocks": 2})
-
-
-KEPT: dict[str, Any] = {
-    "init_from": {"source": "none"},
-    "adapt": {"preserve_cls": 2.0, "preserve_patches": 3.0, "l2_to_start": 5.0},
-}
 
 
 def _kept(zero: Literal[0, 1, 2, 3], changes: dict[str, Any], l2: float) -> dict[str, Any]:

@@ -113,6 +113,15 @@ def test_what_cannot_work_is_refused(
     assert not list(tmp_path.glob("runs/*/*"))
 
 
+@pytest.mark.parametrize("part", ["all", "last_blocks", "lora"])
+def test_the_part_that_is_trained_is_chosen_by_an_option(part: str, shards: Path, weights: Path, tmp_path: Path) -> None:
+    words = ["adapt", str(shards), "--from", str(weights), "--to", "run", "--config-only", "--train", part]
+    assert call(*words, "adapt.lora.rank=2", "adapt.last_blocks=1") == 0
+    adapt = load(tmp_path / "run" / "adapt.yaml").config.adapt
+    assert adapt.train == part and adapt.freeze_backbone.amount > 0
+    assert adapt.backbone_lr_mult == (1.0 if part == "lora" else 0.1)
+
+
 def test_gray_images_are_recognized(weights: Path, tmp_path: Path) -> None:
     assert call("adapt", str(pack(tmp_path / "gray.tar", 130, "L")), "--from", str(weights), "--to", "run", "--config-only") == 0
     augment = load(tmp_path / "run" / "adapt.yaml").config.method.augment
