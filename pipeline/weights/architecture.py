@@ -34,12 +34,14 @@ class Hints:
         image_size: side of the images in pixels.
         normalize: name of a normalization, as in ``method.augment.normalize``.
         source: the file, for explanations.
+        complete: whether ``model`` is the entire architecture, so that shapes need not be read.
     """
 
     model: Mapping[str, Any] = field(default_factory=dict)
     image_size: int | None = None
     normalize: str | None = None
     source: str = ""
+    complete: bool = False
 
 
 @dataclass(frozen=True)

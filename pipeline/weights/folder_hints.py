@@ -262,4 +262,5 @@ def _of_fovea(document: dict[str, Any], file: Path) -> Hints:
         side(size, where=printable(str(file))) if size is not None else None,
         named if named in NORMALIZE else None,
         f"{file.name} of the export",
+        complete=True,
     )

@@ -19,6 +19,8 @@ from pipeline.weights.foreign_names import renamed
 from pipeline.weights.init_from import Source, find, weights_of
 from pipeline.weights.public_layouts import unwrapped
 
+_OF_TRAINING = {"drop_path", "drop_path_schedule", "batched_drop_path", "init"}  # settings that weights do not depend on
+
 
 @dataclass(frozen=True)
 class Described:
@@ -60,7 +62,11 @@ def describe(name: str, overrides: Mapping[str, Any]) -> Described:
     if supplied := {key: value for key, value in overrides.items() if key in ModelSettings.model_fields}:
         hints = replace(hints, model={**hints.model, **supplied}, source=hints.source or "the command line")
     foreign = renamed(state)
-    architecture = architecture_of(foreign, hints, where=where)
+    if hints.complete:
+        model = {key: value for key, value in hints.model.items() if key not in _OF_TRAINING}
+        architecture = _own(model, hints.image_size or 224, hints.normalize or "imagenet", hints.source)
+    else:
+        architecture = architecture_of(foreign, hints, where=where)
     if name_of_timm := hints.model.get("timm_name"):
         reasons = {key: why for key, why in architecture.reasons.items() if not key.startswith("model.")}
         reasons["model.timm_name"] = hints.source
@@ -94,15 +100,19 @@ def _of_checkpoint(source: Source) -> Described:
             where=f"--from {source.name}",
             hint="Choose a run with a vision transformer",
         )
-    model = config.model.model_dump(exclude_defaults=True)
-    for key in ("drop_path", "drop_path_schedule", "batched_drop_path", "init"):
-        model.pop(key, None)
-    why = f"the settings of {source.path or source.name}"
-    reasons = {f"model.{key}": why for key in model}
-    reasons |= {"method.views.global_size": why, "method.augment.normalize": why}
+    model = config.model.model_dump(exclude_defaults=True, exclude=_OF_TRAINING)
     method = config.method
-    architecture = Architecture("fovea", model, method.views.global_size, method.augment.normalize, reasons)
+    why = f"the settings of {source.path or source.name}"
+    architecture = _own(model, method.views.global_size, method.augment.normalize, why)
     parameters = sum(math.prod(shape) for name, shape in saved.manifest.get("shapes", {}).items() if name.startswith("backbone."))
     heads = method if type(method) is Dinov2Settings else None
     notes = () if heads else (f"the heads of {method.name} are left out: DINOv2's are new",)
     return Described(source, architecture, heads, parameters, notes, config if heads else None)
+
+
+def _own(model: dict[str, Any], size: int, normalize: str, why: str) -> Architecture:
+    """The architecture that fovea's own settings name."""
+    keys = [f"model.{key}" for key in model]
+    return Architecture(
+        "fovea", model, size, normalize, dict.fromkeys([*keys, "method.views.global_size", "method.augment.normalize"], why)
+    )

@@ -15,7 +15,10 @@ from pipeline.errors import CheckpointError
 from pipeline.models.settings import ModelSettings
 from pipeline.models.vision import build_tower
 from pipeline.weights.adapt.describe import describe
-from pipeline.weights.init_from import download_command
+from pipeline.weights.export.networks import read
+from pipeline.weights.export.write import write
+from pipeline.weights.init_from import download_command, find, weights_of
+from pipeline.weights.public_layouts import fit, unwrapped
 from tests.helpers.exported import CLIP, DINO, checkpoint, settings
 
 
@@ -157,3 +160,16 @@ def test_the_heads_of_another_method_are_left_out(tmp_path: Path) -> None:
     described = describe(str(saved.path), {})
     assert described.method is None and described.architecture.normalize == "openai"
     assert any("heads of clip are left out" in note for note in described.notes)
+
+
+@pytest.mark.parametrize("layout", ["safetensors", "timm", "huggingface"])
+def test_what_fovea_exports_can_be_adapted(layout: str, tmp_path: Path) -> None:
+    """Also with a convolutional stem, which only fovea's own layout has."""
+    stem = {"stem": "conv", "embed_dim": 64, "num_heads": 4} if layout == "safetensors" else {"embed_dim": 64, "num_heads": 4}
+    saved, _ = checkpoint(tmp_path, settings(DINO, **stem))
+    folder = write(read(saved), layout, tmp_path / "out")
+    a = describe(str(folder), {}).architecture
+    tower = build_tower(ModelSettings(**a.model), image_size=a.image_size)
+    fitted = fit(unwrapped(weights_of(find(str(folder))))[0], tower, where="here")
+    assert a.image_size == 32 and a.normalize == "imagenet" and a.model["num_heads"] == 4
+    assert "vit.cls_token" in fitted.weights
