@@ -93,6 +93,7 @@ def test_the_teacher_follows_the_merged_student(changes: dict[str, Any], speed: 
         assert away < most, (name, away)
 
 
+@pytest.mark.slow
 def test_every_stage_computes_the_same_steps() -> None:
     for changes in (LORA, LAST):
         runs = [pool(2).run(first_steps, name="dinov2", zero=zero, **changes)[0] for zero in (0, 1, 2, 3)]
@@ -185,6 +186,7 @@ def _kept(zero: Literal[0, 1, 2, 3], changes: dict[str, Any], l2: float) -> dict
     return found
 
 
+@pytest.mark.slow
 def test_preservation_terms_and_the_pull_to_the_start_are_the_same_at_every_stage() -> None:
     runs = [pool(2).run(_kept, zero=zero, changes=KEPT, l2=5.0)[0] for zero in (0, 1, 2, 3)]
     assert runs[0]["terms"][0]["preserve_cls"] > 0 and runs[0]["terms"][0]["preserve_patches"] > 0
