@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from launch.cli.bench import Out, app, command_line, log, stem_of
-from launch.cli.choices import Question
+from launch.cli.choices import Question, SceneShift
 from pipeline.errors import ConfigError
 
 __all__ = ["app"]
@@ -105,6 +105,35 @@ def dense_features(
 
     runs = measure(shards or _scenes(directory), samples=samples, seeds=range(seeds), ranks=ranks, directory=directory)
     _collect("dense-features", out, runs, line, markdown, "runs")
+
+
+@app.command()
+def adaptation(
+    shifts: Annotated[
+        list[SceneShift] | None, typer.Argument(metavar="[SHIFT]...", help="New domains; by default all three.")
+    ] = None,
+    seeds: Annotated[int, typer.Option(min=1, help="Runs per way of training, with seeds from 0.")] = 5,
+    samples: Samples = 20_000,
+    images: Annotated[int, typer.Option(min=128, help="Training images of a domain.")] = 2000,
+    ranks: Ranks = 2,
+    directory: Annotated[Path, typer.Option(help="Output directory; runs that ended in it are not repeated.")] = Path(
+        "runs/bench-adaptation"
+    ),
+    out: Out = None,
+) -> None:
+    """Adapt a network pretrained on synthetic scenes to shifted ones in several ways, and measure k-NN on both domains.
+
+    [b]Examples[/b]
+
+    fovea bench adaptation
+
+    fovea bench adaptation microscope --seeds 1
+    """
+    from pipeline.bench.adaptation import line, markdown, measure
+
+    chosen: Any = [shift.value for shift in shifts or SceneShift if shift != SceneShift.NONE]
+    runs = measure(chosen, seeds=range(seeds), samples=samples, images=images, ranks=ranks, directory=directory.absolute())
+    _collect("adaptation", out, runs, line, markdown, "runs", samples=samples, images=images)
 
 
 def _collect(

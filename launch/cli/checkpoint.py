@@ -152,12 +152,15 @@ def convert(
     verify(saved)
     from pipeline.checkpoint.reader import read_student, read_teacher
     from pipeline.checkpoint.tensor_writer import write_tensors
+    from pipeline.models.lora import merged_state
+    from pipeline.weights.init_from import lora_scale
 
     tensors: dict[str, Tensor] = {}
     for kind, reader in (("teacher", read_teacher), ("student", read_student)):
         if weights in (kind, Weights.BOTH):
             start = f"{kind}." if weights == Weights.BOTH else ""
-            tensors |= {start + name: _typed(tensor, dtype) for name, tensor in reader(saved)}
+            merged = merged_state(dict(reader(saved)), lora_scale(saved))
+            tensors |= {start + name: _typed(tensor, dtype) for name, tensor in merged.items()}
     if not tensors:
         raise CheckpointError("its method has no teacher", where=str(saved.path), hint="Convert with --weights student")
     temporary = out.with_name(f".{out.name}.part")
@@ -252,6 +255,7 @@ def _tensors(saved: Saved) -> list[tuple[str, str, tuple[int, ...]]]:
     Raises:
         CheckpointError: a file cannot be read as tensors.
     """
+    from pipeline.checkpoint.reader import unsharded_files
     from pipeline.models.tensor_files import opened
 
     shapes = saved.manifest.get("shapes", {})
@@ -263,10 +267,11 @@ def _tensors(saved: Saved) -> list[tuple[str, str, tuple[int, ...]]]:
         with opened(saved.path / f"rank_{rank:05d}.safetensors") as file:
             teacher |= {key for key in file.keys() if key.startswith("teacher/")}  # noqa: SIM118
     rows += [(key, "F32", tuple(shapes.get(key.removeprefix("teacher/"), ()))) for key in sorted(teacher)]
-    with opened(saved.path / "whole.safetensors") as file:
-        for key in sorted(file.keys()):
-            piece = file.get_slice(key)
-            rows.append((key, str(piece.get_dtype()), tuple(piece.get_shape())))
+    for path in unsharded_files(saved):
+        with opened(path) as file:
+            for key in sorted(file.keys()):
+                piece = file.get_slice(key)
+                rows.append((key, str(piece.get_dtype()), tuple(piece.get_shape())))
     return rows
 
 

@@ -47,6 +47,23 @@ class Precision(StrEnum):
     BF16 = "bf16"
 
 
+class Trained(StrEnum):
+    """Part of a pretrained tower that is trained."""
+
+    ALL = "all"
+    LAST_BLOCKS = "last_blocks"
+    LORA = "lora"
+
+
+class SceneShift(StrEnum):
+    """Domain of the synthetic scenes."""
+
+    NONE = "none"
+    PALETTE = "palette"
+    TEXTURE = "texture"
+    MICROSCOPE = "microscope"
+
+
 class OnTruncated(StrEnum):
     """How truncated tars are handled."""
 

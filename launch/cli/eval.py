@@ -33,6 +33,7 @@ class EvalOptions:
         size: side of the images in pixels, for pretrained weights.
         output: additional JSON file to write.
         ranks: number of processes.
+        between: shares of the way from the run's initial weights to evaluate at.
         track: an MLflow server other than the run's own.
     """
 
@@ -44,6 +45,7 @@ class EvalOptions:
     output: Path | None = None
     ranks: int | None = None
     track: str | None = None
+    between: tuple[float, ...] = ()
 
 
 def run(target: str, overrides: Sequence[str], options: EvalOptions, command: Sequence[str]) -> int:
@@ -91,7 +93,9 @@ def _request(config: Config, options: EvalOptions, checkpoint: Path | None, *, o
     known = [name for name in options.evaluators if name in config.evaluation.evaluators()]
     only_texts = all("text_encoder" in config.evaluation.section(name).needs for name in known)
     baselines = options.baselines or (of_run and not options.watch and only_texts)
-    return EvalRequest(evaluators, baselines, options.watch, checkpoint)
+    if options.between and not of_run:
+        raise ConfigError("only a run has a start and an end", where="--between", hint="Name a run")
+    return EvalRequest(evaluators, baselines, options.watch, checkpoint, options.between)
 
 
 def _evaluate_run(directory: Path, config: Config, request: EvalRequest, options: EvalOptions) -> int:
@@ -154,7 +158,8 @@ def _print(title: str, result: EvalResult, config: Config) -> None:
         table.add_column(BASELINES.get(name, "trained"), justify="right", style=None if name else "bold")
     metrics = config.evaluation.only(*config.evaluation.evaluators()).metrics
     for name in dict.fromkeys(metric for row in networks.values() for metric in row):
-        fraction = name in metrics and metrics[name].fraction
+        plain = name.split("/", 2)[2] if name.startswith("between/") else name
+        fraction = plain in metrics and metrics[plain].fraction
         table.add_row(name, *(_format(row.get(name), fraction=fraction) for row in networks.values()))
     console = Terminal()
     console.print(f"Scores of {title}", highlight=False, soft_wrap=True)
@@ -176,3 +181,20 @@ def summarize(result: EvalResult) -> str:
     data = f"{result.queries:,} queries{bank}{chance}" if result.queries else ""
     seen = f"after {result.samples_seen:,} samples" if result.step else ""
     return ": ".join(part for part in (seen, data) if part)
+
+
+def shares_of(text: str | None) -> tuple[float, ...]:
+    """Shares of the way, from text such as ``0,0.25,0.5``.
+
+    Raises:
+        ConfigError: not numbers from 0 to 1.
+    """
+    if text is None:
+        return ()
+    try:
+        shares = tuple(float(part) for part in text.split(","))
+    except ValueError:
+        shares = (-1.0,)
+    if not all(0 <= share <= 1 for share in shares) or len(shares) > 100:
+        raise ConfigError(f"{text!r} must be numbers from 0 to 1", where="--between", hint="Write such as 0,0.25,0.5,0.75,1")
+    return shares

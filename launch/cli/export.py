@@ -12,6 +12,7 @@ from pipeline.untrusted import printable
 from pipeline.weights.export import networks
 from pipeline.weights.export.write import write
 from pipeline.weights.from_checkpoint import chosen
+from pipeline.weights.interpolate import interpolated
 
 
 def run(
@@ -26,6 +27,7 @@ def run(
     force: bool,
     register: str | None = None,
     student: str | None = None,
+    interpolate: float | None = None,
 ) -> int:
     """Write the export and print its path; returns the exit code.
 
@@ -39,6 +41,7 @@ def run(
         best: export the best checkpoint of a run instead of the newest.
         force: overwrite existing files.
         register: name of a model in the registry of the run's MLflow server; the export becomes a new version of it.
+        interpolate: share of the way from the run's initial weights to the checkpoint's; ``None`` for the checkpoint's.
         student: name of the student, if several were distilled together; by default the one described by ``model``.
 
     Raises:
@@ -53,9 +56,12 @@ def run(
     path = path.absolute()
     saved = chosen(path, best=best)
     run_folder = path if (path / "checkpoints").is_dir() else saved.path.parent.parent
-    folder = out if out is not None else RunDirectory(run_folder).own_folder("export") / (f"{to}-{student}" if student else to)
+    parts = [to, *([student] if student else []), *([f"{interpolate:g}"] if interpolate is not None else [])]
+    folder = out if out is not None else RunDirectory(run_folder).own_folder("export") / "-".join(parts)
     shipper = _shipper(run_folder) if register is not None else None
     selected = networks.read(saved, network=network, size=size, student=student)  # type: ignore[arg-type]
+    if interpolate is not None:
+        selected = interpolated(selected, interpolate)
     write(selected, to, folder, license_=license_, overwrite=force)
     total = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
     print(f"{folder}: the {selected.network} of {saved.path.name} for {to}, {total / 1e6:.1f} MB; README.md says how to load it")

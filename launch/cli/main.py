@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 import typer
 from rich.markup import escape
 
-from launch.cli import shards
+from launch.cli import adapt, shards
 from launch.cli import slurm as cluster
 from launch.cli.bench_methods import app as bench
 from launch.cli.checkpoint import app as checkpoint
@@ -108,6 +108,9 @@ def train(config: ConfigArgument, overrides: Overrides = None) -> None:
     raise typer.Exit(run(loaded))
 
 
+adapt.enter(app, _command_line)
+
+
 @app.command("eval", short_help="Evaluate a run, a checkpoint or pretrained weights.")
 def evaluate(
     run: Annotated[
@@ -154,6 +157,12 @@ def evaluate(
     ranks: Annotated[
         int | None, typer.Option(min=1, help="Number of processes; by default one per GPU, or 1 without GPUs.")
     ] = None,
+    between: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SHARES", help="Also at weights between the run's initial ones (0) and these (1): 0,0.25,0.5,0.75,1."
+        ),
+    ] = None,
     track: Annotated[
         str | None, typer.Option(metavar="URI", help="MLflow server, for pretrained weights or instead of the run's own.")
     ] = None,
@@ -183,11 +192,11 @@ def evaluate(
     names = [name for name, selected in flags.items() if selected]
     extra = [f"evaluation.zeroshot.class_names={zeroshot}"] if zeroshot is not None else []
     extra += [f"evaluation.zeroshot.templates={templates}"] if zeroshot is not None and templates is not None else []
-    from launch.cli.eval import EvalOptions
+    from launch.cli.eval import EvalOptions, shares_of
     from launch.cli.eval import run as evaluate_target
 
     evaluators = tuple(dict.fromkeys([*names, *(only or ())]))
-    options = EvalOptions(evaluators, baselines, watch, model, size, output, ranks, track)
+    options = EvalOptions(evaluators, baselines, watch, model, size, output, ranks, track, shares_of(between))
     raise typer.Exit(evaluate_target(run, [*(overrides or ()), *extra], options, _command_line))
 
 
@@ -211,6 +220,10 @@ def export(
         str, typer.Option("--license", metavar="NAME", help="Licence of the weights, for the model card.")
     ] = "unknown",
     best: Annotated[bool, typer.Option("--best", help="Export the best checkpoint instead of the newest.")] = False,
+    interpolate: Annotated[
+        float | None,
+        typer.Option(min=0, max=1, help="Weights this share of the way from the run's initial ones (0) to these (1)."),
+    ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Overwrite existing files.")] = False,
     register: Annotated[
         str | None, typer.Option(metavar="MODEL", help="Also register the export as a new version of this MLflow model.")
@@ -229,6 +242,7 @@ def export(
     from launch.cli.export import run as write
 
     options: dict[str, Any] = {"out": out, "network": network.value, "student": student, "size": size, "license_": licence}
+    options["interpolate"] = interpolate
     raise typer.Exit(write(run, to=str(to), best=best, force=overwrite, register=register, **options))
 
 

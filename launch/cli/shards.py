@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from launch.cli import shards_bucket
-from launch.cli.choices import ImageFormat, Labels, OnTruncated, SourceLayout, local_only
+from launch.cli.choices import ImageFormat, Labels, OnTruncated, SceneShift, SourceLayout, local_only
 from launch.cli.shards_index import NAMED, build_index, part_of, store_at_start
 from pipeline.errors import ConfigError
 from pipeline.masking import printable
@@ -269,16 +269,21 @@ def synthesize(
     val: Annotated[int, typer.Option(min=1, help="Number of validation images.")] = 1000,
     size: Annotated[int, typer.Option(min=16, help="Side of the images, pixels.")] = 64,
     seed: Annotated[int, typer.Option(min=0, help="Random seed.")] = 0,
+    shift: Annotated[
+        SceneShift, typer.Option(help="Another domain: the same classes and layouts that look otherwise.")
+    ] = SceneShift.NONE,
 ) -> None:
     """Generate the synthetic data set of the scenes configs: textured shapes with class, caption and segmentation map.
 
-    [b]Example[/b]
+    [b]Examples[/b]
 
     fovea shards synthesize runs/scenes
+
+    fovea shards synthesize runs/cells --shift microscope --train 2000
     """
     from pipeline.data.pack.synthetic import CLASS_NAMES, write
 
-    shards = write(out, train=train, val=val, size=size, seed=seed)
+    shards = write(out, train=train, val=val, size=size, seed=seed, shift=shift.value)
     (out / "classes.txt").write_text("\n".join(CLASS_NAMES) + "\n")
     print(f"{out}: {train} training images and {val} validation images in {len(shards)} shards, classes.txt for zero-shot")
 

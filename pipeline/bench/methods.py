@@ -106,7 +106,7 @@ def train(config: str, directory: Path, overrides: Sequence[str]) -> dict[str, A
     Raises:
         TrainingError: it failed; contains the last line of its output.
     """
-    _run(["train", config, f"run.directory={json.dumps(str(directory))}", *overrides])
+    fovea(["train", config, f"run.directory={json.dumps(str(directory))}", *overrides])
     outcome: dict[str, Any] = json.loads((directory / "outcome.json").read_text())
     return outcome
 
@@ -115,13 +115,18 @@ def _zeroshot(directory: Path) -> float:
     classes, sentences = directory / "classes.txt", directory / "sentences.txt"
     classes.write_text("\n".join(CLASS_NAMES) + "\n")
     sentences.write_text("a {}\n")
-    _run(["eval", str(directory / "run"), "--zeroshot", str(classes), "--templates", str(sentences)])
+    fovea(["eval", str(directory / "run"), "--zeroshot", str(classes), "--templates", str(sentences)])
     newest = max((directory / "run" / "evaluations").glob("*.json"))
     document = json.loads(newest.read_text())
     return float(document["scores"]["zeroshot/top1"])
 
 
-def _run(arguments: Sequence[str]) -> None:
+def fovea(arguments: Sequence[str]) -> None:
+    """Run a command of fovea in a process of its own.
+
+    Raises:
+        TrainingError: it failed; contains the last line of its output.
+    """
     done = subprocess.run(
         module_command("launch.cli.main", *arguments), env=alone_environment(), capture_output=True, text=True, check=False
     )

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 FORMAT = 1
 MANIFEST = "manifest.json"
 UNSHARDED = "whole.safetensors"
+FIXED = "fixed.safetensors"
 MAX_MANIFEST = 256 << 20  # bytes
 _MAX_ELEMENTS = 1 << 50  # maximum elements of a tensor
 _HINT = "Choose another: this checkpoint is damaged or not to be trusted"

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from pipeline.checkpoint.files import Saved, rank_file
 from pipeline.checkpoint.fragments import ShardedWeights
-from pipeline.checkpoint.manifest import UNSHARDED
+from pipeline.checkpoint.manifest import FIXED, UNSHARDED
 from pipeline.checkpoint.snapshot import unsharded_tensors
 from pipeline.checkpoint.tensor_writer import begins
 from pipeline.errors import CheckpointError
@@ -146,8 +146,10 @@ def load(saved: Saved, engine: ShardedWeights, method: Method) -> None:
 
 def _load_unsharded(saved: Saved, method: Method, engine: ShardedWeights) -> None:
     targets = unsharded_tensors(method, engine)
-    with opened(saved.path / UNSHARDED) as file:
-        stored = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
+    stored: dict[str, Tensor] = {}
+    for path in unsharded_files(saved):
+        with opened(path) as file:
+            stored |= {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
     _compare({k: list(t.shape) for k, t in targets.items()}, {k: list(t.shape) for k, t in stored.items()}, saved.path)
     for name, tensor in stored.items():
         targets[name].detach().copy_(tensor)
@@ -182,7 +184,14 @@ def _read_unsharded(saved: Saved, sharded: str, unsharded: str) -> Iterator[tupl
         for name, shape in saved.manifest.get("shapes", {}).items():
             if name in names:
                 yield name, pieces.read(sharded, name, 0, math.prod(shape)).view(shape)
-    with opened(saved.path / UNSHARDED) as file:
-        for key in file.keys():  # noqa: SIM118
-            if key.startswith(f"{unsharded}/"):
-                yield key.removeprefix(f"{unsharded}/"), file.get_tensor(key)
+    for path in unsharded_files(saved):
+        with opened(path) as file:
+            for key in file.keys():  # noqa: SIM118
+                if key.startswith(f"{unsharded}/"):
+                    yield key.removeprefix(f"{unsharded}/"), file.get_tensor(key)
+
+
+def unsharded_files(saved: Saved) -> list[Path]:
+    """The files of tensors that are the same on all ranks: those that change, and, if the manifest lists it, the others."""
+    listed = {file["name"] for file in saved.manifest["files"]}
+    return [saved.path / name for name in (UNSHARDED, FIXED) if name == UNSHARDED or name in listed]

@@ -20,11 +20,13 @@ class Snapshot:
         pieces: master/<name>, exp_avg/<name>, exp_avg_sq/<name> and teacher/<name>, fp32 ``[elements]``.
         table: first element and number of elements of each parameter's fragment.
         unsharded: on rank 0 the tensors that are the same on all ranks and are written once; empty on other ranks.
+        fixed: on rank 0 those that never change in the run (``Method.constant_names``); empty if they are not requested.
     """
 
     pieces: dict[str, Tensor]
     table: dict[str, list[int]]
     unsharded: dict[str, Tensor]
+    fixed: dict[str, Tensor]
 
 
 class Staging:
@@ -36,7 +38,7 @@ class Staging:
     def __init__(self) -> None:
         self._kept: dict[str, Tensor] = {}
 
-    def take(self, engine: ShardedWeights, method: Method, *, rank: int, copy: bool) -> Snapshot:
+    def take(self, engine: ShardedWeights, method: Method, *, rank: int, copy: bool, fixed: bool = True) -> Snapshot:
         """Takes this rank's part of a checkpoint of the current state; collective over all ranks.
 
         Args:
@@ -45,6 +47,7 @@ class Staging:
             rank: this rank; rank 0 holds the whole tensors.
             copy: copy to host memory. Otherwise the pieces are the live tensors, and training must wait until they are
                 written.
+            fixed: include the tensors that never change.
         """
         pieces: dict[str, Tensor] = {}
         table: dict[str, list[int]] = {}
@@ -56,8 +59,11 @@ class Staging:
             pieces[f"teacher/{name}"] = piece
         with engine.gathered():
             # ZeRO stage 3 shards whole tensors again at the end of this block, so they are always copied.
-            unsharded = self._copied(unsharded_tensors(method, engine), "whole") if rank == 0 else {}
-        return Snapshot(self._copied(pieces, "piece") if copy else pieces, table, unsharded)
+            tensors = unsharded_tensors(method, engine) if rank == 0 else {}
+            constant = {name: t for name, t in tensors.items() if name.partition("/")[2] in method.constant_names}
+            unsharded = self._copied({name: t for name, t in tensors.items() if name not in constant}, "whole")
+            once = {name: t.detach().to("cpu", copy=True) for name, t in constant.items()} if fixed else {}
+        return Snapshot(self._copied(pieces, "piece") if copy else pieces, table, unsharded, once)
 
     def _copied(self, tensors: Mapping[str, Tensor], kind: str) -> dict[str, Tensor]:
         copies = {}

@@ -6,6 +6,8 @@ Layout, one directory per checkpoint, below ``<run>/checkpoints``::
       rank_00000.safetensors   a rank's fragments: master/<name>, exp_avg/<name>, exp_avg_sq/<name>, teacher/<name>, fp32, 1-D
       rank_00001.safetensors   …
       whole.safetensors        the same on all ranks: memory/<name> (extra state), frozen/<name>, teacher/<buffer name>
+      fixed.safetensors        frozen/<name>, teacher/<name> of parameters that no step changes, if only adapters or the last
+                               blocks are trained; a hard link to that of an earlier checkpoint, where there are such links
       manifest.json            written last: counters, data state, config, fragment table, size and checksum of every file
     best.json                  the best checkpoint, if keep_best is set
 
@@ -34,11 +36,12 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from pipeline.checkpoint.catalog import Catalog, Row, rows
-from pipeline.checkpoint.files import Saved, fsync_path, rank_file
+from pipeline.checkpoint.files import Saved, fsync_path, rank_file, read
 from pipeline.checkpoint.fragments import ShardedWeights
-from pipeline.checkpoint.manifest import FORMAT, MANIFEST, UNSHARDED
+from pipeline.checkpoint.manifest import FIXED, FORMAT, MANIFEST, UNSHARDED
 from pipeline.checkpoint.retention import Retention, write_best
 from pipeline.checkpoint.snapshot import Snapshot, Staging
 from pipeline.checkpoint.tensor_writer import write_tensors
@@ -120,6 +123,7 @@ class Checkpoints:
         self._staging, self._consecutive_failures = Staging(), 0
         self._pending: _Pending | None = None
         self._thread = ThreadPoolExecutor(1, "checkpoint")
+        self._fixed: tuple[Path, dict[str, Any]] | None = None
         self._rows: dict[str, Row] | None = None
         self._catalog = Catalog(directory)
 
@@ -231,7 +235,8 @@ class Checkpoints:
         name = f"step_{manifest_fields['step']:09d}"
         rank = dist.get_rank()
         temporary = self.directory / f"{_TEMPORARY}{name}"
-        snapshot = self._staging.take(engine, method, rank=rank, copy=copy)
+        known = self._fixed if self._fixed is not None and self._fixed[0].is_file() else None
+        snapshot = self._staging.take(engine, method, rank=rank, copy=copy, fixed=known is None)
         failed: Exception | None = None
         try:
             if rank == 0:
@@ -243,7 +248,7 @@ class Checkpoints:
         if failed is not None:
             job.set_exception(failed)
         else:
-            job = self._thread.submit(self._write, temporary, snapshot, rank)
+            job = self._thread.submit(self._write, temporary, snapshot, rank, known)
         shapes = {name: list(shape) for name, shape in engine.shapes.items()}
         self._pending = _Pending(temporary, self.directory / name, {**manifest_fields, "shapes": shapes}, job)
 
@@ -254,7 +259,7 @@ class Checkpoints:
             temporary.rename(self._trash_path(temporary.name))
         temporary.mkdir()
 
-    def _write(self, temporary: Path, snapshot: Snapshot, rank: int) -> dict[str, Any]:
+    def _write(self, temporary: Path, snapshot: Snapshot, rank: int, known: tuple[Path, dict[str, Any]] | None) -> dict[str, Any]:
         """Writes a rank's files; returns its fragment table and file entries for the manifest. Background thread of each rank."""
         device = next((tensor.device for tensor in snapshot.pieces.values() if tensor.is_cuda), None)
         if device is not None:
@@ -266,7 +271,22 @@ class Checkpoints:
         files = [write_tensors(temporary / rank_file(rank), snapshot.pieces)]
         if rank == 0:
             files.append(write_tensors(temporary / UNSHARDED, snapshot.unsharded))
+            if known is not None:
+                _linked(known[0], temporary / FIXED)
+                files.append(known[1])
+            elif snapshot.fixed:
+                files.append(self._write_fixed(temporary / FIXED, snapshot.fixed))
         return {"fragments": snapshot.table, "files": files}
+
+    def _write_fixed(self, path: Path, tensors: dict[str, Tensor]) -> dict[str, Any]:
+        """Writes what never changes, or shares the file of an earlier attempt's checkpoint that has the same content.
+        Background thread of rank 0.
+        """
+        entry = write_tensors(path, tensors)
+        same = [row.name for row in rows(self.directory) if (FIXED, entry["size"]) in row.files]
+        if same and entry in read(self.directory / same[-1]).manifest["files"]:
+            _linked(self.directory / same[-1] / FIXED, path)
+        return entry
 
     def _commit(self, pending: _Pending, written: list[dict[str, Any]]) -> None:
         """Writes the manifest, renames the directory and prunes old checkpoints. Background thread of rank 0."""
@@ -291,6 +311,8 @@ class Checkpoints:
             self._delete(final)
         pending.temporary.rename(final)
         fsync_path(self.directory)
+        constant = next((file for file in files if file["name"] == FIXED), None)
+        self._fixed = (final / FIXED, constant) if constant is not None else None
         row = Row.of(final.name, manifest)
         self._catalog.add(row, (other for name, other in self._rows.items() if name != row.name))
         self._rows[row.name] = row
@@ -325,6 +347,17 @@ class Checkpoints:
             where=str(pending.temporary),
             hint="Free space, or fix the directory; the last good checkpoint is untouched and the run resumes from it",
         )
+
+
+def _linked(source: Path, path: Path) -> None:
+    """Makes a path the same file as another; a copy on a file system without hard links."""
+    temporary = path.with_name(f".{path.name}")
+    try:
+        os.link(source, temporary)
+    except OSError:
+        shutil.copyfile(source, temporary)
+        fsync_path(temporary)
+    temporary.replace(path)
 
 
 def _failure(job: Future[Any]) -> str:

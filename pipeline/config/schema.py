@@ -29,7 +29,7 @@ from pipeline.runtime.notify_settings import NotifySettings
 from pipeline.runtime.settings import LaunchSettings, RunSettings, WatchdogSettings
 from pipeline.tracking.settings import TrackingSettings
 from pipeline.training.settings import OptimSettings, ScheduleSettings, TrainSettings
-from pipeline.weights.settings import InitSettings
+from pipeline.weights.settings import AdaptSettings, InitSettings
 
 
 def _methods() -> dict[str, type[MethodSettings]]:
@@ -69,6 +69,9 @@ class Config(Settings):
     )
     model: ModelSettings = Field(description="the vision encoder")
     init_from: InitSettings = Field(default=InitSettings(), description="pretrained weights that a new run starts from")
+    adapt: AdaptSettings = Field(
+        default=AdaptSettings(), description="how a tower with pretrained weights is trained on (`fovea adapt`)"
+    )
     data: DataSettings = Field(description="training data")
     optim: OptimSettings = Field(default=OptimSettings(), description="the optimizer")
     schedule: ScheduleSettings = Field(

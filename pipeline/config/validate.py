@@ -24,6 +24,7 @@ def check(config: Config) -> list[tuple[str, str]]:
         *_check_addresses(config),
         *_check_model(config),
         *_check_method(config),
+        *_check_adapt(config),
     ]
     if config.launch.num_processes is not None:
         conflicts += check_ranks(config, config.launch.num_processes)
@@ -186,7 +187,7 @@ def _check_model(config: Config) -> Iterator[tuple[str, str]]:
         if model.stem == "conv":
             yield "model.stem", "model.stem = conv: applies to a transformer only; choose patch (as timm has it) or small"
         model = model.model_copy(update={"stem": "patch"})
-    names = ("mlp_ratio", "registers", "stem", "ffn", "pos_embed", "rope_base")
+    names = ("mlp_ratio", "registers", "stem", "ffn", "pos_embed", "rope_base", "activation", "pre_norm", "norm_eps", "pooling")
     fixed = {**shape, **{name: getattr(model, name) for name in names}}
     for name, value in fixed.items():
         if value != type(model).model_fields[name].default:
@@ -262,3 +263,21 @@ def _check_method(config: Config) -> Iterator[tuple[str, str]]:
             "method.mask_probability",
             "method.mask_probability: an image of a single patch leaves nothing to mask; make views larger or patches smaller",
         )
+
+
+def _check_adapt(config: Config) -> Iterator[tuple[str, str]]:
+    """Checks what part of a pretrained tower is trained."""
+    adapt = config.adapt
+    if adapt.keeps_start and config.init_from.source is None:
+        yield "adapt", "adapt: there is no start to keep; set init_from.source, or the preserve and l2 weights to 0"
+    if adapt.train == "lora" and adapt.l2_to_start:
+        yield "adapt.l2_to_start", "adapt.l2_to_start: the weights of adapters are decayed by schedule.weight_decay; set it to 0"
+    if adapt.train == "all":
+        return
+    key = f"adapt.train = {adapt.train}"
+    if config.init_from.source is None:
+        yield "adapt.train", f"{key}: the rest of the tower would stay random; set init_from.source, or adapt.train=all"
+    if adapt.train == "lora" and config.train.fp8 != "off":
+        yield "train.fp8", f"{key}: adapters are not computed in 8 bits; set train.fp8=off"
+    if isinstance(config.method, Dinov2Settings) and config.method.gram_update_every is not None:
+        yield "method.gram_update_every", f"{key}: the Gram anchor stays at the start; leave method.gram_update_every null"

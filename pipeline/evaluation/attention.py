@@ -91,5 +91,6 @@ def shaded(values: NDArray[Any]) -> NDArray[np.uint8]:
 def _last(model: EvalModel) -> Any:
     """The last block's attention module, if its queries and keys pass through modules of their own."""
     blocks = getattr(getattr(model.tower, "vit", None), "blocks", None)
-    attention = getattr(blocks[-1], "attn", None) if blocks is not None else None
+    pooled = getattr(model.tower, "pooled", False)  # there is no class token whose attention could be read
+    attention = getattr(blocks[-1], "attn", None) if blocks is not None and not pooled else None
     return attention if hasattr(attention, "q_norm") and hasattr(attention, "k_norm") and hasattr(attention, "scale") else None

@@ -24,6 +24,7 @@ from pipeline.evaluation.base import evaluate_all
 from pipeline.evaluation.results import EvalResult, baseline_metric, is_evaluated
 from pipeline.evaluation.runner import Evaluators, build_evaluators, eval_model_of, evaluated_modules, placement
 from pipeline.evaluation.settings import Need
+from pipeline.evaluation.start import compare_with_start
 from pipeline.methods.base import Method
 from pipeline.methods.registry import build_seeded_method
 from pipeline.models.eval_model import EvalModel, preserve_rng_and_mode
@@ -46,12 +47,15 @@ class EvalRequest:
         baselines: also evaluate the run's network before its first step, and raw pixels.
         watch: continue with each new checkpoint.
         checkpoint: directory of the checkpoint to evaluate, instead of the newest.
+        between: also evaluate weights at these shares of the way from the run's initial weights (0) to the checkpoint (1), and
+            how much each block has changed.
     """
 
     evaluators: tuple[str, ...] = ("knn",)
     baselines: bool = True
     watch: bool = False
     checkpoint: Path | None = None
+    between: tuple[float, ...] = ()
 
 
 def select(config: Config, evaluators: Sequence[str]) -> Config:
@@ -154,6 +158,8 @@ def evaluate_run(directory: Path, config: Config, request: EvalRequest, world: W
         for saved in broadcast_each(checkpoints, world):
             fill_trained(method, saved)
             scores = {**evaluate_all(evaluators, model), **baselines}
+            if request.between:
+                scores |= compare_with_start(saved, config, evaluators, world, request.between)
             seen = int(saved.manifest.get("samples_seen", 0))
             yield replace(about, checkpoint=saved.path.name, step=saved.step, samples_seen=seen, scores=scores)
 

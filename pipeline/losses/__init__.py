@@ -15,6 +15,7 @@ from pipeline.losses.pairs import (
     repulsion,
     same_or_not,
 )
+from pipeline.losses.preservation import feature_distance
 from pipeline.losses.prototypes import (
     SAME_VIEW,
     Kernels,
@@ -44,6 +45,7 @@ __all__ = [
     "cosine_regression",
     "cross_entropy",
     "effective_rank",
+    "feature_distance",
     "gathered",
     "global_mean",
     "gram",

@@ -31,6 +31,7 @@ class Step:
         epoch: ``samples_seen`` divided by the size of the training set.
         lr: learning rate, before each group's own multiplier.
         last_layer_lr: learning rate of groups marked ``last_layer`` (0 while they are frozen).
+        backbone_share: factor of the learning rate of groups marked ``backbone``: 0 while the tower is frozen, then rising to 1.
         weight_decay: weight decay, before each group's own multiplier.
         momentum: EMA momentum of the teacher in ``after_step``.
         teacher_temperature: softmax temperature of the targets.
@@ -44,6 +45,12 @@ class Step:
     weight_decay: float = 0.0
     momentum: float = 1.0
     teacher_temperature: float = 0.07
+    backbone_share: float = 1.0
+
+    def lr_of(self, group: ParameterGroup) -> float:
+        """Learning rate of a parameter group."""
+        lr = self.last_layer_lr if group.last_layer else self.lr
+        return lr * (self.backbone_share if group.backbone else 1.0) * group.lr_scale
 
 
 class Method(nn.Module, ABC):
@@ -59,6 +66,8 @@ class Method(nn.Module, ABC):
         extra_state: fp32 tensors that are neither parameters nor teacher weights (centres, queues), saved with each checkpoint
             under their names. Equal on all ranks. Not buffers, because an engine may cast buffers to bf16.
         metrics: detached scalars of the last ``forward`` for logging; never part of the loss.
+        constant_names: names of parameters that never change in a run; a checkpoint shares their file with the one before.
+        start: the tower ``backbone`` as the run began with it, frozen, if the settings keep it (``adapt``).
         health_metrics: which of these metrics indicate training health, or ``None``.
     """
 
@@ -71,6 +80,8 @@ class Method(nn.Module, ABC):
         self.teacher: Teacher | None = None
         self.extra_state: dict[str, Tensor] = {}
         self.metrics: dict[str, Tensor] = {}
+        self.constant_names: set[str] = set()
+        self.start: nn.ModuleDict | None = None
         self.health_metrics: HealthMetrics | None = None
 
     @property

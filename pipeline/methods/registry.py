@@ -8,6 +8,7 @@ import torch
 
 from pipeline.config.schema import METHODS, Config
 from pipeline.errors import ConfigError
+from pipeline.methods.adaptation import adapted
 from pipeline.methods.base import Method
 
 
@@ -29,7 +30,7 @@ def build_method(config: Config) -> Method:
             raise
         raise ConfigError(f"no method {name!r}", where="method.name", hint=f"Write {module}, or choose another") from None
     method: Method = package.build(config, config.method)
-    return method
+    return adapted(method, config.adapt)
 
 
 def build_seeded_method(config: Config, device: torch.device) -> Method:

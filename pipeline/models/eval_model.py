@@ -71,8 +71,8 @@ class EvalModel:
         return len(list(self.tower.vit.blocks)) if hasattr(self.tower, "vit") else 1
 
     def layers(self, images: Tensor, last: int) -> Tensor:
-        """Features of the last blocks, ``[n, last, 2, width]`` fp32: class token and mean of the patch tokens, in block order,
-        each normalized to mean 0 and standard deviation 1 over its channels.
+        """Features of the last blocks, ``[n, last, 2, width]`` fp32: class token (the mean again, if there is none) and mean of
+        the patch tokens, in block order, each normalized to mean 0 and standard deviation 1 over its channels.
         """
         if not hasattr(self.tower, "vit"):
             tokens = self.tokens(images)
@@ -84,7 +84,8 @@ class EvalModel:
 
         def keep(_: nn.Module, __: Any, out: Tensor) -> None:
             x = F.layer_norm(out.detach().float(), out.shape[-1:])
-            kept.append(torch.stack([x[:, 0], x[:, prefix:].mean(1)], dim=1))
+            patches = x[:, prefix:].mean(1)
+            kept.append(torch.stack([x[:, 0] if prefix else patches, patches], dim=1))
 
         handles = [block.register_forward_hook(keep) for block in blocks]
         try:

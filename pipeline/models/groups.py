@@ -26,6 +26,7 @@ class ParameterGroup:
         lr_scale: multiplies the scheduled learning rate.
         wd_scale: multiplies the scheduled weight decay.
         last_layer: whether ``Step.last_layer_lr`` is used instead of ``Step.lr``.
+        backbone: whether the learning rate is multiplied by ``Step.backbone_share``: of a tower that is frozen at the start.
     """
 
     params: tuple[nn.Parameter, ...]
@@ -33,6 +34,7 @@ class ParameterGroup:
     lr_scale: float
     wd_scale: float
     last_layer: bool
+    backbone: bool = False
 
 
 def parameter_groups(
@@ -61,18 +63,21 @@ def parameter_groups(
     lr_scales = {id(parameter): scale for parameter, scale in (scales or {}).items()}
     spared = set(map(id, undecayed))
     last: set[int] = set()
+    begun: set[int] = set()
     for module in root.modules():
         if isinstance(module, VisionTower):
             for parameter, scale in _tower_scales(module, layer_decay, patch_lr):
-                lr_scales[id(parameter)] = scale
+                lr_scales[id(parameter)] = scale * module.lr_mult
+            if module.starts_frozen:
+                begun.update(map(id, module.parameters()))
         elif isinstance(module, Prototypes):
             last.update(map(id, module.parameters()))
 
-    fused: dict[tuple[float, float, bool], list[tuple[str, nn.Parameter]]] = {}
+    fused: dict[tuple[float, float, bool, bool], list[tuple[str, nn.Parameter]]] = {}
     for name, parameter in root.named_parameters():
         if parameter.requires_grad:
             wd_scale = 0.0 if (parameter.ndim <= 1 and not vectors) or id(parameter) in spared else 1.0
-            key = (lr_scales.get(id(parameter), 1.0), wd_scale, id(parameter) in last)
+            key = (lr_scales.get(id(parameter), 1.0), wd_scale, id(parameter) in last, id(parameter) in begun)
             fused.setdefault(key, []).append((name, parameter))
     return [ParameterGroup(tuple(p for _, p in members), tuple(n for n, _ in members), *key) for key, members in fused.items()]
 
@@ -86,6 +91,6 @@ def _tower_scales(tower: VisionTower, decay: float, patch_lr: float) -> Iterator
     for index, block in enumerate(tower.vit.blocks):
         for parameter in block.parameters():
             yield parameter, decay ** (depth - index)
-    for norm in (tower.vit.norm, tower.local_norm):
-        for parameter in norm.parameters() if norm is not None else ():
+    for last in (tower.vit.norm, tower.local_norm, getattr(tower.vit, "attn_pool", None)):
+        for parameter in last.parameters() if last is not None else ():
             yield parameter, 1.0

@@ -58,6 +58,22 @@ class ModelSettings(Settings):
         "code) instead of merging it into the token (timm); exports merge the two",
     )
     ffn: Literal["mlp", "swiglu"] = Field(default="mlp", description="feed-forward layer of a block")
+    activation: Literal["gelu", "quick_gelu", "gelu_tanh"] = Field(
+        default="gelu",
+        description="activation of an mlp: exact GELU, x * sigmoid(1.702 x) (OpenAI's CLIP), or the tanh approximation (SigLIP)",
+    )
+    pre_norm: bool = Field(
+        default=False,
+        description="CLIP's tower: a norm before the first block, and a patch embedding without bias; learned positions only",
+    )
+    norm_eps: Positive | None = Field(
+        default=None,
+        description="constant added to the variance in layer norms; null means 1e-6, or 1e-5 with pre_norm or pos_embed=rope",
+    )
+    pooling: Literal["class_token", "attention"] = Field(
+        default="class_token",
+        description="image feature of the tower: a class token, or attention pooling over the patches in its place (SigLIP)",
+    )
     layer_scale: Positive | None = Field(default=1e-5, description="initial LayerScale of a block's branches; null for none")
     drop_path: float = Field(default=0.0, ge=0, lt=1, description="stochastic depth rate of the student")
     drop_path_schedule: Literal["constant", "linear"] = Field(

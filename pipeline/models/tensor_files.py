@@ -94,12 +94,13 @@ def _check_pickle(path: Path) -> None:
                 raise CheckpointError("is a compressed archive, which torch never writes", where=printable(str(path)), hint=_HINT)
 
 
-def read_folder(folder: Path, names: tuple[str, ...]) -> dict[str, Any]:
+def read_folder(folder: Path, names: tuple[str, ...], *, shapes_only: bool = False) -> dict[str, Any]:
     """Reads the weights of a folder: the first file that exists, or all files that an index beside it lists.
 
     Args:
         folder: the folder.
         names: file names, the preferred one first.
+        shapes_only: as for :func:`read_tensors`.
 
     Raises:
         CheckpointError: as :func:`read_tensors`; none of the files exists, or an index lists a name that is not a plain file
@@ -107,16 +108,16 @@ def read_folder(folder: Path, names: tuple[str, ...]) -> dict[str, Any]:
     """
     for name in names:
         if (folder / name).exists():
-            return read_tensors(folder / name)
+            return read_tensors(folder / name, shapes_only=shapes_only)
         index = folder / f"{name}.index.json"
         if index.exists():
-            return _read_shards(folder, index)
+            return _read_shards(folder, index, shapes_only)
     raise CheckpointError(
         "contains no weights", where=printable(str(folder)), hint=f"Name a folder with one of {', '.join(names)}"
     )
 
 
-def _read_shards(folder: Path, index: Path) -> dict[str, Any]:
+def _read_shards(folder: Path, index: Path, shapes_only: bool) -> dict[str, Any]:
     document = read_json(index, error=CheckpointError)
     table = document.get("weight_map") if isinstance(document, dict) else None
     files = set(table.values()) if isinstance(table, dict) and all(isinstance(v, str) for v in table.values()) else set()
@@ -124,7 +125,7 @@ def _read_shards(folder: Path, index: Path) -> dict[str, Any]:
         raise CheckpointError("must list the weight files", where=printable(str(index)), hint="Download the folder again")
     state: dict[str, Any] = {}
     for name in sorted(files):
-        state |= read_tensors(folder / plain_name(name, where=str(index), error=CheckpointError))
+        state |= read_tensors(folder / plain_name(name, where=str(index), error=CheckpointError), shapes_only=shapes_only)
     return state
 
 

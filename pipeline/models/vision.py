@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import math
+from functools import partial
 from types import MethodType
 from typing import Any, Literal
 
@@ -33,7 +34,8 @@ class VisionTower(nn.Module):
     """A timm ViT that returns :class:`Tokens` and can replace patches by a learned mask token.
 
     Args:
-        vit: a timm ViT with a class token, ``dynamic_img_size`` and no classifier.
+        vit: a timm ViT with ``dynamic_img_size`` and no classifier, and with a class token or attention pooling; the pooled
+            feature then takes the place of the class token in :class:`Tokens`.
         timm_name: name with which ``timm.create_model`` creates the same model.
         timm_args: its keyword arguments.
         resampling: how learned positions are resampled to a grid of another size, see
@@ -42,6 +44,10 @@ class VisionTower(nn.Module):
             to the timm model: evaluation and export do not use it.
         class_position: whether the class token's position is a separate parameter where timm's model has none, as in DINOv2's
             code for models with registers; see :meth:`merge_class_position`.
+
+    Attributes:
+        lr_mult: learning-rate multiplier of all its parameters.
+        starts_frozen: whether it is not trained at the start of a run.
     """
 
     width: int
@@ -64,9 +70,10 @@ class VisionTower(nn.Module):
                 where="model.cls_pos_embed",
                 hint="Set it to false, or model.registers above 0 with learned positions",
             )
-        if vit.cls_token is None or not vit.dynamic_img_size or not isinstance(vit.head, nn.Identity):
+        self.pooled = vit.cls_token is None and getattr(vit, "attn_pool", None) is not None
+        if (vit.cls_token is None and not self.pooled) or not vit.dynamic_img_size or not isinstance(vit.head, nn.Identity):
             raise ConfigError(
-                "a tower needs a class token, dynamic_img_size=True and num_classes=0",
+                "a tower needs a class token or attention pooling, dynamic_img_size=True and num_classes=0",
                 where=f"model.timm_name={timm_name!r}",
                 hint="Choose a timm ViT with a class token, such as vit_small_patch16_224",
             )
@@ -77,7 +84,7 @@ class VisionTower(nn.Module):
                 hint="Choose a model with fixed rotary positions, and leave model.pos_embed_interpolation=antialias",
             )
         vit.forward = MethodType(_walk, vit)
-        vit.reads_some = read_some(vit.blocks[-1])
+        vit.reads_some = not self.pooled and read_some(vit.blocks[-1])  # pooling reads every patch
         self.vit = vit
         self.timm_name, self.timm_args = timm_name, dict(timm_args or {})
         self.width = vit.embed_dim
@@ -89,6 +96,7 @@ class VisionTower(nn.Module):
         if self.class_position is not None:
             nn.init.trunc_normal_(self.class_position, std=0.02)
         self.checkpointing = self.compiled = False
+        self.lr_mult, self.starts_frozen = 1.0, False
         self._fused = bool(vit.blocks[0].attn.fused_attn)
 
     def forward(
@@ -121,7 +129,7 @@ class VisionTower(nn.Module):
             block.attn.fused_attn = fused
             # Eva reads this weight outside of its owner's forward pass, where it is empty once an engine has sharded it (ZeRO 3).
             # Then call the owner and add the bias after; otherwise do what timm does, bit for bit.
-            if getattr(block.attn, "q_bias", None) is not None and block.attn.qkv.weight.ndim != 2:
+            if getattr(block.attn, "q_bias", None) is not None and block.attn.qkv._parameters["weight"].ndim != 2:
                 block.attn.qkv_bias_separate = True
         norm = self.local_norm if local else None
         read = None if patches == "all" else images.new_zeros(0, dtype=torch.int64) if isinstance(patches, str) else patches
@@ -129,7 +137,7 @@ class VisionTower(nn.Module):
         if read is not None and self.compiled and number:
             read = filled_up(read, capacity)
         x = self.vit(images, mask, keep, self.mask_token, self.class_position, self.resampling, self.checkpointing, norm, read)
-        prefix, batch = self.vit.num_prefix_tokens, len(images)
+        prefix, batch = self.vit.num_prefix_tokens + self.pooled, len(images)
         if read is not None:
             none = x.new_zeros(batch, 0, x.shape[1])
             return Tokens(cls=x[:batch], registers=none, patches=x[batch : batch + number], kept=keep)
@@ -206,14 +214,17 @@ def _walk(
     time.
     """
     x, rope = embed(vit, images, mask, keep, mask_token, class_position, resampling)
-    at = None if read is None else places(len(x), x.shape[1], vit.num_prefix_tokens, read)
+    at = None if read is None or vit.cls_token is None else places(len(x), x.shape[1], vit.num_prefix_tokens, read)
     for block in vit.blocks:
         more = rope | {"read": at} if block is vit.blocks[-1] and vit.reads_some else rope
         x = checkpoint(block, x, use_reentrant=False, **more) if checkpointing else block(x, **more)
     if at is not None and not vit.reads_some:
         x = x.flatten(0, 1)[at]
     tokens: Tensor = (vit.norm if norm is None else norm)(x)
-    return tokens
+    if vit.cls_token is not None:
+        return tokens
+    pooled = vit.attn_pool(tokens)
+    return torch.cat([pooled[:, None], tokens], dim=1) if read is None else torch.cat([pooled, tokens.flatten(0, 1)[read]])
 
 
 def build_tower(settings: ModelSettings, *, image_size: int) -> VisionTower:
@@ -275,6 +286,7 @@ def _timm_call(settings: ModelSettings, image_size: int) -> tuple[str, dict[str,
         "num_heads": heads,
         "mlp_ratio": settings.mlp_ratio,
         "init_values": settings.layer_scale or None,
+        **_plain_options(settings),
     }
     hidden = 8 * math.ceil(int(width * settings.mlp_ratio * 2 / 3) / 8)  # SwiGLU has three matrices instead of two
     if settings.pos_embed == "rope":
@@ -290,7 +302,28 @@ def _timm_call(settings: ModelSettings, image_size: int) -> tuple[str, dict[str,
         args |= {"mlp_ratio": (2 * hidden + 0.5) / width, "mlp_layer": SwiGLUPacked, "act_layer": nn.SiLU}
     if settings.stem == "conv":
         args |= {"patch_size": 1, "embed_layer": conv_stem(patch, width)}
-    return "vit_base_patch16_224", args
+    return "vit_base_patch16_clip_224" if settings.pre_norm else "vit_base_patch16_224", args
+
+
+def _plain_options(settings: ModelSettings) -> dict[str, Any]:
+    """Keyword arguments that differ from those of the timm models whose names are used; absent where they do not."""
+    rotary = settings.pos_embed == "rope"
+    if rotary and (settings.pre_norm or settings.pooling == "attention"):
+        raise ConfigError(
+            "a tower with rotary positions has neither a norm before the first block nor attention pooling",
+            where="model",
+            hint="Set model.pre_norm=false and model.pooling=class_token",
+        )
+    options: dict[str, Any] = {}
+    if settings.activation != "gelu":
+        options["act_layer"] = settings.activation
+    if settings.norm_eps is not None and settings.norm_eps != (1e-5 if rotary or settings.pre_norm else 1e-6):
+        options["norm_layer"] = partial(nn.LayerNorm, eps=settings.norm_eps)
+    if settings.pooling == "attention":
+        if settings.registers:
+            raise ConfigError("attention pooling reads patches only", where="model.registers", hint="Set it to 0")
+        options |= {"class_token": False, "global_pool": "map"}
+    return options
 
 
 def _named(name: str, rotary: dict[str, float]) -> dict[str, Any]:
@@ -304,7 +337,7 @@ def _named(name: str, rotary: dict[str, float]) -> dict[str, Any]:
         raise ConfigError(
             f"{name!r} is not a plain vision transformer",
             where="model.timm_name",
-            hint="Choose one of timm's vit_* models with a class token",
+            hint="Choose one of timm's vit_* models with a class token or attention pooling",
         )
     if rotary:
         raise _unturned()

@@ -135,6 +135,7 @@ def engine_options(config: Config, micro_batch: int, accumulation: int) -> Engin
         offload=config.train.offload,
         init=config.launch.deepspeed_init,
         graphs=config.train.cuda_graphs,
+        l2_to_start=config.adapt.l2_to_start,
     )
 
 

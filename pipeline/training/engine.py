@@ -85,6 +85,7 @@ class EngineOptions:
         merge: whether DeepSpeed sees one parameter group, which takes one optimizer call and one gather, instead of one for each
             pair of multipliers; ``None`` for a GPU, where every element is computed alike wherever it lies. A CPU's vector
             instructions compute the last few elements of a tensor otherwise, in the last bit.
+        l2_to_start: decay of the tower's weights towards ``Method.start``, see ``adapt.l2_to_start``.
         delay: whether it is decided on the device if a step is applied, so that the host need not wait; ``None`` for a GPU.
     """
 
@@ -102,6 +103,7 @@ class EngineOptions:
     offload: Literal["none", "cpu"] = "none"
     init: Literal["deepspeed", "accelerate"] = "deepspeed"
     graphs: bool = False
+    l2_to_start: float = 0.0
     merge: bool | None = None
     delay: bool | None = None
 
@@ -220,7 +222,7 @@ class Engine:
             parameters outside all networks count as one more, ``other``.
         """
         for rates, group in zip(self._rates, self._groups, strict=True):
-            rates["lr"] = (step.last_layer_lr if group.last_layer else step.lr) * group.lr_scale
+            rates["lr"] = step.lr_of(group)
             rates["weight_decay"] = step.weight_decay * group.wd_scale
         squares = torch.cat([self._squares(), (~finite).double().reshape(1)])
         dist.all_reduce(squares)
@@ -233,9 +235,27 @@ class Engine:
             self.layout.drop()
         if self.options.clip_norm is not None and (applied.on_device is not None or applied):
             self._clip(squares[:-1].sum().sqrt().float().expand_as(own) if self.options.clip_scope == "global" else own)
+        if self.options.l2_to_start and (applied.on_device is not None or applied):
+            self._move_to_start(step, applied.on_device)
         self._engine.step()
         self.layout.clean()
         return applied, dict(zip(self._networks, lengths.unbind(), strict=True))
+
+    @torch.no_grad()
+    def _move_to_start(self, step: Step, applied: Tensor | None) -> None:
+        """Move the tower's masters towards their starts, before the optimizer's own update, as AdamW's weight decay."""
+        assert self.method.start is not None
+        starts: dict[str, Any] = {f"backbone.{name}": p for name, p in self.method.start["backbone"].named_parameters()}
+        rates = {name: step.lr_of(group) for group in self._groups for name in group.names}
+        for _, f in self.layout.held():
+            if (start := starts.get(f.name)) is None:
+                continue
+            if self.options.zero == 3:
+                own = start.ds_tensor.view(-1).narrow(0, 0, f.master.numel())
+            else:
+                own = start.detach().view(-1).narrow(0, f.start, f.master.numel())
+            share = rates[f.name] * self.options.l2_to_start
+            f.master.lerp_(own.to(f.master), share if applied is None else (share * applied).to(f.master))
 
     def _squares(self) -> Tensor:
         """Squared norms of this rank's share of the gradients, fp64 ``[n]``: per network, or per parameter with

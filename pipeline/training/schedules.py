@@ -95,6 +95,8 @@ class Schedules:
         momentum: the teacher's momentum.
         teacher_temperature: temperature of the teacher's targets.
         last_layer_freeze: samples during which groups marked ``last_layer`` have learning rate 0.
+        backbone_freeze: samples during which groups marked ``backbone`` have learning rate 0; it then rises linearly to the
+            others' over the length of the learning rate's warm-up.
     """
 
     global_batch: int
@@ -104,6 +106,7 @@ class Schedules:
     momentum: Curve = constant(1.0)  # noqa: RUF009 - frozen
     teacher_temperature: Curve = constant(0.07)  # noqa: RUF009 - frozen
     last_layer_freeze: int = 0
+    backbone_freeze: int = 0
 
     @classmethod
     def from_config(cls, config: Config, *, epoch_samples: int) -> Self:
@@ -136,6 +139,7 @@ class Schedules:
             momentum=plain(schedule.teacher_momentum),
             teacher_temperature=plain(schedule.teacher_temperature),
             last_layer_freeze=config.method.last_layer_freeze.samples(epoch_samples, batch),
+            backbone_freeze=config.adapt.freeze_backbone.samples(epoch_samples, batch),
         )
 
     def at(self, samples_seen: int) -> Step:
@@ -150,4 +154,12 @@ class Schedules:
             weight_decay=self.weight_decay.at(samples_seen, self.global_batch),
             momentum=self.momentum.at(samples_seen, self.global_batch),
             teacher_temperature=self.teacher_temperature.at(samples_seen, self.global_batch),
+            backbone_share=self._backbone_share(samples_seen),
         )
+
+    def _backbone_share(self, samples_seen: int) -> float:
+        """0 while the tower is frozen, 1 from a warm-up later on."""
+        after = samples_seen - self.backbone_freeze
+        if not self.backbone_freeze:
+            return 1.0
+        return min((after + self.global_batch) / (self.lr.warmup + self.global_batch), 1.0) if after >= 0 else 0.0

@@ -6,12 +6,17 @@ recorded in the manifest of every following checkpoint (``init``).
 
 from __future__ import annotations
 
+import hashlib
+import re
+import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
+from urllib.parse import urlsplit
 
 import torch
+from pydantic import ValidationError
 from torch import Tensor
 
 from pipeline.checkpoint import files as saved
@@ -22,10 +27,13 @@ from pipeline.checkpoint.reader import read_student, read_teacher
 from pipeline.config.schema import Config
 from pipeline.errors import CheckpointError, ConfigError
 from pipeline.methods.base import Method
+from pipeline.models.lora import merged_state
 from pipeline.models.tensor_files import only_weights, opened, read_tensors, reason
 from pipeline.models.vision import VisionTower
+from pipeline.untrusted import shown_address
+from pipeline.weights.folder_hints import is_weights, tensors_of
 from pipeline.weights.public_layouts import compare, fit, unwrapped
-from pipeline.weights.settings import InitSettings
+from pipeline.weights.settings import AdaptSettings, InitSettings
 
 _FILES = (".safetensors", ".pth", ".pt", ".bin")
 
@@ -36,13 +44,13 @@ class Source:
 
     Attributes:
         name: as given.
-        kind: a fovea checkpoint, a weights file, or a timm model name.
-        path: the checkpoint's directory or the file.
+        kind: a fovea checkpoint, a weights file, a folder of another library, or a timm model name.
+        path: the checkpoint's directory, the file or the folder.
         saved: the checkpoint.
     """
 
     name: str
-    kind: Literal["checkpoint", "file", "timm"]
+    kind: Literal["checkpoint", "file", "folder", "timm"]
     path: Path | None = None
     saved: Saved | None = None
 
@@ -55,7 +63,7 @@ class Source:
         if self.saved is not None:
             facts |= {"path": str(self.saved.path.resolve()), "id": self.saved.id, "step": self.saved.step}
         elif self.path is not None:
-            facts |= {"path": str(self.path.resolve()), "blake2b": saved.entry(self.path, "blake2b")["blake2b"]}
+            facts |= {"path": str(self.path.resolve()), "blake2b": _digest(self.path)}
         return facts
 
 
@@ -81,11 +89,17 @@ def find(name: str) -> Source:
     if name.startswith("timm:"):
         return Source(name, "timm")
     path = Path(name)
-    if "://" in name or not path.exists():
+    if "://" in name:
         raise CheckpointError(
-            "must be a local file: weights are not downloaded" if "://" in name else "there is no such file or directory",
+            "must be a local file: weights are not downloaded",
             where=f"init_from.source={name}",
-            hint="Download them first and give their path" if "://" in name else "Give a run, a checkpoint or a file of weights",
+            hint=f"Download them first, `{download_command(name)}`, and give their path",
+        )
+    if not path.exists():
+        raise CheckpointError(
+            "there is no such file or directory",
+            where=f"init_from.source={name}",
+            hint="Give a run, a checkpoint or a file of weights",
         )
     if path.is_file():
         if path.suffix in _FILES:
@@ -97,11 +111,33 @@ def find(name: str) -> Source:
         newest, _ = selection.newest(folder)
         if newest is not None:
             return Source(name, "checkpoint", newest.path, newest)
+        if is_weights(path):
+            return Source(name, "folder", path)
     raise CheckpointError(
-        "not a run with checkpoints, a checkpoint or a file of weights",
+        "not a run with checkpoints, a checkpoint, a file or a folder of weights",
         where=f"init_from.source={name}",
-        hint=f"Give a run's directory, one of its checkpoints/step_…, or a file that ends in {', '.join(_FILES)}",
+        hint=f"Give a run's directory, one of its checkpoints/step_…, a file that ends in {', '.join(_FILES)}, or a folder with "
+        "config.json and weights",
     )
+
+
+def download_command(url: str) -> str:
+    """The command that downloads weights from an address; it contains no user name and no value of a query."""
+    address = shown_address(url)
+    parts = urlsplit(url)
+    if parts.hostname in ("huggingface.co", "hf.co") and (match := re.fullmatch(r"/([\w.-]+/[\w.-]+)/?", parts.path)):
+        return f"hf download {match[1]} --local-dir {match[1].split('/')[1]}"
+    tool = {"s3": "aws s3 cp", "gs": "gcloud storage cp"}.get(parts.scheme)
+    return f"{tool} {shlex.quote(address)} ." if tool else f"curl -LO {shlex.quote(address)}"
+
+
+def _digest(path: Path) -> str:
+    """BLAKE2b of a file, or of the digests of all weights and settings in a folder."""
+    if path.is_file():
+        return str(saved.entry(path, "blake2b")["blake2b"])
+    files = sorted(file for file in path.iterdir() if file.is_file() and file.suffix in (*_FILES, ".json"))
+    digests = "".join(f"{file.name} {saved.entry(file, 'blake2b')['blake2b']}\n" for file in files)
+    return hashlib.blake2b(digests.encode()).hexdigest()
 
 
 def check(config: Config) -> None:
@@ -152,6 +188,9 @@ def begin(method: Method, config: Config, *, record: bool = True) -> Start | Non
         lines += [f"starting from the {network}{source}: {len(weights)} tensors", *notes]
         if record:
             facts = source.record() | {"network": config.init_from.network, "heads": config.init_from.heads}
+    if method.start is not None:
+        for name, parameter in method.start["backbone"].named_parameters():
+            parameter.copy_(parameters[f"backbone.{name}"])
     for anchor, anchor_source in config.method.anchors.items():
         weights, notes = _anchored(method, anchor, anchor_source, shapes_only=False)
         for name, tensor in weights.items():
@@ -225,10 +264,7 @@ def _read(source: Source, network: str, shapes_only: bool) -> tuple[dict[str, Te
     """The backbone's tensors, all others, and notes."""
     if source.saved is not None:
         return (*_split(_ours(source.saved, network, shapes_only), source), [])
-    loaded = (
-        _of_timm(source) if source.kind == "timm" else read_tensors(source.path or Path(source.name), shapes_only=shapes_only)
-    )
-    state, notes = unwrapped(loaded)
+    state, notes = unwrapped(weights_of(source, shapes_only=shapes_only))
     return state, {}, notes
 
 
@@ -248,11 +284,30 @@ def _split(state: dict[str, Tensor], source: Source) -> tuple[dict[str, Tensor],
 def _ours(saved: Saved, network: str, shapes_only: bool) -> dict[str, Tensor]:
     read = read_teacher if network == "teacher" else read_student
     state = _shapes(saved, network) if shapes_only else dict(read(saved))
+    state = merged_state(state, lora_scale(saved))
     if not state:
         raise CheckpointError(
             f"the checkpoint contains no {network}", where=str(saved.path), hint="Set init_from.network=student, or name another"
         )
     return state
+
+
+def lora_scale(saved: Saved) -> float:
+    """The factor of the adapters of the run that wrote a checkpoint.
+
+    Raises:
+        CheckpointError: its settings of adapters are invalid.
+    """
+    about = saved.manifest.get("config", {}).get("adapt")
+    try:
+        settings = AdaptSettings.model_validate(about if isinstance(about, dict) else {})
+    except ValidationError as error:
+        raise CheckpointError(
+            f"its settings of adapters are invalid ({error.error_count()} problems)",
+            where=str(saved.path),
+            hint="Use the version of fovea that wrote it",
+        ) from None
+    return settings.lora.alpha / settings.lora.rank
 
 
 def _shapes(saved: Saved, network: str) -> dict[str, Tensor]:
@@ -268,13 +323,20 @@ def _shapes(saved: Saved, network: str) -> dict[str, Tensor]:
     return {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
 
 
-def weights_of(source: Source) -> Mapping[str, Any]:
-    """The tensors of a file or of a timm model, under their original names.
+def weights_of(source: Source, *, shapes_only: bool = False) -> Mapping[str, Any]:
+    """The tensors of a file, a folder or a timm model, under their original names.
+
+    Args:
+        source: where they are.
+        shapes_only: tensors on the ``meta`` device suffice.
 
     Raises:
         CheckpointError: they cannot be read or downloaded.
     """
-    return _of_timm(source) if source.kind == "timm" else read_tensors(source.path or Path(source.name))
+    if source.kind == "timm":
+        return _of_timm(source)
+    path = source.path or Path(source.name)
+    return tensors_of(path, shapes_only=shapes_only) if path.is_dir() else read_tensors(path, shapes_only=shapes_only)
 
 
 def _of_timm(source: Source) -> dict[str, Tensor]:

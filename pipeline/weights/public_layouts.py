@@ -1,9 +1,10 @@
-"""Converts public weights (timm, DINOv2, DINOv3) to a tower's parameter names and position grid. Strict: mismatches are reported.
+"""Converts public weights to a tower's parameter names and position grid. Strict: mismatches are reported.
 
 Accepted are a tower's own names (``vit.…``), timm's, and those of DINOv2's public files: blocks in chunks or not,
 ``register_tokens``, ``mlp.w12`` and ``mlp.w3`` of SwiGLU, a ``mask_token`` of two dimensions, and a separate class token
-position. A rotary tower also accepts DINOv3's: ``storage_tokens``, the three biases in one, ``ls1``, ``mlp.w1``. Files may
-wrap their tensors (``teacher``, ``model``, ``state_dict``) or prefix each name with ``backbone.`` or ``module.``.
+position. A rotary tower also accepts DINOv3's: ``storage_tokens``, the three biases in one, ``ls1``, ``mlp.w1``. Those of
+transformers and open_clip are renamed first (:mod:`pipeline.weights.foreign_names`). Files may wrap their tensors (``teacher``,
+``model``, ``state_dict``) or prefix each name with ``backbone.``, ``module.`` or ``teacher.backbone.``.
 """
 
 from __future__ import annotations
@@ -19,13 +20,16 @@ from timm.models.eva import Eva
 from torch import Tensor
 
 from pipeline.errors import CheckpointError
+from pipeline.models.lora import is_factor
 from pipeline.models.positions import resample_positions
 from pipeline.models.tensor_files import reason
 from pipeline.models.vision import VisionTower
 from pipeline.untrusted import printable
+from pipeline.weights.foreign_names import renamed
 
 _WRAPPERS = ("teacher", "model", "state_dict", "student")
-_PREFIXES = ("module.", "_orig_mod.", "backbone.")
+_PREFIXES = ("module.", "_orig_mod.", "teacher.", "student.", "backbone.")
+_PARTIAL = ("teacher.", "student.", "backbone.")  # a file may hold other networks beside these
 _WRAPPED = 8  # maximum nested wrappers
 _NAMED = 6
 
@@ -50,18 +54,27 @@ def unwrapped(state: Mapping[str, Any]) -> tuple[dict[str, Tensor], list[str]]:
         state: output of ``torch.load`` or safetensors.
     """
     notes: list[str] = []
+    way: list[str] = []
     for _ in range(_WRAPPED):
-        inner = [state[name] for name in _WRAPPERS if isinstance(state.get(name), Mapping)]
+        inner = [name for name in _WRAPPERS if isinstance(state.get(name), Mapping)]
         if not inner:
             break
-        state = inner[0]
+        way.append(f"under {inner[0]!r}")
+        state = state[inner[0]]
     tensors = {name: value for name, value in state.items() if isinstance(name, str) and isinstance(value, Tensor)}
+    beside: set[str] = set()
     for prefix in (*_PREFIXES, *_PREFIXES):
         under = {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
-        if under and (prefix == "backbone." or len(under) == len(tensors)):
-            if beside := sorted({name.split(".")[0] for name in tensors if not name.startswith(prefix)}):
-                notes.append(f"left out beside the backbone: {', '.join(beside)}")
+        if under and (prefix in _PARTIAL or len(under) == len(tensors)):
+            beside |= {name.split(".")[0] for name in tensors if not name.startswith(prefix)}
+            way.append(f"prefix {prefix!r}")
             tensors = under
+    if way:
+        notes.append(f"names are read without what surrounds them: {', '.join(way)}")
+    if beside:
+        notes.append(f"left out beside the backbone: {', '.join(printable(name, limit=80) for name in sorted(beside))}")
+    if kinds := sorted({str(t.dtype).removeprefix("torch.") for t in tensors.values() if t.is_floating_point()} - {"float32"}):
+        notes.append(f"weights in {', '.join(kinds)} are converted to float32")
     return tensors, notes
 
 
@@ -77,10 +90,12 @@ def fit(state: Mapping[str, Tensor], tower: VisionTower, *, where: str) -> Fitte
         CheckpointError: lists missing and unexpected names and differing shapes.
     """
     notes: list[str] = []
-    own = {name: tuple(p.shape) for name, p in tower.named_parameters()}
+    own = {name: tuple(p.shape) for name, p in tower.named_parameters() if not is_factor(name)}
     ours = any(name.startswith("vit.") for name in state)
     try:
-        weights = dict(state) if ours else _renamed(state, notes)
+        foreign = renamed(state)
+        notes += foreign.notes
+        weights = dict(state) if ours else _renamed(foreign.tensors)
         if isinstance(tower.vit, Eva) and not ours:
             weights = _rotary(weights, tower, notes)
         for name, _ in tower.named_buffers():  # computed, not learned
@@ -138,13 +153,10 @@ def _some(names: list[str]) -> str:
     return ", ".join([*(printable(name, limit=200) for name in names[:_NAMED]), *(["…"] if len(names) > _NAMED else [])])
 
 
-def _renamed(state: Mapping[str, Tensor], notes: list[str]) -> dict[str, Tensor]:
+def _renamed(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     weights: dict[str, Tensor] = {}
     packed = any(".mlp.w12." in name for name in state)
     for name, tensor in state.items():
-        if name in ("head.weight", "head.bias"):
-            notes.append(f"left out: {name}, of a classifier")
-            continue
         if name == "mask_token":
             weights[name] = tensor.reshape(1, 1, -1)
             continue
@@ -158,7 +170,7 @@ def _renamed(state: Mapping[str, Tensor], notes: list[str]) -> dict[str, Tensor]
 
 def _rotary(weights: Mapping[str, Tensor], tower: VisionTower, notes: list[str]) -> dict[str, Tensor]:
     """Renames DINOv3's parameters to timm's rotary towers', whose keys have no bias and whose queries and values may lack it."""
-    renamed: dict[str, Tensor] = {}
+    result: dict[str, Tensor] = {}
     masked = any(name.endswith(".bias_mask") for name in weights)  # the keys' bias exists, but is multiplied by zero
     biased = tower.vit.blocks[0].attn.q_bias is not None
     for name, tensor in weights.items():
@@ -168,18 +180,23 @@ def _rotary(weights: Mapping[str, Tensor], tower: VisionTower, notes: list[str])
         new = new.replace("vit.local_cls_norm.", "local_norm.").replace(".mlp.w1.", ".mlp.fc1_g.")
         new = new.replace(".mlp.w2.", ".mlp.fc1_x.").replace(".mlp.w3.", ".mlp.fc2.")
         if not name.endswith(".attn.qkv.bias"):
-            renamed[new] = tensor
+            result[new] = tensor
             continue
         query, key, value = tensor.chunk(3)
         if not masked and not tensor.is_meta and bool(key.any()):
-            renamed[new] = tensor  # unexpected, and will be reported
+            result[new] = tensor  # unexpected, and will be reported
         elif biased:
-            renamed |= {new.replace("qkv.bias", "q_bias"): query, new.replace("qkv.bias", "v_bias"): value}
+            result |= {new.replace("qkv.bias", "q_bias"): query, new.replace("qkv.bias", "v_bias"): value}
         elif not tensor.is_meta and bool(query.any() or value.any()):
-            renamed[new] = tensor
+            result[new] = tensor
         else:
             notes.append(f"left out: {name.removeprefix('vit.')}, all zeros")
-    return renamed
+    if biased and not any(name.endswith(".q_bias") for name in result):
+        for name in [name for name in result if name.endswith(".attn.qkv.weight")]:
+            zeros = result[name].new_zeros(result[name].shape[0] // 3)
+            result |= {name.replace("qkv.weight", "q_bias"): zeros, name.replace("qkv.weight", "v_bias"): zeros}
+        notes.append("the source has no biases of queries and values: they start at zero")
+    return result
 
 
 def _fit_positions(weights: dict[str, Tensor], tower: VisionTower, notes: list[str]) -> None:

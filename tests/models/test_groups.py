@@ -83,3 +83,20 @@ def test_a_conv_stem_is_scaled_like_a_patch_embedding() -> None:
     groups = parameter_groups(student, layer_decay=0.5, patch_lr=0.2)
     stem = {id(p) for p in student.alpha.vit.patch_embed.parameters()}
     assert {g.lr_scale for g in groups for p in g.params if id(p) in stem} == {0.5**3 * 0.2}
+
+
+def test_a_tower_with_pretrained_weights_has_its_own_multiplier_and_may_start_frozen() -> None:
+    student = Student(ModelSettings(embed_dim=8, depth=1, num_heads=2, patch_size=4), 8)
+    plain = parameter_groups(student, layer_decay=0.5)
+    student.alpha.lr_mult, student.alpha.starts_frozen = 0.1, True
+    for group in parameter_groups(student, layer_decay=0.5):
+        ours = {name.startswith("alpha.") for name in group.names}
+        assert ours == {group.backbone}
+        for name in group.names:
+            assert group.lr_scale == where(plain, name).lr_scale * (0.1 if group.backbone else 1.0)
+
+
+def test_attention_pooling_learns_at_the_rate_of_the_last_norm() -> None:
+    student = Student(ModelSettings(embed_dim=8, depth=1, num_heads=2, patch_size=4, pooling="attention"), 8)
+    groups = parameter_groups(student, layer_decay=0.5)
+    assert where(groups, "alpha.vit.attn_pool.latent").lr_scale == where(groups, "alpha.vit.norm.weight").lr_scale == 1.0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 from hypothesis import given
@@ -205,3 +206,16 @@ def test_a_config_whose_warm_up_does_not_fit_names_the_key() -> None:
     schedule = ScheduleSettings(lr=LearningRateCurve(warmup=Length(11, "epochs")))
     with pytest.raises(ConfigError, match=r"schedule\.lr\.warmup"):
         Schedules.from_config(_config(schedule), epoch_samples=1000)
+
+
+def test_a_tower_with_new_heads_stands_still_and_then_follows_within_a_warm_up() -> None:
+    schedules = Schedules(
+        global_batch=10,
+        epoch_samples=100,
+        lr=Curve(start=1.0, peak=1.0, end=1.0, warmup=40, length=400),
+        weight_decay=constant(0.0),
+        backbone_freeze=30,
+    )
+    shares = [schedules.at(samples).backbone_share for samples in range(0, 100, 10)]
+    assert shares == [0.0, 0.0, 0.0, 0.2, 0.4, 0.6, 0.8, 1.0, 1.0, 1.0]
+    assert replace(schedules, backbone_freeze=0).at(0).backbone_share == 1.0

@@ -95,7 +95,8 @@ def test_a_training_checkpoint_of_the_reference_is_unwrapped_and_what_is_left_ou
         "teacher": {f"module.backbone.{name}": t for name, t in state.items()} | {"module.dino_head.mlp.0.weight": torch.ones(1)}
     }
     inner, notes = unwrapped(wrapped)
-    assert inner.keys() == state.keys() and notes == ["left out beside the backbone: dino_head"]
+    assert inner.keys() == state.keys() and notes[1:] == ["left out beside the backbone: dino_head"]
+    assert all(word in notes[0] for word in ("teacher", "module.", "backbone."))
 
 
 @pytest.mark.parametrize("layout", ["official", "timm", "ours, merged", "ours, apart"])
@@ -120,7 +121,7 @@ def test_timms_own_weights_load_and_the_mask_token_starts_at_zero() -> None:
     state = timm.create_model(source.timm_name, **(source.timm_args | {"num_classes": 3})).state_dict()
     ours, notes = filled(tower(registers=2), state)
     assert all(torch.equal(ours.vit.state_dict()[name], state[name]) for name in ours.vit.state_dict())
-    assert any("mask token" in note for note in notes) and sum("classifier" in note for note in notes) == 2
+    assert any("mask token" in note for note in notes) and sum("classifier" in note for note in notes) == 1
 
 
 @pytest.mark.parametrize("how", ["antialias", "offset"])

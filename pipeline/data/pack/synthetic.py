@@ -27,6 +27,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from pipeline.data.order.random import permutation, uniforms
+from pipeline.data.pack import shifts
 from pipeline.data.pack.shard_writer import ShardWriter
 from pipeline.errors import DataError
 
@@ -117,13 +118,14 @@ def label_of(seed: int, index: int) -> int:
     return int(permutation(len(KINDS), seed, index // len(KINDS), _LABELS)[index % len(KINDS)])
 
 
-def render(seed: int, index: int, size: int = 64) -> Scene:
+def render(seed: int, index: int, size: int = 64, shift: shifts.Shift = "none") -> Scene:
     """Renders one scene.
 
     Args:
         seed: seed of the data set.
         index: index of the scene.
         size: side in pixels.
+        shift: another domain, see :mod:`pipeline.data.pack.shifts`; classes and layout stay.
 
     Returns:
         The scene. Layout, label and captions do not depend on ``size``.
@@ -136,7 +138,8 @@ def render(seed: int, index: int, size: int = 64) -> Scene:
     u = uniforms(np.array([index], dtype=np.uint64), 32 + most * _DRAWS, seed, _LAYOUT)[0].tolist()
     objects = _scene_objects(label, u)
     ground = GROUNDS[int(u[3] * len(GROUNDS))]
-    image, segmentation = _paint(objects, ground, u, seed, index, size)
+    image, segmentation = _paint(objects, ground, u, seed, index, size, shifts.other_weave if shift == "texture" else _weave)
+    image = shifts.shifted(image, shift, seed, index)
     captions = _captions(label, objects, ground, u)
     return Scene(image, label, CLASS_NAMES[label], captions[0], captions, segmentation, objects, ground)
 
@@ -149,6 +152,7 @@ def write(
     size: int = 64,
     seed: int = 0,
     samples_per_shard: int = 1000,
+    shift: shifts.Shift = "none",
     progress: Callable[[int, int], None] | None = None,
 ) -> list[str]:
     """Writes the data set as shards ``scenes-train-00000.tar``… and ``scenes-val-00000.tar``….
@@ -162,6 +166,7 @@ def write(
         size: side in pixels.
         seed: seed of the data set.
         samples_per_shard: scenes per shard.
+        shift: see :func:`render`.
         progress: called with (scenes done, total scenes).
 
     Returns:
@@ -169,7 +174,7 @@ def write(
     """
     folder = Path(directory)
     numbers = {"version": VERSION, "train": train, "val": val, "size": size, "seed": seed, "samples_per_shard": samples_per_shard}
-    expected = {**numbers, "look": _look()}
+    expected = {**numbers, "look": _look(), **({"shift": [shift, shifts.VERSION]} if shift != "none" else {})}
     stamp = folder / "scenes.json"
     written = _already(stamp, expected)
     if written is not None:
@@ -182,7 +187,7 @@ def write(
     for part, first, count in (("train", 0, train), ("val", _VALIDATION, val)):
         with ShardWriter(folder, f"scenes-{part}", samples_per_shard=samples_per_shard) as writer:
             for number in range(count):
-                writer.write({"__key__": f"{part}_{number:07d}", **_sample(render(seed, first + number, size))})
+                writer.write({"__key__": f"{part}_{number:07d}", **_sample(render(seed, first + number, size, shift))})
                 done += 1
                 if progress is not None:
                     progress(done, train + val)
@@ -273,7 +278,7 @@ def _cells(u: list[float]) -> list[tuple[int, int]]:
 
 
 def _paint(
-    objects: tuple[SceneObject, ...], ground: str, u: list[float], seed: int, index: int, size: int
+    objects: tuple[SceneObject, ...], ground: str, u: list[float], seed: int, index: int, size: int, weave: shifts.Weave
 ) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
     axis = (np.arange(size, dtype=np.float32) + np.float32(0.5)) / np.float32(size)
     noise = uniforms(np.array([index], dtype=np.uint64), size * size, seed, _PIXELS)[0].astype(np.float32).reshape(size, size)
@@ -281,7 +286,7 @@ def _paint(
     image = _ground(ground, axis, noise, u)
     segmentation = np.zeros((size, size), dtype=np.uint8)
     for number, item in enumerate(objects):
-        _draw(image, segmentation, item, axis, u[32 + number * _DRAWS : 32 + (number + 1) * _DRAWS])
+        _draw(image, segmentation, item, axis, u[32 + number * _DRAWS : 32 + (number + 1) * _DRAWS], weave)
     angle = 2 * math.pi * u[4]
     strength = LIGHT * u[5]
     light = 1 + strength * (np.cos(angle) * (axis - 0.5)[None, :] + np.sin(angle) * (axis - 0.5)[:, None])
@@ -327,7 +332,9 @@ def _opposites(kind: int, low: float, high: float, u: float, v: float) -> tuple[
     return np.clip(np.float32(low) + axis, 0, 1), np.clip(np.float32(high) - axis, 0, 1)
 
 
-def _draw(image: Plane, segmentation: NDArray[np.uint8], item: SceneObject, axis: Plane, u: list[float]) -> None:
+def _draw(
+    image: Plane, segmentation: NDArray[np.uint8], item: SceneObject, axis: Plane, u: list[float], pattern: shifts.Weave
+) -> None:
     size = len(axis)
     reach = item.radius * 1.25 + 1 / size
     left, right = max(int((item.x - reach) * size), 0), min(int((item.x + reach) * size) + 1, size)
@@ -342,7 +349,7 @@ def _draw(image: Plane, segmentation: NDArray[np.uint8], item: SceneObject, axis
     cover = np.clip(np.float32(0.5) - _distance(SHAPES[shape], x, y) * np.float32(item.radius * size), 0, 1)
     periods = np.float32(_between(u[5], TEXTURE_PERIODS))
     sharp = np.float32(item.radius * size / (periods * 2))
-    weave = np.clip(np.float32(0.5) + sharp * _weave(TEXTURES[texture], x * periods, y * periods, u[6]), 0, 1)
+    weave = np.clip(np.float32(0.5) + sharp * pattern(TEXTURES[texture], x * periods, y * periods, u[6]), 0, 1)
     low = u[7] * (1 - CONTRAST[1])
     high = low + _between(u[8], CONTRAST)
     dark, bright = _opposites(item.kind, low, high, u[9], u[10])

@@ -14,6 +14,7 @@ from pipeline.config.schema import Config
 from pipeline.data.augment.views import Normalize
 from pipeline.errors import CheckpointError, ConfigError
 from pipeline.methods.registry import build_method
+from pipeline.models.lora import merge_lora
 from pipeline.models.resnet import ResNetTower, Tower
 from pipeline.models.text import LogitScale, TextTower
 from pipeline.models.vision import VisionTower
@@ -174,6 +175,7 @@ def read(
         )
     if isinstance(tower, VisionTower):
         tower.merge_class_position()
+        merge_lora(tower)
     normalize = view.normalize or Normalize()
     logits = getattr(method, "logits", None)
     return Networks(

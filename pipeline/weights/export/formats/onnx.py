@@ -30,8 +30,9 @@ class _ImageEncoder(nn.Module):
 
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
         tokens = self.model.forward_features(images)  # type: ignore[operator]
-        outputs = (tokens[:, 0], tokens[:, self.prefix :])
-        return outputs if self.projection is None else (*outputs, self.projection(tokens[:, 0]))
+        cls = tokens[:, 0] if self.prefix else self.model.attn_pool(tokens)  # type: ignore[operator]
+        outputs = (cls, tokens[:, self.prefix :])
+        return outputs if self.projection is None else (*outputs, self.projection(cls))
 
 
 class _ResNet(nn.Module):

@@ -1,0 +1,172 @@
+"""From images and weights to a config file: counts the images, describes the weights, chooses settings, checks that they fit."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from pipeline.config.layers import Branch, Problem, grown, merge, override, unwrap
+from pipeline.config.load import Loaded, load
+from pipeline.config.paths import absolute, patterns
+from pipeline.config.schema import Config
+from pipeline.data.index.image_header import open_header, sniff
+from pipeline.data.index.manifest import Manifest
+from pipeline.data.indexing import Progress, indexed, open_storage
+from pipeline.data.loader.reader import Reader
+from pipeline.errors import ConfigError, DataError
+from pipeline.weights.adapt.describe import describe
+from pipeline.weights.adapt.plan import Images, Plan, check_length, make_plan
+from pipeline.weights.adapt.text import COMMAND_LINE, command_line, config_text
+
+FILE = "adapt.yaml"
+_INSPECTED = 64  # images whose number of channels is looked at
+_GRAY = {"1", "L", "LA", "I", "I;16", "I;16B", "I;16L"}
+_IMAGES = (".jpg", ".jpeg", ".png", ".webp", ".tif", ".tiff", ".bmp")
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A run that can be started.
+
+    Attributes:
+        file: the config.
+        text: its content.
+        plan: what was chosen.
+        images: number of images.
+        notes: what was recognized, converted or left out.
+    """
+
+    file: Path
+    text: str
+    plan: Plan
+    images: int
+    notes: tuple[str, ...]
+
+
+def prepare(
+    shards: Sequence[str],
+    weights: str,
+    directory: Path,
+    overrides: Sequence[str],
+    *,
+    train: str,
+    command: Sequence[str],
+    progress: Progress | None = None,
+) -> Prepared:
+    """Chooses the settings of a run; writes nothing but the index of the shards.
+
+    Args:
+        shards: patterns of the training shards.
+        weights: the weights, see :func:`pipeline.weights.init_from.find`.
+        directory: run directory.
+        overrides: ``KEY=VALUE`` settings that replace chosen ones.
+        train: part of the tower that is trained, as in ``adapt.train``.
+        command: the whole command line after ``fovea``, for the header.
+        progress: called for each shard indexed.
+
+    Raises:
+        FoveaError: the weights cannot be trained on, or there are too few images.
+    """
+    problems: list[Problem] = []
+    overriding = Branch({}, "command line")
+    for text in overrides:
+        merge(overriding, override(text, problems))
+    if problems:
+        raise ConfigError(problems[0].message, hint="Write settings as KEY=VALUE after the shards")
+    model = unwrap(overriding).get("model", {})
+    described = describe(weights, model if isinstance(model, dict) else {})
+    images, manifest = _images(shards, unwrap(overriding), progress)
+    source = absolute(weights, "name")
+    name = directory.resolve().name.lstrip("._-+") or "adapted"
+    plan = make_plan(described, images, name=name, directory=os.path.abspath(directory), source=source, train=train)
+    tree = grown(plan.settings, "chosen")
+    merge(tree, overriding)
+    settings = unwrap(tree)
+    reasons = plan.reasons | {key: COMMAND_LINE for key in _keys(unwrap(overriding))}
+    a = described.architecture
+    text = config_text(
+        settings,
+        reasons,
+        title=f"{settings['method'].get('name', 'dinov2')} on {images.count} images, from {weights}",
+        facts=[
+            ("command", command_line(command)),
+            ("again", f"fovea train {directory / FILE}   (the same command resumes the run)"),
+            ("weights", f"layout {a.layout}, {described.parameters:,} parameters, images of {a.image_size} pixels"),
+            ("images", f"{images.count} in {len(manifest.shards)} shards{', gray' if images.gray else ''}"),
+        ],
+        notes=described.notes,
+    )
+    return Prepared(directory / FILE, text, plan, images.count, described.notes)
+
+
+def loaded(prepared: Prepared) -> Loaded:
+    """Reads the written config as ``fovea train`` does, and checks that the weights fit it exactly.
+
+    Raises:
+        FoveaError: a setting is refused, or the weights do not fit.
+    """
+    from pipeline.weights import init_from
+
+    ready = load(prepared.file)
+    check_length(ready.config, prepared.images)
+    init_from.check(ready.config)
+    return ready
+
+
+def _keys(tree: dict[str, Any], prefix: str = "") -> list[str]:
+    keys: list[str] = []
+    for name, value in tree.items():
+        keys += _keys(value, f"{prefix}{name}.") if isinstance(value, dict) else [f"{prefix}{name}"]
+    return keys
+
+
+def _images(shards: Sequence[str], overrides: dict[str, Any], progress: Progress | None) -> tuple[Images, Manifest]:
+    """Indexes the shards and looks at some images."""
+    _check_packed(shards)
+    data = overrides.get("data", {})
+    section = {**data, "shards": list(shards)} if isinstance(data, dict) else {"shards": list(shards)}
+    probe = Config.model_validate({"model": {"timm_name": "vit_tiny_patch16_224"}, "data": section})
+    manifest = indexed(probe, probe.data.patterns, progress)
+    count = manifest.total
+    spread = np.unique(np.linspace(0, max(count - 1, 0), min(count, _INSPECTED)).astype(np.int64))
+    reader = Reader(manifest, wants=("image",), store=open_storage(probe, at_start=True))
+    encoded = [record.image for record in reader.fetch(manifest.ids(spread))] if count else []
+    modes = [mode for image in encoded if image is not None and (mode := _mode(image))]
+    full = patterns(tuple(shards))
+    return Images(full, count, bool(modes) and all(mode in _GRAY for mode in modes), _labelled(probe, manifest)), manifest
+
+
+def _check_packed(shards: Sequence[str]) -> None:
+    for pattern in shards:
+        path = Path(pattern)
+        if "://" not in pattern and path.is_dir() and not any(path.glob("*.tar")):
+            loose = any(file.suffix.lower() in _IMAGES for file in path.rglob("*"))
+            raise DataError(
+                "the folder holds images, not shards" if loose else "the folder holds no shards (*.tar)",
+                where=pattern,
+                hint=f"Pack them first: fovea shards pack {pattern} SHARDS"
+                if loose
+                else "Name a folder or pattern of .tar files",
+            )
+
+
+def _mode(image: bytes) -> str:
+    try:
+        return str(open_header(image, sniff(image)).mode)
+    except Exception:  # a header that was accepted when the shard was indexed; it is not decoded here
+        return ""
+
+
+def _labelled(probe: Config, manifest: Manifest) -> bool:
+    """Whether k-NN can be evaluated: labels here, and labelled validation shards beside the training shards."""
+    if not manifest.classes:
+        return False
+    try:
+        return indexed(probe, probe.validation_shards).classes > 0
+    except DataError:
+        return False
