@@ -107,11 +107,12 @@ def split_name(name: str) -> tuple[str, str] | None:
     return None if match is None else (match[1], match[2].lower())
 
 
-def walk(shard: str | storage.Source) -> Iterator[Member]:
+def walk(shard: str | storage.Source, start: int = 0) -> Iterator[Member]:
     """Yields all members of an archive, in order.
 
     Args:
         shard: a local path, or the result of :meth:`pipeline.data.storage.Storage.open`.
+        start: offset of the header to begin at; global PAX headers before it are not seen.
 
     Raises:
         TarDamage: the file is not a tar, is compressed, is truncated, has a broken header, or continues after its end marker.
@@ -119,7 +120,7 @@ def walk(shard: str | storage.Source) -> Iterator[Member]:
     """
     source = _opened(shard)
     url, size = source.url, source.size
-    at = 0
+    at = start
     shared: dict[str, str] = {}
     own: dict[str, str] = {}
     long_name: str | None = None
@@ -152,7 +153,7 @@ def walk(shard: str | storage.Source) -> Iterator[Member]:
         records = {**shared, **own}
         if "size" in records:
             if re.fullmatch(r"[0-9]{1,19}", records["size"]) is None:
-                raise _broken(url, at, f"the PAX size {_shown(records['size'])} is not a number")
+                raise _broken(url, at, f"the PAX size {shown(records['size'])} is not a number")
             member_size = int(records["size"])
         if member_size < 0:
             raise _broken(url, at, f"a header claims {member_size} bytes")
@@ -165,7 +166,7 @@ def walk(shard: str | storage.Source) -> Iterator[Member]:
         # The "size" of links and directories must not be skipped: no data is stored for them.
         stored = member_size if kind in ("file", "sparse", "unknown") else 0
         if data + stored > size:
-            raise _cut(url, at, f"member {_shown(name)} reaches {data + stored - size} bytes past the end")
+            raise _cut(url, at, f"member {shown(name)} reaches {data + stored - size} bytes past the end")
         yield Member(name, data, stored, kind)
         at = data + _padded(stored)
         own, long_name = {}, None
@@ -337,7 +338,8 @@ def _padded(size: int) -> int:
     return -(-size // BLOCK) * BLOCK
 
 
-def _shown(name: str) -> str:
+def shown(name: str) -> str:
+    """Returns a member's name, quoted and abbreviated, for messages."""
     return repr(name if len(name) <= 80 else f"{name[:40]}…{name[-39:]}")
 
 
