@@ -84,7 +84,7 @@ class MemberReader(Reader):
         known = {offset: contents[part] for part, (offset, _) in one.spans.items()}
         ours = False
         try:
-            for member in tar.walk(window, one.low):
+            for member in tar.walk_indexed(window, one.low):
                 if member.offset >= one.high:
                     break
                 name = tar.split_name(member.name) if member.kind == "file" else None
@@ -98,8 +98,10 @@ class MemberReader(Reader):
                     data = known.get(member.offset)
                     contents["." + name[1]] = window.read(member.offset, member.size) if data is None else data
         except tar.TarDamage:
-            if not ours:
+            if not ours and "image" not in contents:
                 raise
+        if not ours:  # its name is in a header that lies before the range
+            contents["." + self.manifest.fields.images[0]] = contents["image"]
         return contents
 
     def _of_shard(self, number: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
