@@ -105,7 +105,7 @@ class Units:
         within = position % self.global_batch
         if within % self.world:
             raise DataError(
-                f"position {position} lies within a step of {self.global_batch} samples, which {self.world} ranks cannot continue",
+                f"position {position} lies within a step of {self.global_batch} samples; {self.world} ranks cannot continue it",
                 where="samples",
                 hint="Use as many ranks as before, or save after complete steps",
             )
@@ -121,7 +121,9 @@ def check_state(state: Any, identity: str) -> int:
     states = list(_states(state))
     if not states:
         raise DataError(
-            "is not a state of this loader", where="load_state_dict", hint="Pass what state_dict() of a data set or a loader returned"
+            "is not a state of this loader",
+            where="load_state_dict",
+            hint="Pass what state_dict() of a data set or a loader returned",
         )
     for one in states:
         if one["order"] != identity:
@@ -138,7 +140,7 @@ def check_state(state: Any, identity: str) -> int:
             hint="Leave snapshot_every_n_steps at 1",
         )
     # Workers take turns, so the first sample that none has had is that of the worker which is least far.
-    return min(min(int(one["samples"]), int(one.get("end", one["samples"]))) for one in states)
+    return min(int(one["samples"]) for one in states)
 
 
 def _states(value: Any, depth: int = 0) -> Iterator[Mapping[str, Any]]:

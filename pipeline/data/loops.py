@@ -1,7 +1,7 @@
 """Lets the worker processes of a plain DataLoader agree on where each of its loops begins.
 
-A DataLoader starts new workers for every loop, each with a copy of the data set as it was in the parent process, which does not hear
-how far they came. What the loops of one data set have in common is therefore in a small anonymous file of the parent: workers of
+A DataLoader starts new workers for every loop, each with a copy of the data set as it was in the parent process, which does not
+hear how far they came. What the loops of one data set have in common is therefore in a small anonymous file of the parent: workers of
 one loop find the same start there, and those of the next loop the end of the epoch.
 """
 
@@ -38,7 +38,9 @@ class Loops:
             table.clear()
             table.update(given=given, next=given[1], loop=None, workers=[])
 
-    def start(self, given: Given, loop: int, worker: int, end: Callable[[int], int], last: int | None = None) -> tuple[Given, int]:
+    def start(
+        self, given: Given, loop: int, worker: int, end: Callable[[int], int], last: int | None = None
+    ) -> tuple[Given, int]:
         """Returns where a loop starts; called once by each of its workers.
 
         Args:

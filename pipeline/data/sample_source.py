@@ -1,4 +1,4 @@
-"""Samples of a step as dictionaries: indexed, ordered, read, decoded, bad ones substituted. The part of the library without torch."""
+"""Samples of a step as dictionaries: indexed, ordered, read, decoded, bad ones substituted. Without torch."""
 
 from __future__ import annotations
 
@@ -39,13 +39,13 @@ class _Settings:
     data: DataSettings
 
 
-def data_settings(shards: str | Sequence[str], sources: Sequence[Any] | None, options: dict[str, Any]) -> DataSettings:
+def data_settings(shards: str | os.PathLike[str] | Sequence[str], sources: Sequence[Any] | None, options: dict[str, Any]) -> DataSettings:
     """Returns the section ``data`` of a run for the arguments of the library.
 
     Raises:
         ConfigError: an unknown option, or a value that is not valid.
     """
-    named = {"shards": [shards] if isinstance(shards, str | os.PathLike) else list(shards)} if shards else {}
+    named = {"shards": [os.fspath(shards)] if isinstance(shards, str | os.PathLike) else list(shards)} if shards else {}
     mixture = {"sources": tuple(sources)} if sources is not None else {}
     try:
         return DataSettings.model_validate({**named, **mixture, **options})
@@ -53,7 +53,9 @@ def data_settings(shards: str | Sequence[str], sources: Sequence[Any] | None, op
         first = error.errors()[0]
         key = ".".join(str(part) for part in first["loc"])
         raise ConfigError(
-            f"{key} {first['msg']}" if key else first["msg"], where="ShardDataset", hint="See the settings of `data` in configs/README.md"
+            f"{key} {first['msg']}" if key else first["msg"],
+            where="ShardDataset",
+            hint="See the settings of `data` in configs/README.md",
         ) from None
 
 
@@ -106,13 +108,13 @@ class SampleSource:
         """
         if decode is not None and decode not in _DECODERS:
             raise ConfigError(
-                f"{decode!r} is not a way to decode", where="decode", hint=f"Choose one of {', '.join(_DECODERS)}, or None for bytes"
+                f"{decode!r} is not a way to decode",
+                where="decode",
+                hint=f"Choose one of {', '.join(_DECODERS)}, or None for bytes",
             )
         config = _Settings(settings)
         manifest, sources = Indexer(config).training_set(tuple(require))
-        order = Order(
-            manifest.sizes, seed, global_batch_size, settings.canonical_streams, settings.shuffle_block_size, sources
-        )
+        order = Order(manifest.sizes, seed, global_batch_size, settings.canonical_streams, settings.shuffle_block_size, sources)
         only = None if members is None else {*members, *settings.image_extensions}
         reader = MemberReader(manifest, checksum=settings.verify_checksums, store=open_storage(config), only=only)
         return cls(manifest, order, reader, settings, decode, sources)
@@ -149,7 +151,9 @@ class SampleSource:
         batch = self._rank_batch(step, world, rank)
         share = len(batch.ids)
         ids, epochs = batch.ids[rows], batch.epochs[rows].tolist()
-        positions = range(step * self.order.global_batch + rank * share, step * self.order.global_batch + (rank + 1) * share)[rows]
+        positions = range(step * self.order.global_batch + rank * share, step * self.order.global_batch + (rank + 1) * share)[
+            rows
+        ]
         samples: list[Sample] = []
         events: list[Event] = []
         for record, epoch, position in zip(self.reader.fetch(ids), epochs, positions, strict=True):
@@ -193,7 +197,9 @@ class SampleSource:
         }, ""
 
     def _image_extension(self, record: Record) -> str:
-        return next((name for name in self.settings.image_extensions if name in record.members), self.settings.image_extensions[0])
+        return next(
+            (name for name in self.settings.image_extensions if name in record.members), self.settings.image_extensions[0]
+        )
 
     def _decoded_members(self, record: Record) -> Sample:
         decoded: Sample = {}

@@ -34,21 +34,21 @@ class ShardDataset(IterableDataset[Any]):
         shards: a path or URL with ``{000..123}`` or ``*``, or a list of them.
         global_batch_size: samples of a step over all ranks. The order depends on it, so it stays the same for a run.
         seed: seed of the order, of substitutes and of captions.
-        batch_size: samples of a batch on one rank; ``None`` for its whole part of a step. A DataLoader with several workers must be
-            given the same, which :attr:`batch_size` returns.
+        batch_size: samples of a batch on one rank; ``None`` for its whole part of a step. A DataLoader with several workers must
+            be given the same, which :attr:`batch_size` returns.
         decode: ``None``: members are bytes. ``pil``, ``rgb8`` (uint8 array ``[height, width, 3]``) or ``torchrgb8`` (uint8 tensor
-            ``[3, height, width]``): images are decoded by Pillow, ``cls`` is an int, ``txt`` a string and ``json`` an object; other
-            members stay bytes.
+            ``[3, height, width]``): images are decoded by Pillow, ``cls`` is an int, ``txt`` a string and ``json`` an object;
+            other members stay bytes.
         transform: called with each sample; what it returns is yielded.
-        sources: data sets of a mixture instead of ``shards``: dictionaries with ``name``, ``shards``, and ``weight`` or ``repeat``.
+        sources: data sets of a mixture instead of ``shards``: dictionaries with ``name``, ``shards``, ``weight`` or ``repeat``.
         require: of ``caption``, ``label`` and ``segmentation`` the parts without which a sample is left out.
         members: extensions of the members to read besides the image; ``None`` for all.
-        rank: this rank, with ``world_size``. By default those of ``torch.distributed`` if it is initialized when the first sample is
-            read, else of the variables ``RANK`` and ``WORLD_SIZE``, else a single rank.
+        rank: this rank, with ``world_size``. By default those of ``torch.distributed`` if it is initialized when the first sample
+            is read, else of the variables ``RANK`` and ``WORLD_SIZE``, else a single rank.
         world_size: number of ranks.
         endless: whether epochs follow each other in one loop.
         bad_samples: folder in which samples that could not be used are recorded.
-        options: any other setting of the section ``data`` of a run, such as ``index``, ``canonical_streams``, ``caption_lines``, or
+        options: any other setting of the section ``data`` of a run, such as ``index``, ``canonical_streams``, ``caption_lines``,
             ``storage={"cache": "/local/nvme"}``.
 
     Raises:
@@ -60,7 +60,7 @@ class ShardDataset(IterableDataset[Any]):
         >>> dataset = ShardDataset(SHARDS, global_batch_size=4, seed=1)
         >>> first = next(iter(dataset))
         >>> sorted(name for name in first if not name.startswith("__"))
-        ['cls', 'jpg', 'json', 'txt']
+        ['cls', 'jpg', 'json', 'seg.png', 'txt']
         >>> dataset.state_dict()["samples"]
         1
         >>> [sample["__position__"] for sample in dataset.batch(2)]
@@ -181,7 +181,7 @@ class ShardDataset(IterableDataset[Any]):
             raise DataError(
                 "worker processes read the samples, and this process does not know how many of them were used",
                 where="state_dict",
-                hint="Use dataset.loader(num_workers=…) or a StatefulDataLoader and save its state, or count steps and use seek()",
+                hint="Use dataset.loader(num_workers=…) or a StatefulDataLoader and save its state, or count steps and seek()",
             )
         return {"order": self.source.identity, "samples": self._position}
 
@@ -316,7 +316,7 @@ class ShardDataset(IterableDataset[Any]):
         )
 
     def _check_fork(self) -> None:
-        """Rejects forked workers for object storage: the threads of its client, which this process's parent has used, are missing."""
+        """Rejects forked workers for object storage: the threads of its client, which the parent has used, are missing."""
         if self._pid != os.getpid() and self.source.manifest.shards.may_be_remote:
             raise ConfigError(
                 "forked workers cannot read object storage",

@@ -21,9 +21,9 @@ if TYPE_CHECKING:
 class ShardLoader:
     """Batches of a :class:`pipeline.data.ShardDataset`, made in worker processes, in order.
 
-    One ``for`` loop yields the rest of the current epoch; after a ``break`` the next loop continues with the next batch. The state
-    counts batches that were handed out, not those that workers have prepared. Not a ``DataLoader``: Accelerate and Lightning leave
-    it as it is, as they must, since each rank reads its own samples already.
+    One ``for`` loop yields the rest of the current epoch; after a ``break`` the next loop continues with the next batch. The
+    state counts batches that were handed out, not those that workers have prepared. Not a ``DataLoader``: Accelerate and Lightning
+    leave it as it is, as they must, since each rank reads its own samples already.
 
     Args:
         dataset: the samples; its position is where the first loop starts.
@@ -115,7 +115,7 @@ class ShardLoader:
             raise DataError(
                 f"position {self._position} lies within a batch of {units.batch} samples a rank",
                 where="samples",
-                hint="Iterate over the data set itself, or set batch_size as before",
+                hint="Use the data set itself, or the batch_size as before",
             )
         return self._batches(place, units, unit, self.dataset.end_of_loop(self._position))
 
@@ -163,7 +163,7 @@ class ShardLoader:
 
 
 class _Batches(Dataset[Any]):
-    """Maps the number of a unit to its batch and its bad samples. An error is returned: raised, it would be wrapped in a traceback."""
+    """Maps the number of a unit to its batch and its bad samples. Returns errors: raised, they would be wrapped in a traceback."""
 
     def __init__(self, dataset: ShardDataset, place: Place, units: Units, collate: Callable[[list[Any]], Any]) -> None:
         self._dataset, self._place, self._units, self._collate = dataset, place, units, collate

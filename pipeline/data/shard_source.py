@@ -8,7 +8,7 @@ from pipeline.data.shard_dataset import ShardDataset
 class ShardSource(ShardDataset):
     """The samples of a :class:`pipeline.data.ShardDataset` as the source of a ``webdataset.DataPipeline``.
 
-    Takes the same arguments. Samples have their members as bytes, and stages such as ``wds.decode()`` and ``wds.batched(n)`` follow.
+    Takes the same arguments. Members are bytes, and stages such as ``wds.decode()`` and ``wds.batched(n)`` follow.
     With several workers, ``n`` must be :attr:`batch_size`; count steps and :meth:`seek` to resume.
 
     Example:

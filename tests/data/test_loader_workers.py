@@ -52,6 +52,10 @@ def positions(batch: list[dict[str, Any]]) -> list[int]:
     return [one["__position__"] for one in batch]
 
 
+def everything(loader: Any) -> list[int]:
+    return [one for batch in loader for one in positions(batch)]
+
+
 def stateful() -> Any:
     return pytest.importorskip("torchdata.stateful_dataloader", reason="torchdata is not installed").StatefulDataLoader
 
@@ -110,7 +114,7 @@ def test_loops_follow_each_other_epoch_by_epoch(opened: Opener, protocol: str, k
     dataset = opened(batch_size=4)
     loader = kind(dataset, batch_size=4, num_workers=2, collate_fn=list, persistent_workers=kept)
     for epoch in range(3):
-        assert sum(map(positions, loader), []) == list(range(epoch * EPOCH, (epoch + 1) * EPOCH))
+        assert everything(loader) == list(range(epoch * EPOCH, (epoch + 1) * EPOCH))
     for batch in loader:  # left early: the rest of this epoch is not read
         assert positions(batch)[0] == 3 * EPOCH
         break
@@ -121,7 +125,7 @@ def test_loops_follow_each_other_epoch_by_epoch(opened: Opener, protocol: str, k
         assert positions(next(iter(loader)))[0] == 2 * BATCH
         assert positions(next(iter(loader)))[0] == EPOCH
         dataset.seek(2)
-        assert sum(map(positions, loader), []) == list(range(2 * BATCH, EPOCH))
+        assert everything(loader) == list(range(2 * BATCH, EPOCH))
         assert next(iter(dataset))["__position__"] == EPOCH
 
 
@@ -140,7 +144,7 @@ def test_a_stateful_loader_is_restored_by_its_own_state(opened: Opener, workers:
         other = kind(opened(batch_size=4), batch_size=4, num_workers=workers, collate_fn=list)
         other.load_state_dict(state)
         for _ in range(3):
-            seen += sum(map(positions, other), [])
+            seen += everything(other)
         assert seen == list(range(len(seen)))
         assert len(seen) >= 3 * EPOCH
 
@@ -162,21 +166,23 @@ def test_a_seed_that_repeats_does_not_repeat_the_epoch(opened: Opener) -> None:
     loader = DataLoader(opened(), batch_size=BATCH, num_workers=2, collate_fn=list)
     for epoch in range(2):
         torch.manual_seed(0)
-        assert sum(map(positions, loader), []) == list(range(epoch * EPOCH, (epoch + 1) * EPOCH))
+        assert everything(loader) == list(range(epoch * EPOCH, (epoch + 1) * EPOCH))
 
 
 def test_spawned_workers_read_the_same(opened: Opener) -> None:
     loader = DataLoader(opened(), batch_size=BATCH, num_workers=1, collate_fn=list, multiprocessing_context="forkserver")
-    assert sum(map(positions, loader), []) == list(range(EPOCH))
+    assert everything(loader) == list(range(EPOCH))
     assert positions(next(iter(loader)))[0] == EPOCH
 
 
 def test_a_webdataset_pipeline_reads_from_it(folder: Path, tmp_path: Path) -> None:
     wds = pytest.importorskip("webdataset")
     source = ShardSource(str(folder / "a-*.tar"), global_batch_size=BATCH, seed=5, index=str(tmp_path))
-    pipeline = wds.DataPipeline(source, wds.decode("rgb8"), wds.to_tuple("__position__", "jpg", "cls", "__key__"), wds.batched(BATCH))
+    pipeline = wds.DataPipeline(
+        source, wds.decode("rgb8"), wds.to_tuple("__position__", "jpg", "cls", "__key__"), wds.batched(BATCH)
+    )
     batches = list(DataLoader(pipeline, batch_size=None, num_workers=2))
-    assert sum((list(batch[0]) for batch in batches), []) == list(range(EPOCH))
+    assert [int(one) for batch in batches for one in batch[0]] == list(range(EPOCH))
     assert batches[0][1].shape == (BATCH, 16, 20, 3)
     assert [int(key.rpartition("/")[2]) % 7 for key in batches[0][3]] == [int(label) for label in batches[0][2]]
     source.seek(3)

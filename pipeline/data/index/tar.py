@@ -195,7 +195,13 @@ def walk_indexed(source: storage.Source, start: int) -> Iterator[Member]:
 def _plain(header: bytes, at: int) -> Member | None:
     """The member of a header that describes a regular file and needs no other header; ``None`` for any other block."""
     magic, digits = header[257:263], header[124:136].rstrip(b" \0")
-    if header[156:157] != b"0" or magic not in (b"ustar\0", b"ustar ") or not digits.isdigit() or b"8" in digits or b"9" in digits:
+    if (
+        header[156:157] != b"0"
+        or magic not in (b"ustar\0", b"ustar ")
+        or not digits.isdigit()
+        or b"8" in digits
+        or b"9" in digits
+    ):
         return None
     name = header[:100].split(b"\0", 1)[0]
     prefix = header[345:500].split(b"\0", 1)[0] if magic == b"ustar\0" else b""

@@ -1,7 +1,7 @@
 """Reads all members of a sample, also those that the index does not know, with one read per sample.
 
-The index holds where image, caption and segmentation map are. The rest of a sample lies around them: between the last known member
-of the sample before it and the first known member of the one after it. That range is read and its headers are parsed.
+The index holds where image, caption and segmentation map are. The rest of a sample lies around them: between the last known
+member of the sample before it and the first known member of the one after it. That range is read and its headers are parsed.
 """
 
 from __future__ import annotations
@@ -137,7 +137,7 @@ class _Window:
 
     def read(self, offset: int, length: int) -> bytes:
         at = offset - self._begin
-        if 0 <= at and at + length <= len(self._data):
+        if at >= 0 and at + length <= len(self._data):
             return self._data[at : at + length]
         return self._store.read(self._about, offset, length)
 
