@@ -14,7 +14,7 @@ State = dict[str, Any]
 
 
 @dataclass(frozen=True)
-class Place:
+class Ranks:
     """The rank of this process among those that share the data.
 
     Attributes:
@@ -28,11 +28,11 @@ class Place:
     local_world: int = 1
 
     @classmethod
-    def find(cls, rank: int | None, world_size: int | None) -> Place:
-        """Returns the rank as given, else of ``torch.distributed`` if it is initialized, else of ``RANK`` and ``WORLD_SIZE``.
+    def find(cls, rank: int | None, world_size: int | None) -> Ranks:
+        """Returns the rank as passed, else of ``torch.distributed`` if it is initialized, else of ``RANK`` and ``WORLD_SIZE``.
 
         Raises:
-            ConfigError: only one of the two is given or set, or they are no numbers.
+            ConfigError: only one of the two is passed or set, or they are no numbers.
         """
         local = os.environ.get("LOCAL_WORLD_SIZE", "1")
         local_world = int(local) if local.isdigit() and int(local) > 0 else 1

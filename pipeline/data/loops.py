@@ -1,8 +1,8 @@
 """Lets the worker processes of a plain DataLoader agree on where each of its loops begins.
 
 A DataLoader starts new workers for every loop, each with a copy of the data set as it was in the parent process, which does not
-hear how far they came. What the loops of one data set have in common is therefore in a small anonymous file of the parent: workers of
-one loop find the same start there, and those of the next loop the end of the epoch.
+hear how far they came. What the loops of one data set have in common is therefore in a small anonymous file of the parent:
+workers of one loop find the same start there, and those of the next loop the end of the epoch.
 """
 
 from __future__ import annotations
@@ -15,8 +15,7 @@ import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
 
-
-Given = tuple[int, int]
+Origin = tuple[int, int]
 
 
 class Loops:
@@ -32,54 +31,54 @@ class Loops:
         self._pid, self._file = os.getpid(), os.memfd_create("fovea-loops")
         weakref.finalize(self, _close, self._pid, self._file)
 
-    def move(self, given: Given) -> None:
+    def move(self, origin: Origin) -> None:
         """Lets the next loop start where the parent says, also in workers that are kept."""
         with self._locked() as table:
             table.clear()
-            table.update(given=given, next=given[1], loop=None, workers=[])
+            table.update(origin=origin, next=origin[1], loop=None, workers=[])
 
     def start(
-        self, given: Given, loop: int, worker: int, end: Callable[[int], int], last: int | None = None
-    ) -> tuple[Given, int]:
+        self, origin: Origin, loop: int, worker: int, end: Callable[[int], int], last: int | None = None
+    ) -> tuple[Origin, int]:
         """Returns where a loop starts; called once by each of its workers.
 
         Args:
-            given: how often the parent has set the position of the data set, and that position, as this worker knows it.
+            origin: how often the parent has set the position of the data set, and that position, as this worker knows it.
             loop: the same for all workers of a loop, and most likely another for the next: the seed of the DataLoader.
             worker: number of this worker.
             end: returns the position after the epoch of a position.
             last: where the last loop of this worker ended, if it is kept.
 
         Returns:
-            What the parent has given, and the start.
+            The origin that is valid now, and the start.
         """
         with self._locked() as table:
-            known = table.get("given")
-            if known is None or known[0] < given[0] or (known[0] == given[0] and known[1] != given[1]):
+            known = table.get("origin")
+            if known is None or known[0] < origin[0] or (known[0] == origin[0] and known[1] != origin[1]):
                 table.clear()
-                table.update(given=given, next=given[1], loop=None, workers=[])
+                table.update(origin=origin, next=origin[1], loop=None, workers=[])
                 last = None
-            elif known[0] > given[0]:
-                given, last = (known[0], known[1]), None
+            elif known[0] > origin[0]:
+                origin, last = (known[0], known[1]), None
             if last is not None:
                 table.update(next=max(table["next"], end(last)))
-                return given, last
+                return origin, last
             if table["loop"] != loop or worker in table["workers"]:
                 table.update(loop=loop, workers=[], start=table["next"], next=end(table["next"]))
             table["workers"].append(worker)
-            return given, int(table["start"])
+            return origin, int(table["start"])
 
-    def restored(self, given: Given, loop: int, worker: int, start: int, end: int) -> None:
+    def restored(self, origin: Origin, loop: int, worker: int, start: int, end: int) -> None:
         """Records the loop of a worker whose position was restored, so that the next loop starts at its end."""
         with self._locked() as table:
-            same = (table.get("given"), table.get("loop")) == (list(given), loop)
+            same = (table.get("origin"), table.get("loop")) == (list(origin), loop)
             workers = [*(table["workers"] if same else []), worker]
-            table.update(given=given, loop=loop, workers=workers, start=start, next=end)
+            table.update(origin=origin, loop=loop, workers=workers, start=start, next=end)
 
-    def next(self, given: Given) -> int | None:
-        """Returns where the next loop starts; ``None`` if no worker has read from the position that the parent gave."""
+    def next(self, origin: Origin) -> int | None:
+        """Returns where the next loop starts; ``None`` if no worker has read from the position of the origin."""
         with self._locked() as table:
-            used = table.get("given") == list(given) and table.get("loop") is not None
+            used = table.get("origin") == list(origin) and table.get("loop") is not None
             return int(table["next"]) if used else None
 
     @contextlib.contextmanager

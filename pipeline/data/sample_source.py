@@ -19,9 +19,9 @@ from pipeline.data.index.captions import decode_text, read_json_member
 from pipeline.data.index.manifest import Manifest
 from pipeline.data.indexing import Indexer, open_storage
 from pipeline.data.loader.bad_samples import Event
-from pipeline.data.loader.text import choose
 from pipeline.data.loader.members import MemberReader
 from pipeline.data.loader.reader import Record
+from pipeline.data.loader.text import choose
 from pipeline.data.order.order import GlobalBatch, Order, Source, rank_slice
 from pipeline.data.settings import DataSettings
 from pipeline.errors import ConfigError
@@ -39,7 +39,9 @@ class _Settings:
     data: DataSettings
 
 
-def data_settings(shards: str | os.PathLike[str] | Sequence[str], sources: Sequence[Any] | None, options: dict[str, Any]) -> DataSettings:
+def data_settings(
+    shards: str | os.PathLike[str] | Sequence[str], sources: Sequence[Any] | None, options: dict[str, Any]
+) -> DataSettings:
     """Returns the section ``data`` of a run for the arguments of the library.
 
     Raises:

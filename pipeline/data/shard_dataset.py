@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 from torch.utils.data import IterableDataset, get_worker_info
 
-from pipeline.data.library import Place, State, Units, check_state
+from pipeline.data.library import Ranks, State, Units, check_state
 from pipeline.data.loader.bad_samples import BadSamples
 from pipeline.data.loader.prefetch import Prefetcher
-from pipeline.data.loops import Given, Loops
+from pipeline.data.loops import Loops, Origin
 from pipeline.data.sample_source import Decode, Sample, SampleSource, bad_samples_file, data_settings
 from pipeline.errors import ConfigError, DataError
 
@@ -24,8 +24,8 @@ class ShardDataset(IterableDataset[Any]):
     """Samples of WebDataset shards in exactly the order of a run, seekable and resumable at any sample.
 
     Each sample is a dictionary as webdataset makes it: ``__key__``, ``__url__``, and its members by extension, ``bytes`` unless
-    ``decode`` is given. In addition ``__caption__`` (the one chosen for this epoch), ``__label__`` (-1 without), ``__epoch__``,
-    ``__position__`` (its place in the order, over all ranks), and ``__bad__`` (empty, or why the sample that belongs here was
+    ``decode`` is set. In addition ``__caption__`` (the one chosen for this epoch), ``__label__`` (-1 without), ``__epoch__``,
+    ``__position__`` (its index in the order, over all ranks), and ``__bad__`` (empty, or why the sample that belongs here was
     substituted).
 
     One ``for`` loop yields the rest of the current epoch, and the next loop the next epoch; ``endless=True`` never ends.
@@ -35,7 +35,7 @@ class ShardDataset(IterableDataset[Any]):
         global_batch_size: samples of a step over all ranks. The order depends on it, so it stays the same for a run.
         seed: seed of the order, of substitutes and of captions.
         batch_size: samples of a batch on one rank; ``None`` for its whole part of a step. A DataLoader with several workers must
-            be given the same, which :attr:`batch_size` returns.
+            be origin the same, which :attr:`batch_size` returns.
         decode: ``None``: members are bytes. ``pil``, ``rgb8`` (uint8 array ``[height, width, 3]``) or ``torchrgb8`` (uint8 tensor
             ``[3, height, width]``): images are decoded by Pillow, ``cls`` is an int, ``txt`` a string and ``json`` an object;
             other members stay bytes.
@@ -94,26 +94,26 @@ class ShardDataset(IterableDataset[Any]):
         self._batch_size, self._folder = batch_size, bad_samples
         self._rank, self._world_size = rank, world_size
         self._position = self._moves = 0  # and how often it was set from outside
-        self._given: Given | None = None  # in a worker process: both, as it got them
+        self._origin: Origin | None = None  # in a worker process: both, as it received them
         self._loops = Loops()
         self._pid = os.getpid()
         self._worker: tuple[int, int] | None = None  # in a worker process: start and end of its loop
         self._restored = False  # in a worker process: whether its position was restored
         self.bad_samples: BadSamples | None = None
         if rank is not None or world_size is not None:
-            self.units(self.place)
+            self.units(self.ranks)
 
     @property
-    def place(self) -> Place:
+    def ranks(self) -> Ranks:
         """The rank of this process; see ``rank`` above."""
-        place = Place.find(self._rank, self._world_size)
-        self.source.check_world(place.world, place.rank)
-        return place
+        ranks = Ranks.find(self._rank, self._world_size)
+        self.source.check_world(ranks.world, ranks.rank)
+        return ranks
 
     @property
     def batch_size(self) -> int:
         """Samples of a batch on one rank: the ``batch_size`` for a DataLoader."""
-        return self.units(self.place).batch
+        return self.units(self.ranks).batch
 
     @property
     def steps_per_epoch(self) -> int:
@@ -148,8 +148,8 @@ class ShardDataset(IterableDataset[Any]):
             ConfigError: a negative step, or ranks that cannot share the streams.
             DataError: a shard is missing or has changed.
         """
-        place = self.place if rank is None and world_size is None else Place.find(rank, world_size)
-        samples, _ = self.source.samples(step, place.world, place.rank)
+        ranks = self.ranks if rank is None and world_size is None else Ranks.find(rank, world_size)
+        samples, _ = self.source.samples(step, ranks.world, ranks.rank)
         return [self.transformed(sample) for sample in samples]
 
     def loader(self, **options: Any) -> ShardLoader:
@@ -197,7 +197,7 @@ class ShardDataset(IterableDataset[Any]):
         info = get_worker_info()
         if info is not None and "start" in state:
             check_state(state, self.source.identity)
-            self._given = self._given or (self._moves, self._position)
+            self._origin = self._origin or (self._moves, self._position)
             self._worker, self._restored = (int(state["start"]), int(state["end"])), True
             self._position = int(state["samples"])
             return
@@ -210,22 +210,22 @@ class ShardDataset(IterableDataset[Any]):
             DataError: a shard is missing or has changed.
             TrainingError: more than ``max_bad_fraction`` of the samples could not be used.
         """
-        info, place = get_worker_info(), self.place
-        units = self.units(place)
+        info, ranks = get_worker_info(), self.ranks
+        units = self.units(ranks)
         if info is None:
             self._catch_up()
-            return self._run(place, units, self._position, self.end_of_loop(self._position), worker=0, workers=1)
+            return self._run(ranks, units, self._position, self.end_of_loop(self._position), worker=0, workers=1)
         self._check_fork()
         workers, worker = info.num_workers, info.id
         loop = info.seed - worker
-        self._given = self._given or (self._moves, self._position)
+        self._origin = self._origin or (self._moves, self._position)
         if self._restored and self._worker is not None:  # by a StatefulDataLoader
             self._restored = False
             start, end = self._worker
-            self._loops.restored(self._given, loop, worker, start, end)
-            return self._run(place, units, self._position, end, worker=worker, workers=workers)
+            self._loops.restored(self._origin, loop, worker, start, end)
+            return self._run(ranks, units, self._position, end, worker=worker, workers=workers)
         last = None if self._worker is None else self._worker[1]
-        self._given, start = self._loops.start(self._given, loop, worker, self.end_of_loop, last)
+        self._origin, start = self._loops.start(self._origin, loop, worker, self.end_of_loop, last)
         self._worker = (start, self.end_of_loop(start))
         first, taken = units.at(start)
         if taken and workers > 1:
@@ -235,13 +235,13 @@ class ShardDataset(IterableDataset[Any]):
                 hint="Save after complete batches, or use one worker",
             )
         self._position = units.position(first + worker, taken)
-        return self._run(place, units, self._position, self._worker[1], worker=worker, workers=workers)
+        return self._run(ranks, units, self._position, self._worker[1], worker=worker, workers=workers)
 
-    def _run(self, place: Place, units: Units, start: int, end: int, *, worker: int, workers: int) -> Iterator[Any]:
+    def _run(self, ranks: Ranks, units: Units, start: int, end: int, *, worker: int, workers: int) -> Iterator[Any]:
         """Yields samples from a position on: every ``workers``-th batch."""
         self._position = start
-        bad = self.account(place.rank, worker)
-        prefetcher = self.prefetcher(place) if worker == 0 else None
+        bad = self.account(ranks.rank, worker)
+        prefetcher = self.prefetcher(ranks) if worker == 0 else None
         unit, taken = units.at(start)
         if prefetcher is not None:
             prefetcher.start(unit // units.per_step)
@@ -249,7 +249,7 @@ class ShardDataset(IterableDataset[Any]):
             while units.position(unit) < end:
                 step, part = divmod(unit, units.per_step)
                 rows = slice(part * units.batch, (part + 1) * units.batch)
-                samples, events = self.source.samples(step, place.world, place.rank, rows)
+                samples, events = self.source.samples(step, ranks.world, ranks.rank, rows)
                 bad.saw(len(samples), events)
                 if prefetcher is not None:
                     prefetcher.advance(step)
@@ -277,9 +277,9 @@ class ShardDataset(IterableDataset[Any]):
         if position is not None:
             self._set(position)
 
-    def units(self, place: Place) -> Units:
+    def units(self, ranks: Ranks) -> Units:
         """Returns how a step is cut into batches."""
-        return Units.of(self.source.order.global_batch, place.world, self._batch_size)
+        return Units.of(self.source.order.global_batch, ranks.world, self._batch_size)
 
     def transformed(self, sample: Sample) -> Any:
         """Returns what is yielded for a sample."""
@@ -296,7 +296,7 @@ class ShardDataset(IterableDataset[Any]):
             )
         return self.bad_samples
 
-    def prefetcher(self, place: Place) -> Prefetcher | None:
+    def prefetcher(self, ranks: Ranks) -> Prefetcher | None:
         """Returns what fills the cache of this node with the shards that come next; ``None`` if they are on disks."""
         source = self.source
         store = source.reader.store
@@ -308,11 +308,11 @@ class ShardDataset(IterableDataset[Any]):
             source.manifest,
             order,
             store,
-            world=place.world,
-            rank=place.rank,
+            world=ranks.world,
+            rank=ranks.rank,
             last=None,
             horizon=2 * order.block_size * order.streams // order.global_batch,
-            share=1 / place.local_world,
+            share=1 / ranks.local_world,
         )
 
     def _check_fork(self) -> None:
@@ -325,8 +325,8 @@ class ShardDataset(IterableDataset[Any]):
             )
 
     def __getstate__(self) -> dict[str, Any]:
-        place = self.place if get_worker_info() is None else None
-        known = {} if place is None else {"_rank": place.rank, "_world_size": place.world}
+        ranks = self.ranks if get_worker_info() is None else None
+        known = {} if ranks is None else {"_rank": ranks.rank, "_world_size": ranks.world}
         return {**self.__dict__, "bad_samples": None, **known}
 
     def __setstate__(self, state: dict[str, Any]) -> None:

@@ -14,7 +14,7 @@ from pipeline.data.loader.bad_samples import Event
 from pipeline.errors import DataError, FoveaError
 
 if TYPE_CHECKING:
-    from pipeline.data.library import Place, Units
+    from pipeline.data.library import Ranks, Units
     from pipeline.data.shard_dataset import ShardDataset
 
 
@@ -109,7 +109,7 @@ class ShardLoader:
             DataError: a shard is missing or has changed, or the position lies within a batch.
             TrainingError: more than ``max_bad_fraction`` of the samples could not be used.
         """
-        place, units = self.dataset.place, self._units()
+        ranks, units = self.dataset.ranks, self._units()
         unit, taken = units.at(self._position)
         if taken:
             raise DataError(
@@ -117,16 +117,16 @@ class ShardLoader:
                 where="samples",
                 hint="Use the data set itself, or the batch_size as before",
             )
-        return self._batches(place, units, unit, self.dataset.end_of_loop(self._position))
+        return self._batches(ranks, units, unit, self.dataset.end_of_loop(self._position))
 
-    def _batches(self, place: Place, units: Units, unit: int, end: int) -> Iterator[Any]:
+    def _batches(self, ranks: Ranks, units: Units, unit: int, end: int) -> Iterator[Any]:
         dataset = self.dataset
-        bad = dataset.account(place.rank, 0)
-        prefetcher = dataset.prefetcher(place)
+        bad = dataset.account(ranks.rank, 0)
+        prefetcher = dataset.prefetcher(ranks)
         if prefetcher is not None:
             prefetcher.start(unit // units.per_step)
         last = end // units.position(1)
-        batches = iter(self._loader(_Batches(dataset, place, units, self.collate_fn), range(unit, last)))
+        batches = iter(self._loader(_Batches(dataset, ranks, units, self.collate_fn), range(unit, last)))
         try:
             for batch in batches:
                 if isinstance(batch, FoveaError):
@@ -159,20 +159,20 @@ class ShardLoader:
         )
 
     def _units(self) -> Units:
-        return self.dataset.units(self.dataset.place)
+        return self.dataset.units(self.dataset.ranks)
 
 
 class _Batches(Dataset[Any]):
     """Maps the number of a unit to its batch and its bad samples. Returns errors: raised, they would be wrapped in a traceback."""
 
-    def __init__(self, dataset: ShardDataset, place: Place, units: Units, collate: Callable[[list[Any]], Any]) -> None:
-        self._dataset, self._place, self._units, self._collate = dataset, place, units, collate
+    def __init__(self, dataset: ShardDataset, ranks: Ranks, units: Units, collate: Callable[[list[Any]], Any]) -> None:
+        self._dataset, self._ranks, self._units, self._collate = dataset, ranks, units, collate
 
     def __getitem__(self, unit: int) -> tuple[Any, list[Event]] | FoveaError:
         step, part = divmod(unit, self._units.per_step)
         rows = slice(part * self._units.batch, (part + 1) * self._units.batch)
         try:
-            samples, events = self._dataset.source.samples(step, self._place.world, self._place.rank, rows)
+            samples, events = self._dataset.source.samples(step, self._ranks.world, self._ranks.rank, rows)
         except FoveaError as error:
             return error
         return self._collate([self._dataset.transformed(sample) for sample in samples]), events

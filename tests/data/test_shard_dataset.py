@@ -310,7 +310,7 @@ def test_a_changed_image_is_substituted_without_decoding_and_too_many_stop(folde
 
 def test_ranks_come_from_arguments_then_from_the_environment(opened: Opener, monkeypatch: pytest.MonkeyPatch) -> None:
     dataset = opened()
-    assert (dataset.place.rank, dataset.place.world, dataset.batch_size) == (0, 1, 8)
+    assert (dataset.ranks.rank, dataset.ranks.world, dataset.batch_size) == (0, 1, 8)
     monkeypatch.setenv("RANK", "3")
     with pytest.raises(ConfigError, match="WORLD_SIZE is None"):
         next(iter(dataset))
