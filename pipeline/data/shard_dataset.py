@@ -311,7 +311,7 @@ class ShardDataset(IterableDataset[Any]):
             world=ranks.world,
             rank=ranks.rank,
             last=None,
-            horizon=2 * order.block_size * order.streams // order.global_batch,
+            horizon=min(2 * order.block_size * order.streams // order.global_batch, 2 * order.steps_per_epoch + 2),
             share=1 / ranks.local_world,
         )
 

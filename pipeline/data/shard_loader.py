@@ -22,8 +22,8 @@ class ShardLoader:
     """Batches of a :class:`pipeline.data.ShardDataset`, made in worker processes, in order.
 
     One ``for`` loop yields the rest of the current epoch; after a ``break`` the next loop continues with the next batch. The
-    state counts batches that were handed out, not those that workers have prepared. Not a ``DataLoader``: Accelerate and Lightning
-    leave it as it is, as they must, since each rank reads its own samples already.
+    state counts batches that were handed out, not those that workers have prepared. Not a ``DataLoader``: Accelerate and
+    Lightning leave it as it is, as they must, since each rank reads its own samples already.
 
     Args:
         dataset: the samples; its position is where the first loop starts.
@@ -163,7 +163,7 @@ class ShardLoader:
 
 
 class _Batches(Dataset[Any]):
-    """Maps the number of a unit to its batch and its bad samples. Returns errors: raised, they would be wrapped in a traceback."""
+    """Maps the number of a unit to its batch and its bad samples; returns errors, which the DataLoader would wrap."""
 
     def __init__(self, dataset: ShardDataset, ranks: Ranks, units: Units, collate: Callable[[list[Any]], Any]) -> None:
         self._dataset, self._ranks, self._units, self._collate = dataset, ranks, units, collate

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch.utils.data import DataLoader
 
 from pipeline.data import ShardDataset, ShardSource
-from pipeline.errors import DataError, TrainingError
+from pipeline.errors import ConfigError, DataError, TrainingError
 from tests.helpers.library import make
 from tests.helpers.shared import made_once
 
@@ -211,3 +211,28 @@ def test_bad_samples_are_counted_when_a_batch_is_handed_out(opened: Opener, monk
         list(dataset.loader(num_workers=2, collate_fn=list))
     assert dataset.bad_samples is not None
     assert dataset.bad_samples.seen <= 32
+
+
+def test_shards_in_a_bucket_through_the_cache_of_the_node(
+    folder: Path, s3_port: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from tests.helpers.s3 import KEYS, upload
+
+    for name, value in KEYS.items():
+        monkeypatch.setenv(name, value)
+    upload(s3_port, "library", {path.name: path for path in folder.glob("a-*.tar")})
+    storage = {"endpoint": f"http://127.0.0.1:{s3_port}", "cache": str(tmp_path / "cache"), "cache_gb": 0.1, "free_gb": 0}
+    shards = [f"s3://library/a-{n}.tar" for n in range(3)]
+    dataset = ShardDataset(shards, global_batch_size=BATCH, seed=5, index=str(tmp_path / "index"), storage=storage)
+    local = ShardDataset(str(folder / "a-*.tar"), global_batch_size=BATCH, seed=5, index=str(tmp_path / "local"))
+    assert dataset.source.identity == local.source.identity
+    strip = ("__url__",)
+    expected = [{name: value for name, value in one.items() if name not in strip} for one in local]
+    read = [{name: value for name, value in one.items() if name not in strip} for one in dataset]
+    assert read == expected
+    assert sorted(path.suffix for path in (tmp_path / "cache").glob("*-a-*.tar")) == [".tar"] * 3
+    loader = dataset.loader(num_workers=1, collate_fn=list)
+    loader.seek(0)
+    assert everything(loader) == list(range(EPOCH))
+    with pytest.raises(ConfigError, match="forked workers cannot read object storage"):
+        next(iter(DataLoader(dataset, batch_size=BATCH, num_workers=1, multiprocessing_context="fork")))
