@@ -11,12 +11,23 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from pipeline.data.augment.operators import Augment
+    from pipeline.data.augment.views import TextSpec, ViewSpec
     from pipeline.data.shard_dataset import ShardDataset
     from pipeline.data.shard_loader import ShardLoader
     from pipeline.data.shard_source import ShardSource
+    from pipeline.data.view_loader import ViewLoader
 
-__all__ = ["ShardDataset", "ShardLoader", "ShardSource"]
-_MODULES = {"ShardDataset": "shard_dataset", "ShardLoader": "shard_loader", "ShardSource": "shard_source"}
+__all__ = ["Augment", "ShardDataset", "ShardLoader", "ShardSource", "TextSpec", "ViewLoader", "ViewSpec"]
+_MODULES = {
+    "Augment": "augment.operators",
+    "ShardDataset": "shard_dataset",
+    "ShardLoader": "shard_loader",
+    "ShardSource": "shard_source",
+    "TextSpec": "augment.views",
+    "ViewLoader": "view_loader",
+    "ViewSpec": "augment.views",
+}
 
 
 def __getattr__(name: str) -> Any:

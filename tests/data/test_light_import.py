@@ -90,7 +90,7 @@ def test_the_page_names_the_packages_that_it_needs() -> None:
     assert set(line[1].split()) == LIGHT
 
 
-@pytest.mark.parametrize("module", ["shard_dataset", "shard_loader", "shard_source"])
+@pytest.mark.parametrize("module", ["shard_dataset", "shard_loader", "shard_source", "view_loader"])
 def test_examples_in_docstrings(module: str, shards: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     for name in ("RANK", "WORLD_SIZE"):
