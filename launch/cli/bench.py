@@ -336,6 +336,28 @@ def determinism(
     _save("determinism", out, partial(markdown, cases, options), document)
 
 
+@app.command()
+def loaders(
+    images: Annotated[int, typer.Option(min=4, help="Number of images; a multiple of twice the batch.")] = 512,
+    batch: Annotated[int, typer.Option(min=2, help="Samples of a step.")] = 32,
+    rounds: Rounds = 3,
+    photos: Annotated[Path | None, typer.Option(help="Folder of photographs to pack; by default synthetic scenes.")] = None,
+    smoke: Annotated[bool, typer.Option("--smoke", help="One round of 16 images, as a smoke test.")] = False,
+    out: Out = None,
+) -> None:
+    """Compare the loader as a library with webdataset, MosaicML Streaming, Hugging Face datasets and torchvision folders.
+
+    [b]Example[/b]
+
+    fovea bench loaders --photos ~/photos --images 1024
+    """
+    from pipeline.bench.loaders import Options, markdown, measure
+
+    options = Options(16, 4, 1, photos) if smoke else Options(images, batch, rounds, photos)
+    result = measure(options, log=log)
+    _save("loaders", out, partial(markdown, result, options), asdict(result))
+
+
 # ---- all, and the table of results --------------------------------------------------------------------------------------
 
 Benchmark = tuple[str, Callable[..., None], dict[str, Any], dict[str, Any]]  # name, command, its arguments, those of --smoke
@@ -362,6 +384,7 @@ def benchmarks() -> list[Benchmark]:
         ("resume", resume, {}, {"width": 64, "depth": 2, "rounds": 1}),
         ("checkpoint", checkpoint, large, {**tiny, "saves": 1}),
         ("data", data, {}, {"images": 16, "batch": 8, "smoke": True}),
+        ("loaders", loaders, {}, {"smoke": True}),
         ("scale", scale, {}, {"smoke": True}),
     ]
 
