@@ -364,7 +364,7 @@ Benchmark = tuple[str, Callable[..., None], dict[str, Any], dict[str, Any]]  # n
 
 
 def benchmarks() -> list[Benchmark]:
-    """The benchmarks of ``all``: all except those of bench_methods.py, which train for long."""
+    """The benchmarks of ``all``: all but ``loaders``, whose peers need an environment of their own, and those of bench_methods.py."""
     tiny = {"model": VitSize.TINY, "batch": 2, "side": 32, "prototypes": 64}
     large = {"model": VitSize.SMALL, "batch": 16, "side": 224, "prototypes": 65536}
     return [
@@ -384,7 +384,6 @@ def benchmarks() -> list[Benchmark]:
         ("resume", resume, {}, {"width": 64, "depth": 2, "rounds": 1}),
         ("checkpoint", checkpoint, large, {**tiny, "saves": 1}),
         ("data", data, {}, {"images": 16, "batch": 8, "smoke": True}),
-        ("loaders", loaders, {}, {"smoke": True}),
         ("scale", scale, {}, {"smoke": True}),
     ]
 

@@ -227,7 +227,7 @@ PEERS: dict[str, type[Peer]] = {peer.name: peer for peer in (Fovea, WebDataset, 
 
 
 def convert(shards: Sequence[str], folder: Path) -> None:
-    """Writes the images of some shards as files in a folder for each class, and in the format of MosaicML Streaming if installed."""
+    """Writes the images of some shards as files in a folder for each class, and in MosaicML Streaming's format if installed."""
     writer: Any = None
     if Streaming.installed():
         from streaming import MDSWriter

@@ -21,7 +21,7 @@ import secrets
 from collections.abc import Callable
 from itertools import islice
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 from urllib.parse import urlsplit
 
 from pipeline.errors import DataError
@@ -87,7 +87,7 @@ class WandbShipper(JournalShipper):
             name=self._name,
             id=self._cursor["run_id"],
             dir=folder,
-            mode=mode(),
+            mode=cast(Any, mode()),
             resume="allow",
             reinit="create_new",
             settings=wandb.Settings(
