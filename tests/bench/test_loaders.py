@@ -83,9 +83,8 @@ def test_what_is_wrong_is_counted() -> None:
 def test_the_page_says_where_others_are_better() -> None:
     ours = Measured(raw=[100.0, 90.0], decoded=[50.0], start=[1.0], resume=[1.0], rank=20.0, worker=5.0, once="yes")
     other = Measured(raw=[150.0], decoded=[40.0], start=[2.0], resume=[], rank=10.0, errors={"worker": "broke"})
-    result = Result(
-        "8 images", {"torch": "2"}, {"fovea": ours, "webdataset": other, "MosaicML Streaming": Measured("not installed")}
-    )
+    left_out = {"MosaicML Streaming": Measured("not installed")}
+    result = Result("8 images", {"torch": "2"}, {"fovea": ours, "webdataset": other, **left_out})
     page = markdown(result, Options(), {"cores": "2"}, "fovea bench loaders")
     assert "| fovea | 100 | 50 | 1.00 | 1.00 | 20 | 5 |" in page
     assert "| webdataset | 150 | 40 | 2.00 | failed | 10 | failed |" in page
