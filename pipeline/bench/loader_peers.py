@@ -45,7 +45,7 @@ class Setup:
     seed: int = 0
 
 
-class Peer(ABC):
+class Loader(ABC):
     """A loader.
 
     Attributes:
@@ -86,7 +86,7 @@ class Peer(ABC):
         return np.asarray(Image.open(io.BytesIO(data)).convert("RGB")) if self.decoded else data
 
 
-class Fovea(Peer):
+class Fovea(Loader):
     """Ours."""
 
     name, package, how = "fovea", "pipeline", "own state, one integer"
@@ -117,7 +117,7 @@ class Fovea(Peer):
         self._dataset.load_state_dict(state)
 
 
-class _Skipping(Peer):
+class _Skipping(Loader):
     """A loader without a state: the samples before are skipped."""
 
     _skip = 0
@@ -149,7 +149,7 @@ class WebDataset(_Skipping):
         return ((one["__key__"], self._image(one["jpg"])) for one in islice(source, self._skip, None))
 
 
-class Streaming(Peer):
+class Streaming(Loader):
     """MosaicML Streaming, in its own format."""
 
     name, package, how = "MosaicML Streaming", "streaming", "own state, needs its format"
@@ -174,7 +174,7 @@ class Streaming(Peer):
         self._dataset.load_state_dict(state)
 
 
-class HuggingFace(Peer):
+class HuggingFace(Loader):
     """Hugging Face datasets, streaming from the tars, with a shuffle buffer."""
 
     name, package, how = "Hugging Face datasets", "datasets", "own state; its buffer is not part of it"
@@ -223,7 +223,7 @@ class Torchvision(_Skipping):
         return self._image(Path(path).read_bytes())
 
 
-PEERS: dict[str, type[Peer]] = {peer.name: peer for peer in (Fovea, WebDataset, Streaming, HuggingFace, Torchvision)}
+PEERS: dict[str, type[Loader]] = {peer.name: peer for peer in (Fovea, WebDataset, Streaming, HuggingFace, Torchvision)}
 
 
 def convert(shards: Sequence[str], folder: Path) -> None:

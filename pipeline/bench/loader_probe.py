@@ -11,7 +11,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from pipeline.bench.loader_peers import PEERS, Peer, Setup
+from pipeline.bench.loader_peers import PEERS, Loader, Setup
 
 
 def _cpu() -> float:
@@ -24,7 +24,7 @@ def _resident() -> float:
     return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize() / 1e6
 
 
-def _opened(request: dict[str, Any], *, decoded: bool = False) -> Peer:
+def _opened(request: dict[str, Any], *, decoded: bool = False) -> Loader:
     setup = Setup(**{**request["setup"], "shards": tuple(request["setup"]["shards"])})
     peer = PEERS[request["peer"]](setup, decoded=decoded)
     if request.get("state") is not None:
@@ -52,8 +52,8 @@ def start(request: dict[str, Any]) -> dict[str, float]:
 def keys(request: dict[str, Any]) -> dict[str, Any]:
     """The keys of the first ``count`` samples of this rank, or of all, and the state after them."""
     peer = _opened(request)
-    found = [key for key, _ in islice(iter(peer), request.get("count"))]
-    return {"keys": found, "state": peer.state(len(found)) if request.get("count") else None}
+    names = [key for key, _ in islice(iter(peer), request.get("count"))]
+    return {"keys": names, "state": peer.state(len(names)) if request.get("count") else None}
 
 
 def worker(request: dict[str, Any]) -> dict[str, float]:

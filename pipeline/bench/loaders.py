@@ -227,13 +227,13 @@ def _answer(process: subprocess.Popen[str], request: dict[str, Any], measured: M
 def _versions() -> dict[str, str]:
     from importlib.metadata import PackageNotFoundError, version
 
-    found = {}
+    versions = {}
     for name in ("webdataset", "mosaicml-streaming", "datasets", "torchvision", "torch"):
         try:
-            found[name] = version(name)
+            versions[name] = version(name)
         except PackageNotFoundError:
             continue
-    return found
+    return versions
 
 
 def markdown(result: Result, options: Options, machine: dict[str, str], command: str) -> str:
