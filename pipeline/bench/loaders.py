@@ -273,12 +273,14 @@ def markdown(result: Result, options: Options, machine: dict[str, str], command:
         "## Samples",
         "",
         "Each sample once an epoch; after a resume in the middle of an epoch the samples of an undisturbed one, in order; the",
-        "same global batches on two ranks as on one; an epoch begun on one rank and ended on two has each sample once.",
+        "same global batches on two ranks as on one; an epoch begun on one rank and ended on two has each sample once. Where a",
+        "loader has a shuffle buffer, it holds 1000 samples.",
         "",
         "| | resumes by | once | same after resume | same on two ranks | resumed on two ranks |",
         "|---|---|---|---|---|---|",
         *(
-            f"| {name} | {PEERS[name].how} | {one.once} | {one.resumed} | {one.ranks} | {one.elastic} |"
+            f"| {name} | {PEERS[name].how} | {one.once or 'failed'} | {one.resumed or 'failed'} "
+            f"| {one.ranks or 'failed'} | {one.elastic or 'failed'} |"
             for name, one in there.items()
         ),
         "",
