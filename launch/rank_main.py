@@ -199,11 +199,12 @@ def _train(
     from pipeline.data.indexing import open_storage
     from pipeline.runtime import process_group as distributed
     from pipeline.runtime.stop_requests import Stop
-    from pipeline.tracking import Journal, Shipper, destination_of, remember
+    from pipeline.tracking import Journal, JournalShipper, described, destination_of, remember, shippers
     from pipeline.training.build import assemble
 
     show = progress_logger(world.rank, config.train.global_batch_size, run.logs(number) / "rank-0.log" if alone else None)
-    journal = shipper = None
+    journal = None
+    trackers: list[JournalShipper] = []
     tracked = ""
     if world.rank == 0:
         journal = Journal(run.journal(number))
@@ -213,21 +214,24 @@ def _train(
         )
         if (run.path / "config.yaml").exists():
             journal.artifact(_shown_settings(run))
-        if config.tracking.enabled:
+        target = None
+        if config.tracking.enabled and "mlflow" in config.tracking.to:
             target = destination_of(config.tracking, run.path, trained=True)
             target.record(run.tracking)
             if target.origin:
                 remember(target.uri)
-            tracked = f" · MLflow at {target}" if target.origin else ""
-            shipper = Shipper(
-                run.tracking,
-                uri=target.uri,
-                experiment=target.experiment,
-                name=config.run.name,
-                log=show.log,
-                sweep=run.sweep if target.origin else None,
-            )
-            shipper.start()
+        named = described(config.tracking, target)
+        tracked = f" · {named}" if named else ""
+        trackers = shippers(
+            config.tracking,
+            run.tracking,
+            name=config.run.name,
+            destination=target,
+            log=show.log,
+            sweep=run.sweep if target is not None and target.origin else None,
+        )
+        for tracker in trackers:
+            tracker.start()
     inputs = agreed_inputs(config, world, inputs)
     if journal is not None:
         journal.tags({"fovea.data": inputs.train.fingerprint, "fovea.data_samples": inputs.train.total})
@@ -300,13 +304,15 @@ def _train(
         else:
             show.log(f"stopped by {stop.name} at step {trainer.progress.step}, saved; the same command resumes")
         # A run that was asked to stop must exit soon; a finished one may wait until MLflow's database has been created.
-        if shipper is not None and not shipper.close(_PATIENCE if finished else 5.0):
+        end = time.monotonic() + (_PATIENCE if finished else 5.0)
+        behind = [one.tracker for one in trackers if not one.close(max(end - time.monotonic(), 0.0))]
+        if behind:
             rest = (
                 f"`fovea mlflow sync {shlex.quote(str(run.path))}` sends the rest"
                 if finished
                 else "the next attempt sends the rest"
             )
-            show.log(f"MLflow has not taken everything yet; {rest}")
+            show.log(f"{' and '.join(behind)} has not taken everything yet; {rest}")
         if alone:
             run.note("end", attempt=number, code=0)
     trainer.engine.close()

@@ -336,13 +336,35 @@ def determinism(
     _save("determinism", out, partial(markdown, cases, options), document)
 
 
+@app.command()
+def loaders(
+    images: Annotated[int, typer.Option(min=4, help="Number of images; a multiple of twice the batch.")] = 512,
+    batch: Annotated[int, typer.Option(min=2, help="Samples of a step.")] = 32,
+    rounds: Rounds = 3,
+    photos: Annotated[Path | None, typer.Option(help="Folder of photographs to pack; by default synthetic scenes.")] = None,
+    smoke: Annotated[bool, typer.Option("--smoke", help="One round of 16 images, as a smoke test.")] = False,
+    out: Out = None,
+) -> None:
+    """Compare the loader as a library with webdataset, MosaicML Streaming, Hugging Face datasets and torchvision folders.
+
+    [b]Example[/b]
+
+    fovea bench loaders --photos ~/photos --images 1024
+    """
+    from pipeline.bench.loaders import Options, markdown, measure
+
+    options = Options(16, 4, 1, photos) if smoke else Options(images, batch, rounds, photos)
+    result = measure(options, log=log)
+    _save("loaders", out, partial(markdown, result, options), asdict(result))
+
+
 # ---- all, and the table of results --------------------------------------------------------------------------------------
 
 Benchmark = tuple[str, Callable[..., None], dict[str, Any], dict[str, Any]]  # name, command, its arguments, those of --smoke
 
 
 def benchmarks() -> list[Benchmark]:
-    """The benchmarks of ``all``: all except those of bench_methods.py, which train for long."""
+    """The benchmarks of ``all``: all but ``loaders``, whose peers need their own environment, and bench_methods.py's."""
     tiny = {"model": VitSize.TINY, "batch": 2, "side": 32, "prototypes": 64}
     large = {"model": VitSize.SMALL, "batch": 16, "side": 224, "prototypes": 65536}
     return [

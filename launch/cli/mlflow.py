@@ -65,7 +65,7 @@ def _sync_or_skip(run: RunDirectory, uri: str | None, *, skip: bool) -> Exceptio
 
 def _sync(run: RunDirectory, uri: str | None) -> Exception | None:
     """Send one run's journals; returns why something is left, or ``None``."""
-    from pipeline.tracking import Shipper, destination_of, eval_destinations, server_of, shown_server
+    from pipeline.tracking import Shipper, destination_of, eval_destinations, server_of, shippers, shown_server
 
     config = run.settings()
     run.own_folder(run.tracking.name)
@@ -90,6 +90,10 @@ def _sync(run: RunDirectory, uri: str | None) -> Exception | None:
         other.start()
         done = other.close(seconds=300.0) and done
         trouble = trouble or other.trouble
+    others = config.tracking.model_copy(update={"to": tuple(one for one in config.tracking.to if one != "mlflow")})
+    for shipper in shippers(others, run.tracking, name=config.run.name, destination=None, log=_print):
+        shipper.start()
+        print(f"{name}: {shipper.tracker} {'has everything' if shipper.close(seconds=300.0) else 'has not accepted everything'}")
     print(f"{name}: {'MLflow has everything' if done else 'not everything was accepted'} ({shown_server(target)})")
     return None if done else trouble or TimeoutError("MLflow did not answer in time")
 

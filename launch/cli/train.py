@@ -20,6 +20,7 @@ from pipeline.runtime import job_record as record
 from pipeline.runtime.interpreter import module_command
 from pipeline.runtime.locks import lock
 from pipeline.runtime.run_directory import RunDirectory
+from pipeline.tracking.trackers import check_installed
 
 
 @contextlib.contextmanager
@@ -64,6 +65,7 @@ def run(loaded: Loaded) -> int:
     )
     if default and config.launch.num_processes != (ranks or here.world_size):
         config = config.replace(launch=config.launch.model_copy(update={"num_processes": ranks or None}))
+    check_installed(config.tracking)
     if not ranks:
         from launch.rank_main import be_rank
 

@@ -8,19 +8,21 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import itertools
 import json
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
-from pipeline.config.schema import Config
 from pipeline.data import storage
 from pipeline.data.index.build import build
 from pipeline.data.index.fields import Fields
 from pipeline.data.index.filters import narrow
 from pipeline.data.index.manifest import SIDECARS, Manifest
+from pipeline.data.order.order import Source
+from pipeline.data.settings import DataSettings
 from pipeline.errors import DataError
 from pipeline.runtime.locks import lock
 from pipeline.untrusted import plain_name, read_json
@@ -29,7 +31,16 @@ _START_GRACE = 20.0  # seconds
 Progress = Callable[[int, int, Any], None]
 
 
-def fields(config: Config) -> Fields:
+class HasData(Protocol):
+    """Settings with a section ``data``: those of a run, or of a :class:`pipeline.data.ShardDataset`."""
+
+    @property
+    def data(self) -> DataSettings:
+        """Where samples are stored and how they are read."""
+        ...
+
+
+def fields(config: HasData) -> Fields:
     """Returns which members make a sample, according to the settings."""
     d = config.data
     return Fields(
@@ -42,7 +53,7 @@ def fields(config: Config) -> Fields:
     )
 
 
-def open_storage(config: Config, *, at_start: bool = False) -> storage.Storage:
+def open_storage(config: HasData, *, at_start: bool = False) -> storage.Storage:
     """Returns access to a run's shards. At startup it times out sooner: no progress can be lost yet, and the user is waiting."""
     settings = config.data.storage
     return storage.Storage(
@@ -60,7 +71,7 @@ class Indexer:
         reuse: use an index that is there without asking storage whether the shards have changed; another process has done so.
     """
 
-    config: Config
+    config: HasData
     progress: Progress | None = None
     reuse: bool = False
 
@@ -75,6 +86,26 @@ class Indexer:
             DataError: no shard matches, or shards cannot be used.
         """
         return self.several({"": patterns}, require)[0]
+
+    def training_set(self, require: tuple[str, ...] = ()) -> tuple[Manifest, tuple[Source, ...]]:
+        """Returns the index of the training shards, and the data sets that they consist of; no data sets without a mixture.
+
+        Args:
+            require: see :meth:`one`.
+
+        Raises:
+            DataError: see :meth:`several`.
+        """
+        data = self.config.data
+        if data.sources is None:
+            return self.one(data.shards, require), ()
+        manifest, counts = self.several({source.name: source.shards for source in data.sources}, require)
+        firsts = itertools.accumulate((0, *counts[:-1]))
+        sources = (
+            Source(source.name, first, count, source.weight, source.repeat or 1.0)
+            for source, first, count in zip(data.sources, firsts, counts, strict=True)
+        )
+        return manifest, tuple(sources)
 
     def several(self, groups: dict[str, Sequence[str]], require: tuple[str, ...] = ()) -> tuple[Manifest, tuple[int, ...]]:
         """Returns one index of several data sets, and the number of shards of each.
@@ -153,7 +184,7 @@ class Indexer:
 
 
 def indexed(
-    config: Config, patterns: Sequence[str], progress: Progress | None = None, *, require: tuple[str, ...] = ()
+    config: HasData, patterns: Sequence[str], progress: Progress | None = None, *, require: tuple[str, ...] = ()
 ) -> Manifest:
     """Finds and indexes shards; an existing index is reused where the shards have not changed. See :class:`Indexer`."""
     return Indexer(config, progress).one(patterns, require)

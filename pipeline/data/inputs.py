@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -54,7 +53,7 @@ def prepare(config: Config, world: int, progress: Progress | None = None, *, reu
         DataError, ConfigError: the data or the settings cannot be used.
     """
     indexer = Indexer(config, progress, reuse)
-    train, sources = _training_set(indexer)
+    train, sources = _training_set(config, indexer)
     batch, micro = config.train.global_batch_size, config.train.micro_batch_size
     streams = config.data.canonical_streams or _streams_of_checkpoints(config) or streams_for(batch, world)
     order = Order(train.sizes, config.run.seed, batch, streams, config.data.shuffle_block_size, sources)
@@ -67,7 +66,7 @@ def prepare(config: Config, world: int, progress: Progress | None = None, *, reu
         )
     check_warmups(config, order.samples_per_epoch)
     inputs = Inputs(train, None, None, order, sources)
-    return replace(inputs, **_evaluation_data(indexer, train, trained=False)) if config.evaluation.enabled else inputs
+    return replace(inputs, **_evaluation_data(config, indexer, train, trained=False)) if config.evaluation.enabled else inputs
 
 
 def _streams_of_checkpoints(config: Config) -> int | None:
@@ -87,19 +86,10 @@ def _streams_of_checkpoints(config: Config) -> int | None:
     return None
 
 
-def _training_set(indexer: Indexer) -> tuple[Manifest, tuple[Source, ...]]:
+def _training_set(config: Config, indexer: Indexer) -> tuple[Manifest, tuple[Source, ...]]:
     """Returns the indexed training set, and the data sets that it consists of."""
-    data = indexer.config.data
-    require = ("caption",) if indexer.config.method.reads_text and data.missing_caption == "exclude" else ()
-    if data.sources is None:
-        return indexer.one(data.shards, require), ()
-    manifest, counts = indexer.several({source.name: source.shards for source in data.sources}, require)
-    firsts = itertools.accumulate((0, *counts[:-1]))
-    sources = (
-        Source(source.name, first, count, source.weight, source.repeat or 1.0)
-        for source, first, count in zip(data.sources, firsts, counts, strict=True)
-    )
-    return manifest, tuple(sources)
+    require = ("caption",) if config.method.reads_text and config.data.missing_caption == "exclude" else ()
+    return indexer.training_set(require)
 
 
 def evaluation_data(config: Config, *, trained: bool = False) -> dict[str, Any]:
@@ -112,18 +102,17 @@ def evaluation_data(config: Config, *, trained: bool = False) -> dict[str, Any]:
     Raises:
         DataError: no shard matches, shards cannot be used, or training and evaluation samples overlap.
     """
-    return _evaluation_data(Indexer(config), None, trained=trained)
+    return _evaluation_data(config, Indexer(config), None, trained=trained)
 
 
-def _evaluation_data(indexer: Indexer, train: Manifest | None, *, trained: bool) -> dict[str, Any]:
+def _evaluation_data(config: Config, indexer: Indexer, train: Manifest | None, *, trained: bool) -> dict[str, Any]:
     """``train`` is the training set, if it is indexed already: the feature bank unless another is set."""
-    config = indexer.config
     manifests: dict[str, Any] = {}
     if config.evaluation.uses_knn_images:
         if config.evaluation.knn.train_shards or not (trained or train is not None):
             manifests["bank"] = indexer.one(config.voting_shards)
         else:
-            manifests["bank"] = train if train is not None else _training_set(indexer)[0]
+            manifests["bank"] = train if train is not None else _training_set(config, indexer)[0]
         try:
             manifests["queries"] = indexer.one(config.validation_shards)
         except DataError as error:

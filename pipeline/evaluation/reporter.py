@@ -68,7 +68,7 @@ class EvalReporter:
         own = destination(tracking, run.path)
         if uri is None and not tracking.enabled:
             return None
-        joins = "../cursor.json" if tracking.enabled and uri in (None, own.uri) else ""
+        joins = "../cursor.json" if tracking.enabled and "mlflow" in tracking.to and uri in (None, own.uri) else ""
         try:
             destination_of(tracking, run.path, named=uri)
             refusal = ""

@@ -1,56 +1,42 @@
-"""Copies journals to MLflow in a background thread: a slow or unreachable server never delays training, and no record is lost.
-
-The cursor file stores the MLflow run, how far each journal was accepted, and the last step of each metric. A resumed attempt
-repeats the steps after its checkpoint bit for bit, so points of steps that were already sent are skipped.
-"""
+"""Copies journals to MLflow; see :mod:`pipeline.tracking.shipper`."""
 
 from __future__ import annotations
 
-import json
 import logging
 import os
-import threading
-import time
 from collections.abc import Callable
-from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
-from pipeline.errors import DataError, FoveaError, LaunchError
+from pipeline.errors import DataError, LaunchError
 from pipeline.runtime.locks import lock
 from pipeline.runtime.run_directory import RunDirectory
 from pipeline.tracking import mlflow_database as database
-from pipeline.tracking.journal import read
-from pipeline.untrusted import hide_secrets, inside, open_regular, printable, read_json, shown_address
+from pipeline.tracking.shipper import JournalShipper, first_line, load_cursor, new_cursor
+from pipeline.untrusted import inside, printable, shown_address
 
-_BATCH = 900
 _LIMITS = {"metrics": 900, "params": 100, "tags": 100}
 _PARAM_LIMIT, _TAG_LIMIT = 6000, 5000
-_PAUSES = (1.0, 30.0)
 _ENDS = {"finished": "FINISHED", "stopped": "KILLED", "failed": "FAILED"}
 _GONE = "RESOURCE_DOES_NOT_EXIST"
 _REFUSED = "INVALID_PARAMETER_VALUE"
 _PARENT = "mlflow.parentRunId"
 
 
-class Shipper:
+class Shipper(JournalShipper):
     """Sends all journals of a run to one MLflow run.
-
-    Attributes:
-        trouble: the last error; ``None`` once everything was accepted.
 
     Args:
         folder: ``<run>/tracking``, with ``journal-*.jsonl``; the cursor is stored there.
         uri: MLflow tracking URI.
         experiment: MLflow experiment, created if missing.
         name: name of the run.
-        log: receives a message when the server is unreachable, once per outage, and for rejected data, once per name.
+        log, once, root: see :class:`pipeline.tracking.shipper.JournalShipper`.
         joins: another shipper's cursor, whose MLflow run is used instead of a new one. Records wait until that run exists.
-        once: skip points at steps that a metric already has: an attempt that repeats them records the same values.
-        root: the only directory whose files are sent as artifacts, after resolving links; by default the run directory, the
-            parent of ``folder``.
         sweep: directory of the sweep that the run belongs to; its MLflow run, created if missing, becomes the parent.
     """
+
+    tracker: ClassVar[str] = "MLflow"
 
     def __init__(
         self,
@@ -65,31 +51,10 @@ class Shipper:
         root: Path | None = None,
         sweep: Path | None = None,
     ) -> None:
-        self._sweep = sweep
-        self._folder, self._uri, self._experiment, self._name, self._log = folder, uri, experiment, name, log
-        self._joins, self._once, self._root = joins, once, root or folder.parent
-        self._cursor_path = folder / "cursor.json"
-        known = _load(self._cursor_path)
-        self._cursor = known if known.get("uri") == uri else _cursor(uri, "")
+        super().__init__(folder, uri=uri, log=log, once=once, root=root)
+        self._experiment, self._name, self._joins, self._sweep = experiment, name, joins, sweep
         self._client: Any = None
-        self.trouble: Exception | None = None
         self._refused: set[str] = set()
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="fovea-mlflow", daemon=True)
-
-    def start(self) -> None:
-        """Starts the background thread."""
-        self._thread.start()
-
-    def close(self, seconds: float = 5.0) -> bool:
-        """Sends the remaining records, for at most ``seconds``.
-
-        Returns:
-            Whether everything was accepted; if not, the next attempt sends the rest.
-        """
-        self._stop.set()
-        self._thread.join(timeout=seconds)
-        return not self._thread.is_alive() and not self._pending()
 
     def connected(self) -> tuple[Any, str]:
         """Returns MLflow's client and the ID of this run, which is created if missing.
@@ -101,70 +66,16 @@ class Shipper:
         client = self._connect()
         return client, str(self._cursor["run_id"])
 
-    def _pending(self) -> bool:
-        unsent = (next(read(path, self._offset(path)), None) for path in self._journals())
-        return bool(self._cursor["artifacts"]) or any(unsent)
+    def _disconnect(self, *, failed: bool) -> None:
+        self._client = None
 
-    def _journals(self) -> list[Path]:
-        return sorted(self._folder.glob("journal-*.jsonl"))
-
-    def _offset(self, path: Path) -> int:
-        return int(self._cursor["offsets"].get(path.name, 0))
-
-    def _run(self) -> None:
-        pause, away = _PAUSES[0], False
-        while True:
-            last = self._stop.is_set()
-            try:
-                self.ship()
-                pause, away, self.trouble = _PAUSES[0], False, None
-            except Exception as error:  # no error of MLflow may reach training
-                self._client, self.trouble = None, error
-                if not away:
-                    server = shown_address(self._uri)
-                    self._log(f"MLflow at {server} accepts no records now ({_line(error)}); the journal keeps everything")
-                pause, away = min(2 * pause, _PAUSES[1]), True
-            if last:
-                return
-            self._stop.wait(pause)
-
-    def ship(self) -> None:
-        """Sends everything that the server has not accepted yet.
-
-        Raises:
-            Exception: any error of MLflow; the cursor keeps what was accepted before it.
-        """
-        if not self._pending():
+    def _upload(self, path: Path) -> None:
+        target = self._client.get_run(self._cursor["run_id"]).info.artifact_uri
+        if self._uri.startswith("sqlite:///") and not self._may_store(target):
+            shown = printable(str(path), limit=200)
+            self._log(f"{shown} is not sent: the run's database would store it in {printable(str(target), limit=200)}")
             return
-        client = self._connect()
-        for path in self._journals():
-            records = read(path, self._offset(path))
-            while chunk := list(islice(records, _BATCH)):
-                self._send(client, [record for _, record in chunk])
-                self._cursor["offsets"][path.name] = chunk[-1][0]
-                self._write_cursor()
-        while self._cursor["artifacts"]:  # last, so that a broken artifact store delays nothing else
-            self._send_artifact(client, self._cursor["artifacts"][0])
-            del self._cursor["artifacts"][0]
-            self._write_cursor()
-
-    def _send_artifact(self, client: Any, named: str) -> None:
-        """Uploads a regular file of the run directory to the run's artifacts; logs what is skipped, and why."""
-        shown = printable(named, limit=200)
-        try:
-            path = inside(named, self._root, where="journal")
-            os.close(open_regular(path))
-        except FileNotFoundError:
-            self._log(f"{shown} is gone and cannot be sent to MLflow")
-        except (DataError, OSError) as error:
-            reason = error.what if isinstance(error, DataError) else error.strerror
-            self._log(f"an artifact is not sent to MLflow: {reason}")
-        else:
-            target = client.get_run(self._cursor["run_id"]).info.artifact_uri
-            if self._uri.startswith("sqlite:///") and not self._may_store(target):
-                self._log(f"{shown} is not sent: the run's database would store it in {printable(str(target), limit=200)}")
-                return
-            client.log_artifact(self._cursor["run_id"], str(path))
+        self._client.log_artifact(self._cursor["run_id"], str(path))
 
     def _may_store(self, target: str) -> bool:
         """Whether a database in the run directory, which may be untrusted, stores its artifacts there too."""
@@ -177,11 +88,6 @@ class Shipper:
         except DataError:
             return False
         return "://" not in target.removeprefix("file://")
-
-    def _write_cursor(self) -> None:
-        temporary = self._cursor_path.with_suffix(f".tmp{os.getpid()}-{time.monotonic_ns()}")
-        temporary.write_text(json.dumps(self._cursor))
-        temporary.replace(self._cursor_path)
 
     def _connect(self) -> Any:
         """Returns a client whose run exists. A deleted run is replaced by a new one, to which everything is sent again."""
@@ -220,7 +126,7 @@ class Shipper:
             else:
                 number = experiment.experiment_id
             tags = {_PARENT: self._parent()} if self._sweep is not None else {}
-            self._cursor = _cursor(self._uri, client.create_run(number, run_name=self._name, tags=tags).info.run_id)
+            self._cursor = new_cursor(self._uri, client.create_run(number, run_name=self._name, tags=tags).info.run_id)
             self._write_cursor()
         self._client = client
         return client
@@ -237,7 +143,7 @@ class Shipper:
         """Returns the ID of the MLflow run to join; empty if a new one is to be created."""
         if self._joins is None:
             return ""
-        theirs = _load(self._joins)
+        theirs = load_cursor(self._joins)
         if theirs.get("uri") != self._uri or not theirs.get("run_id"):
             raise LookupError("the run itself is not there yet")
         return str(theirs["run_id"])
@@ -246,13 +152,13 @@ class Shipper:
         if not _exists(client, run_id):
             raise LookupError("the run itself is not there any more")
         if run_id != self._cursor["run_id"]:
-            self._cursor = _cursor(self._uri, run_id)
+            self._cursor = new_cursor(self._uri, run_id)
             self._write_cursor()
 
-    def _send(self, client: Any, records: list[dict[str, Any]]) -> None:
+    def _send(self, records: list[dict[str, Any]]) -> None:
         from mlflow.entities import Metric, Param, RunTag
 
-        run_id, steps = self._cursor["run_id"], self._cursor["steps"]
+        client, run_id, steps = self._client, self._cursor["run_id"], self._cursor["steps"]
         metrics: list[Any] = []
         params: dict[str, str] = {}
         tags: dict[str, str] = {}
@@ -261,17 +167,13 @@ class Shipper:
         for record in records:
             kind, values = record["kind"], record.get("values", {})
             if kind == "metrics":
-                known = newest if self._once else {}
-                fresh = {key: value for key, value in values.items() if record["step"] > known.get(key, -1)}
-                metrics += [Metric(key, float(value), int(record["t"] * 1000), record["step"]) for key, value in fresh.items()]
-                newest.update(dict.fromkeys(fresh, record["step"]))
+                fresh = self._fresh(record, newest)
+                metrics += [Metric(key, value, int(record["t"] * 1000), record["step"]) for key, value in fresh.items()]
             elif kind == "params":
                 params.update({key: value[:_PARAM_LIMIT] for key, value in values.items()})
             elif kind == "tags":
                 tags.update({key: value[:_TAG_LIMIT] for key, value in values.items()})
                 changed = record["t"] if "fovea.state" in values else changed
-            elif kind == "artifact" and record["path"] not in self._cursor["artifacts"]:
-                self._cursor["artifacts"].append(record["path"])
         have = client.get_run(run_id).data.params if params else {}
         tags.update({f"changed.{key}": value[:_TAG_LIMIT] for key, value in params.items() if have.get(key, value) != value})
         for low in range(0, len(metrics), _LIMITS["metrics"]):
@@ -304,7 +206,7 @@ class Shipper:
                     self._offer(client, kind, part[len(part) // 2 :])
                 elif part[0].key not in self._refused:
                     self._refused.add(part[0].key)
-                    self._log(f"MLflow refuses {kind} {part[0].key!r} ({_line(error)}); they stay in the journal only")
+                    self._log(f"MLflow refuses {kind} {part[0].key!r} ({first_line(error)}); they stay in the journal only")
 
 
 def _exists(client: Any, run_id: str) -> bool:
@@ -317,26 +219,3 @@ def _exists(client: Any, run_id: str) -> bool:
         if error.error_code != _GONE:
             raise
         return False
-
-
-def _line(error: Exception) -> str:
-    return printable(hide_secrets((str(error).strip() or type(error).__name__).splitlines()[0][:4000]), limit=160)
-
-
-def _cursor(uri: str, run_id: str) -> dict[str, Any]:
-    return {"uri": uri, "run_id": run_id, "offsets": {}, "steps": {}, "artifacts": []}
-
-
-def _load(path: Path) -> dict[str, Any]:
-    """Reads a cursor; empty if missing, or if one of its values has a wrong type."""
-    try:
-        loaded = read_json(path)
-    except (OSError, FoveaError):
-        return {}
-    kinds = {"uri": str, "run_id": str, "offsets": dict, "steps": dict, "artifacts": list}
-    if not isinstance(loaded, dict) or any(not isinstance(loaded.get(key), kind) for key, kind in kinds.items()):
-        return {}
-    numbers = [*loaded["offsets"].values(), *loaded["steps"].values()]
-    if any(type(n) is not int or not 0 <= n < 1 << 62 for n in numbers) or any(type(a) is not str for a in loaded["artifacts"]):
-        return {}
-    return loaded

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from pipeline.data import storage
-from pipeline.data.augment.decode import _by_pillow
+from pipeline.data.augment.pillow import by_pillow
 from pipeline.data.index.build import Fields, build
 from pipeline.data.index.image_header import inspect_header
 from pipeline.data.index.manifest import Manifest
@@ -82,7 +82,7 @@ def test_sixteen_bits_are_narrowed_in_little_memory() -> None:
     buffer = io.BytesIO()
     Image.fromarray(values).save(buffer, "TIFF", compression="tiff_deflate")
     tracemalloc.start()
-    pixels = _by_pillow(buffer.getvalue(), "tiff")
+    pixels = by_pillow(buffer.getvalue(), "tiff")
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert np.array_equal(pixels[..., 0], ((values.astype(np.int64) + 128) // 257).clip(0, 255))

@@ -16,21 +16,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from nvidia import nvimgcodec
-from PIL import Image
 
-from pipeline.data.index.image_header import open_header, orientation, sniff
+from pipeline.data.augment.pillow import by_pillow
+from pipeline.data.index.image_header import sniff
 
-_ROWS = 256  # rows of a 16-bit image converted at once
 _WEBP_EXIF = 0x08
-_TURNS = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
 
 
 class Decoder:
@@ -82,7 +72,7 @@ class Decoder:
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
-                pixels = _by_pillow(data, kind)
+                pixels = by_pillow(data, kind)
         except Exception:  # a malicious file can make a parser raise any exception
             return None
         return self._placed(pixels)
@@ -104,18 +94,3 @@ def _pillows(data: bytes) -> str | None:
     if kind in ("tiff", "bmp", "pnm", "jpeg2000"):
         return kind
     return kind if kind == "webp" and data[12:16] == b"VP8X" and len(data) > 20 and data[20] & _WEBP_EXIF else None
-
-
-def _by_pillow(data: bytes, kind: str) -> NDArray[np.uint8]:
-    with open_header(data, kind) as image:
-        image.load()
-        if image.mode.startswith("I"):  # 16 bits: Pillow's own conversion clips
-            values = np.asarray(image)
-            gray = np.empty(values.shape, dtype=np.uint8)
-            for row in range(0, len(values), _ROWS):  # wider integers for the whole image would need a multiple of its memory
-                part = values[row : row + _ROWS].astype(np.int32)
-                gray[row : row + _ROWS] = ((part + 128) // 257).clip(0, 255)
-            return np.repeat(gray[:, :, None], 3, axis=2)
-        turn = _TURNS.get(orientation(image))
-        upright = image if turn is None else image.transpose(turn)
-        return np.asarray(upright.convert("RGB"))

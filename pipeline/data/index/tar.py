@@ -107,11 +107,12 @@ def split_name(name: str) -> tuple[str, str] | None:
     return None if match is None else (match[1], match[2].lower())
 
 
-def walk(shard: str | storage.Source) -> Iterator[Member]:
+def walk(shard: str | storage.Source, start: int = 0) -> Iterator[Member]:
     """Yields all members of an archive, in order.
 
     Args:
         shard: a local path, or the result of :meth:`pipeline.data.storage.Storage.open`.
+        start: offset of the header to begin at; global PAX headers before it are not seen.
 
     Raises:
         TarDamage: the file is not a tar, is compressed, is truncated, has a broken header, or continues after its end marker.
@@ -119,7 +120,7 @@ def walk(shard: str | storage.Source) -> Iterator[Member]:
     """
     source = _opened(shard)
     url, size = source.url, source.size
-    at = 0
+    at = start
     shared: dict[str, str] = {}
     own: dict[str, str] = {}
     long_name: str | None = None
@@ -152,7 +153,7 @@ def walk(shard: str | storage.Source) -> Iterator[Member]:
         records = {**shared, **own}
         if "size" in records:
             if re.fullmatch(r"[0-9]{1,19}", records["size"]) is None:
-                raise _broken(url, at, f"the PAX size {_shown(records['size'])} is not a number")
+                raise _broken(url, at, f"the PAX size {shown(records['size'])} is not a number")
             member_size = int(records["size"])
         if member_size < 0:
             raise _broken(url, at, f"a header claims {member_size} bytes")
@@ -165,10 +166,47 @@ def walk(shard: str | storage.Source) -> Iterator[Member]:
         # The "size" of links and directories must not be skipped: no data is stored for them.
         stored = member_size if kind in ("file", "sparse", "unknown") else 0
         if data + stored > size:
-            raise _cut(url, at, f"member {_shown(name)} reaches {data + stored - size} bytes past the end")
+            raise _cut(url, at, f"member {shown(name)} reaches {data + stored - size} bytes past the end")
         yield Member(name, data, stored, kind)
         at = data + _padded(stored)
         own, long_name = {}, None
+
+
+def walk_indexed(source: storage.Source, start: int) -> Iterator[Member]:
+    """Yields what :func:`walk` yields, for an archive that was walked before: checksums of plain headers are not verified again.
+
+    Args:
+        source: the archive.
+        start: offset of the header to begin at.
+
+    Raises:
+        TarDamage: as :func:`walk`.
+    """
+    at = start
+    while at + BLOCK <= source.size:
+        member = _plain(source.read(at, BLOCK), at)
+        if member is None or member.offset + member.size > source.size:
+            break
+        yield member
+        at = member.offset + _padded(member.size)
+    yield from walk(source, at)
+
+
+def _plain(header: bytes, at: int) -> Member | None:
+    """The member of a header that describes a regular file and needs no other header; ``None`` for any other block."""
+    magic, digits = header[257:263], header[124:136].rstrip(b" \0")
+    if (
+        header[156:157] != b"0"
+        or magic not in (b"ustar\0", b"ustar ")
+        or not digits.isdigit()
+        or b"8" in digits
+        or b"9" in digits
+    ):
+        return None
+    name = header[:100].split(b"\0", 1)[0]
+    prefix = header[345:500].split(b"\0", 1)[0] if magic == b"ustar\0" else b""
+    full = prefix + b"/" + name if prefix else name
+    return Member(full.decode("utf-8", "surrogateescape"), at + BLOCK, int(digits, 8))
 
 
 def samples(shard: str | storage.Source, notes: Notes) -> Iterator[tuple[str, dict[str, Member]]]:
@@ -337,7 +375,8 @@ def _padded(size: int) -> int:
     return -(-size // BLOCK) * BLOCK
 
 
-def _shown(name: str) -> str:
+def shown(name: str) -> str:
+    """Returns a member's name, quoted and abbreviated, for messages."""
     return repr(name if len(name) <= 80 else f"{name[:40]}…{name[-39:]}")
 
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from typing import Literal
 
@@ -44,6 +44,7 @@ class Record:
         status: ``ok``; ``unreadable`` (the shard ends too early or cannot be read), ``corrupt`` (checksum) or ``truncated``
             (no end marker): then ``image`` is None.
         captions: all its non-empty captions.
+        members: bytes of all its members by extension, if :class:`pipeline.data.loader.members.MemberReader` read it.
     """
 
     id: int
@@ -57,17 +58,20 @@ class Record:
     segmentation: bytes | None
     status: str = "ok"
     captions: tuple[str, ...] = ()
+    members: Mapping[str, bytes] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
-class _Located:
-    """Where a sample's parts are: offset and size in its shard, bytes."""
+class Located:
+    """Where a sample's parts are: offset and size in its shard, bytes; and the range that its members are in, if asked for."""
 
     number: int
     row: int
     shard: Shard
     rows: Rows
     spans: dict[Want, tuple[int, int]]
+    low: int = 0
+    high: int = 0
 
 
 @cache
@@ -132,7 +136,7 @@ class Reader:
         chosen = int(draw * others)
         return shard << 32 | (chosen + (chosen >= row))
 
-    def _locate(self, number: int) -> _Located:
+    def _locate(self, number: int) -> Located:
         shard_number, row = number >> 32, number & 0xFFFFFFFF
         if shard_number >= len(self.manifest.shards) or row >= self.manifest.sizes[shard_number]:
             raise DataError(f"there is no sample {number}", where="reader", hint="Use numbers of this manifest's order")
@@ -142,9 +146,9 @@ class Reader:
             self._checked.add(shard_number)
         rows = self.manifest.rows(shard_number)
         spans = {part: _span(rows, row, part) for part in _MEMBERS if part in self.wants}
-        return _Located(number, row, shard, rows, {part: span for part, span in spans.items() if span[1] > 0})
+        return Located(number, row, shard, rows, {part: span for part, span in spans.items() if span[1] > 0})
 
-    def _contents(self, one: _Located) -> dict[str, bytes] | None:
+    def _contents(self, one: Located) -> dict[str, bytes] | None:
         """The bytes of a sample's parts; ``None`` if they cannot be read."""
         try:
             return _read(self.store, one.shard.about, one.spans)
@@ -153,7 +157,7 @@ class Reader:
         except DataError:
             return None
 
-    def _record(self, one: _Located, contents: dict[str, bytes] | None) -> Record:
+    def _record(self, one: Located, contents: dict[str, bytes] | None) -> Record:
         rows, row, columns = one.rows, one.row, one.rows.columns
         parts, status = contents or {}, "unreadable" if contents is None else "ok"
         image = parts.get("image")

@@ -158,6 +158,14 @@ class Order:
         """Returns the epoch of the first sample of a step; in a mixture a sample's own epoch is in the batch."""
         return step * self._each // self._span
 
+    def first_step(self, epoch: int) -> int:
+        """Returns the first step that begins in an epoch or after it."""
+        return -(-epoch * self._span // self._each)
+
+    def next_epoch(self, step: int) -> int:
+        """Returns the first step that begins in a later epoch than this one begins in."""
+        return self.first_step(self.epoch_of(step) + 1)
+
     def check_world(self, world: int) -> None:
         """Rejects a world size that does not divide the number of streams.
 

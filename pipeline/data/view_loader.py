@@ -1,0 +1,180 @@
+"""Loader of augmented views on the device, for any method: the order of a run, DALI's crops, resumable at any batch."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pipeline.data.augment.dali import Hue
+from pipeline.data.augment.views import Batch, TextSpec, ViewSpec
+from pipeline.data.library import State, Units, check_state
+from pipeline.data.loader.batch_stream import BatchStream, StreamOptions
+from pipeline.data.loader.encoded_batches import StepDataset
+from pipeline.data.loader.reader import Reader
+from pipeline.data.shard_dataset import ShardDataset
+from pipeline.errors import ConfigError, DataError
+
+
+class ViewLoader:
+    """Batches of views of the samples of WebDataset shards, as ``fovea train`` gives them to a method.
+
+    One ``for`` loop yields the rest of the current epoch; after a ``break`` the next loop continues with the next batch. Decoding
+    and augmentation run on the device (DALI, nvImageCodec); the crops, colours and masks of a sample depend on the seed, its
+    number and its epoch alone.
+
+    Args:
+        shards: as for :class:`pipeline.data.ShardDataset`, which also documents the arguments that are not listed here.
+        views: the views of each sample, by name.
+        text: how to tokenize captions; ``None`` for no tokens.
+        device: where batches go; a GPU if there is one.
+        num_workers: processes that read.
+        threads: threads that decode and augment.
+        prefetch: steps prepared ahead.
+        hue: colour space of the hue shift.
+
+    Example:
+        >>> from pipeline.data import Augment, ViewLoader, ViewSpec
+        >>> views = [
+        ...     ViewSpec("global", count=2, size=32, crop_scale=(0.32, 1.0), augment=(Augment(gray_probability=0.2),)),
+        ...     ViewSpec("local", count=4, size=16, crop_scale=(0.05, 0.32)),
+        ... ]
+        >>> loader = ViewLoader(SHARDS, views=views, global_batch_size=4, seed=1, device="cpu", num_workers=0)
+        >>> batch = next(iter(loader))
+        >>> batch.views["local"][0].shape, len(batch.views["local"]), batch.labels.shape
+        (torch.Size([4, 3, 16, 16]), 4, torch.Size([4]))
+        >>> loader.state_dict()["samples"]
+        4
+    """
+
+    def __init__(
+        self,
+        shards: str | os.PathLike[str] | Sequence[str] = (),
+        *,
+        views: Sequence[ViewSpec],
+        global_batch_size: int,
+        seed: int = 0,
+        batch_size: int | None = None,
+        text: TextSpec | None = None,
+        device: str | torch.device | None = None,
+        num_workers: int = 1,
+        threads: int = 2,
+        prefetch: int = 2,
+        hue: Hue = "hsv",
+        sources: Sequence[Any] | None = None,
+        require: Iterable[str] = (),
+        rank: int | None = None,
+        world_size: int | None = None,
+        bad_samples: str | Path | None = None,
+        **options: Any,
+    ) -> None:
+        if not views:
+            raise ConfigError("there are no views", where="ViewLoader", hint="Give at least one ViewSpec")
+        self.dataset = ShardDataset(
+            shards,
+            global_batch_size=global_batch_size,
+            seed=seed,
+            batch_size=batch_size,
+            sources=sources,
+            require=require,
+            rank=rank,
+            world_size=world_size,
+            bad_samples=bad_samples,
+            **options,
+        )
+        self.views, self.text = tuple(views), text
+        self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        self._workers, self._threads, self._prefetch, self._hue = num_workers, threads, prefetch, hue
+        self._position = 0
+
+    @property
+    def step(self) -> int:
+        """Steps of which all batches have been handed out."""
+        return self._position // self.dataset.source.order.global_batch
+
+    @property
+    def epoch(self) -> int:
+        """The epoch that the next batch belongs to."""
+        return self.dataset.source.order.epoch_of(self.step)
+
+    def __len__(self) -> int:
+        """Batches of this epoch on this rank, including those that were handed out before."""
+        order = self.dataset.source.order
+        first = order.first_step(order.epoch_of(self.step))
+        return (order.next_epoch(self.step) - first) * self._units().per_step
+
+    def state_dict(self) -> State:
+        """Returns the position: the number of samples that all ranks have been given, and a name of the order."""
+        return {"order": self.dataset.source.identity, "samples": self._position}
+
+    def load_state_dict(self, state: State) -> None:
+        """Lets the next loop continue at a position; see :meth:`pipeline.data.ShardDataset.load_state_dict`.
+
+        Raises:
+            DataError: the state belongs to other data, or lies within a batch.
+        """
+        position = check_state(state, self.dataset.source.identity)
+        if self._units().at(position)[1]:
+            raise DataError(
+                f"position {position} lies within a batch of {self._units().batch} samples a rank",
+                where="samples",
+                hint="Use the batch_size as before, or save after complete steps",
+            )
+        self._position = position
+
+    def __iter__(self) -> Iterator[Batch]:
+        """Yields batches to the end of the epoch.
+
+        Raises:
+            DataError: a shard is missing or has changed.
+            TrainingError: more than ``max_bad_fraction`` of the samples could not be used.
+        """
+        source, ranks, units = self.dataset.source, self.dataset.ranks, self._units()
+        unit, _ = units.at(self._position)
+        first, skipped = divmod(unit, units.per_step)
+        reader = Reader(
+            source.manifest,
+            wants=("image", "label", "caption"),
+            checksum=source.settings.verify_checksums,
+            store=source.reader.store,
+        )
+        steps = StepDataset(
+            reader,
+            source.order,
+            self.views,
+            seed=source.order.seed,
+            world=ranks.world,
+            rank=ranks.rank,
+            text=self.text,
+            sources=source.sources,
+        )
+        prefetcher = self.dataset.prefetcher(ranks)
+        stream = BatchStream(
+            steps,
+            device=self.device,
+            options=StreamOptions(
+                micro_batch=units.batch, workers=self._workers, threads=self._threads, prefetch=self._prefetch, hue=self._hue
+            ),
+            bad_samples=self.dataset.account(ranks.rank, 0),
+            first=first,
+            last=source.order.next_epoch(first),
+            prefetcher=prefetcher,
+        )
+        return self._batches(stream, units, unit, skipped)
+
+    def _batches(self, stream: BatchStream, units: Units, unit: int, skipped: int) -> Iterator[Batch]:
+        try:
+            for _, batches in stream:
+                for batch in batches[skipped:]:
+                    unit += 1
+                    self._position = units.position(unit)
+                    yield batch
+                skipped = 0
+        finally:
+            stream.close()
+
+    def _units(self) -> Units:
+        return self.dataset.units(self.dataset.ranks)

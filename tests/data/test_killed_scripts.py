@@ -1,0 +1,109 @@
+"""The recipes of the page, run as they stand there, and killed with -9: the weights are those of an undisturbed run."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.helpers.recipes import recipes, written
+
+pytestmark = pytest.mark.slow
+ROOT = Path(__file__).resolve().parents[2]
+STEPS = 30  # two epochs
+STEP = "            optimizer.step()\n"
+LOOP = {
+    "plain": [(STEP, STEP + "            print(loader.step, flush=True)\n")],
+    "accelerate": [(STEP, STEP + "            print(loader.step, flush=True)\n")],
+    "lightning": [
+        ("        return cross_entropy", "        print(self.global_step + 1, flush=True)\n        return cross_entropy"),
+        ("    trainer.fit(Classifier(),", "    classifier = Classifier()\n    trainer.fit(classifier,"),
+    ],
+}
+END = {"plain": "model", "accelerate": "accelerator.unwrap_model(model)", "lightning": "classifier.model"}
+
+
+def environment(folder: Path) -> dict[str, str]:
+    kept = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")}
+    return {**kept, "PYTHONPATH": str(ROOT), "XDG_CACHE_HOME": str(folder / "cache"), "PYTHONWARNINGS": "ignore"}
+
+
+def needs(name: str) -> None:
+    module = {"lightning": "lightning", "webdataset": "webdataset", "accelerate": "accelerate"}.get(name)
+    if module is not None and importlib.util.find_spec(module) is None:
+        pytest.skip(f"{module} is not installed")
+
+
+def attempt(script: Path, folder: Path, kill_after: int | None) -> list[int]:
+    """Runs the script until it has printed so many steps, then kills it with -9; returns the steps."""
+    folder.mkdir(exist_ok=True)
+    with (folder / "errors.txt").open("a") as errors:
+        process = subprocess.Popen(
+            [sys.executable, str(script)],
+            cwd=folder,
+            env=environment(script.parent),
+            stdout=subprocess.PIPE,
+            stderr=errors,
+            text=True,
+        )
+    assert process.stdout is not None
+    steps: list[int] = []
+    for line in process.stdout:
+        if line.strip().isdigit():
+            steps.append(int(line))
+        if len(steps) == kill_after:
+            process.send_signal(signal.SIGKILL)
+            break
+    process.stdout.close()
+    code = process.wait()
+    assert code == (0 if kill_after is None else -signal.SIGKILL), (folder / "errors.txt").read_text()
+    return steps
+
+
+def script_of(name: str, folder: Path, shards: str) -> Path:
+    script = written(name, folder, shards, *LOOP[name])
+    with script.open("a") as file:
+        file.write(f'    torch.save({END[name]}.state_dict(), "final.pt")\n')
+    return script
+
+
+@pytest.fixture(scope="module")
+def weights(shards: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str, torch.Tensor]:
+    """Those of the plain recipe that was not killed; the others train the same network on the same batches."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    assert attempt(script_of("plain", folder, shards), folder / "run", None) == list(range(1, STEPS + 1))
+    return torch.load(folder / "run" / "final.pt")
+
+
+@pytest.mark.parametrize("name", ["plain", "accelerate", "lightning"])
+def test_a_script_that_is_killed_ends_with_the_weights_of_one_that_was_not(
+    name: str, shards: str, weights: dict[str, torch.Tensor], tmp_path: Path
+) -> None:
+    needs(name)
+    script, run = script_of(name, tmp_path, shards), tmp_path / "run"
+    assert attempt(script, run, 7) == list(range(1, 8))
+    if name == "plain":
+        assert attempt(script, run, 12) == list(range(6, 18))  # saved after step 5; dies in the second epoch
+    first = 16 if name == "plain" else 6
+    assert attempt(script, run, None) == list(range(first, STEPS + 1))
+    final = torch.load(run / "final.pt")
+    assert final.keys() == weights.keys()
+    assert all(torch.equal(final[key], weights[key]) for key in weights)
+
+
+@pytest.mark.parametrize("name", ["webdataset", "random access"])
+def test_a_recipe_runs_as_it_stands_on_the_page(name: str, shards: str, tmp_path: Path) -> None:
+    needs(name)
+    script = written(name, tmp_path, shards)
+    done = subprocess.run([sys.executable, str(script)], cwd=tmp_path, env=environment(tmp_path), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_every_recipe_of_the_page_is_run() -> None:
+    assert set(recipes()) == {*LOOP, "webdataset", "random access"}
