@@ -29,7 +29,13 @@ def check_installed(settings: TrackingSettings) -> None:
 
 
 def shippers(
-    settings: TrackingSettings, folder: Path, *, name: str, destination: Destination | None, log: Callable[[str], None]
+    settings: TrackingSettings,
+    folder: Path,
+    *,
+    name: str,
+    destination: Destination | None,
+    log: Callable[[str], None],
+    sweep: Path | None = None,
 ) -> list[JournalShipper]:
     """Returns a shipper for each tracker of a run.
 
@@ -39,6 +45,7 @@ def shippers(
         name: name of the run.
         destination: the MLflow server, if MLflow is among them.
         log: receives the messages of all.
+        sweep: directory of the sweep that the run belongs to, whose run in MLflow becomes the parent.
     """
     made: list[JournalShipper] = []
     for tracker in settings.to if settings.enabled else ():
@@ -47,7 +54,8 @@ def shippers(
         elif tracker == "tensorboard":
             made.append(TensorBoardShipper(folder, name=name, log=log))
         elif destination is not None:
-            made.append(Shipper(folder, uri=destination.uri, experiment=destination.experiment, name=name, log=log))
+            where = destination.uri, destination.experiment
+            made.append(Shipper(folder, uri=where[0], experiment=where[1], name=name, log=log, sweep=sweep))
     return made
 
 

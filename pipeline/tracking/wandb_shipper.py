@@ -159,7 +159,7 @@ class WandbShipper(JournalShipper):
             self._wandb_run.save(str(path), base_path=str(self._root), policy="now")
 
 
-def mode() -> str:
+def mode() -> Any:
     """Returns ``WANDB_MODE`` if it is set; else ``online`` if there is a key for the server, and ``offline`` otherwise."""
     chosen = os.environ.get("WANDB_MODE", "").strip()
     if chosen:
