@@ -273,6 +273,13 @@ def _recompilations(d: Document) -> list[Row]:
     return rows
 
 
+def _loaders(d: Document) -> list[Row]:
+    ours, *others = ((name, max(one["decoded"])) for name, one in d["loaders"].items() if one["decoded"])
+    name, best = max(others, key=lambda pair: pair[1])
+    measure = "decoded samples per CPU second from the loader as a library"
+    return [Row(measure, f"{ours[1]:,.0f}", f"{best:,.0f} {name}, the fastest of {len(others)}", _speed(ours[1] / best))]
+
+
 _READERS: dict[str, Callable[[Document], list[Row]]] = {
     "data-cpu": _data,
     "step-clip-cpu-20": _step(20),
@@ -291,5 +298,6 @@ _READERS: dict[str, Callable[[Document], list[Row]]] = {
     "host-path": _host_path,
     "scale-cpu": _scale,
     "recompilations": _recompilations,
+    "loaders-cpu": _loaders,
 }
 _MAIN = ("data-cpu", "step-clip-cpu-20", "step-dinov2-cpu", "prototype-loss-cpu", "checkpoint-cpu")
