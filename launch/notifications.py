@@ -18,6 +18,7 @@ import shlex
 import shutil
 import smtplib
 import ssl
+import stat
 import subprocess
 import sys
 import threading
@@ -26,7 +27,7 @@ import urllib.parse
 from collections.abc import Callable, Mapping
 from email.message import EmailMessage
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from pipeline.masking import printable, shown
 from pipeline.runtime import job_record as record
@@ -121,10 +122,20 @@ def notify(settings: Mapping[str, Any], event: str, run: Path, subject: str, lin
     for thread in threads:
         thread.join(max(end - time.monotonic(), 0.0))
     done = dict(results)
-    with contextlib.suppress(OSError), (run / _RECORD).open("a") as file:
+    with contextlib.suppress(OSError), _record(run / _RECORD) as file:
         for name in channels:
             row = {"t": round(time.time(), 3), "event": event, "channel": name, "result": done.get(name, "no answer in time")}
             file.write(json.dumps(row) + "\n")
+
+
+def _record(path: Path) -> IO[str]:
+    """The record opened to append to; a link, or anything that is not a regular file, is an error."""
+    flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+    file = os.fdopen(os.open(path, flags, 0o666), "a")
+    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+        file.close()
+        raise OSError("not a regular file")
+    return file
 
 
 def about(run: RunDirectory, event: str, why: str, budget: str = "") -> tuple[str, list[str]]:

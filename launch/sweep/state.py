@@ -14,9 +14,9 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from launch.sweep import halving
 from pipeline.errors import ConfigError
@@ -83,6 +83,12 @@ class Comparison(_Written):
     steps: dict[str, int]
     scores: dict[str, float | None]
     continued: tuple[int, ...]
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.steps.keys() != self.scores.keys() or not {str(number) for number in self.continued} <= self.steps.keys():
+            raise ValueError("must name the same members throughout")
+        return self
 
 
 @dataclass(frozen=True)

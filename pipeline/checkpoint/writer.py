@@ -24,6 +24,7 @@ Only the main thread communicates with other ranks.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -39,7 +40,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from pipeline.checkpoint.catalog import Catalog, Row, rows
-from pipeline.checkpoint.files import Saved, fsync_path, rank_file, read
+from pipeline.checkpoint.files import Saved, entry, fsync_path, rank_file
 from pipeline.checkpoint.fragments import ShardedWeights
 from pipeline.checkpoint.manifest import FIXED, FORMAT, MANIFEST, UNSHARDED
 from pipeline.checkpoint.retention import Retention, write_best
@@ -282,11 +283,13 @@ class Checkpoints:
         """Writes what never changes, or shares the file of an earlier attempt's checkpoint that has the same content.
         Background thread of rank 0.
         """
-        entry = write_tensors(path, tensors)
-        same = [row.name for row in rows(self.directory) if (FIXED, entry["size"]) in row.files]
-        if same and entry in read(self.directory / same[-1]).manifest["files"]:
-            _linked(self.directory / same[-1] / FIXED, path)
-        return entry
+        known = write_tensors(path, tensors)
+        same = [row.name for row in rows(self.directory) if (FIXED, known["size"]) in row.files]
+        for name in same[-1:]:
+            with contextlib.suppress(OSError):
+                if entry(self.directory / name / FIXED) == known:  # its bytes, not what its manifest says of them
+                    _linked(self.directory / name / FIXED, path)
+        return known
 
     def _commit(self, pending: _Pending, written: list[dict[str, Any]]) -> None:
         """Writes the manifest, renames the directory and prunes old checkpoints. Background thread of rank 0."""

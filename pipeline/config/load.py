@@ -195,6 +195,11 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Loaded:
 # ---- a tree to settings -------------------------------------------------------------------------------------------------
 
 
+def problems_of(tree: Branch, shown: str) -> list[Problem]:
+    """The errors of single keys in a tree of settings."""
+    return _validate(tree, shown)[1]
+
+
 def _validate(tree: Branch, shown: str) -> tuple[Config | None, list[Problem]]:
     """Validates a tree; returns the settings, or the errors of single keys."""
     problems: list[Problem] = []

@@ -14,8 +14,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import IO, Any, ClassVar
 
-from pipeline.errors import DataError
-from pipeline.tracking.shipper import JournalShipper, new_cursor
+from pipeline.errors import DataError, FoveaError
+from pipeline.masking import printable
+from pipeline.runtime.run_directory import RunDirectory
+from pipeline.tracking.shipper import JournalShipper, first_line, new_cursor
 from pipeline.untrusted import read_bytes
 
 FOLDER = "tensorboard"
@@ -56,7 +58,7 @@ class TensorBoardShipper(JournalShipper):
             while self._path().exists():
                 self._cursor["run_id"] = str(int(self._cursor["run_id"]) + 1)
         path = self._path()
-        path.parent.mkdir(parents=True, exist_ok=True)
+        RunDirectory(self._root).own_folder(FOLDER)
         flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
         self._file = os.fdopen(os.open(path, flags, 0o666), "r+b")
         self._file.truncate(self._cursor["size"])
@@ -93,21 +95,32 @@ class TensorBoardShipper(JournalShipper):
         self._cursor["steps"] = newest
 
     def _upload(self, path: Path) -> None:
-        step, kind = max(self._cursor["steps"].values(), default=0), path.suffix.lower()
-        title = f"{path.parent.name}/{path.stem}"
-        if kind in _IMAGES:
-            value = _image(title, read_bytes(path, limit=_MOST, error=DataError))
-        elif kind in (".csv", ".tsv"):
-            text = read_bytes(path, limit=_MOST, error=DataError).decode("utf-8", "replace")
-            rows = csv.reader(io.StringIO(text), delimiter="," if kind == ".csv" else "\t")
-            value = _text(title, _table([row for row, _ in zip(rows, range(_ROWS + 1), strict=False)]))
-        elif kind in _TEXTS:
-            text = read_bytes(path, limit=_MOST, error=DataError).decode("utf-8", "replace")[:_MOST_TEXT]
-            value = _text(title, "\n".join(f"    {line}" for line in text.splitlines()))
-        else:
-            self._log(f"{path.name} stays in the run directory: TensorBoard shows images, tables and text only")
+        step = max(self._cursor["steps"].values(), default=0)
+        try:
+            value = self._value(path)
+        except (FoveaError, OSError, ValueError, csv.Error) as error:  # the file's own fault, which no later attempt mends
+            self._log(
+                f"{printable(path.name)} cannot be shown in TensorBoard ({first_line(error)}); it stays in the run directory"
+            )
+            return
+        if value is None:
+            self._log(f"{printable(path.name)} stays in the run directory: TensorBoard shows images, tables and text only")
             return
         self._write([{"wall_time": time.time(), "step": step, "summary": _summary([value])}])
+
+    def _value(self, path: Path) -> Any:
+        """The value that shows a file; ``None`` if TensorBoard has none for its kind."""
+        title, kind = f"{path.parent.name}/{path.stem}", path.suffix.lower()
+        if kind in _IMAGES:
+            return _image(title, read_bytes(path, limit=_MOST, error=DataError))
+        if kind in (".csv", ".tsv"):
+            text = read_bytes(path, limit=_MOST, error=DataError).decode("utf-8", "replace")
+            rows = csv.reader(io.StringIO(text), delimiter="," if kind == ".csv" else "\t")
+            return _text(title, _table([row for row, _ in zip(rows, range(_ROWS + 1), strict=False)]))
+        if kind in _TEXTS:
+            text = read_bytes(path, limit=_MOST, error=DataError).decode("utf-8", "replace")[:_MOST_TEXT]
+            return _text(title, "\n".join(f"    {line}" for line in text.splitlines()))
+        return None
 
     def _write(self, events: list[dict[str, Any]]) -> None:
         """Appends events and syncs them; the size goes into the cursor, which the caller writes."""

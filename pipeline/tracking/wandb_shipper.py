@@ -24,7 +24,9 @@ from pathlib import Path
 from typing import Any, ClassVar, cast
 from urllib.parse import urlsplit
 
-from pipeline.errors import DataError
+from pipeline.errors import DataError, FoveaError
+from pipeline.masking import printable, shown_address
+from pipeline.runtime.run_directory import RunDirectory
 from pipeline.tracking.shipper import JournalShipper, first_line, load_cursor, new_cursor
 from pipeline.tracking.wandb_files import logged
 from pipeline.untrusted import read_bytes
@@ -53,7 +55,7 @@ class WandbShipper(JournalShipper):
     def __init__(self, folder: Path, *, project: str, name: str, log: Callable[[str], None] = lambda _: None) -> None:
         self._project = os.environ.get("WANDB_PROJECT") or project
         self._entity = os.environ.get("WANDB_ENTITY") or ""
-        base = os.environ.get("WANDB_BASE_URL") or _PUBLIC
+        base = shown_address(os.environ.get("WANDB_BASE_URL") or _PUBLIC)  # the cursor lies in the run directory
         super().__init__(folder, uri=f"{base.rstrip('/')}/{self._entity}/{self._project}", log=log, cursor="cursor-wandb.json")
         self._name = os.environ.get("WANDB_NAME") or name
         self._wandb: Any = None
@@ -75,7 +77,7 @@ class WandbShipper(JournalShipper):
             super()._write_cursor()
         import wandb
 
-        folder = os.environ.get("WANDB_DIR") or str(self._root)
+        folder = os.environ.get("WANDB_DIR") or str(RunDirectory(self._root).own_folder("wandb").parent)
         Path(folder).mkdir(parents=True, exist_ok=True)
         self._wandb = wandb
         run_id = self._cursor["run_id"]
@@ -147,16 +149,26 @@ class WandbShipper(JournalShipper):
     def _upload(self, path: Path) -> None:
         title, kind = f"{path.parent.name}/{path.stem}", path.suffix.lower()
         step = max(self._cursor["steps"].values(), default=0)
+        try:
+            shown = self._shown(path, kind)
+        except (FoveaError, OSError, ValueError, csv.Error) as error:  # the file's own fault, which no later attempt mends
+            self._log(f"{printable(path.name)} cannot be shown in W&B ({first_line(error)}); it stays in the run directory")
+            return
+        if shown is not None:
+            self._wandb_run.log({title: shown, "step": step})
+        else:
+            self._wandb_run.save(str(path), base_path=str(self._root), policy="now")
+
+    def _shown(self, path: Path, kind: str) -> Any:
+        """The image or table of a file; ``None`` if it is neither."""
         if kind in _IMAGES:
-            self._wandb_run.log({title: self._wandb.Image(str(path)), "step": step})
-        elif kind in (".csv", ".tsv"):
+            return self._wandb.Image(str(path))
+        if kind in (".csv", ".tsv"):
             text = read_bytes(path, limit=_MOST, error=DataError).decode("utf-8", "replace")
             rows = list(islice(csv.reader(io.StringIO(text), delimiter="," if kind == ".csv" else "\t"), _ROWS + 1))
             width = len(rows[0]) if rows else 0
-            table = self._wandb.Table(columns=rows[0] if rows else [], data=[row for row in rows[1:] if len(row) == width])
-            self._wandb_run.log({title: table, "step": step})
-        else:
-            self._wandb_run.save(str(path), base_path=str(self._root), policy="now")
+            return self._wandb.Table(columns=rows[0] if rows else [], data=[row for row in rows[1:] if len(row) == width])
+        return None
 
 
 def mode() -> Any:

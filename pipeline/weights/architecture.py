@@ -178,7 +178,7 @@ def swiglu_hidden(width: int, ratio: float) -> int:
 
 def _heads(tensors: Mapping[str, Tensor], width: int, hints: Hints, where: str) -> tuple[int, str]:
     """Number of heads, and where it comes from."""
-    if "num_heads" in hints.model:
+    if hints.model.get("num_heads") is not None:
         return int(hints.model["num_heads"]), hints.source
     for name, tensor in tensors.items():
         if name.endswith("rope_embed.periods") and tensor.numel() and width % (4 * tensor.numel()) == 0:

@@ -125,7 +125,7 @@ def _of_transformers(document: dict[str, Any], file: Path) -> Hints:
     activation, eps = _TRANSFORMERS[kind]
     model: dict[str, Any] = {}
     act = about.get("hidden_act", activation)
-    if act not in _ACTIVATIONS:
+    if not isinstance(act, str) or act not in _ACTIVATIONS:
         raise CheckpointError(
             f"the activation {printable(str(act), limit=40)} is not supported",
             where=where,
@@ -260,7 +260,7 @@ def _of_fovea(document: dict[str, Any], file: Path) -> Hints:
     return Hints(
         changed,
         side(size, where=printable(str(file))) if size is not None else None,
-        named if named in NORMALIZE else None,
+        named if isinstance(named, str) and named in NORMALIZE else None,
         f"{file.name} of the export",
         complete=True,
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import socket
 import subprocess
 import sys
@@ -187,6 +188,17 @@ def test_what_hangs_is_given_up_at_once_for_all_and_what_is_dead_costs_nothing(
 
 def test_a_run_directory_that_cannot_be_written_is_no_error(tmp_path: Path) -> None:
     notify(section(command=["true"]), "finished", tmp_path / "nowhere" / "x", "subject", [])
+
+
+def test_a_record_that_is_a_link_or_a_pipe_is_not_written(tmp_path: Path) -> None:
+    for name in ("link", "pipe"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "link" / "notifications.jsonl").symlink_to(tmp_path / "victim")
+    os.mkfifo(tmp_path / "pipe" / "notifications.jsonl")
+    with hang_limit(60):
+        for name in ("link", "pipe"):
+            notify(section(command=["true"]), "finished", tmp_path / name, "subject", [])
+    assert not (tmp_path / "victim").exists()
 
 
 def test_only_chosen_events_are_sent(run: RunDirectory) -> None:

@@ -11,7 +11,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from pipeline.checkpoint.files import read
+from pipeline.checkpoint.files import read, verify
 from pipeline.checkpoint.reader import read_student, read_teacher
 from pipeline.errors import ConfigError
 from pipeline.models.lora import LoRALinear, is_factor, merged_state
@@ -158,6 +158,14 @@ def test_a_checkpoint_holds_what_is_trained_and_links_the_rest(tmp_path: Path) -
     pool(2).run(_saves, directory=str(tmp_path), steps=1)  # another attempt writes step 1 again
     fixed = [tmp_path / f"step_{step:09d}" / "fixed.safetensors" for step in (1, 2)]
     assert os.stat(fixed[0]).st_ino == os.stat(fixed[1]).st_ino
+    damaged = bytearray(fixed[1].read_bytes())
+    damaged[-1] ^= 1
+    fixed[1].write_bytes(damaged)  # of both steps, since they are links
+    pool(2).run(_saves, directory=str(tmp_path), steps=1)
+    verify(read(fixed[0].parent))
+    assert os.stat(fixed[0]).st_ino != os.stat(fixed[1]).st_ino, "a damaged file is not shared"
+    fixed[1].unlink()
+    os.link(fixed[0], fixed[1])
     made = make_method("dinov2", **LORA)
     trained = {n for n, p in made.named_parameters() if p.requires_grad}
     with safe_open(tmp_path / "step_000000002" / "whole.safetensors", framework="pt") as file:

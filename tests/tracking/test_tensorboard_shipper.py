@@ -149,6 +149,32 @@ def test_a_foreign_run_cannot_have_other_files_written(tmp_path: Path) -> None:
     assert (tmp_path / "victim").read_text() == "precious"
 
 
+def test_a_foreign_runs_folder_may_not_be_a_link(tmp_path: Path) -> None:
+    outside, run = tmp_path / "outside", tmp_path / "run"
+    outside.mkdir()
+    (outside / "events.out.tfevents.7.fovea").write_text("precious")
+    journal(run).metrics(0, {"loss": 0.0})
+    (run / "tensorboard").symlink_to(outside)
+    cursor = {"uri": "tensorboard", "run_id": "7", "offsets": {}, "steps": {}, "artifacts": [], "size": 3}
+    (run / "tracking" / "cursor-tensorboard.json").write_text(json.dumps(cursor))
+    with pytest.raises(ConfigError, match="not a link"):
+        shipper(run).ship()
+    assert (outside / "events.out.tfevents.7.fovea").read_text() == "precious"
+
+
+def test_a_file_that_cannot_be_shown_delays_no_other(tmp_path: Path) -> None:
+    one, said = journal(tmp_path), []
+    (tmp_path / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\nno image")
+    with (tmp_path / "large.jsonl").open("wb") as file:
+        file.truncate(40 << 20)
+    (tmp_path / "settings.yaml").write_text("a: 1\n")
+    for name in ("broken.png", "large.jsonl", "settings.yaml"):
+        one.artifact(tmp_path / name)
+    shipper(tmp_path, said).ship()
+    assert [line.partition(" ")[0] for line in said] == ["broken.png", "large.jsonl"]
+    assert any("settings" in tag for tag in read_back(tmp_path).Tags()["tensors"])
+
+
 def test_trackers_that_are_chosen_and_not_installed_are_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     import importlib.util
 

@@ -102,7 +102,7 @@ def test_its_variables_are_heeded(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert mode() == "offline"
     (tmp_path / "netrc").write_text("machine api.wandb.ai login user password key\n")
     assert mode() == "online"
-    monkeypatch.setenv("WANDB_BASE_URL", "https://wandb.example.org")
+    monkeypatch.setenv("WANDB_BASE_URL", "https://bob:hunter2@wandb.example.org")
     assert mode() == "offline"
     monkeypatch.setenv("WANDB_API_KEY", "k" * 40)
     assert mode() == "online"
@@ -114,6 +114,7 @@ def test_its_variables_are_heeded(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     journal(run).metrics(0, {"loss": 1.0})
     ship(run)
     known = contents(tmp_path / "elsewhere" / "wandb")
+    assert "hunter2" not in (run / "tracking" / "cursor-wandb.json").read_text()
     assert (known.ids, known.names, known.projects) == ({"abc-1"}, {"named"}, {"theirs"})
     monkeypatch.setenv("WANDB_PROJECT", "another")
     monkeypatch.delenv("WANDB_RUN_ID")

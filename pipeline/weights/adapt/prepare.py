@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from pipeline.config.layers import Branch, Problem, grown, merge, override, unwrap
-from pipeline.config.load import Loaded, load
+from pipeline.config.load import Loaded, load, problems_of
 from pipeline.config.paths import absolute, patterns
 from pipeline.config.schema import Config
 from pipeline.data.index.image_header import open_header, sniff
@@ -78,8 +78,8 @@ def prepare(
         merge(overriding, override(text, problems))
     if problems:
         raise ConfigError(problems[0].message, hint="Write settings as KEY=VALUE after the shards")
-    model = unwrap(overriding).get("model", {})
-    described = describe(weights, model if isinstance(model, dict) else {})
+    _check(overriding, shards)
+    described = describe(weights, unwrap(overriding).get("model", {}))
     images, manifest = _images(shards, unwrap(overriding), progress)
     source = absolute(weights, "name")
     name = directory.resolve().name.lstrip("._-+") or "adapted"
@@ -102,6 +102,18 @@ def prepare(
         notes=described.notes,
     )
     return Prepared(directory / FILE, text, plan, images.count, described.notes)
+
+
+def _check(overriding: Branch, shards: Sequence[str]) -> None:
+    """Refuses settings of the command line whose key, type or value is wrong, before anything is made of them."""
+    base: dict[str, Any] = {"data": {"shards": list(shards)}}
+    if "model" not in unwrap(overriding):
+        base["model"] = {"timm_name": "vit_tiny_patch16_224"}
+    tree = grown(base, "chosen")
+    merge(tree, overriding)
+    for problem in problems_of(tree, "command line"):
+        if problem.origin == "command line":
+            raise ConfigError(problem.message, where=problem.origin, hint="Correct it; `fovea config show` lists all settings")
 
 
 def loaded(prepared: Prepared) -> Loaded:

@@ -98,6 +98,13 @@ def test_the_default_folder_has_the_name_of_the_weights(shards: Path, weights: P
         (["SHARDS", "--from", "WEIGHTS", "model.depth=3"], "do not match"),
         (["SHARDS", "--from", "WEIGHTS", "adapt.freeze_backbone=1M samples"], "frozen for 1000000"),
         (["SHARDS", "--from", "WEIGHTS", "adapt.freze_backbone=1"], "freeze_backbone"),
+        *(
+            (["SHARDS", "--from", "WEIGHTS", override], override.partition("=")[0])
+            for override in (
+                *("data.max_pixels=abc", "data.foo=1", "data.storage.cache=5", "model.num_heads=0", "model.num_heads=abc"),
+                *("model.norm_eps=x", "model.activation=foo", "model.timm_name=5", "method=5", "model=3", "data=[]"),
+            )
+        ),
     ],
 )
 def test_what_cannot_work_is_refused(

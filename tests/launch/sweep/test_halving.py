@@ -92,3 +92,8 @@ def test_a_damaged_record_is_one_message(tmp_path: Path, content: str) -> None:
     if content != "[]":
         with pytest.raises(ConfigError):
             Sweep(sweep.path, sweep.record).comparisons()
+    row = {"rung": 0, "metric": "knn/k3", "steps": {"0": 1}, "scores": {"0": 0.5}, "continued": [0]}
+    for changed in ({"steps": {}}, {"scores": {"1": 0.5}}, {"continued": [7]}):
+        (sweep.path / "decisions.json").write_text(json.dumps([row | changed]))
+        with pytest.raises(ConfigError):
+            Sweep(sweep.path, sweep.record).comparisons()
