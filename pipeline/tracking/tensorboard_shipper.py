@@ -98,7 +98,7 @@ class TensorBoardShipper(JournalShipper):
         step = max(self._cursor["steps"].values(), default=0)
         try:
             value = self._value(path)
-        except (FoveaError, OSError, ValueError, csv.Error) as error:  # the file's own fault, which no later attempt mends
+        except (FoveaError, OSError, ValueError, csv.Error) as error:  # the file's own fault, which no later attempt changes
             self._log(
                 f"{printable(path.name)} cannot be shown in TensorBoard ({first_line(error)}); it stays in the run directory"
             )

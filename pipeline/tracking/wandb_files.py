@@ -18,8 +18,12 @@ _BLOCK, _HEADER = 32768, 7
 _RECORD = 64 << 20  # maximum size of a record, bytes
 
 
-def records(path: Path) -> Iterator[Any]:
+def records(path: Path, start: int = 0) -> Iterator[Any]:
     """Yields the records of a ``.wandb`` file; a torn end ends it.
+
+    Args:
+        path: the file.
+        start: begin with the first record that starts at or after this offset, a multiple of 32 KiB.
 
     Raises:
         DataError: it is not a regular file, or not of W&B.
@@ -31,7 +35,8 @@ def records(path: Path) -> Iterator[Any]:
     with os.fdopen(open_regular(path), "rb") as file:
         if file.read(_HEADER)[:4] != b":W&B":
             raise DataError("is not a file of W&B", where=str(path), hint="Delete its directory")
-        at, parts = _HEADER, b""
+        at, parts, begun = start or _HEADER, b"", False
+        file.seek(at)
         while True:
             left = _BLOCK - at % _BLOCK
             if left < _HEADER:
@@ -44,15 +49,25 @@ def records(path: Path) -> Iterator[Any]:
             data = file.read(length)
             if kind not in (1, 2, 3, 4) or len(data) < length or len(parts) > _RECORD:
                 return
+            begun = begun or kind in (1, 2)
             parts = data if kind in (1, 2) else parts + data
             at += _HEADER + length
-            if kind in (1, 4):
+            if kind in (1, 4) and begun:
                 record = wandb_internal_pb2.Record()
                 try:
                     record.ParseFromString(parts)
                 except DecodeError:
                     return
                 yield record
+
+
+def is_ended(path: Path) -> bool:
+    """Whether W&B's process has written the record of the run's end, which is one of the last."""
+    try:
+        start = max(path.stat().st_size // _BLOCK - 2, 0) * _BLOCK
+        return any(record.WhichOneof("record_type") == "exit" for record in records(path, start))
+    except (OSError, DataError):
+        return False
 
 
 def logged(path: Path) -> int:

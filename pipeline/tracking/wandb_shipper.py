@@ -18,6 +18,7 @@ import netrc
 import os
 import re
 import secrets
+import time
 from collections.abc import Callable
 from itertools import islice
 from pathlib import Path
@@ -28,7 +29,7 @@ from pipeline.errors import DataError, FoveaError
 from pipeline.masking import printable, shown_address
 from pipeline.runtime.run_directory import RunDirectory
 from pipeline.tracking.shipper import JournalShipper, first_line, load_cursor, new_cursor
-from pipeline.tracking.wandb_files import logged
+from pipeline.tracking.wandb_files import is_ended, logged
 from pipeline.untrusted import read_bytes
 
 _PUBLIC = "https://api.wandb.ai"
@@ -116,6 +117,7 @@ class WandbShipper(JournalShipper):
             return
         try:
             run.finish(exit_code=int(failed or self._failed))
+            self._await_end(Path(run.dir).parent / f"run-{self._cursor['run_id']}.wandb")
         except Exception as error:  # the journal has everything
             failed = True
             self._log(f"{self.tracker} has not closed its file ({first_line(error)})")
@@ -124,6 +126,18 @@ class WandbShipper(JournalShipper):
         else:
             self._cursor["sessions"], self._closed = [], True
             super()._write_cursor()
+
+    def _await_end(self, file: Path) -> None:
+        """Waits for W&B's process, which may still be writing its file when ``finish`` returns.
+
+        Raises:
+            TimeoutError: the end is not in the file.
+        """
+        end = time.monotonic() + _PATIENCE
+        while mode() == "offline" and not is_ended(file):
+            if time.monotonic() > end:
+                raise TimeoutError(f"{file.name} has no end")
+            time.sleep(0.05)
 
     def _write_cursor(self) -> None:
         """The cursor on disk follows when W&B has closed its file."""
@@ -151,7 +165,7 @@ class WandbShipper(JournalShipper):
         step = max(self._cursor["steps"].values(), default=0)
         try:
             shown = self._shown(path, kind)
-        except (FoveaError, OSError, ValueError, csv.Error) as error:  # the file's own fault, which no later attempt mends
+        except (FoveaError, OSError, ValueError, csv.Error) as error:  # the file's own fault, which no later attempt changes
             self._log(f"{printable(path.name)} cannot be shown in W&B ({first_line(error)}); it stays in the run directory")
             return
         if shown is not None:

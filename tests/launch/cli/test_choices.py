@@ -6,6 +6,7 @@ import subprocess
 import sys
 from enum import EnumMeta
 from pathlib import Path
+from typing import get_args
 
 import pytest
 
@@ -17,8 +18,10 @@ from pipeline.bench.step import METHODS as STEP_METHODS
 from pipeline.config.schema import METHODS
 from pipeline.data.index.labels import LABEL_MODES
 from pipeline.data.pack.layouts import LAYOUTS
+from pipeline.data.pack.shifts import SHIFTS
 from pipeline.data.pack.transcode import FORMS
 from pipeline.weights.export.write import FORMATS
+from pipeline.weights.settings import AdaptSettings
 from tests.helpers.runs import ROOT
 
 LIBRARY = {
@@ -28,7 +31,9 @@ LIBRARY = {
     "Method": METHODS,
     "Question": QUESTIONS,
     "SourceLayout": LAYOUTS,
+    "SceneShift": SHIFTS,
     "StepMethod": STEP_METHODS,
+    "Trained": get_args(AdaptSettings.model_fields["train"].annotation),
     "VitSize": MODELS,
 }
 OPTIONS = [
@@ -42,6 +47,8 @@ OPTIONS = [
     (["shards", "pack", "in", "out"], "--labels", "Labels"),
     (["shards", "index", "in"], "--on-truncated-shard", "OnTruncated"),
     (["runs"], "--sort", "RunOrder"),
+    (["shards", "synthesize", "out"], "--shift", "SceneShift"),
+    (["adapt", "in", "--from", "weights"], "--train", "Trained"),
     (["bench", "step"], "--method", "StepMethod"),
     (["bench", "step"], "--device", "Device"),
     (["bench", "checkpoint"], "--model", "VitSize"),
@@ -88,7 +95,6 @@ def test_an_output_path_that_names_no_file_is_refused_before_anything_is_measure
 @pytest.mark.parametrize(
     "words",
     [
-        ["shards", "pack", "photos", "s3://lab/photos"],
         ["shards", "synthesize", "gs://lab/scenes"],
         ["shards", "preview", "dinov2/cifar10_vit_tiny", "--out", "s3://lab/p.html"],
         ["checkpoint", "convert", "run", "s3://lab/teacher.safetensors"],
