@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from pipeline.data.storage.listing import Digest, Listing, digest, read_listing
+from pipeline.data.storage.listing import Digest, Listing, digest, digest_of_object, read_listing
 from pipeline.data.storage.names import ObjectStat
 from pipeline.data.storage.push import LISTS, Report, Transfer
 from pipeline.data.storage.remote import Remote, ShardChanged, StorageUnavailable
@@ -139,7 +139,10 @@ class _Receiver:
             return True
         if self._overwrite:
             return False
-        what = "exists with other content" if expected is not None or info.st_size != about.size else "exists, without a checksum"
+        proven = info.st_size != about.size or (expected is not None and expected.sha256)
+        what = "exists with other content" if proven else "exists, without a checksum"
+        if not proven and expected is not None:
+            what = "exists, and its MD5 is not the object's ETag: the content is another, or the bucket encrypts with KMS"
         hint = "Choose another folder, or add --overwrite"
         self._transfer.failed.append((name, DataError(what, where=str(path), hint=hint)))
         return True
@@ -163,7 +166,11 @@ class _Receiver:
                 os.ftruncate(file.fileno(), about.size)
                 self._remote.download(about, file.fileno())
                 os.fsync(file.fileno())
-            if expected is not None and not _agrees(temporary, expected):
+            if (
+                expected is not None
+                and not _agrees(temporary, expected)
+                and not self._same_when_read_again(about, temporary, expected)
+            ):
                 raise DataError("arrived with another checksum", where=about.url, hint=_AGAIN)
             os.replace(temporary, path)
         except ShardChanged:
@@ -177,11 +184,15 @@ class _Receiver:
             self._transfer.unchecked.append(name)
 
     def _expected(self, name: str, about: ObjectStat) -> Digest | None:
-        """Checksums that the file must have: of the listing, else the ETag where it is an MD5."""
+        """Checksums that the file must have: of the listing, else the ETag where it looks like an MD5."""
         known, tag = self._listing.digest_of(name, about), about.tag.strip('"')
         if known is None and len(tag) == 32 and not set(tag) - set("0123456789abcdef"):
             return Digest(about.size, "", md5=tag)
         return known
+
+    def _same_when_read_again(self, about: ObjectStat, path: Path, expected: Digest) -> bool:
+        """Whether a file is equal to its object although the ETag looks like another MD5, as it does with encryption by KMS."""
+        return not expected.sha256 and _agrees(path, digest_of_object(self._remote, about))
 
     def _keep(self, name: str, about: ObjectStat, path: Path) -> None:
         info = path.stat()
