@@ -29,30 +29,42 @@ class Ranks:
 
     @classmethod
     def find(cls, rank: int | None, world_size: int | None) -> Ranks:
-        """Returns the rank as passed, else of ``torch.distributed`` if it is initialized, else of ``RANK`` and ``WORLD_SIZE``.
+        """Returns the rank as passed, else as :meth:`of_process`, else a single rank.
 
         Raises:
             ConfigError: only one of the two is passed or set, or they are no numbers.
         """
-        local = os.environ.get("LOCAL_WORLD_SIZE", "1")
-        local_world = int(local) if local.isdigit() and int(local) > 0 else 1
         if (rank is None) != (world_size is None):
             raise ConfigError("one of rank and world_size is missing", where="ShardDataset", hint="Give both, or neither")
         if rank is not None and world_size is not None:
-            return cls(rank, world_size, min(local_world, max(world_size, 1)))
+            return cls(rank, world_size, min(_local_world(), max(world_size, 1)))
+        return cls.of_process() or cls()
+
+    @classmethod
+    def of_process(cls) -> Ranks | None:
+        """Returns the rank of ``torch.distributed`` if it is initialized, else of ``RANK`` and ``WORLD_SIZE``, else ``None``.
+
+        Raises:
+            ConfigError: one of the variables is missing or no number.
+        """
         dist = sys.modules.get("torch.distributed")
         if dist is not None and dist.is_available() and dist.is_initialized():
-            return cls(dist.get_rank(), dist.get_world_size(), local_world)
+            return cls(dist.get_rank(), dist.get_world_size(), _local_world())
         named = [os.environ.get(name) for name in ("RANK", "WORLD_SIZE")]
         if named[0] is None:
-            return cls()
+            return None
         if named[1] is None or not all(text is not None and text.isdigit() for text in named):
             raise ConfigError(
                 f"RANK is {named[0]!r} and WORLD_SIZE is {named[1]!r}",
                 where="environment",
                 hint="Set both to numbers, as torchrun does, or pass rank and world_size",
             )
-        return cls(int(named[0]), int(named[1]), local_world)
+        return cls(int(named[0]), int(named[1]), _local_world())
+
+
+def _local_world() -> int:
+    local = os.environ.get("LOCAL_WORLD_SIZE", "1")
+    return int(local) if local.isdigit() and int(local) > 0 else 1
 
 
 @dataclass(frozen=True)
@@ -96,27 +108,46 @@ class Units:
         """Returns the samples before a unit, over all ranks; and ``taken`` of it on each."""
         return (unit * self.batch + taken) * self.world
 
-    def at(self, position: int) -> tuple[int, int]:
+    def at(self, position: int, world: int | None) -> tuple[int, int]:
         """Returns the unit at a position, and how many of its samples each rank has had.
 
+        Args:
+            position: samples that all ranks have had.
+            world: number of ranks among which they were shared; ``None`` if it is not known. It matters within a step.
+
         Raises:
-            DataError: the position lies within a step, where ranks of this number cannot continue.
+            DataError: the position lies within a step that another number of ranks has begun.
         """
         within = position % self.global_batch
-        if within % self.world:
+        if within and (world != self.world or within % self.world):
+            begun = f"that {world} ranks have begun" if world else "that an unknown number of ranks has begun"
             raise DataError(
-                f"position {position} lies within a step of {self.global_batch} samples; {self.world} ranks cannot continue it",
+                f"position {position} lies within a step of {self.global_batch} samples {begun}; {self.world} ranks cannot "
+                "continue it",
                 where="samples",
-                hint="Use as many ranks as before, or save after complete steps",
+                hint=f"Use {world or 'as many'} ranks{'' if world else ' as before'}, or save after complete steps",
             )
         return divmod(position // self.world, self.batch)
 
 
-def check_state(state: Any, identity: str) -> int:
+@dataclass(frozen=True)
+class Position:
+    """How far a state is.
+
+    Attributes:
+        samples: samples of the order that all ranks have been given.
+        world: number of ranks that shared them; ``None`` if the state does not say. It matters within a step.
+    """
+
+    samples: int
+    world: int | None = None
+
+
+def check_state(state: Any, identity: str) -> Position:
     """Returns the position in a state: of a data set, of a loader, or of a StatefulDataLoader around a data set.
 
     Raises:
-        DataError: it is no such state, or belongs to other data or another order.
+        DataError: it is no such state, belongs to other data or another order, or its workers did not take turns by batches.
     """
     states = list(_states(state))
     if not states:
@@ -139,15 +170,31 @@ def check_state(state: Any, identity: str) -> int:
             where="load_state_dict",
             hint="Leave snapshot_every_n_steps at 1",
         )
-    # Workers take turns, so the first sample that none has had is that of the worker which is least far.
-    return min(int(one["samples"]) for one in states)
+    return _position([dict(one) for one in states])
+
+
+def _position(states: list[State]) -> Position:
+    """The first sample that none of the workers has had; they must have taken turns, so that none has had a later one."""
+    first = min(states, key=lambda one: int(one["samples"]))
+    samples = int(first["samples"])
+    if len(states) > 1:
+        unit = first.get("batch_size", 0) * first.get("world_size", 0)
+        turns = list(range(samples, samples + unit * len(states), unit)) if unit else []
+        if sorted(int(one["samples"]) for one in states) != turns or samples % unit:
+            raise DataError(
+                "its workers did not take turns by batches of the data set, so no single position says what was read",
+                where="load_state_dict",
+                hint="Give the StatefulDataLoader batch_size=dataset.batch_size; this state fits one with as many workers only",
+            )
+    return Position(samples, first.get("world_size"))
 
 
 def _states(value: Any, depth: int = 0) -> Iterator[Mapping[str, Any]]:
     if not isinstance(value, Mapping) or depth > 8:
         return
-    samples = value.get("samples")
-    if type(samples) is int and 0 <= samples < 1 << 62 and isinstance(value.get("order"), str):
+    samples, sizes = value.get("samples"), [value[name] for name in ("world_size", "batch_size") if name in value]
+    sizes_are_valid = all(type(size) is int and 0 < size < 1 << 62 for size in sizes)
+    if type(samples) is int and 0 <= samples < 1 << 62 and isinstance(value.get("order"), str) and sizes_are_valid:
         yield value
         return
     for inner in value.values():

@@ -15,7 +15,7 @@ import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
 
-Origin = tuple[int, int]
+Origin = tuple[int, int, int]
 
 
 class Loops:
@@ -43,7 +43,8 @@ class Loops:
         """Returns where a loop starts; called once by each of its workers.
 
         Args:
-            origin: how often the parent has set the position of the data set, and that position, as this worker knows it.
+            origin: how often the parent has set the position of the data set, that position, and the number of ranks that share
+                the step which it lies within (else 0), as this worker knows them.
             loop: the same for all workers of a loop, and most likely another for the next: the seed of the DataLoader.
             worker: number of this worker.
             end: returns the position after the epoch of a position.
@@ -59,7 +60,7 @@ class Loops:
                 table.update(origin=origin, next=origin[1], loop=None, workers=[])
                 last = None
             elif known[0] > origin[0]:
-                origin, last = (known[0], known[1]), None
+                origin, last = (known[0], known[1], known[2]), None
             if last is not None:
                 table.update(next=max(table["next"], end(last)))
                 return origin, last

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch.utils.data import IterableDataset, get_worker_info
 
-from pipeline.data.library import Ranks, State, Units, check_state
+from pipeline.data.library import Position, Ranks, State, Units, check_state
 from pipeline.data.loader.bad_samples import BadSamples
 from pipeline.data.loader.prefetch import Prefetcher
 from pipeline.data.loops import Loops, Origin
@@ -94,7 +94,8 @@ class ShardDataset(IterableDataset[Any]):
         self._batch_size, self._folder = batch_size, bad_samples
         self._rank, self._world_size = rank, world_size
         self._position = self._moves = 0  # and how often it was set from outside
-        self._origin: Origin | None = None  # in a worker process: both, as it received them
+        self._shared_by: int | None = None  # the ranks that share the step which the position lies within
+        self._origin: Origin | None = None  # in a worker process: all three, as it received them
         self._loops = Loops()
         self._pid = os.getpid()
         self._worker: tuple[int, int] | None = None  # in a worker process: start and end of its loop
@@ -166,24 +167,29 @@ class ShardDataset(IterableDataset[Any]):
         """
         if step < 0:
             raise ConfigError(f"step {step} is negative", where="step", hint="Use 0 for the first step")
-        self._set(step * self.source.order.global_batch)
+        self._set(Position(step * self.source.order.global_batch))
 
     def state_dict(self) -> State:
         """Returns the position: ``samples`` is the number of samples that all ranks have been given, ``order`` names the order.
 
+        ``world_size`` is the number of ranks, which matters if the position lies within a step.
+
         Raises:
             DataError: worker processes of a plain DataLoader read the samples, so this process does not know.
         """
+        # Always with all keys: torch.distributed.checkpoint loads those that the state of a new data set has.
+        world = self._shared_by or self.ranks.world
+        state: State = {"order": self.source.identity, "samples": self._position, "world_size": world}
         if self._worker is not None:  # what a StatefulDataLoader keeps for this worker
             start, end = self._worker
-            return {"order": self.source.identity, "samples": self._position, "start": start, "end": end}
-        if get_worker_info() is None and self._loops.next((self._moves, self._position)) is not None:
+            return {**state, "batch_size": self.batch_size, "start": start, "end": end}
+        if get_worker_info() is None and self._loops.next(self._here()) is not None:
             raise DataError(
                 "worker processes read the samples, and this process does not know how many of them were used",
                 where="state_dict",
                 hint="Use dataset.loader(num_workers=…) or a StatefulDataLoader and save its state, or count steps and seek()",
             )
-        return {"order": self.source.identity, "samples": self._position}
+        return state
 
     def load_state_dict(self, state: State) -> None:
         """Lets the next loop continue where a data set, a :class:`ShardLoader` or a StatefulDataLoader was saved.
@@ -192,16 +198,25 @@ class ShardDataset(IterableDataset[Any]):
             state: what ``state_dict()`` returned there, on any number of ranks and workers.
 
         Raises:
-            DataError: it belongs to other data or another order, or lies within a step and the number of ranks has changed.
+            DataError: it belongs to other data or another order, or lies within a step and the number of ranks has changed (which
+                the next loop raises if the ranks are not known yet).
         """
-        info = get_worker_info()
+        position, info = check_state(state, self.source.identity), get_worker_info()
+        if self._rank is not None or Ranks.of_process() is not None:
+            self.units(self.ranks).at(position.samples, position.world)
         if info is not None and "start" in state:
-            check_state(state, self.source.identity)
-            self._origin = self._origin or (self._moves, self._position)
+            units = self.units(self.ranks)
+            if state.get("batch_size", 0) * (position.world or 0) != units.position(1):
+                raise DataError(
+                    f"its workers took turns by other batches than those of {units.batch} samples on {units.world} ranks",
+                    where="load_state_dict",
+                    hint="Use the batch_size and the ranks as before, or pass the state to load_state_dict() of the data set",
+                )
+            self._origin = self._origin or self._here()
             self._worker, self._restored = (int(state["start"]), int(state["end"])), True
-            self._position = int(state["samples"])
+            self._position, self._shared_by = position.samples, position.world
             return
-        self._set(check_state(state, self.source.identity))
+        self._set(position)
 
     def __iter__(self) -> Iterator[Any]:
         """Yields the samples of this rank (in a worker process of a DataLoader: those of the worker) to the end of the epoch.
@@ -214,35 +229,37 @@ class ShardDataset(IterableDataset[Any]):
         units = self.units(ranks)
         if info is None:
             self._catch_up()
+            units.at(self._position, self._shared_by)
             return self._run(ranks, units, self._position, self.end_of_loop(self._position), worker=0, workers=1)
         self._check_fork()
         workers, worker = info.num_workers, info.id
         loop = info.seed - worker
-        self._origin = self._origin or (self._moves, self._position)
+        self._origin = self._origin or self._here()
         if self._restored and self._worker is not None:  # by a StatefulDataLoader
             self._restored = False
             start, end = self._worker
+            units.at(self._position, self._shared_by)
             self._loops.restored(self._origin, loop, worker, start, end)
             return self._run(ranks, units, self._position, end, worker=worker, workers=workers)
         last = None if self._worker is None else self._worker[1]
         self._origin, start = self._loops.start(self._origin, loop, worker, self.end_of_loop, last)
         self._worker = (start, self.end_of_loop(start))
-        first, taken = units.at(start)
+        first, taken = units.at(start, self._origin[2])
         if taken and workers > 1:
             raise DataError(
                 f"position {start} lies within a batch, which {workers} workers cannot continue",
                 where="ShardDataset",
                 hint="Save after complete batches, or use one worker",
             )
-        self._position = units.position(first + worker, taken)
+        self._position, self._shared_by = units.position(first + worker, taken), ranks.world
         return self._run(ranks, units, self._position, self._worker[1], worker=worker, workers=workers)
 
     def _run(self, ranks: Ranks, units: Units, start: int, end: int, *, worker: int, workers: int) -> Iterator[Any]:
         """Yields samples from a position on: every ``workers``-th batch."""
-        self._position = start
+        self._position, self._shared_by = start, ranks.world
         bad = self.account(ranks.rank, worker)
         prefetcher = self.prefetcher(ranks) if worker == 0 else None
-        unit, taken = units.at(start)
+        unit, taken = units.at(start, ranks.world)
         if prefetcher is not None:
             prefetcher.start(unit // units.per_step)
         try:
@@ -267,19 +284,44 @@ class ShardDataset(IterableDataset[Any]):
         order = self.source.order
         return 1 << 62 if self.endless else order.next_epoch(position // order.global_batch) * order.global_batch
 
-    def _set(self, position: int) -> None:
-        self._position, self._moves = position, self._moves + 1
-        self._loops.move((self._moves, position))
+    def _here(self) -> Origin:
+        within = self._position % self.source.order.global_batch
+        return self._moves, self._position, (self._shared_by or 0) if within else 0
+
+    def _set(self, position: Position) -> None:
+        self._position, self._shared_by, self._moves = position.samples, position.world, self._moves + 1
+        self._loops.move(self._here())
 
     def _catch_up(self) -> None:
         """Takes over where the loops of worker processes have ended."""
-        position = self._loops.next((self._moves, self._position)) if get_worker_info() is None else None
-        if position is not None:
-            self._set(position)
+        samples = self._loops.next(self._here()) if get_worker_info() is None else None
+        if samples is not None:
+            self._set(Position(samples))
 
     def units(self, ranks: Ranks) -> Units:
         """Returns how a step is cut into batches."""
         return Units.of(self.source.order.global_batch, ranks.world, self._batch_size)
+
+    def next_unit(self, units: Units, position: Position | None = None) -> int:
+        """Returns the batch that begins at a position, by default the current one.
+
+        Raises:
+            DataError: the position lies within a batch, or within a step that another number of ranks has begun.
+        """
+        if position is None:
+            position = Position(self.position, self._shared_by)
+        unit, taken = units.at(position.samples, position.world)
+        if taken:
+            raise DataError(
+                f"position {position.samples} lies within a batch of {units.batch} samples a rank",
+                where="samples",
+                hint="Use the batch_size as before, or save after complete steps",
+            )
+        return unit
+
+    def advance(self, units: Units, unit: int) -> None:
+        """Records that a loader has handed out all batches before a unit."""
+        self._position, self._shared_by = units.position(unit), units.world
 
     def transformed(self, sample: Sample) -> Any:
         """Returns what is yielded for a sample."""

@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader, Dataset, default_collate
 
 from pipeline.data.library import State, check_state
 from pipeline.data.loader.bad_samples import Event
-from pipeline.errors import DataError, FoveaError
+from pipeline.errors import FoveaError
 
 if TYPE_CHECKING:
     from pipeline.data.library import Ranks, Units
@@ -26,7 +26,7 @@ class ShardLoader:
     Lightning leave it as it is, as they must, since each rank reads its own samples already.
 
     Args:
-        dataset: the samples; its position is where the first loop starts.
+        dataset: the samples. It has the position: loops of the loader and of the data set continue each other.
         num_workers: processes that read, decode, transform and collate; 0 for none.
         collate_fn: makes a batch of a list of samples; by default that of torch, which stacks tensors of equal shape.
         prefetch_factor: batches that each worker prepares ahead.
@@ -55,7 +55,6 @@ class ShardLoader:
         self.num_workers, self.prefetch_factor, self.pin_memory = num_workers, prefetch_factor, pin_memory
         self.collate_fn = collate_fn or default_collate
         self._context = multiprocessing_context
-        self._position = dataset.position
 
     @property
     def batch_size(self) -> int:
@@ -65,7 +64,7 @@ class ShardLoader:
     @property
     def step(self) -> int:
         """Steps of which all batches have been handed out."""
-        return self._position // self.dataset.source.order.global_batch
+        return self.dataset.position // self.dataset.source.order.global_batch
 
     @property
     def epoch(self) -> int:
@@ -85,22 +84,21 @@ class ShardLoader:
         return (order.next_epoch(self.step) - first) * units.per_step
 
     def state_dict(self) -> State:
-        """Returns the position: the number of samples that all ranks have been given, and a name of the order."""
-        return {"order": self.dataset.source.identity, "samples": self._position}
+        """Returns the position, which is that of the data set; see :meth:`pipeline.data.ShardDataset.state_dict`."""
+        return self.dataset.state_dict()
 
     def load_state_dict(self, state: State) -> None:
         """Lets the next loop continue at a position; see :meth:`pipeline.data.ShardDataset.load_state_dict`.
 
         Raises:
-            DataError: the state belongs to other data, or lies within a batch.
+            DataError: the state belongs to other data, or lies within a batch or within a step that other ranks have begun.
         """
-        self._position = check_state(state, self.dataset.source.identity)
-        self._units().at(self._position)
+        self.dataset.next_unit(self._units(), check_state(state, self.dataset.source.identity))
+        self.dataset.load_state_dict(state)
 
     def seek(self, step: int) -> None:
         """Lets the next loop start at a step."""
         self.dataset.seek(step)
-        self._position = self.dataset.position
 
     def __iter__(self) -> Iterator[Any]:
         """Yields batches to the end of the epoch.
@@ -110,14 +108,8 @@ class ShardLoader:
             TrainingError: more than ``max_bad_fraction`` of the samples could not be used.
         """
         ranks, units = self.dataset.ranks, self._units()
-        unit, taken = units.at(self._position)
-        if taken:
-            raise DataError(
-                f"position {self._position} lies within a batch of {units.batch} samples a rank",
-                where="samples",
-                hint="Use the data set itself, or the batch_size as before",
-            )
-        return self._batches(ranks, units, unit, self.dataset.end_of_loop(self._position))
+        unit = self.dataset.next_unit(units)
+        return self._batches(ranks, units, unit, self.dataset.end_of_loop(units.position(unit)))
 
     def _batches(self, ranks: Ranks, units: Units, unit: int, end: int) -> Iterator[Any]:
         dataset = self.dataset
@@ -136,7 +128,7 @@ class ShardLoader:
                 if prefetcher is not None:
                     prefetcher.advance(unit // units.per_step)
                 unit += 1
-                self._position = units.position(unit)
+                dataset.advance(units, unit)
                 yield collated
         finally:
             del batches  # ends the workers

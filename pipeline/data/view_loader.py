@@ -16,7 +16,7 @@ from pipeline.data.loader.batch_stream import BatchStream, StreamOptions
 from pipeline.data.loader.encoded_batches import StepDataset
 from pipeline.data.loader.reader import Reader
 from pipeline.data.shard_dataset import ShardDataset
-from pipeline.errors import ConfigError, DataError
+from pipeline.errors import ConfigError
 
 
 class ViewLoader:
@@ -88,12 +88,11 @@ class ViewLoader:
         self.views, self.text = tuple(views), text
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         self._workers, self._threads, self._prefetch, self._hue = num_workers, threads, prefetch, hue
-        self._position = 0
 
     @property
     def step(self) -> int:
         """Steps of which all batches have been handed out."""
-        return self._position // self.dataset.source.order.global_batch
+        return self.dataset.position // self.dataset.source.order.global_batch
 
     @property
     def epoch(self) -> int:
@@ -107,23 +106,17 @@ class ViewLoader:
         return (order.next_epoch(self.step) - first) * self._units().per_step
 
     def state_dict(self) -> State:
-        """Returns the position: the number of samples that all ranks have been given, and a name of the order."""
-        return {"order": self.dataset.source.identity, "samples": self._position}
+        """Returns the position, which is that of the data set; see :meth:`pipeline.data.ShardDataset.state_dict`."""
+        return self.dataset.state_dict()
 
     def load_state_dict(self, state: State) -> None:
         """Lets the next loop continue at a position; see :meth:`pipeline.data.ShardDataset.load_state_dict`.
 
         Raises:
-            DataError: the state belongs to other data, or lies within a batch.
+            DataError: the state belongs to other data, or lies within a batch or within a step that other ranks have begun.
         """
-        position = check_state(state, self.dataset.source.identity)
-        if self._units().at(position)[1]:
-            raise DataError(
-                f"position {position} lies within a batch of {self._units().batch} samples a rank",
-                where="samples",
-                hint="Use the batch_size as before, or save after complete steps",
-            )
-        self._position = position
+        self.dataset.next_unit(self._units(), check_state(state, self.dataset.source.identity))
+        self.dataset.load_state_dict(state)
 
     def __iter__(self) -> Iterator[Batch]:
         """Yields batches to the end of the epoch.
@@ -133,7 +126,7 @@ class ViewLoader:
             TrainingError: more than ``max_bad_fraction`` of the samples could not be used.
         """
         source, ranks, units = self.dataset.source, self.dataset.ranks, self._units()
-        unit, _ = units.at(self._position)
+        unit = self.dataset.next_unit(units)
         first, skipped = divmod(unit, units.per_step)
         reader = Reader(
             source.manifest,
@@ -170,7 +163,7 @@ class ViewLoader:
             for _, batches in stream:
                 for batch in batches[skipped:]:
                     unit += 1
-                    self._position = units.position(unit)
+                    self.dataset.advance(units, unit)
                     yield batch
                 skipped = 0
         finally:

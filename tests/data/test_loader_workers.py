@@ -149,6 +149,31 @@ def test_a_stateful_loader_is_restored_by_its_own_state(opened: Opener, workers:
         assert len(seen) >= 3 * EPOCH
 
 
+@pytest.mark.parametrize(("batch", "stop", "fits"), [(8, 1, False), (8, 2, True), (2, 1, False), (2, 3, False), (4, 3, True)])
+def test_a_state_of_workers_that_took_no_turns_is_refused(opened: Opener, batch: int, stop: int, fits: bool) -> None:
+    """Two workers read every other batch of 4; a loader with batches of another size leaves one of them behind."""
+    loader = stateful()(opened(batch_size=4), batch_size=batch, num_workers=2, collate_fn=list)
+    seen = [one for _, one in zip(range(stop), loader, strict=False)]
+    state = loader.state_dict()
+    other = opened(batch_size=4)
+    if not fits:
+        with pytest.raises(DataError, match="did not take turns"):
+            other.load_state_dict(state)
+        return
+    other.load_state_dict(state)
+    assert sorted(number for one in seen for number in positions(one)) == list(range(other.position))
+
+
+def test_a_state_of_workers_with_other_batches_is_refused_by_the_workers(opened: Opener) -> None:
+    kind = stateful()
+    loader = kind(opened(batch_size=4), batch_size=4, num_workers=2, collate_fn=list)
+    next(iter(loader))
+    other = kind(opened(batch_size=8), batch_size=8, num_workers=2, collate_fn=list)
+    other.load_state_dict(loader.state_dict())
+    with pytest.raises(DataError, match="took turns by other batches"):
+        next(iter(other))
+
+
 def test_the_parent_of_workers_admits_that_it_does_not_know(opened: Opener) -> None:
     dataset = opened()
     loader = DataLoader(dataset, batch_size=BATCH, num_workers=1, collate_fn=list)

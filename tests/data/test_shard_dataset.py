@@ -192,7 +192,7 @@ def test_interrupted_on_any_ranks_the_samples_are_those_of_the_order(opened: Ope
                 seen += [f"{one['__position__']} {one['__key__']}" for one in own[step * share : (step + 1) * share]]
         state, total = states[0], total + steps
         assert state["samples"] == total * BATCH
-        assert sorted(map(type, state.values()), key=str) == [int, str]
+        assert set(state) == {"order", "samples", "world_size"}
     whole = opened.kept(mixed, endless=True)
     whole.seek(0)
     expected = [f"{one['__position__']} {one['__key__']}" for one, _ in zip(whole, range(total * BATCH), strict=False)]
@@ -228,10 +228,55 @@ def test_state_within_a_step_fits_only_as_many_ranks(opened: Opener) -> None:
     other = opened(rank=1, world_size=2)
     other.load_state_dict(state)
     assert next(iter(other))["__position__"] == 4 + 3
-    four = opened(rank=1, world_size=4)
-    four.load_state_dict(state)
-    with pytest.raises(DataError, match="4 ranks cannot continue it"):
-        next(iter(four))
+    for world in (1, 4):
+        with pytest.raises(DataError, match=rf"{world} ranks cannot continue it.*Use 2 ranks, or save"):
+            opened(rank=0, world_size=world).load_state_dict(state)
+        with pytest.raises(DataError, match=f"{world} ranks cannot continue it"):
+            opened(rank=0, world_size=world).loader().load_state_dict(state)
+    with pytest.raises(DataError, match="unknown number of ranks"):
+        other.load_state_dict({name: value for name, value in state.items() if name != "world_size"})
+    for nonsense in (0, True, "2", None):
+        with pytest.raises(DataError, match="is not a state"):
+            other.load_state_dict({**state, "world_size": nonsense})
+
+
+@pytest.mark.parametrize("protocol", ["dataset", "loader"])
+def test_a_step_begun_by_other_ranks_is_refused_although_its_position_divides(opened: Opener, protocol: str) -> None:
+    """Half of the step of 8 on one rank is samples 0 to 3; on two ranks it is 0, 1, 4 and 5."""
+    dataset = opened(batch_size=4)
+    source: Any = dataset if protocol == "dataset" else dataset.loader(collate_fn=list)
+    for _, _one in zip(range(4 if protocol == "dataset" else 1), source, strict=False):
+        pass
+    state = source.state_dict()
+    assert (state["samples"], state["world_size"]) == (4, 1)
+    with pytest.raises(DataError, match="1 ranks have begun; 2 ranks cannot continue it"):
+        opened(rank=0, world_size=2).load_state_dict(state)
+
+
+def test_ranks_that_are_known_later_are_checked_by_the_loop(opened: Opener, monkeypatch: pytest.MonkeyPatch) -> None:
+    dataset, state = opened(), {**opened().state_dict(), "samples": 4, "world_size": 2}
+    dataset.load_state_dict(state)
+    assert dataset.state_dict() == state
+    with pytest.raises(DataError, match="1 ranks cannot continue it"):
+        iter(dataset)
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert next(iter(dataset))["__position__"] == 6
+
+
+def test_data_set_and_loader_have_one_position(opened: Opener) -> None:
+    dataset = opened()
+    loader = dataset.loader(collate_fn=list)
+    dataset.seek(2)
+    assert (loader.step, next(iter(loader))[0]["__position__"]) == (2, 16)
+    assert dataset.state_dict() == loader.state_dict()
+    assert (dataset.position, next(iter(dataset))["__position__"]) == (24, 24)
+    with pytest.raises(DataError, match="lies within a batch of 8"):
+        next(iter(loader))
+    dataset.load_state_dict({**dataset.state_dict(), "samples": 32})
+    assert next(iter(loader))[0]["__position__"] == 32
+    loader.seek(1)
+    assert dataset.position == BATCH
 
 
 def test_the_loop_after_a_break_continues(opened: Opener) -> None:

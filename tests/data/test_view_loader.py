@@ -85,6 +85,7 @@ def test_views_are_those_of_a_run_and_resume_at_any_batch(folder: Path, tmp_path
             break
     state = first.state_dict()
     assert (state["samples"], first.step) == (20, 2)
+    assert first.dataset.state_dict() == state
     second = loader(folder, tmp_path, batch_size=4)
     second.load_state_dict(state)
     for batch in second:
@@ -97,6 +98,10 @@ def test_views_are_those_of_a_run_and_resume_at_any_batch(folder: Path, tmp_path
     assert same(seen, expected)
     with pytest.raises(DataError, match="lies within a batch of 8"):
         loader(folder, tmp_path).load_state_dict(state)
+    with pytest.raises(DataError, match="2 ranks cannot continue it"):
+        loader(folder, tmp_path, rank=0, world_size=2).load_state_dict(state)
+    second.dataset.seek(2)
+    assert same(list(rows(next(iter(second)))), expected[16:20])
 
 
 def test_two_ranks_together_have_the_samples_of_one(folder: Path, tmp_path: Path, expected: list[dict[str, Any]]) -> None:
